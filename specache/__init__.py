@@ -1,0 +1,36 @@
+"""specache: run the context your memory can't hold, without forgetting any of it.
+
+An implementation of SpeCache (Jie et al., ICML 2025) for Hugging Face transformers: every key-value pair stays at 16 bits in slow
+memory, a packed 1- to 4-bit copy is attended over in fast memory, and the few pairs that matter are fetched back, guessed one step
+ahead.
+"""
+
+from specache.cache import SpeCache
+from specache.config import Policy, SlowTierKind, SpeCacheConfig
+from specache.errors import (
+    ConfigError,
+    FastMemoryError,
+    NonFiniteError,
+    SpeCacheError,
+    UnsupportedModelError,
+    UsageError,
+)
+from specache.generation import decode, generate, prefill
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConfigError",
+    "FastMemoryError",
+    "NonFiniteError",
+    "Policy",
+    "SlowTierKind",
+    "SpeCache",
+    "SpeCacheConfig",
+    "SpeCacheError",
+    "UnsupportedModelError",
+    "UsageError",
+    "decode",
+    "generate",
+    "prefill",
+]

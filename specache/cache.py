@@ -1,0 +1,312 @@
+"""The cache of a batch: one `Sequence` per prompt, each with its layers; what transformers sees as `past_key_values`."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, NoReturn
+
+from torch import Tensor
+
+from specache.config import Policy, SlowTierKind, SpeCacheConfig
+from specache.errors import UsageError
+from specache.layers import CompressedLayer, DenseLayer, WindowLayer
+from specache.model import ModelInfo, inspect_model
+from specache.prefetch import FetchedRows, HotSet, InPlaceRows, PrefetchWorker, Rows
+from specache.quant.layout import PageLayout
+from specache.quant.pool import ByteBudget, PagePool, PageTable
+from specache.stats import Counters, MemoryUse, report
+from specache.tiers.base import SlowTier
+from specache.tiers.ram import RamTier
+from specache.tiers.transfer import Transfer
+
+Layer = CompressedLayer | DenseLayer | WindowLayer
+SLOT_INDEX_BYTES = 16  # a hot-set slot's position and stamp
+
+
+class Resources:
+    """What the sequences of a cache (and of its forks) share: page pools and the way rows reach the device."""
+
+    def __init__(self, info: ModelInfo, config: SpeCacheConfig) -> None:
+        self.info = info
+        self._budget = ByteBudget(config.fast_memory)
+        self._pools: dict[PageLayout, PagePool] = {}
+        self.transfer = Transfer(info.device)
+
+    def page_table(self, config: SpeCacheConfig, keys: Tensor) -> PageTable:
+        """An empty table for a layer with keys [Hkv, n, D]."""
+        layout = PageLayout(config.bits, config.group_size, keys.shape[0], keys.shape[2])
+        if layout not in self._pools:
+            self._pools[layout] = PagePool(layout, keys.device, self._budget)
+        return PageTable(self._pools[layout])
+
+
+class Sequence:
+    """One sequence's state in every layer. Its tokens are those whose keys and values are stored.
+
+    A pass changes layers one after the other; `commit` makes it count, `rollback` undoes it wherever it stopped.
+    """
+
+    def __init__(self, cache: SpeCache) -> None:
+        self._cache = cache
+        self.tier: SlowTier = cache.new_tier()
+        self.layers: dict[int, Layer] = {}
+        self.token_ids: list[int] = []
+        self.finish_reason: str | None = None
+
+    @property
+    def length(self) -> int:
+        return len(self.token_ids)
+
+    def layer(self, index: int, keys: Tensor) -> Layer:
+        """The state of layer `index`, made when its first keys [Hkv, n, D] arrive: only they tell heads and dtype."""
+        if index not in self.layers:
+            self.layers[index] = self._new_layer(index, keys)
+        return self.layers[index]
+
+    def commit(self, token_ids: list[int]) -> None:
+        self.token_ids += token_ids
+
+    def rollback(self) -> None:
+        """Undo a pass that did not finish."""
+        for layer in self.layers.values():
+            layer.truncate(self.length)
+
+    def can_truncate(self, length: int) -> bool:
+        """Whether the state of the first `length` tokens can be had without prefilling them again."""
+        windows = (layer for layer in self.layers.values() if isinstance(layer, WindowLayer))
+        return all(layer.can_truncate(length) for layer in windows)
+
+    def truncate(self, length: int) -> None:
+        """Keep the first `length` tokens; all are forgotten if a sliding window cannot go back that far."""
+        if not self.can_truncate(length):
+            return self.clear()
+        del self.token_ids[length:]
+        self.rollback()
+
+    def clear(self) -> None:
+        """Forget everything and give its memory back."""
+        for layer in self.layers.values():
+            layer.release()
+        self.layers.clear()
+        self.token_ids.clear()
+        self.tier.close()
+
+    def windows(self) -> dict[int, WindowLayer]:
+        """Copies of the sliding layers, to `restore_windows` after a prefill that failed."""
+        return {i: layer.fork() for i, layer in self.layers.items() if isinstance(layer, WindowLayer)}
+
+    def restore_windows(self, windows: dict[int, WindowLayer]) -> None:
+        self.layers.update(windows)
+
+    def prepare_decode(self) -> None:
+        """Size the hot sets for the sequence as it is now."""
+        for layer in self.layers.values():
+            if isinstance(layer, CompressedLayer):
+                layer.rows.resize(self._cache.hot_slots(self, layer))
+
+    def fork(self, cache: SpeCache) -> Sequence:
+        """An independent copy that belongs to `cache`."""
+        other = Sequence(cache)
+        other.token_ids = list(self.token_ids)
+        if cache.config.policy is not Policy.FULL:
+            other.tier.close()
+            other.tier = self.tier.fork()
+        for index, layer in self.layers.items():
+            other.layers[index] = self._fork_layer(layer, other)
+        return other
+
+    def memory(self) -> MemoryUse:
+        use = MemoryUse(slow=self.tier.nbytes)
+        for layer in self.layers.values():
+            if isinstance(layer, WindowLayer):
+                use.windows += layer.nbytes
+                use.ordinary_windows += layer.ordinary_bytes
+                continue
+            use.fast += layer.fast_bytes
+            use.full += layer.token_bytes * layer.length
+            if isinstance(layer, CompressedLayer):
+                use.hot += layer.rows.nbytes
+        return use
+
+    def _new_layer(self, index: int, keys: Tensor) -> Layer:
+        window = self._cache.info.windows[index]
+        if window is not None:
+            return WindowLayer(index, window, keys)
+        if self._cache.config.policy is Policy.FULL:
+            return DenseLayer(index, keys)
+        table = self._cache.resources.page_table(self._cache.config, keys)
+        return CompressedLayer(index, self._cache.config, table, self.tier, self._cache.rows(self.tier, index, keys), keys)
+
+    def _fork_layer(self, layer: Layer, other: Sequence) -> Layer:
+        if isinstance(layer, WindowLayer | DenseLayer):
+            return layer.fork()
+        if other._cache.config.policy is Policy.FULL:
+            dense = DenseLayer(layer.index, layer.residual_keys)
+            dense.extend(*self.tier.read(layer.index, 0, layer.length))
+            return dense
+        rows = other._cache.rows(other.tier, layer.index, layer.residual_keys)
+        return layer.fork(other.tier, rows, other._cache.config)
+
+
+class SpeCache:
+    """The key-value cache of a batch of sequences: all rows at 16 bits in slow memory, a low-bit copy in fast memory.
+
+    Hand it on as `past_key_values` to `specache.generate` (or to `model.generate` with `custom_generate=specache.decode`) to
+    continue a conversation. `model()` and stock `generate()` cannot use it and raise.
+
+    Args:
+        model: a transformers model for text generation.
+        config: settings; `None` takes the defaults. `cache.config` has every `auto` decided.
+
+    Raises:
+        UnsupportedModelError: the model's attention cannot run over a low-bit copy.
+        ConfigError: settings that this model or device does not allow.
+    """
+
+    def __init__(self, model: Any, config: SpeCacheConfig | None = None) -> None:
+        self.info = inspect_model(model)
+        self.config = (config or SpeCacheConfig()).resolved(self.info.device.type)
+        self.resources = Resources(self.info, self.config)
+        self.counters = self._new_counters()
+        self.sequences: list[Sequence] = []
+        self._model = weakref.ref(model)
+        self._worker: PrefetchWorker | None = None
+
+    def check_model(self, model: Any) -> None:
+        """Refuse to continue with another model than the one that filled the cache.
+
+        Raises:
+            UsageError: it is another one.
+        """
+        mine = self._model()
+        if mine is model or (mine is None and inspect_model(model).fingerprint == self.info.fingerprint):
+            return
+        raise UsageError(
+            "This SpeCache was filled by another model; its keys and values mean nothing to this one. "
+            "Continue with the model it was made for, or start a new SpeCache(model, config)."
+        )
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens stored, of the longest sequence."""
+        return max((sequence.length for sequence in self.sequences), default=0)
+
+    @property
+    def finish_reasons(self) -> list[str | None]:
+        """Why each sequence's last generation ended: `stop`, `length`, `interrupted`, or `None` before one did."""
+        return [sequence.finish_reason for sequence in self.sequences]
+
+    def stats(self) -> dict[str, Any]:
+        """What happened so far, JSON-ready; keys in `specache.stats.report`."""
+        return report(self.memory(), self.counters)
+
+    def memory(self) -> MemoryUse:
+        """Bytes held now, counted from the tensors."""
+        total = MemoryUse()
+        for use in (sequence.memory() for sequence in self.sequences):
+            for name, value in vars(use).items():
+                setattr(total, name, getattr(total, name) + value)
+        return total
+
+    def fork(self, policy: Policy | str | None = None, **changes: Any) -> SpeCache:
+        """An independent copy of the state, optionally under another policy (or top_k, hot_set): shares the prefill.
+
+        Raises:
+            UsageError: settings that the stored copy depends on, or `full` back to a low-bit policy.
+        """
+        if policy is not None:
+            changes["policy"] = policy
+        fixed = {"bits", "group_size", "residual", "slow_tier"} & changes.keys()
+        if fixed:
+            raise UsageError(f"A fork keeps {', '.join(sorted(fixed))}: the stored copy depends on it. Prefill a new SpeCache.")
+        config = replace(self.config, **changes).resolved(self.info.device.type)
+        if self.config.policy is Policy.FULL and config.policy is not Policy.FULL:
+            raise UsageError("A cache with policy 'full' has no low-bit copy; prefill a new SpeCache with the other policy.")
+        other = object.__new__(SpeCache)
+        other.info, other.config, other.resources = self.info, config, self.resources
+        other.counters = other._new_counters()
+        other.counters.prefill_s = self.counters.prefill_s
+        other._model, other._worker = self._model, None
+        other.sequences = [sequence.fork(other) for sequence in self.sequences]
+        return other
+
+    def new_sequence(self) -> Sequence:
+        return Sequence(self)
+
+    def repeat(self, index: int) -> Sequence:
+        """Another sequence with the state of sequence `index` (equal prompts are prefilled once)."""
+        return self.sequences[index].fork(self)
+
+    def close(self) -> None:
+        """End background work and free everything."""
+        for sequence in self.sequences:
+            sequence.clear()
+        self.sequences.clear()
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
+
+    def __enter__(self) -> SpeCache:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        worker = getattr(self, "_worker", None)
+        if worker is not None:
+            worker.abandon()
+
+    # What sequences need of their cache
+
+    def new_tier(self) -> SlowTier:
+        return RamTier(in_place=self.config.slow_tier is SlowTierKind.RAM_INPLACE, pinned=self.info.device.type == "cuda")
+
+    def rows(self, tier: SlowTier, index: int, keys: Tensor) -> Rows:
+        """A decode step's access to the 16-bit rows of a layer with keys [Hkv, n, D]."""
+        if tier.in_place or not (self.config.policy.verifies or self.config.policy.prefetches):
+            return InPlaceRows(tier, index)
+        if self._worker is None:
+            self._worker = PrefetchWorker()
+        hot = HotSet(keys.shape[0], 0, 2 * keys.shape[2], keys.dtype, keys.device)
+        return FetchedRows(tier, index, hot, self._worker, self.resources.transfer, self.counters)
+
+    def hot_slots(self, sequence: Sequence, layer: CompressedLayer) -> int:
+        """Slots per KV head that the hot set's budget gives a layer, rows in flight and the index paid for."""
+        heads, _, dim = layer.residual_keys.shape
+        row = 2 * dim * layer.residual_keys.element_size()
+        layers = sum(window is None for window in self.info.windows)
+        if isinstance(self.config.hot_set, float):
+            share = self.config.hot_set * sequence.length * row
+        else:
+            share = self.config.hot_set / (layers * heads * max(len(self.sequences), 1))
+        return max(0, int((share - self.config.top_k * row) / (row + SLOT_INDEX_BYTES)))
+
+    def _new_counters(self) -> Counters:
+        policy = self.config.policy
+        copies = self.config.slow_tier is not SlowTierKind.RAM_INPLACE
+        return Counters(prefetches=copies and policy.prefetches, speculates=policy.guesses)
+
+    # What transformers would call on a cache of its own
+
+    def update(self, *args: Any, **kwargs: Any) -> NoReturn:
+        _refuse_stock_call()
+
+    def get_mask_sizes(self, *args: Any, **kwargs: Any) -> NoReturn:
+        _refuse_stock_call()
+
+    def get_max_cache_shape(self, *args: Any, **kwargs: Any) -> NoReturn:
+        _refuse_stock_call()
+
+    def reorder_cache(self, *args: Any, **kwargs: Any) -> NoReturn:
+        _refuse_stock_call()
+
+
+def _refuse_stock_call() -> NoReturn:
+    raise UsageError(
+        "A SpeCache cannot be used by model(...) or by generate() alone. Call specache.generate(model, ..., "
+        "past_key_values=cache), or model.generate(..., custom_generate=specache.decode, past_key_values=cache)."
+    )

@@ -1,0 +1,163 @@
+"""Every knob of the method, with its unit and its symbol in the paper."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any, TypeVar
+
+from specache.errors import ConfigError
+
+PAGE_TOKENS = 64  # tokens in one page of the low-bit copy; group sizes divide it
+SUPPORTED_BITS = (1, 2, 4)
+
+_Member = TypeVar("_Member", bound=StrEnum)
+
+
+class Policy(StrEnum):
+    """Which 16-bit pairs replace low-bit ones in a decode step, and when they are fetched."""
+
+    AUTO = "auto"  # on-demand over `ram-inplace`, verified over any tier that must copy
+    VERIFIED = "verified"  # prefetch what the guess wants, then fetch what the real token still lacks
+    SPECULATIVE = "speculative"  # the paper: use what the guess wanted (Algorithm 3)
+    ON_DEMAND = "on-demand"  # no second row; every wanted pair is fetched inside the layer
+    PREVIOUS = "previous"  # no second row; use what the last step wanted
+    NONE = "none"  # KIVI: the low-bit copy alone
+    FULL = "full"  # the ordinary 16-bit cache, for comparison
+
+    @property
+    def guesses(self) -> bool:
+        """Whether a speculative row is decoded beside the real one."""
+        return self in (Policy.VERIFIED, Policy.SPECULATIVE)
+
+    @property
+    def verifies(self) -> bool:
+        """Whether the real row fetches its own top-k before it finishes the layer."""
+        return self in (Policy.VERIFIED, Policy.ON_DEMAND)
+
+    @property
+    def prefetches(self) -> bool:
+        """Whether a step submits reads for the step after it."""
+        return self in (Policy.VERIFIED, Policy.SPECULATIVE, Policy.PREVIOUS)
+
+
+class SlowTierKind(StrEnum):
+    """Where the 16-bit rows live."""
+
+    AUTO = "auto"  # ram-inplace when the model computes on the CPU, ram otherwise
+    RAM_INPLACE = "ram-inplace"  # rows are read where they lie; nothing is copied ahead
+    RAM = "ram"  # rows are copied through the hot set in the background
+
+
+@dataclass(frozen=True)
+class SpeCacheConfig:
+    """Settings of one `SpeCache`. Frozen; invalid values raise `ConfigError` when it is built.
+
+    Args:
+        bits: bits per code of the low-bit copy (paper `b`): 1, 2 or 4.
+        group_size: tokens per key group and channels per value group (paper `g`); divides 64.
+        residual: newest tokens that always stay at 16 bits (paper `R`), in tokens.
+        top_k: 16-bit pairs swapped in per KV head and step (paper `k`), in pairs.
+        policy: see `Policy`.
+        slow_tier: see `SlowTierKind`.
+        hot_set: budget of recently fetched rows. A float up to 1 is a fraction of the 16-bit cache,
+            an integer above 1 is bytes over all sequences and layers. It always holds the `top_k`
+            rows in flight.
+        prefill_chunk: prompt tokens per forward pass while prefilling.
+        fast_memory: byte budget of the page pool; `None` is unbounded.
+    """
+
+    bits: int = 2
+    group_size: int = 64
+    residual: int = 64
+    top_k: int = 64
+    policy: Policy = Policy.AUTO
+    slow_tier: SlowTierKind = SlowTierKind.AUTO
+    hot_set: float | int = 0.08
+    prefill_chunk: int = 1024
+    fast_memory: int | None = None
+
+    def __post_init__(self) -> None:
+        if not _is_int(self.bits) or self.bits not in SUPPORTED_BITS:
+            raise ConfigError(f"bits must be one of {_join(SUPPORTED_BITS)}, got {self.bits!r}.")
+        if not _is_int(self.group_size) or self.group_size < 1 or PAGE_TOKENS % self.group_size:
+            divisors = [d for d in range(1, PAGE_TOKENS + 1) if PAGE_TOKENS % d == 0]
+            raise ConfigError(
+                f"group_size must divide a page of {PAGE_TOKENS} tokens ({_join(divisors)}), got {self.group_size!r}."
+            )
+        if not _is_int(self.residual) or self.residual < 0:
+            raise ConfigError(f"residual must be a number of tokens, 0 or more, got {self.residual!r}.")
+        if not _is_int(self.top_k) or self.top_k < 1:
+            raise ConfigError(
+                f"top_k must be a positive number of pairs, got {self.top_k!r}. "
+                "To run on the low-bit copy alone use policy='none'."
+            )
+        if not _is_int(self.prefill_chunk) or self.prefill_chunk < 1:
+            raise ConfigError(f"prefill_chunk must be a positive number of tokens, got {self.prefill_chunk!r}.")
+        if isinstance(self.hot_set, bool) or not isinstance(self.hot_set, (int, float)) or not self.hot_set >= 0:
+            raise ConfigError(f"hot_set must be a fraction of the cache or a number of bytes, got {self.hot_set!r}.")
+        if isinstance(self.hot_set, float) and self.hot_set > 1:
+            raise ConfigError(
+                f"hot_set={self.hot_set!r} is more than the whole cache. Pass a fraction from 0.0 to 1.0, "
+                "or an integer number of bytes."
+            )
+        if self.fast_memory is not None and (not _is_int(self.fast_memory) or self.fast_memory < 1):
+            raise ConfigError(f"fast_memory must be a positive number of bytes or None, got {self.fast_memory!r}.")
+        object.__setattr__(self, "policy", _member(Policy, self.policy, "policy"))
+        object.__setattr__(self, "slow_tier", _member(SlowTierKind, self.slow_tier, "slow_tier"))
+
+    def resolved(self, device_type: str) -> SpeCacheConfig:
+        """The same configuration with both `auto` settings decided for a model on `device_type`.
+
+        Raises:
+            ConfigError: `ram-inplace` with a model that does not compute on the CPU.
+        """
+        slow_tier = self.slow_tier
+        if slow_tier is SlowTierKind.AUTO:
+            slow_tier = SlowTierKind.RAM_INPLACE if device_type == "cpu" else SlowTierKind.RAM
+        if slow_tier is SlowTierKind.RAM_INPLACE and device_type != "cpu":
+            raise ConfigError(
+                f"slow_tier='ram-inplace' reads rows where they lie and needs a model on the CPU, but this one is on "
+                f"{device_type!r}. Use slow_tier='ram'."
+            )
+        policy = self.policy
+        if policy is Policy.AUTO:
+            policy = Policy.ON_DEMAND if slow_tier is SlowTierKind.RAM_INPLACE else Policy.VERIFIED
+        return replace(self, policy=policy, slow_tier=slow_tier)
+
+    def low_bit_length(self, length: int) -> int:
+        """Tokens of a sequence of `length` that are held at low bit: whole groups, oldest first.
+
+        The residual then holds at least `R` and fewer than `R + g` of the newest tokens (all of a shorter sequence).
+        """
+        return max(0, (length - self.residual) // self.group_size) * self.group_size
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "residual": self.residual,
+            "top_k": self.top_k,
+            "policy": str(self.policy),
+            "slow_tier": str(self.slow_tier),
+            "hot_set": self.hot_set,
+            "prefill_chunk": self.prefill_chunk,
+            "fast_memory": self.fast_memory,
+        }
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _join(values: Iterable[object]) -> str:
+    return ", ".join(str(v) for v in values)
+
+
+def _member(kind: type[_Member], value: Any, name: str) -> _Member:
+    try:
+        return kind(value)
+    except ValueError:
+        raise ConfigError(f"{name} must be one of {_join(kind)}, got {value!r}.") from None

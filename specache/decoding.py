@@ -1,0 +1,210 @@
+"""Prefill, pre-decode and decode steps of a batch (paper Algorithms 1 to 3); which token comes next is `generation`'s business."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specache.attention import PassKind, PassPlan
+from specache.cache import SpeCache
+from specache.cache import Sequence as CachedSequence
+from specache.integration import forward, reset_rope
+from specache.passes import DecodePass, PrefillPass
+
+Progress = Callable[[int, int], None]  # (prompt tokens done, prompt tokens in all)
+
+
+@dataclass
+class StepLogits:
+    """float32 [A, V] for the A sequences of a step: of the real row, and of the guess row where there is one."""
+
+    real: Tensor | None = None
+    guess: Tensor | None = None
+
+
+class Decoder:
+    """Runs the model over a cache's sequences. The model must be `attached`."""
+
+    def __init__(self, model: Any, cache: SpeCache) -> None:
+        self._model = model
+        self._cache = cache
+        self._info = cache.info
+
+    def prefill(self, sequence: CachedSequence, token_ids: list[int], chunk: int, progress: Progress) -> Tensor:
+        """Bring a sequence to hold exactly `token_ids` -> logits [V] of the last one (Algorithm 1).
+
+        What is stored already is kept as far as it agrees; the rest goes through the model in chunks. A failure leaves the sequence
+        as it was.
+        """
+        keep = self._reusable(sequence, token_ids)
+        sequence.truncate(keep)
+        with self._restored_on_error(sequence), self._timed("prefill_s"):
+            return self._prefill_rest(sequence, token_ids, chunk, progress)
+
+    def pre_decode(self, indices: Sequence[int], tokens: Sequence[int]) -> Tensor:
+        """The first output token alone over the copy -> logits [A, V] of the first guess (Algorithm 2). Nothing is stored."""
+        with self._timed("decode_s"):
+            logits = self._rows(PassKind.PRE_DECODE, indices, [[token] for token in tokens])
+        return logits[:, -1]
+
+    def step(self, indices: Sequence[int], tokens: Sequence[int], guesses: Sequence[int] | None) -> StepLogits:
+        """One decode step of the sequences `indices`: feed each its token, beside it its guess (Algorithm 3).
+
+        Args:
+            guesses: the speculative next tokens, or `None` where the policy decodes no second row.
+        """
+        result = StepLogits()
+        with self._timed("decode_s"):
+            for places in self._groups(indices):
+                self._step_group(places, indices, tokens, guesses, result)
+        self._cache.counters.decoded_tokens += len(indices)
+        return result
+
+    def _reusable(self, sequence: CachedSequence, token_ids: list[int]) -> int:
+        """How many stored tokens can stay: the common prefix, less one if nothing would be left to run."""
+        keep = 0
+        for mine, theirs in zip(sequence.token_ids, token_ids, strict=False):
+            if mine != theirs:
+                break
+            keep += 1
+        keep = min(keep, len(token_ids) - 1)
+        crosses = keep and self._reprefills(keep - 1, len(token_ids) - 1)
+        return 0 if crosses else keep
+
+    def _reprefills(self, stored: int, position: int) -> bool:
+        """Whether keys up to position `stored` lost their meaning at `position` (long RoPE, as stock re-computes them)."""
+        longrope = self._info.rope_type == "longrope"
+        return longrope and self._info.rope_side(stored) != self._info.rope_side(position)
+
+    def _prefill_rest(self, sequence: CachedSequence, token_ids: list[int], chunk: int, progress: Progress) -> Tensor:
+        config = self._cache.config
+        total = len(token_ids)
+        if self._info.rope_side(total - 1):
+            chunk = total  # frequencies depend on the longest position of a forward pass
+        reset_rope(self._model, self._info)
+        sequence.tier.reserve(total)
+        progress(sequence.length, total)
+        while True:
+            start = sequence.length
+            stop = min(start + chunk, total)
+            state = PrefillPass(sequence, config.policy, config.top_k, is_last=stop == total)
+            ids = token_ids[start:stop]
+            logits = forward(self._model, self._ids([ids]), self._positions([start], len(ids)), state, logits=1)
+            sequence.commit(ids)
+            progress(stop, total)
+            if stop == total:
+                sequence.prepare_decode()
+                return logits[0, -1]
+
+    def _step_group(
+        self,
+        places: list[int],
+        indices: Sequence[int],
+        tokens: Sequence[int],
+        guesses: Sequence[int] | None,
+        result: StepLogits,
+    ) -> None:
+        """Sequences that may share forward passes. `places` index the step's lists."""
+        group = [indices[i] for i in places]
+        position = self._cache.sequences[group[0]].length
+        rows = [[tokens[i]] for i in places]
+        if position and self._reprefills(position - 1, position):
+            logits = torch.stack([self._prefill_again(i, row) for i, row in zip(group, rows, strict=True)])[:, None]
+        elif guesses is not None and self._info.rope_side(position) == self._info.rope_side(position + 1):
+            pairs = [[tokens[i], guesses[i]] for i in places]
+            logits = self._rows(PassKind.PAIR, group, pairs)
+            result.guess = _scatter(result.guess, places, logits[:, 1], len(indices))
+        else:
+            logits = self._rows(PassKind.SINGLE, group, rows)
+        result.real = _scatter(result.real, places, logits[:, 0], len(indices))
+        if guesses is not None and logits.shape[1] == 1:
+            for i in places:  # a guess on the other side of a RoPE switch has a pass of its own
+                alone = self._rows(PassKind.GUESS, [indices[i]], [[guesses[i]]])
+                result.guess = _scatter(result.guess, [i], alone[:, 0], len(indices))
+
+    def _prefill_again(self, index: int, row: list[int]) -> Tensor:
+        sequence = self._cache.sequences[index]
+        token_ids = sequence.token_ids + row
+        sequence.clear()
+        return self._prefill_rest(sequence, token_ids, len(token_ids), _ignore)
+
+    def _rows(self, kind: PassKind, indices: Sequence[int], rows: list[list[int]]) -> Tensor:
+        """One pass over rows [A][n] -> logits [A, n, V]. A failure leaves the sequences as they were."""
+        config = self._cache.config
+        sequences = [self._cache.sequences[i] for i in indices]
+        plan = PassPlan(kind, config.policy, config.top_k, self._cache.counters)
+        positions = self._positions([sequence.length for sequence in sequences], kind.rows)
+        if self._info.rope_side(int(positions.max())):
+            reset_rope(self._model, self._info)
+        try:
+            logits = forward(self._model, self._ids(rows), positions, DecodePass(sequences, plan), logits=kind.rows)
+        except BaseException:
+            for sequence in sequences:
+                sequence.rollback()
+            raise
+        if kind.commits:
+            for sequence, row in zip(sequences, rows, strict=True):
+                sequence.commit(row[:1])
+        return logits
+
+    def _groups(self, indices: Sequence[int]) -> Iterator[list[int]]:
+        """Places of the sequences by RoPE side of their next position: those of one side may share a pass."""
+        sides: dict[tuple[int, ...], list[int]] = {}
+        for place, index in enumerate(indices):
+            position = self._cache.sequences[index].length
+            side = self._info.rope_side(position)
+            stays = self._info.rope_side(position + 1) == side
+            again = bool(position) and self._reprefills(position - 1, position)
+            sides.setdefault((side, stays, again), []).append(place)
+        yield from sides.values()
+
+    def _ids(self, rows: list[list[int]]) -> Tensor:
+        return torch.tensor(rows, dtype=torch.long, device=self._info.device)
+
+    def _positions(self, starts: list[int], count: int) -> Tensor:
+        """[A, count] from each start on."""
+        starts_column = torch.tensor(starts, dtype=torch.long, device=self._info.device)[:, None]
+        return starts_column + torch.arange(count, device=self._info.device)
+
+    @contextmanager
+    def _restored_on_error(self, sequence: CachedSequence) -> Iterator[None]:
+        length, windows = sequence.length, sequence.windows()
+        try:
+            yield
+        except BaseException:
+            if length == 0:
+                sequence.clear()
+            else:
+                sequence.restore_windows(windows)
+                del sequence.token_ids[length:]
+                sequence.rollback()
+            raise
+
+    @contextmanager
+    def _timed(self, counter: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            counters = self._cache.counters
+            setattr(counters, counter, getattr(counters, counter) + time.perf_counter() - started)
+
+
+def _scatter(into: Tensor | None, places: list[int], logits: Tensor, count: int) -> Tensor:
+    """Put logits [len(places), V] at their places of [count, V]."""
+    if into is None:
+        if len(places) == count:
+            return logits
+        into = logits.new_empty(count, logits.shape[-1])
+    into[places] = logits
+    return into
+
+
+def _ignore(done: int, total: int) -> None:
+    pass

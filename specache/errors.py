@@ -1,0 +1,27 @@
+"""Errors that a user can cause. Each message says what was wrong, what was expected and what to do."""
+
+from __future__ import annotations
+
+
+class SpeCacheError(Exception):
+    """Base of every error that specache raises on purpose."""
+
+
+class ConfigError(SpeCacheError, ValueError):
+    """A setting is out of range, or two settings contradict each other."""
+
+
+class UnsupportedModelError(SpeCacheError):
+    """The model's attention cannot be run over a low-bit copy (and why)."""
+
+
+class UsageError(SpeCacheError, ValueError):
+    """A call that specache cannot honour: a decoding mode, an argument, a malformed batch."""
+
+
+class NonFiniteError(SpeCacheError):
+    """The model produced NaN or infinity in its keys or values; nothing was packed."""
+
+
+class FastMemoryError(SpeCacheError, MemoryError):
+    """The page pool's byte budget is exhausted."""

@@ -1,0 +1,141 @@
+"""Exact attention over 16-bit keys and values, in parts that merge by their log-sum-exp.
+
+Used for prefill, the sliding layers, the residual and policy `full`. One sequence at a time: query [Hq, n, D], keys and values
+[Hkv, T, D]; a part is (out [Hq, n, D], lse [Hq, n]) in float32, `out` normalised within the part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+QUERY_BLOCK = 512  # rows scored at a time where scores are held
+KEY_BLOCK = 4096  # keys scored at a time where scores are held, and rows read back from a slow tier at a time
+
+Part = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class AttentionParams:
+    """What a layer's attention needs beside its tensors.
+
+    Attributes:
+        scaling: factor of the scores.
+        softcap: `c` of `c tanh(score / c)` (Gemma 2), or `None`.
+        sinks: one logit per query head that joins the softmax and has no value (GPT-OSS) [Hq], or `None`.
+    """
+
+    scaling: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
+def attend_part(
+    query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams, mask: Tensor | None = None, causal: bool = False
+) -> Part:
+    """Attention of all rows over one stretch of keys.
+
+    Args:
+        mask: bool [n, T], true where a row sees a key; `None` is all of them.
+        causal: row `i` sees keys up to the `i`-th (then `T = n` and no mask).
+    """
+    if params.softcap is None and query.device.type == "cpu":
+        return _flash_cpu(query, keys, values, params.scaling, mask, causal)
+    parts = [
+        _attend_rows(query[:, i : i + QUERY_BLOCK], i, keys, values, params, mask, causal)
+        for i in range(0, query.shape[1], QUERY_BLOCK)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([out for out, _ in parts], dim=1), torch.cat([lse for _, lse in parts], dim=1)
+
+
+def _attend_rows(
+    query: Tensor, first: int, keys: Tensor, values: Tensor, params: AttentionParams, mask: Tensor | None, causal: bool
+) -> Part:
+    """Rows `[first, first + n)` over the keys, a block of keys at a time."""
+    n, length = query.shape[1], keys.shape[1]
+    stop = min(length, first + n) if causal else length
+    parts = []
+    for j in range(0, stop, KEY_BLOCK):
+        k, v = keys[:, j : min(j + KEY_BLOCK, stop)], values[:, j : min(j + KEY_BLOCK, stop)]
+        seen = None if mask is None else mask[first : first + n, j : j + k.shape[1]]
+        if causal:
+            rows = torch.arange(first, first + n, device=query.device)
+            seen = rows[:, None] >= torch.arange(j, j + k.shape[1], device=query.device)
+        parts.append(_attend_scores(scores(query, k, params), v, seen))
+    return merge(parts)
+
+
+def scores(query: Tensor, keys: Tensor, params: AttentionParams) -> Tensor:
+    """Scaled (and capped) scores [Hkv, G, n, T] in float32."""
+    heads, _, dim = keys.shape
+    grouped = query.float().reshape(heads, -1, dim)  # [Hkv, G n, D]
+    product = (grouped @ keys.float().transpose(1, 2)) * params.scaling  # [Hkv, G n, T]
+    if params.softcap is not None:
+        product = (product / params.softcap).tanh_() * params.softcap
+    return product.unflatten(1, (-1, query.shape[1]))
+
+
+def _attend_scores(score: Tensor, values: Tensor, seen: Tensor | None) -> Part:
+    """Softmax of scores [Hkv, G, n, T] (in place) and the weighted sum of values [Hkv, T, D]."""
+    if seen is not None:
+        score.masked_fill_(~seen, -torch.inf)
+    return softmax_sum(score, values)
+
+
+def softmax_sum(score: Tensor, values: Tensor) -> Part:
+    """Scores [Hkv, G, n, T], destroyed -> part. A row that sees nothing has `out` 0 and `lse` -inf."""
+    peak = score.amax(-1, keepdim=True).clamp(min=-1e30)
+    weights = score.sub_(peak).exp_()
+    total = weights.sum(-1, keepdim=True)
+    groups, n = score.shape[1], score.shape[2]
+    out = (weights.flatten(1, 2) @ values.float()).unflatten(1, (groups, n))  # [Hkv, G, n, D]
+    out = out / total.clamp(min=torch.finfo(torch.float32).tiny)
+    return out.flatten(0, 1), (peak + total.log()).squeeze(-1).flatten(0, 1)
+
+
+def _flash_cpu(query: Tensor, keys: Tensor, values: Tensor, scaling: float, mask: Tensor | None, causal: bool) -> Part:
+    """PyTorch's fused CPU attention, which reads strided rows in place and returns its log-sum-exp."""
+    bias = None
+    if mask is not None:
+        bias = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, -torch.inf)[None, None]
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query[None], keys[None], values[None], 0.0, causal, attn_mask=bias, scale=scaling
+    )
+    return out[0].float(), lse[0].float()
+
+
+def merge(parts: Iterable[Part], sinks: Tensor | None = None) -> Part:
+    """Join parts over disjoint keys (and the sinks, which take probability and give no value)."""
+    parts = list(parts)
+    lse = torch.stack([part_lse for _, part_lse in parts]).logsumexp(0)  # [Hq, n]
+    if sinks is not None:
+        lse = torch.logaddexp(lse, sinks.float().unsqueeze(-1))
+    if len(parts) == 1 and sinks is None:
+        return parts[0]
+    weights = [(part_lse - lse).exp().nan_to_num(0.0).unsqueeze(-1) for _, part_lse in parts]
+    out = sum((part * weight for (part, _), weight in zip(parts, weights, strict=True)), torch.zeros((), device=lse.device))
+    return out, lse
+
+
+def windowed(query: Tensor, keys: Tensor, values: Tensor, window: int, params: AttentionParams) -> Part:
+    """Sliding-window prefill: row `i` is the key `T - n + i` and sees it and the `window - 1` before it.
+
+    Rows go in blocks, so that no [n, T] mask is ever made.
+    """
+    n, length = query.shape[1], keys.shape[1]
+    parts = []
+    for i in range(0, n, QUERY_BLOCK):
+        rows = query[:, i : i + QUERY_BLOCK]
+        first = length - n + i  # key of the block's first row
+        stop = first + rows.shape[1]
+        start = max(0, first - window + 1)
+        row = torch.arange(first, stop, device=query.device)[:, None]
+        key = torch.arange(start, stop, device=query.device)
+        seen = (key <= row) & (key > row - window)
+        parts.append(attend_part(rows, keys[:, start:stop], values[:, start:stop], params, seen))
+    return torch.cat([out for out, _ in parts], dim=1), torch.cat([lse for _, lse in parts], dim=1)

@@ -1,0 +1,369 @@
+"""Text generation over a SpeCache: prefill -> pre-decode -> decode, with sampling, stopping and streaming as in transformers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput, MaxLengthCriteria, MaxTimeCriteria, StopStringCriteria
+
+from specache.cache import SpeCache
+from specache.config import SpeCacheConfig
+from specache.decoding import Decoder, Progress
+from specache.errors import UsageError
+from specache.guess import GuessProcessors
+from specache.integration import attached, stock_generate_arguments
+from specache.request import (
+    check_generation_config,
+    check_max_new_tokens,
+    check_model_arguments,
+    check_prompt_lengths,
+    prompts,
+    user_cache,
+)
+
+
+def generate(
+    model: Any,
+    input_ids: Tensor | None = None,
+    *,
+    attention_mask: Tensor | None = None,
+    config: SpeCacheConfig | None = None,
+    streamer: Any = None,
+    past_key_values: SpeCache | None = None,
+    tokenizer: Any = None,
+    stop_strings: str | list[str] | None = None,
+    stopping_criteria: StoppingCriteriaList | None = None,
+    progress: Progress | None = None,
+    **kwargs: Any,
+) -> Tensor | GenerateDecoderOnlyOutput:
+    """Generate as `model.generate` does, over a SpeCache.
+
+    Args:
+        input_ids, attention_mask: [B, S], padded on the left.
+        config: settings of the cache that is made; not with `past_key_values`.
+        streamer: gets the prompt, each step's tokens, and is always ended.
+        past_key_values: a SpeCache to continue from; `input_ids` is the whole conversation so far (or, with a longer
+            `attention_mask`, only what is new).
+        tokenizer: needed with `stop_strings`.
+        progress: called with (prompt tokens done, in all) while prefilling.
+        **kwargs: everything else that `model.generate` takes.
+
+    Returns:
+        LongTensor [B, S + new]: prompts in front, padding after the end; or with `return_dict_in_generate` the stock output, whose
+        `past_key_values` is the SpeCache. Scores and logits of a sequence that ended are those of its last token.
+
+    Raises:
+        SpeCacheError: the request cannot be honoured; the message says what to do.
+    """
+    check_model_arguments(kwargs)
+    check_max_new_tokens(kwargs.get("max_new_tokens"))
+    if input_ids is None:
+        raise UsageError("There is no prompt: pass input_ids, a tensor of token ids [batch, length].")
+    prompts(input_ids, attention_mask)
+    if stop_strings is not None:
+        if tokenizer is None:
+            raise UsageError("stop_strings needs tokenizer=, to know which tokens can end in them.")
+        stopping_criteria = StoppingCriteriaList(stopping_criteria or [])
+        stopping_criteria.append(StopStringCriteria(tokenizer, stop_strings))
+
+    def custom_generate(model: Any, input_ids: Tensor, **arguments: Any) -> Tensor | GenerateDecoderOnlyOutput:
+        return _decode(model, input_ids, config, streamer, progress, **arguments)
+
+    arguments = {"attention_mask": attention_mask, "past_key_values": past_key_values, "stopping_criteria": stopping_criteria}
+    arguments = {name: value for name, value in arguments.items() if value is not None}
+    return model.generate(input_ids, custom_generate=custom_generate, **arguments, **kwargs)
+
+
+def decode(
+    model: Any,
+    input_ids: Tensor,
+    config: SpeCacheConfig | None = None,
+    progress: Progress | None = None,
+    **arguments: Any,
+) -> Tensor | GenerateDecoderOnlyOutput:
+    """For `model.generate(..., custom_generate=specache.decode)`; `config=` and `progress=` may be given to `generate` too.
+
+    Stock `generate` drops `tokenizer` on the way to a callable, so stop strings need `specache.generate`.
+    """
+    dropped = stock_generate_arguments()
+    check_model_arguments(dropped)
+    return _decode(model, input_ids, config, dropped.get("streamer"), progress, streamer_has_prompt=True, **arguments)
+
+
+@torch.no_grad()
+def prefill(
+    model: Any,
+    input_ids: Tensor,
+    *,
+    cache: SpeCache,
+    attention_mask: Tensor | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Fill `cache` with prompts [B, S] and generate nothing. A later `generate` over the same prompts starts at once.
+
+    Raises:
+        SpeCacheError: as `generate`.
+    """
+    token_ids = prompts(input_ids, attention_mask)
+    check_prompt_lengths(token_ids, cache.info)
+    cache.check_model(model)
+    with attached(model):
+        _prefill(Decoder(model, cache), cache, token_ids, cache.config.prefill_chunk, progress)
+
+
+@dataclass
+class _Request:
+    """What a call to generate asks for, beside the prompt."""
+
+    logits_processor: LogitsProcessorList
+    stopping_criteria: StoppingCriteriaList
+    do_sample: bool
+    pad_token: Tensor | None
+    ends_early: bool  # some criterion is an end-of-sequence token
+    record_scores: bool
+    record_logits: bool
+    guesses: GuessProcessors
+
+
+@dataclass
+class _Batch:
+    """Tokens so far, and what is recorded on the way. `B` sequences; finished ones get padding."""
+
+    input_ids: Tensor  # [B, S + new]
+    unfinished: Tensor  # bool [B]
+    scores: list[Tensor] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
+
+    @property
+    def active(self) -> list[int]:
+        return self.unfinished.nonzero()[:, 0].tolist()
+
+
+@torch.no_grad()
+def _decode(
+    model: Any,
+    input_ids: Tensor,
+    config: SpeCacheConfig | None,
+    streamer: Any,
+    progress: Progress | None,
+    *,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: Any,
+    attention_mask: Tensor | None = None,
+    past_key_values: Any = None,
+    streamer_has_prompt: bool = False,
+    **model_arguments: Any,
+) -> Tensor | GenerateDecoderOnlyOutput:
+    given = None
+    finished = False
+    cache: SpeCache | None = None
+    try:
+        check_generation_config(generation_config)
+        check_model_arguments(model_arguments)
+        given = user_cache(past_key_values)
+        token_ids = prompts(input_ids, attention_mask)
+        cache = _cache_for(model, config, given)
+        token_ids = _whole_sequences(cache, token_ids, input_ids, attention_mask, generation_config)
+        check_prompt_lengths(token_ids, cache.info)
+        if streamer is not None and not streamer_has_prompt:
+            streamer.put(input_ids.cpu())
+        request = _request(logits_processor, stopping_criteria, generation_config)
+        chunk = generation_config.prefill_chunk_size or cache.config.prefill_chunk
+        batch = _Batch(input_ids, torch.ones(len(token_ids), dtype=torch.bool, device=input_ids.device))
+        with attached(model):
+            _run(Decoder(model, cache), cache, token_ids, batch, request, chunk, streamer, progress)
+        finished = True
+    finally:
+        if streamer is not None:
+            streamer.end()
+        keep = given is not None or (finished and generation_config.return_dict_in_generate)
+        if cache is not None and not keep:
+            cache.close()
+    if not generation_config.return_dict_in_generate:
+        return batch.input_ids
+    return GenerateDecoderOnlyOutput(
+        sequences=batch.input_ids,
+        scores=tuple(batch.scores) if request.record_scores else None,
+        logits=tuple(batch.logits) if request.record_logits else None,
+        past_key_values=cache,
+    )
+
+
+def _run(
+    decoder: Decoder,
+    cache: SpeCache,
+    token_ids: list[list[int]],
+    batch: _Batch,
+    request: _Request,
+    chunk: int,
+    streamer: Any,
+    progress: Progress | None,
+) -> None:
+    """Prefill, pre-decode, decode."""
+    try:
+        logits = _prefill(decoder, cache, token_ids, chunk, progress)  # [B, V]
+        cache.counters.first_token_s = cache.counters.prefill_s
+        _take_tokens(batch, logits, request, cache, streamer)
+        guesses = _first_guesses(decoder, cache, batch, request)
+        while active := batch.active:
+            tokens = batch.input_ids[active, -1].tolist()
+            step = decoder.step(active, tokens, [guesses[i] for i in active] if guesses else None)
+            logits[active] = step.real
+            context = _with_guesses(batch, guesses) if guesses else None
+            _take_tokens(batch, logits, request, cache, streamer)
+            if guesses is not None and context is not None:
+                _count_guesses(cache, batch, guesses, active)
+                guesses = _guess(request, context, logits, step.guess, active)
+    except BaseException as error:
+        for index in batch.active:
+            if len(cache.sequences) > index and isinstance(error, KeyboardInterrupt):
+                cache.sequences[index].finish_reason = "interrupted"
+        raise
+
+
+def _prefill(
+    decoder: Decoder, cache: SpeCache, token_ids: list[list[int]], chunk: int, progress: Progress | None
+) -> Tensor:
+    """Prefill every sequence, equal ones once -> logits [B, V] of their last tokens."""
+    first: dict[tuple[int, ...], int] = {}
+    fresh = not cache.sequences
+    total = sum(len(ids) for ids in token_ids)
+    done = 0
+    logits: list[Tensor] = []
+    try:
+        for index, ids in enumerate(token_ids):
+            twin = first.setdefault(tuple(ids), index)
+            if fresh:
+                cache.sequences.append(cache.repeat(twin) if twin != index else cache.new_sequence())
+            if fresh and twin != index:
+                logits.append(logits[twin])
+            else:
+                report = _offset_progress(progress, done, total)
+                logits.append(decoder.prefill(cache.sequences[index], ids, chunk, report))
+            done += len(ids)
+    except BaseException:
+        if fresh:
+            for sequence in cache.sequences:
+                sequence.clear()
+            cache.sequences.clear()
+        raise
+    return torch.stack(logits)
+
+
+def _offset_progress(progress: Progress | None, offset: int, total: int) -> Progress:
+    if progress is None:
+        return lambda done, of: None
+    return lambda done, of: progress(offset + done, total)
+
+
+def _take_tokens(batch: _Batch, logits: Tensor, request: _Request, cache: SpeCache, streamer: Any) -> None:
+    """Choose every sequence's next token as stock generate does, and see who is finished. logits [B, V], float32."""
+    logits = logits.to(copy=True, dtype=torch.float32, device=batch.input_ids.device)
+    scores = request.logits_processor(batch.input_ids, logits)
+    if request.record_scores:
+        batch.scores.append(scores)
+    if request.record_logits:
+        batch.logits.append(logits)
+    if request.do_sample:
+        tokens = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
+    else:
+        tokens = scores.argmax(dim=-1)
+    if request.ends_early and request.pad_token is not None:
+        tokens = torch.where(batch.unfinished, tokens, request.pad_token)
+    batch.input_ids = torch.cat([batch.input_ids, tokens[:, None]], dim=-1)
+    if streamer is not None:
+        streamer.put(tokens.cpu())
+    _finish(batch, request, cache)
+
+
+def _finish(batch: _Batch, request: _Request, cache: SpeCache) -> None:
+    """Apply the stopping criteria and note why a sequence ended."""
+    recorded = tuple(batch.scores) if request.record_scores else None
+    by_length = torch.zeros_like(batch.unfinished)
+    by_stop = torch.zeros_like(batch.unfinished)
+    for criterion in request.stopping_criteria:
+        target = by_length if isinstance(criterion, MaxLengthCriteria | MaxTimeCriteria) else by_stop
+        target |= torch.as_tensor(criterion(batch.input_ids, recorded), device=target.device).bool()
+    for index in (batch.unfinished & (by_length | by_stop)).nonzero()[:, 0].tolist():
+        cache.sequences[index].finish_reason = "stop" if by_stop[index] else "length"
+    batch.unfinished &= ~(by_length | by_stop)
+
+
+def _first_guesses(decoder: Decoder, cache: SpeCache, batch: _Batch, request: _Request) -> list[int] | None:
+    """Pre-decoding (Algorithm 2), where the policy guesses: one guess per sequence, finished ones included."""
+    active = batch.active
+    if not cache.config.policy.guesses or not active:
+        return None
+    logits = decoder.pre_decode(active, batch.input_ids[active, -1].tolist())
+    return _guess(request, batch.input_ids, logits.new_zeros(len(batch.unfinished), logits.shape[-1]), logits, active)
+
+
+def _guess(
+    request: _Request, context: Tensor, like: Tensor, logits: Tensor | None, active: list[int]
+) -> list[int]:
+    """Speculative tokens [B] from the guess rows' logits [A, V], after the processors that may be applied to a guess."""
+    full = torch.zeros_like(like)
+    full[active] = logits
+    return request.guesses(context, full.to(context.device)).argmax(dim=-1).tolist()
+
+
+def _with_guesses(batch: _Batch, guesses: list[int]) -> Tensor:
+    """Tokens that the guess row continues: everything so far and the guess."""
+    column = torch.tensor(guesses, dtype=batch.input_ids.dtype, device=batch.input_ids.device)[:, None]
+    return torch.cat([batch.input_ids, column], dim=-1)
+
+
+def _count_guesses(cache: SpeCache, batch: _Batch, guesses: list[int], active: list[int]) -> None:
+    tokens = batch.input_ids[:, -1].tolist()
+    cache.counters.guesses += len(active)
+    cache.counters.guesses_right += sum(tokens[i] == guesses[i] for i in active)
+
+
+def _cache_for(model: Any, config: SpeCacheConfig | None, given: SpeCache | None) -> SpeCache:
+    if given is None:
+        return SpeCache(model, config)
+    given.check_model(model)
+    if config is not None and config.resolved(given.info.device.type) != given.config:
+        raise UsageError("A SpeCache keeps the config it was made with. Leave config out, or start a new SpeCache(model, config).")
+    return given
+
+
+def _whole_sequences(
+    cache: SpeCache, token_ids: list[list[int]], input_ids: Tensor, attention_mask: Tensor | None, generation_config: Any
+) -> list[list[int]]:
+    """Every sequence from its first token on, for a cache that may hold a part of it already."""
+    stored = cache.sequences
+    if not stored:
+        return token_ids
+    if len(token_ids) % len(stored):
+        raise UsageError(f"The SpeCache holds {len(stored)} sequences but the batch has {len(token_ids)} prompts.")
+    repeats = len(token_ids) // len(stored)
+    if repeats > 1:  # num_return_sequences
+        cache.sequences = [s for sequence in stored for s in [sequence, *(sequence.fork(cache) for _ in range(repeats - 1))]]
+    width = attention_mask.shape[1] if attention_mask is not None else getattr(generation_config, "_mask_length", 0)
+    if width > input_ids.shape[1]:  # only what is new was passed
+        return [sequence.token_ids + ids for sequence, ids in zip(cache.sequences, token_ids, strict=True)]
+    return token_ids
+
+
+def _request(
+    logits_processor: LogitsProcessorList, stopping_criteria: StoppingCriteriaList, generation_config: Any
+) -> _Request:
+    returns_dict = generation_config.return_dict_in_generate
+    return _Request(
+        logits_processor=logits_processor,
+        stopping_criteria=stopping_criteria,
+        do_sample=generation_config.do_sample,
+        pad_token=generation_config._pad_token_tensor,
+        ends_early=any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria),
+        record_scores=bool(returns_dict and generation_config.output_scores),
+        record_logits=bool(returns_dict and generation_config.output_logits),
+        guesses=GuessProcessors(logits_processor),
+    )
+
+

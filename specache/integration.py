@@ -1,0 +1,152 @@
+"""How a forward pass of a transformers model reaches our attention. The only file that knows transformers' internals.
+
+Extra keyword arguments of `model(...)` are handed down to the attention function, so a pass is
+`model(ids, position_ids=..., use_cache=False, specache=state)` while the model's attention implementation is set to ours. Without
+that argument our function hands over to the implementation that the user had.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from specache.exact import AttentionParams
+from specache.model import ModelInfo
+from specache.passes import ForwardPass
+
+NAME = "specache"
+_lock = threading.Lock()
+_attached: weakref.WeakKeyDictionary[Any, tuple[str, int]] = weakref.WeakKeyDictionary()  # model -> (user's, depth)
+_inside = threading.local()  # .ours: inside one of our passes
+
+
+@contextmanager
+def attached(model: Any) -> Iterator[None]:
+    """Our attention serves the model inside the block; the user's setting is restored afterwards, also on error."""
+    _attach(model)
+    try:
+        yield
+    finally:
+        _detach(model)
+
+
+def forward(model: Any, token_ids: Tensor, position_ids: Tensor, state: ForwardPass, logits: int) -> Tensor:
+    """One pass over token_ids [B, n] at position_ids [B, n] -> float32 logits [B, `logits`, V] of the last rows."""
+    previous = getattr(_inside, "ours", False)
+    _inside.ours = True
+    try:
+        output = model(
+            input_ids=token_ids,
+            position_ids=position_ids,
+            use_cache=False,
+            return_dict=True,
+            logits_to_keep=logits,
+            **{NAME: state},
+        )
+    finally:
+        _inside.ours = previous
+    return output.logits[:, -logits:].float()
+
+
+def reset_rope(model: Any, info: ModelInfo) -> None:
+    """Forget how long the last sequence was: dynamic scaling keeps the largest length it has seen."""
+    if info.rope_type != "dynamic":
+        return
+    for module in model.modules():
+        if hasattr(module, "max_seq_len_cached") and hasattr(module, "original_inv_freq"):
+            position = torch.zeros(1, 1, dtype=torch.long, device=info.device)
+            module(torch.empty(1, 1, 1, device=info.device, dtype=info.dtype), position)
+
+
+def stock_generate_arguments() -> dict[str, Any]:
+    """`streamer` and `assistant_model` of the stock `generate()` that is calling us.
+
+    It hands neither to a callable `custom_generate`; without them a streamer would never be ended and an assistant be ignored
+    silently.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "generate" and frame.f_globals.get("__name__") == "transformers.generation.utils":
+            return {name: frame.f_locals.get(name) for name in ("streamer", "assistant_model")}
+        frame = frame.f_back
+    return {}
+
+
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The attention function registered under our name."""
+    state = kwargs.pop(NAME, None)
+    if state is None:
+        return _hand_over(module)(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    sinks = kwargs.get("s_aux")
+    params = AttentionParams(
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=kwargs.get("softcap"),
+        sinks=getattr(module, "sinks", None) if sinks is None else sinks,
+    )
+    return state.attention(module.layer_idx, query, key, value, params), None
+
+
+def _hand_over(module: Any) -> Any:
+    """The attention function that the user had set."""
+    name = _users_implementation(module)
+    eager = getattr(inspect.getmodule(type(module)), "eager_attention_forward", None)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+
+
+def _users_implementation(module: Any) -> str:
+    config = getattr(module, "config", None)
+    for model, (name, _) in list(_attached.items()):
+        if config is None or model.config is config or model.config.get_text_config() is config:
+            return name
+    return "sdpa"
+
+
+def _mask(*args: Any, **kwargs: Any) -> Any:
+    """The mask function registered under our name: our passes need no mask, others get the user's."""
+    if getattr(_inside, "ours", False):
+        return None
+    config = kwargs.get("config")
+    for model, (name, _) in list(_attached.items()):
+        if config is None or model.config is config:
+            return ALL_MASK_ATTENTION_FUNCTIONS[name](*args, **kwargs)
+    return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)
+
+
+def _attach(model: Any) -> None:
+    with _lock:
+        name, depth = _attached.get(model, (model.config._attn_implementation, 0))
+        if depth == 0:
+            model.set_attn_implementation(NAME)
+        _attached[model] = (name, depth + 1)
+
+
+def _detach(model: Any) -> None:
+    with _lock:
+        name, depth = _attached[model]
+        if depth > 1:
+            _attached[model] = (name, depth - 1)
+            return
+        del _attached[model]
+        model.set_attn_implementation(name)
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, _mask)

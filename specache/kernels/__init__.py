@@ -1,0 +1,1 @@
+"""Compute kernels: one signature per operation (`dispatch`), one implementation per backend."""

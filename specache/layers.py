@@ -1,0 +1,306 @@
+"""The state of one layer of one sequence: compressed (full attention), windowed (sliding) or dense (policy `full`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from specache.attention import PassKind
+from specache.config import SpeCacheConfig
+from specache.errors import NonFiniteError
+from specache.exact import KEY_BLOCK, AttentionParams, Part, attend_part, merge, windowed
+from specache.kernels import dispatch
+from specache.kernels.types import LowBitCopy
+from specache.prefetch import Rows
+from specache.quant.pool import PageTable
+from specache.tiers.base import SlowTier
+
+
+def check_finite(keys: Tensor, values: Tensor, layer: int) -> None:
+    """Reject NaN and infinity before anything is packed.
+
+    Raises:
+        NonFiniteError: names the layer.
+    """
+    for name, tensor in (("keys", keys), ("values", values)):
+        if not torch.isfinite(tensor).all():
+            raise NonFiniteError(
+                f"The model produced NaN or infinity in the {name} of layer {layer}. Nothing of this step was kept. "
+                "Check the weights, or run in a wider dtype (bfloat16 or float32 instead of float16)."
+            )
+
+
+class CompressedLayer:
+    """A full-attention layer: low-bit copy in pages, exact residual, 16-bit rows in the slow tier.
+
+    Args:
+        index: the layer's number in the model.
+        table: its (empty) page table.
+        tier, rows: the sequence's slow tier, and this layer's access to it in decode steps.
+        keys: any key tensor [Hkv, n, D] of the layer, for heads, head dimension, dtype and device.
+    """
+
+    def __init__(
+        self, index: int, config: SpeCacheConfig, table: PageTable, tier: SlowTier, rows: Rows, keys: Tensor
+    ) -> None:
+        heads, _, dim = keys.shape
+        self.index = index
+        self.config = config
+        self.table = table
+        self.tier = tier
+        self.rows = rows
+        self.next_positions: Tensor | None = None
+        self.residual_count = 0
+        capacity = config.residual + config.group_size
+        self._residual = torch.empty(2, heads, capacity, dim, dtype=keys.dtype, device=keys.device)
+
+    @property
+    def copy(self) -> LowBitCopy:
+        return self.table.copy()
+
+    @property
+    def length(self) -> int:
+        return self.table.length + self.residual_count
+
+    @property
+    def residual_keys(self) -> Tensor:
+        return self._residual[0, :, : self.residual_count]
+
+    @property
+    def residual_values(self) -> Tensor:
+        return self._residual[1, :, : self.residual_count]
+
+    @property
+    def retiring(self) -> int:
+        """Tokens at the front of the residual that are due to become low bit."""
+        return self.config.low_bit_length(self.length) - self.table.length
+
+    @property
+    def fast_bytes(self) -> int:
+        return self.table.nbytes + self._residual.nbytes
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token in an ordinary cache of a 16-bit dtype."""
+        return 2 * 2 * self._residual.shape[1] * self._residual.shape[3]
+
+    def prefill(self, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
+        """Exact attention of the next n prompt tokens, which are then stored (paper Algorithm 1).
+
+        Earlier rows are read back from the slow tier block by block. query [Hq, n, D]; keys, values [Hkv, n, D].
+        """
+        check_finite(keys, values, self.index)
+        parts = [attend_part(query, k, v, params) for k, v in self._stored(keys.device)]
+        parts.append(attend_part(query, keys, values, params, causal=True))
+        out, _ = merge(parts, params.sinks)
+        self._store(keys, values)
+        return out
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Take one token [Hkv, 1, D] into the residual and the slow tier."""
+        check_finite(keys, values, self.index)
+        self.tier.write(self.index, self.length, keys, values)
+        self._residual[0, :, self.residual_count] = keys[:, 0]
+        self._residual[1, :, self.residual_count] = values[:, 0]
+        self.residual_count += 1
+
+    def retire(self) -> None:
+        """Quantise the oldest group when the residual is full, once, from its original values."""
+        count = self.retiring
+        if count:
+            self._quantise(self.residual_keys[:, :count], self.residual_values[:, :count])
+            kept = self._residual[:, :, count : self.residual_count].clone()
+            self.residual_count -= count
+            self._residual[:, :, : self.residual_count] = kept
+
+    def truncate(self, length: int) -> None:
+        """Forget tokens from `length` on. What a fresh prefill of the rest would hold is rebuilt from the 16-bit rows."""
+        if length >= self.length:
+            return
+        start = self.config.low_bit_length(length)
+        if start < self.table.length:
+            self.table.truncate(start)
+            keys, values = self.tier.read(self.index, start, length)
+            self._residual[0, :, : length - start] = keys
+            self._residual[1, :, : length - start] = values
+        self.residual_count = length - self.table.length
+        self.rows.drop()
+        self.next_positions = None
+
+    def fork(self, tier: SlowTier, rows: Rows, config: SpeCacheConfig) -> CompressedLayer:
+        """A copy over `tier` (a fork of this one's), sharing pages."""
+        other = CompressedLayer(self.index, config, self.table.fork(), tier, rows, self._residual[0])
+        other._residual.copy_(self._residual)
+        other.residual_count = self.residual_count
+        return other
+
+    def release(self) -> None:
+        self.rows.drop()
+        self.table.truncate(0)
+        self.residual_count = 0
+
+    def _stored(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """All stored keys and values, a block at a time."""
+        length = self.length
+        step = length if self.tier.in_place else KEY_BLOCK
+        for start in range(0, length, max(step, 1)):
+            keys, values = self.tier.read(self.index, start, min(start + step, length))
+            yield keys.to(device), values.to(device)
+
+    def _store(self, keys: Tensor, values: Tensor) -> None:
+        self.tier.write(self.index, self.length, keys, values)
+        keys = torch.cat([self.residual_keys, keys], dim=1)
+        values = torch.cat([self.residual_values, values], dim=1)
+        count = self.config.low_bit_length(self.table.length + keys.shape[1]) - self.table.length
+        if count:
+            self._quantise(keys[:, :count], values[:, :count])
+        self.residual_count = keys.shape[1] - count
+        self._residual[0, :, : self.residual_count] = keys[:, count:]
+        self._residual[1, :, : self.residual_count] = values[:, count:]
+
+    def _quantise(self, keys: Tensor, values: Tensor) -> None:
+        start = self.table.length
+        self.table.extend(keys.shape[1])
+        dispatch.quantise(keys, values, self.table.copy(), start)
+
+
+class DenseLayer:
+    """A full-attention layer under policy `full`: the ordinary 16-bit cache, in fast memory."""
+
+    def __init__(self, index: int, keys: Tensor) -> None:
+        heads, _, dim = keys.shape
+        self.index = index
+        self.length = 0
+        self._rows = torch.empty(2, heads, 0, dim, dtype=keys.dtype, device=keys.device)
+
+    @property
+    def keys(self) -> Tensor:
+        return self._rows[0, :, : self.length]
+
+    @property
+    def values(self) -> Tensor:
+        return self._rows[1, :, : self.length]
+
+    @property
+    def fast_bytes(self) -> int:
+        return self._rows.nbytes
+
+    @property
+    def token_bytes(self) -> int:
+        return 2 * 2 * self._rows.shape[1] * self._rows.shape[3]
+
+    def prefill(self, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
+        check_finite(keys, values, self.index)
+        parts = [attend_part(query, self.keys, self.values, params)] if self.length else []
+        parts.append(attend_part(query, keys, values, params, causal=True))
+        out, _ = merge(parts, params.sinks)
+        self.extend(keys, values)
+        return out
+
+    def extend(self, keys: Tensor, values: Tensor) -> None:
+        """Add n tokens [Hkv, n, D]."""
+        needed = self.length + keys.shape[1]
+        if needed > self._rows.shape[2]:
+            grown = self._rows.new_empty(*self._rows.shape[:2], max(needed, self.length * 9 // 8), self._rows.shape[3])
+            grown[:, :, : self.length] = self._rows[:, :, : self.length]
+            self._rows = grown
+        self._rows[0, :, self.length : needed] = keys
+        self._rows[1, :, self.length : needed] = values
+        self.length = needed
+
+    def decode(self, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
+        """Exact attention of one new token [Hq, 1, D] -> [Hq, 1, D]."""
+        check_finite(keys, values, self.index)
+        self.extend(keys, values)
+        return merge([attend_part(query, self.keys, self.values, params)], params.sinks)[0]
+
+    def truncate(self, length: int) -> None:
+        self.length = min(self.length, length)
+
+    def fork(self) -> DenseLayer:
+        other = DenseLayer(self.index, self._rows[0])
+        other._rows, other.length = self._rows.clone(), self.length
+        return other
+
+    def release(self) -> None:
+        self.length = 0
+        self._rows = self._rows[:, :, :0].clone()
+
+
+class WindowLayer:
+    """A sliding layer: the newest `window` tokens at 16 bits in a ring buffer, slot = position modulo window."""
+
+    def __init__(self, index: int, window: int, keys: Tensor) -> None:
+        heads, _, dim = keys.shape
+        self.index = index
+        self.window = window
+        self.length = 0
+        self._ring = torch.zeros(2, heads, window, dim, dtype=keys.dtype, device=keys.device)
+
+    @property
+    def nbytes(self) -> int:
+        return self._ring.nbytes
+
+    @property
+    def ordinary_bytes(self) -> int:
+        """Bytes of the same layer in an ordinary hybrid cache of a 16-bit dtype."""
+        return 2 * 2 * self._ring.shape[1] * self._ring.shape[3] * min(self.length, self.window)
+
+    def prefill(self, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
+        """Exact windowed attention of the next n prompt tokens, which are then stored."""
+        check_finite(keys, values, self.index)
+        earlier = torch.arange(max(0, self.length - self.window + 1), self.length, device=keys.device) % self.window
+        seen_keys = torch.cat([self._ring[0, :, earlier], keys], dim=1)
+        seen_values = torch.cat([self._ring[1, :, earlier], values], dim=1)
+        out, _ = merge([windowed(query, seen_keys, seen_values, self.window, params)], params.sinks)
+        self._write(keys, values)
+        return out
+
+    def decode(self, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams, kind: PassKind) -> Tensor:
+        """Exact windowed attention of a pass's rows [Hq, n, D]; row 0 is stored if the pass commits it."""
+        check_finite(keys, values, self.index)
+        if kind.commits:
+            self._write(keys[:, :1], values[:, :1])
+            keys, values = keys[:, 1:], values[:, 1:]
+        ring = min(self.length, self.window)
+        seen_keys = torch.cat([self._ring[0, :, :ring], keys], dim=1)
+        seen_values = torch.cat([self._ring[1, :, :ring], values], dim=1)
+        part: Part = attend_part(query, seen_keys, seen_values, params, self._mask(query, ring, kind))
+        return merge([part], params.sinks)[0]
+
+    def truncate(self, length: int) -> None:
+        """Forget the last token, or what a failed pass wrote; going further back needs `can_truncate`."""
+        self.length = min(self.length, length)
+
+    def can_truncate(self, length: int) -> bool:
+        """Whether the ring still holds what a sequence of `length` tokens sees next."""
+        return length >= self.length - 1 or self.length <= self.window
+
+    def fork(self) -> WindowLayer:
+        other = WindowLayer(self.index, self.window, self._ring[0])
+        other._ring.copy_(self._ring)
+        other.length = self.length
+        return other
+
+    def release(self) -> None:
+        self.length = 0
+        self._ring = self._ring[:, :, :0].clone()
+
+    def _write(self, keys: Tensor, values: Tensor) -> None:
+        self.length += keys.shape[1]
+        keys, values = keys[:, -self.window :], values[:, -self.window :]
+        slots = torch.arange(self.length - keys.shape[1], self.length, device=keys.device) % self.window
+        self._ring[0, :, slots] = keys
+        self._ring[1, :, slots] = values
+
+    def _mask(self, query: Tensor, ring: int, kind: PassKind) -> Tensor:
+        """bool [n, ring + own]: the row past the ring does not see the token that leaves its window; row 0 not row 1."""
+        own = 0 if kind is PassKind.SINGLE else 1
+        seen = torch.ones(kind.rows, ring + own, dtype=torch.bool, device=query.device)
+        if own and self.length >= self.window:
+            seen[-1, self.length % self.window] = False
+        if kind is PassKind.PAIR:
+            seen[0, -1] = False
+        return seen

@@ -1,0 +1,132 @@
+"""What specache needs to know of a model before it runs: which layers slide, how many positions, which RoPE.
+
+Models that the method cannot serve are refused here, with the reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from specache.errors import UnsupportedModelError
+
+_ATTENTION_KINDS = {"full_attention", "sliding_attention"}
+_POSITION_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Facts about one model.
+
+    Attributes:
+        windows: per layer, the sliding window in tokens, or `None` for full attention.
+        max_positions: tokens the model has positions for, or `None`.
+        rope_type: `default`, `llama3`, `dynamic`, `longrope`, ...
+        rope_switch: with `dynamic` and `longrope`, the length above which frequencies change; else `None`.
+        fingerprint: identifies configuration and class; a conversation continues only with an equal one.
+        device, dtype: of the model's parameters.
+    """
+
+    windows: tuple[int | None, ...]
+    max_positions: int | None
+    rope_type: str
+    rope_switch: int | None
+    fingerprint: str
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def extends_positions(self) -> bool:
+        """Whether prompts may be longer than `max_positions` (dynamic NTK scaling is made for that)."""
+        return self.rope_type == "dynamic"
+
+    def rope_side(self, position: int) -> int:
+        """Rows whose sides differ may not share a forward pass: its longest position decides its frequencies."""
+        if self.rope_switch is None or position < self.rope_switch:
+            return 0
+        return position + 1 if self.rope_type == "dynamic" else 1
+
+
+def inspect_model(model: Any) -> ModelInfo:
+    """Facts about a transformers model.
+
+    Raises:
+        UnsupportedModelError: its attention cannot run over a low-bit copy.
+    """
+    name = type(model).__name__
+    if not hasattr(model, "config") or not hasattr(model, "generate"):
+        raise UnsupportedModelError(f"{name} is not a transformers model for text generation.")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{name} is an encoder-decoder; specache runs decoder-only models.")
+    config = model.config.get_text_config(decoder=True)
+    windows = _windows(name, config)
+    _refuse(name, model, config, windows)
+    rope_type, switch = _rope(config)
+    parameter = next(model.parameters())
+    described = json.dumps([name, model.config.to_dict()], sort_keys=True, default=str)
+    return ModelInfo(
+        windows=windows,
+        max_positions=getattr(config, "max_position_embeddings", None),
+        rope_type=rope_type,
+        rope_switch=switch,
+        fingerprint=hashlib.sha256(described.encode()).hexdigest(),
+        device=parameter.device,
+        dtype=parameter.dtype,
+    )
+
+
+def _windows(name: str, config: Any) -> tuple[int | None, ...]:
+    """A window at least as long as the model's positions is full attention."""
+    layers = config.num_hidden_layers
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        kinds = ["sliding_attention" if window is not None else "full_attention"] * layers
+    other = sorted(set(kinds) - _ATTENTION_KINDS)
+    if other:
+        raise UnsupportedModelError(
+            f"{name} has layers of kind {', '.join(other)}; specache needs full attention, or full attention beside "
+            "sliding windows (state-space and linear-attention layers keep no key-value pairs to compress)."
+        )
+    positions = getattr(config, "max_position_embeddings", None)
+    if window is not None and positions is not None and window >= positions:
+        window = None
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _refuse(name: str, model: Any, config: Any, windows: tuple[int | None, ...]) -> None:
+    if getattr(config, "kv_lora_rank", None):
+        raise UnsupportedModelError(
+            f"{name} uses latent attention (kv_lora_rank): its cache is a compressed latent already, without per-head "
+            "keys and values to quantise."
+        )
+    if getattr(model, "_is_stateful", False):
+        raise UnsupportedModelError(f"{name} is a state-space or hybrid recurrent model; it has no cache to compress.")
+    if getattr(config, "num_kv_shared_layers", 0):
+        raise UnsupportedModelError(f"{name} shares keys and values between layers, which specache does not follow yet.")
+    if not getattr(model, "_supports_attention_backend", False):
+        raise UnsupportedModelError(
+            f"{name} does not use transformers' attention interface, so its attention cannot be replaced."
+        )
+    if all(window is not None for window in windows):
+        raise UnsupportedModelError(
+            f"Every layer of {name} slides over {windows[0]} tokens: its cache does not grow with the context, so there is "
+            "nothing to compress. Use the model's ordinary cache."
+        )
+
+
+def _rope(config: Any) -> tuple[str, int | None]:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    per_layer = [p for p in parameters.values() if isinstance(p, dict)] or [parameters]
+    for entry in per_layer:
+        kind = entry.get("rope_type", "default")
+        if kind == "dynamic":
+            return kind, config.max_position_embeddings
+        if kind == "longrope":
+            original = entry.get("original_max_position_embeddings") or config.original_max_position_embeddings
+            return kind, int(original)
+    return per_layer[0].get("rope_type", "default"), None

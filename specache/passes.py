@@ -1,0 +1,86 @@
+"""One forward pass of the model, as its attention layers see it: the object that reaches them as `specache=`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Sequences
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from specache.attention import PassPlan, mixed_attention, select_first
+from specache.cache import Sequence
+from specache.config import Policy
+from specache.exact import AttentionParams
+from specache.layers import CompressedLayer, DenseLayer, WindowLayer
+
+
+class ForwardPass(Protocol):
+    """Serves every attention layer of one forward pass."""
+
+    def attention(self, index: int, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
+        """query [B, Hq, n, D], keys and values [B, Hkv, n, D] of layer `index` -> [B, n, Hq, D], in the query's dtype."""
+
+
+class PrefillPass:
+    """A chunk of one sequence's prompt.
+
+    Args:
+        sequence: the sequence that grows.
+        select_first: the chunk is the last one and the policy fetches what its last token wants.
+    """
+
+    def __init__(self, sequence: Sequence, policy: Policy, top_k: int, is_last: bool) -> None:
+        self._sequence = sequence
+        self._select_first = is_last and policy is Policy.PREVIOUS
+        self._top_k = top_k
+
+    def attention(self, index: int, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
+        layer = self._sequence.layer(index, keys[0])
+        out = layer.prefill(query[0], keys[0], values[0], params)  # [Hq, n, D]
+        if self._select_first and isinstance(layer, CompressedLayer):
+            select_first(query[0, :, -1:], layer, params, self._top_k)
+        return out.transpose(0, 1)[None].to(query.dtype)
+
+
+class DecodePass:
+    """One or two rows of every sequence that still decodes."""
+
+    def __init__(self, sequences: Sequences[Sequence], plan: PassPlan) -> None:
+        self._sequences = sequences
+        self._plan = plan
+
+    def attention(self, index: int, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
+        layers = [sequence.layers[index] for sequence in self._sequences]
+        compressed = [layer for layer in layers if isinstance(layer, CompressedLayer)]
+        if compressed:
+            out = self._compressed(query, keys, values, compressed, params)
+        else:
+            out = torch.stack(
+                [self._exact(layer, query[b], keys[b], values[b], params) for b, layer in enumerate(layers)]
+            )
+        return out.transpose(1, 2).to(query.dtype)  # [B, n, Hq, D]
+
+    def _compressed(
+        self, query: Tensor, keys: Tensor, values: Tensor, layers: list[CompressedLayer], params: AttentionParams
+    ) -> Tensor:
+        if self._plan.kind.commits:
+            for b, layer in enumerate(layers):
+                layer.append(keys[b, :, :1], values[b, :, :1])
+        out = mixed_attention(query, keys, values, layers, params, self._plan)
+        for layer in layers:
+            layer.retire()
+        return out
+
+    def _exact(
+        self,
+        layer: CompressedLayer | DenseLayer | WindowLayer,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        params: AttentionParams,
+    ) -> Tensor:
+        if isinstance(layer, WindowLayer):
+            return layer.decode(query, keys, values, params, self._plan.kind)
+        assert isinstance(layer, DenseLayer)
+        return layer.decode(query, keys, values, params)

@@ -1,0 +1,261 @@
+"""Getting 16-bit rows to where they are needed: select -> submit -> wait, and the hot set they land in.
+
+`InPlaceRows` serves the tier whose rows are read where they lie. `FetchedRows` copies rows through a hot set: what a step's guess
+selects is read in the background while the rest of the step computes, what the real token still lacks is read at once.
+Positions are [Hkv, k], ascending, -1 where there is no pair. Rows are [Hkv, k, 2 D].
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from specache.stats import Counters
+from specache.tiers.base import SlowTier
+from specache.tiers.transfer import Arrival, Transfer
+
+NOWHERE = torch.iinfo(torch.int64).max  # position of an empty slot
+
+
+class Rows(Protocol):
+    """The 16-bit rows of one layer of one sequence, as a decode step asks for them."""
+
+    nbytes: int  # fast memory held, in bytes
+
+    def begin_step(self) -> None:
+        """Wait for what the last step submitted."""
+
+    def fetch(self, positions: Tensor) -> tuple[Tensor, int]:
+        """Rows of all positions, waiting for those not here -> (rows, how many were here)."""
+
+    def available(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of the positions that are here, without waiting -> (rows, the positions with -1 for those that are not)."""
+
+    def submit(self, positions: Tensor) -> None:
+        """Have these here when the next step begins."""
+
+    def resize(self, slots: int) -> None:
+        """Keep at least this many recently used rows per KV head."""
+
+    def drop(self) -> None:
+        """Forget everything fetched or in flight (the sequence was cut)."""
+
+
+class PrefetchWorker:
+    """One background thread that reads rows for all layers, in the order they were submitted."""
+
+    def __init__(self) -> None:
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="specache-prefetch")
+
+    def submit(self, read: Callable[[], Arrival]) -> Future[Arrival]:
+        return self._executor.submit(read)
+
+    def close(self) -> None:
+        """Cancel what has not begun and end the thread."""
+        self._executor.shutdown(wait=True, cancel_futures=True)
+
+    def abandon(self) -> None:
+        """The same without waiting, for a cache that was never closed."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+
+class InPlaceRows:
+    """Rows read where they lie: everything is always here."""
+
+    nbytes = 0
+
+    def __init__(self, tier: SlowTier, layer: int) -> None:
+        self._tier = tier
+        self._layer = layer
+
+    def begin_step(self) -> None:
+        pass
+
+    def fetch(self, positions: Tensor) -> tuple[Tensor, int]:
+        heads = torch.arange(positions.shape[0]).unsqueeze(1).expand_as(positions)
+        rows = self._tier.gather(self._layer, heads.flatten(), positions.clamp(min=0).flatten())
+        return rows.unflatten(0, positions.shape), int((positions >= 0).sum())
+
+    def available(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return self.fetch(positions)[0], positions
+
+    def submit(self, positions: Tensor) -> None:
+        pass
+
+    def resize(self, slots: int) -> None:
+        pass
+
+    def drop(self) -> None:
+        pass
+
+
+class HotSet:
+    """Recently used rows of one layer of one sequence in fast memory: `C` slots per KV head, least recently used out first.
+
+    `stamp` is the tick at which a slot was last wanted. Slots wanted in the current tick are never evicted in it.
+    """
+
+    def __init__(self, num_kv_heads: int, capacity: int, row: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.rows = torch.zeros(num_kv_heads, capacity, row, dtype=dtype, device=device)
+        self.position = torch.full((num_kv_heads, capacity), NOWHERE, device=device)
+        self.stamp = torch.full((num_kv_heads, capacity), -1, device=device)
+        self.step = 0
+        self._sorted: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def capacity(self) -> int:
+        return self.position.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows.nbytes + self.position.nbytes + self.stamp.nbytes
+
+    def find(self, positions: Tensor) -> Tensor:
+        """Slots [Hkv, k] of the positions, -1 for those that are not here; what is found counts as just used."""
+        if self.capacity == 0:
+            return torch.full_like(positions, -1)
+        if self._sorted is None:
+            self._sorted = self.position.sort(dim=1)
+        ordered, order = self._sorted
+        index = torch.searchsorted(ordered, positions.contiguous()).clamp_(max=self.capacity - 1)
+        slots = order.gather(1, index).where(ordered.gather(1, index) == positions, -1)
+        head, column = (slots >= 0).nonzero(as_tuple=True)
+        self.stamp[head, slots[head, column]] = self.step
+        return slots
+
+    def insert(self, head: Tensor, positions: Tensor, rows: Tensor) -> None:
+        """Add rows [M, 2 D] of (head, position) pairs that are not here, over the least recently used slots.
+
+        What does not fit beside this step's own rows is left out.
+        """
+        order = self.stamp.argsort(dim=1, stable=True)  # [Hkv, C], least recently used first
+        within = torch.zeros(self.position.shape[0], len(head), dtype=torch.long, device=head.device)
+        within[head, torch.arange(len(head), device=head.device)] = 1
+        rank = (within.cumsum(1) - 1)[head, torch.arange(len(head), device=head.device)]  # n-th newcomer of its head
+        fits = rank < self.capacity
+        head, positions, rows, rank = head[fits], positions[fits], rows[fits], rank[fits]
+        slot = order[head, rank]
+        free = self.stamp[head, slot] < self.step
+        head, slot = head[free], slot[free]
+        self.rows[head, slot] = rows[free]
+        self.position[head, slot] = positions[free]
+        self.stamp[head, slot] = self.step
+        self._sorted = None
+
+    def grow(self, capacity: int) -> None:
+        """At least `capacity` slots."""
+        extra = capacity - self.capacity
+        if extra > 0:
+            pad = torch.nn.functional.pad
+            self.rows = pad(self.rows, (0, 0, 0, extra))
+            self.position = pad(self.position, (0, extra), value=NOWHERE)
+            self.stamp = pad(self.stamp, (0, extra), value=-1)
+            self._sorted = None
+
+    def clear(self) -> None:
+        self.position.fill_(NOWHERE)
+        self.stamp.fill_(-1)
+        self._sorted = None
+
+
+@dataclass
+class _InFlight:
+    head: Tensor  # [M]
+    position: Tensor  # [M]
+    future: Future[Arrival]
+
+
+class FetchedRows:
+    """Rows copied from a slow tier through a hot set, ahead of need where they were submitted.
+
+    Args:
+        tier, layer: where the rows are.
+        hot: the layer's hot set; grows to hold the pairs of one step, whatever its budget.
+        worker, transfer: the background thread, and how rows get to the device.
+        counters: where waits and bytes are counted.
+    """
+
+    def __init__(
+        self, tier: SlowTier, layer: int, hot: HotSet, worker: PrefetchWorker, transfer: Transfer, counters: Counters
+    ) -> None:
+        self.hot = hot
+        self._tier = tier
+        self._layer = layer
+        self._worker = worker
+        self._transfer = transfer
+        self._counters = counters
+        self._in_flight: _InFlight | None = None
+        self._staged_bytes = 0  # most bytes that were in flight at once
+
+    @property
+    def nbytes(self) -> int:
+        return self.hot.nbytes + self._staged_bytes
+
+    def begin_step(self) -> None:
+        flight, self._in_flight = self._in_flight, None
+        if flight is not None:
+            started = time.perf_counter()
+            rows = flight.future.result().wait()
+            self._counters.wait_s += time.perf_counter() - started
+            self.hot.insert(flight.head, flight.position, rows)
+        self.hot.step += 1
+
+    def fetch(self, positions: Tensor) -> tuple[Tensor, int]:
+        self.hot.grow(positions.shape[1])
+        rows, slots = self._here(positions)
+        missing = (slots < 0) & (positions >= 0)
+        ready = int((slots >= 0).sum())
+        if missing.any():
+            head, column = missing.nonzero(as_tuple=True)
+            wanted = positions[head, column]
+            started = time.perf_counter()
+            fetched = self._read(head, wanted)().wait()
+            self._counters.wait_s += time.perf_counter() - started
+            rows[head, column] = fetched
+            self.hot.insert(head, wanted, fetched)
+        return rows, ready
+
+    def available(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        rows, slots = self._here(positions)
+        return rows, positions.where(slots >= 0, -1)
+
+    def submit(self, positions: Tensor) -> None:
+        self.hot.grow(positions.shape[1])
+        self.hot.step += 1  # what the next step wants outranks what this one used
+        slots = self.hot.find(positions)
+        head, column = ((slots < 0) & (positions >= 0)).nonzero(as_tuple=True)
+        if len(head):
+            wanted = positions[head, column]
+            self._in_flight = _InFlight(head, wanted, self._worker.submit(self._read(head, wanted)))
+
+    def resize(self, slots: int) -> None:
+        self.hot.grow(slots)
+
+    def drop(self) -> None:
+        flight, self._in_flight = self._in_flight, None
+        if flight is not None:
+            flight.future.cancel()
+        self.hot.clear()
+
+    def _here(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows [Hkv, k, 2 D] (zero where absent) and slots [Hkv, k]."""
+        slots = self.hot.find(positions)
+        if self.hot.capacity == 0:
+            return self.hot.rows.new_zeros(*positions.shape, self.hot.rows.shape[-1]), slots
+        index = slots.clamp(min=0).unsqueeze(-1).expand(-1, -1, self.hot.rows.shape[-1])
+        rows = self.hot.rows.gather(1, index)
+        return rows.masked_fill_((slots < 0).unsqueeze(-1), 0.0), slots
+
+    def _read(self, head: Tensor, position: Tensor) -> Callable[[], Arrival]:
+        """A read of M rows, to run on any thread."""
+        size = len(head) * self.hot.rows.shape[-1] * self.hot.rows.element_size()
+        self._counters.bytes_fetched += size
+        self._staged_bytes = max(self._staged_bytes, size)
+        head, position = head.cpu(), position.cpu()
+        return lambda: self._transfer(self._tier.gather(self._layer, head, position))

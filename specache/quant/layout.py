@@ -1,0 +1,105 @@
+"""The byte layout of one page of the low-bit copy: declared here, once.
+
+A page holds 64 tokens of one layer, all KV heads. Its fields lie one after the other, each starting at a multiple of 16 bytes:
+
+    field        dtype    shape                meaning
+    key_codes    uint8    [Hkv, 64, C]         C = ceil(D b / 8); code i of a byte at bits i b and up, channels in order
+    key_scale    float16  [Hkv, 64 / g, D]     one per channel and group of g tokens (keys: per channel)
+    key_zero     float16  [Hkv, 64 / g, D]
+    value_codes  uint8    [Hkv, 64, C]
+    value_scale  float16  [Hkv, 64, Gv]        Gv = ceil(D / min(g, D)); one per token and channel group (values: per token)
+    value_zero   float16  [Hkv, 64, Gv]
+
+A decoded element is `zero + scale * code` (paper section 3.1; KIVI). Scales and zero points are float16 for every model dtype: it
+holds a bfloat16's eight significant bits and three more, and codes are computed from the rounded values.
+Another code is another subclass of `PageLayout` with its own fields and kernels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from specache.config import PAGE_TOKENS
+from specache.kernels.types import LowBitCopy, PageRun
+
+FIELD_ALIGNMENT = 16  # bytes
+
+
+@dataclass(frozen=True)
+class Field:
+    """One array of a page: where it starts in the page (bytes), its dtype and shape."""
+
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def view(self, slab: Tensor) -> Tensor:
+        """The field in every page of `slab` uint8 [N, page bytes] -> [N, *shape], without a copy."""
+        return slab[:, self.offset : self.offset + self.nbytes].view(self.dtype).unflatten(1, self.shape)
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """KIVI's layout for one kind of layer. Layers with equal layouts share a pool.
+
+    Attributes:
+        bits, group_size: as in `SpeCacheConfig`.
+        num_kv_heads: KV heads that this process holds (its own, under tensor parallelism).
+        head_dim: elements per head of keys and of values.
+    """
+
+    bits: int
+    group_size: int
+    num_kv_heads: int
+    head_dim: int
+
+    @cached_property
+    def fields(self) -> Mapping[str, Field]:
+        heads, dim, g = self.num_kv_heads, self.head_dim, self.group_size
+        codes = (heads, PAGE_TOKENS, math.ceil(dim * self.bits / 8))
+        per_channel = (heads, PAGE_TOKENS // g, dim)
+        per_token = (heads, PAGE_TOKENS, math.ceil(dim / min(g, dim)))
+        return _place(
+            key_codes=(torch.uint8, codes),
+            key_scale=(torch.float16, per_channel),
+            key_zero=(torch.float16, per_channel),
+            value_codes=(torch.uint8, codes),
+            value_scale=(torch.float16, per_token),
+            value_zero=(torch.float16, per_token),
+        )
+
+    @cached_property
+    def page_bytes(self) -> int:
+        last = list(self.fields.values())[-1]
+        return _aligned(last.offset + last.nbytes)
+
+    def run(self, slab: Tensor, first: int, count: int) -> PageRun:
+        """Pages `[first, first + count)` of a slab, as kernels see them."""
+        pages = slab[first : first + count]
+        return PageRun(**{name: field.view(pages) for name, field in self.fields.items()})
+
+    def copy(self, runs: tuple[PageRun, ...], length: int) -> LowBitCopy:
+        """A sequence's low-bit copy of one layer, as kernels see it."""
+        return LowBitCopy(self.bits, self.group_size, self.num_kv_heads, self.head_dim, length, runs)
+
+
+def _place(**fields: tuple[torch.dtype, tuple[int, ...]]) -> dict[str, Field]:
+    placed, offset = {}, 0
+    for name, (dtype, shape) in fields.items():
+        placed[name] = Field(offset, dtype, shape)
+        offset = _aligned(offset + placed[name].nbytes)
+    return placed
+
+
+def _aligned(offset: int) -> int:
+    return math.ceil(offset / FIELD_ALIGNMENT) * FIELD_ALIGNMENT

@@ -1,0 +1,187 @@
+"""Pages from a pool with a byte budget, and the page tables through which sequences reach them.
+
+Appending never copies what is there, freeing is immediate, and sequences that share a prefix share its pages (reference counts).
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from specache.config import PAGE_TOKENS
+from specache.errors import FastMemoryError
+from specache.kernels.types import LowBitCopy, PageRun
+from specache.quant.layout import PageLayout
+
+Page = tuple[int, int]  # (slab, index in the slab)
+
+
+class ByteBudget:
+    """Bytes that several pools may allocate together; `limit` of `None` is unbounded."""
+
+    def __init__(self, limit: int | None = None) -> None:
+        self.limit = limit
+        self.used = 0
+
+    def take(self, size: int) -> None:
+        """Count `size` more bytes.
+
+        Raises:
+            FastMemoryError: the limit does not allow it; nothing was counted.
+        """
+        if self.limit is not None and self.used + size > self.limit:
+            raise FastMemoryError(
+                f"The low-bit copy needs {self.used + size:,} bytes but fast_memory allows {self.limit:,}. "
+                "Raise fast_memory, use fewer bits, a larger group_size or a shorter context."
+            )
+        self.used += size
+
+    def give_back(self, size: int) -> None:
+        self.used -= size
+
+
+class PagePool:
+    """Fixed-size pages of one layout, in slabs that are allocated as needed.
+
+    Args:
+        layout: the layout of every page.
+        device: where pages live (fast memory).
+        budget: bounds the bytes of slabs.
+    """
+
+    def __init__(self, layout: PageLayout, device: torch.device, budget: ByteBudget) -> None:
+        self.layout = layout
+        self.device = device
+        self._budget = budget
+        self._slabs: dict[int, Tensor] = {}
+        self._free: dict[int, list[int]] = {}
+        self._references: dict[Page, int] = {}
+        self._next_slab = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slabs, in use or free."""
+        return sum(slab.nbytes for slab in self._slabs.values())
+
+    @property
+    def pages_in_use(self) -> int:
+        return len(self._references)
+
+    def allocate(self, count: int) -> list[Page]:
+        """`count` pages with one reference each: free ones first, then a slab for the rest.
+
+        Raises:
+            FastMemoryError: the budget does not allow it; nothing was allocated.
+        """
+        available = sum(len(free) for free in self._free.values())
+        missing = count - available
+        if missing > 0:
+            self._add_slab(missing)
+        pages: list[Page] = []
+        for slab in sorted(self._free, key=lambda s: len(self._free[s]), reverse=True):
+            free = self._free[slab]
+            while free and len(pages) < count:
+                pages.append((slab, free.pop()))
+        for page in pages:
+            self._references[page] = 1
+        return sorted(pages)
+
+    def share(self, pages: list[Page]) -> None:
+        """One more reference to each page."""
+        for page in pages:
+            self._references[page] += 1
+
+    def release(self, pages: list[Page]) -> None:
+        """One reference less to each page; a slab without pages in use is given back to the system."""
+        for page in pages:
+            self._references[page] -= 1
+            if self._references[page]:
+                continue
+            del self._references[page]
+            slab, index = page
+            self._free[slab].append(index)
+            if len(self._free[slab]) == self._slabs[slab].shape[0]:
+                self._budget.give_back(self._slabs[slab].nbytes)
+                del self._free[slab], self._slabs[slab]
+
+    def is_shared(self, page: Page) -> bool:
+        return self._references[page] > 1
+
+    def run(self, slab: int, first: int, count: int) -> PageRun:
+        return self.layout.run(self._slabs[slab], first, count)
+
+    def page_bytes(self, page: Page) -> Tensor:
+        """The raw bytes of one page, uint8 [page_bytes]."""
+        return self._slabs[page[0]][page[1]]
+
+    def _add_slab(self, pages: int) -> None:
+        self._budget.take(pages * self.layout.page_bytes)
+        self._slabs[self._next_slab] = torch.zeros(pages, self.layout.page_bytes, dtype=torch.uint8, device=self.device)
+        self._free[self._next_slab] = list(reversed(range(pages)))
+        self._next_slab += 1
+
+
+class PageTable:
+    """The pages of one layer of one sequence, in token order, and how many tokens they hold."""
+
+    def __init__(self, pool: PagePool) -> None:
+        self.pool = pool
+        self.pages: list[Page] = []
+        self.length = 0
+        self._runs: tuple[PageRun, ...] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.pages) * self.pool.layout.page_bytes
+
+    def extend(self, tokens: int) -> None:
+        """Make room for `tokens` more and count them; their codes are written by the caller."""
+        self._own_last_page()
+        missing = _pages_for(self.length + tokens) - len(self.pages)
+        if missing > 0:
+            self.pages += self.pool.allocate(missing)
+            self._runs = None
+        self.length += tokens
+
+    def truncate(self, length: int) -> None:
+        """Forget tokens from `length` on; whole pages go back to the pool."""
+        keep = _pages_for(length)
+        self.pool.release(self.pages[keep:])
+        del self.pages[keep:]
+        self.length = length
+        self._runs = None
+
+    def fork(self) -> PageTable:
+        """A second table over the same pages; whoever writes to a shared page copies it first."""
+        other = PageTable(self.pool)
+        self.pool.share(self.pages)
+        other.pages, other.length = list(self.pages), self.length
+        return other
+
+    def copy(self) -> LowBitCopy:
+        """The low-bit copy as kernels see it."""
+        if self._runs is None:
+            self._runs = tuple(self.pool.run(*run) for run in self._consecutive())
+        return self.pool.layout.copy(self._runs, self.length)
+
+    def _own_last_page(self) -> None:
+        """Before a partly filled page is written to: replace it by a copy of its own if another table shares it."""
+        if self.length % PAGE_TOKENS and self.pool.is_shared(self.pages[-1]):
+            (page,) = self.pool.allocate(1)
+            self.pool.page_bytes(page).copy_(self.pool.page_bytes(self.pages[-1]))
+            self.pool.release([self.pages[-1]])
+            self.pages[-1] = page
+            self._runs = None
+
+    def _consecutive(self) -> list[tuple[int, int, int]]:
+        """Runs of neighbouring pages as (slab, first, count)."""
+        if not self.pages:
+            return []
+        starts = [0] + [i + 1 for i, ((s, p), (t, q)) in enumerate(pairwise(self.pages)) if (s, p + 1) != (t, q)]
+        return [(*self.pages[i], j - i) for i, j in pairwise([*starts, len(self.pages)])]
+
+
+def _pages_for(tokens: int) -> int:
+    return -(-tokens // PAGE_TOKENS)

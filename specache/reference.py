@@ -1,0 +1,293 @@
+"""The oracle: Algorithms 1-3 of SpeCache (arXiv 2503.16163) in plain PyTorch, written to be read and compared against.
+
+One sequence, dense tensors, codes one per byte, no pages, no tiers, unchunked prefill, all attention maths in float32.
+Nothing of the fast implementation is imported: agreement between the two means something.
+
+Symbols: `Hq` query heads, `Hkv` key-value heads, `G = Hq / Hkv`, `n` committed tokens, `q` rows of a pass, `D` head
+dimension, `b` bits, `g` group size, `R` residual, `k` fetched pairs per KV head, `L(n)` tokens held at low bit.
+A position is also the column of its token in every `[.., n]` tensor. Read downwards: the low-bit copy, attention and
+selection, the algorithms in one layer (`Layer`), the door into a transformers model, generation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from specache.config import Policy, SpeCacheConfig
+from specache.errors import UnsupportedModelError, UsageError
+
+NAME = "specache_reference"  # of the attention and mask functions, and of the keyword argument that carries the state
+FLOAT16_MAX = torch.finfo(torch.float16).max
+
+
+def quantise_groups(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The low-bit copy of KIVI (arXiv 2402.02750), of groups on the second last axis of `x [.., group, C]`.
+
+    `b >= 2`: `z = min X`, `s = (max X - min X) / (2^b - 1)`; `b = 1`: `z = (3 min X + max X) / 4`,
+    `s = (max X - min X) / 2` (SpeCache's quarter points). Then `code = clamp(round((x - z) / s), 0, 2^b - 1)` from
+    the rounded `z` and `s`. Returns codes uint8 `[.., group, C]`, scale and zero point float16 `[.., C]`.
+    """
+    x = x.float()
+    low, high = x.amin(dim=-2), x.amax(dim=-2)  # [.., C]
+    zero = (3 * low + high) / 4 if bits == 1 else low
+    scale = (high - low) / 2 if bits == 1 else (high - low) / (2**bits - 1)
+    zero, scale = (t.clamp(-FLOAT16_MAX, FLOAT16_MAX).half() for t in (zero, scale))
+    z, s = zero.float().unsqueeze(-2), scale.float().unsqueeze(-2)  # [.., 1, C]
+    steps = torch.where(s > 0, (x - z) / torch.where(s > 0, s, 1.0), 0.0)  # a constant group: s = 0, codes 0, never NaN
+    return steps.round().clamp(0, 2**bits - 1).to(torch.uint8), scale, zero
+
+
+def quantise_keys(keys: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys `[Hkv, n, D]` (`n` whole groups) per channel over groups of `g` consecutive tokens.
+
+    Returns codes uint8 `[Hkv, n, D]`, scale and zero point float16 `[Hkv, n/g, D]`.
+    """
+    if keys.shape[1] % group_size:
+        raise UsageError(f"Keys are quantised in whole groups of {group_size} tokens, got {keys.shape[1]} tokens.")
+    groups = keys.unflatten(1, (keys.shape[1] // group_size, group_size))  # [Hkv, n/g, g, D]
+    codes, scale, zero = quantise_groups(groups, bits)
+    return codes.flatten(1, 2), scale, zero
+
+
+def dequantise_keys(codes: Tensor, scale: Tensor, zero: Tensor, group_size: int) -> Tensor:
+    """`z + s * code`: float32 keys `[Hkv, n, D]` from what `quantise_keys` returned."""
+    z, s = (t.float().repeat_interleave(group_size, dim=1) for t in (zero, scale))  # [Hkv, n, D]
+    return z + s * codes
+
+
+def quantise_values(values: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Values `[Hkv, n, D]` per token over groups of `min(g, D)` consecutive channels; the last one may be short.
+
+    Returns codes uint8 `[Hkv, n, D]`, scale and zero point float16 `[Hkv, n, ceil(D/g)]`.
+    """
+    groups = [quantise_groups(x.unsqueeze(-1), bits) for x in values.split(group_size, dim=-1)]  # x [Hkv, n, <=g]
+    codes, scale, zero = zip(*groups, strict=True)
+    return torch.cat(codes, dim=-2).squeeze(-1), torch.cat(scale, dim=-1), torch.cat(zero, dim=-1)
+
+
+def dequantise_values(codes: Tensor, scale: Tensor, zero: Tensor, group_size: int) -> Tensor:
+    """`z + s * code`: float32 values `[Hkv, n, D]` from what `quantise_values` returned."""
+    channels = codes.shape[-1]
+    z, s = (t.float().repeat_interleave(group_size, dim=-1)[..., :channels] for t in (zero, scale))  # [Hkv, n, D]
+    return z + s * codes
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """The attention probabilities of one layer, `softmax(q K^T * scaling)`, with its cap, sinks and window."""
+
+    scaling: float
+    softcap: float | None  # c: scores become c * tanh(score / c)
+    sinks: Tensor | None  # [Hkv, G] one logit per query head that takes probability and has no value
+    window: int | None  # W: the token at position p sees p-W+1..p; None sees everything
+
+    def probabilities(self, queries: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
+        """Probabilities `[Hkv, G, q, n]` of queries `[Hkv, G, q, D]` at `positions [q]` over keys `[Hkv, n, D]`."""
+        distance = positions[:, None] - torch.arange(keys.shape[1], device=keys.device)  # [q, n]
+        visible = (distance >= 0) & (distance < (keys.shape[1] if self.window is None else self.window))
+        scores = queries @ keys.unsqueeze(1).transpose(-1, -2) * self.scaling  # [Hkv, G, q, n]
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+        scores = scores.masked_fill(~visible, float("-inf"))
+        if self.sinks is not None:
+            scores = torch.cat([scores, self.sinks[..., None, None].expand_as(scores[..., :1])], dim=-1)  # [.., n + 1]
+        return scores.softmax(dim=-1)[..., : keys.shape[1]]  # [Hkv, G, q, n]
+
+
+def attend(probabilities: Tensor, values: Tensor) -> Tensor:
+    """Attention output `[Hkv, G, q, D]` from probabilities `[Hkv, G, q, n]` and values `[Hkv, n, D]`."""
+    return probabilities @ values.unsqueeze(1)
+
+
+def select(probabilities: Tensor, candidates: int, top_k: int) -> Tensor:
+    """Top-k of Algorithms 2 and 3: per KV head the `k` most attended of the positions `[0, candidates)`, ascending.
+
+    `probabilities [Hkv, G, 1, n]` are the selecting row's over everything it sees. They are averaged over the `G`
+    query heads; ties go to the lower position. Returns int64 `[Hkv, min(k, candidates)]`.
+    """
+    importance = probabilities.squeeze(2).mean(dim=1)[:, :candidates]  # [Hkv, candidates]
+    ranking = importance.sort(dim=-1, descending=True, stable=True).indices  # stable: equals keep their order
+    return ranking[:, :top_k].sort(dim=-1).values
+
+
+def swap_in(copy: Tensor, exact: Tensor, fetched: Tensor) -> Tensor:
+    """Algorithm 3's swap: `copy [Hkv, n, D]` with the rows at `fetched [Hkv, k]` taken from `exact [Hkv, n, D]`."""
+    index = fetched.unsqueeze(-1).expand(-1, -1, copy.shape[-1])  # [Hkv, k, D]
+    return copy.scatter(1, index, exact.gather(1, index))
+
+
+@dataclass
+class Layer:
+    """What one layer remembers: every pair in the model's dtype, and the decoded copy of the first `L(n)` of them."""
+
+    config: SpeCacheConfig  # resolved: its policy is never `auto`
+    exact: bool  # nothing is quantised: a sliding-window layer, or policy `full`
+    keys: Tensor  # [Hkv, n, D] model dtype, after RoPE; built with n = 0
+    values: Tensor  # [Hkv, n, D] model dtype
+
+    def __post_init__(self) -> None:
+        self.low_bit_keys = self.keys.float()  # [Hkv, L(n), D]
+        self.low_bit_values = self.values.float()  # [Hkv, L(n), D]
+        self.fetched_positions = self.keys.new_empty(self.keys.shape[:2], dtype=torch.int64)  # [Hkv, <=k]
+
+    @property
+    def low_bit_length(self) -> int:
+        """`L(n) = g * max(0, (n - R) // g)`; 0 where nothing is quantised."""
+        return 0 if self.exact else self.config.low_bit_length(self.keys.shape[1])
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Commit rows `[Hkv, q, D]`; groups that leave the residual are quantised, once, from their original values."""
+        self.keys = torch.cat([self.keys, keys], dim=1)  # [Hkv, n + q, D]
+        self.values = torch.cat([self.values, values], dim=1)
+        leaving = slice(self.low_bit_keys.shape[1], self.low_bit_length)
+        bits, g = self.config.bits, self.config.group_size
+        new_keys = dequantise_keys(*quantise_keys(self.keys[:, leaving], bits, g), g)
+        new_values = dequantise_values(*quantise_values(self.values[:, leaving], bits, g), g)
+        self.low_bit_keys = torch.cat([self.low_bit_keys, new_keys], dim=1)  # [Hkv, L(n + q), D]
+        self.low_bit_values = torch.cat([self.low_bit_values, new_values], dim=1)
+
+    def prefill(self, softmax: Softmax, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Algorithm 1: exact causal attention over the prompt, then its low-bit copy. Returns `[Hkv, G, S, D]`."""
+        positions = torch.arange(keys.shape[1], device=keys.device)  # [S]
+        out = attend(softmax.probabilities(queries, keys.float(), positions), values.float())
+        self.append(keys, values)
+        if self.config.policy is Policy.PREVIOUS:  # there is no pre-decoding: the last prompt token selects
+            copy = torch.cat([self.low_bit_keys, keys[:, self.low_bit_length :].float()], dim=1)  # [Hkv, S, D]
+            probabilities = softmax.probabilities(queries[:, :, -1:], copy, positions[-1:])  # [Hkv, G, 1, S]
+            self.fetched_positions = select(probabilities, self.low_bit_length, self.config.top_k)
+        return out
+
+    def decode(self, softmax: Softmax, queries: Tensor, keys: Tensor, values: Tensor, committed: int) -> Tensor:
+        """Algorithms 2 and 3: attend over the copy with the fetched pairs swapped in, the residual and the new rows.
+
+        Queries `[Hkv, G, q, D]`, keys and values `[Hkv, q, D]`; row `i` sees the new rows `0..i`, and the first
+        `committed` rows are kept. Returns `[Hkv, G, q, D]` float32.
+        """
+        length, low_bit_length, config = self.keys.shape[1], self.low_bit_length, self.config
+        exact_keys = torch.cat([self.keys, keys], dim=1).float()  # [Hkv, n + q, D]
+        exact_values = torch.cat([self.values, values], dim=1).float()
+        copy_keys = torch.cat([self.low_bit_keys, exact_keys[:, low_bit_length:]], dim=1)  # [Hkv, n + q, D]
+        copy_values = torch.cat([self.low_bit_values, exact_values[:, low_bit_length:]], dim=1)
+        outputs, fetched = [], self.fetched_positions
+        for row in range(queries.shape[2]):
+            query = queries[:, :, row : row + 1]  # [Hkv, G, 1, D]
+            position = torch.tensor([length + row], device=keys.device)  # [1]
+            if config.policy.verifies:  # the row's own selection, from low-bit scores
+                fetched = select(softmax.probabilities(query, copy_keys, position), low_bit_length, config.top_k)
+            mixed_keys = swap_in(copy_keys, exact_keys, fetched)
+            mixed_values = swap_in(copy_values, exact_values, fetched)
+            probabilities = softmax.probabilities(query, mixed_keys, position)  # [Hkv, G, 1, n + q]
+            outputs.append(attend(probabilities, mixed_values))
+        self.append(keys[:, :committed], values[:, :committed])
+        if config.policy in (Policy.SPECULATIVE, Policy.PREVIOUS):  # the last row selects for the next pass
+            self.fetched_positions = select(probabilities, self.low_bit_length, config.top_k)
+        return torch.cat(outputs, dim=2)
+
+
+@dataclass
+class ReferenceState:
+    """One sequence, and how much of the running pass is kept."""
+
+    config: SpeCacheConfig
+    length: int = 0  # n
+    committed: int = 0  # rows of this pass whose keys and values are kept
+    layers: dict[int, Layer] = field(default_factory=dict)
+
+    def forward(self, model: Any, token_ids: Sequence[int], committed: int) -> Tensor:
+        """One pass over `token_ids` at positions `n, n+1, ..`; raw float32 logits `[q, V]` (prefill: the last row)."""
+        self.committed = committed
+        ids = torch.tensor([token_ids], device=model.device)  # [1, q]
+        position_ids = torch.arange(self.length, self.length + len(token_ids), device=model.device)[None]  # [1, q]
+        extra = {NAME: self, "use_cache": False, "logits_to_keep": 0 if self.layers else 1}  # 0 keeps all of them
+        logits: Tensor = model(ids, position_ids=position_ids, **extra).logits[0]  # [q, V]
+        if not self.layers:
+            raise UnsupportedModelError(f"{type(model).__name__} does not call registered attention functions.")
+        self.length += committed
+        return logits.float()
+
+
+def attention_function(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Called by every attention module: `query [1, Hq, q, D]`, new `key`, `value [1, Hkv, q, D]` -> `[1, q, Hq, D]`."""
+    state: ReferenceState = kwargs[NAME]
+    keys, values = key[0], value[0]  # [Hkv, q, D]
+    queries = query[0].float().unflatten(0, (keys.shape[0], -1))  # [Hkv, G, q, D]
+    if (sinks := kwargs.get("s_aux", getattr(module, "sinks", None))) is not None:  # [Hq]
+        sinks = sinks.float().unflatten(0, (keys.shape[0], -1))  # [Hkv, G]
+    if (window := kwargs.get("sliding_window")) is not None and window >= module.config.max_position_embeddings:
+        window = None  # full attention
+    softmax = Softmax(scaling, kwargs.get("softcap"), sinks, window)
+    if module.layer_idx in state.layers:
+        out = state.layers[module.layer_idx].decode(softmax, queries, keys, values, state.committed)
+    else:
+        exact = window is not None or state.config.policy is Policy.FULL
+        layer = state.layers[module.layer_idx] = Layer(state.config, exact, keys[:, :0], values[:, :0])
+        out = layer.prefill(softmax, queries, keys, values)
+    return out.flatten(0, 1).transpose(0, 1).unsqueeze(0).to(query.dtype), None  # [Hkv, G, q, D] -> [1, q, Hq, D]
+
+
+AttentionInterface.register(NAME, attention_function)
+AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)  # causality and windows follow from the positions
+
+
+@dataclass
+class ReferenceOutput:
+    """One entry per emitted token: the token, the logits it was chosen from, the guess that was fed for it."""
+
+    tokens: list[int]
+    logits: Tensor  # [new, V] float32, raw; the first from the prefill
+    guesses: list[int | None]  # None for the first token, and for policies that do not guess
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    input_ids: Tensor,
+    config: SpeCacheConfig,
+    max_new_tokens: int,
+    *,
+    forced_tokens: Sequence[int] | None = None,
+    forced_guesses: Sequence[int | None] | None = None,
+) -> ReferenceOutput:
+    """Greedy generation of exactly `max_new_tokens` tokens (no stop at EOS) from `input_ids [1, S]`.
+
+    `forced_tokens[i]` is emitted as token `i` instead of the most likely one. `forced_guesses[i]` is fed as the guess
+    for token `i` instead of the model's own, which None keeps; entry 0 is ignored, as the first token is not guessed.
+    Raises `UsageError` on a batch, an empty prompt, `max_new_tokens < 1`, or too few forced entries.
+    """
+    if input_ids.ndim != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] < 1 or max_new_tokens < 1:
+        raise UsageError(f"Expected input_ids [1, S] and a token to generate, got {input_ids.shape}, {max_new_tokens}.")
+    if any(forced is not None and len(forced) < max_new_tokens for forced in (forced_tokens, forced_guesses)):
+        raise UsageError(f"forced_tokens and forced_guesses need {max_new_tokens} entries, one per new token.")
+    state = ReferenceState(config.resolved(model.device.type))
+    own_attention = model.config._attn_implementation
+    tokens, guesses, logits = list[int](), list[int | None](), list[Tensor]()
+
+    def emit(row: Tensor, guess: int | None) -> None:
+        tokens.append(int(row.argmax()) if forced_tokens is None else forced_tokens[len(tokens)])
+        guesses.append(guess)
+        logits.append(row)  # [V]
+
+    try:
+        model.set_attn_implementation(NAME)
+        rows = state.forward(model, input_ids[0].tolist(), committed=input_ids.shape[1])  # Algorithm 1: prefill
+        emit(rows[-1], None)
+        if state.config.policy.guesses and max_new_tokens > 1:
+            rows = state.forward(model, tokens, committed=0)  # Algorithm 2: pre-decode T1, to be fed again
+        for step in range(1, max_new_tokens):  # Algorithm 3: decode T_t, beside the guess at T_{t+1} if there is one
+            guess = None
+            if state.config.policy.guesses:
+                forced = forced_guesses[step] if forced_guesses is not None else None
+                guess = int(rows[-1].argmax()) if forced is None else forced
+            rows = state.forward(model, [tokens[-1]] if guess is None else [tokens[-1], guess], committed=1)
+            emit(rows[0], guess)
+    finally:
+        model.set_attn_implementation(own_attention)
+    return ReferenceOutput(tokens, torch.stack(logits), guesses)

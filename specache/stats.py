@@ -1,0 +1,75 @@
+"""What happened: the one source of numbers for the command line, the benchmarks and the tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass
+class MemoryUse:
+    """Bytes of one cache, counted from the tensors that exist.
+
+    `fast` is low-bit copy and residual (the whole 16-bit cache under policy `full`) of the full-attention layers;
+    `full` is what the same layers' ordinary cache takes in a 16-bit dtype. `windows` are the sliding layers' ring
+    buffers, `ordinary_windows` the same in an ordinary 16-bit hybrid cache.
+    """
+
+    fast: int = 0
+    slow: int = 0
+    hot: int = 0
+    windows: int = 0
+    full: int = 0
+    ordinary_windows: int = 0
+
+
+@dataclass
+class Counters:
+    """Running totals of one cache.
+
+    `rows_selected` and `rows_ready` count the real token's wanted (KV head, position) pairs; `bytes_fetched` counts
+    both rows' reads from the slow tier. `guesses` counts speculative tokens whose real counterpart became known.
+    """
+
+    rows_selected: int = 0
+    rows_ready: int = 0
+    bytes_fetched: int = 0
+    guesses: int = 0
+    guesses_right: int = 0
+    wait_s: float = 0.0
+    prefill_s: float = 0.0
+    first_token_s: float | None = None
+    decode_s: float = 0.0
+    decoded_tokens: int = 0
+    prefetches: bool = False
+    speculates: bool = False
+
+
+def report(memory: MemoryUse, counters: Counters) -> dict[str, Any]:
+    """The statistics as JSON-ready values. Keys are stable; a rate that was not measured is `None`."""
+    c, m = counters, memory
+    return {
+        "fast_bytes": m.fast,
+        "slow_bytes": m.slow,
+        "hot_bytes": m.hot,
+        "window_bytes": m.windows,
+        "full_bytes": m.full,
+        "fast_ratio": _ratio(m.fast, m.full),
+        "hot_ratio": _ratio(m.hot, m.full),
+        "model_ratio": _ratio(m.fast + m.windows, m.full + m.ordinary_windows),
+        "total_bytes": m.fast + m.slow + m.hot + m.windows,
+        "rows_selected": c.rows_selected,
+        "rows_ready": c.rows_ready if c.prefetches else None,
+        "hit_rate": _ratio(c.rows_ready, c.rows_selected) if c.prefetches else None,
+        "bytes_fetched": c.bytes_fetched,
+        "guess_rate": _ratio(c.guesses_right, c.guesses) if c.speculates else None,
+        "wait_s": c.wait_s,
+        "prefill_s": c.prefill_s,
+        "time_to_first_token_s": c.first_token_s,
+        "decode_s": c.decode_s,
+        "tokens_per_s": _ratio(c.decoded_tokens, c.decode_s),
+    }
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole else None

@@ -1,0 +1,39 @@
+"""The interface of a slow tier: the 16-bit rows of one sequence.
+
+One row is `[K | V]` of one token and one KV head, `2 D` elements, contiguous. Rows of one head lie in token order. Keys are stored
+after RoPE. Rows are in the model's dtype and on the CPU; `gather` may be called from any thread.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class SlowTier(Protocol):
+    """Rows of one sequence, all its full-attention layers."""
+
+    in_place: bool  # rows are read where they lie: nothing needs fetching ahead
+
+    def write(self, layer: int, start: int, keys: Tensor, values: Tensor) -> None:
+        """Store keys and values [Hkv, n, D] of tokens `[start, start + n)`; what was there is replaced."""
+
+    def read(self, layer: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [Hkv, stop - start, D] of a range of tokens (prefill, rebuilding a residual)."""
+
+    def gather(self, layer: int, heads: Tensor, positions: Tensor) -> Tensor:
+        """Rows [M, 2 D] of M (KV head, position) pairs, in their order."""
+
+    def reserve(self, tokens: int) -> None:
+        """Expect a sequence of this many tokens."""
+
+    def fork(self) -> SlowTier:
+        """An independent copy."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+
+    def close(self) -> None:
+        """Free everything."""
