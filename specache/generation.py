@@ -21,6 +21,7 @@ from specache.request import (
     check_max_new_tokens,
     check_model_arguments,
     check_prompt_lengths,
+    inferred_mask,
     prompts,
     user_cache,
 )
@@ -63,6 +64,8 @@ def generate(
     check_max_new_tokens(kwargs.get("max_new_tokens"))
     if input_ids is None:
         raise UsageError("There is no prompt: pass input_ids, a tensor of token ids [batch, length].")
+    if attention_mask is None:
+        attention_mask = inferred_mask(input_ids, model.generation_config)
     prompts(input_ids, attention_mask)
     if stop_strings is not None:
         if tokenizer is None:

@@ -39,7 +39,7 @@ def quantise_groups(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     scale = (high - low) / 2 if bits == 1 else (high - low) / (2**bits - 1)
     zero, scale = (t.clamp(-FLOAT16_MAX, FLOAT16_MAX).half() for t in (zero, scale))
     z, s = zero.float().unsqueeze(-2), scale.float().unsqueeze(-2)  # [.., 1, C]
-    steps = torch.where(s > 0, (x - z) / torch.where(s > 0, s, 1.0), 0.0)  # a constant group: s = 0, codes 0, never NaN
+    steps = torch.where(s > 0, (x - z) / s, 0.0)  # a constant group: s = 0, codes 0, never NaN
     return steps.round().clamp(0, 2**bits - 1).to(torch.uint8), scale, zero
 
 

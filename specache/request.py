@@ -92,6 +92,19 @@ def prompts(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]
     return [row[start:] for row, start in zip(rows, first.tolist(), strict=True)]
 
 
+def inferred_mask(input_ids: Any, generation_config: Any) -> Tensor | None:
+    """The mask of a batch that came without one: pad tokens at the front of a row are padding, those inside it are text.
+
+    As in stock generate, nothing is inferred when the pad token also ends a text.
+    """
+    pad, ends = generation_config.pad_token_id, generation_config.eos_token_id
+    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
+        return None
+    if pad is None or pad in (ends if isinstance(ends, list) else [ends]):
+        return torch.ones_like(input_ids)
+    return (input_ids != pad).cummax(dim=1).values.to(input_ids.dtype)
+
+
 def check_prompt_lengths(token_ids: list[list[int]], info: ModelInfo) -> None:
     """Refuse prompts that the model has no positions for."""
     longest = max(len(row) for row in token_ids)

@@ -1,0 +1,5 @@
+"""The command line: `specache generate`, `chat`, `demo` and `doctor`.
+
+Nothing here computes: a command reads its options, loads a model, calls `specache.generate` and prints. Modules that
+need torch or transformers import them inside functions, so that `specache --help` answers at once.
+"""

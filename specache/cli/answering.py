@@ -1,0 +1,127 @@
+"""One call of `specache.generate` for a command: progress, streaming, interrupts, and what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from specache.cli.console import PrefillProgress
+from specache.cli.models import LoadedModel
+from specache.cli.options import DEFAULT_MAX_NEW_TOKENS
+from specache.cli.prompts import pad_left
+from specache.cli.streaming import AnswerRecorder
+
+if TYPE_CHECKING:
+    from specache import SpeCache
+
+INTERRUPTED = "interrupted"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One prompt's answer, whole or up to an interrupt."""
+
+    text: str
+    token_ids: list[int]
+    prompt_tokens: int
+    finish_reason: str | None  # "stop", "length" or "interrupted"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON. Keys are stable."""
+        return {
+            "text": self.text,
+            "token_ids": self.token_ids,
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": len(self.token_ids),
+            "finish_reason": self.finish_reason,
+        }
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one call produced."""
+
+    results: list[Result]
+    interrupted: bool
+
+
+def answer(
+    loaded: LoadedModel,
+    prompts: list[list[int]],
+    cache: SpeCache,
+    options: dict[str, Any],
+    *,
+    stops: Sequence[str] = (),
+    on_text: Callable[[int, str], None] | None = None,
+    description: str = "Reading the prompt",
+) -> Outcome:
+    """Generate one answer per prompt into `cache`. Ctrl-C ends the answers where they are and is not raised.
+
+    Args:
+        loaded: model and tokenizer.
+        prompts: token ids per sequence; whole conversations if `cache` already holds their beginning.
+        cache: empty, or holding what is to be continued.
+        options: from `options.generation_options`.
+        stops: texts to stop before.
+        on_text: called with (sequence index, new text) as text becomes certain.
+        description: what the progress bar says while the prompt is read.
+    """
+    import specache
+
+    pad_id, end_ids = _special_ids(loaded)
+    input_ids, attention_mask = pad_left(prompts, pad_id)
+    device = loaded.model.device
+    progress = PrefillProgress(description)
+    recorder = AnswerRecorder(loaded.tokenizer, end_ids, stops, on_text, on_first=progress.close)
+    arguments = {**options, "max_new_tokens": room(options["max_new_tokens"], loaded, input_ids.shape[1])}
+    if stops:
+        arguments |= {"stop_strings": list(stops), "tokenizer": loaded.tokenizer}
+    interrupted = False
+    try:
+        specache.generate(
+            loaded.model,
+            input_ids=input_ids.to(device),
+            attention_mask=None if attention_mask is None else attention_mask.to(device),
+            past_key_values=cache,
+            streamer=recorder,
+            progress=progress,
+            pad_token_id=pad_id,
+            **arguments,
+        )
+    except KeyboardInterrupt:
+        interrupted = True
+    finally:
+        progress.close()
+    return Outcome(_results(prompts, recorder, cache, interrupted), interrupted)
+
+
+def room(max_new_tokens: int | None, loaded: LoadedModel, prompt_tokens: int) -> int:
+    """`max_new_tokens`, or where it was not given the default, shortened to the positions that the model has left."""
+    if max_new_tokens is not None:
+        return max_new_tokens
+    left = (loaded.max_positions or 0) - prompt_tokens
+    return min(DEFAULT_MAX_NEW_TOKENS, left) if left > 0 else DEFAULT_MAX_NEW_TOKENS
+
+
+def _results(prompts: list[list[int]], recorder: AnswerRecorder, cache: SpeCache, interrupted: bool) -> list[Result]:
+    rows = len(prompts)
+    unfinished = INTERRUPTED if interrupted else None
+    token_ids = recorder.token_ids or [[] for _ in range(rows)]
+    texts = recorder.texts or [""] * rows
+    reasons = list(cache.finish_reasons)
+    if len(reasons) != rows:  # interrupted before the first step
+        reasons = [None] * rows
+    return [
+        Result(text, ids, len(prompt), reason or unfinished)
+        for text, ids, prompt, reason in zip(texts, token_ids, prompts, reasons, strict=True)
+    ]
+
+
+def _special_ids(loaded: LoadedModel) -> tuple[int, list[int]]:
+    """The padding token, and the tokens that end a sequence."""
+    generation_config = loaded.model.generation_config
+    end = generation_config.eos_token_id
+    end_ids = [] if end is None else [end] if isinstance(end, int) else list(end)
+    candidates = (generation_config.pad_token_id, loaded.tokenizer.pad_token_id, *end_ids, 0)
+    return next(candidate for candidate in candidates if candidate is not None), end_ids

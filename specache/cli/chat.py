@@ -1,0 +1,158 @@
+"""`specache chat`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import Any
+
+from specache.cli import options
+from specache.cli.answering import Outcome
+from specache.cli.console import err, print_error, quiet_libraries, reports_errors, status, write
+from specache.cli.conversation import Conversation
+from specache.cli.models import Device, Dtype, LoadedModel, load
+from specache.cli.prompts import has_chat_template
+from specache.cli.report import rate, statistics_table, times
+from specache.config import Policy, SlowTierKind, SpeCacheConfig
+from specache.errors import ConfigError, SpeCacheError
+
+EPILOG = """
+[bold]In the conversation[/bold]
+
+/stats shows what the cache holds, /reset starts over, /exit or Ctrl-D leaves.
+
+Ctrl-C stops an answer; what was said of it stays in the conversation.
+"""
+PROMPT = "> "
+HELP = "Commands: /stats, /reset, /help, /exit. Ctrl-C stops an answer, Ctrl-D leaves."
+
+
+@reports_errors
+def chat(
+    model: options.Model,
+    system: options.System = None,
+    max_new_tokens: options.MaxNewTokens = None,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    min_p: options.MinP = None,
+    top_k_sampling: options.TopKSampling = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    seed: options.Seed = None,
+    stop: options.Stop = None,
+    bits: options.Bits = 2,
+    group_size: options.GroupSize = 64,
+    residual: options.Residual = 64,
+    top_k: options.TopK = 64,
+    policy: options.PolicyOption = Policy.AUTO,
+    slow_tier: options.SlowTier = SlowTierKind.AUTO,
+    hot_set: options.HotSet = options.DEFAULT_HOT_SET,
+    prefill_chunk: options.PrefillChunk = 1024,
+    dtype: options.DtypeOption = Dtype.AUTO,
+    device: options.DeviceOption = Device.AUTO,
+    threads: options.Threads = None,
+    revision: options.Revision = None,
+    offline: options.Offline = False,
+) -> None:
+    """Talk with a model. Every turn continues from the same low-bit cache, so only new text is read."""
+    config = options.build_config(
+        bits=bits,
+        group_size=group_size,
+        residual=residual,
+        top_k=top_k,
+        policy=policy,
+        slow_tier=slow_tier,
+        hot_set=hot_set,
+        prefill_chunk=prefill_chunk,
+    )
+    arguments = options.generation_options(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        min_p=min_p,
+        top_k_sampling=top_k_sampling,
+        repetition_penalty=repetition_penalty,
+    )
+    stops = options.checked_stops(stop)
+
+    quiet_libraries()
+    options.set_threads(threads)
+    with status(f"Loading {model}") as say:
+        loaded = load(model, dtype=dtype, device=device, revision=revision, offline=offline, on_progress=say)
+    options.set_seed(seed)
+    _talk(loaded, config, arguments, stops, system)
+
+
+def _talk(
+    loaded: LoadedModel, config: SpeCacheConfig, arguments: dict[str, Any], stops: list[str], system: str | None
+) -> None:
+    if not has_chat_template(loaded.tokenizer):
+        raise ConfigError(f"{loaded.name} has no chat template. Use 'specache generate --raw' with this model.")
+    conversation = Conversation(loaded, config, arguments, stops=stops, system=system)
+    err.print(HELP, style="dim")
+    try:
+        while (line := _read_line()) is not None:
+            if not _obey(conversation, line):
+                break
+    finally:
+        conversation.close()
+
+
+def _obey(conversation: Conversation, line: str) -> bool:
+    """Carry out one line. Returns whether the conversation goes on."""
+    match line.strip():
+        case "":
+            pass
+        case "/exit" | "/quit":
+            return False
+        case "/reset":
+            conversation.reset()
+            err.print("Starting over.", style="dim")
+        case "/stats":
+            err.print(statistics_table(conversation.cache.stats(), conversation.cache.config.to_dict()))
+        case text if text.startswith("/") and len(text.split()) == 1:
+            err.print(HELP, style="dim")
+        case text:
+            _turn(conversation, text)
+    return True
+
+
+def _turn(conversation: Conversation, text: str) -> None:
+    try:
+        outcome = conversation.say(text, on_text=lambda row, piece: write(piece))
+    except SpeCacheError as error:
+        print_error(str(error))
+        return
+    write("\n")
+    err.print(_summary(conversation, outcome), style="dim")
+
+
+def _summary(conversation: Conversation, outcome: Outcome) -> str:
+    stats, result = conversation.cache.stats(), outcome.results[0]
+    length = conversation.cache.get_seq_length()
+    note = {"length": ", cut at --max-new-tokens", "interrupted": ", stopped"}.get(result.finish_reason or "", "")
+    return (
+        f"[{len(result.token_ids)} tokens{note}; {length:,} in the cache at {times(stats['fast_ratio'])} of 16 bits; "
+        f"{rate(stats['tokens_per_s'])} tokens per second]"
+    )
+
+
+def _read_line() -> str | None:
+    """The next line of the user; `None` at the end of input. Ctrl-C drops the line that was begun."""
+    while True:
+        try:
+            if not sys.stdin.isatty():
+                return sys.stdin.readline() or None
+            _enable_line_editing()
+            return input(PROMPT)
+        except EOFError:
+            write("\n")
+            return None
+        except KeyboardInterrupt:
+            write("\n")
+            err.print(HELP, style="dim")
+
+
+def _enable_line_editing() -> None:
+    """History and cursor keys for `input`, where the system has them."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401

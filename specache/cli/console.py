@@ -1,0 +1,134 @@
+"""Standard output is for answers, standard error for everything else: progress, tables, errors."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import ParamSpec, TypeVar
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from specache.errors import ConfigError, SpeCacheError
+
+EXIT_ERROR = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130  # what a shell reports for a process that SIGINT ended
+
+err = Console(stderr=True, highlight=False)
+
+_Args = ParamSpec("_Args")
+_Result = TypeVar("_Result")
+
+
+def write(text: str) -> None:
+    """Put text of an answer on standard output, at once."""
+    try:
+        sys.stdout.write(text)
+    except UnicodeEncodeError:  # a terminal that is not UTF-8
+        encoding = sys.stdout.encoding or "ascii"
+        sys.stdout.write(text.encode(encoding, errors="replace").decode(encoding))
+    sys.stdout.flush()
+
+
+def print_error(message: str) -> None:
+    """One red line on standard error."""
+    err.print("error: ", style="bold red", end="", markup=False)
+    err.print(message, markup=False, soft_wrap=True)
+
+
+def reports_errors(command: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
+    """Turn our errors and Ctrl-C into one line and an exit code; `SPECACHE_DEBUG=1` shows the traceback instead."""
+
+    @functools.wraps(command)
+    def wrapper(*args: _Args.args, **kwargs: _Args.kwargs) -> _Result:
+        try:
+            return command(*args, **kwargs)
+        except SpeCacheError as error:
+            if os.environ.get("SPECACHE_DEBUG"):
+                raise
+            print_error(str(error))
+            raise typer.Exit(EXIT_USAGE if isinstance(error, ConfigError) else EXIT_ERROR) from None
+        except KeyboardInterrupt:
+            err.print("Interrupted.", style="yellow")
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+
+    return wrapper
+
+
+def quiet_libraries() -> None:
+    """Silence the progress bars and advice of transformers and the hub client; errors still show."""
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", module=r"transformers\..*")
+
+
+@contextmanager
+def status(message: str) -> Iterator[Callable[[str], None]]:
+    """A spinner while something without measurable progress runs; plain lines where there is no terminal.
+
+    Yields a function that changes the message.
+    """
+    if not err.is_terminal:
+        yield _say_line
+        return
+    with err.status(escape(message)) as spinner:
+        yield lambda text: spinner.update(escape(text))
+
+
+def _say_line(message: str) -> None:
+    err.print(message, style="dim", markup=False)
+
+
+class PrefillProgress:
+    """A progress bar for `progress=` of `prefill` and `generate`. It leaves the screen as soon as prefill ends.
+
+    Nothing is drawn for prompts shorter than `minimum` tokens or where standard error is no terminal.
+    """
+
+    def __init__(self, description: str = "Reading the prompt", minimum: int = 512) -> None:
+        self._description = description
+        self._minimum = minimum
+        self._bar: Progress | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        if done >= total:
+            self.close()
+            return
+        if self._bar is None:
+            if not err.is_terminal or total < self._minimum:
+                return
+            self._start(total)
+        assert self._bar is not None
+        self._bar.update(self._bar.task_ids[0], completed=done, total=total)
+
+    def _start(self, total: int) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.completed:,.0f} of {task.total:,.0f} tokens"),
+            TimeElapsedColumn(),
+        )
+        self._bar = Progress(*columns, console=err, transient=True)
+        self._bar.add_task(self._description, total=total)
+        self._bar.start()
+
+    def close(self) -> None:
+        """Take the bar off the screen. Safe to call twice."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

@@ -1,0 +1,161 @@
+"""GGUF files, converted once to safetensors and kept in the user's cache folder.
+
+`$SPECACHE_CACHE/models/<name>-<key>` is complete or absent: a conversion is written to a temporary folder beside it
+and renamed. Two processes that convert the same file at once take turns where the system has file locks; where it has
+none, the one that finishes second throws its copy away.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from specache.errors import SpeCacheError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+CONVERSION_VERSION = 1  # raise it when the conversion below changes what it writes
+
+
+class CacheFolderError(SpeCacheError):
+    """The cache folder cannot be written."""
+
+
+class ConversionError(SpeCacheError):
+    """A GGUF file cannot be read as a model."""
+
+
+def cache_folder() -> Path:
+    """Where converted models live: `$SPECACHE_CACHE`, by default `~/.cache/specache`."""
+    return Path(os.environ.get("SPECACHE_CACHE") or "~/.cache/specache").expanduser()
+
+
+def converted_model(gguf: Path, on_convert: Callable[[str], None] = lambda message: None) -> Path:
+    """The folder of `gguf` as safetensors, converted first if it is not there yet.
+
+    Args:
+        gguf: the file. It is recognised by its content, so a copy elsewhere is not converted again.
+        on_convert: told what takes long, if anything does.
+
+    Raises:
+        CacheFolderError: the cache folder cannot be written.
+        ConversionError: the file is not a GGUF model that transformers can read.
+    """
+    target = cache_folder() / "models" / f"{_safe_name(gguf)}-{_key(gguf)}"
+    if target.is_dir():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(target, on_convert) as alone:
+            if not target.is_dir():
+                on_convert(f"Converting {gguf.name} to safetensors (once)")
+                if alone:
+                    _remove_stale(target)
+                _convert_into(gguf, target)
+    except OSError as error:
+        raise CacheFolderError(
+            f"cannot write the converted model to {target.parent}: {error}. "
+            "Free some space there, or set SPECACHE_CACHE to another folder."
+        ) from error
+    return target
+
+
+def _convert_into(gguf: Path, target: Path) -> None:
+    temporary = Path(tempfile.mkdtemp(prefix=_temporary_prefix(target), dir=target.parent))
+    try:
+        _write_safetensors(gguf, temporary)
+        temporary.chmod(0o755)  # mkdtemp's 0o700 would hide a cache shared between users
+        _rename(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_safetensors(gguf: Path, folder: Path) -> None:
+    """Read `gguf` with its weights dequantised and save model and tokenizer to `folder`, in bfloat16."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    source, name = str(gguf.parent), gguf.name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            gguf_file=name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.bfloat16,
+            local_files_only=True,
+        )
+    except Exception as error:  # the readers raise whatever the bytes make them trip over
+        raise ConversionError(f"cannot read {gguf} as a GGUF model: {_first_line(error)}") from error
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+
+
+def _rename(temporary: Path, target: Path) -> None:
+    try:
+        os.rename(temporary, target)
+    except OSError:
+        if not target.is_dir():  # otherwise another process was first; its copy is as good as ours
+            raise
+
+
+def _key(gguf: Path) -> str:
+    """Identifies file content and converter."""
+    import transformers
+
+    try:
+        with gguf.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256")
+    except OSError as error:
+        raise ConversionError(f"cannot read {gguf}: {error.strerror or error}") from error
+    digest.update(f"|{CONVERSION_VERSION}|{transformers.__version__}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _safe_name(gguf: Path) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", gguf.stem)[:80]
+
+
+def _temporary_prefix(target: Path) -> str:
+    return f".{target.name}.tmp-"
+
+
+def _remove_stale(target: Path) -> None:
+    """Remove what interrupted conversions left. Only under the lock: without it another process may be at work."""
+    for folder in target.parent.glob(f"{_temporary_prefix(target)}*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _lock(target: Path, on_wait: Callable[[str], None]) -> Iterator[bool]:
+    """Hold the lock of one converted model. Yields whether it is held: not every system or folder has locks."""
+    if fcntl is None:
+        yield False
+        return
+    with open(target.parent / f".{target.name}.lock", "w") as file:  # closed, also by a kill, it is released
+        yield _acquire(file.fileno(), on_wait)
+
+
+def _acquire(descriptor: int, on_wait: Callable[[str], None]) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        on_wait("Waiting for another process that is converting the same model")
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError:
+        return False
+    return True
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

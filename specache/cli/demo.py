@@ -1,0 +1,173 @@
+"""`specache demo`: one question about a long document, answered over three caches side by side."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from specache.cli import options
+from specache.cli.answering import Result, answer
+from specache.cli.console import (
+    EXIT_INTERRUPTED,
+    PrefillProgress,
+    quiet_libraries,
+    reports_errors,
+    status,
+    write,
+)
+from specache.cli.demo_document import DemoTask, make_task
+from specache.cli.demo_report import Run, comparison
+from specache.cli.models import DEMO_MODEL, Device, Dtype, LoadedModel, load
+from specache.cli.prompts import encode, has_chat_template
+from specache.config import Policy, SlowTierKind, SpeCacheConfig
+from specache.errors import ConfigError
+
+if TYPE_CHECKING:
+    from specache import SpeCache
+
+EPILOG = """
+The document is Python's own documentation, with one sentence planted in it that gives a random number.
+The same prefill serves all three answers, so that they differ in nothing but the cache they decode over.
+
+[bold]Examples[/bold]
+
+specache demo --seed 7
+
+specache demo --bits 1 --top-k 128
+"""
+MAX_NEW_TOKENS = 32
+"""Tokens of one answer: the question needs about 17."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One of the caches that answer."""
+
+    name: str
+    policy: Policy
+
+
+@reports_errors
+def demo(
+    tokens: Annotated[int, typer.Option("--tokens", help="Length of the document, about.")] = 7000,
+    depth: Annotated[
+        float, typer.Option("--depth", min=0.0, max=1.0, help="Where the fact is planted: 0 is the beginning.")
+    ] = 0.1,
+    seed: Annotated[int | None, typer.Option("--seed", help="Decides the number. Default: a new one.")] = None,
+    as_json: options.Json = False,
+    bits: options.Bits = 2,
+    top_k: options.TopK = 64,
+    model: options.Model = DEMO_MODEL,
+    dtype: options.DtypeOption = Dtype.AUTO,
+    device: options.DeviceOption = Device.AUTO,
+    threads: options.Threads = None,
+) -> None:
+    """Ask a small model about a long document, over three caches: SpeCache, 16 bits, and low bits alone."""
+    config = SpeCacheConfig(bits=bits, top_k=top_k, policy=Policy.VERIFIED, slow_tier=SlowTierKind.RAM)
+    if seed is None:
+        seed = random.SystemRandom().randrange(10_000)
+    quiet_libraries()
+    options.set_threads(threads)
+    with status("Loading the model") as say:
+        loaded = load(model, dtype=dtype, device=device, on_progress=say)
+    task = make_task(loaded.tokenizer, tokens=tokens, seed=seed, depth=depth)
+    ids = encode(loaded.tokenizer, task.prompt, chat=has_chat_template(loaded.tokenizer))
+    _check_length(loaded, ids)
+    out = Console(highlight=False, quiet=as_json)
+    _introduce(out, loaded, task, len(ids), seed, depth)
+    runs = _runs(out, loaded, ids, task, config)
+    if as_json:
+        write(json.dumps(_document(task, runs, seed, depth), ensure_ascii=False) + "\n")
+    else:
+        out.print(comparison(runs, config))
+    if runs[-1].result.finish_reason == "interrupted":
+        raise typer.Exit(EXIT_INTERRUPTED)
+
+
+def _check_length(loaded: LoadedModel, ids: list[int]) -> None:
+    longest = loaded.max_positions
+    if longest is not None and len(ids) + MAX_NEW_TOKENS > longest:
+        raise ConfigError(f"{loaded.name} has {longest:,} positions; --tokens can be {longest - 200:,} at most.")
+
+
+def _introduce(out: Console, loaded: LoadedModel, task: DemoTask, length: int, seed: int, depth: float) -> None:
+    layers = loaded.model.config.get_text_config().num_hidden_layers
+    out.print(f"[bold]Document[/bold]  Python's documentation, {length:,} tokens ({loaded.name}, {layers} layers)")
+    out.print(f"[bold]Planted [/bold]  at {depth:.0%}: {task.fact}  (seed {seed})")
+    out.print(f"[bold]Question[/bold]  {task.question}")
+
+
+def _runs(out: Console, loaded: LoadedModel, ids: list[int], task: DemoTask, config: SpeCacheConfig) -> list[Run]:
+    """Prefill once, then answer over a copy of the cache per contender. An interrupt ends it after the current one."""
+    contenders = (
+        Contender(f"SpeCache, {config.bits} bits", Policy.VERIFIED),
+        Contender("16-bit cache", Policy.FULL),
+        Contender(f"{config.bits} bits alone", Policy.NONE),
+    )
+    runs: list[Run] = []
+    with _prefilled(loaded, ids, config) as shared:
+        for contender in contenders:
+            run = _run(out, loaded, ids, task, shared, contender, streams=not runs)
+            runs.append(run)
+            if run.result.finish_reason == "interrupted":
+                break
+    return runs
+
+
+def _prefilled(loaded: LoadedModel, ids: list[int], config: SpeCacheConfig) -> SpeCache:
+    import torch
+
+    import specache
+
+    cache = specache.SpeCache(loaded.model, config)
+    progress = PrefillProgress("Reading the document")
+    try:
+        input_ids = torch.tensor([ids], device=loaded.model.device)
+        specache.prefill(loaded.model, input_ids, cache=cache, progress=progress)
+    except BaseException:
+        cache.close()
+        raise
+    finally:
+        progress.close()
+    return cache
+
+
+def _run(
+    out: Console,
+    loaded: LoadedModel,
+    ids: list[int],
+    task: DemoTask,
+    shared: SpeCache,
+    contender: Contender,
+    streams: bool,
+) -> Run:
+    generation = options.generation_options(max_new_tokens=MAX_NEW_TOKENS)
+    with shared.fork(policy=contender.policy) as cache:
+        if streams and not out.quiet:
+            out.print("[bold]Answer  [/bold]  ", end="")
+            result = _answer(loaded, ids, cache, generation, lambda row, text: write(text))
+            write("\n")
+        else:
+            with status(f"The same question over the cache: {contender.name}"):
+                result = _answer(loaded, ids, cache, generation, None)
+        return Run(contender.name, result, task.is_right(result.text), cache.stats(), cache.config.to_dict())
+
+
+def _answer(loaded: LoadedModel, ids: list[int], cache: SpeCache, generation: dict[str, Any], on_text: Any) -> Result:
+    return answer(loaded, [ids], cache, generation, on_text=on_text).results[0]
+
+
+def _document(task: DemoTask, runs: list[Run], seed: int, depth: float) -> dict[str, Any]:
+    return {
+        "seed": seed,
+        "depth": depth,
+        "fact": task.fact,
+        "question": task.question,
+        "expected": task.code,
+        "runs": [run.to_dict() for run in runs],
+    }

@@ -1,0 +1,88 @@
+"""The demo's task: find one planted sentence in a long document."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+from specache.errors import SpeCacheError
+
+QUESTION = "What is the secret access code of the archive?"
+_FACT = "The secret access code of the archive is {code}. Remember it."
+_OVERHEAD = 100  # tokens of the question, the fact and the chat template
+
+
+class DemoError(SpeCacheError):
+    """The demo's document cannot be made."""
+
+
+@dataclass(frozen=True)
+class DemoTask:
+    """A document with one planted fact, and a question about it."""
+
+    prompt: str
+    fact: str
+    code: str
+    question: str = QUESTION
+
+    def is_right(self, answer: str) -> bool:
+        """Whether an answer contains the planted number."""
+        return self.code in answer
+
+
+def make_task(tokenizer: Any, *, tokens: int, seed: int, depth: float) -> DemoTask:
+    """Python's own documentation, in alphabetical order of its topics, up to a length.
+
+    Args:
+        tokenizer: counts tokens.
+        tokens: length of the prompt, about.
+        seed: decides the planted number.
+        depth: where it is planted, as a fraction of the document.
+
+    Raises:
+        DemoError: this Python comes without its documentation, or `tokens` is out of range.
+    """
+    if tokens <= 2 * _OVERHEAD:
+        raise DemoError(f"--tokens must be more than {2 * _OVERHEAD}, got {tokens}.")
+    code = str(random.Random(seed).randrange(10_000, 100_000))
+    paragraphs, lengths = _document(tokenizer, tokens - _OVERHEAD)
+    fact = _FACT.format(code=code)
+    paragraphs.insert(_paragraph_at(lengths, depth), fact)
+    document = "\n\n".join(paragraphs)
+    prompt = f"Here is a document.\n\n{document}\n\nEnd of the document.\n\n{QUESTION}"
+    return DemoTask(prompt, fact, code)
+
+
+def _document(tokenizer: Any, budget: int) -> tuple[list[str], list[int]]:
+    """Paragraphs that fill `budget` tokens, and the length of each in tokens."""
+    paragraphs: list[str] = []
+    lengths: list[int] = []
+    for paragraph in _topics():
+        length = len(tokenizer(paragraph + "\n\n", add_special_tokens=False)["input_ids"])
+        if sum(lengths) + length > budget:
+            return paragraphs, lengths
+        paragraphs.append(paragraph)
+        lengths.append(length)
+    raise DemoError(f"Python's documentation has only {sum(lengths):,} tokens; pass a smaller --tokens.")
+
+
+def _topics() -> list[str]:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise DemoError(
+            "this Python comes without its documentation (pydoc_data), which the demo reads. "
+            "Use a full Python installation."
+        ) from None
+    return [paragraph for name in sorted(topics) for paragraph in topics[name].split("\n\n") if paragraph.strip()]
+
+
+def _paragraph_at(lengths: list[int], depth: float) -> int:
+    """Index of the first paragraph that begins at or after `depth` of the document."""
+    before, target = 0, depth * sum(lengths)
+    for index, length in enumerate(lengths):
+        if before >= target:
+            return index
+        before += length
+    return len(lengths)

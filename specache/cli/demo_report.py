@@ -1,0 +1,81 @@
+"""The demo's table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from specache.cli.answering import Result
+from specache.cli.report import percent, rate, seconds, size, times, total_ratio
+from specache.config import SpeCacheConfig
+
+KIVI_RESIDUAL = 128
+
+
+@dataclass(frozen=True)
+class Run:
+    """One contender's answer and statistics."""
+
+    name: str
+    result: Result
+    right: bool
+    stats: dict[str, Any]
+    config: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "name": self.name,
+            "right": self.right,
+            **self.result.to_dict(),
+            "config": self.config,
+            "stats": self.stats,
+        }
+
+
+def comparison(runs: list[Run], config: SpeCacheConfig) -> RenderableType:
+    """All runs side by side, and what to know when reading it."""
+    table = Table(title_justify="left", pad_edge=False)
+    table.add_column()
+    for run in runs:
+        table.add_column(run.name, justify="right", overflow="fold")
+    table.add_row("answer", *(run.result.text.strip() for run in runs))
+    table.add_row("", *(_verdict(run) for run in runs), end_section=True)
+    for label, cell in _STATISTICS:
+        table.add_row(label, *(cell(run.stats) for run in runs))
+    return Group(table, Text(_notes(config), style="dim"))
+
+
+def _verdict(run: Run) -> Text:
+    if run.result.finish_reason == "interrupted":
+        return Text("interrupted", style="yellow")
+    return Text("right", style="bold green") if run.right else Text("wrong", style="bold red")
+
+
+def _with_ratio(count: float, ratio: float | None) -> str:
+    return f"{size(count)} ({times(ratio)})" if count else "-"
+
+
+_STATISTICS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
+    ("fast memory", lambda stats: _with_ratio(stats["fast_bytes"], stats["fast_ratio"])),
+    ("  and its hot set", lambda stats: _with_ratio(stats["hot_bytes"], stats["hot_ratio"])),
+    ("slow memory", lambda stats: size(stats["slow_bytes"]) if stats["slow_bytes"] else "-"),
+    ("in total", lambda stats: _with_ratio(stats["total_bytes"], total_ratio(stats))),
+    ("guesses right", lambda stats: percent(stats["guess_rate"])),
+    ("prefetch hits", lambda stats: percent(stats["hit_rate"])),
+    ("time to first token", lambda stats: seconds(stats["time_to_first_token_s"])),
+    ("tokens per second", lambda stats: rate(stats["tokens_per_s"])),
+)
+
+
+def _notes(config: SpeCacheConfig) -> str:
+    return (
+        f"Ratios are of an ordinary 16-bit cache. All three share one prefill, and the residual of {config.residual} "
+        f"tokens (KIVI itself keeps {KIVI_RESIDUAL}). Slow memory is RAM here, so nothing is gained in this demo but "
+        "to see the method work; on a GPU it is the host's memory."
+    )

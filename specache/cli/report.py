@@ -1,0 +1,87 @@
+"""Statistics as tables for people. The numbers come from `SpeCache.stats()`, and only from there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+UNKNOWN = "-"
+
+
+def size(count: float | None) -> str:
+    """Bytes in a unit that fits."""
+    if count is None:
+        return UNKNOWN
+    for unit in ("B", "kB", "MB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def percent(ratio: float | None) -> str:
+    """A share, or a dash where none was measured."""
+    return UNKNOWN if ratio is None else f"{ratio:.0%}"
+
+
+def times(ratio: float | None) -> str:
+    """A factor."""
+    return UNKNOWN if ratio is None else f"{ratio:.2f}x"
+
+
+def seconds(duration: float | None) -> str:
+    """A duration."""
+    return UNKNOWN if duration is None else f"{duration:.2f} s"
+
+
+def rate(per_second: float | None) -> str:
+    """Tokens per second."""
+    return UNKNOWN if per_second is None else f"{per_second:.1f}"
+
+
+def total_ratio(stats: dict[str, Any]) -> float | None:
+    """Memory of all tiers over an ordinary 16-bit cache."""
+    return stats["total_bytes"] / stats["full_bytes"] if stats["full_bytes"] else None
+
+
+def statistics_table(stats: dict[str, Any], config: dict[str, Any]) -> Table:
+    """One run's statistics, one per line."""
+    table = Table(title=_title(config), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="dim")
+    table.add_column(justify="right")
+    table.add_column(style="dim")
+    for row in _memory_rows(stats, config) + _speed_rows(stats):
+        table.add_row(*row)
+    return table
+
+
+def _title(config: dict[str, Any]) -> str:
+    if config["policy"] == "full":
+        return "the ordinary 16-bit cache"
+    return f"{config['bits']}-bit, policy {config['policy']}, slow tier {config['slow_tier']}"
+
+
+def _memory_rows(stats: dict[str, Any], config: dict[str, Any]) -> list[tuple[str, str, str]]:
+    rows = [("fast memory", size(stats["fast_bytes"]), f"{times(stats['fast_ratio'])} of a 16-bit cache")]
+    if stats["hot_bytes"]:
+        rows.append(("hot set", size(stats["hot_bytes"]), f"{times(stats['hot_ratio'])}, recently fetched pairs"))
+    if stats["window_bytes"]:
+        rows.append(("sliding windows", size(stats["window_bytes"]), f"{times(stats['model_ratio'])} with all layers"))
+    if stats["slow_bytes"]:
+        where = "read where they lie" if config["slow_tier"] == "ram-inplace" else "fetched when needed"
+        rows.append(("slow memory", size(stats["slow_bytes"]), f"16-bit pairs, {where}"))
+    rows.append(("in total", size(stats["total_bytes"]), f"{times(total_ratio(stats))} of a 16-bit cache"))
+    return rows
+
+
+def _speed_rows(stats: dict[str, Any]) -> list[tuple[str, str, str]]:
+    rows = []
+    if stats["guess_rate"] is not None:
+        rows.append(("guesses right", percent(stats["guess_rate"]), "speculative tokens that came true"))
+    if stats["hit_rate"] is not None:
+        rows.append(("prefetch hits", percent(stats["hit_rate"]), f"waited {seconds(stats['wait_s'])} for the rest"))
+    rows.append(("prefill", seconds(stats["prefill_s"]), ""))
+    rows.append(("first token after", seconds(stats["time_to_first_token_s"]), ""))
+    rows.append(("tokens per second", rate(stats["tokens_per_s"]), "while decoding"))
+    return rows
