@@ -3,7 +3,7 @@
     python benchmarks/policies.py [-m MODEL] [--text FILE] [--tokens 5000] [--new 100] [--top-k 64] [--json FILE]
 
 Prints, per bits and policy, the mean Kullback-Leibler divergence per token, its 95th percentile, top-1 agreement, and how often
-guesses and prefetches were right. `kivi` is the low-bit copy alone with R = 128, so that all rows hold the same 16-bit bytes at k = 64.
+guesses and prefetches were right. `kivi` is the low-bit copy alone with R = 128: the same 16-bit bytes as the others at k = 64.
 """
 
 from __future__ import annotations
@@ -51,7 +51,14 @@ def full_answer(model: Any, ids: Tensor, new: int) -> tuple[list[int], Tensor]:
     """The full cache's greedy answer of `new` tokens and its logits [new, V]."""
     config = specache.SpeCacheConfig(policy="full")
     output = specache.generate(
-        model, ids, config=config, max_new_tokens=new, min_new_tokens=new, do_sample=False, return_dict_in_generate=True, output_logits=True
+        model,
+        ids,
+        config=config,
+        max_new_tokens=new,
+        min_new_tokens=new,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
     )
     output.past_key_values.close()
     return output.sequences[0, ids.shape[1] :].tolist(), torch.cat(output.logits)

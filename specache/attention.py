@@ -211,9 +211,7 @@ def _stack_rows(tensors: list[Tensor], shape: tuple[int, int]) -> Tensor:
     return torch.stack(tensors).unflatten(0, shape).transpose(1, 2)
 
 
-def _prefetched_rows(
-    layers: Sequence[CompressedLayer], query: Tensor, keys: Tensor, plan: PassPlan
-) -> tuple[Tensor, Tensor]:
+def _prefetched_rows(layers: Sequence[CompressedLayer], query: Tensor, keys: Tensor, plan: PassPlan) -> tuple[Tensor, Tensor]:
     """What the last pass selected, the same for every row of this one."""
     heads, n, dim = keys.shape[1], query.shape[2], query.shape[3]
     wanted = [layer.next_positions for layer in layers]

@@ -90,8 +90,7 @@ class SpeCacheConfig:
             raise ConfigError(f"residual must be a number of tokens, 0 or more, got {self.residual!r}.")
         if not _is_int(self.top_k) or self.top_k < 1:
             raise ConfigError(
-                f"top_k must be a positive number of pairs, got {self.top_k!r}. "
-                "To run on the low-bit copy alone use policy='none'."
+                f"top_k must be a positive number of pairs, got {self.top_k!r}. To run on the low-bit copy alone use policy='none'."
             )
         if not _is_int(self.prefill_chunk) or self.prefill_chunk < 1:
             raise ConfigError(f"prefill_chunk must be a positive number of tokens, got {self.prefill_chunk!r}.")

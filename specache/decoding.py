@@ -5,27 +5,43 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from specache.attention import PassKind, PassPlan
-from specache.cache import SpeCache
 from specache.cache import Sequence as CachedSequence
+from specache.cache import SpeCache
 from specache.integration import forward, reset_rope
 from specache.passes import DecodePass, PrefillPass
 
 Progress = Callable[[int, int], None]  # (prompt tokens done, prompt tokens in all)
 
 
-@dataclass
 class StepLogits:
     """float32 [A, V] for the A sequences of a step: of the real row, and of the guess row where there is one."""
 
-    real: Tensor | None = None
-    guess: Tensor | None = None
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._real: Tensor | None = None
+        self._guess: Tensor | None = None
+
+    @property
+    def real(self) -> Tensor:
+        assert self._real is not None, "every sequence of a step has a real row"
+        return self._real
+
+    @property
+    def guess(self) -> Tensor:
+        assert self._guess is not None, "the policy decodes no guess row"
+        return self._guess
+
+    def set_real(self, places: list[int], logits: Tensor) -> None:
+        self._real = _scatter(self._real, places, logits, self._count)
+
+    def set_guess(self, places: list[int], logits: Tensor) -> None:
+        self._guess = _scatter(self._guess, places, logits, self._count)
 
 
 class Decoder:
@@ -59,7 +75,7 @@ class Decoder:
         Args:
             guesses: the speculative next tokens, or `None` where the policy decodes no second row.
         """
-        result = StepLogits()
+        result = StepLogits(len(indices))
         with self._timed("decode_s"):
             for places in self._groups(indices):
                 self._step_group(places, indices, tokens, guesses, result)
@@ -119,14 +135,14 @@ class Decoder:
         elif guesses is not None and self._info.rope_side(position) == self._info.rope_side(position + 1):
             pairs = [[tokens[i], guesses[i]] for i in places]
             logits = self._rows(PassKind.PAIR, group, pairs)
-            result.guess = _scatter(result.guess, places, logits[:, 1], len(indices))
+            result.set_guess(places, logits[:, 1])
         else:
             logits = self._rows(PassKind.SINGLE, group, rows)
-        result.real = _scatter(result.real, places, logits[:, 0], len(indices))
+        result.set_real(places, logits[:, 0])
         if guesses is not None and logits.shape[1] == 1:
             for i in places:  # a guess on the other side of a RoPE switch has a pass of its own
                 alone = self._rows(PassKind.GUESS, [indices[i]], [[guesses[i]]])
-                result.guess = _scatter(result.guess, [i], alone[:, 0], len(indices))
+                result.set_guess([i], alone[:, 0])
 
     def _prefill_again(self, index: int, row: list[int]) -> Tensor:
         sequence = self._cache.sequences[index]

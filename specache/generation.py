@@ -229,9 +229,7 @@ def _run(
         raise
 
 
-def _prefill(
-    decoder: Decoder, cache: SpeCache, token_ids: list[list[int]], chunk: int, progress: Progress | None
-) -> Tensor:
+def _prefill(decoder: Decoder, cache: SpeCache, token_ids: list[list[int]], chunk: int, progress: Progress | None) -> Tensor:
     """Prefill every sequence, equal ones once -> logits [B, V] of their last tokens."""
     first: dict[tuple[int, ...], int] = {}
     fresh = not cache.sequences
@@ -306,9 +304,7 @@ def _first_guesses(decoder: Decoder, cache: SpeCache, batch: _Batch, request: _R
     return _guess(request, batch.input_ids, logits.new_zeros(len(batch.unfinished), logits.shape[-1]), logits, active)
 
 
-def _guess(
-    request: _Request, context: Tensor, like: Tensor, logits: Tensor | None, active: list[int]
-) -> list[int]:
+def _guess(request: _Request, context: Tensor, like: Tensor, logits: Tensor, active: list[int]) -> list[int]:
     """Speculative tokens [B] from the guess rows' logits [A, V], after the processors that may be applied to a guess."""
     full = torch.zeros_like(like)
     full[active] = logits
@@ -354,9 +350,7 @@ def _whole_sequences(
     return token_ids
 
 
-def _request(
-    logits_processor: LogitsProcessorList, stopping_criteria: StoppingCriteriaList, generation_config: Any
-) -> _Request:
+def _request(logits_processor: LogitsProcessorList, stopping_criteria: StoppingCriteriaList, generation_config: Any) -> _Request:
     returns_dict = generation_config.return_dict_in_generate
     return _Request(
         logits_processor=logits_processor,
@@ -368,5 +362,3 @@ def _request(
         record_logits=bool(returns_dict and generation_config.output_logits),
         guesses=GuessProcessors(logits_processor),
     )
-
-

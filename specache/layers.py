@@ -42,9 +42,7 @@ class CompressedLayer:
         keys: any key tensor [Hkv, n, D] of the layer, for heads, head dimension, dtype and device.
     """
 
-    def __init__(
-        self, index: int, config: SpeCacheConfig, table: PageTable, tier: SlowTier, rows: Rows, keys: Tensor
-    ) -> None:
+    def __init__(self, index: int, config: SpeCacheConfig, table: PageTable, tier: SlowTier, rows: Rows, keys: Tensor) -> None:
         heads, _, dim = keys.shape
         self.index = index
         self.config = config

@@ -109,9 +109,7 @@ def _refuse(name: str, model: Any, config: Any, windows: tuple[int | None, ...])
     if getattr(config, "num_kv_shared_layers", 0):
         raise UnsupportedModelError(f"{name} shares keys and values between layers, which specache does not follow yet.")
     if not getattr(model, "_supports_attention_backend", False):
-        raise UnsupportedModelError(
-            f"{name} does not use transformers' attention interface, so its attention cannot be replaced."
-        )
+        raise UnsupportedModelError(f"{name} does not use transformers' attention interface, so its attention cannot be replaced.")
     if all(window is not None for window in windows):
         raise UnsupportedModelError(
             f"Every layer of {name} slides over {windows[0]} tokens: its cache does not grow with the context, so there is "

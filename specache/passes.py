@@ -56,9 +56,7 @@ class DecodePass:
         if compressed:
             out = self._compressed(query, keys, values, compressed, params)
         else:
-            out = torch.stack(
-                [self._exact(layer, query[b], keys[b], values[b], params) for b, layer in enumerate(layers)]
-            )
+            out = torch.stack([self._exact(layer, query[b], keys[b], values[b], params) for b, layer in enumerate(layers)])
         return out.transpose(1, 2).to(query.dtype)  # [B, n, Hq, D]
 
     def _compressed(

@@ -26,7 +26,9 @@ NOWHERE = torch.iinfo(torch.int64).max  # position of an empty slot
 class Rows(Protocol):
     """The 16-bit rows of one layer of one sequence, as a decode step asks for them."""
 
-    nbytes: int  # fast memory held, in bytes
+    @property
+    def nbytes(self) -> int:
+        """Fast memory held, in bytes."""
 
     def begin_step(self) -> None:
         """Wait for what the last step submitted."""
@@ -66,13 +68,15 @@ class PrefetchWorker:
 
 
 class InPlaceRows:
-    """Rows read where they lie: everything is always here."""
-
-    nbytes = 0
+    """Rows read where they lie: everything is always here, and nothing is held twice."""
 
     def __init__(self, tier: SlowTier, layer: int) -> None:
         self._tier = tier
         self._layer = layer
+
+    @property
+    def nbytes(self) -> int:
+        return 0
 
     def begin_step(self) -> None:
         pass

@@ -306,10 +306,7 @@ def test_a_layer_equals_a_loop_over_positions(policy: Policy, residual: int, ext
     Hkv, G, D, S = 2, 3, 6, 18
     config = settings(policy, group_size=4, residual=residual, top_k=5)
     softcap, sinks = (2.0 if extras == "softcap" else None), torch.linspace(-1, 2, Hkv * G)
-    heads = [
-        OneHead(config, 0.7, softcap, sinks[h * G : (h + 1) * G].tolist() if extras == "sinks" else None)
-        for h in range(Hkv)
-    ]
+    heads = [OneHead(config, 0.7, softcap, sinks[h * G : (h + 1) * G].tolist() if extras == "sinks" else None) for h in range(Hkv)]
     module = SimpleNamespace(layer_idx=0, config=SimpleNamespace(max_position_embeddings=100))
     state = ReferenceState(config)
     options = {"scaling": 0.7, "softcap": softcap, NAME: state} | ({"s_aux": sinks} if extras == "sinks" else {})
@@ -323,9 +320,7 @@ def test_a_layer_equals_a_loop_over_positions(policy: Policy, residual: int, ext
         for h, head in enumerate(heads):
             queries, keys, values = q[0, h * G : (h + 1) * G].double(), k[0, h].double(), v[0, h].double()
             prefill = rows == S
-            expected.append(
-                head.prefill(queries, keys, values) if prefill else head.decode(queries, keys, values, committed)
-            )
+            expected.append(head.prefill(queries, keys, values) if prefill else head.decode(queries, keys, values, committed))
         torch.testing.assert_close(out[0].transpose(0, 1).double(), torch.cat(expected), rtol=0, atol=1e-5)
         for h, head in enumerate(heads):  # the state between passes, beside what they returned
             assert state.layers[0].fetched_positions[h].tolist() == sorted(head.fetched)
@@ -423,9 +418,7 @@ def test_a_short_last_value_group_is_a_group_of_its_own(bits: int) -> None:
     for start, stop in [(0, 4), (4, 8), (8, 11)]:
         alone = quantise_values(x[..., start:stop].clone(), bits, 64)  # one group: g is at most D
         assert torch.equal(codes[..., start:stop], alone[0])
-        assert torch.equal(scale[..., start // 4], alone[1][..., 0]) and torch.equal(
-            zero[..., start // 4], alone[2][..., 0]
-        )
+        assert torch.equal(scale[..., start // 4], alone[1][..., 0]) and torch.equal(zero[..., start // 4], alone[2][..., 0])
     joined = dequantise_values(codes, scale, zero, 4)
     torch.testing.assert_close(joined[..., 8:], dequantise_values(*alone, 64), rtol=0, atol=0)
 

@@ -82,9 +82,7 @@ def chat(
     _talk(loaded, config, arguments, stops, system)
 
 
-def _talk(
-    loaded: LoadedModel, config: SpeCacheConfig, arguments: dict[str, Any], stops: list[str], system: str | None
-) -> None:
+def _talk(loaded: LoadedModel, config: SpeCacheConfig, arguments: dict[str, Any], stops: list[str], system: str | None) -> None:
     if not has_chat_template(loaded.tokenizer):
         raise ConfigError(f"{loaded.name} has no chat template. Use 'specache generate --raw' with this model.")
     conversation = Conversation(loaded, config, arguments, stops=stops, system=system)

@@ -72,8 +72,7 @@ def _topics() -> list[str]:
         from pydoc_data.topics import topics
     except ImportError:
         raise DemoError(
-            "this Python comes without its documentation (pydoc_data), which the demo reads. "
-            "Use a full Python installation."
+            "this Python comes without its documentation (pydoc_data), which the demo reads. Use a full Python installation."
         ) from None
     return [paragraph for name in sorted(topics) for paragraph in topics[name].split("\n\n") if paragraph.strip()]
 

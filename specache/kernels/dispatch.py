@@ -5,7 +5,7 @@ PyTorch one has them all and is the fallback.
 
     quantise(keys [Hkv, n, D], values [Hkv, n, D], copy, start) -> None
         writes tokens `[start, start + n)` into the copy's pages; `start` and `n` are whole groups
-    score(query [B, Hq, n, D], copies, lengths, scaling, softcap) -> scores [B, Hkv, G, n, S], float32, -inf past a sequence's length
+    score(query [B, Hq, n, D], copies, lengths, scaling, softcap) -> float32 scores [B, Hkv, G, n, S], -inf past a sequence's length
     rescore(query, scores, positions [B, Hkv, n, k], rows [B, Hkv, n, k, 2D], scaling, softcap) -> None
         puts exact scores of the fetched keys in place; position -1 means no pair
     select(scores, rest_lse [B, Hkv, G, n], lengths, k) -> positions [B, Hkv, n, k], ascending, ties to the lower, -1 padding

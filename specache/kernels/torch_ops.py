@@ -125,9 +125,7 @@ def _score_block(query: Tensor, block: Block, copy: LowBitCopy) -> Tensor:
     return scores.permute(1, 3, 0, 2, 4).flatten(2)
 
 
-def rescore(
-    query: Tensor, scores: Tensor, positions: Tensor, rows: Tensor, scaling: float, softcap: float | None
-) -> None:
+def rescore(query: Tensor, scores: Tensor, positions: Tensor, rows: Tensor, scaling: float, softcap: float | None) -> None:
     """Replace the low-bit scores of fetched positions by exact ones, in place."""
     batch, heads, groups, n, _ = scores.shape
     dim = query.shape[-1]
