@@ -92,9 +92,7 @@ def test_score_and_attend_equal_dense_attention_over_the_decoded_copy(case, soft
 def test_a_ragged_batch_scores_as_each_sequence_alone(bits):
     torch.manual_seed(bits)
     lengths = [256, 64, 0]
-    tables = [
-        filled_table(torch.randn(2, n, 32), torch.randn(2, n, 32), bits, 32, [n] if n else []) for n in lengths
-    ]
+    tables = [filled_table(torch.randn(2, n, 32), torch.randn(2, n, 32), bits, 32, [n] if n else []) for n in lengths]
     query = torch.randn(3, 4, 2, 32)
     together = dispatch.score(query, [t.copy() for t in tables], lengths, 1.0, None)
     none = torch.full((3, 2, 2, 2, 0), -1)
@@ -108,9 +106,7 @@ def test_a_ragged_batch_scores_as_each_sequence_alone(bits):
         chosen = positions[b][positions[b] >= 0]
         assert len(chosen) == 4 * min(70, length)
         assert chosen.numel() == 0 or chosen.max() < length
-    out, lse = dispatch.attend(
-        together, none[:, :, 0], torch.zeros(3, 2, 2, 0, 64), [t.copy() for t in tables], lengths
-    )
+    out, lse = dispatch.attend(together, none[:, :, 0], torch.zeros(3, 2, 2, 0, 64), [t.copy() for t in tables], lengths)
     assert torch.isfinite(out).all()
     assert (lse[2] == -torch.inf).all()
 

@@ -1,0 +1,211 @@
+"""The invariants of the method, on packed pages and both RAM tiers, against the stock cache and against `reference.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import specache
+from specache import generation, reference
+from specache.kernels import torch_ops
+from tests.tiny import llama, prompt
+
+TIERS = ("ram-inplace", "ram")
+FETCHING = ("verified", "speculative", "on-demand", "previous")
+EVERYTHING = 10**6
+NEW = 40
+
+
+class Forced:
+    """A logits processor that makes a given answer the only one possible."""
+
+    def __init__(self, answer: list[int], start: int) -> None:
+        self.answer, self.start = answer, start
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        forced = torch.full_like(scores, -torch.inf)
+        forced[:, self.answer[input_ids.shape[1] - self.start]] = 0.0
+        return forced
+
+
+def settings(**changes: Any) -> specache.SpeCacheConfig:
+    return specache.SpeCacheConfig(**{"group_size": 16, "residual": 16, "prefill_chunk": 70, "top_k": 8, **changes})
+
+
+def run(model: Any, ids: torch.Tensor, config: specache.SpeCacheConfig, new: int = NEW, answer: list[int] | None = None):
+    """Greedy, or along `answer` -> (tokens, logits [new, V], statistics)."""
+    processors = [Forced(answer, ids.shape[1])] if answer else None
+    output = specache.generate(
+        model,
+        ids,
+        config=config,
+        max_new_tokens=new,
+        do_sample=False,
+        logits_processor=processors,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    with output.past_key_values as cache:
+        return output.sequences[0, ids.shape[1] :].tolist(), torch.cat(output.logits), cache.stats()
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return llama()
+
+
+@pytest.fixture(scope="module")
+def full(model: Any) -> tuple[list[int], torch.Tensor]:
+    ids = prompt(200)
+    output = model.generate(ids, max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    return output.sequences[0, 200:].tolist(), torch.cat(output.logits)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("policy", FETCHING)
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_fetching_everything_equals_the_full_cache(model, full, tier, policy, bits):
+    tokens, logits, _ = run(model, prompt(200), settings(bits=bits, policy=policy, slow_tier=tier, top_k=EVERYTHING))
+    assert tokens == full[0]
+    assert (logits - full[1]).abs().max() < 1e-4
+
+
+def test_the_low_bit_copy_alone_is_not_the_full_cache(model, full):
+    _, logits, _ = run(model, prompt(200), settings(bits=1, policy="none"), answer=full[0])
+    assert (logits - full[1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("length", [12, 200])
+def test_exact_attention_makes_every_guess_right(model, tier, length):
+    config = settings(policy="verified", slow_tier=tier, top_k=EVERYTHING)
+    assert run(model, prompt(length), config)[2]["guess_rate"] == 1.0
+
+
+def test_a_prompt_in_the_residual_makes_every_guess_of_the_paper_right(model):
+    config = settings(policy="speculative", slow_tier="ram", residual=64, group_size=64)
+    assert run(model, prompt(60), config)[2]["guess_rate"] == 1.0
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("policy", [*FETCHING, "none"])
+@pytest.mark.parametrize(("bits", "group_size", "residual"), [(1, 16, 16), (2, 64, 7), (4, 8, 0), (2, 32, 64)])
+def test_every_policy_equals_the_reference(model, full, tier, policy, bits, group_size, residual):
+    settings_ = {"bits": bits, "group_size": group_size, "residual": residual, "policy": policy, "slow_tier": tier}
+    config = settings(**settings_, prefill_chunk=4096)  # as the reference: a last-bit difference in a key can turn a code
+    expected = reference.generate(model, prompt(200), config, NEW, forced_tokens=full[0])
+    _, logits, _ = run(model, prompt(200), config, answer=full[0])
+    assert (logits - expected.logits).abs().max() < 1e-3
+
+
+def force_guesses(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Every guess is a random token."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random_guess(request, context, like, logits, active):
+        return torch.randint(2, 97, (like.shape[0],), generator=generator).tolist()
+
+    monkeypatch.setattr(generation, "_guess", random_guess)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_verified_does_not_depend_on_the_guess(model, monkeypatch, seed):
+    config = settings(policy="verified", slow_tier="ram")
+    expected_tokens, expected, right = run(model, prompt(200), config)
+    force_guesses(monkeypatch, seed)
+    tokens, logits, wrong = run(model, prompt(200), config)
+    assert wrong["guess_rate"] < right["guess_rate"]
+    assert tokens == expected_tokens
+    assert torch.equal(logits, expected)
+
+
+def test_the_papers_policy_does_depend_on_the_guess(model, monkeypatch):
+    config = settings(policy="speculative", slow_tier="ram")
+    tokens, expected, _ = run(model, prompt(200), config)
+    force_guesses(monkeypatch, 1)
+    assert not torch.equal(run(model, prompt(200), config, answer=tokens)[1], expected)
+
+
+@pytest.mark.parametrize("hot_set", [0.0, 0.05, 1.0, 10_000])
+def test_verified_does_not_depend_on_the_tier_or_the_hot_set(model, hot_set):
+    expected = run(model, prompt(200), settings(policy="verified", slow_tier="ram-inplace"))
+    tokens, logits, _ = run(model, prompt(200), settings(policy="verified", slow_tier="ram", hot_set=hot_set))
+    assert tokens == expected[0]
+    assert torch.equal(logits, expected[1])
+
+
+@pytest.mark.parametrize("policy", [*FETCHING, "none"])
+def test_two_tiers_give_the_same_tokens(model, policy):
+    here, there = (run(model, prompt(230), settings(policy=policy, slow_tier=tier)) for tier in TIERS)
+    assert here[0] == there[0]
+    assert (here[1] - there[1]).abs().max() < 1e-5
+
+
+def test_verified_gives_the_tokens_of_on_demand(model):
+    verified = run(model, prompt(200), settings(policy="verified", slow_tier="ram"))
+    on_demand = run(model, prompt(200), settings(policy="on-demand", slow_tier="ram"))
+    assert verified[0] == on_demand[0]
+    assert (verified[1] - on_demand[1]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("chunk", [1, 16, 63, 199])
+@pytest.mark.parametrize(("policy", "top_k"), [("full", 8), ("verified", EVERYTHING), ("previous", EVERYTHING)])
+def test_chunked_prefill_equals_unchunked(model, chunk, policy, top_k):
+    changes = {"policy": policy, "slow_tier": "ram", "top_k": top_k}
+    whole = run(model, prompt(200), settings(**changes, prefill_chunk=4096), new=20)
+    parts = run(model, prompt(200), settings(**changes, prefill_chunk=chunk), new=20)
+    assert parts[0] == whole[0]
+    assert (parts[1] - whole[1]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("chunk", [1, 16, 63, 199])
+def test_chunked_prefill_stores_what_unchunked_does(model, chunk):
+    """The low-bit copies differ in no more than the codes that a last-bit difference in a key can turn."""
+    decoded = []
+    for size in (4096, chunk):
+        with specache.SpeCache(model, settings(slow_tier="ram", prefill_chunk=size)) as cache:
+            specache.prefill(model, prompt(200), cache=cache)
+            layers = cache.sequences[0].layers
+            assert [layer.copy.length for layer in layers.values()] == [176] * 3
+            decoded.append([torch.cat(torch_ops.dequantise(layer.copy)) for layer in layers.values()])
+    for one, other in zip(*decoded, strict=True):
+        assert ((one - other).abs() > 0.02).float().mean() < 1e-3
+
+
+def test_a_ragged_batch_equals_each_prompt_alone(model):
+    config = settings(policy="verified", slow_tier="ram")
+    prompts = [prompt(200, 1), prompt(90, 2), prompt(5, 3)]
+    ids = torch.zeros(3, 200, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, one in enumerate(prompts):
+        ids[row, 200 - one.shape[1] :] = one
+        mask[row, 200 - one.shape[1] :] = 1
+    together = specache.generate(model, ids, attention_mask=mask, config=config, max_new_tokens=NEW, do_sample=False)
+    for row, one in enumerate(prompts):
+        assert together[row, 200:].tolist() == run(model, one, config)[0]
+
+
+@pytest.mark.parametrize("policy", FETCHING)
+def test_positions_are_never_duplicated_out_of_range_or_padding(model, monkeypatch, policy):
+    seen = []
+    rescore = specache.kernels.dispatch.rescore
+
+    def checked(query, scores, positions, rows, scaling, softcap):
+        seen.append(int((positions >= 0).sum()))
+        for one in positions.flatten(0, 2):
+            kept = one[one >= 0].tolist()
+            assert kept == sorted(set(kept))
+            assert all(position < scores.shape[-1] for position in kept)
+        chosen = scores.unsqueeze(2).expand(-1, -1, 1, -1, -1, -1)[:, :, 0].mean(2)  # [B, Hkv, n, S]
+        assert torch.isfinite(chosen.gather(-1, positions.clamp(min=0))[positions >= 0]).all()  # padding scores -inf
+        return rescore(query, scores, positions, rows, scaling, softcap)
+
+    monkeypatch.setattr(specache.kernels.dispatch, "rescore", checked)
+    ids = torch.cat([prompt(200, 1), prompt(200, 2)])
+    mask = torch.ones_like(ids)
+    mask[1, :120] = 0
+    config = settings(policy=policy, slow_tier="ram")
+    specache.generate(model, ids, attention_mask=mask, config=config, max_new_tokens=NEW, do_sample=False)
+    assert sum(seen) > 0
