@@ -156,8 +156,7 @@ class Decoder:
         sequences = [self._cache.sequences[i] for i in indices]
         plan = PassPlan(kind, config.policy, config.top_k, self._cache.counters)
         positions = self._positions([sequence.length for sequence in sequences], kind.rows)
-        if self._info.rope_side(int(positions.max())):
-            reset_rope(self._model, self._info)
+        reset_rope(self._model, self._info)  # another sequence's length, or a call outside, may have left its mark
         try:
             logits = forward(self._model, self._ids(rows), positions, DecodePass(sequences, plan), logits=kind.rows)
         except BaseException:

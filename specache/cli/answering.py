@@ -82,7 +82,7 @@ def answer(
         specache.generate(
             loaded.model,
             input_ids=input_ids.to(device),
-            attention_mask=None if attention_mask is None else attention_mask.to(device),
+            attention_mask=attention_mask.to(device),
             past_key_values=cache,
             streamer=recorder,
             progress=progress,

@@ -87,17 +87,34 @@ def _write_safetensors(gguf: Path, folder: Path) -> None:
     source, name = str(gguf.parent), gguf.name
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            source,
-            gguf_file=name,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.bfloat16,
-            local_files_only=True,
-        )
+        with _without_progress_bar():
+            model = AutoModelForCausalLM.from_pretrained(
+                source,
+                gguf_file=name,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=torch.bfloat16,
+                local_files_only=True,
+            )
     except Exception as error:  # the readers raise whatever the bytes make them trip over
         raise ConversionError(f"cannot read {gguf} as a GGUF model: {_first_line(error)}") from error
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
+
+
+@contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    """transformers' GGUF reader draws a bar that its own switch for progress bars does not reach."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    original = getattr(reader, "tqdm", None)
+    if original is None:
+        yield
+        return
+    reader.tqdm = lambda tensors, **_: tensors
+    try:
+        yield
+    finally:
+        reader.tqdm = original
 
 
 def _rename(temporary: Path, target: Path) -> None:

@@ -103,13 +103,14 @@ def encode_chat(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
     return ids
 
 
-def pad_left(rows: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`input_ids [B, S]` and `attention_mask [B, S]` of prompts of different lengths; no mask when none is needed."""
+def pad_left(rows: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`input_ids [B, S]` and `attention_mask [B, S]` of prompts of different lengths.
+
+    The mask is never left to be guessed: many models pad with a token that also ends every message of a conversation.
+    """
     import torch
 
     longest = max(map(len, rows))
     ids = torch.tensor([[pad_id] * (longest - len(row)) + row for row in rows], dtype=torch.long)
-    if all(len(row) == longest for row in rows):
-        return ids, None
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], dtype=torch.long)
     return ids, mask
