@@ -296,6 +296,9 @@ class SpeCache:
     def get_mask_sizes(self, *args: Any, **kwargs: Any) -> NoReturn:
         _refuse_stock_call()
 
+    def get_query_offset(self, *args: Any, **kwargs: Any) -> NoReturn:
+        _refuse_stock_call()
+
     def get_max_cache_shape(self, *args: Any, **kwargs: Any) -> NoReturn:
         _refuse_stock_call()
 

@@ -88,9 +88,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def outputs(generate: Any, ids: torch.Tensor, mask: torch.Tensor, **arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    output = generate(
-        ids, attention_mask=mask, do_sample=False, return_dict_in_generate=True, output_logits=True, **arguments
-    )
+    output = generate(ids, attention_mask=mask, do_sample=False, return_dict_in_generate=True, output_logits=True, **arguments)
     if isinstance(output.past_key_values, specache.SpeCache):
         output.past_key_values.close()
     return output.sequences, torch.stack(output.logits)
@@ -98,13 +96,9 @@ def outputs(generate: Any, ids: torch.Tensor, mask: torch.Tensor, **arguments: A
 
 def check(model: Any, ids: torch.Tensor, mask: torch.Tensor, policy: str, tier: str, new: int = NEW) -> None:
     expected, expected_logits = outputs(model.generate, ids, mask, max_new_tokens=new)
-    config = specache.SpeCacheConfig(
-        policy=policy, slow_tier=tier, top_k=10**6, group_size=16, residual=16, prefill_chunk=40
-    )
+    config = specache.SpeCacheConfig(policy=policy, slow_tier=tier, top_k=10**6, group_size=16, residual=16, prefill_chunk=40)
     before = model.config._attn_implementation
-    tokens, logits = outputs(
-        lambda *a, **k: specache.generate(model, *a, config=config, **k), ids, mask, max_new_tokens=new
-    )
+    tokens, logits = outputs(lambda *a, **k: specache.generate(model, *a, config=config, **k), ids, mask, max_new_tokens=new)
     assert model.config._attn_implementation == before
     assert torch.equal(tokens, expected)
     assert (logits - expected_logits).abs().max() < 1e-4

@@ -55,7 +55,7 @@ class Contender:
 @reports_errors
 def demo(
     tokens: Annotated[int, typer.Option("--tokens", help="Length of the document, about.")] = 7000,
-    depth: Annotated[float, typer.Option("--depth", min=0.0, max=1.0, help="Where the fact is planted: 0 is the beginning.")] = 0.1,
+    depth: Annotated[float, typer.Option("--depth", min=0.0, max=1.0, help="Where the fact is planted: 0 is the beginning.")] = 0.9,
     seed: Annotated[int | None, typer.Option("--seed", help="Decides the number. Default: a new one.")] = None,
     as_json: options.Json = False,
     bits: options.Bits = 2,

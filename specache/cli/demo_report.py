@@ -44,7 +44,7 @@ def comparison(runs: list[Run], config: SpeCacheConfig) -> RenderableType:
     table.add_column()
     for run in runs:
         table.add_column(run.name, justify="right", overflow="fold")
-    table.add_row("answer", *(run.result.text.strip() for run in runs))
+    table.add_row("answer", *(" ".join(run.result.text.split()) for run in runs))
     table.add_row("", *(_verdict(run) for run in runs), end_section=True)
     for label, cell in _STATISTICS:
         table.add_row(label, *(cell(run.stats) for run in runs))
@@ -75,7 +75,7 @@ _STATISTICS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
 
 def _notes(config: SpeCacheConfig) -> str:
     return (
-        f"Ratios are of an ordinary 16-bit cache. All three share one prefill, and the residual of {config.residual} "
-        f"tokens (KIVI itself keeps {KIVI_RESIDUAL}). Slow memory is RAM here, so nothing is gained in this demo but "
-        "to see the method work; on a GPU it is the host's memory."
+        f"Ratios compare with an ordinary 16-bit cache. All three share one prefill, so the low bits alone also keep the "
+        f"newest {config.residual} tokens at 16 bits (KIVI itself keeps {KIVI_RESIDUAL}). Slow memory is RAM here: the demo "
+        "shows the method at work, not memory saved in total; that takes a GPU beside the RAM."
     )

@@ -1,0 +1,138 @@
+"""A converted model is complete or absent, whatever happens while it is made."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from specache.cli import convert
+from specache.cli.convert import CacheFolderError, ConversionError, converted_model
+
+fork = multiprocessing.get_context("fork")
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+
+@pytest.fixture
+def gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file whose conversion copies it, slowly, in two steps."""
+    monkeypatch.setenv("SPECACHE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(convert, "_write_safetensors", slow_copy)
+    file = tmp_path / "some model.gguf"
+    file.write_bytes(b"weights")
+    return file
+
+
+def slow_copy(gguf: Path, folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(gguf.read_bytes())
+    with open(gguf.parent / "conversions", "a") as log:
+        log.write("x")
+    time.sleep(0.3)
+    (folder / "config.json").write_text("{}")
+
+
+def conversions(gguf: Path) -> int:
+    log = gguf.parent / "conversions"
+    return len(log.read_text()) if log.exists() else 0
+
+
+def is_complete(folder: Path) -> bool:
+    return {file.name for file in folder.iterdir()} == {"model.safetensors", "config.json"}
+
+
+def temporary_folders() -> list[Path]:
+    return [path for path in (convert.cache_folder() / "models").iterdir() if path.is_dir() and ".tmp-" in path.name]
+
+
+def test_a_model_is_converted_once_wherever_it_lies(gguf, tmp_path):
+    messages: list[str] = []
+    folder = converted_model(gguf, messages.append)
+    assert is_complete(folder) and folder.parent == tmp_path / "cache" / "models"
+    assert messages == ["Converting some model.gguf to safetensors (once)"]
+    os.utime(gguf, (0, 0))
+    assert converted_model(gguf, messages.append) == folder
+    assert len(messages) == 1 and conversions(gguf) == 1 and not temporary_folders()
+
+
+def test_another_content_is_another_model(gguf):
+    first = converted_model(gguf)
+    gguf.write_bytes(b"other weights")
+    assert converted_model(gguf) != first
+
+
+@needs_fork
+def test_two_at_once_convert_once(gguf):
+    def convert_in_child(results) -> None:
+        results.put(is_complete(converted_model(gguf)))
+
+    results = fork.Queue()
+    children = [fork.Process(target=convert_in_child, args=(results,)) for _ in range(2)]
+    for child in children:
+        child.start()
+    assert [results.get(timeout=30) for _ in children] == [True, True]
+    for child in children:
+        child.join()
+    assert conversions(gguf) == 1 and not temporary_folders()
+
+
+@needs_fork
+def test_a_killed_conversion_leaves_nothing_that_counts(gguf):
+    child = fork.Process(target=converted_model, args=(gguf,))
+    child.start()
+    while not conversions(gguf):
+        time.sleep(0.01)
+    assert child.pid is not None
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    assert len(temporary_folders()) == 1  # half a model, which nobody takes for one
+    assert is_complete(converted_model(gguf))
+    assert not temporary_folders()
+
+
+def test_an_interrupt_leaves_nothing(gguf, monkeypatch):
+    def interrupted(gguf: Path, folder: Path) -> None:
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(convert, "_write_safetensors", interrupted)
+        converted_model(gguf)
+    assert not temporary_folders()
+    assert is_complete(converted_model(gguf))
+
+
+def test_without_locks_the_second_to_finish_discards_its_copy(gguf, monkeypatch):
+    monkeypatch.setattr(convert, "fcntl", None)
+    original = convert._write_safetensors
+    inner: list[Path] = []
+
+    def overtaken(gguf: Path, folder: Path) -> None:
+        original(gguf, folder)
+        monkeypatch.setattr(convert, "_write_safetensors", original)
+        inner.append(converted_model(gguf))
+
+    monkeypatch.setattr(convert, "_write_safetensors", overtaken)
+    folder = converted_model(gguf)
+    assert [folder] == inner and is_complete(folder) and not temporary_folders()
+
+
+def test_a_cache_that_cannot_be_written_is_named(gguf, tmp_path, monkeypatch):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("SPECACHE_CACHE", str(blocked))
+    with pytest.raises(CacheFolderError, match="set SPECACHE_CACHE to another folder"):
+        converted_model(gguf)
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"not a model" * 100])
+def test_a_broken_file_is_refused_and_leaves_nothing(tmp_path, monkeypatch, content):
+    monkeypatch.setenv("SPECACHE_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "broken.gguf"
+    file.write_bytes(content)
+    with pytest.raises(ConversionError, match=r"cannot read .*broken\.gguf as a GGUF model"):
+        converted_model(file)
+    assert not temporary_folders()

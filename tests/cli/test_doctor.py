@@ -1,0 +1,74 @@
+"""`specache doctor`: the facts, and what to do about problems."""
+
+from __future__ import annotations
+
+import pytest
+
+from specache.cli import diagnosis
+from specache.kernels import dispatch
+from tests.cli.running import one_line, run, run_json
+
+
+def test_json_has_every_section():
+    facts = run_json("doctor")
+    assert set(facts) == {"versions", "cpu", "memory", "devices", "kernels", "cache", "demo_model", "problems"}
+    assert facts["kernels"] == dispatch.active()
+    assert facts["cpu"]["cores"] >= 1 and facts["versions"]["torch"]
+
+
+def test_the_report_names_versions_kernels_and_the_cache_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPECACHE_CACHE", str(tmp_path / "here"))
+    text = run("doctor").stdout
+    assert all(word in text for word in ("transformers", "quantise", "Memory", "Cache folder"))
+    assert str(tmp_path / "here") in text.replace("\n", "").replace(" ", "")
+
+
+def test_a_cache_folder_that_cannot_be_written_is_fatal(tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.write_text("")
+    monkeypatch.setenv("SPECACHE_CACHE", str(file / "inside"))
+    result = run("doctor", code=1)
+    assert "cannot be written" in one_line(result.stdout) and "Set SPECACHE_CACHE" in one_line(result.stdout)
+
+
+def test_a_missing_demo_model_is_no_failure(monkeypatch):
+    monkeypatch.setattr(diagnosis, "demo_gguf", lambda: None)
+    facts = run_json("doctor")
+    assert any("demo model" in problem["what"] and "pip install" in problem["advice"] for problem in facts["problems"])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"memory": {"usable_bytes": 10**9}}, "Less than 2 GB"),
+        ({"cpu": {"bfloat16": False}}, "no bfloat16"),
+        ({"versions": {"gguf": None}}, "Not installed: gguf"),
+        ({"cache": {"free_bytes": 10**6}}, "Little disk space"),
+    ],
+)
+def test_each_problem_is_recognised(change, words):
+    facts = diagnosis.diagnose()
+    facts["devices"]["cuda"] = []
+    for section, values in change.items():
+        facts[section] |= values
+    assert any(words in problem.what for problem in diagnosis.find_problems(facts))
+
+
+def test_a_system_without_proc_is_no_problem(monkeypatch):
+    monkeypatch.setattr(diagnosis, "_lines", lambda path: [])
+    assert run_json("doctor")["cpu"]["features"] == []
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"/sys/fs/cgroup/memory.max": "1000", "/sys/fs/cgroup/memory.current": "10"}, (1000, 10)),
+        ({"/sys/fs/cgroup/memory.max": "max"}, (None, None)),
+        ({"/proc/self/cgroup": "0::/a", "/sys/fs/cgroup/a/memory.max": "7"}, (7, None)),
+        ({"/sys/fs/cgroup/memory/memory.limit_in_bytes": str(1 << 62)}, (None, None)),
+        ({"/sys/fs/cgroup/memory/memory.limit_in_bytes": "99"}, (99, None)),
+    ],
+)
+def test_the_limit_of_a_container_is_found(monkeypatch, files, expected):
+    monkeypatch.setattr(diagnosis, "_lines", lambda path: files[path].splitlines() if path in files else [])
+    assert diagnosis._control_group() == expected

@@ -1,0 +1,228 @@
+"""`specache generate`: what it prints where, and that its answers are the library's."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from specache.cli import console
+from tests.cli.running import one_line, run, run_json
+from tests.cli.tiny_chat import POSITIONS, save_tiny_chat_model
+
+PROMPT = "What is it? " * 12  # longer than residual and group, so that there is a low-bit copy
+RESULT_KEYS = {"text", "token_ids", "prompt_tokens", "new_tokens", "finish_reason"}
+STATS_KEYS = {
+    *("fast_bytes", "slow_bytes", "full_bytes", "fast_ratio", "hot_ratio", "model_ratio", "total_bytes", "rows_selected"),
+    *("rows_ready", "hit_rate", "guess_rate", "wait_s", "prefill_s", "decode_s", "tokens_per_s"),
+}
+
+
+@pytest.fixture
+def tiny(tiny_folder: Path) -> tuple[str, ...]:
+    return ("generate", "-m", str(tiny_folder), "-n", "12", "--dtype", "float32", "--threads", "1")
+
+
+def stock_answer(folder: Path, prompt: str, **arguments) -> list[int]:
+    """New tokens of transformers' own `generate`."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    sequences = model.generate(ids, max_new_tokens=12, **{"repetition_penalty": 1.0, **arguments})
+    return sequences[0, ids.shape[1] :].tolist()
+
+
+def test_json_is_one_object_with_stable_keys(tiny):
+    document = run_json(*tiny, "--prompt", PROMPT)
+    assert set(document) == {"results", "config", "stats"}
+    assert set(document["results"][0]) == RESULT_KEYS
+    assert document["stats"].keys() >= STATS_KEYS
+    assert document["config"]["bits"] == 2
+    assert document["results"][0]["new_tokens"] == len(document["results"][0]["token_ids"]) == 12
+    assert document["results"][0]["finish_reason"] == "length"
+
+
+def test_stdout_is_the_answer_and_nothing_else(tiny):
+    text = run_json(*tiny, "--prompt", PROMPT)["results"][0]["text"]
+    result = run(*tiny, "--prompt", PROMPT)
+    assert result.stdout == text + "\n"
+    assert "fast memory" in result.stderr
+
+
+def test_options_reach_the_cache(tiny):
+    options = (
+        "--bits 4 --group-size 32 --residual 16 --top-k 8 --policy speculative --slow-tier ram --hot-set 64KiB --prefill-chunk 50"
+    )
+    config = run_json(*tiny, "--prompt", PROMPT, *options.split())["config"]
+    expected = {"bits": 4, "group_size": 32, "residual": 16, "top_k": 8, "policy": "speculative", "slow_tier": "ram"}
+    assert config.items() >= {**expected, "hot_set": 65536, "prefill_chunk": 50}.items()
+
+
+@pytest.mark.parametrize("policy", ["full", "verified"])
+def test_greedy_is_the_default_whatever_the_model_suggests(tiny, tiny_folder, policy):
+    answer = run_json(*tiny, "--raw", "--prompt", PROMPT, "--policy", policy, "--slow-tier", "ram", "--top-k", "512")
+    assert answer["results"][0]["token_ids"] == stock_answer(tiny_folder, PROMPT, do_sample=False)
+
+
+def test_temperature_zero_is_greedy(tiny):
+    greedy = run_json(*tiny, "--prompt", PROMPT)
+    assert run_json(*tiny, "--prompt", PROMPT, "--temperature", "0", "--top-p", "0.5")["results"] == greedy["results"]
+
+
+def test_a_seed_repeats_what_stock_samples(tiny, tiny_folder):
+    sampling = ("--raw", "--prompt", PROMPT, "--policy", "full", "--temperature", "0.9", "--top-p", "0.95", "--seed")
+    first = run_json(*tiny, *sampling, "7")["results"][0]["token_ids"]
+    assert run_json(*tiny, *sampling, "8")["results"][0]["token_ids"] != first
+    torch.manual_seed(7)
+    assert first == stock_answer(tiny_folder, PROMPT, do_sample=True, temperature=0.9, top_p=0.95, top_k=0)
+
+
+def test_the_prompt_may_come_from_stdin(tiny, tmp_path):
+    expected = run_json(*tiny, "--prompt", PROMPT)["results"]
+    assert run_json(*tiny, stdin=PROMPT)["results"] == expected
+    assert run_json(*tiny, "--prompt-file", "-", stdin=PROMPT)["results"] == expected
+    file = tmp_path / "prompt.txt"
+    file.write_text(PROMPT)
+    assert run_json(*tiny, "--prompt-file", file)["results"] == expected
+
+
+def test_several_files_are_a_batch_and_each_is_answered_as_if_alone(tiny, tmp_path):
+    prompts = ["short", PROMPT, PROMPT[:90] + "?"]
+    files = [tmp_path / f"{index}.txt" for index in range(3)]
+    for file, prompt in zip(files, prompts, strict=True):
+        file.write_text(prompt)
+    arguments = list(itertools.chain.from_iterable(("--prompt-file", file) for file in files))
+    batch = run_json(*tiny, *arguments)["results"]
+    assert batch == [run_json(*tiny, "--prompt", prompt)["results"][0] for prompt in prompts]
+    printed = run(*tiny, *arguments)
+    assert printed.stdout == "".join(result["text"] + "\n" for result in batch)
+    assert all(f"==> {file} <==" in printed.stderr.replace("\n", "") for file in files)
+
+
+def test_stop_text_ends_the_answer_and_is_left_out(tiny):
+    text = run_json(*tiny, "--prompt", PROMPT)["results"][0]["text"]
+    stop = next(c for c in text[3:] if c.isascii() and c.isprintable())
+    result = run_json(*tiny, "--prompt", PROMPT, "--stop", stop, "--stop", "never said")["results"][0]
+    assert result["text"] == text[: text.index(stop)]
+    assert result["finish_reason"] == "stop"
+    assert run(*tiny, "--prompt", PROMPT, "--stop", stop).stdout == result["text"] + "\n"
+
+
+def test_chat_is_the_default_with_a_template_and_raw_is_not(tiny, tmp_path):
+    def prompt_tokens(*arguments: str | Path) -> int:
+        return run_json(*arguments, "--prompt", "hello")["results"][0]["prompt_tokens"]
+
+    assert prompt_tokens(*tiny) == len("hello") + 3  # <user>, <end>, <assistant>
+    assert prompt_tokens(*tiny, "--raw") == len("hello")
+    assert prompt_tokens(*tiny, "--system", "be") == len("hello") + 3 + len("be") + 2
+    save_tiny_chat_model(tmp_path, chat_template=False)
+    assert prompt_tokens("generate", "-m", tmp_path, "-n", "1") == len("hello")
+
+
+def test_the_default_length_stops_at_the_models_positions(tiny_folder):
+    prompt = "x" * (POSITIONS - 9)
+    result = run_json("generate", "-m", tiny_folder, "--raw", "--prompt", prompt)["results"][0]
+    assert result["new_tokens"] == 9 and result["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "code"),
+    [
+        (["--bits", "3"], "bits must be one of 1, 2, 4", 2),
+        (["--top-k", "0"], "top_k must be a positive number", 2),
+        (["--group-size", "48"], "group_size must divide", 2),
+        (["--residual", "-1"], "residual must be", 2),
+        (["--hot-set", "lots"], "--hot-set 'lots'", 2),
+        (["--max-new-tokens", "0"], "--max-new-tokens must be 1 or more", 2),
+        (["--repetition-penalty", "0"], "--repetition-penalty must be above 0", 2),
+        (["--stop", ""], "--stop needs a text", 2),
+        (["--policy", "psychic"], "--policy", 2),
+        (["--prompt", "  "], "the prompt from --prompt is empty", 1),
+        (["--prompt", "x" * (POSITIONS + 1), "--raw"], f"positions for {POSITIONS}", 1),
+        (["--prompt-file", "x"], "exclude each other", 2),
+        (["--raw", "--system", "be brief"], "--system needs a conversation", 2),
+        (["--model", "./missing"], "no file or folder missing", 1),
+        (["--model", "no-such/model"], "cannot find the model 'no-such/model'", 1),
+    ],
+)
+def test_mistakes_get_one_clear_line(tiny, arguments, message, code):
+    result = run(*tiny, "--prompt", "hello", *arguments, code=code)
+    assert message in one_line(result.stderr)
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"\xff\xfe"])
+def test_unusable_prompt_files_are_refused(tiny, tmp_path, content):
+    file = tmp_path / "prompt.txt"
+    file.write_bytes(content)
+    message = "is not UTF-8" if content.startswith(b"\xff") else "is empty"
+    assert message in one_line(run(*tiny, "--prompt-file", file, code=1).stderr)
+    assert "cannot read" in run(*tiny, "--prompt-file", tmp_path / "missing.txt", code=1).stderr
+
+
+def test_debug_shows_where_an_error_came_from(tiny, monkeypatch):
+    monkeypatch.setenv("SPECACHE_DEBUG", "1")
+    result = run(*tiny, "--prompt", "hello", "--bits", "3", code=1)
+    assert "bits must be" in str(result.exception)
+
+
+@pytest.fixture
+def interrupt_after_five_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while the answer streams."""
+    from specache.cli.streaming import AnswerRecorder
+
+    original = AnswerRecorder.put
+
+    def put(self: AnswerRecorder, value: torch.Tensor) -> None:
+        original(self, value)
+        if self.token_ids and len(self.token_ids[0]) == 5:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(AnswerRecorder, "put", put)
+
+
+@pytest.mark.usefixtures("interrupt_after_five_tokens")
+@pytest.mark.parametrize("tier", ["ram", "ram-inplace"])
+def test_ctrl_c_prints_what_there_is(tiny, tier):
+    arguments = (*tiny, "--prompt", PROMPT, "--slow-tier", tier)
+    document = run_json(*arguments, code=console.EXIT_INTERRUPTED)
+    assert document["results"][0]["finish_reason"] == "interrupted"
+    assert document["results"][0]["new_tokens"] == 5
+    assert document["stats"]["fast_bytes"] > 0
+    result = run(*arguments, code=console.EXIT_INTERRUPTED)
+    assert result.stdout == document["results"][0]["text"] + "\n"
+    assert "fast memory" in result.stderr
+
+
+def test_ctrl_c_in_a_real_process(tiny_folder):
+    command = [sys.executable, "-m", "specache.cli.main", "generate", "-m", str(tiny_folder), "--prompt", PROMPT]
+    process = subprocess.Popen(
+        [*command, "--max-new-tokens", "100000", "--raw"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert process.stdout is not None
+    process.stdout.read(4)  # it streams
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == console.EXIT_INTERRUPTED
+    assert b"fast memory" in errors and b"Traceback" not in errors
+
+
+def test_a_real_model_answers_and_stops_at_the_end_of_its_turn(demo_model):
+    document = run_json("generate", "-m", "demo", "--prompt", "What is the capital of France?", "-n", "40")
+    result = document["results"][0]
+    assert "Paris" in result["text"]
+    assert result["finish_reason"] == "stop"
+    assert demo_model.tokenizer.decode(result["token_ids"][-1]) == "<|im_end|>"
+    assert json.dumps(document)

