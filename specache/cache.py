@@ -288,7 +288,9 @@ class SpeCache:
         copies = self.config.slow_tier is not SlowTierKind.RAM_INPLACE
         return Counters(prefetches=copies and policy.prefetches, speculates=policy.guesses)
 
-    # What transformers would call on a cache of its own
+    # What transformers would ask of a cache of its own
+
+    is_compileable = False
 
     def update(self, *args: Any, **kwargs: Any) -> NoReturn:
         _refuse_stock_call()

@@ -45,6 +45,21 @@ LONGROPE = {
     "original_max_position_embeddings": 100,
 }
 
+LONGROPE_SHORT = {
+    "sliding_window": None,
+    "rope_parameters": {**LONGROPE, "original_max_position_embeddings": 512},
+    "original_max_position_embeddings": 512,
+}
+PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
+LATENT = {
+    "kv_lora_rank": 16,
+    "q_lora_rank": None,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+    "first_k_dense_replace": 2,
+}
+
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama-multi-head": ("Llama", {"num_key_value_heads": 4}),
@@ -58,8 +73,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("Gemma2", {**HYBRID, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 5.0}),
     "gemma3": ("Gemma3", {**HYBRID, "query_pre_attn_scalar": 16, "sliding_window_pattern": 2}),
     "phi3": ("Phi3", {"sliding_window": None}),
-    "phi3-longrope-short": ("Phi3", {"sliding_window": None, "rope_parameters": {**LONGROPE, "original_max_position_embeddings": 512}, "original_max_position_embeddings": 512}),
-    "gpt-oss": ("GptOss", {**HYBRID, "num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
+    "phi3-longrope-short": ("Phi3", LONGROPE_SHORT),
+    "gpt-oss": ("GptOss", {**HYBRID, "num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": PLAIN}),
     "olmo2": ("Olmo2", {"num_key_value_heads": 4}),
 }  # fmt: skip
 
@@ -143,7 +158,7 @@ def test_a_batch_around_a_rope_switch_equals_each_prompt_alone(kind):
 
 REFUSED = {
     "all layers slide": ("Mistral", {"sliding_window": 24}, "Every layer"),
-    "latent attention": ("DeepseekV2", {"kv_lora_rank": 16, "q_lora_rank": None, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "first_k_dense_replace": 2}, "latent"),
+    "latent attention": ("DeepseekV2", LATENT, "latent"),
     "state space": ("Mamba", {}, "state-space|attention"),
 }  # fmt: skip
 
