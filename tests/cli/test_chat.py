@@ -97,6 +97,15 @@ def test_a_model_without_a_template_cannot_chat(tmp_path):
     assert "has no chat template" in one_line(run("chat", "-m", tmp_path, stdin="hello\n", code=2).stderr)
 
 
-def test_a_real_model_remembers_the_turn_before(demo_model):
-    result = run("chat", "-m", "demo", "-n", "24", stdin="My name is Roberta. Say hello.\nWhat is my name?\n")
-    assert "Roberta" in result.stdout.splitlines()[-1]
+def test_a_real_models_second_turn_is_what_stock_answers_to_the_whole_conversation(demo_model):
+    model, tokenizer = demo_model.model, demo_model.tokenizer
+    messages, answers = [], []
+    questions = ("My name is Roberta. Say hello.", "What is my name?")
+    for question in questions:
+        messages.append({"role": "user", "content": question})
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        output = model.generate(**prompt, max_new_tokens=24, do_sample=False)
+        answers.append(tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
+        messages.append({"role": "assistant", "content": answers[-1]})
+    chat = ("chat", "-m", "demo", "-n", "24", "--dtype", "float32")
+    assert run(*chat, stdin="\n".join(questions) + "\n").stdout == "\n".join(answers) + "\n"

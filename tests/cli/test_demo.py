@@ -57,7 +57,7 @@ def test_a_real_model_answers_three_times_over_one_prefill(demo_model):
 def test_the_table_shows_what_came_out(demo_model):
     result = run("demo", "--tokens", "500", "--seed", "3", "--depth", "0.5", "--bits", "4")
     text = one_line(result.stdout)
-    rows = ("answer", "fast memory", "slow memory", "guesses right", "prefetch hits", "time to first token", "tokens per second")
+    rows = ("answer", "fast memory", "slow memory", "guesses right", "prefetch hits", "time to first", "tokens per second")
     assert all(row in text for row in rows)
     assert "(seed 3)" in text and "SpeCache, 4 bits" in text
 

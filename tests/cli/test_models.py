@@ -33,7 +33,7 @@ def test_what_can_only_be_a_path_is_not_looked_up_on_the_hub(name):
 
 @pytest.mark.parametrize("offline", [True, False])
 def test_an_unknown_hub_name_lists_what_was_tried(offline):
-    with pytest.raises(ModelNotFoundError, match="no-such/model.*Tried: a folder or file") as error:
+    with pytest.raises(ModelNotFoundError, match=r"no-such/model.*Tried: a folder or file") as error:
         load("no-such/model", offline=offline)
     assert ("--offline" in str(error.value)) == offline
 
