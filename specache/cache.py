@@ -147,7 +147,13 @@ class Sequence:
             dense.extend(*self.tier.read(layer.index, 0, layer.length))
             return dense
         rows = other._cache.rows(other.tier, layer.index, layer.residual_keys)
-        return layer.fork(other.tier, rows, other._cache.config)
+        config = other._cache.config
+        if config.layout == layer.config.layout:
+            return layer.fork(other.tier, rows, config)
+        table = other._cache.resources.page_table(config, layer.residual_keys)
+        rebuilt = CompressedLayer(layer.index, config, table, other.tier, rows, layer.residual_keys)
+        rebuilt.rebuild(self.length)
+        return rebuilt
 
 
 class SpeCache:
@@ -210,16 +216,18 @@ class SpeCache:
         return total
 
     def fork(self, policy: Policy | str | None = None, **changes: Any) -> SpeCache:
-        """An independent copy of the state, optionally under another policy (or top_k, hot_set): shares the prefill.
+        """An independent copy of the state, optionally under other settings: shares the prefill.
+
+        Settings that the low-bit copy depends on (`bits`, `group_size`, `residual`) make it anew from the 16-bit rows; without them
+        its pages are shared.
 
         Raises:
-            UsageError: settings that the stored copy depends on, or `full` back to a low-bit policy.
+            UsageError: another slow tier, or `full` back to a low-bit policy.
         """
         if policy is not None:
             changes["policy"] = policy
-        fixed = {"bits", "group_size", "residual", "slow_tier"} & changes.keys()
-        if fixed:
-            raise UsageError(f"A fork keeps {', '.join(sorted(fixed))}: the stored copy depends on it. Prefill a new SpeCache.")
+        if "slow_tier" in changes:
+            raise UsageError("A fork keeps slow_tier: its rows lie there. Prefill a new SpeCache.")
         config = replace(self.config, **changes).resolved(self.info.device.type)
         if self.config.policy is Policy.FULL and config.policy is not Policy.FULL:
             raise UsageError("A cache with policy 'full' has no low-bit copy; prefill a new SpeCache with the other policy.")

@@ -132,6 +132,11 @@ class SpeCacheConfig:
         """
         return max(0, (length - self.residual) // self.group_size) * self.group_size
 
+    @property
+    def layout(self) -> tuple[object, ...]:
+        """What a stored low-bit copy depends on: caches that differ in it cannot share pages."""
+        return self.bits, self.group_size, self.residual
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return {

@@ -14,7 +14,7 @@ from specache.attention import PassKind, PassPlan
 from specache.cache import Sequence as CachedSequence
 from specache.cache import SpeCache
 from specache.integration import forward, reset_rope
-from specache.passes import DecodePass, PrefillPass
+from specache.passes import DecodePass, Observer, PrefillPass
 
 Progress = Callable[[int, int], None]  # (prompt tokens done, prompt tokens in all)
 
@@ -52,16 +52,18 @@ class Decoder:
         self._cache = cache
         self._info = cache.info
 
-    def prefill(self, sequence: CachedSequence, token_ids: list[int], chunk: int, progress: Progress) -> Tensor:
+    def prefill(
+        self, sequence: CachedSequence, token_ids: list[int], chunk: int, progress: Progress, observe: Observer | None = None
+    ) -> Tensor:
         """Bring a sequence to hold exactly `token_ids` -> logits [V] of the last one (Algorithm 1).
 
         What is stored already is kept as far as it agrees; the rest goes through the model in chunks. A failure leaves the sequence
-        as it was.
+        as it was. `observe` sees the queries of every full-attention layer and chunk that run.
         """
         keep = self._reusable(sequence, token_ids)
         sequence.truncate(keep)
         with self._restored_on_error(sequence), self._timed("prefill_s"):
-            return self._prefill_rest(sequence, token_ids, chunk, progress)
+            return self._prefill_rest(sequence, token_ids, chunk, progress, observe)
 
     def pre_decode(self, indices: Sequence[int], tokens: Sequence[int]) -> Tensor:
         """The first output token alone over the copy -> logits [A, V] of the first guess (Algorithm 2). Nothing is stored."""
@@ -98,7 +100,9 @@ class Decoder:
         longrope = self._info.rope_type == "longrope"
         return longrope and self._info.rope_side(stored) != self._info.rope_side(position)
 
-    def _prefill_rest(self, sequence: CachedSequence, token_ids: list[int], chunk: int, progress: Progress) -> Tensor:
+    def _prefill_rest(
+        self, sequence: CachedSequence, token_ids: list[int], chunk: int, progress: Progress, observe: Observer | None = None
+    ) -> Tensor:
         config = self._cache.config
         total = len(token_ids)
         if self._info.rope_side(total - 1):
@@ -109,7 +113,7 @@ class Decoder:
         while True:
             start = sequence.length
             stop = min(start + chunk, total)
-            state = PrefillPass(sequence, config.policy, config.top_k, is_last=stop == total)
+            state = PrefillPass(sequence, config.policy, config.top_k, stop == total, observe)
             ids = token_ids[start:stop]
             logits = forward(self._model, self._ids([ids]), self._positions([start], len(ids)), state, logits=1)
             sequence.commit(ids)

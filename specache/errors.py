@@ -25,3 +25,15 @@ class NonFiniteError(SpeCacheError):
 
 class FastMemoryError(SpeCacheError, MemoryError):
     """The page pool's byte budget is exhausted."""
+
+
+class EvaluationError(SpeCacheError):
+    """An evaluation cannot go on; what was measured so far is kept."""
+
+
+class MethodUnavailableError(EvaluationError):
+    """A method of the suite needs a library or a machine that is not there."""
+
+
+class TaskDataError(EvaluationError):
+    """A file that a task reads is missing or broken; the message names file and line."""

@@ -128,11 +128,17 @@ class CompressedLayer:
         self.next_positions = None
 
     def fork(self, tier: SlowTier, rows: Rows, config: SpeCacheConfig) -> CompressedLayer:
-        """A copy over `tier` (a fork of this one's), sharing pages."""
+        """A copy over `tier` (a fork of this one's) under the same layout, sharing pages."""
         other = CompressedLayer(self.index, config, self.table.fork(), tier, rows, self._residual[0])
         other._residual.copy_(self._residual)
         other.residual_count = self.residual_count
         return other
+
+    def rebuild(self, length: int) -> None:
+        """Make the low-bit copy and the residual of the first `length` tokens from the 16-bit rows in the slow tier."""
+        for start in range(0, length, KEY_BLOCK):
+            keys, values = self.tier.read(self.index, start, min(start + KEY_BLOCK, length))
+            self._take(keys.to(self._residual.device), values.to(self._residual.device))
 
     def release(self) -> None:
         self.rows.drop()
@@ -149,6 +155,10 @@ class CompressedLayer:
 
     def _store(self, keys: Tensor, values: Tensor) -> None:
         self.tier.write(self.index, self.length, keys, values)
+        self._take(keys, values)
+
+    def _take(self, keys: Tensor, values: Tensor) -> None:
+        """Add tokens to the residual, whose oldest groups become low bit."""
         keys = torch.cat([self.residual_keys, keys], dim=1)
         values = torch.cat([self.residual_values, values], dim=1)
         count = self.config.low_bit_length(self.table.length + keys.shape[1]) - self.table.length

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Sequences
 from typing import Protocol
 
@@ -13,6 +14,8 @@ from specache.cache import Sequence
 from specache.config import Policy
 from specache.exact import AttentionParams
 from specache.layers import CompressedLayer, DenseLayer, WindowLayer
+
+Observer = Callable[[int, Tensor, AttentionParams], None]  # (layer, queries [Hq, n, D], params) of a prefill chunk
 
 
 class ForwardPass(Protocol):
@@ -27,16 +30,21 @@ class PrefillPass:
 
     Args:
         sequence: the sequence that grows.
-        select_first: the chunk is the last one and the policy fetches what its last token wants.
+        policy, top_k: with `previous`, the last chunk selects what its last token wants.
+        is_last: the chunk ends the prompt.
+        observe: sees the queries of full-attention layers.
     """
 
-    def __init__(self, sequence: Sequence, policy: Policy, top_k: int, is_last: bool) -> None:
+    def __init__(self, sequence: Sequence, policy: Policy, top_k: int, is_last: bool, observe: Observer | None = None) -> None:
         self._sequence = sequence
         self._select_first = is_last and policy is Policy.PREVIOUS
         self._top_k = top_k
+        self._observe = observe
 
     def attention(self, index: int, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
         layer = self._sequence.layer(index, keys[0])
+        if self._observe is not None and not isinstance(layer, WindowLayer):
+            self._observe(index, query[0], params)
         out = layer.prefill(query[0], keys[0], values[0], params)  # [Hq, n, D]
         if self._select_first and isinstance(layer, CompressedLayer):
             select_first(query[0, :, -1:], layer, params, self._top_k)

@@ -1,0 +1,106 @@
+"""Methods that are caches of ours: `specache` with any configuration, `kivi` (the low-bit copy alone) and `full`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from specache.cache import SpeCache
+from specache.config import Policy, SlowTierKind, SpeCacheConfig
+from specache.decoding import Decoder
+from specache.eval.methods.base import SessionStats
+from specache.eval.prefilled import Prefilled
+
+
+class SpeCacheSession:
+    """Decodes with our own cache exactly as `generate` does, guess row included; guesses are greedy."""
+
+    def __init__(self, prompt: Prefilled, config: SpeCacheConfig) -> None:
+        changes = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in ("slow_tier", "fast_memory")}
+        self._cache: SpeCache = prompt.cache.fork(**changes)
+        self._sequence = self._cache.sequences[0]
+        self._sequence.prepare_decode()
+        self._decoder = Decoder(prompt.model, self._cache)
+        self._guess: int | None = None
+        self._started = False
+
+    def feed(self, token: int) -> Tensor:
+        guesses = self._cache.config.policy.guesses
+        if guesses and not self._started:
+            self._guess = int(self._decoder.pre_decode([0], [token])[0].argmax())
+        elif self._guess is not None:
+            self._count(token)
+        self._started = True
+        step = self._decoder.step([0], [token], None if self._guess is None else [self._guess])
+        self._last_guess = self._guess
+        if guesses:
+            self._guess = int(step.guess[0].argmax())
+        return step.real[0]
+
+    def stats(self) -> SessionStats:
+        s = self._cache.stats()
+        return SessionStats(s["fast_ratio"], s["hot_ratio"] or 0.0, s["hit_rate"], s["guess_rate"])
+
+    def close(self) -> None:
+        self._cache.close()
+
+    def _count(self, token: int) -> None:
+        self._cache.counters.guesses += 1
+        self._cache.counters.guesses_right += token == self._last_guess
+
+
+@dataclass(frozen=True)
+class SpeCacheMethod:
+    """SpeCache; the settings are the fields of `SpeCacheConfig`."""
+
+    name: ClassVar[str] = "specache"
+    summary: ClassVar[str] = "low-bit copy, 16-bit pairs fetched by policy (settings: any field of SpeCacheConfig)"
+    needs_all_queries: ClassVar[bool] = False
+    config: SpeCacheConfig = field(default_factory=lambda: SpeCacheConfig(slow_tier=SlowTierKind.RAM))
+
+    def settings(self) -> dict[str, Any]:
+        return self.config.resolved("cpu").to_dict()
+
+    def start(self, prompt: Prefilled) -> SpeCacheSession:
+        return SpeCacheSession(prompt, self.config)
+
+    @classmethod
+    def with_settings(cls, settings: dict[str, Any]) -> SpeCacheMethod:
+        """From `--methods specache:top_k=32`; raises `ConfigError` for a field or a value that does not exist."""
+        return cls(replace(cls().config, **settings))
+
+
+@dataclass(frozen=True)
+class FullMethod:
+    """The ordinary 16-bit cache: what every other method is compared with."""
+
+    name: ClassVar[str] = "full"
+    summary: ClassVar[str] = "the ordinary 16-bit cache"
+    needs_all_queries: ClassVar[bool] = False
+
+    def settings(self) -> dict[str, Any]:
+        return {}
+
+    def start(self, prompt: Prefilled) -> SpeCacheSession:
+        return SpeCacheSession(prompt, SpeCacheConfig(slow_tier=SlowTierKind.RAM, policy=Policy.FULL))
+
+
+@dataclass(frozen=True)
+class KiviMethod:
+    """The low-bit copy alone with R = 128: the same 16-bit bytes as SpeCache at R = 64, k = 64 (paper section 4)."""
+
+    name: ClassVar[str] = "kivi"
+    summary: ClassVar[str] = "KIVI: the low-bit copy alone, R = 128"
+    needs_all_queries: ClassVar[bool] = False
+    bits: int = 2
+    group_size: int = 64
+    residual: int = 128
+
+    def settings(self) -> dict[str, Any]:
+        return {"bits": self.bits, "group_size": self.group_size, "residual": self.residual}
+
+    def start(self, prompt: Prefilled) -> SpeCacheSession:
+        config = SpeCacheConfig(slow_tier=SlowTierKind.RAM, policy=Policy.NONE, **self.settings())
+        return SpeCacheSession(prompt, config)

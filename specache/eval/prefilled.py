@@ -1,0 +1,95 @@
+"""One prompt, prefilled once with exact attention, from which every method starts."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specache.cache import SpeCache
+from specache.config import Policy, SlowTierKind, SpeCacheConfig
+from specache.decoding import Decoder, Progress
+from specache.exact import AttentionParams
+from specache.integration import attached
+from specache.layers import WindowLayer
+
+OBSERVATION_WINDOW = 64  # newest prompt tokens whose queries are kept for every method
+
+
+class Prefilled:
+    """All 16-bit rows of a prompt, the logits after it, and the queries that some methods look at.
+
+    Args:
+        model: a transformers model.
+        token_ids: the prompt.
+        all_queries: keep the queries of every token (accumulated-attention methods), not only of the newest ones.
+        like: where the prompt begins with the whole of another prefilled one, start from that.
+
+    Attributes:
+        token_ids: the prompt, `S` tokens.
+        cache: a SpeCache over tier `ram` that holds the prompt; methods fork it or read rows from it, and never change it.
+        logits: float32 [V] after the last token.
+        params: layer -> scaling, softcap and sinks of every full-attention layer.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        token_ids: list[int],
+        *,
+        all_queries: bool = False,
+        like: Prefilled | None = None,
+        progress: Progress = lambda done, total: None,
+    ) -> None:
+        self.model = model
+        self.token_ids = list(token_ids)
+        self.params: dict[int, AttentionParams] = {} if like is None else dict(like.params)
+        self._window = None if all_queries else OBSERVATION_WINDOW
+        self._queries: dict[int, list[Tensor]] = defaultdict(list)
+        if like is None:
+            self.cache = SpeCache(model, SpeCacheConfig(slow_tier=SlowTierKind.RAM, policy=Policy.VERIFIED))
+            self.cache.sequences.append(self.cache.new_sequence())
+        else:
+            self.cache = like.cache.fork()
+            for layer, parts in like._queries.items():
+                self._queries[layer] = list(parts)
+        with torch.no_grad(), attached(model):
+            decoder = Decoder(model, self.cache)
+            chunk = self.cache.config.prefill_chunk
+            self.logits = decoder.prefill(self.cache.sequences[0], self.token_ids, chunk, progress, self._observe)
+
+    @property
+    def length(self) -> int:
+        """`S`, tokens in the prompt."""
+        return len(self.token_ids)
+
+    @property
+    def full_layers(self) -> list[int]:
+        """Numbers of the full-attention layers: the ones whose cache grows."""
+        return [index for index, window in enumerate(self.cache.info.windows) if window is None]
+
+    def rows(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys (after RoPE) and values [Hkv, S, D] of a full-attention layer, in the model's dtype. Do not write to them."""
+        return self.cache.sequences[0].tier.read(layer, 0, self.length)
+
+    def queries(self, layer: int) -> Tensor:
+        """Queries [Hq, m, D] of the newest `m` prompt tokens of a full-attention layer; all `S` with `all_queries`."""
+        return torch.cat(self._queries[layer], dim=1)
+
+    def windows(self) -> dict[int, WindowLayer]:
+        """Copies of the sliding layers' state, for a session of its own."""
+        return self.cache.sequences[0].windows()
+
+    def close(self) -> None:
+        """Free everything."""
+        self.cache.close()
+        self._queries.clear()
+
+    def _observe(self, layer: int, query: Tensor, params: AttentionParams) -> None:
+        self.params[layer] = params
+        parts = self._queries[layer]
+        parts.append(query.detach().clone())
+        if self._window is not None:
+            parts[:] = [torch.cat(parts, dim=1)[:, -self._window :]]

@@ -1,0 +1,54 @@
+"""Every task and every method by name. A new one is one file and one line here; nothing is imported before it is asked for."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from specache.errors import ConfigError
+
+TASKS = {
+    "fidelity": "specache.eval.tasks.fidelity:Fidelity",
+    "perplexity": "specache.eval.tasks.perplexity:Perplexity",
+    "needle": "specache.eval.tasks.needle:Needle",
+    "ruler": "specache.eval.tasks.ruler:Ruler",
+    "longbench": "specache.eval.tasks.longbench:LongBench",
+    "retrieval": "specache.eval.tasks.retrieval:Retrieval",
+}
+
+METHODS = {
+    "full": "specache.eval.methods.specache:FullMethod",
+    "specache": "specache.eval.methods.specache:SpeCacheMethod",
+    "kivi": "specache.eval.methods.specache:KiviMethod",
+    "quantized": "specache.eval.methods.quantized:QuantizedMethod",
+    "offloaded": "specache.eval.methods.offloaded:OffloadedMethod",
+    "streaming-llm": "specache.eval.methods.streaming_llm:StreamingLLMMethod",
+    "h2o": "specache.eval.methods.h2o:H2OMethod",
+    "snapkv": "specache.eval.methods.snapkv:SnapKVMethod",
+    "infllm": "specache.eval.methods.infllm:InfLLMMethod",
+}
+
+
+def task_class(name: str) -> Any:
+    """The task's class.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    return _load(TASKS, name, "task")
+
+
+def method_class(name: str) -> Any:
+    """The method's class.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    return _load(METHODS, name, "method")
+
+
+def _load(table: dict[str, str], name: str, kind: str) -> Any:
+    if name not in table:
+        raise ConfigError(f"There is no {kind} {name!r}. Known: {', '.join(table)}. See 'specache eval list'.")
+    module, attribute = table[name].split(":")
+    return getattr(import_module(module), attribute)

@@ -1,0 +1,1 @@
+"""The tasks: one file each, made by name from `registry`."""
