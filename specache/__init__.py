@@ -6,7 +6,7 @@ ahead.
 """
 
 from specache.cache import SpeCache
-from specache.config import Policy, SlowTierKind, SpeCacheConfig
+from specache.config import Code, Policy, SlowTierKind, SpeCacheConfig
 from specache.errors import (
     ConfigError,
     FastMemoryError,
@@ -20,6 +20,7 @@ from specache.generation import decode, generate, prefill
 __version__ = "0.1.0"
 
 __all__ = [
+    "Code",
     "ConfigError",
     "FastMemoryError",
     "NonFiniteError",

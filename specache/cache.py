@@ -36,7 +36,7 @@ class Resources:
 
     def page_table(self, config: SpeCacheConfig, keys: Tensor) -> PageTable:
         """An empty table for a layer with keys [Hkv, n, D]."""
-        layout = PageLayout(config.bits, config.group_size, keys.shape[0], keys.shape[2])
+        layout = PageLayout(config.code, config.bits, config.group_size, keys.shape[0], keys.shape[2])
         if layout not in self._pools:
             self._pools[layout] = PagePool(layout, keys.device, self._budget)
         return PageTable(self._pools[layout])
@@ -75,11 +75,10 @@ class Sequence:
 
     def can_truncate(self, length: int) -> bool:
         """Whether the state of the first `length` tokens can be had without prefilling them again."""
-        windows = (layer for layer in self.layers.values() if isinstance(layer, WindowLayer))
-        return all(layer.can_truncate(length) for layer in windows)
+        return all(layer.can_truncate(length) for layer in self.layers.values())
 
     def truncate(self, length: int) -> None:
-        """Keep the first `length` tokens; all are forgotten if a sliding window cannot go back that far."""
+        """Keep the first `length` tokens; all are forgotten if some layer cannot go back that far."""
         if not self.can_truncate(length):
             return self.clear()
         del self.token_ids[length:]
@@ -152,6 +151,7 @@ class Sequence:
             return layer.fork(other.tier, rows, config)
         table = other._cache.resources.page_table(config, layer.residual_keys)
         rebuilt = CompressedLayer(layer.index, config, table, other.tier, rows, layer.residual_keys)
+        rebuilt.weights = layer.weights.fork(rebuilt.weights.tokens)
         rebuilt.rebuild(self.length)
         return rebuilt
 
@@ -218,8 +218,8 @@ class SpeCache:
     def fork(self, policy: Policy | str | None = None, **changes: Any) -> SpeCache:
         """An independent copy of the state, optionally under other settings: shares the prefill.
 
-        Settings that the low-bit copy depends on (`bits`, `group_size`, `residual`) make it anew from the 16-bit rows; without them
-        its pages are shared.
+        Settings that the low-bit copy depends on (`code`, `bits`, `group_size`, `residual`) make it anew from the 16-bit rows;
+        without them its pages are shared.
 
         Raises:
             UsageError: another slow tier, or `full` back to a low-bit policy.

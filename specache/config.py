@@ -42,6 +42,13 @@ class Policy(StrEnum):
         return self in (Policy.VERIFIED, Policy.SPECULATIVE, Policy.PREVIOUS)
 
 
+class Code(StrEnum):
+    """How a key or a value becomes `bits` bits per element."""
+
+    KIVI = "kivi"  # minimum and maximum of a group: keys per channel, values per token (paper section 3.1)
+    ROTATED = "rotated"  # ours: rotated, normal quantiser, one unbiased scale per token
+
+
 class SlowTierKind(StrEnum):
     """Where the 16-bit rows live."""
 
@@ -56,6 +63,7 @@ class SpeCacheConfig:
 
     Args:
         bits: bits per code of the low-bit copy (paper `b`): 1, 2 or 4.
+        code: see `Code`.
         group_size: tokens per key group and channels per value group (paper `g`); divides 64.
         residual: newest tokens that always stay at 16 bits (paper `R`), in tokens.
         top_k: 16-bit pairs swapped in per KV head and step (paper `k`), in pairs.
@@ -69,6 +77,7 @@ class SpeCacheConfig:
     """
 
     bits: int = 2
+    code: Code = Code.ROTATED
     group_size: int = 64
     residual: int = 64
     top_k: int = 64
@@ -103,6 +112,7 @@ class SpeCacheConfig:
             )
         if self.fast_memory is not None and (not _is_int(self.fast_memory) or self.fast_memory < 1):
             raise ConfigError(f"fast_memory must be a positive number of bytes or None, got {self.fast_memory!r}.")
+        object.__setattr__(self, "code", _member(Code, self.code, "code"))
         object.__setattr__(self, "policy", _member(Policy, self.policy, "policy"))
         object.__setattr__(self, "slow_tier", _member(SlowTierKind, self.slow_tier, "slow_tier"))
 
@@ -135,12 +145,13 @@ class SpeCacheConfig:
     @property
     def layout(self) -> tuple[object, ...]:
         """What a stored low-bit copy depends on: caches that differ in it cannot share pages."""
-        return self.bits, self.group_size, self.residual
+        return self.code, self.bits, self.group_size, self.residual
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return {
             "bits": self.bits,
+            "code": str(self.code),
             "group_size": self.group_size,
             "residual": self.residual,
             "top_k": self.top_k,

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from specache.attention import PassKind
-from specache.config import SpeCacheConfig
+from specache.config import Code, SpeCacheConfig
 from specache.errors import NonFiniteError
 from specache.exact import KEY_BLOCK, AttentionParams, Part, attend_part, merge, windowed
 from specache.kernels import dispatch
 from specache.kernels.types import LowBitCopy
 from specache.prefetch import Rows
+from specache.quant.key_weights import KeyWeights
 from specache.quant.pool import PageTable
 from specache.tiers.base import SlowTier
 
@@ -52,11 +53,12 @@ class CompressedLayer:
         self.next_positions: Tensor | None = None
         self.residual_count = 0
         capacity = config.residual + config.group_size
+        self.weights = KeyWeights(capacity)
         self._residual = torch.empty(2, heads, capacity, dim, dtype=keys.dtype, device=keys.device)
 
     @property
     def copy(self) -> LowBitCopy:
-        return self.table.copy()
+        return self.table.copy(self.weights.value)
 
     @property
     def length(self) -> int:
@@ -77,7 +79,7 @@ class CompressedLayer:
 
     @property
     def fast_bytes(self) -> int:
-        return self.table.nbytes + self._residual.nbytes
+        return self.table.nbytes + self._residual.nbytes + self.weights.nbytes
 
     @property
     def token_bytes(self) -> int:
@@ -90,15 +92,17 @@ class CompressedLayer:
         Earlier rows are read back from the slow tier block by block. query [Hq, n, D]; keys, values [Hkv, n, D].
         """
         check_finite(keys, values, self.index)
+        self._observe(query)
         parts = [attend_part(query, k, v, params) for k, v in self._stored(keys.device)]
         parts.append(attend_part(query, keys, values, params, causal=True))
         out, _ = merge(parts, params.sinks)
         self._store(keys, values)
         return out
 
-    def append(self, keys: Tensor, values: Tensor) -> None:
-        """Take one token [Hkv, 1, D] into the residual and the slow tier."""
+    def append(self, query: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Take one token, query [Hq, 1, D], key and value [Hkv, 1, D], into the residual and the slow tier."""
         check_finite(keys, values, self.index)
+        self._observe(query)
         self.tier.write(self.index, self.length, keys, values)
         self._residual[0, :, self.residual_count] = keys[:, 0]
         self._residual[1, :, self.residual_count] = values[:, 0]
@@ -108,6 +112,7 @@ class CompressedLayer:
         """Quantise the oldest group when the residual is full, once, from its original values."""
         count = self.retiring
         if count:
+            self.weights.fix(self.residual_keys)
             self._quantise(self.residual_keys[:, :count], self.residual_values[:, :count])
             kept = self._residual[:, :, count : self.residual_count].clone()
             self.residual_count -= count
@@ -124,6 +129,7 @@ class CompressedLayer:
             self._residual[0, :, : length - start] = keys
             self._residual[1, :, : length - start] = values
         self.residual_count = length - self.table.length
+        self.weights.truncate(length)
         self.rows.drop()
         self.next_positions = None
 
@@ -132,7 +138,12 @@ class CompressedLayer:
         other = CompressedLayer(self.index, config, self.table.fork(), tier, rows, self._residual[0])
         other._residual.copy_(self._residual)
         other.residual_count = self.residual_count
+        other.weights = self.weights.fork(self.weights.tokens)
         return other
+
+    def can_truncate(self, length: int) -> bool:
+        """Whether the codes of the first `length` tokens are those that a fresh prefill would make."""
+        return length >= self.length or self.config.code is not Code.ROTATED or self.weights.survives(length)
 
     def rebuild(self, length: int) -> None:
         """Make the low-bit copy and the residual of the first `length` tokens from the 16-bit rows in the slow tier."""
@@ -144,6 +155,7 @@ class CompressedLayer:
         self.rows.drop()
         self.table.truncate(0)
         self.residual_count = 0
+        self.weights = KeyWeights(self.weights.tokens)
 
     def _stored(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         """All stored keys and values, a block at a time."""
@@ -163,15 +175,19 @@ class CompressedLayer:
         values = torch.cat([self.residual_values, values], dim=1)
         count = self.config.low_bit_length(self.table.length + keys.shape[1]) - self.table.length
         if count:
+            self.weights.fix(keys)
             self._quantise(keys[:, :count], values[:, :count])
         self.residual_count = keys.shape[1] - count
         self._residual[0, :, : self.residual_count] = keys[:, count:]
         self._residual[1, :, : self.residual_count] = values[:, count:]
 
+    def _observe(self, query: Tensor) -> None:
+        self.weights.observe(self.length, query, self._residual.shape[1])
+
     def _quantise(self, keys: Tensor, values: Tensor) -> None:
         start = self.table.length
         self.table.extend(keys.shape[1])
-        dispatch.quantise(keys, values, self.table.copy(), start)
+        dispatch.quantise(keys, values, self.copy, start)
 
 
 class DenseLayer:
@@ -226,6 +242,9 @@ class DenseLayer:
 
     def truncate(self, length: int) -> None:
         self.length = min(self.length, length)
+
+    def can_truncate(self, length: int) -> bool:
+        return True
 
     def fork(self) -> DenseLayer:
         other = DenseLayer(self.index, self._rows[0])

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from specache.config import Policy, SpeCacheConfig
+from specache.config import Code, Policy, SpeCacheConfig
 from specache.errors import UnsupportedModelError, UsageError
 
 NAME = "specache_reference"  # of the attention and mask functions, and of the keyword argument that carries the state
@@ -76,6 +76,74 @@ def dequantise_values(codes: Tensor, scale: Tensor, zero: Tensor, group_size: in
     channels = codes.shape[-1]
     z, s = (t.float().repeat_interleave(group_size, dim=-1)[..., :channels] for t in (zero, scale))  # [Hkv, n, D]
     return z + s * codes
+
+
+def normal_levels(bits: int) -> Tensor:
+    """float32 `[2^b]`: Lloyd-Max levels of a standard normal distribution (Max, 1960), ascending."""
+    half = {1: [0.7979], 2: [0.4528, 1.510], 4: [0.1284, 0.3881, 0.6568, 0.9424, 1.256, 1.618, 2.069, 2.733]}[bits]
+    return torch.tensor([-x for x in reversed(half)] + half)
+
+
+def rotate(x: Tensor) -> Tensor:
+    """`R x` over the last axis: fixed random signs, then a Walsh-Hadamard transform (of the blocks of `D`'s binary digits)."""
+    dim = x.shape[-1]
+    signs = torch.randint(0, 2, (dim,), generator=torch.Generator().manual_seed(0x5BECAC4E)) * 2.0 - 1.0
+    sizes = [1 << i for i in reversed(range(dim.bit_length())) if dim >> i & 1]
+    return torch.cat([walsh_hadamard(block) for block in (x * signs).split(sizes, dim=-1)], dim=-1)
+
+
+def walsh_hadamard(x: Tensor) -> Tensor:
+    """The orthogonal transform of the last axis, whose length is a power of two, by halves."""
+    if x.shape[-1] == 1:
+        return x
+    a, b = (walsh_hadamard(half) for half in x.chunk(2, dim=-1))
+    return torch.cat([a + b, a - b], dim=-1) / 2**0.5
+
+
+def rotate_back(y: Tensor) -> Tensor:
+    """`R^T y`: `R` is orthogonal, so its rows are what `rotate` does to the unit vectors."""
+    return y @ rotate(torch.eye(y.shape[-1])).T
+
+
+def quantise_rotated(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """**Ours.** Each vector `x [.., D]` is rotated, then rounded to the normal levels times one scale.
+
+    `code` = nearest level of `R x / rms(x)`; scale `|R x|^2 / <R x, levels[code]>`, with which a vector's inner product with its
+    own code is exact. Returns codes int64 `[.., D]` and scale float16 `[.., 1]`.
+    """
+    y = rotate(x.float())
+    levels = normal_levels(bits)
+    unit = y / y.square().mean(dim=-1, keepdim=True).sqrt().clamp(min=1e-30)
+    codes = (unit.unsqueeze(-1) - levels).abs().argmin(dim=-1)
+    scale = y.square().sum(dim=-1, keepdim=True) / (y * levels[codes]).sum(dim=-1, keepdim=True).clamp(min=1e-30)
+    return codes, scale.clamp(max=FLOAT16_MAX).half()
+
+
+def rotated_copy(keys: Tensor, values: Tensor, weights: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
+    """What keys and values `[Hkv, n, D]` (whole groups) decode to under the rotated code, float32.
+
+    Keys lose their mean per channel and group and are weighted, `weights [Hkv, D]`, before they are rotated.
+    """
+    levels = normal_levels(bits)
+    codes, scale = quantise_rotated(values, bits)
+    decoded_values = rotate_back(scale.float() * levels[codes])
+    groups = keys.float().unflatten(1, (-1, group_size))  # [Hkv, n/g, g, D]
+    mean = groups.mean(dim=2, keepdim=True).clamp(-FLOAT16_MAX, FLOAT16_MAX).half().float()  # [Hkv, n/g, 1, D]
+    w = weights[:, None, None]  # [Hkv, 1, 1, D]
+    codes, scale = quantise_rotated((groups - mean) * w, bits)
+    decoded_keys = rotate_back(scale.float() * levels[codes]) / w + mean
+    return decoded_keys.flatten(1, 2), decoded_values
+
+
+def key_weights(queries: Tensor, keys: Tensor) -> Tensor:
+    """**Ours.** `sqrt(rms(q_c) / rms(k_c - mean))` per KV head and channel, scaled to a mean square of 1: float32 `[Hkv, D]`.
+
+    From a prefix's queries `[Hkv, G, m, D]` and keys `[Hkv, m, D]`.
+    """
+    query_rms = queries.float().square().mean(dim=(1, 2)).sqrt().clamp(min=1e-6)
+    key_rms = (keys.float() - keys.float().mean(dim=1, keepdim=True)).square().mean(dim=1).sqrt().clamp(min=1e-6)
+    ratio = (query_rms / key_rms).sqrt()
+    return (ratio / ratio.square().mean(dim=-1, keepdim=True).sqrt()).clamp(1e-4, 1e4)
 
 
 @dataclass(frozen=True)
@@ -135,28 +203,42 @@ class Layer:
         self.low_bit_keys = self.keys.float()  # [Hkv, L(n), D]
         self.low_bit_values = self.values.float()  # [Hkv, L(n), D]
         self.fetched_positions = self.keys.new_empty(self.keys.shape[:2], dtype=torch.int64)  # [Hkv, <=k]
+        self.queries: Tensor | None = None  # [Hkv, G, <=R+g, D] of the first tokens
+        self.weights: Tensor | None = None  # [Hkv, D] once the first group is quantised
 
     @property
     def low_bit_length(self) -> int:
         """`L(n) = g * max(0, (n - R) // g)`; 0 where nothing is quantised."""
         return 0 if self.exact else self.config.low_bit_length(self.keys.shape[1])
 
-    def append(self, keys: Tensor, values: Tensor) -> None:
+    def append(self, queries: Tensor, keys: Tensor, values: Tensor) -> None:
         """Commit rows `[Hkv, q, D]`; groups that leave the residual are quantised, once, from their original values."""
+        prefix = self.config.residual + self.config.group_size
+        seen = queries if self.queries is None else torch.cat([self.queries, queries], dim=2)
+        self.queries = seen[:, :, :prefix]
         self.keys = torch.cat([self.keys, keys], dim=1)  # [Hkv, n + q, D]
         self.values = torch.cat([self.values, values], dim=1)
         leaving = slice(self.low_bit_keys.shape[1], self.low_bit_length)
-        bits, g = self.config.bits, self.config.group_size
-        new_keys = dequantise_keys(*quantise_keys(self.keys[:, leaving], bits, g), g)
-        new_values = dequantise_values(*quantise_values(self.values[:, leaving], bits, g), g)
+        new_keys, new_values = self._low_bit(self.keys[:, leaving], self.values[:, leaving], prefix)
         self.low_bit_keys = torch.cat([self.low_bit_keys, new_keys], dim=1)  # [Hkv, L(n + q), D]
         self.low_bit_values = torch.cat([self.low_bit_values, new_values], dim=1)
+
+    def _low_bit(self, keys: Tensor, values: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
+        """What whole groups `[Hkv, n, D]` decode to after quantisation, float32."""
+        bits, g = self.config.bits, self.config.group_size
+        if self.config.code is Code.KIVI or not keys.shape[1]:
+            new_keys = dequantise_keys(*quantise_keys(keys, bits, g), g)
+            return new_keys, dequantise_values(*quantise_values(values, bits, g), g)
+        if self.weights is None:
+            assert self.queries is not None
+            self.weights = key_weights(self.queries, self.keys[:, :prefix])
+        return rotated_copy(keys, values, self.weights, bits, g)
 
     def prefill(self, softmax: Softmax, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Algorithm 1: exact causal attention over the prompt, then its low-bit copy. Returns `[Hkv, G, S, D]`."""
         positions = torch.arange(keys.shape[1], device=keys.device)  # [S]
         out = attend(softmax.probabilities(queries, keys.float(), positions), values.float())
-        self.append(keys, values)
+        self.append(queries, keys, values)
         if self.config.policy is Policy.PREVIOUS:  # there is no pre-decoding: the last prompt token selects
             copy = torch.cat([self.low_bit_keys, keys[:, self.low_bit_length :].float()], dim=1)  # [Hkv, S, D]
             probabilities = softmax.probabilities(queries[:, :, -1:], copy, positions[-1:])  # [Hkv, G, 1, S]
@@ -184,7 +266,7 @@ class Layer:
             mixed_values = swap_in(copy_values, exact_values, fetched)
             probabilities = softmax.probabilities(query, mixed_keys, position)  # [Hkv, G, 1, n + q]
             outputs.append(attend(probabilities, mixed_values))
-        self.append(keys[:, :committed], values[:, :committed])
+        self.append(queries[:, :, :committed], keys[:, :committed], values[:, :committed])
         if config.policy in (Policy.SPECULATIVE, Policy.PREVIOUS):  # the last row selects for the next pass
             self.fetched_positions = select(probabilities, self.low_bit_length, config.top_k)
         return torch.cat(outputs, dim=2)

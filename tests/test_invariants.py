@@ -65,9 +65,9 @@ def full(model: Any) -> tuple[list[int], torch.Tensor]:
 
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("policy", FETCHING)
-@pytest.mark.parametrize("bits", [1, 2, 4])
-def test_fetching_everything_equals_the_full_cache(model, full, tier, policy, bits):
-    tokens, logits, _ = run(model, prompt(200), settings(bits=bits, policy=policy, slow_tier=tier, top_k=EVERYTHING))
+@pytest.mark.parametrize(("bits", "code"), [(1, "kivi"), (1, "rotated"), (2, "rotated"), (4, "kivi")])
+def test_fetching_everything_equals_the_full_cache(model, full, tier, policy, bits, code):
+    tokens, logits, _ = run(model, prompt(200), settings(bits=bits, code=code, policy=policy, slow_tier=tier, top_k=EVERYTHING))
     assert tokens == full[0]
     assert (logits - full[1]).abs().max() < 1e-4
 
@@ -91,9 +91,10 @@ def test_a_prompt_in_the_residual_makes_every_guess_of_the_paper_right(model):
 
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("policy", [*FETCHING, "none"])
+@pytest.mark.parametrize("code", ["kivi", "rotated"])
 @pytest.mark.parametrize(("bits", "group_size", "residual"), [(1, 16, 16), (2, 64, 7), (4, 8, 0), (2, 32, 64)])
-def test_every_policy_equals_the_reference(model, full, tier, policy, bits, group_size, residual):
-    settings_ = {"bits": bits, "group_size": group_size, "residual": residual, "policy": policy, "slow_tier": tier}
+def test_every_policy_equals_the_reference(model, full, tier, policy, code, bits, group_size, residual):
+    settings_ = {"code": code, "bits": bits, "group_size": group_size, "residual": residual, "policy": policy, "slow_tier": tier}
     config = settings(**settings_, prefill_chunk=4096)  # as the reference: a last-bit difference in a key can turn a code
     expected = reference.generate(model, prompt(200), config, NEW, forced_tokens=full[0])
     _, logits, _ = run(model, prompt(200), config, answer=full[0])
@@ -209,3 +210,30 @@ def test_positions_are_never_duplicated_out_of_range_or_padding(model, monkeypat
     config = settings(policy=policy, slow_tier="ram")
     specache.generate(model, ids, attention_mask=mask, config=config, max_new_tokens=NEW, do_sample=False)
     assert sum(seen) > 0
+
+
+@pytest.mark.parametrize("length", [3, 40, 100])
+@pytest.mark.parametrize("code", ["kivi", "rotated"])
+def test_a_sequence_cut_to_a_prefix_holds_what_a_fresh_prefill_does(model, code, length):
+    """Also where the cut goes behind the tokens that the rotated code's weights were made from."""
+    config = settings(code=code, slow_tier="ram")
+    with specache.SpeCache(model, config) as cut, specache.SpeCache(model, config) as fresh:
+        specache.prefill(model, prompt(200), cache=cut)
+        specache.generate(model, prompt(200), past_key_values=cut, max_new_tokens=10, do_sample=False)
+        specache.prefill(model, torch.cat([prompt(200)[:, :length], prompt(90, 7)], dim=1), cache=cut)
+        specache.prefill(model, torch.cat([prompt(200)[:, :length], prompt(90, 7)], dim=1), cache=fresh)
+        for one, other in zip(cut.sequences[0].layers.values(), fresh.sequences[0].layers.values(), strict=True):
+            if code == "rotated":
+                torch.testing.assert_close(one.weights.value, other.weights.value, atol=1e-5, rtol=1e-4)
+            a, b = torch.cat(torch_ops.dequantise(one.copy)), torch.cat(torch_ops.dequantise(other.copy))
+            assert a.shape == b.shape
+            assert ((a - b).abs() > 0.02).float().mean() < 1e-3  # a last-bit difference in a key can turn a code
+
+
+def test_a_short_prompt_gets_its_weights_while_decoding(model):
+    """The first group becomes low bit in the middle of decoding; the rotated code then equals the reference."""
+    config = settings(policy="verified", slow_tier="ram")
+    tokens, _, _ = run(model, prompt(12), config)
+    expected = reference.generate(model, prompt(12), config, NEW, forced_tokens=tokens)
+    _, logits, _ = run(model, prompt(12), config, answer=tokens)
+    assert (logits - expected.logits).abs().max() < 1e-3

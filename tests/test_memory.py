@@ -10,7 +10,7 @@ import torch
 import specache
 from specache.decoding import Decoder
 from specache.integration import attached
-from specache.kernels.torch_ops import BLOCK_BYTES
+from specache.kernels.blocks import BLOCK_BYTES
 from tests.peak import PeakMemory
 from tests.tiny import llama, prompt
 

@@ -85,7 +85,7 @@ def stock(family: str, prompt: int = PROMPT, new: int = NEW) -> tuple[list[int],
 
 
 def settings(policy: Policy, **changes: Any) -> SpeCacheConfig:
-    return SpeCacheConfig(**{"bits": 2, "group_size": 8, "residual": 8, "top_k": 4, "policy": policy, **changes})
+    return SpeCacheConfig(**{"code": "kivi", "bits": 2, "group_size": 8, "residual": 8, "top_k": 4, "policy": policy, **changes})
 
 
 def wrong(tokens: list[int]) -> list[int]:

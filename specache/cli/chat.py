@@ -13,7 +13,7 @@ from specache.cli.conversation import Conversation
 from specache.cli.models import Device, Dtype, LoadedModel, load
 from specache.cli.prompts import has_chat_template
 from specache.cli.report import rate, statistics_table, times
-from specache.config import Policy, SlowTierKind, SpeCacheConfig
+from specache.config import Code, Policy, SlowTierKind, SpeCacheConfig
 from specache.errors import ConfigError, SpeCacheError
 
 EPILOG = """
@@ -40,6 +40,7 @@ def chat(
     seed: options.Seed = None,
     stop: options.Stop = None,
     bits: options.Bits = 2,
+    code: options.CodeOption = Code.ROTATED,
     group_size: options.GroupSize = 64,
     residual: options.Residual = 64,
     top_k: options.TopK = 64,
@@ -56,6 +57,7 @@ def chat(
     """Talk with a model. Every turn continues from the same low-bit cache, so only new text is read."""
     config = options.build_config(
         bits=bits,
+        code=code,
         group_size=group_size,
         residual=residual,
         top_k=top_k,

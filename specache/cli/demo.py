@@ -24,7 +24,7 @@ from specache.cli.demo_document import DemoTask, make_task
 from specache.cli.demo_report import Run, comparison
 from specache.cli.models import DEMO_MODEL, Device, Dtype, LoadedModel, load
 from specache.cli.prompts import encode, has_chat_template
-from specache.config import Policy, SlowTierKind, SpeCacheConfig
+from specache.config import Code, Policy, SlowTierKind, SpeCacheConfig
 from specache.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ def demo(
     seed: Annotated[int | None, typer.Option("--seed", help="Decides the number. Default: a new one.")] = None,
     as_json: options.Json = False,
     bits: options.Bits = 2,
+    code: options.CodeOption = Code.ROTATED,
     top_k: options.TopK = 64,
     model: options.Model = DEMO_MODEL,
     dtype: options.DtypeOption = Dtype.AUTO,
@@ -66,7 +67,7 @@ def demo(
     threads: options.Threads = None,
 ) -> None:
     """Ask a small model about a long document, over three caches: SpeCache, 16 bits, and low bits alone."""
-    config = SpeCacheConfig(bits=bits, top_k=top_k, policy=Policy.VERIFIED, slow_tier=SlowTierKind.RAM)
+    config = SpeCacheConfig(bits=bits, code=code, top_k=top_k, policy=Policy.VERIFIED, slow_tier=SlowTierKind.RAM)
     if seed is None:
         seed = random.SystemRandom().randrange(10_000)
     quiet_libraries()

@@ -14,7 +14,7 @@ from specache.cli.console import EXIT_INTERRUPTED, err, quiet_libraries, reports
 from specache.cli.models import Device, Dtype, LoadedModel, load
 from specache.cli.prompts import Prompt, encode, has_chat_template, read_prompts
 from specache.cli.report import statistics_table
-from specache.config import Policy, SlowTierKind, SpeCacheConfig
+from specache.config import Code, Policy, SlowTierKind, SpeCacheConfig
 from specache.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ def generate(
     seed: options.Seed = None,
     stop: options.Stop = None,
     bits: options.Bits = 2,
+    code: options.CodeOption = Code.ROTATED,
     group_size: options.GroupSize = 64,
     residual: options.Residual = 64,
     top_k: options.TopK = 64,
@@ -84,6 +85,7 @@ def generate(
     """
     config = options.build_config(
         bits=bits,
+        code=code,
         group_size=group_size,
         residual=residual,
         top_k=top_k,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from specache.cli.models import Device, Dtype
-from specache.config import Policy, SlowTierKind, SpeCacheConfig
+from specache.config import Code, Policy, SlowTierKind, SpeCacheConfig
 from specache.errors import ConfigError
 
 MODEL_PANEL = "Model"
@@ -45,6 +45,14 @@ Offline = Annotated[bool, typer.Option("--offline", help="Use only models that a
 Bits = Annotated[
     int,
     typer.Option("--bits", "-b", help="Bits per number of the low-bit copy: 1, 2 or 4.", rich_help_panel=CACHE_PANEL),
+]
+CodeOption = Annotated[
+    Code,
+    typer.Option(
+        "--code",
+        help="How numbers become bits. kivi: minimum and maximum of a group. rotated: ours, closer to the original at fewer bytes.",
+        rich_help_panel=CACHE_PANEL,
+    ),
 ]
 GroupSize = Annotated[
     int,
@@ -167,6 +175,7 @@ def parse_hot_set(text: str) -> float | int:
 def build_config(
     *,
     bits: int,
+    code: Code,
     group_size: int,
     residual: int,
     top_k: int,
@@ -178,6 +187,7 @@ def build_config(
     """The library's configuration from the command line's values; raises `ConfigError`."""
     return SpeCacheConfig(
         bits=bits,
+        code=code,
         group_size=group_size,
         residual=residual,
         top_k=top_k,

@@ -59,7 +59,7 @@ def statistics_table(stats: dict[str, Any], config: dict[str, Any]) -> Table:
 def _title(config: dict[str, Any]) -> str:
     if config["policy"] == "full":
         return "the ordinary 16-bit cache"
-    return f"{config['bits']}-bit, policy {config['policy']}, slow tier {config['slow_tier']}"
+    return f"{config['bits']}-bit {config['code']}, policy {config['policy']}, slow tier {config['slow_tier']}"
 
 
 def _memory_rows(stats: dict[str, Any], config: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -6,55 +6,49 @@ dimension, `b` bits, `g` group size, `C = ceil(D b / 8)` bytes of codes per toke
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from specache.config import Code
+
 
 @dataclass(frozen=True)
 class PageRun:
-    """`N` pages of one layer that lie next to each other in the pool; views, never copies.
+    """`N` pages of one layer that lie next to each other in the pool.
 
     Attributes:
-        key_codes, value_codes: uint8 [N, Hkv, 64, C]; code `i` of a byte sits at bits `i b` and up.
-        key_scale, key_zero: float16 [N, Hkv, 64 / g, D], one per channel and group of `g` tokens.
-        value_scale, value_zero: float16 [N, Hkv, 64, Gv], one per token and group of `min(g, D)` channels.
+        fields: the layout's fields by name, each a view [N, Hkv, ...], never a copy.
+        pages: `N`.
     """
 
-    key_codes: Tensor
-    key_scale: Tensor
-    key_zero: Tensor
-    value_codes: Tensor
-    value_scale: Tensor
-    value_zero: Tensor
-
-    @property
-    def pages(self) -> int:
-        return self.key_codes.shape[0]
+    fields: Mapping[str, Tensor]
+    pages: int
 
     def pages_from(self, start: int, stop: int) -> PageRun:
         """The run's pages `[start, stop)`."""
-        return PageRun(
-            self.key_codes[start:stop],
-            self.key_scale[start:stop],
-            self.key_zero[start:stop],
-            self.value_codes[start:stop],
-            self.value_scale[start:stop],
-            self.value_zero[start:stop],
-        )
+        return PageRun({name: field[start:stop] for name, field in self.fields.items()}, stop - start)
 
 
 @dataclass(frozen=True)
 class LowBitCopy:
-    """One layer's low-bit copy of one sequence: `length` tokens in page runs, in token order."""
+    """One layer's low-bit copy of one sequence: `length` tokens in page runs, in token order.
 
+    Attributes:
+        key_weights: float32 [Hkv, D], the factor of every key channel before rotation; `None` with KIVI's code.
+    """
+
+    code: Code
     bits: int
     group_size: int
     num_kv_heads: int
     head_dim: int
     length: int
     runs: tuple[PageRun, ...]
+    key_weights: Tensor | None = None
 
     @property
     def value_group_size(self) -> int:
+        """Channels that share a scale in KIVI's value code."""
         return min(self.group_size, self.head_dim)

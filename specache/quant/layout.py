@@ -1,6 +1,7 @@
 """The byte layout of one page of the low-bit copy: declared here, once.
 
-A page holds 64 tokens of one layer, all KV heads. Its fields lie one after the other, each starting at a multiple of 16 bytes:
+A page holds 64 tokens of one layer, all KV heads. Its fields lie one after the other, each starting at a multiple of 16 bytes.
+KIVI's code:
 
     field        dtype    shape                meaning
     key_codes    uint8    [Hkv, 64, C]         C = ceil(D b / 8); code i of a byte at bits i b and up, channels in order
@@ -12,7 +13,18 @@ A page holds 64 tokens of one layer, all KV heads. Its fields lie one after the 
 
 A decoded element is `zero + scale * code` (paper section 3.1; KIVI). Scales and zero points are float16 for every model dtype: it
 holds a bfloat16's eight significant bits and three more, and codes are computed from the rounded values.
-Another code is another subclass of `PageLayout` with its own fields and kernels.
+
+The rotated code (**ours**) has one scale per token and the mean of every key channel and group instead:
+
+    field        dtype    shape                meaning
+    key_codes    uint8    [Hkv, 64, C]         codes of the centred, weighted, rotated key
+    key_scale    float16  [Hkv, 64, 1]         one per token
+    key_mean     float16  [Hkv, 64 / g, D]     one per channel and group of g tokens
+    value_codes  uint8    [Hkv, 64, C]         codes of the rotated value
+    value_scale  float16  [Hkv, 64, 1]         one per token
+
+A decoded key is `mean + W^-1 R^T (scale * level[code])`, a value `R^T (scale * level[code])`; the rotation `R` and the levels are
+constants (`kernels/torch_rotated.py`), the weights `W` belong to a layer of a sequence (`quant/key_weights.py`).
 """
 
 from __future__ import annotations
@@ -25,7 +37,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from specache.config import PAGE_TOKENS
+from specache.config import PAGE_TOKENS, Code
 from specache.kernels.types import LowBitCopy, PageRun
 
 FIELD_ALIGNMENT = 16  # bytes
@@ -50,14 +62,15 @@ class Field:
 
 @dataclass(frozen=True)
 class PageLayout:
-    """KIVI's layout for one kind of layer. Layers with equal layouts share a pool.
+    """The layout for one kind of layer. Layers with equal layouts share a pool.
 
     Attributes:
-        bits, group_size: as in `SpeCacheConfig`.
+        code, bits, group_size: as in `SpeCacheConfig`.
         num_kv_heads: KV heads that this process holds (its own, under tensor parallelism).
         head_dim: elements per head of keys and of values.
     """
 
+    code: Code
     bits: int
     group_size: int
     num_kv_heads: int
@@ -68,6 +81,14 @@ class PageLayout:
         heads, dim, g = self.num_kv_heads, self.head_dim, self.group_size
         codes = (heads, PAGE_TOKENS, math.ceil(dim * self.bits / 8))
         per_channel = (heads, PAGE_TOKENS // g, dim)
+        if self.code is Code.ROTATED:
+            return _place(
+                key_codes=(torch.uint8, codes),
+                key_scale=(torch.float16, (heads, PAGE_TOKENS, 1)),
+                key_mean=(torch.float16, per_channel),
+                value_codes=(torch.uint8, codes),
+                value_scale=(torch.float16, (heads, PAGE_TOKENS, 1)),
+            )
         per_token = (heads, PAGE_TOKENS, math.ceil(dim / min(g, dim)))
         return _place(
             key_codes=(torch.uint8, codes),
@@ -86,11 +107,11 @@ class PageLayout:
     def run(self, slab: Tensor, first: int, count: int) -> PageRun:
         """Pages `[first, first + count)` of a slab, as kernels see them."""
         pages = slab[first : first + count]
-        return PageRun(**{name: field.view(pages) for name, field in self.fields.items()})
+        return PageRun({name: field.view(pages) for name, field in self.fields.items()}, count)
 
-    def copy(self, runs: tuple[PageRun, ...], length: int) -> LowBitCopy:
+    def copy(self, runs: tuple[PageRun, ...], length: int, key_weights: Tensor | None = None) -> LowBitCopy:
         """A sequence's low-bit copy of one layer, as kernels see it."""
-        return LowBitCopy(self.bits, self.group_size, self.num_kv_heads, self.head_dim, length, runs)
+        return LowBitCopy(self.code, self.bits, self.group_size, self.num_kv_heads, self.head_dim, length, runs, key_weights)
 
 
 def _place(**fields: tuple[torch.dtype, tuple[int, ...]]) -> dict[str, Field]:

@@ -160,11 +160,11 @@ class PageTable:
         other.pages, other.length = list(self.pages), self.length
         return other
 
-    def copy(self) -> LowBitCopy:
+    def copy(self, key_weights: Tensor | None = None) -> LowBitCopy:
         """The low-bit copy as kernels see it."""
         if self._runs is None:
             self._runs = tuple(self.pool.run(*run) for run in self._consecutive())
-        return self.pool.layout.copy(self._runs, self.length)
+        return self.pool.layout.copy(self._runs, self.length, key_weights)
 
     def _own_last_page(self) -> None:
         """Before a partly filled page is written to: replace it by a copy of its own if another table shares it."""

@@ -1,0 +1,122 @@
+"""KIVI's code in plain PyTorch (paper section 3.1): `zero + scale * code`.
+
+Keys have a scale per channel and group of tokens, values one per token and group of channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specache.kernels.blocks import Block, by_head, store
+from specache.kernels.packing import byte_table, pack, unpack
+from specache.kernels.types import LowBitCopy, PageRun
+
+
+def quantise(keys: Tensor, values: Tensor, run: PageRun, offset: int, copy: LowBitCopy) -> None:
+    """Quantise and pack keys, values [Hkv, count, D], whole groups, into pages from slot `offset` on."""
+    _quantise_keys(keys, run, offset, copy)
+    _quantise_values(values, run, offset, copy)
+
+
+def _quantise_keys(keys: Tensor, run: PageRun, offset: int, copy: LowBitCopy) -> None:
+    g, (heads, count, dim) = copy.group_size, keys.shape
+    groups = keys.float().reshape(heads, count // g, g, dim)
+    scale, zero = _scale_and_zero(groups.amin(2), groups.amax(2), copy.bits)  # [Hkv, groups, D]
+    codes = _codes(groups, scale.unsqueeze(2), zero.unsqueeze(2), copy.bits).reshape(heads, count, dim)
+    store(run.fields["key_codes"], pack(codes, copy.bits), offset)
+    store(run.fields["key_scale"], scale, offset // g)
+    store(run.fields["key_zero"], zero, offset // g)
+
+
+def _quantise_values(values: Tensor, run: PageRun, offset: int, copy: LowBitCopy) -> None:
+    parts = [_quantise_group(group, copy.bits) for group in values.float().split(copy.value_group_size, dim=-1)]
+    codes, scale, zero = (torch.cat(part, dim=-1) for part in zip(*parts, strict=True))
+    store(run.fields["value_codes"], pack(codes, copy.bits), offset)  # [Hkv, count, C]
+    store(run.fields["value_scale"], scale, offset)  # [Hkv, count, Gv]
+    store(run.fields["value_zero"], zero, offset)
+
+
+def _quantise_group(group: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """One group along the last dimension -> codes [..., group], scale [..., 1], zero point [..., 1]."""
+    scale, zero = _scale_and_zero(group.amin(-1, keepdim=True), group.amax(-1, keepdim=True), bits)
+    return _codes(group, scale, zero, bits), scale, zero
+
+
+def _scale_and_zero(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of groups with minimum `low` and maximum `high`, rounded to the 16 bits they are stored in."""
+    if bits == 1:  # levels at the quarter points
+        scale, zero = (high - low) / 2, (3 * low + high) / 4
+    else:
+        scale, zero = (high - low) / (2**bits - 1), low
+    limit = torch.finfo(torch.float16).max
+    return scale.clamp(max=limit).half(), zero.clamp(-limit, limit).half()
+
+
+def _codes(group: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """Codes from the rounded scale and zero point; a constant group (`scale` 0) gets code 0 and decodes to itself."""
+    scale, zero = scale.float(), zero.float()
+    steps = torch.where(scale > 0, (group - zero) / scale, 0.0)
+    return steps.round().clamp(0, 2**bits - 1).to(torch.uint8)
+
+
+class QueryScorer:
+    """Scores of one sequence's queries [Hkv, r, D], without forming a key: `q . k = sum_d (q_d s_d) c_d + sum_d q_d z_d`."""
+
+    def __init__(self, query: Tensor, copy: LowBitCopy) -> None:
+        self._query = query
+        self._copy = copy
+
+    def __call__(self, block: Block) -> Tensor:
+        """A block of N pages -> [Hkv, r, N 64]."""
+        copy, query = self._copy, self._query
+        codes = _unpack(block.field("key_codes"), copy)  # [N, Hkv, 64, D]
+        codes = codes.unflatten(2, (-1, copy.group_size))  # [N, Hkv, 64/g, g, D]
+        grouped = query[None, :, None]  # [1, Hkv, 1, r, D]
+        scaled = grouped * block.field("key_scale").float().unsqueeze(3)  # [N, Hkv, 64/g, r, D]
+        bias = block.field("key_zero").float() @ query.transpose(1, 2)  # [N, Hkv, 64/g, r]
+        scores = scaled @ codes.transpose(3, 4) + bias.unsqueeze(-1)  # [N, Hkv, 64/g, r, g]
+        return scores.permute(1, 3, 0, 2, 4).flatten(2)
+
+
+class ValueSum:
+    """`sum_t p_t v_t` of one sequence, block by block: `sum_t (p_t s_t) c_t + sum_t p_t z_t`."""
+
+    def __init__(self, copy: LowBitCopy) -> None:
+        self._copy = copy
+        self._total: Tensor | None = None
+
+    def add(self, weights: Tensor, block: Block) -> None:
+        """weights [Hkv, r, T] over the first T tokens of a block."""
+        count = weights.shape[-1]
+        codes = by_head(_unpack(block.field("value_codes"), self._copy), count)  # [Hkv, T, D]
+        scale = by_head(block.field("value_scale").float(), count)  # [Hkv, T, Gv]
+        zero = by_head(block.field("value_zero").float(), count)
+        bias = weights @ zero  # [Hkv, r, Gv]
+        parts = [
+            (weights * scale[..., j].unsqueeze(1)) @ group + bias[..., j : j + 1]
+            for j, group in enumerate(codes.split(self._copy.value_group_size, dim=-1))
+        ]
+        part = torch.cat(parts, dim=-1)
+        self._total = part if self._total is None else self._total + part
+
+    def result(self) -> Tensor:
+        """[Hkv, r, D]; at least one block was added."""
+        assert self._total is not None
+        return self._total
+
+
+def dequantise(block: Block, count: int, copy: LowBitCopy) -> tuple[Tensor, Tensor]:
+    """The first `count` tokens of a block as float32 keys and values [Hkv, count, D]."""
+    codes = _unpack(block.field("key_codes"), copy).unflatten(2, (-1, copy.group_size))
+    scale, zero = (block.field(name).float().unsqueeze(3) for name in ("key_scale", "key_zero"))
+    keys = by_head((codes * scale + zero).flatten(2, 3), count)
+    scale, zero = (
+        block.field(name).float().repeat_interleave(copy.value_group_size, -1)[..., : copy.head_dim]
+        for name in ("value_scale", "value_zero")
+    )
+    return keys, by_head(_unpack(block.field("value_codes"), copy) * scale + zero, count)
+
+
+def _unpack(packed: Tensor, copy: LowBitCopy) -> Tensor:
+    return unpack(packed, byte_table(copy.bits, packed.device), copy.head_dim)
