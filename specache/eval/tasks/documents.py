@@ -1,0 +1,81 @@
+"""Excerpts of texts, cut to a number of tokens: what the distribution tasks read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from specache.errors import TaskDataError
+from specache.eval.tasks.texts import load_text
+
+CHARACTERS_PER_TOKEN = 8  # more than any tokenizer needs on average for text
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """`document` is a text of about `tokens` tokens, `following` what comes after it in the original."""
+
+    name: str
+    document: str
+    following: str
+
+
+def excerpts(tokenizer: Any, paths: tuple[Path, ...], lengths: Sequence[int], following: int, seed: int) -> list[Excerpt]:
+    """One excerpt per length, from the files in turn (Python's own documentation without files), spread over each text.
+
+    Args:
+        lengths: tokens of each excerpt.
+        following: tokens of text that come after it.
+        seed: moves where the excerpts begin.
+
+    Raises:
+        TaskDataError: a text is too short.
+    """
+    sources: list[tuple[tuple[Path, ...], str]] = [((path,), path.name) for path in paths] or [((), "pydoc topics")]
+    texts = [load_text(files) for files, _ in sources]
+    found = []
+    for index, length in enumerate(lengths):
+        which = index % len(sources)
+        text, name = texts[which], sources[which][1]
+        start = _start(text, length + following, index, len(lengths), seed, name)
+        piece = text[start : start + (length + following) * CHARACTERS_PER_TOKEN]
+        encoding = tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)
+        offsets = encoding["offset_mapping"]
+        if len(offsets) <= length + following:
+            raise TaskDataError(f"{name} is too short for an excerpt of {length + following:,} tokens. Pass a longer text.")
+        cut, end = offsets[length][0], offsets[length + following][0]
+        found.append(Excerpt(f"{name}@{start}", piece[:cut], piece[cut:end]))
+    return found
+
+
+def _start(text: str, tokens: int, index: int, count: int, seed: int, name: str) -> int:
+    """Where excerpt `index` of `count` begins: after a blank line, spread over the text, moved on by the seed."""
+    room = len(text) - tokens * CHARACTERS_PER_TOKEN
+    if room < 0:
+        if len(text) < 2 * tokens:
+            raise TaskDataError(f"{name} is too short for an excerpt of {tokens:,} tokens. Pass a longer text.")
+        return 0
+    place = int(room * ((index + 0.5) / count + 0.137 * seed) % max(room, 1))
+    paragraph = text.find("\n\n", place)
+    return paragraph + 2 if 0 <= paragraph < room else place
+
+
+def message_around(tokenizer: Any, document: str, question: str, chat: bool) -> tuple[str, str]:
+    """A prompt that asks a question about a document -> (its text up to the document's end, its whole text).
+
+    With `chat` and a chat template the prompt is a user's message.
+    """
+    prompt = f"{document}\n\n{question}"
+    if chat and getattr(tokenizer, "chat_template", None):
+        message = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    stop = prompt.rfind(document.strip()) + len(document.strip())  # templates may strip a message
+    return prompt[:stop], prompt
+
+
+def token_ids(tokenizer: Any, text: str, chat: bool) -> list[int]:
+    """Token ids of a text; a chat template has written the special tokens already."""
+    special = not (chat and getattr(tokenizer, "chat_template", None))
+    return list(tokenizer(text, add_special_tokens=special)["input_ids"])

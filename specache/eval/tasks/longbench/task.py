@@ -1,0 +1,125 @@
+"""LongBench v1 (Bai et al. 2023), the 16 English tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from specache.errors import ConfigError, TaskDataError
+from specache.eval.methods.base import Session
+from specache.eval.prefilled import Prefilled
+from specache.eval.tasks.base import Item, Measurement, Prepared, TaskModel, greedy
+from specache.eval.tasks.longbench.data import Record, folder_reader, hub_reader
+from specache.eval.tasks.longbench.metrics import classification
+from specache.eval.tasks.longbench.prompts import SUBSETS, Subset
+from specache.eval.tasks.texts import check_at_least, encode_prompt, json_settings
+
+ANSWER_ROOM = 600  # positions kept free: the longest answer (512 tokens) and a chat template
+LONGEST_PROMPT = 31_500  # the benchmark's own limit for models of 32k positions
+
+
+@dataclass(frozen=True)
+class LongBench:
+    """Question answering, summaries, few-shot learning, counting, retrieval and code over long documents."""
+
+    name: ClassVar[str] = "longbench"
+    summary: ClassVar[str] = "LongBench v1: 16 English tasks, scored as the benchmark scores them"
+    unit: ClassVar[str] = "score"
+    subsets: tuple[str, ...] = field(default=tuple(SUBSETS), metadata={"help": "which of the 16 tasks"})
+    data: Path | None = field(default=None, metadata={"help": "folder of LongBench's jsonl files (default: from the hub)"})
+    limit: int = field(default=0, metadata={"help": "examples of each task, the first ones (0: all)"})
+    max_length: int = field(
+        default=0,
+        metadata={
+            "help": "longest prompt in tokens; longer ones lose their middle "
+            f"(0: the model's positions less {ANSWER_ROOM}, at most {LONGEST_PROMPT:,})"
+        },
+    )
+    chat: bool = field(
+        default=True,
+        metadata={"help": "ask as a user's message, if the model has a chat template (never in few-shot and code tasks)"},
+    )
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 0, "limit", "max_length")
+        unknown = [name for name in self.subsets if name not in SUBSETS]
+        if unknown or not self.subsets:
+            raise ConfigError(f"--subsets: {', '.join(unknown) or 'none'} is not of LongBench's tasks: {', '.join(SUBSETS)}.")
+
+    def settings(self) -> dict[str, Any]:
+        return json_settings(self)
+
+    def items(self, model: TaskModel) -> Iterator[Item]:
+        read = hub_reader() if self.data is None else folder_reader(self.data)
+        longest = self.longest_prompt(model.max_positions)
+        for name in self.subsets:
+            subset = SUBSETS[name]
+            for index, record in islice(enumerate(read(name)), self.limit or None):
+                if subset.metric is classification and not record.classes:
+                    raise TaskDataError(f"{name}, example {index}: 'all_classes' is empty, but {name} is scored by it.")
+                prompt = self._prompt(model.tokenizer, subset, record, longest)
+                facts = {"subset": name, "references": record.answers, "classes": record.classes, "length": len(prompt)}
+                yield Item(f"{name}/{index}", f"{self.name}/{name}", prompt, facts=facts)
+
+    def prepare(self, model: TaskModel, item: Item, prompt: Prefilled) -> Prepared:
+        return Prepared(item, prompt)
+
+    def measure(self, model: TaskModel, prepared: Prepared, session: Session) -> Measurement:
+        facts = prepared.item.facts
+        subset = SUBSETS[facts["subset"]]
+        logits, end_ids = prepared.prompt.logits, list(model.end_ids)
+        if subset.one_line:
+            end_ids.append(model.tokenizer("\n", add_special_tokens=False)["input_ids"][-1])
+            logits = _without(logits, end_ids)
+        tokens = greedy(logits, session, subset.max_new_tokens, end_ids)
+        prediction = model.tokenizer.decode(tokens, skip_special_tokens=True)
+        value = score(subset, prediction, facts["references"], facts["classes"])
+        return Measurement([value], details={"prediction": prediction, "references": facts["references"]})
+
+    def longest_prompt(self, positions: int | None) -> int:
+        """Tokens that a prompt may have before a chat template is put around it.
+
+        Raises:
+            ConfigError: the model has too few positions for it.
+        """
+        most = LONGEST_PROMPT if positions is None else positions - ANSWER_ROOM
+        if most < 2:
+            raise ConfigError(f"LongBench needs more than {ANSWER_ROOM} positions, the model has {positions}.")
+        if self.max_length > most and positions is not None:
+            raise ConfigError(f"--max-length can be at most {most:,} with this model, got {self.max_length:,}.")
+        return self.max_length or min(most, LONGEST_PROMPT)
+
+    def _prompt(self, tokenizer: Any, subset: Subset, record: Record, longest: int) -> list[int]:
+        text = subset.prompt.format(context=record.context, input=record.input)
+        text = cut_middle(tokenizer, text, longest)
+        return encode_prompt(tokenizer, text, chat=self.chat and subset.chat)
+
+
+def cut_middle(tokenizer: Any, text: str, longest: int) -> str:
+    """The text, or its first and last `longest / 2` tokens where it has more than `longest`."""
+    ids = tokenizer(text)["input_ids"]
+    if len(ids) <= longest:
+        return text
+    half = longest // 2
+    beginning, end = ids[:half], ids[-half:]
+    kept: str = tokenizer.decode(beginning, skip_special_tokens=True) + tokenizer.decode(end, skip_special_tokens=True)
+    return kept
+
+
+def score(subset: Subset, prediction: str, references: list[str], classes: list[str]) -> float:
+    """The best of the metric over all references."""
+    if subset.first_line:
+        prediction = prediction.lstrip("\n").split("\n")[0]
+    return max(float(subset.metric(prediction, reference, classes)) for reference in references)
+
+
+def _without(logits: Tensor, tokens: list[int]) -> Tensor:
+    """Logits [V] after which none of `tokens` is chosen."""
+    logits = logits.clone()
+    logits[tokens] = float("-inf")
+    return logits

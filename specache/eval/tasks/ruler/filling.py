@@ -1,0 +1,103 @@
+"""Samples made as large as the length allows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+from specache.errors import ConfigError
+from specache.eval.tasks.ruler.sample import Question, Subtask
+
+_FIRST_GUESS = 100  # units of a task's first sample; the others start from the size of the one before
+_CLOSE_ENOUGH = 0.01  # of the length may stay empty: the next size is not worth tokenising
+_INTERPOLATIONS = 8  # sizes tried before the search falls back to halving
+
+
+class Encoder:
+    """Token ids of a question: a user's message if `chat` and the tokenizer has a chat template, else the text as it is."""
+
+    def __init__(self, tokenizer: Any, *, chat: bool) -> None:
+        self._tokenizer = tokenizer
+        self._chat = chat and bool(getattr(tokenizer, "chat_template", None))
+
+    def __call__(self, question: Question) -> list[int]:
+        """The message and the beginning of its answer, tokenised as one text."""
+        text = question.text
+        if self._chat:
+            message = [{"role": "user", "content": text}]
+            text = self._tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        return list(self._tokenizer(text + question.answer_prefix, add_special_tokens=not self._chat)["input_ids"])
+
+
+@dataclass(frozen=True)
+class _Try:
+    """A sample of some size, and the tokens of its longest prompt."""
+
+    size: int
+    tokens: int
+    prompts: list[tuple[Question, list[int]]]
+
+
+class Filler:
+    """Samples of one task that fill one length.
+
+    Tokens grow with the size almost on a line, so each try is where the line through the known ones reaches the limit. A task's
+    samples need about the same size: the first try is the size of the one before, and usually the last try too.
+    """
+
+    def __init__(self, subtask: Subtask, encode: Encoder, name: str, length: int) -> None:
+        self._subtask = subtask
+        self._encode = encode
+        self._name = name
+        self._length = length
+        self._limit = length - subtask.max_new_tokens
+        self._size = _FIRST_GUESS
+
+    def fill(self, key: str, questions: int) -> list[tuple[Question, list[int]]]:
+        """Questions over one context, and their prompts, of which the longest is almost as long as fits.
+
+        Args:
+            key: decides the sample.
+
+        Raises:
+            ConfigError: not even the smallest sample fits.
+        """
+        questions = self._subtask.questions(questions)
+        smallest = self._subtask.smallest(questions)
+        fits: _Try | None = None
+        over: _Try | None = None
+        size, tries = max(self._size, smallest), 0
+        while fits is None or (self._is_loose(fits) and (over is None or over.size - fits.size > 1)):
+            made, tries = self._try(key, size, questions), tries + 1
+            if made.tokens <= self._limit:
+                fits = made
+            elif size > smallest:
+                over = made
+            else:
+                least = made.tokens + self._subtask.max_new_tokens
+                raise ConfigError(f"--lengths: RULER's {self._name} needs at least {least:,} tokens, got {self._length:,}.")
+            size = max(smallest, _next_size(fits, over, self._limit, halve=tries > _INTERPOLATIONS))
+        self._size = fits.size
+        return fits.prompts
+
+    def _try(self, key: str, size: int, questions: int) -> _Try:
+        made = self._subtask.sample(Random(key), size, length=self._length, questions=questions)
+        prompts = [(question, self._encode(question)) for question in made]
+        return _Try(size, max(len(ids) for _, ids in prompts), prompts)
+
+    def _is_loose(self, fits: _Try) -> bool:
+        return self._limit - fits.tokens > _CLOSE_ENOUGH * self._limit
+
+
+def _next_size(fits: _Try | None, over: _Try | None, limit: int, *, halve: bool) -> int:
+    """Between the two; beyond the one that fits, or below the one that does not."""
+    if fits and over:
+        if halve:
+            return (fits.size + over.size) // 2
+        slope = (over.size - fits.size) / (over.tokens - fits.tokens)  # size per token
+        return min(max(fits.size + int((limit - fits.tokens) * slope), fits.size + 1), over.size - 1)
+    if fits:
+        return fits.size + max(1, (limit - fits.tokens) * fits.size // fits.tokens)
+    assert over is not None
+    return min(over.size - 1, over.size * limit // over.tokens)
