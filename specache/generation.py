@@ -16,6 +16,7 @@ from specache.decoding import Decoder, Progress
 from specache.errors import UsageError
 from specache.guess import GuessProcessors
 from specache.integration import attached, stock_generate_arguments
+from specache.model import inspect_model
 from specache.request import (
     check_generation_config,
     check_max_new_tokens,
@@ -60,6 +61,7 @@ def generate(
     Raises:
         SpeCacheError: the request cannot be honoured; the message says what to do.
     """
+    inspect_model(model)  # refused before anything of it runs
     check_model_arguments(kwargs)
     check_max_new_tokens(kwargs.get("max_new_tokens"))
     if input_ids is None:
@@ -125,8 +127,7 @@ class _Request:
     logits_processor: LogitsProcessorList
     stopping_criteria: StoppingCriteriaList
     do_sample: bool
-    pad_token: Tensor | None
-    ends_early: bool  # some criterion is an end-of-sequence token
+    pad_token: Tensor | None  # what finished sequences get; None where no end token is set
     record_scores: bool
     record_logits: bool
     guesses: GuessProcessors
@@ -134,16 +135,22 @@ class _Request:
 
 @dataclass
 class _Batch:
-    """Tokens so far, and what is recorded on the way. `B` sequences; finished ones get padding."""
+    """Tokens so far, and what is recorded on the way. `B` sequences.
+
+    Finished ones get padding; where no end token is set they run on with the others, as in stock generate.
+    """
 
     input_ids: Tensor  # [B, S + new]
     unfinished: Tensor  # bool [B]
+    pads_finished: bool
     scores: list[Tensor] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
 
     @property
     def active(self) -> list[int]:
-        return self.unfinished.nonzero()[:, 0].tolist()
+        """Sequences that the next step decodes."""
+        runs = self.unfinished if self.pads_finished else self.unfinished.any().expand_as(self.unfinished)
+        return runs.nonzero()[:, 0].tolist()
 
 
 @torch.no_grad()
@@ -177,7 +184,8 @@ def _decode(
             streamer.put(input_ids.cpu())
         request = _request(logits_processor, stopping_criteria, generation_config)
         chunk = generation_config.prefill_chunk_size or cache.config.prefill_chunk
-        batch = _Batch(input_ids, torch.ones(len(token_ids), dtype=torch.bool, device=input_ids.device))
+        unfinished = torch.ones(len(token_ids), dtype=torch.bool, device=input_ids.device)
+        batch = _Batch(input_ids, unfinished, request.pad_token is not None)
         with attached(model):
             _run(Decoder(model, cache), cache, token_ids, batch, request, chunk, streamer, progress)
         finished = True
@@ -223,7 +231,7 @@ def _run(
                 _count_guesses(cache, batch, guesses, active)
                 guesses = _guess(request, context, logits, step.guess, active)
     except BaseException as error:
-        for index in batch.active:
+        for index in batch.unfinished.nonzero()[:, 0].tolist():
             if len(cache.sequences) > index and isinstance(error, KeyboardInterrupt):
                 cache.sequences[index].finish_reason = "interrupted"
         raise
@@ -274,7 +282,7 @@ def _take_tokens(batch: _Batch, logits: Tensor, request: _Request, cache: SpeCac
         tokens = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
     else:
         tokens = scores.argmax(dim=-1)
-    if request.ends_early and request.pad_token is not None:
+    if request.pad_token is not None:
         tokens = torch.where(batch.unfinished, tokens, request.pad_token)
     batch.input_ids = torch.cat([batch.input_ids, tokens[:, None]], dim=-1)
     if streamer is not None:
@@ -352,12 +360,12 @@ def _whole_sequences(
 
 def _request(logits_processor: LogitsProcessorList, stopping_criteria: StoppingCriteriaList, generation_config: Any) -> _Request:
     returns_dict = generation_config.return_dict_in_generate
+    has_end_token = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     return _Request(
         logits_processor=logits_processor,
         stopping_criteria=stopping_criteria,
         do_sample=generation_config.do_sample,
-        pad_token=generation_config._pad_token_tensor,
-        ends_early=any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria),
+        pad_token=generation_config._pad_token_tensor if has_end_token else None,
         record_scores=bool(returns_dict and generation_config.output_scores),
         record_logits=bool(returns_dict and generation_config.output_logits),
         guesses=GuessProcessors(logits_processor),

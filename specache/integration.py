@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from specache.errors import UnsupportedModelError
 from specache.exact import AttentionParams
 from specache.model import ModelInfo
 from specache.passes import ForwardPass
@@ -27,7 +28,7 @@ from specache.passes import ForwardPass
 NAME = "specache"
 _lock = threading.Lock()
 _attached: weakref.WeakKeyDictionary[Any, tuple[str, int]] = weakref.WeakKeyDictionary()  # model -> (user's, depth)
-_inside = threading.local()  # .ours: inside one of our passes
+_inside = threading.local()  # .served: layers that one of our passes has run so far, or None outside of them
 
 
 @contextmanager
@@ -42,8 +43,8 @@ def attached(model: Any) -> Iterator[None]:
 
 def forward(model: Any, token_ids: Tensor, position_ids: Tensor, state: ForwardPass, logits: int) -> Tensor:
     """One pass over token_ids [B, n] at position_ids [B, n] -> float32 logits [B, `logits`, V] of the last rows."""
-    previous = getattr(_inside, "ours", False)
-    _inside.ours = True
+    previous = getattr(_inside, "served", None)
+    _inside.served = set()
     try:
         output = model(
             input_ids=token_ids,
@@ -54,7 +55,7 @@ def forward(model: Any, token_ids: Tensor, position_ids: Tensor, state: ForwardP
             **{NAME: state},
         )
     finally:
-        _inside.ours = previous
+        _inside.served = previous
     return output.logits[:, -logits:].float()
 
 
@@ -93,6 +94,7 @@ def _attention(
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function registered under our name."""
     state = kwargs.pop(NAME, None)
+    _check_layer(module, state is not None)
     if state is None:
         return _hand_over(module)(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     sinks = kwargs.get("s_aux")
@@ -101,7 +103,22 @@ def _attention(
         softcap=kwargs.get("softcap"),
         sinks=getattr(module, "sinks", None) if sinks is None else sinks,
     )
-    return state.attention(module.layer_idx, query, key, value, params), None
+    return state.attention(module.layer_idx, query, key, value, params).contiguous(), None
+
+
+def _check_layer(module: Any, reached: bool) -> None:
+    """A pass must reach every attention layer, once: anything else would go wrong silently."""
+    served = getattr(_inside, "served", None)
+    if served is None:
+        return
+    name = type(module).__name__
+    if not reached:
+        raise UnsupportedModelError(f"{name} is not handed specache's state: its model drops extra arguments on the way to it.")
+    if module.layer_idx in served:
+        raise UnsupportedModelError(
+            f"{name} attends twice in one pass (layer {module.layer_idx}); specache keeps one set of keys and values per layer."
+        )
+    served.add(module.layer_idx)
 
 
 def _hand_over(module: Any) -> Any:
@@ -121,7 +138,7 @@ def _users_implementation(module: Any) -> str:
 
 def _mask(*args: Any, **kwargs: Any) -> Any:
     """The mask function registered under our name: our passes need no mask, others get the user's."""
-    if getattr(_inside, "ours", False):
+    if getattr(_inside, "served", None) is not None:
         return None
     config = kwargs.get("config")
     for model, (name, _) in list(_attached.items()):

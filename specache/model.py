@@ -63,8 +63,8 @@ def inspect_model(model: Any) -> ModelInfo:
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is an encoder-decoder; specache runs decoder-only models.")
     config = model.config.get_text_config(decoder=True)
+    _refuse(name, model, config)
     windows = _windows(name, config)
-    _refuse(name, model, config, windows)
     rope_type, switch = _rope(config)
     parameter = next(model.parameters())
     described = json.dumps([name, model.config.to_dict()], sort_keys=True, default=str)
@@ -89,32 +89,42 @@ def _windows(name: str, config: Any) -> tuple[int | None, ...]:
     other = sorted(set(kinds) - _ATTENTION_KINDS)
     if other:
         raise UnsupportedModelError(
-            f"{name} has layers of kind {', '.join(other)}; specache needs full attention, or full attention beside "
-            "sliding windows (state-space and linear-attention layers keep no key-value pairs to compress)."
+            f"{name} has layers of kind {', '.join(other)}. specache compresses the key-value pairs of full attention and runs "
+            "sliding windows beside it; state-space, linear and other kinds of attention keep something else."
         )
     positions = getattr(config, "max_position_embeddings", None)
     if window is not None and positions is not None and window >= positions:
         window = None
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    windows = tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    if all(each is not None for each in windows):
+        raise UnsupportedModelError(
+            f"Every layer of {name} slides over {window} tokens: its cache does not grow with the context, so there is "
+            "nothing to compress. Use the model's ordinary cache."
+        )
+    return windows
 
 
-def _refuse(name: str, model: Any, config: Any, windows: tuple[int | None, ...]) -> None:
+def _refuse(name: str, model: Any, config: Any) -> None:
     if getattr(config, "kv_lora_rank", None):
         raise UnsupportedModelError(
             f"{name} uses latent attention (kv_lora_rank): its cache is a compressed latent already, without per-head "
             "keys and values to quantise."
         )
     if getattr(model, "_is_stateful", False):
-        raise UnsupportedModelError(f"{name} is a state-space or hybrid recurrent model; it has no cache to compress.")
+        raise UnsupportedModelError(
+            f"{name} is recurrent, at least in part: a state-space model's state has no key-value pairs to compress."
+        )
     if getattr(config, "num_kv_shared_layers", 0):
         raise UnsupportedModelError(f"{name} shares keys and values between layers, which specache does not follow yet.")
     if not getattr(model, "_supports_attention_backend", False):
         raise UnsupportedModelError(f"{name} does not use transformers' attention interface, so its attention cannot be replaced.")
-    if all(window is not None for window in windows):
-        raise UnsupportedModelError(
-            f"Every layer of {name} slides over {windows[0]} tokens: its cache does not grow with the context, so there is "
-            "nothing to compress. Use the model's ordinary cache."
-        )
+    if any(_looks_ahead(module) for module in model.modules()):
+        raise UnsupportedModelError(f"{name} attends to later tokens too (it is an encoder); specache runs causal decoders.")
+
+
+def _looks_ahead(module: Any) -> bool:
+    """Whether a module is bidirectional attention over text (image encoders do not number their layers)."""
+    return getattr(module, "layer_idx", None) is not None and getattr(module, "is_causal", True) is False
 
 
 def _rope(config: Any) -> tuple[str, int | None]:

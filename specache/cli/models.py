@@ -112,7 +112,7 @@ def _locate(name: str, on_progress: Callable[[str], None]) -> tuple[str, bool]:
             )
         return str(converted_model(path, on_progress)), True
     if _looks_like_path(name):
-        raise ModelNotFoundError(f"no file or folder {path} (tried as a path, because of how it is written).")
+        raise ModelNotFoundError(f"no file or folder {name} (tried as a path, because of how it is written).")
     return name, False
 
 
@@ -137,12 +137,12 @@ def _not_loadable(name: str, source: str, options: dict[str, Any], error: Except
     if source != name or Path(source).is_dir():
         return f"cannot load a model from {source}: {reason}"
     if options["local_files_only"]:
-        tried = "the local hub cache (--offline)"
+        tried = "the local hub cache (--offline)."
         advice = "Leave out --offline to download it, or pass a folder."
     else:
-        tried = "the hub and its local cache"
+        tried = f"the hub and its local cache ({reason})."
         advice = "Check the spelling and the network; gated models need 'hf auth login'."
-    return f"cannot find the model {name!r}. Tried: a folder or file of that name (none); {tried} ({reason}) {advice}"
+    return f"cannot find the model {name!r}. Tried: a folder or file of that name (none); {tried} {advice}"
 
 
 def _device(device: Device) -> str:
