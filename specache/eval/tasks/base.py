@@ -7,7 +7,7 @@ share the prefill of those too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -104,11 +104,18 @@ class Task(Protocol):
         """One method's figures. Called under `no_grad`, the model attached; the caller closes the session."""
 
 
-def greedy(first: Tensor, session: Session, max_new_tokens: int, end_ids: list[int]) -> list[int]:
+def greedy(
+    first: Tensor,
+    session: Session,
+    max_new_tokens: int,
+    end_ids: list[int],
+    finished: Callable[[list[int]], bool] = lambda tokens: False,
+) -> list[int]:
     """The greedy continuation, without the end token.
 
     Args:
         first: logits [V] after the prompt (`Prefilled.logits`).
+        finished: whether more tokens can no longer change the score.
     """
     tokens: list[int] = []
     logits = first
@@ -117,6 +124,8 @@ def greedy(first: Tensor, session: Session, max_new_tokens: int, end_ids: list[i
         if token in end_ids:
             break
         tokens.append(token)
+        if finished(tokens):
+            break
         if len(tokens) < max_new_tokens:
             logits = session.feed(token)
     return tokens

@@ -99,9 +99,19 @@ class Needle:
         return Prepared(item, prompt)
 
     def measure(self, model: TaskModel, prepared: Prepared, session: Session) -> Measurement:
-        tokens = greedy(prepared.prompt.logits, session, self.max_new_tokens, model.end_ids)
-        prediction = model.tokenizer.decode(tokens, skip_special_tokens=True)
         references = prepared.item.facts["references"]
+
+        def text(tokens: list[int]) -> str:
+            return str(model.tokenizer.decode(tokens, skip_special_tokens=True))
+
+        tokens = greedy(
+            prepared.prompt.logits,
+            session,
+            self.max_new_tokens,
+            model.end_ids,
+            finished=lambda tokens: contains_any(text(tokens), references),
+        )
+        prediction = text(tokens)
         right = contains_any(prediction, references)
         return Measurement([float(right)], details={"prediction": prediction, "references": references})
 

@@ -84,10 +84,20 @@ class Ruler:
     def measure(self, model: TaskModel, prepared: Prepared, session: Session) -> Measurement:
         """The score of the greedy answer."""
         facts = prepared.item.facts
-        tokens = greedy(prepared.prompt.logits, session, facts["max_new_tokens"], model.end_ids)
-        prediction = clean(model.tokenizer.decode(tokens, skip_special_tokens=True))
-        score = SCORES[facts["score"]](prediction, facts["references"])
-        return Measurement([score], details={"prediction": prediction, "references": facts["references"]})
+        score, references = SCORES[facts["score"]], facts["references"]
+
+        def answer(tokens: list[int]) -> str:
+            return clean(model.tokenizer.decode(tokens, skip_special_tokens=True))
+
+        tokens = greedy(
+            prepared.prompt.logits,
+            session,
+            facts["max_new_tokens"],
+            model.end_ids,
+            finished=lambda tokens: score(answer(tokens), references) == 1.0,  # it only grows with the answer
+        )
+        prediction = answer(tokens)
+        return Measurement([score(prediction, references)], details={"prediction": prediction, "references": references})
 
     def _chosen(self) -> tuple[str, ...]:
         missing = self._without_corpus()

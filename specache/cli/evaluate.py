@@ -1,0 +1,191 @@
+"""`specache eval`: measure methods on tasks. One command per task, made from the fields of the task's dataclass."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperGroup
+
+from specache.cli import options
+from specache.cli.console import EXIT_INTERRUPTED, err, quiet_libraries, reports_errors, status, write
+from specache.cli.evaluation_command import ABLATE, SharedOptions, ablate_command, task_command
+from specache.cli.evaluation_progress import CellProgress
+from specache.cli.evaluation_table import result_tables
+from specache.cli.models import load
+from specache.errors import ConfigError
+from specache.eval import registry
+from specache.eval.results import CELLS_FILE, write_file
+
+if TYPE_CHECKING:
+    from specache.eval.methods_option import NamedMethod
+    from specache.eval.results import Run
+    from specache.eval.rows import Row
+
+HELP = "Measure methods on tasks: fidelity, needles, RULER, LongBench and more, at stated memory."
+LOG_WIDTH = 160  # of tables where there is no terminal
+EPILOG = """
+[bold]Examples[/bold]
+
+specache eval list
+
+specache eval fidelity -m demo --methods full,specache,specache:bits=1:policy=speculative,kivi --out results/fidelity
+
+specache eval ablate -m demo --field top_k --values 0,16,32,64,128,256 --out results/top-k
+
+specache eval report results/fidelity
+
+A run that was stopped goes on with the same command; finished cells are not measured again. More methods may be added to it.
+"""
+
+
+class EvaluationGroup(TyperGroup):
+    """A command per task, made when it is asked for: a task's module is imported by nobody else."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """`list` and `report` first, then the tasks."""
+        return [*self.commands, *registry.TASKS, ABLATE]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command of a task, or one that is written out here."""
+        if cmd_name in registry.TASKS:
+            return task_command(cmd_name, registry.task_class(cmd_name), run_task)
+        if cmd_name == ABLATE:
+            return ablate_command(_ablated_task(ctx), run_task)
+        return super().get_command(ctx, cmd_name)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Remember the arguments: `ablate` has the options of the task that they name."""
+        ctx.meta[__name__] = list(args)
+        return super().resolve_command(ctx, args)
+
+
+app = typer.Typer(cls=EvaluationGroup, help=HELP, epilog=EPILOG, no_args_is_help=True)
+
+
+@app.command("list")
+@reports_errors
+def list_all(as_json: options.Json = False) -> None:
+    """Show all tasks and methods."""
+    from specache.eval.settings import flag
+    from specache.eval.tasks.ablate import Ablate
+
+    tasks = [{"name": name, "summary": registry.task_class(name).summary} for name in registry.TASKS]
+    tasks.append({"name": ABLATE, "summary": Ablate.summary})
+    methods = [_described_method(name) for name in registry.METHODS]
+    if as_json:
+        write(json.dumps({"tasks": tasks, "methods": methods}, ensure_ascii=False) + "\n")
+        return
+    _print_list("task", tasks)
+    for method in methods:
+        method["settings"] = ", ".join(flag(name) for name in method["settings"])
+    _print_list("method", methods)
+
+
+@app.command("report")
+@reports_errors
+def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="The --out of an earlier run.")]) -> None:
+    """Make the report again from the finished cells of a run."""
+    from specache.eval.report import rebuild_report
+
+    path, run, rows = rebuild_report(folder)
+    _show(run, rows, path)
+
+
+def run_task(shared: SharedOptions, task: Any, methods: list[NamedMethod]) -> None:
+    """Measure, report, print."""
+    from specache.eval.plots import require_libraries
+    from specache.eval.report import write_report
+    from specache.eval.runner import evaluate
+    from specache.eval.tasks.base import TaskModel
+
+    require_libraries()
+    _check_json(shared.json)
+    quiet_libraries()
+    options.set_threads(shared.threads)
+    with status(f"Loading {shared.model}") as say:
+        loaded = load(
+            shared.model,
+            dtype=shared.dtype,
+            device=shared.device,
+            revision=shared.revision,
+            offline=shared.offline,
+            on_progress=say,
+        )
+    model = TaskModel(loaded.model, loaded.tokenizer, loaded.name)
+    try:
+        with CellProgress() as progress:
+            outcome = evaluate(model, task, methods, shared.out, seed=shared.seed, progress=progress)
+    except KeyboardInterrupt:
+        _say_interrupted(shared.out)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    path = write_report(shared.out, task, outcome.run, outcome.rows, outcome.cells)
+    _show(outcome.run, outcome.rows, path)
+    if shared.json is not None:
+        _write_json(shared.json, outcome.to_dict())
+
+
+def _ablated_task(ctx: Any) -> str:
+    """The value of `--task` among the arguments of `ablate`."""
+    arguments = ctx.meta.get(__name__, []) if ctx is not None else []
+    for index, argument in enumerate(arguments):
+        if argument == "--task" and index + 1 < len(arguments):
+            return str(arguments[index + 1])
+        if argument.startswith("--task="):
+            return str(argument.removeprefix("--task="))
+    return next(iter(registry.TASKS))
+
+
+def _described_method(name: str) -> dict[str, Any]:
+    from specache.eval.methods_option import setting_types
+
+    cls = registry.method_class(name)
+    return {"name": name, "summary": cls.summary, "settings": list(setting_types(cls))}
+
+
+def _print_list(kind: str, entries: list[dict[str, Any]]) -> None:
+    table = Table(box=None, padding=(0, 2, 0, 0), title_justify="left", title=f"{kind}s", title_style="bold")
+    for key in entries[0]:
+        table.add_column({"name": kind}.get(key, key), style={"settings": "dim"}.get(key, ""), overflow="fold")
+    for entry in entries:
+        table.add_row(*entry.values())
+    out = Console(highlight=False)
+    out.print(table)
+    out.print()
+
+
+def _show(run: Run, rows: list[Row], path: Path) -> None:
+    console = err if err.is_terminal else Console(stderr=True, highlight=False, width=LOG_WIDTH)
+    console.print(result_tables(run, rows))
+    err.print(f"Report: {path}", style="dim", markup=False, soft_wrap=True)
+
+
+def _say_interrupted(out: Path) -> None:
+    finished = 0
+    if (out / CELLS_FILE).exists():
+        finished = (out / CELLS_FILE).read_bytes().count(b"\n")
+    err.print(
+        f"Interrupted. {finished} finished cells are kept in {out}; the same command goes on from there. "
+        f"'specache eval report {out}' shows what there is.",
+        style="yellow",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _check_json(target: str | None) -> None:
+    """Before hours of measuring."""
+    if target not in (None, "-") and not (folder := Path(str(target)).expanduser().parent).is_dir():
+        raise ConfigError(f"--json {target}: there is no folder {folder}.")
+
+
+def _write_json(target: str, document: dict[str, Any]) -> None:
+    text = json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n"
+    if target == "-":
+        write(text)
+        return
+    write_file(Path(target).expanduser(), text)

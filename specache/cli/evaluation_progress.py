@@ -1,0 +1,61 @@
+"""A bar over the cells of an evaluation; plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from specache.cli.console import err
+from specache.eval.runner import Progress as RunProgress
+
+_LINES = 20  # about so many plain lines for a whole run
+
+
+class CellProgress(RunProgress):
+    """Shows item and method at work, and how many cells are finished."""
+
+    def __init__(self) -> None:
+        columns = (
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+        )
+        self._bar = Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
+        self._cells = self._done = 0
+
+    def __enter__(self) -> CellProgress:
+        self._bar.start()
+        self._task = self._bar.add_task("reading the task", total=None)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def begin(self, cells: int, done: int) -> None:
+        self._cells, self._done = cells, done
+        self._bar.reset(self._task, total=cells, completed=done, description="")
+        if done:
+            self._say(f"{done} of {cells} cells were finished earlier.")
+
+    def prefill(self, item: str, done: int, total: int) -> None:
+        self._bar.update(self._task, description=f"{escape(item)}: reading {done:,} of {total:,} tokens")
+
+    def cell(self, item: str, method: str) -> None:
+        self._bar.update(self._task, description=f"{escape(item)}: {escape(method)}")
+
+    def finished(self, cells: int = 1) -> None:
+        before, self._done = self._done, self._done + cells
+        self._bar.update(self._task, completed=self._done)
+        step = max(1, self._cells // _LINES)
+        if not err.is_terminal and before // step != self._done // step:
+            self._say(f"{self._done} of {self._cells} cells")
+
+    def skipped(self, method: str, reason: str) -> None:
+        err.print(f"{method} is skipped: {reason}", style="yellow", markup=False, soft_wrap=True)
+
+    def _say(self, text: str) -> None:
+        err.print(text, style="dim", markup=False)

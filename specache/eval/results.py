@@ -1,0 +1,294 @@
+"""A run's folder: what the run is (`run.json`), every finished cell (`cells.jsonl`), and a lock, so that one process writes.
+
+A cell is one item under one method. It is on disk before the next one starts; whatever happens then, the same command goes on after
+it.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from specache.errors import EvaluationError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+RUN_FILE = "run.json"
+CELLS_FILE = "cells.jsonl"
+LOCK_FILE = ".lock"
+_CELL_KEYS = ("item", "group", "index", "method", "values", "tokens", "details", "facts", "stats", "seconds")
+
+Cell = dict[str, Any]
+
+
+@dataclass
+class Run:
+    """What a run is.
+
+    Attributes:
+        identity: task, its settings, model, fingerprint, dtype, version, seed. Cells of different identities do not mix.
+        unit: of the task's values.
+        methods: label -> name and settings, in the order they were first asked for. A run may gain methods.
+        skipped: label -> why the method cannot run on this machine.
+    """
+
+    identity: dict[str, Any]
+    unit: str
+    methods: dict[str, dict[str, Any]] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def task(self) -> str:
+        """The task's name."""
+        return str(self.identity["task"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {**self.identity, "unit": self.unit, "methods": self.methods, "skipped": self.skipped}
+
+    @classmethod
+    def from_dict(cls, document: dict[str, Any]) -> Run:
+        """What `to_dict` gave."""
+        rest = dict(document)
+        unit, methods, skipped = (rest.pop(key) for key in ("unit", "methods", "skipped"))
+        return cls(rest, unit, methods, skipped)
+
+
+class ResultFolder:
+    """One run's results, open for writing. Made by `open_results`."""
+
+    def __init__(self, folder: Path, run: Run) -> None:
+        self.folder = folder
+        self.run = run
+        self.cells, self._size = _read_cells(folder / CELLS_FILE)
+        self._done = {(cell["item"], cell["method"]) for cell in self.cells}
+        self.save_run()
+        self._file = os.open(folder / CELLS_FILE, os.O_WRONLY | os.O_CREAT, 0o644)
+        self._take_back()  # a line that a kill left unfinished
+
+    def has(self, item: str, method: str) -> bool:
+        """Whether this cell is finished."""
+        return (item, method) in self._done
+
+    def append(self, cell: Cell) -> None:
+        """Keep one more finished cell; it is on the disk when this returns.
+
+        Raises:
+            EvaluationError: it could not be written (a full disk, for example); the file then ends with the cell before it.
+        """
+        line = (json.dumps(cell, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        try:
+            _write_all(self._file, line)
+            os.fsync(self._file)
+        except BaseException as error:
+            self._take_back()
+            if isinstance(error, OSError):
+                raise EvaluationError(self._not_written(error)) from error
+            raise
+        self._size += len(line)
+        self._done.add((cell["item"], cell["method"]))
+        self.cells.append(cell)
+
+    def skip(self, label: str, reason: str) -> None:
+        """Note why a method cannot run."""
+        self.run.skipped[label] = reason
+        self.save_run()
+
+    def save_run(self) -> None:
+        """Write `run.json`."""
+        write_file(self.folder / RUN_FILE, json.dumps(self.run.to_dict(), indent=2, ensure_ascii=False) + "\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._file)
+
+    def _take_back(self) -> None:
+        with suppress(OSError):
+            os.ftruncate(self._file, self._size)
+            os.lseek(self._file, self._size, os.SEEK_SET)
+
+    def _not_written(self, error: OSError) -> str:
+        what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else f"cannot write ({error.strerror or error})"
+        return (
+            f"{what}: {self.folder / CELLS_FILE}. {len(self.cells)} finished cells are kept there. "
+            "Free some space and run the same command again; it goes on where it stopped."
+        )
+
+
+@contextmanager
+def open_results(folder: Path, run: Run) -> Iterator[ResultFolder]:
+    """Start or continue `run` in `folder`. On continuing, `run`'s methods are added to those of the folder.
+
+    Raises:
+        EvaluationError: the folder holds another run, or is in use, cannot be written, or a line of it is broken.
+    """
+    run = _plain(run)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / LOCK_FILE, os.O_WRONLY | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise EvaluationError(f"cannot write results to {folder}: {error.strerror or error}. Choose another --out.") from error
+    try:  # closed, also by a kill, the lock is released
+        _acquire(lock, folder)
+        results = ResultFolder(folder, _continued(folder, run))
+        try:
+            yield results
+        finally:
+            results.close()
+    finally:
+        os.close(lock)
+
+
+def read_results(folder: Path) -> tuple[Run, list[Cell]]:
+    """A folder's run and its finished cells, without changing anything.
+
+    Raises:
+        EvaluationError: there is no run, or a line is broken.
+    """
+    return _read_run(folder), _read_cells(folder / CELLS_FILE)[0]
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Replace a file as a whole: readers see the old content or the new, also after a crash.
+
+    Raises:
+        EvaluationError: it cannot be written; the old file is still there.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    temporary: str | None = None
+    try:
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            _write_all(descriptor, data)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise EvaluationError(
+            f"cannot write {path}: {error.strerror or error}. Finished cells in {CELLS_FILE} are kept; "
+            "free some space and run the same command again."
+        ) from error
+    finally:
+        if temporary is not None:
+            with suppress(OSError):
+                os.unlink(temporary)
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def _acquire(descriptor: int, folder: Path) -> None:
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise EvaluationError(
+            f"another process is writing results to {folder}. Wait for it to finish, or choose another --out."
+        ) from None
+    except OSError:  # a file system without locks
+        return
+
+
+def _continued(folder: Path, run: Run) -> Run:
+    """`run`, or what the folder already holds with `run`'s methods added."""
+    if not (folder / RUN_FILE).exists():
+        if (folder / CELLS_FILE).exists():
+            raise EvaluationError(f"{folder} holds {CELLS_FILE} but no {RUN_FILE} that says what they are. Choose another --out.")
+        return run
+    if not _read_cells(folder / CELLS_FILE)[0]:
+        return run  # stopped before anything was measured
+    earlier = _read_run(folder)
+    differences = [*_differences(earlier.identity, run.identity), *_changed_methods(earlier.methods, run.methods)]
+    if differences:
+        raise EvaluationError(
+            f"{folder} holds the results of another run: {'; '.join(differences)}. Nothing was changed. "
+            "Choose another --out, or run with the same settings to go on with that one."
+        )
+    skipped = {label: reason for label, reason in earlier.skipped.items() if label not in run.methods}
+    return Run(earlier.identity, run.unit, {**earlier.methods, **run.methods}, skipped)
+
+
+def _differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key in [*there, *(key for key in here if key not in there)]:
+        old, new = there.get(key), here.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{key}.")
+        elif old != new:
+            found.append(f"{prefix}{key} is {_brief(old)} there and {_brief(new)} here")
+    return found
+
+
+def _changed_methods(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """A label means defaults plus what it names; defaults may have changed since."""
+    common = [label for label in here if label in there]
+    return [
+        difference
+        for label in common
+        for difference in _differences(there[label]["settings"], here[label]["settings"], f"method {label!r}: ")
+    ]
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _read_run(folder: Path) -> Run:
+    try:
+        document = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+        return Run.from_dict(document)
+    except FileNotFoundError:
+        raise EvaluationError(f"{folder} holds no results of 'specache eval' (no {RUN_FILE}).") from None
+    except OSError as error:
+        raise EvaluationError(f"cannot read {folder / RUN_FILE}: {error.strerror or error}.") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EvaluationError(f"{folder / RUN_FILE} is broken: {error}. Nothing was changed.") from error
+
+
+def _read_cells(path: Path) -> tuple[list[Cell], int]:
+    """Finished cells, and the file's size in bytes up to the last whole line."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return [], 0
+    except OSError as error:
+        raise EvaluationError(f"cannot read {path}: {error.strerror or error}.") from error
+    size = data.rfind(b"\n") + 1
+    return [_cell(path, number, line) for number, line in enumerate(data[:size].split(b"\n")[:-1], start=1)], size
+
+
+def _cell(path: Path, number: int, line: bytes) -> Cell:
+    try:
+        cell = json.loads(line)
+    except ValueError as error:
+        reason = f"it is not JSON ({error})"
+    else:
+        missing = [key for key in _CELL_KEYS if key not in cell] if isinstance(cell, dict) else list(_CELL_KEYS)
+        if not missing:
+            return dict(cell)
+        reason = f"it lacks {', '.join(missing)}"
+    raise EvaluationError(
+        f"{path}, line {number} is no result: {reason}. Nothing was changed. Repair that line, or remove it to run its cell again."
+    )
+
+
+def _plain(run: Run) -> Run:
+    """As it will be read back: tuples as lists, paths as text."""
+    return Run.from_dict(json.loads(json.dumps(run.to_dict(), default=str)))

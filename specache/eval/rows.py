@@ -1,0 +1,159 @@
+"""From cells to rows: one per group of items and method, each figure with its 95% confidence interval."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from specache.eval import statistics
+from specache.eval.results import Cell, Run
+from specache.eval.statistics import Estimate
+
+SCORE = "score"  # the unit of tasks that have one score per item; all others have one value per token
+RIGHT = 0.5  # a score from which the full cache counts as right
+TOLERANCE = 0.02  # fast memory that differs by no more than this share is the same
+MORE, SAME, LESS = "more memory", "same memory", "less memory"
+_MEMORY_KEYS = ("fast_ratio", "hot_ratio", "hit_rate", "guess_rate")
+
+Row = dict[str, Any]
+
+
+def aggregate(run: Run, cells: list[Cell]) -> list[Row]:
+    """The rows of a run, in the order of its items and methods.
+
+    Keys are the same in all rows; what does not apply is `None`. `mean` is the average over tokens for distributions and over items
+    for scores. `delta` is the paired difference to the full cache on the same items. `kept` is the share of the items that the full
+    cache got right on which the method does as well; `kept_n` counts them. `memory` compares fast memory with plain `specache`, or
+    else with the run's first `specache` method.
+    """
+    table = _by_group_and_method(cells)
+    full = next((label for label, method in run.methods.items() if method["name"] == "full"), None)
+    ours = _reference(run)
+    rows = []
+    for group, methods in table.items():
+        reference = methods.get(full or "", [])
+        labels = [label for label in run.methods if label in methods]
+        group_rows = [_row(run, group, label, methods[label], [] if label == full else reference) for label in labels]
+        _compare_memory(group_rows, ours)
+        rows += group_rows
+    return rows
+
+
+def _reference(run: Run) -> str | None:
+    """The method that others are compared with by their memory."""
+    ours = [label for label, method in run.methods.items() if method["name"] == "specache"]
+    return "specache" if "specache" in ours else next(iter(ours), None)
+
+
+def is_score(run: Run) -> bool:
+    """Whether the run's values are scores of answers."""
+    return run.unit == SCORE
+
+
+def fast_memory(row: Row) -> float:
+    """All fast memory of a method, hot set included, as a share of the ordinary cache."""
+    return float(row["fast_ratio"] + row["hot_ratio"])
+
+
+def _by_group_and_method(cells: list[Cell]) -> dict[str, dict[str, list[Cell]]]:
+    table: dict[str, dict[str, list[Cell]]] = {}
+    for cell in sorted(cells, key=lambda cell: cell["index"]):
+        if cell["values"]:
+            table.setdefault(cell["group"], {}).setdefault(cell["method"], []).append(cell)
+    return table
+
+
+def _row(run: Run, group: str, label: str, cells: list[Cell], full: list[Cell]) -> Row:
+    seed = int(run.identity["seed"])
+    method = run.methods[label]
+    series = [cell["values"] for cell in cells]
+    row: Row = {
+        "task": group,
+        "method": label,
+        "config": method["settings"],
+        "unit": run.unit,
+        "n": len(cells),
+        "tokens": sum(map(len, series)),
+    }
+    estimates = _of_scores(cells, full, seed) if is_score(run) else _of_tokens(run, cells, full, seed)
+    for name in ("mean", "p95", "p99", "top1", "ppl", "delta", "kept"):
+        row |= _figures(name, estimates.get(name))
+    row["kept_n"] = _right(cells, full) if is_score(run) and full else None
+    row |= {key: _average([cell["stats"].get(key) for cell in cells]) for key in _MEMORY_KEYS}
+    row["seconds"] = _average([cell["seconds"] for cell in cells])
+    return row
+
+
+def _figures(name: str, estimate: Estimate | None) -> dict[str, Any]:
+    """One figure and its interval under the keys of a row. `ci95` alone is the mean's."""
+    key = "ci95" if name == "mean" else f"{name}_ci95"
+    if estimate is None:
+        return {name: None, key: None}
+    return {name: _finite(estimate.value), key: [_finite(bound) for bound in estimate.interval]}
+
+
+def _of_scores(cells: list[Cell], full: list[Cell], seed: int) -> dict[str, Estimate]:
+    scores = {cell["item"]: _score(cell) for cell in cells}
+    reference = {cell["item"]: _score(cell) for cell in full}
+    estimates = {"mean": statistics.score(list(scores.values()), seed=seed)}
+    pairs = [(scores[item], reference[item]) for item in scores if item in reference]
+    if pairs:
+        estimates["delta"] = statistics.difference([mine - theirs for mine, theirs in pairs], seed=seed)
+    right = [mine >= theirs - 1e-9 for mine, theirs in pairs if theirs >= RIGHT]
+    if right:
+        estimates["kept"] = statistics.wilson(sum(right), len(right))
+    return estimates
+
+
+def _right(cells: list[Cell], full: list[Cell]) -> int:
+    items = {cell["item"] for cell in cells}
+    return sum(_score(cell) >= RIGHT for cell in full if cell["item"] in items)
+
+
+def _of_tokens(run: Run, cells: list[Cell], full: list[Cell], seed: int) -> dict[str, Estimate]:
+    wanted = {"mean": statistics.mean, "p95": statistics.percentile(95), "p99": statistics.percentile(99)}
+    estimates = statistics.bootstrap([cell["values"] for cell in cells], wanted, seed=seed)
+    if all(cell["tokens"].get("top1") for cell in cells):
+        estimates["top1"] = statistics.agreement([cell["tokens"]["top1"] for cell in cells], seed=seed)
+    if all(cell["tokens"].get("nll") for cell in cells):
+        series = [cell["tokens"]["nll"] for cell in cells]
+        estimates |= statistics.bootstrap(series, {"ppl": statistics.perplexity}, seed=seed)
+    if run.unit.startswith("NLL"):
+        estimates |= _paired(cells, full, seed)
+    return estimates
+
+
+def _paired(cells: list[Cell], full: list[Cell], seed: int) -> dict[str, Estimate]:
+    """Differences token by token where the full cache saw the same tokens."""
+    reference = {cell["item"]: cell["values"] for cell in full}
+    differences = [
+        [mine - theirs for mine, theirs in zip(cell["values"], reference[cell["item"]], strict=True)]
+        for cell in cells
+        if len(reference.get(cell["item"], ())) == len(cell["values"])
+    ]
+    return statistics.bootstrap(differences, {"delta": statistics.mean}, seed=seed) if differences else {}
+
+
+def _compare_memory(rows: list[Row], ours: str | None) -> None:
+    """Say of each row of one group whether its method held more fast memory than ours."""
+    reference = next((fast_memory(row) for row in rows if row["method"] == ours), None)
+    for row in rows:
+        if not reference:
+            row["memory"] = None
+        elif fast_memory(row) > reference * (1 + TOLERANCE):
+            row["memory"] = MORE
+        else:
+            row["memory"] = LESS if fast_memory(row) < reference * (1 - TOLERANCE) else SAME
+
+
+def _score(cell: Cell) -> float:
+    return sum(cell["values"]) / len(cell["values"])
+
+
+def _average(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

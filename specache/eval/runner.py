@@ -1,0 +1,237 @@
+"""Every item of a task under every method that has not seen it yet, over one shared prefill per item."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from specache import __version__
+from specache.errors import EvaluationError, MethodUnavailableError, SpeCacheError
+from specache.eval.methods.base import Session
+from specache.eval.methods_option import NamedMethod, refuse_twins
+from specache.eval.prefilled import Prefilled
+from specache.eval.results import Cell, ResultFolder, Run, open_results
+from specache.eval.rows import Row, aggregate
+from specache.eval.tasks.base import Item, Measurement, Prepared, Task, TaskModel
+from specache.integration import attached
+from specache.model import inspect_model
+
+
+class Progress:
+    """What a run tells while it goes on. This one is silent; subclass it to show something."""
+
+    def begin(self, cells: int, done: int) -> None:
+        """`cells` in all, of which `done` were finished earlier."""
+
+    def prefill(self, item: str, done: int, total: int) -> None:
+        """`done` of the prompt's `total` tokens are read."""
+
+    def cell(self, item: str, method: str) -> None:
+        """A method starts on an item."""
+
+    def finished(self, cells: int = 1) -> None:
+        """So many cells more are finished, or will not be measured."""
+
+    def skipped(self, method: str, reason: str) -> None:
+        """A method cannot run here."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All results in the folder after a run."""
+
+    run: Run
+    rows: list[Row]
+    cells: list[Cell]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `--json` writes. Keys are stable."""
+        return {"rows": self.rows, "run": self.run.to_dict()}
+
+
+def describe_run(model: TaskModel, task: Task, methods: list[NamedMethod], seed: int) -> Run:
+    """What identifies a run's results."""
+    info = inspect_model(model.model)
+    identity = {
+        "task": task.name,
+        "settings": task.settings(),
+        "model": model.name,
+        "fingerprint": info.fingerprint,
+        "dtype": str(info.dtype).removeprefix("torch."),
+        "specache": __version__,
+        "seed": seed,
+    }
+    return Run(identity, task.unit, {method.label: {"name": method.name, "settings": method.settings} for method in methods})
+
+
+def evaluate(
+    model: TaskModel, task: Task, methods: list[NamedMethod], out: Path, *, seed: int = 0, progress: Progress | None = None
+) -> Outcome:
+    """Measure what is not in `out` yet. An interrupt or an error loses nothing but the cell it hit.
+
+    Raises:
+        ConfigError: the same method twice.
+        TaskDataError: a file of the task is missing or broken; found before anything is measured.
+        EvaluationError: `out` holds another run, cannot be written or is in use; or a method failed, and the message names it and
+            the item.
+    """
+    refuse_twins(methods)
+    with open_results(out, describe_run(model, task, methods, seed)) as results:
+        torch.manual_seed(seed)
+        _Runner(model, task, methods, results, progress or Progress()).run()
+        if not results.cells and results.run.skipped:
+            reasons = "; ".join(f"{label}: {reason}" for label, reason in results.run.skipped.items())
+            raise EvaluationError(f"none of the methods can run here: {reasons}")
+        return Outcome(results.run, aggregate(results.run, results.cells), results.cells)
+
+
+class _Runner:
+    def __init__(self, model: TaskModel, task: Task, methods: list[NamedMethod], results: ResultFolder, progress: Progress) -> None:
+        self._model = model
+        self._task = task
+        self._methods = list(methods)
+        self._results = results
+        self._progress = progress
+        self._left = {method.label: 0 for method in methods}  # cells to be measured
+
+    def run(self) -> None:
+        with torch.no_grad(), attached(self._model.model), _Prompts(self._model.model, self._needs_queries()) as prompts:
+            self._count()
+            for index, item in enumerate(self._task.items(self._model)):
+                if todo := [method for method in self._methods if not self._results.has(item.id, method.label)]:
+                    self._item(index, item, todo, prompts)
+
+    def _count(self) -> None:
+        """Go through all items once before any is measured: broken data shows now, not after hours."""
+        seen: set[str] = set()
+        for item in self._task.items(self._model):
+            if item.id in seen:
+                raise EvaluationError(f"the task {self._task.name!r} has two items called {item.id!r}.")
+            if not item.prompt:
+                raise EvaluationError(f"item {item.id!r} of the task {self._task.name!r} has an empty prompt.")
+            seen.add(item.id)
+            for label in self._left:
+                self._left[label] += not self._results.has(item.id, label)
+        if not seen:
+            raise EvaluationError(f"the task {self._task.name!r} has no items with these options.")
+        cells = len(seen) * len(self._methods)
+        self._progress.begin(cells, cells - sum(self._left.values()))
+
+    def _needs_queries(self) -> bool:
+        return any(method.method.needs_all_queries for method in self._methods)
+
+    def _item(self, index: int, item: Item, todo: list[NamedMethod], prompts: _Prompts) -> None:
+        try:
+            prompt = prompts.of(item, lambda done, total: self._progress.prefill(item.id, done, total))
+            prepared = self._task.prepare(self._model, item, prompt)
+        except Exception as error:
+            raise _explained(error, f"item {item.id!r}") from error
+        for method in todo:
+            self._progress.cell(item.id, method.label)
+            try:
+                cell = self._cell(index, prepared, method)
+            except MethodUnavailableError as error:
+                self._drop(method, str(error))
+                continue
+            except Exception as error:
+                raise _explained(error, f"item {item.id!r}, method {method.label!r}") from error
+            self._results.append(cell)
+            self._left[method.label] -= 1
+            self._progress.finished()
+
+    def _cell(self, index: int, prepared: Prepared, method: NamedMethod) -> Cell:
+        began = time.perf_counter()
+        session: Session = method.method.start(prepared.prompt)
+        try:
+            measurement = self._task.measure(self._model, prepared, session)
+            stats = session.stats()
+        finally:
+            session.close()
+        _check(measurement)
+        return {
+            "item": prepared.item.id,
+            "group": prepared.item.group,
+            "index": index,
+            "method": method.label,
+            "values": measurement.values,
+            "tokens": measurement.tokens,
+            "details": measurement.details,
+            "facts": prepared.item.facts,
+            "stats": asdict(stats),
+            "seconds": time.perf_counter() - began,
+        }
+
+    def _drop(self, method: NamedMethod, reason: str) -> None:
+        self._methods.remove(method)
+        self._results.skip(method.label, reason)
+        self._progress.skipped(method.label, reason)
+        self._progress.finished(self._left.pop(method.label))
+
+
+class _Prompts(ExitStack):
+    """Prefilled prompts, one at a time; items that share a beginning share its prefill, equal prompts everything."""
+
+    def __init__(self, model: Any, all_queries: bool) -> None:
+        super().__init__()
+        self._model = model
+        self._all_queries = all_queries
+        self._shares = inspect_model(model).rope_switch is None  # else a longer prompt may need its beginning prefilled anew
+        self._begin: Prefilled | None = None
+        self._current: Prefilled | None = None
+        self.callback(self._close)
+
+    def of(self, item: Item, progress: Any) -> Prefilled:
+        """The item's prompt, good until the next call."""
+        if self._current is not None and self._current.token_ids == item.prompt:
+            return self._current
+        self._drop_current()
+        begin = self._beginning(item, progress)
+        self._current = Prefilled(self._model, item.prompt, all_queries=self._all_queries, like=begin, progress=progress)
+        return self._current
+
+    def _beginning(self, item: Item, progress: Any) -> Prefilled | None:
+        """What the item shares with its neighbours; at least one token stays to be run after it."""
+        ids = item.prompt[: min(item.shared, len(item.prompt) - 1)] if self._shares else []
+        if self._begin is not None and self._begin.token_ids != ids:
+            self._begin.close()
+            self._begin = None
+        if self._begin is None and ids:
+            self._begin = Prefilled(self._model, ids, all_queries=self._all_queries, progress=progress)
+        return self._begin
+
+    def _drop_current(self) -> None:
+        if self._current is not None:
+            self._current.close()
+            self._current = None
+
+    def _close(self) -> None:
+        self._drop_current()
+        if self._begin is not None:
+            self._begin.close()
+            self._begin = None
+
+
+def _check(measurement: Measurement) -> None:
+    for name, figures in _series(measurement):
+        if not all(math.isfinite(value) for value in figures):
+            raise EvaluationError(f"a figure of {name!r} is not a finite number")
+        if name != "values" and figures and len(figures) != len(measurement.values):
+            raise EvaluationError(f"{name!r} has {len(figures)} figures for {len(measurement.values)} values")
+
+
+def _series(measurement: Measurement) -> Iterator[tuple[str, list[float]]]:
+    yield "values", measurement.values
+    yield from measurement.tokens.items()
+
+
+def _explained(error: Exception, where: str) -> EvaluationError:
+    """What failed where; an error that is not ours also says its kind."""
+    reason = str(error) if isinstance(error, SpeCacheError) else f"{type(error).__name__}: {error}"
+    return EvaluationError(f"{where}: {reason.strip().rstrip('.')}. Finished cells are kept; the same command goes on from here.")

@@ -1,0 +1,160 @@
+"""`specache eval`: a command per task, results in the folder, exit codes, and what is said where."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from specache.cli import console
+from specache.eval import registry
+from tests.cli.running import one_line, run
+from tests.eval import fake_tasks
+from tests.eval.fake_tasks import calls
+
+MODULE = "tests.eval.fake_tasks"
+SMALL = ("--items-per-group", "1", "--names", "text", "--length", "220")
+
+
+@pytest.fixture(autouse=True)
+def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks that are quick, and no others: their files are not what is tested here."""
+    monkeypatch.setattr(registry, "TASKS", {"divergence": f"{MODULE}:Divergence", "answers": f"{MODULE}:Answers"})
+    monkeypatch.setitem(registry.METHODS, "missing", f"{MODULE}:MissingMethod")
+    calls.clear()
+
+
+@pytest.fixture
+def tiny(tiny_folder: Path, tmp_path: Path) -> tuple[str, ...]:
+    return ("-m", str(tiny_folder), "--threads", "1", "--out", str(tmp_path / "out"))
+
+
+def evaluate(task: str, *arguments: str | Path, code: int = 0) -> Any:
+    return run("eval", task, *arguments, code=code)
+
+
+def test_list_shows_tasks_and_methods():
+    text = one_line(run("eval", "list").stdout)
+    assert "divergence along random tokens" in text and "ablate" in text and "the ordinary 16-bit cache" in text
+    document = json.loads(run("eval", "list", "--json").stdout)
+    assert [task["name"] for task in document["tasks"]] == ["divergence", "answers", "ablate"]
+    assert {method["name"] for method in document["methods"]} == set(registry.METHODS)
+    assert "top_k" in next(method for method in document["methods"] if method["name"] == "specache")["settings"]
+
+
+def test_help_names_every_task_and_its_options():
+    assert all(name in run("eval", "--help").stdout for name in ("list", "report", "divergence", "answers", "ablate"))
+    text = one_line(run("eval", "divergence", "--help").stdout)
+    assert "divergence along random tokens" in text and "--items-per-group" in text and "prompt tokens" in text
+    assert "text,answer" in text and "[default: 280]" in text and "[default: float32]" in text
+    text = one_line(run("eval", "answers", "--help").stdout)
+    assert text.count("--seed") == 1 and "--no-easy" in text
+
+
+def test_ablate_has_the_options_of_the_task_it_sweeps():
+    assert "--items-per-group" in run("eval", "ablate", "--help").stdout
+    text = run("eval", "ablate", "--task", "answers", "--help").stdout
+    assert "--count" in text and "--items-per-group" not in text
+
+
+def test_json_on_standard_output_and_a_table_on_standard_error(tiny, tmp_path):
+    result = evaluate("divergence", *tiny, *SMALL, "--json", "-")
+    document = json.loads(result.stdout)
+    assert set(document) == {"rows", "run"}
+    assert [row["method"] for row in document["rows"]] == ["full", "specache", "kivi"]
+    keys = {"task", "config", "n", "mean", "ci95", "p95", "p99", "fast_ratio", "hot_ratio", "hit_rate", "guess_rate"}
+    assert all(row.keys() >= keys for row in document["rows"])
+    assert document["run"]["settings"]["length"] == 220 and document["run"]["dtype"] == "float32"
+    assert "±" in result.stderr and "memory" in result.stderr and "report.html" in result.stderr
+    out = tmp_path / "out"
+    assert {file.name for file in out.iterdir()} >= {"run.json", "cells.jsonl", "rows.jsonl", "report.html", "mean.png", "tail.png"}
+
+
+def test_options_reach_the_task(tiny, tmp_path):
+    file = tmp_path / "rows.json"
+    evaluate("answers", *tiny, "--count", "3", "--seed", "7", "--easy", "--methods", "kivi", "--json", file)
+    document = json.loads(file.read_text())
+    assert document["run"]["settings"] == {"count": 3, "seed": 7, "easy": True} and document["run"]["seed"] == 7
+    assert document["rows"][0]["mean"] == 1.0 and document["rows"][0]["n"] == 3
+
+
+def test_the_same_command_goes_on_after_an_interrupt(tiny, monkeypatch, tmp_path):
+    measure, stop = fake_tasks.Answers.measure, [3]
+
+    def interrupted(self: Any, *arguments: Any) -> Any:
+        stop[0] -= 1
+        if stop[0] < 0:
+            raise KeyboardInterrupt
+        return measure(self, *arguments)
+
+    monkeypatch.setattr(fake_tasks.Answers, "measure", interrupted)
+    arguments = (*tiny, "--methods", "full,kivi")
+    text = one_line(evaluate("answers", *arguments, code=console.EXIT_INTERRUPTED).stderr)
+    assert "3 finished cells are kept" in text and "same command" in text
+    evaluate("report", tmp_path / "out")
+    stop[0] = 5
+    assert "3 of 8 cells were finished earlier" in one_line(evaluate("answers", *arguments).stderr)
+    assert stop[0] == 0
+    evaluate("answers", *arguments)
+
+
+def test_another_runs_folder_is_refused(tiny):
+    evaluate("answers", *tiny, "--methods", "kivi")
+    text = one_line(evaluate("answers", *tiny, "--methods", "kivi", "--count", "5", code=console.EXIT_ERROR).stderr)
+    assert "count is 4 there and 5 here" in text
+    assert "another run" in one_line(evaluate("divergence", *tiny, code=console.EXIT_ERROR).stderr)
+
+
+def test_a_skipped_method_is_said(tiny):
+    text = one_line(evaluate("answers", *tiny, "--methods", "missing,kivi").stderr)
+    assert "missing is skipped: the library 'nowhere' is not installed" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("answers", "--methods", "nonsense"), "no method 'nonsense'"),
+        (("answers", "--methods", "specache:bits=3"), "bits must be one of 1, 2, 4"),
+        (("divergence", "--json", "nowhere/rows.json"), "there is no folder nowhere"),
+        (("ablate", "--field", "speed", "--values", "1"), "has a setting 'speed'"),
+        (("ablate", "--field", "bits", "--values", "1,three"), "must be a whole number, got 'three'"),
+        (("ablate", "--field", "bits", "--values", ""), "at least one value"),
+        (("ablate", "--field", "bits", "--values", "1", "--methods", "specache:bits=2"), "sets bits, which --field sweeps"),
+        (("ablate", "--task", "nonsense", "--field", "bits", "--values", "1"), "no task 'nonsense'"),
+    ],
+)
+def test_usage_errors_are_found_before_a_model_is_loaded(arguments, expected, tmp_path):
+    result = evaluate(*arguments, "-m", tmp_path / "no-model", "--out", tmp_path / "out", code=console.EXIT_USAGE)
+    assert expected in one_line(result.stderr)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_task_is_a_usage_error():
+    assert "No such command 'divine'" in evaluate("divine", code=console.EXIT_USAGE).stderr
+
+
+def test_ablate_sweeps_a_field_and_plots_it(tiny, tmp_path):
+    arguments = ("--field", "k", "--values", "0,4,64", "--methods", "specache,specache:bits=1,kivi", *SMALL)
+    document = json.loads(evaluate("ablate", *tiny, *arguments, "--json", "-").stdout)
+    assert [row["method"] for row in document["rows"]] == [
+        *("specache policy=none", "specache top_k=4", "specache"),
+        *("specache bits=1 policy=none", "specache bits=1 top_k=4", "specache bits=1", "kivi"),
+    ]
+    means = {row["method"]: row["mean"] for row in document["rows"]}
+    assert means["specache"] < means["specache policy=none"]
+    assert document["run"]["settings"]["field"] == "top_k" and document["run"]["settings"]["task"] == "divergence"
+    assert (tmp_path / "out" / "ablation.png").is_file()
+    evaluate("report", tmp_path / "out")
+
+
+def test_a_score_task_can_be_swept_too(tiny, tmp_path):
+    evaluate("ablate", *tiny, "--task", "answers", "--count", "2", "--field", "policy", "--values", "none,verified")
+    run_file = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert run_file["unit"] == "score" and list(run_file["methods"]) == ["full", "specache policy=none", "specache"]
+    assert (tmp_path / "out" / "ablation.png").is_file()
+
+
+def test_report_needs_results(tmp_path):
+    assert "holds no results" in one_line(evaluate("report", tmp_path, code=console.EXIT_ERROR).stderr)

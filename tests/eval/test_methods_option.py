@@ -1,0 +1,121 @@
+"""`--methods`: what it accepts, what methods are then called, and what it refuses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from specache.config import Policy
+from specache.errors import ConfigError
+from specache.eval import registry
+from specache.eval.methods_option import parse_method, parse_methods
+from specache.eval.settings import from_json, parse
+
+
+class Colour(StrEnum):
+    RED = "red"
+    BLUE = "blue"
+
+
+@dataclass(frozen=True)
+class Painted:
+    name: ClassVar[str] = "painted"
+    summary: ClassVar[str] = ""
+    needs_all_queries: ClassVar[bool] = False
+    colour: Colour = Colour.RED
+    budget: float = 0.2
+    exact: bool = False
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.budget > 1:
+            raise ValueError("budget must be at most 1")
+
+    def settings(self) -> dict[str, Any]:
+        return {"colour": str(self.colour), "budget": self.budget, "exact": self.exact, "limit": self.limit}
+
+
+@pytest.fixture(autouse=True)
+def painted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry.METHODS, "painted", f"{__name__}:Painted")
+    monkeypatch.setattr("specache.eval.registry.import_module", lambda name: _module(name), raising=True)
+
+
+def _module(name: str) -> Any:
+    import importlib
+    import sys
+
+    return sys.modules[__name__] if name == __name__ else importlib.import_module(name)
+
+
+def labels(text: str) -> list[str]:
+    return [method.label for method in parse_methods(text)]
+
+
+def test_labels_name_what_differs_from_the_defaults():
+    assert labels("full, specache ,kivi") == ["full", "specache", "kivi"]
+    assert labels("specache:policy=speculative:bits=1") == ["specache bits=1 policy=speculative"]
+    assert labels("kivi:bits=1:residual=128,kivi:residual=64") == ["kivi bits=1", "kivi residual=64"]
+
+
+def test_values_have_the_types_of_the_fields():
+    config = parse_method("specache:k=32:g=32:r=128:b=4:policy=on-demand:hot-set=0.04").method.config
+    assert (config.top_k, config.group_size, config.residual, config.bits, config.hot_set) == (32, 32, 128, 4, 0.04)
+    assert config.policy is Policy.ON_DEMAND
+    assert parse_method("specache:hot_set=1000000").method.config.hot_set == 1_000_000
+    assert parse_method("painted:colour=blue:budget=1:exact=yes:limit=none").method == Painted(Colour.BLUE, 1.0, True, None)
+    assert parse_method("painted:limit=7").label == "painted limit=7"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("nonsense", "no method 'nonsense'. Known: full, specache"),
+        ("specache:speed=1", "no setting 'speed'. It has: bits"),
+        ("specache:slow_tier=ram-inplace", "no setting 'slow_tier'"),
+        ("full:bits=1", "'full' has no setting 'bits'. It has none."),
+        ("specache:bits=3", "bits must be one of 1, 2, 4"),
+        ("specache:bits=two", "specache:bits must be a whole number, got 'two'"),
+        ("specache:policy=fast", "must be one of auto, verified, speculative"),
+        ("painted:colour=green", "must be one of red, blue"),
+        ("painted:exact=perhaps", "must be true or false"),
+        ("painted:budget=2", "budget must be at most 1"),
+        ("painted:budget=nan", "must be a number"),
+        ("specache:bits", "field=value"),
+        ("specache:bits=", "field=value"),
+        ("specache:bits=1:b=2", "has bits twice"),
+        ("", "at least one method"),
+        ("kivi,full,kivi", "the same method twice: 'kivi'"),
+        ("specache,specache:bits=2", "the same method twice: 'specache'"),
+        ("specache:policy=verified,specache", "the same method twice"),
+    ],
+)
+def test_what_is_refused_says_what_exists(text: str, expected: str):
+    with pytest.raises(ConfigError) as error:
+        parse_methods(text)
+    assert expected in str(error.value)
+
+
+def test_tuples_and_paths_are_comma_separated():
+    assert parse("1, 2,3", tuple[int, ...], "x") == (1, 2, 3)
+    assert parse("a.txt,b.txt", tuple[Path, ...], "x") == (Path("a.txt"), Path("b.txt"))
+    assert parse("", tuple[str, ...], "x") == ()
+    with pytest.raises(ConfigError, match="--lengths must be a whole number, got 'long'"):
+        parse("1,long", tuple[int, ...], "--lengths")
+
+
+@dataclass(frozen=True)
+class Options:
+    lengths: tuple[int, ...] = (1,)
+    files: tuple[Path, ...] = ()
+    text: Path | None = None
+
+
+def test_settings_come_back_from_json():
+    document = {"lengths": [4, 8], "files": ["a"], "text": "b", "gone": 1}
+    assert from_json(Options, document) == Options((4, 8), (Path("a"),), Path("b"))
+    assert from_json(Options, {"text": None}) == Options()

@@ -1,0 +1,285 @@
+"""A run: every cell once, whatever stops it; nothing that was measured is lost or mixed with another run."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from specache.errors import ConfigError, EvaluationError
+from specache.eval import prefilled, results, runner
+from specache.eval.methods_option import NamedMethod, parse_methods
+from specache.eval.results import CELLS_FILE, RUN_FILE, Run, open_results
+from specache.eval.rows import aggregate
+from specache.eval.runner import Outcome, Progress, evaluate
+from specache.eval.tasks.base import TaskModel
+from tests.eval.fake_tasks import Answers, Divergence, MissingMethod, calls, failing, tiny_task_model
+
+ROW_KEYS = {
+    *("task", "method", "config", "unit", "n", "tokens", "mean", "ci95", "p95", "p95_ci95", "p99", "p99_ci95", "top1", "top1_ci95"),
+    *("ppl", "ppl_ci95", "delta", "delta_ci95", "kept", "kept_ci95", "kept_n", "fast_ratio", "hot_ratio", "hit_rate", "guess_rate"),
+    *("memory", "seconds"),
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> TaskModel:
+    return tiny_task_model()
+
+
+@pytest.fixture(autouse=True)
+def no_calls() -> None:
+    calls.clear()
+
+
+def measured() -> int:
+    return sum(count for (what, _), count in calls.items() if what == "measure")
+
+
+def run(model: TaskModel, out: Path, methods: str = "full,specache,kivi", task: Any = None, **options: Any) -> Outcome:
+    return evaluate(model, task or Divergence(), parse_methods(methods), out, **options)
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / CELLS_FILE).read_text().splitlines()]
+
+
+def test_every_item_meets_every_method_once(model, tmp_path):
+    outcome = run(model, tmp_path)
+    items = [f"{group}/{number}" for group in ("text", "answer") for number in (0, 1)]
+    expected = [(item, method) for item in items for method in ("full", "specache", "kivi")]
+    assert [(cell["item"], cell["method"]) for cell in lines(tmp_path)] == expected
+    cell = lines(tmp_path)[1]
+    assert len(cell["values"]) == len(cell["tokens"]["top1"]) == 4
+    assert cell["stats"]["fast_ratio"] > 0 and cell["facts"] == {"number": 0} and cell["details"] == {"said": "nothing"}
+    assert outcome.cells == lines(tmp_path)
+
+
+def test_rows_have_stable_keys_and_the_full_cache_diverges_from_nothing(model, tmp_path):
+    rows = run(model, tmp_path).rows
+    assert [(row["task"], row["method"]) for row in rows[:3]] == [("text", "full"), ("text", "specache"), ("text", "kivi")]
+    assert all(set(row) == ROW_KEYS for row in rows)
+    full, specache, _ = rows[:3]
+    assert full["mean"] < 1e-6 < specache["mean"] < 1
+    assert specache["ci95"][0] <= specache["mean"] <= specache["ci95"][1] and specache["p95"] <= specache["p99"]
+    assert (specache["n"], specache["tokens"], specache["ppl"]) == (2, 8, pytest.approx(7.389, abs=1e-3))
+    assert specache["config"]["bits"] == 2 and specache["kept"] is None
+    assert (full["memory"], specache["memory"]) == ("more memory", "same memory")
+    json.dumps(rows, allow_nan=False)
+
+
+def test_rows_of_scores_say_what_stayed_right(model, tmp_path):
+    rows = run(model, tmp_path, "full,specache", Answers(count=8)).rows
+    full, ours = rows
+    assert set(ours) == ROW_KEYS
+    assert (full["mean"], ours["mean"], ours["delta"]) == (0.75, 0.5, -0.25)
+    assert (ours["kept"], ours["kept_n"]) == (pytest.approx(4 / 6), 6)
+    assert ours["kept_ci95"][0] < 4 / 6 < ours["kept_ci95"][1] and ours["p95"] is None and full["delta"] is None
+
+
+def test_finished_cells_are_not_run_again(model, tmp_path):
+    first = run(model, tmp_path)
+    calls.clear()
+    assert run(model, tmp_path).rows == first.rows
+    assert not calls, "an item that is done is not even prepared"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of order"), OSError("gone")])
+def test_a_run_goes_on_where_it_stopped(model, tmp_path, error):
+    whole = run(model, tmp_path / "whole", "specache")
+    calls.clear()
+    expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else EvaluationError
+    with pytest.raises(expected):
+        evaluate(model, Divergence(), [failing(error, healthy=2)], tmp_path / "out")
+    assert len(lines(tmp_path / "out")) == 2
+    calls.clear()
+    rows = run(model, tmp_path / "out", "specache").rows
+    assert measured() == 2
+    assert [{**row, "seconds": 0} for row in rows] == [{**row, "seconds": 0} for row in whole.rows]
+
+
+def test_an_error_names_item_and_method(model, tmp_path):
+    with pytest.raises(EvaluationError, match=r"item 'text/1', method 'specache': RuntimeError: out of order.*kept"):
+        evaluate(model, Divergence(), [failing(RuntimeError("out of order"), healthy=1)], tmp_path)
+
+
+def test_methods_may_be_added_and_nothing_else(model, tmp_path):
+    run(model, tmp_path, "full")
+    calls.clear()
+    rows = run(model, tmp_path, "kivi").rows
+    assert measured() == 4
+    assert [row["method"] for row in rows] == ["full", "kivi"] * 2
+    before = (tmp_path / CELLS_FILE).read_bytes()
+    with pytest.raises(EvaluationError) as error:
+        run(model, tmp_path, "full", Divergence(length=160))
+    assert "length is 280 there and 160 here" in str(error.value) and "--out" in str(error.value)
+    with pytest.raises(EvaluationError, match="seed is 0 there and 1 here"):
+        run(model, tmp_path, "full", seed=1)
+    with pytest.raises(EvaluationError, match=r'task is "divergence" there and "answers" here'):
+        run(model, tmp_path, "full", Answers())
+    assert (tmp_path / CELLS_FILE).read_bytes() == before
+
+
+def test_a_folder_without_a_finished_cell_is_free(model, tmp_path):
+    with pytest.raises(EvaluationError, match="no items"):
+        run(model, tmp_path, "kivi", Divergence(items_per_group=0))
+    run(model, tmp_path, "kivi", Divergence(items_per_group=1))
+
+
+def test_a_label_whose_defaults_changed_is_another_run(model, tmp_path):
+    run(model, tmp_path, "kivi")
+    document = json.loads((tmp_path / RUN_FILE).read_text())
+    document["methods"]["kivi"]["settings"]["residual"] = 96
+    (tmp_path / RUN_FILE).write_text(json.dumps(document))
+    with pytest.raises(EvaluationError, match="method 'kivi': residual is 96 there and 128 here"):
+        run(model, tmp_path, "kivi")
+
+
+def test_a_line_that_a_kill_left_unfinished_is_run_again(model, tmp_path):
+    run(model, tmp_path, "kivi")
+    data = (tmp_path / CELLS_FILE).read_bytes()
+    (tmp_path / CELLS_FILE).write_bytes(data[:-20])
+    calls.clear()
+    run(model, tmp_path, "kivi")
+    assert measured() == 1
+    assert [(cell["item"], cell["values"]) for cell in lines(tmp_path)] == [
+        (cell["item"], cell["values"]) for cell in map(json.loads, data.splitlines())
+    ]
+
+
+@pytest.mark.parametrize("broken", [b'{"item": "text/0"}', b"{nonsense", b"[]", b""])
+def test_a_broken_line_is_named_and_nothing_is_changed(model, tmp_path, broken):
+    run(model, tmp_path, "kivi")
+    kept = (tmp_path / CELLS_FILE).read_bytes().splitlines()
+    kept[1] = broken
+    (tmp_path / CELLS_FILE).write_bytes(b"\n".join(kept) + b"\n")
+    with pytest.raises(EvaluationError, match=r"cells\.jsonl, line 2 is no result"):
+        run(model, tmp_path, "kivi,full")
+    assert (tmp_path / CELLS_FILE).read_bytes() == b"\n".join(kept) + b"\n"
+    assert "full" not in json.loads((tmp_path / RUN_FILE).read_text())["methods"]
+
+
+def test_a_full_disk_loses_only_the_cell_it_hit(model, tmp_path, monkeypatch):
+    write, room = os.write, [3]
+
+    def almost_full(descriptor: int, data: Any) -> int:
+        if not bytes(data).startswith(b'{"item"'):
+            return write(descriptor, data)
+        room[0] -= 1
+        if room[0] >= 0:
+            return write(descriptor, data)
+        write(descriptor, bytes(data)[:30])  # as much as fits
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(results.os, "write", almost_full)
+    with pytest.raises(EvaluationError, match=r"the disk is full: .*3 finished cells are kept.*same command"):
+        run(model, tmp_path)
+    assert len(lines(tmp_path)) == 3
+    monkeypatch.undo()
+    calls.clear()
+    run(model, tmp_path)
+    assert measured() == 12 - 3
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    """The lock belongs to the open file, so this is what a second process meets."""
+    described = Run({"task": "t", "seed": 0}, "score")
+    with open_results(tmp_path, described):  # noqa: SIM117
+        with pytest.raises(EvaluationError, match="another process is writing results"), open_results(tmp_path, described):
+            pass
+    with open_results(tmp_path, described):
+        pass
+
+
+def test_a_method_that_cannot_run_here_is_skipped_once(model, tmp_path):
+    told: list[tuple[str, str]] = []
+
+    class Watch(Progress):
+        total = done = 0
+
+        def begin(self, cells: int, done: int) -> None:
+            self.total, self.done = cells, done
+
+        def finished(self, cells: int = 1) -> None:
+            self.done += cells
+
+        def skipped(self, method: str, reason: str) -> None:
+            told.append((method, reason))
+
+    watch = Watch()
+    missing = NamedMethod("missing", MissingMethod())
+    outcome = evaluate(model, Divergence(), [missing, *parse_methods("kivi")], tmp_path, progress=watch)
+    assert told == [("missing", "the library 'nowhere' is not installed")]
+    assert outcome.run.skipped == dict(told)
+    assert {row["method"] for row in outcome.rows} == {"kivi"} and (watch.total, watch.done) == (8, 8)
+    with pytest.raises(EvaluationError, match="none of the methods can run here: missing: the library"):
+        evaluate(model, Divergence(), [missing], tmp_path / "other")
+
+
+def test_items_share_the_prefill_of_what_they_have_in_common(model, tmp_path, monkeypatch):
+    made: list[tuple[int, bool, bool]] = []
+    original = prefilled.Prefilled.__init__
+
+    def spy(self: Any, model: Any, token_ids: list[int], **options: Any) -> None:
+        made.append((len(token_ids), options["like"] is not None if "like" in options else False, options["all_queries"]))
+        original(self, model, token_ids, **options)
+
+    monkeypatch.setattr(runner.Prefilled, "__init__", spy)
+    shared = run(model, tmp_path / "shared", "kivi").rows
+    assert made == [(100, False, False), (280, True, False), (280, True, False)] * 2
+    alone = run(model, tmp_path / "alone", "kivi", Divergence(shared=0)).rows
+    assert len(shared) == len(alone)
+
+
+def test_sharing_changes_nothing(model, tmp_path):
+    class Unshared(Divergence):
+        def items(self, model):
+            for item in super().items(model):
+                yield runner.Item(item.id, item.group, item.prompt, 0, item.facts)
+
+    shared, alone = run(model, tmp_path / "a", "kivi"), run(model, tmp_path / "b", "kivi", Unshared())
+    for mine, theirs in zip(shared.cells, alone.cells, strict=True):
+        assert mine["values"] == pytest.approx(theirs["values"], abs=1e-4)
+
+
+def test_bad_tasks_are_found_before_anything_is_measured(model, tmp_path):
+    class Twice(Divergence):
+        def items(self, model):
+            yield from super().items(model)
+            yield from super().items(model)
+
+    with pytest.raises(EvaluationError, match="two items called 'text/0'"):
+        run(model, tmp_path / "twice", task=Twice())
+    with pytest.raises(EvaluationError, match="no items"):
+        run(model, tmp_path / "none", task=Divergence(items_per_group=0))
+    assert not calls
+
+
+def test_a_figure_that_is_no_number_is_an_error(model, tmp_path):
+    class Broken(Answers):
+        def measure(self, model, prepared, session):
+            return runner.Measurement([float("nan")])
+
+    with pytest.raises(EvaluationError, match="item 'answer/0', method 'full': a figure of 'values' is not a finite number"):
+        run(model, tmp_path, task=Broken())
+
+
+def test_an_out_that_cannot_be_used(model, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    with pytest.raises(EvaluationError, match="cannot write results to"):
+        run(model, file)
+    (tmp_path / CELLS_FILE).write_text("{}\n")
+    with pytest.raises(EvaluationError, match=r"no run\.json"):
+        run(model, tmp_path)
+    with pytest.raises(ConfigError, match="twice"):
+        evaluate(model, Divergence(), parse_methods("kivi") * 2, tmp_path / "out")
+
+
+def test_rows_do_not_depend_on_the_order_in_which_cells_were_finished(model, tmp_path):
+    outcome = run(model, tmp_path)
+    assert aggregate(outcome.run, outcome.cells[::-1]) == outcome.rows
