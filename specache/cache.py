@@ -281,13 +281,17 @@ class SpeCache:
         return FetchedRows(tier, index, hot, self._worker, self.resources.transfer, self.counters)
 
     def hot_slots(self, sequence: Sequence, layer: CompressedLayer) -> int:
-        """Slots per KV head that the hot set's budget gives a layer, rows in flight and the index paid for."""
+        """Slots per KV head that the hot set's budget gives a layer, rows in flight and the index paid for.
+
+        A fraction is one of an ordinary cache at 16 bits, and gives as many slots in any dtype.
+        """
         heads, _, dim = layer.residual_keys.shape
-        row = 2 * dim * layer.residual_keys.element_size()
         layers = sum(window is None for window in self.info.windows)
         if isinstance(self.config.hot_set, float):
+            row = 2 * dim * 2
             share = self.config.hot_set * sequence.length * row
         else:
+            row = 2 * dim * layer.residual_keys.element_size()
             share = self.config.hot_set / (layers * heads * max(len(self.sequences), 1))
         return max(0, int((share - self.config.top_k * row) / (row + SLOT_INDEX_BYTES)))
 

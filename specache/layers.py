@@ -82,6 +82,11 @@ class CompressedLayer:
         return self.table.nbytes + self._residual.nbytes + self.weights.nbytes
 
     @property
+    def exact_bytes(self) -> int:
+        """Of `fast_bytes`, those of unquantised rows, in the model's dtype."""
+        return self._residual.nbytes
+
+    @property
     def token_bytes(self) -> int:
         """Bytes of one token in an ordinary cache of a 16-bit dtype."""
         return 2 * 2 * self._residual.shape[1] * self._residual.shape[3]

@@ -30,6 +30,10 @@ class Rows(Protocol):
     def nbytes(self) -> int:
         """Fast memory held, in bytes."""
 
+    @property
+    def exact_bytes(self) -> int:
+        """Of `nbytes`, those of rows, in the model's dtype; the rest is their index."""
+
     def begin_step(self) -> None:
         """Wait for what the last step submitted."""
 
@@ -76,6 +80,10 @@ class InPlaceRows:
 
     @property
     def nbytes(self) -> int:
+        return 0
+
+    @property
+    def exact_bytes(self) -> int:
         return 0
 
     def begin_step(self) -> None:
@@ -200,6 +208,10 @@ class FetchedRows:
     @property
     def nbytes(self) -> int:
         return self.hot.nbytes + self._staged_bytes
+
+    @property
+    def exact_bytes(self) -> int:
+        return self.hot.rows.nbytes + self._staged_bytes
 
     def begin_step(self) -> None:
         flight, self._in_flight = self._in_flight, None

@@ -20,7 +20,7 @@ class SessionStats:
 
     Attributes:
         fast_ratio: bytes in fast memory that the method needs for the full-attention layers (copy, kept pairs, residual), over the
-            bytes of the same layers' ordinary cache in a 16-bit dtype.
+            bytes of the same layers' ordinary cache in a 16-bit dtype. Unquantised rows count 2 bytes an element in any dtype.
         hot_ratio: the same for recently fetched rows or blocks, if the method has such a store.
         hit_rate: rows needed that were already there, of all rows needed; `None` where nothing is fetched ahead.
         guess_rate: speculative tokens that came true; `None` where nothing is guessed.
