@@ -1,9 +1,9 @@
 """How far each policy's distribution is from the full cache's, teacher-forced along the full cache's own greedy answer.
 
-    python benchmarks/policies.py [-m MODEL] [--text FILE] [--tokens 5000] [--new 100] [--top-k 64] [--json FILE]
+    python benchmarks/policies.py [-m MODEL] [--text FILE] [--tokens 5000] [--new 100] [--code rotated] [--top-k 64] [--json FILE]
 
 Prints, per bits and policy, the mean Kullback-Leibler divergence per token, its 95th percentile, top-1 agreement, and how often
-guesses and prefetches were right. `kivi` is the low-bit copy alone with R = 128: the same 16-bit bytes as the others at k = 64.
+guesses and prefetches were right. `kivi` is KIVI's code alone with R = 128: the same 16-bit bytes as the others at k = 64.
 """
 
 from __future__ import annotations
@@ -90,12 +90,12 @@ def compare(model: Any, ids: Tensor, answer: list[int], reference: Tensor, cache
     }
 
 
-def measure(model: Any, ids: Tensor, new: int, bits: int, top_k: int) -> list[dict[str, Any]]:
+def measure(model: Any, ids: Tensor, new: int, bits: int, code: str, top_k: int) -> list[dict[str, Any]]:
     """All policies at `bits`; the policies share one prefill, `kivi` has its own with R = 128."""
     answer, reference = full_answer(model, ids, new)
     rows = []
-    base = specache.SpeCacheConfig(bits=bits, top_k=top_k, slow_tier="ram", policy="verified")
-    kivi = specache.SpeCacheConfig(bits=bits, residual=128, slow_tier="ram", policy="none")
+    base = specache.SpeCacheConfig(bits=bits, code=code, top_k=top_k, slow_tier="ram", policy="verified")
+    kivi = specache.SpeCacheConfig(bits=bits, code="kivi", residual=128, slow_tier="ram", policy="none")
     with specache.SpeCache(model, kivi) as cache:
         rows.append({"bits": bits, "policy": "kivi (R = 128)", **compare(model, ids, answer, reference, cache)})
     with specache.SpeCache(model, base) as prefilled:
@@ -123,6 +123,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=5000)
     parser.add_argument("--new", type=int, default=100)
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 1])
+    parser.add_argument("--code", default="rotated", choices=[str(code) for code in specache.Code])
     parser.add_argument("--top-k", type=int, default=64)
     parser.add_argument("--dtype", default="float32", choices=[str(d) for d in Dtype])
     parser.add_argument("--json", type=Path)
@@ -131,7 +132,7 @@ def main() -> None:
     topics = pydoc_data.topics.topics
     text = options.text.read_text() if options.text else "\n".join(topics[name] for name in sorted(topics))
     ids = prompt_ids(loaded.tokenizer, text, options.tokens)
-    rows = [row for bits in options.bits for row in measure(loaded.model, ids, options.new, bits, options.top_k)]
+    rows = [row for bits in options.bits for row in measure(loaded.model, ids, options.new, bits, options.code, options.top_k)]
     Console(width=140).print(table(rows))
     if options.json:
         options.json.write_text(json.dumps({"prompt_tokens": ids.shape[1], "rows": rows}, indent=1))

@@ -143,7 +143,7 @@ def key_weights(queries: Tensor, keys: Tensor) -> Tensor:
     query_rms = queries.float().square().mean(dim=(1, 2)).sqrt().clamp(min=1e-6)
     key_rms = (keys.float() - keys.float().mean(dim=1, keepdim=True)).square().mean(dim=1).sqrt().clamp(min=1e-6)
     ratio = (query_rms / key_rms).sqrt()
-    return (ratio / ratio.square().mean(dim=-1, keepdim=True).sqrt()).clamp(1e-4, 1e4)
+    return (ratio / ratio.square().mean(dim=-1, keepdim=True).sqrt()).clamp(0.01, 100.0)
 
 
 @dataclass(frozen=True)
