@@ -136,14 +136,14 @@ def rotated_copy(keys: Tensor, values: Tensor, weights: Tensor, bits: int, group
 
 
 def key_weights(queries: Tensor, keys: Tensor) -> Tensor:
-    """**Ours.** `sqrt(rms(q_c) / rms(k_c - mean))` per KV head and channel, scaled to a mean square of 1: float32 `[Hkv, D]`.
+    """**Ours.** `sqrt(rms(q_c) / rms(k_c - mean))` per KV head and channel, in units of the median: float32 `[Hkv, D]`.
 
     From a prefix's queries `[Hkv, G, m, D]` and keys `[Hkv, m, D]`.
     """
     query_rms = queries.float().square().mean(dim=(1, 2)).sqrt().clamp(min=1e-6)
     key_rms = (keys.float() - keys.float().mean(dim=1, keepdim=True)).square().mean(dim=1).sqrt().clamp(min=1e-6)
     ratio = (query_rms / key_rms).sqrt()
-    return (ratio / ratio.square().mean(dim=-1, keepdim=True).sqrt()).clamp(0.01, 100.0)
+    return (ratio / ratio.median(dim=-1, keepdim=True).values).clamp(0.01, 100.0)
 
 
 @dataclass(frozen=True)

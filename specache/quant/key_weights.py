@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 SMALLEST_RMS = 1e-6
-LARGEST_RATIO = 100.0  # of a weight to the others: a channel that the prefix hardly used may matter later
+LARGEST_RATIO = 100.0  # of a weight to its head's median: a channel that the prefix hardly used may matter later
 
 
 class KeyWeights:
@@ -70,5 +70,5 @@ class KeyWeights:
             return torch.ones_like(key_rms)
         query_rms = self._squares.mean(1).sqrt().clamp(min=SMALLEST_RMS)
         weights = (query_rms / key_rms).sqrt()
-        weights = weights / weights.square().mean(-1, keepdim=True).sqrt()  # only ratios matter
+        weights = weights / weights.median(-1, keepdim=True).values  # only ratios matter
         return weights.clamp(1 / LARGEST_RATIO, LARGEST_RATIO)

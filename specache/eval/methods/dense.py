@@ -1,0 +1,212 @@
+"""Shared by the methods that keep exact rows and drop or page out others: their session, their budget, their memory.
+
+Such a method decodes one row per step. Sliding layers run over copies of the prompt's windows; every full-attention layer has a
+`LayerState` that holds what the method keeps of it. Rows are counted at 16 bits whatever dtype the model runs in: the budget buys
+the same number of rows in float32.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specache.attention import PassKind
+from specache.errors import ConfigError, EvaluationError
+from specache.eval.methods.base import SessionStats
+from specache.eval.prefilled import Prefilled
+from specache.exact import AttentionParams, attend_part, merge, scores
+from specache.integration import forward, reset_rope
+from specache.layers import check_finite
+
+ROW_BYTES = 2  # of one element of a key or value in a 16-bit dtype
+
+
+class LayerState(ABC):
+    """One full-attention layer of one sequence.
+
+    Attributes:
+        wanted, ready: rows that were needed from a store of recently fetched ones, and those of them that were there.
+    """
+
+    wanted: int = 0
+    ready: int = 0
+
+    @abstractmethod
+    def decode(self, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
+        """Take one token's keys and values [Hkv, 1, D] -> attention of its query [Hq, 1, D] over what is kept, float32."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes kept in fast memory, rows at 16 bits."""
+
+    @property
+    def hot_nbytes(self) -> int:
+        """Bytes of the store of recently fetched rows."""
+        return 0
+
+
+class KeptRows:
+    """Exact keys and values [Hkv, m, D], as many for every KV head, in any order: RoPE has put the position into the keys."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys = keys.contiguous()
+        self.values = values.contiguous()
+
+    @classmethod
+    def of(cls, keys: Tensor, values: Tensor, positions: Tensor) -> KeptRows:
+        """The rows of keys and values [Hkv, S, D] at positions [Hkv, m]."""
+        return cls(take_rows(keys, positions), take_rows(values, positions))
+
+    @property
+    def count(self) -> int:
+        """`m`, rows per KV head."""
+        return self.keys.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes at 16 bits."""
+        return ROW_BYTES * (self.keys.numel() + self.values.numel())
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Add n rows [Hkv, n, D]."""
+        self.keys = torch.cat([self.keys, keys], dim=1)
+        self.values = torch.cat([self.values, values], dim=1)
+
+    def overwrite(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Put one row [Hkv, 1, D] into each head's slot [Hkv]."""
+        heads = torch.arange(len(slots), device=slots.device)
+        self.keys[heads, slots] = keys[:, 0]
+        self.values[heads, slots] = values[:, 0]
+
+    def attend(self, query: Tensor, params: AttentionParams) -> Tensor:
+        """Attention of query [Hq, 1, D] over the rows -> [Hq, 1, D]."""
+        return merge([attend_part(query, self.keys, self.values, params)], params.sinks)[0]
+
+
+class DenseSession:
+    """Decodes after a prompt with one `LayerState` per full-attention layer.
+
+    Args:
+        layer: makes the state of a layer from its number.
+    """
+
+    def __init__(self, prompt: Prefilled, layer: Callable[[int], LayerState]) -> None:
+        self._model = prompt.model
+        self._info = prompt.cache.info
+        self._length = prompt.length
+        self._state = _DensePass({index: layer(index) for index in prompt.full_layers}, prompt)
+        self._token_bytes = sum(2 * ROW_BYTES * keys.shape[0] * keys.shape[2] for keys, _ in map(prompt.rows, prompt.full_layers))
+        self._held = self._held_hot = 0
+        self._measure()
+
+    def feed(self, token: int) -> Tensor:
+        position = self._length
+        if self._info.rope_type == "longrope" and self._info.rope_side(position - 1) != self._info.rope_side(position):
+            raise EvaluationError(
+                f"Position {position} is where this model's RoPE switches to its long factors, which makes all keys kept so far "
+                "meaningless. Use a prompt that is longer than that, or so much shorter that the answer ends before it."
+            )
+        reset_rope(self._model, self._info)
+        ids = torch.tensor([[token]], device=self._info.device)
+        logits = forward(self._model, ids, torch.full_like(ids, position), self._state, logits=1)
+        self._length += 1
+        self._measure()
+        return logits[0, -1]
+
+    def stats(self) -> SessionStats:
+        """The most bytes held so far over the bytes of the ordinary cache as it would be now."""
+        ordinary = self._token_bytes * self._length
+        wanted = sum(layer.wanted for layer in self._state.layers.values())
+        ready = sum(layer.ready for layer in self._state.layers.values())
+        return SessionStats(self._held / ordinary, self._held_hot / ordinary, ready / wanted if wanted else None)
+
+    def close(self) -> None:
+        self._measure()
+        self._state.layers, self._state.windows = {}, {}
+
+    def _measure(self) -> None:
+        layers = self._state.layers.values()
+        self._held = max(self._held, sum(layer.nbytes for layer in layers))
+        self._held_hot = max(self._held_hot, sum(layer.hot_nbytes for layer in layers))
+
+
+class _DensePass:
+    """Serves every attention layer of a step (see `passes.ForwardPass`)."""
+
+    def __init__(self, layers: dict[int, LayerState], prompt: Prefilled) -> None:
+        self.layers = layers
+        self.windows = prompt.windows()
+
+    def attention(self, index: int, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
+        """query [1, Hq, 1, D], keys and values [1, Hkv, 1, D] -> [1, 1, Hq, D]."""
+        if index in self.windows:
+            out = self.windows[index].decode(query[0], keys[0], values[0], params, PassKind.SINGLE)
+        else:
+            check_finite(keys, values, index)
+            out = self.layers[index].decode(query[0], keys[0], values[0], params)
+        return out.transpose(0, 1)[None].to(query.dtype)
+
+
+@dataclass(frozen=True)
+class DenseMethod(ABC):
+    """A method that keeps exact rows within a budget. Its fields are its settings."""
+
+    budget: float = field(
+        default=0.25, metadata={"help": "bytes it may keep in fast memory, as a fraction of the prompt's ordinary 16-bit cache"}
+    )
+
+    def __post_init__(self) -> None:
+        if not self.budget > 0:
+            raise ConfigError(f"budget is a fraction of the 16-bit cache above 0, got {self.budget}.")
+        for name in (f.name for f in fields(self)):
+            value = getattr(self, name)
+            if isinstance(value, int) and value < 0:
+                raise ConfigError(f"{name} must not be negative, got {value}.")
+
+    def settings(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def start(self, prompt: Prefilled) -> DenseSession:
+        return DenseSession(prompt, lambda index: self.layer(prompt, index))
+
+    @abstractmethod
+    def layer(self, prompt: Prefilled, index: int) -> LayerState:
+        """What this method keeps of a full-attention layer of the prompt."""
+
+    def capacity(self, prompt: Prefilled, least: int) -> int:
+        """Rows per KV head that the budget pays for, `least` at any rate: what the method cannot work without."""
+        return max(least, int(self.budget * prompt.length))
+
+
+def rows_on_device(prompt: Prefilled, index: int) -> tuple[Tensor, Tensor]:
+    """Keys and values [Hkv, S, D] of a layer where the model runs."""
+    keys, values = prompt.rows(index)
+    return keys.to(prompt.cache.info.device), values.to(prompt.cache.info.device)
+
+
+def take_rows(rows: Tensor, positions: Tensor) -> Tensor:
+    """rows [Hkv, S, D] at positions [Hkv, m] -> [Hkv, m, D]."""
+    return rows.gather(1, positions.unsqueeze(-1).expand(-1, -1, rows.shape[2]))
+
+
+def attention_weights(query: Tensor, keys: Tensor, params: AttentionParams) -> Tensor:
+    """Probabilities [Hkv, G, n, T] of the newest n of T tokens, causal; sinks take their share.
+
+    Args:
+        query: [Hq, n, D] of the last n of the keys [Hkv, T, D].
+    """
+    score = scores(query, keys, params)  # [Hkv, G, n, T]
+    n, length = score.shape[2:]
+    if n > 1:
+        row = torch.arange(length - n, length, device=score.device)[:, None]
+        score.masked_fill_(row < torch.arange(length, device=score.device), -torch.inf)
+    lse = score.logsumexp(-1, keepdim=True)
+    if params.sinks is not None:
+        lse = torch.logaddexp(lse, params.sinks.float().reshape(*score.shape[:2], 1, 1))
+    return score.sub_(lse).exp_()

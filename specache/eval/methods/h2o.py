@@ -1,0 +1,110 @@
+"""H2O (Zhang et al., 2023): the tokens that have drawn the most attention so far, and the newest ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from specache.errors import ConfigError
+from specache.eval.methods.dense import DenseMethod, KeptRows, LayerState, attention_weights, rows_on_device
+from specache.eval.prefilled import Prefilled
+from specache.exact import AttentionParams
+
+QUERY_BLOCK = 128  # prompt queries scored at a time
+BOOKKEEPING_BYTES = 8  # of a kept row beside its key and value: accumulated attention and position
+
+
+class H2OLayer(LayerState):
+    """Kept rows with the attention that each has drawn.
+
+    Args:
+        keys, values: [Hkv, S, D] of the prompt.
+        mass: accumulated attention [Hkv, S] of its tokens.
+        capacity: rows kept at most per KV head.
+        recent: newest tokens that are kept whatever they drew.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, mass: Tensor, capacity: int, recent: int) -> None:
+        heads, self._length = mass.shape
+        self._capacity = capacity
+        self._recent = recent
+        positions = torch.arange(self._length, device=keys.device).expand(heads, -1)  # [Hkv, S]
+        if capacity < self._length:
+            older = self._length - recent
+            heavy = mass[:, :older].topk(capacity - recent, dim=1).indices.sort(dim=1).values
+            positions = torch.cat([heavy, positions[:, older:]], dim=1)  # [Hkv, capacity]
+        self._rows = KeptRows.of(keys, values, positions)
+        self._mass = mass.gather(1, positions)
+        self._positions = positions.int()
+
+    @property
+    def positions(self) -> Tensor:
+        """Positions kept [Hkv, m], in no order."""
+        return self._positions
+
+    @property
+    def nbytes(self) -> int:
+        return self._rows.nbytes + self._mass.nbytes + self._positions.nbytes
+
+    def decode(self, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
+        self._store(keys, values)
+        weights = attention_weights(query, self._rows.keys, params)[:, :, 0]  # [Hkv, G, m]
+        self._mass += weights.mean(1)
+        return (weights @ self._rows.values.float()).flatten(0, 1).unsqueeze(1)  # [Hq, 1, D]
+
+    def _store(self, keys: Tensor, values: Tensor) -> None:
+        """Add a token; if there is no room, in the place of the lightest one that is not recent."""
+        position = self._length
+        self._length += 1
+        if self._rows.count < self._capacity:
+            self._rows.append(keys, values)
+            self._mass = torch.nn.functional.pad(self._mass, (0, 1))
+            self._positions = torch.nn.functional.pad(self._positions, (0, 1), value=position)
+            return
+        is_recent = self._positions > position - self._recent
+        slots = self._mass.masked_fill(is_recent, torch.inf).argmin(1)  # [Hkv]
+        self._rows.overwrite(slots, keys, values)
+        self._mass[torch.arange(len(slots)), slots] = 0
+        self._positions[torch.arange(len(slots)), slots] = position
+
+
+@dataclass(frozen=True)
+class H2OMethod(DenseMethod):
+    """Heavy hitters and recent tokens, a constant number of rows; every step evicts one and goes on accumulating.
+
+    Attention is accumulated over all queries of the prompt under exact attention, then over the decoded ones, and averaged over the
+    query heads that share a KV head. Its cost at the start is that of the prompt's attention once more, with all probabilities.
+    """
+
+    name: ClassVar[str] = "h2o"
+    summary: ClassVar[str] = "H2O: the tokens with the most accumulated attention and the newest ones"
+    needs_all_queries: ClassVar[bool] = True
+    recent_share: float = field(default=0.5, metadata={"help": "part of the kept rows that goes to the newest tokens"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.recent_share <= 1:
+            raise ConfigError(f"recent_share is between 0 and 1, got {self.recent_share}.")
+
+    def layer(self, prompt: Prefilled, index: int) -> H2OLayer:
+        keys, values = rows_on_device(prompt, index)
+        row_bytes = 4 * keys.shape[2]
+        rows = int(self.budget * prompt.length * row_bytes / (row_bytes + BOOKKEEPING_BYTES))
+        capacity = max(2, rows)
+        recent = min(max(1, int(capacity * self.recent_share)), capacity)
+        mass = accumulated_attention(prompt.queries(index), keys, prompt.params[index])
+        return H2OLayer(keys, values, mass, capacity, recent)
+
+
+def accumulated_attention(query: Tensor, keys: Tensor, params: AttentionParams) -> Tensor:
+    """Attention that each prompt token has drawn from all its queries [Hq, S, D] -> [Hkv, S], mean over a KV head's query heads."""
+    heads, length = keys.shape[:2]
+    mass = torch.zeros(heads, length, device=keys.device)
+    for first in range(0, length, QUERY_BLOCK):
+        stop = min(first + QUERY_BLOCK, length)
+        weights = attention_weights(query[:, first:stop], keys[:, :stop], params)  # [Hkv, G, n, stop]
+        mass[:, :stop] += weights.sum(2).mean(1)
+    return mass

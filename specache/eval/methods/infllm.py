@@ -1,0 +1,186 @@
+"""Block retrieval as in InfLLM (Xiao et al., 2024): sinks, a local window, and the blocks of the past that a step asks for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from specache.errors import ConfigError
+from specache.eval.methods.dense import ROW_BYTES, DenseMethod, KeptRows, LayerState, rows_on_device, take_rows
+from specache.eval.prefilled import Prefilled
+from specache.exact import AttentionParams, attend_part, merge
+
+SCORE_BYTES = 4  # of a local token: the sum of its representative score
+Rows = tuple[Tensor, Tensor]  # keys and values [Hkv, n, D]
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """How many rows per KV head go where.
+
+    Attributes:
+        sinks: first tokens, always there.
+        local: newest tokens, always there; up to a block more until the oldest of them leave together.
+        block: tokens of a block.
+        slots: blocks there is room for.
+        representatives: tokens that speak for a block.
+    """
+
+    sinks: int
+    local: int
+    block: int
+    slots: int
+    representatives: int
+
+
+class InfLLMLayer(LayerState):
+    """Local rows in fast memory, blocks in slow memory with one summary key each, and a buffer of retrieved blocks.
+
+    The relevance of a block is the sum over its representatives of `q . key` (InfLLM equation 2), which is `q` times the sum of
+    their keys: that sum is all that fast memory holds of a block.
+
+    Args:
+        keys, values: [Hkv, S, D] of the prompt, where the model runs.
+        slow: the same in slow memory.
+        query: [Hq, S, D] of the prompt.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, slow: Rows, query: Tensor, plan: BlockPlan) -> None:
+        heads, length, dim = keys.shape
+        self._plan = plan
+        self._blocks: list[Rows] = []
+        self._summaries = keys.new_empty(heads, 0, dim)
+        span = plan.local + plan.block
+        scores = representative_scores(query, keys, span)  # [Hkv, S]
+        followers = torch.arange(length - 1, -1, -1, device=keys.device).clamp(max=span)  # queries that each score sums
+        start = min(plan.sinks, length)
+        while length - start >= span:
+            stop = start + plan.block
+            self._summarise(keys[:, start:stop], scores[:, start:stop], followers[start:stop])
+            self._blocks.append((slow[0][:, start:stop], slow[1][:, start:stop]))
+            start = stop
+        first = min(plan.sinks, length)
+        self._sinks = KeptRows(keys[:, :first], values[:, :first])
+        self._local = KeptRows(keys[:, start:], values[:, start:])
+        self._scores = scores[:, start:].clone()
+        self._buffer_ids = torch.full((heads, plan.slots), -1)
+        self._buffer = keys.new_zeros(2, heads, plan.slots, plan.block, dim)
+
+    @property
+    def nbytes(self) -> int:
+        return self._sinks.nbytes + self._local.nbytes + self._scores.nbytes + ROW_BYTES * self._summaries.numel()
+
+    @property
+    def hot_nbytes(self) -> int:
+        return ROW_BYTES * self._buffer.numel()
+
+    def decode(self, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
+        grouped = query[:, 0].float().unflatten(0, (keys.shape[0], -1)).mean(1)  # [Hkv, D]
+        self._scores += torch.einsum("hd,hmd->hm", grouped, self._local.keys.float())
+        self._local.append(keys, values)
+        self._scores = torch.nn.functional.pad(self._scores, (0, 1))
+        parts = [attend_part(query, rows.keys, rows.values, params) for rows in (self._sinks, self._local) if rows.count]
+        if self._blocks:
+            parts.append(attend_part(query, *self._retrieve(grouped), params))
+        if self._local.count >= self._plan.local + self._plan.block:
+            self._retire_block()
+        return merge(parts, params.sinks)[0]
+
+    def _retrieve(self, grouped: Tensor) -> Rows:
+        """The most relevant blocks of each KV head, its query heads' queries averaged [Hkv, D] -> rows [Hkv, k block, D]."""
+        count = min(self._plan.slots, len(self._blocks))
+        relevance = torch.einsum("hd,hbd->hb", grouped, self._summaries.float())
+        chosen = relevance.topk(count, dim=1).indices.tolist()
+        for head, wanted in enumerate(chosen):
+            there = self._buffer_ids[head].tolist()
+            missing = [block for block in wanted if block not in there]
+            free = [slot for slot, block in enumerate(there) if block not in wanted]
+            for block, slot in zip(missing, free, strict=False):
+                for side in (0, 1):
+                    self._buffer[side, head, slot] = self._blocks[block][side][head]
+                self._buffer_ids[head, slot] = block
+            self.wanted += count
+            self.ready += count - len(missing)
+        slots = [[self._buffer_ids[head].tolist().index(block) for block in wanted] for head, wanted in enumerate(chosen)]
+        heads = torch.arange(len(slots))[:, None]
+        keys, values = self._buffer[:, heads, torch.tensor(slots)].flatten(2, 3)  # [Hkv, k block, D] each
+        return keys, values
+
+    def _retire_block(self) -> None:
+        """The oldest local tokens become a block."""
+        block = self._plan.block
+        rows = self._local.keys[:, :block], self._local.values[:, :block]
+        age = torch.arange(self._local.count - 1, self._local.count - 1 - block, -1, device=rows[0].device)
+        self._summarise(rows[0], self._scores[:, :block], age)
+        self._blocks.append((rows[0].clone(), rows[1].clone()))
+        self._local = KeptRows(self._local.keys[:, block:], self._local.values[:, block:])
+        self._scores = self._scores[:, block:].clone()
+
+    def _summarise(self, keys: Tensor, scores: Tensor, counts: Tensor) -> None:
+        """Add the sum of a block's representative keys.
+
+        Args:
+            keys: [Hkv, block, D].
+            scores: [Hkv, block], summed over the queries that followed each token; counts: [block], how many these were.
+        """
+        best = (scores / counts).topk(self._plan.representatives, dim=1).indices  # [Hkv, r]
+        summary = take_rows(keys, best).float().sum(1, keepdim=True).to(keys.dtype)
+        self._summaries = torch.cat([self._summaries, summary], dim=1)
+
+
+@dataclass(frozen=True)
+class InfLLMMethod(DenseMethod):
+    """Sinks, local window and retrieved blocks, every row at 16 bits; what is not retrieved is not seen in that step.
+
+    Differences from the authors' system: every KV head retrieves its own blocks in every step, keys stay at their positions (theirs
+    puts all distant tokens at one distance, to go past the longest context), and the buffer holds just the last step's blocks.
+    """
+
+    name: ClassVar[str] = "infllm"
+    summary: ClassVar[str] = "InfLLM-style: local window and the blocks that a step's query asks for"
+    needs_all_queries: ClassVar[bool] = True
+    block_size: int = field(default=64, metadata={"help": "tokens of a block"})
+    representatives: int = field(default=4, metadata={"help": "tokens of a block whose keys decide whether it is retrieved"})
+    sinks: int = field(default=4, metadata={"help": "first tokens that are always kept"})
+    local_share: float = field(default=0.5, metadata={"help": "part of the budget for the local window; blocks fill the rest"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.local_share < 1:
+            raise ConfigError(f"local_share is between 0 and 1, got {self.local_share}.")
+        if not 1 <= self.representatives <= self.block_size:
+            raise ConfigError(f"representatives is between 1 and block_size ({self.block_size}), got {self.representatives}.")
+
+    def layer(self, prompt: Prefilled, index: int) -> InfLLMLayer:
+        plan = self.plan(prompt.length, prompt.rows(index)[0].shape[2])
+        return InfLLMLayer(*rows_on_device(prompt, index), prompt.rows(index), prompt.queries(index), plan)
+
+    def plan(self, length: int, dim: int) -> BlockPlan:
+        """What the budget pays for; one token and one block at least."""
+        row_bytes = 2 * ROW_BYTES * dim
+        summaries = length / self.block_size / 2  # rows' worth: a key without a value per block
+        left = max(0.0, self.budget * length - self.sinks - summaries)
+        slots = max(1, int(left * (1 - self.local_share)) // self.block_size)
+        rest = left - slots * self.block_size  # what is too little for another block is local
+        local = int(rest * row_bytes / (row_bytes + SCORE_BYTES)) - self.block_size
+        return BlockPlan(self.sinks, max(1, local), self.block_size, slots, self.representatives)
+
+
+def representative_scores(query: Tensor, keys: Tensor, span: int) -> Tensor:
+    """Per prompt token the sum of `q . key` over the queries of the next `span` tokens (InfLLM equation 1, times the span).
+
+    Args:
+        query: [Hq, S, D], averaged over the query heads of a KV head; keys: [Hkv, S, D].
+
+    Returns:
+        float32 [Hkv, S].
+    """
+    heads, length = keys.shape[:2]
+    grouped = query.double().unflatten(0, (heads, -1)).mean(1)  # [Hkv, S, D]
+    running = grouped.cumsum(1)
+    stop = (torch.arange(length, device=keys.device) + span).clamp(max=length - 1)
+    following = running[:, stop] - running  # sum of the queries after each token
+    return (following * keys).sum(-1).float()

@@ -1,0 +1,58 @@
+"""Shared by the methods that are transformers' own caches: the stock model decodes, with the attention the user had set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specache.eval.methods.base import SessionStats
+from specache.eval.prefilled import Prefilled
+from specache.integration import reset_rope
+
+
+class StockSession:
+    """Decodes with a transformers cache that holds the prompt.
+
+    Args:
+        fast_bytes: bytes of a cache in fast memory, measured after every step; the most counts.
+    """
+
+    def __init__(self, prompt: Prefilled, cache: Any, fast_bytes: Callable[[Any], int]) -> None:
+        self._model = prompt.model
+        self._info = prompt.cache.info
+        self._cache = cache
+        self._fast_bytes = fast_bytes
+        self._length = prompt.length
+        self._token_bytes = sum(2 * 2 * keys.shape[0] * keys.shape[2] for keys, _ in map(prompt.rows, prompt.full_layers))
+        self._held = fast_bytes(cache)
+
+    def feed(self, token: int) -> Tensor:
+        reset_rope(self._model, self._info)
+        ids = torch.tensor([[token]], device=self._info.device)
+        positions = torch.full_like(ids, self._length)
+        output = self._model(ids, position_ids=positions, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        self._length += 1
+        self._held = max(self._held, self._fast_bytes(self._cache))
+        return output.logits[0, -1].float()
+
+    def stats(self) -> SessionStats:
+        return SessionStats(self._held / (self._token_bytes * self._length))
+
+    def close(self) -> None:
+        self._cache = None
+
+
+def tensor_bytes(value: Any) -> int:
+    """Bytes of the tensors in a nest of containers and tensor subclasses; floating-point ones at 16 bits in any dtype."""
+    if isinstance(value, Tensor):
+        if hasattr(value, "__tensor_flatten__"):
+            return sum(tensor_bytes(getattr(value, name)) for name in value.__tensor_flatten__()[0])
+        return value.numel() * (min(value.element_size(), 2) if value.is_floating_point() else value.element_size())
+    if isinstance(value, dict):
+        return sum(map(tensor_bytes, value.values()))
+    if isinstance(value, list | tuple):
+        return sum(map(tensor_bytes, value))
+    return 0
