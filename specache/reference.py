@@ -84,25 +84,20 @@ def normal_levels(bits: int) -> Tensor:
     return torch.tensor([-x for x in reversed(half)] + half)
 
 
-def rotate(x: Tensor) -> Tensor:
-    """`R x` over the last axis: fixed random signs, then a Walsh-Hadamard transform (of the blocks of `D`'s binary digits)."""
-    dim = x.shape[-1]
+def rotation(dim: int) -> Tensor:
+    """`R [D, D]`: fixed random signs, then a Walsh-Hadamard transform (of the blocks of `D`'s binary digits)."""
     signs = torch.randint(0, 2, (dim,), generator=torch.Generator().manual_seed(0x5BECAC4E)) * 2.0 - 1.0
     sizes = [1 << i for i in reversed(range(dim.bit_length())) if dim >> i & 1]
-    return torch.cat([walsh_hadamard(block) for block in (x * signs).split(sizes, dim=-1)], dim=-1)
+    parts = torch.diag(signs).split(sizes, dim=-1)  # what becomes of the unit vectors, one per row
+    return torch.cat([walsh_hadamard(part) / part.shape[-1] ** 0.5 for part in parts], dim=-1).T
 
 
 def walsh_hadamard(x: Tensor) -> Tensor:
-    """The orthogonal transform of the last axis, whose length is a power of two, by halves."""
+    """The transform of the last axis, whose length is a power of two, by halves; not normalised."""
     if x.shape[-1] == 1:
         return x
     a, b = (walsh_hadamard(half) for half in x.chunk(2, dim=-1))
-    return torch.cat([a + b, a - b], dim=-1) / 2**0.5
-
-
-def rotate_back(y: Tensor) -> Tensor:
-    """`R^T y`: `R` is orthogonal, so its rows are what `rotate` does to the unit vectors."""
-    return y @ rotate(torch.eye(y.shape[-1])).T
+    return torch.cat([a + b, a - b], dim=-1)
 
 
 def quantise_rotated(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -111,7 +106,7 @@ def quantise_rotated(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     `code` = nearest level of `R x / rms(x)`; scale `|R x|^2 / <R x, levels[code]>`, with which a vector's inner product with its
     own code is exact. Returns codes int64 `[.., D]` and scale float16 `[.., 1]`.
     """
-    y = rotate(x.float())
+    y = x.float() @ rotation(x.shape[-1]).T
     levels = normal_levels(bits)
     unit = y / y.square().mean(dim=-1, keepdim=True).sqrt().clamp(min=1e-30)
     codes = (unit.unsqueeze(-1) - levels).abs().argmin(dim=-1)
@@ -124,14 +119,14 @@ def rotated_copy(keys: Tensor, values: Tensor, weights: Tensor, bits: int, group
 
     Keys lose their mean per channel and group and are weighted, `weights [Hkv, D]`, before they are rotated.
     """
-    levels = normal_levels(bits)
+    levels, back = normal_levels(bits), rotation(keys.shape[-1])  # R^T y, for vectors that are rows
     codes, scale = quantise_rotated(values, bits)
-    decoded_values = rotate_back(scale.float() * levels[codes])
+    decoded_values = (scale.float() * levels[codes]) @ back
     groups = keys.float().unflatten(1, (-1, group_size))  # [Hkv, n/g, g, D]
     mean = groups.mean(dim=2, keepdim=True).clamp(-FLOAT16_MAX, FLOAT16_MAX).half().float()  # [Hkv, n/g, 1, D]
     w = weights[:, None, None]  # [Hkv, 1, 1, D]
     codes, scale = quantise_rotated((groups - mean) * w, bits)
-    decoded_keys = rotate_back(scale.float() * levels[codes]) / w + mean
+    decoded_keys = (scale.float() * levels[codes]) @ back / w + mean
     return decoded_keys.flatten(1, 2), decoded_values
 
 
