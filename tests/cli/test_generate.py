@@ -149,7 +149,7 @@ def test_the_default_length_stops_at_the_models_positions(tiny_folder):
         (["--prompt", "x" * (POSITIONS + 1), "--raw"], f"positions for {POSITIONS}", 1),
         (["--prompt-file", "x"], "exclude each other", 2),
         (["--raw", "--system", "be brief"], "--system needs a conversation", 2),
-        (["--model", "./missing"], "no file or folder missing", 1),
+        (["--model", "./missing"], "no file or folder ./missing", 1),
         (["--model", "no-such/model"], "cannot find the model 'no-such/model'", 1),
     ],
 )
