@@ -98,7 +98,8 @@ def test_every_policy_equals_the_reference(model, full, tier, policy, code, bits
     config = settings(**settings_, prefill_chunk=4096)  # as the reference: a last-bit difference in a key can turn a code
     expected = reference.generate(model, prompt(200), config, NEW, forced_tokens=full[0])
     _, logits, _ = run(model, prompt(200), config, answer=full[0])
-    # A scale of the rotated code is a sum; another order of summing can turn its last of 16 bits, 0.05% of a key or a value.
+    # A scale of the rotated code is a sum; another order of summing can turn its last of 16 bits, 0.05% of a key. Seen in one case,
+    # (4, 8, 0) under `speculative`: one prompt key of layer 1, and from there on 0.0026 in the logits.
     assert (logits - expected.logits).abs().max() < (1e-3 if code == "kivi" else 5e-3)
 
 
