@@ -79,8 +79,10 @@ def dequantise_values(codes: Tensor, scale: Tensor, zero: Tensor, group_size: in
 
 
 def normal_levels(bits: int) -> Tensor:
-    """float32 `[2^b]`: Lloyd-Max levels of a standard normal distribution (Max, 1960), ascending."""
-    half = {1: [0.7979], 2: [0.4528, 1.510], 4: [0.1284, 0.3881, 0.6568, 0.9424, 1.256, 1.618, 2.069, 2.733]}[bits]
+    """float32 `[2^b]`: Lloyd-Max levels of a standard normal distribution (Max, 1960) as whole multiples of one unit, ascending."""
+    steps = {1: [1], 2: [3, 10], 4: [3, 9, 15, 22, 29, 37, 48, 63]}[bits]
+    unit = {1: 0.7979, 2: 0.151, 4: 2.733 / 63}[bits]
+    half = [unit * step for step in steps]
     return torch.tensor([-x for x in reversed(half)] + half)
 
 

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from specache.config import PAGE_TOKENS
+from specache.kernels.packing import byte_table, pack, replace_rows, unpack
 from specache.kernels.types import LowBitCopy, PageRun
 
 BLOCK_BYTES = 1 << 20  # float32 codes unpacked at a time, unless one page is more
@@ -22,15 +24,11 @@ class Block(list[PageRun]):
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def page_tokens(copy: LowBitCopy) -> int:
-    return copy.runs[0].fields["key_codes"].shape[2]
-
-
 def blocks(copy: LowBitCopy, length: int) -> Iterator[tuple[Block, int, int]]:
     """The pages of the first `length` tokens in blocks of bounded size -> (block, first token, tokens that count)."""
     if not length:
         return
-    tokens = page_tokens(copy)
+    tokens = PAGE_TOKENS
     room = step = max(1, BLOCK_BYTES // (4 * copy.num_kv_heads * tokens * copy.head_dim))
     block, first = Block(), 0
     remaining = -(-length // tokens)
@@ -48,7 +46,7 @@ def blocks(copy: LowBitCopy, length: int) -> Iterator[tuple[Block, int, int]]:
 
 def pieces(copy: LowBitCopy, start: int, count: int) -> Iterator[tuple[PageRun, int, int]]:
     """Where tokens `[start, start + count)` go -> (pages, offset in the first page, tokens): part of one page, or whole pages."""
-    tokens = page_tokens(copy)
+    tokens = PAGE_TOKENS
     run_first = 0
     for run in copy.runs:
         run_stop = run_first + run.pages * tokens
@@ -72,3 +70,29 @@ def store(field: Tensor, data: Tensor, offset: int) -> None:
         field[0, :, offset : offset + data.shape[1]] = data
     else:
         field.copy_(data.unflatten(1, (field.shape[0], -1)).transpose(0, 1))
+
+
+def store_codes(run: PageRun, keys: Tensor, values: Tensor, offset: int, bits: int) -> None:
+    """Pack codes of keys and values uint8 [Hkv, count, D] into a run's pages from slot `offset` of the first page."""
+    key_field, value_field = run.fields["key_codes"], run.fields["value_codes"]
+    if run.pages * PAGE_TOKENS == keys.shape[1]:
+        keys, values = (codes.unflatten(1, (run.pages, -1)).transpose(0, 1) for codes in (keys, values))
+        key_field.copy_(pack(keys, bits))
+        value_field.copy_(pack(values.transpose(-1, -2), bits))
+        return
+    stop = offset + keys.shape[1]
+    replace_rows(key_field[0], keys, offset, PAGE_TOKENS, bits)
+    dim = values.shape[-1]
+    page = unpack(value_field[0], byte_table(bits, values.device), dim, PAGE_TOKENS).to(torch.uint8)  # [Hkv, D, 64]
+    page[..., offset:stop] = values.transpose(-1, -2)  # tokens of a page share bytes of the values
+    value_field[0] = pack(page, bits)
+
+
+def unpack_keys(block: Block, table: Tensor, copy: LowBitCopy) -> Tensor:
+    """What the key codes of N pages stand for, by `table` [256, 8 / b] -> float32 [N, Hkv, 64, D]."""
+    return unpack(block.field("key_codes"), table, PAGE_TOKENS, copy.head_dim)
+
+
+def unpack_values(block: Block, table: Tensor, copy: LowBitCopy) -> Tensor:
+    """The same for values -> float32 [N, Hkv, 64, D]."""
+    return unpack(block.field("value_codes"), table, copy.head_dim, PAGE_TOKENS).transpose(-1, -2)

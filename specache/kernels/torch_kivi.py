@@ -8,33 +8,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specache.kernels.blocks import Block, by_head, store
-from specache.kernels.packing import byte_table, pack, unpack
+from specache.kernels.blocks import Block, by_head, store, store_codes, unpack_keys, unpack_values
+from specache.kernels.packing import byte_table
 from specache.kernels.types import LowBitCopy, PageRun
 
 
 def quantise(keys: Tensor, values: Tensor, run: PageRun, offset: int, copy: LowBitCopy) -> None:
     """Quantise and pack keys, values [Hkv, count, D], whole groups, into pages from slot `offset` on."""
-    _quantise_keys(keys, run, offset, copy)
-    _quantise_values(values, run, offset, copy)
-
-
-def _quantise_keys(keys: Tensor, run: PageRun, offset: int, copy: LowBitCopy) -> None:
     g, (heads, count, dim) = copy.group_size, keys.shape
     groups = keys.float().reshape(heads, count // g, g, dim)
     scale, zero = _scale_and_zero(groups.amin(2), groups.amax(2), copy.bits)  # [Hkv, groups, D]
-    codes = _codes(groups, scale.unsqueeze(2), zero.unsqueeze(2), copy.bits).reshape(heads, count, dim)
-    store(run.fields["key_codes"], pack(codes, copy.bits), offset)
+    key_codes = _codes(groups, scale.unsqueeze(2), zero.unsqueeze(2), copy.bits).reshape(heads, count, dim)
     store(run.fields["key_scale"], scale, offset // g)
     store(run.fields["key_zero"], zero, offset // g)
-
-
-def _quantise_values(values: Tensor, run: PageRun, offset: int, copy: LowBitCopy) -> None:
     parts = [_quantise_group(group, copy.bits) for group in values.float().split(copy.value_group_size, dim=-1)]
-    codes, scale, zero = (torch.cat(part, dim=-1) for part in zip(*parts, strict=True))
-    store(run.fields["value_codes"], pack(codes, copy.bits), offset)  # [Hkv, count, C]
+    value_codes, scale, zero = (torch.cat(part, dim=-1) for part in zip(*parts, strict=True))
     store(run.fields["value_scale"], scale, offset)  # [Hkv, count, Gv]
     store(run.fields["value_zero"], zero, offset)
+    store_codes(run, key_codes, value_codes, offset, copy.bits)
 
 
 def _quantise_group(group: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,7 +61,7 @@ class QueryScorer:
     def __call__(self, block: Block) -> Tensor:
         """A block of N pages -> [Hkv, r, N 64]."""
         copy, query = self._copy, self._query
-        codes = _unpack(block.field("key_codes"), copy)  # [N, Hkv, 64, D]
+        codes = unpack_keys(block, _table(copy, block), copy)  # [N, Hkv, 64, D]
         codes = codes.unflatten(2, (-1, copy.group_size))  # [N, Hkv, 64/g, g, D]
         grouped = query[None, :, None]  # [1, Hkv, 1, r, D]
         scaled = grouped * block.field("key_scale").float().unsqueeze(3)  # [N, Hkv, 64/g, r, D]
@@ -89,7 +80,7 @@ class ValueSum:
     def add(self, weights: Tensor, block: Block) -> None:
         """weights [Hkv, r, T] over the first T tokens of a block."""
         count = weights.shape[-1]
-        codes = by_head(_unpack(block.field("value_codes"), self._copy), count)  # [Hkv, T, D]
+        codes = by_head(unpack_values(block, _table(self._copy, block), self._copy), count)  # [Hkv, T, D]
         scale = by_head(block.field("value_scale").float(), count)  # [Hkv, T, Gv]
         zero = by_head(block.field("value_zero").float(), count)
         bias = weights @ zero  # [Hkv, r, Gv]
@@ -108,15 +99,16 @@ class ValueSum:
 
 def dequantise(block: Block, count: int, copy: LowBitCopy) -> tuple[Tensor, Tensor]:
     """The first `count` tokens of a block as float32 keys and values [Hkv, count, D]."""
-    codes = _unpack(block.field("key_codes"), copy).unflatten(2, (-1, copy.group_size))
+    table = _table(copy, block)
+    codes = unpack_keys(block, table, copy).unflatten(2, (-1, copy.group_size))
     scale, zero = (block.field(name).float().unsqueeze(3) for name in ("key_scale", "key_zero"))
     keys = by_head((codes * scale + zero).flatten(2, 3), count)
     scale, zero = (
         block.field(name).float().repeat_interleave(copy.value_group_size, -1)[..., : copy.head_dim]
         for name in ("value_scale", "value_zero")
     )
-    return keys, by_head(_unpack(block.field("value_codes"), copy) * scale + zero, count)
+    return keys, by_head(unpack_values(block, table, copy) * scale + zero, count)
 
 
-def _unpack(packed: Tensor, copy: LowBitCopy) -> Tensor:
-    return unpack(packed, byte_table(copy.bits, packed.device), copy.head_dim)
+def _table(copy: LowBitCopy, block: Block) -> Tensor:
+    return byte_table(copy.bits, block[0].fields["key_codes"].device)

@@ -4,10 +4,10 @@ A page holds 64 tokens of one layer, all KV heads. Its fields lie one after the 
 KIVI's code:
 
     field        dtype    shape                meaning
-    key_codes    uint8    [Hkv, 64, C]         C = ceil(D b / 8); code i of a byte at bits i b and up, channels in order
+    key_codes    uint8    [Hkv, 64 C]          C = ceil(D b / 8); the matrix [64, D] packed as `kernels/packing.py` says
     key_scale    float16  [Hkv, 64 / g, D]     one per channel and group of g tokens (keys: per channel)
     key_zero     float16  [Hkv, 64 / g, D]
-    value_codes  uint8    [Hkv, 64, C]
+    value_codes  uint8    [Hkv, D 8 b]         the matrix [D, 64] packed: channels are rows
     value_scale  float16  [Hkv, 64, Gv]        Gv = ceil(D / min(g, D)); one per token and channel group (values: per token)
     value_zero   float16  [Hkv, 64, Gv]
 
@@ -17,10 +17,10 @@ holds a bfloat16's eight significant bits and three more, and codes are computed
 The rotated code (**ours**) has one scale per token and the mean of every key channel and group instead:
 
     field        dtype    shape                meaning
-    key_codes    uint8    [Hkv, 64, C]         codes of the centred, weighted, rotated key
+    key_codes    uint8    [Hkv, 64 C]          codes of the centred, weighted, rotated key
     key_scale    float16  [Hkv, 64, 1]         one per token
     key_mean     float16  [Hkv, 64 / g, D]     one per channel and group of g tokens
-    value_codes  uint8    [Hkv, 64, C]         codes of the rotated value
+    value_codes  uint8    [Hkv, D 8 b]         codes of the rotated value
     value_scale  float16  [Hkv, 64, 1]         one per token
 
 A decoded key is `mean + W^-1 R^T (scale * level[code])`, a value `R^T (scale * level[code])`; the rotation `R` and the levels are
@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 
 from specache.config import PAGE_TOKENS, Code
+from specache.kernels.packing import row_bytes
 from specache.kernels.types import LowBitCopy, PageRun
 
 FIELD_ALIGNMENT = 16  # bytes
@@ -79,22 +80,23 @@ class PageLayout:
     @cached_property
     def fields(self) -> Mapping[str, Field]:
         heads, dim, g = self.num_kv_heads, self.head_dim, self.group_size
-        codes = (heads, PAGE_TOKENS, math.ceil(dim * self.bits / 8))
+        key_codes = (heads, PAGE_TOKENS * row_bytes(dim, self.bits))
+        value_codes = (heads, dim * row_bytes(PAGE_TOKENS, self.bits))
         per_channel = (heads, PAGE_TOKENS // g, dim)
         if self.code is Code.ROTATED:
             return _place(
-                key_codes=(torch.uint8, codes),
+                key_codes=(torch.uint8, key_codes),
                 key_scale=(torch.float16, (heads, PAGE_TOKENS, 1)),
                 key_mean=(torch.float16, per_channel),
-                value_codes=(torch.uint8, codes),
+                value_codes=(torch.uint8, value_codes),
                 value_scale=(torch.float16, (heads, PAGE_TOKENS, 1)),
             )
         per_token = (heads, PAGE_TOKENS, math.ceil(dim / min(g, dim)))
         return _place(
-            key_codes=(torch.uint8, codes),
+            key_codes=(torch.uint8, key_codes),
             key_scale=(torch.float16, per_channel),
             key_zero=(torch.float16, per_channel),
-            value_codes=(torch.uint8, codes),
+            value_codes=(torch.uint8, value_codes),
             value_scale=(torch.float16, per_token),
             value_zero=(torch.float16, per_token),
         )
