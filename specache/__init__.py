@@ -6,6 +6,7 @@ ahead.
 """
 
 from specache.cache import SpeCache
+from specache.compiled import compile_decode
 from specache.config import Code, Policy, SlowTierKind, SpeCacheConfig
 from specache.errors import (
     ConfigError,
@@ -31,6 +32,7 @@ __all__ = [
     "SpeCacheError",
     "UnsupportedModelError",
     "UsageError",
+    "compile_decode",
     "decode",
     "generate",
     "prefill",

@@ -18,8 +18,9 @@ from specache.config import Policy
 from specache.exact import AttentionParams, softmax_sum
 from specache.exact import scores as exact_scores
 from specache.kernels import dispatch
+from specache.kernels.native import NativeKernels, RecentTokens
 from specache.kernels.types import LowBitCopy
-from specache.prefetch import Rows
+from specache.prefetch import InPlaceRows, Rows
 from specache.stats import Counters
 
 
@@ -112,6 +113,10 @@ def mixed_attention(
     Returns:
         float32 [B, Hq, n, D].
     """
+    if plan.kind is PassKind.SINGLE and plan.policy is Policy.ON_DEMAND and all(layer.rows.in_place for layer in layers):
+        backend = dispatch.fused(query)
+        if backend is not None:
+            return _in_place(backend, query, layers, params, plan)
     recent = _recent(query, keys, values, layers, params, plan)
     copies = [layer.copy for layer in layers]
     lengths = [copy.length for copy in copies]
@@ -134,6 +139,20 @@ def mixed_attention(
                 _count_hits(scores, recent, lengths, positions, plan)
             _submit(_next_positions(scores, recent, lengths, layers, plan, None), layers)
     return _heads(_with_copy(dispatch.attend(scores, positions, rows, copies, lengths), recent))
+
+
+def _in_place(
+    backend: NativeKernels, query: Tensor, layers: Sequence[CompressedLayer], params: AttentionParams, plan: PassPlan
+) -> Tensor:
+    """The real row alone over rows that are read where they lie: one kernel does it all."""
+    copies = [layer.copy for layer in layers]
+    for copy in copies:
+        used = copy.num_kv_heads * min(plan.top_k, copy.length)
+        plan.counters.rows_selected += used
+        plan.counters.rows_ready += used
+    recent = [RecentTokens(layer.residual_keys, layer.residual_values) for layer in layers]
+    stored = [layer.rows.stored() for layer in layers if isinstance(layer.rows, InPlaceRows)]
+    return backend.decode_in_place(query, copies, recent, stored, plan.top_k, params.scaling, params.softcap, params.sinks)
 
 
 def select_first(query: Tensor, layer: CompressedLayer, params: AttentionParams, top_k: int) -> None:

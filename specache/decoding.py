@@ -13,7 +13,7 @@ from torch import Tensor
 from specache.attention import PassKind, PassPlan
 from specache.cache import Sequence as CachedSequence
 from specache.cache import SpeCache
-from specache.integration import forward, reset_rope
+from specache.integration import decode_forward, forward, reset_rope
 from specache.passes import DecodePass, Observer, PrefillPass
 
 Progress = Callable[[int, int], None]  # (prompt tokens done, prompt tokens in all)
@@ -162,7 +162,7 @@ class Decoder:
         positions = self._positions([sequence.length for sequence in sequences], kind.rows)
         reset_rope(self._model, self._info)  # another sequence's length, or a call outside, may have left its mark
         try:
-            logits = forward(self._model, self._ids(rows), positions, DecodePass(sequences, plan), logits=kind.rows)
+            logits = decode_forward(self._model, self._ids(rows), positions, DecodePass(sequences, plan))
         except BaseException:
             for sequence in sequences:
                 sequence.rollback()

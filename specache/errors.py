@@ -37,3 +37,7 @@ class MethodUnavailableError(EvaluationError):
 
 class TaskDataError(EvaluationError):
     """A file that a task reads is missing or broken; the message names file and line."""
+
+
+class BenchmarkError(SpeCacheError):
+    """A benchmark cannot go on; the message says why."""

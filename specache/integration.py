@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from specache import compiled
 from specache.errors import UnsupportedModelError
 from specache.exact import AttentionParams
 from specache.model import ModelInfo
@@ -59,6 +60,15 @@ def forward(model: Any, token_ids: Tensor, position_ids: Tensor, state: ForwardP
     return output.logits[:, -logits:].float()
 
 
+def decode_forward(model: Any, token_ids: Tensor, position_ids: Tensor, state: ForwardPass) -> Tensor:
+    """A decode step's pass, compiled where that was asked for -> float32 logits [B, n, V]."""
+    step = compiled.compiled_step(model)
+    if step is None:
+        return forward(model, token_ids, position_ids, state, logits=token_ids.shape[1])
+    with compiled.running(_OncePerLayer(state, type(model).__name__)):
+        return step(token_ids, position_ids)
+
+
 def reset_rope(model: Any, info: ModelInfo) -> None:
     """Forget how long the last sequence was: dynamic scaling keeps the largest length it has seen."""
     if info.rope_type != "dynamic":
@@ -94,15 +104,15 @@ def _attention(
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function registered under our name."""
     state = kwargs.pop(NAME, None)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    sinks = kwargs.get("s_aux")
+    sinks = getattr(module, "sinks", None) if sinks is None else sinks
+    if state is compiled.CURRENT_PASS:
+        return compiled.attend(query, key, value, module.layer_idx, scale, kwargs.get("softcap"), sinks), None
     _check_layer(module, state is not None)
     if state is None:
         return _hand_over(module)(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    sinks = kwargs.get("s_aux")
-    params = AttentionParams(
-        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        softcap=kwargs.get("softcap"),
-        sinks=getattr(module, "sinks", None) if sinks is None else sinks,
-    )
+    params = AttentionParams(scaling=scale, softcap=kwargs.get("softcap"), sinks=sinks)
     return state.attention(module.layer_idx, query, key, value, params).contiguous(), None
 
 
@@ -114,11 +124,28 @@ def _check_layer(module: Any, reached: bool) -> None:
     name = type(module).__name__
     if not reached:
         raise UnsupportedModelError(f"{name} is not handed specache's state: its model drops extra arguments on the way to it.")
-    if module.layer_idx in served:
+    _serve(module.layer_idx, served, name)
+
+
+def _serve(layer: int, served: set[int], name: str) -> None:
+    if layer in served:
         raise UnsupportedModelError(
-            f"{name} attends twice in one pass (layer {module.layer_idx}); specache keeps one set of keys and values per layer."
+            f"{name} attends twice in one pass (layer {layer}); specache keeps one set of keys and values per layer."
         )
-    served.add(module.layer_idx)
+    served.add(layer)
+
+
+class _OncePerLayer:
+    """A pass with the check of `_check_layer`, where the layers themselves are compiled."""
+
+    def __init__(self, state: ForwardPass, name: str) -> None:
+        self._state = state
+        self._name = name
+        self._served: set[int] = set()
+
+    def attention(self, index: int, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
+        _serve(index, self._served, self._name)
+        return self._state.attention(index, query, keys, values, params)
 
 
 def _hand_over(module: Any) -> Any:
@@ -138,7 +165,7 @@ def _users_implementation(module: Any) -> str:
 
 def _mask(*args: Any, **kwargs: Any) -> Any:
     """The mask function registered under our name: our passes need no mask, others get the user's."""
-    if getattr(_inside, "served", None) is not None:
+    if torch.compiler.is_compiling() or getattr(_inside, "served", None) is not None:
         return None
     config = kwargs.get("config")
     for model, (name, _) in list(_attached.items()):

@@ -26,6 +26,8 @@ NOWHERE = torch.iinfo(torch.int64).max  # position of an empty slot
 class Rows(Protocol):
     """The 16-bit rows of one layer of one sequence, as a decode step asks for them."""
 
+    in_place: bool  # rows are read where they lie (`InPlaceRows`)
+
     @property
     def nbytes(self) -> int:
         """Fast memory held, in bytes."""
@@ -74,6 +76,8 @@ class PrefetchWorker:
 class InPlaceRows:
     """Rows read where they lie: everything is always here, and nothing is held twice."""
 
+    in_place = True
+
     def __init__(self, tier: SlowTier, layer: int) -> None:
         self._tier = tier
         self._layer = layer
@@ -85,6 +89,10 @@ class InPlaceRows:
     @property
     def exact_bytes(self) -> int:
         return 0
+
+    def stored(self) -> Tensor:
+        """All rows [Hkv, capacity, 2 D], where they lie."""
+        return self._tier.rows(self._layer)
 
     def begin_step(self) -> None:
         pass
@@ -192,6 +200,8 @@ class FetchedRows:
         worker, transfer: the background thread, and how rows get to the device.
         counters: where waits and bytes are counted.
     """
+
+    in_place = False
 
     def __init__(
         self, tier: SlowTier, layer: int, hot: HotSet, worker: PrefetchWorker, transfer: Transfer, counters: Counters

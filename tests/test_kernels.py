@@ -114,7 +114,12 @@ def test_key_weights_undo_a_rescaling_of_channels():
 
 @settings(max_examples=30, deadline=None)
 @given(copies(), st.sampled_from(list(Code)), st.sampled_from([None, 20.0]), st.integers(1, 2), st.integers(1, 4))
-def test_score_and_attend_equal_dense_attention_over_the_decoded_copy(case, code, softcap, rows, groups):
+def test_torch_score_and_attend_equal_dense_attention_over_the_decoded_copy(case, code, softcap, rows, groups):
+    with dispatch.using("torch"):
+        check_against_dense_attention(case, code, softcap, rows, groups)
+
+
+def check_against_dense_attention(case, code, softcap, rows, groups):
     keys, values, bits, group_size, steps = case
     heads, length, dim = keys.shape
     copy = copy_of(filled_table(keys / keys.abs().max(), values, bits, group_size, steps, code))

@@ -8,6 +8,7 @@ from typing import Any
 
 from specache.cli import options
 from specache.cli.answering import Outcome
+from specache.cli.compiling import compile_model
 from specache.cli.console import err, print_error, quiet_libraries, reports_errors, status, write
 from specache.cli.conversation import Conversation
 from specache.cli.models import Device, Dtype, LoadedModel, load
@@ -15,6 +16,7 @@ from specache.cli.prompts import has_chat_template
 from specache.cli.report import rate, statistics_table, times
 from specache.config import Code, Policy, SlowTierKind, SpeCacheConfig
 from specache.errors import ConfigError, SpeCacheError
+from specache.weights import WeightFormat
 
 EPILOG = """
 [bold]In the conversation[/bold]
@@ -49,6 +51,8 @@ def chat(
     hot_set: options.HotSet = options.DEFAULT_HOT_SET,
     prefill_chunk: options.PrefillChunk = 1024,
     dtype: options.DtypeOption = Dtype.AUTO,
+    weights: options.WeightsOption = WeightFormat.AUTO,
+    compile: options.Compile = False,
     device: options.DeviceOption = Device.AUTO,
     threads: options.Threads = None,
     revision: options.Revision = None,
@@ -79,7 +83,9 @@ def chat(
     quiet_libraries()
     options.set_threads(threads)
     with status(f"Loading {model}") as say:
-        loaded = load(model, dtype=dtype, device=device, revision=revision, offline=offline, on_progress=say)
+        loaded = load(model, dtype=dtype, weights=weights, device=device, revision=revision, offline=offline, on_progress=say)
+        if compile:
+            compile_model(loaded.model, config, 1, say)
     options.set_seed(seed)
     _talk(loaded, config, arguments, stops, system)
 

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from specache.cli import options
 from specache.cli.answering import Result, answer
+from specache.cli.compiling import ONE_AND_TWO_ROWS, compile_model
 from specache.cli.console import (
     EXIT_INTERRUPTED,
     PrefillProgress,
@@ -26,6 +27,7 @@ from specache.cli.models import DEMO_MODEL, Device, Dtype, LoadedModel, load
 from specache.cli.prompts import encode, has_chat_template
 from specache.config import Code, Policy, SlowTierKind, SpeCacheConfig
 from specache.errors import ConfigError
+from specache.weights import WeightFormat
 
 if TYPE_CHECKING:
     from specache import SpeCache
@@ -63,6 +65,8 @@ def demo(
     top_k: options.TopK = 64,
     model: options.Model = DEMO_MODEL,
     dtype: options.DtypeOption = Dtype.AUTO,
+    weights: options.WeightsOption = WeightFormat.AUTO,
+    compile: options.Compile = False,
     device: options.DeviceOption = Device.AUTO,
     threads: options.Threads = None,
 ) -> None:
@@ -73,7 +77,9 @@ def demo(
     quiet_libraries()
     options.set_threads(threads)
     with status("Loading the model") as say:
-        loaded = load(model, dtype=dtype, device=device, on_progress=say)
+        loaded = load(model, dtype=dtype, weights=weights, device=device, on_progress=say)
+        if compile:
+            compile_model(loaded.model, ONE_AND_TWO_ROWS, 1, say)
     task = make_task(loaded.tokenizer, tokens=tokens, seed=seed, depth=depth)
     ids = encode(loaded.tokenizer, task.prompt, chat=has_chat_template(loaded.tokenizer))
     _check_length(loaded, ids)
@@ -81,7 +87,7 @@ def demo(
     _introduce(out, loaded, task, len(ids), seed, depth)
     runs = _runs(out, loaded, ids, task, config)
     if as_json:
-        write(json.dumps(_document(task, runs, seed, depth), ensure_ascii=False) + "\n")
+        write(json.dumps(_document(loaded, task, runs, seed, depth), ensure_ascii=False) + "\n")
     else:
         out.print(comparison(runs, config))
     if runs[-1].result.finish_reason == "interrupted":
@@ -161,10 +167,11 @@ def _answer(loaded: LoadedModel, ids: list[int], cache: SpeCache, generation: di
     return answer(loaded, [ids], cache, generation, on_text=on_text).results[0]
 
 
-def _document(task: DemoTask, runs: list[Run], seed: int, depth: float) -> dict[str, Any]:
+def _document(loaded: LoadedModel, task: DemoTask, runs: list[Run], seed: int, depth: float) -> dict[str, Any]:
     return {
         "seed": seed,
         "depth": depth,
+        "weights": loaded.weight_format,
         "fact": task.fact,
         "question": task.question,
         "expected": task.code,

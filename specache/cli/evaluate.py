@@ -12,14 +12,15 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from specache.cli import options
+from specache.cli.compiling import ONE_AND_TWO_ROWS, compile_model
 from specache.cli.console import EXIT_INTERRUPTED, err, quiet_libraries, reports_errors, status, write
 from specache.cli.evaluation_command import ABLATE, SharedOptions, ablate_command, task_command
 from specache.cli.evaluation_progress import CellProgress
 from specache.cli.evaluation_table import result_tables
+from specache.cli.json_file import check_json, write_json
 from specache.cli.models import load
-from specache.errors import ConfigError
 from specache.eval import registry
-from specache.eval.results import CELLS_FILE, write_file
+from specache.eval.results import CELLS_FILE
 
 if TYPE_CHECKING:
     from specache.eval.methods_option import NamedMethod
@@ -104,19 +105,22 @@ def run_task(shared: SharedOptions, task: Any, methods: list[NamedMethod]) -> No
     from specache.eval.tasks.base import TaskModel
 
     require_libraries()
-    _check_json(shared.json)
+    check_json(shared.json)
     quiet_libraries()
     options.set_threads(shared.threads)
     with status(f"Loading {shared.model}") as say:
         loaded = load(
             shared.model,
             dtype=shared.dtype,
+            weights=shared.weights,
             device=shared.device,
             revision=shared.revision,
             offline=shared.offline,
             on_progress=say,
         )
-    model = TaskModel(loaded.model, loaded.tokenizer, loaded.name)
+        if shared.compile:
+            compile_model(loaded.model, ONE_AND_TWO_ROWS, 1, say)
+    model = TaskModel(loaded.model, loaded.tokenizer, loaded.name, loaded.quantised_to)
     try:
         with CellProgress() as progress:
             outcome = evaluate(model, task, methods, shared.out, seed=shared.seed, progress=progress)
@@ -126,7 +130,7 @@ def run_task(shared: SharedOptions, task: Any, methods: list[NamedMethod]) -> No
     path = write_report(shared.out, task, outcome.run, outcome.rows, outcome.cells)
     _show(outcome.run, outcome.rows, path)
     if shared.json is not None:
-        _write_json(shared.json, outcome.to_dict())
+        write_json(shared.json, outcome.to_dict())
 
 
 def _ablated_task(ctx: Any) -> str:
@@ -175,17 +179,3 @@ def _say_interrupted(out: Path) -> None:
         markup=False,
         soft_wrap=True,
     )
-
-
-def _check_json(target: str | None) -> None:
-    """Before hours of measuring."""
-    if target not in (None, "-") and not (folder := Path(str(target)).expanduser().parent).is_dir():
-        raise ConfigError(f"--json {target}: there is no folder {folder}.")
-
-
-def _write_json(target: str, document: dict[str, Any]) -> None:
-    text = json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n"
-    if target == "-":
-        write(text)
-        return
-    write_file(Path(target).expanduser(), text)

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.main import get_command as build_command
 
 from specache.cli import options
-from specache.cli.console import reports_errors
+from specache.cli.field_command import field_parameters, make_command, take, take_fields, written_parameters
+from specache.cli.json_file import JsonFile
 from specache.cli.models import Device, Dtype
 from specache.eval import registry
-from specache.eval.settings import field_types, flag, is_tuple, parse, shown
+from specache.eval.settings import field_types
+from specache.weights import WeightFormat
 
 if TYPE_CHECKING:
     from specache.eval.methods_option import NamedMethod
@@ -41,10 +42,6 @@ Methods = Annotated[
 Out = Annotated[
     Path, typer.Option("--out", metavar="DIR", rich_help_panel=_RUN_PANEL, help="Folder for results. A stopped run goes on there.")
 ]
-JsonFile = Annotated[
-    str | None,
-    typer.Option("--json", metavar="FILE", rich_help_panel=_RUN_PANEL, help="Write rows and run as JSON ('-': standard output)."),
-]
 Seed = Annotated[int, typer.Option("--seed", rich_help_panel=_RUN_PANEL, help="Decides random items and the confidence intervals.")]
 Field = Annotated[str, typer.Option("--field", rich_help_panel=_SWEEP_PANEL, help="The setting to sweep, for example top_k.")]
 FieldValues = Annotated[
@@ -68,6 +65,8 @@ class SharedOptions:
     json: JsonFile = None
     seed: Seed = 0
     dtype: options.DtypeOption = Dtype.FLOAT32
+    weights: options.WeightsOption = WeightFormat.AUTO
+    compile: options.Compile = False
     device: options.DeviceOption = Device.AUTO
     threads: options.Threads = None
     revision: options.Revision = None
@@ -92,10 +91,10 @@ def task_command(name: str, cls: Any, run: RunTask) -> Any:
     def command(**values: Any) -> None:
         from specache.eval.methods_option import parse_methods
 
-        shared = _take(SharedOptions, values)
+        shared = take(SharedOptions, values)
         run(shared, make_task(cls, values, shared), parse_methods(shared.methods))
 
-    return _command(name, cls.summary, command, [*_parameters(SharedOptions), *_task_parameters(cls, SharedOptions)])
+    return make_command(name, cls.summary, command, [*written_parameters(SharedOptions), *_task_parameters(cls, SharedOptions)])
 
 
 def ablate_command(task: str, run: RunTask) -> Any:
@@ -105,77 +104,24 @@ def ablate_command(task: str, run: RunTask) -> Any:
     cls = registry.task_class(task) if task in registry.TASKS else None
 
     def command(**values: Any) -> None:
-        shared, swept = _take(SharedOptions, values), _take(SweepOptions, values)
+        shared, swept = take(SharedOptions, values), take(SweepOptions, values)
         inner = make_task(registry.task_class(swept.task), values, shared)
         methods = sweep(shared.methods, swept.field, swept.values)
         run(shared, Ablate(inner, canonical_field(shared.methods, swept.field)), methods)
 
     defaults = {"methods": DEFAULT_SWEPT, "task": task}
-    parameters = [*_parameters(SharedOptions, defaults), *_parameters(SweepOptions, defaults)]
+    parameters = [*written_parameters(SharedOptions, defaults), *written_parameters(SweepOptions, defaults)]
     own = _task_parameters(cls, SharedOptions, SweepOptions) if cls else []
-    return _command(ABLATE, Ablate.summary, command, [*parameters, *own])
+    return make_command(ABLATE, Ablate.summary, command, [*parameters, *own])
 
 
 def make_task(cls: Any, values: dict[str, Any], shared: SharedOptions) -> Any:
     """A task from the values of its options; raises `ConfigError` for one that does not fit."""
-    kinds = field_types(cls)
-    fields = {name: getattr(shared, name) for name in kinds if name in _ALSO_TASK_FIELDS}
-    for name, value in values.items():
-        if name in kinds:
-            written_out = isinstance(value, str) and is_tuple(kinds[name])
-            fields[name] = parse(value, kinds[name], f"--{flag(name)}") if written_out else value
-    return cls(**fields)
-
-
-def _command(name: str, help: str, function: Callable[..., None], parameters: list[inspect.Parameter]) -> Any:
-    """A click command with these options. Required ones go first, as in any signature."""
-    ordered = sorted(parameters, key=lambda parameter: parameter.default is not inspect.Parameter.empty)
-    function.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]
-    function.__annotations__ = {parameter.name: parameter.annotation for parameter in ordered}
-    sub = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False, add_completion=False)
-    sub.command(name, help=help, context_settings={"help_option_names": ["-h", "--help"]})(reports_errors(function))
-    command = build_command(sub)
-    command.name = name
-    return command
-
-
-def _parameters(cls: Any, defaults: dict[str, Any] | None = None) -> list[inspect.Parameter]:
-    hints = inspect.get_annotations(cls, eval_str=True)
-    defaults = defaults or {}
-    return [_parameter(one.name, hints[one.name], defaults.get(one.name, one.default)) for one in dataclasses.fields(cls)]
+    given = {name: getattr(shared, name) for name in field_types(cls) if name in _ALSO_TASK_FIELDS}
+    return take_fields(cls, {name: value for name, value in values.items() if name not in given}, given)
 
 
 def _task_parameters(cls: Any, *taken_by: Any) -> list[inspect.Parameter]:
     """One option per field of a task, unless a shared option of that name serves it."""
     taken = {field.name for options in taken_by for field in dataclasses.fields(options)}
-    kinds = field_types(cls)
-    parameters = []
-    for field in dataclasses.fields(cls):
-        if field.name not in kinds or (field.name in taken and field.name in _ALSO_TASK_FIELDS):
-            continue
-        if field.name in taken:
-            raise TypeError(f"{cls.__name__}.{field.name} has the name of an option that every evaluation has. Rename the field.")
-        parameters.append(_task_parameter(field, kinds[field.name]))
-    return parameters
-
-
-def _task_parameter(field: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
-    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    switch = f"--{flag(field.name)}/--no-{flag(field.name)}" if kind is bool else f"--{flag(field.name)}"
-    metavar = None
-    if is_tuple(kind):
-        kind, metavar = str | None, "LIST"
-        default = shown(default) if isinstance(default, tuple) else default
-    option = typer.Option(switch, help=field.metadata.get("help"), metavar=metavar, rich_help_panel=_TASK_PANEL)
-    return _parameter(field.name, Annotated[kind, option], default)
-
-
-def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
-    missing = default is dataclasses.MISSING
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=inspect.Parameter.empty if missing else default, annotation=annotation
-    )
-
-
-def _take(cls: Any, values: dict[str, Any]) -> Any:
-    return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
+    return field_parameters(cls, _TASK_PANEL, taken, _ALSO_TASK_FIELDS)

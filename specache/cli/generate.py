@@ -10,12 +10,14 @@ import typer
 
 from specache.cli import options
 from specache.cli.answering import Outcome, answer
+from specache.cli.compiling import compile_model
 from specache.cli.console import EXIT_INTERRUPTED, err, quiet_libraries, reports_errors, status, write
 from specache.cli.models import Device, Dtype, LoadedModel, load
 from specache.cli.prompts import Prompt, encode, has_chat_template, read_prompts
 from specache.cli.report import statistics_table
 from specache.config import Code, Policy, SlowTierKind, SpeCacheConfig
 from specache.errors import ConfigError
+from specache.weights import WeightFormat
 
 if TYPE_CHECKING:
     from specache import SpeCache
@@ -74,6 +76,8 @@ def generate(
     hot_set: options.HotSet = options.DEFAULT_HOT_SET,
     prefill_chunk: options.PrefillChunk = 1024,
     dtype: options.DtypeOption = Dtype.AUTO,
+    weights: options.WeightsOption = WeightFormat.AUTO,
+    compile: options.Compile = False,
     device: options.DeviceOption = Device.AUTO,
     threads: options.Threads = None,
     revision: options.Revision = None,
@@ -108,7 +112,9 @@ def generate(
     quiet_libraries()
     options.set_threads(threads)
     with status(f"Loading {model}") as say:
-        loaded = load(model, dtype=dtype, device=device, revision=revision, offline=offline, on_progress=say)
+        loaded = load(model, dtype=dtype, weights=weights, device=device, revision=revision, offline=offline, on_progress=say)
+        if compile:
+            compile_model(loaded.model, config, len(prompts), say)
     rows = _encode(loaded, prompts, chat, system)
     options.set_seed(seed)
     outcome = _run(loaded, prompts, rows, config, arguments, stops, as_json)
@@ -140,7 +146,7 @@ def _run(
         on_text = (lambda row, text: write(text)) if streams else None
         outcome = answer(loaded, rows, cache, arguments, stops=stops, on_text=on_text)
         if as_json:
-            _print_json(outcome, cache)
+            _print_json(outcome, cache, loaded)
             return outcome
         if streams:
             write("\n")
@@ -165,9 +171,10 @@ def _print_summary(outcome: Outcome, cache: SpeCache) -> None:
     err.print(statistics_table(cache.stats(), cache.config.to_dict()))
 
 
-def _print_json(outcome: Outcome, cache: SpeCache) -> None:
+def _print_json(outcome: Outcome, cache: SpeCache, loaded: LoadedModel) -> None:
     document = {
         "results": [result.to_dict() for result in outcome.results],
+        "weights": loaded.weight_format,
         "config": cache.config.to_dict(),
         "stats": cache.stats(),
     }

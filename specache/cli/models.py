@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from specache.cli.convert import converted_model
 from specache.errors import ConfigError, SpeCacheError
+from specache.weights import WeightFormat, quantise_weights
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +27,7 @@ class ModelNotFoundError(SpeCacheError):
 
 
 class Dtype(StrEnum):
-    """Number format of the weights and of the 16-bit rows."""
+    """Number format of activations, of the 16-bit rows, and (unless `--weights` says otherwise) of the weights."""
 
     AUTO = "auto"
     FLOAT32 = "float32"
@@ -49,6 +50,19 @@ class LoadedModel:
     model: Any
     tokenizer: Any
     name: str
+    weights: WeightFormat = WeightFormat.AUTO
+
+    @property
+    def quantised_to(self) -> str | None:
+        """`int8` or `int4`; `None` where the weights are in the model's dtype."""
+        return str(self.weights) if self.weights in (WeightFormat.INT8, WeightFormat.INT4) else None
+
+    @property
+    def weight_format(self) -> str:
+        """What the weights are read as, for reports: `bf16`, `int8`, `int4`, `fp32` or `fp16`."""
+        if self.quantised_to is not None:
+            return self.quantised_to
+        return {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float32": "fp32"}[str(self.model.dtype)]
 
     @property
     def max_positions(self) -> int | None:
@@ -60,6 +74,7 @@ def load(
     name: str,
     *,
     dtype: Dtype = Dtype.AUTO,
+    weights: WeightFormat = WeightFormat.AUTO,
     device: Device = Device.AUTO,
     revision: str | None = None,
     offline: bool = False,
@@ -70,14 +85,20 @@ def load(
     Raises:
         ModelNotFoundError: `name` is nothing that can be loaded.
         ConfigError: the device or the number format is not available.
+        UnsupportedModelError: the weights cannot be quantised.
     """
     chosen_device = _device(device)
-    chosen_dtype = _dtype(dtype, chosen_device)
+    chosen_dtype = _dtype(_combined(dtype, weights), chosen_device)
+    _check_weights(weights, chosen_device)
     source, local = _locate(name, on_progress)
     on_progress(f"Loading {name}")
     options = {"revision": revision, "local_files_only": local or offline}
     tokenizer, model = _from_pretrained(name, source, chosen_dtype, options)
-    return LoadedModel(model.to(chosen_device).eval(), tokenizer, name)
+    model = model.to(chosen_device).eval()
+    if weights in (WeightFormat.INT8, WeightFormat.INT4):
+        on_progress(f"Quantising the weights to {weights}")
+        quantise_weights(model, weights)
+    return LoadedModel(model, tokenizer, name, weights)
 
 
 def demo_gguf() -> Path | None:
@@ -153,6 +174,21 @@ def _device(device: Device) -> str:
     if device is Device.CUDA and not torch.cuda.is_available():
         raise ConfigError("--device cuda: PyTorch sees no CUDA device. See 'specache doctor', or use --device cpu.")
     return str(device)
+
+
+def _combined(dtype: Dtype, weights: WeightFormat) -> Dtype:
+    """`--weights bf16` says the number format too."""
+    if weights is not WeightFormat.BF16:
+        return dtype
+    if dtype not in (Dtype.AUTO, Dtype.BFLOAT16):
+        raise ConfigError(f"--weights bf16 contradicts --dtype {dtype}. Use --dtype bfloat16, or leave out --weights.")
+    return Dtype.BFLOAT16
+
+
+def _check_weights(weights: WeightFormat, device: str) -> None:
+    """Before minutes of downloading."""
+    if device != "cpu" and weights in (WeightFormat.INT8, WeightFormat.INT4):
+        raise ConfigError(f"--weights {weights} is for the CPU. Use --device cpu, or --weights bf16.")
 
 
 def _dtype(dtype: Dtype, device: str) -> torch.dtype:

@@ -10,6 +10,7 @@ import typer
 from specache.cli.models import Device, Dtype
 from specache.config import Code, Policy, SlowTierKind, SpeCacheConfig
 from specache.errors import ConfigError
+from specache.weights import WeightFormat
 
 MODEL_PANEL = "Model"
 CACHE_PANEL = "Key-value cache"
@@ -26,6 +27,24 @@ DtypeOption = Annotated[
     typer.Option(
         "--dtype",
         help="Number format. auto: bfloat16 where the processor has instructions for it, else float32.",
+        rich_help_panel=MODEL_PANEL,
+    ),
+]
+WeightsOption = Annotated[
+    WeightFormat,
+    typer.Option(
+        "--weights",
+        help="Number format of the weights. auto: that of --dtype. int8, int4: read fewer bytes per token (CPU only); int4 is the "
+        "fastest and changes answers.",
+        rich_help_panel=MODEL_PANEL,
+    ),
+]
+Compile = Annotated[
+    bool,
+    typer.Option(
+        "--compile",
+        help="Compile the decode step first (torch.compile; half a minute to minutes, needs a C++ compiler on a CPU). Pays for "
+        "long answers.",
         rich_help_panel=MODEL_PANEL,
     ),
 ]

@@ -68,6 +68,8 @@ def describe_run(model: TaskModel, task: Task, methods: list[NamedMethod], seed:
         "specache": __version__,
         "seed": seed,
     }
+    if model.weights is not None:
+        identity["weights"] = model.weights
     return Run(identity, task.unit, {method.label: {"name": method.name, "settings": method.settings} for method in methods})
 
 

@@ -1,7 +1,7 @@
 """The kernels' signatures, and which implementation serves each.
 
-Every operation takes a ragged batch: one `LowBitCopy` per sequence. A backend registers a module with these names; the plain
-PyTorch one has them all and is the fallback.
+Every operation takes a ragged batch: one `LowBitCopy` per sequence. A backend has these operations; the plain PyTorch one serves
+every device and is what the others are tested against.
 
     quantise(keys [Hkv, n, D], values [Hkv, n, D], copy, start) -> None
         writes tokens `[start, start + n)` into the copy's pages; `start` and `n` are whole groups
@@ -12,21 +12,95 @@ PyTorch one has them all and is the fallback.
     attend(scores, positions, rows, copies, lengths) -> (out [B, Hkv, G, n, D], lse [B, Hkv, G, n]); destroys scores
 
 `rest_lse` is the log-sum-exp of everything a row sees outside the copy. Paper: Algorithm 3; layout: KIVI.
+
+The environment variable `SPECACHE_KERNELS` forces a backend: `torch`, or an instruction set of the C++ kernels (`generic`, `avx2`,
+`avx512`, `neon`). Otherwise the fastest that this processor runs serves the CPU.
 """
 
 from __future__ import annotations
 
-from specache.kernels import torch_ops
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from specache.errors import ConfigError
+from specache.kernels import native, torch_ops
+from specache.kernels.types import LowBitCopy
 
 OPERATIONS = ("quantise", "score", "rescore", "select", "attend")
+VARIABLE = "SPECACHE_KERNELS"
 
-quantise = torch_ops.quantise
-score = torch_ops.score
-rescore = torch_ops.rescore
-select = torch_ops.select
-attend = torch_ops.attend
+
+def available() -> list[str]:
+    """Backends for the CPU, fastest last."""
+    return ["torch", *native.instruction_sets()]
 
 
 def active() -> dict[str, str]:
-    """Operation -> name of the backend that serves it, for `specache doctor`."""
-    return {operation: "torch" for operation in OPERATIONS}
+    """Operation -> name of the backend that serves it on the CPU, for `specache doctor`."""
+    return dict.fromkeys(OPERATIONS, _name)
+
+
+@contextmanager
+def using(name: str) -> Iterator[None]:
+    """Force a backend inside the block (for all threads).
+
+    Raises:
+        ConfigError: it is not available here.
+    """
+    global _name, _backend
+    before = _name, _backend
+    _name, _backend = name, _load(name)
+    try:
+        yield
+    finally:
+        _name, _backend = before
+
+
+def quantise(keys: Tensor, values: Tensor, copy: LowBitCopy, start: int) -> None:
+    _serving(keys, copy.head_dim).quantise(keys, values, copy, start)
+
+
+def score(query: Tensor, copies: Sequence[LowBitCopy], lengths: Sequence[int], scaling: float, softcap: float | None) -> Tensor:
+    return _serving(query, query.shape[-1]).score(query, copies, lengths, scaling, softcap)
+
+
+def rescore(query: Tensor, scores: Tensor, positions: Tensor, rows: Tensor, scaling: float, softcap: float | None) -> None:
+    _serving(rows, query.shape[-1]).rescore(query, scores, positions, rows, scaling, softcap)
+
+
+def select(scores: Tensor, rest_lse: Tensor, lengths: Sequence[int], k: int) -> Tensor:
+    return _serving(scores).select(scores, rest_lse, lengths, k)
+
+
+def attend(
+    scores: Tensor, positions: Tensor, rows: Tensor, copies: Sequence[LowBitCopy], lengths: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    return _serving(rows, copies[0].head_dim).attend(scores, positions, rows, copies, lengths)
+
+
+def fused(query: Tensor) -> native.NativeKernels | None:
+    """The backend that does a layer of a step in one call (`decode_in_place`), if one serves this query [B, Hq, n, D]."""
+    backend = _serving(query, query.shape[-1])
+    return backend if isinstance(backend, native.NativeKernels) else None
+
+
+def _serving(tensor: Tensor, dim: int = 1) -> Any:
+    if tensor.device.type != "cpu" or _backend is torch_ops or not _backend.serves(dim, tensor.dtype):
+        return torch_ops
+    return _backend
+
+
+def _load(name: str) -> Any:
+    if name not in available():
+        known = ", ".join(available())
+        reason = f" ({native.MISSING})" if native.MISSING and name != "torch" else ""
+        raise ConfigError(f"{VARIABLE}={name!r} is not available here{reason}. There is {known}.")
+    return torch_ops if name == "torch" else native.NativeKernels(name)
+
+
+_name = os.environ.get(VARIABLE) or available()[-1]
+_backend: Any = _load(_name)

@@ -1,11 +1,12 @@
 """Codes packed into bytes, in the order in which vector instructions want them.
 
-A matrix of codes [rows, columns] takes `rows C` bytes, `C = ceil(columns b / 8)`, in tiles of 16 rows; `P = 8 / b` codes share a byte:
+A matrix of codes [rows, columns] takes `rows C` bytes, `C = ceil(columns b / 8)`, in tiles of 16 rows; a byte holds `P = 8 / b`:
 
 - A tile starts with `columns // (4 P)` chunks of [16 rows, 4 bytes]. Bits `m b` and up of byte `i` of a row hold its column
   `4 P chunk + 4 m + i`. So the same bits of all 64 bytes are 4 neighbouring columns of 16 rows, and a dot product of bytes in
   32-bit lanes adds up one row per lane: nothing is ever shuffled between lanes.
-- The columns that are left, `r` of them, follow as [16 rows, w bytes], `w = ceil(r b / 8)`: byte `i` holds column `4 P chunks + w m + i`.
+- The columns that are left, `r` of them, follow as [16 rows, w bytes], `w = ceil(r b / 8)`: byte `i` holds column
+  `4 P chunks + w m + i`.
 - The last tile may have fewer rows.
 
 Keys are stored with tokens as rows, values with channels as rows: either way a lane adds up over columns.

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 from torch import Tensor
 
 from specache.config import Code
@@ -25,6 +27,12 @@ class PageRun:
 
     fields: Mapping[str, Tensor]
     pages: int
+
+    @cached_property
+    def addresses(self) -> np.ndarray:
+        """int64 [N]: where each page's key codes, its first field, lie in memory."""
+        codes = self.fields["key_codes"]
+        return codes.data_ptr() + np.arange(self.pages, dtype=np.int64) * codes.stride(0) * codes.itemsize
 
     def pages_from(self, start: int, stop: int) -> PageRun:
         """The run's pages `[start, stop)`."""

@@ -22,6 +22,9 @@ class SlowTier(Protocol):
     def read(self, layer: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Keys and values [Hkv, stop - start, D] of a range of tokens (prefill, rebuilding a residual)."""
 
+    def rows(self, layer: int) -> Tensor:
+        """All rows [Hkv, capacity, 2 D] of a layer where they lie, with room for more; only of a tier that is `in_place`."""
+
     def gather(self, layer: int, heads: Tensor, positions: Tensor) -> Tensor:
         """Rows [M, 2 D] of M (KV head, position) pairs, in their order."""
 

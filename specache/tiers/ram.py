@@ -34,6 +34,9 @@ class RamTier:
         dim = rows.shape[-1] // 2
         return rows[..., :dim], rows[..., dim:]
 
+    def rows(self, layer: int) -> Tensor:
+        return self._rows[layer]
+
     def gather(self, layer: int, heads: Tensor, positions: Tensor) -> Tensor:
         rows = self._rows[layer]
         flat = rows.flatten(0, 1)  # [Hkv capacity, 2 D]; a view

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -42,12 +43,37 @@ def stock_answer(folder: Path, prompt: str, **arguments) -> list[int]:
 
 def test_json_is_one_object_with_stable_keys(tiny):
     document = run_json(*tiny, "--prompt", PROMPT)
-    assert set(document) == {"results", "config", "stats"}
+    assert set(document) == {"results", "weights", "config", "stats"}
     assert set(document["results"][0]) == RESULT_KEYS
     assert document["stats"].keys() >= STATS_KEYS
     assert document["config"]["bits"] == 2
     assert document["results"][0]["new_tokens"] == len(document["results"][0]["token_ids"]) == 12
     assert document["results"][0]["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_weights_are_in_the_output(tiny, weights):
+    assert run_json(*tiny, "--prompt", PROMPT)["weights"] == "fp32"
+    document = run_json(*tiny, "--prompt", PROMPT, "--weights", weights)
+    assert document["weights"] == weights and document["results"][0]["new_tokens"] == 12
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+def test_compiling_changes_no_answer_and_is_not_counted(tiny):
+    batch = (*tiny, "--prompt", PROMPT)
+    eager, compiled = run_json(*batch), run_json(*batch, "--compile")
+    assert compiled["results"] == eager["results"]
+    assert compiled["stats"]["decode_s"] < 2
+
+
+def test_without_a_compiler_compiling_is_refused(tiny, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert "needs a C++ compiler" in one_line(run(*tiny, "--prompt", PROMPT, "--compile", code=2).stderr)
+
+
+def test_an_unknown_weight_format_names_those_that_there_are(tiny):
+    assert "'auto', 'bf16', 'int8', 'int4'" in one_line(run(*tiny, "--prompt", PROMPT, "--weights", "int3", code=2).stderr)
 
 
 def test_stdout_is_the_answer_and_nothing_else(tiny):

@@ -10,6 +10,7 @@ import torch
 from specache.cli import models
 from specache.cli.models import Device, Dtype, ModelNotFoundError, load
 from specache.errors import ConfigError
+from specache.weights import WeightFormat
 
 
 def test_a_folder_is_loaded_in_the_format_asked_for(tiny_folder):
@@ -23,6 +24,26 @@ def test_a_folder_is_loaded_in_the_format_asked_for(tiny_folder):
 def test_auto_is_bfloat16_only_where_it_is_native(tiny_folder, monkeypatch, native, dtype):
     monkeypatch.setattr(models, "native_bfloat16_cpu", lambda: native)
     assert load(str(tiny_folder), device=Device.CPU).model.dtype == dtype
+
+
+@pytest.mark.parametrize(("weights", "shown"), [("auto", "fp32"), ("int8", "int8"), ("int4", "int4")])
+def test_weights_are_quantised_on_loading_and_named(tiny_folder, weights, shown):
+    loaded = load(str(tiny_folder), dtype=Dtype.FLOAT32, device=Device.CPU, weights=WeightFormat(weights))
+    assert loaded.weight_format == shown and loaded.model.dtype == torch.float32
+    assert loaded.quantised_to == (None if weights == "auto" else weights)
+
+
+def test_bf16_weights_are_a_number_format(tiny_folder):
+    loaded = load(str(tiny_folder), device=Device.CPU, weights=WeightFormat.BF16)
+    assert loaded.model.dtype == torch.bfloat16 and loaded.weight_format == "bf16"
+    with pytest.raises(ConfigError, match="contradicts --dtype float32"):
+        load(str(tiny_folder), dtype=Dtype.FLOAT32, weights=WeightFormat.BF16)
+
+
+def test_quantised_weights_are_for_the_cpu(tiny_folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ConfigError, match="int8 is for the CPU"):
+        load(str(tiny_folder), dtype=Dtype.FLOAT32, device=Device.CUDA, weights=WeightFormat.INT8)
 
 
 @pytest.mark.parametrize("name", ["./missing", "~/missing-model", "/missing/model", "a/b/c", "missing.gguf", "C:\\models\\x"])

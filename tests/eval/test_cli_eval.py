@@ -80,6 +80,17 @@ def test_options_reach_the_task(tiny, tmp_path):
     assert document["rows"][0]["mean"] == 1.0 and document["rows"][0]["n"] == 3
 
 
+def test_results_over_quantised_weights_do_not_mix_with_others(tiny, tmp_path):
+    arguments = (*tiny, "--methods", "kivi")
+    evaluate("answers", *arguments)
+    text = one_line(evaluate("answers", *arguments, "--weights", "int8", code=console.EXIT_ERROR).stderr)
+    assert 'weights is null there and "int8" here' in text
+    file = tmp_path / "rows.json"
+    out = ("-m", arguments[arguments.index("-m") + 1], "--out", tmp_path / "int8")
+    evaluate("answers", *out, "--methods", "kivi", "--weights", "int8", "--json", file)
+    assert json.loads(file.read_text())["run"]["weights"] == "int8"
+
+
 def test_the_same_command_goes_on_after_an_interrupt(tiny, monkeypatch, tmp_path):
     measure, stop = fake_tasks.Answers.measure, [3]
 

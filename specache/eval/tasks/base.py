@@ -19,11 +19,16 @@ from specache.eval.prefilled import Prefilled
 
 @dataclass(frozen=True)
 class TaskModel:
-    """The model under evaluation, for tasks that need its tokenizer or its answers."""
+    """The model under evaluation, for tasks that need its tokenizer or its answers.
+
+    Attributes:
+        weights: what its weights are quantised to; `None` where they are in its dtype.
+    """
 
     model: Any
     tokenizer: Any
     name: str
+    weights: str | None = None
 
     @property
     def max_positions(self) -> int | None:

@@ -1,0 +1,62 @@
+// Kernels over whole batches: all sequences, KV heads and rows of a decode step in one call, spread over threads.
+#pragma once
+
+#include <cstddef>
+#include <vector>
+
+#include "kernels.hpp"
+
+namespace specache {
+
+struct Engine {
+    const Kernels* kernels;
+    int threads;
+};
+
+// The queries of a step [B, Hkv, G, n, D], float32, and where their scores go [B, Hkv, G, n, S].
+struct Step {
+    const Layout* layout;
+    std::vector<Copy> copies;  // B
+    const float* query;
+    int groups, rows;  // G, n
+    float scaling, softcap;  // softcap 0: none
+
+    int64_t heads() const { return int64_t(copies.size()) * layout->heads; }  // B Hkv
+    int queries() const { return groups * rows; }
+    const Copy& copy_of(int64_t head) const { return copies[std::size_t(head / layout->heads)]; }
+    int head_of(int64_t head) const { return int(head % layout->heads); }
+};
+
+// Exact rows of every (sequence, KV head, row, slot).
+struct Fetched {
+    const int64_t* positions;  // [B, Hkv, n, k]
+    int64_t k;
+    std::vector<Rows> rows;  // one per (sequence, KV head)
+};
+
+void score(const Engine&, const Step&, float* scores, int64_t size);
+void select(const Engine&, const Step&, const float* scores, int64_t size, const float* rest_lse, int64_t k, int64_t* positions);
+void rescore(const Engine&, const Step&, const Fetched&, float* scores, int64_t size);
+void attend(const Engine&, const Step&, const Fetched&, const float* scores, int64_t size, float* out, float* lse);
+
+// The newest tokens of a sequence at 16 bits: keys and values [Hkv, count, D].
+struct Recent {
+    const uint8_t *keys, *values;
+    int64_t count, head_stride, token_stride;  // bytes
+    Dtype dtype;
+};
+
+// A whole layer of a step with one row per sequence, whose exact rows are read where they lie: score, select, rescore, attend,
+// and the recent tokens. sinks [Hkv G] or null; out [B, Hkv, G, D].
+void decode(const Engine&, const Step&, const std::vector<Recent>&, const std::vector<Rows>&, int64_t k, const float* sinks,
+            float* out);
+
+struct Prompt {
+    const uint8_t *keys, *values;  // [Hkv, count, D]
+    int64_t key_head_stride, key_token_stride, value_head_stride, value_token_stride;  // bytes
+    Dtype dtype;
+};
+// Quantise tokens [start, start + count) into pages; whole groups.
+void quantise(const Engine&, const Layout&, const Copy&, const Prompt&, int64_t start, int64_t count);
+
+}  // namespace specache

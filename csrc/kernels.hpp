@@ -1,0 +1,88 @@
+// One table of kernels per instruction set. Each works on one KV head of one sequence; threads.hpp spreads them.
+#pragma once
+
+#include <cstdint>
+
+#include "layout.hpp"
+
+namespace specache {
+
+// Up to kMaxQueries queries of one KV head, ready to meet its codes.
+struct PreparedQuery {
+    int count;
+    const float* query[kMaxQueries];  // the originals [D]
+    alignas(64) int8_t bytes[kMaxQueries][kMaxDim + 64];  // rotated code: rounded once per step
+    float scale[kMaxQueries];
+    int32_t sum[kMaxQueries];  // of the rounded query: undoes the levels' offset
+};
+
+// Where the exact rows of selected positions are: [K | V] of one token, 2 D elements.
+struct Rows {
+    const uint8_t* base;
+    Dtype dtype;
+    int64_t row_stride, slot_stride;  // bytes; by position where slot_stride is 0
+    int64_t position_stride;
+
+    SPECACHE_INLINE const uint8_t* at(int row, int64_t slot, int64_t position) const {
+        return base + row * row_stride + (slot_stride ? slot * slot_stride : position * position_stride);
+    }
+};
+
+// Softmax-weighted sum over a stretch of tokens: out [count][stride] not yet divided by `total`, relative to `peak`.
+struct Partial {
+    float* out;
+    float* peak;
+    float* total;
+    int stride;
+};
+
+struct Kernels {
+    const char* name;
+
+    // Round queries [count] (with the rotated code: weigh and rotate first).
+    void (*prepare)(const Layout&, const float* weights, const float* const* queries, int count, PreparedQuery* out);
+
+    // scores[j][t] of tokens [first, first + count), first on a page's border; returns the largest of each query in peak[j].
+    void (*score)(const Layout&, const Copy&, int head, const PreparedQuery&, int64_t first, int64_t count, float scaling,
+                  float softcap, float* const* scores);
+
+    // The k tokens of largest mean probability over `groups` score rows; positions ascending, ties to the lower, -1 padding.
+    // mass and picked: scratch of `length` floats and `length` ints.
+    void (*select)(const float* const* scores, const float* rest_lse, int groups, int64_t length, int64_t k, int64_t* positions,
+                   float* mass, int32_t* picked);
+
+    // Exact scores of selected positions, written over the low-bit ones. queries [groups][D].
+    void (*rescore)(const float* const* queries, int groups, int dim, const Rows&, int row, const int64_t* positions, int64_t k,
+                    float scaling, float softcap, float* const* scores);
+
+    // Attention over tokens [first, first + count) of the copy. Query j has the row `rows_of[j]`, whose selected positions
+    // [k] are read from exact rows. weights: scratch of kMaxQueries x (kAttendChunk + 16) floats.
+    void (*attend)(const Layout&, const Copy&, int head, int64_t first, int64_t count, const float* const* scores, int queries,
+                   const int* row_of, const int64_t* const* positions, int64_t k, const Rows&, float* weights, Partial out);
+
+    // Exact attention of queries over `count` keys and values (strides in bytes). scores: scratch [queries][count + 16].
+    void (*exact)(const float* const* queries, int queries_count, int dim, const uint8_t* keys, const uint8_t* values,
+                  int64_t key_stride, int64_t value_stride, int64_t count, Dtype dtype, float scaling, float softcap,
+                  float* scores, Partial out);
+
+    // Quantise and pack tokens [offset, offset + count) of one page, whole groups; keys, values: rows of D elements.
+    // scratch: 2 x kMaxDim x kPage floats.
+    void (*quantise)(const Layout&, const float* weights, int head, uint8_t* page, int offset, int count, const uint8_t* keys,
+                     const uint8_t* values, int64_t key_stride, int64_t value_stride, Dtype dtype, float* scratch);
+};
+
+const Kernels& generic_kernels();
+#if defined(SPECACHE_X86)
+const Kernels& avx2_kernels();
+const Kernels& avx512_kernels();
+#endif
+#if defined(SPECACHE_ARM)
+const Kernels& neon_kernels();
+#endif
+
+// The value of the k-th largest of n floats (k >= 1), which are reordered.
+float kth_largest(float* values, int64_t n, int64_t k);
+float scalar_log(float x);
+float scalar_tanh(float x);
+
+}  // namespace specache

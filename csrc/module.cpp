@@ -1,0 +1,168 @@
+// Python bindings. Tensors arrive as addresses: specache/kernels/native.py checks dtypes, shapes and strides before it calls.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "cpu.hpp"
+#include "engine.hpp"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using namespace specache;
+
+namespace {
+
+using Addresses = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+const std::vector<const Kernels*>& all_kernels() {
+    static const std::vector<const Kernels*> found = available_kernels();
+    return found;
+}
+
+Engine engine_of(const std::string& isa, int threads) {
+    for (const Kernels* kernels : all_kernels())
+        if (isa == kernels->name) return {kernels, threads < 1 ? 1 : threads};
+    throw std::invalid_argument("this processor has no " + isa);
+}
+
+template <class T>
+T* at(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+struct OwnedLayout {
+    Layout layout;
+    std::vector<float> signs;
+
+    OwnedLayout(int code, int bits, int group, int heads, int dim, int value_group, const std::vector<int64_t>& offsets,
+                std::vector<float> signs_)
+        : signs(std::move(signs_)) {
+        if (dim < 1 || dim > kMaxDim) throw std::invalid_argument("head dimension");
+        layout = {Code(code), bits, group, heads, dim, value_group, offsets.at(0), offsets.at(1), offsets.at(2), offsets.at(3),
+                  offsets.at(4), offsets.at(5), signs.data()};
+    }
+};
+
+struct OwnedCopy {
+    std::vector<const uint8_t*> pages;
+    int64_t length;
+    const float* weights;
+
+    OwnedCopy(Addresses addresses, int64_t length, uintptr_t weights) : length(length), weights(at<const float>(weights)) {
+        pages.reserve(addresses.shape(0));
+        for (size_t i = 0; i < addresses.shape(0); i++) pages.push_back(reinterpret_cast<const uint8_t*>(addresses(i)));
+        if (int64_t(pages.size()) * kPage < length) throw std::invalid_argument("fewer pages than tokens");
+    }
+    Copy view() const { return {pages.data(), length, weights}; }
+};
+
+Step step_of(const OwnedLayout& layout, const std::vector<const OwnedCopy*>& copies, uintptr_t query, int groups, int rows,
+             float scaling, float softcap) {
+    Step step{&layout.layout, {}, at<const float>(query), groups, rows, scaling, softcap};
+    for (const OwnedCopy* copy : copies) step.copies.push_back(copy->view());
+    return step;
+}
+
+// rows: address and strides in bytes of [B, Hkv, n, k, 2 D].
+Fetched fetched_of(const Step& step, uintptr_t positions, int64_t k, uintptr_t rows, int dtype, const std::vector<int64_t>& strides) {
+    Fetched fetched{at<const int64_t>(positions), k, {}};
+    for (int64_t head = 0; head < step.heads(); head++)
+        fetched.rows.push_back({at<const uint8_t>(rows) + head / step.layout->heads * strides.at(0) + step.head_of(head) * strides.at(1),
+                                Dtype(dtype), strides.at(2), strides.at(3), 0});
+    return fetched;
+}
+
+void py_score(const std::string& isa, int threads, const OwnedLayout& layout, const std::vector<const OwnedCopy*>& copies,
+              uintptr_t query, int groups, int rows, float scaling, float softcap, uintptr_t scores, int64_t size) {
+    Engine engine = engine_of(isa, threads);
+    Step step = step_of(layout, copies, query, groups, rows, scaling, softcap);
+    nb::gil_scoped_release released;
+    score(engine, step, at<float>(scores), size);
+}
+
+void py_select(const std::string& isa, int threads, const std::vector<int64_t>& lengths, int heads, int groups, int rows,
+               uintptr_t scores, int64_t size, uintptr_t rest_lse, int64_t k, uintptr_t positions) {
+    Engine engine = engine_of(isa, threads);
+    Layout layout{};
+    layout.heads = heads;
+    Step step{&layout, {}, nullptr, groups, rows, 1.0f, 0.0f};
+    for (int64_t length : lengths) step.copies.push_back({nullptr, length, nullptr});
+    nb::gil_scoped_release released;
+    select(engine, step, at<const float>(scores), size, at<const float>(rest_lse), k, at<int64_t>(positions));
+}
+
+void py_rescore(const std::string& isa, int threads, int batch, int heads, int dim, uintptr_t query, int groups, int rows,
+                float scaling, float softcap, uintptr_t scores, int64_t size, uintptr_t positions, int64_t k, uintptr_t exact,
+                int dtype, const std::vector<int64_t>& strides) {
+    Engine engine = engine_of(isa, threads);
+    Layout layout{};
+    layout.heads = heads, layout.dim = dim;
+    Step step{&layout, std::vector<Copy>(size_t(batch)), at<const float>(query), groups, rows, scaling, softcap};
+    Fetched fetched = fetched_of(step, positions, k, exact, dtype, strides);
+    nb::gil_scoped_release released;
+    rescore(engine, step, fetched, at<float>(scores), size);
+}
+
+void py_attend(const std::string& isa, int threads, const OwnedLayout& layout, const std::vector<const OwnedCopy*>& copies, int groups,
+               int rows, uintptr_t scores, int64_t size, uintptr_t positions, int64_t k, uintptr_t exact, int dtype,
+               const std::vector<int64_t>& strides, uintptr_t out, uintptr_t lse) {
+    Engine engine = engine_of(isa, threads);
+    Step step = step_of(layout, copies, 0, groups, rows, 1.0f, 0.0f);
+    Fetched fetched = fetched_of(step, positions, k, exact, dtype, strides);
+    nb::gil_scoped_release released;
+    attend(engine, step, fetched, at<const float>(scores), size, at<float>(out), at<float>(lse));
+}
+
+// recent: keys, values, count, head stride, token stride per sequence; stored: address, head stride, token stride per sequence.
+void py_decode(const std::string& isa, int threads, const OwnedLayout& layout, const std::vector<const OwnedCopy*>& copies,
+               uintptr_t query, int groups, float scaling, float softcap, const std::vector<int64_t>& recent,
+               const std::vector<int64_t>& stored, int dtype, int64_t k, uintptr_t sinks, uintptr_t out) {
+    Engine engine = engine_of(isa, threads);
+    Step step = step_of(layout, copies, query, groups, 1, scaling, softcap);
+    std::vector<Recent> recents;
+    std::vector<Rows> rows;
+    for (size_t b = 0; b < copies.size(); b++) {
+        const int64_t *r = recent.data() + 5 * b, *s = stored.data() + 3 * b;
+        recents.push_back({reinterpret_cast<const uint8_t*>(r[0]), reinterpret_cast<const uint8_t*>(r[1]), r[2], r[3], r[4], Dtype(dtype)});
+        for (int h = 0; h < layout.layout.heads; h++)
+            rows.push_back({reinterpret_cast<const uint8_t*>(s[0]) + h * s[1], Dtype(dtype), 0, 0, s[2]});
+    }
+    nb::gil_scoped_release released;
+    decode(engine, step, recents, rows, k, at<const float>(sinks), at<float>(out));
+}
+
+// strides: of keys per head and token, of values per head and token, in bytes.
+void py_quantise(const std::string& isa, int threads, const OwnedLayout& layout, const OwnedCopy& copy, uintptr_t keys,
+                 uintptr_t values, const std::vector<int64_t>& strides, int dtype, int64_t start, int64_t count) {
+    Engine engine = engine_of(isa, threads);
+    Prompt prompt{at<const uint8_t>(keys), at<const uint8_t>(values), strides.at(0), strides.at(1), strides.at(2), strides.at(3), Dtype(dtype)};
+    nb::gil_scoped_release released;
+    quantise(engine, layout.layout, copy.view(), prompt, start, count);
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+    m.doc() = "Kernels over the low-bit copy for CPUs; called by specache.kernels.native.";
+    m.attr("MAX_DIM") = kMaxDim;
+    m.def("available", [] {
+        std::vector<std::string> names;
+        for (const Kernels* kernels : all_kernels()) names.emplace_back(kernels->name);
+        return names;
+    });
+    nb::class_<OwnedLayout>(m, "Layout")
+        .def(nb::init<int, int, int, int, int, int, const std::vector<int64_t>&, std::vector<float>>(), "code"_a, "bits"_a, "group"_a,
+             "heads"_a, "dim"_a, "value_group"_a, "offsets"_a, "signs"_a);
+    nb::class_<OwnedCopy>(m, "Copy").def(nb::init<Addresses, int64_t, uintptr_t>(), "pages"_a, "length"_a, "weights"_a)
+        .def_rw("length", &OwnedCopy::length);
+    m.def("score", &py_score);
+    m.def("select", &py_select);
+    m.def("rescore", &py_rescore);
+    m.def("attend", &py_attend);
+    m.def("decode", &py_decode);
+    m.def("quantise", &py_quantise);
+}

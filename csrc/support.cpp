@@ -1,0 +1,25 @@
+// What the kernels share and no instruction set changes.
+#include <algorithm>
+#include <cmath>
+#include <functional>
+
+#include "kernels.hpp"
+
+namespace specache {
+
+float kth_largest(float* values, int64_t n, int64_t k) {
+    std::nth_element(values, values + (k - 1), values + n, std::greater<float>());
+    return values[k - 1];
+}
+
+float scalar_log(float x) { return std::log(x); }
+float scalar_tanh(float x) { return std::tanh(x); }
+
+const Levels& normal_levels(int bits) {
+    static const Levels one = {{-1, 1}, 0.7979f, 1};
+    static const Levels two = {{-10, -3, 3, 10}, 0.151f, 10};
+    static const Levels four = {{-63, -48, -37, -29, -22, -15, -9, -3, 3, 9, 15, 22, 29, 37, 48, 63}, 2.733f / 63, 63};
+    return bits == 1 ? one : bits == 2 ? two : four;
+}
+
+}  // namespace specache

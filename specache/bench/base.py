@@ -1,0 +1,109 @@
+"""What the command asks of a benchmark: settings, a run, and results that say where they were measured."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from specache.bench.shapes import ModelSource
+from specache.errors import ConfigError
+
+Say = Callable[[str], None]  # tells the user what is being done
+Result = dict[str, Any]  # one line of a benchmark, JSON-ready
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a run is given besides the benchmark's own options.
+
+    Attributes:
+        source: the model; `None` for a benchmark that uses none.
+        seed: decides synthetic keys, values, weights and prompts.
+    """
+
+    source: ModelSource | None = None
+    seed: int = 0
+    say: Say = lambda message: None
+
+    @property
+    def model_source(self) -> ModelSource:
+        """The model.
+
+        Raises:
+            ConfigError: none was named.
+        """
+        if self.source is None:
+            raise ConfigError("This benchmark runs a whole model: name one with --model, or a shape with --shape.")
+        return self.source
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came out.
+
+    Attributes:
+        results: one entry per implementation and setting; an entry that was not measured says why under `skipped`.
+        details: what belongs to the run as a whole (measured bandwidth, fitted lines). JSON-ready.
+    """
+
+    results: list[Result]
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+class Benchmark(Protocol):
+    """A frozen dataclass whose fields are its options on the command line."""
+
+    name: ClassVar[str]  # in the registry and on the command line
+    summary: ClassVar[str]  # one line for `specache bench --help`
+    uses_model: ClassVar[bool]  # whether it runs a whole model
+    columns: ClassVar[tuple[str, ...]]  # keys of a result that the terminal shows
+
+    def run(self, surroundings: Surroundings) -> Outcome:
+        """Measure.
+
+        Raises:
+            SpeCacheError: it cannot be measured; the message says what to do.
+        """
+
+
+def document(
+    benchmark: Benchmark, surroundings: Surroundings, outcome: Outcome, where: dict[str, Any], command: str
+) -> dict[str, Any]:
+    """What `--json` writes. Keys are stable.
+
+    Args:
+        where: `machine.describe()` from before the run: afterwards the load is our own.
+    """
+    source = surroundings.source
+    return {
+        "benchmark": benchmark.name,
+        "settings": {**json_settings(benchmark), "seed": surroundings.seed},
+        "model": None if source is None else {"name": source.name, "weights": str(source.weights)},
+        "results": outcome.results,
+        **outcome.details,
+        **where,
+        "command": command,
+    }
+
+
+def json_settings(benchmark: Any) -> dict[str, Any]:
+    """The benchmark's options as plain values."""
+    return {one.name: _plain(getattr(benchmark, one.name)) for one in dataclasses.fields(benchmark)}
+
+
+def check_at_least(benchmark: Any, least: int, *names: str) -> None:
+    """Raises `ConfigError` where an option (or one of its values) is smaller than `least`, or a list is empty."""
+    for name in names:
+        value = getattr(benchmark, name)
+        values = value if isinstance(value, tuple) else (value,)
+        if not values or min(values) < least:
+            raise ConfigError(f"--{name.replace('_', '-')} must be {least} or more, got {_plain(value)}.")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(one) for one in value]
+    return str(value) if isinstance(value, str | Path) else value

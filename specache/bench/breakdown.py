@@ -1,0 +1,42 @@
+"""Where a decode step's time goes: the kernels and the fetching of rows, timed while the whole model runs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from specache.bench.timing import PhaseClock
+from specache.kernels import dispatch
+from specache.kernels.native import NativeKernels
+from specache.prefetch import FetchedRows, InPlaceRows
+
+PHASES = ("score", "select", "fetch", "attend", "in_place")  # `in_place`: all of them in one call of the C++ kernels
+_KERNELS = {"score": "score", "select": "select", "rescore": "attend", "attend": "attend"}  # operation -> phase
+_FETCHING = ("begin_step", "fetch", "available", "submit")  # methods of `prefetch.Rows`
+
+
+@contextmanager
+def recorded(clock: PhaseClock) -> Iterator[None]:
+    """Inside the block, the clock sees score, select, fetch and attend of every layer. Slows a step a little."""
+    timed = [(dispatch, operation, phase) for operation, phase in _KERNELS.items()]
+    timed.append((NativeKernels, "decode_in_place", "in_place"))  # type: ignore[arg-type]
+    timed += [(rows, method, "fetch") for rows in (InPlaceRows, FetchedRows) for method in _FETCHING]  # type: ignore[misc]
+    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in timed]
+    try:
+        for owner, name, phase in timed:
+            setattr(owner, name, _timed(getattr(owner, name), clock, phase))
+        yield
+    finally:
+        for owner, name, original in originals:
+            setattr(owner, name, original)
+
+
+def _timed(function: Callable[..., Any], clock: PhaseClock, phase: str) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        with clock(phase):
+            return function(*args, **kwargs)
+
+    return wrapper

@@ -1,0 +1,223 @@
+"""What decodes a workload: SpeCache, transformers' own caches, and the bare model, each one step at a time."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from transformers import DynamicCache, QuantizedCache
+
+from specache.bench.breakdown import recorded
+from specache.bench.synthetic import add_sequence
+from specache.bench.timing import PhaseClock
+from specache.bench.workload import Workload
+from specache.cache import SpeCache
+from specache.config import SpeCacheConfig
+from specache.decoding import Decoder
+from specache.errors import ConfigError
+from specache.integration import attached, reset_rope
+
+QUANTIZED_BACKENDS = {"hqq": 1, "quanto": 0}  # -> the axis that transformers' guide recommends
+_IMPORTED_AS = {"hqq": "hqq", "quanto": "optimum"}
+
+
+class Contender(ABC):
+    """One implementation over one workload.
+
+    Attributes:
+        impl: its name in the results: `specache`, `dynamic`, `quantized`, ...
+        cache: what its cache holds, in words.
+        needed_bytes: memory beside the model.
+    """
+
+    impl: str
+    cache: str
+    needed_bytes: int
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Fill the cache."""
+
+    @abstractmethod
+    def step(self) -> None:
+        """Decode one token of every sequence."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free everything."""
+
+    def ready(self) -> AbstractContextManager[None]:
+        """Entered around steps; its own time does not count."""
+        return nullcontext()
+
+    def phases(self, steps: int) -> dict[str, float] | None:
+        """Milliseconds per step in score, select, fetch and attend, over `steps` more steps; `None` where there are none."""
+        return None
+
+
+class SpeCacheContender(Contender):
+    """Ours.
+
+    Args:
+        config: bits, code, policy and so on.
+    """
+
+    impl = "specache"
+
+    def __init__(self, work: Workload, config: SpeCacheConfig) -> None:
+        self._work = work
+        self.config = config.resolved(work.info.device.type)
+        self.cache = f"{config.bits}-bit {config.code}, k = {config.top_k}, {self.config.policy}"
+        self.needed_bytes = work.exact_bytes + work.copy_bytes(config)
+        self._held: SpeCache | None = None
+
+    def prepare(self) -> None:
+        work = self._work
+        self._held = SpeCache(work.model, self.config)
+        for _ in range(work.batch):
+            add_sequence(self._held, {index: work.rows(index) for index in range(len(work.layer_shapes))})
+        for sequence in self._held.sequences:
+            sequence.prepare_decode()
+        self._decoder = Decoder(work.model, self._held)
+        self._tokens = [0] * work.batch
+        self._guesses: list[int] | None = [0] * work.batch if self.config.policy.guesses else None
+
+    def step(self) -> None:
+        with torch.no_grad():
+            logits = self._decoder.step(range(self._work.batch), self._tokens, self._guesses)
+        self._tokens = logits.real.argmax(-1).tolist()
+        if self._guesses is not None:
+            self._guesses = logits.guess.argmax(-1).tolist()
+
+    def close(self) -> None:
+        if self._held is not None:
+            self._held.close()
+            self._held = None
+
+    def ready(self) -> AbstractContextManager[None]:
+        return attached(self._work.model)
+
+    def phases(self, steps: int) -> dict[str, float]:
+        clock = PhaseClock()
+        with self.ready(), recorded(clock):
+            for _ in range(steps):
+                clock.begin_step()
+                self.step()
+        return clock.medians(steps)
+
+
+class StockContender(Contender):
+    """The stock model with a cache of transformers."""
+
+    def __init__(self, work: Workload) -> None:
+        self._work = work
+        self._held: Any = None
+
+    @abstractmethod
+    def new_cache(self) -> Any:
+        """An empty cache."""
+
+    def prepare(self) -> None:
+        work = self._work
+        self._held = self.new_cache()
+        for index in range(len(work.layer_shapes)):
+            keys, values = (rows.expand(work.batch, *rows.shape) for rows in work.rows(index))  # [B, Hkv, S, D]
+            self._held.update(keys, values, index)
+        self._length = work.context
+        self._tokens = torch.zeros(work.batch, 1, dtype=torch.long)
+
+    def step(self) -> None:
+        model = self._work.model
+        reset_rope(model, self._work.info)
+        positions = torch.full_like(self._tokens, self._length)
+        with torch.no_grad():
+            output = model(self._tokens, position_ids=positions, past_key_values=self._held, use_cache=True, logits_to_keep=1)
+        self._length += 1
+        self._tokens = output.logits[:, -1:].argmax(-1)  # [B, 1]
+
+    def close(self) -> None:
+        self._held = None
+
+
+class DynamicContender(StockContender):
+    """transformers' ordinary cache."""
+
+    impl = "dynamic"
+
+    def __init__(self, work: Workload) -> None:
+        super().__init__(work)
+        self.cache = str(work.info.dtype).removeprefix("torch.")
+        self.needed_bytes = work.exact_bytes + work.exact_bytes // len(work.layer_shapes)  # a layer is copied to grow
+
+    def new_cache(self) -> Any:
+        return DynamicCache(config=self._work.model.config)
+
+
+class QuantizedContender(StockContender):
+    """transformers' quantised cache, with a library that is installed.
+
+    Raises:
+        ConfigError: there is none, or it cannot hold this model.
+    """
+
+    impl = "quantized"
+
+    def __init__(self, work: Workload, bits: int) -> None:
+        super().__init__(work)
+        self._bits = bits
+        self._backend = quantized_backend()
+        self.cache = f"{bits}-bit {self._backend}"
+        self.needed_bytes = work.exact_bytes * (bits + 1) // 16 + 3 * work.exact_bytes // len(work.layer_shapes)
+        self.new_cache()  # a model that it cannot hold is refused here
+
+    def new_cache(self) -> Any:
+        axis = QUANTIZED_BACKENDS[self._backend]
+        config = self._work.model.config
+        try:
+            return QuantizedCache(
+                self._backend, config, nbits=self._bits, axis_key=axis, axis_value=axis, q_group_size=64, residual_length=128
+            )
+        except (ImportError, ValueError) as error:
+            raise ConfigError(f"transformers' QuantizedCache with {self._backend} cannot run this: {error}") from error
+
+
+class BareModel(Contender):
+    """A forward pass without any cache: what is left of a step is reading the weights.
+
+    Args:
+        rows: tokens per sequence: 2 where a guess is decoded beside the real token.
+    """
+
+    impl = "weights"
+    cache = "none"
+    needed_bytes = 0
+
+    def __init__(self, work: Workload, rows: int) -> None:
+        self._work = work
+        self.rows = rows
+        self._ids = torch.zeros(work.batch, rows, dtype=torch.long)
+
+    def prepare(self) -> None:
+        pass
+
+    def step(self) -> None:
+        with torch.no_grad():
+            self._work.model(self._ids, use_cache=False, logits_to_keep=self.rows)
+
+    def close(self) -> None:
+        pass
+
+
+def quantized_backend() -> str:
+    """The library that transformers' quantised cache can use here.
+
+    Raises:
+        ConfigError: none is installed.
+    """
+    for backend in QUANTIZED_BACKENDS:
+        if find_spec(_IMPORTED_AS[backend]) is not None:
+            return backend
+    raise ConfigError("transformers' QuantizedCache needs hqq or optimum-quanto: pip install hqq")

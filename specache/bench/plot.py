@@ -1,0 +1,58 @@
+"""The plot of `scaling`. matplotlib is imported when it is drawn; its global state is never touched."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+from typing import Any
+
+from specache.errors import ConfigError
+
+COLOURS = {"specache": "#0072B2", "dynamic": "#333333"}  # Okabe and Ito's blue, which most readers can tell from grey
+MARKERS = "os^Dv"
+
+
+def require_matplotlib() -> None:
+    """Raises `ConfigError` without matplotlib."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("--plot needs matplotlib. Install it with: pip install 'specache[bench]'")
+
+
+def scaling_figure(results: list[dict[str, Any]], lines: list[dict[str, Any]], title: str) -> bytes:
+    """Time per step against context: a marker per measurement with its quartiles, the fitted lines -> PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.0, 4.6), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    markers = dict(zip(sorted({result["batch"] for result in results}), MARKERS * len(results), strict=False))
+    measured = [result for result in results if result["ms_per_step"] is not None]
+    for impl, batch in dict.fromkeys((result["impl"], result["batch"]) for result in measured):
+        shown = [result for result in measured if (result["impl"], result["batch"]) == (impl, batch)]
+        _draw(axes, shown, COLOURS[impl], markers[batch], f"{impl}, batch {batch}")
+    for line in lines:
+        contexts = [r["context"] for r in measured if (r["impl"], r["batch"]) == (line["impl"], line["batch"])]
+        ends = [min(contexts), max(contexts)]
+        times = [line["a_ms"] + line["b_us_per_token"] * context / 1e3 for context in ends]
+        axes.plot(ends, times, color=COLOURS[line["impl"]], linewidth=0.8)
+    axes.set(title=title, xlabel="tokens of context per sequence", ylabel="ms per step")
+    axes.set_ylim(bottom=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#E3E3E3", linewidth=0.7)
+    if measured:
+        axes.legend(fontsize=8.5, frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", facecolor="white", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _draw(axes: Any, shown: list[dict[str, Any]], colour: str, marker: str, label: str) -> None:
+    """One implementation and batch."""
+    times = [result["ms_per_step"] for result in shown]
+    below = [max(0.0, result["ms_per_step"] - result["spread"][0]) for result in shown]
+    above = [max(0.0, result["spread"][1] - result["ms_per_step"]) for result in shown]
+    contexts = [result["context"] for result in shown]
+    axes.errorbar(
+        contexts, times, yerr=[below, above], color=colour, marker=marker, markersize=4, capsize=2, linestyle="none", label=label
+    )

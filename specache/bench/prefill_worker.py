@@ -1,0 +1,208 @@
+"""A process that prefills when it is told to: its peak memory is that of one implementation and nothing else."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import signal
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+import specache
+from specache.bench.shapes import ModelSource
+from specache.config import SpeCacheConfig
+from specache.errors import BenchmarkError, SpeCacheError
+
+SPECACHE, DYNAMIC = "specache", "dynamic"
+WARMUP_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker is for.
+
+    Attributes:
+        impl: `specache` or `dynamic`.
+        config: of the SpeCache; its `prefill_chunk` is that of both implementations.
+        context: tokens of the prompt.
+    """
+
+    source: ModelSource
+    impl: str
+    config: SpeCacheConfig
+    context: int
+    threads: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One prefill.
+
+    Attributes:
+        idle_bytes: resident memory with the model loaded, before the first prefill.
+        peak_bytes: most resident memory until its end.
+    """
+
+    seconds: float
+    idle_bytes: int
+    peak_bytes: int
+
+
+class Worker:
+    """The process of a job. Close it.
+
+    Raises:
+        BenchmarkError: the model cannot be loaded there.
+    """
+
+    def __init__(self, job: Job) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, other = context.Pipe()
+        self._process = context.Process(target=_serve, args=(other, job), daemon=True)
+        self._process.start()
+        other.close()
+        try:
+            self._receive()
+        except BaseException:
+            self.close()
+            raise
+
+    def prefill(self) -> Reading:
+        """Read the prompt once.
+
+        Raises:
+            BenchmarkError: it failed, or the process was ended (by lack of memory, for example).
+        """
+        self._connection.send(True)
+        reading: Reading = self._receive()
+        return reading
+
+    def close(self) -> None:
+        """End the process."""
+        with suppress(OSError):
+            self._connection.send(False)
+        self._process.join(timeout=5)
+        if self._process.is_alive():
+            self._process.terminate()
+            self._process.join()
+        self._connection.close()
+
+    def _receive(self) -> Any:
+        try:
+            answer = self._connection.recv()
+        except (EOFError, OSError):
+            self._process.join(timeout=5)
+            raise BenchmarkError(
+                f"the process that prefills ended with exit code {self._process.exitcode}; -9 means that memory ran out. "
+                "Choose a shorter --context or a smaller model."
+            ) from None
+        if isinstance(answer, str):
+            raise BenchmarkError(f"prefill failed: {answer}")
+        return answer
+
+
+class Prefiller:
+    """Prefills one prompt, again and again.
+
+    Args:
+        ids: the prompt [1, S].
+    """
+
+    def __init__(self, job: Job, model: Any, ids: Tensor) -> None:
+        self._job, self._model, self._ids = job, model, ids
+        self._read(ids[:, :WARMUP_TOKENS])
+        gc.collect()
+        self._idle_bytes = _resident_bytes()
+
+    def prefill(self) -> Reading:
+        """One prefill; what it filled is freed again."""
+        _reset_peak()
+        started = time.perf_counter()
+        self._read(self._ids)
+        seconds = time.perf_counter() - started
+        peak = _peak_bytes()
+        gc.collect()
+        return Reading(seconds, self._idle_bytes, peak)
+
+    def _read(self, ids: Tensor) -> None:
+        if self._job.impl == DYNAMIC:
+            read_with_dynamic_cache(self._model, ids, self._job.config.prefill_chunk)
+            return
+        with specache.SpeCache(self._model, self._job.config) as cache:
+            specache.prefill(self._model, ids, cache=cache)
+
+
+@torch.no_grad()
+def read_with_dynamic_cache(model: Any, ids: Tensor, chunk: int) -> Any:
+    """The prompt [1, S] into transformers' ordinary cache, `chunk` tokens at a time, as stock `generate` does it."""
+    cache = DynamicCache(config=model.config)
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    for start in range(0, ids.shape[1], chunk):
+        part = slice(start, start + chunk)
+        model(ids[:, part], position_ids=positions[:, part], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return cache
+
+
+def prefiller(job: Job) -> Prefiller:
+    """Load the job's model and draw its prompt."""
+    torch.set_num_threads(job.threads)
+    model = job.source.load()
+    generator = torch.Generator().manual_seed(job.seed)
+    vocabulary = model.config.get_text_config().vocab_size
+    return Prefiller(job, model, torch.randint(0, vocabulary, (1, job.context), generator=generator))
+
+
+def _serve(connection: Connection, job: Job) -> None:
+    """Runs in the process: says that it is ready, then prefills whenever it is told to."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both; the other side ends this one
+    try:
+        prefills = prefiller(job)
+        connection.send(True)
+        while connection.recv():
+            connection.send(prefills.prefill())
+    except EOFError:
+        return  # the other side is gone
+    except SpeCacheError as error:
+        connection.send(str(error))
+    except Exception as error:  # whatever it was, the other side has to know
+        connection.send(f"{type(error).__name__}: {error}")
+
+
+def _reset_peak() -> None:
+    """Begin a new peak where the system can (Linux); elsewhere it is that of the whole process."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_bytes() -> int:
+    peak = _status("VmHWM")
+    if peak is not None:
+        return peak
+    import resource  # not on every system
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _resident_bytes() -> int:
+    resident = _status("VmRSS")
+    return _peak_bytes() if resident is None else resident
+
+
+def _status(name: str) -> int | None:
+    """A line of /proc/self/status, in bytes."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)

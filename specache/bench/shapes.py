@@ -1,0 +1,119 @@
+"""Models by shape: the published dimensions with seeded random weights, where only time and memory matter.
+
+Symbols: `L` layers, `Hq` query heads, `Hkv` key-value heads, `D` head dimension.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Protocol
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from specache.errors import ConfigError
+
+POSITIONS = 1 << 20  # RoPE has no table that a long synthetic context could leave
+
+
+class Weights(StrEnum):
+    """Number format of a model's weights."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP16 = "fp16"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return {Weights.FP32: torch.float32, Weights.BF16: torch.bfloat16, Weights.FP16: torch.float16}[self]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The dimensions of a Llama-like model."""
+
+    name: str
+    layers: int
+    hidden_size: int
+    intermediate_size: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    rope_theta: float
+    tied_embeddings: bool
+
+    def config(self) -> LlamaConfig:
+        """transformers' configuration of this shape; no token ends a text."""
+        return LlamaConfig(
+            vocab_size=self.vocabulary,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.query_heads,
+            num_key_value_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            max_position_embeddings=POSITIONS,
+            rope_parameters={"rope_type": "default", "rope_theta": self.rope_theta},
+            tie_word_embeddings=self.tied_embeddings,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=None,
+        )
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape("smollm2-135m", 30, 576, 1536, 9, 3, 64, 49152, 100_000.0, True),
+        Shape("llama-3.2-1b", 16, 2048, 8192, 32, 8, 64, 128256, 500_000.0, True),
+        Shape("llama-3-8b", 32, 4096, 14336, 32, 8, 128, 128256, 500_000.0, False),
+    )
+}
+
+
+def shape_named(name: str) -> Shape:
+    """A shape of the list.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    if name not in SHAPES:
+        raise ConfigError(f"--shape must be one of {', '.join(SHAPES)}, got {name!r}.")
+    return SHAPES[name]
+
+
+class ModelSource(Protocol):
+    """Where a benchmark's model comes from. Sent to other processes, so it is small until `load` is called."""
+
+    @property
+    def name(self) -> str:
+        """As the user named it."""
+
+    @property
+    def weights(self) -> Weights: ...
+
+    @property
+    def shape(self) -> Shape | None:
+        """The shape of a model with random weights; `None` for a real one."""
+
+    def load(self) -> Any:
+        """The transformers model, ready to run."""
+
+
+@dataclass(frozen=True)
+class RandomModel:
+    """A model of a shape with seeded random weights."""
+
+    shape: Shape
+    weights: Weights
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        return self.shape.name
+
+    def load(self) -> Any:
+        torch.manual_seed(self.seed)
+        return AutoModelForCausalLM.from_config(self.shape.config(), dtype=self.weights.dtype).eval()

@@ -1,0 +1,92 @@
+"""Time, measured so that a noisy machine is unfair to nobody: round by round, medians, quartiles."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Samples of one thing, in milliseconds."""
+
+    samples_ms: tuple[float, ...]
+
+    @property
+    def ms(self) -> float:
+        """The median."""
+        return median(self.samples_ms)
+
+    @property
+    def best_ms(self) -> float:
+        return min(self.samples_ms)
+
+    @property
+    def spread(self) -> list[float]:
+        """First and third quartile, in milliseconds."""
+        return [float(quartile) for quartile in np.percentile(self.samples_ms, (25, 75))]
+
+
+def interleaved(
+    functions: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 1,
+    around: Callable[[str], AbstractContextManager[object]] = lambda name: nullcontext(),
+) -> dict[str, Timing]:
+    """Call every function once per round, each round beginning with another one.
+
+    Args:
+        rounds: samples of each.
+        warmup: rounds before these that do not count.
+        around: entered before a function's time starts and left after it ended.
+    """
+    names = list(functions)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(warmup + rounds):
+        first = number % len(names) if names else 0
+        for name in names[first:] + names[:first]:
+            with around(name):
+                started = time.perf_counter()
+                functions[name]()
+                elapsed = time.perf_counter() - started
+            if number >= warmup:
+                samples[name].append(elapsed * 1e3)
+    return {name: Timing(tuple(values)) for name, values in samples.items()}
+
+
+class PhaseClock:
+    """Splits steps into phases. Of phases that nest, the outer one counts."""
+
+    def __init__(self) -> None:
+        self._steps: list[dict[str, float]] = []
+        self._inside = False
+
+    def begin_step(self) -> None:
+        """What follows belongs to a new step."""
+        self._steps.append({})
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """The block's time counts as `phase`."""
+        if self._inside:
+            yield
+            return
+        self._inside = True
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            step = self._steps[-1]
+            step[phase] = step.get(phase, 0.0) + (time.perf_counter() - started) * 1e3
+            self._inside = False
+
+    def medians(self, last: int) -> dict[str, float]:
+        """Milliseconds per step of every phase: the median over the `last` steps."""
+        steps = self._steps[-last:]
+        phases = dict.fromkeys(phase for step in steps for phase in step)
+        return {phase: median(step.get(phase, 0.0) for step in steps) for phase in phases}

@@ -1,0 +1,95 @@
+"""What whole-model benchmarks decode: a model, so many sequences, so many tokens in each, and what that takes in memory."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specache.bench.synthetic import LayerShape, synthetic_rows
+from specache.config import PAGE_TOKENS, SpeCacheConfig
+from specache.exact import AttentionParams
+from specache.integration import attached, forward
+from specache.model import inspect_model
+from specache.quant.layout import PageLayout
+
+
+@dataclass
+class Workload:
+    """`batch` sequences of `context` synthetic tokens, to be decoded by `model`.
+
+    All layers of a shape get the same numbers, each in memory of its own.
+    """
+
+    model: Any
+    batch: int
+    context: int
+    seed: int = 0
+    layer_shapes: list[LayerShape] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.info = inspect_model(self.model)
+        self.layer_shapes = layer_shapes(self.model)
+        self._rows: dict[LayerShape, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self.model.config.get_text_config().vocab_size)
+
+    def rows(self, index: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [Hkv, S, D] of a layer."""
+        shape = self.layer_shapes[index]
+        if shape not in self._rows:
+            heads, dim = shape
+            self._rows[shape] = synthetic_rows(heads, self.context, dim, self.info.dtype, self.seed)
+        return self._rows[shape]
+
+    def drop_rows(self) -> None:
+        """Free what `rows` drew; it is drawn again when asked for."""
+        self._rows.clear()
+
+    @property
+    def drawn_bytes(self) -> int:
+        """Bytes that `rows` holds when every shape was asked for."""
+        return sum(2 * heads * dim for heads, dim in set(self.layer_shapes)) * self.context * self.info.dtype.itemsize
+
+    @property
+    def exact_bytes(self) -> int:
+        """Bytes of the rows of all layers and sequences in the model's dtype: an ordinary cache."""
+        rows = sum(2 * heads * dim * self._kept(index) for index, (heads, dim) in enumerate(self.layer_shapes))
+        return rows * self.batch * self.info.dtype.itemsize
+
+    def copy_bytes(self, config: SpeCacheConfig) -> int:
+        """Bytes of the low-bit copies."""
+        pages = math.ceil(self.context / PAGE_TOKENS)
+        layouts = [PageLayout(config.code, config.bits, config.group_size, heads, dim) for heads, dim in self.layer_shapes]
+        full = [layout for layout, window in zip(layouts, self.info.windows, strict=True) if window is None]
+        return sum(layout.page_bytes for layout in full) * pages * self.batch
+
+    def _kept(self, index: int) -> int:
+        window = self.info.windows[index]
+        return self.context if window is None else min(window, self.context)
+
+
+@torch.no_grad()
+def layer_shapes(model: Any) -> list[LayerShape]:
+    """(KV heads, head dimension) of every layer, as they arrive: only the tensors tell."""
+    probe = _Probe()
+    first = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    with attached(model):
+        forward(model, first, first, probe, logits=1)
+    return [probe.shapes[index] for index in sorted(probe.shapes)]
+
+
+class _Probe:
+    """A pass (see `passes.ForwardPass`) that only looks."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[int, LayerShape] = {}
+
+    def attention(self, index: int, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
+        self.shapes[index] = (keys.shape[1], keys.shape[3])
+        return torch.zeros_like(query.transpose(1, 2))

@@ -1,0 +1,177 @@
+"""`specache bench`: measure speed and memory. One command per benchmark, made from the fields of its dataclass."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from specache.bench import registry
+from specache.cli import options
+from specache.cli.bench_table import result_table
+from specache.cli.console import err, quiet_libraries, status
+from specache.cli.field_command import field_parameters, make_command, take, take_fields, written_parameters
+from specache.cli.json_file import JsonFile, check_json, write_json
+from specache.cli.models import Dtype, load
+from specache.errors import ConfigError
+
+if TYPE_CHECKING:
+    from specache.bench.base import Benchmark
+    from specache.bench.shapes import ModelSource, Shape, Weights
+
+HELP = "Measure speed and memory: one layer, whole models, prefill, and how time grows with the context."
+EPILOG = """
+[bold]Examples[/bold]
+
+specache bench attention --shape llama-3-8b --context 32768 --bits 1,2 --rows 1,2 --json attention.json
+
+specache bench decode --shape llama-3.2-1b --context 32768 --batch 8 --against dynamic,llama.cpp --json decode.json
+
+specache bench prefill -m demo --context 4096
+
+specache bench scaling -m demo --contexts 2048,8192,32768 --batches 1,8 --plot scaling.png
+
+Timings are noisy: implementations take turns within a run, and only figures of one run can be compared.
+"""
+LOG_WIDTH = 200  # of tables where there is no terminal
+_MODEL_PANEL = "Model"
+_BENCHMARK_PANEL = "Benchmark"
+_DTYPES = {"fp32": Dtype.FLOAT32, "bf16": Dtype.BFLOAT16, "fp16": Dtype.FLOAT16}
+
+Seed = Annotated[int, typer.Option("--seed", rich_help_panel="Run", help="Decides synthetic keys, values, weights and prompts.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, rich_help_panel="Run", help="CPU threads. Default: PyTorch's.")]
+OptionalModel = Annotated[
+    str | None,
+    typer.Option("--model", "-m", metavar="MODEL", rich_help_panel=_MODEL_PANEL, help="Hub name, folder, .gguf file, or 'demo'."),
+]
+ShapeName = Annotated[
+    str | None,
+    typer.Option(
+        "--shape",
+        metavar="NAME",
+        rich_help_panel=_MODEL_PANEL,
+        help="Instead of a model: random weights in the dimensions of smollm2-135m, llama-3.2-1b or llama-3-8b.",
+    ),
+]
+WeightsName = Annotated[
+    str, typer.Option("--weights", rich_help_panel=_MODEL_PANEL, help=f"Number format: {', '.join(_DTYPES)}.", metavar="FORMAT")
+]
+
+
+@dataclass(frozen=True)
+class SharedOptions:
+    """What every benchmark is told."""
+
+    json: JsonFile = None
+    seed: Seed = 0
+    threads: Threads = None
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What benchmarks of whole models are told besides."""
+
+    model: OptionalModel = None
+    shape: ShapeName = None
+    weights: WeightsName = "bf16"
+    revision: options.Revision = None
+    offline: options.Offline = False
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """A model as `--model` names it (see `specache.bench.shapes.ModelSource`)."""
+
+    name: str
+    weights: Weights
+    revision: str | None
+    offline: bool
+
+    @property
+    def shape(self) -> Shape | None:
+        """None: it has weights of its own."""
+        return None
+
+    def load(self) -> Any:
+        """The model on the CPU, without its tokenizer."""
+        quiet_libraries()
+        return load(self.name, dtype=_DTYPES[self.weights], revision=self.revision, offline=self.offline).model.to("cpu")
+
+
+class BenchmarkGroup(TyperGroup):
+    """A command per benchmark, made when it is asked for: a benchmark's module is imported by nobody else."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """All benchmarks."""
+        return list(registry.BENCHMARKS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command of a benchmark."""
+        if cmd_name not in registry.BENCHMARKS:
+            return super().get_command(ctx, cmd_name)
+        return _command(cmd_name, registry.benchmark_class(cmd_name))
+
+
+app = typer.Typer(cls=BenchmarkGroup, help=HELP, epilog=EPILOG, no_args_is_help=True)
+
+
+@app.callback()
+def _bench() -> None:
+    """Benchmarks."""
+
+
+def _command(name: str, cls: Any) -> Any:
+    def command(**values: Any) -> None:
+        shared = take(SharedOptions, values)
+        source = _source(take(ModelOptions, values), shared.seed) if cls.uses_model else None
+        _run(take_fields(cls, values), shared, source)
+
+    written = [*written_parameters(SharedOptions), *(written_parameters(ModelOptions) if cls.uses_model else [])]
+    taken = [parameter.name for parameter in written]
+    return make_command(name, cls.summary, command, [*written, *field_parameters(cls, _BENCHMARK_PANEL, taken)])
+
+
+def _run(benchmark: Benchmark, shared: SharedOptions, source: ModelSource | None) -> None:
+    """Measure, print, write."""
+    from specache.bench.base import Surroundings, document
+    from specache.bench.machine import describe
+
+    check_json(shared.json)
+    quiet_libraries()
+    options.set_threads(shared.threads)
+    where = describe()
+    with status(benchmark.summary) as say:
+        surroundings = Surroundings(source, shared.seed, say)
+        outcome = benchmark.run(surroundings)
+    _show(benchmark, outcome.results, outcome.details)
+    if shared.json is not None:
+        command = shlex.join(["specache", *sys.argv[1:]])
+        write_json(shared.json, document(benchmark, surroundings, outcome, where, command))
+
+
+def _source(chosen: ModelOptions, seed: int) -> ModelSource:
+    """The model that the options name.
+
+    Raises:
+        ConfigError: none, or both kinds; an unknown shape or format.
+    """
+    from specache.bench.shapes import RandomModel, Weights, shape_named
+
+    if (chosen.model is None) == (chosen.shape is None):
+        raise ConfigError("Name a model with --model, or a shape with --shape; one of the two.")
+    if chosen.weights not in list(Weights):
+        raise ConfigError(f"--weights must be one of {', '.join(Weights)}, got {chosen.weights!r}.")
+    weights = Weights(chosen.weights)
+    if chosen.shape is not None:
+        return RandomModel(shape_named(chosen.shape), weights, seed)
+    return NamedModel(str(chosen.model), weights, chosen.revision, chosen.offline)
+
+
+def _show(benchmark: Benchmark, results: list[dict[str, Any]], details: dict[str, Any]) -> None:
+    console = err if err.is_terminal else Console(stderr=True, highlight=False, width=LOG_WIDTH)
+    console.print(result_table(results, benchmark.columns, details))

@@ -1,0 +1,91 @@
+"""From dataclasses to a command: what a task or a benchmark can be told are its fields, and they are its options."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Collection
+from typing import Annotated, Any
+
+import typer
+from typer.main import get_command as build_command
+
+from specache.cli.console import reports_errors
+from specache.eval.settings import field_types, flag, is_tuple, parse, shown
+
+
+def make_command(name: str, help: str, function: Callable[..., None], parameters: list[inspect.Parameter]) -> Any:
+    """A click command with these options. Required ones go first, as in any signature."""
+    ordered = sorted(parameters, key=lambda parameter: parameter.default is not inspect.Parameter.empty)
+    function.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]
+    function.__annotations__ = {parameter.name: parameter.annotation for parameter in ordered}
+    sub = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False, add_completion=False)
+    sub.command(name, help=help, context_settings={"help_option_names": ["-h", "--help"]})(reports_errors(function))
+    command = build_command(sub)
+    command.name = name
+    return command
+
+
+def written_parameters(cls: Any, defaults: dict[str, Any] | None = None) -> list[inspect.Parameter]:
+    """The options of a dataclass whose fields are annotated with `typer.Option`."""
+    hints = inspect.get_annotations(cls, eval_str=True)
+    defaults = defaults or {}
+    return [_parameter(one.name, hints[one.name], defaults.get(one.name, one.default)) for one in dataclasses.fields(cls)]
+
+
+def field_parameters(cls: Any, panel: str, taken: Collection[str] = (), shared: Collection[str] = ()) -> list[inspect.Parameter]:
+    """One option per field of a plain dataclass, with the field's `help`.
+
+    Args:
+        taken: names of options that the command has already.
+        shared: those of them whose value a field of this name gets too.
+    """
+    kinds = field_types(cls)
+    parameters = []
+    for field in dataclasses.fields(cls):
+        if field.name not in kinds or (field.name in taken and field.name in shared):
+            continue
+        if field.name in taken:
+            raise TypeError(
+                f"{cls.__name__}.{field.name} has the name of an option that the command has already. Rename the field."
+            )
+        parameters.append(_field_parameter(field, kinds[field.name], panel))
+    return parameters
+
+
+def take(cls: Any, values: dict[str, Any]) -> Any:
+    """A dataclass of `written_parameters` from the values of a command's options."""
+    return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
+
+
+def take_fields(cls: Any, values: dict[str, Any], given: dict[str, Any] | None = None) -> Any:
+    """A dataclass of `field_parameters` from the values of a command's options; raises `ConfigError` for one that does not fit.
+
+    Args:
+        given: fields whose values come from elsewhere.
+    """
+    kinds = field_types(cls)
+    fields = dict(given or {})
+    for name, value in values.items():
+        if name in kinds:
+            written_out = isinstance(value, str) and is_tuple(kinds[name])
+            fields[name] = parse(value, kinds[name], f"--{flag(name)}") if written_out else value
+    return cls(**fields)
+
+
+def _field_parameter(field: dataclasses.Field[Any], kind: Any, panel: str) -> inspect.Parameter:
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    switch = f"--{flag(field.name)}/--no-{flag(field.name)}" if kind is bool else f"--{flag(field.name)}"
+    metavar = None
+    if is_tuple(kind):
+        kind, metavar = str | None, "LIST"
+        default = shown(default) if isinstance(default, tuple) else default
+    option = typer.Option(switch, help=field.metadata.get("help"), metavar=metavar, rich_help_panel=panel)
+    return _parameter(field.name, Annotated[kind, option], default)
+
+
+def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    missing = default is dataclasses.MISSING
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=inspect.Parameter.empty if missing else default, annotation=annotation
+    )

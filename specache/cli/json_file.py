@@ -1,0 +1,41 @@
+"""`--json FILE` of commands that measure for a long time and print tables."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from specache.cli.console import write
+from specache.errors import ConfigError, SpeCacheError
+
+STANDARD_OUTPUT = "-"
+
+JsonFile = Annotated[
+    str | None,
+    typer.Option("--json", metavar="FILE", rich_help_panel="Run", help="Write the results as JSON ('-': standard output)."),
+]
+
+
+def check_json(target: str | None) -> None:
+    """Raises `ConfigError` before hours of measuring if there is no such folder."""
+    if target not in (None, STANDARD_OUTPUT) and not (folder := Path(str(target)).expanduser().parent).is_dir():
+        raise ConfigError(f"--json {target}: there is no folder {folder}.")
+
+
+def write_json(target: str, document: dict[str, Any]) -> None:
+    """One JSON object into a file or to standard output.
+
+    Raises:
+        SpeCacheError: the file cannot be written.
+    """
+    text = json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n"
+    if target == STANDARD_OUTPUT:
+        write(text)
+        return
+    try:
+        Path(target).expanduser().write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise SpeCacheError(f"cannot write {target}: {error.strerror or error}. Choose another --json.") from error

@@ -1,0 +1,156 @@
+"""Weight-only quantisation on a CPU: a decode step reads a model's weights once, so fewer bits are less time.
+
+PyTorch's own kernels multiply rows of activations by codes; torchao's tensors form the whole matrix anew in every step when run
+eagerly, which is slower than 16 bits. Many rows (a prompt's) are another matter: there the matrix is formed once per pass.
+
+Symbols: `N` outputs, `K` inputs of a linear layer.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from specache.errors import ConfigError, UnsupportedModelError
+
+GROUP = 32  # inputs that share a scale and a zero point at 4 bits
+INT8_MANY_ROWS, INT4_MANY_ROWS = 48, 320  # from here on forming the matrix pays (measured with AVX-512)
+INT8_INPUTS = 32  # the kernels read rows in steps of this many codes
+INT4_OUTPUTS = 16
+
+
+class WeightFormat(StrEnum):
+    """Number format of a model's weights. `auto`: that of its activations."""
+
+    AUTO = "auto"
+    BF16 = "bf16"
+    INT8 = "int8"
+    INT4 = "int4"
+
+
+class Int8Linear(nn.Module):
+    """A linear layer over int8 codes with one scale per output: W[n, k] = codes[n, k] * scales[n].
+
+    Args:
+        weight: [N, K], K a multiple of 32.
+    """
+
+    codes: Tensor  # int8 [N, K]
+    scales: Tensor  # [N], in the weight's dtype
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        scales = (weight.float().abs().amax(1) / 127).clamp(min=torch.finfo(weight.dtype).tiny).to(weight.dtype)
+        self.register_buffer("codes", (weight / scales[:, None].float()).round().clamp(-127, 127).to(torch.int8))
+        self.register_buffer("scales", scales)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N]."""
+        rows = x.reshape(-1, x.shape[-1])
+        if rows.shape[0] < INT8_MANY_ROWS:
+            out = torch.ops.aten._weight_int8pack_mm(rows, self.codes, self.scales)
+        else:
+            out = linear(rows, self.codes.to(x.dtype)) * self.scales
+        return _biased(out, self.bias).reshape(*x.shape[:-1], -1)
+
+
+class Int4Linear(nn.Module):
+    """A linear layer over 4-bit codes in groups of 32 inputs: W = (code - 8) * scale + zero.
+
+    Args:
+        weight: [N, K], N a multiple of 16, K of 32.
+    """
+
+    packed: Tensor  # uint8 [N, K / 2], in an order that depends on the processor
+    scales_and_zeros: Tensor  # [K / 32, N, 2], in the weight's dtype
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        grouped = weight.float().unflatten(1, (-1, GROUP))  # [N, K / 32, 32]
+        low, high = grouped.aminmax(dim=-1, keepdim=True)
+        scales = ((high - low) / 15).clamp(min=torch.finfo(weight.dtype).tiny).to(weight.dtype)
+        zeros = (low + scales.float() * 8).to(weight.dtype)
+        codes = ((grouped - zeros.float()) / scales.float() + 8).round().clamp(0, 15).to(torch.int32).flatten(1)
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+        self._block = _block(packed, codes)
+        self.register_buffer("packed", packed)
+        self.register_buffer("scales_and_zeros", torch.cat([scales, zeros], dim=-1).transpose(0, 1).contiguous())
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N]."""
+        rows = x.reshape(-1, x.shape[-1])
+        if rows.shape[0] < INT4_MANY_ROWS or self._block is None:
+            out = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.packed, GROUP, self.scales_and_zeros)
+        else:
+            out = linear(rows, self._matrix(self._block))
+        return _biased(out, self.bias).reshape(*x.shape[:-1], -1)
+
+    def _matrix(self, block: int) -> Tensor:
+        scales, zeros = self.scales_and_zeros.transpose(0, 1).unsqueeze(-1).unbind(2)  # [N, K / 32, 1]
+        codes = _unpacked(self.packed, block).unflatten(1, (-1, GROUP))
+        return torch.addcmul(zeros, codes.to(scales.dtype).sub_(8), scales).flatten(1)
+
+
+def quantise_weights(model: Any, weights: WeightFormat) -> None:
+    """Replace the linear layers of a model on the CPU, in place. Embeddings stay; a head tied to them gets codes of its own.
+
+    Layers whose dimensions the kernels cannot take stay as they are.
+
+    Raises:
+        ConfigError: the model is not on a CPU.
+        UnsupportedModelError: most of its weights are not in linear layers (mixtures of experts).
+    """
+    if weights not in (WeightFormat.INT8, WeightFormat.INT4):
+        return
+    if model.device.type != "cpu":
+        raise ConfigError(f"weights at {weights} are for the CPU, and the model is on {model.device}. Use --device cpu, or bf16.")
+    layers = {name: layer for name, layer in model.named_modules() if type(layer) is nn.Linear and _fits(layer, weights)}
+    _check_share(model, layers, weights)
+    made = Int8Linear if weights is WeightFormat.INT8 else Int4Linear
+    for name, layer in layers.items():
+        parent, _, attribute = name.rpartition(".")
+        bias = None if layer.bias is None else layer.bias.detach()
+        setattr(model.get_submodule(parent), attribute, made(layer.weight.detach(), bias))
+
+
+def _fits(layer: nn.Linear, weights: WeightFormat) -> bool:
+    outputs, inputs = layer.weight.shape
+    return inputs % INT8_INPUTS == 0 and (weights is WeightFormat.INT8 or outputs % INT4_OUTPUTS == 0)
+
+
+def _check_share(model: Any, layers: dict[str, nn.Linear], weights: WeightFormat) -> None:
+    embedding = model.get_input_embeddings().weight
+    read = {id(p): p.numel() for p in model.parameters() if p is not embedding}
+    quantised = sum(read.get(id(layer.weight), 0) for layer in layers.values())
+    if 2 * quantised < sum(read.values()):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} keeps most of its weights outside linear layers whose size {weights} can take (experts, for "
+            "example), so they would stay as they are. Leave out --weights."
+        )
+
+
+def _biased(out: Tensor, bias: Tensor | None) -> Tensor:
+    return out if bias is None else out + bias
+
+
+def _unpacked(packed: Tensor, block: int) -> Tensor:
+    """uint8 codes [N, K] from PyTorch's order: of `block` outputs, byte j of an input holds outputs j and j + block / 2."""
+    outputs, inputs = packed.shape[0], packed.shape[1] * 2
+    each = packed.view(outputs // block, inputs, block // 2)
+    return torch.cat([each & 15, each >> 4], dim=-1).transpose(1, 2).reshape(outputs, inputs)
+
+
+def _block(packed: Tensor, codes: Tensor) -> int | None:
+    """The block with which `packed` comes apart into `codes` again; `None` for an order that is not known."""
+    for block in (64, 32):  # AVX-512, AVX2
+        if len(codes) % block == 0 and torch.equal(_unpacked(packed, block).int(), codes):
+            return block
+    return None

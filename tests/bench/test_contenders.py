@@ -1,0 +1,134 @@
+"""Filled caches hold what a prefill would have left there, and contenders decode the same thing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import QuantizedCache
+
+import specache
+from specache.bench import contenders
+from specache.bench.breakdown import PHASES
+from specache.bench.contenders import BareModel, DynamicContender, QuantizedContender, SpeCacheContender, quantized_backend
+from specache.bench.synthetic import add_sequence
+from specache.bench.workload import Workload, layer_shapes
+from specache.config import Code, Policy, SpeCacheConfig
+from specache.decoding import Decoder
+from specache.errors import ConfigError
+from specache.integration import attached
+from specache.kernels import dispatch
+from specache.layers import WindowLayer
+from tests.bench.tiny_shape import TINY, tiny_model, tiny_workload
+from tests.test_models import FAMILIES, build
+from tests.tiny import llama, prompt
+
+LENGTH = 203
+
+
+def rows_of(sequence: Any, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values [Hkv, S, D] that a prefilled sequence holds; of a sliding layer, zeros before its window."""
+    layer = sequence.layers[index]
+    if not isinstance(layer, WindowLayer):
+        return sequence.tier.read(index, 0, layer.length)
+    kept = torch.arange(max(0, layer.length - layer.window), layer.length)
+    rows = torch.zeros(2, layer._ring.shape[1], layer.length, layer._ring.shape[3])
+    rows[:, :, kept] = layer._ring[:, :, kept % layer.window]
+    return rows[0], rows[1]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_filled_sequence_decodes_as_a_prefilled_one(family):
+    model = llama() if family == "llama" else build(*FAMILIES["gemma3"])
+    config = SpeCacheConfig(code=Code.KIVI, top_k=8)  # the rotated code takes its weights from a prompt's queries
+    with specache.SpeCache(model, config) as prefilled, specache.SpeCache(model, config) as filled:
+        ids = prompt(LENGTH)
+        specache.prefill(model, ids, cache=prefilled)
+        sequence = prefilled.sequences[0]
+        add_sequence(filled, {index: rows_of(sequence, index) for index in sequence.layers})
+        filled.sequences[0].prepare_decode()
+        assert filled.sequences[0].length == LENGTH and filled.memory().full == prefilled.memory().full
+        with torch.no_grad(), attached(model):
+            for token in (5, 6, 7):
+                expected, actual = (Decoder(model, cache).step([0], [token], None).real for cache in (prefilled, filled))
+                assert torch.allclose(actual, expected, atol=1e-5)
+
+
+def test_sequences_of_a_batch_share_no_memory():
+    work = tiny_workload(batch=2)
+    ours = SpeCacheContender(work, SpeCacheConfig())
+    ours.prepare()
+    first, second = (sequence.layers[0].table.pages for sequence in ours._held.sequences)
+    assert first and not set(first) & set(second)
+    ours.close()
+
+
+def test_the_exact_policy_and_the_stock_cache_decode_the_same_tokens():
+    work = Workload(llama(), batch=2, context=200)
+    ours, stock = SpeCacheContender(work, SpeCacheConfig(policy=Policy.FULL)), DynamicContender(work)
+    ours.prepare()
+    stock.prepare()
+    tokens: list[list[int]] = []
+    for _ in range(4):
+        with ours.ready():
+            ours.step()
+        stock.step()
+        assert ours._tokens == stock._tokens[:, 0].tolist()
+        tokens.append(ours._tokens)
+    assert len({token for step in tokens for token in step}) > 1
+    ours.close()
+
+
+@pytest.mark.parametrize("policy", [Policy.ON_DEMAND, Policy.VERIFIED, Policy.SPECULATIVE, Policy.PREVIOUS, Policy.NONE])
+def test_every_policy_decodes_and_tells_its_phases(policy):
+    work = tiny_workload()
+    ours = SpeCacheContender(work, SpeCacheConfig(policy=policy, top_k=8))
+    assert str(policy) in ours.cache
+    ours.prepare()
+    before = [getattr(dispatch, name) for name in dispatch.OPERATIONS]
+    phases = ours.phases(2)
+    assert [getattr(dispatch, name) for name in dispatch.OPERATIONS] == before
+    assert set(phases) <= set(PHASES)
+    assert phases.get("in_place", 0) > 0 or (phases["score"] > 0 and phases["attend"] > 0)
+    ours.close()
+
+
+def test_layer_shapes_are_seen_not_read_from_the_configuration():
+    assert layer_shapes(tiny_model().load()) == [(TINY.kv_heads, TINY.head_dim)] * TINY.layers
+
+
+def test_memory_is_estimated_as_it_is_used():
+    work = tiny_workload(batch=2, context=640)
+    config = SpeCacheConfig(residual=0)
+    ours = SpeCacheContender(work, config)
+    assert DynamicContender(work).needed_bytes == int(2 * 2 * 640 * 2 * 2 * 16 * 4 * 1.5)  # one layer of two is copied
+    ours.prepare()
+    layers = [layer for sequence in ours._held.sequences for layer in sequence.layers.values()]
+    assert work.copy_bytes(config) == sum(layer.table.nbytes for layer in layers)
+    ours.close()
+
+
+def test_transformers_quantised_cache_decodes(monkeypatch):
+    monkeypatch.setattr(contenders, "quantized_backend", lambda: "hqq")
+    monkeypatch.setattr(contenders, "QuantizedCache", lambda backend, config, **settings: QuantizedCache("fp8", config))
+    work = tiny_workload()
+    quantized, stock = QuantizedContender(work, bits=2), DynamicContender(work)
+    assert quantized.cache == "2-bit hqq"
+    for contender in (quantized, stock):
+        contender.prepare()
+        contender.step()
+    assert quantized._held.get_seq_length() == stock._held.get_seq_length() == work.context + 1
+
+
+def test_a_missing_library_is_named(monkeypatch):
+    monkeypatch.setattr(contenders, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="pip install hqq"):
+        quantized_backend()
+
+
+def test_a_bare_model_needs_no_cache():
+    bare = BareModel(Workload(tiny_model().load(), 2, 64), rows=2)
+    bare.prepare()
+    bare.step()
+    assert bare.needed_bytes == 0

@@ -1,0 +1,51 @@
+"""`bench scaling`: lines through the measurements, and what did not fit."""
+
+from __future__ import annotations
+
+import pytest
+
+from specache.bench import race as races
+from specache.bench.base import Surroundings
+from specache.bench.scaling import Scaling, fitted_lines, slope_ratios
+from specache.errors import ConfigError
+from tests.bench.tiny_shape import tiny_model
+
+
+def result(impl: str, batch: int, context: int, ms: float | None) -> dict:
+    return {"impl": impl, "batch": batch, "context": context, "ms_per_step": ms}
+
+
+def test_a_line_is_found_again_and_slopes_are_compared_per_batch():
+    results = [result("specache", 1, c, 20 + 0.001 * c) for c in (1000, 2000, 8000)]
+    results += [result("dynamic", 1, c, 10 + 0.008 * c) for c in (1000, 2000, 8000)]
+    results += [result("dynamic", 4, 1000, 50.0), result("dynamic", 4, 2000, None)]
+    lines = fitted_lines(results)
+    assert [(line["impl"], line["batch"]) for line in lines] == [("specache", 1), ("dynamic", 1)]
+    assert lines[0]["a_ms"] == pytest.approx(20) and lines[0]["b_us_per_token"] == pytest.approx(1)
+    assert slope_ratios(lines) == [{"batch": 1, "dynamic_over_specache": pytest.approx(8)}]
+
+
+def test_contexts_and_batches_are_measured_and_plotted(tmp_path):
+    plot = tmp_path / "scaling.png"
+    benchmark = Scaling(contexts=(256, 128), batches=(2, 1), steps=1, top_k=8, plot=plot)
+    outcome = benchmark.run(Surroundings(tiny_model()))
+    measured = [(r["impl"], r["batch"], r["context"]) for r in outcome.results]
+    assert measured == [(impl, b, c) for b in (1, 2) for c in (128, 256) for impl in ("specache", "dynamic")]
+    assert all(r["ms_per_step"] > 0 and r["skipped"] is None for r in outcome.results)
+    assert len(outcome.details["lines"]) == 4
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_does_not_fit_says_how_much_is_missing(monkeypatch, tmp_path):
+    monkeypatch.setattr(races, "usable_memory", lambda: 10**6)
+    plot = tmp_path / "scaling.png"
+    outcome = Scaling(contexts=(128, 10**6), batches=(1,), steps=1, plot=plot).run(Surroundings(tiny_model()))
+    small, large = outcome.results[:2], outcome.results[2:]
+    assert all(r["ms_per_step"] is not None for r in small)
+    assert all(r["ms_per_step"] is None and "GB of memory" in r["skipped"] for r in large)
+    assert outcome.details["lines"] == [] and plot.exists()
+
+
+def test_a_plot_needs_a_folder(tmp_path):
+    with pytest.raises(ConfigError, match="no folder"):
+        Scaling(plot=tmp_path / "nowhere" / "scaling.png")

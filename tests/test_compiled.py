@@ -1,0 +1,134 @@
+"""Compiled decode steps: eager's tokens from one graph, whatever the contexts' lengths and the number of sequences."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import specache
+from specache import compiled
+from specache.errors import ConfigError, NonFiniteError, UnsupportedModelError
+from specache.weights import WeightFormat, quantise_weights
+from tests.test_models import FAMILIES, build
+from tests.tiny import llama, prompt
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++"),
+    pytest.mark.slow,
+]
+NEW = 20
+
+
+def ragged(*lengths: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A left-padded batch and its mask."""
+    width = max(lengths)
+    ids, mask = torch.zeros(len(lengths), width, dtype=torch.long), torch.zeros(len(lengths), width, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        ids[row, width - length :] = prompt(length, seed=row)
+        mask[row, width - length :] = 1
+    return ids, mask
+
+
+def answer(model: Any, policy: str, *lengths: int) -> Any:
+    ids, mask = ragged(*lengths)
+    config = specache.SpeCacheConfig(policy=policy, slow_tier="ram", top_k=8)
+    arguments = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    return specache.generate(model, ids, attention_mask=mask, config=config, **arguments)
+
+
+def assert_equal(ours: Any, eager: Any) -> None:
+    assert torch.equal(ours.sequences, eager.sequences)
+    assert (torch.stack(ours.logits) - torch.stack(eager.logits)).abs().max() < 1e-3
+
+
+@pytest.fixture
+def fresh() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def graphs() -> int:
+    """How many were compiled; fails on a break, which would hide one."""
+    assert not counters["graph_break"]
+    return counters["stats"]["unique_graphs"]
+
+
+def test_twenty_steps_of_a_ragged_batch_are_one_graph(fresh):
+    eager = answer(llama(num_hidden_layers=2), "on-demand", 113, 150)
+    model = llama(num_hidden_layers=2)
+    specache.compile_decode(model)
+    assert_equal(answer(model, "on-demand", 113, 150), eager)
+    assert graphs() == 1
+    answer(model, "on-demand", 40, 70, 130, 9)  # more sequences
+    answer(model, "full", 60, 61)  # another cache
+    assert graphs() == 1
+    answer(model, "on-demand", 90)  # a single sequence has a graph of its own
+    assert graphs() == 2
+
+
+def test_guesses_have_a_graph_per_number_of_rows(fresh):
+    eager = answer(llama(num_hidden_layers=2), "verified", 113, 150)
+    model = llama(num_hidden_layers=2)
+    specache.compile_decode(model)
+    assert_equal(answer(model, "verified", 113, 150), eager)
+    assert graphs() == 2  # pre-decoding has one row, a step two
+
+
+@pytest.mark.parametrize("weights", [WeightFormat.INT8, WeightFormat.INT4])
+def test_quantised_weights_compile_too(fresh, weights):
+    models = [llama(num_hidden_layers=2), llama(num_hidden_layers=2)]
+    for model in models:
+        quantise_weights(model, weights)
+    specache.compile_decode(models[1])
+    assert_equal(answer(models[1], "on-demand", 80, 120), answer(models[0], "on-demand", 80, 120))
+    assert graphs() == 1
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt-oss"])  # soft caps and sliding windows, sinks and experts
+def test_other_families_give_eagers_tokens(fresh, family):
+    eager = answer(build(*FAMILIES[family]), "on-demand", 60, 90)
+    model = build(*FAMILIES[family])
+    specache.compile_decode(model)
+    assert_equal(answer(model, "on-demand", 60, 90), eager)
+    assert counters["stats"]["unique_graphs"] >= 1
+
+
+def test_errors_inside_a_compiled_pass_are_ours(fresh, monkeypatch):
+    model = llama(num_hidden_layers=2)
+    specache.compile_decode(model)
+    answer(model, "on-demand", 80)
+
+    def fails(self: Any, *arguments: Any) -> None:
+        raise NonFiniteError("infinity")
+
+    monkeypatch.setattr("specache.passes.DecodePass.attention", fails)
+    with pytest.raises(NonFiniteError, match="infinity"):
+        answer(model, "on-demand", 80)
+
+
+def test_a_layer_that_attends_twice_is_refused(fresh, monkeypatch):
+    model = llama(num_hidden_layers=2)
+    specache.compile_decode(model)
+    attend = compiled.attend
+
+    def twice(*arguments: Any) -> torch.Tensor:
+        return attend(*arguments) + attend(*arguments)
+
+    monkeypatch.setattr(compiled, "attend", twice)
+    with pytest.raises(UnsupportedModelError, match="attends twice"):
+        answer(model, "on-demand", 80)
+
+
+def test_what_cannot_be_compiled_says_why(monkeypatch):
+    with pytest.raises(ConfigError, match="dynamic RoPE"):
+        specache.compile_decode(build(*FAMILIES["llama-dynamic-rope"]))
+    monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
+    with pytest.raises(ConfigError, match=r"neither g\+\+ nor clang\+\+"):
+        specache.compile_decode(llama())
+    monkeypatch.setenv("CXX", "icpx")
+    with pytest.raises(ConfigError, match="no icpx"):
+        specache.compile_decode(llama())

@@ -1,0 +1,295 @@
+"""The C++ kernels against the plain PyTorch ones, on every instruction set that this machine runs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from specache.config import Code
+from specache.errors import ConfigError, NonFiniteError
+from specache.kernels import dispatch, native, torch_ops
+from specache.kernels.native import RecentTokens
+from specache.quant.layout import PageLayout
+from specache.quant.pool import ByteBudget, PagePool, PageTable
+
+ISAS = native.instruction_sets()
+pytestmark = pytest.mark.skipif(not ISAS, reason=f"the C++ kernels are not built: {native.MISSING}")
+
+# Rounding a query or a page to 8 bits, as a share of |q| |k| and of the largest value. KIVI folds a scale per channel into
+# the query, whose largest channel then rules.
+SCORE_ERROR = {Code.ROTATED: 0.005, Code.KIVI: 0.01}
+VALUE_ERROR = 0.015
+
+
+class Case:
+    """A ragged batch: sequences with keys and values, and a copy of each made by the PyTorch kernels."""
+
+    def __init__(self, code, bits, group_size, dim, heads, groups, rows, counts, seed, dtype):
+        generator = torch.Generator().manual_seed(seed)
+        self.code, self.bits, self.group_size, self.dim, self.heads = code, bits, group_size, dim, heads
+        self.lengths = [count * group_size for count in counts]
+        self.weights = torch.rand(heads, dim, generator=generator) + 0.5
+        self.keys, self.values = [], []
+        for length in self.lengths:
+            channel = torch.rand(dim, generator=generator) + 0.5
+            self.keys.append((torch.randn(heads, length, dim, generator=generator) * channel).to(dtype))
+            self.values.append(torch.randn(heads, length, dim, generator=generator).to(dtype))
+        self.query = torch.randn(len(counts), heads * groups, rows, dim, generator=generator)
+        self.rest = torch.randn(len(counts), heads, groups, rows, generator=generator)
+        with dispatch.using("torch"):
+            self.tables = [self.filled(k, v) for k, v in zip(self.keys, self.values, strict=True)]
+        self.copies = [self.copy(table) for table in self.tables]
+
+    def filled(self, keys, values, steps=(1.0,)):
+        layout = PageLayout(self.code, self.bits, self.group_size, self.heads, self.dim)
+        table = PageTable(PagePool(layout, torch.device("cpu"), ByteBudget()))
+        groups = keys.shape[1] // self.group_size
+        cuts = sorted({round(groups * step) for step in steps} | {groups})
+        start = 0
+        for cut in cuts:
+            stop = cut * self.group_size
+            if stop > start:
+                table.extend(stop - start)
+                dispatch.quantise(keys[:, start:stop], values[:, start:stop], self.copy(table), start)
+            start = stop
+        return table
+
+    def copy(self, table):
+        return table.copy(self.weights if self.code is Code.ROTATED else None)
+
+
+@st.composite
+def cases(draw):
+    group_size = draw(st.sampled_from([1, 8, 16, 32, 64]))
+    longest = max(1, 200 // group_size)
+    return Case(
+        code=draw(st.sampled_from(list(Code))),
+        bits=draw(st.sampled_from([1, 2, 4])),
+        group_size=group_size,
+        dim=draw(st.sampled_from([20, 32, 64, 80, 96, 128, 256])),
+        heads=draw(st.integers(1, 3)),
+        groups=draw(st.integers(1, 7)),
+        rows=draw(st.integers(1, 2)),
+        counts=draw(st.lists(st.integers(0, longest), min_size=1, max_size=3).filter(any)),
+        seed=draw(st.integers(0, 2**31)),
+        dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
+    )
+
+
+every_isa = pytest.mark.parametrize("isa", ISAS)
+
+
+@every_isa
+@settings(max_examples=25, deadline=None)
+@given(case=cases())
+def test_scores_are_torchs_up_to_the_rounded_query(isa, case):
+    for softcap in (None, 5.0):
+        expected = torch_ops.score(case.query, case.copies, case.lengths, 0.2, softcap)
+        with dispatch.using(isa):
+            scores = dispatch.score(case.query, case.copies, case.lengths, 0.2, softcap)
+        assert torch.equal(scores == -torch.inf, expected == -torch.inf)  # past the end of each sequence
+        finite = expected != -torch.inf
+        error = (scores - expected)[finite].abs().max()
+        norms = case.query.norm(dim=-1).max() * max(keys.float().norm(dim=-1).max() for keys in case.keys if keys.numel())
+        assert error <= SCORE_ERROR[case.code] * 0.2 * norms
+
+
+@every_isa
+@pytest.mark.parametrize("code", list(Code))
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_scores_are_near_beside_the_largest(isa, code, bits):
+    case = Case(code, bits, 64, 128, 2, 4, 2, [32], bits, torch.bfloat16)
+    expected = torch_ops.score(case.query, case.copies, case.lengths, 0.1, None)
+    with dispatch.using(isa):
+        scores = dispatch.score(case.query, case.copies, case.lengths, 0.1, None)
+    limit = 0.01 if code is Code.ROTATED else 0.025
+    assert (scores - expected).abs().max() <= limit * expected.abs().max()
+
+
+@every_isa
+@settings(max_examples=25, deadline=None)
+@given(case=cases(), k=st.integers(1, 70), levels=st.sampled_from([2, 5, 10**6]))
+def test_select_is_torchs(isa, case, k, levels):
+    """Also among equal scores: the lower position wins."""
+    size = max(case.lengths)
+    shape = (*case.rest.shape[:3], case.rest.shape[3], size)
+    scores = torch.randint(0, levels, shape, generator=torch.Generator().manual_seed(k)).float() * (8 / levels)
+    for b, length in enumerate(case.lengths):
+        scores[b, ..., length:] = -torch.inf
+    expected = torch_ops.select(scores, case.rest, case.lengths, k)
+    with dispatch.using(isa):
+        positions = dispatch.select(scores, case.rest, case.lengths, k)
+    if levels < 10:
+        assert torch.equal(positions, expected)
+        return
+    mass = torch_ops._mean_probabilities(scores, case.rest)
+    for found in (positions, expected):  # two ways to compute an exponential order near equals differently
+        assert torch.equal(found, found.sort(-1).values) or (found == -1).any()
+    torch.testing.assert_close(_mass_of(mass, positions), _mass_of(mass, expected), rtol=1e-5, atol=0)
+
+
+def _mass_of(mass, positions):
+    return mass.gather(-1, positions.clamp(min=0)).where(positions >= 0, 0.0).sort(-1).values
+
+
+@every_isa
+def test_select_reads_a_long_row_to_its_end(isa):
+    scores = torch.randn(1, 2, 3, 1, 50_001, generator=torch.Generator().manual_seed(0))
+    scores[..., 50_000] = 9.0
+    rest = torch.zeros(1, 2, 3, 1)
+    with dispatch.using(isa):
+        positions = dispatch.select(scores, rest, [50_001], 64)
+    assert torch.equal(positions, torch_ops.select(scores, rest, [50_001], 64))
+    assert (positions[..., -1] == 50_000).all()
+
+
+@every_isa
+@settings(max_examples=25, deadline=None)
+@given(case=cases(), k=st.integers(1, 9))
+def test_rescore_and_attend_are_torchs_up_to_rounded_weights(isa, case, k):
+    scores = torch_ops.score(case.query, case.copies, case.lengths, 0.2, None)
+    positions = torch_ops.select(scores, case.rest, case.lengths, k)
+    generator = torch.Generator().manual_seed(k)
+    rows = torch.randn(*positions.shape, 2 * case.dim, generator=generator).to(case.keys[0].dtype)
+    expected = scores.clone()
+    torch_ops.rescore(case.query, expected, positions, rows, 0.2, None)
+    with dispatch.using(isa):
+        dispatch.rescore(case.query, scores, positions, rows, 0.2, None)
+        finite = expected != -torch.inf
+        torch.testing.assert_close(scores[finite], expected[finite], rtol=1e-5, atol=1e-5)
+        out, lse = dispatch.attend(scores, positions, rows, case.copies, case.lengths)
+    expected_out, expected_lse = torch_ops.attend(expected, positions, rows, case.copies, case.lengths)
+    for b, length in enumerate(case.lengths):
+        if length:
+            torch.testing.assert_close(lse[b], expected_lse[b], rtol=1e-5, atol=1e-5)
+            assert (out[b] - expected_out[b]).abs().max() <= VALUE_ERROR * case.values[b].float().abs().max()
+        else:
+            assert (lse[b] == -torch.inf).all()
+            assert (out[b] == 0).all()
+
+
+@every_isa
+@settings(max_examples=25, deadline=None)
+@given(case=cases(), step=st.floats(0, 1))
+def test_codes_are_torchs(isa, case, step):
+    """KIVI's to the bit. A rotation adds up in another order: there a code may differ where the last bit decides."""
+    for keys, values, expected in zip(case.keys, case.values, case.copies, strict=True):
+        if not expected.length:
+            continue
+        with dispatch.using(isa):
+            table = case.filled(keys, values, (step,))
+        found = torch_ops.dequantise(case.copy(table))
+        for ours, theirs in zip(found, torch_ops.dequantise(expected), strict=True):
+            if case.code is Code.KIVI:
+                assert torch.equal(ours, theirs)
+            else:
+                differs = ((ours - theirs).abs() > 1e-3 * theirs.abs().max()).any(-1)  # of a token
+                assert differs.float().mean() <= max(0.02, 1.5 / differs.numel())
+
+
+@every_isa
+@settings(max_examples=25, deadline=None)
+@given(case=cases(), k=st.integers(1, 70), recent=st.integers(1, 40), sinks=st.booleans())
+def test_one_call_does_what_the_single_kernels_do(isa, case, k, recent, sinks):
+    dtype, generator = case.keys[0].dtype, torch.Generator().manual_seed(k)
+    heads, dim, query = case.heads, case.dim, case.query[:, :, :1]
+    newest = [torch.randn(2, heads, recent, dim, generator=generator).to(dtype) for _ in case.lengths]
+    stored = [torch.cat([k_, v_], dim=-1) for k_, v_ in zip(case.keys, case.values, strict=True)]
+    sink = torch.randn(query.shape[1], generator=generator) if sinks else None
+    with dispatch.using(isa):
+        backend = dispatch.fused(query)
+        assert backend is not None
+        out = backend.decode_in_place(query, case.copies, [RecentTokens(x[0], x[1]) for x in newest], stored, k, 0.2, None, sink)
+        for b, copy in enumerate(case.copies):
+            torch.testing.assert_close(
+                out[b], _one_by_one(query[b : b + 1], copy, newest[b], stored[b], k, sink), rtol=1e-4, atol=2e-5
+            )
+
+
+def _one_by_one(query, copy, newest, stored, k, sink):
+    heads, dim = copy.num_kv_heads, copy.head_dim
+    grouped = query[0].unflatten(0, (heads, -1))  # [Hkv, G, 1, D]
+    recent = grouped[:, :, 0] @ newest[0].float().transpose(1, 2) * 0.2  # [Hkv, G, r]
+    rest = recent if sink is None else torch.cat([recent, sink.view(heads, -1, 1)], dim=-1)
+    rest_lse = rest.logsumexp(-1)
+    recent_out = (recent - rest_lse.unsqueeze(-1)).exp() @ newest[1].float()
+    if copy.length == 0:
+        return recent_out.flatten(0, 1).unsqueeze(1)
+    scores = dispatch.score(query, [copy], [copy.length], 0.2, None)
+    positions = dispatch.select(scores, rest_lse[None, :, :, None], [copy.length], k)
+    rows = stored[torch.arange(heads)[:, None], positions[0, :, 0].clamp(min=0)][None, :, None]
+    dispatch.rescore(query, scores, positions, rows, 0.2, None)
+    out, lse = dispatch.attend(scores, positions, rows, [copy], [copy.length])
+    total = torch.logaddexp(lse[0, :, :, 0], rest_lse)
+    joined = out[0, :, :, 0] * (lse[0, :, :, 0] - total).exp().unsqueeze(-1) + recent_out * (rest_lse - total).exp().unsqueeze(-1)
+    assert joined.shape[-1] == dim
+    return joined.flatten(0, 1).unsqueeze(1)
+
+
+@every_isa
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_not_packed(isa, bad):
+    case = Case(Code.ROTATED, 2, 64, 64, 2, 1, 1, [1], 0, torch.float32)
+    before = case.tables[0].pool.page_bytes(case.tables[0].pages[0]).clone()
+    keys = case.keys[0].clone()
+    keys[1, 3, 5] = bad
+    with dispatch.using(isa), pytest.raises(NonFiniteError):
+        dispatch.quantise(keys, case.values[0], case.copies[0], 0)
+    assert torch.equal(before, case.tables[0].pool.page_bytes(case.tables[0].pages[0]))
+
+
+@every_isa
+def test_any_number_of_threads_gives_the_same_bits(isa):
+    case = Case(Code.ROTATED, 2, 64, 64, 3, 3, 2, [90, 7], 0, torch.float32)
+    outs = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            with dispatch.using(isa):
+                scores = dispatch.score(case.query, case.copies, case.lengths, 0.2, None)
+                positions = dispatch.select(scores, case.rest, case.lengths, 16)
+                rows = torch.zeros(*positions.shape, 2 * case.dim)
+                outs.append((positions, *dispatch.attend(scores, positions, rows, case.copies, case.lengths)))
+    finally:
+        torch.set_num_threads(before)
+    for other in outs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(outs[0], other, strict=True))
+
+
+def test_calls_from_several_threads_do_not_mix():
+    case = Case(Code.ROTATED, 2, 64, 64, 2, 2, 1, [40], 0, torch.float32)
+    expected = dispatch.score(case.query, case.copies, case.lengths, 0.2, None)
+    wrong = []
+
+    def work():
+        for _ in range(20):
+            if not torch.equal(dispatch.score(case.query, case.copies, case.lengths, 0.2, None), expected):
+                wrong.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_an_unknown_backend_is_refused_with_what_there_is():
+    with pytest.raises(ConfigError, match="torch"), dispatch.using("mmx"):
+        pass
+
+
+@pytest.mark.parametrize("name", ["torch", *ISAS])
+def test_the_environment_chooses_the_backend(name):
+    code = "from specache.kernels import dispatch; print(dispatch.active()['score'])"
+    result = subprocess.run(
+        [sys.executable, "-c", code], env={"SPECACHE_KERNELS": name, "PATH": ""}, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == name
