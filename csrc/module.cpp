@@ -148,6 +148,7 @@ void py_quantise(const std::string& isa, int threads, const OwnedLayout& layout,
 
 NB_MODULE(_native, m) {
     m.doc() = "Kernels over the low-bit copy for CPUs; called by specache.kernels.native.";
+    nb::set_leak_warnings(false);  // cached layouts live as long as the process
     m.attr("MAX_DIM") = kMaxDim;
     m.def("available", [] {
         std::vector<std::string> names;

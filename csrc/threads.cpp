@@ -8,7 +8,9 @@
 #include <thread>
 #include <vector>
 
-#if !defined(_WIN32)
+#if defined(_OPENMP)
+#include <omp.h>
+#else
 #include <pthread.h>
 #endif
 
@@ -25,6 +27,7 @@ inline void pause() {
 #endif
 }
 
+#if !defined(_OPENMP)
 class Pool {
 public:
     void run(int threads, const std::function<void(Team&, int)>& body) {
@@ -81,14 +84,13 @@ Pool& pool() {
     std::lock_guard<std::mutex> guard(creation);
     if (!the_pool) {
         the_pool = new Pool;
-#if !defined(_WIN32)
         static bool registered = false;  // a forked child has none of its parent's threads
         if (!registered) pthread_atfork(nullptr, nullptr, [] { the_pool = nullptr, new (&creation) std::mutex; });
         registered = true;
-#endif
     }
     return *the_pool;
 }
+#endif
 
 }  // namespace
 
@@ -106,7 +108,17 @@ void parallel(int threads, const std::function<void(Team&, int)>& body) {
         body(team, 0);
         return;
     }
+#if defined(_OPENMP)
+    Team team(threads);
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp single
+        team.threads_ = omp_get_num_threads();  // it may give fewer
+        body(team, omp_get_thread_num());
+    }
+#else
     pool().run(threads, body);
+#endif
 }
 
 void* scratch(size_t size) {

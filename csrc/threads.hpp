@@ -1,4 +1,7 @@
-// A small pool of threads that run one parallel region at a time, in phases with a barrier between them.
+// Parallel regions in phases with a barrier between them.
+//
+// With OpenMP the threads are PyTorch's own, whose runtime is loaded already: threads of ours would share the cores with its workers,
+// which go on spinning for a while after every operation. Without it, a small pool of our own.
 #pragma once
 
 #include <atomic>
@@ -26,6 +29,7 @@ public:
 
 private:
     void wait(int phase);
+    friend void parallel(int, const std::function<void(Team&, int)>&);
 
     int threads_;
     std::atomic<int64_t> next_[kMaxPhases];

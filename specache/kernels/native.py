@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import torch
+import torch  # before the extension: it brings the OpenMP runtime that both use
 from torch import Tensor
 
 from specache.config import PAGE_TOKENS, Code
