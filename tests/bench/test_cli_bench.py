@@ -31,15 +31,17 @@ def test_every_benchmark_is_a_dataclass_whose_options_explain_themselves(name):
     assert ("--weights" in text) is cls.uses_model
 
 
-def test_json_says_what_was_measured_and_where():
-    result = run("bench", "attention", "--shape", "tiny", "--context", "64,128", "--bits", "1", "--repeat", "1", "--json", "-")
+def test_json_says_what_was_measured_and_where(monkeypatch):
+    words = ["bench", "attention", "--shape", "tiny", "--context", "64,128", "--bits", "1", "--repeat", "1", "--json", "-"]
+    monkeypatch.setattr("sys.argv", ["specache", *words])
+    result = run(*words)
     document = json.loads(result.stdout)
     assert document["benchmark"] == "attention" and document["settings"]["context"] == [64, 128] and document["model"] is None
     assert {entry["context"] for entry in document["results"]} == {64, 128}
     assert document["machine"].keys() >= {"cpu", "cores", "threads"} and document["machine"]["cpu"]
     assert document["versions"].keys() == {"specache", "torch", "transformers", "python"}
     assert document["kernels"]["active"].keys() >= {"score", "attend"} and "torch" in document["kernels"]["available"]
-    assert document["command"].startswith("specache ")
+    assert document["command"] == " ".join(["specache", *words])
     assert "vs sdpa bf16" in one_line(result.stderr) and "bandwidth" in result.stderr
 
 
