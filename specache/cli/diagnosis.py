@@ -38,7 +38,7 @@ class Problem:
 def diagnose() -> dict[str, Any]:
     """Everything `doctor` shows, by section."""
     import specache
-    from specache.kernels import dispatch
+    from specache.kernels import dispatch, native
 
     return {
         "versions": {
@@ -50,6 +50,7 @@ def diagnose() -> dict[str, Any]:
         "memory": _memory(),
         "devices": _devices(),
         "kernels": dispatch.active(),
+        "native_kernels": {"instruction_sets": native.instruction_sets(), "missing": native.MISSING},
         "cache": _cache(),
         "demo_model": {"installed": demo_gguf() is not None},
     }
@@ -65,6 +66,14 @@ def find_problems(facts: dict[str, Any]) -> list[Problem]:
                 f"The cache folder {cache['folder']} cannot be written.",
                 "Set SPECACHE_CACHE to a folder that you may write.",
                 fatal=True,
+            )
+        )
+    if facts["native_kernels"]["missing"]:
+        problems.append(
+            Problem(
+                f"The C++ kernels are not installed ({facts['native_kernels']['missing']}). "
+                "Decoding runs on PyTorch, many times slower.",
+                "Install a C++17 compiler (g++ or clang++), then specache again: pip install --force-reinstall --no-deps -e .",
             )
         )
     missing = [name for name, version in facts["versions"].items() if version is None]

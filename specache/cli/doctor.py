@@ -20,6 +20,7 @@ _TITLES = {
     "memory": "Memory",
     "devices": "Devices",
     "kernels": "Kernels",
+    "native_kernels": "C++ kernels",
     "cache": "Cache folder",
     "demo_model": "Demo model",
 }

@@ -11,7 +11,7 @@ from tests.cli.running import one_line, run, run_json
 
 def test_json_has_every_section():
     facts = run_json("doctor")
-    assert set(facts) == {"versions", "cpu", "memory", "devices", "kernels", "cache", "demo_model", "problems"}
+    assert set(facts) == {"versions", "cpu", "memory", "devices", "kernels", "native_kernels", "cache", "demo_model", "problems"}
     assert facts["kernels"] == dispatch.active()
     assert facts["cpu"]["cores"] >= 1 and facts["versions"]["torch"]
 
@@ -41,6 +41,7 @@ def test_a_missing_demo_model_is_no_failure(monkeypatch):
     ("change", "words"),
     [
         ({"memory": {"usable_bytes": 10**9}}, "Less than 2 GB"),
+        ({"native_kernels": {"missing": "no module"}}, "C++ kernels are not installed"),
         ({"cpu": {"bfloat16": False}}, "no bfloat16"),
         ({"versions": {"gguf": None}}, "Not installed: gguf"),
         ({"cache": {"free_bytes": 10**6}}, "Little disk space"),

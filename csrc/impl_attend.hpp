@@ -1,0 +1,207 @@
+// Exact rows, and softmax-weighted sums over packed values. A part of kernels_impl.hpp.
+#pragma once
+
+namespace specache {
+namespace {
+
+// ---- exact rows -------------------------------------------------------------------------------------------------------------
+
+inline void row_dots(const float* const* queries, int count, const uint8_t* row, Dtype dtype, int dim, float* out) {
+    Floats acc[kMaxQueries];
+    for (int j = 0; j < count; j++) acc[j] = Isa::splat(0.0f);
+    for (int d = 0; d < dim; d += kTile) {
+        Floats x = load_elements(row + d * itemsize(dtype), dtype, dim - d);
+        for (int j = 0; j < count; j++) acc[j] = Isa::fma(x, Isa::load(queries[j] + d), acc[j]);
+    }
+    for (int j = 0; j < count; j++) out[j] = Isa::sum(acc[j]);
+}
+
+inline void add_row(const uint8_t* row, Dtype dtype, int dim, float weight, float* out) {
+    for (int d = 0; d < dim; d += kTile) {
+        Floats x = load_elements(row + d * itemsize(dtype), dtype, dim - d);
+        Isa::store(out + d, Isa::fma(x, Isa::splat(weight), Isa::load(out + d)));
+    }
+}
+
+void rescore(const float* const* queries, int groups, int dim, const Rows& rows, int row, const int64_t* positions, int64_t k,
+             float scaling, float softcap, float* const* scores) {
+    for (int64_t i = 0; i < k; i++) {
+        if (positions[i] < 0) continue;
+        float product[kMaxQueries];
+        for (int first = 0; first < groups; first += kMaxQueries) {
+            int count = min_of(kMaxQueries, groups - first);
+            row_dots(queries + first, count, rows.at(row, i, positions[i]), rows.dtype, dim, product);
+            for (int j = 0; j < count; j++) {
+                float x = product[j] * scaling;
+                scores[first + j][positions[i]] = softcap > 0 ? scalar_tanh(x / softcap) * softcap : x;
+            }
+        }
+    }
+}
+
+void exact(const float* const* queries, int queries_count, int dim, const uint8_t* keys, const uint8_t* values,
+           int64_t key_stride, int64_t value_stride, int64_t count, Dtype dtype, float scaling, float softcap, float* scores,
+           Partial out) {
+    int64_t stride = count + kTile;
+    for (int64_t t = 0; t < count; t++) {
+        float product[kMaxQueries];
+        row_dots(queries, queries_count, keys + t * key_stride, dtype, dim, product);
+        for (int j = 0; j < queries_count; j++) {
+            float x = product[j] * scaling;
+            scores[j * stride + t] = softcap > 0 ? scalar_tanh(x / softcap) * softcap : x;
+        }
+    }
+    for (int j = 0; j < queries_count; j++) {
+        float* row = scores + j * stride;
+        float peak = largest_of(row, count);
+        Floats total = Isa::splat(0.0f);
+        for (int64_t t = 0; t < count; t += kTile) {
+            Floats p = Isa::exp(Isa::sub(scores_at(row, t, count), Isa::splat(peak)));
+            store_partial(row + t, min_of(kTile, count - t), p);
+            total = Isa::add(total, p);
+        }
+        out.peak[j] = peak;
+        out.total[j] = Isa::sum(total);
+        std::memset(out.out + j * out.stride, 0, sizeof(float) * size_t(round_up(dim, kTile)));
+    }
+    for (int64_t t = 0; t < count; t++)
+        for (int j = 0; j < queries_count; j++)
+            add_row(values + t * value_stride, dtype, dim, scores[j * stride + t], out.out + j * out.stride);
+}
+
+// ---- attend -----------------------------------------------------------------------------------------------------------------
+
+// Round a page's weights (softmax weight times the tokens' value scale, which add up to `sum`) to bytes; returns their unit, 0 if
+// there is nothing to add.
+inline float round_weights(const float* weights, const uint16_t* scale, int step, int valid, uint8_t* out, float* sum) {
+    alignas(64) float scaled[kPage];
+    Floats peak = Isa::splat(0.0f), total = Isa::splat(0.0f);
+    for (int t = 0; t < kPage; t += kTile) {
+        Floats s;
+        if (step == 1 && t + kTile <= valid) {
+            s = Isa::load_half(scale + t);
+        } else {
+            alignas(64) float gathered[kTile];
+            for (int i = 0; i < kTile; i++) gathered[i] = t + i < valid ? half_to_float(scale[int64_t(t + i) * step]) : 0.0f;
+            s = Isa::load(gathered);
+        }
+        Floats w = Isa::mul(Isa::load(weights + t), s);
+        Isa::store(scaled + t, w);
+        peak = Isa::max(peak, w);
+        total = Isa::add(total, w);
+    }
+    float largest = Isa::largest(peak);
+    *sum = Isa::sum(total);
+    if (!(largest > 1e-30f)) return 0.0f;
+    Floats inverse = Isa::splat(255.0f / largest);
+    for (int t = 0; t < kPage; t += kTile) Isa::store_rounded(out + t, Isa::mul(Isa::load(scaled + t), inverse));
+    return largest / 255.0f;
+}
+
+template <int BITS, int NQ>
+void attend_values(const Layout& layout, const Copy& copy, int head, int64_t first, int64_t count, const float* weights,
+                   int weight_stride, Partial out) {
+    Tables tables = value_tables<BITS>(layout.code);
+    const int dim = layout.dim, groups = layout.code == Code::rotated ? 1 : layout.value_groups();
+    const float unit = layout.code == Code::rotated ? normal_levels(BITS).unit : 0.5f;
+    const int tile_bytes = kTile * layout.value_row_bytes();
+    alignas(64) uint8_t rounded[NQ][kPage];
+    for (int64_t start = first; start < first + count; start += kPage) {
+        const uint8_t* page = copy.pages[start / kPage];
+        int valid = min_of(kPage, first + count - start);
+        const uint8_t* codes = layout.value_codes_of(page, head);
+        if (start + kPage < first + count) {
+            const uint8_t* next = layout.value_codes_of(copy.pages[start / kPage + 1], head);
+            for (int i = 0; i < dim * layout.value_row_bytes(); i += 64) __builtin_prefetch(next + i);
+        }
+        for (int group = 0; group < groups; group++) {
+            int low = groups == 1 ? 0 : group * layout.value_group;
+            int high = groups == 1 ? dim : min_of(dim, low + layout.value_group);
+            float factor[NQ], zero[NQ];
+            bool any = false;
+            for (int j = 0; j < NQ; j++) {
+                const float* w = weights + int64_t(j) * weight_stride + (start - first);
+                float sum;
+                float size = round_weights(w, layout.value_scale_of(page, head) + group, groups, valid, rounded[j], &sum);
+                if (size == 0.0f) std::memset(rounded[j], 0, kPage);
+                factor[j] = size * unit;
+                zero[j] = 0.0f;
+                if (layout.code == Code::kivi) {
+                    const uint16_t* z = layout.value_zero_of(page, head) + group;
+                    zero[j] = sum * middle<BITS>();
+                    for (int t = 0; t < valid; t++) zero[j] += w[t] * half_to_float(z[int64_t(t) * groups]);
+                }
+                any = any || size != 0.0f || zero[j] != 0.0f;
+            }
+            if (!any) continue;
+            for (int tile = low / kTile * kTile; tile < high; tile += kTile) {
+                Ints acc[NQ];
+                value_dots<BITS, NQ>(codes + tile / kTile * tile_bytes, min_of(kTile, dim - tile), rounded[0], tables, acc);
+                bool whole = tile >= low && (tile + kTile <= high || high == dim);
+                for (int j = 0; j < NQ; j++) {
+                    float* to = out.out + j * out.stride + tile;
+                    Floats x = Isa::fma(Isa::to_float(acc[j]), Isa::splat(factor[j]), Isa::splat(zero[j]));
+                    Floats sum = Isa::add(x, Isa::load(to));
+                    if (whole)
+                        Isa::store(to, sum);
+                    else
+                        store_lanes(to, low > tile ? low - tile : 0, min_of(kTile, high - tile), sum);
+                }
+            }
+        }
+    }
+}
+
+void add_values(const Layout& layout, const Copy& copy, int head, int64_t first, int64_t count, int queries,
+                const float* weights, int weight_stride, Partial out) {
+    SPECACHE_BY_BITS(attend_values, layout.bits, queries, layout, copy, head, first, count, weights, weight_stride, out)
+}
+
+void attend(const Layout& layout, const Copy& copy, int head, int64_t first, int64_t count, const float* const* scores,
+            int queries, const int* row_of, const int64_t* const* positions, int64_t k, const Rows& rows, float* weights,
+            Partial out) {
+    const int stride = kAttendChunk + kPage, dim = layout.dim;
+    for (int j = 0; j < queries; j++) {
+        const float* row = scores[j] + first;
+        float* w = weights + int64_t(j) * stride;
+        float peak = largest_of(row, count);
+        Floats total = Isa::splat(0.0f), shift = Isa::splat(peak);
+        for (int64_t t = 0; t < count; t += kTile) {
+            Floats p = Isa::exp(Isa::sub(scores_at(row, t, count), shift));
+            Isa::store(w + t, p);
+            total = Isa::add(total, p);
+        }
+        for (int64_t t = count; t < (count + kPage - 1) / kPage * kPage; t++) w[t] = 0.0f;
+        out.peak[j] = peak;
+        out.total[j] = Isa::sum(total);
+        float* to = out.out + j * out.stride;
+        std::memset(to, 0, sizeof(float) * size_t(out.stride));
+    }
+    for (int j = 0; j < queries; j++) {
+        float* w = weights + int64_t(j) * stride;
+        for (int64_t i = 0; i < k; i++) {
+            int64_t position = positions[row_of[j]][i];
+            if (position >= first && position < first + count) w[position - first] = 0.0f;
+        }
+    }
+    add_values(layout, copy, head, first, count, queries, weights, stride, out);
+    if (layout.code == Code::rotated) {
+        alignas(64) float block[kMaxDim * kTile];
+        std::memset(block, 0, sizeof(float) * size_t(dim) * kTile);
+        for (int d = 0; d < dim; d++)
+            for (int j = 0; j < queries; j++) block[d * kTile + j] = out.out[j * out.stride + d];
+        rotate(layout, block, true);
+        for (int d = 0; d < dim; d++)
+            for (int j = 0; j < queries; j++) out.out[j * out.stride + d] = block[d * kTile + j];
+    }
+    for (int j = 0; j < queries; j++)
+        for (int64_t i = 0; i < k; i++) {
+            int64_t position = positions[row_of[j]][i];
+            if (position < first || position >= first + count) continue;
+            float p = Isa::first(Isa::exp(Isa::splat(scores[j][position] - out.peak[j])));
+            add_row(rows.at(row_of[j], i, position) + dim * itemsize(rows.dtype), rows.dtype, dim, p, out.out + j * out.stride);
+        }
+}
+
+}  // namespace
+}  // namespace specache

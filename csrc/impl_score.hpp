@@ -1,0 +1,227 @@
+// Scores of queries over packed keys. A part of kernels_impl.hpp.
+#pragma once
+
+namespace specache {
+namespace {
+
+// ---- queries ----------------------------------------------------------------------------------------------------------------
+
+// Round x [dim] to int8 in the order of the packed columns; returns the scale and leaves in x what rounding lost.
+inline float round_query(const Layout& layout, float* x, int8_t* out, int32_t* sum) {
+    int dim = layout.dim, P = layout.per_byte(), full = layout.key_chunks() * 4 * P, rest = layout.key_rest();
+    float largest = 0.0f;
+    for (int d = 0; d < dim; d++) {
+        float size = x[d] < 0 ? -x[d] : x[d];
+        largest = size > largest ? size : largest;
+    }
+    float unit = largest / 127.0f, inverse = largest > 0 ? 127.0f / largest : 0.0f;
+    alignas(64) int8_t plain[kMaxDim];
+    int32_t total = 0;
+    for (int d = 0; d < dim; d++) {
+        float y = nearest(x[d] * inverse);
+        int32_t rounded = y >= -127 && y <= 127 ? int32_t(y) : 0;  // NaN and infinity: the scale carries them
+        plain[d] = int8_t(rounded);
+        total += rounded;
+        x[d] -= unit * float(rounded);
+    }
+    std::memcpy(out, plain, size_t(full));
+    std::memset(out + full, 0, size_t(4 * P));
+    for (int m = 0; m < P; m++)
+        for (int i = 0; i < rest; i++)
+            if (full + rest * m + i < dim) out[full + 4 * m + i] = plain[full + rest * m + i];
+    *sum = total;
+    return unit;
+}
+
+// In place on x [dim][16]: random signs, then a Hadamard transform of each power of two in dim; or its transpose.
+inline void rotate(const Layout& layout, float* x, bool back) {
+    int dim = layout.dim;
+    if (!back)
+        for (int d = 0; d < dim; d++) Isa::store(x + d * kTile, Isa::mul(Isa::load(x + d * kTile), Isa::splat(layout.signs[d])));
+    for (int start = 0, left = dim; left;) {
+        int size = 1;
+        while (size * 2 <= left) size *= 2;
+        float* block = x + start * kTile;
+        for (int half = 1; half < size; half *= 2)
+            for (int i = 0; i < size; i += 2 * half)
+                for (int j = i; j < i + half; j++) {
+                    Floats a = Isa::load(block + j * kTile), b = Isa::load(block + (j + half) * kTile);
+                    Isa::store(block + j * kTile, Isa::add(a, b));
+                    Isa::store(block + (j + half) * kTile, Isa::sub(a, b));
+                }
+        Floats norm = Isa::splat(1.0f / root(float(size)));
+        for (int d = 0; d < size; d++) Isa::store(block + d * kTile, Isa::mul(Isa::load(block + d * kTile), norm));
+        start += size, left -= size;
+    }
+    if (back)
+        for (int d = 0; d < dim; d++) Isa::store(x + d * kTile, Isa::mul(Isa::load(x + d * kTile), Isa::splat(layout.signs[d])));
+}
+
+void prepare(const Layout& layout, const float* weights, const float* const* queries, int count, PreparedQuery* out) {
+    out->count = count;
+    for (int j = 0; j < count; j++) out->query[j] = queries[j];
+    if (layout.code == Code::kivi) return;
+    alignas(64) float block[kMaxDim * kTile];
+    std::memset(block, 0, sizeof(float) * size_t(layout.dim) * kTile);
+    for (int d = 0; d < layout.dim; d++)
+        for (int j = 0; j < count; j++) block[d * kTile + j] = queries[j][d] / weights[d];
+    rotate(layout, block, false);
+    alignas(64) float rotated[kMaxDim];
+    for (int j = 0; j < count; j++) {
+        for (int d = 0; d < layout.dim; d++) rotated[d] = block[d * kTile + j];
+        out->scale[j] = round_query(layout, rotated, out->bytes[j], &out->sum[j]);
+    }
+}
+
+// ---- score ------------------------------------------------------------------------------------------------------------------
+
+inline void store_lanes(float* row, int low, int high, Floats v) {
+    if (low == 0 && high == kTile) {
+        Isa::store(row, v);
+        return;
+    }
+    alignas(64) float x[kTile];
+    Isa::store(x, v);
+    for (int i = low; i < high; i++) row[i] = x[i];
+}
+
+// sum_d query_j[d] * row[d] of NQ queries, which are padded with zeros to whole blocks.
+template <int NQ>
+inline void half_dots(const float* const* queries, const uint16_t* row, int dim, float* out) {
+    Floats acc[NQ];
+    for (int j = 0; j < NQ; j++) acc[j] = Isa::splat(0.0f);
+    for (int d = 0; d < dim; d += kTile) {
+        Floats x = load_halves(row + d, dim - d);
+        for (int j = 0; j < NQ; j++) acc[j] = Isa::fma(x, Isa::load(queries[j] + d), acc[j]);
+    }
+    for (int j = 0; j < NQ; j++) out[j] = Isa::sum(acc[j]);
+}
+
+template <int BITS, int NQ>
+void score_rotated(const Layout& layout, const Copy& copy, int head, const PreparedQuery& prepared, int64_t first, int64_t count,
+                   float scaling, float* const* scores) {
+    const Levels& levels = normal_levels(BITS);
+    Tables tables = key_tables<BITS>(layout.code);
+    const int chunks = layout.key_chunks(), rest = layout.key_rest(), tile_bytes = kTile * layout.key_row_bytes();
+    const int group = layout.group;
+    float factor[NQ], offset[NQ];
+    for (int j = 0; j < NQ; j++) {
+        factor[j] = prepared.scale[j] * levels.unit * scaling;
+        offset[j] = float(prepared.sum[j] * levels.offset);
+    }
+    alignas(64) float bias[NQ][kPage];
+    for (int64_t start = first; start < first + count; start += kPage) {
+        const uint8_t* page = copy.pages[start / kPage];
+        int valid = min_of(kPage, first + count - start);
+        const uint16_t* mean = layout.key_zero_of(page, head);
+        for (int t = 0; t < valid; t += group) {
+            float product[NQ];
+            half_dots<NQ>(prepared.query, mean + int64_t(t / group) * layout.dim, layout.dim, product);
+            for (int j = 0; j < NQ; j++)
+                for (int i = t; i < t + group; i++) bias[j][i] = product[j] * scaling;
+        }
+        const uint8_t* codes = layout.key_codes_of(page, head);
+        const uint16_t* scale = layout.key_scale_of(page, head);
+        if (start + kPage < first + count) {
+            const uint8_t* next = layout.key_codes_of(copy.pages[start / kPage + 1], head);
+            for (int i = 0; i < kPage * layout.key_row_bytes(); i += 64) __builtin_prefetch(next + i);
+        }
+        for (int t = 0; t < valid; t += kTile) {
+            Ints acc[NQ];
+            key_dots<BITS, NQ>(codes + t / kTile * tile_bytes, chunks, rest, prepared.bytes[0], tables, acc);
+            Floats token_scale = Isa::load_half(scale + t);
+            for (int j = 0; j < NQ; j++) {
+                Floats x = Isa::mul(Isa::sub(Isa::to_float(acc[j]), Isa::splat(offset[j])), Isa::splat(factor[j]));
+                x = Isa::fma(x, token_scale, Isa::load(bias[j] + t));
+                store_lanes(scores[j] + start + t, 0, min_of(kTile, valid - t), x);
+            }
+        }
+    }
+}
+
+template <int BITS, int NQ>
+void score_kivi(const Layout& layout, const Copy& copy, int head, const PreparedQuery& prepared, int64_t first, int64_t count,
+                float scaling, float* const* scores) {
+    Tables tables = key_tables<BITS>(layout.code);
+    const int chunks = layout.key_chunks(), rest = layout.key_rest(), tile_bytes = kTile * layout.key_row_bytes();
+    const int dim = layout.dim, group = layout.group;
+    alignas(64) float folded[kMaxDim];
+    alignas(64) int8_t rounded[NQ][kQueryStride], fine[NQ][kQueryStride];
+    for (int64_t start = first; start < first + count; start += kPage) {
+        const uint8_t* page = copy.pages[start / kPage];
+        int valid = min_of(kPage, first + count - start);
+        const uint8_t* codes = layout.key_codes_of(page, head);
+        for (int t = 0; t < valid; t += group) {
+            const uint16_t* scale = layout.key_scale_of(page, head) + int64_t(t / group) * dim;
+            float factor[NQ], fine_factor[NQ], bias[NQ];
+            half_dots<NQ>(prepared.query, layout.key_zero_of(page, head) + int64_t(t / group) * dim, dim, bias);
+            for (int j = 0; j < NQ; j++) {
+                Floats total = Isa::splat(0.0f);
+                for (int d = 0; d < dim; d += kTile) {
+                    Floats x = Isa::mul(load_halves(scale + d, dim - d), Isa::load(prepared.query[j] + d));
+                    Isa::store(folded + d, x);
+                    total = Isa::add(total, x);
+                }
+                // a scale per channel makes the folded query uneven, too much so for 8 bits: what rounding left is a second query
+                int32_t sum, fine_sum;
+                float unit = round_query(layout, folded, rounded[j], &sum);
+                fine_factor[j] = round_query(layout, folded, fine[j], &fine_sum) * 0.5f * scaling;
+                factor[j] = unit * 0.5f * scaling;
+                bias[j] = (bias[j] + Isa::sum(total) * middle<BITS>()) * scaling -
+                          (factor[j] * float(sum) + fine_factor[j] * float(fine_sum)) * float((1 << BITS) - 1);
+            }
+            int stop = min_of(valid, t + group);
+            for (int tile = t / kTile * kTile; tile < stop; tile += kTile) {
+                Ints acc[NQ], fine_acc[NQ];
+                key_dots<BITS, NQ>(codes + tile / kTile * tile_bytes, chunks, rest, rounded[0], tables, acc);
+                key_dots<BITS, NQ>(codes + tile / kTile * tile_bytes, chunks, rest, fine[0], tables, fine_acc);
+                int low = t > tile ? t - tile : 0, high = min_of(kTile, stop - tile);
+                for (int j = 0; j < NQ; j++) {
+                    Floats x = Isa::fma(Isa::to_float(acc[j]), Isa::splat(factor[j]), Isa::splat(bias[j]));
+                    x = Isa::fma(Isa::to_float(fine_acc[j]), Isa::splat(fine_factor[j]), x);
+                    store_lanes(scores[j] + start + tile, low, high, x);
+                }
+            }
+        }
+    }
+}
+
+template <int BITS, int NQ>
+void score_of(const Layout& layout, const Copy& copy, int head, const PreparedQuery& prepared, int64_t first, int64_t count,
+              float scaling, float* const* scores) {
+    if (layout.code == Code::rotated)
+        score_rotated<BITS, NQ>(layout, copy, head, prepared, first, count, scaling, scores);
+    else
+        score_kivi<BITS, NQ>(layout, copy, head, prepared, first, count, scaling, scores);
+}
+
+#define SPECACHE_BY_COUNT(function, bits, count, ...)        \
+    switch (count) {                                         \
+        case 1: return function<bits, 1>(__VA_ARGS__);       \
+        case 2: return function<bits, 2>(__VA_ARGS__);       \
+        case 3: return function<bits, 3>(__VA_ARGS__);       \
+        default: return function<bits, 4>(__VA_ARGS__);      \
+    }
+
+#define SPECACHE_BY_BITS(function, bits, count, ...)                       \
+    switch (bits) {                                                        \
+        case 1: SPECACHE_BY_COUNT(function, 1, count, __VA_ARGS__)         \
+        case 2: SPECACHE_BY_COUNT(function, 2, count, __VA_ARGS__)         \
+        default: SPECACHE_BY_COUNT(function, 4, count, __VA_ARGS__)        \
+    }
+
+void score_uncapped(const Layout& layout, const Copy& copy, int head, const PreparedQuery& prepared, int64_t first,
+                    int64_t count, float scaling, float* const* scores) {
+    SPECACHE_BY_BITS(score_of, layout.bits, prepared.count, layout, copy, head, prepared, first, count, scaling, scores)
+}
+
+void score(const Layout& layout, const Copy& copy, int head, const PreparedQuery& prepared, int64_t first, int64_t count,
+           float scaling, float softcap, float* const* scores) {
+    score_uncapped(layout, copy, head, prepared, first, count, scaling, scores);
+    if (softcap > 0)
+        for (int j = 0; j < prepared.count; j++)
+            for (int64_t t = first; t < first + count; t++) scores[j][t] = scalar_tanh(scores[j][t] / softcap) * softcap;
+}
+
+}  // namespace
+}  // namespace specache

@@ -1,0 +1,193 @@
+// Numbers, rows and packed codes as blocks of vectors. A part of kernels_impl.hpp.
+#pragma once
+
+namespace specache {
+namespace {
+
+// ---- numbers ----------------------------------------------------------------------------------------------------------------
+
+inline float root(float x) { return __builtin_sqrtf(x); }
+inline float nearest(float x) { return __builtin_nearbyintf(x); }
+
+inline float float_of(uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+
+inline uint32_t bits_of(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return bits;
+}
+
+inline float half_to_float(uint16_t h) {
+    uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = (h >> 10) & 31, fraction = h & 1023;
+    if (exponent == 31) return float_of(sign | 0x7F800000 | fraction << 13);
+    if (exponent) return float_of(sign | (exponent + 112) << 23 | fraction << 13);
+    float small = float(int(fraction)) * (1.0f / 16777216.0f);  // 2^-24
+    return sign ? -small : small;
+}
+
+// Round to nearest even; what is too large is clamped to 65504.
+inline uint16_t float_to_half(float x) {
+    uint32_t bits = bits_of(x), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7FFFFFFF;
+    if (magnitude >= 0x477FF000) return uint16_t(sign | 0x7BFF);
+    if (magnitude < 0x38800000) {  // subnormal: adding 0.5 puts the unit in the last place at 2^-24
+        float shifted = float_of(magnitude) + 0.5f;
+        return uint16_t(sign | (bits_of(shifted) - 0x3F000000));
+    }
+    uint32_t rounded = magnitude + 0xFFF + (magnitude >> 13 & 1);
+    return uint16_t(sign | ((rounded - 0x38000000) >> 13));
+}
+
+inline float scalar_of(const uint8_t* p, Dtype dtype) {
+    if (dtype == Dtype::f32) {
+        float x;
+        std::memcpy(&x, p, 4);
+        return x;
+    }
+    uint16_t h;
+    std::memcpy(&h, p, 2);
+    return dtype == Dtype::bf16 ? float_of(uint32_t(h) << 16) : half_to_float(h);
+}
+
+inline Floats load_partial(const float* p, int count, float fill) {
+    alignas(64) float x[kTile];
+    for (int i = 0; i < kTile; i++) x[i] = i < count ? p[i] : fill;
+    return Isa::load(x);
+}
+
+inline void store_partial(float* p, int count, Floats v) {
+    alignas(64) float x[kTile];
+    Isa::store(x, v);
+    for (int i = 0; i < count; i++) p[i] = x[i];
+}
+
+inline Floats load_halves(const uint16_t* p, int count) {
+    if (count >= kTile) return Isa::load_half(p);
+    alignas(64) float x[kTile];
+    for (int i = 0; i < kTile; i++) x[i] = i < count ? half_to_float(p[i]) : 0.0f;
+    return Isa::load(x);
+}
+
+// 16 elements of a row; past `count` they are zero.
+inline Floats load_elements(const uint8_t* p, Dtype dtype, int count) {
+    if (count >= kTile) {
+        if (dtype == Dtype::f32) return Isa::load(reinterpret_cast<const float*>(p));
+        if (dtype == Dtype::bf16) return Isa::load_bf16(reinterpret_cast<const uint16_t*>(p));
+        return Isa::load_half(reinterpret_cast<const uint16_t*>(p));
+    }
+    alignas(64) float x[kTile];
+    for (int i = 0; i < kTile; i++) x[i] = i < count ? scalar_of(p + i * itemsize(dtype), dtype) : 0.0f;
+    return Isa::load(x);
+}
+
+// ---- codes ------------------------------------------------------------------------------------------------------------------
+
+// What the codes in a nibble stand for, one table per code of a nibble.
+struct Tables {
+    Bytes t[4];
+};
+
+template <int BITS>
+inline Tables tables_of(const int8_t* steps, int offset) {
+    Tables tables;
+    for (int j = 0; j < 4; j++) {
+        uint8_t entry[16];
+        for (int x = 0; x < 16; x++) entry[x] = uint8_t(steps[(x >> (j * BITS % 4)) & ((1 << BITS) - 1)] + offset);
+        tables.t[j] = Isa::load_table(entry);
+    }
+    return tables;
+}
+
+// KIVI's codes 0 to 2^b - 1 count from their middle, in halves: rounded queries and weights then meet small numbers.
+template <int BITS>
+inline Tables centred_tables(int offset) {
+    int8_t steps[16];
+    for (int c = 0; c < 1 << BITS; c++) steps[c] = int8_t(2 * c - ((1 << BITS) - 1));
+    return tables_of<BITS>(steps, offset);
+}
+
+template <int BITS>
+constexpr float middle() {
+    return float((1 << BITS) - 1) / 2;
+}
+
+template <int BITS>
+inline Tables key_tables(Code code) {
+    if (code == Code::kivi) return centred_tables<BITS>((1 << BITS) - 1);
+    return tables_of<BITS>(normal_levels(BITS).steps, normal_levels(BITS).offset);
+}
+
+template <int BITS>
+inline Tables value_tables(Code code) {
+    return code == Code::kivi ? centred_tables<BITS>(0) : tables_of<BITS>(normal_levels(BITS).steps, 0);
+}
+
+// Codes of block x that belong to plane m, looked up.
+template <int BITS>
+inline Bytes plane(Bytes low, Bytes high, const Tables& tables, int m) {
+    constexpr int per_nibble = 4 / BITS;
+    return Isa::lookup(tables.t[m % per_nibble], m < per_nibble ? low : high);
+}
+
+inline int32_t dword(const void* p) {
+    int32_t x;
+    std::memcpy(&x, p, 4);
+    return x;
+}
+
+// Products of one tile of keys (16 tokens) with NQ rounded queries.
+template <int BITS, int NQ>
+inline void key_dots(const uint8_t* tile, int chunks, int rest, const int8_t* queries, const Tables& tables, Ints* acc) {
+    constexpr int P = 8 / BITS;
+    for (int j = 0; j < NQ; j++) acc[j] = Isa::zero();
+    const int8_t* q = queries;
+    for (int c = 0; c < chunks; c++, tile += 64, q += 4 * P) {
+        Bytes x = Isa::load_bytes(tile), low = Isa::low_nibbles(x), high = Isa::high_nibbles(x);
+#pragma GCC unroll 8
+        for (int m = 0; m < P; m++) {
+            Bytes levels = plane<BITS>(low, high, tables, m);
+#pragma GCC unroll 8
+            for (int j = 0; j < NQ; j++) acc[j] = Isa::dot_us(acc[j], levels, dword(q + j * kQueryStride + 4 * m));
+        }
+    }
+    if (rest) {
+        alignas(64) uint8_t spread[64] = {};
+        for (int t = 0; t < kTile; t++)
+            for (int i = 0; i < rest; i++) spread[4 * t + i] = tile[t * rest + i];
+        Bytes x = Isa::load_bytes(spread), low = Isa::low_nibbles(x), high = Isa::high_nibbles(x);
+        for (int m = 0; m < P; m++) {
+            Bytes levels = plane<BITS>(low, high, tables, m);
+            for (int j = 0; j < NQ; j++) acc[j] = Isa::dot_us(acc[j], levels, dword(q + j * kQueryStride + 4 * m));
+        }
+    }
+}
+
+// Products of one tile of values (up to 16 channels) with NQ rounded weight rows of a page.
+template <int BITS, int NQ>
+inline void value_dots(const uint8_t* tile, int rows, const uint8_t* weights, const Tables& tables, Ints* acc) {
+    constexpr int P = 8 / BITS, chunks = kPage / (4 * P);
+    for (int j = 0; j < NQ; j++) acc[j] = Isa::zero();
+    for (int c = 0; c < chunks; c++) {
+        alignas(64) uint8_t spread[64];
+        const uint8_t* source = tile + c * rows * 4;
+        if (rows < kTile) {
+            std::memset(spread, 0, 64);
+            std::memcpy(spread, source, size_t(rows) * 4);
+            source = spread;
+        }
+        Bytes x = Isa::load_bytes(source), low = Isa::low_nibbles(x), high = Isa::high_nibbles(x);
+#pragma GCC unroll 8
+        for (int m = 0; m < P; m++) {
+            Bytes levels = plane<BITS>(low, high, tables, m);
+#pragma GCC unroll 8
+            for (int j = 0; j < NQ; j++)
+                acc[j] = Isa::dot_su(acc[j], dword(weights + j * kPage + 4 * (c * P + m)), levels);
+        }
+    }
+}
+
+}  // namespace
+}  // namespace specache
