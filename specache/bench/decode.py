@@ -17,6 +17,7 @@ from specache.bench.contenders import BareModel, Contender, DynamicContender, Qu
 from specache.bench.race import Measured, Skipped, race
 from specache.bench.timing import Timing
 from specache.bench.workload import Workload
+from specache.compiled import compile_decode
 from specache.errors import BenchmarkError, ConfigError
 
 DYNAMIC, QUANTIZED, LLAMA_CPP = "dynamic", "quantized", "llama.cpp"
@@ -40,6 +41,7 @@ class Decode(CacheOptions):
     batch: int = field(default=1, metadata={"help": "Sequences decoded together."})
     against: tuple[str, ...] = field(default=(DYNAMIC,), metadata={"help": f"What to compare with: {', '.join(OPPONENTS)}."})
     steps: int = field(default=10, metadata={"help": "Timed steps of each; they are interleaved."})
+    compile: bool = field(default=False, metadata={"help": "Compile our decode step first (half a minute)."})
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "context", "batch", "steps")
@@ -52,6 +54,8 @@ class Decode(CacheOptions):
         source = surroundings.model_source
         surroundings.say(f"Loading {source.name}")
         work = Workload(source.load(), self.batch, self.context, surroundings.seed)
+        if self.compile:
+            compile_decode(work.model)
         ours = SpeCacheContender(work, self.config())
         contenders: list[Contender] = [ours]
         skipped = {}
@@ -79,16 +83,17 @@ class Decode(CacheOptions):
 
     def _llama_cpp(self, surroundings: Surroundings) -> Iterator[Result]:
         source = surroundings.model_source
+        weights = str(source.weights) if source.shape else "file"  # a .gguf file has weights of its own
         for cache in LLAMA_CPP_CACHES:
             surroundings.say(f"llama.cpp with {cache} cache")
             try:
                 samples = llama_cpp_steps(
-                    source.shape or source.name, self.context, self.batch, str(source.weights), cache, self.steps
+                    source.shape or source.gguf or source.name, self.context, self.batch, str(source.weights), cache, self.steps
                 )
             except BenchmarkError as error:
-                yield self._empty(LLAMA_CPP, cache, source.weights, str(error))
+                yield self._empty(LLAMA_CPP, cache, weights, str(error))
             else:
-                yield self._timed(LLAMA_CPP, cache, source.weights, Timing(tuple(samples)), None, False)
+                yield self._timed(LLAMA_CPP, cache, weights, Timing(tuple(samples)), None, False)
 
     def _timed(
         self, impl: str, cache: str, format: str, timing: Timing, breakdown: dict[str, float] | None, interleaved: bool

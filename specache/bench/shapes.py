@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from specache.errors import ConfigError
+from specache.weights import WeightFormat, quantise_weights
 
 POSITIONS = 1 << 20  # RoPE has no table that a long synthetic context could leave
 
@@ -23,10 +24,18 @@ class Weights(StrEnum):
     FP32 = "fp32"
     BF16 = "bf16"
     FP16 = "fp16"
+    INT8 = "int8"
+    INT4 = "int4"
 
     @property
     def dtype(self) -> torch.dtype:
-        return {Weights.FP32: torch.float32, Weights.BF16: torch.bfloat16, Weights.FP16: torch.float16}[self]
+        """Of the activations, the cache, and weights that are not quantised."""
+        return {Weights.FP32: torch.float32, Weights.FP16: torch.float16}.get(self, torch.bfloat16)
+
+    @property
+    def quantised(self) -> WeightFormat:
+        """How linear layers are quantised; `auto` is not at all."""
+        return WeightFormat(self.value) if self in (Weights.INT8, Weights.INT4) else WeightFormat.AUTO
 
 
 @dataclass(frozen=True)
@@ -98,6 +107,10 @@ class ModelSource(Protocol):
     def shape(self) -> Shape | None:
         """The shape of a model with random weights; `None` for a real one."""
 
+    @property
+    def gguf(self) -> str | None:
+        """The .gguf file of a real model, if it is one: what llama.cpp can read."""
+
     def load(self) -> Any:
         """The transformers model, ready to run."""
 
@@ -114,6 +127,13 @@ class RandomModel:
     def name(self) -> str:
         return self.shape.name
 
+    @property
+    def gguf(self) -> str | None:
+        return None
+
     def load(self) -> Any:
         torch.manual_seed(self.seed)
-        return AutoModelForCausalLM.from_config(self.shape.config(), dtype=self.weights.dtype).eval()
+        model = AutoModelForCausalLM.from_config(self.shape.config(), dtype=self.weights.dtype).eval()
+        if self.weights.quantised is not WeightFormat.AUTO:
+            quantise_weights(model, self.weights.quantised)
+        return model

@@ -17,7 +17,7 @@ from specache.cli.bench_table import result_table
 from specache.cli.console import err, quiet_libraries, status
 from specache.cli.field_command import field_parameters, make_command, take, take_fields, written_parameters
 from specache.cli.json_file import JsonFile, check_json, write_json
-from specache.cli.models import Dtype, load
+from specache.cli.models import DEMO_MODEL, Device, Dtype, demo_gguf, load
 from specache.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -41,7 +41,8 @@ Timings are noisy: implementations take turns within a run, and only figures of 
 LOG_WIDTH = 200  # of tables where there is no terminal
 _MODEL_PANEL = "Model"
 _BENCHMARK_PANEL = "Benchmark"
-_DTYPES = {"fp32": Dtype.FLOAT32, "bf16": Dtype.BFLOAT16, "fp16": Dtype.FLOAT16}
+_DTYPES = {"fp32": Dtype.FLOAT32, "fp16": Dtype.FLOAT16}  # the rest computes in bfloat16
+_FORMATS = "fp32, bf16, fp16, int8, int4"
 
 Seed = Annotated[int, typer.Option("--seed", rich_help_panel="Run", help="Decides synthetic keys, values, weights and prompts.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, rich_help_panel="Run", help="CPU threads. Default: PyTorch's.")]
@@ -59,7 +60,7 @@ ShapeName = Annotated[
     ),
 ]
 WeightsName = Annotated[
-    str, typer.Option("--weights", rich_help_panel=_MODEL_PANEL, help=f"Number format: {', '.join(_DTYPES)}.", metavar="FORMAT")
+    str, typer.Option("--weights", rich_help_panel=_MODEL_PANEL, help=f"Number format: {_FORMATS}.", metavar="FORMAT")
 ]
 
 
@@ -97,10 +98,26 @@ class NamedModel:
         """None: it has weights of its own."""
         return None
 
+    @property
+    def gguf(self) -> str | None:
+        """The file that was named, or the demo's."""
+        if self.name == DEMO_MODEL:
+            return str(demo_gguf())
+        return self.name if self.name.lower().endswith(".gguf") else None
+
     def load(self) -> Any:
         """The model on the CPU, without its tokenizer."""
         quiet_libraries()
-        return load(self.name, dtype=_DTYPES[self.weights], revision=self.revision, offline=self.offline).model.to("cpu")
+        dtype = _DTYPES.get(self.weights, Dtype.BFLOAT16)
+        loaded = load(
+            self.name,
+            dtype=dtype,
+            weights=self.weights.quantised,
+            device=Device.CPU,
+            revision=self.revision,
+            offline=self.offline,
+        )
+        return loaded.model
 
 
 class BenchmarkGroup(TyperGroup):
