@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import warnings
 
 import pytest
 import torch
@@ -311,6 +312,17 @@ def test_a_query_that_is_not_finite_stays_in_range(isa):
 def test_an_unknown_backend_is_refused_with_what_there_is():
     with pytest.raises(ConfigError, match="torch"), dispatch.using("mmx"):
         pass
+
+
+def test_their_absence_is_said_once(monkeypatch):
+    monkeypatch.setattr(native, "MISSING", "no module")
+    monkeypatch.delenv(dispatch.VARIABLE, raising=False)
+    dispatch._say_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match="specache doctor"):
+        dispatch.fused(torch.zeros(1, 1, 1, 8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dispatch.fused(torch.zeros(1, 1, 1, 8))
 
 
 @pytest.mark.parametrize("name", ["torch", *ISAS])

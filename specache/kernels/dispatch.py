@@ -20,8 +20,10 @@ The environment variable `SPECACHE_KERNELS` forces a backend: `torch`, or an ins
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -89,9 +91,21 @@ def fused(query: Tensor) -> native.NativeKernels | None:
 
 
 def _serving(tensor: Tensor, dim: int = 1) -> Any:
+    if native.MISSING and tensor.device.type == "cpu" and VARIABLE not in os.environ:
+        _say_once()
     if tensor.device.type != "cpu" or _backend is torch_ops or not _backend.serves(dim, tensor.dtype):
         return torch_ops
     return _backend
+
+
+@cache
+def _say_once() -> None:
+    warnings.warn(
+        f"specache's C++ kernels are not installed ({native.MISSING}): decoding runs on PyTorch, many times slower. "
+        "See `specache doctor`.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def _load(name: str) -> Any:
