@@ -314,6 +314,13 @@ def test_an_unknown_backend_is_refused_with_what_there_is():
         pass
 
 
+def test_an_unknown_backend_in_the_environment_is_an_error_of_ours():
+    command = [sys.executable, "-c", "from specache.cli.main import app; app()", "doctor"]
+    result = subprocess.run(command, env={"SPECACHE_KERNELS": "mmx", "PATH": ""}, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: SPECACHE_KERNELS='mmx'") and "Traceback" not in result.stderr
+
+
 def test_their_absence_is_said_once(monkeypatch):
     monkeypatch.setattr(native, "MISSING", "no module")
     monkeypatch.delenv(dispatch.VARIABLE, raising=False)

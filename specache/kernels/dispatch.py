@@ -43,7 +43,7 @@ def available() -> list[str]:
 
 def active() -> dict[str, str]:
     """Operation -> name of the backend that serves it on the CPU, for `specache doctor`."""
-    return dict.fromkeys(OPERATIONS, _name)
+    return dict.fromkeys(OPERATIONS, _chosen()[0])
 
 
 @contextmanager
@@ -53,13 +53,12 @@ def using(name: str) -> Iterator[None]:
     Raises:
         ConfigError: it is not available here.
     """
-    global _name, _backend
-    before = _name, _backend
-    _name, _backend = name, _load(name)
+    global _forced
+    before, _forced = _forced, (name, _load(name))
     try:
         yield
     finally:
-        _name, _backend = before
+        _forced = before
 
 
 def quantise(keys: Tensor, values: Tensor, copy: LowBitCopy, start: int) -> None:
@@ -93,9 +92,21 @@ def fused(query: Tensor) -> native.NativeKernels | None:
 def _serving(tensor: Tensor, dim: int = 1) -> Any:
     if native.MISSING and tensor.device.type == "cpu" and VARIABLE not in os.environ:
         _say_once()
-    if tensor.device.type != "cpu" or _backend is torch_ops or not _backend.serves(dim, tensor.dtype):
+    backend = _chosen()[1]
+    if tensor.device.type != "cpu" or backend is torch_ops or not backend.serves(dim, tensor.dtype):
         return torch_ops
-    return _backend
+    return backend
+
+
+def _chosen() -> tuple[str, Any]:
+    """Name and backend for the CPU."""
+    return _forced or _default()
+
+
+@cache
+def _default() -> tuple[str, Any]:
+    name = os.environ.get(VARIABLE) or available()[-1]
+    return name, _load(name)
 
 
 @cache
@@ -116,5 +127,4 @@ def _load(name: str) -> Any:
     return torch_ops if name == "torch" else native.NativeKernels(name)
 
 
-_name = os.environ.get(VARIABLE) or available()[-1]
-_backend: Any = _load(_name)
+_forced: tuple[str, Any] | None = None
