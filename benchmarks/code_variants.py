@@ -1,10 +1,11 @@
-"""Variants of the low-bit code, simulated: what was tried before `--code rotated` was built.
+"""Variants of the method, simulated: what was tried before it was built, and what was left out.
 
     python benchmarks/code_variants.py [-m MODEL] [--text FILE ...] [--lengths 4000,5000] [--new 128] [--only NAME ...]
 
 Keys and values of a prompt are replaced by what a variant decodes to (nothing is packed), then all tokens of a continuation go
 through the model in one pass: every row selects its own top-k from the low-bit scores and swaps in the exact pairs, as policies
-`on-demand` and `verified` do step by step. Prints the KL divergence from exact attention along the given text.
+`on-demand` and `verified` do step by step. Prints the KL divergence from exact attention along the given text, and the bytes of
+low-bit copy and residual over those of an ordinary 16-bit cache.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,39 +27,78 @@ from specache.exact import AttentionParams
 from specache.integration import attached, forward
 from specache.layers import WindowLayer
 
-RESIDUAL = GROUP = 64
-PREFIX = RESIDUAL + GROUP  # tokens that key weights are made from
-Code = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # (keys, values, weights) -> what they decode to
+THREE_BITS = (0.2451, 0.7560, 1.3439, 2.1520)  # Lloyd-Max levels of a normal distribution, for studies only: nothing packs 3 bits
 
 
-def rotated(
-    bits: int,
-    *,
-    weighted: bool = True,
-    unbiased_keys: bool = True,
-    unbiased_values: bool = True,
-    centred_values: bool = False,
-    value_bits: int | None = None,
-) -> Code:
-    """The rotated code and its variants; the shipped one is `rotated(bits)`."""
+class Code(Protocol):
+    """How keys and values become low bits."""
 
-    def code(keys: Tensor, values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def decoded(self, keys: Tensor, values: Tensor, weights: Tensor, group: int) -> tuple[Tensor, Tensor]:
+        """What keys and values [Hkv, S, D] decode to; `weights` [Hkv, D] of the key channels."""
+
+    def bits_per_element(self, dim: int, group: int) -> float:
+        """Bits of a key's and a value's element, scales and means included, on average."""
+
+
+@dataclass(frozen=True)
+class Rotated:
+    """The rotated code and its variants; the shipped one has `key_bits` equal to `value_bits`."""
+
+    key_bits: int
+    value_bits: int
+    weighted: bool = True
+    unbiased_keys: bool = True
+    unbiased_values: bool = True
+    centred_values: bool = False
+
+    def decoded(self, keys: Tensor, values: Tensor, weights: Tensor, group: int) -> tuple[Tensor, Tensor]:
         turn = reference.rotation(keys.shape[-1])
-        w = (weights if weighted else torch.ones_like(weights))[:, None, None]
-        groups = keys.unflatten(1, (-1, GROUP))  # [Hkv, S/g, g, D]
+        w = (weights if self.weighted else torch.ones_like(weights))[:, None, None]
+        groups = keys.unflatten(1, (-1, group))  # [Hkv, S/g, g, D]
         mean = groups.mean(2, keepdim=True).half().float()
-        low_keys = round_to_levels(((groups - mean) * w) @ turn.T, bits, unbiased_keys) @ turn / w + mean
-        groups = values.unflatten(1, (-1, GROUP))
-        mean = groups.mean(2, keepdim=True).half().float() if centred_values else torch.zeros(())
-        low_values = round_to_levels((groups - mean) @ turn.T, value_bits or bits, unbiased_values) @ turn + mean
+        low_keys = round_to_levels(((groups - mean) * w) @ turn.T, self.key_bits, self.unbiased_keys) @ turn / w + mean
+        groups = values.unflatten(1, (-1, group))
+        mean = groups.mean(2, keepdim=True).half().float() if self.centred_values else torch.zeros(())
+        low_values = round_to_levels((groups - mean) @ turn.T, self.value_bits, self.unbiased_values) @ turn + mean
         return low_keys.flatten(1, 2), low_values.flatten(1, 2)
 
-    return code
+    def bits_per_element(self, dim: int, group: int) -> float:
+        means = 2 if self.centred_values else 1
+        return (self.key_bits + self.value_bits) / 2 + 16 / dim + means * 8 / group
+
+
+@dataclass(frozen=True)
+class Kivi:
+    """KIVI's code."""
+
+    bits: int
+
+    def decoded(self, keys: Tensor, values: Tensor, weights: Tensor, group: int) -> tuple[Tensor, Tensor]:
+        low_keys = reference.dequantise_keys(*reference.quantise_keys(keys, self.bits, group), group)
+        return low_keys, reference.dequantise_values(*reference.quantise_values(values, self.bits, group), group)
+
+    def bits_per_element(self, dim: int, group: int) -> float:
+        return self.bits + 16 / group + 16 / min(dim, group)
+
+
+@dataclass(frozen=True)
+class InTurn:
+    """Groups of tokens in one code and in another by turns: as many bytes as lie between them."""
+
+    codes: tuple[Code, Code]
+
+    def decoded(self, keys: Tensor, values: Tensor, weights: Tensor, group: int) -> tuple[Tensor, Tensor]:
+        first = (torch.arange(keys.shape[1]) // group % 2 == 0)[:, None]
+        parts = [code.decoded(keys, values, weights, group) for code in self.codes]
+        return torch.where(first, parts[0][0], parts[1][0]), torch.where(first, parts[0][1], parts[1][1])
+
+    def bits_per_element(self, dim: int, group: int) -> float:
+        return sum(code.bits_per_element(dim, group) for code in self.codes) / 2
 
 
 def round_to_levels(rotated_rows: Tensor, bits: int, unbiased: bool) -> Tensor:
     """Nearest normal levels times one scale per row: unbiased, or least-squares."""
-    levels = reference.normal_levels(bits)
+    levels = torch.tensor([-x for x in reversed(THREE_BITS)] + list(THREE_BITS)) if bits == 3 else reference.normal_levels(bits)
     unit = rotated_rows / rotated_rows.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-20)
     chosen = levels[torch.bucketize(unit, (levels[1:] + levels[:-1]) / 2)]
     product = (rotated_rows * chosen).sum(-1, keepdim=True)
@@ -67,28 +107,95 @@ def round_to_levels(rotated_rows: Tensor, bits: int, unbiased: bool) -> Tensor:
     return chosen * (product / chosen.square().sum(-1, keepdim=True)).half().float()
 
 
-def kivi(bits: int) -> Code:
-    """KIVI's code."""
-
-    def code(keys: Tensor, values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        low_keys = reference.dequantise_keys(*reference.quantise_keys(keys, bits, GROUP), GROUP)
-        return low_keys, reference.dequantise_values(*reference.quantise_values(values, bits, GROUP), GROUP)
-
-    return code
+Masses = dict[int, Tensor]  # layer -> attention probabilities [Hkv, n, L] of the tokens at low bit
+Budgets = dict[int, Tensor]  # layer -> pairs to swap in [Hkv, n]
 
 
-VARIANTS: dict[str, tuple[Code, int]] = {  # name -> (code, k)
-    "2-bit kivi, k=64": (kivi(2), 64),
-    "2-bit rotated, k=64": (rotated(2), 64),
-    "2-bit rotated, k=128": (rotated(2), 128),
-    "2-bit rotated, no weights, k=64": (rotated(2, weighted=False), 64),
-    "2-bit rotated, least-squares keys, k=64": (rotated(2, unbiased_keys=False), 64),
-    "2-bit rotated, least-squares values, k=64": (rotated(2, unbiased_values=False), 64),
-    "2-bit rotated, centred values, k=64": (rotated(2, centred_values=True), 64),
-    "1-bit kivi, k=128": (kivi(1), 128),
-    "1-bit rotated, k=128": (rotated(1), 128),
-    "1-bit rotated, centred values, k=128": (rotated(1, centred_values=True), 128),
-    "2-bit keys, 1-bit values, k=128": (rotated(2, value_bits=1), 128),
+def by_mass(masses: Masses, top_k: int) -> Budgets:
+    """As many pairs per step as `top_k` for every head, in proportion to the attention that a head pays to the low-bit tokens."""
+    mass = torch.stack([one.sum(-1) for one in masses.values()])  # [layers, Hkv, n]
+    ends = (mass / mass.sum((0, 1), keepdim=True)).flatten(0, 1).cumsum(0) * (top_k * mass[..., 0].numel())
+    budgets = ends.round().diff(dim=0, prepend=torch.zeros_like(ends[:1])).long().unflatten(0, mass.shape[:2])
+    return dict(zip(masses, budgets, strict=True))
+
+
+def by_rank(masses: Masses, top_k: int) -> Budgets:
+    """The same number, for the pairs with most attention of all heads and layers: it leaves the least of it at low bit."""
+    mass = torch.stack(list(masses.values()))  # [layers, Hkv, n, L]
+    pairs = mass.movedim(2, 0).flatten(1)  # [n, layers * Hkv * L]
+    least = pairs.topk(min(top_k * mass[..., 0, 0].numel(), pairs.shape[1]), dim=-1).values[:, -1]  # [n]
+    return dict(zip(masses, (mass >= least[:, None]).sum(-1), strict=True))
+
+
+def of_the_last_step(spread: Spread) -> Spread:
+    """Budgets that a decoder can know before a step's first layer."""
+
+    def spread_late(masses: Masses, top_k: int) -> Budgets:
+        return {layer: torch.cat([k[:, :1], k[:, :-1]], dim=1) for layer, k in spread(masses, top_k).items()}
+
+    return spread_late
+
+
+Spread = Callable[[Masses, int], Budgets]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A code, and what is swapped in.
+
+    Attributes:
+        top_k: pairs per KV head and row.
+        spread: divides these over layers and heads; `None`: as many for every one.
+        residual, group: `R` and `g`.
+    """
+
+    code: Code
+    top_k: int
+    spread: Spread | None = None
+    residual: int = 64
+    group: int = 64
+
+    def low_bit_length(self, length: int) -> int:
+        """Tokens of `length` that are at low bit."""
+        return max(0, length - self.residual) // self.group * self.group
+
+    def memory(self, length: int, dim: int) -> float:
+        """Bytes of copy and residual over those of a 16-bit cache."""
+        low = self.low_bit_length(length)
+        return (low * self.code.bits_per_element(dim, self.group) / 16 + length - low) / length
+
+
+ONE, TWO = Rotated(1, 1), Rotated(2, 2)
+VARIANTS: dict[str, Variant] = {
+    "2-bit kivi, k=64": Variant(Kivi(2), 64),
+    "2-bit rotated, k=64": Variant(TWO, 64),
+    "2-bit rotated, k=128": Variant(TWO, 128),
+    "2-bit rotated, no weights, k=64": Variant(Rotated(2, 2, weighted=False), 64),
+    "2-bit rotated, least-squares keys, k=64": Variant(Rotated(2, 2, unbiased_keys=False), 64),
+    "2-bit rotated, least-squares values, k=64": Variant(Rotated(2, 2, unbiased_values=False), 64),
+    "2-bit rotated, centred values, k=64": Variant(Rotated(2, 2, centred_values=True), 64),
+    "1-bit kivi, k=128": Variant(Kivi(1), 128),
+    "1-bit rotated, k=128": Variant(ONE, 128),
+    "1-bit rotated, centred values, k=128": Variant(Rotated(1, 1, centred_values=True), 128),
+    "2-bit keys, 1-bit values, k=128": Variant(Rotated(2, 1), 128),
+    "1-bit keys, 2-bit values, k=128": Variant(Rotated(1, 2), 128),
+    "groups at 2 bits and 1 bit in turn, k=128": Variant(InTurn((TWO, ONE)), 128),
+    "3-bit keys, 1-bit values, k=64": Variant(Rotated(3, 1), 64),
+    "1-bit keys, 3-bit values, k=64": Variant(Rotated(1, 3), 64),
+    "3-bit rotated, k=64": Variant(Rotated(3, 3), 64),
+    "4-bit keys, 2-bit values, k=64": Variant(Rotated(4, 2), 64),
+    "2-bit keys, 4-bit values, k=64": Variant(Rotated(2, 4), 64),
+    "2-bit rotated, k=64 by mass": Variant(TWO, 64, by_mass),
+    "2-bit rotated, k=64 by rank": Variant(TWO, 64, by_rank),
+    "2-bit rotated, k=64 by rank in the last step": Variant(TWO, 64, of_the_last_step(by_rank)),
+    "1-bit rotated, k=128 by mass": Variant(ONE, 128, by_mass),
+    "1-bit rotated, k=128 by rank": Variant(ONE, 128, by_rank),
+    "1-bit rotated, k=128 by rank in the last step": Variant(ONE, 128, of_the_last_step(by_rank)),
+    "2-bit rotated, k=64, g=32, R=32": Variant(TWO, 64, residual=32, group=32),
+    "2-bit rotated, k=64, g=32, R=64": Variant(TWO, 64, residual=64, group=32),
+    "2-bit rotated, k=64, g=64, R=16": Variant(TWO, 64, residual=16),
+    "2-bit rotated, k=64, g=64, R=128": Variant(TWO, 64, residual=128),
+    "1-bit rotated, k=128, g=32, R=32": Variant(ONE, 128, residual=32, group=32),
 }
 
 
@@ -98,9 +205,10 @@ class Simulation:
 
     prompt: Prefilled
     windows: dict[int, WindowLayer]
-    code: Code | None  # None: exact
-    top_k: int
+    variant: Variant | None  # None: exact
+    budgets: Budgets = field(default_factory=dict)  # empty: `top_k` for every head
     weights: dict[int, Tensor] = field(default_factory=dict)
+    masses: Masses = field(default_factory=dict)
 
     def attention(self, index: int, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
         if index in self.windows:
@@ -114,42 +222,60 @@ class Simulation:
     def _mixed(self, index: int, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
         """query [Hkv, G, n, D] -> [Hkv, G, n, D]."""
         start, n, total = self.prompt.length, query.shape[2], keys.shape[1]
-        lengths = torch.tensor([max(0, start + i + 1 - RESIDUAL) // GROUP * GROUP for i in range(n)])
-        longest = int(lengths.max()) if self.code is not None else 0
         exact = capped(query @ keys[:, None].transpose(-1, -2) * params.scaling, params)  # [Hkv, G, n, T]
         column = torch.arange(total)
         hidden = column > torch.arange(start, start + n)[:, None]
-        if not longest or self.code is None:
+        if self.variant is None:
             return exact.masked_fill(hidden, -torch.inf).softmax(-1) @ values[:, None]
-        low_keys, low_values = self.code(keys[:, :longest], values[:, :longest], self.weights[index])
+        lengths = torch.tensor([self.variant.low_bit_length(start + i + 1) for i in range(n)])
+        longest = int(lengths.max())
+        low_keys, low_values = self.variant.code.decoded(
+            keys[:, :longest], values[:, :longest], self.weights[index], self.variant.group
+        )
         low = (column < lengths[:, None])[..., :longest]  # [n, L]
         mixed = exact.clone()
         scores = capped(query @ low_keys[:, None].transpose(-1, -2) * params.scaling, params)
         mixed[..., :longest] = torch.where(low, scores, mixed[..., :longest])
-        mass = mixed.masked_fill(hidden, -torch.inf).softmax(-1).mean(1)[..., :longest].masked_fill(~low, -1.0)  # [Hkv, n, L]
-        chosen = torch.zeros_like(mass, dtype=torch.bool).scatter_(2, mass.topk(min(self.top_k, longest), dim=-1).indices, True)
-        stays_low = (low & ~chosen)[:, None]  # [Hkv, 1, n, L]
+        mass = mixed.masked_fill(hidden, -torch.inf).softmax(-1).mean(1)[..., :longest]  # [Hkv, n, L]
+        if self.variant.spread is not None and not self.budgets:
+            self.masses[index] = mass * low
+        stays_low = (low & ~self._chosen(index, mass.masked_fill(~low, -1.0)))[:, None]  # [Hkv, 1, n, L]
         mixed[..., :longest] = torch.where(stays_low, mixed[..., :longest], exact[..., :longest])
         p = mixed.masked_fill(hidden, -torch.inf).softmax(-1)
         out = (p[..., :longest] * stays_low) @ low_values[:, None]
         p[..., :longest] *= ~stays_low
         return out + p @ values[:, None]
 
+    def _chosen(self, index: int, mass: Tensor) -> Tensor:
+        """The pairs of a layer that are swapped in: a mask [Hkv, n, L]."""
+        assert self.variant is not None
+        budget = self.budgets.get(index, torch.full(mass.shape[:2], self.variant.top_k))  # [Hkv, n]
+        most = min(int(budget.max()), mass.shape[2])
+        within = torch.arange(most) < budget[..., None]
+        return torch.zeros_like(mass, dtype=torch.bool).scatter_(2, mass.topk(most, dim=-1).indices, within)
+
 
 def capped(scores: Tensor, params: AttentionParams) -> Tensor:
     return scores if params.softcap is None else params.softcap * torch.tanh(scores / params.softcap)
 
 
-def log_probs(model: Any, prompt: Prefilled, following: list[int], code: Code | None, top_k: int) -> Tensor:
+def log_probs(model: Any, prompt: Prefilled, following: list[int], variant: Variant | None) -> Tensor:
     """Log-probabilities [n, V] after each token of a continuation."""
-    simulation = Simulation(prompt, prompt.windows(), code, top_k)
-    for layer in prompt.full_layers:
-        keys, _ = prompt.rows(layer)
-        queries = prompt.queries(layer)[:, :PREFIX].unflatten(0, (keys.shape[0], -1))
-        simulation.weights[layer] = reference.key_weights(queries, keys[:, :PREFIX])
+    simulation = Simulation(prompt, prompt.windows(), variant)
+    if variant is not None:
+        prefix = variant.residual + variant.group  # tokens that key weights are made from
+        for layer in prompt.full_layers:
+            keys, _ = prompt.rows(layer)
+            queries = prompt.queries(layer)[:, :prefix].unflatten(0, (keys.shape[0], -1))
+            simulation.weights[layer] = reference.key_weights(queries, keys[:, :prefix])
     positions = torch.arange(prompt.length, prompt.length + len(following))[None]
     with torch.no_grad(), attached(model):
-        return forward(model, torch.tensor([following]), positions, simulation, logits=len(following))[0].log_softmax(-1)
+        logits = forward(model, torch.tensor([following]), positions, simulation, logits=len(following))[0]
+        if variant is not None and variant.spread is not None:  # once more, with what the first pass showed
+            simulation.budgets = variant.spread(simulation.masses, variant.top_k)
+            simulation.windows = prompt.windows()
+            logits = forward(model, torch.tensor([following]), positions, simulation, logits=len(following))[0]
+    return logits.log_softmax(-1)
 
 
 def main() -> None:
@@ -162,18 +288,21 @@ def main() -> None:
     options = parser.parse_args()
     loaded = load(options.model, dtype=Dtype.FLOAT32)
     divergence: dict[str, list[Tensor]] = {name: [] for name in options.only}
+    memory: dict[str, list[float]] = {name: [] for name in options.only}
     for excerpt in excerpts(loaded.tokenizer, tuple(options.text), list(map(int, options.lengths.split(","))), options.new, 0):
         prompt = Prefilled(loaded.model, loaded.tokenizer(excerpt.document)["input_ids"], all_queries=True)
         following = loaded.tokenizer(excerpt.following, add_special_tokens=False)["input_ids"][: options.new]
-        expected = log_probs(loaded.model, prompt, following, None, 0)
+        expected = log_probs(loaded.model, prompt, following, None)
+        dim = prompt.rows(prompt.full_layers[0])[0].shape[-1]
         for name in options.only:
-            code, top_k = VARIANTS[name]
-            actual = log_probs(loaded.model, prompt, following, code, top_k)
+            actual = log_probs(loaded.model, prompt, following, VARIANTS[name])
             divergence[name].append((expected.exp() * (expected - actual)).sum(-1))
+            memory[name].append(VARIANTS[name].memory(prompt.length, dim))
         prompt.close()
     for name, values in divergence.items():
-        joined = torch.cat(values)
-        print(f"{name:44} mean {joined.mean():.5f}  p95 {joined.quantile(0.95):.5f}  p99 {joined.quantile(0.99):.5f}")
+        joined, ratio = torch.cat(values), sum(memory[name]) / len(memory[name])
+        tail = f"p95 {joined.quantile(0.95):.5f}  p99 {joined.quantile(0.99):.5f}"
+        print(f"{name:48} mean {joined.mean():.5f}  {tail}  memory {ratio:.3f}x")
 
 
 if __name__ == "__main__":

@@ -90,9 +90,10 @@ def compare(model: Any, ids: Tensor, answer: list[int], reference: Tensor, cache
     }
 
 
-def measure(model: Any, ids: Tensor, new: int, bits: int, code: str, top_k: int) -> list[dict[str, Any]]:
+def measure(
+    model: Any, ids: Tensor, answer: list[int], reference: Tensor, bits: int, code: str, top_k: int
+) -> list[dict[str, Any]]:
     """All policies at `bits`; the policies share one prefill, `kivi` has its own with R = 128."""
-    answer, reference = full_answer(model, ids, new)
     rows = []
     base = specache.SpeCacheConfig(bits=bits, code=code, top_k=top_k, slow_tier="ram", policy="verified")
     kivi = specache.SpeCacheConfig(bits=bits, code="kivi", residual=128, slow_tier="ram", policy="none")
@@ -132,7 +133,10 @@ def main() -> None:
     topics = pydoc_data.topics.topics
     text = options.text.read_text() if options.text else "\n".join(topics[name] for name in sorted(topics))
     ids = prompt_ids(loaded.tokenizer, text, options.tokens)
-    rows = [row for bits in options.bits for row in measure(loaded.model, ids, options.new, bits, options.code, options.top_k)]
+    answer, reference = full_answer(loaded.model, ids, options.new)
+    rows: list[dict[str, Any]] = []
+    for bits in options.bits:
+        rows += measure(loaded.model, ids, answer, reference, bits, options.code, options.top_k)
     Console(width=140).print(table(rows))
     if options.json:
         options.json.write_text(json.dumps({"prompt_tokens": ids.shape[1], "rows": rows}, indent=1))

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from specache.cli.flags import in_flags
 from specache.errors import ConfigError, SpeCacheError
 
 EXIT_ERROR = 1
@@ -52,7 +53,7 @@ def reports_errors(command: Callable[_Args, _Result]) -> Callable[_Args, _Result
         except SpeCacheError as error:
             if os.environ.get("SPECACHE_DEBUG"):
                 raise
-            print_error(str(error))
+            print_error(in_flags(str(error), kwargs))
             raise typer.Exit(EXIT_USAGE if isinstance(error, ConfigError) else EXIT_ERROR) from None
         except KeyboardInterrupt:
             err.print("Interrupted.", style="yellow")

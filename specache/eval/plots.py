@@ -101,8 +101,9 @@ def tail_figure(rows: list[Row], cells: list[Cell]) -> Figure:
             shown = values > SMALLEST
             axes.plot(values[shown], share[shown], color=styles[method][0], label=method, linewidth=1.6)
         axes.set(xscale="log", yscale="log", title=group, xlabel="KL divergence, nats", ylabel="share of tokens above")
-        axes.axhline(0.01, color="#BBBBBB", linewidth=0.8, linestyle=":", zorder=0)
-        axes.axhline(0.05, color="#BBBBBB", linewidth=0.8, linestyle=":", zorder=0)
+        for share_above, name in ((0.05, "p95"), (0.01, "p99")):
+            axes.axhline(share_above, color="#BBBBBB", linewidth=0.8, linestyle=":", zorder=0)
+            axes.text(0.0, share_above, f" {name}", transform=axes.get_yaxis_transform(), fontsize=7, color="#888888", va="bottom")
         tidy(axes)
     common_legend(figure, panels)
     return figure
@@ -123,6 +124,7 @@ def memory_figure(rows: list[Row]) -> Figure:
             )
         axes.set(title=group, xlabel="fast memory, share of the 16-bit cache", ylabel=mean_label(rows))
         axes.set_yscale("log" if logarithmic else "linear")
+        axes.margins(x=0.1)
         axes.set_xlim(left=0)
         if rows[0]["unit"] == SCORE:
             axes.set_ylim(-0.02, 1.02)

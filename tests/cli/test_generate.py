@@ -162,10 +162,10 @@ def test_the_default_length_stops_at_the_models_positions(tiny_folder):
 @pytest.mark.parametrize(
     ("arguments", "message", "code"),
     [
-        (["--bits", "3"], "bits must be one of 1, 2, 4", 2),
-        (["--top-k", "0"], "top_k must be a positive number", 2),
-        (["--group-size", "48"], "group_size must divide", 2),
-        (["--residual", "-1"], "residual must be", 2),
+        (["--bits", "3"], "error: --bits must be one of 1, 2, 4", 2),
+        (["-k", "0"], "error: --top-k must be a positive number", 2),
+        (["--group-size", "48"], "error: --group-size must divide", 2),
+        (["--residual", "-1"], "error: --residual must be", 2),
         (["--hot-set", "lots"], "--hot-set 'lots'", 2),
         (["--max-new-tokens", "0"], "--max-new-tokens must be 1 or more", 2),
         (["--repetition-penalty", "0"], "--repetition-penalty must be above 0", 2),

@@ -154,10 +154,12 @@ def test_the_tasks_are_the_benchmarks() -> None:
     assert all("{context}" in subset.prompt for subset in SUBSETS.values())
     without_input = {name for name, subset in SUBSETS.items() if "{input}" not in subset.prompt}
     assert without_input == {"gov_report", "multi_news", "passage_count", "lcc"}
-    lengths = {name: subset.max_new_tokens for name, subset in SUBSETS.items()}
-    assert {name for name, length in lengths.items() if length == 512} == {"gov_report", "qmsum", "multi_news"}
-    assert {name for name, length in lengths.items() if length == 128} == {"narrativeqa", "qasper", "samsum"}
-    assert {name for name, length in lengths.items() if length == 64} == {"multifieldqa_en", "trec", "lcc", "repobench-p"}
+    lengths = {512: ["gov_report", "qmsum", "multi_news"], 128: ["narrativeqa", "qasper", "samsum"]}
+    lengths |= {64: ["multifieldqa_en", "trec", "lcc", "repobench-p"]}
+    lengths |= {32: ["hotpotqa", "2wikimqa", "musique", "triviaqa", "passage_count", "passage_retrieval_en"]}
+    assert {name: subset.max_new_tokens for name, subset in SUBSETS.items()} == {
+        name: length for length, names in lengths.items() for name in names
+    }
 
 
 def test_prompts_are_filled_in_and_chat_is_left_out_where_the_benchmark_does(tiny: TaskModel, folder: Path) -> None:
@@ -271,9 +273,49 @@ def answer(tiny: TaskModel, folder: Path, subset: str, text: str) -> dict[str, A
     return {"value": measured.values[0], **measured.details}
 
 
-def test_an_answer_is_scored_by_its_tasks_metric(tiny: TaskModel, folder: Path) -> None:
+def test_a_cell_keeps_what_was_said_and_expected(tiny: TaskModel, folder: Path) -> None:
     assert answer(tiny, folder, "hotpotqa", "the Ada.") == {"value": 1.0, "prediction": "the Ada.", "references": ["Ada"]}
-    assert answer(tiny, folder, "trec", "Type: Person\nQuestion: Place")["value"] == 1.0
+
+
+# task, what its record holds, an answer, its score, and one that scores 0
+EXAMPLES: list[tuple[str, dict[str, Any], str, float, str]] = [
+    ("narrativeqa", {"answers": ["Miss Bates", "Bates"]}, "Bates.", 1.0, "Emma"),
+    ("qasper", {"answers": ["unanswerable"]}, "Unanswerable", 1.0, "yes"),
+    ("multifieldqa_en", {"answers": ["in the year 1815"]}, "1815", 2 * (1 / 1) * (1 / 3) / (1 + 1 / 3), "1816"),
+    ("hotpotqa", {}, "the Ada.", 1.0, "Grace"),
+    ("2wikimqa", {}, "Ada", 1.0, "no"),
+    ("musique", {"answers": ["Ada", "Ada Lovelace"]}, "Ada Lovelace", 1.0, "Grace Hopper"),
+    ("gov_report", {"input": "", "answers": ["the budget grew"]}, "the budget fell", 2 / 3, "nothing"),
+    ("qmsum", {"answers": ["they agreed"]}, "they agreed", 1.0, "none"),
+    ("multi_news", {"input": "", "answers": ["rain is expected"]}, "rain is expected", 1.0, "sun"),
+    ("trec", {"answers": ["Person"], "all_classes": ["Person", "Place"]}, "Type: Person\nQuestion: Place", 1.0, "Place"),
+    ("triviaqa", {"answers": ["Ada", "Lovelace"]}, "Lovelace\nPassage: more", 1.0, "Passage:"),
+    ("samsum", {"answers": ["Ada will come"]}, "Ada will come", 1.0, "Bob"),
+    ("passage_count", {"input": "", "answers": ["7"]}, "7 or 8", 0.5, "seven"),
+    ("passage_retrieval_en", {"answers": ["Paragraph 12"]}, "Paragraph 12", 1.0, "Paragraph 1"),
+    ("lcc", {"input": "", "answers": ["return x"]}, "# next\nreturn x\n", 1.0, "```"),
+    ("repobench-p", {"answers": ["return x"]}, "\nreturn x", 1.0, "// return x"),
+]
+
+
+@pytest.mark.parametrize(("subset", "changes", "right", "value", "wrong"), EXAMPLES, ids=[example[0] for example in EXAMPLES])
+def test_every_task_from_its_file_to_its_score(
+    tiny: TaskModel, tmp_path: Path, subset: str, changes: dict[str, Any], right: str, value: float, wrong: str
+) -> None:
+    hub_only = {"language": "en", "_id": "0"}
+    (tmp_path / f"{subset}.jsonl").write_text(json.dumps(record(dataset=subset, **changes) | hub_only) + "\n", encoding="utf-8")
+    assert answer(tiny, tmp_path, subset, right)["value"] == pytest.approx(value, abs=1e-7)
+    assert answer(tiny, tmp_path, subset, wrong)["value"] == 0.0
+
+
+def test_every_task_has_an_example() -> None:
+    assert [example[0] for example in EXAMPLES] == list(SUBSETS)
+
+
+@pytest.mark.parametrize("subset", SUBSETS)
+def test_an_answer_ends_at_the_tasks_length(tiny: TaskModel, folder: Path, subset: str) -> None:
+    longest = "x" * (SUBSETS[subset].max_new_tokens + 1)
+    assert answer(tiny, folder, subset, longest)["prediction"] == longest[:-1]
 
 
 def test_samsum_ends_at_a_line_break_but_not_before_a_token(tiny: TaskModel, folder: Path) -> None:

@@ -333,6 +333,8 @@ def test_infllm_scores_a_token_by_the_queries_that_follow_it():
         (InfLLMMethod, {"representatives": 65}),
         (QuantizedMethod, {"backend": "int8"}),
         (QuantizedMethod, {"backend": "quanto", "bits": 3}),
+        (QuantizedMethod, {"backend": "hqq", "bits": 3}),
+        (QuantizedMethod, {"residual_length": 0}),
     ],
 )
 def test_settings_out_of_range_are_refused_by_name(cls, settings):
@@ -403,6 +405,29 @@ def test_quantized_equals_stock_generation(backend):
     assert codes > elements * (2 / 8 + 2 * 2 / 32) * 0.99  # 2 bits, and scale and zero point per 32
     assert 0 < held <= stats.fast_ratio * 4 * elements * (LENGTH + NEW) / LENGTH
     assert 0.15 < stats.fast_ratio < 0.5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("length", [LENGTH, LENGTH - 1, LENGTH - 2, LENGTH - 3])
+def test_quantized_takes_prompts_of_every_length(backend, length):
+    model, ids = llama(), prompt(length)
+    with started(model, ids, QuantizedMethod(backend=backend, q_group_size=32, residual_length=8)) as (session, start):
+        keys, _ = start.rows(0)
+        assert fed(session, list(range(NEW))).isfinite().all()  # more than two residuals
+        held, _ = session._cache.layers[0].update(keys[None, :, :1], keys[None, :, :1])  # [1, Hkv, S + NEW + 1, D]
+    assert held.shape[2] == length + NEW + 1
+    assert (held[0, :, :length] - keys).abs().mean() < 0.5 * keys.abs().mean()
+
+
+def test_quantized_leaves_what_fills_no_byte_to_the_residual():
+    """SmolLM2's three KV heads of 64 channels: three groups of 64 per token, four groups to a byte at 2 bits."""
+    assert QuantizedMethod(bits=2)._tokens_of_whole_bytes(3 * 64) == 4
+    assert QuantizedMethod(bits=1)._tokens_of_whole_bytes(2 * 64) == 4
+    assert QuantizedMethod(bits=2, q_group_size=32)._tokens_of_whole_bytes(8 * 128) == 1
+    assert QuantizedMethod(bits=8)._tokens_of_whole_bytes(64) == 1
+    assert QuantizedMethod(backend="quanto")._tokens_of_whole_bytes(3 * 64) == 1
+    with pytest.raises(ConfigError, match="multiple of 4"):
+        QuantizedMethod(residual_length=30)._tokens_of_whole_bytes(3 * 64)
 
 
 def test_quantized_refuses_a_model_with_sliding_layers():

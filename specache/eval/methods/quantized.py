@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
@@ -13,7 +14,7 @@ from specache.eval.prefilled import Prefilled
 
 PACKAGES = {"hqq": "hqq", "quanto": "optimum-quanto"}
 AXES = {"hqq": 1, "quanto": 0}  # what transformers' guide recommends for each
-BITS = {"hqq": (1, 2, 3, 4, 8), "quanto": (2, 4)}
+BITS = {"hqq": (1, 2, 4, 8), "quanto": (2, 4)}  # hqq's 3 bits do not decode to the shape of a cache
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,9 @@ class QuantizedMethod:
     """Low-bit codes, and up to `residual_length` new tokens in the model's dtype.
 
     As in stock generation the whole prompt is quantised when it ends, and whenever the residual is full everything is: the codes of
-    codes. Bytes are those of the tensors, codes, scales and zero points, residual, the floating-point ones at 16 bits. The whole
-    layer in the model's dtype that every step makes from them is not counted.
+    codes. hqq packs whole bytes only: tokens of the prompt that would fill a part of one begin the residual (stock generation fails
+    at such lengths). Bytes are those of the tensors, codes, scales and zero points, residual, the floating-point ones at 16 bits.
+    The whole layer in the model's dtype that every step makes from them is not counted.
     """
 
     name: ClassVar[str] = "quantized"
@@ -38,6 +40,8 @@ class QuantizedMethod:
             raise ConfigError(f"backend is one of {', '.join(PACKAGES)}, got {self.backend!r}.")
         if self.bits not in BITS[self.backend]:
             raise ConfigError(f"bits is one of {', '.join(map(str, BITS[self.backend]))} with {self.backend}, got {self.bits}.")
+        if self.residual_length < 1:
+            raise ConfigError(f"residual_length is 1 or more, got {self.residual_length}.")
 
     def settings(self) -> dict[str, Any]:
         return asdict(self)
@@ -50,8 +54,26 @@ class QuantizedMethod:
             elements = keys[:, 0].numel()
             if elements % self.q_group_size:
                 raise ConfigError(f"q_group_size ({self.q_group_size}) has to divide the {elements} elements of a token's keys.")
-            cache.update(keys[None].to(device), values[None].to(device), index)  # [1, Hkv, S, D]
+            keys, values = keys[None].to(device), values[None].to(device)  # [1, Hkv, S, D]
+            whole = prompt.length - prompt.length % self._tokens_of_whole_bytes(elements)
+            cache.update(keys[:, :, :whole], values[:, :, :whole], index)
+            if whole < prompt.length:
+                cache.update(keys[:, :, whole:], values[:, :, whole:], index)
         return StockSession(prompt, cache, quantized_bytes)
+
+    def _tokens_of_whole_bytes(self, elements: int) -> int:
+        """The number of tokens, each of `elements`, of which only multiples can be quantised.
+
+        Raises:
+            ConfigError: `residual_length` is none.
+        """
+        if self.backend != "hqq":
+            return 1  # quanto fills up the last byte
+        together = 8 // self.bits  # groups whose codes share bytes
+        tokens = together // math.gcd(together, elements // self.q_group_size)
+        if self.residual_length % tokens:
+            raise ConfigError(f"residual_length is a multiple of {tokens} with hqq and this model, got {self.residual_length}.")
+        return tokens
 
     def _new_cache(self, prompt: Prefilled) -> Any:
         axis = AXES[self.backend]

@@ -1,0 +1,52 @@
+"""Errors about settings name what the user typed."""
+
+from __future__ import annotations
+
+import pytest
+
+from specache.cli.flags import in_flags
+from specache.config import SpeCacheConfig
+from specache.errors import ConfigError
+from tests.cli.running import one_line, run
+
+ALL = ("model", *SpeCacheConfig().to_dict())
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("group_size must divide a page.", "--group-size must divide a page."),
+        ("slow_tier='ram-inplace' reads rows. Use slow_tier='ram'.", "--slow-tier ram-inplace reads rows. Use --slow-tier ram."),
+        ("hot_set=1.5 is more than the whole cache.", "--hot-set 1.5 is more than the whole cache."),
+        ("the method 'specache': top_k must be positive.", "the method 'specache': top_k must be positive."),
+        ("bitsandbytes is missing.", "bitsandbytes is missing."),
+    ],
+)
+def test_settings_are_flags_where_a_message_names_them(message, expected):
+    assert in_flags(message, ALL) == expected
+
+
+def test_a_setting_that_the_command_does_not_have_keeps_its_name():
+    message = "top_k must be a positive number of pairs, got 0. Use policy='none'."
+    assert in_flags(message, ("top_k",)) == "--top-k must be a positive number of pairs, got 0. Use policy='none'."
+    assert in_flags(message, ("model", "methods")) == message
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("bits", 3), ("group_size", 48), ("residual", -1), ("top_k", 0), ("prefill_chunk", 0), ("policy", "x"), ("slow_tier", "x")],
+)
+def test_the_message_of_every_setting_is_turned(setting, value):
+    with pytest.raises(ConfigError) as error:
+        SpeCacheConfig(**{setting: value})
+    assert in_flags(str(error.value), ALL).startswith(f"--{setting.replace('_', '-')} must ")
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "demo"])
+def test_every_command_with_settings_says_flags(command):
+    assert "error: --top-k must be a positive number" in one_line(run(command, "-m", "x", "--top-k", "0", code=2).stderr)
+
+
+def test_settings_of_a_method_keep_their_names(tmp_path):
+    result = run("eval", "fidelity", "-m", "x", "--out", tmp_path / "out", "--methods", "specache:top_k=0", code=2)
+    assert "error: the method 'specache': top_k must be a positive number" in one_line(result.stderr)
