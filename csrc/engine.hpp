@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <memory>
 #include <vector>
 
 #include "kernels.hpp"
@@ -46,10 +47,24 @@ struct Recent {
     Dtype dtype;
 };
 
-// A whole layer of a step with one row per sequence, whose exact rows are read where they lie: score, select, rescore, attend,
-// and the recent tokens. sinks [Hkv G] or null; out [B, Hkv, G, D].
+// A whole layer of a step whose exact rows are read where they lie: score, select, rescore, attend, and the recent tokens, of which
+// row r sees all but the last n - 1 - r. sinks [Hkv G] or null; out [B, Hkv, G, n, D].
 void decode(const Engine&, const Step&, const std::vector<Recent>&, const std::vector<Rows>&, int64_t k, const float* sinks,
             float* out);
+
+// The same in two calls, where the rows of what was selected have to be fetched first. What the step points to must outlive it.
+class LayerStep {
+public:
+    class State;
+    LayerStep(const Engine&, Step, const std::vector<Recent>&, int64_t k, const float* sinks);
+    ~LayerStep();
+    void select(int64_t* positions);            // [B, Hkv, n, k], padded with -1
+    void attend(const Fetched&, float* out);  // over those positions; -1 where the low-bit pair has to do. Once.
+
+private:
+    std::unique_ptr<State> state_;
+    int64_t k_;
+};
 
 struct Prompt {
     const uint8_t *keys, *values;  // [Hkv, count, D]

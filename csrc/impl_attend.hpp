@@ -39,13 +39,32 @@ void rescore(const float* const* queries, int groups, int dim, const Rows& rows,
     }
 }
 
-void exact(const float* const* queries, int queries_count, int dim, const uint8_t* keys, const uint8_t* values,
-           int64_t key_stride, int64_t value_stride, int64_t count, Dtype dtype, float scaling, float softcap, float* scores,
-           Partial out) {
+// Keys and values at a stride each.
+struct Strided {
+    const uint8_t *keys, *values;
+    int64_t key_stride, value_stride;
+    const uint8_t* key(int64_t i) const { return keys + i * key_stride; }
+    const uint8_t* value(int64_t i) const { return values + i * value_stride; }
+};
+
+// Selected rows [K | V], `half` bytes each.
+struct Selected {
+    const Rows& rows;
+    int row;
+    const int64_t *positions, *slots;
+    int64_t half;
+    const uint8_t* key(int64_t i) const { return rows.at(row, slots[i], positions[i]); }
+    const uint8_t* value(int64_t i) const { return key(i) + half; }
+};
+
+// Query j sees the first seen[j] tokens.
+template <class Tokens>
+void attend_exactly(const float* const* queries, int queries_count, int dim, const Tokens& tokens, int64_t count, const int64_t* seen,
+                    Dtype dtype, float scaling, float softcap, float* scores, const Partial& out) {
     int64_t stride = count + kTile;
     for (int64_t t = 0; t < count; t++) {
         float product[kMaxQueries];
-        row_dots(queries, queries_count, keys + t * key_stride, dtype, dim, product);
+        row_dots(queries, queries_count, tokens.key(t), dtype, dim, product);
         for (int j = 0; j < queries_count; j++) {
             float x = product[j] * scaling;
             scores[j * stride + t] = softcap > 0 ? scalar_tanh(x / softcap) * softcap : x;
@@ -53,20 +72,37 @@ void exact(const float* const* queries, int queries_count, int dim, const uint8_
     }
     for (int j = 0; j < queries_count; j++) {
         float* row = scores + j * stride;
-        float peak = largest_of(row, count);
+        float peak = largest_of(row, seen[j]);
         Floats total = Isa::splat(0.0f);
-        for (int64_t t = 0; t < count; t += kTile) {
-            Floats p = Isa::exp(Isa::sub(scores_at(row, t, count), Isa::splat(peak)));
+        for (int64_t t = 0; t < seen[j]; t += kTile) {
+            Floats p = Isa::exp(Isa::sub(scores_at(row, t, seen[j]), Isa::splat(peak)));
             store_partial(row + t, min_of(kTile, count - t), p);
             total = Isa::add(total, p);
         }
+        for (int64_t t = seen[j]; t < count; t++) row[t] = 0.0f;
         out.peak[j] = peak;
         out.total[j] = Isa::sum(total);
         std::memset(out.out + j * out.stride, 0, sizeof(float) * size_t(round_up(dim, kTile)));
     }
     for (int64_t t = 0; t < count; t++)
         for (int j = 0; j < queries_count; j++)
-            add_row(values + t * value_stride, dtype, dim, scores[j * stride + t], out.out + j * out.stride);
+            add_row(tokens.value(t), dtype, dim, scores[j * stride + t], out.out + j * out.stride);
+}
+
+void exact(const float* const* queries, int queries_count, int dim, const uint8_t* keys, const uint8_t* values,
+           int64_t key_stride, int64_t value_stride, int64_t count, const int64_t* seen, Dtype dtype, float scaling, float softcap,
+           float* scores, Partial out) {
+    Strided tokens{keys, values, key_stride, value_stride};
+    attend_exactly(queries, queries_count, dim, tokens, count, seen, dtype, scaling, softcap, scores, out);
+}
+
+void exact_rows(const float* const* queries, int queries_count, int dim, const Rows& rows, int row, const int64_t* positions,
+                const int64_t* slots, int64_t count, float scaling, float softcap, float* scores, Partial out) {
+    Selected tokens{rows, row, positions, slots, int64_t(dim) * itemsize(rows.dtype)};
+    for (int64_t i = 0; i < count; i++)  // scattered rows: have them all on their way
+        for (int64_t d = 0; d < 2 * tokens.half; d += 64) __builtin_prefetch(tokens.key(i) + d);
+    int64_t seen[kMaxQueries] = {count, count, count, count};
+    attend_exactly(queries, queries_count, dim, tokens, count, seen, rows.dtype, scaling, softcap, scores, out);
 }
 
 // ---- attend -----------------------------------------------------------------------------------------------------------------
@@ -98,45 +134,44 @@ inline float round_weights(const float* weights, const uint16_t* scale, int step
     return largest / 255.0f;
 }
 
+// weights[j][t] of the tokens themselves; relative[j][t / kStretch] multiplies them where `relative` is given.
 template <int BITS, int NQ>
-void attend_values(const Layout& layout, const Copy& copy, int head, int64_t first, int64_t count, const float* weights,
-                   int weight_stride, Partial out) {
+void attend_values(const Layout& layout, const Copy& copy, int head, int64_t first, int64_t count, const float* const* weights,
+                   const float* const* relative, Partial out) {
+    constexpr int NT = tiles_together<NQ>(), tile_bytes = kTile * kPage * BITS / 8;
     Tables tables = value_tables<BITS>(layout.code);
     const int dim = layout.dim, groups = layout.code == Code::rotated ? 1 : layout.value_groups();
     const float unit = layout.code == Code::rotated ? normal_levels(BITS).unit : 0.5f;
-    const int tile_bytes = kTile * layout.value_row_bytes();
     alignas(64) uint8_t rounded[NQ][kPage];
     for (int64_t start = first; start < first + count; start += kPage) {
         const uint8_t* page = copy.pages[start / kPage];
+        const uint8_t* next = start + kPage < copy.length ? copy.pages[start / kPage + 1] : page;
+        fetch_ahead(layout.value_scale_of(next, head), kPage * groups * 2);
+        if (layout.code == Code::kivi) fetch_ahead(layout.value_zero_of(next, head), kPage * groups * 2);
         int valid = min_of(kPage, first + count - start);
-        const uint8_t* codes = layout.value_codes_of(page, head);
-        if (start + kPage < first + count) {
-            const uint8_t* next = layout.value_codes_of(copy.pages[start / kPage + 1], head);
-            for (int i = 0; i < dim * layout.value_row_bytes(); i += 64) __builtin_prefetch(next + i);
-        }
+        const uint8_t *codes = layout.value_codes_of(page, head), *ahead = layout.value_codes_of(next, head);
         for (int group = 0; group < groups; group++) {
             int low = groups == 1 ? 0 : group * layout.value_group;
             int high = groups == 1 ? dim : min_of(dim, low + layout.value_group);
             float factor[NQ], zero[NQ];
             bool any = false;
             for (int j = 0; j < NQ; j++) {
-                const float* w = weights + int64_t(j) * weight_stride + (start - first);
+                const float *w = weights[j] + start, share = relative ? relative[j][start / kStretch] : 1.0f;
                 float sum;
                 float size = round_weights(w, layout.value_scale_of(page, head) + group, groups, valid, rounded[j], &sum);
                 if (size == 0.0f) std::memset(rounded[j], 0, kPage);
-                factor[j] = size * unit;
+                factor[j] = size * unit * share;
                 zero[j] = 0.0f;
                 if (layout.code == Code::kivi) {
                     const uint16_t* z = layout.value_zero_of(page, head) + group;
                     zero[j] = sum * middle<BITS>();
                     for (int t = 0; t < valid; t++) zero[j] += w[t] * half_to_float(z[int64_t(t) * groups]);
+                    zero[j] *= share;
                 }
-                any = any || size != 0.0f || zero[j] != 0.0f;
+                any = any || factor[j] != 0.0f || zero[j] != 0.0f;
             }
             if (!any) continue;
-            for (int tile = low / kTile * kTile; tile < high; tile += kTile) {
-                Ints acc[NQ];
-                value_dots<BITS, NQ>(codes + tile / kTile * tile_bytes, min_of(kTile, dim - tile), rounded[0], tables, acc);
+            auto add = [&](int tile, const Ints* acc) {
                 bool whole = tile >= low && (tile + kTile <= high || high == dim);
                 for (int j = 0; j < NQ; j++) {
                     float* to = out.out + j * out.stride + tile;
@@ -147,23 +182,55 @@ void attend_values(const Layout& layout, const Copy& copy, int head, int64_t fir
                     else
                         store_lanes(to, low > tile ? low - tile : 0, min_of(kTile, high - tile), sum);
                 }
+            };
+            int tile = low / kTile * kTile;
+            for (; tile + NT * kTile <= min_of(dim, round_up(high, kTile)); tile += NT * kTile) {
+                Ints acc[NT * NQ];
+                int64_t offset = int64_t(tile / kTile) * tile_bytes;
+                value_dots<BITS, NQ, NT>(codes + offset, rounded[0], tables, ahead + offset, acc);
+#pragma GCC unroll 4
+                for (int i = 0; i < NT; i++) add(tile + i * kTile, acc + i * NQ);
+            }
+            for (; tile < high; tile += kTile) {
+                Ints acc[NQ];
+                int64_t offset = int64_t(tile / kTile) * tile_bytes;
+                if (tile + kTile <= dim)
+                    value_dots<BITS, NQ, 1>(codes + offset, rounded[0], tables, ahead + offset, acc);
+                else
+                    short_value_dots<BITS, NQ>(codes + offset, dim - tile, rounded[0], tables, acc);
+                add(tile, acc);
             }
         }
     }
 }
 
 void add_values(const Layout& layout, const Copy& copy, int head, int64_t first, int64_t count, int queries,
-                const float* weights, int weight_stride, Partial out) {
-    SPECACHE_BY_BITS(attend_values, layout.bits, queries, layout, copy, head, first, count, weights, weight_stride, out)
+                const float* const* weights, const float* const* relative, Partial out) {
+    SPECACHE_BY_BITS(attend_values, layout.bits, queries, layout, copy, head, first, count, weights, relative, out)
+}
+
+// With the rotated code, sums over values are rotated back once.
+void rotate_back(const Layout& layout, int queries, Partial out) {
+    if (layout.code != Code::rotated) return;
+    const int dim = layout.dim;
+    alignas(64) float block[kMaxDim * kTile];
+    std::memset(block, 0, sizeof(float) * size_t(dim) * kTile);
+    for (int d = 0; d < dim; d++)
+        for (int j = 0; j < queries; j++) block[d * kTile + j] = out.out[j * out.stride + d];
+    rotate(layout, block, true);
+    for (int d = 0; d < dim; d++)
+        for (int j = 0; j < queries; j++) out.out[j * out.stride + d] = block[d * kTile + j];
 }
 
 void attend(const Layout& layout, const Copy& copy, int head, int64_t first, int64_t count, const float* const* scores,
             int queries, const int* row_of, const int64_t* const* positions, int64_t k, const Rows& rows, float* weights,
             Partial out) {
     const int stride = kAttendChunk + kPage, dim = layout.dim;
+    const float* of_token[kMaxQueries] = {};
     for (int j = 0; j < queries; j++) {
         const float* row = scores[j] + first;
         float* w = weights + int64_t(j) * stride;
+        of_token[j] = w - first;
         float peak = largest_of(row, count);
         Floats total = Isa::splat(0.0f), shift = Isa::splat(peak);
         for (int64_t t = 0; t < count; t += kTile) {
@@ -184,16 +251,8 @@ void attend(const Layout& layout, const Copy& copy, int head, int64_t first, int
             if (position >= first && position < first + count) w[position - first] = 0.0f;
         }
     }
-    add_values(layout, copy, head, first, count, queries, weights, stride, out);
-    if (layout.code == Code::rotated) {
-        alignas(64) float block[kMaxDim * kTile];
-        std::memset(block, 0, sizeof(float) * size_t(dim) * kTile);
-        for (int d = 0; d < dim; d++)
-            for (int j = 0; j < queries; j++) block[d * kTile + j] = out.out[j * out.stride + d];
-        rotate(layout, block, true);
-        for (int d = 0; d < dim; d++)
-            for (int j = 0; j < queries; j++) out.out[j * out.stride + d] = block[d * kTile + j];
-    }
+    add_values(layout, copy, head, first, count, queries, of_token, nullptr, out);
+    rotate_back(layout, queries, out);
     for (int j = 0; j < queries; j++)
         for (int64_t i = 0; i < k; i++) {
             int64_t position = positions[row_of[j]][i];
@@ -201,6 +260,30 @@ void attend(const Layout& layout, const Copy& copy, int head, int64_t first, int
             float p = Isa::first(Isa::exp(Isa::splat(scores[j][position] - out.peak[j])));
             add_row(rows.at(row_of[j], i, position) + dim * itemsize(rows.dtype), rows.dtype, dim, p, out.out + j * out.stride);
         }
+}
+
+void attend_weighed(const Layout& layout, const Copy& copy, int head, int64_t first, int64_t count, const float* const* weights,
+                    int queries, const float* const* peaks, Partial out) {
+    const int64_t stretches = (count + kStretch - 1) / kStretch;
+    float shares[kMaxQueries][kAttendChunk / kStretch];
+    const float* relative[kMaxQueries];
+    for (int j = 0; j < queries; j++) {
+        const float* of_stretch = peaks[j] + first / kStretch;
+        float peak = kLowest, total = 0.0f;
+        for (int64_t s = 0; s < stretches; s++) peak = of_stretch[s] > peak ? of_stretch[s] : peak;
+        for (int64_t s = 0; s < stretches; s++) {
+            int64_t low = s * kStretch, high = min_of(count, low + kStretch);
+            Floats sum = Isa::splat(0.0f);
+            for (int64_t t = low; t < high; t += kTile) sum = Isa::add(sum, Isa::load(weights[j] + first + t));
+            shares[j][s] = Isa::first(Isa::exp(Isa::splat(of_stretch[s] - peak)));
+            total += shares[j][s] * Isa::sum(sum);
+        }
+        relative[j] = shares[j] - first / kStretch;
+        out.peak[j] = peak;
+        out.total[j] = total;
+        std::memset(out.out + j * out.stride, 0, sizeof(float) * size_t(out.stride));
+    }
+    add_values(layout, copy, head, first, count, queries, weights, relative, out);
 }
 
 }  // namespace

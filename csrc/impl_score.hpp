@@ -97,9 +97,15 @@ inline void half_dots(const float* const* queries, const uint16_t* row, int dim,
     for (int j = 0; j < NQ; j++) out[j] = Isa::sum(acc[j]);
 }
 
+// Fetch a page's other key fields, which are read before its codes.
+inline void fetch_ahead(const void* field, int64_t size) {
+    for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(static_cast<const uint8_t*>(field) + i);
+}
+
 template <int BITS, int NQ>
 void score_rotated(const Layout& layout, const Copy& copy, int head, const PreparedQuery& prepared, int64_t first, int64_t count,
                    float scaling, float* const* scores) {
+    constexpr int NT = tiles_together<NQ>();
     const Levels& levels = normal_levels(BITS);
     Tables tables = key_tables<BITS>(layout.code);
     const int chunks = layout.key_chunks(), rest = layout.key_rest(), tile_bytes = kTile * layout.key_row_bytes();
@@ -112,6 +118,9 @@ void score_rotated(const Layout& layout, const Copy& copy, int head, const Prepa
     alignas(64) float bias[NQ][kPage];
     for (int64_t start = first; start < first + count; start += kPage) {
         const uint8_t* page = copy.pages[start / kPage];
+        const uint8_t* next = start + kPage < copy.length ? copy.pages[start / kPage + 1] : page;
+        fetch_ahead(layout.key_zero_of(next, head), int64_t(layout.groups_per_page()) * layout.dim * 2);
+        fetch_ahead(layout.key_scale_of(next, head), kPage * 2);
         int valid = min_of(kPage, first + count - start);
         const uint16_t* mean = layout.key_zero_of(page, head);
         for (int t = 0; t < valid; t += group) {
@@ -120,20 +129,23 @@ void score_rotated(const Layout& layout, const Copy& copy, int head, const Prepa
             for (int j = 0; j < NQ; j++)
                 for (int i = t; i < t + group; i++) bias[j][i] = product[j] * scaling;
         }
-        const uint8_t* codes = layout.key_codes_of(page, head);
+        const uint8_t *codes = layout.key_codes_of(page, head), *ahead = layout.key_codes_of(next, head);
         const uint16_t* scale = layout.key_scale_of(page, head);
-        if (start + kPage < first + count) {
-            const uint8_t* next = layout.key_codes_of(copy.pages[start / kPage + 1], head);
-            for (int i = 0; i < kPage * layout.key_row_bytes(); i += 64) __builtin_prefetch(next + i);
-        }
-        for (int t = 0; t < valid; t += kTile) {
-            Ints acc[NQ];
-            key_dots<BITS, NQ>(codes + t / kTile * tile_bytes, chunks, rest, prepared.bytes[0], tables, acc);
-            Floats token_scale = Isa::load_half(scale + t);
-            for (int j = 0; j < NQ; j++) {
-                Floats x = Isa::mul(Isa::sub(Isa::to_float(acc[j]), Isa::splat(offset[j])), Isa::splat(factor[j]));
-                x = Isa::fma(x, token_scale, Isa::load(bias[j] + t));
-                store_lanes(scores[j] + start + t, 0, min_of(kTile, valid - t), x);
+        for (int tile = 0; tile < valid; tile += NT * kTile) {
+            Ints acc[NT * NQ];
+            int offset_of_tile = tile / kTile * tile_bytes;
+            key_dots<BITS, NQ, NT>(codes + offset_of_tile, tile_bytes, chunks, rest, prepared.bytes[0], tables, ahead + offset_of_tile, acc);
+#pragma GCC unroll 4
+            for (int i = 0; i < NT; i++) {
+                int t = tile + i * kTile;
+                if (t >= valid) break;
+                Floats token_scale = Isa::load_half(scale + t);
+#pragma GCC unroll 4
+                for (int j = 0; j < NQ; j++) {
+                    Floats x = Isa::mul(Isa::sub(Isa::to_float(acc[i * NQ + j]), Isa::splat(offset[j])), Isa::splat(factor[j]));
+                    x = Isa::fma(x, token_scale, Isa::load(bias[j] + t));
+                    store_lanes(scores[j] + start + t, 0, min_of(kTile, valid - t), x);
+                }
             }
         }
     }
@@ -149,8 +161,11 @@ void score_kivi(const Layout& layout, const Copy& copy, int head, const Prepared
     alignas(64) int8_t rounded[NQ][kQueryStride], fine[NQ][kQueryStride];
     for (int64_t start = first; start < first + count; start += kPage) {
         const uint8_t* page = copy.pages[start / kPage];
+        const uint8_t* next = start + kPage < copy.length ? copy.pages[start / kPage + 1] : page;
+        fetch_ahead(layout.key_zero_of(next, head), int64_t(layout.groups_per_page()) * dim * 2);
+        fetch_ahead(layout.key_scale_of(next, head), int64_t(layout.groups_per_page()) * dim * 2);
         int valid = min_of(kPage, first + count - start);
-        const uint8_t* codes = layout.key_codes_of(page, head);
+        const uint8_t *codes = layout.key_codes_of(page, head), *ahead = layout.key_codes_of(next, head);
         for (int t = 0; t < valid; t += group) {
             const uint16_t* scale = layout.key_scale_of(page, head) + int64_t(t / group) * dim;
             float factor[NQ], fine_factor[NQ], bias[NQ];
@@ -173,8 +188,9 @@ void score_kivi(const Layout& layout, const Copy& copy, int head, const Prepared
             int stop = min_of(valid, t + group);
             for (int tile = t / kTile * kTile; tile < stop; tile += kTile) {
                 Ints acc[NQ], fine_acc[NQ];
-                key_dots<BITS, NQ>(codes + tile / kTile * tile_bytes, chunks, rest, rounded[0], tables, acc);
-                key_dots<BITS, NQ>(codes + tile / kTile * tile_bytes, chunks, rest, fine[0], tables, fine_acc);
+                const uint8_t *of_tile = codes + tile / kTile * tile_bytes, *of_next = ahead + tile / kTile * tile_bytes;
+                key_dots<BITS, NQ, 1>(of_tile, tile_bytes, chunks, rest, rounded[0], tables, of_next, acc);
+                key_dots<BITS, NQ, 1>(of_tile, tile_bytes, chunks, rest, fine[0], tables, of_tile, fine_acc);
                 int low = t > tile ? t - tile : 0, high = min_of(kTile, stop - tile);
                 for (int j = 0; j < NQ; j++) {
                     Floats x = Isa::fma(Isa::to_float(acc[j]), Isa::splat(factor[j]), Isa::splat(bias[j]));

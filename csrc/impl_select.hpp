@@ -16,53 +16,27 @@ inline float largest_of(const float* scores, int64_t length) {
     return Isa::largest(peak);
 }
 
-void select(const float* const* scores, const float* rest_lse, int groups, int64_t length, int64_t k, int64_t* positions,
-            float* mass, int32_t* picked) {
-    int64_t padded = (length + kTile - 1) / kTile * kTile;
-    for (int g = 0; g < groups; g++) {
-        float peak = largest_of(scores[g], length);
-        Floats total = Isa::splat(0.0f), shift = Isa::splat(peak);
-        for (int64_t t = 0; t < length; t += kTile) total = Isa::add(total, Isa::exp(Isa::sub(scores_at(scores[g], t, length), shift)));
-        // log-sum-exp over the copy and what is outside of it
-        float lse = peak + scalar_log(Isa::sum(total));
-        float high = lse > rest_lse[g] ? lse : rest_lse[g], low = lse > rest_lse[g] ? rest_lse[g] : lse;
-        float gap = low - high;
-        float all = high + (gap > -80.0f ? scalar_log(1.0f + Isa::first(Isa::exp(Isa::splat(gap)))) : 0.0f);
-        Floats factor = Isa::mul(Isa::exp(Isa::splat(peak - all)), Isa::splat(1.0f / float(groups)));
-        for (int64_t t = 0; t < length; t += kTile) {
-            Floats p = Isa::mul(Isa::exp(Isa::sub(scores_at(scores[g], t, length), shift)), factor);
-            Isa::store(mass + t, g ? Isa::add(p, Isa::load(mass + t)) : p);
-        }
-    }
-    for (int64_t t = length; t < padded; t++) mass[t] = -INFINITY;
+// Where the largest of a stretch of `mass` are: one number for every `per_top` blocks and lane. Of the tops of all tokens the k-th largest
+// is a bound that at least k tokens reach.
+inline int64_t blocks_per_top(int64_t length, int64_t k) {
+    int64_t wanted = 8 * k > 512 ? 8 * k : 512, per_top = length / wanted;
+    return per_top < 1 ? 1 : per_top > kStretch / kTile ? kStretch / kTile : per_top;
+}
 
+// The k positions of largest mass, ascending, ties to the lower, -1 padding. mass is padded with -infinity to whole blocks; tops
+// [count] as above, which are reordered; picked, values: scratch of `length`.
+void pick(const float* mass, int64_t length, float* tops, int64_t count, int64_t k, int64_t* positions, float* values, int32_t* picked) {
     if (k >= length) {
         for (int64_t i = 0; i < k; i++) positions[i] = i < length ? i : -1;
         return;
     }
-    // A value that at least k elements reach: the k-th largest of the blocks' largest.
-    float bound = -INFINITY;
-    alignas(64) float tops[4096];
-    int64_t blocks = padded / kTile < 4096 ? padded / kTile : 4096;
-    if (blocks >= 2 * k) {
-        int64_t per_block = (padded / kTile + blocks - 1) / blocks;
-        int64_t used = 0;
-        for (int64_t t = 0; t < padded; used++) {
-            Floats top = Isa::load(mass + t);
-            int64_t stop = t + per_block * kTile < padded ? t + per_block * kTile : padded;
-            for (t += kTile; t < stop; t += kTile) top = Isa::max(top, Isa::load(mass + t));
-            tops[used] = Isa::largest(top);
-        }
-        if (used >= k) bound = kth_largest(tops, used, k);
-    }
+    Floats least = Isa::splat(count >= k ? kth_largest(tops, count, k) : -INFINITY);
     int64_t found = 0;
-    Floats least = Isa::splat(bound);
-    for (int64_t t = 0; t < padded; t += kTile)
+    for (int64_t t = 0; t < length; t += kTile)
         for (uint32_t mask = Isa::not_less(Isa::load(mass + t), least); mask; mask &= mask - 1) {
             int64_t position = t + __builtin_ctz(mask);
             if (position < length) picked[found++] = int32_t(position);
         }
-    float* values = mass + padded;  // of the candidates
     for (int64_t i = 0; i < found; i++) values[i] = mass[picked[i]];
     if (found < k) {  // a query that is not finite: no order, but nothing out of range either
         for (int64_t i = 0; i < k; i++) positions[i] = i;
@@ -77,6 +51,69 @@ void select(const float* const* scores, const float* rest_lse, int groups, int64
         if (x > threshold || (x == threshold && equals-- > 0)) positions[taken++] = picked[i];
     }
     for (; taken < k; taken++) positions[taken] = -1;
+}
+
+// Log-sum-exp of two.
+inline float log_add(float a, float b) {
+    float high = a > b ? a : b, gap = (a > b ? b : a) - high;
+    return high + (gap > -80.0f ? scalar_log(1.0f + Isa::first(Isa::exp(Isa::splat(gap)))) : 0.0f);
+}
+
+void select(const float* const* scores, const float* rest_lse, int groups, int64_t length, int64_t k, int64_t* positions,
+            float* mass, int32_t* picked) {
+    int64_t padded = (length + kTile - 1) / kTile * kTile;
+    for (int g = 0; g < groups; g++) {
+        float peak = largest_of(scores[g], length);
+        Floats total = Isa::splat(0.0f), shift = Isa::splat(peak);
+        for (int64_t t = 0; t < length; t += kTile) total = Isa::add(total, Isa::exp(Isa::sub(scores_at(scores[g], t, length), shift)));
+        // log-sum-exp over the copy and what is outside of it
+        float all = log_add(peak + scalar_log(Isa::sum(total)), rest_lse[g]);
+        Floats factor = Isa::mul(Isa::exp(Isa::splat(peak - all)), Isa::splat(1.0f / float(groups)));
+        for (int64_t t = 0; t < length; t += kTile) {
+            Floats p = Isa::mul(Isa::exp(Isa::sub(scores_at(scores[g], t, length), shift)), factor);
+            Isa::store(mass + t, g ? Isa::add(p, Isa::load(mass + t)) : p);
+        }
+    }
+    for (int64_t t = length; t < padded; t++) mass[t] = -INFINITY;
+    float *values = mass + padded, *tops = values + padded;
+    int64_t step = blocks_per_top(length, k) * kTile, count = 0;
+    for (int64_t t = 0; t < padded; t += step, count += kTile) {
+        Floats top = Isa::load(mass + t);
+        for (int64_t i = t + kTile; i < padded && i < t + step; i += kTile) top = Isa::max(top, Isa::load(mass + i));
+        Isa::store(tops + count, top);
+    }
+    pick(mass, length, tops, count, k, positions, values, picked);
+}
+
+void weigh(const Layout& layout, const Copy& copy, int head, const PreparedQuery& prepared, int64_t first, int64_t count, float scaling,
+           float softcap, float* const* weights, float* peak, float* total) {
+    score(layout, copy, head, prepared, first, count, scaling, softcap, weights);
+    for (int j = 0; j < prepared.count; j++) {
+        float* row = weights[j] + first;
+        peak[j] = largest_of(row, count);
+        Floats sum = Isa::splat(0.0f), shift = Isa::splat(peak[j]);
+        for (int64_t t = 0; t < count; t += kTile) {
+            Floats p = Isa::exp(Isa::sub(scores_at(row, t, count), shift));
+            Isa::store(row + t, p);
+            sum = Isa::add(sum, p);
+        }
+        total[j] = Isa::sum(sum);
+        for (int64_t t = count; t % kPage; t++) row[t] = 0.0f;
+    }
+}
+
+void add_mass(const float* const* weights, const float* factor, int groups, int64_t first, int64_t count, int64_t per_top, float* mass,
+              float* tops) {
+    for (int64_t t = first; t < first + count; tops += kTile) {
+        Floats top = Isa::splat(-INFINITY);
+        for (int64_t i = 0; i < per_top && t < first + count; i++, t += kTile) {
+            Floats sum = Isa::mul(Isa::load(weights[0] + t), Isa::splat(factor[0]));
+            for (int g = 1; g < groups; g++) sum = Isa::fma(Isa::load(weights[g] + t), Isa::splat(factor[g]), sum);
+            Isa::store(mass + t, sum);
+            top = Isa::max(top, sum);
+        }
+        Isa::store(tops, top);
+    }
 }
 
 }  // namespace

@@ -138,55 +138,95 @@ inline int32_t dword(const void* p) {
     return x;
 }
 
-// Products of one tile of keys (16 tokens) with NQ rounded queries.
-template <int BITS, int NQ>
-inline void key_dots(const uint8_t* tile, int chunks, int rest, const int8_t* queries, const Tables& tables, Ints* acc) {
+// Tiles that go through a pass together: each rounded query (or weight) is then spread over a register once for all of them. As many as
+// there are registers for their sums.
+template <int NQ>
+constexpr int tiles_together() {
+    return Isa::sums / NQ >= 4 ? 4 : Isa::sums / NQ >= 2 ? 2 : 1;
+}
+
+// Products of NT tiles of keys (16 tokens each), `tile_bytes` apart, with NQ rounded queries: acc [NT][NQ]. `ahead`: memory that is
+// read next, fetched meanwhile.
+template <int BITS, int NQ, int NT>
+inline void key_dots(const uint8_t* tiles, int tile_bytes, int chunks, int rest, const int8_t* queries, const Tables& tables,
+                     const uint8_t* ahead, Ints* acc) {
     constexpr int P = 8 / BITS;
-    for (int j = 0; j < NQ; j++) acc[j] = Isa::zero();
+#pragma GCC unroll 16
+    for (int i = 0; i < NT * NQ; i++) acc[i] = Isa::zero();
     const int8_t* q = queries;
-    for (int c = 0; c < chunks; c++, tile += 64, q += 4 * P) {
-        Bytes x = Isa::load_bytes(tile), low = Isa::low_nibbles(x), high = Isa::high_nibbles(x);
+    for (int c = 0; c < chunks; c++, q += 4 * P) {
+        Bytes low[NT], high[NT];
+#pragma GCC unroll 4
+        for (int i = 0; i < NT; i++) {
+            Bytes x = Isa::load_bytes(tiles + i * tile_bytes + 64 * c);
+            low[i] = Isa::low_nibbles(x), high[i] = Isa::high_nibbles(x);
+            __builtin_prefetch(ahead + i * tile_bytes + 64 * c);
+        }
 #pragma GCC unroll 8
         for (int m = 0; m < P; m++) {
-            Bytes levels = plane<BITS>(low, high, tables, m);
+            int32_t four[NQ];
 #pragma GCC unroll 8
-            for (int j = 0; j < NQ; j++) acc[j] = Isa::dot_us(acc[j], levels, dword(q + j * kQueryStride + 4 * m));
+            for (int j = 0; j < NQ; j++) four[j] = dword(q + j * kQueryStride + 4 * m);
+#pragma GCC unroll 4
+            for (int i = 0; i < NT; i++) {
+                Bytes levels = plane<BITS>(low[i], high[i], tables, m);
+#pragma GCC unroll 8
+                for (int j = 0; j < NQ; j++) acc[i * NQ + j] = Isa::dot_us(acc[i * NQ + j], levels, four[j]);
+            }
         }
     }
     if (rest) {
-        alignas(64) uint8_t spread[64] = {};
-        for (int t = 0; t < kTile; t++)
-            for (int i = 0; i < rest; i++) spread[4 * t + i] = tile[t * rest + i];
-        Bytes x = Isa::load_bytes(spread), low = Isa::low_nibbles(x), high = Isa::high_nibbles(x);
-        for (int m = 0; m < P; m++) {
-            Bytes levels = plane<BITS>(low, high, tables, m);
-            for (int j = 0; j < NQ; j++) acc[j] = Isa::dot_us(acc[j], levels, dword(q + j * kQueryStride + 4 * m));
+        for (int i = 0; i < NT; i++) {
+            alignas(64) uint8_t spread[64] = {};
+            const uint8_t* tile = tiles + i * tile_bytes + 64 * chunks;
+            for (int t = 0; t < kTile; t++)
+                for (int d = 0; d < rest; d++) spread[4 * t + d] = tile[t * rest + d];
+            Bytes x = Isa::load_bytes(spread), low = Isa::low_nibbles(x), high = Isa::high_nibbles(x);
+            for (int m = 0; m < P; m++) {
+                Bytes levels = plane<BITS>(low, high, tables, m);
+                for (int j = 0; j < NQ; j++)
+                    acc[i * NQ + j] = Isa::dot_us(acc[i * NQ + j], levels, dword(q + j * kQueryStride + 4 * m));
+            }
         }
     }
 }
 
-// Products of one tile of values (up to 16 channels) with NQ rounded weight rows of a page.
-template <int BITS, int NQ>
-inline void value_dots(const uint8_t* tile, int rows, const uint8_t* weights, const Tables& tables, Ints* acc) {
-    constexpr int P = 8 / BITS, chunks = kPage / (4 * P);
-    for (int j = 0; j < NQ; j++) acc[j] = Isa::zero();
+// Products of NT whole tiles of values (16 channels each) with NQ rounded weight rows of a page: acc [NT][NQ].
+template <int BITS, int NQ, int NT>
+inline void value_dots(const uint8_t* tiles, const uint8_t* weights, const Tables& tables, const uint8_t* ahead, Ints* acc) {
+    constexpr int P = 8 / BITS, chunks = kPage / (4 * P), tile_bytes = chunks * 64;
+#pragma GCC unroll 16
+    for (int i = 0; i < NT * NQ; i++) acc[i] = Isa::zero();
     for (int c = 0; c < chunks; c++) {
-        alignas(64) uint8_t spread[64];
-        const uint8_t* source = tile + c * rows * 4;
-        if (rows < kTile) {
-            std::memset(spread, 0, 64);
-            std::memcpy(spread, source, size_t(rows) * 4);
-            source = spread;
+        Bytes low[NT], high[NT];
+#pragma GCC unroll 4
+        for (int i = 0; i < NT; i++) {
+            Bytes x = Isa::load_bytes(tiles + i * tile_bytes + 64 * c);
+            low[i] = Isa::low_nibbles(x), high[i] = Isa::high_nibbles(x);
+            __builtin_prefetch(ahead + i * tile_bytes + 64 * c);
         }
-        Bytes x = Isa::load_bytes(source), low = Isa::low_nibbles(x), high = Isa::high_nibbles(x);
 #pragma GCC unroll 8
         for (int m = 0; m < P; m++) {
-            Bytes levels = plane<BITS>(low, high, tables, m);
+            int32_t four[NQ];
 #pragma GCC unroll 8
-            for (int j = 0; j < NQ; j++)
-                acc[j] = Isa::dot_su(acc[j], dword(weights + j * kPage + 4 * (c * P + m)), levels);
+            for (int j = 0; j < NQ; j++) four[j] = dword(weights + j * kPage + 4 * (c * P + m));
+#pragma GCC unroll 4
+            for (int i = 0; i < NT; i++) {
+                Bytes levels = plane<BITS>(low[i], high[i], tables, m);
+#pragma GCC unroll 8
+                for (int j = 0; j < NQ; j++) acc[i * NQ + j] = Isa::dot_su(acc[i * NQ + j], four[j], levels);
+            }
         }
     }
+}
+
+// The same of one tile with fewer channels.
+template <int BITS, int NQ>
+inline void short_value_dots(const uint8_t* tile, int rows, const uint8_t* weights, const Tables& tables, Ints* acc) {
+    constexpr int chunks = kPage * BITS / 32;
+    alignas(64) uint8_t spread[chunks * 64] = {};
+    for (int c = 0; c < chunks; c++) std::memcpy(spread + 64 * c, tile + c * rows * 4, size_t(rows) * 4);
+    value_dots<BITS, NQ, 1>(spread, weights, tables, spread, acc);
 }
 
 }  // namespace

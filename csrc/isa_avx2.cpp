@@ -8,6 +8,7 @@ namespace {
 
 struct Isa {
     static constexpr const char* name = "avx2";
+    static constexpr int sums = 4;
 
     struct Bytes { __m256i a, b; };
     struct Ints { __m256i a, b; };

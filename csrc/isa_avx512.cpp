@@ -8,6 +8,7 @@ namespace {
 
 struct Isa {
     static constexpr const char* name = "avx512";
+    static constexpr int sums = 16;  // blocks of sums that stay in registers, beside what they are made from
 
     using Bytes = __m512i;
     using Ints = __m512i;

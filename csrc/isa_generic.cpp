@@ -9,6 +9,7 @@ namespace {
 
 struct Isa {
     static constexpr const char* name = "generic";
+    static constexpr int sums = 4;
 
     struct Bytes { uint8_t v[64]; };
     struct Ints { int32_t v[16]; };

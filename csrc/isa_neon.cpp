@@ -8,6 +8,7 @@ namespace {
 
 struct Isa {
     static constexpr const char* name = "neon";
+    static constexpr int sums = 4;
 
     struct Bytes { uint8x16_t v[4]; };
     struct Ints { int32x4_t v[4]; };

@@ -42,12 +42,12 @@ struct Kernels {
     // Round queries [count] (with the rotated code: weigh and rotate first).
     void (*prepare)(const Layout&, const float* weights, const float* const* queries, int count, PreparedQuery* out);
 
-    // scores[j][t] of tokens [first, first + count), first on a page's border; returns the largest of each query in peak[j].
+    // scores[j][t] of tokens [first, first + count), first on a page's border.
     void (*score)(const Layout&, const Copy&, int head, const PreparedQuery&, int64_t first, int64_t count, float scaling,
                   float softcap, float* const* scores);
 
     // The k tokens of largest mean probability over `groups` score rows; positions ascending, ties to the lower, -1 padding.
-    // mass and picked: scratch of `length` floats and `length` ints.
+    // mass and picked: scratch of 3 `length` + 48 floats and `length` ints.
     void (*select)(const float* const* scores, const float* rest_lse, int groups, int64_t length, int64_t k, int64_t* positions,
                    float* mass, int32_t* picked);
 
@@ -60,15 +60,42 @@ struct Kernels {
     void (*attend)(const Layout&, const Copy&, int head, int64_t first, int64_t count, const float* const* scores, int queries,
                    const int* row_of, const int64_t* const* positions, int64_t k, const Rows&, float* weights, Partial out);
 
-    // Exact attention of queries over `count` keys and values (strides in bytes). scores: scratch [queries][count + 16].
+    // Exact attention of queries over `count` keys and values (strides in bytes), of which query j sees the first seen[j].
+    // scores: scratch [queries][count + 16].
     void (*exact)(const float* const* queries, int queries_count, int dim, const uint8_t* keys, const uint8_t* values,
-                  int64_t key_stride, int64_t value_stride, int64_t count, Dtype dtype, float scaling, float softcap,
-                  float* scores, Partial out);
+                  int64_t key_stride, int64_t value_stride, int64_t count, const int64_t* seen, Dtype dtype, float scaling,
+                  float softcap, float* scores, Partial out);
 
     // Quantise and pack tokens [offset, offset + count) of one page, whole groups; keys, values: rows of D elements.
     // scratch: 2 x kMaxDim x kPage floats.
     void (*quantise)(const Layout&, const float* weights, int head, uint8_t* page, int offset, int count, const uint8_t* keys,
                      const uint8_t* values, int64_t key_stride, int64_t value_stride, Dtype dtype, float* scratch);
+
+    // The same step with one exponential per score, for whole layers: weights instead of scores.
+
+    // weights[j][t] = exp(score - peak[j]) of tokens [first, first + count), a stretch of at most kStretch; total[j] is their sum.
+    // Zero up to the end of the last page.
+    void (*weigh)(const Layout&, const Copy&, int head, const PreparedQuery&, int64_t first, int64_t count, float scaling,
+                  float softcap, float* const* weights, float* peak, float* total);
+
+    // mass[t] = sum_g factor[g] weights[g][t] of such a stretch, and for every `per_top` blocks the largest of each lane.
+    void (*add_mass)(const float* const* weights, const float* factor, int groups, int64_t first, int64_t count, int64_t per_top,
+                     float* mass, float* tops);
+    int64_t (*blocks_per_top)(int64_t length, int64_t k);
+
+    // The k positions of largest mass, as `select` gives them. tops [count] are reordered; values, picked: scratch of `length`.
+    void (*pick)(const float* mass, int64_t length, float* tops, int64_t count, int64_t k, int64_t* positions, float* values,
+                 int32_t* picked);
+
+    // Exact attention over selected rows of `row`, each at its position or slot. scores: scratch [queries][count + 16].
+    void (*exact_rows)(const float* const* queries, int queries_count, int dim, const Rows&, int row, const int64_t* positions,
+                       const int64_t* slots, int64_t count, float scaling, float softcap, float* scores, Partial out);
+
+    // Attention over tokens [first, first + count) of the copy, at most kAttendChunk from a stretch's border on; weights of tokens
+    // that are attended elsewhere are zero. peaks[j][s] of stretch s. The sum is still rotated.
+    void (*attend_weighed)(const Layout&, const Copy&, int head, int64_t first, int64_t count, const float* const* weights,
+                           int queries, const float* const* peaks, Partial out);
+    void (*rotate_back)(const Layout&, int queries, Partial out);
 };
 
 const Kernels& generic_kernels();

@@ -34,7 +34,9 @@ inline int round_up(int x, int to) { return (x + to - 1) / to * to; }
 namespace specache {
 namespace {
 
-const Kernels kTable = {Isa::name, prepare, score, select, rescore, attend, exact, quantise};
+const Kernels kTable = {Isa::name, prepare, score,    select,         rescore,  attend,        exact,
+                        quantise,  weigh,   add_mass, blocks_per_top, pick,     exact_rows,    attend_weighed,
+                        rotate_back};
 
 }  // namespace
 }  // namespace specache

@@ -16,6 +16,7 @@ constexpr int kTile = 16;         // rows of a packed tile, and 32-bit lanes of 
 constexpr int kMaxDim = 512;      // channels of a head
 constexpr int kMaxQueries = 4;    // queries that share one pass over the codes
 constexpr int kAttendChunk = 2048;  // tokens whose weights are held at a time
+constexpr int kStretch = 512;       // tokens whose weights are relative to the same peak
 
 enum class Code { kivi = 0, rotated = 1 };
 

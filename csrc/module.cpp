@@ -117,23 +117,67 @@ void py_attend(const std::string& isa, int threads, const OwnedLayout& layout, c
     attend(engine, step, fetched, at<const float>(scores), size, at<float>(out), at<float>(lse));
 }
 
-// recent: keys, values, count, head stride, token stride per sequence; stored: address, head stride, token stride per sequence.
+// numbers: keys, values, count, head stride, token stride per sequence.
+std::vector<Recent> recents_of(const std::vector<int64_t>& numbers, int dtype) {
+    std::vector<Recent> recents;
+    for (size_t i = 0; i + 5 <= numbers.size(); i += 5)
+        recents.push_back({reinterpret_cast<const uint8_t*>(numbers[i]), reinterpret_cast<const uint8_t*>(numbers[i + 1]), numbers[i + 2],
+                           numbers[i + 3], numbers[i + 4], Dtype(dtype)});
+    return recents;
+}
+
+// stored: address, head stride, token stride per sequence.
 void py_decode(const std::string& isa, int threads, const OwnedLayout& layout, const std::vector<const OwnedCopy*>& copies,
-               uintptr_t query, int groups, float scaling, float softcap, const std::vector<int64_t>& recent,
+               uintptr_t query, int groups, int n, float scaling, float softcap, const std::vector<int64_t>& recent,
                const std::vector<int64_t>& stored, int dtype, int64_t k, uintptr_t sinks, uintptr_t out) {
     Engine engine = engine_of(isa, threads);
-    Step step = step_of(layout, copies, query, groups, 1, scaling, softcap);
-    std::vector<Recent> recents;
+    Step step = step_of(layout, copies, query, groups, n, scaling, softcap);
     std::vector<Rows> rows;
     for (size_t b = 0; b < copies.size(); b++) {
-        const int64_t *r = recent.data() + 5 * b, *s = stored.data() + 3 * b;
-        recents.push_back({reinterpret_cast<const uint8_t*>(r[0]), reinterpret_cast<const uint8_t*>(r[1]), r[2], r[3], r[4], Dtype(dtype)});
+        const int64_t* s = stored.data() + 3 * b;
         for (int h = 0; h < layout.layout.heads; h++)
             rows.push_back({reinterpret_cast<const uint8_t*>(s[0]) + h * s[1], Dtype(dtype), 0, 0, s[2]});
     }
     nb::gil_scoped_release released;
-    decode(engine, step, recents, rows, k, at<const float>(sinks), at<float>(out));
+    decode(engine, step, recents_of(recent, dtype), rows, k, at<const float>(sinks), at<float>(out));
 }
+
+// A `LayerStep` and what it points to, except for memory of tensors.
+struct OwnedStep {
+    OwnedLayout layout;
+    std::vector<OwnedCopy> copies;
+    Step step;
+    LayerStep layer;
+
+    OwnedStep(const std::string& isa, int threads, const OwnedLayout& layout, const std::vector<const OwnedCopy*>& copies, uintptr_t query,
+              int groups, int n, float scaling, float softcap, const std::vector<int64_t>& recent, int dtype, int64_t k, uintptr_t sinks)
+        : layout(layout), copies(owned(copies)), step(step_of(this->layout, pointers(this->copies), query, groups, n, scaling, softcap)),
+          layer(engine_of(isa, threads), step, recents_of(recent, dtype), k, at<const float>(sinks)) {
+        this->layout.layout.signs = this->layout.signs.data();
+    }
+
+    void select(uintptr_t positions) {
+        nb::gil_scoped_release released;
+        layer.select(at<int64_t>(positions));
+    }
+    void attend(uintptr_t positions, int64_t k, uintptr_t rows, int dtype, const std::vector<int64_t>& strides, uintptr_t out) {
+        Fetched fetched = fetched_of(step, positions, k, rows, dtype, strides);
+        nb::gil_scoped_release released;
+        layer.attend(fetched, at<float>(out));
+    }
+
+private:
+    static std::vector<OwnedCopy> owned(const std::vector<const OwnedCopy*>& copies) {
+        std::vector<OwnedCopy> all;
+        for (const OwnedCopy* copy : copies) all.push_back(*copy);
+        return all;
+    }
+    static std::vector<const OwnedCopy*> pointers(const std::vector<OwnedCopy>& copies) {
+        std::vector<const OwnedCopy*> all;
+        for (const OwnedCopy& copy : copies) all.push_back(&copy);
+        return all;
+    }
+};
 
 // strides: of keys per head and token, of values per head and token, in bytes.
 void py_quantise(const std::string& isa, int threads, const OwnedLayout& layout, const OwnedCopy& copy, uintptr_t keys,
@@ -165,5 +209,10 @@ NB_MODULE(_native, m) {
     m.def("rescore", &py_rescore);
     m.def("attend", &py_attend);
     m.def("decode", &py_decode);
+    nb::class_<OwnedStep>(m, "LayerStep")
+        .def(nb::init<const std::string&, int, const OwnedLayout&, const std::vector<const OwnedCopy*>&, uintptr_t, int, int, float, float,
+                      const std::vector<int64_t>&, int, int64_t, uintptr_t>())
+        .def("select", &OwnedStep::select)
+        .def("attend", &OwnedStep::attend);
     m.def("quantise", &py_quantise);
 }

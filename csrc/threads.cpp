@@ -30,14 +30,13 @@ inline void pause() {
 #if !defined(_OPENMP)
 class Pool {
 public:
-    void run(int threads, const std::function<void(Team&, int)>& body) {
+    void run(int threads, Team& team, const std::function<void(Worker&)>& body) {
         std::lock_guard<std::mutex> one_region(region_);
         while (int(workers_.size()) < threads - 1) {
             int id = int(workers_.size()) + 1;
             workers_.emplace_back([this, id] { work(id); });
             workers_.back().detach();  // they end with the process
         }
-        Team team(threads);
         team_ = &team, body_ = &body;
         busy_.store(threads - 1);
         {
@@ -46,7 +45,8 @@ public:
             generation_.fetch_add(1);
         }
         wake_.notify_all();
-        body(team, 0);
+        Worker worker(team, 0);
+        body(worker);
         while (busy_.load()) pause();
     }
 
@@ -62,7 +62,8 @@ private:
                 wanted = wanted_;
             }
             if (id >= wanted) continue;
-            (*body_)(*team_, id);
+            Worker worker(*team_, id);
+            (*body_)(worker);
             busy_.fetch_sub(1);
         }
     }
@@ -74,7 +75,7 @@ private:
     std::atomic<int> busy_{0};
     int wanted_ = 0;
     Team* team_ = nullptr;
-    const std::function<void(Team&, int)>* body_ = nullptr;
+    const std::function<void(Worker&)>* body_ = nullptr;
 };
 
 Pool* the_pool = nullptr;  // never destroyed: its threads may outlive static objects
@@ -94,31 +95,45 @@ Pool& pool() {
 
 }  // namespace
 
-void Team::wait(int phase) {
-    arrived_[phase].fetch_add(1, std::memory_order_acq_rel);
-    for (int i = 0; arrived_[phase].load(std::memory_order_acquire) < threads_; i++) {
-        pause();
-        if (i > kSpins) std::this_thread::yield();
-    }
-}
-
-void parallel(int threads, const std::function<void(Team&, int)>& body) {
-    if (threads <= 1) {
-        Team team(1);
-        body(team, 0);
+void Team::wait(int64_t phase) {
+    if (threads_ > 1 && arrived_.fetch_add(1, std::memory_order_acq_rel) < threads_ - 1) {
+        for (int i = 0; finished_.load(std::memory_order_acquire) <= phase; i++) {
+            pause();
+            if (i > kSpins) std::this_thread::yield();
+        }
         return;
     }
-#if defined(_OPENMP)
+    for (int t = 0; t < threads_; t++) next_[(phase + 2) % kSlots * threads_ + t].value.store(0, std::memory_order_relaxed);
+    arrived_.store(0, std::memory_order_relaxed);
+    finished_.store(phase + 1, std::memory_order_release);
+}
+
+void Team::fail() noexcept {
+    std::lock_guard<std::mutex> guard(mutex_);
+    if (!error_) error_ = std::current_exception();
+    failed_.store(true);
+}
+
+void parallel(int threads, const std::function<void(Worker&)>& body) {
+    threads = threads < 1 ? 1 : threads;
     Team team(threads);
+    if (threads == 1) {
+        Worker worker(team, 0);
+        body(worker);
+    } else {
+#if defined(_OPENMP)
 #pragma omp parallel num_threads(threads)
-    {
+        {
 #pragma omp single
-        team.threads_ = omp_get_num_threads();  // it may give fewer
-        body(team, omp_get_thread_num());
-    }
+            team.threads_ = omp_get_num_threads();  // it may give fewer
+            Worker worker(team, omp_get_thread_num());
+            body(worker);
+        }
 #else
-    pool().run(threads, body);
+        pool().run(threads, team, body);
 #endif
+    }
+    if (team.error_) std::rethrow_exception(team.error_);
 }
 
 void* scratch(size_t size) {

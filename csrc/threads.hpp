@@ -7,37 +7,76 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <functional>
+#include <memory>
+#include <mutex>
 
 namespace specache {
 
-constexpr int kMaxPhases = 8;
-
-// The threads of one region. Every thread calls `each` with the same phases in the same order.
+// What the threads of one region share.
 class Team {
 public:
-    explicit Team(int threads) : threads_(threads) {
-        for (auto& next : next_) next.store(0, std::memory_order_relaxed);
-    }
+    explicit Team(int threads) : threads_(threads), next_(new Next[size_t(kSlots) * size_t(threads)]) {}
 
-    // Tasks 0 to count - 1, whoever is free takes the next; returns when all are done.
+    int threads_;
+
+private:
+    friend class Worker;
+    friend void parallel(int, const std::function<void(class Worker&)>&);
+
+    // A phase's counters, one per thread. Three phases' suffice: when all threads have come to the end of a phase, nobody looks at the
+    // one before any more.
+    static constexpr int kSlots = 3;
+    struct alignas(64) Next {
+        std::atomic<int64_t> value{0};
+    };
+
+    void wait(int64_t phase);
+    void fail() noexcept;
+
+    std::unique_ptr<Next[]> next_;
+    alignas(64) std::atomic<int> arrived_{0};
+    alignas(64) std::atomic<int64_t> finished_{0};  // phases
+    std::atomic<bool> failed_{false};
+    std::mutex mutex_;
+    std::exception_ptr error_;
+};
+
+// One thread of a region. Every thread calls `each` for the same phases in the same order.
+class Worker {
+public:
+    Worker(Team& team, int id) : team_(team), id_(id) {}
+
+    // Tasks 0 to count - 1. A thread takes those of its own share first, so that from one phase to the next it finds what it wrote in
+    // its caches, then what others have left. Returns when all are done; after an exception the rest is skipped.
     template <class Task>
-    void each(int phase, int64_t count, const Task& task) {
-        for (int64_t i; (i = next_[phase].fetch_add(1, std::memory_order_relaxed)) < count;) task(i);
-        if (threads_ > 1) wait(phase);
+    void each(int64_t count, const Task& task) {
+        const int threads = team_.threads_;
+        for (int i = 0; i < threads; i++) {
+            int owner = (id_ + i) % threads;
+            int64_t start = count * owner / threads, size = count * (owner + 1) / threads - start;
+            std::atomic<int64_t>& next = team_.next_[phase_ % Team::kSlots * threads + owner].value;
+            for (int64_t t; (t = next.fetch_add(1, std::memory_order_relaxed)) < size;) {
+                if (team_.failed_.load(std::memory_order_relaxed)) break;
+                try {
+                    task(start + t);
+                } catch (...) {
+                    team_.fail();
+                }
+            }
+        }
+        team_.wait(phase_++);
     }
 
 private:
-    void wait(int phase);
-    friend void parallel(int, const std::function<void(Team&, int)>&);
-
-    int threads_;
-    std::atomic<int64_t> next_[kMaxPhases];
-    std::atomic<int> arrived_[kMaxPhases] = {};
+    Team& team_;
+    int id_;
+    int64_t phase_ = 0;
 };
 
-// Run body(team, thread) on `threads` threads, the caller's among them.
-void parallel(int threads, const std::function<void(Team&, int)>& body);
+// Run body on `threads` threads, the caller's among them. Raises what a task raised.
+void parallel(int threads, const std::function<void(Worker&)>& body);
 
 // At least `size` bytes of the calling thread's own, aligned to 64, kept for its next call.
 void* scratch(size_t size);

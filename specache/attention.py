@@ -113,10 +113,9 @@ def mixed_attention(
     Returns:
         float32 [B, Hq, n, D].
     """
-    if plan.kind is PassKind.SINGLE and plan.policy is Policy.ON_DEMAND and all(layer.rows.in_place for layer in layers):
-        backend = dispatch.fused(query)
-        if backend is not None:
-            return _in_place(backend, query, layers, params, plan)
+    backend = dispatch.fused(query) if plan.policy.verifies else None
+    if backend is not None:
+        return _whole_layer(backend, query, keys, values, layers, params, plan)
     recent = _recent(query, keys, values, layers, params, plan)
     copies = [layer.copy for layer in layers]
     lengths = [copy.length for copy in copies]
@@ -127,9 +126,10 @@ def mixed_attention(
 
     scores = dispatch.score(query, copies, lengths, params.scaling, params.softcap)  # [B, Hkv, G, n, S]
     if plan.policy.verifies:
-        positions, rows = _verified_rows(scores, recent, lengths, layers, plan)
+        selected = dispatch.select(scores, recent.lse, lengths, plan.top_k)  # [B, Hkv, n, k]
+        positions, rows = _verified_rows(selected, layers, plan)
         if plan.selects_next:
-            _submit(_next_positions(scores, recent, lengths, layers, plan, positions), layers)
+            _submit(_next_positions(scores, recent, lengths, layers, plan, selected), layers)
         dispatch.rescore(query, scores, positions, rows, params.scaling, params.softcap)
     else:
         positions, rows = _prefetched_rows(layers, query, keys, plan)
@@ -141,18 +141,61 @@ def mixed_attention(
     return _heads(_with_copy(dispatch.attend(scores, positions, rows, copies, lengths), recent))
 
 
-def _in_place(
-    backend: NativeKernels, query: Tensor, layers: Sequence[CompressedLayer], params: AttentionParams, plan: PassPlan
+def _whole_layer(
+    backend: NativeKernels,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    layers: Sequence[CompressedLayer],
+    params: AttentionParams,
+    plan: PassPlan,
 ) -> Tensor:
-    """The real row alone over rows that are read where they lie: one kernel does it all."""
+    """A verifying pass on kernels that do a layer in one call, or in two around the fetch. Arguments as in `mixed_attention`."""
     copies = [layer.copy for layer in layers]
-    for copy in copies:
-        used = copy.num_kv_heads * min(plan.top_k, copy.length)
-        plan.counters.rows_selected += used
-        plan.counters.rows_ready += used
-    recent = [RecentTokens(layer.residual_keys, layer.residual_values) for layer in layers]
-    stored = [layer.rows.stored() for layer in layers if isinstance(layer.rows, InPlaceRows)]
-    return backend.decode_in_place(query, copies, recent, stored, plan.top_k, params.scaling, params.softcap, params.sinks)
+    lengths = [copy.length for copy in copies]
+    recent = _recent_tokens(keys, values, layers, plan.kind)
+    fetched = [layer.rows for layer in layers]
+    in_place = [rows.stored() for rows in fetched if isinstance(rows, InPlaceRows)]
+    if len(in_place) == len(layers):
+        if plan.kind is not PassKind.GUESS:
+            used = sum(copy.num_kv_heads * min(plan.top_k, copy.length) for copy in copies)
+            plan.counters.rows_selected += used
+            plan.counters.rows_ready += used
+        return backend.decode_in_place(query, copies, recent, in_place, plan.top_k, params.scaling, params.softcap, params.sinks)
+
+    for rows in fetched:
+        rows.begin_step()
+    k = min(plan.top_k, max(lengths))
+    step = backend.layer_step(query, copies, recent, k, params.scaling, params.softcap, params.sinks)
+    selected = step.select()
+    positions, found = _verified_rows(selected, layers, plan)
+    if plan.selects_next:
+        if any(layer.retiring for layer in layers):
+            last = query[:, :, -1:]
+            scores = dispatch.score(last, copies, lengths, params.scaling, params.softcap)
+            outside = _recent(query, keys, values, layers, params, plan)
+            _submit(_next_positions(scores, outside, lengths, layers, plan, None), layers)
+        else:
+            _submit(selected[:, :, -1:], layers)
+    return step.attend(positions, found)
+
+
+def _recent_tokens(keys: Tensor, values: Tensor, layers: Sequence[CompressedLayer], kind: PassKind) -> list[RecentTokens]:
+    """The residual and behind it the pass's own rows, per sequence."""
+    if kind is PassKind.SINGLE:
+        return [RecentTokens(layer.residual_keys, layer.residual_values) for layer in layers]
+    own = _own_rows(kind)
+    return [
+        RecentTokens(
+            torch.cat([layer.residual_keys, keys[b, :, own]], dim=1), torch.cat([layer.residual_values, values[b, :, own]], dim=1)
+        )
+        for b, layer in enumerate(layers)
+    ]
+
+
+def _own_rows(kind: PassKind) -> slice:
+    """The pass's rows that are not in the residual."""
+    return slice(1, None) if kind.commits else slice(0, None)
 
 
 def select_first(query: Tensor, layer: CompressedLayer, params: AttentionParams, top_k: int) -> None:
@@ -177,7 +220,7 @@ def _recent(
     plan: PassPlan,
 ) -> _Recent:
     """Exact attention of the rows over the residual and over themselves."""
-    own = slice(1, None) if plan.kind.commits else slice(0, None)  # rows that are not in the residual
+    own = _own_rows(plan.kind)
     outs, lses, retiring_scores, staying = [], [], [], []
     for b, layer in enumerate(layers):
         seen_keys = torch.cat([layer.residual_keys, keys[b, :, own]], dim=1)  # [Hkv, r + own, D]
@@ -204,11 +247,8 @@ def _add_sinks(lse: Tensor, params: AttentionParams) -> Tensor:
     return torch.logaddexp(lse, params.sinks.float().reshape(1, *lse.shape[1:3], 1))
 
 
-def _verified_rows(
-    scores: Tensor, recent: _Recent, lengths: list[int], layers: Sequence[CompressedLayer], plan: PassPlan
-) -> tuple[Tensor, Tensor]:
-    """Each row's own top-k from the low-bit scores. The real row waits for what is missing, the guess does without."""
-    positions = dispatch.select(scores, recent.lse, lengths, plan.top_k)  # [B, Hkv, n, k]
+def _verified_rows(positions: Tensor, layers: Sequence[CompressedLayer], plan: PassPlan) -> tuple[Tensor, Tensor]:
+    """Rows of each row's own top-k [B, Hkv, n, k]. The real row waits for what is missing, the guess does without (-1)."""
     used, rows = [], []
     for b, layer in enumerate(layers):
         for row in range(positions.shape[2]):

@@ -211,19 +211,26 @@ def test_a_ragged_batch_equals_each_prompt_alone(model):
 @pytest.mark.parametrize("policy", FETCHING)
 def test_positions_are_never_duplicated_out_of_range_or_padding(model, monkeypatch, policy):
     seen = []
-    rescore = specache.kernels.dispatch.rescore
+    rescore, attend = specache.kernels.dispatch.rescore, native.LayerStep.attend
 
-    def checked(query, scores, positions, rows, scaling, softcap):
+    def check(positions, lengths):
         seen.append(int((positions >= 0).sum()))
-        for one in positions.flatten(0, 2):
-            kept = one[one >= 0].tolist()
-            assert kept == sorted(set(kept))
-            assert all(position < scores.shape[-1] for position in kept)
-        chosen = scores.unsqueeze(2).expand(-1, -1, 1, -1, -1, -1)[:, :, 0].mean(2)  # [B, Hkv, n, S]
-        assert torch.isfinite(chosen.gather(-1, positions.clamp(min=0))[positions >= 0]).all()  # padding scores -inf
+        for of_sequence, length in zip(positions, lengths, strict=True):
+            for one in of_sequence.flatten(0, 1):
+                kept = one[one >= 0].tolist()
+                assert kept == sorted(set(kept))
+                assert all(position < length for position in kept)
+
+    def checked_rescore(query, scores, positions, rows, scaling, softcap):
+        check(positions, [int(torch.isfinite(of[0, 0, 0]).sum()) for of in scores])  # past a sequence's end scores are -inf
         return rescore(query, scores, positions, rows, scaling, softcap)
 
-    monkeypatch.setattr(specache.kernels.dispatch, "rescore", checked)
+    def checked_attend(step, positions, rows):
+        check(positions, [copy.length for copy in step._held[1]])
+        return attend(step, positions, rows)
+
+    monkeypatch.setattr(specache.kernels.dispatch, "rescore", checked_rescore)
+    monkeypatch.setattr(native.LayerStep, "attend", checked_attend)
     ids = torch.cat([prompt(200, 1), prompt(200, 2)])
     mask = torch.ones_like(ids)
     mask[1, :120] = 0

@@ -192,39 +192,34 @@ class NativeKernels:
         softcap: float | None,
         sinks: Tensor | None,
     ) -> Tensor:
-        """A layer of a step with one row per sequence in one call: what `score`, `select`, `rescore`, `attend` and exact attention
-        over the recent tokens give.
+        """A layer of a step in one call: what `score`, `select`, `rescore`, `attend` and exact attention over the recent tokens
+        give, each row with the pairs that it selects itself.
 
         Args:
-            query: [B, Hq, 1, D].
+            query: [B, Hq, n, D].
+            recent: of which row `i` sees all but the last `n - 1 - i`.
             stored: per sequence the 16-bit rows [Hkv, capacity, 2 D], read where they lie.
             sinks: logits [Hq], or `None`.
 
         Returns:
-            float32 [B, Hq, 1, D].
+            float32 [B, Hq, n, D].
         """
-        batch, num_heads, _, dim = query.shape
         query = query.float().contiguous()
-        out = torch.empty(batch, num_heads, 1, dim, dtype=torch.float32)
-        if sinks is not None:
-            sinks = sinks.float().contiguous()
+        out = torch.empty_like(query)
         size = stored[0].itemsize
-        recent_numbers: list[int] = []
-        stored_numbers: list[int] = []
-        for tokens, rows in zip(recent, stored, strict=True):
-            head, token, _ = tokens.keys.stride()
-            recent_numbers += [tokens.keys.data_ptr(), tokens.values.data_ptr(), tokens.keys.shape[1], head * size, token * size]
-            stored_numbers += [rows.data_ptr(), rows.stride(0) * size, rows.stride(1) * size]
+        stored_numbers = [n for rows in stored for n in (rows.data_ptr(), rows.stride(0) * size, rows.stride(1) * size)]
+        sinks = sinks if sinks is None else sinks.float().contiguous()
         _native.decode(
             self.isa,
             torch.get_num_threads(),
             _layout_of(copies),
             [_copy(copy, copy.length) for copy in copies],
             query.data_ptr(),
-            num_heads // copies[0].num_kv_heads,
+            query.shape[1] // copies[0].num_kv_heads,
+            query.shape[2],
             scaling,
             softcap or 0.0,
-            recent_numbers,
+            _recent_numbers(recent),
             stored_numbers,
             _DTYPES[stored[0].dtype],
             k,
@@ -232,6 +227,80 @@ class NativeKernels:
             out.data_ptr(),
         )
         return out
+
+    def layer_step(
+        self,
+        query: Tensor,
+        copies: Sequence[LowBitCopy],
+        recent: Sequence[RecentTokens],
+        k: int,
+        scaling: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> LayerStep:
+        """The same in two calls, where the rows of what was selected have to be fetched in between."""
+        return LayerStep(self.isa, query, copies, recent, k, scaling, softcap, sinks)
+
+
+class LayerStep:
+    """A layer of a step: `select`, then `attend` once. Bit for bit what `decode_in_place` gives where all rows are there."""
+
+    def __init__(
+        self,
+        isa: str,
+        query: Tensor,
+        copies: Sequence[LowBitCopy],
+        recent: Sequence[RecentTokens],
+        k: int,
+        scaling: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> None:
+        query = query.float().contiguous()
+        sinks = sinks if sinks is None else sinks.float().contiguous()
+        self._held = query, copies, recent, sinks  # read by both calls
+        self._shape = (len(copies), copies[0].num_kv_heads, query.shape[2], k)
+        self._step = _native.LayerStep(
+            isa,
+            torch.get_num_threads(),
+            _layout_of(copies),
+            [_copy(copy, copy.length) for copy in copies],
+            query.data_ptr(),
+            query.shape[1] // copies[0].num_kv_heads,
+            query.shape[2],
+            scaling,
+            softcap or 0.0,
+            _recent_numbers(recent),
+            _DTYPES[recent[0].keys.dtype],
+            k,
+            0 if sinks is None else sinks.data_ptr(),
+        )
+
+    def select(self) -> Tensor:
+        """Each row's positions [B, Hkv, n, k], ascending, padded with -1."""
+        positions = torch.empty(self._shape, dtype=torch.int64)
+        self._step.select(positions.data_ptr())
+        return positions
+
+    def attend(self, positions: Tensor, rows: Tensor) -> Tensor:
+        """Attention with the positions' rows [B, Hkv, n, k, 2 D] swapped in (at -1 nothing is) -> float32 [B, Hq, n, D]."""
+        positions = positions.contiguous()
+        rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+        out = torch.empty_like(self._held[0])
+        self._step.attend(
+            positions.data_ptr(), positions.shape[-1], rows.data_ptr(), _DTYPES[rows.dtype], _row_strides(rows), out.data_ptr()
+        )
+        return out
+
+
+def _recent_numbers(recent: Sequence[RecentTokens]) -> list[int]:
+    """Addresses of keys and values, count, and bytes from one KV head and token to the next, per sequence."""
+    numbers: list[int] = []
+    for tokens in recent:
+        head, token, _ = tokens.keys.stride()
+        size = tokens.keys.itemsize
+        numbers += [tokens.keys.data_ptr(), tokens.values.data_ptr(), tokens.keys.shape[1], head * size, token * size]
+    return numbers
 
 
 def _row_strides(rows: Tensor) -> list[int]:
