@@ -9,28 +9,40 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
+from specache.budget import ByteBudget
 from specache.config import Policy, SlowTierKind, SpeCacheConfig
-from specache.errors import UsageError
+from specache.dimensions import dimensions_of
+from specache.errors import SlowTierError, UsageError
+from specache.holdings import hot_slots, read_buffer_bytes
 from specache.layers import CompressedLayer, DenseLayer, WindowLayer
 from specache.model import ModelInfo, inspect_model
-from specache.prefetch import FetchedRows, HotSet, InPlaceRows, PrefetchWorker, Rows
+from specache.prefetch import FetchedRows, HotSet, InPlaceRows, Rows
 from specache.quant.layout import PageLayout
-from specache.quant.pool import ByteBudget, PagePool, PageTable
+from specache.quant.pool import PagePool, PageTable
 from specache.stats import Counters, MemoryUse, report
 from specache.tiers.base import SlowTier
+from specache.tiers.disk import DiskTier
 from specache.tiers.ram import RamTier
+from specache.tiers.scratch import prepare_folder
 from specache.tiers.transfer import Transfer
+from specache.tiers.worker import PrefetchWorker
 
 Layer = CompressedLayer | DenseLayer | WindowLayer
-SLOT_INDEX_BYTES = 16  # a hot-set slot's position and stamp
+DISK_READERS = 4  # layers whose rows are read from disk at a time
 
 
 class Resources:
-    """What the sequences of a cache (and of its forks) share: page pools and the way rows reach the device."""
+    """What the sequences of a cache (and of its forks) share: fast memory, page pools and the way rows reach the device.
 
-    def __init__(self, info: ModelInfo, config: SpeCacheConfig) -> None:
+    Attributes:
+        dimensions: of the model, by which working sets and hot sets are sized.
+        budget: bounds everything that is held in fast memory.
+    """
+
+    def __init__(self, model: Any, info: ModelInfo, config: SpeCacheConfig) -> None:
         self.info = info
-        self._budget = ByteBudget(config.fast_memory)
+        self.dimensions = dimensions_of(model, info)
+        self.budget = ByteBudget(config.fast_memory)
         self._pools: dict[PageLayout, PagePool] = {}
         self.transfer = Transfer(info.device)
 
@@ -38,22 +50,25 @@ class Resources:
         """An empty table for a layer with keys [Hkv, n, D]."""
         layout = PageLayout(config.code, config.bits, config.group_size, keys.shape[0], keys.shape[2])
         if layout not in self._pools:
-            self._pools[layout] = PagePool(layout, keys.device, self._budget)
+            self._pools[layout] = PagePool(layout, keys.device, self.budget)
         return PageTable(self._pools[layout])
 
 
 class Sequence:
     """One sequence's state in every layer. Its tokens are those whose keys and values are stored.
 
-    A pass changes layers one after the other; `commit` makes it count, `rollback` undoes it wherever it stopped.
+    A pass changes layers one after the other; `commit` makes it count. `undo_pass` takes back a decode pass wherever it stopped,
+    `restore` a prefill.
     """
 
     def __init__(self, cache: SpeCache) -> None:
         self._cache = cache
         self.tier: SlowTier = cache.new_tier()
+        self._read_buffers = cache.resources.budget.claim(0, "read buffers")
         self.layers: dict[int, Layer] = {}
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None
+        self._positions_before: dict[int, Tensor | None] = {}  # `next_positions` of the layers when the pass began
 
     @property
     def length(self) -> int:
@@ -62,27 +77,62 @@ class Sequence:
     def layer(self, index: int, keys: Tensor) -> Layer:
         """The state of layer `index`, made when its first keys [Hkv, n, D] arrive: only they tell heads and dtype."""
         if index not in self.layers:
-            self.layers[index] = self._new_layer(index, keys)
+            self.layers[index] = layer = self._new_layer(index, keys)
+            self._hold_buffers(layer)
         return self.layers[index]
 
     def commit(self, token_ids: list[int]) -> None:
         self.token_ids += token_ids
 
-    def rollback(self) -> None:
-        """Undo a pass that did not finish."""
-        for layer in self.layers.values():
-            layer.truncate(self.length)
+    def begin_pass(self) -> None:
+        """Remember what `undo_pass` needs."""
+        self._positions_before = {i: layer.next_positions for i, layer in self._compressed()}
+
+    def retire(self) -> None:
+        """The pass is through every layer: what it made the residuals too long for becomes low bit."""
+        for _, layer in self._compressed():
+            layer.retire()
+
+    def undo_pass(self) -> None:
+        """Take back a decode pass that did not finish. If even that fails, the sequence forgets everything."""
+        try:
+            for index, layer in self.layers.items():
+                if isinstance(layer, CompressedLayer):
+                    layer.undo(self.length, self._positions_before[index])
+                else:
+                    layer.truncate(self.length)
+        except SlowTierError:
+            self.clear()
 
     def can_truncate(self, length: int) -> bool:
         """Whether the state of the first `length` tokens can be had without prefilling them again."""
         return all(layer.can_truncate(length) for layer in self.layers.values())
 
     def truncate(self, length: int) -> None:
-        """Keep the first `length` tokens; all are forgotten if some layer cannot go back that far."""
+        """Keep the first `length` tokens; all are forgotten if some layer cannot go back that far.
+
+        Raises:
+            SlowTierError: the slow tier cannot be read; nothing changed.
+        """
         if not self.can_truncate(length):
             return self.clear()
+        residuals = {i: layer.residual_at(length) for i, layer in self._compressed()}  # all are read before anything changes
+        for index, layer in self.layers.items():
+            if isinstance(layer, CompressedLayer):
+                layer.truncate(length, residuals[index])
+            else:
+                layer.truncate(length)
         del self.token_ids[length:]
-        self.rollback()
+
+    def restore(self, length: int, windows: dict[int, WindowLayer]) -> None:
+        """Go back to `length` tokens after a prefill that failed; to none if the slow tier does not even allow that."""
+        if length == 0:
+            return self.clear()
+        self.layers.update(windows)
+        try:
+            self.truncate(length)
+        except SlowTierError:
+            self.clear()
 
     def clear(self) -> None:
         """Forget everything and give its memory back."""
@@ -90,14 +140,12 @@ class Sequence:
             layer.release()
         self.layers.clear()
         self.token_ids.clear()
+        self._read_buffers.release()
         self.tier.close()
 
     def windows(self) -> dict[int, WindowLayer]:
-        """Copies of the sliding layers, to `restore_windows` after a prefill that failed."""
+        """Copies of the sliding layers, to `restore` after a prefill that failed."""
         return {i: layer.fork() for i, layer in self.layers.items() if isinstance(layer, WindowLayer)}
-
-    def restore_windows(self, windows: dict[int, WindowLayer]) -> None:
-        self.layers.update(windows)
 
     def prepare_decode(self) -> None:
         """Size the hot sets for the sequence as it is now."""
@@ -113,8 +161,13 @@ class Sequence:
             other.tier.close()
             other.tier = self.tier.fork()
         for index, layer in self.layers.items():
-            other.layers[index] = self._fork_layer(layer, other)
+            other.layers[index] = forked = self._fork_layer(layer, other)
+            other._hold_buffers(forked)
         return other
+
+    def held_bytes(self) -> int:
+        """Fast memory held of the budget, all pages of the sequence counted."""
+        return self._read_buffers.size + sum(layer.held_bytes for layer in self.layers.values())
 
     def memory(self) -> MemoryUse:
         use = MemoryUse(slow=self.tier.nbytes)
@@ -129,12 +182,20 @@ class Sequence:
                 use.hot += layer.rows.nbytes
         return use
 
+    def _compressed(self) -> list[tuple[int, CompressedLayer]]:
+        return [(index, layer) for index, layer in self.layers.items() if isinstance(layer, CompressedLayer)]
+
+    def _hold_buffers(self, layer: Layer) -> None:
+        """Take fast memory for a layer's rows on their way from and to the slow tier."""
+        if isinstance(layer, CompressedLayer):
+            self._read_buffers.resize(self._read_buffers.size + read_buffer_bytes(self._cache.config, layer.row_bytes))
+
     def _new_layer(self, index: int, keys: Tensor) -> Layer:
         window = self._cache.info.windows[index]
         if window is not None:
-            return WindowLayer(index, window, keys)
+            return WindowLayer(index, window, keys, self._cache.resources.budget)
         if self._cache.config.policy is Policy.FULL:
-            return DenseLayer(index, keys)
+            return DenseLayer(index, keys, self._cache.resources.budget)
         table = self._cache.resources.page_table(self._cache.config, keys)
         return CompressedLayer(index, self._cache.config, table, self.tier, self._cache.rows(self.tier, index, keys), keys)
 
@@ -142,7 +203,7 @@ class Sequence:
         if isinstance(layer, WindowLayer | DenseLayer):
             return layer.fork()
         if other._cache.config.policy is Policy.FULL:
-            dense = DenseLayer(layer.index, layer.residual_keys)
+            dense = DenseLayer(layer.index, layer.residual_keys, other._cache.resources.budget)
             dense.extend(*self.tier.read(layer.index, 0, layer.length))
             return dense
         rows = other._cache.rows(other.tier, layer.index, layer.residual_keys)
@@ -169,12 +230,16 @@ class SpeCache:
     Raises:
         UnsupportedModelError: the model's attention cannot run over a low-bit copy.
         ConfigError: settings that this model or device does not allow.
+        SlowTierError: the folder of `slow_tier='disk:...'` cannot be written.
     """
 
     def __init__(self, model: Any, config: SpeCacheConfig | None = None) -> None:
         self.info = inspect_model(model)
         self.config = (config or SpeCacheConfig()).resolved(self.info.device.type)
-        self.resources = Resources(self.info, self.config)
+        if self.config.slow_dir is not None:
+            prepare_folder(self.config.slow_dir)  # what is wrong with it shows before a prompt is prefilled
+        self.resources = Resources(model, self.info, self.config)
+        self.expected_sequences = 0  # of the batch that is being prefilled: the hot set's bytes are for all of them
         self.counters = self._new_counters()
         self.sequences: list[Sequence] = []
         self._model = weakref.ref(model)
@@ -205,7 +270,11 @@ class SpeCache:
 
     def stats(self) -> dict[str, Any]:
         """What happened so far, JSON-ready; keys in `specache.stats.report`."""
-        return report(self.memory(), self.counters)
+        return report(self.memory(), self.counters, self.resources.budget.peak)
+
+    def held_bytes(self) -> int:
+        """Fast memory that this cache's sequences hold of the budget, shared pages counted once per sequence."""
+        return sum(sequence.held_bytes() for sequence in self.sequences)
 
     def memory(self) -> MemoryUse:
         """Bytes held now, counted from the tensors."""
@@ -226,7 +295,7 @@ class SpeCache:
         """
         if policy is not None:
             changes["policy"] = policy
-        if "slow_tier" in changes:
+        if "slow_tier" in changes or "slow_dir" in changes:
             raise UsageError("A fork keeps slow_tier: its rows lie there. Prefill a new SpeCache.")
         config = replace(self.config, **changes).resolved(self.info.device.type)
         if self.config.policy is Policy.FULL and config.policy is not Policy.FULL:
@@ -235,7 +304,7 @@ class SpeCache:
         other.info, other.config, other.resources = self.info, config, self.resources
         other.counters = other._new_counters()
         other.counters.prefill_s = self.counters.prefill_s
-        other._model, other._worker = self._model, None
+        other._model, other._worker, other.expected_sequences = self._model, None, 0
         other.sequences = [sequence.fork(other) for sequence in self.sequences]
         return other
 
@@ -269,6 +338,9 @@ class SpeCache:
     # What sequences need of their cache
 
     def new_tier(self) -> SlowTier:
+        if self.config.slow_tier is SlowTierKind.DISK and self.config.policy is not Policy.FULL:
+            assert self.config.slow_dir is not None, "checked by SpeCacheConfig"
+            return DiskTier(self.config.slow_dir)
         return RamTier(in_place=self.config.slow_tier is SlowTierKind.RAM_INPLACE, pinned=self.info.device.type == "cuda")
 
     def rows(self, tier: SlowTier, index: int, keys: Tensor) -> Rows:
@@ -276,24 +348,15 @@ class SpeCache:
         if tier.in_place or not (self.config.policy.verifies or self.config.policy.prefetches):
             return InPlaceRows(tier, index)
         if self._worker is None:
-            self._worker = PrefetchWorker()
-        hot = HotSet(keys.shape[0], 0, 2 * keys.shape[2], keys.dtype, keys.device)
+            self._worker = PrefetchWorker(DISK_READERS if self.config.slow_tier is SlowTierKind.DISK else 1)
+        hot = HotSet(keys.shape[0], 0, 2 * keys.shape[2], keys.dtype, keys.device, self.resources.budget)
         return FetchedRows(tier, index, hot, self._worker, self.resources.transfer, self.counters)
 
     def hot_slots(self, sequence: Sequence, layer: CompressedLayer) -> int:
-        """Slots per KV head that the hot set's budget gives a layer, rows in flight and the index paid for.
-
-        A fraction is one of an ordinary cache at 16 bits, and gives as many slots in any dtype.
-        """
+        """Slots per KV head that the hot set's budget gives a layer."""
         heads, _, dim = layer.residual_keys.shape
-        layers = sum(window is None for window in self.info.windows)
-        if isinstance(self.config.hot_set, float):
-            row = 2 * dim * 2
-            share = self.config.hot_set * sequence.length * row
-        else:
-            row = 2 * dim * layer.residual_keys.element_size()
-            share = self.config.hot_set / (layers * heads * max(len(self.sequences), 1))
-        return max(0, int((share - self.config.top_k * row) / (row + SLOT_INDEX_BYTES)))
+        sequences = max(len(self.sequences), self.expected_sequences)
+        return hot_slots(self.resources.dimensions, self.config, heads, dim, sequence.length, sequences)
 
     def _new_counters(self) -> Counters:
         policy = self.config.policy

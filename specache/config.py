@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -55,6 +56,7 @@ class SlowTierKind(StrEnum):
     AUTO = "auto"  # ram-inplace when the model computes on the CPU, ram otherwise
     RAM_INPLACE = "ram-inplace"  # rows are read where they lie; nothing is copied ahead
     RAM = "ram"  # rows are copied through the hot set in the background
+    DISK = "disk"  # the same, from files in a folder; written `disk:FOLDER`
 
 
 @dataclass(frozen=True)
@@ -68,12 +70,14 @@ class SpeCacheConfig:
         residual: newest tokens that always stay at 16 bits (paper `R`), in tokens.
         top_k: 16-bit pairs swapped in per KV head and step (paper `k`), in pairs.
         policy: see `Policy`.
-        slow_tier: see `SlowTierKind`.
+        slow_tier: see `SlowTierKind`; `disk:FOLDER` also sets `slow_dir`.
+        slow_dir: the folder of tier `disk`; made if it is not there. `None` for every other tier.
         hot_set: budget of recently fetched rows. A float up to 1 is a fraction of the 16-bit cache,
             an integer above 1 is bytes over all sequences and layers. It always holds the `top_k`
             rows in flight.
         prefill_chunk: prompt tokens per forward pass while prefilling.
-        fast_memory: byte budget of the page pool; `None` is unbounded.
+        fast_memory: bytes for everything in fast memory but the weights (docs/plan.md); what cannot fit is refused before it runs.
+            `None` is unbounded.
     """
 
     bits: int = 2
@@ -83,6 +87,7 @@ class SpeCacheConfig:
     top_k: int = 64
     policy: Policy = Policy.AUTO
     slow_tier: SlowTierKind = SlowTierKind.AUTO
+    slow_dir: str | None = None
     hot_set: float | int = 0.08
     prefill_chunk: int = 1024
     fast_memory: int | None = None
@@ -114,7 +119,9 @@ class SpeCacheConfig:
             raise ConfigError(f"fast_memory must be a positive number of bytes or None, got {self.fast_memory!r}.")
         object.__setattr__(self, "code", _member(Code, self.code, "code"))
         object.__setattr__(self, "policy", _member(Policy, self.policy, "policy"))
-        object.__setattr__(self, "slow_tier", _member(SlowTierKind, self.slow_tier, "slow_tier"))
+        slow_tier, slow_dir = parse_slow_tier(self.slow_tier, self.slow_dir)
+        object.__setattr__(self, "slow_tier", slow_tier)
+        object.__setattr__(self, "slow_dir", slow_dir)
 
     def resolved(self, device_type: str) -> SpeCacheConfig:
         """The same configuration with both `auto` settings decided for a model on `device_type`.
@@ -157,10 +164,33 @@ class SpeCacheConfig:
             "top_k": self.top_k,
             "policy": str(self.policy),
             "slow_tier": str(self.slow_tier),
+            "slow_dir": self.slow_dir,
             "hot_set": self.hot_set,
             "prefill_chunk": self.prefill_chunk,
             "fast_memory": self.fast_memory,
         }
+
+
+def parse_slow_tier(text: str, folder: str | os.PathLike[str] | None = None) -> tuple[SlowTierKind, str | None]:
+    """`ram`, or `disk:FOLDER` (or `disk` with `folder`) -> the tier and its folder.
+
+    Raises:
+        ConfigError: no such tier, a disk without folder, two folders, or a folder for another tier.
+    """
+    name, colon, named = (text, "", "") if isinstance(text, SlowTierKind) else str(text).partition(":")
+    tier = _member(SlowTierKind, name, "slow_tier")
+    given = None if folder is None else os.fspath(folder)
+    if tier is not SlowTierKind.DISK:
+        if colon or given is not None:
+            raise ConfigError(
+                f"slow_tier={tier.value!r} takes no folder, got {named or given!r}. Only the disk does: slow_tier='disk:FOLDER'."
+            )
+        return tier, None
+    if named and given is not None and named != given:
+        raise ConfigError(f"slow_tier={text!r} and slow_dir={given!r} name two folders. Leave one of them out.")
+    if not (named or given):
+        raise ConfigError("slow_tier='disk' needs a folder for the 16-bit pairs. Write slow_tier='disk:FOLDER'.")
+    return tier, named or given
 
 
 def _is_int(value: object) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,8 +14,11 @@ from torch import Tensor
 from specache.attention import PassKind, PassPlan
 from specache.cache import Sequence as CachedSequence
 from specache.cache import SpeCache
+from specache.holdings import SequenceLoad
 from specache.integration import decode_forward, forward, reset_rope
 from specache.passes import DecodePass, Observer, PrefillPass
+from specache.plan import prefill_working_set
+from specache.working_set import decode_bytes
 
 Progress = Callable[[int, int], None]  # (prompt tokens done, prompt tokens in all)
 
@@ -110,17 +114,30 @@ class Decoder:
         reset_rope(self._model, self._info)
         sequence.tier.reserve(total)
         progress(sequence.length, total)
-        while True:
-            start = sequence.length
-            stop = min(start + chunk, total)
-            state = PrefillPass(sequence, config.policy, config.top_k, stop == total, observe)
-            ids = token_ids[start:stop]
-            logits = forward(self._model, self._ids([ids]), self._positions([start], len(ids)), state, logits=1)
-            sequence.commit(ids)
-            progress(stop, total)
-            if stop == total:
-                sequence.prepare_decode()
-                return logits[0, -1]
+        with self._working_set(self._prefill_bytes(sequence, total, chunk)):
+            while sequence.length < total:
+                start = sequence.length
+                stop = min(start + chunk, total)
+                state = PrefillPass(sequence, config.policy, config.top_k, stop == total, observe)
+                ids = token_ids[start:stop]
+                logits = forward(self._model, self._ids([ids]), self._positions([start], len(ids)), state, logits=1)
+                sequence.commit(ids)
+                progress(stop, total)
+        sequence.prepare_decode()
+        return logits[0, -1]
+
+    def _prefill_bytes(self, sequence: CachedSequence, total: int, chunk: int) -> int:
+        config = replace(self._cache.config, prefill_chunk=chunk)
+        load = SequenceLoad(total, stored=sequence.length)
+        return prefill_working_set(self._cache.resources.dimensions, config, load)
+
+    def _decode_bytes(self, sequences: Sequence[CachedSequence]) -> int:
+        config = self._cache.config
+        longest = max(config.low_bit_length(sequence.length + 1) for sequence in sequences)
+        return decode_bytes(self._cache.resources.dimensions, config, len(sequences), longest)
+
+    def _working_set(self, size: int) -> AbstractContextManager[None]:
+        return self._cache.resources.budget.reserved(size, "the working set of a pass")
 
     def _step_group(
         self,
@@ -161,11 +178,16 @@ class Decoder:
         plan = PassPlan(kind, config.policy, config.top_k, self._cache.counters)
         positions = self._positions([sequence.length for sequence in sequences], kind.rows)
         reset_rope(self._model, self._info)  # another sequence's length, or a call outside, may have left its mark
+        for sequence in sequences:
+            sequence.begin_pass()
         try:
-            logits = decode_forward(self._model, self._ids(rows), positions, DecodePass(sequences, plan))
+            with self._working_set(self._decode_bytes(sequences)):
+                logits = decode_forward(self._model, self._ids(rows), positions, DecodePass(sequences, plan))
+            for sequence in sequences:
+                sequence.retire()
         except BaseException:
             for sequence in sequences:
-                sequence.rollback()
+                sequence.undo_pass()
             raise
         if kind.commits:
             for sequence, row in zip(sequences, rows, strict=True):
@@ -197,12 +219,7 @@ class Decoder:
         try:
             yield
         except BaseException:
-            if length == 0:
-                sequence.clear()
-            else:
-                sequence.restore_windows(windows)
-                del sequence.token_ids[length:]
-                sequence.rollback()
+            sequence.restore(length, windows)
             raise
 
     @contextmanager

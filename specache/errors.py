@@ -24,7 +24,15 @@ class NonFiniteError(SpeCacheError):
 
 
 class FastMemoryError(SpeCacheError, MemoryError):
-    """The page pool's byte budget is exhausted."""
+    """A batch does not fit into the byte budget of fast memory (`fast_memory`)."""
+
+
+class SlowTierError(SpeCacheError):
+    """The 16-bit rows could not be written to the slow tier or read back; the message names the file and what to do."""
+
+
+class CorruptRowError(SlowTierError):
+    """A row on disk is not the one that was written; the message names file, layer, KV head and token position."""
 
 
 class EvaluationError(SpeCacheError):

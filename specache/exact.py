@@ -6,7 +6,7 @@ Used for prefill, the sliding layers, the residual and policy `full`. One sequen
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -59,24 +59,26 @@ def _attend_rows(
     """Rows `[first, first + n)` over the keys, a block of keys at a time."""
     n, length = query.shape[1], keys.shape[1]
     stop = min(length, first + n) if causal else length
-    parts = []
-    for j in range(0, stop, KEY_BLOCK):
-        k, v = keys[:, j : min(j + KEY_BLOCK, stop)], values[:, j : min(j + KEY_BLOCK, stop)]
-        seen = None if mask is None else mask[first : first + n, j : j + k.shape[1]]
-        if causal:
-            rows = torch.arange(first, first + n, device=query.device)
-            seen = rows[:, None] >= torch.arange(j, j + k.shape[1], device=query.device)
-        parts.append(_attend_scores(scores(query, k, params), v, seen))
-    return merge(parts)
+
+    def parts() -> Iterator[Part]:
+        for j in range(0, stop, KEY_BLOCK):
+            k, v = keys[:, j : min(j + KEY_BLOCK, stop)], values[:, j : min(j + KEY_BLOCK, stop)]
+            seen = None if mask is None else mask[first : first + n, j : j + k.shape[1]]
+            if causal:
+                rows = torch.arange(first, first + n, device=query.device)
+                seen = rows[:, None] >= torch.arange(j, j + k.shape[1], device=query.device)
+            yield _attend_scores(scores(query, k, params), v, seen)
+
+    return merge_each(parts())
 
 
 def scores(query: Tensor, keys: Tensor, params: AttentionParams) -> Tensor:
     """Scaled (and capped) scores [Hkv, G, n, T] in float32."""
     heads, _, dim = keys.shape
     grouped = query.float().reshape(heads, -1, dim)  # [Hkv, G n, D]
-    product = (grouped @ keys.float().transpose(1, 2)) * params.scaling  # [Hkv, G n, T]
+    product = (grouped @ keys.float().transpose(1, 2)).mul_(params.scaling)  # [Hkv, G n, T]
     if params.softcap is not None:
-        product = (product / params.softcap).tanh_() * params.softcap
+        product.div_(params.softcap).tanh_().mul_(params.softcap)
     return product.unflatten(1, (-1, query.shape[1]))
 
 
@@ -118,8 +120,19 @@ def merge(parts: Iterable[Part], sinks: Tensor | None = None) -> Part:
     if len(parts) == 1 and sinks is None:
         return parts[0]
     weights = [(part_lse - lse).exp().nan_to_num(0.0).unsqueeze(-1) for _, part_lse in parts]
-    out = sum((part * weight for (part, _), weight in zip(parts, weights, strict=True)), torch.zeros((), device=lse.device))
+    out = parts[0][0] * weights[0]
+    for (part, _), weight in zip(parts[1:], weights[1:], strict=True):
+        out += part * weight
     return out, lse
+
+
+def merge_each(parts: Iterable[Part]) -> Part:
+    """The same as each part comes, so that two are held at a time however many there are (at least one)."""
+    total: Part | None = None
+    for part in parts:
+        total = part if total is None else merge([total, part])
+    assert total is not None, "attention over no keys at all"
+    return total
 
 
 def windowed(query: Tensor, keys: Tensor, values: Tensor, window: int, params: AttentionParams) -> Part:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput, MaxLengthCriteria, MaxTimeCriteria, StopStringCriteria
 
+from specache.admission import check_room
 from specache.cache import SpeCache
 from specache.config import SpeCacheConfig
 from specache.decoding import Decoder, Progress
@@ -116,6 +117,7 @@ def prefill(
     token_ids = prompts(input_ids, attention_mask)
     check_prompt_lengths(token_ids, cache.info)
     cache.check_model(model)
+    check_room(cache, token_ids, 0, cache.config.prefill_chunk)
     with attached(model):
         _prefill(Decoder(model, cache), cache, token_ids, cache.config.prefill_chunk, progress)
 
@@ -180,10 +182,11 @@ def _decode(
         cache = _cache_for(model, config, given)
         token_ids = _whole_sequences(cache, token_ids, input_ids, attention_mask, generation_config)
         check_prompt_lengths(token_ids, cache.info)
+        chunk = generation_config.prefill_chunk_size or cache.config.prefill_chunk
+        check_room(cache, token_ids, _stored_new_tokens(generation_config, input_ids), chunk)
         if streamer is not None and not streamer_has_prompt:
             streamer.put(input_ids.cpu())
         request = _request(logits_processor, stopping_criteria, generation_config)
-        chunk = generation_config.prefill_chunk_size or cache.config.prefill_chunk
         unfinished = torch.ones(len(token_ids), dtype=torch.bool, device=input_ids.device)
         batch = _Batch(input_ids, unfinished, request.pad_token is not None)
         with attached(model):
@@ -241,6 +244,7 @@ def _prefill(decoder: Decoder, cache: SpeCache, token_ids: list[list[int]], chun
     """Prefill every sequence, equal ones once -> logits [B, V] of their last tokens."""
     first: dict[tuple[int, ...], int] = {}
     fresh = not cache.sequences
+    cache.expected_sequences = len(token_ids)
     total = sum(len(ids) for ids in token_ids)
     done = 0
     logits: list[Tensor] = []
@@ -250,6 +254,7 @@ def _prefill(decoder: Decoder, cache: SpeCache, token_ids: list[list[int]], chun
             if fresh:
                 cache.sequences.append(cache.repeat(twin) if twin != index else cache.new_sequence())
             if fresh and twin != index:
+                cache.sequences[index].prepare_decode()
                 logits.append(logits[twin])
             else:
                 report = _offset_progress(progress, done, total)
@@ -356,6 +361,12 @@ def _whole_sequences(
     if width > input_ids.shape[1]:  # only what is new was passed
         return [sequence.token_ids + ids for sequence, ids in zip(cache.sequences, token_ids, strict=True)]
     return token_ids
+
+
+def _stored_new_tokens(generation_config: Any, input_ids: Tensor) -> int:
+    """Most tokens that decoding stores per sequence: all new ones but the last, which nothing follows."""
+    new = (generation_config.max_length or 0) - input_ids.shape[1]
+    return max(0, new - 1)
 
 
 def _request(logits_processor: LogitsProcessorList, stopping_criteria: StoppingCriteriaList, generation_config: Any) -> _Request:

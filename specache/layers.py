@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from specache.attention import PassKind
+from specache.budget import ByteBudget
 from specache.config import Code, SpeCacheConfig
 from specache.errors import NonFiniteError
-from specache.exact import KEY_BLOCK, AttentionParams, Part, attend_part, merge, windowed
+from specache.exact import KEY_BLOCK, AttentionParams, Part, attend_part, merge, merge_each, windowed
 from specache.kernels import dispatch
 from specache.kernels.types import LowBitCopy
 from specache.prefetch import Rows
-from specache.quant.key_weights import KeyWeights
+from specache.quant.key_weights import KEY_WEIGHT_BYTES, KeyWeights
 from specache.quant.pool import PageTable
 from specache.tiers.base import SlowTier
 
@@ -38,7 +39,7 @@ class CompressedLayer:
 
     Args:
         index: the layer's number in the model.
-        table: its (empty) page table.
+        table: its (empty) page table, whose pool's budget bounds the rest of the layer too.
         tier, rows: the sequence's slow tier, and this layer's access to it in decode steps.
         keys: any key tensor [Hkv, n, D] of the layer, for heads, head dimension, dtype and device.
     """
@@ -54,6 +55,7 @@ class CompressedLayer:
         self.residual_count = 0
         capacity = config.residual + config.group_size
         self.weights = KeyWeights(capacity)
+        self._claim = table.pool.budget.claim(residual_bytes(heads, dim, capacity, keys.itemsize), "residuals and key weights")
         self._residual = torch.empty(2, heads, capacity, dim, dtype=keys.dtype, device=keys.device)
 
     @property
@@ -82,6 +84,16 @@ class CompressedLayer:
         return self.table.nbytes + self._residual.nbytes + self.weights.nbytes
 
     @property
+    def held_bytes(self) -> int:
+        """Bytes held of the budget: `fast_bytes`, what the weights are made from, and the hot set."""
+        return self.table.nbytes + self._claim.size + self.rows.nbytes
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one token's `[K | V]`, all KV heads, as it is stored."""
+        return 2 * self._residual.shape[1] * self._residual.shape[3] * self._residual.itemsize
+
+    @property
     def exact_bytes(self) -> int:
         """Of `fast_bytes`, those of unquantised rows, in the model's dtype."""
         return self._residual.nbytes
@@ -98,9 +110,7 @@ class CompressedLayer:
         """
         check_finite(keys, values, self.index)
         self._observe(query)
-        parts = [attend_part(query, k, v, params) for k, v in self._stored(keys.device)]
-        parts.append(attend_part(query, keys, values, params, causal=True))
-        out, _ = merge(parts, params.sinks)
+        out, _ = merge([merge_each(self._parts(query, keys, values, params))], params.sinks)
         self._store(keys, values)
         return out
 
@@ -123,20 +133,39 @@ class CompressedLayer:
             self.residual_count -= count
             self._residual[:, :, : self.residual_count] = kept
 
-    def truncate(self, length: int) -> None:
-        """Forget tokens from `length` on. What a fresh prefill of the rest would hold is rebuilt from the 16-bit rows."""
+    def residual_at(self, length: int) -> tuple[Tensor, Tensor] | None:
+        """Keys and values [Hkv, m, D] of the residual of a sequence cut to `length`, where the slow tier must be read for them.
+
+        Raises:
+            SlowTierError: it cannot be read; nothing changed.
+        """
+        start = self.config.low_bit_length(length)
+        return self.tier.read(self.index, start, length) if start < self.table.length and length < self.length else None
+
+    def truncate(self, length: int, residual: tuple[Tensor, Tensor] | None) -> None:
+        """Forget tokens from `length` on. `residual` (see `residual_at`) is what a fresh prefill of the rest would hold exactly."""
         if length >= self.length:
             return
-        start = self.config.low_bit_length(length)
-        if start < self.table.length:
-            self.table.truncate(start)
-            keys, values = self.tier.read(self.index, start, length)
-            self._residual[0, :, : length - start] = keys
-            self._residual[1, :, : length - start] = values
+        if residual is not None:
+            self.table.truncate(self.config.low_bit_length(length))
+            for mine, rows in zip(self._residual, residual, strict=True):
+                mine[:, : rows.shape[1]] = rows
         self.residual_count = length - self.table.length
         self.weights.truncate(length)
         self.rows.drop()
         self.next_positions = None
+
+    def undo(self, length: int, next_positions: Tensor | None) -> None:
+        """Take back what an unfinished decode pass did; `length` and `next_positions` are from before it.
+
+        The slow tier, which may be what failed, is not read: groups retire only when the pass is through every layer.
+        """
+        if self.config.low_bit_length(length) < self.table.length:  # it failed while they did
+            self.truncate(length, self.residual_at(length))
+        self.residual_count = length - self.table.length
+        self.weights.truncate(length)
+        self.rows.cancel()
+        self.next_positions = next_positions
 
     def fork(self, tier: SlowTier, rows: Rows, config: SpeCacheConfig) -> CompressedLayer:
         """A copy over `tier` (a fork of this one's) under the same layout, sharing pages."""
@@ -144,6 +173,7 @@ class CompressedLayer:
         other._residual.copy_(self._residual)
         other.residual_count = self.residual_count
         other.weights = self.weights.fork(self.weights.tokens)
+        other._count()
         return other
 
     def can_truncate(self, length: int) -> bool:
@@ -161,6 +191,12 @@ class CompressedLayer:
         self.table.truncate(0)
         self.residual_count = 0
         self.weights = KeyWeights(self.weights.tokens)
+        self._claim.release()
+
+    def _parts(self, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Iterator[Part]:
+        for stored_keys, stored_values in self._stored(keys.device):
+            yield attend_part(query, stored_keys, stored_values, params)
+        yield attend_part(query, keys, values, params, causal=True)
 
     def _stored(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         """All stored keys and values, a block at a time."""
@@ -188,6 +224,12 @@ class CompressedLayer:
 
     def _observe(self, query: Tensor) -> None:
         self.weights.observe(self.length, query, self._residual.shape[1])
+        self._count()
+
+    def _count(self) -> None:
+        """Hold bytes for the residual, the weights (also before they are fixed) and the queries they are made from."""
+        _, heads, capacity, dim = self._residual.shape
+        self._claim.resize(residual_bytes(heads, dim, capacity, self._residual.itemsize) + self.weights.observed_bytes)
 
     def _quantise(self, keys: Tensor, values: Tensor) -> None:
         start = self.table.length
@@ -195,13 +237,19 @@ class CompressedLayer:
         dispatch.quantise(keys, values, self.copy, start)
 
 
+def residual_bytes(heads: int, dim: int, capacity: int, itemsize: int) -> int:
+    """What a `CompressedLayer` holds beside its pages: rows of `capacity` (`R + g`) tokens, and one float32 weight per channel."""
+    return heads * dim * (2 * capacity * itemsize + KEY_WEIGHT_BYTES)
+
+
 class DenseLayer:
     """A full-attention layer under policy `full`: the ordinary 16-bit cache, in fast memory."""
 
-    def __init__(self, index: int, keys: Tensor) -> None:
+    def __init__(self, index: int, keys: Tensor, budget: ByteBudget) -> None:
         heads, _, dim = keys.shape
         self.index = index
         self.length = 0
+        self._claim = budget.claim(0, "the 16-bit cache (policy 'full')")
         self._rows = torch.empty(2, heads, 0, dim, dtype=keys.dtype, device=keys.device)
 
     @property
@@ -215,6 +263,10 @@ class DenseLayer:
     @property
     def fast_bytes(self) -> int:
         return self._rows.nbytes
+
+    @property
+    def held_bytes(self) -> int:
+        return self._claim.size
 
     @property
     def token_bytes(self) -> int:
@@ -232,9 +284,13 @@ class DenseLayer:
         """Add n tokens [Hkv, n, D]."""
         needed = self.length + keys.shape[1]
         if needed > self._rows.shape[2]:
-            grown = self._rows.new_empty(*self._rows.shape[:2], max(needed, self.length * 9 // 8), self._rows.shape[3])
+            capacity = dense_capacity(self.length, needed)
+            size = self._rows.itemsize * 2 * self._rows.shape[1] * self._rows.shape[3] * capacity
+            self._claim.resize(self._rows.nbytes + size)  # both, while one is copied into the other
+            grown = self._rows.new_empty(*self._rows.shape[:2], capacity, self._rows.shape[3])
             grown[:, :, : self.length] = self._rows[:, :, : self.length]
             self._rows = grown
+            self._claim.resize(size)
         self._rows[0, :, self.length : needed] = keys
         self._rows[1, :, self.length : needed] = values
         self.length = needed
@@ -252,28 +308,40 @@ class DenseLayer:
         return True
 
     def fork(self) -> DenseLayer:
-        other = DenseLayer(self.index, self._rows[0])
+        other = DenseLayer(self.index, self._rows[0], self._claim.budget)
+        other._claim.resize(self._rows.nbytes)
         other._rows, other.length = self._rows.clone(), self.length
         return other
 
     def release(self) -> None:
         self.length = 0
         self._rows = self._rows[:, :, :0].clone()
+        self._claim.release()
+
+
+def dense_capacity(length: int, needed: int) -> int:
+    """Tokens that a `DenseLayer` of `length` makes room for when its buffer is too small for `needed`."""
+    return max(needed, length * 9 // 8)
 
 
 class WindowLayer:
     """A sliding layer: the newest `window` tokens at 16 bits in a ring buffer, slot = position modulo window."""
 
-    def __init__(self, index: int, window: int, keys: Tensor) -> None:
+    def __init__(self, index: int, window: int, keys: Tensor, budget: ByteBudget) -> None:
         heads, _, dim = keys.shape
         self.index = index
         self.window = window
         self.length = 0
+        self._claim = budget.claim(2 * heads * window * dim * keys.itemsize, "sliding windows")
         self._ring = torch.zeros(2, heads, window, dim, dtype=keys.dtype, device=keys.device)
 
     @property
     def nbytes(self) -> int:
         return self._ring.nbytes
+
+    @property
+    def held_bytes(self) -> int:
+        return self._claim.size
 
     @property
     def ordinary_bytes(self) -> int:
@@ -311,7 +379,7 @@ class WindowLayer:
         return length >= self.length - 1 or self.length <= self.window
 
     def fork(self) -> WindowLayer:
-        other = WindowLayer(self.index, self.window, self._ring[0])
+        other = WindowLayer(self.index, self.window, self._ring[0], self._claim.budget)
         other._ring.copy_(self._ring)
         other.length = self.length
         return other
@@ -319,6 +387,7 @@ class WindowLayer:
     def release(self) -> None:
         self.length = 0
         self._ring = self._ring[:, :, :0].clone()
+        self._claim.release()
 
     def _write(self, keys: Tensor, values: Tensor) -> None:
         self.length += keys.shape[1]

@@ -73,10 +73,7 @@ class DecodePass:
         if self._plan.kind.commits:
             for b, layer in enumerate(layers):
                 layer.append(query[b, :, :1], keys[b, :, :1], values[b, :, :1])
-        out = mixed_attention(query, keys, values, layers, params, self._plan)
-        for layer in layers:
-            layer.retire()
-        return out
+        return mixed_attention(query, keys, values, layers, params, self._plan)
 
     def _exact(
         self,

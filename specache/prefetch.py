@@ -1,7 +1,8 @@
 """Getting 16-bit rows to where they are needed: select -> submit -> wait, and the hot set they land in.
 
 `InPlaceRows` serves the tier whose rows are read where they lie. `FetchedRows` copies rows through a hot set: what a step's guess
-selects is read in the background while the rest of the step computes, what the real token still lacks is read at once.
+selects is read in the background while the rest of the step computes, what the real token still lacks is read at once. A read that
+failed in the background raises when the next step reaches its layer, once.
 Positions are [Hkv, k], ascending, -1 where there is no pair. Rows are [Hkv, k, 2 D].
 """
 
@@ -9,18 +10,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from specache.budget import ByteBudget
+from specache.errors import SlowTierError
 from specache.stats import Counters
 from specache.tiers.base import SlowTier
 from specache.tiers.transfer import Arrival, Transfer
+from specache.tiers.worker import PrefetchRequest, PrefetchWorker, timed
 
 NOWHERE = torch.iinfo(torch.int64).max  # position of an empty slot
+SLOT_INDEX_BYTES = 32  # a hot-set slot's position and stamp, and its place in the sorted index: int64 each
 
 
 class Rows(Protocol):
@@ -49,28 +53,13 @@ class Rows(Protocol):
         """Have these here when the next step begins."""
 
     def resize(self, slots: int) -> None:
-        """Keep at least this many recently used rows per KV head."""
+        """Keep this many recently used rows per KV head, fewer where the byte budget has no room."""
+
+    def cancel(self) -> None:
+        """Forget what was submitted (the step it was for is undone). Its error, if it has one, is nobody's any more."""
 
     def drop(self) -> None:
         """Forget everything fetched or in flight (the sequence was cut)."""
-
-
-class PrefetchWorker:
-    """One background thread that reads rows for all layers, in the order they were submitted."""
-
-    def __init__(self) -> None:
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="specache-prefetch")
-
-    def submit(self, read: Callable[[], Arrival]) -> Future[Arrival]:
-        return self._executor.submit(read)
-
-    def close(self) -> None:
-        """Cancel what has not begun and end the thread."""
-        self._executor.shutdown(wait=True, cancel_futures=True)
-
-    def abandon(self) -> None:
-        """The same without waiting, for a cache that was never closed."""
-        self._executor.shutdown(wait=False, cancel_futures=True)
 
 
 class InPlaceRows:
@@ -111,6 +100,9 @@ class InPlaceRows:
     def resize(self, slots: int) -> None:
         pass
 
+    def cancel(self) -> None:
+        pass
+
     def drop(self) -> None:
         pass
 
@@ -121,7 +113,11 @@ class HotSet:
     `stamp` is the tick at which a slot was last wanted. Slots wanted in the current tick are never evicted in it.
     """
 
-    def __init__(self, num_kv_heads: int, capacity: int, row: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, num_kv_heads: int, capacity: int, row: int, dtype: torch.dtype, device: torch.device, budget: ByteBudget | None = None
+    ) -> None:
+        self._slot_bytes = num_kv_heads * (row * dtype.itemsize + SLOT_INDEX_BYTES)
+        self._claim = (budget or ByteBudget()).claim(capacity * self._slot_bytes, "hot sets")
         self.rows = torch.zeros(num_kv_heads, capacity, row, dtype=dtype, device=device)
         self.position = torch.full((num_kv_heads, capacity), NOWHERE, device=device)
         self.stamp = torch.full((num_kv_heads, capacity), -1, device=device)
@@ -134,7 +130,7 @@ class HotSet:
 
     @property
     def nbytes(self) -> int:
-        return self.rows.nbytes + self.position.nbytes + self.stamp.nbytes
+        return self.capacity * self._slot_bytes
 
     def find(self, positions: Tensor) -> Tensor:
         """Slots [Hkv, k] of the positions, -1 for those that are not here; what is found counts as just used."""
@@ -172,11 +168,20 @@ class HotSet:
         """At least `capacity` slots."""
         extra = capacity - self.capacity
         if extra > 0:
+            self._claim.resize((self.capacity + capacity) * self._slot_bytes)  # both, while one is copied into the other
             pad = torch.nn.functional.pad
             self.rows = pad(self.rows, (0, 0, 0, extra))
             self.position = pad(self.position, (0, extra), value=NOWHERE)
             self.stamp = pad(self.stamp, (0, extra), value=-1)
             self._sorted = None
+            self._claim.resize(capacity * self._slot_bytes)
+
+    def grow_if_allowed(self, capacity: int) -> None:
+        """At least `capacity` slots, or as many as the byte budget leaves room for."""
+        left = self._claim.budget.left
+        if left is not None:
+            capacity = min(capacity, left // self._slot_bytes)  # old and new slots are held at once for a moment
+        self.grow(capacity)
 
     def clear(self) -> None:
         self.position.fill_(NOWHERE)
@@ -188,7 +193,7 @@ class HotSet:
 class _InFlight:
     head: Tensor  # [M]
     position: Tensor  # [M]
-    future: Future[Arrival]
+    request: PrefetchRequest
 
 
 class FetchedRows:
@@ -197,8 +202,8 @@ class FetchedRows:
     Args:
         tier, layer: where the rows are.
         hot: the layer's hot set; grows to hold the pairs of one step, whatever its budget.
-        worker, transfer: the background thread, and how rows get to the device.
-        counters: where waits and bytes are counted.
+        worker, transfer: the background threads, and how rows get to the device.
+        counters: where waits, reads and bytes are counted.
     """
 
     in_place = False
@@ -226,10 +231,7 @@ class FetchedRows:
     def begin_step(self) -> None:
         flight, self._in_flight = self._in_flight, None
         if flight is not None:
-            started = time.perf_counter()
-            rows = flight.future.result().wait()
-            self._counters.wait_s += time.perf_counter() - started
-            self.hot.insert(flight.head, flight.position, rows)
+            self.hot.insert(flight.head, flight.position, self._arrived(flight.request))
         self.hot.step += 1
 
     def fetch(self, positions: Tensor) -> tuple[Tensor, int]:
@@ -240,9 +242,10 @@ class FetchedRows:
         if missing.any():
             head, column = missing.nonzero(as_tuple=True)
             wanted = positions[head, column]
-            started = time.perf_counter()
-            fetched = self._read(head, wanted)().wait()
-            self._counters.wait_s += time.perf_counter() - started
+            arrival, seconds = timed(self._read(head, wanted))
+            self._count_wait(seconds)
+            self._counters.read_s += seconds
+            fetched = arrival.wait()
             rows[head, column] = fetched
             self.hot.insert(head, wanted, fetched)
         return rows, ready
@@ -252,22 +255,49 @@ class FetchedRows:
         return rows, positions.where(slots >= 0, -1)
 
     def submit(self, positions: Tensor) -> None:
+        self.cancel()
         self.hot.grow(positions.shape[1])
         self.hot.step += 1  # what the next step wants outranks what this one used
         slots = self.hot.find(positions)
         head, column = ((slots < 0) & (positions >= 0)).nonzero(as_tuple=True)
         if len(head):
             wanted = positions[head, column]
-            self._in_flight = _InFlight(head, wanted, self._worker.submit(self._read(head, wanted)))
+            request = self._worker.submit(self._read(head, wanted))
+            if request is not None:
+                self._in_flight = _InFlight(head, wanted, request)
 
     def resize(self, slots: int) -> None:
-        self.hot.grow(slots)
+        self.hot.grow_if_allowed(slots)
 
-    def drop(self) -> None:
+    def cancel(self) -> None:
         flight, self._in_flight = self._in_flight, None
         if flight is not None:
-            flight.future.cancel()
+            flight.request.cancel()
+
+    def drop(self) -> None:
+        self.cancel()
         self.hot.clear()
+
+    def _arrived(self, request: PrefetchRequest) -> Tensor:
+        """Rows that were read in the background, waiting for them if need be."""
+        waits = not request.done
+        started = time.perf_counter()
+        try:
+            arrival, seconds = request.result()
+        except Exception as error:
+            kind = type(error) if isinstance(error, SlowTierError) else SlowTierError
+            raise kind(f"Reading ahead in layer {self._layer} failed. {error}") from error
+        except BaseException:
+            request.cancel()  # the wait was interrupted
+            raise
+        if waits:
+            self._count_wait(time.perf_counter() - started)
+        self._counters.read_s += seconds
+        return arrival.wait()
+
+    def _count_wait(self, seconds: float) -> None:
+        self._counters.waits += 1
+        self._counters.wait_s += seconds
 
     def _here(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Rows [Hkv, k, 2 D] (zero where absent) and slots [Hkv, k]."""

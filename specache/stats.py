@@ -28,7 +28,8 @@ class Counters:
     """Running totals of one cache.
 
     `rows_selected` and `rows_ready` count the real token's wanted (KV head, position) pairs; `bytes_fetched` counts
-    both rows' reads from the slow tier. `guesses` counts speculative tokens whose real counterpart became known.
+    both rows' reads from the slow tier. `read_s` is the time that reads took, in the background and at once; `wait_s` is how long
+    steps waited for them, in `waits` waits. `guesses` counts speculative tokens whose real counterpart became known.
     """
 
     rows_selected: int = 0
@@ -36,7 +37,9 @@ class Counters:
     bytes_fetched: int = 0
     guesses: int = 0
     guesses_right: int = 0
+    read_s: float = 0.0
     wait_s: float = 0.0
+    waits: int = 0
     prefill_s: float = 0.0
     first_token_s: float | None = None
     decode_s: float = 0.0
@@ -45,8 +48,11 @@ class Counters:
     speculates: bool = False
 
 
-def report(memory: MemoryUse, counters: Counters) -> dict[str, Any]:
-    """The statistics as JSON-ready values. Keys are stable; a rate that was not measured is `None`."""
+def report(memory: MemoryUse, counters: Counters, fast_memory_peak: int) -> dict[str, Any]:
+    """The statistics as JSON-ready values. Keys are stable; a rate that was not measured is `None`.
+
+    `fast_memory_peak_bytes` is the most that the byte budget ever held, working sets of passes as planned; forks share it.
+    """
     c, m = counters, memory
     return {
         "fast_bytes": m.fast,
@@ -57,13 +63,17 @@ def report(memory: MemoryUse, counters: Counters) -> dict[str, Any]:
         "fast_ratio": _ratio(m.fast, m.full),
         "hot_ratio": _ratio(m.hot, m.full),
         "model_ratio": _ratio(m.fast + m.windows, m.full + m.ordinary_windows),
+        "fast_memory_peak_bytes": fast_memory_peak,
         "total_bytes": m.fast + m.slow + m.hot + m.windows,
         "rows_selected": c.rows_selected,
         "rows_ready": c.rows_ready if c.prefetches else None,
         "hit_rate": _ratio(c.rows_ready, c.rows_selected) if c.prefetches else None,
         "bytes_fetched": c.bytes_fetched,
         "guess_rate": _ratio(c.guesses_right, c.guesses) if c.speculates else None,
+        "read_s": c.read_s,
         "wait_s": c.wait_s,
+        "waits": c.waits,
+        "read_hidden": max(0.0, 1 - c.wait_s / c.read_s) if c.prefetches and c.read_s else None,
         "prefill_s": c.prefill_s,
         "time_to_first_token_s": c.first_token_s,
         "decode_s": c.decode_s,

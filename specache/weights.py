@@ -121,6 +121,20 @@ def quantise_weights(model: Any, weights: WeightFormat) -> None:
         setattr(model.get_submodule(parent), attribute, made(layer.weight.detach(), bias))
 
 
+def quantised_bytes(module: Any, weights: WeightFormat) -> int | None:
+    """Bytes of a module of codes, or of what `quantise_weights` will make of a linear layer; `None` where it stays as it is."""
+    if isinstance(module, Int8Linear | Int4Linear):
+        return sum(buffer.nbytes for buffer in module.buffers())
+    if weights not in (WeightFormat.INT8, WeightFormat.INT4) or type(module) is not nn.Linear or not _fits(module, weights):
+        return None
+    outputs, inputs = module.weight.shape
+    size = module.weight.itemsize
+    bias = 0 if module.bias is None else module.bias.nbytes
+    if weights is WeightFormat.INT8:
+        return outputs * inputs + outputs * size + bias
+    return outputs * inputs // 2 + inputs // GROUP * outputs * 2 * size + bias
+
+
 def _fits(layer: nn.Linear, weights: WeightFormat) -> bool:
     outputs, inputs = layer.weight.shape
     return inputs % INT8_INPUTS == 0 and (weights is WeightFormat.INT8 or outputs % INT4_OUTPUTS == 0)

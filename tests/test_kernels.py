@@ -8,12 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specache import reference
+from specache.budget import ByteBudget
 from specache.config import Code
 from specache.kernels import dispatch, torch_ops
 from specache.kernels.types import LowBitCopy
 from specache.quant.key_weights import KeyWeights
 from specache.quant.layout import PageLayout
-from specache.quant.pool import ByteBudget, PagePool, PageTable
+from specache.quant.pool import PagePool, PageTable
 
 CPU = torch.device("cpu")
 

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import math
-
-import torch
 from torch import Tensor
 
+from specache.attention import PassKind, PassPlan, mixed_attention
 from specache.bench.synthetic import fill_compressed
-from specache.bench.timing import PhaseClock
-from specache.config import Code, SpeCacheConfig
-from specache.kernels import dispatch
+from specache.budget import ByteBudget
+from specache.config import Code, Policy, SpeCacheConfig
+from specache.exact import AttentionParams
 from specache.layers import CompressedLayer
 from specache.prefetch import InPlaceRows
 from specache.quant.layout import PageLayout
-from specache.quant.pool import ByteBudget, PagePool, PageTable
+from specache.quant.pool import PagePool, PageTable
+from specache.stats import Counters
 from specache.tiers.ram import RamTier
-
-RECENT_LSE = math.log(64) + 0.5  # log-sum-exp of normal scores over a residual of 64 tokens
 
 
 class LowBitLayer:
-    """A layer whose tokens are all in the low-bit copy, its 16-bit rows in RAM, read where they lie.
+    """A layer whose oldest tokens are in the low-bit copy and whose newest 64 in the residual; all 16-bit rows are in RAM and read
+    where they lie.
 
     Args:
         keys, values: [Hkv, S, D], whole groups of tokens.
@@ -30,33 +28,28 @@ class LowBitLayer:
 
     def __init__(self, keys: Tensor, values: Tensor, code: Code, bits: int, top_k: int) -> None:
         heads, _, dim = keys.shape
-        config = SpeCacheConfig(code=code, bits=bits, top_k=top_k, residual=0)
+        config = SpeCacheConfig(code=code, bits=bits, top_k=top_k)
         layout = PageLayout(code, bits, config.group_size, heads, dim)
-        self._tier = RamTier(in_place=True)
+        tier = RamTier(in_place=True)
         self._table = PageTable(PagePool(layout, keys.device, ByteBudget()))
-        self._rows = InPlaceRows(self._tier, 0)
-        self._layer = CompressedLayer(0, config, self._table, self._tier, self._rows, keys)
+        self._layer = CompressedLayer(0, config, self._table, tier, InPlaceRows(tier, 0), keys)
+        self._params = AttentionParams(scaling=dim**-0.5)
         self._top_k = top_k
-        fill_compressed(self._layer, self._tier, keys, values)
+        self._newest = keys[:, -1:][None], values[:, -1:][None]  # [1, Hkv, 1, D]
+        fill_compressed(self._layer, tier, keys, values)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the low-bit copy, which a step reads once."""
-        return self._table.nbytes
+        """Bytes of low-bit copy and residual, which a step reads once."""
+        return self._layer.fast_bytes
 
-    def attend(self, query: Tensor, clock: PhaseClock) -> Tensor:
-        """Attention of query [1, Hq, n, D] over the copy with the `top_k` pairs swapped in -> float32 [1, Hkv, G, n, D]."""
-        copy = self._layer.copy
-        lengths, scaling = [copy.length], query.shape[-1] ** -0.5
-        clock.begin_step()
-        with clock("score"):
-            scores = dispatch.score(query, [copy], lengths, scaling, None)  # [1, Hkv, G, n, S]
-            rest = scores.new_full(scores.shape[:-1], RECENT_LSE)
-        with clock("select"):
-            positions = dispatch.select(scores, rest, lengths, self._top_k)  # [1, Hkv, n, k]
-        with clock("fetch"):
-            rows = torch.stack([self._rows.fetch(wanted)[0] for wanted in positions[0].unbind(1)], dim=1)[None]
-        with clock("attend"):
-            dispatch.rescore(query, scores, positions, rows, scaling, None)
-            out, _ = dispatch.attend(scores, positions, rows, [copy], lengths)
-        return out
+    def attend(self, query: Tensor) -> Tensor:
+        """What the library does for query [1, Hq, n, D] -> float32 [1, Hq, n, D].
+
+        One row is the newest token (`on-demand`); of two, the second is a guess with the same key and value once more (`verified`).
+        """
+        n = query.shape[2]
+        kind, policy = (PassKind.SINGLE, Policy.ON_DEMAND) if n == 1 else (PassKind.PAIR, Policy.VERIFIED)
+        keys, values = (newest.expand(-1, -1, n, -1) for newest in self._newest)
+        plan = PassPlan(kind, policy, self._top_k, Counters())
+        return mixed_attention(query, keys, values, [self._layer], self._params, plan)

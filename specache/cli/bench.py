@@ -56,7 +56,7 @@ ShapeName = Annotated[
         "--shape",
         metavar="NAME",
         rich_help_panel=_MODEL_PANEL,
-        help="Instead of a model: random weights in the dimensions of smollm2-135m, llama-3.2-1b or llama-3-8b.",
+        help="Instead of a model: random weights in the dimensions of smollm2-135m, llama-3.2-1b, llama-3.2-3b or llama-3-8b.",
     ),
 ]
 WeightsName = Annotated[

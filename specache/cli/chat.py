@@ -50,6 +50,7 @@ def chat(
     slow_tier: options.SlowTier = SlowTierKind.AUTO,
     hot_set: options.HotSet = options.DEFAULT_HOT_SET,
     prefill_chunk: options.PrefillChunk = 1024,
+    fast_memory: options.FastMemory = None,
     dtype: options.DtypeOption = Dtype.AUTO,
     weights: options.WeightsOption = WeightFormat.AUTO,
     compile: options.Compile = False,
@@ -69,6 +70,7 @@ def chat(
         slow_tier=slow_tier,
         hot_set=hot_set,
         prefill_chunk=prefill_chunk,
+        fast_memory=fast_memory,
     )
     arguments = options.generation_options(
         max_new_tokens=max_new_tokens,

@@ -52,6 +52,7 @@ def diagnose() -> dict[str, Any]:
         "kernels": dispatch.active(),
         "native_kernels": {"instruction_sets": native.instruction_sets(), "missing": native.MISSING},
         "cache": _cache(),
+        "disk_tier": _disk_tier(),
         "demo_model": {"installed": demo_gguf() is not None},
     }
 
@@ -168,9 +169,33 @@ def _devices() -> dict[str, Any]:
     return {"cuda": names}
 
 
+def _disk_tier() -> dict[str, Any]:
+    """How `--slow-tier disk:DIR` would read from the cache folder's file system; `None` where nothing can be written."""
+    from specache.tiers.probe import probe
+
+    folder = _existing(cache_folder())
+    facts: dict[str, Any] = {"measured_in": str(folder)}
+    try:
+        report = probe(folder)
+    except OSError:
+        return facts | dict.fromkeys(("reader", "direct_io", "alignment_bytes", "read_bytes_per_second", "read_4k_seconds"))
+    return facts | {
+        "reader": report.reader,
+        "direct_io": report.direct,
+        "alignment_bytes": report.alignment,
+        "read_bytes_per_second": report.bytes_per_s,
+        "read_4k_seconds": report.latency_s,
+    }
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above that is there."""
+    return next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+
+
 def _cache() -> dict[str, Any]:
     folder = cache_folder()
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    existing = _existing(folder)
     return {
         "folder": str(folder),
         "writable": existing.is_dir() and os.access(existing, os.W_OK | os.X_OK),

@@ -22,6 +22,7 @@ _TITLES = {
     "kernels": "Kernels",
     "native_kernels": "C++ kernels",
     "cache": "Cache folder",
+    "disk_tier": "Tier disk",
     "demo_model": "Demo model",
 }
 
@@ -51,7 +52,7 @@ def _show(facts: dict[str, Any], problems: list[Problem]) -> None:
     for section, title in _TITLES.items():
         table.add_row(f"[bold]{title}[/bold]", "")
         for name, value in facts[section].items():
-            table.add_row(f"  {name.removesuffix('_bytes').replace('_', ' ')}", _text(name, value))
+            table.add_row(f"  {_name(name)}", _text(name, value))
     out.print(table)
     out.print()
     if not problems:
@@ -59,6 +60,12 @@ def _show(facts: dict[str, Any], problems: list[Problem]) -> None:
     for problem in problems:
         out.print(problem.what, style="bold red" if problem.fatal else "yellow", markup=False)
         out.print(f"  {problem.advice}", markup=False)
+
+
+def _name(name: str) -> str:
+    for unit in ("_bytes", "_bytes_per_second", "_seconds"):
+        name = name.removesuffix(unit)
+    return name.replace("_", " ")
 
 
 def _text(name: str, value: Any) -> str:
@@ -70,4 +77,8 @@ def _text(name: str, value: Any) -> str:
         return ", ".join(map(str, value)) or "none"
     if name.endswith("_bytes"):
         return size(value)
+    if name.endswith("_bytes_per_second"):
+        return f"{size(value)}/s"
+    if name.endswith("_seconds"):
+        return f"{value * 1e6:.0f} us"
     return str(value)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from specache import __version__
-from specache.cli import bench, chat, demo, doctor, evaluate, generate
+from specache.cli import bench, chat, demo, doctor, evaluate, generate, plan
 from specache.cli.console import write
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app.command(epilog=chat.EPILOG)(chat.chat)
 app.command(epilog=demo.EPILOG)(demo.demo)
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(bench.app, name="bench")
+app.command(epilog=plan.EPILOG)(plan.plan)
 app.command()(doctor.doctor)
 
 

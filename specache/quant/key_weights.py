@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 SMALLEST_RMS = 1e-6
+KEY_WEIGHT_BYTES = 4  # of a channel's weight, float32
 LARGEST_RATIO = 100.0  # of a weight to its head's median: a channel that the prefix hardly used may matter later
 
 
@@ -30,6 +31,11 @@ class KeyWeights:
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (self.value, self._squares) if t is not None)
+
+    @property
+    def observed_bytes(self) -> int:
+        """Bytes of the queries that the weights are made from; gone when the pass after that begins."""
+        return 0 if self._squares is None else self._squares.nbytes
 
     def observe(self, start: int, query: Tensor, num_kv_heads: int) -> None:
         """Take the queries [Hq, n, D] of tokens `[start, start + n)`."""

@@ -10,36 +10,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from specache.budget import ByteBudget
 from specache.config import PAGE_TOKENS
-from specache.errors import FastMemoryError
 from specache.kernels.types import LowBitCopy, PageRun
 from specache.quant.layout import PageLayout
 
 Page = tuple[int, int]  # (slab, index in the slab)
-
-
-class ByteBudget:
-    """Bytes that several pools may allocate together; `limit` of `None` is unbounded."""
-
-    def __init__(self, limit: int | None = None) -> None:
-        self.limit = limit
-        self.used = 0
-
-    def take(self, size: int) -> None:
-        """Count `size` more bytes.
-
-        Raises:
-            FastMemoryError: the limit does not allow it; nothing was counted.
-        """
-        if self.limit is not None and self.used + size > self.limit:
-            raise FastMemoryError(
-                f"The low-bit copy needs {self.used + size:,} bytes but fast_memory allows {self.limit:,}. "
-                "Raise fast_memory, use fewer bits, a larger group_size or a shorter context."
-            )
-        self.used += size
-
-    def give_back(self, size: int) -> None:
-        self.used -= size
 
 
 class PagePool:
@@ -54,7 +30,7 @@ class PagePool:
     def __init__(self, layout: PageLayout, device: torch.device, budget: ByteBudget) -> None:
         self.layout = layout
         self.device = device
-        self._budget = budget
+        self.budget = budget
         self._slabs: dict[int, Tensor] = {}
         self._free: dict[int, list[int]] = {}
         self._references: dict[Page, int] = {}
@@ -103,7 +79,7 @@ class PagePool:
             slab, index = page
             self._free[slab].append(index)
             if len(self._free[slab]) == self._slabs[slab].shape[0]:
-                self._budget.give_back(self._slabs[slab].nbytes)
+                self.budget.give_back(self._slabs[slab].nbytes)
                 del self._free[slab], self._slabs[slab]
 
     def is_shared(self, page: Page) -> bool:
@@ -117,7 +93,7 @@ class PagePool:
         return self._slabs[page[0]][page[1]]
 
     def _add_slab(self, pages: int) -> None:
-        self._budget.take(pages * self.layout.page_bytes)
+        self.budget.take(pages * self.layout.page_bytes, "pages of the low-bit copy")
         self._slabs[self._next_slab] = torch.zeros(pages, self.layout.page_bytes, dtype=torch.uint8, device=self.device)
         self._free[self._next_slab] = list(reversed(range(pages)))
         self._next_slab += 1

@@ -1,7 +1,8 @@
 """The interface of a slow tier: the 16-bit rows of one sequence.
 
 One row is `[K | V]` of one token and one KV head, `2 D` elements, contiguous. Rows of one head lie in token order. Keys are stored
-after RoPE. Rows are in the model's dtype and on the CPU; `gather` may be called from any thread.
+after RoPE. Rows are in the model's dtype and on the CPU. One thread writes; `gather` may be called from any thread meanwhile.
+Whatever the storage refuses is a `SlowTierError`; a write that failed has changed nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ class SlowTier(Protocol):
     in_place: bool  # rows are read where they lie: nothing needs fetching ahead
 
     def write(self, layer: int, start: int, keys: Tensor, values: Tensor) -> None:
-        """Store keys and values [Hkv, n, D] of tokens `[start, start + n)`; what was there is replaced."""
+        """Store keys and values [Hkv, n, D] of tokens `[start, start + n)`; what was there from `start` on is forgotten."""
 
     def read(self, layer: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Keys and values [Hkv, stop - start, D] of a range of tokens (prefill, rebuilding a residual)."""
@@ -39,4 +40,4 @@ class SlowTier(Protocol):
         """Bytes allocated."""
 
     def close(self) -> None:
-        """Free everything."""
+        """Free everything; the tier is empty then and may be filled again."""

@@ -9,6 +9,14 @@ GROWTH = 1.25  # a full buffer grows to this times its size
 MIN_CAPACITY = 64  # tokens
 
 
+def ram_capacity(expected: int, tokens: int) -> int:
+    """Tokens that a buffer made for `expected` has room for when it has grown, one by one, to hold `tokens`."""
+    capacity = max(expected, MIN_CAPACITY)
+    while capacity < tokens:
+        capacity = max(capacity + 1, int(capacity * GROWTH))
+    return capacity
+
+
 class RamTier:
     """The slow tier in RAM.
 

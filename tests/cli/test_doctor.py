@@ -11,7 +11,8 @@ from tests.cli.running import one_line, run, run_json
 
 def test_json_has_every_section():
     facts = run_json("doctor")
-    assert set(facts) == {"versions", "cpu", "memory", "devices", "kernels", "native_kernels", "cache", "demo_model", "problems"}
+    sections = {"versions", "cpu", "memory", "devices", "kernels", "native_kernels", "cache", "disk_tier", "demo_model", "problems"}
+    assert set(facts) == sections
     assert facts["kernels"] == dispatch.active()
     assert facts["cpu"]["cores"] >= 1 and facts["versions"]["torch"]
 
@@ -29,6 +30,17 @@ def test_a_cache_folder_that_cannot_be_written_is_fatal(tmp_path, monkeypatch):
     monkeypatch.setenv("SPECACHE_CACHE", str(file / "inside"))
     result = run("doctor", code=1)
     assert "cannot be written" in one_line(result.stdout) and "Set SPECACHE_CACHE" in one_line(result.stdout)
+
+
+def test_how_the_disk_tier_reads_is_measured_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPECACHE_CACHE", str(tmp_path))
+    disk = run_json("doctor")["disk_tier"]
+    assert disk["measured_in"] == str(tmp_path)
+    assert disk["reader"] in ("io_uring", "threads", "buffered") and disk["alignment_bytes"] in (512, 4096)
+    assert disk["read_bytes_per_second"] > 1e6 and 0 < disk["read_4k_seconds"] < 1
+    text = one_line(run("doctor").stdout)
+    assert all(word in text for word in ("Tier disk", "direct io", "read 4k", " us", "B/s"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_demo_model_is_no_failure(monkeypatch):

@@ -19,7 +19,9 @@ class SpeCacheSession:
     """Decodes with our own cache exactly as `generate` does, guess row included; guesses are greedy."""
 
     def __init__(self, prompt: Prefilled, config: SpeCacheConfig) -> None:
-        changes = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in ("slow_tier", "fast_memory")}
+        changes = {
+            f.name: getattr(config, f.name) for f in fields(config) if f.name not in ("slow_tier", "slow_dir", "fast_memory")
+        }
         self._cache: SpeCache = prompt.cache.fork(**changes)
         self._sequence = self._cache.sequences[0]
         self._sequence.prepare_decode()

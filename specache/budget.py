@@ -1,0 +1,92 @@
+"""Fast memory as one account: whoever allocates takes the bytes first, and gives them back.
+
+Low-bit pages, residuals, key weights, hot sets, read buffers, sliding windows and the working set of a pass draw on the same
+budget, so that their sum cannot exceed it. All sizes are in bytes.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from specache.errors import FastMemoryError
+
+
+class ByteBudget:
+    """Bytes that may be held together; `limit` of `None` is unbounded, and then only counts.
+
+    Attributes:
+        used: bytes held now.
+        peak: the most that were held at once.
+    """
+
+    def __init__(self, limit: int | None = None) -> None:
+        self.limit = limit
+        self.used = 0
+        self.peak = 0
+        self._lock = threading.RLock()  # claims may be collected on any thread
+
+    @property
+    def left(self) -> int | None:
+        """Bytes that can still be taken; `None` without a limit."""
+        return None if self.limit is None else max(0, self.limit - self.used)
+
+    def take(self, size: int, what: str) -> None:
+        """Count `size` more bytes, for `what` (a plural, for the message).
+
+        Raises:
+            FastMemoryError: the limit does not allow it; nothing was counted.
+        """
+        with self._lock:
+            if size > 0 and self.limit is not None and self.used + size > self.limit:
+                raise FastMemoryError(
+                    f"With {size:,} bytes more for {what}, fast memory needs {self.used + size:,} bytes but fast_memory allows "
+                    f"{self.limit:,}. Raise fast_memory, use fewer bits, a smaller top_k, hot_set or prefill_chunk, or a shorter "
+                    "context; `specache plan` says how much each of them needs."
+                )
+            self.used += size
+            self.peak = max(self.peak, self.used)
+
+    def give_back(self, size: int) -> None:
+        with self._lock:
+            self.used -= size
+
+    def claim(self, size: int, what: str) -> Claim:
+        """Bytes of one holder, whose number may change; raises as `take`."""
+        return Claim(self, size, what)
+
+    @contextmanager
+    def reserved(self, size: int, what: str) -> Iterator[None]:
+        """`size` bytes inside the block; raises as `take`."""
+        self.take(size, what)
+        try:
+            yield
+        finally:
+            self.give_back(size)
+
+
+class Claim:
+    """Bytes that one holder keeps of a budget, until `release` or until the holder is gone."""
+
+    def __init__(self, budget: ByteBudget, size: int, what: str) -> None:
+        self.size = 0
+        self.budget = budget
+        self._what = what
+        self.resize(size)
+
+    def resize(self, size: int) -> None:
+        """Hold `size` bytes from now on.
+
+        Raises:
+            FastMemoryError: the limit does not allow it; what was held stays held.
+        """
+        if size != self.size:
+            self.budget.take(size - self.size, self._what)
+            self.size = size
+
+    def release(self) -> None:
+        self.resize(0)
+
+    def __del__(self) -> None:
+        self.release()

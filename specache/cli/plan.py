@@ -1,0 +1,173 @@
+"""`specache plan`: the memory that a context needs, per tier, without loading weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from specache.cli import options
+from specache.cli.console import quiet_libraries, reports_errors
+from specache.cli.json_file import STANDARD_OUTPUT, JsonFile, check_json, write_json
+from specache.cli.models import Device, Dtype, load_config, number_format
+from specache.cli.sizes import parse_size
+from specache.config import Code, Policy, SlowTierKind, SpeCacheConfig
+from specache.errors import ConfigError
+from specache.weights import WeightFormat
+
+if TYPE_CHECKING:
+    from specache.dimensions import ModelDimensions
+
+EPILOG = """
+[bold]Examples[/bold]
+
+specache plan -m demo --context 8000
+
+specache plan --shape llama-3.2-3b --context 131072 --fast-memory 4GB
+
+specache plan -m Qwen/Qwen3-0.6B --context 32768 --batch 8 --slow-tier ram --bits 1 --json plan.json
+"""
+MAX_BATCH = 1 << 16
+
+
+@reports_errors
+def plan(
+    context: Annotated[int, typer.Option("--context", help="Tokens of a sequence, prompt and answer together.", metavar="TOKENS")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", "-m", help="Hub name, folder, .gguf file, or 'demo'.", rich_help_panel=options.MODEL_PANEL, metavar="MODEL"
+        ),
+    ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            "--shape",
+            help="Instead of a model: the dimensions of smollm2-135m, llama-3.2-1b, llama-3.2-3b or llama-3-8b.",
+            rich_help_panel=options.MODEL_PANEL,
+            metavar="NAME",
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", help="Sequences at once, all with different prompts.")] = 1,
+    json: JsonFile = None,
+    bits: options.Bits = 2,
+    code: options.CodeOption = Code.ROTATED,
+    group_size: options.GroupSize = 64,
+    residual: options.Residual = 64,
+    top_k: options.TopK = 64,
+    policy: options.PolicyOption = Policy.AUTO,
+    slow_tier: options.SlowTier = SlowTierKind.AUTO.value,
+    hot_set: options.HotSet = options.DEFAULT_HOT_SET,
+    prefill_chunk: options.PrefillChunk = 1024,
+    fast_memory: options.FastMemory = None,
+    dtype: options.DtypeOption = Dtype.AUTO,
+    weights: options.WeightsOption = WeightFormat.AUTO,
+    device: options.DeviceOption = Device.AUTO,
+    revision: options.Revision = None,
+    offline: options.Offline = False,
+) -> None:
+    """Say how much memory a context needs in each tier, and what would make it fit. Loads no weights."""
+    config = options.build_config(
+        bits=bits,
+        code=code,
+        group_size=group_size,
+        residual=residual,
+        top_k=top_k,
+        policy=policy,
+        slow_tier=slow_tier,
+        hot_set=hot_set,
+        prefill_chunk=prefill_chunk,
+    )
+    limit = None if fast_memory is None else parse_size(fast_memory, "--fast-memory")
+    check_json(json)
+    quiet_libraries()
+    torch_dtype, device_type = number_format(_shapes_dtype(dtype, shape), weights, device)
+    dimensions = _dimensions(model, shape, torch_dtype, device_type, weights, revision, offline)
+    _check_request(context, batch, dimensions, str(model or shape))
+    document = plan_document(dimensions, config.resolved(device_type), context, batch, limit)
+    document = {"model": model or shape, "dtype": str(torch_dtype).removeprefix("torch."), "device": device_type, **document}
+    if json is not None:
+        write_json(json, document)
+    if json != STANDARD_OUTPUT:
+        _show(document)
+
+
+def plan_document(
+    dimensions: ModelDimensions, config: SpeCacheConfig, context: int, batch: int, limit: int | None
+) -> dict[str, Any]:
+    """Everything that the command says, as plain values. Keys are stable; sizes are bytes."""
+    from specache import advice
+    from specache.plan import even_loads
+    from specache.plan import plan as make_plan
+    from specache.traffic import step_traffic
+
+    loads = even_loads(context, batch)
+    planned = make_plan(dimensions, config, loads)
+    fits = None if limit is None else planned.fast <= limit
+    document: dict[str, Any] = {
+        "context": context,
+        "batch": batch,
+        "config": config.to_dict() | {"fast_memory": limit},
+        "plan": planned.to_dict(),
+        "traffic": step_traffic(dimensions, config, context, batch).to_dict(),
+        "fits": fits,
+        "suggestions": [],
+        "least_bytes": advice.least_bytes(dimensions, config, loads),
+        "longest_context": None,
+        "largest_batch": None,
+    }
+    if limit is not None:
+        document["longest_context"] = advice.longest_context(dimensions, config, batch, limit)
+        document["largest_batch"] = advice.largest_batch(dimensions, config, context, limit)
+    if fits is False and limit is not None:
+        found = advice.suggestions(dimensions, config, loads, limit)
+        document["suggestions"] = [{"changes": one.changes, "fast_bytes": one.fast_bytes} for one in found]
+    return document
+
+
+def _shapes_dtype(dtype: Dtype, shape: str | None) -> Dtype:
+    """A shape is planned the same everywhere: `auto` is bfloat16."""
+    return Dtype.BFLOAT16 if shape is not None and dtype is Dtype.AUTO else dtype
+
+
+def _dimensions(
+    model: str | None, shape: str | None, dtype: Any, device: str, weights: WeightFormat, revision: str | None, offline: bool
+) -> ModelDimensions:
+    """Of the model that the options name.
+
+    Raises:
+        ConfigError: none, or both kinds; an unknown shape.
+        ModelNotFoundError: the model's configuration cannot be read.
+        UnsupportedModelError: specache cannot run it.
+    """
+    if (model is None) == (shape is None):
+        raise ConfigError("Name a model with --model, or a shape with --shape; one of the two.")
+    if shape is not None:
+        from specache.bench.shapes import shape_named
+
+        config = shape_named(shape).config()
+    else:
+        config = load_config(str(model), revision=revision, offline=offline)
+    from specache.dimensions import dimensions_of, without_weights
+
+    return dimensions_of(without_weights(config, dtype), device=device, weights=weights)
+
+
+def _check_request(context: int, batch: int, dimensions: ModelDimensions, name: str) -> None:
+    if context < 1:
+        raise ConfigError(f"--context must be 1 token or more, got {context}.")
+    if not 1 <= batch <= MAX_BATCH:
+        raise ConfigError(f"--batch must be from 1 to {MAX_BATCH:,} sequences, got {batch}.")
+    if dimensions.max_positions is not None and context > dimensions.max_positions:
+        raise ConfigError(
+            f"--context {context} is more than {name} has positions for ({dimensions.max_positions:,}). Choose a shorter context, "
+            "or a model with a longer one."
+        )
+
+
+def _show(document: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    from specache.cli.plan_table import plan_tables
+
+    Console(highlight=False).print(plan_tables(document))

@@ -1,0 +1,26 @@
+"""Sizes in bytes as people write them."""
+
+from __future__ import annotations
+
+import re
+
+from specache.errors import ConfigError
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_NUMBER = re.compile(r"([0-9]+(?:\.[0-9]*)?(?:e[0-9]+)?|\.[0-9]+)\s*([A-Za-z]*)", re.IGNORECASE)
+
+
+def parse_size(text: str, option: str) -> int:
+    """`2GB`, `512MiB`, `1.5e9` and `1000000` are bytes.
+
+    Args:
+        option: its name, for the message.
+
+    Raises:
+        ConfigError: it is no size, or none above 0.
+    """
+    match = _NUMBER.fullmatch(text.strip())
+    size = round(float(match[1]) * UNITS[match[2].upper()]) if match and match[2].upper() in UNITS else 0
+    if size < 1:
+        raise ConfigError(f"{option} {text!r} is not a size above 0, such as 2GB, 512MiB or 1.5e9 (bytes).")
+    return size

@@ -1,0 +1,183 @@
+"""A model's dimensions, as far as memory depends on them, read from its modules. They need not have weights.
+
+`without_weights` makes a model on PyTorch's `meta` device: its modules and shapes, but no numbers. Symbols: `Hq` query heads, `Hkv`
+key-value heads, `D` head dimension, `e` bytes of an activation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from specache.model import ModelInfo, inspect_model
+from specache.weights import Int4Linear, Int8Linear, WeightFormat, quantised_bytes
+
+_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")  # by model family
+
+
+@dataclass(frozen=True)
+class LayerDimensions:
+    """One attention layer: `Hq`, `Hkv`, `D`, and the sliding window in tokens (`None`: full attention)."""
+
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    window: int | None
+
+    def row_bytes(self, itemsize: int) -> int:
+        """Bytes of one token's `[K | V]`, all KV heads."""
+        return 2 * self.kv_heads * self.head_dim * itemsize
+
+
+@dataclass(frozen=True)
+class ModelDimensions:
+    """Dimensions of a model.
+
+    Attributes:
+        layers: in order.
+        hidden: width of the residual stream, in elements.
+        mlp: elements that the feed-forward layer of one token makes (all experts it is sent to together).
+        vocabulary: number of logits.
+        itemsize: bytes of an activation and of a 16-bit row's element (`e`).
+        softcap: whether attention scores are capped (Gemma 2), which PyTorch's fused attention cannot do.
+        device: `cpu` or `cuda`.
+        max_positions: as in `ModelInfo`.
+        rope_switch: prompts longer than this run in one chunk; or `None`.
+        weight_bytes: all parameters and buffers.
+        read_bytes: those that a decode step of one token reads.
+        matrix_elements: of the largest linear layer that is formed from int8 or int4 codes while prefilling, else 0.
+    """
+
+    layers: tuple[LayerDimensions, ...]
+    hidden: int
+    mlp: int
+    vocabulary: int
+    itemsize: int
+    softcap: bool
+    device: str
+    max_positions: int | None
+    rope_switch: int | None
+    weight_bytes: int
+    read_bytes: int
+    matrix_elements: int
+
+    @property
+    def full_layers(self) -> tuple[LayerDimensions, ...]:
+        """Layers of full attention."""
+        return tuple(layer for layer in self.layers if layer.window is None)
+
+    @property
+    def sliding_layers(self) -> tuple[LayerDimensions, ...]:
+        return tuple(layer for layer in self.layers if layer.window is not None)
+
+
+def without_weights(config: Any, dtype: torch.dtype) -> Any:
+    """The model of a transformers configuration on the `meta` device: nothing is loaded or computed."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def dimensions_of(
+    model: Any, info: ModelInfo | None = None, device: str | None = None, weights: WeightFormat = WeightFormat.AUTO
+) -> ModelDimensions:
+    """Dimensions of a transformers model.
+
+    Args:
+        info: what `inspect_model` found, if it was asked.
+        device: where the model will compute; `None` is where it is.
+        weights: format that its linear layers will have, for a model without weights.
+
+    Raises:
+        UnsupportedModelError: as `inspect_model`.
+    """
+    info = info or inspect_model(model)
+    config = model.config.get_text_config(decoder=True)
+    attention = {m.layer_idx: m for m in model.modules() if getattr(m, "layer_idx", None) is not None and _head_dim(m)}
+    layers = tuple(_layer(attention.get(index), config, window) for index, window in enumerate(info.windows))
+    held, read, matrix = _weights(model, weights, _experts_used(config))
+    return ModelDimensions(
+        layers=layers,
+        hidden=int(config.hidden_size),
+        mlp=_mlp_width(config),
+        vocabulary=int(config.vocab_size),
+        itemsize=info.dtype.itemsize,
+        softcap=bool(getattr(config, "attn_logit_softcapping", None)),
+        device=device or info.device.type,
+        max_positions=None if info.extends_positions else info.max_positions,
+        rope_switch=info.rope_switch,
+        weight_bytes=held,
+        read_bytes=read,
+        matrix_elements=matrix,
+    )
+
+
+def _head_dim(module: Any) -> int:
+    dim = getattr(module, "head_dim", None)
+    return dim if isinstance(dim, int) else 0
+
+
+def _layer(module: Any, config: Any, window: int | None) -> LayerDimensions:
+    """From the key projection where there is one (a rank of tensor parallelism has its own heads), else from the configuration."""
+    heads = int(config.num_attention_heads)
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    dim = _head_dim(module) or getattr(config, "head_dim", None) or config.hidden_size // heads
+    groups = heads // kv_heads
+    projection = getattr(getattr(module, "k_proj", None), "weight", None)
+    if projection is not None:
+        kv_heads = projection.shape[0] // dim
+    return LayerDimensions(int(kv_heads * groups), int(kv_heads), int(dim), window)
+
+
+def _experts_used(config: Any) -> tuple[int, int]:
+    """(experts that a token is sent to, experts) of a mixture, else (1, 1)."""
+    used = getattr(config, "num_experts_per_tok", None)
+    experts = next((n for name in _EXPERT_COUNTS if (n := getattr(config, name, None))), None)
+    return (int(used), int(experts)) if used and experts else (1, 1)
+
+
+def _mlp_width(config: Any) -> int:
+    width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    width = max(width) if isinstance(width, list | tuple) else width
+    used, experts = _experts_used(config)
+    if experts == 1:
+        return int(width)
+    return int(max(width, used * (getattr(config, "moe_intermediate_size", None) or width)))
+
+
+def _weights(model: Any, weights: WeightFormat, experts: tuple[int, int]) -> tuple[int, int, int]:
+    """Bytes held, bytes read for one token, and elements of the largest matrix that is formed from codes."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    head_reads_embedding = getattr(head, "weight", None) is embedding.weight and quantised_bytes(head, weights) is None
+    held, read, matrix, seen = 0, 0, 0, set()
+    for name, module in model.named_modules():
+        size = quantised_bytes(module, weights)
+        if size is not None:
+            held, read, matrix = held + size, read + size, max(matrix, _elements(module))
+            continue
+        for tensor in _own(module):
+            if id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            held += tensor.nbytes
+            if module is embedding and not head_reads_embedding:
+                continue  # one row of it
+            read += tensor.nbytes * experts[0] // experts[1] if ".experts" in name else tensor.nbytes
+    return held, read, matrix
+
+
+def _own(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+
+
+def _elements(module: nn.Module) -> int:
+    if isinstance(module, Int8Linear):
+        return module.codes.numel()
+    if isinstance(module, Int4Linear):
+        return 2 * module.packed.numel()
+    assert isinstance(module, nn.Linear)
+    return module.weight.numel()

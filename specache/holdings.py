@@ -1,0 +1,268 @@
+"""What a sequence holds in each tier, in bytes, from a model's dimensions: as `layers`, `prefetch` and `tiers` allocate it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+from specache.config import PAGE_TOKENS, Policy, SlowTierKind, SpeCacheConfig
+from specache.dimensions import LayerDimensions, ModelDimensions
+from specache.layers import dense_capacity, residual_bytes
+from specache.prefetch import SLOT_INDEX_BYTES
+from specache.quant.layout import PageLayout
+from specache.tiers.ram import ram_capacity
+from specache.tiers.row_file import BLOCK_TOKENS, RowLayout
+
+FLOAT = 4  # bytes
+ORDINARY_ITEMSIZE = 2  # the ordinary cache that everything is compared with has a 16-bit dtype
+
+
+@dataclass(frozen=True)
+class SequenceLoad:
+    """One sequence as it is planned.
+
+    Attributes:
+        prompt: tokens after prefill.
+        new: tokens that decoding stores after them.
+        stored: tokens of the prompt that are there already.
+        twin: an earlier sequence has the same prompt; it is prefilled once, and whole pages are shared.
+    """
+
+    prompt: int
+    new: int = 0
+    stored: int = 0
+    twin: bool = False
+
+    @property
+    def total(self) -> int:
+        return self.prompt + self.new
+
+
+@dataclass(frozen=True)
+class FastBytes:
+    """Fast memory by part, in bytes, at the widest point of prefilling or of decoding.
+
+    Attributes:
+        low_bit: pages of the low-bit copy.
+        residual: newest tokens at 16 bits.
+        key_weights: of the rotated code, and the queries they are made from until then.
+        hot_set: recently fetched rows and their index.
+        read_buffers: rows on their way from the slow tier, and those that do not fill a block on disk yet.
+        windows: of sliding layers.
+        full_cache: the whole 16-bit cache of the full-attention layers, under policy `full`.
+        working_set: activations, scores and logits of one pass.
+    """
+
+    low_bit: int = 0
+    residual: int = 0
+    key_weights: int = 0
+    hot_set: int = 0
+    read_buffers: int = 0
+    windows: int = 0
+    full_cache: int = 0
+    working_set: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+    def __add__(self, other: FastBytes) -> FastBytes:
+        return FastBytes(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+
+    def times(self, count: int) -> FastBytes:
+        return FastBytes(**{f.name: getattr(self, f.name) * count for f in fields(self)})
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """What sequences of one batch hold.
+
+    Attributes:
+        config: with every `auto` decided.
+        sequences: of the batch.
+        pairs: pairs per KV head that a decode step fetches: `k`, or the longest copy of the batch.
+    """
+
+    model: ModelDimensions
+    config: SpeCacheConfig
+    sequences: int
+    pairs: int
+
+    def while_prefilled(self, load: SequenceLoad) -> list[FastBytes]:
+        """When the key weights' queries are all there, and at the end: one of them is the widest point of its prefill.
+
+        There is no hot set yet, unless the sequence had one or policy `previous` fills it in the last chunk.
+        """
+        end = prefix_end(self.model, self.config, load)
+        lengths = [load.prompt] + ([] if end is None else [min(end, load.prompt)])
+        moments = [self._held(load, length, self._pairs_in_prefill) for length in lengths]
+        if load.stored or self.config.policy is Policy.PREVIOUS:
+            return moments
+        return [replace(moment, hot_set=0) for moment in moments]
+
+    def prefilled(self, load: SequenceLoad) -> FastBytes:
+        return self._held(load, load.prompt, self._pairs_in_prefill)
+
+    def first_step(self, load: SequenceLoad) -> FastBytes:
+        return self._held(load, load.prompt, self.pairs)
+
+    def last_step(self, load: SequenceLoad) -> FastBytes:
+        return self._held(load, load.total, self.pairs)
+
+    def largest_hot_set(self, load: SequenceLoad) -> int:
+        """Of one layer."""
+        return max(self._hot_set(layer, load, self.pairs) for layer in set(self.model.full_layers))
+
+    def growing(self, load: SequenceLoad, tokens: int) -> int:
+        """The old buffer of one layer under policy `full`, while it is copied into the new one."""
+        if self.config.policy is not Policy.FULL:
+            return 0
+        before = [0, *self._dense_growth(load, tokens)][-2]
+        return max(layer.row_bytes(self.model.itemsize) * before for layer in set(self.model.full_layers))
+
+    def slow(self, load: SequenceLoad) -> int:
+        """16-bit rows in the slow tier; on disk with their checksums, in whole blocks."""
+        if self.config.policy is Policy.FULL:
+            return 0
+        if on_disk(self.config):
+            blocks = math.ceil(load.total / BLOCK_TOKENS)
+            return blocks * sum(row_layout(self.model, layer).block_bytes for layer in self.model.full_layers)
+        capacity = ram_capacity(load.prompt, load.total)
+        return sum(layer.row_bytes(self.model.itemsize) * capacity for layer in self.model.full_layers)
+
+    @property
+    def _pairs_in_prefill(self) -> int:
+        return self.pairs if self.config.policy is Policy.PREVIOUS else 0
+
+    def _held(self, load: SequenceLoad, tokens: int, least_slots: int) -> FastBytes:
+        total = FastBytes(windows=window_bytes(self.model))
+        for layer, count in Counter(self.model.full_layers).items():
+            if self.config.policy is Policy.FULL:
+                total += self._dense(layer, load, tokens).times(count)
+            else:
+                total += self._compressed(layer, load, tokens, least_slots).times(count)
+        return total
+
+    def _compressed(self, layer: LayerDimensions, load: SequenceLoad, tokens: int, least_slots: int) -> FastBytes:
+        capacity = self.config.residual + self.config.group_size
+        row = layer.row_bytes(self.model.itemsize)
+        both = residual_bytes(layer.kv_heads, layer.head_dim, capacity, self.model.itemsize)
+        return FastBytes(
+            low_bit=self._pages(layer, load, tokens),
+            residual=capacity * row,
+            key_weights=both - capacity * row + self._observed(layer, load, tokens),
+            hot_set=self._hot_set(layer, load, least_slots),
+            read_buffers=read_buffer_bytes(self.config, row),
+        )
+
+    def _pages(self, layer: LayerDimensions, load: SequenceLoad, tokens: int) -> int:
+        shared = self.config.low_bit_length(load.prompt) // PAGE_TOKENS if load.twin else 0
+        pages = math.ceil(self.config.low_bit_length(tokens) / PAGE_TOKENS) - shared
+        return pages * page_layout(self.config, layer).page_bytes
+
+    def _observed(self, layer: LayerDimensions, load: SequenceLoad, tokens: int) -> int:
+        """Queries of the first `R + g` tokens, held until the pass after the one that completes them.
+
+        A prompt shorter than that completes them while decoding, whenever that is: they are counted from the beginning to the end.
+        """
+        prefix = self.config.residual + self.config.group_size
+        end = prefix_end(self.model, self.config, load)
+        if end is None or (tokens > end and load.prompt >= prefix):
+            return 0
+        return min(load.total, prefix) * layer.kv_heads * layer.head_dim * FLOAT
+
+    def _hot_set(self, layer: LayerDimensions, load: SequenceLoad, least_slots: int) -> int:
+        if not fetches(self.config):
+            return 0
+        slots = hot_slots(self.model, self.config, layer.kv_heads, layer.head_dim, load.prompt, self.sequences)
+        return max(slots, least_slots) * (layer.row_bytes(self.model.itemsize) + layer.kv_heads * SLOT_INDEX_BYTES)
+
+    def _dense(self, layer: LayerDimensions, load: SequenceLoad, tokens: int) -> FastBytes:
+        """One layer under policy `full`."""
+        return FastBytes(full_cache=self._dense_growth(load, tokens)[-1] * layer.row_bytes(self.model.itemsize))
+
+    def _dense_growth(self, load: SequenceLoad, tokens: int) -> list[int]:
+        """Capacities, in tokens, that a buffer goes through."""
+        capacities, length = [load.stored], load.stored
+        chunk = min(self.config.prefill_chunk, load.prompt)
+        for needed in [*range(load.stored + chunk, load.prompt, chunk), *range(load.prompt, tokens + 1)]:
+            if needed > capacities[-1]:
+                capacities.append(dense_capacity(length, needed))
+            length = needed
+        return capacities
+
+
+def page_layout(config: SpeCacheConfig, layer: LayerDimensions) -> PageLayout:
+    """The pages of a full-attention layer."""
+    return PageLayout(config.code, config.bits, config.group_size, layer.kv_heads, layer.head_dim)
+
+
+def row_layout(model: ModelDimensions, layer: LayerDimensions) -> RowLayout:
+    """The blocks of a full-attention layer on disk."""
+    return RowLayout(layer.kv_heads, layer.head_dim, torch.float32 if model.itemsize == FLOAT else torch.bfloat16)
+
+
+def window_bytes(model: ModelDimensions) -> int:
+    """Ring buffers of one sequence's sliding layers: the whole window, however short the sequence."""
+    return sum(layer.row_bytes(model.itemsize) * layer.window for layer in model.layers if layer.window is not None)
+
+
+def ordinary_bytes(model: ModelDimensions, tokens: int) -> int:
+    """An ordinary cache of one sequence in a 16-bit dtype."""
+    lengths = ((layer, tokens if layer.window is None else min(tokens, layer.window)) for layer in model.layers)
+    return sum(layer.row_bytes(ORDINARY_ITEMSIZE) * length for layer, length in lengths)
+
+
+def fetches(config: SpeCacheConfig) -> bool:
+    """Whether rows are copied from the slow tier through a hot set."""
+    wants_rows = config.policy.verifies or config.policy.prefetches
+    return wants_rows and config.slow_tier is not SlowTierKind.RAM_INPLACE
+
+
+def on_disk(config: SpeCacheConfig) -> bool:
+    """Whether 16-bit rows are written to files."""
+    return config.slow_tier is SlowTierKind.DISK and config.policy is not Policy.FULL
+
+
+def read_buffer_bytes(config: SpeCacheConfig, row_bytes: int) -> int:
+    """Of a layer whose token takes `row_bytes` (all KV heads): the pairs of one step on their way, and a block that fills."""
+    tail = BLOCK_TOKENS * row_bytes if on_disk(config) else 0
+    return (config.top_k * row_bytes if fetches(config) else 0) + tail
+
+
+def hot_slots(model: ModelDimensions, config: SpeCacheConfig, heads: int, head_dim: int, tokens: int, sequences: int) -> int:
+    """Slots per KV head that the hot set's budget gives a layer of a sequence of `tokens`, rows in flight and the index paid for.
+
+    A fraction is one of an ordinary cache at 16 bits, and gives as many slots in any dtype. 0 where it is too small for the pairs
+    of one step: the hot set then grows to those when they are fetched.
+    """
+    if isinstance(config.hot_set, float):
+        row = 2 * head_dim * ORDINARY_ITEMSIZE
+        share = config.hot_set * tokens * row
+    else:
+        row = 2 * head_dim * model.itemsize
+        share = config.hot_set / (len(model.full_layers) * heads * max(sequences, 1))
+    slots = int((share - config.top_k * row) / (row + SLOT_INDEX_BYTES))
+    return slots if slots >= config.top_k else 0
+
+
+def last_chunk(model: ModelDimensions, config: SpeCacheConfig, load: SequenceLoad) -> tuple[int, int]:
+    """(tokens of a whole prefill chunk, tokens stored before the last one)."""
+    if model.rope_switch is not None and load.prompt > model.rope_switch:
+        return load.prompt, 0
+    rest = load.prompt - load.stored
+    chunk = min(config.prefill_chunk, rest)
+    return chunk, load.stored + (rest - 1) // chunk * chunk
+
+
+def prefix_end(model: ModelDimensions, config: SpeCacheConfig, load: SequenceLoad) -> int | None:
+    """Tokens stored when the queries of the first `R + g` are all there and still held; `None` if they were gone before."""
+    prefix = config.residual + config.group_size
+    if load.stored >= prefix:
+        return None
+    chunk, _ = last_chunk(model, config, load)
+    passes = math.ceil((prefix - load.stored) / chunk)
+    return min(load.stored + passes * chunk, load.prompt) if load.prompt >= prefix else min(prefix, load.total)

@@ -1,0 +1,141 @@
+"""The system calls of the disk tier: opening, positioned reads and writes, direct I/O and memory aligned for it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import mmap
+import os
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+DEFAULT_ALIGNMENT = 4096  # bytes, where the system does not tell: no device in use needs more
+_KEPT_BUFFERS = 5  # as many as threads read at a time
+_BUFFER_UNIT = 64 << 10  # so that a buffer also serves a somewhat longer read
+_STATX_DIOALIGN = 0x2000
+_STATX_BYTES = 256
+_AT_EMPTY_PATH = 0x1000
+
+
+def read_at(fd: int, into: memoryview, offset: int) -> int:
+    """One positioned read; returns how many bytes came, 0 at the end of the file."""
+    while True:
+        try:
+            return os.preadv(fd, [into], offset)
+        except InterruptedError:
+            continue
+
+
+def write_at(fd: int, data: memoryview, offset: int) -> int:
+    """One positioned write; returns how many bytes went."""
+    while True:
+        try:
+            return os.pwritev(fd, [data], offset)
+        except InterruptedError:
+            continue
+
+
+def write_all(fd: int, data: memoryview, offset: int) -> None:
+    """Write all of `data` at `offset`.
+
+    Raises:
+        OSError: it could not be written; a part may have been.
+    """
+    done = 0
+    while done < len(data):
+        count = write_at(fd, data[done:], offset + done)
+        if count == 0:
+            raise OSError(errno.EIO, "the system wrote nothing")
+        done += count
+
+
+def open_file(path: str, *, create: bool, direct: bool) -> int:
+    """Open a file of ours for reading and writing, private to the user, past the page cache if `direct`.
+
+    Raises:
+        OSError: as `os.open`; also where `direct` is refused.
+    """
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+    if create:
+        flags |= os.O_CREAT | os.O_EXCL
+    if direct:
+        if not hasattr(os, "O_DIRECT"):
+            raise OSError(errno.EINVAL, "this system has no direct I/O")
+        flags |= os.O_DIRECT
+    return os.open(path, flags, 0o600)
+
+
+def drop_cached(fd: int, offset: int = 0, length: int = 0) -> None:
+    """Take a range (all, with length 0) of a file out of the page cache; what is not written yet stays."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
+
+
+def direct_alignment(fd: int) -> int | None:
+    """Alignment in bytes that direct I/O on this file needs (offsets, lengths and memory), 0 if it has none.
+
+    `None` where the system does not tell (Linux before 6.1, most network file systems).
+    """
+    try:
+        statx = ctypes.CDLL(None, use_errno=True).statx
+    except (AttributeError, OSError):
+        return None
+    answer = ctypes.create_string_buffer(_STATX_BYTES)
+    if statx(fd, b"", _AT_EMPTY_PATH, _STATX_DIOALIGN, answer) != 0:
+        return None
+    told = int.from_bytes(answer.raw[0:4], "little")
+    if not told & _STATX_DIOALIGN:
+        return None
+    memory, offset = (int.from_bytes(answer.raw[at : at + 4], "little") for at in (152, 156))
+    return max(memory, offset) if offset else 0
+
+
+class AlignedBuffer:
+    """Memory that starts on a page, as bytes and as 64-bit words."""
+
+    def __init__(self, size: int) -> None:
+        memory = mmap.mmap(-1, size)
+        self.bytes = memoryview(memory)
+        self.words: NDArray[np.uint64] = np.frombuffer(memory, dtype=np.uint64)
+        self.address: int = self.words.ctypes.data
+
+    @property
+    def size(self) -> int:
+        return len(self.bytes)
+
+
+class BufferPool:
+    """Buffers to borrow, so that every read does not have the system map and clear new memory."""
+
+    def __init__(self) -> None:
+        self._free: list[AlignedBuffer] = []
+        self._lock = threading.Lock()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of buffers that nobody borrows now."""
+        with self._lock:
+            return sum(buffer.size for buffer in self._free)
+
+    @contextlib.contextmanager
+    def borrow(self, size: int) -> Iterator[AlignedBuffer]:
+        """A buffer of at least `size` bytes, with whatever is in it."""
+        buffer = self._take(size) or AlignedBuffer(-(-size // _BUFFER_UNIT) * _BUFFER_UNIT)
+        try:
+            yield buffer
+        finally:
+            with self._lock:
+                self._free.append(buffer)
+                self._free.sort(key=lambda one: one.size)
+                del self._free[:-_KEPT_BUFFERS]
+
+    def _take(self, size: int) -> AlignedBuffer | None:
+        with self._lock:
+            for i, buffer in enumerate(self._free):
+                if buffer.size >= size:
+                    return self._free.pop(i)
+        return None

@@ -1,0 +1,138 @@
+"""`specache plan`: what it prints, and what it refuses. Nothing here loads weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from specache.cli.sizes import parse_size
+from specache.errors import ConfigError
+from tests.cli.running import one_line, run
+from tests.cli.tiny_chat import POSITIONS
+
+LARGE = ("plan", "--shape", "llama-3.2-3b", "--context", "131072")
+
+
+@pytest.fixture(autouse=True)
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the plan loaded a model")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+
+
+def plan_json(*arguments: str | Path) -> dict:
+    return json.loads(run(*arguments, "--json", "-").stdout)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("2GB", 2 * 10**9),
+        ("512MiB", 2**29),
+        ("1.5e9", 1_500_000_000),
+        (" 7 kb ", 7000),
+        ("4096", 4096),
+        ("1TiB", 2**40),
+        (".5GB", 5 * 10**8),
+    ],
+)
+def test_sizes(text, size):
+    assert parse_size(text, "--fast-memory") == size
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1GB", "lots", "1 parsec", "nan", "0.1", "1e", "GB"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(ConfigError, match="--fast-memory"):
+        parse_size(text, "--fast-memory")
+
+
+def test_a_plan_prints_every_tier():
+    text = one_line(run(*LARGE, "--slow-tier", "ram").stdout)
+    for part in (
+        "low-bit copy 2.11 GB",
+        "hot set",
+        "read buffers",
+        "working set",
+        "model weights 6.43 GB",
+        "16-bit cache 15.03 GB",
+    ):
+        assert part in text
+    assert "Fits" not in text and "fit with" not in text
+
+
+def test_the_json_has_the_numbers_and_stable_keys():
+    document = plan_json(*LARGE, "--fast-memory", "3GB", "--batch", "2")
+    assert set(document) == {
+        *("model", "dtype", "device", "context", "batch", "config", "plan", "traffic", "fits", "suggestions"),
+        *("least_bytes", "longest_context", "largest_batch"),
+    }
+    assert document["plan"]["full_cache_bytes"] == 2 * 15_032_385_536
+    assert document["fits"] is False and document["largest_batch"] == 1
+    assert 65_536 < document["longest_context"] < 131_072
+    assert document["config"]["fast_memory"] == 3 * 10**9
+    assert {"bits": 1} in [one["changes"] for one in document["suggestions"]]
+
+
+def test_a_suggestion_that_is_followed_fits():
+    refused = run(*LARGE, "--fast-memory", "2GB", "--slow-tier", "ram").stdout
+    assert "Does not fit" in refused
+    suggestion = next(line for line in refused.splitlines() if "it fits with" in line)
+    flags = suggestion.split("it fits with ")[1].split(":")[0].split()
+    arguments = [argument for argument in LARGE if "--context" not in flags or argument not in ("--context", "131072")]
+    assert "Fits" in run(*arguments, *flags, "--fast-memory", "2GB", "--slow-tier", "ram").stdout
+
+
+def test_a_file_gets_the_same_as_standard_output(tmp_path):
+    target = tmp_path / "plan.json"
+    printed = run(*LARGE, "--json", target).stdout
+    assert "fast memory" in printed
+    assert json.loads(target.read_text()) == plan_json(*LARGE)
+
+
+def test_a_folder_is_planned_by_its_config_alone(tiny_folder, tmp_path):
+    (tmp_path / "config.json").write_bytes((tiny_folder / "config.json").read_bytes())
+    document = plan_json("plan", "-m", tmp_path, "--context", str(POSITIONS), "--dtype", "float32")
+    assert document["plan"]["slow_bytes"] == 2 * 4 * 3 * 2 * 16 * POSITIONS
+
+
+def test_the_demo_is_planned_from_its_gguf(demo_model):
+    document = plan_json("plan", "-m", "demo", "--context", "8000", "--dtype", "bfloat16")
+    assert document["plan"]["full_cache_bytes"] == 2 * 2 * 30 * 3 * 64 * 8000
+    assert document["plan"]["weight_bytes"] == pytest.approx(2 * 134.5e6, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "code"),
+    [
+        (["--shape", "llama-3-8b", "--context", "0"], "--context must be 1 token or more, got 0", 2),
+        (["--shape", "llama-3-8b", "--context", "10", "--batch", "0"], "--batch must be from 1", 2),
+        (["--shape", "llama-3-8b", "--context", "10", "--fast-memory", "lots"], "--fast-memory 'lots' is not a size", 2),
+        (["--shape", "llama-3-8b", "--context", "10", "--bits", "3"], "bits must be one of", 2),
+        (["--shape", "llama-9", "--context", "10"], "--shape must be one of", 2),
+        (["--context", "10"], "--model, or a shape with --shape", 2),
+        (["--shape", "llama-3-8b", "-m", "demo", "--context", "10"], "one of the two", 2),
+        (["-m", "./nowhere", "--context", "10"], "no file or folder ./nowhere", 1),
+        (["-m", "nobody/nothing", "--context", "10"], "cannot find the model 'nobody/nothing'", 1),
+        (["-m", "nobody/nothing", "--context", "10", "--offline"], "Leave out --offline", 1),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, code):
+    result = run("plan", *arguments, code=code)
+    assert message in one_line(result.stderr)
+    assert result.stdout == ""
+
+
+def test_a_context_beyond_the_models_positions_is_refused(tiny_folder):
+    result = run("plan", "-m", tiny_folder, "--context", str(POSITIONS + 1), code=2)
+    assert f"has positions for ({POSITIONS})" in one_line(result.stderr)
+
+
+def test_too_little_for_anything_says_the_minimum():
+    text = one_line(run(*LARGE, "--fast-memory", "1MB").stdout)
+    least = plan_json(*LARGE)["least_bytes"]
+    assert f"needs {least / 1e9:.2f} GB even under the smallest settings" in text
+    assert "Longest context that fits: none" in text

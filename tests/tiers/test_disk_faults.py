@@ -1,0 +1,451 @@
+"""A disk that is full, slow, failing or tampered with: a clear error or the right token, and nothing left behind."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import specache
+from specache.decoding import Decoder
+from specache.errors import CorruptRowError, SlowTierError
+from specache.integration import attached
+from specache.tiers import aligned_io, tier_files, uring
+from specache.tiers.disk import DiskTier
+from specache.tiers.probe import ReaderReport
+from tests.test_invariants import run, settings
+from tests.tiers.rows import everything, fill, nothing_left, random_rows, row_file
+from tests.tiny import llama, prompt
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return llama()
+
+
+@pytest.fixture
+def plain_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One reader that reads where it is called, through the one function that tests disturb."""
+    monkeypatch.setattr(tier_files, "report_for", lambda folder: ReaderReport("buffered", False, 4096))
+
+
+def failing(code: int) -> Callable[..., int]:
+    def fail(*_: Any) -> int:
+        raise OSError(code, os.strerror(code))
+
+    return fail
+
+
+# Writing
+
+
+def test_a_failed_write_leaves_the_tier_as_it_was(tmp_path, monkeypatch):
+    tier = DiskTier(tmp_path)
+    keys, values = fill(tier, 200)
+    size, table, write = row_file(tier).stat().st_size, tier.extents(), aligned_io.write_at
+    calls = []
+
+    def full_after_one(fd: int, data: memoryview, offset: int) -> int:
+        calls.append(offset)
+        return write(fd, data[:4096], offset) if len(calls) == 1 else failing(errno.ENOSPC)()
+
+    monkeypatch.setattr(aligned_io, "write_at", full_after_one)
+    with pytest.raises(SlowTierError, match=rf"{row_file(tier)} cannot be written: No space left on device. Free some space"):
+        tier.write(0, 70, *random_rows(2, 200, 32, torch.bfloat16, 5))
+    assert len(calls) == 2
+    assert row_file(tier).stat().st_size == size
+    assert tier.extents() == table
+    assert torch.equal(everything(tier, 0, 2, 200), torch.cat([keys, values], dim=-1))
+    monkeypatch.undo()
+    more = random_rows(2, 200, 32, torch.bfloat16, 5)
+    tier.write(0, 70, *more)
+    assert torch.equal(everything(tier, 0, 2, 270)[:, 70:], torch.cat(more, dim=-1))
+    tier.close()
+
+
+def test_a_disk_that_fills_up_while_prefilling_leaves_the_cache_as_it_was(model, tmp_path, monkeypatch):
+    config = settings(policy="verified", slow_tier=f"disk:{tmp_path}")
+    expected = run(model, prompt(300), config)[0]
+    with nothing_left(tmp_path), specache.SpeCache(model, config) as cache:
+        specache.prefill(model, prompt(300)[:, :100], cache=cache)
+        write, calls = aligned_io.write_at, []
+
+        def full_later(*arguments: Any) -> int:
+            calls.append(arguments)
+            return write(*arguments) if len(calls) <= 4 else failing(errno.ENOSPC)()
+
+        monkeypatch.setattr(aligned_io, "write_at", full_later)
+        with pytest.raises(SlowTierError, match="No space left"):
+            specache.generate(model, prompt(300), past_key_values=cache, max_new_tokens=40, do_sample=False)
+        assert cache.get_seq_length() == 100
+        monkeypatch.undo()
+        tokens = specache.generate(model, prompt(300), past_key_values=cache, max_new_tokens=40, do_sample=False)
+        assert tokens[0, 300:].tolist() == expected
+
+
+def test_a_first_prefill_that_fails_leaves_nothing(model, tmp_path, monkeypatch):
+    config = settings(slow_tier=f"disk:{tmp_path}")
+    run(model, prompt(100), config, new=1)
+    monkeypatch.setattr(aligned_io, "write_at", failing(errno.EIO))
+    with nothing_left(tmp_path), pytest.raises(SlowTierError, match="Input/output error"):
+        specache.generate(model, prompt(300), config=config, max_new_tokens=4, do_sample=False)
+
+
+class Steps:
+    """A cache after its prompt, and its decode steps one by one."""
+
+    def __init__(self, model: Any, config: specache.SpeCacheConfig, length: int) -> None:
+        self.cache = specache.SpeCache(model, config)
+        self.model = model
+        self.decoder = Decoder(model, self.cache)
+        specache.prefill(model, prompt(length), cache=self.cache)
+        if config.policy.guesses:
+            with torch.no_grad(), attached(model):
+                self.decoder.pre_decode([0], [5])
+
+    def step(self, number: int) -> torch.Tensor:
+        """Logits [V] of the real row."""
+        guess = [7 + number % 50] if self.cache.config.policy.guesses else None
+        with torch.no_grad(), attached(self.model):
+            return self.decoder.step([0], [5 + number % 60], guess).real[0]
+
+
+@pytest.mark.parametrize("policy", ["verified", "speculative", "previous", "on-demand", "none"])
+def test_a_step_on_a_full_disk_is_undone_and_can_be_done_again(model, tmp_path, monkeypatch, policy):
+    """The rows of a block are written by its last token; steps before that need no room."""
+    config = settings(policy=policy, slow_tier=f"disk:{tmp_path}")
+    undisturbed = Steps(model, config, 120)
+    expected = [undisturbed.step(i) for i in range(40)]
+    undisturbed.cache.close()
+
+    disturbed = Steps(model, config, 120)
+    failed = 0
+    for i in range(40):
+        write, layers = aligned_io.write_at, []
+
+        def full_in_the_second_layer(*arguments: Any, write: Any = write, layers: list[Any] = layers) -> int:
+            layers.append(arguments)
+            return write(*arguments) if len(layers) == 1 else failing(errno.ENOSPC)()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(aligned_io, "write_at", full_in_the_second_layer)
+            try:
+                logits = disturbed.step(i)
+            except SlowTierError:
+                failed += 1
+                assert disturbed.cache.get_seq_length() == 120 + i
+                logits = None
+        if logits is None:
+            logits = disturbed.step(i)
+        assert torch.equal(logits, expected[i])
+    assert failed == 1
+    disturbed.cache.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_real_full_file_system(model, tmp_path):
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folder)], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        config = settings(slow_tier=f"disk:{folder}")
+        fits = run(model, prompt(200), config)
+        assert fits[0] == run(model, prompt(200), settings(slow_tier="ram"))[0]
+        with pytest.raises(SlowTierError, match=f"{folder}.*No space left on device"):
+            run(model, prompt(1800), config)
+        assert not list(folder.iterdir())
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("where", ["below a file", "read-only"])
+def test_a_folder_that_cannot_be_written_is_refused_before_prefill(model, tmp_path, where):
+    prefilled: list[int] = []
+    folder = tmp_path / "x"
+    if where == "below a file":
+        folder.write_text("not a folder")
+        folder = folder / "rows"
+    else:
+        folder.mkdir()
+        read_only = ["mount", "-t", "tmpfs", "-o", "size=1m,ro", "none", str(folder)]
+        if subprocess.run(read_only, capture_output=True, check=False).returncode:
+            pytest.skip("no file system can be mounted here")
+    try:
+        with pytest.raises(SlowTierError, match=f"{folder} cannot be written: .* Choose a folder that you may write"):
+            specache.generate(
+                model,
+                prompt(100),
+                config=settings(slow_tier=f"disk:{folder}"),
+                max_new_tokens=2,
+                progress=lambda done, total: prefilled.append(done),
+            )
+        assert not prefilled
+    finally:
+        if where == "read-only":
+            subprocess.run(["umount", str(folder)], check=True)
+
+
+# Reading
+
+
+@pytest.mark.usefixtures("plain_reads")
+@pytest.mark.parametrize("how", ["short", "slow"])
+def test_short_and_slow_reads_change_no_token(model, tmp_path, monkeypatch, how):
+    expected = run(model, prompt(230), settings(policy="verified", slow_tier="ram"))
+    read, disturbed = aligned_io.read_at, []
+
+    def short(fd: int, into: memoryview, offset: int) -> int:
+        disturbed.append(offset)
+        return read(fd, into[: max(1, len(into) // 2)], offset)
+
+    def slow(fd: int, into: memoryview, offset: int) -> int:
+        disturbed.append(offset)
+        time.sleep(0.002)
+        return read(fd, into, offset)
+
+    monkeypatch.setattr(aligned_io, "read_at", {"short": short, "slow": slow}[how])
+    tokens, logits, stats = run(model, prompt(230), settings(policy="verified", slow_tier=f"disk:{tmp_path}"))
+    assert disturbed
+    assert tokens == expected[0]
+    assert torch.equal(logits, expected[1])
+    if how == "slow":
+        assert stats["read_s"] > 0.1
+        assert stats["waits"] > 0
+
+
+def in_background() -> bool:
+    return threading.current_thread().name.startswith("specache-prefetch")
+
+
+@pytest.mark.usefixtures("plain_reads")
+@pytest.mark.parametrize("policy", ["verified", "speculative", "previous"])
+def test_a_read_that_fails_in_the_background_shows_in_the_next_step_once(model, tmp_path, monkeypatch, policy):
+    config = settings(policy=policy, slow_tier=f"disk:{tmp_path}", hot_set=0.0, top_k=16)
+    undisturbed = Steps(model, config, 230)
+    expected = [undisturbed.step(i) for i in range(12)]
+    undisturbed.cache.close()
+
+    read = aligned_io.read_at
+    broken = False
+    raised: list[SlowTierError] = []
+
+    def broken_in_background(*arguments: Any) -> int:
+        return failing(errno.EIO)() if broken and in_background() else read(*arguments)
+
+    monkeypatch.setattr(aligned_io, "read_at", broken_in_background)
+    disturbed = Steps(model, config, 230)
+    broken = True
+    for i in range(12):  # a step may find all that it guessed in the hot set, and submit nothing
+        time.sleep(0.02)
+        try:
+            logits = disturbed.step(i)
+        except SlowTierError as error:
+            raised.append(error)
+            assert disturbed.cache.get_seq_length() == 230 + i
+            broken = False
+            logits = disturbed.step(i)  # though every layer's read had failed
+            broken = True
+        assert torch.equal(logits, expected[i])
+    assert raised
+    for error in raised:
+        assert re.match(r"Reading ahead in layer \d+ failed. .*KV head \d, token \d+.*Input/output error", str(error))
+        assert isinstance(error.__cause__, SlowTierError)
+        assert isinstance(error.__cause__.__cause__, OSError)
+    disturbed.cache.close()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("plain_reads")
+def test_a_read_that_fails_in_the_foreground_is_undone_in_every_layer(model, tmp_path, monkeypatch):
+    """Also in a step in which groups retire, while nothing at all can be read."""
+    config = settings(policy="on-demand", slow_tier=f"disk:{tmp_path}", hot_set=0.0, top_k=32)
+    undisturbed = Steps(model, config, 230)
+    expected = [undisturbed.step(i) for i in range(40)]
+    undisturbed.cache.close()
+    disturbed = Steps(model, config, 230)
+    read = aligned_io.read_at
+    failed: set[tuple[int, str]] = set()
+    for i in range(40):
+        for layer in ("L000", "L002", "none"):
+
+            def fails(fd: int, into: memoryview, offset: int, layer: str = layer) -> int:
+                return failing(errno.EIO)() if layer in os.readlink(f"/proc/self/fd/{fd}") else read(fd, into, offset)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(aligned_io, "read_at", fails)
+                try:
+                    logits = disturbed.step(i)
+                    break
+                except SlowTierError:
+                    failed.add((i, layer))
+                    assert disturbed.cache.get_seq_length() == 230 + i
+        assert torch.equal(logits, expected[i])
+    retiring = [i for i in range(40) if (230 + i + 1 - 16) % 16 == 0]
+    assert {(i, layer) for i in retiring for layer in ("L000", "L002")} <= failed
+    disturbed.cache.close()
+
+
+@pytest.mark.usefixtures("plain_reads")
+def test_a_cut_that_cannot_be_read_changes_nothing(model, tmp_path, monkeypatch):
+    config = settings(policy="verified", slow_tier=f"disk:{tmp_path}")
+    longer = torch.cat([prompt(300)[:, :150], prompt(60, 3)], dim=1)
+    expected = run(model, longer, config)[0]
+    with specache.SpeCache(model, config) as cache:
+        specache.prefill(model, prompt(300), cache=cache)
+        monkeypatch.setattr(aligned_io, "read_at", failing(errno.EIO))
+        with pytest.raises(SlowTierError, match="Input/output error"):
+            specache.prefill(model, longer, cache=cache)
+        assert {layer.length for layer in cache.sequences[0].layers.values()} == {300}
+        assert cache.get_seq_length() == 300
+        monkeypatch.undo()
+        tokens = specache.generate(model, longer, past_key_values=cache, max_new_tokens=40, do_sample=False)
+        assert tokens[0, longer.shape[1] :].tolist() == expected
+
+
+def test_a_prefill_that_can_neither_read_nor_go_back_forgets_everything(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(tier_files, "report_for", lambda folder: ReaderReport("buffered", False, 4096))
+    config = settings(policy="verified", slow_tier=f"disk:{tmp_path}", residual=64)
+    expected = run(model, prompt(600), config)[0]
+    with specache.SpeCache(model, config) as cache:
+        specache.prefill(model, prompt(600)[:, :300], cache=cache)
+        write, calls = aligned_io.write_at, []
+
+        def dies(*arguments: Any) -> int:
+            calls.append(arguments)
+            if len(calls) <= 6:
+                return write(*arguments)
+            monkeypatch.setattr(aligned_io, "read_at", failing(errno.EIO))
+            return failing(errno.EIO)()
+
+        monkeypatch.setattr(aligned_io, "write_at", dies)
+        with pytest.raises(SlowTierError, match="cannot be written"):
+            specache.prefill(model, prompt(600), cache=cache)
+        assert cache.get_seq_length() == 0
+        monkeypatch.setattr(aligned_io, "write_at", write)
+        monkeypatch.undo()
+        tokens = specache.generate(model, prompt(600), past_key_values=cache, max_new_tokens=40, do_sample=False)
+        assert tokens[0, 600:].tolist() == expected
+
+
+# Files
+
+
+def saved(folder: Path) -> tuple[dict[int, Any], dict[int, torch.Tensor], Path]:
+    tier = DiskTier(folder, temporary=False)
+    fill(tier, 200)
+    path = row_file(tier)
+    state = tier.extents(), tier.tails(), path
+    tier.close()
+    return state
+
+
+def test_a_file_that_was_removed_is_missed_when_it_is_opened(tmp_path):
+    tables, tails, path = saved(tmp_path)
+    path.unlink()
+    with nothing_left(tmp_path), pytest.raises(SlowTierError, match=f"{path} cannot be opened: No such file.*start again"):
+        DiskTier.open(tmp_path, tables, tails)
+
+
+def test_a_file_that_was_cut_short_is_noticed_when_it_is_opened(tmp_path):
+    tables, tails, path = saved(tmp_path)
+    os.truncate(path, path.stat().st_size - 1)
+    with nothing_left(tmp_path), pytest.raises(SlowTierError, match=f"{path}.*it was cut short"):
+        DiskTier.open(tmp_path, tables, tails)
+
+
+def test_a_symbolic_link_is_not_followed(tmp_path):
+    tables, tails, path = saved(tmp_path)
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(SlowTierError, match="symbolic link"):
+        DiskTier.open(tmp_path, tables, tails)
+
+
+@pytest.mark.parametrize("reader", ["io_uring", "threads", "buffered"])
+def test_a_file_that_is_cut_short_later_names_the_row(tmp_path, monkeypatch, reader):
+    report = tier_files.report_for(tmp_path)
+    monkeypatch.setattr(tier_files, "report_for", lambda folder: ReaderReport(reader, report.direct and reader != "buffered", 4096))
+    tier = DiskTier(tmp_path)
+    try:
+        fill(tier, 200)
+    except OSError as error:
+        pytest.skip(f"no {reader} here: {error}")
+    layout = tier._layers[0].layout
+    os.truncate(row_file(tier), 2 * layout.block_bytes)
+    with pytest.raises(
+        SlowTierError, match=rf"{row_file(tier)}: the row of layer 0, KV head 1, token 130 cannot be read: the file ends"
+    ):
+        tier.gather(0, torch.tensor([0, 1, 1]), torch.tensor([3, 140, 130]))
+    with pytest.raises(SlowTierError, match=r"layer 0, KV head 0, token 128 cannot be read: the file ends"):
+        tier.read(0, 100, 180)
+    tier.close()
+
+
+@pytest.mark.parametrize("kind", ["flipped", "cut"])
+def test_a_damaged_file_is_an_error_and_no_wrong_token(model, tmp_path, kind):
+    """Of the whole way, with the reader that the folder really gets."""
+    config = settings(policy="verified", slow_tier=f"disk:{tmp_path}", hot_set=0.0, top_k=64)
+    with nothing_left_but_the_readers(tmp_path):
+        steps = Steps(model, config, 230)
+        for path in tmp_path.rglob("*-L001.rows"):
+            if kind == "cut":
+                os.truncate(path, 0)
+            else:
+                data = np.fromfile(path, np.uint8)
+                data[::97] ^= 4
+                data.tofile(path)
+        with pytest.raises(
+            SlowTierError if kind == "cut" else CorruptRowError, match=r"-L001\.rows.*layer 1, KV head \d, token \d+"
+        ):
+            for i in range(4):
+                steps.step(i)
+        steps.cache.close()
+
+
+def nothing_left_but_the_readers(folder: Path) -> Any:
+    tier = DiskTier(folder)
+    fill(tier, 10)  # the probe's imports and threads are not what is tested
+    tier.close()
+    return nothing_left(folder)
+
+
+def test_nothing_is_left_after_an_error_in_the_middle_of_everything(model, tmp_path, monkeypatch):
+    config = settings(policy="verified", slow_tier=f"disk:{tmp_path}")
+    run(model, prompt(100), config, new=1)
+    calls = []
+    with nothing_left(tmp_path):
+        read = uring.Ring.read
+
+        def fails_later(*arguments: Any) -> Any:
+            calls.append(1)
+            return read(*arguments) if len(calls) < 20 else np.full(len(arguments[1]), -errno.EIO)
+
+        monkeypatch.setattr(uring.Ring, "read", fails_later)
+        plain = aligned_io.read_at
+        monkeypatch.setattr(
+            aligned_io, "read_at", lambda *arguments: plain(*arguments) if len(calls) < 20 else failing(errno.EIO)()
+        )
+        monkeypatch.setattr(tier_files, "report_for", lambda folder: ReaderReport("io_uring", False, 4096))
+        try:
+            with pytest.raises(SlowTierError):
+                specache.generate(model, prompt(230), config=config, max_new_tokens=60, do_sample=False)
+        except OSError as error:
+            pytest.skip(f"no io_uring here: {error}")
+
+
+@pytest.fixture(autouse=True)
+def no_leftover_mounts(tmp_path: Path) -> Iterator[None]:
+    yield
+    assert not any(os.path.ismount(path) for path in tmp_path.iterdir())
