@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from specache.kernels import dispatch
 from tests.test_invariants import EVERYTHING, force_guesses, run, settings
 from tests.test_models import FAMILIES, build
 from tests.tiny import prompt
@@ -19,16 +21,26 @@ def model(request: pytest.FixtureRequest) -> Any:
     return build(*FAMILIES[request.param])
 
 
+@pytest.fixture(params=["torch", "fastest"])
+def close(request: pytest.FixtureRequest) -> Iterator[float]:
+    """How near logits are. The C++ kernels round queries and weights to bytes, which a last bit can turn."""
+    if request.param == "fastest":
+        yield 5e-3
+        return
+    with dispatch.using("torch"):
+        yield 1e-5
+
+
 @pytest.mark.parametrize("bits", [1, 2])
 @pytest.mark.parametrize("seed", [1, 2])
-def test_verified_does_not_depend_on_the_guess(model, monkeypatch, bits, seed):
+def test_verified_does_not_depend_on_the_guess(model, monkeypatch, bits, seed, close):
     config = settings(policy="verified", slow_tier="ram", bits=bits)
     answer, expected, _ = run(model, prompt(LENGTH), config)
     force_guesses(monkeypatch, seed)
     tokens, logits, wrong = run(model, prompt(LENGTH), config)
     assert wrong["guess_rate"] < 0.1
     assert tokens == answer
-    assert (logits - expected).abs().max() < 1e-5
+    assert (logits - expected).abs().max() < close
 
 
 def test_exact_attention_makes_every_guess_right(model):
@@ -36,12 +48,12 @@ def test_exact_attention_makes_every_guess_right(model):
 
 
 @pytest.mark.parametrize("bits", [1, 2])
-def test_verified_gives_the_answer_of_on_demand(model, bits):
+def test_verified_gives_the_answer_of_on_demand(model, bits, close):
     config = {"slow_tier": "ram", "bits": bits}
     answer, expected, _ = run(model, prompt(LENGTH), settings(policy="on-demand", **config))
     tokens, logits, _ = run(model, prompt(LENGTH), settings(policy="verified", **config))
     assert tokens == answer
-    assert (logits - expected).abs().max() < 1e-4
+    assert (logits - expected).abs().max() < 10 * close
 
 
 def test_the_papers_policy_does_depend_on_the_guess(model, monkeypatch):
