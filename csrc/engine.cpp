@@ -64,7 +64,7 @@ private:
             for (Memory& memory : *this) std::free(memory.data);
         }
     };
-    static constexpr size_t kKept = 12;
+    static constexpr size_t kKept = 24;  // more than a step holds
     static Kept& blocks() {
         thread_local Kept kept;
         return kept;
