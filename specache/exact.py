@@ -114,11 +114,15 @@ def _flash_cpu(query: Tensor, keys: Tensor, values: Tensor, scaling: float, mask
 def merge(parts: Iterable[Part], sinks: Tensor | None = None) -> Part:
     """Join parts over disjoint keys (and the sinks, which take probability and give no value)."""
     parts = list(parts)
+    if sinks is None and len(parts) == 1:
+        return parts[0]
+    if sinks is None and len(parts) == 2:
+        (out, lse), (other, other_lse) = parts
+        weight = (lse - other_lse).sigmoid().nan_to_num(0.0)  # neither sees anything: both are 0
+        return torch.lerp(other, out, weight.unsqueeze(-1)), torch.logaddexp(lse, other_lse)
     lse = torch.stack([part_lse for _, part_lse in parts]).logsumexp(0)  # [Hq, n]
     if sinks is not None:
         lse = torch.logaddexp(lse, sinks.float().unsqueeze(-1))
-    if len(parts) == 1 and sinks is None:
-        return parts[0]
     weights = [(part_lse - lse).exp().nan_to_num(0.0).unsqueeze(-1) for _, part_lse in parts]
     out = parts[0][0] * weights[0]
     for (part, _), weight in zip(parts[1:], weights[1:], strict=True):

@@ -13,6 +13,7 @@ from specache.config import Code, SpeCacheConfig
 from specache.errors import NonFiniteError
 from specache.exact import KEY_BLOCK, AttentionParams, Part, attend_part, merge, merge_each, windowed
 from specache.kernels import dispatch
+from specache.kernels.finite import all_finite
 from specache.kernels.types import LowBitCopy
 from specache.prefetch import Rows
 from specache.quant.key_weights import KEY_WEIGHT_BYTES, KeyWeights
@@ -27,7 +28,7 @@ def check_finite(keys: Tensor, values: Tensor, layer: int) -> None:
         NonFiniteError: names the layer.
     """
     for name, tensor in (("keys", keys), ("values", values)):
-        if not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             raise NonFiniteError(
                 f"The model produced NaN or infinity in the {name} of layer {layer}. Nothing of this step was kept. "
                 "Check the weights, or run in a wider dtype (bfloat16 or float32 instead of float16)."

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from specache.config import PAGE_TOKENS, Code
 from specache.errors import NonFiniteError
+from specache.kernels.finite import all_finite
 from specache.kernels.torch_rotated import rotation
 from specache.kernels.types import LowBitCopy, PageRun
 
@@ -62,7 +63,7 @@ class NativeKernels:
 
     def quantise(self, keys: Tensor, values: Tensor, copy: LowBitCopy, start: int) -> None:
         keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (keys, values))
-        if not (torch.isfinite(keys).all() and torch.isfinite(values).all()):
+        if not (all_finite(keys) and all_finite(values)):
             raise NonFiniteError("Keys or values to quantise hold NaN or infinity. Nothing was packed.")
         size = keys.itemsize
         strides = [stride * size for x in (keys, values) for stride in x.stride()[:2]]
