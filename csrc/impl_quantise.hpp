@@ -57,34 +57,36 @@ inline void pack_values(const Layout& layout, const uint8_t* codes, uint8_t* out
 // 16 rotated vectors x [dim][16] -> codes[d][lane], scale[lane].
 inline void encode(const Layout& layout, const float* x, uint8_t* codes, float* scale) {
     const Levels& levels = normal_levels(layout.bits);
-    const int count = 1 << layout.bits;
-    float level[16], bound[16];
-    for (int i = 0; i < count; i++) level[i] = float(levels.steps[i]) * levels.unit;
-    for (int i = 0; i + 1 < count; i++) bound[i] = (level[i] + level[i + 1]) / 2;
-    Floats squares = Isa::splat(0.0f);
+    const int bounds = (1 << layout.bits) - 1;
+    Floats bound[15], jump[15];  // between two levels, and what the upper one has more, in steps
+    for (int i = 0; i < bounds; i++) {
+        bound[i] = Isa::splat((float(levels.steps[i]) * levels.unit + float(levels.steps[i + 1]) * levels.unit) / 2);
+        jump[i] = Isa::splat(float(levels.steps[i + 1] - levels.steps[i]));
+    }
+    const Floats zero = Isa::splat(0.0f), one = Isa::splat(1.0f), huge = Isa::splat(1e38f), lowest = Isa::splat(float(levels.steps[0]));
+    Floats squares = zero;
     for (int d = 0; d < layout.dim; d++) {
         Floats y = Isa::load(x + d * kTile);
         squares = Isa::fma(y, y, squares);
     }
-    alignas(64) float rms[kTile], unit_squares[kTile] = {}, product[kTile] = {};
+    alignas(64) float rms[kTile], unit_squares[kTile], product[kTile];
     Isa::store(rms, squares);
     for (int t = 0; t < kTile; t++) rms[t] = root(rms[t] / float(layout.dim));
+    const Floats size = Isa::max(Isa::load(rms), Isa::splat(1.17549435e-38f));
+    Floats sum_squares = zero, sum_products = zero;
     for (int d = 0; d < layout.dim; d++) {
-        uint8_t* to = codes + d * kPage;
-        for (int t = 0; t < kTile; t++) {
-            float u = x[d * kTile + t] / (rms[t] > 1.17549435e-38f ? rms[t] : 1.17549435e-38f);
-            float value = level[0];
-            int code = 0;
-            for (int i = 0; i + 1 < count; i++) {
-                bool over = u > bound[i];
-                code += over;
-                value = over ? level[i + 1] : value;
-            }
-            to[t] = uint8_t(code);
-            unit_squares[t] += u * u;
-            product[t] += u * value;
+        Floats u = Isa::div(Isa::load(x + d * kTile), size), code = zero, step = lowest;
+        for (int i = 0; i < bounds; i++) {
+            Floats over = Isa::min(Isa::max(Isa::mul(Isa::sub(u, bound[i]), huge), zero), one);  // 1 above the bound
+            code = Isa::add(code, over);
+            step = Isa::fma(over, jump[i], step);
         }
+        Isa::store_rounded(codes + d * kPage, code);
+        sum_squares = Isa::fma(u, u, sum_squares);
+        sum_products = Isa::fma(u, step, sum_products);
     }
+    Isa::store(unit_squares, sum_squares);
+    Isa::store(product, Isa::mul(sum_products, Isa::splat(levels.unit)));
     for (int t = 0; t < kTile; t++)
         scale[t] = rms[t] * unit_squares[t] / (product[t] > 1.17549435e-38f ? product[t] : 1.17549435e-38f);
 }

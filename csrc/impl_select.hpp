@@ -1,4 +1,4 @@
-// The k tokens of largest mean probability, in time linear in the number of tokens. A part of kernels_impl.hpp.
+// Softmax weights, and the k tokens of largest mean probability in time linear in the number of tokens. A part of kernels_impl.hpp.
 #pragma once
 
 namespace specache {

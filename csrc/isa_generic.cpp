@@ -105,7 +105,9 @@ struct Isa {
     SPECACHE_LANES(add, a.v[i] + b.v[i])
     SPECACHE_LANES(sub, a.v[i] - b.v[i])
     SPECACHE_LANES(mul, a.v[i] * b.v[i])
+    SPECACHE_LANES(div, a.v[i] / b.v[i])
     SPECACHE_LANES(max, a.v[i] > b.v[i] ? a.v[i] : b.v[i])
+    SPECACHE_LANES(min, a.v[i] < b.v[i] ? a.v[i] : b.v[i])
 #undef SPECACHE_LANES
     static Floats fma(const Floats& a, const Floats& b, const Floats& c) {
         Floats y;

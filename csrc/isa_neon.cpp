@@ -89,6 +89,14 @@ struct Isa {
         for (int i = 0; i < 4; i++) a.v[i] = vmulq_f32(a.v[i], b.v[i]);
         return a;
     }
+    static Floats div(Floats a, Floats b) {
+        for (int i = 0; i < 4; i++) a.v[i] = vdivq_f32(a.v[i], b.v[i]);
+        return a;
+    }
+    static Floats min(Floats a, Floats b) {
+        for (int i = 0; i < 4; i++) a.v[i] = vminq_f32(a.v[i], b.v[i]);
+        return a;
+    }
     static Floats max(Floats a, Floats b) {
         for (int i = 0; i < 4; i++) a.v[i] = vmaxq_f32(a.v[i], b.v[i]);
         return a;
