@@ -12,11 +12,14 @@ from specache.errors import (
     ConfigError,
     FastMemoryError,
     NonFiniteError,
+    SessionError,
+    SlowTierError,
     SpeCacheError,
     UnsupportedModelError,
     UsageError,
 )
 from specache.generation import decode, generate, prefill
+from specache.sessions import Session
 
 __version__ = "0.1.0"
 
@@ -26,6 +29,9 @@ __all__ = [
     "FastMemoryError",
     "NonFiniteError",
     "Policy",
+    "Session",
+    "SessionError",
+    "SlowTierError",
     "SlowTierKind",
     "SpeCache",
     "SpeCacheConfig",

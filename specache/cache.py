@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from torch import Tensor
 
@@ -54,6 +55,19 @@ class Resources:
         return PageTable(self._pools[layout])
 
 
+class WindowCheckpoints(Protocol):
+    """Copies of the sliding windows at some lengths of a sequence, from which it can go on after it was cut."""
+
+    def offer(self, length: int, windows: Mapping[int, WindowLayer]) -> None:
+        """The sequence has `length` tokens; keep its windows (by layer) if that is due."""
+
+    def newest(self, length: int) -> tuple[int, dict[int, Tensor]] | None:
+        """The longest length that is kept and at most `length`, and its rings by layer."""
+
+    def forget_after(self, length: int) -> None:
+        """Tokens from `length` on are gone."""
+
+
 class Sequence:
     """One sequence's state in every layer. Its tokens are those whose keys and values are stored.
 
@@ -65,6 +79,7 @@ class Sequence:
         self._cache = cache
         self.tier: SlowTier = cache.new_tier()
         self._read_buffers = cache.resources.budget.claim(0, "read buffers")
+        self.checkpoints: WindowCheckpoints | None = None
         self.layers: dict[int, Layer] = {}
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None
@@ -83,6 +98,11 @@ class Sequence:
 
     def commit(self, token_ids: list[int]) -> None:
         self.token_ids += token_ids
+
+    def offer_checkpoint(self) -> None:
+        """A chunk of the prompt is through every layer."""
+        if self.checkpoints is not None:
+            self.checkpoints.offer(self.length, {i: layer for i, layer in self.layers.items() if isinstance(layer, WindowLayer)})
 
     def begin_pass(self) -> None:
         """Remember what `undo_pass` needs."""
@@ -109,20 +129,30 @@ class Sequence:
         return all(layer.can_truncate(length) for layer in self.layers.values())
 
     def truncate(self, length: int) -> None:
-        """Keep the first `length` tokens; all are forgotten if some layer cannot go back that far.
+        """Keep the first `length` tokens, fewer where the sliding windows must go back to a checkpoint, or none where some layer
+        cannot go back that far.
 
         Raises:
             SlowTierError: the slow tier cannot be read; nothing changed.
+            SessionError: a checkpoint cannot be read; nothing changed.
         """
+        rings: dict[int, Tensor] = {}
         if not self.can_truncate(length):
-            return self.clear()
+            checkpoint = None if self.checkpoints is None else self.checkpoints.newest(length)
+            if checkpoint is None or not all(layer.can_truncate(checkpoint[0]) for _, layer in self._compressed()):
+                return self.clear()
+            length, rings = checkpoint
         residuals = {i: layer.residual_at(length) for i, layer in self._compressed()}  # all are read before anything changes
         for index, layer in self.layers.items():
             if isinstance(layer, CompressedLayer):
                 layer.truncate(length, residuals[index])
+            elif isinstance(layer, WindowLayer) and index in rings:
+                layer.restore(rings[index], length)
             else:
                 layer.truncate(length)
         del self.token_ids[length:]
+        if self.checkpoints is not None:
+            self.checkpoints.forget_after(length)
 
     def restore(self, length: int, windows: dict[int, WindowLayer]) -> None:
         """Go back to `length` tokens after a prefill that failed; to none if the slow tier does not even allow that."""
@@ -140,6 +170,8 @@ class Sequence:
             layer.release()
         self.layers.clear()
         self.token_ids.clear()
+        if self.checkpoints is not None:
+            self.checkpoints.forget_after(0)
         self._read_buffers.release()
         self.tier.close()
 
@@ -232,6 +264,8 @@ class SpeCache:
         ConfigError: settings that this model or device does not allow.
         SlowTierError: the folder of `slow_tier='disk:...'` cannot be written.
     """
+
+    one_sequence = False  # whether it belongs to a session, which holds no batch
 
     def __init__(self, model: Any, config: SpeCacheConfig | None = None) -> None:
         self.info = inspect_model(model)

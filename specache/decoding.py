@@ -122,6 +122,7 @@ class Decoder:
                 ids = token_ids[start:stop]
                 logits = forward(self._model, self._ids([ids]), self._positions([start], len(ids)), state, logits=1)
                 sequence.commit(ids)
+                sequence.offer_checkpoint()
                 progress(stop, total)
         sequence.prepare_decode()
         return logits[0, -1]

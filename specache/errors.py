@@ -35,6 +35,10 @@ class CorruptRowError(SlowTierError):
     """A row on disk is not the one that was written; the message names file, layer, KV head and token position."""
 
 
+class SessionError(SpeCacheError):
+    """A session cannot be opened, saved or copied: it is in use, damaged, or of another model; the message says which and why."""
+
+
 class EvaluationError(SpeCacheError):
     """An evaluation cannot go on; what was measured so far is kept."""
 

@@ -23,6 +23,7 @@ from specache.request import (
     check_max_new_tokens,
     check_model_arguments,
     check_prompt_lengths,
+    check_sequences,
     inferred_mask,
     prompts,
     user_cache,
@@ -117,6 +118,7 @@ def prefill(
     token_ids = prompts(input_ids, attention_mask)
     check_prompt_lengths(token_ids, cache.info)
     cache.check_model(model)
+    check_sequences(cache, token_ids)
     check_room(cache, token_ids, 0, cache.config.prefill_chunk)
     with attached(model):
         _prefill(Decoder(model, cache), cache, token_ids, cache.config.prefill_chunk, progress)
@@ -352,6 +354,7 @@ def _whole_sequences(
     stored = cache.sequences
     if not stored:
         return token_ids
+    check_sequences(cache, token_ids)
     if len(token_ids) % len(stored):
         raise UsageError(f"The SpeCache holds {len(stored)} sequences but the batch has {len(token_ids)} prompts.")
     repeats = len(token_ids) // len(stored)

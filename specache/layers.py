@@ -181,6 +181,14 @@ class CompressedLayer:
         """Whether the codes of the first `length` tokens are those that a fresh prefill would make."""
         return length >= self.length or self.config.code is not Code.ROTATED or self.weights.survives(length)
 
+    def restore(self, residual: Tensor, weights: KeyWeights, next_positions: Tensor | None) -> None:
+        """Take over a saved residual [2, Hkv, m, D] and the rest; the page table and the slow tier are filled already."""
+        self.residual_count = residual.shape[2]
+        self._residual[:, :, : self.residual_count] = residual
+        self.weights = weights
+        self.next_positions = next_positions
+        self._count()
+
     def rebuild(self, length: int) -> None:
         """Make the low-bit copy and the residual of the first `length` tokens from the 16-bit rows in the slow tier."""
         for start in range(0, length, KEY_BLOCK):
@@ -343,6 +351,16 @@ class WindowLayer:
     @property
     def held_bytes(self) -> int:
         return self._claim.size
+
+    @property
+    def ring(self) -> Tensor:
+        """Keys and values [2, Hkv, window, D]; slots of tokens that never came are undefined."""
+        return self._ring
+
+    def restore(self, ring: Tensor, length: int) -> None:
+        """Take over the `ring` of a sequence of `length` tokens."""
+        self._ring.copy_(ring)
+        self.length = length
 
     @property
     def ordinary_bytes(self) -> int:

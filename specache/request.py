@@ -105,6 +105,15 @@ def inferred_mask(input_ids: Any, generation_config: Any) -> Tensor | None:
     return (input_ids != pad).cummax(dim=1).values.to(input_ids.dtype)
 
 
+def check_sequences(cache: SpeCache, token_ids: list[list[int]]) -> None:
+    """Refuse a batch for the cache of a session."""
+    if cache.one_sequence and len(token_ids) > 1:
+        raise UsageError(
+            f"A session holds one sequence, but the batch has {len(token_ids)} (num_return_sequences counts too). Use a session "
+            "for each of them, or SpeCache(model, config) for the batch."
+        )
+
+
 def check_prompt_lengths(token_ids: list[list[int]], info: ModelInfo) -> None:
     """Refuse prompts that the model has no positions for."""
     longest = max(len(row) for row in token_ids)

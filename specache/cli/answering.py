@@ -44,6 +44,7 @@ class Outcome:
 
     results: list[Result]
     interrupted: bool
+    reused_tokens: int  # prompt tokens that the cache had already (of the first prompt)
 
 
 def answer(
@@ -54,6 +55,7 @@ def answer(
     *,
     stops: Sequence[str] = (),
     on_text: Callable[[int, str], None] | None = None,
+    on_prefilled: Callable[[], None] = lambda: None,
     description: str = "Reading the prompt",
 ) -> Outcome:
     """Generate one answer per prompt into `cache`. Ctrl-C ends the answers where they are and is not raised.
@@ -65,6 +67,7 @@ def answer(
         options: from `options.generation_options`.
         stops: texts to stop before.
         on_text: called with (sequence index, new text) as text becomes certain.
+        on_prefilled: called when the prompts are in the cache, before the first new token.
         description: what the progress bar says while the prompt is read.
     """
     import specache
@@ -73,7 +76,12 @@ def answer(
     input_ids, attention_mask = pad_left(prompts, pad_id)
     device = loaded.model.device
     progress = PrefillProgress(description)
-    recorder = AnswerRecorder(loaded.tokenizer, end_ids, stops, on_text, on_first=progress.close)
+
+    def begin() -> None:
+        progress.close()
+        on_prefilled()
+
+    recorder = AnswerRecorder(loaded.tokenizer, end_ids, stops, on_text, on_first=begin)
     arguments = {**options, "max_new_tokens": room(options["max_new_tokens"], loaded, input_ids.shape[1])}
     if stops:
         arguments |= {"stop_strings": list(stops), "tokenizer": loaded.tokenizer}
@@ -93,7 +101,7 @@ def answer(
         interrupted = True
     finally:
         progress.close()
-    return Outcome(_results(prompts, recorder, cache, interrupted), interrupted)
+    return Outcome(_results(prompts, recorder, cache, interrupted), interrupted, progress.reused or 0)
 
 
 def room(max_new_tokens: int | None, loaded: LoadedModel, prompt_tokens: int) -> int:

@@ -104,8 +104,11 @@ class PrefillProgress:
         self._description = description
         self._minimum = minimum
         self._bar: Progress | None = None
+        self.reused: int | None = None  # tokens that were there already; `None` before the first call
 
     def __call__(self, done: int, total: int) -> None:
+        if self.reused is None:
+            self.reused = done
         if done >= total:
             self.close()
             return

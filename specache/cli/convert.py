@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from specache.errors import SpeCacheError
+from specache.folders import cache_folder
 
 try:
     import fcntl
@@ -32,11 +33,6 @@ class CacheFolderError(SpeCacheError):
 
 class ConversionError(SpeCacheError):
     """A GGUF file cannot be read as a model."""
-
-
-def cache_folder() -> Path:
-    """Where converted models live: `$SPECACHE_CACHE`, by default `~/.cache/specache`."""
-    return Path(os.environ.get("SPECACHE_CACHE") or "~/.cache/specache").expanduser()
 
 
 def converted_model(gguf: Path, on_convert: Callable[[str], None] = lambda message: None) -> Path:

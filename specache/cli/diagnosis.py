@@ -10,8 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from specache.cli.convert import cache_folder
 from specache.cli.models import DEMO_REQUIREMENT, demo_gguf, native_bfloat16_cpu
+from specache.folders import cache_folder
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "gguf", "numpy", "typer", "rich")
 CPU_FEATURES = (

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from specache.cli import options
+from specache.cli import options, session_option
 from specache.cli.answering import Outcome, answer
 from specache.cli.compiling import compile_model
 from specache.cli.console import EXIT_INTERRUPTED, err, quiet_libraries, reports_errors, status, write
@@ -31,12 +31,15 @@ specache generate -m demo --prompt "Why is the sky blue?"
 
 specache generate -m ./my-model --prompt-file a.txt --prompt-file b.txt --json > answers.json
 
+(cat report.txt; echo; echo "Who wrote it?") | specache generate -m demo --session report
+
 specache generate -m demo --raw --prompt "Once upon a time" --temperature 0.8 --seed 7 --bits 1 --top-k 128
 """
 
 
 @reports_errors
 def generate(
+    context: typer.Context,
     model: options.Model,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt.", metavar="TEXT")] = None,
     prompt_file: Annotated[
@@ -76,6 +79,8 @@ def generate(
     hot_set: options.HotSet = options.DEFAULT_HOT_SET,
     prefill_chunk: options.PrefillChunk = 1024,
     fast_memory: options.FastMemory = None,
+    session: session_option.SessionName = None,
+    session_dir: session_option.SessionDir = None,
     dtype: options.DtypeOption = Dtype.AUTO,
     weights: options.WeightsOption = WeightFormat.AUTO,
     compile: options.Compile = False,
@@ -110,6 +115,9 @@ def generate(
     )
     prompts = read_prompts(prompt, prompt_file or [])
     stops = options.checked_stops(stop)
+    place = session_option.place(session, session_dir, config, len(prompts))
+    if place is not None:
+        config = place.settings(config, context)
 
     quiet_libraries()
     options.set_threads(threads)
@@ -119,7 +127,7 @@ def generate(
             compile_model(loaded.model, config, len(prompts), say)
     rows = _encode(loaded, prompts, chat, system)
     options.set_seed(seed)
-    outcome = _run(loaded, prompts, rows, config, arguments, stops, as_json)
+    outcome = _run(loaded, prompts, rows, config, arguments, stops, as_json, place)
     if outcome.interrupted:
         raise typer.Exit(EXIT_INTERRUPTED)
 
@@ -140,21 +148,21 @@ def _run(
     arguments: dict[str, Any],
     stops: list[str],
     as_json: bool,
+    place: session_option.Place | None,
 ) -> Outcome:
-    from specache import SpeCache
-
     streams = len(rows) == 1 and not as_json
-    with SpeCache(loaded.model, config) as cache:
+    with session_option.opened_cache(loaded, config, place) as (cache, save):
         on_text = (lambda row, text: write(text)) if streams else None
-        outcome = answer(loaded, rows, cache, arguments, stops=stops, on_text=on_text)
+        outcome = answer(loaded, rows, cache, arguments, stops=stops, on_text=on_text, on_prefilled=save)
+        save()
         if as_json:
-            _print_json(outcome, cache, loaded)
+            _print_json(outcome, cache, loaded, place)
             return outcome
         if streams:
             write("\n")
         else:
             _print_batch(outcome, prompts)
-        _print_summary(outcome, cache)
+        _print_summary(outcome, cache, place)
         return outcome
 
 
@@ -165,19 +173,28 @@ def _print_batch(outcome: Outcome, prompts: list[Prompt]) -> None:
         write(result.text + "\n")
 
 
-def _print_summary(outcome: Outcome, cache: SpeCache) -> None:
+def _print_summary(outcome: Outcome, cache: SpeCache, place: session_option.Place | None) -> None:
     err.print()
     for result in outcome.results:
         reason = f" ({result.finish_reason})" if result.finish_reason else ""
         err.print(f"{result.prompt_tokens:,} prompt tokens, {len(result.token_ids):,} new{reason}", style="dim")
+    if place is not None:
+        err.print(f"session {place.name}: {outcome.reused_tokens:,} prompt tokens were there already", style="dim", markup=False)
     err.print(statistics_table(cache.stats(), cache.config.to_dict()))
 
 
-def _print_json(outcome: Outcome, cache: SpeCache, loaded: LoadedModel) -> None:
+def _print_json(outcome: Outcome, cache: SpeCache, loaded: LoadedModel, place: session_option.Place | None) -> None:
     document = {
         "results": [result.to_dict() for result in outcome.results],
         "weights": loaded.weight_format,
         "config": cache.config.to_dict(),
         "stats": cache.stats(),
     }
+    if place is not None:
+        document["session"] = {
+            "name": place.name,
+            "folder": str(place.folder),
+            "reused_tokens": outcome.reused_tokens,
+            "tokens": cache.get_seq_length(),
+        }
     write(json.dumps(document, ensure_ascii=False) + "\n")

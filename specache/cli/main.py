@@ -7,14 +7,14 @@ from typing import Annotated
 import typer
 
 from specache import __version__
-from specache.cli import bench, chat, demo, doctor, evaluate, generate, plan
+from specache.cli import bench, chat, demo, doctor, evaluate, generate, plan, session
 from specache.cli.console import write
 
 app = typer.Typer(
     name="specache",
     help="Long-context generation over a low-bit key-value cache, with speculative prefetch of the 16-bit pairs that matter.",
     epilog="Start with [bold]specache demo[/bold]. [bold]specache COMMAND --help[/bold] explains a command. "
-    "SPECACHE_CACHE names the folder for converted models, SPECACHE_DEBUG=1 shows where an error came from.",
+    "SPECACHE_CACHE names the folder for converted models and sessions, SPECACHE_DEBUG=1 shows where an error came from.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -23,6 +23,7 @@ app = typer.Typer(
 app.command(epilog=generate.EPILOG)(generate.generate)
 app.command(epilog=chat.EPILOG)(chat.chat)
 app.command(epilog=demo.EPILOG)(demo.demo)
+app.add_typer(session.app, name="session")
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(bench.app, name="bench")
 app.command(epilog=plan.EPILOG)(plan.plan)

@@ -62,6 +62,18 @@ class KeyWeights:
         """Whether a sequence cut to `length` tokens has the weights that a fresh one of this length would get."""
         return self.value is None or length >= self.tokens or self._squares is not None
 
+    @property
+    def observed(self) -> Tensor | None:
+        """The squared queries float32 [Hkv, m, D] that the weights are made from, as long as they are kept."""
+        return self._squares
+
+    @classmethod
+    def restored(cls, tokens: int, value: Tensor | None, observed: Tensor | None) -> KeyWeights:
+        """The weights of a state that was saved with its `value` and what it had `observed`."""
+        weights = cls(tokens)
+        weights.value, weights._squares = value, observed
+        return weights
+
     def fork(self, tokens: int) -> KeyWeights:
         """The same for a copy; weights that are fixed stay, also where the copy's `R + g` is another."""
         other = KeyWeights(tokens)

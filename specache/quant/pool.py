@@ -106,6 +106,7 @@ class PageTable:
         self.pool = pool
         self.pages: list[Page] = []
         self.length = 0
+        self.unchanged = 0  # tokens that `mark` saw and that were not forgotten since
         self._runs: tuple[PageRun, ...] | None = None
 
     @property
@@ -127,7 +128,22 @@ class PageTable:
         self.pool.release(self.pages[keep:])
         del self.pages[keep:]
         self.length = length
+        self.unchanged = min(self.unchanged, length)
         self._runs = None
+
+    def mark(self) -> None:
+        """Begin to follow, in `unchanged`, how many of the tokens that are here now stay: codes are written once."""
+        self.unchanged = self.length
+
+    def raw(self, start: int, stop: int) -> Tensor:
+        """A copy of the bytes of pages `[start, stop)` of this table, uint8 [stop - start, page bytes]."""
+        empty = torch.empty(0, self.pool.layout.page_bytes, dtype=torch.uint8)
+        return torch.stack([self.pool.page_bytes(page) for page in self.pages[start:stop]]).cpu() if stop > start else empty
+
+    def set_raw(self, start: int, data: Tensor) -> None:
+        """Put what `raw` returned into pages from `start` on, which are this table's alone."""
+        for page, row in zip(self.pages[start : start + len(data)], data, strict=True):
+            self.pool.page_bytes(page).copy_(row)
 
     def fork(self) -> PageTable:
         """A second table over the same pages; whoever writes to a shared page copies it first."""

@@ -52,7 +52,8 @@ class DiskTier:
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str], tables: Mapping[int, Sequence[Extent]], tails: Mapping[int, Tensor]) -> DiskTier:
-        """A session's tier as it was saved. It appends to a new segment; what is there is only read.
+        """A session's tier as it was saved. What the tables refer to is only read; new blocks go behind it, or into new files where
+        somebody else needs those that are here.
 
         Args:
             tables: per layer what `extents` returned.
@@ -66,6 +67,7 @@ class DiskTier:
             for layer, tail in tails.items():
                 layout = RowLayout(tail.shape[0], tail.shape[2] // 2, tail.dtype)
                 table = tier._files.table(layer, layout, tables.get(layer, ()))
+                tier._files.adopt(layer, table)
                 tier._layers[layer] = StoredLayer.of(layout, table, tail)
         except BaseException:
             tier.close()
@@ -182,6 +184,14 @@ class DiskTier:
     def tails(self) -> dict[int, Tensor]:
         """Per layer the rows [Hkv, t < 64, 2 D] that are in no file yet."""
         return {layer: state.tail_rows.clone() for layer, state in self._layers.items()}
+
+    def file_names(self) -> set[str]:
+        """Names of the files that are open: those of `extents`, and those that were begun or are no longer needed."""
+        return self._files.names()
+
+    def stop_appending(self) -> None:
+        """Write on into new files: somebody made links to those that are here."""
+        self._files.stop_appending()
 
     def sync(self) -> None:
         """Return when everything that was written survives a power failure.

@@ -18,6 +18,7 @@ from specache.tiers import aligned_io, readers
 from specache.tiers.aligned_io import AlignedBuffer
 from specache.tiers.readers import ReadBatch, Reader, ReadFailedError
 from specache.tiers.row_file import BLOCK_ALIGNMENT
+from specache.tiers.scratch import PROBE_PREFIX
 
 Kind = tuple[str, bool, int]  # reader, direct, alignment
 
@@ -76,7 +77,7 @@ def probe(folder: Path) -> ReaderReport:
     Raises:
         OSError: no file can be made there.
     """
-    path = folder / f".specache-probe-{secrets.token_hex(8)}"
+    path = folder / f"{PROBE_PREFIX}{secrets.token_hex(8)}"
     os.close(aligned_io.open_file(str(path), create=True, direct=False))
     try:
         alignment = _direct_alignment(path)

@@ -16,6 +16,7 @@ import errno
 import os
 import secrets
 import threading
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -119,6 +120,9 @@ class RowLayout:
         return np.ndarray(shape, np.uint64, buffer=words, strides=strides)
 
 
+_open_files: Counter[tuple[int, int]] = Counter()  # how often this process has a file open, by device and inode
+
+
 class RowFile:
     """One layer's rows of one segment. Shared by the tiers of a sequence and its forks, and closed when the last lets go.
 
@@ -155,6 +159,9 @@ class RowFile:
             self.fd = aligned_io.open_file(str(self.path), create=create, direct=direct)
         except OSError as error:
             raise SlowTierError(f"{self.path} cannot be {'made' if create else 'opened'}: {reason(error)}") from error
+        status = os.fstat(self.fd)
+        self._inode = status.st_dev, status.st_ino
+        _open_files[self._inode] += 1
         if scratch is not None:
             scratch.acquire()
 
@@ -170,10 +177,16 @@ class RowFile:
             self._users -= 1
             if self._users:
                 return
+        _open_files.subtract([self._inode])
         os.close(self.fd)
         if self._scratch is not None:
             self._scratch.remove(self.path)
             self._scratch.release()
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether somebody else may need what lies behind the blocks that count here: by another name, or opened once more."""
+        return os.fstat(self.fd).st_nlink > 1 or _open_files[self._inode] > 1
 
     def check_size(self, blocks: int) -> None:
         """Refuse a file that is shorter than `blocks` blocks.

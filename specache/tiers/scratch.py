@@ -11,7 +11,8 @@ from pathlib import Path
 
 from specache.errors import SlowTierError
 
-_PREFIX = "specache-scratch-"
+SCRATCH_PREFIX = "specache-scratch-"
+PROBE_PREFIX = ".specache-probe-"  # of files that are there for a moment, to see what can be done
 _FOLDER_FLAGS = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
 
 
@@ -26,7 +27,7 @@ def prepare_folder(folder: str | os.PathLike[str]) -> Path:
     path = Path(folder).expanduser().absolute()
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        trial = path / f".specache-probe-{secrets.token_hex(8)}"
+        trial = path / f"{PROBE_PREFIX}{secrets.token_hex(8)}"
         os.close(os.open(trial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
         trial.unlink()
     except OSError as error:
@@ -79,7 +80,7 @@ def _locked_folder(parent: Path) -> tuple[Path, int]:
     import fcntl
 
     while True:
-        path = parent / f"{_PREFIX}{secrets.token_hex(8)}"
+        path = parent / f"{SCRATCH_PREFIX}{secrets.token_hex(8)}"
         path.mkdir(mode=0o700)
         with contextlib.suppress(FileNotFoundError):
             fd = os.open(path, _FOLDER_FLAGS)
@@ -95,7 +96,7 @@ def remove_abandoned(parent: Path) -> None:
     """Remove the scratch folders of processes that were killed."""
     import fcntl
 
-    for path in parent.glob(f"{_PREFIX}*"):
+    for path in parent.glob(f"{SCRATCH_PREFIX}*"):
         with contextlib.suppress(OSError):  # in use, gone already, or not ours
             fd = os.open(path, _FOLDER_FLAGS)
             try:

@@ -79,6 +79,26 @@ class TierFiles:
             table = table.appended(file, extent.first_block, extent.count)
         return table
 
+    def adopt(self, layer: int, table: BlockTable) -> None:
+        """Go on appending to the file of a saved table's last blocks, unless somebody else needs it too.
+
+        What lies behind the blocks that the table knows was never part of a saved state, and is overwritten.
+        """
+        last = table.runs[-1].file if table.runs else None
+        if last is not None and not last.is_shared:
+            last.blocks = max(run.first + run.blocks for run in table.runs if run.file is last)
+            self._own[layer] = last
+
+    def stop_appending(self) -> None:
+        """The next write goes to new files: others have links to those that are here."""
+        with self.lock:
+            self._stop_appending()
+
+    def names(self) -> set[str]:
+        """File names of all that is open."""
+        with self.lock:
+            return {file.path.name for file in self._files}
+
     def share_with(self, other: TierFiles) -> None:
         """Another tier needs the files as they are now; both append to new ones from now on."""
         with self.lock:

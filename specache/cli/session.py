@@ -1,0 +1,145 @@
+"""`specache session`: look after the sessions that `specache generate --session` keeps."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from specache.cli import options
+from specache.cli.console import err, reports_errors, write
+from specache.cli.report import UNKNOWN, size
+
+app = typer.Typer(
+    help="List, show, fork, remove, export and import sessions.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Name = Annotated[str, typer.Argument(help="The session.", metavar="NAME", show_default=False)]
+NewName = Annotated[str, typer.Argument(help="The new session.", metavar="NEW", show_default=False)]
+Folder = Annotated[
+    Path | None,
+    typer.Option(
+        "--session-dir",
+        help="The folder of sessions. Default: 'sessions' in the cache folder that 'specache doctor' shows.",
+        metavar="DIR",
+    ),
+]
+
+
+@app.command("list")
+@reports_errors
+def list_sessions(session_dir: Folder = None, as_json: options.Json = False) -> None:
+    """List all sessions, by name."""
+    from specache import sessions
+
+    found = sessions.stored(session_dir)
+    if as_json:
+        _write_json({"sessions": [summary.to_dict() for summary in found]})
+        return
+    if not found:
+        err.print("There are no sessions.", style="dim")
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for title, justify in (("name", "left"), ("tokens", "right"), ("on disk", "right"), ("saved", "left"), ("model", "left")):
+        table.add_column(title, justify=justify, header_style="dim")  # type: ignore[arg-type]
+    for summary in found:
+        if summary.problem is not None:
+            table.add_row(summary.name, UNKNOWN, UNKNOWN, UNKNOWN, "damaged; see 'specache session show'")
+        else:
+            tokens = f"{summary.tokens:,}"
+            table.add_row(summary.name, tokens, size(summary.bytes), _time(summary.saved), summary.model)
+    Console(highlight=False, markup=False).print(table)
+
+
+@app.command()
+@reports_errors
+def show(name: Name, session_dir: Folder = None, as_json: options.Json = False) -> None:
+    """Show what a session holds, and the settings that it was made with."""
+    from specache import sessions
+
+    summary = sessions.show(name, session_dir)
+    if as_json:
+        _write_json(summary.to_dict())
+        return
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    rows = {
+        "name": summary.name,
+        "folder": summary.folder,
+        "model": f"{summary.model}, {summary.dtype}",
+        "tokens": f"{summary.tokens:,}",
+        "on disk": size(summary.bytes),
+        "made": _time(summary.created),
+        "saved": _time(summary.saved),
+        "last answer": {"stop": "complete", "length": "cut at its length limit"}.get(summary.finish_reason or "", UNKNOWN),
+        **{key.replace("_", " "): str(value) for key, value in (summary.config or {}).items() if value is not None},
+    }
+    for title, value in rows.items():
+        table.add_row(title, value)
+    Console(highlight=False, markup=False).print(table)
+
+
+@app.command()
+@reports_errors
+def fork(name: Name, new_name: NewName, session_dir: Folder = None) -> None:
+    """Make a second session with the same content. They share files until they differ."""
+    from specache import sessions
+
+    sessions.fork(name, new_name, session_dir)
+
+
+@app.command("rm")
+@reports_errors
+def remove(
+    names: Annotated[list[str], typer.Argument(help="The sessions.", metavar="NAME...", show_default=False)],
+    session_dir: Folder = None,
+) -> None:
+    """Remove sessions. Their forks stay whole."""
+    from specache import sessions
+
+    for name in names:
+        sessions.remove(name, session_dir)
+
+
+@app.command("export")
+@reports_errors
+def export_session(
+    name: Name,
+    file: Annotated[Path, typer.Argument(help="The file to write; it must not be there yet.", metavar="FILE", show_default=False)],
+    session_dir: Folder = None,
+) -> None:
+    """Write a session into one file."""
+    from specache import sessions
+
+    written = sessions.export_session(name, file, session_dir)
+    err.print(f"{size(written)} in {file}", style="dim", markup=False)
+
+
+@app.command("import")
+@reports_errors
+def import_session(
+    file: Annotated[Path, typer.Argument(help="A file that 'specache session export' wrote.", metavar="FILE", show_default=False)],
+    name: NewName,
+    session_dir: Folder = None,
+) -> None:
+    """Make a session from an exported file, after checking all of it."""
+    from specache import sessions
+
+    sessions.import_session(file, name, session_dir)
+
+
+def _write_json(document: dict[str, Any]) -> None:
+    write(json.dumps(document, ensure_ascii=False) + "\n")
+
+
+def _time(moment: float | None) -> str:
+    return UNKNOWN if moment is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(moment))

@@ -1,0 +1,111 @@
+"""`--session`: the cache of a command lives in a session's folder and is saved there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from specache.cli.models import LoadedModel
+from specache.config import SlowTierKind, SpeCacheConfig
+from specache.errors import ConfigError
+
+if TYPE_CHECKING:
+    from specache import SpeCache
+
+SESSION_PANEL = "Session"
+
+SessionName = Annotated[
+    str | None,
+    typer.Option(
+        "--session",
+        help="Keep what was read and answered in a session of this name, and go on from it: only what a prompt has beyond the "
+        "stored one is read. Saved after the prompt and after the answer. See 'specache session'.",
+        metavar="NAME",
+        rich_help_panel=SESSION_PANEL,
+    ),
+]
+SessionDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--session-dir",
+        help="The folder of sessions. Default: DIR of --slow-tier disk:DIR, or 'sessions' in the cache folder that 'specache "
+        "doctor' shows.",
+        metavar="DIR",
+        rich_help_panel=SESSION_PANEL,
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A session that a command uses: its name, and the folder that it lies in."""
+
+    name: str
+    root: Path
+
+    @property
+    def folder(self) -> Path:
+        return self.root / self.name
+
+    def settings(self, config: SpeCacheConfig, context: typer.Context) -> SpeCacheConfig:
+        """The command's settings; those that were not typed are the ones that the session was saved with.
+
+        Raises:
+            SessionError: the session is damaged.
+        """
+        from specache import sessions
+
+        stored = sessions.stored_config(self.name, self.root)
+        if stored is not None:
+            names = [field.name for field in fields(SpeCacheConfig) if field.name not in ("slow_tier", "slow_dir")]
+            typed = [name for name in names if _is_typed(context, name)]
+            config = replace(stored, **{name: getattr(config, name) for name in typed})
+        return replace(config, slow_tier=SlowTierKind.DISK, slow_dir=str(self.root))
+
+
+def place(name: str | None, folder: Path | None, config: SpeCacheConfig, prompts: int) -> Place | None:
+    """Where the session of a command is; `None` if it uses none.
+
+    Raises:
+        ConfigError: the options contradict each other.
+    """
+    from specache.sessions.names import check_name, session_root
+
+    if name is None:
+        if folder is not None:
+            raise ConfigError("--session-dir needs --session NAME.")
+        return None
+    check_name(name)
+    if prompts > 1:
+        raise ConfigError(f"--session holds one sequence, and there are {prompts} prompts. Use a session for each of them.")
+    if config.slow_tier not in (SlowTierKind.AUTO, SlowTierKind.DISK):
+        raise ConfigError(
+            f"--slow-tier {config.slow_tier} is not for sessions: their pairs are on disk. Leave it out, or use disk:DIR."
+        )
+    given = None if config.slow_dir is None else Path(config.slow_dir)
+    if folder is not None and given is not None and session_root(folder) != session_root(given):
+        raise ConfigError(f"--session-dir {folder} and --slow-tier disk:{given} name two folders. Leave one of them out.")
+    return Place(name, session_root(folder or given))
+
+
+def _is_typed(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
+@contextmanager
+def opened_cache(loaded: LoadedModel, config: SpeCacheConfig, place: Place | None) -> Iterator[tuple[SpeCache, Callable[[], None]]]:
+    """The cache of a command, and what saves it (nothing, without a session)."""
+    import specache
+
+    if place is None:
+        with specache.SpeCache(loaded.model, config) as cache:
+            yield cache, lambda: None
+        return
+    with specache.Session(place.name, loaded.model, config, tokenizer=loaded.tokenizer, folder=place.root) as session:
+        yield session.cache, session.save

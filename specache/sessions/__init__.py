@@ -1,0 +1,24 @@
+"""Sessions: a sequence's whole state in a folder, saved at any time and gone on with by another process.
+
+`Session` (`session`) is what a program uses; `store` and `transfer` look after the folders. Below them: what a folder is called
+(`names`), who may use it (`lock`), what it holds (`manifest`, `snapshot`, `state`, `checkpoints`) and which model it belongs to
+(`identity`).
+"""
+
+from specache.sessions.names import default_root
+from specache.sessions.session import Session
+from specache.sessions.store import SessionSummary, fork, remove, show, stored, stored_config
+from specache.sessions.transfer import export_session, import_session
+
+__all__ = [
+    "Session",
+    "SessionSummary",
+    "default_root",
+    "export_session",
+    "fork",
+    "import_session",
+    "remove",
+    "show",
+    "stored",
+    "stored_config",
+]

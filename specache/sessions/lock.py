@@ -1,0 +1,80 @@
+"""One process at a time in a session's folder: a lock that the system lets go of when its holder is gone, however it ended."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from types import TracebackType
+
+from specache.errors import SessionError
+from specache.tiers.row_file import reason
+
+LOCK_FILE = "lock"
+_LONGEST = 4096  # bytes that are read of what a holder wrote about itself
+
+
+class FolderLock:
+    """Held until `release`, until it is forgotten, or until the process is gone.
+
+    Raises:
+        SessionError: somebody else holds it (and who), the folder is gone, or the system has no locks there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        import fcntl
+
+        self._fd = -1
+        path = folder / LOCK_FILE
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(self._fd), path.lstat()):
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+            self._sign()
+        except BlockingIOError:
+            holder = self._holder()
+            self.release()
+            raise SessionError(
+                f"{folder} is in use by {holder}. Wait until it is done, or end it; the lock goes when its process does. "
+                "'specache session fork' makes a copy to work with at the same time."
+            ) from None
+        except OSError as error:
+            self.release()
+            raise SessionError(f"{folder} cannot be locked: {reason(error)}") from error
+
+    @property
+    def held(self) -> bool:
+        return self._fd >= 0
+
+    def release(self) -> None:
+        """Let others in. Safe to call twice."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __enter__(self) -> FolderLock:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.release()
+
+    def __del__(self) -> None:
+        self.release()
+
+    def _sign(self) -> None:
+        """Write down who holds it, for the message that others get."""
+        mine = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        text = json.dumps(mine).encode()
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, text, 0)
+
+    def _holder(self) -> str:
+        try:
+            told = json.loads(os.pread(self._fd, _LONGEST, 0))
+            return f"process {int(told['pid'])} on {str(told['host'])[:100]} since {str(told['since'])[:30]}"
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):  # it is just being written, or by somebody else
+            return "another process"

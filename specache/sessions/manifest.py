@@ -1,0 +1,137 @@
+"""What the manifest of a session says: which files, and which parts of them, are its state."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from specache.config import SpeCacheConfig
+from specache.sessions.identity import Identity
+from specache.sessions.snapshot import DTYPE_NAMES, StoredFile
+from specache.tiers.extents import Extent
+from specache.tiers.row_file import RowLayout, file_name
+
+_PLACE = ("slow_tier", "slow_dir")  # of the configuration: always the session's own folder
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """`Hkv`, `D`, dtype (`float32`, ...) of a layer's rows, and the sliding window in tokens or `None`."""
+
+    heads: int
+    dim: int
+    dtype: str
+    window: int | None
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPE_NAMES[self.dtype]
+
+    @property
+    def rows(self) -> RowLayout:
+        return RowLayout(self.heads, self.dim, self.torch_dtype)
+
+
+@dataclass(frozen=True)
+class TailShape:
+    """What the tail has of a full-attention layer beside what every layer has.
+
+    Attributes:
+        weights: whether its key weights are fixed.
+        queries: tokens whose queries are kept to make them from; or `None`.
+        wanted: pairs per KV head that the last step selected for the next one; or `None`.
+    """
+
+    weights: bool
+    queries: int | None
+    wanted: int | None
+
+
+@dataclass(frozen=True)
+class PageSpan:
+    """`count` pages per full-attention layer, the first ones of a snapshot that holds `stored`."""
+
+    file: str
+    count: int
+    stored: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A snapshot of the sliding windows of the first `tokens` tokens."""
+
+    file: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a session's state consists of.
+
+    Attributes:
+        identity: the model that it belongs to.
+        settings: of `SpeCacheConfig`, all but where the rows are.
+        created, saved: seconds since 1970.
+        tokens: length of the sequence.
+        finish_reason: of its last generation.
+        layers: by number; none before the first token.
+        rows: per full-attention layer, where its whole blocks lie.
+        tails: per full-attention layer, what the tail has of it.
+        pages: of the low-bit copy, in order.
+        tail: the snapshot of all that changes with every token; `None` before the first.
+        checkpoints: of the sliding windows, the shortest first.
+        files: all snapshots referred to.
+    """
+
+    identity: Identity
+    settings: dict[str, Any]
+    created: float
+    saved: float
+    tokens: int = 0
+    finish_reason: str | None = None
+    layers: dict[int, LayerShape] = field(default_factory=dict)
+    rows: dict[int, tuple[Extent, ...]] = field(default_factory=dict)
+    tails: dict[int, TailShape] = field(default_factory=dict)
+    pages: tuple[PageSpan, ...] = ()
+    tail: str | None = None
+    checkpoints: tuple[Checkpoint, ...] = ()
+    files: dict[str, StoredFile] = field(default_factory=dict)
+
+    def config(self, folder: str | os.PathLike[str]) -> SpeCacheConfig:
+        """The cache's settings, with its rows in `folder`."""
+        return SpeCacheConfig(**self.settings, slow_tier=f"disk:{os.fspath(folder)}")  # type: ignore[arg-type]
+
+    @property
+    def low_bit_tokens(self) -> int:
+        return self.config(".").low_bit_length(self.tokens)
+
+    @property
+    def full_layers(self) -> dict[int, LayerShape]:
+        return {index: shape for index, shape in self.layers.items() if shape.window is None}
+
+    @property
+    def windows(self) -> dict[int, LayerShape]:
+        return {index: shape for index, shape in self.layers.items() if shape.window is not None}
+
+    def row_files(self) -> dict[str, int]:
+        """Names of the files of rows, and the bytes of each that are in use."""
+        sizes: dict[str, int] = {}
+        for layer, extents in self.rows.items():
+            block = self.layers[layer].rows.block_bytes
+            for extent in extents:
+                name = file_name(extent.segment, layer)
+                sizes[name] = max(sizes.get(name, 0), (extent.first_block + extent.count) * block)
+        return sizes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files in use."""
+        return sum(self.row_files().values()) + sum(file.bytes for file in self.files.values())
+
+
+def settings_of(config: SpeCacheConfig) -> dict[str, Any]:
+    """What a manifest keeps of a configuration."""
+    return {name: value for name, value in config.to_dict().items() if name not in _PLACE}

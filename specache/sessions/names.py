@@ -1,0 +1,171 @@
+"""What sessions are called and where they lie: one private folder each, directly below a root."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from specache.errors import ConfigError, SessionError
+from specache.folders import cache_folder
+from specache.sessions.lock import FolderLock
+from specache.tiers.row_file import reason
+from specache.tiers.scratch import SCRATCH_PREFIX
+
+LONGEST_NAME = 100
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+_UNFINISHED = ".specache-unfinished-"  # no session's name begins with a dot
+
+
+def default_root() -> Path:
+    """Where sessions lie unless another folder is named: `sessions` in the cache folder (`$SPECACHE_CACHE`)."""
+    return cache_folder() / "sessions"
+
+
+def check_name(name: str) -> str:
+    """The name, if it can be one.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if not is_name(name):
+        raise ConfigError(
+            f"{name[: 2 * LONGEST_NAME]!r} cannot name a session. Use letters, digits and '._-', no dot in front, and at most "
+            f"{LONGEST_NAME} characters."
+        )
+    return name
+
+
+def is_name(name: str) -> bool:
+    """Whether a session may be called so. Folders of the disk tier may lie beside sessions."""
+    return len(name) <= LONGEST_NAME and _NAME.fullmatch(name) is not None and not name.startswith(SCRATCH_PREFIX)
+
+
+def private_root(root: str | os.PathLike[str] | None) -> Path:
+    """The folder of sessions, made (private) if it is not there.
+
+    Raises:
+        SessionError: it cannot be made.
+    """
+    path = session_root(root)
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise SessionError(f"The folder for sessions {path} cannot be made: {reason(error)}") from error
+    return path
+
+
+def session_root(root: str | os.PathLike[str] | None) -> Path:
+    """The folder of sessions, which need not be there."""
+    return (Path(root).expanduser() if root is not None else default_root()).absolute()
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder lies there: itself, no link to one.
+
+    Raises:
+        SessionError: the system does not say.
+    """
+    try:
+        return stat.S_ISDIR(path.lstat().st_mode)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise SessionError(f"{path} cannot be read: {reason(error)}") from error
+
+
+def existing_folder(root: Path, name: str) -> Path:
+    """The folder of a session that is there.
+
+    Raises:
+        ConfigError: it cannot be a name.
+        SessionError: there is none of that name.
+    """
+    path = root / check_name(name)
+    if not is_folder(path):
+        raise SessionError(f"There is no session {name!r} in {root}. 'specache session list' shows those that there are.")
+    return path
+
+
+def check_free(root: Path, name: str) -> Path:
+    """Where a new session may lie.
+
+    Raises:
+        ConfigError: it cannot be a name.
+        SessionError: there is something of that name.
+    """
+    path = root / check_name(name)
+    if os.path.lexists(path):
+        raise SessionError(f"There is a session {name!r} in {root} already. Choose another name, or remove that one first.")
+    return path
+
+
+@contextmanager
+def building(root: Path, name: str) -> Iterator[Path]:
+    """A new folder to fill, which becomes session `name` when the block is left without an error, and else is removed.
+
+    Raises:
+        SessionError: the name is taken, or the system refuses something.
+    """
+    target = check_free(root, name)
+    try:
+        remove_unfinished(root)
+        folder, lock = _unfinished_folder(root)
+        try:
+            yield folder
+            sync_folder(folder)
+            if os.path.lexists(target):
+                raise SessionError(f"Another process has just made a session {name!r}. Choose another name.")
+            folder.rename(target)
+            sync_folder(root)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        finally:
+            lock.release()
+    except OSError as error:
+        raise SessionError(f"The session {name!r} cannot be made in {root}: {reason(error)}") from error
+
+
+def discard(root: Path, folder: Path) -> None:
+    """Take a session's folder (locked by the caller) out of sight at once, then remove what is in it.
+
+    Raises:
+        OSError: the system refuses.
+    """
+    doomed = root / f"{_UNFINISHED}{secrets.token_hex(8)}"
+    folder.rename(doomed)
+    sync_folder(root)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_unfinished(root: Path) -> None:
+    """Remove what killed processes were making or removing."""
+    for path in root.glob(f"{_UNFINISHED}*"):
+        with suppress(SessionError, OSError):  # in use, or gone already
+            if is_folder(path):
+                with FolderLock(path):
+                    shutil.rmtree(path, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Return when the names in a folder survive a power failure."""
+    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _unfinished_folder(root: Path) -> tuple[Path, FolderLock]:
+    """A new folder and its lock, which keeps `remove_unfinished` away."""
+    while True:
+        folder = root / f"{_UNFINISHED}{secrets.token_hex(8)}"
+        folder.mkdir(mode=0o700)
+        with suppress(SessionError):  # another process took it for left behind before it was locked
+            return folder, FolderLock(folder)

@@ -1,0 +1,94 @@
+"""Writing a sequence's state into a session's folder: only what is new, and nothing counts before the manifest is in its place."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from specache.cache import Sequence
+from specache.config import PAGE_TOKENS
+from specache.errors import SessionError
+from specache.sessions import state
+from specache.sessions.checkpoints import DiskCheckpoints
+from specache.sessions.manifest import Manifest, PageSpan
+from specache.sessions.manifest_file import read_manifest, write_manifest
+from specache.sessions.snapshot import StoredFile, TensorSpec, write_snapshot
+from specache.tiers.disk import DiskTier
+
+LONGEST_CHAIN = 32  # files of pages; then they become one
+
+
+def write_state(
+    folder: Path, blank: Manifest, before: Manifest | None, sequence: Sequence, tier: DiskTier, checkpoints: DiskCheckpoints
+) -> Manifest:
+    """Make the state of `sequence`, whose rows are safe already, the one that `folder` holds -> its manifest.
+
+    Args:
+        blank: the manifest without the state.
+        before: the manifest that is there.
+
+    Raises:
+        OSError: it cannot be written; `before` is still what the folder holds.
+    """
+    new: dict[str, StoredFile] = {}
+    try:
+        pages = _write_pages(folder, before, sequence, new)
+        tail = _write(folder, "tail", state.tail_tensors(sequence, tier), new) if sequence.layers else None
+        known = {**(before.files if before else {}), **checkpoints.files, **new}
+        used = {*(span.file for span in pages), *(one.file for one in checkpoints.kept), *filter(None, [tail])}
+        manifest = replace(
+            blank,
+            tokens=sequence.length,
+            finish_reason=sequence.finish_reason,
+            layers=state.shapes(sequence),
+            rows=tier.extents(),
+            tails=state.tail_shapes(sequence),
+            pages=pages,
+            tail=tail,
+            checkpoints=tuple(checkpoints.kept),
+            files={name: known[name] for name in sorted(used)},
+        )
+        write_manifest(folder, manifest)
+    except OSError:
+        with suppress(SessionError):
+            if read_manifest(folder) == before:  # the new one is not in its place
+                for name in new:
+                    (folder / name).unlink(missing_ok=True)
+        raise
+    for layer in state.compressed(sequence).values():
+        layer.table.mark()
+    return manifest
+
+
+def _write_pages(folder: Path, before: Manifest | None, sequence: Sequence, new: dict[str, StoredFile]) -> tuple[PageSpan, ...]:
+    """The pages that were not saved yet, or all of them where the chain of files became long."""
+    tables = [layer.table for layer in state.compressed(sequence).values()]
+    if not tables:
+        return ()
+    spans = _first_pages(before.pages if before else (), min(table.unchanged for table in tables) // PAGE_TOKENS)
+    if len(spans) >= LONGEST_CHAIN:
+        spans = []
+    start, stop = sum(span.count for span in spans), tables[0].length // PAGE_TOKENS
+    if stop > start:
+        name = _write(folder, "pages", state.page_tensors(sequence, start, stop), new)
+        spans.append(PageSpan(name, stop - start, stop - start))
+    return tuple(spans)
+
+
+def _first_pages(spans: tuple[PageSpan, ...], pages: int) -> list[PageSpan]:
+    """The spans of the first `pages` pages."""
+    kept: list[PageSpan] = []
+    for span in spans:
+        if pages > 0:
+            kept.append(replace(span, count=min(span.count, pages)))
+            pages -= span.count
+    return kept
+
+
+def _write(folder: Path, kind: str, tensors: Mapping[str, TensorSpec], new: dict[str, StoredFile]) -> str:
+    name = f"{kind}-{secrets.token_hex(8)}.safetensors"
+    new[name] = write_snapshot(folder / name, tensors)
+    return name

@@ -1,0 +1,269 @@
+"""A session: one sequence's cache whose whole state lies in a folder, so that the next run goes on where this one stopped."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from specache.cache import Sequence, SpeCache
+from specache.config import Policy, SlowTierKind, SpeCacheConfig
+from specache.errors import ConfigError, SessionError
+from specache.sessions import state, store
+from specache.sessions.checkpoints import DiskCheckpoints
+from specache.sessions.identity import Identity, check_identity, identify
+from specache.sessions.lock import FolderLock
+from specache.sessions.manifest import Manifest, settings_of
+from specache.sessions.manifest_file import FILE, TEMPORARY, check_ours, read_manifest
+from specache.sessions.names import check_name, is_folder, private_root
+from specache.sessions.saving import write_state
+from specache.sessions.schema import is_data_file
+from specache.tiers.disk import DiskTier
+from specache.tiers.row_file import reason
+
+_LAYOUT = ("bits", "code", "group_size", "residual")
+
+
+class SessionCache(SpeCache):
+    """The cache of a session: one sequence, whose 16-bit rows lie in the session's folder, locked as long as it lives."""
+
+    one_sequence = True
+
+    def __init__(self, model: Any, config: SpeCacheConfig, lock: FolderLock) -> None:
+        super().__init__(model, config)
+        self._lock = lock
+
+
+class Session:
+    """A session that is open, and nobody else's until it is closed.
+
+    Hand `session.cache` on as `past_key_values`, and `save` when there is something to keep:
+
+        with specache.Session("report", model, tokenizer=tokenizer) as session:
+            specache.generate(model, ids, past_key_values=session.cache)
+            session.save()
+
+    A prompt that begins as the stored tokens do is prefilled from where it differs. What was not saved is lost on closing.
+
+    Args:
+        name: letters, digits and `._-`; it is made if there is none of that name, and stays if it is saved.
+        model: a transformers model for text generation: the one that the session was made with.
+        config: settings. What the low-bit copy depends on (`code`, `bits`, `group_size`, `residual`) must be what it was; `None`
+            takes all as they were. The 16-bit pairs lie in the session's folder whatever `slow_tier` says, so leave that out.
+        tokenizer: if given, another one is refused later.
+        folder: where sessions lie; by default `sessions` in the cache folder (`specache doctor` shows it).
+
+    Raises:
+        ConfigError: no name for a session, or settings that a session cannot have.
+        SessionError: it is in use, damaged, or belongs to another model; the message says which and why.
+        SlowTierError: a file of rows is missing or too short, or the folder cannot be written.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: Any,
+        config: SpeCacheConfig | None = None,
+        *,
+        tokenizer: Any = None,
+        folder: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.name = check_name(name)
+        self._root = private_root(folder)
+        self.folder = self._root / name
+        _make_folder(self.folder)
+        check_ours(self.folder)
+        self._lock = FolderLock(self.folder)
+        self._saved: Manifest | None = None
+        self._cache: SessionCache | None = None
+        try:
+            self._saved = read_manifest(self.folder)
+            self._identity = self._checked_identity(model, tokenizer)
+            self._cache = SessionCache(model, self._config(config), self._lock)
+            self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def cache(self) -> SpeCache:
+        """What goes on as `past_key_values`; it holds one sequence."""
+        if self._cache is None or not self._cache.sequences:
+            raise SessionError(f"The session {self.name!r} is closed. Open it again: specache.Session({self.name!r}, model).")
+        return self._cache
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The tokens whose keys and values are there, saved or not."""
+        return list(self._sequence.token_ids)
+
+    @property
+    def saved_tokens(self) -> int:
+        """Tokens of the last complete state."""
+        return self._saved.tokens if self._saved else 0
+
+    def save(self) -> None:
+        """Make what the cache holds the session's state. Only what is new is written; a crash at any moment leaves the last state.
+
+        Raises:
+            SessionError: it cannot be written. The last state is as it was, the cache can be used, and `save` tried again.
+            SlowTierError: the rows cannot be made safe; the same holds.
+        """
+        sequence, tier = self._sequence, self._tier
+        if sequence.length == 0:
+            sequence.clear()
+        for layer in state.compressed(sequence):
+            tier.truncate(layer, sequence.length)  # a sequence that was cut has told it nothing yet
+        tier.sync()
+        try:
+            self._saved = write_state(self.folder, self._next_manifest(), self._saved, sequence, tier, self._checkpoints)
+        except OSError as error:
+            raise SessionError(
+                f"The session {self.name!r} cannot be saved in {self.folder}: {reason(error)} Its last saved state is intact."
+            ) from error
+        with suppress(OSError):  # the next save tries again
+            self._remove_garbage()
+
+    def cut(self, length: int) -> int:
+        """Forget the tokens from `length` on -> how many are left: fewer where a sliding window or the key weights cannot go back
+        that far. Prefilling the rest gives the state of a fresh prefill. It counts once it is saved.
+
+        Raises:
+            SlowTierError: the rows cannot be read; nothing changed.
+        """
+        sequence = self._sequence
+        if length <= 0:
+            sequence.clear()
+        elif length < sequence.length:
+            sequence.truncate(length)
+        return sequence.length
+
+    def fork(self, name: str) -> None:
+        """Make session `name` from the last saved state. Both share what is there and write on into files of their own.
+
+        Raises:
+            ConfigError: it cannot be a name.
+            SessionError: the name is taken, nothing was saved yet, or the system refuses something.
+        """
+        self._tier.stop_appending()
+        store.fork_folder(self._root, self.name, self._saved, name)
+
+    def close(self) -> None:
+        """Free the cache and let others in. A session that was never saved is removed. Safe to call twice."""
+        cache, self._cache = self._cache, None
+        if cache is not None:
+            cache.close()
+        if self._saved is None and self._lock.held and not os.path.lexists(self.folder / FILE):
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.release()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+    # Opening
+
+    def _checked_identity(self, model: Any, tokenizer: Any) -> Identity:
+        mine = identify(model, tokenizer)
+        return mine if self._saved is None else check_identity(self.name, self._saved.identity, mine)
+
+    def _config(self, wanted: SpeCacheConfig | None) -> SpeCacheConfig:
+        """The cache's settings: those that are wanted, if the stored low-bit copy allows them."""
+        stored = None if self._saved is None else self._saved.config(self.folder)
+        config = wanted or stored or SpeCacheConfig()
+        if config.slow_tier not in (SlowTierKind.AUTO, SlowTierKind.DISK):
+            raise ConfigError(
+                f"slow_tier={config.slow_tier.value!r} is not for sessions: their 16-bit pairs are on disk. Leave it out."
+            )
+        config = replace(config, slow_tier=SlowTierKind.DISK, slow_dir=str(self.folder))
+        if config.policy is Policy.FULL:
+            raise ConfigError("policy='full' is not for sessions: it has no rows on disk. Use another policy.")
+        for name in _LAYOUT if stored else ():
+            there, here = getattr(stored, name), getattr(config, name)
+            if there != here:
+                raise SessionError(
+                    f"The session {self.name!r} was made with {name} {there} and is opened with {name} {here}; its low-bit copy "
+                    f"cannot be read so. Use {name}={str(there)!r}, or another session."
+                )
+        return config
+
+    def _open(self) -> None:
+        """Give the cache its one sequence, with the state that was saved."""
+        manifest, cache = self._saved, self._cache
+        assert cache is not None
+        expected = {i: (d.kv_heads, d.head_dim, d.window) for i, d in enumerate(cache.resources.dimensions.layers)}
+        sequence = cache.new_sequence()
+        cache.sequences = [sequence]
+        sequence.tier.close()
+        if manifest is None or manifest.tail is None:
+            sequence.tier = DiskTier(self.folder, temporary=False)
+        else:
+            state.check_shapes(manifest, expected, cache.info.dtype)
+            tail = state.open_tail(self.folder, manifest)
+            sequence.tier = state.open_tier(self.folder, manifest, tail)
+            state.restore(sequence, cache.info.device, self.folder, manifest, tail)
+        self._checkpoints = DiskCheckpoints(self.folder, manifest)
+        sequence.checkpoints = self._checkpoints
+        self._check_sizes()
+        try:
+            self._remove_garbage()
+        except OSError as error:
+            raise SessionError(f"The session's folder {self.folder} cannot be written: {reason(error)}") from error
+
+    def _check_sizes(self) -> None:
+        """Of files that nothing has read yet: what is missing shows now."""
+        for name, file in self._checkpoints.files.items():
+            path = self.folder / name
+            try:
+                size = path.lstat().st_size
+            except OSError as error:
+                raise SessionError(f"{path} cannot be read: {reason(error)}") from error
+            if size != file.bytes:
+                raise SessionError(f"{path} has {size:,} bytes, but {file.bytes:,} were written. {state.DAMAGED}")
+
+    # Saving
+
+    def _next_manifest(self) -> Manifest:
+        """What the next one says beside the state."""
+        now = time.time()
+        created = now if self._saved is None else self._saved.created
+        return Manifest(self._identity, settings_of(self.cache.config), created, now)
+
+    def _remove_garbage(self) -> None:
+        """Remove files of ours that the saved state does not refer to and the cache does not need: old and unfinished ones.
+
+        Raises:
+            OSError: one cannot be removed.
+        """
+        needed = {*self._tier.file_names(), *(one.file for one in self._checkpoints.kept)}
+        if self._saved is not None:
+            needed |= {*self._saved.files, *self._saved.row_files()}
+        for path in self.folder.iterdir():
+            if path.name not in needed and (path.name == TEMPORARY or is_data_file(path.name)):
+                path.unlink(missing_ok=True)
+
+    @property
+    def _sequence(self) -> Sequence:
+        return self.cache.sequences[0]
+
+    @property
+    def _tier(self) -> DiskTier:
+        tier = self._sequence.tier
+        assert isinstance(tier, DiskTier)
+        return tier
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise SessionError(f"The session's folder {folder} cannot be made: {reason(error)}") from error
+    if not is_folder(folder):
+        raise SessionError(f"{folder} is no folder of its own (a link, perhaps). Remove it, or choose another name.")

@@ -1,0 +1,215 @@
+"""A sequence's state as tensors: what a save writes, and how a sequence gets it back.
+
+pages     `pages.<layer>` uint8 [n, page bytes]: whole pages of the low-bit copy that were not saved before
+tail      all that changes with every token:
+          `token_ids` int64 [tokens]
+          `residual.<layer>` [2, Hkv, m, D], `rows.<layer>` [Hkv, t < 64, 2 D]: rows that are in no block yet,
+          `page.<layer>` uint8 [1, page bytes]: the last page, where it is not full,
+          `weights.<layer>` float32 [Hkv, D], `queries.<layer>` float32 [Hkv, m, D]: key weights and what they are made from,
+              `wanted.<layer>` int64 [Hkv, k]: what the last step selected for the next one
+          `ring.<layer>` [2, Hkv, window, D]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from specache.cache import Sequence
+from specache.config import PAGE_TOKENS
+from specache.errors import SessionError
+from specache.layers import CompressedLayer, WindowLayer
+from specache.quant.key_weights import KeyWeights
+from specache.quant.layout import PageLayout
+from specache.sessions.checkpoints import ring_specs
+from specache.sessions.manifest import LayerShape, Manifest, PageSpan, TailShape
+from specache.sessions.snapshot import DAMAGED, Snapshot, TensorSpec
+from specache.tiers.disk import DiskTier
+from specache.tiers.row_file import BLOCK_TOKENS
+
+
+def shapes(sequence: Sequence) -> dict[int, LayerShape]:
+    """What there is of layers."""
+    return {index: _shape(layer) for index, layer in sorted(sequence.layers.items())}
+
+
+def compressed(sequence: Sequence) -> dict[int, CompressedLayer]:
+    """The full-attention layers."""
+    return {index: layer for index, layer in sorted(sequence.layers.items()) if isinstance(layer, CompressedLayer)}
+
+
+def tail_shapes(sequence: Sequence) -> dict[int, TailShape]:
+    """What `tail_tensors` has of the full-attention layers."""
+    found = {}
+    for index, layer in compressed(sequence).items():
+        counts = (None if t is None else t.shape[1] for t in (layer.weights.observed, layer.next_positions))
+        found[index] = TailShape(layer.weights.value is not None, *counts)
+    return found
+
+
+def page_tensors(sequence: Sequence, start: int, stop: int) -> dict[str, TensorSpec]:
+    """Whole pages `[start, stop)` of every full-attention layer."""
+
+    def raw(layer: CompressedLayer) -> TensorSpec:
+        shape = (stop - start, layer.table.pool.layout.page_bytes)
+        return TensorSpec(torch.uint8, shape, lambda: layer.table.raw(start, stop))
+
+    return {f"pages.{index}": raw(layer) for index, layer in compressed(sequence).items()}
+
+
+def tail_tensors(sequence: Sequence, tier: DiskTier) -> dict[str, TensorSpec]:
+    """Everything else that is in memory."""
+    tensors = {"token_ids": torch.tensor(sequence.token_ids, dtype=torch.int64)}
+    rows = tier.tails()
+    for index, layer in compressed(sequence).items():
+        tensors[f"residual.{index}"] = torch.stack([layer.residual_keys, layer.residual_values])
+        tensors[f"rows.{index}"] = rows[index]
+        whole = layer.table.length // PAGE_TOKENS
+        if layer.table.length % PAGE_TOKENS:
+            tensors[f"page.{index}"] = layer.table.raw(whole, whole + 1)
+        if layer.weights.value is not None:
+            tensors[f"weights.{index}"] = layer.weights.value
+        if layer.weights.observed is not None:
+            tensors[f"queries.{index}"] = layer.weights.observed
+        if layer.next_positions is not None:
+            tensors[f"wanted.{index}"] = layer.next_positions
+    for index, other in sorted(sequence.layers.items()):
+        if isinstance(other, WindowLayer):
+            tensors[f"ring.{index}"] = other.ring
+    return {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
+
+
+def open_tail(folder: Path, manifest: Manifest) -> Snapshot:
+    """The tail of a state that has tokens.
+
+    Raises:
+        SessionError: its file is damaged.
+    """
+    assert manifest.tail is not None
+    return Snapshot(folder / manifest.tail, manifest.files[manifest.tail], _tail_specs(manifest))
+
+
+def open_tier(folder: Path, manifest: Manifest, tail: Snapshot) -> DiskTier:
+    """The rows of a state.
+
+    Raises:
+        SessionError: the tail is damaged.
+        SlowTierError: a file of rows is missing or too short.
+    """
+    rows = tail.read(f"rows.{index}" for index in manifest.full_layers)
+    return DiskTier.open(folder, manifest.rows, {index: rows[f"rows.{index}"] for index in manifest.full_layers})
+
+
+def restore(sequence: Sequence, device: torch.device, folder: Path, manifest: Manifest, tail: Snapshot) -> None:
+    """Fill an empty sequence, which has the state's tier already.
+
+    Raises:
+        SessionError: a file is damaged.
+        FastMemoryError: it does not fit into the cache's budget.
+    """
+    names, low_bit = list(_tail_specs(manifest)), manifest.low_bit_tokens
+    for index, shape in manifest.layers.items():
+        layer = sequence.layer(index, torch.empty(shape.heads, 0, shape.dim, dtype=shape.torch_dtype, device=device))
+        saved = {name.partition(".")[0]: name for name in names if name.endswith(f".{index}")}
+        tensors = {kind: tensor.to(device) for kind, tensor in _by_kind(tail, saved).items()}
+        if isinstance(layer, WindowLayer):
+            layer.restore(tensors["ring"], manifest.tokens)
+        elif isinstance(layer, CompressedLayer):
+            layer.table.extend(low_bit)
+            if "page" in tensors:
+                layer.table.set_raw(low_bit // PAGE_TOKENS, tensors["page"])
+            weights = KeyWeights.restored(layer.weights.tokens, tensors.get("weights"), tensors.get("queries"))
+            layer.restore(tensors["residual"], weights, _checked_positions(tensors.get("wanted"), low_bit))
+    _restore_pages(compressed(sequence), folder, manifest)
+    sequence.commit(tail.read(["token_ids"])["token_ids"].tolist())
+    sequence.finish_reason = manifest.finish_reason
+
+
+def check_shapes(manifest: Manifest, expected: Mapping[int, tuple[int, int, int | None]], dtype: torch.dtype) -> None:
+    """Refuse layers that the model has not.
+
+    Args:
+        expected: per layer its `Hkv`, `D` and window.
+
+    Raises:
+        SessionError: they are others.
+    """
+    found = {index: (shape.heads, shape.dim, shape.window) for index, shape in manifest.layers.items()}
+    if found and (found != dict(expected) or any(shape.torch_dtype != dtype for shape in manifest.layers.values())):
+        raise SessionError(f"The session's layers are not those of the model. {DAMAGED}")
+
+
+def check_snapshots(folder: Path, manifest: Manifest) -> None:
+    """Refuse snapshots of pages and of windows that hold something else than they should.
+
+    Raises:
+        SessionError: one does.
+    """
+    for span in manifest.pages:
+        _pages(folder, manifest, span)
+    for checkpoint in manifest.checkpoints:
+        Snapshot(folder / checkpoint.file, manifest.files[checkpoint.file], ring_specs(manifest))
+
+
+def _restore_pages(layers: Mapping[int, CompressedLayer], folder: Path, manifest: Manifest) -> None:
+    start = 0
+    for span in manifest.pages:
+        snapshot = _pages(folder, manifest, span)
+        for index, layer in layers.items():
+            layer.table.set_raw(start, snapshot.read([f"pages.{index}"])[f"pages.{index}"][: span.count])
+        start += span.count
+    for layer in layers.values():
+        layer.table.mark()
+
+
+def _pages(folder: Path, manifest: Manifest, span: PageSpan) -> Snapshot:
+    specs = {f"pages.{i}": TensorSpec(torch.uint8, (span.stored, _page_bytes(manifest, i))) for i in manifest.full_layers}
+    return Snapshot(folder / span.file, manifest.files[span.file], specs)
+
+
+def _by_kind(tail: Snapshot, names: Mapping[str, str]) -> dict[str, Tensor]:
+    tensors = tail.read(names.values())
+    return {kind: tensors[name] for kind, name in names.items()}
+
+
+def _tail_specs(manifest: Manifest) -> dict[str, TensorSpec]:
+    specs = {"token_ids": TensorSpec(torch.int64, (manifest.tokens,)), **ring_specs(manifest)}
+    low_bit = manifest.low_bit_tokens
+    for index, shape in manifest.full_layers.items():
+        heads, dim, dtype = shape.heads, shape.dim, shape.torch_dtype
+        tail, blocks = manifest.tails[index], sum(extent.count for extent in manifest.rows[index])
+        specs[f"residual.{index}"] = TensorSpec(dtype, (2, heads, manifest.tokens - low_bit, dim))
+        specs[f"rows.{index}"] = TensorSpec(dtype, (heads, manifest.tokens - blocks * BLOCK_TOKENS, 2 * dim))
+        if low_bit % PAGE_TOKENS:
+            specs[f"page.{index}"] = TensorSpec(torch.uint8, (1, _page_bytes(manifest, index)))
+        if tail.weights:
+            specs[f"weights.{index}"] = TensorSpec(torch.float32, (heads, dim))
+        if tail.queries is not None:
+            specs[f"queries.{index}"] = TensorSpec(torch.float32, (heads, tail.queries, dim))
+        if tail.wanted is not None:
+            specs[f"wanted.{index}"] = TensorSpec(torch.int64, (heads, tail.wanted))
+    return specs
+
+
+def _checked_positions(wanted: Tensor | None, low_bit: int) -> Tensor | None:
+    """Positions that the next step may fetch: of the low-bit copy, or -1."""
+    if wanted is not None and wanted.numel() and not -1 <= int(wanted.min()) <= int(wanted.max()) < low_bit:
+        raise SessionError(f"The session's tail names tokens that are not there. {DAMAGED}")
+    return wanted
+
+
+def _page_bytes(manifest: Manifest, layer: int) -> int:
+    config, shape = manifest.config("."), manifest.layers[layer]
+    return PageLayout(config.code, config.bits, config.group_size, shape.heads, shape.dim).page_bytes
+
+
+def _shape(layer: object) -> LayerShape:
+    if isinstance(layer, WindowLayer):
+        _, heads, window, dim = layer.ring.shape
+        return LayerShape(heads, dim, str(layer.ring.dtype).removeprefix("torch."), window)
+    assert isinstance(layer, CompressedLayer), "policy 'full' has no sessions"
+    heads, _, dim = layer.residual_keys.shape
+    return LayerShape(heads, dim, str(layer.residual_keys.dtype).removeprefix("torch."), None)

@@ -1,0 +1,190 @@
+"""Looking after sessions that are not open: list, show, fork and remove them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from specache.config import SpeCacheConfig
+from specache.errors import SessionError
+from specache.sessions import names
+from specache.sessions.lock import FolderLock
+from specache.sessions.manifest import Manifest
+from specache.sessions.manifest_file import check_ours, read_manifest, write_manifest
+from specache.sessions.snapshot import PrivateFile, plain_file
+from specache.tiers.row_file import reason
+
+Root = str | os.PathLike[str] | None
+_COPY_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class SessionSummary:
+    """What can be said of a session without its model.
+
+    Attributes:
+        bytes: of the files in use; those that forks share count in each of them.
+        problem: what is wrong with it; all else but the name and the folder is `None` then.
+    """
+
+    name: str
+    folder: str
+    tokens: int | None = None
+    bytes: int | None = None
+    created: float | None = None
+    saved: float | None = None
+    finish_reason: str | None = None
+    model: str | None = None
+    dtype: str | None = None
+    config: dict[str, Any] | None = None
+    problem: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON. Keys are stable."""
+        return asdict(self)
+
+
+def stored(root: Root = None) -> list[SessionSummary]:
+    """All sessions of a folder that were saved at least once, by name.
+
+    Raises:
+        SessionError: the folder cannot be read.
+    """
+    path = names.session_root(root)
+    try:
+        folders = sorted(path.iterdir()) if path.is_dir() else []
+    except OSError as error:
+        raise SessionError(f"The folder {path} cannot be read: {reason(error)}") from error
+    found = []
+    for folder in folders:
+        if names.is_name(folder.name) and names.is_folder(folder):
+            try:
+                manifest = read_manifest(folder)
+            except SessionError as error:
+                found.append(SessionSummary(folder.name, str(folder), problem=str(error)))
+            else:
+                found += [] if manifest is None else [_summary(folder, manifest)]
+    return found
+
+
+def show(name: str, root: Root = None) -> SessionSummary:
+    """One session.
+
+    Raises:
+        SessionError: there is none of that name, or it is damaged.
+    """
+    folder = names.existing_folder(names.session_root(root), name)
+    return _summary(folder, saved_manifest(folder, name))
+
+
+def stored_config(name: str, root: Root = None) -> SpeCacheConfig | None:
+    """The settings that a session was saved with; `None` if there is no saved session of that name.
+
+    Raises:
+        SessionError: it is damaged.
+    """
+    folder = names.session_root(root) / names.check_name(name)
+    manifest = read_manifest(folder) if names.is_folder(folder) else None
+    return None if manifest is None else manifest.config(folder)
+
+
+def remove(name: str, root: Root = None) -> None:
+    """Remove a session. What its forks share stays theirs.
+
+    Raises:
+        SessionError: there is none of that name, it is in use, there is something else in its folder, or the system refuses.
+    """
+    path = names.session_root(root)
+    folder = names.existing_folder(path, name)
+    check_ours(folder)
+    with FolderLock(folder):
+        try:
+            names.discard(path, folder)
+            names.remove_unfinished(path)
+        except OSError as error:
+            raise SessionError(f"{folder} cannot be removed: {reason(error)}") from error
+
+
+def fork(name: str, new_name: str, root: Root = None) -> None:
+    """Make session `new_name` with the saved state of `name`. They share files, and write on into files of their own.
+
+    Raises:
+        SessionError: there is no `name`, it is in use or damaged, `new_name` is taken, or the system refuses.
+    """
+    path = names.session_root(root)
+    with locked(path, name) as (_, manifest):
+        fork_folder(path, name, manifest, new_name)
+
+
+@contextmanager
+def locked(root: Path, name: str) -> Iterator[tuple[Path, Manifest]]:
+    """A session's folder, which nobody else uses inside the block, and its saved state.
+
+    Raises:
+        SessionError: there is none of that name, it is in use, or damaged.
+    """
+    folder = names.existing_folder(root, name)
+    with FolderLock(folder):
+        yield folder, saved_manifest(folder, name)
+
+
+def saved_manifest(folder: Path, name: str) -> Manifest:
+    """The manifest that must be there.
+
+    Raises:
+        SessionError: it is not, or is damaged.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise SessionError(f"Nothing was saved in the session {name!r} ({folder}) yet.")
+    return manifest
+
+
+def fork_folder(root: Path, name: str, manifest: Manifest | None, new_name: str) -> None:
+    """See `fork`; the caller holds the lock of `name`."""
+    if manifest is None:
+        raise SessionError(f"Nothing was saved in the session {name!r} yet. Save it before you fork it.")
+    with names.building(root, new_name) as folder:
+        for file in (*manifest.files, *manifest.row_files()):
+            _link(root / name / file, folder / file)
+        now = time.time()
+        write_manifest(folder, replace(manifest, created=now, saved=now))
+
+
+def _link(source: Path, target: Path) -> None:
+    """A second name for a file, or a copy where the file system has no links.
+
+    Raises:
+        OSError: neither can be made.
+    """
+    try:
+        os.link(source, target, follow_symlinks=False)
+        return
+    except FileNotFoundError:
+        raise
+    except OSError:
+        target.unlink(missing_ok=True)
+    with PrivateFile(target) as file, plain_file(source) as fd:
+        while block := os.read(fd, _COPY_BYTES):
+            file.write(block)
+        file.finish()
+
+
+def _summary(folder: Path, manifest: Manifest) -> SessionSummary:
+    return SessionSummary(
+        name=folder.name,
+        folder=str(folder),
+        tokens=manifest.tokens,
+        bytes=manifest.nbytes,
+        created=manifest.created,
+        saved=manifest.saved,
+        finish_reason=manifest.finish_reason,
+        model=manifest.identity.model,
+        dtype=manifest.identity.dtype,
+        config=manifest.settings,
+    )

@@ -1,0 +1,375 @@
+"""Forking, removing, listing, exporting and importing sessions; their names and their locks."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from specache import sessions
+from specache.errors import ConfigError, SessionError, SpeCacheError
+from tests.sessions.sequences import answer, gemma, llama, opened, prefill, prompt, settings, state
+
+BAD_NAMES = [
+    "",
+    ".",
+    "..",
+    ".hidden",
+    "a/b",
+    "../x",
+    "/etc",
+    "a\\b",
+    "a b",
+    "a\n",
+    "ä",
+    "x" * 101,
+    "a\0b",
+    "*",
+    "specache-scratch-0",
+]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return llama()
+
+
+@pytest.fixture
+def saved(tmp_path: Path, model: Any) -> str:
+    """Session `one` of 300 tokens in `tmp_path` -> its state."""
+    return make(tmp_path, model)
+
+
+def make(root: Path, model: Any, name: str = "one", seed: int = 0) -> str:
+    with opened(root, model, settings(), name) as session:
+        prefill(session, model, prompt(300, seed))
+        session.save()
+        return state(session)
+
+
+def state_of(root: Path, model: Any, name: str) -> str:
+    with opened(root, model, name=name) as session:
+        return state(session)
+
+
+# Forks
+
+
+@pytest.mark.parametrize("while_open", [False, True])
+def test_forks_share_files_until_they_differ(tmp_path, model, saved, while_open):
+    before = {path.name: path.read_bytes() for path in (tmp_path / "one").glob("*.rows")}
+    if while_open:
+        with opened(tmp_path, model) as session:
+            session.fork("two")
+            prefill(session, model, torch.cat([prompt(300), prompt(200, 1)], dim=1))
+            session.save()
+            longer = state(session)
+    else:
+        sessions.fork("one", "two", tmp_path)
+    shared = [path for path in (tmp_path / "two").glob("*.rows") if path.stat().st_nlink == 2]
+    assert {path.name for path in shared} == set(before)
+    assert state_of(tmp_path, model, "two") == saved
+    with opened(tmp_path, model, name="two") as session:
+        prefill(session, model, torch.cat([prompt(300), prompt(200, 2)], dim=1))
+        session.save()
+        other = state(session)
+    if not while_open:
+        with opened(tmp_path, model) as session:
+            prefill(session, model, torch.cat([prompt(300), prompt(200, 1)], dim=1))
+            session.save()
+            longer = state(session)
+    assert {path.name: path.read_bytes() for path in shared} == before
+    assert (state_of(tmp_path, model, "one"), state_of(tmp_path, model, "two")) == (longer, other)
+
+
+@pytest.mark.parametrize("removed", ["one", "two"])
+def test_removing_one_leaves_its_fork_whole(tmp_path, model, saved, removed):
+    sessions.fork("one", "two", tmp_path)
+    sessions.remove(removed, tmp_path)
+    (left,) = {"one", "two"} - {removed}
+    assert [summary.name for summary in sessions.stored(tmp_path)] == [left]
+    assert state_of(tmp_path, model, left) == saved
+    with opened(tmp_path, model, name=left) as session:
+        answer(model, session.cache, prompt(310))
+        session.save()
+    assert [path.name for path in tmp_path.iterdir()] == [left]
+
+
+def test_without_links_a_fork_is_a_copy(tmp_path, model, saved, monkeypatch):
+    def no_links(*_: Any, **__: Any) -> None:
+        raise OSError(1, "no links here")
+
+    monkeypatch.setattr(os, "link", no_links)
+    sessions.fork("one", "two", tmp_path)
+    assert {path.stat().st_nlink for path in (tmp_path / "two").iterdir()} == {1}
+    sessions.remove("one", tmp_path)
+    assert state_of(tmp_path, model, "two") == saved
+
+
+def test_a_fork_takes_no_name_that_is_there(tmp_path, model, saved):
+    make(tmp_path, model, "two", seed=1)
+    before = state_of(tmp_path, model, "two")
+    with pytest.raises(SessionError, match=r"'two' .* already"):
+        sessions.fork("one", "two", tmp_path)
+    assert state_of(tmp_path, model, "two") == before
+
+
+def test_what_a_killed_fork_left_is_removed(tmp_path, model, saved):
+    left = tmp_path / ".specache-unfinished-0123456789abcdef"
+    left.mkdir()
+    (left / "half").write_bytes(b"x")
+    sessions.fork("one", "two", tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+
+
+# Looking
+
+
+def test_listing_and_showing(tmp_path, model, saved):
+    make(tmp_path, model, "two", seed=1)
+    (tmp_path / "two" / "session.json").write_text("{}")
+    (tmp_path / "no session").mkdir()
+    (tmp_path / "file").write_text("")
+    good, bad = sessions.stored(tmp_path)
+    assert (good.name, good.tokens, good.model, good.dtype, good.problem) == ("one", 300, "LlamaForCausalLM", "float32", None)
+    assert good == sessions.show("one", tmp_path)
+    used = sum(path.stat().st_size for path in (tmp_path / "one").iterdir() if path.name not in ("lock", "session.json"))
+    assert good.bytes == used
+    assert bad.name == "two" and "not the manifest" in str(bad.problem)
+    json.dumps([good.to_dict(), bad.to_dict()])
+
+
+def test_there_are_no_sessions_in_a_folder_that_is_not_there(tmp_path):
+    assert sessions.stored(tmp_path / "none") == []
+    with pytest.raises(SessionError, match="no session 'one'"):
+        sessions.show("one", tmp_path / "none")
+
+
+# Names
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_names_that_are_refused(tmp_path, model, saved, name):
+    everything = sorted(tmp_path.parent.rglob("*"))
+    uses: list[Callable[[], Any]] = [
+        lambda: opened(tmp_path, model, name=name),
+        lambda: sessions.fork("one", name, tmp_path),
+        lambda: sessions.fork(name, "two", tmp_path),
+        lambda: sessions.remove(name, tmp_path),
+        lambda: sessions.show(name, tmp_path),
+        lambda: sessions.export_session(name, tmp_path / "x.tar", tmp_path),
+        lambda: sessions.import_session(tmp_path / "x.tar", name, tmp_path),
+    ]
+    for use in uses:
+        with pytest.raises(ConfigError, match="cannot name a session"):
+            use()
+    assert sorted(tmp_path.parent.rglob("*")) == everything
+
+
+@pytest.mark.parametrize("name", ["a", "A-1_b.c", "x" * 100, "-", "0"])
+def test_names_that_are_allowed(tmp_path, model, name):
+    make(tmp_path, model, name)
+    assert sessions.show(name, tmp_path).tokens == 300
+
+
+def test_links_are_not_followed(tmp_path, model):
+    elsewhere = tmp_path / "elsewhere"
+    make(elsewhere, model)
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "one").symlink_to(elsewhere / "one")
+    for use in (lambda: opened(root, model), lambda: sessions.show("one", root), lambda: sessions.remove("one", root)):
+        with pytest.raises(SessionError):
+            use()
+    assert sessions.stored(root) == []
+    (root / "two").mkdir()
+    (root / "two" / "session.json").symlink_to(elsewhere / "one" / "session.json")
+    with pytest.raises(SessionError, match="symbolic link"):
+        opened(root, model, name="two")
+    assert sessions.stored(elsewhere)[0].problem is None
+
+
+# Locks
+
+
+def test_the_second_user_is_refused_until_the_first_is_killed(tmp_path, model, saved):
+    ready, tell = os.pipe()
+    child = os.fork()
+    if child == 0:
+        session = opened(tmp_path, model)
+        os.write(tell, b"x")
+        time.sleep(60)
+        os._exit(session.saved_tokens)
+    os.read(ready, 1)
+    uses: list[Callable[[], Any]] = [
+        lambda: opened(tmp_path, model),
+        lambda: sessions.fork("one", "two", tmp_path),
+        lambda: sessions.remove("one", tmp_path),
+        lambda: sessions.export_session("one", tmp_path / "x.tar", tmp_path),
+    ]
+    for use in uses:
+        with pytest.raises(SessionError, match=f"in use by process {child} on "):
+            use()
+    assert sessions.show("one", tmp_path).tokens == 300
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert state_of(tmp_path, model, "one") == saved
+    os.close(ready)
+    os.close(tell)
+
+
+def test_one_process_cannot_open_it_twice_either(tmp_path, model, saved):
+    with opened(tmp_path, model), pytest.raises(SessionError, match=f"process {os.getpid()}"):
+        opened(tmp_path, model)
+    opened(tmp_path, model).close()
+
+
+# Export and import
+
+
+def test_what_is_imported_is_what_was_exported(tmp_path, monkeypatch):
+    from specache.sessions import checkpoints
+
+    monkeypatch.setattr(checkpoints, "INTERVAL", 100)
+    model = gemma()
+    saved = make(tmp_path / "here", model)
+    size = sessions.export_session("one", tmp_path / "one.tar", tmp_path / "here")
+    assert size == (tmp_path / "one.tar").stat().st_size
+    assert (tmp_path / "one.tar").stat().st_mode & 0o777 == 0o600
+    sessions.import_session(tmp_path / "one.tar", "other", tmp_path / "there")
+    assert state_of(tmp_path / "there", model, "other") == saved
+    with opened(tmp_path / "there", model, name="other") as session:
+        assert prefill(session, model, prompt(300)[:, :220]) == [140, 210, 220]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "one.tar", "there"]
+
+
+def test_an_export_overwrites_nothing(tmp_path, saved):
+    (tmp_path / "x.tar").write_text("mine")
+    with pytest.raises(SessionError, match="there already"):
+        sessions.export_session("one", tmp_path / "x.tar", tmp_path)
+    with pytest.raises(SessionError, match="No such file"):
+        sessions.export_session("one", tmp_path / "no folder" / "x.tar", tmp_path)
+    assert (tmp_path / "x.tar").read_text() == "mine"
+
+
+Edit = Callable[[list[tuple[tarfile.TarInfo, bytes]]], None]
+
+
+def rewritten(source: Path, target: Path, edit: Edit) -> None:
+    """A tar archive with its members changed."""
+    with tarfile.open(source) as archive:
+        members = [(member, archive.extractfile(member).read()) for member in archive]  # type: ignore[union-attr]
+    edit(members)
+    with tarfile.open(target, "w") as archive:
+        for member, data in members:
+            if member.isreg():
+                member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+
+
+def renamed(name: str, index: int = -1) -> Edit:
+    def edit(members: list[tuple[tarfile.TarInfo, bytes]]) -> None:
+        members[index][0].name = name
+
+    return edit
+
+
+def linked(kind: bytes, target: str) -> Edit:
+    def edit(members: list[tuple[tarfile.TarInfo, bytes]]) -> None:
+        member = tarfile.TarInfo(members[-1][0].name)
+        member.type, member.linkname = kind, target
+        members[-1] = (member, b"")
+
+    return edit
+
+
+def resized(index: int, change: int) -> Edit:
+    def edit(members: list[tuple[tarfile.TarInfo, bytes]]) -> None:
+        member, data = members[index]
+        members[index] = (member, data[:change] if change < 0 else data + bytes(change))
+
+    return edit
+
+
+def flipped(index: int) -> Edit:
+    def edit(members: list[tuple[tarfile.TarInfo, bytes]]) -> None:
+        member, data = members[index]
+        members[index] = (member, data[:700] + bytes([data[700] ^ 4]) + data[701:])
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        renamed("../escaped.rows"),
+        renamed("/tmp/sessions-test-escaped.rows"),
+        renamed("a/b.rows"),
+        renamed("lock"),
+        renamed("session.json"),
+        renamed("other.json", 0),
+        linked(tarfile.SYMTYPE, "/etc/passwd"),
+        linked(tarfile.LNKTYPE, "session.json"),
+        linked(tarfile.FIFOTYPE, ""),
+        linked(tarfile.DIRTYPE, ""),
+        resized(-1, -4096),
+        resized(-1, 4096),
+        resized(1, -8),
+        resized(1, 8),
+        flipped(0),
+        flipped(1),
+        flipped(2),
+        flipped(-1),
+        lambda members: members.pop(),
+        lambda members: members.append(members[-1]),
+        lambda members: members.reverse(),
+        lambda members: members.clear(),
+    ],
+)
+def test_an_archive_that_was_tampered_with_is_refused(tmp_path, saved, edit):
+    good, bad = tmp_path / "good.tar", tmp_path / "bad.tar"
+    sessions.export_session("one", good, tmp_path)
+    rewritten(good, bad, edit)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SessionError):
+        sessions.import_session(bad, "two", tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_archive_that_was_cut_or_is_none_is_refused(tmp_path, saved):
+    good, bad = tmp_path / "good.tar", tmp_path / "bad.tar"
+    sessions.export_session("one", good, tmp_path)
+    data = good.read_bytes()
+    for broken in (data[: len(data) // 2], data[:1000], data[:513], b"", b"x" * 5000, bytes(10240)):
+        bad.write_bytes(broken)
+        with pytest.raises(SpeCacheError):
+            sessions.import_session(bad, "two", tmp_path)
+    with pytest.raises(SessionError, match="No such file"):
+        sessions.import_session(tmp_path / "none.tar", "two", tmp_path)
+    assert not (tmp_path / "two").exists()
+
+
+# Folders that are something else
+
+
+def test_a_folder_with_anything_else_in_it_is_left_alone(tmp_path, model, saved):
+    documents = tmp_path / "documents"
+    documents.mkdir()
+    (documents / "letter.txt").write_text("dear")
+    (tmp_path / "one" / "letter.txt").write_text("dear")
+    for name in ("documents", "one"):
+        for use in (lambda name=name: opened(tmp_path, model, name=name), lambda name=name: sessions.remove(name, tmp_path)):
+            with pytest.raises(SessionError, match=r"is no session: there is 'letter\.txt'"):
+                use()
+    assert [path.name for path in documents.iterdir()] == ["letter.txt"]
+    (tmp_path / "one" / "letter.txt").unlink()
+    assert state_of(tmp_path, model, "one") == saved
