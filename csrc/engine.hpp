@@ -47,19 +47,17 @@ struct Recent {
     Dtype dtype;
 };
 
-// A whole layer of a step whose exact rows are read where they lie: score, select, rescore, attend, and the recent tokens, of which
-// row r sees all but the last n - 1 - r. sinks [Hkv G] or null; out [B, Hkv, G, n, D].
-void decode(const Engine&, const Step&, const std::vector<Recent>&, const std::vector<Rows>&, int64_t k, const float* sinks,
-            float* out);
-
-// The same in two calls, where the rows of what was selected have to be fetched first. What the step points to must outlive it.
+// A whole layer of a step: score, select, rescore, attend, and the recent tokens, of which row r sees all but the last n - 1 - r.
+// sinks [Hkv G] or null. What it points to must outlive it. It serves once, in one call where rows are read in place, or in two where
+// the rows of what was selected have to be fetched first.
 class LayerStep {
 public:
     class State;
-    LayerStep(const Engine&, Step, const std::vector<Recent>&, int64_t k, const float* sinks);
+    LayerStep(const Engine&, Step, const std::vector<Recent>&, int64_t k, const float* sinks, bool at_once);
     ~LayerStep();
-    void select(int64_t* positions);            // [B, Hkv, n, k], padded with -1
-    void attend(const Fetched&, float* out);  // over those positions; -1 where the low-bit pair has to do. Once.
+    void run(const std::vector<Rows>& stored, float* out);  // if `at_once`; stored per (sequence, KV head), out [B, Hkv, G, n, D]
+    void select(int64_t* positions);                        // else: [B, Hkv, n, k], padded with -1
+    void attend(const Fetched&, float* out);                // over those positions; -1 where the low-bit pair has to do
 
 private:
     std::unique_ptr<State> state_;

@@ -145,49 +145,50 @@ constexpr int tiles_together() {
     return Isa::sums / NQ >= 4 ? 4 : Isa::sums / NQ >= 2 ? 2 : 1;
 }
 
-// Products of NT tiles of keys (16 tokens each), `tile_bytes` apart, with NQ rounded queries: acc [NT][NQ]. `ahead`: memory that is
-// read next, fetched meanwhile.
+// One block (64 bytes) of each of NT tiles, `tile_bytes` apart, with NQ rows of bytes, `row_stride` apart: acc [NT][NQ]. Rows of keys'
+// queries are signed and meet unsigned levels, rows of values' weights are unsigned and meet signed levels. `ahead`: memory that is read
+// next, fetched meanwhile.
+template <int BITS, int NQ, int NT, bool KEYS>
+inline void block_dots(const uint8_t* blocks, int tile_bytes, const void* rows, int row_stride, const Tables& tables, const uint8_t* ahead,
+                       Ints* acc) {
+    constexpr int P = 8 / BITS;
+    Bytes low[NT], high[NT];
+#pragma GCC unroll 4
+    for (int i = 0; i < NT; i++) {
+        Bytes x = Isa::load_bytes(blocks + i * tile_bytes);
+        low[i] = Isa::low_nibbles(x), high[i] = Isa::high_nibbles(x);
+        __builtin_prefetch(ahead + i * tile_bytes);
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < P; m++) {
+        int32_t four[NQ];
+#pragma GCC unroll 8
+        for (int j = 0; j < NQ; j++) four[j] = dword(static_cast<const uint8_t*>(rows) + j * row_stride + 4 * m);
+#pragma GCC unroll 4
+        for (int i = 0; i < NT; i++) {
+            Bytes levels = plane<BITS>(low[i], high[i], tables, m);
+#pragma GCC unroll 8
+            for (int j = 0; j < NQ; j++)
+                acc[i * NQ + j] = KEYS ? Isa::dot_us(acc[i * NQ + j], levels, four[j]) : Isa::dot_su(acc[i * NQ + j], four[j], levels);
+        }
+    }
+}
+
+// Products of NT tiles of keys (16 tokens each) with NQ rounded queries: acc [NT][NQ].
 template <int BITS, int NQ, int NT>
 inline void key_dots(const uint8_t* tiles, int tile_bytes, int chunks, int rest, const int8_t* queries, const Tables& tables,
                      const uint8_t* ahead, Ints* acc) {
     constexpr int P = 8 / BITS;
 #pragma GCC unroll 16
     for (int i = 0; i < NT * NQ; i++) acc[i] = Isa::zero();
-    const int8_t* q = queries;
-    for (int c = 0; c < chunks; c++, q += 4 * P) {
-        Bytes low[NT], high[NT];
-#pragma GCC unroll 4
-        for (int i = 0; i < NT; i++) {
-            Bytes x = Isa::load_bytes(tiles + i * tile_bytes + 64 * c);
-            low[i] = Isa::low_nibbles(x), high[i] = Isa::high_nibbles(x);
-            __builtin_prefetch(ahead + i * tile_bytes + 64 * c);
-        }
-#pragma GCC unroll 8
-        for (int m = 0; m < P; m++) {
-            int32_t four[NQ];
-#pragma GCC unroll 8
-            for (int j = 0; j < NQ; j++) four[j] = dword(q + j * kQueryStride + 4 * m);
-#pragma GCC unroll 4
-            for (int i = 0; i < NT; i++) {
-                Bytes levels = plane<BITS>(low[i], high[i], tables, m);
-#pragma GCC unroll 8
-                for (int j = 0; j < NQ; j++) acc[i * NQ + j] = Isa::dot_us(acc[i * NQ + j], levels, four[j]);
-            }
-        }
-    }
+    for (int c = 0; c < chunks; c++)
+        block_dots<BITS, NQ, NT, true>(tiles + 64 * c, tile_bytes, queries + 4 * P * c, kQueryStride, tables, ahead + 64 * c, acc);
     if (rest) {
-        for (int i = 0; i < NT; i++) {
-            alignas(64) uint8_t spread[64] = {};
-            const uint8_t* tile = tiles + i * tile_bytes + 64 * chunks;
+        alignas(64) uint8_t spread[NT * 64] = {};
+        for (int i = 0; i < NT; i++)
             for (int t = 0; t < kTile; t++)
-                for (int d = 0; d < rest; d++) spread[4 * t + d] = tile[t * rest + d];
-            Bytes x = Isa::load_bytes(spread), low = Isa::low_nibbles(x), high = Isa::high_nibbles(x);
-            for (int m = 0; m < P; m++) {
-                Bytes levels = plane<BITS>(low, high, tables, m);
-                for (int j = 0; j < NQ; j++)
-                    acc[i * NQ + j] = Isa::dot_us(acc[i * NQ + j], levels, dword(q + j * kQueryStride + 4 * m));
-            }
-        }
+                for (int d = 0; d < rest; d++) spread[64 * i + 4 * t + d] = tiles[i * tile_bytes + 64 * chunks + t * rest + d];
+        block_dots<BITS, NQ, NT, true>(spread, 64, queries + 4 * P * chunks, kQueryStride, tables, spread, acc);
     }
 }
 
@@ -197,27 +198,8 @@ inline void value_dots(const uint8_t* tiles, const uint8_t* weights, const Table
     constexpr int P = 8 / BITS, chunks = kPage / (4 * P), tile_bytes = chunks * 64;
 #pragma GCC unroll 16
     for (int i = 0; i < NT * NQ; i++) acc[i] = Isa::zero();
-    for (int c = 0; c < chunks; c++) {
-        Bytes low[NT], high[NT];
-#pragma GCC unroll 4
-        for (int i = 0; i < NT; i++) {
-            Bytes x = Isa::load_bytes(tiles + i * tile_bytes + 64 * c);
-            low[i] = Isa::low_nibbles(x), high[i] = Isa::high_nibbles(x);
-            __builtin_prefetch(ahead + i * tile_bytes + 64 * c);
-        }
-#pragma GCC unroll 8
-        for (int m = 0; m < P; m++) {
-            int32_t four[NQ];
-#pragma GCC unroll 8
-            for (int j = 0; j < NQ; j++) four[j] = dword(weights + j * kPage + 4 * (c * P + m));
-#pragma GCC unroll 4
-            for (int i = 0; i < NT; i++) {
-                Bytes levels = plane<BITS>(low[i], high[i], tables, m);
-#pragma GCC unroll 8
-                for (int j = 0; j < NQ; j++) acc[i * NQ + j] = Isa::dot_su(acc[i * NQ + j], four[j], levels);
-            }
-        }
-    }
+    for (int c = 0; c < chunks; c++)
+        block_dots<BITS, NQ, NT, false>(tiles + 64 * c, tile_bytes, weights + 4 * P * c, kPage, tables, ahead + 64 * c, acc);
 }
 
 // The same of one tile with fewer channels.

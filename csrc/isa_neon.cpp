@@ -77,30 +77,18 @@ struct Isa {
         for (int i = 0; i < 4; i++) y.v[i] = vcvtq_f32_s32(x.v[i]);
         return y;
     }
-    static Floats add(Floats a, Floats b) {
-        for (int i = 0; i < 4; i++) a.v[i] = vaddq_f32(a.v[i], b.v[i]);
-        return a;
+#define SPECACHE_LANES(name, intrinsic)                                             \
+    static Floats name(Floats a, Floats b) {                                        \
+        for (int i = 0; i < 4; i++) a.v[i] = intrinsic(a.v[i], b.v[i]);             \
+        return a;                                                                   \
     }
-    static Floats sub(Floats a, Floats b) {
-        for (int i = 0; i < 4; i++) a.v[i] = vsubq_f32(a.v[i], b.v[i]);
-        return a;
-    }
-    static Floats mul(Floats a, Floats b) {
-        for (int i = 0; i < 4; i++) a.v[i] = vmulq_f32(a.v[i], b.v[i]);
-        return a;
-    }
-    static Floats div(Floats a, Floats b) {
-        for (int i = 0; i < 4; i++) a.v[i] = vdivq_f32(a.v[i], b.v[i]);
-        return a;
-    }
-    static Floats min(Floats a, Floats b) {
-        for (int i = 0; i < 4; i++) a.v[i] = vminq_f32(a.v[i], b.v[i]);
-        return a;
-    }
-    static Floats max(Floats a, Floats b) {
-        for (int i = 0; i < 4; i++) a.v[i] = vmaxq_f32(a.v[i], b.v[i]);
-        return a;
-    }
+    SPECACHE_LANES(add, vaddq_f32)
+    SPECACHE_LANES(sub, vsubq_f32)
+    SPECACHE_LANES(mul, vmulq_f32)
+    SPECACHE_LANES(div, vdivq_f32)
+    SPECACHE_LANES(max, vmaxq_f32)
+    SPECACHE_LANES(min, vminq_f32)
+#undef SPECACHE_LANES
     static Floats fma(Floats a, Floats b, Floats c) {
         for (int i = 0; i < 4; i++) c.v[i] = vfmaq_f32(c.v[i], a.v[i], b.v[i]);
         return c;

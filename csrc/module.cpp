@@ -126,22 +126,6 @@ std::vector<Recent> recents_of(const std::vector<int64_t>& numbers, int dtype) {
     return recents;
 }
 
-// stored: address, head stride, token stride per sequence.
-void py_decode(const std::string& isa, int threads, const OwnedLayout& layout, const std::vector<const OwnedCopy*>& copies,
-               uintptr_t query, int groups, int n, float scaling, float softcap, const std::vector<int64_t>& recent,
-               const std::vector<int64_t>& stored, int dtype, int64_t k, uintptr_t sinks, uintptr_t out) {
-    Engine engine = engine_of(isa, threads);
-    Step step = step_of(layout, copies, query, groups, n, scaling, softcap);
-    std::vector<Rows> rows;
-    for (size_t b = 0; b < copies.size(); b++) {
-        const int64_t* s = stored.data() + 3 * b;
-        for (int h = 0; h < layout.layout.heads; h++)
-            rows.push_back({reinterpret_cast<const uint8_t*>(s[0]) + h * s[1], Dtype(dtype), 0, 0, s[2]});
-    }
-    nb::gil_scoped_release released;
-    decode(engine, step, recents_of(recent, dtype), rows, k, at<const float>(sinks), at<float>(out));
-}
-
 // A `LayerStep` and what it points to, except for memory of tensors.
 struct OwnedStep {
     OwnedLayout layout;
@@ -150,12 +134,21 @@ struct OwnedStep {
     LayerStep layer;
 
     OwnedStep(const std::string& isa, int threads, const OwnedLayout& layout, const std::vector<const OwnedCopy*>& copies, uintptr_t query,
-              int groups, int n, float scaling, float softcap, const std::vector<int64_t>& recent, int dtype, int64_t k, uintptr_t sinks)
+              int groups, int n, float scaling, float softcap, const std::vector<int64_t>& recent, int dtype, int64_t k, uintptr_t sinks, bool at_once)
         : layout(layout), copies(owned(copies)), step(step_of(this->layout, pointers(this->copies), query, groups, n, scaling, softcap)),
-          layer(engine_of(isa, threads), step, recents_of(recent, dtype), k, at<const float>(sinks)) {
+          layer(engine_of(isa, threads), step, recents_of(recent, dtype), k, at<const float>(sinks), at_once) {
         this->layout.layout.signs = this->layout.signs.data();
     }
 
+    // numbers: address, head stride, token stride per sequence.
+    void run(const std::vector<int64_t>& numbers, int dtype, uintptr_t out) {
+        std::vector<Rows> rows;
+        for (size_t i = 0; i + 3 <= numbers.size(); i += 3)
+            for (int head = 0; head < step.layout->heads; head++)
+                rows.push_back({reinterpret_cast<const uint8_t*>(numbers[i]) + head * numbers[i + 1], Dtype(dtype), 0, 0, numbers[i + 2]});
+        nb::gil_scoped_release released;
+        layer.run(rows, at<float>(out));
+    }
     void select(uintptr_t positions) {
         nb::gil_scoped_release released;
         layer.select(at<int64_t>(positions));
@@ -208,10 +201,10 @@ NB_MODULE(_native, m) {
     m.def("select", &py_select);
     m.def("rescore", &py_rescore);
     m.def("attend", &py_attend);
-    m.def("decode", &py_decode);
     nb::class_<OwnedStep>(m, "LayerStep")
         .def(nb::init<const std::string&, int, const OwnedLayout&, const std::vector<const OwnedCopy*>&, uintptr_t, int, int, float, float,
-                      const std::vector<int64_t>&, int, int64_t, uintptr_t>())
+                      const std::vector<int64_t>&, int, int64_t, uintptr_t, bool>())
+        .def("run", &OwnedStep::run)
         .def("select", &OwnedStep::select)
         .def("attend", &OwnedStep::attend);
     m.def("quantise", &py_quantise);

@@ -101,7 +101,11 @@ def softmax_sum(score: Tensor, values: Tensor) -> Part:
 
 
 def _flash_cpu(query: Tensor, keys: Tensor, values: Tensor, scaling: float, mask: Tensor | None, causal: bool) -> Part:
-    """PyTorch's fused CPU attention, which reads strided rows in place and returns its log-sum-exp."""
+    """PyTorch's fused CPU attention, which reads strided rows in place and returns its log-sum-exp.
+
+    It takes the elements of a row to be neighbours without looking.
+    """
+    query, keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, keys, values))
     bias = None
     if mask is not None:
         bias = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, -torch.inf)[None, None]

@@ -205,29 +205,7 @@ class NativeKernels:
         Returns:
             float32 [B, Hq, n, D].
         """
-        query = query.float().contiguous()
-        out = torch.empty_like(query)
-        size = stored[0].itemsize
-        stored_numbers = [n for rows in stored for n in (rows.data_ptr(), rows.stride(0) * size, rows.stride(1) * size)]
-        sinks = sinks if sinks is None else sinks.float().contiguous()
-        _native.decode(
-            self.isa,
-            torch.get_num_threads(),
-            _layout_of(copies),
-            [_copy(copy, copy.length) for copy in copies],
-            query.data_ptr(),
-            query.shape[1] // copies[0].num_kv_heads,
-            query.shape[2],
-            scaling,
-            softcap or 0.0,
-            _recent_numbers(recent),
-            stored_numbers,
-            _DTYPES[stored[0].dtype],
-            k,
-            0 if sinks is None else sinks.data_ptr(),
-            out.data_ptr(),
-        )
-        return out
+        return LayerStep(self.isa, query, copies, recent, k, scaling, softcap, sinks, at_once=True).run(stored)
 
     def layer_step(
         self,
@@ -240,11 +218,13 @@ class NativeKernels:
         sinks: Tensor | None,
     ) -> LayerStep:
         """The same in two calls, where the rows of what was selected have to be fetched in between."""
-        return LayerStep(self.isa, query, copies, recent, k, scaling, softcap, sinks)
+        return LayerStep(self.isa, query, copies, recent, k, scaling, softcap, sinks, at_once=False)
 
 
 class LayerStep:
-    """A layer of a step: `select`, then `attend` once. Bit for bit what `decode_in_place` gives where all rows are there."""
+    """A layer of a step, to be used once: `run` if `at_once`, else `select` and then `attend`, which give the same to the bit where
+    all rows are there.
+    """
 
     def __init__(
         self,
@@ -256,10 +236,12 @@ class LayerStep:
         scaling: float,
         softcap: float | None,
         sinks: Tensor | None,
+        *,
+        at_once: bool,
     ) -> None:
         query = query.float().contiguous()
         sinks = sinks if sinks is None else sinks.float().contiguous()
-        self._held = query, copies, recent, sinks  # read by both calls
+        self._held = query, copies, recent, sinks  # the step points into them
         self._shape = (len(copies), copies[0].num_kv_heads, query.shape[2], k)
         self._step = _native.LayerStep(
             isa,
@@ -275,7 +257,15 @@ class LayerStep:
             _DTYPES[recent[0].keys.dtype],
             k,
             0 if sinks is None else sinks.data_ptr(),
+            at_once,
         )
+
+    def run(self, stored: Sequence[Tensor]) -> Tensor:
+        """Attention over rows [Hkv, capacity, 2 D] per sequence that are read where they lie -> float32 [B, Hq, n, D]."""
+        out, size = torch.empty_like(self._held[0]), stored[0].itemsize
+        numbers = [n for rows in stored for n in (rows.data_ptr(), rows.stride(0) * size, rows.stride(1) * size)]
+        self._step.run(numbers, _DTYPES[stored[0].dtype], out.data_ptr())
+        return out
 
     def select(self) -> Tensor:
         """Each row's positions [B, Hkv, n, k], ascending, padded with -1."""

@@ -1,0 +1,265 @@
+// A layer of a step in one call, or in two around the fetching of rows.
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "engine.hpp"
+#include "step.hpp"
+#include "threads.hpp"
+
+namespace specache {
+namespace {
+
+// Bytes of weights that are worked on at a time, per thread: what a second-level cache holds beside the codes that pass through.
+constexpr int64_t kWaveBytes = 512 << 10;
+
+}  // namespace
+
+// KV heads go through a step in one call a few at a time (a wave), so that their weights stay in the caches between phases; in two calls
+// all of them wait for their rows.
+class LayerStep::State {
+public:
+    State(const Engine& engine, Step step, const std::vector<Recent>& recents, int64_t k, const float* sinks, bool at_once)
+        : engine_(engine), kernels_(*engine.kernels), step_(std::move(step)), layout_(*step_.layout), recents_(recents), sinks_(sinks),
+          size_((longest(step_) + kPage - 1) / kPage * kPage), k_(std::min(k, longest(step_))), count_(step_.queries()),
+          stretches_(chunks_of(size_, kStretch)), chunks_(chunks_of(size_, kAttendChunk)), wave_(at_once ? heads_together() : step_.heads()),
+          per_top_(kernels_.blocks_per_top(size_, k_)), tops_(chunks_ * (kAttendChunk / kStretch) * tops_of_stretch()), queries_(step_),
+          row_batches_(step_.groups), recent_parts_(step_, step_.heads() * queries_.batches.count),
+          copy_parts_(step_, wave_ * queries_.batches.count * chunks_), exact_parts_(step_, wave_ * step_.rows * row_batches_.count),
+          weights_(wave_ * count_ * size_), peaks_(wave_ * count_ * stretches_), totals_(wave_ * count_ * stretches_),
+          factors_(wave_ * count_ * stretches_), mass_(wave_ * step_.rows * size_), top_values_(wave_ * step_.rows * tops_),
+          rest_lse_(step_.heads() * count_), positions_(wave_ * step_.rows * k_) {}
+
+    void run(const std::vector<Rows>& stored, float* out) {
+        parallel(engine_.threads, [&](Worker& worker) {
+            worker.each(step_.heads(), [&](int64_t head) { attend_recent(head); });
+            for (int64_t first = 0; first < step_.heads(); first += wave_) {
+                if (k_) choose(worker, first);
+                attend_wave(worker, first, stored, positions_.get(), k_, out);
+            }
+        });
+    }
+
+    void select(int64_t k, int64_t* positions) {
+        parallel(engine_.threads, [&](Worker& worker) {
+            worker.each(step_.heads(), [&](int64_t head) { attend_recent(head); });
+            if (k_) choose(worker, 0);
+        });
+        for (int64_t i = 0; i < step_.heads() * step_.rows; i++) {
+            std::copy_n(positions_.get() + i * k_, k_, positions + i * k);
+            std::fill(positions + i * k + k_, positions + (i + 1) * k, -1);
+        }
+    }
+
+    void attend(const Fetched& fetched, float* out) {
+        parallel(engine_.threads, [&](Worker& worker) { attend_wave(worker, 0, fetched.rows, fetched.positions, fetched.k, out); });
+    }
+
+private:
+    int64_t wave_heads(int64_t first) const { return std::min(wave_, step_.heads() - first); }
+
+    void choose(Worker& worker, int64_t first) {
+        const int64_t heads = wave_heads(first), batches = queries_.batches.count, rows = step_.rows;
+        worker.each(heads * stretches_ * batches,
+                    [&](int64_t i) { weigh(first, i / (stretches_ * batches), i / batches % stretches_, i % batches); });
+        worker.each(heads * count_, [&](int64_t i) { normalise(first, i / count_, int(i % count_)); });
+        worker.each(heads * chunks_ * rows, [&](int64_t i) { add_mass(first, i / (chunks_ * rows), i / rows % chunks_, int(i % rows)); });
+        worker.each(heads * rows, [&](int64_t i) { pick(first, i / rows, int(i % rows)); });
+    }
+
+    // positions [heads of the wave, n, k]
+    void attend_wave(Worker& worker, int64_t first, const std::vector<Rows>& stored, const int64_t* positions, int64_t k, float* out) {
+        const int64_t heads = wave_heads(first), batches = queries_.batches.count, rows = step_.rows;
+        if (k_) {
+            worker.each(heads * rows, [&](int64_t i) {
+                attend_exactly(first, i / rows, int(i % rows), stored[size_t(first + i / rows)], positions + i * k, k);
+            });
+            worker.each(heads * chunks_ * batches,
+                        [&](int64_t i) { attend_copy(first, i / (chunks_ * batches), i / batches % chunks_, i % batches); });
+        }
+        worker.each(heads * batches, [&](int64_t i) { finish(first, i / batches, i % batches, out); });
+    }
+
+    int64_t heads_together() const {
+        int64_t fit = engine_.threads * kWaveBytes / std::max<int64_t>(1, count_ * size_ * int64_t(sizeof(float)));
+        return std::min(step_.heads(), std::max<int64_t>(engine_.threads, fit));
+    }
+    int64_t tops_of_stretch() const { return chunks_of(kStretch / kTile, per_top_) * kTile; }
+
+    float sink(int64_t head, int query) const {
+        return sinks_ ? sinks_[step_.head_of(head) * step_.groups + query / step_.rows] : -INFINITY;
+    }
+    // `slot`: a head's place in the wave.
+    float* weights(int64_t slot, int query) { return weights_.get() + (slot * count_ + query) * size_; }
+    float* of_stretches(Buffer<float>& numbers, int64_t slot, int query) { return numbers.get() + (slot * count_ + query) * stretches_; }
+    float* tops(int64_t slot, int row) { return top_values_.get() + (slot * step_.rows + row) * tops_; }
+    Partial copy_part(int64_t slot, int64_t chunk, int64_t batch) {
+        return copy_parts_.at((slot * chunks_ + chunk) * queries_.batches.count + batch);
+    }
+    Partial exact_part(int64_t slot, int row, int64_t batch) { return exact_parts_.at((slot * step_.rows + row) * row_batches_.count + batch); }
+    Partial recent_part(int64_t head, int64_t batch) { return recent_parts_.at(head * queries_.batches.count + batch); }
+
+    void attend_recent(int64_t head) {
+        queries_.prepare(engine_, head);
+        const Recent& recent = recents_[size_t(head / layout_.heads)];
+        const int64_t offset = step_.head_of(head) * recent.head_stride;
+        for (int64_t batch = 0; batch < queries_.batches.count; batch++) {
+            const float* pointers[kMaxQueries];
+            int64_t seen[kMaxQueries];
+            int count = queries_.batch(head, batch, pointers);
+            for (int j = 0; j < count; j++)  // an earlier row does not see the tokens of later ones
+                seen[j] = std::max<int64_t>(0, recent.count - (step_.rows - 1 - (queries_.batches.first(batch) + j) % step_.rows));
+            Partial part = recent_part(head, batch);
+            auto* held = static_cast<float*>(scratch(size_t(kMaxQueries) * size_t(recent.count + kTile) * sizeof(float)));
+            kernels_.exact(pointers, count, layout_.dim, recent.keys + offset, recent.values + offset, recent.token_stride,
+                           recent.token_stride, recent.count, seen, recent.dtype, step_.scaling, step_.softcap, held, part);
+            for (int j = 0; j < count; j++) {
+                int query = queries_.batches.first(batch) + j;
+                rest_lse_[head * count_ + query] = log_add(part.peak[j] + std::log(part.total[j]), sink(head, query));
+            }
+        }
+    }
+
+    void weigh(int64_t first, int64_t slot, int64_t stretch, int64_t batch) {
+        const Copy& copy = step_.copy_of(first + slot);
+        const int64_t start = stretch * kStretch, tokens = std::min<int64_t>(kStretch, copy.length - start);
+        float *out[kMaxQueries], peak[kMaxQueries], total[kMaxQueries];
+        const int low = queries_.batches.first(batch), count = queries_.batches.length(batch);
+        for (int j = 0; j < count; j++) out[j] = weights(slot, low + j), peak[j] = -INFINITY, total[j] = 0.0f;
+        if (tokens > 0)
+            kernels_.weigh(layout_, copy, step_.head_of(first + slot), queries_.prepared(first + slot, batch), start, tokens,
+                           step_.scaling, step_.softcap, out, peak, total);
+        for (int j = 0; j < count; j++) {
+            of_stretches(peaks_, slot, low + j)[stretch] = peak[j];
+            of_stretches(totals_, slot, low + j)[stretch] = total[j];
+        }
+    }
+
+    // What turns a stretch's weights into shares of the mean probability over a KV head's queries.
+    void normalise(int64_t first, int64_t slot, int query) {
+        const float *peak = of_stretches(peaks_, slot, query), *total = of_stretches(totals_, slot, query);
+        float all = rest_lse_[(first + slot) * count_ + query], *factor = of_stretches(factors_, slot, query);
+        for (int64_t s = 0; s < stretches_; s++)
+            if (total[s] > 0.0f) all = log_add(all, peak[s] + std::log(total[s]));
+        for (int64_t s = 0; s < stretches_; s++) factor[s] = std::exp(peak[s] - all) / float(step_.groups);
+    }
+
+    void add_mass(int64_t first, int64_t slot, int64_t chunk, int row) {
+        const int64_t length = step_.copy_of(first + slot).length;
+        float* mass = mass_.get() + (slot * step_.rows + row) * size_;
+        std::vector<const float*> of_group(size_t(step_.groups));
+        std::vector<float> factor(size_t(step_.groups));
+        for (int g = 0; g < step_.groups; g++) of_group[size_t(g)] = weights(slot, g * step_.rows + row);
+        for (int64_t i = 0; i < kAttendChunk / kStretch; i++) {
+            const int64_t stretch = chunk * (kAttendChunk / kStretch) + i, start = stretch * kStretch;
+            float* top = tops(slot, row) + stretch * tops_of_stretch();
+            std::fill(top, top + tops_of_stretch(), -INFINITY);
+            if (start >= length) continue;
+            for (int g = 0; g < step_.groups; g++) factor[size_t(g)] = of_stretches(factors_, slot, g * step_.rows + row)[stretch];
+            kernels_.add_mass(of_group.data(), factor.data(), step_.groups, start, std::min<int64_t>(kStretch, length - start), per_top_,
+                              mass, top);
+        }
+    }
+
+    void pick(int64_t first, int64_t slot, int row) {
+        const int64_t length = step_.copy_of(first + slot).length;
+        int64_t* chosen = positions_.get() + (slot * step_.rows + row) * k_;
+        auto* held = static_cast<float*>(scratch(size_t(padded(length)) * (sizeof(float) + sizeof(int32_t))));
+        kernels_.pick(mass_.get() + (slot * step_.rows + row) * size_, length, tops(slot, row), tops_, k_, chosen, held,
+                      reinterpret_cast<int32_t*>(held + padded(length)));
+    }
+
+    // Attend to the exact rows of those of `positions` [k] that are there, and take these tokens out of the copy.
+    void attend_exactly(int64_t first, int64_t slot, int row, const Rows& rows, const int64_t* positions, int64_t k) {
+        auto* held = static_cast<int64_t*>(scratch(size_t(k) * 2 * sizeof(int64_t) + size_t(kMaxQueries) * size_t(k + kTile) * sizeof(float)));
+        int64_t *chosen = held, *slots = held + k, count = 0;
+        for (int64_t i = 0; i < k; i++)
+            if (positions[i] >= 0) chosen[count] = positions[i], slots[count] = i, count++;
+        for (int64_t batch = 0; batch < row_batches_.count; batch++) {
+            const float* query[kMaxQueries];
+            for (int j = 0; j < row_batches_.length(batch); j++) {
+                int number = (row_batches_.first(batch) + j) * step_.rows + row;
+                query[j] = queries_.at(first + slot, number);
+                for (int64_t i = 0; i < count; i++) weights(slot, number)[chosen[i]] = 0.0f;
+            }
+            kernels_.exact_rows(query, row_batches_.length(batch), layout_.dim, rows, row, chosen, slots, count, step_.scaling,
+                                step_.softcap, reinterpret_cast<float*>(held + 2 * k), exact_part(slot, row, batch));
+        }
+    }
+
+    void attend_copy(int64_t first, int64_t slot, int64_t chunk, int64_t batch) {
+        const Copy& copy = step_.copy_of(first + slot);
+        const int64_t start = chunk * kAttendChunk, tokens = std::min<int64_t>(kAttendChunk, copy.length - start);
+        const int low = queries_.batches.first(batch), count = queries_.batches.length(batch);
+        Partial part = copy_part(slot, chunk, batch);
+        const float *of_query[kMaxQueries], *peaks[kMaxQueries];
+        for (int j = 0; j < count; j++) {
+            of_query[j] = weights(slot, low + j), peaks[j] = of_stretches(peaks_, slot, low + j);
+            part.peak[j] = -INFINITY, part.total[j] = 0.0f;
+        }
+        if (tokens > 0)
+            kernels_.attend_weighed(layout_, copy, step_.head_of(first + slot), start, tokens, of_query, count, peaks, part);
+        else
+            std::fill(part.out, part.out + count * part.stride, 0.0f);
+    }
+
+    // Join what the chunks of the copy, the exact rows and the recent tokens give.
+    void finish(int64_t first, int64_t slot, int64_t batch, float* out) {
+        const int64_t head = first + slot;
+        const int count = queries_.batches.length(batch), low = queries_.batches.first(batch);
+        Partial copy = copy_part(slot, 0, batch);
+        if (k_) {
+            for (int64_t chunk = 1; chunk < chunks_; chunk++)
+                for (int j = 0; j < count; j++) add(copy_part(slot, chunk, batch), copy, j);
+            kernels_.rotate_back(layout_, count, copy);
+        }
+        for (int j = 0; j < count; j++) {
+            const int query = low + j, group = query / step_.rows;
+            Partial parts[] = {recent_part(head, batch), copy, exact_part(slot, query % step_.rows, group / row_batches_.size)};
+            const int place[] = {j, j, group % row_batches_.size};
+            join(parts, place, k_ ? 3 : 1, layout_.dim, sink(head, query), out + (head * count_ + query) * layout_.dim);
+        }
+    }
+
+    // Add query j's part to `sum`.
+    static void add(const Partial& part, const Partial& sum, int j) {
+        if (part.total[j] == 0.0f) return;
+        const float peak = std::max(part.peak[j], sum.peak[j]), theirs = std::exp(part.peak[j] - peak);
+        const float mine = sum.total[j] == 0.0f ? 0.0f : std::exp(sum.peak[j] - peak);
+        const float* from = part.out + j * part.stride;
+        float* to = sum.out + j * sum.stride;
+        if (mine == 0.0f)
+            for (int d = 0; d < part.stride; d++) to[d] = theirs * from[d];
+        else
+            for (int d = 0; d < part.stride; d++) to[d] = mine * to[d] + theirs * from[d];
+        sum.total[j] = mine * sum.total[j] + theirs * part.total[j];
+        sum.peak[j] = peak;
+    }
+
+    static float log_add(float a, float b) {
+        float high = std::max(a, b);
+        return high == -INFINITY ? high : high + std::log(std::exp(a - high) + std::exp(b - high));
+    }
+
+    const Engine engine_;
+    const Kernels& kernels_;
+    const Step step_;
+    const Layout& layout_;
+    const std::vector<Recent> recents_;
+    const float* sinks_;
+    const int64_t size_, k_, count_, stretches_, chunks_, wave_, per_top_, tops_;
+    Queries queries_;
+    const Batches row_batches_;
+    Partials recent_parts_, copy_parts_, exact_parts_;
+    Buffer<float> weights_, peaks_, totals_, factors_, mass_, top_values_, rest_lse_;
+    Buffer<int64_t> positions_;
+};
+
+LayerStep::LayerStep(const Engine& engine, Step step, const std::vector<Recent>& recents, int64_t k, const float* sinks, bool at_once)
+    : state_(new State(engine, std::move(step), recents, k, sinks, at_once)), k_(k) {}
+LayerStep::~LayerStep() = default;
+void LayerStep::run(const std::vector<Rows>& stored, float* out) { state_->run(stored, out); }
+void LayerStep::select(int64_t* positions) { state_->select(k_, positions); }
+void LayerStep::attend(const Fetched& fetched, float* out) { state_->attend(fetched, out); }
+
+}  // namespace specache

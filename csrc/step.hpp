@@ -1,0 +1,178 @@
+// What the kernels over a whole step share: its queries in batches, memory for a call, and partial results.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <vector>
+
+#include "engine.hpp"
+
+namespace specache {
+
+inline int64_t chunks_of(int64_t length, int64_t chunk) { return (length + chunk - 1) / chunk; }
+inline int64_t padded(int64_t x) { return (x + kTile - 1) / kTile * kTile; }
+
+// Queries of one KV head in batches of at most kMaxQueries, about equal.
+struct Batches {
+    int queries, count, size;
+    explicit Batches(int queries) : queries(queries) {
+        count = (queries + kMaxQueries - 1) / kMaxQueries;
+        size = (queries + count - 1) / count;
+    }
+    int first(int64_t batch) const { return int(batch) * size; }
+    int length(int64_t batch) const { return std::min(size, queries - first(batch)); }
+};
+
+// Memory of one call. The thread keeps it for its next call: fresh memory costs a page fault every 4 KB.
+class Block {
+public:
+    explicit Block(size_t size) {
+        auto& kept = blocks();
+        for (size_t i = 0; i < kept.size(); i++)
+            if (kept[i].size >= size && kept[i].size < 4 * size + 65536) {
+                held_ = kept[i];
+                kept[i] = kept.back();
+                kept.pop_back();
+                return;
+            }
+        held_.size = (size + 4095) / 4096 * 4096;
+        held_.data = std::aligned_alloc(64, held_.size);
+        if (!held_.data) throw std::bad_alloc();
+    }
+    Block(const Block&) = delete;
+    ~Block() {
+        auto& kept = blocks();
+        if (kept.size() == kKept) {
+            std::free(kept.front().data);
+            kept.erase(kept.begin());
+        }
+        kept.push_back(held_);
+    }
+    void* data() { return held_.data; }
+
+private:
+    struct Memory {
+        void* data = nullptr;
+        size_t size = 0;
+    };
+    struct Kept : std::vector<Memory> {
+        ~Kept() {
+            for (Memory& memory : *this) std::free(memory.data);
+        }
+    };
+    static constexpr size_t kKept = 24;  // more than a step holds
+    static Kept& blocks() {
+        thread_local Kept kept;
+        return kept;
+    }
+    Memory held_;
+};
+
+template <class T>
+class Buffer {
+public:
+    explicit Buffer(int64_t size) : block_(size_t(std::max<int64_t>(size, 1)) * sizeof(T)) {}
+    T* get() { return static_cast<T*>(block_.data()); }
+    T& operator[](int64_t i) { return get()[i]; }
+
+private:
+    Block block_;
+};
+
+// The queries of all heads: padded with zeros to whole blocks, then rounded.
+class Queries {
+public:
+    explicit Queries(const Step& step)
+        : step_(step), batches(step.queries()), stride_(padded(step.layout->dim)),
+          copied_(stride_ == step.layout->dim ? 0 : step.heads() * step.queries() * stride_),
+          prepared_(step.heads() * batches.count) {}
+
+    const float* at(int64_t head, int query) {
+        if (stride_ == step_.layout->dim) return step_.query + (head * step_.queries() + query) * stride_;
+        return copied_.get() + (head * step_.queries() + query) * stride_;
+    }
+
+    void pad(int64_t head) {
+        int dim = step_.layout->dim;
+        if (stride_ == dim) return;
+        for (int j = 0; j < step_.queries(); j++) {
+            float* to = copied_.get() + (head * step_.queries() + j) * stride_;
+            std::memset(to, 0, size_t(stride_) * sizeof(float));
+            std::memcpy(to, step_.query + (head * step_.queries() + j) * dim, size_t(dim) * sizeof(float));
+        }
+    }
+
+    // Fills `pointers` with the queries of a batch.
+    int batch(int64_t head, int64_t batch, const float** pointers) {
+        for (int j = 0; j < batches.length(batch); j++) pointers[j] = at(head, batches.first(batch) + j);
+        return batches.length(batch);
+    }
+
+    void prepare(const Engine& engine, int64_t head) {
+        pad(head);
+        if (!step_.copy_of(head).length) return;  // not even key weights yet
+        const float* weights = step_.copy_of(head).weights;
+        if (weights) weights += int64_t(step_.head_of(head)) * step_.layout->dim;
+        for (int64_t i = 0; i < batches.count; i++) {
+            const float* pointers[kMaxQueries];
+            int count = batch(head, i, pointers);
+            engine.kernels->prepare(*step_.layout, weights, pointers, count, &prepared(head, i));
+        }
+    }
+
+    PreparedQuery& prepared(int64_t head, int64_t batch) { return prepared_[head * batches.count + batch]; }
+
+private:
+    const Step& step_;
+
+public:
+    const Batches batches;
+
+private:
+    int64_t stride_;
+    Buffer<float> copied_;
+    Buffer<PreparedQuery> prepared_;
+};
+
+inline int64_t longest(const Step& step) {
+    int64_t length = 0;
+    for (const Copy& copy : step.copies) length = std::max(length, copy.length);
+    return length;
+}
+
+// What the tasks of an attention found, to be joined in order.
+class Partials {
+public:
+    Partials(const Step& step, int64_t tasks) : stride_(padded(step.layout->dim)), out_(tasks * kMaxQueries * stride_), numbers_(tasks * 2 * kMaxQueries) {}
+    Partial at(int64_t task) {
+        float* numbers = numbers_.get() + task * 2 * kMaxQueries;
+        return {out_.get() + task * kMaxQueries * stride_, numbers, numbers + kMaxQueries, int(stride_)};
+    }
+
+private:
+    int64_t stride_;
+    Buffer<float> out_, numbers_;
+};
+
+// Join partial sums by their log-sum-exp: out [dim] normalised -> lse; `sink` takes probability and has no value.
+inline float join(Partial* parts, const int* query, int64_t count, int dim, float sink, float* out) {
+    float peak = sink;
+    for (int64_t i = 0; i < count; i++) peak = std::max(peak, parts[i].peak[query[i]]);
+    std::fill(out, out + dim, 0.0f);
+    if (peak == -INFINITY) return -INFINITY;
+    float total = std::exp(sink - peak);
+    for (int64_t i = 0; i < count; i++) {
+        float weight = std::exp(parts[i].peak[query[i]] - peak);
+        if (weight == 0.0f || parts[i].total[query[i]] == 0.0f) continue;
+        total += weight * parts[i].total[query[i]];
+        const float* part = parts[i].out + query[i] * parts[i].stride;
+        for (int d = 0; d < dim; d++) out[d] += weight * part[d];
+    }
+    for (int d = 0; d < dim; d++) out[d] /= total;
+    return peak + std::log(total);
+}
+
+}  // namespace specache
