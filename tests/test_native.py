@@ -236,6 +236,34 @@ def test_one_call_does_what_the_single_kernels_do(isa, case, k, recent, sinks):
                 assert differences.max() <= largest / 255 and differences.mean() <= 2e-4 * largest
 
 
+@every_isa
+@settings(max_examples=15, deadline=None)
+@given(case=cases(), k=st.integers(1, 70), recent=st.integers(2, 40))
+def test_one_call_and_two_give_the_same_bits_on_any_number_of_threads(isa, case, k, recent):
+    dtype, generator = case.keys[0].dtype, torch.Generator().manual_seed(k)
+    newest = [RecentTokens(*torch.randn(2, case.heads, recent, case.dim, generator=generator).to(dtype)) for _ in case.lengths]
+    stored = [torch.cat([k_, v_], dim=-1) for k_, v_ in zip(case.keys, case.values, strict=True)]
+    k = min(k, max(case.lengths))
+    before, outs = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            with dispatch.using(isa):
+                backend = dispatch.fused(case.query)
+                outs.append(backend.decode_in_place(case.query, case.copies, newest, stored, k, 0.2, None, None))
+                step = backend.layer_step(case.query, case.copies, newest, k, 0.2, None, None)
+                positions = step.select()  # [B, Hkv, n, k]
+                heads = torch.arange(case.heads).view(-1, 1, 1)
+                rows = [
+                    rows_[heads, at.clamp(min=0)] if rows_.shape[1] else torch.zeros(*at.shape, 2 * case.dim, dtype=dtype)
+                    for rows_, at in zip(stored, positions, strict=True)
+                ]
+                outs.append(step.attend(positions, torch.stack(rows)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(outs[0], other) for other in outs[1:])
+
+
 def _one_by_one(query, copy, newest, stored, k, sink):
     heads, dim = copy.num_kv_heads, copy.head_dim
     grouped = query[0].unflatten(0, (heads, -1))  # [Hkv, G, 1, D]
