@@ -25,7 +25,7 @@ def model(request: pytest.FixtureRequest) -> Any:
 def close(request: pytest.FixtureRequest) -> Iterator[float]:
     """How near logits are. The C++ kernels round queries and weights to bytes, which a last bit can turn."""
     if request.param == "fastest":
-        yield 5e-3
+        yield 1e-3  # seen: 2e-4
         return
     with dispatch.using("torch"):
         yield 1e-5
@@ -53,7 +53,7 @@ def test_verified_gives_the_answer_of_on_demand(model, bits, close):
     answer, expected, _ = run(model, prompt(LENGTH), settings(policy="on-demand", **config))
     tokens, logits, _ = run(model, prompt(LENGTH), settings(policy="verified", **config))
     assert tokens == answer
-    assert (logits - expected).abs().max() < 10 * close
+    assert (logits - expected).abs().max() < 10 * close  # seen: 1e-5 and 2e-3
 
 
 def test_the_papers_policy_does_depend_on_the_guess(model, monkeypatch):
