@@ -4,8 +4,8 @@
 
 Keys and values of a prompt are replaced by what a variant decodes to (nothing is packed), then all tokens of a continuation go
 through the model in one pass: every row selects its own top-k from the low-bit scores and swaps in the exact pairs, as policies
-`on-demand` and `verified` do step by step. Prints the KL divergence from exact attention along the given text, and the bytes of
-low-bit copy and residual over those of an ordinary 16-bit cache.
+`on-demand` and `verified` do step by step (there a group becomes low bits one step later). Prints the KL divergence from exact
+attention along the given text, and the bytes of low-bit copy and residual over those of an ordinary 16-bit cache.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from specache.eval.prefilled import Prefilled
 from specache.eval.tasks.documents import excerpts
 from specache.exact import AttentionParams
 from specache.integration import attached, forward
-from specache.layers import WindowLayer
+from specache.window_layer import WindowLayer
 
 THREE_BITS = (0.2451, 0.7560, 1.3439, 2.1520)  # Lloyd-Max levels of a normal distribution, for studies only: nothing packs 3 bits
 

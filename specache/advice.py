@@ -77,7 +77,7 @@ def largest_batch(model: ModelDimensions, config: SpeCacheConfig, context: int, 
 
 
 def least_bytes(model: ModelDimensions, config: SpeCacheConfig, loads: Sequence[SequenceLoad]) -> int:
-    """Fast memory under the smallest settings: below it nothing makes these sequences fit, except that they are shorter."""
+    """Fast memory with the fewest bits and pairs, no hot set and prompts read token by token, in the same code, groups and tier."""
     smallest = {**_smallest(config), "prefill_chunk": 1, "top_k": 1}
     return plan(model, replace(config, **smallest), loads).fast
 
@@ -98,7 +98,7 @@ def largest(fits: Callable[[int], bool], low: int, high: int) -> int:
 
 def _single_changes(config: SpeCacheConfig) -> Iterator[dict[str, Any]]:
     if config.policy is Policy.FULL:
-        yield {"policy": "on-demand"}
+        yield {"policy": Policy.ON_DEMAND}
         return
     yield from ({"bits": bits} for bits in sorted(SUPPORTED_BITS, reverse=True) if bits < config.bits)
     if fetches(config) and config.top_k > _FEWEST_PAIRS:
@@ -126,6 +126,7 @@ def _smallest(config: SpeCacheConfig) -> dict[str, Any]:
     settings: dict[str, Any] = {"bits": min(SUPPORTED_BITS)}
     if config.policy is Policy.FULL:
         settings["policy"] = Policy.ON_DEMAND
+        config = replace(config, policy=Policy.ON_DEMAND)
     if fetches(config):
         settings |= {"hot_set": 0.0, "top_k": min(config.top_k, _FEWEST_PAIRS)}
     return settings

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from specache.attention import PassKind, PassPlan
-from specache.cache import Sequence as CachedSequence
 from specache.cache import SpeCache
 from specache.holdings import SequenceLoad
 from specache.integration import decode_forward, forward, reset_rope
 from specache.passes import DecodePass, Observer, PrefillPass
 from specache.plan import prefill_working_set
+from specache.sequence import Sequence as CachedSequence
 from specache.working_set import decode_bytes
 
 Progress = Callable[[int, int], None]  # (prompt tokens done, prompt tokens in all)
@@ -61,8 +61,8 @@ class Decoder:
     ) -> Tensor:
         """Bring a sequence to hold exactly `token_ids` -> logits [V] of the last one (Algorithm 1).
 
-        What is stored already is kept as far as it agrees; the rest goes through the model in chunks. A failure leaves the sequence
-        as it was. `observe` sees the queries of every full-attention layer and chunk that run.
+        What is stored already is kept as far as it agrees; the rest goes through the model in chunks. A failure leaves
+        what was kept. `observe` sees the queries of every full-attention layer and chunk that run.
         """
         keep = self._reusable(sequence, token_ids)
         sequence.truncate(keep)

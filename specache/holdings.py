@@ -16,7 +16,7 @@ from specache.quant.layout import PageLayout
 from specache.tiers.ram import ram_capacity
 from specache.tiers.row_file import BLOCK_TOKENS, RowLayout
 
-FLOAT = 4  # bytes
+FLOAT = 4  # bytes of a query or a key weight, a score, a log-sum-exp, an attention output before it is rounded
 ORDINARY_ITEMSIZE = 2  # the ordinary cache that everything is compared with has a 16-bit dtype
 
 

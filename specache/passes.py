@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from specache.attention import PassPlan, mixed_attention, select_first
-from specache.cache import Sequence
 from specache.config import Policy
 from specache.exact import AttentionParams
-from specache.layers import CompressedLayer, DenseLayer, WindowLayer
+from specache.layers import CompressedLayer, DenseLayer
+from specache.sequence import Sequence
+from specache.window_layer import WindowLayer
 
 Observer = Callable[[int, Tensor, AttentionParams], None]  # (layer, queries [Hq, n, D], params) of a prefill chunk
 

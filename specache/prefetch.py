@@ -242,6 +242,7 @@ class FetchedRows:
         if missing.any():
             head, column = missing.nonzero(as_tuple=True)
             wanted = positions[head, column]
+            self._count_rows(len(head))
             arrival, seconds = timed(self._read(head, wanted))
             self._count_wait(seconds)
             self._counters.read_s += seconds
@@ -264,6 +265,7 @@ class FetchedRows:
             wanted = positions[head, column]
             request = self._worker.submit(self._read(head, wanted))
             if request is not None:
+                self._count_rows(len(head))
                 self._in_flight = _InFlight(head, wanted, request)
 
     def resize(self, slots: int) -> None:
@@ -295,6 +297,11 @@ class FetchedRows:
         self._counters.read_s += seconds
         return arrival.wait()
 
+    def _count_rows(self, count: int) -> None:
+        size = count * self.hot.rows.shape[-1] * self.hot.rows.element_size()
+        self._counters.bytes_fetched += size
+        self._staged_bytes = max(self._staged_bytes, size)
+
     def _count_wait(self, seconds: float) -> None:
         self._counters.waits += 1
         self._counters.wait_s += seconds
@@ -310,8 +317,5 @@ class FetchedRows:
 
     def _read(self, head: Tensor, position: Tensor) -> Callable[[], Arrival]:
         """A read of M rows, to run on any thread."""
-        size = len(head) * self.hot.rows.shape[-1] * self.hot.rows.element_size()
-        self._counters.bytes_fetched += size
-        self._staged_bytes = max(self._staged_bytes, size)
         head, position = head.cpu(), position.cpu()
         return lambda: self._transfer(self._tier.gather(self._layer, head, position))

@@ -9,14 +9,14 @@ Symbols: `c` tokens of a prefill chunk, `S` low-bit tokens, `n` rows per sequenc
 
 from __future__ import annotations
 
-from specache.config import PAGE_TOKENS, Policy, SlowTierKind, SpeCacheConfig
+from specache.config import PAGE_TOKENS, Policy, SpeCacheConfig
 from specache.dimensions import LayerDimensions, ModelDimensions
 from specache.exact import KEY_BLOCK, QUERY_BLOCK
+from specache.holdings import FLOAT, on_disk
 from specache.kernels import dispatch
 from specache.kernels.blocks import BLOCK_BYTES, QUANTISE_PAGES
 from specache.tiers.row_reads import GAP_BYTES, READ_BYTES
 
-FLOAT = 4  # bytes of a score, a log-sum-exp, an attention output before it is rounded
 INDEX = 8  # bytes of a position
 STREAMS = 2  # of hidden width: the residual stream and the normalised input of a layer
 RUNNING_PARTS = 4  # outputs of attention at once: two parts, and their weighted sum while it is formed
@@ -33,7 +33,7 @@ def prefill_bytes(model: ModelDimensions, config: SpeCacheConfig, chunk: int, st
     hidden = chunk * model.itemsize * (STREAMS * model.hidden + _rotary_width(model))
     stages = [_feed_forward(model, chunk), _normalisation(model, chunk)]
     stages += [_attention(model, config, layer, chunk, stored) for layer in set(model.layers)]
-    buffers = DISK_READ_BUFFERS * READ_BYTES if _on_disk(config) else 0
+    buffers = DISK_READ_BUFFERS * READ_BYTES if on_disk(config) else 0
     matrix = 2 * model.matrix_elements * model.itemsize  # codes as numbers, and their products with scales
     logits = model.vocabulary * (model.itemsize + 2 * FLOAT)
     return hidden + max(stages) + matrix + logits + buffers
@@ -45,17 +45,13 @@ def decode_bytes(model: ModelDimensions, config: SpeCacheConfig, sequences: int,
     hidden = sequences * rows * (STREAMS * model.hidden + 3 * model.mlp) * model.itemsize
     logits = sequences * model.vocabulary * (rows * (model.itemsize + FLOAT) + 2 * FLOAT)
     attention = max(_step_attention(model, config, layer, sequences, rows, low_bit_tokens) for layer in set(model.layers))
-    return hidden + logits + attention + (_row_buffers(model, config) if _on_disk(config) else 0)
+    return hidden + logits + attention + (_row_buffers(model, config) if on_disk(config) else 0)
 
 
 def _row_buffers(model: ModelDimensions, config: SpeCacheConfig) -> int:
     """Buffers for direct reads of scattered rows, each widened to the device's unit, for every layer that is read at a time."""
     widest = max(layer.kv_heads * (layer.row_bytes(model.itemsize) + WIDENED_BYTES) for layer in model.full_layers)
     return KEPT_BUFFERS * min(READ_BYTES, config.top_k * widest)
-
-
-def _on_disk(config: SpeCacheConfig) -> bool:
-    return config.slow_tier is SlowTierKind.DISK and config.policy is not Policy.FULL
 
 
 def _rotary_width(model: ModelDimensions) -> int:
@@ -93,7 +89,7 @@ def _attention(model: ModelDimensions, config: SpeCacheConfig, layer: LayerDimen
 
 def _reads_back(model: ModelDimensions, config: SpeCacheConfig) -> bool:
     """Whether earlier rows must be copied to be attended to: from a disk, or to a GPU."""
-    return _on_disk(config) or (config.policy is not Policy.FULL and model.device != "cpu")
+    return on_disk(config) or (config.policy is not Policy.FULL and model.device != "cpu")
 
 
 def _exact_block(model: ModelDimensions, layer: LayerDimensions, rows: int, keys: int) -> int:

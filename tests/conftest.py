@@ -13,6 +13,8 @@ import pytest
 
 from specache.cli.models import DEMO_MODEL, DEMO_REQUIREMENT, Dtype, LoadedModel, demo_gguf, load
 from specache.kernels import dispatch
+from specache.tiers import tier_files
+from specache.tiers.probe import ReaderReport
 
 
 @pytest.fixture(scope="session")
@@ -38,3 +40,9 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny-model")
     save_tiny_chat_model(folder)
     return folder
+
+
+@pytest.fixture
+def plain_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One reader that reads where it is called, through the one function that tests disturb."""
+    monkeypatch.setattr(tier_files, "report_for", lambda folder: ReaderReport("buffered", False, 4096))

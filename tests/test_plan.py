@@ -134,11 +134,19 @@ def test_the_largest_batch_is_the_largest(llama_3b):
     assert plan(llama_3b, config, even_loads(8192, batch + 1)).fast > 8 * 10**9
 
 
-def test_nothing_fits_below_the_least(llama_3b):
-    config, loads = resolved(slow_tier="ram"), even_loads(8192, 1)
+@pytest.mark.parametrize("policy", ["verified", "none", "full"])
+def test_nothing_fits_below_the_least(llama_3b, policy):
+    config, loads = resolved(slow_tier="ram", policy=policy), even_loads(8192, 1)
     least = advice.least_bytes(llama_3b, config, loads)
-    found = advice.suggestions(llama_3b, config, loads, least - 1)
-    assert all("context" in one.changes for one in found)
+    assert all("context" in one.changes for one in advice.suggestions(llama_3b, config, loads, least - 1))
+    assert any("context" not in one.changes for one in advice.suggestions(llama_3b, config, loads, 2 * least))
+
+
+def test_the_least_is_the_same_whatever_policy_wants_more(llama_3b):
+    """The ordinary cache becomes `on-demand`, with the smallest hot set and the fewest pairs too."""
+    loads = even_loads(8192, 1)
+    full, on_demand = (resolved(slow_tier="ram", policy=policy) for policy in ("full", "on-demand"))
+    assert advice.least_bytes(llama_3b, full, loads) == advice.least_bytes(llama_3b, on_demand, loads)
 
 
 @pytest.mark.parametrize(

@@ -199,6 +199,7 @@ def test_a_full_queue_refuses_and_the_step_fetches_for_itself(tier, worker, monk
         fetched, ready = rows.fetch(wanted(number))
         assert torch.equal(fetched, expected(tier, wanted(number)))
         assert ready == (HEADS if number < 2 else 0)
+        assert rows._counters.bytes_fetched == fetched.nbytes  # once, whoever read it
     for rows in layers[:2] * 5:  # finished requests have left the queue
         rows.submit(wanted(100))
         assert rows._in_flight is not None

@@ -15,7 +15,7 @@ from specache.bench.base import Outcome, Result, Surroundings, check_at_least
 from specache.bench.breakdown import recorded
 from specache.bench.machine import LargeArray
 from specache.bench.one_layer import LowBitLayer
-from specache.bench.shapes import Shape, shape_named
+from specache.bench.shapes import SHAPES, Shape, shape_named
 from specache.bench.synthetic import synthetic_rows
 from specache.bench.timing import PhaseClock, Timing, interleaved
 from specache.bench.torch_attention import Baseline, dequantising_baseline, exact_baselines
@@ -38,7 +38,7 @@ class Attention:
         *("impl", "isa", "bits", "rows", "context", "ms", "spread", "gb_per_s"),
         *("vs_sdpa_bf16", "vs_best_torch", "vs_best_matmul", "vs_floor", "phases"),
     )
-    shape: str = field(default="llama-3-8b", metadata={"help": "Dimensions of the layer: smollm2-135m, llama-3.2-1b, llama-3-8b."})
+    shape: str = field(default="llama-3-8b", metadata={"help": f"Dimensions of the layer: {', '.join(SHAPES)}."})
     context: tuple[int, ...] = field(default=(32768,), metadata={"help": "Tokens in the layer, multiples of 64."})
     bits: tuple[int, ...] = field(default=(2,), metadata={"help": "Bits per number of the low-bit copy."})
     rows: tuple[int, ...] = field(default=(1,), metadata={"help": "Rows of a step: 1 (on-demand), 2 (with a guess beside it)."})
@@ -53,8 +53,12 @@ class Attention:
         shape_named(self.shape)
         if any(bits not in SUPPORTED_BITS for bits in self.bits):
             raise ConfigError(f"--bits takes {', '.join(map(str, SUPPORTED_BITS))}, got {', '.join(map(str, self.bits))}.")
+        if any(rows > 2 for rows in self.rows):
+            raise ConfigError(f"--rows takes 1 and 2, got {', '.join(map(str, self.rows))}.")
         if any(context % PAGE_TOKENS for context in self.context):
-            raise ConfigError(f"--context takes multiples of {PAGE_TOKENS} tokens: all of them are in the low-bit copy here.")
+            raise ConfigError(
+                f"--context takes multiples of {PAGE_TOKENS} tokens: whole pages of the low-bit copy, and the residual."
+            )
         unknown = set(self.kernels) - set(kernels.available())
         if unknown:
             raise ConfigError(f"no kernels {', '.join(sorted(unknown))} here. There are: {', '.join(kernels.available())}.")

@@ -8,7 +8,8 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from transformers import DynamicCache, QuantizedCache
+from torch import Tensor
+from transformers import DynamicCache
 
 from specache.bench.breakdown import recorded
 from specache.bench.synthetic import add_sequence
@@ -19,8 +20,8 @@ from specache.config import SpeCacheConfig
 from specache.decoding import Decoder
 from specache.errors import ConfigError
 from specache.integration import attached, reset_rope
+from specache.quantized_cache import PACKAGES, new_quantized_cache, quantised_tokens, store_prompt
 
-QUANTIZED_BACKENDS = {"hqq": 1, "quanto": 0}  # -> the axis that transformers' guide recommends
 _IMPORTED_AS = {"hqq": "hqq", "quanto": "optimum"}
 
 
@@ -120,12 +121,16 @@ class StockContender(Contender):
     def new_cache(self) -> Any:
         """An empty cache."""
 
+    def store(self, index: int, keys: Tensor, values: Tensor) -> None:
+        """Put the rows [B, Hkv, S, D] of a layer into the cache."""
+        self._held.update(keys, values, index)
+
     def prepare(self) -> None:
         work = self._work
         self._held = self.new_cache()
         for index in range(len(work.layer_shapes)):
             keys, values = (rows.expand(work.batch, *rows.shape) for rows in work.rows(index))  # [B, Hkv, S, D]
-            self._held.update(keys, values, index)
+            self.store(index, keys, values)
         self._length = work.context
         self._tokens = torch.zeros(work.batch, 1, dtype=torch.long)
 
@@ -160,7 +165,7 @@ class QuantizedContender(StockContender):
     """transformers' quantised cache, with a library that is installed.
 
     Raises:
-        ConfigError: there is none, or it cannot hold this model.
+        ConfigError: there is none, or it cannot hold these sequences.
     """
 
     impl = "quantized"
@@ -171,17 +176,19 @@ class QuantizedContender(StockContender):
         self._backend = quantized_backend()
         self.cache = f"{bits}-bit {self._backend}"
         self.needed_bytes = work.exact_bytes * (bits + 1) // 16 + 3 * work.exact_bytes // len(work.layer_shapes)
-        self.new_cache()  # a model that it cannot hold is refused here
+        for layer, (heads, dim) in zip(
+            self.new_cache().layers, work.layer_shapes, strict=True
+        ):  # what it cannot hold is refused here
+            quantised_tokens(layer, work.context, work.batch * heads * dim)
 
     def new_cache(self) -> Any:
-        axis = QUANTIZED_BACKENDS[self._backend]
-        config = self._work.model.config
         try:
-            return QuantizedCache(
-                self._backend, config, nbits=self._bits, axis_key=axis, axis_value=axis, q_group_size=64, residual_length=128
-            )
+            return new_quantized_cache(self._work.model, self._backend, self._bits, q_group_size=64, residual_length=128)
         except (ImportError, ValueError) as error:
             raise ConfigError(f"transformers' QuantizedCache with {self._backend} cannot run this: {error}") from error
+
+    def store(self, index: int, keys: Tensor, values: Tensor) -> None:
+        store_prompt(self._held, index, keys, values)
 
 
 class BareModel(Contender):
@@ -217,7 +224,7 @@ def quantized_backend() -> str:
     Raises:
         ConfigError: none is installed.
     """
-    for backend in QUANTIZED_BACKENDS:
+    for backend in PACKAGES:
         if find_spec(_IMPORTED_AS[backend]) is not None:
             return backend
-    raise ConfigError("transformers' QuantizedCache needs hqq or optimum-quanto: pip install hqq")
+    raise ConfigError(f"transformers' QuantizedCache needs {' or '.join(PACKAGES.values())}: pip install hqq")

@@ -1,4 +1,4 @@
-"""Where a result was measured: machine, kernels, versions; how much memory is free and how fast it is read."""
+"""Where a result was measured: machine, kernels, versions; and how fast its memory is read."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import os
 import platform
 import time
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import specache
+from specache import machine
 from specache.bench import kernels
 
 EVICTING_BYTES = 256 << 20  # far more than any last-level cache of a desktop; several times that of most servers
@@ -38,11 +38,11 @@ def describe() -> dict[str, Any]:
     """Machine, kernels and versions, JSON-ready."""
     return {
         "machine": {
-            "cpu": _cpu_model(),
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "cpu": machine.processor_name(),
+            "cores": machine.usable_cores(),
             "threads": torch.get_num_threads(),
             "pytorch_uses": torch.backends.cpu.get_cpu_capability(),
-            "usable_memory_bytes": usable_memory(),
+            "usable_memory_bytes": machine.memory()["usable_bytes"],
             "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
             "system": platform.platform(),
         },
@@ -56,28 +56,6 @@ def describe() -> dict[str, Any]:
     }
 
 
-def usable_memory() -> int | None:
-    """Bytes that can still be allocated without swapping, where the system tells (Linux); the container's limit counts."""
-    available = next((line.split()[1] for line in _lines("/proc/meminfo") if line.startswith("MemAvailable:")), None)
-    bounds = [] if available is None else [int(available) * 1024]
-    limit, used = (next(iter(_lines(f"/sys/fs/cgroup/memory.{name}")), "") for name in ("max", "current"))
-    if limit.isdigit() and used.isdigit():
-        bounds.append(int(limit) - int(used))
-    return min(bounds, default=None)
-
-
 def gigabytes(size: float) -> str:
     """`1.2 GB`, for messages."""
     return f"{size / 1e9:.1f} GB"
-
-
-def _cpu_model() -> str:
-    named = (line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []

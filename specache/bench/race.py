@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from specache.bench.base import Say
 from specache.bench.contenders import Contender
-from specache.bench.machine import gigabytes, usable_memory
+from specache.bench.machine import gigabytes
 from specache.bench.timing import Timing, interleaved
 from specache.bench.workload import Workload
+from specache.machine import memory
 
 WARMUP_STEPS = 2
 
@@ -44,7 +45,7 @@ def race(
     Args:
         phase_steps: further steps, in which a contender's phases are recorded.
     """
-    free = usable_memory()
+    free = memory()["usable_bytes"]
     outcome: dict[Contender, Measured | Skipped] = {}
     fitting = []
     for contender in contenders:

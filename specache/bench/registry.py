@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
-from specache.errors import ConfigError
+from specache.registry import named_class
 
 BENCHMARKS = {
     "attention": "specache.bench.attention:Attention",
@@ -21,7 +20,4 @@ def benchmark_class(name: str) -> Any:
     Raises:
         ConfigError: there is none of this name.
     """
-    if name not in BENCHMARKS:
-        raise ConfigError(f"There is no benchmark {name!r}. Known: {', '.join(BENCHMARKS)}.")
-    module, attribute = BENCHMARKS[name].split(":")
-    return getattr(import_module(module), attribute)
+    return named_class(BENCHMARKS, name, "benchmark")

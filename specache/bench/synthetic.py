@@ -10,8 +10,9 @@ from torch import Tensor
 
 from specache.cache import SpeCache
 from specache.exact import AttentionParams
-from specache.layers import CompressedLayer, DenseLayer, WindowLayer
+from specache.layers import CompressedLayer, DenseLayer
 from specache.tiers.base import SlowTier
+from specache.window_layer import WindowLayer
 
 LayerShape = tuple[int, int]  # (Hkv, D)
 _BLOCK = 4096  # tokens drawn at a time

@@ -1,5 +1,4 @@
-"""The command line: `specache generate`, `chat`, `demo`, `eval`, `bench`, `plan` and `doctor`.
+"""The command line: `specache generate`, `chat`, `session`, `plan`, `demo`, `eval`, `bench` and `doctor`.
 
-Nothing here computes: a command reads its options, loads a model, calls the library and prints. Modules that
-need torch or transformers import them inside functions, so that `specache --help` answers at once.
+Nothing here computes: a command reads its options, loads a model, calls the library and prints.
 """

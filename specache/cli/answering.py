@@ -64,7 +64,7 @@ def answer(
         loaded: model and tokenizer.
         prompts: token ids per sequence; whole conversations if `cache` already holds their beginning.
         cache: empty, or holding what is to be continued.
-        options: from `options.generation_options`.
+        options: from `options.GenerationOptions.arguments`.
         stops: texts to stop before.
         on_text: called with (sequence index, new text) as text becomes certain.
         on_prefilled: called when the prompts are in the cache, before the first new token.

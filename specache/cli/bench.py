@@ -17,7 +17,7 @@ from specache.cli.bench_table import result_table
 from specache.cli.console import err, quiet_libraries, status
 from specache.cli.field_command import field_parameters, make_command, take, take_fields, written_parameters
 from specache.cli.json_file import JsonFile, check_json, write_json
-from specache.cli.models import DEMO_MODEL, Device, Dtype, demo_gguf, load
+from specache.cli.models import DEMO_MODEL, Device, Dtype, demo_file, load
 from specache.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -39,28 +39,14 @@ specache bench scaling -m demo --contexts 2048,8192,32768 --batches 1,8 --plot s
 Timings are noisy: implementations take turns within a run, and only figures of one run can be compared.
 """
 LOG_WIDTH = 200  # of tables where there is no terminal
-_MODEL_PANEL = "Model"
 _BENCHMARK_PANEL = "Benchmark"
 _DTYPES = {"fp32": Dtype.FLOAT32, "fp16": Dtype.FLOAT16}  # the rest computes in bfloat16
 _FORMATS = "fp32, bf16, fp16, int8, int4"
 
 Seed = Annotated[int, typer.Option("--seed", rich_help_panel="Run", help="Decides synthetic keys, values, weights and prompts.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, rich_help_panel="Run", help="CPU threads. Default: PyTorch's.")]
-OptionalModel = Annotated[
-    str | None,
-    typer.Option("--model", "-m", metavar="MODEL", rich_help_panel=_MODEL_PANEL, help="Hub name, folder, .gguf file, or 'demo'."),
-]
-ShapeName = Annotated[
-    str | None,
-    typer.Option(
-        "--shape",
-        metavar="NAME",
-        rich_help_panel=_MODEL_PANEL,
-        help="Instead of a model: random weights in the dimensions of smollm2-135m, llama-3.2-1b, llama-3.2-3b or llama-3-8b.",
-    ),
-]
 WeightsName = Annotated[
-    str, typer.Option("--weights", rich_help_panel=_MODEL_PANEL, help=f"Number format: {_FORMATS}.", metavar="FORMAT")
+    str, typer.Option("--weights", rich_help_panel=options.MODEL_PANEL, help=f"Number format: {_FORMATS}.", metavar="FORMAT")
 ]
 
 
@@ -77,8 +63,8 @@ class SharedOptions:
 class ModelOptions:
     """What benchmarks of whole models are told besides."""
 
-    model: OptionalModel = None
-    shape: ShapeName = None
+    model: options.OptionalModel = None
+    shape: options.ShapeName = None
     weights: WeightsName = "bf16"
     revision: options.Revision = None
     offline: options.Offline = False
@@ -102,7 +88,7 @@ class NamedModel:
     def gguf(self) -> str | None:
         """The file that was named, or the demo's."""
         if self.name == DEMO_MODEL:
-            return str(demo_gguf())
+            return str(demo_file())
         return self.name if self.name.lower().endswith(".gguf") else None
 
     def load(self) -> Any:
@@ -179,8 +165,7 @@ def _source(chosen: ModelOptions, seed: int) -> ModelSource:
     """
     from specache.bench.shapes import RandomModel, Weights, shape_named
 
-    if (chosen.model is None) == (chosen.shape is None):
-        raise ConfigError("Name a model with --model, or a shape with --shape; one of the two.")
+    options.check_model_or_shape(chosen.model, chosen.shape)
     if chosen.weights not in list(Weights):
         raise ConfigError(f"--weights must be one of {', '.join(Weights)}, got {chosen.weights!r}.")
     weights = Weights(chosen.weights)

@@ -11,10 +11,11 @@ from specache.cli.answering import Outcome
 from specache.cli.compiling import compile_model
 from specache.cli.console import err, print_error, quiet_libraries, reports_errors, status, write
 from specache.cli.conversation import Conversation
+from specache.cli.field_command import takes_options
 from specache.cli.models import Device, Dtype, LoadedModel, load
 from specache.cli.prompts import has_chat_template
 from specache.cli.report import rate, statistics_table, times
-from specache.config import Code, Policy, SlowTierKind, SpeCacheConfig
+from specache.config import SpeCacheConfig
 from specache.errors import ConfigError, SpeCacheError
 from specache.weights import WeightFormat
 
@@ -30,27 +31,13 @@ HELP = "Commands: /stats, /reset, /help, /exit. Ctrl-C stops an answer, Ctrl-D l
 
 
 @reports_errors
+@takes_options
 def chat(
     model: options.Model,
+    *,
     system: options.System = None,
-    max_new_tokens: options.MaxNewTokens = None,
-    temperature: options.Temperature = None,
-    top_p: options.TopP = None,
-    min_p: options.MinP = None,
-    top_k_sampling: options.TopKSampling = None,
-    repetition_penalty: options.RepetitionPenalty = None,
-    seed: options.Seed = None,
-    stop: options.Stop = None,
-    bits: options.Bits = 2,
-    code: options.CodeOption = Code.ROTATED,
-    group_size: options.GroupSize = 64,
-    residual: options.Residual = 64,
-    top_k: options.TopK = 64,
-    policy: options.PolicyOption = Policy.AUTO,
-    slow_tier: options.SlowTier = SlowTierKind.AUTO,
-    hot_set: options.HotSet = options.DEFAULT_HOT_SET,
-    prefill_chunk: options.PrefillChunk = 1024,
-    fast_memory: options.FastMemory = None,
+    generation: options.GenerationOptions,
+    cache: options.CacheOptions,
     dtype: options.DtypeOption = Dtype.AUTO,
     weights: options.WeightsOption = WeightFormat.AUTO,
     compile: options.Compile = False,
@@ -60,27 +47,9 @@ def chat(
     offline: options.Offline = False,
 ) -> None:
     """Talk with a model. Every turn continues from the same low-bit cache, so only new text is read."""
-    config = options.build_config(
-        bits=bits,
-        code=code,
-        group_size=group_size,
-        residual=residual,
-        top_k=top_k,
-        policy=policy,
-        slow_tier=slow_tier,
-        hot_set=hot_set,
-        prefill_chunk=prefill_chunk,
-        fast_memory=fast_memory,
-    )
-    arguments = options.generation_options(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        min_p=min_p,
-        top_k_sampling=top_k_sampling,
-        repetition_penalty=repetition_penalty,
-    )
-    stops = options.checked_stops(stop)
+    config = cache.config()
+    arguments = generation.arguments()
+    stops = generation.stops()
 
     quiet_libraries()
     options.set_threads(threads)
@@ -88,7 +57,7 @@ def chat(
         loaded = load(model, dtype=dtype, weights=weights, device=device, revision=revision, offline=offline, on_progress=say)
         if compile:
             compile_model(loaded.model, config, 1, say)
-    options.set_seed(seed)
+    generation.set_seed()
     _talk(loaded, config, arguments, stops, system)
 
 

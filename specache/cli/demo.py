@@ -63,6 +63,7 @@ def demo(
     bits: options.Bits = 2,
     code: options.CodeOption = Code.ROTATED,
     top_k: options.TopK = 64,
+    policy: options.PolicyOption = Policy.AUTO,
     model: options.Model = DEMO_MODEL,
     dtype: options.DtypeOption = Dtype.AUTO,
     weights: options.WeightsOption = WeightFormat.AUTO,
@@ -71,7 +72,7 @@ def demo(
     threads: options.Threads = None,
 ) -> None:
     """Ask a small model about a long document, over three caches: SpeCache, 16 bits, and low bits alone."""
-    config = SpeCacheConfig(bits=bits, code=code, top_k=top_k, policy=Policy.VERIFIED, slow_tier=SlowTierKind.RAM)
+    config = SpeCacheConfig(bits=bits, code=code, top_k=top_k, policy=policy, slow_tier=SlowTierKind.RAM)
     if seed is None:
         seed = random.SystemRandom().randrange(10_000)
     quiet_libraries()
@@ -110,7 +111,7 @@ def _introduce(out: Console, loaded: LoadedModel, task: DemoTask, length: int, s
 def _runs(out: Console, loaded: LoadedModel, ids: list[int], task: DemoTask, config: SpeCacheConfig) -> list[Run]:
     """Prefill once, then answer over a copy of the cache per contender. An interrupt ends it after the current one."""
     contenders = (
-        Contender(f"SpeCache, {config.bits} bits", Policy.VERIFIED),
+        Contender(f"SpeCache, {config.bits} bits", config.policy),
         Contender("16-bit cache", Policy.FULL),
         Contender(f"{config.bits} bits alone", Policy.NONE),
     )
@@ -151,7 +152,7 @@ def _run(
     contender: Contender,
     streams: bool,
 ) -> Run:
-    generation = options.generation_options(max_new_tokens=MAX_NEW_TOKENS)
+    generation = options.GenerationOptions(max_new_tokens=MAX_NEW_TOKENS).arguments()
     with shared.fork(policy=contender.policy) as cache:
         if streams and not out.quiet:
             out.print("[bold]Answer  [/bold]  ", end="")

@@ -1,4 +1,4 @@
-"""The facts behind `specache doctor`. Whatever this system does not tell is `None`."""
+"""The facts behind `specache doctor`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from specache import machine
 from specache.cli.models import DEMO_REQUIREMENT, demo_gguf, native_bfloat16_cpu
 from specache.folders import cache_folder
 
@@ -47,7 +48,7 @@ def diagnose() -> dict[str, Any]:
             **{name: _version(name) for name in PACKAGES},
         },
         "cpu": _cpu(),
-        "memory": _memory(),
+        "memory": machine.memory(),
         "devices": _devices(),
         "kernels": dispatch.active(),
         "native_kernels": {"instruction_sets": native.instruction_sets(), "missing": native.MISSING},
@@ -106,55 +107,16 @@ def _version(package: str) -> str | None:
 def _cpu() -> dict[str, Any]:
     import torch
 
-    info = _cpuinfo()
+    info = machine.processor()
     flags = set((info.get("flags") or info.get("Features") or "").split())
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
-        "model": info.get("model name") or platform.processor() or platform.machine(),
-        "cores": usable,
+        "model": machine.processor_name(),
+        "cores": machine.usable_cores(),
         "threads": torch.get_num_threads(),
         "features": [feature for feature in CPU_FEATURES if feature in flags],
         "pytorch_uses": torch.backends.cpu.get_cpu_capability(),
         "bfloat16": native_bfloat16_cpu(),
     }
-
-
-def _cpuinfo() -> dict[str, str]:
-    """The first processor of `/proc/cpuinfo`; empty where there is none."""
-    info: dict[str, str] = {}
-    for line in _lines("/proc/cpuinfo"):
-        name, colon, value = line.partition(":")
-        if colon:
-            info.setdefault(name.strip(), value.strip())
-    return info
-
-
-def _memory() -> dict[str, Any]:
-    meminfo = {name: value for name, _, value in (line.partition(":") for line in _lines("/proc/meminfo"))}
-    total, available = _kilobytes(meminfo.get("MemTotal")), _kilobytes(meminfo.get("MemAvailable"))
-    limit, used = _control_group()
-    if total is None and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    bounds = [bound for bound in (available, None if limit is None else limit - (used or 0)) if bound is not None]
-    return {
-        "total_bytes": total,
-        "available_bytes": available,
-        "container_limit_bytes": limit,
-        "usable_bytes": min(bounds, default=None),
-    }
-
-
-def _control_group() -> tuple[int | None, int | None]:
-    """Memory limit of the container and what it uses, in bytes: control groups version 2, then version 1."""
-    own = next((line.split("::", 1)[1] for line in _lines("/proc/self/cgroup") if line.startswith("0::")), "/")
-    folders = [f"/sys/fs/cgroup{own.rstrip('/')}", "/sys/fs/cgroup"]
-    files = [(f"{folder}/memory.max", f"{folder}/memory.current") for folder in folders]
-    v1 = "/sys/fs/cgroup/memory/memory"
-    for limit_file, usage_file in [*files, (f"{v1}.limit_in_bytes", f"{v1}.usage_in_bytes")]:
-        limit = _number(limit_file)
-        if limit is not None and limit < 1 << 60:  # version 1 writes "unlimited" as a huge number
-            return limit, _number(usage_file)
-    return None, None
 
 
 def _devices() -> dict[str, Any]:
@@ -203,19 +165,3 @@ def _cache() -> dict[str, Any]:
         "free_bytes": shutil.disk_usage(existing).free,
         "models": sorted(path.name for path in (folder / "models").glob("[!.]*") if path.is_dir()),
     }
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-
-
-def _number(path: str) -> int | None:
-    text = next(iter(_lines(path)), "").strip()
-    return int(text) if text.isdigit() else None
-
-
-def _kilobytes(text: str | None) -> int | None:
-    return None if text is None else int(text.split()[0]) * 1024

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Collection
 from typing import Annotated, Any
@@ -16,14 +17,29 @@ from specache.eval.settings import field_types, flag, is_tuple, parse, shown
 
 def make_command(name: str, help: str, function: Callable[..., None], parameters: list[inspect.Parameter]) -> Any:
     """A click command with these options. Required ones go first, as in any signature."""
-    ordered = sorted(parameters, key=lambda parameter: parameter.default is not inspect.Parameter.empty)
-    function.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]
-    function.__annotations__ = {parameter.name: parameter.annotation for parameter in ordered}
+    _sign(function, sorted(parameters, key=lambda parameter: parameter.default is not inspect.Parameter.empty))
     sub = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False, add_completion=False)
     sub.command(name, help=help, context_settings={"help_option_names": ["-h", "--help"]})(reports_errors(function))
     command = build_command(sub)
     command.name = name
     return command
+
+
+def takes_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Each parameter whose type is a dataclass of `written_parameters` becomes their options in its place, for typer to read."""
+    signature = inspect.signature(command, eval_str=True)
+    groups = {one.name: one.annotation for one in signature.parameters.values() if dataclasses.is_dataclass(one.annotation)}
+    parameters: list[inspect.Parameter] = []
+    for parameter in signature.parameters.values():
+        parameters += written_parameters(groups[parameter.name]) if parameter.name in groups else [parameter]
+
+    @functools.wraps(command)
+    def with_options(**values: Any) -> None:
+        taken = {name: take(cls, values) for name, cls in groups.items()}
+        command(**taken, **{name: value for name, value in values.items() if name in signature.parameters})
+
+    _sign(with_options, parameters)
+    return with_options
 
 
 def written_parameters(cls: Any, defaults: dict[str, Any] | None = None) -> list[inspect.Parameter]:
@@ -71,6 +87,12 @@ def take_fields(cls: Any, values: dict[str, Any], given: dict[str, Any] | None =
             written_out = isinstance(value, str) and is_tuple(kinds[name])
             fields[name] = parse(value, kinds[name], f"--{flag(name)}") if written_out else value
     return cls(**fields)
+
+
+def _sign(function: Callable[..., None], parameters: list[inspect.Parameter]) -> None:
+    """Make it look as if it were written with these parameters."""
+    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    function.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
 
 
 def _field_parameter(field: dataclasses.Field[Any], kind: Any, panel: str) -> inspect.Parameter:

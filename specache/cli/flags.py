@@ -15,7 +15,8 @@ _SETTINGS = frozenset(field.name for field in dataclasses.fields(SpeCacheConfig)
 def in_flags(message: str, parameters: Iterable[str]) -> str:
     """An error's message with flags for the settings of `SpeCacheConfig` that a command has as options of its own.
 
-    A setting is named where it begins the message (`top_k must be ...`) or is assigned (`policy='none'` becomes `--policy none`).
+    A setting is named where it begins the message (`bits must be ...`) or is assigned (`policy='none'` becomes `--policy none`);
+    names that are no English words (`fast_memory`) are settings everywhere.
 
     Args:
         parameters: names of the command's parameters. Settings that are not among them keep their names: the user wrote them
@@ -25,4 +26,5 @@ def in_flags(message: str, parameters: Iterable[str]) -> str:
     if not names:
         return message
     message = re.sub(rf"\b({names})=(?:'([^']*)'|([\w.-]*\w))", lambda m: f"--{flag(m[1])} {m[2] or m[3]}", message)
-    return re.sub(rf"^({names})\b", lambda m: f"--{flag(m[1])}", message)
+    named = "|".join(name for name in names.split("|") if "_" in name) or "(?!)"
+    return re.sub(rf"^({names})\b|(?<![\w./-])({named})(?![\w/-]|\.\w)", lambda m: f"--{flag(m[0])}", message)

@@ -12,10 +12,11 @@ from specache.cli import options, session_option
 from specache.cli.answering import Outcome, answer
 from specache.cli.compiling import compile_model
 from specache.cli.console import EXIT_INTERRUPTED, err, quiet_libraries, reports_errors, status, write
+from specache.cli.field_command import takes_options
 from specache.cli.models import Device, Dtype, LoadedModel, load
 from specache.cli.prompts import Prompt, encode, has_chat_template, read_prompts
 from specache.cli.report import statistics_table
-from specache.config import Code, Policy, SlowTierKind, SpeCacheConfig
+from specache.config import SpeCacheConfig
 from specache.errors import ConfigError
 from specache.weights import WeightFormat
 
@@ -38,9 +39,11 @@ specache generate -m demo --raw --prompt "Once upon a time" --temperature 0.8 --
 
 
 @reports_errors
+@takes_options
 def generate(
     context: typer.Context,
     model: options.Model,
+    *,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt.", metavar="TEXT")] = None,
     prompt_file: Annotated[
         list[Path] | None,
@@ -61,24 +64,8 @@ def generate(
         ),
     ] = None,
     as_json: options.Json = False,
-    max_new_tokens: options.MaxNewTokens = None,
-    temperature: options.Temperature = None,
-    top_p: options.TopP = None,
-    min_p: options.MinP = None,
-    top_k_sampling: options.TopKSampling = None,
-    repetition_penalty: options.RepetitionPenalty = None,
-    seed: options.Seed = None,
-    stop: options.Stop = None,
-    bits: options.Bits = 2,
-    code: options.CodeOption = Code.ROTATED,
-    group_size: options.GroupSize = 64,
-    residual: options.Residual = 64,
-    top_k: options.TopK = 64,
-    policy: options.PolicyOption = Policy.AUTO,
-    slow_tier: options.SlowTier = SlowTierKind.AUTO,
-    hot_set: options.HotSet = options.DEFAULT_HOT_SET,
-    prefill_chunk: options.PrefillChunk = 1024,
-    fast_memory: options.FastMemory = None,
+    generation: options.GenerationOptions,
+    cache: options.CacheOptions,
     session: session_option.SessionName = None,
     session_dir: session_option.SessionDir = None,
     dtype: options.DtypeOption = Dtype.AUTO,
@@ -93,28 +80,10 @@ def generate(
 
     The answer streams to standard output; progress and statistics go to standard error.
     """
-    config = options.build_config(
-        bits=bits,
-        code=code,
-        group_size=group_size,
-        residual=residual,
-        top_k=top_k,
-        policy=policy,
-        slow_tier=slow_tier,
-        hot_set=hot_set,
-        prefill_chunk=prefill_chunk,
-        fast_memory=fast_memory,
-    )
-    arguments = options.generation_options(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        min_p=min_p,
-        top_k_sampling=top_k_sampling,
-        repetition_penalty=repetition_penalty,
-    )
+    config = cache.config()
+    arguments = generation.arguments()
     prompts = read_prompts(prompt, prompt_file or [])
-    stops = options.checked_stops(stop)
+    stops = generation.stops()
     place = session_option.place(session, session_dir, config, len(prompts))
     if place is not None:
         config = place.settings(config, context)
@@ -126,7 +95,7 @@ def generate(
         if compile:
             compile_model(loaded.model, config, len(prompts), say)
     rows = _encode(loaded, prompts, chat, system)
-    options.set_seed(seed)
+    generation.set_seed()
     outcome = _run(loaded, prompts, rows, config, arguments, stops, as_json, place)
     if outcome.interrupted:
         raise typer.Exit(EXIT_INTERRUPTED)

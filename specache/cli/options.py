@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
 
 from specache.cli.models import Device, Dtype
-from specache.cli.sizes import UNITS, parse_size
+from specache.cli.sizes import UNITS, number_and_unit, parse_size
 from specache.config import Code, Policy, SlowTierKind, SpeCacheConfig, parse_slow_tier
 from specache.errors import ConfigError
 from specache.weights import WeightFormat
@@ -21,6 +21,20 @@ _DEFAULTS = SpeCacheConfig()
 Model = Annotated[
     str,
     typer.Option("--model", "-m", help="Hub name, folder, .gguf file, or 'demo'.", rich_help_panel=MODEL_PANEL, metavar="MODEL"),
+]
+OptionalModel = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help="Hub name, folder, .gguf file, or 'demo'.", rich_help_panel=MODEL_PANEL, metavar="MODEL"),
+]
+ShapeName = Annotated[
+    str | None,
+    typer.Option(
+        "--shape",
+        help="Instead of a model: the dimensions of smollm2-135m, llama-3.2-1b, llama-3.2-3b or llama-3-8b. What runs gets random "
+        "weights.",
+        rich_help_panel=MODEL_PANEL,
+        metavar="NAME",
+    ),
 ]
 DtypeOption = Annotated[
     Dtype,
@@ -185,8 +199,13 @@ Stop = Annotated[
 System = Annotated[str | None, typer.Option("--system", help="System message.", metavar="TEXT")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
-DEFAULT_HOT_SET = str(_DEFAULTS.hot_set)
 DEFAULT_MAX_NEW_TOKENS = 256
+
+
+def check_model_or_shape(model: str | None, shape: str | None) -> None:
+    """Raises `ConfigError` where none or both were named."""
+    if (model is None) == (shape is None):
+        raise ConfigError("Name a model with --model, or a shape with --shape; one of the two.")
 
 
 def parse_hot_set(text: str) -> float | int:
@@ -195,99 +214,105 @@ def parse_hot_set(text: str) -> float | int:
     Raises:
         ConfigError: it is neither.
     """
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]*)", text.strip())
-    if match is None or match[2].upper() not in UNITS:
+    found = number_and_unit(text)
+    if found is None:
         raise ConfigError(f"--hot-set {text!r} is neither a fraction (0.08) nor a size (64MB, 1GiB, 1000000).")
-    number, unit = float(match[1]), match[2].upper()
+    number, unit = found
     if not unit and number <= 1:
         return number
     return round(number * UNITS[unit])
 
 
-def build_config(
-    *,
-    bits: int,
-    code: Code,
-    group_size: int,
-    residual: int,
-    top_k: int,
-    policy: Policy,
-    slow_tier: str,
-    hot_set: str,
-    prefill_chunk: int,
-    fast_memory: str | None = None,
-) -> SpeCacheConfig:
-    """The library's configuration from the command line's values; raises `ConfigError`."""
-    tier, folder = parse_slow_tier(slow_tier)
-    return SpeCacheConfig(
-        bits=bits,
-        code=code,
-        group_size=group_size,
-        residual=residual,
-        top_k=top_k,
-        policy=policy,
-        slow_tier=tier,
-        slow_dir=folder,
-        hot_set=parse_hot_set(hot_set),
-        prefill_chunk=prefill_chunk,
-        fast_memory=None if fast_memory is None else parse_size(fast_memory, "--fast-memory"),
-    )
+@dataclass(frozen=True, kw_only=True)
+class CacheOptions:
+    """The settings of `SpeCacheConfig` as options, each under the setting's name and with its default."""
+
+    bits: Bits = _DEFAULTS.bits
+    code: CodeOption = _DEFAULTS.code
+    group_size: GroupSize = _DEFAULTS.group_size
+    residual: Residual = _DEFAULTS.residual
+    top_k: TopK = _DEFAULTS.top_k
+    policy: PolicyOption = _DEFAULTS.policy
+    slow_tier: SlowTier = _DEFAULTS.slow_tier.value
+    hot_set: HotSet = str(_DEFAULTS.hot_set)
+    prefill_chunk: PrefillChunk = _DEFAULTS.prefill_chunk
+    fast_memory: FastMemory = None
+
+    def config(self) -> SpeCacheConfig:
+        """The library's configuration; raises `ConfigError`."""
+        tier, folder = parse_slow_tier(self.slow_tier)
+        return SpeCacheConfig(
+            bits=self.bits,
+            code=self.code,
+            group_size=self.group_size,
+            residual=self.residual,
+            top_k=self.top_k,
+            policy=self.policy,
+            slow_tier=tier,
+            slow_dir=folder,
+            hot_set=parse_hot_set(self.hot_set),
+            prefill_chunk=self.prefill_chunk,
+            fast_memory=None if self.fast_memory is None else parse_size(self.fast_memory, "--fast-memory"),
+        )
 
 
-def generation_options(
-    *,
-    max_new_tokens: int | None,
-    temperature: float | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    top_k_sampling: int | None = None,
-    repetition_penalty: float | None = None,
-) -> dict[str, Any]:
-    """Arguments of `specache.generate`. Explicit throughout: models ship sampling defaults of their own.
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions:
+    """How long an answer is, how it is sampled, and where it stops."""
 
-    Greedy unless a temperature above 0, or any other sampling option without a temperature, is given.
+    max_new_tokens: MaxNewTokens = None
+    temperature: Temperature = None
+    top_p: TopP = None
+    min_p: MinP = None
+    top_k_sampling: TopKSampling = None
+    repetition_penalty: RepetitionPenalty = None
+    seed: Seed = None
+    stop: Stop = None
 
-    Raises:
-        ConfigError: a value that generation cannot use.
-    """
-    if max_new_tokens is not None and max_new_tokens < 1:
-        raise ConfigError(f"--max-new-tokens must be 1 or more, got {max_new_tokens}.")
-    if repetition_penalty is not None and not repetition_penalty > 0:
-        raise ConfigError(f"--repetition-penalty must be above 0 (1 is none), got {repetition_penalty}.")
-    options: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,  # None: see `answering.room`
-        "num_beams": 1,
-        "repetition_penalty": 1.0 if repetition_penalty is None else repetition_penalty,
-        "do_sample": _samples(temperature, top_p, min_p, top_k_sampling),
-    }
-    if options["do_sample"]:
-        options["temperature"] = 1.0 if temperature is None else temperature
-        options["top_p"] = 1.0 if top_p is None else top_p
-        options["top_k"] = 0 if top_k_sampling is None else top_k_sampling  # 0: no limit
-        options["min_p"] = min_p
-    return options
+    def arguments(self) -> dict[str, Any]:
+        """Those of `specache.generate`. Explicit throughout: models ship sampling defaults of their own.
 
+        Greedy unless a temperature above 0, or any other sampling option without a temperature, is given.
 
-def _samples(temperature: float | None, *others: float | None) -> bool:
-    if temperature is not None:
-        return temperature > 0
-    return any(value is not None for value in others)
+        Raises:
+            ConfigError: a value that generation cannot use.
+        """
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise ConfigError(f"--max-new-tokens must be 1 or more, got {self.max_new_tokens}.")
+        if self.repetition_penalty is not None and not self.repetition_penalty > 0:
+            raise ConfigError(f"--repetition-penalty must be above 0 (1 is none), got {self.repetition_penalty}.")
+        arguments: dict[str, Any] = {
+            "max_new_tokens": self.max_new_tokens,  # None: see `answering.room`
+            "num_beams": 1,
+            "repetition_penalty": 1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            "do_sample": self._samples,
+        }
+        if self._samples:
+            arguments["temperature"] = 1.0 if self.temperature is None else self.temperature
+            arguments["top_p"] = 1.0 if self.top_p is None else self.top_p
+            arguments["top_k"] = 0 if self.top_k_sampling is None else self.top_k_sampling  # 0: no limit
+            arguments["min_p"] = self.min_p
+        return arguments
 
+    def stops(self) -> list[str]:
+        """The texts to stop before; raises `ConfigError` for an empty one, which would stop everywhere."""
+        stops = self.stop or []
+        if not all(stops):
+            raise ConfigError("--stop needs a text that is not empty.")
+        return stops
 
-def checked_stops(stops: list[str] | None) -> list[str]:
-    """The stop texts; raises `ConfigError` for an empty one, which would stop everywhere."""
-    stops = stops or []
-    if not all(stops):
-        raise ConfigError("--stop needs a text that is not empty.")
-    return stops
+    def set_seed(self) -> None:
+        """Make sampling repeatable, if that was asked for."""
+        if self.seed is not None:
+            import torch
 
+            torch.manual_seed(self.seed)
 
-def set_seed(seed: int | None) -> None:
-    """Make sampling repeatable."""
-    if seed is not None:
-        import torch
-
-        torch.manual_seed(seed)
+    @property
+    def _samples(self) -> bool:
+        if self.temperature is not None:
+            return self.temperature > 0
+        return any(value is not None for value in (self.top_p, self.min_p, self.top_k_sampling))
 
 
 def set_threads(threads: int | None) -> None:

@@ -8,10 +8,10 @@ import typer
 
 from specache.cli import options
 from specache.cli.console import quiet_libraries, reports_errors
+from specache.cli.field_command import takes_options
 from specache.cli.json_file import STANDARD_OUTPUT, JsonFile, check_json, write_json
 from specache.cli.models import Device, Dtype, load_config, number_format
-from specache.cli.sizes import parse_size
-from specache.config import Code, Policy, SlowTierKind, SpeCacheConfig
+from specache.config import SpeCacheConfig
 from specache.errors import ConfigError
 from specache.weights import WeightFormat
 
@@ -27,39 +27,18 @@ specache plan --shape llama-3.2-3b --context 131072 --fast-memory 4GB
 
 specache plan -m Qwen/Qwen3-0.6B --context 32768 --batch 8 --slow-tier ram --bits 1 --json plan.json
 """
-MAX_BATCH = 1 << 16
 
 
 @reports_errors
+@takes_options
 def plan(
+    *,
     context: Annotated[int, typer.Option("--context", help="Tokens of a sequence, prompt and answer together.", metavar="TOKENS")],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model", "-m", help="Hub name, folder, .gguf file, or 'demo'.", rich_help_panel=options.MODEL_PANEL, metavar="MODEL"
-        ),
-    ] = None,
-    shape: Annotated[
-        str | None,
-        typer.Option(
-            "--shape",
-            help="Instead of a model: the dimensions of smollm2-135m, llama-3.2-1b, llama-3.2-3b or llama-3-8b.",
-            rich_help_panel=options.MODEL_PANEL,
-            metavar="NAME",
-        ),
-    ] = None,
+    model: options.OptionalModel = None,
+    shape: options.ShapeName = None,
     batch: Annotated[int, typer.Option("--batch", help="Sequences at once, all with different prompts.")] = 1,
     json: JsonFile = None,
-    bits: options.Bits = 2,
-    code: options.CodeOption = Code.ROTATED,
-    group_size: options.GroupSize = 64,
-    residual: options.Residual = 64,
-    top_k: options.TopK = 64,
-    policy: options.PolicyOption = Policy.AUTO,
-    slow_tier: options.SlowTier = SlowTierKind.AUTO.value,
-    hot_set: options.HotSet = options.DEFAULT_HOT_SET,
-    prefill_chunk: options.PrefillChunk = 1024,
-    fast_memory: options.FastMemory = None,
+    cache: options.CacheOptions,
     dtype: options.DtypeOption = Dtype.AUTO,
     weights: options.WeightsOption = WeightFormat.AUTO,
     device: options.DeviceOption = Device.AUTO,
@@ -67,24 +46,13 @@ def plan(
     offline: options.Offline = False,
 ) -> None:
     """Say how much memory a context needs in each tier, and what would make it fit. Loads no weights."""
-    config = options.build_config(
-        bits=bits,
-        code=code,
-        group_size=group_size,
-        residual=residual,
-        top_k=top_k,
-        policy=policy,
-        slow_tier=slow_tier,
-        hot_set=hot_set,
-        prefill_chunk=prefill_chunk,
-    )
-    limit = None if fast_memory is None else parse_size(fast_memory, "--fast-memory")
+    config = cache.config()
     check_json(json)
     quiet_libraries()
     torch_dtype, device_type = number_format(_shapes_dtype(dtype, shape), weights, device)
     dimensions = _dimensions(model, shape, torch_dtype, device_type, weights, revision, offline)
     _check_request(context, batch, dimensions, str(model or shape))
-    document = plan_document(dimensions, config.resolved(device_type), context, batch, limit)
+    document = plan_document(dimensions, config.resolved(device_type), context, batch)
     document = {"model": model or shape, "dtype": str(torch_dtype).removeprefix("torch."), "device": device_type, **document}
     if json is not None:
         write_json(json, document)
@@ -92,22 +60,24 @@ def plan(
         _show(document)
 
 
-def plan_document(
-    dimensions: ModelDimensions, config: SpeCacheConfig, context: int, batch: int, limit: int | None
-) -> dict[str, Any]:
-    """Everything that the command says, as plain values. Keys are stable; sizes are bytes."""
+def plan_document(dimensions: ModelDimensions, config: SpeCacheConfig, context: int, batch: int) -> dict[str, Any]:
+    """Everything that the command says, as plain values. Keys are stable; sizes are bytes.
+
+    Args:
+        config: with every `auto` decided; without `fast_memory` nothing is said about what fits.
+    """
     from specache import advice
     from specache.plan import even_loads
     from specache.plan import plan as make_plan
     from specache.traffic import step_traffic
 
-    loads = even_loads(context, batch)
+    loads, limit = even_loads(context, batch), config.fast_memory
     planned = make_plan(dimensions, config, loads)
     fits = None if limit is None else planned.fast <= limit
     document: dict[str, Any] = {
         "context": context,
         "batch": batch,
-        "config": config.to_dict() | {"fast_memory": limit},
+        "config": config.to_dict(),
         "plan": planned.to_dict(),
         "traffic": step_traffic(dimensions, config, context, batch).to_dict(),
         "fits": fits,
@@ -140,8 +110,7 @@ def _dimensions(
         ModelNotFoundError: the model's configuration cannot be read.
         UnsupportedModelError: specache cannot run it.
     """
-    if (model is None) == (shape is None):
-        raise ConfigError("Name a model with --model, or a shape with --shape; one of the two.")
+    options.check_model_or_shape(model, shape)
     if shape is not None:
         from specache.bench.shapes import shape_named
 
@@ -154,10 +123,12 @@ def _dimensions(
 
 
 def _check_request(context: int, batch: int, dimensions: ModelDimensions, name: str) -> None:
+    from specache.advice import LARGEST_BATCH
+
     if context < 1:
         raise ConfigError(f"--context must be 1 token or more, got {context}.")
-    if not 1 <= batch <= MAX_BATCH:
-        raise ConfigError(f"--batch must be from 1 to {MAX_BATCH:,} sequences, got {batch}.")
+    if not 1 <= batch <= LARGEST_BATCH:
+        raise ConfigError(f"--batch must be from 1 to {LARGEST_BATCH:,} sequences, got {batch}.")
     if dimensions.max_positions is not None and context > dimensions.max_positions:
         raise ConfigError(
             f"--context {context} is more than {name} has positions for ({dimensions.max_positions:,}). Choose a shorter context, "

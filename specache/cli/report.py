@@ -69,8 +69,9 @@ def _memory_rows(stats: dict[str, Any], config: dict[str, Any]) -> list[tuple[st
     if stats["window_bytes"]:
         rows.append(("sliding windows", size(stats["window_bytes"]), f"{times(stats['model_ratio'])} with all layers"))
     if stats["slow_bytes"]:
+        title = "on disk" if config["slow_tier"] == "disk" else "slow memory"
         where = "read where they lie" if config["slow_tier"] == "ram-inplace" else "fetched when needed"
-        rows.append(("slow memory", size(stats["slow_bytes"]), f"16-bit pairs, {where}"))
+        rows.append((title, size(stats["slow_bytes"]), f"16-bit pairs, {where}"))
     rows.append(("in total", size(stats["total_bytes"]), f"{times(total_ratio(stats))} of a 16-bit cache"))
     return rows
 

@@ -100,7 +100,7 @@ def fork(name: Name, new_name: NewName, session_dir: Folder = None) -> None:
 @app.command("rm")
 @reports_errors
 def remove(
-    names: Annotated[list[str], typer.Argument(help="The sessions.", metavar="NAME...", show_default=False)],
+    names: Annotated[list[str], typer.Argument(help="The sessions.", metavar="NAME", show_default=False)],
     session_dir: Folder = None,
 ) -> None:
     """Remove sessions. Their forks stay whole."""

@@ -13,7 +13,7 @@ from specache.config import Policy, SlowTierKind, SpeCacheConfig
 from specache.decoding import Decoder, Progress
 from specache.exact import AttentionParams
 from specache.integration import attached
-from specache.layers import WindowLayer
+from specache.window_layer import WindowLayer
 
 OBSERVATION_WINDOW = 64  # newest prompt tokens whose queries are kept for every method
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
-from specache.errors import ConfigError
+from specache.registry import named_class
+
+_LISTED = "See 'specache eval list'."
 
 TASKS = {
     "fidelity": "specache.eval.tasks.fidelity:Fidelity",
@@ -35,7 +36,7 @@ def task_class(name: str) -> Any:
     Raises:
         ConfigError: there is none of this name.
     """
-    return _load(TASKS, name, "task")
+    return named_class(TASKS, name, "task", _LISTED)
 
 
 def method_class(name: str) -> Any:
@@ -44,11 +45,4 @@ def method_class(name: str) -> Any:
     Raises:
         ConfigError: there is none of this name.
     """
-    return _load(METHODS, name, "method")
-
-
-def _load(table: dict[str, str], name: str, kind: str) -> Any:
-    if name not in table:
-        raise ConfigError(f"There is no {kind} {name!r}. Known: {', '.join(table)}. See 'specache eval list'.")
-    module, attribute = table[name].split(":")
-    return getattr(import_module(module), attribute)
+    return named_class(METHODS, name, "method", _LISTED)

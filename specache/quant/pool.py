@@ -5,6 +5,11 @@ Appending never copies what is there, freeing is immediate, and sequences that s
 
 from __future__ import annotations
 
+import threading
+import weakref
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
@@ -35,6 +40,8 @@ class PagePool:
         self._free: dict[int, list[int]] = {}
         self._references: dict[Page, int] = {}
         self._next_slab = 0
+        self._lock = threading.Lock()
+        self._forgotten: deque[list[Page]] = deque()  # by tables that are gone; not released yet
 
     @property
     def nbytes(self) -> int:
@@ -51,36 +58,35 @@ class PagePool:
         Raises:
             FastMemoryError: the budget does not allow it; nothing was allocated.
         """
-        available = sum(len(free) for free in self._free.values())
-        missing = count - available
-        if missing > 0:
-            self._add_slab(missing)
-        pages: list[Page] = []
-        for slab in sorted(self._free, key=lambda s: len(self._free[s]), reverse=True):
-            free = self._free[slab]
-            while free and len(pages) < count:
-                pages.append((slab, free.pop()))
-        for page in pages:
-            self._references[page] = 1
-        return sorted(pages)
+        with self._changing():
+            available = sum(len(free) for free in self._free.values())
+            missing = count - available
+            if missing > 0:
+                self._add_slab(missing)
+            pages: list[Page] = []
+            for slab in sorted(self._free, key=lambda s: len(self._free[s]), reverse=True):
+                free = self._free[slab]
+                while free and len(pages) < count:
+                    pages.append((slab, free.pop()))
+            for page in pages:
+                self._references[page] = 1
+            return sorted(pages)
 
     def share(self, pages: list[Page]) -> None:
         """One more reference to each page."""
-        for page in pages:
-            self._references[page] += 1
+        with self._changing():
+            for page in pages:
+                self._references[page] += 1
 
     def release(self, pages: list[Page]) -> None:
         """One reference less to each page; a slab without pages in use is given back to the system."""
-        for page in pages:
-            self._references[page] -= 1
-            if self._references[page]:
-                continue
-            del self._references[page]
-            slab, index = page
-            self._free[slab].append(index)
-            if len(self._free[slab]) == self._slabs[slab].shape[0]:
-                self.budget.give_back(self._slabs[slab].nbytes)
-                del self._free[slab], self._slabs[slab]
+        with self._changing():
+            self._release(pages)
+
+    def forget(self, pages: list[Page]) -> None:
+        """`release` for a finalizer, which may run in the middle of anything and so waits for nobody."""
+        self._forgotten.append(pages)
+        self._release_forgotten()
 
     def is_shared(self, page: Page) -> bool:
         return self._references[page] > 1
@@ -92,6 +98,35 @@ class PagePool:
         """The raw bytes of one page, uint8 [page_bytes]."""
         return self._slabs[page[0]][page[1]]
 
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """No finalizer changes the pool inside the block; what is forgotten meanwhile is released behind it."""
+        try:
+            with self._lock:
+                yield
+        finally:
+            self._release_forgotten()
+
+    def _release_forgotten(self) -> None:
+        while self._forgotten and self._lock.acquire(blocking=False):
+            try:
+                while self._forgotten:
+                    self._release(self._forgotten.popleft())
+            finally:
+                self._lock.release()
+
+    def _release(self, pages: list[Page]) -> None:
+        for page in pages:
+            self._references[page] -= 1
+            if self._references[page]:
+                continue
+            del self._references[page]
+            slab, index = page
+            self._free[slab].append(index)
+            if len(self._free[slab]) == self._slabs[slab].shape[0]:
+                self.budget.give_back(self._slabs[slab].nbytes)
+                del self._free[slab], self._slabs[slab]
+
     def _add_slab(self, pages: int) -> None:
         self.budget.take(pages * self.layout.page_bytes, "pages of the low-bit copy")
         self._slabs[self._next_slab] = torch.zeros(pages, self.layout.page_bytes, dtype=torch.uint8, device=self.device)
@@ -100,14 +135,15 @@ class PagePool:
 
 
 class PageTable:
-    """The pages of one layer of one sequence, in token order, and how many tokens they hold."""
+    """The pages of one layer of one sequence, in token order, and how many tokens they hold. They go back when it is forgotten."""
 
     def __init__(self, pool: PagePool) -> None:
         self.pool = pool
-        self.pages: list[Page] = []
+        self.pages: list[Page] = []  # changed in place: the finalizer has it too
         self.length = 0
         self.unchanged = 0  # tokens that `mark` saw and that were not forgotten since
         self._runs: tuple[PageRun, ...] | None = None
+        weakref.finalize(self, pool.forget, self.pages).atexit = False
 
     @property
     def nbytes(self) -> int:
@@ -125,8 +161,9 @@ class PageTable:
     def truncate(self, length: int) -> None:
         """Forget tokens from `length` on; whole pages go back to the pool."""
         keep = _pages_for(length)
-        self.pool.release(self.pages[keep:])
-        del self.pages[keep:]
+        gone = self.pages[keep:]
+        del self.pages[keep:]  # first: an interrupt in between must not release a page twice
+        self.pool.release(gone)
         self.length = length
         self.unchanged = min(self.unchanged, length)
         self._runs = None
@@ -149,7 +186,8 @@ class PageTable:
         """A second table over the same pages; whoever writes to a shared page copies it first."""
         other = PageTable(self.pool)
         self.pool.share(self.pages)
-        other.pages, other.length = list(self.pages), self.length
+        other.pages += self.pages
+        other.length = self.length
         return other
 
     def copy(self, key_weights: Tensor | None = None) -> LowBitCopy:

@@ -9,10 +9,10 @@ from pathlib import Path
 from torch import Tensor
 
 from specache.errors import SessionError
-from specache.layers import WindowLayer
 from specache.sessions.manifest import Checkpoint, Manifest
 from specache.sessions.snapshot import Snapshot, StoredFile, TensorSpec, write_snapshot
 from specache.tiers.row_file import reason
+from specache.window_layer import WindowLayer
 
 INTERVAL = 4096  # tokens between two checkpoints, at least
 

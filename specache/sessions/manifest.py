@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from specache.config import SpeCacheConfig
+from specache.config import SlowTierKind, SpeCacheConfig
 from specache.sessions.identity import Identity
 from specache.sessions.snapshot import DTYPE_NAMES, StoredFile
 from specache.tiers.extents import Extent
@@ -102,7 +102,7 @@ class Manifest:
 
     def config(self, folder: str | os.PathLike[str]) -> SpeCacheConfig:
         """The cache's settings, with its rows in `folder`."""
-        return SpeCacheConfig(**self.settings, slow_tier=f"disk:{os.fspath(folder)}")  # type: ignore[arg-type]
+        return SpeCacheConfig(**self.settings, slow_tier=SlowTierKind.DISK, slow_dir=os.fspath(folder))
 
     @property
     def low_bit_tokens(self) -> int:

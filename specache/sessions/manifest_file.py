@@ -9,9 +9,9 @@ from pathlib import Path
 from specache.errors import SessionError, SpeCacheError
 from specache.sessions.lock import LOCK_FILE
 from specache.sessions.manifest import Manifest
-from specache.sessions.names import sync_folder
 from specache.sessions.schema import is_data_file, parse
 from specache.sessions.snapshot import PrivateFile, new_digest, plain_file
+from specache.tiers import aligned_io
 from specache.tiers.row_file import LAYOUT_VERSION, reason
 from specache.tiers.scratch import PROBE_PREFIX, SCRATCH_PREFIX
 
@@ -59,12 +59,12 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         with PrivateFile(temporary) as file:
             file.write(encode(manifest))
             file.finish()
-        sync_folder(folder)  # the files that it refers to
+        aligned_io.sync_folder(folder)  # the files that it refers to
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
     temporary.replace(folder / FILE)
-    sync_folder(folder)
+    aligned_io.sync_folder(folder)
 
 
 def read_manifest(folder: Path) -> Manifest | None:

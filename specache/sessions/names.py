@@ -14,6 +14,7 @@ from pathlib import Path
 from specache.errors import ConfigError, SessionError
 from specache.folders import cache_folder
 from specache.sessions.lock import FolderLock
+from specache.tiers import aligned_io
 from specache.tiers.row_file import reason
 from specache.tiers.scratch import SCRATCH_PREFIX
 
@@ -118,11 +119,11 @@ def building(root: Path, name: str) -> Iterator[Path]:
         folder, lock = _unfinished_folder(root)
         try:
             yield folder
-            sync_folder(folder)
+            aligned_io.sync_folder(folder)
             if os.path.lexists(target):
                 raise SessionError(f"Another process has just made a session {name!r}. Choose another name.")
             folder.rename(target)
-            sync_folder(root)
+            aligned_io.sync_folder(root)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -140,7 +141,7 @@ def discard(root: Path, folder: Path) -> None:
     """
     doomed = root / f"{_UNFINISHED}{secrets.token_hex(8)}"
     folder.rename(doomed)
-    sync_folder(root)
+    aligned_io.sync_folder(root)
     shutil.rmtree(doomed, ignore_errors=True)
 
 
@@ -151,15 +152,6 @@ def remove_unfinished(root: Path) -> None:
             if is_folder(path):
                 with FolderLock(path):
                     shutil.rmtree(path, ignore_errors=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Return when the names in a folder survive a power failure."""
-    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _unfinished_folder(root: Path) -> tuple[Path, FolderLock]:

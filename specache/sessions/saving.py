@@ -8,9 +8,9 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from specache.cache import Sequence
 from specache.config import PAGE_TOKENS
 from specache.errors import SessionError
+from specache.sequence import Sequence
 from specache.sessions import state
 from specache.sessions.checkpoints import DiskCheckpoints
 from specache.sessions.manifest import Manifest, PageSpan
@@ -58,14 +58,14 @@ def write_state(
                 for name in new:
                     (folder / name).unlink(missing_ok=True)
         raise
-    for layer in state.compressed(sequence).values():
+    for layer in sequence.compressed.values():
         layer.table.mark()
     return manifest
 
 
 def _write_pages(folder: Path, before: Manifest | None, sequence: Sequence, new: dict[str, StoredFile]) -> tuple[PageSpan, ...]:
     """The pages that were not saved yet, or all of them where the chain of files became long."""
-    tables = [layer.table for layer in state.compressed(sequence).values()]
+    tables = [layer.table for layer in sequence.compressed.values()]
     if not tables:
         return ()
     spans = _first_pages(before.pages if before else (), min(table.unchanged for table in tables) // PAGE_TOKENS)

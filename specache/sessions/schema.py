@@ -39,12 +39,12 @@ def parse(body: Any) -> Manifest:
 
 
 def _manifest(body: Any) -> Manifest:
-    identity = body["identity"]
-    names = {f.name for f in dataclasses.fields(Identity)}
-    if set(identity) != names or set(body) != {f.name for f in dataclasses.fields(Manifest)}:
-        raise ValueError("it lacks fields, or has unknown ones")
+    identity: dict[str, Any] = _mapping(body["identity"], str, _optional(_text))
+    for values, kind in ((identity, Identity), (body, Manifest)):
+        if set(values) != {f.name for f in dataclasses.fields(kind)}:
+            raise ValueError("it lacks fields, or has unknown ones")
     return Manifest(
-        identity=Identity(**{name: _optional(_text)(identity[name]) for name in names}),  # type: ignore[arg-type]
+        identity=Identity(**identity),
         settings=_mapping(body["settings"], str, lambda value: value),
         created=_time(body["created"]),
         saved=_time(body["saved"]),

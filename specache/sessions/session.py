@@ -11,9 +11,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from specache.cache import Sequence, SpeCache
+from specache.cache import SpeCache
 from specache.config import Policy, SlowTierKind, SpeCacheConfig
 from specache.errors import ConfigError, SessionError
+from specache.sequence import Sequence
 from specache.sessions import state, store
 from specache.sessions.checkpoints import DiskCheckpoints
 from specache.sessions.identity import Identity, check_identity, identify
@@ -117,7 +118,7 @@ class Session:
         sequence, tier = self._sequence, self._tier
         if sequence.length == 0:
             sequence.clear()
-        for layer in state.compressed(sequence):
+        for layer in sequence.compressed:
             tier.truncate(layer, sequence.length)  # a sequence that was cut has told it nothing yet
         tier.sync()
         try:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -192,5 +193,5 @@ class Snapshot:
             raise SessionError(f"{self._path} cannot be read: {error}. {DAMAGED}") from error
 
     @staticmethod
-    def _described(tensor: object) -> tuple[str, tuple[int, ...]]:
-        return tensor.get_dtype(), tuple(tensor.get_shape())  # type: ignore[attr-defined]
+    def _described(tensor: Any) -> tuple[str, tuple[int, ...]]:
+        return tensor.get_dtype(), tuple(tensor.get_shape())

@@ -18,17 +18,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from specache.cache import Sequence
 from specache.config import PAGE_TOKENS
 from specache.errors import SessionError
-from specache.layers import CompressedLayer, WindowLayer
+from specache.layers import CompressedLayer
 from specache.quant.key_weights import KeyWeights
 from specache.quant.layout import PageLayout
+from specache.sequence import Sequence
 from specache.sessions.checkpoints import ring_specs
 from specache.sessions.manifest import LayerShape, Manifest, PageSpan, TailShape
 from specache.sessions.snapshot import DAMAGED, Snapshot, TensorSpec
 from specache.tiers.disk import DiskTier
 from specache.tiers.row_file import BLOCK_TOKENS
+from specache.window_layer import WindowLayer
 
 
 def shapes(sequence: Sequence) -> dict[int, LayerShape]:
@@ -36,15 +37,10 @@ def shapes(sequence: Sequence) -> dict[int, LayerShape]:
     return {index: _shape(layer) for index, layer in sorted(sequence.layers.items())}
 
 
-def compressed(sequence: Sequence) -> dict[int, CompressedLayer]:
-    """The full-attention layers."""
-    return {index: layer for index, layer in sorted(sequence.layers.items()) if isinstance(layer, CompressedLayer)}
-
-
 def tail_shapes(sequence: Sequence) -> dict[int, TailShape]:
     """What `tail_tensors` has of the full-attention layers."""
     found = {}
-    for index, layer in compressed(sequence).items():
+    for index, layer in sequence.compressed.items():
         counts = (None if t is None else t.shape[1] for t in (layer.weights.observed, layer.next_positions))
         found[index] = TailShape(layer.weights.value is not None, *counts)
     return found
@@ -57,14 +53,14 @@ def page_tensors(sequence: Sequence, start: int, stop: int) -> dict[str, TensorS
         shape = (stop - start, layer.table.pool.layout.page_bytes)
         return TensorSpec(torch.uint8, shape, lambda: layer.table.raw(start, stop))
 
-    return {f"pages.{index}": raw(layer) for index, layer in compressed(sequence).items()}
+    return {f"pages.{index}": raw(layer) for index, layer in sequence.compressed.items()}
 
 
 def tail_tensors(sequence: Sequence, tier: DiskTier) -> dict[str, TensorSpec]:
     """Everything else that is in memory."""
     tensors = {"token_ids": torch.tensor(sequence.token_ids, dtype=torch.int64)}
     rows = tier.tails()
-    for index, layer in compressed(sequence).items():
+    for index, layer in sequence.compressed.items():
         tensors[f"residual.{index}"] = torch.stack([layer.residual_keys, layer.residual_values])
         tensors[f"rows.{index}"] = rows[index]
         whole = layer.table.length // PAGE_TOKENS
@@ -123,7 +119,7 @@ def restore(sequence: Sequence, device: torch.device, folder: Path, manifest: Ma
                 layer.table.set_raw(low_bit // PAGE_TOKENS, tensors["page"])
             weights = KeyWeights.restored(layer.weights.tokens, tensors.get("weights"), tensors.get("queries"))
             layer.restore(tensors["residual"], weights, _checked_positions(tensors.get("wanted"), low_bit))
-    _restore_pages(compressed(sequence), folder, manifest)
+    _restore_pages(sequence.compressed, folder, manifest)
     sequence.commit(tail.read(["token_ids"])["token_ids"].tolist())
     sequence.finish_reason = manifest.finish_reason
 

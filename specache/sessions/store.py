@@ -16,11 +16,10 @@ from specache.sessions import names
 from specache.sessions.lock import FolderLock
 from specache.sessions.manifest import Manifest
 from specache.sessions.manifest_file import check_ours, read_manifest, write_manifest
-from specache.sessions.snapshot import PrivateFile, plain_file
+from specache.sessions.snapshot import BLOCK, PrivateFile, plain_file
 from specache.tiers.row_file import reason
 
 Root = str | os.PathLike[str] | None
-_COPY_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,9 @@ def stored(root: Root = None) -> list[SessionSummary]:
     """
     path = names.session_root(root)
     try:
-        folders = sorted(path.iterdir()) if path.is_dir() else []
+        folders = sorted(path.iterdir())
+    except FileNotFoundError:
+        return []
     except OSError as error:
         raise SessionError(f"The folder {path} cannot be read: {reason(error)}") from error
     found = []
@@ -170,7 +171,7 @@ def _link(source: Path, target: Path) -> None:
     except OSError:
         target.unlink(missing_ok=True)
     with PrivateFile(target) as file, plain_file(source) as fd:
-        while block := os.read(fd, _COPY_BYTES):
+        while block := os.read(fd, BLOCK):
             file.write(block)
         file.finish()
 

@@ -22,6 +22,7 @@ from specache.sessions.manifest import Manifest
 from specache.sessions.manifest_file import FILE, LONGEST, decode, encode, write_manifest
 from specache.sessions.snapshot import BLOCK, PrivateFile, check_file, plain_file
 from specache.sessions.store import Root
+from specache.tiers import aligned_io
 from specache.tiers.row_file import reason
 
 
@@ -43,7 +44,7 @@ def export_session(name: str, target: str | os.PathLike[str], root: Root = None)
                 _write_archive(file, folder, manifest)
                 size = file.finish().bytes
             os.link(temporary, path)  # fails if somebody made it meanwhile
-            names.sync_folder(path.parent)
+            aligned_io.sync_folder(path.parent)
         except OSError as error:
             raise SessionError(f"The session {name!r} cannot be written to {path}: {reason(error)}") from error
         finally:
@@ -105,6 +106,8 @@ def _opened(path: Path) -> Iterator[tarfile.TarFile]:
     try:
         with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
             yield archive
+    except FileNotFoundError:
+        raise SessionError(f"There is no file {path}. Give one that 'specache session export' wrote.") from None
     except OSError as error:
         raise SessionError(f"{path} cannot be read: {reason(error)}") from error
     except SpeCacheError:

@@ -69,6 +69,15 @@ def open_file(path: str, *, create: bool, direct: bool) -> int:
     return os.open(path, flags, 0o600)
 
 
+def sync_folder(folder: str | os.PathLike[str]) -> None:
+    """Return when the names in a folder survive a power failure."""
+    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 def drop_cached(fd: int, offset: int = 0, length: int = 0) -> None:
     """Take a range (all, with length 0) of a file out of the page cache; what is not written yet stays."""
     if hasattr(os, "posix_fadvise"):

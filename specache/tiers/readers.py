@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -121,11 +121,13 @@ class ThreadReader:
 
     def read(self, batch: ReadBatch) -> None:
         shares = max(1, min(THREADS, -(-len(batch) // _SHARE)))
-        others = [self._executor.submit(_complete, batch, slice(i, None, shares), self) for i in range(1, shares)]
+        others: list[Future[None]] = []
         try:
+            for i in range(1, shares):
+                others.append(self._executor.submit(_complete, batch, slice(i, None, shares), self))
             _complete(batch, slice(0, None, shares), self)
         finally:
-            wait(others)  # also when this share failed: the memory may not be written after we return
+            _wait(others)  # also when this share failed: the memory may not be written after we return
         for other in others:
             other.result()
 
@@ -193,6 +195,15 @@ READERS: dict[str, Callable[[bool, int], Reader]] = {
     "threads": ThreadReader,
     "buffered": BufferedReader,
 }
+
+
+def _wait(futures: list[Future[None]]) -> None:
+    """Wait until none of them runs any more, also when interrupted."""
+    try:
+        wait(futures)
+    except BaseException:  # Ctrl-C
+        _wait(futures)
+        raise
 
 
 def _complete(batch: ReadBatch, which: slice, reader: Reader) -> None:

@@ -16,7 +16,6 @@ import errno
 import os
 import secrets
 import threading
-from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -120,9 +119,6 @@ class RowLayout:
         return np.ndarray(shape, np.uint64, buffer=words, strides=strides)
 
 
-_open_files: Counter[tuple[int, int]] = Counter()  # how often this process has a file open, by device and inode
-
-
 class RowFile:
     """One layer's rows of one segment. Shared by the tiers of a sequence and its forks, and closed when the last lets go.
 
@@ -159,11 +155,10 @@ class RowFile:
             self.fd = aligned_io.open_file(str(self.path), create=create, direct=direct)
         except OSError as error:
             raise SlowTierError(f"{self.path} cannot be {'made' if create else 'opened'}: {reason(error)}") from error
-        status = os.fstat(self.fd)
-        self._inode = status.st_dev, status.st_ino
-        _open_files[self._inode] += 1
         if scratch is not None:
             scratch.acquire()
+        else:
+            self._lock_file(exclusive=False)
 
     def acquire(self) -> None:
         """One more user."""
@@ -177,7 +172,6 @@ class RowFile:
             self._users -= 1
             if self._users:
                 return
-        _open_files.subtract([self._inode])
         os.close(self.fd)
         if self._scratch is not None:
             self._scratch.remove(self.path)
@@ -185,8 +179,13 @@ class RowFile:
 
     @property
     def is_shared(self) -> bool:
-        """Whether somebody else may need what lies behind the blocks that count here: by another name, or opened once more."""
-        return os.fstat(self.fd).st_nlink > 1 or _open_files[self._inode] > 1
+        """Whether somebody else may need what lies behind the blocks that count here: by another name, or because it is open once
+        more, in whatever process."""
+        if os.fstat(self.fd).st_nlink > 1:
+            return True
+        alone = self._lock_file(exclusive=True)
+        self._lock_file(exclusive=False)
+        return not alone
 
     def check_size(self, blocks: int) -> None:
         """Refuse a file that is shorter than `blocks` blocks.
@@ -244,6 +243,16 @@ class RowFile:
                 f"{self.path}: the row of layer {self.layer}, KV head {head}, token {position} is not what was written there "
                 f"(its checksum differs). {DAMAGED}"
             )
+
+    def _lock_file(self, *, exclusive: bool) -> bool:
+        """Whoever has a session's file open holds a shared lock on it -> whether the lock was to be had."""
+        import fcntl
+
+        try:
+            fcntl.flock(self.fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True
 
     def _block_salts(self, block: int, position: int, count: int) -> Words:
         """Salts [count, Hkv, 64] of blocks from `block` on, which hold tokens from `position` on."""

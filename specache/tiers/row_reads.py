@@ -113,9 +113,11 @@ class _Scattered:
         return low, high, (low[1:] > high[:-1] + GAP_BYTES) | (run[1:] != run[:-1])
 
     def _failed(self, error: ReadFailedError) -> SlowTierError:
-        """Names the first wanted row that is missing."""
-        missing = (self.fds[self.run] == error.fd) & (self.offsets + self.layout.stride > error.reached)
-        index = np.flatnonzero(missing)[np.argmin(self.offsets[missing])]
+        """Names the first wanted row that is missing, or the last one where only what its read was widened by is."""
+        mine = np.flatnonzero(self.fds[self.run] == error.fd)
+        mine = mine[np.argsort(self.offsets[mine], kind="stable")]
+        first = int(np.searchsorted(self.offsets[mine] + self.layout.stride, error.reached, side="right"))
+        index = mine[min(first, len(mine) - 1)]
         return _unreadable(self.files[self.run[index]], int(self.heads[index]), int(self.positions[index]), error)
 
 
@@ -149,5 +151,5 @@ def _take_blocks(run: Run, layout: RowLayout, buffer: AlignedBuffer, start: int,
 def _unreadable(file: RowFile, head: int, token: int, error: ReadFailedError) -> SlowTierError:
     what = f"{file.path}: the row of layer {file.layer}, KV head {head}, token {token} cannot be read: "
     if error.cause is None:
-        return SlowTierError(f"{what}the file ends before it. {DAMAGED}")
+        return SlowTierError(f"{what}the file ends too early. {DAMAGED}")
     return SlowTierError(f"{what}{reason(error.cause)}")

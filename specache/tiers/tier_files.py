@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from specache.errors import SlowTierError
-from specache.tiers import readers
+from specache.tiers import aligned_io, readers
 from specache.tiers.extents import BlockTable, Extent
 from specache.tiers.probe import ReaderReport, report_for
 from specache.tiers.readers import Reader
@@ -119,11 +119,7 @@ class TierFiles:
                 file = next(iter(self._unsynced))
                 os.fdatasync(file.fd)
                 self._unsynced.discard(file)
-            folder = os.open(self.folder, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            aligned_io.sync_folder(self.folder)
         except OSError as error:
             raise SlowTierError(f"The rows in {self.folder} cannot be made safe: {reason(error)}") from error
 

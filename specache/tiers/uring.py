@@ -22,7 +22,7 @@ _GETEVENTS = 1
 _OP_READ = 22
 _SINGLE_MMAP = 1  # feature: both rings lie in one mapping (Linux 5.4)
 _SQES_OFFSET = 0x10000000
-_SQ_TAIL, _SQ_ARRAY = 1, 6  # of the offsets that the kernel tells
+_SQ_HEAD, _SQ_TAIL, _SQ_ARRAY = 0, 1, 6  # of the offsets that the kernel tells
 _CQ_HEAD, _CQ_TAIL, _CQ_ENTRIES = 0, 1, 5
 
 
@@ -85,22 +85,18 @@ class Ring:
             OSError: the kernel took none of them.
         """
         count = len(fds)
-        tail = int(self._sq_tail[0])
+        self._cq_head[0] = self._cq_tail[0]  # nothing is running: what an interrupted call left there is nobody's
+        tail = int(self._sq_head[0])
         slots = (tail + np.arange(count)) % self.entries
         for name, values in (("fd", fds), ("offset", offsets), ("address", addresses), ("length", lengths)):
             self._sqes[name][slots] = values
         self._sqes["user_data"][slots] = np.arange(count)
         self._sq_tail[0] = (tail + count) & 0xFFFFFFFF
-        try:
-            self._wait(count)
-        except OSError:  # nothing was handed over
-            self._sq_tail[0] = tail
-            raise
+        self._wait(count)
         head = int(self._cq_head[0])
         done = self._cqes[(head + np.arange(count)) % len(self._cqes)]
         results = np.empty(count, np.int64)
         results[done["user_data"].astype(np.int64)] = done["result"]
-        self._cq_head[0] = (head + count) & 0xFFFFFFFF
         return results
 
     def close(self) -> None:
@@ -108,7 +104,7 @@ class Ring:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-        for name in ("_sqes", "_sq_tail", "_cq_head", "_cq_tail", "_cqes"):
+        for name in ("_sqes", "_sq_head", "_sq_tail", "_cq_head", "_cq_tail", "_cqes"):
             self.__dict__.pop(name, None)  # the mappings, each of which keeps a descriptor of its own
 
     def _map(self, params: _Params) -> None:
@@ -119,6 +115,7 @@ class Ring:
         ring = mmap.mmap(self._fd, size)
         self._sqes = np.frombuffer(mmap.mmap(self._fd, params.sq_entries * _SQE.itemsize, offset=_SQES_OFFSET), _SQE)
         self._sqes["opcode"] = _OP_READ
+        self._sq_head = np.frombuffer(ring, np.uint32, 1, sq[_SQ_HEAD])
         self._sq_tail = np.frombuffer(ring, np.uint32, 1, sq[_SQ_TAIL])
         self._cq_head = np.frombuffer(ring, np.uint32, 1, cq[_CQ_HEAD])
         self._cq_tail = np.frombuffer(ring, np.uint32, 1, cq[_CQ_TAIL])
@@ -143,7 +140,6 @@ class Ring:
             except BaseException as error:  # Ctrl-C
                 interrupted = error
         if interrupted is not None:
-            self._cq_head[0] = self._cq_tail[0]
             raise interrupted
 
     def _completed(self) -> int:

@@ -65,6 +65,7 @@ def test_a_whole_model_by_shape_and_by_name(tiny_folder: Path, tmp_path: Path):
         (("decode", "--shape", "tiny", "--weights", "int3"), "--weights must be one of fp32"),
         (("decode", "--shape", "tiny", "--against", "vllm"), "got vllm"),
         (("attention", "--bits", "two"), "--bits must be a whole number"),
+        (("attention", "--rows", "1,3"), "--rows takes 1 and 2, got 1, 3"),
         (("attention", "--shape", "tiny", "--json", "nowhere/a.json"), "there is no folder nowhere"),
     ],
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import QuantizedCache
+from transformers import Cache
 
 import specache
 from specache.bench import contenders
@@ -19,9 +19,10 @@ from specache.decoding import Decoder
 from specache.errors import ConfigError
 from specache.integration import attached
 from specache.kernels import dispatch
-from specache.layers import WindowLayer
+from specache.window_layer import WindowLayer
 from tests.bench.tiny_shape import TINY, tiny_model, tiny_workload
 from tests.test_models import FAMILIES, build
+from tests.test_quantized_cache import WholeBytes
 from tests.tiny import llama, prompt
 
 LENGTH = 203
@@ -109,16 +110,26 @@ def test_memory_is_estimated_as_it_is_used():
     ours.close()
 
 
-def test_transformers_quantised_cache_decodes(monkeypatch):
+@pytest.mark.parametrize("context", [200, 201])
+def test_transformers_quantised_cache_decodes(monkeypatch, context):
+    """With a stand-in for hqq that packs whole bytes only, and keeps numbers as they are."""
     monkeypatch.setattr(contenders, "quantized_backend", lambda: "hqq")
-    monkeypatch.setattr(contenders, "QuantizedCache", lambda backend, config, **settings: QuantizedCache("fp8", config))
-    work = tiny_workload()
+    monkeypatch.setattr(contenders, "new_quantized_cache", lambda model, *_, **__: Cache(layers=[WholeBytes() for _ in range(2)]))
+    work = tiny_workload(context=context)
     quantized, stock = QuantizedContender(work, bits=2), DynamicContender(work)
     assert quantized.cache == "2-bit hqq"
     for contender in (quantized, stock):
         contender.prepare()
         contender.step()
     assert quantized._held.get_seq_length() == stock._held.get_seq_length() == work.context + 1
+    assert torch.equal(quantized._tokens, stock._tokens)
+
+
+def test_what_the_quantised_cache_cannot_hold_is_refused_before_it_runs(monkeypatch):
+    monkeypatch.setattr(contenders, "quantized_backend", lambda: "hqq")
+    monkeypatch.setattr(contenders, "new_quantized_cache", lambda model, *_, **__: Cache(layers=[WholeBytes() for _ in range(2)]))
+    with pytest.raises(ConfigError, match="has to divide the 32 elements"):
+        QuantizedContender(tiny_workload(batch=1), bits=2)
 
 
 def test_a_missing_library_is_named(monkeypatch):

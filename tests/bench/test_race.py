@@ -36,7 +36,7 @@ class Fake(Contender):
 @pytest.fixture
 def memory(monkeypatch):
     def free(size: int | None) -> None:
-        monkeypatch.setattr(races, "usable_memory", lambda: size)
+        monkeypatch.setattr(races, "memory", lambda: {"usable_bytes": size})
 
     return free
 

@@ -37,7 +37,7 @@ def test_contexts_and_batches_are_measured_and_plotted(tmp_path):
 
 
 def test_what_does_not_fit_says_how_much_is_missing(monkeypatch, tmp_path):
-    monkeypatch.setattr(races, "usable_memory", lambda: 10**6)
+    monkeypatch.setattr(races, "memory", lambda: {"usable_bytes": 10**6})
     plot = tmp_path / "scaling.png"
     outcome = Scaling(contexts=(128, 10**6), batches=(1,), steps=1, plot=plot).run(Surroundings(tiny_model()))
     small, large = outcome.results[:2], outcome.results[2:]

@@ -52,6 +52,11 @@ def test_a_real_model_answers_three_times_over_one_prefill(demo_model):
     assert document["seed"] == 3 and document["expected"] in document["fact"]
 
 
+def test_another_policy_can_be_shown(demo_model):
+    document = run_json("demo", "--tokens", "400", "--seed", "3", "--policy", "on-demand")
+    assert [run["config"]["policy"] for run in document["runs"]] == ["on-demand", "full", "none"]
+
+
 def test_the_three_answers_share_one_prefill(demo_model, monkeypatch):
     forward, read = LlamaModel.forward, []
 

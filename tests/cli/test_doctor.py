@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from specache import machine
 from specache.cli import diagnosis
 from specache.kernels import dispatch
 from tests.cli.running import one_line, run, run_json
@@ -68,7 +69,7 @@ def test_each_problem_is_recognised(change, words):
 
 
 def test_a_system_without_proc_is_no_problem(monkeypatch):
-    monkeypatch.setattr(diagnosis, "_lines", lambda path: [])
+    monkeypatch.setattr(machine, "_lines", lambda path: [])
     assert run_json("doctor")["cpu"]["features"] == []
 
 
@@ -83,5 +84,5 @@ def test_a_system_without_proc_is_no_problem(monkeypatch):
     ],
 )
 def test_the_limit_of_a_container_is_found(monkeypatch, files, expected):
-    monkeypatch.setattr(diagnosis, "_lines", lambda path: files[path].splitlines() if path in files else [])
-    assert diagnosis._control_group() == expected
+    monkeypatch.setattr(machine, "_lines", lambda path: files[path].splitlines() if path in files else [])
+    assert machine.control_group() == expected

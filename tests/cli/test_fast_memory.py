@@ -11,7 +11,7 @@ def test_generate_refuses_with_the_flags_to_change(tiny_folder):
     """The library names settings, the command its options."""
     result = run("generate", "-m", tiny_folder, "--prompt", PROMPT, "--fast-memory", "500kB", "-n", "8", code=1)
     text = one_line(result.stderr)
-    assert "fast_memory allows 500,000" in text or "--fast-memory" in text
+    assert "--fast-memory allows 500,000" in text and "larger --fast-memory" in text and "fast_memory" not in text
     assert "--prefill-chunk" in text and "low-bit copy" in text
     assert result.stdout == ""
 

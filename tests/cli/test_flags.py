@@ -18,7 +18,11 @@ ALL = ("model", *SpeCacheConfig().to_dict())
         ("group_size must divide a page.", "--group-size must divide a page."),
         ("slow_tier='ram-inplace' reads rows. Use slow_tier='ram'.", "--slow-tier ram-inplace reads rows. Use --slow-tier ram."),
         ("hot_set=1.5 is more than the whole cache.", "--hot-set 1.5 is more than the whole cache."),
-        ("the method 'specache': top_k must be positive.", "the method 'specache': top_k must be positive."),
+        ("Raise fast_memory, use a smaller top_k or hot_set.", "Raise --fast-memory, use a smaller --top-k or --hot-set."),
+        (
+            "the folder /top_k/x and fast_memory.bin of residual tokens",
+            "the folder /top_k/x and fast_memory.bin of residual tokens",
+        ),
         ("bitsandbytes is missing.", "bitsandbytes is missing."),
     ],
 )
@@ -42,9 +46,11 @@ def test_the_message_of_every_setting_is_turned(setting, value):
     assert in_flags(str(error.value), ALL).startswith(f"--{setting.replace('_', '-')} must ")
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "demo"])
+@pytest.mark.parametrize("command", [["generate"], ["chat"], ["demo"], ["plan", "--context", "10"]])
 def test_every_command_with_settings_says_flags(command):
-    assert "error: --top-k must be a positive number" in one_line(run(command, "-m", "x", "--top-k", "0", code=2).stderr)
+    text = one_line(run(*command, "-m", "x", "--top-k", "0", code=2).stderr)
+    assert "error: --top-k must be a positive number" in text
+    assert "--policy none" in text and "--policy" in one_line(run(command[0], "--help").stdout)  # advice that can be taken
 
 
 def test_settings_of_a_method_keep_their_names(tmp_path):

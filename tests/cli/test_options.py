@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import pytest
 
-from specache.cli.options import generation_options, parse_hot_set
+from specache.cli.options import CacheOptions, GenerationOptions, parse_hot_set
+from specache.config import SpeCacheConfig
 from specache.errors import ConfigError
 
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("0.08", 0.08), ("0", 0.0), ("1", 1.0), (".5", 0.5), ("4096", 4096), ("64MB", 64_000_000), ("1GiB", 2**30), ("1.5 kb", 1500)],
+    [
+        ("0.08", 0.08),
+        ("0", 0.0),
+        ("1", 1.0),
+        (".5", 0.5),
+        ("4096", 4096),
+        ("64MB", 64_000_000),
+        ("1GiB", 2**30),
+        ("1.5 kb", 1500),
+        ("1e3", 1000),
+    ],
 )
 def test_hot_set_is_a_fraction_or_bytes(text, value):
     parsed = parse_hot_set(text)
@@ -18,7 +29,7 @@ def test_hot_set_is_a_fraction_or_bytes(text, value):
     assert isinstance(parsed, type(value))
 
 
-@pytest.mark.parametrize("text", ["", "-1", "8%", "1 parsec", "nan", "1e3"])
+@pytest.mark.parametrize("text", ["", "-1", "8%", "1 parsec", "nan", "1e400", "1e"])
 def test_other_hot_sets_are_refused(text):
     with pytest.raises(ConfigError, match="--hot-set"):
         parse_hot_set(text)
@@ -38,10 +49,14 @@ def test_other_hot_sets_are_refused(text):
     ],
 )
 def test_sampling_is_on_when_asked_for(given, samples):
-    assert generation_options(max_new_tokens=1, **given)["do_sample"] is samples
+    assert GenerationOptions(max_new_tokens=1, **given).arguments()["do_sample"] is samples
 
 
 def test_nothing_is_left_to_the_models_own_settings():
-    sampling = generation_options(max_new_tokens=1, temperature=0.5)
+    sampling = GenerationOptions(max_new_tokens=1, temperature=0.5).arguments()
     assert sampling["top_k"] == 0 and sampling["top_p"] == 1.0
-    assert generation_options(max_new_tokens=1)["repetition_penalty"] == 1.0
+    assert GenerationOptions(max_new_tokens=1).arguments()["repetition_penalty"] == 1.0
+
+
+def test_what_is_not_typed_is_the_librarys_default():
+    assert CacheOptions().config() == SpeCacheConfig()

@@ -47,7 +47,9 @@ def test_the_next_question_reads_only_the_question(tiny, root):
 def test_the_summary_says_what_was_there(tiny, root):
     run(*tiny, "--prompt", DOCUMENT, "--session", "report")
     result = run(*tiny, "--prompt", DOCUMENT, "--session", "report")
-    assert f"session report: {len(DOCUMENT) - 1} prompt tokens were there already" in one_line(result.stderr)
+    text = one_line(result.stderr)
+    assert f"session report: {len(DOCUMENT) - 1} prompt tokens were there already" in text
+    assert "on disk" in text and "slow memory" not in text
 
 
 def test_list_show_fork_rm(tiny, root):
@@ -178,3 +180,12 @@ def test_a_killed_program_loses_at_most_its_answer(tiny, root):
     document: dict[str, Any] = run_json(*tiny, "--prompt", DOCUMENT, "--session", "one")
     assert document["session"]["reused_tokens"] == len(DOCUMENT) - 1
     assert document["results"] == run_json(*tiny, "--prompt", DOCUMENT, "--slow-tier", "ram")["results"]
+
+
+def test_what_is_not_there_is_said(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("no folder")
+    refused = run("session", "list", "--session-dir", str(file), code=1)
+    assert "Not a directory" in refused.stderr and "Traceback" not in refused.stderr
+    missing = run("session", "import", str(tmp_path / "none.tar"), "new", "--session-dir", str(tmp_path / "root"), code=1)
+    assert "There is no file" in missing.stderr and "start again" not in missing.stderr

@@ -419,17 +419,6 @@ def test_quantized_takes_prompts_of_every_length(backend, length):
     assert (held[0, :, :length] - keys).abs().mean() < 0.5 * keys.abs().mean()
 
 
-def test_quantized_leaves_what_fills_no_byte_to_the_residual():
-    """SmolLM2's three KV heads of 64 channels: three groups of 64 per token, four groups to a byte at 2 bits."""
-    assert QuantizedMethod(bits=2)._tokens_of_whole_bytes(3 * 64) == 4
-    assert QuantizedMethod(bits=1)._tokens_of_whole_bytes(2 * 64) == 4
-    assert QuantizedMethod(bits=2, q_group_size=32)._tokens_of_whole_bytes(8 * 128) == 1
-    assert QuantizedMethod(bits=8)._tokens_of_whole_bytes(64) == 1
-    assert QuantizedMethod(backend="quanto")._tokens_of_whole_bytes(3 * 64) == 1
-    with pytest.raises(ConfigError, match="multiple of 4"):
-        QuantizedMethod(residual_length=30)._tokens_of_whole_bytes(3 * 64)
-
-
 def test_quantized_refuses_a_model_with_sliding_layers():
     start = Prefilled(build(*FAMILIES["gemma3"]), prompt(LENGTH)[0].tolist())
     with pytest.raises(MethodUnavailableError, match="sliding"):

@@ -42,7 +42,7 @@ class Painted:
 @pytest.fixture(autouse=True)
 def painted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(registry.METHODS, "painted", f"{__name__}:Painted")
-    monkeypatch.setattr("specache.eval.registry.import_module", lambda name: _module(name), raising=True)
+    monkeypatch.setattr("specache.registry.import_module", lambda name: _module(name), raising=True)
 
 
 def _module(name: str) -> Any:

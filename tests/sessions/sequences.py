@@ -11,14 +11,13 @@ from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import specache
-from specache.layers import WindowLayer
-from specache.sessions.state import compressed
+from specache.window_layer import WindowLayer
 from tests.test_invariants import settings
 from tests.tiny import llama, prompt
 
 NEW = 10
 WINDOW = 48
-__all__ = ["NEW", "WINDOW", "answer", "everything", "gemma", "llama", "opened", "prefill", "prompt", "settings", "state"]
+__all__ = ["NEW", "WINDOW", "answer", "everything", "gemma", "llama", "one", "opened", "prefill", "prompt", "settings", "state"]
 
 
 def gemma(seed: int = 0) -> Any:
@@ -34,6 +33,11 @@ def opened(
     root: Path, model: Any, config: specache.SpeCacheConfig | None = None, name: str = "one", **more: Any
 ) -> specache.Session:
     return specache.Session(name, model, config, folder=root, **more)
+
+
+def one(root: Path, pattern: str, name: str = "one") -> Path:
+    """The first file of a session that is called like this."""
+    return sorted((root / name).glob(pattern))[0]
 
 
 def answer(model: Any, cache: specache.SpeCache, ids: Tensor, new: int = NEW, **more: Any) -> tuple[Tensor, Tensor]:
@@ -70,7 +74,7 @@ def everything(session: specache.Session) -> dict[str, Tensor]:
     """All that the sequence holds."""
     sequence = session._sequence
     held = {"tokens": torch.tensor(sequence.token_ids)}
-    for index, layer in compressed(sequence).items():
+    for index, layer in sequence.compressed.items():
         held[f"keys {index}"], held[f"values {index}"] = sequence.tier.read(index, 0, sequence.length)
         held[f"residual {index}"] = torch.stack([layer.residual_keys, layer.residual_values])
         copy = layer.table.copy()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import stat
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +20,6 @@ from tests.tiers.rows import nothing_left
 
 POLICIES = ("verified", "on-demand", "speculative", "previous", "none")
 EVERYTHING = 10**6
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return llama()
 
 
 @pytest.fixture(scope="module")
@@ -341,6 +339,29 @@ def test_a_fork_of_the_cache_outlives_what_was_not_saved(tmp_path, model):
         prefill(session, model, torch.cat([prompt(200), prompt(300, seed=2)], dim=1))
         session.save()
         assert not torch.equal(session._tier.read(0, 0, 500)[0], rows[0])
+    for mine, before in zip(other.sequences[0].tier.read(0, 0, 500), rows, strict=True):
+        assert torch.equal(mine, before)
+    other.close()
+
+
+def test_also_where_the_next_user_is_another_process(tmp_path, model):
+    with opened(tmp_path, model, settings()) as session:
+        prefill(session, model, prompt(200))
+        session.save()
+        prefill(session, model, torch.cat([prompt(200), prompt(300, seed=1)], dim=1))
+        other = session.cache.fork()
+    rows = other.sequences[0].tier.read(0, 0, 500)
+    code = f"""
+        import torch
+        from pathlib import Path
+        from tests.sessions.sequences import llama, opened, prefill, prompt
+        model = llama()
+        with opened(Path({str(tmp_path)!r}), model) as session:
+            prefill(session, model, torch.cat([prompt(200), prompt(300, seed=2)], dim=1))
+            session.save()
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, cwd=Path(__file__).parents[2])
+    assert len(files(tmp_path, "*-L000.rows")) == 2
     for mine, before in zip(other.sequences[0].tier.read(0, 0, 500), rows, strict=True):
         assert torch.equal(mine, before)
     other.close()

@@ -17,7 +17,7 @@ import torch
 
 from specache import sessions
 from specache.errors import ConfigError, SessionError, SpeCacheError
-from tests.sessions.sequences import answer, gemma, llama, opened, prefill, prompt, settings, state
+from tests.sessions.sequences import answer, gemma, opened, prefill, prompt, settings, state
 
 BAD_NAMES = [
     "",
@@ -36,11 +36,6 @@ BAD_NAMES = [
     "*",
     "specache-scratch-0",
 ]
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return llama()
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from specache.tiers.disk import DiskTier
 from specache.tiers.ram import RamTier
 from tests.test_invariants import FETCHING, run, settings
 from tests.tiers.rows import everything, fill, nothing_left, pairs, random_rows, row_file
-from tests.tiny import llama, prompt
+from tests.tiny import prompt
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -239,11 +239,6 @@ def test_syncing_twice_does_the_work_once(tmp_path, monkeypatch):
 
 
 # Whole generations
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return llama()
 
 
 @pytest.mark.parametrize("policy", [*FETCHING, "none", "full"])

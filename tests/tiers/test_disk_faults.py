@@ -8,7 +8,7 @@ import re
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,34 +17,14 @@ import pytest
 import torch
 
 import specache
-from specache.decoding import Decoder
-from specache.errors import CorruptRowError, SlowTierError
-from specache.integration import attached
+from specache.errors import SlowTierError
 from specache.tiers import aligned_io, tier_files, uring
 from specache.tiers.disk import DiskTier
 from specache.tiers.probe import ReaderReport
 from tests.test_invariants import run, settings
+from tests.tiers.faults import Steps, failing
 from tests.tiers.rows import everything, fill, nothing_left, random_rows, row_file
-from tests.tiny import llama, prompt
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return llama()
-
-
-@pytest.fixture
-def plain_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One reader that reads where it is called, through the one function that tests disturb."""
-    monkeypatch.setattr(tier_files, "report_for", lambda folder: ReaderReport("buffered", False, 4096))
-
-
-def failing(code: int) -> Callable[..., int]:
-    def fail(*_: Any) -> int:
-        raise OSError(code, os.strerror(code))
-
-    return fail
-
+from tests.tiny import prompt
 
 # Writing
 
@@ -99,25 +79,6 @@ def test_a_first_prefill_that_fails_leaves_nothing(model, tmp_path, monkeypatch)
     monkeypatch.setattr(aligned_io, "write_at", failing(errno.EIO))
     with nothing_left(tmp_path), pytest.raises(SlowTierError, match="Input/output error"):
         specache.generate(model, prompt(300), config=config, max_new_tokens=4, do_sample=False)
-
-
-class Steps:
-    """A cache after its prompt, and its decode steps one by one."""
-
-    def __init__(self, model: Any, config: specache.SpeCacheConfig, length: int) -> None:
-        self.cache = specache.SpeCache(model, config)
-        self.model = model
-        self.decoder = Decoder(model, self.cache)
-        specache.prefill(model, prompt(length), cache=self.cache)
-        if config.policy.guesses:
-            with torch.no_grad(), attached(model):
-                self.decoder.pre_decode([0], [5])
-
-    def step(self, number: int) -> torch.Tensor:
-        """Logits [V] of the real row."""
-        guess = [7 + number % 50] if self.cache.config.policy.guesses else None
-        with torch.no_grad(), attached(self.model):
-            return self.decoder.step([0], [5 + number % 60], guess).real[0]
 
 
 @pytest.mark.parametrize("policy", ["verified", "speculative", "previous", "on-demand", "none"])
@@ -337,88 +298,6 @@ def test_a_prefill_that_can_neither_read_nor_go_back_forgets_everything(model, t
         monkeypatch.undo()
         tokens = specache.generate(model, prompt(600), past_key_values=cache, max_new_tokens=40, do_sample=False)
         assert tokens[0, 600:].tolist() == expected
-
-
-# Files
-
-
-def saved(folder: Path) -> tuple[dict[int, Any], dict[int, torch.Tensor], Path]:
-    tier = DiskTier(folder, temporary=False)
-    fill(tier, 200)
-    path = row_file(tier)
-    state = tier.extents(), tier.tails(), path
-    tier.close()
-    return state
-
-
-def test_a_file_that_was_removed_is_missed_when_it_is_opened(tmp_path):
-    tables, tails, path = saved(tmp_path)
-    path.unlink()
-    with nothing_left(tmp_path), pytest.raises(SlowTierError, match=f"{path} cannot be opened: No such file.*start again"):
-        DiskTier.open(tmp_path, tables, tails)
-
-
-def test_a_file_that_was_cut_short_is_noticed_when_it_is_opened(tmp_path):
-    tables, tails, path = saved(tmp_path)
-    os.truncate(path, path.stat().st_size - 1)
-    with nothing_left(tmp_path), pytest.raises(SlowTierError, match=f"{path}.*it was cut short"):
-        DiskTier.open(tmp_path, tables, tails)
-
-
-def test_a_symbolic_link_is_not_followed(tmp_path):
-    tables, tails, path = saved(tmp_path)
-    path.rename(tmp_path / "elsewhere")
-    path.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(SlowTierError, match="symbolic link"):
-        DiskTier.open(tmp_path, tables, tails)
-
-
-@pytest.mark.parametrize("reader", ["io_uring", "threads", "buffered"])
-def test_a_file_that_is_cut_short_later_names_the_row(tmp_path, monkeypatch, reader):
-    report = tier_files.report_for(tmp_path)
-    monkeypatch.setattr(tier_files, "report_for", lambda folder: ReaderReport(reader, report.direct and reader != "buffered", 4096))
-    tier = DiskTier(tmp_path)
-    try:
-        fill(tier, 200)
-    except OSError as error:
-        pytest.skip(f"no {reader} here: {error}")
-    layout = tier._layers[0].layout
-    os.truncate(row_file(tier), 2 * layout.block_bytes)
-    with pytest.raises(
-        SlowTierError, match=rf"{row_file(tier)}: the row of layer 0, KV head 1, token 130 cannot be read: the file ends"
-    ):
-        tier.gather(0, torch.tensor([0, 1, 1]), torch.tensor([3, 140, 130]))
-    with pytest.raises(SlowTierError, match=r"layer 0, KV head 0, token 128 cannot be read: the file ends"):
-        tier.read(0, 100, 180)
-    tier.close()
-
-
-@pytest.mark.parametrize("kind", ["flipped", "cut"])
-def test_a_damaged_file_is_an_error_and_no_wrong_token(model, tmp_path, kind):
-    """Of the whole way, with the reader that the folder really gets."""
-    config = settings(policy="verified", slow_tier=f"disk:{tmp_path}", hot_set=0.0, top_k=64)
-    with nothing_left_but_the_readers(tmp_path):
-        steps = Steps(model, config, 230)
-        for path in tmp_path.rglob("*-L001.rows"):
-            if kind == "cut":
-                os.truncate(path, 0)
-            else:
-                data = np.fromfile(path, np.uint8)
-                data[::97] ^= 4
-                data.tofile(path)
-        with pytest.raises(
-            SlowTierError if kind == "cut" else CorruptRowError, match=r"-L001\.rows.*layer 1, KV head \d, token \d+"
-        ):
-            for i in range(4):
-                steps.step(i)
-        steps.cache.close()
-
-
-def nothing_left_but_the_readers(folder: Path) -> Any:
-    tier = DiskTier(folder)
-    fill(tier, 10)  # the probe's imports and threads are not what is tested
-    tier.close()
-    return nothing_left(folder)
 
 
 def test_nothing_is_left_after_an_error_in_the_middle_of_everything(model, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -272,6 +273,61 @@ def test_a_ring_that_takes_nothing_is_done_without(file, monkeypatch):
     reader.close()
     os.close(fd)
     os.close(other)
+
+
+@pytest.mark.parametrize("when", ["before it is handed over", "before its results are taken"])
+def test_ctrl_c_around_a_batch_leaves_nothing_to_the_next(file, monkeypatch, when):
+    try:
+        reader = readers.RingReader(False, 4096)
+    except OSError as error:
+        pytest.skip(f"no io_uring here: {error}")
+    wait = uring.Ring._wait
+
+    def interrupted(self: uring.Ring, count: int) -> None:
+        if when == "before its results are taken":
+            wait(self, count)
+        raise KeyboardInterrupt
+
+    one, fd = batch(reader, file, 20)
+    with monkeypatch.context() as patch:
+        patch.setattr(uring.Ring, "_wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            reader.read(one)
+    before = bytes(one.buffer.bytes)
+    monkeypatch.setattr(aligned_io, "read_at", None)  # the ring must bring everything itself
+    for seed in (1, 2):
+        two, other = batch(reader, file, 20, seed)
+        reader.read(two)
+        check(two, file)
+        os.close(other)
+    assert bytes(one.buffer.bytes) == before
+    reader.close()
+    os.close(fd)
+
+
+def test_ctrl_c_while_other_threads_read_waits_for_them(file, monkeypatch):
+    waits, wait = [], readers.wait
+
+    def interrupted(futures: list[Any]) -> Any:
+        waits.append(futures)
+        if len(waits) == 1:
+            raise KeyboardInterrupt
+        return wait(futures)
+
+    def slow(fd: int, into: memoryview, offset: int) -> int:
+        if threading.current_thread() is not threading.main_thread():
+            threading.Event().wait(0.05)
+        return os.preadv(fd, [into], offset)
+
+    monkeypatch.setattr(readers, "wait", interrupted)
+    monkeypatch.setattr(aligned_io, "read_at", slow)
+    reader = readers.ThreadReader(False, 4096)
+    one, fd = batch(reader, file, 16)
+    with pytest.raises(KeyboardInterrupt):
+        reader.read(one)
+    check(one, file)  # all have landed
+    reader.close()
+    os.close(fd)
 
 
 def test_ctrl_c_during_a_batch_waits_for_its_reads(file, monkeypatch):

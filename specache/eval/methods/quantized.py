@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
-
-from transformers import QuantizedCache
 
 from specache.errors import ConfigError, MethodUnavailableError
 from specache.eval.methods.stock import StockSession, tensor_bytes
 from specache.eval.prefilled import Prefilled
+from specache.quantized_cache import PACKAGES, new_quantized_cache, store_prompt
 
-PACKAGES = {"hqq": "hqq", "quanto": "optimum-quanto"}
-AXES = {"hqq": 1, "quanto": 0}  # what transformers' guide recommends for each
 BITS = {"hqq": (1, 2, 4, 8), "quanto": (2, 4)}  # hqq's 3 bits do not decode to the shape of a cache
 
 
@@ -21,10 +17,9 @@ BITS = {"hqq": (1, 2, 4, 8), "quanto": (2, 4)}  # hqq's 3 bits do not decode to 
 class QuantizedMethod:
     """Low-bit codes, and up to `residual_length` new tokens in the model's dtype.
 
-    As in stock generation the whole prompt is quantised when it ends, and whenever the residual is full everything is: the codes of
-    codes. hqq packs whole bytes only: tokens of the prompt that would fill a part of one begin the residual (stock generation fails
-    at such lengths). Bytes are those of the tensors, codes, scales and zero points, residual, the floating-point ones at 16 bits.
-    The whole layer in the model's dtype that every step makes from them is not counted.
+    As in stock generation the whole prompt is quantised when it ends (see `quantised_tokens`), and whenever the residual is full
+    everything is: the codes of codes. Bytes are those of the tensors, codes, scales and zero points, residual, the floating-point
+    ones at 16 bits. The whole layer in the model's dtype that every step makes from them is not counted.
     """
 
     name: ClassVar[str] = "quantized"
@@ -51,42 +46,12 @@ class QuantizedMethod:
         device = prompt.cache.info.device
         for index in prompt.full_layers:
             keys, values = prompt.rows(index)
-            elements = keys[:, 0].numel()
-            if elements % self.q_group_size:
-                raise ConfigError(f"q_group_size ({self.q_group_size}) has to divide the {elements} elements of a token's keys.")
-            keys, values = keys[None].to(device), values[None].to(device)  # [1, Hkv, S, D]
-            whole = prompt.length - prompt.length % self._tokens_of_whole_bytes(elements)
-            cache.update(keys[:, :, :whole], values[:, :, :whole], index)
-            if whole < prompt.length:
-                cache.update(keys[:, :, whole:], values[:, :, whole:], index)
+            store_prompt(cache, index, keys[None].to(device), values[None].to(device))  # [1, Hkv, S, D]
         return StockSession(prompt, cache, quantized_bytes)
 
-    def _tokens_of_whole_bytes(self, elements: int) -> int:
-        """The number of tokens, each of `elements`, of which only multiples can be quantised.
-
-        Raises:
-            ConfigError: `residual_length` is none.
-        """
-        if self.backend != "hqq":
-            return 1  # quanto fills up the last byte
-        together = 8 // self.bits  # groups whose codes share bytes
-        tokens = together // math.gcd(together, elements // self.q_group_size)
-        if self.residual_length % tokens:
-            raise ConfigError(f"residual_length is a multiple of {tokens} with hqq and this model, got {self.residual_length}.")
-        return tokens
-
     def _new_cache(self, prompt: Prefilled) -> Any:
-        axis = AXES[self.backend]
         try:
-            return QuantizedCache(
-                backend=self.backend,
-                config=prompt.model.config.get_text_config(decoder=True),
-                nbits=self.bits,
-                axis_key=axis,
-                axis_value=axis,
-                q_group_size=self.q_group_size,
-                residual_length=self.residual_length,
-            )
+            return new_quantized_cache(prompt.model, self.backend, self.bits, self.q_group_size, self.residual_length)
         except ImportError as error:
             raise MethodUnavailableError(
                 f"Method 'quantized' with backend {self.backend!r} needs a library: pip install {PACKAGES[self.backend]}"

@@ -1,0 +1,40 @@
+"""Decode steps one by one, and calls that fail, for tests that disturb them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import specache
+from specache.decoding import Decoder
+from specache.integration import attached
+from tests.tiny import prompt
+
+
+def failing(code: int) -> Callable[..., int]:
+    def fail(*_: Any) -> int:
+        raise OSError(code, os.strerror(code))
+
+    return fail
+
+
+class Steps:
+    """A cache after its prompt, and its decode steps one by one."""
+
+    def __init__(self, model: Any, config: specache.SpeCacheConfig, length: int) -> None:
+        self.cache = specache.SpeCache(model, config)
+        self.model = model
+        self.decoder = Decoder(model, self.cache)
+        specache.prefill(model, prompt(length), cache=self.cache)
+        if config.policy.guesses:
+            with torch.no_grad(), attached(model):
+                self.decoder.pre_decode([0], [5])
+
+    def step(self, number: int) -> torch.Tensor:
+        """Logits [V] of the real row."""
+        guess = [7 + number % 50] if self.cache.config.policy.guesses else None
+        with torch.no_grad(), attached(self.model):
+            return self.decoder.step([0], [5 + number % 60], guess).real[0]
