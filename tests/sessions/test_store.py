@@ -251,7 +251,7 @@ def test_an_export_overwrites_nothing(tmp_path, saved):
     (tmp_path / "x.tar").write_text("mine")
     with pytest.raises(SessionError, match="there already"):
         sessions.export_session("one", tmp_path / "x.tar", tmp_path)
-    with pytest.raises(SessionError, match="There is no file .*none.tar"):
+    with pytest.raises(SessionError, match=r"There is no file .*none\.tar"):
         sessions.export_session("one", tmp_path / "no folder" / "x.tar", tmp_path)
     assert (tmp_path / "x.tar").read_text() == "mine"
 
@@ -348,7 +348,7 @@ def test_an_archive_that_was_cut_or_is_none_is_refused(tmp_path, saved):
         bad.write_bytes(broken)
         with pytest.raises(SpeCacheError):
             sessions.import_session(bad, "two", tmp_path)
-    with pytest.raises(SessionError, match="There is no file .*none.tar"):
+    with pytest.raises(SessionError, match=r"There is no file .*none\.tar"):
         sessions.import_session(tmp_path / "none.tar", "two", tmp_path)
     assert not (tmp_path / "two").exists()
 
