@@ -38,6 +38,8 @@ def export_session(name: str, target: str | os.PathLike[str], root: Root = None)
             check_file(folder / part, expected)
         if os.path.lexists(path):
             raise SessionError(f"{path} is there already. Choose another file, or remove it first.")
+        if not path.parent.is_dir():
+            raise SessionError(f"There is no folder {path.parent}. Make it first, or choose another file.")
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         try:
             with PrivateFile(temporary) as file:
