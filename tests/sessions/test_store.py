@@ -251,7 +251,7 @@ def test_an_export_overwrites_nothing(tmp_path, saved):
     (tmp_path / "x.tar").write_text("mine")
     with pytest.raises(SessionError, match="there already"):
         sessions.export_session("one", tmp_path / "x.tar", tmp_path)
-    with pytest.raises(SessionError, match="There is no folder .*no folder"):
+    with pytest.raises(SessionError, match="There is no folder"):
         sessions.export_session("one", tmp_path / "no folder" / "x.tar", tmp_path)
     assert (tmp_path / "x.tar").read_text() == "mine"
 
