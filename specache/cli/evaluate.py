@@ -15,7 +15,6 @@ from specache.cli import options
 from specache.cli.compiling import ONE_AND_TWO_ROWS, compile_model
 from specache.cli.console import EXIT_INTERRUPTED, err, quiet_libraries, reports_errors, status, write
 from specache.cli.evaluation_command import ABLATE, SharedOptions, ablate_command, task_command
-from specache.cli.evaluation_progress import CellProgress
 from specache.cli.evaluation_table import result_tables
 from specache.cli.json_file import check_json, write_json
 from specache.cli.models import load
@@ -94,11 +93,13 @@ def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="The --out
     from specache.eval.report import rebuild_report
 
     path, run, rows = rebuild_report(folder)
-    _show(run, rows, path)
+    _show_tables(run, rows)
+    _show_path(path)
 
 
 def run_task(shared: SharedOptions, task: Any, methods: list[NamedMethod]) -> None:
     """Measure, report, print."""
+    from specache.cli.evaluation_progress import CellProgress
     from specache.eval.plots import require_libraries
     from specache.eval.report import write_report
     from specache.eval.runner import evaluate
@@ -127,10 +128,10 @@ def run_task(shared: SharedOptions, task: Any, methods: list[NamedMethod]) -> No
     except KeyboardInterrupt:
         _say_interrupted(shared.out)
         raise typer.Exit(EXIT_INTERRUPTED) from None
-    path = write_report(shared.out, task, outcome.run, outcome.rows, outcome.cells)
-    _show(outcome.run, outcome.rows, path)
+    _show_tables(outcome.run, outcome.rows)  # before anything is written that a full disk could stop
     if shared.json is not None:
         write_json(shared.json, outcome.to_dict())
+    _show_path(write_report(shared.out, task, outcome.run, outcome.rows, outcome.cells))
 
 
 def _ablated_task(ctx: Any) -> str:
@@ -162,9 +163,12 @@ def _print_list(kind: str, entries: list[dict[str, Any]]) -> None:
     out.print()
 
 
-def _show(run: Run, rows: list[Row], path: Path) -> None:
+def _show_tables(run: Run, rows: list[Row]) -> None:
     console = err if err.is_terminal else Console(stderr=True, highlight=False, width=LOG_WIDTH)
     console.print(result_tables(run, rows))
+
+
+def _show_path(path: Path) -> None:
     err.print(f"Report: {path}", style="dim", markup=False, soft_wrap=True)
 
 

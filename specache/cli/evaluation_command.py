@@ -17,7 +17,7 @@ from specache.cli.json_file import JsonFile
 from specache.cli.models import Device, Dtype
 from specache.eval import registry
 from specache.eval.settings import field_types
-from specache.weights import WeightFormat
+from specache.weight_format import WeightFormat
 
 if TYPE_CHECKING:
     from specache.eval.methods_option import NamedMethod

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from types import TracebackType
+from typing import Any
 
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -10,11 +12,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from specache.cli.console import err
 from specache.eval.runner import Progress as RunProgress
 
-_LINES = 20  # about so many plain lines for a whole run
+_LINES = 20  # plain lines for a whole run, at most
 
 
 class CellProgress(RunProgress):
-    """Shows item and method at work, and how many cells are finished."""
+    """Shows item and method at work, how many cells are finished, and each warning once, in a line of its own."""
 
     def __init__(self) -> None:
         columns = (
@@ -26,14 +28,19 @@ class CellProgress(RunProgress):
         )
         self._bar = Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
         self._cells = self._done = 0
+        self._warned: set[str] = set()
+        self._catcher = warnings.catch_warnings()
 
     def __enter__(self) -> CellProgress:
+        self._catcher.__enter__()
+        warnings.showwarning = self._warn
         self._bar.start()
         self._task = self._bar.add_task("reading the task", total=None)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self._bar.stop()
+        self._catcher.__exit__(kind, error, traceback)
 
     def begin(self, cells: int, done: int) -> None:
         self._cells, self._done = cells, done
@@ -50,12 +57,18 @@ class CellProgress(RunProgress):
     def finished(self, cells: int = 1) -> None:
         before, self._done = self._done, self._done + cells
         self._bar.update(self._task, completed=self._done)
-        step = max(1, self._cells // _LINES)
+        step = max(1, -(-self._cells // _LINES))
         if not err.is_terminal and before // step != self._done // step:
             self._say(f"{self._done} of {self._cells} cells")
 
     def skipped(self, method: str, reason: str) -> None:
         err.print(f"{method} is skipped: {reason}", style="yellow", markup=False, soft_wrap=True)
+
+    def _warn(self, message: Warning | str, *where: Any, **more: Any) -> None:
+        text = str(message)
+        if text not in self._warned:
+            self._warned.add(text)
+            err.print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
 
     def _say(self, text: str) -> None:
         err.print(text, style="dim", markup=False)

@@ -13,6 +13,7 @@ whose continuations are one token (the letter of a choice) show no difference be
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -28,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from specache.cache import SpeCache
 from specache.config import Policy, SpeCacheConfig
-from specache.errors import ConfigError
+from specache.errors import ConfigError, SpeCacheError
 from specache.eval.methods.specache import SpeCacheSession
 from specache.eval.prefilled import Prefilled
 from specache.generation import generate, prefill
@@ -48,7 +49,8 @@ class SpeCacheLM(TemplateLM):
         pretrained: hub name or folder.
         tokenizer: hub name or folder of another tokenizer.
         revision, dtype, trust_remote_code: as in `from_pretrained`.
-        device: `cpu`, `cuda`, `cuda:1`; default: CUDA where there is one.
+        device: `cpu`, `cuda`, `cuda:1`; default: CUDA where there is one. Without CUDA `cuda:0` means the CPU: lm_eval
+            passes it by default on any machine.
         max_length: longest context with its continuation, in tokens; default: the model's positions.
         max_gen_toks: new tokens of a task that does not say how many.
         add_bos_token: whether texts get the tokenizer's first token; default: as the tokenizer does.
@@ -82,7 +84,7 @@ class SpeCacheLM(TemplateLM):
     ) -> None:
         super().__init__()
         self.config = _config(settings)
-        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._device = _device(device)
         options = {"revision": revision, "trust_remote_code": trust_remote_code}
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer or pretrained, **options)
         self.model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=dtype, **options).to(self._device).eval()
@@ -252,6 +254,12 @@ class SpeCacheLM(TemplateLM):
         return answer
 
 
+def _device(name: str | None) -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device(name or "cuda")
+    return torch.device("cpu" if name is None or name.startswith("cuda") else name)
+
+
 def _config(settings: dict[str, Any]) -> SpeCacheConfig:
     known = [field.name for field in fields(SpeCacheConfig)]
     unknown = sorted(set(settings) - set(known))
@@ -276,4 +284,7 @@ if NAME not in model_registry:
 if __name__ == "__main__":
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except SpeCacheError as error:
+        sys.exit(f"error: {error}")

@@ -6,7 +6,7 @@ import importlib.util
 import io
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -21,9 +21,18 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, which most colour-blind readers can tell apart, then darker ones of the same kind
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C564B", "#7F7F7F", "#004D40", "#5E3C99", "#A6761D")
 FULL_COLOUR = "#333333"
-MARKERS = "osD^vPX*<>h"
+MARKERS = "osD^vPX*<>hdp"  # as many as have no common divisor with the colours: no two of 143 methods share both
+LINES = ("-", "--", ":", "-.")  # the next for every round of the colours
 _DPI = 150
 SMALLEST = 1e-6  # divergences that plots show, in nats; below it is rounding
+
+
+class Style(NamedTuple):
+    """How a method looks: colour and marker of a point, colour and pattern of a line."""
+
+    colour: str
+    marker: str
+    line: str
 
 
 def require_libraries() -> None:
@@ -99,7 +108,8 @@ def tail_figure(rows: list[Row], cells: list[Cell]) -> Figure:
                 continue  # the full cache
             share = 1 - np.arange(len(values)) / len(values)
             shown = values > SMALLEST
-            axes.plot(values[shown], share[shown], color=styles[method][0], label=method, linewidth=1.6)
+            look = styles[method]
+            axes.plot(values[shown], share[shown], color=look.colour, linestyle=look.line, label=method, linewidth=1.6)
         axes.set(xscale="log", yscale="log", title=group, xlabel="KL divergence, nats", ylabel="share of tokens above")
         for share_above, name in ((0.05, "p95"), (0.01, "p99")):
             axes.axhline(share_above, color="#BBBBBB", linewidth=0.8, linestyle=":", zorder=0)
@@ -118,9 +128,14 @@ def memory_figure(rows: list[Row]) -> Figure:
         for row in (row for row in rows if row["task"] == group):
             if row["mean"] is None or (logarithmic and row["mean"] < SMALLEST):
                 continue
-            colour, marker = styles[row["method"]]
+            look = styles[row["method"]]
             axes.errorbar(
-                fast_memory(row), row["mean"], yerr=margins(row), color=colour, marker=marker, capsize=2.5, label=row["method"]
+                *(fast_memory(row), row["mean"]),
+                yerr=margins(row),
+                color=look.colour,
+                marker=look.marker,
+                capsize=2.5,
+                label=row["method"],
             )
         axes.set(title=group, xlabel="fast memory, share of the 16-bit cache", ylabel=mean_label(rows))
         axes.set_yscale("log" if logarithmic else "linear")
@@ -133,17 +148,23 @@ def memory_figure(rows: list[Row]) -> Figure:
     return figure
 
 
-def method_styles(rows: Iterable[Row]) -> dict[str, tuple[str, str]]:
-    """Colour and marker of each method, the same in all plots of a report."""
+def method_styles(rows: Iterable[Row]) -> dict[str, Style]:
+    """The look of each method, the same in all plots of a report."""
     styles = {}
     number = 0
     for method in _methods(rows):
         if method == "full":
-            styles[method] = (FULL_COLOUR, "o")
+            styles[method] = Style(FULL_COLOUR, "o", "-")
             continue
-        styles[method] = (COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)])
+        styles[method] = style(number)
         number += 1
     return styles
+
+
+def style(number: int) -> Style:
+    """The look of the method of this number, of which no other has all."""
+    rounds, colour = divmod(number, len(COLOURS))
+    return Style(COLOURS[colour], MARKERS[number % len(MARKERS)], LINES[rounds % len(LINES)])
 
 
 def margins(row: Row) -> list[list[float]] | None:
@@ -160,15 +181,15 @@ def mean_label(rows: list[Row]) -> str:
     return "mean score" if unit == SCORE else f"mean {unit}"
 
 
-def _dot(axes: Axes, row: Row, y: float, style: tuple[str, str], logarithmic: bool) -> None:
+def _dot(axes: Axes, row: Row, y: float, look: Style, logarithmic: bool) -> None:
     if row["mean"] is None or (logarithmic and row["mean"] < SMALLEST):
         said = "no value" if row["mean"] is None else " 0" if row["mean"] == 0 else f" < {SMALLEST:g}"
         axes.text(0.0, y, said, transform=axes.get_yaxis_transform(), fontsize=8, va="center")
         return
-    axes.errorbar(row["mean"], y, xerr=margins(row), color=style[0], marker="o", markersize=5, capsize=2.5, linewidth=1.6)
+    axes.errorbar(row["mean"], y, xerr=margins(row), color=look.colour, marker="o", markersize=5, capsize=2.5, linewidth=1.6)
     if logarithmic and row["p99"]:
-        axes.plot(row["p99"], y, color=style[0], marker="D", markersize=4, markerfacecolor="white", linestyle="none")
-        axes.plot([row["mean"], row["p99"]], [y, y], color=style[0], linewidth=0.7, linestyle=":", zorder=0)
+        axes.plot(row["p99"], y, color=look.colour, marker="D", markersize=4, markerfacecolor="white", linestyle="none")
+        axes.plot([row["mean"], row["p99"]], [y, y], color=look.colour, linewidth=0.7, linestyle=":", zorder=0)
 
 
 def _mean_axis(axes: Axes, rows: list[Row], logarithmic: bool) -> None:

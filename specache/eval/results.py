@@ -214,7 +214,8 @@ def _continued(folder: Path, run: Run) -> Run:
     if not _read_cells(folder / CELLS_FILE)[0]:
         return run  # stopped before anything was measured
     earlier = _read_run(folder)
-    differences = [*_differences(earlier.identity, run.identity), *_changed_methods(earlier.methods, run.methods)]
+    differences = _differences(_comparable(earlier, run), _comparable(run, earlier))
+    differences += _changed_methods(earlier.methods, run.methods)
     if differences:
         raise EvaluationError(
             f"{folder} holds the results of another run: {'; '.join(differences)}. Nothing was changed. "
@@ -222,6 +223,11 @@ def _continued(folder: Path, run: Run) -> Run:
         )
     skipped = {label: reason for label, reason in earlier.skipped.items() if label not in run.methods}
     return Run(earlier.identity, run.unit, {**earlier.methods, **run.methods}, skipped)
+
+
+def _comparable(run: Run, other: Run) -> dict[str, Any]:
+    """A run's identity, without the settings where another task has others."""
+    return {key: value for key, value in run.identity.items() if key != "settings" or run.task == other.task}
 
 
 def _differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> list[str]:
@@ -277,8 +283,10 @@ def _read_cells(path: Path) -> tuple[list[Cell], int]:
 def _cell(path: Path, number: int, line: bytes) -> Cell:
     try:
         cell = json.loads(line)
-    except ValueError as error:
-        reason = f"it is not JSON ({error})"
+    except json.JSONDecodeError as error:
+        reason = f"it is not JSON ({error.msg} at column {error.colno})"
+    except UnicodeDecodeError:
+        reason = "it is not UTF-8 text"
     else:
         missing = [key for key in _CELL_KEYS if key not in cell] if isinstance(cell, dict) else list(_CELL_KEYS)
         if not missing:

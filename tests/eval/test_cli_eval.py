@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from specache.cli import console
+from specache.errors import EvaluationError
 from specache.eval import registry
 from tests.cli.running import one_line, run
 from tests.eval import fake_tasks
@@ -116,6 +118,36 @@ def test_another_runs_folder_is_refused(tiny):
     text = one_line(evaluate("answers", *tiny, "--methods", "kivi", "--count", "5", code=console.EXIT_ERROR).stderr)
     assert "count is 4 there and 5 here" in text
     assert "another run" in one_line(evaluate("divergence", *tiny, code=console.EXIT_ERROR).stderr)
+
+
+def test_a_warning_of_a_task_is_one_line_said_once(tiny, monkeypatch):
+    items = fake_tasks.Answers.items
+
+    def warning(self: Any, model: Any) -> Any:
+        warnings.warn("two files are missing", stacklevel=1)
+        return items(self, model)
+
+    monkeypatch.setattr(fake_tasks.Answers, "items", warning)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        text = evaluate("answers", *tiny, "--methods", "kivi").stderr
+    assert text.count("two files are missing") == 1 and "warning: two files" in text
+    assert "UserWarning" not in text and ".py" not in text
+
+
+def test_a_report_that_cannot_be_written_costs_neither_table_nor_json(tiny, monkeypatch, tmp_path):
+    def full_disk(*arguments: Any) -> Path:
+        raise EvaluationError("no space left")
+
+    monkeypatch.setattr("specache.eval.report.write_report", full_disk)
+    result = evaluate("answers", *tiny, "--methods", "kivi", "--json", tmp_path / "rows.json", code=console.EXIT_ERROR)
+    assert "±" in result.stderr and "no space left" in result.stderr
+    assert json.loads((tmp_path / "rows.json").read_text())["rows"]
+
+
+def test_a_long_run_says_at_most_twenty_times_how_far_it_is(tiny):
+    text = evaluate("answers", *tiny, "--methods", "kivi", "--count", "39").stderr
+    assert 10 <= text.count("of 39 cells") <= 20
 
 
 def test_a_skipped_method_is_said(tiny):

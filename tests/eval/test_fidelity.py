@@ -12,6 +12,7 @@ from specache.cli.models import Dtype, load
 from specache.errors import ConfigError, TaskDataError
 from specache.eval.methods.specache import FullMethod, KiviMethod, SpeCacheMethod
 from specache.eval.prefilled import Prefilled
+from specache.eval.tasks import perplexity
 from specache.eval.tasks.base import Item, Measurement, TaskModel
 from specache.eval.tasks.documents import excerpts
 from specache.eval.tasks.fidelity import Fidelity
@@ -99,6 +100,14 @@ def test_perplexity_is_that_of_a_plain_forward_pass(model):
     with torch.no_grad():
         expected = torch.nn.functional.cross_entropy(model.model(whole).logits[0, -21:-1], whole[0, -20:])
     assert math.isclose(sum(result.values) / 20, expected.item(), rel_tol=1e-4)
+
+
+def test_a_text_without_a_length_fills_the_models_positions(model, monkeypatch):
+    positions = model.model.config.max_position_embeddings
+    monkeypatch.setattr(perplexity, "PAPER_TOKENS", 310)
+    (item,) = Perplexity(new=20, documents=1).items(model)
+    assert len(item.prompt) + 20 == min(310, positions)
+    assert Perplexity().settings()["length"] is None
 
 
 def test_wrong_options_and_short_texts(model, tmp_path):

@@ -130,14 +130,24 @@ def test_settings_that_do_not_exist_are_refused(evaluate, settings, message):
         evaluate("specache", f",{settings}")
 
 
-def test_the_command_finds_the_model(tiny_folder, tasks):
+def run_command(folder: Path, tasks: Path, settings: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "specache.eval.lm_eval", "--model", "specache"]
-    settings = f"pretrained={tiny_folder},dtype=float32,bits=2,group_size=16"
-    options = ["--model_args", settings, "--tasks", "tiny_choice", "--include_path", str(tasks), "--device", "cpu"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([*command, *options], capture_output=True, text=True, env=environment, check=False)
+    settings = f"pretrained={folder},dtype=float32,{settings}"
+    options = ["--model_args", settings, "--tasks", "tiny_choice", "--include_path", str(tasks)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run([*command, *options], capture_output=True, text=True, env=environment, check=False)
+
+
+def test_the_command_finds_the_model_and_the_cpu(tiny_folder, tasks):
+    done = run_command(tiny_folder, tasks, "bits=2,group_size=16")
     assert done.returncode == 0, done.stderr
     assert "tiny_choice" in done.stdout
+
+
+def test_the_command_says_in_a_line_what_is_wrong(tiny_folder, tasks):
+    done = run_command(tiny_folder, tasks, "bitz=2")
+    assert done.returncode == 1 and "error: model_args: specache has no setting bitz" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_the_package_offers_the_model_as_an_entry_point():

@@ -342,7 +342,9 @@ def test_the_limit_takes_the_first_examples(tiny: TaskModel, tmp_path: Path) -> 
     assert items == list(LongBench(data=tmp_path, subsets=("qasper",)).items(tiny))[:2]
 
 
-@pytest.mark.parametrize("options", [{"subsets": ("dureader",)}, {"subsets": ()}, {"limit": -1}, {"max_length": -1}])
+@pytest.mark.parametrize(
+    "options", [{"subsets": ("dureader",)}, {"subsets": ()}, {"limit": -1}, {"max_length": -1}, {"subsets": ("lcc", "lcc")}]
+)
 def test_contradicting_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         LongBench(**options)

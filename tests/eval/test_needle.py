@@ -164,6 +164,8 @@ def test_contradicting_options_are_refused(options: dict[str, Any]) -> None:
     [
         (lambda path: Needle(lengths=(50_000,)), ConfigError),
         (lambda path: Needle(lengths=(200,)), ConfigError),
+        (lambda path: Needle(lengths=(1000, 1000)), ConfigError),
+        (lambda path: Needle(depths=(0.5, 0.5)), ConfigError),
         (lambda path: Needle(lengths=(5000,), haystack=(path,)), TaskDataError),
         (lambda path: Needle(haystack=(path.with_name("missing"),)), TaskDataError),
     ],

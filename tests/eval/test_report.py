@@ -129,6 +129,13 @@ def test_a_report_is_rebuilt_from_the_cells(tmp_path: Path, monkeypatch: pytest.
     assert path.is_file() and len(rows) == 8 and (tmp_path / "cells.jsonl").read_bytes() == before
 
 
+def test_no_two_of_many_methods_look_the_same():
+    looks = [plots.style(number) for number in range(100)]
+    assert len({(look.colour, look.marker) for look in looks}) == len(looks)
+    lines = [(look.colour, look.line) for look in looks[:40]]
+    assert len(set(lines)) == len(lines), "lines have no markers"
+
+
 def test_missing_libraries_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"matplotlib and jinja2.*pip install 'specache\[eval\]'"):

@@ -225,7 +225,16 @@ def test_a_broken_longeval_line_is_named(tiny: TaskModel, tmp_path: Path, record
 
 
 @pytest.mark.parametrize(
-    "options", [{"kinds": ("json",)}, {"kinds": ()}, {"keys": (1,)}, {"questions": 0}, {"documents": 0}, {"lines": (99_999,)}]
+    "options",
+    [
+        {"kinds": ("json",)},
+        {"kinds": ()},
+        {"keys": (1,)},
+        {"questions": 0},
+        {"documents": 0},
+        {"lines": (99_999,)},
+        {"kinds": ("kv", "kv")},
+    ],
 )
 def test_contradicting_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):

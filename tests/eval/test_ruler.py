@@ -440,8 +440,8 @@ def test_missing_files_are_named(options: dict[str, Any], tmp_path: Path) -> Non
     ("options", "message"),
     [
         ({"tasks": ("niah",)}, "no task 'niah'. It has niah_single_1,"),
-        ({"tasks": ("vt", "vt")}, "--tasks names one twice: vt, vt"),
-        ({"lengths": (1024, 1024)}, "--lengths names one twice"),
+        ({"tasks": ("vt", "vt")}, "--tasks names vt twice"),
+        ({"lengths": (1024, 1024)}, "--lengths names 1024 twice"),
         ({"lengths": ()}, "--lengths"),
         ({"lengths": (0,)}, "--lengths"),
         ({"samples": 0}, "--samples"),

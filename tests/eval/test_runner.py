@@ -120,7 +120,7 @@ def test_methods_may_be_added_and_nothing_else(model, tmp_path):
     assert "length is 280 there and 160 here" in str(error.value) and "--out" in str(error.value)
     with pytest.raises(EvaluationError, match="seed is 0 there and 1 here"):
         run(model, tmp_path, "full", seed=1)
-    with pytest.raises(EvaluationError, match=r'task is "divergence" there and "answers" here'):
+    with pytest.raises(EvaluationError, match=r'another run: task is "divergence" there and "answers" here\. Nothing'):
         run(model, tmp_path, "full", Answers())
     assert (tmp_path / CELLS_FILE).read_bytes() == before
 
@@ -152,13 +152,13 @@ def test_a_line_that_a_kill_left_unfinished_is_run_again(model, tmp_path):
     ]
 
 
-@pytest.mark.parametrize("broken", [b'{"item": "text/0"}', b"{nonsense", b"[]", b""])
+@pytest.mark.parametrize("broken", [b'{"item": "text/0"}', b"{nonsense", b"[]", b"", b'{"item": "\xff"}'])
 def test_a_broken_line_is_named_and_nothing_is_changed(model, tmp_path, broken):
     run(model, tmp_path, "kivi")
     kept = (tmp_path / CELLS_FILE).read_bytes().splitlines()
     kept[1] = broken
     (tmp_path / CELLS_FILE).write_bytes(b"\n".join(kept) + b"\n")
-    with pytest.raises(EvaluationError, match=r"cells\.jsonl, line 2 is no result"):
+    with pytest.raises(EvaluationError, match=r"cells\.jsonl, line 2 is no result: it (lacks|is not JSON|is not UTF-8)"):
         run(model, tmp_path, "kivi,full")
     assert (tmp_path / CELLS_FILE).read_bytes() == b"\n".join(kept) + b"\n"
     assert "full" not in json.loads((tmp_path / RUN_FILE).read_text())["methods"]

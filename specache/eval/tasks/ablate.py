@@ -12,7 +12,7 @@ from specache.errors import ConfigError
 from specache.eval import registry
 from specache.eval.methods.base import Session
 from specache.eval.methods_option import NamedMethod, named, read_method, resolve_field, setting_types, split_methods
-from specache.eval.plots import COLOURS, FULL_COLOUR, MARKERS, SMALLEST, common_legend, margins, mean_label, new_figure, tidy
+from specache.eval.plots import FULL_COLOUR, SMALLEST, common_legend, margins, mean_label, new_figure, style, tidy
 from specache.eval.prefilled import Prefilled
 from specache.eval.results import Cell
 from specache.eval.rows import Row
@@ -86,8 +86,8 @@ class Ablate:
             _draw(axes, curve, places, label, number, logarithmic)
         for number, row in enumerate(lines):
             if row["mean"] is not None and (row["mean"] >= SMALLEST or not logarithmic):
-                style = LINE_STYLES[number % len(LINE_STYLES)]
-                axes.axhline(row["mean"], color=FULL_COLOUR, linewidth=1, linestyle=style, label=row["method"])
+                pattern = LINE_STYLES[number % len(LINE_STYLES)]
+                axes.axhline(row["mean"], color=FULL_COLOUR, linewidth=1, linestyle=pattern, label=row["method"])
         axes.set_xticks(range(len(values)), [shown(value) for value in values])
         axes.set(xlabel=self.field, ylabel=mean_label(rows), yscale="log" if logarithmic else "linear")
 
@@ -185,19 +185,20 @@ def _order(value: Any) -> tuple[bool, float, str]:
 
 
 def _draw(axes: Axes, curve: _Curve, places: dict[Any, int], label: str, number: int, logarithmic: bool) -> None:
-    colour = COLOURS[number % len(COLOURS)]
+    look = style(number)
     points = [(places[value], curve[value]) for value in sorted(curve, key=_order) if curve[value]["mean"] is not None]
     below_above = [[bars[side][0] if (bars := margins(row)) else 0.0 for _, row in points] for side in (0, 1)]
     axes.errorbar(
         [place for place, _ in points],
         [row["mean"] for _, row in points],
         yerr=below_above,
-        color=colour,
-        marker=MARKERS[number % len(MARKERS)],
+        color=look.colour,
+        marker=look.marker,
+        linestyle=look.line,
         markersize=5,
         capsize=3,
         label=label,
     )
     if logarithmic and all(row["p99"] for _, row in points):
         places_and_tails = [place for place, _ in points], [row["p99"] for _, row in points]
-        axes.plot(*places_and_tails, color=colour, linestyle=":", marker=".", label=f"{label}, 99th percentile")
+        axes.plot(*places_and_tails, color=look.colour, linestyle=":", marker=".", label=f"{label}, 99th percentile")

@@ -14,7 +14,15 @@ from specache.errors import ConfigError, TaskDataError
 from specache.eval.methods.base import Session
 from specache.eval.prefilled import Prefilled
 from specache.eval.tasks.base import Item, Measurement, Prepared, TaskModel, greedy
-from specache.eval.tasks.texts import check_at_least, check_length, encode_prompt, json_settings, load_text, shared_prefix
+from specache.eval.tasks.texts import (
+    check_at_least,
+    check_distinct,
+    check_length,
+    encode_prompt,
+    json_settings,
+    load_text,
+    shared_prefix,
+)
 
 # A document can hold as many of our own needles as there are places.
 _PLACES = (
@@ -49,26 +57,27 @@ class Needle:
     name: ClassVar[str] = "needle"
     summary: ClassVar[str] = "Needle-in-a-Haystack: a planted fact, by length and depth (heat map)"
     unit: ClassVar[str] = "score"
-    lengths: tuple[int, ...] = field(default=(1000, 2000, 4000), metadata={"help": "prompt lengths, in tokens"})
+    lengths: tuple[int, ...] = field(default=(1000, 2000, 4000), metadata={"help": "Prompt lengths, in tokens."})
     depths: tuple[float, ...] = field(
-        default=(0.0, 0.25, 0.5, 0.75, 1.0), metadata={"help": "where the needle goes, as fractions of the document"}
+        default=(0.0, 0.25, 0.5, 0.75, 1.0), metadata={"help": "Where the needle goes, as fractions of the document."}
     )
-    documents: int = field(default=1, metadata={"help": "haystacks per length, each from another place of the text"})
-    needles: int = field(default=1, metadata={"help": "needles per cell and haystack, each asked for in an item of its own"})
+    documents: int = field(default=1, metadata={"help": "Haystacks per length, each from another place of the text."})
+    needles: int = field(default=1, metadata={"help": "Needles per cell and haystack, each asked for in an item of its own."})
     together: bool = field(
         default=False,
-        metadata={"help": "plant the needles of all depths in one document: one prefill per length instead of one per cell"},
+        metadata={"help": "Plant the needles of all depths in one document: one prefill per length instead of one per cell."},
     )
-    haystack: tuple[Path, ...] = field(default=(), metadata={"help": "text files (default: Python's own documentation)"})
-    needle: str = field(default="", metadata={"help": "a sentence to plant instead of a random code (with --question, --answer)"})
-    question: str = field(default="", metadata={"help": "the question about --needle"})
-    answer: str = field(default="", metadata={"help": "what the answer to --question must contain"})
-    chat: bool = field(default=True, metadata={"help": "ask as a user's message, if the model has a chat template"})
-    max_new_tokens: int = field(default=32, metadata={"help": "longest answer, in tokens"})
-    seed: int = field(default=0, metadata={"help": "decides the codes and where haystacks begin"})
+    haystack: tuple[Path, ...] = field(default=(), metadata={"help": "Text files (default: Python's own documentation)."})
+    needle: str = field(default="", metadata={"help": "A sentence to plant instead of a random code (with --question, --answer)."})
+    question: str = field(default="", metadata={"help": "The question about --needle."})
+    answer: str = field(default="", metadata={"help": "What the answer to --question must contain."})
+    chat: bool = field(default=True, metadata={"help": "Ask as a user's message, if the model has a chat template."})
+    max_new_tokens: int = field(default=32, metadata={"help": "Longest answer, in tokens."})
+    seed: int = field(default=0, metadata={"help": "Decides the codes and where haystacks begin."})
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "lengths", "documents", "needles", "max_new_tokens")
+        check_distinct(self, "lengths", "depths")
         if not self.depths or min(self.depths) < 0 or max(self.depths) > 1:
             raise ConfigError(f"--depths must be fractions from 0 to 1, got {self.depths}.")
         own = [bool(text.strip()) for text in (self.needle, self.question, self.answer)]

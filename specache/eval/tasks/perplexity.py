@@ -27,7 +27,9 @@ class Perplexity:
     unit: ClassVar[str] = "NLL, nats"
     text: tuple[Path, ...] = field(default=(), metadata={"help": "Text files to read from. Default: Python's own documentation."})
     pg19: bool = field(default=False, metadata={"help": "Read books of the PG19 test set from the hub (needs 'datasets')."})
-    length: int = field(default=0, metadata={"help": "Tokens of each text. Default: 8196, or the model's positions if fewer."})
+    length: int | None = field(
+        default=None, metadata={"help": "Tokens of each text. Default: 8196, or the model's positions if fewer."}
+    )
     new: int = field(default=256, metadata={"help": "Tokens at the end that are decoded; those before them are prefilled."})
     documents: int = field(default=4, metadata={"help": "Number of texts."})
     seed: int = field(default=0, metadata={"help": "Moves where the excerpts begin."})

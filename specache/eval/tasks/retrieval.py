@@ -20,6 +20,7 @@ from specache.eval.prefilled import Prefilled
 from specache.eval.tasks.base import Item, Measurement, Prepared, TaskModel, greedy
 from specache.eval.tasks.texts import (
     check_at_least,
+    check_distinct,
     check_length,
     encode_prompt,
     json_settings,
@@ -135,27 +136,28 @@ class Retrieval:
     name: ClassVar[str] = "retrieval"
     summary: ClassVar[str] = "exact retrieval: key-value pairs (lost in the middle) and LongEval lines"
     unit: ClassVar[str] = "score"
-    kinds: tuple[str, ...] = field(default=KINDS, metadata={"help": "which of kv and lines"})
-    keys: tuple[int, ...] = field(default=(20,), metadata={"help": "pairs in a generated key-value document"})
-    lines: tuple[int, ...] = field(default=(40,), metadata={"help": "lines in a generated document of lines"})
-    documents: int = field(default=5, metadata={"help": "documents of each size, or of each file (0: all of the file)"})
-    questions: int = field(default=5, metadata={"help": "questions about each document, each an item of its own"})
+    kinds: tuple[str, ...] = field(default=KINDS, metadata={"help": "Which of kv and lines."})
+    keys: tuple[int, ...] = field(default=(20,), metadata={"help": "Pairs in a generated key-value document."})
+    lines: tuple[int, ...] = field(default=(40,), metadata={"help": "Lines in a generated document of lines."})
+    documents: int = field(default=5, metadata={"help": "Documents of each size, or of each file (0: all of the file)."})
+    questions: int = field(default=5, metadata={"help": "Questions about each document, each an item of its own."})
     kv_files: tuple[Path, ...] = field(
-        default=(), metadata={"help": "read key-value documents (.jsonl, .jsonl.gz) instead of generating them"}
+        default=(), metadata={"help": "Read key-value documents (.jsonl, .jsonl.gz) instead of generating them."}
     )
-    lines_files: tuple[Path, ...] = field(default=(), metadata={"help": "read LongEval lines (.jsonl) instead of generating them"})
-    chat: bool = field(default=True, metadata={"help": "ask as a user's message, if the model has a chat template"})
+    lines_files: tuple[Path, ...] = field(default=(), metadata={"help": "Read LongEval lines (.jsonl) instead of generating them."})
+    chat: bool = field(default=True, metadata={"help": "Ask as a user's message, if the model has a chat template."})
     answer_prefix: bool = field(
         default=False,
-        metadata={"help": "write the answer up to the value for the model, which then only has to copy it (small models)"},
+        metadata={"help": "Write the answer up to the value for the model, which then only has to copy it (small models)."},
     )
-    max_new_tokens: int = field(default=100, metadata={"help": "longest answer, in tokens"})
-    seed: int = field(default=0, metadata={"help": "decides the records and which are asked for"})
+    max_new_tokens: int = field(default=100, metadata={"help": "Longest answer, in tokens."})
+    seed: int = field(default=0, metadata={"help": "Decides the records and which are asked for."})
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "questions", "max_new_tokens")
         check_at_least(self, 2, "keys", "lines")
         check_at_least(self, 0, "documents")
+        check_distinct(self, "kinds", "keys", "lines")
         unknown = [kind for kind in self.kinds if kind not in KINDS]
         if unknown or not self.kinds:
             raise ConfigError(f"--kinds must be of {', '.join(KINDS)}, got {', '.join(unknown) or 'none'}.")

@@ -50,7 +50,7 @@ def parse_jsonl(lines: Iterable[bytes], origin: str) -> Iterator[tuple[int, dict
             continue
         found = True
         try:
-            record = json.loads(line.decode("utf-8"))
+            record = json.loads(line.decode("utf-8").rstrip())
         except UnicodeDecodeError as error:
             raise TaskDataError(f"{origin}, line {number}: not UTF-8 text ({error.reason} at byte {error.start}).") from None
         except json.JSONDecodeError as error:
@@ -120,6 +120,19 @@ def check_at_least(options: Any, smallest: int, *names: str) -> None:
         numbers = value if isinstance(value, tuple) else (value,)
         if not numbers or min(numbers) < smallest:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least {smallest}, got {value}.")
+
+
+def check_distinct(options: Any, *names: str) -> None:
+    """Whether these options of a task name nothing twice.
+
+    Raises:
+        ConfigError: one does.
+    """
+    for name in names:
+        values = getattr(options, name)
+        if len(set(values)) < len(values):
+            twice = next(value for value in values if values.count(value) > 1)
+            raise ConfigError(f"--{name.replace('_', '-')} names {twice} twice.")
 
 
 def json_settings(task: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from specache.eval.tasks.base import Item, Measurement, Prepared, TaskModel, gre
 from specache.eval.tasks.longbench.data import Record, folder_reader, hub_reader
 from specache.eval.tasks.longbench.metrics import classification
 from specache.eval.tasks.longbench.prompts import SUBSETS, Subset
-from specache.eval.tasks.texts import check_at_least, encode_prompt, json_settings
+from specache.eval.tasks.texts import check_at_least, check_distinct, encode_prompt, json_settings
 
 ANSWER_ROOM = 600  # positions kept free: the longest answer (512 tokens) and a chat template
 LONGEST_PROMPT = 31_500  # the benchmark's own limit for models of 32k positions
@@ -30,23 +30,24 @@ class LongBench:
     name: ClassVar[str] = "longbench"
     summary: ClassVar[str] = "LongBench v1: 16 English tasks, scored as the benchmark scores them"
     unit: ClassVar[str] = "score"
-    subsets: tuple[str, ...] = field(default=tuple(SUBSETS), metadata={"help": "which of the 16 tasks"})
-    data: Path | None = field(default=None, metadata={"help": "folder of LongBench's jsonl files (default: from the hub)"})
-    limit: int = field(default=0, metadata={"help": "examples of each task, the first ones (0: all)"})
+    subsets: tuple[str, ...] = field(default=tuple(SUBSETS), metadata={"help": "Which of the 16 tasks."})
+    data: Path | None = field(default=None, metadata={"help": "Folder of LongBench's jsonl files (default: from the hub)."})
+    limit: int = field(default=0, metadata={"help": "Examples of each task, the first ones (0: all)."})
     max_length: int = field(
         default=0,
         metadata={
-            "help": "longest prompt in tokens; longer ones lose their middle "
-            f"(0: the model's positions less {ANSWER_ROOM}, at most {LONGEST_PROMPT:,})"
+            "help": "Longest prompt in tokens; longer ones lose their middle "
+            f"(0: the model's positions less {ANSWER_ROOM}, at most {LONGEST_PROMPT:,})."
         },
     )
     chat: bool = field(
         default=True,
-        metadata={"help": "ask as a user's message, if the model has a chat template (never in few-shot and code tasks)"},
+        metadata={"help": "Ask as a user's message, if the model has a chat template (never in few-shot and code tasks)."},
     )
 
     def __post_init__(self) -> None:
         check_at_least(self, 0, "limit", "max_length")
+        check_distinct(self, "subsets")
         unknown = [name for name in self.subsets if name not in SUBSETS]
         if unknown or not self.subsets:
             raise ConfigError(f"--subsets: {', '.join(unknown) or 'none'} is not of LongBench's tasks: {', '.join(SUBSETS)}.")

@@ -16,7 +16,7 @@ from specache.eval.tasks.ruler.filling import Encoder, Filler
 from specache.eval.tasks.ruler.sample import Subtask
 from specache.eval.tasks.ruler.scoring import SCORES, clean
 from specache.eval.tasks.ruler.subtasks import SUBTASKS, Sources
-from specache.eval.tasks.texts import check_at_least, check_length, json_settings, shared_prefix
+from specache.eval.tasks.texts import check_at_least, check_distinct, check_length, json_settings, shared_prefix
 
 _MOST_QUESTIONS = 10  # over one context: an essay has 40 places for needles, and one task asks for four at a time
 
@@ -33,26 +33,24 @@ class Ruler:
     summary: ClassVar[str] = "RULER: needles, variable tracking, frequent words and questions over documents, at any length"
     unit: ClassVar[str] = "score"
 
-    tasks: tuple[str, ...] = field(default=(), metadata={"help": "which of RULER's 13 tasks (default: all that have their files)"})
-    lengths: tuple[int, ...] = field(default=(4096,), metadata={"help": "prompt and answer together, in tokens"})
-    samples: int = field(default=20, metadata={"help": "items per task and length"})
-    haystack: tuple[Path, ...] = field(default=(), metadata={"help": "text files (default: Python's own documentation)"})
-    qa1: Path | None = field(default=None, metadata={"help": "SQuAD's JSON file, for qa_1"})
-    qa2: Path | None = field(default=None, metadata={"help": "HotpotQA's JSON file (distractor setting), for qa_2"})
-    chat: bool = field(default=True, metadata={"help": "ask as a user's message, if the model has a chat template"})
+    tasks: tuple[str, ...] = field(default=(), metadata={"help": "Which of RULER's 13 tasks (default: all that have their files)."})
+    lengths: tuple[int, ...] = field(default=(4096,), metadata={"help": "Prompt and answer together, in tokens."})
+    samples: int = field(default=20, metadata={"help": "Items per task and length."})
+    haystack: tuple[Path, ...] = field(default=(), metadata={"help": "Text files (default: Python's own documentation)."})
+    qa1: Path | None = field(default=None, metadata={"help": "SQuAD's JSON file, for qa_1."})
+    qa2: Path | None = field(default=None, metadata={"help": "HotpotQA's JSON file (distractor setting), for qa_2."})
+    chat: bool = field(default=True, metadata={"help": "Ask as a user's message, if the model has a chat template."})
     questions: int = field(
-        default=1, metadata={"help": "questions over one context, in tasks with several keys, each an item (RULER: 1)"}
+        default=1, metadata={"help": "Questions over one context, in tasks with several keys, each an item (RULER: 1)."}
     )
-    seed: int = field(default=0, metadata={"help": "decides keys, values, words and places"})
+    seed: int = field(default=0, metadata={"help": "Decides keys, values, words and places."})
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "lengths", "samples", "questions")
         for task in self.tasks:
             if task not in SUBTASKS:
                 raise ConfigError(f"--tasks: RULER has no task {task!r}. It has {', '.join(SUBTASKS)}.")
-        for option, values in (("tasks", self.tasks), ("lengths", self.lengths)):
-            if len(set(values)) < len(values):
-                raise ConfigError(f"--{option} names one twice: {', '.join(map(str, values))}.")
+        check_distinct(self, "tasks", "lengths")
         if self.questions > _MOST_QUESTIONS:
             raise ConfigError(f"--questions must be at most {_MOST_QUESTIONS}, got {self.questions}.")
 
