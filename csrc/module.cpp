@@ -9,6 +9,7 @@
 
 #include "cpu.hpp"
 #include "engine.hpp"
+#include "row_reader.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -181,10 +182,29 @@ void py_quantise(const std::string& isa, int threads, const OwnedLayout& layout,
     quantise(engine, layout.layout, copy.view(), prompt, start, count);
 }
 
+// What a table of blocks tells of itself; the memory stays with the caller.
+struct RowTable {
+    RowFiles files;
+
+    RowTable(Addresses starts, Addresses shifts, Addresses fds, uintptr_t salts, int64_t heads, int64_t block_bytes, int64_t stride,
+             int64_t words, uintptr_t multipliers, uint64_t position_salt, uint64_t block_salt)
+        : files{starts.data(), shifts.data(), fds.data(), at<const uint64_t>(salts), int64_t(starts.shape(0)), heads, block_bytes, stride,
+                words, at<const uint64_t>(multipliers), position_salt, block_salt} {}
+};
+
+bool py_gather(RowReader& reader, const RowTable& table, const std::vector<int64_t>& rules, Addresses heads, Addresses positions,
+               uintptr_t buffer, int64_t size, uintptr_t out) {
+    if (heads.shape(0) != positions.shape(0)) throw std::invalid_argument("heads and positions");
+    const ReadRules how{rules.at(0), rules.at(1), rules.at(2)};
+    const int64_t *head = heads.data(), *position = positions.data(), count = int64_t(heads.shape(0));
+    nb::gil_scoped_release released;
+    return reader.gather(table.files, how, head, position, count, at<uint8_t>(buffer), size, at<uint64_t>(out));
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
-    m.doc() = "Kernels over the low-bit copy for CPUs; called by specache.kernels.native.";
+    m.doc() = "Kernels over the low-bit copy for CPUs, called by specache.kernels.native; reads of rows, called by specache.tiers.native_reads.";
     nb::set_leak_warnings(false);  // cached layouts live as long as the process
     m.attr("MAX_DIM") = kMaxDim;
     m.def("available", [] {
@@ -208,4 +228,8 @@ NB_MODULE(_native, m) {
         .def("select", &OwnedStep::select)
         .def("attend", &OwnedStep::attend);
     m.def("quantise", &py_quantise);
+    nb::class_<RowTable>(m, "RowTable")
+        .def(nb::init<Addresses, Addresses, Addresses, uintptr_t, int64_t, int64_t, int64_t, int64_t, uintptr_t, uint64_t, uint64_t>(),
+             nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>());
+    nb::class_<RowReader>(m, "RowReader").def(nb::init<unsigned>()).def("gather", &py_gather);
 }

@@ -5,8 +5,8 @@ memory, a packed 1- to 4-bit copy is attended over in fast memory, and the few p
 ahead.
 """
 
-from specache.cache import SpeCache
-from specache.compiled import compile_decode
+from typing import TYPE_CHECKING
+
 from specache.config import Code, Policy, SlowTierKind, SpeCacheConfig
 from specache.errors import (
     ConfigError,
@@ -18,8 +18,13 @@ from specache.errors import (
     UnsupportedModelError,
     UsageError,
 )
-from specache.generation import decode, generate, prefill
-from specache.sessions import Session
+from specache.lazy import importer
+
+if TYPE_CHECKING:
+    from specache.cache import SpeCache
+    from specache.compiled import compile_decode
+    from specache.generation import decode, generate, prefill
+    from specache.sessions import Session
 
 __version__ = "0.1.0"
 
@@ -43,3 +48,20 @@ __all__ = [
     "generate",
     "prefill",
 ]
+
+__getattr__ = importer(
+    __name__,
+    {
+        "Session": "specache.sessions",
+        "SpeCache": "specache.cache",
+        "compile_decode": "specache.compiled",
+        "decode": "specache.generation",
+        "generate": "specache.generation",
+        "prefill": "specache.generation",
+        "sessions": "specache.sessions",
+    },
+)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

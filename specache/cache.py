@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import ExitStack
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, NoReturn
@@ -129,13 +130,14 @@ class SpeCache:
         return self.sequences[index].fork(self)
 
     def close(self) -> None:
-        """End background work and free everything."""
-        for sequence in self.sequences:
-            sequence.clear()
-        self.sequences.clear()
-        if self._worker is not None:
-            self._worker.close()
-            self._worker = None
+        """End background work and free everything, also where a part of that fails."""
+        sequences, self.sequences = self.sequences, []
+        worker, self._worker = self._worker, None
+        with ExitStack() as stack:  # the worker comes last
+            if worker is not None:
+                stack.callback(worker.close)
+            for sequence in sequences:
+                stack.callback(sequence.clear)
 
     def __enter__(self) -> SpeCache:
         return self

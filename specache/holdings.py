@@ -6,15 +6,13 @@ import math
 from collections import Counter
 from dataclasses import dataclass, fields, replace
 
-import torch
-
 from specache.config import PAGE_TOKENS, Policy, SlowTierKind, SpeCacheConfig
 from specache.dimensions import LayerDimensions, ModelDimensions
 from specache.layers import dense_capacity, residual_bytes
 from specache.prefetch import SLOT_INDEX_BYTES
 from specache.quant.layout import PageLayout
 from specache.tiers.ram import ram_capacity
-from specache.tiers.row_file import BLOCK_TOKENS, RowLayout
+from specache.tiers.row_layout import BLOCK_TOKENS, RowLayout
 
 FLOAT = 4  # bytes of a query or a key weight, a score, a log-sum-exp, an attention output before it is rounded
 ORDINARY_ITEMSIZE = 2  # the ordinary cache that everything is compared with has a 16-bit dtype
@@ -202,7 +200,7 @@ def page_layout(config: SpeCacheConfig, layer: LayerDimensions) -> PageLayout:
 
 def row_layout(model: ModelDimensions, layer: LayerDimensions) -> RowLayout:
     """The blocks of a full-attention layer on disk."""
-    return RowLayout(layer.kv_heads, layer.head_dim, torch.float32 if model.itemsize == FLOAT else torch.bfloat16)
+    return RowLayout(layer.kv_heads, layer.head_dim, model.itemsize)
 
 
 def window_bytes(model: ModelDimensions) -> int:

@@ -8,7 +8,6 @@ from typing import Protocol
 from torch import Tensor
 
 from specache.config import Policy, SpeCacheConfig
-from specache.errors import SlowTierError
 from specache.holdings import read_buffer_bytes
 from specache.layers import CompressedLayer, DenseLayer
 from specache.model import ModelInfo
@@ -102,14 +101,17 @@ class Sequence:
             layer.retire()
 
     def undo_pass(self) -> None:
-        """Take back a decode pass that did not finish. If even that fails, the sequence forgets everything."""
+        """Take back a decode pass that did not finish. If even that fails, the sequence forgets everything.
+
+        What made the pass fail is what the caller raises, so this raises nothing.
+        """
         try:
             for index, layer in self.layers.items():
                 if isinstance(layer, CompressedLayer):
                     layer.undo(self.length, self._positions_before[index])
                 else:
                     layer.truncate(self.length)
-        except SlowTierError:
+        except BaseException:  # also Ctrl-C: half of it must not stay
             self.clear()
 
     def can_truncate(self, length: int) -> bool:
@@ -143,13 +145,16 @@ class Sequence:
             self.checkpoints.forget_after(length)
 
     def restore(self, length: int, windows: dict[int, WindowLayer]) -> None:
-        """Go back to `length` tokens after a prefill that failed; to none if the slow tier does not even allow that."""
+        """Go back to `length` tokens after a prefill that failed, to none if even that fails.
+
+        What made the prefill fail is what the caller raises, so this raises nothing.
+        """
         if length == 0:
             return self.clear()
         self.layers.update(windows)
         try:
             self.truncate(length)
-        except SlowTierError:
+        except BaseException:  # also Ctrl-C: half of it must not stay
             self.clear()
 
     def clear(self) -> None:

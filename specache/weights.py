@@ -8,7 +8,6 @@ Symbols: `N` outputs, `K` inputs of a linear layer.
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import Any
 
 import torch
@@ -16,20 +15,12 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from specache.errors import ConfigError, UnsupportedModelError
+from specache.weight_format import WeightFormat
 
 GROUP = 32  # inputs that share a scale and a zero point at 4 bits
 INT8_MANY_ROWS, INT4_MANY_ROWS = 48, 320  # from here on forming the matrix pays (measured with AVX-512)
 INT8_INPUTS = 32  # the kernels read rows in steps of this many codes
 INT4_OUTPUTS = 16
-
-
-class WeightFormat(StrEnum):
-    """Number format of a model's weights. `auto`: that of its activations."""
-
-    AUTO = "auto"
-    BF16 = "bf16"
-    INT8 = "int8"
-    INT4 = "int4"
 
 
 class Int8Linear(nn.Module):

@@ -12,7 +12,7 @@ from __future__ import annotations
 from specache.config import PAGE_TOKENS, Policy, SpeCacheConfig
 from specache.dimensions import LayerDimensions, ModelDimensions
 from specache.exact import KEY_BLOCK, QUERY_BLOCK
-from specache.holdings import FLOAT, on_disk
+from specache.holdings import FLOAT, on_disk, row_layout
 from specache.kernels import dispatch
 from specache.kernels.blocks import BLOCK_BYTES, QUANTISE_PAGES
 from specache.tiers.row_reads import GAP_BYTES, READ_BYTES
@@ -23,7 +23,7 @@ RUNNING_PARTS = 4  # outputs of attention at once: two parts, and their weighted
 LOG_SUMS = 8  # log-sum-exps and weights of the parts at once
 QUANTISE_TEMPORARIES = 6  # float32 copies of a piece of keys or values that the PyTorch quantiser makes
 WIDENED_BYTES = 2 * 4096 + GAP_BYTES  # beside a row that is read from disk
-DISK_READ_BUFFERS = 3  # of READ_BYTES while a prompt is read: what comes from disk, its checked rows, what goes to it
+DISK_COPIES = 3  # of what goes to a disk or comes from it at once: as it lies there, as rows, and a copy that is checksummed
 KEPT_BUFFERS = 8  # buffers for reads, borrowed or kept for the next
 UNPACKED_BLOCKS = 3  # blocks of unpacked codes at once
 
@@ -33,7 +33,7 @@ def prefill_bytes(model: ModelDimensions, config: SpeCacheConfig, chunk: int, st
     hidden = chunk * model.itemsize * (STREAMS * model.hidden + _rotary_width(model))
     stages = [_feed_forward(model, chunk), _normalisation(model, chunk)]
     stages += [_attention(model, config, layer, chunk, stored) for layer in set(model.layers)]
-    buffers = DISK_READ_BUFFERS * READ_BYTES if on_disk(config) else 0
+    buffers = DISK_COPIES * max(READ_BYTES, _largest_block(model)) if on_disk(config) else 0
     matrix = 2 * model.matrix_elements * model.itemsize  # codes as numbers, and their products with scales
     logits = model.vocabulary * (model.itemsize + 2 * FLOAT)
     return hidden + max(stages) + matrix + logits + buffers
@@ -49,9 +49,15 @@ def decode_bytes(model: ModelDimensions, config: SpeCacheConfig, sequences: int,
 
 
 def _row_buffers(model: ModelDimensions, config: SpeCacheConfig) -> int:
-    """Buffers for direct reads of scattered rows, each widened to the device's unit, for every layer that is read at a time."""
+    """Buffers for direct reads of scattered rows, each widened to the device's unit, for every layer that is read at a time; and a
+    block that is full."""
     widest = max(layer.kv_heads * (layer.row_bytes(model.itemsize) + WIDENED_BYTES) for layer in model.full_layers)
-    return KEPT_BUFFERS * min(READ_BYTES, config.top_k * widest)
+    return KEPT_BUFFERS * min(READ_BYTES, config.top_k * widest) + DISK_COPIES * _largest_block(model)
+
+
+def _largest_block(model: ModelDimensions) -> int:
+    """Blocks go to a disk and come from it whole, however large they are."""
+    return max(row_layout(model, layer).block_bytes for layer in model.full_layers)
 
 
 def _rotary_width(model: ModelDimensions) -> int:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from typing import Any
 
-from specache.cli import options
+import typer
+
+from specache.cli import options, session_option
 from specache.cli.answering import Outcome
 from specache.cli.compiling import compile_model
 from specache.cli.console import err, print_error, quiet_libraries, reports_errors, status, write
 from specache.cli.conversation import Conversation
 from specache.cli.field_command import takes_options
-from specache.cli.models import Device, Dtype, LoadedModel, load
+from specache.cli.models import Device, Dtype, load
 from specache.cli.prompts import has_chat_template
 from specache.cli.report import rate, statistics_table, times
-from specache.config import SpeCacheConfig
 from specache.errors import ConfigError, SpeCacheError
-from specache.weights import WeightFormat
+from specache.weight_format import WeightFormat
 
 EPILOG = """
 [bold]In the conversation[/bold]
@@ -25,19 +25,31 @@ EPILOG = """
 /stats shows what the cache holds, /reset starts over, /exit or Ctrl-D leaves.
 
 Ctrl-C stops an answer; what was said of it stays in the conversation.
+
+With --session the conversation is saved after every message and every answer, and goes on the next time.
+
+[bold]Examples[/bold]
+
+specache chat -m demo
+
+specache chat -m demo --session report
 """
 PROMPT = "> "
 HELP = "Commands: /stats, /reset, /help, /exit. Ctrl-C stops an answer, Ctrl-D leaves."
+SHOWN_MESSAGES, SHOWN_CHARACTERS = 6, 400  # of what was said earlier: the last messages, and the beginning of each
 
 
 @reports_errors
 @takes_options
 def chat(
+    context: typer.Context,
     model: options.Model,
     *,
     system: options.System = None,
     generation: options.GenerationOptions,
     cache: options.CacheOptions,
+    session: session_option.SessionName = None,
+    session_dir: session_option.SessionDir = None,
     dtype: options.DtypeOption = Dtype.AUTO,
     weights: options.WeightsOption = WeightFormat.AUTO,
     compile: options.Compile = False,
@@ -50,28 +62,47 @@ def chat(
     config = cache.config()
     arguments = generation.arguments()
     stops = generation.stops()
+    place = session_option.place(session, session_dir, config, 1)
+    if place is not None:
+        config = place.settings(config, context)
 
     quiet_libraries()
     options.set_threads(threads)
+    options.keep_memory_bounded(config)
     with status(f"Loading {model}") as say:
         loaded = load(model, dtype=dtype, weights=weights, device=device, revision=revision, offline=offline, on_progress=say)
         if compile:
             compile_model(loaded.model, config, 1, say)
     generation.set_seed()
-    _talk(loaded, config, arguments, stops, system)
-
-
-def _talk(loaded: LoadedModel, config: SpeCacheConfig, arguments: dict[str, Any], stops: list[str], system: str | None) -> None:
     if not has_chat_template(loaded.tokenizer):
         raise ConfigError(f"{loaded.name} has no chat template. Use 'specache generate --raw' with this model.")
-    conversation = Conversation(loaded, config, arguments, stops=stops, system=system)
+    with session_option.OpenedCache(loaded, config, place) as opened:
+        _talk(Conversation(loaded, opened, arguments, stops=stops, system=system))
+
+
+def _talk(conversation: Conversation) -> None:
     err.print(HELP, style="dim")
-    try:
-        while (line := _read_line()) is not None:
-            if not _obey(conversation, line):
-                break
-    finally:
-        conversation.close()
+    _show_earlier(conversation)
+    while (line := _read_line()) is not None:
+        if not _obey(conversation, line):
+            break
+
+
+def _show_earlier(conversation: Conversation) -> None:
+    """The end of what was said before, if this is a session's conversation."""
+    said = [message for message in conversation.messages if message["role"] != "system"]
+    if len(said) > SHOWN_MESSAGES:
+        err.print(f"[{len(said) - SHOWN_MESSAGES} earlier messages]", style="dim", markup=False)
+    for message in said[-SHOWN_MESSAGES:]:
+        prompt = PROMPT if message["role"] == "user" else ""
+        err.print(f"{prompt}{_shortened(message['content'])}", style="dim", markup=False)
+    if conversation.unanswered is not None:
+        err.print(f"Not answered: {_shortened(conversation.unanswered)}", style="dim", markup=False)
+
+
+def _shortened(text: str) -> str:
+    left = len(text) - SHOWN_CHARACTERS
+    return text if left <= 0 else f"{text[:SHOWN_CHARACTERS]} [and {left:,} characters]"
 
 
 def _obey(conversation: Conversation, line: str) -> bool:
@@ -82,8 +113,7 @@ def _obey(conversation: Conversation, line: str) -> bool:
         case "/exit" | "/quit":
             return False
         case "/reset":
-            conversation.reset()
-            err.print("Starting over.", style="dim")
+            _reset(conversation)
         case "/stats":
             err.print(statistics_table(conversation.cache.stats(), conversation.cache.config.to_dict()))
         case text if text.startswith("/") and len(text.split()) == 1:
@@ -93,13 +123,24 @@ def _obey(conversation: Conversation, line: str) -> bool:
     return True
 
 
-def _turn(conversation: Conversation, text: str) -> None:
+def _reset(conversation: Conversation) -> None:
+    conversation.reset()
     try:
-        outcome = conversation.say(text, on_text=lambda row, piece: write(piece))
+        conversation.save()
     except SpeCacheError as error:
         print_error(str(error))
         return
-    write("\n")
+    err.print("Starting over.", style="dim")
+
+
+def _turn(conversation: Conversation, text: str) -> None:
+    try:
+        outcome = conversation.say(text, on_text=lambda row, piece: write(piece))
+        write("\n")
+        conversation.save()
+    except SpeCacheError as error:
+        print_error(str(error))
+        return
     err.print(_summary(conversation, outcome), style="dim")
 
 

@@ -3,41 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from specache.cli.answering import Outcome, answer
 from specache.cli.models import LoadedModel
-from specache.cli.prompts import encode_chat, system_message
-from specache.config import SpeCacheConfig
+from specache.cli.prompts import Message, answered, encode_chat, system_message
+from specache.cli.session_option import OpenedCache
+from specache.errors import ConfigError
+
+if TYPE_CHECKING:
+    from specache import SpeCache
 
 
 class Conversation:
     """Messages so far, and the cache that holds their keys and values.
 
-    Each turn hands over the token ids of the whole conversation; the library prefills only what the cache lacks.
+    Each turn hands over the token ids of the whole conversation; the library prefills only what the cache lacks. With a session the
+    conversation begins with what it was saved with, and is saved before each answer and by `save`.
+
+    Args:
+        opened: the cache, which is closed with the conversation.
+        options: from `options.GenerationOptions.arguments`.
+        stops: texts to stop before.
+        system: the system message; `None` takes that of the session.
+
+    Attributes:
+        messages: what was said.
+        unanswered: the session's last message, where there is no answer to it; it is not among `messages`.
+
+    Raises:
+        ConfigError: the session holds no conversation, or one with another system message.
     """
 
     def __init__(
         self,
         loaded: LoadedModel,
-        config: SpeCacheConfig,
+        opened: OpenedCache,
         options: dict[str, Any],
         *,
         stops: Sequence[str] = (),
         system: str | None = None,
     ) -> None:
         self._loaded = loaded
-        self._config = config
+        self._opened = opened
         self._options = options
         self._stops = stops
-        self._system = system
-        self._open()
+        self.messages = _continued(opened, system)
+        self.unanswered = self.messages.pop()["content"] if self.messages and self.messages[-1]["role"] == "user" else None
 
-    def _open(self) -> None:
-        from specache import SpeCache
-
-        self.messages = system_message(self._system)
-        self.cache = SpeCache(self._loaded.model, self._config)
+    @property
+    def cache(self) -> SpeCache:
+        return self._opened.cache
 
     def say(self, text: str, on_text: Callable[[int, str], None]) -> Outcome:
         """Answer a message. An interrupted answer stays in the conversation as far as it came.
@@ -45,29 +61,48 @@ class Conversation:
         Raises:
             SpeCacheError: the message cannot be answered (too long, for example); it is then forgotten.
         """
-        self.messages.append({"role": "user", "content": text})
-        try:
-            ids = encode_chat(self._loaded.tokenizer, self.messages)
-            outcome = answer(
-                self._loaded,
-                [ids],
-                self.cache,
-                self._options,
-                stops=self._stops,
-                on_text=on_text,
-                description="Reading",
-            )
-        except BaseException:
-            self.messages.pop()
-            raise
-        self.messages.append({"role": "assistant", "content": outcome.results[0].text})
+        asked = [*self.messages, {"role": "user", "content": text}]
+        outcome = answer(
+            self._loaded,
+            [encode_chat(self._loaded.tokenizer, asked)],
+            self.cache,
+            self._options,
+            stops=self._stops,
+            on_text=on_text,
+            on_prefilled=lambda: self._opened.save(asked),
+            description="Reading",
+        )
+        self.messages = answered(asked, outcome.results[0].text)
         return outcome
+
+    def save(self) -> None:
+        """Save what was said, if there is a session.
+
+        Raises:
+            SpeCacheError: it cannot be saved. It stays in the conversation, and the next turn tries again.
+        """
+        self._opened.save(self.messages)
 
     def reset(self) -> None:
         """Forget everything but the system message."""
-        self.close()
-        self._open()
+        self.messages = [message for message in self.messages if message["role"] == "system"]
+        self._opened.clear()
 
     def close(self) -> None:
         """Free the cache."""
-        self.cache.close()
+        self._opened.close()
+
+
+def _continued(opened: OpenedCache, system: str | None) -> list[Message]:
+    """The session's messages, or the beginning of a conversation."""
+    earlier = opened.messages
+    if not earlier:
+        if opened.cache.get_seq_length():
+            raise ConfigError(
+                "The session holds a text and no conversation ('specache generate --raw' made it, or a program). Continue it with "
+                "'specache generate --raw', or choose another name."
+            )
+        return system_message(system)
+    if system is not None and earlier[: len(system_message(system))] != system_message(system):
+        raise ConfigError("The session's conversation began with another system message. Leave out --system, or take another name.")
+    return list(earlier)

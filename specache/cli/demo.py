@@ -27,7 +27,7 @@ from specache.cli.models import DEMO_MODEL, Device, Dtype, LoadedModel, load
 from specache.cli.prompts import encode, has_chat_template
 from specache.config import Code, Policy, SlowTierKind, SpeCacheConfig
 from specache.errors import ConfigError
-from specache.weights import WeightFormat
+from specache.weight_format import WeightFormat
 
 if TYPE_CHECKING:
     from specache import SpeCache

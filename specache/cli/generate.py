@@ -14,11 +14,11 @@ from specache.cli.compiling import compile_model
 from specache.cli.console import EXIT_INTERRUPTED, err, quiet_libraries, reports_errors, status, write
 from specache.cli.field_command import takes_options
 from specache.cli.models import Device, Dtype, LoadedModel, load
-from specache.cli.prompts import Prompt, encode, has_chat_template, read_prompts
+from specache.cli.prompts import Message, Prompt, answered, asked, encode, encode_chat, has_chat_template, read_prompts
 from specache.cli.report import statistics_table
 from specache.config import SpeCacheConfig
 from specache.errors import ConfigError
-from specache.weights import WeightFormat
+from specache.weight_format import WeightFormat
 
 if TYPE_CHECKING:
     from specache import SpeCache
@@ -90,40 +90,47 @@ def generate(
 
     quiet_libraries()
     options.set_threads(threads)
+    options.keep_memory_bounded(config)
     with status(f"Loading {model}") as say:
         loaded = load(model, dtype=dtype, weights=weights, device=device, revision=revision, offline=offline, on_progress=say)
         if compile:
             compile_model(loaded.model, config, len(prompts), say)
-    rows = _encode(loaded, prompts, chat, system)
+    conversations = _conversations(loaded, prompts, chat, system)
     generation.set_seed()
-    outcome = _run(loaded, prompts, rows, config, arguments, stops, as_json, place)
+    outcome = _run(loaded, prompts, conversations, config, arguments, stops, as_json, place)
     if outcome.interrupted:
         raise typer.Exit(EXIT_INTERRUPTED)
 
 
-def _encode(loaded: LoadedModel, prompts: list[Prompt], chat: bool | None, system: str | None) -> list[list[int]]:
+def _conversations(loaded: LoadedModel, prompts: list[Prompt], chat: bool | None, system: str | None) -> list[list[Message]]:
+    """Per prompt the conversation that it is the last message of; none where it is a text as it is."""
     if chat is None:
         chat = has_chat_template(loaded.tokenizer)
     if system is not None and not chat:
         raise ConfigError("--system needs a conversation: leave out --raw, and use a model with a chat template.")
-    return [encode(loaded.tokenizer, prompt.text, chat=chat, system=system) for prompt in prompts]
+    return [asked(prompt.text, system) if chat else [] for prompt in prompts]
 
 
 def _run(
     loaded: LoadedModel,
     prompts: list[Prompt],
-    rows: list[list[int]],
+    conversations: list[list[Message]],
     config: SpeCacheConfig,
     arguments: dict[str, Any],
     stops: list[str],
     as_json: bool,
     place: session_option.Place | None,
 ) -> Outcome:
-    streams = len(rows) == 1 and not as_json
-    with session_option.opened_cache(loaded, config, place) as (cache, save):
+    streams = len(prompts) == 1 and not as_json
+    rows = [
+        encode_chat(loaded.tokenizer, messages) if messages else encode(loaded.tokenizer, prompt.text, chat=False)
+        for prompt, messages in zip(prompts, conversations, strict=True)
+    ]
+    with session_option.OpenedCache(loaded, config, place) as opened:
+        cache, messages = opened.cache, conversations[0]
         on_text = (lambda row, text: write(text)) if streams else None
-        outcome = answer(loaded, rows, cache, arguments, stops=stops, on_text=on_text, on_prefilled=save)
-        save()
+        outcome = answer(loaded, rows, cache, arguments, stops=stops, on_text=on_text, on_prefilled=lambda: opened.save(messages))
+        opened.save(answered(messages, outcome.results[0].text) if messages else [])
         if as_json:
             _print_json(outcome, cache, loaded, place)
             return outcome

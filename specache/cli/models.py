@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from specache.cli.convert import converted_model
 from specache.errors import ConfigError, SpeCacheError
-from specache.weights import WeightFormat, quantise_weights
+from specache.weight_format import WeightFormat
 
 if TYPE_CHECKING:
     import torch
@@ -96,6 +96,8 @@ def load(
     tokenizer, model = _from_pretrained(name, source, chosen_dtype, options)
     model = model.to(chosen_device).eval()
     if weights in (WeightFormat.INT8, WeightFormat.INT4):
+        from specache.weights import quantise_weights
+
         on_progress(f"Quantising the weights to {weights}")
         quantise_weights(model, weights)
     return LoadedModel(model, tokenizer, name, weights)

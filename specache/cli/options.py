@@ -7,11 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
+from specache import heap
 from specache.cli.models import Device, Dtype
 from specache.cli.sizes import UNITS, number_and_unit, parse_size
 from specache.config import Code, Policy, SlowTierKind, SpeCacheConfig, parse_slow_tier
 from specache.errors import ConfigError
-from specache.weights import WeightFormat
+from specache.weight_format import WeightFormat
 
 MODEL_PANEL = "Model"
 CACHE_PANEL = "Key-value cache"
@@ -313,6 +314,12 @@ class GenerationOptions:
         if self.temperature is not None:
             return self.temperature > 0
         return any(value is not None for value in (self.top_p, self.min_p, self.top_k_sampling))
+
+
+def keep_memory_bounded(config: SpeCacheConfig) -> None:
+    """Where memory is what counts, the heap gives back what is free."""
+    if config.fast_memory is not None or config.slow_tier is SlowTierKind.DISK:
+        heap.keep_small()
 
 
 def set_threads(threads: int | None) -> None:

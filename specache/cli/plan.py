@@ -1,7 +1,8 @@
-"""`specache plan`: the memory that a context needs, per tier, without loading weights."""
+"""`specache plan`: the memory that a context needs, per tier, and how fast a device decodes it, without loading weights."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,9 +12,10 @@ from specache.cli.console import quiet_libraries, reports_errors
 from specache.cli.field_command import takes_options
 from specache.cli.json_file import STANDARD_OUTPUT, JsonFile, check_json, write_json
 from specache.cli.models import Device, Dtype, load_config, number_format
+from specache.cli.plan_device import target_device
 from specache.config import SpeCacheConfig
 from specache.errors import ConfigError
-from specache.weights import WeightFormat
+from specache.weight_format import WeightFormat
 
 if TYPE_CHECKING:
     from specache.dimensions import ModelDimensions
@@ -26,7 +28,42 @@ specache plan -m demo --context 8000
 specache plan --shape llama-3.2-3b --context 131072 --fast-memory 4GB
 
 specache plan -m Qwen/Qwen3-0.6B --context 32768 --batch 8 --slow-tier ram --bits 1 --json plan.json
+
+specache plan --shape mistral-7b --dtype float16 --context 32768 --gpu a6000
+
+specache plan -m demo --context 8000 --gpu cpu
 """
+ROOFLINE_PANEL = "Time on a device"
+
+PlannedShape = Annotated[
+    str | None,
+    typer.Option(
+        "--shape",
+        help="Instead of a model: published dimensions. smollm2-135m, llama-3.2-1b, llama-3.2-3b, llama-3-8b, mistral-7b, "
+        "llama-2-7b, llama-2-13b, llama-3.1-70b, qwen2.5-7b, qwen3-8b.",
+        rich_help_panel=options.MODEL_PANEL,
+        metavar="NAME",
+    ),
+]
+GpuName = Annotated[
+    str | None,
+    typer.Option(
+        "--gpu",
+        help="Compare the 16-bit cache, KIVI and SpeCache on this device: largest batch, time per step, tokens per second. a6000, "
+        "a100, a100-40gb, a10, h100, h100-pcie, h200, gh200, l4, l40s, rtx3090, rtx4090; or cpu: this machine, measured (minutes).",
+        rich_help_panel=ROOFLINE_PANEL,
+        metavar="NAME",
+    ),
+]
+GpuSpec = Annotated[
+    Path | None,
+    typer.Option(
+        "--gpu-spec",
+        help="The same for the device that this TOML file describes (docs/plan.md).",
+        rich_help_panel=ROOFLINE_PANEL,
+        metavar="FILE",
+    ),
+]
 
 
 @reports_errors
@@ -35,7 +72,7 @@ def plan(
     *,
     context: Annotated[int, typer.Option("--context", help="Tokens of a sequence, prompt and answer together.", metavar="TOKENS")],
     model: options.OptionalModel = None,
-    shape: options.ShapeName = None,
+    shape: PlannedShape = None,
     batch: Annotated[int, typer.Option("--batch", help="Sequences at once, all with different prompts.")] = 1,
     json: JsonFile = None,
     cache: options.CacheOptions,
@@ -44,16 +81,26 @@ def plan(
     device: options.DeviceOption = Device.AUTO,
     revision: options.Revision = None,
     offline: options.Offline = False,
+    gpu: GpuName = None,
+    gpu_spec: GpuSpec = None,
 ) -> None:
-    """Say how much memory a context needs in each tier, and what would make it fit. Loads no weights."""
+    """Say how much memory a context needs in each tier, what would make it fit, and how fast a device decodes it.
+
+    Loads no weights.
+    """
     config = cache.config()
     check_json(json)
+    target = target_device(gpu, gpu_spec, device)
     quiet_libraries()
-    torch_dtype, device_type = number_format(_shapes_dtype(dtype, shape), weights, device)
-    dimensions = _dimensions(model, shape, torch_dtype, device_type, weights, revision, offline)
+    torch_dtype, device_type = number_format(_shapes_dtype(dtype, shape), weights, target.computes_on)
+    model_config = _model_config(model, shape, revision, offline)
+    dimensions = _dimensions(model_config, torch_dtype, device_type, weights)
     _check_request(context, batch, dimensions, str(model or shape))
-    document = plan_document(dimensions, config.resolved(device_type), context, batch)
+    config = config.resolved(device_type)
+    document = plan_document(dimensions, config, context, batch)
     document = {"model": model or shape, "dtype": str(torch_dtype).removeprefix("torch."), "device": device_type, **document}
+    if target.asked:
+        document["roofline"] = target.roofline(model_config, torch_dtype, weights, dimensions, config, context, batch)
     if json is not None:
         write_json(json, document)
     if json != STANDARD_OUTPUT:
@@ -100,23 +147,23 @@ def _shapes_dtype(dtype: Dtype, shape: str | None) -> Dtype:
     return Dtype.BFLOAT16 if shape is not None and dtype is Dtype.AUTO else dtype
 
 
-def _dimensions(
-    model: str | None, shape: str | None, dtype: Any, device: str, weights: WeightFormat, revision: str | None, offline: bool
-) -> ModelDimensions:
-    """Of the model that the options name.
+def _model_config(model: str | None, shape: str | None, revision: str | None, offline: bool) -> Any:
+    """transformers' configuration of the model that the options name.
 
     Raises:
         ConfigError: none, or both kinds; an unknown shape.
         ModelNotFoundError: the model's configuration cannot be read.
-        UnsupportedModelError: specache cannot run it.
     """
     options.check_model_or_shape(model, shape)
     if shape is not None:
-        from specache.bench.shapes import shape_named
+        from specache.bench.published_shapes import planned_config
 
-        config = shape_named(shape).config()
-    else:
-        config = load_config(str(model), revision=revision, offline=offline)
+        return planned_config(shape)
+    return load_config(str(model), revision=revision, offline=offline)
+
+
+def _dimensions(config: Any, dtype: Any, device: str, weights: WeightFormat) -> ModelDimensions:
+    """Raises `UnsupportedModelError` where specache cannot run the model."""
     from specache.dimensions import dimensions_of, without_weights
 
     return dimensions_of(without_weights(config, dtype), device=device, weights=weights)

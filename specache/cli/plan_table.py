@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from specache.admission import PARTS
+from specache.cli.plan_roofline_table import roofline_tables
 from specache.cli.report import size, times
 from specache.eval.settings import flag
 
@@ -28,7 +29,10 @@ def plan_tables(document: dict[str, Any]) -> RenderableType:
     parts: list[RenderableType] = [Text(_title(document), style="bold")]
     for table in (_fast_table(document), _other_table(document), _traffic_table(document)):
         parts += [Text(), table]
-    return Group(*parts, Text(), *_verdict(document))
+    parts += [Text(), *_verdict(document)]
+    if "roofline" in document:
+        parts += roofline_tables(document)
+    return Group(*parts)
 
 
 def _title(document: dict[str, Any]) -> str:

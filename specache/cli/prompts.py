@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 STDIN = "-"
 
+Message = dict[str, str]  # of a conversation, as chat templates take it: `role` and `content`
+
 
 class PromptError(SpeCacheError):
     """A prompt that is missing, empty or unreadable."""
@@ -76,17 +78,27 @@ def has_chat_template(tokenizer: Any) -> bool:
 def encode(tokenizer: Any, text: str, *, chat: bool, system: str | None = None) -> list[int]:
     """Token ids of one prompt, as a user's message if `chat`, else as it is (with the tokenizer's own first token)."""
     if chat:
-        return encode_chat(tokenizer, [*system_message(system), {"role": "user", "content": text}])
+        return encode_chat(tokenizer, asked(text, system))
     ids: list[int] = tokenizer(text)["input_ids"]
     return ids
 
 
-def system_message(system: str | None) -> list[dict[str, str]]:
+def asked(text: str, system: str | None = None) -> list[Message]:
+    """A conversation of one question."""
+    return [*system_message(system), {"role": "user", "content": text}]
+
+
+def answered(messages: list[Message], text: str) -> list[Message]:
+    """A conversation and the model's answer."""
+    return [*messages, {"role": "assistant", "content": text}]
+
+
+def system_message(system: str | None) -> list[Message]:
     """The beginning of a conversation: one message, or none."""
     return [] if system is None else [{"role": "system", "content": system}]
 
 
-def encode_chat(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+def encode_chat(tokenizer: Any, messages: list[Message]) -> list[int]:
     """Token ids of a conversation up to where the model's answer begins.
 
     Raises:

@@ -1,4 +1,4 @@
-"""`specache session`: look after the sessions that `specache generate --session` keeps."""
+"""`specache session`: look after the sessions that `--session` keeps."""
 
 from __future__ import annotations
 
@@ -77,6 +77,7 @@ def show(name: Name, session_dir: Folder = None, as_json: options.Json = False) 
         "folder": summary.folder,
         "model": f"{summary.model}, {summary.dtype}",
         "tokens": f"{summary.tokens:,}",
+        "conversation": f"{summary.messages:,} messages" if summary.messages else UNKNOWN,
         "on disk": size(summary.bytes),
         "made": _time(summary.created),
         "saved": _time(summary.saved),

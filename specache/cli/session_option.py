@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from types import TracebackType
+from typing import Annotated
 
 import typer
 
 from specache.cli.models import LoadedModel
+from specache.cli.prompts import Message
 from specache.config import SlowTierKind, SpeCacheConfig
 from specache.errors import ConfigError
-
-if TYPE_CHECKING:
-    from specache import SpeCache
 
 SESSION_PANEL = "Session"
 
@@ -23,8 +21,8 @@ SessionName = Annotated[
     str | None,
     typer.Option(
         "--session",
-        help="Keep what was read and answered in a session of this name, and go on from it: only what a prompt has beyond the "
-        "stored one is read. Saved after the prompt and after the answer. See 'specache session'.",
+        help="Keep what was read and answered in a session of this name, and go on from it: only what is new is read. Saved after "
+        "each prompt and each answer. See 'specache session'.",
         metavar="NAME",
         rich_help_panel=SESSION_PANEL,
     ),
@@ -98,14 +96,50 @@ def _is_typed(context: typer.Context, name: str) -> bool:
     return source is not None and source.name != "DEFAULT"
 
 
-@contextmanager
-def opened_cache(loaded: LoadedModel, config: SpeCacheConfig, place: Place | None) -> Iterator[tuple[SpeCache, Callable[[], None]]]:
-    """The cache of a command, and what saves it (nothing, without a session)."""
-    import specache
+class OpenedCache:
+    """The cache of a command, and the session that it is saved in, if there is one.
 
-    if place is None:
-        with specache.SpeCache(loaded.model, config) as cache:
-            yield cache, lambda: None
-        return
-    with specache.Session(place.name, loaded.model, config, tokenizer=loaded.tokenizer, folder=place.root) as session:
-        yield session.cache, session.save
+    Attributes:
+        cache: goes on as `past_key_values`.
+        messages: the conversation that the session was saved with.
+    """
+
+    def __init__(self, loaded: LoadedModel, config: SpeCacheConfig, place: Place | None = None) -> None:
+        import specache
+
+        self._loaded = loaded
+        self._config = config
+        self._session: specache.Session | None = None
+        self.messages: list[Message] = []
+        if place is None:
+            self.cache = specache.SpeCache(loaded.model, config)
+        else:
+            self._session = specache.Session(place.name, loaded.model, config, tokenizer=loaded.tokenizer, folder=place.root)
+            self.cache = self._session.cache
+            self.messages = list(self._session.messages)
+
+    def save(self, messages: Sequence[Message]) -> None:
+        """Save the cache and the conversation that it holds (none: it holds a text). Nothing, without a session."""
+        if self._session is not None:
+            self._session.messages = list(messages)
+            self._session.save()
+
+    def clear(self) -> None:
+        """Forget what the cache holds."""
+        import specache
+
+        if self._session is not None:
+            self._session.cut(0)
+        else:
+            self.cache.close()
+            self.cache = specache.SpeCache(self._loaded.model, self._config)
+
+    def close(self) -> None:
+        """Free the cache, and the session for others."""
+        (self._session or self.cache).close()
+
+    def __enter__(self) -> OpenedCache:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()

@@ -5,10 +5,15 @@
 (`identity`).
 """
 
+from typing import TYPE_CHECKING
+
+from specache.lazy import importer
 from specache.sessions.names import default_root
-from specache.sessions.session import Session
 from specache.sessions.store import SessionSummary, fork, remove, show, stored, stored_config
-from specache.sessions.transfer import export_session, import_session
+
+if TYPE_CHECKING:
+    from specache.sessions.session import Session
+    from specache.sessions.transfer import export_session, import_session
 
 __all__ = [
     "Session",
@@ -22,3 +27,16 @@ __all__ = [
     "stored",
     "stored_config",
 ]
+
+__getattr__ = importer(
+    __name__,
+    {
+        "Session": "specache.sessions.session",
+        "export_session": "specache.sessions.transfer",
+        "import_session": "specache.sessions.transfer",
+    },
+)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -9,9 +9,10 @@ from pathlib import Path
 from torch import Tensor
 
 from specache.errors import SessionError
+from specache.sessions.files import StoredFile
 from specache.sessions.manifest import Checkpoint, Manifest
-from specache.sessions.snapshot import Snapshot, StoredFile, TensorSpec, write_snapshot
-from specache.tiers.row_file import reason
+from specache.sessions.snapshot import DTYPE_NAMES, Snapshot, TensorSpec, write_snapshot
+from specache.tiers.system_errors import reason
 from specache.window_layer import WindowLayer
 
 INTERVAL = 4096  # tokens between two checkpoints, at least
@@ -70,6 +71,6 @@ class DiskCheckpoints:
 def ring_specs(manifest: Manifest) -> dict[str, TensorSpec]:
     """The tensors of a snapshot of windows."""
     return {
-        f"ring.{index}": TensorSpec(shape.torch_dtype, (2, shape.heads, shape.window or 0, shape.dim))
+        f"ring.{index}": TensorSpec(DTYPE_NAMES[shape.dtype], (2, shape.heads, shape.window or 0, shape.dim))
         for index, shape in manifest.windows.items()
     }

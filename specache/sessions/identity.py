@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,33 +12,13 @@ from torch import Tensor
 
 from specache.errors import SessionError
 from specache.model import inspect_model
+from specache.sessions.manifest import Identity
 
 SAMPLED_ELEMENTS = 1024  # of every weight tensor
 _NO_MATTER = {  # of a configuration: where it was loaded from and how it is run, which other fields cover or nothing depends on
     *("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache", "return_dict"),
     *("output_attentions", "output_hidden_states", "_attn_implementation", "_attn_implementation_autoset", "attn_implementation"),
 }
-
-
-@dataclass(frozen=True)
-class Identity:
-    """Fingerprints, as a manifest keeps them.
-
-    Attributes:
-        model: class of the model.
-        config: digest of its configuration.
-        weights: digest of a sample of every weight tensor.
-        dtype: of activations and 16-bit rows.
-        tokenizer: digest of the tokenizer, or `None` where none was given.
-        byte_order: of the machine that wrote the rows.
-    """
-
-    model: str
-    config: str
-    weights: str
-    dtype: str
-    tokenizer: str | None
-    byte_order: str
 
 
 def identify(model: Any, tokenizer: Any = None) -> Identity:

@@ -6,15 +6,34 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from specache.config import SlowTierKind, SpeCacheConfig
-from specache.sessions.identity import Identity
-from specache.sessions.snapshot import DTYPE_NAMES, StoredFile
+from specache.sessions.files import StoredFile
 from specache.tiers.extents import Extent
-from specache.tiers.row_file import RowLayout, file_name
+from specache.tiers.row_layout import RowLayout, file_name
 
+ROW_ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of an element, by what a manifest calls its dtype
 _PLACE = ("slow_tier", "slow_dir")  # of the configuration: always the session's own folder
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Fingerprints of a model and its tokenizer (`identity`).
+
+    Attributes:
+        model: class of the model.
+        config: digest of its configuration.
+        weights: digest of a sample of every weight tensor.
+        dtype: of activations and 16-bit rows.
+        tokenizer: digest of the tokenizer, or `None` where none was given.
+        byte_order: of the machine that wrote the rows.
+    """
+
+    model: str
+    config: str
+    weights: str
+    dtype: str
+    tokenizer: str | None
+    byte_order: str
 
 
 @dataclass(frozen=True)
@@ -27,12 +46,8 @@ class LayerShape:
     window: int | None
 
     @property
-    def torch_dtype(self) -> torch.dtype:
-        return DTYPE_NAMES[self.dtype]
-
-    @property
     def rows(self) -> RowLayout:
-        return RowLayout(self.heads, self.dim, self.torch_dtype)
+        return RowLayout(self.heads, self.dim, ROW_ITEMSIZES[self.dtype])
 
 
 @dataclass(frozen=True)
@@ -48,6 +63,14 @@ class TailShape:
     weights: bool
     queries: int | None
     wanted: int | None
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message of a conversation: who said it (`system`, `user`, `assistant`), and what."""
+
+    role: str
+    content: str
 
 
 @dataclass(frozen=True)
@@ -77,6 +100,7 @@ class Manifest:
         created, saved: seconds since 1970.
         tokens: length of the sequence.
         finish_reason: of its last generation.
+        messages: what was said, if the sequence is a conversation.
         layers: by number; none before the first token.
         rows: per full-attention layer, where its whole blocks lie.
         tails: per full-attention layer, what the tail has of it.
@@ -92,6 +116,7 @@ class Manifest:
     saved: float
     tokens: int = 0
     finish_reason: str | None = None
+    messages: tuple[Message, ...] = ()
     layers: dict[int, LayerShape] = field(default_factory=dict)
     rows: dict[int, tuple[Extent, ...]] = field(default_factory=dict)
     tails: dict[int, TailShape] = field(default_factory=dict)

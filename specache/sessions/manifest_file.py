@@ -7,13 +7,14 @@ import json
 from pathlib import Path
 
 from specache.errors import SessionError, SpeCacheError
+from specache.sessions.files import PrivateFile, new_digest, plain_file
 from specache.sessions.lock import LOCK_FILE
 from specache.sessions.manifest import Manifest
 from specache.sessions.schema import is_data_file, parse
-from specache.sessions.snapshot import PrivateFile, new_digest, plain_file
 from specache.tiers import aligned_io
-from specache.tiers.row_file import LAYOUT_VERSION, reason
+from specache.tiers.row_layout import LAYOUT_VERSION
 from specache.tiers.scratch import PROBE_PREFIX, SCRATCH_PREFIX
+from specache.tiers.system_errors import reason
 
 FILE = "session.json"
 TEMPORARY = "session.json.new"

@@ -15,8 +15,8 @@ from specache.errors import ConfigError, SessionError
 from specache.folders import cache_folder
 from specache.sessions.lock import FolderLock
 from specache.tiers import aligned_io
-from specache.tiers.row_file import reason
 from specache.tiers.scratch import SCRATCH_PREFIX
+from specache.tiers.system_errors import reason
 
 LONGEST_NAME = 100
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")

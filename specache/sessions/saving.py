@@ -13,9 +13,10 @@ from specache.errors import SessionError
 from specache.sequence import Sequence
 from specache.sessions import state
 from specache.sessions.checkpoints import DiskCheckpoints
+from specache.sessions.files import StoredFile
 from specache.sessions.manifest import Manifest, PageSpan
 from specache.sessions.manifest_file import read_manifest, write_manifest
-from specache.sessions.snapshot import StoredFile, TensorSpec, write_snapshot
+from specache.sessions.snapshot import TensorSpec, write_snapshot
 from specache.tiers.disk import DiskTier
 
 LONGEST_CHAIN = 32  # files of pages; then they become one

@@ -11,11 +11,10 @@ from itertools import pairwise
 from typing import Any, TypeVar
 
 from specache.config import PAGE_TOKENS
-from specache.sessions.identity import Identity
-from specache.sessions.manifest import Checkpoint, LayerShape, Manifest, PageSpan, TailShape
-from specache.sessions.snapshot import StoredFile
+from specache.sessions.files import StoredFile
+from specache.sessions.manifest import ROW_ITEMSIZES, Checkpoint, Identity, LayerShape, Manifest, Message, PageSpan, TailShape
 from specache.tiers.extents import Extent
-from specache.tiers.row_file import BLOCK_TOKENS
+from specache.tiers.row_layout import BLOCK_TOKENS
 
 _MOST = 1 << 40  # of any number in it
 _SNAPSHOT = re.compile(r"(pages|tail|windows)-[0-9a-f]{16}\.safetensors")
@@ -39,6 +38,7 @@ def parse(body: Any) -> Manifest:
 
 
 def _manifest(body: Any) -> Manifest:
+    body = {"messages": [], **_mapping(body, _text, lambda value: value)}  # the first sessions had none
     identity: dict[str, Any] = _mapping(body["identity"], str, _optional(_text))
     for values, kind in ((identity, Identity), (body, Manifest)):
         if set(values) != {f.name for f in dataclasses.fields(kind)}:
@@ -50,6 +50,7 @@ def _manifest(body: Any) -> Manifest:
         saved=_time(body["saved"]),
         tokens=_whole(body["tokens"]),
         finish_reason=_optional(_text)(body["finish_reason"]),
+        messages=tuple(Message(_text(one["role"]), _text(one["content"])) for one in _list(body["messages"])),
         layers=_mapping(body["layers"], _index, _layer),
         rows=_mapping(body["rows"], _index, lambda extents: tuple(_extent(extent) for extent in _list(extents))),
         tails=_mapping(body["tails"], _index, _tail),
@@ -152,7 +153,7 @@ def _tail(value: Any) -> TailShape:
 
 
 def _layer(value: Any) -> LayerShape:
-    if value["dtype"] not in ("float32", "bfloat16", "float16"):
+    if value["dtype"] not in ROW_ITEMSIZES:
         raise ValueError(f"{str(value['dtype'])[:40]!r} is no number format of rows")
     window = _optional(lambda tokens: _whole(tokens, 1))(value["window"])
     return LayerShape(_whole(value["heads"], 1), _whole(value["dim"], 1), value["dtype"], window)

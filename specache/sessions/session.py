@@ -6,27 +6,28 @@ import os
 import shutil
 import time
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from specache.cache import SpeCache
 from specache.config import Policy, SlowTierKind, SpeCacheConfig
-from specache.errors import ConfigError, SessionError
+from specache.errors import ConfigError, SessionError, SlowTierError
 from specache.sequence import Sequence
 from specache.sessions import state, store
 from specache.sessions.checkpoints import DiskCheckpoints
-from specache.sessions.identity import Identity, check_identity, identify
+from specache.sessions.identity import check_identity, identify
 from specache.sessions.lock import FolderLock
-from specache.sessions.manifest import Manifest, settings_of
+from specache.sessions.manifest import Identity, Manifest, Message, settings_of
 from specache.sessions.manifest_file import FILE, TEMPORARY, check_ours, read_manifest
 from specache.sessions.names import check_name, is_folder, private_root
 from specache.sessions.saving import write_state
 from specache.sessions.schema import is_data_file
 from specache.tiers.disk import DiskTier
-from specache.tiers.row_file import reason
+from specache.tiers.system_errors import reason
 
+MOST_SEGMENTS = 8  # files of rows per layer; a fork adds one, and all of them are open as long as the session is
 _LAYOUT = ("bits", "code", "group_size", "residual")
 
 
@@ -50,6 +51,10 @@ class Session:
             session.save()
 
     A prompt that begins as the stored tokens do is prefilled from where it differs. What was not saved is lost on closing.
+
+    Attributes:
+        messages: for a program that holds a conversation: what was said, as chat templates take it ({"role": ..., "content": ...}).
+            It is saved with the state, and is there again when the session is opened. Nothing else depends on it.
 
     Args:
         name: letters, digits and `._-`; it is made if there is none of that name, and stays if it is saved.
@@ -84,6 +89,7 @@ class Session:
         self._cache: SessionCache | None = None
         try:
             self._saved = read_manifest(self.folder)
+            self.messages: list[dict[str, str]] = [asdict(one) for one in self._saved.messages] if self._saved else []
             self._identity = self._checked_identity(model, tokenizer)
             self._cache = SessionCache(model, self._config(config), self._lock)
             self._open()
@@ -120,6 +126,8 @@ class Session:
             sequence.clear()
         for layer in sequence.compressed:
             tier.truncate(layer, sequence.length)  # a sequence that was cut has told it nothing yet
+        with suppress(SlowTierError):  # the next save tries again
+            tier.merge(MOST_SEGMENTS)
         tier.sync()
         try:
             self._saved = write_state(self.folder, self._next_manifest(), self._saved, sequence, tier, self._checkpoints)
@@ -155,13 +163,17 @@ class Session:
         store.fork_folder(self._root, self.name, self._saved, name)
 
     def close(self) -> None:
-        """Free the cache and let others in. A session that was never saved is removed. Safe to call twice."""
+        """Free the cache and let others in, also where freeing fails. A session that was never saved is removed. Safe to call
+        twice.
+        """
         cache, self._cache = self._cache, None
-        if cache is not None:
-            cache.close()
-        if self._saved is None and self._lock.held and not os.path.lexists(self.folder / FILE):
-            shutil.rmtree(self.folder, ignore_errors=True)
-        self._lock.release()
+        with self._lock:
+            try:
+                if cache is not None:
+                    cache.close()
+            finally:
+                if self._saved is None and self._lock.held and not os.path.lexists(self.folder / FILE):
+                    shutil.rmtree(self.folder, ignore_errors=True)
 
     def __enter__(self) -> Session:
         return self
@@ -235,7 +247,8 @@ class Session:
         """What the next one says beside the state."""
         now = time.time()
         created = now if self._saved is None else self._saved.created
-        return Manifest(self._identity, settings_of(self.cache.config), created, now)
+        messages = tuple(Message(one["role"], one["content"]) for one in self.messages)
+        return Manifest(self._identity, settings_of(self.cache.config), created, now, messages=messages)
 
     def _remove_garbage(self) -> None:
         """Remove files of ours that the saved state does not refer to and the cache does not need: old and unfinished ones.

@@ -6,13 +6,9 @@ exactly the tensors that are expected.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
-import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from specache.errors import SessionError
-from specache.tiers import aligned_io
-from specache.tiers.row_file import reason
+from specache.sessions.files import DAMAGED, PrivateFile, StoredFile, check_file
 
-BLOCK = 1 << 20
 _DTYPES = {
     torch.float32: "F32",
     torch.float16: "F16",
@@ -34,15 +28,6 @@ _DTYPES = {
     torch.int64: "I64",
 }
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in _DTYPES}
-DAMAGED = "It was damaged or replaced since. Use another copy of the session, or remove it and start again from the prompt."
-
-
-@dataclass(frozen=True)
-class StoredFile:
-    """A file that never changes: its size, and the BLAKE2b digest of its bytes."""
-
-    bytes: int
-    digest: str
 
 
 @dataclass(frozen=True)
@@ -60,39 +45,6 @@ class TensorSpec:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
-
-
-class PrivateFile:
-    """A new file of the user's alone, whose digest is kept as it is written.
-
-    Raises:
-        OSError: it cannot be made, written or made safe.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        self._digest = new_digest()
-        self._size = 0
-
-    def write(self, data: bytes | memoryview) -> None:
-        aligned_io.write_all(self._fd, memoryview(data), self._size)
-        self._digest.update(data)
-        self._size += len(data)
-
-    def finish(self) -> StoredFile:
-        """Return when it survives a power failure (its name does when the folder is synced)."""
-        os.fsync(self._fd)
-        return StoredFile(self._size, self._digest.hexdigest())
-
-    def __enter__(self) -> PrivateFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._fd)
-
-
-def new_digest() -> hashlib.blake2b:
-    return hashlib.blake2b(digest_size=32)
 
 
 def write_snapshot(path: Path, tensors: Mapping[str, TensorSpec]) -> StoredFile:
@@ -118,42 +70,6 @@ def write_snapshot(path: Path, tensors: Mapping[str, TensorSpec]) -> StoredFile:
     except OSError:
         path.unlink(missing_ok=True)
         raise
-
-
-@contextmanager
-def plain_file(path: Path) -> Iterator[int]:
-    """A descriptor to read a file with, which is reached through no link and is no folder or device.
-
-    Raises:
-        OSError: there is no such file.
-    """
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise OSError(0, "It is no plain file")
-        yield fd
-    finally:
-        os.close(fd)
-
-
-def check_file(path: Path, expected: StoredFile) -> None:
-    """Refuse a file that is not the one that was written.
-
-    Raises:
-        SessionError: it is missing, no plain file, or has another size or content.
-    """
-    digest = new_digest()
-    try:
-        with plain_file(path) as fd:
-            size = os.fstat(fd).st_size
-            if size != expected.bytes:
-                raise SessionError(f"{path} has {size:,} bytes, but {expected.bytes:,} were written. {DAMAGED}")
-            while block := os.read(fd, BLOCK):
-                digest.update(block)
-    except OSError as error:
-        raise SessionError(f"{path} cannot be read: {reason(error)} {DAMAGED}") from error
-    if digest.hexdigest() != expected.digest:
-        raise SessionError(f"{path} is not what was written (its digest differs). {DAMAGED}")
 
 
 class Snapshot:

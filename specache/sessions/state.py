@@ -25,10 +25,11 @@ from specache.quant.key_weights import KeyWeights
 from specache.quant.layout import PageLayout
 from specache.sequence import Sequence
 from specache.sessions.checkpoints import ring_specs
+from specache.sessions.files import DAMAGED
 from specache.sessions.manifest import LayerShape, Manifest, PageSpan, TailShape
-from specache.sessions.snapshot import DAMAGED, Snapshot, TensorSpec
+from specache.sessions.snapshot import DTYPE_NAMES, Snapshot, TensorSpec
 from specache.tiers.disk import DiskTier
-from specache.tiers.row_file import BLOCK_TOKENS
+from specache.tiers.row_layout import BLOCK_TOKENS
 from specache.window_layer import WindowLayer
 
 
@@ -108,7 +109,7 @@ def restore(sequence: Sequence, device: torch.device, folder: Path, manifest: Ma
     """
     names, low_bit = list(_tail_specs(manifest)), manifest.low_bit_tokens
     for index, shape in manifest.layers.items():
-        layer = sequence.layer(index, torch.empty(shape.heads, 0, shape.dim, dtype=shape.torch_dtype, device=device))
+        layer = sequence.layer(index, torch.empty(shape.heads, 0, shape.dim, dtype=DTYPE_NAMES[shape.dtype], device=device))
         saved = {name.partition(".")[0]: name for name in names if name.endswith(f".{index}")}
         tensors = {kind: tensor.to(device) for kind, tensor in _by_kind(tail, saved).items()}
         if isinstance(layer, WindowLayer):
@@ -134,7 +135,7 @@ def check_shapes(manifest: Manifest, expected: Mapping[int, tuple[int, int, int 
         SessionError: they are others.
     """
     found = {index: (shape.heads, shape.dim, shape.window) for index, shape in manifest.layers.items()}
-    if found and (found != dict(expected) or any(shape.torch_dtype != dtype for shape in manifest.layers.values())):
+    if found and (found != dict(expected) or any(DTYPE_NAMES[shape.dtype] != dtype for shape in manifest.layers.values())):
         raise SessionError(f"The session's layers are not those of the model. {DAMAGED}")
 
 
@@ -175,7 +176,7 @@ def _tail_specs(manifest: Manifest) -> dict[str, TensorSpec]:
     specs = {"token_ids": TensorSpec(torch.int64, (manifest.tokens,)), **ring_specs(manifest)}
     low_bit = manifest.low_bit_tokens
     for index, shape in manifest.full_layers.items():
-        heads, dim, dtype = shape.heads, shape.dim, shape.torch_dtype
+        heads, dim, dtype = shape.heads, shape.dim, DTYPE_NAMES[shape.dtype]
         tail, blocks = manifest.tails[index], sum(extent.count for extent in manifest.rows[index])
         specs[f"residual.{index}"] = TensorSpec(dtype, (2, heads, manifest.tokens - low_bit, dim))
         specs[f"rows.{index}"] = TensorSpec(dtype, (heads, manifest.tokens - blocks * BLOCK_TOKENS, 2 * dim))

@@ -13,11 +13,11 @@ from typing import Any
 from specache.config import SpeCacheConfig
 from specache.errors import SessionError
 from specache.sessions import names
+from specache.sessions.files import BLOCK, PrivateFile, plain_file
 from specache.sessions.lock import FolderLock
 from specache.sessions.manifest import Manifest
 from specache.sessions.manifest_file import check_ours, read_manifest, write_manifest
-from specache.sessions.snapshot import BLOCK, PrivateFile, plain_file
-from specache.tiers.row_file import reason
+from specache.tiers.system_errors import reason
 
 Root = str | os.PathLike[str] | None
 
@@ -28,6 +28,7 @@ class SessionSummary:
 
     Attributes:
         bytes: of the files in use; those that forks share count in each of them.
+        messages: how many there are, if it is a conversation.
         problem: what is wrong with it; all else but the name and the folder is `None` then.
     """
 
@@ -38,6 +39,7 @@ class SessionSummary:
     created: float | None = None
     saved: float | None = None
     finish_reason: str | None = None
+    messages: int | None = None
     model: str | None = None
     dtype: str | None = None
     config: dict[str, Any] | None = None
@@ -185,6 +187,7 @@ def _summary(folder: Path, manifest: Manifest) -> SessionSummary:
         created=manifest.created,
         saved=manifest.saved,
         finish_reason=manifest.finish_reason,
+        messages=len(manifest.messages),
         model=manifest.identity.model,
         dtype=manifest.identity.dtype,
         config=manifest.settings,

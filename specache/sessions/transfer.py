@@ -18,12 +18,12 @@ from typing import IO, Any
 from specache.errors import SessionError, SpeCacheError
 from specache.exact import KEY_BLOCK
 from specache.sessions import names, state, store
+from specache.sessions.files import BLOCK, PrivateFile, check_file, plain_file
 from specache.sessions.manifest import Manifest
 from specache.sessions.manifest_file import FILE, LONGEST, decode, encode, write_manifest
-from specache.sessions.snapshot import BLOCK, PrivateFile, check_file, plain_file
 from specache.sessions.store import Root
 from specache.tiers import aligned_io
-from specache.tiers.row_file import reason
+from specache.tiers.system_errors import reason
 
 
 def export_session(name: str, target: str | os.PathLike[str], root: Root = None) -> int:

@@ -143,8 +143,10 @@ class BufferPool:
                 del self._free[:-_KEPT_BUFFERS]
 
     def _take(self, size: int) -> AlignedBuffer | None:
+        """The smallest that is large enough. Where none is, one goes, so that there are no more than were ever borrowed at once."""
         with self._lock:
             for i, buffer in enumerate(self._free):
                 if buffer.size >= size:
                     return self._free.pop(i)
+            del self._free[:1]
         return None

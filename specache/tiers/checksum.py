@@ -19,8 +19,8 @@ Words = NDArray[np.uint64]
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
-_POSITION = np.uint64(0xD6E8FEB86659FD93)  # odd, as is the next: what a token and a block add to a salt
-_BLOCK = np.uint64(0xA0761D6478BD642F)
+POSITION_SALT = np.uint64(0xD6E8FEB86659FD93)  # odd, as is the next: what a token and a block add to a salt
+BLOCK_SALT = np.uint64(0xA0761D6478BD642F)
 _HALF = np.uint64(32)
 
 
@@ -33,7 +33,7 @@ def checksums(words: Words, salts: Words) -> Words:
 
 def row_salts(base: Words, positions: NDArray[np.int64], blocks: NDArray[np.int64]) -> Words:
     """Salts of rows from their heads' `base` (see `head_salts`), token positions and blocks of the file; the shapes broadcast."""
-    return np.asarray(base + positions.astype(np.uint64) * _POSITION + blocks.astype(np.uint64) * _BLOCK, dtype=np.uint64)
+    return np.asarray(base + positions.astype(np.uint64) * POSITION_SALT + blocks.astype(np.uint64) * BLOCK_SALT, dtype=np.uint64)
 
 
 def head_salts(segment: str, layer: int, num_kv_heads: int) -> Words:

@@ -20,12 +20,12 @@ from specache.errors import SlowTierError
 from specache.tiers import readers, row_reads
 from specache.tiers.extents import BlockTable, Extent
 from specache.tiers.readers import Reader
-from specache.tiers.row_file import BLOCK_TOKENS, RowLayout
+from specache.tiers.row_layout import BLOCK_TOKENS, RowLayout
 from specache.tiers.scratch import prepare_folder
 from specache.tiers.stored_layer import StoredLayer
 from specache.tiers.tier_files import TierFiles
 
-WRITE_BYTES = 1 << 20  # packed and written at a time
+WRITE_BYTES = 1 << 20  # packed and written at a time, and a block at least
 
 
 class DiskTier:
@@ -65,10 +65,10 @@ class DiskTier:
         tier = cls(folder, temporary=False)
         try:
             for layer, tail in tails.items():
-                layout = RowLayout(tail.shape[0], tail.shape[2] // 2, tail.dtype)
+                layout = RowLayout(tail.shape[0], tail.shape[2] // 2, tail.itemsize)
                 table = tier._files.table(layer, layout, tables.get(layer, ()))
                 tier._files.adopt(layer, table)
-                tier._layers[layer] = StoredLayer.of(layout, table, tail)
+                tier._layers[layer] = StoredLayer.of(layout, tail.dtype, table, tail)
         except BaseException:
             tier.close()
             raise
@@ -92,7 +92,7 @@ class DiskTier:
         """
         state = self._layers.get(layer)
         if state is None:
-            state = StoredLayer.of(RowLayout(keys.shape[0], keys.shape[2], keys.dtype))
+            state = StoredLayer.of(RowLayout(keys.shape[0], keys.shape[2], keys.itemsize), keys.dtype)
         state = self._cut(layer, state, start)
         whole = (state.held + keys.shape[1]) // BLOCK_TOKENS * BLOCK_TOKENS
         table = self._append(layer, state, keys, values, whole) if whole else state.table
@@ -121,18 +121,20 @@ class DiskTier:
             SlowTierError: they cannot be read; `CorruptRowError` if a row is not what was written.
         """
         with self._reading(layer) as (state, reader):
+            dtype, layout = state.tail.dtype, state.layout
             if len(positions) == 0:
-                return torch.empty(0, 2 * state.layout.head_dim, dtype=state.layout.dtype)
+                return torch.empty(0, 2 * layout.head_dim, dtype=dtype)
             last = int(positions.max())
             _check(state, int(positions.min()), last + 1)
             if last < state.on_disk:
-                return row_reads.gather(state.table, state.layout, reader, heads.numpy(), positions.numpy())
-            rows = torch.empty(len(positions), 2 * state.layout.head_dim, dtype=state.layout.dtype)
+                return row_reads.gather(state.table, layout, dtype, reader, heads.numpy(), positions.numpy())
+            rows = torch.empty(len(positions), 2 * layout.head_dim, dtype=dtype)
             in_tail = positions >= state.on_disk
             rows[in_tail] = state.tail[heads[in_tail], positions[in_tail] - state.on_disk]
             there = ~in_tail
             if there.any():
-                rows[there] = row_reads.gather(state.table, state.layout, reader, heads[there].numpy(), positions[there].numpy())
+                there_heads, there_positions = heads[there].numpy(), positions[there].numpy()
+                rows[there] = row_reads.gather(state.table, layout, dtype, reader, there_heads, there_positions)
             return rows
 
     def truncate(self, layer: int, length: int) -> None:
@@ -193,6 +195,28 @@ class DiskTier:
         """Write on into new files: somebody made links to those that are here."""
         self._files.stop_appending()
 
+    def merge(self, most: int) -> None:
+        """Where a layer's blocks lie in more than `most` files, copy those behind the first file's into one.
+
+        Every file that a state refers to is open as long as its session is.
+
+        Raises:
+            SlowTierError: something cannot be read or written. All rows are where they were, or where they were copied to.
+        """
+        crowded = [layer for layer, state in self._layers.items() if len({run.file for run in state.table.runs}) > most]
+        if crowded:
+            self._files.stop_appending()
+        try:
+            for layer in crowded:
+                merged = self._merged(layer)
+                with self._files.lock:
+                    self._layers[layer] = merged
+        except BaseException:
+            self._files.stop_appending()  # what was copied in vain goes
+            raise
+        finally:
+            self._files.release_all_but({run.file for state in self._layers.values() for run in state.table.runs})
+
     def sync(self) -> None:
         """Return when everything that was written survives a power failure.
 
@@ -214,7 +238,7 @@ class DiskTier:
         blocks = length // BLOCK_TOKENS
         with self._reading(layer) as (_, reader):
             rows = _read(state, reader, blocks * BLOCK_TOKENS, length)
-        return StoredLayer.of(state.layout, state.table.truncated(blocks), rows)
+        return StoredLayer.of(state.layout, state.tail.dtype, state.table.truncated(blocks), rows)
 
     def _append(self, layer: int, state: StoredLayer, keys: Tensor, values: Tensor, whole: int) -> BlockTable:
         """Write the first `whole` tokens of the tail and the new ones -> the table with them."""
@@ -223,11 +247,23 @@ class DiskTier:
         step = max(1, WRITE_BYTES // size) * BLOCK_TOKENS
         with self._files.reader().buffers.borrow(min(step, whole) // BLOCK_TOKENS * size) as buffer:
             for start in range(0, whole, step):
-                rows = state.joined(keys, values, start, min(start + step, whole))
-                block = first + start // BLOCK_TOKENS
-                file.write(block, file.pack(buffer, block, state.on_disk + start, rows))
+                block, stop = first + start // BLOCK_TOKENS, min(start + step, whole)
+                file.write(block, file.pack(buffer, block, state.on_disk + start, state.joined(keys, values, start, stop)))
         file.blocks += whole // BLOCK_TOKENS
         return state.table.appended(file, first, whole // BLOCK_TOKENS)
+
+    def _merged(self, layer: int) -> StoredLayer:
+        """A layer whose blocks behind those of its first file are copied into the file that the tier appends to."""
+        state = self._layers[layer]
+        runs, table = state.table.runs, state.table
+        first = next(run.logical for run in runs if run.file is not runs[0].file)
+        copied = StoredLayer.of(state.layout, state.tail.dtype, table.truncated(first))
+        step = max(1, WRITE_BYTES // state.layout.block_bytes) * BLOCK_TOKENS
+        for start in range(first * BLOCK_TOKENS, state.on_disk, step):
+            stop = min(start + step, state.on_disk)
+            keys, values = self.read(layer, start, stop)
+            copied = replace(copied, table=self._append(layer, copied, keys, values, stop - start))
+        return replace(state, table=copied.table)
 
     @contextlib.contextmanager
     def _reading(self, layer: int) -> Iterator[tuple[StoredLayer, Reader]]:
@@ -256,7 +292,7 @@ class DiskTier:
 def _read(state: StoredLayer, reader: Reader, start: int, stop: int) -> Tensor:
     """Rows [Hkv, stop - start, 2 D]."""
     layout, on_disk = state.layout, state.on_disk
-    rows = torch.empty(layout.num_kv_heads, stop - start, 2 * layout.head_dim, dtype=layout.dtype)
+    rows = torch.empty(layout.num_kv_heads, stop - start, 2 * layout.head_dim, dtype=state.tail.dtype)
     split = min(max(on_disk, start), stop)
     row_reads.read(state.table, layout, reader, start, split, rows[:, : split - start])
     rows[:, split - start :] = state.tail_rows[:, max(split - on_disk, 0) : max(stop - on_disk, 0)]

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from specache.tiers.row_file import RowFile
+if TYPE_CHECKING:
+    from specache.tiers.row_file import RowFile
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class BlockTable:
     def __init__(self, runs: tuple[Run, ...] = ()) -> None:
         self.runs = runs
         self.blocks = runs[-1].logical + runs[-1].blocks if runs else 0
+        self.native: Any = None  # of `native_reads`, made when first asked for
         self._starts = np.array([run.logical for run in runs], dtype=np.int64)
         self._shift = np.array([run.first - run.logical for run in runs], dtype=np.int64)
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from specache.tiers import aligned_io
 from specache.tiers.aligned_io import AlignedBuffer, BufferPool
+from specache.tiers.native_reads import NativeRows
 from specache.tiers.uring import Ring
 
 Index = NDArray[np.int64]
@@ -79,6 +80,7 @@ class Reader(Protocol):
     direct: bool  # files are to be opened past the page cache
     alignment: int  # bytes: what offsets and lengths must be multiples of
     buffers: BufferPool
+    native: NativeRows | None  # gathers scattered rows at once
 
     def read(self, batch: ReadBatch) -> None:
         """Complete all reads.
@@ -100,6 +102,7 @@ class BufferedReader:
         self.direct = direct
         self.alignment = alignment
         self.buffers = BufferPool()
+        self.native: NativeRows | None = None
 
     def read(self, batch: ReadBatch) -> None:
         _complete(batch, slice(None), self)
@@ -117,6 +120,7 @@ class ThreadReader:
         self.direct = direct
         self.alignment = alignment
         self.buffers = BufferPool()
+        self.native: NativeRows | None = None
         self._executor = ThreadPoolExecutor(THREADS - 1, thread_name_prefix="specache-read")
 
     def read(self, batch: ReadBatch) -> None:
@@ -148,6 +152,9 @@ class RingReader:
         self.direct = direct
         self.alignment = alignment
         self.buffers = BufferPool()
+        self.native: NativeRows | None = None
+        with contextlib.suppress(OSError):
+            self.native = NativeRows(RING_ENTRIES)
         self._lock = threading.Lock()
         self._idle = [Ring(RING_ENTRIES)]  # each serves one batch at a time
         self._closed = False
@@ -167,7 +174,7 @@ class RingReader:
 
     def close(self, wait: bool = True) -> None:
         with self._lock:
-            rings, self._idle, self._closed = self._idle, [], True
+            rings, self._idle, self._closed, self.native = self._idle, [], True, None
         for ring in rings:
             ring.close()
 

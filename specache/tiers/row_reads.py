@@ -15,26 +15,30 @@ from specache.tiers.aligned_io import AlignedBuffer
 from specache.tiers.checksum import Words
 from specache.tiers.extents import BlockTable, Run
 from specache.tiers.readers import ReadBatch, Reader, ReadFailedError
-from specache.tiers.row_file import BLOCK_TOKENS, DAMAGED, Index, RowFile, RowLayout, reason
+from specache.tiers.row_file import DAMAGED, RowFile
+from specache.tiers.row_layout import BLOCK_TOKENS, Index, RowLayout
+from specache.tiers.system_errors import reason
 
-READ_BYTES = 2 << 20  # of a buffer: a larger read comes in pieces
+READ_BYTES = 2 << 20  # of a buffer: a larger read comes in pieces, of a block at least
 GAP_BYTES = 16 << 10  # nearer rows share a read: it takes no longer than two (measured: 25 us a read, 1.5 GB/s)
 SPLIT_BYTES = 128 << 10  # a longer read is split among the reader's threads
 CHECK_BYTES = 1 << 20  # checked at a time, so that it stays in the processor's cache
 _FILE_BITS = 44  # an offset in a file is smaller than 2^44
 
 
-def gather(table: BlockTable, layout: RowLayout, reader: Reader, heads: Index, positions: Index) -> Tensor:
+def gather(table: BlockTable, layout: RowLayout, dtype: torch.dtype, reader: Reader, heads: Index, positions: Index) -> Tensor:
     """Rows [M, 2 D] of M (KV head, position) pairs, in their order.
 
     Raises:
         SlowTierError: they cannot be read; `CorruptRowError` if one is not what was written.
     """
-    scattered = _Scattered(table, layout, heads, positions)
-    rows = np.empty((len(positions), layout.words), np.uint64)
-    for part in scattered.parts(reader.alignment):
-        scattered.read(part, reader, rows)
-    return torch.from_numpy(rows.view(np.int64)).view(layout.dtype)
+    rows = _native_gather(table, layout, reader, heads, positions)
+    if rows is None:
+        scattered = _Scattered(table, layout, heads, positions)
+        rows = np.empty((len(positions), layout.words), np.uint64)
+        for part in scattered.parts(reader.alignment):
+            scattered.read(part, reader, rows)
+    return torch.from_numpy(rows.view(np.int64)).view(dtype)
 
 
 def read(table: BlockTable, layout: RowLayout, reader: Reader, start: int, stop: int, into: Tensor) -> None:
@@ -53,6 +57,16 @@ def read(table: BlockTable, layout: RowLayout, reader: Reader, start: int, stop:
             for run in table.between(block, min(block + step, last)):
                 _read_blocks(run, layout, reader, buffer)
                 _take_blocks(run, layout, buffer, start, stop, words)
+
+
+def _native_gather(table: BlockTable, layout: RowLayout, reader: Reader, heads: Index, positions: Index) -> Words | None:
+    """The rows, if the reader can do all of it at once and nothing is wrong with any."""
+    if reader.native is None:
+        return None
+    widened = layout.stride + 2 * reader.alignment
+    size = max(widened, min(READ_BYTES, len(positions) * (widened + GAP_BYTES)))
+    rules = [reader.alignment, GAP_BYTES, SPLIT_BYTES]
+    return reader.native.gather(table, layout, rules, heads, positions, reader.buffers, size)
 
 
 class _Scattered:

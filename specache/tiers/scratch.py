@@ -60,9 +60,10 @@ class ScratchFolder:
             self._users += 1
 
     def remove(self, path: Path) -> None:
-        """Remove a file of the folder's."""
+        """Remove a file of the folder's. One that cannot be goes with the folder, or when the next program starts."""
         if self._process == os.getpid():  # a forked process lets go of a copy; the files are its parent's
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
 
     def release(self) -> None:
         """One user less; the last one removes the folder."""

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from specache.tiers.extents import BlockTable
-from specache.tiers.row_file import BLOCK_TOKENS, RowLayout
+from specache.tiers.row_layout import BLOCK_TOKENS, RowLayout
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class StoredLayer:
     held: int
 
     @classmethod
-    def of(cls, layout: RowLayout, table: BlockTable | None = None, rows: Tensor | None = None) -> StoredLayer:
+    def of(cls, layout: RowLayout, dtype: torch.dtype, table: BlockTable | None = None, rows: Tensor | None = None) -> StoredLayer:
         """Blocks in files, and rows [Hkv, t < 64, 2 D] behind them; nothing of what is left out."""
-        tail = torch.empty(layout.num_kv_heads, BLOCK_TOKENS, 2 * layout.head_dim, dtype=layout.dtype)
+        tail = torch.empty(layout.num_kv_heads, BLOCK_TOKENS, 2 * layout.head_dim, dtype=dtype)
         count = 0 if rows is None else rows.shape[1]
         if rows is not None:
             tail[:, :count] = rows
@@ -58,7 +58,7 @@ class StoredLayer:
         Copied by NumPy: a copy is small, and PyTorch would share it among threads that are busy with something else.
         """
         layout = self.layout
-        rows = torch.empty(layout.num_kv_heads, stop - start, 2 * layout.head_dim, dtype=layout.dtype)
+        rows = torch.empty(layout.num_kv_heads, stop - start, 2 * layout.head_dim, dtype=self.tail.dtype)
         old = max(min(self.held, stop) - start, 0)
         new = slice(max(start - self.held, 0), max(stop - self.held, 0))
         _bits(rows)[:, :old] = _bits(self.tail)[:, start : start + old]
@@ -72,7 +72,7 @@ class StoredLayer:
         total = self.held + keys.shape[1]
         whole = (table.blocks - self.table.blocks) * BLOCK_TOKENS
         if whole:
-            return StoredLayer.of(self.layout, table, self.joined(keys, values, whole, total))
+            return StoredLayer.of(self.layout, self.tail.dtype, table, self.joined(keys, values, whole, total))
         _bits(self.tail)[:, self.held : total] = _bits(self.joined(keys, values, self.held, total))
         return replace(self, held=total)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from specache.errors import SlowTierError
@@ -12,8 +13,10 @@ from specache.tiers import aligned_io, readers
 from specache.tiers.extents import BlockTable, Extent
 from specache.tiers.probe import ReaderReport, report_for
 from specache.tiers.readers import Reader
-from specache.tiers.row_file import RowFile, RowLayout, new_segment, reason
+from specache.tiers.row_file import RowFile, new_segment
+from specache.tiers.row_layout import RowLayout
 from specache.tiers.scratch import ScratchFolder
+from specache.tiers.system_errors import reason
 
 
 class TierFiles:
@@ -99,6 +102,16 @@ class TierFiles:
         with self.lock:
             return {file.path.name for file in self._files}
 
+    def release_all_but(self, used: set[RowFile]) -> None:
+        """Let go of files that hold nothing of the tier any more."""
+        with self.lock:
+            used = used | set(self._own.values())
+            gone = [file for file in self._files if file not in used]
+            self._files = [file for file in self._files if file in used]
+            self._unsynced.intersection_update(used)
+        for file in gone:
+            file.release()
+
     def share_with(self, other: TierFiles) -> None:
         """Another tier needs the files as they are now; both append to new ones from now on."""
         with self.lock:
@@ -131,12 +144,13 @@ class TierFiles:
             files, self._files = self._files, []
             scratch, self._scratch = self._scratch, None
             reader, self._reader = self._reader, None
-        for file in files:
-            file.release()
-        if scratch is not None:
-            scratch.release()
-        if reader is not None:
-            readers.release(reader, wait)
+        with ExitStack() as stack:  # all of them, also where an interrupt comes in between
+            if reader is not None:
+                stack.callback(readers.release, reader, wait)
+            if scratch is not None:
+                stack.callback(scratch.release)
+            for file in files:
+                stack.callback(file.release)
 
     def _stop_appending(self) -> None:
         self._own.clear()

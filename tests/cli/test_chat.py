@@ -12,6 +12,7 @@ from specache.cli.conversation import Conversation
 from specache.cli.models import Dtype, LoadedModel, load
 from specache.cli.options import GenerationOptions
 from specache.cli.prompts import encode_chat
+from specache.cli.session_option import OpenedCache
 from tests.cli.running import one_line, run, run_json
 from tests.cli.tiny_chat import POSITIONS, save_tiny_chat_model
 
@@ -24,7 +25,9 @@ def tiny(tiny_folder: Path) -> LoadedModel:
 @pytest.fixture
 def conversation(tiny: LoadedModel):
     config = SpeCacheConfig(policy="verified", slow_tier="ram", top_k=512)
-    conversation = Conversation(tiny, config, GenerationOptions(max_new_tokens=10).arguments(), system="be brief")
+    conversation = Conversation(
+        tiny, OpenedCache(tiny, config), GenerationOptions(max_new_tokens=10).arguments(), system="be brief"
+    )
     yield conversation
     conversation.close()
 
@@ -46,7 +49,8 @@ def test_a_turn_continues_from_the_cache(conversation, tiny, monkeypatch):
 def test_a_later_turn_is_answered_as_if_the_conversation_were_one_prompt(conversation, tiny):
     conversation.say("first " * 20, quiet)
     continued = conversation.say("second", quiet).results[0]
-    fresh = Conversation(tiny, SpeCacheConfig(policy="full"), GenerationOptions(max_new_tokens=10).arguments())
+    opened = OpenedCache(tiny, SpeCacheConfig(policy="full"))
+    fresh = Conversation(tiny, opened, GenerationOptions(max_new_tokens=10).arguments())
     fresh.messages = conversation.messages[:-2]
     assert fresh.say("second", quiet).results[0] == continued
     fresh.close()

@@ -115,6 +115,16 @@ def test_the_demo_is_planned_from_its_gguf(demo_model):
         (["--shape", "llama-9", "--context", "10"], "--shape must be one of", 2),
         (["--context", "10"], "--model, or a shape with --shape", 2),
         (["--shape", "llama-3-8b", "-m", "demo", "--context", "10"], "one of the two", 2),
+        (["--shape", "llama-3-8b", "--context", "10", "--gpu", "voodoo2"], "--gpu must be cpu or one of a6000", 2),
+        (["--shape", "llama-3-8b", "--context", "10", "--gpu-spec", "nowhere.toml"], "--gpu-spec nowhere.toml cannot be read", 2),
+        (["--shape", "llama-3-8b", "--context", "10", "--gpu", "a6000", "--gpu-spec", "x.toml"], "name two devices", 2),
+        (["--shape", "llama-3-8b", "--context", "10", "--gpu", "a6000", "--device", "cpu"], "--device cpu contradicts", 2),
+        (
+            ["--shape", "llama-3-8b", "--context", "10", "--gpu", "a6000", "--slow-tier", "ram-inplace"],
+            "needs a model on the CPU",
+            2,
+        ),
+        (["--shape", "llama-3-8b", "--context", "10", "--gpu", "a6000", "--weights", "int8"], "for the CPU", 2),
         (["-m", "./nowhere", "--context", "10"], "no file or folder ./nowhere", 1),
         (["-m", "nobody/nothing", "--context", "10"], "cannot find the model 'nobody/nothing'", 1),
         (["-m", "nobody/nothing", "--context", "10", "--offline"], "Leave out --offline", 1),
@@ -136,3 +146,77 @@ def test_too_little_for_anything_says_the_minimum():
     least = plan_json(*LARGE)["least_bytes"]
     assert f"needs {least / 1e9:.2f} GB even under the smallest settings" in text
     assert "Longest context that fits: none" in text
+
+
+ON_A6000 = ("plan", "--shape", "mistral-7b", "--dtype", "float16", "--context", "32768", "--gpu", "a6000")
+SPEC = """
+name = "a box"
+kind = "cpu"
+memory_gib = 64
+memory_gb_per_s = 50
+matrix_tflops = 1
+vector_tflops = 0.5
+link_gb_per_s = 50
+source = "guessed"
+"""
+
+
+def test_a_roofline_prints_batches_times_and_sources(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    text = one_line(run(*ON_A6000).stdout)
+    for part in (
+        "On NVIDIA RTX A6000",
+        "768 GB/s NVIDIA RTX A6000 datasheet",
+        "host link (PCIe 4.0 x16) 31.5 GB/s PCI Express base specification 4.0",
+        "memory 85%, matrix 70%, vector 70%, link 80%, usable memory 90%",
+        "SpeCache (paper), 1-bit",
+        "SpeCache verified, 2-bit",
+        "weights compute scan attend fetch overhead in total hidden: compute fetch scan waits for",
+        "wins from, by 1% or more",
+    ):
+        assert part in text
+
+
+def test_the_rooflines_json_has_stable_keys():
+    document = plan_json(*ON_A6000)
+    roofline = document["roofline"]
+    assert set(roofline) == {"device", "usable_bytes", "methods", "measured"}
+    assert roofline["measured"] is None and document["device"] == "cuda"
+    assert roofline["device"]["key"] == "a6000" and roofline["device"]["sources"]["memory_gb_per_s"] == "NVIDIA RTX A6000 datasheet"
+    methods = {one["method"]: one for one in roofline["methods"]}
+    assert list(methods) == ["full", "kivi-2", "kivi-1", "paper-2", "paper-1", "specache-2", "specache-1"]
+    assert methods["paper-1"]["largest"]["batch"] > 8 * methods["full"]["largest"]["batch"]
+    assert methods["specache-2"]["policy"] == "verified"
+    assert set(methods["specache-2"]["wins_from"]) == {"context", "batch", "throughput_context"}
+
+
+def test_without_a_device_there_is_no_roofline():
+    assert "roofline" not in plan_json(*LARGE)
+
+
+def test_a_file_describes_a_processor(tmp_path):
+    spec = tmp_path / "box.toml"
+    spec.write_text(SPEC)
+    document = plan_json(*LARGE, "--gpu", "cpu", "--gpu-spec", spec)
+    assert document["device"] == "cpu" and document["config"]["slow_tier"] == "ram-inplace"
+    own = document["roofline"]["methods"][-1]
+    assert own["policy"] == "on-demand" and own["asked"]["step"]["fetch_hidden_ms"] == 0
+    spec.write_text(SPEC.replace('kind = "cpu"', ""))
+    assert "describes a GPU" in one_line(run(*LARGE, "--gpu", "cpu", "--gpu-spec", spec, code=2).stderr)
+
+
+def test_a_model_too_large_for_a_device_says_so(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    text = one_line(run("plan", "--shape", "llama-3.1-70b", "--context", "8192", "--gpu", "l4").stdout)
+    assert "16-bit cache (does not fit)" in text
+
+
+def test_this_machine_is_measured(tiny_folder, monkeypatch):
+    from specache.bench import calibration
+
+    monkeypatch.setattr(calibration, "CONTEXTS", (192, 256))
+    monkeypatch.setattr(calibration, "ROWS", (1, 2))
+    monkeypatch.setattr(calibration, "PRODUCT", 64)
+    document = plan_json("plan", "-m", tiny_folder, "--context", "200", "--gpu", "cpu")
+    assert document["roofline"]["device"]["kind"] == "cpu"
+    assert set(document["roofline"]["measured"]["costs"]) == {one["method"] for one in document["roofline"]["methods"]}

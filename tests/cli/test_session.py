@@ -18,7 +18,20 @@ from specache.sessions import Session
 from tests.cli.running import one_line, run, run_json
 
 DOCUMENT = "The report says that it rained on Monday. " * 6
-SUMMARY_KEYS = {"name", "folder", "tokens", "bytes", "created", "saved", "finish_reason", "model", "dtype", "config", "problem"}
+SUMMARY_KEYS = {
+    "name",
+    "folder",
+    "tokens",
+    "bytes",
+    "created",
+    "saved",
+    "finish_reason",
+    "messages",
+    "model",
+    "dtype",
+    "config",
+    "problem",
+}
 
 
 @pytest.fixture
@@ -171,7 +184,7 @@ def test_a_killed_program_loses_at_most_its_answer(tiny, root):
     command = [sys.executable, "-m", "specache.cli.main", *tiny, "--prompt", DOCUMENT, "--session", "one", "-n", "200"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ})
     manifest = root / "one" / "session.json"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not manifest.exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)

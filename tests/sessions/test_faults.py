@@ -16,6 +16,7 @@ from specache import sessions
 from specache.errors import ConfigError, CorruptRowError, SessionError, SlowTierError, SpeCacheError
 from specache.sessions import checkpoints
 from specache.tiers import aligned_io
+from specache.tiers.disk import DiskTier
 from tests.cli.tiny_chat import byte_tokenizer
 from tests.sessions.sequences import answer, gemma, llama, one, opened, prefill, prompt, settings, state
 from tests.tiers.rows import nothing_left
@@ -109,6 +110,63 @@ def test_a_damaged_checkpoint_is_named_when_it_is_needed(tmp_path, monkeypatch):
     path.unlink()
     with pytest.raises(SessionError, match=path.name):
         opened(tmp_path, hybrid)
+
+
+def test_a_prefill_that_fails_over_a_damaged_checkpoint_raises_its_own_error(tmp_path, monkeypatch):
+    """Going back looks for a checkpoint: the key weights are of more tokens than there were."""
+    monkeypatch.setattr(checkpoints, "INTERVAL", 10)
+    hybrid, ids = gemma(), prompt(300)
+    with opened(tmp_path, hybrid, settings(), "fresh") as session:
+        prefill(session, hybrid, ids)
+        fresh = state(session)
+    with opened(tmp_path, hybrid, settings()) as session:
+        prefill(session, hybrid, ids[:, :20])
+        session.save()
+        damaged = tmp_path / "one" / session._checkpoints.kept[0].file
+        flip(damaged, -1)
+        offer = checkpoints.DiskCheckpoints.offer
+        lengths = []
+
+        def fail_after_two(self: Any, length: int, windows: Any) -> None:
+            lengths.append(length)
+            if len(lengths) == 2:
+                raise SlowTierError("the disk is gone")
+            offer(self, length, windows)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoints.DiskCheckpoints, "offer", fail_after_two)
+            with pytest.raises(SlowTierError, match="the disk is gone"):
+                prefill(session, hybrid, ids)
+        assert session.token_ids == [] and not session._sequence.layers
+        prefill(session, hybrid, ids)
+        assert state(session) == fresh
+        session.save()
+    with opened(tmp_path, hybrid) as session:
+        assert state(session) == fresh
+
+
+# Closing
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_cache_that_fails_to_close_does_not_keep_the_session(root, model, monkeypatch, error, saved):
+    name = "one" if saved else "new"
+    close = DiskTier.close
+    with nothing_left(root):
+        session = opened(root, model, settings(), name)
+        prefill(session, model, prompt(350))
+
+        def fail(tier: DiskTier) -> None:
+            close(tier)
+            raise error("the tier is stuck")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(DiskTier, "close", fail)
+            with pytest.raises(error, match="the tier is stuck"):
+                session.close()
+        with opened(root, model, settings(), name) as again:
+            assert len(again.token_ids) == (300 if saved else 0)
 
 
 # Disks

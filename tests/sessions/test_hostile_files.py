@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from specache.errors import SessionError, SpeCacheError
 from specache.sessions import manifest_file
-from specache.sessions.snapshot import new_digest
+from specache.sessions.files import new_digest
 from tests.sessions.sequences import one, opened, state
 
 # The manifest
@@ -194,3 +194,28 @@ def test_a_hostile_safetensors_header_is_refused(made, saved_state, tmp_path, mo
         assert path.name in str(error)
     else:
         assert found == saved_state  # what was changed means the same
+
+
+def test_messages_of_a_manifest(root, model, saved_state):
+    """The first manifests had none; those of others are two texts each."""
+    path = root / "one" / "session.json"
+    document = json.loads(path.read_text())
+
+    def with_messages(*messages: Any) -> None:
+        body = {name: value for name, value in document["body"].items() if name != "messages"}
+        body |= {"messages": messages[0]} if messages else {}
+        digest = new_digest()
+        digest.update(json.dumps(body, sort_keys=True).encode())
+        path.write_text(json.dumps({**document, "digest": digest.hexdigest(), "body": body}))
+
+    with_messages()
+    with opened(root, model) as session:
+        assert state(session) == saved_state and session.messages == []
+    said = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "\ud800 \x1b[2J"}]
+    with_messages(said)
+    with opened(root, model) as session:
+        assert session.messages == said
+    for wrong in (None, "text", [1], [{"role": "user"}], [{"role": "user", "content": 3}], {"role": "user", "content": "x"}):
+        with_messages(wrong)
+        with pytest.raises(SessionError, match="damaged"):
+            opened(root, model)

@@ -16,7 +16,9 @@ import pytest
 import torch
 
 from specache import sessions
-from specache.errors import ConfigError, SessionError, SpeCacheError
+from specache.errors import ConfigError, SessionError, SlowTierError, SpeCacheError
+from specache.sessions.session import MOST_SEGMENTS
+from specache.tiers.disk import DiskTier
 from tests.sessions.sequences import answer, gemma, opened, prefill, prompt, settings, state
 
 BAD_NAMES = [
@@ -97,6 +99,58 @@ def test_removing_one_leaves_its_fork_whole(tmp_path, model, saved, removed):
         answer(model, session.cache, prompt(310))
         session.save()
     assert [path.name for path in tmp_path.iterdir()] == [left]
+
+
+def chain_of_forks(root: Path, model: Any, count: int) -> torch.Tensor:
+    """Sessions `one` to `fork<count>`, each a fork of the one before and a block longer -> the last one's tokens."""
+    ids, name = prompt(300), "one"
+    for i in range(1, count + 1):
+        sessions.fork(name, f"fork{i}", root)
+        name = f"fork{i}"
+        ids = torch.cat([ids, prompt(70, seed=i)], dim=1)
+        with opened(root, model, name=name) as session:
+            prefill(session, model, ids)
+            session.save()
+    return ids
+
+
+def test_a_long_chain_of_forks_has_few_files(tmp_path, model, saved):
+    """All of them are open as long as a session is: one per fork and layer would exceed the system's limit."""
+    ids = chain_of_forks(tmp_path, model, 20)
+    with opened(tmp_path, model, settings(), "steady") as session:
+        for length in range(300, ids.shape[1] + 1, 70):
+            prefill(session, model, ids[:, :length])
+        steady = state(session)
+    assert state_of(tmp_path, model, "fork20") == steady
+    for i in range(1, 21):
+        assert len(list((tmp_path / f"fork{i}").glob("*.rows"))) <= MOST_SEGMENTS * 3  # layers
+    for i in (19, 8, 7):
+        with opened(tmp_path, model, name=f"fork{i}") as session:
+            assert session.token_ids == ids[0, : 300 + 70 * i].tolist()
+    assert state_of(tmp_path, model, "one") == saved
+
+
+def test_files_that_cannot_be_merged_are_saved_all_the_same(tmp_path, model, saved, monkeypatch):
+    ids = chain_of_forks(tmp_path, model, MOST_SEGMENTS - 1)
+    sessions.fork(f"fork{MOST_SEGMENTS - 1}", "last", tmp_path)
+    ids = torch.cat([ids, prompt(70, seed=99)], dim=1)
+    read = DiskTier.read
+    with opened(tmp_path, model, name="last") as session:
+        prefill(session, model, ids)
+        expected = state(session)
+
+        def fails_in_the_last_layer(tier: DiskTier, layer: int, start: int, stop: int) -> Any:
+            if layer == 2:
+                raise SlowTierError("unreadable")
+            return read(tier, layer, start, stop)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(DiskTier, "read", fails_in_the_last_layer)
+            session.save()
+        assert state(session) == expected
+    assert state_of(tmp_path, model, "last") == expected
+    rows = {layer: len(list((tmp_path / "last").glob(f"*-L00{layer}.rows"))) for layer in range(3)}
+    assert rows[2] == MOST_SEGMENTS + 1 and rows[0] == rows[1] == 2
 
 
 def test_without_links_a_fork_is_a_copy(tmp_path, model, saved, monkeypatch):

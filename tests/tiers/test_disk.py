@@ -136,7 +136,7 @@ def test_reading_a_long_range_takes_a_bounded_buffer(tmp_path, monkeypatch):
     keys, values = fill(tier, 3_000)
     assert torch.equal(everything(tier, 0, 2, 3_000), torch.cat([keys, values], dim=-1))
     assert torch.equal(tier.gather(0, *pairs(2, torch.arange(3_000))), torch.cat([keys, values], dim=-1).flatten(0, 1))
-    assert 0 < tier._files.reader().buffers.nbytes <= 2 * 131_072  # one that was too small is kept too
+    assert 0 < tier._files.reader().buffers.nbytes <= 131_072  # one that was too small is gone
     tier.close()
 
 

@@ -18,7 +18,7 @@ import torch
 
 import specache
 from specache.errors import SlowTierError
-from specache.tiers import aligned_io, tier_files, uring
+from specache.tiers import aligned_io, native_reads, tier_files, uring
 from specache.tiers.disk import DiskTier
 from specache.tiers.probe import ReaderReport
 from tests.test_invariants import run, settings
@@ -311,6 +311,7 @@ def test_nothing_is_left_after_an_error_in_the_middle_of_everything(model, tmp_p
             calls.append(1)
             return read(*arguments) if len(calls) < 20 else np.full(len(arguments[1]), -errno.EIO)
 
+        monkeypatch.setattr(native_reads, "_native", None)
         monkeypatch.setattr(uring.Ring, "read", fails_later)
         plain = aligned_io.read_at
         monkeypatch.setattr(

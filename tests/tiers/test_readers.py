@@ -192,7 +192,7 @@ def test_buffers_are_borrowed_again_and_not_hoarded():
     for size in range(1, 40):
         with pool.borrow(size << 16):
             pass
-    assert pool.nbytes <= 5 * (39 << 16)
+    assert pool.nbytes <= 2 * (39 << 16)  # as many as were borrowed at once
 
 
 # The probe

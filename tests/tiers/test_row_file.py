@@ -11,14 +11,14 @@ import torch
 from specache.errors import CorruptRowError, SlowTierError
 from specache.tiers.checksum import checksums, head_salts, multipliers, row_salts
 from specache.tiers.disk import DiskTier
-from specache.tiers.row_file import BLOCK_ALIGNMENT, BLOCK_TOKENS, RowLayout, file_name
+from specache.tiers.row_layout import BLOCK_ALIGNMENT, BLOCK_TOKENS, RowLayout, file_name
 from tests.tiers.rows import everything, fill, random_rows, row_file
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("dim", [32, 64, 80, 128, 256])
 def test_a_block_holds_its_rows_and_their_checksums_in_whole_device_blocks(dim, dtype):
-    layout = RowLayout(3, dim, dtype)
+    layout = RowLayout(3, dim, dtype.itemsize)
     assert layout.row_bytes == 2 * dim * dtype.itemsize
     assert layout.stride == layout.row_bytes + 8
     used = 3 * BLOCK_TOKENS * layout.stride
@@ -47,7 +47,7 @@ def test_what_is_in_a_file_is_the_documented_layout(tmp_path):
 
 def test_an_odd_number_of_bytes_is_refused():
     with pytest.raises(SlowTierError, match="even head dimension"):
-        RowLayout(2, 33, torch.bfloat16)
+        RowLayout(2, 33, 2)
 
 
 def flipped(row: np.ndarray, *bits: int) -> np.ndarray:
@@ -104,7 +104,7 @@ def damage(path, offset: int, mask: int) -> None:
 def test_a_damaged_row_on_disk_is_named(tmp_path, bit):
     tier = DiskTier(tmp_path, temporary=False)
     keys, values = fill(tier, 200)
-    layout = RowLayout(2, 32, torch.bfloat16)
+    layout = RowLayout(2, 32, 2)
     damage(row_file(tier), int(layout.offsets(np.array(1), np.array(1), np.array(6))) + bit // 8, 1 << bit % 8)
     named = rf"{row_file(tier).name}.*layer 0, KV head 1, token 70 "
     for read in (

@@ -1,0 +1,40 @@
+"""What kernels do beside reading the low-bit copy: counted in their source, or from what the paper says of its own."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+UNPACK_INSTRUCTIONS = 3  # of the vector units per code: shift, mask, convert
+TILE_ROWS = 16  # rows of the smallest product on matrix units; fewer take as long
+
+
+@dataclass(frozen=True)
+class KernelCounts:
+    """Work per decode step over the low-bit copy.
+
+    Attributes:
+        products: on the matrix units, per code.
+        score_bytes: of a score, or of a number per KV head made from them.
+        score_passes: over the scores of all rows, written or read.
+        select_passes: more of them over the scores of rows whose `k` largest are wanted.
+        mass_passes: over one number per KV head, token and such a row.
+    """
+
+    products: int
+    score_bytes: int
+    score_passes: int
+    select_passes: int
+    mass_passes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON. Keys are stable."""
+        return asdict(self)
+
+
+# kernels/triton: a factor is split in two bfloat16 numbers; float32 scores are written by `score`, read by `attend` and twice by
+# `select`, whose means over a KV head are written once, read for three digits, counted, and read for the positions.
+THIS_LIBRARY = KernelCounts(products=2, score_bytes=4, score_passes=2, select_passes=2, mass_passes=6)
+# The paper runs on PyTorch and on kernels that it has not released: 16-bit scores are written, turned into probabilities (read and
+# written) and read with the values; the guess row's are read to average them, the averages written, searched and read by top-k.
+PUBLISHED = KernelCounts(products=1, score_bytes=2, score_passes=4, select_passes=1, mass_passes=3)

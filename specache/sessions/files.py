@@ -1,0 +1,95 @@
+"""Files of a session: made once, private, and known by their size and digest."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from specache.errors import SessionError
+from specache.tiers import aligned_io
+from specache.tiers.system_errors import reason
+
+BLOCK = 1 << 20
+DAMAGED = "It was damaged or replaced since. Use another copy of the session, or remove it and start again from the prompt."
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file that never changes: its size, and the BLAKE2b digest of its bytes."""
+
+    bytes: int
+    digest: str
+
+
+class PrivateFile:
+    """A new file of the user's alone, whose digest is kept as it is written.
+
+    Raises:
+        OSError: it cannot be made, written or made safe.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        self._digest = new_digest()
+        self._size = 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        aligned_io.write_all(self._fd, memoryview(data), self._size)
+        self._digest.update(data)
+        self._size += len(data)
+
+    def finish(self) -> StoredFile:
+        """Return when it survives a power failure (its name does when the folder is synced)."""
+        os.fsync(self._fd)
+        return StoredFile(self._size, self._digest.hexdigest())
+
+    def __enter__(self) -> PrivateFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
+
+
+def new_digest() -> hashlib.blake2b:
+    return hashlib.blake2b(digest_size=32)
+
+
+@contextmanager
+def plain_file(path: Path) -> Iterator[int]:
+    """A descriptor to read a file with, which is reached through no link and is no folder or device.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(0, "It is no plain file")
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def check_file(path: Path, expected: StoredFile) -> None:
+    """Refuse a file that is not the one that was written.
+
+    Raises:
+        SessionError: it is missing, no plain file, or has another size or content.
+    """
+    digest = new_digest()
+    try:
+        with plain_file(path) as fd:
+            size = os.fstat(fd).st_size
+            if size != expected.bytes:
+                raise SessionError(f"{path} has {size:,} bytes, but {expected.bytes:,} were written. {DAMAGED}")
+            while block := os.read(fd, BLOCK):
+                digest.update(block)
+    except OSError as error:
+        raise SessionError(f"{path} cannot be read: {reason(error)} {DAMAGED}") from error
+    if digest.hexdigest() != expected.digest:
+        raise SessionError(f"{path} is not what was written (its digest differs). {DAMAGED}")

@@ -1,0 +1,187 @@
+"""A pass that fails is taken back whole, whatever failed and whatever fails while it is taken back: what is raised is what failed
+first, and nothing is left behind."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+from typing import Any
+
+import pytest
+import torch
+
+import specache
+from specache.errors import FastMemoryError, SlowTierError
+from specache.integration import attached
+from specache.kernels import dispatch
+from specache.tiers import aligned_io, scratch
+from specache.tiers.disk import DiskTier
+from tests.test_invariants import run, settings
+from tests.tiers.faults import Steps, failing
+from tests.tiers.rows import nothing_left
+from tests.tiny import prompt
+
+POLICIES = ("verified", "speculative", "previous", "on-demand", "none")
+PROMPT, STEPS = 230, 36
+RETIRING = [i for i in range(STEPS) if (PROMPT + i + 1 - 16) % 16 == 0]
+
+
+class Retirement:
+    """Fails as groups become low bit: in the layer `number` of the step, before or after its codes are written."""
+
+    def __init__(self, number: int, error: type[BaseException], *, after: bool) -> None:
+        self._left = number
+        self._error = error
+        self._after = after
+        self._quantise = dispatch.quantise
+        self.failed = False
+
+    def __call__(self, *arguments: Any) -> None:
+        fails = self._left == 0
+        self._left -= 1
+        if fails and not self._after:
+            self.failed = True
+            raise self._error("first")
+        self._quantise(*arguments)
+        if fails:
+            self.failed = True
+            raise self._error("first")
+
+
+def empty(cache: specache.SpeCache) -> bool:
+    gc.collect()  # hot sets go with what an error's traceback still refers to
+    pools = cache.resources._pools.values()
+    return cache.get_seq_length() == 0 and cache.resources.budget.used == 0 and not any(pool.pages_in_use for pool in pools)
+
+
+@pytest.mark.parametrize("code", ["rotated", "kivi"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_step_that_fails_while_groups_retire_can_be_done_again(model, tmp_path, monkeypatch, policy, code):
+    config = settings(policy=policy, code=code, slow_tier=f"disk:{tmp_path}")
+    undisturbed = Steps(model, config, PROMPT)
+    expected = [undisturbed.step(i) for i in range(STEPS)]
+    undisturbed.cache.close()
+    disturbed = Steps(model, config, PROMPT)
+    failed = []
+    for i in range(STEPS):
+        for number in range(3):
+            for error in (FastMemoryError, KeyboardInterrupt):
+                for after in (False, True):
+                    if i not in RETIRING:
+                        continue
+                    broken = Retirement(number, error, after=after)
+                    with monkeypatch.context() as patch:
+                        patch.setattr(dispatch, "quantise", broken)
+                        with pytest.raises(error):
+                            disturbed.step(i)
+                    assert broken.failed
+                    assert {layer.length for layer in disturbed.cache.sequences[0].layers.values()} == {PROMPT + i}
+                    failed.append(i)
+        assert torch.equal(disturbed.step(i), expected[i])
+    assert len(failed) == 12 * len(RETIRING) > 12
+    disturbed.cache.close()
+
+
+@pytest.mark.parametrize("second", [SlowTierError, MemoryError, RuntimeError, KeyboardInterrupt])
+def test_what_fails_while_a_step_is_undone_hides_nothing(model, tmp_path, monkeypatch, second):
+    """The rows of a group that had become low bit already are read back, and that fails too."""
+    config = settings(policy="verified", slow_tier=f"disk:{tmp_path}")
+    expected = run(model, prompt(PROMPT), config)[0]
+    run(model, prompt(PROMPT), config, new=1)
+    with nothing_left(tmp_path):
+        steps = Steps(model, config, PROMPT)
+        for i in range(RETIRING[0]):
+            steps.step(i)
+
+        def unreadable(*_: Any) -> Any:
+            raise second("second")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(dispatch, "quantise", Retirement(1, FastMemoryError, after=False))
+            patch.setattr(DiskTier, "read", unreadable)
+            with pytest.raises(FastMemoryError, match="first"):
+                steps.step(RETIRING[0])
+        assert empty(steps.cache)
+        tokens = specache.generate(model, prompt(PROMPT), past_key_values=steps.cache, max_new_tokens=40, do_sample=False)
+        assert tokens[0, PROMPT:].tolist() == expected
+        steps.cache.close()
+
+
+@pytest.mark.parametrize("second", [SlowTierError, MemoryError, RuntimeError, KeyboardInterrupt])
+def test_what_fails_while_a_prefill_is_undone_hides_nothing(model, tmp_path, monkeypatch, second):
+    config = settings(policy="verified", slow_tier=f"disk:{tmp_path}", residual=64)
+    expected = run(model, prompt(600), config)[0]
+    with nothing_left(tmp_path), specache.SpeCache(model, config) as cache:
+        specache.prefill(model, prompt(600)[:, :300], cache=cache)
+        write, calls = aligned_io.write_at, []
+
+        def dies(*arguments: Any) -> int:
+            calls.append(arguments)
+            if len(calls) <= 6:
+                return write(*arguments)
+            monkeypatch.setattr(DiskTier, "read", unreadable)
+            return failing(errno.ENOSPC)()
+
+        def unreadable(*_: Any) -> Any:
+            raise second("second")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(aligned_io, "write_at", dies)
+            with pytest.raises(SlowTierError, match="No space left"):
+                specache.prefill(model, prompt(600), cache=cache)
+        assert empty(cache)
+        monkeypatch.undo()
+        tokens = specache.generate(model, prompt(600), past_key_values=cache, max_new_tokens=40, do_sample=False)
+        assert tokens[0, 600:].tolist() == expected
+
+
+def test_of_a_batch_every_sequence_is_undone(model, tmp_path, monkeypatch):
+    """Also when one of them cannot be, and forgets everything."""
+    config = settings(policy="on-demand", slow_tier=f"disk:{tmp_path}")
+    steps = Steps(model, config, PROMPT)
+    steps.cache.sequences.append(steps.cache.repeat(0))
+    first, second = steps.cache.sequences
+    undone: list[int] = []
+
+    def unreadable(tier: DiskTier, *arguments: Any) -> Any:
+        undone.append(1)
+        raise MemoryError
+
+    def both(i: int) -> torch.Tensor:
+        with torch.no_grad(), attached(model):
+            return steps.decoder.step([0, 1], [5 + i, 5 + i], None).real
+
+    for i in range(RETIRING[0]):
+        both(i)
+    with monkeypatch.context() as patch:
+        patch.setattr(dispatch, "quantise", Retirement(4, FastMemoryError, after=False))
+        patch.setattr(first.tier, "read", lambda *arguments: unreadable(first.tier, *arguments), raising=False)
+        with pytest.raises(FastMemoryError, match="first"):
+            both(RETIRING[0])
+    assert undone
+    assert first.length == 0
+    length = PROMPT + RETIRING[0]
+    assert second.length == length and {layer.length for layer in second.layers.values()} == {length}
+    steps.cache.close()
+
+
+def test_rows_that_cannot_be_removed_are_no_error_and_go_with_the_next_program(model, tmp_path, monkeypatch):
+    config = settings(policy="verified", slow_tier=f"disk:{tmp_path}")
+    run(model, prompt(100), config, new=1)
+    unlink = os.unlink
+
+    def refuse(path: Any, **more: Any) -> None:
+        if str(path).endswith(".rows"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        unlink(path, **more)
+
+    cache = specache.SpeCache(model, config)
+    specache.prefill(model, prompt(300), cache=cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", refuse)
+        cache.close()
+    assert empty(cache)
+    assert len(list(tmp_path.rglob("*.rows"))) == 3
+    scratch.remove_abandoned(tmp_path)
+    assert not list(tmp_path.iterdir())
