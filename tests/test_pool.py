@@ -12,7 +12,7 @@ import specache
 from specache.budget import ByteBudget
 from specache.config import Code
 from specache.quant.layout import PageLayout
-from specache.quant.pool import PagePool, PageTable
+from specache.quant.pool import SLAB_BYTES, PagePool, PageTable
 from tests.test_invariants import settings
 from tests.tiny import llama, prompt
 
@@ -37,6 +37,7 @@ def test_a_forgotten_table_gives_its_pages_back(pool):
 def test_a_table_may_be_forgotten_in_the_middle_of_a_change(pool, monkeypatch):
     """The garbage collector runs when it likes."""
     kept, forgotten = PageTable(pool), [PageTable(pool)]
+    in_a_slab = SLAB_BYTES // pool.layout.page_bytes
     kept.extend(64)
     forgotten[0].extend(640)
     add_slab = PagePool._add_slab
@@ -47,9 +48,9 @@ def test_a_table_may_be_forgotten_in_the_middle_of_a_change(pool, monkeypatch):
         add_slab(self, pages)
 
     monkeypatch.setattr(PagePool, "_add_slab", collected_meanwhile)
-    kept.extend(64)
-    assert pool.pages_in_use == 2
-    assert pool.budget.used == pool.nbytes == 2 * pool.layout.page_bytes
+    kept.extend(64 * in_a_slab)
+    assert pool.pages_in_use == 1 + in_a_slab
+    assert pool.budget.used == pool.nbytes == (1 + in_a_slab) * pool.layout.page_bytes
 
 
 @pytest.mark.parametrize("changes", [{}, {"bits": 4}])

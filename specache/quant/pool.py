@@ -10,7 +10,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import torch
 from torch import Tensor
@@ -19,8 +19,11 @@ from specache.budget import ByteBudget
 from specache.config import PAGE_TOKENS
 from specache.kernels.types import LowBitCopy, PageRun
 from specache.quant.layout import PageLayout
+from specache.quant.slab import Slab
 
 Page = tuple[int, int]  # (slab, index in the slab)
+
+SLAB_BYTES = 1 << 20  # of a lazy slab, at least
 
 
 class PagePool:
@@ -29,14 +32,15 @@ class PagePool:
     Args:
         layout: the layout of every page.
         device: where pages live (fast memory).
-        budget: bounds the bytes of slabs.
+        budget: bounds the bytes of pages.
     """
 
     def __init__(self, layout: PageLayout, device: torch.device, budget: ByteBudget) -> None:
         self.layout = layout
         self.device = device
         self.budget = budget
-        self._slabs: dict[int, Tensor] = {}
+        self._lazy = Slab.is_lazy(device)
+        self._slabs: dict[int, Slab] = {}
         self._free: dict[int, list[int]] = {}
         self._references: dict[Page, int] = {}
         self._next_slab = 0
@@ -45,8 +49,9 @@ class PagePool:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all slabs, in use or free."""
-        return sum(slab.nbytes for slab in self._slabs.values())
+        """Bytes that the budget counts."""
+        pages = self.pages_in_use if self._lazy else sum(slab.pages for slab in self._slabs.values())
+        return pages * self.layout.page_bytes
 
     @property
     def pages_in_use(self) -> int:
@@ -59,16 +64,14 @@ class PagePool:
             FastMemoryError: the budget does not allow it; nothing was allocated.
         """
         with self._changing():
-            available = sum(len(free) for free in self._free.values())
-            missing = count - available
-            if missing > 0:
+            pages = list(islice(self._available(), count))
+            missing = count - len(pages)
+            self.budget.take((count if self._lazy else missing) * self.layout.page_bytes, "pages of the low-bit copy")
+            if missing:
+                pages += [(self._next_slab, index) for index in range(missing)]
                 self._add_slab(missing)
-            pages: list[Page] = []
-            for slab in sorted(self._free, key=lambda s: len(self._free[s]), reverse=True):
-                free = self._free[slab]
-                while free and len(pages) < count:
-                    pages.append((slab, free.pop()))
             for page in pages:
+                self._free[page[0]].pop()
                 self._references[page] = 1
             return sorted(pages)
 
@@ -92,11 +95,11 @@ class PagePool:
         return self._references[page] > 1
 
     def run(self, slab: int, first: int, count: int) -> PageRun:
-        return self.layout.run(self._slabs[slab], first, count)
+        return self.layout.run(self._slabs[slab].data, first, count)
 
     def page_bytes(self, page: Page) -> Tensor:
         """The raw bytes of one page, uint8 [page_bytes]."""
-        return self._slabs[page[0]][page[1]]
+        return self._slabs[page[0]].data[page[1]]
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
@@ -116,6 +119,7 @@ class PagePool:
                 self._lock.release()
 
     def _release(self, pages: list[Page]) -> None:
+        freed: dict[int, int] = {}
         for page in pages:
             self._references[page] -= 1
             if self._references[page]:
@@ -123,13 +127,25 @@ class PagePool:
             del self._references[page]
             slab, index = page
             self._free[slab].append(index)
-            if len(self._free[slab]) == self._slabs[slab].shape[0]:
-                self.budget.give_back(self._slabs[slab].nbytes)
+            freed[slab] = freed.get(slab, 0) + 1
+        for slab, count in freed.items():
+            held = self._slabs[slab]
+            empty = len(self._free[slab]) == held.pages
+            self.budget.give_back((count if self._lazy else held.pages * empty) * self.layout.page_bytes)
+            if empty:
                 del self._free[slab], self._slabs[slab]
+            elif self._lazy:
+                held.give_back(self._free[slab])
 
-    def _add_slab(self, pages: int) -> None:
-        self.budget.take(pages * self.layout.page_bytes, "pages of the low-bit copy")
-        self._slabs[self._next_slab] = torch.zeros(pages, self.layout.page_bytes, dtype=torch.uint8, device=self.device)
+    def _available(self) -> Iterator[Page]:
+        """Free pages, as they are popped: those of the emptiest slabs first."""
+        for slab in sorted(self._free, key=lambda s: len(self._free[s]), reverse=True):
+            for index in reversed(self._free[slab]):
+                yield slab, index
+
+    def _add_slab(self, missing: int) -> None:
+        pages = max(missing, SLAB_BYTES // self.layout.page_bytes) if self._lazy else missing
+        self._slabs[self._next_slab] = Slab(pages, self.layout.page_bytes, self.device)
         self._free[self._next_slab] = list(reversed(range(pages)))
         self._next_slab += 1
 
