@@ -3,23 +3,47 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from specache.config import Code, Policy, SpeCacheConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheOptions:
-    """The settings of `SpeCacheConfig` that change what a step costs."""
+class CopyOptions:
+    """The settings of `SpeCacheConfig` that size the low-bit copy and what is read beside it."""
 
     bits: int = field(default=2, metadata={"help": "Bits per number of the low-bit copy: 1, 2 or 4."})
     code: Code = field(default=Code.ROTATED, metadata={"help": "How numbers become bits."})
     top_k: int = field(default=64, metadata={"help": "16-bit pairs swapped in per key-value head and step."})
-    policy: Policy = field(default=Policy.AUTO, metadata={"help": "Which pairs are swapped in, and when they are fetched."})
 
-    def config(self) -> SpeCacheConfig:
-        """The configuration.
+    def config(self, **settings: Any) -> SpeCacheConfig:
+        """The configuration, with further settings.
 
         Raises:
             ConfigError: a value is out of range.
         """
-        return SpeCacheConfig(bits=self.bits, code=self.code, top_k=self.top_k, policy=self.policy)
+        return SpeCacheConfig(bits=self.bits, code=self.code, top_k=self.top_k, **settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheOptions(CopyOptions):
+    """And the policy: all that changes what a step costs."""
+
+    policy: Policy = field(default=Policy.AUTO, metadata={"help": "Which pairs are swapped in, and when they are fetched."})
+
+    def config(self, **settings: Any) -> SpeCacheConfig:
+        """As `CopyOptions.config`."""
+        return super().config(policy=self.policy, **settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TierOptions(CopyOptions):
+    """And what matters where rows are copied from a slow tier."""
+
+    hot_set: float = field(
+        default=0.08, metadata={"help": "Recently fetched rows that are kept, as a fraction of the 16-bit cache."}
+    )
+
+    def config(self, **settings: Any) -> SpeCacheConfig:
+        """As `CopyOptions.config`."""
+        return super().config(hot_set=self.hot_set, **settings)

@@ -12,12 +12,12 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from specache.bench.breakdown import recorded
+from specache.bench.greedy import GreedySteps
 from specache.bench.synthetic import add_sequence
 from specache.bench.timing import PhaseClock
 from specache.bench.workload import Workload
 from specache.cache import SpeCache
 from specache.config import SpeCacheConfig
-from specache.decoding import Decoder
 from specache.errors import ConfigError
 from specache.integration import attached, reset_rope
 from specache.quantized_cache import PACKAGES, new_quantized_cache, quantised_tokens, store_prompt
@@ -82,16 +82,16 @@ class SpeCacheContender(Contender):
             add_sequence(self._held, {index: work.rows(index) for index in range(len(work.layer_shapes))})
         for sequence in self._held.sequences:
             sequence.prepare_decode()
-        self._decoder = Decoder(work.model, self._held)
-        self._tokens = [0] * work.batch
-        self._guesses: list[int] | None = [0] * work.batch if self.config.policy.guesses else None
+        first = [0] * work.batch
+        self._steps = GreedySteps(work.model, self._held, first, first)
+
+    @property
+    def tokens(self) -> list[int]:
+        """What the last step decoded, per sequence."""
+        return self._steps.tokens
 
     def step(self) -> None:
-        with torch.no_grad():
-            logits = self._decoder.step(range(self._work.batch), self._tokens, self._guesses)
-        self._tokens = logits.real.argmax(-1).tolist()
-        if self._guesses is not None:
-            self._guesses = logits.guess.argmax(-1).tolist()
+        self._steps.step()
 
     def close(self) -> None:
         if self._held is not None:

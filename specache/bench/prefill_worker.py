@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import multiprocessing
-import signal
 import sys
 import time
 from contextlib import suppress
@@ -18,9 +16,11 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import specache
+from specache.bench.child import Child, ChildEnded
 from specache.bench.shapes import ModelSource
 from specache.config import SpeCacheConfig
-from specache.errors import BenchmarkError, SpeCacheError
+from specache.decoding import Progress
+from specache.errors import BenchmarkError
 
 SPECACHE, DYNAMIC = "specache", "dynamic"
 WARMUP_TOKENS = 64
@@ -66,13 +66,9 @@ class Worker:
     """
 
     def __init__(self, job: Job) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._connection, other = context.Pipe()
-        self._process = context.Process(target=_serve, args=(other, job), daemon=True)
-        self._process.start()
-        other.close()
+        self._child = Child(_serve, job)
         try:
-            self._receive()
+            self._child.receive()
         except BaseException:
             self.close()
             raise
@@ -83,32 +79,16 @@ class Worker:
         Raises:
             BenchmarkError: it failed, or the process was ended (by lack of memory, for example).
         """
-        self._connection.send(True)
-        reading: Reading = self._receive()
+        self._child.send(True)
+        try:
+            reading: Reading = self._child.receive()
+        except ChildEnded as ended:
+            raise BenchmarkError(f"{ended} Choose a shorter --context or a smaller model.") from None
         return reading
 
     def close(self) -> None:
         """End the process."""
-        with suppress(OSError):
-            self._connection.send(False)
-        self._process.join(timeout=5)
-        if self._process.is_alive():
-            self._process.terminate()
-            self._process.join()
-        self._connection.close()
-
-    def _receive(self) -> Any:
-        try:
-            answer = self._connection.recv()
-        except (EOFError, OSError):
-            self._process.join(timeout=5)
-            raise BenchmarkError(
-                f"the process that prefills ended with exit code {self._process.exitcode}; -9 means that memory ran out. "
-                "Choose a shorter --context or a smaller model."
-            ) from None
-        if isinstance(answer, str):
-            raise BenchmarkError(f"prefill failed: {answer}")
-        return answer
+        self._child.close()
 
 
 class Prefiller:
@@ -143,14 +123,19 @@ class Prefiller:
 
 
 @torch.no_grad()
-def read_with_dynamic_cache(model: Any, ids: Tensor, chunk: int) -> Any:
-    """The prompt [1, S] into transformers' ordinary cache, `chunk` tokens at a time, as stock `generate` does it."""
+def read_with_dynamic_cache(
+    model: Any, ids: Tensor, chunk: int, progress: Progress = lambda done, total: None
+) -> tuple[DynamicCache, Tensor]:
+    """The prompt [1, S] into transformers' ordinary cache, `chunk` tokens at a time, as stock `generate` does it -> the cache, and
+    logits [1, 1, V] of the last token.
+    """
     cache = DynamicCache(config=model.config)
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
     for start in range(0, ids.shape[1], chunk):
         part = slice(start, start + chunk)
-        model(ids[:, part], position_ids=positions[:, part], past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return cache
+        output = model(ids[:, part], position_ids=positions[:, part], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        progress(min(start + chunk, ids.shape[1]), ids.shape[1])
+    return cache, output.logits
 
 
 def prefiller(job: Job) -> Prefiller:
@@ -164,18 +149,10 @@ def prefiller(job: Job) -> Prefiller:
 
 def _serve(connection: Connection, job: Job) -> None:
     """Runs in the process: says that it is ready, then prefills whenever it is told to."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both; the other side ends this one
-    try:
-        prefills = prefiller(job)
-        connection.send(True)
-        while connection.recv():
-            connection.send(prefills.prefill())
-    except EOFError:
-        return  # the other side is gone
-    except SpeCacheError as error:
-        connection.send(str(error))
-    except Exception as error:  # whatever it was, the other side has to know
-        connection.send(f"{type(error).__name__}: {error}")
+    prefills = prefiller(job)
+    connection.send(True)
+    while connection.recv():
+        connection.send(prefills.prefill())
 
 
 def _reset_peak() -> None:

@@ -11,6 +11,8 @@ BENCHMARKS = {
     "decode": "specache.bench.decode:Decode",
     "prefill": "specache.bench.prefill:Prefill",
     "scaling": "specache.bench.scaling:Scaling",
+    "tiers": "specache.bench.tiers:Tiers",
+    "memory": "specache.bench.memory:Memory",
 }
 
 

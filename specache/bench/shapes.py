@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -115,6 +116,13 @@ class ModelSource(Protocol):
     def load(self) -> Any:
         """The transformers model, ready to run."""
 
+    def prompt(self, tokens: int, text: Path | None, seed: int) -> list[int]:
+        """Token ids to read, after `load`: a real model's are the beginning of a text (the file, or one that is always there).
+
+        Raises:
+            ConfigError: the text is too short, or a model of random weights is given one.
+        """
+
 
 @dataclass(frozen=True)
 class RandomModel:
@@ -138,3 +146,11 @@ class RandomModel:
         if self.weights.quantised is not WeightFormat.AUTO:
             quantise_weights(model, self.weights.quantised)
         return model
+
+    def prompt(self, tokens: int, text: Path | None, seed: int) -> list[int]:
+        """Random ids."""
+        if text is not None:
+            raise ConfigError("--text is for a real model: random weights make nothing of it. Leave it out, or name a --model.")
+        generator = torch.Generator().manual_seed(seed)
+        ids: list[int] = torch.randint(0, self.shape.vocabulary, (tokens,), generator=generator).tolist()
+        return ids

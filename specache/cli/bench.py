@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -19,12 +20,13 @@ from specache.cli.field_command import field_parameters, make_command, take, tak
 from specache.cli.json_file import JsonFile, check_json, write_json
 from specache.cli.models import DEMO_MODEL, Device, Dtype, demo_file, load
 from specache.errors import ConfigError
+from specache.eval.tasks.texts import load_text
 
 if TYPE_CHECKING:
     from specache.bench.base import Benchmark
     from specache.bench.shapes import ModelSource, Shape, Weights
 
-HELP = "Measure speed and memory: one layer, whole models, prefill, and how time grows with the context."
+HELP = "Measure speed and memory: one layer, whole models, prefill, slow tiers, and what fits under a memory limit."
 EPILOG = """
 [bold]Examples[/bold]
 
@@ -35,6 +37,10 @@ specache bench decode --shape llama-3.2-1b --context 32768 --batch 8 --against d
 specache bench prefill -m demo --context 4096
 
 specache bench scaling -m demo --contexts 2048,8192,32768 --batches 1,8 --plot scaling.png
+
+specache bench tiers -m demo --context 8000 --dir /var/tmp --json tiers.json
+
+sudo specache bench memory --shape llama-3.2-1b --context 65536 --dir /var/tmp --json memory.json
 
 Timings are noisy: implementations take turns within a run, and only figures of one run can be compared.
 """
@@ -70,7 +76,7 @@ class ModelOptions:
     offline: options.Offline = False
 
 
-@dataclass(frozen=True)
+@dataclass
 class NamedModel:
     """A model as `--model` names it (see `specache.bench.shapes.ModelSource`)."""
 
@@ -78,6 +84,7 @@ class NamedModel:
     weights: Weights
     revision: str | None
     offline: bool
+    tokenizer: Any = field(default=None, init=False)  # once it is loaded
 
     @property
     def shape(self) -> Shape | None:
@@ -103,7 +110,15 @@ class NamedModel:
             revision=self.revision,
             offline=self.offline,
         )
+        self.tokenizer = loaded.tokenizer
         return loaded.model
+
+    def prompt(self, tokens: int, text: Path | None, seed: int) -> list[int]:
+        """The first tokens of the file, else of Python's documentation."""
+        ids: list[int] = self.tokenizer(load_text(() if text is None else (text,)))["input_ids"]
+        if len(ids) < tokens:
+            raise ConfigError(f"{text or 'the text'} has {len(ids):,} tokens, {tokens:,} are to be read. Name a longer --text.")
+        return ids[:tokens]
 
 
 class BenchmarkGroup(TyperGroup):

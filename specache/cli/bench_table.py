@@ -11,7 +11,8 @@ from rich.text import Text
 
 from specache.cli.report import UNKNOWN, size
 
-_TEXT = ("impl", "isa", "cache", "weights")  # columns of words
+_TEXT = ("impl", "isa", "cache", "weights", "tier", "policy", "method")  # columns of words
+_SHARES = ("rows_ready", "read_hidden")
 _TITLES = {"gb_per_s": "GB/s", "ms_per_step": "ms per step", "tokens_per_s": "tokens/s"}
 
 
@@ -36,10 +37,9 @@ def _skipped(results: list[dict[str, Any]]) -> list[Text]:
     lines = []
     for result in results:
         if result.get("skipped") is not None:
-            what = " ".join(filter(None, (result["impl"], result.get("cache"))))
-            lines.append(
-                Text(f"{what}, {result['batch']} x {result['context']:,} tokens, was skipped: {result['skipped']}", style="yellow")
-            )
+            what = " ".join(filter(None, (result.get("impl") or result.get("method"), result.get("cache"))))
+            batch = result.get("batch", 1)
+            lines.append(Text(f"{what}, {batch} x {result['context']:,} tokens, was skipped: {result['skipped']}", style="yellow"))
     return lines
 
 
@@ -54,6 +54,8 @@ def _text(column: str, value: Any) -> str:
         return size(value)
     if column == "spread":
         return f"{_number(value[0])} to {_number(value[1])}"
+    if column in _SHARES:
+        return f"{value:.0%}"
     if column.startswith("vs_") or "_vs_" in column:
         return f"{_number(value)}x"
     return _brief(value)

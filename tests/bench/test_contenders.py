@@ -75,8 +75,8 @@ def test_the_exact_policy_and_the_stock_cache_decode_the_same_tokens():
         with ours.ready():
             ours.step()
         stock.step()
-        assert ours._tokens == stock._tokens[:, 0].tolist()
-        tokens.append(ours._tokens)
+        assert ours.tokens == stock._tokens[:, 0].tolist()
+        tokens.append(ours.tokens)
     assert len({token for step in tokens for token in step}) > 1
     ours.close()
 

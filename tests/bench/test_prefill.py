@@ -20,7 +20,7 @@ from tests.tiny import llama, prompt
 
 def test_chunks_fill_the_ordinary_cache_as_one_pass_does():
     model, ids = llama(), prompt(150)
-    chunked = read_with_dynamic_cache(model, ids, 64)
+    chunked, _ = read_with_dynamic_cache(model, ids, 64)
     whole = DynamicCache(config=model.config)
     with torch.no_grad():
         model(ids, past_key_values=whole, use_cache=True)

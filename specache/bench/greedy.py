@@ -1,0 +1,53 @@
+"""Greedy generation with a SpeCache, one step at a time. The model must be `attached`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from specache.cache import SpeCache
+from specache.decoding import Decoder, Progress
+
+
+class GreedySteps:
+    """Decodes; the guess is the likeliest token, as in `generate` without sampling.
+
+    Args:
+        tokens: the first to decode, of every sequence.
+        guesses: of the tokens after these; ignored where the policy has no guess row.
+    """
+
+    def __init__(self, model: Any, cache: SpeCache, tokens: Sequence[int], guesses: Sequence[int]) -> None:
+        self._decoder = Decoder(model, cache)
+        self._sequences = range(len(cache.sequences))
+        self.tokens = list(tokens)
+        self._guesses = list(guesses) if cache.config.policy.guesses else None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Decode one token of every sequence."""
+        logits = self._decoder.step(self._sequences, self.tokens, self._guesses)
+        self.tokens = logits.real.argmax(-1).tolist()
+        if self._guesses is not None:
+            self._guesses = logits.guess.argmax(-1).tolist()
+
+
+@torch.no_grad()
+def read_prompt(model: Any, cache: SpeCache, token_ids: list[int], progress: Progress) -> int:
+    """Prefill a new sequence of the cache, in chunks of its configuration -> the first token of the answer."""
+    cache.sequences.append(cache.new_sequence())
+    logits = Decoder(model, cache).prefill(cache.sequences[-1], token_ids, cache.config.prefill_chunk, progress)
+    return int(logits.argmax())
+
+
+@torch.no_grad()
+def start(model: Any, cache: SpeCache, tokens: Sequence[int]) -> GreedySteps:
+    """Steps that begin with `tokens`, of every sequence; the first guesses come from pre-decoding (Algorithm 2)."""
+    for sequence in cache.sequences:
+        sequence.prepare_decode()  # of a fork nobody else did it
+    if not cache.config.policy.guesses:
+        return GreedySteps(model, cache, tokens, ())
+    guesses = Decoder(model, cache).pre_decode(range(len(cache.sequences)), tokens).argmax(-1)
+    return GreedySteps(model, cache, tokens, guesses.tolist())

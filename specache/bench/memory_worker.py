@@ -1,0 +1,88 @@
+"""A process that reads a prompt and decodes, under whatever limit it was given meanwhile."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from specache import heap
+from specache.bench import greedy
+from specache.bench.prefill_worker import DYNAMIC, read_with_dynamic_cache
+from specache.bench.shapes import ModelSource
+from specache.cache import SpeCache
+from specache.config import SpeCacheConfig
+from specache.decoding import Progress
+from specache.dimensions import dimensions_of
+from specache.integration import attached
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to run.
+
+    Attributes:
+        method: `dynamic`, or anything else for a SpeCache.
+        config: of the SpeCache; its `prefill_chunk` is that of every method.
+        context: tokens of the prompt.
+        text: the prompt's file (see `ModelSource.prompt`).
+        steps: decoded after the prompt, one more before them.
+    """
+
+    source: ModelSource
+    method: str
+    config: SpeCacheConfig
+    context: int
+    text: Path | None
+    steps: int
+    threads: int
+    seed: int
+
+
+def serve(connection: Connection, job: Job) -> None:
+    """Runs in the process. Sends the model's dimensions when it is loaded, and waits; then the number of prompt tokens read so far,
+    again and again; last a list of the steps' milliseconds.
+    """
+    heap.keep_small()
+    torch.set_num_threads(job.threads)
+    model = job.source.load()
+    prompt = job.source.prompt(job.context, job.text, job.seed)
+    connection.send(dimensions_of(model))
+    connection.recv()
+    run = _dynamic if job.method == DYNAMIC else _specache
+    connection.send(run(model, job, prompt, lambda done, total: connection.send(done)))
+
+
+def _specache(model: Any, job: Job, prompt: list[int], progress: Progress) -> list[float]:
+    with attached(model), SpeCache(model, job.config) as cache:
+        first = greedy.read_prompt(model, cache, prompt, progress)
+        return _timed(greedy.start(model, cache, [first]).step, job.steps)
+
+
+def _dynamic(model: Any, job: Job, prompt: list[int], progress: Progress) -> list[float]:
+    cache, logits = read_with_dynamic_cache(model, torch.tensor([prompt]), job.config.prefill_chunk, progress)
+    token, length = logits.argmax(-1), len(prompt)
+
+    @torch.no_grad()
+    def step() -> None:
+        nonlocal token, length
+        positions = torch.full_like(token, length)
+        output = model(token, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        token, length = output.logits.argmax(-1), length + 1
+
+    return _timed(step, job.steps)
+
+
+def _timed(step: Callable[[], None], steps: int) -> list[float]:
+    """Milliseconds of each step but the first."""
+    samples = []
+    for _ in range(steps + 1):
+        started = time.perf_counter()
+        step()
+        samples.append((time.perf_counter() - started) * 1e3)
+    return samples[1:]

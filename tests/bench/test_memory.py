@@ -1,0 +1,101 @@
+"""`bench memory`: a limit that the kernel enforces, and who lives with it."""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import closing
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+
+from specache.bench import control_group
+from specache.bench.base import Surroundings
+from specache.bench.child import Child, ChildEnded
+from specache.bench.control_group import MemoryGroup
+from specache.bench.memory import Memory
+from specache.bench.shapes import RandomModel, Shape, Weights
+from specache.errors import BenchmarkError, ConfigError
+
+WIDE = Shape("wide", 4, 64, 96, 16, 16, 64, 97, 10_000.0, True)  # a small model with a large cache: 16 KB per token
+MEGABYTE = 1 << 20
+
+
+@pytest.fixture
+def limits() -> None:
+    try:
+        with MemoryGroup() as group:
+            group.limit(1 << 40)
+    except BenchmarkError as error:
+        pytest.skip(str(error))
+
+
+def hold(connection: Connection, size: int) -> None:
+    """Fill so much memory."""
+    connection.send(None)
+    connection.recv()
+    memory = bytearray(size)
+    memory[::4096] = b"x" * len(memory[::4096])
+    connection.send(len(memory))
+    time.sleep(60)
+
+
+def fail(connection: Connection, message: str) -> None:
+    raise ValueError(message)
+
+
+def test_a_process_that_needs_more_is_killed_and_one_that_needs_less_is_not(limits):
+    for size, lives in ((10 * MEGABYTE, True), (500 * MEGABYTE, False)):
+        with MemoryGroup() as group, closing(Child(hold, size, group.entered())) as child:
+            child.receive()
+            group.forget_peak()
+            group.limit(group.used + 100 * MEGABYTE)
+            child.send(True)
+            if lives:
+                assert child.receive() == size
+                assert size <= group.peak <= group.used + size
+            else:
+                with pytest.raises(ChildEnded) as ended:
+                    child.receive()
+                assert ended.value.exit_code == -9
+    assert not list(Path(control_group.HIERARCHY / control_group._own_group()).glob("specache-*"))
+
+
+def test_a_limit_below_what_is_in_use_is_refused(limits):
+    with MemoryGroup() as group, closing(Child(hold, 1, group.entered())) as child:
+        child.receive()
+        with pytest.raises(BenchmarkError, match="are in use"):
+            group.limit(4096)
+
+
+def test_without_the_right_the_reason_is_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(control_group, "HIERARCHY", tmp_path / "nowhere")
+    with pytest.raises(BenchmarkError, match=r"needs control groups .* \(root\)"):
+        MemoryGroup()
+
+
+def test_what_fails_in_the_process_is_told():
+    with closing(Child(fail, "the file is torn")) as child, pytest.raises(BenchmarkError, match="ValueError: the file is torn"):
+        child.receive()
+
+
+@pytest.mark.slow
+def test_the_disk_tier_lives_where_the_ordinary_cache_dies(limits, tmp_path):
+    benchmark = Memory(context=8000, times=2.5, short=1500, chunk=128, steps=2, hot_set=0.02, top_k=16, dir=tmp_path)
+    results = benchmark.run(Surroundings(RandomModel(WIDE, Weights.BF16))).results
+    outcome = [(result["method"], result["context"], result["completed"]) for result in results]
+    assert outcome == [("specache", 1000, True), ("specache", 8000, True), ("dynamic", 1500, True), ("dynamic", 8000, False)]
+    base, ours, fits, killed = results
+    assert base["limit_bytes"] is None and ours["cache_bytes"] == 8000 * 4 * 2 * 16 * 64 * 2
+    assert ours["limit_bytes"] == base["peak_bytes"] + ours["room_bytes"] and ours["cache_bytes"] >= 2.5 * ours["room_bytes"]
+    assert ours["peak_bytes"] <= ours["limit_bytes"] and ours["ms_per_step"] > 0 and fits["ms_per_step"] > 0
+    assert killed["ms_per_step"] is None and killed["read_tokens"] < 8000
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_cannot_be_measured_is_refused():
+    with pytest.raises(ConfigError, match="--context must be more than 1,000"):
+        Memory(context=1000)
+    with pytest.raises(ConfigError, match="--times"):
+        Memory(times=0.5)
