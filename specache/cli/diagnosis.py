@@ -39,7 +39,7 @@ class Problem:
 def diagnose() -> dict[str, Any]:
     """Everything `doctor` shows, by section."""
     import specache
-    from specache.kernels import dispatch, native
+    from specache.kernels import dispatch, native, triton
 
     return {
         "versions": {
@@ -52,6 +52,7 @@ def diagnose() -> dict[str, Any]:
         "devices": _devices(),
         "kernels": dispatch.active(),
         "native_kernels": {"instruction_sets": native.instruction_sets(), "missing": native.MISSING},
+        "gpu_kernels": {"triton": _version("triton"), "missing": triton.missing()},
         "cache": _cache(),
         "disk_tier": _disk_tier(),
         "demo_model": {"installed": demo_gguf() is not None},
@@ -76,6 +77,13 @@ def find_problems(facts: dict[str, Any]) -> list[Problem]:
                 f"The C++ kernels are not installed ({facts['native_kernels']['missing']}). "
                 "Decoding runs on PyTorch, many times slower.",
                 "Install a C++17 compiler (g++ or clang++), then specache again: pip install --force-reinstall --no-deps -e .",
+            )
+        )
+    if facts["devices"]["cuda"] and facts["gpu_kernels"]["missing"]:
+        problems.append(
+            Problem(
+                f"The Triton kernels do not run here: {facts['gpu_kernels']['missing']}.",
+                "Models on the GPU decode over PyTorch's kernels, slower. docs/gpu_kernels.md says what Triton's need.",
             )
         )
     missing = [name for name, version in facts["versions"].items() if version is None]

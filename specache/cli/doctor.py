@@ -21,6 +21,7 @@ _TITLES = {
     "devices": "Devices",
     "kernels": "Kernels",
     "native_kernels": "C++ kernels",
+    "gpu_kernels": "GPU kernels",
     "cache": "Cache folder",
     "disk_tier": "Tier disk",
     "demo_model": "Demo model",

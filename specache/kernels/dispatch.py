@@ -13,8 +13,9 @@ every device and is what the others are tested against.
 
 `rest_lse` is the log-sum-exp of everything a row sees outside the copy. Paper: Algorithm 3; layout: KIVI.
 
-The environment variable `SPECACHE_KERNELS` forces a backend: `torch`, or an instruction set of the C++ kernels (`generic`, `avx2`,
-`avx512`, `neon`). Otherwise the fastest that this processor runs serves the CPU.
+Tensors on CUDA are served by Triton (`kernels/triton/`) where it can, tensors on the CPU by the fastest C++ kernels that this
+processor runs, else by PyTorch. The environment variable `SPECACHE_KERNELS` forces a backend: `torch` everywhere, on the CPU an
+instruction set of the C++ kernels (`generic`, `avx2`, `avx512`, `neon`), or `triton` (on the CPU in its interpreter only, to test).
 """
 
 from __future__ import annotations
@@ -26,14 +27,18 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from specache.errors import ConfigError
 from specache.kernels import native, torch_ops
+from specache.kernels import triton as triton_kernels
 from specache.kernels.types import LowBitCopy
 
 OPERATIONS = ("quantise", "score", "rescore", "select", "attend")
 VARIABLE = "SPECACHE_KERNELS"
+TRITON = "triton"
+ON_CPU = f"On the CPU, Triton has an interpreter, to test only: set {triton_kernels.INTERPRETER}=1 before Python starts."
 
 
 def available() -> list[str]:
@@ -62,11 +67,11 @@ def using(name: str) -> Iterator[None]:
 
 
 def quantise(keys: Tensor, values: Tensor, copy: LowBitCopy, start: int) -> None:
-    _serving(keys, copy.head_dim).quantise(keys, values, copy, start)
+    _serving(keys, copy.head_dim, copy.group_size).quantise(keys, values, copy, start)
 
 
 def score(query: Tensor, copies: Sequence[LowBitCopy], lengths: Sequence[int], scaling: float, softcap: float | None) -> Tensor:
-    return _serving(query, query.shape[-1]).score(query, copies, lengths, scaling, softcap)
+    return _serving(query, query.shape[-1], copies[0].group_size).score(query, copies, lengths, scaling, softcap)
 
 
 def rescore(query: Tensor, scores: Tensor, positions: Tensor, rows: Tensor, scaling: float, softcap: float | None) -> None:
@@ -80,7 +85,7 @@ def select(scores: Tensor, rest_lse: Tensor, lengths: Sequence[int], k: int) -> 
 def attend(
     scores: Tensor, positions: Tensor, rows: Tensor, copies: Sequence[LowBitCopy], lengths: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    return _serving(rows, copies[0].head_dim).attend(scores, positions, rows, copies, lengths)
+    return _serving(rows, copies[0].head_dim, copies[0].group_size).attend(scores, positions, rows, copies, lengths)
 
 
 def fused(query: Tensor) -> native.NativeKernels | None:
@@ -89,13 +94,46 @@ def fused(query: Tensor) -> native.NativeKernels | None:
     return backend if isinstance(backend, native.NativeKernels) else None
 
 
-def _serving(tensor: Tensor, dim: int = 1) -> Any:
+def _serving(tensor: Tensor, dim: int = 1, group_size: int = 64) -> Any:
+    name, backend = _chosen()
+    if tensor.device.type == "cuda" or name == TRITON:
+        wanted = _forced[0] if _forced else os.environ.get(VARIABLE)
+        return torch_ops if wanted == "torch" else _serving_gpu(tensor, dim, group_size)
     if native.MISSING and tensor.device.type == "cpu" and VARIABLE not in os.environ:
         _say_once()
-    backend = _chosen()[1]
     if tensor.device.type != "cpu" or backend is torch_ops or not backend.serves(dim, tensor.dtype):
         return torch_ops
     return backend
+
+
+def _serving_gpu(tensor: Tensor, dim: int, group_size: int) -> Any:
+    """Triton, if it runs where the tensor is and serves its layer."""
+    if tensor.device.type == "cpu":
+        if not triton_kernels.interpreted():
+            raise ConfigError(f"{VARIABLE}={TRITON!r} runs on a GPU, and this tensor is on the CPU. {ON_CPU}")
+    elif reason := _missing(tensor.device):
+        _say_not_served(reason)
+        return torch_ops
+    backend = _triton()
+    if reason := backend.refuses(dim, tensor.dtype, group_size):
+        _say_not_served(reason)
+        return torch_ops
+    return backend
+
+
+@cache
+def _missing(device: torch.device) -> str | None:
+    return triton_kernels.missing(device)
+
+
+@cache
+def _triton() -> Any:
+    return triton_kernels.load()
+
+
+@cache
+def _say_not_served(reason: str) -> None:
+    warnings.warn(f"specache's Triton kernels do not serve this: {reason}. PyTorch does, slower.", RuntimeWarning, stacklevel=2)
 
 
 def _chosen() -> tuple[str, Any]:
@@ -120,8 +158,12 @@ def _say_once() -> None:
 
 
 def _load(name: str) -> Any:
+    if name == TRITON:
+        if not triton_kernels.interpreted() and (reason := triton_kernels.missing()):
+            raise ConfigError(f"{VARIABLE}={name!r} is not available here ({reason}). {ON_CPU}")
+        return _triton()
     if name not in available():
-        known = ", ".join(available())
+        known = ", ".join([*available(), TRITON])
         reason = f" ({native.MISSING})" if native.MISSING and name != "torch" else ""
         raise ConfigError(f"{VARIABLE}={name!r} is not available here{reason}. There is {known}.")
     return torch_ops if name == "torch" else native.NativeKernels(name)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from specache.config import Code
@@ -33,6 +34,12 @@ class PageRun:
         """int64 [N]: where each page's key codes, its first field, lie in memory."""
         codes = self.fields["key_codes"]
         return codes.data_ptr() + np.arange(self.pages, dtype=np.int64) * codes.stride(0) * codes.itemsize
+
+    @cached_property
+    def device_addresses(self) -> Tensor:
+        """The same int64 [N] where the pages are; the copy to a GPU is queued, not waited for."""
+        host, device = torch.from_numpy(self.addresses), self.fields["key_codes"].device
+        return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 
     def pages_from(self, start: int, stop: int) -> PageRun:
         """The run's pages `[start, stop)`."""

@@ -12,7 +12,19 @@ from tests.cli.running import one_line, run, run_json
 
 def test_json_has_every_section():
     facts = run_json("doctor")
-    sections = {"versions", "cpu", "memory", "devices", "kernels", "native_kernels", "cache", "disk_tier", "demo_model", "problems"}
+    sections = {
+        "versions",
+        "cpu",
+        "memory",
+        "devices",
+        "kernels",
+        "native_kernels",
+        "gpu_kernels",
+        "cache",
+        "disk_tier",
+        "demo_model",
+        "problems",
+    }
     assert set(facts) == sections
     assert facts["kernels"] == dispatch.active()
     assert facts["cpu"]["cores"] >= 1 and facts["versions"]["torch"]
@@ -55,6 +67,7 @@ def test_a_missing_demo_model_is_no_failure(monkeypatch):
     [
         ({"memory": {"usable_bytes": 10**9}}, "Less than 2 GB"),
         ({"native_kernels": {"missing": "no module"}}, "C++ kernels are not installed"),
+        ({"devices": {"cuda": ["an old one"]}, "gpu_kernels": {"missing": "too old"}}, "Triton kernels do not run here: too old"),
         ({"cpu": {"bfloat16": False}}, "no bfloat16"),
         ({"versions": {"gguf": None}}, "Not installed: gguf"),
         ({"cache": {"free_bytes": 10**6}}, "Little disk space"),

@@ -1,0 +1,353 @@
+"""The kernels behind the signatures of `specache.kernels.dispatch`. Launches only: nothing here waits for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from specache.config import PAGE_TOKENS
+from specache.kernels.torch_rotated import levels, rotation
+from specache.kernels.triton import attend, gather, options, quantise, score, select
+from specache.kernels.triton.options import Shape, power_of_two
+from specache.kernels.triton.tables import Offsets, PageTables, offsets_of, page_tables, to_device
+from specache.kernels.types import LowBitCopy
+
+P = ParamSpec("P")
+T = TypeVar("T")
+GROUP_SIZES = (16, 32, 64)
+MAX_DIM = 256
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def on_its_device(launch: Callable[P, T]) -> Callable[P, T]:
+    """Launch where the first tensor is: Triton takes the current device."""
+
+    @wraps(launch)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
+        device = next(x.device for x in args if isinstance(x, Tensor))
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            return launch(*args, **kwargs)
+
+    return guarded
+
+
+class TritonKernels:
+    """Kernels for tensors on CUDA (or on the CPU, in Triton's interpreter).
+
+    Args:
+        split: tokens of a program of `attend`, whole pages.
+        select_block: scores of a program of `select`.
+    """
+
+    def __init__(self, split: int = options.SPLIT, select_block: int = options.SELECT_BLOCK) -> None:
+        self.split, self.select_block = split, select_block
+
+    @staticmethod
+    def refuses(dim: int, dtype: torch.dtype, group_size: int) -> str | None:
+        """Why layers of this kind are not served, or `None`."""
+        if dim > MAX_DIM:
+            return f"head dimension {dim} is above {MAX_DIM}"
+        if dtype not in DTYPES:
+            return f"{dtype} is none of float32, bfloat16 and float16"
+        if group_size not in GROUP_SIZES:
+            return f"group size {group_size} is none of 16, 32 and 64"
+        return None
+
+    @on_its_device
+    def quantise(self, keys: Tensor, values: Tensor, copy: LowBitCopy, start: int) -> None:
+        tables = page_tables([copy], [copy.length], keys.device)
+        offsets, shape = offsets_of([copy]), Shape.of(copy)
+        if not shape.rotated:
+            self._quantise_kivi(keys, values, tables, offsets, shape, start)
+            return
+        assert copy.key_weights is not None, "the rotated code needs the layer's key weights"
+        weights, done, n = copy.key_weights.contiguous(), 0, keys.shape[1]
+        while done < n:  # whole pages, but for the first and the last piece
+            count = min(n - done, options.QUANTISE_TOKENS - (start + done) % PAGE_TOKENS)
+            piece = slice(done, done + count)
+            self._quantise_rotated(keys[:, piece], values[:, piece], weights, tables, offsets, shape, start + done)
+            done += count
+
+    def score(
+        self, query: Tensor, copies: Sequence[LowBitCopy], lengths: Sequence[int], scaling: float, softcap: float | None
+    ) -> Tensor:
+        copy, size = copies[0], max(lengths)
+        tables = page_tables(copies, lengths, query.device)
+        turned = turned_query(query, copies) if Shape.of(copy).rotated else None
+        return self.score_pages(query, turned, tables, offsets_of(copies), copy, size, scaling, softcap)
+
+    @on_its_device
+    def score_pages(
+        self,
+        query: Tensor,
+        turned: Tensor | None,
+        tables: PageTables,
+        offsets: Offsets,
+        copy: LowBitCopy,
+        capacity: int,
+        scaling: float,
+        softcap: float | None,
+    ) -> Tensor:
+        """`score` over tables on the device, for up to `capacity` tokens.
+
+        Args:
+            turned: what `turned_query` gives, for the rotated code.
+            copy: any of the batch; its layout counts.
+        """
+        batch, num_heads, n, _ = query.shape
+        heads = copy.num_kv_heads
+        shape = Shape.of(copy, num_heads // heads, n)
+        query = query.contiguous()
+        scores = torch.empty(batch, heads, shape.groups, n, capacity, dtype=torch.float32, device=query.device)
+        if scores.numel():
+            settings = options.score(shape, softcap is not None, query.dtype == torch.float32)
+            score.score_kernel[(-(-capacity // settings["BLOCK"]), heads * settings["ROW_BLOCKS"], batch)](
+                query,
+                query if turned is None else turned,
+                tables.addresses,
+                tables.first_page,
+                tables.lengths,
+                scores,
+                capacity,
+                scaling,
+                softcap or 0.0,
+                offsets.key_codes,
+                offsets.key_scale,
+                offsets.key_mean if shape.rotated else offsets.key_zero,
+                shape.unit,
+                **settings,
+            )
+        return scores
+
+    @on_its_device
+    def rescore(
+        self, query: Tensor, scores: Tensor, positions: Tensor, rows: Tensor, scaling: float, softcap: float | None
+    ) -> None:
+        batch, heads, groups, n, size = scores.shape
+        k, dim = positions.shape[-1], query.shape[-1]
+        if not positions.numel():
+            return
+        query, positions, rows = query.contiguous(), positions.contiguous(), _last_contiguous(rows)
+        settings = options.rescore(dim, groups, softcap is not None)
+        score.rescore_kernel[(-(-k // settings["BLOCK"]), n, batch * heads)](
+            query, scores, positions, rows, size, k, heads, *rows.stride()[:4], scaling, softcap or 0.0, **settings
+        )
+
+    def select(self, scores: Tensor, rest_lse: Tensor, lengths: Sequence[int], k: int) -> Tensor:
+        return self.select_of(scores, rest_lse, to_device(lengths, torch.int32, scores.device), k)
+
+    @on_its_device
+    def select_of(self, scores: Tensor, rest_lse: Tensor, lengths: Tensor, k: int) -> Tensor:
+        """`select` with lengths int32 [B] on the device."""
+        batch, heads, groups, n, size = scores.shape
+        k, device = min(k, size), scores.device
+        positions = torch.empty(batch, heads, n, k, dtype=torch.int64, device=device)
+        if not positions.numel():
+            return positions
+        scores, rest_lse = scores.contiguous(), rest_lse.float().contiguous()
+        block = min(self.select_block, power_of_two(size, 128))
+        blocks = -(-size // block)
+        parts = torch.empty(2, batch, heads, groups, n, blocks, device=device)
+        mass = torch.empty(batch, heads, n, size, dtype=torch.int32, device=device)
+        histogram = torch.zeros(batch, heads, n, 4, 256, dtype=torch.int32, device=device)
+        counts = torch.empty(2, batch, heads, n, blocks, dtype=torch.int32, device=device)
+        grid, padded = (blocks, n, batch * heads), power_of_two(blocks)
+        settings = options.select(BLOCK=block)
+        select.peaks_kernel[(blocks, batch * heads * groups * n)](scores, *parts, size, **settings)
+        select.mass_kernel[grid](
+            scores, rest_lse, lengths, *parts, mass, histogram, size, heads, G=groups, BLOCKS_P=padded, **settings
+        )
+        for digit in range(1, 4):
+            select.digit_kernel[grid](mass, lengths, histogram, size, k, heads, DIGIT=digit, **settings)
+        select.count_kernel[grid](mass, lengths, histogram, *counts, size, k, heads, **settings)
+        select.positions_kernel[grid](mass, lengths, histogram, *counts, positions, size, k, heads, BLOCKS_P=padded, **settings)
+        return positions
+
+    def attend(
+        self, scores: Tensor, positions: Tensor, rows: Tensor, copies: Sequence[LowBitCopy], lengths: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        tables = page_tables(copies, lengths, scores.device)
+        return self.attend_pages(scores, positions, rows, tables, offsets_of(copies), copies[0])
+
+    @on_its_device
+    def attend_pages(
+        self, scores: Tensor, positions: Tensor, rows: Tensor, tables: PageTables, offsets: Offsets, copy: LowBitCopy
+    ) -> tuple[Tensor, Tensor]:
+        """`attend` over tables on the device. `copy`: any of the batch; its layout counts."""
+        batch, heads, groups, n, size = scores.shape
+        shape, device, k = Shape.of(copy, groups, n), scores.device, positions.shape[-1]
+        splits = -(-size // self.split)
+        has_fetched = positions.numel() > 0
+        parts, dim = splits + has_fetched, shape.dim
+        out = torch.empty(batch, heads, groups, n, dim, device=device)
+        lse = torch.empty(batch, heads, groups, n, device=device)
+        if size == 0:
+            return out.zero_(), lse.fill_(-torch.inf)
+        assert scores.is_contiguous()
+        low_bit = torch.empty_like(out) if shape.rotated else out
+        fetched_sums = torch.empty_like(out) if has_fetched else out
+        sums = torch.empty(batch, heads, splits, groups * n, dim, device=device)
+        stats = torch.empty(2, batch, heads, groups * n, parts, device=device)
+        if has_fetched:
+            positions, rows = positions.contiguous(), _last_contiguous(rows)
+            attend.fetched_kernel[(n, batch * heads)](
+                scores,
+                positions,
+                rows,
+                fetched_sums,
+                stats[0],
+                stats[1],
+                size,
+                k,
+                heads,
+                parts,
+                *rows.stride()[:4],
+                **options.fetched(dim, groups),
+            )
+        settings = options.attend_copy(shape, rows.dtype == torch.float32, self.split)
+        attend.copy_kernel[(splits, heads * settings["ROW_BLOCKS"], batch)](
+            scores,
+            tables.addresses,
+            tables.first_page,
+            tables.lengths,
+            sums,
+            stats[0],
+            stats[1],
+            size,
+            parts,
+            offsets.value_codes,
+            offsets.value_scale,
+            offsets.value_zero,
+            shape.unit,
+            **settings,
+        )
+        attend.merge_kernel[(groups * n, batch * heads)](
+            sums,
+            fetched_sums,
+            stats[0],
+            stats[1],
+            out,
+            low_bit,
+            lse,
+            splits,
+            parts,
+            **options.merge(shape, parts, has_fetched),
+        )
+        if shape.rotated:
+            out.view(-1, dim).addmm_(low_bit.view(-1, dim), rotation(dim, device))
+        return out, lse
+
+    def gather(self, stored: Sequence[Tensor], positions: Tensor) -> Tensor:
+        """Rows [Hkv, capacity, 2 D] of each sequence, on the device or in pinned host memory, by positions [B, Hkv, n, k].
+
+        Returns:
+            [B, Hkv, n, k, 2 D] where the positions are; zeros at -1.
+        """
+        addresses = to_device([rows.data_ptr() for rows in stored], torch.int64, positions.device)
+        return self.gather_at(addresses, stored[0], positions)
+
+    @on_its_device
+    def gather_at(self, addresses: Tensor, like: Tensor, positions: Tensor) -> Tensor:
+        """`gather` with addresses int64 [B] on the device of rows with the dtype and the strides of `like` [Hkv, capacity, 2 D]."""
+        batch, heads, n, k = positions.shape
+        width = like.shape[-1]
+        out = torch.empty(batch, heads, n, k, width, dtype=like.dtype, device=positions.device)
+        if out.numel():
+            assert like.stride(-1) == 1
+            settings = options.gather(width)
+            gather.gather_kernel[(-(-n * k // settings["BLOCK"]), batch * heads)](
+                addresses,
+                *like.stride()[:2],
+                positions.contiguous(),
+                out,
+                n * k,
+                heads,
+                **settings,
+            )
+        return out
+
+    def _quantise_kivi(self, keys: Tensor, values: Tensor, tables: PageTables, offsets: Offsets, shape: Shape, start: int) -> None:
+        heads, n, dim = keys.shape
+        quantise.kivi_keys_kernel[(n // shape.group_size, heads)](
+            keys,
+            tables.addresses,
+            start,
+            *keys.stride(),
+            offsets.key_codes,
+            offsets.key_scale,
+            offsets.key_zero,
+            **options.kivi_keys(shape),
+        )
+        settings = options.kivi_values(shape)
+        quantise.kivi_values_kernel[(_pages(start, n), heads, -(-dim // settings["GROUP"]))](
+            values,
+            tables.addresses,
+            start,
+            n,
+            *values.stride(),
+            offsets.value_codes,
+            offsets.value_scale,
+            offsets.value_zero,
+            **settings,
+        )
+
+    def _quantise_rotated(
+        self, keys: Tensor, values: Tensor, weights: Tensor, tables: PageTables, offsets: Offsets, shape: Shape, start: int
+    ) -> None:
+        heads, n, dim = keys.shape
+        turn, levels_ = rotation(dim, keys.device).T, levels(shape.bits, keys.device)
+        centred = torch.empty(heads, n, dim, device=keys.device)
+        quantise.centre_keys_kernel[(n // shape.group_size, heads)](
+            keys,
+            weights,
+            centred,
+            tables.addresses,
+            start,
+            *keys.stride(),
+            offsets.key_mean,
+            **options.centre_keys(shape),
+        )
+        settings = options.rotated_keys(shape)
+        quantise.rotated_keys_kernel[(n // settings["TOKENS"], heads)](
+            centred @ turn, levels_, tables.addresses, start, n, offsets.key_codes, offsets.key_scale, **settings
+        )
+        quantise.rotated_values_kernel[(_pages(start, n), heads)](
+            values.float() @ turn,
+            levels_,
+            tables.addresses,
+            start,
+            n,
+            offsets.value_codes,
+            offsets.value_scale,
+            **options.rotated_values(shape),
+        )
+
+
+def turned_query(query: Tensor, copies: Sequence[LowBitCopy]) -> Tensor:
+    """The query [B, Hq, n, D] as rotated codes see it: unweighted and rotated, float32 [B, Hkv, G n, D]."""
+    batch, num_heads, n, dim = query.shape
+    heads = copies[0].num_kv_heads
+    weights = torch.stack([_weights(copy, query.device) for copy in copies])  # [B, Hkv, D]
+    grouped = query.float().reshape(batch, heads, num_heads // heads * n, dim)
+    return (grouped / weights.unsqueeze(2)) @ rotation(dim, query.device).T
+
+
+def _weights(copy: LowBitCopy, device: torch.device) -> Tensor:
+    if copy.key_weights is None:  # fixed when the first group is quantised
+        assert copy.length == 0, "the rotated code needs the layer's key weights"
+        return torch.ones(copy.num_kv_heads, copy.head_dim, device=device)
+    return copy.key_weights
+
+
+def _pages(start: int, n: int) -> int:
+    """Pages that tokens `[start, start + n)` are on."""
+    return -(-(start + n) // PAGE_TOKENS) - start // PAGE_TOKENS
+
+
+def _last_contiguous(rows: Tensor) -> Tensor:
+    return rows if rows.stride(-1) == 1 else rows.contiguous()

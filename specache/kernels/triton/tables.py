@@ -1,0 +1,73 @@
+"""Page tables on the device: where the pages of every sequence of a batch lie.
+
+Kernels read pages by address, through a table and lengths in device memory: a captured CUDA graph is replayed after both were
+overwritten in place. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specache.kernels.types import LowBitCopy, PageRun
+
+FIELDS = ("key_codes", "key_scale", "key_zero", "key_mean", "value_codes", "value_scale", "value_zero")
+
+
+@dataclass(frozen=True)
+class PageTables:
+    """The pages of `B` sequences of one layer.
+
+    Attributes:
+        addresses: int64, the first byte of each page; sequence `b`'s from `first_page[b]` on, in token order.
+        first_page: int64 [B].
+        lengths: int32 [B], tokens of each sequence that count.
+    """
+
+    addresses: Tensor
+    first_page: Tensor
+    lengths: Tensor
+
+
+@dataclass(frozen=True)
+class Offsets:
+    """Bytes from a page's start to its fields; -1 for those that its code does not have."""
+
+    key_codes: int
+    key_scale: int
+    key_zero: int
+    key_mean: int
+    value_codes: int
+    value_scale: int
+    value_zero: int
+
+
+def page_tables(copies: Sequence[LowBitCopy], lengths: Sequence[int], device: torch.device) -> PageTables:
+    """Tables over the copies as they are now."""
+    runs = [run for copy in copies for run in copy.runs]
+    first_page, pages = [], 0
+    for copy in copies:
+        first_page.append(pages)
+        pages += sum(run.pages for run in copy.runs)
+    addresses = torch.cat([run.device_addresses for run in runs]) if runs else torch.zeros(1, dtype=torch.int64, device=device)
+    return PageTables(addresses, to_device(first_page, torch.int64, device), to_device(lengths, torch.int32, device))
+
+
+def to_device(numbers: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers [N] on the device, through pinned memory: the copy is queued like a kernel."""
+    host = torch.tensor(numbers, dtype=dtype)
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+
+
+def offsets_of(copies: Sequence[LowBitCopy]) -> Offsets:
+    """Of the layer's pages; all sequences of a layer have the same layout."""
+    runs = next((copy.runs for copy in copies if copy.runs), ())
+    return _offsets(runs[0]) if runs else Offsets(*[0] * len(FIELDS))
+
+
+def _offsets(run: PageRun) -> Offsets:
+    start = run.fields["key_codes"].data_ptr()
+    return Offsets(*(run.fields[name].data_ptr() - start if name in run.fields else -1 for name in FIELDS))
