@@ -6,7 +6,6 @@ import os
 import time
 from contextlib import closing
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 import pytest
 
@@ -59,7 +58,7 @@ def test_a_process_that_needs_more_is_killed_and_one_that_needs_less_is_not(limi
                 with pytest.raises(ChildEnded) as ended:
                     child.receive()
                 assert ended.value.exit_code == -9
-    assert not list(Path(control_group.HIERARCHY / control_group._own_group()).glob("specache-*"))
+        assert not group._folder.exists()
 
 
 def test_a_limit_below_what_is_in_use_is_refused(limits):
