@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 from specache.bench import registry
 from specache.cli import options
 from specache.cli.bench_table import result_table
-from specache.cli.console import err, quiet_libraries, status
+from specache.cli.console import LOG_WIDTH, err, quiet_libraries, status
 from specache.cli.field_command import field_parameters, make_command, take, take_fields, written_parameters
 from specache.cli.json_file import JsonFile, check_json, write_json
 from specache.cli.models import DEMO_MODEL, Device, Dtype, demo_file, load
@@ -44,7 +44,6 @@ sudo specache bench memory --shape llama-3.2-1b --context 65536 --dir /var/tmp -
 
 Timings are noisy: implementations take turns within a run, and only figures of one run can be compared.
 """
-LOG_WIDTH = 200  # of tables where there is no terminal
 _BENCHMARK_PANEL = "Benchmark"
 _DTYPES = {"fp32": Dtype.FLOAT32, "fp16": Dtype.FLOAT16}  # the rest computes in bfloat16
 _FORMATS = "fp32, bf16, fp16, int8, int4"

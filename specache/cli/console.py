@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from specache.cli.flags import in_flags
 from specache.errors import ConfigError, SpeCacheError
 
+LOG_WIDTH = 200  # of tables where there is no terminal
 EXIT_ERROR = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130  # what a shell reports for a process that SIGINT ended

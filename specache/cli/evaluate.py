@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 
 from specache.cli import options
 from specache.cli.compiling import ONE_AND_TWO_ROWS, compile_model
-from specache.cli.console import EXIT_INTERRUPTED, err, quiet_libraries, reports_errors, status, write
+from specache.cli.console import LOG_WIDTH, EXIT_INTERRUPTED, err, quiet_libraries, reports_errors, status, write
 from specache.cli.evaluation_command import ABLATE, SharedOptions, ablate_command, task_command
 from specache.cli.evaluation_table import result_tables
 from specache.cli.json_file import check_json, write_json
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from specache.eval.rows import Row
 
 HELP = "Measure methods on tasks: fidelity, needles, RULER, LongBench and more, at stated memory."
-LOG_WIDTH = 160  # of tables where there is no terminal
 EPILOG = """
 [bold]Examples[/bold]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from specache.cli import options
-from specache.cli.console import quiet_libraries, reports_errors
+from specache.cli.console import LOG_WIDTH, quiet_libraries, reports_errors
 from specache.cli.field_command import takes_options
 from specache.cli.json_file import STANDARD_OUTPUT, JsonFile, check_json, write_json
 from specache.cli.models import Device, Dtype, load_config, number_format
@@ -188,4 +188,7 @@ def _show(document: dict[str, Any]) -> None:
 
     from specache.cli.plan_table import plan_tables
 
-    Console(highlight=False).print(plan_tables(document))
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = LOG_WIDTH
+    console.print(plan_tables(document))

@@ -98,5 +98,5 @@ def _table(title: str, *columns: str, justify: Any = "right") -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), title_justify="left")
     table.add_column(title, style="dim", min_width=24)
     for column in columns:
-        table.add_column(column, justify=justify)
+        table.add_column(column, justify=justify, overflow="fold")
     return table

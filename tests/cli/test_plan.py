@@ -220,3 +220,8 @@ def test_this_machine_is_measured(tiny_folder, monkeypatch):
     document = plan_json("plan", "-m", tiny_folder, "--context", "200", "--gpu", "cpu")
     assert document["roofline"]["device"]["kind"] == "cpu"
     assert set(document["roofline"]["measured"]["costs"]) == {one["method"] for one in document["roofline"]["methods"]}
+
+
+def test_without_a_terminal_nothing_is_cut_short():
+    text = run(*ON_A6000).stdout
+    assert "\N{HORIZONTAL ELLIPSIS}" not in text and "1,280 tokens" in text and "tokens/s, largest batches" in text
