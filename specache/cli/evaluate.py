@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 
 from specache.cli import options
 from specache.cli.compiling import ONE_AND_TWO_ROWS, compile_model
-from specache.cli.console import LOG_WIDTH, EXIT_INTERRUPTED, err, quiet_libraries, reports_errors, status, write
+from specache.cli.console import EXIT_INTERRUPTED, LOG_WIDTH, err, quiet_libraries, reports_errors, status, write
 from specache.cli.evaluation_command import ABLATE, SharedOptions, ablate_command, task_command
 from specache.cli.evaluation_table import result_tables
 from specache.cli.json_file import check_json, write_json
