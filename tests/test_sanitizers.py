@@ -13,6 +13,7 @@ import pytest
 from specache.kernels import native
 
 ROOT = Path(__file__).parent.parent
+TESTS = ("tests/test_native.py", "tests/tiers/test_native_reads.py")
 
 # Loads the sanitized extension in the place of the installed one, then runs pytest.
 RUNNER = """
@@ -43,7 +44,7 @@ def test_the_kernels_are_clean_under_sanitizers(tmp_path):
         for name in ("libasan.so", "libstdc++.so")
     ]
     result = subprocess.run(
-        [sys.executable, "-c", RUNNER, extension, "tests/test_native.py", "-k", "not environment"],
+        [sys.executable, "-c", RUNNER, extension, *TESTS, "-k", "not environment"],
         env={**os.environ, "LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"},  # Python itself leaks
         cwd=ROOT,
         capture_output=True,

@@ -1,4 +1,4 @@
-"""What kernels do beside reading the low-bit copy: counted in their source, or from what the paper says of its own."""
+"""What kernels do beside reading the low-bit copy: this library's as its source has it, the published methods' as it is assumed."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ class KernelCounts:
 # kernels/triton: a factor is split in two bfloat16 numbers; float32 scores are written by `score`, read by `attend` and twice by
 # `select`, whose means over a KV head are written once, read for three digits, counted, and read for the positions.
 THIS_LIBRARY = KernelCounts(products=2, score_bytes=4, score_passes=2, select_passes=2, mass_passes=6)
-# The paper runs on PyTorch and on kernels that it has not released: 16-bit scores are written, turned into probabilities (read and
-# written) and read with the values; the guess row's are read to average them, the averages written, searched and read by top-k.
+# An assumption, settled after others had given less throughput (docs/plan.md): the paper's kernels are not released. 16-bit scores
+# are written, turned into probabilities (read and written) and read with the values; the guess row's are read to average them, the
+# averages written, searched and read by top-k.
 PUBLISHED = KernelCounts(products=1, score_bytes=2, score_passes=4, select_passes=1, mass_passes=3)
