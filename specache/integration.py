@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from specache import compiled, few_rows
+from specache import compiled, products
 from specache.errors import UnsupportedModelError
 from specache.exact import AttentionParams
 from specache.model import ModelInfo
@@ -29,7 +29,7 @@ from specache.passes import ForwardPass
 NAME = "specache"
 _lock = threading.Lock()
 _attached: weakref.WeakKeyDictionary[Any, tuple[str, int]] = weakref.WeakKeyDictionary()  # model -> (user's, depth)
-_rewired: weakref.WeakKeyDictionary[Any, list[torch.nn.Linear]] = weakref.WeakKeyDictionary()  # see `few_rows`
+_rewired: weakref.WeakKeyDictionary[Any, list[torch.nn.Linear]] = weakref.WeakKeyDictionary()  # see `products`
 _inside = threading.local()  # .served: layers that one of our passes has run so far, or None outside of them
 
 
@@ -180,7 +180,7 @@ def _attach(model: Any) -> None:
         name, depth = _attached.get(model, (model.config._attn_implementation, 0))
         if depth == 0:
             model.set_attn_implementation(NAME)
-            _rewired[model] = few_rows.install(model)
+            _rewired[model] = products.install(model)
         _attached[model] = (name, depth + 1)
 
 
@@ -191,7 +191,7 @@ def _detach(model: Any) -> None:
             _attached[model] = (name, depth - 1)
             return
         del _attached[model]
-        few_rows.remove(_rewired.pop(model, []))
+        products.remove(_rewired.pop(model, []))
         model.set_attn_implementation(name)
 
 

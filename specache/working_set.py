@@ -9,6 +9,9 @@ Symbols: `c` tokens of a prefill chunk, `S` low-bit tokens, `n` rows per sequenc
 
 from __future__ import annotations
 
+import torch
+
+from specache import products
 from specache.config import PAGE_TOKENS, Policy, SpeCacheConfig
 from specache.dimensions import LayerDimensions, ModelDimensions
 from specache.exact import KEY_BLOCK, QUERY_BLOCK
@@ -36,7 +39,7 @@ def prefill_bytes(model: ModelDimensions, config: SpeCacheConfig, chunk: int, st
     buffers = DISK_COPIES * max(READ_BYTES, _largest_block(model)) if on_disk(config) else 0
     matrix = 2 * model.matrix_elements * model.itemsize  # codes as numbers, and their products with scales
     logits = model.vocabulary * (model.itemsize + 2 * FLOAT)
-    return hidden + max(stages) + matrix + logits + buffers
+    return hidden + max(stages) + matrix + logits + buffers + _widened(model, chunk)
 
 
 def decode_bytes(model: ModelDimensions, config: SpeCacheConfig, sequences: int, low_bit_tokens: int) -> int:
@@ -68,6 +71,15 @@ def _rotary_width(model: ModelDimensions) -> int:
 def _feed_forward(model: ModelDimensions, chunk: int) -> int:
     """Gate, up and their product, and the residual stream before attention, which the caller still holds."""
     return chunk * model.itemsize * (3 * model.mlp + model.hidden)
+
+
+def _widened(model: ModelDimensions, chunk: int) -> int:
+    """Where the processor has no products of 16 bits: a block of weights, the rows it meets and their products, in float32."""
+    native = all(products.multiplies_natively(dtype) for dtype in (torch.bfloat16, torch.float16))
+    if model.device != "cpu" or model.itemsize != 2 or native:
+        return 0
+    outputs = products.BLOCK_ELEMENTS // model.hidden
+    return FLOAT * (products.BLOCK_ELEMENTS + chunk * (model.hidden + outputs))
 
 
 def _normalisation(model: ModelDimensions, chunk: int) -> int:

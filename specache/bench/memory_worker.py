@@ -55,11 +55,12 @@ def serve(connection: Connection, job: Job) -> None:
     connection.send(dimensions_of(model))
     connection.recv()
     run = _dynamic if job.method == DYNAMIC else _specache
-    connection.send(run(model, job, prompt, lambda done, total: connection.send(done)))
+    with attached(model):  # the ordinary cache's too: its attention stays stock, and both have the same linear layers
+        connection.send(run(model, job, prompt, lambda done, total: connection.send(done)))
 
 
 def _specache(model: Any, job: Job, prompt: list[int], progress: Progress) -> list[float]:
-    with attached(model), SpeCache(model, job.config) as cache:
+    with SpeCache(model, job.config) as cache:
         first = greedy.read_prompt(model, cache, prompt, progress)
         return _timed(greedy.start(model, cache, [first]).step, job.steps)
 

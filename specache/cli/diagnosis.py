@@ -97,7 +97,7 @@ def find_problems(facts: dict[str, Any]) -> list[Problem]:
         problems.append(
             Problem(
                 "This CPU has no bfloat16 instructions.",
-                "Models run in float32 (--dtype auto chooses it) and take twice the memory.",
+                "Models run in float32 (--dtype auto). With --dtype bfloat16 they take half the memory and read prompts as fast.",
             )
         )
     if not facts["demo_model"]["installed"]:
