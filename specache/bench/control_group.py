@@ -12,11 +12,14 @@ from pathlib import Path
 from specache.errors import BenchmarkError
 
 HIERARCHY = Path("/sys/fs/cgroup/memory")
+_PREFIX = "specache-"  # of a group's name, before the number of the process that made it
 _REMOVAL_S = 5.0  # an ended process leaves its group a moment later
 
 
 class MemoryGroup:
     """A control group under this process's own, removed at the end of a `with` block; its processes have ended then.
+
+    Groups of processes that were killed before they could remove theirs are removed when the next one is made.
 
     Raises:
         BenchmarkError: this system has no such groups, or they cannot be made by this user.
@@ -24,7 +27,8 @@ class MemoryGroup:
 
     def __init__(self) -> None:
         self._outside = HIERARCHY / _own_group()
-        self._folder = self._outside / f"specache-{secrets.token_hex(4)}"
+        self._folder = self._outside / f"{_PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
+        _remove_abandoned(self._outside)
         try:
             self._folder.mkdir()
         except OSError as error:
@@ -100,6 +104,15 @@ class MemoryGroup:
 
     def _write(self, name: str, value: int) -> None:
         (self._folder / name).write_text(str(value))
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove the empty groups whose makers have ended."""
+    for group in folder.glob(f"{_PREFIX}*-*"):
+        maker = group.name.removeprefix(_PREFIX).split("-")[0]
+        if maker.isdigit() and not Path("/proc", maker).exists():
+            with suppress(OSError):  # not empty: what it started still runs
+                group.rmdir()
 
 
 def _own_group() -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
 import time
 from contextlib import closing
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import pytest
 
@@ -40,6 +43,11 @@ def hold(connection: Connection, size: int) -> None:
     time.sleep(60)
 
 
+def make_a_group_and_die() -> None:
+    MemoryGroup()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def fail(connection: Connection, message: str) -> None:
     raise ValueError(message)
 
@@ -66,6 +74,16 @@ def test_a_limit_below_what_is_in_use_is_refused(limits):
         child.receive()
         with pytest.raises(BenchmarkError, match="are in use"):
             group.limit(4096)
+
+
+def test_the_group_of_a_process_that_was_killed_is_removed_by_the_next_one(limits):
+    process = multiprocessing.get_context("fork").Process(target=make_a_group_and_die)
+    process.start()
+    process.join()
+    left = list(Path(control_group.HIERARCHY).rglob(f"specache-{process.pid}-*"))
+    assert left and process.exitcode == -signal.SIGKILL
+    with MemoryGroup() as mine:
+        assert mine._folder.exists() and not any(group.exists() for group in left)
 
 
 def test_without_the_right_the_reason_is_told(monkeypatch, tmp_path):
