@@ -48,8 +48,8 @@ struct Recent {
 };
 
 // A whole layer of a step: score, select, rescore, attend, and the recent tokens, of which row r sees all but the last n - 1 - r.
-// sinks [Hkv G] or null. What it points to must outlive it. It serves once, in one call where rows are read in place, or in two where
-// the rows of what was selected have to be fetched first.
+// sinks [Hkv G] or null. What it points to must outlive it. It serves once, in one call where rows are read in place, or in three where
+// the rows of what was selected have to be fetched: they are needed in the last. Both give the same to the bit.
 class LayerStep {
 public:
     class State;
@@ -57,7 +57,8 @@ public:
     ~LayerStep();
     void run(const std::vector<Rows>& stored, float* out);  // if `at_once`; stored per (sequence, KV head), out [B, Hkv, G, n, D]
     void select(int64_t* positions);                        // else: [B, Hkv, n, k], padded with -1
-    void attend(const Fetched&, float* out);                // over those positions; -1 where the low-bit pair has to do
+    void attend_copy(const int64_t* positions, int64_t k);  // but for those positions; -1 where the low-bit pair has to do
+    void attend_fetched(const Fetched&, float* out);        // the same positions with their rows
 
 private:
     std::unique_ptr<State> state_;

@@ -1,4 +1,4 @@
-// A layer of a step in one call, or in two around the fetching of rows.
+// A layer of a step in one call, or in three around the fetching of rows.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -15,8 +15,8 @@ constexpr int64_t kWaveBytes = 512 << 10;
 
 }  // namespace
 
-// KV heads go through a step in one call a few at a time (a wave), so that their weights stay in the caches between phases; in two calls
-// all of them wait for their rows.
+// KV heads go through a step in one call a few at a time (a wave), so that their weights stay in the caches between phases; in three
+// calls all of them wait for their rows.
 class LayerStep::State {
 public:
     State(const Engine& engine, Step step, const std::vector<Recent>& recents, int64_t k, const float* sinks, bool at_once)
@@ -35,7 +35,7 @@ public:
             worker.each(step_.heads(), [&](int64_t head) { attend_recent(head); });
             for (int64_t first = 0; first < step_.heads(); first += wave_) {
                 if (k_) choose(worker, first);
-                attend_wave(worker, first, stored, positions_.get(), k_, out);
+                attend_wave(worker, first, stored, out);
             }
         });
     }
@@ -51,12 +51,31 @@ public:
         }
     }
 
-    void attend(const Fetched& fetched, float* out) {
-        parallel(engine_.threads, [&](Worker& worker) { attend_wave(worker, 0, fetched.rows, fetched.positions, fetched.k, out); });
+    // The same phases as `attend_wave`, of which those that need rows come last.
+    void attend_copy(const int64_t* positions, int64_t k) {
+        if (!k_) return;
+        parallel(engine_.threads, [&](Worker& worker) {
+            worker.each(rows_of(step_.heads()), [&](int64_t i) { leave_out(i / step_.rows, int(i % step_.rows), positions + i * k, k); });
+            attend_chunks(worker, 0);
+            worker.each(batches_of(step_.heads()), [&](int64_t i) { add_chunks(i / batches_of(1), i % batches_of(1)); });
+        });
+    }
+
+    void attend_fetched(const Fetched& fetched, float* out) {
+        parallel(engine_.threads, [&](Worker& worker) {
+            if (k_)
+                worker.each(rows_of(step_.heads()), [&](int64_t i) {
+                    const int64_t head = i / step_.rows;
+                    attend_exactly(0, head, int(i % step_.rows), fetched.rows[size_t(head)], fetched.positions + i * fetched.k, fetched.k);
+                });
+            worker.each(batches_of(step_.heads()), [&](int64_t i) { finish(0, i / batches_of(1), i % batches_of(1), out); });
+        });
     }
 
 private:
     int64_t wave_heads(int64_t first) const { return std::min(wave_, step_.heads() - first); }
+    int64_t rows_of(int64_t heads) const { return heads * step_.rows; }
+    int64_t batches_of(int64_t heads) const { return heads * queries_.batches.count; }
 
     void choose(Worker& worker, int64_t first) {
         const int64_t heads = wave_heads(first), batches = queries_.batches.count, rows = step_.rows;
@@ -67,17 +86,26 @@ private:
         worker.each(heads * rows, [&](int64_t i) { pick(first, i / rows, int(i % rows)); });
     }
 
-    // positions [heads of the wave, n, k]
-    void attend_wave(Worker& worker, int64_t first, const std::vector<Rows>& stored, const int64_t* positions, int64_t k, float* out) {
-        const int64_t heads = wave_heads(first), batches = queries_.batches.count, rows = step_.rows;
+    void attend_wave(Worker& worker, int64_t first, const std::vector<Rows>& stored, float* out) {
+        const int64_t heads = wave_heads(first), *positions = positions_.get();
         if (k_) {
-            worker.each(heads * rows, [&](int64_t i) {
-                attend_exactly(first, i / rows, int(i % rows), stored[size_t(first + i / rows)], positions + i * k, k);
+            worker.each(rows_of(heads), [&](int64_t i) {
+                const int64_t slot = i / step_.rows;
+                leave_out(slot, int(i % step_.rows), positions + i * k_, k_);
+                attend_exactly(first, slot, int(i % step_.rows), stored[size_t(first + slot)], positions + i * k_, k_);
             });
-            worker.each(heads * chunks_ * batches,
-                        [&](int64_t i) { attend_copy(first, i / (chunks_ * batches), i / batches % chunks_, i % batches); });
+            attend_chunks(worker, first);
         }
-        worker.each(heads * batches, [&](int64_t i) { finish(first, i / batches, i % batches, out); });
+        worker.each(batches_of(heads), [&](int64_t i) {
+            if (k_) add_chunks(i / batches_of(1), i % batches_of(1));
+            finish(first, i / batches_of(1), i % batches_of(1), out);
+        });
+    }
+
+    void attend_chunks(Worker& worker, int64_t first) {
+        const int64_t batches = batches_of(1);
+        worker.each(wave_heads(first) * chunks_ * batches,
+                    [&](int64_t i) { attend_chunk(first, i / (chunks_ * batches), i / batches % chunks_, i % batches); });
     }
 
     int64_t heads_together() const {
@@ -169,7 +197,16 @@ private:
                       reinterpret_cast<int32_t*>(held + padded(length)));
     }
 
-    // Attend to the exact rows of those of `positions` [k] that are there, and take these tokens out of the copy.
+    // Take those of `positions` [k] that are there out of the copy.
+    void leave_out(int64_t slot, int row, const int64_t* positions, int64_t k) {
+        for (int group = 0; group < step_.groups; group++) {
+            float* weight = weights(slot, group * step_.rows + row);
+            for (int64_t i = 0; i < k; i++)
+                if (positions[i] >= 0) weight[positions[i]] = 0.0f;
+        }
+    }
+
+    // Attend to the exact rows of those of `positions` [k] that are there.
     void attend_exactly(int64_t first, int64_t slot, int row, const Rows& rows, const int64_t* positions, int64_t k) {
         auto* held = static_cast<int64_t*>(scratch(size_t(k) * 2 * sizeof(int64_t) + size_t(kMaxQueries) * size_t(k + kTile) * sizeof(float)));
         int64_t *chosen = held, *slots = held + k, count = 0;
@@ -177,17 +214,14 @@ private:
             if (positions[i] >= 0) chosen[count] = positions[i], slots[count] = i, count++;
         for (int64_t batch = 0; batch < row_batches_.count; batch++) {
             const float* query[kMaxQueries];
-            for (int j = 0; j < row_batches_.length(batch); j++) {
-                int number = (row_batches_.first(batch) + j) * step_.rows + row;
-                query[j] = queries_.at(first + slot, number);
-                for (int64_t i = 0; i < count; i++) weights(slot, number)[chosen[i]] = 0.0f;
-            }
+            for (int j = 0; j < row_batches_.length(batch); j++)
+                query[j] = queries_.at(first + slot, (row_batches_.first(batch) + j) * step_.rows + row);
             kernels_.exact_rows(query, row_batches_.length(batch), layout_.dim, rows, row, chosen, slots, count, step_.scaling,
                                 step_.softcap, reinterpret_cast<float*>(held + 2 * k), exact_part(slot, row, batch));
         }
     }
 
-    void attend_copy(int64_t first, int64_t slot, int64_t chunk, int64_t batch) {
+    void attend_chunk(int64_t first, int64_t slot, int64_t chunk, int64_t batch) {
         const Copy& copy = step_.copy_of(first + slot);
         const int64_t start = chunk * kAttendChunk, tokens = std::min<int64_t>(kAttendChunk, copy.length - start);
         const int low = queries_.batches.first(batch), count = queries_.batches.length(batch);
@@ -203,16 +237,20 @@ private:
             std::fill(part.out, part.out + count * part.stride, 0.0f);
     }
 
-    // Join what the chunks of the copy, the exact rows and the recent tokens give.
+    // The copy's parts into that of its first chunk.
+    void add_chunks(int64_t slot, int64_t batch) {
+        const int count = queries_.batches.length(batch);
+        Partial copy = copy_part(slot, 0, batch);
+        for (int64_t chunk = 1; chunk < chunks_; chunk++)
+            for (int j = 0; j < count; j++) add(copy_part(slot, chunk, batch), copy, j);
+        kernels_.rotate_back(layout_, count, copy);
+    }
+
+    // Join what the copy, the exact rows and the recent tokens give.
     void finish(int64_t first, int64_t slot, int64_t batch, float* out) {
         const int64_t head = first + slot;
         const int count = queries_.batches.length(batch), low = queries_.batches.first(batch);
         Partial copy = copy_part(slot, 0, batch);
-        if (k_) {
-            for (int64_t chunk = 1; chunk < chunks_; chunk++)
-                for (int j = 0; j < count; j++) add(copy_part(slot, chunk, batch), copy, j);
-            kernels_.rotate_back(layout_, count, copy);
-        }
         for (int j = 0; j < count; j++) {
             const int query = low + j, group = query / step_.rows;
             Partial parts[] = {recent_part(head, batch), copy, exact_part(slot, query % step_.rows, group / row_batches_.size)};
@@ -260,6 +298,7 @@ LayerStep::LayerStep(const Engine& engine, Step step, const std::vector<Recent>&
 LayerStep::~LayerStep() = default;
 void LayerStep::run(const std::vector<Rows>& stored, float* out) { state_->run(stored, out); }
 void LayerStep::select(int64_t* positions) { state_->select(k_, positions); }
-void LayerStep::attend(const Fetched& fetched, float* out) { state_->attend(fetched, out); }
+void LayerStep::attend_copy(const int64_t* positions, int64_t k) { state_->attend_copy(positions, k); }
+void LayerStep::attend_fetched(const Fetched& fetched, float* out) { state_->attend_fetched(fetched, out); }
 
 }  // namespace specache

@@ -2,8 +2,10 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
+#include <memory>
 #include <stdexcept>
 #include <string>
 
@@ -154,10 +156,14 @@ struct OwnedStep {
         nb::gil_scoped_release released;
         layer.select(at<int64_t>(positions));
     }
-    void attend(uintptr_t positions, int64_t k, uintptr_t rows, int dtype, const std::vector<int64_t>& strides, uintptr_t out) {
+    void attend_copy(uintptr_t positions, int64_t k) {
+        nb::gil_scoped_release released;
+        layer.attend_copy(at<const int64_t>(positions), k);
+    }
+    void attend_fetched(uintptr_t positions, int64_t k, uintptr_t rows, int dtype, const std::vector<int64_t>& strides, uintptr_t out) {
         Fetched fetched = fetched_of(step, positions, k, rows, dtype, strides);
         nb::gil_scoped_release released;
-        layer.attend(fetched, at<float>(out));
+        layer.attend_fetched(fetched, at<float>(out));
     }
 
 private:
@@ -201,6 +207,18 @@ bool py_gather(RowReader& reader, const RowTable& table, const std::vector<int64
     return reader.gather(table.files, how, head, position, count, at<uint8_t>(buffer), size, at<uint64_t>(out));
 }
 
+std::unique_ptr<RowsInFlight> py_begin(RowReader& reader, const RowTable& table, const std::vector<int64_t>& rules, Addresses heads,
+                                       Addresses positions, uintptr_t buffer, int64_t size, int most, nb::handle) {
+    if (heads.shape(0) != positions.shape(0)) throw std::invalid_argument("heads and positions");
+    const ReadRules how{rules.at(0), rules.at(1), rules.at(2)};
+    return reader.begin(table.files, how, heads.data(), positions.data(), int64_t(heads.shape(0)), at<uint8_t>(buffer), size, most);
+}
+
+bool py_take(RowsInFlight& rows, uintptr_t out) {
+    nb::gil_scoped_release released;
+    return rows.take(at<uint64_t>(out));
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -226,10 +244,16 @@ NB_MODULE(_native, m) {
                       const std::vector<int64_t>&, int, int64_t, uintptr_t, bool>())
         .def("run", &OwnedStep::run)
         .def("select", &OwnedStep::select)
-        .def("attend", &OwnedStep::attend);
+        .def("attend_copy", &OwnedStep::attend_copy)
+        .def("attend_fetched", &OwnedStep::attend_fetched);
     m.def("quantise", &py_quantise);
     nb::class_<RowTable>(m, "RowTable")
         .def(nb::init<Addresses, Addresses, Addresses, uintptr_t, int64_t, int64_t, int64_t, int64_t, uintptr_t, uint64_t, uint64_t>(),
              nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>());
-    nb::class_<RowReader>(m, "RowReader").def(nb::init<unsigned>()).def("gather", &py_gather);
+    nb::class_<RowsInFlight>(m, "RowsInFlight").def("arrived", &RowsInFlight::arrived).def("take", &py_take);
+    nb::class_<RowReader>(m, "RowReader")
+        .def(nb::init<unsigned>())
+        .def("gather", &py_gather)
+        // the last argument is whatever owns what the reads write to and are checked with
+        .def("begin", &py_begin, nb::keep_alive<0, 1>(), nb::keep_alive<0, 2>(), nb::keep_alive<0, 9>());
 }

@@ -53,17 +53,20 @@ void Ring::unmap() {
 
 bool Ring::read(const std::vector<Read>& reads) {
     bool good = true;
-    for (size_t first = 0; first < reads.size(); first += entries_)
-        good = some(reads.data() + first, unsigned(std::min<size_t>(entries_, reads.size() - first))) && good;
+    for (size_t first = 0; good && first < reads.size();) {
+        const unsigned taken = begin(reads.data() + first, unsigned(std::min<size_t>(entries_, reads.size() - first)));
+        good = end() && taken > 0;
+        first += taken;
+    }
     return good;
 }
 
-bool Ring::some(const Read* reads, unsigned count) {
+unsigned Ring::begin(const Read* reads, unsigned count) {
     auto* requests = reinterpret_cast<io_uring_sqe*>(requests_);
-    const auto* results = reinterpret_cast<const io_uring_cqe*>(result_list_);
-    uint32_t tail = *request_tail_;
-    for (unsigned i = 0; i < count; i++, tail++) {
-        io_uring_sqe& request = requests[tail % entries_];
+    const uint32_t tail = *request_tail_;
+    count = std::min(count, entries_);
+    for (unsigned i = 0; i < count; i++) {
+        io_uring_sqe& request = requests[(tail + i) % entries_];
         std::memset(&request, 0, sizeof request);
         request.opcode = IORING_OP_READ;
         request.fd = reads[i].fd;
@@ -72,27 +75,33 @@ bool Ring::some(const Read* reads, unsigned count) {
         request.len = reads[i].length;
         request.user_data = i;
     }
-    __atomic_store_n(request_tail_, tail, __ATOMIC_RELEASE);
+    __atomic_store_n(request_tail_, tail + count, __ATOMIC_RELEASE);
+    reads_ = reads;
+    while (running_ < count) {
+        const long took = syscall(SYS_io_uring_enter, fd_, count - running_, 0, 0, nullptr, 0);
+        if (took > 0)
+            running_ += unsigned(took);
+        else if (took == 0 || errno != EINTR)
+            break;
+    }
+    // what it did not take, it shall not take later
+    __atomic_store_n(request_tail_, __atomic_load_n(request_head_, __ATOMIC_ACQUIRE), __ATOMIC_RELEASE);
+    return running_;
+}
+
+bool Ring::ended() const { return __atomic_load_n(result_tail_, __ATOMIC_ACQUIRE) - *result_head_ == running_; }
+
+bool Ring::end() {
+    while (!ended()) syscall(SYS_io_uring_enter, fd_, 0, running_, IORING_ENTER_GETEVENTS, nullptr, 0);
+    const auto* results = reinterpret_cast<const io_uring_cqe*>(result_list_);
     const uint32_t head = *result_head_;
-    unsigned submitted = 0;
-    bool refused = false;
-    for (;;) {  // what the kernel took must end before we return: it writes into the caller's memory
-        const unsigned awaited = refused ? submitted : count;
-        const unsigned done = __atomic_load_n(result_tail_, __ATOMIC_ACQUIRE) - head;
-        if (done == awaited) break;
-        const long took = syscall(SYS_io_uring_enter, fd_, awaited - submitted, awaited, IORING_ENTER_GETEVENTS, nullptr, 0);
-        if (took > 0) submitted += unsigned(took);
-        const bool again = errno == EINTR || ((errno == EAGAIN || errno == EBUSY) && submitted > done);
-        if (took < 0 && !again) refused = true;
-    }
-    bool good = !refused;
-    const uint32_t end = __atomic_load_n(result_tail_, __ATOMIC_ACQUIRE);
-    for (uint32_t i = head; i != end; i++) {
+    bool good = true;
+    for (uint32_t i = head; i != head + running_; i++) {
         const io_uring_cqe& result = results[i % results_];
-        good = good && result.res >= 0 && uint32_t(result.res) == reads[result.user_data].length;
+        good = good && result.res >= 0 && uint32_t(result.res) == reads_[result.user_data].length;
     }
-    __atomic_store_n(result_head_, end, __ATOMIC_RELEASE);
-    if (refused) __atomic_store_n(request_tail_, __atomic_load_n(request_head_, __ATOMIC_ACQUIRE), __ATOMIC_RELEASE);
+    __atomic_store_n(result_head_, head + running_, __ATOMIC_RELEASE);
+    running_ = 0;
     return good;
 }
 
@@ -104,7 +113,9 @@ Ring::Ring(unsigned) { throw std::runtime_error("this system has no io_uring"); 
 Ring::~Ring() = default;
 void Ring::unmap() {}
 bool Ring::read(const std::vector<Read>&) { return false; }
-bool Ring::some(const Read*, unsigned) { return false; }
+unsigned Ring::begin(const Read*, unsigned) { return 0; }
+bool Ring::ended() const { return true; }
+bool Ring::end() { return false; }
 
 }  // namespace specache
 #endif

@@ -19,11 +19,17 @@ public:
     Ring(const Ring&) = delete;
     Ring& operator=(const Ring&) = delete;
 
+    // Hand over reads, which must stay as they are until `end`; none may be running -> how many the kernel took.
+    unsigned begin(const Read* reads, unsigned count);
+    // Whether all that were handed over have ended.
+    bool ended() const;
+    // Wait for them; false if one failed or came short. None is running any more when this returns.
+    bool end();
+
     // Complete all reads; false if one failed or came short. None is running any more when this returns.
     bool read(const std::vector<Read>& reads);
 
 private:
-    bool some(const Read* reads, unsigned count);
     void unmap();
 
     int fd_ = -1;
@@ -33,6 +39,8 @@ private:
     uint64_t rings_bytes_ = 0, requests_bytes_ = 0;
     uint32_t *request_head_ = nullptr, *request_tail_ = nullptr, *result_head_ = nullptr, *result_tail_ = nullptr;
     uint8_t* result_list_ = nullptr;
+    const Read* reads_ = nullptr;
+    unsigned running_ = 0;  // reads handed over, whose results were not looked at yet
 };
 
 }  // namespace specache

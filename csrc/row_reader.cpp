@@ -11,7 +11,7 @@ namespace specache {
 namespace {
 
 struct Row {
-    int64_t run, offset, index;
+    int64_t run, offset, index, head, position;
 };
 
 struct Span {  // one read: rows [first, last) of the order
@@ -28,7 +28,7 @@ std::vector<Row> in_file_order(const RowFiles& files, const int64_t* heads, cons
         const int64_t block = positions[i] / kPage;
         const int64_t run = std::upper_bound(files.starts, files.starts + files.runs, block) - files.starts - 1;
         const int64_t slot = heads[i] * kPage + positions[i] % kPage;
-        rows[size_t(i)] = {run, (block + files.shifts[run]) * files.block_bytes + slot * files.stride, i};
+        rows[size_t(i)] = {run, (block + files.shifts[run]) * files.block_bytes + slot * files.stride, i, heads[i], positions[i]};
     }
     std::sort(rows.begin(), rows.end(), [](const Row& a, const Row& b) { return a.run != b.run ? a.run < b.run : a.offset < b.offset; });
     return rows;
@@ -54,14 +54,62 @@ std::vector<Span> spans_of(const std::vector<Row>& rows, size_t first, const Row
     return spans;
 }
 
-bool intact(const RowFiles& files, const Row& row, int64_t head, int64_t position, const uint64_t* words) {
-    uint64_t sum = files.salts[row.run * files.heads + head] + uint64_t(position) * files.position_salt +
-                   uint64_t(position / kPage + files.shifts[row.run]) * files.block_salt;
+std::vector<Read> reads_of(const std::vector<Span>& spans, const std::vector<Row>& rows, const RowFiles& files, const ReadRules& rules,
+                           uint8_t* buffer) {
+    std::vector<Read> reads;
+    for (const Span& span : spans)
+        for (int64_t low = span.low; low < span.high; low += rules.split)
+            reads.push_back({int(files.fds[rows[span.first].run]), low, buffer + span.start + (low - span.low),
+                             uint32_t(std::min(rules.split, span.high - low))});
+    return reads;
+}
+
+bool intact(const RowFiles& files, const Row& row, const uint64_t* words) {
+    uint64_t sum = files.salts[row.run * files.heads + row.head] + uint64_t(row.position) * files.position_salt +
+                   uint64_t(row.position / kPage + files.shifts[row.run]) * files.block_salt;
     for (int64_t i = 0; i < files.words; i++) sum += (words[i] ^ (words[i] >> 32)) * files.multipliers[i];
     return sum == words[files.words];
 }
 
+// Rows of reads that have ended, to their places in `out`; false from the first on that is not what was written.
+bool take_rows(const std::vector<Span>& spans, const std::vector<Row>& rows, const RowFiles& files, const uint8_t* buffer, uint64_t* out) {
+    for (const Span& span : spans)
+        for (size_t i = span.first; i < span.last; i++) {
+            const auto* words = reinterpret_cast<const uint64_t*>(buffer + span.start + (rows[i].offset - span.low));
+            if (!intact(files, rows[i], words)) return false;
+            std::memcpy(out + rows[i].index * files.words, words, size_t(files.words) * 8);
+        }
+    return true;
+}
+
 }  // namespace
+
+struct RowsInFlight::State {
+    RowReader& reader;
+    const RowFiles files;
+    const uint8_t* buffer;
+    const std::vector<Row> rows;
+    const std::vector<Span> spans;
+    const std::vector<Read> reads;
+    std::unique_ptr<Ring> ring;  // while they are in flight
+
+    bool end() {
+        const bool good = ring->end();
+        reader.give(std::move(ring));
+        reader.in_flight_--;
+        return good;
+    }
+    ~State() {
+        if (ring) end();
+    }
+};
+
+RowsInFlight::RowsInFlight(std::unique_ptr<State> state) : state_(std::move(state)) {}
+RowsInFlight::~RowsInFlight() = default;
+bool RowsInFlight::arrived() const { return !state_->ring || state_->ring->ended(); }
+bool RowsInFlight::take(uint64_t* out) {
+    return state_->ring && state_->end() && take_rows(state_->spans, state_->rows, state_->files, state_->buffer, out);
+}
 
 RowReader::RowReader(unsigned entries) : entries_(entries) { give(std::make_unique<Ring>(entries)); }
 RowReader::~RowReader() = default;
@@ -75,24 +123,28 @@ bool RowReader::gather(const RowFiles& files, const ReadRules& rules, const int6
     for (size_t done = 0; good && done < rows.size();) {
         const std::vector<Span> spans = spans_of(rows, done, files, rules, size);
         if (spans.empty()) return false;  // a row larger than the buffer
-        std::vector<Read> reads;
-        for (const Span& span : spans)
-            for (int64_t low = span.low; low < span.high; low += rules.split)
-                reads.push_back({int(files.fds[rows[span.first].run]), low, buffer + span.start + (low - span.low),
-                                 uint32_t(std::min(rules.split, span.high - low))});
-        good = ring->read(reads);
-        for (const Span& span : spans) {
-            for (size_t i = span.first; good && i < span.last; i++) {
-                const Row& row = rows[i];
-                const auto* words = reinterpret_cast<const uint64_t*>(buffer + span.start + (row.offset - span.low));
-                good = intact(files, row, heads[row.index], positions[row.index], words);
-                if (good) std::memcpy(out + row.index * files.words, words, size_t(files.words) * 8);
-            }
-        }
+        good = ring->read(reads_of(spans, rows, files, rules, buffer)) && take_rows(spans, rows, files, buffer, out);
         done = spans.back().last;
     }
     give(std::move(ring));
     return good;
+}
+
+std::unique_ptr<RowsInFlight> RowReader::begin(const RowFiles& files, const ReadRules& rules, const int64_t* heads,
+                                               const int64_t* positions, int64_t count, uint8_t* buffer, int64_t size, int most) {
+    std::vector<Row> rows = in_file_order(files, heads, positions, count);
+    std::vector<Span> spans = spans_of(rows, 0, files, rules, size);
+    std::vector<Read> reads = reads_of(spans, rows, files, rules, buffer);
+    if (spans.empty() || spans.back().last < rows.size() || reads.size() > entries_) return nullptr;
+    std::unique_ptr<Ring> ring = in_flight_++ < most ? take() : nullptr;
+    if (!ring) {
+        in_flight_--;
+        return nullptr;
+    }
+    std::unique_ptr<RowsInFlight::State> state(
+        new RowsInFlight::State{*this, files, buffer, std::move(rows), std::move(spans), std::move(reads), std::move(ring)});
+    const bool all = state->ring->begin(state->reads.data(), unsigned(state->reads.size())) == state->reads.size();
+    return all ? std::make_unique<RowsInFlight>(std::move(state)) : nullptr;
 }
 
 std::unique_ptr<Ring> RowReader::take() {

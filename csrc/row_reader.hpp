@@ -1,5 +1,6 @@
 // Scattered 16-bit rows from files, past the interpreter: one call plans, reads, checks and copies (layout: specache/tiers/row_layout.py).
 #pragma once
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -27,6 +28,25 @@ struct ReadRules {
 };
 
 class Ring;
+class RowReader;
+
+// Rows that are being read since `RowReader::begin`, by nobody else's thread. Files may be closed meanwhile; the buffer may go when this
+// is gone, which waits for the reads.
+class RowsInFlight {
+public:
+    struct State;
+    explicit RowsInFlight(std::unique_ptr<State> state);
+    ~RowsInFlight();
+    RowsInFlight(const RowsInFlight&) = delete;
+    RowsInFlight& operator=(const RowsInFlight&) = delete;
+
+    bool arrived() const;
+    // Wait for them, once -> to `out` [count, words]; false as from `gather`.
+    bool take(uint64_t* out);
+
+private:
+    std::unique_ptr<State> state_;
+};
 
 // Reads through io_uring; any number of threads at a time, each with a ring of its own. Throws std::runtime_error where there is none.
 class RowReader {
@@ -41,13 +61,20 @@ public:
     bool gather(const RowFiles& files, const ReadRules& rules, const int64_t* heads, const int64_t* positions, int64_t count,
                 uint8_t* buffer, int64_t size, uint64_t* out);
 
+    // The same without waiting; the reader must outlive what is returned. Null, and nothing runs, where the reads are more than the
+    // kernel takes at once, or the buffer, and where `most` are in flight already.
+    std::unique_ptr<RowsInFlight> begin(const RowFiles& files, const ReadRules& rules, const int64_t* heads, const int64_t* positions,
+                                        int64_t count, uint8_t* buffer, int64_t size, int most);
+
 private:
+    friend struct RowsInFlight::State;
     std::unique_ptr<Ring> take();
     void give(std::unique_ptr<Ring> ring);
 
     unsigned entries_;
     std::mutex mutex_;
     std::vector<std::unique_ptr<Ring>> idle_;
+    std::atomic<int> in_flight_{0};
 };
 
 }  // namespace specache

@@ -127,9 +127,10 @@ def mixed_attention(
     scores = dispatch.score(query, copies, lengths, params.scaling, params.softcap)  # [B, Hkv, G, n, S]
     if plan.policy.verifies:
         selected = dispatch.select(scores, recent.lse, lengths, plan.top_k)  # [B, Hkv, n, k]
-        positions, rows = _verified_rows(selected, layers, plan)
+        positions = _start(selected, layers, plan)
         if plan.selects_next:
             _submit(_next_positions(scores, recent, lengths, layers, plan, selected), layers)
+        rows = _fetched(layers)
         dispatch.rescore(query, scores, positions, rows, params.scaling, params.softcap)
     else:
         positions, rows = _prefetched_rows(layers, query, keys, plan)
@@ -150,7 +151,10 @@ def _whole_layer(
     params: AttentionParams,
     plan: PassPlan,
 ) -> Tensor:
-    """A verifying pass on kernels that do a layer in one call, or in two around the fetch. Arguments as in `mixed_attention`."""
+    """A verifying pass on kernels that do a layer in one call, or in three, the copy's part while missing rows are read.
+
+    Arguments as in `mixed_attention`.
+    """
     copies = [layer.copy for layer in layers]
     lengths = [copy.length for copy in copies]
     recent = _recent_tokens(keys, values, layers, plan.kind)
@@ -168,7 +172,8 @@ def _whole_layer(
     k = min(plan.top_k, max(lengths))
     step = backend.layer_step(query, copies, recent, k, params.scaling, params.softcap, params.sinks)
     selected = step.select()
-    positions, found = _verified_rows(selected, layers, plan)
+    positions = _start(selected, layers, plan)
+    step.attend_copy(positions)
     if plan.selects_next:
         if any(layer.retiring for layer in layers):
             last = query[:, :, -1:]
@@ -177,7 +182,7 @@ def _whole_layer(
             _submit(_next_positions(scores, outside, lengths, layers, plan, None), layers)
         else:
             _submit(selected[:, :, -1:], layers)
-    return step.attend(positions, found)
+    return step.attend_fetched(positions, _fetched(layers))
 
 
 def _recent_tokens(keys: Tensor, values: Tensor, layers: Sequence[CompressedLayer], kind: PassKind) -> list[RecentTokens]:
@@ -206,7 +211,7 @@ def select_first(query: Tensor, layer: CompressedLayer, params: AttentionParams,
     """
     copy = layer.copy
     score = exact_scores(query, layer.residual_keys, params)
-    lse = _add_sinks(score.logsumexp(-1)[None], params)
+    lse = add_sinks(score.logsumexp(-1)[None], params)
     scores = dispatch.score(query[None], [copy], [copy.length], params.scaling, params.softcap)
     _submit(dispatch.select(scores, lse, [copy.length], top_k), [layer])
 
@@ -235,39 +240,35 @@ def _recent(
         outs.append(out.unflatten(0, (-1, groups)))
         lses.append(lse.unflatten(0, (-1, groups)))
     own_lse = torch.stack(lses)  # [B, Hkv, G, n]
-    lse = _add_sinks(own_lse, params)
-    staying_lse = _add_sinks(torch.stack(staying), params)
+    lse = add_sinks(own_lse, params)
+    staying_lse = add_sinks(torch.stack(staying), params)
     return _Recent(torch.stack(outs), lse, own_lse, retiring_scores, staying_lse)
 
 
-def _add_sinks(lse: Tensor, params: AttentionParams) -> Tensor:
+def add_sinks(lse: Tensor, params: AttentionParams) -> Tensor:
     """The sinks' share joins every row's normaliser. lse [B, Hkv, G, n]."""
     if params.sinks is None:
         return lse
     return torch.logaddexp(lse, params.sinks.float().reshape(1, *lse.shape[1:3], 1))
 
 
-def _verified_rows(positions: Tensor, layers: Sequence[CompressedLayer], plan: PassPlan) -> tuple[Tensor, Tensor]:
-    """Rows of each row's own top-k [B, Hkv, n, k]. The real row waits for what is missing, the guess does without (-1)."""
-    used, rows = [], []
-    for b, layer in enumerate(layers):
-        for row in range(positions.shape[2]):
-            wanted = positions[b, :, row]  # [Hkv, k]
-            if row == plan.kind.guess_row:
-                fetched, wanted = layer.rows.available(wanted)
-            else:
-                fetched, ready = layer.rows.fetch(wanted)
-                plan.counters.rows_selected += int((wanted >= 0).sum())
-                plan.counters.rows_ready += ready
-            used.append(wanted)
-            rows.append(fetched)
-    shape = (len(layers), positions.shape[2])
-    return _stack_rows(used, shape), _stack_rows(rows, shape)
+def _start(selected: Tensor, layers: Sequence[CompressedLayer], plan: PassPlan) -> Tensor:
+    """Begin to fetch each row's own top-k [B, Hkv, n, k] -> the same with -1 for what the guess does without. The real row's are
+    waited for in `_fetched`.
+    """
+    real_rows = selected.shape[2] - (plan.kind.guess_row is not None)
+    used = []
+    for wanted, layer in zip(selected, layers, strict=True):
+        positions, ready = layer.rows.start(wanted, real_rows)
+        plan.counters.rows_selected += int((positions[:, :real_rows] >= 0).sum())
+        plan.counters.rows_ready += ready
+        used.append(positions)
+    return torch.stack(used)
 
 
-def _stack_rows(tensors: list[Tensor], shape: tuple[int, int]) -> Tensor:
-    """B n tensors [Hkv, ...] -> [B, Hkv, n, ...]."""
-    return torch.stack(tensors).unflatten(0, shape).transpose(1, 2)
+def _fetched(layers: Sequence[CompressedLayer]) -> Tensor:
+    """The rows [B, Hkv, n, k, 2 D] of what was started."""
+    return torch.stack([layer.rows.finish() for layer in layers])
 
 
 def _prefetched_rows(layers: Sequence[CompressedLayer], query: Tensor, keys: Tensor, plan: PassPlan) -> tuple[Tensor, Tensor]:

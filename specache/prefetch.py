@@ -1,8 +1,8 @@
-"""Getting 16-bit rows to where they are needed: select -> submit -> wait, and the hot set they land in.
+"""Getting 16-bit rows to where they are needed: select -> start -> finish, submit -> wait, and the hot set they land in.
 
 `InPlaceRows` serves the tier whose rows are read where they lie. `FetchedRows` copies rows through a hot set: what a step's guess
-selects is read in the background while the rest of the step computes, what the real token still lacks is read at once. A read that
-failed in the background raises when the next step reaches its layer, once.
+selects is read while the rest of the step computes, what the real token still lacks while its layer computes what needs no rows. A
+read ahead that failed raises when the next step reaches its layer, once.
 Positions are [Hkv, k], ascending, -1 where there is no pair. Rows are [Hkv, k, 2 D].
 """
 
@@ -20,8 +20,9 @@ from specache.budget import ByteBudget
 from specache.errors import SlowTierError
 from specache.stats import Counters
 from specache.tiers.base import SlowTier
+from specache.tiers.begun_read import BegunRead
 from specache.tiers.transfer import Arrival, Transfer
-from specache.tiers.worker import PrefetchRequest, PrefetchWorker, timed
+from specache.tiers.worker import PrefetchRequest, PrefetchWorker
 
 NOWHERE = torch.iinfo(torch.int64).max  # position of an empty slot
 SLOT_INDEX_BYTES = 32  # a hot-set slot's position and stamp, and its place in the sorted index: int64 each
@@ -43,11 +44,20 @@ class Rows(Protocol):
     def begin_step(self) -> None:
         """Wait for what the last step submitted."""
 
+    def start(self, positions: Tensor, real_rows: int) -> tuple[Tensor, int]:
+        """Begin to fetch positions [Hkv, n, k] of a pass's n rows, without waiting. The first `real_rows` get all of theirs, the
+        others what is here or on its way to those.
+
+        Returns the positions with -1 for those that the others do without, and how many of the real rows' were here.
+        """
+
+    def finish(self) -> Tensor:
+        """Rows [Hkv, n, k, 2 D] of the positions that `start` returned, waiting for those that are on their way."""
+
     def fetch(self, positions: Tensor) -> tuple[Tensor, int]:
         """Rows of all positions, waiting for those not here -> (rows, how many were here)."""
-
-    def available(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows of the positions that are here, without waiting -> (rows, the positions with -1 for those that are not)."""
+        _, ready = self.start(positions.unsqueeze(1), 1)
+        return self.finish().squeeze(1), ready
 
     def submit(self, positions: Tensor) -> None:
         """Have these here when the next step begins."""
@@ -56,13 +66,16 @@ class Rows(Protocol):
         """Keep this many recently used rows per KV head, fewer where the byte budget has no room."""
 
     def cancel(self) -> None:
-        """Forget what was submitted (the step it was for is undone). Its error, if it has one, is nobody's any more."""
+        """Forget what was submitted or started (the step is undone). Its error, if it has one, is nobody's any more."""
 
     def drop(self) -> None:
         """Forget everything fetched or in flight (the sequence was cut)."""
 
+    def free(self) -> None:
+        """`drop`, and give back the fast memory that it took. The next step takes what its own pairs need."""
 
-class InPlaceRows:
+
+class InPlaceRows(Rows):
     """Rows read where they lie: everything is always here, and nothing is held twice."""
 
     in_place = True
@@ -70,6 +83,7 @@ class InPlaceRows:
     def __init__(self, tier: SlowTier, layer: int) -> None:
         self._tier = tier
         self._layer = layer
+        self._started = torch.empty(0, 0, 0, dtype=torch.long)
 
     @property
     def nbytes(self) -> int:
@@ -86,13 +100,15 @@ class InPlaceRows:
     def begin_step(self) -> None:
         pass
 
-    def fetch(self, positions: Tensor) -> tuple[Tensor, int]:
-        heads = torch.arange(positions.shape[0]).unsqueeze(1).expand_as(positions)
-        rows = self._tier.gather(self._layer, heads.flatten(), positions.clamp(min=0).flatten())
-        return rows.unflatten(0, positions.shape), int((positions >= 0).sum())
+    def start(self, positions: Tensor, real_rows: int) -> tuple[Tensor, int]:
+        self._started = positions
+        return positions, int((positions[:, :real_rows] >= 0).sum())
 
-    def available(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        return self.fetch(positions)[0], positions
+    def finish(self) -> Tensor:
+        positions = self._started
+        heads = torch.arange(positions.shape[0]).view(-1, 1, 1).expand_as(positions)
+        rows = self._tier.gather(self._layer, heads.flatten(), positions.clamp(min=0).flatten())
+        return rows.unflatten(0, positions.shape)
 
     def submit(self, positions: Tensor) -> None:
         pass
@@ -104,6 +120,9 @@ class InPlaceRows:
         pass
 
     def drop(self) -> None:
+        pass
+
+    def free(self) -> None:
         pass
 
 
@@ -123,6 +142,7 @@ class HotSet:
         self.stamp = torch.full((num_kv_heads, capacity), -1, device=device)
         self.step = 0
         self._sorted: tuple[Tensor, Tensor] | None = None
+        self._reserved: tuple[Tensor, Tensor] | None = None  # heads and slots [M] whose rows are on their way
 
     @property
     def capacity(self) -> int:
@@ -150,19 +170,48 @@ class HotSet:
 
         What does not fit beside this step's own rows is left out.
         """
+        self.reserve(head, positions)
+        self.fill(rows)
+
+    def reserve(self, head: Tensor, positions: Tensor) -> Tensor:
+        """Slots [M] for (head, position) pairs that are not here, over the least recently used; -1 for what does not fit beside
+        this step's own.
+
+        The pairs count as here from now on. `fill` brings their rows, or `forget` takes them back.
+        """
         order = self.stamp.argsort(dim=1, stable=True)  # [Hkv, C], least recently used first
         within = torch.zeros(self.position.shape[0], len(head), dtype=torch.long, device=head.device)
         within[head, torch.arange(len(head), device=head.device)] = 1
         rank = (within.cumsum(1) - 1)[head, torch.arange(len(head), device=head.device)]  # n-th newcomer of its head
-        fits = rank < self.capacity
-        head, positions, rows, rank = head[fits], positions[fits], rows[fits], rank[fits]
-        slot = order[head, rank]
-        free = self.stamp[head, slot] < self.step
-        head, slot = head[free], slot[free]
-        self.rows[head, slot] = rows[free]
-        self.position[head, slot] = positions[free]
-        self.stamp[head, slot] = self.step
+        if self.capacity == 0:
+            self._reserved = head, torch.full_like(head, -1)
+            return self._reserved[1]
+        slot = order[head, rank.clamp(max=self.capacity - 1)]
+        slot = slot.where((rank < self.capacity) & (self.stamp[head, slot] < self.step), -1)
+        self._reserved = head, slot
         self._sorted = None
+        fits = slot >= 0
+        self.position[head[fits], slot[fits]] = positions[fits]
+        self.stamp[head[fits], slot[fits]] = self.step
+        return slot
+
+    def fill(self, rows: Tensor) -> None:
+        """The rows [M, 2 D] of what was reserved last."""
+        if self._reserved is not None:
+            head, slot = self._reserved
+            fits = slot >= 0
+            self.rows[head[fits], slot[fits]] = rows[fits]
+            self._reserved = None
+
+    def forget(self) -> None:
+        """What was reserved is not here after all: its rows never came."""
+        if self._reserved is not None:
+            head, slot = self._reserved
+            fits = slot >= 0
+            self.position[head[fits], slot[fits]] = NOWHERE
+            self.stamp[head[fits], slot[fits]] = -1
+            self._sorted = None
+            self._reserved = None
 
     def grow(self, capacity: int) -> None:
         """At least `capacity` slots."""
@@ -187,6 +236,16 @@ class HotSet:
         self.position.fill_(NOWHERE)
         self.stamp.fill_(-1)
         self._sorted = None
+        self._reserved = None
+
+    def free(self) -> None:
+        """No slots, until it grows again."""
+        self.rows = self.rows[:, :0].clone()
+        self.position = self.position[:, :0].clone()
+        self.stamp = self.stamp[:, :0].clone()
+        self._sorted = None
+        self._reserved = None
+        self._claim.release()
 
 
 @dataclass
@@ -196,7 +255,17 @@ class _InFlight:
     request: PrefetchRequest
 
 
-class FetchedRows:
+@dataclass
+class _Started:
+    """What `finish` gives, and the part of it that is being read."""
+
+    slots: Tensor  # [Hkv, n, k], -1 where there is none
+    head: Tensor  # [M]
+    column: Tensor  # [M], among the [n k] of a head
+    read: BegunRead | None
+
+
+class FetchedRows(Rows):
     """Rows copied from a slow tier through a hot set, ahead of need where they were submitted.
 
     Args:
@@ -218,6 +287,7 @@ class FetchedRows:
         self._transfer = transfer
         self._counters = counters
         self._in_flight: _InFlight | None = None
+        self._started: _Started | None = None
         self._staged_bytes = 0  # most bytes that were in flight at once
 
     @property
@@ -229,34 +299,52 @@ class FetchedRows:
         return self.hot.rows.nbytes + self._staged_bytes
 
     def begin_step(self) -> None:
+        self._cancel_started()
         flight, self._in_flight = self._in_flight, None
         if flight is not None:
             self.hot.insert(flight.head, flight.position, self._arrived(flight.request))
         self.hot.step += 1
 
-    def fetch(self, positions: Tensor) -> tuple[Tensor, int]:
-        self.hot.grow(positions.shape[1])
-        rows, slots = self._here(positions)
-        missing = (slots < 0) & (positions >= 0)
+    def start(self, positions: Tensor, real_rows: int) -> tuple[Tensor, int]:
+        self._cancel_started()
+        k = positions.shape[2]
+        self.hot.grow(real_rows * k)
+        wanted, others = positions.flatten(1).split([real_rows * k, (positions.shape[1] - real_rows) * k], dim=1)
+        slots = self.hot.find(wanted)
+        missing = (slots < 0) & (wanted >= 0)
         ready = int((slots >= 0).sum())
-        if missing.any():
-            head, column = missing.nonzero(as_tuple=True)
-            wanted = positions[head, column]
+        head, column = missing.nonzero(as_tuple=True)
+        read = None
+        if len(head):
+            position = wanted[head, column]
+            slots[head, column] = self.hot.reserve(head, position)
             self._count_rows(len(head))
-            arrival, seconds = timed(self._read(head, wanted))
-            self._count_wait(seconds)
-            self._counters.read_s += seconds
-            fetched = arrival.wait()
-            rows[head, column] = fetched
-            self.hot.insert(head, wanted, fetched)
-        return rows, ready
+            read = BegunRead(self._tier, self._layer, head.cpu(), position.cpu(), self._worker, self._transfer)
+        if others.shape[1]:
+            there = self.hot.find(others)
+            slots = torch.cat([slots, there], dim=1)
+            others = others.where(there >= 0, -1)
+        self._started = _Started(slots.view_as(positions), head, column, read)
+        return torch.cat([wanted, others], dim=1).view_as(positions), ready
 
-    def available(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        rows, slots = self._here(positions)
-        return rows, positions.where(slots >= 0, -1)
+    def finish(self) -> Tensor:
+        started = self._started
+        assert started is not None, "finish without start"
+        try:
+            fetched = None if started.read is None else self._taken(started.read)
+        except BaseException:
+            self._cancel_started()
+            raise
+        if fetched is not None:
+            self.hot.fill(fetched)
+        self._started = None
+        rows = self._rows_at(started.slots.flatten(1))  # [Hkv, n k, 2 D]
+        if fetched is not None:
+            rows[started.head, started.column] = fetched  # also those for which the hot set has no room
+        return rows.unflatten(1, started.slots.shape[1:])
 
     def submit(self, positions: Tensor) -> None:
-        self.cancel()
+        self._cancel_submitted()
         self.hot.grow(positions.shape[1])
         self.hot.step += 1  # what the next step wants outranks what this one used
         slots = self.hot.find(positions)
@@ -267,18 +355,43 @@ class FetchedRows:
             if request is not None:
                 self._count_rows(len(head))
                 self._in_flight = _InFlight(head, wanted, request)
+        if self._started is not None and self._started.read is not None:
+            self._started.read.look()
 
     def resize(self, slots: int) -> None:
         self.hot.grow_if_allowed(slots)
 
     def cancel(self) -> None:
-        flight, self._in_flight = self._in_flight, None
-        if flight is not None:
-            flight.request.cancel()
+        self._cancel_started()
+        self._cancel_submitted()
 
     def drop(self) -> None:
         self.cancel()
         self.hot.clear()
+
+    def free(self) -> None:
+        self.cancel()
+        self.hot.free()
+
+    def _cancel_submitted(self) -> None:
+        flight, self._in_flight = self._in_flight, None
+        if flight is not None:
+            flight.request.cancel()
+
+    def _cancel_started(self) -> None:
+        """Also where it was interrupted before it was noted."""
+        started, self._started = self._started, None
+        self.hot.forget()
+        if started is not None and started.read is not None:
+            started.read.cancel()
+
+    def _taken(self, read: BegunRead) -> Tensor:
+        """Rows whose read was begun in this layer, waiting for them if need be."""
+        arrival, read_s, wait_s = read.take()
+        self._counters.read_s += read_s
+        if wait_s:
+            self._count_wait(wait_s)
+        return arrival.wait()
 
     def _arrived(self, request: PrefetchRequest) -> Tensor:
         """Rows that were read in the background, waiting for them if need be."""
@@ -306,14 +419,12 @@ class FetchedRows:
         self._counters.waits += 1
         self._counters.wait_s += seconds
 
-    def _here(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows [Hkv, k, 2 D] (zero where absent) and slots [Hkv, k]."""
-        slots = self.hot.find(positions)
+    def _rows_at(self, slots: Tensor) -> Tensor:
+        """Rows [Hkv, m, 2 D] of slots [Hkv, m], zero at -1."""
         if self.hot.capacity == 0:
-            return self.hot.rows.new_zeros(*positions.shape, self.hot.rows.shape[-1]), slots
+            return self.hot.rows.new_zeros(*slots.shape, self.hot.rows.shape[-1])
         index = slots.clamp(min=0).unsqueeze(-1).expand(-1, -1, self.hot.rows.shape[-1])
-        rows = self.hot.rows.gather(1, index)
-        return rows.masked_fill_((slots < 0).unsqueeze(-1), 0.0), slots
+        return self.hot.rows.gather(1, index).masked_fill_((slots < 0).unsqueeze(-1), 0.0)
 
     def _read(self, head: Tensor, position: Tensor) -> Callable[[], Arrival]:
         """A read of M rows, to run on any thread."""

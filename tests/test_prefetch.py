@@ -17,6 +17,7 @@ from specache.errors import CorruptRowError, SlowTierError
 from specache.prefetch import FetchedRows, HotSet
 from specache.stats import Counters, MemoryUse, report
 from specache.tiers import worker as worker_module
+from specache.tiers.base import RowsInFlight
 from specache.tiers.ram import RamTier
 from specache.tiers.transfer import Transfer
 from specache.tiers.worker import PrefetchWorker
@@ -37,6 +38,9 @@ class GatedTier(RamTier):
         self.fault: Exception | None = None
         self.asked: list[int] = []  # pairs per read
         self.write(0, 0, *random_rows(HEADS, TOKENS, DIM, torch.float32))
+
+    def begin(self, layer: int, heads: Tensor, positions: Tensor) -> RowsInFlight | None:
+        return None  # it takes a thread
 
     def gather(self, layer: int, heads: Tensor, positions: Tensor) -> Tensor:
         self.asked.append(len(positions))
@@ -112,6 +116,91 @@ def test_a_wait_is_timed_and_counted(tier, worker):
     figures = report(MemoryUse(), counters, 0)
     assert (figures["waits"], figures["read_s"], figures["wait_s"]) == (2, counters.read_s, counters.wait_s)
     assert figures["read_hidden"] == max(0.0, 1 - counters.wait_s / counters.read_s)
+
+
+def pass_of(*rows: Tensor) -> Tensor:
+    """Positions [Hkv, n, k] of a pass's rows."""
+    return torch.stack(rows, dim=1)
+
+
+def test_what_a_step_starts_is_read_while_it_goes_on(tier, worker):
+    """The guess does without what nobody reads; what is on its way to the real row, it gets too. No row is read twice."""
+    rows = rows_of(tier, worker, slots=10)
+    rows.begin_step()
+    rows.fetch(wanted(1, 2))
+    tier.gate.clear()
+    positions, ready = rows.start(pass_of(wanted(2, 3), wanted(3, 4)), 1)
+    assert ready == HEADS
+    assert positions[:, 0].tolist() == [[2, 3]] * HEADS
+    assert positions[:, 1].tolist() == [[3, -1]] * HEADS
+    assert tier.running.acquire(timeout=WAIT) and tier.running.acquire(timeout=WAIT)  # the second read runs
+    rows.submit(wanted(3))
+    threading.Timer(0.1, tier.gate.set).start()
+    found = rows.finish()
+    assert torch.equal(found[:, 0], expected(tier, wanted(2, 3)))
+    assert torch.equal(found[:, 1, :1], expected(tier, wanted(3)))
+    assert (found[:, 1, 1] == 0).all()
+    assert tier.asked == [2 * HEADS, HEADS]
+
+
+def test_of_a_started_read_only_what_was_left_of_it_is_a_wait(tier, worker):
+    rows = rows_of(tier, worker)
+    rows.begin_step()
+    tier.gate.clear()
+    rows.start(pass_of(wanted(7)), 1)
+    threading.Timer(0.2, tier.gate.set).start()
+    time.sleep(0.15)
+    rows.finish()
+    late = rows._counters
+    assert late.read_s > 0.15
+    assert late.waits == 1 and 0 < late.wait_s < late.read_s
+    rows.start(pass_of(wanted(8)), 1)
+    time.sleep(0.1)
+    before = late.wait_s
+    rows.finish()
+    assert (late.waits, late.wait_s) == (1, before)
+
+
+def test_a_started_read_that_no_thread_began_is_read_by_the_step(tier, worker):
+    other, rows = rows_of(tier, worker), rows_of(tier, worker)
+    rows.begin_step()
+    tier.gate.clear()
+    other.submit(wanted(1))
+    assert tier.running.acquire(timeout=WAIT)  # the only thread is busy
+    rows.start(pass_of(wanted(5)), 1)
+    threading.Timer(0.05, tier.gate.set).start()
+    assert torch.equal(rows.finish()[:, 0], expected(tier, wanted(5)))
+    assert rows._counters.wait_s == rows._counters.read_s > 0
+
+
+@pytest.mark.parametrize("end", ["fails", "cancel", "drop", "begin_step", "is interrupted"])
+def test_rows_whose_started_read_did_not_end_well_are_not_there(tier, worker, monkeypatch, end):
+    rows = rows_of(tier, worker)
+    rows.begin_step()
+    rows.fetch(wanted(1, 2))
+    if end == "fails":
+        tier.fault = CorruptRowError("row 5 is bad")
+        rows.start(pass_of(wanted(2, 5)), 1)
+        with pytest.raises(CorruptRowError, match="row 5 is bad"):
+            rows.finish()
+        tier.fault = None
+    elif end == "is interrupted":  # when its rows have their slots, and before it is known that it began
+
+        def interrupted(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(tier, "begin", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                rows.start(pass_of(wanted(2, 5)), 1)
+        rows.cancel()
+    else:
+        rows.start(pass_of(wanted(2, 5)), 1)
+        getattr(rows, end)()
+    tier.write(0, 5, *random_rows(HEADS, 1, DIM, torch.float32, seed=3))  # the sequence was cut and goes on otherwise
+    found, ready = rows.fetch(wanted(2, 5))
+    assert torch.equal(found, expected(tier, wanted(2, 5)))
+    assert ready == (0 if end == "drop" else HEADS)
 
 
 def test_hidden_reads_are_reported_where_there_were_any():

@@ -15,7 +15,8 @@ from specache.prefetch import FetchedRows, InPlaceRows
 # The C++ kernels score and select in one call (`select`), and do all of it in one where rows are read in place (`in_place`).
 PHASES = ("score", "select", "fetch", "attend", "in_place")
 _KERNELS = {"score": "score", "select": "select", "rescore": "attend", "attend": "attend"}  # operation -> phase
-_FETCHING = ("begin_step", "fetch", "available", "submit")  # methods of `prefetch.Rows`
+_IN_A_LAYER = {"select": "select", "attend_copy": "attend", "attend_fetched": "attend"}
+_FETCHING = ("begin_step", "start", "finish", "submit")  # methods of `prefetch.Rows`
 
 
 @contextmanager
@@ -23,7 +24,7 @@ def recorded(clock: PhaseClock) -> Iterator[None]:
     """Inside the block, the clock sees score, select, fetch and attend of every layer. Slows a step a little."""
     timed = [(dispatch, operation, phase) for operation, phase in _KERNELS.items()]
     timed.append((NativeKernels, "decode_in_place", "in_place"))  # type: ignore[arg-type]
-    timed += [(LayerStep, phase, phase) for phase in ("select", "attend")]  # type: ignore[misc]
+    timed += [(LayerStep, method, phase) for method, phase in _IN_A_LAYER.items()]  # type: ignore[misc]
     timed += [(rows, method, "fetch") for rows in (InPlaceRows, FetchedRows) for method in _FETCHING]  # type: ignore[misc]
     originals = [(owner, name, getattr(owner, name)) for owner, name, _ in timed]
     try:

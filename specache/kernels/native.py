@@ -217,13 +217,14 @@ class NativeKernels:
         softcap: float | None,
         sinks: Tensor | None,
     ) -> LayerStep:
-        """The same in two calls, where the rows of what was selected have to be fetched in between."""
+        """The same in three calls, where the rows of what was selected have to be fetched before the last."""
         return LayerStep(self.isa, query, copies, recent, k, scaling, softcap, sinks, at_once=False)
 
 
 class LayerStep:
-    """A layer of a step, to be used once: `run` if `at_once`, else `select` and then `attend`, which give the same to the bit where
-    all rows are there.
+    """A layer of a step, to be used once: `run` if `at_once`, else `select`, `attend_copy` and `attend_fetched`.
+
+    Both give the same to the bit where all rows are there.
     """
 
     def __init__(
@@ -273,12 +274,17 @@ class LayerStep:
         self._step.select(positions.data_ptr())
         return positions
 
-    def attend(self, positions: Tensor, rows: Tensor) -> Tensor:
-        """Attention with the positions' rows [B, Hkv, n, k, 2 D] swapped in (at -1 nothing is) -> float32 [B, Hq, n, D]."""
+    def attend_copy(self, positions: Tensor) -> None:
+        """Attend to the copy without the pairs at `positions` [B, Hkv, n, k] (-1: none); their rows are not needed yet."""
+        positions = positions.contiguous()
+        self._step.attend_copy(positions.data_ptr(), positions.shape[-1])
+
+    def attend_fetched(self, positions: Tensor, rows: Tensor) -> Tensor:
+        """Attention with the rows [B, Hkv, n, k, 2 D] of the same positions in place of those pairs -> float32 [B, Hq, n, D]."""
         positions = positions.contiguous()
         rows = rows if rows.stride(-1) == 1 else rows.contiguous()
         out = torch.empty_like(self._held[0])
-        self._step.attend(
+        self._step.attend_fetched(
             positions.data_ptr(), positions.shape[-1], rows.data_ptr(), _DTYPES[rows.dtype], _row_strides(rows), out.data_ptr()
         )
         return out

@@ -133,14 +133,21 @@ class BufferPool:
     @contextlib.contextmanager
     def borrow(self, size: int) -> Iterator[AlignedBuffer]:
         """A buffer of at least `size` bytes, with whatever is in it."""
-        buffer = self._take(size) or AlignedBuffer(-(-size // _BUFFER_UNIT) * _BUFFER_UNIT)
+        buffer = self.take(size)
         try:
             yield buffer
         finally:
-            with self._lock:
-                self._free.append(buffer)
-                self._free.sort(key=lambda one: one.size)
-                del self._free[:-_KEPT_BUFFERS]
+            self.give(buffer)
+
+    def take(self, size: int) -> AlignedBuffer:
+        """The same without an end; `give` it back. One that is forgotten instead is freed."""
+        return self._take(size) or AlignedBuffer(-(-size // _BUFFER_UNIT) * _BUFFER_UNIT)
+
+    def give(self, buffer: AlignedBuffer) -> None:
+        with self._lock:
+            self._free.append(buffer)
+            self._free.sort(key=lambda one: one.size)
+            del self._free[:-_KEPT_BUFFERS]
 
     def _take(self, size: int) -> AlignedBuffer | None:
         """The smallest that is large enough. Where none is, one goes, so that there are no more than were ever borrowed at once."""

@@ -7,9 +7,40 @@ Whatever the storage refuses is a `SlowTierError`; a write that failed has chang
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
+
+
+class RowsInFlight(Protocol):
+    """Rows that are being read while the caller does something else. Take them once, or cancel. Where both are forgotten, the
+    memory that is read into lives until the reads have ended.
+    """
+
+    @property
+    def arrived(self) -> bool:
+        """Whether nothing has to be waited for."""
+
+    def take(self) -> Tensor:
+        """The rows [M, 2 D], waiting for them. Raises what `SlowTier.gather` does."""
+
+    def cancel(self) -> None:
+        """Nobody will ask for them."""
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Rows in flight that have arrived: they were copied at once."""
+
+    rows: Tensor
+    arrived: bool = True
+
+    def take(self) -> Tensor:
+        return self.rows
+
+    def cancel(self) -> None:
+        pass
 
 
 class SlowTier(Protocol):
@@ -28,6 +59,9 @@ class SlowTier(Protocol):
 
     def gather(self, layer: int, heads: Tensor, positions: Tensor) -> Tensor:
         """Rows [M, 2 D] of M (KV head, position) pairs, in their order."""
+
+    def begin(self, layer: int, heads: Tensor, positions: Tensor) -> RowsInFlight | None:
+        """Begin to gather and return at once; `None` where that takes a thread. What is a mere copy in memory is done at once."""
 
     def reserve(self, tokens: int) -> None:
         """Expect a sequence of this many tokens."""

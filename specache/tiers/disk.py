@@ -11,6 +11,7 @@ import os
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from specache.errors import SlowTierError
 from specache.tiers import readers, row_reads
+from specache.tiers.base import RowsInFlight
 from specache.tiers.extents import BlockTable, Extent
 from specache.tiers.readers import Reader
 from specache.tiers.row_layout import BLOCK_TOKENS, RowLayout
@@ -136,6 +138,23 @@ class DiskTier:
                 there_heads, there_positions = heads[there].numpy(), positions[there].numpy()
                 rows[there] = row_reads.gather(state.table, layout, dtype, reader, there_heads, there_positions)
             return rows
+
+    def begin(self, layer: int, heads: Tensor, positions: Tensor) -> RowsInFlight | None:
+        """Begin to gather rows of files; `None` where the reader cannot without a thread, and where some are in no file yet.
+
+        Raises:
+            SlowTierError: the tier was closed.
+        """
+        with self._reading(layer) as (state, reader):
+            last = int(positions.max())
+            _check(state, int(positions.min()), last + 1)
+            if last >= state.on_disk:
+                return None
+            flight = row_reads.begin(state.table, state.layout, reader, heads.numpy(), positions.numpy())
+        if flight is None:
+            return None
+        again = partial(self.gather, layer, heads, positions)
+        return row_reads.BegunRows(flight, state.layout, state.tail.dtype, len(positions), again)
 
     def truncate(self, layer: int, length: int) -> None:
         """Forget a layer's tokens from `length` on. Files keep them; of a block that is cut the rest comes back to memory.

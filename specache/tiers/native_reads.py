@@ -1,4 +1,4 @@
-"""Scattered rows in one call of the C++ extension: the interpreter's lock is free for the step that goes on meanwhile."""
+"""Scattered rows by the C++ extension: in one call without the interpreter's lock, or begun in one and taken in another."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from specache.tiers.aligned_io import BufferPool
+from specache.tiers.aligned_io import AlignedBuffer, BufferPool
 from specache.tiers.checksum import BLOCK_SALT, POSITION_SALT, Words, multipliers
 from specache.tiers.extents import BlockTable
 from specache.tiers.row_layout import Index, RowLayout
@@ -16,6 +16,34 @@ try:
     _native: Any = importlib.import_module("specache._native")
 except ImportError:
     _native = None
+
+
+FLIGHTS = 3  # reads that were begun and not taken yet: each holds a buffer and a ring; beside what the prefetch threads read
+
+
+class NativeFlight:
+    """Rows that the kernel reads while nobody waits. What they are read into lives until the reads have ended."""
+
+    def __init__(self, flight: Any, buffers: BufferPool, buffer: AlignedBuffer) -> None:
+        self._flight = flight
+        self._buffers = buffers
+        self._buffer = buffer
+
+    @property
+    def arrived(self) -> bool:
+        return bool(self._flight.arrived())
+
+    def take(self, address: int) -> bool:
+        """Rows [M, words] to memory, waiting for them, once; `False` where `NativeRows.gather` has `None`."""
+        good: bool = self._flight.take(address)
+        self.cancel()
+        return good
+
+    def cancel(self) -> None:
+        """Wait for the reads: they write into memory that others want to use."""
+        if self._flight is not None:
+            self._flight = None
+            self._buffers.give(self._buffer)
 
 
 class NativeRows:
@@ -52,6 +80,23 @@ class NativeRows:
             heads, positions = np.ascontiguousarray(heads), np.ascontiguousarray(positions)
             good = self._reader.gather(table.native[0], rules, heads, positions, buffer.address, buffer.size, rows.ctypes.data)
         return rows if good else None
+
+    def begin(
+        self, table: BlockTable, layout: RowLayout, rules: list[int], heads: Index, positions: Index, buffers: BufferPool, size: int
+    ) -> NativeFlight | None:
+        """The same without waiting; `None` where the reads are more than the kernel or the buffer takes at once, and where enough
+        are in flight. The files may be closed meanwhile.
+        """
+        if table.native is None:
+            table.native = _native_table(table, layout)
+        buffer = buffers.take(size)
+        heads, positions = np.ascontiguousarray(heads), np.ascontiguousarray(positions)
+        where = (table.native[0], rules, heads, positions, buffer.address, buffer.size)
+        flight = self._reader.begin(*where, FLIGHTS, (table.native, buffer))
+        if flight is None:
+            buffers.give(buffer)
+            return None
+        return NativeFlight(flight, buffers, buffer)
 
 
 def _native_table(table: BlockTable, layout: RowLayout) -> tuple[Any, ...]:

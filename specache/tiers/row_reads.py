@@ -5,15 +5,18 @@ A read is widened to the device's alignment, and rows that lie near each other s
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from specache.errors import SlowTierError
-from specache.tiers.aligned_io import AlignedBuffer
+from specache.tiers.aligned_io import AlignedBuffer, BufferPool
 from specache.tiers.checksum import Words
 from specache.tiers.extents import BlockTable, Run
+from specache.tiers.native_reads import NativeFlight
 from specache.tiers.readers import ReadBatch, Reader, ReadFailedError
 from specache.tiers.row_file import DAMAGED, RowFile
 from specache.tiers.row_layout import BLOCK_TOKENS, Index, RowLayout
@@ -59,14 +62,50 @@ def read(table: BlockTable, layout: RowLayout, reader: Reader, start: int, stop:
                 _take_blocks(run, layout, buffer, start, stop, words)
 
 
+class BegunRows:
+    """M rows that the kernel reads meanwhile (`base.RowsInFlight`). `again` reads them in a way that says what is wrong."""
+
+    def __init__(
+        self, flight: NativeFlight, layout: RowLayout, dtype: torch.dtype, count: int, again: Callable[[], Tensor]
+    ) -> None:
+        self._flight = flight
+        self._shape = (count, 2 * layout.head_dim)
+        self._dtype = dtype
+        self._again = again
+
+    @property
+    def arrived(self) -> bool:
+        return self._flight.arrived
+
+    def take(self) -> Tensor:
+        rows = torch.empty(self._shape, dtype=self._dtype)
+        return rows if self._flight.take(rows.data_ptr()) else self._again()
+
+    def cancel(self) -> None:
+        self._flight.cancel()
+
+
+def begin(table: BlockTable, layout: RowLayout, reader: Reader, heads: Index, positions: Index) -> NativeFlight | None:
+    """Begin to gather rows, if the reader can without a thread."""
+    if reader.native is None:
+        return None
+    return reader.native.begin(table, layout, *_native_request(layout, reader, heads, positions))
+
+
 def _native_gather(table: BlockTable, layout: RowLayout, reader: Reader, heads: Index, positions: Index) -> Words | None:
     """The rows, if the reader can do all of it at once and nothing is wrong with any."""
     if reader.native is None:
         return None
+    return reader.native.gather(table, layout, *_native_request(layout, reader, heads, positions))
+
+
+def _native_request(
+    layout: RowLayout, reader: Reader, heads: Index, positions: Index
+) -> tuple[list[int], Index, Index, BufferPool, int]:
+    """What `NativeRows` wants to know of a read beside the table and the layout."""
     widened = layout.stride + 2 * reader.alignment
     size = max(widened, min(READ_BYTES, len(positions) * (widened + GAP_BYTES)))
-    rules = [reader.alignment, GAP_BYTES, SPLIT_BYTES]
-    return reader.native.gather(table, layout, rules, heads, positions, reader.buffers, size)
+    return [reader.alignment, GAP_BYTES, SPLIT_BYTES], heads, positions, reader.buffers, size
 
 
 class _Scattered:

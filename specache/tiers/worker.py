@@ -26,9 +26,12 @@ class PrefetchRequest:
         """The rows and the seconds that reading took, waiting for them; raises what the read raised."""
         return self._future.result()
 
-    def cancel(self) -> None:
-        """Nobody will ask for the result: a queued read is not begun, one that runs ends unheard, also with an error."""
-        self._future.cancel()
+    def cancel(self) -> bool:
+        """Nobody will ask for the result: a queued read is not begun, one that runs ends unheard, also with an error.
+
+        Returns whether it had not begun.
+        """
+        return self._future.cancel()
 
 
 class PrefetchWorker:

@@ -17,8 +17,11 @@ import pytest
 import torch
 
 import specache
+from specache import prefetch
 from specache.errors import SlowTierError
+from specache.kernels import native
 from specache.tiers import aligned_io, native_reads, tier_files, uring
+from specache.tiers.begun_read import BegunRead
 from specache.tiers.disk import DiskTier
 from specache.tiers.probe import ReaderReport
 from tests.test_invariants import run, settings
@@ -186,6 +189,13 @@ def test_short_and_slow_reads_change_no_token(model, tmp_path, monkeypatch, how)
         assert stats["waits"] > 0
 
 
+class Busy:
+    """A worker that has no thread for a read that a step begins for itself."""
+
+    def submit(self, read: Any) -> None:
+        return None
+
+
 def in_background() -> bool:
     return threading.current_thread().name.startswith("specache-prefetch")
 
@@ -205,6 +215,10 @@ def test_a_read_that_fails_in_the_background_shows_in_the_next_step_once(model, 
     def broken_in_background(*arguments: Any) -> int:
         return failing(errno.EIO)() if broken and in_background() else read(*arguments)
 
+    def with_no_thread(tier: Any, layer: int, heads: Any, positions: Any, worker: Any, transfer: Any) -> BegunRead:
+        return BegunRead(tier, layer, heads, positions, Busy(), transfer)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(prefetch, "BegunRead", with_no_thread)
     monkeypatch.setattr(aligned_io, "read_at", broken_in_background)
     disturbed = Steps(model, config, 230)
     broken = True
@@ -256,6 +270,38 @@ def test_a_read_that_fails_in_the_foreground_is_undone_in_every_layer(model, tmp
     retiring = [i for i in range(40) if (230 + i + 1 - 16) % 16 == 0]
     assert {(i, layer) for i in retiring for layer in ("L000", "L002")} <= failed
     disturbed.cache.close()
+
+
+@pytest.mark.skipif(not native.instruction_sets(), reason="the C++ kernels are not built")
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_step_that_fails_while_rows_are_on_their_way_can_be_done_again(model, tmp_path, monkeypatch, error):
+    config = settings(policy="verified", slow_tier=f"disk:{tmp_path}", hot_set=0.0, top_k=16)
+    undisturbed = Steps(model, config, 230)
+    expected = [undisturbed.step(i) for i in range(8)]
+    undisturbed.cache.close()
+    attend = native.LayerStep.attend_copy
+    began: list[bool] = []
+    calls: list[int] = []
+
+    def fails_in_the_second_layer(step: native.LayerStep, positions: torch.Tensor) -> None:
+        layer = disturbed.cache.sequences[0].layers[len(calls) % 3]
+        began.append(layer.rows._started.read is not None)
+        calls.append(1)
+        if len(calls) == 2:
+            raise error("while they are")
+        attend(step, positions)
+
+    with nothing_left(tmp_path):
+        disturbed = Steps(model, config, 230)
+        for i in range(8):
+            calls.clear()
+            with monkeypatch.context() as patch:
+                patch.setattr(native.LayerStep, "attend_copy", fails_in_the_second_layer)
+                with pytest.raises(error, match="while they are"):
+                    disturbed.step(i)
+            assert torch.equal(disturbed.step(i), expected[i])
+        disturbed.cache.close()
+    assert any(began[1::2])
 
 
 @pytest.mark.usefixtures("plain_reads")

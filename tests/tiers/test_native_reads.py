@@ -13,9 +13,10 @@ import torch
 from specache.errors import CorruptRowError, SlowTierError
 from specache.tiers import native_reads, row_reads, tier_files
 from specache.tiers.disk import DiskTier
-from specache.tiers.native_reads import NativeRows
+from specache.tiers.native_reads import FLIGHTS, NativeRows
 from specache.tiers.probe import ReaderReport
-from tests.tiers.rows import fill, row_file
+from specache.tiers.readers import RING_ENTRIES
+from tests.tiers.rows import fill, nothing_left, row_file
 
 ANSWERS: list[bool] = []  # whether the C++ way brought rows, call by call
 
@@ -67,6 +68,58 @@ def test_rows_are_those_of_the_plain_way(tier, monkeypatch, memory, gap):
     assert ANSWERS == [True]
     monkeypatch.setattr(NativeRows, "gather", lambda *arguments: None)
     assert torch.equal(rows, tier.gather(0, *where))
+
+
+def test_rows_that_were_begun_are_those_of_a_gather(tier):
+    wanted = [sample(40, seed) for seed in range(FLIGHTS)]
+    flights = [tier.begin(0, *where) for where in wanted]
+    assert all(flights)
+    assert tier.begin(0, *wanted[0]) is None  # enough of them
+    for flight, where in zip(flights[::-1], wanted[::-1], strict=True):
+        assert torch.equal(flight.take(), tier.gather(0, *where))
+        flight.cancel()  # nothing is left to cancel
+    assert tier.begin(0, *wanted[0]) is not None
+
+
+def test_begun_reads_that_are_cancelled_or_forgotten_leave_nothing(tier, tmp_path):
+    where = sample(40)
+    tier.gather(0, *where)
+    with nothing_left(tmp_path):
+        for _ in range(3 * FLIGHTS):
+            tier.begin(0, *where).cancel()
+            tier.begin(0, *where)
+        assert all(tier.begin(0, *where) is not None for _ in range(FLIGHTS))
+
+
+def test_what_was_begun_arrives_though_the_files_are_closed(tmp_path):
+    tier = DiskTier(tmp_path)
+    keys, values = fill(tier, 128)
+    flight = tier.begin(0, torch.tensor([1, 0]), torch.tensor([5, 77]))
+    tier.close()
+    assert torch.equal(flight.take(), torch.cat([keys, values], dim=-1)[[1, 0], [5, 77]])
+
+
+def test_what_cannot_be_begun_takes_a_thread(tier, monkeypatch):
+    many = sample(RING_ENTRIES * 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(row_reads, "GAP_BYTES", 0)
+        assert tier.begin(0, torch.zeros(9, dtype=torch.long), torch.arange(0, 576, 64)) is not None
+        patch.setattr(row_reads, "READ_BYTES", 4096)
+        assert tier.begin(0, *many) is None  # the buffer is too small
+    monkeypatch.setattr(tier._files.reader(), "native", None)
+    assert tier.begin(0, *sample(5)) is None
+
+
+def test_a_flipped_bit_is_found_in_what_was_begun(tier):
+    path = row_file(tier)
+    data = np.fromfile(path, np.uint8)
+    data[100] ^= 4
+    data.tofile(path)
+    with pytest.raises(CorruptRowError, match="token 384"):
+        tier.begin(0, torch.tensor([0]), torch.tensor([384])).take()
+    assert torch.equal(
+        tier.begin(0, torch.tensor([1]), torch.tensor([384])).take(), tier.gather(0, torch.tensor([1]), torch.tensor([384]))
+    )
 
 
 def test_threads_share_a_reader(tier):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import specache
-from specache.errors import FastMemoryError, SlowTierError
+from specache.errors import NonFiniteError, SlowTierError
 from specache.integration import attached
 from specache.kernels import dispatch
 from specache.tiers import aligned_io, scratch
@@ -66,7 +66,7 @@ def test_a_step_that_fails_while_groups_retire_can_be_done_again(model, tmp_path
     failed = []
     for i in range(STEPS):
         for number in range(3):
-            for error in (FastMemoryError, KeyboardInterrupt):
+            for error in (NonFiniteError, KeyboardInterrupt):
                 for after in (False, True):
                     if i not in RETIRING:
                         continue
@@ -98,9 +98,9 @@ def test_what_fails_while_a_step_is_undone_hides_nothing(model, tmp_path, monkey
             raise second("second")
 
         with monkeypatch.context() as patch:
-            patch.setattr(dispatch, "quantise", Retirement(1, FastMemoryError, after=False))
+            patch.setattr(dispatch, "quantise", Retirement(1, NonFiniteError, after=False))
             patch.setattr(DiskTier, "read", unreadable)
-            with pytest.raises(FastMemoryError, match="first"):
+            with pytest.raises(NonFiniteError, match="first"):
                 steps.step(RETIRING[0])
         assert empty(steps.cache)
         tokens = specache.generate(model, prompt(PROMPT), past_key_values=steps.cache, max_new_tokens=40, do_sample=False)
@@ -155,9 +155,9 @@ def test_of_a_batch_every_sequence_is_undone(model, tmp_path, monkeypatch):
     for i in range(RETIRING[0]):
         both(i)
     with monkeypatch.context() as patch:
-        patch.setattr(dispatch, "quantise", Retirement(4, FastMemoryError, after=False))
+        patch.setattr(dispatch, "quantise", Retirement(4, NonFiniteError, after=False))
         patch.setattr(first.tier, "read", lambda *arguments: unreadable(first.tier, *arguments), raising=False)
-        with pytest.raises(FastMemoryError, match="first"):
+        with pytest.raises(NonFiniteError, match="first"):
             both(RETIRING[0])
     assert undone
     assert first.length == 0
