@@ -13,6 +13,7 @@ from torch import Tensor
 from specache.bench import kernels
 from specache.bench.base import Outcome, Result, Surroundings, check_at_least
 from specache.bench.breakdown import recorded
+from specache.bench.device import CPU, CUDA
 from specache.bench.machine import LargeArray
 from specache.bench.one_layer import LowBitLayer
 from specache.bench.shapes import SHAPES, Shape, shape_named
@@ -59,37 +60,42 @@ class Attention:
             raise ConfigError(
                 f"--context takes multiples of {PAGE_TOKENS} tokens: whole pages of the low-bit copy, and the residual."
             )
-        unknown = set(self.kernels) - set(kernels.available())
-        if unknown:
-            raise ConfigError(f"no kernels {', '.join(sorted(unknown))} here. There are: {', '.join(kernels.available())}.")
+        self._check_kernels([*kernels.available(), kernels.TRITON])
 
     @torch.no_grad()
     def run(self, surroundings: Surroundings) -> Outcome:
-        large = LargeArray()
+        self._check_kernels(kernels.available_on(surroundings.device))
+        large = LargeArray(device=surroundings.device)
         results: list[Result] = []
         bandwidths = []
         for context in self.context:
             for rows in self.rows:
                 surroundings.say(f"{self.shape}: {context:,} tokens, {rows} row{'s' if rows > 1 else ''}")
-                cell = _Cell(self, context, rows, surroundings.seed, large)
+                cell = _Cell(self, context, rows, surroundings, large)
                 results += cell.measure()
                 bandwidths.append({"context": context, "rows": rows, **cell.bandwidth})
         return Outcome(results, {"bandwidth": bandwidths})
+
+    def _check_kernels(self, known: list[str]) -> None:
+        unknown = set(self.kernels) - set(known)
+        if unknown:
+            raise ConfigError(f"no kernels {', '.join(sorted(unknown))} here. There are: {', '.join(known)}.")
 
 
 class _Cell:
     """One context and number of rows: everything that is compared is timed in the same rounds."""
 
-    def __init__(self, benchmark: Attention, context: int, rows: int, seed: int, large: LargeArray) -> None:
+    def __init__(self, benchmark: Attention, context: int, rows: int, where: Surroundings, large: LargeArray) -> None:
         self._benchmark = benchmark
         self._context, self._rows = context, rows
         self._large = large
         self._reads_ms: list[float] = []
         shape = shape_named(benchmark.shape)
-        keys, values = synthetic_rows(shape.kv_heads, context, shape.head_dim, torch.bfloat16, seed)
-        self._query = _query(shape, rows, seed)
+        drawn = synthetic_rows(shape.kv_heads, context, shape.head_dim, torch.bfloat16, where.seed)
+        keys, values = (tensor.to(where.device) for tensor in drawn)
+        self._query = _query(shape, rows, where.seed).to(where.device)
         self._layers = {bits: LowBitLayer(keys, values, benchmark.code, bits, benchmark.top_k) for bits in benchmark.bits}
-        self._ours = [(isa, bits) for isa in benchmark.kernels or kernels.available() for bits in self._layers]
+        self._ours = [(isa, bits) for isa in benchmark.kernels or kernels.available_on(where.device) for bits in self._layers]
         self._baselines = exact_baselines(self._query, keys, values)
         self._baselines += [dequantising_baseline(self._query, keys, values, bits) for bits in self._layers]
         self.bandwidth: dict[str, Any] = {}
@@ -154,7 +160,7 @@ class _Cell:
             timing = timings[_label(isa, bits)]
             row = self._row(OURS, isa, bits, self._layers[bits].nbytes, timing, exact, best, best_matmul)
             results.append({**row, "difference": differences[isa, bits], "phases": self._phases(isa, bits)})
-        isa = torch.backends.cpu.get_cpu_capability().lower()
+        isa = torch.backends.cpu.get_cpu_capability().lower() if self._query.device.type == CPU else CUDA
         for b in self._baselines:
             row = self._row(b.impl, isa, b.bits, b.nbytes, timings[_baseline_label(b)], exact, best, best_matmul)
             results.append({**row, "difference": None, "phases": None})

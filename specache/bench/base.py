@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+from specache.bench.device import CPU
 from specache.bench.shapes import ModelSource
 from specache.errors import ConfigError
 
@@ -22,10 +23,12 @@ class Surroundings:
     Attributes:
         source: the model; `None` for a benchmark that uses none.
         seed: decides synthetic keys, values, weights and prompts.
+        device: `cpu` or `cuda`, for what is computed without a model; the source knows it too.
     """
 
     source: ModelSource | None = None
     seed: int = 0
+    device: str = CPU
     say: Say = lambda message: None
 
     @property
@@ -82,6 +85,7 @@ def document(
         "benchmark": benchmark.name,
         "settings": {**json_settings(benchmark), "seed": surroundings.seed},
         "model": None if source is None else {"name": source.name, "weights": str(source.weights)},
+        "device": surroundings.device,
         "results": outcome.results,
         **outcome.details,
         **where,

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from specache.bench.breakdown import recorded
+from specache.bench.device import CUDA
 from specache.bench.greedy import GreedySteps
 from specache.bench.synthetic import add_sequence
 from specache.bench.timing import PhaseClock
@@ -21,6 +22,7 @@ from specache.config import SpeCacheConfig
 from specache.errors import ConfigError
 from specache.integration import attached, reset_rope
 from specache.quantized_cache import PACKAGES, new_quantized_cache, quantised_tokens, store_prompt
+from specache.sequence import Sequence
 
 _IMPORTED_AS = {"hqq": "hqq", "quanto": "optimum"}
 
@@ -31,12 +33,14 @@ class Contender(ABC):
     Attributes:
         impl: its name in the results: `specache`, `dynamic`, `quantized`, ...
         cache: what its cache holds, in words.
-        needed_bytes: memory beside the model.
+        needed_bytes: memory beside the model, where it computes.
+        host_bytes: main memory besides, where the model computes on a GPU.
     """
 
     impl: str
     cache: str
     needed_bytes: int
+    host_bytes: int = 0
 
     @abstractmethod
     def prepare(self) -> None:
@@ -72,7 +76,11 @@ class SpeCacheContender(Contender):
         self._work = work
         self.config = config.resolved(work.info.device.type)
         self.cache = f"{config.bits}-bit {config.code}, k = {config.top_k}, {self.config.policy}"
-        self.needed_bytes = work.exact_bytes + work.copy_bytes(config)
+        self.needed_bytes = work.copy_bytes(config)
+        if work.info.device.type == CUDA:
+            self.host_bytes = work.exact_bytes
+        else:
+            self.needed_bytes += work.exact_bytes
         self._held: SpeCache | None = None
 
     def prepare(self) -> None:
@@ -80,15 +88,25 @@ class SpeCacheContender(Contender):
         self._held = SpeCache(work.model, self.config)
         for _ in range(work.batch):
             add_sequence(self._held, {index: work.rows(index) for index in range(len(work.layer_shapes))})
+            self.filled(self._held.sequences[-1])
         for sequence in self._held.sequences:
             sequence.prepare_decode()
         first = [0] * work.batch
         self._steps = GreedySteps(work.model, self._held, first, first)
 
     @property
+    def held(self) -> SpeCache:
+        """The cache, from `prepare` to `close`."""
+        assert self._held is not None, "prepared"
+        return self._held
+
+    @property
     def tokens(self) -> list[int]:
         """What the last step decoded, per sequence."""
         return self._steps.tokens
+
+    def filled(self, sequence: Sequence) -> None:
+        """A sequence holds its tokens; called before the next one is filled."""
 
     def step(self) -> None:
         self._steps.step()
@@ -132,7 +150,7 @@ class StockContender(Contender):
             keys, values = (rows.expand(work.batch, *rows.shape) for rows in work.rows(index))  # [B, Hkv, S, D]
             self.store(index, keys, values)
         self._length = work.context
-        self._tokens = torch.zeros(work.batch, 1, dtype=torch.long)
+        self._tokens = torch.zeros(work.batch, 1, dtype=torch.long, device=work.info.device)
 
     def step(self) -> None:
         model = self._work.model
@@ -142,6 +160,11 @@ class StockContender(Contender):
             output = model(self._tokens, position_ids=positions, past_key_values=self._held, use_cache=True, logits_to_keep=1)
         self._length += 1
         self._tokens = output.logits[:, -1:].argmax(-1)  # [B, 1]
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of keys and values."""
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self._held.layers)
 
     def close(self) -> None:
         self._held = None
@@ -205,7 +228,7 @@ class BareModel(Contender):
     def __init__(self, work: Workload, rows: int) -> None:
         self._work = work
         self.rows = rows
-        self._ids = torch.zeros(work.batch, rows, dtype=torch.long)
+        self._ids = torch.zeros(work.batch, rows, dtype=torch.long, device=work.info.device)
 
     def prepare(self) -> None:
         pass

@@ -14,6 +14,7 @@ from specache.bench.base import Outcome, Result, Surroundings, check_at_least
 from specache.bench.breakdown import PHASES
 from specache.bench.cache_options import CacheOptions
 from specache.bench.contenders import BareModel, Contender, DynamicContender, QuantizedContender, SpeCacheContender
+from specache.bench.device import CPU
 from specache.bench.race import Measured, Skipped, race
 from specache.bench.timing import Timing
 from specache.bench.workload import Workload
@@ -70,7 +71,10 @@ class Decode(CacheOptions):
         results = [self._result(contender, measured[contender], weights, source.weights) for contender in contenders]
         results += [self._empty(name, "", source.weights, reason) for name, reason in skipped.items()]
         del work, contenders, ours, bare, measured  # llama.cpp loads the model again
-        if LLAMA_CPP in self.against:
+        if LLAMA_CPP in self.against and surroundings.device != CPU:
+            reason = "it is measured on the CPU only. Use --device cpu"
+            results += [self._empty(LLAMA_CPP, cache, source.weights, reason) for cache in LLAMA_CPP_CACHES]
+        elif LLAMA_CPP in self.against:
             results += self._llama_cpp(surroundings)
         return Outcome(_compared(results), {"model_ms": {str(rows): ms for rows, ms in weights.items()}})
 

@@ -13,6 +13,7 @@ import torch
 import specache
 from specache import machine
 from specache.bench import kernels
+from specache.bench.device import CPU, CUDA, synchronise
 
 EVICTING_BYTES = 256 << 20  # far more than any last-level cache of a desktop; several times that of most servers
 
@@ -20,22 +21,28 @@ EVICTING_BYTES = 256 << 20  # far more than any last-level cache of a desktop; s
 class LargeArray:
     """An array much larger than the last-level cache. Reading it measures the bandwidth, and leaves nothing else in the caches."""
 
-    def __init__(self, nbytes: int = EVICTING_BYTES) -> None:
-        self._array = torch.ones(nbytes // 4)  # float32: the sum that PyTorch vectorises best
+    def __init__(self, nbytes: int = EVICTING_BYTES, *, device: str = CPU) -> None:
+        self._array = torch.ones(nbytes // 4, device=device)  # float32: the sum that PyTorch vectorises best
 
     @property
     def nbytes(self) -> int:
         return self._array.nbytes
 
     def read(self) -> float:
-        """One sum over the array, on all of PyTorch's threads -> milliseconds."""
+        """One sum over the array, on all of PyTorch's threads or on the GPU -> milliseconds."""
+        synchronise()
         started = time.perf_counter()
         self._array.sum()
+        synchronise()
         return (time.perf_counter() - started) * 1e3
 
 
-def describe() -> dict[str, Any]:
-    """Machine, kernels and versions, JSON-ready."""
+def describe(device: str = CPU) -> dict[str, Any]:
+    """Machine, kernels and versions, JSON-ready.
+
+    Args:
+        device: where the model computes. A GPU is described where it is one.
+    """
     return {
         "machine": {
             "cpu": machine.processor_name(),
@@ -45,14 +52,26 @@ def describe() -> dict[str, Any]:
             "usable_memory_bytes": machine.memory()["usable_bytes"],
             "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
             "system": platform.platform(),
+            "gpu": gpu() if device == CUDA else None,
         },
-        "kernels": {"active": kernels.active(), "available": kernels.available()},
+        "kernels": {"active": kernels.active_on(device), "available": kernels.available_on(device)},
         "versions": {
             "specache": specache.__version__,
             "torch": torch.__version__,
             "transformers": metadata.version("transformers"),
             "python": platform.python_version(),
         },
+    }
+
+
+def gpu() -> dict[str, Any]:
+    """The GPU that is used."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "name": properties.name,
+        "memory_bytes": properties.total_memory,
+        "capability": f"{properties.major}.{properties.minor}",
+        "cuda": torch.version.cuda,
     }
 
 

@@ -14,6 +14,7 @@ from specache.bench.base import Outcome, Result, Surroundings, check_at_least
 from specache.bench.cache_options import TierOptions
 from specache.bench.child import Child, ChildEnded
 from specache.bench.control_group import MemoryGroup
+from specache.bench.device import CPU
 from specache.bench.machine import gigabytes
 from specache.bench.memory_worker import Job, serve
 from specache.bench.prefill_worker import DYNAMIC, SPECACHE
@@ -59,6 +60,8 @@ class Memory(TierOptions):
         self.config()
 
     def run(self, surroundings: Surroundings) -> Outcome:
+        if surroundings.device != CPU:
+            raise ConfigError("bench memory limits main memory, which is not where a GPU computes. Run it with --device cpu.")
         with row_folder(self.dir) as folder:
             bases = [self._measure(surroundings, folder, SPECACHE, BASELINE_TOKENS, None) for _ in range(BASELINES)]
             base, model = min(bases, key=lambda measured: measured[0]["peak_bytes"])

@@ -5,34 +5,44 @@ from __future__ import annotations
 from torch import Tensor
 
 from specache.attention import PassKind, PassPlan, mixed_attention
+from specache.bench.device import CPU
 from specache.bench.synthetic import fill_compressed
 from specache.budget import ByteBudget
 from specache.config import Code, Policy, SpeCacheConfig
 from specache.exact import AttentionParams
 from specache.layers import CompressedLayer
-from specache.prefetch import InPlaceRows
+from specache.prefetch import FetchedRows, HotSet, InPlaceRows, Rows
 from specache.quant.layout import PageLayout
 from specache.quant.pool import PagePool, PageTable
 from specache.stats import Counters
 from specache.tiers.ram import RamTier
+from specache.tiers.transfer import Transfer
+from specache.tiers.worker import PrefetchWorker
 
 
 class LowBitLayer:
-    """A layer whose oldest tokens are in the low-bit copy and whose newest 64 in the residual; all 16-bit rows are in RAM and read
-    where they lie.
+    """A layer whose oldest tokens are in the low-bit copy and whose newest 64 in the residual; all 16-bit rows are in RAM.
+
+    The CPU reads them where they lie. To a GPU every step copies all the rows that it swaps in: none are kept, because the query is
+    always the same and would find them.
 
     Args:
-        keys, values: [Hkv, S, D], whole groups of tokens.
+        keys, values: [Hkv, S, D], whole groups of tokens, where the layer computes.
         top_k: 16-bit pairs per KV head and row.
+        copied: whether rows are copied, on a CPU too; by default where keys and values are on a GPU.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, code: Code, bits: int, top_k: int) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, code: Code, bits: int, top_k: int, copied: bool | None = None) -> None:
         heads, _, dim = keys.shape
         config = SpeCacheConfig(code=code, bits=bits, top_k=top_k)
         layout = PageLayout(code, bits, config.group_size, heads, dim)
-        tier = RamTier(in_place=True)
+        on_cpu = keys.device.type == CPU
+        copied = not on_cpu if copied is None else copied
+        tier = RamTier(in_place=not copied, pinned=not on_cpu)
+        self.fetched = Counters()
+        self._rows: Rows = _copied_rows(tier, keys, self.fetched) if copied else InPlaceRows(tier, 0)
         self._table = PageTable(PagePool(layout, keys.device, ByteBudget()))
-        self._layer = CompressedLayer(0, config, self._table, tier, InPlaceRows(tier, 0), keys)
+        self._layer = CompressedLayer(0, config, self._table, tier, self._rows, keys)
         self._params = AttentionParams(scaling=dim**-0.5)
         self._top_k = top_k
         self._newest = keys[:, -1:][None], values[:, -1:][None]  # [1, Hkv, 1, D]
@@ -52,4 +62,11 @@ class LowBitLayer:
         kind, policy = (PassKind.SINGLE, Policy.ON_DEMAND) if n == 1 else (PassKind.PAIR, Policy.VERIFIED)
         keys, values = (newest.expand(-1, -1, n, -1) for newest in self._newest)
         plan = PassPlan(kind, policy, self._top_k, Counters())
+        self._rows.drop()
         return mixed_attention(query, keys, values, [self._layer], self._params, plan)
+
+
+def _copied_rows(tier: RamTier, keys: Tensor, counters: Counters) -> FetchedRows:
+    """Rows of a layer with keys [Hkv, S, D], copied to where these are."""
+    hot = HotSet(keys.shape[0], 0, 2 * keys.shape[2], keys.dtype, keys.device)
+    return FetchedRows(tier, 0, hot, PrefetchWorker(), Transfer(keys.device), counters)

@@ -1,12 +1,13 @@
-"""The plot of `scaling`. matplotlib is imported when it is drawn; its global state is never touched."""
+"""The plot of `scaling`, and what plots share. matplotlib is imported when it is drawn; its global state is never touched."""
 
 from __future__ import annotations
 
 import importlib.util
 import io
+from pathlib import Path
 from typing import Any
 
-from specache.errors import ConfigError
+from specache.errors import BenchmarkError, ConfigError
 
 COLOURS = {"specache": "#0072B2", "dynamic": "#333333"}  # Okabe and Ito's blue, which most readers can tell from grey
 MARKERS = "os^Dv"
@@ -18,14 +19,34 @@ def require_matplotlib() -> None:
         raise ConfigError("--plot needs matplotlib. Install it with: pip install 'specache[bench]'")
 
 
-def scaling_figure(results: list[dict[str, Any]], lines: list[dict[str, Any]], title: str) -> bytes:
-    """Time per step against context: a marker per measurement with its quartiles, the fitted lines -> PNG."""
+def new_figure(width: float, height: float, panels: int = 1) -> tuple[Any, Any]:
+    """A figure of so many inches, and its axes (several panels: an array of them)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.0, 4.6), dpi=150, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    return figure, figure.subplots(1, panels)
+
+
+def png(figure: Any) -> bytes:
+    """The figure as a file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", facecolor="white", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def write_plot(path: Path, image: bytes) -> None:
+    """Raises `BenchmarkError` where it cannot be written."""
+    try:
+        path.write_bytes(image)
+    except OSError as error:
+        raise BenchmarkError(f"cannot write {path}: {error.strerror or error}. Choose another --plot.") from error
+
+
+def scaling_figure(results: list[dict[str, Any]], lines: list[dict[str, Any]], title: str) -> bytes:
+    """Time per step against context: a marker per measurement with its quartiles, the fitted lines -> PNG."""
+    figure, axes = new_figure(7.0, 4.6)
     markers = dict(zip(sorted({result["batch"] for result in results}), MARKERS * len(results), strict=False))
     measured = [result for result in results if result["ms_per_step"] is not None]
     for impl, batch in dict.fromkeys((result["impl"], result["batch"]) for result in measured):
@@ -42,9 +63,7 @@ def scaling_figure(results: list[dict[str, Any]], lines: list[dict[str, Any]], t
     axes.grid(color="#E3E3E3", linewidth=0.7)
     if measured:
         axes.legend(fontsize=8.5, frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", facecolor="white", metadata={"Software": None})
-    return buffer.getvalue()
+    return png(figure)
 
 
 def _draw(axes: Any, shown: list[dict[str, Any]], colour: str, marker: str, label: str) -> None:

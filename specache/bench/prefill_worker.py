@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import gc
-import sys
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import specache
+from specache.bench import device
 from specache.bench.child import Child, ChildEnded
 from specache.bench.shapes import ModelSource
 from specache.config import SpeCacheConfig
@@ -49,8 +46,8 @@ class Reading:
     """One prefill.
 
     Attributes:
-        idle_bytes: resident memory with the model loaded, before the first prefill.
-        peak_bytes: most resident memory until its end.
+        idle_bytes: memory in use with the model loaded, before the first prefill: resident in the process, or allocated on the GPU.
+        peak_bytes: the most until its end.
     """
 
     seconds: float
@@ -100,18 +97,21 @@ class Prefiller:
 
     def __init__(self, job: Job, model: Any, ids: Tensor) -> None:
         self._job, self._model, self._ids = job, model, ids
+        self._device = ids.device.type
         self._read(ids[:, :WARMUP_TOKENS])
-        gc.collect()
-        self._idle_bytes = _resident_bytes()
+        device.give_back()
+        self._idle_bytes = device.held_bytes(self._device)
 
     def prefill(self) -> Reading:
         """One prefill; what it filled is freed again."""
-        _reset_peak()
+        device.reset_peak(self._device)
+        device.synchronise()
         started = time.perf_counter()
         self._read(self._ids)
+        device.synchronise()
         seconds = time.perf_counter() - started
-        peak = _peak_bytes()
-        gc.collect()
+        peak = device.peak_bytes(self._device)
+        device.give_back()
         return Reading(seconds, self._idle_bytes, peak)
 
     def _read(self, ids: Tensor) -> None:
@@ -144,7 +144,7 @@ def prefiller(job: Job) -> Prefiller:
     model = job.source.load()
     generator = torch.Generator().manual_seed(job.seed)
     vocabulary = model.config.get_text_config().vocab_size
-    return Prefiller(job, model, torch.randint(0, vocabulary, (1, job.context), generator=generator))
+    return Prefiller(job, model, torch.randint(0, vocabulary, (1, job.context), generator=generator).to(model.device))
 
 
 def _serve(connection: Connection, job: Job) -> None:
@@ -153,33 +153,3 @@ def _serve(connection: Connection, job: Job) -> None:
     connection.send(True)
     while connection.recv():
         connection.send(prefills.prefill())
-
-
-def _reset_peak() -> None:
-    """Begin a new peak where the system can (Linux); elsewhere it is that of the whole process."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak_bytes() -> int:
-    peak = _status("VmHWM")
-    if peak is not None:
-        return peak
-    import resource  # not on every system
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _resident_bytes() -> int:
-    resident = _status("VmRSS")
-    return _peak_bytes() if resident is None else resident
-
-
-def _status(name: str) -> int | None:
-    """A line of /proc/self/status, in bytes."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)

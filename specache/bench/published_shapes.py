@@ -1,4 +1,4 @@
-"""Shapes that are planned and not run here: published dimensions of models that benchmarks on a CPU would take too long over."""
+"""Shapes besides those of `shapes`: published dimensions of models that benchmarks on a CPU would take long over."""
 
 from __future__ import annotations
 
@@ -18,15 +18,18 @@ PUBLISHED = (
 NAMES = (*SHAPES, *(shape.name for shape in PUBLISHED))
 
 
-def planned_config(name: str) -> Any:
-    """transformers' configuration of a shape, of the benchmarks' or published.
+def shape_of(name: str) -> Shape:
+    """A shape, of the benchmarks' or published.
 
     Raises:
         ConfigError: there is none of this name.
     """
-    if name in SHAPES:
-        return SHAPES[name].config()
-    shape = next((shape for shape in PUBLISHED if shape.name == name), None)
+    shape = SHAPES.get(name) or next((shape for shape in PUBLISHED if shape.name == name), None)
     if shape is None:
         raise ConfigError(f"--shape must be one of {', '.join(NAMES)}, got {name!r}.")
-    return shape.config()
+    return shape
+
+
+def planned_config(name: str) -> Any:
+    """transformers' configuration of a shape (see `shape_of`)."""
+    return shape_of(name).config()

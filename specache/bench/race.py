@@ -8,10 +8,12 @@ from dataclasses import dataclass
 
 from specache.bench.base import Say
 from specache.bench.contenders import Contender
+from specache.bench.device import CUDA, free_bytes, give_back
 from specache.bench.machine import gigabytes
 from specache.bench.timing import Timing, interleaved
 from specache.bench.workload import Workload
 from specache.machine import memory
+from specache.out_of_memory import is_out_of_memory
 
 WARMUP_STEPS = 2
 
@@ -45,19 +47,54 @@ def race(
     Args:
         phase_steps: further steps, in which a contender's phases are recorded.
     """
-    free = memory()["usable_bytes"]
+    room = _Room(work)
     outcome: dict[Contender, Measured | Skipped] = {}
     fitting = []
     for contender in contenders:
-        needed = contender.needed_bytes + work.drawn_bytes
-        if free is not None and needed > free:
-            outcome[contender] = Skipped(f"needs {gigabytes(needed)} of memory, {gigabytes(free)} are free")
+        if lack := room.lack([contender]):
+            outcome[contender] = Skipped(lack)
         else:
             fitting.append(contender)
-    together = free is None or sum(contender.needed_bytes for contender in fitting) + work.drawn_bytes <= free
-    for group in [fitting] if together else [[contender] for contender in fitting]:
-        outcome |= _run(work, group, steps, say, phase_steps)
+    for group in [fitting] if room.lack(fitting) is None else [[contender] for contender in fitting]:
+        outcome |= _run_or_skip(work, group, steps, say, phase_steps)
     return {contender: outcome[contender] for contender in contenders}
+
+
+class _Room:
+    """Memory that is free before anything is filled: where the model computes, and main memory besides where that is a GPU."""
+
+    def __init__(self, work: Workload) -> None:
+        self._drawn = work.drawn_bytes
+        on_gpu = work.info.device.type == CUDA
+        self._host_free: int | None = memory()["usable_bytes"]
+        self._free = free_bytes(CUDA) if on_gpu else self._host_free
+        self._name = "GPU memory" if on_gpu else "memory"
+
+    def lack(self, contenders: Sequence[Contender]) -> str | None:
+        """What they need and is not there, if they are filled together."""
+        needed = self._drawn + sum(contender.needed_bytes for contender in contenders)
+        host = sum(contender.host_bytes for contender in contenders)
+        for size, free, name in ((needed, self._free, self._name), (host, self._host_free, "main memory")):
+            if free is not None and size > free:
+                return f"needs {gigabytes(size)} of {name}, {gigabytes(free)} are free"
+        return None
+
+
+def _run_or_skip(
+    work: Workload, group: Sequence[Contender], steps: int, say: Say, phase_steps: int
+) -> dict[Contender, Measured | Skipped]:
+    """As `_run`; those that a GPU has no room for together are run one by one, and who has none alone is skipped."""
+    try:
+        return _run(work, group, steps, say, phase_steps)
+    except Exception as error:
+        if work.info.device.type != CUDA or not is_out_of_memory(error):
+            raise
+        reason = f"the GPU's memory ran out ({str(error).partition('.')[0]})"
+    give_back()
+    if len(group) == 1:
+        return {group[0]: Skipped(reason)}
+    alone = [_run_or_skip(work, [contender], steps, say, phase_steps) for contender in group]
+    return {contender: measured for one in alone for contender, measured in one.items()}
 
 
 def _run(work: Workload, group: Sequence[Contender], steps: int, say: Say, phase_steps: int) -> dict[Contender, Measured | Skipped]:

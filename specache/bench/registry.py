@@ -13,6 +13,7 @@ BENCHMARKS = {
     "scaling": "specache.bench.scaling:Scaling",
     "tiers": "specache.bench.tiers:Tiers",
     "memory": "specache.bench.memory:Memory",
+    "paper": "specache.bench.paper:Paper",
 }
 
 

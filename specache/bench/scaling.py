@@ -12,10 +12,10 @@ import numpy as np
 from specache.bench.base import Outcome, Result, Surroundings, check_at_least
 from specache.bench.cache_options import CacheOptions
 from specache.bench.contenders import DynamicContender, SpeCacheContender
-from specache.bench.plot import require_matplotlib, scaling_figure
+from specache.bench.plot import require_matplotlib, scaling_figure, write_plot
 from specache.bench.race import Measured, Skipped, race
 from specache.bench.workload import Workload
-from specache.errors import BenchmarkError, ConfigError
+from specache.errors import ConfigError
 
 OURS, STOCK = SpeCacheContender.impl, DynamicContender.impl
 Line = dict[str, Any]
@@ -58,7 +58,7 @@ class Scaling(CacheOptions):
                 results += [_result(contender.impl, work, one) for contender, one in measured.items()]
         lines = fitted_lines(results)
         if self.plot is not None:
-            _write(self.plot.expanduser(), scaling_figure(results, lines, f"{source.name}, {source.weights}"))
+            write_plot(self.plot.expanduser(), scaling_figure(results, lines, f"{source.name}, {source.weights}"))
         return Outcome(results, {"lines": lines, "slope_ratios": slope_ratios(lines)})
 
 
@@ -100,10 +100,3 @@ def _result(impl: str, work: Workload, measured: Measured | Skipped) -> Result:
         "interleaved": measured.interleaved if isinstance(measured, Measured) else None,
         "skipped": measured.reason if isinstance(measured, Skipped) else None,
     }
-
-
-def _write(path: Path, png: bytes) -> None:
-    try:
-        path.write_bytes(png)
-    except OSError as error:
-        raise BenchmarkError(f"cannot write {path}: {error.strerror or error}. Choose another --plot.") from error

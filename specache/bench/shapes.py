@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from specache.errors import ConfigError
+from specache.bench.device import CPU
+from specache.errors import BenchmarkError, ConfigError
 from specache.weights import WeightFormat, quantise_weights
 
 POSITIONS = 1 << 20  # RoPE has no table that a long synthetic context could leave
@@ -126,11 +127,12 @@ class ModelSource(Protocol):
 
 @dataclass(frozen=True)
 class RandomModel:
-    """A model of a shape with seeded random weights."""
+    """A model of a shape with seeded random weights, on the CPU or on the GPU (`device`), where it is made too."""
 
     shape: Shape
     weights: Weights
     seed: int = 0
+    device: str = CPU
 
     @property
     def name(self) -> str:
@@ -141,8 +143,14 @@ class RandomModel:
         return None
 
     def load(self) -> Any:
+        """As `ModelSource.load`; raises `BenchmarkError` where the GPU has no room for the weights."""
         torch.manual_seed(self.seed)
-        model = AutoModelForCausalLM.from_config(self.shape.config(), dtype=self.weights.dtype).eval()
+        try:
+            with torch.device(self.device):
+                model = AutoModelForCausalLM.from_config(self.shape.config(), dtype=self.weights.dtype).eval()
+        except torch.OutOfMemoryError as error:
+            told = f"the GPU has no room for the weights of {self.name}. Use --device cpu, or a smaller shape."
+            raise BenchmarkError(told) from error
         if self.weights.quantised is not WeightFormat.AUTO:
             quantise_weights(model, self.weights.quantised)
         return model

@@ -16,7 +16,7 @@ from specache.window_layer import WindowLayer
 
 LayerShape = tuple[int, int]  # (Hkv, D)
 _BLOCK = 4096  # tokens drawn at a time
-_SPARE = 1024  # decode steps for which the slow tier has room
+SPARE_TOKENS = 1024  # decode steps for which the slow tier has room
 
 
 def synthetic_rows(heads: int, tokens: int, dim: int, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor]:
@@ -50,7 +50,7 @@ def add_sequence(cache: SpeCache, layers: dict[int, tuple[Tensor, Tensor]]) -> N
     sequence = cache.new_sequence()
     cache.sequences.append(sequence)
     tokens = next(iter(layers.values()))[0].shape[1]
-    sequence.tier.reserve(tokens + _SPARE)  # decoding appends without moving the rows
+    sequence.tier.reserve(tokens + SPARE_TOKENS)  # decoding appends without moving the rows
     for index, (keys, values) in layers.items():
         layer = sequence.layer(index, keys)
         if isinstance(layer, CompressedLayer):

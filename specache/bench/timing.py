@@ -10,6 +10,8 @@ from statistics import median
 
 import numpy as np
 
+from specache.bench.device import synchronise
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -51,8 +53,10 @@ def interleaved(
         first = number % len(names) if names else 0
         for name in names[first:] + names[:first]:
             with around(name):
+                synchronise()
                 started = time.perf_counter()
                 functions[name]()
+                synchronise()
                 elapsed = time.perf_counter() - started
             if number >= warmup:
                 samples[name].append(elapsed * 1e3)
@@ -60,7 +64,9 @@ def interleaved(
 
 
 class PhaseClock:
-    """Splits steps into phases. Of phases that nest, the outer one counts."""
+    """Splits steps into phases. Of phases that nest, the outer one counts. On a GPU each waits for its own work: what steps overlap
+    is then not overlapped.
+    """
 
     def __init__(self) -> None:
         self._steps: list[dict[str, float]] = []
@@ -77,10 +83,12 @@ class PhaseClock:
             yield
             return
         self._inside = True
+        synchronise()
         started = time.perf_counter()
         try:
             yield
         finally:
+            synchronise()
             step = self._steps[-1]
             step[phase] = step.get(phase, 0.0) + (time.perf_counter() - started) * 1e3
             self._inside = False

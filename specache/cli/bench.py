@@ -18,7 +18,7 @@ from specache.cli.bench_table import result_table
 from specache.cli.console import LOG_WIDTH, err, quiet_libraries, status
 from specache.cli.field_command import field_parameters, make_command, take, take_fields, written_parameters
 from specache.cli.json_file import JsonFile, check_json, write_json
-from specache.cli.models import DEMO_MODEL, Device, Dtype, demo_file, load
+from specache.cli.models import DEMO_MODEL, Device, Dtype, check_weights, chosen_device, demo_file, load
 from specache.errors import ConfigError
 from specache.eval.tasks.texts import load_text
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from specache.bench.base import Benchmark
     from specache.bench.shapes import ModelSource, Shape, Weights
 
-HELP = "Measure speed and memory: one layer, whole models, prefill, slow tiers, and what fits under a memory limit."
+HELP = "Measure speed and memory: one layer, whole models, prefill, slow tiers, what fits under a limit, and the paper's table."
 EPILOG = """
 [bold]Examples[/bold]
 
@@ -42,6 +42,8 @@ specache bench tiers -m demo --context 8000 --dir /var/tmp --json tiers.json
 
 sudo specache bench memory --shape llama-3.2-1b --context 65536 --dir /var/tmp --json memory.json
 
+specache bench paper --shape mistral-7b --device cuda --out paper.json --plot paper.png
+
 Timings are noisy: implementations take turns within a run, and only figures of one run can be compared.
 """
 _BENCHMARK_PANEL = "Benchmark"
@@ -50,6 +52,12 @@ _FORMATS = "fp32, bf16, fp16, int8, int4"
 
 Seed = Annotated[int, typer.Option("--seed", rich_help_panel="Run", help="Decides synthetic keys, values, weights and prompts.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, rich_help_panel="Run", help="CPU threads. Default: PyTorch's.")]
+ChosenDevice = Annotated[
+    Device,
+    typer.Option(
+        "--device", rich_help_panel="Run", help="Where models and layers compute. auto: CUDA if there is one, else the CPU."
+    ),
+]
 WeightsName = Annotated[
     str, typer.Option("--weights", rich_help_panel=options.MODEL_PANEL, help=f"Number format: {_FORMATS}.", metavar="FORMAT")
 ]
@@ -62,6 +70,7 @@ class SharedOptions:
     json: JsonFile = None
     seed: Seed = 0
     threads: Threads = None
+    device: ChosenDevice = Device.AUTO
 
 
 @dataclass(frozen=True)
@@ -83,6 +92,7 @@ class NamedModel:
     weights: Weights
     revision: str | None
     offline: bool
+    device: Device = Device.CPU
     tokenizer: Any = field(default=None, init=False)  # once it is loaded
 
     @property
@@ -98,14 +108,14 @@ class NamedModel:
         return self.name if self.name.lower().endswith(".gguf") else None
 
     def load(self) -> Any:
-        """The model on the CPU, without its tokenizer."""
+        """The model on its device, without its tokenizer."""
         quiet_libraries()
         dtype = _DTYPES.get(self.weights, Dtype.BFLOAT16)
         loaded = load(
             self.name,
             dtype=dtype,
             weights=self.weights.quantised,
-            device=Device.CPU,
+            device=self.device,
             revision=self.revision,
             offline=self.offline,
         )
@@ -145,15 +155,16 @@ def _bench() -> None:
 def _command(name: str, cls: Any) -> Any:
     def command(**values: Any) -> None:
         shared = take(SharedOptions, values)
-        source = _source(take(ModelOptions, values), shared.seed) if cls.uses_model else None
-        _run(take_fields(cls, values), shared, source)
+        device = Device(chosen_device(shared.device))
+        source = _source(take(ModelOptions, values), shared.seed, device) if cls.uses_model else None
+        _run(take_fields(cls, values), shared, source, device)
 
     written = [*written_parameters(SharedOptions), *(written_parameters(ModelOptions) if cls.uses_model else [])]
     taken = [parameter.name for parameter in written]
     return make_command(name, cls.summary, command, [*written, *field_parameters(cls, _BENCHMARK_PANEL, taken)])
 
 
-def _run(benchmark: Benchmark, shared: SharedOptions, source: ModelSource | None) -> None:
+def _run(benchmark: Benchmark, shared: SharedOptions, source: ModelSource | None, device: Device) -> None:
     """Measure, print, write."""
     from specache.bench.base import Surroundings, document
     from specache.bench.machine import describe
@@ -161,9 +172,9 @@ def _run(benchmark: Benchmark, shared: SharedOptions, source: ModelSource | None
     check_json(shared.json)
     quiet_libraries()
     options.set_threads(shared.threads)
-    where = describe()
+    where = describe(str(device))
     with status(benchmark.summary) as say:
-        surroundings = Surroundings(source, shared.seed, say)
+        surroundings = Surroundings(source, shared.seed, str(device), say)
         outcome = benchmark.run(surroundings)
     _show(benchmark, outcome.results, outcome.details)
     if shared.json is not None:
@@ -171,21 +182,23 @@ def _run(benchmark: Benchmark, shared: SharedOptions, source: ModelSource | None
         write_json(shared.json, document(benchmark, surroundings, outcome, where, command))
 
 
-def _source(chosen: ModelOptions, seed: int) -> ModelSource:
+def _source(chosen: ModelOptions, seed: int, device: Device) -> ModelSource:
     """The model that the options name.
 
     Raises:
-        ConfigError: none, or both kinds; an unknown shape or format.
+        ConfigError: none, or both kinds; an unknown shape or format, or one that the device has no use for.
     """
-    from specache.bench.shapes import RandomModel, Weights, shape_named
+    from specache.bench.published_shapes import shape_of
+    from specache.bench.shapes import RandomModel, Weights
 
     options.check_model_or_shape(chosen.model, chosen.shape)
     if chosen.weights not in list(Weights):
         raise ConfigError(f"--weights must be one of {', '.join(Weights)}, got {chosen.weights!r}.")
     weights = Weights(chosen.weights)
+    check_weights(weights.quantised, str(device))
     if chosen.shape is not None:
-        return RandomModel(shape_named(chosen.shape), weights, seed)
-    return NamedModel(str(chosen.model), weights, chosen.revision, chosen.offline)
+        return RandomModel(shape_of(chosen.shape), weights, seed, str(device))
+    return NamedModel(str(chosen.model), weights, chosen.revision, chosen.offline, device)
 
 
 def _show(benchmark: Benchmark, results: list[dict[str, Any]], details: dict[str, Any]) -> None:

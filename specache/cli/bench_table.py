@@ -11,8 +11,8 @@ from rich.text import Text
 
 from specache.cli.report import UNKNOWN, size
 
-_TEXT = ("impl", "isa", "cache", "weights", "tier", "policy", "method")  # columns of words
-_SHARES = ("rows_ready", "read_hidden")
+_TEXT = ("impl", "isa", "cache", "weights", "tier", "policy", "method", "limited_by")  # columns of words
+_SHARES = ("rows_ready", "read_hidden", "hit_rate")
 _TITLES = {"gb_per_s": "GB/s", "ms_per_step": "ms per step", "tokens_per_s": "tokens/s"}
 
 
@@ -22,14 +22,17 @@ def result_table(results: list[dict[str, Any]], columns: Sequence[str], details:
     shown = [column for column in columns if any(result.get(column) is not None for result in results)]
     for column in shown:
         words = column in _TEXT
-        title = _TITLES.get(column, column.removesuffix("_bytes").replace("_", " "))
-        table.add_column(title, justify="left" if words else "right", no_wrap=column == "impl", overflow="fold")
+        table.add_column(_title(column), justify="left" if words else "right", no_wrap=column == "impl", overflow="fold")
     for result in results:
         if result.get("skipped") is None:
             table.add_row(*(_text(column, result.get(column)) for column in shown))
     parts: list[RenderableType] = [table, *_skipped(results)]
-    parts += [Text(f"{name.replace('_', ' ')}: {_brief(entry)}", style="dim") for name, entry in _entries(details)]
+    parts += [Text(f"{_title(name)}: {_text(name, entry)}", style="dim") for name, entry in _entries(details)]
     return Group(*parts)
+
+
+def _title(name: str) -> str:
+    return _TITLES.get(name, name.removesuffix("_bytes").replace("_", " "))
 
 
 def _skipped(results: list[dict[str, Any]]) -> list[Text]:
@@ -37,8 +40,10 @@ def _skipped(results: list[dict[str, Any]]) -> list[Text]:
     lines = []
     for result in results:
         if result.get("skipped") is not None:
-            what = " ".join(filter(None, (result.get("impl") or result.get("method"), result.get("cache"))))
-            batch = result.get("batch", 1)
+            bits = result.get("bits")
+            named = (result.get("impl") or result.get("method"), result.get("cache"), result.get("policy"), bits and f"{bits}-bit")
+            what = " ".join(filter(None, named))
+            batch = result.get("batch") or 1
             lines.append(Text(f"{what}, {batch} x {result['context']:,} tokens, was skipped: {result['skipped']}", style="yellow"))
     return lines
 

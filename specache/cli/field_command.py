@@ -12,6 +12,7 @@ import typer
 from typer.main import get_command as build_command
 
 from specache.cli.console import reports_errors
+from specache.cli.sizes import parse_size
 from specache.eval.settings import field_types, flag, is_tuple, parse, shown
 
 
@@ -50,7 +51,7 @@ def written_parameters(cls: Any, defaults: dict[str, Any] | None = None) -> list
 
 
 def field_parameters(cls: Any, panel: str, taken: Collection[str] = (), shared: Collection[str] = ()) -> list[inspect.Parameter]:
-    """One option per field of a plain dataclass, with the field's `help`.
+    """One option per field of a plain dataclass, with the field's `help`; a field whose `bytes` is true is written as a size (2GB).
 
     Args:
         taken: names of options that the command has already.
@@ -82,8 +83,11 @@ def take_fields(cls: Any, values: dict[str, Any], given: dict[str, Any] | None =
     """
     kinds = field_types(cls)
     fields = dict(given or {})
+    sizes = {field.name for field in dataclasses.fields(cls) if field.metadata.get("bytes")}
     for name, value in values.items():
-        if name in kinds:
+        if name in sizes and value is not None:
+            fields[name] = parse_size(value, f"--{flag(name)}")
+        elif name in kinds:
             written_out = isinstance(value, str) and is_tuple(kinds[name])
             fields[name] = parse(value, kinds[name], f"--{flag(name)}") if written_out else value
     return cls(**fields)
@@ -99,7 +103,9 @@ def _field_parameter(field: dataclasses.Field[Any], kind: Any, panel: str) -> in
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     switch = f"--{flag(field.name)}/--no-{flag(field.name)}" if kind is bool else f"--{flag(field.name)}"
     metavar = None
-    if is_tuple(kind):
+    if field.metadata.get("bytes"):
+        kind, metavar = str | None, "BYTES"
+    elif is_tuple(kind):
         kind, metavar = str | None, "LIST"
         default = shown(default) if isinstance(default, tuple) else default
     option = typer.Option(switch, help=field.metadata.get("help"), metavar=metavar, rich_help_panel=panel)

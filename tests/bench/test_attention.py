@@ -77,6 +77,19 @@ def test_ours_is_exact_where_every_pair_is_swapped_in(code, rows):
     assert (approximate - out).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_where_rows_are_copied_every_step_copies_all_of_them(rows):
+    """As on a GPU: the query never changes, and what one step fetched would serve the next."""
+    query, keys, values = rows_and_query(rows)
+    in_place, copied = (LowBitLayer(keys, values, Code.ROTATED, bits=2, top_k=8, copied=one) for one in (False, True))
+    row_bytes = 2 * 16 * keys.element_size()
+    for step in range(1, 4):
+        out = copied.attend(query)
+        assert (out[:, :, 0] - in_place.attend(query)[:, :, 0]).abs().max() < 1e-5
+        assert copied.fetched.bytes_fetched >= step * 2 * 8 * row_bytes
+    assert in_place.fetched.bytes_fetched == 0
+
+
 def run(**settings: Any) -> Outcome:
     return Attention(shape="tiny", context=(CONTEXT,), repeat=2, top_k=8, **settings).run(Surroundings())
 

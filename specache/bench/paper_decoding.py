@@ -1,0 +1,184 @@
+"""One line of the paper's table: how large a batch fits, and how fast it decodes."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from specache.bench.base import Say
+from specache.bench.contenders import Contender, SpeCacheContender, StockContender
+from specache.bench.device import CUDA, free_bytes, give_back, peak_bytes, reset_peak, synchronise
+from specache.bench.paper_fit import FAST, TRIED, Fit, Needs, Room, planned_fit, tried_fit
+from specache.bench.paper_methods import Entry
+from specache.bench.timing import Timing
+from specache.bench.workload import Workload
+from specache.dimensions import dimensions_of
+from specache.errors import ConfigError
+from specache.machine import memory
+from specache.out_of_memory import is_out_of_memory
+
+USUAL_SHARE = 0.9  # of free memory that is used: the rest is for what allocators and other processes take meanwhile
+WARMUP_STEPS = 2
+
+Measured = tuple[Timing | None, int, float | None]
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How much is decoded.
+
+    Attributes:
+        steps: of a round, whose mean time is one sample.
+    """
+
+    steps: int
+    rounds: int
+
+    @property
+    def new_tokens(self) -> int:
+        """That every sequence gains."""
+        return WARMUP_STEPS + self.steps * self.rounds
+
+
+@dataclass(frozen=True)
+class Line:
+    """What was found.
+
+    Attributes:
+        timing: of a step; `None` where not even one sequence fits.
+        fast_bytes: most fast memory beside the weights while decoding: allocated on the GPU; on a CPU what the cache counts, and
+            what a step needs by the plan.
+        hit_rate: of the 16-bit rows that the real token wants, the share that was there; `None` where nothing is fetched ahead.
+        reason: why there is no timing.
+    """
+
+    fit: Fit
+    timing: Timing | None = None
+    fast_bytes: int | None = None
+    hit_rate: float | None = None
+    reason: str | None = None
+
+
+def usual_budget() -> int:
+    """Nine tenths of what the GPU has free, to be asked when the weights are there."""
+    give_back()
+    return int((free_bytes(CUDA) or 0) * USUAL_SHARE)
+
+
+class Decoding:
+    """Measures lines with a model. Inside the block, a GPU's memory is limited to the weights and the budget.
+
+    Args:
+        budget: bytes of fast memory beside the weights.
+        most: the largest batch that is looked for.
+
+    Raises:
+        ConfigError: the GPU has less.
+    """
+
+    def __init__(self, model: Any, budget: int, most: int, pace: Pace, seed: int) -> None:
+        self._model, self._budget, self._most, self._pace, self._seed = model, budget, most, pace, seed
+        self._dimensions = dimensions_of(model)
+        self._device = self._dimensions.device
+        self._weight_bytes = 0
+
+    def __enter__(self) -> Decoding:
+        if self._device == CUDA:
+            self._limit_gpu()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if self._device == CUDA:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+
+    def line(self, entry: Entry, context: int, say: Say) -> Line:
+        """Find the largest batch and time it."""
+        needs = Needs(self._dimensions, entry, context, self._pace.new_tokens)
+        main = memory()["usable_bytes"]
+        room = Room(self._budget, None if main is None else int(main * USUAL_SHARE), self._most)
+        if self._device == CUDA:
+            fit = tried_fit(needs, room, lambda batch: self._decode(needs, batch, 0, say) is not None)
+        else:
+            fit = planned_fit(needs, room)
+        while fit.batch:
+            if measured := self._decode(needs, fit.batch, self._pace.rounds, say):
+                return Line(fit, *measured)
+            fit = Fit(fit.batch - max(1, fit.batch // 32), TRIED, FAST)
+        return Line(fit, reason=_reason(needs, room, fit))
+
+    def _decode(self, needs: Needs, batch: int, rounds: int, say: Say) -> Measured | None:
+        """Time (of no rounds none), fast memory and hit rate of a batch; `None` where memory does not suffice for it."""
+        work = Workload(self._model, batch, needs.context, self._seed)
+        contender = needs.entry.contender(work, None if self._device == CUDA else self._budget)
+        try:
+            say(f"filling {batch:,} sequences")
+            contender.prepare()
+            work.drop_rows()
+            reset_peak(self._device)
+            hot = _hot_bytes(contender)
+            say(f"decoding {batch:,} sequences")
+            samples = self._samples(contender, rounds)
+            if _hot_bytes(contender) < hot:  # a step that had no room freed the hot sets and went on without
+                return None
+            timing = Timing(tuple(samples)) if samples else None
+            return timing, self._fast_bytes(contender, needs, batch), _hit_rate(contender)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return None
+        finally:
+            contender.close()
+            work.drop_rows()
+            give_back()
+
+    def _samples(self, contender: Contender, rounds: int) -> list[float]:
+        """Milliseconds of a step, one sample per round."""
+        samples = []
+        with contender.ready():
+            for _ in range(WARMUP_STEPS):
+                contender.step()
+            for _ in range(rounds):
+                synchronise()
+                started = time.perf_counter()
+                for _ in range(self._pace.steps):
+                    contender.step()
+                synchronise()
+                samples.append((time.perf_counter() - started) * 1e3 / self._pace.steps)
+        return samples
+
+    def _fast_bytes(self, contender: Contender, needs: Needs, batch: int) -> int:
+        if self._device == CUDA:
+            return peak_bytes(CUDA) - self._weight_bytes
+        if isinstance(contender, SpeCacheContender):
+            return int(contender.held.stats()["fast_memory_peak_bytes"])
+        assert isinstance(contender, StockContender)
+        return contender.held_bytes + needs.decoding(batch)
+
+    def _limit_gpu(self) -> None:
+        give_back()
+        free = free_bytes(CUDA) or 0
+        if self._budget > free:
+            raise ConfigError(f"--fast-memory {self._budget:,} is more than the GPU has free beside the weights: {free:,} bytes.")
+        self._weight_bytes = torch.cuda.memory_allocated()
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (torch.cuda.memory_reserved() + self._budget) / total))
+
+
+def _hot_bytes(contender: Contender) -> int:
+    return contender.held.memory().hot if isinstance(contender, SpeCacheContender) else 0
+
+
+def _hit_rate(contender: Contender) -> float | None:
+    return contender.held.stats()["hit_rate"] if isinstance(contender, SpeCacheContender) else None
+
+
+def _reason(needs: Needs, room: Room, fit: Fit) -> str:
+    """Why not even one sequence fits, in the order of the limits."""
+    if fit.found_by == TRIED:
+        return f"memory ran out while one sequence was filled and decoded ({fit.limited_by})"
+    needed, there = (needs.fast(1), room.fast) if fit.limited_by == FAST else (needs.main(1), room.main or 0)
+    return f"one sequence needs {needed / 1e6:,.0f} MB of {fit.limited_by}, {there / 1e6:,.0f} MB are there"

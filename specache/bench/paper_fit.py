@@ -1,0 +1,149 @@
+"""The largest batch that fits: by the library's own arithmetic on a CPU, by trying on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from specache.advice import largest
+from specache.bench.device import CUDA
+from specache.bench.paper_methods import FULL, Entry
+from specache.bench.synthetic import SPARE_TOKENS
+from specache.dimensions import ModelDimensions
+from specache.holdings import SequenceLoad
+from specache.plan import MemoryPlan, plan
+
+PLANNED, COUNTED, TRIED = "plan", "bytes", "trial"  # how a batch was found
+FAST, MAIN, ASKED = "fast memory", "main memory", "max batch"  # what one sequence more would exceed
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The largest batch.
+
+    Attributes:
+        batch: 0 where not even one sequence fits.
+        found_by: `plan`: the arithmetic that `generate` refuses a batch by; `bytes`: transformers' rows, and the same arithmetic
+            for what a pass needs; `trial`: it was filled and decoded, and one more could not be.
+        limited_by: what has no room for one sequence more.
+    """
+
+    batch: int
+    found_by: str
+    limited_by: str
+
+
+@dataclass(frozen=True)
+class Room:
+    """What there is.
+
+    Attributes:
+        fast: bytes beside the weights.
+        main: bytes of main memory; `None` where the system does not tell.
+        most: sequences that are asked for at most.
+    """
+
+    fast: int
+    main: int | None
+    most: int
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Memory of one method at one context, for any batch.
+
+    Attributes:
+        new: tokens that decoding adds to every sequence.
+    """
+
+    model: ModelDimensions
+    entry: Entry
+    context: int
+    new: int
+
+    def fast(self, batch: int) -> int:
+        """Bytes of fast memory at the widest point of reading the prompts and of decoding."""
+        planned = self._plan(batch)
+        if self.entry.name != FULL:
+            return planned.fast
+        working_set = max(planned.prefill.working_set, planned.decode.working_set + self._regrown(batch))
+        return self._rows(batch) + working_set
+
+    def decoding(self, batch: int) -> int:
+        """Bytes of fast memory that a step needs beside the cache."""
+        grows = self._regrown(batch) if self.entry.name == FULL else 0
+        return self._plan(batch).decode.working_set + grows
+
+    def main(self, batch: int) -> int:
+        """Bytes of main memory: the slow tier, and on a CPU fast memory too, which is a part of it there."""
+        return self._slow(batch) + (0 if self.model.device == CUDA else self.fast(batch))
+
+    def _slow(self, batch: int) -> int:
+        if not self.entry.planned.keeps_slow:
+            return 0
+        tokens = self.context + max(SPARE_TOKENS, self.new)
+        return batch * tokens * sum(layer.row_bytes(self.model.itemsize) for layer in self.model.full_layers)
+
+    def _plan(self, batch: int) -> MemoryPlan:
+        return plan(self.model, self.entry.planned.config, [SequenceLoad(self.context, self.new)] * batch)
+
+    def _rows(self, batch: int) -> int:
+        """Of transformers' cache, in the model's dtype."""
+        total = self.context + self.new
+        kept = ((layer, total if layer.window is None else min(total, layer.window)) for layer in self.model.layers)
+        return batch * sum(layer.row_bytes(self.model.itemsize) * tokens for layer, tokens in kept)
+
+    def _regrown(self, batch: int) -> int:
+        """One layer's keys, which transformers copies whole to add a token."""
+        return batch * (self.context + self.new) * max(layer.row_bytes(self.model.itemsize) for layer in self.model.layers) // 2
+
+
+def planned_fit(needs: Needs, room: Room) -> Fit:
+    """By arithmetic."""
+
+    def exceeds(batch: int) -> str | None:
+        if batch > room.most:
+            return ASKED
+        if needs.fast(batch) > room.fast:
+            return FAST
+        return MAIN if room.main is not None and needs.main(batch) > room.main else None
+
+    batch = largest(lambda batch: exceeds(batch) is None, 1, room.most)
+    return Fit(batch, COUNTED if needs.entry.name == FULL else PLANNED, exceeds(batch + 1) or ASKED)
+
+
+def tried_fit(needs: Needs, room: Room, decodes: Callable[[int], bool]) -> Fit:
+    """By trying batches around the one that arithmetic expects.
+
+    Args:
+        decodes: fills and decodes a batch; whether memory sufficed.
+    """
+    hosted = largest(lambda batch: room.main is None or needs.main(batch) <= room.main, 1, room.most)
+    batch = largest_near(planned_fit(needs, room).batch, decodes, hosted)
+    limit = ASKED if batch == room.most else MAIN if batch == hosted else FAST
+    return Fit(batch, TRIED, limit)
+
+
+def largest_near(start: int, fits: Callable[[int], bool], most: int) -> int:
+    """The largest number up to `most` that fits, if all below it do; 0 where none fits.
+
+    Every answer costs minutes: it is looked for from `start` on, in steps that double, and then by halves.
+    """
+    start, step = max(1, min(start, most)), 1
+    if most < 1:
+        return 0
+    if fits(start):
+        low = start
+        while low + step <= most and fits(low + step):
+            low, step = low + step, 2 * step
+        high = min(most, low + step - 1)
+    else:
+        high = start - 1
+        low = max(0, start - step)
+        while low and not fits(low):
+            high, step = low - 1, 2 * step
+            low = max(0, low - step)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
