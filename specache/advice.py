@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from specache.config import SUPPORTED_BITS, Policy, SpeCacheConfig
+from specache.config import SUPPORTED_BITS, Policy, SlowTierKind, SpeCacheConfig
 from specache.dimensions import ModelDimensions
 from specache.holdings import SequenceLoad, fetches
-from specache.plan import even_loads, plan
+from specache.plan import MemoryPlan, even_loads, plan
 
 SMALLEST_CHUNK = 32  # tokens; below it a prefill reads the weights too often to be advised
 LONGEST = 1 << 26  # tokens, where the model states no limit
@@ -31,7 +31,7 @@ class Suggestion:
 
     def __str__(self) -> str:
         """In the words of the library: `bits=1 (needs 1,234,567 bytes)`."""
-        said = " and ".join(f"{name}={value}" for name, value in self.changes.items())
+        said = " and ".join(f"{name}={_quoted(value)}" for name, value in self.changes.items())
         return f"{said} (needs {self.fast_bytes:,} bytes)"
 
 
@@ -64,6 +64,35 @@ def suggestions(model: ModelDimensions, config: SpeCacheConfig, loads: Sequence[
         context = max(load.total for load in loads)
         found.append(Suggestion({"batch": batch}, plan(model, config, even_loads(context, batch)).fast))
     return found
+
+
+def smaller(
+    model: ModelDimensions,
+    config: SpeCacheConfig,
+    loads: Sequence[SequenceLoad],
+    needs: Callable[[SpeCacheConfig, MemoryPlan], int],
+) -> list[Suggestion]:
+    """Single changes after which a batch needs less than it does, those first that change no answer.
+
+    Args:
+        config: with every `auto` decided.
+        needs: of a plan and the settings it is for, the bytes that count; `Suggestion.fast_bytes` are these.
+    """
+    now = needs(config, plan(model, config, loads))
+    changes: list[dict[str, Any]] = []
+    if fetches(config) and config.hot_set:
+        changes.append({"hot_set": 0.0})
+    if config.prefill_chunk > SMALLEST_CHUNK:
+        changes.append({"prefill_chunk": max(SMALLEST_CHUNK, config.prefill_chunk // 4)})
+    if config.slow_tier is not SlowTierKind.DISK:
+        changes.append({"slow_tier": "disk:FOLDER"} | ({"policy": Policy.ON_DEMAND} if config.policy is Policy.FULL else {}))
+    changes += _single_changes(config)
+    planned = ((one, replace(config, **one)) for one in changes)
+    found = [Suggestion(one, needs(settings, plan(model, settings, loads))) for one, settings in planned]
+    if len(loads) > 1:
+        half = loads[: len(loads) // 2]
+        found.insert(0, Suggestion({"batch": len(half)}, needs(config, plan(model, config, half))))
+    return [suggestion for suggestion in found if suggestion.fast_bytes < now]
 
 
 def longest_context(model: ModelDimensions, config: SpeCacheConfig, batch: int, limit: int) -> int:
@@ -120,6 +149,10 @@ def _combined_changes(config: SpeCacheConfig) -> Iterator[dict[str, Any]]:
     chunks = [min(chunk, config.prefill_chunk) for chunk in (config.prefill_chunk, 128, SMALLEST_CHUNK)]
     for settings in (at_these_bits, smallest):
         yield from ({**settings, "prefill_chunk": chunk} if chunk < config.prefill_chunk else settings for chunk in chunks)
+
+
+def _quoted(value: Any) -> str:
+    return f"'{value}'" if isinstance(value, str) else str(value)
 
 
 def _smallest(config: SpeCacheConfig) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from types import TracebackType
@@ -11,6 +12,8 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 from specache.config import Policy, SlowTierKind, SpeCacheConfig
+from specache.device.main_memory import MainMemory
+from specache.device.streams import streams_for
 from specache.errors import UsageError
 from specache.holdings import hot_slots
 from specache.layers import CompressedLayer
@@ -52,9 +55,11 @@ class SpeCache:
         if self.config.slow_dir is not None:
             prepare_folder(self.config.slow_dir)  # what is wrong with it shows before a prompt is prefilled
         self.resources = Resources(model, self.info, self.config)
+        self._main_memory = MainMemory(streams_for(self.info.device)) if self.info.device.type == "cuda" else None
         self.expected_sequences = 0  # of the batch that is being prefilled: the hot set's bytes are for all of them
         self.counters = self._new_counters()
         self.sequences: list[Sequence] = []
+        self.lent: Callable[[], None] | None = None  # gives back what a batch on the device holds of the sequences' state
         self._model = weakref.ref(model)
         self._worker: PrefetchWorker | None = None
 
@@ -78,11 +83,17 @@ class SpeCache:
 
     @property
     def finish_reasons(self) -> list[str | None]:
-        """Why each sequence's last generation ended: `stop`, `length`, `interrupted`, or `None` before one did."""
+        """Why each sequence's last generation ended: `stop`, `length`, `interrupted`, `error`, or `None` before one did."""
         return [sequence.finish_reason for sequence in self.sequences]
+
+    def settle(self) -> None:
+        """Have the sequences hold their whole state themselves, also where a batch decodes on the device."""
+        if self.lent is not None:
+            self.lent()
 
     def stats(self) -> dict[str, Any]:
         """What happened so far, JSON-ready; keys in `specache.stats.report`."""
+        self.settle()
         return report(self.memory(), self.counters, self.resources.budget.peak)
 
     def held_bytes(self) -> int:
@@ -114,11 +125,13 @@ class SpeCache:
         config = replace(self.config, **changes).resolved(self.info.device.type)
         if self.config.policy is Policy.FULL and config.policy is not Policy.FULL:
             raise UsageError("A cache with policy 'full' has no low-bit copy; prefill a new SpeCache with the other policy.")
+        self.settle()
         other = object.__new__(SpeCache)
         other.info, other.config, other.resources = self.info, config, self.resources
+        other._main_memory = self._main_memory
         other.counters = other._new_counters()
         other.counters.prefill_s = self.counters.prefill_s
-        other._model, other._worker, other.expected_sequences = self._model, None, 0
+        other._model, other._worker, other.expected_sequences, other.lent = self._model, None, 0, None
         other.sequences = [sequence.fork(other) for sequence in self.sequences]
         return other
 
@@ -127,6 +140,7 @@ class SpeCache:
 
     def repeat(self, index: int) -> Sequence:
         """Another sequence with the state of sequence `index` (equal prompts are prefilled once)."""
+        self.settle()
         return self.sequences[index].fork(self)
 
     def close(self) -> None:
@@ -138,6 +152,7 @@ class SpeCache:
                 stack.callback(worker.close)
             for sequence in sequences:
                 stack.callback(sequence.clear)
+            stack.callback(self.settle)
 
     def __enter__(self) -> SpeCache:
         return self
@@ -156,7 +171,9 @@ class SpeCache:
         if self.config.slow_tier is SlowTierKind.DISK and self.config.policy is not Policy.FULL:
             assert self.config.slow_dir is not None, "checked by SpeCacheConfig"
             return DiskTier(self.config.slow_dir)
-        return RamTier(in_place=self.config.slow_tier is SlowTierKind.RAM_INPLACE, pinned=self.info.device.type == "cuda")
+        if self._main_memory is not None:
+            return self._main_memory.new_tier()
+        return RamTier(in_place=self.config.slow_tier is SlowTierKind.RAM_INPLACE)
 
     def rows(self, tier: SlowTier, index: int, keys: Tensor) -> Rows:
         """A decode step's access to the 16-bit rows of a layer with keys [Hkv, n, D]."""

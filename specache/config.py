@@ -78,6 +78,8 @@ class SpeCacheConfig:
         prefill_chunk: prompt tokens per forward pass while prefilling.
         fast_memory: bytes for everything in fast memory but the weights (docs/plan.md); what cannot fit is refused before it runs.
             `None` is unbounded.
+        cuda_graph: on CUDA, replay a decode step as a CUDA graph where one can be captured. `None` does so and says nothing where
+            it cannot; `True` warns, with the reason; `False` launches every kernel of every step.
     """
 
     bits: int = 2
@@ -91,6 +93,7 @@ class SpeCacheConfig:
     hot_set: float | int = 0.08
     prefill_chunk: int = 1024
     fast_memory: int | None = None
+    cuda_graph: bool | None = None
 
     def __post_init__(self) -> None:
         if not _is_int(self.bits) or self.bits not in SUPPORTED_BITS:
@@ -117,6 +120,8 @@ class SpeCacheConfig:
             )
         if self.fast_memory is not None and (not _is_int(self.fast_memory) or self.fast_memory < 1):
             raise ConfigError(f"fast_memory must be a positive number of bytes or None, got {self.fast_memory!r}.")
+        if self.cuda_graph not in (None, True, False):
+            raise ConfigError(f"cuda_graph must be True, False or None, got {self.cuda_graph!r}.")
         object.__setattr__(self, "code", _member(Code, self.code, "code"))
         object.__setattr__(self, "policy", _member(Policy, self.policy, "policy"))
         slow_tier, slow_dir = parse_slow_tier(self.slow_tier, self.slow_dir)
@@ -168,6 +173,7 @@ class SpeCacheConfig:
             "hot_set": self.hot_set,
             "prefill_chunk": self.prefill_chunk,
             "fast_memory": self.fast_memory,
+            "cuda_graph": self.cuda_graph,
         }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -15,9 +16,11 @@ from specache.attention import PassKind, PassPlan
 from specache.cache import SpeCache
 from specache.holdings import SequenceLoad
 from specache.integration import decode_forward, forward, reset_rope
+from specache.out_of_memory import is_out_of_memory
 from specache.passes import DecodePass, Observer, PrefillPass
 from specache.plan import prefill_working_set
 from specache.sequence import Sequence as CachedSequence
+from specache.static_decoding import StaticDecoder
 from specache.working_set import decode_bytes
 
 Progress = Callable[[int, int], None]  # (prompt tokens done, prompt tokens in all)
@@ -55,6 +58,7 @@ class Decoder:
         self._model = model
         self._cache = cache
         self._info = cache.info
+        self._static = StaticDecoder(model, cache)
 
     def prefill(
         self, sequence: CachedSequence, token_ids: list[int], chunk: int, progress: Progress, observe: Observer | None = None
@@ -64,6 +68,7 @@ class Decoder:
         What is stored already is kept as far as it agrees; the rest goes through the model in chunks. A failure leaves
         what was kept. `observe` sees the queries of every full-attention layer and chunk that run.
         """
+        self._cache.settle()
         keep = self._reusable(sequence, token_ids)
         sequence.truncate(keep)
         with self._restored_on_error(sequence), self._timed("prefill_s"):
@@ -170,12 +175,31 @@ class Decoder:
         sequence = self._cache.sequences[index]
         token_ids = sequence.token_ids + row
         sequence.clear()
-        return self._prefill_rest(sequence, token_ids, len(token_ids), _ignore)
+        with self._restored_on_error(sequence):
+            return self._prefill_rest(sequence, token_ids, len(token_ids), _ignore)
 
     def _rows(self, kind: PassKind, indices: Sequence[int], rows: list[list[int]]) -> Tensor:
-        """One pass over rows [A][n] -> logits [A, n, V]. A failure leaves the sequences as they were."""
+        """One pass over rows [A][n] -> logits [A, n, V]. A failure leaves the sequences as they were.
+
+        Where memory ran out, the hot sets are freed and the pass is tried once more.
+        """
+        try:
+            return self._pass(kind, indices, rows)
+        except Exception as error:
+            if not (is_out_of_memory(error) and self._frees_hot_sets()):
+                raise
+        if self._info.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return self._pass(kind, indices, rows)  # outside of `except`: the error keeps the first pass's tensors alive
+
+    def _pass(self, kind: PassKind, indices: Sequence[int], rows: list[list[int]]) -> Tensor:
         config = self._cache.config
         sequences = [self._cache.sequences[i] for i in indices]
+        if self._static.serves(kind, sequences):
+            static = self._static.step(sequences, rows)
+            if static is not None:
+                return static
+        self._cache.settle()
         plan = PassPlan(kind, config.policy, config.top_k, self._cache.counters)
         positions = self._positions([sequence.length for sequence in sequences], kind.rows)
         reset_rope(self._model, self._info)  # another sequence's length, or a call outside, may have left its mark
@@ -194,6 +218,18 @@ class Decoder:
             for sequence, row in zip(sequences, rows, strict=True):
                 sequence.commit(row[:1])
         return logits
+
+    def _frees_hot_sets(self) -> bool:
+        """Give back what all hot sets take beyond the pairs of a step; whether that is anything. Says so."""
+        freed = sum(sequence.free_hot_sets() for sequence in self._cache.sequences) if self._cache.config.hot_set else 0
+        if freed:
+            warnings.warn(
+                f"Out of memory in a decode step: the hot sets ({freed:,} bytes) were freed and the step is tried again. What is "
+                "generated does not change; every step fetches more from now on. With hot_set=0.0 there is none to begin with.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return freed > 0
 
     def _groups(self, indices: Sequence[int]) -> Iterator[list[int]]:
         """Places of the sequences by RoPE side of their next position: those of one side may share a pass."""

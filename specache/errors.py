@@ -4,7 +4,15 @@ from __future__ import annotations
 
 
 class SpeCacheError(Exception):
-    """Base of every error that specache raises on purpose."""
+    """Base of every error that specache raises on purpose.
+
+    Attributes:
+        new_token_ids: what was generated before the error: per sequence its new tokens, without prompt and padding. `None` where
+            nothing was being generated. A cache that was given as `past_key_values` holds them too (but the last) and can be
+            continued from.
+    """
+
+    new_token_ids: list[list[int]] | None = None
 
 
 class ConfigError(SpeCacheError, ValueError):
@@ -25,6 +33,13 @@ class NonFiniteError(SpeCacheError):
 
 class FastMemoryError(SpeCacheError, MemoryError):
     """A batch does not fit into the byte budget of fast memory (`fast_memory`)."""
+
+
+class OutOfMemoryError(FastMemoryError):
+    """The system or the GPU had no memory left. The message names settings that need less; `__cause__` is the system's error.
+
+    A decode step that fails is undone: the cache is as it was before, and `new_token_ids` has what was generated.
+    """
 
 
 class SlowTierError(SpeCacheError):

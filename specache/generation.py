@@ -16,8 +16,10 @@ from specache.config import SpeCacheConfig
 from specache.decoding import Decoder, Progress
 from specache.errors import UsageError
 from specache.guess import GuessProcessors
+from specache.holdings import SequenceLoad
 from specache.integration import attached, stock_generate_arguments
 from specache.model import inspect_model
+from specache.recovery import tokens_kept
 from specache.request import (
     check_generation_config,
     check_max_new_tokens,
@@ -62,6 +64,8 @@ def generate(
 
     Raises:
         SpeCacheError: the request cannot be honoured; the message says what to do.
+        OutOfMemoryError, SlowTierError, ...: it failed in the middle. `new_token_ids` of each of our errors has what was
+            generated before, and `past_key_values`, if it was given, can be continued from.
     """
     inspect_model(model)  # refused before anything of it runs
     check_model_arguments(kwargs)
@@ -120,7 +124,7 @@ def prefill(
     cache.check_model(model)
     check_sequences(cache, token_ids)
     check_room(cache, token_ids, 0, cache.config.prefill_chunk)
-    with attached(model):
+    with attached(model), tokens_kept(cache, _loads(token_ids, 0)):
         _prefill(Decoder(model, cache), cache, token_ids, cache.config.prefill_chunk, progress)
 
 
@@ -145,7 +149,9 @@ class _Batch:
     """
 
     input_ids: Tensor  # [B, S + new]
+    prompt_length: int  # S
     unfinished: Tensor  # bool [B]
+    new: Tensor  # int64 [B], new tokens that are not padding
     pads_finished: bool
     scores: list[Tensor] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
@@ -155,6 +161,11 @@ class _Batch:
         """Sequences that the next step decodes."""
         runs = self.unfinished if self.pads_finished else self.unfinished.any().expand_as(self.unfinished)
         return runs.nonzero()[:, 0].tolist()
+
+    def new_token_ids(self) -> list[list[int]] | None:
+        """Each sequence's new tokens, without padding; `None` before the first ones."""
+        rows = self.input_ids[:, self.prompt_length :].tolist()
+        return [row[:count] for row, count in zip(rows, self.new.tolist(), strict=True)] if rows[0] else None
 
 
 @torch.no_grad()
@@ -185,13 +196,13 @@ def _decode(
         token_ids = _whole_sequences(cache, token_ids, input_ids, attention_mask, generation_config)
         check_prompt_lengths(token_ids, cache.info)
         chunk = generation_config.prefill_chunk_size or cache.config.prefill_chunk
-        check_room(cache, token_ids, _stored_new_tokens(generation_config, input_ids), chunk)
+        stored_new_tokens = _stored_new_tokens(generation_config, input_ids)
+        check_room(cache, token_ids, stored_new_tokens, chunk)
         if streamer is not None and not streamer_has_prompt:
             streamer.put(input_ids.cpu())
         request = _request(logits_processor, stopping_criteria, generation_config)
-        unfinished = torch.ones(len(token_ids), dtype=torch.bool, device=input_ids.device)
-        batch = _Batch(input_ids, unfinished, request.pad_token is not None)
-        with attached(model):
+        batch = _new_batch(input_ids, request)
+        with attached(model), tokens_kept(cache, _loads(token_ids, stored_new_tokens), batch.new_token_ids):
             _run(Decoder(model, cache), cache, token_ids, batch, request, chunk, streamer, progress)
         finished = True
     finally:
@@ -237,9 +248,11 @@ def _run(
                 guesses = _guess(request, context, logits, step.guess, active)
     except BaseException as error:
         for index in batch.unfinished.nonzero()[:, 0].tolist():
-            if len(cache.sequences) > index and isinstance(error, KeyboardInterrupt):
-                cache.sequences[index].finish_reason = "interrupted"
+            if len(cache.sequences) > index:
+                cache.sequences[index].finish_reason = "interrupted" if isinstance(error, KeyboardInterrupt) else "error"
         raise
+    finally:
+        cache.settle()
 
 
 def _prefill(decoder: Decoder, cache: SpeCache, token_ids: list[list[int]], chunk: int, progress: Progress | None) -> Tensor:
@@ -292,6 +305,7 @@ def _take_tokens(batch: _Batch, logits: Tensor, request: _Request, cache: SpeCac
     if request.pad_token is not None:
         tokens = torch.where(batch.unfinished, tokens, request.pad_token)
     batch.input_ids = torch.cat([batch.input_ids, tokens[:, None]], dim=-1)
+    batch.new += batch.unfinished if batch.pads_finished else 1
     if streamer is not None:
         streamer.put(tokens.cpu())
     _finish(batch, request, cache)
@@ -336,6 +350,19 @@ def _count_guesses(cache: SpeCache, batch: _Batch, guesses: list[int], active: l
     tokens = batch.input_ids[:, -1].tolist()
     cache.counters.guesses += len(active)
     cache.counters.guesses_right += sum(tokens[i] == guesses[i] for i in active)
+
+
+def _new_batch(input_ids: Tensor, request: _Request) -> _Batch:
+    """input_ids [B, S] and no new tokens."""
+    batch, length = input_ids.shape
+    unfinished = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
+    new = torch.zeros(batch, dtype=torch.long, device=input_ids.device)
+    return _Batch(input_ids, length, unfinished, new, request.pad_token is not None)
+
+
+def _loads(token_ids: list[list[int]], new_tokens: int) -> list[SequenceLoad]:
+    """The batch as a plan sees it, read from the beginning."""
+    return [SequenceLoad(len(ids), new_tokens) for ids in token_ids]
 
 
 def _cache_for(model: Any, config: SpeCacheConfig | None, given: SpeCache | None) -> SpeCache:

@@ -43,14 +43,21 @@ def attached(model: Any) -> Iterator[None]:
         _detach(model)
 
 
-def forward(model: Any, token_ids: Tensor, position_ids: Tensor, state: ForwardPass, logits: int) -> Tensor:
-    """One pass over token_ids [B, n] at position_ids [B, n] -> float32 logits [B, `logits`, V] of the last rows."""
+def forward(
+    model: Any, token_ids: Tensor, position_ids: Tensor, state: ForwardPass, logits: int, mask: Tensor | None = None
+) -> Tensor:
+    """One pass over token_ids [B, n] at position_ids [B, n] -> float32 logits [B, `logits`, V] of the last rows.
+
+    Args:
+        mask: of four dimensions: transformers hands it on as it is, and our attention does not look at it.
+    """
     previous = getattr(_inside, "served", None)
     _inside.served = set()
     try:
         output = model(
             input_ids=token_ids,
             position_ids=position_ids,
+            attention_mask=mask,
             use_cache=False,
             return_dict=True,
             logits_to_keep=logits,
@@ -61,11 +68,17 @@ def forward(model: Any, token_ids: Tensor, position_ids: Tensor, state: ForwardP
     return output.logits[:, -logits:].float()
 
 
-def decode_forward(model: Any, token_ids: Tensor, position_ids: Tensor, state: ForwardPass) -> Tensor:
-    """A decode step's pass, compiled where that was asked for -> float32 logits [B, n, V]."""
+def decode_forward(model: Any, token_ids: Tensor, position_ids: Tensor, state: ForwardPass, reads_back: bool = True) -> Tensor:
+    """A decode step's pass, compiled where that was asked for -> float32 logits [B, n, V].
+
+    Args:
+        reads_back: without a mask, transformers looks at the positions on the host, for packed sequences. False hands it a mask, so
+            that nothing waits for the device.
+    """
     step = compiled.compiled_step(model)
     if step is None:
-        return forward(model, token_ids, position_ids, state, logits=token_ids.shape[1])
+        mask = None if reads_back else torch.zeros(1, 1, 1, 1, device=token_ids.device)
+        return forward(model, token_ids, position_ids, state, logits=token_ids.shape[1], mask=mask)
     with compiled.running(_OncePerLayer(state, type(model).__name__)):
         return step(token_ids, position_ids)
 

@@ -28,10 +28,15 @@ def check_finite(keys: Tensor, values: Tensor, layer: int) -> None:
     """
     for name, tensor in (("keys", keys), ("values", values)):
         if not all_finite(tensor):
-            raise NonFiniteError(
-                f"The model produced NaN or infinity in the {name} of layer {layer}. Nothing of this step was kept. "
-                "Check the weights, or run in a wider dtype (bfloat16 or float32 instead of float16)."
-            )
+            raise not_finite(layer, name)
+
+
+def not_finite(layer: int, name: str = "keys or values") -> NonFiniteError:
+    """What `check_finite` raises."""
+    return NonFiniteError(
+        f"The model produced NaN or infinity in the {name} of layer {layer}. Nothing of this step was kept. "
+        "Check the weights, or run in a wider dtype (bfloat16 or float32 instead of float16)."
+    )
 
 
 class CompressedLayer:
@@ -132,6 +137,14 @@ class CompressedLayer:
             kept = self._residual[:, :, count : self.residual_count].clone()
             self.residual_count -= count
             self._residual[:, :, : self.residual_count] = kept
+
+    def move_residual(self, into: Tensor) -> None:
+        """Keep the residual of a layer whose weights are fixed in `into` [2, Hkv, R + g, D] from now on, free slots zeroed."""
+        self.weights.forget_observed()
+        self._count()
+        into.zero_()
+        into[:, :, : self.residual_count] = self._residual[:, :, : self.residual_count]
+        self._residual = into
 
     def residual_at(self, length: int) -> tuple[Tensor, Tensor] | None:
         """Keys and values [Hkv, m, D] of the residual of a sequence cut to `length`, where the slow tier must be read for them.

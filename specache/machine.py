@@ -55,6 +55,22 @@ def control_group() -> tuple[int | None, int | None]:
     return None, None
 
 
+def cuda_missing() -> str | None:
+    """Why no model can compute on CUDA here, or `None`."""
+    import torch
+
+    if torch.cuda.is_available():
+        return None
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"this PyTorch ({torch.__version__}) was built without CUDA"
+    return "PyTorch sees no CUDA device (no GPU, no driver, or an empty CUDA_VISIBLE_DEVICES)"
+
+
+def has_nvidia_gpu() -> bool:
+    """Whether the system shows an NVIDIA GPU, whatever PyTorch makes of it (Linux)."""
+    return any(Path("/dev").glob("nvidia[0-9]*"))
+
+
 def _lines(path: str) -> list[str]:
     try:
         return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()

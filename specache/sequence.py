@@ -177,6 +177,13 @@ class Sequence:
         for layer in self.compressed.values():
             layer.rows.resize(self._cache.hot_slots(self, layer))
 
+    def free_hot_sets(self) -> int:
+        """Give back what recently fetched rows take -> bytes. No result depends on it: they are fetched again when wanted."""
+        before = self.held_bytes()
+        for layer in self.compressed.values():
+            layer.rows.free()
+        return before - self.held_bytes()
+
     def fork(self, cache: Owner) -> Sequence:
         """An independent copy that belongs to `cache`."""
         other = Sequence(cache)

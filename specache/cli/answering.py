@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from specache.cli.console import PrefillProgress
@@ -11,6 +11,7 @@ from specache.cli.models import LoadedModel
 from specache.cli.options import DEFAULT_MAX_NEW_TOKENS
 from specache.cli.prompts import pad_left
 from specache.cli.streaming import AnswerRecorder
+from specache.errors import SpeCacheError
 
 if TYPE_CHECKING:
     from specache import SpeCache
@@ -20,12 +21,12 @@ INTERRUPTED = "interrupted"
 
 @dataclass(frozen=True)
 class Result:
-    """One prompt's answer, whole or up to an interrupt."""
+    """One prompt's answer, whole or up to an interrupt or an error."""
 
     text: str
     token_ids: list[int]
     prompt_tokens: int
-    finish_reason: str | None  # "stop", "length" or "interrupted"
+    finish_reason: str | None  # "stop", "length", "interrupted" or "error"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON. Keys are stable."""
@@ -45,6 +46,20 @@ class Outcome:
     results: list[Result]
     interrupted: bool
     reused_tokens: int  # prompt tokens that the cache had already (of the first prompt)
+    error: SpeCacheError | None = None  # what ended the answers in the middle
+
+    def with_error(self, error: SpeCacheError) -> Outcome:
+        """The same, after something more went wrong."""
+        if self.error is None:
+            return replace(self, error=error)
+        both = SpeCacheError(f"{self.error} {error}")
+        both.__cause__ = self.error
+        return replace(self, error=both)
+
+    def raise_error(self) -> None:
+        """For callers with no use for half an answer."""
+        if self.error is not None:
+            raise self.error
 
 
 def answer(
@@ -60,6 +75,8 @@ def answer(
 ) -> Outcome:
     """Generate one answer per prompt into `cache`. Ctrl-C ends the answers where they are and is not raised.
 
+    Neither is an error in the middle of them: `Outcome.error` is it, and the answers are there as far as they came.
+
     Args:
         loaded: model and tokenizer.
         prompts: token ids per sequence; whole conversations if `cache` already holds their beginning.
@@ -69,6 +86,9 @@ def answer(
         on_text: called with (sequence index, new text) as text becomes certain.
         on_prefilled: called when the prompts are in the cache, before the first new token.
         description: what the progress bar says while the prompt is read.
+
+    Raises:
+        SpeCacheError: before there was a new token.
     """
     import specache
 
@@ -85,7 +105,7 @@ def answer(
     arguments = {**options, "max_new_tokens": room(options["max_new_tokens"], loaded, input_ids.shape[1])}
     if stops:
         arguments |= {"stop_strings": list(stops), "tokenizer": loaded.tokenizer}
-    interrupted = False
+    interrupted, failure = False, None
     try:
         specache.generate(
             loaded.model,
@@ -99,9 +119,13 @@ def answer(
         )
     except KeyboardInterrupt:
         interrupted = True
+    except SpeCacheError as error:
+        if not any(recorder.token_ids):
+            raise
+        failure = error
     finally:
         progress.close()
-    return Outcome(_results(prompts, recorder, cache, interrupted), interrupted, progress.reused or 0)
+    return Outcome(_results(prompts, recorder, cache, interrupted), interrupted, progress.reused or 0, failure)
 
 
 def room(max_new_tokens: int | None, loaded: LoadedModel, prompt_tokens: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from dataclasses import fields
 
 import typer
 
@@ -13,9 +14,11 @@ from specache.cli.compiling import compile_model
 from specache.cli.console import err, print_error, quiet_libraries, reports_errors, status, write
 from specache.cli.conversation import Conversation
 from specache.cli.field_command import takes_options
+from specache.cli.flags import in_flags
 from specache.cli.models import Device, Dtype, load
 from specache.cli.prompts import has_chat_template
 from specache.cli.report import rate, statistics_table, times
+from specache.config import SpeCacheConfig
 from specache.errors import ConfigError, SpeCacheError
 from specache.weight_format import WeightFormat
 
@@ -128,7 +131,7 @@ def _reset(conversation: Conversation) -> None:
     try:
         conversation.save()
     except SpeCacheError as error:
-        print_error(str(error))
+        _print_error(error)
         return
     err.print("Starting over.", style="dim")
 
@@ -136,18 +139,29 @@ def _reset(conversation: Conversation) -> None:
 def _turn(conversation: Conversation, text: str) -> None:
     try:
         outcome = conversation.say(text, on_text=lambda row, piece: write(piece))
-        write("\n")
+    except SpeCacheError as error:
+        _print_error(error)
+        return
+    write("\n")
+    try:
         conversation.save()
     except SpeCacheError as error:
-        print_error(str(error))
-        return
+        outcome = outcome.with_error(error)
+    if outcome.error is not None:
+        _print_error(outcome.error)
     err.print(_summary(conversation, outcome), style="dim")
+
+
+def _print_error(error: SpeCacheError) -> None:
+    print_error(in_flags(str(error), [field.name for field in fields(SpeCacheConfig)]))
 
 
 def _summary(conversation: Conversation, outcome: Outcome) -> str:
     stats, result = conversation.cache.stats(), outcome.results[0]
     length = conversation.cache.get_seq_length()
-    note = {"length": ", cut at --max-new-tokens", "interrupted": ", stopped"}.get(result.finish_reason or "", "")
+    note = {"length": ", cut at --max-new-tokens", "interrupted": ", stopped", "error": ", cut by the error"}.get(
+        result.finish_reason or "", ""
+    )
     return (
         f"[{len(result.token_ids)} tokens{note}; {length:,} in the cache at {times(stats['fast_ratio'])} of 16 bits; "
         f"{rate(stats['tokens_per_s'])} tokens per second]"

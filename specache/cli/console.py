@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import ParamSpec, TypeVar
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
 
 import typer
 from rich.console import Console
@@ -21,6 +23,8 @@ LOG_WIDTH = 200  # of tables where there is no terminal
 EXIT_ERROR = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130  # what a shell reports for a process that SIGINT ended
+
+_PACKAGE = Path(__file__).parent.parent
 
 err = Console(stderr=True, highlight=False)
 
@@ -50,7 +54,8 @@ def reports_errors(command: Callable[_Args, _Result]) -> Callable[_Args, _Result
     @functools.wraps(command)
     def wrapper(*args: _Args.args, **kwargs: _Args.kwargs) -> _Result:
         try:
-            return command(*args, **kwargs)
+            with _plain_warnings(kwargs):
+                return command(*args, **kwargs)
         except SpeCacheError as error:
             if os.environ.get("SPECACHE_DEBUG"):
                 raise
@@ -63,10 +68,26 @@ def reports_errors(command: Callable[_Args, _Result]) -> Callable[_Args, _Result
     return wrapper
 
 
+@contextmanager
+def _plain_warnings(parameters: Iterable[str]) -> Iterator[None]:
+    """Inside, our own warnings are one line on standard error, without file and line number; others are as they were."""
+    before = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], filename: str, *rest: Any, **more: Any) -> None:
+        if not Path(filename).is_relative_to(_PACKAGE):
+            return before(message, category, filename, *rest, **more)
+        err.print("warning: ", style="bold yellow", end="", markup=False)
+        err.print(in_flags(str(message), parameters), markup=False, soft_wrap=True)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
+
+
 def quiet_libraries() -> None:
     """Silence the progress bars and advice of transformers and the hub client; errors still show."""
-    import warnings
-
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from huggingface_hub.utils import logging as hub_logging

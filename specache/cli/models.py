@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specache.cli.convert import converted_model
-from specache.errors import ConfigError, SpeCacheError
+from specache.errors import ConfigError, OutOfMemoryError, SpeCacheError
+from specache.machine import cuda_missing
 from specache.weight_format import WeightFormat
 
 if TYPE_CHECKING:
@@ -86,15 +87,16 @@ def load(
         ModelNotFoundError: `name` is nothing that can be loaded.
         ConfigError: the device or the number format is not available.
         UnsupportedModelError: the weights cannot be quantised.
+        OutOfMemoryError: the device has no room for the weights.
     """
-    chosen_device = _device(device)
-    chosen_dtype = _dtype(_combined(dtype, weights), chosen_device)
-    _check_weights(weights, chosen_device)
+    on = chosen_device(device)
+    chosen_dtype = _dtype(_combined(dtype, weights), on)
+    check_weights(weights, on)
     source, local = _locate(name, on_progress)
     on_progress(f"Loading {name}")
     options = {"revision": revision, "local_files_only": local or offline}
     tokenizer, model = _from_pretrained(name, source, chosen_dtype, options)
-    model = model.to(chosen_device).eval()
+    model = _moved(model, on, name).eval()
     if weights in (WeightFormat.INT8, WeightFormat.INT4):
         from specache.weights import quantise_weights
 
@@ -133,12 +135,12 @@ def number_format(dtype: Dtype, weights: WeightFormat, device: Device) -> tuple[
     """
     import torch
 
-    chosen_device = str(device) if device is Device.CUDA else _device(device)
-    _check_weights(weights, chosen_device)
+    on = str(device) if device is Device.CUDA else chosen_device(device)
+    check_weights(weights, on)
     dtype = _combined(dtype, weights)
-    if dtype is Dtype.AUTO and chosen_device == "cuda" and not torch.cuda.is_available():
+    if dtype is Dtype.AUTO and on == "cuda" and not torch.cuda.is_available():
         dtype = Dtype.BFLOAT16
-    return _dtype(dtype, chosen_device), chosen_device
+    return _dtype(dtype, on), on
 
 
 def demo_file() -> Path:
@@ -202,6 +204,21 @@ def _from_pretrained(name: str, source: str, dtype: torch.dtype, options: dict[s
     return tokenizer, model
 
 
+def _moved(model: Any, device: str, name: str) -> Any:
+    from specache.out_of_memory import is_out_of_memory
+
+    try:
+        return model.to(device)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        size = sum(parameter.nbytes for parameter in model.parameters())
+        raise OutOfMemoryError(
+            f"the weights of {name} ({size:,} bytes) do not fit into what is free on {device}. "
+            "Use --device cpu, a smaller --dtype or a smaller model."
+        ) from error
+
+
 def _not_loadable(name: str, source: str, options: dict[str, Any], error: Exception) -> str:
     reason = " ".join((str(error).strip() or type(error).__name__).split())
     if source != name or Path(source).is_dir():
@@ -215,13 +232,18 @@ def _not_loadable(name: str, source: str, options: dict[str, Any], error: Except
     return f"cannot find the model {name!r}. Tried: a folder or file of that name (none); {tried} {advice}"
 
 
-def _device(device: Device) -> str:
+def chosen_device(device: Device) -> str:
+    """`cpu` or `cuda`.
+
+    Raises:
+        ConfigError: CUDA was asked for and is not here.
+    """
     import torch
 
     if device is Device.AUTO:
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if device is Device.CUDA and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: PyTorch sees no CUDA device. See 'specache doctor', or use --device cpu.")
+    if device is Device.CUDA and (reason := cuda_missing()):
+        raise ConfigError(f"--device cuda: {reason}. Use --device cpu; 'specache doctor' says what this machine has.")
     return str(device)
 
 
@@ -234,8 +256,8 @@ def _combined(dtype: Dtype, weights: WeightFormat) -> Dtype:
     return Dtype.BFLOAT16
 
 
-def _check_weights(weights: WeightFormat, device: str) -> None:
-    """Before minutes of downloading."""
+def check_weights(weights: WeightFormat, device: str) -> None:
+    """Raises `ConfigError`, before minutes of downloading, for a format that is for the CPU."""
     if device != "cpu" and weights in (WeightFormat.INT8, WeightFormat.INT4):
         raise ConfigError(f"--weights {weights} is for the CPU. Use --device cpu, or --weights bf16.")
 

@@ -145,6 +145,15 @@ FastMemory = Annotated[
         rich_help_panel=CACHE_PANEL,
     ),
 ]
+CudaGraph = Annotated[
+    bool | None,
+    typer.Option(
+        "--cuda-graph/--no-cuda-graph",
+        help="On a GPU, replay a decode step as a CUDA graph. Default: where one can be captured. --cuda-graph: say why where it "
+        "cannot.",
+        rich_help_panel=CACHE_PANEL,
+    ),
+]
 
 MaxNewTokens = Annotated[
     int | None,
@@ -238,6 +247,7 @@ class CacheOptions:
     hot_set: HotSet = str(_DEFAULTS.hot_set)
     prefill_chunk: PrefillChunk = _DEFAULTS.prefill_chunk
     fast_memory: FastMemory = None
+    cuda_graph: CudaGraph = None
 
     def config(self) -> SpeCacheConfig:
         """The library's configuration; raises `ConfigError`."""
@@ -254,6 +264,7 @@ class CacheOptions:
             hot_set=parse_hot_set(self.hot_set),
             prefill_chunk=self.prefill_chunk,
             fast_memory=None if self.fast_memory is None else parse_size(self.fast_memory, "--fast-memory"),
+            cuda_graph=self.cuda_graph,
         )
 
 

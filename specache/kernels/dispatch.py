@@ -33,6 +33,7 @@ from torch import Tensor
 from specache.errors import ConfigError
 from specache.kernels import native, torch_ops
 from specache.kernels import triton as triton_kernels
+from specache.kernels.guarded import GuardedKernels
 from specache.kernels.types import LowBitCopy
 
 OPERATIONS = ("quantise", "score", "rescore", "select", "attend")
@@ -94,11 +95,15 @@ def fused(query: Tensor) -> native.NativeKernels | None:
     return backend if isinstance(backend, native.NativeKernels) else None
 
 
+def forces_torch() -> bool:
+    """Whether PyTorch's kernels were asked for, also on a GPU."""
+    return (_forced[0] if _forced else os.environ.get(VARIABLE)) == "torch"
+
+
 def _serving(tensor: Tensor, dim: int = 1, group_size: int = 64) -> Any:
     name, backend = _chosen()
     if tensor.device.type == "cuda" or name == TRITON:
-        wanted = _forced[0] if _forced else os.environ.get(VARIABLE)
-        return torch_ops if wanted == "torch" else _serving_gpu(tensor, dim, group_size)
+        return torch_ops if forces_torch() else _serving_gpu(tensor, dim, group_size)
     if native.MISSING and tensor.device.type == "cpu" and VARIABLE not in os.environ:
         _say_once()
     if tensor.device.type != "cpu" or backend is torch_ops or not backend.serves(dim, tensor.dtype):
@@ -114,11 +119,10 @@ def _serving_gpu(tensor: Tensor, dim: int, group_size: int) -> Any:
     elif reason := _missing(tensor.device):
         _say_not_served(reason)
         return torch_ops
-    backend = _triton()
-    if reason := backend.refuses(dim, tensor.dtype, group_size):
+    if reason := _triton().refuses(dim, tensor.dtype, group_size):
         _say_not_served(reason)
         return torch_ops
-    return backend
+    return _triton() if tensor.device.type == "cpu" else _guarded(tensor.device)
 
 
 @cache
@@ -129,6 +133,14 @@ def _missing(device: torch.device) -> str | None:
 @cache
 def _triton() -> Any:
     return triton_kernels.load()
+
+
+@cache
+def _guarded(device: torch.device) -> GuardedKernels:
+    def give_up(error: Exception) -> None:
+        _say_not_served(f"a kernel cannot be built for {device} ({triton_kernels.said(error)})")
+
+    return GuardedKernels(_triton(), triton_kernels.build_errors(), give_up)
 
 
 @cache

@@ -56,15 +56,18 @@ def score(
 
 def rescore(query: Tensor, scores: Tensor, positions: Tensor, rows: Tensor, scaling: float, softcap: float | None) -> None:
     """Replace the low-bit scores of fetched positions by exact ones, in place."""
-    batch, heads, groups, n, _ = scores.shape
-    dim = query.shape[-1]
-    grouped = query.float().reshape(batch, heads, groups, n, dim)
-    keys = rows[..., :dim].float()  # [B, Hkv, n, k, D]
-    exact = torch.einsum("bhgnd,bhnkd->bhgnk", grouped, keys) * scaling
-    if softcap is not None:
-        exact = (exact / softcap).tanh_() * softcap
+    exact = exact_scores(query, scores, rows, scaling, softcap)
     b, h, r, j = (positions >= 0).nonzero(as_tuple=True)
     scores[b, h, :, r, positions[b, h, r, j]] = exact[b, h, :, r, j]
+
+
+def exact_scores(query: Tensor, scores: Tensor, rows: Tensor, scaling: float, softcap: float | None) -> Tensor:
+    """Scores [B, Hkv, G, n, k] of the keys in rows [B, Hkv, n, k, 2D]; `scores` tells the shape."""
+    dim = query.shape[-1]
+    grouped = query.float().reshape(*scores.shape[:4], dim)
+    keys = rows[..., :dim].float()  # [B, Hkv, n, k, D]
+    exact = torch.einsum("bhgnd,bhnkd->bhgnk", grouped, keys) * scaling
+    return exact if softcap is None else (exact / softcap).tanh_() * softcap
 
 
 def select(scores: Tensor, rest_lse: Tensor, lengths: Sequence[int], k: int) -> Tensor:
@@ -76,19 +79,23 @@ def select(scores: Tensor, rest_lse: Tensor, lengths: Sequence[int], k: int) -> 
     k = min(k, size)
     if k == 0:
         return torch.empty(batch, heads, n, 0, dtype=torch.long, device=scores.device)
-    mass = _mean_probabilities(scores, rest_lse)  # [B, Hkv, n, S]
+    mass = mean_probabilities(scores, rest_lse)  # [B, Hkv, n, S]
     for b, length in enumerate(lengths):
         mass[b, ..., length:] = -1.0
-    threshold = mass.topk(k, dim=-1).values[..., -1:]  # the k-th largest
-    above = mass > threshold
-    level = mass == threshold
-    wanted = above | (level & (level.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
-    positions = wanted.nonzero()[:, -1].reshape(*mass.shape[:3], k)
+    positions = largest(mass, k).nonzero()[:, -1].reshape(*mass.shape[:3], k)
     limits = torch.tensor(lengths, device=positions.device).view(-1, 1, 1, 1)
     return positions.where(positions < limits, -1)
 
 
-def _mean_probabilities(scores: Tensor, rest_lse: Tensor) -> Tensor:
+def largest(mass: Tensor, k: int) -> Tensor:
+    """Which `k` of the last dimension are the largest, of equals the first ones: bool of the same shape."""
+    threshold = mass.topk(k, dim=-1).values[..., -1:]  # the k-th largest
+    above = mass > threshold
+    level = mass == threshold
+    return above | (level & (level.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
+
+
+def mean_probabilities(scores: Tensor, rest_lse: Tensor) -> Tensor:
     """Mean over G of softmax probabilities; one query head of a group at a time, to hold no second copy of the scores."""
     groups = scores.shape[2]
     mass = torch.zeros_like(scores[:, :, 0])  # [B, Hkv, n, S]
@@ -109,12 +116,7 @@ def attend(
     if size == 0:
         shape = (batch, heads, groups, n)
         return scores.new_zeros(*shape, dim), scores.new_full(shape, -torch.inf)
-    peak = scores.amax(-1, keepdim=True).clamp(min=-1e30)
-    weights = scores.sub_(peak).exp_()
-    total = weights.sum(-1, keepdim=True)
-    lse = (peak + total.log()).squeeze(-1)
-    weights.div_(total.clamp(min=torch.finfo(torch.float32).tiny))
-
+    weights, lse = softmax(scores)
     fetched = torch.zeros(batch, heads, groups, n, positions.shape[-1], device=scores.device)
     b, h, r, j = (positions >= 0).nonzero(as_tuple=True)
     fetched[b, h, :, r, j] = weights[b, h, :, r, positions[b, h, r, j]]
@@ -129,6 +131,15 @@ def attend(
             values.add(flat[..., first : first + count], block)
         out[i] += values.result().unflatten(1, (groups, n))
     return out, lse
+
+
+def softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Over the last dimension, in place -> (weights, log-sum-exp of the other dimensions)."""
+    peak = scores.amax(-1, keepdim=True).clamp(min=-1e30)
+    weights = scores.sub_(peak).exp_()
+    total = weights.sum(-1, keepdim=True)
+    lse = (peak + total.log()).squeeze(-1)
+    return weights.div_(total.clamp(min=torch.finfo(torch.float32).tiny)), lse
 
 
 def dequantise(copy: LowBitCopy) -> tuple[Tensor, Tensor]:

@@ -40,11 +40,15 @@ class KeyWeights:
     def observe(self, start: int, query: Tensor, num_kv_heads: int) -> None:
         """Take the queries [Hq, n, D] of tokens `[start, start + n)`."""
         if start >= self.tokens:
-            self._squares = None  # the pass that fixed the weights is over
+            self.forget_observed()
             return
         squares = query[:, : self.tokens - start].float().square().unflatten(0, (num_kv_heads, -1)).mean(1)  # [Hkv, n, D]
         earlier = squares[:, :0] if self._squares is None else self._squares[:, :start]
         self._squares = torch.cat([earlier, squares], dim=1)
+
+    def forget_observed(self) -> None:
+        """The pass that fixed the weights is over."""
+        self._squares = None
 
     def fix(self, keys: Tensor) -> Tensor:
         """The weights [Hkv, D], made from the sequence's first keys [Hkv, n, D] when first asked for."""

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from specache.tiers.base import Gathered
+from specache.tiers.transfer import HostMemory, Offload
 
 GROWTH = 1.25  # a full buffer grows to this times its size
 MIN_CAPACITY = 64  # tokens
@@ -23,40 +28,84 @@ class RamTier:
     Args:
         in_place: rows are read where they lie (tier `ram-inplace`) instead of being copied through a hot set (`ram`).
         pinned: page-locked memory, for copies to CUDA that run beside the computation.
+        memory: where buffers come from; `None` is the system's allocator.
+        offload: how keys and values of a device get here without anybody waiting; whoever reads waits for them. `None` copies them
+            in `write`.
     """
 
-    def __init__(self, in_place: bool, pinned: bool = False) -> None:
+    def __init__(
+        self, in_place: bool, pinned: bool = False, memory: HostMemory | None = None, offload: Offload | None = None
+    ) -> None:
         self.in_place = in_place
         self.pinned = pinned
+        self._memory: HostMemory = memory or SystemMemory(pinned)
+        self._offload = offload
         self._rows: dict[int, Tensor] = {}
         self._expected = MIN_CAPACITY
 
     def write(self, layer: int, start: int, keys: Tensor, values: Tensor) -> None:
         heads, count, dim = keys.shape
         rows = self._ensure(layer, start, start + count, heads, dim, keys.dtype)
+        if self._offload is not None:
+            self._offload.write(layer, rows[:, start : start + count], keys, values)
+            return
         rows[:, start : start + count, :dim].copy_(keys)
         rows[:, start : start + count, dim:].copy_(values)
 
     def read(self, layer: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        rows = self._rows[layer][:, start:stop]
+        rows = self.rows(layer)[:, start:stop]
         dim = rows.shape[-1] // 2
         return rows[..., :dim], rows[..., dim:]
 
     def rows(self, layer: int) -> Tensor:
+        if self._offload is not None:
+            self._offload.arrived(layer)
         return self._rows[layer]
 
+    def buffer(self, layer: int) -> Tensor:
+        """`rows` without the host waiting for what is on its way, for kernels that read them where they lie after `settle`."""
+        return self._rows[layer]
+
+    def settle(self) -> None:
+        """What the device computes from now on finds everything in the buffers that was written."""
+        if self._offload is not None:
+            self._offload.settle()
+
     def gather(self, layer: int, heads: Tensor, positions: Tensor) -> Tensor:
-        rows = self._rows[layer]
+        rows = self.rows(layer)
         flat = rows.flatten(0, 1)  # [Hkv capacity, 2 D]; a view
         return flat.index_select(0, heads * rows.shape[1] + positions)
+
+    def begin(self, layer: int, heads: Tensor, positions: Tensor) -> Gathered:
+        return Gathered(self.gather(layer, heads, positions))
 
     def reserve(self, tokens: int) -> None:
         self._expected = max(self._expected, tokens)
 
+    @property
+    def capacity(self) -> int:
+        """Tokens that every layer has room for where its rows lie now."""
+        return min((rows.shape[1] for rows in self._rows.values()), default=0)
+
+    def make_room(self, tokens: int) -> None:
+        """Room for exactly `tokens` in every layer that has less: until they are written, rows stay where they lie."""
+        for layer, rows in self._rows.items():
+            if rows.shape[1] < tokens:
+                grown = self._memory.take((rows.shape[0], tokens, rows.shape[2]), rows.dtype)
+                self._move(rows, grown, rows.shape[1])
+                self._rows[layer] = grown
+
     def fork(self) -> RamTier:
-        other = RamTier(self.in_place, self.pinned)
+        other = RamTier(self.in_place, self.pinned, self._memory, self._offload)
         other._expected = self._expected
-        other._rows = {layer: self._clone(rows) for layer, rows in self._rows.items()}
+        try:
+            for layer in self._rows:
+                rows = self.rows(layer)
+                other._rows[layer] = other._memory.take(rows.shape, rows.dtype)
+                other._rows[layer].copy_(rows)
+        except BaseException:
+            other.close()
+            raise
         return other
 
     @property
@@ -64,17 +113,37 @@ class RamTier:
         return sum(rows.nbytes for rows in self._rows.values())
 
     def close(self) -> None:
-        self._rows.clear()
+        if self._offload is not None and self._rows:
+            self._offload.finish()
+        while self._rows:
+            self._memory.give_back(self._rows.popitem()[1])
 
     def _ensure(self, layer: int, used: int, needed: int, heads: int, dim: int, dtype: torch.dtype) -> Tensor:
         rows = self._rows.get(layer)
         if rows is None or rows.shape[1] < needed:
             capacity = max(needed, self._expected, int(rows.shape[1] * GROWTH) if rows is not None else 0)
-            grown = torch.empty(heads, capacity, 2 * dim, dtype=dtype, pin_memory=self.pinned)
+            grown = self._memory.take((heads, capacity, 2 * dim), dtype)
             if rows is not None:
-                grown[:, :used].copy_(rows[:, :used])
+                self._move(rows, grown, used)
             self._rows[layer] = rows = grown
         return rows
 
-    def _clone(self, rows: Tensor) -> Tensor:
-        return torch.empty_like(rows, pin_memory=self.pinned).copy_(rows)
+    def _move(self, rows: Tensor, grown: Tensor, used: int) -> None:
+        """The first `used` tokens are in `grown` from now on."""
+        if self._offload is not None:
+            self._offload.finish()
+        grown[:, :used].copy_(rows[:, :used])
+        self._memory.give_back(rows)
+
+
+class SystemMemory:
+    """Buffers from PyTorch's allocator, which has them back when nobody refers to them any more."""
+
+    def __init__(self, pinned: bool) -> None:
+        self._pinned = pinned
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, pin_memory=self._pinned)
+
+    def give_back(self, buffer: Tensor) -> None:
+        pass

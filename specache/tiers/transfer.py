@@ -1,16 +1,48 @@
-"""How rows get from main memory to the device that computes. The only place in `tiers/` that knows about CUDA.
+"""How rows get from main memory to the device that computes, and back. The only place in `tiers/` that knows about CUDA.
 
 On a CPU a row has arrived when it was read. On CUDA it is copied from pinned memory on a stream of its own; the consuming stream
-waits for the copy's event, never the host for the device (paper section 3.3).
+waits for the copy's event, never the host for the device (paper section 3.3). `Offload` and `HostMemory` are what a tier in main
+memory needs of a device; `specache.device` has them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+
+class Offload(Protocol):
+    """How keys and values get into rows in main memory while the device goes on computing."""
+
+    def write(self, layer: int, into: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Have rows `into` [Hkv, n, 2 D] filled with keys and values [Hkv, n, D], which the caller may overwrite at once."""
+
+    def arrived(self, layer: int) -> None:
+        """Have the host wait until what was written of a layer is there."""
+
+    def settle(self) -> None:
+        """What the device computes from now on finds everything there that was written."""
+
+    def finish(self) -> None:
+        """Have the host wait until nobody uses any rows any more: before their memory is given back."""
+
+
+class HostMemory(Protocol):
+    """Where the buffers of rows come from."""
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A buffer, contiguous, with whatever is in it.
+
+        Raises:
+            SlowTierError: there is no room.
+        """
+
+    def give_back(self, buffer: Tensor) -> None:
+        """A buffer that was taken, and that nobody uses any more."""
 
 
 @dataclass

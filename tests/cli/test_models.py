@@ -9,7 +9,7 @@ import torch
 
 from specache.cli import models
 from specache.cli.models import Device, Dtype, ModelNotFoundError, load
-from specache.errors import ConfigError
+from specache.errors import ConfigError, OutOfMemoryError
 from specache.weights import WeightFormat
 
 
@@ -78,8 +78,18 @@ def test_the_demo_model_says_how_to_install_it(monkeypatch):
 
 def test_cuda_without_a_gpu_is_refused(tiny_folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match="no CUDA device"):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(ConfigError, match=r"--device cuda: PyTorch sees no CUDA device.*--device cpu"):
         load(str(tiny_folder), device=Device.CUDA)
+
+
+def test_weights_that_do_not_fit_say_what_to_do(tiny_folder, monkeypatch):
+    def full(model, device):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(torch.nn.Module, "to", full)
+    with pytest.raises(OutOfMemoryError, match=r"bytes\) do not fit into what is free on cpu.*smaller --dtype"):
+        load(str(tiny_folder), device=Device.CPU)
 
 
 def test_the_demo_model_keeps_its_template_and_its_end(demo_model):

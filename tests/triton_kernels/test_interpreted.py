@@ -134,7 +134,7 @@ def test_select_is_torchs(lengths, groups, rows, k, levels, unseen):
         assert (chosen.diff(dim=-1) > 0).all()
         assert count == 0 or (chosen.min() >= 0 and chosen.max() < length)
         assert (found[b, ..., count:] == -1).all()
-    mass = torch_ops._mean_probabilities(scores, rest)
+    mass = torch_ops.mean_probabilities(scores, rest)
     sizes = [mass.gather(-1, p.clamp(min=0)).where(p >= 0, 0.0).sort(-1).values for p in (found, expected)]
     torch.testing.assert_close(*sizes, rtol=1e-5, atol=0)  # two exponentials order near equals differently
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
+
+from specache.machine import cuda_missing
+from specache.out_of_memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from specache.kernels.triton.backend import TritonKernels
@@ -16,16 +20,51 @@ INTERPRETER = "TRITON_INTERPRET"
 
 
 def missing(device: torch.device | None = None) -> str | None:
-    """Why a CUDA device (the current one, if none is named) is not served, or `None`."""
+    """Why a CUDA device (the current one, if none is named) is not served, or `None`.
+
+    Where everything seems to be there, the smallest kernel is built and launched, once: what that fails with is the reason.
+    """
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install 'specache[gpu]'"
-    if not torch.cuda.is_available():
-        return "PyTorch sees no CUDA device"
+    if reason := cuda_missing():
+        return reason
     capability = torch.cuda.get_device_capability(device)
     if capability < CAPABILITY:
         name = torch.cuda.get_device_name(device)
         return f"{name} has compute capability {capability[0]}.{capability[1]}, Triton kernels need {CAPABILITY[0]}.{CAPABILITY[1]}"
+    return broken(device or torch.device("cuda", torch.cuda.current_device()))
+
+
+@cache
+def broken(device: torch.device) -> str | None:
+    """Why Triton, which is installed, cannot run a kernel on `device`, or `None`.
+
+    Raises:
+        Exception: memory ran out, which says nothing about Triton.
+    """
+    try:
+        from specache.kernels.triton.trial import try_launch
+
+        try_launch(device)
+    except Exception as error:  # compilers, linkers and drivers fail in many ways; the kernel itself cannot
+        if is_out_of_memory(error):
+            raise
+        return f"Triton cannot build and launch a kernel here ({said(error)})"
     return None
+
+
+def said(error: BaseException) -> str:
+    """The last line of an error's message: compilers quote the source first."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
+
+
+def build_errors() -> tuple[type[Exception], ...]:
+    """What Triton raises when it cannot compile one of our kernels, or not load it on this device. Imports Triton."""
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    return CompilationError, OutOfResources, PTXASError
 
 
 def interpreted() -> bool:

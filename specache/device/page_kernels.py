@@ -1,0 +1,182 @@
+"""The kernels of a step whose shapes never change: pages by address, lengths and positions in device memory.
+
+On CUDA they are Triton's. `TorchPages` does the same in PyTorch on the CPU, for tests: it copies the pages that the table's
+addresses name, at every call, so that a table that was overwritten is read as it is now. No shape depends on a number in a tensor.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from specache.config import PAGE_TOKENS, Code
+from specache.kernels import dispatch, torch_kivi, torch_ops, torch_rotated
+from specache.kernels import triton as triton_kernels
+from specache.kernels.blocks import blocks
+from specache.kernels.triton.tables import FIELDS, Offsets, PageTables
+from specache.kernels.types import LowBitCopy
+from specache.quant.layout import PageLayout
+
+_library = torch.library.Library("specache_device", "FRAGMENT")
+_library.define("read_pages(Tensor addresses, int page_bytes) -> Tensor")
+
+
+class PageKernels(Protocol):
+    """Kernels of one layer for up to `capacity` low-bit tokens per sequence (whole pages).
+
+    Shapes and meanings as in `specache.kernels.dispatch`; lengths are those of the tables, int32 [B] on the device.
+    """
+
+    def score(self, query: Tensor, tables: PageTables, weights: Tensor | None, scaling: float, softcap: float | None) -> Tensor:
+        """query [B, Hq, n, D], key weights float32 [B, Hkv, D] of the rotated code -> scores [B, Hkv, G, n, capacity]."""
+
+    def select(self, scores: Tensor, rest_lse: Tensor, lengths: Tensor, k: int) -> Tensor:
+        """Positions [B, Hkv, n, min(k, capacity)]."""
+
+    def rescore(
+        self, query: Tensor, scores: Tensor, positions: Tensor, rows: Tensor, scaling: float, softcap: float | None
+    ) -> None:
+        """Exact scores of the fetched keys, in place."""
+
+    def attend(self, scores: Tensor, positions: Tensor, rows: Tensor, tables: PageTables) -> tuple[Tensor, Tensor]:
+        """(out [B, Hkv, G, n, D], lse [B, Hkv, G, n]); destroys scores."""
+
+
+def page_kernels(layout: PageLayout, capacity: int, device: torch.device) -> PageKernels:
+    """The kernels that serve a device; `refuses` says beforehand whether they do."""
+    return TorchPages(layout, capacity) if _in_pytorch(device) else TritonPages(layout, capacity)
+
+
+def refuses(device: torch.device, dim: int, dtype: torch.dtype, group_size: int) -> str | None:
+    """Why layers of this kind are not served on a device, or `None`."""
+    if _in_pytorch(device):
+        return None
+    if device.type == "cuda" and dispatch.forces_torch():
+        return f"{dispatch.VARIABLE} asks for PyTorch's kernels"
+    if device.type == "cuda" and (reason := triton_kernels.missing(device)):
+        return reason
+    return triton_kernels.load().refuses(dim, dtype, group_size)
+
+
+def build_errors(device: torch.device) -> tuple[type[Exception], ...]:
+    """What is raised where a kernel cannot be compiled or loaded."""
+    return () if _in_pytorch(device) else triton_kernels.build_errors()
+
+
+def _in_pytorch(device: torch.device) -> bool:
+    return device.type == "cpu" and not triton_kernels.interpreted()
+
+
+class TritonPages:
+    """Triton's kernels, with grids for the capacity."""
+
+    def __init__(self, layout: PageLayout, capacity: int) -> None:
+        self._kernels = triton_kernels.load()
+        self._copy = layout.copy((), 0)
+        self._offsets = Offsets(*(layout.fields[name].offset if name in layout.fields else -1 for name in FIELDS))
+        self._capacity = capacity
+
+    def score(self, query: Tensor, tables: PageTables, weights: Tensor | None, scaling: float, softcap: float | None) -> Tensor:
+        turned = None
+        if weights is not None:
+            grouped = query.float().reshape(*weights.shape[:2], -1, query.shape[-1])  # [B, Hkv, G n, D]
+            turned = (grouped / weights.unsqueeze(2)) @ torch_rotated.rotation(query.shape[-1], query.device).T
+        return self._kernels.score_pages(query, turned, tables, self._offsets, self._copy, self._capacity, scaling, softcap)
+
+    def select(self, scores: Tensor, rest_lse: Tensor, lengths: Tensor, k: int) -> Tensor:
+        return self._kernels.select_of(scores, rest_lse, lengths, k)
+
+    def rescore(
+        self, query: Tensor, scores: Tensor, positions: Tensor, rows: Tensor, scaling: float, softcap: float | None
+    ) -> None:
+        self._kernels.rescore(query, scores, positions, rows, scaling, softcap)
+
+    def attend(self, scores: Tensor, positions: Tensor, rows: Tensor, tables: PageTables) -> tuple[Tensor, Tensor]:
+        return self._kernels.attend_pages(scores, positions, rows, tables, self._offsets, self._copy)
+
+
+class TorchPages:
+    """The plain PyTorch kernels of `torch_ops`, over tables."""
+
+    def __init__(self, layout: PageLayout, capacity: int) -> None:
+        self._layout = layout
+        self._capacity = capacity
+
+    def score(self, query: Tensor, tables: PageTables, weights: Tensor | None, scaling: float, softcap: float | None) -> Tensor:
+        copies = self._copies(tables, weights)
+        scores = torch_ops.score(query, copies, [self._capacity] * len(copies), scaling, softcap)
+        return scores.masked_fill_(_behind(tables.lengths, self._capacity), -torch.inf)
+
+    def select(self, scores: Tensor, rest_lse: Tensor, lengths: Tensor, k: int) -> Tensor:
+        size = scores.shape[-1]
+        k = min(k, size)
+        mass = torch_ops.mean_probabilities(scores, rest_lse)  # [B, Hkv, n, S]
+        mass.masked_fill_(_behind(lengths, size).squeeze(2), -1.0)
+        wanted = torch_ops.largest(mass, k)
+        slots = torch.arange(size, device=scores.device).expand_as(wanted).masked_fill(~wanted, size)
+        positions = slots.sort(dim=-1).values[..., :k]
+        return positions.where(positions < lengths.view(-1, 1, 1, 1), -1)
+
+    def rescore(
+        self, query: Tensor, scores: Tensor, positions: Tensor, rows: Tensor, scaling: float, softcap: float | None
+    ) -> None:
+        size = scores.shape[-1]
+        exact = torch_ops.exact_scores(query, scores, rows, scaling, softcap)  # [B, Hkv, G, n, k]
+        padded = torch.nn.functional.pad(scores, (0, 1))
+        padded.scatter_(-1, _slots(positions, scores), exact)
+        scores.copy_(padded[..., :size])
+
+    def attend(self, scores: Tensor, positions: Tensor, rows: Tensor, tables: PageTables) -> tuple[Tensor, Tensor]:
+        groups, n, size = scores.shape[2:]
+        weights, lse = torch_ops.softmax(scores)
+        padded = torch.nn.functional.pad(weights, (0, 1))
+        slots = _slots(positions, scores)
+        fetched = padded.gather(-1, slots)  # 0 where there is no pair
+        padded.scatter_(-1, slots, 0.0)
+        values = rows[..., rows.shape[-1] // 2 :].float().masked_fill((positions < 0).unsqueeze(-1), 0.0)
+        out = torch.einsum("bhgnk,bhnkd->bhgnd", fetched, values)
+        for b, copy in enumerate(self._copies(tables, None)):
+            low_bit = self._values(copy, padded[b, ..., :size].flatten(1, 2))
+            out[b] += low_bit.unflatten(1, (groups, n))
+        return out, lse
+
+    def _values(self, copy: LowBitCopy, weights: Tensor) -> Tensor:
+        """weights [Hkv, G n, S] -> [Hkv, G n, D]."""
+        values = torch_rotated.ValueSum(copy) if copy.code is Code.ROTATED else torch_kivi.ValueSum(copy)
+        for block, first, count in blocks(copy, self._capacity):
+            values.add(weights[..., first : first + count], block)
+        return values.result()
+
+    def _copies(self, tables: PageTables, weights: Tensor | None) -> list[LowBitCopy]:
+        """Every sequence's copy as it is now, filled up to the capacity with pages of zeros."""
+        count = self._capacity // PAGE_TOKENS
+        pages = torch.ops.specache_device.read_pages(tables.addresses, self._layout.page_bytes)
+        runs = [self._layout.run(pages, b * count, count) for b in range(len(pages) // count)]
+        of_sequence = [None] * len(runs) if weights is None else list(weights)
+        return [self._layout.copy((run,), self._capacity, w) for run, w in zip(runs, of_sequence, strict=True)]
+
+
+def _behind(lengths: Tensor, size: int) -> Tensor:
+    """bool [B, 1, 1, 1, S]: slots at or past a sequence's length."""
+    return torch.arange(size, device=lengths.device) >= lengths.view(-1, 1, 1, 1, 1)
+
+
+def _slots(positions: Tensor, scores: Tensor) -> Tensor:
+    """positions [B, Hkv, n, k] for every query head [B, Hkv, G, n, k]; no pair is the slot past the end."""
+    slots = positions.masked_fill(positions < 0, scores.shape[-1])
+    return slots.unsqueeze(2).expand(-1, -1, scores.shape[2], -1, -1)
+
+
+def _read_pages(addresses: Tensor, page_bytes: int) -> Tensor:
+    """Copies of the pages at addresses int64 [N] -> uint8 [N, page bytes]; zeros at address 0."""
+    pages = torch.zeros(len(addresses), page_bytes, dtype=torch.uint8)
+    for page, address in zip(pages, addresses.tolist(), strict=True):
+        if address:
+            ctypes.memmove(page.data_ptr(), address, page_bytes)
+    return pages
+
+
+_library.impl("read_pages", _read_pages, "CPU")

@@ -1,0 +1,94 @@
+"""Where a batch's rows lie, as device code reads them: by position, zeros where there is none, nothing waited for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from specache.errors import SlowTierError
+from specache.kernels import triton as triton_kernels
+from specache.kernels.triton.tables import to_device
+
+
+class RowSource(Protocol):
+    """The rows of one layer of a batch of sequences, [Hkv, capacity, 2 D] each, all of the same strides."""
+
+    def gather(self, positions: Tensor) -> Tensor:
+        """Rows [B, Hkv, m, 2 D] of positions [B, Hkv, m], zeros at -1, read on the current stream."""
+
+    def replace(self, stored: Sequence[Tensor]) -> None:
+        """The rows lie elsewhere from now on (a buffer grew, a sequence left); shapes and strides are the old ones."""
+
+
+class StoredRows:
+    """Rows as tensors that PyTorch can read where it computes: on the CPU."""
+
+    def __init__(self, stored: Sequence[Tensor]) -> None:
+        self._stored = _alike(stored)
+
+    def gather(self, positions: Tensor) -> Tensor:
+        heads = torch.arange(positions.shape[1], device=positions.device).unsqueeze(1)
+        rows = torch.stack([rows[heads, at] for rows, at in zip(self._stored, positions.clamp(min=0), strict=True)])
+        return rows.masked_fill_((positions < 0).unsqueeze(-1), 0.0)
+
+    def replace(self, stored: Sequence[Tensor]) -> None:
+        self._stored = _replacement(self._stored, stored)
+
+
+class MappedRows:
+    """Rows that a kernel reads at their addresses: page-locked host memory, or memory of the device.
+
+    The addresses int64 [B] are in device memory and stay where they are: a graph captured over them reads the rows that `replace`
+    names later.
+
+    Raises:
+        SlowTierError: the rows are in pageable memory, which a kernel cannot read.
+    """
+
+    def __init__(self, stored: Sequence[Tensor], device: torch.device) -> None:
+        self._stored = _readable(_alike(stored), device)
+        self._kernels = triton_kernels.load()
+        self.addresses = to_device(_addresses(stored), torch.int64, device)
+
+    def gather(self, positions: Tensor) -> Tensor:
+        return self._kernels.gather_at(self.addresses, self._stored[0], positions.unsqueeze(2)).squeeze(2)
+
+    def replace(self, stored: Sequence[Tensor]) -> None:
+        self._stored = _readable(_replacement(self._stored, stored), self.addresses.device)
+        self.addresses.copy_(to_device(_addresses(stored), torch.int64, self.addresses.device))
+
+
+def row_source(stored: Sequence[Tensor], device: torch.device) -> RowSource:
+    """The rows of a layer of a batch for a decode step on `device`."""
+    return StoredRows(stored) if device.type == "cpu" else MappedRows(stored, device)
+
+
+def _addresses(stored: Sequence[Tensor]) -> list[int]:
+    return [rows.data_ptr() for rows in stored]
+
+
+def _alike(stored: Sequence[Tensor]) -> list[Tensor]:
+    if len({(rows.shape, rows.stride(), rows.dtype) for rows in stored}) != 1:
+        raise ValueError(
+            "the row buffers of a batch must have one shape, one dtype and the same strides: reserve as many tokens in each"
+        )
+    return list(stored)
+
+
+def _replacement(old: Sequence[Tensor], new: Sequence[Tensor]) -> list[Tensor]:
+    _alike([old[0], *new])
+    if len(old) != len(new):
+        raise ValueError(f"{len(new)} row buffers cannot replace those of {len(old)} sequences")
+    return list(new)
+
+
+def _readable(stored: list[Tensor], device: torch.device) -> list[Tensor]:
+    if device.type == "cuda" and not all(rows.is_cuda or rows.is_pinned() for rows in stored):
+        raise SlowTierError(
+            "The 16-bit rows are in pageable memory, which the GPU cannot read by itself: the system did not lock as much. Free "
+            "main memory, use a shorter context or fewer sequences at a time, or decode without static buffers."
+        )
+    return stored

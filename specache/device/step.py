@@ -1,0 +1,181 @@
+"""The attention of a decode step in which no shape and no host number depends on how long the sequences are.
+
+The same sums as `specache.attention.mixed_attention`, for policies `verified`, `speculative` and `on-demand`. What differs from
+step to step is read from tensors: where the residual's next slot is, how many tokens are low bit, which pages hold them. So a step
+can be captured as a CUDA graph and replayed, and nothing in it waits for the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specache.attention import PassKind, add_sinks
+from specache.config import Policy
+from specache.device.batch import DeviceBatch, LayerState
+from specache.device.streams import Queue
+from specache.exact import AttentionParams, softmax_sum
+from specache.exact import scores as exact_scores
+
+
+@dataclass
+class _Recent:
+    """The part of a step outside the copy: residual and the step's own rows."""
+
+    out: Tensor  # [B, Hkv, G, n, D]
+    lse: Tensor  # [B, Hkv, G, n], sinks included
+    own_lse: Tensor  # the same without sinks
+    retiring_scores: Tensor | None  # [B, Hkv, G, 1, g] of the last row; -inf where a sequence's oldest group stays
+    staying_lse: Tensor | None  # [B, Hkv, G, 1] of what does not retire, sinks included
+
+
+@dataclass
+class _Seen:
+    """What a step's rows see outside the copy, the same in every layer. T = R + g + own rows.
+
+    `oldest` and the two behind it are there only in a step after which a group retires.
+    """
+
+    hidden: Tensor  # bool [B, 1, 1, n, T]
+    slot: Tensor  # int64 [B, 1, 1, 1, 1]: where row 0 goes in the residual
+    lengths: Tensor  # int32 [B]
+    retiring: Tensor | None  # bool [B, 1, 1, 1, 1]
+    future: Tensor | None  # int64 [B, 1, 1, 1, g]: positions that the oldest group has when it is low bit
+    candidates: Tensor | None  # int32 [B]: low-bit tokens of the next step
+
+
+class StaticPass:
+    """One decode step of a batch, as the model's attention layers see it.
+
+    Args:
+        kind: `PAIR` or `SINGLE`.
+        retires: some sequence's oldest group becomes low bit when the step is over, and the next step's candidates count.
+    """
+
+    def __init__(self, batch: DeviceBatch, kind: PassKind, policy: Policy, top_k: int, retires: bool) -> None:
+        self._batch = batch
+        self._kind = kind
+        self._policy = policy
+        self._top_k = top_k
+        self._retires = retires
+        self._seen = self._see()
+
+    def attention(self, index: int, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
+        """query [B, Hq, n, D], keys and values [B, Hkv, n, D] of layer `index` -> [B, n, Hq, D], in the query's dtype."""
+        layer = self._batch.layers[index]
+        layer.begun = True
+        self._append(layer, keys, values)
+        layer.rows.begin_step()
+        recent = self._recent(layer, query, keys, values, params)
+        scores = layer.kernels.score(query, layer.tables, layer.weights, params.scaling, params.softcap)  # [B, Hkv, G, n, S]
+        if self._policy.verifies:
+            positions, rows = self._verified_rows(layer, scores, recent)
+            layer.kernels.rescore(query, scores, positions, rows, params.scaling, params.softcap)
+        else:
+            positions, rows = self._prefetched_rows(layer, query.shape[2])
+            layer.kernels.rescore(query, scores, positions, rows, params.scaling, params.softcap)
+            self._count_hits(layer, scores, recent, positions)
+            self._submit(layer, self._next_positions(layer, scores, recent, None))
+        out, lse = layer.kernels.attend(scores, positions, rows, layer.tables)
+        return _merged(out, lse, recent).flatten(1, 2).transpose(1, 2).to(query.dtype)
+
+    def _see(self) -> _Seen:
+        batch, config = self._batch, self._batch.config
+        inputs, size = batch.inputs, config.residual + config.group_size
+        counts = inputs.counts.view(-1, 1, 1, 1, 1)  # before row 0 joins
+        column = torch.arange(size + self._own, device=counts.device)
+        hidden = (column > counts) & (column < size)  # [B, 1, 1, 1, T]
+        if self._kind is PassKind.PAIR:  # row 0 does not see row 1
+            row = torch.arange(2, device=counts.device).view(2, 1)
+            hidden = hidden | ((column >= size) & (row == 0))
+        batch.lengths.copy_(inputs.low_bit)
+        if not self._retires:
+            return _Seen(hidden, counts, batch.lengths, None, None, None)
+        retiring = counts + 1 == size
+        future = inputs.low_bit.view(-1, 1, 1, 1, 1) + torch.arange(config.group_size, device=counts.device)
+        candidates = batch.lengths + retiring.view(-1).to(torch.int32) * config.group_size
+        return _Seen(hidden, counts, batch.lengths, retiring, future, candidates)
+
+    @property
+    def _own(self) -> int:
+        """The step's rows that are not in the residual."""
+        return self._kind.rows - 1
+
+    def _append(self, layer: LayerState, keys: Tensor, values: Tensor) -> None:
+        """Row 0 joins the residual, and whether it is finite is noted."""
+        new = torch.stack([keys[:, :, 0], values[:, :, 0]], dim=1)  # [B, 2, Hkv, D]
+        layer.finite.copy_(torch.isfinite(new).all())
+        slot = self._seen.slot.expand(*new.shape[:3], 1, new.shape[3])
+        layer.residual.scatter_(3, slot, new.unsqueeze(3))
+
+    def _recent(self, layer: LayerState, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> _Recent:
+        """Exact attention of the rows over the residual and over themselves."""
+        batch, own, seen = len(query), slice(1, 1 + self._own), self._seen
+        seen_keys = torch.cat([layer.residual[:, 0], keys[:, :, own]], dim=2)  # [B, Hkv, T, D]
+        seen_values = torch.cat([layer.residual[:, 1], values[:, :, own]], dim=2)
+        score = exact_scores(query.flatten(0, 1), seen_keys.flatten(0, 1), params).unflatten(0, (batch, -1))
+        score.masked_fill_(seen.hidden, -torch.inf)  # [B, Hkv, G, n, T]
+        retiring_scores = staying_lse = None
+        if seen.retiring is not None:
+            last, g = score[:, :, :, -1:], self._batch.config.group_size
+            retiring_scores = last[..., :g].masked_fill(~seen.retiring, -torch.inf)
+            leaves = seen.retiring & (torch.arange(last.shape[-1], device=last.device) < g)
+            staying_lse = add_sinks(last.masked_fill(leaves, -torch.inf).logsumexp(-1), params)
+        shape = score.shape[:4]
+        out, lse = softmax_sum(score.flatten(0, 1), seen_values.flatten(0, 1))
+        own_lse = lse.view(shape)
+        return _Recent(out.view(*shape, -1), add_sinks(own_lse, params), own_lse, retiring_scores, staying_lse)
+
+    def _verified_rows(self, layer: LayerState, scores: Tensor, recent: _Recent) -> tuple[Tensor, Tensor]:
+        """Each row's own top-k [B, Hkv, n, k] and its rows. The real row gets all of them, the guess those that are here (-1)."""
+        selected = layer.kernels.select(scores, recent.lse, self._seen.lengths, self._top_k)
+        layer.rows.fetch(selected[:, :, 0])
+        if self._kind is PassKind.PAIR:
+            layer.rows.available(selected[:, :, 1])
+            self._submit(layer, self._next_positions(layer, scores, recent, selected))
+        self._batch.streams.finish(Queue.COMPUTE)
+        return layer.buffers.positions_by_pass, layer.buffers.rows_by_pass
+
+    def _prefetched_rows(self, layer: LayerState, n: int) -> tuple[Tensor, Tensor]:
+        """What the last step selected, the same for every row of this one."""
+        positions = layer.used_positions.copy_(layer.next_positions)
+        rows = layer.rows.fetch(positions)
+        self._batch.streams.finish(Queue.COMPUTE)
+        return positions.unsqueeze(2).expand(-1, -1, n, -1), rows.unsqueeze(2).expand(-1, -1, n, -1, -1)
+
+    def _next_positions(self, layer: LayerState, scores: Tensor, recent: _Recent, selected: Tensor | None) -> Tensor:
+        """The last row's top-k among the positions that are at low bit in the next step -> [B, Hkv, k].
+
+        A group that retires when this step is over is a candidate with its exact scores.
+        """
+        seen = self._seen
+        if seen.future is None or seen.candidates is None:
+            if selected is None:
+                selected = layer.kernels.select(scores[:, :, :, -1:], recent.lse[..., -1:], seen.lengths, self._top_k)
+            return selected[:, :, -1]
+        assert recent.retiring_scores is not None
+        assert recent.staying_lse is not None
+        extended = scores[:, :, :, -1:].clone()
+        extended.scatter_(-1, seen.future.expand_as(recent.retiring_scores), recent.retiring_scores)
+        return layer.kernels.select(extended, recent.staying_lse, seen.candidates, self._top_k)[:, :, 0]
+
+    def _submit(self, layer: LayerState, positions: Tensor) -> None:
+        """Start fetching, as soon as the layer knows what it will need."""
+        layer.next_positions.copy_(positions)
+        layer.rows.submit(layer.next_positions)
+
+    def _count_hits(self, layer: LayerState, scores: Tensor, recent: _Recent, prefetched: Tensor) -> None:
+        """How much of what the real row wants the prefetch had brought; for the statistics only."""
+        wanted = layer.kernels.select(scores[:, :, :, :1], recent.lse[..., :1], self._seen.lengths, self._top_k)[:, :, 0]
+        chosen = wanted >= 0
+        hit = (wanted.unsqueeze(-1) == prefetched[:, :, 0].unsqueeze(-2)).any(-1) & chosen
+        self._batch.hits += torch.stack([chosen.sum(), hit.sum()])
+
+
+def _merged(out: Tensor, lse: Tensor, recent: _Recent) -> Tensor:
+    """The copy's part and the recent one -> [B, Hkv, G, n, D]."""
+    total = torch.logaddexp(lse, recent.lse)
+    weight = (recent.own_lse - total).exp().unsqueeze(-1)
+    return out * (lse - total).exp().unsqueeze(-1) + recent.out * weight

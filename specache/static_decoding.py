@@ -1,0 +1,222 @@
+"""Decode steps on a GPU: over static buffers, so that the host only launches, and as a CUDA graph where one can be captured.
+
+`StaticDecoder` lends a batch's sequences to a `DeviceBatch` for as long as the same sequences decode together. `SpeCache.settle`
+has them hold their whole state themselves again; whoever reads or changes a sequence otherwise calls it first.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specache.attention import PassKind
+from specache.budget import Claim
+from specache.cache import SpeCache
+from specache.config import Policy, SlowTierKind
+from specache.device import page_kernels
+from specache.device.batch import BatchSize, DeviceBatch
+from specache.device.graph import CaptureError, GraphedSteps, Graphs, graphs_for
+from specache.device.step import StaticPass
+from specache.device.streams import Streams, streams_for
+from specache.errors import FastMemoryError, SlowTierError
+from specache.integration import decode_forward
+from specache.layers import not_finite
+from specache.out_of_memory import is_out_of_memory
+from specache.sequence import Sequence as CachedSequence
+from specache.working_set import decode_bytes
+
+CAPACITY_STEP = 4096  # low-bit tokens: what a batch has room for is a multiple, so that it is rebuilt (and captured) seldom
+_KINDS = {Policy.VERIFIED: PassKind.PAIR, Policy.SPECULATIVE: PassKind.PAIR, Policy.ON_DEMAND: PassKind.SINGLE}
+
+
+@dataclass(frozen=True)
+class StaticSettings:
+    """How steps run; tests run them on the CPU with settings of their own."""
+
+    streams: Callable[[torch.device], Streams] = streams_for
+    graphs: Callable[[torch.device], Graphs | None] = graphs_for
+    capacity_step: int = CAPACITY_STEP
+    devices: tuple[str, ...] = ("cuda",)
+
+
+SETTINGS = StaticSettings()
+
+
+class StaticDecoder:
+    """The static steps of one cache. The model must be `attached`."""
+
+    def __init__(self, model: Any, cache: SpeCache) -> None:
+        self._model = model
+        self._cache = cache
+        self._settings = SETTINGS
+        self._graphs = cache.config.cuda_graph is not False
+        self._batch: DeviceBatch | None = None
+        self._sequences: list[CachedSequence] = []  # that the batch is made of
+        self._steps = GraphedSteps(None)
+        self._working_set: Claim | None = None
+        self._off = self._refuses()
+        if self._off and cache.config.cuda_graph and self._on_device:
+            _warn(f"cuda_graph is on, but decode steps are not captured: {self._off}.")
+
+    def serves(self, kind: PassKind, sequences: Sequence[CachedSequence]) -> bool:
+        """Whether a pass runs here. A sequence shorter than `R + g` has no low-bit copy yet, and no key weights."""
+        config = self._cache.config
+        least = config.residual + config.group_size
+        return not self._off and kind is _KINDS[config.policy] and all(sequence.length >= least for sequence in sequences)
+
+    def step(self, sequences: Sequence[CachedSequence], tokens: list[list[int]]) -> Tensor | None:
+        """One step over tokens [A][n] -> float32 logits [A, n, V]; `None` if there is no room for a batch. Commits the first ones.
+
+        A failure leaves the sequences as they were.
+        """
+        if self._off or not self._lend(sequences):
+            return None
+        assert self._batch is not None
+        try:
+            logits = self._run(self._batch, tokens)
+        except BaseException as error:
+            again = self._can_do_without(error)
+            self._take_back(failed=True)
+            if not again:
+                raise
+            logits = None
+        if logits is None:  # outside of `except`: the error keeps the failed step's tensors alive
+            return self.step(sequences, tokens)
+        for sequence, row in zip(sequences, tokens, strict=True):
+            sequence.commit(row[:1])
+        return logits
+
+    def settle(self) -> None:
+        """The sequences hold their whole state themselves."""
+        if self._batch is not None:
+            self._take_back(failed=False)
+
+    def _run(self, batch: DeviceBatch, tokens: list[list[int]]) -> Tensor:
+        config = self._cache.config
+        kind = _KINDS[config.policy]
+        retires = batch.begin(tokens) and kind is PassKind.PAIR  # only what is selected for the next step depends on it
+
+        def run() -> Tensor:
+            state = StaticPass(batch, kind, config.policy, config.top_k, retires)
+            logits = decode_forward(self._model, batch.inputs.token_ids, batch.inputs.position_ids, state, reads_back=False)
+            if self._graphs:
+                batch.join()
+            return logits
+
+        logits = self._steps(retires, run)
+        batch.ran()
+        if (layer := batch.first_not_finite()) is not None:
+            raise not_finite(layer)
+        batch.commit()
+        return logits
+
+    def _can_do_without(self, error: BaseException) -> bool:
+        """Leave out what made a step fail, from now on -> whether the step can be tried again as it is."""
+        if isinstance(error, CaptureError):
+            _warn(f"A decode step could not be captured as a CUDA graph ({error}). Steps go on without, slower.")
+            self._graphs = False
+            return True
+        if isinstance(error, page_kernels.build_errors(self._cache.info.device)):
+            self._off = f"a kernel could not be built ({error})"
+            _warn(f"Decode steps go on without static buffers, slower: {self._off}.")
+            return True
+        if is_out_of_memory(error):
+            self._off = "memory ran out in a step with static buffers"
+        return False
+
+    def _lend(self, sequences: Sequence[CachedSequence]) -> bool:
+        """Have the batch of these sequences, with room for a step -> whether there is one."""
+        batch = self._batch
+        if batch is not None and not batch.outgrown and self._sequences == list(sequences):
+            return True
+        self._cache.settle()
+        device = self._cache.info.device
+        size = self._size(sequences)
+        resources, config = self._cache.resources, self._cache.config
+        try:
+            working = decode_bytes(resources.dimensions, config, len(sequences), size.capacity)
+            self._working_set = resources.budget.claim(working, "the working set of a step")
+            self._batch = DeviceBatch(sequences, config, size, self._settings.streams(device), resources.budget)
+        except (FastMemoryError, SlowTierError) as error:
+            self._off = str(error)
+            _warn(f"Decode steps go on without static buffers, slower: {error}")
+            self._forget()
+            for sequence in sequences:
+                sequence.prepare_decode()
+            return False
+        self._sequences = list(sequences)
+        self._steps = GraphedSteps(self._settings.graphs(device) if self._graphs else None)
+        self._cache.lent = self.settle
+        return True
+
+    def _size(self, sequences: Sequence[CachedSequence]) -> BatchSize:
+        config, step = self._cache.config, self._settings.capacity_step
+        longest = max(config.low_bit_length(sequence.length) for sequence in sequences) + config.group_size
+        slots = {
+            index: sum(self._cache.hot_slots(sequence, sequence.compressed[index]) for sequence in sequences) // len(sequences)
+            for index in sequences[0].compressed
+        }
+        return BatchSize(_KINDS[config.policy].rows, -(-longest // step) * step, slots)
+
+    def _take_back(self, failed: bool) -> None:
+        batch = self._batch
+        assert batch is not None
+        steps = self._steps  # its graphs are not freed before the device is through with them
+        self._forget()
+        if steps.capturing:
+            batch.abandon_capture()
+        if failed:
+            batch.undo()
+        batch.give_back()
+        self._count(batch)
+        for sequence in self._sequences:
+            if failed:
+                sequence.begin_pass()
+                sequence.undo_pass()
+            if not self._off:
+                sequence.prepare_decode()
+
+    def _forget(self) -> None:
+        self._batch, self._steps, self._cache.lent = None, GraphedSteps(None), None
+        if self._working_set is not None:
+            self._working_set.release()
+
+    def _count(self, batch: DeviceBatch) -> None:
+        """What the batch counted on the device."""
+        counters = self._cache.counters
+        selected, ready, size = batch.row_counts()
+        counters.rows_selected += selected
+        counters.rows_ready += ready
+        counters.bytes_fetched += size
+
+    @property
+    def _on_device(self) -> bool:
+        return self._cache.info.device.type in self._settings.devices
+
+    def _refuses(self) -> str | None:
+        """Why no step of this cache runs here, or `None`."""
+        info, config = self._cache.info, self._cache.config
+        if not self._on_device:
+            return f"the model is on {info.device.type!r}"
+        if config.policy not in _KINDS:
+            return f"policy {config.policy.value!r} is not served"
+        if config.slow_tier is not SlowTierKind.RAM:
+            return f"the 16-bit pairs are in slow tier {config.slow_tier.value!r}, not in RAM"
+        if any(window is not None for window in info.windows):
+            return "the model has sliding-window layers"
+        if info.rope_switch is not None:
+            return f"with {info.rope_type} RoPE the frequencies depend on the length"
+        if config.residual == 0:
+            return "residual=0 leaves no token at 16 bits while its group becomes low bit"
+        layers = set(self._cache.resources.dimensions.full_layers)
+        reasons = (page_kernels.refuses(info.device, layer.head_dim, info.dtype, config.group_size) for layer in layers)
+        return next((reason for reason in reasons if reason), None)
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=4)

@@ -1,0 +1,93 @@
+"""Decode steps that are captured and replayed: the tokens of ordinary steps, and nothing of the host in them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from specache.device.step import StaticPass
+from tests.device.running import answer, assert_equal, config, static_steps
+from tests.device.simulated_graph import NotPermitted, SimulatedGraphs
+from tests.tiny import llama
+
+pytestmark = pytest.mark.usefixtures("torch_kernels")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return llama(num_hidden_layers=2)
+
+
+@pytest.fixture
+def graphs():
+    return SimulatedGraphs()
+
+
+@pytest.mark.parametrize(("policy", "new"), [("verified", 110), ("speculative", 80), ("on-demand", 80)])
+def test_replays_give_the_ordinary_tokens(model, monkeypatch, graphs, policy, new):
+    """Two sequences of different lengths, several retirements of each, a hot set that is too small, and more room."""
+    settings = config(policy=policy)
+    eager = answer(model, settings, (150, 97), new)
+    with static_steps(monkeypatch, graphs=lambda device: graphs) as steps:
+        static = answer(model, settings, (150, 97), new)
+    assert steps == [2] * (new - 1)
+    assert graphs.captures >= 2  # one or two for each size of the buffers
+    assert graphs.replays >= new - 10  # every other step warms up
+    assert_equal(static, eager)
+
+
+def test_a_position_of_the_host_in_a_launch_is_found(model, monkeypatch, graphs):
+    """The same slot of the residual at every replay."""
+    append = StaticPass._append
+
+    def append_where_the_host_says(self, layer, keys, values):
+        self._seen.slot = torch.full_like(self._seen.slot, layer.layers[0].residual_count)
+        append(self, layer, keys, values)
+
+    settings = config()
+    eager = answer(model, settings, (150,), 30)
+    monkeypatch.setattr(StaticPass, "_append", append_where_the_host_says)
+    with static_steps(monkeypatch):
+        assert_equal(answer(model, settings, (150,), 30), eager)  # without a graph the host is right
+    with static_steps(monkeypatch, graphs=lambda device: graphs):
+        static = answer(model, settings, (150,), 30)
+    assert graphs.replays
+    assert not torch.equal(static.sequences, eager.sequences)
+
+
+@pytest.mark.parametrize("planted", [lambda x: x.sum().item(), lambda x: x[x >= 0], lambda x: torch.tensor([1])])
+def test_what_a_capture_cannot_hold_is_said_and_steps_go_on(model, monkeypatch, graphs, planted):
+    see = StaticPass._see
+
+    def see_and_wait(self):
+        planted(self._batch.inputs.counts)
+        return see(self)
+
+    settings = config()
+    eager = answer(model, settings, (150,), 20)
+    monkeypatch.setattr(StaticPass, "_see", see_and_wait)
+    with static_steps(monkeypatch, graphs=lambda device: graphs) as steps, pytest.warns(RuntimeWarning, match="not permitted"):
+        static = answer(model, settings, (150,), 20)
+    assert_equal(static, eager)
+    assert steps == [1] * 19
+    assert graphs.captures == 0
+
+
+def test_a_simulated_capture_runs_nothing_and_leaves_garbage(graphs):
+    counter, once = torch.zeros(3), torch.ones(3)
+
+    def run():
+        counter.add_(1)
+        return counter * 2 + once
+
+    replay, result = graphs.capture(run)
+    assert counter.tolist() == [0, 0, 0]
+    assert result.isnan().all()
+    for expected in (3, 5):
+        replay()
+        assert result.tolist() == [expected] * 3
+
+
+def test_a_simulated_capture_refuses_a_read(graphs):
+    with pytest.raises(NotPermitted):
+        graphs.capture(lambda: torch.ones(3).nonzero())

@@ -1,0 +1,230 @@
+"""Decode steps over static buffers equal the ordinary ones, and give the sequences back as those would have left them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import specache
+from specache.device import page_kernels
+from specache.device.main_memory import MainMemory
+from specache.device.pinned import PinnedPool, pageable
+from specache.device.step import StaticPass
+from specache.errors import NonFiniteError
+from tests.device.running import answer, assert_equal, config, continued, ragged, static_steps
+from tests.device.simulated import SimulatedStreams, orders
+from tests.device.simulated_graph import SimulatedGraphs
+from tests.test_models import FAMILIES, build
+from tests.tiny import llama, prompt
+
+pytestmark = pytest.mark.usefixtures("torch_kernels")
+POLICIES = ("verified", "speculative", "on-demand")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return llama(num_hidden_layers=2)
+
+
+@pytest.mark.parametrize("code", ["kivi", "rotated"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_tokens_and_logits_are_the_ordinary_steps(model, monkeypatch, policy, code):
+    """Over retirements, evictions and more room, by sequences of different lengths."""
+    settings = config(policy=policy, code=code)
+    eager = answer(model, settings, (150, 97), 40)
+    with static_steps(monkeypatch) as steps:
+        static = answer(model, settings, (150, 97), 40)
+    assert_equal(static, eager)
+    assert steps == [2] * 39
+
+
+@pytest.mark.parametrize("changes", [{"bits": 4, "group_size": 32, "residual": 7}, {"bits": 1, "hot_set": 0.0}, {"top_k": 10**6}])
+def test_other_layouts_too(model, monkeypatch, changes):
+    settings = config(**changes)
+    eager = answer(model, settings, (100, 60), 20)
+    with static_steps(monkeypatch) as steps:
+        static = answer(model, settings, (100, 60), 20)
+    assert_equal(static, eager)
+    assert steps
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gpt-oss"])
+def test_soft_caps_and_sinks(monkeypatch, kind):
+    family, changes = FAMILIES[kind]
+    model = build(family, {**changes, "num_hidden_layers": 2, "layer_types": ["full_attention"] * 2})
+    eager = answer(model, config(), (60,), 12)
+    with static_steps(monkeypatch) as steps:
+        static = answer(model, config(), (60,), 12)
+    assert_equal(static, eager)
+    assert steps
+
+
+@pytest.mark.parametrize(("order", "seed"), orders(seeds=2))
+def test_the_copy_queue_may_be_early_or_late(model, monkeypatch, order, seed):
+    """Also with rows that are still on their way to the slow tier."""
+    settings = config()
+    eager = answer(model, settings, (150, 97), 20)
+    streams = SimulatedStreams(order, seed)
+    memory = MainMemory(streams, PinnedPool(block_bytes=1 << 20, allocate=pageable))
+    monkeypatch.setattr(specache.SpeCache, "new_tier", lambda cache: memory.new_tier())
+    with static_steps(monkeypatch, streams=lambda device: streams):
+        static = answer(model, settings, (150, 97), 20)
+    assert_equal(static, eager)
+
+
+def test_a_short_sequence_begins_with_ordinary_steps(model, monkeypatch):
+    """Until its key weights are fixed."""
+    settings = config()
+    eager = answer(model, settings, (20,), 40)
+    with static_steps(monkeypatch) as steps:
+        static = answer(model, settings, (20,), 40)
+    assert_equal(static, eager)
+    assert steps == [1] * (39 - (16 + 16 - 20))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_statistics_are_the_ordinary_ones(model, monkeypatch, policy):
+    """Of one sequence: the slots of a batch's hot set are shared out evenly, those of ordinary steps by length.
+
+    A batch begins without the rows of pre-decoding, and fetches those of its selection once more.
+    """
+    eager = answer(model, config(policy=policy), (150,), 20).past_key_values.stats()
+    with static_steps(monkeypatch, capacity_step=256):
+        static = answer(model, config(policy=policy), (150,), 20).past_key_values.stats()
+    for name in ("rows_selected", "guess_rate", "fast_bytes"):
+        assert static[name] == eager[name], name
+    once_more = 2 * 2 * 8 * 2 * 16 * 4  # layers, heads, pairs, keys and values, channels, bytes
+    assert eager["bytes_fetched"] <= static["bytes_fetched"] <= eager["bytes_fetched"] + 2 * once_more
+    if policy == "on-demand":
+        assert static["rows_ready"] == eager["rows_ready"]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_sequences_are_given_back_whole(model, monkeypatch, policy):
+    """A conversation goes on with ordinary steps, on a fork too, as if there had been no others."""
+    settings = config(policy=policy)
+    with static_steps(monkeypatch):
+        static = answer(model, settings, (150, 97), 25)
+    eager = answer(model, settings, (150, 97), 25)
+    for one, other in zip(static.past_key_values.sequences, eager.past_key_values.sequences, strict=True):
+        assert one.token_ids == other.token_ids
+        for index, layer in one.compressed.items():
+            assert layer.length == other.layers[index].length == one.length
+            for ours, theirs in zip(one.tier.read(index, 0, one.length), other.tier.read(index, 0, one.length), strict=True):
+                torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(layer.residual_keys, other.layers[index].residual_keys, atol=1e-5, rtol=1e-5)
+    for ours, theirs in ((static.past_key_values.fork(), eager.past_key_values.fork()), (static, eager)):
+        caches = [getattr(each, "past_key_values", each) for each in (ours, theirs)]
+        assert_equal(
+            continued(model, caches[0], static.sequences, (150, 97), 12),
+            continued(model, caches[1], eager.sequences, (150, 97), 12),
+        )
+
+
+def test_sequences_that_end_leave_the_batch(model, monkeypatch):
+    settings = config()
+    ends = int(answer(model, settings, (150, 97), 12).sequences[1, -1])
+    eager = answer(model, settings, (150, 97), 40, eos_token_id=ends)
+    with static_steps(monkeypatch, graphs=lambda device: SimulatedGraphs()) as steps:
+        static = answer(model, settings, (150, 97), 40, eos_token_id=ends)
+    assert_equal(static, eager)
+    assert {1, 2} == set(steps)
+
+
+class _Spoiled(Exception):
+    pass
+
+
+@pytest.mark.parametrize("policy", ["verified", "speculative"])
+@pytest.mark.parametrize("failing", [2, 9])  # the step that is captured, and one that is replayed
+def test_a_step_that_is_not_finite_leaves_the_sequences_as_they_were(model, monkeypatch, policy, failing):
+    def fails_and_goes_on():
+        weight, calls = model.model.layers[1].self_attn.v_proj.weight, []
+        sound = weight.detach().clone()
+
+        def spoil():
+            calls.append(None)
+            if len(calls) == failing:
+                weight.data.fill_(torch.nan)
+
+        cache = specache.SpeCache(model, config(policy=policy))
+        try:
+            with pytest.raises(NonFiniteError, match="layer 1") as raised:
+                continued(model, cache, ids, (150, 97), 20, before_token=spoil)
+        finally:
+            weight.data.copy_(sound)
+        kept = raised.value.new_token_ids
+        assert [len(each) for each in kept] == [failing] * 2
+        assert all(sequence.length == length + failing - 1 for sequence, length in zip(cache.sequences, (150, 97), strict=True))
+        return continued(model, cache, torch.cat([ids, torch.tensor(kept)], dim=1), (150, 97), 10)
+
+    ids, _ = ragged(150, 97)
+    eager = fails_and_goes_on()
+    with static_steps(monkeypatch, graphs=lambda device: SimulatedGraphs()) as steps:
+        static = fails_and_goes_on()
+    assert len(steps) == failing - 1 + 9
+    assert_equal(static, eager)
+
+
+@pytest.mark.parametrize("policy", ["verified", "speculative"])
+def test_an_exception_in_the_middle_of_a_step_undoes_it(model, monkeypatch, policy):
+    """Compared with ordinary steps that fail at the same place."""
+
+    def fails_and_goes_on(owner, name, at):
+        whole, calls = getattr(owner, name), []
+
+        def fails_once(*arguments):
+            calls.append(None)
+            if len(calls) == at:  # after the first layer of a step
+                raise _Spoiled
+            return whole(*arguments)
+
+        cache = specache.SpeCache(model, config(policy=policy))
+        specache.prefill(model, prompt(150), cache=cache)
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fails_once)
+            with pytest.raises(_Spoiled):
+                continued(model, cache, prompt(150), (150,), 20)
+        ids = torch.tensor([[*cache.sequences[0].token_ids, 5]])
+        return continued(model, cache, ids, (ids.shape[1],), 10)
+
+    with static_steps(monkeypatch) as steps:
+        static = fails_and_goes_on(StaticPass, "attention", 12)
+    eager = fails_and_goes_on(specache.passes.DecodePass, "attention", 14)  # pre-decoding too
+    assert steps
+    assert_equal(static, eager)
+
+
+def test_without_room_steps_are_the_ordinary_ones(model, monkeypatch):
+    eager = answer(model, config(), (150,), 10)
+    with specache.SpeCache(model, config()) as cache:
+        specache.prefill(model, prompt(150), cache=cache)
+        specache.generate(model, prompt(150), past_key_values=cache, max_new_tokens=10, do_sample=False)
+        needed = cache.stats()["fast_memory_peak_bytes"]
+    with static_steps(monkeypatch, capacity_step=1 << 16) as steps, pytest.warns(RuntimeWarning, match="without static buffers"):
+        static = answer(model, config(fast_memory=needed + 1000), (150,), 10)
+    assert_equal(static, eager)
+    assert steps == []
+
+
+def test_a_kernel_that_cannot_be_built_leaves_the_ordinary_steps(model, monkeypatch):
+    class Unbuilt(Exception):
+        pass
+
+    def score(*arguments):
+        raise Unbuilt("ptxas")
+
+    eager = answer(model, config(), (100,), 6)
+    monkeypatch.setattr(page_kernels, "build_errors", lambda device: (Unbuilt,))
+    monkeypatch.setattr(page_kernels.TorchPages, "score", score)
+    with static_steps(monkeypatch) as steps, pytest.warns(RuntimeWarning, match="could not be built"):
+        static = answer(model, config(), (100,), 6)
+    assert_equal(static, eager)
+    assert steps == []
+
+
+def test_what_is_not_served_is_named_where_it_was_asked_for(model, monkeypatch, tmp_path):
+    settings = config(slow_tier=f"disk:{tmp_path}", cuda_graph=True)
+    with static_steps(monkeypatch) as steps, pytest.warns(RuntimeWarning, match="slow tier 'disk'"):
+        answer(model, settings, (60,), 5).past_key_values.close()
+    assert steps == []
