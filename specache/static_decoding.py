@@ -23,7 +23,7 @@ from specache.device.batch import BatchSize, DeviceBatch
 from specache.device.graph import CaptureError, GraphedSteps, Graphs, graphs_for
 from specache.device.step import StaticPass
 from specache.device.streams import Streams, streams_for
-from specache.errors import FastMemoryError, SlowTierError
+from specache.errors import SlowTierError
 from specache.integration import decode_forward
 from specache.layers import not_finite
 from specache.out_of_memory import is_out_of_memory
@@ -127,6 +127,8 @@ class StaticDecoder:
             return True
         if is_out_of_memory(error):
             self._off = "memory ran out in a step with static buffers"
+            _warn("Out of memory in a decode step: its static buffers were freed, and steps go on without, slower.")
+            return True
         return False
 
     def _lend(self, sequences: Sequence[CachedSequence]) -> bool:
@@ -142,7 +144,9 @@ class StaticDecoder:
             working = decode_bytes(resources.dimensions, config, len(sequences), size.capacity)
             self._working_set = resources.budget.claim(working, "the working set of a step")
             self._batch = DeviceBatch(sequences, config, size, self._settings.streams(device), resources.budget)
-        except (FastMemoryError, SlowTierError) as error:
+        except Exception as error:
+            if not (isinstance(error, SlowTierError) or is_out_of_memory(error)):
+                raise
             self._off = str(error)
             _warn(f"Decode steps go on without static buffers, slower: {error}")
             self._forget()

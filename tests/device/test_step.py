@@ -207,6 +207,36 @@ def test_without_room_steps_are_the_ordinary_ones(model, monkeypatch):
     assert steps == []
 
 
+@pytest.mark.parametrize("where", ["score", "attend"])
+def test_out_of_memory_leaves_the_ordinary_steps(model, monkeypatch, where):
+    eager = answer(model, config(), (100,), 12)
+    works, calls = getattr(page_kernels.TorchPages, where), []
+
+    def fails_late(*arguments):
+        calls.append(where)
+        if len(calls) == 8:  # the second layer of the fourth step
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return works(*arguments)
+
+    monkeypatch.setattr(page_kernels.TorchPages, where, fails_late)
+    with static_steps(monkeypatch) as steps, pytest.warns(RuntimeWarning, match="its static buffers were freed"):
+        static = answer(model, config(), (100,), 12)
+    assert_equal(static, eager)
+    assert len(steps) == 3 and len(calls) == 8
+
+
+def test_no_memory_for_the_buffers_leaves_the_ordinary_steps(model, monkeypatch):
+    def refused(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    eager = answer(model, config(), (100,), 6)
+    monkeypatch.setattr("specache.device.batch.page_kernels", refused)
+    with static_steps(monkeypatch) as steps, pytest.warns(RuntimeWarning, match="without static buffers"):
+        static = answer(model, config(), (100,), 6)
+    assert_equal(static, eager)
+    assert steps == []
+
+
 def test_a_kernel_that_cannot_be_built_leaves_the_ordinary_steps(model, monkeypatch):
     class Unbuilt(Exception):
         pass
