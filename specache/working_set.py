@@ -78,8 +78,8 @@ def _widened(model: ModelDimensions, chunk: int) -> int:
     native = all(products.multiplies_natively(dtype) for dtype in (torch.bfloat16, torch.float16))
     if model.device != "cpu" or model.itemsize != 2 or native:
         return 0
-    outputs = products.BLOCK_ELEMENTS // model.hidden
-    return FLOAT * (products.BLOCK_ELEMENTS + chunk * (model.hidden + outputs))
+    outputs = min(products.BLOCK_ELEMENTS // model.hidden, model.mlp)
+    return FLOAT * (outputs * model.hidden + chunk * (model.hidden + outputs))
 
 
 def _normalisation(model: ModelDimensions, chunk: int) -> int:

@@ -99,9 +99,9 @@ def test_every_policy_equals_the_reference(model, full, tier, policy, code, bits
     config = settings(**settings_, prefill_chunk=4096)  # as the reference: a last-bit difference in a key can turn a code
     expected = reference.generate(model, prompt(200), config, NEW, forced_tokens=full[0])
     _, logits, _ = run(model, prompt(200), config, answer=full[0])
-    # A scale of the rotated code is a sum; another order of summing can turn its last of 16 bits, 0.05% of a key. Seen with 4 bits
-    # under `previous` only: 0.0023 in the logits.
-    assert (logits - expected.logits).abs().max() < (5e-3 if (code, bits) == ("rotated", 4) else 1e-3)
+    # The reference sums a prompt's attention in another order. A last-bit difference of a key can turn a code, or the last of a scale's
+    # 16 bits. Seen with 4 bits, which code depends on the processor: 0.0042 in the logits under `none`, 0.0023 under `previous`.
+    assert (logits - expected.logits).abs().max() < (5e-3 if bits == 4 else 1e-3)
 
 
 @pytest.mark.skipif(not native.instruction_sets(), reason="the C++ kernels are not built")
@@ -211,7 +211,7 @@ def test_a_ragged_batch_equals_each_prompt_alone(model):
 @pytest.mark.parametrize("policy", FETCHING)
 def test_positions_are_never_duplicated_out_of_range_or_padding(model, monkeypatch, policy):
     seen = []
-    rescore, attend = specache.kernels.dispatch.rescore, native.LayerStep.attend
+    rescore, attend = specache.kernels.dispatch.rescore, native.LayerStep.attend_fetched
 
     def check(positions, lengths):
         seen.append(int((positions >= 0).sum()))
@@ -230,7 +230,7 @@ def test_positions_are_never_duplicated_out_of_range_or_padding(model, monkeypat
         return attend(step, positions, rows)
 
     monkeypatch.setattr(specache.kernels.dispatch, "rescore", checked_rescore)
-    monkeypatch.setattr(native.LayerStep, "attend", checked_attend)
+    monkeypatch.setattr(native.LayerStep, "attend_fetched", checked_attend)
     ids = torch.cat([prompt(200, 1), prompt(200, 2)])
     mask = torch.ones_like(ids)
     mask[1, :120] = 0

@@ -111,7 +111,9 @@ def test_a_wait_is_timed_and_counted(tier, worker):
     counters = rows._counters
     assert counters.waits == 1
     assert 0.05 < counters.wait_s <= counters.read_s + 0.05
-    rows.fetch(wanted(6))  # what is read at once is waited for from beginning to end
+    tier.gate.clear()
+    threading.Timer(0.1, tier.gate.set).start()
+    rows.fetch(wanted(6))  # nothing else is done meanwhile
     assert counters.waits == 2
     figures = report(MemoryUse(), counters, 0)
     assert (figures["waits"], figures["read_s"], figures["wait_s"]) == (2, counters.read_s, counters.wait_s)
