@@ -99,8 +99,8 @@ def test_every_policy_equals_the_reference(model, full, tier, policy, code, bits
     config = settings(**settings_, prefill_chunk=4096)  # as the reference: a last-bit difference in a key can turn a code
     expected = reference.generate(model, prompt(200), config, NEW, forced_tokens=full[0])
     _, logits, _ = run(model, prompt(200), config, answer=full[0])
-    # The reference sums a prompt's attention in another order. A last-bit difference of a key can turn a code, or the last of a scale's
-    # 16 bits. Seen with 4 bits, which code depends on the processor: 0.0042 in the logits under `none`, 0.0023 under `previous`.
+    # The reference sums a prompt's attention in another order. A last-bit difference of a key can turn a code, or the last of a
+    # scale's 16 bits. Seen with 4 bits, by processor: 0.0042 in the logits under `none`, 0.0023 under `previous`.
     assert (logits - expected.logits).abs().max() < (5e-3 if bits == 4 else 1e-3)
 
 
