@@ -59,6 +59,13 @@ class SlowTierKind(StrEnum):
     DISK = "disk"  # the same, from files in a folder; written `disk:FOLDER`
 
 
+class ReadPath(StrEnum):
+    """On a GPU, how the real row's missing rows come. What the guess wants is always read on the copy queue."""
+
+    MAPPED = "mapped"  # by the compute queue itself, over the mapped address: overtakes the prefetches of earlier layers
+    COPY = "copy"  # by the copy queue, behind the prefetches of earlier layers; compute waits for the event
+
+
 @dataclass(frozen=True)
 class SpeCacheConfig:
     """Settings of one `SpeCache`. Frozen; invalid values raise `ConfigError` when it is built.
@@ -80,6 +87,7 @@ class SpeCacheConfig:
             `None` is unbounded.
         cuda_graph: on CUDA, replay a decode step as a CUDA graph where one can be captured. `None` does so and says nothing where
             it cannot; `True` warns, with the reason; `False` launches every kernel of every step.
+        cuda_reads: on CUDA, how the pairs come that the real token lacks: `mapped` or `copy` (`ReadPath`). Tokens are the same.
     """
 
     bits: int = 2
@@ -94,6 +102,7 @@ class SpeCacheConfig:
     prefill_chunk: int = 1024
     fast_memory: int | None = None
     cuda_graph: bool | None = None
+    cuda_reads: ReadPath = ReadPath.MAPPED
 
     def __post_init__(self) -> None:
         if not _is_int(self.bits) or self.bits not in SUPPORTED_BITS:
@@ -124,6 +133,7 @@ class SpeCacheConfig:
             raise ConfigError(f"cuda_graph must be True, False or None, got {self.cuda_graph!r}.")
         object.__setattr__(self, "code", _member(Code, self.code, "code"))
         object.__setattr__(self, "policy", _member(Policy, self.policy, "policy"))
+        object.__setattr__(self, "cuda_reads", _member(ReadPath, self.cuda_reads, "cuda_reads"))
         slow_tier, slow_dir = parse_slow_tier(self.slow_tier, self.slow_dir)
         object.__setattr__(self, "slow_tier", slow_tier)
         object.__setattr__(self, "slow_dir", slow_dir)
@@ -174,6 +184,7 @@ class SpeCacheConfig:
             "prefill_chunk": self.prefill_chunk,
             "fast_memory": self.fast_memory,
             "cuda_graph": self.cuda_graph,
+            "cuda_reads": str(self.cuda_reads),
         }
 
 

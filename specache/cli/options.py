@@ -10,7 +10,7 @@ import typer
 from specache import heap
 from specache.cli.models import Device, Dtype
 from specache.cli.sizes import UNITS, number_and_unit, parse_size
-from specache.config import Code, Policy, SlowTierKind, SpeCacheConfig, parse_slow_tier
+from specache.config import Code, Policy, ReadPath, SlowTierKind, SpeCacheConfig, parse_slow_tier
 from specache.errors import ConfigError
 from specache.weight_format import WeightFormat
 
@@ -154,6 +154,13 @@ CudaGraph = Annotated[
         rich_help_panel=CACHE_PANEL,
     ),
 ]
+CudaReads = Annotated[
+    ReadPath,
+    typer.Option(
+        help="On a GPU, how pairs come that nobody fetched ahead: read by the kernel itself, or by the copy stream.",
+        rich_help_panel=CACHE_PANEL,
+    ),
+]
 
 MaxNewTokens = Annotated[
     int | None,
@@ -248,6 +255,7 @@ class CacheOptions:
     prefill_chunk: PrefillChunk = _DEFAULTS.prefill_chunk
     fast_memory: FastMemory = None
     cuda_graph: CudaGraph = None
+    cuda_reads: CudaReads = _DEFAULTS.cuda_reads
 
     def config(self) -> SpeCacheConfig:
         """The library's configuration; raises `ConfigError`."""
@@ -265,6 +273,7 @@ class CacheOptions:
             prefill_chunk=self.prefill_chunk,
             fast_memory=None if self.fast_memory is None else parse_size(self.fast_memory, "--fast-memory"),
             cuda_graph=self.cuda_graph,
+            cuda_reads=self.cuda_reads,
         )
 
 

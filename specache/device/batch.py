@@ -241,7 +241,7 @@ class DeviceBatch:
         slots = max(self.size.hot_slots[index], self.top_k)
         hot = DeviceHotSet(batch, heads, slots, self.size.capacity, 2 * dim, dtype, self.device, self._budget)
         source = row_source([sequence.tier.buffer(index) for sequence in self.sequences], self.device)
-        rows = DeviceRows(source, hot, self._buffers[heads, dim], self.streams, self.counters)
+        rows = DeviceRows(source, hot, self._buffers[heads, dim], self.streams, self.counters, self.config.cuda_reads)
         weights = [layer.weights.value for layer in layers if layer.weights.value is not None]
         state = LayerState(
             layers=layers,

@@ -16,21 +16,13 @@ made once. A batch's positions are int64 [B, Hkv, k], ascending, -1 where there 
 
 from __future__ import annotations
 
-from enum import StrEnum
-
 import torch
 from torch import Tensor
 
+from specache.config import ReadPath
 from specache.device.hot_set import DeviceHotSet
 from specache.device.sources import RowSource
 from specache.device.streams import Event, Queue, Streams
-
-
-class ReadPath(StrEnum):
-    """How the real row's missing rows come. What the guess wants is always read on the copy queue."""
-
-    MAPPED = "mapped"  # by the compute queue itself, over the mapped address: overtakes the prefetches of earlier layers
-    COPY = "copy"  # by the copy queue, behind the prefetches of earlier layers; compute waits for the event
 
 
 class RowCounters:

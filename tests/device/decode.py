@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from specache.config import ReadPath
 from specache.device.hot_set import DeviceHotSet
-from specache.device.rows import DeviceRows, ReadPath, RowCounters, StepBuffers
+from specache.device.rows import DeviceRows, RowCounters, StepBuffers
 from specache.device.sources import StoredRows
 from specache.device.streams import Queue, Streams
 

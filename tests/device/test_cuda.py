@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from specache.config import ReadPath
 from specache.device.hot_set import DeviceHotSet
 from specache.device.main_memory import MainMemory
 from specache.device.pinned import PinnedPool
-from specache.device.rows import DeviceRows, ReadPath, RowCounters, StepBuffers
+from specache.device.rows import DeviceRows, RowCounters, StepBuffers
 from specache.device.sources import row_source
 from specache.device.streams import CudaStreams
 from specache.tiers.ram import RamTier

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 import pytest
 from torch import Tensor
 
-from specache.device.rows import DeviceRows, ReadPath
+from specache.config import ReadPath
+from specache.device.rows import DeviceRows
 from specache.device.streams import Event, InlineStreams, Queue, Streams, Work
 from tests.device.decode import Change, Decode, Program
 from tests.device.simulated import SimulatedStreams, orders

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from specache.config import ReadPath
 from specache.device.hot_set import DeviceHotSet
-from specache.device.rows import DeviceRows, ReadPath, RowCounters, StepBuffers
+from specache.device.rows import DeviceRows, RowCounters, StepBuffers
 from specache.device.sources import StoredRows, row_source
 from specache.device.streams import InlineStreams, Queue, Streams, Work
 from specache.errors import SlowTierError

@@ -10,6 +10,7 @@ from specache.device import page_kernels
 from specache.device.main_memory import MainMemory
 from specache.device.pinned import PinnedPool, pageable
 from specache.device.step import StaticPass
+from specache.device.streams import Queue
 from specache.errors import NonFiniteError
 from tests.device.running import answer, assert_equal, config, continued, ragged, static_steps
 from tests.device.simulated import SimulatedStreams, orders
@@ -46,6 +47,24 @@ def test_other_layouts_too(model, monkeypatch, changes):
         static = answer(model, settings, (100, 60), 20)
     assert_equal(static, eager)
     assert steps
+
+
+@pytest.mark.parametrize(("order", "seed"), orders(seeds=1))
+def test_missing_rows_may_come_on_the_copy_queue(model, monkeypatch, order, seed):
+    settings = config(cuda_reads="copy", hot_set=0.0)
+    eager = answer(model, settings, (150, 97), 12)
+    streams = SimulatedStreams(order, seed)
+    run, on_the_copy_queue = streams.run, []
+
+    def noted(queue, work):
+        on_the_copy_queue.append(queue is Queue.COPY and work.__name__ == "_read_missing")
+        run(queue, work)
+
+    monkeypatch.setattr(streams, "run", noted)
+    with static_steps(monkeypatch, streams=lambda device: streams):
+        static = answer(model, settings, (150, 97), 12)
+    assert_equal(static, eager)
+    assert any(on_the_copy_queue)
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "gpt-oss"])
