@@ -60,7 +60,7 @@ class StaticDecoder:
         self._steps = GraphedSteps(None)
         self._working_set: Claim | None = None
         self._off = self._refuses()
-        if self._off and cache.config.cuda_graph and self._on_device:
+        if self._off and cache.config.cuda_graph:
             _warn(f"cuda_graph is on, but decode steps are not captured: {self._off}.")
 
     def serves(self, kind: PassKind, sequences: Sequence[CachedSequence]) -> bool:

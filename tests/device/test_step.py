@@ -277,3 +277,8 @@ def test_what_is_not_served_is_named_where_it_was_asked_for(model, monkeypatch, 
     with static_steps(monkeypatch) as steps, pytest.warns(RuntimeWarning, match="slow tier 'disk'"):
         answer(model, settings, (60,), 5).past_key_values.close()
     assert steps == []
+
+
+def test_on_a_cpu_a_graph_that_was_asked_for_is_refused_by_name(model):
+    with pytest.warns(RuntimeWarning, match="cuda_graph is on, but decode steps are not captured: the model is on 'cpu'"):
+        answer(model, config(cuda_graph=True), (60,), 3)
