@@ -13,6 +13,7 @@ from torch import Tensor
 
 from specache.config import Policy, SlowTierKind, SpeCacheConfig
 from specache.device.main_memory import MainMemory
+from specache.device.pinned import PinnedPool
 from specache.device.streams import streams_for
 from specache.errors import UsageError
 from specache.holdings import hot_slots
@@ -55,7 +56,7 @@ class SpeCache:
         if self.config.slow_dir is not None:
             prepare_folder(self.config.slow_dir)  # what is wrong with it shows before a prompt is prefilled
         self.resources = Resources(model, self.info, self.config)
-        self._main_memory = MainMemory(streams_for(self.info.device)) if self.info.device.type == "cuda" else None
+        self._main_memory = self._new_main_memory()
         self.expected_sequences = 0  # of the batch that is being prefilled: the hot set's bytes are for all of them
         self.counters = self._new_counters()
         self.sequences: list[Sequence] = []
@@ -174,6 +175,11 @@ class SpeCache:
         if self._main_memory is not None:
             return self._main_memory.new_tier()
         return RamTier(in_place=self.config.slow_tier is SlowTierKind.RAM_INPLACE)
+
+    def _new_main_memory(self) -> MainMemory | None:
+        if self.info.device.type != "cuda":
+            return None
+        return MainMemory(streams_for(self.info.device), PinnedPool(self.config.pinned_memory))
 
     def rows(self, tier: SlowTier, index: int, keys: Tensor) -> Rows:
         """A decode step's access to the 16-bit rows of a layer with keys [Hkv, n, D]."""

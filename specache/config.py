@@ -87,6 +87,7 @@ class SpeCacheConfig:
             `None` is unbounded.
         cuda_graph: on CUDA, replay a decode step as a CUDA graph where one can be captured. `None` does so and says nothing where
             it cannot; `True` warns, with the reason; `False` launches every kernel of every step.
+        pinned_memory: on CUDA, bytes of page-locked main memory that the slow tier `ram` may hold. `None` is unbounded.
         cuda_reads: on CUDA, how the pairs come that the real token lacks: `mapped` or `copy` (`ReadPath`). Tokens are the same.
     """
 
@@ -103,6 +104,7 @@ class SpeCacheConfig:
     fast_memory: int | None = None
     cuda_graph: bool | None = None
     cuda_reads: ReadPath = ReadPath.MAPPED
+    pinned_memory: int | None = None
 
     def __post_init__(self) -> None:
         if not _is_int(self.bits) or self.bits not in SUPPORTED_BITS:
@@ -129,6 +131,8 @@ class SpeCacheConfig:
             )
         if self.fast_memory is not None and (not _is_int(self.fast_memory) or self.fast_memory < 1):
             raise ConfigError(f"fast_memory must be a positive number of bytes or None, got {self.fast_memory!r}.")
+        if self.pinned_memory is not None and (not _is_int(self.pinned_memory) or self.pinned_memory < 1):
+            raise ConfigError(f"pinned_memory must be a positive number of bytes or None, got {self.pinned_memory!r}.")
         if self.cuda_graph not in (None, True, False):
             raise ConfigError(f"cuda_graph must be True, False or None, got {self.cuda_graph!r}.")
         object.__setattr__(self, "code", _member(Code, self.code, "code"))
@@ -185,6 +189,7 @@ class SpeCacheConfig:
             "fast_memory": self.fast_memory,
             "cuda_graph": self.cuda_graph,
             "cuda_reads": str(self.cuda_reads),
+            "pinned_memory": self.pinned_memory,
         }
 
 

@@ -161,6 +161,15 @@ CudaReads = Annotated[
         rich_help_panel=CACHE_PANEL,
     ),
 ]
+PinnedMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--pinned-memory",
+        help="On a GPU, limit of page-locked main memory for the 16-bit pairs (64GB, 512MiB). Default: none.",
+        metavar="BYTES",
+        rich_help_panel=CACHE_PANEL,
+    ),
+]
 
 MaxNewTokens = Annotated[
     int | None,
@@ -256,6 +265,7 @@ class CacheOptions:
     fast_memory: FastMemory = None
     cuda_graph: CudaGraph = None
     cuda_reads: CudaReads = _DEFAULTS.cuda_reads
+    pinned_memory: PinnedMemory = None
 
     def config(self) -> SpeCacheConfig:
         """The library's configuration; raises `ConfigError`."""
@@ -274,6 +284,7 @@ class CacheOptions:
             fast_memory=None if self.fast_memory is None else parse_size(self.fast_memory, "--fast-memory"),
             cuda_graph=self.cuda_graph,
             cuda_reads=self.cuda_reads,
+            pinned_memory=None if self.pinned_memory is None else parse_size(self.pinned_memory, "--pinned-memory"),
         )
 
 

@@ -124,8 +124,8 @@ class PinnedPool:
         if left is not None and size > left:
             raise SlowTierError(
                 f"The 16-bit rows need {size:,} bytes more of page-locked memory; {self.used:,} are in use and {self.limit:,} are "
-                "allowed. Allow more, use a shorter context or fewer sequences at a time, or keep the rows on a disk "
-                "(slow_tier='disk:FOLDER')."
+                "allowed. Allow more (pinned_memory), use a shorter context or fewer sequences at a time, or keep the rows on a "
+                "disk (slow_tier='disk:FOLDER')."
             )
         wanted = max(_power_of_two(2 * size - 1), self._block_bytes, _power_of_two(self.nbytes // GROWTH))
         if left is not None and wanted > left:

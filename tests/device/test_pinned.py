@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,10 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import specache
 from specache.device.pinned import ALIGNMENT, PinnedPool, pageable
+from specache.device.streams import InlineStreams
 from specache.errors import SlowTierError
 from specache.tiers.ram import RamTier
 from tests.tiers.rows import random_rows
+from tests.tiny import llama
 
 BLOCK = 16 * ALIGNMENT
 
@@ -161,3 +165,21 @@ def test_a_fork_without_room_leaves_nothing_behind():
     with pytest.raises(SlowTierError):
         tier.fork()
     assert pool.used == used
+
+
+def test_the_limit_is_the_configurations(monkeypatch):
+    model = llama()
+    monkeypatch.setattr("specache.cache.streams_for", lambda device: InlineStreams())
+    with specache.SpeCache(model, specache.SpeCacheConfig(slow_tier="ram", pinned_memory=5000)) as cache:
+        assert cache._new_main_memory() is None
+        cache.info = replace(cache.info, device=torch.device("cuda"))
+        tier = cache._new_main_memory().new_tier()
+        rows = torch.zeros(2, 64, 16)
+        with pytest.raises(SlowTierError, match=r"5,000 are allowed. Allow more \(pinned_memory\)"):
+            tier.write(0, 0, rows, rows)
+
+
+@pytest.mark.parametrize("limit", [0, -1, 2.5, "1GB", True])
+def test_a_limit_that_is_no_number_of_bytes_is_refused(limit):
+    with pytest.raises(specache.ConfigError, match="pinned_memory must be a positive number of bytes"):
+        specache.SpeCacheConfig(pinned_memory=limit)
