@@ -17,9 +17,10 @@ from specache.device.pinned import PinnedPool
 from specache.device.streams import streams_for
 from specache.errors import UsageError
 from specache.holdings import hot_slots
+from specache.hot_set import HotSet
 from specache.layers import CompressedLayer
 from specache.model import inspect_model
-from specache.prefetch import FetchedRows, HotSet, InPlaceRows, Rows
+from specache.prefetch import FetchedRows, InPlaceRows, Rows
 from specache.resources import Resources
 from specache.sequence import Sequence
 from specache.stats import Counters, MemoryUse, report

@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields, replace
 
 from specache.config import PAGE_TOKENS, Policy, SlowTierKind, SpeCacheConfig
 from specache.dimensions import LayerDimensions, ModelDimensions
+from specache.hot_set import SLOT_INDEX_BYTES
 from specache.layers import dense_capacity, residual_bytes
-from specache.prefetch import SLOT_INDEX_BYTES
 from specache.quant.layout import PageLayout
 from specache.tiers.ram import ram_capacity
 from specache.tiers.row_layout import BLOCK_TOKENS, RowLayout

@@ -318,11 +318,12 @@ AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)  # causality
 
 @dataclass
 class ReferenceOutput:
-    """One entry per emitted token: the token, the logits it was chosen from, the guess that was fed for it."""
+    """One entry per emitted token: the token, the logits it was chosen from, the guess that was fed for it. And what is cached."""
 
     tokens: list[int]
     logits: Tensor  # [new, V] float32, raw; the first from the prefill
     guesses: list[int | None]  # None for the first token, and for policies that do not guess
+    layers: dict[int, Layer]  # as they are at the end
 
 
 @torch.no_grad()
@@ -369,4 +370,4 @@ def generate(
             emit(rows[0], guess)
     finally:
         model.set_attn_implementation(own_attention)
-    return ReferenceOutput(tokens, torch.stack(logits), guesses)
+    return ReferenceOutput(tokens, torch.stack(logits), guesses, state.layers)

@@ -14,23 +14,13 @@ from specache import compiled
 from specache.errors import ConfigError, NonFiniteError, UnsupportedModelError
 from specache.weights import WeightFormat, quantise_weights
 from tests.test_models import FAMILIES, build
-from tests.tiny import llama, prompt
+from tests.tiny import llama, ragged
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++"),
     pytest.mark.slow,
 ]
 NEW = 20
-
-
-def ragged(*lengths: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A left-padded batch and its mask."""
-    width = max(lengths)
-    ids, mask = torch.zeros(len(lengths), width, dtype=torch.long), torch.zeros(len(lengths), width, dtype=torch.long)
-    for row, length in enumerate(lengths):
-        ids[row, width - length :] = prompt(length, seed=row)
-        mask[row, width - length :] = 1
-    return ids, mask
 
 
 def answer(model: Any, policy: str, *lengths: int) -> Any:

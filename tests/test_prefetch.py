@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from specache.errors import CorruptRowError, SlowTierError
-from specache.prefetch import FetchedRows, HotSet
+from specache.hot_set import HotSet
+from specache.prefetch import FetchedRows
 from specache.stats import Counters, MemoryUse, report
 from specache.tiers import worker as worker_module
 from specache.tiers.base import RowsInFlight

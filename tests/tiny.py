@@ -32,3 +32,13 @@ def llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
 def prompt(length: int, seed: int = 0) -> torch.Tensor:
     """Random token ids [1, length]."""
     return torch.randint(2, 97, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+def ragged(*lengths: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A left-padded batch and its mask."""
+    width = max(lengths)
+    ids, mask = torch.zeros(len(lengths), width, dtype=torch.long), torch.zeros(len(lengths), width, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        ids[row, width - length :] = prompt(length, seed=row)
+        mask[row, width - length :] = 1
+    return ids, mask

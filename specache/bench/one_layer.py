@@ -10,8 +10,9 @@ from specache.bench.synthetic import fill_compressed
 from specache.budget import ByteBudget
 from specache.config import Code, Policy, SpeCacheConfig
 from specache.exact import AttentionParams
+from specache.hot_set import HotSet
 from specache.layers import CompressedLayer
-from specache.prefetch import FetchedRows, HotSet, InPlaceRows, Rows
+from specache.prefetch import FetchedRows, InPlaceRows, Rows
 from specache.quant.layout import PageLayout
 from specache.quant.pool import PagePool, PageTable
 from specache.stats import Counters

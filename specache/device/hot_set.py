@@ -28,7 +28,7 @@ def hot_set_bytes(batch: int, heads: int, slots: int, tokens: int, row_bytes: in
 class DeviceHotSet:
     """`C` slots per sequence and KV head, the least recently used one out first.
 
-    Same hits and same victims as `specache.prefetch.HotSet` has for one sequence with as many slots.
+    Same hits and same victims as `specache.hot_set.HotSet` has for one sequence with as many slots.
 
     Args:
         slots: `C`, at least as many as positions are looked up at a time.

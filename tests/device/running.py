@@ -13,7 +13,7 @@ from specache import static_decoding
 from specache.device.batch import DeviceBatch
 from specache.device.streams import InlineStreams
 from specache.static_decoding import StaticDecoder, StaticSettings
-from tests.tiny import prompt
+from tests.tiny import ragged
 
 
 @contextmanager
@@ -37,16 +37,6 @@ def static_steps(monkeypatch: Any, **changes: Any) -> Iterator[list[int]]:
 def config(**changes: Any) -> specache.SpeCacheConfig:
     defaults = {"slow_tier": "ram", "policy": "verified", "group_size": 16, "residual": 16, "top_k": 8, "hot_set": 0.1}
     return specache.SpeCacheConfig(**{**defaults, **changes})
-
-
-def ragged(*lengths: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A left-padded batch and its mask."""
-    width = max(lengths)
-    ids, mask = torch.zeros(len(lengths), width, dtype=torch.long), torch.zeros(len(lengths), width, dtype=torch.long)
-    for row, length in enumerate(lengths):
-        ids[row, width - length :] = prompt(length, seed=row)
-        mask[row, width - length :] = 1
-    return ids, mask
 
 
 def answer(model: Any, settings: specache.SpeCacheConfig, lengths: tuple[int, ...], new: int, **arguments: Any) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 from specache.budget import ByteBudget
 from specache.device.hot_set import DeviceHotSet, hot_set_bytes
 from specache.errors import FastMemoryError
-from specache.prefetch import HotSet
+from specache.hot_set import HotSet
 
 BATCH, HEADS, TOKENS, WIDTH, TOP_K = 2, 2, 12, 3, 4
 CPU = torch.device("cpu")

@@ -17,7 +17,7 @@ from specache.device.rows import DeviceRows, RowCounters, StepBuffers
 from specache.device.sources import StoredRows, row_source
 from specache.device.streams import InlineStreams, Queue, Streams, Work
 from specache.errors import SlowTierError
-from specache.prefetch import HotSet
+from specache.hot_set import HotSet
 from tests.device.decode import Decode, Program
 from tests.device.simulated import CapturedStreams, Order, SimulatedStreams
 

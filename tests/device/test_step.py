@@ -6,17 +6,19 @@ import pytest
 import torch
 
 import specache
+from specache import reference
 from specache.device import page_kernels
 from specache.device.main_memory import MainMemory
 from specache.device.pinned import PinnedPool, pageable
 from specache.device.step import StaticPass
 from specache.device.streams import Queue
 from specache.errors import NonFiniteError
-from tests.device.running import answer, assert_equal, config, continued, ragged, static_steps
+from tests.device.running import answer, assert_equal, config, continued, static_steps
 from tests.device.simulated import SimulatedStreams, orders
 from tests.device.simulated_graph import SimulatedGraphs
+from tests.test_invariants import run
 from tests.test_models import FAMILIES, build
-from tests.tiny import llama, prompt
+from tests.tiny import llama, prompt, ragged
 
 pytestmark = pytest.mark.usefixtures("torch_kernels")
 POLICIES = ("verified", "speculative", "on-demand")
@@ -37,6 +39,17 @@ def test_tokens_and_logits_are_the_ordinary_steps(model, monkeypatch, policy, co
         static = answer(model, settings, (150, 97), 40)
     assert_equal(static, eager)
     assert steps == [2] * 39
+
+
+@pytest.mark.parametrize("code", ["kivi", "rotated"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_logits_are_the_references(model, monkeypatch, policy, code):
+    settings = config(policy=policy, code=code, prefill_chunk=4096)
+    expected = reference.generate(model, prompt(150), settings, 40)
+    with static_steps(monkeypatch) as steps:
+        tokens, logits, _ = run(model, prompt(150), settings, answer=expected.tokens)
+    assert tokens == expected.tokens and steps == [1] * 39
+    assert (logits - expected.logits).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("changes", [{"bits": 4, "group_size": 32, "residual": 7}, {"bits": 1, "hot_set": 0.0}, {"top_k": 10**6}])
