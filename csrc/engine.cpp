@@ -89,7 +89,7 @@ void attend_task(const Engine& engine, const Step& step, const Batches& batches,
 }  // namespace
 
 void score(const Engine& engine, const Step& step, float* scores, int64_t size) {
-    Queries queries(step);
+    Queries queries(engine, step);
     Tasks tasks{step.heads(), queries.batches.count, chunks_of(size, kScoreChunk)};
     parallel(engine.threads, [&](Worker& worker) {
         worker.each(step.heads(), [&](int64_t head) { queries.prepare(engine, head); });
@@ -109,7 +109,7 @@ void select(const Engine& engine, const Step& step, const float* scores, int64_t
 }
 
 void rescore(const Engine& engine, const Step& step, const Fetched& fetched, float* scores, int64_t size) {
-    Queries queries(step);
+    Queries queries(engine, step);
     parallel(engine.threads, [&](Worker& worker) {
         worker.each(step.heads(), [&](int64_t head) {
             queries.pad(head);
@@ -120,9 +120,9 @@ void rescore(const Engine& engine, const Step& step, const Fetched& fetched, flo
 }
 
 void attend(const Engine& engine, const Step& step, const Fetched& fetched, const float* scores, int64_t size, float* out, float* lse) {
-    Batches batches(step.queries());
+    Batches batches(step.queries(), engine.kernels->together);
     Tasks tasks{step.heads(), batches.count, std::max<int64_t>(1, chunks_of(size, kAttendChunk))};
-    Partials partials(step, tasks.count());
+    Partials partials(step, batches, tasks.count());
     parallel(engine.threads, [&](Worker& worker) {
         worker.each(tasks.count(), [&](int64_t i) {
             attend_task(engine, step, batches, fetched.positions, fetched.k, fetched.rows[size_t(tasks.head(i))], scores, size,

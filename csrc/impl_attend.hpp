@@ -6,20 +6,53 @@ namespace {
 
 // ---- exact rows -------------------------------------------------------------------------------------------------------------
 
-inline void row_dots(const float* const* queries, int count, const uint8_t* row, Dtype dtype, int dim, float* out) {
-    Floats acc[kMaxQueries];
-    for (int j = 0; j < count; j++) acc[j] = Isa::splat(0.0f);
+template <int NQ, Dtype T>
+inline void row_dots_of(const float* const* queries, const uint8_t* row, int dim, float* out) {
+    Floats acc[NQ];
+    for (int j = 0; j < NQ; j++) acc[j] = Isa::splat(0.0f);
     for (int d = 0; d < dim; d += kTile) {
-        Floats x = load_elements(row + d * itemsize(dtype), dtype, dim - d);
-        for (int j = 0; j < count; j++) acc[j] = Isa::fma(x, Isa::load(queries[j] + d), acc[j]);
+        Floats x = load_elements(row + d * itemsize(T), T, dim - d);
+        for (int j = 0; j < NQ; j++) acc[j] = Isa::fma(x, Isa::load(queries[j] + d), acc[j]);
     }
-    for (int j = 0; j < count; j++) out[j] = Isa::sum(acc[j]);
+    sums_of<NQ>(acc, out);
+}
+
+inline void row_dots(const float* const* queries, int count, const uint8_t* row, Dtype dtype, int dim, float* out) {
+    in_fours(count, [&](auto four, int first) {
+        by_dtype(dtype, [&](auto type) {
+            row_dots_of<decltype(four)::value, Dtype(decltype(type)::value)>(queries + first, row, dim, out + first);
+        });
+    });
 }
 
 inline void add_row(const uint8_t* row, Dtype dtype, int dim, float weight, float* out) {
     for (int d = 0; d < dim; d += kTile) {
         Floats x = load_elements(row + d * itemsize(dtype), dtype, dim - d);
         Isa::store(out + d, Isa::fma(x, Isa::splat(weight), Isa::load(out + d)));
+    }
+}
+
+// out[j] = sum_t weights[j][t] value(t), `blocks` registers of each at a time.
+template <int NQ, Dtype T, class Tokens>
+inline void sum_rows(const Tokens& tokens, int64_t count, int dim, const float* weights, int64_t stride, float* out, int out_stride) {
+    constexpr int blocks = 2;
+    for (int d = 0; d < dim; d += blocks * kTile) {
+        const int used = dim - d > kTile ? blocks : 1;
+        Floats acc[blocks][NQ];
+        for (auto& of_block : acc)
+            for (Floats& x : of_block) x = Isa::splat(0.0f);
+        for (int64_t t = 0; t < count; t++) {
+            const uint8_t* row = tokens.value(t) + d * itemsize(T);
+            Floats x[blocks];
+            x[0] = load_elements(row, T, dim - d);
+            x[1] = used > 1 ? load_elements(row + kTile * itemsize(T), T, dim - d - kTile) : Isa::splat(0.0f);
+            for (int j = 0; j < NQ; j++) {
+                const Floats weight = Isa::splat(weights[j * stride + t]);
+                for (int i = 0; i < blocks; i++) acc[i][j] = Isa::fma(x[i], weight, acc[i][j]);
+            }
+        }
+        for (int i = 0; i < used; i++)
+            for (int j = 0; j < NQ; j++) Isa::store(out + j * out_stride + d + i * kTile, acc[i][j]);
     }
 }
 
@@ -82,11 +115,13 @@ void attend_exactly(const float* const* queries, int queries_count, int dim, con
         for (int64_t t = seen[j]; t < count; t++) row[t] = 0.0f;
         out.peak[j] = peak;
         out.total[j] = Isa::sum(total);
-        std::memset(out.out + j * out.stride, 0, sizeof(float) * size_t(round_up(dim, kTile)));
     }
-    for (int64_t t = 0; t < count; t++)
-        for (int j = 0; j < queries_count; j++)
-            add_row(tokens.value(t), dtype, dim, scores[j * stride + t], out.out + j * out.stride);
+    in_fours(queries_count, [&](auto four, int low) {
+        by_dtype(dtype, [&](auto type) {
+            sum_rows<decltype(four)::value, Dtype(decltype(type)::value)>(tokens, count, dim, scores + low * stride, stride,
+                                                                          out.out + low * out.stride, out.stride);
+        });
+    });
 }
 
 void exact(const float* const* queries, int queries_count, int dim, const uint8_t* keys, const uint8_t* values,
@@ -101,7 +136,8 @@ void exact_rows(const float* const* queries, int queries_count, int dim, const R
     Selected tokens{rows, row, positions, slots, int64_t(dim) * itemsize(rows.dtype)};
     for (int64_t i = 0; i < count; i++)  // scattered rows: have them all on their way
         for (int64_t d = 0; d < 2 * tokens.half; d += 64) __builtin_prefetch(tokens.key(i) + d);
-    int64_t seen[kMaxQueries] = {count, count, count, count};
+    int64_t seen[kMaxQueries];
+    for (int j = 0; j < queries_count; j++) seen[j] = count;
     attend_exactly(queries, queries_count, dim, tokens, count, seen, rows.dtype, scaling, softcap, scores, out);
 }
 
@@ -145,7 +181,7 @@ void attend_values(const Layout& layout, const Copy& copy, int head, int64_t fir
     alignas(64) uint8_t rounded[NQ][kPage];
     for (int64_t start = first; start < first + count; start += kPage) {
         const uint8_t* page = copy.pages[start / kPage];
-        const uint8_t* next = start + kPage < copy.length ? copy.pages[start / kPage + 1] : page;
+        const uint8_t* next = page_ahead(copy, start);
         fetch_ahead(layout.value_scale_of(next, head), kPage * groups * 2);
         if (layout.code == Code::kivi) fetch_ahead(layout.value_zero_of(next, head), kPage * groups * 2);
         int valid = min_of(kPage, first + count - start);
@@ -204,9 +240,23 @@ void attend_values(const Layout& layout, const Copy& copy, int head, int64_t fir
     }
 }
 
+template <class I, int BITS>
+void attend_values_by_matrix(const Layout&, const Copy&, int head, int64_t first, int64_t count, int queries,
+                             const float* const* weights, const float* const* relative, Partial out);  // impl_matrix.hpp
+
 void add_values(const Layout& layout, const Copy& copy, int head, int64_t first, int64_t count, int queries,
                 const float* const* weights, const float* const* relative, Partial out) {
-    SPECACHE_BY_BITS(attend_values, layout.bits, queries, layout, copy, head, first, count, weights, relative, out)
+    by_bits(layout.bits, [&](auto bits) {
+        constexpr int b = decltype(bits)::value;
+        if constexpr (Isa::matrix)
+            if (fills_matrices(layout))
+                return attend_values_by_matrix<Isa, b>(layout, copy, head, first, count, queries, weights, relative, out);
+        in_fours(queries, [&](auto queries_count, int low) {
+            Partial part{out.out + low * out.stride, out.peak + low, out.total + low, out.stride};
+            attend_values<b, decltype(queries_count)::value>(layout, copy, head, first, count, weights + low,
+                                                             relative ? relative + low : nullptr, part);
+        });
+    });
 }
 
 // With the rotated code, sums over values are rotated back once.

@@ -25,7 +25,7 @@ inline float round_query(const Layout& layout, float* x, int8_t* out, int32_t* s
         x[d] -= unit * float(rounded);
     }
     std::memcpy(out, plain, size_t(full));
-    std::memset(out + full, 0, size_t(4 * P));
+    std::memset(out + full, 0, size_t(round_up(full + 4 * P, 64) - full));
     for (int m = 0; m < P; m++)
         for (int i = 0; i < rest; i++)
             if (full + rest * m + i < dim) out[full + 4 * m + i] = plain[full + rest * m + i];
@@ -90,21 +90,33 @@ template <int NQ>
 inline void half_dots(const float* const* queries, const uint16_t* row, int dim, float* out) {
     Floats acc[NQ];
     for (int j = 0; j < NQ; j++) acc[j] = Isa::splat(0.0f);
-    for (int d = 0; d < dim; d += kTile) {
+    int d = 0;
+    for (; d + kTile <= dim; d += kTile) {
+        Floats x = Isa::load_half(row + d);
+        for (int j = 0; j < NQ; j++) acc[j] = Isa::fma(x, Isa::load(queries[j] + d), acc[j]);
+    }
+    if (d < dim) {
         Floats x = load_halves(row + d, dim - d);
         for (int j = 0; j < NQ; j++) acc[j] = Isa::fma(x, Isa::load(queries[j] + d), acc[j]);
     }
-    for (int j = 0; j < NQ; j++) out[j] = Isa::sum(acc[j]);
+    sums_of<NQ>(acc, out);
 }
 
-// Fetch a page's other key fields, which are read before its codes.
+// Fetch a page's other fields, which are read before its codes.
 inline void fetch_ahead(const void* field, int64_t size) {
-    for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(static_cast<const uint8_t*>(field) + i);
+    for (int64_t i = 0; i < size; i += 64) fetch(static_cast<const uint8_t*>(field) + i);
+}
+
+// The page that is fetched while that of token `start` is worked on: a memory's latency away.
+inline const uint8_t* page_ahead(const Copy& copy, int64_t start) {
+    constexpr int64_t kAhead = 3;
+    const int64_t page = start / kPage + kAhead, last = (copy.length - 1) / kPage;
+    return copy.pages[page < last ? page : last];
 }
 
 template <int BITS, int NQ>
-void score_rotated(const Layout& layout, const Copy& copy, int head, const PreparedQuery& prepared, int64_t first, int64_t count,
-                   float scaling, float* const* scores) {
+void score_rotated(const Layout& layout, const Copy& copy, int head, const PreparedQuery& prepared, int low, int64_t first,
+                   int64_t count, float scaling, float* const* scores) {
     constexpr int NT = tiles_together<NQ>();
     const Levels& levels = normal_levels(BITS);
     Tables tables = key_tables<BITS>(layout.code);
@@ -112,20 +124,20 @@ void score_rotated(const Layout& layout, const Copy& copy, int head, const Prepa
     const int group = layout.group;
     float factor[NQ], offset[NQ];
     for (int j = 0; j < NQ; j++) {
-        factor[j] = prepared.scale[j] * levels.unit * scaling;
-        offset[j] = float(prepared.sum[j] * levels.offset);
+        factor[j] = prepared.scale[low + j] * levels.unit * scaling;
+        offset[j] = float(prepared.sum[low + j] * levels.offset);
     }
     alignas(64) float bias[NQ][kPage];
     for (int64_t start = first; start < first + count; start += kPage) {
         const uint8_t* page = copy.pages[start / kPage];
-        const uint8_t* next = start + kPage < copy.length ? copy.pages[start / kPage + 1] : page;
+        const uint8_t* next = page_ahead(copy, start);
         fetch_ahead(layout.key_zero_of(next, head), int64_t(layout.groups_per_page()) * layout.dim * 2);
         fetch_ahead(layout.key_scale_of(next, head), kPage * 2);
         int valid = min_of(kPage, first + count - start);
         const uint16_t* mean = layout.key_zero_of(page, head);
         for (int t = 0; t < valid; t += group) {
             float product[NQ];
-            half_dots<NQ>(prepared.query, mean + int64_t(t / group) * layout.dim, layout.dim, product);
+            half_dots<NQ>(prepared.query + low, mean + int64_t(t / group) * layout.dim, layout.dim, product);
             for (int j = 0; j < NQ; j++)
                 for (int i = t; i < t + group; i++) bias[j][i] = product[j] * scaling;
         }
@@ -134,7 +146,7 @@ void score_rotated(const Layout& layout, const Copy& copy, int head, const Prepa
         for (int tile = 0; tile < valid; tile += NT * kTile) {
             Ints acc[NT * NQ];
             int offset_of_tile = tile / kTile * tile_bytes;
-            key_dots<BITS, NQ, NT>(codes + offset_of_tile, tile_bytes, chunks, rest, prepared.bytes[0], tables, ahead + offset_of_tile, acc);
+            key_dots<BITS, NQ, NT>(codes + offset_of_tile, tile_bytes, chunks, rest, prepared.bytes[low], tables, ahead + offset_of_tile, acc);
 #pragma GCC unroll 4
             for (int i = 0; i < NT; i++) {
                 int t = tile + i * kTile;
@@ -152,7 +164,7 @@ void score_rotated(const Layout& layout, const Copy& copy, int head, const Prepa
 }
 
 template <int BITS, int NQ>
-void score_kivi(const Layout& layout, const Copy& copy, int head, const PreparedQuery& prepared, int64_t first, int64_t count,
+void score_kivi(const Layout& layout, const Copy& copy, int head, const float* const* queries, int64_t first, int64_t count,
                 float scaling, float* const* scores) {
     Tables tables = key_tables<BITS>(layout.code);
     const int chunks = layout.key_chunks(), rest = layout.key_rest(), tile_bytes = kTile * layout.key_row_bytes();
@@ -161,7 +173,7 @@ void score_kivi(const Layout& layout, const Copy& copy, int head, const Prepared
     alignas(64) int8_t rounded[NQ][kQueryStride], fine[NQ][kQueryStride];
     for (int64_t start = first; start < first + count; start += kPage) {
         const uint8_t* page = copy.pages[start / kPage];
-        const uint8_t* next = start + kPage < copy.length ? copy.pages[start / kPage + 1] : page;
+        const uint8_t* next = page_ahead(copy, start);
         fetch_ahead(layout.key_zero_of(next, head), int64_t(layout.groups_per_page()) * dim * 2);
         fetch_ahead(layout.key_scale_of(next, head), int64_t(layout.groups_per_page()) * dim * 2);
         int valid = min_of(kPage, first + count - start);
@@ -169,11 +181,11 @@ void score_kivi(const Layout& layout, const Copy& copy, int head, const Prepared
         for (int t = 0; t < valid; t += group) {
             const uint16_t* scale = layout.key_scale_of(page, head) + int64_t(t / group) * dim;
             float factor[NQ], fine_factor[NQ], bias[NQ];
-            half_dots<NQ>(prepared.query, layout.key_zero_of(page, head) + int64_t(t / group) * dim, dim, bias);
+            half_dots<NQ>(queries, layout.key_zero_of(page, head) + int64_t(t / group) * dim, dim, bias);
             for (int j = 0; j < NQ; j++) {
                 Floats total = Isa::splat(0.0f);
                 for (int d = 0; d < dim; d += kTile) {
-                    Floats x = Isa::mul(load_halves(scale + d, dim - d), Isa::load(prepared.query[j] + d));
+                    Floats x = Isa::mul(load_halves(scale + d, dim - d), Isa::load(queries[j] + d));
                     Isa::store(folded + d, x);
                     total = Isa::add(total, x);
                 }
@@ -202,38 +214,32 @@ void score_kivi(const Layout& layout, const Copy& copy, int head, const Prepared
     }
 }
 
-template <int BITS, int NQ>
+inline bool fills_matrices(const Layout&);
+
+template <class I, int BITS>
+void score_by_matrix(const Layout&, const Copy&, int head, const PreparedQuery&, int64_t first, int64_t count, float scaling,
+                     float* const* scores);  // impl_matrix.hpp
+
+template <int BITS>
 void score_of(const Layout& layout, const Copy& copy, int head, const PreparedQuery& prepared, int64_t first, int64_t count,
               float scaling, float* const* scores) {
-    if (layout.code == Code::rotated)
-        score_rotated<BITS, NQ>(layout, copy, head, prepared, first, count, scaling, scores);
-    else
-        score_kivi<BITS, NQ>(layout, copy, head, prepared, first, count, scaling, scores);
-}
-
-#define SPECACHE_BY_COUNT(function, bits, count, ...)        \
-    switch (count) {                                         \
-        case 1: return function<bits, 1>(__VA_ARGS__);       \
-        case 2: return function<bits, 2>(__VA_ARGS__);       \
-        case 3: return function<bits, 3>(__VA_ARGS__);       \
-        default: return function<bits, 4>(__VA_ARGS__);      \
-    }
-
-#define SPECACHE_BY_BITS(function, bits, count, ...)                       \
-    switch (bits) {                                                        \
-        case 1: SPECACHE_BY_COUNT(function, 1, count, __VA_ARGS__)         \
-        case 2: SPECACHE_BY_COUNT(function, 2, count, __VA_ARGS__)         \
-        default: SPECACHE_BY_COUNT(function, 4, count, __VA_ARGS__)        \
-    }
-
-void score_uncapped(const Layout& layout, const Copy& copy, int head, const PreparedQuery& prepared, int64_t first,
-                    int64_t count, float scaling, float* const* scores) {
-    SPECACHE_BY_BITS(score_of, layout.bits, prepared.count, layout, copy, head, prepared, first, count, scaling, scores)
+    if constexpr (Isa::matrix)
+        if (fills_matrices(layout) && prepared.count > 4)  // fewer are faster without
+            return score_by_matrix<Isa, BITS>(layout, copy, head, prepared, first, count, scaling, scores);
+    in_fours(prepared.count, [&](auto queries, int low) {
+        constexpr int NQ = decltype(queries)::value;
+        if (layout.code == Code::rotated)
+            score_rotated<BITS, NQ>(layout, copy, head, prepared, low, first, count, scaling, scores + low);
+        else
+            score_kivi<BITS, NQ>(layout, copy, head, prepared.query + low, first, count, scaling, scores + low);
+    });
 }
 
 void score(const Layout& layout, const Copy& copy, int head, const PreparedQuery& prepared, int64_t first, int64_t count,
            float scaling, float softcap, float* const* scores) {
-    score_uncapped(layout, copy, head, prepared, first, count, scaling, scores);
+    by_bits(layout.bits, [&](auto bits) {
+        score_of<decltype(bits)::value>(layout, copy, head, prepared, first, count, scaling, scores);
+    });
     if (softcap > 0)
         for (int j = 0; j < prepared.count; j++)
             for (int64_t t = first; t < first + count; t++) scores[j][t] = scalar_tanh(scores[j][t] / softcap) * softcap;

@@ -11,9 +11,14 @@ inline Floats scores_at(const float* scores, int64_t t, int64_t length) {
 }
 
 inline float largest_of(const float* scores, int64_t length) {
-    Floats peak = Isa::splat(kLowest);
-    for (int64_t t = 0; t < length; t += kTile) peak = Isa::max(peak, scores_at(scores, t, length));
-    return Isa::largest(peak);
+    Floats peaks[4] = {Isa::splat(kLowest), Isa::splat(kLowest), Isa::splat(kLowest), Isa::splat(kLowest)};
+    int64_t t = 0;
+    for (; t + kPage <= length; t += kPage) {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) peaks[i] = Isa::max(peaks[i], Isa::load(scores + t + i * kTile));
+    }
+    for (; t < length; t += kTile) peaks[0] = Isa::max(peaks[0], scores_at(scores, t, length));
+    return Isa::largest(Isa::max(Isa::max(peaks[0], peaks[1]), Isa::max(peaks[2], peaks[3])));
 }
 
 // Where the largest of a stretch of `mass` are: one number for every `per_top` blocks and lane. Of the tops of all tokens the k-th largest
@@ -91,12 +96,23 @@ void weigh(const Layout& layout, const Copy& copy, int head, const PreparedQuery
     for (int j = 0; j < prepared.count; j++) {
         float* row = weights[j] + first;
         peak[j] = largest_of(row, count);
-        Floats sum = Isa::splat(0.0f), shift = Isa::splat(peak[j]);
-        for (int64_t t = 0; t < count; t += kTile) {
+        const Floats shift = Isa::splat(peak[j]);
+        Floats sums[4] = {Isa::splat(0.0f), Isa::splat(0.0f), Isa::splat(0.0f), Isa::splat(0.0f)};
+        int64_t t = 0;
+        for (; t + kPage <= count; t += kPage) {
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) {
+                Floats p = Isa::exp(Isa::sub(Isa::load(row + t + i * kTile), shift));
+                Isa::store(row + t + i * kTile, p);
+                sums[i] = Isa::add(sums[i], p);
+            }
+        }
+        for (; t < count; t += kTile) {
             Floats p = Isa::exp(Isa::sub(scores_at(row, t, count), shift));
             Isa::store(row + t, p);
-            sum = Isa::add(sum, p);
+            sums[0] = Isa::add(sums[0], p);
         }
+        const Floats sum = Isa::add(Isa::add(sums[0], sums[1]), Isa::add(sums[2], sums[3]));
         total[j] = Isa::sum(sum);
         for (int64_t t = count; t % kPage; t++) row[t] = 0.0f;
     }

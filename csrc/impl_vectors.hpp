@@ -64,6 +64,14 @@ inline void store_partial(float* p, int count, Floats v) {
     for (int i = 0; i < count; i++) p[i] = x[i];
 }
 
+template <int N>
+inline void sums_of(const Floats* x, float* out) {
+    if constexpr (N == 4)
+        Isa::sum_four(x, out);
+    else
+        for (int j = 0; j < N; j++) out[j] = Isa::sum(x[j]);
+}
+
 inline Floats load_halves(const uint16_t* p, int count) {
     if (count >= kTile) return Isa::load_half(p);
     alignas(64) float x[kTile];
@@ -81,6 +89,42 @@ inline Floats load_elements(const uint8_t* p, Dtype dtype, int count) {
     alignas(64) float x[kTile];
     for (int i = 0; i < kTile; i++) x[i] = i < count ? scalar_of(p + i * itemsize(dtype), dtype) : 0.0f;
     return Isa::load(x);
+}
+
+// ---- constants from numbers -------------------------------------------------------------------------------------------------
+
+template <int N>
+struct Constant {
+    static constexpr int value = N;
+};
+
+// Calls f(Constant<n>, first) for `count` things, up to four at a time.
+template <class F>
+inline void in_fours(int count, const F& f) {
+    for (int first = 0; first < count; first += 4) switch (count - first) {
+            case 1: f(Constant<1>(), first); break;
+            case 2: f(Constant<2>(), first); break;
+            case 3: f(Constant<3>(), first); break;
+            default: f(Constant<4>(), first);
+        }
+}
+
+template <class F>
+inline void by_dtype(Dtype dtype, const F& f) {
+    switch (dtype) {
+        case Dtype::f32: return f(Constant<int(Dtype::f32)>());
+        case Dtype::bf16: return f(Constant<int(Dtype::bf16)>());
+        default: return f(Constant<int(Dtype::f16)>());
+    }
+}
+
+template <class F>
+inline void by_bits(int bits, const F& f) {
+    switch (bits) {
+        case 1: return f(Constant<1>());
+        case 2: return f(Constant<2>());
+        default: return f(Constant<4>());
+    }
 }
 
 // ---- codes ------------------------------------------------------------------------------------------------------------------
@@ -132,6 +176,9 @@ inline Bytes plane(Bytes low, Bytes high, const Tables& tables, int m) {
     return Isa::lookup(tables.t[m % per_nibble], m < per_nibble ? low : high);
 }
 
+// To the second-level cache: the first has too few lines on their way at a time to hide a memory's latency.
+inline void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+
 inline int32_t dword(const void* p) {
     int32_t x;
     std::memcpy(&x, p, 4);
@@ -157,7 +204,7 @@ inline void block_dots(const uint8_t* blocks, int tile_bytes, const void* rows, 
     for (int i = 0; i < NT; i++) {
         Bytes x = Isa::load_bytes(blocks + i * tile_bytes);
         low[i] = Isa::low_nibbles(x), high[i] = Isa::high_nibbles(x);
-        __builtin_prefetch(ahead + i * tile_bytes);
+        fetch(ahead + i * tile_bytes);
     }
 #pragma GCC unroll 8
     for (int m = 0; m < P; m++) {

@@ -9,6 +9,8 @@ namespace {
 struct Isa {
     static constexpr const char* name = "avx2";
     static constexpr int sums = 4;
+    static constexpr int together = 4;
+    static constexpr bool matrix = false;
 
     struct Bytes { __m256i a, b; };
     struct Ints { __m256i a, b; };
@@ -89,6 +91,9 @@ struct Isa {
         return _mm256_mul_ps(p, _mm256_castsi256_ps(scale));
     }
     static Floats exp(Floats x) { return {exp(x.a), exp(x.b)}; }
+    static void sum_four(const Floats* x, float* out) {
+        for (int i = 0; i < 4; i++) out[i] = sum(x[i]);
+    }
     static float sum(Floats x) {
         __m256 y = _mm256_add_ps(x.a, x.b);
         __m128 z = _mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));

@@ -10,6 +10,8 @@ namespace {
 struct Isa {
     static constexpr const char* name = "generic";
     static constexpr int sums = 4;
+    static constexpr int together = 4;
+    static constexpr bool matrix = false;
 
     struct Bytes { uint8_t v[64]; };
     struct Ints { int32_t v[16]; };
@@ -129,6 +131,9 @@ struct Isa {
             y.v[i] = p * scale;
         }
         return y;
+    }
+    static void sum_four(const Floats* x, float* out) {
+        for (int i = 0; i < 4; i++) out[i] = sum(x[i]);
     }
     static float sum(const Floats& x) {
         float s[8];

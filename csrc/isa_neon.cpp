@@ -9,6 +9,8 @@ namespace {
 struct Isa {
     static constexpr const char* name = "neon";
     static constexpr int sums = 4;
+    static constexpr int together = 4;
+    static constexpr bool matrix = false;
 
     struct Bytes { uint8x16_t v[4]; };
     struct Ints { int32x4_t v[4]; };
@@ -111,6 +113,9 @@ struct Isa {
     static Floats exp(Floats x) {
         for (auto& v : x.v) v = exp(v);
         return x;
+    }
+    static void sum_four(const Floats* x, float* out) {
+        for (int i = 0; i < 4; i++) out[i] = sum(x[i]);
     }
     static float sum(Floats x) { return vaddvq_f32(vaddq_f32(vaddq_f32(x.v[0], x.v[1]), vaddq_f32(x.v[2], x.v[3]))); }
     static float largest(Floats x) { return vmaxvq_f32(vmaxq_f32(vmaxq_f32(x.v[0], x.v[1]), vmaxq_f32(x.v[2], x.v[3]))); }

@@ -38,6 +38,7 @@ struct Partial {
 
 struct Kernels {
     const char* name;
+    int together;  // queries that share one pass over the codes: at most kMaxQueries
 
     // Round queries [count] (with the rotated code: weigh and rotate first).
     void (*prepare)(const Layout&, const float* weights, const float* const* queries, int count, PreparedQuery* out);
@@ -102,6 +103,9 @@ const Kernels& generic_kernels();
 #if defined(SPECACHE_X86)
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
+#if defined(SPECACHE_AMX)
+const Kernels& amx_kernels();
+#endif
 #endif
 #if defined(SPECACHE_ARM)
 const Kernels& neon_kernels();

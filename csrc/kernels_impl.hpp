@@ -4,6 +4,7 @@
 //
 // A block is 64 bytes, 16 int32 or 16 floats, whatever the registers' size.
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -29,13 +30,14 @@ inline int round_up(int x, int to) { return (x + to - 1) / to * to; }
 #include "impl_score.hpp"
 #include "impl_select.hpp"
 #include "impl_attend.hpp"
+#include "impl_matrix.hpp"
 #include "impl_quantise.hpp"
 
 namespace specache {
 namespace {
 
-const Kernels kTable = {Isa::name, prepare, score,    select,         rescore,  attend,        exact,
-                        quantise,  weigh,   add_mass, blocks_per_top, pick,     exact_rows,    attend_weighed,
+const Kernels kTable = {Isa::name, Isa::together,  prepare, score,    select,         rescore,        attend,     exact,
+                        quantise,  weigh,          add_mass, blocks_per_top, pick, exact_rows,     attend_weighed,
                         rotate_back};
 
 }  // namespace

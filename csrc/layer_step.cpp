@@ -23,9 +23,10 @@ public:
         : engine_(engine), kernels_(*engine.kernels), step_(std::move(step)), layout_(*step_.layout), recents_(recents), sinks_(sinks),
           size_((longest(step_) + kPage - 1) / kPage * kPage), k_(std::min(k, longest(step_))), count_(step_.queries()),
           stretches_(chunks_of(size_, kStretch)), chunks_(chunks_of(size_, kAttendChunk)), wave_(at_once ? heads_together() : step_.heads()),
-          per_top_(kernels_.blocks_per_top(size_, k_)), tops_(chunks_ * (kAttendChunk / kStretch) * tops_of_stretch()), queries_(step_),
-          row_batches_(step_.groups), recent_parts_(step_, step_.heads() * queries_.batches.count),
-          copy_parts_(step_, wave_ * queries_.batches.count * chunks_), exact_parts_(step_, wave_ * step_.rows * row_batches_.count),
+          per_top_(kernels_.blocks_per_top(size_, k_)), tops_(chunks_ * (kAttendChunk / kStretch) * tops_of_stretch()), queries_(engine_, step_),
+          row_batches_(step_.groups, kernels_.together), recent_parts_(step_, queries_.batches, step_.heads() * queries_.batches.count),
+          copy_parts_(step_, queries_.batches, wave_ * queries_.batches.count * chunks_),
+          exact_parts_(step_, row_batches_, wave_ * step_.rows * row_batches_.count),
           weights_(wave_ * count_ * size_), peaks_(wave_ * count_ * stretches_), totals_(wave_ * count_ * stretches_),
           factors_(wave_ * count_ * stretches_), mass_(wave_ * step_.rows * size_), top_values_(wave_ * step_.rows * tops_),
           rest_lse_(step_.heads() * count_), positions_(wave_ * step_.rows * k_) {}

@@ -14,7 +14,7 @@ namespace specache {
 constexpr int kPage = 64;         // tokens of a page
 constexpr int kTile = 16;         // rows of a packed tile, and 32-bit lanes of a block
 constexpr int kMaxDim = 512;      // channels of a head
-constexpr int kMaxQueries = 4;    // queries that share one pass over the codes
+constexpr int kMaxQueries = 16;   // queries that share one pass over the codes, with any instruction set
 constexpr int kAttendChunk = 2048;  // tokens whose weights are held at a time
 constexpr int kStretch = 512;       // tokens whose weights are relative to the same peak
 

@@ -15,11 +15,11 @@ namespace specache {
 inline int64_t chunks_of(int64_t length, int64_t chunk) { return (length + chunk - 1) / chunk; }
 inline int64_t padded(int64_t x) { return (x + kTile - 1) / kTile * kTile; }
 
-// Queries of one KV head in batches of at most kMaxQueries, about equal.
+// Queries of one KV head in batches of at most `together`, about equal.
 struct Batches {
     int queries, count, size;
-    explicit Batches(int queries) : queries(queries) {
-        count = (queries + kMaxQueries - 1) / kMaxQueries;
+    Batches(int queries, int together) : queries(queries) {
+        count = (queries + together - 1) / together;
         size = (queries + count - 1) / count;
     }
     int first(int64_t batch) const { return int(batch) * size; }
@@ -85,8 +85,8 @@ private:
 // The queries of all heads: padded with zeros to whole blocks, then rounded.
 class Queries {
 public:
-    explicit Queries(const Step& step)
-        : step_(step), batches(step.queries()), stride_(padded(step.layout->dim)),
+    Queries(const Engine& engine, const Step& step)
+        : step_(step), batches(step.queries(), engine.kernels->together), stride_(padded(step.layout->dim)),
           copied_(stride_ == step.layout->dim ? 0 : step.heads() * step.queries() * stride_),
           prepared_(step.heads() * batches.count) {}
 
@@ -146,14 +146,15 @@ inline int64_t longest(const Step& step) {
 // What the tasks of an attention found, to be joined in order.
 class Partials {
 public:
-    Partials(const Step& step, int64_t tasks) : stride_(padded(step.layout->dim)), out_(tasks * kMaxQueries * stride_), numbers_(tasks * 2 * kMaxQueries) {}
+    Partials(const Step& step, const Batches& batches, int64_t tasks)
+        : queries_(batches.size), stride_(padded(step.layout->dim)), out_(tasks * queries_ * stride_), numbers_(tasks * 2 * queries_) {}
     Partial at(int64_t task) {
-        float* numbers = numbers_.get() + task * 2 * kMaxQueries;
-        return {out_.get() + task * kMaxQueries * stride_, numbers, numbers + kMaxQueries, int(stride_)};
+        float* numbers = numbers_.get() + task * 2 * queries_;
+        return {out_.get() + task * queries_ * stride_, numbers, numbers + queries_, int(stride_)};
     }
 
 private:
-    int64_t stride_;
+    int64_t queries_, stride_;
     Buffer<float> out_, numbers_;
 };
 

@@ -195,6 +195,26 @@ def test_rescore_and_attend_are_torchs_up_to_rounded_weights(isa, case, k):
 
 
 @every_isa
+@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize(("dim", "groups"), [(96, 7), (128, 3)])
+def test_long_sequences_are_torchs(isa, bits, dim, groups):
+    """Past a stretch of 512 and a chunk of 2,048 tokens, with as many queries as share a pass and more than are summed in one."""
+    case = Case(Code.ROTATED, bits, 64, dim, 2, groups, 2, [41, 9], bits, torch.bfloat16)
+    expected = torch_ops.score(case.query, case.copies, case.lengths, 0.1, None)
+    positions = torch_ops.select(expected, case.rest, case.lengths, 64)
+    rows = torch.randn(*positions.shape, 2 * dim, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with dispatch.using(isa):
+        scores = dispatch.score(case.query, case.copies, case.lengths, 0.1, None)
+        out, lse = dispatch.attend(expected, positions, rows, case.copies, case.lengths)
+    finite = expected != -torch.inf
+    assert torch.equal(scores != -torch.inf, finite)
+    assert (scores - expected)[finite].abs().max() <= 1.01 * 0.1 * rounding_bound(case) + 1e-4
+    expected_out, expected_lse = torch_ops.attend(expected, positions, rows, case.copies, case.lengths)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-5)
+    assert (out - expected_out).abs().max() <= 1e-3 * max(values.float().abs().max() for values in case.values)
+
+
+@every_isa
 @settings(max_examples=25, deadline=None)
 @given(case=cases(), step=st.floats(0, 1))
 def test_codes_are_torchs(isa, case, step):

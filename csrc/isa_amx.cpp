@@ -1,0 +1,117 @@
+// AMX: products of up to 16 queries with 16 tokens (or channels) in one instruction, everything else as AVX-512.
+#include <initializer_list>
+
+#include "isa_avx512.hpp"
+
+namespace specache {
+namespace {
+
+struct Isa : Wide {
+    static constexpr const char* name = "amx";
+    static constexpr int together = kMaxQueries;
+    static constexpr bool matrix = true;
+
+    // Round 64 products a[i] b[i] of 0 to 65535 to whole numbers: their high bytes and their low bytes.
+    static void store_in_two(uint8_t* high, uint8_t* low, const float* a, const float* b) {
+        __m512i x[4];
+        for (int i = 0; i < 4; i++) x[i] = _mm512_cvtps_epi32(_mm512_mul_ps(load(a + 16 * i), load(b + 16 * i)));
+        const __m512i first = _mm512_packus_epi32(x[0], x[1]), second = _mm512_packus_epi32(x[2], x[3]);
+        const __m512i in_order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), bytes = _mm512_set1_epi16(255);
+        const __m512i highs = _mm512_packus_epi16(_mm512_srli_epi16(first, 8), _mm512_srli_epi16(second, 8));
+        const __m512i lows = _mm512_packus_epi16(_mm512_and_si512(first, bytes), _mm512_and_si512(second, bytes));
+        store_bytes(high, _mm512_permutexvar_epi32(in_order, highs));
+        store_bytes(low, _mm512_permutexvar_epi32(in_order, lows));
+    }
+
+    // Matrix registers are in use as long as this lives: four sums of `rows` rows and 16 lanes, the rows, and levels.
+    class Matrices {
+    public:
+        explicit Matrices(int rows) : row_bytes_(rows * 64) {
+            Setup setup;
+            for (int i = 0; i < 8; i++) setup.rows[i] = uint8_t(i < 5 ? rows : 16), setup.row_bytes[i] = 64;
+            settle(&setup);
+            _tile_loadconfig(&setup);
+        }
+        Matrices(const Matrices&) = delete;
+        ~Matrices() { _tile_release(); }
+
+        void clear() {
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            _tile_zero(3);
+        }
+
+        // Rows of 64 bytes, `stride` apart, for the products to come.
+        void take_rows(const void* rows, int stride) {
+            settle(rows);
+            _tile_loadd(4, rows, stride);
+        }
+
+        // Add their products with 16 lanes to a sum: lane n has byte i of its number m at 64 m + 4 n + i. With KEYS the rows are signed
+        // and the levels are not, else the other way round.
+        template <int SUM, bool KEYS>
+        void add_product(const uint8_t* levels) {
+            settle(levels);
+            if constexpr (SUM == 0) {
+                _tile_loadd(5, levels, 64);
+                if constexpr (KEYS) {
+                    _tile_dpbsud(0, 4, 5);
+                } else {
+                    _tile_dpbusd(0, 4, 5);
+                }
+            } else if constexpr (SUM == 1) {
+                _tile_loadd(6, levels, 64);
+                if constexpr (KEYS) {
+                    _tile_dpbsud(1, 4, 6);
+                } else {
+                    _tile_dpbusd(1, 4, 6);
+                }
+            } else if constexpr (SUM == 2) {
+                _tile_loadd(5, levels, 64);
+                if constexpr (KEYS) {
+                    _tile_dpbsud(2, 4, 5);
+                } else {
+                    _tile_dpbusd(2, 4, 5);
+                }
+            } else {
+                _tile_loadd(6, levels, 64);
+                if constexpr (KEYS) {
+                    _tile_dpbsud(3, 4, 6);
+                } else {
+                    _tile_dpbusd(3, 4, 6);
+                }
+            }
+        }
+
+        // All sums, [4][rows][16].
+        void store(int32_t* out) {
+            char* p = reinterpret_cast<char*>(out);
+            _tile_stored(0, p, 64);
+            _tile_stored(1, p + row_bytes_, 64);
+            _tile_stored(2, p + 2 * row_bytes_, 64);
+            _tile_stored(3, p + 3 * row_bytes_, 64);
+            settle(out);
+        }
+
+    private:
+        // The compiler does not know that these instructions read and write memory: have it there before, and read it after.
+        static void settle(const void* p) { __asm__ volatile("" : : "r"(p) : "memory"); }
+
+        struct alignas(64) Setup {
+            uint8_t palette = 1, start_row = 0, reserved[14] = {};
+            uint16_t row_bytes[16] = {};
+            uint8_t rows[16] = {};
+        };
+        const int row_bytes_;
+    };
+};
+
+}  // namespace
+}  // namespace specache
+
+#include "kernels_impl.hpp"
+
+namespace specache {
+const Kernels& amx_kernels() { return kTable; }
+}  // namespace specache
