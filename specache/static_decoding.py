@@ -17,7 +17,7 @@ from torch import Tensor
 from specache.attention import PassKind
 from specache.budget import Claim
 from specache.cache import SpeCache
-from specache.config import Policy, SlowTierKind
+from specache.config import Policy, SlowTierKind, SpeCacheConfig
 from specache.device import page_kernels
 from specache.device.batch import BatchSize, DeviceBatch
 from specache.device.graph import CaptureError, GraphedSteps, Graphs, graphs_for
@@ -31,7 +31,12 @@ from specache.sequence import Sequence as CachedSequence
 from specache.working_set import decode_bytes
 
 CAPACITY_STEP = 4096  # low-bit tokens: what a batch has room for is a multiple, so that it is rebuilt (and captured) seldom
-_KINDS = {Policy.VERIFIED: PassKind.PAIR, Policy.SPECULATIVE: PassKind.PAIR, Policy.ON_DEMAND: PassKind.SINGLE}
+KINDS = {Policy.VERIFIED: PassKind.PAIR, Policy.SPECULATIVE: PassKind.PAIR, Policy.ON_DEMAND: PassKind.SINGLE}
+
+
+def low_bit_room(config: SpeCacheConfig, tokens: int, step: int = CAPACITY_STEP) -> int:
+    """Low-bit tokens that a batch makes room for, whose longest sequence has `tokens`: one group more, in whole steps."""
+    return -(-(config.low_bit_length(tokens) + config.group_size) // step) * step
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class StaticDecoder:
         """Whether a pass runs here. A sequence shorter than `R + g` has no low-bit copy yet, and no key weights."""
         config = self._cache.config
         least = config.residual + config.group_size
-        return not self._off and kind is _KINDS[config.policy] and all(sequence.length >= least for sequence in sequences)
+        return not self._off and kind is KINDS[config.policy] and all(sequence.length >= least for sequence in sequences)
 
     def step(self, sequences: Sequence[CachedSequence], tokens: list[list[int]]) -> Tensor | None:
         """One step over tokens [A][n] -> float32 logits [A, n, V]; `None` if there is no room for a batch. Commits the first ones.
@@ -98,7 +103,7 @@ class StaticDecoder:
 
     def _run(self, batch: DeviceBatch, tokens: list[list[int]]) -> Tensor:
         config = self._cache.config
-        kind = _KINDS[config.policy]
+        kind = KINDS[config.policy]
         retires = batch.begin(tokens) and kind is PassKind.PAIR  # only what is selected for the next step depends on it
 
         def run() -> Tensor:
@@ -159,13 +164,13 @@ class StaticDecoder:
         return True
 
     def _size(self, sequences: Sequence[CachedSequence]) -> BatchSize:
-        config, step = self._cache.config, self._settings.capacity_step
-        longest = max(config.low_bit_length(sequence.length) for sequence in sequences) + config.group_size
+        config = self._cache.config
+        room = low_bit_room(config, max(sequence.length for sequence in sequences), self._settings.capacity_step)
         slots = {
             index: sum(self._cache.hot_slots(sequence, sequence.compressed[index]) for sequence in sequences) // len(sequences)
             for index in sequences[0].compressed
         }
-        return BatchSize(_KINDS[config.policy].rows, -(-longest // step) * step, slots)
+        return BatchSize(KINDS[config.policy].rows, room, slots)
 
     def _take_back(self, failed: bool) -> None:
         batch = self._batch
@@ -207,7 +212,7 @@ class StaticDecoder:
         info, config = self._cache.info, self._cache.config
         if not self._on_device:
             return f"the model is on {info.device.type!r}"
-        if config.policy not in _KINDS:
+        if config.policy not in KINDS:
             return f"policy {config.policy.value!r} is not served"
         if config.slow_tier is not SlowTierKind.RAM:
             return f"the 16-bit pairs are in slow tier {config.slow_tier.value!r}, not in RAM"

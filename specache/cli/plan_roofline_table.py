@@ -47,16 +47,18 @@ def _figures(roofline: dict[str, Any]) -> Table:
 
 def _batches(found: list[dict[str, Any]], context: int) -> Table:
     table = _table(
-        f"largest batch, {context:,} tokens", "fast memory", "slow tier", "batch", "of full", "tokens/s", "of full", "per sequence"
+        f"largest batch, {context:,} tokens",
+        *("fast memory", "static", "slow tier", "batch", "of full", "tokens/s", "of full", "per sequence"),
     )
     for one in found:
         at = one["largest"]
         if not at["batch"]:
-            table.add_row(one["title"], *[UNKNOWN] * 2, "0", *[UNKNOWN] * 4)
+            table.add_row(one["title"], *[UNKNOWN] * 3, "0", *[UNKNOWN] * 4)
             continue
         ratio, rate = one["vs_full"], at["tokens_per_s"]
         table.add_row(
-            *(one["title"], size(at["fast_bytes"]), size(at["slow_bytes"]), f"{at['batch']:,}", times(ratio["batch"])),
+            *(one["title"], size(at["fast_bytes"]), size(at["static_bytes"]) if at["static_bytes"] else UNKNOWN),
+            *(size(at["slow_bytes"]), f"{at['batch']:,}", times(ratio["batch"])),
             *(f"{rate:,.1f}", times(ratio["tokens_per_s"]), f"{rate / at['batch']:.1f}"),
         )
     return table

@@ -22,6 +22,7 @@ from specache.config import PAGE_TOKENS, SpeCacheConfig
 from specache.device.hot_set import DeviceHotSet
 from specache.device.page_kernels import PageKernels, page_kernels
 from specache.device.rows import DeviceRows, RowCounters, StepBuffers
+from specache.device.sizes import batch_bytes
 from specache.device.sources import row_source
 from specache.device.streams import Queue, Streams
 from specache.kernels.triton.tables import PageTables
@@ -112,7 +113,7 @@ class DeviceBatch:
 
     Args:
         sequences: all their layers compressed, key weights fixed.
-        budget: fast memory for the hot sets.
+        budget: fast memory for the hot sets and everything else that is static.
 
     Raises:
         FastMemoryError: the budget does not allow it; the sequences are as they were.
@@ -127,6 +128,7 @@ class DeviceBatch:
         self.config, self.size, self.device = config, size, one.device
         self.sequences = list(sequences)
         self.top_k = min(config.top_k, size.capacity)
+        self._claim = budget.claim(self._own_bytes(), "the static buffers of a step")
         self.inputs = StepInputs(len(sequences), size.rows, self.device)
         self.lengths = torch.zeros(len(sequences), dtype=torch.int32, device=self.device)
         self.hits = torch.zeros(2, dtype=torch.int64, device=self.device)  # wanted by the real row, and of those prefetched
@@ -221,6 +223,12 @@ class DeviceBatch:
         for state in self.layers.values():
             state.rows.abandon()
             state.begun = False
+
+    def _own_bytes(self) -> int:
+        layers = self.sequences[0].compressed.values()
+        shapes = [(layer.residual_keys.shape[0], layer.residual_keys.shape[2]) for layer in layers]
+        itemsize = next(iter(layers)).residual_keys.itemsize
+        return batch_bytes(shapes, len(self.sequences), self.top_k, self.size.capacity, self.size.rows, itemsize)
 
     def _make_room(self) -> None:
         """The slow tier's buffers of all sequences have one size, and stay where they are as long as the batch has room."""

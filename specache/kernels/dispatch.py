@@ -15,7 +15,8 @@ every device and is what the others are tested against.
 
 Tensors on CUDA are served by Triton (`kernels/triton/`) where it can, tensors on the CPU by the fastest C++ kernels that this
 processor runs, else by PyTorch. The environment variable `SPECACHE_KERNELS` forces a backend: `torch` everywhere, on the CPU an
-instruction set of the C++ kernels (`generic`, `avx2`, `avx512`, `amx`, `neon`), or `triton` (on the CPU in its interpreter only, to test).
+instruction set of the C++ kernels (`generic`, `avx2`, `avx512`, `amx`, `neon`), or `triton` (on the CPU in its interpreter only, to
+test).
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from specache.dimensions import ModelDimensions
 from specache.plan import even_loads, plan
 from specache.roofline.device import GIB, Device
 from specache.roofline.methods import Method
+from specache.roofline.static_step import static_step_bytes
 
 
 @dataclass(frozen=True)
@@ -20,12 +21,14 @@ class TierBytes:
     Attributes:
         weights: of the model, in fast memory.
         fast: everything else there, at the widest point of prefilling and decoding.
+        static: of that, what a step over static buffers on a GPU holds more than the ordinary one.
         slow: 16-bit rows in the slow tier.
     """
 
     weights: int
     fast: int
     slow: int
+    static: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON. Keys are stable."""
@@ -47,7 +50,8 @@ class Capacity:
         if method.config.policy is Policy.FULL:  # rows as they are, without the room that a buffer of ours has to grow
             spare = planned.widest.full_cache + planned.widest.windows - planned.full_cache * self.model.itemsize // 2
             fast -= max(0, spare)
-        return TierBytes(planned.weights, fast, planned.slow if method.keeps_slow else 0)
+        static = 0 if self.device.kind == "cpu" else static_step_bytes(self.model, method, context, batch)
+        return TierBytes(planned.weights, fast + static, planned.slow if method.keeps_slow else 0, static)
 
     def fits(self, method: Method, context: int, batch: int) -> bool:
         """Whether it does."""

@@ -60,7 +60,9 @@ def test_a_document_is_plain_values_with_stable_keys(on_a6000):
     assert set(on_a6000) == {"device", "usable_bytes", "methods"}
     for one in on_a6000["methods"]:
         assert set(one) == {*("method", "title", "bits", "policy", "kernels"), *("asked", "largest", "vs_full", "wins_from")}
-        assert set(one["asked"]) == {*("batch", "weights_bytes", "fast_bytes", "slow_bytes", "step", "tokens_per_s", "fits")}
+        assert set(one["asked"]) == {
+            *("batch", "weights_bytes", "fast_bytes", "static_bytes", "slow_bytes", "step", "tokens_per_s", "fits")
+        }
         assert one["largest"]["tokens_per_s"] == pytest.approx(1e3 * one["largest"]["batch"] / one["largest"]["step"]["total_ms"])
     full = on_a6000["methods"][0]
     assert full["vs_full"] == {"batch": 1, "tokens_per_s": 1, "step": 1} and full["wins_from"] is None

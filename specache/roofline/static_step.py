@@ -1,0 +1,32 @@
+"""Device memory of a decode step over static buffers, which only this library's own rows on a GPU have."""
+
+from __future__ import annotations
+
+from specache.config import SlowTierKind
+from specache.device.hot_set import hot_set_bytes
+from specache.device.sizes import batch_bytes
+from specache.dimensions import ModelDimensions
+from specache.holdings import Holdings, SequenceLoad, hot_slots
+from specache.roofline.kernels import THIS_LIBRARY
+from specache.roofline.methods import Method
+from specache.static_decoding import KINDS, low_bit_room
+
+
+def static_step_bytes(model: ModelDimensions, method: Method, context: int, batch: int) -> int:
+    """What `batch` sequences of `context` tokens hold beyond the ordinary step: their batch's own buffers, and what a hot set on a
+    device has more than one that the host looks up. A captured graph's private pool is not counted: nobody can say it beforehand.
+    """
+    config = method.config
+    served = method.kernels is THIS_LIBRARY and config.policy in KINDS and config.slow_tier is SlowTierKind.RAM
+    short = context < config.residual + config.group_size
+    if not served or short or config.residual == 0 or model.rope_switch is not None or len(model.full_layers) < len(model.layers):
+        return 0
+    room = low_bit_room(config, context)
+    top_k = min(config.top_k, room)
+    shapes = [(layer.kv_heads, layer.head_dim) for layer in model.full_layers]
+    total = batch_bytes(shapes, batch, top_k, room, method.rows, model.itemsize)
+    for heads, dim in shapes:
+        slots = max(hot_slots(model, config, heads, dim, context, batch), top_k)
+        total += hot_set_bytes(batch, heads, slots, room, 2 * dim * model.itemsize)
+    ordinary = Holdings(model, config, batch, top_k).first_step(SequenceLoad(context)).hot_set
+    return total - batch * ordinary
