@@ -16,7 +16,7 @@ from specache.errors import NonFiniteError
 from tests.device.running import answer, assert_equal, config, continued, static_steps
 from tests.device.simulated import SimulatedStreams, orders
 from tests.device.simulated_graph import SimulatedGraphs
-from tests.test_invariants import run
+from tests.test_invariants import a_code_turned, run
 from tests.test_models import FAMILIES, build
 from tests.tiny import llama, prompt, ragged
 
@@ -46,10 +46,11 @@ def test_tokens_and_logits_are_the_ordinary_steps(model, monkeypatch, policy, co
 def test_logits_are_the_references(model, monkeypatch, policy, code):
     settings = config(policy=policy, code=code, prefill_chunk=4096)
     expected = reference.generate(model, prompt(150), settings, 40)
-    with static_steps(monkeypatch) as steps:
-        tokens, logits, _ = run(model, prompt(150), settings, answer=expected.tokens)
+    with static_steps(monkeypatch) as steps, specache.SpeCache(model, settings) as cache:
+        tokens, logits, _ = run(model, prompt(150), settings, answer=expected.tokens, cache=cache)
+        turned = a_code_turned(cache, expected)
     assert tokens == expected.tokens and steps == [1] * 39
-    assert (logits - expected.logits).abs().max() < 1e-3
+    assert (logits - expected.logits).abs().max() < (5e-3 if turned else 1e-3)
 
 
 @pytest.mark.parametrize("changes", [{"bits": 4, "group_size": 32, "residual": 7}, {"bits": 1, "hot_set": 0.0}, {"top_k": 10**6}])
