@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import GenerateDecoderOnlyOutput, MaxLengthCriteria, MaxTimeCriteria, StopStringCriteria
+from transformers.generation import GenerateDecoderOnlyOutput, StopStringCriteria
 
 from specache.admission import check_room
+from specache.answers import Answers, TokenChoice, count_guesses, guess, no_answers_yet, take_tokens, token_choice, with_guesses
 from specache.cache import SpeCache
 from specache.config import SpeCacheConfig
 from specache.decoding import Decoder, Progress
 from specache.errors import UsageError
-from specache.guess import GuessProcessors
 from specache.holdings import SequenceLoad
 from specache.integration import attached, stock_generate_arguments
 from specache.model import inspect_model
@@ -128,46 +127,6 @@ def prefill(
         _prefill(Decoder(model, cache), cache, token_ids, cache.config.prefill_chunk, progress)
 
 
-@dataclass
-class _Request:
-    """What a call to generate asks for, beside the prompt."""
-
-    logits_processor: LogitsProcessorList
-    stopping_criteria: StoppingCriteriaList
-    do_sample: bool
-    pad_token: Tensor | None  # what finished sequences get; None where no end token is set
-    record_scores: bool
-    record_logits: bool
-    guesses: GuessProcessors
-
-
-@dataclass
-class _Batch:
-    """Tokens so far, and what is recorded on the way. `B` sequences.
-
-    Finished ones get padding; where no end token is set they run on with the others, as in stock generate.
-    """
-
-    input_ids: Tensor  # [B, S + new]
-    prompt_length: int  # S
-    unfinished: Tensor  # bool [B]
-    new: Tensor  # int64 [B], new tokens that are not padding
-    pads_finished: bool
-    scores: list[Tensor] = field(default_factory=list)
-    logits: list[Tensor] = field(default_factory=list)
-
-    @property
-    def active(self) -> list[int]:
-        """Sequences that the next step decodes."""
-        runs = self.unfinished if self.pads_finished else self.unfinished.any().expand_as(self.unfinished)
-        return runs.nonzero()[:, 0].tolist()
-
-    def new_token_ids(self) -> list[list[int]] | None:
-        """Each sequence's new tokens, without padding; `None` before the first ones."""
-        rows = self.input_ids[:, self.prompt_length :].tolist()
-        return [row[:count] for row, count in zip(rows, self.new.tolist(), strict=True)] if rows[0] else None
-
-
 @torch.no_grad()
 def _decode(
     model: Any,
@@ -200,8 +159,8 @@ def _decode(
         check_room(cache, token_ids, stored_new_tokens, chunk)
         if streamer is not None and not streamer_has_prompt:
             streamer.put(input_ids.cpu())
-        request = _request(logits_processor, stopping_criteria, generation_config)
-        batch = _new_batch(input_ids, request)
+        request = token_choice(logits_processor, stopping_criteria, generation_config)
+        batch = no_answers_yet(input_ids, request)
         with attached(model), tokens_kept(cache, _loads(token_ids, stored_new_tokens), batch.new_token_ids):
             _run(Decoder(model, cache), cache, token_ids, batch, request, chunk, streamer, progress)
         finished = True
@@ -225,8 +184,8 @@ def _run(
     decoder: Decoder,
     cache: SpeCache,
     token_ids: list[list[int]],
-    batch: _Batch,
-    request: _Request,
+    batch: Answers,
+    request: TokenChoice,
     chunk: int,
     streamer: Any,
     progress: Progress | None,
@@ -235,17 +194,17 @@ def _run(
     try:
         logits = _prefill(decoder, cache, token_ids, chunk, progress)  # [B, V]
         cache.counters.first_token_s = cache.counters.prefill_s
-        _take_tokens(batch, logits, request, cache, streamer)
+        take_tokens(batch, logits, request, cache, streamer)
         guesses = _first_guesses(decoder, cache, batch, request)
         while active := batch.active:
             tokens = batch.input_ids[active, -1].tolist()
             step = decoder.step(active, tokens, [guesses[i] for i in active] if guesses else None)
             logits[active] = step.real
-            context = _with_guesses(batch, guesses) if guesses else None
-            _take_tokens(batch, logits, request, cache, streamer)
+            context = with_guesses(batch, guesses) if guesses else None
+            take_tokens(batch, logits, request, cache, streamer)
             if guesses is not None and context is not None:
-                _count_guesses(cache, batch, guesses, active)
-                guesses = _guess(request, context, logits, step.guess, active)
+                count_guesses(cache, batch, guesses, active)
+                guesses = guess(request, context, logits, step.guess, active)
     except BaseException as error:
         for index in batch.unfinished.nonzero()[:, 0].tolist():
             if len(cache.sequences) > index:
@@ -290,74 +249,13 @@ def _offset_progress(progress: Progress | None, offset: int, total: int) -> Prog
     return lambda done, of: progress(offset + done, total)
 
 
-def _take_tokens(batch: _Batch, logits: Tensor, request: _Request, cache: SpeCache, streamer: Any) -> None:
-    """Choose every sequence's next token as stock generate does, and see who is finished. logits [B, V], float32."""
-    logits = logits.to(copy=True, dtype=torch.float32, device=batch.input_ids.device)
-    scores = request.logits_processor(batch.input_ids, logits)
-    if request.record_scores:
-        batch.scores.append(scores)
-    if request.record_logits:
-        batch.logits.append(logits)
-    if request.do_sample:
-        tokens = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
-    else:
-        tokens = scores.argmax(dim=-1)
-    if request.pad_token is not None:
-        tokens = torch.where(batch.unfinished, tokens, request.pad_token)
-    batch.input_ids = torch.cat([batch.input_ids, tokens[:, None]], dim=-1)
-    batch.new += batch.unfinished if batch.pads_finished else 1
-    if streamer is not None:
-        streamer.put(tokens.cpu())
-    _finish(batch, request, cache)
-
-
-def _finish(batch: _Batch, request: _Request, cache: SpeCache) -> None:
-    """Apply the stopping criteria and note why a sequence ended."""
-    recorded = tuple(batch.scores) if request.record_scores else None
-    by_length = torch.zeros_like(batch.unfinished)
-    by_stop = torch.zeros_like(batch.unfinished)
-    for criterion in request.stopping_criteria:
-        target = by_length if isinstance(criterion, MaxLengthCriteria | MaxTimeCriteria) else by_stop
-        target |= torch.as_tensor(criterion(batch.input_ids, recorded), device=target.device).bool()
-    for index in (batch.unfinished & (by_length | by_stop)).nonzero()[:, 0].tolist():
-        cache.sequences[index].finish_reason = "stop" if by_stop[index] else "length"
-    batch.unfinished &= ~(by_length | by_stop)
-
-
-def _first_guesses(decoder: Decoder, cache: SpeCache, batch: _Batch, request: _Request) -> list[int] | None:
+def _first_guesses(decoder: Decoder, cache: SpeCache, batch: Answers, request: TokenChoice) -> list[int] | None:
     """Pre-decoding (Algorithm 2), where the policy guesses: one guess per sequence, finished ones included."""
     active = batch.active
     if not cache.config.policy.guesses or not active:
         return None
     logits = decoder.pre_decode(active, batch.input_ids[active, -1].tolist())
-    return _guess(request, batch.input_ids, logits.new_zeros(len(batch.unfinished), logits.shape[-1]), logits, active)
-
-
-def _guess(request: _Request, context: Tensor, like: Tensor, logits: Tensor, active: list[int]) -> list[int]:
-    """Speculative tokens [B] from the guess rows' logits [A, V], after the processors that may be applied to a guess."""
-    full = torch.zeros_like(like)
-    full[active] = logits
-    return request.guesses(context, full.to(context.device)).argmax(dim=-1).tolist()
-
-
-def _with_guesses(batch: _Batch, guesses: list[int]) -> Tensor:
-    """Tokens that the guess row continues: everything so far and the guess."""
-    column = torch.tensor(guesses, dtype=batch.input_ids.dtype, device=batch.input_ids.device)[:, None]
-    return torch.cat([batch.input_ids, column], dim=-1)
-
-
-def _count_guesses(cache: SpeCache, batch: _Batch, guesses: list[int], active: list[int]) -> None:
-    tokens = batch.input_ids[:, -1].tolist()
-    cache.counters.guesses += len(active)
-    cache.counters.guesses_right += sum(tokens[i] == guesses[i] for i in active)
-
-
-def _new_batch(input_ids: Tensor, request: _Request) -> _Batch:
-    """input_ids [B, S] and no new tokens."""
-    batch, length = input_ids.shape
-    unfinished = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
-    new = torch.zeros(batch, dtype=torch.long, device=input_ids.device)
-    return _Batch(input_ids, length, unfinished, new, request.pad_token is not None)
+    return guess(request, batch.input_ids, logits.new_zeros(len(batch.unfinished), logits.shape[-1]), logits, active)
 
 
 def _loads(token_ids: list[list[int]], new_tokens: int) -> list[SequenceLoad]:
@@ -397,17 +295,3 @@ def _stored_new_tokens(generation_config: Any, input_ids: Tensor) -> int:
     """Most tokens that decoding stores per sequence: all new ones but the last, which nothing follows."""
     new = (generation_config.max_length or 0) - input_ids.shape[1]
     return max(0, new - 1)
-
-
-def _request(logits_processor: LogitsProcessorList, stopping_criteria: StoppingCriteriaList, generation_config: Any) -> _Request:
-    returns_dict = generation_config.return_dict_in_generate
-    has_end_token = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
-    return _Request(
-        logits_processor=logits_processor,
-        stopping_criteria=stopping_criteria,
-        do_sample=generation_config.do_sample,
-        pad_token=generation_config._pad_token_tensor if has_end_token else None,
-        record_scores=bool(returns_dict and generation_config.output_scores),
-        record_logits=bool(returns_dict and generation_config.output_logits),
-        guesses=GuessProcessors(logits_processor),
-    )

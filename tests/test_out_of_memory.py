@@ -66,7 +66,7 @@ def failing(
 
     Yields the layer of each call that raised. Every layer of a pass calls `score` once, before the other kernels.
     """
-    real, put = getattr(dispatch, operation), generation._take_tokens
+    real, put = getattr(dispatch, operation), generation.take_tokens
     score = dispatch.score
     tokens, layers, raised = [0], [-1], []
 
@@ -85,7 +85,7 @@ def failing(
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(generation, "_take_tokens", taking)
+        patch.setattr(generation, "take_tokens", taking)
         patch.setattr(dispatch, operation, failing_kernel)
         patch.setattr(dispatch, "score", scoring)
         yield raised
