@@ -149,7 +149,7 @@ def _run(
 def _print_batch(outcome: Outcome, prompts: list[Prompt]) -> None:
     """Answers in order on standard output, each under a heading on standard error."""
     for result, prompt in zip(outcome.results, prompts, strict=True):
-        err.print(f"==> {prompt.origin} <==", style="bold", markup=False)
+        err.print(f"==> {prompt.origin} <==", style="bold", markup=False, soft_wrap=True)
         write(result.text + "\n")
 
 

@@ -130,7 +130,7 @@ def test_several_files_are_a_batch_and_each_is_answered_as_if_alone(tiny, tmp_pa
     assert batch == [run_json(*tiny, "--prompt", prompt)["results"][0] for prompt in prompts]
     printed = run(*tiny, *arguments)
     assert printed.stdout == "".join(result["text"] + "\n" for result in batch)
-    assert all(f"==> {file} <==" in printed.stderr.replace("\n", "") for file in files)
+    assert all(f"==> {file} <==" in printed.stderr.splitlines() for file in files)
 
 
 def test_stop_text_ends_the_answer_and_is_left_out(tiny):
