@@ -147,7 +147,7 @@ void score_by_matrix(const Layout& layout, const Copy& copy, int head, const Pre
         score_stretch<I, BITS>(layout, copy, head, prepared, start, min_of(kStretch, first + count - start), scaling, scores);
 }
 
-// Of up to eight queries. Their weights, none above 1, are rounded to 16 bits of the stretch's largest value scale, and go through the
+// Of up to eight queries. Their weights times the tokens' value scales are rounded to 16 bits of the stretch's largest, and go through the
 // registers as two rows of bytes, so that sums stay there for the whole stretch.
 template <class I, int BITS>
 void attend_stretch(const Layout& layout, const Copy& copy, int head, int64_t first, int count, int queries,
@@ -159,19 +159,20 @@ void attend_stretch(const Layout& layout, const Copy& copy, int head, int64_t fi
     alignas(64) int32_t sums[kMaxDim / kTile / 4][4 * 16 * kTile];
     alignas(64) float scale[kStretch];
 
-    Floats largest = Isa::splat(1e-30f);
-    for (int t = 0; t < stretch.pages * kPage; t += kTile) {
-        Floats x = load_halves(layout.value_scale_of(stretch.page(t / kPage), head) + t % kPage, count - t);
-        Isa::store(scale + t, x);
-        largest = Isa::max(largest, x);
+    for (int t = 0; t < stretch.pages * kPage; t += kTile)
+        Isa::store(scale + t, load_halves(layout.value_scale_of(stretch.page(t / kPage), head) + t % kPage, count - t));
+    float unit[8];  // of the largest weight that is left: one that was taken out may have been far above it
+    for (int j = 0; j < queries; j++) {
+        Floats largest = Isa::splat(1e-30f);
+        for (int t = 0; t < stretch.pages * kPage; t += kTile)
+            largest = Isa::max(largest, Isa::mul(Isa::load(weights[j] + first + t), Isa::load(scale + t)));
+        unit[j] = Isa::largest(largest) / 65535.0f;
     }
-    const float peak = Isa::largest(largest);
-    const Floats unit = Isa::splat(65535.0f / peak);
-    for (int t = 0; t < stretch.pages * kPage; t += kTile) Isa::store(scale + t, Isa::mul(Isa::load(scale + t), unit));
     for (int page = 0; page < stretch.pages; page++) {
         fetch_ahead(layout.value_scale_of(stretch.page(page + kStretchPages), head), kPage * 2);
         for (int j = 0; j < queries; j++)
-            I::store_in_two(rounded[page][j], rounded[page][queries + j], weights[j] + first + page * kPage, scale + page * kPage);
+            I::store_in_two(rounded[page][j], rounded[page][queries + j], weights[j] + first + page * kPage, scale + page * kPage,
+                            1.0f / unit[j]);
     }
 
     Round rounds[kMaxDim / kTile / 4 * kStretchPages];
@@ -187,7 +188,7 @@ void attend_stretch(const Layout& layout, const Copy& copy, int head, int64_t fi
     multiply<I, BITS, false>(rounds, groups * stretch.pages, 2 * queries, value_tables<BITS>(layout.code));
 
     for (int j = 0; j < queries; j++) {
-        const Floats by = Isa::splat(peak / 65535.0f * normal_levels(BITS).unit * share[j]);
+        const Floats by = Isa::splat(unit[j] * normal_levels(BITS).unit * share[j]);
         float* to = out.out + j * out.stride;
         for (int tile = 0; tile < tiles; tile++) {
             const int32_t* sum = sums[tile / 4] + (tile % 4 * 2 * queries + j) * kTile;

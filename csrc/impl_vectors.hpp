@@ -64,12 +64,14 @@ inline void store_partial(float* p, int count, Floats v) {
     for (int i = 0; i < count; i++) p[i] = x[i];
 }
 
+// The sums of up to four, each added up in the same order whatever N is: a query's scores do not depend on those beside it.
 template <int N>
 inline void sums_of(const Floats* x, float* out) {
-    if constexpr (N == 4)
-        Isa::sum_four(x, out);
-    else
-        for (int j = 0; j < N; j++) out[j] = Isa::sum(x[j]);
+    Floats four[4];
+    for (int j = 0; j < 4; j++) four[j] = j < N ? x[j] : Isa::splat(0.0f);
+    float sums[4];
+    Isa::sum_four(four, sums);
+    for (int j = 0; j < N; j++) out[j] = sums[j];
 }
 
 inline Floats load_halves(const uint16_t* p, int count) {

@@ -11,10 +11,10 @@ struct Isa : Wide {
     static constexpr int together = kMaxQueries;
     static constexpr bool matrix = true;
 
-    // Round 64 products a[i] b[i] of 0 to 65535 to whole numbers: their high bytes and their low bytes.
-    static void store_in_two(uint8_t* high, uint8_t* low, const float* a, const float* b) {
+    // Round 64 products a[i] b[i] factor of 0 to 65535 to whole numbers: their high bytes and their low bytes.
+    static void store_in_two(uint8_t* high, uint8_t* low, const float* a, const float* b, float factor) {
         __m512i x[4];
-        for (int i = 0; i < 4; i++) x[i] = _mm512_cvtps_epi32(_mm512_mul_ps(load(a + 16 * i), load(b + 16 * i)));
+        for (int i = 0; i < 4; i++) x[i] = _mm512_cvtps_epi32(mul(mul(load(a + 16 * i), load(b + 16 * i)), splat(factor)));
         const __m512i first = _mm512_packus_epi32(x[0], x[1]), second = _mm512_packus_epi32(x[2], x[3]);
         const __m512i in_order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), bytes = _mm512_set1_epi16(255);
         const __m512i highs = _mm512_packus_epi16(_mm512_srli_epi16(first, 8), _mm512_srli_epi16(second, 8));

@@ -234,7 +234,7 @@ def test_codes_are_torchs(isa, case, step):
 
 
 @every_isa
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(case=cases(), k=st.integers(1, 70), recent=st.integers(2, 40), sinks=st.booleans())
 def test_one_call_does_what_the_single_kernels_do(isa, case, k, recent, sinks):
     dtype, generator = case.keys[0].dtype, torch.Generator().manual_seed(k)
