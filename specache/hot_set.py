@@ -67,15 +67,14 @@ class HotSet:
 
         The pairs count as here from now on. `fill` brings their rows, or `forget` takes them back.
         """
-        order = self.stamp.argsort(dim=1, stable=True)  # [Hkv, C], least recently used first
         within = torch.zeros(self.position.shape[0], len(head), dtype=torch.long, device=head.device)
         within[head, torch.arange(len(head), device=head.device)] = 1
         rank = (within.cumsum(1) - 1)[head, torch.arange(len(head), device=head.device)]  # n-th newcomer of its head
         if self.capacity == 0:
             self._reserved = head, torch.full_like(head, -1)
             return self._reserved[1]
-        slot = order[head, rank.clamp(max=self.capacity - 1)]
-        slot = slot.where((rank < self.capacity) & (self.stamp[head, slot] < self.step), -1)
+        victims = self._victims(within.sum(1, keepdim=True), min(len(head), self.capacity))
+        slot = victims[head, rank.clamp(max=victims.shape[1] - 1)].where(rank < self.capacity, -1)
         self._reserved = head, slot
         self._sorted = None
         fits = slot >= 0
@@ -134,3 +133,13 @@ class HotSet:
         self._sorted = None
         self._reserved = None
         self._claim.release()
+
+    def _victims(self, count: Tensor, most: int) -> Tensor:
+        """The `count` [Hkv, 1] least recently used slots of each head, ascending, in [Hkv, most].
+
+        Behind them, and for slots that this step wants: -1.
+        """
+        stamps, order = self.stamp.sort(dim=1, stable=True)
+        evicted = (torch.arange(most, device=order.device) < count) & (stamps[:, :most] < self.step)
+        ascending = order[:, :most].where(evicted, NOWHERE).sort(dim=1).values
+        return ascending.where(ascending < NOWHERE, -1)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from specache.budget import ByteBudget
 from specache.config import PAGE_TOKENS, SpeCacheConfig
+from specache.device.fused_rows import device_rows
 from specache.device.hot_set import DeviceHotSet
 from specache.device.page_kernels import PageKernels, page_kernels
 from specache.device.rows import DeviceRows, RowCounters, StepBuffers
@@ -249,7 +250,7 @@ class DeviceBatch:
         slots = max(self.size.hot_slots[index], self.top_k)
         hot = DeviceHotSet(batch, heads, slots, self.size.capacity, 2 * dim, dtype, self.device, self._budget)
         source = row_source([sequence.tier.buffer(index) for sequence in self.sequences], self.device)
-        rows = DeviceRows(source, hot, self._buffers[heads, dim], self.streams, self.counters, self.config.cuda_reads)
+        rows = device_rows(source, hot, self._buffers[heads, dim], self.streams, self.counters, self.config.cuda_reads)
         weights = [layer.weights.value for layer in layers if layer.weights.value is not None]
         state = LayerState(
             layers=layers,

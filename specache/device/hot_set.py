@@ -2,9 +2,9 @@
 it holds.
 
 Every operation is a fixed sequence of kernels on fixed shapes, into buffers that stay where they are, so that it can be queued and
-captured in a CUDA graph. Each costs a launch or a node of the graph, in every layer of every step: so there is no masking where an
-index of its own does. Buffers have two slots more than rows are kept in, for what is not here and for what finds no room, and the
-table has two positions more, for no pair and for nobody's.
+captured in a CUDA graph. These are PyTorch's operations; `fused_rows` has kernels that do a step's part in one launch each. Buffers
+have two slots more than rows are kept in, for what is not here and for what finds no room, and the table has two positions more,
+for no pair and for nobody's.
 
 Positions are int64 [B, Hkv, k], each once, -1 where there is no pair. Slots are int64 of the same shape, `C` and above for none.
 """
@@ -16,19 +16,20 @@ from torch import Tensor
 
 from specache.budget import ByteBudget
 
-INDEX_BYTES = 8  # of a slot's position, and of its stamp
-TABLE_BYTES = 4  # of a position's slot
+INDEX_BYTES = 4  # of a slot's position and of the tick when it was last wanted, of a position's slot, and of a tick
+OLDEST = (1 << 16) - 1  # ticks: slots that were not wanted for as long, or never, are equally old
 
 
 def hot_set_bytes(batch: int, heads: int, slots: int, tokens: int, row_bytes: int) -> int:
     """Device memory of a `DeviceHotSet` with rows of `row_bytes`."""
-    return batch * heads * ((slots + 2) * (row_bytes + 2 * INDEX_BYTES) + (tokens + 2) * TABLE_BYTES)
+    return batch * heads * ((slots + 2) * (row_bytes + 2 * INDEX_BYTES) + (tokens + 2) * INDEX_BYTES + INDEX_BYTES)
 
 
 class DeviceHotSet:
-    """`C` slots per sequence and KV head, the least recently used one out first.
+    """`C` slots per sequence and KV head, the least recently used one out first, and of equally old ones the first.
 
-    Same hits and same victims as `specache.hot_set.HotSet` has for one sequence with as many slots.
+    Same hits and same victims as `specache.hot_set.HotSet` has for one sequence with as many slots, as long as none of its slots is
+    `OLDEST` ticks old. The victims of a step are given to its newcomers in ascending order.
 
     Args:
         slots: `C`, at least as many as positions are looked up at a time.
@@ -39,9 +40,10 @@ class DeviceHotSet:
     Attributes:
         rows: [B, Hkv, C + 2, 2 D]. Slot `C` (`absent`) is zero and stays so; slot `C + 1` (`refused`) takes rows that nobody wants.
         table: int32 [B, Hkv, T + 2], position -> slot. `T` stands for no pair, `T + 1` is whose slots nobody owns.
-        owner: int64 [B, Hkv, C + 2], slot -> position.
-        stamp: int64 [B, Hkv, C + 2], when a slot was last wanted: its tick, plus the slot's number, by which no two are equal.
-        tick: int64 scalar, in steps of `C + 2`. What was wanted in the current tick is never evicted in it.
+        owner: int32 [B, Hkv, C + 2], slot -> position.
+        used: int32 [B, Hkv, C + 2], the tick when a slot was last wanted.
+        tick: int32 [B, Hkv, 1], the same for all: each program of a kernel counts its own. What was wanted in the current tick is
+            never evicted in it.
 
     Raises:
         FastMemoryError: the budget does not allow it.
@@ -62,15 +64,14 @@ class DeviceHotSet:
         self._claim = (budget or ByteBudget()).claim(size, "hot sets")
         self.capacity, self.tokens, self.width = slots, tokens, width
         self.absent, self.refused = slots, slots + 1
-        shape, self._stride = (batch, num_kv_heads), slots + 2
-        self.rows = torch.zeros(*shape, self._stride, width, dtype=dtype, device=device)
+        shape, stride = (batch, num_kv_heads), slots + 2
+        self.rows = torch.zeros(*shape, stride, width, dtype=dtype, device=device)
         self.table = torch.empty(*shape, tokens + 2, dtype=torch.int32, device=device)
-        self.owner = torch.empty(*shape, self._stride, dtype=torch.int64, device=device)
-        self.stamp = torch.empty(*shape, self._stride, dtype=torch.int64, device=device)
-        self.tick = torch.zeros((), dtype=torch.int64, device=device)
-        self._never = torch.arange(self._stride, device=device) - self._stride  # stamps of slots that nobody has used
+        self.owner = torch.empty(*shape, stride, dtype=torch.int32, device=device)
+        self.used = torch.empty(*shape, stride, dtype=torch.int32, device=device)
+        self.tick = torch.zeros(*shape, 1, dtype=torch.int32, device=device)
         self._refused, self._nobodys = (torch.tensor(x, device=device) for x in (self.refused, tokens + 1))
-        self._first_row = torch.arange(batch * num_kv_heads, device=device).view(*shape, 1) * self._stride
+        self._first_row = torch.arange(batch * num_kv_heads, device=device).view(*shape, 1) * stride
         self.clear()
 
     @property
@@ -85,7 +86,7 @@ class DeviceHotSet:
 
     def advance(self) -> None:
         """Begin the next tick."""
-        self.tick.add_(self._stride)
+        self.tick.add_(1)
 
     def look_up(self, positions: Tensor) -> Tensor:
         """Slots of the positions, `absent` for those that are not here; what is found counts as used in this tick."""
@@ -99,11 +100,10 @@ class DeviceHotSet:
         The least recently used ones, but none that was wanted in this tick: `refused` for a position that finds no other, and where
         nothing is missing. Their rows are for the caller to bring; until then nobody may read them.
         """
-        self.stamp[..., self.capacity :].fill_(torch.iinfo(torch.int64).max)  # never a victim
-        stamps, victims = self.stamp.topk(positions.shape[-1], dim=-1, largest=False, sorted=True)
+        victims = self._victims(missing)
         rank = missing.cumsum(-1).sub_(1).clamp_(min=0)  # n-th newcomer of its head
-        granted = missing & self._may_be_evicted(stamps.gather(-1, rank))
-        slots = torch.where(granted, victims.gather(-1, rank), self._refused)
+        slots = victims.gather(-1, rank).where(missing, self._refused)
+        granted = slots != self._refused
         self._give(slots, torch.where(granted, positions, self._nobodys))
         self._touch(slots)
         return slots
@@ -113,7 +113,7 @@ class DeviceHotSet:
         owned = (slots < self.capacity) & (self.owner.gather(-1, slots) == positions)
         slots = torch.where(owned, slots, self._refused)
         self._give(slots, self._nobodys.expand_as(slots))
-        self.stamp.scatter_(-1, slots, self._never.expand_as(self.stamp).gather(-1, slots))
+        self.used.scatter_(-1, slots, self._long_ago().expand_as(slots))
 
     def put(self, slots: Tensor, rows: Tensor) -> None:
         """Write rows [B, Hkv, k, 2 D] into slots from `claim`."""
@@ -127,20 +127,29 @@ class DeviceHotSet:
         """Empty all slots."""
         self.table.fill_(self.absent)
         self.owner.fill_(self.tokens + 1)
-        self.stamp.copy_(self._never)
+        self.used.copy_(self._long_ago().expand_as(self.used))
 
-    def _may_be_evicted(self, stamps: Tensor) -> Tensor:
-        """Whether nobody wanted the slots with these stamps in this tick."""
-        return stamps < self.tick
+    def _victims(self, missing: Tensor) -> Tensor:
+        """As many slots [B, Hkv, k] as are missing, ascending; `refused` behind them, and where nobody may be evicted."""
+        age = (self.tick - self.used[..., : self.capacity]).clamp_(max=OLDEST)
+        count = missing.sum(-1, keepdim=True)
+        oldest = age.sort(dim=-1, descending=True, stable=True)  # of equals the first
+        k = missing.shape[-1]
+        evicted = (oldest.values[..., :k] > 0) & (torch.arange(k, device=age.device) < count)
+        return oldest.indices[..., :k].where(evicted, self._refused).sort(dim=-1).values
+
+    def _long_ago(self) -> Tensor:
+        """The last use of slots that nobody has used."""
+        return self.tick - OLDEST
 
     def _give(self, slots: Tensor, positions: Tensor) -> None:
         """Slots belong to these positions from now on, and those that they belonged to are absent."""
-        self.table.scatter_(-1, self.owner.gather(-1, slots), self.absent)
+        self.table.scatter_(-1, self.owner.gather(-1, slots).long(), self.absent)
         self.table.scatter_(-1, positions, slots.int())
-        self.owner.scatter_(-1, slots, positions)
+        self.owner.scatter_(-1, slots, positions.int())
 
     def _touch(self, slots: Tensor) -> None:
-        self.stamp.scatter_(-1, slots, slots + self.tick)
+        self.used.scatter_(-1, slots, self.tick.expand_as(slots))
 
     def _flat(self) -> Tensor:
         return self.rows.view(-1, self.width)

@@ -60,6 +60,8 @@ class StepBuffers:
         positions: int64 [n, B, Hkv, k] they belong to, -1 where there is no row.
         missing: int64 [B, Hkv, k], the real row's positions that must be read, -1 elsewhere.
         slots: int64 [B, Hkv, k], where they go in the hot set.
+        found: int64 [B, Hkv, k], slots of the others.
+        victims: int64 [B, Hkv, k], for a kernel's own use.
         fetched: [B, Hkv, k, 2 D], as they were read.
     """
 
@@ -70,12 +72,17 @@ class StepBuffers:
         self.rows = torch.zeros(pass_rows, *shape, width, dtype=dtype, device=device)
         self.positions = torch.full((pass_rows, *shape), -1, device=device)
         self.missing = torch.full(shape, -1, device=device)
-        self.slots = torch.full(shape, -1, device=device)
+        self.slots, self.found, self.victims = (torch.full(shape, -1, device=device) for _ in range(3))
         self.fetched = torch.zeros(*shape, width, dtype=dtype, device=device)
 
     @property
     def nbytes(self) -> int:
-        return sum(x.nbytes for x in (self.rows, self.positions, self.missing, self.slots, self.fetched))
+        return sum(x.nbytes for x in self.tensors)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them."""
+        return self.rows, self.positions, self.missing, self.slots, self.found, self.victims, self.fetched
 
     @property
     def rows_by_pass(self) -> Tensor:
@@ -141,12 +148,12 @@ class DeviceRows:
         self.join()
         self._streams.run(Queue.COMPUTE, lambda: self._ask(positions))
         if self._read is ReadPath.MAPPED:
-            self._streams.run(Queue.COMPUTE, self._read_missing)
+            self._streams.run(Queue.COMPUTE, self._bring)
         else:
             self._hand_over(Queue.COMPUTE, self._asked, Queue.COPY)
             self._streams.run(Queue.COPY, self._read_missing)
             self._hand_over(Queue.COPY, self._fetched, Queue.COMPUTE)
-        self._streams.run(Queue.COMPUTE, self._take)
+            self._streams.run(Queue.COMPUTE, self._take)
         return self._buffers.rows[0]
 
     def available(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -191,7 +198,7 @@ class DeviceRows:
         self._streams.record(done, event)
         self._streams.wait(then, event)
 
-    # What the queues run
+    # What the queues run; `fused_rows` has the same in kernels of its own
 
     def _ask(self, positions: Tensor) -> None:
         """The real row's hot rows, and which ones are to be read into which slots."""
@@ -200,9 +207,14 @@ class DeviceRows:
         missing = wanted & absent
         self.hot.get(slots, self._buffers.rows[0])
         self._buffers.positions[0].copy_(positions)
+        self._buffers.found.copy_(slots)
         torch.where(missing, positions, self._none, out=self._buffers.missing)
         self._buffers.slots.copy_(self.hot.claim(positions, missing))
         self._counters.add_step(wanted, missing)
+
+    def _bring(self) -> None:
+        self._read_missing()
+        self._take()
 
     def _read_missing(self) -> None:
         self._buffers.fetched.copy_(self.source.gather(self._buffers.missing))

@@ -19,7 +19,7 @@ COUNTERS = 5
 def step_buffers_bytes(batch: int, heads: int, top_k: int, row_bytes: int, pass_rows: int) -> int:
     """Of `rows.StepBuffers`: rows, positions and slots of one layer's step, with rows of `row_bytes` in `pass_rows` passes."""
     places = batch * heads * top_k
-    return places * ((pass_rows + 1) * row_bytes + (pass_rows + 2) * NUMBER)
+    return places * ((pass_rows + 1) * row_bytes + (pass_rows + 4) * NUMBER)
 
 
 def batch_bytes(layers: Sequence[tuple[int, int]], batch: int, top_k: int, capacity: int, pass_rows: int, itemsize: int) -> int:

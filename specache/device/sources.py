@@ -53,8 +53,13 @@ class MappedRows:
         self._kernels = triton_kernels.load()
         self.addresses = to_device(_addresses(stored), torch.int64, device)
 
+    @property
+    def like(self) -> Tensor:
+        """Any of the rows [Hkv, capacity, 2 D]: its dtype and strides are those of all."""
+        return self._stored[0]
+
     def gather(self, positions: Tensor) -> Tensor:
-        return self._kernels.gather_at(self.addresses, self._stored[0], positions.unsqueeze(2)).squeeze(2)
+        return self._kernels.gather_at(self.addresses, self.like, positions.unsqueeze(2)).squeeze(2)
 
     def replace(self, stored: Sequence[Tensor]) -> None:
         self._stored = _readable(_replacement(self._stored, stored), self.addresses.device)
@@ -63,7 +68,8 @@ class MappedRows:
 
 def row_source(stored: Sequence[Tensor], device: torch.device) -> RowSource:
     """The rows of a layer of a batch for a decode step on `device`."""
-    return StoredRows(stored) if device.type == "cpu" else MappedRows(stored, device)
+    in_pytorch = device.type == "cpu" and not triton_kernels.interpreted()
+    return StoredRows(stored) if in_pytorch else MappedRows(stored, device)
 
 
 def _addresses(stored: Sequence[Tensor]) -> list[int]:

@@ -45,7 +45,7 @@ class ListedHotSet:
 
     def claim(self, positions: list[int], missing: list[bool]) -> list[int]:
         oldest_first = sorted(range(self.capacity), key=lambda slot: self.slots[slot][1])
-        victims = [slot for slot in oldest_first if self.slots[slot][1] < self.tick]
+        victims = sorted([slot for slot in oldest_first if self.slots[slot][1] < self.tick][: sum(missing)])
         claimed = []
         for position, wanted in zip(positions, missing, strict=True):
             slot = victims.pop(0) if wanted and victims else -1
@@ -154,7 +154,7 @@ def test_rows_come_back_from_the_slots_they_were_put_into():
 
 def test_its_buffers_stay_where_they_are():
     hot = DeviceHotSet(BATCH, HEADS, 5, TOKENS, WIDTH, torch.float32, CPU)
-    buffers = (hot.rows, hot.table, hot.owner, hot.stamp, hot.tick)
+    buffers = (hot.rows, hot.table, hot.owner, hot.used, hot.tick)
     before = [buffer.data_ptr() for buffer in buffers]
     positions = torch.tensor([1, 4, 7, -1]).expand(BATCH, HEADS, -1)
     hot.advance()
@@ -162,7 +162,7 @@ def test_its_buffers_stay_where_they_are():
     hot.put(slots, torch.ones(BATCH, HEADS, TOP_K, WIDTH))
     hot.forget(positions, slots)
     hot.clear()
-    now = (hot.rows, hot.table, hot.owner, hot.stamp, hot.tick)
+    now = (hot.rows, hot.table, hot.owner, hot.used, hot.tick)
     assert [buffer.data_ptr() for buffer in now] == before
     assert all(a is b for a, b in zip(now, buffers, strict=True))
 
@@ -171,6 +171,6 @@ def test_its_bytes_are_counted_and_taken_from_fast_memory():
     budget = ByteBudget(100_000)
     hot = DeviceHotSet(BATCH, HEADS, 6, TOKENS, WIDTH, torch.bfloat16, CPU, budget)
     assert hot.nbytes == budget.used == hot_set_bytes(BATCH, HEADS, 6, TOKENS, 2 * WIDTH)
-    assert hot.nbytes == sum(buffer.nbytes for buffer in (hot.rows, hot.table, hot.owner, hot.stamp))
+    assert hot.nbytes == sum(buffer.nbytes for buffer in (hot.rows, hot.table, hot.owner, hot.used, hot.tick))
     with pytest.raises(FastMemoryError, match="hot sets"):
         DeviceHotSet(BATCH, HEADS, 6, 100_000, WIDTH, torch.bfloat16, CPU, budget)

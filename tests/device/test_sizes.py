@@ -37,7 +37,7 @@ def own_tensors(batch: DeviceBatch) -> list[torch.Tensor]:
     tensors = [batch.inputs._buffer, batch.lengths, batch.hits, batch.counters.totals]
     tensors += [batch._addresses, batch._first_page, batch._finite]
     for buffers in batch._buffers.values():
-        tensors += [buffers.rows, buffers.positions, buffers.missing, buffers.slots, buffers.fetched]
+        tensors += buffers.tensors
     for state in batch.layers.values():
         tensors += [state.next_positions, state.used_positions, state.rows._ahead, state.rows._ahead_slots]
         tensors += [] if state.weights is None else [state.weights]

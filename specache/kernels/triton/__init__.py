@@ -14,6 +14,7 @@ from specache.out_of_memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from specache.kernels.triton.backend import TritonKernels
+    from specache.kernels.triton.hot_rows_backend import HotRowKernels
 
 CAPABILITY = (8, 0)  # bfloat16 on tensor cores
 INTERPRETER = "TRITON_INTERPRET"
@@ -77,3 +78,10 @@ def load() -> TritonKernels:
     from specache.kernels.triton.backend import TritonKernels
 
     return TritonKernels()
+
+
+def load_hot_rows() -> HotRowKernels:
+    """The kernels of a decode step's rows. Imports Triton."""
+    from specache.kernels.triton.hot_rows_backend import HotRowKernels
+
+    return HotRowKernels()

@@ -17,6 +17,7 @@ SCORE_BLOCK = 256  # tokens of a program of `score`
 SPLIT = 512  # tokens of a program of `attend`: fixed, so that a sequence's rounding does not depend on its batch
 SELECT_BLOCK = 4096
 MAX_ROWS = 16
+SLOT_BLOCK = 2048  # slots of a hot set at a time
 QUANTISE_TOKENS = 1024  # tokens rotated at a time
 
 
@@ -152,6 +153,15 @@ def select(**constants: int) -> dict[str, Any]:
 
 def gather(width: int) -> dict[str, Any]:
     return {"WIDTH": width, "WIDTH_P": power_of_two(width), "BLOCK": 16, **_compiler(4)}
+
+
+def claim(ahead: bool, k: int, block: int = SLOT_BLOCK) -> dict[str, Any]:
+    return {"AHEAD": ahead, "BLOCK": block, "BLOCK_K": min(power_of_two(k, 32), 1024), **_compiler(8)}
+
+
+def hot_rows(width: int) -> dict[str, Any]:
+    """Of kernels that copy rows: a program's rows are few, so that a head's are spread."""
+    return {"WIDTH": width, "WIDTH_P": power_of_two(width), "BLOCK": 8, **_compiler(4)}
 
 
 def kivi_keys(shape: Shape) -> dict[str, Any]:

@@ -41,6 +41,10 @@ OF_ROWS = (
     "select count",
     "select positions",
     "gather",
+    "hot set: claim",
+    "hot set: read ahead",
+    "hot set: look",
+    "hot set: fill",
 )  # kernels that read no codes
 EXACT = ("rescore", "attend fetched")  # those with products in float32
 BEGIN, END = "<!-- resources -->\n", "<!-- /resources -->\n"
@@ -51,10 +55,11 @@ _TYPES = {
     ),
     **dict.fromkeys(("turned", "weights", "levels"), "*fp32"),
     **dict.fromkeys(("addresses", "first_page", "positions", "stored"), "*i64"),
-    **dict.fromkeys(("lengths", "mass", "histogram", "above", "equal"), "*i32"),
+    **dict.fromkeys(("missing", "claimed", "found", "wanted", "here", "victims", "totals", "source"), "*i64"),
+    **dict.fromkeys(("lengths", "mass", "histogram", "above", "equal", "table", "owner", "used", "tick"), "*i32"),
     **dict.fromkeys(("scaling", "softcap", "unit"), "fp32"),
 }
-_ROWS = ("query", "rows", "keys", "values")  # in the model's dtype
+_ROWS = ("query", "rows", "keys", "values", "hot")  # in the model's dtype
 _ALIGNED = ("key_codes", "key_scale", "key_bias", "key_zero", "key_mean", "value_codes", "value_scale", "value_zero")
 
 
@@ -86,7 +91,7 @@ class Resources:
 
 def kernels(shape: Shape, dtype: str) -> dict[str, tuple[Any, dict[str, Any]]]:
     """Name -> (kernel, its constants and options) for a layer."""
-    from specache.kernels.triton import attend, gather, quantise, score, select
+    from specache.kernels.triton import attend, gather, hot_rows, quantise, score, select
 
     exact, dim = dtype == "fp32", shape.dim
     found = {
@@ -101,6 +106,10 @@ def kernels(shape: Shape, dtype: str) -> dict[str, tuple[Any, dict[str, Any]]]:
         "select count": (select.count_kernel, options.select()),
         "select positions": (select.positions_kernel, options.select(BLOCKS_P=32)),
         "gather": (gather.gather_kernel, options.gather(2 * dim)),
+        "hot set: claim": (hot_rows.claim_kernel, options.claim(False, 64)),
+        "hot set: read ahead": (hot_rows.claim_kernel, options.claim(True, 1024)),
+        "hot set: look": (hot_rows.look_kernel, options.hot_rows(2 * dim)),
+        "hot set: fill": (hot_rows.fill_kernel, {**options.hot_rows(2 * dim), "MAPPED": True, "JOIN": True}),
     }
     if shape.rotated:
         found["quantise centre"] = (quantise.centre_keys_kernel, options.centre_keys(shape))
@@ -144,7 +153,7 @@ def _type_of(name: str, variant: Variant) -> str:
     if name in _ROWS:
         rotated_input = variant.shape.rotated and variant.kernel in ("quantise keys", "quantise values")
         return "*fp32" if rotated_input else f"*{variant.dtype}"
-    if name == "out" and variant.kernel == "gather":
+    if name == "out" and variant.kernel in ("gather", "hot set: look", "hot set: fill"):
         return f"*{variant.dtype}"
     return _TYPES.get(name, "i32")
 
