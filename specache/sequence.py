@@ -76,6 +76,11 @@ class Sequence:
         """Its full-attention layers, by number; none under policy `full`."""
         return {index: layer for index, layer in sorted(self.layers.items()) if isinstance(layer, CompressedLayer)}
 
+    @property
+    def sliding(self) -> dict[int, WindowLayer]:
+        """Its sliding-window layers, by number."""
+        return {index: layer for index, layer in sorted(self.layers.items()) if isinstance(layer, WindowLayer)}
+
     def layer(self, index: int, keys: Tensor) -> Layer:
         """The state of layer `index`, made when its first keys [Hkv, n, D] arrive: only they tell heads and dtype."""
         if index not in self.layers:
@@ -89,7 +94,7 @@ class Sequence:
     def offer_checkpoint(self) -> None:
         """A chunk of the prompt is through every layer."""
         if self.checkpoints is not None:
-            self.checkpoints.offer(self.length, {i: layer for i, layer in self.layers.items() if isinstance(layer, WindowLayer)})
+            self.checkpoints.offer(self.length, self.sliding)
 
     def begin_pass(self) -> None:
         """Remember what `undo_pass` needs."""
@@ -170,7 +175,7 @@ class Sequence:
 
     def windows(self) -> dict[int, WindowLayer]:
         """Copies of the sliding layers, to `restore` after a prefill that failed."""
-        return {i: layer.fork() for i, layer in self.layers.items() if isinstance(layer, WindowLayer)}
+        return {i: layer.fork() for i, layer in self.sliding.items()}
 
     def prepare_decode(self) -> None:
         """Size the hot sets for the sequence as it is now."""

@@ -31,7 +31,13 @@ from specache.sequence import Sequence as CachedSequence
 from specache.working_set import decode_bytes
 
 CAPACITY_STEP = 4096  # low-bit tokens: what a batch has room for is a multiple, so that it is rebuilt (and captured) seldom
-KINDS = {Policy.VERIFIED: PassKind.PAIR, Policy.SPECULATIVE: PassKind.PAIR, Policy.ON_DEMAND: PassKind.SINGLE}
+KINDS = {
+    Policy.VERIFIED: PassKind.PAIR,
+    Policy.SPECULATIVE: PassKind.PAIR,
+    Policy.ON_DEMAND: PassKind.SINGLE,
+    Policy.PREVIOUS: PassKind.SINGLE,
+    Policy.NONE: PassKind.SINGLE,
+}
 
 
 def low_bit_room(config: SpeCacheConfig, tokens: int, step: int = CAPACITY_STEP) -> int:
@@ -104,7 +110,7 @@ class StaticDecoder:
     def _run(self, batch: DeviceBatch, tokens: list[list[int]]) -> Tensor:
         config = self._cache.config
         kind = KINDS[config.policy]
-        retires = batch.begin(tokens) and kind is PassKind.PAIR  # only what is selected for the next step depends on it
+        retires = batch.begin(tokens) and config.policy.prefetches  # only what is selected for the next step depends on it
 
         def run() -> Tensor:
             state = StaticPass(batch, kind, config.policy, config.top_k, retires)
@@ -216,8 +222,6 @@ class StaticDecoder:
             return f"policy {config.policy.value!r} is not served"
         if config.slow_tier is not SlowTierKind.RAM:
             return f"the 16-bit pairs are in slow tier {config.slow_tier.value!r}, not in RAM"
-        if any(window is not None for window in info.windows):
-            return "the model has sliding-window layers"
         if info.rope_switch is not None:
             return f"with {info.rope_type} RoPE the frequencies depend on the length"
         if config.residual == 0:

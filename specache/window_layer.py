@@ -40,6 +40,11 @@ class WindowLayer:
         self._ring.copy_(ring)
         self.length = length
 
+    def move_ring(self, into: Tensor) -> None:
+        """Keep the ring in `into` [2, Hkv, window, D] from now on."""
+        into.copy_(self._ring)
+        self._ring = into
+
     @property
     def ordinary_bytes(self) -> int:
         """Bytes of the same layer in an ordinary hybrid cache of a 16-bit dtype."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from specache.budget import ByteBudget
-from specache.config import PAGE_TOKENS, SpeCacheConfig
+from specache.config import PAGE_TOKENS, Policy, SpeCacheConfig
 from specache.device.fused_rows import device_rows
 from specache.device.hot_set import DeviceHotSet
 from specache.device.page_kernels import PageKernels, page_kernels
@@ -26,8 +26,10 @@ from specache.device.rows import DeviceRows, RowCounters, StepBuffers
 from specache.device.sizes import batch_bytes
 from specache.device.sources import row_source
 from specache.device.streams import Queue, Streams
+from specache.device.windows import WindowState
 from specache.kernels.triton.tables import PageTables
 from specache.layers import CompressedLayer
+from specache.window_layer import WindowLayer
 
 _NO_PAGES = np.empty(0, dtype=np.int64)
 
@@ -41,6 +43,8 @@ class CachedSequence(Protocol):
     def length(self) -> int: ...
     @property
     def compressed(self) -> dict[int, CompressedLayer]: ...
+    @property
+    def sliding(self) -> dict[int, WindowLayer]: ...
     def retire(self) -> None: ...
 
 
@@ -128,7 +132,7 @@ class DeviceBatch:
         one = next(iter(first.values())).residual_keys
         self.config, self.size, self.device = config, size, one.device
         self.sequences = list(sequences)
-        self.top_k = min(config.top_k, size.capacity)
+        self.top_k = min(config.top_k, size.capacity) if config.policy is not Policy.NONE else 0
         self._claim = budget.claim(self._own_bytes(), "the static buffers of a step")
         self.inputs = StepInputs(len(sequences), size.rows, self.device)
         self.lengths = torch.zeros(len(sequences), dtype=torch.int32, device=self.device)
@@ -138,7 +142,9 @@ class DeviceBatch:
         self._pages = size.capacity // PAGE_TOKENS
         self._addresses = torch.zeros(len(first), len(sequences) * self._pages, dtype=torch.int64, device=self.device)
         self._first_page = torch.arange(len(sequences), device=self.device) * self._pages
-        self._finite = torch.ones(len(first), dtype=torch.bool, device=self.device)
+        sliding = sequences[0].sliding
+        self._numbers = [*first, *sliding]  # of the layers, in the order of their flags
+        self._finite = torch.ones(len(self._numbers), dtype=torch.bool, device=self.device)
         self._stored = [sequence.length for sequence in sequences]  # tokens in the slow tier
         self._buffers: dict[tuple[int, int], StepBuffers] = {}
         self._of_sequence = [list(sequence.compressed.values()) for sequence in sequences]
@@ -150,6 +156,10 @@ class DeviceBatch:
             for layer in self._of_sequence[b]:
                 layer.move_residual(self.layers[layer.index].residual[b])
             self._write_addresses(b, 0)
+        self.windows: dict[int, WindowState] = {}
+        for place, index in enumerate(sliding, start=len(first)):
+            self.windows[index] = WindowState.of([sequence.sliding[index] for sequence in sequences], self._finite[place])
+            self.windows[index].take()
 
     @property
     def outgrown(self) -> bool:
@@ -177,13 +187,15 @@ class DeviceBatch:
     def first_not_finite(self) -> int | None:
         """The first layer whose real row was not finite in the last step. The one thing that is read back, with the logits."""
         finite = self._finite.tolist()
-        return None if all(finite) else list(self.layers)[finite.index(False)]
+        return min((number for number, is_finite in zip(self._numbers, finite, strict=True) if not is_finite), default=None)
 
     def commit(self) -> None:
         """The step is through every layer: its real row counts, and what it made the residuals too long for becomes low bit."""
         retiring = self._retiring()
         for layer in self._all_layers():
             layer.residual_count += 1
+        for state in self.windows.values():
+            state.commit()
         for b in retiring:
             before = self._low_bit(b)
             self.sequences[b].retire()
@@ -212,7 +224,9 @@ class DeviceBatch:
             for layer in self._of_sequence[b]:
                 state = self.layers[layer.index]
                 layer.move_residual(torch.empty_like(state.residual[b]))
-                layer.next_positions = state.next_positions[b].clone()
+                layer.next_positions = state.next_positions[b].clone() if self.top_k else None
+        for window in self.windows.values():
+            window.give_back()
 
     def join(self) -> None:
         """Nothing of the step is left on the copy queue: the end of a step that is captured."""
@@ -229,7 +243,8 @@ class DeviceBatch:
         layers = self.sequences[0].compressed.values()
         shapes = [(layer.residual_keys.shape[0], layer.residual_keys.shape[2]) for layer in layers]
         itemsize = next(iter(layers)).residual_keys.itemsize
-        return batch_bytes(shapes, len(self.sequences), self.top_k, self.size.capacity, self.size.rows, itemsize)
+        windows = len(self.sequences[0].sliding)
+        return batch_bytes(shapes, windows, len(self.sequences), self.top_k, self.size.capacity, self.size.rows, itemsize)
 
     def _make_room(self) -> None:
         """The slow tier's buffers of all sequences have one size, and stay where they are as long as the batch has room."""

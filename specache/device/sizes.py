@@ -1,6 +1,7 @@
 """Device memory of a batch's static state, in bytes: what `DeviceBatch` allocates, and what a planner counts without one.
 
-Hot sets are counted by `hot_set.hot_set_bytes`. Residuals take the place of the sequences' own and are counted with them.
+Hot sets are counted by `hot_set.hot_set_bytes`. Residuals and sliding windows take the place of
+the sequences' own and are counted with them.
 """
 
 from __future__ import annotations
@@ -22,11 +23,14 @@ def step_buffers_bytes(batch: int, heads: int, top_k: int, row_bytes: int, pass_
     return places * ((pass_rows + 1) * row_bytes + (pass_rows + 4) * NUMBER)
 
 
-def batch_bytes(layers: Sequence[tuple[int, int]], batch: int, top_k: int, capacity: int, pass_rows: int, itemsize: int) -> int:
-    """Of a `batch.DeviceBatch` besides its hot sets and residuals.
+def batch_bytes(
+    layers: Sequence[tuple[int, int]], windows: int, batch: int, top_k: int, capacity: int, pass_rows: int, itemsize: int
+) -> int:
+    """Of a `batch.DeviceBatch` besides its hot sets, residuals and sliding windows.
 
     Args:
         layers: (KV heads, head dimension) of every full-attention layer; equal ones share buffers.
+        windows: sliding layers.
         capacity: low-bit tokens that there is room for in each sequence.
         pass_rows: tokens per sequence and step.
         itemsize: of the model's dtype.
@@ -36,4 +40,4 @@ def batch_bytes(layers: Sequence[tuple[int, int]], batch: int, top_k: int, capac
         total += batch * heads * (POSITIONS_OF_LAYER * top_k * NUMBER + dim * KEY_WEIGHT_BYTES)
     pages = capacity // PAGE_TOKENS
     inputs = 2 * batch * pass_rows + 2 * batch
-    return total + NUMBER * (len(layers) * batch * pages + batch + inputs + COUNTERS) + batch * LENGTH + len(layers)
+    return total + NUMBER * (len(layers) * batch * pages + batch + inputs + COUNTERS) + batch * LENGTH + len(layers) + windows

@@ -1,8 +1,8 @@
 """The attention of a decode step in which no shape and no host number depends on how long the sequences are.
 
-The same sums as `specache.attention.mixed_attention`, for policies `verified`, `speculative` and `on-demand`. What differs from
-step to step is read from tensors: where the residual's next slot is, how many tokens are low bit, which pages hold them. So a step
-can be captured as a CUDA graph and replayed, and nothing in it waits for the device.
+The same sums as `specache.attention.mixed_attention`, for every policy over a low-bit copy, and those of sliding-window layers.
+What differs from step to step is read from tensors: where the residual's next slot is, how many tokens are low bit, which pages
+hold them. So a step can be captured as a CUDA graph and replayed, and nothing in it waits for the device.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from specache.attention import PassKind, add_sinks
 from specache.config import Policy
 from specache.device.batch import DeviceBatch, LayerState
 from specache.device.streams import Queue
+from specache.device.windows import hidden_slots
 from specache.exact import AttentionParams, softmax_sum
 from specache.exact import scores as exact_scores
 
@@ -61,9 +62,15 @@ class StaticPass:
         self._top_k = top_k
         self._retires = retires
         self._seen = self._see()
+        first = batch.inputs.position_ids[:, 0]
+        self._hidden = {window: hidden_slots(first, window, kind) for window in {w.window for w in batch.windows.values()}}
 
     def attention(self, index: int, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
         """query [B, Hq, n, D], keys and values [B, Hkv, n, D] of layer `index` -> [B, n, Hq, D], in the query's dtype."""
+        if index in self._batch.windows:
+            window, first = self._batch.windows[index], self._batch.inputs.position_ids[:, 0]
+            out = window.attention(query, keys, values, first, self._hidden[window.window], params)
+            return out.transpose(1, 2).to(query.dtype)
         layer = self._batch.layers[index]
         layer.begun = True
         self._append(layer, keys, values)
@@ -73,11 +80,13 @@ class StaticPass:
         if self._policy.verifies:
             positions, rows = self._verified_rows(layer, scores, recent)
             layer.kernels.rescore(query, scores, positions, rows, params.scaling, params.softcap)
-        else:
+        elif self._policy.prefetches:
             positions, rows = self._prefetched_rows(layer, query.shape[2])
             layer.kernels.rescore(query, scores, positions, rows, params.scaling, params.softcap)
             self._count_hits(layer, scores, recent, positions)
             self._submit(layer, self._next_positions(layer, scores, recent, None))
+        else:
+            positions, rows = layer.buffers.positions_by_pass, layer.buffers.rows_by_pass  # of no pair
         out, lse = layer.kernels.attend(scores, positions, rows, layer.tables)
         return _merged(out, lse, recent).flatten(1, 2).transpose(1, 2).to(query.dtype)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from specache.config import SlowTierKind
+from specache.config import Policy, SlowTierKind
 from specache.device.hot_set import hot_set_bytes
 from specache.device.sizes import batch_bytes
 from specache.dimensions import ModelDimensions
@@ -19,12 +19,13 @@ def static_step_bytes(model: ModelDimensions, method: Method, context: int, batc
     config = method.config
     served = method.kernels is THIS_LIBRARY and config.policy in KINDS and config.slow_tier is SlowTierKind.RAM
     short = context < config.residual + config.group_size
-    if not served or short or config.residual == 0 or model.rope_switch is not None or len(model.full_layers) < len(model.layers):
+    if not served or short or config.residual == 0 or model.rope_switch is not None:
         return 0
     room = low_bit_room(config, context)
-    top_k = min(config.top_k, room)
+    top_k = min(config.top_k, room) if config.policy is not Policy.NONE else 0
     shapes = [(layer.kv_heads, layer.head_dim) for layer in model.full_layers]
-    total = batch_bytes(shapes, batch, top_k, room, method.rows, model.itemsize)
+    windows = len(model.layers) - len(shapes)
+    total = batch_bytes(shapes, windows, batch, top_k, room, method.rows, model.itemsize)
     for heads, dim in shapes:
         slots = max(hot_slots(model, config, heads, dim, context, batch), top_k)
         total += hot_set_bytes(batch, heads, slots, room, 2 * dim * model.itemsize)

@@ -23,7 +23,9 @@ def graphs():
     return SimulatedGraphs()
 
 
-@pytest.mark.parametrize(("policy", "new"), [("verified", 110), ("speculative", 80), ("on-demand", 80)])
+@pytest.mark.parametrize(
+    ("policy", "new"), [("verified", 110), ("speculative", 80), ("on-demand", 80), ("previous", 60), ("none", 110)]
+)
 def test_replays_give_the_ordinary_tokens(model, monkeypatch, graphs, policy, new):
     """Two sequences of different lengths, several retirements of each, a hot set that is too small, and more room."""
     settings = config(policy=policy)

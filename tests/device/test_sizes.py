@@ -13,6 +13,7 @@ from specache.roofline.kernels import THIS_LIBRARY
 from specache.roofline.methods import Method
 from specache.roofline.static_step import static_step_bytes
 from tests.device.running import answer, config, static_steps
+from tests.test_models import FAMILIES, build
 from tests.tiny import llama, prompt
 
 pytestmark = pytest.mark.usefixtures("torch_kernels")
@@ -57,11 +58,12 @@ def test_a_batch_claims_what_it_allocates(monkeypatch, batches, code, lengths, c
     assert batch._claim.size == sum(tensor.nbytes for tensor in own_tensors(batch))
 
 
-@pytest.mark.parametrize("changes", [{}, {"top_k": 3, "hot_set": 0.3}, {"code": "kivi", "policy": "on-demand"}])
-def test_the_planner_counts_the_same(monkeypatch, batches, changes):
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("changes", [{}, {"top_k": 3, "hot_set": 0.3}, {"code": "kivi", "policy": "on-demand"}, {"policy": "none"}])
+def test_the_planner_counts_the_same(monkeypatch, batches, family, changes):
     """Of a batch of equal sequences that are as long as they were planned."""
     settings, length = config(**changes), 180
-    model = llama(num_hidden_layers=2)
+    model = build(*FAMILIES[family])
     ids = torch.cat([prompt(length), prompt(length, seed=1)])
     with static_steps(monkeypatch, capacity_step=4096):
         cache = specache.SpeCache(model, settings)
@@ -85,6 +87,6 @@ def test_methods_without_such_a_step_need_nothing_for_it(monkeypatch, batches):
 
 def test_sizes_are_additive():
     """Twice the layers of one shape share one step's buffers."""
-    one, two, other = (batch_bytes(shapes, 3, 8, 128, 2, 2) for shapes in ([(2, 64)], [(2, 64)] * 2, [(2, 64), (4, 64)]))
-    shared = batch_bytes([(2, 64)] * 3, 3, 8, 128, 2, 2) - two
+    one, two, other = (batch_bytes(shapes, 0, 3, 8, 128, 2, 2) for shapes in ([(2, 64)], [(2, 64)] * 2, [(2, 64), (4, 64)]))
+    shared = batch_bytes([(2, 64)] * 3, 0, 3, 8, 128, 2, 2) - two
     assert two - one == shared < other - one

@@ -21,7 +21,7 @@ from tests.test_models import FAMILIES, build
 from tests.tiny import llama, prompt, ragged
 
 pytestmark = pytest.mark.usefixtures("torch_kernels")
-POLICIES = ("verified", "speculative", "on-demand")
+POLICIES = ("verified", "speculative", "on-demand", "previous", "none")
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +128,8 @@ def test_statistics_are_the_ordinary_ones(model, monkeypatch, policy):
         assert static[name] == eager[name], name
     once_more = 2 * 2 * 8 * 2 * 16 * 4  # layers, heads, pairs, keys and values, channels, bytes
     assert eager["bytes_fetched"] <= static["bytes_fetched"] <= eager["bytes_fetched"] + 2 * once_more
+    if policy == "none":
+        assert static["rows_selected"] == static["bytes_fetched"] == 0
     if policy == "on-demand":
         assert static["rows_ready"] == eager["rows_ready"]
 
