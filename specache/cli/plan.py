@@ -116,6 +116,7 @@ def plan_document(dimensions: ModelDimensions, config: SpeCacheConfig, context: 
     from specache import advice
     from specache.plan import even_loads
     from specache.plan import plan as make_plan
+    from specache.roofline.static_step import static_step_bytes
     from specache.traffic import step_traffic
 
     loads, limit = even_loads(context, batch), config.fast_memory
@@ -126,6 +127,7 @@ def plan_document(dimensions: ModelDimensions, config: SpeCacheConfig, context: 
         "batch": batch,
         "config": config.to_dict(),
         "plan": planned.to_dict(),
+        "static_bytes": static_step_bytes(dimensions, config, context, batch) if dimensions.device == "cuda" else 0,
         "traffic": step_traffic(dimensions, config, context, batch).to_dict(),
         "fits": fits,
         "suggestions": [],

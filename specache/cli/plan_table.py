@@ -62,6 +62,9 @@ def _other_table(document: dict[str, Any]) -> Table:
     if planned["slow_bytes"]:
         tier = str(document["config"]["slow_tier"])
         table.add_row(f"slow tier ({_TIERS.get(tier, tier)})", size(planned["slow_bytes"]), times(planned["slow_bytes"] / full))
+    if document["static_bytes"]:
+        static = document["static_bytes"]
+        table.add_row("static buffers of a GPU's decode step", size(static), times(static / full))
     table.add_row("model weights", size(planned["weight_bytes"]), "")
     table.add_row("an ordinary 16-bit cache", size(full), times(1.0))
     table.add_row("low-bit copy and residual", *_copy_share(planned, full))
@@ -92,6 +95,10 @@ def _verdict(document: dict[str, Any]) -> Iterable[Text]:
     needed = document["plan"]["fast_bytes"]
     if document["fits"]:
         yield Text(f"Fits: needs {size(needed)} of {size(limit)} fast memory.", style="green")
+        with_static = document["plan"]["decode"]["total"] + document["static_bytes"]
+        if with_static > limit:
+            said = f"  a GPU step's static buffers do not: {size(with_static)} with them. Then steps are not captured as a graph."
+            yield Text(said, style="yellow")
     else:
         yield Text(f"Does not fit: needs {size(needed)} of fast memory, and there is {size(limit)}.", style="bold red")
         yield from (Text(f"  it fits with {_said(one)}") for one in document["suggestions"])

@@ -11,7 +11,7 @@ from specache.dimensions import ModelDimensions
 from specache.plan import even_loads, plan
 from specache.roofline.device import GIB, Device
 from specache.roofline.methods import Method
-from specache.roofline.static_step import static_step_bytes
+from specache.roofline.static_step import method_static_bytes
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Capacity:
         if method.config.policy is Policy.FULL:  # rows as they are, without the room that a buffer of ours has to grow
             spare = planned.widest.full_cache + planned.widest.windows - planned.full_cache * self.model.itemsize // 2
             fast -= max(0, spare)
-        static = 0 if self.device.kind == "cpu" else static_step_bytes(self.model, method, context, batch)
+        static = 0 if self.device.kind == "cpu" else method_static_bytes(self.model, method, context, batch)
         return TierBytes(planned.weights, fast + static, planned.slow if method.keeps_slow else 0, static)
 
     def fits(self, method: Method, context: int, batch: int) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from specache.config import Policy, SlowTierKind
+from specache.config import Policy, SlowTierKind, SpeCacheConfig
 from specache.device.hot_set import hot_set_bytes
 from specache.device.sizes import batch_bytes
 from specache.dimensions import ModelDimensions
@@ -12,12 +12,18 @@ from specache.roofline.methods import Method
 from specache.static_decoding import KINDS, low_bit_room
 
 
-def static_step_bytes(model: ModelDimensions, method: Method, context: int, batch: int) -> int:
-    """What `batch` sequences of `context` tokens hold beyond the ordinary step: their batch's own buffers, and what a hot set on a
-    device has more than one that the host looks up. A captured graph's private pool is not counted: nobody can say it beforehand.
+def method_static_bytes(model: ModelDimensions, method: Method, context: int, batch: int) -> int:
+    """`static_step_bytes` of a method: 0 for those that run on other kernels."""
+    return static_step_bytes(model, method.config, context, batch) if method.kernels is THIS_LIBRARY else 0
+
+
+def static_step_bytes(model: ModelDimensions, config: SpeCacheConfig, context: int, batch: int) -> int:
+    """What `batch` sequences of `context` tokens hold on a GPU beyond the ordinary step, 0 where the ordinary one serves them.
+
+    Their batch's own buffers, and what a hot set on a device has more than one that the host looks up. A captured graph keeps its
+    temporary tensors, which the plan counts as the working set of a pass; what PyTorch rounds them up to is not counted.
     """
-    config = method.config
-    served = method.kernels is THIS_LIBRARY and config.policy in KINDS and config.slow_tier is SlowTierKind.RAM
+    served = config.policy in KINDS and config.slow_tier is SlowTierKind.RAM
     short = context < config.residual + config.group_size
     if not served or short or config.residual == 0 or model.rope_switch is not None:
         return 0
@@ -25,7 +31,7 @@ def static_step_bytes(model: ModelDimensions, method: Method, context: int, batc
     top_k = min(config.top_k, room) if config.policy is not Policy.NONE else 0
     shapes = [(layer.kv_heads, layer.head_dim) for layer in model.full_layers]
     windows = len(model.layers) - len(shapes)
-    total = batch_bytes(shapes, windows, batch, top_k, room, method.rows, model.itemsize)
+    total = batch_bytes(shapes, windows, batch, top_k, room, KINDS[config.policy].rows, model.itemsize)
     for heads, dim in shapes:
         slots = max(hot_slots(model, config, heads, dim, context, batch), top_k)
         total += hot_set_bytes(batch, heads, slots, room, 2 * dim * model.itemsize)

@@ -68,6 +68,7 @@ def test_the_json_has_the_numbers_and_stable_keys():
     document = plan_json(*LARGE, "--fast-memory", "3GB", "--batch", "2")
     assert set(document) == {
         *("model", "dtype", "device", "context", "batch", "config", "plan", "traffic", "fits", "suggestions"),
+        "static_bytes",
         *("least_bytes", "longest_context", "largest_batch"),
     }
     assert document["plan"]["full_cache_bytes"] == 2 * 15_032_385_536
@@ -75,6 +76,21 @@ def test_the_json_has_the_numbers_and_stable_keys():
     assert 65_536 < document["longest_context"] < 131_072
     assert document["config"]["fast_memory"] == 3 * 10**9
     assert {"bits": 1} in [one["changes"] for one in document["suggestions"]]
+
+
+def test_a_gpus_static_buffers_are_beside_the_plan():
+    """They are no part of what must fit: the ordinary step serves where they do not."""
+    arguments = (*LARGE, "--slow-tier", "ram", "--device", "cuda")
+    document = plan_json(*arguments)
+    static, needed = document["static_bytes"], document["plan"]["fast_bytes"]
+    assert 0 < static < needed / 10
+    assert plan_json(*LARGE, "--slow-tier", "ram")["static_bytes"] == 0
+    decode = document["plan"]["decode"]["total"]
+    assert decode == needed  # else the buffers could have the room that prefilling leaves
+    between = run(*arguments, "--fast-memory", str(needed + static // 2)).stdout
+    assert "Fits" in between and "static buffers do not" in between
+    roomy = run(*arguments, "--fast-memory", str(needed + static)).stdout
+    assert "Fits" in roomy and "static buffers do not" not in roomy and "static buffers of a GPU's" in roomy
 
 
 def test_a_suggestion_that_is_followed_fits():

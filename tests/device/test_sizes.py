@@ -11,7 +11,7 @@ from specache.device.sizes import batch_bytes
 from specache.holdings import Holdings, SequenceLoad
 from specache.roofline.kernels import THIS_LIBRARY
 from specache.roofline.methods import Method
-from specache.roofline.static_step import static_step_bytes
+from specache.roofline.static_step import method_static_bytes, static_step_bytes
 from tests.device.running import answer, config, static_steps
 from tests.test_models import FAMILIES, build
 from tests.tiny import llama, prompt
@@ -69,10 +69,10 @@ def test_the_planner_counts_the_same(monkeypatch, batches, family, changes):
         cache = specache.SpeCache(model, settings)
         specache.generate(model, ids, past_key_values=cache, max_new_tokens=3, do_sample=False)
     batch = batches[0][0]
-    dimensions, method = cache.resources.dimensions, Method("own", "own", cache.config, True, THIS_LIBRARY)
+    dimensions = cache.resources.dimensions
     held = batch._claim.size + sum(state.rows.hot.nbytes for state in batch.layers.values())
     ordinary = 2 * Holdings(dimensions, cache.config, 2, batch.top_k).first_step(SequenceLoad(length)).hot_set
-    assert static_step_bytes(dimensions, method, length, 2) == held - ordinary
+    assert static_step_bytes(dimensions, cache.config, length, 2) == held - ordinary
 
 
 def test_methods_without_such_a_step_need_nothing_for_it(monkeypatch, batches):
@@ -80,9 +80,9 @@ def test_methods_without_such_a_step_need_nothing_for_it(monkeypatch, batches):
     with static_steps(monkeypatch):
         cache = answer(llama(num_hidden_layers=2), settings, (150,), 2).past_key_values
     dimensions, own = cache.resources.dimensions, Method("own", "own", cache.config, True, THIS_LIBRARY)
-    assert static_step_bytes(dimensions, own, 150, 1) > 0
-    assert static_step_bytes(dimensions, Method("paper", "paper", cache.config, True), 150, 1) == 0
-    assert static_step_bytes(dimensions, own, settings.residual + settings.group_size - 1, 1) == 0
+    assert method_static_bytes(dimensions, own, 150, 1) > 0
+    assert method_static_bytes(dimensions, Method("paper", "paper", cache.config, True), 150, 1) == 0
+    assert method_static_bytes(dimensions, own, settings.residual + settings.group_size - 1, 1) == 0
 
 
 def test_sizes_are_additive():
