@@ -30,9 +30,7 @@ def without_interpreter():
 
 
 @needs_triton
-@pytest.mark.parametrize(
-    "file", ["test_interpreted.py", "test_decode.py", "test_mapped_rows.py", "test_hot_rows.py", "test_static_step.py"]
-)
+@pytest.mark.parametrize("file", sorted(path.name for path in (ROOT / "tests/triton_kernels").glob("test_*.py")))
 def test_in_the_interpreter(file):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests/triton_kernels" / file)]
     environment = {**os.environ, triton_kernels.INTERPRETER: "1", "OMP_NUM_THREADS": "1"}

@@ -144,7 +144,7 @@ class DeviceBatch:
         self._first_page = torch.arange(len(sequences), device=self.device) * self._pages
         sliding = sequences[0].sliding
         self._numbers = [*first, *sliding]  # of the layers, in the order of their flags
-        self._finite = torch.ones(len(self._numbers), dtype=torch.bool, device=self.device)
+        self.finite = torch.ones(len(self._numbers), dtype=torch.bool, device=self.device)
         self._stored = [sequence.length for sequence in sequences]  # tokens in the slow tier
         self._buffers: dict[tuple[int, int], StepBuffers] = {}
         self._of_sequence = [list(sequence.compressed.values()) for sequence in sequences]
@@ -158,7 +158,7 @@ class DeviceBatch:
             self._write_addresses(b, 0)
         self.windows: dict[int, WindowState] = {}
         for place, index in enumerate(sliding, start=len(first)):
-            self.windows[index] = WindowState.of([sequence.sliding[index] for sequence in sequences], self._finite[place])
+            self.windows[index] = WindowState.of([sequence.sliding[index] for sequence in sequences], self.finite[place])
             self.windows[index].take()
 
     @property
@@ -186,7 +186,7 @@ class DeviceBatch:
 
     def first_not_finite(self) -> int | None:
         """The first layer whose real row was not finite in the last step. The one thing that is read back, with the logits."""
-        finite = self._finite.tolist()
+        finite = self.finite.tolist()
         return min((number for number, is_finite in zip(self._numbers, finite, strict=True) if not is_finite), default=None)
 
     def commit(self) -> None:
@@ -277,7 +277,7 @@ class DeviceBatch:
             buffers=self._buffers[heads, dim],
             next_positions=torch.full((batch, heads, self.top_k), -1, device=self.device),
             used_positions=torch.full((batch, heads, self.top_k), -1, device=self.device),
-            finite=self._finite[place],
+            finite=self.finite[place],
         )
         for b, layer in enumerate(layers):  # what pre-decoding or an earlier step selected
             if layer.next_positions is not None:

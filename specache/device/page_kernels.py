@@ -7,12 +7,13 @@ addresses name, at every call, so that a table that was overwritten is read as i
 from __future__ import annotations
 
 import ctypes
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from specache.config import PAGE_TOKENS, Code
+from specache.exact import AttentionParams
 from specache.kernels import dispatch, torch_kivi, torch_ops, torch_rotated
 from specache.kernels import triton as triton_kernels
 from specache.kernels.blocks import blocks
@@ -22,6 +23,14 @@ from specache.quant.layout import PageLayout
 
 _library = torch.library.Library("specache_device", "FRAGMENT")
 _library.define("read_pages(Tensor addresses, int page_bytes) -> Tensor")
+
+
+class RecentPart(NamedTuple):
+    """Attention over what is not in the copy, float32."""
+
+    out: Tensor  # [B, Hkv, G, n, D]
+    lse: Tensor  # [B, Hkv, G, n], sinks included
+    own_lse: Tensor  # the same without sinks
 
 
 class PageKernels(Protocol):
@@ -43,6 +52,14 @@ class PageKernels(Protocol):
 
     def attend(self, scores: Tensor, positions: Tensor, rows: Tensor, tables: PageTables) -> tuple[Tensor, Tensor]:
         """(out [B, Hkv, G, n, D], lse [B, Hkv, G, n]); destroys scores."""
+
+    def recent(
+        self, query: Tensor, keys: Tensor, values: Tensor, residual: Tensor, counts: Tensor, finite: Tensor, params: AttentionParams
+    ) -> RecentPart | None:
+        """The part of a step outside the copy, in one launch (`triton.recent_backend`), or `None`: by PyTorch's operations."""
+
+    def join(self, copy: tuple[Tensor, Tensor], recent: RecentPart, dtype: torch.dtype) -> Tensor:
+        """Both parts -> [B, n, Hq, D] in the model's dtype."""
 
 
 def page_kernels(layout: PageLayout, capacity: int, device: torch.device) -> PageKernels:
@@ -74,7 +91,7 @@ class TritonPages:
     """Triton's kernels, with grids for the capacity."""
 
     def __init__(self, layout: PageLayout, capacity: int) -> None:
-        self._kernels = triton_kernels.load()
+        self._kernels, self._recent = triton_kernels.load(), triton_kernels.load_recent()
         self._copy = layout.copy((), 0)
         self._offsets = Offsets(*(layout.fields[name].offset if name in layout.fields else -1 for name in FIELDS))
         self._capacity = capacity
@@ -96,6 +113,15 @@ class TritonPages:
 
     def attend(self, scores: Tensor, positions: Tensor, rows: Tensor, tables: PageTables) -> tuple[Tensor, Tensor]:
         return self._kernels.attend_pages(scores, positions, rows, tables, self._offsets, self._copy)
+
+    def recent(
+        self, query: Tensor, keys: Tensor, values: Tensor, residual: Tensor, counts: Tensor, finite: Tensor, params: AttentionParams
+    ) -> RecentPart:
+        scaling, softcap, sinks = params.scaling, params.softcap, params.sinks
+        return RecentPart(*self._recent.attend_recent(query, keys, values, residual, counts, finite, scaling, softcap, sinks))
+
+    def join(self, copy: tuple[Tensor, Tensor], recent: RecentPart, dtype: torch.dtype) -> Tensor:
+        return self._recent.join(*copy, *recent, dtype)
 
 
 class TorchPages:
@@ -142,6 +168,18 @@ class TorchPages:
             low_bit = self._values(copy, padded[b, ..., :size].flatten(1, 2))
             out[b] += low_bit.unflatten(1, (groups, n))
         return out, lse
+
+    def recent(
+        self, query: Tensor, keys: Tensor, values: Tensor, residual: Tensor, counts: Tensor, finite: Tensor, params: AttentionParams
+    ) -> None:
+        return None
+
+    def join(self, copy: tuple[Tensor, Tensor], recent: RecentPart, dtype: torch.dtype) -> Tensor:
+        out, lse = copy
+        total = torch.logaddexp(lse, recent.lse)
+        weight = (recent.own_lse - total).exp().unsqueeze(-1)
+        joined = out * (lse - total).exp().unsqueeze(-1) + recent.out * weight  # [B, Hkv, G, n, D]
+        return joined.flatten(1, 2).transpose(1, 2).to(dtype)
 
     def _values(self, copy: LowBitCopy, weights: Tensor) -> Tensor:
         """weights [Hkv, G n, S] -> [Hkv, G n, D]."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from specache.attention import PassKind, add_sinks
 from specache.config import Policy
 from specache.device.batch import DeviceBatch, LayerState
+from specache.device.page_kernels import RecentPart
 from specache.device.streams import Queue
 from specache.device.windows import hidden_slots
 from specache.exact import AttentionParams, softmax_sum
@@ -25,11 +26,9 @@ from specache.exact import scores as exact_scores
 class _Recent:
     """The part of a step outside the copy: residual and the step's own rows."""
 
-    out: Tensor  # [B, Hkv, G, n, D]
-    lse: Tensor  # [B, Hkv, G, n], sinks included
-    own_lse: Tensor  # the same without sinks
-    retiring_scores: Tensor | None  # [B, Hkv, G, 1, g] of the last row; -inf where a sequence's oldest group stays
-    staying_lse: Tensor | None  # [B, Hkv, G, 1] of what does not retire, sinks included
+    part: RecentPart
+    retiring_scores: Tensor | None = None  # [B, Hkv, G, 1, g] of the last row; -inf where a sequence's oldest group stays
+    staying_lse: Tensor | None = None  # [B, Hkv, G, 1] of what does not retire, sinks included
 
 
 @dataclass
@@ -73,7 +72,6 @@ class StaticPass:
             return out.transpose(1, 2).to(query.dtype)
         layer = self._batch.layers[index]
         layer.begun = True
-        self._append(layer, keys, values)
         layer.rows.begin_step()
         recent = self._recent(layer, query, keys, values, params)
         scores = layer.kernels.score(query, layer.tables, layer.weights, params.scaling, params.softcap)  # [B, Hkv, G, n, S]
@@ -87,8 +85,8 @@ class StaticPass:
             self._submit(layer, self._next_positions(layer, scores, recent, None))
         else:
             positions, rows = layer.buffers.positions_by_pass, layer.buffers.rows_by_pass  # of no pair
-        out, lse = layer.kernels.attend(scores, positions, rows, layer.tables)
-        return _merged(out, lse, recent).flatten(1, 2).transpose(1, 2).to(query.dtype)
+        copy = layer.kernels.attend(scores, positions, rows, layer.tables)
+        return layer.kernels.join(copy, recent.part, query.dtype)
 
     def _see(self) -> _Seen:
         batch, config = self._batch, self._batch.config
@@ -100,6 +98,7 @@ class StaticPass:
             row = torch.arange(2, device=counts.device).view(2, 1)
             hidden = hidden | ((column >= size) & (row == 0))
         batch.lengths.copy_(inputs.low_bit)
+        batch.finite.fill_(True)  # kernels write only what is not
         if not self._retires:
             return _Seen(hidden, counts, batch.lengths, None, None, None)
         retiring = counts + 1 == size
@@ -120,7 +119,13 @@ class StaticPass:
         layer.residual.scatter_(3, slot, new.unsqueeze(3))
 
     def _recent(self, layer: LayerState, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> _Recent:
-        """Exact attention of the rows over the residual and over themselves."""
+        """Row 0 joins the residual; exact attention of the rows over it and over themselves."""
+        if self._seen.retiring is None:
+            counts = self._batch.inputs.counts
+            part = layer.kernels.recent(query, keys, values, layer.residual, counts, layer.finite, params)
+            if part is not None:
+                return _Recent(part)
+        self._append(layer, keys, values)
         batch, own, seen = len(query), slice(1, 1 + self._own), self._seen
         seen_keys = torch.cat([layer.residual[:, 0], keys[:, :, own]], dim=2)  # [B, Hkv, T, D]
         seen_values = torch.cat([layer.residual[:, 1], values[:, :, own]], dim=2)
@@ -135,11 +140,12 @@ class StaticPass:
         shape = score.shape[:4]
         out, lse = softmax_sum(score.flatten(0, 1), seen_values.flatten(0, 1))
         own_lse = lse.view(shape)
-        return _Recent(out.view(*shape, -1), add_sinks(own_lse, params), own_lse, retiring_scores, staying_lse)
+        part = RecentPart(out.view(*shape, -1), add_sinks(own_lse, params), own_lse)
+        return _Recent(part, retiring_scores, staying_lse)
 
     def _verified_rows(self, layer: LayerState, scores: Tensor, recent: _Recent) -> tuple[Tensor, Tensor]:
         """Each row's own top-k [B, Hkv, n, k] and its rows. The real row gets all of them, the guess those that are here (-1)."""
-        selected = layer.kernels.select(scores, recent.lse, self._seen.lengths, self._top_k)
+        selected = layer.kernels.select(scores, recent.part.lse, self._seen.lengths, self._top_k)
         layer.rows.fetch(selected[:, :, 0])
         if self._kind is PassKind.PAIR:
             layer.rows.available(selected[:, :, 1])
@@ -162,7 +168,7 @@ class StaticPass:
         seen = self._seen
         if seen.future is None or seen.candidates is None:
             if selected is None:
-                selected = layer.kernels.select(scores[:, :, :, -1:], recent.lse[..., -1:], seen.lengths, self._top_k)
+                selected = layer.kernels.select(scores[:, :, :, -1:], recent.part.lse[..., -1:], seen.lengths, self._top_k)
             return selected[:, :, -1]
         assert recent.retiring_scores is not None
         assert recent.staying_lse is not None
@@ -177,14 +183,7 @@ class StaticPass:
 
     def _count_hits(self, layer: LayerState, scores: Tensor, recent: _Recent, prefetched: Tensor) -> None:
         """How much of what the real row wants the prefetch had brought; for the statistics only."""
-        wanted = layer.kernels.select(scores[:, :, :, :1], recent.lse[..., :1], self._seen.lengths, self._top_k)[:, :, 0]
+        wanted = layer.kernels.select(scores[:, :, :, :1], recent.part.lse[..., :1], self._seen.lengths, self._top_k)[:, :, 0]
         chosen = wanted >= 0
         hit = (wanted.unsqueeze(-1) == prefetched[:, :, 0].unsqueeze(-2)).any(-1) & chosen
         self._batch.hits += torch.stack([chosen.sum(), hit.sum()])
-
-
-def _merged(out: Tensor, lse: Tensor, recent: _Recent) -> Tensor:
-    """The copy's part and the recent one -> [B, Hkv, G, n, D]."""
-    total = torch.logaddexp(lse, recent.lse)
-    weight = (recent.own_lse - total).exp().unsqueeze(-1)
-    return out * (lse - total).exp().unsqueeze(-1) + recent.out * weight

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from functools import cache
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -85,3 +86,10 @@ def load_hot_rows() -> HotRowKernels:
     from specache.kernels.triton.hot_rows_backend import HotRowKernels
 
     return HotRowKernels()
+
+
+def load_recent() -> ModuleType:
+    """`recent_backend`, the kernels of a decode step's part outside the copy. Imports Triton."""
+    from specache.kernels.triton import recent_backend
+
+    return recent_backend

@@ -27,7 +27,7 @@ def claim_kernel(
     claimed,  # int64 [B, Hkv, k], out: slots that they go to
     wanted,  # int64 [B, Hkv, k], out: the positions once more (not AHEAD)
     victims,  # int64 [B, Hkv, k], scratch
-    totals,  # int64 [3]: wanted, missing, read ahead
+    counters,  # int64 [3]: wanted, missing, read ahead
     stride,
     k,
     slots,
@@ -80,10 +80,10 @@ def claim_kernel(
             tl.store(missing + lines + j, tl.where(granted, position, -1), mask=j < k)
         newcomers += tl.sum(absent, 0)
     if AHEAD:
-        tl.atomic_add(totals + 2, evicted.to(tl.int64))
+        tl.atomic_add(counters + 2, evicted.to(tl.int64))
     else:
-        tl.atomic_add(totals, wants.to(tl.int64))
-        tl.atomic_add(totals + 1, misses.to(tl.int64))
+        tl.atomic_add(counters, wants.to(tl.int64))
+        tl.atomic_add(counters + 1, misses.to(tl.int64))
 
 
 @triton.jit

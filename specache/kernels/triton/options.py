@@ -155,6 +155,25 @@ def gather(width: int) -> dict[str, Any]:
     return {"WIDTH": width, "WIDTH_P": power_of_two(width), "BLOCK": 16, **_compiler(4)}
 
 
+def recent(dim: int, rows: int, n: int, softcap: bool, sinks: bool, exact: bool) -> dict[str, Any]:
+    wide = dim > 128
+    return {
+        "N": n,
+        "ROWS": rows,
+        "ROWS_P": min(power_of_two(rows, 8), 8 if wide else MAX_ROWS),
+        "DIM": dim,
+        "DIM_P": power_of_two(dim, 32),
+        "SOFTCAP": softcap,
+        "SINKS": sinks,
+        "BLOCK": 16 if exact and wide else 32,
+        **_compiler(8 if wide else 4, stages=2),
+    }
+
+
+def join(dim: int, rows: int, n: int) -> dict[str, Any]:
+    return {"N": n, "ROWS": rows, "DIM": dim, "DIM_P": power_of_two(dim), **_compiler(1)}
+
+
 def claim(ahead: bool, k: int, block: int = SLOT_BLOCK) -> dict[str, Any]:
     return {"AHEAD": ahead, "BLOCK": block, "BLOCK_K": min(power_of_two(k, 32), 1024), **_compiler(8)}
 

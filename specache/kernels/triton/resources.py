@@ -45,21 +45,23 @@ OF_ROWS = (
     "hot set: read ahead",
     "hot set: look",
     "hot set: fill",
+    "recent",
+    "join",
 )  # kernels that read no codes
-EXACT = ("rescore", "attend fetched")  # those with products in float32
+EXACT = ("rescore", "attend fetched", "recent")  # those with products in float32
 BEGIN, END = "<!-- resources -->\n", "<!-- /resources -->\n"
 
 _TYPES = {
-    **dict.fromkeys(
-        ("scores", "rest_lse", "peaks", "totals", "sums", "copy_sums", "fetched_sums", "out", "low_bit", "lse"), "*fp32"
-    ),
+    **dict.fromkeys(("scores", "rest_lse", "peaks", "totals", "sums", "copy_sums", "fetched_sums", "out", "low_bit"), "*fp32"),
+    **dict.fromkeys(("lse", "own_lse", "copy_lse", "recent_lse", "recent", "copy", "sinks"), "*fp32"),
     **dict.fromkeys(("turned", "weights", "levels"), "*fp32"),
-    **dict.fromkeys(("addresses", "first_page", "positions", "stored"), "*i64"),
-    **dict.fromkeys(("missing", "claimed", "found", "wanted", "here", "victims", "totals", "source"), "*i64"),
+    **dict.fromkeys(("addresses", "first_page", "positions", "stored", "counts"), "*i64"),
+    **dict.fromkeys(("missing", "claimed", "found", "wanted", "here", "victims", "counters", "source"), "*i64"),
     **dict.fromkeys(("lengths", "mass", "histogram", "above", "equal", "table", "owner", "used", "tick"), "*i32"),
     **dict.fromkeys(("scaling", "softcap", "unit"), "fp32"),
+    "finite": "*u8",
 }
-_ROWS = ("query", "rows", "keys", "values", "hot")  # in the model's dtype
+_ROWS = ("query", "rows", "keys", "values", "hot", "residual")  # in the model's dtype
 _ALIGNED = ("key_codes", "key_scale", "key_bias", "key_zero", "key_mean", "value_codes", "value_scale", "value_zero")
 
 
@@ -91,7 +93,7 @@ class Resources:
 
 def kernels(shape: Shape, dtype: str) -> dict[str, tuple[Any, dict[str, Any]]]:
     """Name -> (kernel, its constants and options) for a layer."""
-    from specache.kernels.triton import attend, gather, hot_rows, quantise, score, select
+    from specache.kernels.triton import attend, gather, hot_rows, quantise, recent, score, select
 
     exact, dim = dtype == "fp32", shape.dim
     found = {
@@ -110,6 +112,8 @@ def kernels(shape: Shape, dtype: str) -> dict[str, tuple[Any, dict[str, Any]]]:
         "hot set: read ahead": (hot_rows.claim_kernel, options.claim(True, 1024)),
         "hot set: look": (hot_rows.look_kernel, options.hot_rows(2 * dim)),
         "hot set: fill": (hot_rows.fill_kernel, {**options.hot_rows(2 * dim), "MAPPED": True, "JOIN": True}),
+        "recent": (recent.recent_kernel, options.recent(dim, shape.groups * shape.rows, shape.rows, False, True, exact)),
+        "join": (recent.join_kernel, options.join(dim, shape.groups * shape.rows, shape.rows)),
     }
     if shape.rotated:
         found["quantise centre"] = (quantise.centre_keys_kernel, options.centre_keys(shape))
@@ -153,7 +157,7 @@ def _type_of(name: str, variant: Variant) -> str:
     if name in _ROWS:
         rotated_input = variant.shape.rotated and variant.kernel in ("quantise keys", "quantise values")
         return "*fp32" if rotated_input else f"*{variant.dtype}"
-    if name == "out" and variant.kernel in ("gather", "hot set: look", "hot set: fill"):
+    if name == "out" and variant.kernel in ("gather", "hot set: look", "hot set: fill", "join"):
         return f"*{variant.dtype}"
     return _TYPES.get(name, "i32")
 
