@@ -17,7 +17,7 @@ from specache.exact import AttentionParams
 from specache.kernels import dispatch, torch_kivi, torch_ops, torch_rotated
 from specache.kernels import triton as triton_kernels
 from specache.kernels.blocks import blocks
-from specache.kernels.triton.tables import FIELDS, Offsets, PageTables
+from specache.kernels.triton.tables import FIELDS, Offsets, PageScores, PageTables
 from specache.kernels.types import LowBitCopy
 from specache.quant.layout import PageLayout
 
@@ -39,18 +39,18 @@ class PageKernels(Protocol):
     Shapes and meanings as in `specache.kernels.dispatch`; lengths are those of the tables, int32 [B] on the device.
     """
 
-    def score(self, query: Tensor, tables: PageTables, weights: Tensor | None, scaling: float, softcap: float | None) -> Tensor:
+    def score(self, query: Tensor, tables: PageTables, weights: Tensor | None, scaling: float, softcap: float | None) -> PageScores:
         """query [B, Hq, n, D], key weights float32 [B, Hkv, D] of the rotated code -> scores [B, Hkv, G, n, capacity]."""
 
-    def select(self, scores: Tensor, rest_lse: Tensor, lengths: Tensor, k: int) -> Tensor:
+    def select(self, scores: PageScores, rest_lse: Tensor, lengths: Tensor, k: int) -> Tensor:
         """Positions [B, Hkv, n, min(k, capacity)]."""
 
     def rescore(
-        self, query: Tensor, scores: Tensor, positions: Tensor, rows: Tensor, scaling: float, softcap: float | None
+        self, query: Tensor, scores: PageScores, positions: Tensor, rows: Tensor, scaling: float, softcap: float | None
     ) -> None:
         """Exact scores of the fetched keys, in place."""
 
-    def attend(self, scores: Tensor, positions: Tensor, rows: Tensor, tables: PageTables) -> tuple[Tensor, Tensor]:
+    def attend(self, scores: PageScores, positions: Tensor, rows: Tensor, tables: PageTables) -> tuple[Tensor, Tensor]:
         """(out [B, Hkv, G, n, D], lse [B, Hkv, G, n]); destroys scores."""
 
     def recent(
@@ -96,22 +96,23 @@ class TritonPages:
         self._offsets = Offsets(*(layout.fields[name].offset if name in layout.fields else -1 for name in FIELDS))
         self._capacity = capacity
 
-    def score(self, query: Tensor, tables: PageTables, weights: Tensor | None, scaling: float, softcap: float | None) -> Tensor:
+    def score(self, query: Tensor, tables: PageTables, weights: Tensor | None, scaling: float, softcap: float | None) -> PageScores:
         turned = None
         if weights is not None:
             grouped = query.float().reshape(*weights.shape[:2], -1, query.shape[-1])  # [B, Hkv, G n, D]
             turned = (grouped / weights.unsqueeze(2)) @ torch_rotated.rotation(query.shape[-1], query.device).T
-        return self._kernels.score_pages(query, turned, tables, self._offsets, self._copy, self._capacity, scaling, softcap)
+        half = query.dtype != torch.float32
+        return self._kernels.score_pages(query, turned, tables, self._offsets, self._copy, self._capacity, scaling, softcap, half)
 
-    def select(self, scores: Tensor, rest_lse: Tensor, lengths: Tensor, k: int) -> Tensor:
-        return self._kernels.select_of(scores, rest_lse, lengths, k)
+    def select(self, scores: PageScores, rest_lse: Tensor, lengths: Tensor, k: int) -> Tensor:
+        return self._kernels.select_pages(scores, rest_lse, lengths, k)
 
     def rescore(
-        self, query: Tensor, scores: Tensor, positions: Tensor, rows: Tensor, scaling: float, softcap: float | None
+        self, query: Tensor, scores: PageScores, positions: Tensor, rows: Tensor, scaling: float, softcap: float | None
     ) -> None:
-        self._kernels.rescore(query, scores, positions, rows, scaling, softcap)
+        self._kernels.rescore_pages(query, scores, positions, rows, scaling, softcap)
 
-    def attend(self, scores: Tensor, positions: Tensor, rows: Tensor, tables: PageTables) -> tuple[Tensor, Tensor]:
+    def attend(self, scores: PageScores, positions: Tensor, rows: Tensor, tables: PageTables) -> tuple[Tensor, Tensor]:
         return self._kernels.attend_pages(scores, positions, rows, tables, self._offsets, self._copy)
 
     def recent(
@@ -131,39 +132,39 @@ class TorchPages:
         self._layout = layout
         self._capacity = capacity
 
-    def score(self, query: Tensor, tables: PageTables, weights: Tensor | None, scaling: float, softcap: float | None) -> Tensor:
+    def score(self, query: Tensor, tables: PageTables, weights: Tensor | None, scaling: float, softcap: float | None) -> PageScores:
         copies = self._copies(tables, weights)
         scores = torch_ops.score(query, copies, [self._capacity] * len(copies), scaling, softcap)
-        return scores.masked_fill_(_behind(tables.lengths, self._capacity), -torch.inf)
+        return PageScores(scores.masked_fill_(_behind(tables.lengths, self._capacity), -torch.inf))
 
-    def select(self, scores: Tensor, rest_lse: Tensor, lengths: Tensor, k: int) -> Tensor:
-        size = scores.shape[-1]
+    def select(self, scores: PageScores, rest_lse: Tensor, lengths: Tensor, k: int) -> Tensor:
+        size = scores.values.shape[-1]
         k = min(k, size)
-        mass = torch_ops.mean_probabilities(scores, rest_lse)  # [B, Hkv, n, S]
+        mass = torch_ops.mean_probabilities(scores.values, rest_lse)  # [B, Hkv, n, S]
         mass.masked_fill_(_behind(lengths, size).squeeze(2), -1.0)
         wanted = torch_ops.largest(mass, k)
-        slots = torch.arange(size, device=scores.device).expand_as(wanted).masked_fill(~wanted, size)
+        slots = torch.arange(size, device=lengths.device).expand_as(wanted).masked_fill(~wanted, size)
         positions = slots.sort(dim=-1).values[..., :k]
         return positions.where(positions < lengths.view(-1, 1, 1, 1), -1)
 
     def rescore(
-        self, query: Tensor, scores: Tensor, positions: Tensor, rows: Tensor, scaling: float, softcap: float | None
+        self, query: Tensor, scores: PageScores, positions: Tensor, rows: Tensor, scaling: float, softcap: float | None
     ) -> None:
-        size = scores.shape[-1]
-        exact = torch_ops.exact_scores(query, scores, rows, scaling, softcap)  # [B, Hkv, G, n, k]
-        padded = torch.nn.functional.pad(scores, (0, 1))
-        padded.scatter_(-1, _slots(positions, scores), exact)
-        scores.copy_(padded[..., :size])
+        values = scores.values
+        exact = torch_ops.exact_scores(query, values, rows, scaling, softcap)  # [B, Hkv, G, n, k]
+        padded = torch.nn.functional.pad(values, (0, 1))
+        padded.scatter_(-1, _slots(positions, values), exact)
+        values.copy_(padded[..., : values.shape[-1]])
 
-    def attend(self, scores: Tensor, positions: Tensor, rows: Tensor, tables: PageTables) -> tuple[Tensor, Tensor]:
-        groups, n, size = scores.shape[2:]
-        weights, lse = torch_ops.softmax(scores)
+    def attend(self, scores: PageScores, positions: Tensor, rows: Tensor, tables: PageTables) -> tuple[Tensor, Tensor]:
+        groups, n, size = scores.values.shape[2:]
+        weights, lse = torch_ops.softmax(scores.values)
         padded = torch.nn.functional.pad(weights, (0, 1))
-        slots = _slots(positions, scores)
+        slots = _slots(positions, scores.values)
         fetched = padded.gather(-1, slots)  # 0 where there is no pair
         padded.scatter_(-1, slots, 0.0)
-        values = rows[..., rows.shape[-1] // 2 :].float().masked_fill((positions < 0).unsqueeze(-1), 0.0)
-        out = torch.einsum("bhgnk,bhnkd->bhgnd", fetched, values)
+        fetched_values = rows[..., rows.shape[-1] // 2 :].float().masked_fill((positions < 0).unsqueeze(-1), 0.0)
+        out = torch.einsum("bhgnk,bhnkd->bhgnd", fetched, fetched_values)
         for b, copy in enumerate(self._copies(tables, None)):
             low_bit = self._values(copy, padded[b, ..., :size].flatten(1, 2))
             out[b] += low_bit.unflatten(1, (groups, n))

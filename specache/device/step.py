@@ -20,6 +20,7 @@ from specache.device.streams import Queue
 from specache.device.windows import hidden_slots
 from specache.exact import AttentionParams, softmax_sum
 from specache.exact import scores as exact_scores
+from specache.kernels.triton.tables import PageScores
 
 
 @dataclass
@@ -81,8 +82,9 @@ class StaticPass:
         elif self._policy.prefetches:
             positions, rows = self._prefetched_rows(layer, query.shape[2])
             layer.kernels.rescore(query, scores, positions, rows, params.scaling, params.softcap)
-            self._count_hits(layer, scores, recent, positions)
-            self._submit(layer, self._next_positions(layer, scores, recent, None))
+            wanted = layer.kernels.select(scores, recent.part.lse, self._seen.lengths, self._top_k)
+            self._count_hits(wanted[:, :, 0], positions)
+            self._submit(layer, self._next_positions(layer, scores, recent, wanted))
         else:
             positions, rows = layer.buffers.positions_by_pass, layer.buffers.rows_by_pass  # of no pair
         copy = layer.kernels.attend(scores, positions, rows, layer.tables)
@@ -143,7 +145,7 @@ class StaticPass:
         part = RecentPart(out.view(*shape, -1), add_sinks(own_lse, params), own_lse)
         return _Recent(part, retiring_scores, staying_lse)
 
-    def _verified_rows(self, layer: LayerState, scores: Tensor, recent: _Recent) -> tuple[Tensor, Tensor]:
+    def _verified_rows(self, layer: LayerState, scores: PageScores, recent: _Recent) -> tuple[Tensor, Tensor]:
         """Each row's own top-k [B, Hkv, n, k] and its rows. The real row gets all of them, the guess those that are here (-1)."""
         selected = layer.kernels.select(scores, recent.part.lse, self._seen.lengths, self._top_k)
         layer.rows.fetch(selected[:, :, 0])
@@ -160,30 +162,28 @@ class StaticPass:
         self._batch.streams.finish(Queue.COMPUTE)
         return positions.unsqueeze(2).expand(-1, -1, n, -1), rows.unsqueeze(2).expand(-1, -1, n, -1, -1)
 
-    def _next_positions(self, layer: LayerState, scores: Tensor, recent: _Recent, selected: Tensor | None) -> Tensor:
+    def _next_positions(self, layer: LayerState, scores: PageScores, recent: _Recent, wanted: Tensor) -> Tensor:
         """The last row's top-k among the positions that are at low bit in the next step -> [B, Hkv, k].
 
-        A group that retires when this step is over is a candidate with its exact scores.
+        A group that retires when this step is over is a candidate with its exact scores. `wanted` [B, Hkv, n, k] is each row's
+        top-k without it.
         """
         seen = self._seen
         if seen.future is None or seen.candidates is None:
-            if selected is None:
-                selected = layer.kernels.select(scores[:, :, :, -1:], recent.part.lse[..., -1:], seen.lengths, self._top_k)
-            return selected[:, :, -1]
+            return wanted[:, :, -1]
         assert recent.retiring_scores is not None
         assert recent.staying_lse is not None
-        extended = scores[:, :, :, -1:].clone()
+        extended = scores.last_row(seen.lengths)
         extended.scatter_(-1, seen.future.expand_as(recent.retiring_scores), recent.retiring_scores)
-        return layer.kernels.select(extended, recent.staying_lse, seen.candidates, self._top_k)[:, :, 0]
+        return layer.kernels.select(PageScores(extended), recent.staying_lse, seen.candidates, self._top_k)[:, :, 0]
 
     def _submit(self, layer: LayerState, positions: Tensor) -> None:
         """Start fetching, as soon as the layer knows what it will need."""
         layer.next_positions.copy_(positions)
         layer.rows.submit(layer.next_positions)
 
-    def _count_hits(self, layer: LayerState, scores: Tensor, recent: _Recent, prefetched: Tensor) -> None:
-        """How much of what the real row wants the prefetch had brought; for the statistics only."""
-        wanted = layer.kernels.select(scores[:, :, :, :1], recent.part.lse[..., :1], self._seen.lengths, self._top_k)[:, :, 0]
+    def _count_hits(self, wanted: Tensor, prefetched: Tensor) -> None:
+        """How much of what the real row wants, [B, Hkv, k], the prefetch had brought; for the statistics only."""
         chosen = wanted >= 0
         hit = (wanted.unsqueeze(-1) == prefetched[:, :, 0].unsqueeze(-2)).any(-1) & chosen
         self._batch.hits += torch.stack([chosen.sum(), hit.sum()])

@@ -212,7 +212,7 @@ def test_tables_may_be_overwritten_in_place(bits):
     turned, offsets = turned_query(case.query, case.copies), offsets_of(case.copies)
     for lengths in ([64, 160], [32, 96], [0, 0]):
         tables.lengths.copy_(torch.tensor(lengths))
-        found = KERNELS.score_pages(case.query, turned, tables, offsets, case.copies[0], 200, 0.2, None)
+        found = KERNELS.score_pages(case.query, turned, tables, offsets, case.copies[0], 200, 0.2, None).values
         expected = torch.full_like(found, -torch.inf)
         scores = torch_ops.score(case.query, case.copies, lengths, 0.2, None)
         expected[..., : scores.shape[-1]] = scores

@@ -9,12 +9,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from specache.kernels.triton.codes import LOWEST, PAGE, exact_product, level_product, pointer, product, value_levels
+from specache.kernels.triton.codes import (
+    LOWEST,
+    PAGE,
+    exact_product,
+    level_product,
+    pointer,
+    product,
+    rounded_product,
+    value_levels,
+)
 
 
 @triton.jit
 def fetched_kernel(
-    scores,  # float32 [B, Hkv, G, n, capacity]; -inf is put at the fetched positions
+    scores,  # [B, Hkv, G, n, capacity]; -inf is put at the fetched positions
+    exact,  # float32 [B, Hkv, G, n, k], theirs (HALF; else they are in `scores`)
     positions,  # int64 [B, Hkv, n, k], -1: none
     rows,  # [B, Hkv, n, k, 2 DIM], the values behind
     sums,  # float32 [B, Hkv, G, n, DIM], out
@@ -32,6 +42,7 @@ def fetched_kernel(
     G_P: tl.constexpr,
     DIM: tl.constexpr,
     DIM_P: tl.constexpr,
+    HALF: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """A program per (row, KV head of a sequence): `G` query heads over `k` rows."""
@@ -46,8 +57,11 @@ def fetched_kernel(
         position = tl.load(positions + (bh.to(tl.int64) * n + row) * k + j, mask=j < k, other=-1)
         chosen = (g < G)[:, None] & (position >= 0)[None, :]
         score = scores + line[:, None] * capacity + position[None, :]
-        found = tl.load(score, mask=chosen, other=float("-inf"))  # [G_P, BLOCK]
-        tl.store(score, tl.full((G_P, BLOCK), float("-inf"), tl.float32), mask=chosen)
+        if HALF:
+            found = tl.load(exact + line[:, None] * k + j[None, :], mask=chosen, other=float("-inf"))  # [G_P, BLOCK]
+        else:
+            found = tl.load(score, mask=chosen, other=float("-inf"))
+        tl.store(score, tl.full((G_P, BLOCK), float("-inf"), scores.dtype.element_ty), mask=chosen)
         higher = tl.maximum(peak, tl.max(found, 1))
         shrink, weights = tl.exp(peak - higher), tl.exp(found - higher[:, None])
         value = rows + of_rows + j.to(tl.int64)[:, None] * stride_k + DIM + channel[None, :]
@@ -69,7 +83,8 @@ def fetched_kernel(
 
 @triton.jit
 def copy_kernel(
-    scores,  # float32 [B, Hkv, ROWS, capacity], ROWS = G n
+    scores,  # [B, Hkv, ROWS, capacity], ROWS = G n
+    references,  # float32 [B, Hkv, ROWS, capacity / KEY_GROUP] that they are relative to (HALF)
     addresses,
     first_page,
     lengths,
@@ -91,6 +106,8 @@ def copy_kernel(
     ROWS_P: tl.constexpr,  # of a program
     ROW_BLOCKS: tl.constexpr,
     EXACT: tl.constexpr,
+    HALF: tl.constexpr,
+    KEY_GROUP: tl.constexpr,
     SPLIT: tl.constexpr,  # tokens of a program, whole pages
 ):
     """A program per (split, KV head and block of rows, sequence): the rows of a block share its pass over the codes.
@@ -117,7 +134,13 @@ def copy_kernel(
     for first in range(part * SPLIT, tl.minimum((part + 1) * SPLIT, length), PAGE):
         page, inside = tl.load(pages + first // PAGE), first + slot < length
         seen = inside[:, None] & (row < ROWS)[None, :]
-        found = tl.load(score[None, :] + (first + slot)[:, None], mask=seen, other=float("-inf"))  # [PAGE, ROWS_P]
+        found = tl.load(score[None, :] + (first + slot)[:, None], mask=seen, other=float("-inf")).to(tl.float32)  # [PAGE, ROWS_P]
+        if HALF:
+            reference = references + (bh * ROWS + row) * (capacity // KEY_GROUP)
+            if KEY_GROUP == PAGE:
+                found += tl.load(reference + first // PAGE, mask=row < ROWS, other=0.0)[None, :]
+            else:
+                found += tl.load(reference[None, :] + ((first + slot) // KEY_GROUP)[:, None], mask=seen, other=0.0)
         higher = tl.maximum(peak, tl.max(found, 0))
         shrink, weights = tl.exp(peak - higher), tl.exp(found - higher[None, :])
         total = total * shrink + tl.sum(weights, 0)
@@ -136,7 +159,10 @@ def copy_kernel(
             factors = weights[None, :, :] * scale[:, :, None]
             summed *= shrink[None, None, :]
             levels = tl.reshape(levels, (GROUPS, GROUP, PAGE))
-        summed = level_product(levels, factors, summed, EXACT)
+        if HALF:
+            summed = rounded_product(levels, factors, summed)
+        else:
+            summed = level_product(levels, factors, summed, EXACT)
 
     if not ROTATED:
         if GROUPS == 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
@@ -12,9 +12,10 @@ from torch import Tensor
 
 from specache.config import PAGE_TOKENS
 from specache.kernels.torch_rotated import levels, rotation
-from specache.kernels.triton import attend, gather, options, quantise, score, select
-from specache.kernels.triton.options import Shape, power_of_two
-from specache.kernels.triton.tables import Offsets, PageTables, offsets_of, page_tables, to_device
+from specache.kernels.triton import attend, gather, options, quantise, score
+from specache.kernels.triton.options import Shape
+from specache.kernels.triton.select_backend import launch_select
+from specache.kernels.triton.tables import Offsets, PageScores, PageTables, offsets_of, page_tables, to_device
 from specache.kernels.types import LowBitCopy
 
 P = ParamSpec("P")
@@ -29,11 +30,14 @@ def on_its_device(launch: Callable[P, T]) -> Callable[P, T]:
 
     @wraps(launch)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
-        device = next(x.device for x in args if isinstance(x, Tensor))
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        with _on_device(next(x for x in args if isinstance(x, Tensor))):
             return launch(*args, **kwargs)
 
     return guarded
+
+
+def _on_device(tensor: Tensor) -> AbstractContextManager[object]:
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 class TritonKernels:
@@ -79,7 +83,7 @@ class TritonKernels:
         copy, size = copies[0], max(lengths)
         tables = page_tables(copies, lengths, query.device)
         turned = turned_query(query, copies) if Shape.of(copy).rotated else None
-        return self.score_pages(query, turned, tables, offsets_of(copies), copy, size, scaling, softcap)
+        return self.score_pages(query, turned, tables, offsets_of(copies), copy, size, scaling, softcap).values
 
     @on_its_device
     def score_pages(
@@ -92,27 +96,35 @@ class TritonKernels:
         capacity: int,
         scaling: float,
         softcap: float | None,
-    ) -> Tensor:
+        half: bool = False,
+    ) -> PageScores:
         """`score` over tables on the device, for up to `capacity` tokens.
 
         Args:
             turned: what `turned_query` gives, for the rotated code.
             copy: any of the batch; its layout counts.
+            half: scores are float16; the capacity is whole groups then.
         """
         batch, num_heads, n, _ = query.shape
         heads = copy.num_kv_heads
         shape = Shape.of(copy, num_heads // heads, n)
         query = query.contiguous()
-        scores = torch.empty(batch, heads, shape.groups, n, capacity, dtype=torch.float32, device=query.device)
-        if scores.numel():
-            settings = options.score(shape, softcap is not None, query.dtype == torch.float32)
+        lines = (batch, heads, shape.groups, n)
+        values = torch.empty(*lines, capacity, dtype=torch.float16 if half else torch.float32, device=query.device)
+        scores = PageScores(values)
+        if half:
+            scores.peaks, scores.totals = torch.empty(2, *lines, capacity // shape.group_size, device=query.device)
+        if values.numel():
+            settings = options.score(shape, softcap is not None, query.dtype == torch.float32, half)
             score.score_kernel[(-(-capacity // settings["BLOCK"]), heads * settings["ROW_BLOCKS"], batch)](
                 query,
                 query if turned is None else turned,
                 tables.addresses,
                 tables.first_page,
                 tables.lengths,
-                scores,
+                values,
+                values if scores.peaks is None else scores.peaks,
+                values if scores.totals is None else scores.totals,
                 capacity,
                 scaling,
                 softcap or 0.0,
@@ -124,63 +136,64 @@ class TritonKernels:
             )
         return scores
 
-    @on_its_device
     def rescore(
         self, query: Tensor, scores: Tensor, positions: Tensor, rows: Tensor, scaling: float, softcap: float | None
     ) -> None:
-        batch, heads, groups, n, size = scores.shape
+        self.rescore_pages(query, PageScores(scores), positions, rows, scaling, softcap)
+
+    @on_its_device
+    def rescore_pages(
+        self, query: Tensor, scores: PageScores, positions: Tensor, rows: Tensor, scaling: float, softcap: float | None
+    ) -> None:
+        """`rescore`; of float16 scores the exact ones are kept in float32 too."""
+        batch, heads, groups, n, size = scores.values.shape
         k, dim = positions.shape[-1], query.shape[-1]
         if not positions.numel():
             return
         query, positions, rows = query.contiguous(), positions.contiguous(), _last_contiguous(rows)
-        settings = options.rescore(dim, groups, softcap is not None)
+        values, group_size = scores.values, 0
+        if scores.peaks is not None:
+            group_size = size // scores.peaks.shape[-1]
+            scores.exact = torch.empty(batch, heads, groups, n, k, device=query.device)
+        settings = options.rescore(dim, groups, softcap is not None, group_size)
         score.rescore_kernel[(-(-k // settings["BLOCK"]), n, batch * heads)](
-            query, scores, positions, rows, size, k, heads, *rows.stride()[:4], scaling, softcap or 0.0, **settings
+            query,
+            values,
+            values if scores.peaks is None else scores.peaks,
+            values if scores.exact is None else scores.exact,
+            positions,
+            rows,
+            size,
+            k,
+            heads,
+            *rows.stride()[:4],
+            scaling,
+            softcap or 0.0,
+            **settings,
         )
 
     def select(self, scores: Tensor, rest_lse: Tensor, lengths: Sequence[int], k: int) -> Tensor:
-        return self.select_of(scores, rest_lse, to_device(lengths, torch.int32, scores.device), k)
+        return self.select_pages(PageScores(scores), rest_lse, to_device(lengths, torch.int32, scores.device), k)
 
-    @on_its_device
-    def select_of(self, scores: Tensor, rest_lse: Tensor, lengths: Tensor, k: int) -> Tensor:
-        """`select` with lengths int32 [B] on the device."""
-        batch, heads, groups, n, size = scores.shape
-        k, device = min(k, size), scores.device
-        positions = torch.empty(batch, heads, n, k, dtype=torch.int64, device=device)
-        if not positions.numel():
-            return positions
-        scores, rest_lse = scores.contiguous(), rest_lse.float().contiguous()
-        block = min(self.select_block, power_of_two(size, 128))
-        blocks = -(-size // block)
-        parts = torch.empty(2, batch, heads, groups, n, blocks, device=device)
-        mass = torch.empty(batch, heads, n, size, dtype=torch.int32, device=device)
-        histogram = torch.zeros(batch, heads, n, 4, 256, dtype=torch.int32, device=device)
-        counts = torch.empty(2, batch, heads, n, blocks, dtype=torch.int32, device=device)
-        grid, padded = (blocks, n, batch * heads), power_of_two(blocks)
-        settings = options.select(BLOCK=block)
-        select.peaks_kernel[(blocks, batch * heads * groups * n)](scores, *parts, size, **settings)
-        select.mass_kernel[grid](
-            scores, rest_lse, lengths, *parts, mass, histogram, size, heads, G=groups, BLOCKS_P=padded, **settings
-        )
-        for digit in range(1, 4):
-            select.digit_kernel[grid](mass, lengths, histogram, size, k, heads, DIGIT=digit, **settings)
-        select.count_kernel[grid](mass, lengths, histogram, *counts, size, k, heads, **settings)
-        select.positions_kernel[grid](mass, lengths, histogram, *counts, positions, size, k, heads, BLOCKS_P=padded, **settings)
-        return positions
+    def select_pages(self, scores: PageScores, rest_lse: Tensor, lengths: Tensor, k: int) -> Tensor:
+        """`select` with lengths int32 [B] on the device. Of float16 scores, equal are those whose upper 16 bits are."""
+        with _on_device(rest_lse):
+            return launch_select(scores, rest_lse, lengths, k, self.select_block)
 
     def attend(
         self, scores: Tensor, positions: Tensor, rows: Tensor, copies: Sequence[LowBitCopy], lengths: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
         tables = page_tables(copies, lengths, scores.device)
-        return self.attend_pages(scores, positions, rows, tables, offsets_of(copies), copies[0])
+        return self.attend_pages(PageScores(scores), positions, rows, tables, offsets_of(copies), copies[0])
 
     @on_its_device
     def attend_pages(
-        self, scores: Tensor, positions: Tensor, rows: Tensor, tables: PageTables, offsets: Offsets, copy: LowBitCopy
+        self, scores: PageScores, positions: Tensor, rows: Tensor, tables: PageTables, offsets: Offsets, copy: LowBitCopy
     ) -> tuple[Tensor, Tensor]:
         """`attend` over tables on the device. `copy`: any of the batch; its layout counts."""
-        batch, heads, groups, n, size = scores.shape
-        shape, device, k = Shape.of(copy, groups, n), scores.device, positions.shape[-1]
+        values = scores.values
+        batch, heads, groups, n, size = values.shape
+        shape, device, k = Shape.of(copy, groups, n), values.device, positions.shape[-1]
         splits = -(-size // self.split)
         has_fetched = positions.numel() > 0
         parts, dim = splits + has_fetched, shape.dim
@@ -188,7 +201,7 @@ class TritonKernels:
         lse = torch.empty(batch, heads, groups, n, device=device)
         if size == 0:
             return out.zero_(), lse.fill_(-torch.inf)
-        assert scores.is_contiguous()
+        assert values.is_contiguous()
         low_bit = torch.empty_like(out) if shape.rotated else out
         fetched_sums = torch.empty_like(out) if has_fetched else out
         sums = torch.empty(batch, heads, splits, groups * n, dim, device=device)
@@ -196,7 +209,8 @@ class TritonKernels:
         if has_fetched:
             positions, rows = positions.contiguous(), _last_contiguous(rows)
             attend.fetched_kernel[(n, batch * heads)](
-                scores,
+                values,
+                values if scores.exact is None else scores.exact,
                 positions,
                 rows,
                 fetched_sums,
@@ -207,11 +221,12 @@ class TritonKernels:
                 heads,
                 parts,
                 *rows.stride()[:4],
-                **options.fetched(dim, groups),
+                **options.fetched(dim, groups, scores.is_half),
             )
-        settings = options.attend_copy(shape, rows.dtype == torch.float32, self.split)
+        settings = options.attend_copy(shape, rows.dtype == torch.float32, self.split, scores.is_half)
         attend.copy_kernel[(splits, heads * settings["ROW_BLOCKS"], batch)](
-            scores,
+            values,
+            values if scores.peaks is None else scores.peaks,
             tables.addresses,
             tables.first_page,
             tables.lengths,

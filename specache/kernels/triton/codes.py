@@ -166,6 +166,15 @@ def level_product(levels, factors, accumulator, EXACT: tl.constexpr):
 
 
 @triton.jit
+def rounded_product(levels, factors, accumulator):
+    """The same with the factors rounded to bfloat16: probabilities, which a 16-bit model's own attention rounds as well."""
+    if INTERPRETED:  # there a cast cuts off
+        bits = factors.to(tl.int32, bitcast=True)
+        factors = upper_half((bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True))
+    return product(levels, factors.to(tl.bfloat16), accumulator)
+
+
+@triton.jit
 def upper_half(x):
     """float32 without the lower half of its bits: a bfloat16."""
     return (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)

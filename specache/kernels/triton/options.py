@@ -75,7 +75,7 @@ def _compiler(warps: int, fused: bool = True, stages: int = 3) -> dict[str, Any]
     return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": fused}
 
 
-def score(shape: Shape, softcap: bool, exact: bool) -> dict[str, Any]:
+def score(shape: Shape, softcap: bool, exact: bool, half: bool = False) -> dict[str, Any]:
     return {
         "ROTATED": shape.rotated,
         "BITS": shape.bits,
@@ -85,6 +85,7 @@ def score(shape: Shape, softcap: bool, exact: bool) -> dict[str, Any]:
         **_rows(shape, MAX_ROWS),
         "SOFTCAP": softcap,
         "EXACT": exact,
+        "HALF": half,
         "BLOCK": SCORE_BLOCK,
         **_compiler(4),
     }
@@ -97,30 +98,33 @@ def _rows(shape: Shape, most: int) -> dict[str, int]:
     return {"ROWS": rows, "ROWS_P": padded, "ROW_BLOCKS": -(-rows // padded)}
 
 
-def rescore(dim: int, groups: int, softcap: bool) -> dict[str, Any]:
+def rescore(dim: int, groups: int, softcap: bool, group_size: int = 0) -> dict[str, Any]:
     return {
         "G": groups,
         "G_P": power_of_two(groups, 8),
         "DIM": dim,
         "CHUNK": min(power_of_two(dim, 32), 64),
         "SOFTCAP": softcap,
+        "GROUP": max(group_size, 1),
+        "HALF": group_size > 0,
         "BLOCK": 16,
         **_compiler(4),
     }
 
 
-def fetched(dim: int, groups: int) -> dict[str, Any]:
+def fetched(dim: int, groups: int, half: bool = False) -> dict[str, Any]:
     return {
         "G": groups,
         "G_P": power_of_two(groups, 8),
         "DIM": dim,
         "DIM_P": power_of_two(dim, 32),
+        "HALF": half,
         "BLOCK": 32,
         **_compiler(8 if dim > 128 else 4, stages=2),
     }
 
 
-def attend_copy(shape: Shape, exact: bool, split: int = SPLIT) -> dict[str, Any]:
+def attend_copy(shape: Shape, exact: bool, split: int = SPLIT, half: bool = False) -> dict[str, Any]:
     wide = shape.padded_dim > 128
     return {
         "ROTATED": shape.rotated,
@@ -130,6 +134,8 @@ def attend_copy(shape: Shape, exact: bool, split: int = SPLIT) -> dict[str, Any]
         "DIM_P": shape.padded_dim,
         **_rows(shape, 8 if exact and wide else MAX_ROWS),
         "EXACT": exact,
+        "HALF": half,
+        "KEY_GROUP": shape.group_size,
         "SPLIT": split,
         **_compiler(8 if wide else 4, stages=2),  # a third one spills
     }
@@ -149,6 +155,14 @@ def merge(shape: Shape, parts: int, fetched: bool) -> dict[str, Any]:
 
 def select(**constants: int) -> dict[str, Any]:
     return {**constants, "BLOCK": constants.get("BLOCK", SELECT_BLOCK), **_compiler(8)}
+
+
+def select_parts(group_size: int) -> dict[str, Any]:
+    return {"GROUP": group_size, "GROUPS": 1024 // group_size, **_compiler(4)}
+
+
+def select_normaliser(group_size: int) -> dict[str, Any]:
+    return {"GROUP": group_size, "BLOCK": 512, **_compiler(4)}
 
 
 def gather(width: int) -> dict[str, Any]:

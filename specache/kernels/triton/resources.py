@@ -31,15 +31,24 @@ from specache.kernels.triton.options import Shape
 
 # Shared memory that a block may ask for, KiB (CUDA C++ Programming Guide, technical specifications per compute capability).
 SHARED_MEMORY_KIB = {80: 163, 86: 99, 89: 99, 90: 227}
+HALF = ", 16-bit scores"  # behind the names of kernels that have such a variant
 OF_ROWS = (
     "merge",
     "rescore",
+    "rescore" + HALF,
     "attend fetched",
+    "attend fetched" + HALF,
     "select peaks",
     "select mass",
+    "select parts" + HALF,
+    "select normaliser" + HALF,
+    "select mass" + HALF,
     "select digit",
+    "select digit" + HALF,
     "select count",
+    "select count" + HALF,
     "select positions",
+    "select positions" + HALF,
     "gather",
     "hot set: claim",
     "hot set: read ahead",
@@ -54,13 +63,14 @@ BEGIN, END = "<!-- resources -->\n", "<!-- /resources -->\n"
 _TYPES = {
     **dict.fromkeys(("scores", "rest_lse", "peaks", "totals", "sums", "copy_sums", "fetched_sums", "out", "low_bit"), "*fp32"),
     **dict.fromkeys(("lse", "own_lse", "copy_lse", "recent_lse", "recent", "copy", "sinks"), "*fp32"),
-    **dict.fromkeys(("turned", "weights", "levels"), "*fp32"),
+    **dict.fromkeys(("turned", "weights", "levels", "references", "normaliser", "kept", "exact"), "*fp32"),
     **dict.fromkeys(("addresses", "first_page", "positions", "stored", "counts"), "*i64"),
     **dict.fromkeys(("missing", "claimed", "found", "wanted", "here", "victims", "counters", "source"), "*i64"),
     **dict.fromkeys(("lengths", "mass", "histogram", "above", "equal", "table", "owner", "used", "tick"), "*i32"),
     **dict.fromkeys(("scaling", "softcap", "unit"), "fp32"),
     "finite": "*u8",
 }
+_HALF_TYPES = {"scores": "*fp16", "mass": "*i16"}
 _ROWS = ("query", "rows", "keys", "values", "hot", "residual")  # in the model's dtype
 _ALIGNED = ("key_codes", "key_scale", "key_bias", "key_zero", "key_mean", "value_codes", "value_scale", "value_zero")
 
@@ -96,24 +106,35 @@ def kernels(shape: Shape, dtype: str) -> dict[str, tuple[Any, dict[str, Any]]]:
     from specache.kernels.triton import attend, gather, hot_rows, quantise, recent, score, select
 
     exact, dim = dtype == "fp32", shape.dim
+    groups, group, rows = shape.groups, shape.group_size, shape.groups * shape.rows
     found = {
         "score": (score.score_kernel, options.score(shape, False, exact)),
+        "score" + HALF: (score.score_kernel, options.score(shape, False, exact, half=True)),
         "attend": (attend.copy_kernel, options.attend_copy(shape, exact)),
+        "attend" + HALF: (attend.copy_kernel, options.attend_copy(shape, exact, half=True)),
         "merge": (attend.merge_kernel, options.merge(shape, 64, True)),
-        "rescore": (score.rescore_kernel, options.rescore(dim, shape.groups, False)),
-        "attend fetched": (attend.fetched_kernel, options.fetched(dim, shape.groups)),
+        "rescore": (score.rescore_kernel, options.rescore(dim, groups, False)),
+        "rescore" + HALF: (score.rescore_kernel, options.rescore(dim, groups, False, group)),
+        "attend fetched": (attend.fetched_kernel, options.fetched(dim, groups)),
+        "attend fetched" + HALF: (attend.fetched_kernel, options.fetched(dim, groups, half=True)),
         "select peaks": (select.peaks_kernel, options.select()),
-        "select mass": (select.mass_kernel, options.select(G=shape.groups, BLOCKS_P=32)),
-        "select digit": (select.digit_kernel, options.select(DIGIT=3)),
-        "select count": (select.count_kernel, options.select()),
-        "select positions": (select.positions_kernel, options.select(BLOCKS_P=32)),
+        "select mass": (select.mass_kernel, options.select(G=groups, BLOCKS_P=32)),
+        "select parts" + HALF: (select.parts_kernel, options.select_parts(group)),
+        "select normaliser" + HALF: (select.normaliser_kernel, options.select_normaliser(group)),
+        "select mass" + HALF: (select.half_mass_kernel, options.select(G=groups, GROUP=group)),
+        "select digit": (select.digit_kernel, options.select(NUMBER=31, DIGIT=3)),
+        "select digit" + HALF: (select.digit_kernel, options.select(NUMBER=16, DIGIT=1)),
+        "select count": (select.count_kernel, options.select(NUMBER=31)),
+        "select count" + HALF: (select.count_kernel, options.select(NUMBER=16)),
+        "select positions": (select.positions_kernel, options.select(NUMBER=31, BLOCKS_P=32)),
+        "select positions" + HALF: (select.positions_kernel, options.select(NUMBER=16, BLOCKS_P=32)),
         "gather": (gather.gather_kernel, options.gather(2 * dim)),
         "hot set: claim": (hot_rows.claim_kernel, options.claim(False, 64)),
         "hot set: read ahead": (hot_rows.claim_kernel, options.claim(True, 1024)),
         "hot set: look": (hot_rows.look_kernel, options.hot_rows(2 * dim)),
         "hot set: fill": (hot_rows.fill_kernel, {**options.hot_rows(2 * dim), "MAPPED": True, "JOIN": True}),
-        "recent": (recent.recent_kernel, options.recent(dim, shape.groups * shape.rows, shape.rows, False, True, exact)),
-        "join": (recent.join_kernel, options.join(dim, shape.groups * shape.rows, shape.rows)),
+        "recent": (recent.recent_kernel, options.recent(dim, rows, shape.rows, False, True, exact)),
+        "join": (recent.join_kernel, options.join(dim, rows, shape.rows)),
     }
     if shape.rotated:
         found["quantise centre"] = (quantise.centre_keys_kernel, options.centre_keys(shape))
@@ -154,6 +175,8 @@ def compile_variant(variant: Variant, capability: int, **changes: Any) -> Resour
 
 
 def _type_of(name: str, variant: Variant) -> str:
+    if variant.kernel.endswith(HALF) and name in _HALF_TYPES:
+        return _HALF_TYPES[name]
     if name in _ROWS:
         rotated_input = variant.shape.rotated and variant.kernel in ("quantise keys", "quantise values")
         return "*fp32" if rotated_input else f"*{variant.dtype}"
@@ -191,7 +214,8 @@ def quick_variants() -> list[Variant]:
         Shape(Code.KIVI, 1, 32, 256, 8, 2),
         Shape(Code.ROTATED, 4, 64, 256, 8, 2),
     ]
-    reads_codes = [Variant(kernel, shape, "bf16") for shape in shapes for kernel in ("score", "attend")]
+    names = [kernel + half for kernel in ("score", "attend") for half in ("", HALF)]
+    reads_codes = [Variant(kernel, shape, "bf16") for shape in shapes for kernel in names]
     exact = [Variant(kernel, Shape(Code.KIVI, 2, 32, 256, 8, 2), "fp32") for kernel in ("score", "attend", *EXACT)]
     quantising = [
         Variant(kernel, Shape(code, bits, 64, 256, 8, 2), "bf16")
@@ -210,7 +234,7 @@ def table_variants() -> list[Variant]:
         for bits in (1, 2, 4):
             for dim, rows in ((64, 2), (128, 1), (128, 2), (256, 2)):
                 shape = Shape(code, bits, 64, dim, 4, rows)
-                names = ["score", "attend"]
+                names = [kernel + half for kernel in ("score", "attend") for half in ("", HALF)]
                 if rows == 2 and dim > 64:
                     names += [kernel for kernel in kernels(shape, "bf16") if kernel.startswith("quantise")]
                 found += [Variant(name, shape, "bf16") for name in names]

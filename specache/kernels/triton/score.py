@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from specache.kernels.triton.codes import PAGE, exact_product, key_levels, level_product, pointer
+from specache.kernels.triton.codes import LOWEST, PAGE, exact_product, key_levels, level_product, pointer
 
 
 @triton.jit
@@ -15,7 +15,9 @@ def score_kernel(
     addresses,
     first_page,
     lengths,
-    scores,  # float32 [B, Hkv, ROWS, capacity], out
+    scores,  # [B, Hkv, ROWS, capacity], out: float32, or with HALF float16 relative to the largest of their group
+    peaks,  # float32 [B, Hkv, ROWS, capacity / GROUP], out (HALF): that largest
+    totals,  # the same, out (HALF): sums of exp(score - peak)
     capacity,
     scaling,
     softcap,
@@ -33,6 +35,7 @@ def score_kernel(
     ROW_BLOCKS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     EXACT: tl.constexpr,
+    HALF: tl.constexpr,
     BLOCK: tl.constexpr,  # tokens of a program, whole pages
 ):
     """A program per (block of tokens, KV head and block of rows, sequence): the rows of a block share its pass over the codes.
@@ -85,12 +88,20 @@ def score_kernel(
             found = capped(found, softcap)
         token = first + token_in_group
         found = tl.where((token < length)[:, None], found, float("-inf"))
+        if HALF:
+            peak = tl.maximum(tl.max(found, 0), LOWEST)  # [ROWS_P]
+            found -= peak[None, :]
+            of_group = (first_row + row) * (capacity // GROUP) + group
+            tl.store(peaks + of_group, peak, mask=row < ROWS)
+            tl.store(totals + of_group, tl.sum(tl.exp(found), 0), mask=row < ROWS)
+        found = found.to(scores.dtype.element_ty)
         tl.store(out[None, :] + token[:, None], found, mask=(token < capacity)[:, None] & (row < ROWS)[None, :])
 
-    for first in range(tl.maximum(block * BLOCK, last_group * GROUP), tl.minimum((block + 1) * BLOCK, capacity), PAGE):
-        token = first + tl.arange(0, PAGE)
-        behind = ((token < capacity) & (token < (block + 1) * BLOCK))[:, None] & (row < ROWS)[None, :]
-        tl.store(out[None, :] + token[:, None], tl.full((PAGE, ROWS_P), float("-inf"), tl.float32), mask=behind)
+    if not HALF:
+        for first in range(tl.maximum(block * BLOCK, last_group * GROUP), tl.minimum((block + 1) * BLOCK, capacity), PAGE):
+            token = first + tl.arange(0, PAGE)
+            behind = ((token < capacity) & (token < (block + 1) * BLOCK))[:, None] & (row < ROWS)[None, :]
+            tl.store(out[None, :] + token[:, None], tl.full((PAGE, ROWS_P), float("-inf"), tl.float32), mask=behind)
 
 
 @triton.jit
@@ -104,7 +115,9 @@ def capped(x, softcap):
 @triton.jit
 def rescore_kernel(
     query,  # [B, Hkv, G, n, DIM]
-    scores,  # float32 [B, Hkv, G, n, capacity], changed
+    scores,  # [B, Hkv, G, n, capacity], changed
+    peaks,  # float32 [B, Hkv, G, n, capacity / GROUP] that they are relative to (HALF)
+    kept,  # float32 [B, Hkv, G, n, k], out (HALF): the exact scores
     positions,  # int64 [B, Hkv, n, k], -1: none
     rows,  # [B, Hkv, n, k, 2 DIM], the keys in front
     capacity,
@@ -121,6 +134,8 @@ def rescore_kernel(
     DIM: tl.constexpr,
     CHUNK: tl.constexpr,  # channels at a time
     SOFTCAP: tl.constexpr,
+    GROUP: tl.constexpr,
+    HALF: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """A program per (block of fetched keys, row, KV head of a sequence)."""
@@ -143,4 +158,8 @@ def rescore_kernel(
     exact *= scaling
     if SOFTCAP:
         exact = capped(exact, softcap)
-    tl.store(scores + line[None, :] * capacity + position[:, None], exact, mask=chosen[:, None] & (g < G)[None, :])
+    real = chosen[:, None] & (g < G)[None, :]
+    if HALF:
+        tl.store(kept + line[None, :] * k + j[:, None], exact, mask=(j < k)[:, None] & (g < G)[None, :])
+        exact -= tl.load(peaks + line[None, :] * (capacity // GROUP) + position[:, None] // GROUP, mask=real, other=0.0)
+    tl.store(scores + line[None, :] * capacity + position[:, None], exact.to(scores.dtype.element_ty), mask=real)

@@ -3,6 +3,8 @@
 A probability is not negative, so its bits as an integer have its order. The k-th largest number is found digit by digit, from
 the highest: each pass counts, over all blocks, the numbers that share the digits found so far by their next one. What is above
 it, and of its equals the first ones, is then written in ascending order of position, each block knowing what those before it write.
+
+Numbers have 31 bits; of a 16-bit model, whose scores are no finer, the upper 16 of them: an exponent and 8 bits behind it.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ import triton.language as tl
 
 from specache.kernels.triton.codes import LOWEST
 
-DIGITS: tl.constexpr = tl.constexpr(4)
 DIGIT_BITS: tl.constexpr = tl.constexpr(8)
 BINS: tl.constexpr = tl.constexpr(256)
 
@@ -68,9 +69,97 @@ def mass_kernel(
     bits = mean.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     line = bh.to(tl.int64) * n + row
     tl.store(mass + line * size + at, bits, mask=at < size)
-    counts = tl.histogram(digit_of(bits, 0), BINS, mask=at < tl.load(lengths + bh // heads))
+    counts = tl.histogram(digit_of(bits, 0, 31), BINS, mask=at < tl.load(lengths + bh // heads))
     bins = tl.arange(0, BINS)
-    tl.atomic_add(histogram + line * (DIGITS * BINS) + bins, counts, mask=counts > 0)
+    tl.atomic_add(histogram + line * (digits_of(31) * BINS) + bins, counts, mask=counts > 0)
+
+
+@triton.jit
+def parts_kernel(
+    scores,  # float16 [lines, size], relative to
+    references,  # float32 [lines, size / GROUP]
+    lengths,  # int32 [B]
+    peaks,  # float32 [lines, size / GROUP], out
+    totals,  # the same, out: sums of exp(score - peak)
+    size,
+    lines,  # of a sequence
+    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,  # of a program
+):
+    """A program per (block of groups, line): after exact scores took the places of others."""
+    line = tl.program_id(1).to(tl.int64)
+    length = tl.load(lengths + line // lines)
+    group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
+    at = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    of_group = line * (size // GROUP) + group
+    reference = tl.load(references + of_group, mask=group * GROUP < length, other=0.0)
+    found = tl.load(scores + line * size + at, mask=at < length, other=float("-inf")).to(tl.float32) + reference[:, None]
+    peak = tl.maximum(tl.max(found, 1), LOWEST)
+    tl.store(peaks + of_group, peak, mask=group * GROUP < length)
+    tl.store(totals + of_group, tl.sum(tl.exp(found - peak[:, None]), 1), mask=group * GROUP < length)
+
+
+@triton.jit
+def normaliser_kernel(
+    peaks,  # float32 [lines, groups]
+    totals,
+    rest_lse,  # float32 [lines]
+    lengths,  # int32 [B]
+    normaliser,  # float32 [lines], out: log-sum-exp of the copy and the rest
+    groups,
+    lines,  # of a sequence
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A program per line of scores."""
+    line = tl.program_id(0).to(tl.int64)
+    count = (tl.load(lengths + line // lines) + GROUP - 1) // GROUP
+    peak_of, total_of = tl.full((BLOCK,), LOWEST, tl.float32), tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, count, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        peak = tl.load(peaks + line * groups + at, mask=at < count, other=LOWEST)
+        total = tl.load(totals + line * groups + at, mask=at < count, other=0.0)
+        higher_of = tl.maximum(peak_of, peak)
+        total_of = total_of * tl.exp(peak_of - higher_of) + total * tl.exp(peak - higher_of)
+        peak_of = higher_of
+    highest = tl.max(peak_of, 0)
+    lse = highest + tl.log(tl.sum(total_of * tl.exp(peak_of - highest), 0))
+    rest = tl.load(rest_lse + line)
+    higher = tl.maximum(tl.maximum(lse, rest), LOWEST)
+    tl.store(normaliser + line, higher + tl.log(tl.exp(lse - higher) + tl.exp(rest - higher)))
+
+
+@triton.jit
+def half_mass_kernel(
+    scores,  # float16 [B, Hkv, G, n, size], relative to
+    references,  # float32 [B, Hkv, G, n, size / GROUP]
+    normaliser,  # float32 [B, Hkv, G, n]
+    lengths,  # int32 [B]
+    mass,  # int16 [B, Hkv, n, size], out: the upper bits of the mean probability
+    histogram,  # int32 [B, Hkv, n, digits, BINS], zeros; the first digit is counted here
+    size,
+    heads,
+    G: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A program per (block, row, KV head of a sequence)."""
+    block, row, bh = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    n = tl.num_programs(1)
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    inside = at < tl.load(lengths + bh // heads)
+    mean = tl.zeros((BLOCK,), tl.float32)
+    for g in range(G):
+        line = (bh.to(tl.int64) * G + g) * n + row
+        found = tl.load(scores + line * size + at, mask=inside, other=float("-inf")).to(tl.float32)
+        found += tl.load(references + line * (size // GROUP) + at // GROUP, mask=inside, other=0.0)
+        mean += tl.exp(found - tl.load(normaliser + line)) / G
+    bits = ((mean.to(tl.int32, bitcast=True) & 0x7FFFFFFF) >> 15) & 0xFFFF
+    line = bh.to(tl.int64) * n + row
+    tl.store(mass + line * size + at, bits.to(tl.int16), mask=inside)
+    counts = tl.histogram(digit_of(bits, 0, 16), BINS, mask=inside)
+    bins = tl.arange(0, BINS)
+    tl.atomic_add(histogram + line * (digits_of(16) * BINS) + bins, counts, mask=counts > 0)
 
 
 @triton.jit
@@ -81,6 +170,7 @@ def digit_kernel(
     size,
     k,
     heads,
+    NUMBER: tl.constexpr,  # bits
     DIGIT: tl.constexpr,  # to count
     BLOCK: tl.constexpr,
 ):
@@ -88,13 +178,14 @@ def digit_kernel(
     block, row, bh = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     line = bh.to(tl.int64) * tl.num_programs(1) + row
     length = tl.load(lengths + bh // heads)
-    prefix, _ = kth(histogram + line * (DIGITS * BINS), tl.minimum(k, length), DIGIT)
+    of_line = histogram + line * (digits_of(NUMBER) * BINS)
+    prefix, _ = kth(of_line, tl.minimum(k, length), DIGIT, NUMBER)
     at = block * BLOCK + tl.arange(0, BLOCK)
-    bits = tl.load(mass + line * size + at, mask=at < length, other=0)
-    same = (at < length) & ((bits >> (DIGIT_BITS * (DIGITS - DIGIT) - 1)) == prefix)
-    counts = tl.histogram(digit_of(bits, DIGIT), BINS, mask=same)
+    bits = numbers(mass + line * size, at, length)
+    same = (at < length) & ((bits >> (NUMBER - DIGIT_BITS * DIGIT)) == prefix)
+    counts = tl.histogram(digit_of(bits, DIGIT, NUMBER), BINS, mask=same)
     bins = tl.arange(0, BINS)
-    tl.atomic_add(histogram + line * (DIGITS * BINS) + DIGIT * BINS + bins, counts, mask=counts > 0)
+    tl.atomic_add(of_line + DIGIT * BINS + bins, counts, mask=counts > 0)
 
 
 @triton.jit
@@ -107,15 +198,16 @@ def count_kernel(
     size,
     k,
     heads,
+    NUMBER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """A program per (block, row, KV head of a sequence)."""
     block, row, bh = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     line = bh.to(tl.int64) * tl.num_programs(1) + row
     length = tl.load(lengths + bh // heads)
-    level, _ = kth(histogram + line * (DIGITS * BINS), tl.minimum(k, length), DIGITS)
+    level, _ = kth(histogram + line * (digits_of(NUMBER) * BINS), tl.minimum(k, length), digits_of(NUMBER), NUMBER)
     at = block * BLOCK + tl.arange(0, BLOCK)
-    bits = tl.load(mass + line * size + at, mask=at < length, other=0)
+    bits = numbers(mass + line * size, at, length)
     tl.store(above + line * tl.num_programs(0) + block, tl.sum(((bits > level) & (at < length)).to(tl.int32), 0))
     tl.store(equal + line * tl.num_programs(0) + block, tl.sum(((bits == level) & (at < length)).to(tl.int32), 0))
 
@@ -131,6 +223,7 @@ def positions_kernel(
     size,
     k,
     heads,
+    NUMBER: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS_P: tl.constexpr,
 ):
@@ -140,12 +233,12 @@ def positions_kernel(
     line = bh.to(tl.int64) * tl.num_programs(1) + row
     length = tl.load(lengths + bh // heads)
     count = tl.minimum(k, length)
-    level, room = kth(histogram + line * (DIGITS * BINS), count, DIGITS)
+    level, room = kth(histogram + line * (digits_of(NUMBER) * BINS), count, digits_of(NUMBER), NUMBER)
     part = tl.arange(0, BLOCKS_P)
     above_before = tl.sum(tl.load(above + line * blocks + part, mask=part < block, other=0), 0)
     equal_before = tl.sum(tl.load(equal + line * blocks + part, mask=part < block, other=0), 0)
     at = block * BLOCK + tl.arange(0, BLOCK)
-    bits = tl.load(mass + line * size + at, mask=at < length, other=0)
+    bits = numbers(mass + line * size, at, length)
     is_equal = ((bits == level) & (at < length)).to(tl.int32)
     first_ones = (is_equal > 0) & (equal_before + tl.cumsum(is_equal, 0) <= room)
     wanted = ((bits > level) & (at < length)) | first_ones
@@ -158,20 +251,35 @@ def positions_kernel(
             tl.store(positions + line * k + j, tl.full((BLOCK,), -1, tl.int64), mask=(j >= count) & (j < k))
 
 
+@triton.constexpr_function
+def digits_of(number):
+    """Digits of numbers of so many bits."""
+    return (number + 7) // 8
+
+
 @triton.jit
-def digit_of(bits, DIGIT: tl.constexpr):
-    """The digit of non-negative numbers of 31 bits; the last one has a bit less."""
-    SHIFT: tl.constexpr = DIGIT_BITS * (DIGITS - 1 - DIGIT) - 1
+def numbers(mass, at, length):
+    """Numbers of a line at some places, 0 behind its end."""
+    found = tl.load(mass + at, mask=at < length, other=0).to(tl.int32)
+    if mass.dtype.element_ty == tl.int16:
+        found = found & 0xFFFF
+    return found
+
+
+@triton.jit
+def digit_of(bits, DIGIT: tl.constexpr, NUMBER: tl.constexpr):
+    """A digit of non-negative numbers; the last one is shorter where the bits do not divide."""
+    SHIFT: tl.constexpr = NUMBER - DIGIT_BITS * (DIGIT + 1)
     if SHIFT < 0:
         return bits & (BINS // 2 - 1)
     return (bits >> SHIFT) & (BINS - 1)
 
 
 @triton.jit
-def kth(histogram, k, FOUND: tl.constexpr):
+def kth(histogram, k, FOUND: tl.constexpr, NUMBER: tl.constexpr):
     """The first `FOUND` digits of the k-th largest number, and which of the numbers that share them it is.
 
-    `histogram` is a line's int32 [DIGITS, BINS]. With `k` 0: more than every number.
+    `histogram` is a line's int32 [digits, BINS]. With `k` 0: more than every number.
     """
     bins, prefix = tl.arange(0, BINS), 0
     for digit in tl.static_range(FOUND):
@@ -179,7 +287,7 @@ def kth(histogram, k, FOUND: tl.constexpr):
         at_least = tl.cumsum(counts, 0, reverse=True)
         found = tl.sum((at_least >= k).to(tl.int32), 0) - 1
         k -= tl.sum(tl.where(bins > found, counts, 0), 0)
-        if digit == DIGITS - 1:
+        if DIGIT_BITS * (digit + 1) > NUMBER:
             prefix = prefix * (BINS // 2) + found
         else:
             prefix = prefix * BINS + found

@@ -32,6 +32,39 @@ class PageTables:
     lengths: Tensor
 
 
+@dataclass
+class PageScores:
+    """Scores of a step's rows [B, Hkv, G, n, capacity] over the copy, as kernels hand them on.
+
+    Of a 16-bit model they are float16, relative to the largest of their group of tokens. What counts most is then near 0, where
+    float16 is finest, and half as many bytes pass through memory. Exact scores of fetched keys are kept beside them.
+
+    Attributes:
+        values: float32; or float16, and then nothing behind a sequence's length is written.
+        peaks: float32 [B, Hkv, G, n, capacity / g] that float16 values are relative to; `None` with float32.
+        totals: the same shape: sums of `exp(value)` of each group, before exact scores took their places.
+        exact: float32 [B, Hkv, G, n, k] of the fetched keys, once `rescore` has put them in their places too.
+    """
+
+    values: Tensor
+    peaks: Tensor | None = None
+    totals: Tensor | None = None
+    exact: Tensor | None = None
+
+    @property
+    def is_half(self) -> bool:
+        return self.peaks is not None
+
+    def last_row(self, lengths: Tensor) -> Tensor:
+        """Absolute scores float32 [B, Hkv, G, 1, capacity] of the last row, a copy; -inf behind the lengths int32 [B]."""
+        values = self.values[:, :, :, -1:].float()
+        if self.peaks is not None:
+            peaks = self.peaks[:, :, :, -1:]
+            values = (values.unflatten(-1, (peaks.shape[-1], -1)) + peaks.unsqueeze(-1)).flatten(-2)
+        behind = torch.arange(values.shape[-1], device=values.device) >= lengths.view(-1, 1, 1, 1, 1)
+        return values.masked_fill(behind, -torch.inf)
+
+
 @dataclass(frozen=True)
 class Offsets:
     """Bytes from a page's start to its fields; -1 for those that its code does not have."""

@@ -1,0 +1,80 @@
+"""Launches of the kernels that select the `k` largest. Nothing here waits for the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specache.kernels.triton import options, select
+from specache.kernels.triton.options import power_of_two
+from specache.kernels.triton.tables import PageScores
+
+NUMBER, HALF_NUMBER = 31, 16  # bits of a probability that are looked at
+DIGIT_BITS = 8
+
+
+def launch_select(scores: PageScores, rest_lse: Tensor, lengths: Tensor, k: int, block: int) -> Tensor:
+    """Positions int64 [B, Hkv, n, min(k, S)] of the largest mean probabilities; lengths int32 [B]; `block` scores per program."""
+    batch, heads, groups, n, size = scores.values.shape
+    k, device = min(k, size), scores.values.device
+    positions = torch.empty(batch, heads, n, k, dtype=torch.int64, device=device)
+    if not positions.numel():
+        return positions
+    block = min(block, power_of_two(size, 128))
+    blocks = -(-size // block)
+    number = HALF_NUMBER if scores.is_half else NUMBER
+    digits = -(-number // DIGIT_BITS)
+    mass = torch.empty(batch, heads, n, size, dtype=torch.int16 if scores.is_half else torch.int32, device=device)
+    histogram = torch.zeros(batch, heads, n, digits, 1 << DIGIT_BITS, dtype=torch.int32, device=device)
+    counts = torch.empty(2, batch, heads, n, blocks, dtype=torch.int32, device=device)
+    grid, settings = (blocks, n, batch * heads), options.select(BLOCK=block)
+    rest_lse = rest_lse.float().contiguous()
+    if scores.is_half:
+        _half_masses(scores, rest_lse, lengths, mass, histogram, grid, block)
+    else:
+        values = scores.values.contiguous()
+        parts = torch.empty(2, batch, heads, groups, n, blocks, device=device)
+        select.peaks_kernel[(blocks, batch * heads * groups * n)](values, *parts, size, **settings)
+        select.mass_kernel[grid](
+            values, rest_lse, lengths, *parts, mass, histogram, size, heads, G=groups, BLOCKS_P=power_of_two(blocks), **settings
+        )
+    for digit in range(1, digits):
+        select.digit_kernel[grid](mass, lengths, histogram, size, k, heads, NUMBER=number, DIGIT=digit, **settings)
+    select.count_kernel[grid](mass, lengths, histogram, *counts, size, k, heads, NUMBER=number, **settings)
+    select.positions_kernel[grid](
+        mass, lengths, histogram, *counts, positions, size, k, heads, NUMBER=number, BLOCKS_P=power_of_two(blocks), **settings
+    )
+    return positions
+
+
+def _half_masses(
+    scores: PageScores, rest_lse: Tensor, lengths: Tensor, mass: Tensor, histogram: Tensor, grid: tuple[int, int, int], block: int
+) -> None:
+    """The mean probabilities of float16 scores, and their first digits counted."""
+    batch, heads, groups, n, size = scores.values.shape
+    references, lines = scores.peaks, heads * groups * n
+    assert references is not None
+    assert scores.totals is not None
+    token_groups = references.shape[-1]
+    group, peaks, totals = size // token_groups, references, scores.totals
+    if scores.exact is not None:
+        peaks, totals = torch.empty(2, *references.shape, device=mass.device)
+        settings = options.select_parts(group)
+        select.parts_kernel[(-(-token_groups // settings["GROUPS"]), batch * lines)](
+            scores.values, references, lengths, peaks, totals, size, lines, **settings
+        )
+    normaliser = torch.empty(batch, heads, groups, n, device=mass.device)
+    select.normaliser_kernel[(batch * lines,)](
+        peaks, totals, rest_lse, lengths, normaliser, token_groups, lines, **options.select_normaliser(group)
+    )
+    select.half_mass_kernel[grid](
+        scores.values,
+        references,
+        normaliser,
+        lengths,
+        mass,
+        histogram,
+        size,
+        heads,
+        **options.select(G=groups, GROUP=group, BLOCK=block),
+    )
