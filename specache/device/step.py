@@ -71,7 +71,7 @@ class StaticPass:
             window, first = self._batch.windows[index], self._batch.inputs.position_ids[:, 0]
             out = window.attention(query, keys, values, first, self._hidden[window.window], params)
             return out.transpose(1, 2).to(query.dtype)
-        layer = self._batch.layers[index]
+        layer, query = self._batch.layers[index], query.contiguous()  # once: every kernel wants it so
         layer.begun = True
         layer.rows.begin_step()
         recent = self._recent(layer, query, keys, values, params)
@@ -153,7 +153,7 @@ class StaticPass:
             layer.rows.available(selected[:, :, 1])
             self._submit(layer, self._next_positions(layer, scores, recent, selected))
         self._batch.streams.finish(Queue.COMPUTE)
-        return layer.buffers.positions_by_pass, layer.buffers.rows_by_pass
+        return layer.buffers.positions_by_pass.contiguous(), layer.buffers.rows_by_pass
 
     def _prefetched_rows(self, layer: LayerState, n: int) -> tuple[Tensor, Tensor]:
         """What the last step selected, the same for every row of this one."""

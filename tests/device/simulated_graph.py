@@ -1,21 +1,24 @@
 """CUDA graphs without a GPU: what a capture launched is launched again, with the arguments that it had then.
 
-While it captures, every PyTorch operation is recorded with its tensors and numbers. As on CUDA, a capture runs nothing: whatever
-memory it changed is put back, and what it made holds garbage until the first replay. A replay runs the same operations on the same
-tensors. So a length or a position that the host has put into a launch stays what it was, and shows as wrong tokens; reading
-from the device, and copying from the host, fail as they do in a capture.
+While it captures, every PyTorch operation is recorded with its tensors and numbers, and so is every launch of a Triton kernel in
+its interpreter. As on CUDA, a capture runs nothing: whatever memory it changed is put back, and what it made holds garbage until the
+first replay. A replay runs the same operations on the same tensors. So a length or a position that the host has put into a launch
+stays what it was, and shows as wrong tokens; reading from the device, and copying from the host, fail as they do in a capture.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
+
+from specache.kernels import triton as triton_kernels
 
 _WAIT_FOR_THE_DEVICE = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "lift_fresh")
 _INDEXING = ("index", "index_put_", "index_put")  # with a mask they count its true elements first
@@ -39,10 +42,21 @@ class _Launch:
             recorded.copy_(new)
 
 
+@dataclass
+class _KernelLaunch:
+    run: Callable[..., None]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    results: list[Tensor]  # none: a kernel writes into what it is given
+
+    def again(self) -> None:
+        self.run(*self.args, **self.kwargs)
+
+
 class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
-        self.launches: list[_Launch] = []
+        self.launches: list[_Launch | _KernelLaunch] = []
         self._before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}  # by address: storage, its old bytes
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -51,14 +65,26 @@ class _Recorder(TorchDispatchMode):
         if name in _WAIT_FOR_THE_DEVICE or (name in _INDEXING and _has_mask(args[1])):
             raise NotPermitted(f"operation not permitted when stream is capturing: {name}")
         for tensor in _written(operation, args, kwargs):
-            storage = tensor.untyped_storage()
-            self._before.setdefault(storage.data_ptr(), (storage, storage.clone()))
+            self._keep(tensor)
         result = operation(*args, **kwargs)
         is_alias = any(returned.alias_info is not None for returned in operation._schema.returns)
         changes = any(argument.alias_info is not None and argument.alias_info.is_write for argument in operation._schema.arguments)
         if changes or not is_alias:
             self.launches.append(_Launch(operation, args, kwargs, [] if is_alias else _tensors(result)))
         return result
+
+    def kernel(self, run: Callable[..., None], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A launch, any argument of which may be written. What the interpreter does is no launch of its own."""
+        with _disable_current_modes():
+            for tensor in _tensors((args, kwargs)):
+                self._keep(tensor)
+            run(*args, **kwargs)
+        self.launches.append(_KernelLaunch(run, args, kwargs, []))
+
+    def _keep(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._before:
+            self._before[storage.data_ptr()] = storage, storage.clone()
 
     def put_back(self) -> None:
         """Nothing has run."""
@@ -83,7 +109,7 @@ class SimulatedGraphs:
     def capture(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         recorder = _Recorder()
         try:
-            with recorder:
+            with recorder, _kernels_recorded(recorder):
                 result = run()
         finally:
             recorder.put_back()
@@ -95,6 +121,26 @@ class SimulatedGraphs:
                 launch.again()
 
         return replay, result
+
+
+@contextmanager
+def _kernels_recorded(recorder: _Recorder) -> Iterator[None]:
+    """Launches of Triton kernels are recorded, where Triton is there and interprets."""
+    if not triton_kernels.interpreted():
+        yield
+        return
+    from triton.runtime.interpreter import InterpretedFunction
+
+    launch = InterpretedFunction.run
+
+    def recorded(kernel: Any, *args: Any, **kwargs: Any) -> None:
+        recorder.kernel(lambda *a, **k: launch(kernel, *a, **k), args, kwargs)
+
+    InterpretedFunction.run = recorded
+    try:
+        yield
+    finally:
+        InterpretedFunction.run = launch
 
 
 def _tensors(result: Any) -> list[Tensor]:
