@@ -6,16 +6,21 @@ Used for prefill, the sliding layers, the residual and policy `full`. One sequen
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from specache.out_of_memory import is_out_of_memory
+
 QUERY_BLOCK = 512  # rows scored at a time where scores are held
 KEY_BLOCK = 4096  # keys scored at a time where scores are held, and rows read back from a slow tier at a time
 
 Part = tuple[Tensor, Tensor]
+
+_flash_fails = False  # in this process, on CUDA: found out at the first call
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,8 @@ def attend_part(
     """
     if params.softcap is None and query.device.type == "cpu":
         return _flash_cpu(query, keys, values, params.scaling, mask, causal)
+    if params.softcap is None and mask is None and (part := _flash_cuda(query, keys, values, params.scaling, causal)) is not None:
+        return part
     parts = [
         _attend_rows(query[:, i : i + QUERY_BLOCK], i, keys, values, params, mask, causal)
         for i in range(0, query.shape[1], QUERY_BLOCK)
@@ -113,6 +120,32 @@ def _flash_cpu(query: Tensor, keys: Tensor, values: Tensor, scaling: float, mask
         query[None], keys[None], values[None], 0.0, causal, attn_mask=bias, scale=scaling
     )
     return out[0].float(), lse[0].float()
+
+
+def _flash_cuda(query: Tensor, keys: Tensor, values: Tensor, scaling: float, causal: bool) -> Part | None:
+    """PyTorch's flash attention with its log-sum-exp, or `None` where it does not serve: not on CUDA, an old GPU, float32."""
+    global _flash_fails
+    query, keys, values = (x[None] if x.stride(-1) == 1 else x[None].contiguous() for x in (query, keys, values))
+    if _flash_fails or query.shape[-1] % 8 or not _can_flash(query, keys, values, causal):
+        return None
+    try:
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(query, keys, values, 0.0, causal, scale=scaling)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        _flash_fails = True
+        reason = str(error).partition("\n")[0]
+        message = f"PyTorch's flash attention failed ({reason}). Prompts are read without it, slower."
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        return None
+    return out[0].float(), lse[0].float()
+
+
+def _can_flash(query: Tensor, keys: Tensor, values: Tensor, causal: bool) -> bool:
+    """What PyTorch itself asks before it takes flash attention."""
+    grouped = query.shape[1] != keys.shape[1]
+    params = torch.backends.cuda.SDPAParams(query, keys, values, None, 0.0, causal, grouped)
+    return query.is_cuda and torch.backends.cuda.can_use_flash_attention(params)
 
 
 def merge(parts: Iterable[Part], sinks: Tensor | None = None) -> Part:

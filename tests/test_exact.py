@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
+from specache import exact
 from specache.exact import AttentionParams, attend_part, merge
 
 
@@ -40,3 +43,32 @@ def test_a_part_that_sees_nothing_adds_nothing():
     torch.testing.assert_close(merge([nothing, part]), part)
     out, lse = merge([nothing, nothing])
     assert (out == 0).all() and (lse == -torch.inf).all()
+
+
+def test_flash_attention_that_fails_is_said_once_and_done_without(monkeypatch):
+    """As on a GPU whose PyTorch has no kernel for it."""
+    monkeypatch.setattr(exact, "_flash_fails", False)
+    monkeypatch.setattr(exact, "_can_flash", lambda *operands: True)
+    params = AttentionParams(scaling=0.25, softcap=None)
+    query, keys, values = _operands(torch.float32)
+    with pytest.warns(RuntimeWarning, match="flash attention failed"):  # there is none on the CPU
+        assert exact._flash_cuda(query, keys, values, params.scaling, True) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert exact._flash_cuda(query, keys, values, params.scaling, True) is None
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_flash_attention_on_a_gpu_is_the_plain_one(dtype, causal, groups):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2 * groups, 300, 64), (2, 300, 64), (2, 300, 64)]
+    operands = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    found = exact._flash_cuda(*(x.cuda() for x in operands), 0.125, causal)
+    assert found is not None
+    expected = attend_part(*(x.float() for x in operands), AttentionParams(scaling=0.125), causal=causal)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs, atol=2e-2, rtol=2e-2)

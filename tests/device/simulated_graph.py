@@ -1,9 +1,10 @@
 """CUDA graphs without a GPU: what a capture launched is launched again, with the arguments that it had then.
 
 While it captures, every PyTorch operation is recorded with its tensors and numbers, and so is every launch of a Triton kernel in
-its interpreter. As on CUDA, a capture runs nothing: whatever memory it changed is put back, and what it made holds garbage until the
-first replay. A replay runs the same operations on the same tensors. So a length or a position that the host has put into a launch
-stays what it was, and shows as wrong tokens; reading from the device, and copying from the host, fail as they do in a capture.
+its interpreter. As on CUDA, a capture runs nothing: whatever memory it changed is put back, and what it made holds garbage until
+the first replay. A replay runs the same operations on the same tensors. So a length or a position that the host has put into a
+launch stays what it was, and shows as wrong tokens; reading from the device, and copying from the host, fail as they do in a
+capture.
 """
 
 from __future__ import annotations
