@@ -60,6 +60,11 @@ class Decoder:
         self._info = cache.info
         self._static = StaticDecoder(model, cache)
 
+    @property
+    def out_of_room(self) -> bool:
+        """Whether steps on a GPU go on without static buffers because memory did not suffice for them."""
+        return self._static.out_of_room
+
     def prefill(
         self, sequence: CachedSequence, token_ids: list[int], chunk: int, progress: Progress, observe: Observer | None = None
     ) -> Tensor:

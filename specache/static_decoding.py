@@ -70,6 +70,7 @@ class StaticDecoder:
         self._sequences: list[CachedSequence] = []  # that the batch is made of
         self._steps = GraphedSteps(None)
         self._working_set: Claim | None = None
+        self.out_of_room = False  # memory did not suffice for static buffers: the ordinary steps serve
         self._off = self._refuses()
         if self._off and cache.config.cuda_graph:
             _warn(f"cuda_graph is on, but decode steps are not captured: {self._off}.")
@@ -137,7 +138,7 @@ class StaticDecoder:
             _warn(f"Decode steps go on without static buffers, slower: {self._off}.")
             return True
         if is_out_of_memory(error):
-            self._off = "memory ran out in a step with static buffers"
+            self._off, self.out_of_room = "memory ran out in a step with static buffers", True
             _warn("Out of memory in a decode step: its static buffers were freed, and steps go on without, slower.")
             return True
         return False
@@ -158,7 +159,7 @@ class StaticDecoder:
         except Exception as error:
             if not (isinstance(error, SlowTierError) or is_out_of_memory(error)):
                 raise
-            self._off = str(error)
+            self._off, self.out_of_room = str(error), is_out_of_memory(error)
             _warn(f"Decode steps go on without static buffers, slower: {error}")
             self._forget()
             for sequence in sequences:

@@ -105,6 +105,11 @@ class SpeCacheContender(Contender):
         """What the last step decoded, per sequence."""
         return self._steps.tokens
 
+    @property
+    def out_of_room(self) -> bool:
+        """Whether a step had no room for its static buffers and went on without."""
+        return self._steps.out_of_room
+
     def filled(self, sequence: Sequence) -> None:
         """A sequence holds its tokens; called before the next one is filled."""
 

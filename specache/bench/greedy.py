@@ -25,6 +25,11 @@ class GreedySteps:
         self.tokens = list(tokens)
         self._guesses = list(guesses) if cache.config.policy.guesses else None
 
+    @property
+    def out_of_room(self) -> bool:
+        """Whether memory did not suffice for the steps as they are on a GPU, and slower ones were taken."""
+        return self._decoder.out_of_room
+
     @torch.no_grad()
     def step(self) -> None:
         """Decode one token of every sequence."""

@@ -122,7 +122,7 @@ class Decoding:
             hot = _hot_bytes(contender)
             say(f"decoding {batch:,} sequences")
             samples = self._samples(contender, rounds)
-            if _hot_bytes(contender) < hot:  # a step that had no room freed the hot sets and went on without
+            if _hot_bytes(contender) < hot or _out_of_room(contender):  # a step that had no room went on with less, slower
                 return None
             timing = Timing(tuple(samples)) if samples else None
             return timing, self._fast_bytes(contender, needs, batch), _hit_rate(contender)
@@ -169,7 +169,14 @@ class Decoding:
 
 
 def _hot_bytes(contender: Contender) -> int:
-    return contender.held.memory().hot if isinstance(contender, SpeCacheContender) else 0
+    if not isinstance(contender, SpeCacheContender):
+        return 0
+    contender.held.settle()  # a batch on a GPU has hot sets of its own meanwhile
+    return contender.held.memory().hot
+
+
+def _out_of_room(contender: Contender) -> bool:
+    return isinstance(contender, SpeCacheContender) and contender.out_of_room
 
 
 def _hit_rate(contender: Contender) -> float | None:

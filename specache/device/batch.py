@@ -71,6 +71,7 @@ class LayerState:
         layers: the sequences' own.
         weights: key weights float32 [B, Hkv, D] of the rotated code.
         residual: [B, 2, Hkv, R + g, D], keys and values.
+        rows: `None` under a policy that fetches none.
         next_positions: int64 [B, Hkv, k], what the last step selected for the next one.
         used_positions: the same of the step before, under a policy that uses what was prefetched.
         finite: bool [], whether the keys and values of the last step's real row were.
@@ -82,7 +83,7 @@ class LayerState:
     kernels: PageKernels
     weights: Tensor | None
     residual: Tensor
-    rows: DeviceRows
+    rows: DeviceRows | None
     buffers: StepBuffers
     next_positions: Tensor
     used_positions: Tensor
@@ -216,8 +217,8 @@ class DeviceBatch:
 
     def give_back(self) -> None:
         """The sequences hold their whole state themselves again."""
-        for state in self.layers.values():
-            state.rows.drop()
+        for rows in self._fetching:
+            rows.drop()
         self.streams.drain()
         for b, sequence in enumerate(self.sequences):
             self._store(b, sequence.length)
@@ -230,14 +231,20 @@ class DeviceBatch:
 
     def join(self) -> None:
         """Nothing of the step is left on the copy queue: the end of a step that is captured."""
-        for state in self.layers.values():
-            state.rows.join()
+        for rows in self._fetching:
+            rows.join()
 
     def abandon_capture(self) -> None:
         """A capture failed. Nothing has run."""
         for state in self.layers.values():
-            state.rows.abandon()
             state.begun = False
+        for rows in self._fetching:
+            rows.abandon()
+
+    @property
+    def _fetching(self) -> list[DeviceRows]:
+        """The rows of all layers."""
+        return [state.rows for state in self.layers.values() if state.rows is not None]
 
     def _own_bytes(self) -> int:
         layers = self.sequences[0].compressed.values()
@@ -262,10 +269,7 @@ class DeviceBatch:
         dtype, size = one.residual_keys.dtype, self.config.residual + self.config.group_size
         if (heads, dim) not in self._buffers:
             self._buffers[heads, dim] = StepBuffers(batch, heads, self.top_k, 2 * dim, dtype, self.device, self.size.rows)
-        slots = max(self.size.hot_slots[index], self.top_k)
-        hot = DeviceHotSet(batch, heads, slots, self.size.capacity, 2 * dim, dtype, self.device, self._budget)
-        source = row_source([sequence.tier.buffer(index) for sequence in self.sequences], self.device)
-        rows = device_rows(source, hot, self._buffers[heads, dim], self.streams, self.counters, self.config.cuda_reads)
+        rows = self._rows(index, heads, dim, dtype) if self.top_k else None
         weights = [layer.weights.value for layer in layers if layer.weights.value is not None]
         state = LayerState(
             layers=layers,
@@ -282,8 +286,16 @@ class DeviceBatch:
         for b, layer in enumerate(layers):  # what pre-decoding or an earlier step selected
             if layer.next_positions is not None:
                 state.next_positions[b, :, : layer.next_positions.shape[1]] = layer.next_positions
-        rows.submit(state.next_positions)
+        if rows is not None:
+            rows.submit(state.next_positions)
         return state
+
+    def _rows(self, index: int, heads: int, dim: int, dtype: torch.dtype) -> DeviceRows:
+        """A layer's rows, and a hot set for them."""
+        slots = max(self.size.hot_slots[index], self.top_k)
+        hot = DeviceHotSet(len(self.sequences), heads, slots, self.size.capacity, 2 * dim, dtype, self.device, self._budget)
+        source = row_source([sequence.tier.buffer(index) for sequence in self.sequences], self.device)
+        return device_rows(source, hot, self._buffers[heads, dim], self.streams, self.counters, self.config.cuda_reads)
 
     def _retiring(self) -> list[int]:
         """Sequences whose oldest group retires after the next token."""

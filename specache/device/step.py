@@ -16,6 +16,7 @@ from specache.attention import PassKind, add_sinks
 from specache.config import Policy
 from specache.device.batch import DeviceBatch, LayerState
 from specache.device.page_kernels import RecentPart
+from specache.device.rows import DeviceRows
 from specache.device.streams import Queue
 from specache.device.windows import hidden_slots
 from specache.exact import AttentionParams, softmax_sum
@@ -73,22 +74,30 @@ class StaticPass:
             return out.transpose(1, 2).to(query.dtype)
         layer, query = self._batch.layers[index], query.contiguous()  # once: every kernel wants it so
         layer.begun = True
-        layer.rows.begin_step()
         recent = self._recent(layer, query, keys, values, params)
         scores = layer.kernels.score(query, layer.tables, layer.weights, params.scaling, params.softcap)  # [B, Hkv, G, n, S]
-        if self._policy.verifies:
-            positions, rows = self._verified_rows(layer, scores, recent)
-            layer.kernels.rescore(query, scores, positions, rows, params.scaling, params.softcap)
-        elif self._policy.prefetches:
-            positions, rows = self._prefetched_rows(layer, query.shape[2])
-            layer.kernels.rescore(query, scores, positions, rows, params.scaling, params.softcap)
-            wanted = layer.kernels.select(scores, recent.part.lse, self._seen.lengths, self._top_k)
-            self._count_hits(wanted[:, :, 0], positions)
-            self._submit(layer, self._next_positions(layer, scores, recent, wanted))
+        if layer.rows is None:
+            positions, fetched = layer.buffers.positions_by_pass, layer.buffers.rows_by_pass  # of no pair
         else:
-            positions, rows = layer.buffers.positions_by_pass, layer.buffers.rows_by_pass  # of no pair
-        copy = layer.kernels.attend(scores, positions, rows, layer.tables)
+            positions, fetched = self._fetch(layer, layer.rows, query, scores, recent, params)
+        copy = layer.kernels.attend(scores, positions, fetched, layer.tables)
         return layer.kernels.join(copy, recent.part, query.dtype)
+
+    def _fetch(
+        self, layer: LayerState, rows: DeviceRows, query: Tensor, scores: PageScores, recent: _Recent, params: AttentionParams
+    ) -> tuple[Tensor, Tensor]:
+        """Pairs that are exact: positions [B, Hkv, n, k] and rows [B, Hkv, n, k, 2 D]; the next step's are on their way."""
+        rows.begin_step()
+        if self._policy.verifies:
+            positions, fetched = self._verified_rows(layer, rows, scores, recent)
+            layer.kernels.rescore(query, scores, positions, fetched, params.scaling, params.softcap)
+            return positions, fetched
+        positions, fetched = self._prefetched_rows(layer, rows, query.shape[2])
+        layer.kernels.rescore(query, scores, positions, fetched, params.scaling, params.softcap)
+        wanted = layer.kernels.select(scores, recent.part.lse, self._seen.lengths, self._top_k)
+        self._count_hits(wanted[:, :, 0], positions)
+        self._submit(layer, rows, self._next_positions(layer, scores, recent, wanted))
+        return positions, fetched
 
     def _see(self) -> _Seen:
         batch, config = self._batch, self._batch.config
@@ -145,22 +154,22 @@ class StaticPass:
         part = RecentPart(out.view(*shape, -1), add_sinks(own_lse, params), own_lse)
         return _Recent(part, retiring_scores, staying_lse)
 
-    def _verified_rows(self, layer: LayerState, scores: PageScores, recent: _Recent) -> tuple[Tensor, Tensor]:
+    def _verified_rows(self, layer: LayerState, rows: DeviceRows, scores: PageScores, recent: _Recent) -> tuple[Tensor, Tensor]:
         """Each row's own top-k [B, Hkv, n, k] and its rows. The real row gets all of them, the guess those that are here (-1)."""
         selected = layer.kernels.select(scores, recent.part.lse, self._seen.lengths, self._top_k)
-        layer.rows.fetch(selected[:, :, 0])
+        rows.fetch(selected[:, :, 0])
         if self._kind is PassKind.PAIR:
-            layer.rows.available(selected[:, :, 1])
-            self._submit(layer, self._next_positions(layer, scores, recent, selected))
+            rows.available(selected[:, :, 1])
+            self._submit(layer, rows, self._next_positions(layer, scores, recent, selected))
         self._batch.streams.finish(Queue.COMPUTE)
         return layer.buffers.positions_by_pass.contiguous(), layer.buffers.rows_by_pass
 
-    def _prefetched_rows(self, layer: LayerState, n: int) -> tuple[Tensor, Tensor]:
+    def _prefetched_rows(self, layer: LayerState, rows: DeviceRows, n: int) -> tuple[Tensor, Tensor]:
         """What the last step selected, the same for every row of this one."""
         positions = layer.used_positions.copy_(layer.next_positions)
-        rows = layer.rows.fetch(positions)
+        fetched = rows.fetch(positions)
         self._batch.streams.finish(Queue.COMPUTE)
-        return positions.unsqueeze(2).expand(-1, -1, n, -1), rows.unsqueeze(2).expand(-1, -1, n, -1, -1)
+        return positions.unsqueeze(2).expand(-1, -1, n, -1), fetched.unsqueeze(2).expand(-1, -1, n, -1, -1)
 
     def _next_positions(self, layer: LayerState, scores: PageScores, recent: _Recent, wanted: Tensor) -> Tensor:
         """The last row's top-k among the positions that are at low bit in the next step -> [B, Hkv, k].
@@ -177,10 +186,10 @@ class StaticPass:
         extended.scatter_(-1, seen.future.expand_as(recent.retiring_scores), recent.retiring_scores)
         return layer.kernels.select(PageScores(extended), recent.staying_lse, seen.candidates, self._top_k)[:, :, 0]
 
-    def _submit(self, layer: LayerState, positions: Tensor) -> None:
+    def _submit(self, layer: LayerState, rows: DeviceRows, positions: Tensor) -> None:
         """Start fetching, as soon as the layer knows what it will need."""
         layer.next_positions.copy_(positions)
-        layer.rows.submit(layer.next_positions)
+        rows.submit(layer.next_positions)
 
     def _count_hits(self, wanted: Tensor, prefetched: Tensor) -> None:
         """How much of what the real row wants, [B, Hkv, k], the prefetch had brought; for the statistics only."""

@@ -32,7 +32,7 @@ def static_step_bytes(model: ModelDimensions, config: SpeCacheConfig, context: i
     shapes = [(layer.kv_heads, layer.head_dim) for layer in model.full_layers]
     windows = len(model.layers) - len(shapes)
     total = batch_bytes(shapes, windows, batch, top_k, room, KINDS[config.policy].rows, model.itemsize)
-    for heads, dim in shapes:
+    for heads, dim in shapes if top_k else ():
         slots = max(hot_slots(model, config, heads, dim, context, batch), top_k)
         total += hot_set_bytes(batch, heads, slots, room, 2 * dim * model.itemsize)
     ordinary = Holdings(model, config, batch, top_k).first_step(SequenceLoad(context)).hot_set

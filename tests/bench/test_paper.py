@@ -26,6 +26,7 @@ from specache.dimensions import dimensions_of
 from specache.errors import BenchmarkError, ConfigError, FastMemoryError
 from tests.bench.tiny_shape import TINY, tiny_model
 from tests.cli.running import one_line, run
+from tests.device.running import static_steps
 from tests.tiny import llama
 
 CONTEXT = 512
@@ -353,3 +354,37 @@ def test_the_planned_batch_decodes_with_its_hot_sets():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert measure(methods=(FULL, "verified"), bits=(2,)).results[1]["fits"]
+
+
+def test_steps_over_static_buffers_count_where_they_have_room(monkeypatch):
+    """As on a GPU: a batch for which they have none decodes without, slower, and does not fit."""
+    largest = {(row["method"], row["policy"], row["bits"]): row["batch"] for row in measure().results}
+    fitted = []
+    for budget in (BUDGET * 3 // 2, BUDGET):
+        with static_steps(monkeypatch) as steps, Decoding(tiny_model().load(), budget, 10**6, Pace(1, 1), 0) as decoding:
+            for entry in lines_of()[1:]:
+                steps.clear()
+                batch = largest[entry.method, str(entry.policy), entry.bits]  # of the ordinary steps
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("error" if budget > BUDGET else "ignore", category=RuntimeWarning)
+                    measured = decoding._decode(needs_of(decoding._model, entry), batch, 1, lambda said: None)
+                assert steps == ([batch] * 3 if measured else [])
+                fitted.append(measured is not None)
+    assert all(fitted[:6]) and not all(fitted[6:])
+
+
+def test_kivi_over_static_buffers_decodes_what_it_decodes_without(monkeypatch):
+    """Though no 16-bit rows are kept."""
+    decoded = []
+    for static in (False, True):
+        with static_steps(monkeypatch, devices=("cpu",) if static else ()) as steps:
+            contender = KiviContender(Workload(llama(), 2, CONTEXT), lines_of()[1].planned.config)
+            contender.prepare()
+            with contender.ready():
+                for _ in range(70):
+                    contender.step()
+            contender.held.settle()
+            decoded.append([sequence.token_ids[CONTEXT:] for sequence in contender.held.sequences])
+            contender.close()
+            assert steps == ([2] * 70 if static else [])
+    assert decoded[0] == decoded[1]

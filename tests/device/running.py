@@ -19,7 +19,8 @@ from tests.tiny import ragged
 @contextmanager
 def static_steps(monkeypatch: Any, **changes: Any) -> Iterator[list[int]]:
     """Decode steps on the CPU run over static buffers -> grows by the number of sequences of every static step."""
-    settings = {"streams": lambda device: InlineStreams(), "graphs": lambda device: None, "capacity_step": 64, **changes}
+    settings = {"streams": lambda device: InlineStreams(), "graphs": lambda device: None, "capacity_step": 64, "devices": ("cpu",)}
+    settings.update(changes)
     steps: list[int] = []
     run = StaticDecoder._run
 
@@ -29,7 +30,7 @@ def static_steps(monkeypatch: Any, **changes: Any) -> Iterator[list[int]]:
         return logits
 
     with monkeypatch.context() as patch:
-        patch.setattr(static_decoding, "SETTINGS", StaticSettings(**settings, devices=("cpu",)))
+        patch.setattr(static_decoding, "SETTINGS", StaticSettings(**settings))
         patch.setattr(StaticDecoder, "_run", counted)
         yield steps
 

@@ -40,7 +40,8 @@ def own_tensors(batch: DeviceBatch) -> list[torch.Tensor]:
     for buffers in batch._buffers.values():
         tensors += buffers.tensors
     for state in batch.layers.values():
-        tensors += [state.next_positions, state.used_positions, state.rows._ahead, state.rows._ahead_slots]
+        tensors += [state.next_positions, state.used_positions]
+        tensors += [] if state.rows is None else [state.rows._ahead, state.rows._ahead_slots]
         tensors += [] if state.weights is None else [state.weights]
     return tensors
 
@@ -70,7 +71,7 @@ def test_the_planner_counts_the_same(monkeypatch, batches, family, changes):
         specache.generate(model, ids, past_key_values=cache, max_new_tokens=3, do_sample=False)
     batch = batches[0][0]
     dimensions = cache.resources.dimensions
-    held = batch._claim.size + sum(state.rows.hot.nbytes for state in batch.layers.values())
+    held = batch._claim.size + sum(rows.hot.nbytes for rows in batch._fetching)
     ordinary = 2 * Holdings(dimensions, cache.config, 2, batch.top_k).first_step(SequenceLoad(length)).hot_set
     assert static_step_bytes(dimensions, cache.config, length, 2) == held - ordinary
 
