@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -17,6 +17,7 @@ from specache.bench.device import CPU, CUDA
 from specache.bench.machine import LargeArray
 from specache.bench.one_layer import LowBitLayer
 from specache.bench.shapes import SHAPES, Shape, shape_named
+from specache.bench.static_layer import StaticLayer
 from specache.bench.synthetic import synthetic_rows
 from specache.bench.timing import PhaseClock, Timing, interleaved
 from specache.bench.torch_attention import Baseline, dequantising_baseline, exact_baselines
@@ -60,11 +61,11 @@ class Attention:
             raise ConfigError(
                 f"--context takes multiples of {PAGE_TOKENS} tokens: whole pages of the low-bit copy, and the residual."
             )
-        self._check_kernels([*kernels.available(), kernels.TRITON])
+        self._check_kernels([*kernels.available(), kernels.TRITON, kernels.STATIC])
 
     @torch.no_grad()
     def run(self, surroundings: Surroundings) -> Outcome:
-        self._check_kernels(kernels.available_on(surroundings.device))
+        self._check_kernels(kernels.layers_on(surroundings.device))
         large = LargeArray(device=surroundings.device)
         results: list[Result] = []
         bandwidths = []
@@ -94,22 +95,28 @@ class _Cell:
         drawn = synthetic_rows(shape.kv_heads, context, shape.head_dim, torch.bfloat16, where.seed)
         keys, values = (tensor.to(where.device) for tensor in drawn)
         self._query = _query(shape, rows, where.seed).to(where.device)
-        self._layers = {bits: LowBitLayer(keys, values, benchmark.code, bits, benchmark.top_k) for bits in benchmark.bits}
-        self._ours = [(isa, bits) for isa in benchmark.kernels or kernels.available_on(where.device) for bits in self._layers]
+        self._layers = {bits: self._layer(keys, values, bits) for bits in benchmark.bits}
+        self._ours = [(isa, bits) for isa in benchmark.kernels or kernels.layers_on(where.device) for bits in self._layers]
+        static = {bits for isa, bits in self._ours if isa == kernels.STATIC}
+        self._static = {bits: StaticLayer(self._layer(keys, values, bits), rows, keys.dtype) for bits in static}
         self._baselines = exact_baselines(self._query, keys, values)
         self._baselines += [dequantising_baseline(self._query, keys, values, bits) for bits in self._layers]
         self.bandwidth: dict[str, Any] = {}
 
     def measure(self) -> list[Result]:
         differences = {key: self._difference(*key) for key in self._ours}
-        functions: dict[str, Callable[[], object]] = {_label(*key): self._step(key[1]) for key in self._ours}
+        functions: dict[str, Callable[[], object]] = {_label(*key): self._step(*key) for key in self._ours}
         functions |= {_baseline_label(baseline): baseline.run for baseline in self._baselines}
         timings = interleaved(functions, self._benchmark.repeat, around=self._around)
         self.bandwidth = self._bandwidth(Timing(tuple(self._reads_ms)))
         return self._results(timings, differences)
 
-    def _step(self, bits: int) -> Callable[[], Tensor]:
-        return lambda: self._layers[bits].attend(self._query)
+    def _layer(self, keys: Tensor, values: Tensor, bits: int) -> LowBitLayer:
+        return LowBitLayer(keys, values, self._benchmark.code, bits, self._benchmark.top_k)
+
+    def _step(self, isa: str, bits: int) -> Callable[[], Tensor]:
+        layer = self._static[bits] if isa == kernels.STATIC else self._layers[bits]
+        return lambda: layer.attend(self._query)
 
     def _around(self, name: str) -> AbstractContextManager[object]:
         isa = next((isa for isa, bits in self._ours if _label(isa, bits) == name), None)
@@ -119,18 +126,22 @@ class _Cell:
     def _evicted(self, isa: str | None) -> Iterator[None]:
         """Other layers' data would have displaced this one's between two steps: read something large, which tells the bandwidth."""
         self._reads_ms.append(self._large.read())
-        if isa is None:
+        if isa in (None, kernels.STATIC):
             yield
             return
+        assert isa is not None
         with kernels.using(isa):
             yield
 
     def _difference(self, isa: str, bits: int) -> float:
-        """Largest difference from the plain PyTorch kernels, relative to the largest output."""
+        """Largest difference from the plain PyTorch kernels, relative to the largest output; of a static step the real row's: the
+        guess does without other rows there."""
         with kernels.using(kernels.PLAIN):
             expected = self._layers[bits].attend(self._query)
-        with kernels.using(isa):
-            actual = self._layers[bits].attend(self._query)
+        with nullcontext() if isa == kernels.STATIC else kernels.using(isa):
+            actual = self._step(isa, bits)()
+        if isa == kernels.STATIC:
+            actual, expected = actual[:, :, :1], expected[:, :, :1]
         return float((actual - expected).abs().max() / expected.abs().max())
 
     def _phases(self, isa: str, bits: int) -> dict[str, float]:
@@ -159,7 +170,8 @@ class _Cell:
         for isa, bits in self._ours:
             timing = timings[_label(isa, bits)]
             row = self._row(OURS, isa, bits, self._layers[bits].nbytes, timing, exact, best, best_matmul)
-            results.append({**row, "difference": differences[isa, bits], "phases": self._phases(isa, bits)})
+            phases = None if isa == kernels.STATIC else self._phases(isa, bits)  # it is replayed as one
+            results.append({**row, "difference": differences[isa, bits], "phases": phases})
         isa = torch.backends.cpu.get_cpu_capability().lower() if self._query.device.type == CPU else CUDA
         for b in self._baselines:
             row = self._row(b.impl, isa, b.bits, b.nbytes, timings[_baseline_label(b)], exact, best, best_matmul)

@@ -9,8 +9,9 @@ from specache.kernels import triton
 from specache.kernels.dispatch import OPERATIONS, TRITON, VARIABLE, active, available, using
 
 PLAIN = "torch"
+STATIC = "static"  # on a GPU: Triton's kernels in a step over static buffers, as `generate` runs them
 
-__all__ = ["PLAIN", "TRITON", "VARIABLE", "active", "active_on", "available", "available_on", "using"]
+__all__ = ["PLAIN", "STATIC", "TRITON", "VARIABLE", "active", "active_on", "available", "available_on", "layers_on", "using"]
 
 
 def available_on(device: str) -> list[str]:
@@ -18,6 +19,12 @@ def available_on(device: str) -> list[str]:
     if device != CUDA:
         return available()
     return [PLAIN] if triton.missing() else [PLAIN, TRITON]
+
+
+def layers_on(device: str) -> list[str]:
+    """What one layer can be measured with there: the backends, and on a GPU the layer as a static step has it."""
+    backends = available_on(device)
+    return [*backends, STATIC] if TRITON in backends else backends
 
 
 def active_on(device: str) -> dict[str, str]:

@@ -35,24 +35,24 @@ class LowBitLayer:
 
     def __init__(self, keys: Tensor, values: Tensor, code: Code, bits: int, top_k: int, copied: bool | None = None) -> None:
         heads, _, dim = keys.shape
-        config = SpeCacheConfig(code=code, bits=bits, top_k=top_k)
-        layout = PageLayout(code, bits, config.group_size, heads, dim)
+        self.config = SpeCacheConfig(code=code, bits=bits, top_k=top_k)
+        layout = PageLayout(code, bits, self.config.group_size, heads, dim)
         on_cpu = keys.device.type == CPU
         copied = not on_cpu if copied is None else copied
         tier = RamTier(in_place=not copied, pinned=not on_cpu)
         self.fetched = Counters()
         self._rows: Rows = _copied_rows(tier, keys, self.fetched) if copied else InPlaceRows(tier, 0)
         self._table = PageTable(PagePool(layout, keys.device, ByteBudget()))
-        self._layer = CompressedLayer(0, config, self._table, tier, self._rows, keys)
-        self._params = AttentionParams(scaling=dim**-0.5)
+        self.layer = CompressedLayer(0, self.config, self._table, tier, self._rows, keys)
+        self.params = AttentionParams(scaling=dim**-0.5)
         self._top_k = top_k
-        self._newest = keys[:, -1:][None], values[:, -1:][None]  # [1, Hkv, 1, D]
-        fill_compressed(self._layer, tier, keys, values)
+        self.newest = keys[:, -1:][None], values[:, -1:][None]  # [1, Hkv, 1, D]
+        fill_compressed(self.layer, tier, keys, values)
 
     @property
     def nbytes(self) -> int:
         """Bytes of low-bit copy and residual, which a step reads once."""
-        return self._layer.fast_bytes
+        return self.layer.fast_bytes
 
     def attend(self, query: Tensor) -> Tensor:
         """What the library does for query [1, Hq, n, D] -> float32 [1, Hq, n, D].
@@ -61,10 +61,10 @@ class LowBitLayer:
         """
         n = query.shape[2]
         kind, policy = (PassKind.SINGLE, Policy.ON_DEMAND) if n == 1 else (PassKind.PAIR, Policy.VERIFIED)
-        keys, values = (newest.expand(-1, -1, n, -1) for newest in self._newest)
+        keys, values = (newest.expand(-1, -1, n, -1) for newest in self.newest)
         plan = PassPlan(kind, policy, self._top_k, Counters())
         self._rows.drop()
-        return mixed_attention(query, keys, values, [self._layer], self._params, plan)
+        return mixed_attention(query, keys, values, [self.layer], self.params, plan)
 
 
 def _copied_rows(tier: RamTier, keys: Tensor, counters: Counters) -> FetchedRows:

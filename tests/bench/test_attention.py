@@ -13,6 +13,7 @@ from specache.bench.attention import Attention
 from specache.bench.base import Outcome, Surroundings
 from specache.bench.one_layer import LowBitLayer
 from specache.bench.shapes import SHAPES
+from specache.bench.static_layer import StaticLayer
 from specache.bench.synthetic import synthetic_rows
 from specache.bench.torch_attention import QuantisedTensor, dequantising_baseline, exact_baselines, sdpa
 from specache.config import Code
@@ -155,3 +156,26 @@ def test_every_backend_is_measured_while_it_serves(monkeypatch):
 def test_settings_that_cannot_be_measured_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         Attention(**settings)
+
+
+@pytest.mark.parametrize("bits", [1, 2])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_layer_over_static_buffers_computes_the_same(rows, bits):
+    """Again and again, as rounds of a benchmark do."""
+    query, keys, values = rows_and_query(rows)
+    ordinary, taken = (LowBitLayer(keys, values, Code.ROTATED, bits, top_k=8, copied=True) for _ in range(2))
+    static = StaticLayer(taken, rows, keys.dtype)
+    for one in (query, -query, query):
+        with kernels.using(kernels.PLAIN):
+            expected = ordinary.attend(one)
+        difference = (static.attend(one) - expected)[:, :, :1].abs().max()  # the guess's row takes what it finds
+        assert difference <= 2.0**-7 * expected.abs().max()  # rounded to the model's bfloat16
+    assert static.nbytes == ordinary.nbytes
+
+
+def test_on_a_gpu_the_static_step_has_a_row_of_its_own(monkeypatch):
+    monkeypatch.setattr(kernels, "layers_on", lambda device: [kernels.PLAIN, kernels.STATIC])
+    results = Attention(shape="tiny", context=(CONTEXT,), rows=(2,), top_k=8, repeat=1).run(Surroundings()).results
+    ours = [row for row in results if row["impl"] == "specache"]
+    assert [row["isa"] for row in ours] == ["torch", "static"]
+    assert ours[1]["ms"] > 0 and ours[1]["phases"] is None and ours[1]["difference"] < 0.05

@@ -1,0 +1,75 @@
+"""The attention of one layer as decode steps on a GPU run it: over static buffers, as a graph where one can be captured."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from specache.attention import PassKind
+from specache.bench.one_layer import LowBitLayer
+from specache.budget import ByteBudget
+from specache.config import PAGE_TOKENS, Policy
+from specache.device.batch import BatchSize, DeviceBatch
+from specache.device.graph import GraphedSteps, graphs_for
+from specache.device.step import StaticPass
+from specache.device.streams import streams_for
+from specache.layers import CompressedLayer
+from specache.tiers.base import SlowTier
+from specache.window_layer import WindowLayer
+
+
+class _Alone:
+    """A sequence of one layer, whose newest token is the one that every step decodes again."""
+
+    def __init__(self, layer: CompressedLayer) -> None:
+        layer.residual_count -= 1
+        self.compressed: dict[int, CompressedLayer] = {0: layer}
+        self.sliding: dict[int, WindowLayer] = {}
+        self.tier: SlowTier = layer.tier
+        self.length = layer.length
+
+    def retire(self) -> None:
+        """Nothing does: a step is never committed."""
+
+
+class StaticLayer:
+    """What `LowBitLayer` computes for queries of `rows` rows. Nothing is kept in the hot set from one step to the next.
+
+    Args:
+        layer: taken over; its own `attend` is gone.
+        dtype: of its keys and values.
+    """
+
+    def __init__(self, layer: LowBitLayer, rows: int, dtype: torch.dtype) -> None:
+        self.nbytes = layer.nbytes
+        self._kind, policy = (PassKind.SINGLE, Policy.ON_DEMAND) if rows == 1 else (PassKind.PAIR, Policy.VERIFIED)
+        self._config = replace(layer.config, policy=policy, hot_set=0.0)
+        self._keys, self._values = (newest.expand(-1, -1, rows, -1) for newest in layer.newest)
+        self._params = layer.params
+        sequence = _Alone(layer.layer)
+        device = self._keys.device
+        room = -(-layer.layer.table.length // PAGE_TOKENS) * PAGE_TOKENS
+        self._batch = DeviceBatch([sequence], self._config, BatchSize(rows, room, {0: 0}), streams_for(device), ByteBudget())
+        self._batch.begin([[0] * rows])
+        self._steps = GraphedSteps(graphs_for(device))
+        self._query: Tensor | None = None
+        self._dtype = dtype
+
+    def attend(self, query: Tensor) -> Tensor:
+        """query [1, Hq, n, D] -> float32 [1, Hq, n, D]."""
+        if self._query is None:
+            self._query = query.to(self._dtype).clone()
+        self._query.copy_(query)
+        return self._steps(None, self._run).transpose(1, 2).float()
+
+    def _run(self) -> Tensor:
+        assert self._query is not None
+        for state in self._batch.layers.values():
+            assert state.rows is not None
+            state.rows.drop()
+        step = StaticPass(self._batch, self._kind, self._config.policy, self._config.top_k, retires=False)
+        out = step.attention(0, self._query, self._keys, self._values, self._params)
+        self._batch.join()
+        return out
