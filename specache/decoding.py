@@ -177,6 +177,7 @@ class Decoder:
                 result.set_guess([i], alone[:, 0])
 
     def _prefill_again(self, index: int, row: list[int]) -> Tensor:
+        self._cache.settle()
         sequence = self._cache.sequences[index]
         token_ids = sequence.token_ids + row
         sequence.clear()

@@ -79,7 +79,9 @@ class StaticDecoder:
         """Whether a pass runs here. A sequence shorter than `R + g` has no low-bit copy yet, and no key weights."""
         config = self._cache.config
         least = config.residual + config.group_size
-        return not self._off and kind is KINDS[config.policy] and all(sequence.length >= least for sequence in sequences)
+        if self._off or kind is not KINDS[config.policy] or any(sequence.length < least for sequence in sequences):
+            return False
+        return self._cache.info.rope_switch is None or self._on_one_side()
 
     def step(self, sequences: Sequence[CachedSequence], tokens: list[list[int]]) -> Tensor | None:
         """One step over tokens [A][n] -> float32 logits [A, n, V]; `None` if there is no room for a batch. Commits the first ones.
@@ -214,6 +216,11 @@ class StaticDecoder:
     def _on_device(self) -> bool:
         return self._cache.info.device.type in self._settings.devices
 
+    def _on_one_side(self) -> bool:
+        """Whether all sequences are on one side of a long RoPE's switch: else two batches would take turns, each built anew."""
+        side = self._cache.info.rope_side
+        return len({side(length) for sequence in self._cache.sequences for length in (sequence.length, sequence.length + 1)}) == 1
+
     def _refuses(self) -> str | None:
         """Why no step of this cache runs here, or `None`."""
         info, config = self._cache.info, self._cache.config
@@ -223,8 +230,8 @@ class StaticDecoder:
             return f"policy {config.policy.value!r} is not served"
         if config.slow_tier is not SlowTierKind.RAM:
             return f"the 16-bit pairs are in slow tier {config.slow_tier.value!r}, not in RAM"
-        if info.rope_switch is not None:
-            return f"with {info.rope_type} RoPE the frequencies depend on the length"
+        if info.rope_type == "dynamic":
+            return "with dynamic RoPE every position has frequencies of its own"
         if config.residual == 0:
             return "residual=0 leaves no token at 16 bits while its group becomes low bit"
         layers = set(self._cache.resources.dimensions.full_layers)

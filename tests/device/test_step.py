@@ -17,7 +17,7 @@ from tests.device.running import answer, assert_equal, config, continued, static
 from tests.device.simulated import SimulatedStreams, orders
 from tests.device.simulated_graph import SimulatedGraphs
 from tests.test_invariants import a_code_turned, run
-from tests.test_models import FAMILIES, build
+from tests.test_models import DYNAMIC, FAMILIES, LONGROPE, build
 from tests.tiny import llama, prompt, ragged
 
 pytestmark = pytest.mark.usefixtures("torch_kernels")
@@ -103,6 +103,27 @@ def test_the_copy_queue_may_be_early_or_late(model, monkeypatch, order, seed):
     with static_steps(monkeypatch, streams=lambda device: streams):
         static = answer(model, settings, (150, 97), 20)
     assert_equal(static, eager)
+
+
+@pytest.mark.parametrize(("lengths", "served"), [((60,), 23), ((92,), 21), ((101, 140), 23), ((80, 140), 4)])
+def test_long_rope_on_either_side_of_its_switch(monkeypatch, lengths, served):
+    """At 100 tokens a sequence is prefilled anew. While a batch has sequences on both sides, its steps are the ordinary ones."""
+    changes = {"sliding_window": None, "rope_parameters": LONGROPE, "original_max_position_embeddings": 100}
+    model = build("Phi3", changes)
+    eager = answer(model, config(), lengths, 24)
+    with static_steps(monkeypatch, graphs=lambda device: SimulatedGraphs()) as steps:
+        static = answer(model, config(), lengths, 24)
+    assert_equal(static, eager)
+    assert len(steps) == served
+
+
+def test_with_dynamic_rope_steps_are_the_ordinary_ones(monkeypatch):
+    model = build("Llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 100})
+    eager = answer(model, config(), (90,), 24)
+    with static_steps(monkeypatch) as steps, pytest.warns(RuntimeWarning, match="with dynamic RoPE every position"):
+        static = answer(model, config(cuda_graph=True), (90,), 24)
+    assert_equal(static, eager)
+    assert steps == []
 
 
 def test_a_short_sequence_begins_with_ordinary_steps(model, monkeypatch):
