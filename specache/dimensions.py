@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from specache import products
 from specache.model import ModelInfo, inspect_model
 from specache.weights import Int4Linear, Int8Linear, WeightFormat, quantised_bytes
 
@@ -49,6 +50,7 @@ class ModelDimensions:
         weight_bytes: all parameters and buffers.
         read_bytes: those that a decode step of one token reads.
         matrix_elements: of the largest linear layer that is formed from int8 or int4 codes while prefilling, else 0.
+        widens: products of 16-bit weights go through float32, a block at a time (`products`).
     """
 
     layers: tuple[LayerDimensions, ...]
@@ -63,6 +65,7 @@ class ModelDimensions:
     weight_bytes: int
     read_bytes: int
     matrix_elements: int
+    widens: bool = False
 
     @property
     def full_layers(self) -> tuple[LayerDimensions, ...]:
@@ -113,6 +116,7 @@ def dimensions_of(
         weight_bytes=held,
         read_bytes=read,
         matrix_elements=matrix,
+        widens=(device or info.device.type) == "cpu" and products.widens(info.dtype),
     )
 
 

@@ -51,6 +51,11 @@ def multiplies_natively(dtype: torch.dtype) -> bool:
         return False
 
 
+def widens(dtype: torch.dtype) -> bool:
+    """Whether products of many rows of this type go through float32 blocks on this CPU."""
+    return dtype in (torch.bfloat16, torch.float16) and not multiplies_natively(dtype)
+
+
 def _forward(module: nn.Module) -> Forward | None:
     """What the module should do instead; `None` for all but ordinary linear layers on the CPU, their forward nobody's yet."""
     if type(module) is not nn.Linear or "forward" in module.__dict__:
@@ -60,7 +65,7 @@ def _forward(module: nn.Module) -> Forward | None:
         return None
     if weight.dtype is torch.float32:
         return _few_rows(module) if torch.backends.mkl.is_available() else None
-    if weight.dtype in (torch.bfloat16, torch.float16) and not multiplies_natively(weight.dtype):
+    if widens(weight.dtype):
         return _many_rows(module)
     return None
 

@@ -9,8 +9,6 @@ Symbols: `c` tokens of a prefill chunk, `S` low-bit tokens, `n` rows per sequenc
 
 from __future__ import annotations
 
-import torch
-
 from specache import products
 from specache.config import PAGE_TOKENS, Policy, SpeCacheConfig
 from specache.dimensions import LayerDimensions, ModelDimensions
@@ -75,8 +73,7 @@ def _feed_forward(model: ModelDimensions, chunk: int) -> int:
 
 def _widened(model: ModelDimensions, chunk: int) -> int:
     """Where the processor has no products of 16 bits: a block of weights, the rows it meets and their products, in float32."""
-    native = all(products.multiplies_natively(dtype) for dtype in (torch.bfloat16, torch.float16))
-    if model.device != "cpu" or model.itemsize != 2 or native:
+    if not model.widens:
         return 0
     outputs = min(products.BLOCK_ELEMENTS // model.hidden, model.mlp)
     return FLOAT * (outputs * model.hidden + chunk * (model.hidden + outputs))

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from specache import products
+from specache.dimensions import dimensions_of
 from specache.integration import attached
 from tests.tiny import llama
 
@@ -91,3 +92,12 @@ def test_a_model_is_itself_again_after_generation():
             pass
         assert "forward" in model.lm_head.__dict__
     assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_the_plan_counts_blocks_only_for_the_type_that_needs_them(monkeypatch):
+    """As on processors with instructions for bfloat16 alone."""
+    monkeypatch.setattr(products, "multiplies_natively", lambda dtype: dtype is torch.bfloat16)
+    for dtype, widens in ((torch.bfloat16, False), (torch.float16, True), (torch.float32, False)):
+        model = llama(num_hidden_layers=1).to(dtype)
+        assert dimensions_of(model).widens == widens
+        assert not dimensions_of(model, device="cuda").widens
