@@ -3,8 +3,8 @@
     python benchmarks/gpu_rounding.py [-m MODEL] [--text FILE] [--tokens 3000] [--texts 3] [--new 64] [--json FILE]
 
 In a step over static buffers Triton's kernels keep scores of a 16-bit model in float16, relative to the largest of their group,
-search 16 bits of the probabilities, and round the weights of the copy to bfloat16. Here PyTorch's kernels over the same buffers do as
-much. Prints, per text and bits, the mean Kullback-Leibler divergence per token from the full cache, along its own greedy answer.
+search 16 bits of the probabilities, and round the weights of the copy to bfloat16. Here PyTorch's kernels over the same buffers do
+as much. Prints, per text and bits, the mean Kullback-Leibler divergence per token from the full cache, along its own greedy answer.
 """
 
 from __future__ import annotations
