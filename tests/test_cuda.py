@@ -8,6 +8,7 @@ import torch
 import specache
 from specache import static_decoding
 from tests.device.running import ragged
+from tests.test_models import FAMILIES, build
 from tests.tiny import llama, prompt
 
 pytestmark = [
@@ -45,17 +46,18 @@ def test_verified_does_not_depend_on_the_hot_set():
 
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")  # nothing but graphs
-@pytest.mark.parametrize("policy", ["verified", "speculative", "on-demand"])
-def test_replayed_graphs_give_the_tokens_of_launched_kernels(policy):
-    """A batch of different lengths, over several retirements and more room."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("policy", ["verified", "speculative", "on-demand", "previous", "none"])
+def test_replayed_graphs_give_the_tokens_of_launched_kernels(policy, family, dtype):
+    """A batch of different lengths, over several retirements and more room; full attention and hybrid, all and 16 bits."""
     ids, mask = ragged(300, 180)
+    model = build(*FAMILIES[family]).to(dtype).cuda()
     answers = []
     for cuda_graph in (True, False):
         config = specache.SpeCacheConfig(policy=policy, group_size=16, residual=16, top_k=8, cuda_graph=cuda_graph)
         answers.append(
-            specache.generate(
-                llama().cuda(), ids.cuda(), attention_mask=mask.cuda(), config=config, max_new_tokens=120, do_sample=False
-            )
+            specache.generate(model, ids.cuda(), attention_mask=mask.cuda(), config=config, max_new_tokens=120, do_sample=False)
         )
     assert torch.equal(*answers)
 

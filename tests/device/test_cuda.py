@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from specache.config import ReadPath
+from specache.device.fused_rows import device_rows
 from specache.device.hot_set import DeviceHotSet
 from specache.device.main_memory import MainMemory
 from specache.device.pinned import PinnedPool
@@ -71,7 +72,7 @@ class GpuDecode:
     def _layer(self, index: int, read: ReadPath, device: torch.device) -> DeviceRows:
         source = row_source([tier.buffer(index) for tier in self.tiers], device)
         hot = DeviceHotSet(BATCH, HEADS, SLOTS, TOKENS, 2 * DIM, torch.bfloat16, device)
-        return DeviceRows(source, hot, self.buffers, self.streams, self.counters, read)
+        return device_rows(source, hot, self.buffers, self.streams, self.counters, read)
 
 
 def selections(step: int) -> Tensor:
