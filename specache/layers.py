@@ -208,7 +208,7 @@ class CompressedLayer:
             self._take(keys.to(self._residual.device), values.to(self._residual.device))
 
     def release(self) -> None:
-        self.rows.drop()
+        self.rows.free()  # at once: a background read may still hold the hot set
         self.table.truncate(0)
         self.residual_count = 0
         self.weights = KeyWeights(self.weights.tokens)

@@ -302,6 +302,7 @@ class FetchedRows(Rows):
         return self.hot.rows.gather(1, index).masked_fill_((slots < 0).unsqueeze(-1), 0.0)
 
     def _read(self, head: Tensor, position: Tensor) -> Callable[[], Arrival]:
-        """A read of M rows, to run on any thread."""
+        """A read of M rows, to run on any thread. It refers to the tier and not to the hot set."""
         head, position = head.cpu(), position.cpu()
-        return lambda: self._transfer(self._tier.gather(self._layer, head, position))
+        tier, layer, transfer = self._tier, self._layer, self._transfer
+        return lambda: transfer(tier.gather(layer, head, position))

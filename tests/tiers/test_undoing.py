@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import threading
 from typing import Any
 
 import pytest
@@ -185,3 +186,33 @@ def test_rows_that_cannot_be_removed_are_no_error_and_go_with_the_next_program(m
     assert len(list(tmp_path.rglob("*.rows"))) == 3
     scratch.remove_abandoned(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("tier", ["ram", "disk"])
+def test_memory_is_given_back_while_a_background_read_still_runs(model, tmp_path, monkeypatch, tier):
+    """Whoever clears a sequence does not wait for reads that nobody wants any more, and their memory counts as free at once."""
+    config = settings(policy="verified", slow_tier=f"disk:{tmp_path}" if tier == "disk" else "ram")
+    steps = Steps(model, config, PROMPT)
+    kind = type(steps.cache.sequences[0].tier)
+    gather, held, go = kind.gather, threading.Event(), threading.Event()
+
+    def slow(*arguments: Any) -> Any:
+        if threading.current_thread().name.startswith("specache-prefetch"):
+            held.set()
+            assert go.wait(60)
+        return gather(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "gather", slow)
+        for i in range(STEPS):
+            steps.step(i)
+            if held.is_set():
+                break
+        assert held.is_set()
+        try:
+            used = steps.cache.resources.budget.used
+            steps.cache.sequences[0].clear()
+            assert used and not steps.cache.resources.budget.used
+        finally:
+            go.set()
+    steps.cache.close()
