@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from specache.cli.gguf_settings import apply_settings
+from specache.cli.loading import check_loaded
 from specache.errors import SpeCacheError
 from specache.folders import cache_folder
 
@@ -24,7 +26,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-CONVERSION_VERSION = 1  # raise it when the conversion below changes what it writes
+CONVERSION_VERSION = 2  # raise it when the conversion below changes what it writes
 
 
 class CacheFolderError(SpeCacheError):
@@ -45,6 +47,7 @@ def converted_model(gguf: Path, on_convert: Callable[[str], None] = lambda messa
     Raises:
         CacheFolderError: the cache folder cannot be written.
         ConversionError: the file is not a GGUF model that transformers can read.
+        GgufSettingError, IncompleteModelError: it is one, but would be run as another than it is.
     """
     target = cache_folder() / "models" / f"{_safe_name(gguf)}-{_key(gguf)}"
     if target.is_dir():
@@ -56,7 +59,7 @@ def converted_model(gguf: Path, on_convert: Callable[[str], None] = lambda messa
                 on_convert(f"Converting {gguf.name} to safetensors (once)")
                 if alone:
                     _remove_stale(target)
-                _convert_into(gguf, target)
+                _convert_into(gguf, target, on_convert)
     except OSError as error:
         raise CacheFolderError(
             f"cannot write the converted model to {target.parent}: {error}. "
@@ -65,17 +68,17 @@ def converted_model(gguf: Path, on_convert: Callable[[str], None] = lambda messa
     return target
 
 
-def _convert_into(gguf: Path, target: Path) -> None:
+def _convert_into(gguf: Path, target: Path, on_note: Callable[[str], None]) -> None:
     temporary = Path(tempfile.mkdtemp(prefix=_temporary_prefix(target), dir=target.parent))
     try:
-        _write_safetensors(gguf, temporary)
+        _write_safetensors(gguf, temporary, on_note)
         temporary.chmod(0o755)  # mkdtemp's 0o700 would hide a cache shared between users
         _rename(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_safetensors(gguf: Path, folder: Path) -> None:
+def _write_safetensors(gguf: Path, folder: Path, on_note: Callable[[str], None]) -> None:
     """Read `gguf` with its weights dequantised and save model and tokenizer to `folder`, in bfloat16."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -84,15 +87,19 @@ def _write_safetensors(gguf: Path, folder: Path) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name, local_files_only=True)
         with _without_progress_bar():
-            model = AutoModelForCausalLM.from_pretrained(
+            model, report = AutoModelForCausalLM.from_pretrained(
                 source,
                 gguf_file=name,
                 quantization_config=GgufConfig(dequantize=True),
                 dtype=torch.bfloat16,
                 local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused by name, below
             )
     except Exception as error:  # the readers raise whatever the bytes make them trip over
         raise ConversionError(f"cannot read {gguf} as a GGUF model: {_first_line(error)}") from error
+    check_loaded(model, report, gguf.name, on_note)
+    apply_settings(model.config, gguf)
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
 

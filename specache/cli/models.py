@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specache.cli.convert import converted_model
+from specache.cli.gguf_settings import apply_settings
+from specache.cli.loading import check_loaded
 from specache.errors import ConfigError, OutOfMemoryError, SpeCacheError
 from specache.machine import cuda_missing
 from specache.weight_format import WeightFormat
@@ -87,6 +89,7 @@ def load(
         ModelNotFoundError: `name` is nothing that can be loaded.
         ConfigError: the device or the number format is not available.
         UnsupportedModelError: the weights cannot be quantised.
+        IncompleteModelError: weights are missing, or of another shape.
         OutOfMemoryError: the device has no room for the weights.
     """
     on = chosen_device(device)
@@ -95,7 +98,8 @@ def load(
     source, local = _locate(name, on_progress)
     on_progress(f"Loading {name}")
     options = {"revision": revision, "local_files_only": local or offline}
-    tokenizer, model = _from_pretrained(name, source, chosen_dtype, options)
+    tokenizer, model, report = _from_pretrained(name, source, chosen_dtype, options)
+    check_loaded(model, report, name, on_progress)
     model = _moved(model, on, name).eval()
     if weights in (WeightFormat.INT8, WeightFormat.INT4):
         from specache.weights import quantise_weights
@@ -122,9 +126,12 @@ def load_config(name: str, *, revision: str | None = None, offline: bool = False
         source, local = _locate(name, lambda message: None)
         options = {"revision": revision, "local_files_only": local or offline}
     try:
-        return AutoConfig.from_pretrained(source, **options)
+        config = AutoConfig.from_pretrained(source, **options)
     except Exception as error:  # as in `_from_pretrained`
         raise ModelNotFoundError(_not_loadable(name, source, options, error)) from error
+    if "gguf_file" in options:
+        apply_settings(config, path)
+    return config
 
 
 def number_format(dtype: Dtype, weights: WeightFormat, device: Device) -> tuple[torch.dtype, str]:
@@ -193,15 +200,18 @@ def _looks_like_path(name: str) -> bool:
     return name.startswith((".", "~", os.sep)) or "\\" in name or name.count("/") > 1 or name.lower().endswith(".gguf")
 
 
-def _from_pretrained(name: str, source: str, dtype: torch.dtype, options: dict[str, Any]) -> tuple[Any, Any]:
+def _from_pretrained(name: str, source: str, dtype: torch.dtype, options: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+    """Tokenizer, model, and what was found of its weights."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )  # what does not match is refused by name, by `check_loaded`
     except Exception as error:  # hub, files and configs fail in many ways; all of them mean "not loadable"
         raise ModelNotFoundError(_not_loadable(name, source, options, error)) from error
-    return tokenizer, model
+    return tokenizer, model, report
 
 
 def _moved(model: Any, device: str, name: str) -> Any:

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,7 +28,7 @@ def gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return file
 
 
-def slow_copy(gguf: Path, folder: Path) -> None:
+def slow_copy(gguf: Path, folder: Path, *_: Any) -> None:
     (folder / "model.safetensors").write_bytes(gguf.read_bytes())
     with open(gguf.parent / "conversions", "a") as log:
         log.write("x")
@@ -83,8 +84,9 @@ def test_two_at_once_convert_once(gguf):
 def test_a_killed_conversion_leaves_nothing_that_counts(gguf):
     child = fork.Process(target=converted_model, args=(gguf,))
     child.start()
-    while not conversions(gguf):
+    while child.is_alive() and not conversions(gguf):
         time.sleep(0.01)
+    assert child.is_alive()
     assert child.pid is not None
     os.kill(child.pid, signal.SIGKILL)
     child.join()
@@ -94,7 +96,7 @@ def test_a_killed_conversion_leaves_nothing_that_counts(gguf):
 
 
 def test_an_interrupt_leaves_nothing(gguf, monkeypatch):
-    def interrupted(gguf: Path, folder: Path) -> None:
+    def interrupted(gguf: Path, folder: Path, *_: Any) -> None:
         (folder / "model.safetensors").write_bytes(b"half")
         raise KeyboardInterrupt
 
@@ -110,7 +112,7 @@ def test_without_locks_the_second_to_finish_discards_its_copy(gguf, monkeypatch)
     original = convert._write_safetensors
     inner: list[Path] = []
 
-    def overtaken(gguf: Path, folder: Path) -> None:
+    def overtaken(gguf: Path, folder: Path, *more: Any) -> None:
         original(gguf, folder)
         monkeypatch.setattr(convert, "_write_safetensors", original)
         inner.append(converted_model(gguf))

@@ -1,0 +1,221 @@
+"""Settings of a GGUF file that transformers' reader drops: how RoPE is stretched, and what else changes the computation.
+
+What the model's configuration can say is written into it; what it cannot is refused, so that no file is run as another model than
+it is. `none` and neutral values (a factor of 1) are no settings.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from specache.errors import SpeCacheError
+
+LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}  # of every released Llama 3 model
+LLAMA3_POSITIONS = 8192  # that they were first trained on
+CLOSE = 1e-4  # relative; GGUF keeps float32
+
+_YARN = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
+_NEUTRAL: dict[str, Any] = {  # key -> the value with which it changes nothing
+    "attention.clamp_kqv": 0.0,
+    "attention.max_alibi_bias": 0.0,
+    "attention.scale": 0.0,
+    "attention.output_scale": 1.0,
+    "attention.temperature_length": 0,
+    "attention.temperature_scale": 0.0,
+    "attention.causal": True,
+    "attn_logit_softcapping": 0.0,
+    "final_logit_softcapping": 0.0,
+    "router_logit_softcapping": 0.0,
+    "logit_scale": 1.0,
+    "residual_scale": 1.0,
+    "embedding_scale": 1.0,
+    "expert_weights_scale": 1.0,
+    "rope.scaling.alpha": 0.0,
+    "rope.scaling.yarn_log_multiplier": 0.0,
+    "rope.scaling.yarn_ext_factor": 1.0,
+    "rope.scaling.yarn_attn_factor": 1.0,
+}
+_SPOKEN_AS: dict[str, tuple[str, ...]] = {  # key -> fields of configurations that say the same
+    "attention.clamp_kqv": ("clip_qkv",),
+    "attention.scale": ("attention_multiplier",),
+    "attn_logit_softcapping": ("attn_logit_softcapping",),
+    "final_logit_softcapping": ("final_logit_softcapping",),
+    "logit_scale": ("logit_scale", "logits_scaling"),
+    "residual_scale": ("residual_multiplier",),
+    "embedding_scale": ("embedding_multiplier",),
+    "expert_weights_scale": ("routed_scaling_factor",),
+}
+
+
+class GgufSettingError(SpeCacheError):
+    """A setting of a GGUF file that the model's configuration has no way to say."""
+
+
+def apply_settings(config: Any, gguf: Path) -> None:
+    """Write what the file says of RoPE and windows into the configuration that transformers made of it.
+
+    Raises:
+        GgufSettingError: the file says something that transformers' model of it does not do.
+    """
+    fields, factors = _read(gguf)
+    text = config.get_text_config(decoder=True)
+    scaling = _rope_scaling(fields, factors, text)
+    if scaling is not None:
+        _set_rope(text, scaling)
+    _set_window(text, fields)
+    _refuse_what_is_left(text, fields)
+
+
+def _read(gguf: Path) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """The architecture's own fields, without its name in front, and the tensors of RoPE factors, by name."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(str(gguf), "r")
+    architecture = reader.get_field("general.architecture")
+    prefix = "" if architecture is None else f"{architecture.contents()}."
+    fields = {key[len(prefix) :]: field.contents() for key, field in reader.fields.items() if key.startswith(prefix)}
+    names = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+    return fields, {tensor.name: tensor.data.flatten().tolist() for tensor in reader.tensors if tensor.name in names}
+
+
+def _rope_scaling(fields: dict[str, Any], factors: dict[str, list[float]], config: Any) -> dict[str, Any] | None:
+    """RoPE's parameters in transformers' words, but for its base; `None` where it is not stretched."""
+    kind = fields.get("rope.scaling.type", "none")
+    factor = float(fields.get("rope.scaling.factor") or fields.get("rope.scale_linear") or 1.0)
+    original = fields.get("rope.scaling.original_context_length")
+    if "rope_factors_long.weight" in factors and "rope_factors_short.weight" in factors:
+        return _longrope(fields, factors["rope_factors_short.weight"], factors["rope_factors_long.weight"], config)
+    if "rope_freqs.weight" in factors:
+        if kind not in ("none", "llama3") and factor != 1.0:
+            raise GgufSettingError(f"the file stretches RoPE twice, by rope_freqs.weight and by scaling {kind!r}. Convert it anew.")
+        return _by_factors(factors["rope_freqs.weight"], original, config)
+    if kind == "yarn":
+        scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original or _first(config, factor)}
+        scaling |= {
+            ours: float(fields[f"rope.scaling.{theirs}"]) for theirs, ours in _YARN.items() if f"rope.scaling.{theirs}" in fields
+        }
+        attention = float(fields.get("rope.scaling.attn_factor") or 1.0)
+        if attention != 1.0:  # on top of what yarn takes by itself
+            scaling["attention_factor"] = attention * (0.1 * math.log(factor) + 1.0)
+        return scaling
+    if kind == "linear" or "rope.scale_linear" in fields:
+        return None if factor == 1.0 else {"rope_type": "linear", "factor": factor}
+    if kind != "none":
+        raise GgufSettingError(f"the file stretches RoPE in a way that is not known here: {kind!r}. Use its original weights.")
+    return None
+
+
+def _longrope(fields: dict[str, Any], short: list[float], long: list[float], config: Any) -> dict[str, Any]:
+    original = fields.get("rope.scaling.original_context_length") or getattr(config, "original_max_position_embeddings", None)
+    if not original:
+        raise GgufSettingError("the file has RoPE factors for long and short texts, but not the length that parts them.")
+    scaling = {
+        "rope_type": "longrope",
+        "short_factor": short,
+        "long_factor": long,
+        "original_max_position_embeddings": int(original),
+    }
+    if attention := fields.get("rope.scaling.attn_factor"):
+        scaling["attention_factor"] = float(attention)
+    if hasattr(config, "original_max_position_embeddings"):
+        config.original_max_position_embeddings = int(original)
+    return scaling
+
+
+def _by_factors(factors: list[float], original: int | None, config: Any) -> dict[str, Any] | None:
+    """One factor per frequency: Llama 3's form where they are its, else the same factors at every length."""
+    if all(abs(each - 1.0) < CLOSE for each in factors):
+        return None
+    positions = int(config.max_position_embeddings)
+    first = {"rope_type": "llama3", "factor": max(factors), **LLAMA3_ROPE}
+    for length in dict.fromkeys([original or LLAMA3_POSITIONS, LLAMA3_POSITIONS, round(positions / max(factors))]):
+        scaling = {**first, "original_max_position_embeddings": int(length)}
+        if _alike(_llama3_factors(scaling, _base(config), len(factors)), factors):
+            return scaling
+    same = {"short_factor": factors, "long_factor": factors, "attention_factor": 1.0}
+    return {"rope_type": "longrope", **same, "original_max_position_embeddings": positions}
+
+
+def _llama3_factors(scaling: dict[str, Any], base: float, count: int) -> list[float]:
+    """What Llama 3's form divides each frequency by."""
+    factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
+    found = []
+    for index in range(count):
+        turns = scaling["original_max_position_embeddings"] / (2 * math.pi * base ** (index / count))
+        smooth = min(max((turns - low) / (high - low), 0.0), 1.0)
+        found.append(1.0 / ((1.0 - smooth) / factor + smooth))
+    return found
+
+
+def _alike(mine: list[float], theirs: list[float]) -> bool:
+    return all(abs(a - b) <= CLOSE * abs(b) for a, b in zip(mine, theirs, strict=True))
+
+
+def _base(config: Any) -> float:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return float(parameters.get("rope_theta") or getattr(config, "rope_theta", None) or 10_000.0)
+
+
+def _first(config: Any, factor: float) -> int:
+    """The positions before they were stretched."""
+    return max(1, round(int(config.max_position_embeddings) / factor))
+
+
+def _set_rope(config: Any, scaling: dict[str, Any]) -> None:
+    """In a model with two kinds of layers, the sliding ones keep theirs: it is full attention that is stretched."""
+    parameters = dict(getattr(config, "rope_parameters", None) or {})
+    if isinstance(parameters.get("full_attention"), dict):
+        full = parameters["full_attention"]
+        parameters["full_attention"] = {**_kept(full), **scaling}
+    else:
+        parameters = {**_kept(parameters), **scaling}
+        parameters.setdefault("rope_theta", _base(config))
+    config.rope_parameters = parameters
+
+
+def _kept(parameters: dict[str, Any]) -> dict[str, Any]:
+    return {key: parameters[key] for key in ("rope_theta", "partial_rotary_factor") if key in parameters}
+
+
+def _set_window(config: Any, fields: dict[str, Any]) -> None:
+    """A window that is shorter than the positions."""
+    window = fields.get("attention.sliding_window")
+    positions = getattr(config, "max_position_embeddings", None)
+    if not isinstance(window, int) or window <= 0 or (positions is not None and window >= positions):
+        return
+    if getattr(config, "sliding_window", None) == window:
+        return
+    if not hasattr(config, "sliding_window"):
+        raise GgufSettingError(
+            f"the file's attention slides over {window:,} tokens, which {type(config).__name__} has no setting for. Use its "
+            "original weights."
+        )
+    config.sliding_window = window
+
+
+def _refuse_what_is_left(config: Any, fields: dict[str, Any]) -> None:
+    wrong = [key for key, neutral in _NEUTRAL.items() if key in fields and not _said(config, key, fields[key], neutral)]
+    dimension = fields.get("attention.key_length")
+    head = getattr(config, "head_dim", None)
+    if isinstance(dimension, int) and isinstance(head, int) and dimension not in (head, getattr(config, "global_head_dim", None)):
+        wrong.append("attention.key_length")
+    if wrong:
+        raise GgufSettingError(
+            f"transformers' reader of GGUF files drops what this one says in {', '.join(sorted(wrong))}, so that the model would "
+            "compute something else. Use its original weights (a folder or a hub name)."
+        )
+
+
+def _said(config: Any, key: str, value: Any, neutral: Any) -> bool:
+    """Whether a field's value changes nothing, or the configuration says the same."""
+    if value == neutral or (isinstance(neutral, float) and not value):
+        return True
+    for name in _SPOKEN_AS.get(key, ()):
+        mine = getattr(config, name, None)
+        if isinstance(mine, int | float) and (
+            math.isclose(mine, value, rel_tol=CLOSE) or math.isclose(mine, 1 / value, rel_tol=CLOSE)
+        ):
+            return True
+    return False

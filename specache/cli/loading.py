@@ -1,0 +1,93 @@
+"""What transformers found while loading weights: a model whose weights are not all there must not answer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+
+from specache.errors import SpeCacheError
+
+SHOWN = 3  # names in a message
+_HARMLESS = re.compile(r"(rotary_emb\.inv_freq|\.masked_bias|\.attn\.bias|_extra_state|\.num_batches_tracked)$")
+_PARAMETER = re.compile(
+    r"\.(weight|bias|qweight|qzeros|scales|weight_packed|weight_scale\w*|weight_zero_point|absmax|quant_state\w*)$"
+)
+
+
+class IncompleteModelError(SpeCacheError):
+    """Weights that a model needs are missing, of another shape, or in its files for something that it does not have."""
+
+
+def check_loaded(model: Any, report: dict[str, Any], source: str, on_note: Callable[[str], None]) -> None:
+    """Refuse a model that was not loaded whole; tell of tensors in its files that it has no use for.
+
+    Args:
+        report: what `from_pretrained(..., output_loading_info=True)` returns beside the model.
+        source: what was loaded, for messages.
+        on_note: told in a line about tensors that are left out.
+
+    Raises:
+        IncompleteModelError: names the first of the tensors.
+    """
+    missing = sorted(report.get("missing_keys") or ())
+    if missing:
+        raise IncompleteModelError(
+            f"{source} lacks {_some(missing)}, which {type(model).__name__} needs; transformers fills them with random numbers. "
+            "Download it again, or check that config.json belongs to these weights."
+        )
+    mismatched = sorted(
+        f"{name} ({list(found)} in the files, {list(wanted)} in the model)" for name, found, wanted in _mismatched(report)
+    )
+    if mismatched:
+        raise IncompleteModelError(
+            f"{source} has tensors of another shape than {type(model).__name__}: {_some(mismatched)}. Check that config.json "
+            "belongs to these weights."
+        )
+    if errors := list(report.get("error_msgs") or ()):
+        raise IncompleteModelError(f"{source} cannot be loaded whole: {_some(errors)}")
+    unexpected = sorted(name for name in report.get("unexpected_keys") or () if not _HARMLESS.search(name))
+    wrong = [name for name in unexpected if _belongs_inside(model, name)]
+    if wrong:
+        raise IncompleteModelError(
+            f"{source} has {_some(wrong)}, for which {type(model).__name__} has no place: without them it is another model. "
+            "Check that config.json belongs to these weights (number of layers, biases, quantisation)."
+        )
+    if unexpected:
+        on_note(f"Not used of {source}: {_some(unexpected)}")
+
+
+def _mismatched(report: dict[str, Any]) -> Iterable[tuple[str, Any, Any]]:
+    return report.get("mismatched_keys") or ()
+
+
+def _belongs_inside(model: Any, name: str) -> bool:
+    """Whether a tensor is one of a layer more than the model has, or a parameter of a module that computes without it."""
+    parent, _, _ = name.rpartition(".")
+    parts = parent.split(".")
+    for depth in range(len(parts), 0, -1):
+        module = _submodule(model, ".".join(parts[:depth]))
+        if module is None:
+            continue
+        if isinstance(module, nn.ModuleList):
+            return True
+        return depth == len(parts) and bool(_PARAMETER.search(name)) and not isinstance(module, nn.ModuleDict)
+    return False
+
+
+def _submodule(model: Any, path: str) -> Any:
+    """A module by its path in the files, with or without the prefix that wraps the decoder."""
+    prefix = getattr(model, "base_model_prefix", "")
+    for candidate in (path, f"{prefix}.{path}", path.removeprefix(f"{prefix}.")):
+        try:
+            return model.get_submodule(candidate)
+        except AttributeError:
+            continue
+    return None
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - SHOWN
+    return ", ".join(names[:SHOWN]) + (f" and {more:,} more" if more > 0 else "")

@@ -1,0 +1,156 @@
+"""A GGUF file runs as the model that it says it is: RoPE as it is stretched there, and no setting that matters dropped."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from transformers import Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, Phi3Config
+
+from specache.cli.gguf_settings import GgufSettingError, apply_settings
+
+HEAD = 32
+
+
+def written(folder: Path, fields: dict[str, Any], arch: str = "llama", **tensors: Any) -> Path:
+    """A file that holds settings, and tensors of RoPE factors."""
+    path = folder / "model.gguf"
+    writer = gguf.GGUFWriter(path, arch)
+    add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32, bool: writer.add_bool}
+    for key, value in fields.items():
+        add[type(value)](f"{arch}.{key}", value)
+    for name, values in tensors.items():
+        writer.add_tensor(f"{name}.weight", np.array(values, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def config(**changes: Any) -> LlamaConfig:
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "head_dim": HEAD, "num_hidden_layers": 1, "intermediate_size": 64}
+    rope = {"rope_type": "default", "rope_theta": 50_000.0}
+    return LlamaConfig(**{**sizes, "vocab_size": 97, "max_position_embeddings": 1024, "rope_parameters": rope, **changes})
+
+
+def frequencies(settings: Any) -> torch.Tensor:
+    return LlamaForCausalLM(settings).model.rotary_emb.inv_freq
+
+
+def plain() -> torch.Tensor:
+    return frequencies(config())
+
+
+def test_a_file_that_stretches_nothing_stays_as_it_is(tmp_path):
+    settings = config()
+    apply_settings(settings, written(tmp_path, {"rope.freq_base": 50_000.0, "rope.scaling.type": "none", "logit_scale": 1.0}))
+    assert torch.equal(frequencies(settings), plain())
+    assert settings.rope_parameters["rope_type"] == "default"
+
+
+@pytest.mark.parametrize("fields", [{"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, {"rope.scale_linear": 4.0}])
+def test_linear_scaling_divides_every_frequency(tmp_path, fields):
+    settings = config()
+    apply_settings(settings, written(tmp_path, fields))
+    torch.testing.assert_close(frequencies(settings), plain() / 4)
+
+
+def test_yarn_scaling_is_the_models_own(tmp_path):
+    yarn = {"rope_type": "yarn", "rope_theta": 50_000.0, "factor": 4.0, "original_max_position_embeddings": 256}
+    settings = config()
+    fields = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 256}
+    apply_settings(settings, written(tmp_path, fields))
+    assert torch.equal(frequencies(settings), frequencies(config(rope_parameters=yarn)))
+    fields |= {"rope.scaling.yarn_beta_fast": 16.0, "rope.scaling.attn_factor": 2.0}
+    settings = config()
+    apply_settings(settings, written(tmp_path, fields))
+    rotary = LlamaForCausalLM(settings).model.rotary_emb
+    assert not torch.equal(rotary.inv_freq, frequencies(config(rope_parameters=yarn)))
+    assert rotary.attention_scaling == pytest.approx(2 * (0.1 * math.log(4) + 1))
+
+
+def test_factors_of_llama_3_are_recognised(tmp_path):
+    llama3 = {"rope_type": "llama3", "rope_theta": 50_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    llama3["original_max_position_embeddings"] = 256
+    wanted = frequencies(config(rope_parameters=llama3, max_position_embeddings=2048))
+    settings = config(max_position_embeddings=2048)
+    apply_settings(settings, written(tmp_path, {}, rope_freqs=(plain() / wanted).tolist()))
+    assert settings.rope_parameters["rope_type"] == "llama3"
+    torch.testing.assert_close(frequencies(settings), wanted)
+
+
+def test_other_factors_hold_at_every_length(tmp_path):
+    factors = torch.linspace(1, 8, HEAD // 2)
+    settings = config()
+    apply_settings(settings, written(tmp_path, {}, rope_freqs=factors.tolist()))
+    rotary = LlamaForCausalLM(settings).model.rotary_emb
+    assert rotary.attention_scaling == 1.0
+    torch.testing.assert_close(rotary.inv_freq, plain() / factors)
+    for length in (1, 1024):  # the form in which it is said may change with the length; these factors do not
+        cosine, _ = rotary(torch.zeros(1, 1, 1), torch.arange(length)[None])
+        expected = (torch.arange(length)[:, None] * (plain() / factors)).cos()
+        torch.testing.assert_close(cosine[0, :, : HEAD // 2], expected, atol=1e-4, rtol=0.0)
+
+
+def test_long_and_short_factors_become_longrope(tmp_path):
+    short, long = [1.0] * 16, [float(2 + i) for i in range(16)]
+    settings = Phi3Config(hidden_size=64, num_attention_heads=2, max_position_embeddings=4096, pad_token_id=0)
+    fields = {"rope.scaling.original_context_length": 512, "rope.scaling.attn_factor": 1.25}
+    path = written(tmp_path, fields, "phi3", rope_factors_long=long, rope_factors_short=short)
+    apply_settings(settings, path)
+    found = settings.rope_parameters
+    assert (found["rope_type"], found["long_factor"], found["short_factor"]) == ("longrope", long, short)
+    assert (found["original_max_position_embeddings"], found["attention_factor"]) == (512, 1.25)
+
+
+def test_of_a_hybrid_full_attention_is_stretched(tmp_path):
+    settings = Gemma3TextConfig(num_hidden_layers=6, hidden_size=64)
+    before = {name: dict(each) for name, each in settings.rope_parameters.items()}
+    apply_settings(settings, written(tmp_path, {"rope.scaling.type": "linear", "rope.scaling.factor": 8.0}, "gemma3"))
+    assert settings.rope_parameters["sliding_attention"] == before["sliding_attention"]
+    full = settings.rope_parameters["full_attention"]
+    assert (full["rope_type"], full["factor"]) == ("linear", 8.0)
+    assert full["rope_theta"] == before["full_attention"]["rope_theta"]
+
+
+def test_a_window_that_the_reader_drops_is_set(tmp_path):
+    settings = Phi3Config(max_position_embeddings=4096, pad_token_id=0)
+    apply_settings(settings, written(tmp_path, {"attention.sliding_window": 2047}, "phi3"))
+    assert settings.sliding_window == 2047
+    settings = Phi3Config(max_position_embeddings=4096, pad_token_id=0)
+    apply_settings(settings, written(tmp_path, {"attention.sliding_window": 262_144}, "phi3"))
+    assert settings.sliding_window is None
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope.scaling.type": "spiral", "rope.scaling.factor": 2.0},
+        {"attn_logit_softcapping": 50.0},
+        {"attention.scale": 0.015625},
+        {"logit_scale": 0.0625},
+        {"attention.causal": False},
+        {"attention.sliding_window": 128},
+        {"attention.key_length": 64},
+        {"attention.max_alibi_bias": 8.0},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_what_the_model_cannot_say_is_refused_by_name(tmp_path, fields):
+    with pytest.raises(GgufSettingError) as refused:
+        apply_settings(config(), written(tmp_path, fields))
+    assert "original weights" in str(refused.value)
+    name = next(iter(fields))
+    assert name in str(refused.value) or "spiral" in str(refused.value) or "slides over 128" in str(refused.value)
+
+
+def test_a_file_that_stretches_twice_is_refused(tmp_path):
+    fields = {"rope.scaling.type": "linear", "rope.scaling.factor": 2.0}
+    with pytest.raises(GgufSettingError, match="twice"):
+        apply_settings(config(), written(tmp_path, fields, rope_freqs=[2.0] * 16))
