@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specache import passes
 from specache.errors import ConfigError
 from specache.exact import AttentionParams
 from specache.model import inspect_model
@@ -86,7 +87,7 @@ def _attend(
 ) -> Tensor:
     state: ForwardPass = _running.state
     params = AttentionParams(scaling=scaling, softcap=softcap, sinks=sinks)
-    return state.attention(layer, query, keys, values, params).contiguous()
+    return passes.attend(state, layer, query, keys, values, params)
 
 
 def _attend_fake(

@@ -112,7 +112,7 @@ def _flash_cpu(query: Tensor, keys: Tensor, values: Tensor, scaling: float, mask
 
     It takes the elements of a row to be neighbours without looking.
     """
-    query, keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, keys, values))
+    query, keys, values = (_as(query.dtype, x) for x in (query, keys, values))
     bias = None
     if mask is not None:
         bias = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, -torch.inf)[None, None]
@@ -122,10 +122,16 @@ def _flash_cpu(query: Tensor, keys: Tensor, values: Tensor, scaling: float, mask
     return out[0].float(), lse[0].float()
 
 
+def _as(dtype: torch.dtype, x: Tensor) -> Tensor:
+    """An operand as the fused kernels take it: of the query's dtype, which rows may not have under autocast, and contiguous."""
+    x = x.to(dtype)
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def _flash_cuda(query: Tensor, keys: Tensor, values: Tensor, scaling: float, causal: bool) -> Part | None:
     """PyTorch's flash attention with its log-sum-exp, or `None` where it does not serve: not on CUDA, an old GPU, float32."""
     global _flash_fails
-    query, keys, values = (x[None] if x.stride(-1) == 1 else x[None].contiguous() for x in (query, keys, values))
+    query, keys, values = (_as(query.dtype, x)[None] for x in (query, keys, values))
     if _flash_fails or query.shape[-1] % 8 or not _can_flash(query, keys, values, causal):
         return None
     try:

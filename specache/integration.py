@@ -20,11 +20,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from specache import compiled, products
+from specache import compiled, modes, products
 from specache.errors import UnsupportedModelError
 from specache.exact import AttentionParams
 from specache.model import ModelInfo
-from specache.passes import ForwardPass
+from specache.passes import ForwardPass, attend
 
 NAME = "specache"
 _lock = threading.Lock()
@@ -54,15 +54,16 @@ def forward(
     previous = getattr(_inside, "served", None)
     _inside.served = set()
     try:
-        output = model(
-            input_ids=token_ids,
-            position_ids=position_ids,
-            attention_mask=mask,
-            use_cache=False,
-            return_dict=True,
-            logits_to_keep=logits,
-            **{NAME: state},
-        )
+        with modes.callers():
+            output = model(
+                input_ids=token_ids,
+                position_ids=position_ids,
+                attention_mask=mask,
+                use_cache=False,
+                return_dict=True,
+                logits_to_keep=logits,
+                **{NAME: state},
+            )
     finally:
         _inside.served = previous
     return output.logits[:, -logits:].float()
@@ -79,7 +80,7 @@ def decode_forward(model: Any, token_ids: Tensor, position_ids: Tensor, state: F
     if step is None:
         mask = None if reads_back else torch.zeros(1, 1, 1, 1, device=token_ids.device)
         return forward(model, token_ids, position_ids, state, logits=token_ids.shape[1], mask=mask)
-    with compiled.running(_OncePerLayer(state, type(model).__name__)):
+    with compiled.running(_OncePerLayer(state, type(model).__name__)), modes.callers():
         return step(token_ids, position_ids)
 
 
@@ -127,7 +128,7 @@ def _attention(
     if state is None:
         return _hand_over(module)(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     params = AttentionParams(scaling=scale, softcap=kwargs.get("softcap"), sinks=sinks)
-    return state.attention(module.layer_idx, query, key, value, params).contiguous(), None
+    return attend(state, module.layer_idx, query, key, value, params), None
 
 
 def _check_layer(module: Any, reached: bool) -> None:

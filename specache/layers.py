@@ -64,6 +64,11 @@ class CompressedLayer:
         self._residual = torch.empty(2, heads, capacity, dim, dtype=keys.dtype, device=keys.device)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of its rows."""
+        return self._residual.dtype
+
+    @property
     def copy(self) -> LowBitCopy:
         return self.table.copy(self.weights.value)
 
@@ -208,7 +213,7 @@ class CompressedLayer:
             self._take(keys.to(self._residual.device), values.to(self._residual.device))
 
     def release(self) -> None:
-        self.rows.drop()
+        self.rows.free()  # at once, whoever still refers to it: an error's traceback, a read that is under way
         self.table.truncate(0)
         self.residual_count = 0
         self.weights = KeyWeights(self.weights.tokens)
@@ -272,6 +277,10 @@ class DenseLayer:
         self.length = 0
         self._claim = budget.claim(0, "the 16-bit cache (policy 'full')")
         self._rows = torch.empty(2, heads, 0, dim, dtype=keys.dtype, device=keys.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._rows.dtype
 
     @property
     def keys(self) -> Tensor:

@@ -304,4 +304,5 @@ class FetchedRows(Rows):
     def _read(self, head: Tensor, position: Tensor) -> Callable[[], Arrival]:
         """A read of M rows, to run on any thread."""
         head, position = head.cpu(), position.cpu()
-        return lambda: self._transfer(self._tier.gather(self._layer, head, position))
+        tier, layer, transfer = self._tier, self._layer, self._transfer  # not the hot set: it must not live as long as the read
+        return lambda: transfer(tier.gather(layer, head, position))

@@ -73,7 +73,7 @@ def _forward(module: nn.Module) -> Forward | None:
 def _few_rows(layer: nn.Linear) -> Forward:
     def forward(x: Tensor) -> Tensor:
         rows = _rows(x)
-        if not 0 < rows <= MOST_FEW_ROWS or x.dtype is not torch.float32 or torch.compiler.is_compiling():
+        if not 0 < rows <= MOST_FEW_ROWS or x.dtype is not torch.float32 or _is_left_to_pytorch():
             return linear(x, layer.weight, layer.bias)
         columns = x.reshape(rows, -1)
         if rows == 1:
@@ -90,7 +90,7 @@ def _many_rows(layer: nn.Linear) -> Forward:
     def forward(x: Tensor) -> Tensor:
         weight = layer.weight
         rows = _rows(x)
-        if rows < FEWEST_MANY_ROWS or x.dtype is not weight.dtype or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if rows < FEWEST_MANY_ROWS or x.dtype is not weight.dtype or torch.is_grad_enabled() or _is_left_to_pytorch():
             return linear(x, weight, layer.bias)
         wide = x.reshape(rows, -1).float()
         out = x.new_empty(rows, layer.out_features)
@@ -102,6 +102,11 @@ def _many_rows(layer: nn.Linear) -> Forward:
         return out.reshape(*x.shape[:-1], -1)
 
     return forward
+
+
+def _is_left_to_pytorch() -> bool:
+    """Whether PyTorch decides how to multiply: its compiler, or `torch.autocast`, which has a dtype of its own."""
+    return torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
 
 
 def _rows(x: Tensor) -> int:
