@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from specache import private_torch
+
 MOST_FEW_ROWS = 8  # beyond it the ordinary product is as fast
 FEWEST_MANY_ROWS = 12  # from here on widening pays
 BLOCK_ELEMENTS = 1 << 21  # of the weights widened at a time: 8 MB
@@ -43,12 +45,7 @@ def remove(layers: list[nn.Linear]) -> None:
 
 def multiplies_natively(dtype: torch.dtype) -> bool:
     """Whether PyTorch has fast products of this 16-bit type on this CPU."""
-    try:
-        if dtype is torch.bfloat16:
-            return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
-    except (AttributeError, RuntimeError):  # a PyTorch without oneDNN
-        return False
+    return private_torch.multiplies_natively(dtype)
 
 
 def widens(dtype: torch.dtype) -> bool:
