@@ -9,28 +9,17 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, NoReturn
 
-from torch import Tensor
-
-from specache.config import Policy, SlowTierKind, SpeCacheConfig
-from specache.device.main_memory import MainMemory
-from specache.device.pinned import PinnedPool
-from specache.device.streams import streams_for
+from specache import modes
+from specache.cache_context import CacheContext
+from specache.config import Policy, SpeCacheConfig
 from specache.errors import UsageError
-from specache.holdings import hot_slots
-from specache.hot_set import HotSet
 from specache.layers import CompressedLayer
-from specache.model import inspect_model
-from specache.prefetch import FetchedRows, InPlaceRows, Rows
+from specache.model import ModelInfo, inspect_model
+from specache.one_call import OneCallAtATime
 from specache.resources import Resources
 from specache.sequence import Sequence
 from specache.stats import Counters, MemoryUse, report
-from specache.tiers.base import SlowTier
-from specache.tiers.disk import DiskTier
-from specache.tiers.ram import RamTier
 from specache.tiers.scratch import prepare_folder
-from specache.tiers.worker import PrefetchWorker
-
-DISK_READERS = 4  # layers whose rows are read from disk at a time
 
 
 class SpeCache:
@@ -52,18 +41,44 @@ class SpeCache:
     one_sequence = False  # whether it belongs to a session, which holds no batch
 
     def __init__(self, model: Any, config: SpeCacheConfig | None = None) -> None:
-        self.info = inspect_model(model)
-        self.config = (config or SpeCacheConfig()).resolved(self.info.device.type)
-        if self.config.slow_dir is not None:
-            prepare_folder(self.config.slow_dir)  # what is wrong with it shows before a prompt is prefilled
-        self.resources = Resources(model, self.info, self.config)
-        self._main_memory = self._new_main_memory()
-        self.expected_sequences = 0  # of the batch that is being prefilled: the hot set's bytes are for all of them
-        self.counters = self._new_counters()
+        info = inspect_model(model)
+        config = (config or SpeCacheConfig()).resolved(info.device.type)
+        if config.slow_dir is not None:
+            prepare_folder(config.slow_dir)  # what is wrong with it shows before a prompt is prefilled
+        context = CacheContext(info, config, Resources(model, info, config))
+        self._begin(context, weakref.ref(model))
+
+    def _begin(self, context: CacheContext, model: Callable[[], Any]) -> None:
+        self._context = context
+        self._model = model
+        self.in_use = OneCallAtATime()
         self.sequences: list[Sequence] = []
         self.lent: Callable[[], None] | None = None  # gives back what a batch on the device holds of the sequences' state
-        self._model = weakref.ref(model)
-        self._worker: PrefetchWorker | None = None
+
+    @property
+    def info(self) -> ModelInfo:
+        return self._context.info
+
+    @property
+    def config(self) -> SpeCacheConfig:
+        return self._context.config
+
+    @property
+    def resources(self) -> Resources:
+        return self._context.resources
+
+    @property
+    def counters(self) -> Counters:
+        return self._context.counters
+
+    @property
+    def expected_sequences(self) -> int:
+        """Of the batch that is being prefilled."""
+        return self._context.expected_sequences
+
+    @expected_sequences.setter
+    def expected_sequences(self, count: int) -> None:
+        self._context.expected_sequences = count
 
     def check_model(self, model: Any) -> None:
         """Refuse to continue with another model than the one that filled the cache.
@@ -94,8 +109,9 @@ class SpeCache:
             self.lent()
 
     def stats(self) -> dict[str, Any]:
-        """What happened so far, JSON-ready; keys in `specache.stats.report`."""
-        self.settle()
+        """What happened so far, JSON-ready; keys in `specache.stats.report`. Any thread may ask, also while another generates."""
+        if not self.in_use.elsewhere:
+            self.settle()
         return report(self.memory(), self.counters, self.resources.budget.peak)
 
     def held_bytes(self) -> int:
@@ -127,34 +143,66 @@ class SpeCache:
         config = replace(self.config, **changes).resolved(self.info.device.type)
         if self.config.policy is Policy.FULL and config.policy is not Policy.FULL:
             raise UsageError("A cache with policy 'full' has no low-bit copy; prefill a new SpeCache with the other policy.")
-        self.settle()
-        other = object.__new__(SpeCache)
-        other.info, other.config, other.resources = self.info, config, self.resources
-        other._main_memory = self._main_memory
-        other.counters = other._new_counters()
-        other.counters.prefill_s = self.counters.prefill_s
-        other._model, other._worker, other.expected_sequences, other.lent = self._model, None, 0, None
-        other.sequences = [sequence.fork(other) for sequence in self.sequences]
+        with self.in_use.by("fork"), modes.ours():
+            self.settle()
+            other = object.__new__(SpeCache)
+            other._begin(self._context.fork(config), self._model)
+            other.counters.prefill_s = self.counters.prefill_s
+            other.sequences = [sequence.fork(other.context) for sequence in self.sequences]
         return other
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> SpeCache:
+        """`fork()`, as transformers' own caches are copied to use a prefilled prompt again."""
+        memo[id(self)] = other = self.fork()
+        return other
+
+    def __copy__(self) -> SpeCache:
+        """`fork()` too: two caches over the same sequences would spoil each other."""
+        return self.fork()
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise UsageError(
+            "A SpeCache cannot be pickled: its 16-bit pairs, threads and files belong to this process. To keep its state or to "
+            "continue it in another process use a session (specache.Session); to copy it here use cache.fork()."
+        )
+
+    @property
+    def context(self) -> CacheContext:
+        """What its sequences need of it."""
+        return self._context
+
     def new_sequence(self) -> Sequence:
-        return Sequence(self)
+        return Sequence(self._context)
 
     def repeat(self, index: int) -> Sequence:
         """Another sequence with the state of sequence `index` (equal prompts are prefilled once)."""
         self.settle()
-        return self.sequences[index].fork(self)
+        return self.sequences[index].fork(self._context)
 
     def close(self) -> None:
-        """End background work and free everything, also where a part of that fails."""
+        """End background work and free everything, also where a part of that fails.
+
+        Raises:
+            UsageError: a call is using it; nothing changed.
+        """
+        if self.in_use.forked:
+            return self._forget()
+        with self.in_use.by("close"):
+            self.free()
+
+    def free(self) -> None:
+        """`close` for the call that is using it."""
         sequences, self.sequences = self.sequences, []
-        worker, self._worker = self._worker, None
         with ExitStack() as stack:  # the worker comes last
-            if worker is not None:
-                stack.callback(worker.close)
+            stack.callback(self._context.end_worker)
             for sequence in sequences:
                 stack.callback(sequence.clear)
             stack.callback(self.settle)
+
+    def _forget(self) -> None:
+        """In a process that was forked: threads and files are its parent's, and only the memory is given back."""
+        self.sequences, self.lent = [], None
+        self._context.forget_worker()
 
     def __enter__(self) -> SpeCache:
         return self
@@ -162,45 +210,9 @@ class SpeCache:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        worker = getattr(self, "_worker", None)
-        if worker is not None:
-            worker.abandon()
-
-    # What sequences need of their cache (`sequence.Owner`)
-
-    def new_tier(self) -> SlowTier:
-        if self.config.slow_tier is SlowTierKind.DISK and self.config.policy is not Policy.FULL:
-            assert self.config.slow_dir is not None, "checked by SpeCacheConfig"
-            return DiskTier(self.config.slow_dir)
-        if self._main_memory is not None:
-            return self._main_memory.new_tier()
-        return RamTier(in_place=self.config.slow_tier is SlowTierKind.RAM_INPLACE)
-
-    def _new_main_memory(self) -> MainMemory | None:
-        if self.info.device.type != "cuda":
-            return None
-        return MainMemory(streams_for(self.info.device), PinnedPool(self.config.pinned_memory))
-
-    def rows(self, tier: SlowTier, index: int, keys: Tensor) -> Rows:
-        """A decode step's access to the 16-bit rows of a layer with keys [Hkv, n, D]."""
-        if tier.in_place or not (self.config.policy.verifies or self.config.policy.prefetches):
-            return InPlaceRows(tier, index)
-        if self._worker is None:
-            self._worker = PrefetchWorker(DISK_READERS if self.config.slow_tier is SlowTierKind.DISK else 1)
-        hot = HotSet(keys.shape[0], 0, 2 * keys.shape[2], keys.dtype, keys.device, self.resources.budget)
-        return FetchedRows(tier, index, hot, self._worker, self.resources.transfer, self.counters)
-
     def hot_slots(self, sequence: Sequence, layer: CompressedLayer) -> int:
         """Slots per KV head that the hot set's budget gives a layer."""
-        heads, _, dim = layer.residual_keys.shape
-        sequences = max(len(self.sequences), self.expected_sequences)
-        return hot_slots(self.resources.dimensions, self.config, heads, dim, sequence.length, sequences)
-
-    def _new_counters(self) -> Counters:
-        policy = self.config.policy
-        copies = self.config.slow_tier is not SlowTierKind.RAM_INPLACE
-        return Counters(prefetches=copies and policy.prefetches, speculates=policy.guesses)
+        return self._context.hot_slots(sequence.length, layer)
 
     # What transformers would ask of a cache of its own
 

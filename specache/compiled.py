@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specache import passes, private_torch
 from specache.errors import ConfigError
 from specache.exact import AttentionParams
 from specache.model import inspect_model
@@ -86,7 +87,7 @@ def _attend(
 ) -> Tensor:
     state: ForwardPass = _running.state
     params = AttentionParams(scaling=scaling, softcap=softcap, sinks=sinks)
-    return state.attention(layer, query, keys, values, params).contiguous()
+    return passes.attend(state, layer, query, keys, values, params)
 
 
 def _attend_fake(
@@ -119,9 +120,9 @@ def _with_fixed_rows(step: Step) -> Step:
 
     def run(token_ids: Tensor, position_ids: Tensor) -> Tensor:
         for tensor in (token_ids, position_ids):
-            torch._dynamo.mark_static(tensor, 1)
+            private_torch.fix_size(tensor, 1)
             if tensor.shape[0] > 1:
-                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+                private_torch.free_size(tensor, 0)
         return step(token_ids, position_ids)
 
     return run

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from specache import private_torch
 from specache.out_of_memory import is_out_of_memory
 
 QUERY_BLOCK = 512  # rows scored at a time where scores are held
@@ -48,8 +49,10 @@ def attend_part(
         causal: row `i` sees keys up to the `i`-th (then `T = n` and no mask).
     """
     if params.softcap is None and query.device.type == "cpu":
-        return _flash_cpu(query, keys, values, params.scaling, mask, causal)
-    if params.softcap is None and mask is None and (part := _flash_cuda(query, keys, values, params.scaling, causal)) is not None:
+        part = _flash_cpu(query, keys, values, params.scaling, mask, causal)
+        if part is not None:
+            return part
+    elif params.softcap is None and mask is None and (part := _flash_cuda(query, keys, values, params.scaling, causal)) is not None:
         return part
     parts = [
         _attend_rows(query[:, i : i + QUERY_BLOCK], i, keys, values, params, mask, causal)
@@ -107,29 +110,33 @@ def softmax_sum(score: Tensor, values: Tensor) -> Part:
     return out.flatten(0, 1), (peak + total.log()).squeeze(-1).flatten(0, 1)
 
 
-def _flash_cpu(query: Tensor, keys: Tensor, values: Tensor, scaling: float, mask: Tensor | None, causal: bool) -> Part:
-    """PyTorch's fused CPU attention, which reads strided rows in place and returns its log-sum-exp.
+def _flash_cpu(query: Tensor, keys: Tensor, values: Tensor, scaling: float, mask: Tensor | None, causal: bool) -> Part | None:
+    """PyTorch's fused CPU attention, which reads strided rows in place and returns its log-sum-exp; `None` if it has none.
 
     It takes the elements of a row to be neighbours without looking.
     """
-    query, keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, keys, values))
+    query, keys, values = (_as(query.dtype, x) for x in (query, keys, values))
     bias = None
     if mask is not None:
-        bias = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, -torch.inf)[None, None]
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query[None], keys[None], values[None], 0.0, causal, attn_mask=bias, scale=scaling
-    )
-    return out[0].float(), lse[0].float()
+        bias = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill_(~mask, -torch.inf)[None, None]
+    found = private_torch.flash_attention_cpu(query[None], keys[None], values[None], bias, causal, scaling)
+    return None if found is None else (found[0][0].float(), found[1][0].float())
+
+
+def _as(dtype: torch.dtype, x: Tensor) -> Tensor:
+    """An operand as the fused kernels take it: of the query's dtype, which rows may not have under autocast, and contiguous."""
+    x = x.to(dtype)
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _flash_cuda(query: Tensor, keys: Tensor, values: Tensor, scaling: float, causal: bool) -> Part | None:
     """PyTorch's flash attention with its log-sum-exp, or `None` where it does not serve: not on CUDA, an old GPU, float32."""
     global _flash_fails
-    query, keys, values = (x[None] if x.stride(-1) == 1 else x[None].contiguous() for x in (query, keys, values))
+    query, keys, values = (_as(query.dtype, x)[None] for x in (query, keys, values))
     if _flash_fails or query.shape[-1] % 8 or not _can_flash(query, keys, values, causal):
         return None
     try:
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(query, keys, values, 0.0, causal, scale=scaling)
+        found = private_torch.flash_attention_cuda(query, keys, values, causal, scaling)
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
@@ -138,7 +145,7 @@ def _flash_cuda(query: Tensor, keys: Tensor, values: Tensor, scaling: float, cau
         message = f"PyTorch's flash attention failed ({reason}). Prompts are read without it, slower."
         warnings.warn(message, RuntimeWarning, stacklevel=2)
         return None
-    return out[0].float(), lse[0].float()
+    return None if found is None else (found[0][0].float(), found[1][0].float())
 
 
 def _can_flash(query: Tensor, keys: Tensor, values: Tensor, causal: bool) -> bool:

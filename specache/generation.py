@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput, StopStringCriteria
 
+from specache import modes
 from specache.admission import check_room
 from specache.answers import Answers, TokenChoice, count_guesses, guess, no_answers_yet, take_tokens, token_choice, with_guesses
 from specache.cache import SpeCache
@@ -71,9 +73,10 @@ def generate(
     check_max_new_tokens(kwargs.get("max_new_tokens"))
     if input_ids is None:
         raise UsageError("There is no prompt: pass input_ids, a tensor of token ids [batch, length].")
-    if attention_mask is None:
-        attention_mask = inferred_mask(input_ids, model.generation_config)
-    prompts(input_ids, attention_mask)
+    with modes.ours():
+        if attention_mask is None:
+            attention_mask = inferred_mask(input_ids, model.generation_config)
+        prompts(input_ids, attention_mask)
     if stop_strings is not None:
         if tokenizer is None:
             raise UsageError("stop_strings needs tokenizer=, to know which tokens can end in them.")
@@ -104,7 +107,6 @@ def decode(
     return _decode(model, input_ids, config, dropped.get("streamer"), progress, streamer_has_prompt=True, **arguments)
 
 
-@torch.no_grad()
 def prefill(
     model: Any,
     input_ids: Tensor,
@@ -118,17 +120,41 @@ def prefill(
     Raises:
         SpeCacheError: as `generate`.
     """
-    token_ids = prompts(input_ids, attention_mask)
-    check_prompt_lengths(token_ids, cache.info)
-    cache.check_model(model)
-    check_sequences(cache, token_ids)
-    check_room(cache, token_ids, 0, cache.config.prefill_chunk)
-    with attached(model), tokens_kept(cache, _loads(token_ids, 0)):
-        _prefill(Decoder(model, cache), cache, token_ids, cache.config.prefill_chunk, progress)
+    modes.check_process()
+    with modes.ours(), cache.in_use.by("prefill"):
+        token_ids = prompts(input_ids, attention_mask)
+        check_prompt_lengths(token_ids, cache.info)
+        cache.check_model(model)
+        check_sequences(cache, token_ids)
+        check_room(cache, token_ids, 0, cache.config.prefill_chunk)
+        with attached(model), tokens_kept(cache, _loads(token_ids, 0)):
+            _prefill(Decoder(model, cache), cache, token_ids, cache.config.prefill_chunk, progress)
 
 
-@torch.no_grad()
 def _decode(
+    model: Any,
+    input_ids: Tensor,
+    config: SpeCacheConfig | None,
+    streamer: Any,
+    progress: Progress | None,
+    *,
+    past_key_values: Any = None,
+    **arguments: Any,
+) -> Tensor | GenerateDecoderOnlyOutput:
+    """Prefill and decode in PyTorch's plain modes, as the only call that uses the cache that was given."""
+    with modes.ours(), ExitStack() as stack:
+        try:
+            modes.check_process()
+            if isinstance(past_key_values, SpeCache):
+                stack.enter_context(past_key_values.in_use.by("generate"))
+        except BaseException:
+            if streamer is not None:
+                streamer.end()
+            raise
+        return _decode_alone(model, input_ids, config, streamer, progress, past_key_values=past_key_values, **arguments)
+
+
+def _decode_alone(
     model: Any,
     input_ids: Tensor,
     config: SpeCacheConfig | None,
@@ -158,7 +184,8 @@ def _decode(
         stored_new_tokens = _stored_new_tokens(generation_config, input_ids)
         check_room(cache, token_ids, stored_new_tokens, chunk)
         if streamer is not None and not streamer_has_prompt:
-            streamer.put(input_ids.cpu())
+            with modes.callers():
+                streamer.put(input_ids.cpu())
         request = token_choice(logits_processor, stopping_criteria, generation_config)
         batch = no_answers_yet(input_ids, request)
         with attached(model), tokens_kept(cache, _loads(token_ids, stored_new_tokens), batch.new_token_ids):
@@ -166,7 +193,8 @@ def _decode(
         finished = True
     finally:
         if streamer is not None:
-            streamer.end()
+            with modes.callers():
+                streamer.end()
         keep = given is not None or (finished and generation_config.return_dict_in_generate)
         if cache is not None and not keep:
             cache.close()
@@ -194,17 +222,19 @@ def _run(
     try:
         logits = _prefill(decoder, cache, token_ids, chunk, progress)  # [B, V]
         cache.counters.first_token_s = cache.counters.prefill_s
-        take_tokens(batch, logits, request, cache, streamer)
+        with modes.callers():
+            take_tokens(batch, logits, request, cache, streamer)
         guesses = _first_guesses(decoder, cache, batch, request)
         while active := batch.active:
             tokens = batch.input_ids[active, -1].tolist()
             step = decoder.step(active, tokens, [guesses[i] for i in active] if guesses else None)
             logits[active] = step.real
             context = with_guesses(batch, guesses) if guesses else None
-            take_tokens(batch, logits, request, cache, streamer)
-            if guesses is not None and context is not None:
-                count_guesses(cache, batch, guesses, active)
-                guesses = guess(request, context, logits, step.guess, active)
+            with modes.callers():
+                take_tokens(batch, logits, request, cache, streamer)
+                if guesses is not None and context is not None:
+                    count_guesses(cache, batch, guesses, active)
+                    guesses = guess(request, context, logits, step.guess, active)
     except BaseException as error:
         for index in batch.unfinished.nonzero()[:, 0].tolist():
             if len(cache.sequences) > index:
@@ -246,7 +276,12 @@ def _prefill(decoder: Decoder, cache: SpeCache, token_ids: list[list[int]], chun
 def _offset_progress(progress: Progress | None, offset: int, total: int) -> Progress:
     if progress is None:
         return lambda done, of: None
-    return lambda done, of: progress(offset + done, total)
+
+    def report(done: int, of: int) -> None:
+        with modes.callers():
+            progress(offset + done, total)
+
+    return report
 
 
 def _first_guesses(decoder: Decoder, cache: SpeCache, batch: Answers, request: TokenChoice) -> list[int] | None:
@@ -255,7 +290,8 @@ def _first_guesses(decoder: Decoder, cache: SpeCache, batch: Answers, request: T
     if not cache.config.policy.guesses or not active:
         return None
     logits = decoder.pre_decode(active, batch.input_ids[active, -1].tolist())
-    return guess(request, batch.input_ids, logits.new_zeros(len(batch.unfinished), logits.shape[-1]), logits, active)
+    with modes.callers():
+        return guess(request, batch.input_ids, logits.new_zeros(len(batch.unfinished), logits.shape[-1]), logits, active)
 
 
 def _loads(token_ids: list[list[int]], new_tokens: int) -> list[SequenceLoad]:
@@ -284,7 +320,9 @@ def _whole_sequences(
         raise UsageError(f"The SpeCache holds {len(stored)} sequences but the batch has {len(token_ids)} prompts.")
     repeats = len(token_ids) // len(stored)
     if repeats > 1:  # num_return_sequences
-        cache.sequences = [s for sequence in stored for s in [sequence, *(sequence.fork(cache) for _ in range(repeats - 1))]]
+        cache.sequences = [
+            s for sequence in stored for s in [sequence, *(sequence.fork(cache.context) for _ in range(repeats - 1))]
+        ]
     width = attention_mask.shape[1] if attention_mask is not None else getattr(generation_config, "_mask_length", 0)
     if width > input_ids.shape[1]:  # only what is new was passed
         return [sequence.token_ids + ids for sequence, ids in zip(cache.sequences, token_ids, strict=True)]

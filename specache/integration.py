@@ -20,16 +20,17 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from specache import compiled, products
+from specache import compiled, modes, products, rope
 from specache.errors import UnsupportedModelError
 from specache.exact import AttentionParams
 from specache.model import ModelInfo
-from specache.passes import ForwardPass
+from specache.passes import ForwardPass, attend
 
 NAME = "specache"
 _lock = threading.Lock()
-_attached: weakref.WeakKeyDictionary[Any, tuple[str, int]] = weakref.WeakKeyDictionary()  # model -> (user's, depth)
+_attached: weakref.WeakKeyDictionary[Any, tuple[str, int]] = weakref.WeakKeyDictionary()  # model -> (user's, depth or 0)
 _rewired: weakref.WeakKeyDictionary[Any, list[torch.nn.Linear]] = weakref.WeakKeyDictionary()  # see `products`
+_ropes: weakref.WeakKeyDictionary[Any, list[torch.nn.Module]] = weakref.WeakKeyDictionary()  # see `rope`
 _inside = threading.local()  # .served: layers that one of our passes has run so far, or None outside of them
 
 
@@ -54,15 +55,16 @@ def forward(
     previous = getattr(_inside, "served", None)
     _inside.served = set()
     try:
-        output = model(
-            input_ids=token_ids,
-            position_ids=position_ids,
-            attention_mask=mask,
-            use_cache=False,
-            return_dict=True,
-            logits_to_keep=logits,
-            **{NAME: state},
-        )
+        with modes.callers():
+            output = model(
+                input_ids=token_ids,
+                position_ids=position_ids,
+                attention_mask=mask,
+                use_cache=False,
+                return_dict=True,
+                logits_to_keep=logits,
+                **{NAME: state},
+            )
     finally:
         _inside.served = previous
     return output.logits[:, -logits:].float()
@@ -79,7 +81,7 @@ def decode_forward(model: Any, token_ids: Tensor, position_ids: Tensor, state: F
     if step is None:
         mask = None if reads_back else torch.zeros(1, 1, 1, 1, device=token_ids.device)
         return forward(model, token_ids, position_ids, state, logits=token_ids.shape[1], mask=mask)
-    with compiled.running(_OncePerLayer(state, type(model).__name__)):
+    with compiled.running(_OncePerLayer(state, type(model).__name__)), modes.callers():
         return step(token_ids, position_ids)
 
 
@@ -88,7 +90,7 @@ def reset_rope(model: Any, info: ModelInfo) -> None:
     if info.rope_type != "dynamic":
         return
     for module in model.modules():
-        if hasattr(module, "max_seq_len_cached") and hasattr(module, "original_inv_freq"):
+        if hasattr(module, "max_seq_len_cached") and hasattr(module, "original_inv_freq") and not rope.is_installed(module):
             position = torch.zeros(1, 1, dtype=torch.long, device=info.device)
             module(torch.empty(1, 1, 1, device=info.device, dtype=info.dtype), position)
 
@@ -127,7 +129,7 @@ def _attention(
     if state is None:
         return _hand_over(module)(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     params = AttentionParams(scaling=scale, softcap=kwargs.get("softcap"), sinks=sinks)
-    return state.attention(module.layer_idx, query, key, value, params).contiguous(), None
+    return attend(state, module.layer_idx, query, key, value, params), None
 
 
 def _check_layer(module: Any, reached: bool) -> None:
@@ -170,8 +172,17 @@ def _hand_over(module: Any) -> Any:
 
 
 def _users_implementation(module: Any) -> str:
-    config = getattr(module, "config", None)
-    for model, (name, _) in list(_attached.items()):
+    return _users_setting(getattr(module, "config", None))
+
+
+def _users_setting(config: Any) -> str:
+    """The attention implementation that the user has for a model or a part of it, by its configuration.
+
+    Also of a model that was detached a moment ago: a pass of the user's on another thread may have been on its way here.
+    """
+    with _lock:
+        known = list(_attached.items())
+    for model, (name, _) in known:
         if config is None or model.config is config or model.config.get_text_config() is config:
             return name
     return "sdpa"
@@ -181,30 +192,29 @@ def _mask(*args: Any, **kwargs: Any) -> Any:
     """The mask function registered under our name: our passes need no mask, others get the user's."""
     if torch.compiler.is_compiling() or getattr(_inside, "served", None) is not None:
         return None
-    config = kwargs.get("config")
-    for model, (name, _) in list(_attached.items()):
-        if config is None or model.config is config:
-            return ALL_MASK_ATTENTION_FUNCTIONS[name](*args, **kwargs)
-    return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)
+    return ALL_MASK_ATTENTION_FUNCTIONS[_users_setting(kwargs.get("config"))](*args, **kwargs)
 
 
 def _attach(model: Any) -> None:
     with _lock:
-        name, depth = _attached.get(model, (model.config._attn_implementation, 0))
+        name, depth = _attached.get(model, (NAME, 0))
         if depth == 0:
+            name = model.config._attn_implementation
+            _attached[model] = (name, 0)  # before anything is handed to us
             model.set_attn_implementation(NAME)
             _rewired[model] = products.install(model)
+            _ropes[model] = rope.install(model, lambda: getattr(_inside, "served", None) is not None)
         _attached[model] = (name, depth + 1)
 
 
 def _detach(model: Any) -> None:
     with _lock:
         name, depth = _attached[model]
+        _attached[model] = (name, depth - 1)
         if depth > 1:
-            _attached[model] = (name, depth - 1)
             return
-        del _attached[model]
         products.remove(_rewired.pop(model, []))
+        rope.remove(_ropes.pop(model, []))
         model.set_attn_implementation(name)
 
 

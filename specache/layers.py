@@ -64,6 +64,11 @@ class CompressedLayer:
         self._residual = torch.empty(2, heads, capacity, dim, dtype=keys.dtype, device=keys.device)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of its rows."""
+        return self._residual.dtype
+
+    @property
     def copy(self) -> LowBitCopy:
         return self.table.copy(self.weights.value)
 
@@ -272,6 +277,10 @@ class DenseLayer:
         self.length = 0
         self._claim = budget.claim(0, "the 16-bit cache (policy 'full')")
         self._rows = torch.empty(2, heads, 0, dim, dtype=keys.dtype, device=keys.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._rows.dtype
 
     @property
     def keys(self) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from specache import modes
 from specache.attention import PassPlan, mixed_attention, select_first
 from specache.config import Policy
 from specache.exact import AttentionParams
@@ -24,6 +25,16 @@ class ForwardPass(Protocol):
 
     def attention(self, index: int, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
         """query [B, Hq, n, D], keys and values [B, Hkv, n, D] of layer `index` -> [B, n, Hq, D], in the query's dtype."""
+
+
+def attend(state: ForwardPass, index: int, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
+    """A layer's attention, called from the model and so in the caller's modes: shapes as `ForwardPass.attention`, contiguous.
+
+    Under `torch.autocast` the query, and with it the result, has the dtype that stock attention would give it.
+    """
+    query = query.to(modes.autocast_dtype(query) or query.dtype)
+    with modes.ours_again():
+        return state.attention(index, query, keys, values, params).contiguous()
 
 
 class PrefillPass:
@@ -43,7 +54,8 @@ class PrefillPass:
         self._observe = observe
 
     def attention(self, index: int, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
-        layer = self._sequence.layer(index, keys[0])
+        layer = self._sequence.layer(index, keys[0], values[0])
+        keys, values = keys.to(layer.dtype), values.to(layer.dtype)
         if self._observe is not None and not isinstance(layer, WindowLayer):
             self._observe(index, query[0], params)
         out = layer.prefill(query[0], keys[0], values[0], params)  # [Hq, n, D]
@@ -61,6 +73,7 @@ class DecodePass:
 
     def attention(self, index: int, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
         layers = [sequence.layers[index] for sequence in self._sequences]
+        keys, values = keys.to(layers[0].dtype), values.to(layers[0].dtype)
         compressed = [layer for layer in layers if isinstance(layer, CompressedLayer)]
         if compressed:
             out = self._compressed(query, keys, values, compressed, params)

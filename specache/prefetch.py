@@ -103,7 +103,7 @@ class InPlaceRows(Rows):
 
     def finish(self) -> Tensor:
         positions = self._started
-        heads = torch.arange(positions.shape[0]).view(-1, 1, 1).expand_as(positions)
+        heads = torch.arange(positions.shape[0], device=positions.device).view(-1, 1, 1).expand_as(positions)
         rows = self._tier.gather(self._layer, heads.flatten(), positions.clamp(min=0).flatten())
         return rows.unflatten(0, positions.shape)
 

@@ -11,17 +11,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from specache import private_torch
+
 MOST_FEW_ROWS = 8  # beyond it the ordinary product is as fast
 FEWEST_MANY_ROWS = 12  # from here on widening pays
 BLOCK_ELEMENTS = 1 << 21  # of the weights widened at a time: 8 MB
 
-Forward = Callable[[Tensor], Tensor]
+Forward = Callable[[nn.Linear, Tensor], Tensor]
 
 
 def install(model: Any) -> list[nn.Linear]:
@@ -30,7 +33,7 @@ def install(model: Any) -> list[nn.Linear]:
     for module in model.modules():
         forward = _forward(module)
         if forward is not None:
-            module.forward = forward
+            module.forward = MethodType(forward, module)  # of a model that is copied meanwhile, it is the copy's
             changed.append(module)
     return changed
 
@@ -43,12 +46,7 @@ def remove(layers: list[nn.Linear]) -> None:
 
 def multiplies_natively(dtype: torch.dtype) -> bool:
     """Whether PyTorch has fast products of this 16-bit type on this CPU."""
-    try:
-        if dtype is torch.bfloat16:
-            return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
-    except (AttributeError, RuntimeError):  # a PyTorch without oneDNN
-        return False
+    return private_torch.multiplies_natively(dtype)
 
 
 def widens(dtype: torch.dtype) -> bool:
@@ -64,44 +62,43 @@ def _forward(module: nn.Module) -> Forward | None:
     if type(weight) is not nn.Parameter or weight.device.type != "cpu":
         return None
     if weight.dtype is torch.float32:
-        return _few_rows(module) if torch.backends.mkl.is_available() else None
+        return _few_rows if torch.backends.mkl.is_available() else None
     if widens(weight.dtype):
-        return _many_rows(module)
+        return _many_rows
     return None
 
 
-def _few_rows(layer: nn.Linear) -> Forward:
-    def forward(x: Tensor) -> Tensor:
-        rows = _rows(x)
-        if not 0 < rows <= MOST_FEW_ROWS or x.dtype is not torch.float32 or torch.compiler.is_compiling():
-            return linear(x, layer.weight, layer.bias)
-        columns = x.reshape(rows, -1)
-        if rows == 1:
-            columns = columns.expand(2, -1)
-        product = torch.mm(layer.weight, columns.T)[:, :rows].T.contiguous()  # [rows, out]; callers rely on the layout
-        if layer.bias is not None:
-            product = product + layer.bias
-        return product.reshape(*x.shape[:-1], -1)
-
-    return forward
+def _few_rows(layer: nn.Linear, x: Tensor) -> Tensor:
+    rows = _rows(x)
+    if not 0 < rows <= MOST_FEW_ROWS or x.dtype is not torch.float32 or _is_left_to_pytorch():
+        return linear(x, layer.weight, layer.bias)
+    columns = x.reshape(rows, -1)
+    if rows == 1:
+        columns = columns.expand(2, -1)
+    product = torch.mm(layer.weight, columns.T)[:, :rows].T.contiguous()  # [rows, out]; callers rely on the layout
+    if layer.bias is not None:
+        product = product + layer.bias
+    return product.reshape(*x.shape[:-1], -1)
 
 
-def _many_rows(layer: nn.Linear) -> Forward:
-    def forward(x: Tensor) -> Tensor:
-        weight = layer.weight
-        rows = _rows(x)
-        if rows < FEWEST_MANY_ROWS or x.dtype is not weight.dtype or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return linear(x, weight, layer.bias)
-        wide = x.reshape(rows, -1).float()
-        out = x.new_empty(rows, layer.out_features)
-        block = max(BLOCK_ELEMENTS // layer.in_features, 1)
-        for start in range(0, layer.out_features, block):
-            part = slice(start, start + block)
-            bias = None if layer.bias is None else layer.bias[part].float()
-            out[:, part] = linear(wide, weight[part].float(), bias)
-        return out.reshape(*x.shape[:-1], -1)
+def _many_rows(layer: nn.Linear, x: Tensor) -> Tensor:
+    weight = layer.weight
+    rows = _rows(x)
+    if rows < FEWEST_MANY_ROWS or x.dtype is not weight.dtype or torch.is_grad_enabled() or _is_left_to_pytorch():
+        return linear(x, weight, layer.bias)
+    wide = x.reshape(rows, -1).float()
+    out = x.new_empty(rows, layer.out_features)
+    block = max(BLOCK_ELEMENTS // layer.in_features, 1)
+    for start in range(0, layer.out_features, block):
+        part = slice(start, start + block)
+        bias = None if layer.bias is None else layer.bias[part].float()
+        out[:, part] = linear(wide, weight[part].float(), bias)
+    return out.reshape(*x.shape[:-1], -1)
 
-    return forward
+
+def _is_left_to_pytorch() -> bool:
+    """Whether PyTorch decides how to multiply: its compiler, or `torch.autocast`, which has a dtype of its own."""
+    return torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
 
 
 def _rows(x: Tensor) -> int:

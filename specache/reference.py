@@ -83,12 +83,12 @@ def normal_levels(bits: int) -> Tensor:
     steps = {1: [1], 2: [3, 10], 4: [3, 9, 15, 22, 29, 37, 48, 63]}[bits]
     unit = {1: 0.7979, 2: 0.151, 4: 2.733 / 63}[bits]
     half = [unit * step for step in steps]
-    return torch.tensor([-x for x in reversed(half)] + half)
+    return torch.tensor([-x for x in reversed(half)] + half, dtype=torch.float32)
 
 
 def rotation(dim: int) -> Tensor:
     """`R [D, D]`: fixed random signs, then a Walsh-Hadamard transform (of the blocks of `D`'s binary digits)."""
-    signs = torch.randint(0, 2, (dim,), generator=torch.Generator().manual_seed(0x5BECAC4E)) * 2.0 - 1.0
+    signs = torch.randint(0, 2, (dim,), generator=torch.Generator().manual_seed(0x5BECAC4E)).float() * 2.0 - 1.0
     sizes = [1 << i for i in reversed(range(dim.bit_length())) if dim >> i & 1]
     parts = torch.diag(signs).split(sizes, dim=-1)  # what becomes of the unit vectors, one per row
     return torch.cat([walsh_hadamard(part) / part.shape[-1] ** 0.5 for part in parts], dim=-1).T

@@ -82,7 +82,7 @@ def prompts(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]
     if not mask.any(dim=1).all():
         raise UsageError("A prompt of the batch is empty: its attention_mask is all zeros. Pass at least one token.")
     first = mask.int().argmax(dim=1)
-    kept = torch.arange(mask.shape[1]) >= first[:, None]
+    kept = torch.arange(mask.shape[1], device=mask.device) >= first[:, None]
     if not torch.equal(mask, kept):
         raise UsageError(
             "attention_mask has holes or padding on the right. Pad prompts on the left (tokenizer.padding_side='left') and "

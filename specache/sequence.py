@@ -34,11 +34,12 @@ class WindowCheckpoints(Protocol):
 
 
 class Owner(Protocol):
-    """What a sequence needs of the cache that it belongs to."""
+    """What a sequence needs of the cache that it belongs to. It does not refer to its sequences."""
 
     info: ModelInfo
     config: SpeCacheConfig
     resources: Resources
+    living_sequences: int
 
     def new_tier(self) -> SlowTier:
         """An empty slow tier of the configured kind."""
@@ -46,8 +47,8 @@ class Owner(Protocol):
     def rows(self, tier: SlowTier, index: int, keys: Tensor) -> Rows:
         """A decode step's access to the 16-bit rows of a layer with keys [Hkv, n, D]."""
 
-    def hot_slots(self, sequence: Sequence, layer: CompressedLayer) -> int:
-        """Slots per KV head that the hot set's budget gives a layer."""
+    def hot_slots(self, tokens: int, layer: CompressedLayer) -> int:
+        """Slots per KV head that the hot set's budget gives a layer of a sequence of so many tokens."""
 
 
 class Sequence:
@@ -57,15 +58,21 @@ class Sequence:
     `restore` a prefill.
     """
 
-    def __init__(self, cache: Owner) -> None:
-        self._cache = cache
-        self.tier: SlowTier = cache.new_tier()
-        self._read_buffers = cache.resources.budget.claim(0, "read buffers")
+    def __init__(self, owner: Owner) -> None:
+        self._owner = owner
+        self.tier: SlowTier = owner.new_tier()
+        self._read_buffers = owner.resources.budget.claim(0, "read buffers")
         self.checkpoints: WindowCheckpoints | None = None
         self.layers: dict[int, Layer] = {}
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None
         self._positions_before: dict[int, Tensor | None] = {}  # `next_positions` of the layers when the pass began
+        self._counted = True
+        owner.living_sequences += 1
+
+    def __del__(self) -> None:
+        if getattr(self, "_counted", False):
+            self._owner.living_sequences -= 1
 
     @property
     def length(self) -> int:
@@ -81,9 +88,14 @@ class Sequence:
         """Its sliding-window layers, by number."""
         return {index: layer for index, layer in sorted(self.layers.items()) if isinstance(layer, WindowLayer)}
 
-    def layer(self, index: int, keys: Tensor) -> Layer:
-        """The state of layer `index`, made when its first keys [Hkv, n, D] arrive: only they tell heads and dtype."""
+    def layer(self, index: int, keys: Tensor, values: Tensor | None = None) -> Layer:
+        """The state of layer `index`, made when its first keys and values [Hkv, n, D] arrive: only they tell heads and dtype.
+
+        Where the two differ, as under autocast, rows are in the model's dtype.
+        """
         if index not in self.layers:
+            if values is not None and values.dtype != keys.dtype:
+                keys = keys[:, :0].to(self._owner.info.dtype)
             self.layers[index] = layer = self._new_layer(index, keys)
             self._hold_buffers(layer)
         return self.layers[index]
@@ -180,7 +192,7 @@ class Sequence:
     def prepare_decode(self) -> None:
         """Size the hot sets for the sequence as it is now."""
         for layer in self.compressed.values():
-            layer.rows.resize(self._cache.hot_slots(self, layer))
+            layer.rows.resize(self._owner.hot_slots(self.length, layer))
 
     def free_hot_sets(self) -> int:
         """Give back what recently fetched rows take -> bytes. No result depends on it: they are fetched again when wanted."""
@@ -189,11 +201,11 @@ class Sequence:
             layer.rows.free()
         return before - self.held_bytes()
 
-    def fork(self, cache: Owner) -> Sequence:
-        """An independent copy that belongs to `cache`."""
-        other = Sequence(cache)
+    def fork(self, owner: Owner) -> Sequence:
+        """An independent copy that belongs to `owner`."""
+        other = Sequence(owner)
         other.token_ids = list(self.token_ids)
-        if cache.config.policy is not Policy.FULL:
+        if owner.config.policy is not Policy.FULL:
             other.tier.close()
             other.tier = self.tier.fork()
         for index, layer in self.layers.items():
@@ -207,7 +219,7 @@ class Sequence:
 
     def memory(self) -> MemoryUse:
         use = MemoryUse(slow=self.tier.nbytes)
-        for layer in self.layers.values():
+        for layer in list(self.layers.values()):  # another thread may be adding some
             if isinstance(layer, WindowLayer):
                 use.windows += layer.nbytes
                 use.ordinary_windows += layer.ordinary_bytes
@@ -221,29 +233,29 @@ class Sequence:
     def _hold_buffers(self, layer: Layer) -> None:
         """Take fast memory for a layer's rows on their way from and to the slow tier."""
         if isinstance(layer, CompressedLayer):
-            self._read_buffers.resize(self._read_buffers.size + read_buffer_bytes(self._cache.config, layer.row_bytes))
+            self._read_buffers.resize(self._read_buffers.size + read_buffer_bytes(self._owner.config, layer.row_bytes))
 
     def _new_layer(self, index: int, keys: Tensor) -> Layer:
-        window = self._cache.info.windows[index]
+        window = self._owner.info.windows[index]
         if window is not None:
-            return WindowLayer(index, window, keys, self._cache.resources.budget)
-        if self._cache.config.policy is Policy.FULL:
-            return DenseLayer(index, keys, self._cache.resources.budget)
-        table = self._cache.resources.page_table(self._cache.config, keys)
-        return CompressedLayer(index, self._cache.config, table, self.tier, self._cache.rows(self.tier, index, keys), keys)
+            return WindowLayer(index, window, keys, self._owner.resources.budget)
+        if self._owner.config.policy is Policy.FULL:
+            return DenseLayer(index, keys, self._owner.resources.budget)
+        table = self._owner.resources.page_table(self._owner.config, keys)
+        return CompressedLayer(index, self._owner.config, table, self.tier, self._owner.rows(self.tier, index, keys), keys)
 
     def _fork_layer(self, layer: Layer, other: Sequence) -> Layer:
         if isinstance(layer, WindowLayer | DenseLayer):
             return layer.fork()
-        if other._cache.config.policy is Policy.FULL:
-            dense = DenseLayer(layer.index, layer.residual_keys, other._cache.resources.budget)
+        if other._owner.config.policy is Policy.FULL:
+            dense = DenseLayer(layer.index, layer.residual_keys, other._owner.resources.budget)
             dense.extend(*self.tier.read(layer.index, 0, layer.length))
             return dense
-        rows = other._cache.rows(other.tier, layer.index, layer.residual_keys)
-        config = other._cache.config
+        rows = other._owner.rows(other.tier, layer.index, layer.residual_keys)
+        config = other._owner.config
         if config.layout == layer.config.layout:
             return layer.fork(other.tier, rows, config)
-        table = other._cache.resources.page_table(config, layer.residual_keys)
+        table = other._owner.resources.page_table(config, layer.residual_keys)
         rebuilt = CompressedLayer(layer.index, config, table, other.tier, rows, layer.residual_keys)
         rebuilt.weights = layer.weights.fork(rebuilt.weights.tokens)
         rebuilt.rebuild(self.length)

@@ -7,6 +7,7 @@ has them hold their whole state themselves again; whoever reads or changes a seq
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +64,7 @@ class StaticDecoder:
 
     def __init__(self, model: Any, cache: SpeCache) -> None:
         self._model = model
-        self._cache = cache
+        self._cache: SpeCache = weakref.proxy(cache)  # which refers to `settle` while its sequences are lent
         self._settings = SETTINGS
         self._graphs = cache.config.cuda_graph is not False
         self._batch: DeviceBatch | None = None

@@ -8,12 +8,14 @@ Symbols: `N` outputs, `K` inputs of a linear layer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from specache import modes, private_torch
 from specache.errors import ConfigError, UnsupportedModelError
 from specache.weight_format import WeightFormat
 
@@ -43,12 +45,14 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]."""
-        rows = x.reshape(-1, x.shape[-1])
+        return _multiplied(x, self.scales.dtype, self._product)
+
+    def _product(self, rows: Tensor) -> Tensor:
         if rows.shape[0] < INT8_MANY_ROWS:
-            out = torch.ops.aten._weight_int8pack_mm(rows, self.codes, self.scales)
+            out = private_torch.int8_product(rows, self.codes, self.scales)
         else:
-            out = linear(rows, self.codes.to(x.dtype)) * self.scales
-        return _biased(out, self.bias).reshape(*x.shape[:-1], -1)
+            out = linear(rows, self.codes.to(rows.dtype)) * self.scales
+        return _biased(out, self.bias)
 
 
 class Int4Linear(nn.Module):
@@ -69,25 +73,21 @@ class Int4Linear(nn.Module):
         scales = ((high - low) / 15).clamp(min=torch.finfo(weight.dtype).tiny).to(weight.dtype)
         zeros = (low + scales.float() * 8).to(weight.dtype)
         codes = ((grouped - zeros.float()) / scales.float() + 8).round().clamp(0, 15).to(torch.int32).flatten(1)
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-        self._block = _block(packed, codes)
+        packed, self._block = private_torch.pack_int4(codes)
         self.register_buffer("packed", packed)
         self.register_buffer("scales_and_zeros", torch.cat([scales, zeros], dim=-1).transpose(0, 1).contiguous())
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]."""
-        rows = x.reshape(-1, x.shape[-1])
-        if rows.shape[0] < INT4_MANY_ROWS or self._block is None:
-            out = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.packed, GROUP, self.scales_and_zeros)
-        else:
-            out = linear(rows, self._matrix(self._block))
-        return _biased(out, self.bias).reshape(*x.shape[:-1], -1)
+        return _multiplied(x, self.scales_and_zeros.dtype, self._product)
 
-    def _matrix(self, block: int) -> Tensor:
-        scales, zeros = self.scales_and_zeros.transpose(0, 1).unsqueeze(-1).unbind(2)  # [N, K / 32, 1]
-        codes = _unpacked(self.packed, block).unflatten(1, (-1, GROUP))
-        return torch.addcmul(zeros, codes.to(scales.dtype).sub_(8), scales).flatten(1)
+    def _product(self, rows: Tensor) -> Tensor:
+        if rows.shape[0] < INT4_MANY_ROWS or self._block is None:
+            out = private_torch.int4_product(rows, self.packed, self._block, GROUP, self.scales_and_zeros)
+        else:
+            out = linear(rows, private_torch.int4_matrix(self.packed, self._block, self.scales_and_zeros))
+        return _biased(out, self.bias)
 
 
 def quantise_weights(model: Any, weights: WeightFormat) -> None:
@@ -146,16 +146,16 @@ def _biased(out: Tensor, bias: Tensor | None) -> Tensor:
     return out if bias is None else out + bias
 
 
-def _unpacked(packed: Tensor, block: int) -> Tensor:
-    """uint8 codes [N, K] from PyTorch's order: of `block` outputs, byte j of an input holds outputs j and j + block / 2."""
-    outputs, inputs = packed.shape[0], packed.shape[1] * 2
-    each = packed.view(outputs // block, inputs, block // 2)
-    return torch.cat([each & 15, each >> 4], dim=-1).transpose(1, 2).reshape(outputs, inputs)
+def _multiplied(x: Tensor, dtype: torch.dtype, product: Callable[[Tensor], Tensor]) -> Tensor:
+    """`product` [M, K] -> [M, N] of the rows of x [..., K]. `torch.autocast` rounds inputs and result as a linear layer's.
 
-
-def _block(packed: Tensor, codes: Tensor) -> int | None:
-    """The block with which `packed` comes apart into `codes` again; `None` for an order that is not known."""
-    for block in (64, 32):  # AVX-512, AVX2
-        if len(codes) % block == 0 and torch.equal(_unpacked(packed, block).int(), codes):
-            return block
-    return None
+    Args:
+        dtype: of the scales, in which the product is taken.
+    """
+    rows, rounded = x.reshape(-1, x.shape[-1]), modes.autocast_dtype(x)
+    if rounded is None:
+        out = product(rows)
+    else:
+        with torch.autocast(x.device.type, enabled=False):
+            out = product(rows.to(rounded).to(dtype)).to(rounded)
+    return out.reshape(*x.shape[:-1], -1)

@@ -23,6 +23,10 @@ class WindowLayer:
         self._ring = torch.zeros(2, heads, window, dim, dtype=keys.dtype, device=keys.device)
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self._ring.dtype
+
+    @property
     def nbytes(self) -> int:
         return self._ring.nbytes
 

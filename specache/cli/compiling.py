@@ -18,16 +18,15 @@ def compile_model(model: Any, config: SpeCacheConfig, sequences: int, say: Calla
     Raises:
         ConfigError: there is no C++ compiler, it fails, or the model's step is no fixed graph.
     """
-    from torch._dynamo.exc import TorchDynamoException
-
     import specache
+    from specache import private_torch
 
     specache.compile_decode(model)
     say("Compiling the decode step")
     try:
         for count in (1, 2) if sequences > 1 else (1,):
             _decode(model, config, count)
-    except TorchDynamoException as error:
+    except private_torch.compiler_error() as error:
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(f"PyTorch cannot compile this model here. Leave out --compile. It said: {reason}") from error
 

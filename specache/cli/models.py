@@ -285,13 +285,6 @@ def _dtype(dtype: Dtype, device: str) -> torch.dtype:
 
 def native_bfloat16_cpu() -> bool:
     """Whether the CPU has bfloat16 matrix instructions that PyTorch uses."""
-    import torch
+    from specache import private_torch
 
-    try:
-        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    except AttributeError:
-        pass
-    try:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    except (AttributeError, RuntimeError):
-        return False
+    return private_torch.has_bfloat16_instructions()

@@ -337,4 +337,4 @@ def _signs(dim: int) -> list[float]:
     """The rotation's random signs: its columns are those of Hadamard matrices times a sign, whose first row is positive."""
     matrix = rotation(dim, torch.device("cpu"))
     first = (matrix != 0).int().argmax(0)  # the first row of each column's block
-    return matrix[first, torch.arange(dim)].sign().tolist()
+    return matrix[first, torch.arange(dim, device=matrix.device)].sign().tolist()

@@ -14,10 +14,10 @@ Keys are stored with tokens as rows, values with channels as rows: either way a 
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
+
+from specache.kernels.constants import constant
 
 TILE = 16  # rows
 
@@ -51,7 +51,7 @@ def unpack(packed: Tensor, table: Tensor, rows: int, columns: int) -> Tensor:
     return decoded.index_select(-1, _slots(columns, bits, packed.device))
 
 
-@lru_cache(maxsize=16)
+@constant(16)
 def byte_table(bits: int, device: torch.device) -> Tensor:
     """float32 [256, P]: the codes in each possible byte."""
     shifts = torch.arange(0, 8, bits, device=device)
@@ -68,7 +68,7 @@ def _pack_rows(codes: Tensor, bits: int) -> Tensor:
     return (slotted.unflatten(-1, (-1, per_byte)) << shifts).sum(-1, dtype=torch.uint8)
 
 
-@lru_cache(maxsize=64)
+@constant(64)
 def _slots(columns: int, bits: int, device: torch.device) -> Tensor:
     """int64 [columns]: where a column's code is among the `C P` of a row, counted byte by byte, low bits first."""
     per_byte = 8 // bits
@@ -82,7 +82,7 @@ def _slots(columns: int, bits: int, device: torch.device) -> Tensor:
     return torch.where(column < full, slot, (4 * chunks + left % width) * per_byte + left // width)
 
 
-@lru_cache(maxsize=64)
+@constant(64)
 def _places(rows: int, columns: int, bits: int, device: torch.device) -> Tensor:
     """int64 [rows, C]: where byte `j` of a row is stored."""
     size = row_bytes(columns, bits)

@@ -117,7 +117,7 @@ def attend(
         shape = (batch, heads, groups, n)
         return scores.new_zeros(*shape, dim), scores.new_full(shape, -torch.inf)
     weights, lse = softmax(scores)
-    fetched = torch.zeros(batch, heads, groups, n, positions.shape[-1], device=scores.device)
+    fetched = torch.zeros(batch, heads, groups, n, positions.shape[-1], dtype=torch.float32, device=scores.device)
     b, h, r, j = (positions >= 0).nonzero(as_tuple=True)
     fetched[b, h, :, r, j] = weights[b, h, :, r, positions[b, h, r, j]]
     weights[b, h, :, r, positions[b, h, r, j]] = 0.0
@@ -146,7 +146,7 @@ def dequantise(copy: LowBitCopy) -> tuple[Tensor, Tensor]:
     """The whole copy as float32 keys and values [Hkv, length, D]. For tests and tools; no step calls it."""
     parts = [_CODES[copy.code].dequantise(block, count, copy) for block, _, count in blocks(copy, copy.length)]
     if not parts:
-        empty = torch.empty(copy.num_kv_heads, 0, copy.head_dim)
+        empty = torch.empty(copy.num_kv_heads, 0, copy.head_dim, dtype=torch.float32)
         return empty, empty
     keys, values = zip(*parts, strict=True)
     return torch.cat(keys, dim=1), torch.cat(values, dim=1)

@@ -8,12 +8,12 @@ it the inner product of a vector with its own code is exact, so that nothing is 
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from specache.kernels.blocks import Block, by_head, store, store_codes, unpack_keys, unpack_values
+from specache.kernels.constants import constant
 from specache.kernels.packing import byte_table
 from specache.kernels.types import LowBitCopy, PageRun
 
@@ -24,14 +24,14 @@ LEVEL_STEPS = {1: (1,), 2: (3, 10), 4: (3, 9, 15, 22, 29, 37, 48, 63)}
 LEVEL_UNIT = {1: 0.7979, 2: 0.151, 4: 2.733 / 63}
 
 
-@lru_cache(maxsize=16)
+@constant(16)
 def levels(bits: int, device: torch.device) -> Tensor:
     """float32 [2^b], ascending: what each code stands for."""
     half = LEVEL_STEPS[bits]
-    return torch.tensor([*(-x for x in reversed(half)), *half], device=device) * LEVEL_UNIT[bits]
+    return torch.tensor([*(-x for x in reversed(half)), *half], dtype=torch.float32, device=device) * LEVEL_UNIT[bits]
 
 
-@lru_cache(maxsize=16)
+@constant(16)
 def rotation(dim: int, device: torch.device) -> Tensor:
     """float32 [D, D], orthogonal: random signs, then a Hadamard matrix (block-diagonal where D is no power of two)."""
     hadamards, left = [], dim
@@ -40,12 +40,12 @@ def rotation(dim: int, device: torch.device) -> Tensor:
         hadamards.append(_hadamard(size))
         left -= size
     generator = torch.Generator().manual_seed(ROTATION_SEED)
-    signs = torch.randint(0, 2, (dim,), generator=generator) * 2.0 - 1.0
+    signs = torch.randint(0, 2, (dim,), generator=generator).float() * 2.0 - 1.0
     return (torch.block_diag(*hadamards) * signs).to(device)
 
 
 def _hadamard(size: int) -> Tensor:
-    matrix = torch.ones(1, 1)
+    matrix = torch.ones(1, 1, dtype=torch.float32)
     while matrix.shape[0] < size:
         matrix = torch.cat([torch.cat([matrix, matrix], dim=1), torch.cat([matrix, -matrix], dim=1)])
     return matrix / math.sqrt(size)
@@ -139,7 +139,7 @@ def _level_table_of(copy: LowBitCopy, block: Block) -> Tensor:
     return _level_table(copy.bits, block[0].fields["key_codes"].device)
 
 
-@lru_cache(maxsize=16)
+@constant(16)
 def _level_table(bits: int, device: torch.device) -> Tensor:
     """float32 [256, 8 / b]: the levels in each possible byte."""
     return levels(bits, device)[byte_table(bits, device).long()]

@@ -9,11 +9,12 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
+from specache import modes
 from specache.cache import SpeCache
 from specache.config import Policy, SlowTierKind, SpeCacheConfig
-from specache.errors import ConfigError, SessionError, SlowTierError
+from specache.errors import ConfigError, SessionError, SlowTierError, UsageError
 from specache.sequence import Sequence
 from specache.sessions import state, store
 from specache.sessions.checkpoints import DiskCheckpoints
@@ -90,9 +91,10 @@ class Session:
         try:
             self._saved = read_manifest(self.folder)
             self.messages: list[dict[str, str]] = [asdict(one) for one in self._saved.messages] if self._saved else []
-            self._identity = self._checked_identity(model, tokenizer)
-            self._cache = SessionCache(model, self._config(config), self._lock)
-            self._open()
+            with modes.ours():
+                self._identity = self._checked_identity(model, tokenizer)
+                self._cache = SessionCache(model, self._config(config), self._lock)
+                self._open()
         except BaseException:
             self.close()
             raise
@@ -120,7 +122,12 @@ class Session:
         Raises:
             SessionError: it cannot be written. The last state is as it was, the cache can be used, and `save` tried again.
             SlowTierError: the rows cannot be made safe; the same holds.
+            UsageError: a call is using the cache.
         """
+        with self.cache.in_use.by("Session.save"), modes.ours():
+            self._save()
+
+    def _save(self) -> None:
         sequence, tier = self._sequence, self._tier
         if sequence.length == 0:
             sequence.clear()
@@ -144,13 +151,15 @@ class Session:
 
         Raises:
             SlowTierError: the rows cannot be read; nothing changed.
+            UsageError: a call is using the cache.
         """
-        sequence = self._sequence
-        if length <= 0:
-            sequence.clear()
-        elif length < sequence.length:
-            sequence.truncate(length)
-        return sequence.length
+        with self.cache.in_use.by("Session.cut"), modes.ours():
+            sequence = self._sequence
+            if length <= 0:
+                sequence.clear()
+            elif length < sequence.length:
+                sequence.truncate(length)
+            return sequence.length
 
     def fork(self, name: str) -> None:
         """Make session `name` from the last saved state. Both share what is there and write on into files of their own.
@@ -158,19 +167,34 @@ class Session:
         Raises:
             ConfigError: it cannot be a name.
             SessionError: the name is taken, nothing was saved yet, or the system refuses something.
+            UsageError: a call is using the cache.
         """
-        self._tier.stop_appending()
-        store.fork_folder(self._root, self.name, self._saved, name)
+        with self.cache.in_use.by("Session.fork"):
+            self._tier.stop_appending()
+            store.fork_folder(self._root, self.name, self._saved, name)
 
     def close(self) -> None:
         """Free the cache and let others in, also where freeing fails. A session that was never saved is removed. Safe to call
         twice.
+
+        Raises:
+            UsageError: a call is using the cache; the session stays open.
         """
-        cache, self._cache = self._cache, None
+        if self._cache is None:
+            return self._release(None)
+        if self._cache.in_use.forked:  # the session is the parent process's, and stays open there
+            cache, self._cache = self._cache, None
+            cache.close()
+            return self._lock.release()
+        with self._cache.in_use.by("Session.close"):
+            cache, self._cache = self._cache, None
+            self._release(cache)
+
+    def _release(self, cache: SessionCache | None) -> None:
         with self._lock:
             try:
                 if cache is not None:
-                    cache.close()
+                    cache.free()
             finally:
                 if self._saved is None and self._lock.held and not os.path.lexists(self.folder / FILE):
                     shutil.rmtree(self.folder, ignore_errors=True)
@@ -180,6 +204,21 @@ class Session:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        raise UsageError(
+            f"A session cannot be copied in memory: session.fork(NAME) makes another one of what {self.name!r} has saved, and "
+            "session.cache.fork() an independent cache of what it holds now."
+        )
+
+    def __copy__(self) -> NoReturn:
+        self.__deepcopy__({})
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise UsageError(
+            f"A session cannot be pickled: save and close it, and open {self.name!r} again where it is wanted "
+            f"(specache.Session({self.name!r}, model))."
+        )
 
     # Opening
 

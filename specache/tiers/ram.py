@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -117,6 +118,11 @@ class RamTier:
             self._offload.finish()
         while self._rows:
             self._memory.give_back(self._rows.popitem()[1])
+
+    def __del__(self) -> None:
+        """A tier that nobody closed gives back to a pool that others may still use."""
+        if getattr(self, "_rows", None) and not sys.is_finalizing():
+            self.close()
 
     def _ensure(self, layer: int, used: int, needed: int, heads: int, dim: int, dtype: torch.dtype) -> Tensor:
         rows = self._rows.get(layer)

@@ -31,6 +31,7 @@ class TierFiles:
         self.folder = folder
         self.temporary = temporary
         self.lock = threading.RLock()
+        self._process = os.getpid()
         self._files: list[RowFile] = []
         self._own: dict[int, RowFile] = {}  # by layer: those that the tier appends to
         self._segment: str | None = None
@@ -137,7 +138,12 @@ class TierFiles:
             raise SlowTierError(f"The rows in {self.folder} cannot be made safe: {reason(error)}") from error
 
     def give_back(self, wait: bool = False) -> None:
-        """Let go of everything; the files of a temporary tier are removed if nobody else needs them. It may be filled again."""
+        """Let go of everything; the files of a temporary tier are removed if nobody else needs them. It may be filled again.
+
+        A forked process has copies of its parent's, and leaves them alone: a thread that is not there may hold a lock.
+        """
+        if self._process != os.getpid():
+            return
         with self.lock:
             self._stop_appending()
             self._unsynced.clear()

@@ -53,8 +53,9 @@ class PrefetchWorker:
         """
         if not self._room.acquire(blocking=False):
             return None
+        room = self._room
         future = self._executor.submit(timed, read)
-        future.add_done_callback(lambda _: self._room.release())
+        future.add_done_callback(lambda _: room.release())  # it outlives a worker that is dropped
         return PrefetchRequest(future)
 
     def close(self) -> None:
@@ -64,6 +65,10 @@ class PrefetchWorker:
     def abandon(self) -> None:
         """The same without waiting, for a cache that was never closed."""
         self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_executor"):  # not where no thread pool could be made
+            self.abandon()
 
 
 def timed(read: Callable[[], Arrival]) -> tuple[Arrival, float]:

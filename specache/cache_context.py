@@ -1,0 +1,100 @@
+"""What the sequences of a cache need of it: settings, fast memory, tiers and background threads, without the sequences themselves.
+
+A cache refers to its sequences and to its context, sequences refer to the context, and nothing refers back: a cache that is dropped
+is freed at once, by reference counts alone.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from specache.config import Policy, SlowTierKind, SpeCacheConfig
+from specache.device.main_memory import MainMemory
+from specache.device.pinned import PinnedPool
+from specache.device.streams import streams_for
+from specache.holdings import hot_slots
+from specache.hot_set import HotSet
+from specache.layers import CompressedLayer
+from specache.model import ModelInfo
+from specache.prefetch import FetchedRows, InPlaceRows, Rows
+from specache.resources import Resources
+from specache.stats import Counters
+from specache.tiers.base import SlowTier
+from specache.tiers.disk import DiskTier
+from specache.tiers.ram import RamTier
+from specache.tiers.worker import PrefetchWorker
+
+DISK_READERS = 4  # layers whose rows are read from disk at a time
+
+
+class CacheContext:
+    """Shared by a cache and its sequences (`sequence.Owner`); a fork of the cache has its own.
+
+    Args:
+        main_memory: of the cache that this one is a fork of.
+
+    Attributes:
+        expected_sequences: of the batch that is being prefilled: the hot set's bytes are for all of them.
+        living_sequences: those that were made and are not gone yet.
+    """
+
+    def __init__(
+        self, info: ModelInfo, config: SpeCacheConfig, resources: Resources, main_memory: MainMemory | None = None
+    ) -> None:
+        self.info = info
+        self.config = config
+        self.resources = resources
+        self.counters = _new_counters(config)
+        self.expected_sequences = 0
+        self.living_sequences = 0
+        self.main_memory = main_memory or _new_main_memory(info, config)
+        self._worker: PrefetchWorker | None = None
+
+    def new_tier(self) -> SlowTier:
+        """An empty slow tier of the configured kind."""
+        if self.config.slow_tier is SlowTierKind.DISK and self.config.policy is not Policy.FULL:
+            assert self.config.slow_dir is not None, "checked by SpeCacheConfig"
+            return DiskTier(self.config.slow_dir)
+        if self.main_memory is not None:
+            return self.main_memory.new_tier()
+        return RamTier(in_place=self.config.slow_tier is SlowTierKind.RAM_INPLACE)
+
+    def rows(self, tier: SlowTier, index: int, keys: Tensor) -> Rows:
+        """A decode step's access to the 16-bit rows of a layer with keys [Hkv, n, D]."""
+        if tier.in_place or not (self.config.policy.verifies or self.config.policy.prefetches):
+            return InPlaceRows(tier, index)
+        if self._worker is None:
+            self._worker = PrefetchWorker(DISK_READERS if self.config.slow_tier is SlowTierKind.DISK else 1)
+        hot = HotSet(keys.shape[0], 0, 2 * keys.shape[2], keys.dtype, keys.device, self.resources.budget)
+        return FetchedRows(tier, index, hot, self._worker, self.resources.transfer, self.counters)
+
+    def hot_slots(self, tokens: int, layer: CompressedLayer) -> int:
+        """Slots per KV head that the hot set's budget gives a layer of a sequence of so many tokens."""
+        heads, _, dim = layer.residual_keys.shape
+        sequences = max(self.living_sequences, self.expected_sequences)
+        return hot_slots(self.resources.dimensions, self.config, heads, dim, tokens, sequences)
+
+    def fork(self, config: SpeCacheConfig) -> CacheContext:
+        """The context of a fork of the cache, with settings of its own."""
+        return CacheContext(self.info, config, self.resources, self.main_memory)
+
+    def end_worker(self) -> None:
+        """Cancel the reads that have not begun and end the background threads."""
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.close()
+
+    def forget_worker(self) -> None:
+        """In a process that was forked, where its threads are not."""
+        self._worker = None
+
+
+def _new_counters(config: SpeCacheConfig) -> Counters:
+    copies = config.slow_tier is not SlowTierKind.RAM_INPLACE
+    return Counters(prefetches=copies and config.policy.prefetches, speculates=config.policy.guesses)
+
+
+def _new_main_memory(info: ModelInfo, config: SpeCacheConfig) -> MainMemory | None:
+    if info.device.type != "cuda":
+        return None
+    return MainMemory(streams_for(info.device), PinnedPool(config.pinned_memory))

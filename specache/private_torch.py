@@ -1,0 +1,199 @@
+"""PyTorch's private operations that this package calls: all of them, and what serves where a release has them no longer.
+
+No other file calls them, and a test runs every fallback. What is in PyTorch's documentation (`torch.library`,
+`torch.compiler`, `torch.backends.cuda.can_use_flash_attention`) is not here, nor are operators of our own
+(`torch.ops.specache`).
+
+Symbols: `N` outputs, `K` inputs of a linear layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+FALLBACKS = {
+    "ops.aten._scaled_dot_product_flash_attention_for_cpu": "exact attention in plain operations, a block of scores at a time",
+    "ops.aten._scaled_dot_product_flash_attention": "exact attention in plain operations, a block of scores at a time",
+    "ops.aten._weight_int8pack_mm": "the matrix is formed from its codes, a block of outputs at a time",
+    "ops.aten._convert_weight_to_int4pack_for_cpu": "codes are packed in an order of our own, and the matrix formed from them",
+    "ops.aten._weight_int4pack_mm_for_cpu": "the matrix is formed from its codes, a block of outputs at a time",
+    "ops.mkldnn._is_mkldnn_bf16_supported": "the processor is taken to have no fast products in 16 bits",
+    "ops.mkldnn._is_mkldnn_fp16_supported": "the processor is taken to have no fast products in 16 bits",
+    "cpu._is_avx512_bf16_supported": "oneDNN is asked",
+    "cpu._is_amx_tile_supported": "oneDNN is asked",
+    "_dynamo.mark_static": "the compiler runs again when the number of rows changes",
+    "_dynamo.maybe_mark_dynamic": "the compiler runs again when the number of sequences changes",
+    "_dynamo.exc.TorchDynamoException": "any RuntimeError counts as one of the compiler's",
+}
+OUR_BLOCK = 16  # outputs that are packed together where PyTorch packs nothing; the packed layers have a multiple of it
+FORMED_ELEMENTS = 1 << 20  # of a matrix that are formed from codes at a time
+
+
+def find(path: str) -> Any | None:
+    """What stands at `torch.<path>`, a key of `FALLBACKS`, or `None` where this PyTorch has it not."""
+    if path not in _found:
+        _found[path] = _look_up(path)
+    return _found[path]
+
+
+def _look_up(path: str) -> Any | None:
+    assert path in FALLBACKS, path
+    found: Any = torch
+    for name in path.split("."):
+        try:
+            found = getattr(found, name)
+        except (AttributeError, ImportError, RuntimeError):  # `torch.ops` raises any of these
+            return None
+    return found
+
+
+def missing() -> list[str]:
+    """The operations that the installed PyTorch has not."""
+    return [path for path in FALLBACKS if find(path) is None]
+
+
+# Attention
+
+
+def flash_attention_cpu(
+    query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, causal: bool, scaling: float
+) -> tuple[Tensor, Tensor] | None:
+    """Attention of query [1, Hq, n, D] over keys and values [1, Hkv, T, D] with its log-sum-exp; `None` if it is not there."""
+    attend = find("ops.aten._scaled_dot_product_flash_attention_for_cpu")
+    if attend is None:
+        return None
+    out, lse = attend(query, keys, values, 0.0, causal, attn_mask=bias, scale=scaling)
+    return out, lse
+
+
+def flash_attention_cuda(query: Tensor, keys: Tensor, values: Tensor, causal: bool, scaling: float) -> tuple[Tensor, Tensor] | None:
+    """The same on CUDA, without a bias. Raises `RuntimeError` where the GPU cannot."""
+    attend = find("ops.aten._scaled_dot_product_flash_attention")
+    if attend is None:
+        return None
+    out, lse, *_ = attend(query, keys, values, 0.0, causal, scale=scaling)
+    return out, lse
+
+
+# Products with quantised weights
+
+
+def int8_product(rows: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """Rows [M, K] times codes int8 [N, K] with one scale per output [N] -> [M, N]."""
+    product = find("ops.aten._weight_int8pack_mm")
+    if product is not None:
+        out: Tensor = product(rows, codes, scales)
+        return out
+    out = rows.new_empty(len(rows), len(codes))
+    step = max(FORMED_ELEMENTS // codes.shape[1], 1)
+    for start in range(0, len(codes), step):
+        part = slice(start, start + step)
+        out[:, part] = linear(rows, codes[part].to(rows.dtype)) * scales[part]
+    return out
+
+
+def pack_int4(codes: Tensor) -> tuple[Tensor, int | None]:
+    """Codes int32 [N, K], N a multiple of 16 -> packed uint8 [N, K / 2], and the block with which `unpack_int4` undoes that: `None`
+    for an order of PyTorch's that is not known.
+    """
+    convert = find("ops.aten._convert_weight_to_int4pack_for_cpu")
+    if convert is None or find("ops.aten._weight_int4pack_mm_for_cpu") is None:
+        return _pack_int4(codes, OUR_BLOCK), OUR_BLOCK
+    packed: Tensor = convert(codes, 1)
+    known = (64, 32)  # AVX-512, AVX2
+    block = next((b for b in known if len(codes) % b == 0 and torch.equal(unpack_int4(packed, b).int(), codes)), None)
+    return packed, block
+
+
+def unpack_int4(packed: Tensor, block: int) -> Tensor:
+    """uint8 codes [N, K] from packed ones: of `block` outputs, byte j of an input holds outputs j and j + block / 2."""
+    outputs, inputs = packed.shape[0], packed.shape[1] * 2
+    each = packed.view(outputs // block, inputs, block // 2)
+    return torch.cat([each & 15, each >> 4], dim=-1).transpose(1, 2).reshape(outputs, inputs)
+
+
+def _pack_int4(codes: Tensor, block: int) -> Tensor:
+    outputs, inputs = codes.shape
+    each = codes.to(torch.uint8).view(outputs // block, block, inputs).transpose(1, 2)  # [N / block, K, block]
+    low, high = each.split(block // 2, dim=-1)
+    return (low | high << 4).reshape(outputs, inputs // 2)
+
+
+def int4_matrix(packed: Tensor, block: int, scales_and_zeros: Tensor) -> Tensor:
+    """The matrix [N, K] of packed codes with scales and zero points [K / g, N, 2]: (code - 8) * scale + zero."""
+    scales, zeros = scales_and_zeros.transpose(0, 1).unsqueeze(-1).unbind(2)  # [N, K / g, 1]
+    codes = unpack_int4(packed, block).unflatten(1, (scales.shape[1], -1))
+    return torch.addcmul(zeros, codes.to(scales.dtype).sub_(8), scales).flatten(1)
+
+
+def int4_product(rows: Tensor, packed: Tensor, block: int | None, group: int, scales_and_zeros: Tensor) -> Tensor:
+    """Rows [M, K] times the matrix of `int4_matrix` -> [M, N].
+
+    Args:
+        packed, block: of `pack_int4`.
+        group: inputs that share a scale.
+    """
+    product = find("ops.aten._weight_int4pack_mm_for_cpu")
+    if product is not None and block != OUR_BLOCK:
+        out: Tensor = product(rows, packed, group, scales_and_zeros)
+        return out
+    assert block is not None, "an order that only PyTorch's product knows"
+    out = rows.new_empty(len(rows), len(packed))
+    step = max(FORMED_ELEMENTS // (2 * packed.shape[1]) // block, 1) * block
+    for start in range(0, len(packed), step):
+        part = slice(start, start + step)
+        out[:, part] = linear(rows, int4_matrix(packed[part], block, scales_and_zeros[:, part]))
+    return out
+
+
+# What the processor has
+
+
+def multiplies_natively(dtype: torch.dtype) -> bool:
+    """Whether oneDNN, through which PyTorch multiplies on a CPU, has fast products of this 16-bit type here."""
+    kind = "bf16" if dtype is torch.bfloat16 else "fp16"
+    return _says_yes(f"ops.mkldnn._is_mkldnn_{kind}_supported")
+
+
+def has_bfloat16_instructions() -> bool:
+    """Whether the CPU has bfloat16 matrix instructions that PyTorch uses."""
+    asked = ("cpu._is_avx512_bf16_supported", "cpu._is_amx_tile_supported")
+    if all(find(path) is None for path in asked):
+        return multiplies_natively(torch.bfloat16)
+    return any(_says_yes(path) for path in asked)
+
+
+def _says_yes(path: str) -> bool:
+    ask = find(path)
+    try:
+        return ask is not None and bool(ask())
+    except RuntimeError:  # built without oneDNN
+        return False
+
+
+# The compiler
+
+
+def fix_size(tensor: Tensor, dimension: int) -> None:
+    """Have the compiler make a graph for this size of a dimension alone."""
+    if mark := find("_dynamo.mark_static"):
+        mark(tensor, dimension)
+
+
+def free_size(tensor: Tensor, dimension: int) -> None:
+    """Have the compiler make one graph for all sizes of a dimension, if it can."""
+    if mark := find("_dynamo.maybe_mark_dynamic"):
+        mark(tensor, dimension)
+
+
+def compiler_error() -> type[Exception]:
+    """What the compiler raises when it cannot compile."""
+    error: type[Exception] = find("_dynamo.exc.TorchDynamoException") or RuntimeError
+    return error
+
+
+_found: dict[str, Any] = {path: _look_up(path) for path in FALLBACKS if not path.startswith("_dynamo")}  # importing that takes long
