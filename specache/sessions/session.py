@@ -26,6 +26,7 @@ from specache.sessions.saving import write_state
 from specache.sessions.schema import is_data_file
 from specache.tiers.disk import DiskTier
 from specache.tiers.system_errors import reason
+from specache.window_checkpoints import Spacing
 
 MOST_SEGMENTS = 8  # files of rows per layer; a fork adds one, and all of them are open as long as the session is
 _LAYOUT = ("bits", "code", "group_size", "residual")
@@ -222,7 +223,8 @@ class Session:
             tail = state.open_tail(self.folder, manifest)
             sequence.tier = state.open_tier(self.folder, manifest, tail)
             state.restore(sequence, cache.info.device, self.folder, manifest, tail)
-        self._checkpoints = DiskCheckpoints(self.folder, manifest)
+        spacing = Spacing.of([window for window in cache.info.windows if window is not None] or [1])
+        self._checkpoints = DiskCheckpoints(spacing, self.folder, manifest)
         sequence.checkpoints = self._checkpoints
         self._check_sizes()
         try:
