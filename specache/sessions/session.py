@@ -20,7 +20,7 @@ from specache.sessions.checkpoints import DiskCheckpoints
 from specache.sessions.identity import check_identity, identify
 from specache.sessions.lock import FolderLock
 from specache.sessions.manifest import Identity, Manifest, Message, settings_of
-from specache.sessions.manifest_file import FILE, TEMPORARY, check_ours, read_manifest
+from specache.sessions.manifest_file import TEMPORARY, check_ours, is_saved, read_manifest, refresh_copy
 from specache.sessions.names import check_name, is_folder, private_root
 from specache.sessions.saving import write_state
 from specache.sessions.schema import is_data_file
@@ -89,7 +89,7 @@ class Session:
         self._saved: Manifest | None = None
         self._cache: SessionCache | None = None
         try:
-            self._saved = read_manifest(self.folder)
+            self._saved = self._read_saved()
             self.messages: list[dict[str, str]] = [asdict(one) for one in self._saved.messages] if self._saved else []
             self._identity = self._checked_identity(model, tokenizer)
             self._cache = SessionCache(model, self._config(config), self._lock)
@@ -173,7 +173,7 @@ class Session:
                 if cache is not None:
                     cache.close()
             finally:
-                if self._saved is None and self._lock.held and not os.path.lexists(self.folder / FILE):
+                if self._saved is None and self._lock.held and not is_saved(self.folder):
                     shutil.rmtree(self.folder, ignore_errors=True)
 
     def __enter__(self) -> Session:
@@ -183,6 +183,9 @@ class Session:
         self.close()
 
     # Opening
+
+    def _read_saved(self) -> Manifest | None:
+        return read_manifest(self.folder)
 
     def _checked_identity(self, model: Any, tokenizer: Any) -> Identity:
         mine = identify(model, tokenizer)
@@ -227,6 +230,7 @@ class Session:
         self._checkpoints = DiskCheckpoints(spacing, self.folder, manifest)
         sequence.checkpoints = self._checkpoints
         self._check_sizes()
+        refresh_copy(self.folder)
         try:
             self._remove_garbage()
         except OSError as error:
