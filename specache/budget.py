@@ -2,15 +2,26 @@
 
 Low-bit pages, residuals, key weights, hot sets, read buffers, sliding windows and the working set of a pass draw on the same
 budget, so that their sum cannot exceed it. All sizes are in bytes.
+
+Spare bytes (`claim_spare`) hold what can be done without: they count only as long as nobody else needs them.
 """
 
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from specache.errors import FastMemoryError
+
+
+class SpareHolder(Protocol):
+    """Somebody who holds spare bytes."""
+
+    def give_up(self, size: int) -> None:
+        """Release spare claims of `size` bytes or more, or all that there are."""
 
 
 class ByteBudget:
@@ -19,12 +30,15 @@ class ByteBudget:
     Attributes:
         used: bytes held now.
         peak: the most that were held at once.
+        spare: bytes held beside them by those who give them up when they are needed; in neither of the two.
     """
 
     def __init__(self, limit: int | None = None) -> None:
         self.limit = limit
         self.used = 0
         self.peak = 0
+        self.spare = 0
+        self._holders: weakref.WeakSet[SpareHolder] = weakref.WeakSet()
         self._lock = threading.RLock()  # claims may be collected on any thread
 
     @property
@@ -45,6 +59,7 @@ class ByteBudget:
                     f"{self.limit:,}. Raise fast_memory, use fewer bits, a smaller top_k, hot_set or prefill_chunk, or a shorter "
                     "context; `specache plan` says how much each of them needs."
                 )
+            self._make_room(size)
             self.used += size
             self.peak = max(self.peak, self.used)
 
@@ -55,6 +70,28 @@ class ByteBudget:
     def claim(self, size: int, what: str) -> Claim:
         """Bytes of one holder, whose number may change; raises as `take`."""
         return Claim(self, size, what)
+
+    def claim_spare(self, size: int, holder: SpareHolder) -> SpareClaim | None:
+        """Bytes that `holder` gives up when somebody else needs them; `None` where there is no room for them."""
+        with self._lock:
+            if self.limit is not None and self.used + self.spare + size > self.limit:
+                return None
+            self._holders.add(holder)
+            return SpareClaim(self, size)
+
+    def count_spare(self, size: int) -> None:
+        with self._lock:
+            self.spare += size
+
+    def _make_room(self, size: int) -> None:
+        """Have spare bytes given up as far as `size` more do not fit beside them."""
+        if self.limit is None or size <= 0:
+            return
+        for holder in list(self._holders):
+            short = self.used + self.spare + size - self.limit
+            if short <= 0:
+                return
+            holder.give_up(short)
 
     @contextmanager
     def reserved(self, size: int, what: str) -> Iterator[None]:
@@ -87,6 +124,22 @@ class Claim:
 
     def release(self) -> None:
         self.resize(0)
+
+    def __del__(self) -> None:
+        self.release()
+
+
+class SpareClaim:
+    """Spare bytes that one holder keeps of a budget, until `release` or until the claim is gone."""
+
+    def __init__(self, budget: ByteBudget, size: int) -> None:
+        self.size = size
+        self._budget = budget
+        budget.count_spare(size)
+
+    def release(self) -> None:
+        size, self.size = self.size, 0
+        self._budget.count_spare(-size)
 
     def __del__(self) -> None:
         self.release()

@@ -95,6 +95,8 @@ class Decoder:
         with self._timed("decode_s"):
             for places in self._groups(indices):
                 self._step_group(places, indices, tokens, guesses, result)
+            for index in indices:
+                self._cache.sequences[index].end_step()
         self._cache.counters.decoded_tokens += len(indices)
         return result
 
@@ -123,16 +125,18 @@ class Decoder:
             chunk = total  # frequencies depend on the longest position of a forward pass
         reset_rope(self._model, self._info)
         sequence.tier.reserve(total)
+        sequence.begin_prefill()
         progress(sequence.length, total)
         with self._working_set(self._prefill_bytes(sequence, total, chunk)):
             while sequence.length < total:
                 start = sequence.length
                 stop = min(start + chunk, total)
+                sequence.begin_chunk(stop, total)
                 state = PrefillPass(sequence, config.policy, config.top_k, stop == total, observe)
                 ids = token_ids[start:stop]
                 logits = forward(self._model, self._ids([ids]), self._positions([start], len(ids)), state, logits=1)
                 sequence.commit(ids)
-                sequence.offer_checkpoint()
+                sequence.end_chunk()
                 progress(stop, total)
         sequence.prepare_decode()
         return logits[0, -1]

@@ -15,6 +15,8 @@ from specache.tiers.ram import ram_capacity
 from specache.tiers.row_layout import BLOCK_TOKENS, RowLayout
 
 FLOAT = 4  # bytes of a query or a key weight, a score, a log-sum-exp, an attention output before it is rounded
+CHECKPOINT_FEWEST = 4  # copies of the windows that a sequence may keep however large they are
+CHECKPOINT_BYTES = 64 << 20  # of them that it may keep however short it is
 ORDINARY_ITEMSIZE = 2  # the ordinary cache that everything is compared with has a 16-bit dtype
 
 
@@ -206,6 +208,14 @@ def row_layout(model: ModelDimensions, layer: LayerDimensions) -> RowLayout:
 def window_bytes(model: ModelDimensions) -> int:
     """Ring buffers of one sequence's sliding layers: the whole window, however short the sequence."""
     return sum(layer.row_bytes(model.itemsize) * layer.window for layer in model.layers if layer.window is not None)
+
+
+def checkpoint_allowance(model: ModelDimensions, tokens: int) -> int:
+    """Most bytes that copies of the windows at earlier lengths may take beside a sequence of `tokens`: half of its full-attention
+    layers' 16-bit rows, or more where that is little.
+    """
+    rows = tokens * sum(layer.row_bytes(model.itemsize) for layer in model.full_layers)
+    return max(CHECKPOINT_FEWEST * window_bytes(model), CHECKPOINT_BYTES, rows // 2)
 
 
 def ordinary_bytes(model: ModelDimensions, tokens: int) -> int:

@@ -58,6 +58,8 @@ class PrefillPass:
         keys, values = keys.to(layer.dtype), values.to(layer.dtype)
         if self._observe is not None and not isinstance(layer, WindowLayer):
             self._observe(index, query[0], params)
+        if isinstance(layer, WindowLayer):
+            self._sequence.capture_window(layer, keys[0], values[0])
         out = layer.prefill(query[0], keys[0], values[0], params)  # [Hq, n, D]
         if self._select_first and isinstance(layer, CompressedLayer):
             select_first(query[0, :, -1:], layer, params, self._top_k)

@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Protocol
 
 from torch import Tensor
 
 from specache.config import Policy, SpeCacheConfig
-from specache.holdings import read_buffer_bytes
+from specache.holdings import checkpoint_allowance, read_buffer_bytes
 from specache.layers import CompressedLayer, DenseLayer
 from specache.model import ModelInfo
 from specache.prefetch import Rows
 from specache.resources import Resources
 from specache.stats import MemoryUse
 from specache.tiers.base import SlowTier
+from specache.window_checkpoints import MemoryCheckpoints, Spacing, WindowCheckpoints
 from specache.window_layer import WindowLayer
 
 Layer = CompressedLayer | DenseLayer | WindowLayer
-
-
-class WindowCheckpoints(Protocol):
-    """Copies of the sliding windows at some lengths of a sequence, from which it can go on after it was cut."""
-
-    def offer(self, length: int, windows: Mapping[int, WindowLayer]) -> None:
-        """The sequence has `length` tokens; keep its windows (by layer) if that is due."""
-
-    def newest(self, length: int) -> tuple[int, dict[int, Tensor]] | None:
-        """The longest length that is kept and at most `length`, and its rings by layer."""
-
-    def forget_after(self, length: int) -> None:
-        """Tokens from `length` on are gone."""
 
 
 class Owner(Protocol):
@@ -62,7 +49,7 @@ class Sequence:
         self._owner = owner
         self.tier: SlowTier = owner.new_tier()
         self._read_buffers = owner.resources.budget.claim(0, "read buffers")
-        self.checkpoints: WindowCheckpoints | None = None
+        self.checkpoints: WindowCheckpoints | None = self._new_checkpoints()
         self.layers: dict[int, Layer] = {}
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None
@@ -103,10 +90,29 @@ class Sequence:
     def commit(self, token_ids: list[int]) -> None:
         self.token_ids += token_ids
 
-    def offer_checkpoint(self) -> None:
+    def begin_prefill(self) -> None:
+        """Keep the windows as they are: here begins what the next request changes."""
+        self._offer_checkpoint()
+
+    def begin_chunk(self, stop: int, total: int) -> None:
+        """The next pass brings a prompt of `total` tokens to `stop`."""
+        if self.checkpoints is not None:
+            self.checkpoints.begin(self.length, stop, total)
+
+    def capture_window(self, layer: WindowLayer, keys: Tensor, values: Tensor) -> None:
+        """A sliding layer is about to store a chunk's keys and values [Hkv, n, D]."""
+        if self.checkpoints is not None:
+            self.checkpoints.capture(layer, keys, values)
+
+    def end_chunk(self) -> None:
         """A chunk of the prompt is through every layer."""
         if self.checkpoints is not None:
-            self.checkpoints.offer(self.length, self.sliding)
+            self.checkpoints.end(self.length, self._most_checkpoint_bytes())
+
+    def end_step(self) -> None:
+        """A token of the answer is through every layer."""
+        if self.checkpoints is not None and self.checkpoints.spacing.due_in_answer(self.length):
+            self._offer_checkpoint()
 
     def begin_pass(self) -> None:
         """Remember what `undo_pass` needs."""
@@ -143,18 +149,22 @@ class Sequence:
             SlowTierError: the slow tier cannot be read; nothing changed.
             SessionError: a checkpoint cannot be read; nothing changed.
         """
-        rings: dict[int, Tensor] = {}
+        stored, rings = 0, dict[int, Tensor]()
         if not self.can_truncate(length):
             checkpoint = None if self.checkpoints is None else self.checkpoints.newest(length)
-            if checkpoint is None or not all(layer.can_truncate(checkpoint[0]) for layer in self.compressed.values()):
+            if checkpoint is None:
                 return self.clear()
-            length, rings = checkpoint
+            stored, rings = checkpoint
+            length = min(length, stored)
+            if not all(layer.can_truncate(length) for layer in self.compressed.values()):
+                return self.clear()
         residuals = {i: layer.residual_at(length) for i, layer in self.compressed.items()}  # all are read before anything changes
         for index, layer in self.layers.items():
             if isinstance(layer, CompressedLayer):
                 layer.truncate(length, residuals[index])
             elif isinstance(layer, WindowLayer) and index in rings:
-                layer.restore(rings[index], length)
+                layer.restore(rings[index], stored)
+                layer.truncate(length)
             else:
                 layer.truncate(length)
         del self.token_ids[length:]
@@ -211,6 +221,8 @@ class Sequence:
         for index, layer in self.layers.items():
             other.layers[index] = forked = self._fork_layer(layer, other)
             other._hold_buffers(forked)
+        if self.checkpoints is not None:
+            other.checkpoints = self.checkpoints.fork()
         return other
 
     def held_bytes(self) -> int:
@@ -219,6 +231,8 @@ class Sequence:
 
     def memory(self) -> MemoryUse:
         use = MemoryUse(slow=self.tier.nbytes)
+        if self.checkpoints is not None:
+            use.checkpoints = self.checkpoints.nbytes
         for layer in list(self.layers.values()):  # another thread may be adding some
             if isinstance(layer, WindowLayer):
                 use.windows += layer.nbytes
@@ -229,6 +243,20 @@ class Sequence:
             if isinstance(layer, CompressedLayer):
                 use.hot += layer.rows.nbytes
         return use
+
+    def _new_checkpoints(self) -> MemoryCheckpoints | None:
+        windows = [window for window in self._owner.info.windows if window is not None]
+        if not windows:
+            return None
+        on_cpu = self._owner.info.device.type == "cpu"
+        return MemoryCheckpoints(Spacing.of(windows), self._owner.resources.budget if on_cpu else None)
+
+    def _offer_checkpoint(self) -> None:
+        if self.checkpoints is not None:
+            self.checkpoints.offer(self.length, self.sliding, self._most_checkpoint_bytes())
+
+    def _most_checkpoint_bytes(self) -> int:
+        return checkpoint_allowance(self._owner.resources.dimensions, self.length)
 
     def _hold_buffers(self, layer: Layer) -> None:
         """Take fast memory for a layer's rows on their way from and to the slow tier."""

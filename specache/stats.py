@@ -12,13 +12,15 @@ class MemoryUse:
 
     `fast` is low-bit copy and residual (the whole 16-bit cache under policy `full`) of the full-attention layers;
     `full` is what the same layers' ordinary cache takes in a 16-bit dtype. `windows` are the sliding layers' ring
-    buffers, `ordinary_windows` the same in an ordinary 16-bit hybrid cache.
+    buffers, `ordinary_windows` the same in an ordinary 16-bit hybrid cache. `checkpoints` are copies of the ring buffers at
+    earlier lengths, in main memory or (of a session) in files; those that forks share count in each.
     """
 
     fast: int = 0
     slow: int = 0
     hot: int = 0
     windows: int = 0
+    checkpoints: int = 0
     full: int = 0
     ordinary_windows: int = 0
 
@@ -59,12 +61,13 @@ def report(memory: MemoryUse, counters: Counters, fast_memory_peak: int) -> dict
         "slow_bytes": m.slow,
         "hot_bytes": m.hot,
         "window_bytes": m.windows,
+        "checkpoint_bytes": m.checkpoints,
         "full_bytes": m.full,
         "fast_ratio": _ratio(m.fast, m.full),
         "hot_ratio": _ratio(m.hot, m.full),
         "model_ratio": _ratio(m.fast + m.windows, m.full + m.ordinary_windows),
         "fast_memory_peak_bytes": fast_memory_peak,
-        "total_bytes": m.fast + m.slow + m.hot + m.windows,
+        "total_bytes": m.fast + m.slow + m.hot + m.windows + m.checkpoints,
         "rows_selected": c.rows_selected,
         "rows_ready": c.rows_ready if c.prefetches else None,
         "hit_rate": _ratio(c.rows_ready, c.rows_selected) if c.prefetches else None,

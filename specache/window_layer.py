@@ -40,9 +40,28 @@ class WindowLayer:
         return self._ring
 
     def restore(self, ring: Tensor, length: int) -> None:
-        """Take over the `ring` of a sequence of `length` tokens."""
-        self._ring.copy_(ring)
+        """Take over the `ring` of a sequence of `length` tokens, whole or without the slots that none of them has used."""
+        self._ring[:, :, : ring.shape[2]].copy_(ring)
         self.length = length
+
+    def ring_at(self, length: int, keys: Tensor, values: Tensor) -> Tensor:
+        """The ring as it is after `length` tokens, while the pass that brings keys and values [Hkv, n, D] has not stored them yet.
+
+        Args:
+            length: from the stored tokens to those with the pass.
+
+        Returns:
+            A copy [2, Hkv, min(length, window), D]: slots that no token has used are left out.
+        """
+        count = min(length, self.window)
+        slots = torch.arange(length - count, length, device=self._ring.device) % self.window
+        old = max(0, self.length - (length - count))  # of its tokens, those that are stored
+        ring = self._ring.new_empty(*self._ring.shape[:2], count, self._ring.shape[3])
+        ring[:, :, slots[:old]] = self._ring[:, :, slots[:old]]
+        new = slice(length - count + old - self.length, length - self.length)
+        for half, tensor in zip(ring, (keys, values), strict=True):
+            half[:, slots[old:]] = tensor[:, new]
+        return ring
 
     def move_ring(self, into: Tensor) -> None:
         """Keep the ring in `into` [2, Hkv, window, D] from now on."""

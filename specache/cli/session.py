@@ -5,18 +5,24 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from specache.cli import options
-from specache.cli.console import err, reports_errors, write
+from specache.cli.console import EXIT_ERROR, err, quiet_libraries, reports_errors, status, write
+from specache.cli.models import Device, Dtype
 from specache.cli.report import UNKNOWN, size
+from specache.weight_format import WeightFormat
+
+if TYPE_CHECKING:
+    from specache.cli.models import LoadedModel
+    from specache.repair import RepairReport
 
 app = typer.Typer(
-    help="List, show, fork, remove, export and import sessions.",
+    help="List, show, fork, remove, export, import and repair sessions.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -136,6 +142,75 @@ def import_session(
     from specache import sessions
 
     sessions.import_session(file, name, session_dir)
+
+
+@app.command("repair")
+@reports_errors
+def repair_session(
+    name: Name,
+    model: options.OptionalModel = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only say what is damaged, and change nothing. The exit code is 1 if something is.")
+    ] = False,
+    session_dir: Folder = None,
+    dtype: options.DtypeOption = Dtype.AUTO,
+    weights: options.WeightsOption = WeightFormat.AUTO,
+    device: options.DeviceOption = Device.AUTO,
+    threads: options.Threads = None,
+    revision: options.Revision = None,
+    offline: options.Offline = False,
+    as_json: options.Json = False,
+) -> None:
+    """Mend a damaged session: what is damaged is read again from its tokens, the rest stays as it is.
+
+    All files are checked first. Where nothing has to be read again, no model is needed. What cannot be mended is said, and then
+    nothing is changed.
+    """
+    from specache import repair
+
+    report = repair.check(name, folder=session_dir)
+    if report.damages and not check:
+        loaded = None
+        if report.needs_model and model is not None:
+            loaded = _load(model, dtype, weights, device, threads, revision, offline)
+        report = repair.repair(
+            name,
+            None if loaded is None else loaded.model,
+            tokenizer=None if loaded is None else loaded.tokenizer,
+            folder=session_dir,
+        )
+    if as_json:
+        _write_json(report.to_dict())
+    else:
+        _say_repair(report)
+    if check and report.damages:
+        raise typer.Exit(EXIT_ERROR)
+
+
+def _load(
+    name: str, dtype: Dtype, weights: WeightFormat, device: Device, threads: int | None, revision: str | None, offline: bool
+) -> LoadedModel:
+    """Load the model that reads tokens again."""
+    from specache.cli.models import load
+
+    quiet_libraries()
+    options.set_threads(threads)
+    with status("Loading the model") as say:
+        return load(name, dtype=dtype, weights=weights, device=device, revision=revision, offline=offline, on_progress=say)
+
+
+def _say_repair(report: RepairReport) -> None:
+    """What was damaged, and what was done."""
+    for damage in report.damages:
+        write(f"{damage.file}: {damage.problem}\n")
+    if not report.damages:
+        write(f"{report.name}: nothing is damaged; all {report.tokens:,} tokens are there.\n")
+    elif report.mended:
+        read = f"{report.tokens_read:,} of {report.tokens:,} tokens were" if report.tokens_read else "no token was"
+        write(f"{report.name} is mended: {read} read again.\n")
+    else:
+        how = "with the model: -m MODEL" if report.needs_model else "without a model"
+        write(f"'specache session repair {report.name}' can mend it, {how}.\n")
 
 
 def _write_json(document: dict[str, Any]) -> None:

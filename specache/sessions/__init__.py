@@ -23,6 +23,7 @@ __all__ = [
     "fork",
     "import_session",
     "remove",
+    "repair",
     "show",
     "stored",
     "stored_config",
@@ -34,6 +35,7 @@ __getattr__ = importer(
         "Session": "specache.sessions.session",
         "export_session": "specache.sessions.transfer",
         "import_session": "specache.sessions.transfer",
+        "repair": "specache.repair",  # above this package: it runs the model
     },
 )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -13,59 +12,63 @@ from specache.sessions.files import StoredFile
 from specache.sessions.manifest import Checkpoint, Manifest
 from specache.sessions.snapshot import DTYPE_NAMES, Snapshot, TensorSpec, write_snapshot
 from specache.tiers.system_errors import reason
-from specache.window_layer import WindowLayer
-
-INTERVAL = 4096  # tokens between two checkpoints, at least
+from specache.window_checkpoints import MemoryCheckpoints, PendingWindows, Spacing, WindowCheckpoints
 
 
-class DiskCheckpoints:
+class DiskCheckpoints(WindowCheckpoints):
     """The checkpoints of one session's sequence. They count with the next save.
 
     Args:
+        spacing: of the model's windows.
         folder: the session's.
         manifest: the state that was opened, if any.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest | None) -> None:
+    def __init__(self, spacing: Spacing, folder: Path, manifest: Manifest | None) -> None:
+        super().__init__(spacing)
         self._folder = folder
         self.kept: list[Checkpoint] = list(manifest.checkpoints) if manifest else []
         self.files: dict[str, StoredFile] = {one.file: manifest.files[one.file] for one in self.kept} if manifest else {}
         self._specs = ring_specs(manifest) if manifest else {}
 
-    def offer(self, length: int, windows: Mapping[int, WindowLayer]) -> None:
-        """Keep the windows if the last checkpoint is far behind.
+    @property
+    def lengths(self) -> list[int]:
+        return [one.tokens for one in self.kept]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.files[one.file].bytes for one in self.kept)
+
+    def fork(self) -> MemoryCheckpoints | None:
+        """`None`: the session may remove its files before the copy of its sequence goes back."""
+        return None
+
+    def _keep(self, length: int, windows: PendingWindows) -> None:
+        """Write the windows of the first `length` tokens.
 
         Raises:
             SessionError: they cannot be written.
         """
-        if not windows or length - (self.kept[-1].tokens if self.kept else 0) < INTERVAL:
-            return
         name = f"windows-{secrets.token_hex(8)}.safetensors"
-        rings = {f"ring.{index}": TensorSpec.of(layer.ring) for index, layer in windows.items()}
+        rings = {f"ring.{index}": windows.whole(index) for index in sorted(windows.rings)}
+        specs = {key: TensorSpec.of(ring) for key, ring in rings.items()}
         try:
-            self.files[name] = write_snapshot(self._folder / name, rings)
+            self.files[name] = write_snapshot(self._folder / name, specs)
         except OSError as error:
             raise SessionError(
                 f"A checkpoint of the sliding windows cannot be written to {self._folder}: {reason(error)}"
             ) from error
-        self._specs = {key: TensorSpec(spec.dtype, spec.shape) for key, spec in rings.items()}
-        self.kept.append(Checkpoint(name, length))
+        self._specs = {key: TensorSpec(spec.dtype, spec.shape) for key, spec in specs.items()}
+        self.kept = sorted([*self.kept, Checkpoint(name, length)], key=lambda one: one.tokens)
 
-    def newest(self, length: int) -> tuple[int, dict[int, Tensor]] | None:
-        """The last checkpoint of at most `length` tokens, and its rings by layer.
-
-        Raises:
-            SessionError: its file is damaged.
-        """
-        found = next((one for one in reversed(self.kept) if one.tokens <= length), None)
-        if found is None:
-            return None
+    def _rings(self, index: int) -> dict[int, Tensor]:
+        found = self.kept[index]
         rings = Snapshot(self._folder / found.file, self.files[found.file], self._specs).read(self._specs)
-        return found.tokens, {int(name.partition(".")[2]): ring for name, ring in rings.items()}
+        return {int(name.partition(".")[2]): ring for name, ring in rings.items()}
 
-    def forget_after(self, length: int) -> None:
-        """Tokens from `length` on are gone, and with them the checkpoints behind."""
-        self.kept = [one for one in self.kept if one.tokens <= length]
+    def _drop(self, index: int) -> None:
+        """Forget a checkpoint. Its file is removed with the next save: the saved state may refer to it."""
+        del self.kept[index]
 
 
 def ring_specs(manifest: Manifest) -> dict[str, TensorSpec]:

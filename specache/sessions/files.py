@@ -15,7 +15,8 @@ from specache.tiers import aligned_io
 from specache.tiers.system_errors import reason
 
 BLOCK = 1 << 20
-DAMAGED = "It was damaged or replaced since. Use another copy of the session, or remove it and start again from the prompt."
+REPAIR = "'specache session repair NAME -m MODEL' mends what can be read again from its tokens"
+DAMAGED = f"It was damaged or replaced since. {REPAIR}; else use another copy of the session, or remove it."
 
 
 @dataclass(frozen=True)

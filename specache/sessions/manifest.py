@@ -106,6 +106,8 @@ class Manifest:
         tails: per full-attention layer, what the tail has of it.
         pages: of the low-bit copy, in order.
         tail: the snapshot of all that changes with every token; `None` before the first.
+        token_copy: the snapshot of what the rest can be made again from, which the tail has too; `None` before the first token, and
+            in sessions of the first version.
         checkpoints: of the sliding windows, the shortest first.
         files: all snapshots referred to.
     """
@@ -122,6 +124,7 @@ class Manifest:
     tails: dict[int, TailShape] = field(default_factory=dict)
     pages: tuple[PageSpan, ...] = ()
     tail: str | None = None
+    token_copy: str | None = None
     checkpoints: tuple[Checkpoint, ...] = ()
     files: dict[str, StoredFile] = field(default_factory=dict)
 
@@ -140,6 +143,11 @@ class Manifest:
     @property
     def windows(self) -> dict[int, LayerShape]:
         return {index: shape for index, shape in self.layers.items() if shape.window is not None}
+
+    def snapshots(self) -> list[str]:
+        """Names of all snapshots that it refers to."""
+        named = [*(span.file for span in self.pages), *(checkpoint.file for checkpoint in self.checkpoints)]
+        return [*named, *filter(None, [self.tail, self.token_copy])]
 
     def row_files(self) -> dict[str, int]:
         """Names of the files of rows, and the bytes of each that are in use."""

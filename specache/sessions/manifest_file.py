@@ -1,13 +1,18 @@
-"""The manifest of a session on disk, `session.json`. Putting a new one in its place is what saves."""
+"""The manifest of a session on disk, `session.json`. Putting a new one in its place is what saves.
+
+A copy of it, which nothing but repairing reads, is written behind it. After a crash between the two it is the one before.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 from specache.errors import SessionError, SpeCacheError
-from specache.sessions.files import PrivateFile, new_digest, plain_file
+from specache.sessions.files import REPAIR, PrivateFile, new_digest, plain_file
 from specache.sessions.lock import LOCK_FILE
 from specache.sessions.manifest import Manifest
 from specache.sessions.schema import is_data_file, parse
@@ -17,10 +22,12 @@ from specache.tiers.scratch import PROBE_PREFIX, SCRATCH_PREFIX
 from specache.tiers.system_errors import reason
 
 FILE = "session.json"
+COPY = "session.json.copy"
 TEMPORARY = "session.json.new"
-VERSION = 1  # of the manifest, of what its files hold and of the pages' layout
+VERSION = 2  # of the manifest, of what its files hold and of the pages' layout
+OLDEST = 1  # that can be read: it had no copy of the tokens
 LONGEST = 64 << 20  # bytes
-_ADVICE = "Use another copy of the session, or remove it and start again from the prompt."
+_ADVICE = f"{REPAIR}; else use another copy of the session, or remove it and start again from the prompt."
 
 
 def check_ours(folder: Path) -> None:
@@ -38,7 +45,7 @@ def check_ours(folder: Path) -> None:
 
 
 def _is_ours(name: str) -> bool:
-    return name in (FILE, TEMPORARY, LOCK_FILE) or is_data_file(name) or name.startswith((SCRATCH_PREFIX, PROBE_PREFIX))
+    return name in (FILE, COPY, TEMPORARY, LOCK_FILE) or is_data_file(name) or name.startswith((SCRATCH_PREFIX, PROBE_PREFIX))
 
 
 def encode(manifest: Manifest) -> bytes:
@@ -54,35 +61,81 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     Raises:
         OSError: it cannot be written; the one before is there, or (only if the folder cannot be synced) the new one.
     """
-    temporary = folder / TEMPORARY
-    try:
-        temporary.unlink(missing_ok=True)
-        with PrivateFile(temporary) as file:
-            file.write(encode(manifest))
-            file.finish()
-        aligned_io.sync_folder(folder)  # the files that it refers to
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    temporary.replace(folder / FILE)
-    aligned_io.sync_folder(folder)
+    data = encode(manifest)
+    _put(folder, FILE, data)
+    _put_copy(folder, data)
 
 
 def read_manifest(folder: Path) -> Manifest | None:
     """The manifest of a session; `None` if it was never saved.
 
     Raises:
-        SessionError: it cannot be read, is damaged, or was written by a newer version.
+        SessionError: it cannot be read, is damaged, is gone while its copy is there, or was written by a newer version.
     """
-    path = folder / FILE
+    data = _read(folder / FILE)
+    if data is None:
+        if os.path.lexists(folder / COPY):
+            raise SessionError(f"{folder / FILE} is gone, and its copy is there. {_ADVICE}")
+        return None
+    return decode(data, str(folder / FILE))
+
+
+def read_copy(folder: Path) -> Manifest | None:
+    """The copy of the manifest; `None` where there is none (sessions of the first version).
+
+    Raises:
+        SessionError: as `read_manifest`.
+    """
+    data = _read(folder / COPY)
+    return None if data is None else decode(data, str(folder / COPY))
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether there is a manifest or its copy, readable or not."""
+    return any(os.path.lexists(folder / name) for name in (FILE, COPY))
+
+
+def refresh_copy(folder: Path) -> None:
+    """Make the copy what the manifest is, where a crash came between the two or there was none. Not being able to harms nothing."""
+    with contextlib.suppress(SessionError, OSError):
+        data = _read(folder / FILE)
+        if data is not None and _read(folder / COPY) != data:
+            _put_copy(folder, data)
+
+
+def _put(folder: Path, name: str, data: bytes) -> None:
+    temporary = folder / TEMPORARY
+    try:
+        temporary.unlink(missing_ok=True)
+        with PrivateFile(temporary) as file:
+            file.write(data)
+            file.finish()
+        aligned_io.sync_folder(folder)  # the files that it refers to
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    temporary.replace(folder / name)
+    aligned_io.sync_folder(folder)
+
+
+def _put_copy(folder: Path, data: bytes) -> None:
+    """A copy that cannot be written is none: an old one would refer to files that are gone."""
+    try:
+        _put(folder, COPY, data)
+    except OSError:
+        with contextlib.suppress(OSError):
+            (folder / COPY).unlink(missing_ok=True)
+
+
+def _read(path: Path) -> bytes | None:
+    """A file's bytes; `None` if there is none."""
     try:
         with plain_file(path) as fd, open(fd, "rb", closefd=False) as file:
-            data = file.read(LONGEST + 1)
+            return file.read(LONGEST + 1)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise SessionError(f"{path} cannot be read: {reason(error)}") from error
-    return decode(data, str(path))
 
 
 def decode(data: bytes, origin: str) -> Manifest:
@@ -98,8 +151,11 @@ def decode(data: bytes, origin: str) -> Manifest:
         version, layout = int(document["specache_session"]), int(document["rows_layout"])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise SessionError(f"{origin} is not the manifest of a session: {_said(error)}. {_ADVICE}") from None
-    for what, there, known in (("version", version, VERSION), ("layout of rows", layout, LAYOUT_VERSION)):
-        if there != known:
+    for what, there, oldest, known in (
+        ("version", version, OLDEST, VERSION),
+        ("layout of rows", layout, LAYOUT_VERSION, LAYOUT_VERSION),
+    ):
+        if not oldest <= there <= known:
             age = "a newer" if there > known else "an older"
             raise SessionError(
                 f"{origin} has {what} {there} and this specache knows {known}: it was written by {age} specache. Use that one, "

@@ -38,8 +38,9 @@ def write_state(
     try:
         pages = _write_pages(folder, before, sequence, new)
         tail = _write(folder, "tail", state.tail_tensors(sequence, tier), new) if sequence.layers else None
+        copy = _write(folder, "tokens", state.token_tensors(sequence), new) if sequence.layers else None
         known = {**(before.files if before else {}), **checkpoints.files, **new}
-        used = {*(span.file for span in pages), *(one.file for one in checkpoints.kept), *filter(None, [tail])}
+        used = {*(span.file for span in pages), *(one.file for one in checkpoints.kept), *filter(None, [tail, copy])}
         manifest = replace(
             blank,
             tokens=sequence.length,
@@ -49,6 +50,7 @@ def write_state(
             tails=state.tail_shapes(sequence),
             pages=pages,
             tail=tail,
+            token_copy=copy,
             checkpoints=tuple(checkpoints.kept),
             files={name: known[name] for name in sorted(used)},
         )

@@ -17,7 +17,7 @@ from specache.tiers.extents import Extent
 from specache.tiers.row_layout import BLOCK_TOKENS
 
 _MOST = 1 << 40  # of any number in it
-_SNAPSHOT = re.compile(r"(pages|tail|windows)-[0-9a-f]{16}\.safetensors")
+_SNAPSHOT = re.compile(r"(pages|tail|tokens|windows)-[0-9a-f]{16}\.safetensors")
 _SEGMENT = re.compile(r"[0-9a-f]{16}")
 _ROWS = re.compile(r"[0-9a-f]{16}-L[0-9]{3,6}\.rows")
 _T = TypeVar("_T")
@@ -38,7 +38,7 @@ def parse(body: Any) -> Manifest:
 
 
 def _manifest(body: Any) -> Manifest:
-    body = {"messages": [], **_mapping(body, _text, lambda value: value)}  # the first sessions had none
+    body = {"messages": [], "token_copy": None, **_mapping(body, _text, lambda value: value)}  # the first sessions had none
     identity: dict[str, Any] = _mapping(body["identity"], str, _optional(_text))
     for values, kind in ((identity, Identity), (body, Manifest)):
         if set(values) != {f.name for f in dataclasses.fields(kind)}:
@@ -56,6 +56,7 @@ def _manifest(body: Any) -> Manifest:
         tails=_mapping(body["tails"], _index, _tail),
         pages=tuple(_span(span) for span in _list(body["pages"])),
         tail=_optional(lambda name: _snapshot("tail", name))(body["tail"]),
+        token_copy=_optional(lambda name: _snapshot("tokens", name))(body["token_copy"]),
         checkpoints=tuple(
             Checkpoint(_snapshot("windows", one["file"]), _whole(one["tokens"], 1)) for one in _list(body["checkpoints"])
         ),
@@ -83,7 +84,7 @@ def _checked(manifest: Manifest) -> Manifest:
     lengths = [checkpoint.tokens for checkpoint in manifest.checkpoints]
     if any(a >= b for a, b in pairwise([*lengths, tokens + 1])) or (lengths and not manifest.windows):
         raise ValueError("its checkpoints are not in order")
-    used = [*(p.file for p in manifest.pages), *(c.file for c in manifest.checkpoints), *filter(None, [manifest.tail])]
+    used = manifest.snapshots()
     if len(set(used)) != len(used) or set(used) != set(manifest.files):
         raise ValueError("the files that it uses are not those that it lists")
     return manifest

@@ -21,12 +21,13 @@ from specache.sessions.checkpoints import DiskCheckpoints
 from specache.sessions.identity import check_identity, identify
 from specache.sessions.lock import FolderLock
 from specache.sessions.manifest import Identity, Manifest, Message, settings_of
-from specache.sessions.manifest_file import FILE, TEMPORARY, check_ours, read_manifest
+from specache.sessions.manifest_file import TEMPORARY, check_ours, is_saved, read_manifest, refresh_copy
 from specache.sessions.names import check_name, is_folder, private_root
 from specache.sessions.saving import write_state
 from specache.sessions.schema import is_data_file
 from specache.tiers.disk import DiskTier
 from specache.tiers.system_errors import reason
+from specache.window_checkpoints import Spacing
 
 MOST_SEGMENTS = 8  # files of rows per layer; a fork adds one, and all of them are open as long as the session is
 _LAYOUT = ("bits", "code", "group_size", "residual")
@@ -89,7 +90,7 @@ class Session:
         self._saved: Manifest | None = None
         self._cache: SessionCache | None = None
         try:
-            self._saved = read_manifest(self.folder)
+            self._saved = self._read_saved()
             self.messages: list[dict[str, str]] = [asdict(one) for one in self._saved.messages] if self._saved else []
             with modes.ours():
                 self._identity = self._checked_identity(model, tokenizer)
@@ -196,7 +197,7 @@ class Session:
                 if cache is not None:
                     cache.free()
             finally:
-                if self._saved is None and self._lock.held and not os.path.lexists(self.folder / FILE):
+                if self._saved is None and self._lock.held and not is_saved(self.folder):
                     shutil.rmtree(self.folder, ignore_errors=True)
 
     def __enter__(self) -> Session:
@@ -221,6 +222,9 @@ class Session:
         )
 
     # Opening
+
+    def _read_saved(self) -> Manifest | None:
+        return read_manifest(self.folder)
 
     def _checked_identity(self, model: Any, tokenizer: Any) -> Identity:
         mine = identify(model, tokenizer)
@@ -261,9 +265,11 @@ class Session:
             tail = state.open_tail(self.folder, manifest)
             sequence.tier = state.open_tier(self.folder, manifest, tail)
             state.restore(sequence, cache.info.device, self.folder, manifest, tail)
-        self._checkpoints = DiskCheckpoints(self.folder, manifest)
+        spacing = Spacing.of([window for window in cache.info.windows if window is not None] or [1])
+        self._checkpoints = DiskCheckpoints(spacing, self.folder, manifest)
         sequence.checkpoints = self._checkpoints
         self._check_sizes()
+        refresh_copy(self.folder)
         try:
             self._remove_garbage()
         except OSError as error:

@@ -8,6 +8,7 @@ tail      all that changes with every token:
           `weights.<layer>` float32 [Hkv, D], `queries.<layer>` float32 [Hkv, m, D]: key weights and what they are made from,
               `wanted.<layer>` int64 [Hkv, k]: what the last step selected for the next one
           `ring.<layer>` [2, Hkv, window, D]
+tokens    `token_ids` and `weights.<layer>` once more: what all the rest can be made again from
 """
 
 from __future__ import annotations
@@ -79,6 +80,21 @@ def tail_tensors(sequence: Sequence, tier: DiskTier) -> dict[str, TensorSpec]:
     return {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
 
 
+def token_tensors(sequence: Sequence) -> dict[str, TensorSpec]:
+    """What all the rest can be made again from."""
+    tensors = {"token_ids": torch.tensor(sequence.token_ids, dtype=torch.int64)}
+    for index, layer in sequence.compressed.items():
+        if layer.weights.value is not None:
+            tensors[f"weights.{index}"] = layer.weights.value
+    return {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
+
+
+def token_specs(manifest: Manifest) -> dict[str, TensorSpec]:
+    """The tensors of the copy of the tokens."""
+    kinds = ("token_ids", "weights")
+    return {name: spec for name, spec in tail_specs(manifest).items() if name.partition(".")[0] in kinds}
+
+
 def open_tail(folder: Path, manifest: Manifest) -> Snapshot:
     """The tail of a state that has tokens.
 
@@ -86,7 +102,7 @@ def open_tail(folder: Path, manifest: Manifest) -> Snapshot:
         SessionError: its file is damaged.
     """
     assert manifest.tail is not None
-    return Snapshot(folder / manifest.tail, manifest.files[manifest.tail], _tail_specs(manifest))
+    return Snapshot(folder / manifest.tail, manifest.files[manifest.tail], tail_specs(manifest))
 
 
 def open_tier(folder: Path, manifest: Manifest, tail: Snapshot) -> DiskTier:
@@ -107,7 +123,7 @@ def restore(sequence: Sequence, device: torch.device, folder: Path, manifest: Ma
         SessionError: a file is damaged.
         FastMemoryError: it does not fit into the cache's budget.
     """
-    names, low_bit = list(_tail_specs(manifest)), manifest.low_bit_tokens
+    names, low_bit = list(tail_specs(manifest)), manifest.low_bit_tokens
     for index, shape in manifest.layers.items():
         layer = sequence.layer(index, torch.empty(shape.heads, 0, shape.dim, dtype=DTYPE_NAMES[shape.dtype], device=device))
         saved = {name.partition(".")[0]: name for name in names if name.endswith(f".{index}")}
@@ -172,7 +188,7 @@ def _by_kind(tail: Snapshot, names: Mapping[str, str]) -> dict[str, Tensor]:
     return {kind: tensors[name] for kind, name in names.items()}
 
 
-def _tail_specs(manifest: Manifest) -> dict[str, TensorSpec]:
+def tail_specs(manifest: Manifest) -> dict[str, TensorSpec]:
     specs = {"token_ids": TensorSpec(torch.int64, (manifest.tokens,)), **ring_specs(manifest)}
     low_bit = manifest.low_bit_tokens
     for index, shape in manifest.full_layers.items():

@@ -21,7 +21,10 @@ from specache.tiers.scratch import ScratchFolder
 from specache.tiers.system_errors import reason
 
 SEGMENT_DIGITS = 16
-DAMAGED = "It was damaged or replaced since; start again from the prompt, and check the disk if nobody touched the file."
+DAMAGED = (
+    "It was damaged or replaced since; check the disk if nobody touched the file. A session is mended by 'specache session repair "
+    "NAME -m MODEL'; without one, start again from the prompt."
+)
 
 
 def new_segment() -> str:

@@ -11,13 +11,28 @@ from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import specache
+from specache import window_checkpoints
 from specache.window_layer import WindowLayer
 from tests.test_invariants import settings
 from tests.tiny import llama, prompt
 
 NEW = 10
 WINDOW = 48
-__all__ = ["NEW", "WINDOW", "answer", "everything", "gemma", "llama", "one", "opened", "prefill", "prompt", "settings", "state"]
+__all__ = [
+    "NEW",
+    "WINDOW",
+    "answer",
+    "checkpoints_every",
+    "everything",
+    "gemma",
+    "llama",
+    "one",
+    "opened",
+    "prefill",
+    "prompt",
+    "settings",
+    "state",
+]
 
 
 def gemma(seed: int = 0) -> Any:
@@ -33,6 +48,12 @@ def opened(
     root: Path, model: Any, config: specache.SpeCacheConfig | None = None, name: str = "one", **more: Any
 ) -> specache.Session:
     return specache.Session(name, model, config, folder=root, **more)
+
+
+def checkpoints_every(monkeypatch: Any, tokens: int) -> None:
+    """Have the sliding windows copied every so many tokens, near the end of a sequence and far from it."""
+    monkeypatch.setattr(window_checkpoints, "FINE", tokens)
+    monkeypatch.setattr(window_checkpoints, "COARSE", tokens)
 
 
 def one(root: Path, pattern: str, name: str = "one") -> Path:

@@ -14,8 +14,20 @@ import torch
 
 import specache
 from specache.errors import SessionError, UsageError
-from specache.sessions import checkpoints, saving
-from tests.sessions.sequences import NEW, answer, everything, gemma, llama, opened, prefill, prompt, settings, state
+from specache.sessions import saving
+from tests.sessions.sequences import (
+    NEW,
+    answer,
+    checkpoints_every,
+    everything,
+    gemma,
+    llama,
+    opened,
+    prefill,
+    prompt,
+    settings,
+    state,
+)
 from tests.tiers.rows import nothing_left
 
 POLICIES = ("verified", "on-demand", "speculative", "previous", "none")
@@ -193,7 +205,7 @@ def test_a_session_cut_to_nothing_is_empty(tmp_path, model):
 
 @pytest.mark.parametrize("restart", [False, True])
 def test_a_hybrid_goes_back_to_its_last_checkpoint(tmp_path, hybrid, monkeypatch, restart):
-    monkeypatch.setattr(checkpoints, "INTERVAL", 140)
+    checkpoints_every(monkeypatch, 140)
     whole = prompt(700)
     session = opened(tmp_path, hybrid, settings())
     answer(hybrid, session.cache, whole)
@@ -204,7 +216,7 @@ def test_a_hybrid_goes_back_to_its_last_checkpoint(tmp_path, hybrid, monkeypatch
         session = opened(tmp_path, hybrid)
     other = torch.cat([whole[:, :450], prompt(90, seed=9)], dim=1)
     assert prefill(session, hybrid, other) == [420, 490, 540]
-    assert [one.tokens for one in session._checkpoints.kept] == [140, 280, 420]
+    assert [one.tokens for one in session._checkpoints.kept] == [140, 280, 420, 540]
     _, logits = answer(hybrid, session.cache, other)
     with specache.SpeCache(hybrid, settings(slow_tier="ram", policy="verified")) as cache:
         _, expected = answer(hybrid, cache, other)
@@ -214,7 +226,7 @@ def test_a_hybrid_goes_back_to_its_last_checkpoint(tmp_path, hybrid, monkeypatch
 
 
 def test_a_checkpoint_of_tokens_that_were_replaced_is_forgotten(tmp_path, hybrid, monkeypatch):
-    monkeypatch.setattr(checkpoints, "INTERVAL", 140)
+    checkpoints_every(monkeypatch, 140)
     first, second = prompt(400), torch.cat([prompt(400)[:, :200], prompt(300, seed=2)], dim=1)
     with opened(tmp_path, hybrid, settings()) as session:
         prefill(session, hybrid, first)
@@ -274,7 +286,7 @@ def test_nothing_is_left_open(tmp_path, model):
 
 
 def test_files_are_the_users_alone(tmp_path, hybrid, monkeypatch):
-    monkeypatch.setattr(checkpoints, "INTERVAL", 100)
+    checkpoints_every(monkeypatch, 100)
     with opened(tmp_path / "made", hybrid, settings()) as session:
         prefill(session, hybrid, prompt(300))
         session.save()

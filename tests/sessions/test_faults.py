@@ -18,7 +18,7 @@ from specache.sessions import checkpoints
 from specache.tiers import aligned_io
 from specache.tiers.disk import DiskTier
 from tests.cli.tiny_chat import byte_tokenizer
-from tests.sessions.sequences import answer, gemma, llama, one, opened, prefill, prompt, settings, state
+from tests.sessions.sequences import answer, checkpoints_every, gemma, llama, one, opened, prefill, prompt, settings, state
 from tests.tiers.rows import nothing_left
 
 
@@ -95,7 +95,7 @@ def test_a_damaged_row_stops_an_answer(root, model):
 
 
 def test_a_damaged_checkpoint_is_named_when_it_is_needed(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "INTERVAL", 140)
+    checkpoints_every(monkeypatch, 140)
     hybrid = gemma()
     with opened(tmp_path, hybrid, settings()) as session:
         prefill(session, hybrid, prompt(300))
@@ -114,7 +114,7 @@ def test_a_damaged_checkpoint_is_named_when_it_is_needed(tmp_path, monkeypatch):
 
 def test_a_prefill_that_fails_over_a_damaged_checkpoint_raises_its_own_error(tmp_path, monkeypatch):
     """Going back looks for a checkpoint: the key weights are of more tokens than there were."""
-    monkeypatch.setattr(checkpoints, "INTERVAL", 10)
+    checkpoints_every(monkeypatch, 10)
     hybrid, ids = gemma(), prompt(300)
     with opened(tmp_path, hybrid, settings(), "fresh") as session:
         prefill(session, hybrid, ids)
@@ -124,17 +124,17 @@ def test_a_prefill_that_fails_over_a_damaged_checkpoint_raises_its_own_error(tmp
         session.save()
         damaged = tmp_path / "one" / session._checkpoints.kept[0].file
         flip(damaged, -1)
-        offer = checkpoints.DiskCheckpoints.offer
+        keep = checkpoints.DiskCheckpoints._keep
         lengths = []
 
         def fail_after_two(self: Any, length: int, windows: Any) -> None:
             lengths.append(length)
             if len(lengths) == 2:
                 raise SlowTierError("the disk is gone")
-            offer(self, length, windows)
+            keep(self, length, windows)
 
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoints.DiskCheckpoints, "offer", fail_after_two)
+            patch.setattr(checkpoints.DiskCheckpoints, "_keep", fail_after_two)
             with pytest.raises(SlowTierError, match="the disk is gone"):
                 prefill(session, hybrid, ids)
         assert session.token_ids == [] and not session._sequence.layers

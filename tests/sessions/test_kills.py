@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from specache.sessions import checkpoints, saving
-from tests.sessions.sequences import gemma, llama, opened, prefill, prompt, settings, state
+from specache.sessions import saving
+from tests.sessions.sequences import checkpoints_every, gemma, llama, opened, prefill, prompt, settings, state
 
 KILLS = 60
 STEP = 40  # tokens between two saves
@@ -51,7 +51,7 @@ def killed(root: Path, model: Any, delay: float) -> None:
 
 @pytest.mark.parametrize("family", ["dense", "hybrid"])
 def test_a_kill_leaves_a_complete_state(tmp_path, monkeypatch, family):
-    monkeypatch.setattr(checkpoints, "INTERVAL", 100)
+    checkpoints_every(monkeypatch, 100)
     monkeypatch.setattr(saving, "LONGEST_CHAIN", 4)
     model = llama() if family == "dense" else gemma()
     fresh: dict[int, str] = {}
