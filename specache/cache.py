@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -24,6 +25,7 @@ from specache.prefetch import FetchedRows, InPlaceRows, Rows
 from specache.resources import Resources
 from specache.sequence import Sequence
 from specache.stats import Counters, MemoryUse, report
+from specache.tier_choice import TierChoice
 from specache.tiers.base import SlowTier
 from specache.tiers.disk import DiskTier
 from specache.tiers.ram import RamTier
@@ -41,7 +43,12 @@ class SpeCache:
 
     Args:
         model: a transformers model for text generation.
-        config: settings; `None` takes the defaults. `cache.config` has every `auto` decided.
+        config: settings; `None` takes the defaults. `cache.config` has every `auto` decided; of `slow_tier="auto"` it says what is
+            taken where memory suffices until the first prompt is there, which decides it (`specache.auto_tier`).
+
+    Attributes:
+        tier_choice: what `slow_tier="auto"` took last and why; `None` before that and for every other tier.
+        on_disk_chosen: called when `auto` takes the disk. `None` warns.
 
     Raises:
         UnsupportedModelError: the model's attention cannot run over a low-bit copy.
@@ -53,7 +60,11 @@ class SpeCache:
 
     def __init__(self, model: Any, config: SpeCacheConfig | None = None) -> None:
         self.info = inspect_model(model)
-        self.config = (config or SpeCacheConfig()).resolved(self.info.device.type)
+        self.asked = config or SpeCacheConfig()  # with what is `auto` still so
+        self.config = self.asked.resolved(self.info.device.type)
+        self._tier_is_fixed = False  # a fork of a cache that holds rows keeps them where they are
+        self.tier_choice: TierChoice | None = None
+        self.on_disk_chosen: Callable[[TierChoice], None] | None = None
         if self.config.slow_dir is not None:
             prepare_folder(self.config.slow_dir)  # what is wrong with it shows before a prompt is prefilled
         self.resources = Resources(model, self.info, self.config)
@@ -64,6 +75,36 @@ class SpeCache:
         self.lent: Callable[[], None] | None = None  # gives back what a batch on the device holds of the sequences' state
         self._model = weakref.ref(model)
         self._worker: PrefetchWorker | None = None
+
+    @property
+    def decides_tier(self) -> bool:
+        """Whether `slow_tier="auto"` may still take another tier: not once it is the disk, nor in a fork of what is
+        stored, nor where the policy has no rows.
+        """
+        now = self.config
+        decided = self._tier_is_fixed or now.slow_tier is SlowTierKind.DISK or now.policy is Policy.FULL
+        return self.asked.slow_tier is SlowTierKind.AUTO and not decided
+
+    def has_config(self, config: SpeCacheConfig) -> bool:
+        """Whether `config` asks for what this cache has."""
+        device = self.info.device.type
+        return config.resolved(device) in (self.config, self.asked.resolved(device))
+
+    def choose_tier(self, choice: TierChoice) -> None:
+        """Take the tier that was chosen for what comes next, and move what is stored there.
+
+        Raises:
+            SlowTierError: the rows cannot be written; nothing changed.
+            FastMemoryError: what a disk tier needs more of fast memory is not allowed; nothing changed.
+        """
+        if choice.slow_tier is not self.config.slow_tier:
+            changed = replace(self.asked, slow_tier=choice.slow_tier, slow_dir=choice.slow_dir)
+            self._move_rows(changed.resolved(self.info.device.type))
+            counters = self._new_counters()
+            self.counters.prefetches, self.counters.speculates = counters.prefetches, counters.speculates
+        self.tier_choice = choice
+        if choice.on_disk:
+            self._tell(choice)
 
     def check_model(self, model: Any) -> None:
         """Refuse to continue with another model than the one that filled the cache.
@@ -94,9 +135,11 @@ class SpeCache:
             self.lent()
 
     def stats(self) -> dict[str, Any]:
-        """What happened so far, JSON-ready; keys in `specache.stats.report`."""
+        """What happened so far, JSON-ready; keys in `specache.stats.report`, and `slow_tier` with what `auto` chose and why."""
         self.settle()
-        return report(self.memory(), self.counters, self.resources.budget.peak)
+        choice = None if self.tier_choice is None else self.tier_choice.to_dict()
+        tier = {"slow_tier": str(self.config.slow_tier), "slow_tier_choice": choice}
+        return {**report(self.memory(), self.counters, self.resources.budget.peak), **tier}
 
     def held_bytes(self) -> int:
         """Fast memory that this cache's sequences hold of the budget, shared pages counted once per sequence."""
@@ -130,6 +173,8 @@ class SpeCache:
         self.settle()
         other = object.__new__(SpeCache)
         other.info, other.config, other.resources = self.info, config, self.resources
+        other.asked, other._tier_is_fixed = replace(self.asked, **changes), bool(self.sequences)
+        other.tier_choice, other.on_disk_chosen = self.tier_choice, self.on_disk_chosen
         other._main_memory = self._main_memory
         other.counters = other._new_counters()
         other.counters.prefill_s = self.counters.prefill_s
@@ -176,6 +221,37 @@ class SpeCache:
         if self._main_memory is not None:
             return self._main_memory.new_tier()
         return RamTier(in_place=self.config.slow_tier is SlowTierKind.RAM_INPLACE)
+
+    def _move_rows(self, config: SpeCacheConfig) -> None:
+        """Go on under `config`, which has another slow tier; what is stored is written there first. A failure changes nothing."""
+        self.settle()
+        before, tiers = self.config, list[SlowTier]()
+        try:
+            self.config = config
+            for sequence in self.sequences:
+                sequence.count_buffers()
+                tiers.append(self.new_tier())
+                sequence.copy_rows(tiers[-1])
+        except BaseException:
+            self.config = before
+            for tier in tiers:
+                tier.close()
+            for sequence in self.sequences:
+                sequence.count_buffers()
+            raise
+        for sequence, tier in zip(self.sequences, tiers, strict=True):
+            sequence.use_tier(tier)
+
+    def _tell(self, choice: TierChoice) -> None:
+        """Say that the rows go to disk, which is slower, once."""
+        if self.on_disk_chosen is not None:
+            return self.on_disk_chosen(choice)
+        warnings.warn(
+            f"slow_tier='auto' keeps the 16-bit pairs on disk, in {choice.slow_dir}: {choice.reason}. Name a tier to decide that "
+            "yourself (slow_tier='ram-inplace').",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
     def _new_main_memory(self) -> MainMemory | None:
         if self.info.device.type != "cuda":
