@@ -57,8 +57,8 @@ def decide_tier(model: Any, cache: SpeCache, token_ids: list[list[int]], new_tok
     if needed_on_disk > free + machine.free_swap():
         raise OutOfMemoryError(
             f"Even with the 16-bit pairs on disk this needs {needed_on_disk:,} bytes of main memory beside the model, and {free:,} "
-            "are free. Use a shorter prompt, a smaller prefill_chunk or hot_set, fewer bits or a smaller model, or free some memory. "
-            "To try all the same name the tier: slow_tier='disk:FOLDER'."
+            "are free. Use a shorter prompt, a smaller prefill_chunk or hot_set, fewer bits or a smaller model, or free some "
+            "memory. To try all the same name the tier: slow_tier='disk:FOLDER'."
         )
     folder = choose_rows_folder(on_disk.slow)
     cache.choose_tier(TierChoice(SlowTierKind.DISK, str(folder.folder), needed, free, on_disk.slow, folder.free))
