@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -11,7 +12,7 @@ from typing import Any, NoReturn
 
 from specache import modes
 from specache.cache_context import CacheContext
-from specache.config import Policy, SpeCacheConfig
+from specache.config import Policy, SlowTierKind, SpeCacheConfig
 from specache.errors import UsageError
 from specache.layers import CompressedLayer
 from specache.model import ModelInfo, inspect_model
@@ -19,6 +20,8 @@ from specache.one_call import OneCallAtATime
 from specache.resources import Resources
 from specache.sequence import Sequence
 from specache.stats import Counters, MemoryUse, report
+from specache.tier_choice import TierChoice
+from specache.tiers.base import SlowTier
 from specache.tiers.scratch import prepare_folder
 
 
@@ -30,7 +33,12 @@ class SpeCache:
 
     Args:
         model: a transformers model for text generation.
-        config: settings; `None` takes the defaults. `cache.config` has every `auto` decided.
+        config: settings; `None` takes the defaults. `cache.config` has every `auto` decided; of `slow_tier="auto"` it says what is
+            taken where memory suffices until the first prompt is there, which decides it (`specache.auto_tier`).
+
+    Attributes:
+        tier_choice: what `slow_tier="auto"` took last and why; `None` before that and for every other tier.
+        on_disk_chosen: called when `auto` takes the disk. `None` warns.
 
     Raises:
         UnsupportedModelError: the model's attention cannot run over a low-bit copy.
@@ -42,15 +50,20 @@ class SpeCache:
 
     def __init__(self, model: Any, config: SpeCacheConfig | None = None) -> None:
         info = inspect_model(model)
-        config = (config or SpeCacheConfig()).resolved(info.device.type)
+        asked = config or SpeCacheConfig()
+        config = asked.resolved(info.device.type)
         if config.slow_dir is not None:
             prepare_folder(config.slow_dir)  # what is wrong with it shows before a prompt is prefilled
         context = CacheContext(info, config, Resources(model, info, config))
-        self._begin(context, weakref.ref(model))
+        self._begin(context, weakref.ref(model), asked)
 
-    def _begin(self, context: CacheContext, model: Callable[[], Any]) -> None:
+    def _begin(self, context: CacheContext, model: Callable[[], Any], asked: SpeCacheConfig) -> None:
         self._context = context
         self._model = model
+        self.asked = asked  # with what is `auto` still so
+        self._tier_is_fixed = False  # a fork of a cache that holds rows keeps them where they are
+        self.tier_choice: TierChoice | None = None
+        self.on_disk_chosen: Callable[[TierChoice], None] | None = None
         self.in_use = OneCallAtATime()
         self.sequences: list[Sequence] = []
         self.lent: Callable[[], None] | None = None  # gives back what a batch on the device holds of the sequences' state
@@ -79,6 +92,35 @@ class SpeCache:
     @expected_sequences.setter
     def expected_sequences(self, count: int) -> None:
         self._context.expected_sequences = count
+
+    @property
+    def decides_tier(self) -> bool:
+        """Whether `slow_tier="auto"` may still take another tier: not once it is the disk, nor in a fork of what is
+        stored, nor where the policy has no rows.
+        """
+        now = self.config
+        decided = self._tier_is_fixed or now.slow_tier is SlowTierKind.DISK or now.policy is Policy.FULL
+        return self.asked.slow_tier is SlowTierKind.AUTO and not decided
+
+    def has_config(self, config: SpeCacheConfig) -> bool:
+        """Whether `config` asks for what this cache has."""
+        device = self.info.device.type
+        return config.resolved(device) in (self.config, self.asked.resolved(device))
+
+    def choose_tier(self, choice: TierChoice) -> None:
+        """Take the tier that was chosen for what comes next, and move what is stored there.
+
+        Raises:
+            SlowTierError: the rows cannot be written; nothing changed.
+            FastMemoryError: what a disk tier needs more of fast memory is not allowed; nothing changed.
+        """
+        if choice.slow_tier is not self.config.slow_tier:
+            changed = replace(self.asked, slow_tier=choice.slow_tier, slow_dir=choice.slow_dir)
+            self._move_rows(changed.resolved(self.info.device.type))
+            self._context.count_anew()
+        self.tier_choice = choice
+        if choice.on_disk:
+            self._tell(choice)
 
     def check_model(self, model: Any) -> None:
         """Refuse to continue with another model than the one that filled the cache.
@@ -109,10 +151,15 @@ class SpeCache:
             self.lent()
 
     def stats(self) -> dict[str, Any]:
-        """What happened so far, JSON-ready; keys in `specache.stats.report`. Any thread may ask, also while another generates."""
+        """What happened so far, JSON-ready; keys in `specache.stats.report`, and `slow_tier` with what `auto` chose and why.
+
+        Any thread may ask, also while another generates.
+        """
         if not self.in_use.elsewhere:
             self.settle()
-        return report(self.memory(), self.counters, self.resources.budget.peak)
+        choice = None if self.tier_choice is None else self.tier_choice.to_dict()
+        tier = {"slow_tier": str(self.config.slow_tier), "slow_tier_choice": choice}
+        return {**report(self.memory(), self.counters, self.resources.budget.peak), **tier}
 
     def held_bytes(self) -> int:
         """Fast memory that this cache's sequences hold of the budget, shared pages counted once per sequence."""
@@ -146,7 +193,9 @@ class SpeCache:
         with self.in_use.by("fork"), modes.ours():
             self.settle()
             other = object.__new__(SpeCache)
-            other._begin(self._context.fork(config), self._model)
+            other._begin(self._context.fork(config), self._model, replace(self.asked, **changes))
+            other._tier_is_fixed = bool(self.sequences)
+            other.tier_choice, other.on_disk_chosen = self.tier_choice, self.on_disk_chosen
             other.counters.prefill_s = self.counters.prefill_s
             other.sequences = [sequence.fork(other.context) for sequence in self.sequences]
         return other
@@ -209,6 +258,39 @@ class SpeCache:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
+
+    def _move_rows(self, config: SpeCacheConfig) -> None:
+        """Go on under `config`, which has another slow tier; what is stored is written there first. A failure changes nothing."""
+        self.settle()
+        context = self._context
+        before, tiers = context.config, list[SlowTier]()
+        try:
+            context.config = config
+            for sequence in self.sequences:
+                sequence.count_buffers()
+                tiers.append(context.new_tier())
+                sequence.copy_rows(tiers[-1])
+        except BaseException:
+            context.config = before
+            for tier in tiers:
+                tier.close()
+            for sequence in self.sequences:
+                sequence.count_buffers()
+            raise
+        context.end_worker()  # a disk has more threads
+        for sequence, tier in zip(self.sequences, tiers, strict=True):
+            sequence.use_tier(tier)
+
+    def _tell(self, choice: TierChoice) -> None:
+        """Say that the rows go to disk, which is slower, once."""
+        if self.on_disk_chosen is not None:
+            return self.on_disk_chosen(choice)
+        warnings.warn(
+            f"slow_tier='auto' keeps the 16-bit pairs on disk, in {choice.slow_dir}: {choice.reason}. Name a tier to decide that "
+            "yourself (slow_tier='ram-inplace').",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
     def hot_slots(self, sequence: Sequence, layer: CompressedLayer) -> int:
         """Slots per KV head that the hot set's budget gives a layer."""

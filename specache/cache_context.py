@@ -78,6 +78,11 @@ class CacheContext:
         """The context of a fork of the cache, with settings of its own."""
         return CacheContext(self.info, config, self.resources, self.main_memory)
 
+    def count_anew(self) -> None:
+        """Count prefetches and guesses from now on as the settings, which changed, have it."""
+        counters = _new_counters(self.config)
+        self.counters.prefetches, self.counters.speculates = counters.prefetches, counters.speculates
+
     def end_worker(self) -> None:
         """Cancel the reads that have not begun and end the background threads."""
         worker, self._worker = self._worker, None

@@ -13,6 +13,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, StopStringCriteri
 from specache import modes
 from specache.admission import check_room
 from specache.answers import Answers, TokenChoice, count_guesses, guess, no_answers_yet, take_tokens, token_choice, with_guesses
+from specache.auto_tier import decide_tier
 from specache.cache import SpeCache
 from specache.config import SpeCacheConfig
 from specache.decoding import Decoder, Progress
@@ -126,6 +127,7 @@ def prefill(
         check_prompt_lengths(token_ids, cache.info)
         cache.check_model(model)
         check_sequences(cache, token_ids)
+        decide_tier(model, cache, token_ids, 0, cache.config.prefill_chunk)
         check_room(cache, token_ids, 0, cache.config.prefill_chunk)
         with attached(model), tokens_kept(cache, _loads(token_ids, 0)):
             _prefill(Decoder(model, cache), cache, token_ids, cache.config.prefill_chunk, progress)
@@ -182,6 +184,7 @@ def _decode_alone(
         check_prompt_lengths(token_ids, cache.info)
         chunk = generation_config.prefill_chunk_size or cache.config.prefill_chunk
         stored_new_tokens = _stored_new_tokens(generation_config, input_ids)
+        decide_tier(model, cache, token_ids, stored_new_tokens, chunk)
         check_room(cache, token_ids, stored_new_tokens, chunk)
         if streamer is not None and not streamer_has_prompt:
             with modes.callers():
@@ -303,7 +306,7 @@ def _cache_for(model: Any, config: SpeCacheConfig | None, given: SpeCache | None
     if given is None:
         return SpeCache(model, config)
     given.check_model(model)
-    if config is not None and config.resolved(given.info.device.type) != given.config:
+    if config is not None and not given.has_config(config):
         raise UsageError("A SpeCache keeps the config it was made with. Leave config out, or start a new SpeCache(model, config).")
     return given
 

@@ -21,3 +21,11 @@ def keep_small() -> bool:
         libc.gnu_get_libc_version  # noqa: B018  # elsewhere the number means something else
         return bool(libc.mallopt(_MMAP_THRESHOLD, _OWN_MAPPING_BYTES))
     return False
+
+
+def give_back() -> bool:
+    """Give what is free in the heap back to the system -> whether the C library can do that (glibc)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+        return True
+    return False

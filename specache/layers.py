@@ -194,6 +194,12 @@ class CompressedLayer:
         other._count()
         return other
 
+    def use_tier(self, tier: SlowTier, rows: Rows, config: SpeCacheConfig) -> None:
+        """Go on over another tier that holds the same rows, under settings with the same layout. Nothing is on its way then."""
+        self.rows.drop()
+        self.tier, self.rows, self.config = tier, rows, config
+        self.next_positions = None
+
     def can_truncate(self, length: int) -> bool:
         """Whether the codes of the first `length` tokens are those that a fresh prefill would make."""
         return length >= self.length or self.config.code is not Code.ROTATED or self.weights.survives(length)

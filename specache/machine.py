@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+_UNLIMITED = 1 << 60  # version 1 of the control groups writes "no limit" as a huge number
 
 
 def processor() -> dict[str, str]:
@@ -28,31 +34,78 @@ def usable_cores() -> int | None:
 
 def memory() -> dict[str, Any]:
     """Bytes of main memory; `usable_bytes` can still be allocated without swapping, the container's limit included."""
-    meminfo = {name: value for name, _, value in (line.partition(":") for line in _lines("/proc/meminfo"))}
-    total, available = _kilobytes(meminfo.get("MemTotal")), _kilobytes(meminfo.get("MemAvailable"))
-    limit, used = control_group()
+    total = _kilobytes(_meminfo().get("MemTotal"))
     if total is None and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    bounds = [bound for bound in (available, None if limit is None else limit - (used or 0)) if bound is not None]
     return {
         "total_bytes": total,
-        "available_bytes": available,
-        "container_limit_bytes": limit,
-        "usable_bytes": min(bounds, default=None),
+        "available_bytes": _system_available(),
+        "container_limit_bytes": control_group()[0],
+        "usable_bytes": available_memory(),
     }
 
 
+def available_memory() -> int | None:
+    """Return the bytes that this process can still allocate without swapping; `None` where the system does not tell.
+
+    The smallest of what the whole system and every control group around this process have left. Page cache counts as left, since
+    the kernel gives it up; so do mapped files, also those that a program goes on reading (`mapped_bytes`).
+    """
+    bounds = [group.left for group in control_groups()]
+    system = _system_available()
+    return min(bounds if system is None else [*bounds, system], default=None)
+
+
+def free_swap() -> int:
+    """Return the bytes of swap space that are free; 0 where the system does not tell."""
+    return _kilobytes(_meminfo().get("SwapFree")) or 0
+
+
+@dataclass(frozen=True)
+class ControlGroup:
+    """A control group that limits memory, in bytes.
+
+    Attributes:
+        used: what its processes hold, page cache included; `None` where the system does not tell.
+        reclaimable: of `used`, page cache, which the kernel gives up before anybody runs out.
+    """
+
+    limit: int
+    used: int | None
+    reclaimable: int
+
+    @property
+    def left(self) -> int:
+        return max(0, self.limit - max(0, (self.used or 0) - self.reclaimable))
+
+
+def control_groups() -> list[ControlGroup]:
+    """Return the control groups (version 2 and version 1) around this process that limit memory, the innermost first."""
+    found = [_group_v2(folder) for folder in _upwards("/sys/fs/cgroup", _own_path(""))]
+    found += [_group_v1(folder) for folder in _upwards("/sys/fs/cgroup/memory", _own_path("memory"))]
+    return [group for group in found if group is not None]
+
+
 def control_group() -> tuple[int | None, int | None]:
-    """Memory limit of the container and what it uses, in bytes: control groups version 2, then version 1."""
-    own = next((line.split("::", 1)[1] for line in _lines("/proc/self/cgroup") if line.startswith("0::")), "/")
-    folders = [f"/sys/fs/cgroup{own.rstrip('/')}", "/sys/fs/cgroup"]
-    files = [(f"{folder}/memory.max", f"{folder}/memory.current") for folder in folders]
-    v1 = "/sys/fs/cgroup/memory/memory"
-    for limit_file, usage_file in [*files, (f"{v1}.limit_in_bytes", f"{v1}.usage_in_bytes")]:
-        limit = _number(limit_file)
-        if limit is not None and limit < 1 << 60:  # version 1 writes "unlimited" as a huge number
-            return limit, _number(usage_file)
-    return None, None
+    """Return the limit of the control group with the least memory left, and what that group uses, in bytes."""
+    tightest = min(control_groups(), key=lambda group: group.left, default=None)
+    return (None, None) if tightest is None else (tightest.limit, tightest.used)
+
+
+def mapped_bytes(blocks: Iterable[tuple[int, int]]) -> int:
+    """Return how many bytes of memory blocks (address, size) are files mapped into this process: page cache that stays in use.
+
+    Where the system does not list its mappings, all of them count.
+    """
+    lines = _lines("/proc/self/maps")
+    if not lines:
+        return sum(size for _, size in blocks)
+    starts, of_files = [], []
+    for line in lines:
+        addresses, _, _, _, inode = line.split(maxsplit=5)[:5]
+        starts.append(int(addresses.partition("-")[0], 16))
+        of_files.append(inode != "0")
+    return sum(size for address, size in blocks if address >= starts[0] and of_files[bisect_right(starts, address) - 1])
 
 
 def cuda_missing() -> str | None:
@@ -69,6 +122,56 @@ def cuda_missing() -> str | None:
 def has_nvidia_gpu() -> bool:
     """Whether the system shows an NVIDIA GPU, whatever PyTorch makes of it (Linux)."""
     return any(Path("/dev").glob("nvidia[0-9]*"))
+
+
+def _meminfo() -> dict[str, str]:
+    return {name: value for name, _, value in (line.partition(":") for line in _lines("/proc/meminfo"))}
+
+
+def _system_available() -> int | None:
+    """Free memory of the whole system, page cache included."""
+    available = _kilobytes(_meminfo().get("MemAvailable"))
+    if available is None:
+        with suppress(ImportError, OSError, RuntimeError):
+            import psutil
+
+            available = int(psutil.virtual_memory().available)
+    return available
+
+
+def _own_path(controller: str) -> str:
+    """This process's group in the hierarchy of a version 1 controller, or with an empty name in that of version 2."""
+    for line in _lines("/proc/self/cgroup"):
+        _, controllers, path = line.split(":", 2)
+        if controller in controllers.split(","):
+            return path
+    return "/"
+
+
+def _upwards(mount: str, path: str) -> Iterator[str]:
+    """The group's folder and those above it. A container may see only its own group, as the root of the hierarchy."""
+    parts = path.strip("/").split("/") if path.strip("/") else []
+    for depth in range(len(parts), -1, -1):
+        yield "/".join([mount, *parts[:depth]])
+
+
+def _group_v2(folder: str) -> ControlGroup | None:
+    limits = [limit for name in ("max", "high") if (limit := _number(f"{folder}/memory.{name}")) is not None]
+    if not limits:
+        return None
+    return ControlGroup(min(limits), _number(f"{folder}/memory.current"), _page_cache(folder, ""))
+
+
+def _group_v1(folder: str) -> ControlGroup | None:
+    limit = _number(f"{folder}/memory.limit_in_bytes")
+    if limit is None or limit >= _UNLIMITED:
+        return None
+    return ControlGroup(limit, _number(f"{folder}/memory.usage_in_bytes"), _page_cache(folder, "total_"))
+
+
+def _page_cache(folder: str, prefix: str) -> int:
+    stat = dict(line.split() for line in _lines(f"{folder}/memory.stat"))
+    return sum(int(stat.get(f"{prefix}{name}", 0)) for name in ("inactive_file", "active_file"))
 
 
 def _lines(path: str) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from specache.config import Policy, SpeCacheConfig
+from specache.exact import KEY_BLOCK
 from specache.holdings import checkpoint_allowance, read_buffer_bytes
 from specache.layers import CompressedLayer, DenseLayer
 from specache.model import ModelInfo
@@ -224,6 +225,32 @@ class Sequence:
         if self.checkpoints is not None:
             other.checkpoints = self.checkpoints.fork()
         return other
+
+    def copy_rows(self, tier: SlowTier) -> None:
+        """Write the 16-bit rows of every layer to another tier as well.
+
+        Raises:
+            SlowTierError: they cannot be read or written.
+        """
+        for index, layer in self.compressed.items():
+            for start in range(0, layer.length, KEY_BLOCK):
+                tier.write(index, start, *self.tier.read(index, start, min(start + KEY_BLOCK, layer.length)))
+
+    def use_tier(self, tier: SlowTier) -> None:
+        """Go on over a tier that holds the same rows, under the settings that the cache has now, and free the old one."""
+        old, self.tier = self.tier, tier
+        for index, layer in self.compressed.items():
+            layer.use_tier(tier, self._owner.rows(tier, index, layer.residual_keys), self._owner.config)
+        old.close()
+
+    def count_buffers(self) -> None:
+        """Hold fast memory for the rows on their way, as the cache's settings want it now.
+
+        Raises:
+            FastMemoryError: the budget has no room; what was held stays held.
+        """
+        config = self._owner.config
+        self._read_buffers.resize(sum(read_buffer_bytes(config, layer.row_bytes) for layer in self.compressed.values()))
 
     def held_bytes(self) -> int:
         """Fast memory held of the budget, all pages of the sequence counted."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -85,6 +86,8 @@ def build(kind: str, changes: dict[str, Any]) -> Any:
     config_name = "Gemma3TextConfig" if kind == "Gemma3" else f"{kind}Config"
     settings = {**SIZES, **changes}
     model = getattr(transformers, name)(getattr(transformers, config_name)(**settings)).eval()
+    if settings.get("attn_logit_softcapping"):
+        model.set_attn_implementation("eager")  # before 5.23 stock takes sdpa, which leaves out the softcap
     model.generation_config.eos_token_id = None
     for parameter_name, parameter in model.named_parameters():
         if parameter_name.endswith("sinks"):
@@ -109,8 +112,27 @@ def outputs(generate: Any, ids: torch.Tensor, mask: torch.Tensor, **arguments: A
     return output.sequences, torch.stack(output.logits)
 
 
+def recomputed(model: Any, ids: torch.Tensor, new: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Greedy tokens and logits of a prompt without any cache: the whole text goes through the model for every token."""
+    logits = []
+    for _ in range(new):
+        with torch.no_grad():
+            logits.append(model(ids, use_cache=False, logits_to_keep=1).logits[:, -1].float())
+        ids = torch.cat([ids, logits[-1].argmax(-1, keepdim=True)], dim=1)
+    return ids, torch.stack(logits)
+
+
+def forgets_at_a_rope_switch(model: Any) -> bool:
+    """Whether stock `generate` of this release drops the cache at a long RoPE's switch and then reads the last token only."""
+    prepare = inspect.getsource(type(model).prepare_inputs_for_generation)
+    return "past_key_values = None" in prepare and "next_sequence_length" not in prepare
+
+
 def check(model: Any, ids: torch.Tensor, mask: torch.Tensor, policy: str, tier: str, new: int = NEW) -> None:
-    expected, expected_logits = outputs(model.generate, ids, mask, max_new_tokens=new)
+    if len(ids) == 1 and forgets_at_a_rope_switch(model):
+        expected, expected_logits = recomputed(model, ids, new)
+    else:
+        expected, expected_logits = outputs(model.generate, ids, mask, max_new_tokens=new)
     config = specache.SpeCacheConfig(policy=policy, slow_tier=tier, top_k=10**6, group_size=16, residual=16, prefill_chunk=40)
     before = model.config._attn_implementation
     tokens, logits = outputs(lambda *a, **k: specache.generate(model, *a, config=config, **k), ids, mask, max_new_tokens=new)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from specache import machine
+from specache.cli.auto_tier import auto_facts
 from specache.cli.models import DEMO_REQUIREMENT, demo_gguf, native_bfloat16_cpu
 from specache.folders import cache_folder
 
@@ -55,6 +56,7 @@ def diagnose() -> dict[str, Any]:
         "gpu_kernels": {"triton": _version("triton"), "missing": triton.missing()},
         "cache": _cache(),
         "disk_tier": _disk_tier(),
+        "auto_tier": auto_facts(),
         "demo_model": {"installed": demo_gguf() is not None},
     }
 
@@ -85,6 +87,13 @@ def find_problems(facts: dict[str, Any]) -> list[Problem]:
         problems.append(Problem(f"Not installed: {', '.join(missing)}.", "Install specache again: pip install -e .", fatal=True))
     if cache["free_bytes"] is not None and cache["free_bytes"] < _LITTLE_DISK:
         problems.append(Problem("Little disk space is left for converted models.", "Free some, or set SPECACHE_CACHE elsewhere."))
+    if facts["auto_tier"]["missing"]:
+        problems.append(
+            Problem(
+                "Contexts that do not fit into memory cannot go to disk by themselves (--slow-tier auto).",
+                facts["auto_tier"]["missing"],
+            )
+        )
     if memory["usable_bytes"] is not None and memory["usable_bytes"] < _LITTLE_MEMORY:
         problems.append(Problem("Less than 2 GB of memory is free.", "Close other programs, or raise the container's limit."))
     if not facts["devices"]["cuda"] and not facts["cpu"]["bfloat16"]:

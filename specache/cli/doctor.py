@@ -24,6 +24,7 @@ _TITLES = {
     "gpu_kernels": "GPU kernels",
     "cache": "Cache folder",
     "disk_tier": "Tier disk",
+    "auto_tier": "Tier auto",
     "demo_model": "Demo model",
 }
 

@@ -115,8 +115,9 @@ SlowTier = Annotated[
     str,
     typer.Option(
         "--slow-tier",
-        help="Where the 16-bit pairs live. auto: read in place on the CPU, else fetched from RAM. disk:DIR: fetched from files in "
-        "a folder, for contexts larger than memory.",
+        help="Where the 16-bit pairs live. auto: in memory (read in place on the CPU, fetched on a GPU) if prompt and answer fit "
+        "into what is free, else on disk under the cache folder; 'specache doctor' shows both. disk:DIR: fetched from files in a "
+        "folder, for contexts larger than memory.",
         metavar=f"{'|'.join(kind for kind in SlowTierKind if kind is not SlowTierKind.DISK)}|disk:DIR",
         rich_help_panel=CACHE_PANEL,
     ),

@@ -12,9 +12,9 @@ from specache.cli.console import LOG_WIDTH, quiet_libraries, reports_errors
 from specache.cli.field_command import takes_options
 from specache.cli.json_file import STANDARD_OUTPUT, JsonFile, check_json, write_json
 from specache.cli.models import Device, Dtype, load_config, number_format
-from specache.cli.plan_device import target_device
-from specache.config import SpeCacheConfig
-from specache.errors import ConfigError
+from specache.cli.plan_device import Target, target_device
+from specache.config import Policy, SlowTierKind, SpeCacheConfig
+from specache.errors import ConfigError, SlowTierError
 from specache.weight_format import WeightFormat
 
 if TYPE_CHECKING:
@@ -96,8 +96,9 @@ def plan(
     model_config = _model_config(model, shape, revision, offline)
     dimensions = _dimensions(model_config, torch_dtype, device_type, weights)
     _check_request(context, batch, dimensions, str(model or shape))
-    config = config.resolved(device_type)
+    asked, config = config, config.resolved(device_type)
     document = plan_document(dimensions, config, context, batch)
+    document["auto_tier"] = _auto_tier(dimensions, asked, context, batch) if _is_here(target, device_type) else None
     document = {"model": model or shape, "dtype": str(torch_dtype).removeprefix("torch."), "device": device_type, **document}
     if target.asked:
         document["roofline"] = target.roofline(model_config, torch_dtype, weights, dimensions, config, context, batch)
@@ -142,6 +143,26 @@ def plan_document(dimensions: ModelDimensions, config: SpeCacheConfig, context: 
         found = advice.suggestions(dimensions, config, loads, limit)
         document["suggestions"] = [{"changes": one.changes, "fast_bytes": one.fast_bytes} for one in found]
     return document
+
+
+def _is_here(target: Target, device_type: str) -> bool:
+    """Whether the plan is for this machine, as far as its main memory goes."""
+    import torch
+
+    return target.device is None and (device_type == "cpu" or torch.cuda.is_available())
+
+
+def _auto_tier(dimensions: ModelDimensions, asked: SpeCacheConfig, context: int, batch: int) -> dict[str, Any] | None:
+    """What `auto` would take here and now (`TierChoice.to_dict`), or its error; `None` where a tier was named or is not needed."""
+    from specache.auto_tier import expected_tier
+    from specache.plan import even_loads
+
+    if asked.slow_tier is not SlowTierKind.AUTO or asked.policy is Policy.FULL:
+        return None
+    try:
+        return expected_tier(dimensions, asked, even_loads(context, batch)).to_dict()
+    except SlowTierError as error:
+        return {"error": str(error)}
 
 
 def _shapes_dtype(dtype: Dtype, shape: str | None) -> Dtype:

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from specache.admission import PARTS
+from specache.cli.auto_tier import chosen_in_words
 from specache.cli.plan_roofline_table import roofline_tables
 from specache.cli.report import size, times
 from specache.eval.settings import flag
@@ -29,7 +30,7 @@ def plan_tables(document: dict[str, Any]) -> RenderableType:
     parts: list[RenderableType] = [Text(_title(document), style="bold")]
     for table in (_fast_table(document), _other_table(document), _traffic_table(document)):
         parts += [Text(), table]
-    parts += [Text(), *_verdict(document)]
+    parts += [Text(), *_auto_tier(document), *_verdict(document)]
     if "roofline" in document:
         parts += roofline_tables(document)
     return Group(*parts)
@@ -86,6 +87,20 @@ def _traffic_table(document: dict[str, Any]) -> Table:
             values = (traffic[name], traffic[name] / batch)
             table.add_row(said, *(size(value) for value in values[: len(columns)]), style="bold" if name == "total" else None)
     return table
+
+
+def _auto_tier(document: dict[str, Any]) -> Iterable[Text]:
+    """What `--slow-tier auto` would take on this machine now."""
+    chosen = document["auto_tier"]
+    if chosen is None:
+        return
+    if "error" in chosen:
+        yield Text(f"--slow-tier auto here, now: {chosen['error']}", style="yellow")
+        return
+    yield Text(f"--slow-tier auto here, now: {chosen_in_words(chosen, including='with the weights')}")
+    if chosen["slow_dir"] is not None:
+        tier = document["config"]["slow_tier"]
+        yield Text(f"  the figures above are those of --slow-tier {tier}; --slow-tier disk:DIR shows the disk's.")
 
 
 def _verdict(document: dict[str, Any]) -> Iterable[Text]:

@@ -6,14 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from specache.cli.auto_tier import say_on_disk
 from specache.cli.models import LoadedModel
 from specache.cli.prompts import Message
 from specache.config import SlowTierKind, SpeCacheConfig
 from specache.errors import ConfigError
+
+if TYPE_CHECKING:
+    from specache import SpeCache
 
 SESSION_PANEL = "Session"
 
@@ -112,7 +116,7 @@ class OpenedCache:
         self._session: specache.Session | None = None
         self.messages: list[Message] = []
         if place is None:
-            self.cache = specache.SpeCache(loaded.model, config)
+            self.cache = self._new_cache()
         else:
             self._session = specache.Session(place.name, loaded.model, config, tokenizer=loaded.tokenizer, folder=place.root)
             self.cache = self._session.cache
@@ -126,17 +130,22 @@ class OpenedCache:
 
     def clear(self) -> None:
         """Forget what the cache holds."""
-        import specache
-
         if self._session is not None:
             self._session.cut(0)
         else:
             self.cache.close()
-            self.cache = specache.SpeCache(self._loaded.model, self._config)
+            self.cache = self._new_cache()
 
     def close(self) -> None:
         """Free the cache, and the session for others."""
         (self._session or self.cache).close()
+
+    def _new_cache(self) -> SpeCache:
+        import specache
+
+        cache = specache.SpeCache(self._loaded.model, self._config)
+        cache.on_disk_chosen = say_on_disk
+        return cache
 
     def __enter__(self) -> OpenedCache:
         return self

@@ -83,12 +83,12 @@ class SpeCacheLM(TemplateLM):
         **settings: Any,
     ) -> None:
         super().__init__()
-        self.config = _config(settings)
+        self._settings = _config(settings)
         self._device = _device(device)
         options = {"revision": revision, "trust_remote_code": trust_remote_code}
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer or pretrained, **options)
         self.model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=dtype, **options).to(self._device).eval()
-        with SpeCache(self.model, self.config) as cache:  # refuses what cannot work before a task is downloaded
+        with SpeCache(self.model, self._settings) as cache:  # refuses what cannot work before a task is downloaded
             self.config = cache.config
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         self.max_length: int = max_length or positions or DEFAULT_MAX_LENGTH
@@ -227,7 +227,7 @@ class SpeCacheLM(TemplateLM):
                 f"max_length={self.max_length:,} leaves no room for a context beside max_gen_toks new tokens. Raise it."
             )
         ids = torch.tensor([self.tok_encode(context)[-room:]], device=self._device)
-        with SpeCache(self.model, self.config) as cache:
+        with SpeCache(self.model, self._settings) as cache:
             prefill(self.model, ids, cache=cache)
             for index, arguments in requests:
                 with cache.fork() as fork:
