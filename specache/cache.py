@@ -145,6 +145,16 @@ class SpeCache:
         self.settle()
         return self.sequences[index].fork(self)
 
+    def reset(self) -> None:
+        """Forget every token and begin anew, with the same model and settings: what is generated next is another text."""
+        self.settle()
+        for sequence in self.sequences:
+            sequence.clear()
+            sequence.finish_reason = None
+        if not self.one_sequence:
+            self.sequences = []
+        self.counters = self._new_counters()
+
     def close(self) -> None:
         """End background work and free everything, also where a part of that fails."""
         sequences, self.sequences = self.sequences, []
