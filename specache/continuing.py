@@ -21,8 +21,8 @@ FEW_TOKENS = 32  # dropped without a word: about two lines
 MANY_TOKENS = 1024  # dropped with a word always; fewer only if they are most of the text
 
 _WHOLE_TEXT = (
-    "pass the whole text, torch.cat([what generate returned, new_ids], dim=1): only what is new of it is read. To begin another text "
-    "in this cache, call cache.reset() first"
+    "pass the whole text, torch.cat([what generate returned, new_ids], dim=1): only what is new of it is read. To begin another "
+    "text in this cache, call cache.reset() first"
 )
 
 
@@ -51,8 +51,8 @@ def whole_texts(
     for index, (sequence, text) in enumerate(zip(stored, new, strict=True)):
         if sequence is not None and _is_unclear(sequence, text):
             raise UsageError(
-                f"{_which(index, len(new))}input_ids ({len(text):,} tokens) begin with nothing of the {sequence.length:,} tokens that "
-                f"the SpeCache holds, so it is not clear what they continue. To go on from what is stored, {_WHOLE_TEXT}."
+                f"{_which(index, len(new))}input_ids ({len(text):,} tokens) begin with nothing of the {sequence.length:,} tokens "
+                f"that the SpeCache holds, so it is not clear what they continue. To go on from what is stored, {_WHOLE_TEXT}."
             )
     return new
 
@@ -74,9 +74,9 @@ def warn_of_rereading(cache: SpeCache, texts: list[list[int]]) -> None:
         if not _is_worth_a_word(sequence, text, same):
             continue
         warnings.warn(
-            f"{_which(index, len(texts))}The text differs from what the SpeCache holds from token {same:,} on: of {sequence.length:,} "
-            f"stored tokens {sequence.length - same:,} are forgotten, and {len(text) - same:,} tokens are read. If only what is new "
-            f"was passed, {_WHOLE_TEXT}.",
+            f"{_which(index, len(texts))}The text differs from what the SpeCache holds from token {same:,} on: of "
+            f"{sequence.length:,} stored tokens {sequence.length - same:,} are forgotten, and {len(text) - same:,} are read. If only "
+            f"what is new was passed, {_WHOLE_TEXT}.",
             UserWarning,
             stacklevel=2,
         )
@@ -134,8 +134,8 @@ def _stored(cache: SpeCache, count: int) -> list[Sequence] | list[None]:
         return [None] * count
     if count % len(held):
         raise UsageError(
-            f"The SpeCache holds {len(held)} sequences but the batch has {count} prompts. To begin another batch in this cache, call "
-            "cache.reset() first."
+            f"The SpeCache holds {len(held)} sequences but the batch has {count} prompts. To begin another batch in this cache, "
+            "call cache.reset() first."
         )
     return [held[index * len(held) // count] for index in range(count)]
 

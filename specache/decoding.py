@@ -117,8 +117,8 @@ class Decoder:
         """Warn where cutting a sequence cost `tokens` that agree: sliding windows go back to a checkpoint only."""
         if tokens > LONG_REREAD:
             warnings.warn(
-                f"{tokens:,} stored tokens in front of where the text differs are read again too: the model's sliding windows cannot "
-                "go back to that place.",
+                f"{tokens:,} stored tokens in front of where the text differs are read again too: the model's sliding windows "
+                "cannot go back to that place.",
                 UserWarning,
                 stacklevel=3,
             )
