@@ -75,8 +75,8 @@ def warn_of_rereading(cache: SpeCache, texts: list[list[int]]) -> None:
             continue
         warnings.warn(
             f"{_which(index, len(texts))}The text differs from what the SpeCache holds from token {same:,} on: of "
-            f"{sequence.length:,} stored tokens {sequence.length - same:,} are forgotten, and {len(text) - same:,} are read. If only "
-            f"what is new was passed, {_WHOLE_TEXT}.",
+            f"{sequence.length:,} stored tokens {sequence.length - same:,} are forgotten, and {len(text) - same:,} are read. If "
+            f"only what is new was passed, {_WHOLE_TEXT}.",
             UserWarning,
             stacklevel=2,
         )

@@ -95,8 +95,8 @@ class GenerationSettings:
 
     Args:
         typed: keyword arguments of the call.
-        config: the GenerationConfig that was passed. What it has in common with the model's own may be a copy of that (pipelines make
-            one), so it counts as the files'.
+        config: the GenerationConfig that was passed. What it has in common with the model's own may be a copy of that (pipelines
+            make one), so it counts as the files'.
     """
 
     def __init__(self, model: Any, typed: Mapping[str, Any], config: Any = None) -> None:
@@ -153,8 +153,8 @@ class GenerationSettings:
                 f"max_length={limit:,} counts the prompt, which has {prompt_tokens:,} tokens already. Pass max_new_tokens instead."
             )
         _warn(
-            f"The model's files set max_length={limit:,}, and the prompt has {prompt_tokens:,} tokens already: {DEFAULT_NEW_TOKENS} "
-            "new ones are generated. Pass max_new_tokens."
+            f"The model's files set max_length={limit:,}, and the prompt has {prompt_tokens:,} tokens already: "
+            f"{DEFAULT_NEW_TOKENS} new ones are generated. Pass max_new_tokens."
         )
         return {"max_length": prompt_tokens + DEFAULT_NEW_TOKENS}
 
@@ -178,7 +178,8 @@ class GenerationSettings:
         """Several beams of one search were asked for, and there is no search."""
         if self.is_typed("num_return_sequences"):
             raise UsageError(
-                "num_return_sequences needs sampling: the model's files set num_beams, which specache cannot do. Pass do_sample=True."
+                "num_return_sequences needs sampling: the model's files set num_beams, which specache cannot do. Pass "
+                "do_sample=True."
             )
         return {"num_return_sequences": 1}
 

@@ -80,8 +80,8 @@ def check_position_ids(position_ids: Any, new: list[list[int]], texts: list[list
             if given != list(range(len(text) - len(tokens), len(text))):
                 raise UsageError(
                     f"position_ids of sequence {index} are not the places of its tokens in the text "
-                    f"({len(text) - len(tokens):,} to {len(text) - 1:,}): specache keeps every token at its place. Leave position_ids "
-                    f"out, {_STOCK}."
+                    f"({len(text) - len(tokens):,} to {len(text) - 1:,}): specache keeps every token at its place. Leave "
+                    f"position_ids out, {_STOCK}."
                 )
 
 
@@ -124,11 +124,11 @@ def _refusal(name: str, model: str, known: bool) -> str:
         )
     if _MEDIA.search(name):
         return (
-            f"{name} cannot be used: specache generates from text and runs no encoder of images, video or sound, so the answer would "
-            f"be about something that was never seen. Leave it out, {_STOCK}."
+            f"{name} cannot be used: specache generates from text and runs no encoder of images, video or sound, so the answer "
+            f"would be about something that was never seen. Leave it out, {_STOCK}."
         )
     if _ENCODER.search(name):
         return f"{name} belongs to an encoder, and specache runs decoder-only models. Leave it out, {_STOCK}."
     if known:
-        return f"{name} is an input of {model} that specache does not pass on: it generates from token ids alone. Leave it out, {_STOCK}."
+        return f"{name} is an input of {model} that specache does not pass on: it runs on token ids alone. Leave it out, {_STOCK}."
     return f"{name!r} is no argument that specache or {model} knows (a typing error, perhaps). Leave it out."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,7 +25,8 @@ def check_assistant(arguments: Mapping[str, Any]) -> None:
         raise UsageError("specache.generate has a decoding loop of its own. Leave custom_generate out.")
     if arguments.get("assistant_model") is not None:
         raise UsageError(
-            "specache cannot decode with assistant_model. Use greedy or sampled decoding (num_beams=1), or the model's stock generate()."
+            "specache cannot decode with assistant_model. Use greedy or sampled decoding (num_beams=1), or the model's stock "
+            "generate()."
         )
 
 
@@ -53,7 +54,7 @@ def the_prompt(input_ids: Any, inputs: Any) -> Tensor:
     if ids is None:
         raise UsageError("There is no prompt: pass input_ids, a tensor of token ids [batch, length].")
     check_token_ids(ids)
-    return ids  # type: ignore[no-any-return]
+    return cast(Tensor, ids)
 
 
 def check_token_ids(ids: Any) -> None:
@@ -103,7 +104,7 @@ def prompts(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]
     """
     check_token_ids(input_ids)
     if attention_mask is None:
-        return input_ids.tolist()  # type: ignore[no-any-return]
+        return input_ids.tolist()
     check_mask(attention_mask, input_ids)
     mask = attention_mask[:, -input_ids.shape[1] :].bool().cpu()
     if not mask.any(dim=1).all():
