@@ -23,7 +23,7 @@ from specache.model import inspect_model
 from specache.model_arguments import PASSED_ON, PREPARED, check_model_arguments, check_position_ids, model_arguments
 from specache.recovery import tokens_kept
 from specache.request import (
-    check_assistant,
+    check_decoding_loop,
     check_max_new_tokens,
     check_prompt_lengths,
     check_sequences,
@@ -73,7 +73,7 @@ def generate(
             generated before, and `past_key_values`, if it was given, can be continued from.
     """
     inspect_model(model)  # refused before anything of it runs
-    check_assistant(kwargs)
+    check_decoding_loop(kwargs)
     position_ids = kwargs.pop("position_ids", None)
     of_model = model_arguments(model, kwargs, kwargs.get("generation_config"))
     check_model_arguments(model, of_model)
@@ -114,7 +114,7 @@ def decode(
     """
     passed = stock_generate_arguments()
     typed = {name: value for name, value in arguments.items() if name not in PREPARED} if passed is None else passed
-    check_assistant(typed)
+    check_decoding_loop(typed)
     of_model = model_arguments(model, typed)
     check_model_arguments(model, {name: value for name, value in of_model.items() if name not in PASSED_ON})
     if typed.get("position_ids") is None:

@@ -15,7 +15,7 @@ from specache.model import ModelInfo
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def check_assistant(arguments: Mapping[str, Any]) -> None:
+def check_decoding_loop(arguments: Mapping[str, Any]) -> None:
     """Refuse a second model that drafts tokens, and another decoding loop.
 
     Raises:
