@@ -228,6 +228,21 @@ class SpeCache:
         self.settle()
         return self.sequences[index].fork(self._context)
 
+    def reset(self) -> None:
+        """Forget every token and begin anew, with the same model and settings: what is generated next is another text.
+
+        Raises:
+            UsageError: a call is using it; nothing changed.
+        """
+        with self.in_use.by("reset"):
+            self.settle()
+            for sequence in self.sequences:
+                sequence.clear()
+                sequence.finish_reason = None
+            if not self.one_sequence:
+                self.sequences = []
+            self._context.count_from_zero()
+
     def close(self) -> None:
         """End background work and free everything, also where a part of that fails.
 

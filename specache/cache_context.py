@@ -78,6 +78,10 @@ class CacheContext:
         """The context of a fork of the cache, with settings of its own."""
         return CacheContext(self.info, config, self.resources, self.main_memory)
 
+    def count_from_zero(self) -> None:
+        """Forget what was counted."""
+        self.counters = _new_counters(self.config)
+
     def count_anew(self) -> None:
         """Count prefetches and guesses from now on as the settings, which changed, have it."""
         counters = _new_counters(self.config)

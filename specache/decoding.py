@@ -24,6 +24,7 @@ from specache.static_decoding import StaticDecoder
 from specache.working_set import decode_bytes
 
 Progress = Callable[[int, int], None]  # (prompt tokens done, prompt tokens in all)
+LONG_REREAD = 1024  # stored tokens that are read again without a word: a few passes more
 
 
 class StepLogits:
@@ -76,8 +77,11 @@ class Decoder:
         self._cache.settle()
         keep = self._reusable(sequence, token_ids)
         sequence.truncate(keep)
+        self._warn_of_windows(keep - sequence.length)
         with self._restored_on_error(sequence), self._timed("prefill_s"):
-            return self._prefill_rest(sequence, token_ids, chunk, progress, observe)
+            logits = self._prefill_rest(sequence, token_ids, chunk, progress, observe)
+        sequence.prompt_tokens = sequence.length
+        return logits
 
     def pre_decode(self, indices: Sequence[int], tokens: Sequence[int]) -> Tensor:
         """The first output token alone over the copy -> logits [A, V] of the first guess (Algorithm 2). Nothing is stored."""
@@ -110,6 +114,16 @@ class Decoder:
         keep = min(keep, len(token_ids) - 1)
         crosses = keep and self._reprefills(keep - 1, len(token_ids) - 1)
         return 0 if crosses else keep
+
+    def _warn_of_windows(self, tokens: int) -> None:
+        """Warn where cutting a sequence cost `tokens` that agree: sliding windows go back to a checkpoint only."""
+        if tokens > LONG_REREAD:
+            warnings.warn(
+                f"{tokens:,} stored tokens in front of where the text differs are read again too: the model's sliding windows "
+                "cannot go back to that place.",
+                UserWarning,
+                stacklevel=3,
+            )
 
     def _reprefills(self, stored: int, position: int) -> bool:
         """Whether keys up to position `stored` lost their meaning at `position` (long RoPE, as stock re-computes them)."""
@@ -262,11 +276,13 @@ class Decoder:
 
     @contextmanager
     def _restored_on_error(self, sequence: CachedSequence) -> Iterator[None]:
-        length, windows = sequence.length, sequence.windows()
+        length, windows, pending = sequence.length, sequence.windows(), sequence.pending_token
         try:
             yield
         except BaseException:
             sequence.restore(length, windows)
+            if sequence.length == length:
+                sequence.pending_token = pending
             raise
 
     @contextmanager

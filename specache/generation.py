@@ -16,20 +16,24 @@ from specache.answers import Answers, TokenChoice, count_guesses, guess, no_answ
 from specache.auto_tier import decide_tier
 from specache.cache import SpeCache
 from specache.config import SpeCacheConfig
+from specache.continuing import note_pending_tokens, sequence_per_text, warn_of_rereading, whole_texts
 from specache.decoding import Decoder, Progress
 from specache.errors import UsageError
+from specache.file_settings import GenerationSettings, one_row_per_answer
 from specache.holdings import SequenceLoad
 from specache.integration import attached, stock_generate_arguments
 from specache.model import inspect_model
+from specache.model_arguments import PASSED_ON, PREPARED, check_model_arguments, check_position_ids, model_arguments
 from specache.recovery import tokens_kept
 from specache.request import (
-    check_generation_config,
+    check_decoding_loop,
     check_max_new_tokens,
-    check_model_arguments,
     check_prompt_lengths,
     check_sequences,
+    check_vocabulary,
     inferred_mask,
     prompts,
+    the_prompt,
     user_cache,
 )
 
@@ -38,6 +42,7 @@ def generate(
     model: Any,
     input_ids: Tensor | None = None,
     *,
+    inputs: Tensor | None = None,
     attention_mask: Tensor | None = None,
     config: SpeCacheConfig | None = None,
     streamer: Any = None,
@@ -51,14 +56,15 @@ def generate(
     """Generate as `model.generate` does, over a SpeCache.
 
     Args:
-        input_ids, attention_mask: [B, S], padded on the left.
+        input_ids, attention_mask: [B, S], padded on the left. `inputs` is another name of `input_ids`, as in `model.generate`.
         config: settings of the cache that is made; not with `past_key_values`.
         streamer: gets the prompt, each step's tokens, and is always ended.
-        past_key_values: a SpeCache to continue from; `input_ids` is the whole conversation so far (or, with a longer
-            `attention_mask`, only what is new).
+        past_key_values: a SpeCache to continue from; `input_ids` is the whole conversation so far (or, with an
+            `attention_mask` that covers what came before too, only what is new).
         tokenizer: needed with `stop_strings`.
         progress: called with (prompt tokens done, in all) while prefilling.
-        **kwargs: everything else that `model.generate` takes.
+        **kwargs: everything else that `model.generate` takes. Inputs of the model that would change the answer (images, embeddings,
+            positions of one's own, ...) are refused by name.
 
     Returns:
         LongTensor [B, S + new]: prompts in front, padding after the end; or with `return_dict_in_generate` the stock output, whose
@@ -70,22 +76,29 @@ def generate(
             generated before, and `past_key_values`, if it was given, can be continued from.
     """
     inspect_model(model)  # refused before anything of it runs
-    check_model_arguments(kwargs)
+    check_decoding_loop(kwargs)
+    position_ids = kwargs.pop("position_ids", None)
+    of_model = model_arguments(model, kwargs, kwargs.get("generation_config"))
+    check_model_arguments(model, of_model)
+    kwargs = {name: value for name, value in kwargs.items() if name not in of_model}
     check_max_new_tokens(kwargs.get("max_new_tokens"))
-    if input_ids is None:
-        raise UsageError("There is no prompt: pass input_ids, a tensor of token ids [batch, length].")
+    input_ids = the_prompt(input_ids, inputs)
     with modes.ours():
         if attention_mask is None:
             attention_mask = inferred_mask(input_ids, model.generation_config)
         prompts(input_ids, attention_mask)
-    if stop_strings is not None:
-        if tokenizer is None:
-            raise UsageError("stop_strings needs tokenizer=, to know which tokens can end in them.")
+    typed = kwargs if stop_strings is None else {**kwargs, "stop_strings": stop_strings}
+    settings = GenerationSettings(model, typed, kwargs.get("generation_config"))
+    stops = settings.stop_strings(tokenizer)
+    if stops is not None:
         stopping_criteria = StoppingCriteriaList(stopping_criteria or [])
-        stopping_criteria.append(StopStringCriteria(tokenizer, stop_strings))
+        stopping_criteria.append(StopStringCriteria(tokenizer, stops))
+    kwargs = {**kwargs, **settings.replacements(), **settings.max_length(input_ids.shape[1])}
+    if settings.value("stop_strings") is not None:
+        kwargs["stop_strings"] = None  # a criterion by now, or nothing
 
     def custom_generate(model: Any, input_ids: Tensor, **arguments: Any) -> Tensor | GenerateDecoderOnlyOutput:
-        return _decode(model, input_ids, config, streamer, progress, **arguments)
+        return _decode(model, input_ids, config, streamer, progress, **{**arguments, "position_ids": position_ids})
 
     arguments = {"attention_mask": attention_mask, "past_key_values": past_key_values, "stopping_criteria": stopping_criteria}
     arguments = {name: value for name, value in arguments.items() if value is not None}
@@ -103,34 +116,53 @@ def decode(
 
     Stock `generate` drops `tokenizer` on the way to a callable, so stop strings need `specache.generate`.
     """
-    dropped = stock_generate_arguments()
-    check_model_arguments(dropped)
-    return _decode(model, input_ids, config, dropped.get("streamer"), progress, streamer_has_prompt=True, **arguments)
+    passed = stock_generate_arguments()
+    typed = {name: value for name, value in arguments.items() if name not in PREPARED} if passed is None else passed
+    check_decoding_loop(typed)
+    of_model = model_arguments(model, typed)
+    check_model_arguments(model, {name: value for name, value in of_model.items() if name not in PASSED_ON})
+    if typed.get("position_ids") is None:
+        arguments["position_ids"] = None  # stock generate's own
+    effective = arguments["generation_config"]
+    replacements = GenerationSettings(model, typed, effective).replacements()
+    input_ids, arguments = one_row_per_answer(input_ids, arguments, replacements)
+    for name, value in replacements.items():
+        setattr(effective, name, value)
+    return _decode(model, input_ids, config, typed.get("streamer"), progress, streamer_has_prompt=True, **arguments)
 
 
 def prefill(
     model: Any,
-    input_ids: Tensor,
+    input_ids: Tensor | None = None,
     *,
     cache: SpeCache,
+    inputs: Tensor | None = None,
     attention_mask: Tensor | None = None,
     progress: Progress | None = None,
+    **model_inputs: Any,
 ) -> None:
     """Fill `cache` with prompts [B, S] and generate nothing. A later `generate` over the same prompts starts at once.
+
+    A cache that holds something already is continued as by `generate`. `model_inputs` are what a tokenizer returns beside them;
+    those that would change what is stored are refused by name.
 
     Raises:
         SpeCacheError: as `generate`.
     """
     modes.check_process()
     with modes.ours(), cache.in_use.by("prefill"):
-        token_ids = prompts(input_ids, attention_mask)
-        check_prompt_lengths(token_ids, cache.info)
+        position_ids = model_inputs.pop("position_ids", None)
+        check_model_arguments(model, model_inputs)
+        input_ids = the_prompt(input_ids, inputs)
+        if attention_mask is None:
+            attention_mask = inferred_mask(input_ids, model.generation_config)
+        new = prompts(input_ids, attention_mask)
         cache.check_model(model)
-        check_sequences(cache, token_ids)
-        decide_tier(model, cache, token_ids, 0, cache.config.prefill_chunk)
-        check_room(cache, token_ids, 0, cache.config.prefill_chunk)
+        token_ids = _texts(model, cache, new, input_ids, attention_mask, position_ids)
+        chunk = cache.config.prefill_chunk
+        _make_room(model, cache, token_ids, 0, chunk)
         with attached(model), tokens_kept(cache, _loads(token_ids, 0)):
-            _prefill(Decoder(model, cache), cache, token_ids, cache.config.prefill_chunk, progress)
+            _prefill(Decoder(model, cache), cache, token_ids, chunk, progress)
 
 
 def _decode(
@@ -168,24 +200,23 @@ def _decode_alone(
     generation_config: Any,
     attention_mask: Tensor | None = None,
     past_key_values: Any = None,
+    position_ids: Any = None,
     streamer_has_prompt: bool = False,
-    **model_arguments: Any,
+    **prepared: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:
+    """Generate from what stock generate prepared. What else it `prepared` for the model is looked at before, and not used."""
     given = None
     finished = False
     cache: SpeCache | None = None
     try:
-        check_generation_config(generation_config)
-        check_model_arguments(model_arguments)
         given = user_cache(past_key_values)
-        token_ids = prompts(input_ids, attention_mask)
+        new = prompts(input_ids, attention_mask)
         cache = _cache_for(model, config, given)
-        token_ids = _whole_sequences(cache, token_ids, input_ids, attention_mask, generation_config)
-        check_prompt_lengths(token_ids, cache.info)
+        width = getattr(generation_config, "_mask_length", None) if attention_mask is None else None
+        token_ids = _texts(model, cache, new, input_ids, attention_mask, position_ids, width)
         chunk = generation_config.prefill_chunk_size or cache.config.prefill_chunk
         stored_new_tokens = _stored_new_tokens(generation_config, input_ids)
-        decide_tier(model, cache, token_ids, stored_new_tokens, chunk)
-        check_room(cache, token_ids, stored_new_tokens, chunk)
+        _make_room(model, cache, token_ids, stored_new_tokens, chunk)
         if streamer is not None and not streamer_has_prompt:
             with modes.callers():
                 streamer.put(input_ids.cpu())
@@ -209,6 +240,33 @@ def _decode_alone(
         logits=tuple(batch.logits) if request.record_logits else None,
         past_key_values=cache,
     )
+
+
+def _texts(
+    model: Any,
+    cache: SpeCache,
+    new: list[list[int]],
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Any,
+    width: int | None = None,
+) -> list[list[int]]:
+    """The checked texts [B][tokens] that a call goes on from, from their first tokens on. `width`: see `whole_texts`."""
+    check_sequences(cache, new)
+    token_ids = whole_texts(cache, new, input_ids.shape[1], attention_mask, width)
+    check_vocabulary(model, token_ids)
+    check_prompt_lengths(token_ids, cache.info)
+    if position_ids is not None:
+        check_position_ids(position_ids, new, token_ids)
+    return token_ids
+
+
+def _make_room(model: Any, cache: SpeCache, token_ids: list[list[int]], new_tokens: int, chunk: int) -> None:
+    """Give every text a sequence, decide the tier of its rows, and refuse what does not fit, before anything is read."""
+    with sequence_per_text(cache, len(token_ids)):
+        decide_tier(model, cache, token_ids, new_tokens, chunk)
+        check_room(cache, token_ids, new_tokens, chunk)
+    warn_of_rereading(cache, token_ids)
 
 
 def _run(
@@ -244,7 +302,10 @@ def _run(
                 cache.sequences[index].finish_reason = "interrupted" if isinstance(error, KeyboardInterrupt) else "error"
         raise
     finally:
-        cache.settle()
+        try:
+            cache.settle()
+        finally:
+            note_pending_tokens(cache, token_ids, batch.new_token_ids())
 
 
 def _prefill(decoder: Decoder, cache: SpeCache, token_ids: list[list[int]], chunk: int, progress: Progress | None) -> Tensor:
@@ -309,27 +370,6 @@ def _cache_for(model: Any, config: SpeCacheConfig | None, given: SpeCache | None
     if config is not None and not given.has_config(config):
         raise UsageError("A SpeCache keeps the config it was made with. Leave config out, or start a new SpeCache(model, config).")
     return given
-
-
-def _whole_sequences(
-    cache: SpeCache, token_ids: list[list[int]], input_ids: Tensor, attention_mask: Tensor | None, generation_config: Any
-) -> list[list[int]]:
-    """Every sequence from its first token on, for a cache that may hold a part of it already."""
-    stored = cache.sequences
-    if not stored:
-        return token_ids
-    check_sequences(cache, token_ids)
-    if len(token_ids) % len(stored):
-        raise UsageError(f"The SpeCache holds {len(stored)} sequences but the batch has {len(token_ids)} prompts.")
-    repeats = len(token_ids) // len(stored)
-    if repeats > 1:  # num_return_sequences
-        cache.sequences = [
-            s for sequence in stored for s in [sequence, *(sequence.fork(cache.context) for _ in range(repeats - 1))]
-        ]
-    width = attention_mask.shape[1] if attention_mask is not None else getattr(generation_config, "_mask_length", 0)
-    if width > input_ids.shape[1]:  # only what is new was passed
-        return [sequence.token_ids + ids for sequence, ids in zip(cache.sequences, token_ids, strict=True)]
-    return token_ids
 
 
 def _stored_new_tokens(generation_config: Any, input_ids: Tensor) -> int:

@@ -63,11 +63,19 @@ def forward(
                 use_cache=False,
                 return_dict=True,
                 logits_to_keep=logits,
+                **_unwanted_outputs(model),
                 **{NAME: state},
             )
     finally:
         _inside.served = previous
     return output.logits[:, -logits:].float()
+
+
+def _unwanted_outputs(model: Any) -> dict[str, bool]:
+    """Switches against outputs that the model's config asks for: they would hold every layer's hidden states."""
+    configs = (model.config, model.config.get_text_config(decoder=True))
+    names = ("output_attentions", "output_hidden_states", "output_router_logits")
+    return {name: False for name in names if any(getattr(config, name, False) for config in configs)}
 
 
 def decode_forward(model: Any, token_ids: Tensor, position_ids: Tensor, state: ForwardPass, reads_back: bool = True) -> Tensor:
@@ -95,18 +103,20 @@ def reset_rope(model: Any, info: ModelInfo) -> None:
             module(torch.empty(1, 1, 1, device=info.device, dtype=info.dtype), position)
 
 
-def stock_generate_arguments() -> dict[str, Any]:
-    """`streamer` and `assistant_model` of the stock `generate()` that is calling us.
+def stock_generate_arguments() -> dict[str, Any] | None:
+    """What was passed to the stock `generate()` that is calling us, by name; `None` where none is.
 
-    It hands neither to a callable `custom_generate`; without them a streamer would never be ended and an assistant be ignored
-    silently.
+    Stock `generate` hands neither `streamer` nor `assistant_model` to a callable `custom_generate`: without them a streamer would
+    never be ended and an assistant be ignored silently. And it hands on what it has prepared itself (positions, settings of the
+    model's files) as if the caller had passed it.
     """
     frame = inspect.currentframe()
     while frame is not None:
         if frame.f_code.co_name == "generate" and frame.f_globals.get("__name__") == "transformers.generation.utils":
-            return {name: frame.f_locals.get(name) for name in ("streamer", "assistant_model")}
+            passed = frame.f_locals
+            return {**passed.get("kwargs", {}), **{name: passed.get(name) for name in ("streamer", "assistant_model")}}
         frame = frame.f_back
-    return {}
+    return None
 
 
 def _attention(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -11,45 +12,22 @@ from specache.cache import SpeCache
 from specache.errors import UsageError
 from specache.model import ModelInfo
 
-_ADVICE = "Use greedy or sampled decoding (num_beams=1), or the model's stock generate()."
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def check_generation_config(config: Any) -> None:
-    """Refuse decoding modes and outputs that a low-bit cache has no answer for.
+def check_decoding_loop(arguments: Mapping[str, Any]) -> None:
+    """Refuse a second model that drafts tokens, and another decoding loop.
 
     Raises:
         UsageError: names the argument.
     """
-    modes = {
-        "num_beams": (config.num_beams or 1) > 1,
-        "penalty_alpha (contrastive search)": bool(getattr(config, "penalty_alpha", None)),
-        "dola_layers": getattr(config, "dola_layers", None) is not None,
-        "prompt_lookup_num_tokens": getattr(config, "prompt_lookup_num_tokens", None) is not None,
-        "assistant_early_exit": getattr(config, "assistant_early_exit", None) is not None,
-        "constraints": bool(getattr(config, "constraints", None) or getattr(config, "force_words_ids", None)),
-    }
-    for name, wanted in modes.items():
-        if wanted:
-            raise UsageError(f"specache cannot decode with {name}. {_ADVICE}")
-    if config.output_attentions:
-        raise UsageError("output_attentions is not available: no step holds the attention of a whole layer. Leave it out.")
-    if config.output_hidden_states:
-        raise UsageError("output_hidden_states is not available from specache. Leave it out.")
-    if config.use_cache is False:
-        raise UsageError("use_cache=False contradicts specache, which is a cache. Leave it out.")
-    if config.cache_implementation is not None:
-        raise UsageError(
-            f"cache_implementation={config.cache_implementation!r} names one of transformers' own caches. Leave it out; "
-            "specache's settings go into SpeCacheConfig."
-        )
-
-
-def check_model_arguments(arguments: dict[str, Any]) -> None:
-    """Refuse inputs other than token ids."""
-    if arguments.get("inputs_embeds") is not None:
-        raise UsageError("inputs_embeds is not supported: a SpeCache knows its sequences by their token ids. Pass input_ids.")
+    if arguments.get("custom_generate") is not None:
+        raise UsageError("specache.generate has a decoding loop of its own. Leave custom_generate out.")
     if arguments.get("assistant_model") is not None:
-        raise UsageError(f"specache cannot decode with assistant_model. {_ADVICE}")
+        raise UsageError(
+            "specache cannot decode with assistant_model. Use greedy or sampled decoding (num_beams=1), or the model's stock "
+            "generate()."
+        )
 
 
 def user_cache(past_key_values: Any) -> SpeCache | None:
@@ -64,20 +42,70 @@ def user_cache(past_key_values: Any) -> SpeCache | None:
     return None
 
 
+def the_prompt(input_ids: Any, inputs: Any) -> Tensor:
+    """The prompt under either of its names, a tensor of token ids [B, S].
+
+    Raises:
+        UsageError: there is none, there are two, or it is something else.
+    """
+    if input_ids is not None and inputs is not None:
+        raise UsageError("input_ids and inputs are two names of the prompt. Pass one of them.")
+    ids = inputs if input_ids is None else input_ids
+    if ids is None:
+        raise UsageError("There is no prompt: pass input_ids, a tensor of token ids [batch, length].")
+    check_token_ids(ids)
+    return cast(Tensor, ids)
+
+
+def check_token_ids(ids: Any) -> None:
+    """Refuse a prompt that is no tensor of token ids [B, S], or an empty one.
+
+    Raises:
+        UsageError: what it is instead, and what to do.
+    """
+    if not isinstance(ids, Tensor):
+        raise UsageError(f"input_ids must be a tensor of token ids [batch, length], not {_described(ids)}.{_conversion(ids)}")
+    if ids.dtype not in _INTEGERS:
+        raise UsageError(f"input_ids must be a tensor of token ids, but its numbers are {ids.dtype}. Pass torch.long.")
+    if ids.dim() == 1 and ids.numel():
+        raise UsageError("input_ids must be a tensor of token ids [batch, length], but it has one dimension. Pass input_ids[None].")
+    if ids.numel() == 0:
+        raise UsageError("The prompt is empty; there is nothing to continue. Pass at least one token.")
+    if ids.dim() != 2:
+        raise UsageError(f"input_ids must be a tensor of token ids [batch, length], but has the shape {list(ids.shape)}.")
+
+
+def check_mask(attention_mask: Any, input_ids: Tensor) -> None:
+    """Refuse a mask that is no zeros and ones [B, at least S] for input_ids [B, S].
+
+    Raises:
+        UsageError: what is wrong with it.
+    """
+    if not isinstance(attention_mask, Tensor):
+        raise UsageError(f"attention_mask must be a tensor [batch, length], not {_described(attention_mask)}.")
+    rows, columns = input_ids.shape
+    if attention_mask.dim() != 2 or attention_mask.shape[0] != rows:
+        shape = list(attention_mask.shape)
+        raise UsageError(f"attention_mask must have the shape [batch, length] of input_ids, {[rows, columns]}, but has {shape}.")
+    if attention_mask.shape[1] < columns:
+        raise UsageError(f"attention_mask has {attention_mask.shape[1]:,} columns for {columns:,} tokens. Pass one for each.")
+    if not ((attention_mask == 0) | (attention_mask == 1)).all():
+        raise UsageError("attention_mask must say 1 for tokens and 0 for padding; it has other numbers. Pass the tokenizer's.")
+
+
 def prompts(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
     """The rows of a left-padded batch without their padding.
+
+    Args:
+        attention_mask: [B, at least S]; its last S columns are those of input_ids.
 
     Raises:
         UsageError: not a batch of token ids, an empty prompt, a mask with holes or right padding.
     """
-    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.is_floating_point():
-        raise UsageError("input_ids must be a tensor of token ids [batch, length].")
-    if input_ids.shape[0] == 0 or input_ids.shape[1] == 0:
-        raise UsageError("The prompt is empty; there is nothing to continue. Pass at least one token.")
+    check_token_ids(input_ids)
     if attention_mask is None:
         return input_ids.tolist()
-    if attention_mask.dim() != 2 or attention_mask.shape[0] != input_ids.shape[0]:
-        raise UsageError("attention_mask must have the shape [batch, length] of input_ids.")
+    check_mask(attention_mask, input_ids)
     mask = attention_mask[:, -input_ids.shape[1] :].bool().cpu()
     if not mask.any(dim=1).all():
         raise UsageError("A prompt of the batch is empty: its attention_mask is all zeros. Pass at least one token.")
@@ -90,6 +118,25 @@ def prompts(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]
         )
     rows = input_ids.tolist()
     return [row[start:] for row, start in zip(rows, first.tolist(), strict=True)]
+
+
+def check_vocabulary(model: Any, token_ids: list[list[int]]) -> None:
+    """Refuse tokens that the model has no embedding for.
+
+    Raises:
+        UsageError: names the token and its place.
+    """
+    embedding = model.get_input_embeddings()
+    size = getattr(embedding, "num_embeddings", None)
+    if size is None:
+        return
+    for number, row in enumerate(token_ids):
+        if min(row) < 0 or max(row) >= size:
+            place = next(i for i, token in enumerate(row) if not 0 <= token < size)
+            raise UsageError(
+                f"Token {row[place]} at position {place:,} of prompt {number} is not in the model's vocabulary of {size:,} tokens. "
+                "Use the tokenizer that belongs to the model."
+            )
 
 
 def inferred_mask(input_ids: Any, generation_config: Any) -> Tensor | None:
@@ -125,5 +172,24 @@ def check_prompt_lengths(token_ids: list[list[int]], info: ModelInfo) -> None:
 
 
 def check_max_new_tokens(max_new_tokens: Any) -> None:
+    """Refuse a call that generates nothing."""
     if max_new_tokens is not None and max_new_tokens < 1:
         raise UsageError(f"max_new_tokens must be at least 1, got {max_new_tokens}. To only fill a cache use specache.prefill.")
+
+
+def _described(value: Any) -> str:
+    name = type(value).__name__
+    return f"a {name}" if name[0] not in "AEIOUaeiou" else f"an {name}"
+
+
+def _conversion(value: Any) -> str:
+    """What makes token ids of a value that people pass instead."""
+    if isinstance(value, Mapping):
+        return " Pass its parts by name: generate(model, **inputs)."
+    if isinstance(value, str):
+        return " Pass tokenizer(text, return_tensors='pt').input_ids."
+    if isinstance(value, list | tuple):
+        return " Pass torch.tensor(ids), or what tokenizer(..., return_tensors='pt') gives."
+    if type(value).__module__ == "numpy":
+        return " Pass torch.from_numpy(ids)."
+    return ""

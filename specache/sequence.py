@@ -42,6 +42,13 @@ class Owner(Protocol):
 class Sequence:
     """One sequence's state in every layer. Its tokens are those whose keys and values are stored.
 
+    Attributes:
+        token_ids: the stored tokens.
+        prompt_tokens: how many of them were read from prompts; the ones behind were generated.
+        pending_token: the token that was generated last and that nothing followed yet: it is part of the text, but its keys and
+            values are not stored. `None` where everything is stored.
+        finish_reason: why the last generation ended.
+
     A pass changes layers one after the other; `commit` makes it count. `undo_pass` takes back a decode pass wherever it stopped,
     `restore` a prefill.
     """
@@ -53,6 +60,8 @@ class Sequence:
         self.checkpoints: WindowCheckpoints | None = self._new_checkpoints()
         self.layers: dict[int, Layer] = {}
         self.token_ids: list[int] = []
+        self.prompt_tokens = 0
+        self.pending_token: int | None = None
         self.finish_reason: str | None = None
         self._positions_before: dict[int, Tensor | None] = {}  # `next_positions` of the layers when the pass began
         self._counted = True
@@ -89,7 +98,9 @@ class Sequence:
         return self.layers[index]
 
     def commit(self, token_ids: list[int]) -> None:
+        """Count the tokens of a pass that is through every layer as stored."""
         self.token_ids += token_ids
+        self.pending_token = None
 
     def begin_prefill(self) -> None:
         """Keep the windows as they are: here begins what the next request changes."""
@@ -168,7 +179,10 @@ class Sequence:
                 layer.truncate(length)
             else:
                 layer.truncate(length)
+        if length < self.length:
+            self.pending_token = None
         del self.token_ids[length:]
+        self.prompt_tokens = min(self.prompt_tokens, length)
         if self.checkpoints is not None:
             self.checkpoints.forget_after(length)
 
@@ -191,6 +205,7 @@ class Sequence:
             layer.release()
         self.layers.clear()
         self.token_ids.clear()
+        self.prompt_tokens, self.pending_token = 0, None
         if self.checkpoints is not None:
             self.checkpoints.forget_after(0)
         self._read_buffers.release()
@@ -216,6 +231,7 @@ class Sequence:
         """An independent copy that belongs to `owner`."""
         other = Sequence(owner)
         other.token_ids = list(self.token_ids)
+        other.prompt_tokens, other.pending_token = self.prompt_tokens, self.pending_token
         if owner.config.policy is not Policy.FULL:
             other.tier.close()
             other.tier = self.tier.fork()

@@ -100,6 +100,8 @@ class Manifest:
         created, saved: seconds since 1970.
         tokens: length of the sequence.
         finish_reason: of its last generation.
+        prompt_tokens: how many of its tokens were read from prompts; `None` in sessions of before that was kept.
+        pending_token: the generated token behind the stored ones, if there is one (`Sequence.pending_token`).
         messages: what was said, if the sequence is a conversation.
         layers: by number; none before the first token.
         rows: per full-attention layer, where its whole blocks lie.
@@ -118,6 +120,8 @@ class Manifest:
     saved: float
     tokens: int = 0
     finish_reason: str | None = None
+    prompt_tokens: int | None = None
+    pending_token: int | None = None
     messages: tuple[Message, ...] = ()
     layers: dict[int, LayerShape] = field(default_factory=dict)
     rows: dict[int, tuple[Extent, ...]] = field(default_factory=dict)

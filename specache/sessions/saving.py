@@ -45,6 +45,8 @@ def write_state(
             blank,
             tokens=sequence.length,
             finish_reason=sequence.finish_reason,
+            prompt_tokens=sequence.prompt_tokens,
+            pending_token=sequence.pending_token,
             layers=state.shapes(sequence),
             rows=tier.extents(),
             tails=state.tail_shapes(sequence),

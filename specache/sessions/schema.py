@@ -20,6 +20,12 @@ _MOST = 1 << 40  # of any number in it
 _SNAPSHOT = re.compile(r"(pages|tail|tokens|windows)-[0-9a-f]{16}\.safetensors")
 _SEGMENT = re.compile(r"[0-9a-f]{16}")
 _ROWS = re.compile(r"[0-9a-f]{16}-L[0-9]{3,6}\.rows")
+_NOT_IN_THE_FIRST_SESSIONS: dict[str, Any] = {
+    "messages": [],
+    "token_copy": None,
+    "prompt_tokens": None,
+    "pending_token": None,
+}
 _T = TypeVar("_T")
 
 
@@ -38,7 +44,7 @@ def parse(body: Any) -> Manifest:
 
 
 def _manifest(body: Any) -> Manifest:
-    body = {"messages": [], "token_copy": None, **_mapping(body, _text, lambda value: value)}  # the first sessions had none
+    body = {**_NOT_IN_THE_FIRST_SESSIONS, **_mapping(body, _text, lambda value: value)}
     identity: dict[str, Any] = _mapping(body["identity"], str, _optional(_text))
     for values, kind in ((identity, Identity), (body, Manifest)):
         if set(values) != {f.name for f in dataclasses.fields(kind)}:
@@ -50,6 +56,8 @@ def _manifest(body: Any) -> Manifest:
         saved=_time(body["saved"]),
         tokens=_whole(body["tokens"]),
         finish_reason=_optional(_text)(body["finish_reason"]),
+        prompt_tokens=_optional(_whole)(body["prompt_tokens"]),
+        pending_token=_optional(_whole)(body["pending_token"]),
         messages=tuple(Message(_text(one["role"]), _text(one["content"])) for one in _list(body["messages"])),
         layers=_mapping(body["layers"], _index, _layer),
         rows=_mapping(body["rows"], _index, lambda extents: tuple(_extent(extent) for extent in _list(extents))),
@@ -72,6 +80,8 @@ def _checked(manifest: Manifest) -> Manifest:
         raise ValueError("it does not say which model it belongs to")
     if (tokens == 0) != (manifest.tail is None) or (tokens > 0 and not full):
         raise ValueError("it has tokens without a state, or a state without tokens")
+    if (manifest.prompt_tokens or 0) > tokens or (manifest.pending_token is not None and tokens == 0):
+        raise ValueError("it has tokens of prompts or answers that are not there")
     if set(manifest.rows) != set(full) or set(manifest.tails) != set(full):
         raise ValueError("it has rows of other layers than it should")
     for layer, extents in manifest.rows.items():

@@ -139,6 +139,8 @@ def restore(sequence: Sequence, device: torch.device, folder: Path, manifest: Ma
     _restore_pages(sequence.compressed, folder, manifest)
     sequence.commit(tail.read(["token_ids"])["token_ids"].tolist())
     sequence.finish_reason = manifest.finish_reason
+    sequence.prompt_tokens = manifest.tokens if manifest.prompt_tokens is None else manifest.prompt_tokens
+    sequence.pending_token = manifest.pending_token
 
 
 def check_shapes(manifest: Manifest, expected: Mapping[int, tuple[int, int, int | None]], dtype: torch.dtype) -> None:

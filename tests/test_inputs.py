@@ -1,0 +1,275 @@
+"""What may be passed beside the prompt: what changes nothing is accepted, all else is refused by name; and what a prompt may be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    BatchEncoding,
+    CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
+
+import specache
+from tests.tiny import llama, prompt, ragged
+
+NEW = 4
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+    "eos_token_id": None,
+    "bos_token_id": 1,
+    "pad_token_id": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return llama()
+
+
+@pytest.fixture(scope="module")
+def llava() -> Any:
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    config = LlavaConfig(vision_config=vision, text_config=LlamaConfig(**SIZES), image_token_id=96, image_seq_length=4)
+    return LlavaForConditionalGeneration(config).eval()
+
+
+@pytest.fixture(scope="module")
+def qwen_vl() -> Any:
+    torch.manual_seed(0)
+    text = {**SIZES, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
+    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "patch_size": 4}
+    tokens = {"image_token_id": 90, "video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93}
+    return Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision, **tokens)).eval()
+
+
+@pytest.fixture(scope="module")
+def gpt2() -> Any:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "initializer_range": 0.2}
+    return GPT2LMHeadModel(GPT2Config(**sizes, eos_token_id=None, bos_token_id=1, pad_token_id=0)).eval()
+
+
+WAYS = ("generate", "decode", "prefill")
+
+
+def call(way: str, model: Any, ids: torch.Tensor, **arguments: Any) -> Any:
+    """One of the three ways in."""
+    if way == "generate":
+        return specache.generate(model, ids, max_new_tokens=NEW, do_sample=False, **arguments)
+    if way == "decode":
+        return model.generate(ids, custom_generate=specache.decode, max_new_tokens=NEW, do_sample=False, **arguments)
+    with specache.SpeCache(model) as cache:
+        return specache.prefill(model, ids, cache=cache, **arguments)
+
+
+def stock(model: Any, ids: torch.Tensor, **arguments: Any) -> torch.Tensor:
+    return model.generate(ids, max_new_tokens=NEW, do_sample=False, **arguments)
+
+
+IDS = prompt(40)
+CHANGES = {
+    "positions of one's own": ("position_ids", torch.arange(40)[None] + 7),
+    "embeddings": ("inputs_embeds", torch.zeros(1, 40, 64)),
+    "labels": ("labels", IDS),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("case", CHANGES)
+def test_an_input_that_would_be_ignored_is_refused_by_name(model, way, case):
+    name, value = CHANGES[case]
+    with pytest.raises(specache.UsageError, match=name):
+        call(way, model, IDS, **{name: value})
+
+
+@pytest.mark.parametrize("way", ["generate", "prefill"])
+@pytest.mark.parametrize("name", ["cache_position", "head_mask", "encoder_outputs", "decoder_input_ids", "nonsense"])
+def test_an_argument_that_the_model_does_not_know_is_refused_by_name(model, way, name):
+    with pytest.raises(specache.UsageError, match=name):
+        call(way, model, IDS, **{name: torch.ones(1)})
+
+
+def test_stock_generate_still_refuses_what_it_does_not_know(model):
+    with pytest.raises(ValueError, match="nonsense"):
+        call("decode", model, IDS, nonsense=1)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["pixel_values", "image_sizes", "vision_feature_layer", "mm_encoder_outputs"])
+def test_images_are_refused_by_every_way_in(llava, way, name):
+    value = -2 if name == "vision_feature_layer" else torch.randn(1, 3, 16, 16)
+    with pytest.raises(specache.UsageError, match=name):
+        call(way, llava, IDS, **{name: value})
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_images_of_a_model_with_positions_of_several_axes_are_refused(qwen_vl, way):
+    with pytest.raises(specache.UsageError, match="image_grid_thw"):
+        call(way, qwen_vl, IDS, image_grid_thw=torch.tensor([[1, 2, 2]]))
+
+
+@pytest.mark.parametrize("way", ["generate", "decode"])
+@pytest.mark.parametrize("which", ["llava", "qwen_vl"])
+def test_text_through_a_vision_language_model_is_that_of_stock(request, which, way):
+    model = request.getfixturevalue(which)
+    ids, mask = ragged(40, 25)
+    text = {"mm_token_type_ids": torch.zeros_like(ids)} if which == "qwen_vl" else {}
+    text |= {"pixel_values": None} if way == "generate" else {}
+    expected = stock(model, ids, attention_mask=mask)
+    assert torch.equal(call(way, model, ids, attention_mask=mask, config=specache.SpeCacheConfig(policy="full"), **text), expected)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_changes_nothing_is_accepted(model, way):
+    ids, mask = ragged(40, 25)
+    positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)  # as models' own code makes them; padding's do not matter
+    nothing = {"position_ids": positions, "labels": None, "inputs_embeds": None, "logits_to_keep": 1}
+    expected = stock(model, ids, attention_mask=mask)
+    given = call(way, model, ids, attention_mask=mask, **nothing)
+    assert way == "prefill" or torch.equal(given, expected)
+
+
+def test_positions_of_what_is_new_are_those_in_the_whole_text(model):
+    new = prompt(8, 1)
+    with specache.SpeCache(model) as cache:
+        specache.prefill(model, IDS, cache=cache)
+        mask = torch.ones(1, 48, dtype=torch.long)
+        for positions in (torch.arange(8)[None], torch.arange(41, 49)[None]):
+            with pytest.raises(specache.UsageError, match="40 to 47"):
+                specache.generate(
+                    model, new, attention_mask=mask, position_ids=positions, past_key_values=cache, max_new_tokens=NEW
+                )
+        positions = torch.arange(40, 48)[None]
+        specache.generate(model, new, attention_mask=mask, position_ids=positions, past_key_values=cache, max_new_tokens=NEW)
+
+
+def test_segment_ids_of_text_are_accepted_where_others_stand_for_images():
+    torch.manual_seed(0)
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16}
+    text = {**SIZES, "head_dim": 16, "sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"]}
+    config = Gemma3Config(text_config=text, vision_config={**vision, "patch_size": 4}, mm_tokens_per_image=4, image_token_index=96)
+    gemma = Gemma3ForConditionalGeneration(config).eval()
+    gemma.generation_config.eos_token_id = None
+    zeros = torch.zeros_like(IDS)
+    expected = stock(gemma, IDS, token_type_ids=zeros)
+    for way in ("generate", "decode"):
+        full = specache.SpeCacheConfig(policy="full")
+        assert torch.equal(call(way, gemma, IDS, token_type_ids=zeros, config=full), expected)
+        with pytest.raises(specache.UsageError, match="token_type_ids"):
+            call(way, gemma, IDS, token_type_ids=zeros + 1)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_segment_ids_that_a_model_adds_an_embedding_for_are_refused_also_as_zeros(gpt2, way):
+    zeros = torch.zeros_like(IDS)
+    assert not torch.equal(stock(gpt2, IDS, token_type_ids=zeros), stock(gpt2, IDS))  # they are no default there
+    with pytest.raises(specache.UsageError, match="token_type_ids"):
+        call(way, gpt2, IDS, token_type_ids=zeros)
+
+
+def test_a_mask_of_four_dimensions_is_refused(model):
+    with pytest.raises(specache.UsageError, match="attention_mask"):
+        call("generate", model, IDS, attention_mask=torch.ones(1, 1, 40, 40))
+
+
+NOT_MASKS = {
+    "shorter than the prompt": (torch.ones(1, 30, dtype=torch.long), "30 columns"),
+    "of another batch": (torch.ones(2, 40, dtype=torch.long), "shape"),
+    "additive": (torch.full((1, 40), -1e4), "1 for tokens"),
+    "a list": ([[1] * 40], "a list"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_MASKS)
+def test_a_mask_that_is_none_is_refused(model, case):
+    mask, message = NOT_MASKS[case]
+    for way in ("generate", "prefill"):
+        with pytest.raises(specache.UsageError, match=message):
+            call(way, model, IDS, attention_mask=mask)
+
+
+NOT_PROMPTS = {
+    "a batch encoding": (BatchEncoding({"input_ids": IDS}), r"\*\*inputs"),
+    "a dict": ({"input_ids": IDS}, r"\*\*inputs"),
+    "lists": (IDS.tolist(), "torch.tensor"),
+    "an array": (np.ones((1, 4), dtype=np.int64), "from_numpy"),
+    "a text": ("Hello", "tokenizer"),
+    "one dimension": (IDS[0], r"input_ids\[None\]"),
+    "three dimensions": (IDS[None], "shape"),
+    "floats": (IDS.float(), "float32"),
+    "booleans": (IDS > 3, "bool"),
+    "no rows": (IDS[:0], "empty"),
+    "no columns": (IDS[:, :0], "empty"),
+    "beyond the vocabulary": (torch.tensor([[5, 97, 5]]), "97 at position 1"),
+    "negative": (torch.tensor([[5, 5, -1]]), "-1 at position 2"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_PROMPTS)
+def test_what_is_no_prompt_is_refused_with_what_to_pass(model, case):
+    value, message = NOT_PROMPTS[case]
+    for way in ("generate", "prefill"):
+        with pytest.raises(specache.UsageError, match=message):
+            call(way, model, value)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_whole_numbers_of_any_size_are_tokens(model, dtype):
+    ids = IDS.to(dtype)
+    assert torch.equal(call("generate", model, ids, config=specache.SpeCacheConfig(policy="full")), stock(model, ids))
+
+
+def test_padding_may_be_any_number(model):
+    ids, mask = ragged(40, 25)
+    expected = call("generate", model, ids, attention_mask=mask)[:, 40:]
+    ids[mask == 0] = -100
+    assert torch.equal(specache.generate(model, ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False)[:, 40:], expected)
+
+
+def test_the_prompt_has_two_names(model):
+    expected = stock(model, IDS)
+    config = specache.SpeCacheConfig(policy="full")
+    assert torch.equal(specache.generate(model, inputs=IDS, max_new_tokens=NEW, do_sample=False, config=config), expected)
+    decoded = model.generate(inputs=IDS, custom_generate=specache.decode, max_new_tokens=NEW, do_sample=False, config=config)
+    assert torch.equal(decoded, expected)
+    with specache.SpeCache(model) as cache:
+        specache.prefill(model, inputs=IDS, cache=cache)
+        assert cache.get_seq_length() == 40
+        with pytest.raises(specache.UsageError, match="two names"):
+            specache.prefill(model, IDS, inputs=IDS, cache=cache)
+    with pytest.raises(specache.UsageError, match="two names"):
+        specache.generate(model, IDS, inputs=IDS)
+
+
+def test_padding_is_inferred_by_prefill_as_by_generate(model):
+    ids, mask = ragged(40, 25)
+    with specache.SpeCache(model) as cache:
+        specache.prefill(model, ids, cache=cache)
+        assert [sequence.length for sequence in cache.sequences] == mask.sum(1).tolist()
+
+
+def test_another_decoding_loop_is_refused(model):
+    with pytest.raises(specache.UsageError, match="custom_generate"):
+        specache.generate(model, IDS, custom_generate=specache.decode)
