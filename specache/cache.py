@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, NoReturn
@@ -15,9 +15,12 @@ from specache.config import Policy, SlowTierKind, SpeCacheConfig
 from specache.device.main_memory import MainMemory
 from specache.device.pinned import PinnedPool
 from specache.device.streams import streams_for
+from specache.dimensions import dimensions_of
 from specache.errors import UsageError
 from specache.holdings import hot_slots
 from specache.hot_set import HotSet
+from specache.identity.model_state import ModelState
+from specache.identity.wrappers import unwrapped
 from specache.layers import CompressedLayer
 from specache.model import inspect_model
 from specache.prefetch import FetchedRows, InPlaceRows, Rows
@@ -31,6 +34,14 @@ from specache.tiers.scratch import prepare_folder
 from specache.tiers.worker import PrefetchWorker
 
 DISK_READERS = 4  # layers whose rows are read from disk at a time
+_OTHER_MODEL = (
+    "This SpeCache was filled by another model{what}. Its keys and values mean nothing to this one. Continue with the model it was "
+    "made for, or start a new SpeCache(model, config)."
+)
+_CHANGED_MODEL = (
+    "The model changed since it filled this SpeCache{what}. Its keys and values mean nothing to what it computes now. Change it "
+    "back, or start a new SpeCache(model, config)."
+)
 
 
 class SpeCache:
@@ -40,7 +51,7 @@ class SpeCache:
     continue a conversation. `model()` and stock `generate()` cannot use it and raise.
 
     Args:
-        model: a transformers model for text generation.
+        model: a transformers model for text generation, wrapped (torch.compile, DataParallel, peft) or not.
         config: settings; `None` takes the defaults. `cache.config` has every `auto` decided.
 
     Raises:
@@ -52,6 +63,7 @@ class SpeCache:
     one_sequence = False  # whether it belongs to a session, which holds no batch
 
     def __init__(self, model: Any, config: SpeCacheConfig | None = None) -> None:
+        model = unwrapped(model)
         self.info = inspect_model(model)
         self.config = (config or SpeCacheConfig()).resolved(self.info.device.type)
         if self.config.slow_dir is not None:
@@ -63,21 +75,50 @@ class SpeCache:
         self.sequences: list[Sequence] = []
         self.lent: Callable[[], None] | None = None  # gives back what a batch on the device holds of the sequences' state
         self._model = weakref.ref(model)
+        self._state: ModelState | None = None  # the model as it was when it filled the sequences
         self._worker: PrefetchWorker | None = None
 
     def check_model(self, model: Any) -> None:
-        """Refuse to continue with another model than the one that filled the cache.
+        """Refuse to continue with anything that computes otherwise than what filled the cache: another model, or the same one with
+        other weights, adapters or settings.
 
         Raises:
-            UsageError: it is another one.
+            UsageError: the message says what differs.
         """
-        mine = self._model()
-        if mine is model or (mine is None and inspect_model(model).fingerprint == self.info.fingerprint):
-            return
-        raise UsageError(
-            "This SpeCache was filled by another model; its keys and values mean nothing to this one. "
-            "Continue with the model it was made for, or start a new SpeCache(model, config)."
-        )
+        model = unwrapped(model)
+        if self.get_seq_length() == 0:
+            self._check_dimensions(model)
+        elif self._state is None:
+            if self._model() is not model:
+                raise UsageError(_OTHER_MODEL.format(what=""))
+        elif difference := self._state.difference(model):
+            raise UsageError((_CHANGED_MODEL if self._state.is_of(model) else _OTHER_MODEL).format(what=f": {difference}"))
+        self._model = weakref.ref(model)
+
+    @contextmanager
+    def filled_by(self, model: Any) -> Iterator[None]:
+        """Remember, while a model runs over this cache, what it computes with: `check_model` compares with it."""
+        if self._state is None or self.get_seq_length() == 0:
+            self.remember(model)
+        try:
+            yield
+        finally:
+            if self._state is not None:
+                self._state = self._state.after_run(model)
+
+    def remember(self, model: Any) -> None:
+        """Take what a model computes with now as what the sequences are made by."""
+        self._state = ModelState.of(model)
+
+    def _check_dimensions(self, model: Any) -> None:
+        """Refuse a model for whose sizes, dtype or device an empty cache was not made."""
+        info = inspect_model(model)
+        same = replace(info, fingerprint=self.info.fingerprint) == self.info
+        if not same or dimensions_of(model, info).layers != self.resources.dimensions.layers:
+            raise UsageError(
+                "This SpeCache was made for another model, or the model's dtype, device or dimensions changed since. Start a new "
+                "SpeCache(model, config)."
+            )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens stored, of the longest sequence."""
@@ -133,6 +174,7 @@ class SpeCache:
         other._main_memory = self._main_memory
         other.counters = other._new_counters()
         other.counters.prefill_s = self.counters.prefill_s
+        other._state = self._state
         other._model, other._worker, other.expected_sequences, other.lent = self._model, None, 0, None
         other.sequences = [sequence.fork(other) for sequence in self.sequences]
         return other

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from specache.config import SpeCacheConfig
 from specache.decoding import Decoder, Progress
 from specache.errors import UsageError
 from specache.holdings import SequenceLoad
+from specache.identity.wrappers import unwrapped
 from specache.integration import attached, stock_generate_arguments
 from specache.model import inspect_model
 from specache.recovery import tokens_kept
@@ -67,6 +69,8 @@ def generate(
             generated before, and `past_key_values`, if it was given, can be continued from.
     """
     inspect_model(model)  # refused before anything of it runs
+    if not hasattr(model, "generate"):  # a wrapper such as DataParallel
+        model = unwrapped(model)
     check_model_arguments(kwargs)
     check_max_new_tokens(kwargs.get("max_new_tokens"))
     if input_ids is None:
@@ -118,12 +122,13 @@ def prefill(
     Raises:
         SpeCacheError: as `generate`.
     """
+    model = unwrapped(model)
     token_ids = prompts(input_ids, attention_mask)
     check_prompt_lengths(token_ids, cache.info)
     cache.check_model(model)
     check_sequences(cache, token_ids)
     check_room(cache, token_ids, 0, cache.config.prefill_chunk)
-    with attached(model), tokens_kept(cache, _loads(token_ids, 0)):
+    with attached(model), cache.filled_by(model), tokens_kept(cache, _loads(token_ids, 0)):
         _prefill(Decoder(model, cache), cache, token_ids, cache.config.prefill_chunk, progress)
 
 
@@ -143,6 +148,7 @@ def _decode(
     streamer_has_prompt: bool = False,
     **model_arguments: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:
+    model = unwrapped(model)
     given = None
     finished = False
     cache: SpeCache | None = None
@@ -161,7 +167,12 @@ def _decode(
             streamer.put(input_ids.cpu())
         request = token_choice(logits_processor, stopping_criteria, generation_config)
         batch = no_answers_yet(input_ids, request)
-        with attached(model), tokens_kept(cache, _loads(token_ids, stored_new_tokens), batch.new_token_ids):
+        kept = given is not None or generation_config.return_dict_in_generate
+        with (
+            attached(model),
+            _remembered(cache, model, kept),
+            tokens_kept(cache, _loads(token_ids, stored_new_tokens), batch.new_token_ids),
+        ):
             _run(Decoder(model, cache), cache, token_ids, batch, request, chunk, streamer, progress)
         finished = True
     finally:
@@ -270,6 +281,11 @@ def _cache_for(model: Any, config: SpeCacheConfig | None, given: SpeCache | None
     if config is not None and config.resolved(given.info.device.type) != given.config:
         raise UsageError("A SpeCache keeps the config it was made with. Leave config out, or start a new SpeCache(model, config).")
     return given
+
+
+def _remembered(cache: SpeCache, model: Any, kept: bool) -> AbstractContextManager[None]:
+    """Have a cache that outlives the request remember what filled it."""
+    return cache.filled_by(model) if kept else nullcontext()
 
 
 def _whole_sequences(

@@ -23,6 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from specache import compiled, products
 from specache.errors import UnsupportedModelError
 from specache.exact import AttentionParams
+from specache.identity.wrappers import unwrapped
 from specache.model import ModelInfo
 from specache.passes import ForwardPass
 
@@ -36,6 +37,7 @@ _inside = threading.local()  # .served: layers that one of our passes has run so
 @contextmanager
 def attached(model: Any) -> Iterator[None]:
     """Our attention serves the model inside the block; the user's setting is restored afterwards, also on error."""
+    model = unwrapped(model)
     _attach(model)
     try:
         yield

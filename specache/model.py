@@ -13,6 +13,9 @@ from typing import Any
 import torch
 
 from specache.errors import UnsupportedModelError
+from specache.identity.adapters import refuse_adapters_per_call
+from specache.identity.offloaded import execution_device
+from specache.identity.wrappers import unwrapped
 
 _ATTENTION_KINDS = {"full_attention", "sliding_attention"}
 _POSITION_DEPENDENT_ROPE = ("dynamic", "longrope")
@@ -27,8 +30,9 @@ class ModelInfo:
         max_positions: tokens the model has positions for, or `None`.
         rope_type: `default`, `llama3`, `dynamic`, `longrope`, ...
         rope_switch: with `dynamic` and `longrope`, the length above which frequencies change; else `None`.
-        fingerprint: identifies configuration and class; a conversation continues only with an equal one.
-        device, dtype: of the model's parameters.
+        fingerprint: identifies configuration and class (of an evaluation's results).
+        device: where the model computes.
+        dtype: of its activations: that of its first parameter that is not packed.
     """
 
     windows: tuple[int | None, ...]
@@ -52,11 +56,13 @@ class ModelInfo:
 
 
 def inspect_model(model: Any) -> ModelInfo:
-    """Facts about a transformers model.
+    """Facts about a transformers model, which may be wrapped (`unwrapped`).
 
     Raises:
         UnsupportedModelError: its attention cannot run over a low-bit copy.
+        UsageError: its adapters are chosen per call.
     """
+    model = unwrapped(model)
     name = type(model).__name__
     if not hasattr(model, "config") or not hasattr(model, "generate"):
         raise UnsupportedModelError(f"{name} is not a transformers model for text generation.")
@@ -66,7 +72,8 @@ def inspect_model(model: Any) -> ModelInfo:
     _refuse(name, model, config)
     windows = _windows(name, config)
     rope_type, switch = _rope(config)
-    parameter = next(model.parameters())
+    refuse_adapters_per_call(model)
+    device, dtype = _place(model)
     described = json.dumps([name, model.config.to_dict()], sort_keys=True, default=str)
     return ModelInfo(
         windows=windows,
@@ -74,9 +81,19 @@ def inspect_model(model: Any) -> ModelInfo:
         rope_type=rope_type,
         rope_switch=switch,
         fingerprint=hashlib.sha256(described.encode()).hexdigest(),
-        device=parameter.device,
-        dtype=parameter.dtype,
+        device=device,
+        dtype=dtype,
     )
+
+
+def _place(model: Any) -> tuple[torch.device, torch.dtype]:
+    """Return where a model computes, and in which dtype; its weights may be packed, or kept elsewhere between passes."""
+    parameters = [*model.parameters()] or [torch.empty(0)]
+    device = parameters[0].device
+    if device.type == "meta":
+        device = execution_device(model) or device
+    wide = (p.dtype for p in parameters if p.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64))
+    return device, next(wide, parameters[0].dtype)
 
 
 def _windows(name: str, config: Any) -> tuple[int | None, ...]:
