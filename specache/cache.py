@@ -99,12 +99,16 @@ class SpeCache:
     def filled_by(self, model: Any) -> Iterator[None]:
         """Remember, while a model runs over this cache, what it computes with: `check_model` compares with it."""
         if self._state is None or self.get_seq_length() == 0:
-            self.remember(model)
+            self.begin(model)
         try:
             yield
         finally:
             if self._state is not None:
                 self._state = self._state.after_run(model)
+
+    def begin(self, model: Any) -> None:
+        """Take what a model computes with now as what fills the empty cache."""
+        self.remember(model)
 
     def remember(self, model: Any) -> None:
         """Take what a model computes with now as what the sequences are made by."""

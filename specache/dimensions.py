@@ -141,9 +141,9 @@ def _layer(module: Any, config: Any, window: int | None) -> LayerDimensions:
 
 
 def _outputs(layer: Any) -> int | None:
-    """Return a linear layer's number of outputs: of its matrix where there is one, as a rank of tensor parallelism has a part of it.
+    """Return a linear layer's number of outputs: its matrix's where it has one (a rank of tensor parallelism has a part of it).
 
-    A packed weight (bitsandbytes) has another shape than the matrix that it stands for, and some layers have no tensor of that name.
+    A packed weight (bitsandbytes) has another shape than the matrix that it stands for; some layers have no tensor of that name.
     """
     weight = getattr(layer, "weight", None)
     if isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[1] == getattr(layer, "in_features", None):
@@ -171,9 +171,8 @@ def _mlp_width(config: Any) -> int:
 def _weights(model: Any, weights: WeightFormat, experts: tuple[int, int]) -> tuple[int, int, int]:
     """Bytes held, bytes read for one token, and elements of the largest matrix that is formed from codes."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    head_reads_embedding = (
-        getattr(head, "weight", None) is getattr(embedding, "weight", head) and quantised_bytes(head, weights) is None
-    )
+    tied = getattr(head, "weight", None) is getattr(embedding, "weight", head)
+    head_reads_embedding = tied and quantised_bytes(head, weights) is None
     held, read, matrix, seen = 0, 0, 0, set()
     for name, module in model.named_modules():
         size = quantised_bytes(module, weights)
@@ -203,7 +202,8 @@ def _packed_bytes(module: Any) -> int:
     packed = module._modules.get("_packed_params")
     if packed is None or not hasattr(module, "out_features"):
         return 0
-    return int(module.out_features * module.in_features * (2 if module.dtype is torch.float16 else 1))
+    size = 2 if getattr(packed, "dtype", None) is torch.float16 else 1
+    return int(module.out_features * module.in_features * size)
 
 
 def _elements(module: nn.Module) -> int:

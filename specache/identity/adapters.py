@@ -69,15 +69,15 @@ def refuse_adapters_per_call(model: Any) -> None:
         variants = getattr(module, "lora_variant", {})
         if any("alora" in _kind(variants[name]).lower() for name in layer_adapters(module).active if name in variants):
             raise UsageError(
-                "An active adapter is an activated LoRA (alora_invocation_tokens), which begins to count in the middle of a prompt. "
-                "specache cannot follow that: use the model's stock generate(), or disable the adapter."
+                "An active adapter is an activated LoRA (alora_invocation_tokens), which begins to count within a prompt. specache "
+                "cannot follow that: use the model's stock generate(), or disable the adapter."
             )
         for hook in module._forward_pre_hooks.values():
             name = getattr(hook.func, "__name__", "") if isinstance(hook, functools.partial) else ""
             if name in _PER_CALL_HOOKS:
                 raise UsageError(
-                    f"{_PER_CALL_HOOKS[name]}= chooses adapters for one call, row by row, which specache cannot follow. Switch with "
-                    "model.set_adapter(name) and generate for each adapter with a cache of its own."
+                    f"{_PER_CALL_HOOKS[name]}= chooses adapters for one call, row by row, which specache cannot follow. Switch "
+                    "with model.set_adapter(name) and generate for each adapter with a cache of its own."
                 )
 
 

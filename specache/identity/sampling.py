@@ -36,7 +36,7 @@ def spread(tensors: Sequence[Tensor], every_row: Sequence[bool]) -> list[bytes]:
     """Sample every tensor.
 
     Args:
-        every_row: of a table [N, K], whether one element of each of its rows is among them (embeddings, whose rows are edited alone).
+        every_row: of a table [N, K], whether each row gives an element (embeddings, whose rows are edited one by one).
     """
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
     parts: list[Tensor] = []
@@ -46,11 +46,11 @@ def spread(tensors: Sequence[Tensor], every_row: Sequence[bool]) -> list[bytes]:
         groups[part.device, part.dtype].append(index)
     found = [b""] * len(parts)
     for members in groups.values():
-        joined = memoryview(torch.cat([parts[i] for i in members]).cpu().numpy()).cast("B")
+        joined = torch.cat([parts[i] for i in members]).cpu().numpy().tobytes()
         start = 0
         for i in members:
             end = start + parts[i].nbytes
-            found[i] = bytes(joined[start:end])
+            found[i] = joined[start:end]
             start = end
     return found
 

@@ -16,16 +16,17 @@ _COUNTS = re.compile(
     | .*_dims? | .*head_size | .*embedding_size | .*_rank | kv_channels | swa_num.*heads
     | num_.*(layers|heads|groups|experts.*) | n_(layers?|heads?|embd|inner|groups?|routed_experts|shared_experts) | multi_query
     | .*(rope|rotary).* | .*norm.* | .*eps(ilon)? | .*_act | .*activation.* | act_fn | swiglu.*
-    | .*window.* | .*layer_types?.* | .*block_types? | .*layer_ind(ices|exes) | layer_group_size | .*chunk_size | .*sink.* | alibi
-    | .*_bias | is_causal | use_bidirectional.* | attention_(type.*|k_eq_v) | attn_(type|config) | use_attention_gate | per_layer_config
-    | .*soft_?cap.* | .*pre_attn_scalar | .*multipliers? | .*scal(e|ing)(_.*)? | .*clip.* | .*temperature_tuning | .*limit
-    | .*expert.* | .*moe.* | .*router?.* | .*routing.* | scoring_func | topk_.* | .*parallel_(attn|residual) | .*_interval | .*_every.*
-    | .*decoder_architecture | .*sparse_step | first_k_dense.* | use_long_context | mlp_only_layers | .*position_embedding.* | .*pos_emb.*""",
+    | .*window.* | .*layer_types?.* | .*block_types? | .*layer_ind(ices|exes) | layer_group_size | .*chunk_size | .*sink.*
+    | alibi | .*_bias | is_causal | use_bidirectional.* | attention_(type.*|k_eq_v) | attn_(type|config) | use_attention_gate
+    | per_layer_config | .*soft_?cap.* | .*pre_attn_scalar | .*multipliers? | .*scal(e|ing)(_.*)? | .*clip.*
+    | .*temperature_tuning | .*limit | .*expert.* | .*moe.* | .*router?.* | .*routing.* | scoring_func | topk_.*
+    | .*parallel_(attn|residual) | .*_interval | .*_every.* | .*decoder_architecture | .*sparse_step | first_k_dense.*
+    | use_long_context | mlp_only_layers | .*position_embedding.* | .*pos_emb.*""",
     re.VERBOSE,
 )
 _COUNTS_NOT = re.compile(
-    r""".*drop(out)?.* | .*loss.* | .*coef.* | .*jitter.* | output_.* | .*_token.*ids? | num_labels | .*init.* | .*(classifier|summary).*
-    | chunk_size_feed_forward | .*checkpoint.* | pretraining_tp""",
+    r""".*drop(out)?.* | .*loss.* | .*coef.* | .*jitter.* | output_.* | .*_token.*ids? | num_labels | .*init.*
+    | .*(classifier|summary).* | chunk_size_feed_forward | .*checkpoint.* | pretraining_tp""",
     re.VERBOSE,
 )
 _ROPE = ("rope_parameters", "rope_scaling", "rope_theta")

@@ -138,7 +138,7 @@ def plain_tensors(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     if type(tensor) in _PLAIN and tensor.layout is torch.strided and not tensor.is_quantized:
         yield "", tensor
     elif is_traceable_wrapper_subclass(tensor):
-        names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+        names, _ = tensor.__tensor_flatten__()
         for name in names:
             for suffix, plain in plain_tensors(getattr(tensor, name)):
                 yield f".{name}{suffix}", plain

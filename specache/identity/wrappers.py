@@ -37,7 +37,7 @@ def _inner(model: Any) -> Any:
         return model.module
     if type(model).__name__ == "FullyShardedDataParallel":
         raise UnsupportedModelError(
-            "The model is wrapped in FullyShardedDataParallel, which holds a part of every weight only. Load it whole, without FSDP."
+            "The model is wrapped in FullyShardedDataParallel, which holds a part of every weight. Load it whole, without FSDP."
         )
     return _inside_peft(model)
 
@@ -87,7 +87,7 @@ def _refuse_tuner(tuner: Any) -> None:
     own = isinstance(tuner, base) and type(tuner).forward is not base.forward
     if own and type(tuner).__name__ not in _HARMLESS_TUNERS:
         raise UnsupportedModelError(
-            f"peft's {type(tuner).__name__} decides in a forward pass of its own what its adapters do, which specache does not run. "
+            f"peft's {type(tuner).__name__} decides in a forward pass of its own what its adapters do; specache does not run it. "
             "Use the model's stock generate(), or an adapter that lies in the model's layers, such as LoRA."
         )
 
