@@ -11,7 +11,7 @@ import inspect
 import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from specache import compiled, products
 from specache.errors import UnsupportedModelError
 from specache.exact import AttentionParams
-from specache.identity.wrappers import unwrapped
+from specache.identity.wrappers import is_compiled_inside, unwrapped
 from specache.model import ModelInfo
 from specache.passes import ForwardPass
 
@@ -31,6 +31,7 @@ NAME = "specache"
 _lock = threading.Lock()
 _attached: weakref.WeakKeyDictionary[Any, tuple[str, int]] = weakref.WeakKeyDictionary()  # model -> (user's, depth)
 _rewired: weakref.WeakKeyDictionary[Any, list[torch.nn.Linear]] = weakref.WeakKeyDictionary()  # see `products`
+_compiled_inside: weakref.WeakSet[Any] = weakref.WeakSet()  # models that the user had compiled, in place or in part
 _inside = threading.local()  # .served: layers that one of our passes has run so far, or None outside of them
 
 
@@ -56,18 +57,24 @@ def forward(
     previous = getattr(_inside, "served", None)
     _inside.served = set()
     try:
-        output = model(
-            input_ids=token_ids,
-            position_ids=position_ids,
-            attention_mask=mask,
-            use_cache=False,
-            return_dict=True,
-            logits_to_keep=logits,
-            **{NAME: state},
-        )
+        with _uncompiled(model):
+            output = model(
+                input_ids=token_ids,
+                position_ids=position_ids,
+                attention_mask=mask,
+                use_cache=False,
+                return_dict=True,
+                logits_to_keep=logits,
+                **{NAME: state},
+            )
     finally:
         _inside.served = previous
     return output.logits[:, -logits:].float()
+
+
+def _uncompiled(model: Any) -> AbstractContextManager[Any]:
+    """Have what the user compiled run eagerly: Dynamo cannot trace a pass's state (`compile_decode` is the way to compile)."""
+    return torch.compiler.set_stance("force_eager") if model in _compiled_inside else nullcontext()
 
 
 def decode_forward(model: Any, token_ids: Tensor, position_ids: Tensor, state: ForwardPass, reads_back: bool = True) -> Tensor:
@@ -196,6 +203,8 @@ def _attach(model: Any) -> None:
         if depth == 0:
             model.set_attn_implementation(NAME)
             _rewired[model] = products.install(model)
+            if is_compiled_inside(model):
+                _compiled_inside.add(model)
         _attached[model] = (name, depth + 1)
 
 
@@ -207,6 +216,7 @@ def _detach(model: Any) -> None:
             return
         del _attached[model]
         products.remove(_rewired.pop(model, []))
+        _compiled_inside.discard(model)
         model.set_attn_implementation(name)
 
 

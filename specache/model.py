@@ -18,6 +18,7 @@ from specache.identity.offloaded import execution_device
 from specache.identity.wrappers import unwrapped
 
 _ATTENTION_KINDS = {"full_attention", "sliding_attention"}
+_SCALES_ALL_ROWS = "torch.ao.nn.quantized.dynamic"
 _POSITION_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
@@ -31,6 +32,7 @@ class ModelInfo:
         rope_type: `default`, `llama3`, `dynamic`, `longrope`, ...
         rope_switch: with `dynamic` and `longrope`, the length above which frequencies change; else `None`.
         fingerprint: identifies configuration and class (of an evaluation's results).
+        couples_rows: the rows of a pass change each other's numbers (PyTorch's dynamic quantisation scales all of them alike).
         device: where the model computes.
         dtype: of its activations: that of its first parameter that is not packed.
     """
@@ -42,6 +44,7 @@ class ModelInfo:
     fingerprint: str
     device: torch.device
     dtype: torch.dtype
+    couples_rows: bool = False
 
     @property
     def extends_positions(self) -> bool:
@@ -83,6 +86,7 @@ def inspect_model(model: Any) -> ModelInfo:
         fingerprint=hashlib.sha256(described.encode()).hexdigest(),
         device=device,
         dtype=dtype,
+        couples_rows=any(type(module).__module__.startswith(_SCALES_ALL_ROWS) for module in model.modules()),
     )
 
 

@@ -75,10 +75,20 @@ def refuse_adapters_per_call(model: Any) -> None:
         for hook in module._forward_pre_hooks.values():
             name = getattr(hook.func, "__name__", "") if isinstance(hook, functools.partial) else ""
             if name in _PER_CALL_HOOKS:
+                _remove_hooks(model)
                 raise UsageError(
                     f"{_PER_CALL_HOOKS[name]}= chooses adapters for one call, row by row, which specache cannot follow. Switch "
                     "with model.set_adapter(name) and generate for each adapter with a cache of its own."
                 )
+
+
+def _remove_hooks(model: Any) -> None:
+    """Remove the hooks of a call that is refused: peft leaves them where an error ends its `generate`."""
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, functools.partial) and getattr(hook.func, "__name__", "") in _PER_CALL_HOOKS:
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def _scales(module: Any, adapter: str) -> Scales:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from specache.identity.offloaded import FileTensor
 
-SPREAD = 1024  # elements of a tensor, at most
+SPREAD = 256  # elements of a tensor, at most
 RUNS, RUN = 16, 64  # runs of elements, and elements of one
 _CHUNK = 1024  # words of 8 bytes that share a sum
 

@@ -29,6 +29,16 @@ def unwrapped(model: Any) -> Any:
         model = inner
 
 
+def is_compiled_inside(model: Any) -> bool:
+    """Whether the user compiled an unwrapped model in place (`model.compile()`), its `forward`, or some of its layers."""
+    return any(
+        isinstance(module, OptimizedModule)
+        or module._compiled_call_impl is not None
+        or hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
+        for module in model.modules()
+    )
+
+
 def _inner(model: Any) -> Any:
     """Return what a wrapper wraps, or None for a module that is no wrapper."""
     if isinstance(model, OptimizedModule):
