@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, NoReturn
@@ -13,7 +13,10 @@ from typing import Any, NoReturn
 from specache import modes
 from specache.cache_context import CacheContext
 from specache.config import Policy, SlowTierKind, SpeCacheConfig
+from specache.dimensions import dimensions_of
 from specache.errors import UsageError
+from specache.identity.model_state import ModelState
+from specache.identity.wrappers import unwrapped
 from specache.layers import CompressedLayer
 from specache.model import ModelInfo, inspect_model
 from specache.one_call import OneCallAtATime
@@ -24,6 +27,15 @@ from specache.tier_choice import TierChoice
 from specache.tiers.base import SlowTier
 from specache.tiers.scratch import prepare_folder
 
+_OTHER_MODEL = (
+    "This SpeCache was filled by another model{what}. Its keys and values mean nothing to this one. Continue with the model it was "
+    "made for, or start a new SpeCache(model, config)."
+)
+_CHANGED_MODEL = (
+    "The model changed since it filled this SpeCache{what}. Its keys and values mean nothing to what it computes now. Change it "
+    "back, or start a new SpeCache(model, config)."
+)
+
 
 class SpeCache:
     """The key-value cache of a batch of sequences: all rows at 16 bits in slow memory, a low-bit copy in fast memory.
@@ -32,7 +44,7 @@ class SpeCache:
     continue a conversation. `model()` and stock `generate()` cannot use it and raise.
 
     Args:
-        model: a transformers model for text generation.
+        model: a transformers model for text generation, wrapped (torch.compile, DataParallel, peft) or not.
         config: settings; `None` takes the defaults. `cache.config` has every `auto` decided; of `slow_tier="auto"` it says what is
             taken where memory suffices until the first prompt is there, which decides it (`specache.auto_tier`).
 
@@ -49,6 +61,7 @@ class SpeCache:
     one_sequence = False  # whether it belongs to a session, which holds no batch
 
     def __init__(self, model: Any, config: SpeCacheConfig | None = None) -> None:
+        model = unwrapped(model)
         info = inspect_model(model)
         asked = config or SpeCacheConfig()
         config = asked.resolved(info.device.type)
@@ -60,6 +73,7 @@ class SpeCache:
     def _begin(self, context: CacheContext, model: Callable[[], Any], asked: SpeCacheConfig) -> None:
         self._context = context
         self._model = model
+        self._state: ModelState | None = None  # the model as it was when it filled the sequences
         self.asked = asked  # with what is `auto` still so
         self._tier_is_fixed = False  # a fork of a cache that holds rows keeps them where they are
         self.tier_choice: TierChoice | None = None
@@ -123,18 +137,50 @@ class SpeCache:
             self._tell(choice)
 
     def check_model(self, model: Any) -> None:
-        """Refuse to continue with another model than the one that filled the cache.
+        """Refuse to continue with anything that computes otherwise than what filled the cache: another model, or the same one with
+        other weights, adapters or settings.
 
         Raises:
-            UsageError: it is another one.
+            UsageError: the message says what differs.
         """
-        mine = self._model()
-        if mine is model or (mine is None and inspect_model(model).fingerprint == self.info.fingerprint):
-            return
-        raise UsageError(
-            "This SpeCache was filled by another model; its keys and values mean nothing to this one. "
-            "Continue with the model it was made for, or start a new SpeCache(model, config)."
-        )
+        model = unwrapped(model)
+        if self.get_seq_length() == 0:
+            self._check_dimensions(model)
+        elif self._state is None:
+            if self._model() is not model:
+                raise UsageError(_OTHER_MODEL.format(what=""))
+        elif difference := self._state.difference(model):
+            raise UsageError((_CHANGED_MODEL if self._state.is_of(model) else _OTHER_MODEL).format(what=f": {difference}"))
+        self._model = weakref.ref(model)
+
+    @contextmanager
+    def filled_by(self, model: Any) -> Iterator[None]:
+        """Remember, while a model runs over this cache, what it computes with: `check_model` compares with it."""
+        if self._state is None or self.get_seq_length() == 0:
+            self.begin(model)
+        try:
+            yield
+        finally:
+            if self._state is not None:
+                self._state = self._state.after_run(model)
+
+    def begin(self, model: Any) -> None:
+        """Take what a model computes with now as what fills the empty cache."""
+        self.remember(model)
+
+    def remember(self, model: Any) -> None:
+        """Take what a model computes with now as what the sequences are made by."""
+        self._state = ModelState.of(model)
+
+    def _check_dimensions(self, model: Any) -> None:
+        """Refuse a model for whose sizes, dtype or device an empty cache was not made."""
+        info = inspect_model(model)
+        same = replace(info, fingerprint=self.info.fingerprint) == self.info
+        if not same or dimensions_of(model, info).layers != self.resources.dimensions.layers:
+            raise UsageError(
+                "This SpeCache was made for another model, or the model's dtype, device or dimensions changed since. Start a new "
+                "SpeCache(model, config)."
+            )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens stored, of the longest sequence."""
@@ -197,6 +243,7 @@ class SpeCache:
             other._tier_is_fixed = bool(self.sequences)
             other.tier_choice, other.on_disk_chosen = self.tier_choice, self.on_disk_chosen
             other.counters.prefill_s = self.counters.prefill_s
+            other._state = self._state
             other.sequences = [sequence.fork(other.context) for sequence in self.sequences]
         return other
 

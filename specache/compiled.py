@@ -20,6 +20,7 @@ from torch import Tensor
 from specache import passes, private_torch
 from specache.errors import ConfigError
 from specache.exact import AttentionParams
+from specache.identity.wrappers import unwrapped
 from specache.model import inspect_model
 from specache.passes import ForwardPass
 
@@ -46,6 +47,7 @@ def compile_decode(model: Any) -> None:
         ConfigError: there is no C++ compiler, or the model's step is no fixed graph.
         UnsupportedModelError: specache cannot run this model.
     """
+    model = unwrapped(model)
     info = inspect_model(model)
     if info.rope_switch is not None:
         raise ConfigError(
@@ -59,7 +61,7 @@ def compile_decode(model: Any) -> None:
 
 def compiled_step(model: Any) -> Step | None:
     """The model's compiled decode step, if it was asked for."""
-    step = _steps.get(model)
+    step = _steps.get(unwrapped(model))
     return None if step is None else _with_fixed_rows(step)
 
 

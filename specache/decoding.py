@@ -135,8 +135,8 @@ class Decoder:
     ) -> Tensor:
         config = self._cache.config
         total = len(token_ids)
-        if self._info.rope_side(total - 1):
-            chunk = total  # frequencies depend on the longest position of a forward pass
+        if self._info.rope_side(total - 1) or self._info.couples_rows:
+            chunk = total  # frequencies (or scales of activations) depend on all rows of a forward pass
         reset_rope(self._model, self._info)
         sequence.tier.reserve(total)
         sequence.begin_prefill()
@@ -182,7 +182,7 @@ class Decoder:
         rows = [[tokens[i]] for i in places]
         if position and self._reprefills(position - 1, position):
             logits = torch.stack([self._prefill_again(i, row) for i, row in zip(group, rows, strict=True)])[:, None]
-        elif guesses is not None and self._info.rope_side(position) == self._info.rope_side(position + 1):
+        elif guesses is not None and self._share_a_pass(position):
             pairs = [[tokens[i], guesses[i]] for i in places]
             logits = self._rows(PassKind.PAIR, group, pairs)
             result.set_guess(places, logits[:, 1])
@@ -190,9 +190,13 @@ class Decoder:
             logits = self._rows(PassKind.SINGLE, group, rows)
         result.set_real(places, logits[:, 0])
         if guesses is not None and logits.shape[1] == 1:
-            for i in places:  # a guess on the other side of a RoPE switch has a pass of its own
+            for i in places:  # a guess that may not share the pass has one of its own
                 alone = self._rows(PassKind.GUESS, [indices[i]], [[guesses[i]]])
                 result.set_guess([i], alone[:, 0])
+
+    def _share_a_pass(self, position: int) -> bool:
+        """Whether the row at a position gives the same numbers beside the next one as alone."""
+        return not self._info.couples_rows and self._info.rope_side(position) == self._info.rope_side(position + 1)
 
     def _prefill_again(self, index: int, row: list[int]) -> Tensor:
         self._cache.settle()

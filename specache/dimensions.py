@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from specache import products
+from specache.identity.tensors import plain_tensors
+from specache.identity.wrappers import unwrapped
 from specache.model import ModelInfo, inspect_model
 from specache.weights import Int4Linear, Int8Linear, WeightFormat, quantised_bytes
 
@@ -98,6 +100,7 @@ def dimensions_of(
     Raises:
         UnsupportedModelError: as `inspect_model`.
     """
+    model = unwrapped(model)
     info = info or inspect_model(model)
     config = model.config.get_text_config(decoder=True)
     attention = {m.layer_idx: m for m in model.modules() if getattr(m, "layer_idx", None) is not None and _head_dim(m)}
@@ -131,10 +134,22 @@ def _layer(module: Any, config: Any, window: int | None) -> LayerDimensions:
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     dim = _head_dim(module) or getattr(config, "head_dim", None) or config.hidden_size // heads
     groups = heads // kv_heads
-    projection = getattr(getattr(module, "k_proj", None), "weight", None)
-    if projection is not None:
-        kv_heads = projection.shape[0] // dim
+    outputs = _outputs(getattr(module, "k_proj", None))
+    if outputs is not None:
+        kv_heads = outputs // dim
     return LayerDimensions(int(kv_heads * groups), int(kv_heads), int(dim), window)
+
+
+def _outputs(layer: Any) -> int | None:
+    """Return a linear layer's number of outputs: its matrix's where it has one (a rank of tensor parallelism has a part of it).
+
+    A packed weight (bitsandbytes) has another shape than the matrix that it stands for; some layers have no tensor of that name.
+    """
+    weight = getattr(layer, "weight", None)
+    if isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[1] == getattr(layer, "in_features", None):
+        return int(weight.shape[0])
+    outputs = getattr(layer, "out_features", None)
+    return outputs if isinstance(outputs, int) else None
 
 
 def _experts_used(config: Any) -> tuple[int, int]:
@@ -156,7 +171,8 @@ def _mlp_width(config: Any) -> int:
 def _weights(model: Any, weights: WeightFormat, experts: tuple[int, int]) -> tuple[int, int, int]:
     """Bytes held, bytes read for one token, and elements of the largest matrix that is formed from codes."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    head_reads_embedding = getattr(head, "weight", None) is embedding.weight and quantised_bytes(head, weights) is None
+    tied = getattr(head, "weight", None) is getattr(embedding, "weight", head)
+    head_reads_embedding = tied and quantised_bytes(head, weights) is None
     held, read, matrix, seen = 0, 0, 0, set()
     for name, module in model.named_modules():
         size = quantised_bytes(module, weights)
@@ -167,15 +183,27 @@ def _weights(model: Any, weights: WeightFormat, experts: tuple[int, int]) -> tup
             if id(tensor) in seen:
                 continue
             seen.add(id(tensor))
-            held += tensor.nbytes
+            size = sum(part.nbytes for _, part in plain_tensors(tensor))
+            held += size
             if module is embedding and not head_reads_embedding:
                 continue  # one row of it
-            read += tensor.nbytes * experts[0] // experts[1] if ".experts" in name else tensor.nbytes
+            read += size * experts[0] // experts[1] if ".experts" in name else size
+        packed = _packed_bytes(module)
+        held, read = held + packed, read + packed
     return held, read, matrix
 
 
 def _own(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+
+
+def _packed_bytes(module: Any) -> int:
+    """Bytes of the matrix in a linear layer that PyTorch quantised, whose weight is no parameter."""
+    packed = module._modules.get("_packed_params")
+    if packed is None or not hasattr(module, "out_features"):
+        return 0
+    size = 2 if getattr(packed, "dtype", None) is torch.float16 else 1
+    return int(module.out_features * module.in_features * size)
 
 
 def _elements(module: nn.Module) -> int:

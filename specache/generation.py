@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from specache.decoding import Decoder, Progress
 from specache.errors import UsageError
 from specache.file_settings import GenerationSettings, one_row_per_answer
 from specache.holdings import SequenceLoad
+from specache.identity.wrappers import unwrapped
 from specache.integration import attached, stock_generate_arguments
 from specache.model import inspect_model
 from specache.model_arguments import PASSED_ON, PREPARED, check_model_arguments, check_position_ids, model_arguments
@@ -76,10 +77,12 @@ def generate(
             generated before, and `past_key_values`, if it was given, can be continued from.
     """
     inspect_model(model)  # refused before anything of it runs
+    if not hasattr(model, "generate"):  # a wrapper such as DataParallel
+        model = unwrapped(model)
     check_decoding_loop(kwargs)
     position_ids = kwargs.pop("position_ids", None)
-    of_model = model_arguments(model, kwargs, kwargs.get("generation_config"))
-    check_model_arguments(model, of_model)
+    of_model = model_arguments(unwrapped(model), kwargs, kwargs.get("generation_config"))
+    check_model_arguments(unwrapped(model), of_model)
     kwargs = {name: value for name, value in kwargs.items() if name not in of_model}
     check_max_new_tokens(kwargs.get("max_new_tokens"))
     input_ids = the_prompt(input_ids, inputs)
@@ -88,7 +91,7 @@ def generate(
             attention_mask = inferred_mask(input_ids, model.generation_config)
         prompts(input_ids, attention_mask)
     typed = kwargs if stop_strings is None else {**kwargs, "stop_strings": stop_strings}
-    settings = GenerationSettings(model, typed, kwargs.get("generation_config"))
+    settings = GenerationSettings(unwrapped(model), typed, kwargs.get("generation_config"))
     stops = settings.stop_strings(tokenizer)
     if stops is not None:
         stopping_criteria = StoppingCriteriaList(stopping_criteria or [])
@@ -150,6 +153,7 @@ def prefill(
         SpeCacheError: as `generate`.
     """
     modes.check_process()
+    model = unwrapped(model)
     with modes.ours(), cache.in_use.by("prefill"):
         position_ids = model_inputs.pop("position_ids", None)
         check_model_arguments(model, model_inputs)
@@ -161,7 +165,7 @@ def prefill(
         token_ids = _texts(model, cache, new, input_ids, attention_mask, position_ids)
         chunk = cache.config.prefill_chunk
         _make_room(model, cache, token_ids, 0, chunk)
-        with attached(model), tokens_kept(cache, _loads(token_ids, 0)):
+        with attached(model), cache.filled_by(model), tokens_kept(cache, _loads(token_ids, 0)):
             _prefill(Decoder(model, cache), cache, token_ids, chunk, progress)
 
 
@@ -205,6 +209,7 @@ def _decode_alone(
     **prepared: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """Generate from what stock generate prepared. What else it `prepared` for the model is looked at before, and not used."""
+    model = unwrapped(model)
     given = None
     finished = False
     cache: SpeCache | None = None
@@ -222,7 +227,12 @@ def _decode_alone(
                 streamer.put(input_ids.cpu())
         request = token_choice(logits_processor, stopping_criteria, generation_config)
         batch = no_answers_yet(input_ids, request)
-        with attached(model), tokens_kept(cache, _loads(token_ids, stored_new_tokens), batch.new_token_ids):
+        kept = given is not None or generation_config.return_dict_in_generate
+        with (
+            attached(model),
+            _remembered(cache, model, kept),
+            tokens_kept(cache, _loads(token_ids, stored_new_tokens), batch.new_token_ids),
+        ):
             _run(Decoder(model, cache), cache, token_ids, batch, request, chunk, streamer, progress)
         finished = True
     finally:
@@ -370,6 +380,11 @@ def _cache_for(model: Any, config: SpeCacheConfig | None, given: SpeCache | None
     if config is not None and not given.has_config(config):
         raise UsageError("A SpeCache keeps the config it was made with. Leave config out, or start a new SpeCache(model, config).")
     return given
+
+
+def _remembered(cache: SpeCache, model: Any, kept: bool) -> AbstractContextManager[None]:
+    """Have a cache that outlives the request remember what filled it."""
+    return cache.filled_by(model) if kept else nullcontext()
 
 
 def _stored_new_tokens(generation_config: Any, input_ids: Tensor) -> int:

@@ -11,7 +11,7 @@ import inspect
 import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from specache import compiled, modes, products, rope
 from specache.errors import UnsupportedModelError
 from specache.exact import AttentionParams
+from specache.identity.wrappers import is_compiled_inside, unwrapped
 from specache.model import ModelInfo
 from specache.passes import ForwardPass, attend
 
@@ -31,12 +32,14 @@ _lock = threading.Lock()
 _attached: weakref.WeakKeyDictionary[Any, tuple[str, int]] = weakref.WeakKeyDictionary()  # model -> (user's, depth or 0)
 _rewired: weakref.WeakKeyDictionary[Any, list[torch.nn.Linear]] = weakref.WeakKeyDictionary()  # see `products`
 _ropes: weakref.WeakKeyDictionary[Any, list[torch.nn.Module]] = weakref.WeakKeyDictionary()  # see `rope`
+_compiled_inside: weakref.WeakSet[Any] = weakref.WeakSet()  # models that the user had compiled, in place or in part
 _inside = threading.local()  # .served: layers that one of our passes has run so far, or None outside of them
 
 
 @contextmanager
 def attached(model: Any) -> Iterator[None]:
     """Our attention serves the model inside the block; the user's setting is restored afterwards, also on error."""
+    model = unwrapped(model)
     _attach(model)
     try:
         yield
@@ -55,7 +58,7 @@ def forward(
     previous = getattr(_inside, "served", None)
     _inside.served = set()
     try:
-        with modes.callers():
+        with modes.callers(), _uncompiled(model):
             output = model(
                 input_ids=token_ids,
                 position_ids=position_ids,
@@ -76,6 +79,11 @@ def _unwanted_outputs(model: Any) -> dict[str, bool]:
     configs = (model.config, model.config.get_text_config(decoder=True))
     names = ("output_attentions", "output_hidden_states", "output_router_logits")
     return {name: False for name in names if any(getattr(config, name, False) for config in configs)}
+
+
+def _uncompiled(model: Any) -> AbstractContextManager[Any]:
+    """Have what the user compiled run eagerly: Dynamo cannot trace a pass's state (`compile_decode` is the way to compile)."""
+    return torch.compiler.set_stance("force_eager") if model in _compiled_inside else nullcontext()
 
 
 def decode_forward(model: Any, token_ids: Tensor, position_ids: Tensor, state: ForwardPass, reads_back: bool = True) -> Tensor:
@@ -214,6 +222,8 @@ def _attach(model: Any) -> None:
             model.set_attn_implementation(NAME)
             _rewired[model] = products.install(model)
             _ropes[model] = rope.install(model, lambda: getattr(_inside, "served", None) is not None)
+            if is_compiled_inside(model):
+                _compiled_inside.add(model)
         _attached[model] = (name, depth + 1)
 
 
@@ -225,6 +235,7 @@ def _detach(model: Any) -> None:
             return
         products.remove(_rewired.pop(model, []))
         rope.remove(_ropes.pop(model, []))
+        _compiled_inside.discard(model)
         model.set_attn_implementation(name)
 
 

@@ -13,8 +13,12 @@ from typing import Any
 import torch
 
 from specache.errors import UnsupportedModelError
+from specache.identity.adapters import refuse_adapters_per_call
+from specache.identity.offloaded import execution_device
+from specache.identity.wrappers import unwrapped
 
 _ATTENTION_KINDS = {"full_attention", "sliding_attention"}
+_SCALES_ALL_ROWS = "torch.ao.nn.quantized.dynamic"
 _POSITION_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
@@ -27,8 +31,10 @@ class ModelInfo:
         max_positions: tokens the model has positions for, or `None`.
         rope_type: `default`, `llama3`, `dynamic`, `longrope`, ...
         rope_switch: with `dynamic` and `longrope`, the length above which frequencies change; else `None`.
-        fingerprint: identifies configuration and class; a conversation continues only with an equal one.
-        device, dtype: of the model's parameters.
+        fingerprint: identifies configuration and class (of an evaluation's results).
+        couples_rows: the rows of a pass change each other's numbers (PyTorch's dynamic quantisation scales all of them alike).
+        device: where the model computes.
+        dtype: of its activations: that of its first parameter that is not packed.
     """
 
     windows: tuple[int | None, ...]
@@ -38,6 +44,7 @@ class ModelInfo:
     fingerprint: str
     device: torch.device
     dtype: torch.dtype
+    couples_rows: bool = False
 
     @property
     def extends_positions(self) -> bool:
@@ -52,11 +59,13 @@ class ModelInfo:
 
 
 def inspect_model(model: Any) -> ModelInfo:
-    """Facts about a transformers model.
+    """Facts about a transformers model, which may be wrapped (`unwrapped`).
 
     Raises:
         UnsupportedModelError: its attention cannot run over a low-bit copy.
+        UsageError: its adapters are chosen per call.
     """
+    model = unwrapped(model)
     name = type(model).__name__
     if not hasattr(model, "config") or not hasattr(model, "generate"):
         raise UnsupportedModelError(f"{name} is not a transformers model for text generation.")
@@ -66,7 +75,8 @@ def inspect_model(model: Any) -> ModelInfo:
     _refuse(name, model, config)
     windows = _windows(name, config)
     rope_type, switch = _rope(config)
-    parameter = next(model.parameters())
+    refuse_adapters_per_call(model)
+    device, dtype = _place(model)
     described = json.dumps([name, model.config.to_dict()], sort_keys=True, default=str)
     return ModelInfo(
         windows=windows,
@@ -74,9 +84,20 @@ def inspect_model(model: Any) -> ModelInfo:
         rope_type=rope_type,
         rope_switch=switch,
         fingerprint=hashlib.sha256(described.encode()).hexdigest(),
-        device=parameter.device,
-        dtype=parameter.dtype,
+        device=device,
+        dtype=dtype,
+        couples_rows=any(type(module).__module__.startswith(_SCALES_ALL_ROWS) for module in model.modules()),
     )
+
+
+def _place(model: Any) -> tuple[torch.device, torch.dtype]:
+    """Return where a model computes, and in which dtype; its weights may be packed, or kept elsewhere between passes."""
+    parameters = [*model.parameters()] or [torch.empty(0)]
+    device = parameters[0].device
+    if device.type == "meta":
+        device = execution_device(model) or device
+    wide = (p.dtype for p in parameters if p.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64))
+    return device, next(wide, parameters[0].dtype)
 
 
 def _windows(name: str, config: Any) -> tuple[int | None, ...]:

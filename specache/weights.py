@@ -127,6 +127,8 @@ def quantised_bytes(module: Any, weights: WeightFormat) -> int | None:
 
 
 def _fits(layer: nn.Linear, weights: WeightFormat) -> bool:
+    if type(layer.weight) is not nn.Parameter or not layer.weight.is_floating_point():
+        return False  # packed already (torchao)
     outputs, inputs = layer.weight.shape
     return inputs % INT8_INPUTS == 0 and (weights is WeightFormat.INT8 or outputs % INT4_OUTPUTS == 0)
 

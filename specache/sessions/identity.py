@@ -5,40 +5,39 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from specache.errors import SessionError
+from specache.identity.content import adapters_digest, weights_digest
+from specache.identity.settings import relevant_settings
+from specache.identity.wrappers import unwrapped
 from specache.model import inspect_model
+from specache.sessions.first_identity import first_config_digest, first_weights_digests
 from specache.sessions.manifest import Identity
 
-SAMPLED_ELEMENTS = 1024  # of every weight tensor
-_NO_MATTER = {  # of a configuration: where it was loaded from and how it is run, which other fields cover or nothing depends on
-    *("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache", "return_dict"),
-    *("output_attentions", "output_hidden_states", "_attn_implementation", "_attn_implementation_autoset", "attn_implementation"),
-}
+PRESENT = "2:"  # in front of digests of what keys and values depend on
 
 
 def identify(model: Any, tokenizer: Any = None) -> Identity:
-    """The fingerprints of a model and its tokenizer."""
+    """Return the fingerprints of what a model computes with, whatever it is wrapped in, and of its tokenizer."""
     info = inspect_model(model)
     return Identity(
-        model=type(model).__name__,
-        config=_digest(json.dumps(_relevant(model.config.to_dict()), sort_keys=True, default=str).encode()),
-        weights=_weights(model),
+        model=type(unwrapped(model)).__name__,
+        config=PRESENT + _digest(json.dumps(relevant_settings(unwrapped(model)), sort_keys=True).encode()),
+        weights=PRESENT + weights_digest(model),
         dtype=str(info.dtype).removeprefix("torch."),
         tokenizer=None if tokenizer is None else _tokenizer(tokenizer),
         byte_order=sys.byteorder,
+        adapters=adapters_digest(model),
     )
 
 
-def check_identity(name: str, stored: Identity, mine: Identity) -> Identity:
-    """The identity that the session has from now on.
+def check_identity(name: str, stored: Identity, mine: Identity, model: Any) -> Identity:
+    """Return the identity that the session has from now on.
 
     Raises:
-        SessionError: it belongs to another model, tokenizer, number format or kind of machine.
+        SessionError: it belongs to another model, tokenizer, number format or kind of machine, or to other adapters.
     """
 
     def refuse(what: str, advice: str) -> SessionError:
@@ -50,44 +49,46 @@ def check_identity(name: str, stored: Identity, mine: Identity) -> Identity:
         )
     if stored.model != mine.model:
         raise refuse(f"belongs to a {stored.model}, and this model is a {mine.model}", "Load the model that it was made with")
-    if stored.config != mine.config:
+    if not _same_config(stored, mine, model):
         raise refuse(f"belongs to a {stored.model} of another configuration", "Load the model that it was made with")
     if stored.dtype != mine.dtype:
         raise refuse(
             f"holds {stored.dtype} pairs and this model computes in {mine.dtype}", f"Load the model with dtype {stored.dtype}"
         )
-    if stored.weights != mine.weights:
+    if not _same_weights(stored, mine, model):
         raise refuse(
             f"belongs to a {stored.model} of the same shape with other weights, or with weights in another format",
             "Load the model that it was made with, its weights in the same format",
         )
+    if stored.adapters is not None and stored.adapters != mine.adapters:
+        raise refuse(
+            f"was made with {_said_adapters(stored)}, and this model runs with {_said_adapters(mine)}{_same_names(stored, mine)}",
+            "Activate what it was made with",
+        )
     if None not in (stored.tokenizer, mine.tokenizer) and stored.tokenizer != mine.tokenizer:
         raise refuse("was made with another tokenizer, so its tokens mean other text", "Load the tokenizer that it was made with")
-    return mine if mine.tokenizer is not None else stored
+    return mine if mine.tokenizer is not None else replace(mine, tokenizer=stored.tokenizer)
 
 
-def _relevant(config: Any) -> Any:
-    if isinstance(config, dict):
-        return {key: _relevant(value) for key, value in config.items() if key not in _NO_MATTER}
-    return config
+def _same_config(stored: Identity, mine: Identity, model: Any) -> bool:
+    if stored.config.startswith(PRESENT):
+        return stored.config == mine.config
+    return stored.config == first_config_digest(model)
 
 
-def _weights(model: Any) -> str:
-    """Of every tensor: name, shape, dtype, and elements spread evenly over it."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if isinstance(tensor, Tensor):
-            digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
-            digest.update(_sample(tensor))
-    return digest.hexdigest()
+def _same_weights(stored: Identity, mine: Identity, model: Any) -> bool:
+    if stored.weights.startswith(PRESENT):
+        return stored.weights == mine.weights
+    return stored.weights in first_weights_digests(model)
 
 
-def _sample(tensor: Tensor) -> bytes:
-    count = tensor.numel()
-    if count == 0:
-        return b""
-    index = torch.linspace(0, count - 1, min(count, SAMPLED_ELEMENTS), dtype=torch.float64).long().to(tensor.device)
-    return tensor.detach().take(index).cpu().view(torch.uint8).numpy().tobytes()
+def _said_adapters(identity: Identity) -> str:
+    names = (identity.adapters or "").rpartition(":")[0]
+    return f"the adapter {names}" if names else "no adapter"
+
+
+def _same_names(stored: Identity, mine: Identity) -> str:
+    return " with other weights or scales" if _said_adapters(stored) == _said_adapters(mine) else ""
 
 
 def _tokenizer(tokenizer: Any) -> str:

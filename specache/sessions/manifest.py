@@ -21,11 +21,13 @@ class Identity:
 
     Attributes:
         model: class of the model.
-        config: digest of its configuration.
-        weights: digest of a sample of every weight tensor.
+        config: digest of what keys depend on of its configuration; with "2:" in front, unless it is of the whole configuration
+            as the first sessions had it.
+        weights: digest of a sample of every weight tensor, in the same two forms.
         dtype: of activations and 16-bit rows.
         tokenizer: digest of the tokenizer, or `None` where none was given.
         byte_order: of the machine that wrote the rows.
+        adapters: names of the adapters that were active, with a digest of their weights; "" for none, `None` in the first sessions.
     """
 
     model: str
@@ -34,6 +36,7 @@ class Identity:
     dtype: str
     tokenizer: str | None
     byte_order: str
+    adapters: str | None = None
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def parse(body: Any) -> Manifest:
 
 def _manifest(body: Any) -> Manifest:
     body = {**_NOT_IN_THE_FIRST_SESSIONS, **_mapping(body, _text, lambda value: value)}
-    identity: dict[str, Any] = _mapping(body["identity"], str, _optional(_text))
+    identity: dict[str, Any] = {"adapters": None, **_mapping(body["identity"], str, _optional(_text))}  # the first had none
     for values, kind in ((identity, Identity), (body, Manifest)):
         if set(values) != {f.name for f in dataclasses.fields(kind)}:
             raise ValueError("it lacks fields, or has unknown ones")
@@ -76,7 +76,7 @@ def _checked(manifest: Manifest) -> Manifest:
     """Its parts agree with each other."""
     manifest.config(".")
     tokens, full = manifest.tokens, manifest.full_layers
-    if any(value is None for name, value in vars(manifest.identity).items() if name != "tokenizer"):
+    if any(value is None for name, value in vars(manifest.identity).items() if name not in ("tokenizer", "adapters")):
         raise ValueError("it does not say which model it belongs to")
     if (tokens == 0) != (manifest.tail is None) or (tokens > 0 and not full):
         raise ValueError("it has tokens without a state, or a state without tokens")

@@ -38,9 +38,16 @@ class SessionCache(SpeCache):
 
     one_sequence = True
 
-    def __init__(self, model: Any, config: SpeCacheConfig, lock: FolderLock) -> None:
+    def __init__(self, model: Any, config: SpeCacheConfig, lock: FolderLock, identity: Identity) -> None:
         super().__init__(model, config)
         self._lock = lock
+        self.identity = identity
+
+    def begin(self, model: Any) -> None:
+        """See `SpeCache.begin`. The session belongs to what fills it, which may have another adapter than when it was opened."""
+        if self._state is None or self._state.difference(model) is not None:
+            self.remember(model)
+            self.identity = replace(identify(model), tokenizer=self.identity.tokenizer)
 
 
 class Session:
@@ -60,7 +67,8 @@ class Session:
 
     Args:
         name: letters, digits and `._-`; it is made if there is none of that name, and stays if it is saved.
-        model: a transformers model for text generation: the one that the session was made with.
+        model: a transformers model for text generation: the one that the session was made with, wrapped or not, and with the
+            adapters that were active.
         config: settings. What the low-bit copy depends on (`code`, `bits`, `group_size`, `residual`) must be what it was; `None`
             takes all as they were. The 16-bit pairs lie in the session's folder whatever `slow_tier` says, so leave that out.
         tokenizer: if given, another one is refused later.
@@ -93,9 +101,10 @@ class Session:
             self._saved = self._read_saved()
             self.messages: list[dict[str, str]] = [asdict(one) for one in self._saved.messages] if self._saved else []
             with modes.ours():
-                self._identity = self._checked_identity(model, tokenizer)
-                self._cache = SessionCache(model, self._config(config), self._lock)
+                identity = self._checked_identity(model, tokenizer)
+                self._cache = SessionCache(model, self._config(config), self._lock, identity)
                 self._open()
+                self._cache.remember(model)
         except BaseException:
             self.close()
             raise
@@ -228,7 +237,7 @@ class Session:
 
     def _checked_identity(self, model: Any, tokenizer: Any) -> Identity:
         mine = identify(model, tokenizer)
-        return mine if self._saved is None else check_identity(self.name, self._saved.identity, mine)
+        return mine if self._saved is None else check_identity(self.name, self._saved.identity, mine, model)
 
     def _config(self, wanted: SpeCacheConfig | None) -> SpeCacheConfig:
         """The cache's settings: those that are wanted, if the stored low-bit copy allows them."""
@@ -293,7 +302,8 @@ class Session:
         now = time.time()
         created = now if self._saved is None else self._saved.created
         messages = tuple(Message(one["role"], one["content"]) for one in self.messages)
-        return Manifest(self._identity, settings_of(self.cache.config), created, now, messages=messages)
+        assert self._cache is not None
+        return Manifest(self._cache.identity, settings_of(self.cache.config), created, now, messages=messages)
 
     def _remove_garbage(self) -> None:
         """Remove files of ours that the saved state does not refer to and the cache does not need: old and unfinished ones.

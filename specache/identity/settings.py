@@ -1,0 +1,78 @@
+"""The part of a model's configuration that its keys and values depend on.
+
+A field counts by its name: sizes, RoPE, norms, activations, windows, caps, scales, routing. What is not named so does not count:
+labels, token ids, dropout, how the model is run, and fields that a later transformers adds. An absent field, `None` and `False` are
+the same, as a new field is one of them for models that are older than it. The weights are sampled beside it (`tensors`), and cover
+what a name does not show.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+_COUNTS = re.compile(
+    r"""model_type | d_(model|head|inner|rel) | dim_(ff|head) | dff | .*hidden_size | .*intermediate_size | .*feed_forward_size
+    | .*_dims? | .*head_size | .*embedding_size | .*_rank | kv_channels | swa_num.*heads
+    | num_.*(layers|heads|groups|experts.*) | n_(layers?|heads?|embd|inner|groups?|routed_experts|shared_experts) | multi_query
+    | .*(rope|rotary).* | .*norm.* | .*eps(ilon)? | .*_act | .*activation.* | act_fn | swiglu.*
+    | .*window.* | .*layer_types?.* | .*block_types? | .*layer_ind(ices|exes) | layer_group_size | .*chunk_size | .*sink.*
+    | alibi | .*_bias | is_causal | use_bidirectional.* | attention_(type.*|k_eq_v) | attn_(type|config) | use_attention_gate
+    | per_layer_config | .*soft_?cap.* | .*pre_attn_scalar | .*multipliers? | .*scal(e|ing)(_.*)? | .*clip.*
+    | .*temperature_tuning | .*limit | .*expert.* | .*moe.* | .*router?.* | .*routing.* | scoring_func | topk_.*
+    | .*parallel_(attn|residual) | .*_interval | .*_every.* | .*decoder_architecture | .*sparse_step | first_k_dense.*
+    | use_long_context | mlp_only_layers | .*position_embedding.* | .*pos_emb.*""",
+    re.VERBOSE,
+)
+_COUNTS_NOT = re.compile(
+    r""".*drop(out)?.* | .*loss.* | .*coef.* | .*jitter.* | output_.* | .*_token.*ids? | num_labels | .*init.*
+    | .*(classifier|summary).* | chunk_size_feed_forward | .*checkpoint.* | pretraining_tp""",
+    re.VERBOSE,
+)
+_ROPE = ("rope_parameters", "rope_scaling", "rope_theta")
+_PER_LENGTH = ("dynamic", "longrope", "yarn")  # their frequencies depend on the length that the model was made for
+_NEUTRAL = re.compile(r".*multiplier|.*factor|.*scal(e|ing)(_.*)?")  # where 1 changes nothing
+
+
+def relevant_settings(model: Any) -> dict[str, Any]:
+    """Return the fields of a model's text configuration that its keys and values depend on, by name."""
+    config = model.config.get_text_config(decoder=True).to_dict()
+    found = {name: _value(name, value) for name, value in config.items() if _matters(name) and name not in _ROPE}
+    found["rope"] = _rope(config)
+    return {name: value for name, value in sorted(found.items()) if not _says_nothing(name, value)}
+
+
+def _matters(name: str) -> bool:
+    return not name.startswith("_") and bool(_COUNTS.fullmatch(name)) and not _COUNTS_NOT.fullmatch(name)
+
+
+def _value(name: str, value: Any) -> Any:
+    if isinstance(value, dict):
+        pairs = ((str(key), _value(str(key), each)) for key, each in value.items())
+        return {key: each for key, each in sorted(pairs) if not (_COUNTS_NOT.fullmatch(key) or _says_nothing(key, each))}
+    if isinstance(value, list | tuple):
+        return [_value(name, each) for each in value]
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, bool | int | float | str | None) else str(value)
+
+
+def _says_nothing(name: str, value: Any) -> bool:
+    """Whether a value is what a field of this name is without a word."""
+    empty = value is None or value is False or value in ([], {})
+    return bool(empty or (value == 1 and not isinstance(value, bool) and _NEUTRAL.fullmatch(name)))
+
+
+def _rope(config: dict[str, Any]) -> dict[str, Any]:
+    """Return RoPE's parameters in one form: releases have had them in a dictionary, beside it, and per kind of layer."""
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    per_kind = {kind: each for kind, each in given.items() if isinstance(each, dict)} or {"": given}
+    found: dict[str, Any] = {}
+    for kind, parameters in per_kind.items():
+        own = {"rope_theta": config.get("rope_theta"), **parameters}
+        own["rope_type"] = own.get("rope_type") or own.pop("type", None) or "default"
+        if own["rope_type"] in _PER_LENGTH:
+            own["made_for"] = config.get("max_position_embeddings")
+            own["original"] = config.get("original_max_position_embeddings")
+        found[kind] = _value("rope", own)
+    return found

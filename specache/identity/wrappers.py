@@ -1,0 +1,111 @@
+"""The module that computes, behind what users wrap around it: torch.compile, data parallelism, peft."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch._dynamo.eval_frame import OptimizedModule
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from specache.errors import UnsupportedModelError
+
+_HARMLESS_TUNERS = {"AdaLoraModel"}  # whose forward pass adds a loss for training and nothing else
+
+
+def unwrapped(model: Any) -> Any:
+    """Return the module that computes: behind torch.compile, DataParallel, DistributedDataParallel and peft, nested in any order.
+
+    Everything that asks "is it this model" asks it of this module, so that a wrapper and what it wraps count as one.
+
+    Raises:
+        UnsupportedModelError: a wrapper adds what the module alone does not compute (prompt and prefix tuning).
+    """
+    while True:
+        inner = _inner(model)
+        if inner is None:
+            _refuse_borrowed_prompt(model)
+            return model
+        model = inner
+
+
+def is_compiled_inside(model: Any) -> bool:
+    """Whether the user compiled an unwrapped model in place (`model.compile()`), its `forward`, or some of its layers."""
+    return any(
+        isinstance(module, OptimizedModule)
+        or module._compiled_call_impl is not None
+        or hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
+        for module in model.modules()
+    )
+
+
+def _inner(model: Any) -> Any:
+    """Return what a wrapper wraps, or None for a module that is no wrapper."""
+    if isinstance(model, OptimizedModule):
+        return model._orig_mod
+    if isinstance(model, DataParallel | DistributedDataParallel):
+        return model.module
+    if type(model).__name__ == "FullyShardedDataParallel":
+        raise UnsupportedModelError(
+            "The model is wrapped in FullyShardedDataParallel, which holds a part of every weight. Load it whole, without FSDP."
+        )
+    return _inside_peft(model)
+
+
+def _inside_peft(model: Any) -> Any:
+    """Return what a model or tuner of peft wraps, or None. peft is not imported: without it there is none."""
+    peft = sys.modules.get("peft")
+    if peft is None or not hasattr(peft, "PeftModel"):
+        return None
+    if isinstance(model, peft.PeftModel):
+        refuse_prompt_learning(model)
+        return model.base_model
+    if isinstance(model, peft.PeftMixedModel):
+        return model.base_model
+    if _is_tuner(model):
+        _refuse_tuner(model)
+        return model.model
+    return None
+
+
+def _is_tuner(model: Any) -> bool:
+    """Whether this is peft's object between a PeftModel and the transformers model."""
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    is_tuner = tuners is not None and isinstance(model, tuners.BaseTuner)
+    return is_tuner or type(model).__name__ == "AdaptionPromptModel"
+
+
+def refuse_prompt_learning(model: Any) -> None:
+    """Refuse a PeftModel that puts learned vectors in front of the prompt.
+
+    Raises:
+        UnsupportedModelError: its active adapter is one of prompt or prefix tuning, and is not disabled.
+    """
+    config = model.peft_config.get(model.active_adapter) if isinstance(model.active_adapter, str) else None
+    if getattr(config, "is_prompt_learning", False) and not getattr(model, "_adapters_disabled", False):
+        kind = str(getattr(config, "peft_type", "prompt learning")).removeprefix("PeftType.")
+        raise UnsupportedModelError(
+            f"The active adapter {model.active_adapter!r} of this PeftModel is of type {kind}: it puts learned vectors in front of "
+            "the prompt or its keys and values, and specache knows its sequences by their token ids. Use it with the model's stock "
+            "generate(), or use the model without it: inside `with model.disable_adapter():`."
+        )
+
+
+def _refuse_tuner(tuner: Any) -> None:
+    """Refuse tuners whose own forward pass decides what the adapters inside the model do."""
+    base = sys.modules["peft.tuners.tuners_utils"].BaseTuner
+    own = isinstance(tuner, base) and type(tuner).forward is not base.forward
+    if own and type(tuner).__name__ not in _HARMLESS_TUNERS:
+        raise UnsupportedModelError(
+            f"peft's {type(tuner).__name__} decides in a forward pass of its own what its adapters do; specache does not run it. "
+            "Use the model's stock generate(), or an adapter that lies in the model's layers, such as LoRA."
+        )
+
+
+def _refuse_borrowed_prompt(model: Any) -> None:
+    """Refuse a model whose prompt-tuning wrapper is generating: PeftModel.generate lends it its own preparation of inputs."""
+    peft = sys.modules.get("peft")
+    prepare = getattr(model, "__dict__", {}).get("prepare_inputs_for_generation")
+    owner = getattr(prepare, "__self__", None)
+    if peft is not None and hasattr(peft, "PeftModel") and isinstance(owner, peft.PeftModel):
+        refuse_prompt_learning(owner)
