@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from specache import compiled, products
+from specache import attention_checks, compiled, products
 from specache.errors import UnsupportedModelError
 from specache.exact import AttentionParams
 from specache.model import ModelInfo
@@ -30,7 +30,8 @@ NAME = "specache"
 _lock = threading.Lock()
 _attached: weakref.WeakKeyDictionary[Any, tuple[str, int]] = weakref.WeakKeyDictionary()  # model -> (user's, depth)
 _rewired: weakref.WeakKeyDictionary[Any, list[torch.nn.Linear]] = weakref.WeakKeyDictionary()  # see `products`
-_inside = threading.local()  # .served: layers that one of our passes has run so far, or None outside of them
+_inside = threading.local()
+"""`.served`: layers that one of our passes has run so far, or `None` outside of them; `.masked`: it was given a mask."""
 
 
 @contextmanager
@@ -51,8 +52,8 @@ def forward(
     Args:
         mask: of four dimensions: transformers hands it on as it is, and our attention does not look at it.
     """
-    previous = getattr(_inside, "served", None)
-    _inside.served = set()
+    previous = getattr(_inside, "served", None), getattr(_inside, "masked", False)
+    _inside.served, _inside.masked = set(), mask is not None
     try:
         output = model(
             input_ids=token_ids,
@@ -64,7 +65,7 @@ def forward(
             **{NAME: state},
         )
     finally:
-        _inside.served = previous
+        _inside.served, _inside.masked = previous
     return output.logits[:, -logits:].float()
 
 
@@ -118,6 +119,8 @@ def _attention(
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function registered under our name."""
     state = kwargs.pop(NAME, None)
+    if state is not None and state is not compiled.CURRENT_PASS and not torch.compiler.is_compiling():
+        _check(module, query, key, value, attention_mask, kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     sinks = kwargs.get("s_aux")
     sinks = getattr(module, "sinks", None) if sinks is None else sinks
@@ -128,6 +131,13 @@ def _attention(
         return _hand_over(module)(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     params = AttentionParams(scaling=scale, softcap=kwargs.get("softcap"), sinks=sinks)
     return state.attention(module.layer_idx, query, key, value, params).contiguous(), None
+
+
+def _check(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, arguments: dict[str, Any]) -> None:
+    """Refuse what our attention would ignore. A mask that `forward` was given itself says nothing."""
+    attention_checks.check_arguments(module, query, key, value, arguments)
+    if not getattr(_inside, "masked", False):
+        attention_checks.check_mask(module, mask, arguments.get("sliding_window"))
 
 
 def _check_layer(module: Any, reached: bool) -> None:
@@ -179,7 +189,10 @@ def _users_implementation(module: Any) -> str:
 
 def _mask(*args: Any, **kwargs: Any) -> Any:
     """The mask function registered under our name: our passes need no mask, others get the user's."""
-    if torch.compiler.is_compiling() or getattr(_inside, "served", None) is not None:
+    if torch.compiler.is_compiling():
+        return None
+    if getattr(_inside, "served", None) is not None:
+        attention_checks.check_mask_request(kwargs)
         return None
     config = kwargs.get("config")
     for model, (name, _) in list(_attached.items()):
