@@ -91,8 +91,5 @@ def _position_tables(model: Any) -> Iterator[nn.Embedding]:
 
 
 def _entries(table: nn.Embedding) -> int:
-    """Positions of a table without the rows in front that padding has."""
-    offset = getattr(table, "offset", None)  # OPT, BART
-    if offset is None:
-        offset = 0 if table.padding_idx is None else table.padding_idx + 1  # RoBERTa
-    return table.num_embeddings - int(offset)
+    """Positions of a table without the rows in front that no position uses (OPT, BART)."""
+    return table.num_embeddings - int(getattr(table, "offset", 0))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 import specache
 from tests.families.configs import tiny_config
@@ -40,6 +40,12 @@ class Outcome:
 def families() -> list[tuple[str, str]]:
     """(model type, class) of every causal-LM class of the installed transformers."""
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items())
+
+
+def vision_families() -> list[tuple[str, str]]:
+    """The same of the vision-language classes that are not among them; text goes through these too."""
+    known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items())
+    return sorted(set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.items()) - known)
 
 
 def build(model_type: str, model_class: str) -> Any:
