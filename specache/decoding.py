@@ -85,6 +85,7 @@ class Decoder:
 
     def pre_decode(self, indices: Sequence[int], tokens: Sequence[int]) -> Tensor:
         """The first output token alone over the copy -> logits [A, V] of the first guess (Algorithm 2). Nothing is stored."""
+        self._check_positions(indices)
         with self._timed("decode_s"):
             logits = self._rows(PassKind.PRE_DECODE, indices, [[token] for token in tokens])
         return logits[:, -1]
@@ -95,6 +96,7 @@ class Decoder:
         Args:
             guesses: the speculative next tokens, or `None` where the policy decodes no second row.
         """
+        self._check_positions(indices)
         result = StepLogits(len(indices))
         with self._timed("decode_s"):
             for places in self._groups(indices):
@@ -135,6 +137,7 @@ class Decoder:
     ) -> Tensor:
         config = self._cache.config
         total = len(token_ids)
+        self._info.check_position(total - 1)
         if self._info.rope_side(total - 1) or self._info.couples_rows:
             chunk = total  # frequencies (or scales of activations) depend on all rows of a forward pass
         reset_rope(self._model, self._info)
@@ -182,7 +185,7 @@ class Decoder:
         rows = [[tokens[i]] for i in places]
         if position and self._reprefills(position - 1, position):
             logits = torch.stack([self._prefill_again(i, row) for i, row in zip(group, rows, strict=True)])[:, None]
-        elif guesses is not None and self._share_a_pass(position):
+        elif guesses is not None and self._pairs(position, group):
             pairs = [[tokens[i], guesses[i]] for i in places]
             logits = self._rows(PassKind.PAIR, group, pairs)
             result.set_guess(places, logits[:, 1])
@@ -191,8 +194,25 @@ class Decoder:
         result.set_real(places, logits[:, 0])
         if guesses is not None and logits.shape[1] == 1:
             for i in places:  # a guess that may not share the pass has one of its own
-                alone = self._rows(PassKind.GUESS, [indices[i]], [[guesses[i]]])
-                result.set_guess([i], alone[:, 0])
+                result.set_guess([i], self._guess_alone(indices[i], guesses[i], logits))
+
+    def _pairs(self, position: int, group: list[int]) -> bool:
+        """Whether the guesses of `group`, at one position further than their real tokens, may share their pass."""
+        return self._share_a_pass(position) and all(self._has_position(self._cache.sequences[i].length + 1) for i in group)
+
+    def _guess_alone(self, index: int, guess: int, real: Tensor) -> Tensor:
+        """Logits [1, V] of a guess in a pass of its own; where there is no position for it, any: no step can follow."""
+        if not self._has_position(self._cache.sequences[index].length):
+            return real[:1, 0]
+        return self._rows(PassKind.GUESS, [index], [[guess]])[:, 0]
+
+    def _has_position(self, position: int) -> bool:
+        return self._info.position_limit is None or position < self._info.position_limit
+
+    def _check_positions(self, indices: Sequence[int]) -> None:
+        """Raises `UsageError`, before anything changes, where a sequence has no position left for its next token."""
+        for index in indices:
+            self._info.check_position(self._cache.sequences[index].length)
 
     def _share_a_pass(self, position: int) -> bool:
         """Whether the row at a position gives the same numbers beside the next one as alone."""

@@ -16,6 +16,7 @@ from specache import products
 from specache.identity.tensors import plain_tensors
 from specache.identity.wrappers import unwrapped
 from specache.model import ModelInfo, inspect_model
+from specache.per_layer import attention_modules, head_dim, layer_settings, out_features
 from specache.weights import Int4Linear, Int8Linear, WeightFormat, quantised_bytes
 
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")  # by model family
@@ -52,6 +53,7 @@ class ModelDimensions:
         weight_bytes: all parameters and buffers.
         read_bytes: those that a decode step of one token reads.
         matrix_elements: of the largest linear layer that is formed from int8 or int4 codes while prefilling, else 0.
+        dynamic_rope: frequencies change with every token past the switch.
         widens: products of 16-bit weights go through float32, a block at a time (`products`).
     """
 
@@ -68,6 +70,7 @@ class ModelDimensions:
     read_bytes: int
     matrix_elements: int
     widens: bool = False
+    dynamic_rope: bool = False
 
     @property
     def full_layers(self) -> tuple[LayerDimensions, ...]:
@@ -103,19 +106,20 @@ def dimensions_of(
     model = unwrapped(model)
     info = info or inspect_model(model)
     config = model.config.get_text_config(decoder=True)
-    attention = {m.layer_idx: m for m in model.modules() if getattr(m, "layer_idx", None) is not None and _head_dim(m)}
-    layers = tuple(_layer(attention.get(index), config, window) for index, window in enumerate(info.windows))
-    held, read, matrix = _weights(model, weights, _experts_used(config))
+    attention = {index: module for index, module in attention_modules(model) if head_dim(module)}
+    layers = tuple(_layer(attention.get(i), layer_settings(config, i), window) for i, window in enumerate(info.windows))
+    held, read, matrix = _weights(model, weights, _experts_used(layer_settings(config, 0)))
     return ModelDimensions(
         layers=layers,
         hidden=int(config.hidden_size),
-        mlp=_mlp_width(config),
+        mlp=max(_mlp_width(layer_settings(config, i)) for i in range(len(layers))),
         vocabulary=int(config.vocab_size),
         itemsize=info.dtype.itemsize,
         softcap=bool(getattr(config, "attn_logit_softcapping", None)),
         device=device or info.device.type,
-        max_positions=None if info.extends_positions else info.max_positions,
+        max_positions=info.max_positions,
         rope_switch=info.rope_switch,
+        dynamic_rope=info.rope_type == "dynamic",
         weight_bytes=held,
         read_bytes=read,
         matrix_elements=matrix,
@@ -123,33 +127,16 @@ def dimensions_of(
     )
 
 
-def _head_dim(module: Any) -> int:
-    dim = getattr(module, "head_dim", None)
-    return dim if isinstance(dim, int) else 0
-
-
 def _layer(module: Any, config: Any, window: int | None) -> LayerDimensions:
     """From the key projection where there is one (a rank of tensor parallelism has its own heads), else from the configuration."""
     heads = int(config.num_attention_heads)
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    dim = _head_dim(module) or getattr(config, "head_dim", None) or config.hidden_size // heads
-    groups = heads // kv_heads
-    outputs = _outputs(getattr(module, "k_proj", None))
-    if outputs is not None:
-        kv_heads = outputs // dim
+    dim = head_dim(module) or getattr(config, "head_dim", None) or config.hidden_size // heads
+    groups = getattr(module, "num_key_value_groups", None) or heads // kv_heads
+    projected = out_features(getattr(module, "k_proj", None))
+    if projected is not None:
+        kv_heads = projected // dim
     return LayerDimensions(int(kv_heads * groups), int(kv_heads), int(dim), window)
-
-
-def _outputs(layer: Any) -> int | None:
-    """Return a linear layer's number of outputs: its matrix's where it has one (a rank of tensor parallelism has a part of it).
-
-    A packed weight (bitsandbytes) has another shape than the matrix that it stands for; some layers have no tensor of that name.
-    """
-    weight = getattr(layer, "weight", None)
-    if isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[1] == getattr(layer, "in_features", None):
-        return int(weight.shape[0])
-    outputs = getattr(layer, "out_features", None)
-    return outputs if isinstance(outputs, int) else None
 
 
 def _experts_used(config: Any) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from specache import compiled, modes, products, rope
+from specache import attention_checks, compiled, modes, products, rope
 from specache.errors import UnsupportedModelError
 from specache.exact import AttentionParams
 from specache.identity.wrappers import is_compiled_inside, unwrapped
@@ -33,7 +33,8 @@ _attached: weakref.WeakKeyDictionary[Any, tuple[str, int]] = weakref.WeakKeyDict
 _rewired: weakref.WeakKeyDictionary[Any, list[torch.nn.Linear]] = weakref.WeakKeyDictionary()  # see `products`
 _ropes: weakref.WeakKeyDictionary[Any, list[torch.nn.Module]] = weakref.WeakKeyDictionary()  # see `rope`
 _compiled_inside: weakref.WeakSet[Any] = weakref.WeakSet()  # models that the user had compiled, in place or in part
-_inside = threading.local()  # .served: layers that one of our passes has run so far, or None outside of them
+_inside = threading.local()
+"""`.served`: layers that one of our passes has run so far, or `None` outside of them; `.masked`: it was given a mask."""
 
 
 @contextmanager
@@ -55,8 +56,8 @@ def forward(
     Args:
         mask: of four dimensions: transformers hands it on as it is, and our attention does not look at it.
     """
-    previous = getattr(_inside, "served", None)
-    _inside.served = set()
+    previous = getattr(_inside, "served", None), getattr(_inside, "masked", False)
+    _inside.served, _inside.masked = set(), mask is not None
     try:
         with modes.callers(), _uncompiled(model):
             output = model(
@@ -70,7 +71,7 @@ def forward(
                 **{NAME: state},
             )
     finally:
-        _inside.served = previous
+        _inside.served, _inside.masked = previous
     return output.logits[:, -logits:].float()
 
 
@@ -138,6 +139,8 @@ def _attention(
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function registered under our name."""
     state = kwargs.pop(NAME, None)
+    if state is not None and state is not compiled.CURRENT_PASS and not torch.compiler.is_compiling():
+        _check(module, query, key, value, attention_mask, kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     sinks = kwargs.get("s_aux")
     sinks = getattr(module, "sinks", None) if sinks is None else sinks
@@ -148,6 +151,13 @@ def _attention(
         return _hand_over(module)(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     params = AttentionParams(scaling=scale, softcap=kwargs.get("softcap"), sinks=sinks)
     return attend(state, module.layer_idx, query, key, value, params), None
+
+
+def _check(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, arguments: dict[str, Any]) -> None:
+    """Refuse what our attention would ignore. A mask that `forward` was given itself says nothing."""
+    attention_checks.check_arguments(module, query, key, value, arguments)
+    if not getattr(_inside, "masked", False):
+        attention_checks.check_mask(module, mask, arguments.get("sliding_window"))
 
 
 def _check_layer(module: Any, reached: bool) -> None:
@@ -208,7 +218,10 @@ def _users_setting(config: Any) -> str:
 
 def _mask(*args: Any, **kwargs: Any) -> Any:
     """The mask function registered under our name: our passes need no mask, others get the user's."""
-    if torch.compiler.is_compiling() or getattr(_inside, "served", None) is not None:
+    if torch.compiler.is_compiling():
+        return None
+    if getattr(_inside, "served", None) is not None:
+        attention_checks.check_mask_request(kwargs)
         return None
     return ALL_MASK_ATTENTION_FUNCTIONS[_users_setting(kwargs.get("config"))](*args, **kwargs)
 

@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 
-from specache.errors import UnsupportedModelError
+from specache.errors import UnsupportedModelError, UsageError
 from specache.identity.adapters import refuse_adapters_per_call
 from specache.identity.offloaded import execution_device
 from specache.identity.wrappers import unwrapped
+from specache.per_layer import attention_modules, differing_dims, layer_settings
+from specache.positions import max_positions, position_table, rope_switch
 
 _ATTENTION_KINDS = {"full_attention", "sliding_attention"}
 _SCALES_ALL_ROWS = "torch.ao.nn.quantized.dynamic"
-_POSITION_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,9 @@ class ModelInfo:
 
     Attributes:
         windows: per layer, the sliding window in tokens, or `None` for full attention.
-        max_positions: tokens the model has positions for, or `None`.
+        max_positions: tokens the model was made for, RoPE scaling included, or `None` (`specache.positions`).
+        position_limit: tokens past which nothing can be computed, whatever was asked for, or `None`.
+        limit_reason: what ends there.
         rope_type: `default`, `llama3`, `dynamic`, `longrope`, ...
         rope_switch: with `dynamic` and `longrope`, the length above which frequencies change; else `None`.
         fingerprint: identifies configuration and class (of an evaluation's results).
@@ -39,6 +42,8 @@ class ModelInfo:
 
     windows: tuple[int | None, ...]
     max_positions: int | None
+    position_limit: int | None
+    limit_reason: str
     rope_type: str
     rope_switch: int | None
     fingerprint: str
@@ -46,10 +51,17 @@ class ModelInfo:
     dtype: torch.dtype
     couples_rows: bool = False
 
-    @property
-    def extends_positions(self) -> bool:
-        """Whether prompts may be longer than `max_positions` (dynamic NTK scaling is made for that)."""
-        return self.rope_type == "dynamic"
+    def check_position(self, position: int) -> None:
+        """Refuse to run a token at `position` that the model has no place for.
+
+        Raises:
+            UsageError: with what ends there. Stock `generate` fails with an index error, or goes on with a window.
+        """
+        if self.position_limit is not None and position >= self.position_limit:
+            raise UsageError(
+                f"The sequence is {position:,} tokens long and cannot grow: {self.limit_reason}. Ask for fewer new tokens, shorten "
+                "the prompt, or use a model with a longer context."
+            )
 
     def rope_side(self, position: int) -> int:
         """Rows whose sides differ may not share a forward pass: its longest position decides its frequencies."""
@@ -73,14 +85,19 @@ def inspect_model(model: Any) -> ModelInfo:
         raise UnsupportedModelError(f"{name} is an encoder-decoder; specache runs decoder-only models.")
     config = model.config.get_text_config(decoder=True)
     _refuse(name, model, config)
-    windows = _windows(name, config)
-    rope_type, switch = _rope(config)
+    positions = max_positions(model)
+    windows, as_full = _windows(name, config, positions)
+    _check_modules(name, model)
+    limit, reason = _limit(model, as_full)
+    rope_type, switch = rope_switch(config)
     refuse_adapters_per_call(model)
     device, dtype = _place(model)
     described = json.dumps([name, model.config.to_dict()], sort_keys=True, default=str)
     return ModelInfo(
         windows=windows,
-        max_positions=getattr(config, "max_position_embeddings", None),
+        max_positions=positions,
+        position_limit=limit,
+        limit_reason=reason,
         rope_type=rope_type,
         rope_switch=switch,
         fingerprint=hashlib.sha256(described.encode()).hexdigest(),
@@ -100,33 +117,53 @@ def _place(model: Any) -> tuple[torch.device, torch.dtype]:
     return device, next(wide, parameters[0].dtype)
 
 
-def _windows(name: str, config: Any) -> tuple[int | None, ...]:
-    """A window at least as long as the model's positions is full attention."""
-    layers = config.num_hidden_layers
-    window = getattr(config, "sliding_window", None)
+def _windows(name: str, config: Any, positions: int | None) -> tuple[tuple[int | None, ...], int | None]:
+    """(each layer's window; the shortest window that is as long as the positions and counts as full attention, or `None`)."""
+    settings = [layer_settings(config, index) for index in range(config.num_hidden_layers)]
+    sizes = [getattr(each, "sliding_window", None) for each in settings]
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
-        kinds = ["sliding_attention" if window is not None else "full_attention"] * layers
+        kinds = ["full_attention" if size is None else "sliding_attention" for size in sizes]
     other = sorted(set(kinds) - _ATTENTION_KINDS)
     if other:
         raise UnsupportedModelError(
             f"{name} has layers of kind {', '.join(other)}. specache compresses the key-value pairs of full attention and runs "
             "sliding windows beside it; state-space, linear and other kinds of attention keep something else."
         )
-    positions = getattr(config, "max_position_embeddings", None)
-    if window is not None and positions is not None and window >= positions:
-        window = None
-    windows = tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    sliding = [size if kind == "sliding_attention" else None for kind, size in zip(kinds, sizes, strict=True)]
+    as_full = [size for size in sliding if size is not None and positions is not None and size >= positions]
+    windows = tuple(None if size in as_full else size for size in sliding)
     if all(each is not None for each in windows):
         raise UnsupportedModelError(
-            f"Every layer of {name} slides over {window} tokens: its cache does not grow with the context, so there is "
-            "nothing to compress. Use the model's ordinary cache."
+            f"Every layer of {name} slides over {max(filter(None, windows))} tokens: its cache does not grow with the context, so "
+            "there is nothing to compress. Use the model's ordinary cache."
         )
-    return windows
+    return windows, min(as_full, default=None)
+
+
+def _check_modules(name: str, model: Any) -> None:
+    """Refuse attention layers whose keys and values differ in size."""
+    for index, module in attention_modules(model):
+        if dims := differing_dims(module):
+            raise UnsupportedModelError(
+                f"{name} has keys of {dims[0]} and values of {dims[1]} elements per head (layer {index}); specache stores them in "
+                "pairs of one size."
+            )
+
+
+def _limit(model: Any, as_full: int | None) -> tuple[int | None, str]:
+    """(tokens past which nothing can be computed, what ends there)."""
+    table = position_table(model)
+    if table is not None:
+        return table, f"the model's learned positions end at {table:,}"
+    if as_full is not None:
+        return as_full, f"the model's attention slides from {as_full:,} tokens on, its positions end before, and it was kept whole"
+    return None, ""
 
 
 def _refuse(name: str, model: Any, config: Any) -> None:
-    if getattr(config, "kv_lora_rank", None):
+    settings = layer_settings(config, 0)
+    if getattr(settings, "kv_lora_rank", None):
         raise UnsupportedModelError(
             f"{name} uses latent attention (kv_lora_rank): its cache is a compressed latent already, without per-head "
             "keys and values to quantise."
@@ -146,16 +183,3 @@ def _refuse(name: str, model: Any, config: Any) -> None:
 def _looks_ahead(module: Any) -> bool:
     """Whether a module is bidirectional attention over text (image encoders do not number their layers)."""
     return getattr(module, "layer_idx", None) is not None and getattr(module, "is_causal", True) is False
-
-
-def _rope(config: Any) -> tuple[str, int | None]:
-    parameters = getattr(config, "rope_parameters", None) or {}
-    per_layer = [p for p in parameters.values() if isinstance(p, dict)] or [parameters]
-    for entry in per_layer:
-        kind = entry.get("rope_type", "default")
-        if kind == "dynamic":
-            return kind, config.max_position_embeddings
-        if kind == "longrope":
-            original = entry.get("original_max_position_embeddings") or config.original_max_position_embeddings
-            return kind, int(original)
-    return per_layer[0].get("rope_type", "default"), None

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from specache.config import Code, Policy, SpeCacheConfig
 from specache.errors import UnsupportedModelError, UsageError
+from specache.positions import max_positions
 
 NAME = "specache_reference"  # of the attention and mask functions, and of the keyword argument that carries the state
 FLOAT16_MAX = torch.finfo(torch.float16).max
@@ -274,6 +276,7 @@ class ReferenceState:
     """One sequence, and how much of the running pass is kept."""
 
     config: SpeCacheConfig
+    positions: int | None = None  # that the model was made for: a window as long as they are is full attention
     length: int = 0  # n
     committed: int = 0  # rows of this pass whose keys and values are kept
     layers: dict[int, Layer] = field(default_factory=dict)
@@ -300,7 +303,7 @@ def attention_function(
     queries = query[0].float().unflatten(0, (keys.shape[0], -1))  # [Hkv, G, q, D]
     if (sinks := kwargs.get("s_aux", getattr(module, "sinks", None))) is not None:  # [Hq]
         sinks = sinks.float().unflatten(0, (keys.shape[0], -1))  # [Hkv, G]
-    if (window := kwargs.get("sliding_window")) is not None and window >= module.config.max_position_embeddings:
+    if (window := kwargs.get("sliding_window")) is not None and window >= (state.positions or inf):
         window = None  # full attention
     softmax = Softmax(scaling, kwargs.get("softcap"), sinks, window)
     if module.layer_idx in state.layers:
@@ -346,7 +349,7 @@ def generate(
         raise UsageError(f"Expected input_ids [1, S] and a token to generate, got {input_ids.shape}, {max_new_tokens}.")
     if any(forced is not None and len(forced) < max_new_tokens for forced in (forced_tokens, forced_guesses)):
         raise UsageError(f"forced_tokens and forced_guesses need {max_new_tokens} entries, one per new token.")
-    state = ReferenceState(config.resolved(model.device.type))
+    state = ReferenceState(config.resolved(model.device.type), max_positions(model))
     own_attention = model.config._attn_implementation
     tokens, guesses, logits = list[int](), list[int | None](), list[Tensor]()
 

@@ -164,11 +164,12 @@ def check_sequences(cache: SpeCache, token_ids: list[list[int]]) -> None:
 def check_prompt_lengths(token_ids: list[list[int]], info: ModelInfo) -> None:
     """Refuse prompts that the model has no positions for."""
     longest = max(len(row) for row in token_ids)
-    if info.max_positions is not None and longest > info.max_positions and not info.extends_positions:
+    if info.max_positions is not None and longest > info.max_positions:
         raise UsageError(
             f"The prompt has {longest:,} tokens but the model has positions for {info.max_positions:,}. Shorten the prompt, or "
             "use a model with a longer context."
         )
+    info.check_position(longest - 1)
 
 
 def check_max_new_tokens(max_new_tokens: Any) -> None:

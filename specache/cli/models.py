@@ -69,8 +69,10 @@ class LoadedModel:
 
     @property
     def max_positions(self) -> int | None:
-        """The longest sequence the model was made for, in tokens."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        """The longest sequence the model was made for, in tokens; `None` where there is no such length."""
+        from specache.positions import max_positions
+
+        return max_positions(self.model)
 
 
 def load(

@@ -34,6 +34,7 @@ from specache.eval.methods.specache import SpeCacheSession
 from specache.eval.prefilled import Prefilled
 from specache.generation import generate, prefill
 from specache.integration import attached
+from specache.positions import max_positions
 
 NAME = "specache"
 DEFAULT_MAX_LENGTH = 2048  # of models that do not say how many positions they have; as lm_eval's own
@@ -90,8 +91,7 @@ class SpeCacheLM(TemplateLM):
         self.model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=dtype, **options).to(self._device).eval()
         with SpeCache(self.model, self._settings) as cache:  # refuses what cannot work before a task is downloaded
             self.config = cache.config
-        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        self.max_length: int = max_length or positions or DEFAULT_MAX_LENGTH
+        self.max_length: int = max_length or max_positions(self.model) or DEFAULT_MAX_LENGTH
         self.max_gen_toks = max_gen_toks
         self.batch_size = 1
         self._add_bos_token = add_bos_token

@@ -25,8 +25,7 @@ def static_step_bytes(model: ModelDimensions, config: SpeCacheConfig, context: i
     """
     served = config.policy in KINDS and config.slow_tier is SlowTierKind.RAM
     short = context < config.residual + config.group_size
-    dynamic_rope = model.rope_switch is not None and model.max_positions is None
-    if not served or short or config.residual == 0 or dynamic_rope:
+    if not served or short or config.residual == 0 or model.dynamic_rope:
         return 0
     room = low_bit_room(config, context)
     top_k = min(config.top_k, room) if config.policy is not Policy.NONE else 0

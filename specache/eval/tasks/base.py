@@ -15,6 +15,7 @@ from torch import Tensor
 
 from specache.eval.methods.base import Session
 from specache.eval.prefilled import Prefilled
+from specache.positions import max_positions
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class TaskModel:
 
     @property
     def max_positions(self) -> int | None:
-        """Longest sequence that the model has positions for, in tokens."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        """Longest sequence that the model was made for, in tokens; `None` where there is no such length."""
+        return max_positions(self.model)
 
     @property
     def end_ids(self) -> list[int]:

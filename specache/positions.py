@@ -1,0 +1,95 @@
+"""How many positions a model has, and which RoPE: read from its configuration and its modules.
+
+RoPE stretched by a factor (yarn, linear, llama3, longrope, ...) makes a model longer than `max_position_embeddings`
+says, because model cards tell users to add the entry and leave the rest. A learned table of positions has an end that
+nothing stretches.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+_POSITION_TABLE = re.compile(r"(^|_)(wpe|pos(ition)?s?_?emb\w*|embed_?pos\w*)$", re.IGNORECASE)
+_OTHER_MODALITY = re.compile(r"vision|visual|image|audio|speech|encoder", re.IGNORECASE)
+
+
+def rope_entries(config: Any) -> list[dict[str, Any]]:
+    """RoPE parameters of a text configuration: one entry, or one per kind of layer; none where it has no RoPE."""
+    for name in ("rope_parameters", "rope_scaling"):  # the second is what configurations outside of transformers still have
+        parameters = getattr(config, name, None)
+        if isinstance(parameters, dict) and parameters:
+            return [entry for entry in parameters.values() if isinstance(entry, dict)] or [parameters]
+    return []
+
+
+def rope_type(entry: dict[str, Any]) -> str:
+    """`default`, `linear`, `dynamic`, `yarn`, `llama3`, `longrope`, ... of one entry."""
+    kind = entry.get("rope_type") or entry.get("type") or "default"
+    return "longrope" if kind == "su" else str(kind)  # its name in the first Phi-3
+
+
+def rope_switch(config: Any) -> tuple[str, int | None]:
+    """(type, length above which the frequencies change or `None`) of the entry that depends on the length, else of the first."""
+    entries = rope_entries(config)
+    for entry in entries:
+        kind = rope_type(entry)
+        if kind == "dynamic":
+            return kind, config.max_position_embeddings
+        if kind == "longrope":
+            original = entry.get("original_max_position_embeddings") or config.original_max_position_embeddings
+            return kind, int(original)
+    return (rope_type(entries[0]) if entries else "default"), None
+
+
+def max_positions(model: Any) -> int | None:
+    """The longest sequence, in tokens, that a transformers model was made for; `None` where there is no such length.
+
+    `max_position_embeddings`, or the positions before stretching times RoPE's factor, whichever is more: some
+    configurations say the stretched length already. Dynamic NTK scaling, and models that add no positions at all, go on
+    at any length.
+    """
+    config = model.config.get_text_config(decoder=True)
+    table = position_table(model)
+    stated = getattr(config, "max_position_embeddings", None)
+    if table is not None:
+        return table if stated is None else min(table, stated)
+    entries = rope_entries(config)
+    if stated is None or any(rope_type(entry) == "dynamic" for entry in entries):
+        return None
+    return max(stated, *(_stretched(entry, config, stated) for entry in entries)) if entries else stated
+
+
+def _stretched(entry: dict[str, Any], config: Any, stated: int) -> int:
+    factor = entry.get("factor")
+    if rope_type(entry) == "default" or not isinstance(factor, int | float) or factor <= 1:
+        return stated
+    original = entry.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None) or stated
+    return int(factor * original)
+
+
+def position_table(model: Any) -> int | None:
+    """Positions of the decoder's learned table (GPT-2, OPT), past which there is nothing to look up; `None` without one."""
+    sizes = [_entries(table) for table in _position_tables(model)]
+    return min(sizes, default=None)
+
+
+def _position_tables(model: Any) -> Iterator[nn.Embedding]:
+    modules = getattr(model, "named_modules", None)
+    if modules is None:
+        return
+    for name, module in modules():
+        if (
+            isinstance(module, nn.Embedding)
+            and _POSITION_TABLE.search(name.rpartition(".")[2])
+            and not _OTHER_MODALITY.search(name)
+        ):
+            yield module
+
+
+def _entries(table: nn.Embedding) -> int:
+    """Positions of a table without the rows in front that no position uses (OPT, BART)."""
+    return table.num_embeddings - int(getattr(table, "offset", 0))
