@@ -7,12 +7,23 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from itertools import pairwise
 from typing import Any, TypeVar
 
 from specache.config import PAGE_TOKENS
 from specache.sessions.files import StoredFile
-from specache.sessions.manifest import ROW_ITEMSIZES, Checkpoint, Identity, LayerShape, Manifest, Message, PageSpan, TailShape
+from specache.sessions.manifest import (
+    ROW_ITEMSIZES,
+    Checkpoint,
+    Identity,
+    LayerShape,
+    Manifest,
+    Message,
+    PageSpan,
+    Rendering,
+    TailShape,
+)
 from specache.tiers.extents import Extent
 from specache.tiers.row_layout import BLOCK_TOKENS
 
@@ -38,7 +49,7 @@ def parse(body: Any) -> Manifest:
 
 
 def _manifest(body: Any) -> Manifest:
-    body = {"messages": [], **_mapping(body, _text, lambda value: value)}  # the first sessions had none
+    body = {"messages": [], "rendering": None, **_mapping(body, _text, lambda value: value)}  # earlier sessions had none
     identity: dict[str, Any] = _mapping(body["identity"], str, _optional(_text))
     for values, kind in ((identity, Identity), (body, Manifest)):
         if set(values) != {f.name for f in dataclasses.fields(kind)}:
@@ -51,6 +62,7 @@ def _manifest(body: Any) -> Manifest:
         tokens=_whole(body["tokens"]),
         finish_reason=_optional(_text)(body["finish_reason"]),
         messages=tuple(Message(_text(one["role"]), _text(one["content"])) for one in _list(body["messages"])),
+        rendering=_optional(_rendering)(body["rendering"]),
         layers=_mapping(body["layers"], _index, _layer),
         rows=_mapping(body["rows"], _index, lambda extents: tuple(_extent(extent) for extent in _list(extents))),
         tails=_mapping(body["tails"], _index, _tail),
@@ -144,6 +156,11 @@ def _extent(value: Any) -> Extent:
 def _span(value: Any) -> PageSpan:
     count = _whole(value["count"], 1)
     return PageSpan(_snapshot("pages", value["file"]), count, _whole(value["stored"], count))
+
+
+def _rendering(value: Any) -> Rendering:
+    datetime.fromisoformat(_text(value["date"]))
+    return Rendering(value["date"], _text(value["template"]), _mapping(value["variables"], _text, lambda each: each))
 
 
 def _tail(value: Any) -> TailShape:
