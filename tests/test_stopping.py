@@ -9,7 +9,8 @@ import torch
 
 import specache
 from specache.cli.models import Dtype, LoadedModel, load
-from specache.cli.prompts import encode, pad_left
+from specache.cli.prompts import asked, pad_left
+from specache.templates.template import ChatTemplate
 from tests.tiny import llama, prompt
 
 NEW = 32
@@ -42,7 +43,7 @@ def real(request: pytest.FixtureRequest) -> LoadedModel:
 
 def stock_answer(loaded: LoadedModel, text: str) -> tuple[torch.Tensor, str]:
     """A prompt and what stock generate says to it when no token ends it."""
-    ids = torch.tensor([encode(loaded.tokenizer, text, chat=True)])
+    ids = torch.tensor([ChatTemplate(loaded.tokenizer).encode(asked(text))])
     return ids, _decode(loaded, loaded.model.generate(ids, **_unstopped(ids), eos_token_id=[]), ids)
 
 
@@ -92,7 +93,7 @@ def test_a_stop_string_that_is_never_said_changes_nothing(real):
 def test_a_stop_string_ends_one_of_two_sequences(tiny, monkeypatch, policy, ends):
     """Without an end token stock pads nothing: the stopped sequence runs on until all have stopped."""
     ids, answer = stock_answer(tiny, "Why is the sky blue?")
-    rows, mask = pad_left([ids[0].tolist(), encode(tiny.tokenizer, "Who?", chat=True)], pad_id=0)
+    rows, mask = pad_left([ids[0].tolist(), ChatTemplate(tiny.tokenizer).encode(asked("Who?"))], pad_id=0)
     arguments = {
         **_unstopped(rows),
         "attention_mask": mask,

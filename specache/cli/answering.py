@@ -12,6 +12,9 @@ from specache.cli.options import DEFAULT_MAX_NEW_TOKENS
 from specache.cli.prompts import pad_left
 from specache.cli.streaming import AnswerRecorder
 from specache.errors import SpeCacheError
+from specache.templates.channels import channel_parser
+from specache.templates.end_tokens import end_tokens
+from specache.templates.template import ChatTemplate
 
 if TYPE_CHECKING:
     from specache import SpeCache
@@ -23,14 +26,21 @@ INTERRUPTED = "interrupted"
 class Result:
     """One prompt's answer, whole or up to an interrupt or an error."""
 
-    text: str
+    text: str  # of models that know channels, the final message
     token_ids: list[int]
     prompt_tokens: int
     finish_reason: str | None  # "stop", "length", "interrupted" or "error"
+    reasoning: str | None = None  # what the model wrote before its final message, in a channel of its own
+
+    @property
+    def is_reasoning_alone(self) -> bool:
+        """Whether the answer ended before the final message began."""
+        return bool(self.reasoning) and not self.text
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON. Keys are stable."""
+        """Plain values, for JSON. Keys are stable; `reasoning` is there if the model wrote any."""
         return {
+            **({"reasoning": self.reasoning} if self.reasoning else {}),
             "text": self.text,
             "token_ids": self.token_ids,
             "prompt_tokens": self.prompt_tokens,
@@ -69,7 +79,9 @@ def answer(
     options: dict[str, Any],
     *,
     stops: Sequence[str] = (),
+    template: ChatTemplate | None = None,
     on_text: Callable[[int, str], None] | None = None,
+    on_reasoning: Callable[[int, str], None] | None = None,
     on_prefilled: Callable[[], None] = lambda: None,
     description: str = "Reading the prompt",
 ) -> Outcome:
@@ -83,16 +95,20 @@ def answer(
         cache: empty, or holding what is to be continued.
         options: from `options.GenerationOptions.arguments`.
         stops: texts to stop before.
+        template: what wrote the prompts, unless they are texts as they are.
         on_text: called with (sequence index, new text) as text becomes certain.
+        on_reasoning: the same for what the model writes before its final message.
         on_prefilled: called when the prompts are in the cache, before the first new token.
         description: what the progress bar says while the prompt is read.
 
     Raises:
         SpeCacheError: before there was a new token.
     """
+    import torch
+
     import specache
 
-    pad_id, end_ids = _special_ids(loaded)
+    pad_id, end_ids = _special_ids(loaded, template)
     input_ids, attention_mask = pad_left(prompts, pad_id)
     device = loaded.model.device
     progress = PrefillProgress(description)
@@ -101,8 +117,13 @@ def answer(
         progress.close()
         on_prefilled()
 
-    recorder = AnswerRecorder(loaded.tokenizer, end_ids, stops, on_text, on_first=begin)
+    parsers = None if template is None else [channel_parser(loaded.tokenizer, prompt) for prompt in prompts]
+    recorder = AnswerRecorder(loaded.tokenizer, end_ids, stops, on_text, on_first=begin, parsers=parsers, on_reasoning=on_reasoning)
     arguments = {**options, "max_new_tokens": room(options["max_new_tokens"], loaded, input_ids.shape[1])}
+    if end_ids:
+        arguments["eos_token_id"] = end_ids
+    if parsers is not None and parsers[0] is not None:
+        arguments["stopping_criteria"] = [lambda ids, scores: torch.tensor(recorder.ended)]
     if stops:
         arguments |= {"stop_strings": list(stops), "tokenizer": loaded.tokenizer}
     interrupted, failure = False, None
@@ -141,19 +162,18 @@ def _results(prompts: list[list[int]], recorder: AnswerRecorder, cache: SpeCache
     unfinished = INTERRUPTED if interrupted else None
     token_ids = recorder.token_ids or [[] for _ in range(rows)]
     texts = recorder.texts or [""] * rows
+    reasonings = recorder.reasonings or [None] * rows
     reasons = list(cache.finish_reasons)
     if len(reasons) != rows:  # interrupted before the first step
         reasons = [None] * rows
     return [
-        Result(text, ids, len(prompt), reason or unfinished)
-        for text, ids, prompt, reason in zip(texts, token_ids, prompts, reasons, strict=True)
+        Result(text, ids, len(prompt), reason or unfinished, reasoning)
+        for text, ids, prompt, reason, reasoning in zip(texts, token_ids, prompts, reasons, reasonings, strict=True)
     ]
 
 
-def _special_ids(loaded: LoadedModel) -> tuple[int, list[int]]:
+def _special_ids(loaded: LoadedModel, template: ChatTemplate | None) -> tuple[int, list[int]]:
     """The padding token, and the tokens that end a sequence."""
-    generation_config = loaded.model.generation_config
-    end = generation_config.eos_token_id
-    end_ids = [] if end is None else [end] if isinstance(end, int) else list(end)
-    candidates = (generation_config.pad_token_id, loaded.tokenizer.pad_token_id, *end_ids, 0)
+    end_ids = end_tokens(loaded.model.generation_config, loaded.tokenizer, template)
+    candidates = (loaded.model.generation_config.pad_token_id, loaded.tokenizer.pad_token_id, *end_ids, 0)
     return next(candidate for candidate in candidates if candidate is not None), end_ids

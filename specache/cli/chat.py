@@ -8,7 +8,7 @@ from dataclasses import fields
 
 import typer
 
-from specache.cli import options, session_option
+from specache.cli import options, session_option, template_option
 from specache.cli.answering import Outcome
 from specache.cli.compiling import compile_model
 from specache.cli.console import err, print_error, quiet_libraries, reports_errors, status, write
@@ -17,6 +17,7 @@ from specache.cli.field_command import takes_options
 from specache.cli.flags import in_flags
 from specache.cli.models import Device, Dtype, load
 from specache.cli.prompts import has_chat_template
+from specache.cli.reasoning import ReasoningDisplay, reasoning_note
 from specache.cli.report import rate, statistics_table, times
 from specache.config import SpeCacheConfig
 from specache.errors import ConfigError, SpeCacheError
@@ -49,6 +50,7 @@ def chat(
     model: options.Model,
     *,
     system: options.System = None,
+    chat_template_kwargs: template_option.TemplateVariables = None,
     generation: options.GenerationOptions,
     cache: options.CacheOptions,
     session: session_option.SessionName = None,
@@ -65,6 +67,7 @@ def chat(
     config = cache.config()
     arguments = generation.arguments()
     stops = generation.stops()
+    variables = template_option.parse_variables(chat_template_kwargs)
     place = session_option.place(session, session_dir, config, 1)
     if place is not None:
         config = place.settings(config, context)
@@ -79,7 +82,8 @@ def chat(
     generation.set_seed()
     if not has_chat_template(loaded.tokenizer):
         raise ConfigError(f"{loaded.name} has no chat template. Use 'specache generate --raw' with this model.")
-    with session_option.OpenedCache(loaded, config, place) as opened:
+    with session_option.OpenedCache(loaded, config, place, variables) as opened:
+        template_option.check_variables(opened.template)
         _talk(Conversation(loaded, opened, arguments, stops=stops, system=system))
 
 
@@ -137,11 +141,14 @@ def _reset(conversation: Conversation) -> None:
 
 
 def _turn(conversation: Conversation, text: str) -> None:
+    display = ReasoningDisplay()
     try:
-        outcome = conversation.say(text, on_text=lambda row, piece: write(piece))
+        outcome = conversation.say(text, on_text=display.show_text, on_reasoning=display.show)
     except SpeCacheError as error:
+        display.end()
         _print_error(error)
         return
+    display.end()
     write("\n")
     try:
         conversation.save()
@@ -149,6 +156,8 @@ def _turn(conversation: Conversation, text: str) -> None:
         outcome = outcome.with_error(error)
     if outcome.error is not None:
         _print_error(outcome.error)
+    if (note := reasoning_note(outcome.results[0])) is not None:
+        err.print(note, style="yellow", markup=False)
     err.print(_summary(conversation, outcome), style="dim")
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from specache.cli.answering import Outcome, answer
 from specache.cli.models import LoadedModel
-from specache.cli.prompts import Message, answered, encode_chat, system_message
+from specache.cli.prompts import Message, answered, system_message
 from specache.cli.session_option import OpenedCache
 from specache.errors import ConfigError
 
@@ -55,23 +55,31 @@ class Conversation:
     def cache(self) -> SpeCache:
         return self._opened.cache
 
-    def say(self, text: str, on_text: Callable[[int, str], None]) -> Outcome:
+    def say(
+        self, text: str, on_text: Callable[[int, str], None], on_reasoning: Callable[[int, str], None] | None = None
+    ) -> Outcome:
         """Answer a message. An answer that an interrupt or an error ended stays in the conversation as far as it came.
 
         Raises:
             SpeCacheError: the message cannot be answered (too long, for example); it is then forgotten.
         """
         asked = [*self.messages, {"role": "user", "content": text}]
+        template = self._opened.template
+        prompt = template.encode(asked)
+        self._opened.say_what_is_read_again(prompt, asked)
         outcome = answer(
             self._loaded,
-            [encode_chat(self._loaded.tokenizer, asked)],
+            [prompt],
             self.cache,
             self._options,
             stops=self._stops,
+            template=template,
             on_text=on_text,
+            on_reasoning=on_reasoning,
             on_prefilled=lambda: self._opened.save(asked),
             description="Reading",
         )
+        self._opened.say_if_nothing_was_reused(outcome.reused_tokens)
         self.messages = answered(asked, outcome.results[0].text)
         return outcome
 

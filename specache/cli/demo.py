@@ -24,9 +24,10 @@ from specache.cli.console import (
 from specache.cli.demo_document import DemoTask, make_task
 from specache.cli.demo_report import Run, comparison
 from specache.cli.models import DEMO_MODEL, Device, Dtype, LoadedModel, load
-from specache.cli.prompts import encode, has_chat_template
+from specache.cli.prompts import encode_text
 from specache.config import Code, Policy, SlowTierKind, SpeCacheConfig
 from specache.errors import ConfigError
+from specache.templates.template import ChatTemplate
 from specache.weight_format import WeightFormat
 
 if TYPE_CHECKING:
@@ -82,7 +83,8 @@ def demo(
         if compile:
             compile_model(loaded.model, ONE_AND_TWO_ROWS, 1, say)
     task = make_task(loaded.tokenizer, tokens=tokens, seed=seed, depth=depth)
-    ids = encode(loaded.tokenizer, task.prompt, chat=has_chat_template(loaded.tokenizer))
+    template = ChatTemplate(loaded.tokenizer)
+    ids = template.encode(template.ask(task.prompt)) if template.exists else encode_text(loaded.tokenizer, task.prompt)
     _check_length(loaded, ids)
     out = Console(highlight=False, quiet=as_json)
     _introduce(out, loaded, task, len(ids), seed, depth)
@@ -165,7 +167,7 @@ def _run(
 
 
 def _answer(loaded: LoadedModel, ids: list[int], cache: SpeCache, generation: dict[str, Any], on_text: Any) -> Result:
-    outcome = answer(loaded, [ids], cache, generation, on_text=on_text)
+    outcome = answer(loaded, [ids], cache, generation, template=ChatTemplate(loaded.tokenizer), on_text=on_text)
     outcome.raise_error()
     return outcome.results[0]
 

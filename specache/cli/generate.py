@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from specache.cli import options, session_option
+from specache.cli import options, session_option, template_option
 from specache.cli.answering import Outcome, answer
 from specache.cli.compiling import compile_model
 from specache.cli.console import EXIT_INTERRUPTED, err, quiet_libraries, reports_errors, status, write
 from specache.cli.field_command import takes_options
 from specache.cli.models import Device, Dtype, LoadedModel, load
-from specache.cli.prompts import Message, Prompt, answered, asked, encode, encode_chat, has_chat_template, read_prompts
+from specache.cli.prompts import Message, Prompt, answered, asked, encode_text, has_chat_template, read_prompts
+from specache.cli.reasoning import ReasoningDisplay, reasoning_note
 from specache.cli.report import statistics_table
-from specache.config import SpeCacheConfig
 from specache.errors import ConfigError, SpeCacheError
 from specache.weight_format import WeightFormat
 
@@ -58,11 +58,12 @@ def generate(
         bool | None,
         typer.Option(
             "--chat/--raw",
-            help="Write the prompt as a message of a conversation, or use it as it is. "
-            "Default: --chat if the model has a chat template.",
+            help="Write the prompt as a message of a conversation, where special tokens spelled in it are text, or use it as it "
+            "is, special tokens included. Default: --chat if the model has a chat template.",
             show_default=False,
         ),
     ] = None,
+    chat_template_kwargs: template_option.TemplateVariables = None,
     as_json: options.Json = False,
     generation: options.GenerationOptions,
     cache: options.CacheOptions,
@@ -84,6 +85,7 @@ def generate(
     arguments = generation.arguments()
     prompts = read_prompts(prompt, prompt_file or [])
     stops = generation.stops()
+    variables = template_option.parse_variables(chat_template_kwargs)
     place = session_option.place(session, session_dir, config, len(prompts))
     if place is not None:
         config = place.settings(config, context)
@@ -95,20 +97,24 @@ def generate(
         loaded = load(model, dtype=dtype, weights=weights, device=device, revision=revision, offline=offline, on_progress=say)
         if compile:
             compile_model(loaded.model, config, len(prompts), say)
-    conversations = _conversations(loaded, prompts, chat, system)
+    conversations = _conversations(loaded, prompts, chat, system, variables)
     generation.set_seed()
-    outcome = _run(loaded, prompts, conversations, config, arguments, stops, as_json, place)
+    with session_option.OpenedCache(loaded, config, place, variables) as opened:
+        outcome = _run(loaded, prompts, conversations, opened, arguments, stops, as_json, place)
     if outcome.interrupted:
         raise typer.Exit(EXIT_INTERRUPTED)
     outcome.raise_error()
 
 
-def _conversations(loaded: LoadedModel, prompts: list[Prompt], chat: bool | None, system: str | None) -> list[list[Message]]:
+def _conversations(
+    loaded: LoadedModel, prompts: list[Prompt], chat: bool | None, system: str | None, variables: dict[str, Any] | None
+) -> list[list[Message]]:
     """Per prompt the conversation that it is the last message of; none where it is a text as it is."""
     if chat is None:
         chat = has_chat_template(loaded.tokenizer)
-    if system is not None and not chat:
-        raise ConfigError("--system needs a conversation: leave out --raw, and use a model with a chat template.")
+    for flag, value in (("--system", system), ("--chat-template-kwargs", variables)):
+        if value is not None and not chat:
+            raise ConfigError(f"{flag} needs a conversation: leave out --raw, and use a model with a chat template.")
     return [asked(prompt.text, system) if chat else [] for prompt in prompts]
 
 
@@ -116,34 +122,50 @@ def _run(
     loaded: LoadedModel,
     prompts: list[Prompt],
     conversations: list[list[Message]],
-    config: SpeCacheConfig,
+    opened: session_option.OpenedCache,
     arguments: dict[str, Any],
     stops: list[str],
     as_json: bool,
     place: session_option.Place | None,
 ) -> Outcome:
     streams = len(prompts) == 1 and not as_json
+    cache, template, messages = opened.cache, opened.template, conversations[0]
+    if messages:
+        template_option.check_variables(template)
     rows = [
-        encode_chat(loaded.tokenizer, messages) if messages else encode(loaded.tokenizer, prompt.text, chat=False)
-        for prompt, messages in zip(prompts, conversations, strict=True)
+        template.encode(conversation) if conversation else encode_text(loaded.tokenizer, prompt.text)
+        for prompt, conversation in zip(prompts, conversations, strict=True)
     ]
-    with session_option.OpenedCache(loaded, config, place) as opened:
-        cache, messages = opened.cache, conversations[0]
-        on_text = (lambda row, text: write(text)) if streams else None
-        outcome = answer(loaded, rows, cache, arguments, stops=stops, on_text=on_text, on_prefilled=lambda: opened.save(messages))
-        try:
-            opened.save(answered(messages, outcome.results[0].text) if messages else [])
-        except SpeCacheError as error:  # the answer is printed all the same
-            outcome = outcome.with_error(error)
-        if as_json:
-            _print_json(outcome, cache, loaded, place)
-            return outcome
-        if streams:
-            write("\n")
-        else:
-            _print_batch(outcome, prompts)
+    opened.say_what_is_read_again(rows[0], messages)
+    display = ReasoningDisplay()
+    outcome = answer(
+        loaded,
+        rows,
+        cache,
+        arguments,
+        stops=stops,
+        template=template if messages else None,
+        on_text=display.show_text if streams else None,
+        on_reasoning=display.show if streams else None,
+        on_prefilled=lambda: opened.save(messages),
+    )
+    display.end()
+    opened.say_if_nothing_was_reused(outcome.reused_tokens)
+    try:
+        opened.save(answered(messages, outcome.results[0].text) if messages else [])
+    except SpeCacheError as error:  # the answer is printed all the same
+        outcome = outcome.with_error(error)
+    if as_json:
+        _print_json(outcome, cache, loaded, place)
+    elif streams:
+        write("\n")
+    else:
+        _print_batch(outcome, prompts)
+    for note in filter(None, map(reasoning_note, outcome.results)):
+        err.print(note, style="yellow", markup=False)
+    if not as_json:
         _print_summary(outcome, cache, place)
-        return outcome
+    return outcome
 
 
 def _print_batch(outcome: Outcome, prompts: list[Prompt]) -> None:

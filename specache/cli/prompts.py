@@ -1,4 +1,4 @@
-"""Where prompts come from, and how they become token ids."""
+"""Where prompts come from, and what conversations they make."""
 
 from __future__ import annotations
 
@@ -7,18 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specache.errors import ConfigError, SpeCacheError
+from specache.errors import ConfigError
+from specache.templates.template import ChatTemplate, Message, PromptError
 
 if TYPE_CHECKING:
     import torch
 
 STDIN = "-"
-
-Message = dict[str, str]  # of a conversation, as chat templates take it: `role` and `content`
-
-
-class PromptError(SpeCacheError):
-    """A prompt that is missing, empty or unreadable."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +67,13 @@ def _read(file: Path) -> str:
 
 def has_chat_template(tokenizer: Any) -> bool:
     """Whether the tokenizer knows how its model's conversations are written."""
-    return bool(getattr(tokenizer, "chat_template", None))
+    return ChatTemplate(tokenizer).exists
 
 
-def encode(tokenizer: Any, text: str, *, chat: bool, system: str | None = None) -> list[int]:
-    """Token ids of one prompt, as a user's message if `chat`, else as it is (with the tokenizer's own first token)."""
-    if chat:
-        return encode_chat(tokenizer, asked(text, system))
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text as it is, with the tokenizer's own first token. Special tokens in it are special tokens: whoever writes
+    for the model itself (`--raw`) writes them.
+    """
     ids: list[int] = tokenizer(text)["input_ids"]
     return ids
 
@@ -96,23 +91,6 @@ def answered(messages: list[Message], text: str) -> list[Message]:
 def system_message(system: str | None) -> list[Message]:
     """The beginning of a conversation: one message, or none."""
     return [] if system is None else [{"role": "system", "content": system}]
-
-
-def encode_chat(tokenizer: Any, messages: list[Message]) -> list[int]:
-    """Token ids of a conversation up to where the model's answer begins.
-
-    Raises:
-        ConfigError: the tokenizer has no chat template.
-        PromptError: its template rejects these messages.
-    """
-    if not has_chat_template(tokenizer):
-        raise ConfigError("this model has no chat template. Use --raw, and 'specache generate'.")
-    try:
-        encoding = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
-    except Exception as error:  # templates are programs and raise what they like, for example about system messages
-        raise PromptError(f"the model's chat template rejects the conversation: {error}") from error
-    ids: list[int] = encoding["input_ids"]
-    return ids
 
 
 def pad_left(rows: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from specache.cli.auto_tier import say_on_disk
+from specache.cli.console import err
 from specache.cli.models import LoadedModel
 from specache.cli.prompts import Message
+from specache.cli.rereading import StoredPrompt
 from specache.config import SlowTierKind, SpeCacheConfig
 from specache.errors import ConfigError
+from specache.templates.template import ChatTemplate
 
 if TYPE_CHECKING:
     from specache import SpeCache
@@ -103,33 +108,79 @@ def _is_typed(context: typer.Context, name: str) -> bool:
 class OpenedCache:
     """The cache of a command, and the session that it is saved in, if there is one.
 
+    Args:
+        loaded: model and tokenizer.
+        config: the cache's settings.
+        place: the session; `None`: there is none.
+        variables: for the chat template; `None` takes those of the session.
+
     Attributes:
         cache: goes on as `past_key_values`.
         messages: the conversation that the session was saved with.
+        template: the chat template; a session's conversation keeps the date that it began with.
+        stored: what the session held when it was opened; `None` once a prompt was compared with it.
     """
 
-    def __init__(self, loaded: LoadedModel, config: SpeCacheConfig, place: Place | None = None) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        config: SpeCacheConfig,
+        place: Place | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> None:
         import specache
 
         self._loaded = loaded
         self._config = config
         self._session: specache.Session | None = None
         self.messages: list[Message] = []
+        self.stored: StoredPrompt | None = None
         if place is None:
+            self.template = ChatTemplate(loaded.tokenizer, variables)
             self.cache = self._new_cache()
-        else:
-            self._session = specache.Session(place.name, loaded.model, config, tokenizer=loaded.tokenizer, folder=place.root)
-            self.cache = self._session.cache
-            self.messages = list(self._session.messages)
+            return
+        self.template = ChatTemplate(loaded.tokenizer, variables)  # refused before the session is opened
+        self._session = session = specache.Session(place.name, loaded.model, config, tokenizer=loaded.tokenizer, folder=place.root)
+        self.cache = session.cache
+        self.messages = list(session.messages)
+        if session.token_ids:
+            before = session.rendering
+            self.template = ChatTemplate(
+                loaded.tokenizer,
+                before.variables if variables is None and before is not None else variables,
+                date=datetime.fromisoformat(before.date) if before else datetime.fromtimestamp(session.created or time.time()),
+            )
+            self.stored = StoredPrompt(place.name, session.token_ids, self.messages, before)
+
+    def say_what_is_read_again(self, prompt: Sequence[int], messages: Sequence[Message]) -> None:
+        """Print one line before a prompt, if much of what the session holds is of no use for it."""
+        note = None if self.stored is None else self.stored.note(prompt, messages, self.template)
+        if note is not None:
+            err.print(note, style="yellow", markup=False, soft_wrap=True)
+            self.stored = None
+
+    def say_if_nothing_was_reused(self, reused: int) -> None:
+        """Print one line after the first prompt, if all of it was read and nothing said why."""
+        if self.stored is not None and reused == 0:
+            err.print(self.stored.nothing_reused(), style="yellow", markup=False, soft_wrap=True)
+        self.stored = None
 
     def save(self, messages: Sequence[Message]) -> None:
         """Save the cache and the conversation that it holds (none: it holds a text). Nothing, without a session."""
+        from specache.sessions.manifest import Rendering
+
         if self._session is not None:
+            template = self.template
             self._session.messages = list(messages)
+            self._session.rendering = (
+                Rendering(template.date.isoformat(), template.digest, template.variables) if messages else None
+            )
             self._session.save()
 
     def clear(self) -> None:
-        """Forget what the cache holds."""
+        """Forget what the cache holds. What is said next is a new conversation, with the date of today."""
+        self.stored = None
+        self.template = ChatTemplate(self._loaded.tokenizer, self.template.variables)
         if self._session is not None:
             self._session.cut(0)
         else:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
+from specache.templates.channels import ChannelParser, Part, Piece
+
 if TYPE_CHECKING:
     import torch
 
@@ -15,12 +17,20 @@ class TextAssembler:
     """Turns one sequence's token ids into text, a piece at a time.
 
     A piece is held back while it may still change: half of a multi-byte character, or the beginning of a stop text.
-    The stop text itself and what follows it are left out.
+    The stop text itself and what follows it are left out. So are special tokens; two words with one between them get a space.
+
+    Args:
+        tokenizer: decodes the tokens.
+        stops: texts to stop before.
+        strip_start: leave out whitespace before the first text.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Any, stops: Sequence[str] = (), *, strip_start: bool = False) -> None:
         self._tokenizer = tokenizer
+        self._special_ids = frozenset(getattr(tokenizer, "all_special_ids", ()))
         self._stops = tuple(stops)
+        self._strip_start = strip_start
+        self._after_special = self._begins = False  # what the next text comes after
         self._ids: list[int] = []
         self._context = 0  # first token of the text that was handed over last
         self._decoded = 0  # tokens whose text is in `_text`
@@ -36,8 +46,15 @@ class TextAssembler:
     def push(self, token_id: int) -> str:
         """Add a token. Returns the text that became certain with it, often none."""
         self._ids.append(token_id)
+        self._after_special |= token_id in self._special_ids
         self._decode()
         return self._hand_out(len(self._text) - self._undecided())
+
+    def begin_message(self) -> None:
+        """What comes is a message of its own: on a new line, if there is text before it."""
+        self._decode(last=True)
+        self._context = self._decoded = len(self._ids)
+        self._begins = True
 
     def finish(self) -> str:
         """No more tokens come: returns what was held back."""
@@ -50,9 +67,21 @@ class TextAssembler:
         both = self._tokenizer.decode(self._ids[self._context :], skip_special_tokens=True)
         if len(both) <= len(before) or (both.endswith(_HALF_A_CHARACTER) and not last):
             return
-        self._text += both[len(before) :]
+        self._add(both[len(before) :])
         self._context, self._decoded = self._decoded, len(self._ids)
         self._cut_at_stop()
+
+    def _add(self, piece: str) -> None:
+        if self._strip_start and not self._text:
+            piece = piece.lstrip()
+        if not piece:
+            return
+        if self._text and self._begins:
+            piece = "\n" + piece
+        elif self._text and self._after_special and self._text[-1].isalnum() and piece[0].isalnum():
+            piece = " " + piece
+        self._text += piece
+        self._after_special = self._begins = False
 
     def _cut_at_stop(self) -> None:
         found = [position for stop in self._stops if (position := self._text.find(stop, self._given)) >= 0]
@@ -73,6 +102,47 @@ class TextAssembler:
         return piece
 
 
+class _Row:
+    """One sequence's tokens, and the text and the reasoning that they make."""
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str], parser: ChannelParser | None) -> None:
+        self.token_ids: list[int] = []
+        self._parser = parser
+        self._parts = {part: TextAssembler(tokenizer, stops, strip_start=parser is not None) for part in Part}
+
+    @property
+    def text(self) -> str:
+        return self._parts[Part.TEXT].text
+
+    @property
+    def reasoning(self) -> str | None:
+        """`None` where the model knows no channels."""
+        return None if self._parser is None else self._parts[Part.REASONING].text
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing that comes belongs to the answer: after a stop text, or a final message's end."""
+        return any(part.stopped for part in self._parts.values()) or (self._parser is not None and self._parser.ended)
+
+    def push(self, token_id: int) -> list[tuple[Part, str]]:
+        if self._parser is None:
+            return [(Part.TEXT, self._parts[Part.TEXT].push(token_id))]
+        return self._assembled(self._parser.push(token_id))
+
+    def finish(self) -> list[tuple[Part, str]]:
+        held = [] if self._parser is None else self._assembled(self._parser.finish())
+        return [*held, *((part, assembler.finish()) for part, assembler in self._parts.items())]
+
+    def _assembled(self, pieces: list[Piece]) -> list[tuple[Part, str]]:
+        said = []
+        for piece in pieces:
+            assembler = self._parts[piece.part]
+            if piece.begins:
+                assembler.begin_message()
+            said += [(piece.part, assembler.push(token_id)) for token_id in piece.token_ids]
+        return said
+
+
 class AnswerRecorder:
     """A streamer that keeps each sequence's new tokens and text, without the padding after its end.
 
@@ -80,10 +150,12 @@ class AnswerRecorder:
 
     Args:
         tokenizer: decodes the tokens.
-        end_ids: token ids that end a sequence.
+        end_ids: token ids that end a sequence; they are in `token_ids` and in no text.
         stops: texts that end a sequence; they are left out of `texts`.
         on_text: called with (sequence index, new text).
         on_first: called once, before the first new token.
+        parsers: per sequence what tells its reasoning from its text; `None`: all is text.
+        on_reasoning: called with (sequence index, new reasoning).
     """
 
     def __init__(
@@ -93,19 +165,36 @@ class AnswerRecorder:
         stops: Sequence[str] = (),
         on_text: Callable[[int, str], None] | None = None,
         on_first: Callable[[], None] | None = None,
+        *,
+        parsers: Sequence[ChannelParser | None] | None = None,
+        on_reasoning: Callable[[int, str], None] | None = None,
     ) -> None:
-        self._new_assembler = lambda: TextAssembler(tokenizer, stops)
+        self._new_row = lambda index: _Row(tokenizer, stops, parsers[index] if parsers else None)
         self._end_ids = frozenset(end_ids)
-        self._on_text = on_text or (lambda row, text: None)
+        self._callbacks = {Part.TEXT: on_text, Part.REASONING: on_reasoning}
         self._on_first = on_first
         self._saw_prompt = False
-        self._assemblers: list[TextAssembler] = []
-        self.token_ids: list[list[int]] = []
+        self._rows: list[_Row] = []
+
+    @property
+    def token_ids(self) -> list[list[int]]:
+        """Tokens so far, per sequence."""
+        return [row.token_ids for row in self._rows]
 
     @property
     def texts(self) -> list[str]:
         """Text so far, per sequence."""
-        return [assembler.text for assembler in self._assemblers]
+        return [row.text for row in self._rows]
+
+    @property
+    def reasonings(self) -> list[str | None]:
+        """Reasoning so far, per sequence; `None` of models that know no channels."""
+        return [row.reasoning for row in self._rows]
+
+    @property
+    def ended(self) -> list[bool]:
+        """Per sequence whether its answer is over, whatever its last token is."""
+        return [row.ended for row in self._rows]
 
     def put(self, value: torch.Tensor) -> None:
         """The prompt first, then `[B]` token ids per step."""
@@ -113,29 +202,31 @@ class AnswerRecorder:
             self._saw_prompt = True
             return
         tokens = value.reshape(-1).tolist()
-        if not self._assemblers:
+        if not self._rows:
             self._begin(len(tokens))
-        for row, token in enumerate(tokens):
-            self._put_token(row, token)
+        for index, token in enumerate(tokens):
+            self._put_token(index, token)
 
     def end(self) -> None:
         """Hand over what was held back."""
-        for row, assembler in enumerate(self._assemblers):
-            self._say(row, assembler.finish())
+        for index, row in enumerate(self._rows):
+            self._say(index, row.finish())
 
     def _begin(self, rows: int) -> None:
         if self._on_first is not None:
             self._on_first()
-        self._assemblers = [self._new_assembler() for _ in range(rows)]
-        self.token_ids = [[] for _ in range(rows)]
+        self._rows = [self._new_row(index) for index in range(rows)]
 
-    def _put_token(self, row: int, token: int) -> None:
-        ids, assembler = self.token_ids[row], self._assemblers[row]
-        if assembler.stopped or (ids and ids[-1] in self._end_ids):
+    def _put_token(self, index: int, token: int) -> None:
+        row = self._rows[index]
+        if row.ended or (row.token_ids and row.token_ids[-1] in self._end_ids):
             return  # padding
-        ids.append(token)
-        self._say(row, assembler.push(token))
+        row.token_ids.append(token)
+        if token not in self._end_ids:
+            self._say(index, row.push(token))
 
-    def _say(self, row: int, text: str) -> None:
-        if text:
-            self._on_text(row, text)
+    def _say(self, index: int, said: list[tuple[Part, str]]) -> None:
+        for part, text in said:
+            callback = self._callbacks[part]
+            if text and callback is not None:
+                callback(index, text)

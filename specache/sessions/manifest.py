@@ -77,6 +77,21 @@ class Message:
 
 
 @dataclass(frozen=True)
+class Rendering:
+    """How the conversation was written for the model: its tokens come again only from the same.
+
+    Attributes:
+        date: what the chat template took for today, as in ISO 8601, in the time zone of then.
+        template: digest of the chat template's text.
+        variables: given to the template beside the messages; JSON values.
+    """
+
+    date: str
+    template: str
+    variables: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class PageSpan:
     """`count` pages per full-attention layer, the first ones of a snapshot that holds `stored`."""
 
@@ -106,6 +121,7 @@ class Manifest:
         prompt_tokens: how many of its tokens were read from prompts; `None` in sessions of before that was kept.
         pending_token: the generated token behind the stored ones, if there is one (`Sequence.pending_token`).
         messages: what was said, if the sequence is a conversation.
+        rendering: how that was written for the model; `None` where nothing is known of it.
         layers: by number; none before the first token.
         rows: per full-attention layer, where its whole blocks lie.
         tails: per full-attention layer, what the tail has of it.
@@ -126,6 +142,7 @@ class Manifest:
     prompt_tokens: int | None = None
     pending_token: int | None = None
     messages: tuple[Message, ...] = ()
+    rendering: Rendering | None = None
     layers: dict[int, LayerShape] = field(default_factory=dict)
     rows: dict[int, tuple[Extent, ...]] = field(default_factory=dict)
     tails: dict[int, TailShape] = field(default_factory=dict)

@@ -7,12 +7,23 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from itertools import pairwise
 from typing import Any, TypeVar
 
 from specache.config import PAGE_TOKENS
 from specache.sessions.files import StoredFile
-from specache.sessions.manifest import ROW_ITEMSIZES, Checkpoint, Identity, LayerShape, Manifest, Message, PageSpan, TailShape
+from specache.sessions.manifest import (
+    ROW_ITEMSIZES,
+    Checkpoint,
+    Identity,
+    LayerShape,
+    Manifest,
+    Message,
+    PageSpan,
+    Rendering,
+    TailShape,
+)
 from specache.tiers.extents import Extent
 from specache.tiers.row_layout import BLOCK_TOKENS
 
@@ -25,6 +36,7 @@ _NOT_IN_THE_FIRST_SESSIONS: dict[str, Any] = {
     "token_copy": None,
     "prompt_tokens": None,
     "pending_token": None,
+    "rendering": None,
 }
 _T = TypeVar("_T")
 
@@ -59,6 +71,7 @@ def _manifest(body: Any) -> Manifest:
         prompt_tokens=_optional(_whole)(body["prompt_tokens"]),
         pending_token=_optional(_whole)(body["pending_token"]),
         messages=tuple(Message(_text(one["role"]), _text(one["content"])) for one in _list(body["messages"])),
+        rendering=_optional(_rendering)(body["rendering"]),
         layers=_mapping(body["layers"], _index, _layer),
         rows=_mapping(body["rows"], _index, lambda extents: tuple(_extent(extent) for extent in _list(extents))),
         tails=_mapping(body["tails"], _index, _tail),
@@ -155,6 +168,11 @@ def _extent(value: Any) -> Extent:
 def _span(value: Any) -> PageSpan:
     count = _whole(value["count"], 1)
     return PageSpan(_snapshot("pages", value["file"]), count, _whole(value["stored"], count))
+
+
+def _rendering(value: Any) -> Rendering:
+    datetime.fromisoformat(_text(value["date"]))
+    return Rendering(value["date"], _text(value["template"]), _mapping(value["variables"], _text, lambda each: each))
 
 
 def _tail(value: Any) -> TailShape:

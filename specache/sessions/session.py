@@ -20,7 +20,7 @@ from specache.sessions import state, store
 from specache.sessions.checkpoints import DiskCheckpoints
 from specache.sessions.identity import check_identity, identify
 from specache.sessions.lock import FolderLock
-from specache.sessions.manifest import Identity, Manifest, Message, settings_of
+from specache.sessions.manifest import Identity, Manifest, Message, Rendering, settings_of
 from specache.sessions.manifest_file import TEMPORARY, check_ours, is_saved, read_manifest, refresh_copy
 from specache.sessions.names import check_name, is_folder, private_root
 from specache.sessions.saving import write_state
@@ -64,6 +64,7 @@ class Session:
     Attributes:
         messages: for a program that holds a conversation: what was said, as chat templates take it ({"role": ..., "content": ...}).
             It is saved with the state, and is there again when the session is opened. Nothing else depends on it.
+        rendering: the same for how a program wrote that conversation: with which date, chat template and variables.
 
     Args:
         name: letters, digits and `._-`; it is made if there is none of that name, and stays if it is saved.
@@ -100,6 +101,7 @@ class Session:
         try:
             self._saved = self._read_saved()
             self.messages: list[dict[str, str]] = [asdict(one) for one in self._saved.messages] if self._saved else []
+            self.rendering: Rendering | None = self._saved.rendering if self._saved else None
             with modes.ours():
                 identity = self._checked_identity(model, tokenizer)
                 self._cache = SessionCache(model, self._config(config), self._lock, identity)
@@ -120,6 +122,11 @@ class Session:
     def token_ids(self) -> list[int]:
         """The tokens whose keys and values are there, saved or not."""
         return list(self._sequence.token_ids)
+
+    @property
+    def created(self) -> float | None:
+        """When it was saved first, in seconds since 1970; `None` if it was not yet."""
+        return self._saved.created if self._saved else None
 
     @property
     def saved_tokens(self) -> int:
@@ -303,7 +310,8 @@ class Session:
         created = now if self._saved is None else self._saved.created
         messages = tuple(Message(one["role"], one["content"]) for one in self.messages)
         assert self._cache is not None
-        return Manifest(self._cache.identity, settings_of(self.cache.config), created, now, messages=messages)
+        settings = settings_of(self.cache.config)
+        return Manifest(self._cache.identity, settings, created, now, messages=messages, rendering=self.rendering)
 
     def _remove_garbage(self) -> None:
         """Remove files of ours that the saved state does not refer to and the cache does not need: old and unfinished ones.

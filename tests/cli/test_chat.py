@@ -11,8 +11,8 @@ from specache import SpeCacheConfig, UsageError
 from specache.cli.conversation import Conversation
 from specache.cli.models import Dtype, LoadedModel, load
 from specache.cli.options import GenerationOptions
-from specache.cli.prompts import encode_chat
 from specache.cli.session_option import OpenedCache
+from specache.templates.template import ChatTemplate
 from tests.cli.running import one_line, run, run_json
 from tests.cli.tiny_chat import POSITIONS, save_tiny_chat_model
 
@@ -40,7 +40,7 @@ def test_a_turn_continues_from_the_cache(conversation, tiny, monkeypatch):
     conversation.say("first " * 20, quiet)
     held = conversation.cache.get_seq_length()
     conversation.say("second", quiet)
-    whole = len(encode_chat(tiny.tokenizer, conversation.messages[:-1]))
+    whole = len(ChatTemplate(tiny.tokenizer).encode(conversation.messages[:-1]))
     assert conversation.cache.get_seq_length() > held
     assert whole - held < 40  # what the second turn had to read: the new message and the template around it
     assert [message["role"] for message in conversation.messages] == ["system", "user", "assistant", "user", "assistant"]

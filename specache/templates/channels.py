@@ -1,0 +1,196 @@
+"""Answers in several parts: reasoning, and the final message.
+
+Two forms of them are known. GPT-OSS (the "harmony" format) writes
+
+    <|channel|>analysis<|message|>...<|end|><|start|>assistant<|channel|>final<|message|>...<|return|>
+
+Others put their reasoning between two special tokens (`[THINK]` and `[/THINK]`). Pairs that are ordinary text to the tokenizer
+(`<think>` of Qwen3 and DeepSeek-R1) stay in the text: the templates of those models look for them in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Protocol
+
+PAIRS = (
+    *(("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<|channel>", "<channel|>"), ("<|START_THINKING|>", "<|END_THINKING|>")),
+    *(("<seed:think>", "</seed:think>"), ("<|begin_of_thought|>", "<|end_of_thought|>"), ("<reasoning>", "</reasoning>")),
+)
+
+
+class Part(Enum):
+    """What a token of an answer belongs to."""
+
+    TEXT = "the final message"
+    REASONING = "reasoning, or a call of a tool"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens of one part; `begins` where they begin a new message of it."""
+
+    part: Part
+    token_ids: list[int]
+    begins: bool = False
+
+
+class ChannelParser(Protocol):
+    """Sorts the tokens of one answer as they come.
+
+    Attributes:
+        ended: whether the final message is complete, where no end token of the model says so.
+    """
+
+    ended: bool
+
+    def push(self, token_id: int) -> list[Piece]:
+        """What is certain with one more token; markers are in no piece."""
+
+    def finish(self) -> list[Piece]:
+        """What was held back."""
+
+
+@dataclass(frozen=True)
+class ChannelTokens:
+    """The markers of the harmony format, as token ids."""
+
+    start: int
+    channel: int
+    message: int
+    end: int
+    answer_ends: frozenset[int]  # <|return|> and <|call|>, as far as there are
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> ChannelTokens | None:
+        """Those of a tokenizer, or `None` where it lacks one."""
+        ids = {token.content: token_id for token_id, token in getattr(tokenizer, "added_tokens_decoder", {}).items()}
+        needed = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>")
+        if any(text not in ids for text in needed):
+            return None
+        start, channel, message, end = (ids[text] for text in needed)
+        return cls(start, channel, message, end, frozenset(ids[text] for text in ("<|return|>", "<|call|>") if text in ids))
+
+
+def channel_parser(tokenizer: Any, prompt: Sequence[int]) -> ChannelParser | None:
+    """The parser of the answer to a prompt that a chat template wrote; `None` where the model knows no channels."""
+    tokens = ChannelTokens.of(tokenizer)
+    if tokens is not None:
+        return HarmonyParser(tokenizer, tokens, prompt)
+    special = {token.content: i for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special}
+    pairs = {special[begin]: special[end] for begin, end in PAIRS if begin in special and end in special}
+    return PairParser(pairs, prompt) if pairs else None
+
+
+class PairParser:
+    """Reasoning between two special tokens; the prompt may have opened it already.
+
+    Args:
+        pairs: opening token -> closing token.
+    """
+
+    ended = False
+
+    def __init__(self, pairs: dict[int, int], prompt: Sequence[int]) -> None:
+        self._pairs = pairs
+        self._closing: int | None = None
+        self._begins = False
+        markers = {*pairs, *pairs.values()}
+        last = next((token_id for token_id in reversed(prompt) if token_id in markers), None)
+        if last in pairs:
+            self._closing = pairs[last]
+
+    def push(self, token_id: int) -> list[Piece]:
+        if self._closing is None and token_id in self._pairs:
+            self._closing, self._begins = self._pairs[token_id], True
+        elif token_id == self._closing:
+            self._closing, self._begins = None, True
+        else:
+            part = Part.TEXT if self._closing is None else Part.REASONING
+            begins, self._begins = self._begins, False
+            return [Piece(part, [token_id], begins)]
+        return []
+
+    def finish(self) -> list[Piece]:
+        return []
+
+
+class HarmonyParser:
+    """Messages with headers: a role, perhaps a channel, and whom the message is for.
+
+    The message on the channel `final`, or on none, is the text. A model that was tuned without channels writes its answer where
+    the header would be: what cannot be a header is text too.
+    """
+
+    def __init__(self, tokenizer: Any, tokens: ChannelTokens, prompt: Sequence[int]) -> None:
+        self.ended = False
+        self._tokenizer = tokenizer
+        self._tokens = tokens
+        self._markers = {tokens.start, tokens.channel, tokens.message, tokens.end, *tokens.answer_ends}
+        self._part: Part | None = Part.TEXT  # of the message; `None` between messages, and in those of another role
+        self._role: list[int] = []
+        self._given = 0  # tokens of the role that the prompt has
+        self._channel: list[int] | None = None
+        self._in_header = self._may_be_text = self._begins = False
+        self._is_first = True
+        starts = [place for place, token_id in enumerate(prompt) if token_id == tokens.start]
+        for token_id in prompt[starts[-1] :] if starts else ():
+            self._advance(token_id)
+        self._may_be_text = self._in_header and self._channel is None
+        self._given = len(self._role)
+
+    def push(self, token_id: int) -> list[Piece]:
+        return self._advance(token_id)
+
+    def finish(self) -> list[Piece]:
+        """An answer that is nothing but the beginning of a header is text."""
+        return self._release() if self._may_be_text else []
+
+    def _advance(self, token_id: int) -> list[Piece]:
+        if token_id in self._markers:
+            self._mark(token_id)
+            return []
+        if not self._in_header:
+            return self._piece([token_id])
+        (self._role if self._channel is None else self._channel).append(token_id)
+        if self._may_be_text and not "to=".startswith(self._said(self._role[self._given :])[:3]):
+            return self._release()
+        return []
+
+    def _mark(self, token_id: int) -> None:
+        self._may_be_text = False
+        if token_id == self._tokens.start:
+            self._in_header, self._role, self._channel = True, [], None
+        elif token_id == self._tokens.channel:
+            if not self._in_header:  # a header that leaves out the role
+                self._in_header, self._role = True, []
+            self._channel = []
+        elif token_id == self._tokens.message:
+            self._part, self._begins, self._in_header = self._part_of_header(), not self._is_first, False
+        else:
+            self.ended = self._part is Part.TEXT and not self._is_first
+            self._part, self._in_header = None, False
+
+    def _part_of_header(self) -> Part | None:
+        role, channel = self._said(self._role), self._said(self._channel or [])
+        if role and not role.startswith(("assistant", "to=")):
+            return None
+        if "to=" in role or "to=" in channel:
+            return Part.REASONING
+        return Part.TEXT if self._channel is None or channel.split()[:1] in ([], ["final"]) else Part.REASONING
+
+    def _release(self) -> list[Piece]:
+        """What stood where a header would have been was the message."""
+        held, self._in_header, self._may_be_text, self._part = self._role[self._given :], False, False, Part.TEXT
+        return self._piece(held) if held else []
+
+    def _piece(self, token_ids: list[int]) -> list[Piece]:
+        if self._part is None:
+            return []
+        begins, self._begins, self._is_first = self._begins, False, False
+        return [Piece(self._part, token_ids, begins)]
+
+    def _said(self, token_ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True)).strip()

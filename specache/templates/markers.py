@@ -1,0 +1,119 @@
+"""Control tokens of a conversation, and texts that only look like them.
+
+A chat template writes `<|im_end|>` where a message ends, and the tokenizer makes one token of it. The same characters in a
+message are text. Placeholders take their place before the template is applied, so that what the template wrote and what stood in
+a message can be told apart.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ControlTokens:
+    """The tokens that a tokenizer makes of whole markers.
+
+    Attributes:
+        special: text -> id of its special tokens.
+        written: text -> id of its other added tokens that the chat template writes (`<tool_call>`, `<think>`).
+    """
+
+    special: dict[str, int]
+    written: dict[str, int]
+
+    @cached_property
+    def all(self) -> dict[str, int]:
+        return {**self.written, **self.special}
+
+    @cached_property
+    def pattern(self) -> re.Pattern[str] | None:
+        """Finds each of them as tokenizers do: the leftmost, and there the longest. `None` where there are none."""
+        texts = sorted(self.all, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, texts))) if texts else None
+
+    def found_in(self, text: str) -> list[tuple[int, str]]:
+        """Where each of them stands in a text."""
+        return [(match.start(), match.group()) for match in self.pattern.finditer(text)] if self.pattern else []
+
+
+def control_tokens(tokenizer: Any) -> ControlTokens:
+    """The control tokens of a tokenizer and its chat template."""
+    special: dict[str, int] = {}
+    others: dict[str, int] = {}
+    for token_id, token in getattr(tokenizer, "added_tokens_decoder", {}).items():
+        (special if token.special else others)[token.content] = token_id
+    for text in getattr(tokenizer, "all_special_tokens", ()):
+        special.setdefault(text, tokenizer.convert_tokens_to_ids(text))
+    template = template_text(tokenizer)
+    written = {text: token_id for text, token_id in others.items() if text in template and _is_marker(text) and text not in special}
+    return ControlTokens({text: token_id for text, token_id in special.items() if text}, written)
+
+
+def template_text(tokenizer: Any) -> str:
+    """The chat template, or all of them where it has several; empty where it has none."""
+    template = getattr(tokenizer, "chat_template", None) or ""
+    return "\n".join(map(str, template.values())) if isinstance(template, dict) else str(template)
+
+
+def _is_marker(text: str) -> bool:
+    """Whether it is neither whitespace nor a word, which a template may contain as ordinary text."""
+    return not text.isspace() and not text.replace("_", "").isalnum()
+
+
+class HiddenMarkers:
+    """Placeholders for what looks like a marker in the messages of one conversation.
+
+    A placeholder is a word of letters and digits that occurs in no text, so templates and tokenizers do nothing special with it.
+    """
+
+    def __init__(self) -> None:
+        self._nonce = secrets.token_hex(8)
+        self._hidden: list[str] = []
+        self._pattern = re.compile(f"q{self._nonce}h([0-9]+)q")
+
+    def __bool__(self) -> bool:
+        return bool(self._hidden)
+
+    def hide(self, text: str, markers: Iterable[str]) -> str:
+        """Replace every marker, and what may become one together with the text of the template before or after it."""
+        present = sorted((marker for marker in markers if marker in text), key=len, reverse=True)
+        if present:
+            text = re.sub("|".join(map(re.escape, present)), lambda match: self._placeholder(match.group()), text)
+        return self._hide_ends(text, markers)
+
+    def reveal(self, text: str) -> str:
+        """Put back what the placeholders stand for."""
+        return self._pattern.sub(lambda match: self._hidden[int(match.group(1))], text)
+
+    def is_whole(self, text: str) -> bool:
+        """Whether no template took a placeholder apart."""
+        return self._nonce not in self._pattern.sub("", text)
+
+    def _hide_ends(self, text: str, markers: Iterable[str]) -> str:
+        core = text.strip()  # templates may strip
+        if not core:
+            return text
+        start = text.index(core)
+        before, after = text[:start], text[start + len(core) :]
+        end = max((_overlap(core, marker) for marker in markers), default=0)
+        if end:
+            core = core[: len(core) - end] + self._placeholder(core[len(core) - end :])
+        begin = max((_overlap(marker, core) for marker in markers), default=0)
+        if begin:
+            core = self._placeholder(core[:begin]) + core[begin:]
+        return before + core + after
+
+    def _placeholder(self, text: str) -> str:
+        self._hidden.append(text)
+        return f"q{self._nonce}h{len(self._hidden) - 1}q"
+
+
+def _overlap(left: str, right: str) -> int:
+    """The number of characters of the longest end of `left` that is a beginning of `right`."""
+    return next((n for n in range(min(len(left), len(right)), 0, -1) if left.endswith(right[:n])), 0)

@@ -1,0 +1,212 @@
+"""A model's chat template, applied: conversations in, token ids out."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import cached_property
+from typing import Any
+
+from specache.errors import ConfigError, SpeCacheError
+from specache.templates.dates import fixed_date
+from specache.templates.markers import ControlTokens, HiddenMarkers, control_tokens, template_text
+from specache.templates.split_encoding import SplitEncoder
+
+Message = dict[str, str]  # of a conversation, as chat templates take it: `role` and `content`
+
+_OURS = {  # arguments of `apply_chat_template` that are not for users
+    *("conversation", "messages", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize", "padding"),
+    *("truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+    "sanitize_control_tokens",
+}
+
+
+class PromptError(SpeCacheError):
+    """A prompt that is missing, empty or unreadable, or that the chat template rejects."""
+
+
+class ChatTemplate:
+    """How a model's conversations are written, for one conversation.
+
+    Markers of the template in a message's text are text: they become no control tokens. Ordinary text gets the tokens that
+    `apply_chat_template` gives it.
+
+    Args:
+        tokenizer: of the model; it may have no template.
+        variables: for the template (`{"enable_thinking": False}`), as `apply_chat_template` takes them.
+        date: what a template that asks for today's date gets; by default today.
+        system: the system message of `ask`.
+
+    Raises:
+        ConfigError: a variable has the name of something that the template is given anyway.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        variables: Mapping[str, Any] | None = None,
+        *,
+        date: datetime | None = None,
+        system: str | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.variables = dict(variables or {})
+        self.date = date or datetime.now()
+        self.system = system
+        taken = sorted(_OURS & set(self.variables))
+        if taken:
+            raise ConfigError(f"A chat template variable cannot be called {taken[0]!r}: specache sets that itself.")
+
+    @property
+    def exists(self) -> bool:
+        """Whether the tokenizer knows how its model's conversations are written."""
+        return bool(getattr(self.tokenizer, "chat_template", None))
+
+    @property
+    def digest(self) -> str:
+        """Fingerprint of the template's text."""
+        return hashlib.sha256(template_text(self.tokenizer).encode()).hexdigest()
+
+    @property
+    def unknown_variables(self) -> list[str]:
+        """Variables that the template does not mention."""
+        text = template_text(self.tokenizer)
+        return [name for name in self.variables if re.search(rf"\b{re.escape(name)}\b", text) is None]
+
+    @cached_property
+    def tokens(self) -> ControlTokens:
+        """The control tokens of the tokenizer and the template."""
+        return control_tokens(self.tokenizer)
+
+    def ask(self, text: str) -> list[Message]:
+        """A conversation of one question."""
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return [*system, {"role": "user", "content": text}]
+
+    def render(self, messages: Sequence[Message], *, answer_begins: bool = True) -> str:
+        """A conversation as text, by default up to where the model's answer begins. Markers in messages look like control tokens.
+
+        Raises:
+            ConfigError: there is no chat template.
+            PromptError: it rejects these messages.
+        """
+        return self._render(messages, self.variables, answer_begins)
+
+    def encode(self, messages: Sequence[Message], *, answer_prefix: str = "", cut: str | None = None) -> list[int]:
+        """Token ids of a conversation up to where the model's answer begins.
+
+        Args:
+            answer_prefix: the beginning of the answer, to be continued.
+            cut: a text that stands in the messages once; it and what comes after it are left out.
+
+        Raises:
+            ConfigError: there is no chat template.
+            PromptError: it rejects these messages.
+        """
+        hidden = HiddenMarkers()
+        inside = [{**one, "content": hidden.hide(one["content"], self._forbidden(one["role"]))} for one in messages]
+        variables = _map_texts(self.variables, lambda text: hidden.hide(text, self.tokens.all))
+        prefix = hidden.hide(answer_prefix, self.tokens.special)
+        text = self.render(messages) + answer_prefix
+        if not hidden:
+            return self._tokenize(_before(text, cut))
+        guarded = _before(self._render(inside, variables, True) + prefix, cut)
+        if not hidden.is_whole(guarded):
+            return self._without_markers(messages, answer_prefix, cut, guarded)
+        pieces = [(hidden.reveal(piece), token) for piece, token in self._pieces(guarded)]
+        text = _before(text, cut)
+        if [token for _, token in self.tokens.found_in(text)] == [token for _, token in pieces[:-1]]:
+            return self._tokenize(text)  # only the beginning of a marker, or one that the template dropped
+        ids = self._split_encode(pieces)
+        return ids if ids is not None else self._without_markers(messages, answer_prefix, cut, guarded)
+
+    def _render(self, messages: Sequence[Message], variables: Mapping[str, Any], answer_begins: bool) -> str:
+        if not self.exists:
+            raise ConfigError("this model has no chat template. Use --raw, and 'specache generate'.")
+        options: dict[str, Any] = {"add_generation_prompt": answer_begins, "tokenize": False}
+        try:
+            with fixed_date(self.date if "strftime_now" in template_text(self.tokenizer) else None):
+                return str(self.tokenizer.apply_chat_template(list(messages), **options, **variables))
+        except Exception as error:  # templates are programs and raise what they like, for example about system messages
+            raise PromptError(f"the model's chat template rejects the conversation: {error}") from error
+
+    def _tokenize(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _forbidden(self, role: str) -> Mapping[str, int]:
+        """Markers that are text in a message of this role: a model's own answer may hold its `<think>` and `<tool_call>`."""
+        return self.tokens.special if role == "assistant" else self.tokens.all
+
+    def _pieces(self, guarded: str) -> list[tuple[str, str | None]]:
+        """A text in pieces, each with the control token after it; the last one has none."""
+        pieces: list[tuple[str, str | None]] = []
+        start = 0
+        for place, token in self.tokens.found_in(guarded):
+            pieces.append((guarded[start:place], token))
+            start = place + len(token)
+        return [*pieces, (guarded[start:], None)]
+
+    def _split_encode(self, pieces: list[tuple[str, str | None]]) -> list[int] | None:
+        """Token ids with control tokens after the pieces alone; `None` where this tokenizer cannot keep them apart."""
+        try:
+            ids = self._split_encoder.encode(pieces)
+        except Exception:  # a tokenizer of a kind of its own
+            return None
+        return ids if self._control_ids(ids) == self._wanted_ids(pieces) else None
+
+    @cached_property
+    def _split_encoder(self) -> SplitEncoder:
+        return SplitEncoder(self.tokenizer, self.tokens)
+
+    def _without_markers(self, messages: Sequence[Message], answer_prefix: str, cut: str | None, guarded: str) -> list[int]:
+        """Token ids after the markers in the messages were spelled otherwise, which is said."""
+
+        def spell(text: str, markers: Mapping[str, int]) -> str:
+            for marker in sorted(markers, key=len, reverse=True):
+                text = text.replace(marker, "\N{ZERO WIDTH SPACE}".join(marker))
+            return text
+
+        changed = [{**one, "content": spell(one["content"], self._forbidden(one["role"]))} for one in messages]
+        variables = _map_texts(self.variables, lambda text: spell(text, self.tokens.all))
+        text = _before(self._render(changed, variables, True) + spell(answer_prefix, self.tokens.special), cut)
+        ids = self._tokenize(text)
+        if self._control_ids(ids) != self._wanted_ids(self._pieces(guarded)):
+            raise PromptError(
+                "the conversation holds markers of the model's chat template, and they cannot be told from the template's own. "
+                f"Remove them: {', '.join(self._markers_in(messages))}."
+            )
+        warnings.warn(
+            f"The special tokens in the text ({', '.join(self._markers_in(messages))}) are spelled with invisible spaces for this "
+            "model: its tokenizer cannot read them as text.",
+            stacklevel=3,
+        )
+        return ids
+
+    def _markers_in(self, messages: Sequence[Message]) -> list[str]:
+        return [marker for marker in self.tokens.all if any(marker in one["content"] for one in messages)]
+
+    def _control_ids(self, ids: Sequence[int]) -> list[int]:
+        """The control tokens among token ids. What stands for unknown words counts for nothing."""
+        control = set(self.tokens.all.values()) - {getattr(self.tokenizer, "unk_token_id", None)}
+        return [token_id for token_id in ids if token_id in control]
+
+    def _wanted_ids(self, pieces: list[tuple[str, str | None]]) -> list[int]:
+        return self._control_ids([self.tokens.all[token] for _, token in pieces if token is not None])
+
+
+def _before(text: str, cut: str | None) -> str:
+    return text if cut is None else text.partition(cut)[0]
+
+
+def _map_texts(value: Any, change: Any) -> Any:
+    """The same JSON value with every text in it changed, but the keys of objects."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: _map_texts(each, change) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_map_texts(each, change) for each in value]
+    return value
