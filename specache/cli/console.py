@@ -17,12 +17,14 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from specache.cli.flags import in_flags
+from specache.cli.streams import ClosedPipeError
 from specache.errors import ConfigError, SpeCacheError
 
 LOG_WIDTH = 200  # of tables where there is no terminal
 EXIT_ERROR = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130  # what a shell reports for a process that SIGINT ended
+EXIT_CLOSED_PIPE = 141  # the same of SIGPIPE
 
 _PACKAGE = Path(__file__).parent.parent
 
@@ -48,6 +50,11 @@ def print_error(message: str) -> None:
     err.print(message, markup=False, soft_wrap=True)
 
 
+def wants_traceback() -> bool:
+    """Return whether errors are to be raised as they are, for Python to print where they came from."""
+    return bool(os.environ.get("SPECACHE_DEBUG"))
+
+
 def reports_errors(command: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
     """Turn our errors and Ctrl-C into one line and an exit code; `SPECACHE_DEBUG=1` shows the traceback instead."""
 
@@ -56,8 +63,10 @@ def reports_errors(command: Callable[_Args, _Result]) -> Callable[_Args, _Result
         try:
             with _plain_warnings(kwargs):
                 return command(*args, **kwargs)
+        except ClosedPipeError:
+            raise typer.Exit(EXIT_CLOSED_PIPE) from None
         except SpeCacheError as error:
-            if os.environ.get("SPECACHE_DEBUG"):
+            if wants_traceback():
                 raise
             print_error(in_flags(str(error), kwargs))
             raise typer.Exit(EXIT_USAGE if isinstance(error, ConfigError) else EXIT_ERROR) from None

@@ -53,7 +53,7 @@ def device_from_file(path: Path) -> Device:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(decode_text(path.read_bytes(), f"--gpu-spec {path}", ConfigError))
+        return tomllib.loads(decode_text(path.read_bytes(), f"--gpu-spec {path} is no TOML: the file", ConfigError))
     except OSError as error:
         raise ConfigError(f"--gpu-spec {path} cannot be read: {error.strerror or error}.") from error
     except tomllib.TOMLDecodeError as error:
