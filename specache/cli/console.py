@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from specache.cli.flags import in_flags
+from specache.cli.numbers import check_numbers
 from specache.cli.streams import ClosedPipeError
 from specache.errors import ConfigError, SpeCacheError
 
@@ -62,6 +63,7 @@ def reports_errors(command: Callable[_Args, _Result]) -> Callable[_Args, _Result
     def wrapper(*args: _Args.args, **kwargs: _Args.kwargs) -> _Result:
         try:
             with _plain_warnings(kwargs):
+                check_numbers(kwargs)
                 return command(*args, **kwargs)
         except ClosedPipeError:
             raise typer.Exit(EXIT_CLOSED_PIPE) from None

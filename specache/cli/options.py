@@ -176,7 +176,7 @@ MaxNewTokens = Annotated[
     typer.Option(
         "--max-new-tokens",
         "-n",
-        help="Longest answer, in tokens. Default: 256, or what the model's positions leave.",
+        help="Longest answer, in tokens; shortened to what the model's positions leave. Default: 256.",
         rich_help_panel=SAMPLING_PANEL,
     ),
 ]
