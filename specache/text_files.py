@@ -135,7 +135,8 @@ def _not_text(data: bytes, reason: UnicodeDecodeError, encoding: str, origin: st
     where = f"byte 0x{data[reason.start]:02X} at byte {reason.start}, line {line}: {reason.reason}"
     if encoding.startswith("utf-8"):
         return f"{origin} is not UTF-8 text ({where}). {_SAVE_AS_UTF8}"
-    return f"{origin} begins with a byte order mark of {encoding.upper()} but is not {encoding.upper()} text, and is not UTF-8 ({where})."
+    name = encoding.upper()
+    return f"{origin} is not UTF-8 text: it begins with a byte order mark of {name}, and is not {name} either ({where})."
 
 
 def _binary(origin: str, position: int | None) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -51,6 +53,12 @@ def print_error(message: str) -> None:
     err.print(message, markup=False, soft_wrap=True)
 
 
+def print_warning(message: str) -> None:
+    """One yellow line on standard error."""
+    err.print("warning: ", style="bold yellow", end="", markup=False)
+    err.print(message, markup=False, soft_wrap=True)
+
+
 def wants_traceback() -> bool:
     """Return whether errors are to be raised as they are, for Python to print where they came from."""
     return bool(os.environ.get("SPECACHE_DEBUG"))
@@ -87,14 +95,41 @@ def _plain_warnings(parameters: Iterable[str]) -> Iterator[None]:
     def show(message: Warning | str, category: type[Warning], filename: str, *rest: Any, **more: Any) -> None:
         if not Path(filename).is_relative_to(_PACKAGE):
             return before(message, category, filename, *rest, **more)
-        err.print("warning: ", style="bold yellow", end="", markup=False)
-        err.print(in_flags(str(message), parameters), markup=False, soft_wrap=True)
+        print_warning(in_flags(str(message), parameters))
 
     warnings.showwarning = show
     try:
         yield
     finally:
         warnings.showwarning = before
+
+
+@contextmanager
+def interrupts_deferred() -> Iterator[None]:
+    """Let the block end before a Ctrl-C is raised; a second Ctrl-C is raised at once.
+
+    Only where Ctrl-C raises `KeyboardInterrupt` at all, and in the main thread, which is the one that gets it.
+    """
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    ):
+        yield
+        return
+    interrupted = False
+
+    def note(*_: Any) -> None:
+        nonlocal interrupted
+        interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if interrupted:
+        raise KeyboardInterrupt
 
 
 def quiet_libraries() -> None:

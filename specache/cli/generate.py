@@ -11,7 +11,7 @@ import typer
 from specache.cli import options, session_option
 from specache.cli.answering import Outcome, answer
 from specache.cli.compiling import compile_model
-from specache.cli.console import EXIT_INTERRUPTED, err, quiet_libraries, reports_errors, status, write
+from specache.cli.console import EXIT_INTERRUPTED, err, print_warning, quiet_libraries, reports_errors, status, write
 from specache.cli.field_command import takes_options
 from specache.cli.models import Device, Dtype, LoadedModel, load
 from specache.cli.prompts import Message, Prompt, answered, asked, encode, encode_chat, has_chat_template, read_prompts
@@ -137,12 +137,14 @@ def _run(
             outcome = outcome.with_error(error)
         if as_json:
             _print_json(outcome, cache, loaded, place)
-            return outcome
-        if streams:
+        elif streams:
             write("\n")
         else:
             _print_batch(outcome, prompts)
-        _print_summary(outcome, cache, place)
+        if outcome.note is not None:
+            print_warning(outcome.note)
+        if not as_json:
+            _print_summary(outcome, cache, place)
         return outcome
 
 
@@ -177,6 +179,8 @@ def _print_json(outcome: Outcome, cache: SpeCache, loaded: LoadedModel, place: s
             "reused_tokens": outcome.reused_tokens,
             "tokens": cache.get_seq_length(),
         }
+    if outcome.note is not None:
+        document["warnings"] = [outcome.note]
     if outcome.error is not None:
         document["error"] = str(outcome.error)
     write(json.dumps(document, ensure_ascii=False) + "\n")

@@ -43,7 +43,9 @@ def read_prompts(text: str | None, files: list[Path]) -> list[Prompt]:
             "(cat FILE; echo; echo QUESTION) | specache generate"
         )
     if [str(file) for file in files].count(STDIN) > 1:
-        raise ConfigError("--prompt-file - was given twice, but standard input can be read only once. Save one of the prompts to a file.")
+        raise ConfigError(
+            "--prompt-file - was given twice, but standard input can be read only once. Save one of the prompts in a file."
+        )
     if text is not None:
         prompts = [Prompt(check_text(text, "the text of --prompt", PromptError), "--prompt")]
     elif files:

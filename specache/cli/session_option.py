@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from specache.cli.console import interrupts_deferred
 from specache.cli.models import LoadedModel
 from specache.cli.prompts import Message
 from specache.config import SlowTierKind, SpeCacheConfig
@@ -119,10 +120,15 @@ class OpenedCache:
             self.messages = list(self._session.messages)
 
     def save(self, messages: Sequence[Message]) -> None:
-        """Save the cache and the conversation that it holds (none: it holds a text). Nothing, without a session."""
+        """Save the cache and the conversation that it holds (none: it holds a text). Nothing, without a session.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C came meanwhile; it is saved all the same, unless Ctrl-C came twice.
+        """
         if self._session is not None:
-            self._session.messages = list(messages)
-            self._session.save()
+            with interrupts_deferred():
+                self._session.messages = list(messages)
+                self._session.save()
 
     def clear(self) -> None:
         """Forget what the cache holds."""
