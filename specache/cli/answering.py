@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from specache.cli.console import PrefillProgress
 from specache.cli.models import LoadedModel
-from specache.cli.options import DEFAULT_MAX_NEW_TOKENS
+from specache.cli.positions import room
 from specache.cli.prompts import pad_left
 from specache.cli.streaming import AnswerRecorder
 from specache.errors import SpeCacheError
@@ -57,6 +57,7 @@ class Outcome:
     interrupted: bool
     reused_tokens: int  # prompt tokens that the cache had already (of the first prompt)
     error: SpeCacheError | None = None  # what ended the answers in the middle
+    note: str | None = None  # that the model's positions made the answers shorter than asked
 
     def with_error(self, error: SpeCacheError) -> Outcome:
         """The same, after something more went wrong."""
@@ -102,7 +103,7 @@ def answer(
         description: what the progress bar says while the prompt is read.
 
     Raises:
-        SpeCacheError: before there was a new token.
+        SpeCacheError: before there was a new token; `UsageError` where the model has no position left for one.
     """
     import torch
 
@@ -119,7 +120,8 @@ def answer(
 
     parsers = None if template is None else [channel_parser(loaded.tokenizer, prompt) for prompt in prompts]
     recorder = AnswerRecorder(loaded.tokenizer, end_ids, stops, on_text, on_first=begin, parsers=parsers, on_reasoning=on_reasoning)
-    arguments = {**options, "max_new_tokens": room(options["max_new_tokens"], loaded, input_ids.shape[1])}
+    longest = room(options["max_new_tokens"], loaded.max_positions, input_ids.shape[1])
+    arguments = {**options, "max_new_tokens": longest.new_tokens}
     if end_ids:
         arguments["eos_token_id"] = end_ids
     if parsers is not None and parsers[0] is not None:
@@ -146,15 +148,9 @@ def answer(
         failure = error
     finally:
         progress.close()
-    return Outcome(_results(prompts, recorder, cache, interrupted), interrupted, progress.reused or 0, failure)
-
-
-def room(max_new_tokens: int | None, loaded: LoadedModel, prompt_tokens: int) -> int:
-    """`max_new_tokens`, or where it was not given the default, shortened to the positions that the model has left."""
-    if max_new_tokens is not None:
-        return max_new_tokens
-    left = (loaded.max_positions or 0) - prompt_tokens
-    return min(DEFAULT_MAX_NEW_TOKENS, left) if left > 0 else DEFAULT_MAX_NEW_TOKENS
+    results = _results(prompts, recorder, cache, interrupted)
+    note = longest.note(any(result.finish_reason == "length" for result in results))
+    return Outcome(results, interrupted, progress.reused or 0, failure, note)
 
 
 def _results(prompts: list[list[int]], recorder: AnswerRecorder, cache: SpeCache, interrupted: bool) -> list[Result]:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 from dataclasses import fields
 
 import typer
+from rich.markup import escape
+from rich.table import Table
 
 from specache.cli import options, session_option, template_option
 from specache.cli.answering import Outcome
+from specache.cli.chat_input import LEAVING, ChatInput, Entry, file_and_message, read_file
 from specache.cli.compiling import compile_model
 from specache.cli.console import err, print_error, quiet_libraries, reports_errors, status, write
-from specache.cli.conversation import Conversation
+from specache.cli.conversation import Conversation, ConversationFullError
 from specache.cli.field_command import takes_options
 from specache.cli.flags import in_flags
 from specache.cli.models import Device, Dtype, load
-from specache.cli.prompts import has_chat_template
+from specache.cli.prompts import PromptError, has_chat_template
 from specache.cli.reasoning import ReasoningDisplay, reasoning_note
 from specache.cli.report import rate, statistics_table, times
+from specache.cli.streams import OutputError
 from specache.config import SpeCacheConfig
 from specache.errors import ConfigError, SpeCacheError
 from specache.weight_format import WeightFormat
@@ -26,9 +28,19 @@ from specache.weight_format import WeightFormat
 EPILOG = """
 [bold]In the conversation[/bold]
 
-/stats shows what the cache holds, /reset starts over, /exit or Ctrl-D leaves.
+What you paste is one message, however many lines it has, on terminals that mark it (bracketed paste).
 
-Ctrl-C stops an answer; what was said of it stays in the conversation.
+Three quotation marks (\"\"\") begin a message of several lines, and end it.
+
+/file PATH puts a text file in front of your next message; /file PATH MESSAGE sends both at once.
+
+/drop forgets the older half of the turns, /drop N the N oldest: a conversation that has filled the model goes on so.
+
+/reset starts over, /stats shows what the cache holds, /help lists all this, /exit or Ctrl-D leaves.
+
+Ctrl-C stops an answer, and what was said of it stays in the conversation; before the answer begins it takes the message back.
+
+At the prompt Ctrl-C drops the line, and a second one leaves.
 
 With --session the conversation is saved after every message and every answer, and goes on the next time.
 
@@ -38,8 +50,17 @@ specache chat -m demo
 
 specache chat -m demo --session report
 """
-PROMPT = "> "
-HELP = "Commands: /stats, /reset, /help, /exit. Ctrl-C stops an answer, Ctrl-D leaves."
+HELP = "Commands: /file, /drop, /stats, /reset, /help, /exit. Ctrl-C stops an answer, Ctrl-D leaves."
+COMMANDS = {
+    '"""': "begin and end a message of several lines; pasted lines are one message anyway, where the terminal marks them",
+    "/file PATH [MESSAGE]": "put a text file in front of MESSAGE, or of the next message (an empty line sends it alone)",
+    "/drop [N]": "forget the N oldest turns, by default the older half; the system message stays, the rest is read again",
+    "/reset": "forget everything but the system message",
+    "/stats": "show what the cache holds",
+    "/help": "show this",
+    "/exit, Ctrl-D": "leave; with --session the conversation goes on the next time",
+    "Ctrl-C": "stop the answer; at the prompt: drop the line, twice: leave",
+}
 SHOWN_MESSAGES, SHOWN_CHARACTERS = 6, 400  # of what was said earlier: the last messages, and the beginning of each
 
 
@@ -90,9 +111,19 @@ def chat(
 def _talk(conversation: Conversation) -> None:
     err.print(HELP, style="dim")
     _show_earlier(conversation)
-    while (line := _read_line()) is not None:
-        if not _obey(conversation, line):
-            break
+    entries, files = ChatInput(), list[str]()
+    goes_on = True
+    while goes_on:
+        try:
+            entry = entries.read()
+            goes_on = entry is not None and _obey(conversation, entries, files, entry)
+        except PromptError as error:
+            _print_error(error)
+        except KeyboardInterrupt:  # between two steps; what was being done is undone or done
+            err.print()
+            err.print(LEAVING, style="dim")
+    if files and entry is None:  # nothing follows that they could go in front of
+        _send(conversation, entries, _taken(files))
 
 
 def _show_earlier(conversation: Conversation) -> None:
@@ -101,7 +132,7 @@ def _show_earlier(conversation: Conversation) -> None:
     if len(said) > SHOWN_MESSAGES:
         err.print(f"[{len(said) - SHOWN_MESSAGES} earlier messages]", style="dim", markup=False)
     for message in said[-SHOWN_MESSAGES:]:
-        prompt = PROMPT if message["role"] == "user" else ""
+        prompt = "> " if message["role"] == "user" else ""
         err.print(f"{prompt}{_shortened(message['content'])}", style="dim", markup=False)
     if conversation.unanswered is not None:
         err.print(f"Not answered: {_shortened(conversation.unanswered)}", style="dim", markup=False)
@@ -112,22 +143,88 @@ def _shortened(text: str) -> str:
     return text if left <= 0 else f"{text[:SHOWN_CHARACTERS]} [and {left:,} characters]"
 
 
-def _obey(conversation: Conversation, line: str) -> bool:
-    """Carry out one line. Returns whether the conversation goes on."""
-    match line.strip():
-        case "":
+def _obey(conversation: Conversation, entries: ChatInput, files: list[str], entry: Entry) -> bool:
+    """Carry out a command, or send a message with the files in front of it. Return whether the conversation goes on.
+
+    Raises:
+        PromptError: the command is not written as it should be, or its file cannot be read.
+    """
+    command, _, arguments = ("", "", "") if entry.is_message else entry.text.partition(" ")
+    match command:
+        case "" if not entry.text and not files:
             pass
-        case "/exit" | "/quit":
+        case "/exit" | "/quit" if not arguments:
             return False
-        case "/reset":
+        case "/reset" if not arguments:
+            files.clear()
             _reset(conversation)
-        case "/stats":
+        case "/stats" if not arguments:
             err.print(statistics_table(conversation.cache.stats(), conversation.cache.config.to_dict()))
-        case text if text.startswith("/") and len(text.split()) == 1:
-            err.print(HELP, style="dim")
-        case text:
-            _turn(conversation, text)
+        case "/drop":
+            _drop(conversation, _turns_named(arguments, conversation.turns))
+        case "/file":
+            path, message = file_and_message(arguments)
+            files.append(read_file(path))
+            if message:
+                _send(conversation, entries, _taken(files, message))
+            else:
+                err.print(f"{path}: {len(files[-1]):,} characters, in front of your next message.", style="dim", markup=False)
+        case _ if command.startswith("/") and not arguments:
+            err.print(_command_table())
+        case _:
+            _send(conversation, entries, _taken(files, entry.text))
     return True
+
+
+def _command_table() -> Table:
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(style="dim")
+    for command, meaning in COMMANDS.items():
+        table.add_row(escape(command), meaning)
+    return table
+
+
+def _taken(files: list[str], message: str = "") -> str:
+    """Return a message with the files in front of it, which are then used up."""
+    parts = [*files, *([message] if message else [])]
+    files.clear()
+    return "\n\n".join(parts)
+
+
+def _turns_named(arguments: str, turns: int) -> int:
+    """Return how many turns `/drop` is to drop: the number behind it, or the older half."""
+    if not turns:
+        raise PromptError("there is no turn to drop.")
+    if not arguments.strip():
+        return (turns + 1) // 2
+    if not arguments.strip().isdecimal() or not 1 <= int(arguments) <= turns:
+        raise PromptError(f"/drop takes the number of turns to forget, from 1 to {turns}, got {arguments.strip()!r}.")
+    return int(arguments)
+
+
+def _drop(conversation: Conversation, turns: int) -> None:
+    left = conversation.drop(turns)
+    try:
+        conversation.save()
+    except SpeCacheError as error:
+        _print_error(error)
+    dropped = "The oldest turn is" if turns == 1 else f"The {turns} oldest turns are"
+    reread = f" The rest ({left:,} tokens) is read again with the next message." if left else ""
+    err.print(f"{dropped} forgotten.{reread}", style="dim")
+
+
+def _send(conversation: Conversation, entries: ChatInput, text: str) -> None:
+    """Answer a message; where the conversation has filled the model, offer to drop the oldest turns."""
+    try:
+        _turn(conversation, text)
+    except ConversationFullError as error:
+        _print_error(error)
+        turns = conversation.turns_to_drop(text)
+        named = "oldest turn" if turns == 1 else f"{turns} oldest turns"
+        if entries.is_terminal and entries.confirm(f"Drop the {named} and go on?"):
+            _drop(conversation, turns)
+            _turn(conversation, text)
 
 
 def _reset(conversation: Conversation) -> None:
@@ -144,21 +241,40 @@ def _turn(conversation: Conversation, text: str) -> None:
     display = ReasoningDisplay()
     try:
         outcome = conversation.say(text, on_text=display.show_text, on_reasoning=display.show)
+    except (ConversationFullError, OutputError):
+        display.end()
+        raise
     except SpeCacheError as error:
         display.end()
         _print_error(error)
         return
     display.end()
-    write("\n")
+    begun = bool(outcome.results[0].token_ids)
     try:
-        conversation.save()
-    except SpeCacheError as error:
-        outcome = outcome.with_error(error)
+        if begun:
+            write("\n")
+    finally:
+        outcome = _saved(conversation, outcome)
     if outcome.error is not None:
         _print_error(outcome.error)
     if (note := reasoning_note(outcome.results[0])) is not None:
         err.print(note, style="yellow", markup=False)
-    err.print(_summary(conversation, outcome), style="dim")
+    if outcome.interrupted and not begun:
+        err.print()
+        err.print("Stopped before the answer began. The message is taken back.", style="dim")
+    else:
+        err.print(_summary(conversation, outcome), style="dim")
+
+
+def _saved(conversation: Conversation, outcome: Outcome) -> Outcome:
+    """Save the conversation, whatever keys are pressed meanwhile. Return the outcome with what went wrong."""
+    try:
+        conversation.save()
+    except SpeCacheError as error:
+        return outcome.with_error(error)
+    except KeyboardInterrupt:  # it came while saving, and saving ended: there is nothing else to stop
+        err.print()
+    return outcome
 
 
 def _print_error(error: SpeCacheError) -> None:
@@ -168,32 +284,9 @@ def _print_error(error: SpeCacheError) -> None:
 def _summary(conversation: Conversation, outcome: Outcome) -> str:
     stats, result = conversation.cache.stats(), outcome.results[0]
     length = conversation.cache.get_seq_length()
-    note = {"length": ", cut at --max-new-tokens", "interrupted": ", stopped", "error": ", cut by the error"}.get(
-        result.finish_reason or "", ""
-    )
+    cut = ", cut at --max-new-tokens" if outcome.note is None else ", cut at the model's last position: /drop makes room"
+    note = {"length": cut, "interrupted": ", stopped", "error": ", cut by the error"}.get(result.finish_reason or "", "")
     return (
         f"[{len(result.token_ids)} tokens{note}; {length:,} in the cache at {times(stats['fast_ratio'])} of 16 bits; "
         f"{rate(stats['tokens_per_s'])} tokens per second]"
     )
-
-
-def _read_line() -> str | None:
-    """The next line of the user; `None` at the end of input. Ctrl-C drops the line that was begun."""
-    while True:
-        try:
-            if not sys.stdin.isatty():
-                return sys.stdin.readline() or None
-            _enable_line_editing()
-            return input(PROMPT)
-        except EOFError:
-            write("\n")
-            return None
-        except KeyboardInterrupt:
-            write("\n")
-            err.print(HELP, style="dim")
-
-
-def _enable_line_editing() -> None:
-    """History and cursor keys for `input`, where the system has them."""
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401

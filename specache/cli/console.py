@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -17,12 +19,15 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from specache.cli.flags import in_flags
+from specache.cli.numbers import check_numbers
+from specache.cli.streams import ClosedPipeError
 from specache.errors import ConfigError, SpeCacheError
 
 LOG_WIDTH = 200  # of tables where there is no terminal
 EXIT_ERROR = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130  # what a shell reports for a process that SIGINT ended
+EXIT_CLOSED_PIPE = 141  # the same of SIGPIPE
 
 _PACKAGE = Path(__file__).parent.parent
 
@@ -48,6 +53,17 @@ def print_error(message: str) -> None:
     err.print(message, markup=False, soft_wrap=True)
 
 
+def print_warning(message: str) -> None:
+    """One yellow line on standard error."""
+    err.print("warning: ", style="bold yellow", end="", markup=False)
+    err.print(message, markup=False, soft_wrap=True)
+
+
+def wants_traceback() -> bool:
+    """Return whether errors are to be raised as they are, for Python to print where they came from."""
+    return bool(os.environ.get("SPECACHE_DEBUG"))
+
+
 def reports_errors(command: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
     """Turn our errors and Ctrl-C into one line and an exit code; `SPECACHE_DEBUG=1` shows the traceback instead."""
 
@@ -55,9 +71,12 @@ def reports_errors(command: Callable[_Args, _Result]) -> Callable[_Args, _Result
     def wrapper(*args: _Args.args, **kwargs: _Args.kwargs) -> _Result:
         try:
             with _plain_warnings(kwargs):
+                check_numbers(kwargs)
                 return command(*args, **kwargs)
+        except ClosedPipeError:
+            raise typer.Exit(EXIT_CLOSED_PIPE) from None
         except SpeCacheError as error:
-            if os.environ.get("SPECACHE_DEBUG"):
+            if wants_traceback():
                 raise
             print_error(in_flags(str(error), kwargs))
             raise typer.Exit(EXIT_USAGE if isinstance(error, ConfigError) else EXIT_ERROR) from None
@@ -76,14 +95,41 @@ def _plain_warnings(parameters: Iterable[str]) -> Iterator[None]:
     def show(message: Warning | str, category: type[Warning], filename: str, *rest: Any, **more: Any) -> None:
         if not Path(filename).is_relative_to(_PACKAGE):
             return before(message, category, filename, *rest, **more)
-        err.print("warning: ", style="bold yellow", end="", markup=False)
-        err.print(in_flags(str(message), parameters), markup=False, soft_wrap=True)
+        print_warning(in_flags(str(message), parameters))
 
     warnings.showwarning = show
     try:
         yield
     finally:
         warnings.showwarning = before
+
+
+@contextmanager
+def interrupts_deferred() -> Iterator[None]:
+    """Let the block end before a Ctrl-C is raised; a second Ctrl-C is raised at once.
+
+    Only where Ctrl-C raises `KeyboardInterrupt` at all, and in the main thread, which is the one that gets it.
+    """
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    ):
+        yield
+        return
+    interrupted = False
+
+    def note(*_: Any) -> None:
+        nonlocal interrupted
+        interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if interrupted:
+        raise KeyboardInterrupt
 
 
 def quiet_libraries() -> None:

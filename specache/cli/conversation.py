@@ -9,10 +9,14 @@ from specache.cli.answering import Outcome, answer
 from specache.cli.models import LoadedModel
 from specache.cli.prompts import Message, answered, system_message
 from specache.cli.session_option import OpenedCache
-from specache.errors import ConfigError
+from specache.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
     from specache import SpeCache
+
+
+class ConversationFullError(UsageError):
+    """The model has no position left for a message and its answer, but would have without the oldest turns."""
 
 
 class Conversation:
@@ -60,12 +64,16 @@ class Conversation:
     ) -> Outcome:
         """Answer a message. An answer that an interrupt or an error ended stays in the conversation as far as it came.
 
+        A message that was interrupted before its answer began is forgotten.
+
         Raises:
+            ConversationFullError: there is no room for it unless older turns are dropped; it is then forgotten.
             SpeCacheError: the message cannot be answered (too long, for example); it is then forgotten.
         """
         asked = [*self.messages, {"role": "user", "content": text}]
         template = self._opened.template
         prompt = template.encode(asked)
+        self._check_room(prompt, asked)
         self._opened.say_what_is_read_again(prompt, asked)
         outcome = answer(
             self._loaded,
@@ -80,8 +88,52 @@ class Conversation:
             description="Reading",
         )
         self._opened.say_if_nothing_was_reused(outcome.reused_tokens)
-        self.messages = answered(asked, outcome.results[0].text)
+        if not outcome.interrupted or outcome.results[0].token_ids:
+            self.messages = answered(asked, outcome.results[0].text)
         return outcome
+
+    @property
+    def turns(self) -> int:
+        """How many messages of the user there are, each with what follows it."""
+        return len(_turns(self.messages))
+
+    def drop(self, turns: int) -> int:
+        """Forget the oldest turns; the system message stays.
+
+        Returns:
+            Tokens of what is left. All but its beginning (the system message) is read again with the next message.
+        """
+        kept = [message for turn in _turns(self.messages)[turns:] for message in turn]
+        self.messages = [*_beginning(self.messages), *kept]
+        return len(self._encoded(self.messages)) if kept else 0
+
+    def turns_to_drop(self, text: str) -> int:
+        """Return how many of the oldest turns have to go so that half of the model's positions are free after a message.
+
+        All of them where the message alone takes more than half.
+        """
+        message = {"role": "user", "content": text}
+        turns = _turns(self.messages)
+        for count in range(1, len(turns)):
+            kept = [message for turn in turns[count:] for message in turn]
+            if 2 * len(self._encoded([*_beginning(self.messages), *kept, message])) <= (self._loaded.max_positions or 0):
+                return count
+        return len(turns)
+
+    def _encoded(self, messages: list[Message]) -> list[int]:
+        return self._opened.template.encode(messages)
+
+    def _check_room(self, prompt: list[int], asked: list[Message]) -> None:
+        """Raise `ConversationFullError` if older turns take the room; a message that is too long by itself is for `answer`."""
+        positions = self._loaded.max_positions
+        if positions is None or len(prompt) < positions or not self.turns:
+            return
+        if len(self._encoded([*_beginning(self.messages), asked[-1]])) < positions:
+            raise ConversationFullError(
+                f"The conversation is full: with this message it has {len(prompt):,} tokens, and the model has positions for "
+                f"{positions:,}, the answer's among them. /drop forgets the oldest turns and goes on with the others, /reset "
+                "forgets all of them; then send the message again."
+            )
 
     def save(self) -> None:
         """Save what was said, if there is a session.
@@ -114,3 +166,19 @@ def _continued(opened: OpenedCache, system: str | None) -> list[Message]:
     if system is not None and earlier[: len(system_message(system))] != system_message(system):
         raise ConfigError("The session's conversation began with another system message. Leave out --system, or take another name.")
     return list(earlier)
+
+
+def _beginning(messages: list[Message]) -> list[Message]:
+    """Return what comes before the user's first message: the system message, or nothing."""
+    first = next((index for index, message in enumerate(messages) if message["role"] == "user"), len(messages))
+    return messages[:first]
+
+
+def _turns(messages: list[Message]) -> list[list[Message]]:
+    """Return messages in groups, each a message of the user and what follows it."""
+    turns: list[list[Message]] = []
+    for message in messages[len(_beginning(messages)) :]:
+        if message["role"] == "user":
+            turns.append([])
+        turns[-1].append(message)
+    return turns

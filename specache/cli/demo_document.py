@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from specache.errors import SpeCacheError
+from specache.errors import ConfigError, SpeCacheError
 
 QUESTION = "What is the secret access code of the archive?"
 _FACT = "The secret access code of the archive is {code}. Remember it."
@@ -15,6 +15,10 @@ _OVERHEAD = 100  # tokens of the question, the fact and the chat template
 
 class DemoError(SpeCacheError):
     """The demo's document cannot be made."""
+
+
+class LengthError(DemoError, ConfigError):
+    """There is no document of this length."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +45,11 @@ def make_task(tokenizer: Any, *, tokens: int, seed: int, depth: float) -> DemoTa
         depth: where it is planted, as a fraction of the document.
 
     Raises:
-        DemoError: this Python comes without its documentation, or `tokens` is out of range.
+        LengthError: `tokens` is out of range.
+        DemoError: this Python comes without its documentation.
     """
     if tokens <= 2 * _OVERHEAD:
-        raise DemoError(f"--tokens must be more than {2 * _OVERHEAD}, got {tokens}.")
+        raise LengthError(f"--tokens must be more than {2 * _OVERHEAD}, got {tokens}.")
     code = str(random.Random(seed).randrange(10_000, 100_000))
     paragraphs, lengths = _document(tokenizer, tokens - _OVERHEAD)
     fact = _FACT.format(code=code)
@@ -64,7 +69,7 @@ def _document(tokenizer: Any, budget: int) -> tuple[list[str], list[int]]:
             return paragraphs, lengths
         paragraphs.append(paragraph)
         lengths.append(length)
-    raise DemoError(f"Python's documentation has only {sum(lengths):,} tokens; pass a smaller --tokens.")
+    raise LengthError(f"Python's documentation has only {sum(lengths):,} tokens; pass a smaller --tokens.")
 
 
 def _topics() -> list[str]:

@@ -11,7 +11,7 @@ import typer
 from specache.cli import options, session_option, template_option
 from specache.cli.answering import Outcome, answer
 from specache.cli.compiling import compile_model
-from specache.cli.console import EXIT_INTERRUPTED, err, quiet_libraries, reports_errors, status, write
+from specache.cli.console import EXIT_INTERRUPTED, err, print_warning, quiet_libraries, reports_errors, status, write
 from specache.cli.field_command import takes_options
 from specache.cli.models import Device, Dtype, LoadedModel, load
 from specache.cli.prompts import Message, Prompt, answered, asked, encode_text, has_chat_template, read_prompts
@@ -161,6 +161,8 @@ def _run(
         write("\n")
     else:
         _print_batch(outcome, prompts)
+    if outcome.note is not None:
+        print_warning(outcome.note)
     for note in filter(None, map(reasoning_note, outcome.results)):
         err.print(note, style="yellow", markup=False)
     if not as_json:
@@ -199,6 +201,8 @@ def _print_json(outcome: Outcome, cache: SpeCache, loaded: LoadedModel, place: s
             "reused_tokens": outcome.reused_tokens,
             "tokens": cache.get_seq_length(),
         }
+    if outcome.note is not None:
+        document["warnings"] = [outcome.note]
     if outcome.error is not None:
         document["error"] = str(outcome.error)
     write(json.dumps(document, ensure_ascii=False) + "\n")

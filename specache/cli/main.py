@@ -9,8 +9,9 @@ import typer
 from specache import __version__
 from specache.cli import bench, chat, demo, doctor, evaluate, generate, plan, session
 from specache.cli.console import write
+from specache.cli.program import Program
 
-app = typer.Typer(
+app = Program(
     name="specache",
     help="Long-context generation over a low-bit key-value cache, with speculative prefetch of the 16-bit pairs that matter.",
     epilog="Start with [bold]specache demo[/bold]. [bold]specache COMMAND --help[/bold] explains a command. "

@@ -177,7 +177,7 @@ MaxNewTokens = Annotated[
     typer.Option(
         "--max-new-tokens",
         "-n",
-        help="Longest answer, in tokens. Default: 256, or what the model's positions leave.",
+        help="Longest answer, in tokens; shortened to what the model's positions leave. Default: 256.",
         rich_help_panel=SAMPLING_PANEL,
     ),
 ]
@@ -225,8 +225,6 @@ Stop = Annotated[
 ]
 System = Annotated[str | None, typer.Option("--system", help="System message.", metavar="TEXT")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-
-DEFAULT_MAX_NEW_TOKENS = 256
 
 
 def check_model_or_shape(model: str | None, shape: str | None) -> None:
@@ -315,7 +313,7 @@ class GenerationOptions:
         if self.repetition_penalty is not None and not self.repetition_penalty > 0:
             raise ConfigError(f"--repetition-penalty must be above 0 (1 is none), got {self.repetition_penalty}.")
         arguments: dict[str, Any] = {
-            "max_new_tokens": self.max_new_tokens,  # None: see `answering.room`
+            "max_new_tokens": self.max_new_tokens,  # None: see `positions.room`
             "num_beams": 1,
             "repetition_penalty": 1.0 if self.repetition_penalty is None else self.repetition_penalty,
             "do_sample": self._samples,

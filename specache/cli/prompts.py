@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from specache.errors import ConfigError
 from specache.templates.template import ChatTemplate, Message, PromptError
+from specache.text_files import check_text, read_stream, read_text
 
 if TYPE_CHECKING:
     import torch
@@ -36,8 +37,12 @@ def read_prompts(text: str | None, files: list[Path]) -> list[Prompt]:
             "--prompt and --prompt-file exclude each other. To ask about a file, pipe both in: "
             "(cat FILE; echo; echo QUESTION) | specache generate"
         )
+    if [str(file) for file in files].count(STDIN) > 1:
+        raise ConfigError(
+            "--prompt-file - was given twice, but standard input can be read only once. Save one of the prompts in a file."
+        )
     if text is not None:
-        prompts = [Prompt(text, "--prompt")]
+        prompts = [Prompt(check_text(text, "the text of --prompt", PromptError), "--prompt")]
     elif files:
         prompts = [Prompt(_read(file), str(file)) for file in files]
     elif _stdin_is_terminal():
@@ -55,14 +60,12 @@ def _stdin_is_terminal() -> bool:
 
 
 def _read(file: Path) -> str:
-    try:
-        if str(file) == STDIN:
-            return sys.stdin.buffer.read().decode("utf-8")
-        return file.expanduser().read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise PromptError(f"the prompt from {file} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
-    except OSError as error:
-        raise PromptError(f"cannot read the prompt file {file}: {error.strerror or error}.") from None
+    """Return the text of a prompt file; `-` is standard input."""
+    if str(file) != STDIN:
+        return read_text(file, PromptError)
+    if sys.stdin is None or sys.stdin.closed:
+        raise PromptError("there is nothing to read: standard input is closed.")
+    return read_stream(sys.stdin.buffer, "standard input", PromptError)
 
 
 def has_chat_template(tokenizer: Any) -> bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from specache.cli.auto_tier import say_on_disk
-from specache.cli.console import err
+from specache.cli.console import err, interrupts_deferred
 from specache.cli.models import LoadedModel
 from specache.cli.prompts import Message
 from specache.cli.rereading import StoredPrompt
@@ -166,11 +166,17 @@ class OpenedCache:
         self.stored = None
 
     def save(self, messages: Sequence[Message]) -> None:
-        """Save the cache and the conversation that it holds (none: it holds a text). Nothing, without a session."""
+        """Save the cache and the conversation that it holds (none: it holds a text). Nothing, without a session.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C came meanwhile; it is saved all the same, unless Ctrl-C came twice.
+        """
         from specache.sessions.manifest import Rendering
 
-        if self._session is not None:
-            template = self.template
+        if self._session is None:
+            return
+        template = self.template
+        with interrupts_deferred():
             self._session.messages = list(messages)
             self._session.rendering = (
                 Rendering(template.date.isoformat(), template.digest, template.variables) if messages else None

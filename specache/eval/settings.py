@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from specache.errors import ConfigError
 
+_LARGEST = 2**63 - 1  # a whole number of PyTorch, sizes in bytes among them
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 _Built = TypeVar("_Built")
@@ -118,8 +119,10 @@ def _number(text: str, kind: type, name: str) -> Any:
         number = kind(text)
     except ValueError:
         number = math.nan
-    if not math.isfinite(number):
+    if not isinstance(number, int) and not math.isfinite(number):
         raise ConfigError(f"{name} must be {'a whole number' if kind is int else 'a number'}, got {text!r}.")
+    if kind is int and number > _LARGEST:
+        raise ConfigError(f"{name} must be at most {_LARGEST:,}, got {text}.")
     return number
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from specache.errors import ConfigError
 from specache.roofline.device import FIGURES, Device, Efficiency
+from specache.text_files import decode_text
 
 TABLE = Path(__file__).with_name("devices.toml")
 KINDS = ("gpu", "cpu")
@@ -52,10 +53,10 @@ def device_from_file(path: Path) -> Device:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(decode_text(path.read_bytes(), f"--gpu-spec {path} is no TOML: the file", ConfigError))
     except OSError as error:
         raise ConfigError(f"--gpu-spec {path} cannot be read: {error.strerror or error}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"--gpu-spec {path} is no TOML: {error}.") from error
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from specache.errors import ConfigError, TaskDataError
+from specache.text_files import read_text, utf8_lines
 
 
 def load_text(paths: tuple[Path, ...]) -> str:
@@ -45,7 +46,7 @@ def parse_jsonl(lines: Iterable[bytes], origin: str) -> Iterator[tuple[int, dict
         TaskDataError: a line is not a JSON object in UTF-8, or there is none.
     """
     found = False
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(utf8_lines(lines), 1):
         if not line.strip():
             continue
         found = True
@@ -147,12 +148,7 @@ def _plain(value: Any) -> Any:
 
 
 def _read_text(path: Path) -> str:
-    try:
-        text = path.expanduser().read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise TaskDataError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
-    except OSError as error:
-        raise TaskDataError(f"cannot read {path}: {error.strerror or error}.") from None
+    text = read_text(path, TaskDataError)
     if not text.strip():
         raise TaskDataError(f"{path} is empty.")
     return text

@@ -1,0 +1,147 @@
+"""Text from files and pipes: the one place where bytes become text, for prompts, documents, data sets and chat messages.
+
+UTF-8, with or without a byte order mark, and what other encodings mark as theirs: UTF-16 and UTF-32 with a byte order mark, as
+Windows writes them. The mark is no part of the text. A line ends with LF: CRLF and a lone CR become one. Bytes that are no text
+are refused with their place and what to do, never replaced.
+"""
+
+from __future__ import annotations
+
+import codecs
+import io
+import itertools
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from specache.errors import SpeCacheError
+
+LARGEST_TEXT = 2**30  # bytes of one file or pipe; no model reads more, and a device may never end
+_BLOCK = 2**20
+_LONGEST_MARK = 4
+_MARKS = (  # UTF-32 first: its little-endian mark begins with that of UTF-16
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+_SAVE_AS_UTF8 = "Save it as UTF-8 (an editor's 'Save as', or iconv -f ENCODING -t UTF-8)."
+
+
+class TextError(SpeCacheError):
+    """What should be text is not, or cannot be read."""
+
+
+def read_text(path: Path, error: type[SpeCacheError] = TextError) -> str:
+    """Return the text of a file (a pipe or a device too).
+
+    Args:
+        error: raised where there is no text.
+    """
+    try:
+        with path.expanduser().open("rb") as file:
+            return decode_text(_read_bytes(file, str(path), error), str(path), error)
+    except (OSError, RuntimeError) as reason:  # RuntimeError: `~name` of nobody
+        raise error(f"cannot read {path}: {getattr(reason, 'strerror', None) or reason}.") from None
+
+
+def read_stream(stream: BinaryIO, origin: str, error: type[SpeCacheError] = TextError) -> str:
+    """Return the text of an open binary stream; `origin` names it in messages."""
+    try:
+        return decode_text(_read_bytes(stream, origin, error), origin, error)
+    except OSError as reason:
+        raise error(f"cannot read {origin}: {reason.strerror or reason}.") from None
+
+
+def decode_text(data: bytes, origin: str, error: type[SpeCacheError] = TextError) -> str:
+    """Return the text that bytes are, without a byte order mark and with LF at the end of lines."""
+    encoding = encoding_of(data)
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as reason:
+        raise error(_not_text(data, reason, encoding, origin)) from None
+    if not text and encoding not in ("utf-8", "utf-8-sig"):
+        raise error(f"{origin} is not UTF-8 text: it is a byte order mark of {encoding.upper()} with nothing after it.")
+    if (nul := text.find("\0")) >= 0:
+        raise error(_binary(origin, nul if encoding == "utf-8" else None))
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def utf8_lines(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield lines of a data set as UTF-8 without a byte order mark, one at a time (UTF-16 and UTF-32: after reading all).
+
+    Bytes that are no UTF-8 come as they are, for the parser of a line to name the line.
+    """
+    rest = iter(lines)
+    first = next(rest, b"")
+    encoding = encoding_of(first)
+    if encoding in ("utf-8", "utf-8-sig"):
+        yield from itertools.chain([first.removeprefix(codecs.BOM_UTF8)], rest)
+        return
+    data = b"".join([first, *rest])
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError:
+        yield data
+        return
+    yield from (line.encode() for line in io.StringIO(text, newline=None))
+
+
+def encoding_of(data: bytes) -> str:
+    """Return the encoding that a byte order mark at the beginning names; without one, UTF-8."""
+    return next((encoding for mark, encoding in _MARKS if data.startswith(mark)), "utf-8")
+
+
+def line_reader(stream: BinaryIO) -> io.TextIOWrapper:
+    """Return a stream's lines as text as they come; bytes that are no text become lone surrogates (`check_text`)."""
+    peekable = stream if hasattr(stream, "peek") else io.BufferedReader(stream)  # type: ignore[type-var]
+    encoding = encoding_of(peekable.peek(_LONGEST_MARK)[:_LONGEST_MARK])  # type: ignore[attr-defined]
+    errors = "surrogateescape" if encoding.startswith("utf-8") else "replace"
+    return io.TextIOWrapper(peekable, encoding, errors=errors, newline=None)  # type: ignore[arg-type]
+
+
+def check_text(text: str, origin: str, error: type[SpeCacheError] = TextError) -> str:
+    """Return text that came as characters (an argument, a line) if it is text.
+
+    Raises:
+        SpeCacheError (`error`): bytes that are not UTF-8 are in it (as lone surrogates), or a NUL.
+    """
+    if "\0" in text:
+        raise error(_binary(origin, text.index("\0")))
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as reason:
+        code = ord(text[reason.start])
+        found = f"byte 0x{code - 0xDC00:02X}" if 0xDC80 <= code <= 0xDCFF else f"half a character (U+{code:04X})"
+        raise error(f"{origin} is not UTF-8 text: {found} after {reason.start:,} characters. Write it in UTF-8.") from None
+    return text
+
+
+def _read_bytes(stream: BinaryIO, origin: str, error: type[SpeCacheError]) -> bytes:
+    """Read to the end, but stop early where it is no text or has no end."""
+    data = bytearray()
+    while block := stream.read(_BLOCK):
+        data += block
+        if encoding_of(data[:_LONGEST_MARK]) == "utf-8" and (nul := block.find(b"\0")) >= 0:
+            raise error(_binary(origin, len(data) - len(block) + nul))
+        if len(data) > LARGEST_TEXT:
+            raise error(f"{origin} is longer than {LARGEST_TEXT:,} bytes. Pass a part of it.")
+    return bytes(data)
+
+
+def _not_text(data: bytes, reason: UnicodeDecodeError, encoding: str, origin: str) -> str:
+    line = data.count(b"\n", 0, reason.start) + 1
+    where = f"byte 0x{data[reason.start]:02X} at byte {reason.start}, line {line}: {reason.reason}"
+    if encoding.startswith("utf-8"):
+        return f"{origin} is not UTF-8 text ({where}). {_SAVE_AS_UTF8}"
+    name = encoding.upper()
+    return f"{origin} is not UTF-8 text: it begins with a byte order mark of {name}, and is not {name} either ({where})."
+
+
+def _binary(origin: str, position: int | None) -> str:
+    where = "" if position is None else f" at byte {position}"
+    return (
+        f"{origin} is not UTF-8 text: it has a NUL byte{where}, as binary files and UTF-16 without a byte order mark do. "
+        f"Pass a text file. {_SAVE_AS_UTF8}"
+    )
