@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -209,9 +210,8 @@ def test_after_an_error_a_dropped_cache_is_freed_at_once(model, tmp_path, monkey
     with monkeypatch.context() as patch:
         if streamer is None:
             patch.setattr(dispatch, "quantise", dies)
-        options = {"past_key_values": cache, "streamer": streamer, "max_new_tokens": 40, "do_sample": False}
-        _fails(lambda: specache.generate(model, prompt(120), **options), error)
-    del options
+        options = {"streamer": streamer, "max_new_tokens": 40, "do_sample": False}
+        _fails(partial(specache.generate, model, prompt(120), past_key_values=cache, **options), error)
     remains = Remains(cache, tmp_path)
     del cache
     assert remains.nothing()
