@@ -66,7 +66,6 @@ MODES: dict[str, Mode] = {
     "deterministic": deterministic,
     "anomalies": lambda: torch.autograd.set_detect_anomaly(True, check_nan=False),
 }
-EXACT = [name for name in MODES if not name.startswith("autocast")]
 
 
 @pytest.fixture(scope="module")
@@ -164,10 +163,11 @@ FAMILIES = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hybrids_and_mixtures_of_experts_too(family, name):
     model, ids = FAMILIES[family](), prompt(60)
+    with MODES["plain" if name == "meta" else name]():  # stock's own sliding cache cannot be made on a default device
+        expected = model.generate(ids, **GREEDY)
     with MODES[name]():
         for policy in ("verified", "on-demand"):
             out = specache.generate(model, ids, config=everything_fetched(policy=policy, slow_tier="ram"), **GREEDY)
-            expected = model.generate(ids, **GREEDY)
             if family == "softcap" and name.startswith("autocast"):
                 assert out.shape == expected.shape  # stock caps scores that are rounded to 16 bits
             else:
@@ -246,9 +246,10 @@ def test_modes_are_as_they_were_after_an_error(model):
         def end(self) -> None:
             pass
 
+    ids = prompt(50)
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16), torch.device("meta"):
         with pytest.raises(KeyboardInterrupt):
-            specache.generate(model, prompt(50), streamer=Fails(), **GREEDY)
+            specache.generate(model, ids, streamer=Fails(), **GREEDY)
         assert torch.is_inference_mode_enabled() and torch.is_autocast_enabled("cpu")
         assert torch.get_default_device().type == "meta"
     assert modes._thread.callers == [] and not modes._thread.away
