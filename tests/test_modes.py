@@ -378,3 +378,11 @@ def test_a_call_may_be_profiled(model):
     with torch.autograd.profiler.profile() as profile:
         out = specache.generate(model, prompt(60), config=everything_fetched(), **GREEDY)
     assert profile.function_events and torch.equal(out, model.generate(prompt(60), **GREEDY))
+
+
+def test_a_caller_that_is_compiled_gets_the_same_answer(model):
+    ids = prompt(50)
+    compiled = torch.compile(
+        lambda ids: specache.generate(model, ids + 0, config=everything_fetched(), **GREEDY) * 1, backend="eager"
+    )
+    assert torch.equal(compiled(ids), model.generate(ids, **GREEDY))
