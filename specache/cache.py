@@ -43,6 +43,9 @@ class SpeCache:
     Hand it on as `past_key_values` to `specache.generate` (or to `model.generate` with `custom_generate=specache.decode`) to
     continue a conversation. `model()` and stock `generate()` cannot use it and raise.
 
+    One call at a time uses it, in the process that made it: another thread is refused, and should have a cache of its own.
+    `copy.deepcopy(cache)` is `cache.fork()`. A cache that nothing refers to is freed at once.
+
     Args:
         model: a transformers model for text generation, wrapped (torch.compile, DataParallel, peft) or not.
         config: settings; `None` takes the defaults. `cache.config` has every `auto` decided; of `slow_tier="auto"` it says what is

@@ -39,6 +39,7 @@ from specache.request import (
 )
 
 
+@torch.compiler.disable  # of a caller that is compiled, this part runs as it is
 def generate(
     model: Any,
     input_ids: Tensor | None = None,
@@ -108,6 +109,7 @@ def generate(
     return model.generate(input_ids, custom_generate=custom_generate, **arguments, **kwargs)
 
 
+@torch.compiler.disable  # of a caller that is compiled, this part runs as it is
 def decode(
     model: Any,
     input_ids: Tensor,
@@ -134,6 +136,7 @@ def decode(
     return _decode(model, input_ids, config, typed.get("streamer"), progress, streamer_has_prompt=True, **arguments)
 
 
+@torch.compiler.disable  # of a caller that is compiled, this part runs as it is
 def prefill(
     model: Any,
     input_ids: Tensor | None = None,

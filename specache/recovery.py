@@ -34,12 +34,18 @@ def tokens_kept(
         new = generated()
         if is_out_of_memory(error) and not isinstance(error, FastMemoryError):
             _free_tensors(error)
-            ours = OutOfMemoryError(_explained(error, cache, loads, new))
-            _attach(ours, new)
-            raise ours from error
+            raise _out_of_memory(error, cache, loads, new) from error  # a name for it here would be a cycle
         if isinstance(error, SpeCacheError):
             _attach(error, new)
         raise
+
+
+def _out_of_memory(
+    error: Exception, cache: SpeCache, loads: Sequence[SequenceLoad], new: list[list[int]] | None
+) -> OutOfMemoryError:
+    ours = OutOfMemoryError(_explained(error, cache, loads, new))
+    _attach(ours, new)
+    return ours
 
 
 def _attach(error: SpeCacheError, new: list[list[int]] | None) -> None:

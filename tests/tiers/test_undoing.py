@@ -4,7 +4,6 @@ first, and nothing is left behind."""
 from __future__ import annotations
 
 import errno
-import gc
 import os
 import threading
 from typing import Any
@@ -51,7 +50,6 @@ class Retirement:
 
 
 def empty(cache: specache.SpeCache) -> bool:
-    gc.collect()  # hot sets go with what an error's traceback still refers to
     pools = cache.resources._pools.values()
     return cache.get_seq_length() == 0 and cache.resources.budget.used == 0 and not any(pool.pages_in_use for pool in pools)
 
