@@ -13,6 +13,7 @@ from specache.layers import dense_capacity, residual_bytes
 from specache.quant.layout import PageLayout
 from specache.tiers.ram import ram_capacity
 from specache.tiers.row_layout import BLOCK_TOKENS, RowLayout
+from specache.window_checkpoints import Spacing
 
 FLOAT = 4  # bytes of a query or a key weight, a score, a log-sum-exp, an attention output before it is rounded
 CHECKPOINT_FEWEST = 4  # copies of the windows that a sequence may keep however large they are
@@ -132,6 +133,14 @@ class Holdings:
             return blocks * sum(row_layout(self.model, layer).block_bytes for layer in self.model.full_layers)
         capacity = ram_capacity(load.prompt, load.total)
         return sum(layer.row_bytes(self.model.itemsize) * capacity for layer in self.model.full_layers)
+
+    def checkpoints(self, load: SequenceLoad) -> int:
+        """Copies of the windows at earlier lengths, as many as there will be where memory is not short."""
+        windows = [layer.window for layer in self.model.layers if layer.window is not None]
+        if not windows:
+            return 0
+        lengths = Spacing.of(windows).due_in_prompt(0, load.total, load.total)
+        return min(len(lengths) * window_bytes(self.model), checkpoint_allowance(self.model, load.total))
 
     @property
     def _pairs_in_prefill(self) -> int:

@@ -169,6 +169,8 @@ def test_statistics_count_them(hybrid):
         assert kept.lengths == [256, 512, 600]
         assert stats["checkpoint_bytes"] == 3 * stats["window_bytes"] == kept.nbytes
         assert cache.resources.budget.spare == kept.nbytes
+        loads = [specache.holdings.SequenceLoad(600)]
+        assert specache.plan.plan(cache.resources.dimensions, cache.config, loads).checkpoints == kept.nbytes
         parts = ("fast_bytes", "slow_bytes", "hot_bytes", "window_bytes", "checkpoint_bytes")
         assert stats["total_bytes"] == sum(stats[name] for name in parts)
     assert cache.resources.budget.spare == cache.resources.budget.used == 0
