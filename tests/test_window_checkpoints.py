@@ -12,6 +12,7 @@ import specache
 from specache.budget import ByteBudget
 from specache.holdings import checkpoint_allowance
 from specache.window_checkpoints import COARSE, FINE, Spacing
+from specache.window_layer import WindowLayer
 from tests.sessions.sequences import answer
 from tests.test_models import FAMILIES, build
 from tests.tiny import prompt
@@ -159,7 +160,34 @@ def test_other_hybrids_too(family):
     assert (logits - fresh(model, config, edited(prompt(600), 555))).abs().max() < 1e-4
 
 
+def test_a_fork_of_a_session_goes_back_without_its_files(hybrid, tmp_path):
+    ids = prompt(600)
+    with specache.Session("one", hybrid, settings(), folder=tmp_path) as session:
+        specache.prefill(hybrid, ids, cache=session.cache)
+        session.save()
+        copy = session.cache.fork()
+        session.cut(0)
+        session.save()
+        start, logits = read_again(hybrid, copy, edited(ids, 560))
+        copy.close()
+    assert start == 512
+    assert (logits - fresh(hybrid, settings(), edited(ids, 560))).abs().max() < 1e-4
+
+
 # Memory
+
+
+def test_a_machine_without_memory_for_a_copy_answers_without_one(hybrid, monkeypatch):
+    def fail(*args: Any) -> torch.Tensor:
+        raise MemoryError
+
+    monkeypatch.setattr(WindowLayer, "ring_at", fail)
+    with specache.SpeCache(hybrid, settings()) as cache:
+        _, logits = answer(hybrid, cache, prompt(600))
+        assert cache.sequences[0].checkpoints.lengths == []
+        start, _ = read_again(hybrid, cache, edited(prompt(600), 560))
+    assert start == 0
+    assert (logits - fresh(hybrid, settings(), prompt(600))).abs().max() == 0
 
 
 def test_statistics_count_them(hybrid):
