@@ -16,7 +16,7 @@ from specache.device.main_memory import MainMemory
 from specache.device.pinned import PinnedPool
 from specache.device.streams import streams_for
 from specache.errors import UsageError
-from specache.holdings import hot_slots
+from specache.holdings import checkpoint_allowance, hot_slots
 from specache.hot_set import HotSet
 from specache.layers import CompressedLayer
 from specache.model import inspect_model
@@ -194,8 +194,15 @@ class SpeCache:
     def hot_slots(self, sequence: Sequence, layer: CompressedLayer) -> int:
         """Slots per KV head that the hot set's budget gives a layer."""
         heads, _, dim = layer.residual_keys.shape
-        sequences = max(len(self.sequences), self.expected_sequences)
-        return hot_slots(self.resources.dimensions, self.config, heads, dim, sequence.length, sequences)
+        return hot_slots(self.resources.dimensions, self.config, heads, dim, sequence.length, self._batch_size)
+
+    def most_checkpoint_bytes(self, tokens: int) -> int:
+        """Bytes that copies of the sliding windows at earlier lengths may take, of a sequence of `tokens`."""
+        return checkpoint_allowance(self.resources.dimensions, tokens, self._batch_size)
+
+    @property
+    def _batch_size(self) -> int:
+        return max(len(self.sequences), self.expected_sequences)
 
     def _new_counters(self) -> Counters:
         policy = self.config.policy

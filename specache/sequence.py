@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from specache.config import Policy, SpeCacheConfig
-from specache.holdings import CHECKPOINT_FEWEST, checkpoint_allowance, read_buffer_bytes
+from specache.holdings import CHECKPOINT_FEWEST, read_buffer_bytes
 from specache.layers import CompressedLayer, DenseLayer
 from specache.model import ModelInfo
 from specache.out_of_memory import is_out_of_memory
@@ -38,6 +38,9 @@ class Owner(Protocol):
 
     def hot_slots(self, sequence: Sequence, layer: CompressedLayer) -> int:
         """Slots per KV head that the hot set's budget gives a layer."""
+
+    def most_checkpoint_bytes(self, tokens: int) -> int:
+        """Bytes that the checkpoints of a sequence of `tokens` may take."""
 
 
 class Sequence:
@@ -259,7 +262,7 @@ class Sequence:
             checkpoints.forget_pending()
 
     def _most_checkpoint_bytes(self) -> int:
-        return checkpoint_allowance(self._cache.resources.dimensions, self.length)
+        return self._cache.most_checkpoint_bytes(self.length)
 
     def _hold_buffers(self, layer: Layer) -> None:
         """Take fast memory for a layer's rows on their way from and to the slow tier."""

@@ -254,7 +254,8 @@ def test_what_they_take_is_bounded(hybrid):
         kept._thin(900, 2 * one)
         assert kept.lengths == [512, 900]
     rows = sum(layer.row_bytes(dimensions.itemsize) for layer in dimensions.full_layers)
-    assert checkpoint_allowance(dimensions, 10**9) == 10**9 * rows // 2
+    assert checkpoint_allowance(dimensions, 10**9, 1) == 10**9 * rows // 2
+    assert checkpoint_allowance(dimensions, 100, 1) == 16 * checkpoint_allowance(dimensions, 100, 16)
 
 
 # Where they are
