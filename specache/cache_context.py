@@ -12,7 +12,7 @@ from specache.config import Policy, SlowTierKind, SpeCacheConfig
 from specache.device.main_memory import MainMemory
 from specache.device.pinned import PinnedPool
 from specache.device.streams import streams_for
-from specache.holdings import hot_slots
+from specache.holdings import checkpoint_allowance, hot_slots
 from specache.hot_set import HotSet
 from specache.layers import CompressedLayer
 from specache.model import ModelInfo
@@ -71,8 +71,15 @@ class CacheContext:
     def hot_slots(self, tokens: int, layer: CompressedLayer) -> int:
         """Slots per KV head that the hot set's budget gives a layer of a sequence of so many tokens."""
         heads, _, dim = layer.residual_keys.shape
-        sequences = max(self.living_sequences, self.expected_sequences)
-        return hot_slots(self.resources.dimensions, self.config, heads, dim, tokens, sequences)
+        return hot_slots(self.resources.dimensions, self.config, heads, dim, tokens, self._batch_size)
+
+    def most_checkpoint_bytes(self, tokens: int) -> int:
+        """Bytes that copies of the sliding windows at earlier lengths may take, of a sequence of so many tokens."""
+        return checkpoint_allowance(self.resources.dimensions, tokens, self._batch_size)
+
+    @property
+    def _batch_size(self) -> int:
+        return max(self.living_sequences, self.expected_sequences)
 
     def fork(self, config: SpeCacheConfig) -> CacheContext:
         """The context of a fork of the cache, with settings of its own."""

@@ -13,10 +13,11 @@ from specache.layers import dense_capacity, residual_bytes
 from specache.quant.layout import PageLayout
 from specache.tiers.ram import ram_capacity
 from specache.tiers.row_layout import BLOCK_TOKENS, RowLayout
+from specache.window_checkpoints import Spacing
 
 FLOAT = 4  # bytes of a query or a key weight, a score, a log-sum-exp, an attention output before it is rounded
-CHECKPOINT_FEWEST = 4  # copies of the windows that a sequence may keep however large they are
-CHECKPOINT_BYTES = 64 << 20  # of them that it may keep however short it is
+CHECKPOINT_FEWEST = 4  # copies of the windows that a batch may keep however large they are, and each sequence one
+CHECKPOINT_BYTES = 64 << 20  # of them that a batch may keep however short it is
 ORDINARY_ITEMSIZE = 2  # the ordinary cache that everything is compared with has a 16-bit dtype
 
 
@@ -133,6 +134,14 @@ class Holdings:
         capacity = ram_capacity(load.prompt, load.total)
         return sum(layer.row_bytes(self.model.itemsize) * capacity for layer in self.model.full_layers)
 
+    def checkpoints(self, load: SequenceLoad) -> int:
+        """Copies of the windows at earlier lengths, as many as there will be where memory is not short."""
+        windows = [layer.window for layer in self.model.layers if layer.window is not None]
+        if not windows:
+            return 0
+        lengths = Spacing.of(windows).due_in_prompt(0, load.total, load.total)
+        return min(len(lengths) * window_bytes(self.model), checkpoint_allowance(self.model, load.total, self.sequences))
+
     @property
     def _pairs_in_prefill(self) -> int:
         return self.pairs if self.config.policy is Policy.PREVIOUS else 0
@@ -210,12 +219,14 @@ def window_bytes(model: ModelDimensions) -> int:
     return sum(layer.row_bytes(model.itemsize) * layer.window for layer in model.layers if layer.window is not None)
 
 
-def checkpoint_allowance(model: ModelDimensions, tokens: int) -> int:
-    """Most bytes that copies of the windows at earlier lengths may take beside a sequence of `tokens`: half of its full-attention
-    layers' 16-bit rows, or more where that is little.
+def checkpoint_allowance(model: ModelDimensions, tokens: int, sequences: int) -> int:
+    """Most bytes that copies of the windows at earlier lengths may take beside one of `sequences`, of `tokens`: half of its
+    full-attention layers' 16-bit rows, or more where that is little.
     """
+    sequences = max(sequences, 1)
     rows = tokens * sum(layer.row_bytes(model.itemsize) for layer in model.full_layers)
-    return max(CHECKPOINT_FEWEST * window_bytes(model), CHECKPOINT_BYTES, rows // 2)
+    fewest = max(CHECKPOINT_FEWEST // sequences, 1)
+    return max(fewest * window_bytes(model), CHECKPOINT_BYTES // sequences, rows // 2)
 
 
 def ordinary_bytes(model: ModelDimensions, tokens: int) -> int:

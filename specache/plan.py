@@ -25,6 +25,8 @@ class MemoryPlan:
     Attributes:
         prefill, decode: fast memory at the end of prefilling and of decoding, each with the working set of its widest pass.
         slow: 16-bit rows in the slow tier.
+        checkpoints: copies of sliding windows at earlier lengths, in main memory. Nothing needs them: they are given up where it is
+            short, and count in no other figure.
         full_cache: the ordinary 16-bit cache of all layers, for comparison.
         weights: the model's parameters, which no budget of specache counts.
     """
@@ -34,6 +36,7 @@ class MemoryPlan:
     slow: int
     full_cache: int
     weights: int
+    checkpoints: int = 0
 
     @property
     def fast(self) -> int:
@@ -52,6 +55,7 @@ class MemoryPlan:
             "prefill": {**asdict(self.prefill), "total": self.prefill.total},
             "decode": {**asdict(self.decode), "total": self.decode.total},
             "slow_bytes": self.slow,
+            "checkpoint_bytes": self.checkpoints,
             "full_cache_bytes": self.full_cache,
             "weight_bytes": self.weights,
         }
@@ -74,6 +78,7 @@ def plan(model: ModelDimensions, config: SpeCacheConfig, loads: Sequence[Sequenc
         slow=sum(holdings.slow(load) * count for load, count in counts.items()),
         full_cache=sum(ordinary_bytes(model, load.total) * count for load, count in counts.items()),
         weights=model.weight_bytes,
+        checkpoints=sum(holdings.checkpoints(load) * count for load, count in counts.items()),
     )
 
 

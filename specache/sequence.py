@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 from torch import Tensor
 
 from specache.config import Policy, SpeCacheConfig
 from specache.exact import KEY_BLOCK
-from specache.holdings import checkpoint_allowance, read_buffer_bytes
+from specache.holdings import CHECKPOINT_FEWEST, read_buffer_bytes
 from specache.layers import CompressedLayer, DenseLayer
 from specache.model import ModelInfo
+from specache.out_of_memory import is_out_of_memory
 from specache.prefetch import Rows
 from specache.resources import Resources
 from specache.stats import MemoryUse
@@ -37,6 +40,9 @@ class Owner(Protocol):
 
     def hot_slots(self, tokens: int, layer: CompressedLayer) -> int:
         """Slots per KV head that the hot set's budget gives a layer of a sequence of so many tokens."""
+
+    def most_checkpoint_bytes(self, tokens: int) -> int:
+        """Bytes that the checkpoints of a sequence of `tokens` may take."""
 
 
 class Sequence:
@@ -114,7 +120,8 @@ class Sequence:
     def capture_window(self, layer: WindowLayer, keys: Tensor, values: Tensor) -> None:
         """A sliding layer is about to store a chunk's keys and values [Hkv, n, D]."""
         if self.checkpoints is not None:
-            self.checkpoints.capture(layer, keys, values)
+            with self._checkpoints_optional(self.checkpoints):
+                self.checkpoints.capture(layer, keys, values)
 
     def end_chunk(self) -> None:
         """A chunk of the prompt is through every layer."""
@@ -238,8 +245,8 @@ class Sequence:
         for index, layer in self.layers.items():
             other.layers[index] = forked = self._fork_layer(layer, other)
             other._hold_buffers(forked)
-        if self.checkpoints is not None:
-            other.checkpoints = self.checkpoints.fork()
+        if self.checkpoints is not None and isinstance(other.checkpoints, MemoryCheckpoints):
+            self.checkpoints.copy_into(other.checkpoints, CHECKPOINT_FEWEST)
         return other
 
     def copy_rows(self, tier: SlowTier) -> None:
@@ -296,10 +303,21 @@ class Sequence:
 
     def _offer_checkpoint(self) -> None:
         if self.checkpoints is not None:
-            self.checkpoints.offer(self.length, self.sliding, self._most_checkpoint_bytes())
+            with self._checkpoints_optional(self.checkpoints):
+                self.checkpoints.offer(self.length, self.sliding, self._most_checkpoint_bytes())
+
+    @contextmanager
+    def _checkpoints_optional(self, checkpoints: WindowCheckpoints) -> Iterator[None]:
+        """Where the system has no memory for a copy, there is none: the pass goes on."""
+        try:
+            yield
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            checkpoints.forget_pending()
 
     def _most_checkpoint_bytes(self) -> int:
-        return checkpoint_allowance(self._owner.resources.dimensions, self.length)
+        return self._owner.most_checkpoint_bytes(self.length)
 
     def _hold_buffers(self, layer: Layer) -> None:
         """Take fast memory for a layer's rows on their way from and to the slow tier."""

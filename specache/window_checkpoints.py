@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from torch import Tensor
 from torch.nn.functional import pad
 
 from specache.budget import ByteBudget, SpareClaim
+from specache.errors import SpeCacheError
 from specache.window_layer import WindowLayer
 
 FINE = 256  # tokens between two checkpoints near the end of a sequence, where most edits are; a window at least
@@ -181,6 +183,18 @@ class WindowCheckpoints(ABC):
         for index in reversed([i for i, tokens in enumerate(self.lengths) if tokens > length]):
             self._drop(index)
 
+    def forget_pending(self) -> None:
+        """Do without those of the pass that is under way."""
+        self._pending = {}
+
+    def copy_into(self, other: MemoryCheckpoints, most: int) -> None:
+        """Have the checkpoints of a copy of the sequence hold those of this one: all of them where both lie in main memory, else
+        copies of the last `most`, as far as they can be read.
+        """
+        for index in list(range(len(self.lengths)))[-most:]:
+            with suppress(SpeCacheError):
+                other.take(self.lengths[index], self._rings(index))
+
     def _thin(self, length: int, most_bytes: int) -> None:
         while (index := self.spacing.dispensable(self.lengths, length)) is not None:
             self._drop(index)
@@ -203,10 +217,6 @@ class WindowCheckpoints(ABC):
     @abstractmethod
     def nbytes(self) -> int:
         """Bytes of all of them."""
-
-    @abstractmethod
-    def fork(self) -> MemoryCheckpoints | None:
-        """Those of a copy of the sequence, or `None`."""
 
     @abstractmethod
     def _keep(self, length: int, windows: PendingWindows) -> None:
@@ -241,10 +251,10 @@ class MemoryCheckpoints(WindowCheckpoints):
         budget: where they are spare bytes; `None` where main memory is not what it bounds (a GPU's is).
     """
 
-    def __init__(self, spacing: Spacing, budget: ByteBudget | None, kept: Iterable[KeptWindows] = ()) -> None:
+    def __init__(self, spacing: Spacing, budget: ByteBudget | None) -> None:
         super().__init__(spacing)
         self._budget = budget
-        self._kept = list(kept)
+        self._kept: list[KeptWindows] = []
 
     @property
     def lengths(self) -> list[int]:
@@ -254,8 +264,14 @@ class MemoryCheckpoints(WindowCheckpoints):
     def nbytes(self) -> int:
         return sum(one.nbytes for one in self._kept)
 
-    def fork(self) -> MemoryCheckpoints:
-        return MemoryCheckpoints(self.spacing, self._budget, self._kept)
+    def copy_into(self, other: MemoryCheckpoints, most: int) -> None:
+        other._kept = list(self._kept)
+
+    def take(self, length: int, rings: Mapping[int, Tensor]) -> None:
+        """Keep rings (by layer) that somebody read of the first `length` tokens, if there is room."""
+        claim = self._claim(sum(ring.nbytes for ring in rings.values()))
+        if claim is not None:
+            self._kept.append(KeptWindows(length, dict(rings), claim))
 
     def give_up(self, size: int) -> None:
         """Forget checkpoints until `size` bytes of the budget are free (`budget.SpareHolder`)."""

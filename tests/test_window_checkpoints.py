@@ -12,6 +12,7 @@ import specache
 from specache.budget import ByteBudget
 from specache.holdings import checkpoint_allowance
 from specache.window_checkpoints import COARSE, FINE, Spacing
+from specache.window_layer import WindowLayer
 from tests.sessions.sequences import answer
 from tests.test_models import FAMILIES, build
 from tests.tiny import prompt
@@ -159,7 +160,34 @@ def test_other_hybrids_too(family):
     assert (logits - fresh(model, config, edited(prompt(600), 555))).abs().max() < 1e-4
 
 
+def test_a_fork_of_a_session_goes_back_without_its_files(hybrid, tmp_path):
+    ids = prompt(600)
+    with specache.Session("one", hybrid, settings(), folder=tmp_path) as session:
+        specache.prefill(hybrid, ids, cache=session.cache)
+        session.save()
+        copy = session.cache.fork()
+        session.cut(0)
+        session.save()
+        start, logits = read_again(hybrid, copy, edited(ids, 560))
+        copy.close()
+    assert start == 512
+    assert (logits - fresh(hybrid, settings(), edited(ids, 560))).abs().max() < 1e-4
+
+
 # Memory
+
+
+def test_a_machine_without_memory_for_a_copy_answers_without_one(hybrid, monkeypatch):
+    def fail(*args: Any) -> torch.Tensor:
+        raise MemoryError
+
+    monkeypatch.setattr(WindowLayer, "ring_at", fail)
+    with specache.SpeCache(hybrid, settings()) as cache:
+        _, logits = answer(hybrid, cache, prompt(600))
+        assert cache.sequences[0].checkpoints.lengths == []
+        start, _ = read_again(hybrid, cache, edited(prompt(600), 560))
+    assert start == 0
+    assert (logits - fresh(hybrid, settings(), prompt(600))).abs().max() == 0
 
 
 def test_statistics_count_them(hybrid):
@@ -169,6 +197,8 @@ def test_statistics_count_them(hybrid):
         assert kept.lengths == [256, 512, 600]
         assert stats["checkpoint_bytes"] == 3 * stats["window_bytes"] == kept.nbytes
         assert cache.resources.budget.spare == kept.nbytes
+        loads = [specache.holdings.SequenceLoad(600)]
+        assert specache.plan.plan(cache.resources.dimensions, cache.config, loads).checkpoints == kept.nbytes
         parts = ("fast_bytes", "slow_bytes", "hot_bytes", "window_bytes", "checkpoint_bytes")
         assert stats["total_bytes"] == sum(stats[name] for name in parts)
     assert cache.resources.budget.spare == cache.resources.budget.used == 0
@@ -224,7 +254,8 @@ def test_what_they_take_is_bounded(hybrid):
         kept._thin(900, 2 * one)
         assert kept.lengths == [512, 900]
     rows = sum(layer.row_bytes(dimensions.itemsize) for layer in dimensions.full_layers)
-    assert checkpoint_allowance(dimensions, 10**9) == 10**9 * rows // 2
+    assert checkpoint_allowance(dimensions, 10**9, 1) == 10**9 * rows // 2
+    assert checkpoint_allowance(dimensions, 100, 1) == 16 * checkpoint_allowance(dimensions, 100, 16)
 
 
 # Where they are

@@ -63,6 +63,8 @@ def _other_table(document: dict[str, Any]) -> Table:
     if planned["slow_bytes"]:
         tier = str(document["config"]["slow_tier"])
         table.add_row(f"slow tier ({_TIERS.get(tier, tier)})", size(planned["slow_bytes"]), times(planned["slow_bytes"] / full))
+    if kept := planned["checkpoint_bytes"]:
+        table.add_row("earlier windows, while there is room", size(kept), times(kept / full))
     if document["static_bytes"]:
         static = document["static_bytes"]
         table.add_row("static buffers of a GPU's decode step", size(static), times(static / full))

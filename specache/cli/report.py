@@ -68,6 +68,8 @@ def _memory_rows(stats: dict[str, Any], config: dict[str, Any]) -> list[tuple[st
         rows.append(("hot set", size(stats["hot_bytes"]), f"{times(stats['hot_ratio'])}, recently fetched pairs"))
     if stats["window_bytes"]:
         rows.append(("sliding windows", size(stats["window_bytes"]), f"{times(stats['model_ratio'])} with all layers"))
+    if stats["checkpoint_bytes"]:
+        rows.append(("earlier windows", size(stats["checkpoint_bytes"]), "to go back to; given up where memory is short"))
     if stats["slow_bytes"]:
         title = "on disk" if config["slow_tier"] == "disk" else "slow memory"
         where = "read where they lie" if config["slow_tier"] == "ram-inplace" else "fetched when needed"

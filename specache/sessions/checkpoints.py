@@ -12,7 +12,7 @@ from specache.sessions.files import StoredFile
 from specache.sessions.manifest import Checkpoint, Manifest
 from specache.sessions.snapshot import DTYPE_NAMES, Snapshot, TensorSpec, write_snapshot
 from specache.tiers.system_errors import reason
-from specache.window_checkpoints import MemoryCheckpoints, PendingWindows, Spacing, WindowCheckpoints
+from specache.window_checkpoints import PendingWindows, Spacing, WindowCheckpoints
 
 
 class DiskCheckpoints(WindowCheckpoints):
@@ -38,10 +38,6 @@ class DiskCheckpoints(WindowCheckpoints):
     @property
     def nbytes(self) -> int:
         return sum(self.files[one.file].bytes for one in self.kept)
-
-    def fork(self) -> MemoryCheckpoints | None:
-        """`None`: the session may remove its files before the copy of its sequence goes back."""
-        return None
 
     def _keep(self, length: int, windows: PendingWindows) -> None:
         """Write the windows of the first `length` tokens.

@@ -202,3 +202,43 @@ def test_what_is_not_there_is_said(tmp_path):
     assert "Not a directory" in refused.stderr and "Traceback" not in refused.stderr
     missing = run("session", "import", str(tmp_path / "none.tar"), "new", "--session-dir", str(tmp_path / "root"), code=1)
     assert "There is no file" in missing.stderr and "start again" not in missing.stderr
+
+
+# Repair
+
+
+def damage(root: Path, pattern: str) -> None:
+    path = next((root / "one").glob(pattern))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 8
+    path.write_bytes(data)
+
+
+def test_a_damaged_session_is_mended_and_goes_on(tiny, root):
+    model = tiny[2]
+    first = run_json(*tiny, "--prompt", DOCUMENT, "--session", "one")
+    assert "nothing is damaged" in run("session", "repair", "one").stdout
+    for pattern in ("*.rows", "tail-*", "pages-*", "session.json"):
+        damage(root, pattern)
+        broken = run_json("session", "repair", "one", "--check", code=1)
+        assert broken["damages"] and not broken["mended"]
+        report = run_json("session", "repair", "one", "-m", model, "--dtype", "float32", "--threads", "1")
+        assert report["mended"] and report["needs_model"] == (pattern != "session.json")
+        assert run_json("session", "repair", "one", "--check")["damages"] == []
+        again = run_json(*tiny, "--prompt", DOCUMENT, "--session", "one")
+        assert (again["results"], again["session"]["reused_tokens"]) == (first["results"], len(DOCUMENT) - 1)
+
+
+def test_a_repair_says_what_it_did_and_what_it_needs(tiny, root):
+    run(*tiny, "--prompt", DOCUMENT, "--session", "one")
+    damage(root, "tail-*")
+    error = one_line(run(*tiny, "--prompt", DOCUMENT, "--session", "one", code=1).stderr)
+    assert "specache session repair" in error
+    assert "with the model: -m MODEL" in one_line(run("session", "repair", "one", "--check", code=1).stdout)
+    assert "name it (-m MODEL)" in one_line(run("session", "repair", "one", code=1).stderr)
+    said = one_line(run("session", "repair", "one", "-m", tiny[2], "--dtype", "float32").stdout)
+    assert "tail-" in said and "one is mended" in said and "were read again" in said
+    damage(root, "tail-*")
+    damage(root, "tokens-*")
+    assert "cannot be mended" in one_line(run("session", "repair", "one", "-m", tiny[2], code=1).stderr)
+    assert "no session 'two'" in one_line(run("session", "repair", "two", code=1).stderr)

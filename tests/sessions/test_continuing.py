@@ -197,7 +197,7 @@ def test_a_session_cut_to_nothing_is_empty(tmp_path, model):
         session.save()
         assert session.cut(0) == 0
         session.save()
-        assert files(tmp_path) == ["lock", "session.json"]
+        assert files(tmp_path) == ["lock", "session.json", "session.json.copy"]
     with opened(tmp_path, model) as session:
         assert session.token_ids == []
         assert prefill(session, model, prompt(80)) == [0, 70, 80]

@@ -44,6 +44,7 @@ def test_a_damaged_file_is_named(root, model, pattern, damage):
         if damage == "a link":
             path.symlink_to(one(root, pattern, "another"))
     if path.name == "session.json" and damage == "removed":
+        (root / "one" / "session.json.copy").unlink()
         with pytest.raises(SessionError, match="Nothing was saved"):
             sessions.show("one", root)
     else:
@@ -62,9 +63,26 @@ def test_a_file_of_another_session_is_found(root, model, pattern):
         session._tier.read(0, 0, 256)
 
 
+def test_a_manifest_that_is_gone_is_not_a_new_session(root, model):
+    """Or all that is there would be removed as left behind."""
+    one(root, "session.json").unlink()
+    before = sorted(path.name for path in (root / "one").iterdir())
+    with nothing_left(root), pytest.raises(SessionError, match="specache session repair"):
+        opened(root, model)
+    assert sorted(path.name for path in (root / "one").iterdir()) == before
+    assert "its copy is there" in str(sessions.stored(root)[1].problem)
+
+
+def test_damaged_copies_stop_nothing(root, model, saved_state):
+    for pattern in ("session.json.copy", "tokens-*"):
+        flip(one(root, pattern), -40)
+    with opened(root, model) as session:
+        assert state(session) == saved_state
+
+
 def test_a_flipped_bit_is_found_wherever_it_is(root, model):
     for path in sorted((root / "one").iterdir()):
-        if path.name == "lock":
+        if path.name in ("lock", "session.json.copy") or path.name.startswith("tokens-"):
             continue
         data = path.read_bytes()
         for place in sorted({0, 7, 8, 9, len(data) // 2, len(data) - 1}):
