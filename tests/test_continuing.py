@@ -48,15 +48,11 @@ def opened(model: Any, tmp_path: Path, kind: str = "in place") -> specache.SpeCa
 
 def say(model: Any, cache: Any, ids: Tensor, mask: Tensor | None = None, **more: Any) -> Tensor:
     """Greedy answer -> [B, S + new]."""
-    return specache.generate(
-        model, ids, attention_mask=mask, past_key_values=cache, max_new_tokens=NEW, do_sample=False, **more
-    )
+    return specache.generate(model, ids, attention_mask=mask, past_key_values=cache, max_new_tokens=NEW, do_sample=False, **more)
 
 
 def stock(model: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-    return model.generate(
-        ids, attention_mask=torch.ones_like(ids) if mask is None else mask, max_new_tokens=NEW, do_sample=False
-    )
+    return model.generate(ids, attention_mask=torch.ones_like(ids) if mask is None else mask, max_new_tokens=NEW, do_sample=False)
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
@@ -186,9 +182,7 @@ def test_several_answers_to_one_new_question_leave_the_cache_as_it_was_when_refu
     with opened(model, tmp_path) as cache:
         specache.prefill(model, prompt(90), cache=cache)
         with pytest.raises(specache.UsageError, match="begin with nothing"):
-            specache.generate(
-                model, prompt(7, 9), past_key_values=cache, max_new_tokens=2, do_sample=True, num_return_sequences=3
-            )
+            specache.generate(model, prompt(7, 9), past_key_values=cache, max_new_tokens=2, do_sample=True, num_return_sequences=3)
         assert [sequence.length for sequence in cache.sequences] == [90]
 
 
@@ -351,7 +345,5 @@ def test_several_answers_go_on_from_one_text(model, tmp_path):
         torch.manual_seed(3)
         expected = model.generate(whole, attention_mask=torch.ones_like(whole), **settings)
         torch.manual_seed(3)
-        got = specache.generate(
-            model, prompt(9, 10), attention_mask=torch.ones_like(whole), past_key_values=cache, **settings
-        )
+        got = specache.generate(model, prompt(9, 10), attention_mask=torch.ones_like(whole), past_key_values=cache, **settings)
         assert got[:, 9:].equal(expected[:, whole.shape[1] :])

@@ -155,12 +155,12 @@ def test_positions_of_what_is_new_are_those_in_the_whole_text(model):
     new = prompt(8, 1)
     with specache.SpeCache(model) as cache:
         specache.prefill(model, IDS, cache=cache)
-        mask = torch.ones(1, 48, dtype=torch.long)
+        arguments = {"attention_mask": torch.ones(1, 48, dtype=torch.long), "past_key_values": cache, "max_new_tokens": NEW}
         for positions in (torch.arange(8)[None], torch.arange(41, 49)[None]):
             with pytest.raises(specache.UsageError, match="40 to 47"):
-                specache.generate(model, new, attention_mask=mask, position_ids=positions, past_key_values=cache, max_new_tokens=NEW)
+                specache.generate(model, new, position_ids=positions, **arguments)
         positions = torch.arange(40, 48)[None]
-        specache.generate(model, new, attention_mask=mask, position_ids=positions, past_key_values=cache, max_new_tokens=NEW)
+        specache.generate(model, new, position_ids=positions, **arguments)
 
 
 def test_segment_ids_of_text_are_accepted_where_others_stand_for_images():

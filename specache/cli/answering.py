@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from specache.cli.console import PrefillProgress
+from specache.cli.console import PrefillProgress, err
 from specache.cli.models import LoadedModel
 from specache.cli.options import DEFAULT_MAX_NEW_TOKENS
 from specache.cli.prompts import pad_left
@@ -91,7 +91,10 @@ def answer(
         SpeCacheError: before there was a new token.
     """
     import specache
+    from specache.continuing import begins_alike
 
+    if not begins_alike(cache, prompts):
+        _replace(cache)
     pad_id, end_ids = _special_ids(loaded)
     input_ids, attention_mask = pad_left(prompts, pad_id)
     device = loaded.model.device
@@ -126,6 +129,12 @@ def answer(
     finally:
         progress.close()
     return Outcome(_results(prompts, recorder, cache, interrupted), interrupted, progress.reused or 0, failure)
+
+
+def _replace(cache: SpeCache) -> None:
+    """Make way for a whole text that is another than the one that the cache holds."""
+    err.print(f"The {cache.get_seq_length():,} tokens that were stored are another text, which this one replaces.", style="dim")
+    cache.reset()
 
 
 def room(max_new_tokens: int | None, loaded: LoadedModel, prompt_tokens: int) -> int:
