@@ -21,12 +21,14 @@ from specache.holdings import SequenceLoad
 from specache.integration import attached, stock_generate_arguments
 from specache.model import inspect_model
 from specache.model_arguments import PASSED_ON, PREPARED, check_model_arguments, check_position_ids, model_arguments
+from specache.prefilling import prefill_batch
 from specache.recovery import tokens_kept
 from specache.request import (
     check_decoding_loop,
     check_max_new_tokens,
     check_prompt_lengths,
     check_sequences,
+    check_types,
     check_vocabulary,
     inferred_mask,
     prompts,
@@ -74,6 +76,7 @@ def generate(
     """
     inspect_model(model)  # refused before anything of it runs
     check_decoding_loop(kwargs)
+    check_types(config, kwargs.get("generation_config"), past_key_values)
     position_ids = kwargs.pop("position_ids", None)
     of_model = model_arguments(model, kwargs, kwargs.get("generation_config"))
     check_model_arguments(model, of_model)
@@ -158,7 +161,7 @@ def prefill(
         check_room(cache, token_ids, 0, cache.config.prefill_chunk)
     warn_of_rereading(cache, token_ids)
     with attached(model), tokens_kept(cache, _loads(token_ids, 0)):
-        _prefill(Decoder(model, cache), cache, token_ids, cache.config.prefill_chunk, progress)
+        prefill_batch(Decoder(model, cache), cache, token_ids, cache.config.prefill_chunk, progress)
 
 
 @torch.no_grad()
@@ -247,7 +250,7 @@ def _run(
 ) -> None:
     """Prefill, pre-decode, decode."""
     try:
-        logits = _prefill(decoder, cache, token_ids, chunk, progress)  # [B, V]
+        logits = prefill_batch(decoder, cache, token_ids, chunk, progress)  # [B, V]
         cache.counters.first_token_s = cache.counters.prefill_s
         take_tokens(batch, logits, request, cache, streamer)
         guesses = _first_guesses(decoder, cache, batch, request)
@@ -270,41 +273,6 @@ def _run(
             cache.settle()
         finally:
             note_pending_tokens(cache, token_ids, batch.new_token_ids())
-
-
-def _prefill(decoder: Decoder, cache: SpeCache, token_ids: list[list[int]], chunk: int, progress: Progress | None) -> Tensor:
-    """Prefill every sequence, equal ones once -> logits [B, V] of their last tokens."""
-    first: dict[tuple[int, ...], int] = {}
-    fresh = not cache.sequences
-    cache.expected_sequences = len(token_ids)
-    total = sum(len(ids) for ids in token_ids)
-    done = 0
-    logits: list[Tensor] = []
-    try:
-        for index, ids in enumerate(token_ids):
-            twin = first.setdefault(tuple(ids), index)
-            if fresh:
-                cache.sequences.append(cache.repeat(twin) if twin != index else cache.new_sequence())
-            if fresh and twin != index:
-                cache.sequences[index].prepare_decode()
-                logits.append(logits[twin])
-            else:
-                report = _offset_progress(progress, done, total)
-                logits.append(decoder.prefill(cache.sequences[index], ids, chunk, report))
-            done += len(ids)
-    except BaseException:
-        if fresh:
-            for sequence in cache.sequences:
-                sequence.clear()
-            cache.sequences.clear()
-        raise
-    return torch.stack(logits)
-
-
-def _offset_progress(progress: Progress | None, offset: int, total: int) -> Progress:
-    if progress is None:
-        return lambda done, of: None
-    return lambda done, of: progress(offset + done, total)
 
 
 def _first_guesses(decoder: Decoder, cache: SpeCache, batch: Answers, request: TokenChoice) -> list[int] | None:

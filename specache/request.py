@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from specache.cache import SpeCache
+from specache.config import SpeCacheConfig
 from specache.errors import UsageError
 from specache.model import ModelInfo
 
@@ -27,6 +30,23 @@ def check_decoding_loop(arguments: Mapping[str, Any]) -> None:
         raise UsageError(
             "specache cannot decode with assistant_model. Use greedy or sampled decoding (num_beams=1), or the model's stock "
             "generate()."
+        )
+
+
+def check_types(config: Any, generation_config: Any, past_key_values: Any) -> None:
+    """Refuse settings and caches of another kind than they must be.
+
+    Raises:
+        UsageError: says which.
+    """
+    if not isinstance(config, SpeCacheConfig | None):
+        raise UsageError(f"config must be a specache.SpeCacheConfig, not {_described(config)}.")
+    if not isinstance(generation_config, GenerationConfig | None):
+        raise UsageError(f"generation_config must be a transformers.GenerationConfig, not {_described(generation_config)}.")
+    if not isinstance(past_key_values, SpeCache | None):
+        raise UsageError(
+            f"past_key_values is {_described(past_key_values)}; specache continues from a SpeCache only. "
+            "Leave it out, or pass specache.SpeCache(model, config)."
         )
 
 
@@ -173,6 +193,8 @@ def check_prompt_lengths(token_ids: list[list[int]], info: ModelInfo) -> None:
 
 def check_max_new_tokens(max_new_tokens: Any) -> None:
     """Refuse a call that generates nothing."""
+    if not isinstance(max_new_tokens, Real | Tensor | None):
+        raise UsageError(f"max_new_tokens must be a number, not {_described(max_new_tokens)}.")
     if max_new_tokens is not None and max_new_tokens < 1:
         raise UsageError(f"max_new_tokens must be at least 1, got {max_new_tokens}. To only fill a cache use specache.prefill.")
 
