@@ -10,12 +10,21 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput, StopStringCriteria
 
 from specache.admission import check_room
-from specache.answers import Answers, TokenChoice, count_guesses, guess, no_answers_yet, take_tokens, token_choice, with_guesses
+from specache.answers import (
+    Answers,
+    EndedOnce,
+    TokenChoice,
+    count_guesses,
+    guess,
+    no_answers_yet,
+    take_tokens,
+    token_choice,
+    with_guesses,
+)
 from specache.cache import SpeCache
 from specache.config import SpeCacheConfig
 from specache.continuing import note_pending_tokens, sequence_per_text, warn_of_rereading, whole_texts
 from specache.decoding import Decoder, Progress
-from specache.errors import UsageError
 from specache.file_settings import GenerationSettings, one_row_per_answer
 from specache.holdings import SequenceLoad
 from specache.integration import attached, stock_generate_arguments
@@ -24,6 +33,7 @@ from specache.model_arguments import PASSED_ON, PREPARED, check_model_arguments,
 from specache.prefilling import prefill_batch
 from specache.recovery import tokens_kept
 from specache.request import (
+    cache_for,
     check_decoding_loop,
     check_max_new_tokens,
     check_prompt_lengths,
@@ -32,6 +42,7 @@ from specache.request import (
     check_vocabulary,
     inferred_mask,
     prompts,
+    stored_new_tokens,
     the_prompt,
     user_cache,
 )
@@ -74,34 +85,35 @@ def generate(
         OutOfMemoryError, SlowTierError, ...: it failed in the middle. `new_token_ids` of each of our errors has what was
             generated before, and `past_key_values`, if it was given, can be continued from.
     """
-    inspect_model(model)  # refused before anything of it runs
-    check_decoding_loop(kwargs)
-    check_types(config, kwargs.get("generation_config"), past_key_values)
-    position_ids = kwargs.pop("position_ids", None)
-    of_model = model_arguments(model, kwargs, kwargs.get("generation_config"))
-    check_model_arguments(model, of_model)
-    kwargs = {name: value for name, value in kwargs.items() if name not in of_model}
-    check_max_new_tokens(kwargs.get("max_new_tokens"))
-    input_ids = the_prompt(input_ids, inputs)
-    if attention_mask is None:
-        attention_mask = inferred_mask(input_ids, model.generation_config)
-    prompts(input_ids, attention_mask)
-    typed = kwargs if stop_strings is None else {**kwargs, "stop_strings": stop_strings}
-    settings = GenerationSettings(model, typed, kwargs.get("generation_config"))
-    stops = settings.stop_strings(tokenizer)
-    if stops is not None:
-        stopping_criteria = StoppingCriteriaList(stopping_criteria or [])
-        stopping_criteria.append(StopStringCriteria(tokenizer, stops))
-    kwargs = {**kwargs, **settings.replacements(), **settings.max_length(input_ids.shape[1])}
-    if settings.value("stop_strings") is not None:
-        kwargs["stop_strings"] = None  # a criterion by now, or nothing
+    with EndedOnce.of(streamer) as ended:
+        inspect_model(model)  # refused before anything of it runs
+        check_decoding_loop(kwargs)
+        check_types(config, kwargs.get("generation_config"), past_key_values)
+        position_ids = kwargs.pop("position_ids", None)
+        of_model = model_arguments(model, kwargs, kwargs.get("generation_config"))
+        check_model_arguments(model, of_model)
+        kwargs = {name: value for name, value in kwargs.items() if name not in of_model}
+        check_max_new_tokens(kwargs.get("max_new_tokens"))
+        input_ids = the_prompt(input_ids, inputs)
+        if attention_mask is None:
+            attention_mask = inferred_mask(input_ids, model.generation_config)
+        prompts(input_ids, attention_mask)
+        typed = kwargs if stop_strings is None else {**kwargs, "stop_strings": stop_strings}
+        settings = GenerationSettings(model, typed, kwargs.get("generation_config"))
+        stops = settings.stop_strings(tokenizer)
+        if stops is not None:
+            stopping_criteria = StoppingCriteriaList(stopping_criteria or [])
+            stopping_criteria.append(StopStringCriteria(tokenizer, stops))
+        kwargs = {**kwargs, **settings.replacements(), **settings.max_length(input_ids.shape[1])}
+        if settings.value("stop_strings") is not None:
+            kwargs["stop_strings"] = None  # a criterion by now, or nothing
 
-    def custom_generate(model: Any, input_ids: Tensor, **arguments: Any) -> Tensor | GenerateDecoderOnlyOutput:
-        return _decode(model, input_ids, config, streamer, progress, **{**arguments, "position_ids": position_ids})
+        def custom_generate(model: Any, input_ids: Tensor, **arguments: Any) -> Tensor | GenerateDecoderOnlyOutput:
+            return _decode(model, input_ids, config, ended, progress, **{**arguments, "position_ids": position_ids})
 
-    arguments = {"attention_mask": attention_mask, "past_key_values": past_key_values, "stopping_criteria": stopping_criteria}
-    arguments = {name: value for name, value in arguments.items() if value is not None}
-    return model.generate(input_ids, custom_generate=custom_generate, **arguments, **kwargs)
+        arguments = {"attention_mask": attention_mask, "past_key_values": past_key_values, "stopping_criteria": stopping_criteria}
+        arguments = {name: value for name, value in arguments.items() if value is not None}
+        return model.generate(input_ids, custom_generate=custom_generate, **arguments, **kwargs)
 
 
 def decode(
@@ -117,17 +129,18 @@ def decode(
     """
     passed = stock_generate_arguments()
     typed = {name: value for name, value in arguments.items() if name not in PREPARED} if passed is None else passed
-    check_decoding_loop(typed)
-    of_model = model_arguments(model, typed)
-    check_model_arguments(model, {name: value for name, value in of_model.items() if name not in PASSED_ON})
-    if typed.get("position_ids") is None:
-        arguments["position_ids"] = None  # stock generate's own
-    effective = arguments["generation_config"]
-    replacements = GenerationSettings(model, typed, effective).replacements()
-    input_ids, arguments = one_row_per_answer(input_ids, arguments, replacements)
-    for name, value in replacements.items():
-        setattr(effective, name, value)
-    return _decode(model, input_ids, config, typed.get("streamer"), progress, streamer_has_prompt=True, **arguments)
+    with EndedOnce.of(typed.get("streamer")) as streamer:
+        check_decoding_loop(typed)
+        of_model = model_arguments(model, typed)
+        check_model_arguments(model, {name: value for name, value in of_model.items() if name not in PASSED_ON})
+        if typed.get("position_ids") is None:
+            arguments["position_ids"] = None  # stock generate's own
+        effective = arguments["generation_config"]
+        replacements = GenerationSettings(model, typed, effective).replacements()
+        input_ids, arguments = one_row_per_answer(input_ids, arguments, replacements)
+        for name, value in replacements.items():
+            setattr(effective, name, value)
+        return _decode(model, input_ids, config, streamer, progress, streamer_has_prompt=True, **arguments)
 
 
 @torch.no_grad()
@@ -188,24 +201,22 @@ def _decode(
     try:
         given = user_cache(past_key_values)
         new = prompts(input_ids, attention_mask)
-        cache = _cache_for(model, config, given)
+        cache = cache_for(model, config, given)
         width = getattr(generation_config, "_mask_length", None) if attention_mask is None else None
         token_ids = _texts(model, cache, new, input_ids, attention_mask, position_ids, width)
         chunk = generation_config.prefill_chunk_size or cache.config.prefill_chunk
-        stored_new_tokens = _stored_new_tokens(generation_config, input_ids)
+        behind = stored_new_tokens(generation_config, input_ids)
         with sequence_per_text(cache, len(token_ids)):
-            check_room(cache, token_ids, stored_new_tokens, chunk)
+            check_room(cache, token_ids, behind, chunk)
         warn_of_rereading(cache, token_ids)
         if streamer is not None and not streamer_has_prompt:
             streamer.put(input_ids.cpu())
         request = token_choice(logits_processor, stopping_criteria, generation_config)
         batch = no_answers_yet(input_ids, request)
-        with attached(model), tokens_kept(cache, _loads(token_ids, stored_new_tokens), batch.new_token_ids):
+        with attached(model), tokens_kept(cache, _loads(token_ids, behind), batch.new_token_ids):
             _run(Decoder(model, cache), cache, token_ids, batch, request, chunk, streamer, progress)
         finished = True
     finally:
-        if streamer is not None:
-            streamer.end()
         keep = given is not None or (finished and generation_config.return_dict_in_generate)
         if cache is not None and not keep:
             cache.close()
@@ -287,18 +298,3 @@ def _first_guesses(decoder: Decoder, cache: SpeCache, batch: Answers, request: T
 def _loads(token_ids: list[list[int]], new_tokens: int) -> list[SequenceLoad]:
     """The batch as a plan sees it, read from the beginning."""
     return [SequenceLoad(len(ids), new_tokens) for ids in token_ids]
-
-
-def _cache_for(model: Any, config: SpeCacheConfig | None, given: SpeCache | None) -> SpeCache:
-    if given is None:
-        return SpeCache(model, config)
-    given.check_model(model)
-    if config is not None and config.resolved(given.info.device.type) != given.config:
-        raise UsageError("A SpeCache keeps the config it was made with. Leave config out, or start a new SpeCache(model, config).")
-    return given
-
-
-def _stored_new_tokens(generation_config: Any, input_ids: Tensor) -> int:
-    """Most tokens that decoding stores per sequence: all new ones but the last, which nothing follows."""
-    new = (generation_config.max_length or 0) - input_ids.shape[1]
-    return max(0, new - 1)

@@ -62,6 +62,26 @@ def user_cache(past_key_values: Any) -> SpeCache | None:
     return None
 
 
+def cache_for(model: Any, config: SpeCacheConfig | None, given: SpeCache | None) -> SpeCache:
+    """The cache of a call: the one that was given, or a new one.
+
+    Raises:
+        UsageError: the given one is of another model, or has other settings.
+    """
+    if given is None:
+        return SpeCache(model, config)
+    given.check_model(model)
+    if config is not None and config.resolved(given.info.device.type) != given.config:
+        raise UsageError("A SpeCache keeps the config it was made with. Leave config out, or start a new SpeCache(model, config).")
+    return given
+
+
+def stored_new_tokens(generation_config: Any, input_ids: Tensor) -> int:
+    """Most tokens that decoding stores per sequence: all new ones but the last, which nothing follows."""
+    new = (generation_config.max_length or 0) - input_ids.shape[1]
+    return max(0, new - 1)
+
+
 def the_prompt(input_ids: Any, inputs: Any) -> Tensor:
     """The prompt under either of its names, a tensor of token ids [B, S].
 
@@ -146,8 +166,10 @@ def check_vocabulary(model: Any, token_ids: list[list[int]]) -> None:
     Raises:
         UsageError: names the token and its place.
     """
-    embedding = model.get_input_embeddings()
-    size = getattr(embedding, "num_embeddings", None)
+    try:
+        size = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except NotImplementedError:  # a model's own code need not tell
+        size = None
     if size is None:
         return
     for number, row in enumerate(token_ids):

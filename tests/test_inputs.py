@@ -271,3 +271,27 @@ def test_padding_is_inferred_by_prefill_as_by_generate(model):
 def test_another_decoding_loop_is_refused(model):
     with pytest.raises(specache.UsageError, match="custom_generate"):
         specache.generate(model, IDS, custom_generate=specache.decode)
+
+
+class Waiting:
+    """A streamer that somebody may wait for."""
+
+    def __init__(self) -> None:
+        self.ended = 0
+
+    def put(self, value: torch.Tensor) -> None:
+        pass
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+@pytest.mark.parametrize("way", ["generate", "decode"])
+@pytest.mark.parametrize("arguments", [{"labels": IDS}, {"num_beams": 2}, {"output_attentions": True}, {}])
+def test_nobody_waits_for_the_text_of_a_call_that_was_refused(model, way, arguments):
+    streamer = Waiting()
+    try:
+        call(way, model, IDS, streamer=streamer, **arguments)
+    except specache.UsageError:
+        assert arguments
+    assert streamer.ended == 1
