@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +14,34 @@ from transformers.generation import MaxLengthCriteria, MaxTimeCriteria
 
 from specache.cache import SpeCache
 from specache.guess import GuessProcessors
+
+
+class EndedOnce:
+    """A streamer that is ended once, however a call ends: who waits for its text must not wait for ever."""
+
+    def __init__(self, streamer: Any) -> None:
+        self._streamer = streamer
+
+    def put(self, value: Tensor) -> None:
+        """Hand tokens on."""
+        self._streamer.put(value)
+
+    def end(self) -> None:
+        """End it, if that was not done before."""
+        streamer, self._streamer = self._streamer, None
+        if streamer is not None:
+            streamer.end()
+
+    @classmethod
+    @contextmanager
+    def of(cls, streamer: Any) -> Iterator[EndedOnce | None]:
+        """A block in which the streamer is used, if there is one."""
+        once = None if streamer is None else cls(streamer)
+        try:
+            yield once
+        finally:
+            if once is not None:
+                once.end()
 
 
 @dataclass

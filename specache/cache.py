@@ -41,7 +41,7 @@ class SpeCache:
     """The key-value cache of a batch of sequences: all rows at 16 bits in slow memory, a low-bit copy in fast memory.
 
     Hand it on as `past_key_values` to `specache.generate` (or to `model.generate` with `custom_generate=specache.decode`) to
-    continue a conversation. `model()` and stock `generate()` cannot use it and raise.
+    continue a conversation; `reset` begins another text. `model()` and stock `generate()` cannot use it and raise.
 
     One call at a time uses it, in the process that made it: another thread is refused, and should have a cache of its own.
     `copy.deepcopy(cache)` is `cache.fork()`. A cache that nothing refers to is freed at once.

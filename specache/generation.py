@@ -12,28 +12,41 @@ from transformers.generation import GenerateDecoderOnlyOutput, StopStringCriteri
 
 from specache import modes
 from specache.admission import check_room
-from specache.answers import Answers, TokenChoice, count_guesses, guess, no_answers_yet, take_tokens, token_choice, with_guesses
+from specache.answers import (
+    Answers,
+    EndedOnce,
+    TokenChoice,
+    count_guesses,
+    guess,
+    no_answers_yet,
+    take_tokens,
+    token_choice,
+    with_guesses,
+)
 from specache.auto_tier import decide_tier
 from specache.cache import SpeCache
 from specache.config import SpeCacheConfig
 from specache.continuing import note_pending_tokens, sequence_per_text, warn_of_rereading, whole_texts
 from specache.decoding import Decoder, Progress
-from specache.errors import UsageError
 from specache.file_settings import GenerationSettings, one_row_per_answer
 from specache.holdings import SequenceLoad
 from specache.identity.wrappers import unwrapped
 from specache.integration import attached, stock_generate_arguments
 from specache.model import inspect_model
 from specache.model_arguments import PASSED_ON, PREPARED, check_model_arguments, check_position_ids, model_arguments
+from specache.prefilling import prefill_batch
 from specache.recovery import tokens_kept
 from specache.request import (
+    cache_for,
     check_decoding_loop,
     check_max_new_tokens,
     check_prompt_lengths,
     check_sequences,
+    check_types,
     check_vocabulary,
     inferred_mask,
     prompts,
+    stored_new_tokens,
     the_prompt,
     user_cache,
 )
@@ -77,36 +90,39 @@ def generate(
         OutOfMemoryError, SlowTierError, ...: it failed in the middle. `new_token_ids` of each of our errors has what was
             generated before, and `past_key_values`, if it was given, can be continued from.
     """
-    inspect_model(model)  # refused before anything of it runs
-    if not hasattr(model, "generate"):  # a wrapper such as DataParallel
-        model = unwrapped(model)
-    check_decoding_loop(kwargs)
-    position_ids = kwargs.pop("position_ids", None)
-    of_model = model_arguments(unwrapped(model), kwargs, kwargs.get("generation_config"))
-    check_model_arguments(unwrapped(model), of_model)
-    kwargs = {name: value for name, value in kwargs.items() if name not in of_model}
-    check_max_new_tokens(kwargs.get("max_new_tokens"))
-    input_ids = the_prompt(input_ids, inputs)
-    with modes.ours():
-        if attention_mask is None:
-            attention_mask = inferred_mask(input_ids, model.generation_config)
-        prompts(input_ids, attention_mask)
-    typed = kwargs if stop_strings is None else {**kwargs, "stop_strings": stop_strings}
-    settings = GenerationSettings(unwrapped(model), typed, kwargs.get("generation_config"))
-    stops = settings.stop_strings(tokenizer)
-    if stops is not None:
-        stopping_criteria = StoppingCriteriaList(stopping_criteria or [])
-        stopping_criteria.append(StopStringCriteria(tokenizer, stops))
-    kwargs = {**kwargs, **settings.replacements(), **settings.max_length(input_ids.shape[1])}
-    if settings.value("stop_strings") is not None:
-        kwargs["stop_strings"] = None  # a criterion by now, or nothing
+    with EndedOnce.of(streamer) as ended:
+        inspect_model(model)  # refused before anything of it runs
+        if not hasattr(model, "generate"):  # a wrapper such as DataParallel
+            model = unwrapped(model)
+        inner = unwrapped(model)
+        check_decoding_loop(kwargs)
+        check_types(config, kwargs.get("generation_config"), past_key_values)
+        position_ids = kwargs.pop("position_ids", None)
+        of_model = model_arguments(inner, kwargs, kwargs.get("generation_config"))
+        check_model_arguments(inner, of_model)
+        kwargs = {name: value for name, value in kwargs.items() if name not in of_model}
+        check_max_new_tokens(kwargs.get("max_new_tokens"))
+        input_ids = the_prompt(input_ids, inputs)
+        with modes.ours():
+            if attention_mask is None:
+                attention_mask = inferred_mask(input_ids, model.generation_config)
+            prompts(input_ids, attention_mask)
+        typed = kwargs if stop_strings is None else {**kwargs, "stop_strings": stop_strings}
+        settings = GenerationSettings(inner, typed, kwargs.get("generation_config"))
+        stops = settings.stop_strings(tokenizer)
+        if stops is not None:
+            stopping_criteria = StoppingCriteriaList(stopping_criteria or [])
+            stopping_criteria.append(StopStringCriteria(tokenizer, stops))
+        kwargs = {**kwargs, **settings.replacements(), **settings.max_length(input_ids.shape[1])}
+        if settings.value("stop_strings") is not None:
+            kwargs["stop_strings"] = None  # a criterion by now, or nothing
 
-    def custom_generate(model: Any, input_ids: Tensor, **arguments: Any) -> Tensor | GenerateDecoderOnlyOutput:
-        return _decode(model, input_ids, config, streamer, progress, **{**arguments, "position_ids": position_ids})
+        def custom_generate(model: Any, input_ids: Tensor, **arguments: Any) -> Tensor | GenerateDecoderOnlyOutput:
+            return _decode(model, input_ids, config, ended, progress, **{**arguments, "position_ids": position_ids})
 
-    arguments = {"attention_mask": attention_mask, "past_key_values": past_key_values, "stopping_criteria": stopping_criteria}
-    arguments = {name: value for name, value in arguments.items() if value is not None}
-    return model.generate(input_ids, custom_generate=custom_generate, **arguments, **kwargs)
+        arguments = {"attention_mask": attention_mask, "past_key_values": past_key_values, "stopping_criteria": stopping_criteria}
+        arguments = {name: value for name, value in arguments.items() if value is not None}
+        return model.generate(input_ids, custom_generate=custom_generate, **arguments, **kwargs)
 
 
 @torch.compiler.disable  # of a caller that is compiled, this part runs as it is
@@ -123,17 +139,18 @@ def decode(
     """
     passed = stock_generate_arguments()
     typed = {name: value for name, value in arguments.items() if name not in PREPARED} if passed is None else passed
-    check_decoding_loop(typed)
-    of_model = model_arguments(model, typed)
-    check_model_arguments(model, {name: value for name, value in of_model.items() if name not in PASSED_ON})
-    if typed.get("position_ids") is None:
-        arguments["position_ids"] = None  # stock generate's own
-    effective = arguments["generation_config"]
-    replacements = GenerationSettings(model, typed, effective).replacements()
-    input_ids, arguments = one_row_per_answer(input_ids, arguments, replacements)
-    for name, value in replacements.items():
-        setattr(effective, name, value)
-    return _decode(model, input_ids, config, typed.get("streamer"), progress, streamer_has_prompt=True, **arguments)
+    with EndedOnce.of(typed.get("streamer")) as streamer:
+        check_decoding_loop(typed)
+        of_model = model_arguments(model, typed)
+        check_model_arguments(model, {name: value for name, value in of_model.items() if name not in PASSED_ON})
+        if typed.get("position_ids") is None:
+            arguments["position_ids"] = None  # stock generate's own
+        effective = arguments["generation_config"]
+        replacements = GenerationSettings(model, typed, effective).replacements()
+        input_ids, arguments = one_row_per_answer(input_ids, arguments, replacements)
+        for name, value in replacements.items():
+            setattr(effective, name, value)
+        return _decode(model, input_ids, config, streamer, progress, streamer_has_prompt=True, **arguments)
 
 
 @torch.compiler.disable  # of a caller that is compiled, this part runs as it is
@@ -169,7 +186,7 @@ def prefill(
         chunk = cache.config.prefill_chunk
         _make_room(model, cache, token_ids, 0, chunk)
         with attached(model), cache.filled_by(model), tokens_kept(cache, _loads(token_ids, 0)):
-            _prefill(Decoder(model, cache), cache, token_ids, chunk, progress)
+            prefill_batch(Decoder(model, cache), cache, token_ids, chunk, progress)
 
 
 def _decode(
@@ -184,14 +201,9 @@ def _decode(
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """Prefill and decode in PyTorch's plain modes, as the only call that uses the cache that was given."""
     with modes.ours(), ExitStack() as stack:
-        try:
-            modes.check_process()
-            if isinstance(past_key_values, SpeCache):
-                stack.enter_context(past_key_values.in_use.by("generate"))
-        except BaseException:
-            if streamer is not None:
-                streamer.end()
-            raise
+        modes.check_process()
+        if isinstance(past_key_values, SpeCache):
+            stack.enter_context(past_key_values.in_use.by("generate"))
         return _decode_alone(model, input_ids, config, streamer, progress, past_key_values=past_key_values, **arguments)
 
 
@@ -219,12 +231,12 @@ def _decode_alone(
     try:
         given = user_cache(past_key_values)
         new = prompts(input_ids, attention_mask)
-        cache = _cache_for(model, config, given)
+        cache = cache_for(model, config, given)
         width = getattr(generation_config, "_mask_length", None) if attention_mask is None else None
         token_ids = _texts(model, cache, new, input_ids, attention_mask, position_ids, width)
         chunk = generation_config.prefill_chunk_size or cache.config.prefill_chunk
-        stored_new_tokens = _stored_new_tokens(generation_config, input_ids)
-        _make_room(model, cache, token_ids, stored_new_tokens, chunk)
+        behind = stored_new_tokens(generation_config, input_ids)
+        _make_room(model, cache, token_ids, behind, chunk)
         if streamer is not None and not streamer_has_prompt:
             with modes.callers():
                 streamer.put(input_ids.cpu())
@@ -234,14 +246,11 @@ def _decode_alone(
         with (
             attached(model),
             _remembered(cache, model, kept),
-            tokens_kept(cache, _loads(token_ids, stored_new_tokens), batch.new_token_ids),
+            tokens_kept(cache, _loads(token_ids, behind), batch.new_token_ids),
         ):
             _run(Decoder(model, cache), cache, token_ids, batch, request, chunk, streamer, progress)
         finished = True
     finally:
-        if streamer is not None:
-            with modes.callers():
-                streamer.end()
         keep = given is not None or (finished and generation_config.return_dict_in_generate)
         if cache is not None and not keep:
             cache.close()
@@ -294,7 +303,7 @@ def _run(
 ) -> None:
     """Prefill, pre-decode, decode."""
     try:
-        logits = _prefill(decoder, cache, token_ids, chunk, progress)  # [B, V]
+        logits = prefill_batch(decoder, cache, token_ids, chunk, progress)  # [B, V]
         cache.counters.first_token_s = cache.counters.prefill_s
         with modes.callers():
             take_tokens(batch, logits, request, cache, streamer)
@@ -321,46 +330,6 @@ def _run(
             note_pending_tokens(cache, token_ids, batch.new_token_ids())
 
 
-def _prefill(decoder: Decoder, cache: SpeCache, token_ids: list[list[int]], chunk: int, progress: Progress | None) -> Tensor:
-    """Prefill every sequence, equal ones once -> logits [B, V] of their last tokens."""
-    first: dict[tuple[int, ...], int] = {}
-    fresh = not cache.sequences
-    cache.expected_sequences = len(token_ids)
-    total = sum(len(ids) for ids in token_ids)
-    done = 0
-    logits: list[Tensor] = []
-    try:
-        for index, ids in enumerate(token_ids):
-            twin = first.setdefault(tuple(ids), index)
-            if fresh:
-                cache.sequences.append(cache.repeat(twin) if twin != index else cache.new_sequence())
-            if fresh and twin != index:
-                cache.sequences[index].prepare_decode()
-                logits.append(logits[twin])
-            else:
-                report = _offset_progress(progress, done, total)
-                logits.append(decoder.prefill(cache.sequences[index], ids, chunk, report))
-            done += len(ids)
-    except BaseException:
-        if fresh:
-            for sequence in cache.sequences:
-                sequence.clear()
-            cache.sequences.clear()
-        raise
-    return torch.stack(logits)
-
-
-def _offset_progress(progress: Progress | None, offset: int, total: int) -> Progress:
-    if progress is None:
-        return lambda done, of: None
-
-    def report(done: int, of: int) -> None:
-        with modes.callers():
-            progress(offset + done, total)
-
-    return report
-
-
 def _first_guesses(decoder: Decoder, cache: SpeCache, batch: Answers, request: TokenChoice) -> list[int] | None:
     """Pre-decoding (Algorithm 2), where the policy guesses: one guess per sequence, finished ones included."""
     active = batch.active
@@ -376,21 +345,6 @@ def _loads(token_ids: list[list[int]], new_tokens: int) -> list[SequenceLoad]:
     return [SequenceLoad(len(ids), new_tokens) for ids in token_ids]
 
 
-def _cache_for(model: Any, config: SpeCacheConfig | None, given: SpeCache | None) -> SpeCache:
-    if given is None:
-        return SpeCache(model, config)
-    given.check_model(model)
-    if config is not None and not given.has_config(config):
-        raise UsageError("A SpeCache keeps the config it was made with. Leave config out, or start a new SpeCache(model, config).")
-    return given
-
-
 def _remembered(cache: SpeCache, model: Any, kept: bool) -> AbstractContextManager[None]:
     """Have a cache that outlives the request remember what filled it."""
     return cache.filled_by(model) if kept else nullcontext()
-
-
-def _stored_new_tokens(generation_config: Any, input_ids: Tensor) -> int:
-    """Most tokens that decoding stores per sequence: all new ones but the last, which nothing follows."""
-    new = (generation_config.max_length or 0) - input_ids.shape[1]
-    return max(0, new - 1)

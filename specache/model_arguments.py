@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation import GenerationMixin
+from transformers.utils import TransformersKwargs
 
 from specache.errors import UsageError
 
@@ -27,8 +28,10 @@ _SETTINGS_OF_GENERATE = {
     *(name for name in inspect.signature(GenerationMixin.generate).parameters if name not in ("self", "kwargs")),
     *("trust_remote_code", "tokenizer", "assistant_tokenizer"),
 }
+_DEFAULTS = {"output_router_logits": False, "is_causal": True}  # of what every model takes
 _ZEROS_ARE_TEXT = {"mm_token_type_ids", "moe_mm_token_type_ids"}  # other numbers stand for images and the like
 _ZERO_SEGMENTS_ARE_TEXT = {"gemma3", "gemma3n", "shieldgemma2", "hrm_text"}  # model types where `token_type_ids` are like those
+_EVERY_MODEL_TAKES = TransformersKwargs.__optional_keys__
 _STOCK = "or use the model's stock generate()"
 _MEDIA = re.compile(r"pixel|image|video|audio|visual|vision|patches|input_features|input_values|mm_encoder|grid_thw|spatial")
 _ENCODER = re.compile(r"encoder|^cross_")
@@ -58,7 +61,7 @@ def check_model_arguments(model: Any, arguments: Mapping[str, Any]) -> None:
     for name, value in arguments.items():
         if name in _NO_EFFECT or _changes_nothing(model, name, value, parameters):
             continue
-        raise UsageError(_refusal(name, type(model).__name__, name in parameters))
+        raise UsageError(_refusal(name, type(model).__name__, name in parameters or name in _EVERY_MODEL_TAKES))
 
 
 def check_position_ids(position_ids: Any, new: list[list[int]], texts: list[list[int]]) -> None:
@@ -91,7 +94,7 @@ def _changes_nothing(model: Any, name: str, value: Any, parameters: Mapping[str,
         return True
     if isinstance(value, Tensor):
         return name in parameters and _zeros_are_text(model, name) and not value.any()
-    default = parameters[name].default if name in parameters else inspect.Parameter.empty
+    default = parameters[name].default if name in parameters else _DEFAULTS.get(name, inspect.Parameter.empty)
     return isinstance(value, bool | int | float | str) and type(value) is type(default) and value == default
 
 
@@ -118,10 +121,8 @@ def _refusal(name: str, model: str, known: bool) -> str:
     if name in ("head_mask", "layer_head_mask"):
         return f"{name} is not supported: every head attends. Leave it out, {_STOCK}."
     if name.endswith("token_type_ids"):
-        return (
-            f"{name} would change what {model} computes, and specache does not pass it on. Leave it out (the tokenizer's "
-            f"return_token_type_ids=False), {_STOCK}."
-        )
+        what = f"would change what {model} computes, and specache does not pass it on" if known else f"is no input of {model}"
+        return f"{name} {what}. Leave it out (the tokenizer's return_token_type_ids=False)."
     if _MEDIA.search(name):
         return (
             f"{name} cannot be used: specache generates from text and runs no encoder of images, video or sound, so the answer "

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from specache.cache import SpeCache
+from specache.config import SpeCacheConfig
 from specache.errors import UsageError
 from specache.model import ModelInfo
 
@@ -30,6 +33,23 @@ def check_decoding_loop(arguments: Mapping[str, Any]) -> None:
         )
 
 
+def check_types(config: Any, generation_config: Any, past_key_values: Any) -> None:
+    """Refuse settings and caches of another kind than they must be.
+
+    Raises:
+        UsageError: says which.
+    """
+    if not isinstance(config, SpeCacheConfig | None):
+        raise UsageError(f"config must be a specache.SpeCacheConfig, not {_described(config)}.")
+    if not isinstance(generation_config, GenerationConfig | None):
+        raise UsageError(f"generation_config must be a transformers.GenerationConfig, not {_described(generation_config)}.")
+    if not isinstance(past_key_values, SpeCache | None):
+        raise UsageError(
+            f"past_key_values is {_described(past_key_values)}; specache continues from a SpeCache only. "
+            "Leave it out, or pass specache.SpeCache(model, config)."
+        )
+
+
 def user_cache(past_key_values: Any) -> SpeCache | None:
     """The SpeCache that was handed on, or `None`; the empty cache that stock `generate` prepares is ignored."""
     if past_key_values is None or isinstance(past_key_values, SpeCache):
@@ -40,6 +60,26 @@ def user_cache(past_key_values: Any) -> SpeCache | None:
             "Leave it out, or pass specache.SpeCache(model, config)."
         )
     return None
+
+
+def cache_for(model: Any, config: SpeCacheConfig | None, given: SpeCache | None) -> SpeCache:
+    """The cache of a call: the one that was given, or a new one.
+
+    Raises:
+        UsageError: the given one is of another model, or has other settings.
+    """
+    if given is None:
+        return SpeCache(model, config)
+    given.check_model(model)
+    if config is not None and not given.has_config(config):
+        raise UsageError("A SpeCache keeps the config it was made with. Leave config out, or start a new SpeCache(model, config).")
+    return given
+
+
+def stored_new_tokens(generation_config: Any, input_ids: Tensor) -> int:
+    """Most tokens that decoding stores per sequence: all new ones but the last, which nothing follows."""
+    new = (generation_config.max_length or 0) - input_ids.shape[1]
+    return max(0, new - 1)
 
 
 def the_prompt(input_ids: Any, inputs: Any) -> Tensor:
@@ -126,8 +166,10 @@ def check_vocabulary(model: Any, token_ids: list[list[int]]) -> None:
     Raises:
         UsageError: names the token and its place.
     """
-    embedding = model.get_input_embeddings()
-    size = getattr(embedding, "num_embeddings", None)
+    try:
+        size = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except NotImplementedError:  # a model's own code need not tell
+        size = None
     if size is None:
         return
     for number, row in enumerate(token_ids):
@@ -174,6 +216,8 @@ def check_prompt_lengths(token_ids: list[list[int]], info: ModelInfo) -> None:
 
 def check_max_new_tokens(max_new_tokens: Any) -> None:
     """Refuse a call that generates nothing."""
+    if not isinstance(max_new_tokens, Real | Tensor | None):
+        raise UsageError(f"max_new_tokens must be a number, not {_described(max_new_tokens)}.")
     if max_new_tokens is not None and max_new_tokens < 1:
         raise UsageError(f"max_new_tokens must be at least 1, got {max_new_tokens}. To only fill a cache use specache.prefill.")
 

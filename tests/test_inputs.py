@@ -155,14 +155,12 @@ def test_positions_of_what_is_new_are_those_in_the_whole_text(model):
     new = prompt(8, 1)
     with specache.SpeCache(model) as cache:
         specache.prefill(model, IDS, cache=cache)
-        mask = torch.ones(1, 48, dtype=torch.long)
+        arguments = {"attention_mask": torch.ones(1, 48, dtype=torch.long), "past_key_values": cache, "max_new_tokens": NEW}
         for positions in (torch.arange(8)[None], torch.arange(41, 49)[None]):
             with pytest.raises(specache.UsageError, match="40 to 47"):
-                specache.generate(
-                    model, new, attention_mask=mask, position_ids=positions, past_key_values=cache, max_new_tokens=NEW
-                )
+                specache.generate(model, new, position_ids=positions, **arguments)
         positions = torch.arange(40, 48)[None]
-        specache.generate(model, new, attention_mask=mask, position_ids=positions, past_key_values=cache, max_new_tokens=NEW)
+        specache.generate(model, new, position_ids=positions, **arguments)
 
 
 def test_segment_ids_of_text_are_accepted_where_others_stand_for_images():
@@ -273,3 +271,27 @@ def test_padding_is_inferred_by_prefill_as_by_generate(model):
 def test_another_decoding_loop_is_refused(model):
     with pytest.raises(specache.UsageError, match="custom_generate"):
         specache.generate(model, IDS, custom_generate=specache.decode)
+
+
+class Waiting:
+    """A streamer that somebody may wait for."""
+
+    def __init__(self) -> None:
+        self.ended = 0
+
+    def put(self, value: torch.Tensor) -> None:
+        pass
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+@pytest.mark.parametrize("way", ["generate", "decode"])
+@pytest.mark.parametrize("arguments", [{"labels": IDS}, {"num_beams": 2}, {"output_attentions": True}, {}])
+def test_nobody_waits_for_the_text_of_a_call_that_was_refused(model, way, arguments):
+    streamer = Waiting()
+    try:
+        call(way, model, IDS, streamer=streamer, **arguments)
+    except specache.UsageError:
+        assert arguments
+    assert streamer.ended == 1

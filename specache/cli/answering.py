@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from specache.cli.console import PrefillProgress
+from specache.cli.console import PrefillProgress, err
 from specache.cli.models import LoadedModel
 from specache.cli.positions import room
 from specache.cli.prompts import pad_left
@@ -108,7 +108,10 @@ def answer(
     import torch
 
     import specache
+    from specache.continuing import begins_alike
 
+    if not begins_alike(cache, prompts):
+        _replace(cache)
     pad_id, end_ids = _special_ids(loaded, template)
     input_ids, attention_mask = pad_left(prompts, pad_id)
     device = loaded.model.device
@@ -151,6 +154,12 @@ def answer(
     results = _results(prompts, recorder, cache, interrupted)
     note = longest.note(any(result.finish_reason == "length" for result in results))
     return Outcome(results, interrupted, progress.reused or 0, failure, note)
+
+
+def _replace(cache: SpeCache) -> None:
+    """Make way for a whole text that is another than the one that the cache holds."""
+    err.print(f"The {cache.get_seq_length():,} tokens that were stored are another text, which this one replaces.", style="dim")
+    cache.reset()
 
 
 def _results(prompts: list[list[int]], recorder: AnswerRecorder, cache: SpeCache, interrupted: bool) -> list[Result]:

@@ -247,6 +247,7 @@ class SpeCacheLM(TemplateLM):
             stop_strings=[stop for stop in stops if stop and stop != end] or None,
             tokenizer=self.tokenizer,
             pad_token_id=self.eot_token_id if pad is None else pad,
+            return_dict_in_generate=False,
             **arguments,
         )
         text = self.tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True)

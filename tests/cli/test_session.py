@@ -65,6 +65,14 @@ def test_the_summary_says_what_was_there(tiny, root):
     assert "on disk" in text and "slow memory" not in text
 
 
+def test_another_text_replaces_that_of_a_session_and_says_so(tiny, root):
+    run(*tiny, "--prompt", DOCUMENT, "--session", "report")
+    other = f"# {DOCUMENT[:40]}"
+    result = run(*tiny, "--prompt", other, "--session", "report")
+    assert "another text, which this one replaces" in one_line(result.stderr)
+    assert result.stdout == run(*tiny, "--prompt", other).stdout
+
+
 def test_list_show_fork_rm(tiny, root):
     assert "no sessions" in run("session", "list").stderr
     assert run_json("session", "list") == {"sessions": []}
