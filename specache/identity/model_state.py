@@ -87,7 +87,10 @@ def _difference_of_adapters(before: dict[str, LayerAdapters], now: dict[str, Lay
     if was != has:
         return f"it ran with {was} then and runs with {has} now"
     name = next(name for name in {**before, **now} if before.get(name) != now.get(name))
-    return f"the adapters of {name} have other scales, or lie in other layers"
+    was, has = (_said_adapters({name: each[name]} if name in each else {}) for each in (before, now))
+    if was != has:
+        return f"its layer {name} ran with {was} then and runs with {has} now"
+    return f"the adapters of its layer {name} have other scales"
 
 
 def _said_adapters(found: dict[str, LayerAdapters]) -> str:

@@ -28,8 +28,8 @@ def check_rows(name: str, model: Any, sequence: Sequence, device: torch.device) 
     """
     if sequence.length and not _computes_the_same(model, sequence, device):
         raise SessionError(
-            f"The session {name!r} belongs to a {type(unwrapped(model)).__name__} of another configuration or with another adapter. Load "
-            "the model that it was made with, or use another session."
+            f"The session {name!r} belongs to a {type(unwrapped(model)).__name__} of another configuration or with another adapter."
+            " Load it as it was, or use another session."
         )
 
 
@@ -37,8 +37,8 @@ def check_rows(name: str, model: Any, sequence: Sequence, device: torch.device) 
 def _computes_the_same(model: Any, sequence: Sequence, device: torch.device) -> bool:
     """Whether a model's stock forward pass gives the stored rows of the first tokens, up to rounding.
 
-    Keys of layer 0 depend on no attention, so all of them agree. Those of other layers do where no token before them was decoded with
-    attention over a low-bit copy: most of the first ones.
+    Keys of layer 0 depend on no attention, so all of them agree. Those of other layers do where no token before them was decoded
+    over a low-bit copy: most of the first ones.
     """
     ids = torch.tensor([sequence.token_ids[:TOKENS]], device=device)
     computed = unwrapped(model)(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
