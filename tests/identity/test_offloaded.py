@@ -1,4 +1,4 @@
-"""Weights that accelerate keeps in main memory or on disk: the model runs, and its identity is that of the same weights in place."""
+"""Weights that accelerate keeps in main memory or on disk: the model runs, and is identified by what they are in place."""
 
 from __future__ import annotations
 

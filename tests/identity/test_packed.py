@@ -13,7 +13,7 @@ import specache
 from specache.dimensions import dimensions_of
 from specache.products import install
 from specache.sessions.identity import identify
-from tests.identity.continuing import NEW, first_turn, second_turn, settings
+from tests.identity.continuing import NEW, first_turn, settings
 from tests.tiny import llama, prompt
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
