@@ -100,3 +100,11 @@ def test_half_the_bits_of_a_wider_file_are_what_is_loaded(folder, tmp_path):
     places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu", "model.layers": "disk"}
     options = {"device_map": places, "offload_folder": tmp_path, "dtype": torch.bfloat16}
     assert identify(AutoModelForCausalLM.from_pretrained(folder, **options)) == identify(llama().bfloat16())
+
+
+def test_a_file_of_weights_that_is_gone_is_named(tmp_path):
+    model = in_files_of_accelerate(tmp_path, tmp_path)
+    cache, said = first_turn(model)
+    (tmp_path / "model.layers.1.mlp.down_proj.weight.dat").unlink()
+    with pytest.raises(specache.UsageError, match=r"down_proj\.weight\.dat, which cannot be read"):
+        second_turn(model, cache, said)
