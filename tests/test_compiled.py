@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from typing import Any
 
@@ -13,8 +14,9 @@ import specache
 from specache import compiled
 from specache.errors import ConfigError, NonFiniteError, UnsupportedModelError
 from specache.weights import WeightFormat, quantise_weights
+from tests.identity.continuing import adapted
 from tests.test_models import FAMILIES, build
-from tests.tiny import llama, ragged
+from tests.tiny import llama, prompt, ragged
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++"),
@@ -85,6 +87,41 @@ def test_other_families_give_eagers_tokens(fresh, family):
     specache.compile_decode(model)
     assert_equal(answer(model, "on-demand", 60, 90), eager)
     assert counters["stats"]["unique_graphs"] >= 1
+
+
+def test_a_compiled_step_follows_adapters_and_weights(fresh, monkeypatch):
+    """Compiled through a wrapper, with the model and the wrapper passed in turn."""
+    real = torch.compile
+    monkeypatch.setattr(compiled.torch, "compile", lambda step, options: real(step, backend="eager"))
+    model = llama(num_hidden_layers=2)
+    layers = adapted(model, "a", "b")
+    wrapper = real(model, backend="eager")
+    specache.compile_decode(wrapper)
+
+    def activate(name: str) -> None:
+        for layer in layers:
+            layer.active_adapters = [name]
+
+    changes = (
+        lambda: None,
+        lambda: activate("b"),
+        lambda: layers[0].scaling.update(b=5.0),
+        lambda: layers[1].base_layer.weight.data.mul_(3),
+        lambda: setattr(layers[0], "base_layer", torch.nn.Linear(64, 32, bias=False)),
+        lambda: activate("a"),
+    )
+    answers = []
+    for change in changes:
+        change()
+        for each in (model, wrapper):
+            ours = answer(each, "on-demand", 80)
+            expected = model.generate(
+                prompt(80), max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True, output_logits=True
+            )
+            assert (ours.logits[1] - expected.logits[1]).abs().max() < 1e-3
+        answers.append(ours.logits[1])
+    assert counters["stats"]["unique_graphs"] > 1
+    assert all(not torch.equal(a, b) for a, b in itertools.pairwise(answers))
 
 
 def test_errors_inside_a_compiled_pass_are_ours(fresh, monkeypatch):

@@ -54,7 +54,9 @@ def _scales(adapters: LayerAdapters) -> str:
 
 
 def _by_name(model: Any) -> list[Weight]:
-    return sorted((weight for weight in weights(list(layers(model)), model) if weight.persistent), key=lambda weight: weight.name)
+    """Return all weights that are saved, without the statistics of 4-bit ones, which `unpacked_4_bit` has in one form."""
+    saved = (one for one in weights(list(layers(model)), model) if one.persistent and ".quant_state." not in one.name)
+    return sorted(saved, key=lambda weight: weight.name)
 
 
 def _add(digest: Any, sampled: _Sampled) -> None:

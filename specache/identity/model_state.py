@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -36,12 +37,14 @@ class ModelState:
         adapters: dict[str, LayerAdapters],
         modules: dict[str, _Facts],
         tensors: dict[str, TensorMark],
+        noted: frozenset[tuple[str, str]] = frozenset(),
     ) -> None:
         self._model = weakref.ref(model)
         self._settings = settings
         self._adapters = adapters
         self._modules = modules
         self._tensors = tensors
+        self._noted = noted  # (module, number) that a run changes: layers note there that they have run
 
     @classmethod
     def of(cls, model: Any) -> ModelState:
@@ -54,7 +57,9 @@ class ModelState:
         """Return the state with what a run of the model itself has changed: some layers pack their weights when they first run."""
         model = unwrapped(model)
         found = list(layers(model))
-        return ModelState(model, self._settings, self._adapters, _modules(found), remember(found, model, self._tensors))
+        modules = _modules(found)
+        noted = self._noted | frozenset(_changed_numbers(self._modules, modules))
+        return ModelState(model, self._settings, self._adapters, modules, remember(found, model, self._tensors), noted)
 
     def is_of(self, model: Any) -> bool:
         """Whether it was this object, changed or not."""
@@ -67,7 +72,7 @@ class ModelState:
         return (
             _difference_of_adapters(self._adapters, _adapters(found))
             or _difference_of_settings(self._settings, relevant_settings(model))
-            or _difference_of_modules(self._modules, _modules(found))
+            or _difference_of_modules(self._modules, _modules(found), self._noted)
             or difference_of_tensors(self._tensors, found, model)
         )
 
@@ -87,7 +92,10 @@ def _difference_of_adapters(before: dict[str, LayerAdapters], now: dict[str, Lay
     if was != has:
         return f"it ran with {was} then and runs with {has} now"
     name = next(name for name in {**before, **now} if before.get(name) != now.get(name))
-    return f"the adapters of {name} have other scales, or lie in other layers"
+    was, has = (_said_adapters({name: each[name]} if name in each else {}) for each in (before, now))
+    if was != has:
+        return f"its layer {name} ran with {was} then and runs with {has} now"
+    return f"the adapters of its layer {name} have other scales"
 
 
 def _said_adapters(found: dict[str, LayerAdapters]) -> str:
@@ -122,7 +130,14 @@ def _numbers(module: nn.Module) -> tuple[tuple[str, Any], ...]:
     return tuple(pair for pair in own if pair[0] != "training" and not _HOW_IT_RUNS.search(pair[0]))
 
 
-def _difference_of_modules(before: dict[str, _Facts], now: dict[str, _Facts]) -> str | None:
+def _changed_numbers(before: dict[str, _Facts], now: dict[str, _Facts]) -> Iterator[tuple[str, str]]:
+    for name in before.keys() & now.keys():
+        if before[name] != now[name]:
+            numbers, others = dict(before[name][1]), dict(now[name][1])
+            yield from ((name, key) for key in {*numbers, *others} if numbers.get(key) != others.get(key))
+
+
+def _difference_of_modules(before: dict[str, _Facts], now: dict[str, _Facts], noted: frozenset[tuple[str, str]]) -> str | None:
     if before == now:
         return None
     for name in {**before, **now}:
@@ -133,6 +148,6 @@ def _difference_of_modules(before: dict[str, _Facts], now: dict[str, _Facts]) ->
             return f"its module {name} was a {was[0].rpartition('.')[2]} and is a {has[0].rpartition('.')[2]}"
         numbers, others = dict(was[1]), dict(has[1])
         for key in sorted({*numbers, *others}):
-            if numbers.get(key) != others.get(key):
+            if numbers.get(key) != others.get(key) and (name, key) not in noted:
                 return f"{name}.{key} was {numbers.get(key)} and is {others.get(key)}"
     return None

@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from specache.errors import UsageError
 
 _SAFETENSORS = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64},
@@ -38,13 +40,16 @@ class FileTensor:
     def runs(self, starts: list[int], length: int) -> Tensor:
         """Read `length` consecutive elements from each start on -> [starts * length], as they would be loaded."""
         size = self.stored.itemsize
-        with open(self.path, "rb", buffering=0) as file:
+        with _readable(self.path), open(self.path, "rb", buffering=0) as file:
             data = b"".join(os.pread(file.fileno(), length * size, self.start + start * size) for start in starts)
+        if not data:
+            return torch.empty(0, dtype=self.dtype)
         return torch.frombuffer(bytearray(data), dtype=self.stored).to(self.dtype)
 
     def stamp(self) -> tuple[str, int, int, int]:
         """Return what changes when the file is replaced or written to."""
-        status = os.stat(self.path)
+        with _readable(self.path):
+            status = os.stat(self.path)
         return (self.path, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
@@ -90,7 +95,11 @@ def _look_up(kept: Any, name: str) -> Tensor | FileTensor | None:
         dtype = getattr(torch, said["dtype"])  # accelerate writes bfloat16 as int16 with the same bits
         return FileTensor(os.path.join(kept.save_folder, f"{name}.dat"), 0, tuple(said["shape"]), dtype, dtype)
     path = os.fspath(said["safetensors_file"])
-    start, shape, stored = _header(path, os.stat(path).st_mtime_ns)[said.get("weight_name", name)]
+    with _readable(path):
+        found = _header(path, os.stat(path).st_mtime_ns).get(said.get("weight_name", name))
+    if found is None:  # a format that is not known here: read whole
+        return kept[name]
+    start, shape, stored = found
     wanted = getattr(torch, said["dtype"]) if "dtype" in said else stored
     return FileTensor(path, start, shape, stored, wanted)
 
@@ -103,9 +112,18 @@ def _header(path: str, changed: int) -> dict[str, tuple[int, tuple[int, ...], to
         table = json.loads(file.read(length))
     found = {}
     for name, said in table.items():
-        if name != "__metadata__":
-            shape = tuple(said["shape"])
-            first, last = said["data_offsets"]
-            assert last - first == prod(shape) * _SAFETENSORS[said["dtype"]].itemsize
-            found[name] = (8 + length + first, shape, _SAFETENSORS[said["dtype"]])
+        if name != "__metadata__" and said["dtype"] in _SAFETENSORS:
+            found[name] = (8 + length + said["data_offsets"][0], tuple(said["shape"]), _SAFETENSORS[said["dtype"]])
     return found
+
+
+@contextmanager
+def _readable(path: str) -> Iterator[None]:
+    """Say which file of weights is missing, where the system refuses it."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(
+            f"The model keeps weights in {path}, which cannot be read: {error.strerror or error}. Put the file back, or load the "
+            "model again."
+        ) from error

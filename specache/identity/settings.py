@@ -21,7 +21,7 @@ _COUNTS = re.compile(
     | per_layer_config | .*soft_?cap.* | .*pre_attn_scalar | .*multipliers? | .*scal(e|ing)(_.*)? | .*clip.*
     | .*temperature_tuning | .*limit | .*expert.* | .*moe.* | .*router?.* | .*routing.* | scoring_func | topk_.*
     | .*parallel_(attn|residual) | .*_interval | .*_every.* | .*decoder_architecture | .*sparse_step | first_k_dense.*
-    | use_long_context | mlp_only_layers | .*position_embedding.* | .*pos_emb.*""",
+    | use_long_context | mlp_only_layers | position_embedding_type | use_.*position_embeddings | .*pos_emb.*""",
     re.VERBOSE,
 )
 _COUNTS_NOT = re.compile(
@@ -70,7 +70,8 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for kind, parameters in per_kind.items():
         own = {"rope_theta": config.get("rope_theta"), **parameters}
-        own["rope_type"] = own.get("rope_type") or own.pop("type", None) or "default"
+        older = own.pop("type", None)
+        own["rope_type"] = own.get("rope_type") or older or "default"
         if own["rope_type"] in _PER_LENGTH:
             own["made_for"] = config.get("max_position_embeddings")
             own["original"] = config.get("original_max_position_embeddings")

@@ -34,7 +34,7 @@ def identify(model: Any, tokenizer: Any = None) -> Identity:
 
 
 def check_identity(name: str, stored: Identity, mine: Identity, model: Any) -> Identity:
-    """Return the identity that the session has from now on.
+    """Return the identity that the session has from now on. Where `needs_probe`, the stored rows have to decide.
 
     Raises:
         SessionError: it belongs to another model, tokenizer, number format or kind of machine, or to other adapters.
@@ -49,7 +49,7 @@ def check_identity(name: str, stored: Identity, mine: Identity, model: Any) -> I
         )
     if stored.model != mine.model:
         raise refuse(f"belongs to a {stored.model}, and this model is a {mine.model}", "Load the model that it was made with")
-    if not _same_config(stored, mine, model):
+    if stored.config.startswith(PRESENT) and stored.config != mine.config:
         raise refuse(f"belongs to a {stored.model} of another configuration", "Load the model that it was made with")
     if stored.dtype != mine.dtype:
         raise refuse(
@@ -70,10 +70,11 @@ def check_identity(name: str, stored: Identity, mine: Identity, model: Any) -> I
     return mine if mine.tokenizer is not None else replace(mine, tokenizer=stored.tokenizer)
 
 
-def _same_config(stored: Identity, mine: Identity, model: Any) -> bool:
+def needs_probe(stored: Identity, mine: Identity, model: Any) -> bool:
+    """Whether the digests of a session of the first form do not tell if it belongs to a model."""
     if stored.config.startswith(PRESENT):
-        return stored.config == mine.config
-    return stored.config == first_config_digest(model)
+        return False
+    return stored.config != first_config_digest(model) or bool(mine.adapters)
 
 
 def _same_weights(stored: Identity, mine: Identity, model: Any) -> bool:

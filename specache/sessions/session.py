@@ -18,11 +18,12 @@ from specache.errors import ConfigError, SessionError, SlowTierError, UsageError
 from specache.sequence import Sequence
 from specache.sessions import state, store
 from specache.sessions.checkpoints import DiskCheckpoints
-from specache.sessions.identity import check_identity, identify
+from specache.sessions.identity import check_identity, identify, needs_probe
 from specache.sessions.lock import FolderLock
 from specache.sessions.manifest import Identity, Manifest, Message, Rendering, settings_of
 from specache.sessions.manifest_file import TEMPORARY, check_ours, is_saved, read_manifest, refresh_copy
 from specache.sessions.names import check_name, is_folder, private_root
+from specache.sessions.probe import check_rows
 from specache.sessions.saving import write_state
 from specache.sessions.schema import is_data_file
 from specache.tiers.disk import DiskTier
@@ -106,6 +107,8 @@ class Session:
                 identity = self._checked_identity(model, tokenizer)
                 self._cache = SessionCache(model, self._config(config), self._lock, identity)
                 self._open()
+                if self._saved is not None and needs_probe(self._saved.identity, identity, model):
+                    check_rows(self.name, model, self._sequence, self._cache.info.device)
                 self._cache.remember(model)
         except BaseException:
             self.close()

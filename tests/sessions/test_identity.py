@@ -1,0 +1,165 @@
+"""A session belongs to what its keys and values mean, not to how its model is labelled, wrapped or run."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import specache
+from specache.sessions.manifest_file import encode, read_manifest
+from tests.identity.continuing import adapted
+from tests.sessions.sequences import gemma, llama, opened, prefill, prompt, settings
+
+
+@pytest.fixture(scope="module")
+def of_a_hybrid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with session `one` of Gemma 2, whose first layer slides."""
+    root = tmp_path_factory.mktemp("hybrid")
+    model = gemma()
+    with opened(root, model, settings()) as session:
+        prefill(session, model, prompt(200))
+        session.save()
+    return root
+
+
+CHANGES = {"a_field_of_the_next_release": False, "attention_dropout": 0.1, "eos_token_id": 5, "id2label": {0: "x"}}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_fields_that_keys_do_not_depend_on_change_nothing(root, name):
+    later = llama()
+    setattr(later.config, name, CHANGES[name])
+    with opened(root, later) as session:
+        assert session.saved_tokens == 300
+
+
+@pytest.mark.parametrize("change", [{"rms_norm_eps": 1e-3}, {"hidden_act": "gelu"}, {"rope_parameters": {"rope_theta": 5e5}}])
+def test_fields_that_they_depend_on_refuse(root, change):
+    with pytest.raises(specache.SessionError, match="another configuration"):
+        opened(root, llama(**change))
+
+
+def test_an_adapter_refuses_and_one_that_is_not_active_does_not(root):
+    model = llama()
+    layers = adapted(model, "a")
+    with pytest.raises(specache.SessionError, match="made with no adapter, and this model runs with the adapter a"):
+        opened(root, model)
+    for layer in layers:
+        layer.disable_adapters = True
+    opened(root, model).close()
+
+
+def test_adapters_of_one_name_are_told_apart_by_weights_and_scales(tmp_path):
+    model = llama()
+    layers = adapted(model, "a")
+    with opened(tmp_path, model, settings()) as session:
+        prefill(session, model, prompt(80))
+        session.save()
+    opened(tmp_path, model).close()
+    layers[0].scaling["a"] = 1.0
+    with pytest.raises(specache.SessionError, match="adapter a with other weights or scales"):
+        opened(tmp_path, model)
+    layers[0].scaling["a"] = 2.0
+    with torch.no_grad():
+        layers[0].lora_A["a"].weight.mul_(2)
+    with pytest.raises(specache.SessionError, match="adapter a with other weights or scales"):
+        opened(tmp_path, model)
+
+
+def test_a_model_that_changes_while_its_session_is_open_is_refused(root):
+    model = llama()
+    with opened(root, model) as session:
+        with torch.no_grad():
+            model.lm_head.weight.data.mul_(2)
+        with pytest.raises(specache.UsageError, match="model changed"):
+            specache.generate(model, prompt(300), past_key_values=session.cache, max_new_tokens=2)
+
+
+def test_an_empty_session_belongs_to_what_fills_it(tmp_path):
+    model = llama()
+    layers = adapted(model, "a", "b")
+    with opened(tmp_path, model, settings()) as session:
+        for layer in layers:
+            layer.active_adapters = ["b"]
+        prefill(session, model, prompt(80))
+        for layer in layers:
+            layer.active_adapters = ["a"]
+        session.save()
+    with pytest.raises(specache.SessionError, match="made with the adapter b, and this model runs with the adapter a"):
+        opened(tmp_path, model)
+
+
+# Sessions of the first form: a digest of the whole configuration, and of 1,024 elements of each tensor of the state dict
+
+
+def first_form(root: Path, model: Any, name: str = "one") -> None:
+    """Write a session's manifest as the first release did."""
+    no_matter = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache", "return_dict"}
+    no_matter |= {"output_attentions", "output_hidden_states", "_attn_implementation", "attn_implementation"}
+    no_matter |= {"_attn_implementation_autoset"}
+
+    def relevant(value: Any) -> Any:
+        return {k: relevant(v) for k, v in value.items() if k not in no_matter} if isinstance(value, dict) else value
+
+    weights = hashlib.sha256()
+    for key, tensor in sorted(model.state_dict().items()):
+        weights.update(f"{key}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
+        index = torch.linspace(0, tensor.numel() - 1, min(tensor.numel(), 1024), dtype=torch.float64).long()
+        weights.update(tensor.take(index).view(torch.uint8).numpy().tobytes())
+    config = json.dumps(relevant(model.config.to_dict()), sort_keys=True, default=str)
+    manifest = read_manifest(root / name)
+    assert manifest is not None
+    identity = dataclasses.replace(
+        manifest.identity, config=hashlib.sha256(config.encode()).hexdigest(), weights=weights.hexdigest(), adapters=None
+    )
+    document = json.loads(encode(dataclasses.replace(manifest, identity=identity)))
+    del document["body"]["identity"]["adapters"]
+    document["digest"] = hashlib.blake2b(json.dumps(document["body"], sort_keys=True).encode(), digest_size=32).hexdigest()
+    (root / name / "session.json").write_text(json.dumps(document))
+
+
+def test_the_first_form_opens_and_is_saved_in_the_present_one(root):
+    first_form(root, llama())
+    with opened(root, torch.compile(llama(), backend="eager")) as session:
+        assert session.saved_tokens == 300
+        session.save()
+    manifest = read_manifest(root / "one")
+    assert manifest is not None and manifest.identity.config.startswith("2:") and manifest.identity.adapters == ""
+    opened(root, llama()).close()
+
+
+def test_the_first_form_is_refused_for_other_weights(root):
+    first_form(root, llama())
+    with pytest.raises(specache.SessionError, match="other weights"):
+        opened(root, llama(seed=1))
+
+
+def test_the_first_form_opens_after_an_upgrade_that_adds_a_field(root):
+    first_form(root, llama())
+    later = llama()
+    later.config.a_field_of_the_next_release = False
+    with opened(root, later) as session:
+        assert session.saved_tokens == 300
+
+
+@pytest.mark.parametrize(
+    "change", [{"rms_norm_eps": 1e-2}, {"hidden_act": "gelu"}, {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}]
+)
+def test_the_first_form_is_refused_where_its_rows_are_others(root, change):
+    first_form(root, llama())
+    with pytest.raises(specache.SessionError, match="another configuration"):
+        opened(root, llama(**change))
+
+
+def test_the_first_form_of_a_hybrid_opens_after_an_upgrade_too(of_a_hybrid):
+    first_form(of_a_hybrid, gemma())
+    later = gemma()
+    later.config.a_field_of_the_next_release = False
+    with opened(of_a_hybrid, later) as session:
+        assert session.saved_tokens == 200
