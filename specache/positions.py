@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 _POSITION_TABLE = re.compile(r"(^|_)(wpe|pos(ition)?s?_?emb\w*|embed_?pos\w*)$", re.IGNORECASE)
 _OTHER_MODALITY = re.compile(r"vision|visual|image|audio|speech|encoder", re.IGNORECASE)
@@ -72,24 +72,16 @@ def _stretched(entry: dict[str, Any], config: Any, stated: int) -> int:
 
 
 def position_table(model: Any) -> int | None:
-    """Positions of the decoder's learned table (GPT-2, OPT), past which there is nothing to look up; `None` without one."""
-    sizes = [_entries(table) for table in _position_tables(model)]
-    return min(sizes, default=None)
+    """Positions of the decoder's table (GPT-2, OPT), past which there is nothing to look up; `None` without one."""
+    return min(_table_sizes(model), default=None)
 
 
-def _position_tables(model: Any) -> Iterator[nn.Embedding]:
+def _table_sizes(model: Any) -> Iterator[int]:
     modules = getattr(model, "named_modules", None)
-    if modules is None:
-        return
-    for name, module in modules():
-        if (
-            isinstance(module, nn.Embedding)
-            and _POSITION_TABLE.search(name.rpartition(".")[2])
-            and not _OTHER_MODALITY.search(name)
-        ):
-            yield module
-
-
-def _entries(table: nn.Embedding) -> int:
-    """Positions of a table without the rows in front that no position uses (OPT, BART)."""
-    return table.num_embeddings - int(getattr(table, "offset", 0))
+    for name, module in modules() if modules is not None else ():
+        if _OTHER_MODALITY.search(name):
+            continue
+        if isinstance(module, nn.Embedding) and _POSITION_TABLE.search(name.rpartition(".")[2]):
+            yield module.num_embeddings - int(getattr(module, "offset", 0))  # OPT's first rows are no positions
+        elif isinstance(table := getattr(module, "pos_encoding", None), Tensor):  # CTRL
+            yield table.shape[0]
