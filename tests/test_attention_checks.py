@@ -94,6 +94,19 @@ def test_attention_to_later_tokens_is_refused():
     refused(handing(llama(), is_causal=False), "full", "later tokens")
 
 
+def test_a_decoder_that_was_configured_to_look_both_ways_is_refused():
+    refused(llama(is_causal=False), "full", "beyond causal attention")
+
+
+def test_a_class_whose_forward_takes_no_further_arguments_is_refused():
+    class Closed(transformers.LlamaForCausalLM):
+        def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None):
+            return super().forward(input_ids, attention_mask, position_ids, past_key_values, use_cache=use_cache)
+
+    with pytest.raises(specache.UnsupportedModelError, match="Closed takes no further keyword arguments"):
+        specache.SpeCache(Closed(llama().config))
+
+
 def first_ten(batch: Any, head: Any, q: Any, kv: Any) -> Any:
     return kv < 10
 

@@ -15,13 +15,13 @@ def main() -> int:
     """The number of families that are wrong or raise something else than a refusal."""
     parser = argparse.ArgumentParser(prog="python -m tests.families", description=__doc__)
     parser.add_argument("--write", action="store_true", help=f"write {table.DATA.name} and docs/{table.PAGE.name}")
-    parser.add_argument("only", nargs="*", help="model types; all of them without")
+    parser.add_argument("only", nargs="*", help="model types, whose rows alone are replaced; all of them without")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     outcomes = _run(families(), arguments.only)
     vision = _run(vision_families(), arguments.only)
-    if arguments.write and not arguments.only:
-        table.write(outcomes, vision, transformers.__version__)
+    if arguments.write:
+        table.write(outcomes, vision, transformers.__version__, replace=bool(arguments.only))
     return sum(outcome.result in ("wrong", "error") for outcome in outcomes + vision)
 
 

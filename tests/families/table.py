@@ -15,17 +15,17 @@ PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 COMMAND = ".venv/bin/python -m tests.families --write"
 INTRODUCTION = """# Models
 
-Every causal-LM class of transformers {version}, and every vision-language class that text goes through, as a tiny seeded model (the
-family's own configuration with small sizes; each kind of layer that it has): {prompt} tokens read in chunks of 40,
-{new} greedy tokens, `top_k` at least the context, fp32. *equal*: under each of {settings}, the tokens are those of the
+Every causal-LM family of transformers {version}, and every vision-language family, with text alone, as a tiny seeded
+model (the family's own configuration with small sizes and each kind of layer that it has; without the window where every
+layer slides by default): {prompt} tokens read in chunks of 40, {new} greedy tokens, `top_k` at least the context, fp32. *equal*: under each of {settings}, the tokens are those of the
 model's stock `generate()` and the logits differ by less than {tolerance}. *refused*: an `UnsupportedModelError` with
 the reason, before an answer. *not tried*: stock itself does not build or run such a tiny model here, so there is nothing
 to compare with. Wrong answers and other errors have no row, because a test fails on them.
 
 {totals}
 
-Made by `{command}`; `tests/test_families.py` runs it again: one family per attention code with every test run, all of them with
-`make test ARGS='-m families'`.
+Made by `{command}`; `tests/test_families.py` runs it again: one family per attention code with every test run,
+all of them with `make test ARGS='-m families'`.
 
 ## What is refused, and why
 
@@ -47,15 +47,22 @@ Made by `{command}`; `tests/test_families.py` runs it again: one family per atte
 longrope; per kind of layer; also the old `rope_scaling`). Longer prompts are refused. New tokens may go past it, as in
 stock, and dynamic NTK scaling knows no such length. A table of positions (GPT-2, OPT, BERT) ends: a text that grows past
 it raises `UsageError`, with what was generated in `new_token_ids`, where stock raises an index error.
-
 """
 
 
-def write(outcomes: list[Outcome], vision: list[Outcome], version: str) -> None:
-    """Record a run and make the page."""
+def write(outcomes: list[Outcome], vision: list[Outcome], version: str, replace: bool = False) -> None:
+    """Record a run and make the page; `replace` keeps the rows of families that did not run."""
     data = {"transformers": version, "causal": [asdict(o) for o in outcomes], "vision": [asdict(o) for o in vision]}
+    if replace:
+        before = recorded()
+        data |= {kind: _merged(before[kind], data[kind]) for kind in NAMES}
     DATA.write_text(json.dumps(data, indent=1) + "\n")
     PAGE.write_text(page(data))
+
+
+def _merged(before: list[dict[str, str]], rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    new = {(row["model_type"], row["model_class"]): row for row in rows}
+    return [new.get((row["model_type"], row["model_class"]), row) for row in before]
 
 
 def recorded() -> dict[str, Any]:
@@ -91,7 +98,7 @@ NAMES = {"causal": "Causal language models", "vision": "Vision-language models, 
 def _totals(rows: list[dict[str, str]]) -> str:
     counts = Counter(row["result"] for row in rows)
     parts = [f"{counts[result]} {result}" for result in ("equal", "refused", "not tried", "wrong", "error") if counts[result]]
-    return f"{len(rows)} classes, of which " + ", ".join(parts)
+    return f"{len(rows)} families, of which " + ", ".join(parts)
 
 
 def _result(row: dict[str, str]) -> str:
