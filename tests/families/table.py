@@ -17,10 +17,11 @@ INTRODUCTION = """# Models
 
 Every causal-LM family of transformers {version}, and every vision-language family, with text alone, as a tiny seeded
 model (the family's own configuration with small sizes and each kind of layer that it has; without the window where every
-layer slides by default): {prompt} tokens read in chunks of 40, {new} greedy tokens, `top_k` at least the context, fp32. *equal*: under each of {settings}, the tokens are those of the
-model's stock `generate()` and the logits differ by less than {tolerance}. *refused*: an `UnsupportedModelError` with
-the reason, before an answer. *not tried*: stock itself does not build or run such a tiny model here, so there is nothing
-to compare with. Wrong answers and other errors have no row, because a test fails on them.
+layer slides by default): {prompt} tokens read in chunks of 40, {new} greedy tokens, `top_k` at least the context, fp32.
+*equal*: under each of {settings}, the tokens are those of the model's stock `generate()` and the
+logits differ by less than {tolerance}. *refused*: an `UnsupportedModelError` with the reason, before an answer.
+*not tried*: stock itself does not build or run such a tiny model here, so there is nothing to compare with. Wrong answers
+and other errors have no row, because a test fails on them.
 
 {totals}
 
