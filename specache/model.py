@@ -6,6 +6,7 @@ Models that the method cannot serve are refused here, with the reason.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from specache.identity.adapters import refuse_adapters_per_call
 from specache.identity.offloaded import execution_device
 from specache.identity.wrappers import unwrapped
 from specache.per_layer import attention_modules, differing_dims, layer_settings
-from specache.positions import max_positions, position_table, rope_switch
+from specache.positions import computes_positions_itself, max_positions, position_table, rope_switch
 
 _ATTENTION_KINDS = {"full_attention", "sliding_attention"}
 _SCALES_ALL_ROWS = "torch.ao.nn.quantized.dynamic"
@@ -176,6 +177,14 @@ def _refuse(name: str, model: Any, config: Any) -> None:
         raise UnsupportedModelError(f"{name} shares keys and values between layers, which specache does not follow yet.")
     if not getattr(model, "_supports_attention_backend", False):
         raise UnsupportedModelError(f"{name} does not use transformers' attention interface, so its attention cannot be replaced.")
+    if not any(each.kind is each.VAR_KEYWORD for each in inspect.signature(model.forward).parameters.values()):
+        raise UnsupportedModelError(
+            f"{name} takes no further keyword arguments (**kwargs), through which specache's state reaches its attention."
+        )
+    if computes_positions_itself(model):
+        raise UnsupportedModelError(
+            f"{name} counts positions itself and takes none, so a chunk of its prompt would begin at the first position again."
+        )
     if any(_looks_ahead(module) for module in model.modules()):
         raise UnsupportedModelError(f"{name} attends to later tokens too (it is an encoder); specache runs causal decoders.")
 

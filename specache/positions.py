@@ -11,10 +11,13 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 _POSITION_TABLE = re.compile(r"(^|_)(wpe|pos(ition)?s?_?emb\w*|embed_?pos\w*)$", re.IGNORECASE)
-_OTHER_MODALITY = re.compile(r"vision|visual|image|audio|speech|encoder", re.IGNORECASE)
+_OTHER_MODALITY = re.compile(r"vision|visual|image|img|patch|video|audio|speech|encoder|tower|qformer|perceiver", re.IGNORECASE)
+_COUNTS_IDS = "create_position_ids_from_input_ids"
+_ADDS_POSITIONS = re.compile(r"rotary|rope|pos(ition|_emb|_enc)|wpe", re.IGNORECASE)
 
 
 def rope_entries(config: Any) -> list[dict[str, Any]]:
@@ -60,7 +63,26 @@ def max_positions(model: Any) -> int | None:
     entries = rope_entries(config)
     if stated is None or any(rope_type(entry) == "dynamic" for entry in entries):
         return None
+    if not entries and not _adds_positions(model):
+        return None
     return max(stated, *(_stretched(entry, config, stated) for entry in entries)) if entries else stated
+
+
+def computes_positions_itself(model: Any) -> bool:
+    """Whether stock generation drops the positions that it is given, and a module counts them from the ids (Kosmos-2.5).
+
+    Where one does (from behind the padding's index, for example), positions from 0 on are others than the model's.
+    """
+    prepare = getattr(model, "prepare_inputs_for_generation", None)
+    if prepare is None or not any(hasattr(module, _COUNTS_IDS) for module in model.modules()):
+        return False
+    given = torch.tensor([[0, 1]])
+    arguments = {"attention_mask": torch.ones_like(given), "past_key_values": None, "use_cache": False, "is_first_iteration": True}
+    try:
+        prepared = prepare(torch.ones_like(given), position_ids=given, **arguments)
+    except Exception:  # it wants inputs that only its own kind of prompt has
+        return False
+    return isinstance(prepared, dict) and prepared.get("position_ids") is None
 
 
 def _stretched(entry: dict[str, Any], config: Any, stated: int) -> int:
@@ -71,25 +93,25 @@ def _stretched(entry: dict[str, Any], config: Any, stated: int) -> int:
     return int(factor * original)
 
 
-def position_table(model: Any) -> int | None:
-    """Positions of the decoder's learned table (GPT-2, OPT), past which there is nothing to look up; `None` without one."""
-    sizes = [_entries(table) for table in _position_tables(model)]
-    return min(sizes, default=None)
-
-
-def _position_tables(model: Any) -> Iterator[nn.Embedding]:
+def _adds_positions(model: Any) -> bool:
+    """Whether some module's name says that it knows positions; models without (Jamba) or with ALiBi have no end."""
     modules = getattr(model, "named_modules", None)
     if modules is None:
-        return
-    for name, module in modules():
-        if (
-            isinstance(module, nn.Embedding)
-            and _POSITION_TABLE.search(name.rpartition(".")[2])
-            and not _OTHER_MODALITY.search(name)
-        ):
-            yield module
+        return True
+    return any(_ADDS_POSITIONS.search(f"{name.rpartition('.')[2]} {type(module).__name__}") for name, module in modules())
 
 
-def _entries(table: nn.Embedding) -> int:
-    """Positions of a table without the rows in front that no position uses (OPT, BART)."""
-    return table.num_embeddings - int(getattr(table, "offset", 0))
+def position_table(model: Any) -> int | None:
+    """Positions of the decoder's table (GPT-2, OPT), past which there is nothing to look up; `None` without one."""
+    return min(_table_sizes(model), default=None)
+
+
+def _table_sizes(model: Any) -> Iterator[int]:
+    modules = getattr(model, "named_modules", None)
+    for name, module in modules() if modules is not None else ():
+        if _OTHER_MODALITY.search(name):
+            continue
+        if isinstance(module, nn.Embedding) and _POSITION_TABLE.search(name.rpartition(".")[2]):
+            yield module.num_embeddings - int(getattr(module, "offset", 0))  # OPT's first rows are no positions
+        elif isinstance(table := getattr(module, "pos_encoding", None), Tensor):  # CTRL
+            yield table.shape[0]

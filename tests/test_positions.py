@@ -98,6 +98,15 @@ def test_dynamic_scaling_has_no_longest_sequence():
     check(model, ids, torch.ones_like(ids), "on-demand", "ram", new=4)
 
 
+def test_a_model_that_adds_no_positions_has_no_longest_sequence():
+    with torch.device("meta"):
+        jamba = build("Jamba", {"attn_layer_period": 2, "attn_layer_offset": 1})
+        bloom = build("Bloom", {"n_head": 4})
+    assert jamba.config.max_position_embeddings == 1024
+    assert max_positions(jamba) is None
+    assert max_positions(bloom) is None
+
+
 def test_library_commands_planner_and_suite_agree():
     model = stretched("yarn")
     loaded = LoadedModel(model, None, "tiny")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import inspect
+import re
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +13,10 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 import specache
 from tests.families.configs import tiny_config
@@ -18,9 +24,9 @@ from tests.tiny import prompt
 
 NEW = 12
 PROMPT = 150  # longer than the windows of the tiny models
-MOST_PARAMETERS = 10_000_000
+MOST_PARAMETERS = 60_000_000
 TOLERANCE = 1e-3
-SETTINGS = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "on-demand": {"policy": "on-demand"},
     "verified": {"policy": "verified", "slow_tier": "ram"},
     "full": {"policy": "full"},
@@ -29,12 +35,20 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one family: `equal`, `refused`, `not tried`, `wrong` or `error`, and why."""
+    """What came of one family.
+
+    Attributes:
+        model_type, model_class: the family.
+        result: `equal`, `refused`, `not tried` (stock does not run it), or what must not be: `wrong`, `error`.
+        reason: why it is not `equal`.
+        attention: identifies the code of its attention layers; families that are copies of each other have the same.
+    """
 
     model_type: str
     model_class: str
     result: str
     reason: str = ""
+    attention: str = ""
 
 
 def families() -> list[tuple[str, str]]:
@@ -48,7 +62,7 @@ def vision_families() -> list[tuple[str, str]]:
     return sorted(set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.items()) - known)
 
 
-def build(model_type: str, model_class: str) -> Any:
+def build(model_class: str) -> Any:
     """The family's tiny model, seeded; parameters that start constant (norms, biases, sinks, gates) are moved from there."""
     kind = getattr(transformers, model_class)
     config = tiny_config(kind.config_class)
@@ -68,24 +82,40 @@ def build(model_type: str, model_class: str) -> Any:
 
 
 def try_family(model_type: str, model_class: str) -> Outcome:
-    """Run one family under every setting."""
+    """Run one family under every setting, beside stock."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            model = build(model_type, model_class)
+            model = build(model_class)
             expected = _generate(model.generate)
-        except Exception as error:
+        except Exception as error:  # whatever transformers raises for a model that it cannot build or run so
             return Outcome(model_type, model_class, "not tried", _line(error))
         if not all(bool(torch.isfinite(x).all()) for x in expected):
-            return Outcome(model_type, model_class, "not tried", "stock's logits are not finite")
+            return Outcome(model_type, model_class, "not tried", "the logits of stock are not finite")
         results = {name: _against(model, expected, settings) for name, settings in SETTINGS.items()}
+    return Outcome(model_type, model_class, *_worst(results), _attention(model))
+
+
+def refusal(model_class: str) -> str:
+    """Why a family is refused, asked without running it in stock; empty where it is not."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = build(model_class)
+        try:
+            specache.generate(model, prompt(40), max_new_tokens=2, do_sample=False)
+        except specache.UnsupportedModelError as error:
+            return str(error)
+    return ""
+
+
+def _worst(results: dict[str, tuple[str, str]]) -> tuple[str, str]:
     for kind in ("error", "wrong"):
         for name, (result, reason) in results.items():
             if result == kind:
-                return Outcome(model_type, model_class, kind, f"{name}: {reason}")
+                return kind, f"{name}: {reason}"
     if len({result for result, _ in results.values()}) > 1:
-        return Outcome(model_type, model_class, "wrong", f"refused by some settings only: {results}")
-    return Outcome(model_type, model_class, *results["on-demand"])
+        return "wrong", f"refused under some settings only: {results}"
+    return results["on-demand"]
 
 
 def _against(model: Any, expected: tuple[Tensor, Tensor], settings: dict[str, Any]) -> tuple[str, str]:
@@ -97,8 +127,9 @@ def _against(model: Any, expected: tuple[Tensor, Tensor], settings: dict[str, An
     except Exception as error:
         return "error", _line(error)
     difference = float((logits - expected[1]).abs().max()) if logits.shape == expected[1].shape else float("nan")
-    if not difference < TOLERANCE or not torch.equal(tokens, expected[0]):
-        return "wrong", f"logits differ by {difference:.2g}; tokens {'equal' if torch.equal(tokens, expected[0]) else 'differ'}"
+    same = torch.equal(tokens, expected[0])
+    if not difference < TOLERANCE or not same:
+        return "wrong", f"logits differ by {difference:.2g}; tokens {'equal' if same else 'differ'}"
     return "equal", ""
 
 
@@ -111,5 +142,13 @@ def _generate(generate: Any) -> tuple[Tensor, Tensor]:
     return output.sequences, torch.stack(output.logits)
 
 
+def _attention(model: Any) -> str:
+    """Hash of the code of the modules that know their layer, without names of classes and comments."""
+    kinds = {type(module) for module in model.modules() if getattr(module, "layer_idx", None) is not None}
+    sources = [inspect.getsource(kind.forward) for kind in sorted(kinds, key=lambda kind: kind.__name__)]
+    bare = [re.sub(r'""".*?"""|#[^\n]*|\s+', " ", re.sub(r"\b[A-Z]\w+", "X", source), flags=re.DOTALL) for source in sources]
+    return hashlib.sha256("".join(bare).encode()).hexdigest()[:12]
+
+
 def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
