@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
@@ -11,9 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import LlamaForCausalLM
 
 from specache import sessions
+from specache.cli import reasoning
 from specache.cli.models import Dtype, load
 from specache.sessions import manifest_file
 from specache.templates import template as template_module
@@ -193,6 +197,10 @@ def test_markers_in_a_chat_are_text_in_every_turn(model):
     assert [ids.count(token) for token in loaded.tokenizer.convert_tokens_to_ids(["<user>", "<system>"])] == [2, 0]
 
 
+def strip_ansi(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
 def script(monkeypatch: pytest.MonkeyPatch, prompt: int, answer: list[int]) -> None:
     """Make every Llama say `answer` after a prompt of so many tokens."""
     forward = LlamaForCausalLM.forward
@@ -233,6 +241,14 @@ def test_the_final_message_is_shown_and_kept_and_the_reasoning_is_in_the_json(gp
         assert session.messages[-1] == {"role": "assistant", "content": "yes"}
     answer = run_json(*arguments[:-2])["results"][0]
     assert (answer["text"], answer["reasoning"], answer["finish_reason"]) == ("yes", "hm, hi", "stop")
+
+
+def test_a_terminal_shows_the_reasoning_apart_from_the_answer(gpt_oss, monkeypatch):
+    shown = io.StringIO()
+    monkeypatch.setattr(reasoning, "err", Console(file=shown, force_terminal=True, color_system="standard"))
+    result = run("generate", "-m", gpt_oss, "--dtype", "float32", "--prompt", "hello")
+    assert result.stdout == "yes\n"
+    assert "\x1b[2m" in shown.getvalue() and strip_ansi(shown.getvalue()) == "hm, hi\n"
 
 
 def test_an_answer_that_is_cut_in_its_reasoning_says_so(gpt_oss):
