@@ -128,6 +128,13 @@ def test_it_is_said_that_and_why_a_session_is_read_again(model):
     assert "the system message is another one" in other
 
 
+def test_a_session_of_which_nothing_can_be_used_is_named(model):
+    folder = model(TEMPLATE)
+    ask(folder, "--session", "s")
+    shorter = ask(folder, "--session", "s", prompt="x" * 40)  # the low-bit copy cannot be cut to so few tokens
+    assert reused(shorter) == 0 and "session s: none of its 2" in one_line(shorter.stderr)
+
+
 def test_a_session_that_goes_on_says_nothing(model):
     folder = model(TEMPLATE)
     for prompt in (LONG, LONG, LONG + " and more"):
