@@ -18,6 +18,8 @@ from specache.cli.evaluation_command import ABLATE, SharedOptions, ablate_comman
 from specache.cli.evaluation_table import result_tables
 from specache.cli.json_file import check_json, write_json
 from specache.cli.models import load
+from specache.cli.template_option import check_variables, parse_variables
+from specache.errors import ConfigError
 from specache.eval import registry
 from specache.eval.results import CELLS_FILE
 
@@ -106,6 +108,7 @@ def run_task(shared: SharedOptions, task: Any, methods: list[NamedMethod]) -> No
 
     require_libraries()
     check_json(shared.json)
+    variables = parse_variables(shared.chat_template_kwargs)
     quiet_libraries()
     options.set_threads(shared.threads)
     with status(f"Loading {shared.model}") as say:
@@ -120,7 +123,8 @@ def run_task(shared: SharedOptions, task: Any, methods: list[NamedMethod]) -> No
         )
         if shared.compile:
             compile_model(loaded.model, ONE_AND_TWO_ROWS, 1, say)
-    model = TaskModel(loaded.model, loaded.tokenizer, loaded.name, loaded.quantised_to)
+    model = TaskModel(loaded.model, loaded.tokenizer, loaded.name, loaded.quantised_to, variables or {}, shared.system)
+    _check_conversation_options(shared, task, model)
     try:
         with CellProgress() as progress:
             outcome = evaluate(model, task, methods, shared.out, seed=shared.seed, progress=progress)
@@ -131,6 +135,14 @@ def run_task(shared: SharedOptions, task: Any, methods: list[NamedMethod]) -> No
     if shared.json is not None:
         write_json(shared.json, outcome.to_dict())
     _show_path(write_report(shared.out, task, outcome.run, outcome.rows, outcome.cells))
+
+
+def _check_conversation_options(shared: SharedOptions, task: Any, model: Any) -> None:
+    """Refuse options of a conversation where the task makes none."""
+    for flag_name, value in (("--system", shared.system), ("--chat-template-kwargs", shared.chat_template_kwargs)):
+        if value is not None and not (getattr(getattr(task, "task", task), "chat", False) and model.template.exists):
+            raise ConfigError(f"{flag_name} needs a task that asks in conversations (--chat), and a model with a chat template.")
+    check_variables(model.template)
 
 
 def _ablated_task(ctx: Any) -> str:

@@ -15,6 +15,7 @@ from specache.cli import options
 from specache.cli.field_command import field_parameters, make_command, take, take_fields, written_parameters
 from specache.cli.json_file import JsonFile
 from specache.cli.models import Device, Dtype
+from specache.cli.template_option import TemplateVariables
 from specache.eval import registry
 from specache.eval.settings import field_types
 from specache.weight_format import WeightFormat
@@ -64,6 +65,8 @@ class SharedOptions:
     methods: Methods = DEFAULT_METHODS
     json: JsonFile = None
     seed: Seed = 0
+    system: options.System = None
+    chat_template_kwargs: TemplateVariables = None
     dtype: options.DtypeOption = Dtype.FLOAT32
     weights: options.WeightsOption = WeightFormat.AUTO
     compile: options.Compile = False

@@ -35,6 +35,8 @@ from specache.eval.prefilled import Prefilled
 from specache.generation import generate, prefill
 from specache.integration import attached
 from specache.positions import max_positions
+from specache.templates.end_tokens import end_tokens
+from specache.templates.template import ChatTemplate
 
 NAME = "specache"
 DEFAULT_MAX_LENGTH = 2048  # of models that do not say how many positions they have; as lm_eval's own
@@ -96,10 +98,17 @@ class SpeCacheLM(TemplateLM):
         self.batch_size = 1
         self._add_bos_token = add_bos_token
         self._prefix_token_id = prefix_token_id
+        self._chats = False  # whether contexts are written by the chat template
 
     @property
     def eot_token_id(self) -> int:
         return int(self.tokenizer.eos_token_id)
+
+    @property
+    def _end_ids(self) -> list[int]:
+        """Tokens that end an answer."""
+        template = ChatTemplate(self.tokenizer) if self._chats else None
+        return end_tokens(self.model.generation_config, self.tokenizer, template)
 
     @property
     def prefix_token_id(self) -> int:
@@ -120,6 +129,7 @@ class SpeCacheLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as text; without `add_generation_prompt` its last message goes on."""
+        self._chats = True
         text: str = self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
@@ -248,6 +258,7 @@ class SpeCacheLM(TemplateLM):
             tokenizer=self.tokenizer,
             pad_token_id=self.eot_token_id if pad is None else pad,
             return_dict_in_generate=False,
+            eos_token_id=self._end_ids,
             **arguments,
         )
         text = self.tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True)

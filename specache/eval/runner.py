@@ -70,6 +70,10 @@ def describe_run(model: TaskModel, task: Task, methods: list[NamedMethod], seed:
     }
     if model.weights is not None:
         identity["weights"] = model.weights
+    if model.variables:
+        identity["chat_template_kwargs"] = model.variables
+    if model.system is not None:
+        identity["system"] = model.system
     return Run(identity, task.unit, {method.label: {"name": method.name, "settings": method.settings} for method in methods})
 
 

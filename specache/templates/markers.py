@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+_FRAGMENT = 8  # characters of a placeholder that no text has by chance
+
 
 @dataclass(frozen=True)
 class ControlTokens:
@@ -93,7 +95,8 @@ class HiddenMarkers:
 
     def is_whole(self, text: str) -> bool:
         """Whether no template took a placeholder apart."""
-        return self._nonce not in self._pattern.sub("", text)
+        rest = self._pattern.sub("", text)
+        return not any(self._nonce[start : start + _FRAGMENT] in rest for start in range(len(self._nonce) - _FRAGMENT + 1))
 
     def _hide_ends(self, text: str, markers: Iterable[str]) -> str:
         core = text.strip()  # templates may strip

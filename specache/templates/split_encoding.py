@@ -1,72 +1,93 @@
 """Tokenising a text in which some markers are control tokens and others, spelled the same, are text.
 
-Tokenizers can do one or the other with a whole text. A copy of the tokenizer does both: it knows each control token under a private
-name, which stands in the text where the token is meant, and the marker itself means nothing to it. All else is the tokenizer's own
-work on the text as a whole, so words merge at the seams as ever.
+Tokenizers can do one or the other with a whole text; the encoders here do both.
 """
 
 from __future__ import annotations
 
-import copy
 import json
+import re
 import secrets
-from typing import Any
+from typing import Any, Protocol
 
 from specache.templates.markers import ControlTokens
 
+Pieces = list[tuple[str, str | None]]  # of a text: (text, the control token after it or `None`)
 
-class SplitEncoder:
+
+class SplitEncoder(Protocol):
     """Token ids of texts with control tokens at given places, and nowhere else."""
 
-    def __init__(self, tokenizer: Any, tokens: ControlTokens) -> None:
-        self._nonce = secrets.token_hex(8)
-        self._names = {text: f"q{self._nonce}t{index}q" for index, text in enumerate(tokens.all)}
-        self._ids: dict[int, int] = {}  # of the private names -> of the tokens
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        self._tokenizer = _fast_copy(backend, tokens) if backend is not None else _slow_copy(tokenizer, tokens)
-        self._is_fast = backend is not None
-        added = {token.content: token for token in getattr(tokenizer, "added_tokens_decoder", {}).values()}
-        for text, name in self._names.items():
-            self._ids[self._add(name, added.get(text))] = tokens.all[text]
+    def encode(self, pieces: Pieces) -> list[int]: ...
 
-    def encode(self, pieces: list[tuple[str, str | None]]) -> list[int]:
-        """Token ids of pieces of text (text, the control token after it or `None`)."""
+
+def split_encoder(tokenizer: Any, tokens: ControlTokens) -> SplitEncoder:
+    """The encoder for a tokenizer."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return PythonSplitEncoder(tokenizer, tokens) if backend is None else FastSplitEncoder(backend, tokens)
+
+
+class FastSplitEncoder:
+    """With a copy of a `tokenizers.Tokenizer`.
+
+    The copy knows each control token under a private name, which stands in the text where the token is meant, and the marker itself
+    means nothing to it. All else is the tokenizer's own work on the text as a whole, so words merge at the seams as ever.
+    """
+
+    def __init__(self, backend: Any, tokens: ControlTokens) -> None:
+        from tokenizers import AddedToken, Tokenizer
+
+        state = json.loads(backend.to_str())
+        state["truncation"] = state["padding"] = None
+        flags = {}
+        for token in state["added_tokens"]:
+            if token["content"] in tokens.all:
+                token["special"] = True  # for `encode_special_tokens` to split it
+                flags[token["content"]] = {flag: token[flag] for flag in ("lstrip", "rstrip", "normalized")}
+        self._tokenizer = Tokenizer.from_str(json.dumps(state))
+        self._tokenizer.encode_special_tokens = True
+        nonce = secrets.token_hex(8)
+        self._names = {text: f"q{nonce}t{index}q" for index, text in enumerate(tokens.all)}
+        self._tokenizer.add_tokens([AddedToken(name, special=False, **flags.get(text, {})) for text, name in self._names.items()])
+        self._ids = {self._tokenizer.token_to_id(name): tokens.all[text] for text, name in self._names.items()}
+
+    def encode(self, pieces: Pieces) -> list[int]:
         text = "".join(piece + (self._names[token] if token is not None else "") for piece, token in pieces)
-        if self._is_fast:
-            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-        else:
-            ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        return [self._ids.get(token_id, token_id) for token_id in ids]
-
-    def _add(self, name: str, token: Any) -> int:
-        """Make a private name a token that takes whitespace around it as `token` does. Returns its id."""
-        from tokenizers import AddedToken
-
-        flags = {flag: getattr(token, flag, False) for flag in ("lstrip", "rstrip", "normalized")}
-        self._tokenizer.add_tokens([AddedToken(name, special=False, single_word=False, **flags)])
-        find = self._tokenizer.token_to_id if self._is_fast else self._tokenizer.convert_tokens_to_ids
-        return int(find(name))
+        return [self._ids.get(token_id, token_id) for token_id in self._tokenizer.encode(text, add_special_tokens=False).ids]
 
 
-def _fast_copy(backend: Any, tokens: ControlTokens) -> Any:
-    """A copy of a `tokenizers.Tokenizer` to which the control tokens are text."""
-    from tokenizers import Tokenizer
+class PythonSplitEncoder:
+    """With the methods of a tokenizer written in Python, piece by piece, as its own `tokenize` goes about it."""
 
-    state = json.loads(backend.to_str())
-    for token in state["added_tokens"]:
-        token["special"] = token["special"] or token["content"] in tokens.all
-    state["truncation"] = state["padding"] = None
-    other = Tokenizer.from_str(json.dumps(state))
-    other.encode_special_tokens = True
-    return other
+    def __init__(self, tokenizer: Any, tokens: ControlTokens) -> None:
+        self._tokenizer = tokenizer
+        self._tokens = tokens.all
+        self._added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
+        others = sorted((text for text in self._added if text not in tokens.all), key=len, reverse=True)
+        self._others = re.compile("|".join(map(re.escape, others))) if others else None
 
+    def encode(self, pieces: Pieces) -> list[int]:
+        ids: list[int] = []
+        before: str | None = None
+        for piece, token in pieces:
+            if before in self._added and self._added[before].rstrip:
+                piece = piece.lstrip()
+            if token in self._added and self._added[token].lstrip:
+                piece = piece.rstrip()
+            ids += self._plain(piece)
+            if token is not None:
+                ids.append(self._tokens[token])
+            before = token
+        return ids
 
-def _slow_copy(tokenizer: Any, tokens: ControlTokens) -> Any:
-    """A copy of a tokenizer written in Python to which the control tokens are text."""
-    other = copy.deepcopy(tokenizer)
-    for text in tokens.all:
-        token_id = other._added_tokens_encoder.pop(text, None)
-        other._added_tokens_decoder.pop(token_id, None)
-    other.tokens_trie = type(other.tokens_trie)()
-    other._update_trie()
-    return other
+    def _plain(self, text: str) -> list[int]:
+        """Token ids of a text without control tokens; other added tokens are tokens."""
+        ids: list[int] = []
+        start = 0
+        for match in self._others.finditer(text) if self._others else ():
+            ids += [*self._words(text[start : match.start()]), self._tokenizer.convert_tokens_to_ids(match.group())]
+            start = match.end()
+        return ids + self._words(text[start:])
+
+    def _words(self, text: str) -> list[int]:
+        return [self._tokenizer._convert_token_to_id(token) for token in self._tokenizer._tokenize(text)] if text else []

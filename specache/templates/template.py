@@ -13,7 +13,7 @@ from typing import Any
 from specache.errors import ConfigError, SpeCacheError
 from specache.templates.dates import fixed_date
 from specache.templates.markers import ControlTokens, HiddenMarkers, control_tokens, template_text
-from specache.templates.split_encoding import SplitEncoder
+from specache.templates.split_encoding import Pieces, SplitEncoder, split_encoder
 
 Message = dict[str, str]  # of a conversation, as chat templates take it: `role` and `content`
 
@@ -120,7 +120,7 @@ class ChatTemplate:
         text = _before(text, cut)
         if [token for _, token in self.tokens.found_in(text)] == [token for _, token in pieces[:-1]]:
             return self._tokenize(text)  # only the beginning of a marker, or one that the template dropped
-        ids = self._split_encode(pieces)
+        ids = self._split_encode(guarded, pieces)
         return ids if ids is not None else self._without_markers(messages, answer_prefix, cut, guarded)
 
     def _render(self, messages: Sequence[Message], variables: Mapping[str, Any], answer_begins: bool) -> str:
@@ -140,18 +140,25 @@ class ChatTemplate:
         """Markers that are text in a message of this role: a model's own answer may hold its `<think>` and `<tool_call>`."""
         return self.tokens.special if role == "assistant" else self.tokens.all
 
-    def _pieces(self, guarded: str) -> list[tuple[str, str | None]]:
+    def _pieces(self, guarded: str) -> Pieces:
         """A text in pieces, each with the control token after it; the last one has none."""
-        pieces: list[tuple[str, str | None]] = []
+        pieces: Pieces = []
         start = 0
         for place, token in self.tokens.found_in(guarded):
             pieces.append((guarded[start:place], token))
             start = place + len(token)
         return [*pieces, (guarded[start:], None)]
 
-    def _split_encode(self, pieces: list[tuple[str, str | None]]) -> list[int] | None:
-        """Token ids with control tokens after the pieces alone; `None` where this tokenizer cannot keep them apart."""
+    def _split_encode(self, guarded: str, pieces: Pieces) -> list[int] | None:
+        """Token ids with control tokens after the pieces alone; `None` where this tokenizer cannot keep them apart.
+
+        Args:
+            guarded: the text with placeholders for markers: of this the encoder must make what the tokenizer does.
+            pieces: the text with the markers that the placeholders stand for.
+        """
         try:
+            if self._split_encoder.encode(self._pieces(guarded)) != self._tokenize(guarded):
+                return None
             ids = self._split_encoder.encode(pieces)
         except Exception:  # a tokenizer of a kind of its own
             return None
@@ -159,7 +166,7 @@ class ChatTemplate:
 
     @cached_property
     def _split_encoder(self) -> SplitEncoder:
-        return SplitEncoder(self.tokenizer, self.tokens)
+        return split_encoder(self.tokenizer, self.tokens)
 
     def _without_markers(self, messages: Sequence[Message], answer_prefix: str, cut: str | None, guarded: str) -> list[int]:
         """Token ids after the markers in the messages were spelled otherwise, which is said."""
@@ -193,7 +200,7 @@ class ChatTemplate:
         control = set(self.tokens.all.values()) - {getattr(self.tokenizer, "unk_token_id", None)}
         return [token_id for token_id in ids if token_id in control]
 
-    def _wanted_ids(self, pieces: list[tuple[str, str | None]]) -> list[int]:
+    def _wanted_ids(self, pieces: Pieces) -> list[int]:
         return self._control_ids([self.tokens.all[token] for _, token in pieces if token is not None])
 
 

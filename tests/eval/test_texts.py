@@ -9,6 +9,7 @@ import pytest
 
 from specache.errors import TaskDataError
 from specache.eval.tasks.texts import encode_prompt, load_text, parse_jsonl, read_jsonl, shared_prefix
+from specache.templates.template import ChatTemplate
 from tests.cli.tiny_chat import byte_tokenizer
 
 
@@ -73,11 +74,14 @@ def test_a_cut_gzip_file_is_an_error(tmp_path: Path) -> None:
 
 def test_a_prompt_is_a_users_message_or_the_text_itself() -> None:
     tokenizer = byte_tokenizer()
-    assert tokenizer.decode(encode_prompt(tokenizer, "hi", chat=True)) == "<user>hi<end><assistant>"
-    assert tokenizer.decode(encode_prompt(tokenizer, "hi", chat=True, answer_prefix="well, ")) == "<user>hi<end><assistant>well, "
-    assert tokenizer.decode(encode_prompt(tokenizer, "hi", chat=False, answer_prefix=" you")) == "hi you"
+    assert tokenizer.decode(encode_prompt(ChatTemplate(tokenizer), "hi", chat=True)) == "<user>hi<end><assistant>"
+    assert (
+        tokenizer.decode(encode_prompt(ChatTemplate(tokenizer), "hi", chat=True, answer_prefix="well, "))
+        == "<user>hi<end><assistant>well, "
+    )
+    assert tokenizer.decode(encode_prompt(ChatTemplate(tokenizer), "hi", chat=False, answer_prefix=" you")) == "hi you"
     tokenizer.chat_template = None
-    assert tokenizer.decode(encode_prompt(tokenizer, "hi", chat=True)) == "hi"
+    assert tokenizer.decode(encode_prompt(ChatTemplate(tokenizer), "hi", chat=True)) == "hi"
 
 
 def test_the_shared_prefix_is_the_longest_common_one_and_leaves_a_token() -> None:

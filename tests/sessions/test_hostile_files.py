@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from specache.errors import SessionError, SpeCacheError
 from specache.sessions import manifest_file
 from specache.sessions.files import new_digest
+from specache.sessions.manifest import Rendering
 from tests.sessions.sequences import one, opened, state
 
 # The manifest
@@ -194,6 +195,29 @@ def test_a_hostile_safetensors_header_is_refused(made, saved_state, tmp_path, mo
         assert path.name in str(error)
     else:
         assert found == saved_state  # what was changed means the same
+
+
+def test_how_a_conversation_was_written_is_stored_and_checked(root, model, saved_state):
+    path = root / "one" / "session.json"
+    document = json.loads(path.read_text())
+
+    def with_rendering(value: Any) -> None:
+        body = {**document["body"], "rendering": value}
+        digest = new_digest()
+        digest.update(json.dumps(body, sort_keys=True).encode())
+        path.write_text(json.dumps({**document, "digest": digest.hexdigest(), "body": body}))
+
+    good = {"date": "2024-07-26T09:30:00", "template": "0" * 64, "variables": {"enable_thinking": False}}
+    with_rendering(good)
+    with opened(root, model) as session:
+        assert state(session) == saved_state and session.rendering == Rendering(**good)
+        session.save()
+    with opened(root, model) as session:
+        assert session.rendering == Rendering(**good)
+    for wrong in ("text", {}, {**good, "date": "yesterday"}, {**good, "template": 3}, {**good, "variables": [1]}):
+        with_rendering(wrong)
+        with pytest.raises(SessionError, match="damaged"):
+            opened(root, model)
 
 
 def test_messages_of_a_manifest(root, model, saved_state):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
@@ -16,6 +17,9 @@ from torch import Tensor
 from specache.eval.methods.base import Session
 from specache.eval.prefilled import Prefilled
 from specache.positions import max_positions
+from specache.templates.channels import Part, channel_parser
+from specache.templates.end_tokens import end_tokens
+from specache.templates.template import ChatTemplate
 
 
 @dataclass(frozen=True)
@@ -24,23 +28,38 @@ class TaskModel:
 
     Attributes:
         weights: what its weights are quantised to; `None` where they are in its dtype.
+        variables: for its chat template.
+        system: the system message of every question that the chat template writes.
     """
 
     model: Any
     tokenizer: Any
     name: str
     weights: str | None = None
+    variables: dict[str, Any] = field(default_factory=dict)
+    system: str | None = None
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """Its chat template, with the date of the run's beginning."""
+        return ChatTemplate(self.tokenizer, self.variables, system=self.system)
 
     @property
     def max_positions(self) -> int | None:
         """Longest sequence that the model was made for, in tokens; `None` where there is no such length."""
         return max_positions(self.model)
 
-    @property
-    def end_ids(self) -> list[int]:
-        """Tokens that end an answer."""
-        end = self.model.generation_config.eos_token_id
-        return [] if end is None else [end] if isinstance(end, int) else list(end)
+    def end_ids(self, *, chat: bool) -> list[int]:
+        """Tokens that end an answer: to a message if `chat` and there is a chat template, else to a text as it is."""
+        return end_tokens(self.model.generation_config, self.tokenizer, self.template if chat else None)
+
+    def answer_text(self, tokens: list[int], prompt: list[int], *, chat: bool) -> str:
+        """The text of an answer's tokens; of models that reason in a channel of its own, the final message."""
+        parser = channel_parser(self.tokenizer, prompt) if chat and self.template.exists else None
+        if parser is not None:
+            pieces = [*(piece for token in tokens for piece in parser.push(token)), *parser.finish()]
+            tokens = [token for piece in pieces if piece.part is Part.TEXT for token in piece.token_ids]
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
 
 @dataclass(frozen=True)

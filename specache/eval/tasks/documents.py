@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from specache.errors import TaskDataError
 from specache.eval.tasks.texts import load_text
+from specache.templates.template import ChatTemplate
 
 CHARACTERS_PER_TOKEN = 8  # more than any tokenizer needs on average for text
 
@@ -62,20 +64,15 @@ def _start(text: str, tokens: int, index: int, count: int, seed: int, name: str)
     return paragraph + 2 if 0 <= paragraph < room else place
 
 
-def message_around(tokenizer: Any, document: str, question: str, chat: bool) -> tuple[str, str]:
-    """A prompt that asks a question about a document -> (its text up to the document's end, its whole text).
+def prompts_around(template: ChatTemplate, document: str, question: str, chat: bool) -> tuple[list[int], list[int]]:
+    """A prompt that asks a question about a document -> (its token ids up to the document's end, all of them).
 
     With `chat` and a chat template the prompt is a user's message.
     """
-    prompt = f"{document}\n\n{question}"
-    if chat and getattr(tokenizer, "chat_template", None):
-        message = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-    stop = prompt.rfind(document.strip()) + len(document.strip())  # templates may strip a message
-    return prompt[:stop], prompt
-
-
-def token_ids(tokenizer: Any, text: str, chat: bool) -> list[int]:
-    """Token ids of a text; a chat template has written the special tokens already."""
-    special = not (chat and getattr(tokenizer, "chat_template", None))
-    return list(tokenizer(text, add_special_tokens=special)["input_ids"])
+    if not (chat and template.exists):
+        prompt = f"{document}\n\n{question}"
+        head = prompt[: len(document.rstrip())]
+        return list(template.tokenizer(head)["input_ids"]), list(template.tokenizer(prompt)["input_ids"])
+    end = f"q{secrets.token_hex(8)}q"
+    beginning = template.encode(template.ask(f"{document.rstrip()}{end}\n\n{question}"), cut=end)
+    return beginning, template.encode(template.ask(f"{document}\n\n{question}"))

@@ -20,7 +20,7 @@ from specache.eval.methods.base import Session
 from specache.eval.methods.specache import FullMethod
 from specache.eval.prefilled import Prefilled
 from specache.eval.tasks.base import Item, Measurement, Prepared, TaskModel
-from specache.eval.tasks.documents import excerpts, message_around, token_ids
+from specache.eval.tasks.documents import excerpts, prompts_around
 from specache.eval.tasks.texts import check_at_least, check_length, json_settings, shared_prefix
 
 TEXT, ANSWER = "text", "answer"
@@ -75,8 +75,8 @@ class Fidelity:
     def items(self, model: TaskModel) -> Iterator[Item]:
         documents = excerpts(model.tokenizer, self.text, self.lengths, self.new + 1, self.seed)
         for number, (excerpt, length) in enumerate(zip(documents, self.lengths, strict=True)):
-            head, whole = message_around(model.tokenizer, excerpt.document, self.question, self.chat)
-            prompts = {TEXT: token_ids(model.tokenizer, head, self.chat), ANSWER: token_ids(model.tokenizer, whole, self.chat)}
+            head, whole = prompts_around(model.template, excerpt.document, self.question, self.chat)
+            prompts = {TEXT: head, ANSWER: whole}
             prompts = {kind: prompts[kind] for kind in (TEXT, ANSWER) if kind in self.along}
             shared = shared_prefix(list(prompts.values()))
             for kind, prompt in prompts.items():
@@ -92,7 +92,7 @@ class Fidelity:
             given = model.tokenizer(item.facts["following"], add_special_tokens=False)["input_ids"][: self.new + 1]
         session = FullMethod().start(prompt)
         try:
-            reference = self._along(prompt.logits, session, given, model.end_ids)
+            reference = self._along(prompt.logits, session, given, model.end_ids(chat=self.chat))
         finally:
             session.close()
         return Prepared(item, prompt, reference)

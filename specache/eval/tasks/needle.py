@@ -23,6 +23,7 @@ from specache.eval.tasks.texts import (
     load_text,
     shared_prefix,
 )
+from specache.templates.template import ChatTemplate
 
 # A document can hold as many of our own needles as there are places.
 _PLACES = (
@@ -102,7 +103,7 @@ class Needle:
                 start = random.Random(f"haystack {self.seed} {length} {document}").randrange(len(haystack.pieces))
                 for depths in [self.depths] if self.together else [(depth,) for depth in self.depths]:
                     facts = self._facts(length, document, depths)
-                    yield from self._document(model.tokenizer, haystack, start, length, document, facts)
+                    yield from self._document(model.template, haystack, start, length, document, facts)
 
     def prepare(self, model: TaskModel, item: Item, prompt: Prefilled) -> Prepared:
         return Prepared(item, prompt)
@@ -111,13 +112,13 @@ class Needle:
         references = prepared.item.facts["references"]
 
         def text(tokens: list[int]) -> str:
-            return str(model.tokenizer.decode(tokens, skip_special_tokens=True))
+            return model.answer_text(tokens, prepared.item.prompt, chat=self.chat)
 
         tokens = greedy(
             prepared.prompt.logits,
             session,
             self.max_new_tokens,
-            model.end_ids,
+            model.end_ids(chat=self.chat),
             finished=lambda tokens: contains_any(text(tokens), references),
         )
         prediction = text(tokens)
@@ -149,9 +150,9 @@ class Needle:
         ]
 
     def _document(
-        self, tokenizer: Any, haystack: Haystack, start: int, length: int, document: int, facts: list[Fact]
+        self, template: ChatTemplate, haystack: Haystack, start: int, length: int, document: int, facts: list[Fact]
     ) -> Iterator[Item]:
-        prompts = self._prompts(tokenizer, haystack, start, length, facts)
+        prompts = self._prompts(template, haystack, start, length, facts)
         shared = shared_prefix(prompts)
         for index, (fact, prompt) in enumerate(zip(facts, prompts, strict=True)):
             yield Item(
@@ -162,12 +163,12 @@ class Needle:
                 facts={"length": length, "depth": fact.depth, "references": [fact.answer], "needle": fact.text},
             )
 
-    def _prompts(self, tokenizer: Any, haystack: Haystack, start: int, length: int, facts: list[Fact]) -> list[list[int]]:
+    def _prompts(self, template: ChatTemplate, haystack: Haystack, start: int, length: int, facts: list[Fact]) -> list[list[int]]:
         """One prompt per fact over the same document, the longest of them as long as fits in `length` tokens."""
 
         def encode(pieces: list[str], lengths: list[int]) -> list[list[int]]:
             text = plant(pieces, lengths, facts)
-            return [encode_prompt(tokenizer, _prompt_text(text, fact.question), chat=self.chat) for fact in facts]
+            return [encode_prompt(template, _prompt_text(text, fact.question), chat=self.chat) for fact in facts]
 
         least = max(map(len, encode([], [])))
         if least + PIECE > length:

@@ -28,6 +28,7 @@ from specache.eval.tasks.texts import (
     record_field,
     shared_prefix,
 )
+from specache.templates.template import ChatTemplate
 
 # The prompts of both benchmarks, to the letter: scores depend on them.
 KV_PROMPT = (
@@ -183,8 +184,8 @@ class Retrieval:
         limit = self.max_new_tokens
         if self.answer_prefix:  # nothing is read after the value
             limit = min(limit, 2 + max(len(model.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in references))
-        tokens = greedy(prepared.prompt.logits, session, limit, model.end_ids)
-        prediction = model.tokenizer.decode(tokens, skip_special_tokens=True)
+        tokens = greedy(prepared.prompt.logits, session, limit, model.end_ids(chat=self.chat))
+        prediction = model.answer_text(tokens, prepared.item.prompt, chat=self.chat)
         answer = prediction.partition(kind.closing)[0] if self.answer_prefix else prediction
         right = any(kind.right(answer, reference) for reference in references)
         return Measurement([float(right)], details={"prediction": prediction, "references": references})
@@ -213,7 +214,7 @@ class Retrieval:
             places.remove(document.first)
             places.insert(0, document.first)
         places = places[: self.questions]
-        prompts = [self._prompt(model.tokenizer, document, document.records[place][0]) for place in places]
+        prompts = [self._prompt(model.template, document, document.records[place][0]) for place in places]
         longest = max(map(len, prompts))
         check_length(longest + self.max_new_tokens, model.max_positions, f"a retrieval document of {len(document.records)} records")
         shared = shared_prefix(prompts)
@@ -229,9 +230,9 @@ class Retrieval:
             }
             yield Item(f"{source}/{number}", f"{document.kind}/{len(document.records)}", prompt, shared, facts)
 
-    def _prompt(self, tokenizer: Any, document: Document, key: str) -> list[int]:
+    def _prompt(self, template: ChatTemplate, document: Document, key: str) -> list[int]:
         prefix = document.answer_prefix(key) if self.answer_prefix else ""
-        return encode_prompt(tokenizer, document.prompt(key), chat=self.chat, answer_prefix=prefix)
+        return encode_prompt(template, document.prompt(key), chat=self.chat, answer_prefix=prefix)
 
 
 def make_key_values(rng: random.Random, count: int) -> KeyValues:

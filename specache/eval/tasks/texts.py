@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from specache.errors import ConfigError, TaskDataError
+from specache.templates.template import ChatTemplate
 from specache.text_files import read_text, utf8_lines
 
 
@@ -78,17 +79,15 @@ def record_field(record: dict[str, Any], key: str, kind: type | tuple[type, ...]
     return value
 
 
-def encode_prompt(tokenizer: Any, text: str, *, chat: bool, answer_prefix: str = "") -> list[int]:
-    """Token ids of a prompt: a user's message if `chat` and the tokenizer has a chat template, else the text as it is.
+def encode_prompt(template: ChatTemplate, text: str, *, chat: bool, answer_prefix: str = "") -> list[int]:
+    """Token ids of a prompt: a user's message if `chat` and there is a chat template, else the text as it is.
 
     Args:
         answer_prefix: how the answer begins, written for the model already.
     """
-    chat = chat and bool(getattr(tokenizer, "chat_template", None))
-    if chat:
-        message = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-    return list(tokenizer(text + answer_prefix, add_special_tokens=not chat)["input_ids"])
+    if chat and template.exists:
+        return template.encode(template.ask(text), answer_prefix=answer_prefix)
+    return list(template.tokenizer(text + answer_prefix)["input_ids"])
 
 
 def shared_prefix(prompts: Sequence[list[int]]) -> int:

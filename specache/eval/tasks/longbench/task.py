@@ -18,6 +18,7 @@ from specache.eval.tasks.longbench.data import Record, folder_reader, hub_reader
 from specache.eval.tasks.longbench.metrics import classification
 from specache.eval.tasks.longbench.prompts import SUBSETS, Subset
 from specache.eval.tasks.texts import check_at_least, check_distinct, encode_prompt, json_settings
+from specache.templates.template import ChatTemplate
 
 ANSWER_ROOM = 600  # positions kept free: the longest answer (512 tokens) and a chat template
 LONGEST_PROMPT = 31_500  # the benchmark's own limit for models of 32k positions
@@ -63,7 +64,7 @@ class LongBench:
             for index, record in islice(enumerate(read(name)), self.limit or None):
                 if subset.metric is classification and not record.classes:
                     raise TaskDataError(f"{name}, example {index}: 'all_classes' is empty, but {name} is scored by it.")
-                prompt = self._prompt(model.tokenizer, subset, record, longest)
+                prompt = self._prompt(model.template, subset, record, longest)
                 facts = {"subset": name, "references": record.answers, "classes": record.classes, "length": len(prompt)}
                 yield Item(f"{name}/{index}", f"{self.name}/{name}", prompt, facts=facts)
 
@@ -73,12 +74,13 @@ class LongBench:
     def measure(self, model: TaskModel, prepared: Prepared, session: Session) -> Measurement:
         facts = prepared.item.facts
         subset = SUBSETS[facts["subset"]]
-        logits, end_ids = prepared.prompt.logits, list(model.end_ids)
+        chat = self.chat and subset.chat
+        logits, end_ids = prepared.prompt.logits, model.end_ids(chat=chat)
         if subset.one_line:
             end_ids.append(model.tokenizer("\n", add_special_tokens=False)["input_ids"][-1])
             logits = _without(logits, end_ids)
         tokens = greedy(logits, session, subset.max_new_tokens, end_ids)
-        prediction = model.tokenizer.decode(tokens, skip_special_tokens=True)
+        prediction = model.answer_text(tokens, prepared.item.prompt, chat=chat)
         value = score(subset, prediction, facts["references"], facts["classes"])
         return Measurement([value], details={"prediction": prediction, "references": facts["references"]})
 
@@ -95,10 +97,10 @@ class LongBench:
             raise ConfigError(f"--max-length can be at most {most:,} with this model, got {self.max_length:,}.")
         return self.max_length or min(most, LONGEST_PROMPT)
 
-    def _prompt(self, tokenizer: Any, subset: Subset, record: Record, longest: int) -> list[int]:
+    def _prompt(self, template: ChatTemplate, subset: Subset, record: Record, longest: int) -> list[int]:
         text = subset.prompt.format(context=record.context, input=record.input)
-        text = cut_middle(tokenizer, text, longest)
-        return encode_prompt(tokenizer, text, chat=self.chat and subset.chat)
+        text = cut_middle(template.tokenizer, text, longest)
+        return encode_prompt(template, text, chat=self.chat and subset.chat)
 
 
 def cut_middle(tokenizer: Any, text: str, longest: int) -> str:

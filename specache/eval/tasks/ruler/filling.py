@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from random import Random
-from typing import Any
 
 from specache.errors import ConfigError
 from specache.eval.tasks.ruler.sample import Question, Subtask
+from specache.eval.tasks.texts import encode_prompt
+from specache.templates.template import ChatTemplate
 
 _FIRST_GUESS = 100  # units of a task's first sample; the others start from the size of the one before
 _CLOSE_ENOUGH = 0.01  # of the length may stay empty: the next size is not worth tokenising
@@ -15,19 +16,15 @@ _INTERPOLATIONS = 8  # sizes tried before the search falls back to halving
 
 
 class Encoder:
-    """Token ids of a question: a user's message if `chat` and the tokenizer has a chat template, else the text as it is."""
+    """Token ids of a question: a user's message if `chat` and there is a chat template, else the text as it is."""
 
-    def __init__(self, tokenizer: Any, *, chat: bool) -> None:
-        self._tokenizer = tokenizer
-        self._chat = chat and bool(getattr(tokenizer, "chat_template", None))
+    def __init__(self, template: ChatTemplate, *, chat: bool) -> None:
+        self._template = template
+        self._chat = chat
 
     def __call__(self, question: Question) -> list[int]:
         """The message and the beginning of its answer, tokenised as one text."""
-        text = question.text
-        if self._chat:
-            message = [{"role": "user", "content": text}]
-            text = self._tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-        return list(self._tokenizer(text + question.answer_prefix, add_special_tokens=not self._chat)["input_ids"])
+        return encode_prompt(self._template, question.text, chat=self._chat, answer_prefix=question.answer_prefix)
 
 
 @dataclass(frozen=True)

@@ -85,13 +85,13 @@ class Ruler:
         score, references = SCORES[facts["score"]], facts["references"]
 
         def answer(tokens: list[int]) -> str:
-            return clean(model.tokenizer.decode(tokens, skip_special_tokens=True))
+            return clean(model.answer_text(tokens, prepared.item.prompt, chat=self.chat))
 
         tokens = greedy(
             prepared.prompt.logits,
             session,
             facts["max_new_tokens"],
-            model.end_ids,
+            model.end_ids(chat=self.chat),
             finished=lambda tokens: score(answer(tokens), references) == 1.0,  # it only grows with the answer
         )
         prediction = answer(tokens)
@@ -113,7 +113,7 @@ class Ruler:
         return {name: wanted for name, (file, wanted) in needed.items() if file is None}
 
     def _items_of(self, model: TaskModel, name: str, subtask: Subtask, length: int) -> Iterator[Item]:
-        filler = Filler(subtask, Encoder(model.tokenizer, chat=self.chat), name, length)
+        filler = Filler(subtask, Encoder(model.template, chat=self.chat), name, length)
         made = 0
         while made < self.samples:
             filled = filler.fill(f"{self.seed}/{name}/{length}/{made}", min(self.questions, self.samples - made))
