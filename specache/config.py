@@ -53,7 +53,7 @@ class Code(StrEnum):
 class SlowTierKind(StrEnum):
     """Where the 16-bit rows live."""
 
-    AUTO = "auto"  # ram-inplace when the model computes on the CPU, ram otherwise
+    AUTO = "auto"  # in memory (ram-inplace on the CPU, ram otherwise) if a prompt fits there, else disk: decided by `auto_tier`
     RAM_INPLACE = "ram-inplace"  # rows are read where they lie; nothing is copied ahead
     RAM = "ram"  # rows are copied through the hot set in the background
     DISK = "disk"  # the same, from files in a folder; written `disk:FOLDER`
@@ -143,7 +143,7 @@ class SpeCacheConfig:
         object.__setattr__(self, "slow_dir", slow_dir)
 
     def resolved(self, device_type: str) -> SpeCacheConfig:
-        """The same configuration with both `auto` settings decided for a model on `device_type`.
+        """The same configuration with both `auto` settings decided for a model on `device_type`, where memory suffices.
 
         Raises:
             ConfigError: `ram-inplace` with a model that does not compute on the CPU.

@@ -60,6 +60,8 @@ class MemoryGroup:
         Raises:
             BenchmarkError: more than that is in use and cannot be given back.
         """
+        with suppress(OSError):  # of an earlier, smaller limit: memory alone may not have more than memory and swap
+            self._write("memory.memsw.limit_in_bytes", -1)
         try:
             self._write("memory.limit_in_bytes", size)
         except OSError as error:

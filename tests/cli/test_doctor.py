@@ -22,6 +22,7 @@ def test_json_has_every_section():
         "gpu_kernels",
         "cache",
         "disk_tier",
+        "auto_tier",
         "demo_model",
         "problems",
     }

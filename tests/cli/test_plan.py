@@ -68,7 +68,7 @@ def test_the_json_has_the_numbers_and_stable_keys():
     document = plan_json(*LARGE, "--fast-memory", "3GB", "--batch", "2")
     assert set(document) == {
         *("model", "dtype", "device", "context", "batch", "config", "plan", "traffic", "fits", "suggestions"),
-        "static_bytes",
+        *("static_bytes", "auto_tier"),
         *("least_bytes", "longest_context", "largest_batch"),
     }
     assert document["plan"]["full_cache_bytes"] == 2 * 15_032_385_536
