@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from specache.errors import SpeCacheError
-from specache.folders import cache_folder
+from specache.folders import cache_folder, earlier_cache_folder
 
 try:
     import fcntl
@@ -47,8 +47,10 @@ def converted_model(gguf: Path, on_convert: Callable[[str], None] = lambda messa
         ConversionError: the file is not a GGUF model that transformers can read.
     """
     target = cache_folder() / "models" / f"{_safe_name(gguf)}-{_key(gguf)}"
-    if target.is_dir():
-        return target
+    earlier = earlier_cache_folder()
+    for folder in (target, *([] if earlier is None else [earlier / "models" / target.name])):
+        if folder.is_dir():
+            return folder
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _lock(target, on_convert) as alone:
