@@ -82,6 +82,7 @@ def generate(
     """
     config = cache.config()
     arguments = generation.arguments()
+    options.check_system(system)
     prompts = read_prompts(prompt, prompt_file or [])
     stops = generation.stops()
     place = session_option.place(session, session_dir, config, len(prompts))

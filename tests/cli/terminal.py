@@ -45,7 +45,9 @@ class Terminal:
         """Read until `text` appears after what was waited for before. Return what came, up to its end."""
         end = time.monotonic() + PATIENCE
         while (at := self.seen.find(text, self._read_to)) < 0:
-            assert time.monotonic() < end and self._read(), f"{text!r} did not come; after it last did: {self.seen[self._read_to :]!r}"
+            assert time.monotonic() < end and self._read(), (
+                f"{text!r} did not come; after it last did: {self.seen[self._read_to :]!r}"
+            )
         before, self._read_to = self._read_to, at + len(text)
         return self.seen[before : self._read_to]
 
