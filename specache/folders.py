@@ -5,7 +5,48 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from specache.errors import ConfigError
+
+_NAME = "specache"
+
 
 def cache_folder() -> Path:
-    """Folder of converted models and of sessions: `$SPECACHE_CACHE`, by default `~/.cache/specache`."""
-    return Path(os.environ.get("SPECACHE_CACHE") or "~/.cache/specache").expanduser()
+    """Return the folder of converted models and of sessions.
+
+    `$SPECACHE_CACHE`; else `specache` in `$XDG_CACHE_HOME`, if that is an absolute path (others do not count, as the XDG Base
+    Directory Specification says); else `~/.cache/specache`.
+
+    Raises:
+        ConfigError: none of them is set, and there is no home folder.
+    """
+    if named := os.environ.get("SPECACHE_CACHE"):
+        return _expanded(Path(named))
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return Path(base) / _NAME if os.path.isabs(base) else _home_cache()
+
+
+def earlier_cache_folder() -> Path | None:
+    """Return `~/.cache/specache` where `$XDG_CACHE_HOME` moved the cache folder away from it: what lies there is still used.
+
+    `None` where it is the cache folder, where `$SPECACHE_CACHE` names one, or where there is no such folder.
+    """
+    if os.environ.get("SPECACHE_CACHE"):
+        return None
+    try:
+        earlier = _home_cache()
+        return earlier if earlier != cache_folder() and earlier.is_dir() else None
+    except (ConfigError, OSError):
+        return None
+
+
+def _home_cache() -> Path:
+    return _expanded(Path("~/.cache")) / _NAME
+
+
+def _expanded(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"There is no home folder for {path}: {error} Set SPECACHE_CACHE to a folder for converted models and sessions."
+        ) from None

@@ -96,9 +96,9 @@ def encoding_of(data: bytes) -> str:
 def line_reader(stream: BinaryIO) -> io.TextIOWrapper:
     """Return a stream's lines as text as they come; bytes that are no text become lone surrogates (`check_text`)."""
     peekable = stream if hasattr(stream, "peek") else io.BufferedReader(stream)  # type: ignore[type-var]
-    encoding = encoding_of(peekable.peek(_LONGEST_MARK)[:_LONGEST_MARK])  # type: ignore[attr-defined]
+    encoding = encoding_of(peekable.peek(_LONGEST_MARK)[:_LONGEST_MARK])
     errors = "surrogateescape" if encoding.startswith("utf-8") else "replace"
-    return io.TextIOWrapper(peekable, encoding, errors=errors, newline=None)  # type: ignore[arg-type]
+    return io.TextIOWrapper(peekable, encoding, errors=errors, newline=None)
 
 
 def check_text(text: str, origin: str, error: type[SpeCacheError] = TextError) -> str:
@@ -123,7 +123,7 @@ def _read_bytes(stream: BinaryIO, origin: str, error: type[SpeCacheError]) -> by
     data = bytearray()
     while block := stream.read(_BLOCK):
         data += block
-        if encoding_of(data[:_LONGEST_MARK]) == "utf-8" and (nul := block.find(b"\0")) >= 0:
+        if encoding_of(bytes(data[:_LONGEST_MARK])) == "utf-8" and (nul := block.find(b"\0")) >= 0:
             raise error(_binary(origin, len(data) - len(block) + nul))
         if len(data) > LARGEST_TEXT:
             raise error(f"{origin} is longer than {LARGEST_TEXT:,} bytes. Pass a part of it.")

@@ -87,6 +87,7 @@ def chat(
     """Talk with a model. Every turn continues from the same low-bit cache, so only new text is read."""
     config = cache.config()
     arguments = generation.arguments()
+    options.check_system(system)
     stops = generation.stops()
     variables = template_option.parse_variables(chat_template_kwargs)
     place = session_option.place(session, session_dir, config, 1)

@@ -19,7 +19,7 @@ from pathlib import Path
 from specache.cli.gguf_settings import apply_settings
 from specache.cli.loading import check_loaded
 from specache.errors import SpeCacheError
-from specache.folders import cache_folder
+from specache.folders import cache_folder, earlier_cache_folder
 
 try:
     import fcntl
@@ -50,8 +50,10 @@ def converted_model(gguf: Path, on_convert: Callable[[str], None] = lambda messa
         GgufSettingError, IncompleteModelError: it is one, but would be run as another than it is.
     """
     target = cache_folder() / "models" / f"{_safe_name(gguf)}-{_key(gguf)}"
-    if target.is_dir():
-        return target
+    earlier = earlier_cache_folder()
+    for folder in (target, *([] if earlier is None else [earlier / "models" / target.name])):
+        if folder.is_dir():
+            return folder
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _lock(target, on_convert) as alone:

@@ -13,7 +13,7 @@ from typing import Any
 from specache import machine
 from specache.cli.auto_tier import auto_facts
 from specache.cli.models import DEMO_REQUIREMENT, demo_gguf, native_bfloat16_cpu
-from specache.folders import cache_folder
+from specache.folders import cache_folder, earlier_cache_folder
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "gguf", "numpy", "typer", "rich")
 CPU_FEATURES = (
@@ -185,10 +185,11 @@ def _existing(folder: Path) -> Path:
 
 
 def _cache() -> dict[str, Any]:
-    folder = cache_folder()
+    folder, earlier = cache_folder(), earlier_cache_folder()
     existing = _existing(folder)
     return {
         "folder": str(folder),
+        "also_used": None if earlier is None else str(earlier),
         "writable": existing.is_dir() and os.access(existing, os.W_OK | os.X_OK),
         "used_bytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
         "free_bytes": shutil.disk_usage(existing).free,

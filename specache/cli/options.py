@@ -12,6 +12,7 @@ from specache.cli.models import Device, Dtype
 from specache.cli.sizes import UNITS, number_and_unit, parse_size
 from specache.config import Code, Policy, ReadPath, SlowTierKind, SpeCacheConfig, parse_slow_tier
 from specache.errors import ConfigError
+from specache.text_files import check_text
 from specache.weight_format import WeightFormat
 
 MODEL_PANEL = "Model"
@@ -223,7 +224,7 @@ Stop = Annotated[
         rich_help_panel=SAMPLING_PANEL,
     ),
 ]
-System = Annotated[str | None, typer.Option("--system", help="System message.", metavar="TEXT")]
+System = Annotated[str | None, typer.Option("--system", help="System message.", metavar="TEXT")]  # to go through `check_system`
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
@@ -327,7 +328,7 @@ class GenerationOptions:
 
     def stops(self) -> list[str]:
         """The texts to stop before; raises `ConfigError` for an empty one, which would stop everywhere."""
-        stops = self.stop or []
+        stops = [check_text(stop, "--stop", ConfigError) for stop in self.stop or []]
         if not all(stops):
             raise ConfigError("--stop needs a text that is not empty.")
         return stops
@@ -344,6 +345,12 @@ class GenerationOptions:
         if self.temperature is not None:
             return self.temperature > 0
         return any(value is not None for value in (self.top_p, self.min_p, self.top_k_sampling))
+
+
+def check_system(system: str | None) -> None:
+    """Raises `ConfigError` for a system message that is no text."""
+    if system is not None:
+        check_text(system, "--system", ConfigError)
 
 
 def keep_memory_bounded(config: SpeCacheConfig) -> None:

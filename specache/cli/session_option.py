@@ -81,7 +81,7 @@ def place(name: str | None, folder: Path | None, config: SpeCacheConfig, prompts
     Raises:
         ConfigError: the options contradict each other.
     """
-    from specache.sessions.names import check_name, session_root
+    from specache.sessions.names import check_name, root_of, session_root
 
     if name is None:
         if folder is not None:
@@ -97,7 +97,7 @@ def place(name: str | None, folder: Path | None, config: SpeCacheConfig, prompts
     given = None if config.slow_dir is None else Path(config.slow_dir)
     if folder is not None and given is not None and session_root(folder) != session_root(given):
         raise ConfigError(f"--session-dir {folder} and --slow-tier disk:{given} name two folders. Leave one of them out.")
-    return Place(name, session_root(folder or given))
+    return Place(name, root_of(name, folder or given))
 
 
 def _is_typed(context: typer.Context, name: str) -> bool:

@@ -92,7 +92,7 @@ class GuardedStream:
 class _ClosedStream(io.StringIO):
     """Stands for a standard stream that was closed before the program began (`>&-`)."""
 
-    encoding = "utf-8"  # type: ignore[assignment]
+    encoding = "utf-8"
 
     def write(self, text: str) -> int:
         raise OSError(errno.EBADF, "it is closed")
@@ -106,8 +106,8 @@ def guarded_streams() -> Iterator[StandardStreams]:
     _occupy_closed_descriptors()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
-    sys.stdout = GuardedStream(sys.stdout or _ClosedStream(), streams.output_failed)  # type: ignore[assignment]
-    sys.stderr = GuardedStream(sys.stderr or _ClosedStream(), streams.message_failed)  # type: ignore[assignment]
+    sys.stdout = GuardedStream(sys.stdout or _ClosedStream(), streams.output_failed)
+    sys.stderr = GuardedStream(sys.stderr or _ClosedStream(), streams.message_failed)
     try:
         yield streams
     finally:

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from specache.errors import ConfigError, SessionError
-from specache.folders import cache_folder
+from specache.folders import cache_folder, earlier_cache_folder
 from specache.sessions.lock import FolderLock
 from specache.tiers import aligned_io
 from specache.tiers.scratch import SCRATCH_PREFIX
@@ -26,6 +26,24 @@ _UNFINISHED = ".specache-unfinished-"  # no session's name begins with a dot
 def default_root() -> Path:
     """Where sessions lie unless another folder is named: `sessions` in the cache folder (`$SPECACHE_CACHE`)."""
     return cache_folder() / "sessions"
+
+
+def default_roots() -> list[Path]:
+    """Where sessions lie that no folder is named for: the default, and what was the default before `$XDG_CACHE_HOME` was heeded."""
+    earlier = earlier_cache_folder()
+    return [default_root().absolute(), *([] if earlier is None else [(earlier / "sessions").absolute()])]
+
+
+def root_of(name: str, root: str | os.PathLike[str] | None) -> Path:
+    """The folder of sessions that a session lies in; where there is none of this name, the one that it would be made in.
+
+    Raises:
+        SessionError: the system does not say.
+    """
+    if root is not None:
+        return session_root(root)
+    roots = default_roots()
+    return next((one for one in roots if is_folder(one / check_name(name))), roots[0])
 
 
 def check_name(name: str) -> str:

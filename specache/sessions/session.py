@@ -22,7 +22,7 @@ from specache.sessions.identity import check_identity, identify, needs_probe
 from specache.sessions.lock import FolderLock
 from specache.sessions.manifest import Identity, Manifest, Message, Rendering, settings_of
 from specache.sessions.manifest_file import TEMPORARY, check_ours, is_saved, read_manifest, refresh_copy
-from specache.sessions.names import check_name, is_folder, private_root
+from specache.sessions.names import check_name, is_folder, private_root, root_of
 from specache.sessions.probe import check_rows
 from specache.sessions.saving import write_state
 from specache.sessions.schema import is_data_file
@@ -92,7 +92,7 @@ class Session:
         folder: str | os.PathLike[str] | None = None,
     ) -> None:
         self.name = check_name(name)
-        self._root = private_root(folder)
+        self._root = private_root(root_of(self.name, folder))
         self.folder = self._root / name
         _make_folder(self.folder)
         check_ours(self.folder)

@@ -56,15 +56,17 @@ def stored(root: Root = None) -> list[SessionSummary]:
     Raises:
         SessionError: the folder cannot be read.
     """
-    path = names.session_root(root)
-    try:
-        folders = sorted(path.iterdir())
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise SessionError(f"The folder {path} cannot be read: {reason(error)}") from error
+    roots = names.default_roots() if root is None else [names.session_root(root)]
+    folders: dict[str, Path] = {}
+    for path in reversed(roots):  # of two with one name the first root's is meant everywhere
+        try:
+            folders |= {folder.name: folder for folder in path.iterdir()}
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise SessionError(f"The folder {path} cannot be read: {reason(error)}") from error
     found = []
-    for folder in folders:
+    for folder in (folders[name] for name in sorted(folders)):
         if names.is_name(folder.name) and names.is_folder(folder):
             try:
                 manifest = read_manifest(folder)
@@ -81,7 +83,7 @@ def show(name: str, root: Root = None) -> SessionSummary:
     Raises:
         SessionError: there is none of that name, or it is damaged.
     """
-    folder = names.existing_folder(names.session_root(root), name)
+    folder = names.existing_folder(names.root_of(name, root), name)
     return _summary(folder, saved_manifest(folder, name))
 
 
@@ -91,7 +93,7 @@ def stored_config(name: str, root: Root = None) -> SpeCacheConfig | None:
     Raises:
         SessionError: it is damaged.
     """
-    folder = names.session_root(root) / names.check_name(name)
+    folder = names.root_of(name, root) / names.check_name(name)
     manifest = read_manifest(folder) if names.is_folder(folder) else None
     return None if manifest is None else manifest.config(folder)
 
@@ -102,7 +104,7 @@ def remove(name: str, root: Root = None) -> None:
     Raises:
         SessionError: there is none of that name, it is in use, there is something else in its folder, or the system refuses.
     """
-    path = names.session_root(root)
+    path = names.root_of(name, root)
     folder = names.existing_folder(path, name)
     check_ours(folder)
     with FolderLock(folder):
@@ -119,7 +121,8 @@ def fork(name: str, new_name: str, root: Root = None) -> None:
     Raises:
         SessionError: there is no `name`, it is in use or damaged, `new_name` is taken, or the system refuses.
     """
-    path = names.session_root(root)
+    path = names.root_of(name, root)
+    names.check_free(names.root_of(new_name, root), new_name)
     with locked(path, name) as (_, manifest):
         fork_folder(path, name, manifest, new_name)
 

@@ -33,7 +33,7 @@ def export_session(name: str, target: str | os.PathLike[str], root: Root = None)
         SessionError: there is no such session, it is in use or damaged, the file is there already, or cannot be written.
     """
     path = Path(target).expanduser().absolute()
-    with store.locked(names.session_root(root), name) as (folder, manifest):
+    with store.locked(names.root_of(name, root), name) as (folder, manifest):
         for part, expected in manifest.files.items():
             check_file(folder / part, expected)
         if os.path.lexists(path):
@@ -62,6 +62,7 @@ def import_session(source: str | os.PathLike[str], name: str, root: Root = None)
         SlowTierError: a row is not what was written.
     """
     path = Path(source).expanduser().absolute()
+    names.check_free(names.root_of(name, root), name)
     with names.building(names.private_root(root), name) as folder:
         with _opened(path) as archive:
             manifest = _unpack(archive, folder, path)
