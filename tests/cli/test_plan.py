@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
+from specache import machine
 from specache.cli.sizes import parse_size
 from specache.errors import ConfigError
 from tests.cli.running import one_line, run
@@ -22,6 +23,12 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("the plan loaded a model")
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+
+
+@pytest.fixture(autouse=True)
+def steady_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is free, which the plan says something about, is the same all the time."""
+    monkeypatch.setattr(machine, "available_memory", lambda: 1 << 40)
 
 
 def plan_json(*arguments: str | Path) -> dict:

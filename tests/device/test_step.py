@@ -7,6 +7,7 @@ import torch
 
 import specache
 from specache import reference
+from specache.cache_context import CacheContext
 from specache.device import page_kernels
 from specache.device.main_memory import MainMemory
 from specache.device.pinned import PinnedPool, pageable
@@ -99,7 +100,7 @@ def test_the_copy_queue_may_be_early_or_late(model, monkeypatch, order, seed):
     eager = answer(model, settings, (150, 97), 20)
     streams = SimulatedStreams(order, seed)
     memory = MainMemory(streams, PinnedPool(block_bytes=1 << 20, allocate=pageable))
-    monkeypatch.setattr(specache.SpeCache, "new_tier", lambda cache: memory.new_tier())
+    monkeypatch.setattr(CacheContext, "new_tier", lambda context: memory.new_tier())
     with static_steps(monkeypatch, streams=lambda device: streams):
         static = answer(model, settings, (150, 97), 20)
     assert_equal(static, eager)
