@@ -15,6 +15,7 @@ from specache.cache_context import CacheContext
 from specache.config import Policy, SlowTierKind, SpeCacheConfig
 from specache.dimensions import dimensions_of
 from specache.errors import UsageError
+from specache.identity.adapters import refuse_adapters_per_call
 from specache.identity.model_state import ModelState
 from specache.identity.wrappers import unwrapped
 from specache.layers import CompressedLayer
@@ -147,6 +148,7 @@ class SpeCache:
             UsageError: the message says what differs.
         """
         model = unwrapped(model)
+        refuse_adapters_per_call(model)
         if self.get_seq_length() == 0:
             self._check_dimensions(model)
         elif self._state is None:

@@ -7,7 +7,7 @@ known, so what does not fit them is refused, and what drops many of them says so
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor
@@ -83,14 +83,16 @@ def warn_of_rereading(cache: SpeCache, texts: list[list[int]]) -> None:
 
 
 @contextmanager
-def sequence_per_text(cache: SpeCache, count: int) -> Iterator[None]:
+def sequence_per_text(cache: SpeCache, count: int, answered: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """Give each of `count` texts a sequence of its own, forked where several go on from one (num_return_sequences).
 
-    Where the block fails before it has read anything, the sequences are those from before.
+    Where the block fails, there are as many sequences as before, unless the forks have become texts of their own.
+
+    Args:
+        answered: whether they have, by tokens that were generated.
     """
     before = cache.sequences
     repeats = count // len(before) if before else 1
-    forks: list[list[Sequence]] = []
     if repeats > 1:
         cache.settle()
         cache.sequences = [
@@ -99,11 +101,12 @@ def sequence_per_text(cache: SpeCache, count: int) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if forks:
+        if repeats > 1 and not answered():
             cache.settle()
-            cache.sequences = before
-            for fork in (each for more in forks for each in more):
-                fork.clear()
+            forks, cache.sequences = cache.sequences, before
+            for index, fork in enumerate(forks):
+                if index % repeats:
+                    fork.clear()
         raise
 
 

@@ -114,8 +114,16 @@ class Decoder:
                 break
             keep += 1
         keep = min(keep, len(token_ids) - 1)
-        crosses = keep and self._reprefills(keep - 1, len(token_ids) - 1)
-        return 0 if crosses else keep
+        if not (keep and self._reprefills(keep - 1, len(token_ids) - 1)):
+            return keep
+        if keep > LONG_REREAD:
+            warnings.warn(
+                f"{keep:,} stored tokens are read again too: the model's RoPE has other frequencies in texts of more than "
+                f"{self._info.rope_switch:,} tokens.",
+                UserWarning,
+                stacklevel=3,
+            )
+        return 0
 
     def _warn_of_windows(self, tokens: int) -> None:
         """Warn where cutting a sequence cost `tokens` that agree: sliding windows go back to a checkpoint only."""
@@ -221,10 +229,12 @@ class Decoder:
     def _prefill_again(self, index: int, row: list[int]) -> Tensor:
         self._cache.settle()
         sequence = self._cache.sequences[index]
-        token_ids = sequence.token_ids + row
+        token_ids, read = sequence.token_ids + row, sequence.prompt_tokens
         sequence.clear()
         with self._restored_on_error(sequence):
-            return self._prefill_rest(sequence, token_ids, len(token_ids), _ignore)
+            logits = self._prefill_rest(sequence, token_ids, len(token_ids), _ignore)
+        sequence.prompt_tokens = read
+        return logits
 
     def _rows(self, kind: PassKind, indices: Sequence[int], rows: list[list[int]]) -> Tensor:
         """One pass over rows [A][n] -> logits [A, n, V]. A failure leaves the sequences as they were.

@@ -38,6 +38,7 @@ from specache.prefilling import prefill_batch
 from specache.recovery import tokens_kept
 from specache.request import (
     cache_for,
+    check_cache,
     check_decoding_loop,
     check_max_new_tokens,
     check_prompt_lengths,
@@ -103,12 +104,12 @@ def generate(
         kwargs = {name: value for name, value in kwargs.items() if name not in of_model}
         check_max_new_tokens(kwargs.get("max_new_tokens"))
         input_ids = the_prompt(input_ids, inputs)
+        typed = kwargs if stop_strings is None else {**kwargs, "stop_strings": stop_strings}
+        settings = GenerationSettings(model, typed, kwargs.get("generation_config"))
         with modes.ours():
             if attention_mask is None:
-                attention_mask = inferred_mask(input_ids, model.generation_config)
+                attention_mask = inferred_mask(input_ids, settings.value("pad_token_id"), settings.value("eos_token_id"))
             prompts(input_ids, attention_mask)
-        typed = kwargs if stop_strings is None else {**kwargs, "stop_strings": stop_strings}
-        settings = GenerationSettings(inner, typed, kwargs.get("generation_config"))
         stops = settings.stop_strings(tokenizer)
         if stops is not None:
             stopping_criteria = StoppingCriteriaList(stopping_criteria or [])
@@ -150,6 +151,9 @@ def decode(
         input_ids, arguments = one_row_per_answer(input_ids, arguments, replacements)
         for name, value in replacements.items():
             setattr(effective, name, value)
+        if typed.get("attention_mask") is None:  # stock generate's own has holes where a text has pad tokens
+            with modes.ours():
+                arguments["attention_mask"] = inferred_mask(input_ids, effective.pad_token_id, effective.eos_token_id)
         return _decode(model, input_ids, config, streamer, progress, streamer_has_prompt=True, **arguments)
 
 
@@ -173,20 +177,25 @@ def prefill(
         SpeCacheError: as `generate`.
     """
     modes.check_process()
-    model = unwrapped(model)
+    check_cache(cache)
+    inspect_model(model)
+    inner = unwrapped(model)
+    settings = GenerationSettings(model if hasattr(model, "generation_config") else inner, {})
+    model = inner
     with modes.ours(), cache.in_use.by("prefill"):
         position_ids = model_inputs.pop("position_ids", None)
         check_model_arguments(model, model_inputs)
         input_ids = the_prompt(input_ids, inputs)
         if attention_mask is None:
-            attention_mask = inferred_mask(input_ids, model.generation_config)
+            attention_mask = inferred_mask(input_ids, settings.value("pad_token_id"), settings.value("eos_token_id"))
         new = prompts(input_ids, attention_mask)
         cache.check_model(model)
         token_ids = _texts(model, cache, new, input_ids, attention_mask, position_ids)
         chunk = cache.config.prefill_chunk
-        _make_room(model, cache, token_ids, 0, chunk)
-        with attached(model), cache.filled_by(model), tokens_kept(cache, _loads(token_ids, 0)):
-            prefill_batch(Decoder(model, cache), cache, token_ids, chunk, progress)
+        with sequence_per_text(cache, len(token_ids)):
+            _make_room(model, cache, token_ids, 0, chunk)
+            with attached(model), cache.filled_by(model), tokens_kept(cache, _loads(token_ids, 0)):
+                prefill_batch(Decoder(model, cache), cache, token_ids, chunk, progress)
 
 
 def _decode(
@@ -236,19 +245,20 @@ def _decode_alone(
         token_ids = _texts(model, cache, new, input_ids, attention_mask, position_ids, width)
         chunk = generation_config.prefill_chunk_size or cache.config.prefill_chunk
         behind = stored_new_tokens(generation_config, input_ids)
-        _make_room(model, cache, token_ids, behind, chunk)
-        if streamer is not None and not streamer_has_prompt:
-            with modes.callers():
-                streamer.put(input_ids.cpu())
         request = token_choice(logits_processor, stopping_criteria, generation_config)
         batch = no_answers_yet(input_ids, request)
         kept = given is not None or generation_config.return_dict_in_generate
-        with (
-            attached(model),
-            _remembered(cache, model, kept),
-            tokens_kept(cache, _loads(token_ids, behind), batch.new_token_ids),
-        ):
-            _run(Decoder(model, cache), cache, token_ids, batch, request, chunk, streamer, progress)
+        with sequence_per_text(cache, len(token_ids), lambda: batch.new_token_ids() is not None):
+            _make_room(model, cache, token_ids, behind, chunk)
+            if streamer is not None and not streamer_has_prompt:
+                with modes.callers():
+                    streamer.put(input_ids.cpu())
+            with (
+                attached(model),
+                _remembered(cache, model, kept),
+                tokens_kept(cache, _loads(token_ids, behind), batch.new_token_ids),
+            ):
+                _run(Decoder(model, cache), cache, token_ids, batch, request, chunk, streamer, progress)
         finished = True
     finally:
         keep = given is not None or (finished and generation_config.return_dict_in_generate)
@@ -284,10 +294,9 @@ def _texts(
 
 
 def _make_room(model: Any, cache: SpeCache, token_ids: list[list[int]], new_tokens: int, chunk: int) -> None:
-    """Give every text a sequence, decide the tier of its rows, and refuse what does not fit, before anything is read."""
-    with sequence_per_text(cache, len(token_ids)):
-        decide_tier(model, cache, token_ids, new_tokens, chunk)
-        check_room(cache, token_ids, new_tokens, chunk)
+    """Decide the tier of every text's rows, and refuse what does not fit, before anything is read."""
+    decide_tier(model, cache, token_ids, new_tokens, chunk)
+    check_room(cache, token_ids, new_tokens, chunk)
     warn_of_rereading(cache, token_ids)
 
 

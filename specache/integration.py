@@ -231,6 +231,8 @@ def _attach(model: Any) -> None:
         name, depth = _attached.get(model, (NAME, 0))
         if depth == 0:
             name = model.config._attn_implementation
+            if name == NAME:  # it was copied from a model that was attached
+                name = "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
             _attached[model] = (name, 0)  # before anything is handed to us
             model.set_attn_implementation(NAME)
             _rewired[model] = products.install(model)

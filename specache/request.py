@@ -50,6 +50,16 @@ def check_types(config: Any, generation_config: Any, past_key_values: Any) -> No
         )
 
 
+def check_cache(cache: Any) -> None:
+    """Refuse to fill anything but a SpeCache.
+
+    Raises:
+        UsageError: what it is instead.
+    """
+    if not isinstance(cache, SpeCache):
+        raise UsageError(f"cache must be a SpeCache, not {_described(cache)}. Pass specache.SpeCache(model, config).")
+
+
 def user_cache(past_key_values: Any) -> SpeCache | None:
     """The SpeCache that was handed on, or `None`; the empty cache that stock `generate` prepares is ignored."""
     if past_key_values is None or isinstance(past_key_values, SpeCache):
@@ -181,12 +191,13 @@ def check_vocabulary(model: Any, token_ids: list[list[int]]) -> None:
             )
 
 
-def inferred_mask(input_ids: Any, generation_config: Any) -> Tensor | None:
+def inferred_mask(input_ids: Any, pad: int | None, ends: Any) -> Tensor | None:
     """The mask of a batch that came without one: pad tokens at the front of a row are padding, those inside it are text.
 
-    As in stock generate, nothing is inferred when the pad token also ends a text.
+    As in stock generate, nothing is inferred when the pad token also ends a text (`ends`: one, several or none).
     """
-    pad, ends = generation_config.pad_token_id, generation_config.eos_token_id
+    if isinstance(ends, Tensor):
+        ends = ends.flatten().tolist()
     if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
         return None
     if pad is None or pad in (ends if isinstance(ends, list) else [ends]):

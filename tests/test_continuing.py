@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, StoppingCriteria
 
 import specache
+from specache import generation
+from specache.answers import EndedOnce
+from tests.test_models import LONGROPE
 from tests.tiny import llama, prompt, ragged
 
 NEW = 6
@@ -347,3 +350,64 @@ def test_several_answers_go_on_from_one_text(model, tmp_path):
         torch.manual_seed(3)
         got = specache.generate(model, prompt(9, 10), attention_mask=torch.ones_like(whole), past_key_values=cache, **settings)
         assert got[:, 9:].equal(expected[:, whole.shape[1] :])
+
+
+class FailingAtTheThird(StoppingCriteria):
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        if input_ids.shape[1] == 102:
+            raise RuntimeError
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+@pytest.mark.parametrize("where", ["room", "streamer", "reading"])
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_several_answers_that_fail_before_their_first_token_leave_as_many_sequences_as_before(
+    model, tmp_path, monkeypatch, where, kind
+):
+    whole = torch.cat([prompt(90), prompt(9, 10)], 1)
+    sampled = {"max_new_tokens": NEW, "do_sample": True, "num_return_sequences": 3}
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("no room")
+
+    with opened(model, tmp_path, kind) as cache:
+        specache.prefill(model, prompt(90), cache=cache)
+        with monkeypatch.context() as patched, pytest.raises(RuntimeError):
+            if where == "room":
+                patched.setattr(generation, "check_room", failing)
+            if where == "reading":
+                patched.setattr(model.model.layers[2].self_attn, "forward", failing)
+            if where == "streamer":
+                patched.setattr(EndedOnce, "put", failing)
+            specache.generate(model, whole, past_key_values=cache, streamer=Interrupting(99), **sampled)
+        assert [sequence.length for sequence in cache.sequences] == [90]
+        assert cache.context.living_sequences == 1
+        assert say(model, cache, whole).equal(stock(model, whole))
+
+
+def test_several_answers_that_fail_in_the_middle_are_kept(model, tmp_path):
+    with opened(model, tmp_path) as cache:
+        specache.prefill(model, prompt(90), cache=cache)
+        whole = torch.cat([prompt(90), prompt(9, 10)], 1)
+        sampled = {"max_new_tokens": NEW, "do_sample": True, "num_return_sequences": 3}
+        with pytest.raises(RuntimeError):
+            specache.generate(model, whole, past_key_values=cache, stopping_criteria=[FailingAtTheThird()], **sampled)
+        assert [sequence.length for sequence in cache.sequences] == [99 + 2] * 3
+
+
+def test_a_text_that_grows_past_where_rope_changes_says_how_much_is_read_again(tmp_path):
+    longrope = {**LONGROPE, "original_max_position_embeddings": 1300}
+    model = llama(max_position_embeddings=4096, rope_parameters=longrope)
+    text = torch.cat([prompt(1280), prompt(40, 1)], 1)
+    with opened(model, tmp_path) as cache:
+        specache.prefill(model, text[:, :1280], cache=cache)
+        with pytest.warns(UserWarning, match=r"1,280 stored tokens are read again too: .* more than 1,300 tokens"):
+            say(model, cache, text)
+
+
+def test_tokens_that_were_read_stay_so_where_rope_changes_in_an_answer(tmp_path):
+    model = llama(max_position_embeddings=4096, rope_parameters=LONGROPE)
+    length = LONGROPE["original_max_position_embeddings"] - 2
+    with opened(model, tmp_path) as cache:
+        say(model, cache, prompt(length))
+        assert cache.sequences[0].prompt_tokens == length

@@ -10,8 +10,10 @@ import torch
 from transformers import (
     BatchEncoding,
     CLIPVisionConfig,
+    DynamicCache,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -25,6 +27,7 @@ import specache
 from tests.tiny import llama, prompt, ragged
 
 NEW = 4
+FULL = specache.SpeCacheConfig(policy="full")
 SIZES = {
     "vocab_size": 97,
     "hidden_size": 64,
@@ -295,3 +298,38 @@ def test_nobody_waits_for_the_text_of_a_call_that_was_refused(model, way, argume
     except specache.UsageError:
         assert arguments
     assert streamer.ended == 1
+
+
+@pytest.mark.parametrize("typed", ["an argument", "a GenerationConfig"])
+def test_padding_is_inferred_from_the_calls_own_pad_token_as_in_stock(typed):
+    model = llama(pad_token_id=None)
+    ids, mask = ragged(40, 25)
+    settings = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+    arguments = settings if typed == "an argument" else {"generation_config": GenerationConfig(**settings)}
+    expected = model.generate(ids, attention_mask=mask, **settings)
+    assert torch.equal(specache.generate(model, ids, config=FULL, **arguments), expected)
+    assert torch.equal(model.generate(ids, custom_generate=specache.decode, config=FULL, **arguments), expected)
+
+
+def test_nothing_is_padding_where_the_calls_end_token_is_the_pad_token(model):
+    ids = torch.cat([torch.zeros(1, 3, dtype=torch.long), IDS], 1)
+    everything = stock(model, ids, attention_mask=torch.ones_like(ids), eos_token_id=[5, 0])
+    for ends in ([5, 0], torch.tensor([5, 0])):
+        assert torch.equal(call("generate", model, ids, config=FULL, eos_token_id=ends), everything)
+
+
+def test_pad_tokens_inside_a_text_are_text_by_every_way_in(model):
+    ids = IDS.clone()
+    ids[0, 10] = 0
+    expected = stock(model, ids, attention_mask=torch.ones_like(ids))
+    assert torch.equal(call("generate", model, ids, config=FULL), expected)
+    assert torch.equal(call("decode", model, ids, config=FULL), expected)
+
+
+def test_prefill_takes_a_model_and_a_cache_of_ours(model):
+    with pytest.raises(specache.UsageError, match="must be a SpeCache, not a DynamicCache"):
+        specache.prefill(model, IDS, cache=DynamicCache())
+    with specache.SpeCache(model) as cache:
+        specache.prefill(model, IDS, cache=cache)
+        with pytest.raises(specache.UnsupportedModelError, match="str is not a transformers model"):
+            specache.prefill("a name", IDS, cache=cache)

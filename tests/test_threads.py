@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import os
 import subprocess
@@ -244,8 +245,6 @@ def test_a_pass_of_ours_leaves_the_models_rope_as_it_found_it():
 
 def test_a_model_that_is_copied_while_it_generates_computes_with_its_own_weights(model):
     """The copy has what stands in for its layers too; that must not be the original's."""
-    import copy
-
     layers = products.install(model)
     try:
         copied = copy.deepcopy(model)
@@ -259,6 +258,21 @@ def test_a_model_that_is_copied_while_it_generates_computes_with_its_own_weights
         for parameter in fresh.parameters():
             parameter.mul_(0.5)
     assert torch.equal(copied.generate(prompt(60), **GREEDY), fresh.generate(prompt(60), **GREEDY))
+
+
+def test_a_copy_that_was_made_while_a_model_generates_runs_with_and_without_us(model):
+    copies = []
+
+    class Copying(Gate):
+        def put(self, value: torch.Tensor) -> None:
+            copies.append(copy.deepcopy(model))
+
+    specache.generate(model, prompt(60), streamer=Copying(), max_new_tokens=1)
+    expected = model.generate(prompt(60), **GREEDY)
+    full = specache.SpeCacheConfig(policy="full")
+    for copied in copies:
+        assert torch.equal(specache.generate(copied, prompt(60), config=full, **GREEDY), expected)
+        assert torch.equal(copied.generate(prompt(60), **GREEDY), expected)
 
 
 def test_a_call_that_never_came_to_its_end_does_not_lock_the_cache():

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import GenerationConfig
 
 import specache
 from specache.identity.wrappers import unwrapped
 from tests.identity.continuing import NEW, first_turn, second_turn, settings
-from tests.tiny import llama, prompt
+from tests.tiny import llama, prompt, ragged
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -187,3 +188,23 @@ def test_adapters_of_one_call_are_refused_and_leave_nothing():
 def test_activated_lora_is_refused():
     with pytest.raises(specache.UsageError, match="alora_invocation_tokens"):
         specache.generate(with_lora(alora_invocation_tokens=[3, 4]), prompt(20), **NEW)
+
+
+def test_adapters_of_one_call_are_refused_also_over_a_cache_that_is_filled():
+    model = with_lora()
+    cache, said = first_turn(model)
+    with pytest.raises(specache.UsageError, match="adapter_names= chooses adapters for one call"):
+        model.generate(input_ids=said, custom_generate=specache.decode, past_key_values=cache, adapter_names=["__base__"], **NEW)
+    assert second_turn(model, cache, said)
+
+
+def test_settings_that_lie_on_the_wrapper_are_those_of_the_files():
+    model = with_lora(model=llama(pad_token_id=None))
+    model.generation_config = GenerationConfig(num_beams=3, pad_token_id=0)
+    ids, mask = ragged(40, 25)
+    said = specache.generate(model, ids, config=specache.SpeCacheConfig(policy="full"), **NEW)
+    assert torch.equal(said, model.generate(input_ids=ids, attention_mask=mask, num_beams=1, **NEW))
+    model.base_model.model.generation_config = GenerationConfig()
+    with specache.SpeCache(model) as cache:
+        specache.prefill(model, ids, cache=cache)
+        assert [sequence.length for sequence in cache.sequences] == [40, 25]
