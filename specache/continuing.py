@@ -57,6 +57,31 @@ def whole_texts(
     return new
 
 
+def refuse_padding_behind_answers(cache: SpeCache, texts: list[list[int]], pad: int | None) -> None:
+    """Refuse a batch without a mask that has padding where `generate` put it: behind answers that ended before others.
+
+    Args:
+        pad: the token that can only be padding, if there is one.
+
+    Raises:
+        UsageError: without a mask this would be read as text, which stock generate would not do.
+    """
+    for index, (sequence, text) in enumerate(zip(_stored(cache, len(texts)), texts, strict=True)):
+        if sequence is None or pad is None or shared(sequence, text) < sequence.length:
+            continue
+        if sequence.pending_token is None and sequence.length <= sequence.prompt_tokens:
+            continue  # nothing was generated
+        behind = text[sequence.length :]
+        if behind[:1] == [sequence.pending_token]:
+            behind = behind[1:]
+        if behind[:1] == [pad]:
+            raise UsageError(
+                f"{_which(index, len(texts))}padding (token {pad}) follows the answer, which ended before others of the batch, and "
+                "without attention_mask it would be read as text. Pass only what is new as input_ids, with an attention_mask of "
+                "the whole text that is 0 at padding."
+            )
+
+
 def begins_alike(cache: SpeCache, texts: list[list[int]]) -> bool:
     """Whether every text begins with something of what the cache holds for it; also where the cache is empty."""
     if len(cache.sequences) != len(texts):

@@ -139,6 +139,13 @@ class GenerationSettings:
             found |= self._one_answer()
         return found
 
+    def padding_token(self) -> int | None:
+        """The token that can only be padding: as in stock generate, none where the pad token also ends a text."""
+        pad, ends = self.value("pad_token_id"), self.value("eos_token_id")
+        if isinstance(ends, Tensor):
+            ends = ends.flatten().tolist()
+        return None if pad in (ends if isinstance(ends, list) else [ends]) else pad
+
     def max_length(self, prompt_tokens: int) -> dict[str, Any]:
         """The replacement for a `max_length` of the model's files that leaves no room behind a prompt.
 

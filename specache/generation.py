@@ -26,7 +26,13 @@ from specache.answers import (
 from specache.auto_tier import decide_tier
 from specache.cache import SpeCache
 from specache.config import SpeCacheConfig
-from specache.continuing import note_pending_tokens, sequence_per_text, warn_of_rereading, whole_texts
+from specache.continuing import (
+    note_pending_tokens,
+    refuse_padding_behind_answers,
+    sequence_per_text,
+    warn_of_rereading,
+    whole_texts,
+)
 from specache.decoding import Decoder, Progress
 from specache.file_settings import GenerationSettings, one_row_per_answer
 from specache.holdings import SequenceLoad
@@ -106,9 +112,10 @@ def generate(
         input_ids = the_prompt(input_ids, inputs)
         typed = kwargs if stop_strings is None else {**kwargs, "stop_strings": stop_strings}
         settings = GenerationSettings(model, typed, kwargs.get("generation_config"))
+        pad = settings.padding_token() if attention_mask is None else None
         with modes.ours():
             if attention_mask is None:
-                attention_mask = inferred_mask(input_ids, settings.value("pad_token_id"), settings.value("eos_token_id"))
+                attention_mask = inferred_mask(input_ids, pad)
             prompts(input_ids, attention_mask)
         stops = settings.stop_strings(tokenizer)
         if stops is not None:
@@ -119,7 +126,8 @@ def generate(
             kwargs["stop_strings"] = None  # a criterion by now, or nothing
 
         def custom_generate(model: Any, input_ids: Tensor, **arguments: Any) -> Tensor | GenerateDecoderOnlyOutput:
-            return _decode(model, input_ids, config, ended, progress, **{**arguments, "position_ids": position_ids})
+            arguments |= {"position_ids": position_ids, "pad": pad}
+            return _decode(model, input_ids, config, ended, progress, **arguments)
 
         arguments = {"attention_mask": attention_mask, "past_key_values": past_key_values, "stopping_criteria": stopping_criteria}
         arguments = {name: value for name, value in arguments.items() if value is not None}
@@ -142,18 +150,21 @@ def decode(
     typed = {name: value for name, value in arguments.items() if name not in PREPARED} if passed is None else passed
     with EndedOnce.of(typed.get("streamer")) as streamer:
         check_decoding_loop(typed)
+        check_types(config, None, None)
         of_model = model_arguments(model, typed)
         check_model_arguments(model, {name: value for name, value in of_model.items() if name not in PASSED_ON})
         if typed.get("position_ids") is None:
             arguments["position_ids"] = None  # stock generate's own
         effective = arguments["generation_config"]
-        replacements = GenerationSettings(model, typed, effective).replacements()
+        settings = GenerationSettings(model, typed, effective)
+        replacements = settings.replacements()
         input_ids, arguments = one_row_per_answer(input_ids, arguments, replacements)
         for name, value in replacements.items():
             setattr(effective, name, value)
         if typed.get("attention_mask") is None:  # stock generate's own has holes where a text has pad tokens
+            arguments["pad"] = settings.padding_token()
             with modes.ours():
-                arguments["attention_mask"] = inferred_mask(input_ids, effective.pad_token_id, effective.eos_token_id)
+                arguments["attention_mask"] = inferred_mask(input_ids, arguments["pad"])
         return _decode(model, input_ids, config, streamer, progress, streamer_has_prompt=True, **arguments)
 
 
@@ -186,11 +197,13 @@ def prefill(
         position_ids = model_inputs.pop("position_ids", None)
         check_model_arguments(model, model_inputs)
         input_ids = the_prompt(input_ids, inputs)
+        pad = settings.padding_token() if attention_mask is None else None
         if attention_mask is None:
-            attention_mask = inferred_mask(input_ids, settings.value("pad_token_id"), settings.value("eos_token_id"))
+            attention_mask = inferred_mask(input_ids, pad)
         new = prompts(input_ids, attention_mask)
         cache.check_model(model)
         token_ids = _texts(model, cache, new, input_ids, attention_mask, position_ids)
+        refuse_padding_behind_answers(cache, token_ids, pad)
         chunk = cache.config.prefill_chunk
         with sequence_per_text(cache, len(token_ids)):
             _make_room(model, cache, token_ids, 0, chunk)
@@ -229,10 +242,15 @@ def _decode_alone(
     attention_mask: Tensor | None = None,
     past_key_values: Any = None,
     position_ids: Any = None,
+    pad: int | None = None,
     streamer_has_prompt: bool = False,
     **prepared: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:
-    """Generate from what stock generate prepared. What else it `prepared` for the model is looked at before, and not used."""
+    """Generate from what stock generate prepared. What else it `prepared` for the model is looked at before, and not used.
+
+    Args:
+        pad: the token that can only be padding, where the mask was inferred from it.
+    """
     model = unwrapped(model)
     given = None
     finished = False
@@ -243,6 +261,7 @@ def _decode_alone(
         cache = cache_for(model, config, given)
         width = getattr(generation_config, "_mask_length", None) if attention_mask is None else None
         token_ids = _texts(model, cache, new, input_ids, attention_mask, position_ids, width)
+        refuse_padding_behind_answers(cache, token_ids, pad)
         chunk = generation_config.prefill_chunk_size or cache.config.prefill_chunk
         behind = stored_new_tokens(generation_config, input_ids)
         request = token_choice(logits_processor, stopping_criteria, generation_config)

@@ -191,16 +191,15 @@ def check_vocabulary(model: Any, token_ids: list[list[int]]) -> None:
             )
 
 
-def inferred_mask(input_ids: Any, pad: int | None, ends: Any) -> Tensor | None:
+def inferred_mask(input_ids: Any, pad: int | None) -> Tensor | None:
     """The mask of a batch that came without one: pad tokens at the front of a row are padding, those inside it are text.
 
-    As in stock generate, nothing is inferred when the pad token also ends a text (`ends`: one, several or none).
+    Args:
+        pad: the token that can only be padding, if there is one.
     """
-    if isinstance(ends, Tensor):
-        ends = ends.flatten().tolist()
     if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
         return None
-    if pad is None or pad in (ends if isinstance(ends, list) else [ends]):
+    if pad is None:
         return torch.ones_like(input_ids)
     return (input_ids != pad).cummax(dim=1).values.to(input_ids.dtype)
 

@@ -120,6 +120,30 @@ def test_a_batch_goes_on_where_each_of_its_sequences_ended(model, tmp_path):
             assert got[row, 7:].tolist() == stock(model, alone)[0, alone.shape[1] :].tolist()
 
 
+@pytest.mark.parametrize("way", ["generate", "decode", "prefill"])
+def test_padding_behind_an_answer_is_never_read_as_text(model, tmp_path, way):
+    ids, mask = ragged(60, 35)
+    first, second = stock(model, ids, mask)[:, 60:].tolist()
+    ends = [next(token for token in second[:-1] if token not in first)]  # the second sequence ends early
+    with opened(model, tmp_path) as cache:
+        text = say(model, cache, ids, mask, eos_token_id=ends)
+        assert text[1, -1] == 0
+        whole = torch.cat([text, prompt(7, 10).expand(2, 7)], 1)
+        with pytest.raises(specache.UsageError, match=r"Sequence 1 of the batch: padding .* only what is new"):
+            if way == "generate":
+                say(model, cache, whole, eos_token_id=ends)
+            elif way == "decode":
+                settings = {"max_new_tokens": NEW, "eos_token_id": ends, "do_sample": False}
+                model.generate(whole, custom_generate=specache.decode, past_key_values=cache, **settings)
+            else:
+                specache.prefill(model, whole, cache=cache)
+        answered = (text != 0).long()
+        asked = torch.cat([answered, torch.ones(2, 7, dtype=ONES)], 1)
+        got = say(model, cache, prompt(7, 10).expand(2, 7), asked)  # as the message says
+        alone = whole[1][asked[1].bool()][None]
+        assert got[1, 7:].tolist() == stock(model, alone)[0, alone.shape[1] :].tolist()
+
+
 def test_a_mask_that_fits_some_sequences_of_a_batch_is_refused(model, tmp_path):
     ids, mask = ragged(60, 35)
     question = torch.cat([prompt(7, 10), prompt(7, 11)])

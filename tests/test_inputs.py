@@ -290,6 +290,12 @@ class Waiting:
 
 
 @pytest.mark.parametrize("way", ["generate", "decode"])
+def test_a_config_of_another_type_is_refused(model, way):
+    with pytest.raises(specache.UsageError, match=r"config must be a specache\.SpeCacheConfig, not a dict"):
+        call(way, model, IDS, config={"policy": "full"})
+
+
+@pytest.mark.parametrize("way", ["generate", "decode"])
 @pytest.mark.parametrize("arguments", [{"labels": IDS}, {"num_beams": 2}, {"output_attentions": True}, {}])
 def test_nobody_waits_for_the_text_of_a_call_that_was_refused(model, way, arguments):
     streamer = Waiting()
