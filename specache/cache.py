@@ -58,6 +58,7 @@ class SpeCache:
 
     Raises:
         UnsupportedModelError: the model's attention cannot run over a low-bit copy.
+        UsageError: `config` is of another type.
         ConfigError: settings that this model or device does not allow.
         SlowTierError: the folder of `slow_tier='disk:...'` cannot be written.
     """
@@ -67,6 +68,8 @@ class SpeCache:
     def __init__(self, model: Any, config: SpeCacheConfig | None = None) -> None:
         model = unwrapped(model)
         info = inspect_model(model)
+        if not isinstance(config, SpeCacheConfig | None):
+            raise UsageError(f"config must be a specache.SpeCacheConfig, not a value of type {type(config).__name__}.")
         asked = config or SpeCacheConfig()
         config = asked.resolved(info.device.type)
         if config.slow_dir is not None:

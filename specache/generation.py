@@ -34,6 +34,7 @@ from specache.continuing import (
     whole_texts,
 )
 from specache.decoding import Decoder, Progress
+from specache.errors import UsageError
 from specache.file_settings import GenerationSettings, one_row_per_answer
 from specache.holdings import SequenceLoad
 from specache.identity.wrappers import unwrapped
@@ -150,7 +151,9 @@ def decode(
     typed = {name: value for name, value in arguments.items() if name not in PREPARED} if passed is None else passed
     with EndedOnce.of(typed.get("streamer")) as streamer:
         check_decoding_loop(typed)
-        check_types(config, None, None)
+        check_types(config, arguments.get("generation_config"), None)
+        if arguments.get("generation_config") is None:
+            raise UsageError("decode is for model.generate(..., custom_generate=specache.decode). Call specache.generate instead.")
         of_model = model_arguments(model, typed)
         check_model_arguments(model, {name: value for name, value in of_model.items() if name not in PASSED_ON})
         if typed.get("position_ids") is None:

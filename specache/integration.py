@@ -230,8 +230,9 @@ def _attach(model: Any) -> None:
     with _lock:
         name, depth = _attached.get(model, (NAME, 0))
         if depth == 0:
-            name = model.config._attn_implementation
-            if name == NAME:  # it was copied from a model that was attached
+            if model.config._attn_implementation != NAME:  # else attaching it was interrupted, or it is a copy of an attached model
+                name = model.config._attn_implementation
+            elif name == NAME:
                 name = "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
             _attached[model] = (name, 0)  # before anything is handed to us
             model.set_attn_implementation(NAME)

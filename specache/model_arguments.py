@@ -74,7 +74,7 @@ def check_position_ids(position_ids: Any, new: list[list[int]], texts: list[list
     Raises:
         UsageError: they are others.
     """
-    if not isinstance(position_ids, Tensor) or position_ids.dim() not in (1, 2, 3):
+    if not isinstance(position_ids, Tensor) or position_ids.dim() not in (1, 2, 3) or position_ids.numel() == 0:
         raise UsageError("position_ids must be a tensor [batch, length]. Leave it out: positions follow from attention_mask.")
     axes = position_ids.reshape(-1, *position_ids.shape[-2:]) if position_ids.dim() > 1 else position_ids[None, None]
     for axis in axes.tolist():

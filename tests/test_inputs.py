@@ -289,6 +289,22 @@ class Waiting:
         self.ended += 1
 
 
+def test_decode_by_itself_says_what_it_is_for(model):
+    with pytest.raises(specache.UsageError, match="custom_generate=specache"):
+        specache.decode(model, IDS)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_no_positions_at_all_are_refused(model, way):
+    with pytest.raises(specache.UsageError, match="position_ids must be a tensor"):
+        call(way, model, IDS, position_ids=torch.zeros(0, 40, dtype=torch.long))
+
+
+def test_a_cache_takes_no_config_of_another_type(model):
+    with pytest.raises(specache.UsageError, match="not a value of type dict"):
+        specache.SpeCache(model, {"policy": "full"})
+
+
 @pytest.mark.parametrize("way", ["generate", "decode"])
 def test_a_config_of_another_type_is_refused(model, way):
     with pytest.raises(specache.UsageError, match=r"config must be a specache\.SpeCacheConfig, not a dict"):

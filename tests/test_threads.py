@@ -260,6 +260,23 @@ def test_a_model_that_is_copied_while_it_generates_computes_with_its_own_weights
     assert torch.equal(copied.generate(prompt(60), **GREEDY), fresh.generate(prompt(60), **GREEDY))
 
 
+def test_a_call_that_was_interrupted_before_it_began_leaves_the_users_attention(monkeypatch):
+    model = llama()
+    model.set_attn_implementation("eager")
+
+    def interrupted(model: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(products, "install", interrupted)
+        specache.generate(model, prompt(60), **GREEDY)
+    expected = llama().generate(prompt(60), **GREEDY)
+    assert torch.equal(model.generate(prompt(60), **GREEDY), expected)
+    specache.generate(model, prompt(60), **GREEDY)
+    assert model.config._attn_implementation == "eager"
+    assert torch.equal(model.generate(prompt(60), **GREEDY), expected)
+
+
 def test_a_copy_that_was_made_while_a_model_generates_runs_with_and_without_us(model):
     copies = []
 
