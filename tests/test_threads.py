@@ -100,6 +100,7 @@ def test_a_second_thread_on_a_cache_is_refused_and_the_first_goes_on_unharmed(mo
     assert torch.equal(first.result(), expected)
     longer = torch.cat([expected, prompt(5)], 1)
     assert torch.equal(specache.generate(model, longer, past_key_values=cache, **GREEDY), model.generate(longer, **GREEDY))
+    cache.reset()
     CALLS[name](model, cache)
 
 
