@@ -176,12 +176,12 @@ class WindowCheckpoints(ABC):
             try:
                 return self.lengths[index], self._rings(index)
             except SessionError as error:
+                self._drop(index)
                 warnings.warn(
                     f"A checkpoint of the sliding windows is damaged, so more tokens are read again. {error}",
                     UserWarning,
                     stacklevel=2,
                 )
-                self._drop(index)
         return None
 
     def forget_after(self, length: int) -> None:

@@ -91,7 +91,7 @@ class Session:
         folder: str | os.PathLike[str] | None = None,
     ) -> None:
         self.name = check_name(name)
-        self._named_root = folder
+        self._in_default_root = folder is None
         self._root = private_root(root_of(self.name, folder))
         self.folder = self._root / name
         _make_folder(self.folder)
@@ -190,7 +190,8 @@ class Session:
             UsageError: a call is using the cache.
         """
         with self.cache.in_use.by("Session.fork"):
-            check_free(root_of(name, self._named_root), name)  # two default folders may hold sessions
+            if self._in_default_root:
+                check_free(root_of(name, None), name)  # there may be two default folders
             self._tier.stop_appending()
             store.fork_folder(self._root, self.name, self._saved, name)
 
