@@ -52,8 +52,11 @@ class OneCallAtATime:
             )
 
     @contextmanager
-    def by(self, name: str) -> Iterator[None]:
+    def by(self, name: str, *, from_callbacks: bool = False) -> Iterator[None]:
         """Use the cache for a call of this name inside the block.
+
+        Args:
+            from_callbacks: whether a callback of the call that uses it may call this, between two passes.
 
         Raises:
             UsageError: another call uses it, or the process was forked. Nothing changed.
@@ -65,6 +68,9 @@ class OneCallAtATime:
             if other is None:
                 self._call = weakref.ref(call)
         if other is not None:
+            if from_callbacks and other.thread == threading.get_ident():
+                yield
+                return
             raise UsageError(_refusal(other, name))
         try:
             yield

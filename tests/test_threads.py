@@ -377,3 +377,41 @@ def test_a_spawned_process_generates(model):
         assert queue.get(timeout=240) == specache.generate(model, prompt(100), **GREEDY).tolist()
     finally:
         process.join(60)
+
+
+def test_a_streamer_may_save_the_session_that_it_streams(model, tmp_path):
+    """As the commands do once a prompt is read: killed later, they have lost the answer only."""
+    ids, saved = prompt(100), []
+    with specache.Session("one", model, folder=tmp_path) as session:
+
+        class Saving:
+            def put(self, tokens: torch.Tensor) -> None:
+                session.save()
+                saved.append(session.saved_tokens)
+
+            def end(self) -> None:
+                pass
+
+        answered = specache.generate(model, ids, past_key_values=session.cache, streamer=Saving(), **GREEDY)
+        assert torch.equal(answered, model.generate(ids, **GREEDY))
+        assert saved[0] == 0 and saved[1:] == list(range(100, answered.shape[1]))
+    with specache.Session("one", model, folder=tmp_path) as again:
+        assert again.token_ids == answered[0, : saved[-1]].tolist()
+
+
+def test_a_session_is_not_saved_in_the_middle_of_a_pass(model, tmp_path):
+    refused = []
+    config = specache.SpeCacheConfig(policy="on-demand")  # whose passes all store
+    with specache.Session("one", model, config, folder=tmp_path) as session:
+
+        def hook(*_: object) -> None:
+            with pytest.raises(UsageError, match="middle of a pass"):
+                session.save()
+            refused.append(1)
+
+        handle = model.model.layers[1].register_forward_hook(hook)
+        try:
+            answered = specache.generate(model, prompt(100), past_key_values=session.cache, **GREEDY)
+        finally:
+            handle.remove()
+        assert refused and torch.equal(answered, model.generate(prompt(100), **GREEDY))

@@ -139,12 +139,20 @@ class Session:
     def save(self) -> None:
         """Make what the cache holds the session's state. Only what is new is written; a crash at any moment leaves the last state.
 
+        A streamer, a processor or another callback of the call that uses the cache may save too: what is through every layer counts.
+
         Raises:
             SessionError: it cannot be written. The last state is as it was, the cache can be used, and `save` tried again.
             SlowTierError: the rows cannot be made safe; the same holds.
-            UsageError: a call is using the cache; or `messages` or `rendering` are not what they should be. The same holds.
+            UsageError: a call on another thread is using the cache, or a pass of the model is under way (in a hook of a module);
+                or `messages` or `rendering` are not what they should be. The same holds.
         """
-        with self.cache.in_use.by("Session.save"), modes.ours():
+        with self.cache.in_use.by("Session.save", from_callbacks=True), modes.ours():
+            self.cache.settle()
+            if any(layer.length != self._sequence.length for layer in self._sequence.layers.values()):
+                raise UsageError(
+                    "Session.save was called in the middle of a pass of the model. Save between passes, or after the call."
+                )
             self._save()
 
     def _save(self) -> None:
