@@ -139,7 +139,8 @@ class Session:
     def save(self) -> None:
         """Make what the cache holds the session's state. Only what is new is written; a crash at any moment leaves the last state.
 
-        A streamer, a processor or another callback of the call that uses the cache may save too: what is through every layer counts.
+        A streamer, a processor or another callback of the call that uses the cache may save too: what is through every layer
+        counts.
 
         Raises:
             SessionError: it cannot be written. The last state is as it was, the cache can be used, and `save` tried again.
