@@ -126,7 +126,7 @@ def repair(
 
 
 def _existing(name: str, folder: str | os.PathLike[str] | None) -> Path:
-    path = names.existing_folder(names.session_root(folder), name)
+    path = names.existing_folder(names.root_of(name, folder), name)
     check_ours(path)
     return path
 
@@ -189,11 +189,12 @@ def _mend_with_model(name: str, model: Any, tokenizer: Any, path: Path, progress
             read = session.finish(model)
         return replace(report, tokens_read=read, mended=True)
     except BaseException as error:
-        if _manifest_bytes(path) == manifests:  # what was written in vain goes
-            for file in set(os.listdir(path)) - before:
-                if is_data_file(file):
-                    with suppress(OSError):
-                        (path / file).unlink()
+        with suppress(SessionError), FolderLock(path):  # else somebody is using it by now, and the files may be theirs
+            if _manifest_bytes(path) == manifests:  # what was written in vain goes
+                for file in set(os.listdir(path)) - before:
+                    if is_data_file(file):
+                        with suppress(OSError):
+                            (path / file).unlink()
         if isinstance(error, OSError):
             raise SessionError(f"The session's folder {path} cannot be written: {reason(error)}") from error
         raise
@@ -225,8 +226,9 @@ class MendedSession(Session):
             def count(done: int, total: int) -> None:
                 self._progress(self._tokens_read + done - stored)
 
-            prefill(model, torch.tensor([ids], device=self.cache.info.device), cache=self.cache, progress=count)
-        self._sequence.finish_reason = self.found.manifest.finish_reason
+            tokens = torch.tensor([ids], device=self.cache.info.device)
+            prefill(model, tokens, cache=self.cache, attention_mask=torch.ones_like(tokens), progress=count)
+        state.restore_history(self._sequence, self.found.manifest)
         self.save()
         return self._tokens_read + len(ids) - stored
 

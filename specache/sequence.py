@@ -166,7 +166,6 @@ class Sequence:
 
         Raises:
             SlowTierError: the slow tier cannot be read; nothing changed.
-            SessionError: a checkpoint cannot be read; nothing changed.
         """
         stored, rings = 0, dict[int, Tensor]()
         if not self.can_truncate(length):

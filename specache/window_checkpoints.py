@@ -6,6 +6,7 @@ The full-attention layers keep their rows, and need no copies. Copies are spare:
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from specache.budget import ByteBudget, SpareClaim
-from specache.errors import SpeCacheError
+from specache.errors import SessionError, SpeCacheError
 from specache.window_layer import WindowLayer
 
 FINE = 256  # tokens between two checkpoints near the end of a sequence, where most edits are; a window at least
@@ -169,13 +170,19 @@ class WindowCheckpoints(ABC):
 
     def newest(self, length: int) -> tuple[int, dict[int, Tensor]] | None:
         """The checkpoint that brings back most of the first `length` tokens: its own tokens (one more than `length`, perhaps; see
-        `Spacing.reach`), and its rings by layer.
-
-        Raises:
-            SessionError: its file is damaged.
+        `Spacing.reach`), and its rings by layer. One whose file is damaged is forgotten with a warning: it is spare.
         """
-        index = self.spacing.best(self.lengths, length)
-        return None if index is None else (self.lengths[index], self._rings(index))
+        while (index := self.spacing.best(self.lengths, length)) is not None:
+            try:
+                return self.lengths[index], self._rings(index)
+            except SessionError as error:
+                self._drop(index)
+                warnings.warn(
+                    f"A checkpoint of the sliding windows is damaged, so more tokens are read again. {error}",
+                    UserWarning,
+                    stacklevel=2,
+                )
+        return None
 
     def forget_after(self, length: int) -> None:
         """Tokens from `length` on are gone, and with them the checkpoints behind."""

@@ -59,6 +59,12 @@ def test_sessions_of_the_earlier_folder_are_listed_opened_forked_and_removed(hom
     assert sessions.show("branch").tokens == 100
     with pytest.raises(SessionError, match="'old'"):
         sessions.fork("new", "old")
+    with opened(None, llama(), name="branch") as session, pytest.raises(SessionError, match="'new'"):
+        session.fork("new")
+    tail = next((home / ".cache" / "specache" / "sessions" / "branch").glob("tail-*"))
+    tail.write_bytes(tail.read_bytes()[:-1])
+    assert sessions.repair("branch", llama()).mended
+    assert sessions.show("branch").tokens == 100
     sessions.remove("old")
     assert [one.name for one in sessions.stored()] == ["branch", "new"]
     monkeypatch.setenv("SPECACHE_CACHE", str(tmp_path / "named"))

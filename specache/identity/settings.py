@@ -29,7 +29,8 @@ _COUNTS_NOT = re.compile(
     | .*(classifier|summary).* | chunk_size_feed_forward | .*checkpoint.* | pretraining_tp""",
     re.VERBOSE,
 )
-_ROPE = ("rope_parameters", "rope_scaling", "rope_theta")
+_ROPE = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
+_FAR = re.compile(".*window.*|.*chunk_size|.*temperature_tuning|floor_scale|layer_types|no_rope.*")  # first tokens may not show it
 _PER_LENGTH = ("dynamic", "longrope", "yarn")  # their frequencies depend on the length that the model was made for
 _NEUTRAL = re.compile(r".*multiplier|.*factor|.*scal(e|ing)(_.*)?")  # where 1 changes nothing
 
@@ -40,6 +41,18 @@ def relevant_settings(model: Any) -> dict[str, Any]:
     found = {name: _value(name, value) for name, value in config.items() if _matters(name) and name not in _ROPE}
     found["rope"] = _rope(config)
     return {name: value for name, value in sorted(found.items()) if not _says_nothing(name, value)}
+
+
+def conflict(before: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """Say which field makes one model of `relevant_settings` another than the other, or None.
+
+    A field that only one of them has may be one that a release began to write down: rows that are computed once more show whether
+    it matters, except for fields that count from some length on.
+    """
+    for name in sorted({*before, *now}):
+        if before.get(name) != now.get(name) and ((name in before and name in now) or _FAR.fullmatch(name)):
+            return f"{name} was {str(before.get(name))[:200]} and is {str(now.get(name))[:200]}"
+    return None
 
 
 def _matters(name: str) -> bool:
@@ -69,7 +82,8 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
     per_kind = {kind: each for kind, each in given.items() if isinstance(each, dict)} or {"": given}
     found: dict[str, Any] = {}
     for kind, parameters in per_kind.items():
-        own = {"rope_theta": config.get("rope_theta"), **parameters}
+        beside = {name: config.get(name) for name in ("rope_theta", "partial_rotary_factor")}
+        own = {**beside, **parameters}
         older = own.pop("type", None)
         own["rope_type"] = own.get("rope_type") or older or "default"
         if own["rope_type"] in _PER_LENGTH:

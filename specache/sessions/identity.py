@@ -10,13 +10,13 @@ from typing import Any
 
 from specache.errors import SessionError
 from specache.identity.content import adapters_digest, weights_digest
-from specache.identity.settings import relevant_settings
+from specache.identity.settings import conflict, relevant_settings
 from specache.identity.wrappers import unwrapped
 from specache.model import inspect_model
 from specache.sessions.first_identity import first_config_digest, first_weights_digests
 from specache.sessions.manifest import Identity
 
-PRESENT = "2:"  # in front of digests of what keys and values depend on
+PRESENT = "2:"  # in front of what keys and values depend on
 
 
 def identify(model: Any, tokenizer: Any = None) -> Identity:
@@ -24,7 +24,7 @@ def identify(model: Any, tokenizer: Any = None) -> Identity:
     info = inspect_model(model)
     return Identity(
         model=type(unwrapped(model)).__name__,
-        config=PRESENT + _digest(json.dumps(relevant_settings(unwrapped(model)), sort_keys=True).encode()),
+        config=PRESENT + json.dumps(relevant_settings(unwrapped(model)), sort_keys=True),
         weights=PRESENT + weights_digest(model),
         dtype=str(info.dtype).removeprefix("torch."),
         tokenizer=None if tokenizer is None else _tokenizer(tokenizer),
@@ -49,8 +49,8 @@ def check_identity(name: str, stored: Identity, mine: Identity, model: Any) -> I
         )
     if stored.model != mine.model:
         raise refuse(f"belongs to a {stored.model}, and this model is a {mine.model}", "Load the model that it was made with")
-    if stored.config.startswith(PRESENT) and stored.config != mine.config:
-        raise refuse(f"belongs to a {stored.model} of another configuration", "Load the model that it was made with")
+    if stored.config.startswith(PRESENT) and (difference := conflict(_settings(stored), _settings(mine))):
+        raise refuse(f"belongs to a {stored.model} of another configuration: {difference}", "Load the model that it was made with")
     if stored.dtype != mine.dtype:
         raise refuse(
             f"holds {stored.dtype} pairs and this model computes in {mine.dtype}", f"Load the model with dtype {stored.dtype}"
@@ -71,9 +71,11 @@ def check_identity(name: str, stored: Identity, mine: Identity, model: Any) -> I
 
 
 def needs_probe(stored: Identity, mine: Identity, model: Any) -> bool:
-    """Whether the digests of a session of the first form do not tell if it belongs to a model."""
+    """Whether a session's configuration does not tell if it belongs to a model: there are fields that only one of them has, or, in
+    the first form, its digest is another one.
+    """
     if stored.config.startswith(PRESENT):
-        return False
+        return stored.config != mine.config
     return stored.config != first_config_digest(model) or bool(mine.adapters)
 
 
@@ -81,6 +83,15 @@ def _same_weights(stored: Identity, mine: Identity, model: Any) -> bool:
     if stored.weights.startswith(PRESENT):
         return stored.weights == mine.weights
     return stored.weights in first_weights_digests(model)
+
+
+def _settings(identity: Identity) -> dict[str, Any]:
+    """What keys and values depend on of the configuration, where it can be read."""
+    try:
+        found = json.loads(identity.config.removeprefix(PRESENT))
+    except (ValueError, RecursionError):
+        found = None
+    return found if isinstance(found, dict) else {"model_type": None}
 
 
 def _said_adapters(identity: Identity) -> str:

@@ -21,9 +21,8 @@ class Identity:
 
     Attributes:
         model: class of the model.
-        config: digest of what keys depend on of its configuration; with "2:" in front, unless it is of the whole configuration
-            as the first sessions had it.
-        weights: digest of a sample of every weight tensor, in the same two forms.
+        config: what keys depend on of its configuration, as JSON behind "2:"; in the first sessions a digest of all of it.
+        weights: digest of a sample of every weight tensor, behind "2:"; in the first sessions of another sample.
         dtype: of activations and 16-bit rows.
         tokenizer: digest of the tokenizer, or `None` where none was given.
         byte_order: of the machine that wrote the rows.

@@ -55,6 +55,15 @@ def encode(manifest: Manifest) -> bytes:
     return json.dumps(document, sort_keys=True, indent=1).encode()
 
 
+def check_readable(manifest: Manifest) -> None:
+    """Refuse a manifest that could not be read again.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError, RecursionError, SpeCacheError: it could not.
+    """
+    parse(json.loads(encode(manifest))["body"])
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Put a manifest in the place of the one before, at once: after a crash there is one of them, whole.
 
@@ -150,7 +159,7 @@ def decode(data: bytes, origin: str) -> Manifest:
         document = json.loads(data)
         version, layout = int(document["specache_session"]), int(document["rows_layout"])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise SessionError(f"{origin} is not the manifest of a session: {_said(error)}. {_ADVICE}") from None
+        raise SessionError(f"{origin} is not the manifest of a session: {said(error)}. {_ADVICE}") from None
     for what, there, oldest, known in (
         ("version", version, OLDEST, VERSION),
         ("layout of rows", layout, LAYOUT_VERSION, LAYOUT_VERSION),
@@ -167,10 +176,11 @@ def decode(data: bytes, origin: str) -> Manifest:
             raise ValueError("its digest differs from what it says")
         return parse(body)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, SpeCacheError) as error:
-        raise SessionError(f"{origin} is damaged: {_said(error)}. {_ADVICE}") from None
+        raise SessionError(f"{origin} is damaged: {said(error)}. {_ADVICE}") from None
 
 
-def _said(error: Exception) -> str:
+def said(error: Exception) -> str:
+    """What a manifest is refused for."""
     return f"{type(error).__name__} {error}"[:200] if isinstance(error, KeyError | TypeError) else str(error)[:300].rstrip(".")
 
 

@@ -1,7 +1,7 @@
 """Whether a model computes the keys and values that a session holds: the beginning of its tokens is run once more, and compared.
 
-For sessions of the first form, which kept a digest of the whole configuration: a later transformers, or another label, changes it,
-and nothing says whether RoPE changed too.
+For sessions of the first form, which kept a digest of the whole configuration (a later transformers, or another label, changes it,
+and nothing says whether RoPE changed too), and where a release began or ceased to write down a field.
 """
 
 from __future__ import annotations

@@ -3,27 +3,59 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from specache.config import PAGE_TOKENS
-from specache.errors import SessionError
-from specache.sequence import Sequence
+from specache.config import PAGE_TOKENS, SpeCacheConfig
+from specache.errors import SessionError, UsageError
+from specache.sequence import Sequence as CachedSequence
 from specache.sessions import state
 from specache.sessions.checkpoints import DiskCheckpoints
 from specache.sessions.files import StoredFile
-from specache.sessions.manifest import Manifest, PageSpan
-from specache.sessions.manifest_file import read_manifest, write_manifest
+from specache.sessions.manifest import Identity, Manifest, Message, PageSpan, Rendering, settings_of
+from specache.sessions.manifest_file import check_readable, read_manifest, said, write_manifest
 from specache.sessions.snapshot import TensorSpec, write_snapshot
 from specache.tiers.disk import DiskTier
 
 LONGEST_CHAIN = 32  # files of pages; then they become one
 
 
+def blank_manifest(
+    identity: Identity,
+    config: SpeCacheConfig,
+    created: float | None,
+    messages: Sequence[Mapping[str, str]],
+    rendering: Rendering | None,
+) -> Manifest:
+    """What a manifest that is saved now says beside the state.
+
+    Args:
+        created: when the first one was; `None`: now.
+
+    Raises:
+        UsageError: the conversation, which a program fills in, could not be read again.
+    """
+    now = time.time()
+    try:
+        said_so_far = tuple(Message(one["role"], one["content"]) for one in messages)
+        blank = Manifest(
+            identity, settings_of(config), now if created is None else created, now, messages=said_so_far, rendering=rendering
+        )
+        check_readable(blank)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UsageError(
+            f"session.messages or session.rendering cannot be saved: {said(error)}. A message is {{'role': text, 'content': text}} "
+            "and a rendering a specache.sessions.manifest.Rendering with a date in ISO 8601 and variables that JSON has. Nothing "
+            "was saved; change them and save again."
+        ) from None
+    return blank
+
+
 def write_state(
-    folder: Path, blank: Manifest, before: Manifest | None, sequence: Sequence, tier: DiskTier, checkpoints: DiskCheckpoints
+    folder: Path, blank: Manifest, before: Manifest | None, sequence: CachedSequence, tier: DiskTier, checkpoints: DiskCheckpoints
 ) -> Manifest:
     """Make the state of `sequence`, whose rows are safe already, the one that `folder` holds -> its manifest.
 
@@ -68,7 +100,9 @@ def write_state(
     return manifest
 
 
-def _write_pages(folder: Path, before: Manifest | None, sequence: Sequence, new: dict[str, StoredFile]) -> tuple[PageSpan, ...]:
+def _write_pages(
+    folder: Path, before: Manifest | None, sequence: CachedSequence, new: dict[str, StoredFile]
+) -> tuple[PageSpan, ...]:
     """The pages that were not saved yet, or all of them where the chain of files became long."""
     tables = [layer.table for layer in sequence.compressed.values()]
     if not tables:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,11 +19,11 @@ from specache.sessions import state, store
 from specache.sessions.checkpoints import DiskCheckpoints
 from specache.sessions.identity import check_identity, identify, needs_probe
 from specache.sessions.lock import FolderLock
-from specache.sessions.manifest import Identity, Manifest, Message, Rendering, settings_of
+from specache.sessions.manifest import Identity, Manifest, Rendering
 from specache.sessions.manifest_file import TEMPORARY, check_ours, is_saved, read_manifest, refresh_copy
-from specache.sessions.names import check_name, is_folder, private_root, root_of
+from specache.sessions.names import check_free, check_name, is_folder, private_root, root_of
 from specache.sessions.probe import check_rows
-from specache.sessions.saving import write_state
+from specache.sessions.saving import blank_manifest, write_state
 from specache.sessions.schema import is_data_file
 from specache.tiers.disk import DiskTier
 from specache.tiers.system_errors import reason
@@ -92,6 +91,7 @@ class Session:
         folder: str | os.PathLike[str] | None = None,
     ) -> None:
         self.name = check_name(name)
+        self._in_default_root = folder is None
         self._root = private_root(root_of(self.name, folder))
         self.folder = self._root / name
         _make_folder(self.folder)
@@ -139,12 +139,14 @@ class Session:
     def save(self) -> None:
         """Make what the cache holds the session's state. Only what is new is written; a crash at any moment leaves the last state.
 
-        A streamer, a processor or another callback of the call that uses the cache may save too: what is through every layer counts.
+        A streamer, a processor or another callback of the call that uses the cache may save too: what is through every layer
+        counts.
 
         Raises:
             SessionError: it cannot be written. The last state is as it was, the cache can be used, and `save` tried again.
             SlowTierError: the rows cannot be made safe; the same holds.
-            UsageError: a call on another thread is using the cache, or a pass of the model is under way (in a hook of a module).
+            UsageError: a call on another thread is using the cache, or a pass of the model is under way (in a hook of a module);
+                or `messages` or `rendering` are not what they should be. The same holds.
         """
         with self.cache.in_use.by("Session.save", from_callbacks=True), modes.ours():
             self.cache.settle()
@@ -155,7 +157,7 @@ class Session:
             self._save()
 
     def _save(self) -> None:
-        sequence, tier = self._sequence, self._tier
+        sequence, tier, blank = self._sequence, self._tier, self._next_manifest()
         if sequence.length == 0:
             sequence.clear()
         for layer in sequence.compressed:
@@ -164,7 +166,7 @@ class Session:
             tier.merge(MOST_SEGMENTS)
         tier.sync()
         try:
-            self._saved = write_state(self.folder, self._next_manifest(), self._saved, sequence, tier, self._checkpoints)
+            self._saved = write_state(self.folder, blank, self._saved, sequence, tier, self._checkpoints)
         except OSError as error:
             raise SessionError(
                 f"The session {self.name!r} cannot be saved in {self.folder}: {reason(error)} Its last saved state is intact."
@@ -197,6 +199,8 @@ class Session:
             UsageError: a call is using the cache.
         """
         with self.cache.in_use.by("Session.fork"):
+            if self._in_default_root:
+                check_free(root_of(name, None), name)  # there may be two default folders
             self._tier.stop_appending()
             store.fork_folder(self._root, self.name, self._saved, name)
 
@@ -315,13 +319,13 @@ class Session:
     # Saving
 
     def _next_manifest(self) -> Manifest:
-        """What the next one says beside the state."""
-        now = time.time()
-        created = now if self._saved is None else self._saved.created
-        messages = tuple(Message(one["role"], one["content"]) for one in self.messages)
+        """What the next one says beside the state.
+
+        Raises:
+            UsageError: `messages` or `rendering` could not be read again.
+        """
         assert self._cache is not None
-        settings = settings_of(self.cache.config)
-        return Manifest(self._cache.identity, settings, created, now, messages=messages, rendering=self.rendering)
+        return blank_manifest(self._cache.identity, self._cache.config, self.created, self.messages, self.rendering)
 
     def _remove_garbage(self) -> None:
         """Remove files of ours that the saved state does not refer to and the cache does not need: old and unfinished ones.

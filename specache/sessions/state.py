@@ -138,6 +138,11 @@ def restore(sequence: Sequence, device: torch.device, folder: Path, manifest: Ma
             layer.restore(tensors["residual"], weights, _checked_positions(tensors.get("wanted"), low_bit))
     _restore_pages(sequence.compressed, folder, manifest)
     sequence.commit(tail.read(["token_ids"])["token_ids"].tolist())
+    restore_history(sequence, manifest)
+
+
+def restore_history(sequence: Sequence, manifest: Manifest) -> None:
+    """Tell a sequence that has the state's tokens how they came to be: which were read, how the last answer ended."""
     sequence.finish_reason = manifest.finish_reason
     sequence.prompt_tokens = manifest.tokens if manifest.prompt_tokens is None else manifest.prompt_tokens
     sequence.pending_token = manifest.pending_token

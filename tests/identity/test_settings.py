@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from specache.identity.settings import relevant_settings
+from specache.identity.settings import conflict, relevant_settings
 from tests.sessions.sequences import gemma
 from tests.test_models import FAMILIES, build
 from tests.tiny import llama
@@ -91,6 +91,9 @@ def test_rope_reads_alike_however_a_release_writes_it():
     assert inside == rope(rope_theta=10000, rope_scaling={"type": "linear", "rope_type": "linear", "factor": 4})
     assert inside == rope(rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0, "a_new_one": None})
     assert inside != rope(rope_theta=10000)
+    partial = rope(rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5})
+    assert partial == rope(rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}, partial_rotary_factor=0.5)
+    assert partial == rope(rope_theta=1e4, partial_rotary_factor=0.5) != rope(rope_theta=1e4)
 
 
 def test_the_length_that_rope_was_made_for_counts_where_it_depends_on_it():
@@ -103,3 +106,11 @@ def test_the_length_that_rope_was_made_for_counts_where_it_depends_on_it():
 def test_windows_and_caps_of_a_hybrid_are_there():
     found = relevant_settings(gemma())
     assert {"layer_types", "sliding_window", "attn_logit_softcapping", "query_pre_attn_scalar", "rms_norm_eps"} <= found.keys()
+
+
+def test_fields_that_only_one_release_writes_down_are_no_conflict_unless_they_count_far_behind():
+    before = {"hidden_act": "silu", "num_hidden_layers": 2}
+    assert conflict(before, {**before, "swiglu_limit": 7}) is None and conflict({**before, "swiglu_limit": 7}, before) is None
+    assert conflict(before, {**before, "hidden_act": "gelu"}) == "hidden_act was silu and is gelu"
+    for name in ("sliding_window", "attention_chunk_size", "attn_temperature_tuning"):
+        assert conflict(before, {**before, name: 600}) == f"{name} was None and is 600"

@@ -21,11 +21,17 @@ import specache
 from specache import SpeCacheConfig
 from tests.cli.tiny_chat import byte_tokenizer
 from tests.sessions.sequences import gemma, llama, opened, prompt
+from tests.test_models import FAMILIES, build
 
 OTHER = os.environ.get("SPECACHE_OTHER_PYTHON")
 TURN = 90
 SETTINGS = {"group_size": 16, "residual": 16, "top_k": 8, "prefill_chunk": 64}
-MODELS = {"llama": (llama, "verified"), "gemma": (gemma, "on-demand")}
+MODELS = {
+    "llama": (llama, "verified"),
+    "gemma": (gemma, "on-demand"),
+    "phi": (lambda: build("Phi", {"partial_rotary_factor": 0.5, "vocab_size": 300}), "on-demand"),  # 5.17 writes the factor twice
+    "gpt-oss": (lambda: build(FAMILIES["gpt-oss"][0], {**FAMILIES["gpt-oss"][1], "vocab_size": 300}), "on-demand"),  # swiglu_limit
+}
 
 
 def take_turn(root: Path, folder: Path, policy: str, turn: int) -> dict[str, Any]:

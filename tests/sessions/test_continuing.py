@@ -15,6 +15,7 @@ import torch
 import specache
 from specache.errors import SessionError, UsageError
 from specache.sessions import saving
+from specache.sessions.manifest import Rendering
 from tests.sessions.sequences import (
     NEW,
     answer,
@@ -397,3 +398,30 @@ def test_tokens_that_replace_saved_ones_are_what_is_saved(tmp_path, model, hybri
         prefill(session, chosen, other)
         for name, tensor in everything(session).items():
             assert torch.equal(mine[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}],
+        [{"role": "assistant", "content": None}],
+        [{"role": "user"}],
+        ["Hi"],
+    ],
+)
+def test_messages_that_could_not_be_read_again_are_refused_and_nothing_is_lost(tmp_path, model, said):
+    with opened(tmp_path, model, settings()) as session:
+        prefill(session, model, prompt(100))
+        session.save()
+        session.messages = said
+        with pytest.raises(UsageError, match=r"session\.messages"):
+            session.save()
+        session.messages = [{"role": "user", "content": "Hi"}]
+        session.rendering = Rendering("yesterday", "", {})
+        with pytest.raises(UsageError, match=r"session\.rendering"):
+            session.save()
+        session.rendering = Rendering("2026-01-02", "", {"tools": {1, 2}})
+        with pytest.raises(UsageError, match="JSON"):
+            session.save()
+    with opened(tmp_path, model) as session:
+        assert len(session.token_ids) == 100 and session.messages == [] and session.rendering is None

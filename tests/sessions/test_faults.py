@@ -112,22 +112,44 @@ def test_a_damaged_row_stops_an_answer(root, model):
         answer(model, session.cache, torch.cat([prompt(300), prompt(50, 1)], dim=1))
 
 
-def test_a_damaged_checkpoint_is_named_when_it_is_needed(tmp_path, monkeypatch):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, monkeypatch):
     checkpoints_every(monkeypatch, 140)
     hybrid = gemma()
     with opened(tmp_path, hybrid, settings()) as session:
         prefill(session, hybrid, prompt(300))
         session.save()
         saved = state(session)
-        path = tmp_path / "one" / session._checkpoints.kept[0].file
+        kept = {one.tokens: tmp_path / "one" / one.file for one in session._checkpoints.kept}
+        assert sorted(kept) == [140, 280, 300]
+    path = kept[280]
     flip(path, -1)
     with opened(tmp_path, hybrid) as session:
-        with pytest.raises(SessionError, match=path.name):
-            session.cut(200)
+        with pytest.warns(UserWarning, match=path.name):
+            assert session.cut(290) == 140
+        prefill(session, hybrid, prompt(300))
         assert state(session) == saved
     path.unlink()
     with pytest.raises(SessionError, match=path.name):
         opened(tmp_path, hybrid)
+
+
+def test_without_an_intact_checkpoint_all_is_read_again(tmp_path, monkeypatch):
+    checkpoints_every(monkeypatch, 140)
+    hybrid = gemma()
+    with opened(tmp_path, hybrid, settings()) as session:
+        prefill(session, hybrid, prompt(300))
+        session.save()
+        saved = state(session)
+        first = tmp_path / "one" / session._checkpoints.kept[0].file
+    flip(first, -1)
+    with opened(tmp_path, hybrid) as session:
+        with pytest.warns(UserWarning, match=first.name):
+            assert session.cut(200) == 0
+        prefill(session, hybrid, prompt(300))
+        session.save()
+        assert state(session) == saved
+    with opened(tmp_path, hybrid) as session:
+        assert first.name not in session._checkpoints.files and state(session) == saved
 
 
 def test_a_prefill_that_fails_over_a_damaged_checkpoint_raises_its_own_error(tmp_path, monkeypatch):

@@ -45,6 +45,29 @@ def test_fields_that_they_depend_on_refuse(root, change):
         opened(root, llama(**change))
 
 
+def test_the_stored_rows_decide_about_a_field_that_only_one_release_writes_down(tmp_path):
+    """GPT-OSS has had the limit of its activation as a number in its code, then as a field."""
+    model = llama()
+    with opened(tmp_path, model, settings()) as session:
+        prefill(session, model, prompt(200))
+        session.save()
+    later = llama()
+    later.config.swiglu_limit = 7.0
+    with opened(tmp_path, later) as session:
+        assert session.saved_tokens == 200
+        session.save()
+    opened(tmp_path, later).close()
+    other = llama()
+    other.config.swiglu_limit = None
+    for layer in other.model.layers:
+        layer.mlp.act_fn = torch.nn.ReLU()
+    with pytest.raises(specache.SessionError, match="another configuration"):
+        opened(tmp_path, other)
+    later.config.attention_chunk_size = 600
+    with pytest.raises(specache.SessionError, match="attention_chunk_size was None and is 600"):
+        opened(tmp_path, later)
+
+
 def test_an_adapter_refuses_and_one_that_is_not_active_does_not(root):
     model = llama()
     layers = adapted(model, "a")

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import specache
 from specache import repair as repairing
 from specache import sessions
 from specache.errors import SessionError
+from specache.sessions.lock import FolderLock
 from specache.tiers.row_layout import BLOCK_TOKENS
 from tests.sessions.sequences import answer, gemma, llama, one, opened, prompt, settings, state
 
@@ -141,6 +144,54 @@ def test_damage_in_several_places_is_mended_at_once(saved, tmp_path):
     report = sessions.repair("one", saved.model, folder=root)
     assert {damage.kind for damage in report.damages} == {"rows", "pages", "tail", "manifest"}
     saved.check(root)
+
+
+@pytest.mark.parametrize("pattern", ["tail-*", "pages-*", "*-L001.rows"])
+def test_a_mended_session_knows_its_last_token_and_what_was_a_prompt(saved, tmp_path, pattern):
+    """Only what is new may be passed to it, with a mask that covers the token that was generated last."""
+    root = saved.copy(tmp_path)
+    flip(one(root, pattern), 8 * 700)
+    assert sessions.repair("one", saved.model, folder=root).mended
+    new, mask = saved.next[:, TOKENS + 1 :], torch.ones_like(saved.next)
+    with opened(saved.root, saved.model) as whole, opened(root, saved.model) as session:
+        mine, other = session._sequence, whole._sequence
+        for name in ("prompt_tokens", "pending_token", "finish_reason"):
+            assert getattr(mine, name) == getattr(other, name) is not None
+        answered = answer(saved.model, session.cache, new, attention_mask=mask)[0]
+    assert torch.equal(answered, saved.expected[:, TOKENS + 1 :])
+
+
+def test_padding_tokens_in_front_are_text_where_they_were_stored_as_text(tmp_path):
+    model, ids = llama(), prompt(100)
+    ids[:, :2] = model.config.pad_token_id
+    with opened(tmp_path, model, settings(policy="verified")) as session:
+        specache.prefill(model, ids, cache=session.cache, attention_mask=torch.ones_like(ids))
+        session.save()
+    flip(one(tmp_path, "tail-*"), 1600)
+    assert sessions.repair("one", model, folder=tmp_path).mended
+    with opened(tmp_path, model) as session:
+        assert session.token_ids == ids[0].tolist()
+
+
+def test_a_repair_that_comes_too_late_leaves_what_somebody_else_writes(saved, tmp_path, monkeypatch):
+    root = saved.copy(tmp_path)
+    flip(one(root, "*.rows"), row_place(saved, 20))
+    theirs = root / "one" / "windows-0123456789abcdef.safetensors"
+    looks = repairing._manifest_bytes
+    with ExitStack() as held:
+
+        def somebody_opens_it_first(path: Path) -> list[bytes]:
+            if not theirs.exists():
+                found = looks(path)
+                held.enter_context(FolderLock(path))
+                theirs.write_bytes(b"new")
+                return found
+            return looks(path)
+
+        monkeypatch.setattr(repairing, "_manifest_bytes", somebody_opens_it_first)
+        with pytest.raises(SessionError, match="in use"):
+            sessions.repair("one", saved.model, folder=root)
+    assert theirs.exists()
 
 
 def test_a_short_session_is_mended_too(tmp_path):
