@@ -52,8 +52,11 @@ class OneCallAtATime:
             )
 
     @contextmanager
-    def by(self, name: str) -> Iterator[None]:
+    def by(self, name: str, *, between_steps: bool = False) -> Iterator[None]:
         """Use the cache for a call of this name inside the block.
+
+        Args:
+            between_steps: a streamer or another callback of the call that uses the cache may do this too.
 
         Raises:
             UsageError: another call uses it, or the process was forked. Nothing changed.
@@ -64,6 +67,9 @@ class OneCallAtATime:
             other = self._current()
             if other is None:
                 self._call = weakref.ref(call)
+        if other is not None and between_steps and other.thread == call.thread:
+            yield
+            return
         if other is not None:
             raise UsageError(_refusal(other, name))
         try:

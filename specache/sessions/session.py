@@ -139,12 +139,14 @@ class Session:
     def save(self) -> None:
         """Make what the cache holds the session's state. Only what is new is written; a crash at any moment leaves the last state.
 
+        A streamer or another callback of `generate` may save too, between two tokens: what was stored up to there.
+
         Raises:
             SessionError: it cannot be written. The last state is as it was, the cache can be used, and `save` tried again.
             SlowTierError: the rows cannot be made safe; the same holds.
-            UsageError: a call is using the cache.
+            UsageError: a call on another thread is using the cache.
         """
-        with self.cache.in_use.by("Session.save"), modes.ours():
+        with self.cache.in_use.by("Session.save", between_steps=True), modes.ours():
             self._save()
 
     def _save(self) -> None:
