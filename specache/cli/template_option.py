@@ -44,4 +44,5 @@ def parse_variables(text: str | None) -> dict[str, Any] | None:
 def check_variables(template: ChatTemplate) -> None:
     """Say which variables the template does not know: it ignores them."""
     for name in template.unknown_variables:
-        err.print(f"The model's chat template knows no variable {name!r}; it has no effect.", style="yellow", markup=False)
+        note = f"The model's chat template knows no variable {name!r}; it has no effect."
+        err.print(note, style="yellow", markup=False, soft_wrap=True)
