@@ -84,9 +84,7 @@ def note_on_stored(cache: SpeCache, prompt: list[int]) -> str | None:
     same = shared_with_loss(cache, prompt)
     if same is None:
         return None
-    return (
-        f"only {same:,} of {cache.get_seq_length():,} stored tokens begin this prompt, the other {len(prompt) - same:,} are read."
-    )
+    return f"only {same:,} of {cache.get_seq_length():,} stored tokens begin this prompt, the rest is read again."
 
 
 def _system(messages: Sequence[Message]) -> list[str]:

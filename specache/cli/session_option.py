@@ -155,8 +155,10 @@ class OpenedCache:
 
     def say_what_is_read_again(self, prompt: Sequence[int], messages: Sequence[Message]) -> None:
         """Print one line before a prompt, if much of what is stored is of no use for it and nothing said so yet."""
-        note = None if self.stored is None else self.stored.note(prompt, messages, self.template)
-        note = note or note_on_stored(self.cache, list(prompt))
+        if self.stored is None:
+            note = note_on_stored(self.cache, list(prompt))
+        else:
+            note = self.stored.note(prompt, messages, self.template)
         if note is not None:
             if not self._is_said:
                 err.print(note, style="yellow", markup=False, soft_wrap=True)
