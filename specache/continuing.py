@@ -107,6 +107,14 @@ def warn_of_rereading(cache: SpeCache, texts: list[list[int]]) -> None:
         )
 
 
+def shared_with_loss(cache: SpeCache, text: list[int]) -> int | None:
+    """How many tokens a text shares with the only sequence, if what is forgotten for it is worth a word; else `None`."""
+    if len(cache.sequences) != 1:
+        return None
+    same = shared(cache.sequences[0], text)
+    return same if _is_worth_a_word(cache.sequences[0], text, same) else None
+
+
 @contextmanager
 def sequence_per_text(cache: SpeCache, count: int, answered: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """Give each of `count` texts a sequence of its own, forked where several go on from one (num_return_sequences).

@@ -133,6 +133,30 @@ def test_a_session_waits_for_no_call_and_spoils_none(model, tmp_path, call):
         assert again.token_ids == first.result()[0, :-1].tolist()
 
 
+def test_a_streamer_saves_the_session_that_its_call_goes_on_with(model, tmp_path):
+    """As the commands do when the prompt was read: a crash while the answer comes must not cost the document."""
+    ids, saved = prompt(100), []
+    expected = model.generate(ids, **GREEDY)
+
+    class Saves:
+        def put(self, tokens: Any) -> None:
+            if session.cache.get_seq_length():
+                session.save()
+                saved.append(session.saved_tokens)
+
+        def end(self) -> None: ...
+
+    session = specache.Session("one", model, folder=tmp_path)
+    assert torch.equal(specache.generate(model, ids, past_key_values=session.cache, streamer=Saves(), **GREEDY), expected)
+    assert saved == list(range(100, 110))
+    session.close()  # nothing is saved here
+    with specache.Session("one", model, folder=tmp_path) as again:
+        assert again.token_ids == expected[0, :-1].tolist()
+        longer = torch.cat([expected, prompt(5)], 1)
+        out = specache.generate(model, longer, past_key_values=again.cache, **GREEDY)
+        assert torch.equal(out, model.generate(longer, **GREEDY))
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_a_callback_cannot_use_the_cache_of_its_own_call(model, name):
     """Only ask it; another cache it may use, also one that is made on the spot."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from specache.cli.console import PrefillProgress, err
+from specache.cli.console import PrefillProgress
 from specache.cli.models import LoadedModel
 from specache.cli.positions import room
 from specache.cli.prompts import pad_left
@@ -93,7 +95,7 @@ def answer(
     Args:
         loaded: model and tokenizer.
         prompts: token ids per sequence; whole conversations if `cache` already holds their beginning.
-        cache: empty, or holding what is to be continued.
+        cache: empty, or holding what is to be continued; another text makes way for the prompts.
         options: from `options.GenerationOptions.arguments`.
         stops: texts to stop before.
         template: what wrote the prompts, unless they are texts as they are.
@@ -110,8 +112,8 @@ def answer(
     import specache
     from specache.continuing import begins_alike
 
-    if not begins_alike(cache, prompts):
-        _replace(cache)
+    if not begins_alike(cache, prompts):  # whole texts: what the library cannot know
+        cache.reset()
     pad_id, end_ids = _special_ids(loaded, template)
     input_ids, attention_mask = pad_left(prompts, pad_id)
     device = loaded.model.device
@@ -133,16 +135,17 @@ def answer(
         arguments |= {"stop_strings": list(stops), "tokenizer": loaded.tokenizer}
     interrupted, failure = False, None
     try:
-        specache.generate(
-            loaded.model,
-            input_ids=input_ids.to(device),
-            attention_mask=attention_mask.to(device),
-            past_key_values=cache,
-            streamer=recorder,
-            progress=progress,
-            pad_token_id=pad_id,
-            **arguments,
-        )
+        with _advice_on_rereading_left_out():
+            specache.generate(
+                loaded.model,
+                input_ids=input_ids.to(device),
+                attention_mask=attention_mask.to(device),
+                past_key_values=cache,
+                streamer=recorder,
+                progress=progress,
+                pad_token_id=pad_id,
+                **arguments,
+            )
     except KeyboardInterrupt:
         interrupted = True
     except SpeCacheError as error:
@@ -156,10 +159,12 @@ def answer(
     return Outcome(results, interrupted, progress.reused or 0, failure, note)
 
 
-def _replace(cache: SpeCache) -> None:
-    """Make way for a whole text that is another than the one that the cache holds."""
-    err.print(f"The {cache.get_seq_length():,} tokens that were stored are another text, which this one replaces.", style="dim")
-    cache.reset()
+@contextmanager
+def _advice_on_rereading_left_out() -> Iterator[None]:
+    """Leave out the library's warning, which is for programs: the commands say in their own words what is read again."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*The text differs from what the SpeCache holds")
+        yield
 
 
 def _results(prompts: list[list[int]], recorder: AnswerRecorder, cache: SpeCache, interrupted: bool) -> list[Result]:

@@ -212,7 +212,7 @@ def _drop(conversation: Conversation, turns: int) -> None:
         _print_error(error)
     dropped = "The oldest turn is" if turns == 1 else f"The {turns} oldest turns are"
     reread = f" The rest ({left:,} tokens) is read again with the next message." if left else ""
-    err.print(f"{dropped} forgotten.{reread}", style="dim")
+    err.print(f"{dropped} forgotten.{reread}", style="dim", soft_wrap=True)
 
 
 def _send(conversation: Conversation, entries: ChatInput, text: str) -> None:
@@ -259,12 +259,12 @@ def _turn(conversation: Conversation, text: str) -> None:
     if outcome.error is not None:
         _print_error(outcome.error)
     if (note := reasoning_note(outcome.results[0])) is not None:
-        err.print(note, style="yellow", markup=False)
+        err.print(note, style="yellow", markup=False, soft_wrap=True)
     if outcome.interrupted and not begun:
         err.print()
         err.print("Stopped before the answer began. The message is taken back.", style="dim")
     else:
-        err.print(_summary(conversation, outcome), style="dim")
+        err.print(_summary(conversation, outcome), style="dim", markup=False, soft_wrap=True)
 
 
 def _saved(conversation: Conversation, outcome: Outcome) -> Outcome:

@@ -104,8 +104,11 @@ class Conversation:
             Tokens of what is left. All but its beginning (the system message) is read again with the next message.
         """
         kept = [message for turn in _turns(self.messages)[turns:] for message in turn]
-        self.messages = [*_beginning(self.messages), *kept]
-        return len(self._encoded(self.messages)) if kept else 0
+        messages = [*_beginning(self.messages), *kept]
+        prompt = self._encoded(messages if kept else [*messages, {"role": "user", "content": "-"}]) if messages else []
+        self.messages = messages
+        self._opened.keep_beginning(prompt)
+        return len(prompt) if kept else 0
 
     def turns_to_drop(self, text: str) -> int:
         """Return how many of the oldest turns have to go so that half of the model's positions are free after a message.

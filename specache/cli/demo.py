@@ -167,7 +167,8 @@ def _run(
 
 
 def _answer(loaded: LoadedModel, ids: list[int], cache: SpeCache, generation: dict[str, Any], on_text: Any) -> Result:
-    outcome = answer(loaded, [ids], cache, generation, template=ChatTemplate(loaded.tokenizer), on_text=on_text)
+    template = ChatTemplate(loaded.tokenizer)
+    outcome = answer(loaded, [ids], cache, generation, template=template if template.exists else None, on_text=on_text)
     outcome.raise_error()
     return outcome.results[0]
 

@@ -165,7 +165,7 @@ def _run(
     if outcome.note is not None:
         print_warning(outcome.note)
     for note in filter(None, map(reasoning_note, outcome.results)):
-        err.print(note, style="yellow", markup=False)
+        err.print(note, style="yellow", markup=False, soft_wrap=True)
     if not as_json:
         _print_summary(outcome, cache, place)
     return outcome

@@ -15,6 +15,8 @@ from specache.errors import SpeCacheError
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}  # of every released Llama 3 model
 LLAMA3_POSITIONS = 8192  # that they were first trained on
 CLOSE = 1e-4  # relative; GGUF keeps float32
+NOT_TURNED = 1e9  # a RoPE factor above it stands for a frequency of zero
+LAYERS_OF_27B = {"gemma2": 46, "gemma3_text": 62}  # that scale queries otherwise than the smaller ones, which no key says
 
 _YARN = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
 _NEUTRAL: dict[str, Any] = {  # key -> the value with which it changes nothing
@@ -37,6 +39,7 @@ _NEUTRAL: dict[str, Any] = {  # key -> the value with which it changes nothing
     "rope.scaling.yarn_ext_factor": 1.0,
     "rope.scaling.yarn_attn_factor": 1.0,
 }
+_WRITTEN = ("attn_logit_softcapping", "final_logit_softcapping")  # where the configuration has a field of the same name
 _SPOKEN_AS: dict[str, tuple[str, ...]] = {  # key -> fields of configurations that say the same
     "attention.clamp_kqv": ("clip_qkv",),
     "attention.scale": ("attention_multiplier",),
@@ -54,17 +57,20 @@ class GgufSettingError(SpeCacheError):
 
 
 def apply_settings(config: Any, gguf: Path) -> None:
-    """Write what the file says of RoPE and windows into the configuration that transformers made of it.
+    """Write what the file says of RoPE, windows and soft caps into the configuration that transformers made of it.
 
     Raises:
         GgufSettingError: the file says something that transformers' model of it does not do.
     """
     fields, factors = _read(gguf)
     text = config.get_text_config(decoder=True)
+    _set_base(text, fields)
+    _set_turned_part(text, fields)
     scaling = _rope_scaling(fields, factors, text)
     if scaling is not None:
         _set_rope(text, scaling)
     _set_window(text, fields)
+    _set_attention_and_caps(text, fields)
     _refuse_what_is_left(text, fields)
 
 
@@ -82,12 +88,14 @@ def _read(gguf: Path) -> tuple[dict[str, Any], dict[str, list[float]]]:
 
 def _rope_scaling(fields: dict[str, Any], factors: dict[str, list[float]], config: Any) -> dict[str, Any] | None:
     """RoPE's parameters in transformers' words, but for its base; `None` where it is not stretched."""
-    kind = fields.get("rope.scaling.type", "none")
+    kind = fields.get("rope.scaling.type") or "linear"  # as llama.cpp reads a factor without a type
     factor = float(fields.get("rope.scaling.factor") or fields.get("rope.scale_linear") or 1.0)
     original = fields.get("rope.scaling.original_context_length")
     if "rope_factors_long.weight" in factors and "rope_factors_short.weight" in factors:
         return _longrope(fields, factors["rope_factors_short.weight"], factors["rope_factors_long.weight"], config)
     if "rope_freqs.weight" in factors:
+        if _is_proportional(config, factors["rope_freqs.weight"]):
+            return None
         if kind not in ("none", "llama3") and factor != 1.0:
             raise GgufSettingError(f"the file stretches RoPE twice, by rope_freqs.weight and by scaling {kind!r}. Convert it anew.")
         return _by_factors(factors["rope_freqs.weight"], original, config)
@@ -99,12 +107,32 @@ def _rope_scaling(fields: dict[str, Any], factors: dict[str, list[float]], confi
         attention = float(fields.get("rope.scaling.attn_factor") or 1.0)
         if attention != 1.0:  # on top of what yarn takes by itself
             scaling["attention_factor"] = attention * (0.1 * math.log(factor) + 1.0)
+        if config.model_type == "gpt_oss":  # it rounds no bound of yarn's ramp, which no key says
+            scaling["truncate"] = False
         return scaling
     if kind == "linear" or "rope.scale_linear" in fields:
         return None if factor == 1.0 else {"rope_type": "linear", "factor": factor}
     if kind != "none":
         raise GgufSettingError(f"the file stretches RoPE in a way that is not known here: {kind!r}. Use its original weights.")
     return None
+
+
+def _is_proportional(config: Any, factors: list[float]) -> bool:
+    """Whether the configuration says already that some frequencies turn as ever and the others do not, as in Gemma 4.
+
+    Raises:
+        GgufSettingError: there are such frequencies, and it does not.
+    """
+    turned = sum(each < NOT_TURNED for each in factors)
+    if turned == len(factors):
+        return False
+    own = _parameters(config)
+    plain = all(abs(each - 1.0) < CLOSE for each in factors[:turned])
+    if own.get("rope_type") == "proportional" and plain and turned == int(own.get("partial_rotary_factor", 1.0) * len(factors)):
+        return True
+    raise GgufSettingError(
+        "the file turns only some frequencies of RoPE, which its configuration cannot say. Use its original weights."
+    )
 
 
 def _longrope(fields: dict[str, Any], short: list[float], long: list[float], config: Any) -> dict[str, Any]:
@@ -153,9 +181,35 @@ def _alike(mine: list[float], theirs: list[float]) -> bool:
     return all(abs(a - b) <= CLOSE * abs(b) for a, b in zip(mine, theirs, strict=True))
 
 
+def _parameters(config: Any) -> dict[str, Any]:
+    """RoPE's parameters, of full attention where kinds of layers have their own; a new dictionary where there are none."""
+    parameters: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    full = parameters.get("full_attention")
+    return full if isinstance(full, dict) else parameters
+
+
 def _base(config: Any) -> float:
-    parameters = getattr(config, "rope_parameters", None) or {}
-    return float(parameters.get("rope_theta") or getattr(config, "rope_theta", None) or 10_000.0)
+    return float(_parameters(config).get("rope_theta") or getattr(config, "rope_theta", None) or 10_000.0)
+
+
+def _set_base(config: Any, fields: dict[str, Any]) -> None:
+    """RoPE's base, which the reader drops for some architectures (StarCoder2, StableLM, Gemma 4)."""
+    base = fields.get("rope.freq_base")
+    if base and "rope_theta" in _parameters(config):
+        _parameters(config)["rope_theta"] = float(base)
+    sliding = (getattr(config, "rope_parameters", None) or {}).get("sliding_attention")
+    if isinstance(sliding, dict) and (base := fields.get("rope.freq_base_swa")):
+        sliding["rope_theta"] = float(base)
+
+
+def _set_turned_part(config: Any, fields: dict[str, Any]) -> None:
+    """The part of each head that RoPE turns, where the model has such a setting (Phi-4-mini, StableLM, Nemotron)."""
+    turned, parameters = fields.get("rope.dimension_count"), getattr(config, "rope_parameters", None) or {}
+    if not isinstance(turned, int) or "partial_rotary_factor" not in parameters:
+        return
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if 0 < turned <= head and turned != int(head * parameters["partial_rotary_factor"]):
+        parameters["partial_rotary_factor"] = turned / head
 
 
 def _first(config: Any, factor: float) -> int:
@@ -195,17 +249,35 @@ def _set_window(config: Any, fields: dict[str, Any]) -> None:
     config.sliding_window = window
 
 
+def _set_attention_and_caps(config: Any, fields: dict[str, Any]) -> None:
+    """Soft caps, and the scale of queries where the size of the model alone tells it."""
+    for key in _WRITTEN:
+        if fields.get(key) and hasattr(config, key):
+            setattr(config, key, float(fields[key]))
+    if config.num_hidden_layers == LAYERS_OF_27B.get(config.model_type):
+        config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads
+
+
 def _refuse_what_is_left(config: Any, fields: dict[str, Any]) -> None:
     wrong = [key for key, neutral in _NEUTRAL.items() if key in fields and not _said(config, key, fields[key], neutral)]
     dimension = fields.get("attention.key_length")
-    head = getattr(config, "head_dim", None)
-    if isinstance(dimension, int) and isinstance(head, int) and dimension not in (head, getattr(config, "global_head_dim", None)):
+    head = _head_dim(config)
+    if isinstance(dimension, int) and head is not None and dimension not in (head, getattr(config, "global_head_dim", None)):
         wrong.append("attention.key_length")
     if wrong:
         raise GgufSettingError(
             f"transformers' reader of GGUF files drops what this one says in {', '.join(sorted(wrong))}, so that the model would "
             "compute something else. Use its original weights (a folder or a hub name)."
         )
+
+
+def _head_dim(config: Any) -> int | None:
+    """`None` where no field says it, and where it is not the same in every layer (Gemma 4)."""
+    try:
+        head = getattr(config, "head_dim", None)
+    except Exception:  # what transformers raises where layers differ has no public name
+        return None
+    return head if isinstance(head, int) else None
 
 
 def _said(config: Any, key: str, value: Any, neutral: Any) -> bool:

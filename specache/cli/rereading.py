@@ -1,4 +1,4 @@
-"""What a session holds, compared with a new prompt: tokens that are read again are said, and why."""
+"""What is stored, compared with a new prompt: tokens that are read again are said, and why."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from specache.cli.prompts import Message
 from specache.templates.template import ChatTemplate, PromptError
 
 if TYPE_CHECKING:
+    from specache import SpeCache
     from specache.sessions.manifest import Rendering
 
 
@@ -37,7 +38,7 @@ class StoredPrompt:
             messages: the conversation that it is; none if it is a text.
             template: the chat template, with its variables and date.
         """
-        same = _common(self.token_ids, prompt)
+        same = common_length(self.token_ids, prompt)
         if self._is_written_otherwise(template):
             why = self._difference(template)
         elif 2 * same < min(len(self.token_ids), len(prompt)):
@@ -76,10 +77,20 @@ class StoredPrompt:
         return _system(messages) != _system(self.messages)
 
 
+def note_on_stored(cache: SpeCache, prompt: list[int]) -> str | None:
+    """One line, if much of what a cache holds is of no use for a prompt."""
+    from specache.continuing import shared_with_loss
+
+    same = shared_with_loss(cache, prompt)
+    if same is None:
+        return None
+    return f"only {same:,} of {cache.get_seq_length():,} stored tokens begin this prompt, the rest is read again."
+
+
 def _system(messages: Sequence[Message]) -> list[str]:
     return [one["content"] for one in messages if one["role"] == "system"]
 
 
-def _common(left: Sequence[int], right: Sequence[int]) -> int:
+def common_length(left: Sequence[int], right: Sequence[int]) -> int:
     """The number of leading tokens that both have."""
     return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))

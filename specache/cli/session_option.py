@@ -16,7 +16,7 @@ from specache.cli.auto_tier import say_on_disk
 from specache.cli.console import err, interrupts_deferred
 from specache.cli.models import LoadedModel
 from specache.cli.prompts import Message
-from specache.cli.rereading import StoredPrompt
+from specache.cli.rereading import StoredPrompt, common_length, note_on_stored
 from specache.config import SlowTierKind, SpeCacheConfig
 from specache.errors import ConfigError
 from specache.templates.template import ChatTemplate
@@ -135,6 +135,7 @@ class OpenedCache:
         self._session: specache.Session | None = None
         self.messages: list[Message] = []
         self.stored: StoredPrompt | None = None
+        self._is_said = False
         if place is None:
             self.template = ChatTemplate(loaded.tokenizer, variables)
             self.cache = self._new_cache()
@@ -153,11 +154,16 @@ class OpenedCache:
             self.stored = StoredPrompt(place.name, session.token_ids, self.messages, before)
 
     def say_what_is_read_again(self, prompt: Sequence[int], messages: Sequence[Message]) -> None:
-        """Print one line before a prompt, if much of what the session holds is of no use for it."""
-        note = None if self.stored is None else self.stored.note(prompt, messages, self.template)
+        """Print one line before a prompt, if much of what is stored is of no use for it and nothing said so yet."""
+        if self.stored is None:
+            note = note_on_stored(self.cache, list(prompt))
+        else:
+            note = self.stored.note(prompt, messages, self.template)
         if note is not None:
-            err.print(note, style="yellow", markup=False, soft_wrap=True)
+            if not self._is_said:
+                err.print(note, style="yellow", markup=False, soft_wrap=True)
             self.stored = None
+        self._is_said = False
 
     def say_if_nothing_was_reused(self, reused: int) -> None:
         """Print one line after the first prompt, if all of it was read and nothing said why."""
@@ -182,6 +188,12 @@ class OpenedCache:
                 Rendering(template.date.isoformat(), template.digest, template.variables) if messages else None
             )
             self._session.save()
+
+    def keep_beginning(self, prompt: Sequence[int]) -> None:
+        """Forget what is stored behind what a prompt begins with. That the rest is read again is said already."""
+        self.stored, self._is_said = None, True
+        if self._session is not None:
+            self._session.cut(common_length(self._session.token_ids, prompt))
 
     def clear(self) -> None:
         """Forget what the cache holds. What is said next is a new conversation, with the date of today."""

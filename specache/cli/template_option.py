@@ -10,6 +10,7 @@ import typer
 from specache.cli.console import err
 from specache.errors import ConfigError
 from specache.templates.template import ChatTemplate
+from specache.text_files import TextError, check_text
 
 TemplateVariables = Annotated[
     str | None,
@@ -31,9 +32,12 @@ def parse_variables(text: str | None) -> dict[str, Any] | None:
         return None
     example = """for example '{"enable_thinking": false}'"""
     try:
-        variables = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        said = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "too deep"
+        variables = json.loads(text, parse_constant=_refuse_constant)
+        check_text(json.dumps(variables, ensure_ascii=False), "it", TextError)
+    except (json.JSONDecodeError, RecursionError, TextError) as error:
+        said = "too deep" if isinstance(error, RecursionError) else str(error).rstrip(".")
+        if isinstance(error, json.JSONDecodeError):
+            said = f"{error.msg} at column {error.colno}"
         raise ConfigError(f"--chat-template-kwargs is not JSON ({said}). Write an object, {example}.") from None
     if not isinstance(variables, dict):
         raise ConfigError(f"--chat-template-kwargs must be a JSON object, {example}; got {text[:60]}.")
@@ -41,7 +45,13 @@ def parse_variables(text: str | None) -> dict[str, Any] | None:
     return variables
 
 
+def _refuse_constant(name: str) -> None:
+    """Python reads NaN and Infinity; a session could not be read with them."""
+    raise TextError(f"{name} is no number of JSON")
+
+
 def check_variables(template: ChatTemplate) -> None:
     """Say which variables the template does not know: it ignores them."""
     for name in template.unknown_variables:
-        err.print(f"The model's chat template knows no variable {name!r}; it has no effect.", style="yellow", markup=False)
+        note = f"The model's chat template knows no variable {name!r}; it has no effect."
+        err.print(note, style="yellow", markup=False, soft_wrap=True)

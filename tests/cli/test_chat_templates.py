@@ -159,6 +159,8 @@ def test_variables_of_the_template_are_kept_with_the_session(model):
     [
         ("{enable_thinking: false}", "is not JSON"),
         ("[1]", "must be a JSON object"),
+        ('{"enable_thinking": NaN}', "is not JSON (NaN is no number of JSON)"),
+        (r'{"name": "\ud800"}', "half a character (U+D800)"),
         ('"text"', "must be a JSON object"),
         ('{"tokenize": false}', "cannot be called 'tokenize'"),
     ],

@@ -10,7 +10,17 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, Phi3Config
+from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
+    Gemma4TextConfig,
+    GptOssConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    StableLmConfig,
+    Starcoder2Config,
+)
 
 from specache.cli.gguf_settings import GgufSettingError, apply_settings
 
@@ -54,7 +64,10 @@ def test_a_file_that_stretches_nothing_stays_as_it_is(tmp_path):
     assert settings.rope_parameters["rope_type"] == "default"
 
 
-@pytest.mark.parametrize("fields", [{"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, {"rope.scale_linear": 4.0}])
+@pytest.mark.parametrize(
+    "fields",
+    [{"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, {"rope.scaling.factor": 4.0}, {"rope.scale_linear": 4.0}],
+)
 def test_linear_scaling_divides_every_frequency(tmp_path, fields):
     settings = config()
     apply_settings(settings, written(tmp_path, fields))
@@ -126,6 +139,56 @@ def test_a_window_that_the_reader_drops_is_set(tmp_path):
     settings = Phi3Config(max_position_embeddings=4096, pad_token_id=0)
     apply_settings(settings, written(tmp_path, {"attention.sliding_window": 262_144}, "phi3"))
     assert settings.sliding_window is None
+
+
+def test_a_base_of_rope_that_the_reader_drops_is_kept(tmp_path):
+    settings = Starcoder2Config(bos_token_id=0, eos_token_id=0)
+    apply_settings(settings, written(tmp_path, {"rope.freq_base": 999_999.0}, "starcoder2"))
+    assert settings.rope_parameters["rope_theta"] == 999_999.0
+
+
+@pytest.mark.parametrize("turned", [8, 16])
+def test_as_much_of_a_head_is_turned_as_the_file_says(tmp_path, turned):
+    settings = StableLmConfig(hidden_size=64, num_attention_heads=2)
+    apply_settings(settings, written(tmp_path, {"rope.dimension_count": turned}, "stablelm"))
+    assert settings.rope_parameters["partial_rotary_factor"] == turned / 32
+
+
+def test_phi_4_mini_turns_three_quarters_of_a_head(tmp_path):
+    settings = Phi3Config(hidden_size=3072, num_attention_heads=24, max_position_embeddings=131_072, pad_token_id=0)
+    fields = {"rope.dimension_count": 96, "rope.scaling.original_context_length": 4096, "attention.sliding_window": 262_144}
+    apply_settings(settings, written(tmp_path, fields, "phi3", rope_factors_long=[2.0] * 48, rope_factors_short=[1.0] * 48))
+    assert settings.rope_parameters["partial_rotary_factor"] == 0.75
+    assert len(settings.rope_parameters["long_factor"]) == 48
+
+
+def test_gpt_oss_keeps_its_own_yarn(tmp_path):
+    settings, own = GptOssConfig(), GptOssConfig().rope_parameters
+    fields = {"attention.key_length": 64, "attention.sliding_window": 128, "rope.freq_base": 150_000.0, "rope.dimension_count": 64}
+    yarn = {"rope.scaling.type": "yarn", "rope.scaling.factor": 32.0, "rope.scaling.original_context_length": 4096}
+    apply_settings(settings, written(tmp_path, {**fields, **yarn}, "gpt-oss"))
+    assert {**own, **settings.rope_parameters} == own
+
+
+def test_gemma_4_runs_as_it_is(tmp_path):
+    """Its heads differ by layer, three quarters of the frequencies are none, and its soft cap is no default."""
+    settings, own = Gemma4TextConfig(num_hidden_layers=6), Gemma4TextConfig(num_hidden_layers=6).rope_parameters
+    fields = {"attention.key_length": 512, "attention.sliding_window": 512, "rope.dimension_count": 512}
+    bases = {"rope.freq_base": 1e6, "rope.freq_base_swa": 1e4, "final_logit_softcapping": 30.0}
+    apply_settings(settings, written(tmp_path, {**fields, **bases}, "gemma4", rope_freqs=[1.0] * 64 + [1e30] * 192))
+    assert settings.rope_parameters == own
+    assert settings.final_logit_softcapping == 30.0
+    with pytest.raises(GgufSettingError, match="only some frequencies"):
+        apply_settings(config(), written(tmp_path, {}, rope_freqs=[1.0] * 8 + [1e30] * 8))
+
+
+@pytest.mark.parametrize(("layers", "scale"), [(26, 256), (46, 144)])
+def test_gemma_2_has_its_soft_caps_and_its_scale_of_queries(tmp_path, layers, scale):
+    settings = Gemma2Config(num_hidden_layers=layers, hidden_size=4608, num_attention_heads=32, head_dim=128)
+    fields = {"attn_logit_softcapping": 40.0, "final_logit_softcapping": 20.0, "attention.key_length": 128}
+    apply_settings(settings, written(tmp_path, fields, "gemma2"))
+    assert (settings.attn_logit_softcapping, settings.final_logit_softcapping) == (40.0, 20.0)
+    assert settings.query_pre_attn_scalar == scale
 
 
 @pytest.mark.parametrize(

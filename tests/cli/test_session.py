@@ -69,7 +69,7 @@ def test_another_text_replaces_that_of_a_session_and_says_so(tiny, root):
     run(*tiny, "--prompt", DOCUMENT, "--session", "report")
     other = f"# {DOCUMENT[:40]}"
     result = run(*tiny, "--prompt", other, "--session", "report")
-    assert "another text, which this one replaces" in one_line(result.stderr)
+    assert "tokens begin this prompt, the rest is read again: the prompt is another one" in one_line(result.stderr)
     assert result.stdout == run(*tiny, "--prompt", other).stdout
 
 
