@@ -93,9 +93,8 @@ def sequence_per_text(cache: SpeCache, count: int) -> Iterator[None]:
     forks: list[list[Sequence]] = []
     if repeats > 1:
         cache.settle()
-        cache.sequences = [
-            s for sequence in before for s in [sequence, *(sequence.fork(cache.context) for _ in range(repeats - 1))]
-        ]
+        forks = [[sequence.fork(cache.context) for _ in range(repeats - 1)] for sequence in before]
+        cache.sequences = [s for sequence, more in zip(before, forks, strict=True) for s in (sequence, *more)]
     try:
         yield
     except BaseException:
