@@ -114,8 +114,9 @@ class Decoder:
                 break
             keep += 1
         keep = min(keep, len(token_ids) - 1)
-        crosses = keep and self._reprefills(keep - 1, len(token_ids) - 1)
-        return 0 if crosses else keep
+        last = len(token_ids) - 1
+        stays = keep and self._info.keeps_keys(sequence.length - 1, last) and self._info.keeps_keys(last, keep - 1)
+        return keep if stays else 0
 
     def _warn_of_windows(self, tokens: int) -> None:
         """Warn where cutting a sequence cost `tokens` that agree: sliding windows go back to a checkpoint only."""
@@ -128,9 +129,8 @@ class Decoder:
             )
 
     def _reprefills(self, stored: int, position: int) -> bool:
-        """Whether keys up to position `stored` lost their meaning at `position` (long RoPE, as stock re-computes them)."""
-        longrope = self._info.rope_type == "longrope"
-        return longrope and self._info.rope_side(stored) != self._info.rope_side(position)
+        """Whether keys up to position `stored` lost their meaning at `position`."""
+        return not self._info.keeps_keys(stored, position)
 
     def _prefill_rest(
         self, sequence: CachedSequence, token_ids: list[int], chunk: int, progress: Progress, observe: Observer | None = None
