@@ -79,6 +79,12 @@ class ByteBudget:
             self._holders.add(holder)
             return SpareClaim(self, size)
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Nobody else takes bytes inside the block, so no holder on another thread has to give any up."""
+        with self._lock:
+            yield
+
     def count_spare(self, size: int) -> None:
         with self._lock:
             self.spare += size

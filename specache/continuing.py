@@ -128,9 +128,8 @@ def sequence_per_text(cache: SpeCache, count: int, answered: Callable[[], bool] 
     repeats = count // len(before) if before else 1
     if repeats > 1:
         cache.settle()
-        cache.sequences = [
-            s for sequence in before for s in [sequence, *(sequence.fork(cache.context) for _ in range(repeats - 1))]
-        ]
+        forks = [[sequence.fork(cache.context) for _ in range(repeats - 1)] for sequence in before]
+        cache.sequences = [s for sequence, more in zip(before, forks, strict=True) for s in (sequence, *more)]
     try:
         yield
     except BaseException:

@@ -114,7 +114,8 @@ class Decoder:
                 break
             keep += 1
         keep = min(keep, len(token_ids) - 1)
-        if not (keep and self._reprefills(keep - 1, len(token_ids) - 1)):
+        last = len(token_ids) - 1
+        if keep and self._info.keeps_keys(sequence.length - 1, last) and self._info.keeps_keys(last, keep - 1):
             return keep
         if keep > LONG_REREAD:
             warnings.warn(
@@ -136,9 +137,8 @@ class Decoder:
             )
 
     def _reprefills(self, stored: int, position: int) -> bool:
-        """Whether keys up to position `stored` lost their meaning at `position` (long RoPE, as stock re-computes them)."""
-        longrope = self._info.rope_type == "longrope"
-        return longrope and self._info.rope_side(stored) != self._info.rope_side(position)
+        """Whether keys up to position `stored` lost their meaning at `position`."""
+        return not self._info.keeps_keys(stored, position)
 
     def _prefill_rest(
         self, sequence: CachedSequence, token_ids: list[int], chunk: int, progress: Progress, observe: Observer | None = None

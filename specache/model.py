@@ -70,6 +70,13 @@ class ModelInfo:
             return 0
         return position + 1 if self.rope_type == "dynamic" else 1
 
+    def keeps_keys(self, last: int, position: int) -> bool:
+        """Whether keys of a text whose last position is `last` are those that one up to `position` has: its length decides the
+        frequencies (long RoPE, as stock re-computes them), and one that is short again has the original ones.
+        """
+        before, after = self.rope_side(last), self.rope_side(position)
+        return before == after if self.rope_type == "longrope" else not before or bool(after)
+
 
 def inspect_model(model: Any) -> ModelInfo:
     """Facts about a transformers model, which may be wrapped (`unwrapped`).

@@ -162,7 +162,7 @@ class Sequence:
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` tokens, fewer where the sliding windows must go back to a checkpoint, or none where some layer
-        cannot go back that far.
+        cannot go back that far, or where keys were rotated for a longer text (`ModelInfo.keeps_keys`).
 
         Raises:
             SlowTierError: the slow tier cannot be read; nothing changed.
@@ -176,6 +176,8 @@ class Sequence:
             length = min(length, stored)
             if not all(layer.can_truncate(length) for layer in self.compressed.values()):
                 return self.clear()
+        if 0 < length < self.length and not self._owner.info.keeps_keys(self.length - 1, length - 1):
+            return self.clear()
         residuals = {i: layer.residual_at(length) for i, layer in self.compressed.items()}  # all are read before anything changes
         for index, layer in self.layers.items():
             if isinstance(layer, CompressedLayer):

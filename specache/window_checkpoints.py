@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -133,12 +133,13 @@ class WindowCheckpoints(ABC):
 
     def capture(self, layer: WindowLayer, keys: Tensor, values: Tensor) -> None:
         """A sliding layer is about to store the pass's keys and values [Hkv, n, D]."""
-        for length in sorted(self._pending, reverse=True):  # where there is no room for all, the last ones are worth most
-            claim = self._claim(layer.nbytes) if length in self._pending else None
-            if claim is None:
-                self._pending.pop(length, None)
-            elif length in self._pending:
-                self._pending[length].add(layer, layer.ring_at(length, keys, values), claim)
+        with self._alone():
+            for length in sorted(self._pending, reverse=True):  # where there is no room for all, the last ones are worth most
+                claim = self._claim(layer.nbytes) if length in self._pending else None
+                if claim is None:
+                    self._pending.pop(length, None)
+                elif length in self._pending:
+                    self._pending[length].add(layer, layer.ring_at(length, keys, values), claim)
 
     def end(self, length: int, most_bytes: int) -> None:
         """The pass is through every layer, and the sequence has `length` tokens.
@@ -149,46 +150,52 @@ class WindowCheckpoints(ABC):
         Raises:
             SpeCacheError: they cannot be kept.
         """
-        pending, self._pending = self._pending, {}
-        for tokens, windows in pending.items():
-            if windows.rings:
-                self._keep(tokens, windows)
-        self._thin(length, most_bytes)
+        with self._alone():
+            pending, self._pending = self._pending, {}
+            for tokens, windows in pending.items():
+                if windows.rings:
+                    self._keep(tokens, windows)
+            self._thin(length, most_bytes)
 
     def offer(self, length: int, windows: Mapping[int, WindowLayer], most_bytes: int) -> None:
         """Keep the windows (by layer) as they are now, after `length` tokens. Raises as `end`."""
-        if not windows or length == 0 or not self._wants(length):
+        if not windows or length == 0:
             return
-        copies = PendingWindows()
-        for layer in windows.values():
-            claim = self._claim(layer.nbytes)
-            if claim is None:
+        with self._alone():
+            if not self._wants(length):
                 return
-            copies.add(layer, layer.ring[:, :, : min(length, layer.window)].clone(), claim)
-        self._keep(length, copies)
-        self._thin(length, most_bytes)
+            copies = PendingWindows()
+            for layer in windows.values():
+                claim = self._claim(layer.nbytes)
+                if claim is None:
+                    return
+                copies.add(layer, layer.ring[:, :, : min(length, layer.window)].clone(), claim)
+            self._keep(length, copies)
+            self._thin(length, most_bytes)
 
     def newest(self, length: int) -> tuple[int, dict[int, Tensor]] | None:
         """The checkpoint that brings back most of the first `length` tokens: its own tokens (one more than `length`, perhaps; see
         `Spacing.reach`), and its rings by layer. One whose file is damaged is forgotten with a warning: it is spare.
         """
-        while (index := self.spacing.best(self.lengths, length)) is not None:
-            try:
-                return self.lengths[index], self._rings(index)
-            except SessionError as error:
-                self._drop(index)
-                warnings.warn(
-                    f"A checkpoint of the sliding windows is damaged, so more tokens are read again. {error}",
-                    UserWarning,
-                    stacklevel=2,
-                )
+        with self._alone():
+            while (index := self.spacing.best(self.lengths, length)) is not None:
+                try:
+                    return self.lengths[index], self._rings(index)
+                except SessionError as error:
+                    self._drop(index)
+                    warnings.warn(
+                        f"A checkpoint of the sliding windows is damaged, so more tokens are read again. {error}",
+                        UserWarning,
+                        stacklevel=2,
+                    )
         return None
 
     def forget_after(self, length: int) -> None:
         """Tokens from `length` on are gone, and with them the checkpoints behind."""
-        self._pending = {}
-        for index in reversed([i for i, tokens in enumerate(self.lengths) if tokens > length]):
-            self._drop(index)
+        with self._alone():
+            self._pending = {}
+            for index in reversed([i for i, tokens in enumerate(self.lengths) if tokens > length]):
+                self._drop(index)
 
     def forget_pending(self) -> None:
         """Do without those of the pass that is under way."""
@@ -210,6 +217,10 @@ class WindowCheckpoints(ABC):
 
     def _wants(self, length: int) -> bool:
         return length not in self.lengths
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """Inside, nobody else takes checkpoints away."""
+        return nullcontext()
 
     def _claim(self, size: int) -> Claims | None:
         """Room for `size` bytes in main memory; `None` where there is none."""
@@ -287,6 +298,10 @@ class MemoryCheckpoints(WindowCheckpoints):
         target = self._budget.spare - size
         while self._kept and self._budget.spare > target:
             self._drop(self.spacing.least_valuable(self.lengths, self.lengths[-1]))
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """A fork on another thread, which has the same budget, may need their bytes at any time (`give_up`)."""
+        return nullcontext() if self._budget is None else self._budget.locked()
 
     def _keep(self, length: int, windows: PendingWindows) -> None:
         one = KeptWindows(length, {index: ring.cpu() for index, ring in windows.rings.items()}, tuple(windows.claims))

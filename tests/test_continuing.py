@@ -213,13 +213,17 @@ def test_several_answers_to_one_new_question_leave_the_cache_as_it_was_when_refu
         assert [sequence.length for sequence in cache.sequences] == [90]
 
 
-def test_a_batch_that_does_not_fit_into_fast_memory_leaves_the_cache_as_it_was(model):
+@pytest.mark.parametrize(("answers", "tokens"), [(9, 2), (3, 1500)], ids=["no room for copies", "none for the answers"])
+def test_a_batch_that_does_not_fit_into_fast_memory_leaves_the_cache_as_it_was(model, answers, tokens):
+    settings = {"max_new_tokens": tokens, "do_sample": True, "num_return_sequences": answers}
     with specache.SpeCache(model, specache.SpeCacheConfig(fast_memory=10**6)) as cache:
         specache.prefill(model, prompt(90), cache=cache)
-        longer = torch.cat([prompt(90), prompt(300, 1)], 1)
+        held, longer = cache.resources.budget.used, torch.cat([prompt(90), prompt(300, 1)], 1)
         with pytest.raises(specache.FastMemoryError):
-            specache.generate(model, longer, past_key_values=cache, max_new_tokens=2, do_sample=True, num_return_sequences=9)
+            specache.generate(model, longer, past_key_values=cache, **settings)
         assert [sequence.length for sequence in cache.sequences] == [90]
+        assert cache.resources.budget.used == held
+        assert torch.equal(say(model, cache, longer), stock(model, longer))
 
 
 def test_another_text_begins_in_a_cache_that_was_reset(model, tmp_path):

@@ -178,6 +178,27 @@ def test_a_batch_around_a_rope_switch_equals_each_prompt_alone(kind):
         assert together[row, -NEW:].tolist() == alone[0, -NEW:].tolist()
 
 
+@pytest.mark.parametrize("way", ["edited", "a session that was cut"])
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_a_text_cut_to_before_a_rope_switch_is_answered_as_stock_answers_it(kind, way, tmp_path):
+    """What was read beyond the switch has other frequencies, also in front of it."""
+    if kind == "dynamic":
+        model = build("Llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 100})
+    else:
+        changes = {"sliding_window": None, "rope_parameters": LONGROPE, "original_max_position_embeddings": 100}
+        model = build("Phi3", changes)
+    config = specache.SpeCacheConfig(policy="verified", top_k=10**6, group_size=16, residual=16)
+    greedy = {"max_new_tokens": NEW, "do_sample": False}
+    ids = prompt(140)
+    text = torch.cat([ids[:, :70], prompt(5, seed=3)], dim=1)
+    with specache.Session("one", model, config, folder=tmp_path) as session:
+        specache.generate(model, ids, past_key_values=session.cache, **greedy)
+        if way != "edited":
+            session.cut(72)
+        answer = specache.generate(model, text, past_key_values=session.cache, **greedy)
+    assert torch.equal(answer, model.generate(text, **greedy))
+
+
 REFUSED = {
     "all layers slide": ("Mistral", {"sliding_window": 24}, "Every layer"),
     "latent attention": ("DeepseekV2", LATENT, "latent"),

@@ -20,6 +20,7 @@ import specache
 from specache import products, rope
 from specache.errors import SpeCacheError, UsageError
 from specache.one_call import OneCallAtATime
+from specache.tiers.ram import RamTier
 from tests.test_models import DYNAMIC, LONGROPE
 from tests.tiny import llama, prompt
 
@@ -102,6 +103,22 @@ def test_a_second_thread_on_a_cache_is_refused_and_the_first_goes_on_unharmed(mo
     assert torch.equal(specache.generate(model, longer, past_key_values=cache, **GREEDY), model.generate(longer, **GREEDY))
     cache.reset()
     CALLS[name](model, cache)
+
+
+def test_bytes_may_be_counted_while_another_thread_adds_a_layer():
+    tier = RamTier(in_place=True)
+
+    class Buffer:
+        """A layer's; while it is counted, the first rows of another layer come."""
+
+        @property
+        def nbytes(self) -> int:
+            tier.write(1, 0, torch.zeros(2, 5, 16), torch.zeros(2, 5, 16))
+            return 100
+
+    tier._rows = {0: Buffer(), 2: Buffer()}
+    assert tier.nbytes == 200
+    assert 1 in tier._rows
 
 
 def test_a_streamer_that_is_refused_is_ended(model):

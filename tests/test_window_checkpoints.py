@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from itertools import pairwise
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 import specache
 from specache.budget import ByteBudget
 from specache.holdings import checkpoint_allowance
-from specache.window_checkpoints import COARSE, FINE, Spacing
+from specache.window_checkpoints import COARSE, FINE, MemoryCheckpoints, Spacing
 from specache.window_layer import WindowLayer
 from tests.sessions.sequences import answer
 from tests.test_models import FAMILIES, build
@@ -240,6 +241,27 @@ def test_spare_bytes_go_when_they_are_needed_and_no_sooner():
     claim.release()
     del holder
     assert (budget.used, budget.spare) == (0, 0)
+
+
+def test_a_fork_on_another_thread_takes_none_away_while_one_is_looked_up(monkeypatch):
+    budget = ByteBudget(1000)
+    checkpoints = MemoryCheckpoints(Spacing(24, 24), budget)
+    for tokens in (100, 200, 300):
+        checkpoints.take(tokens, {0: torch.full((10,), float(tokens))})
+    other = threading.Thread(target=budget.take, args=(950, "things of the fork"))
+    best = Spacing.best
+
+    def interrupted(spacing: Spacing, lengths: list[int], length: int) -> int | None:
+        index = best(spacing, lengths, length)
+        other.start()
+        other.join(0.2)
+        return index
+
+    monkeypatch.setattr(Spacing, "best", interrupted)
+    found = checkpoints.newest(300)
+    other.join()
+    assert found is not None and found[0] == found[1][0][0] == 300
+    assert checkpoints.lengths == [300] and budget.used == 950
 
 
 def test_what_they_take_is_bounded(hybrid):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import threading
 import warnings
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -87,6 +88,7 @@ class PinnedPool:
         self._blocks: list[_Block] = []
         self._taken: dict[int, tuple[_Block, int, int]] = {}  # by address: block, start, size
         self._lock = threading.Lock()
+        self._returned: deque[int] = deque()  # addresses of buffers that were given back and are not free yet
 
     @property
     def nbytes(self) -> int:
@@ -101,15 +103,31 @@ class PinnedPool:
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         nbytes = math.prod(shape) * dtype.itemsize
         size = max(-(-nbytes // ALIGNMENT), 1) * ALIGNMENT
-        with self._lock:
-            block, start = self._find(size) or self._new_block(size)
-            buffer = block.memory[start : start + nbytes].view(dtype).view(*shape)
-            self._taken[block.memory.data_ptr() + start] = (block, start, size)
-        return buffer
+        try:
+            with self._lock:
+                self._put_back()
+                block, start = self._find(size) or self._new_block(size)
+                buffer = block.memory[start : start + nbytes].view(dtype).view(*shape)
+                self._taken[block.memory.data_ptr() + start] = (block, start, size)
+            return buffer
+        finally:
+            self._put_back_if_idle()
 
     def give_back(self, buffer: Tensor) -> None:
-        with self._lock:
-            block, start, size = self._taken.pop(buffer.data_ptr())
+        """See `HostMemory`. A tier's finalizer may call it in the middle of `take`, so it waits for nobody."""
+        self._returned.append(buffer.data_ptr())
+        self._put_back_if_idle()
+
+    def _put_back_if_idle(self) -> None:
+        while self._returned and self._lock.acquire(blocking=False):
+            try:
+                self._put_back()
+            finally:
+                self._lock.release()
+
+    def _put_back(self) -> None:
+        while self._returned:
+            block, start, size = self._taken.pop(self._returned.popleft())
             block.put_back(start, size)
 
     def _find(self, size: int) -> tuple[_Block, int] | None:

@@ -175,8 +175,9 @@ class Session:
             self._remove_garbage()
 
     def cut(self, length: int) -> int:
-        """Forget the tokens from `length` on -> how many are left: fewer where a sliding window or the key weights cannot go back
-        that far. Prefilling the rest gives the state of a fresh prefill. It counts once it is saved.
+        """Forget the tokens from `length` on -> how many are left: fewer where a sliding window, the key weights or frequencies
+        that depend on the length cannot go back that far. Prefilling the rest gives the state of a fresh prefill. It counts once
+        it is saved.
 
         Raises:
             SlowTierError: the rows cannot be read; nothing changed.

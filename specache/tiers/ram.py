@@ -111,7 +111,7 @@ class RamTier:
 
     @property
     def nbytes(self) -> int:
-        return sum(rows.nbytes for rows in self._rows.values())
+        return sum(rows.nbytes for rows in list(self._rows.values()))  # another thread may be adding a layer's
 
     def close(self) -> None:
         if self._offload is not None and self._rows:

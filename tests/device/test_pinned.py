@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import specache
+from specache.cache_context import CacheContext
 from specache.device.pinned import ALIGNMENT, PinnedPool, pageable
 from specache.device.streams import InlineStreams
 from specache.errors import SlowTierError
@@ -167,13 +169,31 @@ def test_a_fork_without_room_leaves_nothing_behind():
     assert pool.used == used
 
 
+def test_a_tier_that_is_forgotten_while_a_buffer_is_taken_gives_back_and_waits_for_nobody():
+    tiers: list[RamTier] = []
+
+    def allocate(size: int) -> Tensor:
+        tiers.clear()  # as the garbage collector may at any time: the tier's finalizer gives back
+        return pageable(size)
+
+    pool = PinnedPool(block_bytes=BLOCK, allocate=allocate)
+    tier = RamTier(in_place=False, memory=pool)
+    tier.write(0, 0, *random_rows(2, 100, 64, torch.float32))
+    tiers.append(tier)
+    del tier
+    thread = threading.Thread(target=lambda: pool.take([BLOCK], torch.uint8), daemon=True)
+    thread.start()
+    thread.join(30)
+    assert not thread.is_alive() and not tiers
+    assert pool.used == BLOCK
+
+
 def test_the_limit_is_the_configurations(monkeypatch):
-    model = llama()
-    monkeypatch.setattr("specache.cache.streams_for", lambda device: InlineStreams())
-    with specache.SpeCache(model, specache.SpeCacheConfig(slow_tier="ram", pinned_memory=5000)) as cache:
-        assert cache._new_main_memory() is None
-        cache.info = replace(cache.info, device=torch.device("cuda"))
-        tier = cache._new_main_memory().new_tier()
+    monkeypatch.setattr("specache.cache_context.streams_for", lambda device: InlineStreams())
+    with specache.SpeCache(llama(), specache.SpeCacheConfig(slow_tier="ram", pinned_memory=5000)) as cache:
+        assert cache.context.main_memory is None
+        info = replace(cache.info, device=torch.device("cuda"))
+        tier = CacheContext(info, cache.config, cache.resources).new_tier()
         rows = torch.zeros(2, 64, 16)
         with pytest.raises(SlowTierError, match=r"5,000 are allowed. Allow more \(pinned_memory\)"):
             tier.write(0, 0, rows, rows)
