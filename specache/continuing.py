@@ -135,10 +135,10 @@ def sequence_per_text(cache: SpeCache, count: int, answered: Callable[[], bool] 
     except BaseException:
         if repeats > 1 and not answered():
             cache.settle()
-            forks, cache.sequences = cache.sequences, before
-            for index, fork in enumerate(forks):
+            given, cache.sequences = cache.sequences, before
+            for index, sequence in enumerate(given):
                 if index % repeats:
-                    fork.clear()
+                    sequence.clear()
         raise
 
 
