@@ -112,7 +112,7 @@ def test_library_commands_planner_and_suite_agree():
     loaded = LoadedModel(model, None, "tiny")
     assert loaded.max_positions == TaskModel(model, None, "tiny").max_positions == 4 * ORIGINAL
     assert inspect_model(model).max_positions == dimensions_of(model).max_positions == 4 * ORIGINAL
-    assert room(None, loaded, 4 * ORIGINAL - 10) == 10
+    assert room(None, loaded.max_positions, 4 * ORIGINAL - 10).new_tokens == 10
 
 
 def gpt2(positions: int = 64) -> Any:

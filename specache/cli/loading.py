@@ -6,8 +6,6 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch import nn
-
 from specache.errors import SpeCacheError
 
 SHOWN = 3  # names in a message
@@ -65,6 +63,8 @@ def _mismatched(report: dict[str, Any]) -> Iterable[tuple[str, Any, Any]]:
 
 def _belongs_inside(model: Any, name: str) -> bool:
     """Whether a tensor is one of a layer more than the model has, or a parameter of a module that computes without it."""
+    from torch import nn  # here: commands that need no model do not wait for PyTorch
+
     parent, _, _ = name.rpartition(".")
     parts = parent.split(".")
     for depth in range(len(parts), 0, -1):

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from specache.identity.adapters import LayerAdapters, adapter_entries, is_adapted, layer_adapters
 from specache.identity.offloaded import FileTensor, hooks_of, kept_elsewhere
@@ -137,7 +136,7 @@ def plain_tensors(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     """Yield (suffix of the name, plain strided tensor) of all that a tensor consists of."""
     if type(tensor) in _PLAIN and tensor.layout is torch.strided and not tensor.is_quantized:
         yield "", tensor
-    elif is_traceable_wrapper_subclass(tensor):
+    elif hasattr(tensor, "__tensor_flatten__") and hasattr(tensor, "__tensor_unflatten__"):  # a subclass around others
         names, _ = tensor.__tensor_flatten__()
         for name in names:
             for suffix, plain in plain_tensors(getattr(tensor, name)):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from specache.errors import UnsupportedModelError
@@ -32,16 +31,21 @@ def unwrapped(model: Any) -> Any:
 def is_compiled_inside(model: Any) -> bool:
     """Whether the user compiled an unwrapped model in place (`model.compile()`), its `forward`, or some of its layers."""
     return any(
-        isinstance(module, OptimizedModule)
+        _is_compiled(module)
         or module._compiled_call_impl is not None
         or hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
         for module in model.modules()
     )
 
 
+def _is_compiled(module: Any) -> bool:
+    """Whether a module is what `torch.compile` makes of one. Its class has no public name."""
+    return any(kind.__name__ == "OptimizedModule" for kind in type(module).__mro__) and hasattr(module, "_orig_mod")
+
+
 def _inner(model: Any) -> Any:
     """Return what a wrapper wraps, or None for a module that is no wrapper."""
-    if isinstance(model, OptimizedModule):
+    if _is_compiled(model):
         return model._orig_mod
     if isinstance(model, DataParallel | DistributedDataParallel):
         return model.module

@@ -36,6 +36,18 @@ class Terminal:
         """Send keys."""
         os.write(self._fd, keys.encode())
 
+    def interrupt_waiting(self) -> None:
+        """Press Ctrl-C once the program sleeps: one that comes while it falls asleep is seen with the next key only."""
+        asleep = 0
+        while asleep < 5:
+            time.sleep(0.05)
+            asleep = asleep + 1 if self._sleeps() else 0
+        self.press(CTRL_C)
+
+    def _sleeps(self) -> bool:
+        state = Path(f"/proc/{self._pid}/stat")
+        return not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "S"
+
     def paste(self, text: str) -> None:
         """Paste text as terminals do: marked if the program asked for marks last."""
         marked = self.seen.rfind(MARKS_PASTES) > self.seen.rfind(UNMARKS_PASTES)

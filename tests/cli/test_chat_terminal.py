@@ -38,7 +38,7 @@ def test_a_pasted_page_is_one_message_and_ctrl_c_at_the_prompt_drops_a_line(chat
         terminal.wait_for("\n> ")
         terminal.press("half a line")
         terminal.wait_for("half a line")
-        terminal.press(CTRL_C)
+        terminal.interrupt_waiting()
         terminal.wait_for("Ctrl-C again")
         terminal.wait_for("\n> ")
         terminal.press('"""two\r')
@@ -46,9 +46,9 @@ def test_a_pasted_page_is_one_message_and_ctrl_c_at_the_prompt_drops_a_line(chat
         terminal.press('lines"""\r')
         terminal.wait_for(ANSWERED)
         terminal.wait_for("\n> ")
-        terminal.press(CTRL_C)
+        terminal.interrupt_waiting()
         terminal.wait_for("\n> ")
-        terminal.press(CTRL_C)  # the second in a row
+        terminal.interrupt_waiting()  # the second in a row
         assert terminal.exit_code() == 0
         assert terminal.seen.rfind(UNMARKS_PASTES) > terminal.seen.rfind(MARKS_PASTES)
         assert "Traceback" not in terminal.seen

@@ -195,7 +195,8 @@ class User:
                 self.refusals += 1
                 return
         answer = answered[:, -NEW:]
-        if said and not masked % 2 and self._same(new, torch.cat([new, answer], 1)):
+        begins = torch.equal(talk.text[:, : new.shape[1]], new)  # by chance it is the beginning of what is stored: cut there
+        if (said or begins) and not masked % 2 and self._same(new, torch.cat([new, answer], 1)):
             talk.text = torch.cat([new, answer], 1)  # a new text, which was said
             return
         talk.text = torch.cat([whole, answer], 1)
