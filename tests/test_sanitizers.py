@@ -31,6 +31,7 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[2:]]))
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # it compiles the kernels once more: minutes, on a busy machine many
 @pytest.mark.skipif(not native.instruction_sets(), reason="the C++ kernels are not built")
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++"), reason="needs g++ on Linux")
 def test_the_kernels_are_clean_under_sanitizers(tmp_path):

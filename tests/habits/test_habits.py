@@ -52,6 +52,7 @@ def live(name: str, chosen: dict[str, Any], habits: list[tuple[Any, ...]]) -> No
             user.close()
 
 
+@pytest.mark.timeout(1800)
 @settings(max_examples=150, derandomize=True, **CHECKS)
 @given(st.sampled_from(sorted(MODELS)), st.sampled_from(SETTINGS), SEQUENCE)
 def test_any_sequence_of_habits_answers_as_stock_or_says_why_not(name, chosen, habits):
