@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from specache.cli.gguf_settings import apply_settings
+from specache.cli.gguf_settings import apply_settings, set_end_token
 from specache.cli.loading import check_loaded
 from specache.errors import SpeCacheError
 from specache.folders import cache_folder, earlier_cache_folder
@@ -26,7 +26,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-CONVERSION_VERSION = 2  # raise it when the conversion below changes what it writes
+CONVERSION_VERSION = 3  # raise it when the conversion below changes what it writes
 
 
 class CacheFolderError(SpeCacheError):
@@ -102,6 +102,7 @@ def _write_safetensors(gguf: Path, folder: Path, on_note: Callable[[str], None])
         raise ConversionError(f"cannot read {gguf} as a GGUF model: {_first_line(error)}") from error
     check_loaded(model, report, gguf.name, on_note)
     apply_settings(model.config, gguf)
+    set_end_token(tokenizer, gguf)
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
 

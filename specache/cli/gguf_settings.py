@@ -74,6 +74,15 @@ def apply_settings(config: Any, gguf: Path) -> None:
     _refuse_what_is_left(text, fields)
 
 
+def set_end_token(tokenizer: Any, gguf: Path) -> None:
+    """Have the tokenizer's end token be the one that the file names: transformers 5.17 takes another for some vocabularies."""
+    from gguf import GGUFReader
+
+    field = GGUFReader(str(gguf), "r").get_field("tokenizer.ggml.eos_token_id")
+    if field is not None:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(int(field.contents()))
+
+
 def _read(gguf: Path) -> tuple[dict[str, Any], dict[str, list[float]]]:
     """The architecture's own fields, without its name in front, and the tensors of RoPE factors, by name."""
     from gguf import GGUFReader
