@@ -17,7 +17,7 @@ from torch import nn
 
 from specache.identity.adapters import LayerAdapters
 from specache.identity.settings import relevant_settings
-from specache.identity.tensor_marks import TensorMark, difference_of_tensors, remember
+from specache.identity.tensor_marks import TensorMark, difference_of_tensors, remember, remember_after_run
 from specache.identity.tensors import Layer, changes_with_length, layers
 from specache.identity.wrappers import unwrapped
 
@@ -51,15 +51,21 @@ class ModelState:
         """Remember a model. It costs one pass over its weights the first time, about what a decode step reads."""
         model = unwrapped(model)
         found = list(layers(model))
-        return cls(model, relevant_settings(model), _adapters(found), _modules(found), remember(found, model, {}))
+        return cls(model, relevant_settings(model), _adapters(found), _modules(found), remember(found, model))
 
     def after_run(self, model: Any) -> ModelState:
-        """Return the state with what a run of the model itself has changed: some layers pack their weights when they first run."""
+        """Return the state with what a run of the model itself has changed: some layers pack their weights when they first run.
+
+        What somebody else changed meanwhile stays a difference.
+        """
         model = unwrapped(model)
         found = list(layers(model))
         modules = _modules(found)
         noted = self._noted | frozenset(_changed_numbers(self._modules, modules))
-        return ModelState(model, self._settings, self._adapters, modules, remember(found, model, self._tensors), noted)
+        modules.update(
+            (name, facts) for name, facts in self._modules.items() if name not in modules or modules[name][0] != facts[0]
+        )
+        return ModelState(model, self._settings, self._adapters, modules, remember_after_run(found, model, self._tensors), noted)
 
     def is_of(self, model: Any) -> bool:
         """Whether it was this object, changed or not."""

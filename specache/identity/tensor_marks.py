@@ -32,6 +32,7 @@ class TensorMark:
         kind: shape, dtype and device.
         sample: of the content.
         digest: of all of the content; of a file, of the sample.
+        by_run: as of `Weight`.
     """
 
     holder: _Holder | None
@@ -39,6 +40,7 @@ class TensorMark:
     kind: tuple[Any, ...]
     sample: bytes
     digest: bytes
+    by_run: bool
 
 
 @dataclass(frozen=True)
@@ -50,21 +52,42 @@ class _Seen:
     kind: tuple[Any, ...]
     sample: Callable[[], bytes]
     digest: Callable[[], bytes]
+    by_run: bool
 
     def is_at(self, mark: TensorMark) -> bool:
         """Whether this is the object of a mark, where it was, and not written to since as far as PyTorch counts."""
         same = mark.holder is None if self.held is None else mark.holder is not None and mark.holder() is self.held
         return same and self.place == mark.place
 
-    def mark(self, before: TensorMark | None) -> TensorMark:
-        if before is not None and self.kind == before.kind and self.is_at(before) and self.sample() == before.sample:
-            return before
-        return TensorMark(_weak(self.held), self.place, self.kind, self.sample(), self.digest())
+    def is_as(self, mark: TensorMark) -> bool:
+        """Whether this has the content of a mark."""
+        if self.kind != mark.kind or self.sample() != mark.sample:
+            return False
+        return self.is_at(mark) or self.digest() == mark.digest
+
+    def mark(self) -> TensorMark:
+        return TensorMark(_weak(self.held), self.place, self.kind, self.sample(), self.digest(), self.by_run)
 
 
-def remember(found: Sequence[Layer], model: Any, before: dict[str, TensorMark]) -> dict[str, TensorMark]:
-    """Return marks of all tensors of a model; those of `before` that still hold are kept."""
-    return {name: seen.mark(before.get(name)) for name, seen in _look(found, model, before)}
+def remember(found: Sequence[Layer], model: Any) -> dict[str, TensorMark]:
+    """Return marks of all tensors of a model."""
+    return {name: seen.mark() for name, seen in _look(found, model, {})}
+
+
+def remember_after_run(found: Sequence[Layer], model: Any, before: dict[str, TensorMark]) -> dict[str, TensorMark]:
+    """Return the marks of before a run, of what a run itself may change those of now.
+
+    A tensor whose values somebody changed while the model ran (a streamer that merges an adapter) keeps the mark of before: it is
+    another one than at the beginning, so that what is stored is not continued with it.
+    """
+    marks = {name: mark for name, mark in before.items() if not mark.by_run}
+    for name, seen in _look(found, model, before):
+        mark = before.get(name)
+        if mark is None or seen.is_as(mark):
+            marks[name] = mark if mark is not None and seen.is_at(mark) else seen.mark()
+        elif mark.by_run and seen.by_run:
+            marks[name] = seen.mark()
+    return marks
 
 
 def difference_of_tensors(before: dict[str, TensorMark], found: Sequence[Layer], model: Any) -> str | None:
@@ -77,7 +100,7 @@ def difference_of_tensors(before: dict[str, TensorMark], found: Sequence[Layer],
         mark = before[name]
         if seen.kind != mark.kind:
             return f"its tensor {name} was {_said(mark.kind)} and is {_said(seen.kind)}"
-        if seen.sample() != mark.sample or not (seen.is_at(mark) or seen.digest() == mark.digest):
+        if not seen.is_as(mark):
             return f"its tensor {name} has other values"
     return None
 
@@ -88,7 +111,7 @@ def _look(found: Sequence[Layer], model: Any, before: dict[str, TensorMark]) -> 
     for weight in everything:
         content, mark = weight.content, before.get(weight.name)
         if isinstance(content, Tensor):
-            yield weight.name, _see_tensor(content, samples.get(id(content), b""))
+            yield weight.name, _see_tensor(content, samples.get(id(content), b""), weight.by_run)
         elif isinstance(content, FileTensor):
             yield weight.name, _see_file(content, mark)
         else:
@@ -105,7 +128,7 @@ def _samples(everything: Sequence[Weight]) -> dict[int, bytes]:
     return dict(zip(tensors, found, strict=True))
 
 
-def _see_tensor(tensor: Tensor, sample: bytes) -> _Seen:
+def _see_tensor(tensor: Tensor, sample: bytes, by_run: bool) -> _Seen:
     version = None if tensor.is_inference() else tensor._version
     place = (0 if tensor.is_meta else tensor.data_ptr(), version)
     kind = (tuple(tensor.shape), tensor.dtype, tensor.device)
@@ -118,7 +141,7 @@ def _see_tensor(tensor: Tensor, sample: bytes) -> _Seen:
             known = _digests[tensor] = ((place, sample), content_digest(tensor))
         return known[1]
 
-    return _Seen(tensor, place, kind, lambda: sample, digest)
+    return _Seen(tensor, place, kind, lambda: sample, digest, by_run)
 
 
 def _see_file(file: FileTensor, before: TensorMark | None) -> _Seen:
@@ -129,7 +152,7 @@ def _see_file(file: FileTensor, before: TensorMark | None) -> _Seen:
     def sample() -> bytes:
         return before.sample if known and before is not None else file_runs(file)
 
-    return _Seen(None, place, (file.shape, file.dtype, "disk"), sample, sample)
+    return _Seen(None, place, (file.shape, file.dtype, "disk"), sample, sample, by_run=False)
 
 
 def _see_packed(packed: PackedTensors, before: TensorMark | None) -> _Seen:
@@ -141,7 +164,7 @@ def _see_packed(packed: PackedTensors, before: TensorMark | None) -> _Seen:
             return before.digest
         return b"".join(content_digest(tensor) for tensor in packed.tensors())
 
-    return _Seen(packed.packed, (), ("packed",), lambda: b"", digest)
+    return _Seen(packed.packed, (), ("packed",), lambda: b"", digest, by_run=True)
 
 
 def _weak(held: Any) -> _Holder | None:

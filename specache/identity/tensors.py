@@ -44,6 +44,8 @@ class Weight:
         persistent: whether it is saved with the model. Others follow from the configuration.
         table: whether it is an embedding's, whose rows are changed one by one.
         adapter: name of the adapter that it belongs to, or `None`.
+        by_run: whether a run of the model itself may change it: a part of packed weights, which some layers pack when they
+            first run, or a buffer that is not saved.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Weight:
     persistent: bool
     table: bool
     adapter: str | None
+    by_run: bool
 
 
 @dataclass(frozen=True)
@@ -116,10 +119,11 @@ def weights(found: Sequence[Layer], model: Any) -> Iterator[Weight]:
             full = f"{layer.name}.{name}" if layer.name else name
             content = _content(layer, name, tensor, placing) if tensor.is_meta else tensor
             if isinstance(content, Tensor):
+                by_run = not persistent or type(content) not in _PLAIN
                 for suffix, plain in plain_tensors(content):
-                    yield Weight(full + suffix, plain, persistent, table, owner)
+                    yield Weight(full + suffix, plain, persistent, table, owner, by_run)
             else:
-                yield Weight(full, content, persistent, table, owner)
+                yield Weight(full, content, persistent, table, owner, by_run=False)
         yield from _packed(layer, table)
 
 
@@ -197,10 +201,10 @@ def _packed(layer: Layer, table: bool) -> Iterator[Weight]:
     if isinstance(packed, torch.ScriptObject):
         unpack = getattr(module, "_weight_bias", None) or getattr(module, "_weight", None)
         if unpack is not None:
-            yield Weight(f"{layer.name}.packed", PackedTensors(packed, lambda: _as_tuple(unpack())), True, table, layer.owner)
+            yield Weight(f"{layer.name}.packed", PackedTensors(packed, lambda: _as_tuple(unpack())), True, table, layer.owner, True)
     scales = getattr(module.__dict__.get("state"), "SCB", None)
     if isinstance(scales, Tensor):
-        yield Weight(f"{layer.name}.weight.SCB", scales, True, table, layer.owner)
+        yield Weight(f"{layer.name}.weight.SCB", scales, True, table, layer.owner, True)
 
 
 def _as_tuple(found: Any) -> tuple[Any, ...]:

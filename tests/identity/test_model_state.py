@@ -55,6 +55,40 @@ def test_a_changed_model_is_refused_with_what_changed(change, said_of_it):
         second_turn(model, cache, said)
 
 
+class Once:
+    """A streamer that does something when the third token comes."""
+
+    def __init__(self, action: Any) -> None:
+        self.action, self.calls = action, 0
+
+    def put(self, value: Any) -> None:
+        self.calls += 1
+        if self.calls == 3:
+            self.action()
+
+    def end(self) -> None:
+        pass
+
+
+DURING_A_RUN = ["a weight is scaled", "a weight is scaled through .data", ".data is assigned", "a submodule is replaced",
+                "an activation is replaced", "RoPE changes in the configuration"]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", DURING_A_RUN)
+def test_what_a_streamer_changes_while_the_model_runs_is_a_change(change):
+    model = llama()
+    change, said_of_it = CHANGES[change]
+
+    def act():
+        with torch.no_grad():
+            change(model)
+
+    cache = specache.SpeCache(model, settings())
+    said = specache.generate(model, prompt(150), past_key_values=cache, streamer=Once(act), **NEW)
+    with pytest.raises(specache.UsageError, match=rf"(?s)model changed.*{said_of_it}.*new SpeCache"):
+        second_turn(model, cache, said)
+
+
 def test_a_training_step_is_seen():
     model = llama()
     cache, said = first_turn(model)
