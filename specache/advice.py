@@ -8,8 +8,9 @@ from typing import Any
 
 from specache.config import SUPPORTED_BITS, Policy, SlowTierKind, SpeCacheConfig
 from specache.dimensions import ModelDimensions
-from specache.holdings import SequenceLoad, fetches
+from specache.holdings import SequenceLoad
 from specache.plan import MemoryPlan, even_loads, plan
+from specache.sizes import fetches
 
 SMALLEST_CHUNK = 32  # tokens; below it a prefill reads the weights too often to be advised
 LONGEST = 1 << 26  # tokens, where the model states no limit

@@ -12,12 +12,12 @@ from specache.config import Policy, SlowTierKind, SpeCacheConfig
 from specache.device.main_memory import MainMemory
 from specache.device.pinned import PinnedPool
 from specache.device.streams import streams_for
-from specache.holdings import checkpoint_allowance, hot_slots
 from specache.hot_set import HotSet
 from specache.layers import CompressedLayer
 from specache.model import ModelInfo
 from specache.prefetch import FetchedRows, InPlaceRows, Rows
 from specache.resources import Resources
+from specache.sizes import checkpoint_allowance, hot_slots
 from specache.stats import Counters
 from specache.tiers.base import SlowTier
 from specache.tiers.disk import DiskTier

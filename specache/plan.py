@@ -14,7 +14,8 @@ from typing import Any
 
 from specache.config import SpeCacheConfig
 from specache.dimensions import ModelDimensions
-from specache.holdings import FastBytes, Holdings, SequenceLoad, last_chunk, ordinary_bytes, window_bytes
+from specache.holdings import FastBytes, Holdings, SequenceLoad, last_chunk
+from specache.sizes import ordinary_bytes, window_bytes
 from specache.working_set import decode_bytes, prefill_bytes
 
 

@@ -10,9 +10,10 @@ from specache.advice import Suggestion, smaller
 from specache.cache import SpeCache
 from specache.config import Policy, SpeCacheConfig
 from specache.errors import FastMemoryError, OutOfMemoryError, SpeCacheError
-from specache.holdings import SequenceLoad, on_disk
+from specache.holdings import SequenceLoad
 from specache.out_of_memory import is_out_of_memory, on_the_gpu
 from specache.plan import MemoryPlan
+from specache.sizes import on_disk
 
 
 @contextmanager

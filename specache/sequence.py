@@ -10,12 +10,12 @@ from torch import Tensor
 
 from specache.config import Policy, SpeCacheConfig
 from specache.exact import KEY_BLOCK
-from specache.holdings import CHECKPOINT_FEWEST, read_buffer_bytes
 from specache.layers import CompressedLayer, DenseLayer
 from specache.model import ModelInfo
 from specache.out_of_memory import is_out_of_memory
 from specache.prefetch import Rows
 from specache.resources import Resources
+from specache.sizes import CHECKPOINT_FEWEST, read_buffer_bytes
 from specache.stats import MemoryUse
 from specache.tiers.base import SlowTier
 from specache.window_checkpoints import MemoryCheckpoints, Spacing, WindowCheckpoints

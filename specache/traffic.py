@@ -12,7 +12,7 @@ from typing import Any
 
 from specache.config import PAGE_TOKENS, Policy, SpeCacheConfig
 from specache.dimensions import ModelDimensions
-from specache.holdings import fetches, hot_slots, page_layout
+from specache.sizes import fetches, hot_slots, page_layout
 
 # Of the pairs that a step wants, the share that a hot set of just one step's pairs lacks; it falls with the square root of the hot
 # set's size. An assumption, from SmolLM2-135M on English text with k = 64, verified and on-demand: with 64 slots per head 0.47 were

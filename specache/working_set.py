@@ -13,9 +13,10 @@ from specache import products
 from specache.config import PAGE_TOKENS, Policy, SpeCacheConfig
 from specache.dimensions import LayerDimensions, ModelDimensions
 from specache.exact import KEY_BLOCK, QUERY_BLOCK
-from specache.holdings import FLOAT, on_disk, row_layout
+from specache.holdings import FLOAT
 from specache.kernels import dispatch
 from specache.kernels.blocks import BLOCK_BYTES, QUANTISE_PAGES
+from specache.sizes import on_disk, row_layout
 from specache.tiers.row_reads import GAP_BYTES, READ_BYTES
 
 INDEX = 8  # bytes of a position

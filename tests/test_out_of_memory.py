@@ -18,10 +18,11 @@ from specache import attention, generation
 from specache.advice import smaller
 from specache.config import SpeCacheConfig
 from specache.errors import FastMemoryError, NonFiniteError, OutOfMemoryError, SlowTierError
-from specache.holdings import SequenceLoad, on_disk
+from specache.holdings import SequenceLoad
 from specache.kernels import dispatch
 from specache.out_of_memory import is_out_of_memory, on_the_gpu
 from specache.plan import MemoryPlan, plan
+from specache.sizes import on_disk
 from tests.tiny import llama, prompt
 
 LAYERS = 3

@@ -17,8 +17,9 @@ from specache.bench.shapes import shape_named
 from specache.config import SpeCacheConfig
 from specache.dimensions import ModelDimensions, dimensions_of, without_weights
 from specache.errors import UnsupportedModelError
-from specache.holdings import SequenceLoad, ordinary_bytes
+from specache.holdings import SequenceLoad
 from specache.plan import even_loads, plan
+from specache.sizes import ordinary_bytes
 from specache.tiers.ram import RamTier, ram_capacity
 from specache.traffic import step_traffic
 from specache.weights import WeightFormat, quantise_weights

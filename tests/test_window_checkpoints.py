@@ -11,7 +11,7 @@ import torch
 
 import specache
 from specache.budget import ByteBudget
-from specache.holdings import checkpoint_allowance
+from specache.sizes import checkpoint_allowance
 from specache.window_checkpoints import COARSE, FINE, MemoryCheckpoints, Spacing
 from specache.window_layer import WindowLayer
 from tests.sessions.sequences import answer

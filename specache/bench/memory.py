@@ -23,7 +23,7 @@ from specache.bench.timing import Timing
 from specache.config import Policy, SlowTierKind
 from specache.dimensions import ModelDimensions
 from specache.errors import ConfigError
-from specache.holdings import ordinary_bytes
+from specache.sizes import ordinary_bytes
 
 BASELINE_TOKENS = 1000
 BASELINES = 2  # the lower peak counts: the page cache of a model's file belongs to whoever reads it first

@@ -6,9 +6,10 @@ from specache.config import Policy, SlowTierKind, SpeCacheConfig
 from specache.device.hot_set import hot_set_bytes
 from specache.device.sizes import batch_bytes
 from specache.dimensions import ModelDimensions
-from specache.holdings import Holdings, SequenceLoad, hot_slots
+from specache.holdings import Holdings, SequenceLoad
 from specache.roofline.kernels import THIS_LIBRARY
 from specache.roofline.methods import Method
+from specache.sizes import hot_slots
 from specache.static_decoding import KINDS, low_bit_room
 
 
