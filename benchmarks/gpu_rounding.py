@@ -23,11 +23,11 @@ from rich.table import Table
 from torch import Tensor
 
 import specache
-from specache import static_decoding
 from specache.cli.models import Dtype, load
 from specache.device import batch
 from specache.device.page_kernels import TorchPages
-from specache.kernels import torch_ops
+from specache.engine import static_decoder as static_decoding
+from specache.kernels.torch import operations as torch_ops
 from specache.kernels.triton.tables import PageScores, PageTables
 from specache.kernels.types import LowBitCopy
 

@@ -25,13 +25,13 @@ from rich.table import Table
 
 from specache.bench.base import Surroundings
 from specache.bench.calibration import measured_steps
-from specache.bench.decode import DYNAMIC, Decode
-from specache.bench.machine import describe
+from specache.bench.decode_step import DYNAMIC, Decode
+from specache.bench.environment import describe
 from specache.bench.shapes import RandomModel, Weights, shape_named
 from specache.config import SpeCacheConfig
-from specache.dimensions import dimensions_of, without_weights
-from specache.roofline.measured import MeasuredSteps
-from specache.roofline.methods import Method, methods
+from specache.model.dimensions import dimensions_of, without_weights
+from specache.planning.roofline.compared_methods import Method, methods
+from specache.planning.roofline.measured import MeasuredSteps
 
 LIMIT = 1.25  # times too long or too short
 OURS = "specache"

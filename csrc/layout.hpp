@@ -1,4 +1,4 @@
-// The low-bit copy as kernels see it. The byte layout is declared in specache/quant/layout.py and specache/kernels/packing.py.
+// The low-bit copy as kernels see it. The byte layout is declared in specache/low_bit/layout.py and specache/kernels/packing.py.
 //
 // Symbols: Hkv key-value heads, G query heads per KV head, n rows (real, guess), r = G n queries of a KV head (G-major), D channels,
 // S tokens, b bits, g tokens per key group, P = 8 / b codes per byte.
@@ -68,7 +68,7 @@ struct Copy {
 enum class Dtype { f32 = 0, bf16 = 1, f16 = 2 };
 SPECACHE_INLINE int itemsize(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
-// Steps between neighbouring levels of the normal quantiser, and their unit: specache/kernels/torch_rotated.py.
+// Steps between neighbouring levels of the normal quantiser, and their unit: specache/kernels/torch/rotated.py.
 struct Levels {
     int8_t steps[16];
     float unit;

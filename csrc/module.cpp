@@ -1,4 +1,4 @@
-// Python bindings. Tensors arrive as addresses: specache/kernels/native.py checks dtypes, shapes and strides before it calls.
+// Python bindings. Tensors arrive as addresses: specache/kernels/cpu/native.py checks dtypes, shapes and strides before it calls.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
@@ -222,7 +222,7 @@ bool py_take(RowsInFlight& rows, uintptr_t out) {
 }  // namespace
 
 NB_MODULE(_native, m) {
-    m.doc() = "Kernels over the low-bit copy for CPUs, called by specache.kernels.native; reads of rows, called by specache.tiers.native_reads.";
+    m.doc() = "Kernels over the low-bit copy for CPUs, called by specache.kernels.cpu.native; reads of rows, called by specache.tiers.disk.native_reads.";
     nb::set_leak_warnings(false);  // cached layouts live as long as the process
     m.attr("MAX_DIM") = kMaxDim;
     m.def("available", [] {

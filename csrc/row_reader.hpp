@@ -1,4 +1,4 @@
-// Scattered 16-bit rows from files, past the interpreter: one call plans, reads, checks and copies (layout: specache/tiers/row_layout.py).
+// Scattered 16-bit rows from files, past the interpreter: one call plans, reads, checks and copies (layout: specache/tiers/disk/row_layout.py).
 #pragma once
 #include <atomic>
 #include <cstdint>

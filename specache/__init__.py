@@ -19,12 +19,12 @@ from specache.errors import (
     UnsupportedModelError,
     UsageError,
 )
-from specache.lazy import importer
+from specache.platform.lazy import importer
 
 if TYPE_CHECKING:
-    from specache.cache import SpeCache
-    from specache.compiled import compile_decode
-    from specache.generation import decode, generate, prefill
+    from specache.cache.cache import SpeCache
+    from specache.engine.compiled import compile_decode
+    from specache.engine.generate import decode, generate, prefill
     from specache.sessions import Session
 
 __version__ = "0.1.0"
@@ -55,11 +55,11 @@ __getattr__ = importer(
     __name__,
     {
         "Session": "specache.sessions",
-        "SpeCache": "specache.cache",
-        "compile_decode": "specache.compiled",
-        "decode": "specache.generation",
-        "generate": "specache.generation",
-        "prefill": "specache.generation",
+        "SpeCache": "specache.cache.cache",
+        "compile_decode": "specache.engine.compiled",
+        "decode": "specache.engine.generate",
+        "generate": "specache.engine.generate",
+        "prefill": "specache.engine.generate",
         "sessions": "specache.sessions",
     },
 )

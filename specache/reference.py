@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from specache.config import Code, Policy, SpeCacheConfig
 from specache.errors import UnsupportedModelError, UsageError
-from specache.positions import max_positions
+from specache.model.positions import max_positions
 
 NAME = "specache_reference"  # of the attention and mask functions, and of the keyword argument that carries the state
 FLOAT16_MAX = torch.finfo(torch.float16).max

@@ -15,8 +15,8 @@ import pytest
 
 from specache.cli.models import DEMO_MODEL, DEMO_REQUIREMENT, Dtype, LoadedModel, demo_gguf, load
 from specache.kernels import dispatch
-from specache.tiers import tier_files
-from specache.tiers.probe import ReaderReport
+from specache.tiers.disk import tier_files
+from specache.tiers.disk.probe import ReaderReport
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from specache.bench.device import CPU
+from specache.bench.compute_device import CPU
 from specache.bench.shapes import ModelSource
 from specache.errors import ConfigError
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from specache.bench.timing import PhaseClock
 from specache.kernels import dispatch
-from specache.kernels.native import LayerStep, NativeKernels
-from specache.prefetch import FetchedRows, InPlaceRows
+from specache.kernels.cpu.native import LayerStep, NativeKernels
+from specache.rows.fetch import FetchedRows, InPlaceRows
 
 # The C++ kernels score and select in one call (`select`), and do all of it in one where rows are read in place (`in_place`).
 PHASES = ("score", "select", "fetch", "attend", "in_place")

@@ -17,20 +17,20 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
-from specache import machine
 from specache.bench.base import Say
 from specache.bench.contenders import BareModel, Contender, DynamicContender, SpeCacheContender
-from specache.bench.machine import LargeArray
+from specache.bench.environment import LargeArray
 from specache.bench.timing import interleaved
 from specache.bench.workload import Workload
 from specache.config import Policy
-from specache.dimensions import ModelDimensions
 from specache.errors import ConfigError
-from specache.roofline.device import GIB, Device, Efficiency
-from specache.roofline.measured import MeasuredSteps, MethodCost, WeightsPass
-from specache.roofline.methods import Method
-from specache.weight_format import WeightFormat
-from specache.weights import quantise_weights
+from specache.linear.weight_format import WeightFormat
+from specache.linear.weight_quant import quantise_weights
+from specache.model.dimensions import ModelDimensions
+from specache.planning.roofline.compared_methods import Method
+from specache.planning.roofline.device_figures import GIB, Device, Efficiency
+from specache.planning.roofline.measured import MeasuredSteps, MethodCost, WeightsPass
+from specache.platform import machine
 
 CONTEXTS = (2048, 8192)  # tokens
 BATCHES = (1, 4)  # sequences

@@ -12,17 +12,17 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from specache.bench.breakdown import recorded
-from specache.bench.device import CUDA
+from specache.bench.compute_device import CUDA
 from specache.bench.greedy import GreedySteps
 from specache.bench.synthetic import add_sequence
 from specache.bench.timing import PhaseClock
 from specache.bench.workload import Workload
-from specache.cache import SpeCache
+from specache.cache.cache import SpeCache
+from specache.cache.sequence import Sequence
 from specache.config import SpeCacheConfig
+from specache.engine.attention_hook import attached, reset_rope
 from specache.errors import ConfigError
-from specache.integration import attached, reset_rope
-from specache.quantized_cache import PACKAGES, new_quantized_cache, quantised_tokens, store_prompt
-from specache.sequence import Sequence
+from specache.model.quantized_cache import PACKAGES, new_quantized_cache, quantised_tokens, store_prompt
 
 _IMPORTED_AS = {"hqq": "hqq", "quanto": "optimum"}
 

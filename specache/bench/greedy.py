@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from specache.cache import SpeCache
-from specache.decoding import Decoder, Progress
+from specache.cache.cache import SpeCache
+from specache.engine.decoder import Decoder, Progress
 
 
 class GreedySteps:

@@ -13,17 +13,17 @@ import torch
 from specache.bench.base import Outcome, Result, Surroundings, check_at_least
 from specache.bench.cache_options import TierOptions
 from specache.bench.child import Child, ChildEnded
+from specache.bench.compute_device import CPU
 from specache.bench.control_group import MemoryGroup
-from specache.bench.device import CPU
-from specache.bench.machine import gigabytes
+from specache.bench.environment import gigabytes
 from specache.bench.memory_worker import Job, serve
 from specache.bench.prefill_worker import DYNAMIC, SPECACHE
 from specache.bench.row_folder import row_folder
 from specache.bench.timing import Timing
+from specache.cache.sizes import ordinary_bytes
 from specache.config import Policy, SlowTierKind
-from specache.dimensions import ModelDimensions
 from specache.errors import ConfigError
-from specache.sizes import ordinary_bytes
+from specache.model.dimensions import ModelDimensions
 
 BASELINE_TOKENS = 1000
 BASELINES = 2  # the lower peak counts: the page cache of a model's file belongs to whoever reads it first

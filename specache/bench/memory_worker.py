@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 
-from specache import heap
 from specache.bench import greedy
 from specache.bench.prefill_worker import DYNAMIC, read_with_dynamic_cache
 from specache.bench.shapes import ModelSource
-from specache.cache import SpeCache
+from specache.cache.cache import SpeCache
 from specache.config import SpeCacheConfig
-from specache.decoding import Progress
-from specache.dimensions import dimensions_of
-from specache.integration import attached
+from specache.engine.attention_hook import attached
+from specache.engine.decoder import Progress
+from specache.model.dimensions import dimensions_of
+from specache.platform import heap
 
 
 @dataclass(frozen=True)

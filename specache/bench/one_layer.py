@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from specache.attention import PassKind, PassPlan, mixed_attention
-from specache.bench.device import CPU
+from specache.attention.decode import PassKind, PassPlan, mixed_attention
+from specache.attention.dense import AttentionParams
+from specache.bench.compute_device import CPU
 from specache.bench.synthetic import fill_compressed
-from specache.budget import ByteBudget
+from specache.cache.layers import CompressedLayer
 from specache.config import Code, Policy, SpeCacheConfig
-from specache.exact import AttentionParams
-from specache.hot_set import HotSet
-from specache.layers import CompressedLayer
-from specache.prefetch import FetchedRows, InPlaceRows, Rows
-from specache.quant.layout import PageLayout
-from specache.quant.pool import PagePool, PageTable
+from specache.low_bit.layout import PageLayout
+from specache.low_bit.pool import PagePool, PageTable
+from specache.platform.budget import ByteBudget
+from specache.rows.fetch import FetchedRows, InPlaceRows, Rows
+from specache.rows.hot_set import HotSet
 from specache.stats import Counters
 from specache.tiers.ram import RamTier
 from specache.tiers.transfer import Transfer

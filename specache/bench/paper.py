@@ -10,17 +10,17 @@ from typing import Any, ClassVar
 import torch
 
 import specache
-from specache import machine
-from specache.bench import kernels
+from specache.bench import kernel_backends as kernels
 from specache.bench.base import Outcome, Result, Say, Surroundings, check_at_least, json_settings
-from specache.bench.device import CUDA
-from specache.bench.machine import gpu
+from specache.bench.compute_device import CUDA
+from specache.bench.environment import gpu
 from specache.bench.paper_decoding import Decoding, Line, Pace, usual_budget
 from specache.bench.paper_methods import COPY_BITS, NAMES, Entry, entries
 from specache.bench.plot import require_matplotlib, write_plot
 from specache.bench.resumable import ResultFile
 from specache.config import Policy, SlowTierKind, SpeCacheConfig
 from specache.errors import ConfigError
+from specache.platform import machine
 
 KEY = ("method", "bits", "policy", "context")
 

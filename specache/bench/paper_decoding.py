@@ -10,16 +10,16 @@ from typing import Any
 import torch
 
 from specache.bench.base import Say
+from specache.bench.compute_device import CUDA, free_bytes, give_back, peak_bytes, reset_peak, synchronise
 from specache.bench.contenders import Contender, SpeCacheContender, StockContender
-from specache.bench.device import CUDA, free_bytes, give_back, peak_bytes, reset_peak, synchronise
 from specache.bench.paper_fit import FAST, TRIED, Fit, Needs, Room, planned_fit, tried_fit
 from specache.bench.paper_methods import Entry
 from specache.bench.timing import Timing
 from specache.bench.workload import Workload
-from specache.dimensions import dimensions_of
 from specache.errors import ConfigError
-from specache.machine import memory
-from specache.out_of_memory import is_out_of_memory
+from specache.model.dimensions import dimensions_of
+from specache.platform.machine import memory
+from specache.platform.out_of_memory import is_out_of_memory
 
 USUAL_SHARE = 0.9  # of free memory that is used: the rest is for what allocators and other processes take meanwhile
 WARMUP_STEPS = 2

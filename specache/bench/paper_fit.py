@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from specache.advice import largest
-from specache.bench.device import CUDA
+from specache.bench.compute_device import CUDA
 from specache.bench.paper_methods import FULL, Entry
 from specache.bench.synthetic import SPARE_TOKENS
-from specache.dimensions import ModelDimensions
-from specache.holdings import SequenceLoad
-from specache.plan import MemoryPlan, plan
+from specache.model.dimensions import ModelDimensions
+from specache.planning.advice import largest
+from specache.planning.footprint import SequenceLoad
+from specache.planning.plan import MemoryPlan, plan
 
 PLANNED, COUNTED, TRIED = "plan", "bytes", "trial"  # how a batch was found
 FAST, MAIN, ASKED = "fast memory", "main memory", "max batch"  # what one sequence more would exceed

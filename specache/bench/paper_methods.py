@@ -9,9 +9,9 @@ from torch import Tensor
 
 from specache.bench.contenders import Contender, DynamicContender, SpeCacheContender
 from specache.bench.workload import Workload
+from specache.cache.sequence import Sequence
 from specache.config import SpeCacheConfig
-from specache.roofline.methods import BITS, Method, methods
-from specache.sequence import Sequence
+from specache.planning.roofline.compared_methods import BITS, Method, methods
 from specache.tiers.ram import RamTier
 
 FULL, KIVI, PAPER, OWN = "full", "kivi", "speculative", "verified"

@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import specache
-from specache.bench import device
+from specache.bench import compute_device as device
 from specache.bench.child import Child, ChildEnded
 from specache.bench.shapes import ModelSource
 from specache.config import SpeCacheConfig
-from specache.decoding import Progress
+from specache.engine.decoder import Progress
 from specache.errors import BenchmarkError
 
 SPECACHE, DYNAMIC = "specache", "dynamic"

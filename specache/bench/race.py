@@ -7,13 +7,13 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from specache.bench.base import Say
+from specache.bench.compute_device import CUDA, free_bytes, give_back
 from specache.bench.contenders import Contender
-from specache.bench.device import CUDA, free_bytes, give_back
-from specache.bench.machine import gigabytes
+from specache.bench.environment import gigabytes
 from specache.bench.timing import Timing, interleaved
 from specache.bench.workload import Workload
-from specache.machine import memory
-from specache.out_of_memory import is_out_of_memory
+from specache.platform.machine import memory
+from specache.platform.out_of_memory import is_out_of_memory
 
 WARMUP_STEPS = 2
 

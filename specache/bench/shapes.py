@@ -13,9 +13,9 @@ from typing import Any, Protocol
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from specache.bench.device import CPU
+from specache.bench.compute_device import CPU
 from specache.errors import BenchmarkError, ConfigError
-from specache.weights import WeightFormat, quantise_weights
+from specache.linear.weight_quant import WeightFormat, quantise_weights
 
 POSITIONS = 1 << 20  # RoPE has no table that a long synthetic context could leave
 

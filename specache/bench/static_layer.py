@@ -7,17 +7,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from specache.attention import PassKind
+from specache.attention.decode import PassKind
 from specache.bench.one_layer import LowBitLayer
-from specache.budget import ByteBudget
+from specache.cache.layers import CompressedLayer
+from specache.cache.window_layer import WindowLayer
 from specache.config import PAGE_TOKENS, Policy
 from specache.device.batch import BatchSize, DeviceBatch
 from specache.device.graph import GraphedSteps, graphs_for
 from specache.device.step import StaticPass
-from specache.device.streams import streams_for
-from specache.layers import CompressedLayer
+from specache.platform.budget import ByteBudget
 from specache.tiers.base import SlowTier
-from specache.window_layer import WindowLayer
+from specache.tiers.streams import streams_for
 
 
 class _Alone:

@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specache.cache import SpeCache
-from specache.exact import AttentionParams
-from specache.layers import CompressedLayer, DenseLayer
+from specache.attention.dense import AttentionParams
+from specache.cache.cache import SpeCache
+from specache.cache.layers import CompressedLayer, DenseLayer
+from specache.cache.window_layer import WindowLayer
 from specache.tiers.base import SlowTier
-from specache.window_layer import WindowLayer
 
 LayerShape = tuple[int, int]  # (Hkv, D)
 _BLOCK = 4096  # tokens drawn at a time

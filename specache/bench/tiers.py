@@ -13,12 +13,12 @@ from specache.bench.base import Outcome, Result, Say, Surroundings, check_at_lea
 from specache.bench.cache_options import TierOptions
 from specache.bench.row_folder import row_folder
 from specache.bench.timing import Timing
-from specache.cache import SpeCache
+from specache.cache.cache import SpeCache
 from specache.config import Policy, SlowTierKind
+from specache.engine.attention_hook import attached
 from specache.errors import ConfigError
-from specache.integration import attached
 from specache.stats import Counters
-from specache.tiers import probe
+from specache.tiers.disk import probe
 
 RAM = str(SlowTierKind.RAM)
 TIERS = tuple(str(tier) for tier in (SlowTierKind.RAM_INPLACE, SlowTierKind.RAM, SlowTierKind.DISK))

@@ -10,7 +10,7 @@ from statistics import median
 
 import numpy as np
 
-from specache.bench.device import synchronise
+from specache.bench.compute_device import synchronise
 
 
 @dataclass(frozen=True)

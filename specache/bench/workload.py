@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specache.attention.dense import AttentionParams
 from specache.bench.synthetic import LayerShape, synthetic_rows
 from specache.config import PAGE_TOKENS, SpeCacheConfig
-from specache.exact import AttentionParams
-from specache.integration import attached, forward
-from specache.model import inspect_model
-from specache.quant.layout import PageLayout
+from specache.engine.attention_hook import attached, forward
+from specache.low_bit.layout import PageLayout
+from specache.model.info import inspect_model
 
 
 @dataclass

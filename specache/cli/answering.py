@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from specache.cli.answer_length import room
 from specache.cli.console import PrefillProgress
 from specache.cli.models import LoadedModel
-from specache.cli.positions import room
 from specache.cli.prompts import pad_left
 from specache.cli.streaming import AnswerRecorder
 from specache.errors import SpeCacheError
@@ -110,7 +110,7 @@ def answer(
     import torch
 
     import specache
-    from specache.continuing import begins_alike
+    from specache.engine.continuing import begins_alike
 
     if not begins_alike(cache, prompts):  # whole texts: what the library cannot know
         cache.reset()

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from specache.bench import registry
+from specache.bench import benchmarks as registry
 from specache.cli import options
 from specache.cli.bench_table import result_table
 from specache.cli.console import LOG_WIDTH, err, quiet_libraries, status
@@ -167,7 +167,7 @@ def _command(name: str, cls: Any) -> Any:
 def _run(benchmark: Benchmark, shared: SharedOptions, source: ModelSource | None, device: Device) -> None:
     """Measure, print, write."""
     from specache.bench.base import Surroundings, document
-    from specache.bench.machine import describe
+    from specache.bench.environment import describe
 
     check_json(shared.json)
     quiet_libraries()

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from specache.cli.report import UNKNOWN, size
+from specache.cli.stats_table import UNKNOWN, size
 
 _TEXT = ("impl", "isa", "cache", "weights", "tier", "policy", "method", "limited_by")  # columns of words
 _SHARES = ("rows_ready", "read_hidden", "hit_rate")

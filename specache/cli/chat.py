@@ -19,11 +19,11 @@ from specache.cli.flags import in_flags
 from specache.cli.models import Device, Dtype, load
 from specache.cli.prompts import PromptError, has_chat_template
 from specache.cli.reasoning import ReasoningDisplay, reasoning_note
-from specache.cli.report import rate, statistics_table, times
-from specache.cli.streams import OutputError
+from specache.cli.standard_streams import OutputError
+from specache.cli.stats_table import rate, statistics_table, times
 from specache.config import SpeCacheConfig
 from specache.errors import ConfigError, SpeCacheError
-from specache.weight_format import WeightFormat
+from specache.linear.weight_format import WeightFormat
 
 EPILOG = """
 [bold]In the conversation[/bold]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from specache.cli.console import err, write
 from specache.cli.prompts import PromptError
-from specache.text_files import check_text, line_reader, read_text
+from specache.platform.text_files import check_text, line_reader, read_text
 
 PROMPT = "\n> "
 CONTINUED = ". "

@@ -19,7 +19,7 @@ def compile_model(model: Any, config: SpeCacheConfig, sequences: int, say: Calla
         ConfigError: there is no C++ compiler, it fails, or the model's step is no fixed graph.
     """
     import specache
-    from specache import private_torch
+    from specache.platform import private_torch
 
     specache.compile_decode(model)
     say("Compiling the decode step")

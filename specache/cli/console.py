@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from specache.cli.flags import in_flags
 from specache.cli.numbers import check_numbers
-from specache.cli.streams import ClosedPipeError
+from specache.cli.standard_streams import ClosedPipeError
 from specache.errors import ConfigError, SpeCacheError
 
 LOG_WIDTH = 200  # of tables where there is no terminal

@@ -19,7 +19,7 @@ from pathlib import Path
 from specache.cli.gguf_settings import apply_settings, set_end_token
 from specache.cli.loading import check_loaded
 from specache.errors import SpeCacheError
-from specache.folders import cache_folder, earlier_cache_folder
+from specache.platform.folders import cache_folder, earlier_cache_folder
 
 try:
     import fcntl

@@ -27,8 +27,8 @@ from specache.cli.models import DEMO_MODEL, Device, Dtype, LoadedModel, load
 from specache.cli.prompts import encode_text
 from specache.config import Code, Policy, SlowTierKind, SpeCacheConfig
 from specache.errors import ConfigError
+from specache.linear.weight_format import WeightFormat
 from specache.templates.template import ChatTemplate
-from specache.weight_format import WeightFormat
 
 if TYPE_CHECKING:
     from specache import SpeCache

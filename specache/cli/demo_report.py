@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from specache.cli.answering import Result
-from specache.cli.report import percent, rate, seconds, size, times, total_ratio
+from specache.cli.stats_table import percent, rate, seconds, size, times, total_ratio
 from specache.config import SpeCacheConfig
 
 KIVI_RESIDUAL = 128

@@ -10,10 +10,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from specache import machine
-from specache.cli.auto_tier import auto_facts
 from specache.cli.models import DEMO_REQUIREMENT, demo_gguf, native_bfloat16_cpu
-from specache.folders import cache_folder, earlier_cache_folder
+from specache.cli.tier_notice import auto_facts
+from specache.platform import machine
+from specache.platform.folders import cache_folder, earlier_cache_folder
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "gguf", "numpy", "typer", "rich")
 CPU_FEATURES = (
@@ -40,7 +40,8 @@ class Problem:
 def diagnose() -> dict[str, Any]:
     """Everything `doctor` shows, by section."""
     import specache
-    from specache.kernels import dispatch, native, triton
+    from specache.kernels import dispatch, triton
+    from specache.kernels.cpu import native
 
     return {
         "versions": {
@@ -162,7 +163,7 @@ def _devices() -> dict[str, Any]:
 
 def _disk_tier() -> dict[str, Any]:
     """How `--slow-tier disk:DIR` would read from the cache folder's file system; `None` where nothing can be written."""
-    from specache.tiers.probe import probe
+    from specache.tiers.disk.probe import probe
 
     folder = _existing(cache_folder())
     facts: dict[str, Any] = {"measured_in": str(folder)}

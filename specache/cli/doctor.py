@@ -12,7 +12,7 @@ from rich.table import Table
 from specache.cli import options
 from specache.cli.console import EXIT_ERROR, quiet_libraries, reports_errors, write
 from specache.cli.diagnosis import Problem, diagnose, find_problems
-from specache.cli.report import size
+from specache.cli.stats_table import size
 
 _TITLES = {
     "versions": "Versions",

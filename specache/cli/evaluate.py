@@ -20,13 +20,13 @@ from specache.cli.json_file import check_json, write_json
 from specache.cli.models import load
 from specache.cli.template_option import check_variables, parse_variables
 from specache.errors import ConfigError
-from specache.eval import registry
+from specache.eval import catalogue as registry
 from specache.eval.results import CELLS_FILE
 
 if TYPE_CHECKING:
     from specache.eval.methods_option import NamedMethod
     from specache.eval.results import Run
-    from specache.eval.rows import Row
+    from specache.eval.table_rows import Row
 
 HELP = "Measure methods on tasks: fidelity, needles, RULER, LongBench and more, at stated memory."
 EPILOG = """
@@ -72,7 +72,7 @@ app = typer.Typer(cls=EvaluationGroup, help=HELP, epilog=EPILOG, no_args_is_help
 @reports_errors
 def list_all(as_json: options.Json = False) -> None:
     """Show all tasks and methods."""
-    from specache.eval.settings import flag
+    from specache.eval.setting_fields import flag
     from specache.eval.tasks.ablate import Ablate
 
     tasks = [{"name": name, "summary": registry.task_class(name).summary} for name in registry.TASKS]

@@ -16,9 +16,9 @@ from specache.cli.field_command import field_parameters, make_command, take, tak
 from specache.cli.json_file import JsonFile
 from specache.cli.models import Device, Dtype
 from specache.cli.template_option import TemplateVariables
-from specache.eval import registry
-from specache.eval.settings import field_types
-from specache.weight_format import WeightFormat
+from specache.eval import catalogue as registry
+from specache.eval.setting_fields import field_types
+from specache.linear.weight_format import WeightFormat
 
 if TYPE_CHECKING:
     from specache.eval.methods_option import NamedMethod

@@ -9,11 +9,11 @@ from rich.table import Table
 from rich.text import Text
 
 from specache.eval.columns import columns
-from specache.eval.rows import MORE
+from specache.eval.table_rows import MORE
 
 if TYPE_CHECKING:
     from specache.eval.results import Run
-    from specache.eval.rows import Row
+    from specache.eval.table_rows import Row
 
 
 def result_tables(run: Run, rows: list[Row]) -> RenderableType:

@@ -11,9 +11,9 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command as build_command
 
+from specache.cli.byte_sizes import parse_size
 from specache.cli.console import reports_errors
-from specache.cli.sizes import parse_size
-from specache.eval.settings import field_types, flag, is_tuple, parse, shown
+from specache.eval.setting_fields import field_types, flag, is_tuple, parse, shown
 
 
 def make_command(name: str, help: str, function: Callable[..., None], parameters: list[inspect.Parameter]) -> Any:

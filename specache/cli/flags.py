@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 
 from specache.config import SpeCacheConfig
-from specache.eval.settings import flag
+from specache.eval.setting_fields import flag
 
 _SETTINGS = frozenset(field.name for field in dataclasses.fields(SpeCacheConfig))
 

@@ -16,9 +16,9 @@ from specache.cli.field_command import takes_options
 from specache.cli.models import Device, Dtype, LoadedModel, load
 from specache.cli.prompts import Message, Prompt, answered, asked, encode_text, has_chat_template, read_prompts
 from specache.cli.reasoning import ReasoningDisplay, reasoning_note
-from specache.cli.report import statistics_table
+from specache.cli.stats_table import statistics_table
 from specache.errors import ConfigError, SpeCacheError
-from specache.weight_format import WeightFormat
+from specache.linear.weight_format import WeightFormat
 
 if TYPE_CHECKING:
     from specache import SpeCache

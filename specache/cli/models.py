@@ -14,8 +14,8 @@ from specache.cli.convert import converted_model
 from specache.cli.gguf_settings import apply_settings
 from specache.cli.loading import check_loaded
 from specache.errors import ConfigError, OutOfMemoryError, SpeCacheError
-from specache.machine import cuda_missing
-from specache.weight_format import WeightFormat
+from specache.linear.weight_format import WeightFormat
+from specache.platform.machine import cuda_missing
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +70,7 @@ class LoadedModel:
     @property
     def max_positions(self) -> int | None:
         """The longest sequence the model was made for, in tokens; `None` where there is no such length."""
-        from specache.positions import max_positions
+        from specache.model.positions import max_positions
 
         return max_positions(self.model)
 
@@ -104,7 +104,7 @@ def load(
     check_loaded(model, report, name, on_progress)
     model = _moved(model, on, name).eval()
     if weights in (WeightFormat.INT8, WeightFormat.INT4):
-        from specache.weights import quantise_weights
+        from specache.linear.weight_quant import quantise_weights
 
         on_progress(f"Quantising the weights to {weights}")
         quantise_weights(model, weights)
@@ -217,7 +217,7 @@ def _from_pretrained(name: str, source: str, dtype: torch.dtype, options: dict[s
 
 
 def _moved(model: Any, device: str, name: str) -> Any:
-    from specache.out_of_memory import is_out_of_memory
+    from specache.platform.out_of_memory import is_out_of_memory
 
     try:
         return model.to(device)
@@ -287,6 +287,6 @@ def _dtype(dtype: Dtype, device: str) -> torch.dtype:
 
 def native_bfloat16_cpu() -> bool:
     """Whether the CPU has bfloat16 matrix instructions that PyTorch uses."""
-    from specache import private_torch
+    from specache.platform import private_torch
 
     return private_torch.has_bfloat16_instructions()

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from specache.errors import ConfigError
-from specache.eval.settings import flag
+from specache.eval.setting_fields import flag
 
 LARGEST_COUNT = 2**31 - 1  # of tokens, pairs, steps; sizes in bytes are written as texts (2GB)
 _RANGES = {  # by the option's name; others: up to LARGEST_COUNT, and what is too small is for the command to say

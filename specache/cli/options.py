@@ -7,13 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
-from specache import heap
+from specache.cli.byte_sizes import UNITS, number_and_unit, parse_size
 from specache.cli.models import Device, Dtype
-from specache.cli.sizes import UNITS, number_and_unit, parse_size
 from specache.config import Code, Policy, ReadPath, SlowTierKind, SpeCacheConfig, parse_slow_tier
 from specache.errors import ConfigError
-from specache.text_files import check_text
-from specache.weight_format import WeightFormat
+from specache.linear.weight_format import WeightFormat
+from specache.platform import heap
+from specache.platform.text_files import check_text
 
 MODEL_PANEL = "Model"
 CACHE_PANEL = "Key-value cache"

@@ -15,10 +15,10 @@ from specache.cli.models import Device, Dtype, load_config, number_format
 from specache.cli.plan_device import Target, target_device
 from specache.config import Policy, SlowTierKind, SpeCacheConfig
 from specache.errors import ConfigError, SlowTierError
-from specache.weight_format import WeightFormat
+from specache.linear.weight_format import WeightFormat
 
 if TYPE_CHECKING:
-    from specache.dimensions import ModelDimensions
+    from specache.model.dimensions import ModelDimensions
 
 EPILOG = """
 [bold]Examples[/bold]
@@ -114,11 +114,11 @@ def plan_document(dimensions: ModelDimensions, config: SpeCacheConfig, context: 
     Args:
         config: with every `auto` decided; without `fast_memory` nothing is said about what fits.
     """
-    from specache import advice
-    from specache.plan import even_loads
-    from specache.plan import plan as make_plan
-    from specache.roofline.static_step import static_step_bytes
-    from specache.traffic import step_traffic
+    from specache.planning import advice
+    from specache.planning.plan import even_loads
+    from specache.planning.plan import plan as make_plan
+    from specache.planning.roofline.static_step import static_step_bytes
+    from specache.planning.traffic import step_traffic
 
     loads, limit = even_loads(context, batch), config.fast_memory
     planned = make_plan(dimensions, config, loads)
@@ -154,8 +154,8 @@ def _is_here(target: Target, device_type: str) -> bool:
 
 def _auto_tier(dimensions: ModelDimensions, asked: SpeCacheConfig, context: int, batch: int) -> dict[str, Any] | None:
     """What `auto` would take here and now (`TierChoice.to_dict`), or its error; `None` where a tier was named or is not needed."""
-    from specache.auto_tier import expected_tier
-    from specache.plan import even_loads
+    from specache.engine.auto_tier import expected_tier
+    from specache.planning.plan import even_loads
 
     if asked.slow_tier is not SlowTierKind.AUTO or asked.policy is Policy.FULL:
         return None
@@ -187,13 +187,13 @@ def _model_config(model: str | None, shape: str | None, revision: str | None, of
 
 def _dimensions(config: Any, dtype: Any, device: str, weights: WeightFormat) -> ModelDimensions:
     """Raises `UnsupportedModelError` where specache cannot run the model."""
-    from specache.dimensions import dimensions_of, without_weights
+    from specache.model.dimensions import dimensions_of, without_weights
 
     return dimensions_of(without_weights(config, dtype), device=device, weights=weights)
 
 
 def _check_request(context: int, batch: int, dimensions: ModelDimensions, name: str) -> None:
-    from specache.advice import LARGEST_BATCH
+    from specache.planning.advice import LARGEST_BATCH
 
     if context < 1:
         raise ConfigError(f"--context must be 1 token or more, got {context}.")

@@ -10,11 +10,11 @@ from specache.cli.console import status
 from specache.cli.models import Device
 from specache.config import SpeCacheConfig
 from specache.errors import ConfigError
-from specache.weight_format import WeightFormat
+from specache.linear.weight_format import WeightFormat
 
 if TYPE_CHECKING:
-    from specache.dimensions import ModelDimensions
-    from specache.roofline import device as roofline
+    from specache.model.dimensions import ModelDimensions
+    from specache.planning.roofline import device_figures as roofline
 
 THIS_MACHINE = "cpu"
 
@@ -49,10 +49,10 @@ class Target:
             model_config: transformers' configuration.
             config: with every `auto` decided.
         """
-        from specache.roofline.capacity import Capacity
-        from specache.roofline.methods import methods
-        from specache.roofline.report import roofline_document
-        from specache.roofline.step import Roofline
+        from specache.planning.roofline.capacity import Capacity
+        from specache.planning.roofline.compared_methods import methods
+        from specache.planning.roofline.step_time import Roofline
+        from specache.planning.roofline.summary import roofline_document
 
         compared = methods(config)
         if self.device is not None:
@@ -74,7 +74,7 @@ def target_device(gpu: str | None, spec: Path | None, device: Device) -> Target:
     """
     if gpu is None and spec is None:
         return Target(False, None, device)
-    from specache.roofline.device_file import device_from_file, device_named
+    from specache.planning.roofline.device_file import device_from_file, device_named
 
     if spec is not None:
         if gpu not in (None, THIS_MACHINE):

@@ -8,7 +8,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from specache.cli.report import UNKNOWN, size, times
+from specache.cli.stats_table import UNKNOWN, size, times
 
 _FIGURES = {
     "memory_gib": ("memory", "GiB"),

@@ -9,11 +9,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from specache.admission import PARTS
-from specache.cli.auto_tier import chosen_in_words
 from specache.cli.plan_roofline_table import roofline_tables
-from specache.cli.report import size, times
-from specache.eval.settings import flag
+from specache.cli.stats_table import size, times
+from specache.cli.tier_notice import chosen_in_words
+from specache.engine.admission import PARTS
+from specache.eval.setting_fields import flag
 
 _TIERS = {"ram-inplace": "main memory, read in place", "ram": "main memory, fetched", "disk": "disk, with checksums"}
 _TRAFFIC = {

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import typer
 
 from specache.cli.console import EXIT_CLOSED_PIPE, EXIT_ERROR, EXIT_INTERRUPTED, EXIT_USAGE, err, print_error, wants_traceback
-from specache.cli.streams import ClosedPipeError, guarded_streams
+from specache.cli.standard_streams import ClosedPipeError, guarded_streams
 from specache.errors import ConfigError, SpeCacheError
 
 

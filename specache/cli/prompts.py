@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specache.errors import ConfigError
+from specache.platform.text_files import check_text, read_stream, read_text
 from specache.templates.template import ChatTemplate, Message, PromptError
-from specache.text_files import check_text, read_stream, read_text
 
 if TYPE_CHECKING:
     import torch

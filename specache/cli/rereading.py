@@ -79,7 +79,7 @@ class StoredPrompt:
 
 def note_on_stored(cache: SpeCache, prompt: list[int]) -> str | None:
     """One line, if much of what a cache holds is of no use for a prompt."""
-    from specache.continuing import shared_with_loss
+    from specache.engine.continuing import shared_with_loss
 
     same = shared_with_loss(cache, prompt)
     if same is None:

@@ -14,12 +14,12 @@ from rich.table import Table
 from specache.cli import options
 from specache.cli.console import EXIT_ERROR, err, quiet_libraries, reports_errors, status, write
 from specache.cli.models import Device, Dtype
-from specache.cli.report import UNKNOWN, size
-from specache.weight_format import WeightFormat
+from specache.cli.stats_table import UNKNOWN, size
+from specache.linear.weight_format import WeightFormat
 
 if TYPE_CHECKING:
     from specache.cli.models import LoadedModel
-    from specache.repair import RepairReport
+    from specache.engine.repair import RepairReport
 
 app = typer.Typer(
     help="List, show, fork, remove, export, import and repair sessions.",
@@ -166,7 +166,7 @@ def repair_session(
     All files are checked first. Where nothing has to be read again, no model is needed. What cannot be mended is said, and then
     nothing is changed.
     """
-    from specache import repair
+    from specache.engine import repair
 
     report = repair.check(name, folder=session_dir)
     if report.damages and not check:

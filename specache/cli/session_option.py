@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from specache.cli.auto_tier import say_on_disk
 from specache.cli.console import err, interrupts_deferred
 from specache.cli.models import LoadedModel
 from specache.cli.prompts import Message
 from specache.cli.rereading import StoredPrompt, common_length, note_on_stored
+from specache.cli.tier_notice import say_on_disk
 from specache.config import SlowTierKind, SpeCacheConfig
 from specache.errors import ConfigError
 from specache.templates.template import ChatTemplate

@@ -9,8 +9,8 @@ import typer
 
 from specache.cli.console import err
 from specache.errors import ConfigError
+from specache.platform.text_files import TextError, check_text
 from specache.templates.template import ChatTemplate
-from specache.text_files import TextError, check_text
 
 TemplateVariables = Annotated[
     str | None,

@@ -17,25 +17,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specache.budget import ByteBudget
+from specache.cache.layers import CompressedLayer
+from specache.cache.window_layer import WindowLayer
 from specache.config import PAGE_TOKENS, Policy, SpeCacheConfig
+from specache.device.device_hot_set import DeviceHotSet
+from specache.device.device_rows import DeviceRows, RowCounters, StepBuffers
 from specache.device.fused_rows import device_rows
-from specache.device.hot_set import DeviceHotSet
 from specache.device.page_kernels import PageKernels, page_kernels
-from specache.device.rows import DeviceRows, RowCounters, StepBuffers
-from specache.device.sizes import batch_bytes
 from specache.device.sources import row_source
-from specache.device.streams import Queue, Streams
+from specache.device.static_sizes import batch_bytes
 from specache.device.windows import WindowState
 from specache.kernels.triton.tables import PageTables
-from specache.layers import CompressedLayer
-from specache.window_layer import WindowLayer
+from specache.platform.budget import ByteBudget
+from specache.tiers.streams import Queue, Streams
 
 _NO_PAGES = np.empty(0, dtype=np.int64)
 
 
 class CachedSequence(Protocol):
-    """A sequence as a batch sees it (`specache.sequence.Sequence`), its rows in RAM."""
+    """A sequence as a batch sees it (`specache.cache.sequence.Sequence`), its rows in RAM."""
 
     tier: Any
 

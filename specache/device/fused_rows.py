@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from specache.config import ReadPath
-from specache.device.hot_set import DeviceHotSet
-from specache.device.rows import DeviceRows, RowCounters, StepBuffers
+from specache.device.device_hot_set import DeviceHotSet
+from specache.device.device_rows import DeviceRows, RowCounters, StepBuffers
 from specache.device.sources import MappedRows, RowSource
-from specache.device.streams import Streams
 from specache.kernels import triton as triton_kernels
+from specache.tiers.streams import Streams
 
 
 class FusedRows(DeviceRows):

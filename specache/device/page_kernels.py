@@ -12,14 +12,17 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from specache.attention.dense import AttentionParams
 from specache.config import PAGE_TOKENS, Code
-from specache.exact import AttentionParams
-from specache.kernels import dispatch, torch_kivi, torch_ops, torch_rotated
+from specache.kernels import dispatch
 from specache.kernels import triton as triton_kernels
 from specache.kernels.blocks import blocks
+from specache.kernels.torch import kivi as torch_kivi
+from specache.kernels.torch import operations as torch_ops
+from specache.kernels.torch import rotated as torch_rotated
 from specache.kernels.triton.tables import FIELDS, Offsets, PageScores, PageTables
 from specache.kernels.types import LowBitCopy
-from specache.quant.layout import PageLayout
+from specache.low_bit.layout import PageLayout
 
 _library = torch.library.Library("specache_device", "FRAGMENT")
 _library.define("read_pages(Tensor addresses, int page_bytes) -> Tensor")

@@ -1,8 +1,8 @@
 """The attention of a decode step in which no shape and no host number depends on how long the sequences are.
 
-The same sums as `specache.attention.mixed_attention`, for every policy over a low-bit copy, and those of sliding-window layers.
-What differs from step to step is read from tensors: where the residual's next slot is, how many tokens are low bit, which pages
-hold them. So a step can be captured as a CUDA graph and replayed, and nothing in it waits for the device.
+The same sums as `specache.attention.decode.mixed_attention`, for every policy over a low-bit copy, and those of sliding-window
+layers. What differs from step to step is read from tensors: where the residual's next slot is, how many tokens are low bit, which
+pages hold them. So a step can be captured as a CUDA graph and replayed, and nothing in it waits for the device.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specache.attention import PassKind, add_sinks
+from specache.attention.decode import PassKind, add_sinks
+from specache.attention.dense import AttentionParams, softmax_sum
+from specache.attention.dense import scores as exact_scores
 from specache.config import Policy
 from specache.device.batch import DeviceBatch, LayerState
+from specache.device.device_rows import DeviceRows
 from specache.device.page_kernels import RecentPart
-from specache.device.rows import DeviceRows
-from specache.device.streams import Queue
 from specache.device.windows import hidden_slots
-from specache.exact import AttentionParams, softmax_sum
-from specache.exact import scores as exact_scores
 from specache.kernels.triton.tables import PageScores
+from specache.tiers.streams import Queue
 
 
 @dataclass

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from specache.attention import PassKind, add_sinks
-from specache.exact import AttentionParams, softmax_sum
-from specache.exact import scores as exact_scores
-from specache.window_layer import WindowLayer
+from specache.attention.decode import PassKind, add_sinks
+from specache.attention.dense import AttentionParams, softmax_sum
+from specache.attention.dense import scores as exact_scores
+from specache.cache.window_layer import WindowLayer
 
 
 @dataclass

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from specache.eval.rows import MORE, Row
+from specache.eval.table_rows import MORE, Row
 
 NOTHING = "-"
 

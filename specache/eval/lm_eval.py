@@ -27,14 +27,14 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from specache.cache import SpeCache
+from specache.cache.cache import SpeCache
 from specache.config import Policy, SpeCacheConfig
+from specache.engine.attention_hook import attached
+from specache.engine.generate import generate, prefill
 from specache.errors import ConfigError, SpeCacheError
 from specache.eval.methods.specache import SpeCacheSession
 from specache.eval.prefilled import Prefilled
-from specache.generation import generate, prefill
-from specache.integration import attached
-from specache.positions import max_positions
+from specache.model.positions import max_positions
 from specache.templates.end_tokens import end_tokens
 from specache.templates.template import ChatTemplate
 

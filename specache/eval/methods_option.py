@@ -7,10 +7,10 @@ from typing import Any
 
 from specache.config import SpeCacheConfig
 from specache.errors import ConfigError
-from specache.eval import registry
+from specache.eval import catalogue as registry
 from specache.eval.methods.base import Method
 from specache.eval.methods.specache import SpeCacheMethod
-from specache.eval.settings import field_types, flag, parse, shown
+from specache.eval.setting_fields import field_types, flag, parse, shown
 
 ALIASES = {"k": "top_k", "g": "group_size", "r": "residual", "b": "bits"}
 _FIXED = ("slow_tier", "slow_dir", "fast_memory")  # the shared prefill decides these fields of SpeCacheConfig

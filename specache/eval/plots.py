@@ -12,7 +12,7 @@ import numpy as np
 
 from specache.errors import ConfigError
 from specache.eval.results import Cell
-from specache.eval.rows import SCORE, Row, fast_memory
+from specache.eval.table_rows import SCORE, Row, fast_memory
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

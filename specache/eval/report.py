@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from specache.errors import EvaluationError
-from specache.eval import plots, registry
+from specache.eval import catalogue as registry
+from specache.eval import plots
 from specache.eval.columns import columns, interval_text
 from specache.eval.results import Cell, Run, read_results, write_file
-from specache.eval.rows import LESS, MORE, Row, aggregate, is_score
-from specache.eval.settings import from_json, shown
+from specache.eval.setting_fields import from_json, shown
+from specache.eval.table_rows import LESS, MORE, Row, aggregate, is_score
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 
 from specache import __version__
+from specache.engine.attention_hook import attached
 from specache.errors import EvaluationError, MethodUnavailableError, SpeCacheError
 from specache.eval.methods.base import Session
 from specache.eval.methods_option import NamedMethod, refuse_twins
 from specache.eval.prefilled import Prefilled
 from specache.eval.results import Cell, ResultFolder, Run, open_results
-from specache.eval.rows import Row, aggregate
+from specache.eval.table_rows import Row, aggregate
 from specache.eval.tasks.base import Item, Measurement, Prepared, Task, TaskModel
-from specache.integration import attached
-from specache.model import inspect_model
+from specache.model.info import inspect_model
 
 
 class Progress:

@@ -8,7 +8,7 @@ from typing import ParamSpec
 
 from torch import Tensor
 
-from specache import modes
+from specache.platform import modes
 
 P = ParamSpec("P")
 

@@ -32,9 +32,10 @@ import torch
 from torch import Tensor
 
 from specache.errors import ConfigError
-from specache.kernels import native, torch_ops
 from specache.kernels import triton as triton_kernels
+from specache.kernels.cpu import native
 from specache.kernels.guarded import GuardedKernels
+from specache.kernels.torch import operations as torch_ops
 from specache.kernels.types import LowBitCopy
 
 OPERATIONS = ("quantise", "score", "rescore", "select", "attend")

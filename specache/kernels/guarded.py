@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from specache.kernels import torch_ops
+from specache.kernels.torch import operations as torch_ops
 from specache.kernels.types import LowBitCopy
 
 

@@ -1,4 +1,4 @@
-"""What a kernel sees of the low-bit copy. The byte layout behind it is declared in `specache.quant.layout`.
+"""What a kernel sees of the low-bit copy. The byte layout behind it is declared in `specache.low_bit.layout`.
 
 Symbols: `B` sequences, `Hq` query heads, `Hkv` key-value heads, `G = Hq / Hkv`, `n` rows, `S` tokens of the copy, `D` head
 dimension, `b` bits, `g` group size, `C = ceil(D b / 8)` bytes of codes per token, `Gv = ceil(D / min(g, D))` value groups.

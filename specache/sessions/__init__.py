@@ -7,13 +7,13 @@
 
 from typing import TYPE_CHECKING
 
-from specache.lazy import importer
+from specache.platform.lazy import importer
 from specache.sessions.names import default_root
 from specache.sessions.store import SessionSummary, fork, remove, show, stored, stored_config
 
 if TYPE_CHECKING:
+    from specache.sessions.archive import export_session, import_session
     from specache.sessions.session import Session
-    from specache.sessions.transfer import export_session, import_session
 
 __all__ = [
     "Session",
@@ -33,9 +33,9 @@ __getattr__ = importer(
     __name__,
     {
         "Session": "specache.sessions.session",
-        "export_session": "specache.sessions.transfer",
-        "import_session": "specache.sessions.transfer",
-        "repair": "specache.repair",  # above this package: it runs the model
+        "export_session": "specache.sessions.archive",
+        "import_session": "specache.sessions.archive",
+        "repair": "specache.engine.repair",  # above this package: it runs the model
     },
 )
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from torch import Tensor
 
+from specache.cache.window_checkpoints import PendingWindows, Spacing, WindowCheckpoints
 from specache.errors import SessionError
 from specache.sessions.files import StoredFile
 from specache.sessions.manifest import Checkpoint, Manifest
 from specache.sessions.snapshot import DTYPE_NAMES, Snapshot, TensorSpec, write_snapshot
-from specache.tiers.system_errors import reason
-from specache.window_checkpoints import PendingWindows, Spacing, WindowCheckpoints
+from specache.tiers.disk.system_errors import reason
 
 
 class DiskCheckpoints(WindowCheckpoints):

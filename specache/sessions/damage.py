@@ -13,7 +13,7 @@ from specache.sessions.manifest import Manifest
 from specache.sessions.manifest_file import COPY, FILE, read_copy, read_manifest
 from specache.sessions.row_blocks import RowBlocks
 from specache.sessions.snapshot import Snapshot
-from specache.tiers.row_layout import BLOCK_TOKENS
+from specache.tiers.disk.row_layout import BLOCK_TOKENS
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from specache.errors import SessionError
-from specache.tiers import aligned_io
-from specache.tiers.system_errors import reason
+from specache.tiers.disk import aligned_io
+from specache.tiers.disk.system_errors import reason
 
 BLOCK = 1 << 20
 REPAIR = "'specache session repair NAME -m MODEL' mends what can be read again from its tokens"

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specache.identity.offloaded import FileTensor, kept_elsewhere
-from specache.identity.sampling import as_bits
-from specache.identity.tensors import layers, weights
-from specache.identity.wrappers import unwrapped
+from specache.model.identity.offloaded_weights import FileTensor, kept_elsewhere
+from specache.model.identity.samples import as_bits
+from specache.model.identity.tensors import layers, weights
+from specache.model.identity.wrappers import unwrapped
 
 SAMPLED_ELEMENTS = 1024
 _NO_MATTER = {

@@ -9,10 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 from specache.errors import SessionError
-from specache.identity.content import adapters_digest, weights_digest
-from specache.identity.settings import conflict, relevant_settings
-from specache.identity.wrappers import unwrapped
-from specache.model import inspect_model
+from specache.model.identity.content import adapters_digest, weights_digest
+from specache.model.identity.model_settings import conflict, relevant_settings
+from specache.model.identity.wrappers import unwrapped
+from specache.model.info import inspect_model
 from specache.sessions.first_identity import first_config_digest, first_weights_digests
 from specache.sessions.manifest import Identity
 

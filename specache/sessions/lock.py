@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 
 from specache.errors import SessionError
-from specache.tiers.system_errors import reason
+from specache.tiers.disk.system_errors import reason
 
 LOCK_FILE = "lock"
 _LONGEST = 4096  # bytes that are read of what a holder wrote about itself

@@ -8,8 +8,8 @@ from typing import Any
 
 from specache.config import SlowTierKind, SpeCacheConfig
 from specache.sessions.files import StoredFile
-from specache.tiers.extents import Extent
-from specache.tiers.row_layout import RowLayout, file_name
+from specache.tiers.disk.extents import Extent
+from specache.tiers.disk.row_layout import RowLayout, file_name
 
 ROW_ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of an element, by what a manifest calls its dtype
 _PLACE = ("slow_tier", "slow_dir")  # of the configuration: always the session's own folder

@@ -16,10 +16,10 @@ from specache.sessions.files import REPAIR, PrivateFile, new_digest, plain_file
 from specache.sessions.lock import LOCK_FILE
 from specache.sessions.manifest import Manifest
 from specache.sessions.schema import is_data_file, parse
-from specache.tiers import aligned_io
-from specache.tiers.row_layout import LAYOUT_VERSION
-from specache.tiers.scratch import PROBE_PREFIX, SCRATCH_PREFIX
-from specache.tiers.system_errors import reason
+from specache.tiers.disk import aligned_io
+from specache.tiers.disk.row_layout import LAYOUT_VERSION
+from specache.tiers.disk.scratch import PROBE_PREFIX, SCRATCH_PREFIX
+from specache.tiers.disk.system_errors import reason
 
 FILE = "session.json"
 COPY = "session.json.copy"

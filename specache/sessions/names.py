@@ -12,11 +12,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from specache.errors import ConfigError, SessionError
-from specache.folders import cache_folder, earlier_cache_folder
+from specache.platform.folders import cache_folder, earlier_cache_folder
 from specache.sessions.lock import FolderLock
-from specache.tiers import aligned_io
-from specache.tiers.scratch import SCRATCH_PREFIX
-from specache.tiers.system_errors import reason
+from specache.tiers.disk import aligned_io
+from specache.tiers.disk.scratch import SCRATCH_PREFIX
+from specache.tiers.disk.system_errors import reason
 
 LONGEST_NAME = 100
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")

@@ -14,11 +14,11 @@ from torch import Tensor
 from specache.sessions.files import plain_file
 from specache.sessions.manifest import LayerShape, Manifest
 from specache.sessions.snapshot import DTYPE_NAMES
-from specache.tiers.aligned_io import AlignedBuffer
-from specache.tiers.checksum import checksums, head_salts, row_salts
-from specache.tiers.extents import Extent
-from specache.tiers.row_file import RowFile
-from specache.tiers.row_layout import BLOCK_TOKENS, file_name
+from specache.tiers.disk.aligned_io import AlignedBuffer
+from specache.tiers.disk.checksum import checksums, head_salts, row_salts
+from specache.tiers.disk.extents import Extent
+from specache.tiers.disk.row_file import RowFile
+from specache.tiers.disk.row_layout import BLOCK_TOKENS, file_name
 
 READ_BYTES = 4 << 20  # at a time, and a block at least
 

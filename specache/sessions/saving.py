@@ -9,16 +9,16 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from specache.cache.sequence import Sequence as CachedSequence
 from specache.config import PAGE_TOKENS, SpeCacheConfig
 from specache.errors import SessionError, UsageError
-from specache.sequence import Sequence as CachedSequence
 from specache.sessions import state
 from specache.sessions.checkpoints import DiskCheckpoints
 from specache.sessions.files import StoredFile
 from specache.sessions.manifest import Identity, Manifest, Message, PageSpan, Rendering, settings_of
 from specache.sessions.manifest_file import check_readable, read_manifest, said, write_manifest
 from specache.sessions.snapshot import TensorSpec, write_snapshot
-from specache.tiers.disk import DiskTier
+from specache.tiers.disk.disk_tier import DiskTier
 
 LONGEST_CHAIN = 32  # files of pages; then they become one
 

@@ -24,8 +24,8 @@ from specache.sessions.manifest import (
     Rendering,
     TailShape,
 )
-from specache.tiers.extents import Extent
-from specache.tiers.row_layout import BLOCK_TOKENS
+from specache.tiers.disk.extents import Extent
+from specache.tiers.disk.row_layout import BLOCK_TOKENS
 
 _MOST = 1 << 40  # of any number in it
 _SNAPSHOT = re.compile(r"(pages|tail|tokens|windows)-[0-9a-f]{16}\.safetensors")

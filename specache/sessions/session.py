@@ -10,24 +10,24 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
-from specache import modes
-from specache.cache import SpeCache
+from specache.cache.cache import SpeCache
+from specache.cache.sequence import Sequence
+from specache.cache.window_checkpoints import Spacing
 from specache.config import Policy, SlowTierKind, SpeCacheConfig
 from specache.errors import ConfigError, SessionError, SlowTierError, UsageError
-from specache.sequence import Sequence
+from specache.platform import modes
 from specache.sessions import state, store
 from specache.sessions.checkpoints import DiskCheckpoints
 from specache.sessions.identity import check_identity, identify, needs_probe
 from specache.sessions.lock import FolderLock
 from specache.sessions.manifest import Identity, Manifest, Rendering
 from specache.sessions.manifest_file import TEMPORARY, check_ours, is_saved, read_manifest, refresh_copy
+from specache.sessions.model_check import check_rows
 from specache.sessions.names import check_free, check_name, is_folder, private_root, root_of
-from specache.sessions.probe import check_rows
 from specache.sessions.saving import blank_manifest, write_state
 from specache.sessions.schema import is_data_file
-from specache.tiers.disk import DiskTier
-from specache.tiers.system_errors import reason
-from specache.window_checkpoints import Spacing
+from specache.tiers.disk.disk_tier import DiskTier
+from specache.tiers.disk.system_errors import reason
 
 MOST_SEGMENTS = 8  # files of rows per layer; a fork adds one, and all of them are open as long as the session is
 _LAYOUT = ("bits", "code", "group_size", "residual")

@@ -19,19 +19,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from specache.cache.layers import CompressedLayer
+from specache.cache.sequence import Sequence
+from specache.cache.window_layer import WindowLayer
 from specache.config import PAGE_TOKENS
 from specache.errors import SessionError
-from specache.layers import CompressedLayer
-from specache.quant.key_weights import KeyWeights
-from specache.quant.layout import PageLayout
-from specache.sequence import Sequence
+from specache.low_bit.key_scales import KeyWeights
+from specache.low_bit.layout import PageLayout
 from specache.sessions.checkpoints import ring_specs
 from specache.sessions.files import DAMAGED
 from specache.sessions.manifest import LayerShape, Manifest, PageSpan, TailShape
 from specache.sessions.snapshot import DTYPE_NAMES, Snapshot, TensorSpec
-from specache.tiers.disk import DiskTier
-from specache.tiers.row_layout import BLOCK_TOKENS
-from specache.window_layer import WindowLayer
+from specache.tiers.disk.disk_tier import DiskTier
+from specache.tiers.disk.row_layout import BLOCK_TOKENS
 
 
 def shapes(sequence: Sequence) -> dict[int, LayerShape]:

@@ -17,7 +17,7 @@ from specache.sessions.files import BLOCK, PrivateFile, plain_file
 from specache.sessions.lock import FolderLock
 from specache.sessions.manifest import Manifest
 from specache.sessions.manifest_file import check_ours, read_manifest, write_manifest
-from specache.tiers.system_errors import reason
+from specache.tiers.disk.system_errors import reason
 
 Root = str | os.PathLike[str] | None
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from specache.bench import machine, registry
+from specache.bench import benchmarks as registry
+from specache.bench import environment as machine
 from specache.bench.shapes import SHAPES
 from specache.cli import console
 from tests.bench.tiny_shape import TINY

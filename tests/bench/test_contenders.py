@@ -14,15 +14,15 @@ from specache.bench.breakdown import PHASES
 from specache.bench.contenders import BareModel, DynamicContender, QuantizedContender, SpeCacheContender, quantized_backend
 from specache.bench.synthetic import add_sequence
 from specache.bench.workload import Workload, layer_shapes
+from specache.cache.window_layer import WindowLayer
 from specache.config import Code, Policy, SpeCacheConfig
-from specache.decoding import Decoder
+from specache.engine.attention_hook import attached
+from specache.engine.decoder import Decoder
 from specache.errors import ConfigError
-from specache.integration import attached
 from specache.kernels import dispatch
-from specache.window_layer import WindowLayer
 from tests.bench.tiny_shape import TINY, tiny_model, tiny_workload
-from tests.test_models import FAMILIES, build
-from tests.test_quantized_cache import WholeBytes
+from tests.engine.test_model_families import FAMILIES, build
+from tests.model.test_quantized_cache import WholeBytes
 from tests.tiny import llama, prompt
 
 LENGTH = 203

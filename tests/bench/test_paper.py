@@ -22,11 +22,11 @@ from specache.bench.shapes import SHAPES
 from specache.bench.workload import Workload
 from specache.cli import console
 from specache.config import Policy, SlowTierKind, SpeCacheConfig
-from specache.dimensions import dimensions_of
 from specache.errors import BenchmarkError, ConfigError, FastMemoryError
+from specache.model.dimensions import dimensions_of
 from tests.bench.tiny_shape import TINY, tiny_model
 from tests.cli.running import one_line, run
-from tests.device.running import static_steps
+from tests.device.static_running import static_steps
 from tests.tiny import llama
 
 CONTEXT = 512

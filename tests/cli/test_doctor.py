@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from specache import machine
 from specache.cli import diagnosis
 from specache.kernels import dispatch
+from specache.platform import machine
 from tests.cli.running import one_line, run, run_json
 
 

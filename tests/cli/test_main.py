@@ -76,7 +76,7 @@ assert not hasattr(specache, "nothing")
 from specache import *
 for name in specache.__all__:
     assert globals()[name] is getattr(specache, name), name
-from specache.generation import generate as own
+from specache.engine.generate import generate as own
 from specache.sessions.session import Session as own_session
 assert own is generate and own_session is Session is specache.sessions.Session
 assert set(specache.sessions.__all__) <= set(dir(specache.sessions))

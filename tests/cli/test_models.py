@@ -10,7 +10,7 @@ import torch
 from specache.cli import models
 from specache.cli.models import Device, Dtype, ModelNotFoundError, load
 from specache.errors import ConfigError, OutOfMemoryError
-from specache.weights import WeightFormat
+from specache.linear.weight_quant import WeightFormat
 
 
 def test_a_folder_is_loaded_in_the_format_asked_for(tiny_folder):

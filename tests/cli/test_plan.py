@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from specache import machine
-from specache.cli.sizes import parse_size
+from specache.cli.byte_sizes import parse_size
 from specache.errors import ConfigError
+from specache.platform import machine
 from tests.cli.running import one_line, run
 from tests.cli.tiny_chat import POSITIONS
 

@@ -10,7 +10,7 @@ from enum import Enum
 
 from torch import Tensor
 
-from specache.device.streams import Queue, Work
+from specache.tiers.streams import Queue, Work
 
 
 class Order(Enum):

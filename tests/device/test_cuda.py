@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 
 from specache.config import ReadPath
+from specache.device.device_hot_set import DeviceHotSet
+from specache.device.device_rows import DeviceRows, RowCounters, StepBuffers
 from specache.device.fused_rows import device_rows
-from specache.device.hot_set import DeviceHotSet
-from specache.device.main_memory import MainMemory
-from specache.device.pinned import PinnedPool
-from specache.device.rows import DeviceRows, RowCounters, StepBuffers
 from specache.device.sources import row_source
-from specache.device.streams import CudaStreams
+from specache.tiers.main_memory import MainMemory
+from specache.tiers.pinned import PinnedPool
 from specache.tiers.ram import RamTier
-from tests.tiers.rows import random_rows
+from specache.tiers.streams import CudaStreams
+from tests.tiers.tier_rows import random_rows
 
 pytestmark = [
     pytest.mark.cuda,

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from specache.device.step import StaticPass
-from tests.device.running import answer, assert_equal, config, static_steps
 from tests.device.simulated_graph import NotPermitted, SimulatedGraphs
+from tests.device.static_running import answer, assert_equal, config, static_steps
 from tests.tiny import llama
 
 pytestmark = pytest.mark.usefixtures("torch_kernels")

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from specache.device.main_memory import MainMemory
-from specache.device.offload import StreamedOffload
-from specache.device.pinned import PinnedPool, pageable
-from specache.device.streams import InlineStreams, Queue
+from specache.tiers.main_memory import MainMemory
+from specache.tiers.offload import StreamedOffload
+from specache.tiers.pinned import PinnedPool, pageable
 from specache.tiers.ram import RamTier
+from specache.tiers.streams import InlineStreams, Queue
 from tests.device.simulated import Order, SimulatedStreams, orders
 from tests.device.test_planted_mistakes import DroppedWait
-from tests.tiers.rows import random_rows
+from tests.tiers.tier_rows import random_rows
 
 HEADS, DIM, LAYERS, CHUNK, CHUNKS = 2, 4, 3, 5, 3
 ORDERS = pytest.mark.parametrize(("order", "seed"), orders(seeds=10))

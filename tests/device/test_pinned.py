@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import specache
-from specache.cache_context import CacheContext
-from specache.device.pinned import ALIGNMENT, PinnedPool, pageable
-from specache.device.streams import InlineStreams
+from specache.cache.cache_context import CacheContext
 from specache.errors import SlowTierError
+from specache.tiers.pinned import ALIGNMENT, PinnedPool, pageable
 from specache.tiers.ram import RamTier
-from tests.tiers.rows import random_rows
+from specache.tiers.streams import InlineStreams
+from tests.tiers.tier_rows import random_rows
 from tests.tiny import llama
 
 BLOCK = 16 * ALIGNMENT
@@ -189,7 +189,7 @@ def test_a_tier_that_is_forgotten_while_a_buffer_is_taken_gives_back_and_waits_f
 
 
 def test_the_limit_is_the_configurations(monkeypatch):
-    monkeypatch.setattr("specache.cache_context.streams_for", lambda device: InlineStreams())
+    monkeypatch.setattr("specache.cache.cache_context.streams_for", lambda device: InlineStreams())
     with specache.SpeCache(llama(), specache.SpeCacheConfig(slow_tier="ram", pinned_memory=5000)) as cache:
         assert cache.context.main_memory is None
         info = replace(cache.info, device=torch.device("cuda"))

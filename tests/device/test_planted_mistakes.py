@@ -13,9 +13,9 @@ import pytest
 from torch import Tensor
 
 from specache.config import ReadPath
-from specache.device.rows import DeviceRows
-from specache.device.streams import Event, InlineStreams, Queue, Streams, Work
-from tests.device.decode import Change, Decode, Program
+from specache.device.device_rows import DeviceRows
+from specache.tiers.streams import Event, InlineStreams, Queue, Streams, Work
+from tests.device.decoding_by_hand import Change, Decode, Program
 from tests.device.simulated import SimulatedStreams, orders
 
 MAPPED, COPY = ReadPath.MAPPED, ReadPath.COPY

@@ -7,18 +7,18 @@ import torch
 
 import specache
 from specache import reference
-from specache.cache_context import CacheContext
+from specache.cache.cache_context import CacheContext
 from specache.device import page_kernels
-from specache.device.main_memory import MainMemory
-from specache.device.pinned import PinnedPool, pageable
 from specache.device.step import StaticPass
-from specache.device.streams import Queue
 from specache.errors import NonFiniteError
-from tests.device.running import answer, assert_equal, config, continued, static_steps
+from specache.tiers.main_memory import MainMemory
+from specache.tiers.pinned import PinnedPool, pageable
+from specache.tiers.streams import Queue
+from tests.cache.test_invariants import a_code_turned, run
 from tests.device.simulated import SimulatedStreams, orders
 from tests.device.simulated_graph import SimulatedGraphs
-from tests.test_invariants import a_code_turned, run
-from tests.test_models import DYNAMIC, FAMILIES, LONGROPE, build
+from tests.device.static_running import answer, assert_equal, config, continued, static_steps
+from tests.engine.test_model_families import DYNAMIC, FAMILIES, LONGROPE, build
 from tests.tiny import llama, prompt, ragged
 
 pytestmark = pytest.mark.usefixtures("torch_kernels")
@@ -247,7 +247,7 @@ def test_an_exception_in_the_middle_of_a_step_undoes_it(model, monkeypatch, poli
 
     with static_steps(monkeypatch) as steps:
         static = fails_and_goes_on(StaticPass, "attention", 12)
-    eager = fails_and_goes_on(specache.passes.DecodePass, "attention", 14)  # pre-decoding too
+    eager = fails_and_goes_on(specache.engine.forward_pass.DecodePass, "attention", 14)  # pre-decoding too
     assert steps
     assert_equal(static, eager)
 

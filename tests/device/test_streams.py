@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specache.device.streams import InlineStreams, Queue, streams_for
+from specache.tiers.streams import InlineStreams, Queue, streams_for
 from tests.device.simulated import Order, SimulatedStreams, orders
 
 COMPUTE, COPY = Queue.COMPUTE, Queue.COPY

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import specache
-from specache.attention import PassKind
+from specache.attention.decode import PassKind
 from specache.device.windows import hidden_slots
 from specache.errors import NonFiniteError
-from tests.device.running import answer, assert_equal, config, continued, static_steps
 from tests.device.simulated_graph import SimulatedGraphs
-from tests.test_models import FAMILIES, build
+from tests.device.static_running import answer, assert_equal, config, continued, static_steps
+from tests.engine.test_model_families import FAMILIES, build
 from tests.tiny import ragged
 
 pytestmark = pytest.mark.usefixtures("torch_kernels")

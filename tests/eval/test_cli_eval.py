@@ -11,7 +11,7 @@ import pytest
 
 from specache.cli import console
 from specache.errors import EvaluationError
-from specache.eval import registry
+from specache.eval import catalogue as registry
 from tests.cli.running import one_line, run
 from tests.eval import fake_tasks
 from tests.eval.fake_tasks import calls

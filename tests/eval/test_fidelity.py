@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from specache.cli.models import Dtype, load
+from specache.engine.attention_hook import attached
 from specache.errors import ConfigError, TaskDataError
 from specache.eval.methods.specache import FullMethod, KiviMethod, SpeCacheMethod
 from specache.eval.prefilled import Prefilled
@@ -17,7 +18,6 @@ from specache.eval.tasks.base import Item, Measurement, TaskModel
 from specache.eval.tasks.documents import excerpts
 from specache.eval.tasks.fidelity import Fidelity
 from specache.eval.tasks.perplexity import Perplexity
-from specache.integration import attached
 
 LENGTHS, NEW = (300, 420), 12
 

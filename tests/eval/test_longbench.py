@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+from specache.engine.attention_hook import attached
 from specache.errors import ConfigError, TaskDataError
+from specache.eval.catalogue import task_class
 from specache.eval.methods.specache import FullMethod
 from specache.eval.prefilled import Prefilled
-from specache.eval.registry import task_class
 from specache.eval.tasks.base import Prepared, TaskModel
 from specache.eval.tasks.longbench import LongBench
 from specache.eval.tasks.longbench.metrics import (
@@ -29,9 +30,8 @@ from specache.eval.tasks.longbench.metrics import (
     qa_f1,
     rouge_l,
 )
-from specache.eval.tasks.longbench.prompts import SUBSETS
+from specache.eval.tasks.longbench.prompt_texts import SUBSETS
 from specache.eval.tasks.longbench.task import cut_middle, score
-from specache.integration import attached
 from tests.cli.tiny_chat import byte_tokenizer
 from tests.tiny import llama
 

@@ -12,20 +12,20 @@ import transformers
 from torch import Tensor
 
 import specache
+from specache.engine.attention_hook import attached
 from specache.errors import ConfigError, MethodUnavailableError
 from specache.eval import prefilled
+from specache.eval.catalogue import METHODS, method_class
 from specache.eval.methods.dense import DenseMethod, DenseSession
 from specache.eval.methods.h2o import H2OMethod, accumulated_attention
 from specache.eval.methods.infllm import InfLLMMethod, representative_scores
-from specache.eval.methods.offloaded import OffloadedMethod
+from specache.eval.methods.offloaded_cache import OffloadedMethod
 from specache.eval.methods.quantized import QuantizedMethod, quantized_bytes
 from specache.eval.methods.snapkv import SnapKVMethod
 from specache.eval.methods.stock import tensor_bytes
 from specache.eval.methods.streaming_llm import StreamingLLMMethod
 from specache.eval.prefilled import Prefilled
-from specache.eval.registry import METHODS, method_class
-from specache.integration import attached
-from tests.test_models import FAMILIES, build
+from tests.engine.test_model_families import FAMILIES, build
 from tests.tiny import llama, prompt
 
 LENGTH = 200
@@ -457,6 +457,6 @@ def test_a_longrope_switch_in_the_answer_is_refused():
 
 
 def specache_longrope() -> dict[str, Any]:
-    from tests.test_models import LONGROPE
+    from tests.engine.test_model_families import LONGROPE
 
     return LONGROPE

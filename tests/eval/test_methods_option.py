@@ -11,9 +11,9 @@ import pytest
 
 from specache.config import Policy
 from specache.errors import ConfigError
-from specache.eval import registry
+from specache.eval import catalogue as registry
 from specache.eval.methods_option import parse_method, parse_methods
-from specache.eval.settings import from_json, parse
+from specache.eval.setting_fields import from_json, parse
 
 
 class Colour(StrEnum):
@@ -42,7 +42,7 @@ class Painted:
 @pytest.fixture(autouse=True)
 def painted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(registry.METHODS, "painted", f"{__name__}:Painted")
-    monkeypatch.setattr("specache.registry.import_module", lambda name: _module(name), raising=True)
+    monkeypatch.setattr("specache.platform.registry.import_module", lambda name: _module(name), raising=True)
 
 
 def _module(name: str) -> Any:

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+from specache.engine.attention_hook import attached
 from specache.errors import ConfigError, TaskDataError
 from specache.eval.methods.base import SessionStats
 from specache.eval.methods.specache import FullMethod
 from specache.eval.prefilled import Prefilled
 from specache.eval.tasks.base import TaskModel
 from specache.eval.tasks.needle import Haystack, Needle, contains_any
-from specache.integration import attached
 from tests.cli.tiny_chat import byte_tokenizer
 from tests.tiny import llama
 

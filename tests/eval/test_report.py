@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from specache.errors import ConfigError, EvaluationError
-from specache.eval import plots, registry, report
+from specache.eval import catalogue as registry
+from specache.eval import plots, report
 from specache.eval.columns import with_margin
 from specache.eval.results import Run, open_results
-from specache.eval.rows import aggregate, is_score
+from specache.eval.table_rows import aggregate, is_score
 from tests.eval.fake_tasks import Answers, Divergence
 
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 
+from specache.engine.attention_hook import attached
 from specache.errors import ConfigError, TaskDataError
 from specache.eval.methods.specache import FullMethod
 from specache.eval.prefilled import Prefilled
 from specache.eval.tasks.base import Prepared, TaskModel
 from specache.eval.tasks.retrieval import ADJECTIVES, NOUNS, KeyValues, Lines, Retrieval, make_key_values, make_lines
-from specache.integration import attached
 from tests.cli.tiny_chat import byte_tokenizer
 from tests.tiny import llama
 

@@ -14,16 +14,16 @@ from typing import Any
 import pytest
 import torch
 
+from specache.engine.attention_hook import attached
 from specache.errors import ConfigError, TaskDataError
+from specache.eval.catalogue import task_class
 from specache.eval.methods.specache import FullMethod
 from specache.eval.prefilled import Prefilled
-from specache.eval.registry import task_class
 from specache.eval.tasks.base import Item, TaskModel
 from specache.eval.tasks.ruler import Ruler
 from specache.eval.tasks.ruler.scoring import clean, string_match_all, string_match_part
 from specache.eval.tasks.ruler.subtasks import SUBTASKS
 from specache.eval.tasks.ruler.words import ADJECTIVES, NOUNS, VERBS
-from specache.integration import attached
 from tests.cli.tiny_chat import byte_tokenizer
 from tests.tiny import llama
 

@@ -14,8 +14,8 @@ from specache.errors import ConfigError, EvaluationError
 from specache.eval import prefilled, results, runner
 from specache.eval.methods_option import NamedMethod, parse_methods
 from specache.eval.results import CELLS_FILE, RUN_FILE, Run, open_results
-from specache.eval.rows import aggregate
 from specache.eval.runner import Outcome, Progress, evaluate
+from specache.eval.table_rows import aggregate
 from specache.eval.tasks.base import TaskModel
 from tests.eval.fake_tasks import Answers, Divergence, MissingMethod, calls, failing, tiny_task_model
 

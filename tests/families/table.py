@@ -25,7 +25,7 @@ and other errors have no row, because a test fails on them.
 
 {totals}
 
-Made by `{command}`; `tests/test_families.py` runs it again: one family per attention code with every test run,
+Made by `{command}`; `tests/engine/test_families.py` runs it again: one family per attention code with every test run,
 all of them with `make test ARGS='-m families'`.
 
 ## What is refused, and why

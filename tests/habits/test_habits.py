@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.habits.conversation import HABITS, User
+from tests.habits.talk import HABITS, User
 from tests.sessions.sequences import gemma
 from tests.tiny import llama
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import specache
-from specache import window_checkpoints
-from specache.window_layer import WindowLayer
-from tests.test_invariants import settings
+from specache.cache import window_checkpoints
+from specache.cache.window_layer import WindowLayer
+from tests.cache.test_invariants import settings
 from tests.tiny import llama, prompt
 
 NEW = 10

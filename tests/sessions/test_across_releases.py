@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import specache
 from specache import SpeCacheConfig
 from tests.cli.tiny_chat import byte_tokenizer
+from tests.engine.test_model_families import FAMILIES, build
 from tests.sessions.sequences import gemma, llama, opened, prompt
-from tests.test_models import FAMILIES, build
 
 OTHER = os.environ.get("SPECACHE_OTHER_PYTHON")
 TURN = 90

@@ -15,11 +15,11 @@ import specache
 from specache import sessions
 from specache.errors import ConfigError, CorruptRowError, SessionError, SlowTierError, SpeCacheError
 from specache.sessions import checkpoints
-from specache.tiers import aligned_io
-from specache.tiers.disk import DiskTier
+from specache.tiers.disk import aligned_io
+from specache.tiers.disk.disk_tier import DiskTier
 from tests.cli.tiny_chat import byte_tokenizer
 from tests.sessions.sequences import answer, checkpoints_every, gemma, llama, one, opened, prefill, prompt, settings, state
-from tests.tiers.rows import nothing_left
+from tests.tiers.tier_rows import nothing_left
 
 
 def flip(path: Path, place: int) -> None:

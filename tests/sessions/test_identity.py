@@ -13,7 +13,7 @@ import torch
 
 import specache
 from specache.sessions.manifest_file import encode, read_manifest
-from tests.identity.continuing import adapted
+from tests.model.identity.two_turns import adapted
 from tests.sessions.sequences import gemma, llama, opened, prefill, prompt, settings
 
 

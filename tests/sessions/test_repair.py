@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import specache
-from specache import repair as repairing
 from specache import sessions
+from specache.engine import repair as repairing
 from specache.errors import SessionError
 from specache.sessions.lock import FolderLock
-from specache.tiers.row_layout import BLOCK_TOKENS
+from specache.tiers.disk.row_layout import BLOCK_TOKENS
 from tests.sessions.sequences import answer, gemma, llama, one, opened, prompt, settings, state
 
 MODELS = {"dense": llama, "hybrid": gemma}

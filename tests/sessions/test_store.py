@@ -18,7 +18,7 @@ import torch
 from specache import sessions
 from specache.errors import ConfigError, SessionError, SlowTierError, SpeCacheError
 from specache.sessions.session import MOST_SEGMENTS
-from specache.tiers.disk import DiskTier
+from specache.tiers.disk.disk_tier import DiskTier
 from tests.sessions.sequences import answer, checkpoints_every, gemma, opened, prefill, prompt, settings, state
 
 BAD_NAMES = [

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 import specache
-from specache.decoding import Decoder
-from specache.integration import attached
+from specache.engine.attention_hook import attached
+from specache.engine.decoder import Decoder
 from tests.tiny import prompt
 
 

@@ -21,11 +21,12 @@ from hypothesis import strategies as st
 
 import specache
 from specache.errors import ConfigError, SlowTierError
-from specache.tiers import disk, row_reads
-from specache.tiers.disk import DiskTier
+from specache.tiers.disk import disk_tier as disk
+from specache.tiers.disk import row_reads
+from specache.tiers.disk.disk_tier import DiskTier
 from specache.tiers.ram import RamTier
-from tests.test_invariants import FETCHING, run, settings
-from tests.tiers.rows import everything, fill, nothing_left, pairs, random_rows, row_file
+from tests.cache.test_invariants import FETCHING, run, settings
+from tests.tiers.tier_rows import everything, fill, nothing_left, pairs, random_rows, row_file
 from tests.tiny import prompt
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -201,7 +202,7 @@ def test_a_forgotten_tier_leaves_nothing(tmp_path):
 def script(folder: Any, end: str) -> subprocess.CompletedProcess[str]:
     code = f"""
         import os, signal, torch
-        from specache.tiers.disk import DiskTier
+        from specache.tiers.disk.disk_tier import DiskTier
         tier = DiskTier({str(folder)!r})
         tier.write(0, 0, torch.ones(2, 100, 32), torch.ones(2, 100, 32))
         {end}

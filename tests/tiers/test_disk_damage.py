@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from specache.errors import CorruptRowError, SlowTierError
-from specache.tiers import tier_files
-from specache.tiers.disk import DiskTier
-from specache.tiers.probe import ReaderReport
-from tests.test_invariants import settings
+from specache.tiers.disk import tier_files
+from specache.tiers.disk.disk_tier import DiskTier
+from specache.tiers.disk.probe import ReaderReport
+from tests.cache.test_invariants import settings
 from tests.tiers.faults import Steps
-from tests.tiers.rows import fill, nothing_left, row_file
+from tests.tiers.tier_rows import fill, nothing_left, row_file
 
 
 def saved(folder: Path) -> tuple[dict[int, Any], dict[int, torch.Tensor], Path]:

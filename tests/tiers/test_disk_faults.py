@@ -17,16 +17,16 @@ import pytest
 import torch
 
 import specache
-from specache import prefetch
 from specache.errors import SlowTierError
-from specache.kernels import native
-from specache.tiers import aligned_io, native_reads, tier_files, uring
-from specache.tiers.begun_read import BegunRead
-from specache.tiers.disk import DiskTier
-from specache.tiers.probe import ReaderReport
-from tests.test_invariants import run, settings
+from specache.kernels.cpu import native
+from specache.rows import fetch as prefetch
+from specache.tiers.disk import aligned_io, native_reads, tier_files, uring
+from specache.tiers.disk.begun_read import BegunRead
+from specache.tiers.disk.disk_tier import DiskTier
+from specache.tiers.disk.probe import ReaderReport
+from tests.cache.test_invariants import run, settings
 from tests.tiers.faults import Steps, failing
-from tests.tiers.rows import everything, fill, nothing_left, random_rows, row_file
+from tests.tiers.tier_rows import everything, fill, nothing_left, random_rows, row_file
 from tests.tiny import prompt
 
 # Writing

@@ -12,15 +12,15 @@ import pytest
 import torch
 
 import specache
-from specache import working_set
 from specache.config import SlowTierKind, SpeCacheConfig
-from specache.dimensions import LayerDimensions, ModelDimensions, dimensions_of
-from specache.tiers import aligned_io, probe, tier_files
-from specache.tiers.disk import DiskTier
-from specache.tiers.row_reads import READ_BYTES
+from specache.model.dimensions import LayerDimensions, ModelDimensions, dimensions_of
+from specache.planning import working_set
+from specache.tiers.disk import aligned_io, probe, tier_files
+from specache.tiers.disk.disk_tier import DiskTier
+from specache.tiers.disk.row_reads import READ_BYTES
+from tests.cache.test_invariants import settings
 from tests.peak import PeakMemory
-from tests.test_invariants import settings
-from tests.tiers.rows import random_rows
+from tests.tiers.tier_rows import random_rows
 from tests.tiny import llama, prompt
 
 TOKENS = 64 * 40

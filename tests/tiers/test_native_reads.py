@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from specache.errors import CorruptRowError, SlowTierError
-from specache.tiers import native_reads, row_reads, tier_files
-from specache.tiers.disk import DiskTier
-from specache.tiers.native_reads import FLIGHTS, NativeRows
-from specache.tiers.probe import ReaderReport
-from specache.tiers.readers import RING_ENTRIES
-from tests.tiers.rows import fill, nothing_left, row_file
+from specache.tiers.disk import native_reads, row_reads, tier_files
+from specache.tiers.disk.disk_tier import DiskTier
+from specache.tiers.disk.native_reads import FLIGHTS, NativeRows
+from specache.tiers.disk.probe import ReaderReport
+from specache.tiers.disk.readers import RING_ENTRIES
+from tests.tiers.tier_rows import fill, nothing_left, row_file
 
 ANSWERS: list[bool] = []  # whether the C++ way brought rows, call by call
 

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from specache.tiers import aligned_io, probe, readers, uring
-from specache.tiers.aligned_io import AlignedBuffer, BufferPool
-from specache.tiers.readers import ReadBatch, Reader, ReadFailedError
-from tests.tiers.rows import nothing_left
+from specache.tiers.disk import aligned_io, probe, readers, uring
+from specache.tiers.disk.aligned_io import AlignedBuffer, BufferPool
+from specache.tiers.disk.readers import ReadBatch, Reader, ReadFailedError
+from tests.tiers.tier_rows import nothing_left
 
 SIZE = 1 << 20
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from specache.errors import CorruptRowError, SlowTierError
-from specache.tiers.checksum import checksums, head_salts, multipliers, row_salts
-from specache.tiers.disk import DiskTier
-from specache.tiers.row_layout import BLOCK_ALIGNMENT, BLOCK_TOKENS, RowLayout, file_name
-from tests.tiers.rows import everything, fill, random_rows, row_file
+from specache.tiers.disk.checksum import checksums, head_salts, multipliers, row_salts
+from specache.tiers.disk.disk_tier import DiskTier
+from specache.tiers.disk.row_layout import BLOCK_ALIGNMENT, BLOCK_TOKENS, RowLayout, file_name
+from tests.tiers.tier_rows import everything, fill, random_rows, row_file
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -12,14 +12,14 @@ import pytest
 import torch
 
 import specache
+from specache.engine.attention_hook import attached
 from specache.errors import NonFiniteError, SlowTierError
-from specache.integration import attached
 from specache.kernels import dispatch
-from specache.tiers import aligned_io, scratch
-from specache.tiers.disk import DiskTier
-from tests.test_invariants import run, settings
+from specache.tiers.disk import aligned_io, scratch
+from specache.tiers.disk.disk_tier import DiskTier
+from tests.cache.test_invariants import run, settings
 from tests.tiers.faults import Steps, failing
-from tests.tiers.rows import nothing_left
+from tests.tiers.tier_rows import nothing_left
 from tests.tiny import prompt
 
 POLICIES = ("verified", "speculative", "previous", "on-demand", "none")

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specache.attention import PassKind
+from specache.attention.decode import PassKind
+from specache.attention.dense import AttentionParams, attend_part, merge, scores
+from specache.cache.layers import check_finite
+from specache.engine.attention_hook import forward, reset_rope
 from specache.errors import ConfigError, EvaluationError
 from specache.eval.methods.base import SessionStats
 from specache.eval.prefilled import Prefilled
-from specache.exact import AttentionParams, attend_part, merge, scores
-from specache.integration import forward, reset_rope
-from specache.layers import check_finite
 
 ROW_BYTES = 2  # of one element of a key or value in a 16-bit dtype
 

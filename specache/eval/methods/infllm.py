@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from specache.attention.dense import AttentionParams, attend_part, merge
 from specache.errors import ConfigError
 from specache.eval.methods.dense import ROW_BYTES, DenseMethod, KeptRows, LayerState, rows_on_device, take_rows
 from specache.eval.prefilled import Prefilled
-from specache.exact import AttentionParams, attend_part, merge
 
 SCORE_BYTES = 4  # of a local token: the sum of its representative score
 Rows = tuple[Tensor, Tensor]  # keys and values [Hkv, n, D]

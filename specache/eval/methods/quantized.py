@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from specache.errors import ConfigError, MethodUnavailableError
 from specache.eval.methods.stock import StockSession, tensor_bytes
 from specache.eval.prefilled import Prefilled
-from specache.quantized_cache import PACKAGES, new_quantized_cache, store_prompt
+from specache.model.quantized_cache import PACKAGES, new_quantized_cache, store_prompt
 
 BITS = {"hqq": (1, 2, 4, 8), "quanto": (2, 4)}  # hqq's 3 bits do not decode to the shape of a cache
 

@@ -7,13 +7,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from specache.cache import SpeCache
+from specache.cache.cache import SpeCache
+from specache.cache.layers import CompressedLayer, DenseLayer
+from specache.cache.sequence import Sequence
 from specache.config import Policy, SlowTierKind, SpeCacheConfig
-from specache.decoding import Decoder
+from specache.engine.decoder import Decoder
 from specache.eval.methods.base import SessionStats
 from specache.eval.prefilled import Prefilled
-from specache.layers import CompressedLayer, DenseLayer
-from specache.sequence import Sequence
 
 
 class SpeCacheSession:

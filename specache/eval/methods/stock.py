@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specache.engine.attention_hook import reset_rope
 from specache.eval.methods.base import SessionStats
 from specache.eval.prefilled import Prefilled
-from specache.integration import reset_rope
 
 
 class StockSession:

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from specache.errors import ConfigError
-from specache.eval import registry
+from specache.eval import catalogue as registry
 from specache.eval.methods.base import Session
 from specache.eval.methods_option import NamedMethod, named, read_method, resolve_field, setting_types, split_methods
 from specache.eval.plots import FULL_COLOUR, SMALLEST, common_legend, margins, mean_label, new_figure, style, tidy
 from specache.eval.prefilled import Prefilled
 from specache.eval.results import Cell
-from specache.eval.rows import Row
-from specache.eval.settings import from_json, parse, shown
+from specache.eval.setting_fields import from_json, parse, shown
+from specache.eval.table_rows import Row
 from specache.eval.tasks.base import Item, Measurement, Prepared, Task, TaskModel
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from specache.eval.methods.base import Session
 from specache.eval.prefilled import Prefilled
-from specache.positions import max_positions
+from specache.model.positions import max_positions
 from specache.templates.channels import Part, channel_parser
 from specache.templates.end_tokens import end_tokens
 from specache.templates.template import ChatTemplate

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from specache.errors import ConfigError, TaskDataError
+from specache.platform.text_files import read_text, utf8_lines
 from specache.templates.template import ChatTemplate
-from specache.text_files import read_text, utf8_lines
 
 
 def load_text(paths: tuple[Path, ...]) -> str:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from specache.machine import cuda_missing
-from specache.out_of_memory import is_out_of_memory
+from specache.platform.machine import cuda_missing
+from specache.platform.out_of_memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from specache.kernels.triton.backend import TritonKernels

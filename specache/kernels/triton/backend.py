@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from specache.config import PAGE_TOKENS
-from specache.kernels.torch_rotated import levels, rotation
-from specache.kernels.triton import attend, gather, options, quantise, score
-from specache.kernels.triton.options import Shape
+from specache.kernels.torch.rotated import levels, rotation
+from specache.kernels.triton import attend, gather, quantise, score
+from specache.kernels.triton import launch_options as options
+from specache.kernels.triton.launch_options import Shape
 from specache.kernels.triton.select_backend import launch_select
 from specache.kernels.triton.tables import Offsets, PageScores, PageTables, offsets_of, page_tables, to_device
 from specache.kernels.types import LowBitCopy

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from specache.config import PAGE_TOKENS
-from specache.kernels.torch_rotated import LEVEL_STEPS
+from specache.kernels.torch.rotated import LEVEL_STEPS
 
 INTERPRETED: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
 PAGE: tl.constexpr = tl.constexpr(PAGE_TOKENS)

@@ -1,4 +1,4 @@
-"""The rows of a decode step through a hot set (`specache.device.hot_set`): looked up, claimed and filled in one launch each.
+"""The rows of a decode step through a hot set (`specache.device.device_hot_set`): looked up, claimed and filled in one launch each.
 
 A hot set's numbers are int32 per head of a sequence: `table` [T + 2] position -> slot, `owner` and `used` [C + 2] by slot, `tick`
 [1]. Slot `C` is for rows that are not here, `C + 1` for those that find no room. Positions are int64 [k], -1 where there is none.

@@ -6,12 +6,13 @@ from typing import Protocol
 
 from torch import Tensor
 
-from specache.kernels.triton import hot_rows, options
+from specache.kernels.triton import hot_rows
+from specache.kernels.triton import launch_options as options
 from specache.kernels.triton.backend import on_its_device
 
 
 class HotSetBuffers(Protocol):
-    """`specache.device.hot_set.DeviceHotSet`, which says what they are."""
+    """`specache.device.device_hot_set.DeviceHotSet`, which says what they are."""
 
     rows: Tensor
     table: Tensor

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specache.kernels.triton import options, recent
+from specache.kernels.triton import launch_options as options
+from specache.kernels.triton import recent
 from specache.kernels.triton.backend import on_its_device
 
 
@@ -27,7 +28,7 @@ def attend_recent(
         query: [B, Hq, n, D]; keys, values: [B, Hkv, n, D], a row's elements neighbours.
         residual: [B, 2, Hkv, R + g, D]; counts: int64 [B], tokens in it before.
         finite: bool [], true; false is written if row 0's key or value is not.
-        sinks: [Hq], see `specache.exact.AttentionParams`, as for the two before.
+        sinks: [Hq], see `specache.attention.dense.AttentionParams`, as for the two before.
 
     Returns:
         (out [B, Hkv, G, n, D], its log-sum-exp with the sinks [B, Hkv, G, n], without them), float32.

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specache.kernels.triton import options, select
-from specache.kernels.triton.options import power_of_two
+from specache.kernels.triton import launch_options as options
+from specache.kernels.triton import select
+from specache.kernels.triton.launch_options import power_of_two
 from specache.kernels.triton.tables import PageScores
 
 NUMBER, HALF_NUMBER = 31, 16  # bits of a probability that are looked at

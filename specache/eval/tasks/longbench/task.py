@@ -16,7 +16,7 @@ from specache.eval.prefilled import Prefilled
 from specache.eval.tasks.base import Item, Measurement, Prepared, TaskModel, greedy
 from specache.eval.tasks.longbench.data import Record, folder_reader, hub_reader
 from specache.eval.tasks.longbench.metrics import classification
-from specache.eval.tasks.longbench.prompts import SUBSETS, Subset
+from specache.eval.tasks.longbench.prompt_texts import SUBSETS, Subset
 from specache.eval.tasks.texts import check_at_least, check_distinct, encode_prompt, json_settings
 from specache.templates.template import ChatTemplate
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from specache.eval.tasks.ruler.answering import Corpus, QuestionAnswering, read_hotpotqa, read_squad
 from specache.eval.tasks.ruler.counting import CommonWords, FrequentWords
 from specache.eval.tasks.ruler.essay import Essay
 from specache.eval.tasks.ruler.needles import Haystack, Kind, Needles
+from specache.eval.tasks.ruler.qa import Corpus, QuestionAnswering, read_hotpotqa, read_squad
 from specache.eval.tasks.ruler.sample import Subtask
 from specache.eval.tasks.ruler.tracking import VariableTracking
 from specache.eval.tasks.texts import load_text

@@ -1,0 +1,80 @@
+"""Where a result was measured: machine, kernels, versions; and how fast its memory is read."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from importlib import metadata
+from typing import Any
+
+import torch
+
+import specache
+from specache.bench import kernel_backends as kernels
+from specache.bench.compute_device import CPU, CUDA, synchronise
+from specache.platform import machine
+
+EVICTING_BYTES = 256 << 20  # far more than any last-level cache of a desktop; several times that of most servers
+
+
+class LargeArray:
+    """An array much larger than the last-level cache. Reading it measures the bandwidth, and leaves nothing else in the caches."""
+
+    def __init__(self, nbytes: int = EVICTING_BYTES, *, device: str = CPU) -> None:
+        self._array = torch.ones(nbytes // 4, device=device)  # float32: the sum that PyTorch vectorises best
+
+    @property
+    def nbytes(self) -> int:
+        return self._array.nbytes
+
+    def read(self) -> float:
+        """One sum over the array, on all of PyTorch's threads or on the GPU -> milliseconds."""
+        synchronise()
+        started = time.perf_counter()
+        self._array.sum()
+        synchronise()
+        return (time.perf_counter() - started) * 1e3
+
+
+def describe(device: str = CPU) -> dict[str, Any]:
+    """Machine, kernels and versions, JSON-ready.
+
+    Args:
+        device: where the model computes. A GPU is described where it is one.
+    """
+    return {
+        "machine": {
+            "cpu": machine.processor_name(),
+            "cores": machine.usable_cores(),
+            "threads": torch.get_num_threads(),
+            "pytorch_uses": torch.backends.cpu.get_cpu_capability(),
+            "usable_memory_bytes": machine.memory()["usable_bytes"],
+            "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+            "system": platform.platform(),
+            "gpu": gpu() if device == CUDA else None,
+        },
+        "kernels": {"active": kernels.active_on(device), "available": kernels.available_on(device)},
+        "versions": {
+            "specache": specache.__version__,
+            "torch": torch.__version__,
+            "transformers": metadata.version("transformers"),
+            "python": platform.python_version(),
+        },
+    }
+
+
+def gpu() -> dict[str, Any]:
+    """The GPU that is used."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "name": properties.name,
+        "memory_bytes": properties.total_memory,
+        "capability": f"{properties.major}.{properties.minor}",
+        "cuda": torch.version.cuda,
+    }
+
+
+def gigabytes(size: float) -> str:
+    """`1.2 GB`, for messages."""
+    return f"{size / 1e9:.1f} GB"

@@ -1,0 +1,1 @@
+"""The state of a batch: one sequence per prompt, and its layers."""

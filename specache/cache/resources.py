@@ -1,0 +1,37 @@
+"""What a cache and its forks share: fast memory, page pools and the way rows reach the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from specache.config import SpeCacheConfig
+from specache.low_bit.layout import PageLayout
+from specache.low_bit.pool import PagePool, PageTable
+from specache.model.dimensions import dimensions_of
+from specache.model.info import ModelInfo
+from specache.platform.budget import ByteBudget
+from specache.tiers.transfer import Transfer
+
+
+class Resources:
+    """Made once per cache; its forks have the same.
+
+    Attributes:
+        dimensions: of the model, by which working sets and hot sets are sized.
+        budget: bounds everything that is held in fast memory.
+    """
+
+    def __init__(self, model: Any, info: ModelInfo, config: SpeCacheConfig) -> None:
+        self.dimensions = dimensions_of(model, info)
+        self.budget = ByteBudget(config.fast_memory)
+        self._pools: dict[PageLayout, PagePool] = {}
+        self.transfer = Transfer(info.device)
+
+    def page_table(self, config: SpeCacheConfig, keys: Tensor) -> PageTable:
+        """An empty table for a layer with keys [Hkv, n, D]."""
+        layout = PageLayout(config.code, config.bits, config.group_size, keys.shape[0], keys.shape[2])
+        if layout not in self._pools:
+            self._pools[layout] = PagePool(layout, keys.device, self.budget)
+        return PageTable(self._pools[layout])

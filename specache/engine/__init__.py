@@ -1,0 +1,1 @@
+"""Requests in, tokens out: scheduling, sampling, and the forward pass over the cache."""

@@ -1,0 +1,262 @@
+"""How a forward pass of a transformers model reaches our attention. The only file that knows transformers' internals.
+
+Extra keyword arguments of `model(...)` are handed down to the attention function, so a pass is
+`model(ids, position_ids=..., use_cache=False, specache=state)` while the model's attention implementation is set to ours. Without
+that argument our function hands over to the implementation that the user had.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from specache.attention.dense import AttentionParams
+from specache.engine import attention_checks, compiled
+from specache.engine.forward_pass import ForwardPass, attend
+from specache.errors import UnsupportedModelError
+from specache.linear import cpu_linear as products
+from specache.model import rope
+from specache.model.identity.wrappers import is_compiled_inside, unwrapped
+from specache.model.info import ModelInfo
+from specache.platform import modes
+
+NAME = "specache"
+_lock = threading.Lock()
+_attached: weakref.WeakKeyDictionary[Any, tuple[str, int]] = weakref.WeakKeyDictionary()  # model -> (user's, depth or 0)
+_rewired: weakref.WeakKeyDictionary[Any, list[torch.nn.Linear]] = weakref.WeakKeyDictionary()  # see `products`
+_ropes: weakref.WeakKeyDictionary[Any, list[torch.nn.Module]] = weakref.WeakKeyDictionary()  # see `rope`
+_compiled_inside: weakref.WeakSet[Any] = weakref.WeakSet()  # models that the user had compiled, in place or in part
+_inside = threading.local()
+"""`.served`: layers that one of our passes has run so far, or `None` outside of them; `.masked`: it was given a mask."""
+
+
+@contextmanager
+def attached(model: Any) -> Iterator[None]:
+    """Our attention serves the model inside the block; the user's setting is restored afterwards, also on error."""
+    model = unwrapped(model)
+    _attach(model)
+    try:
+        yield
+    finally:
+        _detach(model)
+
+
+def forward(
+    model: Any, token_ids: Tensor, position_ids: Tensor, state: ForwardPass, logits: int, mask: Tensor | None = None
+) -> Tensor:
+    """One pass over token_ids [B, n] at position_ids [B, n] -> float32 logits [B, `logits`, V] of the last rows.
+
+    Args:
+        mask: of four dimensions: transformers hands it on as it is, and our attention does not look at it.
+    """
+    previous = getattr(_inside, "served", None), getattr(_inside, "masked", False)
+    _inside.served, _inside.masked = set(), mask is not None
+    try:
+        with modes.callers(), _uncompiled(model):
+            output = model(
+                input_ids=token_ids,
+                position_ids=position_ids,
+                attention_mask=mask,
+                use_cache=False,
+                return_dict=True,
+                logits_to_keep=logits,
+                **_unwanted_outputs(model),
+                **{NAME: state},
+            )
+    finally:
+        _inside.served, _inside.masked = previous
+    return output.logits[:, -logits:].float()
+
+
+def _unwanted_outputs(model: Any) -> dict[str, bool]:
+    """Switches against outputs that the model's config asks for: they would hold every layer's hidden states."""
+    configs = (model.config, model.config.get_text_config(decoder=True))
+    names = ("output_attentions", "output_hidden_states", "output_router_logits")
+    return {name: False for name in names if any(getattr(config, name, False) for config in configs)}
+
+
+def _uncompiled(model: Any) -> AbstractContextManager[Any]:
+    """Have what the user compiled run eagerly: Dynamo cannot trace a pass's state (`compile_decode` is the way to compile)."""
+    return torch.compiler.set_stance("force_eager") if model in _compiled_inside else nullcontext()
+
+
+def decode_forward(model: Any, token_ids: Tensor, position_ids: Tensor, state: ForwardPass, reads_back: bool = True) -> Tensor:
+    """A decode step's pass, compiled where that was asked for -> float32 logits [B, n, V].
+
+    Args:
+        reads_back: without a mask, transformers looks at the positions on the host, for packed sequences. False hands it a mask, so
+            that nothing waits for the device.
+    """
+    step = compiled.compiled_step(model)
+    if step is None:
+        mask = None if reads_back else torch.zeros(1, 1, 1, 1, device=token_ids.device)
+        return forward(model, token_ids, position_ids, state, logits=token_ids.shape[1], mask=mask)
+    with compiled.running(_OncePerLayer(state, type(model).__name__)), modes.callers():
+        return step(token_ids, position_ids)
+
+
+def reset_rope(model: Any, info: ModelInfo) -> None:
+    """Forget how long the last sequence was: dynamic scaling keeps the largest length it has seen."""
+    if info.rope_type != "dynamic":
+        return
+    for module in model.modules():
+        if hasattr(module, "max_seq_len_cached") and hasattr(module, "original_inv_freq") and not rope.is_installed(module):
+            position = torch.zeros(1, 1, dtype=torch.long, device=info.device)
+            module(torch.empty(1, 1, 1, device=info.device, dtype=info.dtype), position)
+
+
+def stock_generate_arguments() -> dict[str, Any] | None:
+    """What was passed to the stock `generate()` that is calling us, by name; `None` where none is.
+
+    Stock `generate` hands neither `streamer` nor `assistant_model` to a callable `custom_generate`: without them a streamer would
+    never be ended and an assistant be ignored silently. And it hands on what it has prepared itself (positions, settings of the
+    model's files) as if the caller had passed it.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "generate" and frame.f_globals.get("__name__") == "transformers.generation.utils":
+            passed = frame.f_locals
+            return {**passed.get("kwargs", {}), **{name: passed.get(name) for name in ("streamer", "assistant_model")}}
+        frame = frame.f_back
+    return None
+
+
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The attention function registered under our name."""
+    state = kwargs.pop(NAME, None)
+    if state is not None and state is not compiled.CURRENT_PASS and not torch.compiler.is_compiling():
+        _check(module, query, key, value, attention_mask, kwargs)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    sinks = kwargs.get("s_aux")
+    sinks = getattr(module, "sinks", None) if sinks is None else sinks
+    if state is compiled.CURRENT_PASS:
+        return compiled.attend(query, key, value, module.layer_idx, scale, kwargs.get("softcap"), sinks), None
+    _check_layer(module, state is not None)
+    if state is None:
+        return _hand_over(module)(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    params = AttentionParams(scaling=scale, softcap=kwargs.get("softcap"), sinks=sinks)
+    return attend(state, module.layer_idx, query, key, value, params), None
+
+
+def _check(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, arguments: dict[str, Any]) -> None:
+    """Refuse what our attention would ignore. A mask that `forward` was given itself says nothing."""
+    attention_checks.check_arguments(module, query, key, value, arguments)
+    if not getattr(_inside, "masked", False):
+        attention_checks.check_mask(module, mask, arguments.get("sliding_window"))
+
+
+def _check_layer(module: Any, reached: bool) -> None:
+    """A pass must reach every attention layer, once: anything else would go wrong silently."""
+    served = getattr(_inside, "served", None)
+    if served is None:
+        return
+    name = type(module).__name__
+    if not reached:
+        raise UnsupportedModelError(f"{name} is not handed specache's state: its model drops extra arguments on the way to it.")
+    _serve(module.layer_idx, served, name)
+
+
+def _serve(layer: int, served: set[int], name: str) -> None:
+    if layer in served:
+        raise UnsupportedModelError(
+            f"{name} attends twice in one pass (layer {layer}); specache keeps one set of keys and values per layer."
+        )
+    served.add(layer)
+
+
+class _OncePerLayer:
+    """A pass with the check of `_check_layer`, where the layers themselves are compiled."""
+
+    def __init__(self, state: ForwardPass, name: str) -> None:
+        self._state = state
+        self._name = name
+        self._served: set[int] = set()
+
+    def attention(self, index: int, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
+        _serve(index, self._served, self._name)
+        return self._state.attention(index, query, keys, values, params)
+
+
+def _hand_over(module: Any) -> Any:
+    """The attention function that the user had set."""
+    name = _users_implementation(module)
+    eager = getattr(inspect.getmodule(type(module)), "eager_attention_forward", None)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+
+
+def _users_implementation(module: Any) -> str:
+    return _users_setting(getattr(module, "config", None))
+
+
+def _users_setting(config: Any) -> str:
+    """The attention implementation that the user has for a model or a part of it, by its configuration.
+
+    Also of a model that was detached a moment ago: a pass of the user's on another thread may have been on its way here.
+    """
+    with _lock:
+        known = list(_attached.items())
+    for model, (name, _) in known:
+        if config is None or model.config is config or model.config.get_text_config() is config:
+            return name
+    return "sdpa"
+
+
+def _mask(*args: Any, **kwargs: Any) -> Any:
+    """The mask function registered under our name: our passes need no mask, others get the user's."""
+    if torch.compiler.is_compiling():
+        return None
+    if getattr(_inside, "served", None) is not None:
+        attention_checks.check_mask_request(kwargs)
+        return None
+    return ALL_MASK_ATTENTION_FUNCTIONS[_users_setting(kwargs.get("config"))](*args, **kwargs)
+
+
+def _attach(model: Any) -> None:
+    with _lock:
+        name, depth = _attached.get(model, (NAME, 0))
+        if depth == 0:
+            if model.config._attn_implementation != NAME:  # else attaching it was interrupted, or it is a copy of an attached model
+                name = model.config._attn_implementation
+            elif name == NAME:
+                name = "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
+            _attached[model] = (name, 0)  # before anything is handed to us
+            model.set_attn_implementation(NAME)
+            _rewired[model] = products.install(model)
+            _ropes[model] = rope.install(model, lambda: getattr(_inside, "served", None) is not None)
+            if is_compiled_inside(model):
+                _compiled_inside.add(model)
+        _attached[model] = (name, depth + 1)
+
+
+def _detach(model: Any) -> None:
+    with _lock:
+        name, depth = _attached[model]
+        _attached[model] = (name, depth - 1)
+        if depth > 1:
+            return
+        products.remove(_rewired.pop(model, []))
+        rope.remove(_ropes.pop(model, []))
+        _compiled_inside.discard(model)
+        model.set_attn_implementation(name)
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, _mask)

@@ -1,0 +1,343 @@
+"""Prefill, pre-decode and decode steps of a batch (paper Algorithms 1 to 3); which token comes next is `generation`'s business."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specache.attention.decode import PassKind, PassPlan
+from specache.cache.cache import SpeCache
+from specache.cache.sequence import Sequence as CachedSequence
+from specache.engine.attention_hook import decode_forward, forward, reset_rope
+from specache.engine.forward_pass import DecodePass, Observer, PrefillPass
+from specache.engine.static_decoder import StaticDecoder
+from specache.planning.footprint import SequenceLoad
+from specache.planning.plan import prefill_working_set
+from specache.planning.working_set import decode_bytes
+from specache.platform.out_of_memory import is_out_of_memory
+
+Progress = Callable[[int, int], None]  # (prompt tokens done, prompt tokens in all)
+LONG_REREAD = 1024  # stored tokens that are read again without a word: a few passes more
+
+
+class StepLogits:
+    """float32 [A, V] for the A sequences of a step: of the real row, and of the guess row where there is one."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._real: Tensor | None = None
+        self._guess: Tensor | None = None
+
+    @property
+    def real(self) -> Tensor:
+        assert self._real is not None, "every sequence of a step has a real row"
+        return self._real
+
+    @property
+    def guess(self) -> Tensor:
+        assert self._guess is not None, "the policy decodes no guess row"
+        return self._guess
+
+    def set_real(self, places: list[int], logits: Tensor) -> None:
+        self._real = _scatter(self._real, places, logits, self._count)
+
+    def set_guess(self, places: list[int], logits: Tensor) -> None:
+        self._guess = _scatter(self._guess, places, logits, self._count)
+
+
+class Decoder:
+    """Runs the model over a cache's sequences. The model must be `attached`."""
+
+    def __init__(self, model: Any, cache: SpeCache) -> None:
+        self._model = model
+        self._cache = cache
+        self._info = cache.info
+        self._static = StaticDecoder(model, cache)
+
+    @property
+    def out_of_room(self) -> bool:
+        """Whether steps on a GPU go on without static buffers because memory did not suffice for them."""
+        return self._static.out_of_room
+
+    def prefill(
+        self, sequence: CachedSequence, token_ids: list[int], chunk: int, progress: Progress, observe: Observer | None = None
+    ) -> Tensor:
+        """Bring a sequence to hold exactly `token_ids` -> logits [V] of the last one (Algorithm 1).
+
+        What is stored already is kept as far as it agrees; the rest goes through the model in chunks. A failure leaves
+        what was kept. `observe` sees the queries of every full-attention layer and chunk that run.
+        """
+        self._cache.settle()
+        keep = self._reusable(sequence, token_ids)
+        sequence.truncate(keep)
+        self._warn_of_windows(keep - sequence.length)
+        with self._restored_on_error(sequence), self._timed("prefill_s"):
+            logits = self._prefill_rest(sequence, token_ids, chunk, progress, observe)
+        sequence.prompt_tokens = sequence.length
+        return logits
+
+    def pre_decode(self, indices: Sequence[int], tokens: Sequence[int]) -> Tensor:
+        """The first output token alone over the copy -> logits [A, V] of the first guess (Algorithm 2). Nothing is stored."""
+        self._check_positions(indices)
+        with self._timed("decode_s"):
+            logits = self._rows(PassKind.PRE_DECODE, indices, [[token] for token in tokens])
+        return logits[:, -1]
+
+    def step(self, indices: Sequence[int], tokens: Sequence[int], guesses: Sequence[int] | None) -> StepLogits:
+        """One decode step of the sequences `indices`: feed each its token, beside it its guess (Algorithm 3).
+
+        Args:
+            guesses: the speculative next tokens, or `None` where the policy decodes no second row.
+        """
+        self._check_positions(indices)
+        result = StepLogits(len(indices))
+        with self._timed("decode_s"):
+            for places in self._groups(indices):
+                self._step_group(places, indices, tokens, guesses, result)
+            for index in indices:
+                self._cache.sequences[index].end_step()
+        self._cache.counters.decoded_tokens += len(indices)
+        return result
+
+    def _reusable(self, sequence: CachedSequence, token_ids: list[int]) -> int:
+        """How many stored tokens can stay: the common prefix, less one if nothing would be left to run."""
+        keep = 0
+        for mine, theirs in zip(sequence.token_ids, token_ids, strict=False):
+            if mine != theirs:
+                break
+            keep += 1
+        keep = min(keep, len(token_ids) - 1)
+        last = len(token_ids) - 1
+        if keep and self._info.keeps_keys(sequence.length - 1, last) and self._info.keeps_keys(last, keep - 1):
+            return keep
+        if keep > LONG_REREAD:
+            warnings.warn(
+                f"{keep:,} stored tokens are read again too: the model's RoPE has other frequencies in texts of more than "
+                f"{self._info.rope_switch:,} tokens.",
+                UserWarning,
+                stacklevel=3,
+            )
+        return 0
+
+    def _warn_of_windows(self, tokens: int) -> None:
+        """Warn where cutting a sequence cost `tokens` that agree: sliding windows go back to a checkpoint only."""
+        if tokens > LONG_REREAD:
+            warnings.warn(
+                f"{tokens:,} stored tokens in front of where the text differs are read again too: the model's sliding windows "
+                "cannot go back to that place.",
+                UserWarning,
+                stacklevel=3,
+            )
+
+    def _reprefills(self, stored: int, position: int) -> bool:
+        """Whether keys up to position `stored` lost their meaning at `position`."""
+        return not self._info.keeps_keys(stored, position)
+
+    def _prefill_rest(
+        self, sequence: CachedSequence, token_ids: list[int], chunk: int, progress: Progress, observe: Observer | None = None
+    ) -> Tensor:
+        config = self._cache.config
+        total = len(token_ids)
+        self._info.check_position(total - 1)
+        if self._info.rope_side(total - 1) or self._info.couples_rows:
+            chunk = total  # frequencies (or scales of activations) depend on all rows of a forward pass
+        reset_rope(self._model, self._info)
+        sequence.tier.reserve(total)
+        sequence.begin_prefill()
+        progress(sequence.length, total)
+        with self._working_set(self._prefill_bytes(sequence, total, chunk)):
+            while sequence.length < total:
+                start = sequence.length
+                stop = min(start + chunk, total)
+                sequence.begin_chunk(stop, total)
+                state = PrefillPass(sequence, config.policy, config.top_k, stop == total, observe)
+                ids = token_ids[start:stop]
+                logits = forward(self._model, self._ids([ids]), self._positions([start], len(ids)), state, logits=1)
+                sequence.commit(ids)
+                sequence.end_chunk()
+                progress(stop, total)
+        sequence.prepare_decode()
+        return logits[0, -1]
+
+    def _prefill_bytes(self, sequence: CachedSequence, total: int, chunk: int) -> int:
+        config = replace(self._cache.config, prefill_chunk=chunk)
+        load = SequenceLoad(total, stored=sequence.length)
+        return prefill_working_set(self._cache.resources.dimensions, config, load)
+
+    def _decode_bytes(self, sequences: Sequence[CachedSequence]) -> int:
+        config = self._cache.config
+        longest = max(config.low_bit_length(sequence.length + 1) for sequence in sequences)
+        return decode_bytes(self._cache.resources.dimensions, config, len(sequences), longest)
+
+    def _working_set(self, size: int) -> AbstractContextManager[None]:
+        return self._cache.resources.budget.reserved(size, "the working set of a pass")
+
+    def _step_group(
+        self,
+        places: list[int],
+        indices: Sequence[int],
+        tokens: Sequence[int],
+        guesses: Sequence[int] | None,
+        result: StepLogits,
+    ) -> None:
+        """Sequences that may share forward passes. `places` index the step's lists."""
+        group = [indices[i] for i in places]
+        position = self._cache.sequences[group[0]].length
+        rows = [[tokens[i]] for i in places]
+        if position and self._reprefills(position - 1, position):
+            logits = torch.stack([self._prefill_again(i, row) for i, row in zip(group, rows, strict=True)])[:, None]
+        elif guesses is not None and self._pairs(position, group):
+            pairs = [[tokens[i], guesses[i]] for i in places]
+            logits = self._rows(PassKind.PAIR, group, pairs)
+            result.set_guess(places, logits[:, 1])
+        else:
+            logits = self._rows(PassKind.SINGLE, group, rows)
+        result.set_real(places, logits[:, 0])
+        if guesses is not None and logits.shape[1] == 1:
+            for i in places:  # a guess that may not share the pass has one of its own
+                result.set_guess([i], self._guess_alone(indices[i], guesses[i], logits))
+
+    def _pairs(self, position: int, group: list[int]) -> bool:
+        """Whether the guesses of `group`, at one position further than their real tokens, may share their pass."""
+        return self._share_a_pass(position) and all(self._has_position(self._cache.sequences[i].length + 1) for i in group)
+
+    def _guess_alone(self, index: int, guess: int, real: Tensor) -> Tensor:
+        """Logits [1, V] of a guess in a pass of its own; where there is no position for it, any: no step can follow."""
+        if not self._has_position(self._cache.sequences[index].length):
+            return real[:1, 0]
+        return self._rows(PassKind.GUESS, [index], [[guess]])[:, 0]
+
+    def _has_position(self, position: int) -> bool:
+        return self._info.position_limit is None or position < self._info.position_limit
+
+    def _check_positions(self, indices: Sequence[int]) -> None:
+        """Raises `UsageError`, before anything changes, where a sequence has no position left for its next token."""
+        for index in indices:
+            self._info.check_position(self._cache.sequences[index].length)
+
+    def _share_a_pass(self, position: int) -> bool:
+        """Whether the row at a position gives the same numbers beside the next one as alone."""
+        return not self._info.couples_rows and self._info.rope_side(position) == self._info.rope_side(position + 1)
+
+    def _prefill_again(self, index: int, row: list[int]) -> Tensor:
+        self._cache.settle()
+        sequence = self._cache.sequences[index]
+        token_ids, read = sequence.token_ids + row, sequence.prompt_tokens
+        sequence.clear()
+        with self._restored_on_error(sequence):
+            logits = self._prefill_rest(sequence, token_ids, len(token_ids), _ignore)
+        sequence.prompt_tokens = read
+        return logits
+
+    def _rows(self, kind: PassKind, indices: Sequence[int], rows: list[list[int]]) -> Tensor:
+        """One pass over rows [A][n] -> logits [A, n, V]. A failure leaves the sequences as they were.
+
+        Where memory ran out, the hot sets are freed and the pass is tried once more.
+        """
+        try:
+            return self._pass(kind, indices, rows)
+        except Exception as error:
+            if not (is_out_of_memory(error) and self._frees_hot_sets()):
+                raise
+        if self._info.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return self._pass(kind, indices, rows)  # outside of `except`: the error keeps the first pass's tensors alive
+
+    def _pass(self, kind: PassKind, indices: Sequence[int], rows: list[list[int]]) -> Tensor:
+        config = self._cache.config
+        sequences = [self._cache.sequences[i] for i in indices]
+        if self._static.serves(kind, sequences):
+            static = self._static.step(sequences, rows)
+            if static is not None:
+                return static
+        self._cache.settle()
+        plan = PassPlan(kind, config.policy, config.top_k, self._cache.counters)
+        positions = self._positions([sequence.length for sequence in sequences], kind.rows)
+        reset_rope(self._model, self._info)  # another sequence's length, or a call outside, may have left its mark
+        for sequence in sequences:
+            sequence.begin_pass()
+        try:
+            with self._working_set(self._decode_bytes(sequences)):
+                logits = decode_forward(self._model, self._ids(rows), positions, DecodePass(sequences, plan))
+            for sequence in sequences:
+                sequence.retire()
+        except BaseException:
+            for sequence in sequences:
+                sequence.undo_pass()
+            raise
+        if kind.commits:
+            for sequence, row in zip(sequences, rows, strict=True):
+                sequence.commit(row[:1])
+        return logits
+
+    def _frees_hot_sets(self) -> bool:
+        """Give back what all hot sets take beyond the pairs of a step; whether that is anything. Says so."""
+        freed = sum(sequence.free_hot_sets() for sequence in self._cache.sequences) if self._cache.config.hot_set else 0
+        if freed:
+            warnings.warn(
+                f"Out of memory in a decode step: the hot sets ({freed:,} bytes) were freed and the step is tried again. What is "
+                "generated does not change; every step fetches more from now on. With hot_set=0.0 there is none to begin with.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return freed > 0
+
+    def _groups(self, indices: Sequence[int]) -> Iterator[list[int]]:
+        """Places of the sequences by RoPE side of their next position: those of one side may share a pass."""
+        sides: dict[tuple[int, ...], list[int]] = {}
+        for place, index in enumerate(indices):
+            position = self._cache.sequences[index].length
+            side = self._info.rope_side(position)
+            stays = self._info.rope_side(position + 1) == side
+            again = bool(position) and self._reprefills(position - 1, position)
+            sides.setdefault((side, stays, again), []).append(place)
+        yield from sides.values()
+
+    def _ids(self, rows: list[list[int]]) -> Tensor:
+        return torch.tensor(rows, dtype=torch.long, device=self._info.device)
+
+    def _positions(self, starts: list[int], count: int) -> Tensor:
+        """[A, count] from each start on."""
+        starts_column = torch.tensor(starts, dtype=torch.long, device=self._info.device)[:, None]
+        return starts_column + torch.arange(count, device=self._info.device)
+
+    @contextmanager
+    def _restored_on_error(self, sequence: CachedSequence) -> Iterator[None]:
+        length, windows, pending = sequence.length, sequence.windows(), sequence.pending_token
+        try:
+            yield
+        except BaseException:
+            sequence.restore(length, windows)
+            if sequence.length == length:
+                sequence.pending_token = pending
+            raise
+
+    @contextmanager
+    def _timed(self, counter: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            counters = self._cache.counters
+            setattr(counters, counter, getattr(counters, counter) + time.perf_counter() - started)
+
+
+def _scatter(into: Tensor | None, places: list[int], logits: Tensor, count: int) -> Tensor:
+    """Put logits [len(places), V] at their places of [count, V]."""
+    if into is None:
+        if len(places) == count:
+            return logits
+        into = logits.new_empty(count, logits.shape[-1])
+    into[places] = logits
+    return into
+
+
+def _ignore(done: int, total: int) -> None:
+    pass

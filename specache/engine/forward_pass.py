@@ -1,0 +1,105 @@
+"""One forward pass of the model, as its attention layers see it: the object that reaches them as `specache=`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Sequences
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from specache.attention.decode import PassPlan, mixed_attention, select_first
+from specache.attention.dense import AttentionParams
+from specache.cache.layers import CompressedLayer, DenseLayer
+from specache.cache.sequence import Sequence
+from specache.cache.window_layer import WindowLayer
+from specache.config import Policy
+from specache.platform import modes
+
+Observer = Callable[[int, Tensor, AttentionParams], None]  # (layer, queries [Hq, n, D], params) of a prefill chunk
+
+
+class ForwardPass(Protocol):
+    """Serves every attention layer of one forward pass."""
+
+    def attention(self, index: int, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
+        """query [B, Hq, n, D], keys and values [B, Hkv, n, D] of layer `index` -> [B, n, Hq, D], in the query's dtype."""
+
+
+def attend(state: ForwardPass, index: int, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
+    """A layer's attention, called from the model and so in the caller's modes: shapes as `ForwardPass.attention`, contiguous.
+
+    Under `torch.autocast` the query, and with it the result, has the dtype that stock attention would give it.
+    """
+    query = query.to(modes.autocast_dtype(query) or query.dtype)
+    with modes.ours_again():
+        return state.attention(index, query, keys, values, params).contiguous()
+
+
+class PrefillPass:
+    """A chunk of one sequence's prompt.
+
+    Args:
+        sequence: the sequence that grows.
+        policy, top_k: with `previous`, the last chunk selects what its last token wants.
+        is_last: the chunk ends the prompt.
+        observe: sees the queries of full-attention layers.
+    """
+
+    def __init__(self, sequence: Sequence, policy: Policy, top_k: int, is_last: bool, observe: Observer | None = None) -> None:
+        self._sequence = sequence
+        self._select_first = is_last and policy is Policy.PREVIOUS
+        self._top_k = top_k
+        self._observe = observe
+
+    def attention(self, index: int, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
+        layer = self._sequence.layer(index, keys[0], values[0])
+        keys, values = keys.to(layer.dtype), values.to(layer.dtype)
+        if self._observe is not None and not isinstance(layer, WindowLayer):
+            self._observe(index, query[0], params)
+        if isinstance(layer, WindowLayer):
+            self._sequence.capture_window(layer, keys[0], values[0])
+        out = layer.prefill(query[0], keys[0], values[0], params)  # [Hq, n, D]
+        if self._select_first and isinstance(layer, CompressedLayer):
+            select_first(query[0, :, -1:], layer, params, self._top_k)
+        return out.transpose(0, 1)[None].to(query.dtype)
+
+
+class DecodePass:
+    """One or two rows of every sequence that still decodes."""
+
+    def __init__(self, sequences: Sequences[Sequence], plan: PassPlan) -> None:
+        self._sequences = sequences
+        self._plan = plan
+
+    def attention(self, index: int, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
+        layers = [sequence.layers[index] for sequence in self._sequences]
+        keys, values = keys.to(layers[0].dtype), values.to(layers[0].dtype)
+        compressed = [layer for layer in layers if isinstance(layer, CompressedLayer)]
+        if compressed:
+            out = self._compressed(query, keys, values, compressed, params)
+        else:
+            out = torch.stack([self._exact(layer, query[b], keys[b], values[b], params) for b, layer in enumerate(layers)])
+        return out.transpose(1, 2).to(query.dtype)  # [B, n, Hq, D]
+
+    def _compressed(
+        self, query: Tensor, keys: Tensor, values: Tensor, layers: list[CompressedLayer], params: AttentionParams
+    ) -> Tensor:
+        if self._plan.kind.commits:
+            for b, layer in enumerate(layers):
+                layer.append(query[b, :, :1], keys[b, :, :1], values[b, :, :1])
+        return mixed_attention(query, keys, values, layers, params, self._plan)
+
+    def _exact(
+        self,
+        layer: CompressedLayer | DenseLayer | WindowLayer,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        params: AttentionParams,
+    ) -> Tensor:
+        if isinstance(layer, WindowLayer):
+            return layer.decode(query, keys, values, params, self._plan.kind)
+        assert isinstance(layer, DenseLayer)
+        return layer.decode(query, keys, values, params)

@@ -1,0 +1,381 @@
+"""Text generation over a SpeCache: prefill -> pre-decode -> decode, with sampling, stopping and streaming as in transformers."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput, StopStringCriteria
+
+from specache.cache.cache import SpeCache
+from specache.config import SpeCacheConfig
+from specache.engine.admission import check_room
+from specache.engine.attention_hook import attached, stock_generate_arguments
+from specache.engine.auto_tier import decide_tier
+from specache.engine.continuing import (
+    note_pending_tokens,
+    refuse_padding_behind_answers,
+    sequence_per_text,
+    warn_of_rereading,
+    whole_texts,
+)
+from specache.engine.decoder import Decoder, Progress
+from specache.engine.model_arguments import PASSED_ON, PREPARED, check_model_arguments, check_position_ids, model_arguments
+from specache.engine.prefilling import prefill_batch
+from specache.engine.recovery import tokens_kept
+from specache.engine.request import (
+    cache_for,
+    check_cache,
+    check_decoding_loop,
+    check_max_new_tokens,
+    check_prompt_lengths,
+    check_sequences,
+    check_types,
+    check_vocabulary,
+    inferred_mask,
+    prompts,
+    stored_new_tokens,
+    the_prompt,
+    user_cache,
+)
+from specache.engine.sampling import (
+    Answers,
+    EndedOnce,
+    TokenChoice,
+    count_guesses,
+    guess,
+    no_answers_yet,
+    take_tokens,
+    token_choice,
+    with_guesses,
+)
+from specache.errors import UsageError
+from specache.model.file_settings import GenerationSettings, one_row_per_answer
+from specache.model.identity.wrappers import unwrapped
+from specache.model.info import inspect_model
+from specache.planning.footprint import SequenceLoad
+from specache.platform import modes
+
+
+@torch.compiler.disable  # of a caller that is compiled, this part runs as it is
+def generate(
+    model: Any,
+    input_ids: Tensor | None = None,
+    *,
+    inputs: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    config: SpeCacheConfig | None = None,
+    streamer: Any = None,
+    past_key_values: SpeCache | None = None,
+    tokenizer: Any = None,
+    stop_strings: str | list[str] | None = None,
+    stopping_criteria: StoppingCriteriaList | None = None,
+    progress: Progress | None = None,
+    **kwargs: Any,
+) -> Tensor | GenerateDecoderOnlyOutput:
+    """Generate as `model.generate` does, over a SpeCache.
+
+    Args:
+        input_ids, attention_mask: [B, S], padded on the left. `inputs` is another name of `input_ids`, as in `model.generate`.
+        config: settings of the cache that is made; not with `past_key_values`.
+        streamer: gets the prompt, each step's tokens, and is always ended.
+        past_key_values: a SpeCache to continue from; `input_ids` is the whole conversation so far (or, with an
+            `attention_mask` that covers what came before too, only what is new).
+        tokenizer: needed with `stop_strings`.
+        progress: called with (prompt tokens done, in all) while prefilling.
+        **kwargs: everything else that `model.generate` takes. Inputs of the model that would change the answer (images, embeddings,
+            positions of one's own, ...) are refused by name.
+
+    Returns:
+        LongTensor [B, S + new]: prompts in front, padding after the end; or with `return_dict_in_generate` the stock output, whose
+        `past_key_values` is the SpeCache. Scores and logits of a sequence that ended are those of its last token.
+
+    Raises:
+        SpeCacheError: the request cannot be honoured; the message says what to do.
+        OutOfMemoryError, SlowTierError, ...: it failed in the middle. `new_token_ids` of each of our errors has what was
+            generated before, and `past_key_values`, if it was given, can be continued from.
+    """
+    with EndedOnce.of(streamer) as ended:
+        inspect_model(model)  # refused before anything of it runs
+        if not hasattr(model, "generate"):  # a wrapper such as DataParallel
+            model = unwrapped(model)
+        inner = unwrapped(model)
+        check_decoding_loop(kwargs)
+        check_types(config, kwargs.get("generation_config"), past_key_values)
+        position_ids = kwargs.pop("position_ids", None)
+        of_model = model_arguments(inner, kwargs, kwargs.get("generation_config"))
+        check_model_arguments(inner, of_model)
+        kwargs = {name: value for name, value in kwargs.items() if name not in of_model}
+        check_max_new_tokens(kwargs.get("max_new_tokens"))
+        input_ids = the_prompt(input_ids, inputs)
+        typed = kwargs if stop_strings is None else {**kwargs, "stop_strings": stop_strings}
+        settings = GenerationSettings(model, typed, kwargs.get("generation_config"))
+        pad = settings.padding_token() if attention_mask is None else None
+        with modes.ours():
+            if attention_mask is None:
+                attention_mask = inferred_mask(input_ids, pad)
+            prompts(input_ids, attention_mask)
+        stops = settings.stop_strings(tokenizer)
+        if stops is not None:
+            stopping_criteria = StoppingCriteriaList(stopping_criteria or [])
+            stopping_criteria.append(StopStringCriteria(tokenizer, stops))
+        kwargs = {**kwargs, **settings.replacements(), **settings.max_length(input_ids.shape[1])}
+        if settings.value("stop_strings") is not None:
+            kwargs["stop_strings"] = None  # a criterion by now, or nothing
+
+        def custom_generate(model: Any, input_ids: Tensor, **arguments: Any) -> Tensor | GenerateDecoderOnlyOutput:
+            arguments |= {"position_ids": position_ids, "pad": pad}
+            return _decode(model, input_ids, config, ended, progress, **arguments)
+
+        arguments = {"attention_mask": attention_mask, "past_key_values": past_key_values, "stopping_criteria": stopping_criteria}
+        arguments = {name: value for name, value in arguments.items() if value is not None}
+        return model.generate(input_ids, custom_generate=custom_generate, **arguments, **kwargs)
+
+
+@torch.compiler.disable  # of a caller that is compiled, this part runs as it is
+def decode(
+    model: Any,
+    input_ids: Tensor,
+    config: SpeCacheConfig | None = None,
+    progress: Progress | None = None,
+    **arguments: Any,
+) -> Tensor | GenerateDecoderOnlyOutput:
+    """For `model.generate(..., custom_generate=specache.decode)`; `config=` and `progress=` may be given to `generate` too.
+
+    Stock `generate` drops `tokenizer` on the way to a callable, so stop strings need `specache.generate`.
+    """
+    passed = stock_generate_arguments()
+    typed = {name: value for name, value in arguments.items() if name not in PREPARED} if passed is None else passed
+    with EndedOnce.of(typed.get("streamer")) as streamer:
+        check_decoding_loop(typed)
+        check_types(config, arguments.get("generation_config"), None)
+        if arguments.get("generation_config") is None:
+            raise UsageError("decode is for model.generate(..., custom_generate=specache.decode). Call specache.generate instead.")
+        of_model = model_arguments(model, typed)
+        check_model_arguments(model, {name: value for name, value in of_model.items() if name not in PASSED_ON})
+        if typed.get("position_ids") is None:
+            arguments["position_ids"] = None  # stock generate's own
+        effective = arguments["generation_config"]
+        settings = GenerationSettings(model, typed, effective)
+        replacements = settings.replacements()
+        input_ids, arguments = one_row_per_answer(input_ids, arguments, replacements)
+        for name, value in replacements.items():
+            setattr(effective, name, value)
+        if typed.get("attention_mask") is None:  # stock generate's own has holes where a text has pad tokens
+            arguments["pad"] = settings.padding_token()
+            with modes.ours():
+                arguments["attention_mask"] = inferred_mask(input_ids, arguments["pad"])
+        return _decode(model, input_ids, config, streamer, progress, streamer_has_prompt=True, **arguments)
+
+
+@torch.compiler.disable  # of a caller that is compiled, this part runs as it is
+def prefill(
+    model: Any,
+    input_ids: Tensor | None = None,
+    *,
+    cache: SpeCache,
+    inputs: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    progress: Progress | None = None,
+    **model_inputs: Any,
+) -> None:
+    """Fill `cache` with prompts [B, S] and generate nothing. A later `generate` over the same prompts starts at once.
+
+    A cache that holds something already is continued as by `generate`. `model_inputs` are what a tokenizer returns beside them;
+    those that would change what is stored are refused by name.
+
+    Raises:
+        SpeCacheError: as `generate`.
+    """
+    modes.check_process()
+    check_cache(cache)
+    inspect_model(model)
+    inner = unwrapped(model)
+    settings = GenerationSettings(model if hasattr(model, "generation_config") else inner, {})
+    model = inner
+    with modes.ours(), cache.in_use.by("prefill"):
+        position_ids = model_inputs.pop("position_ids", None)
+        check_model_arguments(model, model_inputs)
+        input_ids = the_prompt(input_ids, inputs)
+        pad = settings.padding_token() if attention_mask is None else None
+        if attention_mask is None:
+            attention_mask = inferred_mask(input_ids, pad)
+        new = prompts(input_ids, attention_mask)
+        cache.check_model(model)
+        token_ids = _texts(model, cache, new, input_ids, attention_mask, position_ids)
+        refuse_padding_behind_answers(cache, token_ids, pad)
+        chunk = cache.config.prefill_chunk
+        with sequence_per_text(cache, len(token_ids)):
+            _make_room(model, cache, token_ids, 0, chunk)
+            with attached(model), cache.filled_by(model), tokens_kept(cache, _loads(token_ids, 0)):
+                prefill_batch(Decoder(model, cache), cache, token_ids, chunk, progress)
+
+
+def _decode(
+    model: Any,
+    input_ids: Tensor,
+    config: SpeCacheConfig | None,
+    streamer: Any,
+    progress: Progress | None,
+    *,
+    past_key_values: Any = None,
+    **arguments: Any,
+) -> Tensor | GenerateDecoderOnlyOutput:
+    """Prefill and decode in PyTorch's plain modes, as the only call that uses the cache that was given."""
+    with modes.ours(), ExitStack() as stack:
+        modes.check_process()
+        if isinstance(past_key_values, SpeCache):
+            stack.enter_context(past_key_values.in_use.by("generate"))
+        return _decode_alone(model, input_ids, config, streamer, progress, past_key_values=past_key_values, **arguments)
+
+
+def _decode_alone(
+    model: Any,
+    input_ids: Tensor,
+    config: SpeCacheConfig | None,
+    streamer: Any,
+    progress: Progress | None,
+    *,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: Any,
+    attention_mask: Tensor | None = None,
+    past_key_values: Any = None,
+    position_ids: Any = None,
+    pad: int | None = None,
+    streamer_has_prompt: bool = False,
+    **prepared: Any,
+) -> Tensor | GenerateDecoderOnlyOutput:
+    """Generate from what stock generate prepared. What else it `prepared` for the model is looked at before, and not used.
+
+    Args:
+        pad: the token that can only be padding, where the mask was inferred from it.
+    """
+    model = unwrapped(model)
+    given = None
+    finished = False
+    cache: SpeCache | None = None
+    try:
+        given = user_cache(past_key_values)
+        new = prompts(input_ids, attention_mask)
+        cache = cache_for(model, config, given)
+        width = getattr(generation_config, "_mask_length", None) if attention_mask is None else None
+        token_ids = _texts(model, cache, new, input_ids, attention_mask, position_ids, width)
+        refuse_padding_behind_answers(cache, token_ids, pad)
+        chunk = generation_config.prefill_chunk_size or cache.config.prefill_chunk
+        behind = stored_new_tokens(generation_config, input_ids)
+        request = token_choice(logits_processor, stopping_criteria, generation_config)
+        batch = no_answers_yet(input_ids, request)
+        kept = given is not None or generation_config.return_dict_in_generate
+        with sequence_per_text(cache, len(token_ids), lambda: batch.new_token_ids() is not None):
+            _make_room(model, cache, token_ids, behind, chunk)
+            if streamer is not None and not streamer_has_prompt:
+                with modes.callers():
+                    streamer.put(input_ids.cpu())
+            with (
+                attached(model),
+                _remembered(cache, model, kept),
+                tokens_kept(cache, _loads(token_ids, behind), batch.new_token_ids),
+            ):
+                _run(Decoder(model, cache), cache, token_ids, batch, request, chunk, streamer, progress)
+        finished = True
+    finally:
+        keep = given is not None or (finished and generation_config.return_dict_in_generate)
+        if cache is not None and not keep:
+            cache.close()
+    if not generation_config.return_dict_in_generate:
+        return batch.input_ids
+    return GenerateDecoderOnlyOutput(
+        sequences=batch.input_ids,
+        scores=tuple(batch.scores) if request.record_scores else None,
+        logits=tuple(batch.logits) if request.record_logits else None,
+        past_key_values=cache,
+    )
+
+
+def _texts(
+    model: Any,
+    cache: SpeCache,
+    new: list[list[int]],
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Any,
+    width: int | None = None,
+) -> list[list[int]]:
+    """The checked texts [B][tokens] that a call goes on from, from their first tokens on. `width`: see `whole_texts`."""
+    check_sequences(cache, new)
+    token_ids = whole_texts(cache, new, input_ids.shape[1], attention_mask, width)
+    check_vocabulary(model, token_ids)
+    check_prompt_lengths(token_ids, cache.info)
+    if position_ids is not None:
+        check_position_ids(position_ids, new, token_ids)
+    return token_ids
+
+
+def _make_room(model: Any, cache: SpeCache, token_ids: list[list[int]], new_tokens: int, chunk: int) -> None:
+    """Decide the tier of every text's rows, and refuse what does not fit, before anything is read."""
+    decide_tier(model, cache, token_ids, new_tokens, chunk)
+    check_room(cache, token_ids, new_tokens, chunk)
+    warn_of_rereading(cache, token_ids)
+
+
+def _run(
+    decoder: Decoder,
+    cache: SpeCache,
+    token_ids: list[list[int]],
+    batch: Answers,
+    request: TokenChoice,
+    chunk: int,
+    streamer: Any,
+    progress: Progress | None,
+) -> None:
+    """Prefill, pre-decode, decode."""
+    try:
+        logits = prefill_batch(decoder, cache, token_ids, chunk, progress)  # [B, V]
+        cache.counters.first_token_s = cache.counters.prefill_s
+        with modes.callers():
+            take_tokens(batch, logits, request, cache, streamer)
+        guesses = _first_guesses(decoder, cache, batch, request)
+        while active := batch.active:
+            tokens = batch.input_ids[active, -1].tolist()
+            step = decoder.step(active, tokens, [guesses[i] for i in active] if guesses else None)
+            logits[active] = step.real
+            context = with_guesses(batch, guesses) if guesses else None
+            with modes.callers():
+                take_tokens(batch, logits, request, cache, streamer)
+                if guesses is not None and context is not None:
+                    count_guesses(cache, batch, guesses, active)
+                    guesses = guess(request, context, logits, step.guess, active)
+    except BaseException as error:
+        for index in batch.unfinished.nonzero()[:, 0].tolist():
+            if len(cache.sequences) > index:
+                cache.sequences[index].finish_reason = "interrupted" if isinstance(error, KeyboardInterrupt) else "error"
+        raise
+    finally:
+        try:
+            cache.settle()
+        finally:
+            note_pending_tokens(cache, token_ids, batch.new_token_ids())
+
+
+def _first_guesses(decoder: Decoder, cache: SpeCache, batch: Answers, request: TokenChoice) -> list[int] | None:
+    """Pre-decoding (Algorithm 2), where the policy guesses: one guess per sequence, finished ones included."""
+    active = batch.active
+    if not cache.config.policy.guesses or not active:
+        return None
+    logits = decoder.pre_decode(active, batch.input_ids[active, -1].tolist())
+    with modes.callers():
+        return guess(request, batch.input_ids, logits.new_zeros(len(batch.unfinished), logits.shape[-1]), logits, active)
+
+
+def _loads(token_ids: list[list[int]], new_tokens: int) -> list[SequenceLoad]:
+    """The batch as a plan sees it, read from the beginning."""
+    return [SequenceLoad(len(ids), new_tokens) for ids in token_ids]
+
+
+def _remembered(cache: SpeCache, model: Any, kept: bool) -> AbstractContextManager[None]:
+    """Have a cache that outlives the request remember what filled it."""
+    return cache.filled_by(model) if kept else nullcontext()

@@ -1,0 +1,317 @@
+"""Mending a session: what is damaged is made again from its tokens, and everything else stays as it is.
+
+    rows        the blocks with a damaged row are read again, over the intact rows before them
+    pages       the low-bit copy is made again from the rows
+    tail        the last tokens, from the last whole block (of a hybrid: from a checkpoint of its windows), are read again
+    windows     a checkpoint is dropped
+    tokens      the copy of the tokens is made again from the tail, and the tail's tokens are those of the copy
+    manifest    is made again from its copy, and the copy from it
+
+Nothing that the saved state refers to is changed, and the manifest comes last: a crash leaves the session as it was.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from specache.cache.layers import CompressedLayer
+from specache.cache.sequence import Sequence
+from specache.cache.window_checkpoints import Spacing
+from specache.cache.window_layer import WindowLayer
+from specache.config import SpeCacheConfig
+from specache.engine.generate import prefill
+from specache.engine.reread import Rereader
+from specache.errors import SessionError
+from specache.low_bit.key_scales import KeyWeights
+from specache.sessions import names, state
+from specache.sessions.checkpoints import DiskCheckpoints
+from specache.sessions.damage import Damage, Inspection, inspect
+from specache.sessions.lock import FolderLock
+from specache.sessions.manifest import Manifest
+from specache.sessions.manifest_file import check_ours, write_manifest
+from specache.sessions.row_blocks import write_mended
+from specache.sessions.schema import is_data_file
+from specache.sessions.session import Session
+from specache.sessions.snapshot import DTYPE_NAMES, Snapshot, TensorSpec, write_snapshot
+from specache.tiers.disk.disk_tier import DiskTier
+from specache.tiers.disk.row_file import new_segment
+from specache.tiers.disk.row_layout import BLOCK_TOKENS
+from specache.tiers.disk.system_errors import reason
+
+NEEDS_MODEL = {"rows", "pages", "tail"}  # kinds of damage that are mended by reading tokens again
+Progress = Callable[[int], None]  # tokens read again so far
+
+
+@dataclass(frozen=True)
+class RepairReport:
+    """What was found in a session, and what was done about it.
+
+    Attributes:
+        tokens: of the session.
+        damages: what was damaged when it was looked at.
+        tokens_read: tokens that went through the model again.
+        mended: whether something was damaged and is no more.
+    """
+
+    name: str
+    folder: str
+    tokens: int
+    damages: tuple[Damage, ...]
+    tokens_read: int = 0
+    mended: bool = False
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether mending takes the model."""
+        return any(damage.kind in NEEDS_MODEL for damage in self.damages)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON. Keys are stable."""
+        return {**asdict(self), "damages": [asdict(damage) for damage in self.damages], "needs_model": self.needs_model}
+
+
+def check(name: str, *, folder: str | os.PathLike[str] | None = None) -> RepairReport:
+    """Read all files of a session and say what is damaged. Nothing is changed, and no model is needed.
+
+    Raises:
+        SessionError: there is no such session, it is in use, or its damage cannot be mended; the message says why.
+    """
+    path = _existing(name, folder)
+    with FolderLock(path):
+        return _report(name, path, _mendable(name, inspect(path, name)))
+
+
+def repair(
+    name: str,
+    model: Any = None,
+    *,
+    tokenizer: Any = None,
+    folder: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> RepairReport:
+    """Mend a session. What follows is then what would have followed had it never been damaged: damaged rows are those of a prefill.
+
+    Args:
+        model: the one that the session was made with. Without it, only damage is mended that needs no token read again.
+        tokenizer: if given, another one is refused.
+        folder: where sessions lie; by default `sessions` in the cache folder.
+        progress: called with the number of tokens that were read again so far.
+
+    Raises:
+        SessionError: there is no such session, it is in use, belongs to another model, or cannot be mended; nothing was changed.
+    """
+    path = _existing(name, folder)
+    with FolderLock(path):
+        found = _mendable(name, inspect(path, name))
+        report = _report(name, path, found)
+        if not report.damages:
+            return report
+        if not report.needs_model:
+            _mend_files(path, found)
+            return replace(report, mended=True)
+    if model is None:
+        raise SessionError(
+            f"Mending the session {name!r} takes the model that it was made with, to read tokens again: name it (-m MODEL). "
+            "Nothing was changed."
+        )
+    return _mend_with_model(name, model, tokenizer, path, progress or (lambda done: None))
+
+
+def _existing(name: str, folder: str | os.PathLike[str] | None) -> Path:
+    path = names.existing_folder(names.root_of(name, folder), name)
+    check_ours(path)
+    return path
+
+
+def _report(name: str, path: Path, found: Inspection) -> RepairReport:
+    return RepairReport(name, str(path), found.manifest.tokens, found.damages)
+
+
+def _mendable(name: str, found: Inspection) -> Inspection:
+    if found.token_ids is None:
+        parts = ", ".join(sorted(found.broken_files))
+        why = "their copy too" if found.manifest.token_copy else "this session was saved before copies of them were kept"
+        raise SessionError(
+            f"The session {name!r} cannot be mended: its tokens are damaged, and {why} ({parts}). Nothing was changed. Use another "
+            "copy of the session, or remove it and start again from the prompt."
+        )
+    return found
+
+
+def _intact(manifest: Manifest, found: Inspection) -> Manifest:
+    """The manifest without the checkpoints that are damaged."""
+    kept = tuple(one for one in manifest.checkpoints if one.file not in found.broken_files)
+    return _listed(replace(manifest, checkpoints=kept))
+
+
+def _listed(manifest: Manifest) -> Manifest:
+    """The manifest with exactly those files that it refers to."""
+    return replace(manifest, files={name: manifest.files[name] for name in sorted(manifest.snapshots())})
+
+
+def _mend_files(path: Path, found: Inspection) -> None:
+    """Mend what needs no model.
+
+    Raises:
+        SessionError: the folder cannot be written; the session is as it was.
+    """
+    manifest = _intact(found.manifest, found)
+    try:
+        if "tokens" in found.broken:
+            tail, specs = state.open_tail(path, manifest), state.token_specs(manifest)
+            name = f"tokens-{secrets.token_hex(8)}.safetensors"
+            tensors = {key: TensorSpec.of(tensor) for key, tensor in tail.read(specs).items()}
+            files = {**manifest.files, name: write_snapshot(path / name, tensors)}
+            manifest = _listed(replace(manifest, token_copy=name, files=files))
+        write_manifest(path, manifest)
+        for file in found.broken_files - set(manifest.files):
+            if is_data_file(file):
+                (path / file).unlink(missing_ok=True)
+    except OSError as error:
+        raise SessionError(f"The session's folder {path} cannot be written: {reason(error)}") from error
+
+
+def _mend_with_model(name: str, model: Any, tokenizer: Any, path: Path, progress: Progress) -> RepairReport:
+    before = set(os.listdir(path))
+    manifests = _manifest_bytes(path)
+    try:
+        session = MendedSession(name, model, tokenizer=tokenizer, folder=path.parent, progress=progress)
+        with session:
+            report = _report(name, path, session.found)
+            read = session.finish(model)
+        return replace(report, tokens_read=read, mended=True)
+    except BaseException as error:
+        with suppress(SessionError), FolderLock(path):  # else somebody is using it by now, and the files may be theirs
+            if _manifest_bytes(path) == manifests:  # what was written in vain goes
+                for file in set(os.listdir(path)) - before:
+                    if is_data_file(file):
+                        with suppress(OSError):
+                            (path / file).unlink()
+        if isinstance(error, OSError):
+            raise SessionError(f"The session's folder {path} cannot be written: {reason(error)}") from error
+        raise
+
+
+def _manifest_bytes(path: Path) -> list[bytes]:
+    return [file.read_bytes() for file in sorted(path.glob("session.json*")) if file.is_file()]
+
+
+class MendedSession(Session):
+    """A damaged session that is opened with what is intact, and made whole by `finish`.
+
+    Attributes:
+        found: its damage.
+    """
+
+    def __init__(self, name: str, model: Any, *, tokenizer: Any, folder: Path, progress: Progress) -> None:
+        self.found: Inspection
+        self._model = model
+        self._progress = progress
+        self._tokens_read = 0
+        super().__init__(name, model, tokenizer=tokenizer, folder=folder)
+
+    def finish(self, model: Any) -> int:
+        """Read what is missing behind the intact state, and save -> tokens that were read again."""
+        ids, stored = self.found.token_ids or [], len(self.token_ids)
+        if stored < len(ids):
+
+            def count(done: int, total: int) -> None:
+                self._progress(self._tokens_read + done - stored)
+
+            tokens = torch.tensor([ids], device=self.cache.info.device)
+            prefill(model, tokens, cache=self.cache, attention_mask=torch.ones_like(tokens), progress=count)
+        state.restore_history(self._sequence, self.found.manifest)
+        self.save()
+        return self._tokens_read + len(ids) - stored
+
+    def _read_saved(self) -> Manifest | None:
+        self.found = _mendable(self.name, inspect(self.folder, self.name))
+        return self.found.manifest
+
+    def _config(self, wanted: SpeCacheConfig | None) -> SpeCacheConfig:
+        return super()._config(None)
+
+    def _open(self) -> None:
+        """Give the cache its one sequence, with what is intact or can be mended of its state."""
+        cache, manifest = self._cache, _intact(self.found.manifest, self.found)
+        assert cache is not None
+        info = cache.info
+        expected = {i: (d.kv_heads, d.head_dim, d.window) for i, d in enumerate(cache.resources.dimensions.layers)}
+        state.check_shapes(manifest, expected, info.dtype)
+        spacing = Spacing.of([window for window in info.windows if window is not None] or [1])
+        self._checkpoints = DiskCheckpoints(spacing, self.folder, manifest)
+        if self.found.blocks:
+            chunk = cache.config.prefill_chunk
+            rereader = Rereader(self._model, info, self.folder, self.found, self._checkpoints, chunk, self._progress)
+            manifest = replace(manifest, rows=write_mended(self.folder, manifest, new_segment(), rereader.mended()))
+            self._tokens_read = rereader.tokens_read
+        sequence = cache.new_sequence()
+        cache.sequences = [sequence]
+        sequence.tier.close()
+        sequence.checkpoints = self._checkpoints
+        if self.found.broken & {"tail", "pages"}:
+            manifest = replace(manifest, pages=())  # all of them are written anew
+            self._rebuild(sequence, manifest)
+        else:
+            tail = state.open_tail(self.folder, manifest)
+            sequence.tier = state.open_tier(self.folder, manifest, tail)
+            state.restore(sequence, info.device, self.folder, manifest, tail)
+        self._saved = manifest
+
+    def _rebuild(self, sequence: Sequence, manifest: Manifest) -> None:
+        """Make the low-bit copy again from the rows, and all else from the tail, or from what there is instead of it."""
+        tail = None if "tail" in self.found.broken else state.open_tail(self.folder, manifest)
+        length, stored, rings = (manifest.tokens, manifest.tokens, None) if tail else self._go_back(manifest)
+        if length == 0:
+            self._checkpoints.forget_after(0)
+            sequence.tier = DiskTier(self.folder, temporary=False)
+            return
+        source = tail or self._token_copy(manifest)
+        names = state.tail_specs(manifest) if tail else state.token_specs(manifest)
+        tensors = source.read(names)
+        empty = {i: torch.empty(s.heads, 0, 2 * s.dim, dtype=DTYPE_NAMES[s.dtype]) for i, s in manifest.full_layers.items()}
+        sequence.tier = tier = DiskTier.open(
+            self.folder, manifest.rows, {index: tensors.get(f"rows.{index}", rows) for index, rows in empty.items()}
+        )
+        device = self._cache.info.device if self._cache else torch.device("cpu")
+        for index, shape in manifest.layers.items():
+            layer = sequence.layer(index, torch.empty(shape.heads, 0, shape.dim, dtype=DTYPE_NAMES[shape.dtype], device=device))
+            if isinstance(layer, WindowLayer):
+                layer.restore(tensors[f"ring.{index}"] if rings is None else rings[index], stored)
+                layer.truncate(length)
+            elif isinstance(layer, CompressedLayer):
+                tier.truncate(index, length)
+                kept = {kind: tensors.get(f"{kind}.{index}") for kind in ("weights", "queries", "wanted")}
+                moved = {kind: None if tensor is None else tensor.to(device) for kind, tensor in kept.items()}
+                layer.weights = KeyWeights.restored(layer.weights.tokens, moved["weights"], moved["queries"])
+                layer.rebuild(length)
+                layer.next_positions = moved["wanted"]
+        sequence.commit(tensors["token_ids"].tolist()[:length])
+        self._checkpoints.forget_after(length)
+
+    def _go_back(self, manifest: Manifest) -> tuple[int, int, dict[int, torch.Tensor] | None]:
+        """Without the tail: (tokens that need not be read again, tokens and rings of the checkpoint for them)."""
+        config = manifest.config(self.folder)
+        length = min(sum(extent.count for extent in extents) for extents in manifest.rows.values()) * BLOCK_TOKENS
+        stored, rings = length, None
+        if manifest.windows:
+            checkpoint = self._checkpoints.newest(length)
+            if checkpoint is None:
+                return 0, 0, None
+            stored, rings = checkpoint
+            length = min(stored, length)
+        fixed = all(tail.weights for tail in manifest.tails.values())
+        known = fixed and "tokens" not in self.found.broken and length >= config.residual + config.group_size
+        return (length, stored, rings) if known else (0, 0, None)
+
+    def _token_copy(self, manifest: Manifest) -> Snapshot:
+        assert manifest.token_copy is not None, "without a copy of the tokens nothing is mended"
+        return Snapshot(self.folder / manifest.token_copy, manifest.files[manifest.token_copy], state.token_specs(manifest))

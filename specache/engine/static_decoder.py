@@ -1,0 +1,244 @@
+"""Decode steps on a GPU: over static buffers, so that the host only launches, and as a CUDA graph where one can be captured.
+
+`StaticDecoder` lends a batch's sequences to a `DeviceBatch` for as long as the same sequences decode together. `SpeCache.settle`
+has them hold their whole state themselves again; whoever reads or changes a sequence otherwise calls it first.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specache.attention.decode import PassKind
+from specache.cache.cache import SpeCache
+from specache.cache.layers import not_finite
+from specache.cache.sequence import Sequence as CachedSequence
+from specache.config import Policy, SlowTierKind, SpeCacheConfig
+from specache.device import page_kernels
+from specache.device.batch import BatchSize, DeviceBatch
+from specache.device.graph import CaptureError, GraphedSteps, Graphs, graphs_for
+from specache.device.step import StaticPass
+from specache.engine.attention_hook import decode_forward
+from specache.errors import SlowTierError
+from specache.planning.working_set import decode_bytes
+from specache.platform.budget import Claim
+from specache.platform.out_of_memory import is_out_of_memory
+from specache.tiers.streams import Streams, streams_for
+
+CAPACITY_STEP = 4096  # low-bit tokens: what a batch has room for is a multiple, so that it is rebuilt (and captured) seldom
+KINDS = {
+    Policy.VERIFIED: PassKind.PAIR,
+    Policy.SPECULATIVE: PassKind.PAIR,
+    Policy.ON_DEMAND: PassKind.SINGLE,
+    Policy.PREVIOUS: PassKind.SINGLE,
+    Policy.NONE: PassKind.SINGLE,
+}
+
+
+def low_bit_room(config: SpeCacheConfig, tokens: int, step: int = CAPACITY_STEP) -> int:
+    """Low-bit tokens that a batch makes room for, whose longest sequence has `tokens`: one group more, in whole steps."""
+    return -(-(config.low_bit_length(tokens) + config.group_size) // step) * step
+
+
+@dataclass(frozen=True)
+class StaticSettings:
+    """How steps run; tests run them on the CPU with settings of their own."""
+
+    streams: Callable[[torch.device], Streams] = streams_for
+    graphs: Callable[[torch.device], Graphs | None] = graphs_for
+    capacity_step: int = CAPACITY_STEP
+    devices: tuple[str, ...] = ("cuda",)
+
+
+SETTINGS = StaticSettings()
+
+
+class StaticDecoder:
+    """The static steps of one cache. The model must be `attached`."""
+
+    def __init__(self, model: Any, cache: SpeCache) -> None:
+        self._model = model
+        self._cache: SpeCache = weakref.proxy(cache)  # which refers to `settle` while its sequences are lent
+        self._settings = SETTINGS
+        self._graphs = cache.config.cuda_graph is not False
+        self._batch: DeviceBatch | None = None
+        self._sequences: list[CachedSequence] = []  # that the batch is made of
+        self._steps = GraphedSteps(None)
+        self._working_set: Claim | None = None
+        self.out_of_room = False  # memory did not suffice for static buffers: the ordinary steps serve
+        self._off = self._refuses()
+        if self._off and cache.config.cuda_graph:
+            _warn(f"cuda_graph is on, but decode steps are not captured: {self._off}.")
+
+    def serves(self, kind: PassKind, sequences: Sequence[CachedSequence]) -> bool:
+        """Whether a pass runs here. A sequence shorter than `R + g` has no low-bit copy yet, and no key weights."""
+        config = self._cache.config
+        least = config.residual + config.group_size
+        if self._off or kind is not KINDS[config.policy] or any(sequence.length < least for sequence in sequences):
+            return False
+        return self._cache.info.rope_switch is None or self._on_one_side()
+
+    def step(self, sequences: Sequence[CachedSequence], tokens: list[list[int]]) -> Tensor | None:
+        """One step over tokens [A][n] -> float32 logits [A, n, V]; `None` if there is no room for a batch. Commits the first ones.
+
+        A failure leaves the sequences as they were.
+        """
+        if self._off or not self._lend(sequences):
+            return None
+        assert self._batch is not None
+        try:
+            logits = self._run(self._batch, tokens)
+        except BaseException as error:
+            again = self._can_do_without(error)
+            self._take_back(failed=True)
+            if not again:
+                raise
+            logits = None
+        if logits is None:  # outside of `except`: the error keeps the failed step's tensors alive
+            return self.step(sequences, tokens)
+        for sequence, row in zip(sequences, tokens, strict=True):
+            sequence.commit(row[:1])
+        return logits
+
+    def settle(self) -> None:
+        """The sequences hold their whole state themselves."""
+        if self._batch is not None:
+            self._take_back(failed=False)
+
+    def _run(self, batch: DeviceBatch, tokens: list[list[int]]) -> Tensor:
+        config = self._cache.config
+        kind = KINDS[config.policy]
+        retires = batch.begin(tokens) and config.policy.prefetches  # only what is selected for the next step depends on it
+
+        def run() -> Tensor:
+            state = StaticPass(batch, kind, config.policy, config.top_k, retires)
+            logits = decode_forward(self._model, batch.inputs.token_ids, batch.inputs.position_ids, state, reads_back=False)
+            if self._graphs:
+                batch.join()
+            return logits
+
+        logits = self._steps(retires, run)
+        batch.ran()
+        if (layer := batch.first_not_finite()) is not None:
+            raise not_finite(layer)
+        batch.commit()
+        return logits
+
+    def _can_do_without(self, error: BaseException) -> bool:
+        """Leave out what made a step fail, from now on -> whether the step can be tried again as it is."""
+        if isinstance(error, CaptureError):
+            _warn(f"A decode step could not be captured as a CUDA graph ({error}). Steps go on without, slower.")
+            self._graphs = False
+            return True
+        if isinstance(error, page_kernels.build_errors(self._cache.info.device)):
+            self._off = f"a kernel could not be built ({error})"
+            _warn(f"Decode steps go on without static buffers, slower: {self._off}.")
+            return True
+        if is_out_of_memory(error):
+            self._off, self.out_of_room = "memory ran out in a step with static buffers", True
+            _warn("Out of memory in a decode step: its static buffers were freed, and steps go on without, slower.")
+            return True
+        return False
+
+    def _lend(self, sequences: Sequence[CachedSequence]) -> bool:
+        """Have the batch of these sequences, with room for a step -> whether there is one."""
+        batch = self._batch
+        if batch is not None and not batch.outgrown and self._sequences == list(sequences):
+            return True
+        self._cache.settle()
+        device = self._cache.info.device
+        size = self._size(sequences)
+        resources, config = self._cache.resources, self._cache.config
+        try:
+            working = decode_bytes(resources.dimensions, config, len(sequences), size.capacity)
+            self._working_set = resources.budget.claim(working, "the working set of a step")
+            self._batch = DeviceBatch(sequences, config, size, self._settings.streams(device), resources.budget)
+        except Exception as error:
+            if not (isinstance(error, SlowTierError) or is_out_of_memory(error)):
+                raise
+            self._off, self.out_of_room = str(error), is_out_of_memory(error)
+            _warn(f"Decode steps go on without static buffers, slower: {error}")
+            self._forget()
+            for sequence in sequences:
+                sequence.prepare_decode()
+            return False
+        self._sequences = list(sequences)
+        self._steps = GraphedSteps(self._settings.graphs(device) if self._graphs else None)
+        self._cache.lent = self.settle
+        return True
+
+    def _size(self, sequences: Sequence[CachedSequence]) -> BatchSize:
+        config = self._cache.config
+        room = low_bit_room(config, max(sequence.length for sequence in sequences), self._settings.capacity_step)
+        slots = {
+            index: sum(self._cache.hot_slots(sequence, sequence.compressed[index]) for sequence in sequences) // len(sequences)
+            for index in sequences[0].compressed
+        }
+        return BatchSize(KINDS[config.policy].rows, room, slots)
+
+    def _take_back(self, failed: bool) -> None:
+        batch = self._batch
+        assert batch is not None
+        steps = self._steps  # its graphs are not freed before the device is through with them
+        self._forget()
+        if steps.capturing:
+            batch.abandon_capture()
+        if failed:
+            batch.undo()
+        batch.give_back()
+        self._count(batch)
+        for sequence in self._sequences:
+            if failed:
+                sequence.begin_pass()
+                sequence.undo_pass()
+            if not self._off:
+                sequence.prepare_decode()
+
+    def _forget(self) -> None:
+        self._batch, self._steps, self._cache.lent = None, GraphedSteps(None), None
+        if self._working_set is not None:
+            self._working_set.release()
+
+    def _count(self, batch: DeviceBatch) -> None:
+        """What the batch counted on the device."""
+        counters = self._cache.counters
+        selected, ready, size = batch.row_counts()
+        counters.rows_selected += selected
+        counters.rows_ready += ready
+        counters.bytes_fetched += size
+
+    @property
+    def _on_device(self) -> bool:
+        return self._cache.info.device.type in self._settings.devices
+
+    def _on_one_side(self) -> bool:
+        """Whether all sequences are on one side of a long RoPE's switch: else two batches would take turns, each built anew."""
+        side = self._cache.info.rope_side
+        return len({side(length) for sequence in self._cache.sequences for length in (sequence.length, sequence.length + 1)}) == 1
+
+    def _refuses(self) -> str | None:
+        """Why no step of this cache runs here, or `None`."""
+        info, config = self._cache.info, self._cache.config
+        if not self._on_device:
+            return f"the model is on {info.device.type!r}"
+        if config.policy not in KINDS:
+            return f"policy {config.policy.value!r} is not served"
+        if config.slow_tier is not SlowTierKind.RAM:
+            return f"the 16-bit pairs are in slow tier {config.slow_tier.value!r}, not in RAM"
+        if info.rope_type == "dynamic":
+            return "with dynamic RoPE every position has frequencies of its own"
+        if config.residual == 0:
+            return "residual=0 leaves no token at 16 bits while its group becomes low bit"
+        layers = set(self._cache.resources.dimensions.full_layers)
+        reasons = (page_kernels.refuses(info.device, layer.head_dim, info.dtype, config.group_size) for layer in layers)
+        return next((reason for reason in reasons if reason), None)
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=4)

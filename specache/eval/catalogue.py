@@ -1,0 +1,48 @@
+"""Every task and every method by name. A new one is one file and one line here; nothing is imported before it is asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from specache.platform.registry import named_class
+
+_LISTED = "See 'specache eval list'."
+
+TASKS = {
+    "fidelity": "specache.eval.tasks.fidelity:Fidelity",
+    "perplexity": "specache.eval.tasks.perplexity:Perplexity",
+    "needle": "specache.eval.tasks.needle:Needle",
+    "ruler": "specache.eval.tasks.ruler:Ruler",
+    "longbench": "specache.eval.tasks.longbench:LongBench",
+    "retrieval": "specache.eval.tasks.retrieval:Retrieval",
+}
+
+METHODS = {
+    "full": "specache.eval.methods.specache:FullMethod",
+    "specache": "specache.eval.methods.specache:SpeCacheMethod",
+    "kivi": "specache.eval.methods.specache:KiviMethod",
+    "quantized": "specache.eval.methods.quantized:QuantizedMethod",
+    "offloaded": "specache.eval.methods.offloaded_cache:OffloadedMethod",
+    "streaming-llm": "specache.eval.methods.streaming_llm:StreamingLLMMethod",
+    "h2o": "specache.eval.methods.h2o:H2OMethod",
+    "snapkv": "specache.eval.methods.snapkv:SnapKVMethod",
+    "infllm": "specache.eval.methods.infllm:InfLLMMethod",
+}
+
+
+def task_class(name: str) -> Any:
+    """The task's class.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    return named_class(TASKS, name, "task", _LISTED)
+
+
+def method_class(name: str) -> Any:
+    """The method's class.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    return named_class(METHODS, name, "method", _LISTED)

@@ -1,0 +1,53 @@
+"""transformers' own offloaded cache: all layers in main memory, the next one on its way to the GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from transformers import DynamicCache
+
+from specache.engine.attention_hook import reset_rope
+from specache.errors import MethodUnavailableError
+from specache.eval.methods.stock import StockSession
+from specache.eval.prefilled import Prefilled
+
+RESIDENT = 2  # layers on the GPU at a time: the one that runs and the one that comes next
+
+
+@dataclass(frozen=True)
+class OffloadedMethod:
+    """Exact, so it differs from `full` in speed and memory only: two layers' rows are on the GPU at a time.
+
+    The prompt is prefilled again by the stock model, in the chunks that the shared prefill had: sliding layers of a stock cache
+    cannot be filled from rows.
+    """
+
+    name: ClassVar[str] = "offloaded"
+    summary: ClassVar[str] = "transformers' offloaded cache (needs CUDA)"
+    needs_all_queries: ClassVar[bool] = False
+
+    def settings(self) -> dict[str, Any]:
+        return {}
+
+    def start(self, prompt: Prefilled) -> StockSession:
+        info = prompt.cache.info
+        if info.device.type != "cuda":
+            raise MethodUnavailableError(
+                f"Method 'offloaded' needs the model on a CUDA device, it is on {info.device}: transformers moves the cache "
+                "between GPU and main memory on CUDA streams."
+            )
+        cache = DynamicCache(config=prompt.model.config.get_text_config(decoder=True), offloading=True)
+        chunk = prompt.length if info.rope_switch is not None else prompt.cache.config.prefill_chunk
+        reset_rope(prompt.model, info)
+        ids = torch.tensor([prompt.token_ids], device=info.device)
+        for start in range(0, prompt.length, chunk):
+            prompt.model(ids[:, start : start + chunk], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return StockSession(prompt, cache, lambda cache: resident_bytes(cache, prompt.full_layers))
+
+
+def resident_bytes(cache: Any, layers: list[int]) -> int:
+    """Bytes at 16 bits of the full-attention layers that are on the GPU at a time."""
+    state = cache.layers[layers[0]]
+    return min(RESIDENT, len(layers)) * 2 * (state.keys.numel() + state.values.numel())

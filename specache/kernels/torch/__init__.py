@@ -1,0 +1,1 @@
+"""The kernels in plain PyTorch: the fallback of every faster backend."""

@@ -1,0 +1,302 @@
+"""Every kernel compiled ahead of time, without a GPU: registers, spills and shared memory per target.
+
+    python -m specache.kernels.triton.ahead_of_time [--write docs/gpu_kernels.md] [--quick]
+
+The table of `docs/gpu_kernels.md` comes from here; the tests compile the `quick` part of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from specache.config import Code
+from specache.errors import ConfigError
+from specache.kernels import triton as triton_kernels
+from specache.kernels.triton import launch_options as options
+from specache.kernels.triton.launch_options import Shape
+
+# Shared memory that a block may ask for, KiB (CUDA C++ Programming Guide, technical specifications per compute capability).
+SHARED_MEMORY_KIB = {80: 163, 86: 99, 89: 99, 90: 227}
+HALF = ", 16-bit scores"  # behind the names of kernels that have such a variant
+OF_ROWS = (
+    "merge",
+    "rescore",
+    "rescore" + HALF,
+    "attend fetched",
+    "attend fetched" + HALF,
+    "select peaks",
+    "select mass",
+    "select parts" + HALF,
+    "select normaliser" + HALF,
+    "select mass" + HALF,
+    "select digit",
+    "select digit" + HALF,
+    "select count",
+    "select count" + HALF,
+    "select positions",
+    "select positions" + HALF,
+    "gather",
+    "hot set: claim",
+    "hot set: read ahead",
+    "hot set: look",
+    "hot set: fill",
+    "recent",
+    "join",
+)  # kernels that read no codes
+EXACT = ("rescore", "attend fetched", "recent")  # those with products in float32
+BEGIN, END = "<!-- resources -->\n", "<!-- /resources -->\n"
+
+_TYPES = {
+    **dict.fromkeys(("scores", "rest_lse", "peaks", "totals", "sums", "copy_sums", "fetched_sums", "out", "low_bit"), "*fp32"),
+    **dict.fromkeys(("lse", "own_lse", "copy_lse", "recent_lse", "recent", "copy", "sinks"), "*fp32"),
+    **dict.fromkeys(("turned", "weights", "levels", "references", "normaliser", "kept", "exact"), "*fp32"),
+    **dict.fromkeys(("addresses", "first_page", "positions", "stored", "counts"), "*i64"),
+    **dict.fromkeys(("missing", "claimed", "found", "wanted", "here", "victims", "counters", "source"), "*i64"),
+    **dict.fromkeys(("lengths", "mass", "histogram", "above", "equal", "table", "owner", "used", "tick"), "*i32"),
+    **dict.fromkeys(("scaling", "softcap", "unit"), "fp32"),
+    "finite": "*u8",
+}
+_HALF_TYPES = {"scores": "*fp16", "mass": "*i16"}
+_ROWS = ("query", "rows", "keys", "values", "hot", "residual")  # in the model's dtype
+_ALIGNED = ("key_codes", "key_scale", "key_bias", "key_zero", "key_mean", "value_codes", "value_scale", "value_zero")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel of a layer, and the dtype of the model's rows ("bf16", "fp16", "fp32")."""
+
+    kernel: str
+    shape: Shape
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel takes of a multiprocessor.
+
+    Attributes:
+        registers: per thread.
+        spills: bytes of a thread's stack frame: registers that did not fit.
+        shared: bytes of shared memory per block.
+        warps: per block.
+    """
+
+    registers: int
+    spills: int
+    shared: int
+    warps: int
+
+
+def kernels(shape: Shape, dtype: str) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """Name -> (kernel, its constants and options) for a layer."""
+    from specache.kernels.triton import attend, gather, hot_rows, quantise, recent, score, select
+
+    exact, dim = dtype == "fp32", shape.dim
+    groups, group, rows = shape.groups, shape.group_size, shape.groups * shape.rows
+    found = {
+        "score": (score.score_kernel, options.score(shape, False, exact)),
+        "score" + HALF: (score.score_kernel, options.score(shape, False, exact, half=True)),
+        "attend": (attend.copy_kernel, options.attend_copy(shape, exact)),
+        "attend" + HALF: (attend.copy_kernel, options.attend_copy(shape, exact, half=True)),
+        "merge": (attend.merge_kernel, options.merge(shape, 64, True)),
+        "rescore": (score.rescore_kernel, options.rescore(dim, groups, False)),
+        "rescore" + HALF: (score.rescore_kernel, options.rescore(dim, groups, False, group)),
+        "attend fetched": (attend.fetched_kernel, options.fetched(dim, groups)),
+        "attend fetched" + HALF: (attend.fetched_kernel, options.fetched(dim, groups, half=True)),
+        "select peaks": (select.peaks_kernel, options.select()),
+        "select mass": (select.mass_kernel, options.select(G=groups, BLOCKS_P=32)),
+        "select parts" + HALF: (select.parts_kernel, options.select_parts(group)),
+        "select normaliser" + HALF: (select.normaliser_kernel, options.select_normaliser(group)),
+        "select mass" + HALF: (select.half_mass_kernel, options.select(G=groups, GROUP=group)),
+        "select digit": (select.digit_kernel, options.select(NUMBER=31, DIGIT=3)),
+        "select digit" + HALF: (select.digit_kernel, options.select(NUMBER=16, DIGIT=1)),
+        "select count": (select.count_kernel, options.select(NUMBER=31)),
+        "select count" + HALF: (select.count_kernel, options.select(NUMBER=16)),
+        "select positions": (select.positions_kernel, options.select(NUMBER=31, BLOCKS_P=32)),
+        "select positions" + HALF: (select.positions_kernel, options.select(NUMBER=16, BLOCKS_P=32)),
+        "gather": (gather.gather_kernel, options.gather(2 * dim)),
+        "hot set: claim": (hot_rows.claim_kernel, options.claim(False, 64)),
+        "hot set: read ahead": (hot_rows.claim_kernel, options.claim(True, 1024)),
+        "hot set: look": (hot_rows.look_kernel, options.hot_rows(2 * dim)),
+        "hot set: fill": (hot_rows.fill_kernel, {**options.hot_rows(2 * dim), "MAPPED": True, "JOIN": True}),
+        "recent": (recent.recent_kernel, options.recent(dim, rows, shape.rows, False, True, exact)),
+        "join": (recent.join_kernel, options.join(dim, rows, shape.rows)),
+    }
+    if shape.rotated:
+        found["quantise centre"] = (quantise.centre_keys_kernel, options.centre_keys(shape))
+        found["quantise keys"] = (quantise.rotated_keys_kernel, options.rotated_keys(shape))
+        found["quantise values"] = (quantise.rotated_values_kernel, options.rotated_values(shape))
+    else:
+        found["quantise keys"] = (quantise.kivi_keys_kernel, options.kivi_keys(shape))
+        found["quantise values"] = (quantise.kivi_values_kernel, options.kivi_values(shape))
+    return found
+
+
+def compile_variant(variant: Variant, capability: int, **changes: Any) -> Resources:
+    """Compile for `sm_<capability>` and read what the binary takes. `changes`: other options of the compiler."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, settings = kernels(variant.shape, variant.dtype)[variant.kernel]
+    constants = {name: value for name, value in settings.items() if name.isupper()}
+    compiler_options = {name: value for name, value in settings.items() if not name.isupper()}
+    signature = {name: _type_of(name, variant) for name in kernel.arg_names if name not in constants}
+    constants["stride_d"] = 1  # as Triton does with an argument that is 1
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    signature = {name: "constexpr" if name in constants else signature[name] for name in kernel.arg_names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if signature[name].startswith("*") or name in _ALIGNED
+    }
+    source = ASTSource(
+        kernel,
+        signature,
+        {(kernel.arg_names.index(name),): value for name, value in constants.items()},
+        aligned,
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={**compiler_options, **changes})
+    return _inspect(compiled.asm["cubin"], compiled.metadata.shared, compiled.metadata.num_warps)
+
+
+def _type_of(name: str, variant: Variant) -> str:
+    if variant.kernel.endswith(HALF) and name in _HALF_TYPES:
+        return _HALF_TYPES[name]
+    if name in _ROWS:
+        rotated_input = variant.shape.rotated and variant.kernel in ("quantise keys", "quantise values")
+        return "*fp32" if rotated_input else f"*{variant.dtype}"
+    if name == "out" and variant.kernel in ("gather", "hot set: look", "hot set: fill", "join"):
+        return f"*{variant.dtype}"
+    return _TYPES.get(name, "i32")
+
+
+def _inspect(cubin: bytes, shared: int, warps: int) -> Resources:
+    """Registers and local memory of the one kernel of a cubin, as `cuobjdump` shows them."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    said = {name: int(number) for name, number in re.findall(r"\b([A-Z]+):(\d+)", text)}
+    return Resources(said["REG"], max(said["STACK"], said["LOCAL"]), shared, warps)
+
+
+def compile_all(variants: Sequence[Variant], targets: Sequence[int], processes: int) -> dict[tuple[Variant, int], Resources]:
+    """Every variant for every target, in processes of their own."""
+    jobs = [(variant, target) for variant in variants for target in targets]
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        return dict(zip(jobs, pool.map(compile_variant, *zip(*jobs, strict=True)), strict=True))
+
+
+def quick_variants() -> list[Variant]:
+    """The hardest of each kernel: most registers, widest heads, most rows."""
+    shapes = [
+        Shape(Code.KIVI, 2, 64, 128, 8, 2),
+        Shape(Code.ROTATED, 2, 64, 128, 8, 2),
+        Shape(Code.KIVI, 1, 32, 256, 8, 2),
+        Shape(Code.ROTATED, 4, 64, 256, 8, 2),
+    ]
+    names = [kernel + half for kernel in ("score", "attend") for half in ("", HALF)]
+    reads_codes = [Variant(kernel, shape, "bf16") for shape in shapes for kernel in names]
+    exact = [Variant(kernel, Shape(Code.KIVI, 2, 32, 256, 8, 2), "fp32") for kernel in ("score", "attend", *EXACT)]
+    quantising = [
+        Variant(kernel, Shape(code, bits, 64, 256, 8, 2), "bf16")
+        for code, bits in ((Code.KIVI, 1), (Code.ROTATED, 4))
+        for kernel in kernels(Shape(code, bits, 64, 256, 8, 2), "bf16")
+        if kernel.startswith("quantise")
+    ]
+    of_rows = [Variant(kernel, Shape(Code.ROTATED, 2, 64, 256, 8, 2), "bf16") for kernel in OF_ROWS if kernel not in EXACT]
+    return [*reads_codes, *exact, *quantising, *of_rows]
+
+
+def table_variants() -> list[Variant]:
+    """What the table in the documentation shows: code x bits x head dimension x rows, and the kernels that read no codes."""
+    found = []
+    for code in Code:
+        for bits in (1, 2, 4):
+            for dim, rows in ((64, 2), (128, 1), (128, 2), (256, 2)):
+                shape = Shape(code, bits, 64, dim, 4, rows)
+                names = [kernel + half for kernel in ("score", "attend") for half in ("", HALF)]
+                if rows == 2 and dim > 64:
+                    names += [kernel for kernel in kernels(shape, "bf16") if kernel.startswith("quantise")]
+                found += [Variant(name, shape, "bf16") for name in names]
+    found += [Variant(kernel, Shape(Code.ROTATED, 2, 64, 128, 4, 2), "bf16") for kernel in OF_ROWS]
+    return list(dict.fromkeys([*found, *quick_variants()]))
+
+
+def problems(found: dict[tuple[Variant, int], Resources]) -> list[str]:
+    """What breaks a rule: a spill, or more shared memory than the target has."""
+    wrong = []
+    for (variant, target), resources in found.items():
+        limit = SHARED_MEMORY_KIB[target] * 1024
+        if resources.spills:
+            wrong.append(f"{variant} spills {resources.spills} bytes on sm_{target}")
+        if resources.shared > limit:
+            wrong.append(f"{variant} takes {resources.shared} bytes of shared memory on sm_{target}, which has {limit}")
+    return wrong
+
+
+def markdown(found: dict[tuple[Variant, int], Resources]) -> str:
+    """A row per variant: registers and shared memory (KiB) on each target."""
+    targets = sorted({target for _, target in found})
+    lines = [
+        "| kernel | code | bits | g | D | G n | rows | warps | " + " | ".join(f"sm_{target}" for target in targets) + " |",
+        "|---|---|---|---|---|---|---|---|" + "---|" * len(targets),
+    ]
+    for variant in dict.fromkeys(variant for variant, _ in found):
+        shape, each = variant.shape, [found[variant, target] for target in targets]
+        named = [shape.code.value, shape.bits, shape.group_size] if variant.kernel not in OF_ROWS else ["-", "-", "-"]
+        cells = [variant.kernel, *named, shape.dim, shape.groups * shape.rows, variant.dtype, each[0].warps]
+        cells += [f"{r.registers} / {r.shared / 1024:.0f}" + (f", spills {r.spills}" if r.spills else "") for r in each]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def show(found: dict[tuple[Variant, int], Resources]) -> None:
+    """The same table on the terminal."""
+    header, _, *rows = (line.strip("| ").split(" | ") for line in markdown(found).splitlines())
+    table = Table(*header, title="registers per thread / shared memory per block (KiB)")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=140).print(table)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Compile the Triton kernels ahead of time and show what they take.")
+    parser.add_argument("--quick", action="store_true", help="only the hardest variants")
+    parser.add_argument("--write", type=Path, help="put the table into this Markdown file, between its two marks")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    arguments = parser.parse_args()
+    if triton_kernels.interpreted():
+        raise ConfigError(f"{triton_kernels.INTERPRETER}=1 is set: the interpreter compiles nothing.")
+    found = compile_all(quick_variants() if arguments.quick else table_variants(), list(SHARED_MEMORY_KIB), arguments.processes)
+    show(found)
+    if arguments.write:
+        text = arguments.write.read_text()
+        before, rest = text.split(BEGIN)
+        arguments.write.write_text(before + BEGIN + markdown(found) + END + rest.split(END)[1])
+    for problem in problems(found):
+        print(problem, file=sys.stderr)
+    return bool(problems(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,233 @@
+"""Pages from a pool with a byte budget, and the page tables through which sequences reach them.
+
+Appending never copies what is there, freeing is immediate, and sequences that share a prefix share its pages (reference counts).
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice, pairwise
+
+import torch
+from torch import Tensor
+
+from specache.config import PAGE_TOKENS
+from specache.kernels.types import LowBitCopy, PageRun
+from specache.low_bit.layout import PageLayout
+from specache.low_bit.slab import Slab
+from specache.platform.budget import ByteBudget
+
+Page = tuple[int, int]  # (slab, index in the slab)
+
+SLAB_BYTES = 1 << 20  # of a lazy slab, at least
+
+
+class PagePool:
+    """Fixed-size pages of one layout, in slabs that are allocated as needed.
+
+    Args:
+        layout: the layout of every page.
+        device: where pages live (fast memory).
+        budget: bounds the bytes of pages.
+    """
+
+    def __init__(self, layout: PageLayout, device: torch.device, budget: ByteBudget) -> None:
+        self.layout = layout
+        self.device = device
+        self.budget = budget
+        self._lazy = Slab.is_lazy(device)
+        self._slabs: dict[int, Slab] = {}
+        self._free: dict[int, list[int]] = {}
+        self._references: dict[Page, int] = {}
+        self._next_slab = 0
+        self._lock = threading.Lock()
+        self._forgotten: deque[list[Page]] = deque()  # by tables that are gone; not released yet
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the budget counts."""
+        pages = self.pages_in_use if self._lazy else sum(slab.pages for slab in self._slabs.values())
+        return pages * self.layout.page_bytes
+
+    @property
+    def pages_in_use(self) -> int:
+        return len(self._references)
+
+    def allocate(self, count: int) -> list[Page]:
+        """`count` pages with one reference each: free ones first, then a slab for the rest.
+
+        Raises:
+            FastMemoryError: the budget does not allow it; nothing was allocated.
+        """
+        with self._changing():
+            pages = list(islice(self._available(), count))
+            missing = count - len(pages)
+            self.budget.take((count if self._lazy else missing) * self.layout.page_bytes, "pages of the low-bit copy")
+            if missing:
+                pages += [(self._next_slab, index) for index in range(missing)]
+                self._add_slab(missing)
+            for page in pages:
+                self._free[page[0]].pop()
+                self._references[page] = 1
+            return sorted(pages)
+
+    def share(self, pages: list[Page]) -> None:
+        """One more reference to each page."""
+        with self._changing():
+            for page in pages:
+                self._references[page] += 1
+
+    def release(self, pages: list[Page]) -> None:
+        """One reference less to each page; a slab without pages in use is given back to the system."""
+        with self._changing():
+            self._release(pages)
+
+    def forget(self, pages: list[Page]) -> None:
+        """`release` for a finalizer, which may run in the middle of anything and so waits for nobody."""
+        self._forgotten.append(pages)
+        self._release_forgotten()
+
+    def is_shared(self, page: Page) -> bool:
+        return self._references[page] > 1
+
+    def run(self, slab: int, first: int, count: int) -> PageRun:
+        return self.layout.run(self._slabs[slab].data, first, count)
+
+    def page_bytes(self, page: Page) -> Tensor:
+        """The raw bytes of one page, uint8 [page_bytes]."""
+        return self._slabs[page[0]].data[page[1]]
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """No finalizer changes the pool inside the block; what is forgotten meanwhile is released behind it."""
+        try:
+            with self._lock:
+                yield
+        finally:
+            self._release_forgotten()
+
+    def _release_forgotten(self) -> None:
+        while self._forgotten and self._lock.acquire(blocking=False):
+            try:
+                while self._forgotten:
+                    self._release(self._forgotten.popleft())
+            finally:
+                self._lock.release()
+
+    def _release(self, pages: list[Page]) -> None:
+        freed: dict[int, int] = {}
+        for page in pages:
+            self._references[page] -= 1
+            if self._references[page]:
+                continue
+            del self._references[page]
+            slab, index = page
+            self._free[slab].append(index)
+            freed[slab] = freed.get(slab, 0) + 1
+        for slab, count in freed.items():
+            held = self._slabs[slab]
+            empty = len(self._free[slab]) == held.pages
+            self.budget.give_back((count if self._lazy else held.pages * empty) * self.layout.page_bytes)
+            if empty:
+                del self._free[slab], self._slabs[slab]
+            elif self._lazy:
+                held.give_back(self._free[slab])
+
+    def _available(self) -> Iterator[Page]:
+        """Free pages, as they are popped: those of the emptiest slabs first."""
+        for slab in sorted(self._free, key=lambda s: len(self._free[s]), reverse=True):
+            for index in reversed(self._free[slab]):
+                yield slab, index
+
+    def _add_slab(self, missing: int) -> None:
+        pages = max(missing, SLAB_BYTES // self.layout.page_bytes) if self._lazy else missing
+        self._slabs[self._next_slab] = Slab(pages, self.layout.page_bytes, self.device)
+        self._free[self._next_slab] = list(reversed(range(pages)))
+        self._next_slab += 1
+
+
+class PageTable:
+    """The pages of one layer of one sequence, in token order, and how many tokens they hold. They go back when it is forgotten."""
+
+    def __init__(self, pool: PagePool) -> None:
+        self.pool = pool
+        self.pages: list[Page] = []  # changed in place: the finalizer has it too
+        self.length = 0
+        self.unchanged = 0  # tokens that `mark` saw and that were not forgotten since
+        self._runs: tuple[PageRun, ...] | None = None
+        weakref.finalize(self, pool.forget, self.pages).atexit = False
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.pages) * self.pool.layout.page_bytes
+
+    def extend(self, tokens: int) -> None:
+        """Make room for `tokens` more and count them; their codes are written by the caller."""
+        self._own_last_page()
+        missing = _pages_for(self.length + tokens) - len(self.pages)
+        if missing > 0:
+            self.pages += self.pool.allocate(missing)
+            self._runs = None
+        self.length += tokens
+
+    def truncate(self, length: int) -> None:
+        """Forget tokens from `length` on; whole pages go back to the pool."""
+        keep = _pages_for(length)
+        gone = self.pages[keep:]
+        del self.pages[keep:]  # first: an interrupt in between must not release a page twice
+        self.pool.release(gone)
+        self.length = length
+        self.unchanged = min(self.unchanged, length)
+        self._runs = None
+
+    def mark(self) -> None:
+        """Begin to follow, in `unchanged`, how many of the tokens that are here now stay: codes are written once."""
+        self.unchanged = self.length
+
+    def raw(self, start: int, stop: int) -> Tensor:
+        """A copy of the bytes of pages `[start, stop)` of this table, uint8 [stop - start, page bytes]."""
+        empty = torch.empty(0, self.pool.layout.page_bytes, dtype=torch.uint8)
+        return torch.stack([self.pool.page_bytes(page) for page in self.pages[start:stop]]).cpu() if stop > start else empty
+
+    def set_raw(self, start: int, data: Tensor) -> None:
+        """Put what `raw` returned into pages from `start` on, which are this table's alone."""
+        for page, row in zip(self.pages[start : start + len(data)], data, strict=True):
+            self.pool.page_bytes(page).copy_(row)
+
+    def fork(self) -> PageTable:
+        """A second table over the same pages; whoever writes to a shared page copies it first."""
+        other = PageTable(self.pool)
+        self.pool.share(self.pages)
+        other.pages += self.pages
+        other.length = self.length
+        return other
+
+    def copy(self, key_weights: Tensor | None = None) -> LowBitCopy:
+        """The low-bit copy as kernels see it."""
+        if self._runs is None:
+            self._runs = tuple(self.pool.run(*run) for run in self._consecutive())
+        return self.pool.layout.copy(self._runs, self.length, key_weights)
+
+    def _own_last_page(self) -> None:
+        """Before a partly filled page is written to: replace it by a copy of its own if another table shares it."""
+        if self.length % PAGE_TOKENS and self.pool.is_shared(self.pages[-1]):
+            (page,) = self.pool.allocate(1)
+            self.pool.page_bytes(page).copy_(self.pool.page_bytes(self.pages[-1]))
+            self.pool.release([self.pages[-1]])
+            self.pages[-1] = page
+            self._runs = None
+
+    def _consecutive(self) -> list[tuple[int, int, int]]:
+        """Runs of neighbouring pages as (slab, first, count)."""
+        if not self.pages:
+            return []
+        starts = [0] + [i + 1 for i, ((s, p), (t, q)) in enumerate(pairwise(self.pages)) if (s, p + 1) != (t, q)]
+        return [(*self.pages[i], j - i) for i, j in pairwise([*starts, len(self.pages)])]
+
+
+def _pages_for(tokens: int) -> int:
+    return -(-tokens // PAGE_TOKENS)

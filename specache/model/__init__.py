@@ -1,0 +1,1 @@
+"""What specache needs to know of a model before it runs."""

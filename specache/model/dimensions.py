@@ -1,0 +1,202 @@
+"""A model's dimensions, as far as memory depends on them, read from its modules. They need not have weights.
+
+`without_weights` makes a model on PyTorch's `meta` device: its modules and shapes, but no numbers. Symbols: `Hq` query heads, `Hkv`
+key-value heads, `D` head dimension, `e` bytes of an activation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from specache.linear import cpu_linear as products
+from specache.linear.weight_quant import Int4Linear, Int8Linear, WeightFormat, quantised_bytes
+from specache.model.identity.tensors import plain_tensors
+from specache.model.identity.wrappers import unwrapped
+from specache.model.info import ModelInfo, inspect_model
+from specache.model.per_layer import attention_modules, head_dim, layer_settings, out_features
+
+_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")  # by model family
+
+
+@dataclass(frozen=True)
+class LayerDimensions:
+    """One attention layer: `Hq`, `Hkv`, `D`, and the sliding window in tokens (`None`: full attention)."""
+
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    window: int | None
+
+    def row_bytes(self, itemsize: int) -> int:
+        """Bytes of one token's `[K | V]`, all KV heads."""
+        return 2 * self.kv_heads * self.head_dim * itemsize
+
+
+@dataclass(frozen=True)
+class ModelDimensions:
+    """Dimensions of a model.
+
+    Attributes:
+        layers: in order.
+        hidden: width of the residual stream, in elements.
+        mlp: elements that the feed-forward layer of one token makes (all experts it is sent to together).
+        vocabulary: number of logits.
+        itemsize: bytes of an activation and of a 16-bit row's element (`e`).
+        softcap: whether attention scores are capped (Gemma 2), which PyTorch's fused attention cannot do.
+        device: `cpu` or `cuda`.
+        max_positions: as in `ModelInfo`.
+        rope_switch: prompts longer than this run in one chunk; or `None`.
+        weight_bytes: all parameters and buffers.
+        read_bytes: those that a decode step of one token reads.
+        matrix_elements: of the largest linear layer that is formed from int8 or int4 codes while prefilling, else 0.
+        dynamic_rope: frequencies change with every token past the switch.
+        widens: products of 16-bit weights go through float32, a block at a time (`products`).
+    """
+
+    layers: tuple[LayerDimensions, ...]
+    hidden: int
+    mlp: int
+    vocabulary: int
+    itemsize: int
+    softcap: bool
+    device: str
+    max_positions: int | None
+    rope_switch: int | None
+    weight_bytes: int
+    read_bytes: int
+    matrix_elements: int
+    widens: bool = False
+    dynamic_rope: bool = False
+
+    @property
+    def full_layers(self) -> tuple[LayerDimensions, ...]:
+        """Layers of full attention."""
+        return tuple(layer for layer in self.layers if layer.window is None)
+
+    @property
+    def sliding_layers(self) -> tuple[LayerDimensions, ...]:
+        return tuple(layer for layer in self.layers if layer.window is not None)
+
+
+def without_weights(config: Any, dtype: torch.dtype) -> Any:
+    """The model of a transformers configuration on the `meta` device: nothing is loaded or computed."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def dimensions_of(
+    model: Any, info: ModelInfo | None = None, device: str | None = None, weights: WeightFormat = WeightFormat.AUTO
+) -> ModelDimensions:
+    """Dimensions of a transformers model.
+
+    Args:
+        info: what `inspect_model` found, if it was asked.
+        device: where the model will compute; `None` is where it is.
+        weights: format that its linear layers will have, for a model without weights.
+
+    Raises:
+        UnsupportedModelError: as `inspect_model`.
+    """
+    model = unwrapped(model)
+    info = info or inspect_model(model)
+    config = model.config.get_text_config(decoder=True)
+    attention = {index: module for index, module in attention_modules(model) if head_dim(module)}
+    layers = tuple(_layer(attention.get(i), layer_settings(config, i), window) for i, window in enumerate(info.windows))
+    held, read, matrix = _weights(model, weights, _experts_used(layer_settings(config, 0)))
+    return ModelDimensions(
+        layers=layers,
+        hidden=int(config.hidden_size),
+        mlp=max(_mlp_width(layer_settings(config, i)) for i in range(len(layers))),
+        vocabulary=int(config.vocab_size),
+        itemsize=info.dtype.itemsize,
+        softcap=bool(getattr(config, "attn_logit_softcapping", None)),
+        device=device or info.device.type,
+        max_positions=info.max_positions,
+        rope_switch=info.rope_switch,
+        dynamic_rope=info.rope_type == "dynamic",
+        weight_bytes=held,
+        read_bytes=read,
+        matrix_elements=matrix,
+        widens=(device or info.device.type) == "cpu" and products.widens(info.dtype),
+    )
+
+
+def _layer(module: Any, config: Any, window: int | None) -> LayerDimensions:
+    """From the key projection where there is one (a rank of tensor parallelism has its own heads), else from the configuration."""
+    heads = int(config.num_attention_heads)
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    dim = head_dim(module) or getattr(config, "head_dim", None) or config.hidden_size // heads
+    groups = getattr(module, "num_key_value_groups", None) or heads // kv_heads
+    projected = out_features(getattr(module, "k_proj", None))
+    if projected is not None:
+        kv_heads = projected // dim
+    return LayerDimensions(int(kv_heads * groups), int(kv_heads), int(dim), window)
+
+
+def _experts_used(config: Any) -> tuple[int, int]:
+    """(experts that a token is sent to, experts) of a mixture, else (1, 1)."""
+    used = getattr(config, "num_experts_per_tok", None)
+    experts = next((n for name in _EXPERT_COUNTS if (n := getattr(config, name, None))), None)
+    return (int(used), int(experts)) if used and experts else (1, 1)
+
+
+def _mlp_width(config: Any) -> int:
+    width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    width = max(width) if isinstance(width, list | tuple) else width
+    used, experts = _experts_used(config)
+    if experts == 1:
+        return int(width)
+    return int(max(width, used * (getattr(config, "moe_intermediate_size", None) or width)))
+
+
+def _weights(model: Any, weights: WeightFormat, experts: tuple[int, int]) -> tuple[int, int, int]:
+    """Bytes held, bytes read for one token, and elements of the largest matrix that is formed from codes."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = getattr(head, "weight", None) is getattr(embedding, "weight", head)
+    head_reads_embedding = tied and quantised_bytes(head, weights) is None
+    held, read, matrix, seen = 0, 0, 0, set()
+    for name, module in model.named_modules():
+        size = quantised_bytes(module, weights)
+        if size is not None:
+            held, read, matrix = held + size, read + size, max(matrix, _elements(module))
+            continue
+        for tensor in _own(module):
+            if id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            size = sum(part.nbytes for _, part in plain_tensors(tensor))
+            held += size
+            if module is embedding and not head_reads_embedding:
+                continue  # one row of it
+            read += size * experts[0] // experts[1] if ".experts" in name else size
+        packed = _packed_bytes(module)
+        held, read = held + packed, read + packed
+    return held, read, matrix
+
+
+def _own(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+
+
+def _packed_bytes(module: Any) -> int:
+    """Bytes of the matrix in a linear layer that PyTorch quantised, whose weight is no parameter."""
+    packed = module._modules.get("_packed_params")
+    if packed is None or not hasattr(module, "out_features"):
+        return 0
+    size = 2 if getattr(packed, "dtype", None) is torch.float16 else 1
+    return int(module.out_features * module.in_features * size)
+
+
+def _elements(module: nn.Module) -> int:
+    if isinstance(module, Int8Linear):
+        return module.codes.numel()
+    if isinstance(module, Int4Linear):
+        return 2 * module.packed.numel()
+    assert isinstance(module, nn.Linear)
+    return module.weight.numel()

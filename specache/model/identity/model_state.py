@@ -1,0 +1,159 @@
+"""What a model in memory computes with, so that a cache is continued by that and by nothing else.
+
+`ModelState.of` remembers, of a model: the adapters that are active, the settings, every module's kind and numbers, and of every
+tensor the object, its storage, its version and a sample of its content. `difference` says what has changed since. Only content
+counts: a tensor that moved, or was written to, or belongs to another model is the same if a digest of all its elements is. A write
+that PyTorch does not count (`tensor.data`) is seen in the sample.
+"""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from specache.model.identity.adapters import LayerAdapters
+from specache.model.identity.model_settings import relevant_settings
+from specache.model.identity.tensor_marks import TensorMark, difference_of_tensors, remember, remember_after_run
+from specache.model.identity.tensors import Layer, changes_with_length, layers
+from specache.model.identity.wrappers import unwrapped
+
+_Facts = tuple[str, tuple[tuple[str, Any], ...]]  # (class, its numbers and texts) of a module
+_HOW_IT_RUNS = re.compile("checkpoint|name_or_path|seq_len_cached")  # in names of what changes no result
+_PLAIN = {bool, int, float, str}
+_WITHOUT_NUMBERS = {nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.Identity, nn.Linear, nn.SiLU}  # the shape of weights, at most
+
+
+class ModelState:
+    """A model as it was when a cache was filled. The model is held weakly."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: dict[str, Any],
+        adapters: dict[str, LayerAdapters],
+        modules: dict[str, _Facts],
+        tensors: dict[str, TensorMark],
+        noted: frozenset[tuple[str, str]] = frozenset(),
+    ) -> None:
+        self._model = weakref.ref(model)
+        self._settings = settings
+        self._adapters = adapters
+        self._modules = modules
+        self._tensors = tensors
+        self._noted = noted  # (module, number) that a run changes: layers note there that they have run
+
+    @classmethod
+    def of(cls, model: Any) -> ModelState:
+        """Remember a model. It costs one pass over its weights the first time, about what a decode step reads."""
+        model = unwrapped(model)
+        found = list(layers(model))
+        return cls(model, relevant_settings(model), _adapters(found), _modules(found), remember(found, model))
+
+    def after_run(self, model: Any) -> ModelState:
+        """Return the state with what a run of the model itself has changed: some layers pack their weights when they first run.
+
+        What somebody else changed meanwhile stays a difference.
+        """
+        model = unwrapped(model)
+        found = list(layers(model))
+        modules = _modules(found)
+        noted = self._noted | frozenset(_changed_numbers(self._modules, modules))
+        modules.update(
+            (name, facts) for name, facts in self._modules.items() if name not in modules or modules[name][0] != facts[0]
+        )
+        return ModelState(model, self._settings, self._adapters, modules, remember_after_run(found, model, self._tensors), noted)
+
+    def is_of(self, model: Any) -> bool:
+        """Whether it was this object, changed or not."""
+        return self._model() is unwrapped(model)
+
+    def difference(self, model: Any) -> str | None:
+        """Say what a model computes with that differs from this state, or None if nothing does."""
+        model = unwrapped(model)
+        found = list(layers(model))
+        return (
+            _difference_of_adapters(self._adapters, _adapters(found))
+            or _difference_of_settings(self._settings, relevant_settings(model))
+            or _difference_of_modules(self._modules, _modules(found), self._noted)
+            or difference_of_tensors(self._tensors, found, model)
+        )
+
+
+# Adapters, settings, modules
+
+
+def _adapters(found: list[Layer]) -> dict[str, LayerAdapters]:
+    adapted = ((layer.name, layer.adapters) for layer in found if layer.adapters is not None)
+    return {name: adapters for name, adapters in adapted if adapters.active or adapters.merged}
+
+
+def _difference_of_adapters(before: dict[str, LayerAdapters], now: dict[str, LayerAdapters]) -> str | None:
+    if before == now:
+        return None
+    was, has = (_said_adapters(each) for each in (before, now))
+    if was != has:
+        return f"it ran with {was} then and runs with {has} now"
+    name = next(name for name in {**before, **now} if before.get(name) != now.get(name))
+    was, has = (_said_adapters({name: each[name]} if name in each else {}) for each in (before, now))
+    if was != has:
+        return f"its layer {name} ran with {was} then and runs with {has} now"
+    return f"the adapters of its layer {name} have other scales"
+
+
+def _said_adapters(found: dict[str, LayerAdapters]) -> str:
+    active = sorted({name for one in found.values() for name in one.active})
+    merged = sorted({name for one in found.values() for name in one.merged})
+    said = [f"the adapter {name!r}" for name in active] + [f"the adapter {name!r} merged into its weights" for name in merged]
+    return " and ".join(said) or "no active adapter"
+
+
+def _difference_of_settings(before: dict[str, Any], now: dict[str, Any]) -> str | None:
+    for name in sorted({*before, *now}):
+        if before.get(name) != now.get(name):
+            return f"its config.{name} was {before.get(name)} and is {now.get(name)}"
+    return None
+
+
+def _modules(found: list[Layer]) -> dict[str, _Facts]:
+    """Return what modules are by name, without the model itself and what adapters wrap (their scales are compared instead)."""
+    facts: dict[str, _Facts] = {}
+    for layer in found[1:]:
+        if layer.adapters is None:
+            kind = type(layer.module)
+            numbers = () if changes_with_length(layer.module) else _numbers(layer.module)
+            facts[layer.name] = (f"{kind.__module__}.{kind.__qualname__}", numbers)
+    return facts
+
+
+def _numbers(module: nn.Module) -> tuple[tuple[str, Any], ...]:
+    if type(module) in _WITHOUT_NUMBERS:
+        return ()
+    own = [(name, value) for name, value in vars(module).items() if type(value) in _PLAIN and name[0] != "_"]
+    return tuple(pair for pair in own if pair[0] != "training" and not _HOW_IT_RUNS.search(pair[0]))
+
+
+def _changed_numbers(before: dict[str, _Facts], now: dict[str, _Facts]) -> Iterator[tuple[str, str]]:
+    for name in before.keys() & now.keys():
+        if before[name] != now[name]:
+            numbers, others = dict(before[name][1]), dict(now[name][1])
+            yield from ((name, key) for key in {*numbers, *others} if numbers.get(key) != others.get(key))
+
+
+def _difference_of_modules(before: dict[str, _Facts], now: dict[str, _Facts], noted: frozenset[tuple[str, str]]) -> str | None:
+    if before == now:
+        return None
+    for name in {**before, **now}:
+        was, has = before.get(name), now.get(name)
+        if was is None or has is None:
+            return f"its module {name} {'is new' if was is None else 'is gone'}"
+        if was[0] != has[0]:
+            return f"its module {name} was a {was[0].rpartition('.')[2]} and is a {has[0].rpartition('.')[2]}"
+        numbers, others = dict(was[1]), dict(has[1])
+        for key in sorted({*numbers, *others}):
+            if numbers.get(key) != others.get(key) and (name, key) not in noted:
+                return f"{name}.{key} was {numbers.get(key)} and is {others.get(key)}"
+    return None

@@ -1,0 +1,40 @@
+"""Device memory of a decode step over static buffers, which only this library's own rows on a GPU have."""
+
+from __future__ import annotations
+
+from specache.cache.sizes import hot_slots
+from specache.config import Policy, SlowTierKind, SpeCacheConfig
+from specache.device.device_hot_set import hot_set_bytes
+from specache.device.static_sizes import batch_bytes
+from specache.engine.static_decoder import KINDS, low_bit_room
+from specache.model.dimensions import ModelDimensions
+from specache.planning.footprint import Holdings, SequenceLoad
+from specache.planning.roofline.compared_methods import Method
+from specache.planning.roofline.kernel_costs import THIS_LIBRARY
+
+
+def method_static_bytes(model: ModelDimensions, method: Method, context: int, batch: int) -> int:
+    """`static_step_bytes` of a method: 0 for those that run on other kernels."""
+    return static_step_bytes(model, method.config, context, batch) if method.kernels is THIS_LIBRARY else 0
+
+
+def static_step_bytes(model: ModelDimensions, config: SpeCacheConfig, context: int, batch: int) -> int:
+    """What `batch` sequences of `context` tokens hold on a GPU beyond the ordinary step, 0 where the ordinary one serves them.
+
+    Their batch's own buffers, and what a hot set on a device has more than one that the host looks up. A captured graph keeps its
+    temporary tensors, which the plan counts as the working set of a pass; what PyTorch rounds them up to is not counted.
+    """
+    served = config.policy in KINDS and config.slow_tier is SlowTierKind.RAM
+    short = context < config.residual + config.group_size
+    if not served or short or config.residual == 0 or model.dynamic_rope:
+        return 0
+    room = low_bit_room(config, context)
+    top_k = min(config.top_k, room) if config.policy is not Policy.NONE else 0
+    shapes = [(layer.kv_heads, layer.head_dim) for layer in model.full_layers]
+    windows = len(model.layers) - len(shapes)
+    total = batch_bytes(shapes, windows, batch, top_k, room, KINDS[config.policy].rows, model.itemsize)
+    for heads, dim in shapes if top_k else ():
+        slots = max(hot_slots(model, config, heads, dim, context, batch), top_k)
+        total += hot_set_bytes(batch, heads, slots, room, 2 * dim * model.itemsize)
+    ordinary = Holdings(model, config, batch, top_k).first_step(SequenceLoad(context)).hot_set
+    return total - batch * ordinary

@@ -1,0 +1,1 @@
+"""16-bit rows on their way from the slow tier, and the hot set that keeps recent ones."""

@@ -1,0 +1,174 @@
+"""A session in one file, to take to another machine: a tar archive of its manifest and of what that refers to, nothing else.
+
+Importing trusts nothing: names, kinds and sizes of the members, the manifest, the digests of all snapshots and the checksum of
+every row are checked before a session appears.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import IO, Any
+
+from specache.attention.dense import KEY_BLOCK
+from specache.errors import SessionError, SpeCacheError
+from specache.sessions import names, state, store
+from specache.sessions.files import BLOCK, PrivateFile, check_file, plain_file
+from specache.sessions.manifest import Manifest
+from specache.sessions.manifest_file import FILE, LONGEST, decode, encode, write_manifest
+from specache.sessions.store import Root
+from specache.tiers.disk import aligned_io
+from specache.tiers.disk.system_errors import reason
+
+
+def export_session(name: str, target: str | os.PathLike[str], root: Root = None) -> int:
+    """Write a session's saved state into a new file -> its size in bytes.
+
+    Raises:
+        SessionError: there is no such session, it is in use or damaged, the file is there already, or cannot be written.
+    """
+    path = Path(target).expanduser().absolute()
+    with store.locked(names.root_of(name, root), name) as (folder, manifest):
+        for part, expected in manifest.files.items():
+            check_file(folder / part, expected)
+        if os.path.lexists(path):
+            raise SessionError(f"{path} is there already. Choose another file, or remove it first.")
+        if not path.parent.is_dir():
+            raise SessionError(f"There is no folder {path.parent}. Make it first, or choose another file.")
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        try:
+            with PrivateFile(temporary) as file:
+                _write_archive(file, folder, manifest)
+                size = file.finish().bytes
+            os.link(temporary, path)  # fails if somebody made it meanwhile
+            aligned_io.sync_folder(path.parent)
+        except OSError as error:
+            raise SessionError(f"The session {name!r} cannot be written to {path}: {reason(error)}") from error
+        finally:
+            temporary.unlink(missing_ok=True)
+    return size
+
+
+def import_session(source: str | os.PathLike[str], name: str, root: Root = None) -> None:
+    """Make session `name` from a file that `export_session` wrote.
+
+    Raises:
+        SessionError: the file is damaged or holds something else, the name is taken, or the system refuses.
+        SlowTierError: a row is not what was written.
+    """
+    path = Path(source).expanduser().absolute()
+    names.check_free(names.root_of(name, root), name)
+    with names.building(names.private_root(root), name) as folder:
+        with _opened(path) as archive:
+            manifest = _unpack(archive, folder, path)
+        for part, expected in manifest.files.items():
+            check_file(folder / part, expected)
+        try:
+            _check_rows(folder, manifest)
+        except SpeCacheError as error:
+            raise SessionError(f"{path} is damaged, and was not imported. {error}") from error
+        write_manifest(folder, manifest)
+
+
+def _write_archive(file: PrivateFile, folder: Path, manifest: Manifest) -> None:
+    writer: Any = _Writer(file)
+    with tarfile.open(fileobj=writer, mode="w|", format=tarfile.GNU_FORMAT) as archive:
+        text = encode(manifest)
+        archive.addfile(_member(FILE, len(text)), BytesIO(text))
+        sizes = {**{name: one.bytes for name, one in manifest.files.items()}, **manifest.row_files()}
+        for name, size in sizes.items():
+            with plain_file(folder / name) as fd, open(fd, "rb", closefd=False) as data:
+                archive.addfile(_member(name, size), data)
+
+
+def _member(name: str, size: int) -> tarfile.TarInfo:
+    member = tarfile.TarInfo(name)
+    member.size, member.mode = size, 0o600
+    return member
+
+
+class _Writer:
+    """What `tarfile` writes to."""
+
+    def __init__(self, file: PrivateFile) -> None:
+        self._file = file
+
+    def write(self, data: bytes) -> int:
+        self._file.write(data)
+        return len(data)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tarfile.TarFile]:
+    """An archive to read; whatever is wrong with it is a `SessionError`."""
+    try:
+        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            yield archive
+    except FileNotFoundError:
+        raise SessionError(f"There is no file {path}. Give one that 'specache session export' wrote.") from None
+    except OSError as error:
+        raise SessionError(f"{path} cannot be read: {reason(error)}") from error
+    except SpeCacheError:
+        raise
+    except Exception as error:  # `tarfile` raises many kinds over bytes that are no archive
+        raise SessionError(f"{path} is not the export of a session: {str(error)[:200] or type(error).__name__}.") from error
+
+
+def _unpack(archive: tarfile.TarFile, folder: Path, path: Path) -> Manifest:
+    """Members into `folder`, the manifest first, and only those that it refers to, in the sizes that it says."""
+    first = archive.next()
+    if first is None or first.name != FILE or not _is_plain(first) or first.size > LONGEST:
+        raise SessionError(f"{path} is not the export of a session: it does not begin with {FILE}.")
+    manifest = decode(_data(archive, first).read(), f"{path}: {FILE}")
+    missing = {**{name: one.bytes for name, one in manifest.files.items()}, **manifest.row_files()}
+    while (member := archive.next()) is not None:
+        if missing.pop(member.name, None) != member.size or not _is_plain(member):
+            raise SessionError(
+                f"{path} holds {member.name[:100]!r}, which is no part of the session or not of the size it should be."
+            )
+        with PrivateFile(folder / member.name) as file:
+            data, left = _data(archive, member), member.size
+            while left:
+                block = data.read(min(BLOCK, left))
+                if not block:
+                    raise SessionError(f"{path} ends in the middle of {member.name}: it was cut short.")
+                file.write(block)
+                left -= len(block)
+            file.finish()
+    if missing:
+        raise SessionError(f"{path} lacks {next(iter(missing))}: it was cut short.")
+    return manifest
+
+
+def _is_plain(member: tarfile.TarInfo) -> bool:
+    return member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not member.issparse()
+
+
+def _data(archive: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
+    data = archive.extractfile(member)
+    assert data is not None, "plain files have data"
+    return data
+
+
+def _check_rows(folder: Path, manifest: Manifest) -> None:
+    """Read every row, and with it its checksum, and what the snapshots say of themselves.
+
+    Raises:
+        SpeCacheError: something is not what was written.
+    """
+    if manifest.tail is None:
+        return
+    tail = state.open_tail(folder, manifest)
+    state.check_snapshots(folder, manifest)
+    tier = state.open_tier(folder, manifest, tail)
+    try:
+        for layer in manifest.full_layers:
+            for start in range(0, manifest.tokens, KEY_BLOCK):
+                tier.read(layer, start, min(start + KEY_BLOCK, manifest.tokens))
+    finally:
+        tier.close()

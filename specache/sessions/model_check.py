@@ -1,0 +1,66 @@
+"""Whether a model computes the keys and values that a session holds: the beginning of its tokens is run once more, and compared.
+
+For sessions of the first form, which kept a digest of the whole configuration (a later transformers, or another label, changes it,
+and nothing says whether RoPE changed too), and where a release began or ceased to write down a field.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specache.cache.sequence import Sequence
+from specache.errors import SessionError
+from specache.model.identity.wrappers import unwrapped
+
+TOKENS = 512  # of the beginning: enough for RoPE of low frequencies to show
+EXACT_TOKENS = 64  # of them, those before which hardly anything was decoded over a low-bit copy
+_WIDE = (torch.float32, torch.float64)
+
+
+def check_rows(name: str, model: Any, sequence: Sequence, device: torch.device) -> None:
+    """Refuse a model that computes other rows than those stored.
+
+    Raises:
+        SessionError: it does.
+    """
+    if sequence.length and not _computes_the_same(model, sequence, device):
+        raise SessionError(
+            f"The session {name!r} belongs to a {type(unwrapped(model)).__name__} of another configuration or with another adapter."
+            " Load it as it was, or use another session."
+        )
+
+
+@torch.no_grad()
+def _computes_the_same(model: Any, sequence: Sequence, device: torch.device) -> bool:
+    """Whether a model's stock forward pass gives the stored rows of the first tokens, up to rounding.
+
+    Keys of layer 0 depend on no attention, so all of them agree. Those of other layers do where no token before them was decoded
+    over a low-bit copy: most of the first ones.
+    """
+    ids = torch.tensor([sequence.token_ids[:TOKENS]], device=device)
+    computed = unwrapped(model)(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+    for index in sorted(sequence.compressed):
+        stored = sequence.tier.read(index, 0, ids.shape[1])  # keys and values, [Hkv, n, D] each
+        own = (computed.layers[index].keys[0], computed.layers[index].values[0])
+        if stored[0].shape != own[0].shape or not all(_close(a.to(device), b) for a, b in zip(stored, own, strict=True)):
+            return False
+        if index == 0 and not _close_everywhere(stored[0].to(device), own[0]):
+            return False
+    return True
+
+
+def _close(stored: Tensor, own: Tensor) -> bool:
+    """Whether most of the first rows agree."""
+    a, b = stored[:, :EXACT_TOKENS].float(), own[:, :EXACT_TOKENS].float()
+    errors = (a - b).norm(dim=(0, 2)) / b.norm(dim=(0, 2)).clamp(min=1e-6)  # [n]
+    return bool(errors.median() < (1e-2 if own.dtype in _WIDE else 5e-2))
+
+
+def _close_everywhere(stored: Tensor, own: Tensor) -> bool:
+    """Whether every dimension of the keys agrees: another frequency of RoPE changes two of them."""
+    a, b = stored.float(), own.float()
+    errors = (a - b).norm(dim=1) / b.norm(dim=1).clamp(min=1e-6)  # [Hkv, D]
+    return bool(errors.max() < (1e-3 if own.dtype in _WIDE else 2e-2))

@@ -1,0 +1,323 @@
+"""The slow tier on disk: whole blocks of rows in files (`row_file`), the rows of the last, partial block in memory.
+
+Writing appends: what was written once is never changed, so a table of blocks (`extents`) taken at any time stays true of the files.
+Memory held is the tail, room for 64 tokens per layer, and the buffers of reads in progress.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from specache.errors import SlowTierError
+from specache.tiers.base import RowsInFlight
+from specache.tiers.disk import readers, row_reads
+from specache.tiers.disk.extents import BlockTable, Extent
+from specache.tiers.disk.readers import Reader
+from specache.tiers.disk.row_layout import BLOCK_TOKENS, RowLayout
+from specache.tiers.disk.scratch import prepare_folder
+from specache.tiers.disk.stored_layer import StoredLayer
+from specache.tiers.disk.tier_files import TierFiles
+
+WRITE_BYTES = 1 << 20  # packed and written at a time, and a block at least
+
+
+class DiskTier:
+    """The 16-bit rows of one sequence on disk.
+
+    One thread writes; `gather` and `read` may be called from any thread meanwhile. After `close` the tier is empty and can be
+    filled again.
+
+    Args:
+        folder: where files go; made if it is not there.
+        temporary: they lie in a folder of the tier's own and are removed when it is closed or forgotten. Else they lie in `folder`
+            itself and stay: they belong to a session, which also keeps `extents` and `tails`.
+
+    Raises:
+        SlowTierError: the folder cannot be written.
+    """
+
+    in_place = False
+
+    def __init__(self, folder: str | os.PathLike[str], *, temporary: bool = True) -> None:
+        self._layers: dict[int, StoredLayer] = {}
+        self._files = TierFiles(prepare_folder(folder), temporary)
+        self._finalizer = weakref.finalize(self, self._files.give_back)
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str], tables: Mapping[int, Sequence[Extent]], tails: Mapping[int, Tensor]) -> DiskTier:
+        """A session's tier as it was saved. What the tables refer to is only read; new blocks go behind it, or into new files where
+        somebody else needs those that are here.
+
+        Args:
+            tables: per layer what `extents` returned.
+            tails: per layer what `tails` returned, [Hkv, t, 2 D]: they also tell heads, head dimension and dtype.
+
+        Raises:
+            SlowTierError: a file is missing or too short.
+        """
+        tier = cls(folder, temporary=False)
+        try:
+            for layer, tail in tails.items():
+                layout = RowLayout(tail.shape[0], tail.shape[2] // 2, tail.itemsize)
+                table = tier._files.table(layer, layout, tables.get(layer, ()))
+                tier._files.adopt(layer, table)
+                tier._layers[layer] = StoredLayer.of(layout, tail.dtype, table, tail)
+        except BaseException:
+            tier.close()
+            raise
+        return tier
+
+    @property
+    def folder(self) -> Path:
+        return self._files.folder
+
+    @property
+    def temporary(self) -> bool:
+        return self._files.temporary
+
+    # What a cache does with a tier
+
+    def write(self, layer: int, start: int, keys: Tensor, values: Tensor) -> None:
+        """Store keys and values [Hkv, n, D] of tokens `[start, start + n)`; what was there from `start` on is forgotten.
+
+        Raises:
+            SlowTierError: the disk is full or failed. The tier is as it was.
+        """
+        state = self._layers.get(layer)
+        if state is None:
+            state = StoredLayer.of(RowLayout(keys.shape[0], keys.shape[2], keys.itemsize), keys.dtype)
+        state = self._cut(layer, state, start)
+        whole = (state.held + keys.shape[1]) // BLOCK_TOKENS * BLOCK_TOKENS
+        table = self._append(layer, state, keys, values, whole) if whole else state.table
+        state = state.grown(table, keys, values)
+        with self._files.lock:
+            self._layers[layer] = state
+
+    def read(self, layer: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [Hkv, stop - start, D] of a range of tokens.
+
+        Raises:
+            SlowTierError: they cannot be read; `CorruptRowError` if a row is not what was written.
+        """
+        with self._reading(layer) as (state, reader):
+            _check(state, start, stop)
+            keys, values = _read(state, reader, start, stop).split(state.layout.head_dim, dim=-1)
+            return keys, values
+
+    def rows(self, layer: int) -> Tensor:
+        raise TypeError("rows on disk do not lie in memory")
+
+    def gather(self, layer: int, heads: Tensor, positions: Tensor) -> Tensor:
+        """Rows [M, 2 D] of M (KV head, position) pairs, in their order.
+
+        Raises:
+            SlowTierError: they cannot be read; `CorruptRowError` if a row is not what was written.
+        """
+        with self._reading(layer) as (state, reader):
+            dtype, layout = state.tail.dtype, state.layout
+            if len(positions) == 0:
+                return torch.empty(0, 2 * layout.head_dim, dtype=dtype)
+            last = int(positions.max())
+            _check(state, int(positions.min()), last + 1)
+            if last < state.on_disk:
+                return row_reads.gather(state.table, layout, dtype, reader, heads.numpy(), positions.numpy())
+            rows = torch.empty(len(positions), 2 * layout.head_dim, dtype=dtype)
+            in_tail = positions >= state.on_disk
+            rows[in_tail] = state.tail[heads[in_tail], positions[in_tail] - state.on_disk]
+            there = ~in_tail
+            if there.any():
+                there_heads, there_positions = heads[there].numpy(), positions[there].numpy()
+                rows[there] = row_reads.gather(state.table, layout, dtype, reader, there_heads, there_positions)
+            return rows
+
+    def begin(self, layer: int, heads: Tensor, positions: Tensor) -> RowsInFlight | None:
+        """Begin to gather rows of files; `None` where the reader cannot without a thread, and where some are in no file yet.
+
+        Raises:
+            SlowTierError: the tier was closed.
+        """
+        with self._reading(layer) as (state, reader):
+            last = int(positions.max())
+            _check(state, int(positions.min()), last + 1)
+            if last >= state.on_disk:
+                return None
+            flight = row_reads.begin(state.table, state.layout, reader, heads.numpy(), positions.numpy())
+        if flight is None:
+            return None
+        again = partial(self.gather, layer, heads, positions)
+        return row_reads.BegunRows(flight, state.layout, state.tail.dtype, len(positions), again)
+
+    def truncate(self, layer: int, length: int) -> None:
+        """Forget a layer's tokens from `length` on. Files keep them; of a block that is cut the rest comes back to memory.
+
+        Raises:
+            SlowTierError: that cannot be read. The tier is as it was.
+        """
+        state = self._layers.get(layer)
+        if state is not None and length < state.length:
+            state = self._cut(layer, state, length)
+            with self._files.lock:
+                self._layers[layer] = state
+
+    def reserve(self, tokens: int) -> None:
+        pass  # files grow as they are written
+
+    def fork(self) -> DiskTier:
+        """An independent copy that shares what is in files: both write on into new ones. The copy is temporary."""
+        other = DiskTier(self.folder)
+        with self._files.lock:
+            self._files.share_with(other._files)
+            other._layers = {layer: state.with_own_tail() for layer, state in self._layers.items()}
+        return other
+
+    def close(self) -> None:
+        """Forget everything and let go of files and threads; a temporary tier's files are removed."""
+        with self._files.lock:
+            self._layers.clear()
+            self._files.give_back(wait=True)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in files that are in use, and of the tail."""
+        states = list(self._layers.values())
+        return self.tail_bytes + sum(state.table.blocks * state.layout.block_bytes for state in states)
+
+    @property
+    def tail_bytes(self) -> int:
+        """Of `nbytes`, those in memory."""
+        return sum(state.tail.nbytes for state in list(self._layers.values()))
+
+    # What a session does with it
+
+    def extents(self) -> dict[int, tuple[Extent, ...]]:
+        """Per layer where the whole blocks of its tokens lie. With `tails` it is what `open` needs."""
+        return {layer: state.table.extents() for layer, state in self._layers.items()}
+
+    def tails(self) -> dict[int, Tensor]:
+        """Per layer the rows [Hkv, t < 64, 2 D] that are in no file yet."""
+        return {layer: state.tail_rows.clone() for layer, state in self._layers.items()}
+
+    def file_names(self) -> set[str]:
+        """Names of the files that are open: those of `extents`, and those that were begun or are no longer needed."""
+        return self._files.names()
+
+    def stop_appending(self) -> None:
+        """Write on into new files: somebody made links to those that are here."""
+        self._files.stop_appending()
+
+    def merge(self, most: int) -> None:
+        """Where a layer's blocks lie in more than `most` files, copy those behind the first file's into one.
+
+        Every file that a state refers to is open as long as its session is.
+
+        Raises:
+            SlowTierError: something cannot be read or written. All rows are where they were, or where they were copied to.
+        """
+        crowded = [layer for layer, state in self._layers.items() if len({run.file for run in state.table.runs}) > most]
+        if crowded:
+            self._files.stop_appending()
+        try:
+            for layer in crowded:
+                merged = self._merged(layer)
+                with self._files.lock:
+                    self._layers[layer] = merged
+        except BaseException:
+            self._files.stop_appending()  # what was copied in vain goes
+            raise
+        finally:
+            self._files.release_all_but({run.file for state in self._layers.values() for run in state.table.runs})
+
+    def sync(self) -> None:
+        """Return when everything that was written survives a power failure.
+
+        Raises:
+            SlowTierError: the system could not say so.
+        """
+        self._files.sync()
+
+    # How it is done
+
+    def _cut(self, layer: int, state: StoredLayer, length: int) -> StoredLayer:
+        """A layer's first `length` tokens; nothing of the tier changes."""
+        if length == state.length:
+            return state
+        if length > state.length:
+            raise ValueError(f"layer {layer} has {state.length} tokens; {length} would leave a hole")
+        if length >= state.on_disk:
+            return replace(state.with_own_tail(), held=length - state.on_disk)
+        blocks = length // BLOCK_TOKENS
+        with self._reading(layer) as (_, reader):
+            rows = _read(state, reader, blocks * BLOCK_TOKENS, length)
+        return StoredLayer.of(state.layout, state.tail.dtype, state.table.truncated(blocks), rows)
+
+    def _append(self, layer: int, state: StoredLayer, keys: Tensor, values: Tensor, whole: int) -> BlockTable:
+        """Write the first `whole` tokens of the tail and the new ones -> the table with them."""
+        file = self._files.own_file(layer, state.layout)
+        first, size = file.blocks, state.layout.block_bytes
+        step = max(1, WRITE_BYTES // size) * BLOCK_TOKENS
+        with self._files.reader().buffers.borrow(min(step, whole) // BLOCK_TOKENS * size) as buffer:
+            for start in range(0, whole, step):
+                block, stop = first + start // BLOCK_TOKENS, min(start + step, whole)
+                file.write(block, file.pack(buffer, block, state.on_disk + start, state.joined(keys, values, start, stop)))
+        file.blocks += whole // BLOCK_TOKENS
+        return state.table.appended(file, first, whole // BLOCK_TOKENS)
+
+    def _merged(self, layer: int) -> StoredLayer:
+        """A layer whose blocks behind those of its first file are copied into the file that the tier appends to."""
+        state = self._layers[layer]
+        runs, table = state.table.runs, state.table
+        first = next(run.logical for run in runs if run.file is not runs[0].file)
+        copied = StoredLayer.of(state.layout, state.tail.dtype, table.truncated(first))
+        step = max(1, WRITE_BYTES // state.layout.block_bytes) * BLOCK_TOKENS
+        for start in range(first * BLOCK_TOKENS, state.on_disk, step):
+            stop = min(start + step, state.on_disk)
+            keys, values = self.read(layer, start, stop)
+            copied = replace(copied, table=self._append(layer, copied, keys, values, stop - start))
+        return replace(state, table=copied.table)
+
+    @contextlib.contextmanager
+    def _reading(self, layer: int) -> Iterator[tuple[StoredLayer, Reader]]:
+        """A layer's state and a reader. Neither goes away inside the block, whatever other threads do to the tier."""
+        with self._files.lock:
+            state = self._layers.get(layer)
+            if state is None:
+                raise SlowTierError(f"Nothing is stored of layer {layer}: the tier was closed or cleared.")
+            files = {run.file for run in state.table.runs}
+            for file in files:
+                file.acquire()
+            try:
+                reader = readers.share(self._files.reader())
+            except BaseException:
+                for file in files:
+                    file.release()
+                raise
+        try:
+            yield state, reader
+        finally:
+            for file in files:
+                file.release()
+            readers.release(reader)
+
+
+def _read(state: StoredLayer, reader: Reader, start: int, stop: int) -> Tensor:
+    """Rows [Hkv, stop - start, 2 D]."""
+    layout, on_disk = state.layout, state.on_disk
+    rows = torch.empty(layout.num_kv_heads, stop - start, 2 * layout.head_dim, dtype=state.tail.dtype)
+    split = min(max(on_disk, start), stop)
+    row_reads.read(state.table, layout, reader, start, split, rows[:, : split - start])
+    rows[:, split - start :] = state.tail_rows[:, max(split - on_disk, 0) : max(stop - on_disk, 0)]
+    return rows
+
+
+def _check(state: StoredLayer, start: int, stop: int) -> None:
+    if start < 0 or stop > state.length:
+        raise IndexError(f"tokens {start} to {stop} of {state.length}")

@@ -1,0 +1,113 @@
+"""Scattered rows by the C++ extension: in one call without the interpreter's lock, or begun in one and taken in another."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import numpy as np
+
+from specache.tiers.disk.aligned_io import AlignedBuffer, BufferPool
+from specache.tiers.disk.checksum import BLOCK_SALT, POSITION_SALT, Words, multipliers
+from specache.tiers.disk.extents import BlockTable
+from specache.tiers.disk.row_layout import Index, RowLayout
+
+try:
+    _native: Any = importlib.import_module("specache._native")
+except ImportError:
+    _native = None
+
+
+FLIGHTS = 3  # reads that were begun and not taken yet: each holds a buffer and a ring; beside what the prefetch threads read
+
+
+class NativeFlight:
+    """Rows that the kernel reads while nobody waits. What they are read into lives until the reads have ended."""
+
+    def __init__(self, flight: Any, buffers: BufferPool, buffer: AlignedBuffer) -> None:
+        self._flight = flight
+        self._buffers = buffers
+        self._buffer = buffer
+
+    @property
+    def arrived(self) -> bool:
+        return bool(self._flight.arrived())
+
+    def take(self, address: int) -> bool:
+        """Rows [M, words] to memory, waiting for them, once; `False` where `NativeRows.gather` has `None`."""
+        good: bool = self._flight.take(address)
+        self.cancel()
+        return good
+
+    def cancel(self) -> None:
+        """Wait for the reads: they write into memory that others want to use."""
+        if self._flight is not None:
+            self._flight = None
+            self._buffers.give(self._buffer)
+
+
+class NativeRows:
+    """Reads rows through io_uring. `None` instead of rows means: ask in the plain way, which says what is wrong.
+
+    Args:
+        entries: reads handed to the kernel at once.
+
+    Raises:
+        OSError: there is no extension, or no io_uring.
+    """
+
+    def __init__(self, entries: int) -> None:
+        if _native is None:
+            raise OSError("no C++ extension")
+        try:
+            self._reader = _native.RowReader(entries)
+        except RuntimeError as error:
+            raise OSError(str(error)) from None
+
+    def gather(
+        self, table: BlockTable, layout: RowLayout, rules: list[int], heads: Index, positions: Index, buffers: BufferPool, size: int
+    ) -> Words | None:
+        """Rows [M, words] of M (KV head, position) pairs, checked, in their order.
+
+        Args:
+            rules: bytes that reads are aligned to, distance at which rows share a read, longest read.
+            size: bytes of memory to read into.
+        """
+        if table.native is None:
+            table.native = _native_table(table, layout)
+        rows = np.empty((len(positions), layout.words), np.uint64)
+        with buffers.borrow(size) as buffer:
+            heads, positions = np.ascontiguousarray(heads), np.ascontiguousarray(positions)
+            good = self._reader.gather(table.native[0], rules, heads, positions, buffer.address, buffer.size, rows.ctypes.data)
+        return rows if good else None
+
+    def begin(
+        self, table: BlockTable, layout: RowLayout, rules: list[int], heads: Index, positions: Index, buffers: BufferPool, size: int
+    ) -> NativeFlight | None:
+        """The same without waiting; `None` where the reads are more than the kernel or the buffer takes at once, and where enough
+        are in flight. The files may be closed meanwhile.
+        """
+        if table.native is None:
+            table.native = _native_table(table, layout)
+        buffer = buffers.take(size)
+        heads, positions = np.ascontiguousarray(heads), np.ascontiguousarray(positions)
+        where = (table.native[0], rules, heads, positions, buffer.address, buffer.size)
+        flight = self._reader.begin(*where, FLIGHTS, (table.native, buffer))
+        if flight is None:
+            buffers.give(buffer)
+            return None
+        return NativeFlight(flight, buffers, buffer)
+
+
+def _native_table(table: BlockTable, layout: RowLayout) -> tuple[Any, ...]:
+    """The table as C++ has it, and what that points to."""
+    salts = np.ascontiguousarray(np.stack([run.file.salts for run in table.runs]))  # [runs, Hkv]
+    factors = multipliers(layout.words)
+    starts, shifts, fds = (
+        np.array(values, np.int64)
+        for values in zip(*((run.logical, run.first - run.logical, run.file.fd) for run in table.runs), strict=True)
+    )
+    sizes = (layout.num_kv_heads, layout.block_bytes, layout.stride, layout.words)
+    pointers = (salts.ctypes.data, factors.ctypes.data)
+    native = _native.RowTable(starts, shifts, fds, pointers[0], *sizes, pointers[1], int(POSITION_SALT), int(BLOCK_SALT))
+    return native, salts, factors

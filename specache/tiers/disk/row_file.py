@@ -1,0 +1,175 @@
+"""One file of rows (`row_layout`): packed, written, locked and checked."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import threading
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from specache.errors import CorruptRowError, SlowTierError
+from specache.tiers.disk import aligned_io
+from specache.tiers.disk.aligned_io import AlignedBuffer
+from specache.tiers.disk.checksum import Words, checksums, head_salts, row_salts
+from specache.tiers.disk.row_layout import BLOCK_TOKENS, Index, RowLayout, file_name
+from specache.tiers.disk.scratch import ScratchFolder
+from specache.tiers.disk.system_errors import reason
+
+SEGMENT_DIGITS = 16
+DAMAGED = (
+    "It was damaged or replaced since; check the disk if nobody touched the file. A session is mended by 'specache session repair "
+    "NAME -m MODEL'; without one, start again from the prompt."
+)
+
+
+def new_segment() -> str:
+    """A name for what one writer appends."""
+    return secrets.token_hex(SEGMENT_DIGITS // 2)
+
+
+class RowFile:
+    """One layer's rows of one segment. Shared by the tiers of a sequence and its forks, and closed when the last lets go.
+
+    Args:
+        folder: where it is; `create` makes it there.
+        scratch: the folder, if it is a temporary one; the file is removed with it.
+
+    Raises:
+        SlowTierError: it cannot be made or opened.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        segment: str,
+        layer: int,
+        layout: RowLayout,
+        *,
+        direct: bool,
+        create: bool,
+        scratch: ScratchFolder | None = None,
+    ) -> None:
+        self.path = folder / file_name(segment, layer)
+        self.segment = segment
+        self.layer = layer
+        self.layout = layout
+        self.direct = direct
+        self.blocks = 0  # appended; what lies behind them in the file does not count
+        self._scratch = scratch
+        self.salts = head_salts(segment, layer, layout.num_kv_heads)
+        self._users = 1
+        self._lock = threading.RLock()  # a finalizer may release in the middle of a release
+        try:
+            self.fd = aligned_io.open_file(str(self.path), create=create, direct=direct)
+        except OSError as error:
+            raise SlowTierError(f"{self.path} cannot be {'made' if create else 'opened'}: {reason(error)}") from error
+        if scratch is not None:
+            scratch.acquire()
+        else:
+            self._lock_file(exclusive=False)
+
+    def acquire(self) -> None:
+        """One more user."""
+        with self._lock:
+            assert self._users, "a closed file"
+            self._users += 1
+
+    def release(self) -> None:
+        """One user less; the last one closes the file."""
+        with self._lock:
+            self._users -= 1
+            if self._users:
+                return
+        with contextlib.suppress(OSError):  # what has to survive was synced when it was saved
+            os.close(self.fd)
+        if self._scratch is not None:
+            self._scratch.remove(self.path)
+            self._scratch.release()
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether somebody else may need what lies behind the blocks that count here: by another name, or because it is open once
+        more, in whatever process."""
+        if os.fstat(self.fd).st_nlink > 1:
+            return True
+        alone = self._lock_file(exclusive=True)
+        self._lock_file(exclusive=False)
+        return not alone
+
+    def check_size(self, blocks: int) -> None:
+        """Refuse a file that is shorter than `blocks` blocks.
+
+        Raises:
+            SlowTierError: it is.
+        """
+        size, needed = os.fstat(self.fd).st_size, blocks * self.layout.block_bytes
+        if size < needed:
+            raise SlowTierError(f"{self.path} has {size:,} bytes, but {needed:,} are in use: it was cut short. {DAMAGED}")
+
+    def pack(self, buffer: AlignedBuffer, block: int, position: int, rows: Tensor) -> memoryview:
+        """Rows [Hkv, 64 n, 2 D] of tokens from `position` on, as they lie in the file from `block` on -> a part of `buffer`."""
+        layout, count = self.layout, rows.shape[1] // BLOCK_TOKENS
+        view = layout.block_view(buffer.words, count)
+        words = rows.view(torch.int64).numpy().view(np.uint64).reshape(-1, count, BLOCK_TOKENS, layout.words)
+        view[..., :-1] = words.transpose(1, 0, 2, 3)
+        view[..., -1] = checksums(view[..., :-1], self._block_salts(block, position, count))
+        used = layout.num_kv_heads * BLOCK_TOKENS * layout.stride
+        blocks = np.frombuffer(buffer.bytes, np.uint8, count * layout.block_bytes).reshape(count, layout.block_bytes)
+        blocks[:, used:] = 0
+        return buffer.bytes[: count * layout.block_bytes]
+
+    def write(self, block: int, data: memoryview) -> None:
+        """Write packed blocks from number `block` on. They count once `blocks` says so.
+
+        Raises:
+            SlowTierError: the system could not write them. The file is as long as `blocks` says.
+        """
+        try:
+            aligned_io.write_all(self.fd, data, block * self.layout.block_bytes)
+            if not self.direct:  # or the page cache holds what the tier took out of memory
+                os.fdatasync(self.fd)
+                aligned_io.drop_cached(self.fd)
+        except OSError as error:
+            self.discard_tail()
+            raise SlowTierError(f"{self.path} cannot be written: {reason(error)} Nothing of this step was kept.") from error
+
+    def discard_tail(self) -> None:
+        """Cut off what a failed write left behind the blocks that count."""
+        with contextlib.suppress(OSError):  # it is overwritten by the next write
+            os.ftruncate(self.fd, self.blocks * self.layout.block_bytes)
+
+    def verify(self, rows: Words, heads: Index, positions: Index, blocks: Index) -> None:
+        """Check rows [..., words + 1] of (head, token position, block); the index shapes broadcast to `...`.
+
+        Raises:
+            CorruptRowError: naming the first that is not what was written.
+        """
+        expected = checksums(rows[..., :-1], row_salts(self.salts[heads], positions, blocks))
+        wrong = expected != rows[..., -1]
+        if wrong.any():
+            head, position = (np.broadcast_to(index, wrong.shape)[wrong][0] for index in (heads, positions))
+            raise CorruptRowError(
+                f"{self.path}: the row of layer {self.layer}, KV head {head}, token {position} is not what was written there "
+                f"(its checksum differs). {DAMAGED}"
+            )
+
+    def _lock_file(self, *, exclusive: bool) -> bool:
+        """Whoever has a session's file open holds a shared lock on it -> whether the lock was to be had."""
+        import fcntl
+
+        try:
+            fcntl.flock(self.fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True
+
+    def _block_salts(self, block: int, position: int, count: int) -> Words:
+        """Salts [count, Hkv, 64] of blocks from `block` on, which hold tokens from `position` on."""
+        blocks = np.arange(block, block + count)[:, None, None]
+        positions = position + np.arange(count * BLOCK_TOKENS).reshape(count, 1, BLOCK_TOKENS)
+        return row_salts(self.salts[None, :, None], positions, blocks)

@@ -1,0 +1,171 @@
+"""What a disk tier must give back: its share of files, of a scratch folder and of a reader."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from specache.errors import SlowTierError
+from specache.tiers.disk import aligned_io, readers
+from specache.tiers.disk.extents import BlockTable, Extent
+from specache.tiers.disk.probe import ReaderReport, report_for
+from specache.tiers.disk.readers import Reader
+from specache.tiers.disk.row_file import RowFile, new_segment
+from specache.tiers.disk.row_layout import RowLayout
+from specache.tiers.disk.scratch import ScratchFolder
+from specache.tiers.disk.system_errors import reason
+
+
+class TierFiles:
+    """A tier's files, made and opened when they are needed.
+
+    Args:
+        folder: the user's, or a session's.
+        temporary: files are made in a scratch folder inside it, and removed with the last tier that needs them.
+    """
+
+    def __init__(self, folder: Path, temporary: bool) -> None:
+        self.folder = folder
+        self.temporary = temporary
+        self.lock = threading.RLock()
+        self._process = os.getpid()
+        self._files: list[RowFile] = []
+        self._own: dict[int, RowFile] = {}  # by layer: those that the tier appends to
+        self._segment: str | None = None
+        self._unsynced: set[RowFile] = set()
+        self._scratch: ScratchFolder | None = None
+        self._report: ReaderReport | None = None
+        self._reader: Reader | None = None
+
+    def reader(self) -> Reader:
+        """The folder's reader, leased until `give_back`.
+
+        Raises:
+            SlowTierError: the folder cannot be used.
+        """
+        with self.lock:
+            if self._reader is None:
+                try:
+                    self._report = self._report or report_for(self.folder)
+                    self._reader = self._report.lease()
+                except OSError as error:
+                    raise SlowTierError(f"The slow tier's folder {self.folder} cannot be used: {reason(error)}") from error
+            return self._reader
+
+    def own_file(self, layer: int, layout: RowLayout) -> RowFile:
+        """The file that the tier appends a layer to."""
+        with self.lock:
+            if layer not in self._own:
+                self._segment = self._segment or new_segment()
+                self._own[layer] = self._new_file(self._segment, layer, layout)
+                self._files.append(self._own[layer])
+            self._unsynced.add(self._own[layer])
+            return self._own[layer]
+
+    def table(self, layer: int, layout: RowLayout, extents: Sequence[Extent]) -> BlockTable:
+        """A saved table, over files that are opened here.
+
+        Raises:
+            SlowTierError: a file is missing or too short.
+        """
+        files: dict[str, RowFile] = {}
+        table = BlockTable()
+        for extent in extents:
+            if extent.segment not in files:
+                file = RowFile(self.folder, extent.segment, layer, layout, direct=self.reader().direct, create=False)
+                files[extent.segment] = file
+                self._files.append(file)
+            file = files[extent.segment]
+            file.check_size(extent.first_block + extent.count)
+            table = table.appended(file, extent.first_block, extent.count)
+        return table
+
+    def adopt(self, layer: int, table: BlockTable) -> None:
+        """Go on appending to the file of a saved table's last blocks, unless somebody else needs it too.
+
+        What lies behind the blocks that the table knows was never part of a saved state, and is overwritten.
+        """
+        last = table.runs[-1].file if table.runs else None
+        if last is not None and not last.is_shared:
+            last.blocks = max(run.first + run.blocks for run in table.runs if run.file is last)
+            self._own[layer] = last
+
+    def stop_appending(self) -> None:
+        """The next write goes to new files: others have links to those that are here."""
+        with self.lock:
+            self._stop_appending()
+
+    def names(self) -> set[str]:
+        """File names of all that is open."""
+        with self.lock:
+            return {file.path.name for file in self._files}
+
+    def release_all_but(self, used: set[RowFile]) -> None:
+        """Let go of files that hold nothing of the tier any more."""
+        with self.lock:
+            used = used | set(self._own.values())
+            gone = [file for file in self._files if file not in used]
+            self._files = [file for file in self._files if file in used]
+            self._unsynced.intersection_update(used)
+        for file in gone:
+            file.release()
+
+    def share_with(self, other: TierFiles) -> None:
+        """Another tier needs the files as they are now; both append to new ones from now on."""
+        with self.lock:
+            self._stop_appending()
+            other._report = self._report
+            for file in self._files:
+                file.acquire()
+                other._files.append(file)
+
+    def sync(self) -> None:
+        """Return when everything written so far survives a power failure.
+
+        Raises:
+            SlowTierError: the system could not say so.
+        """
+        try:
+            while self._unsynced:
+                file = next(iter(self._unsynced))
+                os.fdatasync(file.fd)
+                self._unsynced.discard(file)
+            aligned_io.sync_folder(self.folder)
+        except OSError as error:
+            raise SlowTierError(f"The rows in {self.folder} cannot be made safe: {reason(error)}") from error
+
+    def give_back(self, wait: bool = False) -> None:
+        """Let go of everything; the files of a temporary tier are removed if nobody else needs them. It may be filled again.
+
+        A forked process has copies of its parent's, and leaves them alone: a thread that is not there may hold a lock.
+        """
+        if self._process != os.getpid():
+            return
+        with self.lock:
+            self._stop_appending()
+            self._unsynced.clear()
+            files, self._files = self._files, []
+            scratch, self._scratch = self._scratch, None
+            reader, self._reader = self._reader, None
+        with ExitStack() as stack:  # all of them, also where an interrupt comes in between
+            if reader is not None:
+                stack.callback(readers.release, reader, wait)
+            if scratch is not None:
+                stack.callback(scratch.release)
+            for file in files:
+                stack.callback(file.release)
+
+    def _stop_appending(self) -> None:
+        self._own.clear()
+        self._segment = None
+
+    def _new_file(self, segment: str, layer: int, layout: RowLayout) -> RowFile:
+        direct = self.reader().direct
+        if not self.temporary:
+            return RowFile(self.folder, segment, layer, layout, direct=direct, create=True)
+        if self._scratch is None:
+            self._scratch = ScratchFolder(self.folder)
+        return RowFile(self._scratch.path, segment, layer, layout, direct=direct, create=True, scratch=self._scratch)

@@ -1,0 +1,55 @@
+"""Keys and values on their way from the device to rows in main memory, on the copy queue, while the next layer computes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specache.tiers.streams import Event, Queue, Streams
+
+
+class StreamedOffload:
+    """What a tier in main memory writes through (`specache.tiers.transfer.Offload`): nothing waits but who reads.
+
+    Whoever reads rows on the host has it wait (`arrived`); kernels that read them where they lie need `settle` once after they were
+    written, outside of a graph's capture. One may serve the tiers of many sequences: who waits for one then waits for all.
+    """
+
+    def __init__(self, streams: Streams) -> None:
+        self._streams = streams
+        self._computed = streams.event()
+        self._written: dict[int, Event] = {}  # by layer
+
+    def write(self, layer: int, into: Tensor, keys: Tensor, values: Tensor) -> None:
+        joined = torch.empty(into.shape, dtype=into.dtype, device=keys.device)
+        self._streams.run(Queue.COMPUTE, lambda: join_pairs(keys, values, joined))
+        self._streams.share(joined)
+        self._streams.record(Queue.COMPUTE, self._computed)
+        self._streams.wait(Queue.COPY, self._computed)
+        self._streams.run(Queue.COPY, lambda: copy_heads(joined, into))
+        if layer not in self._written:
+            self._written[layer] = self._streams.event()
+        self._streams.record(Queue.COPY, self._written[layer])
+
+    def settle(self) -> None:
+        """What is queued for computing from now on sees every row that was written."""
+        for event in self._written.values():
+            self._streams.wait(Queue.COMPUTE, event)
+
+    def arrived(self, layer: int) -> None:
+        if layer in self._written:
+            self._streams.synchronize(self._written[layer])
+
+    def finish(self) -> None:
+        self._streams.drain()
+
+
+def join_pairs(keys: Tensor, values: Tensor, joined: Tensor) -> None:
+    """Keys and values [Hkv, n, D] as rows `[K | V]` [Hkv, n, 2 D]."""
+    torch.cat([keys, values], dim=-1, out=joined)
+
+
+def copy_heads(joined: Tensor, into: Tensor) -> None:
+    """One copy per head: each lies in one piece on both sides, and any other copy to the host would make it wait."""
+    for head, rows in zip(joined, into, strict=True):
+        rows.copy_(head, non_blocking=True)

@@ -1,0 +1,89 @@
+"""`bench decode`: rows for everything that was asked for, times that add up, reasons where nothing was measured."""
+
+from __future__ import annotations
+
+import sys
+import types
+from typing import Any
+
+import pytest
+
+from specache.bench import contenders
+from specache.bench import decode_step as decode
+from specache.bench.base import Result, Surroundings
+from specache.bench.breakdown import PHASES
+from specache.bench.decode_step import Decode
+from specache.errors import BenchmarkError, ConfigError
+from tests.bench.tiny_shape import TINY, tiny_model
+
+KEYS = {"impl", "weights", "cache", "batch", "context", "ms_per_step", "tokens_per_s", "vs_dynamic", "breakdown"}
+
+
+def run(**settings: Any) -> list[Result]:
+    settings = {"context": 130, "batch": 2, "steps": 2, "top_k": 8, **settings}
+    return Decode(**settings).run(Surroundings(tiny_model())).results
+
+
+@pytest.fixture
+def without_libraries(monkeypatch):
+    for module in (contenders, decode):
+        monkeypatch.setattr(module, "find_spec", lambda name: None)
+
+
+def test_everything_asked_for_has_a_row_or_a_reason(without_libraries):
+    results = run(against=("dynamic", "quantized", "llama.cpp"))
+    assert all(result.keys() >= KEYS and result["weights"] == "fp32" for result in results)
+    assert [result["impl"] for result in results] == ["specache", "dynamic", "quantized", *["llama.cpp"] * 3]
+    assert [result["skipped"] is None for result in results] == [True, True, False, False, False, False]
+    assert "pip install hqq" in results[2]["skipped"] and "pip install 'specache[bench]'" in results[3]["skipped"]
+
+
+@pytest.mark.parametrize("policy", ["on-demand", "verified"])
+def test_a_breakdown_adds_up_to_the_step(policy):
+    ours, stock = run(policy=policy)
+    assert set(ours["breakdown"]) == {"weights", *PHASES, "rest"}
+    assert set(stock["breakdown"]) == {"weights", "rest"}
+    for result in (ours, stock):
+        assert sum(result["breakdown"].values()) == pytest.approx(result["ms_per_step"])
+        assert result["tokens_per_s"] == pytest.approx(2e3 / result["ms_per_step"])
+        assert result["vs_dynamic"] == pytest.approx(stock["ms_per_step"] / result["ms_per_step"])
+    assert policy in ours["cache"]
+
+
+def test_without_the_ordinary_cache_there_is_no_ratio_to_it():
+    (ours,) = run(against=())
+    assert ours["ms_per_step"] > 0 and ours["vs_dynamic"] is None
+
+
+def test_llama_cpp_is_asked_for_the_same_thing(monkeypatch):
+    asked: list[tuple[Any, ...]] = []
+
+    def measure(*arguments: Any) -> list[float]:
+        asked.append(arguments)
+        if "q4_0" in arguments:
+            raise BenchmarkError("no flash attention for q4_0")
+        return [4.0, 5.0, 6.0]
+
+    module = types.ModuleType("specache.bench.llama_cpp")
+    module.measure = measure
+    monkeypatch.setattr(decode, "find_spec", lambda name: True)
+    monkeypatch.setitem(sys.modules, "specache.bench.llama_cpp", module)
+    results = [result for result in run(against=("dynamic", "llama.cpp")) if result["impl"] == "llama.cpp"]
+    assert [arguments[:6] for arguments in asked] == [(TINY, 130, 2, "fp32", cache, 2) for cache in ("f16", "q8_0", "q4_0")]
+    assert [result["ms_per_step"] for result in results] == [5.0, 5.0, None]
+    assert results[0]["tokens_per_s"] == 400 and results[0]["vs_dynamic"] > 0
+    assert results[2]["skipped"] == "no flash attention for q4_0"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"against": ("vllm",)}, "got vllm"), ({"bits": 3}, "bits"), ({"batch": 0}, "--batch"), ({"steps": 0}, "--steps")],
+)
+def test_settings_that_cannot_be_measured_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        Decode(**settings)
+
+
+def test_a_model_has_to_be_named():
+    with pytest.raises(ConfigError, match="--model"):
+        Decode().run(Surroundings())

@@ -1,0 +1,297 @@
+"""The invariants of the method, on packed pages and both RAM tiers, against the stock cache and against `reference.py`."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+
+import specache
+from specache import reference
+from specache.engine import generate as generation
+from specache.kernels import dispatch
+from specache.kernels.cpu import native
+from specache.kernels.torch import operations as torch_ops
+from tests.tiny import llama, prompt
+
+TIERS = ("ram-inplace", "ram")
+FETCHING = ("verified", "speculative", "on-demand", "previous")
+EVERYTHING = 10**6
+NEW = 40
+
+
+class Forced:
+    """A logits processor that makes a given answer the only one possible."""
+
+    def __init__(self, answer: list[int], start: int) -> None:
+        self.answer, self.start = answer, start
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        forced = torch.full_like(scores, -torch.inf)
+        forced[:, self.answer[input_ids.shape[1] - self.start]] = 0.0
+        return forced
+
+
+def settings(**changes: Any) -> specache.SpeCacheConfig:
+    return specache.SpeCacheConfig(**{"group_size": 16, "residual": 16, "prefill_chunk": 70, "top_k": 8, **changes})
+
+
+def run(
+    model: Any,
+    ids: torch.Tensor,
+    config: specache.SpeCacheConfig,
+    new: int = NEW,
+    answer: list[int] | None = None,
+    cache: specache.SpeCache | None = None,
+):
+    """Greedy, or along `answer` -> (tokens, logits [new, V], statistics). A cache that is given stays open."""
+    processors = [Forced(answer, ids.shape[1])] if answer else None
+    output = specache.generate(
+        model,
+        ids,
+        config=config if cache is None else None,
+        past_key_values=cache,
+        max_new_tokens=new,
+        do_sample=False,
+        logits_processor=processors,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    with nullcontext(cache) if cache is not None else output.past_key_values as used:
+        return output.sequences[0, ids.shape[1] :].tolist(), torch.cat(output.logits), used.stats()
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return llama()
+
+
+@pytest.fixture(scope="module")
+def full(model: Any) -> tuple[list[int], torch.Tensor]:
+    ids = prompt(200)
+    output = model.generate(ids, max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    return output.sequences[0, 200:].tolist(), torch.cat(output.logits)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("policy", FETCHING)
+@pytest.mark.parametrize(("bits", "code"), [(1, "kivi"), (1, "rotated"), (2, "rotated"), (4, "kivi")])
+def test_fetching_everything_equals_the_full_cache(model, full, tier, policy, bits, code):
+    tokens, logits, _ = run(model, prompt(200), settings(bits=bits, code=code, policy=policy, slow_tier=tier, top_k=EVERYTHING))
+    assert tokens == full[0]
+    assert (logits - full[1]).abs().max() < 1e-4
+
+
+def test_the_low_bit_copy_alone_is_not_the_full_cache(model, full):
+    _, logits, _ = run(model, prompt(200), settings(bits=1, policy="none"), answer=full[0])
+    assert (logits - full[1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("length", [12, 200])
+def test_exact_attention_makes_every_guess_right(model, tier, length):
+    config = settings(policy="verified", slow_tier=tier, top_k=EVERYTHING)
+    assert run(model, prompt(length), config)[2]["guess_rate"] == 1.0
+
+
+def test_a_prompt_in_the_residual_makes_every_guess_of_the_paper_right(model):
+    config = settings(policy="speculative", slow_tier="ram", residual=64, group_size=64)
+    assert run(model, prompt(60), config)[2]["guess_rate"] == 1.0
+
+
+@pytest.mark.usefixtures("torch_kernels")
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("policy", [*FETCHING, "none"])
+@pytest.mark.parametrize("code", ["kivi", "rotated"])
+@pytest.mark.parametrize(("bits", "group_size", "residual"), [(1, 16, 16), (2, 64, 7), (4, 8, 0), (2, 32, 64)])
+def test_every_policy_equals_the_reference(model, full, tier, policy, code, bits, group_size, residual):
+    settings_ = {"code": code, "bits": bits, "group_size": group_size, "residual": residual, "policy": policy, "slow_tier": tier}
+    config = settings(**settings_, prefill_chunk=4096)
+    expected = reference.generate(model, prompt(200), config, NEW, forced_tokens=full[0])
+    with specache.SpeCache(model, config) as cache:
+        _, logits, _ = run(model, prompt(200), config, answer=full[0], cache=cache)
+        turned = a_code_turned(cache, expected)
+        assert (logits - expected.logits).abs().max() < (5e-3 if turned else 1e-3)
+
+
+def a_code_turned(cache: specache.SpeCache, expected: reference.ReferenceOutput) -> bool:
+    """Whether the copies differ, which must be by rounding: the reference sums a prompt's attention in another order, and a
+    last-bit difference of a key can turn a code, or the last of a scale's 16 bits. Which one depends on the processor.
+    """
+    for index, layer in cache.sequences[0].compressed.items():
+        theirs, copies = expected.layers[index], torch_ops.dequantise(layer.copy)
+        length = theirs.low_bit_keys.shape[1]
+        assert layer.copy.length == length
+        pairs = zip(copies, (theirs.low_bit_keys, theirs.low_bit_values), strict=True)
+        apart = torch.stack([(ours - reference_).abs() > 1e-4 for ours, reference_ in pairs])
+        if apart.any():  # in the first such layer; those behind it see other keys
+            exact = zip(layer.tier.read(index, 0, length), (theirs.keys, theirs.values), strict=True)
+            assert max((ours - reference_[:, :length]).abs().max() for ours, reference_ in exact) < 1e-4
+            assert apart.float().mean() < 0.01
+            return True
+    return False
+
+
+@pytest.mark.skipif(not native.instruction_sets(), reason="the C++ kernels are not built")
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("policy", ["verified", "on-demand", "none"])
+@pytest.mark.parametrize(
+    ("code", "bits", "limit"), [("kivi", 1, 1e-3), ("kivi", 2, 1e-3), ("rotated", 2, 3e-3), ("rotated", 4, 3e-3)]
+)
+def test_the_native_kernels_stay_near_the_reference(model, full, tier, policy, code, bits, limit):
+    """They round queries and weights to 8 bits, so that a token near the k-th may be selected in another's place."""
+    config = settings(code=code, bits=bits, policy=policy, slow_tier=tier, prefill_chunk=4096)
+    expected = reference.generate(model, prompt(200), config, NEW, forced_tokens=full[0]).logits.log_softmax(-1)
+    with dispatch.using(native.instruction_sets()[-1]):
+        logits = run(model, prompt(200), config, answer=full[0])[1].log_softmax(-1)
+    divergence = torch.nn.functional.kl_div(logits, expected, log_target=True, reduction="none").sum(-1)
+    assert divergence.mean() < limit
+
+
+def force_guesses(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Every guess is a random token."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random_guess(request, context, like, logits, active):
+        return torch.randint(2, 97, (like.shape[0],), generator=generator).tolist()
+
+    monkeypatch.setattr(generation, "guess", random_guess)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_verified_does_not_depend_on_the_guess(model, monkeypatch, seed):
+    config = settings(policy="verified", slow_tier="ram")
+    expected_tokens, expected, right = run(model, prompt(200), config)
+    force_guesses(monkeypatch, seed)
+    tokens, logits, wrong = run(model, prompt(200), config)
+    assert wrong["guess_rate"] < right["guess_rate"]
+    assert tokens == expected_tokens
+    assert torch.equal(logits, expected)
+
+
+def test_the_papers_policy_does_depend_on_the_guess(model, monkeypatch):
+    config = settings(policy="speculative", slow_tier="ram")
+    tokens, expected, _ = run(model, prompt(200), config)
+    force_guesses(monkeypatch, 1)
+    assert not torch.equal(run(model, prompt(200), config, answer=tokens)[1], expected)
+
+
+@pytest.mark.parametrize("hot_set", [0.0, 0.05, 1.0, 10_000])
+def test_verified_does_not_depend_on_the_tier_or_the_hot_set(model, hot_set):
+    expected = run(model, prompt(200), settings(policy="verified", slow_tier="ram-inplace"))
+    tokens, logits, _ = run(model, prompt(200), settings(policy="verified", slow_tier="ram", hot_set=hot_set))
+    assert tokens == expected[0]
+    assert torch.equal(logits, expected[1])
+
+
+@pytest.mark.parametrize("policy", [*FETCHING, "none"])
+def test_two_tiers_give_the_same_tokens(model, policy):
+    here, there = (run(model, prompt(230), settings(policy=policy, slow_tier=tier)) for tier in TIERS)
+    assert here[0] == there[0]
+    assert (here[1] - there[1]).abs().max() < 1e-5
+
+
+@pytest.mark.usefixtures("torch_kernels")
+def test_verified_gives_the_tokens_of_on_demand(model):
+    verified = run(model, prompt(200), settings(policy="verified", slow_tier="ram"))
+    on_demand = run(model, prompt(200), settings(policy="on-demand", slow_tier="ram"))
+    assert verified[0] == on_demand[0]
+    assert (verified[1] - on_demand[1]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("chunk", [1, 16, 63, 199])
+@pytest.mark.parametrize(("policy", "top_k"), [("full", 8), ("verified", EVERYTHING), ("previous", EVERYTHING)])
+def test_chunked_prefill_equals_unchunked(model, chunk, policy, top_k):
+    changes = {"policy": policy, "slow_tier": "ram", "top_k": top_k}
+    whole = run(model, prompt(200), settings(**changes, prefill_chunk=4096), new=20)
+    parts = run(model, prompt(200), settings(**changes, prefill_chunk=chunk), new=20)
+    assert parts[0] == whole[0]
+    assert (parts[1] - whole[1]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("chunk", [1, 16, 63, 199])
+def test_chunked_prefill_stores_what_unchunked_does(model, chunk):
+    """The low-bit copies differ in no more than the codes that a last-bit difference in a key can turn."""
+    decoded = []
+    for size in (4096, chunk):
+        with specache.SpeCache(model, settings(slow_tier="ram", prefill_chunk=size)) as cache:
+            specache.prefill(model, prompt(200), cache=cache)
+            layers = cache.sequences[0].layers
+            assert [layer.copy.length for layer in layers.values()] == [176] * 3
+            decoded.append([torch.cat(torch_ops.dequantise(layer.copy)) for layer in layers.values()])
+    for one, other in zip(*decoded, strict=True):
+        assert ((one - other).abs() > 0.02).float().mean() < 1e-3
+
+
+def test_a_ragged_batch_equals_each_prompt_alone(model):
+    config = settings(policy="verified", slow_tier="ram")
+    prompts = [prompt(200, 1), prompt(90, 2), prompt(5, 3)]
+    ids = torch.zeros(3, 200, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, one in enumerate(prompts):
+        ids[row, 200 - one.shape[1] :] = one
+        mask[row, 200 - one.shape[1] :] = 1
+    together = specache.generate(model, ids, attention_mask=mask, config=config, max_new_tokens=NEW, do_sample=False)
+    for row, one in enumerate(prompts):
+        assert together[row, 200:].tolist() == run(model, one, config)[0]
+
+
+@pytest.mark.parametrize("policy", FETCHING)
+def test_positions_are_never_duplicated_out_of_range_or_padding(model, monkeypatch, policy):
+    seen = []
+    rescore, attend = specache.kernels.dispatch.rescore, native.LayerStep.attend_fetched
+
+    def check(positions, lengths):
+        seen.append(int((positions >= 0).sum()))
+        for of_sequence, length in zip(positions, lengths, strict=True):
+            for one in of_sequence.flatten(0, 1):
+                kept = one[one >= 0].tolist()
+                assert kept == sorted(set(kept))
+                assert all(position < length for position in kept)
+
+    def checked_rescore(query, scores, positions, rows, scaling, softcap):
+        check(positions, [int(torch.isfinite(of[0, 0, 0]).sum()) for of in scores])  # past a sequence's end scores are -inf
+        return rescore(query, scores, positions, rows, scaling, softcap)
+
+    def checked_attend(step, positions, rows):
+        check(positions, [copy.length for copy in step._held[1]])
+        return attend(step, positions, rows)
+
+    monkeypatch.setattr(specache.kernels.dispatch, "rescore", checked_rescore)
+    monkeypatch.setattr(native.LayerStep, "attend_fetched", checked_attend)
+    ids = torch.cat([prompt(200, 1), prompt(200, 2)])
+    mask = torch.ones_like(ids)
+    mask[1, :120] = 0
+    config = settings(policy=policy, slow_tier="ram")
+    specache.generate(model, ids, attention_mask=mask, config=config, max_new_tokens=NEW, do_sample=False)
+    assert sum(seen) > 0
+
+
+@pytest.mark.parametrize("length", [3, 40, 100])
+@pytest.mark.parametrize("code", ["kivi", "rotated"])
+def test_a_sequence_cut_to_a_prefix_holds_what_a_fresh_prefill_does(model, code, length):
+    """Also where the cut goes behind the tokens that the rotated code's weights were made from."""
+    config = settings(code=code, slow_tier="ram")
+    with specache.SpeCache(model, config) as cut, specache.SpeCache(model, config) as fresh:
+        specache.prefill(model, prompt(200), cache=cut)
+        specache.generate(model, prompt(200), past_key_values=cut, max_new_tokens=10, do_sample=False)
+        specache.prefill(model, torch.cat([prompt(200)[:, :length], prompt(90, 7)], dim=1), cache=cut)
+        specache.prefill(model, torch.cat([prompt(200)[:, :length], prompt(90, 7)], dim=1), cache=fresh)
+        for one, other in zip(cut.sequences[0].layers.values(), fresh.sequences[0].layers.values(), strict=True):
+            if code == "rotated":
+                torch.testing.assert_close(one.weights.value, other.weights.value, atol=1e-5, rtol=1e-4)
+            a, b = torch.cat(torch_ops.dequantise(one.copy)), torch.cat(torch_ops.dequantise(other.copy))
+            assert a.shape == b.shape
+            assert ((a - b).abs() > 0.02).float().mean() < 1e-3  # a last-bit difference in a key can turn a code
+
+
+@pytest.mark.usefixtures("torch_kernels")
+def test_a_short_prompt_gets_its_weights_while_decoding(model):
+    """The first group becomes low bit in the middle of decoding; the rotated code then equals the reference."""
+    config = settings(policy="verified", slow_tier="ram")
+    tokens, _, _ = run(model, prompt(12), config)
+    expected = reference.generate(model, prompt(12), config, NEW, forced_tokens=tokens)
+    _, logits, _ = run(model, prompt(12), config, answer=tokens)
+    assert (logits - expected.logits).abs().max() < 1e-3

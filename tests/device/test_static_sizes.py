@@ -1,0 +1,93 @@
+"""What a static batch claims of fast memory is what it allocates, and what the roofline planner says without one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import specache
+from specache.device.batch import DeviceBatch
+from specache.device.static_sizes import batch_bytes
+from specache.planning.footprint import Holdings, SequenceLoad
+from specache.planning.roofline.compared_methods import Method
+from specache.planning.roofline.kernel_costs import THIS_LIBRARY
+from specache.planning.roofline.static_step import method_static_bytes, static_step_bytes
+from tests.device.static_running import answer, config, static_steps
+from tests.engine.test_model_families import FAMILIES, build
+from tests.tiny import llama, prompt
+
+pytestmark = pytest.mark.usefixtures("torch_kernels")
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """Every static batch that is made, and the budget it was made with."""
+    made = []
+    init = DeviceBatch.__init__
+
+    def noted(self, sequences, settings, size, streams, budget):
+        init(self, sequences, settings, size, streams, budget)
+        made.append((self, budget))
+
+    monkeypatch.setattr(DeviceBatch, "__init__", noted)
+    return made
+
+
+def own_tensors(batch: DeviceBatch) -> list[torch.Tensor]:
+    """Those that only the batch holds, but for residuals and hot sets."""
+    tensors = [batch.inputs._buffer, batch.lengths, batch.hits, batch.counters.totals]
+    tensors += [batch._addresses, batch._first_page, batch.finite]
+    for buffers in batch._buffers.values():
+        tensors += buffers.tensors
+    for state in batch.layers.values():
+        tensors += [state.next_positions, state.used_positions]
+        tensors += [] if state.rows is None else [state.rows._ahead, state.rows._ahead_slots]
+        tensors += [] if state.weights is None else [state.weights]
+    return tensors
+
+
+@pytest.mark.parametrize("code", ["kivi", "rotated"])
+@pytest.mark.parametrize(
+    ("lengths", "changes"), [((150, 97), {}), ((60,), {"top_k": 3, "hot_set": 0.3}), ((80, 80, 80), {"policy": "on-demand"})]
+)
+def test_a_batch_claims_what_it_allocates(monkeypatch, batches, code, lengths, changes):
+    settings = config(code=code, **changes)
+    with static_steps(monkeypatch):
+        answer(llama(num_hidden_layers=2), settings, lengths, 4)
+    batch, budget = batches[0]
+    assert batch._claim.budget is budget
+    assert batch._claim.size == sum(tensor.nbytes for tensor in own_tensors(batch))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("changes", [{}, {"top_k": 3, "hot_set": 0.3}, {"code": "kivi", "policy": "on-demand"}, {"policy": "none"}])
+def test_the_planner_counts_the_same(monkeypatch, batches, family, changes):
+    """Of a batch of equal sequences that are as long as they were planned."""
+    settings, length = config(**changes), 180
+    model = build(*FAMILIES[family])
+    ids = torch.cat([prompt(length), prompt(length, seed=1)])
+    with static_steps(monkeypatch, capacity_step=4096):
+        cache = specache.SpeCache(model, settings)
+        specache.generate(model, ids, past_key_values=cache, max_new_tokens=3, do_sample=False)
+    batch = batches[0][0]
+    dimensions = cache.resources.dimensions
+    held = batch._claim.size + sum(rows.hot.nbytes for rows in batch._fetching)
+    ordinary = 2 * Holdings(dimensions, cache.config, 2, batch.top_k).first_step(SequenceLoad(length)).hot_set
+    assert static_step_bytes(dimensions, cache.config, length, 2) == held - ordinary
+
+
+def test_methods_without_such_a_step_need_nothing_for_it(monkeypatch, batches):
+    settings = config()
+    with static_steps(monkeypatch):
+        cache = answer(llama(num_hidden_layers=2), settings, (150,), 2).past_key_values
+    dimensions, own = cache.resources.dimensions, Method("own", "own", cache.config, True, THIS_LIBRARY)
+    assert method_static_bytes(dimensions, own, 150, 1) > 0
+    assert method_static_bytes(dimensions, Method("paper", "paper", cache.config, True), 150, 1) == 0
+    assert method_static_bytes(dimensions, own, settings.residual + settings.group_size - 1, 1) == 0
+
+
+def test_sizes_are_additive():
+    """Twice the layers of one shape share one step's buffers."""
+    one, two, other = (batch_bytes(shapes, 0, 3, 8, 128, 2, 2) for shapes in ([(2, 64)], [(2, 64)] * 2, [(2, 64), (4, 64)]))
+    shared = batch_bytes([(2, 64)] * 3, 0, 3, 8, 128, 2, 2) - two
+    assert two - one == shared < other - one

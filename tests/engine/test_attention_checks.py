@@ -1,0 +1,218 @@
+"""What a model hands its attention beyond queries, keys and values is honoured or refused, never ignored."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers.models.llama import modeling_llama
+
+import specache
+from specache.engine.attention_checks import check_arguments
+from specache.model.dimensions import dimensions_of
+from tests.engine.test_model_families import MOE, build, check
+from tests.tiny import llama, prompt
+
+POLICIES = ["full", "verified", "on-demand"]
+LENGTH = 90  # three chunks of a prompt
+
+
+def handing(model: Any, **arguments: Any) -> Any:
+    """The model, whose attention layers get further keyword arguments; a function is called with the number of tokens."""
+
+    def add(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        n = kwargs["hidden_states"].shape[1]
+        return args, {**kwargs, **{name: value(n) if callable(value) else value for name, value in arguments.items()}}
+
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(add, with_kwargs=True)
+    return model
+
+
+def refused(model: Any, policy: str, match: str) -> None:
+    config = specache.SpeCacheConfig(policy=policy, slow_tier="ram", group_size=16, residual=16, prefill_chunk=40)
+    before = model.config._attn_implementation
+    with specache.SpeCache(model, config) as cache:
+        with pytest.raises(specache.UnsupportedModelError, match=match):
+            specache.generate(model, prompt(LENGTH), past_key_values=cache, max_new_tokens=4, do_sample=False)
+        assert cache.get_seq_length() == 0
+        assert cache.held_bytes() == 0
+    assert model.config._attn_implementation == before
+
+
+def equals_stock(model: Any, policy: str = "verified") -> None:
+    ids = prompt(LENGTH)
+    check(model, ids, torch.ones_like(ids), policy, "ram", new=6)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", ["position_bias", "alibi", "indices", "block_indices", "a_new_idea"])
+def test_an_argument_that_ours_would_ignore_is_refused_by_its_name(name, policy):
+    refused(handing(llama(), **{name: torch.ones(1)}), policy, f"passes {name} to its attention")
+
+
+def test_arguments_that_change_nothing_are_no_reason_to_refuse():
+    equals_stock(handing(llama(), deterministic=False, position_bias=None, output_attentions=False))
+
+
+def alibi(n: int) -> torch.Tensor:
+    distance = torch.arange(n)[:, None] - torch.arange(n)
+    return (-0.1 * distance.float()).masked_fill(distance < 0, -torch.inf)[None, None]
+
+
+def blocks_of_two(n: int) -> torch.Tensor:
+    return (torch.arange(n)[:, None] // 2 >= torch.arange(n) // 2)[None, None]
+
+
+def causal(n: int) -> torch.Tensor:
+    return torch.ones(1, 1, n, n, dtype=torch.bool).tril()
+
+
+def additive(n: int) -> torch.Tensor:
+    return torch.full((1, 1, n, n), torch.finfo(torch.float32).min).triu(1)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("mask", [alibi, blocks_of_two])
+def test_a_bias_or_a_mask_of_the_models_own_is_refused(mask, policy):
+    refused(handing(llama(), attention_mask=mask), policy, "mask or a bias of its own")
+
+
+@pytest.mark.parametrize("mask", [causal, additive])
+def test_a_causal_mask_of_the_models_own_is_what_ours_does_anyway(mask):
+    ids = prompt(LENGTH)
+    expected = llama().generate(ids, max_new_tokens=6, do_sample=False)
+    config = specache.SpeCacheConfig(policy="verified", slow_tier="ram", top_k=10**6, prefill_chunk=40)
+    ours = specache.generate(handing(llama(), attention_mask=mask), ids, config=config, max_new_tokens=6, do_sample=False)
+    assert torch.equal(ours, expected)
+
+
+def test_attention_to_later_tokens_is_refused():
+    refused(handing(llama(), is_causal=False), "full", "later tokens")
+
+
+def test_a_decoder_that_was_configured_to_look_both_ways_is_refused():
+    refused(llama(is_causal=False), "full", "beyond causal attention")
+
+
+def test_a_class_whose_forward_takes_no_further_arguments_is_refused():
+    class Closed(transformers.LlamaForCausalLM):
+        def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None):
+            return super().forward(input_ids, attention_mask, position_ids, past_key_values, use_cache=use_cache)
+
+    with pytest.raises(specache.UnsupportedModelError, match="Closed takes no further keyword arguments"):
+        specache.SpeCache(Closed(llama().config))
+
+
+def first_ten(batch: Any, head: Any, q: Any, kv: Any) -> Any:
+    return kv < 10
+
+
+def everything(batch: Any, head: Any, q: Any, kv: Any) -> Any:
+    return kv >= 0
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_prefix_that_is_seen_from_before_is_refused(monkeypatch, policy):
+    """As in PaliGemma: the prompt's first tokens see each other in both directions."""
+    monkeypatch.setattr(
+        modeling_llama, "create_causal_mask", partial(modeling_llama.create_causal_mask, or_mask_function=first_ten)
+    )
+    refused(llama(), policy, "asks for a mask beyond causal")
+
+
+def test_a_mask_function_that_hides_nothing_is_served(monkeypatch):
+    monkeypatch.setattr(
+        modeling_llama, "create_causal_mask", partial(modeling_llama.create_causal_mask, and_mask_function=everything)
+    )
+    equals_stock(llama())
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_model_in_training_mode_whose_attention_drops_at_random_is_refused(policy):
+    refused(llama(attention_dropout=0.1).train(), policy, r"training mode. Call model.eval\(\)")
+
+
+def test_dropout_is_off_in_evaluation_mode_and_training_mode_alone_changes_nothing():
+    equals_stock(llama(attention_dropout=0.1))
+    equals_stock(llama().train())
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_router_with_jitter_is_quiet_in_evaluation_mode(policy):
+    equals_stock(build("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "router_jitter_noise": 0.3}), policy)
+
+
+MIMO = {
+    "num_hidden_layers": 4, "head_dim": 24, "v_head_dim": 16, "sliding_window": 24, "n_routed_experts": 4,
+    "layer_types": ["full_attention", "sliding_attention"] * 2, **MOE,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("policy", [*POLICIES, "speculative", "previous", "none"])
+@pytest.mark.parametrize("value_dim", [16, 32])
+def test_keys_and_values_of_different_sizes_are_refused_before_anything_runs(value_dim, policy):
+    model = build("MiMoV2Flash", {**MIMO, "v_head_dim": value_dim})
+    with pytest.raises(specache.UnsupportedModelError, match=f"keys of 24 and values of {value_dim} elements per head"):
+        specache.SpeCache(model, specache.SpeCacheConfig(policy=policy))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("first", ["full_attention", "sliding_attention"])
+def test_sizes_that_the_modules_do_not_tell_are_refused_when_the_first_keys_arrive(monkeypatch, first, policy):
+    monkeypatch.setattr("specache.model.info.differing_dims", lambda module: None)
+    other = {"full_attention": "sliding_attention", "sliding_attention": "full_attention"}[first]
+    refused(build("MiMoV2Flash", {**MIMO, "layer_types": [first, other] * 2}), policy, "keys of 24 and values of 16 elements")
+
+
+SHAPES = {  # of queries, keys and values [B, H, n, D]
+    "cross-attention": ((1, 4, 8, 16), (1, 2, 30, 16), (1, 2, 30, 16), "from 8 tokens to 30 others"),
+    "keys of another batch": ((3, 4, 8, 16), (1, 2, 8, 16), (1, 2, 8, 16), "from 8 tokens to 8 others"),
+    "fewer value heads": ((1, 4, 8, 16), (1, 4, 8, 16), (1, 2, 8, 16), "4 query, 4 key and 2 value heads"),
+    "groups that do not come out": ((1, 5, 8, 16), (1, 2, 8, 16), (1, 2, 8, 16), "5 query, 2 key and 2 value heads"),
+    "shorter queries": ((1, 4, 8, 8), (1, 4, 8, 16), (1, 4, 8, 16), "queries of 8, keys of 16"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_that_are_no_self_attention_are_refused(name):
+    *shapes, match = SHAPES[name]
+    with pytest.raises(specache.UnsupportedModelError, match=match):
+        check_arguments(torch.nn.Identity(), *(torch.zeros(shape) for shape in shapes), {})
+
+
+GEMMA4 = {
+    "num_hidden_layers": 4, "head_dim": 16, "global_head_dim": 32, "num_global_key_value_heads": 1, "attention_k_eq_v": True,
+    "sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"] * 2, "vocab_size_per_layer_input": 97,
+    "hidden_size_per_layer_input": 8,
+}  # fmt: skip
+
+
+def gemma4(**changes: Any) -> Any:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.Gemma4TextConfig(
+        **{**sizes, **GEMMA4, **changes}, max_position_embeddings=1024, initializer_range=0.2, eos_token_id=None
+    )
+    model = transformers.Gemma4ForCausalLM(config).eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+@pytest.mark.parametrize("policy", ["full", "verified", "speculative", "on-demand", "previous"])
+def test_layers_with_heads_of_their_own_size_and_number_equal_stock(policy):
+    equals_stock(gemma4(), policy)
+
+
+def test_layers_that_share_keys_and_values_are_refused():
+    with pytest.raises(specache.UnsupportedModelError, match="shares keys and values"):
+        specache.SpeCache(gemma4(num_kv_shared_layers=2))
+
+
+def test_a_configuration_that_varies_by_layer_is_read_layer_by_layer():
+    layers = dimensions_of(gemma4()).layers
+    assert [(layer.query_heads, layer.kv_heads, layer.head_dim) for layer in layers] == [(4, 2, 16), (4, 1, 32)] * 2
+    assert [layer.window for layer in layers] == [24, None] * 2

@@ -1,0 +1,161 @@
+"""Compiled decode steps: eager's tokens from one graph, whatever the contexts' lengths and the number of sequences."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import specache
+from specache.engine import compiled
+from specache.errors import ConfigError, NonFiniteError, UnsupportedModelError
+from specache.linear.weight_quant import WeightFormat, quantise_weights
+from tests.engine.test_model_families import FAMILIES, build
+from tests.model.identity.two_turns import adapted
+from tests.tiny import llama, prompt, ragged
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++"),
+    pytest.mark.slow,
+]
+NEW = 20
+
+
+def answer(model: Any, policy: str, *lengths: int) -> Any:
+    ids, mask = ragged(*lengths)
+    config = specache.SpeCacheConfig(policy=policy, slow_tier="ram", top_k=8)
+    arguments = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    return specache.generate(model, ids, attention_mask=mask, config=config, **arguments)
+
+
+def assert_equal(ours: Any, eager: Any) -> None:
+    assert torch.equal(ours.sequences, eager.sequences)
+    assert (torch.stack(ours.logits) - torch.stack(eager.logits)).abs().max() < 1e-3
+
+
+@pytest.fixture
+def fresh() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def graphs() -> int:
+    """How many were compiled; fails on a break, which would hide one."""
+    assert not counters["graph_break"]
+    return counters["stats"]["unique_graphs"]
+
+
+def test_twenty_steps_of_a_ragged_batch_are_one_graph(fresh):
+    eager = answer(llama(num_hidden_layers=2), "on-demand", 113, 150)
+    model = llama(num_hidden_layers=2)
+    specache.compile_decode(model)
+    assert_equal(answer(model, "on-demand", 113, 150), eager)
+    assert graphs() == 1
+    answer(model, "on-demand", 40, 70, 130, 9)  # more sequences
+    answer(model, "full", 60, 61)  # another cache
+    assert graphs() == 1
+    answer(model, "on-demand", 90)  # a single sequence has a graph of its own
+    assert graphs() == 2
+
+
+def test_guesses_have_a_graph_per_number_of_rows(fresh):
+    eager = answer(llama(num_hidden_layers=2), "verified", 113, 150)
+    model = llama(num_hidden_layers=2)
+    specache.compile_decode(model)
+    assert_equal(answer(model, "verified", 113, 150), eager)
+    assert graphs() == 2  # pre-decoding has one row, a step two
+
+
+@pytest.mark.parametrize("weights", [WeightFormat.INT8, WeightFormat.INT4])
+def test_quantised_weights_compile_too(fresh, weights):
+    models = [llama(num_hidden_layers=2), llama(num_hidden_layers=2)]
+    for model in models:
+        quantise_weights(model, weights)
+    specache.compile_decode(models[1])
+    assert_equal(answer(models[1], "on-demand", 80, 120), answer(models[0], "on-demand", 80, 120))
+    assert graphs() == 1
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt-oss"])  # soft caps and sliding windows, sinks and experts
+def test_other_families_give_eagers_tokens(fresh, family):
+    eager = answer(build(*FAMILIES[family]), "on-demand", 60, 90)
+    model = build(*FAMILIES[family])
+    specache.compile_decode(model)
+    assert_equal(answer(model, "on-demand", 60, 90), eager)
+    assert counters["stats"]["unique_graphs"] >= 1
+
+
+def test_a_compiled_step_follows_adapters_and_weights(fresh, monkeypatch):
+    """Compiled through a wrapper, with the model and the wrapper passed in turn."""
+    real = torch.compile
+    monkeypatch.setattr(compiled.torch, "compile", lambda step, options: real(step, backend="eager"))
+    model = llama(num_hidden_layers=2)
+    layers = adapted(model, "a", "b")
+    wrapper = real(model, backend="eager")
+    specache.compile_decode(wrapper)
+
+    def activate(name: str) -> None:
+        for layer in layers:
+            layer.active_adapters = [name]
+
+    changes = (
+        lambda: None,
+        lambda: activate("b"),
+        lambda: layers[0].scaling.update(b=5.0),
+        lambda: layers[1].base_layer.weight.data.mul_(3),
+        lambda: setattr(layers[0], "base_layer", torch.nn.Linear(64, 32, bias=False)),
+        lambda: activate("a"),
+    )
+    answers = []
+    for change in changes:
+        change()
+        for each in (model, wrapper):
+            ours = answer(each, "on-demand", 80)
+            expected = model.generate(
+                prompt(80), max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True, output_logits=True
+            )
+            assert (ours.logits[1] - expected.logits[1]).abs().max() < 1e-3
+        answers.append(ours.logits[1])
+    assert counters["stats"]["unique_graphs"] > 1
+    assert all(not torch.equal(a, b) for a, b in itertools.pairwise(answers))
+
+
+def test_errors_inside_a_compiled_pass_are_ours(fresh, monkeypatch):
+    model = llama(num_hidden_layers=2)
+    specache.compile_decode(model)
+    answer(model, "on-demand", 80)
+
+    def fails(self: Any, *arguments: Any) -> None:
+        raise NonFiniteError("infinity")
+
+    monkeypatch.setattr("specache.engine.forward_pass.DecodePass.attention", fails)
+    with pytest.raises(NonFiniteError, match="infinity"):
+        answer(model, "on-demand", 80)
+
+
+def test_a_layer_that_attends_twice_is_refused(fresh, monkeypatch):
+    model = llama(num_hidden_layers=2)
+    specache.compile_decode(model)
+    attend = compiled.attend
+
+    def twice(*arguments: Any) -> torch.Tensor:
+        return attend(*arguments) + attend(*arguments)
+
+    monkeypatch.setattr(compiled, "attend", twice)
+    with pytest.raises(UnsupportedModelError, match="attends twice"):
+        answer(model, "on-demand", 80)
+
+
+def test_what_cannot_be_compiled_says_why(monkeypatch):
+    with pytest.raises(ConfigError, match="dynamic RoPE"):
+        specache.compile_decode(build(*FAMILIES["llama-dynamic-rope"]))
+    monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
+    with pytest.raises(ConfigError, match=r"neither g\+\+ nor clang\+\+"):
+        specache.compile_decode(llama())
+    monkeypatch.setenv("CXX", "icpx")
+    with pytest.raises(ConfigError, match="no icpx"):
+        specache.compile_decode(llama())

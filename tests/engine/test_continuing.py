@@ -1,0 +1,442 @@
+"""Going on from what a cache holds: with the whole text, with only what is new, and what is not clear."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import Gemma2Config, Gemma2ForCausalLM, StoppingCriteria
+
+import specache
+from specache.engine import generate as generation
+from specache.engine.sampling import EndedOnce
+from tests.engine.test_model_families import LONGROPE
+from tests.tiny import llama, prompt, ragged
+
+NEW = 6
+ONES = torch.long
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return llama()
+
+
+@pytest.fixture(scope="module")
+def sliding() -> Any:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "initializer_range": 0.2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 32}
+    tokens = {"eos_token_id": None, "bos_token_id": 1, "pad_token_id": 0, "max_position_embeddings": 4096}
+    return Gemma2ForCausalLM(Gemma2Config(**sizes, **heads, **tokens)).eval()
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "in place": {},
+    "verified": {"policy": "verified", "slow_tier": "ram"},
+    "full": {"policy": "full"},
+    "disk": {"policy": "verified", "slow_tier": "disk"},
+}
+
+
+def opened(model: Any, tmp_path: Path, kind: str = "in place") -> specache.SpeCache:
+    """A cache whose answers are those of the ordinary one: everything is fetched."""
+    folder = {"slow_dir": str(tmp_path)} if kind == "disk" else {}
+    return specache.SpeCache(model, specache.SpeCacheConfig(top_k=10**6, **SETTINGS[kind], **folder))
+
+
+def say(model: Any, cache: Any, ids: Tensor, mask: Tensor | None = None, **more: Any) -> Tensor:
+    """Greedy answer -> [B, S + new]."""
+    return specache.generate(model, ids, attention_mask=mask, past_key_values=cache, max_new_tokens=NEW, do_sample=False, **more)
+
+
+def stock(model: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    return model.generate(ids, attention_mask=torch.ones_like(ids) if mask is None else mask, max_new_tokens=NEW, do_sample=False)
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+@pytest.mark.parametrize("which", ["model", "sliding"])
+def test_only_what_is_new_goes_on_from_the_last_generated_token(request, tmp_path, which, kind):
+    model = request.getfixturevalue(which)
+    with opened(model, tmp_path, kind) as cache:
+        text = say(model, cache, prompt(90))
+        for turn in range(2):
+            question = prompt(9, 10 + turn)
+            whole = torch.cat([text, question], 1)
+            answer = say(model, cache, question, torch.ones_like(whole))
+            text = torch.cat([whole, answer[:, 9:]], 1)
+            assert answer[:, :9].equal(question)  # what was passed is in front, as in stock generate
+            assert text.equal(stock(model, whole))
+
+
+def test_the_last_generated_token_is_kept_through_stock_generate_too(model, tmp_path):
+    with opened(model, tmp_path) as cache:
+        text = model.generate(
+            prompt(90), custom_generate=specache.decode, past_key_values=cache, max_new_tokens=NEW, do_sample=False
+        )
+        whole = torch.cat([text, prompt(9, 10)], 1)
+        answer = model.generate(
+            prompt(9, 10),
+            attention_mask=torch.ones_like(whole),
+            custom_generate=specache.decode,
+            past_key_values=cache,
+            max_new_tokens=NEW,
+            do_sample=False,
+        )
+        assert answer[:, 9:].equal(stock(model, whole)[:, whole.shape[1] :])
+
+
+def test_a_mask_of_what_is_stored_leaves_the_unstored_token_out(model, tmp_path):
+    with opened(model, tmp_path) as cache:
+        text = say(model, cache, prompt(90))
+        stored = torch.cat([text[:, :-1], prompt(9, 10)], 1)
+        assert cache.get_seq_length() == text.shape[1] - 1
+        assert say(model, cache, prompt(9, 10), torch.ones_like(stored))[:, 9:].equal(stock(model, stored)[:, stored.shape[1] :])
+
+
+def test_a_batch_goes_on_where_each_of_its_sequences_ended(model, tmp_path):
+    ids, mask = ragged(60, 35)
+    first, second = stock(model, ids, mask)[:, 60:].tolist()
+    ends = [next(token for token in second[:-1] if token not in first)]  # the second sequence ends early
+    with opened(model, tmp_path) as cache:
+        text = say(model, cache, ids, mask, eos_token_id=ends)
+        answered = torch.ones_like(text[:, 60:])
+        for row in range(2):
+            found = (text[row, 60:] == ends[0]).nonzero()
+            answered[row, int(found[0]) + 1 if len(found) else NEW :] = 0  # padding behind the end
+        assert answered.min() == 0
+        question = torch.cat([prompt(7, 10), prompt(7, 11)])
+        question[1, :3] = 0
+        asked = torch.ones_like(question)
+        asked[1, :3] = 0
+        whole_mask = torch.cat([mask, answered, asked], 1)
+        got = say(model, cache, question, whole_mask)
+        for row in range(2):
+            alone = torch.cat([text, question], 1)[row][whole_mask[row].bool()][None]
+            assert got[row, 7:].tolist() == stock(model, alone)[0, alone.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("way", ["generate", "decode", "prefill"])
+def test_padding_behind_an_answer_is_never_read_as_text(model, tmp_path, way):
+    ids, mask = ragged(60, 35)
+    first, second = stock(model, ids, mask)[:, 60:].tolist()
+    ends = [next(token for token in second[:-1] if token not in first)]  # the second sequence ends early
+    with opened(model, tmp_path) as cache:
+        text = say(model, cache, ids, mask, eos_token_id=ends)
+        assert text[1, -1] == 0
+        whole = torch.cat([text, prompt(7, 10).expand(2, 7)], 1)
+        with pytest.raises(specache.UsageError, match=r"Sequence 1 of the batch: padding .* only what is new"):
+            if way == "generate":
+                say(model, cache, whole, eos_token_id=ends)
+            elif way == "decode":
+                settings = {"max_new_tokens": NEW, "eos_token_id": ends, "do_sample": False}
+                model.generate(whole, custom_generate=specache.decode, past_key_values=cache, **settings)
+            else:
+                specache.prefill(model, whole, cache=cache)
+        answered = (text != 0).long()
+        asked = torch.cat([answered, torch.ones(2, 7, dtype=ONES)], 1)
+        got = say(model, cache, prompt(7, 10).expand(2, 7), asked)  # as the message says
+        alone = whole[1][asked[1].bool()][None]
+        assert got[1, 7:].tolist() == stock(model, alone)[0, alone.shape[1] :].tolist()
+
+
+def test_a_mask_that_fits_some_sequences_of_a_batch_is_refused(model, tmp_path):
+    ids, mask = ragged(60, 35)
+    question = torch.cat([prompt(7, 10), prompt(7, 11)])
+    with opened(model, tmp_path) as cache:
+        text = say(model, cache, ids, mask)
+        whole = torch.cat([mask, torch.ones(2, NEW + 7, dtype=torch.long)], 1)
+        wrong = whole.clone()
+        wrong[1, 24] = 1  # padding of the second prompt that is called a token
+        with pytest.raises(specache.UsageError, match="Sequence 1 of the batch"):
+            say(model, cache, question, wrong)
+        wrong = whole.clone()
+        wrong[1, 25] = 0
+        with pytest.raises(specache.UsageError, match="some sequences and not of others"):
+            say(model, cache, question, wrong)
+        assert say(model, cache, question, whole).shape == (2, 7 + NEW)
+        assert text.shape == (2, 60 + NEW)
+
+
+@pytest.mark.parametrize("width", [8, 95, 98, 500])
+def test_a_mask_that_fits_nothing_is_refused_with_the_numbers(model, tmp_path, width):
+    with opened(model, tmp_path) as cache:
+        specache.prefill(model, prompt(90), cache=cache)
+        mask = torch.ones(1, width, dtype=torch.long)
+        for call in (say, lambda model, cache, ids, mask: specache.prefill(model, ids, cache=cache, attention_mask=mask)):
+            with pytest.raises(specache.UsageError, match=f"{width - 7:,} tokens came before; but the SpeCache holds 90"):
+                call(model, cache, prompt(7, 1), mask)
+        assert cache.get_seq_length() == 90
+
+
+def test_a_mask_of_earlier_tokens_is_refused_where_there_are_none(model):
+    with pytest.raises(specache.UsageError, match="holds 0"):
+        specache.generate(model, prompt(7), attention_mask=torch.ones(1, 90, dtype=torch.long), max_new_tokens=2)
+
+
+@pytest.mark.parametrize("way", ["generate", "decode", "prefill"])
+def test_only_what_is_new_without_the_mask_is_refused_and_forgets_nothing(model, tmp_path, way):
+    with opened(model, tmp_path) as cache:
+        text = say(model, cache, prompt(90))
+        question = prompt(7, 9)
+        with pytest.raises(specache.UsageError, match=r"torch\.cat.*cache\.reset\(\)"):
+            if way == "generate":
+                say(model, cache, question)
+            elif way == "decode":
+                model.generate(question, custom_generate=specache.decode, past_key_values=cache, max_new_tokens=2)
+            else:
+                specache.prefill(model, question, cache=cache)
+        whole = torch.cat([text, question], 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert say(model, cache, whole).equal(stock(model, whole))
+
+
+def test_a_new_question_behind_the_first_token_of_every_text_is_refused_too(model, tmp_path):
+    document, question = prompt(90), prompt(7, 9)
+    document[0, 0] = question[0, 0] = 1  # what a tokenizer puts in front
+    with opened(model, tmp_path) as cache:
+        specache.prefill(model, document, cache=cache)
+        with pytest.raises(specache.UsageError, match="begin with nothing"):
+            say(model, cache, question)
+
+
+def test_several_answers_to_one_new_question_leave_the_cache_as_it_was_when_refused(model, tmp_path):
+    with opened(model, tmp_path) as cache:
+        specache.prefill(model, prompt(90), cache=cache)
+        with pytest.raises(specache.UsageError, match="begin with nothing"):
+            specache.generate(model, prompt(7, 9), past_key_values=cache, max_new_tokens=2, do_sample=True, num_return_sequences=3)
+        assert [sequence.length for sequence in cache.sequences] == [90]
+
+
+@pytest.mark.parametrize(("answers", "tokens"), [(9, 2), (3, 1500)], ids=["no room for copies", "none for the answers"])
+def test_a_batch_that_does_not_fit_into_fast_memory_leaves_the_cache_as_it_was(model, answers, tokens):
+    settings = {"max_new_tokens": tokens, "do_sample": True, "num_return_sequences": answers}
+    with specache.SpeCache(model, specache.SpeCacheConfig(fast_memory=10**6)) as cache:
+        specache.prefill(model, prompt(90), cache=cache)
+        held, longer = cache.resources.budget.used, torch.cat([prompt(90), prompt(300, 1)], 1)
+        with pytest.raises(specache.FastMemoryError):
+            specache.generate(model, longer, past_key_values=cache, **settings)
+        assert [sequence.length for sequence in cache.sequences] == [90]
+        assert cache.resources.budget.used == held
+        assert torch.equal(say(model, cache, longer), stock(model, longer))
+
+
+def test_another_text_begins_in_a_cache_that_was_reset(model, tmp_path):
+    with opened(model, tmp_path) as cache:
+        say(model, cache, prompt(90))
+        cache.reset()
+        assert (cache.get_seq_length(), cache.stats()["total_bytes"], cache.finish_reasons) == (0, 0, [])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert say(model, cache, prompt(20, 5)).equal(stock(model, prompt(20, 5)))
+        cache.reset()
+        ids, mask = ragged(30, 20)
+        assert say(model, cache, ids, mask).equal(stock(model, ids, mask))
+
+
+def test_another_batch_in_the_same_cache_is_refused(model, tmp_path):
+    ids, mask = ragged(30, 20)
+    with opened(model, tmp_path) as cache:
+        say(model, cache, ids, mask)
+        with pytest.raises(specache.UsageError, match=r"2 sequences .* 3 prompts.*reset"):
+            say(model, cache, *ragged(30, 20, 10))
+
+
+def test_an_edit_far_back_says_where_and_how_much_is_read_again(model, tmp_path):
+    edited = torch.cat([prompt(20), prompt(75, 3)], 1)
+    with opened(model, tmp_path) as cache:
+        say(model, cache, prompt(90))
+        with pytest.warns(UserWarning, match=r"from token 20 on: of 95 stored tokens 75 are forgotten, and 75 are read"):
+            assert say(model, cache, edited).equal(stock(model, edited))
+
+
+def test_another_text_of_like_length_says_so_however_short(model, tmp_path):
+    with opened(model, tmp_path) as cache:
+        say(model, cache, prompt(20))
+        with pytest.warns(UserWarning, match="from token 0 on"):
+            say(model, cache, prompt(18, 3))
+
+
+SILENT = {
+    "the same again": lambda text: text[:, :90],
+    "a beginning of it": lambda text: text[:, :40],
+    "the last words changed": lambda text: torch.cat([text[:, :80], prompt(20, 3)], 1),
+    "another answer put in": lambda text: torch.cat([text[:, :90], prompt(200, 3)], 1),
+}
+
+
+@pytest.mark.parametrize("case", SILENT)
+def test_asking_again_and_small_edits_say_nothing(model, tmp_path, case):
+    with opened(model, tmp_path) as cache:
+        text = say(model, cache, prompt(90))
+        ids = SILENT[case](text)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert say(model, cache, ids).equal(stock(model, ids))
+
+
+def test_windows_that_cannot_go_back_say_how_much_is_read_again(sliding, tmp_path):
+    ids = prompt(1300)
+    with opened(sliding, tmp_path) as cache:
+        specache.prefill(sliding, ids, cache=cache)
+        cache.sequences[0].checkpoints.forget_after(0)  # as where memory had no room for copies of the windows
+        edited = torch.cat([ids[:, :1250], prompt(9, 3)], 1)
+        with pytest.warns(UserWarning, match=r"1,250 stored tokens .* sliding windows"):
+            assert say(sliding, cache, edited).equal(stock(sliding, edited))
+
+
+def test_the_unstored_token_goes_with_forks_and_is_forgotten_with_a_cut(model, tmp_path):
+    with opened(model, tmp_path) as cache:
+        whole = torch.cat([say(model, cache, prompt(90)), prompt(9, 10)], 1)
+        with cache.fork() as fork:
+            answer = say(model, fork, prompt(9, 10), torch.ones_like(whole))
+            assert answer[:, 9:].equal(stock(model, whole)[:, whole.shape[1] :])
+        cache.sequences[0].truncate(95)
+        assert cache.sequences[0].pending_token is not None
+        cache.sequences[0].truncate(94)
+        mask = torch.ones(1, 94 + 1 + 9, dtype=torch.long)
+        with pytest.raises(specache.UsageError, match="holds 94"):
+            say(model, cache, prompt(9, 10), mask)
+
+
+def test_a_session_remembers_the_unstored_token_and_what_was_read(model, tmp_path):
+    config = specache.SpeCacheConfig(top_k=10**6)
+    with specache.Session("one", model, config, folder=tmp_path) as session:
+        whole = torch.cat([say(model, session.cache, prompt(90)), prompt(9, 10)], 1)
+        session.save()
+    with specache.Session("one", model, config, folder=tmp_path) as session:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            answer = say(model, session.cache, prompt(9, 10), torch.ones_like(whole))
+        assert answer[:, 9:].equal(stock(model, whole)[:, whole.shape[1] :])
+        session.cache.reset()
+        assert session.token_ids == []
+        assert say(model, session.cache, prompt(20, 5)).equal(stock(model, prompt(20, 5)))
+
+
+class Interrupting:
+    """A streamer that ends the answer after some tokens."""
+
+    def __init__(self, tokens: int) -> None:
+        self.left = tokens + 1  # the prompt comes first
+
+    def put(self, value: Tensor) -> None:
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+
+    def end(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 4])
+def test_an_interrupted_answer_goes_on_with_only_what_is_new(model, tmp_path, tokens):
+    with opened(model, tmp_path) as cache:
+        with pytest.raises(KeyboardInterrupt):
+            say(model, cache, prompt(90), streamer=Interrupting(tokens))
+        text = torch.cat([stock(model, prompt(90))[:, : 90 + tokens], prompt(9, 10)], 1)
+        answer = say(model, cache, prompt(9, 10), torch.ones_like(text))
+        assert answer[:, 9:].equal(stock(model, text)[:, text.shape[1] :])
+
+
+def test_a_question_that_could_not_be_read_leaves_the_unstored_token(model, tmp_path, monkeypatch):
+    with opened(model, tmp_path) as cache:
+        whole = torch.cat([say(model, cache, prompt(90)), prompt(9, 10)], 1)
+        layer = model.model.layers[2].self_attn
+        working = layer.forward
+
+        def failing(*args: Any, **kwargs: Any) -> Any:
+            raise MemoryError
+
+        monkeypatch.setattr(layer, "forward", failing)
+        with pytest.raises(MemoryError):
+            say(model, cache, prompt(9, 10), torch.ones_like(whole))
+        monkeypatch.setattr(layer, "forward", working)
+        answer = say(model, cache, prompt(9, 10), torch.ones_like(whole))
+        assert answer[:, 9:].equal(stock(model, whole)[:, whole.shape[1] :])
+
+
+def test_prefill_appends_what_is_new_under_the_mask_of_the_whole(model, tmp_path):
+    text = prompt(120)
+    with opened(model, tmp_path) as cache:
+        specache.prefill(model, text[:, :80], cache=cache)
+        specache.prefill(model, text[:, 80:], cache=cache, attention_mask=torch.ones_like(text))
+        assert cache.sequences[0].token_ids == text[0].tolist()
+
+
+def test_several_answers_go_on_from_one_text(model, tmp_path):
+    with opened(model, tmp_path) as cache:
+        text = say(model, cache, prompt(90))
+        whole = torch.cat([text, prompt(9, 10)], 1)
+        settings = {"do_sample": True, "num_return_sequences": 3, "max_new_tokens": NEW}
+        torch.manual_seed(3)
+        expected = model.generate(whole, attention_mask=torch.ones_like(whole), **settings)
+        torch.manual_seed(3)
+        got = specache.generate(model, prompt(9, 10), attention_mask=torch.ones_like(whole), past_key_values=cache, **settings)
+        assert got[:, 9:].equal(expected[:, whole.shape[1] :])
+
+
+class FailingAtTheThird(StoppingCriteria):
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        if input_ids.shape[1] == 102:
+            raise RuntimeError
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+@pytest.mark.parametrize("where", ["room", "streamer", "reading"])
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_several_answers_that_fail_before_their_first_token_leave_as_many_sequences_as_before(
+    model, tmp_path, monkeypatch, where, kind
+):
+    whole = torch.cat([prompt(90), prompt(9, 10)], 1)
+    sampled = {"max_new_tokens": NEW, "do_sample": True, "num_return_sequences": 3}
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("no room")
+
+    with opened(model, tmp_path, kind) as cache:
+        specache.prefill(model, prompt(90), cache=cache)
+        with monkeypatch.context() as patched, pytest.raises(RuntimeError):
+            if where == "room":
+                patched.setattr(generation, "check_room", failing)
+            if where == "reading":
+                patched.setattr(model.model.layers[2].self_attn, "forward", failing)
+            if where == "streamer":
+                patched.setattr(EndedOnce, "put", failing)
+            specache.generate(model, whole, past_key_values=cache, streamer=Interrupting(99), **sampled)
+        assert [sequence.length for sequence in cache.sequences] == [90]
+        assert cache.context.living_sequences == 1
+        assert say(model, cache, whole).equal(stock(model, whole))
+
+
+def test_several_answers_that_fail_in_the_middle_are_kept(model, tmp_path):
+    with opened(model, tmp_path) as cache:
+        specache.prefill(model, prompt(90), cache=cache)
+        whole = torch.cat([prompt(90), prompt(9, 10)], 1)
+        sampled = {"max_new_tokens": NEW, "do_sample": True, "num_return_sequences": 3}
+        with pytest.raises(RuntimeError):
+            specache.generate(model, whole, past_key_values=cache, stopping_criteria=[FailingAtTheThird()], **sampled)
+        assert [sequence.length for sequence in cache.sequences] == [99 + 2] * 3
+
+
+def test_a_text_that_grows_past_where_rope_changes_says_how_much_is_read_again(tmp_path):
+    longrope = {**LONGROPE, "original_max_position_embeddings": 1300}
+    model = llama(max_position_embeddings=4096, rope_parameters=longrope)
+    text = torch.cat([prompt(1280), prompt(40, 1)], 1)
+    with opened(model, tmp_path) as cache:
+        specache.prefill(model, text[:, :1280], cache=cache)
+        with pytest.warns(UserWarning, match=r"1,280 stored tokens are read again too: .* more than 1,300 tokens"):
+            say(model, cache, text)
+
+
+def test_tokens_that_were_read_stay_so_where_rope_changes_in_an_answer(tmp_path):
+    model = llama(max_position_embeddings=4096, rope_parameters=LONGROPE)
+    length = LONGROPE["original_max_position_embeddings"] - 2
+    with opened(model, tmp_path) as cache:
+        say(model, cache, prompt(length))
+        assert cache.sequences[0].prompt_tokens == length

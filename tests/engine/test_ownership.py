@@ -1,0 +1,340 @@
+"""What nobody refers to any more is freed at once, by reference counts: these tests run without the garbage collector."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import pickle
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import specache
+from specache.errors import NonFiniteError, SlowTierError, UsageError
+from specache.kernels import dispatch
+from specache.tiers.disk.disk_tier import DiskTier
+from tests.engine.test_model_families import HYBRID, SIZES
+from tests.tiny import llama, prompt, ragged
+
+POLICIES = ["full", "verified", "speculative", "previous", "on-demand", "none"]
+GREEDY = {"max_new_tokens": 6, "do_sample": False}
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return llama()
+
+
+@pytest.fixture(scope="module")
+def hybrid() -> Any:
+    torch.manual_seed(0)
+    config = transformers.Gemma3TextConfig(**{**SIZES, **HYBRID, "query_pre_attn_scalar": 16, "sliding_window_pattern": 2})
+    return transformers.Gemma3ForCausalLM(config).eval()
+
+
+@pytest.fixture(autouse=True)
+def no_collector() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+class Remains:
+    """What is left of a cache: weak references to all that it is made of, its account of memory, and its folder."""
+
+    def __init__(self, cache: specache.SpeCache, folder: Path | None = None) -> None:
+        sequences = cache.sequences
+        layers = [layer for sequence in sequences for layer in sequence.layers.values()]
+        rows = [layer.rows for layer in layers if hasattr(layer, "rows")]
+        hot = [one.hot for one in rows if hasattr(one, "hot")]
+        self._held = [weakref.ref(one) for one in (cache, cache.context, *sequences, *layers, *rows, *hot)]
+        self._tiers = [weakref.ref(sequence.tier) for sequence in sequences]
+        self._resources = cache.resources
+        self._folder = folder
+
+    def nothing(self) -> bool:
+        """Whether everything is gone. A read that runs in the background keeps its tier, and nothing else, until it is over."""
+        assert [type(one()).__name__ for one in self._held if one() is not None] == []
+        assert self._resources.budget.used == 0
+        assert not any(pool.pages_in_use for pool in self._resources._pools.values())
+        return _comes_true(lambda: all(tier() is None for tier in self._tiers) and not self._files())
+
+    def _files(self) -> list[Path]:
+        return [] if self._folder is None else list(self._folder.rglob("*"))
+
+
+def _comes_true(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 60
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return condition()
+
+
+def _tier(kind: str, folder: Path) -> str:
+    return f"disk:{folder}" if kind == "disk" else kind
+
+
+def _readers() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("specache")]
+
+
+@pytest.mark.parametrize("tier", ["ram", "ram-inplace", "disk"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_dropped_cache_is_freed_at_once(model, tmp_path, policy, tier):
+    config = specache.SpeCacheConfig(policy=policy, slow_tier=_tier(tier, tmp_path), residual=16, group_size=16, top_k=8)
+    cache = specache.SpeCache(model, config)
+    specache.generate(model, prompt(120), past_key_values=cache, **GREEDY)
+    remains = Remains(cache, tmp_path)
+    del cache
+    assert remains.nothing()
+    assert _comes_true(lambda: not _readers())
+
+
+@pytest.mark.parametrize("tier", ["ram", "ram-inplace", "disk"])
+def test_so_are_a_batch_and_a_hybrid(model, hybrid, tmp_path, tier):
+    config = specache.SpeCacheConfig(slow_tier=_tier(tier, tmp_path), residual=16, group_size=16, top_k=8)
+    for one, (ids, mask) in ((model, ragged(120, 60, 120)), (hybrid, ragged(90, 40))):
+        cache = specache.SpeCache(one, config)
+        specache.generate(one, ids, attention_mask=mask, past_key_values=cache, **GREEDY)
+        remains = Remains(cache, tmp_path)
+        del cache
+        assert remains.nothing()
+
+
+def test_files_and_descriptors_go_with_a_dropped_cache(model, tmp_path):
+    def descriptors() -> int:
+        return sum(str(tmp_path) in os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if _is_open(fd))
+
+    cache = specache.SpeCache(model, specache.SpeCacheConfig(slow_tier=f"disk:{tmp_path}"))
+    specache.generate(model, prompt(200), past_key_values=cache, **GREEDY)
+    assert descriptors() and list(tmp_path.rglob("*.rows"))
+    del cache
+    assert _comes_true(lambda: not descriptors() and not list(tmp_path.iterdir()))
+
+
+def _is_open(descriptor: str) -> bool:
+    return os.path.lexists(f"/proc/self/fd/{descriptor}")
+
+
+@pytest.mark.parametrize("policy", ["verified", "none", "full"])
+@pytest.mark.parametrize("original_first", [True, False])
+def test_of_a_cache_and_its_fork_each_is_freed_when_it_is_dropped(model, tmp_path, policy, original_first):
+    cache = specache.SpeCache(model, specache.SpeCacheConfig(slow_tier=f"disk:{tmp_path}", residual=16, group_size=16, top_k=8))
+    text = specache.generate(model, prompt(120), past_key_values=cache, **GREEDY)
+    fork = cache.fork(policy=policy)
+    expected = specache.generate(model, torch.cat([text, prompt(4)], 1), past_key_values=fork.fork(), **GREEDY)
+    pair = [cache, fork] if original_first else [fork, cache]
+    del cache, fork
+    gone = weakref.ref(pair[0])
+    del pair[0]
+    assert gone() is None
+    out = specache.generate(model, torch.cat([text, prompt(4)], 1), past_key_values=pair[0], **GREEDY)
+    assert torch.equal(out, expected) or not original_first  # the original has another policy
+    remains = Remains(pair[0], tmp_path)
+    del pair
+    assert remains.nothing()
+
+
+def test_the_cache_in_a_dropped_output_is_freed(model):
+    output = specache.generate(model, prompt(100), return_dict_in_generate=True, **GREEDY)
+    remains = Remains(output.past_key_values)
+    del output
+    assert remains.nothing()
+
+
+def test_a_cache_of_a_model_that_is_gone_and_a_model_of_a_cache_that_lives():
+    model = llama()
+    cache = specache.SpeCache(model)
+    specache.generate(model, prompt(100), past_key_values=cache, **GREEDY)
+    gone = weakref.ref(model)
+    weights = weakref.ref(model.lm_head.weight)
+    del model
+    assert gone() is None and weights() is None
+    remains = Remains(cache)
+    del cache
+    assert remains.nothing()
+
+
+class Streamer:
+    """Fails at the third call."""
+
+    def __init__(self, error: type[BaseException]) -> None:
+        self._error, self._calls = error, 0
+
+    def put(self, tokens: Any) -> None:
+        self._calls += 1
+        if self._calls == 3:
+            raise self._error("streamer")
+
+    def end(self) -> None:
+        pass
+
+
+def _fails(call: Callable[[], Any], error: type[BaseException]) -> None:
+    """The call raises, and nobody keeps what it raised."""
+    try:
+        call()
+    except error:
+        return
+    raise AssertionError("nothing was raised")
+
+
+@pytest.mark.parametrize("tier", ["ram", "ram-inplace", "disk"])
+@pytest.mark.parametrize("where", ["streamer", "interrupt", "step", "prefill", "memory"])
+def test_after_an_error_a_dropped_cache_is_freed_at_once(model, tmp_path, monkeypatch, where, tier):
+    config = specache.SpeCacheConfig(slow_tier=_tier(tier, tmp_path), residual=16, group_size=16, top_k=8, policy="verified")
+    cache = specache.SpeCache(model, config)
+    error = {"streamer": ValueError, "interrupt": KeyboardInterrupt, "memory": MemoryError}.get(where, NonFiniteError)
+    streamer = Streamer(error) if where in ("streamer", "interrupt") else None
+    calls = []
+
+    def dies(*arguments: Any) -> None:
+        calls.append(1)
+        if len(calls) > (1 if where == "prefill" else 6):  # three layers: in the first pass, or in a step
+            raise error("quantise")
+        quantise(*arguments)
+
+    quantise = dispatch.quantise
+    with monkeypatch.context() as patch:
+        if streamer is None:
+            patch.setattr(dispatch, "quantise", dies)
+        options = {"streamer": streamer, "max_new_tokens": 40, "do_sample": False}
+        _fails(partial(specache.generate, model, prompt(120), past_key_values=cache, **options), error)
+    remains = Remains(cache, tmp_path)
+    del cache
+    assert remains.nothing()
+
+
+@pytest.mark.parametrize("error", [ValueError, MemoryError])
+def test_a_cache_that_nobody_was_given_is_freed_with_the_error(model, monkeypatch, error):
+    """Its tensors may live as long as the error does, and no longer."""
+    made = []
+    begin = specache.SpeCache.__init__
+
+    def noted(cache: specache.SpeCache, *arguments: Any) -> None:
+        begin(cache, *arguments)
+        made.append(weakref.ref(cache))
+
+    monkeypatch.setattr(specache.SpeCache, "__init__", noted)
+    _fails(lambda: specache.generate(model, prompt(120), streamer=Streamer(error), **GREEDY), error)
+    assert len(made) == 1 and made[0]() is None
+
+
+def test_a_session_that_was_closed_or_dropped_leaves_nothing(model, tmp_path):
+    for close in (True, False):
+        session = specache.Session("one", model, folder=tmp_path)
+        specache.generate(model, prompt(120), past_key_values=session.cache, **GREEDY)
+        session.save()
+        remains = Remains(session.cache)
+        if close:
+            session.close()
+        gone = weakref.ref(session)
+        del session
+        assert gone() is None and remains.nothing()
+    specache.Session("one", model, folder=tmp_path).close()  # and it is not locked
+
+
+def test_reads_that_are_under_way_do_not_keep_a_hot_set(model, tmp_path, monkeypatch):
+    """A cleared sequence gives its fast memory back at once, also while a background thread still reads for it."""
+    reading, go_on = threading.Event(), threading.Event()
+    gather = DiskTier.gather
+
+    def slowly(tier: DiskTier, *arguments: Any) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            reading.set()
+            go_on.wait(60)
+        return gather(tier, *arguments)
+
+    monkeypatch.setattr(DiskTier, "begin", lambda *arguments: None)
+    cache = specache.SpeCache(
+        model, specache.SpeCacheConfig(slow_tier=f"disk:{tmp_path}", policy="speculative", residual=16, group_size=16, top_k=8)
+    )
+    monkeypatch.setattr(DiskTier, "gather", slowly)
+    try:
+        specache.prefill(model, prompt(200), cache=cache)
+        layer = cache.sequences[0].compressed[0]
+        layer.rows.submit(torch.tensor([[0, 1, 2], [3, 4, 5]]))
+        assert reading.wait(60)
+        hot = weakref.ref(layer.rows.hot)
+        del layer
+        cache.sequences[0].clear()
+        assert hot() is None and cache.resources.budget.used == 0
+    finally:
+        go_on.set()
+    cache.close()
+
+
+# Copies
+
+
+@pytest.mark.parametrize("tier", ["ram", "ram-inplace", "disk"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy])
+def test_a_copy_of_a_cache_is_a_fork_of_it(model, tmp_path, copied, tier):
+    cache = specache.SpeCache(model, specache.SpeCacheConfig(slow_tier=_tier(tier, tmp_path), top_k=10**6))
+    text = specache.generate(model, prompt(200), past_key_values=cache, **GREEDY)
+    other = copied(cache)
+    for addition in (prompt(5), prompt(7, seed=3)):
+        ids = torch.cat([text, addition], 1)
+        out = specache.generate(model, ids, past_key_values=other, **GREEDY)
+        assert torch.equal(out, model.generate(ids, **GREEDY))
+    assert cache.get_seq_length() == text.shape[1] - 1
+    ids = torch.cat([text, prompt(9, seed=4)], 1)
+    assert torch.equal(specache.generate(model, ids, past_key_values=cache, **GREEDY), model.generate(ids, **GREEDY))
+
+
+def test_a_deep_copy_of_what_holds_caches_copies_each_once(model):
+    output = specache.generate(model, prompt(100), return_dict_in_generate=True, **GREEDY)
+    cache = output.past_key_values
+    copied = copy.deepcopy({"output": output, "caches": [cache, cache]})
+    first, second = copied["caches"]
+    assert first is second is copied["output"].past_key_values
+    assert first is not cache and first.get_seq_length() == cache.get_seq_length() == 105
+    specache.generate(model, output.sequences, past_key_values=first, **GREEDY)
+    assert (first.get_seq_length(), cache.get_seq_length()) == (111, 105)
+
+
+def test_a_deep_copy_under_a_session_is_no_part_of_it(model, tmp_path):
+    with specache.Session("one", model, folder=tmp_path) as session:
+        text = specache.generate(model, prompt(100), past_key_values=session.cache, **GREEDY)
+        session.save()
+        other = copy.deepcopy(session.cache)
+        specache.generate(model, torch.cat([text, prompt(5)], 1), past_key_values=other, **GREEDY)
+        assert session.token_ids == text[0, :-1].tolist()
+        for copied in (copy.deepcopy, copy.copy):
+            with pytest.raises(UsageError, match="fork"):
+                copied(session)
+        with pytest.raises(UsageError, match="open 'one' again"):
+            pickle.dumps(session)
+
+
+def test_a_cache_cannot_be_pickled_and_says_what_to_do(model, tmp_path):
+    cache = specache.SpeCache(model)
+    specache.prefill(model, prompt(80), cache=cache)
+    for write in (pickle.dumps, lambda one: torch.save({"cache": one}, tmp_path / "cache.pt")):
+        with pytest.raises(UsageError, match=r"specache\.Session.*cache\.fork\(\)"):
+            write(cache)
+
+
+def test_what_a_fork_cannot_do_leaves_nothing_behind(model, tmp_path, monkeypatch):
+    cache = specache.SpeCache(model, specache.SpeCacheConfig(slow_tier=f"disk:{tmp_path}"))
+    specache.prefill(model, prompt(200), cache=cache)
+    used = cache.resources.budget.used
+
+    def full(*_: Any) -> Any:
+        raise SlowTierError("full")
+
+    monkeypatch.setattr(DiskTier, "fork", full)
+    _fails(lambda: copy.deepcopy(cache), SlowTierError)
+    assert cache.resources.budget.used == used

@@ -1,0 +1,491 @@
+"""Threads and processes: one call at a time uses a cache, any number use a model, and a forked process is told what to do."""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+
+import specache
+from specache.cache.one_call import OneCallAtATime
+from specache.errors import SpeCacheError, UsageError
+from specache.linear import cpu_linear as products
+from specache.model import rope
+from specache.tiers.ram import RamTier
+from tests.engine.test_model_families import DYNAMIC, LONGROPE
+from tests.tiny import llama, prompt
+
+GREEDY = {"max_new_tokens": 10, "do_sample": False}
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return llama()
+
+
+class Gate:
+    """A streamer that stops its call after the prompt until it is let go on, and does something meanwhile."""
+
+    def __init__(self, inside: Callable[[], Any] = lambda: None) -> None:
+        self.reached, self.go_on = threading.Event(), threading.Event()
+        self._inside = inside
+        self._calls = 0
+
+    def put(self, tokens: Any) -> None:
+        self._calls += 1
+        if self._calls == 3:
+            self._inside()
+            self.reached.set()
+            assert self.go_on.wait(120)
+
+    def end(self) -> None:
+        self.reached.set()
+
+
+class Stopped:
+    """A call to generate that stands still in the middle, on a thread of its own."""
+
+    def __init__(self, model: Any, cache: specache.SpeCache, ids: torch.Tensor, inside: Callable[[], Any] = lambda: None) -> None:
+        self._gate = Gate(inside)
+        self._pool = ThreadPoolExecutor(1)
+        options = {"past_key_values": cache, "streamer": self._gate, **GREEDY}
+        self._call = self._pool.submit(specache.generate, model, ids, **options)
+
+    def __enter__(self) -> None:
+        assert self._gate.reached.wait(120)
+
+    def __exit__(self, *_: Any) -> None:
+        self._gate.go_on.set()
+        self._pool.shutdown()
+
+    def result(self) -> torch.Tensor:
+        return self._call.result()
+
+
+def _cache(model: Any, **changes: Any) -> specache.SpeCache:
+    settings = {"residual": 16, "group_size": 16, "top_k": 10**6, **changes}
+    return specache.SpeCache(model, specache.SpeCacheConfig(**settings))
+
+
+CALLS = {
+    "generate": lambda model, cache: specache.generate(model, prompt(50, seed=3), past_key_values=cache, **GREEDY),
+    "decode": lambda model, cache: model.generate(
+        prompt(50, seed=3), custom_generate=specache.decode, past_key_values=cache, **GREEDY
+    ),
+    "prefill": lambda model, cache: specache.prefill(model, prompt(50, seed=3), cache=cache),
+    "fork": lambda model, cache: cache.fork(),
+    "close": lambda model, cache: cache.close(),
+}
+
+
+@pytest.mark.parametrize("tier", ["ram", "ram-inplace", "disk"])
+@pytest.mark.parametrize("name", CALLS)
+def test_a_second_thread_on_a_cache_is_refused_and_the_first_goes_on_unharmed(model, tmp_path, name, tier):
+    ids = prompt(100)
+    expected = model.generate(ids, **GREEDY)
+    cache = _cache(model, slow_tier=f"disk:{tmp_path}" if tier == "disk" else tier)
+    first = Stopped(model, cache, ids)
+    with first:
+        with pytest.raises(UsageError, match=r"in another thread.*one cache per thread.*cache\.fork\(\)"):
+            CALLS[name](model, cache)
+        assert cache.get_seq_length() == 101 and cache.stats()["slow_bytes"] > 0  # any thread may look
+    assert torch.equal(first.result(), expected)
+    longer = torch.cat([expected, prompt(5)], 1)
+    assert torch.equal(specache.generate(model, longer, past_key_values=cache, **GREEDY), model.generate(longer, **GREEDY))
+    cache.reset()
+    CALLS[name](model, cache)
+
+
+def test_bytes_may_be_counted_while_another_thread_adds_a_layer():
+    tier = RamTier(in_place=True)
+
+    class Buffer:
+        """A layer's; while it is counted, the first rows of another layer come."""
+
+        @property
+        def nbytes(self) -> int:
+            tier.write(1, 0, torch.zeros(2, 5, 16), torch.zeros(2, 5, 16))
+            return 100
+
+    tier._rows = {0: Buffer(), 2: Buffer()}
+    assert tier.nbytes == 200
+    assert 1 in tier._rows
+
+
+def test_a_streamer_that_is_refused_is_ended(model):
+    cache, ended = _cache(model), threading.Event()
+
+    class Ends(Gate):
+        def end(self) -> None:
+            ended.set()
+
+    with Stopped(model, cache, prompt(60)), pytest.raises(UsageError):
+        specache.generate(model, prompt(60), past_key_values=cache, streamer=Ends(), **GREEDY)
+    assert ended.is_set()
+
+
+@pytest.mark.parametrize("call", ["save", "cut", "fork", "close"])
+def test_a_session_waits_for_no_call_and_spoils_none(model, tmp_path, call):
+    calls = {"save": (), "cut": (10,), "fork": ("two",), "close": ()}
+    ids = prompt(100)
+    session = specache.Session("one", model, folder=tmp_path)
+    specache.generate(model, prompt(80, seed=5), past_key_values=session.cache, **GREEDY)
+    session.save()
+    first = Stopped(model, session.cache, ids)
+    with first, pytest.raises(UsageError, match=f"Session.{call} was called while generate is using"):
+        getattr(session, call)(*calls[call])
+    assert torch.equal(first.result(), model.generate(ids, **GREEDY))
+    session.save()
+    session.close()
+    with specache.Session("one", model, folder=tmp_path) as again:
+        assert again.token_ids == first.result()[0, :-1].tolist()
+
+
+def test_a_streamer_saves_the_session_that_its_call_goes_on_with(model, tmp_path):
+    """As the commands do when the prompt was read: a crash while the answer comes must not cost the document."""
+    ids, saved = prompt(100), []
+    expected = model.generate(ids, **GREEDY)
+
+    class Saves:
+        def put(self, tokens: Any) -> None:
+            if session.cache.get_seq_length():
+                session.save()
+                saved.append(session.saved_tokens)
+
+        def end(self) -> None: ...
+
+    session = specache.Session("one", model, folder=tmp_path)
+    assert torch.equal(specache.generate(model, ids, past_key_values=session.cache, streamer=Saves(), **GREEDY), expected)
+    assert saved == list(range(100, 110))
+    session.close()  # nothing is saved here
+    with specache.Session("one", model, folder=tmp_path) as again:
+        assert again.token_ids == expected[0, :-1].tolist()
+        longer = torch.cat([expected, prompt(5)], 1)
+        out = specache.generate(model, longer, past_key_values=again.cache, **GREEDY)
+        assert torch.equal(out, model.generate(longer, **GREEDY))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_callback_cannot_use_the_cache_of_its_own_call(model, name):
+    """Only ask it; another cache it may use, also one that is made on the spot."""
+    ids, cache, seen = prompt(100), _cache(model), []
+
+    def inside() -> None:
+        with pytest.raises(UsageError, match=f"{'generate' if name == 'decode' else name} was called while generate is using"):
+            CALLS[name](model, cache)
+        seen.append(cache.stats()["slow_bytes"])
+        seen.append(specache.generate(model, ids, config=cache.config, **GREEDY))
+
+    first = Stopped(model, cache, ids, inside)
+    with first:
+        pass
+    expected = model.generate(ids, **GREEDY)
+    assert torch.equal(first.result(), expected)
+    assert torch.equal(seen[1], expected) and seen[0] > 0
+
+
+def test_two_requests_on_one_cache_answer_rightly_or_are_refused(model):
+    prompts = [prompt(150), prompt(140, seed=5)]
+    expected = [model.generate(ids, **GREEDY) for ids in prompts]
+    cache = _cache(model)
+    outcomes: list[str] = []
+
+    def ask(index: int) -> None:
+        for _ in range(4):
+            try:
+                out = specache.generate(model, prompts[index], past_key_values=cache, **GREEDY)
+                outcomes.append("right" if torch.equal(out, expected[index]) else "wrong")
+            except SpeCacheError:
+                outcomes.append("refused")
+
+    _together(ask, 2)
+    assert len(outcomes) == 8 and "wrong" not in outcomes and "right" in outcomes
+    assert torch.equal(specache.generate(model, prompts[0], past_key_values=cache, **GREEDY), expected[0])
+
+
+def _together(call: Callable[[int], None], count: int) -> None:
+    """Run call(0) to call(count - 1), each on a thread of its own, and raise what they raise."""
+    with ThreadPoolExecutor(count) as pool:
+        for future in [pool.submit(call, index) for index in range(count)]:
+            future.result()
+
+
+POLICIES = ["full", "verified", "speculative", "previous", "on-demand"]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_threads_may_run_one_model_at_once_each_with_its_own_cache(tmp_path, attention):
+    """And one of them without us: stock generate, whose attention and masks pass through ours meanwhile."""
+    model = llama(attn_implementation=attention)
+    prompts = [prompt(70 + 9 * index, seed=index) for index in range(len(POLICIES) + 1)]
+    expected = [model.generate(ids, **GREEDY) for ids in prompts]
+    wrong = []
+
+    def ask(index: int) -> None:
+        for turn in range(3):
+            if index == len(POLICIES):
+                out = model.generate(prompts[index], **GREEDY)
+            else:
+                tier = ["ram", "ram-inplace", f"disk:{tmp_path}"][(index + turn) % 3]
+                config = specache.SpeCacheConfig(policy=POLICIES[index], slow_tier=tier, top_k=10**6, residual=16, group_size=16)
+                out = specache.generate(model, prompts[index], config=config, **GREEDY)
+            if not torch.equal(out, expected[index]):
+                wrong.append(index)
+
+    if attention == "eager":
+        expected[0] = specache.generate(model, prompts[0], config=specache.SpeCacheConfig(policy="full"), **GREEDY)
+    _together(ask, len(prompts))
+    assert wrong == []
+    assert model.config._attn_implementation == attention
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.parametrize("parameters", [DYNAMIC, LONGROPE], ids=["dynamic", "longrope"])
+def test_frequencies_that_depend_on_the_length_stay_each_threads_own(parameters):
+    """Short and long sequences at once; one thread asks the stock model."""
+    more = {"original_max_position_embeddings": 100} if parameters is LONGROPE else {"max_position_embeddings": 100}
+    model = llama(rope_parameters=parameters, **more)
+    lengths = [60, 130, 85, 190]
+    prompts = [prompt(length, seed=length) for length in lengths]
+    expected = []
+    for ids in prompts:
+        fresh = llama(rope_parameters=parameters, **more)
+        expected.append(fresh.generate(ids, **GREEDY))
+    wrong = []
+
+    def ask(index: int) -> None:
+        config = specache.SpeCacheConfig(top_k=10**6, residual=16, group_size=16, policy=["verified", "on-demand"][index % 2])
+        for _ in range(4):
+            out = specache.generate(model, prompts[index], config=config, **GREEDY)
+            if not torch.equal(out, expected[index]):
+                wrong.append(lengths[index])
+
+    _together(ask, len(prompts))
+    assert wrong == []
+
+
+def test_a_pass_of_ours_leaves_the_models_rope_as_it_found_it():
+    model = llama(rope_parameters=DYNAMIC, max_position_embeddings=100)
+    rotary = model.model.rotary_emb
+    model.generate(prompt(150), **GREEDY)
+    longest, frequencies = int(rotary.max_seq_len_cached), rotary.inv_freq.clone()
+    assert longest > 100
+    specache.generate(model, prompt(60), **GREEDY)
+    specache.generate(model, prompt(300), **GREEDY)
+    assert int(rotary.max_seq_len_cached) == longest and torch.equal(rotary.inv_freq, frequencies)
+    assert not rope.is_installed(rotary)
+
+
+def test_a_model_that_is_copied_while_it_generates_computes_with_its_own_weights(model):
+    """The copy has what stands in for its layers too; that must not be the original's."""
+    layers = products.install(model)
+    try:
+        copied = copy.deepcopy(model)
+    finally:
+        products.remove(layers)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.mul_(0.5)
+    fresh = llama()
+    with torch.no_grad():
+        for parameter in fresh.parameters():
+            parameter.mul_(0.5)
+    assert torch.equal(copied.generate(prompt(60), **GREEDY), fresh.generate(prompt(60), **GREEDY))
+
+
+def test_a_call_that_was_interrupted_before_it_began_leaves_the_users_attention(monkeypatch):
+    model = llama()
+    model.set_attn_implementation("eager")
+
+    def interrupted(model: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(products, "install", interrupted)
+        specache.generate(model, prompt(60), **GREEDY)
+    expected = llama().generate(prompt(60), **GREEDY)
+    assert torch.equal(model.generate(prompt(60), **GREEDY), expected)
+    specache.generate(model, prompt(60), **GREEDY)
+    assert model.config._attn_implementation == "eager"
+    assert torch.equal(model.generate(prompt(60), **GREEDY), expected)
+
+
+def test_a_copy_that_was_made_while_a_model_generates_runs_with_and_without_us(model):
+    copies = []
+
+    class Copying(Gate):
+        def put(self, value: torch.Tensor) -> None:
+            copies.append(copy.deepcopy(model))
+
+    specache.generate(model, prompt(60), streamer=Copying(), max_new_tokens=1)
+    expected = model.generate(prompt(60), **GREEDY)
+    full = specache.SpeCacheConfig(policy="full")
+    for copied in copies:
+        assert torch.equal(specache.generate(copied, prompt(60), config=full, **GREEDY), expected)
+        assert torch.equal(copied.generate(prompt(60), **GREEDY), expected)
+
+
+def test_a_call_that_never_came_to_its_end_does_not_lock_the_cache():
+    """Interrupted before it could say so: it is gone with its frame."""
+    in_use = OneCallAtATime()
+
+    def interrupted() -> None:
+        block = in_use.by("generate")
+        block.__enter__()
+        with pytest.raises(UsageError), in_use.by("prefill"):
+            pass
+
+    interrupted()
+    with in_use.by("prefill"):
+        assert not in_use.elsewhere
+
+
+# Processes
+
+FORKED = """
+import os, sys, torch
+torch.set_num_threads(2)
+import specache
+from tests.tiny import llama, prompt
+torch.set_num_threads(2)
+GREEDY = {{"max_new_tokens": 4, "do_sample": False}}
+model, ids = llama(), prompt(100)
+{before}
+child = os.fork()
+if child == 0:
+    code = 1
+    try:
+        {inside}
+        code = 0
+    except specache.SpeCacheError as error:
+        print(type(error).__name__, error)
+        code = 7
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+{after}
+sys.exit(code)
+"""
+
+
+def _forked(before: str, inside: str, after: str = "") -> subprocess.CompletedProcess[str]:
+    script = FORKED.format(before=before, inside=textwrap.indent(inside, "        ").strip(), after=after)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(["."]), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, env=environment)
+
+
+MADE = "cache = specache.SpeCache(model); specache.generate(model, ids, past_key_values=cache, **GREEDY)"
+
+
+@pytest.mark.parametrize(
+    "inside",
+    [
+        "specache.generate(model, ids, past_key_values=cache, **GREEDY)",
+        "torch.set_num_threads(1); specache.generate(model, ids, past_key_values=cache, **GREEDY)",
+        "torch.set_num_threads(1); specache.prefill(model, ids, cache=cache)",
+        "cache.fork()",
+    ],
+)
+def test_a_cache_of_the_parent_process_is_refused_in_a_forked_one(inside):
+    done = _forked(MADE, inside, "assert specache.generate(model, ids, past_key_values=cache, **GREEDY).shape[1] == 104")
+    assert done.returncode == 7, done.stderr
+    assert "spawn" in done.stdout
+
+
+def test_a_forked_process_may_generate_with_one_thread_and_a_cache_of_its_own():
+    inside = "torch.set_num_threads(1); assert specache.generate(model, ids, **GREEDY).equal(expected)"
+    done = _forked(f"{MADE}; expected = specache.generate(model, ids, **GREEDY)", inside)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_forked_process_that_would_hang_is_refused():
+    done = _forked(MADE, "specache.generate(model, ids, **GREEDY)")
+    assert done.returncode == 7, done.stderr
+    assert "set_num_threads(1)" in done.stdout
+
+
+def test_what_a_forked_process_drops_or_closes_stays_the_parents(tmp_path):
+    """Files, a session that was never saved, and its lock."""
+    before = f"""
+session = specache.Session("one", model, folder={str(tmp_path)!r})
+specache.generate(model, ids, past_key_values=session.cache, **GREEDY)
+cache = specache.SpeCache(model, specache.SpeCacheConfig(slow_tier="disk:{tmp_path}/rows"))
+specache.generate(model, ids, past_key_values=cache, **GREEDY)
+"""
+    after = f"""
+longer = torch.cat([ids, prompt(40, seed=2)], 1)
+expected = specache.generate(model, longer, **GREEDY)
+for one in (cache, session.cache):
+    assert specache.generate(model, longer, past_key_values=one, **GREEDY).equal(expected)
+session.save()
+session.close()
+with specache.Session("one", model, folder={str(tmp_path)!r}) as again:
+    assert len(again.token_ids) == 143
+"""
+    done = _forked(before, "session.close(); cache.close(); del session, cache", after)
+    assert done.returncode == 0, done.stderr + done.stdout
+
+
+def _answer(queue: Any) -> None:
+    torch.set_num_threads(1)
+    queue.put(specache.generate(llama(), prompt(100), **GREEDY).tolist())
+
+
+def test_a_spawned_process_generates(model):
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_answer, args=(queue,))
+    process.start()
+    try:
+        assert queue.get(timeout=240) == specache.generate(model, prompt(100), **GREEDY).tolist()
+    finally:
+        process.join(60)
+
+
+def test_a_streamer_may_save_the_session_that_it_streams(model, tmp_path):
+    """As the commands do once a prompt is read: killed later, they have lost the answer only."""
+    ids, saved = prompt(100), []
+    with specache.Session("one", model, folder=tmp_path) as session:
+
+        class Saving:
+            def put(self, tokens: torch.Tensor) -> None:
+                session.save()
+                saved.append(session.saved_tokens)
+
+            def end(self) -> None:
+                pass
+
+        answered = specache.generate(model, ids, past_key_values=session.cache, streamer=Saving(), **GREEDY)
+        assert torch.equal(answered, model.generate(ids, **GREEDY))
+        assert saved[0] == 0 and saved[1:] == list(range(100, answered.shape[1]))
+    with specache.Session("one", model, folder=tmp_path) as again:
+        assert again.token_ids == answered[0, : saved[-1]].tolist()
+
+
+def test_a_session_is_not_saved_in_the_middle_of_a_pass(model, tmp_path):
+    refused = []
+    config = specache.SpeCacheConfig(policy="on-demand")  # whose passes all store
+    with specache.Session("one", model, config, folder=tmp_path) as session:
+
+        def hook(*_: object) -> None:
+            with pytest.raises(UsageError, match="middle of a pass"):
+                session.save()
+            refused.append(1)
+
+        handle = model.model.layers[1].register_forward_hook(hook)
+        try:
+            answered = specache.generate(model, prompt(100), past_key_values=session.cache, **GREEDY)
+        finally:
+            handle.remove()
+        assert refused and torch.equal(answered, model.generate(prompt(100), **GREEDY))

@@ -1,0 +1,90 @@
+"""Weights at 8 and 4 bits: close to the float ones, fewer bytes, in every layer whose size fits, the tied head included."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import linear
+
+import specache
+from specache.errors import ConfigError, UnsupportedModelError
+from specache.linear import weight_quant as module
+from specache.linear.weight_quant import Int4Linear, Int8Linear, WeightFormat, quantise_weights
+from tests.engine.test_model_families import FAMILIES, build
+from tests.tiny import llama, prompt
+
+BOUNDS = {Int8Linear: 0.012, Int4Linear: 0.1}  # relative error of outputs, of normally distributed weights
+FORMATS = {WeightFormat.INT8: Int8Linear, WeightFormat.INT4: Int4Linear}
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.float() - b.float()).norm() / b.float().norm())
+
+
+@pytest.mark.parametrize("made", BOUNDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 2, 5, 47, 48, 400])
+def test_a_quantised_layer_is_close_to_the_float_one(made, dtype, rows):
+    torch.manual_seed(rows)
+    weight, bias = torch.randn(192, 96, dtype=dtype), torch.randn(192, dtype=dtype)
+    x = torch.randn(3, rows, 96, dtype=dtype)[:1]
+    out = made(weight, bias)(x)
+    assert out.shape == (1, rows, 192) and out.dtype == dtype
+    assert distance(out, linear(x.float(), weight.float(), bias.float())) < BOUNDS[made]
+
+
+@pytest.mark.parametrize("made", BOUNDS)
+@pytest.mark.parametrize("outputs", [16, 32, 48, 64, 128, 208])
+def test_few_rows_and_many_use_the_same_matrix(made, outputs, monkeypatch):
+    torch.manual_seed(outputs)
+    layer, x = made(torch.randn(outputs, 64), None), torch.randn(7, 64)
+    few = layer(x)
+    monkeypatch.setattr(module, "INT8_MANY_ROWS", 1)
+    monkeypatch.setattr(module, "INT4_MANY_ROWS", 1)
+    assert distance(layer(x), few) < 1e-5
+
+
+@pytest.mark.parametrize("made", BOUNDS)
+def test_rows_of_zeros_and_equal_values_survive(made):
+    weight = torch.zeros(16, 32)
+    weight[1] = 3.0
+    out = made(weight, None)(torch.ones(1, 32))[0]
+    assert out.isfinite().all() and out[0] == 0 and out[1] == pytest.approx(96, rel=0.01)
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_all_layers_are_quantised_and_the_embedding_stays(weights, tied):
+    model = llama(vocab_size=96, tie_word_embeddings=tied)
+    embedding = model.get_input_embeddings().weight.clone()
+    quantise_weights(model, weights)
+    assert not [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    assert isinstance(model.lm_head, FORMATS[weights])
+    assert torch.equal(model.get_input_embeddings().weight, embedding)
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+def test_generation_over_quantised_weights_is_that_of_the_stock_model_over_them(weights):
+    model = llama(vocab_size=96)
+    quantise_weights(model, weights)
+    ids = prompt(80).clamp(max=95)
+    ours = specache.generate(model, ids, config=specache.SpeCacheConfig(policy="full"), max_new_tokens=8, do_sample=False)
+    assert torch.equal(ours, model.generate(ids, max_new_tokens=8, do_sample=False))
+
+
+def test_layers_of_other_sizes_stay_and_formats_of_the_model_change_nothing():
+    model = llama()  # 97 tokens: no multiple of 16
+    quantise_weights(model, WeightFormat.INT4)
+    assert type(model.lm_head) is nn.Linear and isinstance(model.model.layers[0].mlp.up_proj, Int4Linear)
+    for weights in (WeightFormat.AUTO, WeightFormat.BF16):
+        quantise_weights(unchanged := llama(), weights)
+        assert type(unchanged.model.layers[0].mlp.up_proj) is nn.Linear
+
+
+def test_what_cannot_be_quantised_says_why():
+    experts = build("Qwen3Moe", {**FAMILIES["qwen3-moe"][1], "moe_intermediate_size": 96})
+    with pytest.raises(UnsupportedModelError, match="outside linear layers"):
+        quantise_weights(experts, WeightFormat.INT8)
+    with pytest.raises(ConfigError, match="for the CPU"):
+        quantise_weights(llama().to("meta"), WeightFormat.INT4)

@@ -1,0 +1,107 @@
+"""Fast memory counted from the tensors, and that no step ever holds a dense copy of the cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import specache
+from specache.engine.attention_hook import attached
+from specache.engine.decoder import Decoder
+from specache.kernels.blocks import BLOCK_BYTES
+from tests.peak import PeakMemory
+from tests.tiny import llama, prompt
+
+LONG = {
+    "num_hidden_layers": 1,
+    "hidden_size": 128,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 40_000,
+    "dtype": torch.bfloat16,
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return llama(**LONG).to(torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def prefilled(model: Any) -> dict[tuple[int, int], dict[str, Any]]:
+    """Statistics by (bits, length), each length continuing the prefill of the shorter one."""
+    stats = {}
+    ids = prompt(32_000)
+    for bits in (1, 2, 4):
+        with specache.SpeCache(model, specache.SpeCacheConfig(bits=bits, slow_tier="ram")) as cache:
+            for length in (2_000, 8_000, 32_000):
+                specache.prefill(model, ids[:, :length], cache=cache)
+                stats[bits, length] = cache.stats()
+    return stats
+
+
+@pytest.mark.parametrize("length", [2_000, 8_000, 32_000])
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_fast_memory_is_within_the_designs_bound(prefilled, bits, length):
+    stats = prefilled[bits, length]
+    group_size = residual = 64
+    assert stats["full_bytes"] == 2 * 2 * 64 * length  # K and V, bytes, head dimension
+    assert 0 < stats["fast_ratio"] <= (bits + 32 / group_size) / 16 + (residual + group_size) / length
+    assert stats["slow_bytes"] >= stats["full_bytes"]
+    assert stats["hot_ratio"] <= 0.08 or length * 0.08 < 2 * 64
+
+
+def decode_peak(model: Any, cache: specache.SpeCache) -> int:
+    """Of three decode steps: fetching for the first time, then with what was prefetched."""
+    decoder = Decoder(model, cache)
+    guesses = [7] if cache.config.policy.guesses else None
+    with torch.no_grad(), attached(model), PeakMemory() as memory:
+        for token in (5, 6, 7):
+            decoder.step([0], [token], guesses)
+    return memory.peak
+
+
+@pytest.mark.parametrize("policy", ["verified", "speculative", "on-demand", "none"])
+def test_a_decode_step_holds_the_scores_and_one_block_of_pages(model, policy):
+    """Beside the scores [Hq, n, S] there are a few temporaries of `select`, of the scores' size, and one unpacked block."""
+    peaks = []
+    for length in (4_000, 12_000):
+        ids = prompt(length)
+        with specache.SpeCache(model, specache.SpeCacheConfig(slow_tier="ram", policy=policy, hot_set=0.0)) as cache:
+            specache.prefill(model, ids[:, :1], cache=cache)
+            cache.sequences[0].tier.reserve(length + 8)  # the slow tier's own growth is not this test's subject
+            specache.prefill(model, ids, cache=cache)
+            peaks.append(decode_peak(model, cache))
+            dense = cache.stats()["full_bytes"]
+    rows = 2 if policy in ("verified", "speculative") else 1
+    scores = 2 * rows * 12_000 * 4  # bytes, float32
+    assert peaks[1] - peaks[0] <= 3 * scores
+    assert peaks[1] <= 3 * scores + 5 * BLOCK_BYTES
+    assert 3 * scores < dense
+
+
+def test_a_prefill_chunk_does_not_grow_with_what_is_stored(model):
+    """Peak memory of a chunk beyond what it leaves behind: one block of the layer's rows and the chunk's activations."""
+    ids = prompt(20_000)
+    extra = []
+    with specache.SpeCache(model, specache.SpeCacheConfig(slow_tier="ram", prefill_chunk=512)) as cache:
+        specache.prefill(model, ids[:, :5_000], cache=cache)
+        cache.sequences[0].tier.reserve(20_000)
+        for length in (6_000, 19_000, 20_000):
+            before = cache.stats()["fast_bytes"] + cache.stats()["slow_bytes"]
+            with PeakMemory() as memory:
+                specache.prefill(model, ids[:, :length], cache=cache)
+            kept = cache.stats()["fast_bytes"] + cache.stats()["slow_bytes"] - before
+            extra.append(memory.peak - kept)
+    assert extra[2] <= 1.2 * max(extra[0], 0) + 2**20
+
+
+def test_a_budget_that_is_too_small_is_refused_and_leaves_nothing(model):
+    config = specache.SpeCacheConfig(fast_memory=50_000)
+    with specache.SpeCache(model, config) as cache:
+        with pytest.raises(specache.FastMemoryError, match="fast_memory allows 50,000"):
+            specache.prefill(model, prompt(4_000), cache=cache)
+        assert cache.sequences == []
+        assert cache.stats()["total_bytes"] == 0

@@ -1,0 +1,144 @@
+"""PyTorch's private operations: which of them the installed release has, and what serves without each."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import specache
+from specache.attention import dense as exact
+from specache.attention.dense import AttentionParams, attend_part
+from specache.linear.weight_format import WeightFormat
+from specache.linear.weight_quant import Int4Linear, Int8Linear, quantise_weights
+from specache.platform import private_torch
+from tests.tiny import llama, prompt
+
+PACKAGE = Path(specache.__file__).parent
+PRIVATE = re.compile(r"torch\.(?:\w+\.)*_[a-zA-Z]\w*")
+
+
+@pytest.fixture
+def without(monkeypatch):
+    """Have the installed PyTorch lack some operations."""
+
+    def remove(*paths: str) -> None:
+        for path in paths:
+            assert path in private_torch.FALLBACKS
+            monkeypatch.setitem(private_torch._found, path, None)
+
+    return remove
+
+
+def test_the_installed_pytorch_has_all_of_them():
+    """A release that drops one runs on its fallback; this test says which, so that somebody looks at what it costs."""
+    assert private_torch.missing() == []
+
+
+def test_an_operation_that_is_not_there_is_none_and_named(without):
+    without("ops.aten._weight_int8pack_mm", "_dynamo.mark_static")
+    assert private_torch.find("ops.aten._weight_int8pack_mm") is None
+    assert private_torch.missing() == ["ops.aten._weight_int8pack_mm", "_dynamo.mark_static"]
+
+
+def test_looking_for_something_that_pytorch_never_had_finds_nothing(monkeypatch):
+    for path in ("ops.aten._no_such_operation", "_no_such_module.name", "cpu._no_such_function"):
+        monkeypatch.setitem(private_torch.FALLBACKS, path, "nothing")
+        assert private_torch.find(path) is None
+        private_torch._found.pop(path)
+
+
+def test_no_other_file_calls_a_private_operation():
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        code = "\n".join(line.partition("#")[0] for line in path.read_text(encoding="utf-8").splitlines())
+        if path.name != "private_torch.py" and (uses := PRIVATE.findall(code)):
+            found[str(path.relative_to(PACKAGE))] = uses
+    assert found == {}
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_without_the_fused_kernel_is_the_same_to_rounding(without, dtype, causal):
+    generator = torch.Generator().manual_seed(3)
+    query, keys, values = (torch.randn(heads, 70, 16, generator=generator).to(dtype) for heads in (4, 2, 2))
+    params = AttentionParams(scaling=0.25)
+    fused = attend_part(query, keys, values, params, causal=causal)
+    without("ops.aten._scaled_dot_product_flash_attention_for_cpu")
+    plain = attend_part(query, keys, values, params, causal=causal)
+    for mine, theirs in zip(plain, fused, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5 if dtype is torch.float32 else 0.03)
+
+
+def test_flash_attention_on_a_gpu_is_done_without_where_pytorch_has_none(without, monkeypatch):
+    without("ops.aten._scaled_dot_product_flash_attention")
+    monkeypatch.setattr(exact, "_can_flash", lambda *operands: True)
+    query, keys, values = torch.randn(3, 2, 5, 16).unbind(0)
+    assert exact._flash_cuda(query, keys, values, 0.25, True) is None
+
+
+@pytest.mark.parametrize("policy", ["full", "verified"])
+def test_a_model_answers_the_same_without_the_fused_kernel(without, policy):
+    model, ids = llama(), prompt(150)
+    without("ops.aten._scaled_dot_product_flash_attention_for_cpu")
+    config = specache.SpeCacheConfig(policy=policy, top_k=10**6, slow_tier="ram")
+    out = specache.generate(model, ids, config=config, max_new_tokens=8, do_sample=False)
+    assert torch.equal(out, model.generate(ids, max_new_tokens=8, do_sample=False))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("formed", [1 << 20, 96 * 16])  # at once, and in blocks the last of which is smaller
+@pytest.mark.parametrize(
+    ("made", "removed"),
+    [
+        (Int8Linear, ["ops.aten._weight_int8pack_mm"]),
+        (Int4Linear, ["ops.aten._weight_int4pack_mm_for_cpu"]),
+        (Int4Linear, ["ops.aten._convert_weight_to_int4pack_for_cpu"]),
+    ],
+)
+def test_quantised_layers_without_pytorchs_products_give_the_same(without, monkeypatch, made, removed, formed, dtype):
+    torch.manual_seed(1)
+    weight, bias = torch.randn(80, 96, dtype=dtype), torch.randn(80, dtype=dtype)
+    x = torch.randn(2, 3, 96, dtype=dtype)
+    expected = made(weight, bias)(x)
+    without(*removed)
+    monkeypatch.setattr(private_torch, "FORMED_ELEMENTS", formed)
+    out = made(weight, bias)(x)
+    assert out.shape == expected.shape and out.dtype == dtype
+    assert float((out - expected).float().norm() / expected.float().norm()) < (1e-5 if dtype is torch.float32 else 0.02)
+
+
+@pytest.mark.parametrize("weights", [WeightFormat.INT8, WeightFormat.INT4])
+def test_a_quantised_model_without_pytorchs_products_answers_as_its_stock_generate(without, weights):
+    without("ops.aten._weight_int8pack_mm", "ops.aten._weight_int4pack_mm_for_cpu", "ops.aten._convert_weight_to_int4pack_for_cpu")
+    model = llama(vocab_size=96)
+    quantise_weights(model, weights)
+    ids = prompt(80).clamp(max=95)
+    out = specache.generate(model, ids, config=specache.SpeCacheConfig(policy="full"), max_new_tokens=8, do_sample=False)
+    assert torch.equal(out, model.generate(ids, max_new_tokens=8, do_sample=False))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_processor_of_which_nothing_is_known_multiplies_no_16_bits(without, dtype):
+    without("ops.mkldnn._is_mkldnn_bf16_supported", "ops.mkldnn._is_mkldnn_fp16_supported")
+    assert not private_torch.multiplies_natively(dtype)
+
+
+def test_bfloat16_instructions_are_asked_of_onednn_where_nobody_else_knows(without, monkeypatch):
+    without("cpu._is_avx512_bf16_supported", "cpu._is_amx_tile_supported")
+    for known in (True, False):
+        monkeypatch.setitem(private_torch._found, "ops.mkldnn._is_mkldnn_bf16_supported", lambda known=known: known)
+        assert private_torch.has_bfloat16_instructions() is known
+    without("ops.mkldnn._is_mkldnn_bf16_supported")
+    assert not private_torch.has_bfloat16_instructions()
+
+
+def test_the_compilers_hints_are_left_out_where_it_takes_none(without):
+    without("_dynamo.mark_static", "_dynamo.maybe_mark_dynamic", "_dynamo.exc.TorchDynamoException")
+    tensor = torch.zeros(2, 3)
+    private_torch.fix_size(tensor, 1)
+    private_torch.free_size(tensor, 0)
+    assert not any("dynamo" in name for name in vars(tensor))
+    assert private_torch.compiler_error() is RuntimeError
