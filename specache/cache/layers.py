@@ -191,6 +191,7 @@ class CompressedLayer:
         other._residual.copy_(self._residual)
         other.residual_count = self.residual_count
         other.weights = self.weights.fork(self.weights.tokens)
+        other.next_positions = self.next_positions
         other._count()
         return other
 

@@ -193,8 +193,8 @@ def _is_worth_a_word(sequence: Sequence, text: list[int], same: int) -> bool:
     dropped = sequence.prompt_tokens - same  # generated tokens are dropped by whoever asks again
     if same == len(text) or dropped <= 0:
         return False
-    if _is_unlike(sequence, text) and len(text) < sequence.length:
-        return True
+    if len(text) < sequence.length and (_is_unlike(sequence, text) or dropped > same):
+        return True  # it may be what is new, which begins as a chat template lets every message begin
     return dropped >= MANY_TOKENS or (dropped > FEW_TOKENS and 2 * dropped > sequence.prompt_tokens)
 
 

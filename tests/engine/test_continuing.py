@@ -226,6 +226,15 @@ def test_a_batch_that_does_not_fit_into_fast_memory_leaves_the_cache_as_it_was(m
         assert torch.equal(say(model, cache, longer), stock(model, longer))
 
 
+def test_a_short_new_message_that_begins_as_a_template_lets_it_forgets_nothing_without_a_word(model, tmp_path):
+    with opened(model, tmp_path) as cache:
+        said = say(model, cache, torch.cat([prompt(3), prompt(20, 1)], 1))
+        new = torch.cat([prompt(3), prompt(9, 2)], 1)
+        with pytest.warns(UserWarning, match="from token 3 on: .*are forgotten.* If only what is new was passed"):
+            say(model, cache, new)
+        assert said.shape == (1, 23 + NEW)
+
+
 def test_another_text_begins_in_a_cache_that_was_reset(model, tmp_path):
     with opened(model, tmp_path) as cache:
         say(model, cache, prompt(90))

@@ -82,6 +82,22 @@ def test_scores_and_logits_are_those_of_stock(model):
         torch.testing.assert_close(torch.stack(output.logits), torch.stack(expected.logits), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("slow_tier", ["ram", "disk", "ram-inplace"])
+@pytest.mark.parametrize("policy", list(specache.Policy))
+def test_prompts_that_are_equal_have_equal_answers(model, tmp_path, policy, slow_tier):
+    """They are prefilled once; the others go on from a fork."""
+    if slow_tier == "ram-inplace" and not (policy.verifies or policy is specache.Policy.FULL):
+        pytest.skip("nothing is prefetched in place")
+    folder = {"slow_dir": str(tmp_path)} if slow_tier == "disk" else {}
+    config = settings(policy=policy, slow_tier=slow_tier, top_k=24, **folder)
+    options = {"max_new_tokens": 20, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    alone = specache.generate(model, prompt(90), config=config, **options)
+    batch = specache.generate(model, prompt(90).expand(3, -1), config=config, **options)
+    with alone.past_key_values, batch.past_key_values:
+        assert torch.equal(batch.sequences, alone.sequences.expand(3, -1))
+        torch.testing.assert_close(torch.stack(batch.logits), torch.stack(alone.logits).expand(-1, 3, -1), atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("through_stock", [True, False])
 def test_a_streamer_gets_prompt_and_tokens_and_is_ended(model, through_stock):
     ids, streamer = prompt(40), Recorder()

@@ -195,7 +195,7 @@ class User:
                 self.refusals += 1
                 return
         answer = answered[:, -NEW:]
-        begins = torch.equal(talk.text[:, : new.shape[1]], new)  # by chance it is the beginning of what is stored: cut there
+        begins = torch.equal(talk.text[:, : new.shape[1]][:, :2], new[:, :2])  # by chance it begins as what is stored: an edit
         if (said or begins) and not masked % 2 and self._same(new, torch.cat([new, answer], 1)):
             talk.text = torch.cat([new, answer], 1)  # a new text, which was said
             return
