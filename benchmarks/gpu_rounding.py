@@ -29,7 +29,7 @@ from specache.device.page_kernels import TorchPages
 from specache.engine import static_decoder as static_decoding
 from specache.kernels.torch import operations as torch_ops
 from specache.kernels.triton.tables import PageScores, PageTables
-from specache.kernels.types import LowBitCopy
+from specache.kernels.types import LowBitKV
 
 CHARACTERS = 6  # of a token at most: where the next text begins
 ON_THE_CPU = static_decoding.StaticSettings(capacity_step=256, devices=("cpu",))
@@ -53,7 +53,7 @@ class Rounded(TorchPages):
         with mock.patch.object(torch_ops, "mean_probabilities", upper_bits):
             return super().select(scores, rest_lse, lengths, k)
 
-    def _values(self, copy: LowBitCopy, weights: Tensor) -> Tensor:
+    def _values(self, copy: LowBitKV, weights: Tensor) -> Tensor:
         return super()._values(copy, weights.bfloat16().float())
 
 

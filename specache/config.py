@@ -28,7 +28,7 @@ class Policy(StrEnum):
     FULL = "full"  # the ordinary 16-bit cache, for comparison
 
     @property
-    def guesses(self) -> bool:
+    def drafts(self) -> bool:
         """Whether a speculative row is decoded beside the real one."""
         return self in (Policy.VERIFIED, Policy.SPECULATIVE)
 

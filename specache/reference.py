@@ -325,7 +325,7 @@ class ReferenceOutput:
 
     tokens: list[int]
     logits: Tensor  # [new, V] float32, raw; the first from the prefill
-    guesses: list[int | None]  # None for the first token, and for policies that do not guess
+    drafts: list[int | None]  # None for the first token, and for policies that do not guess
     layers: dict[int, Layer]  # as they are at the end
 
 
@@ -337,7 +337,7 @@ def generate(
     max_new_tokens: int,
     *,
     forced_tokens: Sequence[int] | None = None,
-    forced_guesses: Sequence[int | None] | None = None,
+    forced_drafts: Sequence[int | None] | None = None,
 ) -> ReferenceOutput:
     """Greedy generation of exactly `max_new_tokens` tokens (no stop at EOS) from `input_ids [1, S]`.
 
@@ -347,30 +347,30 @@ def generate(
     """
     if input_ids.ndim != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] < 1 or max_new_tokens < 1:
         raise UsageError(f"Expected input_ids [1, S] and a token to generate, got {input_ids.shape}, {max_new_tokens}.")
-    if any(forced is not None and len(forced) < max_new_tokens for forced in (forced_tokens, forced_guesses)):
+    if any(forced is not None and len(forced) < max_new_tokens for forced in (forced_tokens, forced_drafts)):
         raise UsageError(f"forced_tokens and forced_guesses need {max_new_tokens} entries, one per new token.")
     state = ReferenceState(config.resolved(model.device.type), max_positions(model))
     own_attention = model.config._attn_implementation
-    tokens, guesses, logits = list[int](), list[int | None](), list[Tensor]()
+    tokens, drafts, logits = list[int](), list[int | None](), list[Tensor]()
 
-    def emit(row: Tensor, guess: int | None) -> None:
+    def emit(row: Tensor, draft: int | None) -> None:
         tokens.append(int(row.argmax()) if forced_tokens is None else forced_tokens[len(tokens)])
-        guesses.append(guess)
+        drafts.append(draft)
         logits.append(row)  # [V]
 
     try:
         model.set_attn_implementation(NAME)
         rows = state.forward(model, input_ids[0].tolist(), committed=input_ids.shape[1])  # Algorithm 1: prefill
         emit(rows[-1], None)
-        if state.config.policy.guesses and max_new_tokens > 1:
+        if state.config.policy.drafts and max_new_tokens > 1:
             rows = state.forward(model, tokens, committed=0)  # Algorithm 2: pre-decode T1, to be fed again
         for step in range(1, max_new_tokens):  # Algorithm 3: decode T_t, beside the guess at T_{t+1} if there is one
-            guess = None
-            if state.config.policy.guesses:
-                forced = forced_guesses[step] if forced_guesses is not None else None
-                guess = int(rows[-1].argmax()) if forced is None else forced
-            rows = state.forward(model, [tokens[-1]] if guess is None else [tokens[-1], guess], committed=1)
-            emit(rows[0], guess)
+            draft = None
+            if state.config.policy.drafts:
+                forced = forced_drafts[step] if forced_drafts is not None else None
+                draft = int(rows[-1].argmax()) if forced is None else forced
+            rows = state.forward(model, [tokens[-1]] if draft is None else [tokens[-1], draft], committed=1)
+            emit(rows[0], draft)
     finally:
         model.set_attn_implementation(own_attention)
-    return ReferenceOutput(tokens, torch.stack(logits), guesses, state.layers)
+    return ReferenceOutput(tokens, torch.stack(logits), drafts, state.layers)

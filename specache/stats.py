@@ -31,14 +31,14 @@ class Counters:
 
     `rows_selected` and `rows_ready` count the real token's wanted (KV head, position) pairs; `bytes_fetched` counts
     both rows' reads from the slow tier. `read_s` is the time that reads took, in the background and at once; `wait_s` is how long
-    steps waited for them, in `waits` waits. `guesses` counts speculative tokens whose real counterpart became known.
+    steps waited for them, in `waits` waits. `drafts` counts speculative tokens whose real counterpart became known.
     """
 
     rows_selected: int = 0
     rows_ready: int = 0
     bytes_fetched: int = 0
-    guesses: int = 0
-    guesses_right: int = 0
+    drafts: int = 0
+    drafts_right: int = 0
     read_s: float = 0.0
     wait_s: float = 0.0
     waits: int = 0
@@ -72,7 +72,7 @@ def report(memory: MemoryUse, counters: Counters, fast_memory_peak: int) -> dict
         "rows_ready": c.rows_ready if c.prefetches else None,
         "hit_rate": _ratio(c.rows_ready, c.rows_selected) if c.prefetches else None,
         "bytes_fetched": c.bytes_fetched,
-        "guess_rate": _ratio(c.guesses_right, c.guesses) if c.speculates else None,
+        "guess_rate": _ratio(c.drafts_right, c.drafts) if c.speculates else None,
         "read_s": c.read_s,
         "wait_s": c.wait_s,
         "waits": c.waits,

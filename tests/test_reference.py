@@ -171,9 +171,9 @@ def test_the_models_own_attention_is_restored(fails: bool) -> None:
 def test_verified_logits_do_not_depend_on_the_guess(family: str) -> None:
     model, ids, config = tiny_model(family), prompt_ids(), settings(Policy.VERIFIED)
     own = generate(model, ids, config, NEW)
-    guesses = wrong(own.tokens)
-    misled = generate(model, ids, config, NEW, forced_guesses=guesses)
-    assert misled.guesses == [None, *guesses[1:]]
+    drafts = wrong(own.tokens)
+    misled = generate(model, ids, config, NEW, forced_drafts=drafts)
+    assert misled.drafts == [None, *drafts[1:]]
     assert misled.tokens == own.tokens
     tolerance = 1e-5 if family == "gpt-oss" else 0.0  # another row changes how a mixture of experts is grouped
     torch.testing.assert_close(misled.logits, own.logits, rtol=0, atol=tolerance)
@@ -182,7 +182,7 @@ def test_verified_logits_do_not_depend_on_the_guess(family: str) -> None:
 def test_speculative_logits_depend_on_the_guess() -> None:
     model, ids, config = tiny_model("llama"), prompt_ids(), settings(Policy.SPECULATIVE)
     own = generate(model, ids, config, NEW)
-    misled = generate(model, ids, config, NEW, forced_tokens=own.tokens, forced_guesses=wrong(own.tokens))
+    misled = generate(model, ids, config, NEW, forced_tokens=own.tokens, forced_drafts=wrong(own.tokens))
     assert torch.equal(misled.logits[:2], own.logits[:2])  # the first pair uses what pre-decoding selected
     assert (misled.logits[2:] - own.logits[2:]).abs().max() > 1e-3
 
@@ -193,7 +193,7 @@ def test_verified_equals_on_demand(family: str) -> None:
     verified = generate(model, ids, settings(Policy.VERIFIED), NEW)
     on_demand = generate(model, ids, settings(Policy.ON_DEMAND), NEW)
     assert verified.tokens == on_demand.tokens
-    assert on_demand.guesses == [None] * NEW
+    assert on_demand.drafts == [None] * NEW
     torch.testing.assert_close(verified.logits, on_demand.logits, rtol=0, atol=1e-4)
 
 
@@ -204,14 +204,14 @@ def test_every_guess_is_right_while_the_sequence_is_all_residual(family: str, po
     config = settings(policy, residual=prompt + new, bits=1)
     out = generate(tiny_model(family), prompt_ids(prompt), config, new)
     assert out.tokens == stock(family, prompt, new)[0]
-    assert out.guesses == [None, *out.tokens[1:]]
+    assert out.drafts == [None, *out.tokens[1:]]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_guess_is_right_when_everything_is_fetched(family: str) -> None:
     model, ids = tiny_model(family), prompt_ids()
     out = generate(model, ids, settings(Policy.VERIFIED, bits=1, top_k=PROMPT + NEW), NEW)
-    assert out.guesses == [None, *out.tokens[1:]]
+    assert out.drafts == [None, *out.tokens[1:]]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -220,13 +220,13 @@ def test_speculative_guesses_are_right_after_a_right_first_guess(family: str) ->
     model, ids = tiny_model(family), prompt_ids()
     first = [None, stock(family)[0][1], *[None] * (NEW - 2)]
     config = settings(Policy.SPECULATIVE, bits=1, top_k=PROMPT + NEW)
-    out = generate(model, ids, config, NEW, forced_guesses=first)
-    assert out.guesses == [None, *out.tokens[1:]]
+    out = generate(model, ids, config, NEW, forced_drafts=first)
+    assert out.drafts == [None, *out.tokens[1:]]
 
 
 def test_low_bit_guesses_can_be_wrong() -> None:
     out = generate(tiny_model("llama"), prompt_ids(), settings(Policy.SPECULATIVE, bits=1, top_k=1), NEW)
-    assert out.guesses != [None, *out.tokens[1:]]
+    assert out.drafts != [None, *out.tokens[1:]]
 
 
 # --- One layer against a loop over positions -------------------------------------------------------------------------
@@ -310,7 +310,7 @@ def test_a_layer_equals_a_loop_over_positions(policy: Policy, residual: int, ext
     module = SimpleNamespace(layer_idx=0, config=SimpleNamespace(max_position_embeddings=100))
     state = ReferenceState(config)
     options = {"scaling": 0.7, "softcap": softcap, NAME: state} | ({"s_aux": sinks} if extras == "sinks" else {})
-    steps = [(1, 0)] * config.policy.guesses + [(2 if config.policy.guesses else 1, 1)] * 4  # (rows, committed)
+    steps = [(1, 0)] * config.policy.drafts + [(2 if config.policy.drafts else 1, 1)] * 4  # (rows, committed)
     torch.manual_seed(3)
     for rows, committed in [(S, S), *steps]:
         q, k, v = (torch.randn(1, n, rows, D) for n in (Hkv * G, Hkv, Hkv))
@@ -444,7 +444,7 @@ def test_mistakes_are_refused() -> None:
     with pytest.raises(UsageError, match="token to generate"):
         generate(model, prompt_ids(), config, 0)
     with pytest.raises(UsageError, match="3 entries"):
-        generate(model, prompt_ids(), config, 3, forced_guesses=[None, 1])
+        generate(model, prompt_ids(), config, 3, forced_drafts=[None, 1])
     with pytest.raises(UsageError, match="whole groups of 8"):
         quantise_keys(torch.zeros(1, 9, 2), 2, 8)
     with pytest.raises(ConfigError):

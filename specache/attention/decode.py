@@ -19,59 +19,59 @@ from specache.attention.dense import scores as exact_scores
 from specache.config import Policy
 from specache.kernels import dispatch
 from specache.kernels.cpu.native import NativeKernels, RecentTokens
-from specache.kernels.types import LowBitCopy
+from specache.kernels.types import LowBitKV
 from specache.rows.fetch import InPlaceRows, Rows
 from specache.stats import Counters
 
 
-class PassKind(Enum):
+class StepKind(Enum):
     """Which rows a decode pass has, and which of them stays in the cache."""
 
     PRE_DECODE = "pre-decode"  # the first output token alone, dropped afterwards (Algorithm 2)
     PAIR = "pair"  # real and guess; the real one stays (Algorithm 3)
     SINGLE = "single"  # the real one, which stays
-    GUESS = "guess"  # the guess alone, dropped: where a pair may not share a forward pass
+    DRAFT = "draft"  # the guess alone, dropped: where a pair may not share a forward pass
 
     @property
     def rows(self) -> int:
-        return 2 if self is PassKind.PAIR else 1
+        return 2 if self is StepKind.PAIR else 1
 
     @property
     def commits(self) -> bool:
         """Whether row 0 stays in the cache."""
-        return self in (PassKind.PAIR, PassKind.SINGLE)
+        return self in (StepKind.PAIR, StepKind.SINGLE)
 
     @property
-    def guess_row(self) -> int | None:
+    def draft_row(self) -> int | None:
         """Index of the row that must not wait, if there is one."""
-        return {PassKind.PAIR: 1, PassKind.GUESS: 0}.get(self)
+        return {StepKind.PAIR: 1, StepKind.DRAFT: 0}.get(self)
 
 
 class CompressedLayer(Protocol):
     """One full-attention layer of one sequence, as the attention sees it.
 
     `residual_keys` and `residual_values` [Hkv, r, D] are the exact newest tokens, the pass's committed row among them; their first
-    `retiring` ones (whole groups) become low bit when the pass is over.
+    `pending_group_tokens` ones (whole groups) become low bit when the pass is over.
     """
 
     rows: Rows
     next_positions: Tensor | None  # [Hkv, k]: what the last pass selected for this one
 
     @property
-    def copy(self) -> LowBitCopy: ...
+    def copy(self) -> LowBitKV: ...
     @property
     def residual_keys(self) -> Tensor: ...
     @property
     def residual_values(self) -> Tensor: ...
     @property
-    def retiring(self) -> int: ...
+    def pending_group_tokens(self) -> int: ...
 
 
 @dataclass(frozen=True)
-class PassPlan:
+class StepSpec:
     """What a pass does in every layer."""
 
-    kind: PassKind
+    kind: StepKind
     policy: Policy
     top_k: int
     counters: Counters
@@ -80,9 +80,9 @@ class PassPlan:
     def selects_next(self) -> bool:
         """Whether the last row's attention says what to prefetch for the next pass."""
         if self.policy is Policy.VERIFIED:
-            return self.kind.guess_row is not None
+            return self.kind.draft_row is not None
         if self.policy is Policy.SPECULATIVE:
-            return self.kind is not PassKind.SINGLE
+            return self.kind is not StepKind.SINGLE
         return self.policy is Policy.PREVIOUS
 
 
@@ -93,7 +93,7 @@ class _Recent:
     out: Tensor  # [B, Hkv, G, n, D]
     lse: Tensor  # [B, Hkv, G, n], sinks included
     own_lse: Tensor  # the same without sinks
-    retiring_scores: list[Tensor]  # per sequence [Hkv, G, n, retiring]
+    pending_scores: list[Tensor]  # per sequence [Hkv, G, n, retiring]
     staying_lse: Tensor  # lse of what is not retiring, sinks included
 
 
@@ -103,7 +103,7 @@ def mixed_attention(
     values: Tensor,
     layers: Sequence[CompressedLayer],
     params: AttentionParams,
-    plan: PassPlan,
+    plan: StepSpec,
 ) -> Tensor:
     """Attention of a pass in one layer, for a ragged batch.
 
@@ -121,7 +121,7 @@ def mixed_attention(
     lengths = [copy.length for copy in copies]
     for layer in layers:
         layer.rows.begin_step()
-    if max(lengths) == 0 and not any(layer.retiring for layer in layers):
+    if max(lengths) == 0 and not any(layer.pending_group_tokens for layer in layers):
         return _heads(_with_copy(None, recent))
 
     scores = dispatch.score(query, copies, lengths, params.scaling, params.softcap)  # [B, Hkv, G, n, S]
@@ -149,7 +149,7 @@ def _whole_layer(
     values: Tensor,
     layers: Sequence[CompressedLayer],
     params: AttentionParams,
-    plan: PassPlan,
+    plan: StepSpec,
 ) -> Tensor:
     """A verifying pass on kernels that do a layer in one call, or in three, the copy's part while missing rows are read.
 
@@ -161,7 +161,7 @@ def _whole_layer(
     fetched = [layer.rows for layer in layers]
     in_place = [rows.stored() for rows in fetched if isinstance(rows, InPlaceRows)]
     if len(in_place) == len(layers):
-        if plan.kind is not PassKind.GUESS:
+        if plan.kind is not StepKind.DRAFT:
             used = sum(copy.num_kv_heads * min(plan.top_k, copy.length) for copy in copies)
             plan.counters.rows_selected += used
             plan.counters.rows_ready += used
@@ -175,7 +175,7 @@ def _whole_layer(
     positions = _start(selected, layers, plan)
     step.attend_copy(positions)
     if plan.selects_next:
-        if any(layer.retiring for layer in layers):
+        if any(layer.pending_group_tokens for layer in layers):
             last = query[:, :, -1:]
             scores = dispatch.score(last, copies, lengths, params.scaling, params.softcap)
             outside = _recent(query, keys, values, layers, params, plan)
@@ -185,9 +185,9 @@ def _whole_layer(
     return step.attend_fetched(positions, _fetched(layers))
 
 
-def _recent_tokens(keys: Tensor, values: Tensor, layers: Sequence[CompressedLayer], kind: PassKind) -> list[RecentTokens]:
+def _recent_tokens(keys: Tensor, values: Tensor, layers: Sequence[CompressedLayer], kind: StepKind) -> list[RecentTokens]:
     """The residual and behind it the pass's own rows, per sequence."""
-    if kind is PassKind.SINGLE:
+    if kind is StepKind.SINGLE:
         return [RecentTokens(layer.residual_keys, layer.residual_values) for layer in layers]
     own = _own_rows(kind)
     return [
@@ -198,7 +198,7 @@ def _recent_tokens(keys: Tensor, values: Tensor, layers: Sequence[CompressedLaye
     ]
 
 
-def _own_rows(kind: PassKind) -> slice:
+def _own_rows(kind: StepKind) -> slice:
     """The pass's rows that are not in the residual."""
     return slice(1, None) if kind.commits else slice(0, None)
 
@@ -222,19 +222,19 @@ def _recent(
     values: Tensor,
     layers: Sequence[CompressedLayer],
     params: AttentionParams,
-    plan: PassPlan,
+    plan: StepSpec,
 ) -> _Recent:
     """Exact attention of the rows over the residual and over themselves."""
     own = _own_rows(plan.kind)
-    outs, lses, retiring_scores, staying = [], [], [], []
+    outs, lses, pending_scores, staying = [], [], [], []
     for b, layer in enumerate(layers):
         seen_keys = torch.cat([layer.residual_keys, keys[b, :, own]], dim=1)  # [Hkv, r + own, D]
         seen_values = torch.cat([layer.residual_values, values[b, :, own]], dim=1)
         score = exact_scores(query[b], seen_keys, params)  # [Hkv, G, n, r + own]
-        if plan.kind is PassKind.PAIR:
+        if plan.kind is StepKind.PAIR:
             score[:, :, 0, -1] = -torch.inf  # row 0 does not see row 1
-        retiring_scores.append(score[..., : layer.retiring].clone())
-        staying.append(score[..., layer.retiring :].logsumexp(-1))
+        pending_scores.append(score[..., : layer.pending_group_tokens].clone())
+        staying.append(score[..., layer.pending_group_tokens :].logsumexp(-1))
         groups = score.shape[1]
         out, lse = softmax_sum(score, seen_values)
         outs.append(out.unflatten(0, (-1, groups)))
@@ -242,7 +242,7 @@ def _recent(
     own_lse = torch.stack(lses)  # [B, Hkv, G, n]
     lse = add_sinks(own_lse, params)
     staying_lse = add_sinks(torch.stack(staying), params)
-    return _Recent(torch.stack(outs), lse, own_lse, retiring_scores, staying_lse)
+    return _Recent(torch.stack(outs), lse, own_lse, pending_scores, staying_lse)
 
 
 def add_sinks(lse: Tensor, params: AttentionParams) -> Tensor:
@@ -252,11 +252,11 @@ def add_sinks(lse: Tensor, params: AttentionParams) -> Tensor:
     return torch.logaddexp(lse, params.sinks.float().reshape(1, *lse.shape[1:3], 1))
 
 
-def _start(selected: Tensor, layers: Sequence[CompressedLayer], plan: PassPlan) -> Tensor:
+def _start(selected: Tensor, layers: Sequence[CompressedLayer], plan: StepSpec) -> Tensor:
     """Begin to fetch each row's own top-k [B, Hkv, n, k] -> the same with -1 for what the guess does without. The real row's are
     waited for in `_fetched`.
     """
-    real_rows = selected.shape[2] - (plan.kind.guess_row is not None)
+    real_rows = selected.shape[2] - (plan.kind.draft_row is not None)
     used = []
     for wanted, layer in zip(selected, layers, strict=True):
         positions, ready = layer.rows.start(wanted, real_rows)
@@ -271,7 +271,7 @@ def _fetched(layers: Sequence[CompressedLayer]) -> Tensor:
     return torch.stack([layer.rows.finish() for layer in layers])
 
 
-def _prefetched_rows(layers: Sequence[CompressedLayer], query: Tensor, keys: Tensor, plan: PassPlan) -> tuple[Tensor, Tensor]:
+def _prefetched_rows(layers: Sequence[CompressedLayer], query: Tensor, keys: Tensor, plan: StepSpec) -> tuple[Tensor, Tensor]:
     """What the last pass selected, the same for every row of this one."""
     heads, n, dim = keys.shape[1], query.shape[2], query.shape[3]
     wanted = [layer.next_positions for layer in layers]
@@ -291,23 +291,23 @@ def _next_positions(
     recent: _Recent,
     lengths: list[int],
     layers: Sequence[CompressedLayer],
-    plan: PassPlan,
+    plan: StepSpec,
     selected: Tensor | None,
 ) -> Tensor:
     """The last row's top-k among the positions that are at low bit in the next pass -> [B, Hkv, 1, k].
 
     Groups that retire when this pass is over are candidates with their exact scores.
     """
-    retiring = [layer.retiring for layer in layers]
-    if not any(retiring):
+    pending_group_tokens = [layer.pending_group_tokens for layer in layers]
+    if not any(pending_group_tokens):
         if selected is None:
             selected = dispatch.select(scores[:, :, :, -1:], recent.lse[..., -1:], lengths, plan.top_k)
         return selected[:, :, -1:]
-    candidates = [length + count for length, count in zip(lengths, retiring, strict=True)]
+    candidates = [length + count for length, count in zip(lengths, pending_group_tokens, strict=True)]
     extended = scores.new_full((*scores.shape[:3], 1, max(candidates)), -torch.inf)
     extended[..., : scores.shape[-1]] = scores[:, :, :, -1:]
     for b, (length, stop) in enumerate(zip(lengths, candidates, strict=True)):
-        extended[b, ..., length:stop] = recent.retiring_scores[b][:, :, -1:]
+        extended[b, ..., length:stop] = recent.pending_scores[b][:, :, -1:]
     return dispatch.select(extended, recent.staying_lse[..., -1:], candidates, plan.top_k)
 
 
@@ -318,7 +318,7 @@ def _submit(positions: Tensor, layers: Sequence[CompressedLayer]) -> None:
         layer.rows.submit(layer.next_positions)
 
 
-def _count_hits(scores: Tensor, recent: _Recent, lengths: list[int], prefetched: Tensor, plan: PassPlan) -> None:
+def _count_hits(scores: Tensor, recent: _Recent, lengths: list[int], prefetched: Tensor, plan: StepSpec) -> None:
     """How much of what the real row wants the prefetch had brought; for the statistics only."""
     wanted = dispatch.select(scores[:, :, :, :1], recent.lse[..., :1], lengths, plan.top_k)[:, :, 0]  # [B, Hkv, k]
     chosen = wanted >= 0

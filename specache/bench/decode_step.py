@@ -65,7 +65,7 @@ class Decode(CacheOptions):
                 contenders.append(DynamicContender(work) if name == DYNAMIC else QuantizedContender(work, self.bits))
             except ConfigError as error:
                 skipped[name] = str(error)
-        bare = {rows: BareModel(work, rows) for rows in ((1, 2) if ours.config.policy.guesses else (1,))}
+        bare = {rows: BareModel(work, rows) for rows in ((1, 2) if ours.config.policy.drafts else (1,))}
         measured = race(work, [*contenders, *bare.values()], self.steps, surroundings.say, PHASE_STEPS)
         weights = {rows: _ms(measured[contender]) for rows, contender in bare.items()}
         results = [self._result(contender, measured[contender], weights, source.weights) for contender in contenders]
@@ -81,7 +81,7 @@ class Decode(CacheOptions):
     def _result(self, contender: Contender, measured: Measured | Skipped, weights: dict[int, float | None], format: str) -> Result:
         if isinstance(measured, Skipped):
             return self._empty(contender.impl, contender.cache, format, measured.reason)
-        rows = 2 if isinstance(contender, SpeCacheContender) and contender.config.policy.guesses else 1
+        rows = 2 if isinstance(contender, SpeCacheContender) and contender.config.policy.drafts else 1
         breakdown = _breakdown(measured, weights[rows])
         return self._timed(contender.impl, contender.cache, format, measured.timing, breakdown, measured.interleaved)
 

@@ -19,11 +19,11 @@ class GreedySteps:
         guesses: of the tokens after these; ignored where the policy has no guess row.
     """
 
-    def __init__(self, model: Any, cache: SpeCache, tokens: Sequence[int], guesses: Sequence[int]) -> None:
+    def __init__(self, model: Any, cache: SpeCache, tokens: Sequence[int], drafts: Sequence[int]) -> None:
         self._decoder = Decoder(model, cache)
         self._sequences = range(len(cache.sequences))
         self.tokens = list(tokens)
-        self._guesses = list(guesses) if cache.config.policy.guesses else None
+        self._drafts = list(drafts) if cache.config.policy.drafts else None
 
     @property
     def out_of_room(self) -> bool:
@@ -33,10 +33,10 @@ class GreedySteps:
     @torch.no_grad()
     def step(self) -> None:
         """Decode one token of every sequence."""
-        logits = self._decoder.step(self._sequences, self.tokens, self._guesses)
+        logits = self._decoder.step(self._sequences, self.tokens, self._drafts)
         self.tokens = logits.real.argmax(-1).tolist()
-        if self._guesses is not None:
-            self._guesses = logits.guess.argmax(-1).tolist()
+        if self._drafts is not None:
+            self._drafts = logits.draft.argmax(-1).tolist()
 
 
 @torch.no_grad()
@@ -52,7 +52,7 @@ def start(model: Any, cache: SpeCache, tokens: Sequence[int]) -> GreedySteps:
     """Steps that begin with `tokens`, of every sequence; the first guesses come from pre-decoding (Algorithm 2)."""
     for sequence in cache.sequences:
         sequence.prepare_decode()  # of a fork nobody else did it
-    if not cache.config.policy.guesses:
+    if not cache.config.policy.drafts:
         return GreedySteps(model, cache, tokens, ())
-    guesses = Decoder(model, cache).pre_decode(range(len(cache.sequences)), tokens).argmax(-1)
-    return GreedySteps(model, cache, tokens, guesses.tolist())
+    drafts = Decoder(model, cache).pre_decode(range(len(cache.sequences)), tokens).argmax(-1)
+    return GreedySteps(model, cache, tokens, drafts.tolist())

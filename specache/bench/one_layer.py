@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from specache.attention.decode import PassKind, PassPlan, mixed_attention
+from specache.attention.decode import StepKind, StepSpec, mixed_attention
 from specache.attention.dense import AttentionParams
 from specache.bench.compute_device import CPU
 from specache.bench.synthetic import fill_compressed
@@ -60,9 +60,9 @@ class LowBitLayer:
         One row is the newest token (`on-demand`); of two, the second is a guess with the same key and value once more (`verified`).
         """
         n = query.shape[2]
-        kind, policy = (PassKind.SINGLE, Policy.ON_DEMAND) if n == 1 else (PassKind.PAIR, Policy.VERIFIED)
+        kind, policy = (StepKind.SINGLE, Policy.ON_DEMAND) if n == 1 else (StepKind.PAIR, Policy.VERIFIED)
         keys, values = (newest.expand(-1, -1, n, -1) for newest in self.newest)
-        plan = PassPlan(kind, policy, self._top_k, Counters())
+        plan = StepSpec(kind, policy, self._top_k, Counters())
         self._rows.drop()
         return mixed_attention(query, keys, values, [self.layer], self.params, plan)
 

@@ -171,7 +171,7 @@ class Decoding:
 def _hot_bytes(contender: Contender) -> int:
     if not isinstance(contender, SpeCacheContender):
         return 0
-    contender.held.settle()  # a batch on a GPU has hot sets of its own meanwhile
+    contender.held.release_device_batch()  # a batch on a GPU has hot sets of its own meanwhile
     return contender.held.memory().hot
 
 

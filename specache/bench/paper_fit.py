@@ -10,7 +10,7 @@ from specache.bench.paper_methods import FULL, Entry
 from specache.bench.synthetic import SPARE_TOKENS
 from specache.model.dimensions import ModelDimensions
 from specache.planning.advice import largest
-from specache.planning.footprint import SequenceLoad
+from specache.planning.footprint import PlannedSequence
 from specache.planning.plan import MemoryPlan, plan
 
 PLANNED, COUNTED, TRIED = "plan", "bytes", "trial"  # how a batch was found
@@ -85,7 +85,7 @@ class Needs:
         return batch * tokens * sum(layer.row_bytes(self.model.itemsize) for layer in self.model.full_layers)
 
     def _plan(self, batch: int) -> MemoryPlan:
-        return plan(self.model, self.entry.planned.config, [SequenceLoad(self.context, self.new)] * batch)
+        return plan(self.model, self.entry.planned.config, [PlannedSequence(self.context, self.new)] * batch)
 
     def _rows(self, batch: int) -> int:
         """Of transformers' cache, in the model's dtype."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from specache.attention.decode import PassKind
+from specache.attention.decode import StepKind
 from specache.bench.one_layer import LowBitLayer
 from specache.cache.layers import CompressedLayer
 from specache.cache.window_layer import WindowLayer
@@ -30,7 +30,7 @@ class _Alone:
         self.tier: SlowTier = layer.tier
         self.length = layer.length
 
-    def retire(self) -> None:
+    def quantise_oldest(self) -> None:
         """Nothing does: a step is never committed."""
 
 
@@ -44,7 +44,7 @@ class StaticLayer:
 
     def __init__(self, layer: LowBitLayer, rows: int, dtype: torch.dtype) -> None:
         self.nbytes = layer.nbytes
-        self._kind, policy = (PassKind.SINGLE, Policy.ON_DEMAND) if rows == 1 else (PassKind.PAIR, Policy.VERIFIED)
+        self._kind, policy = (StepKind.SINGLE, Policy.ON_DEMAND) if rows == 1 else (StepKind.PAIR, Policy.VERIFIED)
         self._config = replace(layer.config, policy=policy, hot_set=0.0)
         self._keys, self._values = (newest.expand(-1, -1, rows, -1) for newest in layer.newest)
         self._params = layer.params

@@ -87,7 +87,8 @@ class SpeCache:
         self.on_disk_chosen: Callable[[TierChoice], None] | None = None
         self.in_use = OneCallAtATime()
         self.sequences: list[Sequence] = []
-        self.lent: Callable[[], None] | None = None  # gives back what a batch on the device holds of the sequences' state
+        # gives back what a batch on the device holds of the sequences' state
+        self.detach_device_batch: Callable[[], None] | None = None
 
     @property
     def info(self) -> ModelInfo:
@@ -199,10 +200,10 @@ class SpeCache:
         """Why each sequence's last generation ended: `stop`, `length`, `interrupted`, `error`, or `None` before one did."""
         return [sequence.finish_reason for sequence in self.sequences]
 
-    def settle(self) -> None:
+    def release_device_batch(self) -> None:
         """Have the sequences hold their whole state themselves, also where a batch decodes on the device."""
-        if self.lent is not None:
-            self.lent()
+        if self.detach_device_batch is not None:
+            self.detach_device_batch()
 
     def stats(self) -> dict[str, Any]:
         """What happened so far, JSON-ready; keys in `specache.stats.report`, and `slow_tier` with what `auto` chose and why.
@@ -210,7 +211,7 @@ class SpeCache:
         Any thread may ask, also while another generates.
         """
         if not self.in_use.elsewhere:
-            self.settle()
+            self.release_device_batch()
         choice = None if self.tier_choice is None else self.tier_choice.to_dict()
         tier = {"slow_tier": str(self.config.slow_tier), "slow_tier_choice": choice}
         return {**report(self.memory(), self.counters, self.resources.budget.peak), **tier}
@@ -245,7 +246,7 @@ class SpeCache:
         if self.config.policy is Policy.FULL and config.policy is not Policy.FULL:
             raise UsageError("A cache with policy 'full' has no low-bit copy; prefill a new SpeCache with the other policy.")
         with self.in_use.by("fork"), modes.ours():
-            self.settle()
+            self.release_device_batch()
             other = object.__new__(SpeCache)
             other._begin(self._context.fork(config), self._model, replace(self.asked, **changes))
             other._tier_is_fixed = bool(self.sequences)
@@ -280,7 +281,7 @@ class SpeCache:
 
     def repeat(self, index: int) -> Sequence:
         """Another sequence with the state of sequence `index` (equal prompts are prefilled once)."""
-        self.settle()
+        self.release_device_batch()
         return self.sequences[index].fork(self._context)
 
     def reset(self) -> None:
@@ -290,7 +291,7 @@ class SpeCache:
             UsageError: a call is using it; nothing changed.
         """
         with self.in_use.by("reset"):
-            self.settle()
+            self.release_device_batch()
             for sequence in self.sequences:
                 sequence.clear()
                 sequence.finish_reason = None
@@ -316,11 +317,11 @@ class SpeCache:
             stack.callback(self._context.end_worker)
             for sequence in sequences:
                 stack.callback(sequence.clear)
-            stack.callback(self.settle)
+            stack.callback(self.release_device_batch)
 
     def _forget(self) -> None:
         """In a process that was forked: threads and files are its parent's, and only the memory is given back."""
-        self.sequences, self.lent = [], None
+        self.sequences, self.detach_device_batch = [], None
         self._context.forget_worker()
 
     def __enter__(self) -> SpeCache:
@@ -331,7 +332,7 @@ class SpeCache:
 
     def _move_rows(self, config: SpeCacheConfig) -> None:
         """Go on under `config`, which has another slow tier; what is stored is written there first. A failure changes nothing."""
-        self.settle()
+        self.release_device_batch()
         context = self._context
         before, tiers = context.config, list[SlowTier]()
         try:

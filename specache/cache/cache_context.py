@@ -107,7 +107,7 @@ class CacheContext:
 
 def _new_counters(config: SpeCacheConfig) -> Counters:
     copies = config.slow_tier is not SlowTierKind.RAM_INPLACE
-    return Counters(prefetches=copies and config.policy.prefetches, speculates=config.policy.guesses)
+    return Counters(prefetches=copies and config.policy.prefetches, speculates=config.policy.drafts)
 
 
 def _new_main_memory(info: ModelInfo, config: SpeCacheConfig) -> MainMemory | None:

@@ -12,7 +12,7 @@ from specache.config import Code, SpeCacheConfig
 from specache.errors import NonFiniteError
 from specache.kernels import dispatch
 from specache.kernels.finite import all_finite
-from specache.kernels.types import LowBitCopy
+from specache.kernels.types import LowBitKV
 from specache.low_bit.key_scales import KEY_WEIGHT_BYTES, KeyWeights
 from specache.low_bit.pool import PageTable
 from specache.platform.budget import ByteBudget
@@ -69,7 +69,7 @@ class CompressedLayer:
         return self._residual.dtype
 
     @property
-    def copy(self) -> LowBitCopy:
+    def copy(self) -> LowBitKV:
         return self.table.copy(self.weights.value)
 
     @property
@@ -85,7 +85,7 @@ class CompressedLayer:
         return self._residual[1, :, : self.residual_count]
 
     @property
-    def retiring(self) -> int:
+    def pending_group_tokens(self) -> int:
         """Tokens at the front of the residual that are due to become low bit."""
         return self.config.low_bit_length(self.length) - self.table.length
 
@@ -133,9 +133,9 @@ class CompressedLayer:
         self._residual[1, :, self.residual_count] = values[:, 0]
         self.residual_count += 1
 
-    def retire(self) -> None:
+    def quantise_oldest(self) -> None:
         """Quantise the oldest group when the residual is full, once, from its original values."""
-        count = self.retiring
+        count = self.pending_group_tokens
         if count:
             self.weights.fix(self.residual_keys)
             self._quantise(self.residual_keys[:, :count], self.residual_values[:, :count])

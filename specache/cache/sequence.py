@@ -137,10 +137,10 @@ class Sequence:
         """Remember what `undo_pass` needs."""
         self._positions_before = {i: layer.next_positions for i, layer in self.compressed.items()}
 
-    def retire(self) -> None:
+    def quantise_oldest(self) -> None:
         """The pass is through every layer: what it made the residuals too long for becomes low bit."""
         for layer in self.compressed.values():
-            layer.retire()
+            layer.quantise_oldest()
 
     def undo_pass(self) -> None:
         """Take back a decode pass that did not finish. If even that fails, the sequence forgets everything.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specache.attention.decode import PassKind
+from specache.attention.decode import StepKind
 from specache.attention.dense import AttentionParams, Part, attend_part, merge, windowed
 from specache.cache.layers import check_finite
 from specache.platform.budget import ByteBudget
@@ -83,7 +83,7 @@ class WindowLayer:
         self._write(keys, values)
         return out
 
-    def decode(self, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams, kind: PassKind) -> Tensor:
+    def decode(self, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams, kind: StepKind) -> Tensor:
         """Exact windowed attention of a pass's rows [Hq, n, D]; row 0 is stored if the pass commits it."""
         check_finite(keys, values, self.index)
         if kind.commits:
@@ -121,12 +121,12 @@ class WindowLayer:
         self._ring[0, :, slots] = keys
         self._ring[1, :, slots] = values
 
-    def _mask(self, query: Tensor, ring: int, kind: PassKind) -> Tensor:
+    def _mask(self, query: Tensor, ring: int, kind: StepKind) -> Tensor:
         """bool [n, ring + own]: the row past the ring does not see the token that leaves its window; row 0 not row 1."""
-        own = 0 if kind is PassKind.SINGLE else 1
+        own = 0 if kind is StepKind.SINGLE else 1
         seen = torch.ones(kind.rows, ring + own, dtype=torch.bool, device=query.device)
         if own and self.length >= self.window:
             seen[-1, self.length % self.window] = False
-        if kind is PassKind.PAIR:
+        if kind is StepKind.PAIR:
             seen[0, -1] = False
         return seen

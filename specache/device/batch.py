@@ -45,7 +45,7 @@ class CachedSequence(Protocol):
     def compressed(self) -> dict[int, CompressedLayer]: ...
     @property
     def sliding(self) -> dict[int, WindowLayer]: ...
-    def retire(self) -> None: ...
+    def quantise_oldest(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -171,14 +171,14 @@ class DeviceBatch:
         """Before a step over tokens [B][n] -> whether a group retires when it is over."""
         for state in self.layers.values():
             state.begun = False
-        retiring = self._retiring()
-        for b in retiring:
+        pending_group_tokens = self._retiring()
+        for b in pending_group_tokens:
             self._store(b, self._low_bit(b) + self.config.group_size)
         lengths = [sequence.length for sequence in self.sequences]
         low_bit = [self._low_bit(b) for b in range(len(lengths))]
         counts = [length - low for length, low in zip(lengths, low_bit, strict=True)]
         self.inputs.set(tokens, lengths, counts, low_bit)
-        return bool(retiring)
+        return bool(pending_group_tokens)
 
     def ran(self) -> None:
         """Every layer has changed; a replay does not say so by itself."""
@@ -192,14 +192,14 @@ class DeviceBatch:
 
     def commit(self) -> None:
         """The step is through every layer: its real row counts, and what it made the residuals too long for becomes low bit."""
-        retiring = self._retiring()
+        pending_group_tokens = self._retiring()
         for layer in self._all_layers():
             layer.residual_count += 1
         for state in self.windows.values():
             state.commit()
-        for b in retiring:
+        for b in pending_group_tokens:
             before = self._low_bit(b)
-            self.sequences[b].retire()
+            self.sequences[b].quantise_oldest()
             self._write_addresses(b, before // PAGE_TOKENS)
 
     def row_counts(self) -> tuple[int, int, int]:
@@ -259,7 +259,7 @@ class DeviceBatch:
         tokens = max([tokens, *(sequence.tier.capacity for sequence in self.sequences)])
         for sequence in self.sequences:
             sequence.tier.make_room(tokens)
-            sequence.tier.settle()
+            sequence.tier.wait_for_offload()
 
     def _layer(self, place: int, index: int) -> LayerState:
         """The state of a layer, which is not moved here yet."""
@@ -325,7 +325,7 @@ class DeviceBatch:
                 part = slice(start - first, stop - first)
                 layer.tier.write(layer.index, start, layer.residual_keys[:, part], layer.residual_values[:, part])
         self._stored[b] = max(stop, self._stored[b])
-        self.sequences[b].tier.settle()
+        self.sequences[b].tier.wait_for_offload()
         self.streams.finish(Queue.COMPUTE)
 
 

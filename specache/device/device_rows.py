@@ -101,7 +101,8 @@ class DeviceRows:
     In eager mode the order of a step is `begin_step`, `fetch`, `available`, `submit`, layer by layer, and compute waits for a
     layer's prefetch when the next step reaches the layer. In a captured CUDA graph an event of one replay cannot be waited for in
     the next: call `join` of every layer at the end of the captured step, and once before the capture; prefetches then have until
-    the step's end. Rows must be in the source before they are asked for, and settled (`RamTier.settle`, outside of a capture).
+    the step's end. Rows must be in the source before they are asked for, and offloaded (`RamTier.wait_for_offload`, outside of a
+    capture).
 
     Args:
         source: where the rows are.

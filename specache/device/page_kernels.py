@@ -21,7 +21,7 @@ from specache.kernels.torch import kivi as torch_kivi
 from specache.kernels.torch import operations as torch_ops
 from specache.kernels.torch import rotated as torch_rotated
 from specache.kernels.triton.tables import FIELDS, Offsets, PageScores, PageTables
-from specache.kernels.types import LowBitCopy
+from specache.kernels.types import LowBitKV
 from specache.low_bit.layout import PageLayout
 
 _library = torch.library.Library("specache_device", "FRAGMENT")
@@ -185,14 +185,14 @@ class TorchPages:
         joined = out * (lse - total).exp().unsqueeze(-1) + recent.out * weight  # [B, Hkv, G, n, D]
         return joined.flatten(1, 2).transpose(1, 2).to(dtype)
 
-    def _values(self, copy: LowBitCopy, weights: Tensor) -> Tensor:
+    def _values(self, copy: LowBitKV, weights: Tensor) -> Tensor:
         """weights [Hkv, G n, S] -> [Hkv, G n, D]."""
         values = torch_rotated.ValueSum(copy) if copy.code is Code.ROTATED else torch_kivi.ValueSum(copy)
         for block, first, count in blocks(copy, self._capacity):
             values.add(weights[..., first : first + count], block)
         return values.result()
 
-    def _copies(self, tables: PageTables, weights: Tensor | None) -> list[LowBitCopy]:
+    def _copies(self, tables: PageTables, weights: Tensor | None) -> list[LowBitKV]:
         """Every sequence's copy as it is now, filled up to the capacity with pages of zeros."""
         count = self._capacity // PAGE_TOKENS
         pages = torch.ops.specache_device.read_pages(tables.addresses, self._layout.page_bytes)

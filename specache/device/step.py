@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specache.attention.decode import PassKind, add_sinks
+from specache.attention.decode import StepKind, add_sinks
 from specache.attention.dense import AttentionParams, softmax_sum
 from specache.attention.dense import scores as exact_scores
 from specache.config import Policy
@@ -29,7 +29,7 @@ class _Recent:
     """The part of a step outside the copy: residual and the step's own rows."""
 
     part: RecentPart
-    retiring_scores: Tensor | None = None  # [B, Hkv, G, 1, g] of the last row; -inf where a sequence's oldest group stays
+    pending_scores: Tensor | None = None  # [B, Hkv, G, 1, g] of the last row; -inf where a sequence's oldest group stays
     staying_lse: Tensor | None = None  # [B, Hkv, G, 1] of what does not retire, sinks included
 
 
@@ -43,7 +43,7 @@ class _Seen:
     hidden: Tensor  # bool [B, 1, 1, n, T]
     slot: Tensor  # int64 [B, 1, 1, 1, 1]: where row 0 goes in the residual
     lengths: Tensor  # int32 [B]
-    retiring: Tensor | None  # bool [B, 1, 1, 1, 1]
+    pending_group_tokens: Tensor | None  # bool [B, 1, 1, 1, 1]
     future: Tensor | None  # int64 [B, 1, 1, 1, g]: positions that the oldest group has when it is low bit
     candidates: Tensor | None  # int32 [B]: low-bit tokens of the next step
 
@@ -56,7 +56,7 @@ class StaticPass:
         retires: some sequence's oldest group becomes low bit when the step is over, and the next step's candidates count.
     """
 
-    def __init__(self, batch: DeviceBatch, kind: PassKind, policy: Policy, top_k: int, retires: bool) -> None:
+    def __init__(self, batch: DeviceBatch, kind: StepKind, policy: Policy, top_k: int, retires: bool) -> None:
         self._batch = batch
         self._kind = kind
         self._policy = policy
@@ -105,17 +105,17 @@ class StaticPass:
         counts = inputs.counts.view(-1, 1, 1, 1, 1)  # before row 0 joins
         column = torch.arange(size + self._own, device=counts.device)
         hidden = (column > counts) & (column < size)  # [B, 1, 1, 1, T]
-        if self._kind is PassKind.PAIR:  # row 0 does not see row 1
+        if self._kind is StepKind.PAIR:  # row 0 does not see row 1
             row = torch.arange(2, device=counts.device).view(2, 1)
             hidden = hidden | ((column >= size) & (row == 0))
         batch.lengths.copy_(inputs.low_bit)
         batch.finite.fill_(True)  # kernels write only what is not
         if not self._retires:
             return _Seen(hidden, counts, batch.lengths, None, None, None)
-        retiring = counts + 1 == size
+        pending_group_tokens = counts + 1 == size
         future = inputs.low_bit.view(-1, 1, 1, 1, 1) + torch.arange(config.group_size, device=counts.device)
-        candidates = batch.lengths + retiring.view(-1).to(torch.int32) * config.group_size
-        return _Seen(hidden, counts, batch.lengths, retiring, future, candidates)
+        candidates = batch.lengths + pending_group_tokens.view(-1).to(torch.int32) * config.group_size
+        return _Seen(hidden, counts, batch.lengths, pending_group_tokens, future, candidates)
 
     @property
     def _own(self) -> int:
@@ -131,7 +131,7 @@ class StaticPass:
 
     def _recent(self, layer: LayerState, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> _Recent:
         """Row 0 joins the residual; exact attention of the rows over it and over themselves."""
-        if self._seen.retiring is None:
+        if self._seen.pending_group_tokens is None:
             counts = self._batch.inputs.counts
             part = layer.kernels.recent(query, keys, values, layer.residual, counts, layer.finite, params)
             if part is not None:
@@ -142,23 +142,23 @@ class StaticPass:
         seen_values = torch.cat([layer.residual[:, 1], values[:, :, own]], dim=2)
         score = exact_scores(query.flatten(0, 1), seen_keys.flatten(0, 1), params).unflatten(0, (batch, -1))
         score.masked_fill_(seen.hidden, -torch.inf)  # [B, Hkv, G, n, T]
-        retiring_scores = staying_lse = None
-        if seen.retiring is not None:
+        pending_scores = staying_lse = None
+        if seen.pending_group_tokens is not None:
             last, g = score[:, :, :, -1:], self._batch.config.group_size
-            retiring_scores = last[..., :g].masked_fill(~seen.retiring, -torch.inf)
-            leaves = seen.retiring & (torch.arange(last.shape[-1], device=last.device) < g)
+            pending_scores = last[..., :g].masked_fill(~seen.pending_group_tokens, -torch.inf)
+            leaves = seen.pending_group_tokens & (torch.arange(last.shape[-1], device=last.device) < g)
             staying_lse = add_sinks(last.masked_fill(leaves, -torch.inf).logsumexp(-1), params)
         shape = score.shape[:4]
         out, lse = softmax_sum(score.flatten(0, 1), seen_values.flatten(0, 1))
         own_lse = lse.view(shape)
         part = RecentPart(out.view(*shape, -1), add_sinks(own_lse, params), own_lse)
-        return _Recent(part, retiring_scores, staying_lse)
+        return _Recent(part, pending_scores, staying_lse)
 
     def _verified_rows(self, layer: LayerState, rows: DeviceRows, scores: PageScores, recent: _Recent) -> tuple[Tensor, Tensor]:
         """Each row's own top-k [B, Hkv, n, k] and its rows. The real row gets all of them, the guess those that are here (-1)."""
         selected = layer.kernels.select(scores, recent.part.lse, self._seen.lengths, self._top_k)
         rows.fetch(selected[:, :, 0])
-        if self._kind is PassKind.PAIR:
+        if self._kind is StepKind.PAIR:
             rows.available(selected[:, :, 1])
             self._submit(layer, rows, self._next_positions(layer, scores, recent, selected))
         self._batch.streams.finish(Queue.COMPUTE)
@@ -180,10 +180,10 @@ class StaticPass:
         seen = self._seen
         if seen.future is None or seen.candidates is None:
             return wanted[:, :, -1]
-        assert recent.retiring_scores is not None
+        assert recent.pending_scores is not None
         assert recent.staying_lse is not None
         extended = scores.last_row(seen.lengths)
-        extended.scatter_(-1, seen.future.expand_as(recent.retiring_scores), recent.retiring_scores)
+        extended.scatter_(-1, seen.future.expand_as(recent.pending_scores), recent.pending_scores)
         return layer.kernels.select(PageScores(extended), recent.staying_lse, seen.candidates, self._top_k)[:, :, 0]
 
     def _submit(self, layer: LayerState, rows: DeviceRows, positions: Tensor) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from specache.attention.decode import PassKind, add_sinks
+from specache.attention.decode import StepKind, add_sinks
 from specache.attention.dense import AttentionParams, softmax_sum
 from specache.attention.dense import scores as exact_scores
 from specache.cache.window_layer import WindowLayer
@@ -91,7 +91,7 @@ class WindowState:
         self.ring.scatter_(3, slot, new.unsqueeze(3))
 
 
-def hidden_slots(positions: Tensor, window: int, kind: PassKind) -> Tensor:
+def hidden_slots(positions: Tensor, window: int, kind: StepKind) -> Tensor:
     """What the rows of a step do not see of the ring and of the rows behind it -> bool [B, 1, 1, n, window + n - 1].
 
     Args:
@@ -101,7 +101,7 @@ def hidden_slots(positions: Tensor, window: int, kind: PassKind) -> Tensor:
     column = torch.arange(window + own, device=positions.device)
     first = positions.view(-1, 1, 1, 1, 1)
     hidden = (column > first) & (column < window)  # tokens that have not come yet
-    if kind is PassKind.PAIR:
+    if kind is StepKind.PAIR:
         row = torch.arange(2, device=positions.device).view(2, 1)
         leaves = (first + 1 >= window) & (column == (first + 1) % window)  # for the guess, one position further
         hidden = hidden | ((column >= window) & (row == 0)) | (leaves & (row == 1))

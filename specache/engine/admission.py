@@ -7,7 +7,7 @@ from dataclasses import replace
 from specache.cache.cache import SpeCache
 from specache.errors import FastMemoryError
 from specache.planning.advice import Suggestion, least_bytes, suggestions
-from specache.planning.footprint import FastBytes, SequenceLoad
+from specache.planning.footprint import FastBytes, PlannedSequence
 from specache.planning.plan import MemoryPlan, plan
 
 PARTS = {
@@ -37,7 +37,7 @@ def check_room(cache: SpeCache, token_ids: list[list[int]], new_tokens: int, chu
     if limit is None:
         return
     limit -= cache.resources.budget.used - cache.held_bytes()  # of other caches on the same budget (forks)
-    loads = planned_loads(cache, token_ids, new_tokens)
+    loads = planned_sequences(cache, token_ids, new_tokens)
     config = replace(cache.config, prefill_chunk=chunk)
     planned = plan(cache.resources.dimensions, config, loads)
     if planned.fast <= limit:
@@ -46,13 +46,13 @@ def check_room(cache: SpeCache, token_ids: list[list[int]], new_tokens: int, chu
     raise FastMemoryError(_refusal(planned, limit, loads, least_bytes(cache.resources.dimensions, config, loads)) + advice(found))
 
 
-def planned_loads(cache: SpeCache, token_ids: list[list[int]], new_tokens: int) -> list[SequenceLoad]:
+def planned_sequences(cache: SpeCache, token_ids: list[list[int]], new_tokens: int) -> list[PlannedSequence]:
     """The batch as the plan sees it: equal prompts are prefilled once, and stored beginnings are not prefilled again."""
     seen: set[tuple[int, ...]] = set()
     loads = []
     for index, ids in enumerate(token_ids):
         stored = _common(cache.sequences[index].token_ids, ids) if cache.sequences else 0
-        loads.append(SequenceLoad(len(ids), new_tokens, stored, twin=not stored and tuple(ids) in seen))
+        loads.append(PlannedSequence(len(ids), new_tokens, stored, twin=not stored and tuple(ids) in seen))
         seen.add(tuple(ids))
     return loads
 
@@ -69,7 +69,7 @@ def advice(found: list[Suggestion]) -> str:
     return f" It would fit with {'; or with '.join(map(str, found))}; or with a larger fast_memory."
 
 
-def _refusal(planned: MemoryPlan, limit: int, loads: list[SequenceLoad], least: int) -> str:
+def _refusal(planned: MemoryPlan, limit: int, loads: list[PlannedSequence], least: int) -> str:
     phase = "prefilling" if planned.prefill.total >= planned.decode.total else "decoding"
     tokens = max(load.total for load in loads)
     what = f"{len(loads)} sequences of up to {tokens:,} tokens" if len(loads) > 1 else f"A sequence of {tokens:,} tokens"

@@ -13,10 +13,10 @@ from typing import Any
 
 from specache.cache.cache import SpeCache
 from specache.config import SlowTierKind, SpeCacheConfig
-from specache.engine.admission import planned_loads
+from specache.engine.admission import planned_sequences
 from specache.errors import OutOfMemoryError
 from specache.model.dimensions import ModelDimensions
-from specache.planning.footprint import SequenceLoad
+from specache.planning.footprint import PlannedSequence
 from specache.planning.plan import MemoryPlan, plan
 from specache.platform import heap, machine
 from specache.tiers.disk.rows_folder import choose_rows_folder
@@ -41,7 +41,7 @@ def decide_tier(model: Any, cache: SpeCache, token_ids: list[list[int]], new_tok
     if not cache.decides_tier:
         return
     in_memory = cache.config.slow_tier
-    loads = planned_loads(cache, token_ids, new_tokens)
+    loads = planned_sequences(cache, token_ids, new_tokens)
     dimensions = cache.resources.dimensions
     planned = plan(dimensions, replace(cache.config, prefill_chunk=chunk), loads)
     held = sum(sequence.tier.nbytes + sequence.held_bytes() for sequence in cache.sequences)
@@ -65,7 +65,7 @@ def decide_tier(model: Any, cache: SpeCache, token_ids: list[list[int]], new_tok
     cache.choose_tier(TierChoice(SlowTierKind.DISK, str(folder.folder), needed, free, on_disk.slow, folder.free))
 
 
-def expected_tier(dimensions: ModelDimensions, config: SpeCacheConfig, loads: Sequence[SequenceLoad]) -> TierChoice:
+def expected_tier(dimensions: ModelDimensions, config: SpeCacheConfig, loads: Sequence[PlannedSequence]) -> TierChoice:
     """Return what `auto` would take for a batch on this machine now, for a model that is not loaded yet.
 
     Raises:
@@ -88,7 +88,7 @@ def disk_config(asked: SpeCacheConfig, device: str, chunk: int) -> SpeCacheConfi
     return replace(asked, slow_tier=SlowTierKind.DISK, slow_dir=os.curdir, prefill_chunk=chunk).resolved(device)
 
 
-def main_memory_bytes(dimensions: ModelDimensions, planned: MemoryPlan, loads: Sequence[SequenceLoad]) -> int:
+def main_memory_bytes(dimensions: ModelDimensions, planned: MemoryPlan, loads: Sequence[PlannedSequence]) -> int:
     """Return the main memory that a batch needs with its rows there: on a CPU fast memory too, and a layer's rows twice where a
     buffer grows while decoding.
     """

@@ -127,14 +127,14 @@ def sequence_per_text(cache: SpeCache, count: int, answered: Callable[[], bool] 
     before = cache.sequences
     repeats = count // len(before) if before else 1
     if repeats > 1:
-        cache.settle()
+        cache.release_device_batch()
         forks = [[sequence.fork(cache.context) for _ in range(repeats - 1)] for sequence in before]
         cache.sequences = [s for sequence, more in zip(before, forks, strict=True) for s in (sequence, *more)]
     try:
         yield
     except BaseException:
         if repeats > 1 and not answered():
-            cache.settle()
+            cache.release_device_batch()
             given, cache.sequences = cache.sequences, before
             for index, sequence in enumerate(given):
                 if index % repeats:

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specache.attention.decode import PassKind, PassPlan
+from specache.attention.decode import StepKind, StepSpec
 from specache.cache.cache import SpeCache
 from specache.cache.sequence import Sequence as CachedSequence
 from specache.engine.attention_hook import decode_forward, forward, reset_rope
 from specache.engine.forward_pass import DecodePass, Observer, PrefillPass
 from specache.engine.static_decoder import StaticDecoder
-from specache.planning.footprint import SequenceLoad
+from specache.planning.footprint import PlannedSequence
 from specache.planning.plan import prefill_working_set
 from specache.planning.working_set import decode_bytes
 from specache.platform.out_of_memory import is_out_of_memory
@@ -33,7 +33,7 @@ class StepLogits:
     def __init__(self, count: int) -> None:
         self._count = count
         self._real: Tensor | None = None
-        self._guess: Tensor | None = None
+        self._draft: Tensor | None = None
 
     @property
     def real(self) -> Tensor:
@@ -41,15 +41,15 @@ class StepLogits:
         return self._real
 
     @property
-    def guess(self) -> Tensor:
-        assert self._guess is not None, "the policy decodes no guess row"
-        return self._guess
+    def draft(self) -> Tensor:
+        assert self._draft is not None, "the policy decodes no guess row"
+        return self._draft
 
     def set_real(self, places: list[int], logits: Tensor) -> None:
         self._real = _scatter(self._real, places, logits, self._count)
 
-    def set_guess(self, places: list[int], logits: Tensor) -> None:
-        self._guess = _scatter(self._guess, places, logits, self._count)
+    def set_draft(self, places: list[int], logits: Tensor) -> None:
+        self._draft = _scatter(self._draft, places, logits, self._count)
 
 
 class Decoder:
@@ -74,7 +74,7 @@ class Decoder:
         What is stored already is kept as far as it agrees; the rest goes through the model in chunks. A failure leaves
         what was kept. `observe` sees the queries of every full-attention layer and chunk that run.
         """
-        self._cache.settle()
+        self._cache.release_device_batch()
         keep = self._reusable(sequence, token_ids)
         sequence.truncate(keep)
         self._warn_of_windows(keep - sequence.length)
@@ -87,10 +87,10 @@ class Decoder:
         """The first output token alone over the copy -> logits [A, V] of the first guess (Algorithm 2). Nothing is stored."""
         self._check_positions(indices)
         with self._timed("decode_s"):
-            logits = self._rows(PassKind.PRE_DECODE, indices, [[token] for token in tokens])
+            logits = self._rows(StepKind.PRE_DECODE, indices, [[token] for token in tokens])
         return logits[:, -1]
 
-    def step(self, indices: Sequence[int], tokens: Sequence[int], guesses: Sequence[int] | None) -> StepLogits:
+    def step(self, indices: Sequence[int], tokens: Sequence[int], drafts: Sequence[int] | None) -> StepLogits:
         """One decode step of the sequences `indices`: feed each its token, beside it its guess (Algorithm 3).
 
         Args:
@@ -100,7 +100,7 @@ class Decoder:
         result = StepLogits(len(indices))
         with self._timed("decode_s"):
             for places in self._groups(indices):
-                self._step_group(places, indices, tokens, guesses, result)
+                self._step_group(places, indices, tokens, drafts, result)
             for index in indices:
                 self._cache.sequences[index].end_step()
         self._cache.counters.decoded_tokens += len(indices)
@@ -168,7 +168,7 @@ class Decoder:
 
     def _prefill_bytes(self, sequence: CachedSequence, total: int, chunk: int) -> int:
         config = replace(self._cache.config, prefill_chunk=chunk)
-        load = SequenceLoad(total, stored=sequence.length)
+        load = PlannedSequence(total, stored=sequence.length)
         return prefill_working_set(self._cache.resources.dimensions, config, load)
 
     def _decode_bytes(self, sequences: Sequence[CachedSequence]) -> int:
@@ -184,7 +184,7 @@ class Decoder:
         places: list[int],
         indices: Sequence[int],
         tokens: Sequence[int],
-        guesses: Sequence[int] | None,
+        drafts: Sequence[int] | None,
         result: StepLogits,
     ) -> None:
         """Sequences that may share forward passes. `places` index the step's lists."""
@@ -193,26 +193,26 @@ class Decoder:
         rows = [[tokens[i]] for i in places]
         if position and self._reprefills(position - 1, position):
             logits = torch.stack([self._prefill_again(i, row) for i, row in zip(group, rows, strict=True)])[:, None]
-        elif guesses is not None and self._pairs(position, group):
-            pairs = [[tokens[i], guesses[i]] for i in places]
-            logits = self._rows(PassKind.PAIR, group, pairs)
-            result.set_guess(places, logits[:, 1])
+        elif drafts is not None and self._pairs(position, group):
+            pairs = [[tokens[i], drafts[i]] for i in places]
+            logits = self._rows(StepKind.PAIR, group, pairs)
+            result.set_draft(places, logits[:, 1])
         else:
-            logits = self._rows(PassKind.SINGLE, group, rows)
+            logits = self._rows(StepKind.SINGLE, group, rows)
         result.set_real(places, logits[:, 0])
-        if guesses is not None and logits.shape[1] == 1:
+        if drafts is not None and logits.shape[1] == 1:
             for i in places:  # a guess that may not share the pass has one of its own
-                result.set_guess([i], self._guess_alone(indices[i], guesses[i], logits))
+                result.set_draft([i], self._draft_alone(indices[i], drafts[i], logits))
 
     def _pairs(self, position: int, group: list[int]) -> bool:
         """Whether the guesses of `group`, at one position further than their real tokens, may share their pass."""
         return self._share_a_pass(position) and all(self._has_position(self._cache.sequences[i].length + 1) for i in group)
 
-    def _guess_alone(self, index: int, guess: int, real: Tensor) -> Tensor:
+    def _draft_alone(self, index: int, draft: int, real: Tensor) -> Tensor:
         """Logits [1, V] of a guess in a pass of its own; where there is no position for it, any: no step can follow."""
         if not self._has_position(self._cache.sequences[index].length):
             return real[:1, 0]
-        return self._rows(PassKind.GUESS, [index], [[guess]])[:, 0]
+        return self._rows(StepKind.DRAFT, [index], [[draft]])[:, 0]
 
     def _has_position(self, position: int) -> bool:
         return self._info.position_limit is None or position < self._info.position_limit
@@ -227,7 +227,7 @@ class Decoder:
         return not self._info.couples_rows and self._info.rope_side(position) == self._info.rope_side(position + 1)
 
     def _prefill_again(self, index: int, row: list[int]) -> Tensor:
-        self._cache.settle()
+        self._cache.release_device_batch()
         sequence = self._cache.sequences[index]
         token_ids, read = sequence.token_ids + row, sequence.prompt_tokens
         sequence.clear()
@@ -236,7 +236,7 @@ class Decoder:
         sequence.prompt_tokens = read
         return logits
 
-    def _rows(self, kind: PassKind, indices: Sequence[int], rows: list[list[int]]) -> Tensor:
+    def _rows(self, kind: StepKind, indices: Sequence[int], rows: list[list[int]]) -> Tensor:
         """One pass over rows [A][n] -> logits [A, n, V]. A failure leaves the sequences as they were.
 
         Where memory ran out, the hot sets are freed and the pass is tried once more.
@@ -250,15 +250,15 @@ class Decoder:
             torch.cuda.empty_cache()
         return self._pass(kind, indices, rows)  # outside of `except`: the error keeps the first pass's tensors alive
 
-    def _pass(self, kind: PassKind, indices: Sequence[int], rows: list[list[int]]) -> Tensor:
+    def _pass(self, kind: StepKind, indices: Sequence[int], rows: list[list[int]]) -> Tensor:
         config = self._cache.config
         sequences = [self._cache.sequences[i] for i in indices]
         if self._static.serves(kind, sequences):
             static = self._static.step(sequences, rows)
             if static is not None:
                 return static
-        self._cache.settle()
-        plan = PassPlan(kind, config.policy, config.top_k, self._cache.counters)
+        self._cache.release_device_batch()
+        plan = StepSpec(kind, config.policy, config.top_k, self._cache.counters)
         positions = self._positions([sequence.length for sequence in sequences], kind.rows)
         reset_rope(self._model, self._info)  # another sequence's length, or a call outside, may have left its mark
         for sequence in sequences:
@@ -267,7 +267,7 @@ class Decoder:
             with self._working_set(self._decode_bytes(sequences)):
                 logits = decode_forward(self._model, self._ids(rows), positions, DecodePass(sequences, plan))
             for sequence in sequences:
-                sequence.retire()
+                sequence.quantise_oldest()
         except BaseException:
             for sequence in sequences:
                 sequence.undo_pass()

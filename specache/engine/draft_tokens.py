@@ -31,7 +31,7 @@ _STATELESS = (
 )
 
 
-class GuessProcessors:
+class DraftProcessors:
     """The allowed ones of a request's processors, in their order."""
 
     def __init__(self, processors: LogitsProcessorList) -> None:

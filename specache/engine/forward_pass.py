@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from specache.attention.decode import PassPlan, mixed_attention, select_first
+from specache.attention.decode import StepSpec, mixed_attention, select_first
 from specache.attention.dense import AttentionParams
 from specache.cache.layers import CompressedLayer, DenseLayer
 from specache.cache.sequence import Sequence
@@ -69,7 +69,7 @@ class PrefillPass:
 class DecodePass:
     """One or two rows of every sequence that still decodes."""
 
-    def __init__(self, sequences: Sequences[Sequence], plan: PassPlan) -> None:
+    def __init__(self, sequences: Sequences[Sequence], plan: StepSpec) -> None:
         self._sequences = sequences
         self._plan = plan
 

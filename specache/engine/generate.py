@@ -42,21 +42,21 @@ from specache.engine.request import (
     user_cache,
 )
 from specache.engine.sampling import (
-    Answers,
     EndedOnce,
-    TokenChoice,
-    count_guesses,
-    guess,
+    GenerationState,
+    SamplingParams,
+    count_drafts,
+    draft,
     no_answers_yet,
-    take_tokens,
-    token_choice,
-    with_guesses,
+    sample_next,
+    sampling_params,
+    with_drafts,
 )
 from specache.errors import UsageError
 from specache.model.file_settings import GenerationSettings, one_row_per_answer
 from specache.model.identity.wrappers import unwrapped
 from specache.model.info import inspect_model
-from specache.planning.footprint import SequenceLoad
+from specache.planning.footprint import PlannedSequence
 from specache.platform import modes
 
 
@@ -267,7 +267,7 @@ def _decode_alone(
         refuse_padding_behind_answers(cache, token_ids, pad)
         chunk = generation_config.prefill_chunk_size or cache.config.prefill_chunk
         behind = stored_new_tokens(generation_config, input_ids)
-        request = token_choice(logits_processor, stopping_criteria, generation_config)
+        request = sampling_params(logits_processor, stopping_criteria, generation_config)
         batch = no_answers_yet(input_ids, request)
         kept = given is not None or generation_config.return_dict_in_generate
         with sequence_per_text(cache, len(token_ids), lambda: batch.new_token_ids() is not None):
@@ -326,8 +326,8 @@ def _run(
     decoder: Decoder,
     cache: SpeCache,
     token_ids: list[list[int]],
-    batch: Answers,
-    request: TokenChoice,
+    batch: GenerationState,
+    request: SamplingParams,
     chunk: int,
     streamer: Any,
     progress: Progress | None,
@@ -337,18 +337,18 @@ def _run(
         logits = prefill_batch(decoder, cache, token_ids, chunk, progress)  # [B, V]
         cache.counters.first_token_s = cache.counters.prefill_s
         with modes.callers():
-            take_tokens(batch, logits, request, cache, streamer)
-        guesses = _first_guesses(decoder, cache, batch, request)
+            sample_next(batch, logits, request, cache, streamer)
+        drafts = _first_drafts(decoder, cache, batch, request)
         while active := batch.active:
             tokens = batch.input_ids[active, -1].tolist()
-            step = decoder.step(active, tokens, [guesses[i] for i in active] if guesses else None)
+            step = decoder.step(active, tokens, [drafts[i] for i in active] if drafts else None)
             logits[active] = step.real
-            context = with_guesses(batch, guesses) if guesses else None
+            context = with_drafts(batch, drafts) if drafts else None
             with modes.callers():
-                take_tokens(batch, logits, request, cache, streamer)
-                if guesses is not None and context is not None:
-                    count_guesses(cache, batch, guesses, active)
-                    guesses = guess(request, context, logits, step.guess, active)
+                sample_next(batch, logits, request, cache, streamer)
+                if drafts is not None and context is not None:
+                    count_drafts(cache, batch, drafts, active)
+                    drafts = draft(request, context, logits, step.draft, active)
     except BaseException as error:
         for index in batch.unfinished.nonzero()[:, 0].tolist():
             if len(cache.sequences) > index:
@@ -356,24 +356,24 @@ def _run(
         raise
     finally:
         try:
-            cache.settle()
+            cache.release_device_batch()
         finally:
             note_pending_tokens(cache, token_ids, batch.new_token_ids())
 
 
-def _first_guesses(decoder: Decoder, cache: SpeCache, batch: Answers, request: TokenChoice) -> list[int] | None:
+def _first_drafts(decoder: Decoder, cache: SpeCache, batch: GenerationState, request: SamplingParams) -> list[int] | None:
     """Pre-decoding (Algorithm 2), where the policy guesses: one guess per sequence, finished ones included."""
     active = batch.active
-    if not cache.config.policy.guesses or not active:
+    if not cache.config.policy.drafts or not active:
         return None
     logits = decoder.pre_decode(active, batch.input_ids[active, -1].tolist())
     with modes.callers():
-        return guess(request, batch.input_ids, logits.new_zeros(len(batch.unfinished), logits.shape[-1]), logits, active)
+        return draft(request, batch.input_ids, logits.new_zeros(len(batch.unfinished), logits.shape[-1]), logits, active)
 
 
-def _loads(token_ids: list[list[int]], new_tokens: int) -> list[SequenceLoad]:
+def _loads(token_ids: list[list[int]], new_tokens: int) -> list[PlannedSequence]:
     """The batch as a plan sees it, read from the beginning."""
-    return [SequenceLoad(len(ids), new_tokens) for ids in token_ids]
+    return [PlannedSequence(len(ids), new_tokens) for ids in token_ids]
 
 
 def _remembered(cache: SpeCache, model: Any, kept: bool) -> AbstractContextManager[None]:

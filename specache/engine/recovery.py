@@ -11,14 +11,14 @@ from specache.cache.sizes import on_disk
 from specache.config import Policy, SpeCacheConfig
 from specache.errors import FastMemoryError, OutOfMemoryError, SpeCacheError
 from specache.planning.advice import Suggestion, smaller
-from specache.planning.footprint import SequenceLoad
+from specache.planning.footprint import PlannedSequence
 from specache.planning.plan import MemoryPlan
 from specache.platform.out_of_memory import is_out_of_memory, on_the_gpu
 
 
 @contextmanager
 def tokens_kept(
-    cache: SpeCache, loads: Sequence[SequenceLoad], generated: Callable[[], list[list[int]] | None] = lambda: None
+    cache: SpeCache, loads: Sequence[PlannedSequence], generated: Callable[[], list[list[int]] | None] = lambda: None
 ) -> Iterator[None]:
     """Inside, our errors get `new_token_ids`, and what the system or the GPU raises without memory becomes ours.
 
@@ -42,7 +42,7 @@ def tokens_kept(
 
 
 def _out_of_memory(
-    error: Exception, cache: SpeCache, loads: Sequence[SequenceLoad], new: list[list[int]] | None
+    error: Exception, cache: SpeCache, loads: Sequence[PlannedSequence], new: list[list[int]] | None
 ) -> OutOfMemoryError:
     ours = OutOfMemoryError(_explained(error, cache, loads, new))
     _attach(ours, new)
@@ -63,7 +63,7 @@ def _free_tensors(error: BaseException) -> None:
         seen = seen.__cause__ or seen.__context__
 
 
-def _explained(error: Exception, cache: SpeCache, loads: Sequence[SequenceLoad], new: list[list[int]] | None) -> str:
+def _explained(error: Exception, cache: SpeCache, loads: Sequence[PlannedSequence], new: list[list[int]] | None) -> str:
     gpu = cache.info.device.type == "cuda" and on_the_gpu(error)
     where = "on the GPU" if gpu else "in main memory"
     when = "before the first new token" if new is None else f"after {max(map(len, new)):,} new tokens, which are kept"
@@ -71,7 +71,7 @@ def _explained(error: Exception, cache: SpeCache, loads: Sequence[SequenceLoad],
     return f"Out of memory {where}, {when} ({said}).{_advice(_smaller(cache, loads, new is None, gpu))}"
 
 
-def _smaller(cache: SpeCache, loads: Sequence[SequenceLoad], prefilling: bool, gpu: bool) -> list[Suggestion]:
+def _smaller(cache: SpeCache, loads: Sequence[PlannedSequence], prefilling: bool, gpu: bool) -> list[Suggestion]:
     on_cpu = cache.info.device.type == "cpu"
 
     def needs(config: SpeCacheConfig, planned: MemoryPlan) -> int:

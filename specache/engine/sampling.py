@@ -13,7 +13,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import MaxLengthCriteria, MaxTimeCriteria
 
 from specache.cache.cache import SpeCache
-from specache.engine.draft_tokens import GuessProcessors
+from specache.engine.draft_tokens import DraftProcessors
 
 
 class EndedOnce:
@@ -45,7 +45,7 @@ class EndedOnce:
 
 
 @dataclass
-class TokenChoice:
+class SamplingParams:
     """How a call to generate chooses tokens, and what it records of that."""
 
     logits_processor: LogitsProcessorList
@@ -54,11 +54,11 @@ class TokenChoice:
     pad_token: Tensor | None  # what finished sequences get; None where no end token is set
     record_scores: bool
     record_logits: bool
-    guesses: GuessProcessors
+    drafts: DraftProcessors
 
 
 @dataclass
-class Answers:
+class GenerationState:
     """Tokens so far, and what is recorded on the way. `B` sequences.
 
     Finished ones get padding; where no end token is set they run on with the others, as in stock generate.
@@ -84,7 +84,7 @@ class Answers:
         return [row[:count] for row, count in zip(rows, self.new.tolist(), strict=True)] if rows[0] else None
 
 
-def take_tokens(batch: Answers, logits: Tensor, request: TokenChoice, cache: SpeCache, streamer: Any) -> None:
+def sample_next(batch: GenerationState, logits: Tensor, request: SamplingParams, cache: SpeCache, streamer: Any) -> None:
     """Choose every sequence's next token as stock generate does, and see who is finished. logits [B, V], float32."""
     logits = logits.to(copy=True, dtype=torch.float32, device=batch.input_ids.device)
     scores = request.logits_processor(batch.input_ids, logits)
@@ -105,7 +105,7 @@ def take_tokens(batch: Answers, logits: Tensor, request: TokenChoice, cache: Spe
     _finish(batch, request, cache)
 
 
-def _finish(batch: Answers, request: TokenChoice, cache: SpeCache) -> None:
+def _finish(batch: GenerationState, request: SamplingParams, cache: SpeCache) -> None:
     """Apply the stopping criteria and note why a sequence ended."""
     recorded = tuple(batch.scores) if request.record_scores else None
     by_length = torch.zeros_like(batch.unfinished)
@@ -118,46 +118,46 @@ def _finish(batch: Answers, request: TokenChoice, cache: SpeCache) -> None:
     batch.unfinished &= ~(by_length | by_stop)
 
 
-def guess(request: TokenChoice, context: Tensor, like: Tensor, logits: Tensor, active: list[int]) -> list[int]:
+def draft(request: SamplingParams, context: Tensor, like: Tensor, logits: Tensor, active: list[int]) -> list[int]:
     """Speculative tokens [B] from the guess rows' logits [A, V], after the processors that may be applied to a guess."""
     full = torch.zeros_like(like)
     full[active] = logits
-    return request.guesses(context, full.to(context.device)).argmax(dim=-1).tolist()
+    return request.drafts(context, full.to(context.device)).argmax(dim=-1).tolist()
 
 
-def with_guesses(batch: Answers, guesses: list[int]) -> Tensor:
+def with_drafts(batch: GenerationState, drafts: list[int]) -> Tensor:
     """Tokens that the guess row continues: everything so far and the guess."""
-    column = torch.tensor(guesses, dtype=batch.input_ids.dtype, device=batch.input_ids.device)[:, None]
+    column = torch.tensor(drafts, dtype=batch.input_ids.dtype, device=batch.input_ids.device)[:, None]
     return torch.cat([batch.input_ids, column], dim=-1)
 
 
-def count_guesses(cache: SpeCache, batch: Answers, guesses: list[int], active: list[int]) -> None:
+def count_drafts(cache: SpeCache, batch: GenerationState, drafts: list[int], active: list[int]) -> None:
     """How many of the guesses for the `active` sequences were the tokens that came."""
     tokens = batch.input_ids[:, -1].tolist()
-    cache.counters.guesses += len(active)
-    cache.counters.guesses_right += sum(tokens[i] == guesses[i] for i in active)
+    cache.counters.drafts += len(active)
+    cache.counters.drafts_right += sum(tokens[i] == drafts[i] for i in active)
 
 
-def no_answers_yet(input_ids: Tensor, request: TokenChoice) -> Answers:
+def no_answers_yet(input_ids: Tensor, request: SamplingParams) -> GenerationState:
     """input_ids [B, S] and no new tokens."""
     batch, length = input_ids.shape
     unfinished = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
     new = torch.zeros(batch, dtype=torch.long, device=input_ids.device)
-    return Answers(input_ids, length, unfinished, new, request.pad_token is not None)
+    return GenerationState(input_ids, length, unfinished, new, request.pad_token is not None)
 
 
-def token_choice(
+def sampling_params(
     logits_processor: LogitsProcessorList, stopping_criteria: StoppingCriteriaList, generation_config: Any
-) -> TokenChoice:
+) -> SamplingParams:
     """From what transformers' `generate` hands to its own decoding loop."""
     returns_dict = generation_config.return_dict_in_generate
     has_end_token = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
-    return TokenChoice(
+    return SamplingParams(
         logits_processor=logits_processor,
         stopping_criteria=stopping_criteria,
         do_sample=generation_config.do_sample,
         pad_token=generation_config._pad_token_tensor if has_end_token else None,
         record_scores=bool(returns_dict and generation_config.output_scores),
         record_logits=bool(returns_dict and generation_config.output_logits),
-        guesses=GuessProcessors(logits_processor),
+        drafts=DraftProcessors(logits_processor),
     )

@@ -1,7 +1,7 @@
 """Decode steps on a GPU: over static buffers, so that the host only launches, and as a CUDA graph where one can be captured.
 
-`StaticDecoder` lends a batch's sequences to a `DeviceBatch` for as long as the same sequences decode together. `SpeCache.settle`
-has them hold their whole state themselves again; whoever reads or changes a sequence otherwise calls it first.
+`StaticDecoder` attaches a batch's sequences to a `DeviceBatch` for as long as the same sequences decode together.
+`SpeCache.release_device_batch` moves their whole state back into the sequences; call it before reading or changing one otherwise.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specache.attention.decode import PassKind
+from specache.attention.decode import StepKind
 from specache.cache.cache import SpeCache
 from specache.cache.layers import not_finite
 from specache.cache.sequence import Sequence as CachedSequence
@@ -33,11 +33,11 @@ from specache.tiers.streams import Streams, streams_for
 
 CAPACITY_STEP = 4096  # low-bit tokens: what a batch has room for is a multiple, so that it is rebuilt (and captured) seldom
 KINDS = {
-    Policy.VERIFIED: PassKind.PAIR,
-    Policy.SPECULATIVE: PassKind.PAIR,
-    Policy.ON_DEMAND: PassKind.SINGLE,
-    Policy.PREVIOUS: PassKind.SINGLE,
-    Policy.NONE: PassKind.SINGLE,
+    Policy.VERIFIED: StepKind.PAIR,
+    Policy.SPECULATIVE: StepKind.PAIR,
+    Policy.ON_DEMAND: StepKind.SINGLE,
+    Policy.PREVIOUS: StepKind.SINGLE,
+    Policy.NONE: StepKind.SINGLE,
 }
 
 
@@ -64,7 +64,7 @@ class StaticDecoder:
 
     def __init__(self, model: Any, cache: SpeCache) -> None:
         self._model = model
-        self._cache: SpeCache = weakref.proxy(cache)  # which refers to `settle` while its sequences are lent
+        self._cache: SpeCache = weakref.proxy(cache)  # which refers to `release_device_batch` while its sequences are lent
         self._settings = SETTINGS
         self._graphs = cache.config.cuda_graph is not False
         self._batch: DeviceBatch | None = None
@@ -76,7 +76,7 @@ class StaticDecoder:
         if self._off and cache.config.cuda_graph:
             _warn(f"cuda_graph is on, but decode steps are not captured: {self._off}.")
 
-    def serves(self, kind: PassKind, sequences: Sequence[CachedSequence]) -> bool:
+    def serves(self, kind: StepKind, sequences: Sequence[CachedSequence]) -> bool:
         """Whether a pass runs here. A sequence shorter than `R + g` has no low-bit copy yet, and no key weights."""
         config = self._cache.config
         least = config.residual + config.group_size
@@ -89,14 +89,14 @@ class StaticDecoder:
 
         A failure leaves the sequences as they were.
         """
-        if self._off or not self._lend(sequences):
+        if self._off or not self._attach(sequences):
             return None
         assert self._batch is not None
         try:
             logits = self._run(self._batch, tokens)
         except BaseException as error:
             again = self._can_do_without(error)
-            self._take_back(failed=True)
+            self._detach(failed=True)
             if not again:
                 raise
             logits = None
@@ -106,10 +106,10 @@ class StaticDecoder:
             sequence.commit(row[:1])
         return logits
 
-    def settle(self) -> None:
+    def release_device_batch(self) -> None:
         """The sequences hold their whole state themselves."""
         if self._batch is not None:
-            self._take_back(failed=False)
+            self._detach(failed=False)
 
     def _run(self, batch: DeviceBatch, tokens: list[list[int]]) -> Tensor:
         config = self._cache.config
@@ -146,12 +146,12 @@ class StaticDecoder:
             return True
         return False
 
-    def _lend(self, sequences: Sequence[CachedSequence]) -> bool:
+    def _attach(self, sequences: Sequence[CachedSequence]) -> bool:
         """Have the batch of these sequences, with room for a step -> whether there is one."""
         batch = self._batch
         if batch is not None and not batch.outgrown and self._sequences == list(sequences):
             return True
-        self._cache.settle()
+        self._cache.release_device_batch()
         device = self._cache.info.device
         size = self._size(sequences)
         resources, config = self._cache.resources, self._cache.config
@@ -170,7 +170,7 @@ class StaticDecoder:
             return False
         self._sequences = list(sequences)
         self._steps = GraphedSteps(self._settings.graphs(device) if self._graphs else None)
-        self._cache.lent = self.settle
+        self._cache.detach_device_batch = self.release_device_batch
         return True
 
     def _size(self, sequences: Sequence[CachedSequence]) -> BatchSize:
@@ -182,7 +182,7 @@ class StaticDecoder:
         }
         return BatchSize(KINDS[config.policy].rows, room, slots)
 
-    def _take_back(self, failed: bool) -> None:
+    def _detach(self, failed: bool) -> None:
         batch = self._batch
         assert batch is not None
         steps = self._steps  # its graphs are not freed before the device is through with them
@@ -201,7 +201,7 @@ class StaticDecoder:
                 sequence.prepare_decode()
 
     def _forget(self) -> None:
-        self._batch, self._steps, self._cache.lent = None, GraphedSteps(None), None
+        self._batch, self._steps, self._cache.detach_device_batch = None, GraphedSteps(None), None
         if self._working_set is not None:
             self._working_set.release()
 

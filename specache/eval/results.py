@@ -74,7 +74,7 @@ class ResultFolder:
         self._done = {(cell["item"], cell["method"]) for cell in self.cells}
         self.save_run()
         self._file = os.open(folder / CELLS_FILE, os.O_WRONLY | os.O_CREAT, 0o644)
-        self._take_back()  # a line that a kill left unfinished
+        self._detach()  # a line that a kill left unfinished
 
     def has(self, item: str, method: str) -> bool:
         """Whether this cell is finished."""
@@ -91,7 +91,7 @@ class ResultFolder:
             _write_all(self._file, line)
             os.fsync(self._file)
         except BaseException as error:
-            self._take_back()
+            self._detach()
             if isinstance(error, OSError):
                 raise EvaluationError(self._not_written(error)) from error
             raise
@@ -112,7 +112,7 @@ class ResultFolder:
         """Close the file."""
         os.close(self._file)
 
-    def _take_back(self) -> None:
+    def _detach(self) -> None:
         with suppress(OSError):
             os.ftruncate(self._file, self._size)
             os.lseek(self._file, self._size, os.SEEK_SET)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from specache.config import PAGE_TOKENS
 from specache.kernels.packing import byte_table, pack, replace_rows, unpack
-from specache.kernels.types import LowBitCopy, PageRun
+from specache.kernels.types import LowBitKV, PageRun
 
 BLOCK_BYTES = 1 << 20  # float32 codes unpacked at a time, unless one page is more
 QUANTISE_PAGES = 16  # pages quantised at a time
@@ -24,7 +24,7 @@ class Block(list[PageRun]):
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def blocks(copy: LowBitCopy, length: int) -> Iterator[tuple[Block, int, int]]:
+def blocks(copy: LowBitKV, length: int) -> Iterator[tuple[Block, int, int]]:
     """The pages of the first `length` tokens in blocks of bounded size -> (block, first token, tokens that count)."""
     if not length:
         return
@@ -44,7 +44,7 @@ def blocks(copy: LowBitCopy, length: int) -> Iterator[tuple[Block, int, int]]:
                 block, first, room = Block(), first + size, step
 
 
-def pieces(copy: LowBitCopy, start: int, count: int) -> Iterator[tuple[PageRun, int, int]]:
+def pieces(copy: LowBitKV, start: int, count: int) -> Iterator[tuple[PageRun, int, int]]:
     """Where tokens `[start, start + count)` go -> (pages, offset in the first page, tokens): part of one page, or whole pages."""
     tokens = PAGE_TOKENS
     run_first = 0
@@ -88,11 +88,11 @@ def store_codes(run: PageRun, keys: Tensor, values: Tensor, offset: int, bits: i
     value_field[0] = pack(page, bits)
 
 
-def unpack_keys(block: Block, table: Tensor, copy: LowBitCopy) -> Tensor:
+def unpack_keys(block: Block, table: Tensor, copy: LowBitKV) -> Tensor:
     """What the key codes of N pages stand for, by `table` [256, 8 / b] -> float32 [N, Hkv, 64, D]."""
     return unpack(block.field("key_codes"), table, PAGE_TOKENS, copy.head_dim)
 
 
-def unpack_values(block: Block, table: Tensor, copy: LowBitCopy) -> Tensor:
+def unpack_values(block: Block, table: Tensor, copy: LowBitKV) -> Tensor:
     """The same for values -> float32 [N, Hkv, 64, D]."""
     return unpack(block.field("value_codes"), table, copy.head_dim, PAGE_TOKENS).transpose(-1, -2)

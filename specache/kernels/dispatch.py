@@ -1,6 +1,6 @@
 """The kernels' signatures, and which implementation serves each.
 
-Every operation takes a ragged batch: one `LowBitCopy` per sequence. A backend has these operations; the plain PyTorch one serves
+Every operation takes a ragged batch: one `LowBitKV` per sequence. A backend has these operations; the plain PyTorch one serves
 every device and is what the others are tested against.
 
     quantise(keys [Hkv, n, D], values [Hkv, n, D], copy, start) -> None
@@ -36,7 +36,7 @@ from specache.kernels import triton as triton_kernels
 from specache.kernels.cpu import native
 from specache.kernels.guarded import GuardedKernels
 from specache.kernels.torch import operations as torch_ops
-from specache.kernels.types import LowBitCopy
+from specache.kernels.types import LowBitKV
 
 OPERATIONS = ("quantise", "score", "rescore", "select", "attend")
 VARIABLE = "SPECACHE_KERNELS"
@@ -69,11 +69,11 @@ def using(name: str) -> Iterator[None]:
         _forced = before
 
 
-def quantise(keys: Tensor, values: Tensor, copy: LowBitCopy, start: int) -> None:
+def quantise(keys: Tensor, values: Tensor, copy: LowBitKV, start: int) -> None:
     _serving(keys, copy.head_dim, copy.group_size).quantise(keys, values, copy, start)
 
 
-def score(query: Tensor, copies: Sequence[LowBitCopy], lengths: Sequence[int], scaling: float, softcap: float | None) -> Tensor:
+def score(query: Tensor, copies: Sequence[LowBitKV], lengths: Sequence[int], scaling: float, softcap: float | None) -> Tensor:
     return _serving(query, query.shape[-1], copies[0].group_size).score(query, copies, lengths, scaling, softcap)
 
 
@@ -86,7 +86,7 @@ def select(scores: Tensor, rest_lse: Tensor, lengths: Sequence[int], k: int) -> 
 
 
 def attend(
-    scores: Tensor, positions: Tensor, rows: Tensor, copies: Sequence[LowBitCopy], lengths: Sequence[int]
+    scores: Tensor, positions: Tensor, rows: Tensor, copies: Sequence[LowBitKV], lengths: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     return _serving(rows, copies[0].head_dim, copies[0].group_size).attend(scores, positions, rows, copies, lengths)
 

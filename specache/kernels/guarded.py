@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from specache.kernels.torch import operations as torch_ops
-from specache.kernels.types import LowBitCopy
+from specache.kernels.types import LowBitKV
 
 
 class GuardedKernels:
@@ -42,7 +42,7 @@ class GuardedKernels:
         return self._run("select", *arguments)
 
     def attend(
-        self, scores: Tensor, positions: Tensor, rows: Tensor, copies: Sequence[LowBitCopy], lengths: Sequence[int]
+        self, scores: Tensor, positions: Tensor, rows: Tensor, copies: Sequence[LowBitKV], lengths: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
         one, groups, n = copies[0], scores.shape[2], scores.shape[3]
         kind = (one.code, one.bits, one.group_size, one.head_dim, groups, n, rows.dtype, positions.shape[-1] > 0)

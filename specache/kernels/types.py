@@ -47,7 +47,7 @@ class PageRun:
 
 
 @dataclass(frozen=True)
-class LowBitCopy:
+class LowBitKV:
     """One layer's low-bit copy of one sequence: `length` tokens in page runs, in token order.
 
     Attributes:

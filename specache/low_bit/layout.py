@@ -39,7 +39,7 @@ from torch import Tensor
 
 from specache.config import PAGE_TOKENS, Code
 from specache.kernels.packing import row_bytes
-from specache.kernels.types import LowBitCopy, PageRun
+from specache.kernels.types import LowBitKV, PageRun
 
 FIELD_ALIGNMENT = 16  # bytes
 
@@ -111,9 +111,9 @@ class PageLayout:
         pages = slab[first : first + count]
         return PageRun({name: field.view(pages) for name, field in self.fields.items()}, count)
 
-    def copy(self, runs: tuple[PageRun, ...], length: int, key_weights: Tensor | None = None) -> LowBitCopy:
+    def copy(self, runs: tuple[PageRun, ...], length: int, key_weights: Tensor | None = None) -> LowBitKV:
         """A sequence's low-bit copy of one layer, as kernels see it."""
-        return LowBitCopy(self.code, self.bits, self.group_size, self.num_kv_heads, self.head_dim, length, runs, key_weights)
+        return LowBitKV(self.code, self.bits, self.group_size, self.num_kv_heads, self.head_dim, length, runs, key_weights)
 
 
 def _place(**fields: tuple[torch.dtype, tuple[int, ...]]) -> dict[str, Field]:

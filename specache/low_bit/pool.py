@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from specache.config import PAGE_TOKENS
-from specache.kernels.types import LowBitCopy, PageRun
+from specache.kernels.types import LowBitKV, PageRun
 from specache.low_bit.layout import PageLayout
 from specache.low_bit.slab import Slab
 from specache.platform.budget import ByteBudget
@@ -206,7 +206,7 @@ class PageTable:
         other.length = self.length
         return other
 
-    def copy(self, key_weights: Tensor | None = None) -> LowBitCopy:
+    def copy(self, key_weights: Tensor | None = None) -> LowBitKV:
         """The low-bit copy as kernels see it."""
         if self._runs is None:
             self._runs = tuple(self.pool.run(*run) for run in self._consecutive())

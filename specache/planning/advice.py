@@ -9,7 +9,7 @@ from typing import Any
 from specache.cache.sizes import fetches
 from specache.config import SUPPORTED_BITS, Policy, SlowTierKind, SpeCacheConfig
 from specache.model.dimensions import ModelDimensions
-from specache.planning.footprint import SequenceLoad
+from specache.planning.footprint import PlannedSequence
 from specache.planning.plan import MemoryPlan, even_loads, plan
 
 SMALLEST_CHUNK = 32  # tokens; below it a prefill reads the weights too often to be advised
@@ -36,7 +36,7 @@ class Suggestion:
         return f"{said} (needs {self.fast_bytes:,} bytes)"
 
 
-def suggestions(model: ModelDimensions, config: SpeCacheConfig, loads: Sequence[SequenceLoad], limit: int) -> list[Suggestion]:
+def suggestions(model: ModelDimensions, config: SpeCacheConfig, loads: Sequence[PlannedSequence], limit: int) -> list[Suggestion]:
     """Every single change that makes the batch fit into `limit` bytes, then several settings together if none does.
 
     Args:
@@ -70,7 +70,7 @@ def suggestions(model: ModelDimensions, config: SpeCacheConfig, loads: Sequence[
 def smaller(
     model: ModelDimensions,
     config: SpeCacheConfig,
-    loads: Sequence[SequenceLoad],
+    loads: Sequence[PlannedSequence],
     needs: Callable[[SpeCacheConfig, MemoryPlan], int],
 ) -> list[Suggestion]:
     """Single changes after which a batch needs less than it does, those first that change no answer.
@@ -106,7 +106,7 @@ def largest_batch(model: ModelDimensions, config: SpeCacheConfig, context: int, 
     return largest(lambda batch: plan(model, config, even_loads(context, batch)).fast <= limit, 1, LARGEST_BATCH)
 
 
-def least_bytes(model: ModelDimensions, config: SpeCacheConfig, loads: Sequence[SequenceLoad]) -> int:
+def least_bytes(model: ModelDimensions, config: SpeCacheConfig, loads: Sequence[PlannedSequence]) -> int:
     """Fast memory with the fewest bits and pairs, no hot set and prompts read token by token, in the same code, groups and tier."""
     smallest = {**_smallest(config), "prefill_chunk": 1, "top_k": 1}
     return plan(model, replace(config, **smallest), loads).fast

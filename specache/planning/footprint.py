@@ -28,7 +28,7 @@ FLOAT = 4  # bytes of a query or a key weight, a score, a log-sum-exp, an attent
 
 
 @dataclass(frozen=True)
-class SequenceLoad:
+class PlannedSequence:
     """One sequence as it is planned.
 
     Attributes:
@@ -84,7 +84,7 @@ class FastBytes:
 
 
 @dataclass(frozen=True)
-class Holdings:
+class CacheFootprint:
     """What sequences of one batch hold.
 
     Attributes:
@@ -98,7 +98,7 @@ class Holdings:
     sequences: int
     pairs: int
 
-    def while_prefilled(self, load: SequenceLoad) -> list[FastBytes]:
+    def while_prefilled(self, load: PlannedSequence) -> list[FastBytes]:
         """When the key weights' queries are all there, and at the end: one of them is the widest point of its prefill.
 
         There is no hot set yet, unless the sequence had one or policy `previous` fills it in the last chunk.
@@ -110,27 +110,27 @@ class Holdings:
             return moments
         return [replace(moment, hot_set=0) for moment in moments]
 
-    def prefilled(self, load: SequenceLoad) -> FastBytes:
+    def prefilled(self, load: PlannedSequence) -> FastBytes:
         return self._held(load, load.prompt, self._pairs_in_prefill)
 
-    def first_step(self, load: SequenceLoad) -> FastBytes:
+    def first_step(self, load: PlannedSequence) -> FastBytes:
         return self._held(load, load.prompt, self.pairs)
 
-    def last_step(self, load: SequenceLoad) -> FastBytes:
+    def last_step(self, load: PlannedSequence) -> FastBytes:
         return self._held(load, load.total, self.pairs)
 
-    def largest_hot_set(self, load: SequenceLoad) -> int:
+    def largest_hot_set(self, load: PlannedSequence) -> int:
         """Of one layer."""
         return max(self._hot_set(layer, load, self.pairs) for layer in set(self.model.full_layers))
 
-    def growing(self, load: SequenceLoad, tokens: int) -> int:
+    def growing(self, load: PlannedSequence, tokens: int) -> int:
         """The old buffer of one layer under policy `full`, while it is copied into the new one."""
         if self.config.policy is not Policy.FULL:
             return 0
         before = [0, *self._dense_growth(load, tokens)][-2]
         return max(layer.row_bytes(self.model.itemsize) * before for layer in set(self.model.full_layers))
 
-    def slow(self, load: SequenceLoad) -> int:
+    def slow(self, load: PlannedSequence) -> int:
         """16-bit rows in the slow tier; on disk with their checksums, in whole blocks."""
         if self.config.policy is Policy.FULL:
             return 0
@@ -140,7 +140,7 @@ class Holdings:
         capacity = ram_capacity(load.prompt, load.total)
         return sum(layer.row_bytes(self.model.itemsize) * capacity for layer in self.model.full_layers)
 
-    def checkpoints(self, load: SequenceLoad) -> int:
+    def checkpoints(self, load: PlannedSequence) -> int:
         """Copies of the windows at earlier lengths, as many as there will be where memory is not short."""
         windows = [layer.window for layer in self.model.layers if layer.window is not None]
         if not windows:
@@ -152,7 +152,7 @@ class Holdings:
     def _pairs_in_prefill(self) -> int:
         return self.pairs if self.config.policy is Policy.PREVIOUS else 0
 
-    def _held(self, load: SequenceLoad, tokens: int, least_slots: int) -> FastBytes:
+    def _held(self, load: PlannedSequence, tokens: int, least_slots: int) -> FastBytes:
         total = FastBytes(windows=window_bytes(self.model))
         for layer, count in Counter(self.model.full_layers).items():
             if self.config.policy is Policy.FULL:
@@ -161,7 +161,7 @@ class Holdings:
                 total += self._compressed(layer, load, tokens, least_slots).times(count)
         return total
 
-    def _compressed(self, layer: LayerDimensions, load: SequenceLoad, tokens: int, least_slots: int) -> FastBytes:
+    def _compressed(self, layer: LayerDimensions, load: PlannedSequence, tokens: int, least_slots: int) -> FastBytes:
         capacity = self.config.residual + self.config.group_size
         row = layer.row_bytes(self.model.itemsize)
         both = residual_bytes(layer.kv_heads, layer.head_dim, capacity, self.model.itemsize)
@@ -173,12 +173,12 @@ class Holdings:
             read_buffers=read_buffer_bytes(self.config, row),
         )
 
-    def _pages(self, layer: LayerDimensions, load: SequenceLoad, tokens: int) -> int:
+    def _pages(self, layer: LayerDimensions, load: PlannedSequence, tokens: int) -> int:
         shared = self.config.low_bit_length(load.prompt) // PAGE_TOKENS if load.twin else 0
         pages = math.ceil(self.config.low_bit_length(tokens) / PAGE_TOKENS) - shared
         return pages * page_layout(self.config, layer).page_bytes
 
-    def _observed(self, layer: LayerDimensions, load: SequenceLoad, tokens: int) -> int:
+    def _observed(self, layer: LayerDimensions, load: PlannedSequence, tokens: int) -> int:
         """Queries of the first `R + g` tokens, held until the pass after the one that completes them.
 
         A prompt shorter than that completes them while decoding, whenever that is: they are counted from the beginning to the end.
@@ -189,17 +189,17 @@ class Holdings:
             return 0
         return min(load.total, prefix) * layer.kv_heads * layer.head_dim * FLOAT
 
-    def _hot_set(self, layer: LayerDimensions, load: SequenceLoad, least_slots: int) -> int:
+    def _hot_set(self, layer: LayerDimensions, load: PlannedSequence, least_slots: int) -> int:
         if not fetches(self.config):
             return 0
         slots = hot_slots(self.model, self.config, layer.kv_heads, layer.head_dim, load.prompt, self.sequences)
         return max(slots, least_slots) * (layer.row_bytes(self.model.itemsize) + layer.kv_heads * SLOT_INDEX_BYTES)
 
-    def _dense(self, layer: LayerDimensions, load: SequenceLoad, tokens: int) -> FastBytes:
+    def _dense(self, layer: LayerDimensions, load: PlannedSequence, tokens: int) -> FastBytes:
         """One layer under policy `full`."""
         return FastBytes(full_cache=self._dense_growth(load, tokens)[-1] * layer.row_bytes(self.model.itemsize))
 
-    def _dense_growth(self, load: SequenceLoad, tokens: int) -> list[int]:
+    def _dense_growth(self, load: PlannedSequence, tokens: int) -> list[int]:
         """Capacities, in tokens, that a buffer goes through."""
         capacities, length = [load.stored], load.stored
         chunk = min(self.config.prefill_chunk, load.prompt)
@@ -210,7 +210,7 @@ class Holdings:
         return capacities
 
 
-def last_chunk(model: ModelDimensions, config: SpeCacheConfig, load: SequenceLoad) -> tuple[int, int]:
+def last_chunk(model: ModelDimensions, config: SpeCacheConfig, load: PlannedSequence) -> tuple[int, int]:
     """(tokens of a whole prefill chunk, tokens stored before the last one)."""
     if model.rope_switch is not None and load.prompt > model.rope_switch:
         return load.prompt, 0
@@ -219,7 +219,7 @@ def last_chunk(model: ModelDimensions, config: SpeCacheConfig, load: SequenceLoa
     return chunk, load.stored + (rest - 1) // chunk * chunk
 
 
-def prefix_end(model: ModelDimensions, config: SpeCacheConfig, load: SequenceLoad) -> int | None:
+def prefix_end(model: ModelDimensions, config: SpeCacheConfig, load: PlannedSequence) -> int | None:
     """Tokens stored when the queries of the first `R + g` are all there and still held; `None` if they were gone before."""
     prefix = config.residual + config.group_size
     if load.stored >= prefix:

@@ -15,7 +15,7 @@ from typing import Any
 from specache.cache.sizes import ordinary_bytes, window_bytes
 from specache.config import SpeCacheConfig
 from specache.model.dimensions import ModelDimensions
-from specache.planning.footprint import FastBytes, Holdings, SequenceLoad, last_chunk
+from specache.planning.footprint import CacheFootprint, FastBytes, PlannedSequence, last_chunk
 from specache.planning.working_set import decode_bytes, prefill_bytes
 
 
@@ -62,7 +62,7 @@ class MemoryPlan:
         }
 
 
-def plan(model: ModelDimensions, config: SpeCacheConfig, loads: Sequence[SequenceLoad]) -> MemoryPlan:
+def plan(model: ModelDimensions, config: SpeCacheConfig, loads: Sequence[PlannedSequence]) -> MemoryPlan:
     """Memory of a batch.
 
     Args:
@@ -70,7 +70,7 @@ def plan(model: ModelDimensions, config: SpeCacheConfig, loads: Sequence[Sequenc
         loads: at least one sequence.
     """
     longest = max(config.low_bit_length(load.total) for load in loads)
-    holdings = Holdings(model, config, len(loads), min(config.top_k, longest))
+    holdings = CacheFootprint(model, config, len(loads), min(config.top_k, longest))
     counts = Counter(loads)
     decode = max(_sum(holdings.first_step, counts), _sum(holdings.last_step, counts), key=lambda held: held.total)
     return MemoryPlan(
@@ -83,17 +83,19 @@ def plan(model: ModelDimensions, config: SpeCacheConfig, loads: Sequence[Sequenc
     )
 
 
-def even_loads(context: int, batch: int) -> list[SequenceLoad]:
+def even_loads(context: int, batch: int) -> list[PlannedSequence]:
     """`batch` different prompts of `context` tokens."""
-    return [SequenceLoad(context)] * batch
+    return [PlannedSequence(context)] * batch
 
 
-def prefill_working_set(model: ModelDimensions, config: SpeCacheConfig, load: SequenceLoad) -> int:
+def prefill_working_set(model: ModelDimensions, config: SpeCacheConfig, load: PlannedSequence) -> int:
     """Of the passes that prefill one sequence."""
     return prefill_bytes(model, config, *last_chunk(model, config, load))
 
 
-def _prefill_moments(holdings: Holdings, loads: Sequence[SequenceLoad], counts: Counter[SequenceLoad]) -> Iterator[FastBytes]:
+def _prefill_moments(
+    holdings: CacheFootprint, loads: Sequence[PlannedSequence], counts: Counter[PlannedSequence]
+) -> Iterator[FastBytes]:
     """The widest points of prefilling one sequence after the other; of equal neighbours only the last can be the widest."""
     continued = any(load.stored for load in loads)
     before = FastBytes()
@@ -110,7 +112,7 @@ def _prefill_moments(holdings: Holdings, loads: Sequence[SequenceLoad], counts: 
         yield from (replace(others + moment, working_set=working_set) for moment in holdings.while_prefilled(load))
 
 
-def _step_working_set(holdings: Holdings, loads: Sequence[SequenceLoad], longest: int) -> int:
+def _step_working_set(holdings: CacheFootprint, loads: Sequence[PlannedSequence], longest: int) -> int:
     """Of a decode step and what happens in one: a hot set that grows is held twice; who crosses a RoPE switch is prefilled."""
     model, config = holdings.model, holdings.config
     step = decode_bytes(model, config, len(loads), longest)
@@ -123,5 +125,5 @@ def _step_working_set(holdings: Holdings, loads: Sequence[SequenceLoad], longest
     return step
 
 
-def _sum(held_by: Callable[[SequenceLoad], FastBytes], counts: Counter[SequenceLoad]) -> FastBytes:
+def _sum(held_by: Callable[[PlannedSequence], FastBytes], counts: Counter[PlannedSequence]) -> FastBytes:
     return sum((held_by(load).times(count) for load, count in counts.items()), FastBytes())

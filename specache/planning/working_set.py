@@ -43,7 +43,7 @@ def prefill_bytes(model: ModelDimensions, config: SpeCacheConfig, chunk: int, st
 
 def decode_bytes(model: ModelDimensions, config: SpeCacheConfig, sequences: int, low_bit_tokens: int) -> int:
     """The widest point of a decode step of `sequences`, the longest of which has `low_bit_tokens` in its copy."""
-    rows = 2 if config.policy.guesses else 1
+    rows = 2 if config.policy.drafts else 1
     hidden = sequences * rows * (STREAMS * model.hidden + 3 * model.mlp) * model.itemsize
     logits = sequences * model.vocabulary * (rows * (model.itemsize + FLOAT) + 2 * FLOAT)
     attention = max(_step_attention(model, config, layer, sequences, rows, low_bit_tokens) for layer in set(model.layers))

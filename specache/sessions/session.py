@@ -149,7 +149,7 @@ class Session:
                 or `messages` or `rendering` are not what they should be. The same holds.
         """
         with self.cache.in_use.by("Session.save", from_callbacks=True), modes.ours():
-            self.cache.settle()
+            self.cache.release_device_batch()
             if any(layer.length != self._sequence.length for layer in self._sequence.layers.values()):
                 raise UsageError(
                     "Session.save was called in the middle of a pass of the model. Save between passes, or after the call."

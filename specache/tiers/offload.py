@@ -11,8 +11,8 @@ from specache.tiers.streams import Event, Queue, Streams
 class StreamedOffload:
     """What a tier in main memory writes through (`specache.tiers.transfer.Offload`): nothing waits but who reads.
 
-    Whoever reads rows on the host has it wait (`arrived`); kernels that read them where they lie need `settle` once after they were
-    written, outside of a graph's capture. One may serve the tiers of many sequences: who waits for one then waits for all.
+    A reader on the host calls `arrived`. Kernels that read the rows in place need one `wait_for_offload` after they were written,
+    outside of a graph's capture. One offload may serve the tiers of many sequences: waiting for one then waits for all.
     """
 
     def __init__(self, streams: Streams) -> None:
@@ -31,7 +31,7 @@ class StreamedOffload:
             self._written[layer] = self._streams.event()
         self._streams.record(Queue.COPY, self._written[layer])
 
-    def settle(self) -> None:
+    def wait_for_offload(self) -> None:
         """What is queued for computing from now on sees every row that was written."""
         for event in self._written.values():
             self._streams.wait(Queue.COMPUTE, event)

@@ -64,13 +64,13 @@ class RamTier:
         return self._rows[layer]
 
     def buffer(self, layer: int) -> Tensor:
-        """`rows` without the host waiting for what is on its way, for kernels that read them where they lie after `settle`."""
+        """Return `rows` without waiting for rows on their way. Kernels that read them in place call `wait_for_offload` first."""
         return self._rows[layer]
 
-    def settle(self) -> None:
+    def wait_for_offload(self) -> None:
         """What the device computes from now on finds everything in the buffers that was written."""
         if self._offload is not None:
-            self._offload.settle()
+            self._offload.wait_for_offload()
 
     def gather(self, layer: int, heads: Tensor, positions: Tensor) -> Tensor:
         rows = self.rows(layer)

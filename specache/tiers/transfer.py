@@ -24,7 +24,7 @@ class Offload(Protocol):
     def arrived(self, layer: int) -> None:
         """Have the host wait until what was written of a layer is there."""
 
-    def settle(self) -> None:
+    def wait_for_offload(self) -> None:
         """What the device computes from now on finds everything there that was written."""
 
     def finish(self) -> None:

@@ -383,7 +383,7 @@ def test_kivi_over_static_buffers_decodes_what_it_decodes_without(monkeypatch):
             with contender.ready():
                 for _ in range(70):
                     contender.step()
-            contender.held.settle()
+            contender.held.release_device_batch()
             decoded.append([sequence.token_ids[CONTEXT:] for sequence in contender.held.sequences])
             contender.close()
             assert steps == ([2] * 70 if static else [])

@@ -157,7 +157,7 @@ def force_guesses(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     def random_guess(request, context, like, logits, active):
         return torch.randint(2, 97, (like.shape[0],), generator=generator).tolist()
 
-    monkeypatch.setattr(generation, "guess", random_guess)
+    monkeypatch.setattr(generation, "draft", random_guess)
 
 
 @pytest.mark.parametrize("seed", [1, 2])

@@ -198,7 +198,7 @@ def test_statistics_count_them(hybrid):
         assert kept.lengths == [256, 512, 600]
         assert stats["checkpoint_bytes"] == 3 * stats["window_bytes"] == kept.nbytes
         assert cache.resources.budget.spare == kept.nbytes
-        loads = [specache.planning.footprint.SequenceLoad(600)]
+        loads = [specache.planning.footprint.PlannedSequence(600)]
         assert specache.planning.plan.plan(cache.resources.dimensions, cache.config, loads).checkpoints == kept.nbytes
         parts = ("fast_bytes", "slow_bytes", "hot_bytes", "window_bytes", "checkpoint_bytes")
         assert stats["total_bytes"] == sum(stats[name] for name in parts)
@@ -208,7 +208,7 @@ def test_statistics_count_them(hybrid):
 def test_they_never_make_a_request_fail_that_fits_without_them(hybrid):
     """The least fast memory that is enough is what it would be without checkpoints; with a little less it is refused."""
     ids, config = prompt(600), settings()
-    loads = [specache.planning.footprint.SequenceLoad(600, 9)]
+    loads = [specache.planning.footprint.PlannedSequence(600, 9)]
     with specache.SpeCache(hybrid, config) as cache:
         expected = answer(hybrid, cache, ids)[0]
         needed = specache.planning.plan.plan(cache.resources.dimensions, cache.config, loads).fast

@@ -114,12 +114,12 @@ class Decode:
     def _attend(self, layer: int, rows: DeviceRows) -> None:
         """One layer: the real row mostly wants what was read ahead, the guess what the real row wants and more."""
         real = self._near(self._wanted_next[layer])
-        guess, following = self._near(real), self._near(real)
+        draft, following = self._near(real), self._near(real)
         self._select(real)
         rows.fetch(self._selected)
-        self._select(guess)
+        self._select(draft)
         rows.available(self._selected)
-        self._look(layer, torch.stack([real, guess]))
+        self._look(layer, torch.stack([real, draft]))
         self._select(following)
         rows.submit(self._selected)
         self._wanted_next[layer] = following

@@ -37,7 +37,7 @@ class GpuDecode:
             [torch.stack([self._write(tier, b, i) for b, tier in enumerate(self.tiers)]) for i in range(LAYERS)]
         )
         for tier in self.tiers:
-            tier.settle()
+            tier.wait_for_offload()
         self.buffers = StepBuffers(BATCH, HEADS, TOP_K, 2 * DIM, torch.bfloat16, device)
         self.counters = RowCounters(device, 4 * DIM)
         self.layers = [self._layer(i, read, device) for i in range(LAYERS)]

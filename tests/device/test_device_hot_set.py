@@ -134,9 +134,9 @@ def test_its_hits_are_those_of_the_hot_set_of_a_cpu(data, capacity):
 
     for _ in range(data.draw(st.integers(1, 6))):
         advance()
-        real, guess, ahead = (data.draw(selections()) for _ in range(3))
+        real, draft, ahead = (data.draw(selections()) for _ in range(3))
         add(real, find(real))
-        find(guess)
+        find(draft)
         advance()
         add(ahead, find(ahead))
 

@@ -138,16 +138,16 @@ def test_it_counts_the_real_rows_hits_and_the_bytes_of_both(stored):
     generator = torch.Generator().manual_seed(0)
     selected = missed = ahead = 0
     for _ in range(8):
-        real, guess, following = (select(generator) for _ in range(3))
+        real, draft, following = (select(generator) for _ in range(3))
         rows.begin_step()
         rows.fetch(real)
-        rows.available(guess)
+        rows.available(draft)
         rows.submit(following)
         for b, host in enumerate(hosts):
             host.step += 1
             selected += int((real[b] >= 0).sum())
             missed += add_missing(host, real[b])
-            host.find(guess[b])
+            host.find(draft[b])
             host.step += 1
             ahead += add_missing(host, following[b])
     assert 0 < missed < selected

@@ -105,7 +105,7 @@ def seen_by_device(streams: SimulatedStreams, settles: bool) -> tuple[Tensor, Te
     tier = tier_on(streams)
     prefill(tier, streams, rows, nothing)
     if settles:
-        tier.settle()
+        tier.wait_for_offload()
     found = torch.empty(LAYERS, HEADS, CHUNKS * CHUNK, 2 * DIM, dtype=torch.bfloat16)
     for layer in range(LAYERS):
         streams.run(Queue.COMPUTE, lambda layer=layer: found[layer].copy_(tier.buffer(layer)[:, : CHUNKS * CHUNK]))

@@ -8,7 +8,7 @@ import torch
 import specache
 from specache.device.batch import DeviceBatch
 from specache.device.static_sizes import batch_bytes
-from specache.planning.footprint import Holdings, SequenceLoad
+from specache.planning.footprint import CacheFootprint, PlannedSequence
 from specache.planning.roofline.compared_methods import Method
 from specache.planning.roofline.kernel_costs import THIS_LIBRARY
 from specache.planning.roofline.static_step import method_static_bytes, static_step_bytes
@@ -72,7 +72,7 @@ def test_the_planner_counts_the_same(monkeypatch, batches, family, changes):
     batch = batches[0][0]
     dimensions = cache.resources.dimensions
     held = batch._claim.size + sum(rows.hot.nbytes for rows in batch._fetching)
-    ordinary = 2 * Holdings(dimensions, cache.config, 2, batch.top_k).first_step(SequenceLoad(length)).hot_set
+    ordinary = 2 * CacheFootprint(dimensions, cache.config, 2, batch.top_k).first_step(PlannedSequence(length)).hot_set
     assert static_step_bytes(dimensions, cache.config, length, 2) == held - ordinary
 
 

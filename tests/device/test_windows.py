@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import specache
-from specache.attention.decode import PassKind
+from specache.attention.decode import StepKind
 from specache.device.windows import hidden_slots
 from specache.errors import NonFiniteError
 from tests.device.simulated_graph import SimulatedGraphs
@@ -95,7 +95,7 @@ def test_a_step_that_is_not_finite_leaves_the_windows_as_they_were(hybrid, monke
     assert_equal(static, eager)
 
 
-@pytest.mark.parametrize("kind", [PassKind.SINGLE, PassKind.PAIR])
+@pytest.mark.parametrize("kind", [StepKind.SINGLE, StepKind.PAIR])
 @pytest.mark.parametrize("window", [1, 2, 5])
 def test_rows_see_their_window(kind, window):
     """Every position against a list of what each slot holds."""
@@ -107,4 +107,4 @@ def test_rows_see_their_window(kind, window):
             at = position + row
             seen = {slot for slot, token in holds.items() if at - window < token <= at}
             seen |= {window} if row else set()
-            assert (~hidden[position, 0, 0, row if kind is PassKind.PAIR else 0]).nonzero().flatten().tolist() == sorted(seen)
+            assert (~hidden[position, 0, 0, row if kind is StepKind.PAIR else 0]).nonzero().flatten().tolist() == sorted(seen)

@@ -16,7 +16,7 @@ from specache.bench.control_group import MemoryGroup
 from specache.bench.shapes import RandomModel, Shape, Weights
 from specache.engine.auto_tier import main_memory_bytes, with_margin
 from specache.errors import BenchmarkError
-from specache.planning.footprint import SequenceLoad
+from specache.planning.footprint import PlannedSequence
 from specache.planning.plan import plan
 from specache.platform import heap
 
@@ -42,7 +42,7 @@ def answer_twice(connection: Connection, source: RandomModel) -> None:
     ids = torch.tensor([source.prompt(TOKENS, None, 0)])
     generate(model, ids[:, :300])  # libraries load what they need
     with specache.SpeCache(model) as cache:
-        load = SequenceLoad(TOKENS, NEW - 1)
+        load = PlannedSequence(TOKENS, NEW - 1)
         planned = plan(cache.resources.dimensions, cache.config, [load])
         connection.send((main_memory_bytes(cache.resources.dimensions, planned, [load]), planned.slow))
     for _ in range(2):

@@ -94,7 +94,7 @@ def test_results_over_quantised_weights_do_not_mix_with_others(tiny, tmp_path):
 
 
 def test_the_same_command_goes_on_after_an_interrupt(tiny, monkeypatch, tmp_path):
-    measure, stop = fake_tasks.Answers.measure, [3]
+    measure, stop = fake_tasks.GenerationState.measure, [3]
 
     def interrupted(self: Any, *arguments: Any) -> Any:
         stop[0] -= 1
@@ -102,7 +102,7 @@ def test_the_same_command_goes_on_after_an_interrupt(tiny, monkeypatch, tmp_path
             raise KeyboardInterrupt
         return measure(self, *arguments)
 
-    monkeypatch.setattr(fake_tasks.Answers, "measure", interrupted)
+    monkeypatch.setattr(fake_tasks.GenerationState, "measure", interrupted)
     arguments = (*tiny, "--methods", "full,kivi")
     text = one_line(evaluate("answers", *arguments, code=console.EXIT_INTERRUPTED).stderr)
     assert "3 finished cells are kept" in text and "same command" in text
@@ -121,13 +121,13 @@ def test_another_runs_folder_is_refused(tiny):
 
 
 def test_a_warning_of_a_task_is_one_line_said_once(tiny, monkeypatch):
-    items = fake_tasks.Answers.items
+    items = fake_tasks.GenerationState.items
 
     def warning(self: Any, model: Any) -> Any:
         warnings.warn("two files are missing", stacklevel=1)
         return items(self, model)
 
-    monkeypatch.setattr(fake_tasks.Answers, "items", warning)
+    monkeypatch.setattr(fake_tasks.GenerationState, "items", warning)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         text = evaluate("answers", *tiny, "--methods", "kivi").stderr

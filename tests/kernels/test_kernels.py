@@ -11,7 +11,7 @@ from specache import reference
 from specache.config import Code
 from specache.kernels import dispatch
 from specache.kernels.torch import operations as torch_ops
-from specache.kernels.types import LowBitCopy
+from specache.kernels.types import LowBitKV
 from specache.low_bit.key_scales import KeyWeights
 from specache.low_bit.layout import PageLayout
 from specache.low_bit.pool import PagePool, PageTable
@@ -34,7 +34,7 @@ def filled_table(
     return table
 
 
-def copy_of(table: PageTable) -> LowBitCopy:
+def copy_of(table: PageTable) -> LowBitKV:
     layout = table.pool.layout
     return table.copy(key_weights(layout.num_kv_heads, layout.head_dim))
 

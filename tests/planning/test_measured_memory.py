@@ -56,10 +56,10 @@ def test_fast_memory_is_within_the_designs_bound(prefilled, bits, length):
 def decode_peak(model: Any, cache: specache.SpeCache) -> int:
     """Of three decode steps: fetching for the first time, then with what was prefetched."""
     decoder = Decoder(model, cache)
-    guesses = [7] if cache.config.policy.guesses else None
+    drafts = [7] if cache.config.policy.drafts else None
     with torch.no_grad(), attached(model), PeakMemory() as memory:
         for token in (5, 6, 7):
-            decoder.step([0], [token], guesses)
+            decoder.step([0], [token], drafts)
     return memory.peak
 
 

@@ -19,7 +19,7 @@ from specache.errors import UnsupportedModelError
 from specache.linear.weight_quant import WeightFormat, quantise_weights
 from specache.model.dimensions import ModelDimensions, dimensions_of, without_weights
 from specache.planning import advice
-from specache.planning.footprint import SequenceLoad
+from specache.planning.footprint import PlannedSequence
 from specache.planning.plan import even_loads, plan
 from specache.planning.traffic import step_traffic
 from specache.tiers.ram import RamTier, ram_capacity
@@ -170,6 +170,6 @@ def test_traffic_of_one_step(llama_3b):
 
 
 def test_a_plan_is_plain_values(llama_3b):
-    document = plan(llama_3b, resolved(), [SequenceLoad(100, 10), SequenceLoad(2000, 10)]).to_dict()
+    document = plan(llama_3b, resolved(), [PlannedSequence(100, 10), PlannedSequence(2000, 10)]).to_dict()
     assert json.loads(json.dumps(document)) == document
     assert document["fast_bytes"] == max(document["prefill"]["total"], document["decode"]["total"])

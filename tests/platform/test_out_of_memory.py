@@ -21,7 +21,7 @@ from specache.engine import generate as generation
 from specache.errors import FastMemoryError, NonFiniteError, OutOfMemoryError, SlowTierError
 from specache.kernels import dispatch
 from specache.planning.advice import smaller
-from specache.planning.footprint import SequenceLoad
+from specache.planning.footprint import PlannedSequence
 from specache.planning.plan import MemoryPlan, plan
 from specache.platform.out_of_memory import is_out_of_memory, on_the_gpu
 from tests.tiny import llama, prompt
@@ -68,7 +68,7 @@ def failing(
 
     Yields the layer of each call that raised. Every layer of a pass calls `score` once, before the other kernels.
     """
-    real, put = getattr(dispatch, operation), generation.take_tokens
+    real, put = getattr(dispatch, operation), generation.sample_next
     score = dispatch.score
     tokens, layers, raised = [0], [-1], []
 
@@ -217,7 +217,7 @@ def test_the_message_says_what_needs_less_than_what_is_set(model, monkeypatch):
     assert "bits=4" not in str(caught.value) and "batch=" not in str(caught.value) and "hot_set" not in str(caught.value)
 
 
-LONG = [SequenceLoad(20_000, 100)] * 4
+LONG = [PlannedSequence(20_000, 100)] * 4
 
 
 def on_a_cpu(config: SpeCacheConfig, planned: MemoryPlan) -> int:

@@ -29,12 +29,12 @@ class Steps:
         self.model = model
         self.decoder = Decoder(model, self.cache)
         specache.prefill(model, prompt(length), cache=self.cache)
-        if config.policy.guesses:
+        if config.policy.drafts:
             with torch.no_grad(), attached(model):
                 self.decoder.pre_decode([0], [5])
 
     def step(self, number: int) -> torch.Tensor:
         """Logits [V] of the real row."""
-        guess = [7 + number % 50] if self.cache.config.policy.guesses else None
+        draft = [7 + number % 50] if self.cache.config.policy.drafts else None
         with torch.no_grad(), attached(self.model):
-            return self.decoder.step([0], [5 + number % 60], guess).real[0]
+            return self.decoder.step([0], [5 + number % 60], draft).real[0]

@@ -267,8 +267,8 @@ def test_a_read_that_fails_in_the_foreground_is_undone_in_every_layer(model, tmp
                     failed.add((i, layer))
                     assert disturbed.cache.get_seq_length() == 230 + i
         assert torch.equal(logits, expected[i])
-    retiring = [i for i in range(40) if (230 + i + 1 - 16) % 16 == 0]
-    assert {(i, layer) for i in retiring for layer in ("L000", "L002")} <= failed
+    pending_group_tokens = [i for i in range(40) if (230 + i + 1 - 16) % 16 == 0]
+    assert {(i, layer) for i in pending_group_tokens for layer in ("L000", "L002")} <= failed
     disturbed.cache.close()
 
 

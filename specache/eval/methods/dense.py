@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specache.attention.decode import PassKind
+from specache.attention.decode import StepKind
 from specache.attention.dense import AttentionParams, attend_part, merge, scores
 from specache.cache.layers import check_finite
 from specache.engine.attention_hook import forward, reset_rope
@@ -146,7 +146,7 @@ class _DensePass:
     def attention(self, index: int, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
         """query [1, Hq, 1, D], keys and values [1, Hkv, 1, D] -> [1, 1, Hq, D]."""
         if index in self.windows:
-            out = self.windows[index].decode(query[0], keys[0], values[0], params, PassKind.SINGLE)
+            out = self.windows[index].decode(query[0], keys[0], values[0], params, StepKind.SINGLE)
         else:
             check_finite(keys, values, index)
             out = self.layers[index].decode(query[0], keys[0], values[0], params)

@@ -27,20 +27,20 @@ class SpeCacheSession:
         self._sequence = self._cache.sequences[0]
         self._sequence.prepare_decode()
         self._decoder = Decoder(prompt.model, self._cache)
-        self._guess: int | None = None
+        self._draft: int | None = None
         self._started = False
 
     def feed(self, token: int) -> Tensor:
-        guesses = self._cache.config.policy.guesses
-        if guesses and not self._started:
-            self._guess = int(self._decoder.pre_decode([0], [token])[0].argmax())
-        elif self._guess is not None:
+        drafts = self._cache.config.policy.drafts
+        if drafts and not self._started:
+            self._draft = int(self._decoder.pre_decode([0], [token])[0].argmax())
+        elif self._draft is not None:
             self._count(token)
         self._started = True
-        step = self._decoder.step([0], [token], None if self._guess is None else [self._guess])
-        self._last_guess = self._guess
-        if guesses:
-            self._guess = int(step.guess[0].argmax())
+        step = self._decoder.step([0], [token], None if self._draft is None else [self._draft])
+        self._last_draft = self._draft
+        if drafts:
+            self._draft = int(step.draft[0].argmax())
         return step.real[0]
 
     def stats(self) -> SessionStats:
@@ -52,8 +52,8 @@ class SpeCacheSession:
         self._cache.close()
 
     def _count(self, token: int) -> None:
-        self._cache.counters.guesses += 1
-        self._cache.counters.guesses_right += token == self._last_guess
+        self._cache.counters.drafts += 1
+        self._cache.counters.drafts_right += token == self._last_draft
 
 
 def _bytes_at_16_bits(sequence: Sequence) -> tuple[float, float, float]:

@@ -20,7 +20,7 @@ from specache.config import PAGE_TOKENS, Code
 from specache.errors import NonFiniteError
 from specache.kernels.finite import all_finite
 from specache.kernels.torch.rotated import rotation
-from specache.kernels.types import LowBitCopy, PageRun
+from specache.kernels.types import LowBitKV, PageRun
 
 _native: Any = None
 MISSING: str | None = None
@@ -61,7 +61,7 @@ class NativeKernels:
         """Whether layers of this head dimension and dtype are supported."""
         return dim <= _native.MAX_DIM and dtype in _DTYPES
 
-    def quantise(self, keys: Tensor, values: Tensor, copy: LowBitCopy, start: int) -> None:
+    def quantise(self, keys: Tensor, values: Tensor, copy: LowBitKV, start: int) -> None:
         keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (keys, values))
         if not (all_finite(keys) and all_finite(values)):
             raise NonFiniteError("Keys or values to quantise hold NaN or infinity. Nothing was packed.")
@@ -81,7 +81,7 @@ class NativeKernels:
         )
 
     def score(
-        self, query: Tensor, copies: Sequence[LowBitCopy], lengths: Sequence[int], scaling: float, softcap: float | None
+        self, query: Tensor, copies: Sequence[LowBitKV], lengths: Sequence[int], scaling: float, softcap: float | None
     ) -> Tensor:
         batch, num_heads, n, _ = query.shape
         heads = copies[0].num_kv_heads
@@ -155,7 +155,7 @@ class NativeKernels:
         )
 
     def attend(
-        self, scores: Tensor, positions: Tensor, rows: Tensor, copies: Sequence[LowBitCopy], lengths: Sequence[int]
+        self, scores: Tensor, positions: Tensor, rows: Tensor, copies: Sequence[LowBitKV], lengths: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
         batch, heads, groups, n, size = scores.shape
         out = torch.empty(batch, heads, groups, n, copies[0].head_dim, dtype=torch.float32)
@@ -185,7 +185,7 @@ class NativeKernels:
     def decode_in_place(
         self,
         query: Tensor,
-        copies: Sequence[LowBitCopy],
+        copies: Sequence[LowBitKV],
         recent: Sequence[RecentTokens],
         stored: Sequence[Tensor],
         k: int,
@@ -210,7 +210,7 @@ class NativeKernels:
     def layer_step(
         self,
         query: Tensor,
-        copies: Sequence[LowBitCopy],
+        copies: Sequence[LowBitKV],
         recent: Sequence[RecentTokens],
         k: int,
         scaling: float,
@@ -231,7 +231,7 @@ class LayerStep:
         self,
         isa: str,
         query: Tensor,
-        copies: Sequence[LowBitCopy],
+        copies: Sequence[LowBitKV],
         recent: Sequence[RecentTokens],
         k: int,
         scaling: float,
@@ -305,18 +305,18 @@ def _row_strides(rows: Tensor) -> list[int]:
     return [stride * rows.itemsize for stride in rows.stride()[:4]]
 
 
-def _copy(copy: LowBitCopy, length: int) -> Any:
+def _copy(copy: LowBitKV, length: int) -> Any:
     parts = [run.addresses for run in copy.runs]
     pages = parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
     weights = 0 if copy.key_weights is None else copy.key_weights.data_ptr()
     return _native.Copy(pages, length, weights)
 
 
-def _layout_of(copies: Sequence[LowBitCopy]) -> Any:
+def _layout_of(copies: Sequence[LowBitKV]) -> Any:
     return _layout(next((copy for copy in copies if copy.runs), copies[0]))
 
 
-def _layout(copy: LowBitCopy) -> Any:
+def _layout(copy: LowBitKV) -> Any:
     offsets = _offsets(copy.runs[0], copy.code) if copy.runs else (0,) * 6
     return _native_layout(copy.code, copy.bits, copy.group_size, copy.num_kv_heads, copy.head_dim, offsets)
 

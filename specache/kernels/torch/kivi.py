@@ -10,10 +10,10 @@ from torch import Tensor
 
 from specache.kernels.blocks import Block, by_head, store, store_codes, unpack_keys, unpack_values
 from specache.kernels.packing import byte_table
-from specache.kernels.types import LowBitCopy, PageRun
+from specache.kernels.types import LowBitKV, PageRun
 
 
-def quantise(keys: Tensor, values: Tensor, run: PageRun, offset: int, copy: LowBitCopy) -> None:
+def quantise(keys: Tensor, values: Tensor, run: PageRun, offset: int, copy: LowBitKV) -> None:
     """Quantise and pack keys, values [Hkv, count, D], whole groups, into pages from slot `offset` on."""
     g, (heads, count, dim) = copy.group_size, keys.shape
     groups = keys.float().reshape(heads, count // g, g, dim)
@@ -54,7 +54,7 @@ def _codes(group: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
 class QueryScorer:
     """Scores of one sequence's queries [Hkv, r, D], without forming a key: `q . k = sum_d (q_d s_d) c_d + sum_d q_d z_d`."""
 
-    def __init__(self, query: Tensor, copy: LowBitCopy) -> None:
+    def __init__(self, query: Tensor, copy: LowBitKV) -> None:
         self._query = query
         self._copy = copy
 
@@ -73,7 +73,7 @@ class QueryScorer:
 class ValueSum:
     """`sum_t p_t v_t` of one sequence, block by block: `sum_t (p_t s_t) c_t + sum_t p_t z_t`."""
 
-    def __init__(self, copy: LowBitCopy) -> None:
+    def __init__(self, copy: LowBitKV) -> None:
         self._copy = copy
         self._total: Tensor | None = None
 
@@ -97,7 +97,7 @@ class ValueSum:
         return self._total
 
 
-def dequantise(block: Block, count: int, copy: LowBitCopy) -> tuple[Tensor, Tensor]:
+def dequantise(block: Block, count: int, copy: LowBitKV) -> tuple[Tensor, Tensor]:
     """The first `count` tokens of a block as float32 keys and values [Hkv, count, D]."""
     table = _table(copy, block)
     codes = unpack_keys(block, table, copy).unflatten(2, (-1, copy.group_size))
@@ -110,5 +110,5 @@ def dequantise(block: Block, count: int, copy: LowBitCopy) -> tuple[Tensor, Tens
     return keys, by_head(unpack_values(block, table, copy) * scale + zero, count)
 
 
-def _table(copy: LowBitCopy, block: Block) -> Tensor:
+def _table(copy: LowBitKV, block: Block) -> Tensor:
     return byte_table(copy.bits, block[0].fields["key_codes"].device)

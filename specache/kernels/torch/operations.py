@@ -16,12 +16,12 @@ from specache.config import Code
 from specache.kernels.blocks import blocks, pieces
 from specache.kernels.torch import kivi as torch_kivi
 from specache.kernels.torch import rotated as torch_rotated
-from specache.kernels.types import LowBitCopy
+from specache.kernels.types import LowBitKV
 
 _CODES: dict[Code, Any] = {Code.KIVI: torch_kivi, Code.ROTATED: torch_rotated}
 
 
-def quantise(keys: Tensor, values: Tensor, copy: LowBitCopy, start: int) -> None:
+def quantise(keys: Tensor, values: Tensor, copy: LowBitKV, start: int) -> None:
     """Quantise and pack tokens `[start, start + n)` into the copy's pages."""
     done = 0
     for run, offset, count in pieces(copy, start, keys.shape[1]):
@@ -31,7 +31,7 @@ def quantise(keys: Tensor, values: Tensor, copy: LowBitCopy, start: int) -> None
 
 def score(
     query: Tensor,
-    copies: Sequence[LowBitCopy],
+    copies: Sequence[LowBitKV],
     lengths: Sequence[int],
     scaling: float,
     softcap: float | None,
@@ -109,7 +109,7 @@ def mean_probabilities(scores: Tensor, rest_lse: Tensor) -> Tensor:
 
 
 def attend(
-    scores: Tensor, positions: Tensor, rows: Tensor, copies: Sequence[LowBitCopy], lengths: Sequence[int]
+    scores: Tensor, positions: Tensor, rows: Tensor, copies: Sequence[LowBitKV], lengths: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """Softmax over the copy and the weighted sum of its values, fetched positions read from `rows` instead."""
     batch, heads, groups, n, size = scores.shape
@@ -143,7 +143,7 @@ def softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
     return weights.div_(total.clamp(min=torch.finfo(torch.float32).tiny)), lse
 
 
-def dequantise(copy: LowBitCopy) -> tuple[Tensor, Tensor]:
+def dequantise(copy: LowBitKV) -> tuple[Tensor, Tensor]:
     """The whole copy as float32 keys and values [Hkv, length, D]. For tests and tools; no step calls it."""
     parts = [_CODES[copy.code].dequantise(block, count, copy) for block, _, count in blocks(copy, copy.length)]
     if not parts:

@@ -15,7 +15,7 @@ from torch import Tensor
 from specache.kernels.blocks import Block, by_head, store, store_codes, unpack_keys, unpack_values
 from specache.kernels.constants import constant
 from specache.kernels.packing import byte_table
-from specache.kernels.types import LowBitCopy, PageRun
+from specache.kernels.types import LowBitKV, PageRun
 
 ROTATION_SEED = 0x5BECAC4E  # the signs are a part of the format
 # Lloyd-Max levels of a standard normal distribution (Max, 1960, table I), positive half, as whole multiples of a unit: integer
@@ -51,7 +51,7 @@ def _hadamard(size: int) -> Tensor:
     return matrix / math.sqrt(size)
 
 
-def quantise(keys: Tensor, values: Tensor, run: PageRun, offset: int, copy: LowBitCopy) -> None:
+def quantise(keys: Tensor, values: Tensor, run: PageRun, offset: int, copy: LowBitKV) -> None:
     """Quantise and pack keys, values [Hkv, count, D], whole groups, into pages from slot `offset` on."""
     assert copy.key_weights is not None, "the rotated code needs the layer's key weights"
     g, turn = copy.group_size, rotation(copy.head_dim, keys.device)
@@ -86,7 +86,7 @@ def _half(x: Tensor) -> Tensor:
 class QueryScorer:
     """Scores of one sequence's queries [Hkv, r, D]: `q . mean + scale_t <R (q / w), levels_t>`, without forming a key."""
 
-    def __init__(self, query: Tensor, copy: LowBitCopy) -> None:
+    def __init__(self, query: Tensor, copy: LowBitKV) -> None:
         assert copy.key_weights is not None, "the rotated code needs the layer's key weights"
         self._query = query
         self._rotated = (query / copy.key_weights.unsqueeze(1)) @ rotation(copy.head_dim, query.device).T
@@ -106,7 +106,7 @@ class QueryScorer:
 class ValueSum:
     """`sum_t p_t v_t` of one sequence, block by block; rotated back once, at the end."""
 
-    def __init__(self, copy: LowBitCopy) -> None:
+    def __init__(self, copy: LowBitKV) -> None:
         self._copy = copy
         self._total: Tensor | None = None
 
@@ -124,7 +124,7 @@ class ValueSum:
         return self._total @ rotation(self._copy.head_dim, self._total.device)
 
 
-def dequantise(block: Block, count: int, copy: LowBitCopy) -> tuple[Tensor, Tensor]:
+def dequantise(block: Block, count: int, copy: LowBitKV) -> tuple[Tensor, Tensor]:
     """The first `count` tokens of a block as float32 keys and values [Hkv, count, D]."""
     assert copy.key_weights is not None, "the rotated code needs the layer's key weights"
     turn = rotation(copy.head_dim, copy.key_weights.device)
@@ -135,7 +135,7 @@ def dequantise(block: Block, count: int, copy: LowBitCopy) -> tuple[Tensor, Tens
     return rotated @ turn / copy.key_weights.unsqueeze(1) + mean, values @ turn
 
 
-def _level_table_of(copy: LowBitCopy, block: Block) -> Tensor:
+def _level_table_of(copy: LowBitKV, block: Block) -> Tensor:
     return _level_table(copy.bits, block[0].fields["key_codes"].device)
 
 

@@ -17,7 +17,7 @@ from specache.kernels.triton import launch_options as options
 from specache.kernels.triton.launch_options import Shape
 from specache.kernels.triton.select_backend import launch_select
 from specache.kernels.triton.tables import Offsets, PageScores, PageTables, offsets_of, page_tables, to_device
-from specache.kernels.types import LowBitCopy
+from specache.kernels.types import LowBitKV
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -64,7 +64,7 @@ class TritonKernels:
         return None
 
     @on_its_device
-    def quantise(self, keys: Tensor, values: Tensor, copy: LowBitCopy, start: int) -> None:
+    def quantise(self, keys: Tensor, values: Tensor, copy: LowBitKV, start: int) -> None:
         tables = page_tables([copy], [copy.length], keys.device)
         offsets, shape = offsets_of([copy]), Shape.of(copy)
         if not shape.rotated:
@@ -79,7 +79,7 @@ class TritonKernels:
             done += count
 
     def score(
-        self, query: Tensor, copies: Sequence[LowBitCopy], lengths: Sequence[int], scaling: float, softcap: float | None
+        self, query: Tensor, copies: Sequence[LowBitKV], lengths: Sequence[int], scaling: float, softcap: float | None
     ) -> Tensor:
         copy, size = copies[0], max(lengths)
         tables = page_tables(copies, lengths, query.device)
@@ -93,7 +93,7 @@ class TritonKernels:
         turned: Tensor | None,
         tables: PageTables,
         offsets: Offsets,
-        copy: LowBitCopy,
+        copy: LowBitKV,
         capacity: int,
         scaling: float,
         softcap: float | None,
@@ -182,14 +182,14 @@ class TritonKernels:
             return launch_select(scores, rest_lse, lengths, k, self.select_block)
 
     def attend(
-        self, scores: Tensor, positions: Tensor, rows: Tensor, copies: Sequence[LowBitCopy], lengths: Sequence[int]
+        self, scores: Tensor, positions: Tensor, rows: Tensor, copies: Sequence[LowBitKV], lengths: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
         tables = page_tables(copies, lengths, scores.device)
         return self.attend_pages(PageScores(scores), positions, rows, tables, offsets_of(copies), copies[0])
 
     @on_its_device
     def attend_pages(
-        self, scores: PageScores, positions: Tensor, rows: Tensor, tables: PageTables, offsets: Offsets, copy: LowBitCopy
+        self, scores: PageScores, positions: Tensor, rows: Tensor, tables: PageTables, offsets: Offsets, copy: LowBitKV
     ) -> tuple[Tensor, Tensor]:
         """`attend` over tables on the device. `copy`: any of the batch; its layout counts."""
         values = scores.values
@@ -344,7 +344,7 @@ class TritonKernels:
         )
 
 
-def turned_query(query: Tensor, copies: Sequence[LowBitCopy]) -> Tensor:
+def turned_query(query: Tensor, copies: Sequence[LowBitKV]) -> Tensor:
     """The query [B, Hq, n, D] as rotated codes see it: unweighted and rotated, float32 [B, Hkv, G n, D]."""
     batch, num_heads, n, dim = query.shape
     heads = copies[0].num_kv_heads
@@ -353,7 +353,7 @@ def turned_query(query: Tensor, copies: Sequence[LowBitCopy]) -> Tensor:
     return (grouped / weights.unsqueeze(2)) @ rotation(dim, query.device).T
 
 
-def _weights(copy: LowBitCopy, device: torch.device) -> Tensor:
+def _weights(copy: LowBitKV, device: torch.device) -> Tensor:
     if copy.key_weights is None:  # fixed when the first group is quantised
         assert copy.length == 0, "the rotated code needs the layer's key weights"
         return torch.ones(copy.num_kv_heads, copy.head_dim, device=device)

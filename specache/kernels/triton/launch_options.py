@@ -11,7 +11,7 @@ from typing import Any
 from specache.config import Code
 from specache.kernels.packing import row_bytes
 from specache.kernels.torch.rotated import LEVEL_UNIT
-from specache.kernels.types import LowBitCopy
+from specache.kernels.types import LowBitKV
 
 SCORE_BLOCK = 256  # tokens of a program of `score`
 SPLIT = 512  # tokens of a program of `attend`: fixed, so that a sequence's rounding does not depend on its batch
@@ -43,7 +43,7 @@ class Shape:
     rows: int = 1
 
     @classmethod
-    def of(cls, copy: LowBitCopy, groups: int = 1, rows: int = 1) -> Shape:
+    def of(cls, copy: LowBitKV, groups: int = 1, rows: int = 1) -> Shape:
         return cls(copy.code, copy.bits, copy.group_size, copy.head_dim, groups, rows)
 
     @property

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specache.kernels.types import LowBitCopy, PageRun
+from specache.kernels.types import LowBitKV, PageRun
 
 FIELDS = ("key_codes", "key_scale", "key_zero", "key_mean", "value_codes", "value_scale", "value_zero")
 
@@ -78,7 +78,7 @@ class Offsets:
     value_zero: int
 
 
-def page_tables(copies: Sequence[LowBitCopy], lengths: Sequence[int], device: torch.device) -> PageTables:
+def page_tables(copies: Sequence[LowBitKV], lengths: Sequence[int], device: torch.device) -> PageTables:
     """Tables over the copies as they are now."""
     runs = [run for copy in copies for run in copy.runs]
     first_page, pages = [], 0
@@ -95,7 +95,7 @@ def to_device(numbers: Sequence[int], dtype: torch.dtype, device: torch.device) 
     return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 
 
-def offsets_of(copies: Sequence[LowBitCopy]) -> Offsets:
+def offsets_of(copies: Sequence[LowBitKV]) -> Offsets:
     """Of the layer's pages; all sequences of a layer have the same layout."""
     runs = next((copy.runs for copy in copies if copy.runs), ())
     return _offsets(runs[0]) if runs else Offsets(*[0] * len(FIELDS))

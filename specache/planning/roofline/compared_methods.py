@@ -33,7 +33,7 @@ class Method:
     @property
     def rows(self) -> int:
         """Rows per sequence of a decode step: a guess beside the real token makes two."""
-        return 2 if self.config.policy.guesses else 1
+        return 2 if self.config.policy.drafts else 1
 
     @property
     def selecting_rows(self) -> int:

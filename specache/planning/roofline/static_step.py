@@ -8,7 +8,7 @@ from specache.device.device_hot_set import hot_set_bytes
 from specache.device.static_sizes import batch_bytes
 from specache.engine.static_decoder import KINDS, low_bit_room
 from specache.model.dimensions import ModelDimensions
-from specache.planning.footprint import Holdings, SequenceLoad
+from specache.planning.footprint import CacheFootprint, PlannedSequence
 from specache.planning.roofline.compared_methods import Method
 from specache.planning.roofline.kernel_costs import THIS_LIBRARY
 
@@ -36,5 +36,5 @@ def static_step_bytes(model: ModelDimensions, config: SpeCacheConfig, context: i
     for heads, dim in shapes if top_k else ():
         slots = max(hot_slots(model, config, heads, dim, context, batch), top_k)
         total += hot_set_bytes(batch, heads, slots, room, 2 * dim * model.itemsize)
-    ordinary = Holdings(model, config, batch, top_k).first_step(SequenceLoad(context)).hot_set
+    ordinary = CacheFootprint(model, config, batch, top_k).first_step(PlannedSequence(context)).hot_set
     return total - batch * ordinary
