@@ -139,7 +139,7 @@ def test_of_a_batch_every_sequence_is_undone(model, tmp_path, monkeypatch):
     """Also when one of them cannot be, and forgets everything."""
     config = settings(policy="on-demand", slow_tier=f"disk:{tmp_path}")
     steps = Steps(model, config, PROMPT)
-    steps.cache.sequences.append(steps.cache.repeat(0))
+    steps.cache.sequences.append(steps.cache.repeat(steps.cache.sequences[0]))
     first, second = steps.cache.sequences
     undone: list[int] = []
 
@@ -149,7 +149,7 @@ def test_of_a_batch_every_sequence_is_undone(model, tmp_path, monkeypatch):
 
     def both(i: int) -> torch.Tensor:
         with torch.no_grad(), attached(model):
-            return steps.decoder.step([0, 1], [5 + i, 5 + i], None).real
+            return steps.decoder.step(steps.cache.sequences, [5 + i, 5 + i], None).real
 
     for i in range(RETIRING[0]):
         both(i)
