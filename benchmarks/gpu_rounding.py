@@ -26,13 +26,13 @@ import specache
 from specache.cli.models import Dtype, load
 from specache.device import batch
 from specache.device.page_kernels import TorchPages
-from specache.engine import static_decoder as static_decoding
-from specache.kernels.torch import operations as torch_ops
+from specache.engine import static_decoder
+from specache.kernels.torch import operations
 from specache.kernels.triton.tables import PageScores, PageTables
 from specache.kernels.types import LowBitKV
 
 CHARACTERS = 6  # of a token at most: where the next text begins
-ON_THE_CPU = static_decoding.StaticSettings(capacity_step=256, devices=("cpu",))
+ON_THE_CPU = static_decoder.StaticSettings(capacity_step=256, devices=("cpu",))
 
 
 class Rounded(TorchPages):
@@ -45,12 +45,12 @@ class Rounded(TorchPages):
         return PageScores(((grouped - largest).half().float() + largest).flatten(-2))
 
     def select(self, scores: PageScores, rest_lse: Tensor, lengths: Tensor, k: int) -> Tensor:
-        exact = torch_ops.mean_probabilities
+        exact = operations.mean_probabilities
 
         def upper_bits(*arguments: Tensor) -> Tensor:
             return (exact(*arguments).view(torch.int32) & ~0x7FFF).view(torch.float32)
 
-        with mock.patch.object(torch_ops, "mean_probabilities", upper_bits):
+        with mock.patch.object(operations, "mean_probabilities", upper_bits):
             return super().select(scores, rest_lse, lengths, k)
 
     def _values(self, copy: LowBitKV, weights: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ def divergence(model: Any, ids: Tensor, answer: list[int], reference: Tensor, bi
     """Nats per token."""
     config = specache.SpeCacheConfig(bits=bits, slow_tier="ram", policy="verified")
     with (
-        mock.patch.object(static_decoding, "SETTINGS", ON_THE_CPU),
+        mock.patch.object(static_decoder, "SETTINGS", ON_THE_CPU),
         mock.patch.object(batch, "page_kernels", lambda layout, capacity, device: kernels(layout, capacity)),
         specache.SpeCache(model, config) as cache,
     ):

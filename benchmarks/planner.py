@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from specache.bench.base import Surroundings
+from specache.bench.base import BenchContext
 from specache.bench.calibration import measured_steps
 from specache.bench.decode_step import DYNAMIC, Decode
 from specache.bench.environment import describe
@@ -37,11 +37,11 @@ LIMIT = 1.25  # times too long or too short
 OURS = "specache"
 
 
-def predicted(model: RandomModel, compared: list[Method], say: Any) -> MeasuredSteps:
+def predicted(model: RandomModel, compared: list[Method], log: Any) -> MeasuredSteps:
     """What the planner measures."""
     config = model.shape.config()
     dimensions = dimensions_of(without_weights(config, model.weights.dtype), device="cpu", weights=model.weights.quantised)
-    return measured_steps(config, model.weights.dtype, model.weights.quantised, dimensions, compared, say)
+    return measured_steps(config, model.weights.dtype, model.weights.quantised, dimensions, compared, log)
 
 
 def rows(steps: MeasuredSteps, compared: dict[str, Method], results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -131,7 +131,7 @@ def main() -> int:
             benchmark = Decode(
                 bits=chosen.bits, context=context, batch=batch, steps=chosen.steps, against=() if chosen.ours else (DYNAMIC,)
             )
-            found = rows(steps, compared, benchmark.run(Surroundings(model)).results)
+            found = rows(steps, compared, benchmark.run(BenchContext(model)).results)
             for line in found:
                 console.print("{impl}, {batch} x {context:,}: {predicted_ms:.1f} / {measured_ms:.1f} ms".format(**line))
             lines += found

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from specache.bench import kernel_backends as kernels
-from specache.bench.base import Outcome, Result, Surroundings, check_at_least
+from specache.bench import kernel_backends
+from specache.bench.base import BenchContext, Outcome, Result, check_at_least
 from specache.bench.breakdown import recorded
 from specache.bench.compute_device import CPU, CUDA
 from specache.bench.environment import LargeArray
@@ -61,18 +61,18 @@ class Attention:
             raise ConfigError(
                 f"--context takes multiples of {PAGE_TOKENS} tokens: whole pages of the low-bit copy, and the residual."
             )
-        self._check_kernels([*kernels.available(), kernels.TRITON, kernels.STATIC])
+        self._check_kernels([*kernel_backends.available(), kernel_backends.TRITON, kernel_backends.STATIC])
 
     @torch.no_grad()
-    def run(self, surroundings: Surroundings) -> Outcome:
-        self._check_kernels(kernels.layers_on(surroundings.device))
-        large = LargeArray(device=surroundings.device)
+    def run(self, bench: BenchContext) -> Outcome:
+        self._check_kernels(kernel_backends.layers_on(bench.device))
+        large = LargeArray(device=bench.device)
         results: list[Result] = []
         bandwidths = []
         for context in self.context:
             for rows in self.rows:
-                surroundings.say(f"{self.shape}: {context:,} tokens, {rows} row{'s' if rows > 1 else ''}")
-                cell = _Cell(self, context, rows, surroundings, large)
+                bench.log(f"{self.shape}: {context:,} tokens, {rows} row{'s' if rows > 1 else ''}")
+                cell = _Cell(self, context, rows, bench, large)
                 results += cell.measure()
                 bandwidths.append({"context": context, "rows": rows, **cell.bandwidth})
         return Outcome(results, {"bandwidth": bandwidths})
@@ -86,7 +86,7 @@ class Attention:
 class _Cell:
     """One context and number of rows: everything that is compared is timed in the same rounds."""
 
-    def __init__(self, benchmark: Attention, context: int, rows: int, where: Surroundings, large: LargeArray) -> None:
+    def __init__(self, benchmark: Attention, context: int, rows: int, where: BenchContext, large: LargeArray) -> None:
         self._benchmark = benchmark
         self._context, self._rows = context, rows
         self._large = large
@@ -96,8 +96,8 @@ class _Cell:
         keys, values = (tensor.to(where.device) for tensor in drawn)
         self._query = _query(shape, rows, where.seed).to(where.device)
         self._layers = {bits: self._layer(keys, values, bits) for bits in benchmark.bits}
-        self._ours = [(isa, bits) for isa in benchmark.kernels or kernels.layers_on(where.device) for bits in self._layers]
-        static = {bits for isa, bits in self._ours if isa == kernels.STATIC}
+        self._ours = [(isa, bits) for isa in benchmark.kernels or kernel_backends.layers_on(where.device) for bits in self._layers]
+        static = {bits for isa, bits in self._ours if isa == kernel_backends.STATIC}
         self._static = {bits: StaticLayer(self._layer(keys, values, bits), rows, keys.dtype) for bits in static}
         self._baselines = exact_baselines(self._query, keys, values)
         self._baselines += [dequantising_baseline(self._query, keys, values, bits) for bits in self._layers]
@@ -115,7 +115,7 @@ class _Cell:
         return LowBitLayer(keys, values, self._benchmark.code, bits, self._benchmark.top_k)
 
     def _step(self, isa: str, bits: int) -> Callable[[], Tensor]:
-        layer = self._static[bits] if isa == kernels.STATIC else self._layers[bits]
+        layer = self._static[bits] if isa == kernel_backends.STATIC else self._layers[bits]
         return lambda: layer.attend(self._query)
 
     def _around(self, name: str) -> AbstractContextManager[object]:
@@ -126,21 +126,21 @@ class _Cell:
     def _evicted(self, isa: str | None) -> Iterator[None]:
         """Other layers' data would have displaced this one's between two steps: read something large, which tells the bandwidth."""
         self._reads_ms.append(self._large.read())
-        if isa in (None, kernels.STATIC):
+        if isa in (None, kernel_backends.STATIC):
             yield
             return
         assert isa is not None
-        with kernels.using(isa):
+        with kernel_backends.using(isa):
             yield
 
     def _difference(self, isa: str, bits: int) -> float:
         """Largest difference from the plain PyTorch kernels, relative to the largest output; of a static step the real row's: the
         guess does without other rows there."""
-        with kernels.using(kernels.PLAIN):
+        with kernel_backends.using(kernel_backends.PLAIN):
             expected = self._layers[bits].attend(self._query)
-        with nullcontext() if isa == kernels.STATIC else kernels.using(isa):
+        with nullcontext() if isa == kernel_backends.STATIC else kernel_backends.using(isa):
             actual = self._step(isa, bits)()
-        if isa == kernels.STATIC:
+        if isa == kernel_backends.STATIC:
             actual, expected = actual[:, :, :1], expected[:, :, :1]
         return float((actual - expected).abs().max() / expected.abs().max())
 
@@ -170,7 +170,7 @@ class _Cell:
         for isa, bits in self._ours:
             timing = timings[_label(isa, bits)]
             row = self._row(OURS, isa, bits, self._layers[bits].nbytes, timing, exact, best, best_matmul)
-            phases = None if isa == kernels.STATIC else self._phases(isa, bits)  # it is replayed as one
+            phases = None if isa == kernel_backends.STATIC else self._phases(isa, bits)  # it is replayed as one
             results.append({**row, "difference": differences[isa, bits], "phases": phases})
         isa = torch.backends.cpu.get_cpu_capability().lower() if self._query.device.type == CPU else CUDA
         for b in self._baselines:

@@ -12,12 +12,12 @@ from specache.bench.compute_device import CPU
 from specache.bench.shapes import ModelSource
 from specache.errors import ConfigError
 
-Say = Callable[[str], None]  # tells the user what is being done
+Log = Callable[[str], None]  # tells the user what is being done
 Result = dict[str, Any]  # one line of a benchmark, JSON-ready
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class BenchContext:
     """What a run is given besides the benchmark's own options.
 
     Attributes:
@@ -29,7 +29,7 @@ class Surroundings:
     source: ModelSource | None = None
     seed: int = 0
     device: str = CPU
-    say: Say = lambda message: None
+    log: Log = lambda message: None
 
     @property
     def model_source(self) -> ModelSource:
@@ -64,7 +64,7 @@ class Benchmark(Protocol):
     uses_model: ClassVar[bool]  # whether it runs a whole model
     columns: ClassVar[tuple[str, ...]]  # keys of a result that the terminal shows
 
-    def run(self, surroundings: Surroundings) -> Outcome:
+    def run(self, bench: BenchContext) -> Outcome:
         """Measure.
 
         Raises:
@@ -72,20 +72,18 @@ class Benchmark(Protocol):
         """
 
 
-def document(
-    benchmark: Benchmark, surroundings: Surroundings, outcome: Outcome, where: dict[str, Any], command: str
-) -> dict[str, Any]:
+def document(benchmark: Benchmark, bench: BenchContext, outcome: Outcome, where: dict[str, Any], command: str) -> dict[str, Any]:
     """What `--json` writes. Keys are stable.
 
     Args:
         where: `machine.describe()` from before the run: afterwards the load is our own.
     """
-    source = surroundings.source
+    source = bench.source
     return {
         "benchmark": benchmark.name,
-        "settings": {**json_settings(benchmark), "seed": surroundings.seed},
+        "settings": {**json_settings(benchmark), "seed": bench.seed},
         "model": None if source is None else {"name": source.name, "weights": str(source.weights)},
-        "device": surroundings.device,
+        "device": bench.device,
         "results": outcome.results,
         **outcome.details,
         **where,

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
-from specache.bench.base import Say
+from specache.bench.base import Log
 from specache.bench.contenders import BareModel, Contender, DynamicContender, SpeCacheContender
 from specache.bench.environment import LargeArray
 from specache.bench.timing import interleaved
@@ -85,7 +85,7 @@ class _Sample:
 
 @torch.no_grad()
 def measured_steps(
-    config: Any, dtype: torch.dtype, weights: WeightFormat, model: ModelDimensions, compared: Sequence[Method], say: Say
+    config: Any, dtype: torch.dtype, weights: WeightFormat, model: ModelDimensions, compared: Sequence[Method], log: Log
 ) -> MeasuredSteps:
     """Measure a part of the model of a transformers configuration, for every method of `compared`.
 
@@ -93,18 +93,18 @@ def measured_steps(
         ConfigError: its layers differ, and it is too large to be measured whole.
     """
     depths = _depths(model)
-    say(f"Making {depths[0]} of {len(model.layers)} layers with random weights")
+    log(f"Making {depths[0]} of {len(model.layers)} layers with random weights")
     part = _part(config, dtype, weights, depths[0])
     passes: dict[int, list[float]] = {}
     samples: dict[str, list[_Sample]] = {method.key: [] for method in compared}
     for depth in depths:
-        _cut(part, depth)
-        passes[depth] = _passes(part)
+        _keep_layers(part, depth)
+        passes[depth] = _weight_passes(part)
         for method in compared:
-            say(f"{depth} layers: {method.title}")
+            log(f"{depth} layers: {method.title}")
             samples[method.key] += [_sample(part, method, depth, context, batch) for context in CONTEXTS for batch in BATCHES]
     layers = len(model.layers)
-    whole = tuple(_line(depths, [passes[depth][i] for depth in depths], layers) for i in range(len(ROWS)))
+    whole = tuple(_extrapolated(depths, [passes[depth][i] for depth in depths], layers) for i in range(len(ROWS)))
     return MeasuredSteps(
         weights=WeightsPass(ROWS, whole),
         costs={key: _cost(found, layers) for key, found in samples.items()},
@@ -133,13 +133,13 @@ def _part(config: Any, dtype: torch.dtype, weights: WeightFormat, layers: int) -
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     generator = torch.Generator().manual_seed(0)
-    some = 0.02 * torch.randn(1 << 16, generator=generator)
+    block = 0.02 * torch.randn(1 << 16, generator=generator)
     for parameter in model.parameters():
         if parameter.dim() == 1:
             parameter.fill_(1.0 / parameter.shape[0] ** 0.5)
         else:
-            repeats = -(-parameter.numel() // len(some))
-            parameter.copy_(some.to(dtype).repeat(repeats)[: parameter.numel()].reshape(parameter.shape))
+            repeats = -(-parameter.numel() // len(block))
+            parameter.copy_(block.to(dtype).repeat(repeats)[: parameter.numel()].reshape(parameter.shape))
     quantise_weights(model, weights)
     return model
 
@@ -151,14 +151,14 @@ def _set_layers(config: Any, layers: int) -> None:
         text.layer_types = text.layer_types[:layers]
 
 
-def _cut(model: Any, layers: int) -> None:
+def _keep_layers(model: Any, layers: int) -> None:
     """Leave the first `layers` layers."""
     decoder = model.get_decoder()
     decoder.layers = decoder.layers[:layers]
     _set_layers(model.config, layers)
 
 
-def _passes(model: Any) -> list[float]:
+def _weight_passes(model: Any) -> list[float]:
     """Seconds of forward passes without any cache, for each number of `ROWS`, in turns."""
     named = {str(rows): BareModel(Workload(model, rows, CONTEXTS[0]), 1).step for rows in ROWS}
     return [timing.ms / 1e3 for timing in interleaved(named, STEPS, WARMUP).values()]
@@ -210,7 +210,7 @@ def _fit(features: list[tuple[float, ...]], seconds: list[float]) -> list[float]
     return [float(x) for x in solution / scale]
 
 
-def _line(depths: list[int], seconds: list[float], layers: int) -> float:
+def _extrapolated(depths: list[int], seconds: list[float], layers: int) -> float:
     """At the whole model's depth, from the deepest part on. Neither a layer nor the rest of the model takes less than nothing."""
     if len(depths) == 1:
         return seconds[0]

@@ -31,7 +31,7 @@ def free_bytes(device: str) -> int | None:
     return usable
 
 
-def give_back() -> None:
+def release_memory() -> None:
     """Free what nobody holds, what PyTorch keeps of the GPU's memory and of page-locked memory included."""
     gc.collect()
     if torch.cuda.is_initialized():

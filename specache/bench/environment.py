@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import specache
-from specache.bench import kernel_backends as kernels
+from specache.bench import kernel_backends
 from specache.bench.compute_device import CPU, CUDA, synchronise
 from specache.platform import machine
 
@@ -54,7 +54,7 @@ def describe(device: str = CPU) -> dict[str, Any]:
             "system": platform.platform(),
             "gpu": gpu() if device == CUDA else None,
         },
-        "kernels": {"active": kernels.active_on(device), "available": kernels.available_on(device)},
+        "kernels": {"active": kernel_backends.active_on(device), "available": kernel_backends.available_on(device)},
         "versions": {
             "specache": specache.__version__,
             "torch": torch.__version__,

@@ -68,14 +68,14 @@ def _run(job: Job) -> list[float]:
     command = [sys.executable, "-m", "specache.bench.llama_cpp_worker", job.to_json()]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     answers = [line.removeprefix(ANSWER) for line in done.stdout.splitlines() if line.startswith(ANSWER)]
-    said = " ".join(done.stderr.split())[-300:]
+    stderr = " ".join(done.stderr.split())[-300:]
     if not answers:
         raise BenchmarkError(
             f"llama.cpp's process ended with code {done.returncode} (-4: instructions that this processor lacks, build it with "
-            f"GGML_NATIVE=OFF; -9: memory ran out). It said: {said or 'nothing'}"
+            f"GGML_NATIVE=OFF; -9: memory ran out). It said: {stderr or 'nothing'}"
         )
     answer = json.loads(answers[-1])
     if "error" in answer:
-        raise BenchmarkError(f"{answer['error']} {said}".strip())
+        raise BenchmarkError(f"{answer['error']} {stderr}".strip())
     samples: list[float] = answer["ms"]
     return samples

@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 import torch
 
 import specache
-from specache.bench import kernel_backends as kernels
-from specache.bench.base import Outcome, Result, Say, Surroundings, check_at_least, json_settings
+from specache.bench import kernel_backends
+from specache.bench.base import BenchContext, Log, Outcome, Result, check_at_least, json_settings
 from specache.bench.compute_device import CUDA
 from specache.bench.environment import gpu
-from specache.bench.paper_decoding import Decoding, Line, Pace, usual_budget
+from specache.bench.paper_decoding import BatchResult, Decoding, Schedule, default_budget
 from specache.bench.paper_methods import COPY_BITS, NAMES, Entry, entries
 from specache.bench.plot import require_matplotlib, write_plot
 from specache.bench.resumable import ResultFile
@@ -75,26 +75,26 @@ class Paper:
             if path is not None and not path.expanduser().parent.is_dir():
                 raise ConfigError(f"--{option} {path}: there is no folder {path.expanduser().parent}.")
 
-    def run(self, surroundings: Surroundings) -> Outcome:
-        if self.fast_memory is None and surroundings.device != CUDA:
+    def run(self, bench: BenchContext) -> Outcome:
+        if self.fast_memory is None and bench.device != CUDA:
             raise ConfigError("On a CPU all memory is alike: say how much of it is to stand for fast memory, as --fast-memory 2GB.")
-        file = ResultFile(self.out, self._run(surroundings), KEY)
+        file = ResultFile(self.out, self._run(bench), KEY)
         lines = [one for one in self._lines() if not file.has(*_key(*one))]
         total = len(list(self._lines()))
         if lines:
-            source = surroundings.model_source
-            surroundings.say(f"Loading {source.name}")
+            source = bench.model_source
+            bench.log(f"Loading {source.name}")
             model = source.load()
-            budget = file.kept.setdefault("fast_memory_bytes", self.fast_memory or usual_budget())
-            pace = Pace(self.steps, self.rounds)
-            with Decoding(model, budget, self.max_batch, pace, surroundings.seed) as decoding:
+            budget = file.kept.setdefault("fast_memory_bytes", self.fast_memory or default_budget())
+            schedule = Schedule(self.steps, self.rounds)
+            with Decoding(model, budget, self.max_batch, schedule, bench.seed) as decoding:
                 for number, (context, entry) in enumerate(lines, start=total - len(lines) + 1):
-                    begins = f"{number} of {total}: {entry.planned.title}, {context:,} tokens: "
-                    line = decoding.line(entry, context, _beginning(begins, surroundings.say))
-                    file.add(_result(entry, context, line), compared)
+                    prefix = f"{number} of {total}: {entry.planned.title}, {context:,} tokens: "
+                    measured = decoding.measure(entry, context, _prefixed(prefix, bench.log))
+                    file.add(_result(entry, context, measured), compared)
         results = sorted(file.results, key=self._place)
         if self.plot is not None:
-            self._draw(results, surroundings)
+            self._draw(results, bench)
         return Outcome(results, file.kept)
 
     def _lines(self) -> Iterator[tuple[int, Entry]]:
@@ -114,11 +114,11 @@ class Paper:
     def _place(self, result: Result) -> int:
         return [_key(*one) for one in self._lines()].index(tuple(result[name] for name in KEY))
 
-    def _run(self, surroundings: Surroundings) -> dict[str, Any]:
+    def _run(self, bench: BenchContext) -> dict[str, Any]:
         """All that results depend on."""
-        source = surroundings.model_source
+        source = bench.model_source
         settings = {name: value for name, value in json_settings(self).items() if name not in ("out", "plot")}
-        on_gpu = surroundings.device == CUDA
+        on_gpu = bench.device == CUDA
         return {
             "benchmark": self.name,
             "specache": specache.__version__,
@@ -126,16 +126,16 @@ class Paper:
             "weights": str(source.weights),
             "machine": gpu()["name"] if on_gpu else machine.processor_name(),
             "threads": torch.get_num_threads(),
-            "kernels": sorted(set(kernels.active_on(surroundings.device).values())),
-            "seed": surroundings.seed,
+            "kernels": sorted(set(kernel_backends.active_on(bench.device).values())),
+            "seed": bench.seed,
             **settings,
         }
 
-    def _draw(self, results: list[Result], surroundings: Surroundings) -> None:
+    def _draw(self, results: list[Result], bench: BenchContext) -> None:
         from specache.bench.paper_plot import paper_figure
 
         assert self.plot is not None
-        source = surroundings.model_source
+        source = bench.model_source
         write_plot(self.plot.expanduser(), paper_figure(results, f"{source.name}, {source.weights}"))
 
 
@@ -149,9 +149,9 @@ def compared(results: list[Result]) -> list[Result]:
     return results
 
 
-def _beginning(begins: str, say: Say) -> Say:
+def _prefixed(prefix: str, log: Log) -> Log:
     """What is said begins so."""
-    return lambda said: say(begins + said)
+    return lambda message: log(prefix + message)
 
 
 def _key(context: int, entry: Entry) -> tuple[Any, ...]:
@@ -159,23 +159,23 @@ def _key(context: int, entry: Entry) -> tuple[Any, ...]:
     return entry.method, entry.bits, entry.policy, context
 
 
-def _result(entry: Entry, context: int, line: Line) -> Result:
-    timing = line.timing
+def _result(entry: Entry, context: int, measured: BatchResult) -> Result:
+    timing = measured.timing
     return {
         "method": entry.method,
         "bits": entry.bits,
         "policy": entry.policy,
         "context": context,
-        "batch": line.fit.batch,
+        "batch": measured.fit.batch,
         "fits": timing is not None,
-        "found_by": line.fit.found_by,
-        "limited_by": line.fit.limited_by,
+        "found_by": measured.fit.found_by,
+        "limited_by": measured.fit.limited_by,
         "ms_per_step": None if timing is None else timing.ms,
-        "tokens_per_s": None if timing is None else line.fit.batch * 1e3 / timing.ms,
+        "tokens_per_s": None if timing is None else measured.fit.batch * 1e3 / timing.ms,
         "spread": None if timing is None else timing.spread,
         "vs_full_batch": None,
         "vs_full_throughput": None,
-        "fast_bytes": line.fast_bytes,
-        "hit_rate": line.hit_rate,
-        "skipped": line.reason,
+        "fast_bytes": measured.fast_bytes,
+        "hit_rate": measured.hit_rate,
+        "skipped": measured.reason,
     }

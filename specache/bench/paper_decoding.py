@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from specache.bench.base import Say
-from specache.bench.compute_device import CUDA, free_bytes, give_back, peak_bytes, reset_peak, synchronise
+from specache.bench.base import Log
+from specache.bench.compute_device import CUDA, free_bytes, peak_bytes, release_memory, reset_peak, synchronise
 from specache.bench.contenders import Contender, SpeCacheContender, StockContender
-from specache.bench.paper_fit import FAST, TRIED, Fit, Needs, Room, planned_fit, tried_fit
+from specache.bench.paper_fit import FAST, TRIED, Fit, FreeMemory, Needs, planned_fit, tried_fit
 from specache.bench.paper_methods import Entry
 from specache.bench.timing import Timing
 from specache.bench.workload import Workload
@@ -21,14 +21,14 @@ from specache.model.dimensions import dimensions_of
 from specache.platform.machine import memory
 from specache.platform.out_of_memory import is_out_of_memory
 
-USUAL_SHARE = 0.9  # of free memory that is used: the rest is for what allocators and other processes take meanwhile
+DEFAULT_SHARE = 0.9  # of free memory that is used: the rest is for what allocators and other processes take meanwhile
 WARMUP_STEPS = 2
 
 Measured = tuple[Timing | None, int, float | None]
 
 
 @dataclass(frozen=True)
-class Pace:
+class Schedule:
     """How much is decoded.
 
     Attributes:
@@ -45,7 +45,7 @@ class Pace:
 
 
 @dataclass(frozen=True)
-class Line:
+class BatchResult:
     """What was found.
 
     Attributes:
@@ -63,10 +63,10 @@ class Line:
     reason: str | None = None
 
 
-def usual_budget() -> int:
+def default_budget() -> int:
     """Nine tenths of what the GPU has free, to be asked when the weights are there."""
-    give_back()
-    return int((free_bytes(CUDA) or 0) * USUAL_SHARE)
+    release_memory()
+    return int((free_bytes(CUDA) or 0) * DEFAULT_SHARE)
 
 
 class Decoding:
@@ -80,8 +80,8 @@ class Decoding:
         ConfigError: the GPU has less.
     """
 
-    def __init__(self, model: Any, budget: int, most: int, pace: Pace, seed: int) -> None:
-        self._model, self._budget, self._most, self._pace, self._seed = model, budget, most, pace, seed
+    def __init__(self, model: Any, budget: int, most: int, schedule: Schedule, seed: int) -> None:
+        self._model, self._budget, self._most, self._schedule, self._seed = model, budget, most, schedule, seed
         self._dimensions = dimensions_of(model)
         self._device = self._dimensions.device
         self._weight_bytes = 0
@@ -95,32 +95,32 @@ class Decoding:
         if self._device == CUDA:
             torch.cuda.set_per_process_memory_fraction(1.0)
 
-    def line(self, entry: Entry, context: int, say: Say) -> Line:
+    def measure(self, entry: Entry, context: int, log: Log) -> BatchResult:
         """Find the largest batch and time it."""
-        needs = Needs(self._dimensions, entry, context, self._pace.new_tokens)
+        needs = Needs(self._dimensions, entry, context, self._schedule.new_tokens)
         main = memory()["usable_bytes"]
-        room = Room(self._budget, None if main is None else int(main * USUAL_SHARE), self._most)
+        free = FreeMemory(self._budget, None if main is None else int(main * DEFAULT_SHARE), self._most)
         if self._device == CUDA:
-            fit = tried_fit(needs, room, lambda batch: self._decode(needs, batch, 0, say) is not None)
+            fit = tried_fit(needs, free, lambda batch: self._decode(needs, batch, 0, log) is not None)
         else:
-            fit = planned_fit(needs, room)
+            fit = planned_fit(needs, free)
         while fit.batch:
-            if measured := self._decode(needs, fit.batch, self._pace.rounds, say):
-                return Line(fit, *measured)
+            if measured := self._decode(needs, fit.batch, self._schedule.rounds, log):
+                return BatchResult(fit, *measured)
             fit = Fit(fit.batch - max(1, fit.batch // 32), TRIED, FAST)
-        return Line(fit, reason=_reason(needs, room, fit))
+        return BatchResult(fit, reason=_reason(needs, free, fit))
 
-    def _decode(self, needs: Needs, batch: int, rounds: int, say: Say) -> Measured | None:
+    def _decode(self, needs: Needs, batch: int, rounds: int, log: Log) -> Measured | None:
         """Time (of no rounds none), fast memory and hit rate of a batch; `None` where memory does not suffice for it."""
         work = Workload(self._model, batch, needs.context, self._seed)
         contender = needs.entry.contender(work, None if self._device == CUDA else self._budget)
         try:
-            say(f"filling {batch:,} sequences")
+            log(f"filling {batch:,} sequences")
             contender.prepare()
             work.drop_rows()
             reset_peak(self._device)
             hot = _hot_bytes(contender)
-            say(f"decoding {batch:,} sequences")
+            log(f"decoding {batch:,} sequences")
             samples = self._samples(contender, rounds)
             if _hot_bytes(contender) < hot or _out_of_room(contender):  # a step that had no room went on with less, slower
                 return None
@@ -133,7 +133,7 @@ class Decoding:
         finally:
             contender.close()
             work.drop_rows()
-            give_back()
+            release_memory()
 
     def _samples(self, contender: Contender, rounds: int) -> list[float]:
         """Milliseconds of a step, one sample per round."""
@@ -144,10 +144,10 @@ class Decoding:
             for _ in range(rounds):
                 synchronise()
                 started = time.perf_counter()
-                for _ in range(self._pace.steps):
+                for _ in range(self._schedule.steps):
                     contender.step()
                 synchronise()
-                samples.append((time.perf_counter() - started) * 1e3 / self._pace.steps)
+                samples.append((time.perf_counter() - started) * 1e3 / self._schedule.steps)
         return samples
 
     def _fast_bytes(self, contender: Contender, needs: Needs, batch: int) -> int:
@@ -159,7 +159,7 @@ class Decoding:
         return contender.held_bytes + needs.decoding(batch)
 
     def _limit_gpu(self) -> None:
-        give_back()
+        release_memory()
         free = free_bytes(CUDA) or 0
         if self._budget > free:
             raise ConfigError(f"--fast-memory {self._budget:,} is more than the GPU has free beside the weights: {free:,} bytes.")
@@ -183,9 +183,9 @@ def _hit_rate(contender: Contender) -> float | None:
     return contender.held.stats()["hit_rate"] if isinstance(contender, SpeCacheContender) else None
 
 
-def _reason(needs: Needs, room: Room, fit: Fit) -> str:
+def _reason(needs: Needs, free: FreeMemory, fit: Fit) -> str:
     """Why not even one sequence fits, in the order of the limits."""
     if fit.found_by == TRIED:
         return f"memory ran out while one sequence was filled and decoded ({fit.limited_by})"
-    needed, there = (needs.fast(1), room.fast) if fit.limited_by == FAST else (needs.main(1), room.main or 0)
+    needed, there = (needs.fast(1), free.fast) if fit.limited_by == FAST else (needs.main(1), free.main or 0)
     return f"one sequence needs {needed / 1e6:,.0f} MB of {fit.limited_by}, {there / 1e6:,.0f} MB are there"

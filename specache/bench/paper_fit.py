@@ -34,7 +34,7 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class Room:
+class FreeMemory:
     """What there is.
 
     Attributes:
@@ -98,29 +98,29 @@ class Needs:
         return batch * (self.context + self.new) * max(layer.row_bytes(self.model.itemsize) for layer in self.model.layers) // 2
 
 
-def planned_fit(needs: Needs, room: Room) -> Fit:
+def planned_fit(needs: Needs, free: FreeMemory) -> Fit:
     """By arithmetic."""
 
     def exceeds(batch: int) -> str | None:
-        if batch > room.most:
+        if batch > free.most:
             return ASKED
-        if needs.fast(batch) > room.fast:
+        if needs.fast(batch) > free.fast:
             return FAST
-        return MAIN if room.main is not None and needs.main(batch) > room.main else None
+        return MAIN if free.main is not None and needs.main(batch) > free.main else None
 
-    batch = largest(lambda batch: exceeds(batch) is None, 1, room.most)
+    batch = largest(lambda batch: exceeds(batch) is None, 1, free.most)
     return Fit(batch, COUNTED if needs.entry.name == FULL else PLANNED, exceeds(batch + 1) or ASKED)
 
 
-def tried_fit(needs: Needs, room: Room, decodes: Callable[[int], bool]) -> Fit:
+def tried_fit(needs: Needs, free: FreeMemory, decodes: Callable[[int], bool]) -> Fit:
     """By trying batches around the one that arithmetic expects.
 
     Args:
         decodes: fills and decodes a batch; whether memory sufficed.
     """
-    hosted = largest(lambda batch: room.main is None or needs.main(batch) <= room.main, 1, room.most)
-    batch = largest_near(planned_fit(needs, room).batch, decodes, hosted)
-    limit = ASKED if batch == room.most else MAIN if batch == hosted else FAST
+    hosted = largest(lambda batch: free.main is None or needs.main(batch) <= free.main, 1, free.most)
+    batch = largest_near(planned_fit(needs, free).batch, decodes, hosted)
+    limit = ASKED if batch == free.most else MAIN if batch == hosted else FAST
     return Fit(batch, TRIED, limit)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import specache
-from specache.bench import compute_device as device
+from specache.bench import compute_device
 from specache.bench.child import Child, ChildEnded
 from specache.bench.shapes import ModelSource
 from specache.config import SpeCacheConfig
@@ -99,19 +99,19 @@ class Prefiller:
         self._job, self._model, self._ids = job, model, ids
         self._device = ids.device.type
         self._read(ids[:, :WARMUP_TOKENS])
-        device.give_back()
-        self._idle_bytes = device.held_bytes(self._device)
+        compute_device.release_memory()
+        self._idle_bytes = compute_device.held_bytes(self._device)
 
     def prefill(self) -> Reading:
         """One prefill; what it filled is freed again."""
-        device.reset_peak(self._device)
-        device.synchronise()
+        compute_device.reset_peak(self._device)
+        compute_device.synchronise()
         started = time.perf_counter()
         self._read(self._ids)
-        device.synchronise()
+        compute_device.synchronise()
         seconds = time.perf_counter() - started
-        peak = device.peak_bytes(self._device)
-        device.give_back()
+        peak = compute_device.peak_bytes(self._device)
+        compute_device.release_memory()
         return Reading(seconds, self._idle_bytes, peak)
 
     def _read(self, ids: Tensor) -> None:

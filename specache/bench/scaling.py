@@ -9,16 +9,16 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from specache.bench.base import Outcome, Result, Surroundings, check_at_least
+from specache.bench.base import BenchContext, Outcome, Result, check_at_least
 from specache.bench.cache_options import CacheOptions
+from specache.bench.compare import Measured, Skipped, compare
 from specache.bench.contenders import DynamicContender, SpeCacheContender
 from specache.bench.plot import require_matplotlib, scaling_figure, write_plot
-from specache.bench.race import Measured, Skipped, race
 from specache.bench.workload import Workload
 from specache.errors import ConfigError
 
 OURS, STOCK = SpeCacheContender.impl, DynamicContender.impl
-Line = dict[str, Any]
+FittedLine = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,17 +44,15 @@ class Scaling(CacheOptions):
             if not self.plot.expanduser().parent.is_dir():
                 raise ConfigError(f"--plot {self.plot}: there is no folder {self.plot.expanduser().parent}.")
 
-    def run(self, surroundings: Surroundings) -> Outcome:
-        source = surroundings.model_source
-        surroundings.say(f"Loading {source.name}")
+    def run(self, bench: BenchContext) -> Outcome:
+        source = bench.model_source
+        bench.log(f"Loading {source.name}")
         model = source.load()
         results: list[Result] = []
         for batch in sorted(set(self.batches)):
             for context in sorted(set(self.contexts)):
-                work = Workload(model, batch, context, surroundings.seed)
-                measured = race(
-                    work, [SpeCacheContender(work, self.config()), DynamicContender(work)], self.steps, surroundings.say
-                )
+                work = Workload(model, batch, context, bench.seed)
+                measured = compare(work, [SpeCacheContender(work, self.config()), DynamicContender(work)], self.steps, bench.log)
                 results += [_result(contender.impl, work, one) for contender, one in measured.items()]
         lines = fitted_lines(results)
         if self.plot is not None:
@@ -62,7 +60,7 @@ class Scaling(CacheOptions):
         return Outcome(results, {"lines": lines, "slope_ratios": slope_ratios(lines)})
 
 
-def fitted_lines(results: Iterable[Result]) -> list[Line]:
+def fitted_lines(results: Iterable[Result]) -> list[FittedLine]:
     """Per implementation and batch, least squares over two contexts or more: `ms = a_ms + b_us_per_token * context / 1000`."""
     groups: dict[tuple[str, int], list[tuple[int, float]]] = {}
     for result in results:
@@ -78,7 +76,7 @@ def fitted_lines(results: Iterable[Result]) -> list[Line]:
     return lines
 
 
-def slope_ratios(lines: Iterable[Line]) -> list[dict[str, Any]]:
+def slope_ratios(lines: Iterable[FittedLine]) -> list[dict[str, Any]]:
     """Per batch: how many times more a token of context adds to a step of the ordinary cache."""
     slopes = {(line["impl"], line["batch"]): line["b_us_per_token"] for line in lines}
     ratios = []

@@ -149,8 +149,8 @@ class RandomModel:
             with torch.device(self.device):
                 model = AutoModelForCausalLM.from_config(self.shape.config(), dtype=self.weights.dtype).eval()
         except torch.OutOfMemoryError as error:
-            told = f"the GPU has no room for the weights of {self.name}. Use --device cpu, or a smaller shape."
-            raise BenchmarkError(told) from error
+            message = f"the GPU has no room for the weights of {self.name}. Use --device cpu, or a smaller shape."
+            raise BenchmarkError(message) from error
         if self.weights.quantised is not WeightFormat.AUTO:
             quantise_weights(model, self.weights.quantised)
         return model

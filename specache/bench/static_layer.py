@@ -20,7 +20,7 @@ from specache.tiers.base import SlowTier
 from specache.tiers.streams import streams_for
 
 
-class _Alone:
+class _OneLayerSequence:
     """A sequence of one layer, whose newest token is the one that every step decodes again."""
 
     def __init__(self, layer: CompressedLayer) -> None:
@@ -48,10 +48,10 @@ class StaticLayer:
         self._config = replace(layer.config, policy=policy, hot_set=0.0)
         self._keys, self._values = (newest.expand(-1, -1, rows, -1) for newest in layer.newest)
         self._params = layer.params
-        sequence = _Alone(layer.layer)
+        sequence = _OneLayerSequence(layer.layer)
         device = self._keys.device
-        room = -(-layer.layer.table.length // PAGE_TOKENS) * PAGE_TOKENS
-        self._batch = DeviceBatch([sequence], self._config, BatchSize(rows, room, {0: 0}), streams_for(device), ByteBudget())
+        capacity = -(-layer.layer.table.length // PAGE_TOKENS) * PAGE_TOKENS
+        self._batch = DeviceBatch([sequence], self._config, BatchSize(rows, capacity, {0: 0}), streams_for(device), ByteBudget())
         self._batch.begin([[0] * rows])
         self._steps = GraphedSteps(graphs_for(device))
         self._query: Tensor | None = None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from specache.bench import greedy
-from specache.bench.base import Outcome, Result, Say, Surroundings, check_at_least
+from specache.bench.base import BenchContext, Log, Outcome, Result, check_at_least
 from specache.bench.cache_options import TierOptions
 from specache.bench.row_folder import row_folder
 from specache.bench.timing import Timing
@@ -54,19 +54,19 @@ class Tiers(TierOptions):
         _check_among(self.tiers, TIERS, "tiers")
         _check_among(self.policies, [policy for policy in Policy if policy not in _NOT_HERE], "policies")
 
-    def run(self, surroundings: Surroundings) -> Outcome:
-        source = surroundings.model_source
-        surroundings.say(f"Loading {source.name}")
+    def run(self, bench: BenchContext) -> Outcome:
+        source = bench.model_source
+        bench.log(f"Loading {source.name}")
         model = source.load()
-        prompt = source.prompt(self.context, self.text, surroundings.seed)
+        prompt = source.prompt(self.context, self.text, bench.seed)
         with ExitStack() as stack:
             folder = stack.enter_context(row_folder(self.dir))
             stack.enter_context(attached(model))
             turns: list[_Turn] = []
             for tier in dict.fromkeys(self.tiers):
-                turns += self._turns(stack, model, tier, folder, prompt, surroundings.say)
+                turns += self._turns(stack, model, tier, folder, prompt, bench.log)
             for number in range(self.rounds):
-                surroundings.say(f"round {number + 1} of {self.rounds}: {self.steps} steps with each tier and policy")
+                bench.log(f"round {number + 1} of {self.rounds}: {self.steps} steps with each tier and policy")
                 first = number % len(turns)
                 for turn in turns[first:] + turns[:first]:
                     turn.run(self.steps)
@@ -76,13 +76,13 @@ class Tiers(TierOptions):
             result["vs_ram"] = _over_ram(result, results)
         return Outcome(results, {"disk_reader": {"name": reader.reader, "direct": reader.direct}})
 
-    def _turns(self, stack: ExitStack, model: Any, tier: str, folder: Path, prompt: list[int], say: Say) -> list[_Turn]:
+    def _turns(self, stack: ExitStack, model: Any, tier: str, folder: Path, prompt: list[int], log: Log) -> list[_Turn]:
         """Prefill, and a fork for every policy."""
         slow_dir = str(folder) if tier == SlowTierKind.DISK else None
         config = self.config(slow_tier=SlowTierKind(tier), slow_dir=slow_dir, policy=Policy(self.policies[0]))
         cache = stack.enter_context(SpeCache(model, config))
         first = greedy.read_prompt(
-            model, cache, prompt, lambda done, total: say(f"tier {tier}: prompt, {done:,} of {total:,} tokens")
+            model, cache, prompt, lambda done, total: log(f"tier {tier}: prompt, {done:,} of {total:,} tokens")
         )
         forks = [stack.enter_context(cache.fork(policy)) for policy in dict.fromkeys(self.policies)]
         return [_Turn(model, tier, fork, first) for fork in forks]

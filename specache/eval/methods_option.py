@@ -7,7 +7,7 @@ from typing import Any
 
 from specache.config import SpeCacheConfig
 from specache.errors import ConfigError
-from specache.eval import catalogue as registry
+from specache.eval import catalogue
 from specache.eval.methods.base import Method
 from specache.eval.methods.specache import SpeCacheMethod
 from specache.eval.setting_fields import field_types, flag, parse, shown
@@ -29,7 +29,7 @@ class NamedMethod:
 
     @property
     def name(self) -> str:
-        """In the registry."""
+        """In the catalogue."""
         return self.method.name
 
     @property
@@ -45,7 +45,7 @@ def parse_methods(text: str) -> list[NamedMethod]:
         ConfigError: an unknown method or setting, a bad value, the same method twice, or none at all.
     """
     methods = [parse_method(entry) for entry in split_methods(text)]
-    refuse_twins(methods)
+    check_unique(methods)
     return methods
 
 
@@ -53,7 +53,7 @@ def split_methods(text: str) -> list[str]:
     """The entries of a `--methods` value; raises `ConfigError` if there is none."""
     entries = [entry.strip() for entry in text.split(",") if entry.strip()]
     if not entries:
-        raise ConfigError(f"--methods needs at least one method. Known: {', '.join(registry.METHODS)}.")
+        raise ConfigError(f"--methods needs at least one method. Known: {', '.join(catalogue.METHODS)}.")
     return entries
 
 
@@ -65,7 +65,7 @@ def parse_method(text: str) -> NamedMethod:
 def read_method(text: str) -> tuple[Any, dict[str, Any]]:
     """One method's class and the settings that were given, as values."""
     name, *assignments = (part.strip() for part in text.split(":"))
-    cls = registry.method_class(name)
+    cls = catalogue.method_class(name)
     kinds = setting_types(cls)
     settings: dict[str, Any] = {}
     for assignment in assignments:
@@ -87,7 +87,7 @@ def named(cls: Any, settings: dict[str, Any]) -> NamedMethod:
     return NamedMethod(_label(cls, method), method)
 
 
-def refuse_twins(methods: list[NamedMethod]) -> None:
+def check_unique(methods: list[NamedMethod]) -> None:
     """Raises `ConfigError` if two methods are the same, however they were written."""
     seen: set[str] = set()
     for method in methods:

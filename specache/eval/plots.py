@@ -183,8 +183,8 @@ def mean_label(rows: list[Row]) -> str:
 
 def _dot(axes: Axes, row: Row, y: float, look: Style, logarithmic: bool) -> None:
     if row["mean"] is None or (logarithmic and row["mean"] < SMALLEST):
-        said = "no value" if row["mean"] is None else " 0" if row["mean"] == 0 else f" < {SMALLEST:g}"
-        axes.text(0.0, y, said, transform=axes.get_yaxis_transform(), fontsize=8, va="center")
+        text = "no value" if row["mean"] is None else " 0" if row["mean"] == 0 else f" < {SMALLEST:g}"
+        axes.text(0.0, y, text, transform=axes.get_yaxis_transform(), fontsize=8, va="center")
         return
     axes.errorbar(row["mean"], y, xerr=margins(row), color=look.colour, marker="o", markersize=5, capsize=2.5, linewidth=1.6)
     if logarithmic and row["p99"]:

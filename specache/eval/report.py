@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from specache.errors import EvaluationError
-from specache.eval import catalogue as registry
-from specache.eval import plots
+from specache.eval import catalogue, plots
 from specache.eval.columns import columns, interval_text
 from specache.eval.results import Cell, Run, read_results, write_file
 from specache.eval.setting_fields import from_json, shown
@@ -29,7 +28,7 @@ _TEMPLATE = Path(__file__).with_name("report.html.j2")
 
 
 @runtime_checkable
-class Draws(Protocol):
+class HasFigures(Protocol):
     """A task with plots of its own."""
 
     def figures(self, rows: list[Row], cells: list[Cell]) -> dict[str, Figure]:
@@ -76,11 +75,11 @@ def task_of(run: Run) -> Any:
         from specache.eval.tasks.ablate import Ablate
 
         return Ablate.from_settings(run.identity["settings"])
-    return from_json(registry.task_class(run.task), run.identity["settings"])
+    return from_json(catalogue.task_class(run.task), run.identity["settings"])
 
 
 def _figures(task: Any, rows: list[Row], cells: list[Cell]) -> dict[str, Figure]:
-    drawn = task.figures(rows, cells) if isinstance(task, Draws) else plots.default_figures(rows, cells)
+    drawn = task.figures(rows, cells) if isinstance(task, HasFigures) else plots.default_figures(rows, cells)
     return {re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-") or "plot": figure for name, figure in drawn.items()}
 
 

@@ -16,7 +16,7 @@ from specache import __version__
 from specache.engine.attention_hook import attached
 from specache.errors import EvaluationError, MethodUnavailableError, SpeCacheError
 from specache.eval.methods.base import Session
-from specache.eval.methods_option import NamedMethod, refuse_twins
+from specache.eval.methods_option import NamedMethod, check_unique
 from specache.eval.prefilled import Prefilled
 from specache.eval.results import Cell, ResultFolder, Run, open_results
 from specache.eval.table_rows import Row, aggregate
@@ -88,7 +88,7 @@ def evaluate(
         EvaluationError: `out` holds another run, cannot be written or is in use; or a method failed, and the message names it and
             the item.
     """
-    refuse_twins(methods)
+    check_unique(methods)
     with open_results(out, describe_run(model, task, methods, seed)) as results:
         torch.manual_seed(seed)
         _Runner(model, task, methods, results, progress or Progress()).run()
@@ -105,16 +105,16 @@ class _Runner:
         self._methods = list(methods)
         self._results = results
         self._progress = progress
-        self._left = {method.label: 0 for method in methods}  # cells to be measured
+        self._remaining = {method.label: 0 for method in methods}  # cells to be measured
 
     def run(self) -> None:
-        with torch.no_grad(), attached(self._model.model), _Prompts(self._model.model, self._needs_queries()) as prompts:
-            self._count()
+        with torch.no_grad(), attached(self._model.model), _PrefilledPrompts(self._model.model, self._needs_queries()) as prompts:
+            self._check_items()
             for index, item in enumerate(self._task.items(self._model)):
                 if todo := [method for method in self._methods if not self._results.has(item.id, method.label)]:
                     self._item(index, item, todo, prompts)
 
-    def _count(self) -> None:
+    def _check_items(self) -> None:
         """Go through all items once before any is measured: broken data shows now, not after hours."""
         seen: set[str] = set()
         for item in self._task.items(self._model):
@@ -123,19 +123,19 @@ class _Runner:
             if not item.prompt:
                 raise EvaluationError(f"item {item.id!r} of the task {self._task.name!r} has an empty prompt.")
             seen.add(item.id)
-            for label in self._left:
-                self._left[label] += not self._results.has(item.id, label)
+            for label in self._remaining:
+                self._remaining[label] += not self._results.has(item.id, label)
         if not seen:
             raise EvaluationError(f"the task {self._task.name!r} has no items with these options.")
         cells = len(seen) * len(self._methods)
-        self._progress.begin(cells, cells - sum(self._left.values()))
+        self._progress.begin(cells, cells - sum(self._remaining.values()))
 
     def _needs_queries(self) -> bool:
         return any(method.method.needs_all_queries for method in self._methods)
 
-    def _item(self, index: int, item: Item, todo: list[NamedMethod], prompts: _Prompts) -> None:
+    def _item(self, index: int, item: Item, todo: list[NamedMethod], prompts: _PrefilledPrompts) -> None:
         try:
-            prompt = prompts.of(item, lambda done, total: self._progress.prefill(item.id, done, total))
+            prompt = prompts.get(item, lambda done, total: self._progress.prefill(item.id, done, total))
             prepared = self._task.prepare(self._model, item, prompt)
         except Exception as error:
             raise _explained(error, f"item {item.id!r}") from error
@@ -149,7 +149,7 @@ class _Runner:
             except Exception as error:
                 raise _explained(error, f"item {item.id!r}, method {method.label!r}") from error
             self._results.append(cell)
-            self._left[method.label] -= 1
+            self._remaining[method.label] -= 1
             self._progress.finished()
 
     def _cell(self, index: int, prepared: Prepared, method: NamedMethod) -> Cell:
@@ -178,10 +178,10 @@ class _Runner:
         self._methods.remove(method)
         self._results.skip(method.label, reason)
         self._progress.skipped(method.label, reason)
-        self._progress.finished(self._left.pop(method.label))
+        self._progress.finished(self._remaining.pop(method.label))
 
 
-class _Prompts(ExitStack):
+class _PrefilledPrompts(ExitStack):
     """Prefilled prompts, one at a time; items that share a beginning share its prefill, equal prompts everything."""
 
     def __init__(self, model: Any, all_queries: bool) -> None:
@@ -189,28 +189,28 @@ class _Prompts(ExitStack):
         self._model = model
         self._all_queries = all_queries
         self._shares = inspect_model(model).rope_switch is None  # else a longer prompt may need its beginning prefilled anew
-        self._begin: Prefilled | None = None
+        self._prefix: Prefilled | None = None
         self._current: Prefilled | None = None
         self.callback(self._close)
 
-    def of(self, item: Item, progress: Any) -> Prefilled:
+    def get(self, item: Item, progress: Any) -> Prefilled:
         """The item's prompt, good until the next call."""
         if self._current is not None and self._current.token_ids == item.prompt:
             return self._current
         self._drop_current()
-        begin = self._beginning(item, progress)
-        self._current = Prefilled(self._model, item.prompt, all_queries=self._all_queries, like=begin, progress=progress)
+        prefix = self._shared_prefix(item, progress)
+        self._current = Prefilled(self._model, item.prompt, all_queries=self._all_queries, like=prefix, progress=progress)
         return self._current
 
-    def _beginning(self, item: Item, progress: Any) -> Prefilled | None:
+    def _shared_prefix(self, item: Item, progress: Any) -> Prefilled | None:
         """What the item shares with its neighbours; at least one token stays to be run after it."""
         ids = item.prompt[: min(item.shared, len(item.prompt) - 1)] if self._shares else []
-        if self._begin is not None and self._begin.token_ids != ids:
-            self._begin.close()
-            self._begin = None
-        if self._begin is None and ids:
-            self._begin = Prefilled(self._model, ids, all_queries=self._all_queries, progress=progress)
-        return self._begin
+        if self._prefix is not None and self._prefix.token_ids != ids:
+            self._prefix.close()
+            self._prefix = None
+        if self._prefix is None and ids:
+            self._prefix = Prefilled(self._model, ids, all_queries=self._all_queries, progress=progress)
+        return self._prefix
 
     def _drop_current(self) -> None:
         if self._current is not None:
@@ -219,9 +219,9 @@ class _Prompts(ExitStack):
 
     def _close(self) -> None:
         self._drop_current()
-        if self._begin is not None:
-            self._begin.close()
-            self._begin = None
+        if self._prefix is not None:
+            self._prefix.close()
+            self._prefix = None
 
 
 def _check(measurement: Measurement) -> None:

@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from specache.bench import environment as machine
-from specache.bench import kernel_backends as kernels
+from specache.bench import environment, kernel_backends
 from specache.bench.attention_layer import Attention
-from specache.bench.base import Outcome, Surroundings
+from specache.bench.base import BenchContext, Outcome
 from specache.bench.one_layer import LowBitLayer
 from specache.bench.shapes import SHAPES
 from specache.bench.static_layer import StaticLayer
@@ -29,7 +28,7 @@ KEYS = {"impl", "isa", "bits", "rows", "context", "ms", "gb_per_s", "vs_sdpa_bf1
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tiny layer, and an array that is read in no time."""
     monkeypatch.setitem(SHAPES, "tiny", TINY)
-    monkeypatch.setattr(machine.LargeArray.__init__, "__defaults__", (1 << 20,))
+    monkeypatch.setattr(environment.LargeArray.__init__, "__defaults__", (1 << 20,))
 
 
 def rows_and_query(rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -93,7 +92,7 @@ def test_where_rows_are_copied_every_step_copies_all_of_them(rows):
 
 
 def run(**settings: Any) -> Outcome:
-    return Attention(shape="tiny", context=(CONTEXT,), repeat=2, top_k=8, **settings).run(Surroundings())
+    return Attention(shape="tiny", context=(CONTEXT,), repeat=2, top_k=8, **settings).run(BenchContext())
 
 
 def test_results_have_what_the_issue_names_and_ratios_are_speed_ups():
@@ -135,8 +134,8 @@ def test_every_backend_is_measured_while_it_serves(monkeypatch):
         seen.add(serving[-1])
         return attend(self, *arguments)
 
-    monkeypatch.setattr(kernels, "available", lambda: ["torch", "generic", "avx2"])
-    monkeypatch.setattr(kernels, "using", using)
+    monkeypatch.setattr(kernel_backends, "available", lambda: ["torch", "generic", "avx2"])
+    monkeypatch.setattr(kernel_backends, "using", using)
     monkeypatch.setattr(LowBitLayer, "attend", watched)
     results = run().results
     assert [result["isa"] for result in results if result["impl"] == "specache"] == ["torch", "generic", "avx2"]
@@ -167,7 +166,7 @@ def test_a_layer_over_static_buffers_computes_the_same(rows, bits):
     ordinary, taken = (LowBitLayer(keys, values, Code.ROTATED, bits, top_k=8, copied=True) for _ in range(2))
     static = StaticLayer(taken, rows, keys.dtype)
     for one in (query, -query, query):
-        with kernels.using(kernels.PLAIN):
+        with kernel_backends.using(kernel_backends.PLAIN):
             expected = ordinary.attend(one)
         difference = (static.attend(one) - expected)[:, :, :1].abs().max()  # the guess's row takes what it finds
         assert difference <= 2.0**-7 * expected.abs().max()  # rounded to the model's bfloat16
@@ -175,8 +174,8 @@ def test_a_layer_over_static_buffers_computes_the_same(rows, bits):
 
 
 def test_on_a_gpu_the_static_step_has_a_row_of_its_own(monkeypatch):
-    monkeypatch.setattr(kernels, "layers_on", lambda device: [kernels.PLAIN, kernels.STATIC])
-    results = Attention(shape="tiny", context=(CONTEXT,), rows=(2,), top_k=8, repeat=1).run(Surroundings()).results
+    monkeypatch.setattr(kernel_backends, "layers_on", lambda device: [kernel_backends.PLAIN, kernel_backends.STATIC])
+    results = Attention(shape="tiny", context=(CONTEXT,), rows=(2,), top_k=8, repeat=1).run(BenchContext()).results
     ours = [row for row in results if row["impl"] == "specache"]
     assert [row["isa"] for row in ours] == ["torch", "static"]
     assert ours[1]["ms"] > 0 and ours[1]["phases"] is None and ours[1]["difference"] < 0.05

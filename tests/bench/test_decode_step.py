@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from specache.bench import contenders
-from specache.bench import decode_step as decode
-from specache.bench.base import Result, Surroundings
+from specache.bench import contenders, decode_step
+from specache.bench.base import BenchContext, Result
 from specache.bench.breakdown import PHASES
 from specache.bench.decode_step import Decode
 from specache.errors import BenchmarkError, ConfigError
@@ -21,12 +20,12 @@ KEYS = {"impl", "weights", "cache", "batch", "context", "ms_per_step", "tokens_p
 
 def run(**settings: Any) -> list[Result]:
     settings = {"context": 130, "batch": 2, "steps": 2, "top_k": 8, **settings}
-    return Decode(**settings).run(Surroundings(tiny_model())).results
+    return Decode(**settings).run(BenchContext(tiny_model())).results
 
 
 @pytest.fixture
 def without_libraries(monkeypatch):
-    for module in (contenders, decode):
+    for module in (contenders, decode_step):
         monkeypatch.setattr(module, "find_spec", lambda name: None)
 
 
@@ -66,7 +65,7 @@ def test_llama_cpp_is_asked_for_the_same_thing(monkeypatch):
 
     module = types.ModuleType("specache.bench.llama_cpp")
     module.measure = measure
-    monkeypatch.setattr(decode, "find_spec", lambda name: True)
+    monkeypatch.setattr(decode_step, "find_spec", lambda name: True)
     monkeypatch.setitem(sys.modules, "specache.bench.llama_cpp", module)
     results = [result for result in run(against=("dynamic", "llama.cpp")) if result["impl"] == "llama.cpp"]
     assert [arguments[:6] for arguments in asked] == [(TINY, 130, 2, "fp32", cache, 2) for cache in ("f16", "q8_0", "q4_0")]
@@ -86,4 +85,4 @@ def test_settings_that_cannot_be_measured_are_refused(settings, message):
 
 def test_a_model_has_to_be_named():
     with pytest.raises(ConfigError, match="--model"):
-        Decode().run(Surroundings())
+        Decode().run(BenchContext())

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from specache.bench import control_group
-from specache.bench.base import Surroundings
+from specache.bench.base import BenchContext
 from specache.bench.child import Child, ChildEnded
 from specache.bench.control_group import MemoryGroup
 from specache.bench.memory import Memory
@@ -100,7 +100,7 @@ def test_what_fails_in_the_process_is_told():
 @pytest.mark.slow
 def test_the_disk_tier_lives_where_the_ordinary_cache_dies(limits, tmp_path):
     benchmark = Memory(context=8000, times=2.0, short=1500, chunk=128, steps=2, hot_set=0.02, top_k=16, dir=tmp_path)
-    results = benchmark.run(Surroundings(RandomModel(WIDE, Weights.BF16))).results
+    results = benchmark.run(BenchContext(RandomModel(WIDE, Weights.BF16))).results
     outcome = [(result["method"], result["context"], result["completed"]) for result in results]
     assert outcome == [("specache", 1000, True), ("specache", 8000, True), ("dynamic", 1500, True), ("dynamic", 8000, False)]
     base, ours, fits, killed = results

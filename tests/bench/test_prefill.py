@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from specache.bench.base import Surroundings
+from specache.bench.base import BenchContext
 from specache.bench.prefill import Prefill
 from specache.bench.prefill_worker import DYNAMIC, SPECACHE, Job, Worker, prefiller, read_with_dynamic_cache
 from specache.bench.shapes import RandomModel
@@ -35,7 +35,7 @@ def test_a_reading_has_a_time_and_a_peak(impl):
 
 
 def test_two_processes_take_turns():
-    results = Prefill(context=130, chunk=64, repeat=2).run(Surroundings(tiny_model())).results
+    results = Prefill(context=130, chunk=64, repeat=2).run(BenchContext(tiny_model())).results
     ours, stock = results
     assert (ours["impl"], stock["impl"]) == ("specache", "dynamic")
     assert ours["vs_dynamic"] == pytest.approx(stock["seconds"] / ours["seconds"]) and stock["vs_dynamic"] == 1

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from specache.bench import race as races
-from specache.bench.base import Surroundings
+from specache.bench import compare as comparison
+from specache.bench.base import BenchContext
 from specache.bench.scaling import Scaling, fitted_lines, slope_ratios
 from specache.errors import ConfigError
 from tests.bench.tiny_shape import tiny_model
@@ -28,7 +28,7 @@ def test_a_line_is_found_again_and_slopes_are_compared_per_batch():
 def test_contexts_and_batches_are_measured_and_plotted(tmp_path):
     plot = tmp_path / "scaling.png"
     benchmark = Scaling(contexts=(256, 128), batches=(2, 1), steps=1, top_k=8, plot=plot)
-    outcome = benchmark.run(Surroundings(tiny_model()))
+    outcome = benchmark.run(BenchContext(tiny_model()))
     measured = [(r["impl"], r["batch"], r["context"]) for r in outcome.results]
     assert measured == [(impl, b, c) for b in (1, 2) for c in (128, 256) for impl in ("specache", "dynamic")]
     assert all(r["ms_per_step"] > 0 and r["skipped"] is None for r in outcome.results)
@@ -37,9 +37,9 @@ def test_contexts_and_batches_are_measured_and_plotted(tmp_path):
 
 
 def test_what_does_not_fit_says_how_much_is_missing(monkeypatch, tmp_path):
-    monkeypatch.setattr(races, "memory", lambda: {"usable_bytes": 10**6})
+    monkeypatch.setattr(comparison, "memory", lambda: {"usable_bytes": 10**6})
     plot = tmp_path / "scaling.png"
-    outcome = Scaling(contexts=(128, 10**6), batches=(1,), steps=1, plot=plot).run(Surroundings(tiny_model()))
+    outcome = Scaling(contexts=(128, 10**6), batches=(1,), steps=1, plot=plot).run(BenchContext(tiny_model()))
     small, large = outcome.results[:2], outcome.results[2:]
     assert all(r["ms_per_step"] is not None for r in small)
     assert all(r["ms_per_step"] is None and "GB of memory" in r["skipped"] for r in large)

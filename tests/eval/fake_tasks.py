@@ -64,7 +64,7 @@ class Divergence:
 
 
 @dataclass(frozen=True)
-class GenerationState:
+class AnswerScores:
     """A score per item that depends on nothing but the item and whether the method is the full cache."""
 
     name: ClassVar[str] = "answers"

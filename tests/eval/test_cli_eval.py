@@ -11,7 +11,7 @@ import pytest
 
 from specache.cli import console
 from specache.errors import EvaluationError
-from specache.eval import catalogue as registry
+from specache.eval import catalogue
 from tests.cli.running import one_line, run
 from tests.eval import fake_tasks
 from tests.eval.fake_tasks import calls
@@ -23,8 +23,8 @@ SMALL = ("--items-per-group", "1", "--names", "text", "--length", "220")
 @pytest.fixture(autouse=True)
 def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tasks that are quick, and no others: their files are not what is tested here."""
-    monkeypatch.setattr(registry, "TASKS", {"divergence": f"{MODULE}:Divergence", "answers": f"{MODULE}:Answers"})
-    monkeypatch.setitem(registry.METHODS, "missing", f"{MODULE}:MissingMethod")
+    monkeypatch.setattr(catalogue, "TASKS", {"divergence": f"{MODULE}:Divergence", "answers": f"{MODULE}:AnswerScores"})
+    monkeypatch.setitem(catalogue.METHODS, "missing", f"{MODULE}:MissingMethod")
     calls.clear()
 
 
@@ -42,7 +42,7 @@ def test_list_shows_tasks_and_methods():
     assert "divergence along random tokens" in text and "ablate" in text and "the ordinary 16-bit cache" in text
     document = json.loads(run("eval", "list", "--json").stdout)
     assert [task["name"] for task in document["tasks"]] == ["divergence", "answers", "ablate"]
-    assert {method["name"] for method in document["methods"]} == set(registry.METHODS)
+    assert {method["name"] for method in document["methods"]} == set(catalogue.METHODS)
     assert "top_k" in next(method for method in document["methods"] if method["name"] == "specache")["settings"]
 
 
@@ -94,7 +94,7 @@ def test_results_over_quantised_weights_do_not_mix_with_others(tiny, tmp_path):
 
 
 def test_the_same_command_goes_on_after_an_interrupt(tiny, monkeypatch, tmp_path):
-    measure, stop = fake_tasks.GenerationState.measure, [3]
+    measure, stop = fake_tasks.AnswerScores.measure, [3]
 
     def interrupted(self: Any, *arguments: Any) -> Any:
         stop[0] -= 1
@@ -102,7 +102,7 @@ def test_the_same_command_goes_on_after_an_interrupt(tiny, monkeypatch, tmp_path
             raise KeyboardInterrupt
         return measure(self, *arguments)
 
-    monkeypatch.setattr(fake_tasks.GenerationState, "measure", interrupted)
+    monkeypatch.setattr(fake_tasks.AnswerScores, "measure", interrupted)
     arguments = (*tiny, "--methods", "full,kivi")
     text = one_line(evaluate("answers", *arguments, code=console.EXIT_INTERRUPTED).stderr)
     assert "3 finished cells are kept" in text and "same command" in text
@@ -121,13 +121,13 @@ def test_another_runs_folder_is_refused(tiny):
 
 
 def test_a_warning_of_a_task_is_one_line_said_once(tiny, monkeypatch):
-    items = fake_tasks.GenerationState.items
+    items = fake_tasks.AnswerScores.items
 
     def warning(self: Any, model: Any) -> Any:
         warnings.warn("two files are missing", stacklevel=1)
         return items(self, model)
 
-    monkeypatch.setattr(fake_tasks.GenerationState, "items", warning)
+    monkeypatch.setattr(fake_tasks.AnswerScores, "items", warning)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         text = evaluate("answers", *tiny, "--methods", "kivi").stderr

@@ -83,8 +83,8 @@ def test_the_text_is_followed_as_it_stands(model):
     with torch.no_grad(), attached(model.model):
         reference = task.prepare(model, item, prompt).reference
     prompt.close()
-    assert reference.fed == following[:NEW]
-    assert reference.following == following[1 : NEW + 1]
+    assert reference.inputs == following[:NEW]
+    assert reference.targets == following[1 : NEW + 1]
     whole = torch.tensor([item.prompt + following[:NEW]])
     with torch.no_grad():
         expected = model.model(whole).logits[0, -NEW:].log_softmax(-1)

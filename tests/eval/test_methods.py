@@ -263,7 +263,7 @@ def test_h2o_evicts_the_lightest_token_that_is_not_recent():
         layer = layer_of(session)
         recent = layer._recent
         for step, token in enumerate(tokens):
-            before, mass = layer.positions.clone(), layer._mass.clone()
+            before, mass = layer.positions.clone(), layer._attention_sums.clone()
             session.feed(token)
             position = LENGTH + step
             for head in range(2):

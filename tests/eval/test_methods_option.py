@@ -11,7 +11,7 @@ import pytest
 
 from specache.config import Policy
 from specache.errors import ConfigError
-from specache.eval import catalogue as registry
+from specache.eval import catalogue
 from specache.eval.methods_option import parse_method, parse_methods
 from specache.eval.setting_fields import from_json, parse
 
@@ -41,7 +41,7 @@ class Painted:
 
 @pytest.fixture(autouse=True)
 def painted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(registry.METHODS, "painted", f"{__name__}:Painted")
+    monkeypatch.setitem(catalogue.METHODS, "painted", f"{__name__}:Painted")
     monkeypatch.setattr("specache.platform.registry.import_module", lambda name: _module(name), raising=True)
 
 

@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 
 from specache.errors import ConfigError, EvaluationError
-from specache.eval import catalogue as registry
-from specache.eval import plots, report
+from specache.eval import catalogue, plots, report
 from specache.eval.columns import with_margin
 from specache.eval.results import Run, open_results
 from specache.eval.table_rows import aggregate, is_score
-from tests.eval.fake_tasks import Divergence, GenerationState
+from tests.eval.fake_tasks import AnswerScores, Divergence
 
 PNG = b"\x89PNG\r\n\x1a\n"
 METHODS = {
@@ -61,7 +60,7 @@ def run_of(unit: str, task: Any) -> Run:
 @pytest.fixture(params=["KL, nats", "NLL, nats", "score"])
 def written(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     unit = request.param
-    run, cells = run_of(unit, GenerationState() if unit == "score" else Divergence()), cells_of(unit)
+    run, cells = run_of(unit, AnswerScores() if unit == "score" else Divergence()), cells_of(unit)
     report.write_report(tmp_path, None, run, aggregate(run, cells), cells)
     return tmp_path
 
@@ -100,21 +99,21 @@ def test_no_half_written_file_stays(written: Path):
 
 
 def test_a_task_draws_its_own_plots(tmp_path: Path):
-    class Drawing(GenerationState):
+    class Drawing(AnswerScores):
         def figures(self, rows, cells):
             assert len(rows) == 8 and len(cells) == 24
             figure = plots.new_figure(3, 2)
             figure.subplots().plot([1, 2])
             return {"heat map/of ours": figure}
 
-    run, cells = run_of("score", GenerationState()), cells_of("score")
+    run, cells = run_of("score", AnswerScores()), cells_of("score")
     report.write_report(tmp_path, Drawing(), run, aggregate(run, cells), cells)
     assert [file.name for file in tmp_path.glob("*.png")] == ["heat-map-of-ours.png"]
     assert "heat-map-of-ours.png" in (tmp_path / report.REPORT_FILE).read_text()
 
 
 def test_a_report_is_rebuilt_from_the_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(registry.TASKS, "divergence", "tests.eval.fake_tasks:Divergence")
+    monkeypatch.setitem(catalogue.TASKS, "divergence", "tests.eval.fake_tasks:Divergence")
     with pytest.raises(EvaluationError, match="holds no results"):
         report.rebuild_report(tmp_path)
     task = Divergence(names=("one", "two"))
@@ -140,7 +139,7 @@ def test_no_two_of_many_methods_look_the_same():
 def test_missing_libraries_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"matplotlib and jinja2.*pip install 'specache\[eval\]'"):
-        report.write_report(tmp_path, None, run_of("score", GenerationState()), [], [])
+        report.write_report(tmp_path, None, run_of("score", AnswerScores()), [], [])
 
 
 @pytest.mark.parametrize(

@@ -341,7 +341,7 @@ def test_measured_answers(name: str, corpora: dict[str, Any]) -> None:
     references = item.facts["references"]
 
     def score(answer: str) -> float:
-        said = _Said(tokenizer(answer, add_special_tokens=False)["input_ids"])
+        said = _FixedAnswer(tokenizer(answer, add_special_tokens=False)["input_ids"])
         measured = task.measure(model, task.prepare(model, item, said), said)  # type: ignore[arg-type]
         assert measured.details["references"] == references
         assert answer.startswith(measured.details["prediction"])  # once everything is found, nothing more is decoded
@@ -353,7 +353,7 @@ def test_measured_answers(name: str, corpora: dict[str, Any]) -> None:
     assert score(" ".join(half)) == (1 if name == "qa_1" else len(half) / len(references))
 
 
-class _Said:
+class _FixedAnswer:
     """A prompt and a session that answer with given tokens."""
 
     def __init__(self, ids: list[int]) -> None:

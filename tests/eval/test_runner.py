@@ -17,7 +17,7 @@ from specache.eval.results import CELLS_FILE, RUN_FILE, Run, open_results
 from specache.eval.runner import Outcome, Progress, evaluate
 from specache.eval.table_rows import aggregate
 from specache.eval.tasks.base import TaskModel
-from tests.eval.fake_tasks import Divergence, GenerationState, MissingMethod, calls, failing, tiny_task_model
+from tests.eval.fake_tasks import AnswerScores, Divergence, MissingMethod, calls, failing, tiny_task_model
 
 ROW_KEYS = {
     *("task", "method", "config", "unit", "n", "tokens", "mean", "ci95", "p95", "p95_ci95", "p99", "p99_ci95", "top1", "top1_ci95"),
@@ -74,7 +74,7 @@ def test_rows_have_stable_keys_and_the_full_cache_diverges_from_nothing(model, t
 
 
 def test_rows_of_scores_say_what_stayed_right(model, tmp_path):
-    rows = run(model, tmp_path, "full,specache", GenerationState(count=8)).rows
+    rows = run(model, tmp_path, "full,specache", AnswerScores(count=8)).rows
     full, ours = rows
     assert set(ours) == ROW_KEYS
     assert (full["mean"], ours["mean"], ours["delta"]) == (0.75, 0.5, -0.25)
@@ -121,7 +121,7 @@ def test_methods_may_be_added_and_nothing_else(model, tmp_path):
     with pytest.raises(EvaluationError, match="seed is 0 there and 1 here"):
         run(model, tmp_path, "full", seed=1)
     with pytest.raises(EvaluationError, match=r'another run: task is "divergence" there and "answers" here\. Nothing'):
-        run(model, tmp_path, "full", GenerationState())
+        run(model, tmp_path, "full", AnswerScores())
     assert (tmp_path / CELLS_FILE).read_bytes() == before
 
 
@@ -261,7 +261,7 @@ def test_bad_tasks_are_found_before_anything_is_measured(model, tmp_path):
 
 
 def test_a_figure_that_is_no_number_is_an_error(model, tmp_path):
-    class Broken(GenerationState):
+    class Broken(AnswerScores):
         def measure(self, model, prepared, session):
             return runner.Measurement([float("nan")])
 

@@ -33,8 +33,8 @@ class LayerState(ABC):
         wanted, ready: rows that were needed from a store of recently fetched ones, and those of them that were there.
     """
 
-    wanted: int = 0
-    ready: int = 0
+    needed: int = 0
+    hits: int = 0
 
     @abstractmethod
     def decode(self, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
@@ -122,9 +122,9 @@ class DenseSession:
     def stats(self) -> SessionStats:
         """The most bytes held so far over the bytes of the ordinary cache as it would be now."""
         ordinary = self._token_bytes * self._length
-        wanted = sum(layer.wanted for layer in self._state.layers.values())
-        ready = sum(layer.ready for layer in self._state.layers.values())
-        return SessionStats(self._held / ordinary, self._held_hot / ordinary, ready / wanted if wanted else None)
+        needed = sum(layer.needed for layer in self._state.layers.values())
+        hits = sum(layer.hits for layer in self._state.layers.values())
+        return SessionStats(self._held / ordinary, self._held_hot / ordinary, hits / needed if needed else None)
 
     def close(self) -> None:
         self._measure()

@@ -86,7 +86,7 @@ class InfLLMLayer(LayerState):
         if self._blocks:
             parts.append(attend_part(query, *self._retrieve(grouped), params))
         if self._local.count >= self._plan.local + self._plan.block:
-            self._retire_block()
+            self._offload_block()
         return merge(parts, params.sinks)[0]
 
     def _retrieve(self, grouped: Tensor) -> Rows:
@@ -94,22 +94,22 @@ class InfLLMLayer(LayerState):
         count = min(self._plan.slots, len(self._blocks))
         relevance = torch.einsum("hd,hbd->hb", grouped, self._summaries.float())
         chosen = relevance.topk(count, dim=1).indices.tolist()
-        for head, wanted in enumerate(chosen):
-            there = self._buffer_ids[head].tolist()
-            missing = [block for block in wanted if block not in there]
-            free = [slot for slot, block in enumerate(there) if block not in wanted]
-            for block, slot in zip(missing, free, strict=False):
+        for head, selected in enumerate(chosen):
+            buffered = self._buffer_ids[head].tolist()
+            misses = [block for block in selected if block not in buffered]
+            free = [slot for slot, block in enumerate(buffered) if block not in selected]
+            for block, slot in zip(misses, free, strict=False):
                 for side in (0, 1):
                     self._buffer[side, head, slot] = self._blocks[block][side][head]
                 self._buffer_ids[head, slot] = block
-            self.wanted += count
-            self.ready += count - len(missing)
-        slots = [[self._buffer_ids[head].tolist().index(block) for block in wanted] for head, wanted in enumerate(chosen)]
+            self.needed += count
+            self.hits += count - len(misses)
+        slots = [[self._buffer_ids[head].tolist().index(block) for block in selected] for head, selected in enumerate(chosen)]
         heads = torch.arange(len(slots))[:, None]
         keys, values = self._buffer[:, heads, torch.tensor(slots)].flatten(2, 3)  # [Hkv, k block, D] each
         return keys, values
 
-    def _retire_block(self) -> None:
+    def _offload_block(self) -> None:
         """The oldest local tokens become a block."""
         block = self._plan.block
         rows = self._local.keys[:, :block], self._local.values[:, :block]

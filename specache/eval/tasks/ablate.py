@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from specache.errors import ConfigError
-from specache.eval import catalogue as registry
+from specache.eval import catalogue
 from specache.eval.methods.base import Session
 from specache.eval.methods_option import NamedMethod, named, read_method, resolve_field, setting_types, split_methods
 from specache.eval.plots import FULL_COLOUR, SMALLEST, common_legend, margins, mean_label, new_figure, style, tidy
@@ -47,7 +47,7 @@ class Ablate:
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> Ablate:
         """What `settings` described."""
-        return cls(from_json(registry.task_class(settings["task"]), settings["options"]), settings["field"])
+        return cls(from_json(catalogue.task_class(settings["task"]), settings["options"]), settings["field"])
 
     def items(self, model: TaskModel) -> Iterator[Item]:
         return self.task.items(model)
@@ -117,7 +117,7 @@ def sweep(methods: str, field: str, values: str) -> list[NamedMethod]:
             method = named(cls, variant)
             found.setdefault(method.label, method)
     if not swept:
-        known = ", ".join(setting_types(registry.method_class("specache")))
+        known = ", ".join(setting_types(catalogue.method_class("specache")))
         raise ConfigError(f"none of --methods {methods} has a setting {field!r}. specache has: {known}.")
     return list(found.values())
 

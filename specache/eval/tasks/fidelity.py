@@ -31,13 +31,13 @@ class Reference:
     """What the full cache says along a continuation.
 
     Attributes:
-        fed: the `n` tokens that are fed.
-        following: the token after each of them.
+        inputs: the `n` tokens that are fed.
+        targets: the token after each of them.
         log_probs: float32 [n, V] after each of them.
     """
 
-    fed: list[int]
-    following: list[int]
+    inputs: list[int]
+    targets: list[int]
     log_probs: Tensor
 
 
@@ -100,11 +100,11 @@ class Fidelity:
     def measure(self, model: TaskModel, prepared: Prepared, session: Session) -> Measurement:
         reference: Reference = prepared.reference
         divergence, same, nll = [], [], []
-        for i, token in enumerate(reference.fed):
+        for i, token in enumerate(reference.inputs):
             expected, actual = reference.log_probs[i], session.feed(token).log_softmax(-1)
             divergence.append(max(0.0, float((expected.exp() * (expected - actual)).sum())))
             same.append(float(expected.argmax() == actual.argmax()))
-            nll.append(-float(actual[reference.following[i]]))
+            nll.append(-float(actual[reference.targets[i]]))
         return Measurement(divergence, {"top1": same, "nll": nll})
 
     def _along(self, first: Tensor, session: Session, given: list[int] | None, end_ids: list[int]) -> Reference:

@@ -23,11 +23,11 @@ def normalize(text: str) -> list[str]:
 
 def qa_f1(prediction: str, reference: str, classes: Sequence[str] = ()) -> float:
     """Harmonic mean of precision and recall of the normalised words, as multisets."""
-    said, expected = normalize(prediction), normalize(reference)
-    common = sum((Counter(said) & Counter(expected)).values())
+    predicted, expected = normalize(prediction), normalize(reference)
+    common = sum((Counter(predicted) & Counter(expected)).values())
     if common == 0:
         return 0.0
-    precision, recall = common / len(said), common / len(expected)
+    precision, recall = common / len(predicted), common / len(expected)
     return 2 * precision * recall / (precision + recall)
 
 
@@ -39,14 +39,14 @@ def rouge_l(prediction: str, reference: str, classes: Sequence[str] = ()) -> flo
     and of the reference (recall). The package gives up on very long sentences without a full stop, which the benchmark scores 0;
     here they are scored.
     """
-    said, expected = _sentences(prediction), _sentences(reference)
-    if not said or not expected:
+    predicted, expected = _sentences(prediction), _sentences(reference)
+    if not predicted or not expected:
         return 0.0
     found: set[str] = set()
     for sentence in expected:
-        for other in said:
+        for other in predicted:
             found.update(common_subsequence(sentence, other))
-    precision = len(found) / len({word for sentence in said for word in sentence})
+    precision = len(found) / len({word for sentence in predicted for word in sentence})
     recall = len(found) / len({word for sentence in expected for word in sentence})
     return 2 * precision * recall / (precision + recall + 1e-8)
 

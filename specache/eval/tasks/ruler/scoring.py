@@ -26,8 +26,8 @@ def string_match_part(prediction: str, references: list[str]) -> float:
 
 
 def _hits(prediction: str, references: list[str]) -> list[bool]:
-    said = prediction.lower()
-    return [reference.lower() in said for reference in references]
+    lowered = prediction.lower()
+    return [reference.lower() in lowered for reference in references]
 
 
 SCORES: dict[str, Score] = {score.__name__: score for score in (string_match_all, string_match_part)}
