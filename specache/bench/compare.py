@@ -1,4 +1,4 @@
-"""Contenders against each other: side by side where all of them fit into memory, else one after the other."""
+"""Time several implementations: interleaved if all fit into memory, else one after the other."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WARMUP_STEPS = 2
 
 @dataclass(frozen=True)
 class Measured:
-    """One contender's step.
+    """The measurements of one implementation.
 
     Attributes:
         interleaved: whether it was timed in the same rounds as the others.
@@ -34,7 +34,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Skipped:
-    """Why a contender was not measured."""
+    """The reason why an implementation was not measured."""
 
     reason: str
 
@@ -42,10 +42,10 @@ class Skipped:
 def compare(
     work: Workload, contenders: Sequence[Contender], steps: int, log: Log, phase_steps: int = 0
 ) -> dict[Contender, Measured | Skipped]:
-    """Time `steps` steps of every contender that fits into memory.
+    """Time `steps` steps of every implementation that fits into memory.
 
     Args:
-        phase_steps: further steps, in which a contender's phases are recorded.
+        phase_steps: further steps, in which the phases of an implementation are recorded.
     """
     free = _FreeMemory(work)
     outcome: dict[Contender, Measured | Skipped] = {}
@@ -61,7 +61,7 @@ def compare(
 
 
 class _FreeMemory:
-    """Memory that is free before anything is filled: where the model computes, and main memory besides where that is a GPU."""
+    """Free memory before anything is filled, where the model computes and in main memory."""
 
     def __init__(self, work: Workload) -> None:
         self._drawn = work.drawn_bytes
@@ -71,7 +71,7 @@ class _FreeMemory:
         self._name = "GPU memory" if on_gpu else "memory"
 
     def lack(self, contenders: Sequence[Contender]) -> str | None:
-        """What they need and is not there, if they are filled together."""
+        """Say which memory is too small for all of them together, or return `None` if they fit."""
         needed = self._drawn + sum(contender.needed_bytes for contender in contenders)
         host = sum(contender.host_bytes for contender in contenders)
         for size, free, name in ((needed, self._free, self._name), (host, self._host_free, "main memory")):
@@ -83,7 +83,10 @@ class _FreeMemory:
 def _run_or_skip(
     work: Workload, group: Sequence[Contender], steps: int, log: Log, phase_steps: int
 ) -> dict[Contender, Measured | Skipped]:
-    """As `_run`; those that a GPU has no room for together are run one by one, and who has none alone is skipped."""
+    """Run a group, or its members one by one if a GPU's memory runs out.
+
+    A member whose memory runs out on its own is skipped.
+    """
     try:
         return _run(work, group, steps, log, phase_steps)
     except Exception as error:

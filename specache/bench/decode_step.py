@@ -1,4 +1,4 @@
-"""`decode`: a whole model's tokens per second over long synthetic contexts, and where a step's time goes."""
+"""`decode`: a whole model's tokens per second over long synthetic contexts, and a step's phases."""
 
 from __future__ import annotations
 
@@ -129,13 +129,13 @@ class Decode(CacheOptions):
 
 
 def llama_cpp_steps(model: Any, context: int, batch: int, weights: str, cache_type: str, steps: int) -> list[float]:
-    """Milliseconds of `steps` decode steps of llama.cpp.
+    """Return the milliseconds of `steps` decode steps of llama.cpp.
 
     Args:
         model: a `Shape`, or the model's name as the user wrote it.
 
     Raises:
-        BenchmarkError: it is not installed, or it cannot run this.
+        BenchmarkError: llama.cpp is not installed, or it cannot run this.
     """
     if find_spec("llama_cpp") is None:
         raise BenchmarkError("llama.cpp needs: pip install 'specache[bench]'")
@@ -145,7 +145,10 @@ def llama_cpp_steps(model: Any, context: int, batch: int, weights: str, cache_ty
 
 
 def _breakdown(measured: Measured, weights_ms: float | None) -> dict[str, float] | None:
-    """Where a step's milliseconds go; `rest` is what no part explains (Python, small operators, the residual, masks)."""
+    """Split a step's milliseconds into phases.
+
+    `rest` is the time that no phase covers: Python, small operators, the residual, masks.
+    """
     if weights_ms is None:
         return None
     phases = {phase: measured.phases.get(phase, 0.0) for phase in PHASES} if measured.phases is not None else {}
@@ -154,7 +157,7 @@ def _breakdown(measured: Measured, weights_ms: float | None) -> dict[str, float]
 
 
 def _compared(results: list[Result]) -> list[Result]:
-    """With `vs_dynamic`: how many times faster than transformers' ordinary cache."""
+    """Add `vs_dynamic` to the results: the speed-up over transformers' ordinary cache."""
     dynamic = next((result["ms_per_step"] for result in results if result["impl"] == DYNAMIC), None)
     for result in results:
         if dynamic and result["ms_per_step"]:

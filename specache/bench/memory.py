@@ -1,4 +1,4 @@
-"""`memory`: a long prompt under a memory limit that the kernel enforces, with the rows on a disk and with the ordinary cache."""
+"""`memory`: a long prompt under a memory limit, over the disk tier and over the ordinary cache."""
 
 from __future__ import annotations
 
@@ -26,12 +26,16 @@ from specache.errors import ConfigError
 from specache.model.dimensions import ModelDimensions
 
 BASELINE_TOKENS = 1000
-BASELINES = 2  # the lower peak counts: the page cache of a model's file belongs to whoever reads it first
+BASELINES = 2  # the lower peak counts: the first run also pays for the file's page cache
 
 
 @dataclass(frozen=True, kw_only=True)
 class Memory(TierOptions):
-    """The limit is the disk tier's own peak over a short prompt, and room for a part of the 16-bit cache of the long one."""
+    """The disk tier and the ordinary cache under a memory limit that the kernel enforces.
+
+    The limit is the disk tier's own peak over a short prompt, plus a part of the long prompt's
+    16-bit cache.
+    """
 
     name: ClassVar[str] = "memory"
     summary: ClassVar[str] = "a context larger than memory: the disk tier and the ordinary cache under a real limit (needs root)"
@@ -77,7 +81,7 @@ class Memory(TierOptions):
     def _measure(
         self, bench: BenchContext, folder: Path, method: str, context: int, limit: int | None
     ) -> tuple[Result, ModelDimensions]:
-        """One process, from the loaded model to its last step or to its end."""
+        """Measure one method in a process of its own, until its last step or its end."""
         source = bench.model_source
         config = self.config(policy=self.policy, slow_tier=SlowTierKind.DISK, slow_dir=str(folder), prefill_chunk=self.chunk)
         job = Job(source, method, config, context, self.text, self.steps, torch.get_num_threads(), bench.seed)

@@ -1,4 +1,4 @@
-"""`paper`: the paper's efficiency table: the largest batch that fits into fast memory, and the tokens per second it decodes."""
+"""`paper`: the paper's efficiency table: the largest batch that fits, and its throughput."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class Paper:
             yield from ((context, entry) for entry in entries(self.methods, self.bits, self._config()))
 
     def _config(self) -> SpeCacheConfig:
-        """What all methods share: 16-bit rows are in RAM, and are copied to fast memory when they are wanted."""
+        """Return what all methods share: 16-bit rows in RAM, copied to fast memory on demand."""
         return SpeCacheConfig(
             policy=Policy.VERIFIED,
             slow_tier=SlowTierKind.RAM,
@@ -115,7 +115,7 @@ class Paper:
         return [_key(*one) for one in self._lines()].index(tuple(result[name] for name in KEY))
 
     def _run(self, bench: BenchContext) -> dict[str, Any]:
-        """All that results depend on."""
+        """Return everything that the results depend on."""
         source = bench.model_source
         settings = {name: value for name, value in json_settings(self).items() if name not in ("out", "plot")}
         on_gpu = bench.device == CUDA
@@ -140,7 +140,10 @@ class Paper:
 
 
 def compared(results: list[Result]) -> list[Result]:
-    """With the ratios to the full cache at the same context; `None` where it does not fit or was not measured."""
+    """Add the ratios to the full cache at the same context.
+
+    A ratio is `None` where either does not fit or was not measured.
+    """
     full = {result["context"]: result for result in results if result["method"] == "full" and result["fits"]}
     for result in results:
         other = full.get(result["context"]) if result["fits"] else None
@@ -150,12 +153,12 @@ def compared(results: list[Result]) -> list[Result]:
 
 
 def _prefixed(prefix: str, log: Log) -> Log:
-    """What is said begins so."""
+    """Return a log whose messages begin with `prefix`."""
     return lambda message: log(prefix + message)
 
 
 def _key(context: int, entry: Entry) -> tuple[Any, ...]:
-    """As `KEY` has it."""
+    """Return a result's values of `KEY`."""
     return entry.method, entry.bits, entry.policy, context
 
 

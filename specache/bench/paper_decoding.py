@@ -1,4 +1,4 @@
-"""One line of the paper's table: how large a batch fits, and how fast it decodes."""
+"""Measure one row of the paper's table: the largest batch that fits, and its decode speed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from specache.model.dimensions import dimensions_of
 from specache.platform.machine import memory
 from specache.platform.out_of_memory import is_out_of_memory
 
-DEFAULT_SHARE = 0.9  # of free memory that is used: the rest is for what allocators and other processes take meanwhile
+DEFAULT_SHARE = 0.9  # of free memory; allocators and other processes need the rest
 WARMUP_STEPS = 2
 
 Measured = tuple[Timing | None, int, float | None]
@@ -29,10 +29,11 @@ Measured = tuple[Timing | None, int, float | None]
 
 @dataclass(frozen=True)
 class Schedule:
-    """How much is decoded.
+    """How many steps are decoded.
 
     Attributes:
-        steps: of a round, whose mean time is one sample.
+        steps: decode steps per round. Their mean time is one sample.
+        rounds: number of samples.
     """
 
     steps: int
@@ -40,19 +41,20 @@ class Schedule:
 
     @property
     def new_tokens(self) -> int:
-        """That every sequence gains."""
+        """Return the tokens that every sequence gains."""
         return WARMUP_STEPS + self.steps * self.rounds
 
 
 @dataclass(frozen=True)
 class BatchResult:
-    """What was found.
+    """The largest batch of one method at one context.
 
     Attributes:
-        timing: of a step; `None` where not even one sequence fits.
-        fast_bytes: most fast memory beside the weights while decoding: allocated on the GPU; on a CPU what the cache counts, and
-            what a step needs by the plan.
-        hit_rate: of the 16-bit rows that the real token wants, the share that was there; `None` where nothing is fetched ahead.
+        timing: of a step, or `None` where not even one sequence fits.
+        fast_bytes: most fast memory in use while decoding, without the weights. On a GPU: allocated
+            bytes. On a CPU: the bytes that the cache counts and the planned working set of a step.
+        hit_rate: share of the real token's 16-bit rows that were already in fast memory, or `None`
+            where nothing is fetched ahead.
         reason: why there is no timing.
     """
 
@@ -64,20 +66,22 @@ class BatchResult:
 
 
 def default_budget() -> int:
-    """Nine tenths of what the GPU has free, to be asked when the weights are there."""
+    """Return nine tenths of the GPU's free memory. Call it once the weights are loaded."""
     release_memory()
     return int((free_bytes(CUDA) or 0) * DEFAULT_SHARE)
 
 
 class Decoding:
-    """Measures lines with a model. Inside the block, a GPU's memory is limited to the weights and the budget.
+    """Measures methods with one model.
+
+    Inside the `with` block, a GPU's memory is limited to the weights and the budget.
 
     Args:
-        budget: bytes of fast memory beside the weights.
-        most: the largest batch that is looked for.
+        budget: bytes of fast memory in addition to the weights.
+        most: the largest batch to try.
 
     Raises:
-        ConfigError: the GPU has less.
+        ConfigError: the GPU has less free memory than the budget.
     """
 
     def __init__(self, model: Any, budget: int, most: int, schedule: Schedule, seed: int) -> None:
@@ -96,7 +100,7 @@ class Decoding:
             torch.cuda.set_per_process_memory_fraction(1.0)
 
     def measure(self, entry: Entry, context: int, log: Log) -> BatchResult:
-        """Find the largest batch and time it."""
+        """Find the largest batch of a method at one context and time it."""
         needs = Needs(self._dimensions, entry, context, self._schedule.new_tokens)
         main = memory()["usable_bytes"]
         free = FreeMemory(self._budget, None if main is None else int(main * DEFAULT_SHARE), self._most)
@@ -111,7 +115,10 @@ class Decoding:
         return BatchResult(fit, reason=_reason(needs, free, fit))
 
     def _decode(self, needs: Needs, batch: int, rounds: int, log: Log) -> Measured | None:
-        """Time (of no rounds none), fast memory and hit rate of a batch; `None` where memory does not suffice for it."""
+        """Return time, fast memory and hit rate of a batch, or `None` if memory runs out.
+
+        There is no time if `rounds` is 0.
+        """
         work = Workload(self._model, batch, needs.context, self._seed)
         contender = needs.entry.contender(work, None if self._device == CUDA else self._budget)
         try:
@@ -122,7 +129,8 @@ class Decoding:
             hot = _hot_bytes(contender)
             log(f"decoding {batch:,} sequences")
             samples = self._samples(contender, rounds)
-            if _hot_bytes(contender) < hot or _out_of_room(contender):  # a step that had no room went on with less, slower
+            # A step short of memory frees hot sets or static buffers and goes on, slower.
+            if _hot_bytes(contender) < hot or _out_of_room(contender):
                 return None
             timing = Timing(tuple(samples)) if samples else None
             return timing, self._fast_bytes(contender, needs, batch), _hit_rate(contender)
@@ -136,7 +144,7 @@ class Decoding:
             release_memory()
 
     def _samples(self, contender: Contender, rounds: int) -> list[float]:
-        """Milliseconds of a step, one sample per round."""
+        """Return the milliseconds of a step, one sample per round."""
         samples = []
         with contender.ready():
             for _ in range(WARMUP_STEPS):
@@ -171,7 +179,7 @@ class Decoding:
 def _hot_bytes(contender: Contender) -> int:
     if not isinstance(contender, SpeCacheContender):
         return 0
-    contender.held.release_device_batch()  # a batch on a GPU has hot sets of its own meanwhile
+    contender.held.release_device_batch()  # moves a GPU batch's hot sets back to its sequences
     return contender.held.memory().hot
 
 
@@ -184,7 +192,7 @@ def _hit_rate(contender: Contender) -> float | None:
 
 
 def _reason(needs: Needs, free: FreeMemory, fit: Fit) -> str:
-    """Why not even one sequence fits, in the order of the limits."""
+    """Say why not even one sequence fits."""
     if fit.found_by == TRIED:
         return f"memory ran out while one sequence was filled and decoded ({fit.limited_by})"
     needed, there = (needs.fast(1), free.fast) if fit.limited_by == FAST else (needs.main(1), free.main or 0)

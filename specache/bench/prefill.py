@@ -1,4 +1,7 @@
-"""`prefill`: time and peak memory of reading a prompt, SpeCache against the ordinary cache, each in a process of its own."""
+"""`prefill`: time and peak memory of a prefill, with SpeCache and with the ordinary cache.
+
+Each implementation runs in a process of its own.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from specache.bench.timing import Timing
 
 @dataclass(frozen=True, kw_only=True)
 class Prefill(CacheOptions):
-    """A random prompt, read in chunks of the same size."""
+    """Prefill a random prompt in chunks of one size."""
 
     name: ClassVar[str] = "prefill"
     summary: ClassVar[str] = "time and peak memory of a prefill, against transformers' ordinary cache"

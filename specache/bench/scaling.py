@@ -1,4 +1,7 @@
-"""`scaling`: time per step against context and batch, with a line fitted for each: what a step costs, and what a token adds."""
+"""`scaling`: time per step against context and batch, with a fitted line for each batch.
+
+A line's intercept is a step's fixed cost, and its slope the cost of a token of context.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ FittedLine = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Scaling(CacheOptions):
-    """Decode steps over contexts and batch sizes; what does not fit into memory is skipped and says so."""
+    """Decode steps over contexts and batch sizes. What does not fit into memory is skipped."""
 
     name: ClassVar[str] = "scaling"
     summary: ClassVar[str] = "time per step against context and batch, fitted and plotted, against transformers' ordinary cache"
@@ -61,7 +64,10 @@ class Scaling(CacheOptions):
 
 
 def fitted_lines(results: Iterable[Result]) -> list[FittedLine]:
-    """Per implementation and batch, least squares over two contexts or more: `ms = a_ms + b_us_per_token * context / 1000`."""
+    """Fit `ms = a_ms + b_us_per_token * context / 1000` per implementation and batch.
+
+    Least squares, where at least two contexts were measured.
+    """
     groups: dict[tuple[str, int], list[tuple[int, float]]] = {}
     for result in results:
         if result["ms_per_step"] is not None:
@@ -77,7 +83,7 @@ def fitted_lines(results: Iterable[Result]) -> list[FittedLine]:
 
 
 def slope_ratios(lines: Iterable[FittedLine]) -> list[dict[str, Any]]:
-    """Per batch: how many times more a token of context adds to a step of the ordinary cache."""
+    """Return per batch the slope of the ordinary cache over ours."""
     slopes = {(line["impl"], line["batch"]): line["b_us_per_token"] for line in lines}
     ratios = []
     for (impl, batch), slope in slopes.items():

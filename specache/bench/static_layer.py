@@ -1,4 +1,4 @@
-"""The attention of one layer as decode steps on a GPU run it: over static buffers, as a graph where one can be captured."""
+"""The attention of one layer over static buffers, as a GPU decodes: as a graph where possible."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from specache.tiers.streams import streams_for
 
 
 class _OneLayerSequence:
-    """A sequence of one layer, whose newest token is the one that every step decodes again."""
+    """A sequence of one layer. Every step decodes its newest token again."""
 
     def __init__(self, layer: CompressedLayer) -> None:
         layer.residual_count -= 1
@@ -31,14 +31,16 @@ class _OneLayerSequence:
         self.length = layer.length
 
     def quantise_oldest(self) -> None:
-        """Nothing does: a step is never committed."""
+        """Do nothing: no step is ever committed."""
 
 
 class StaticLayer:
-    """What `LowBitLayer` computes for queries of `rows` rows. Nothing is kept in the hot set from one step to the next.
+    """The computation of `LowBitLayer` over static buffers, for queries of `rows` rows.
+
+    The hot set is emptied before every step.
 
     Args:
-        layer: taken over; its own `attend` is gone.
+        layer: its state is taken over, so its own `attend` no longer works.
         dtype: of its keys and values.
     """
 
@@ -58,7 +60,7 @@ class StaticLayer:
         self._dtype = dtype
 
     def attend(self, query: Tensor) -> Tensor:
-        """query [1, Hq, n, D] -> float32 [1, Hq, n, D]."""
+        """Attend with query [1, Hq, n, D] -> float32 [1, Hq, n, D]."""
         if self._query is None:
             self._query = query.to(self._dtype).clone()
         self._query.copy_(query)

@@ -1,4 +1,4 @@
-"""`tiers`: decode steps with the 16-bit rows in RAM and on a disk, with prefetch and without: what is there, and what waits."""
+"""`tiers`: decode steps with the 16-bit rows in RAM and on a disk, with and without prefetch."""
 
 from __future__ import annotations
 
@@ -22,13 +22,16 @@ from specache.tiers.disk import probe
 
 RAM = str(SlowTierKind.RAM)
 TIERS = tuple(str(tier) for tier in (SlowTierKind.RAM_INPLACE, SlowTierKind.RAM, SlowTierKind.DISK))
-_NOT_HERE = (Policy.AUTO, Policy.NONE, Policy.FULL)  # no rows are wanted, or another policy is meant
+_NOT_HERE = (Policy.AUTO, Policy.NONE, Policy.FULL)  # policies that fetch nothing, or stand for another policy
 _COUNTED = ("rows_selected", "rows_ready", "read_s", "wait_s", "bytes_fetched")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tiers(TierOptions):
-    """A prompt is prefilled once per tier, then its answer is decoded greedily under every policy, in turns."""
+    """Greedy decoding of one prompt on each tier and under each policy, interleaved.
+
+    The prompt is prefilled once per tier.
+    """
 
     name: ClassVar[str] = "tiers"
     summary: ClassVar[str] = "time per step with rows in RAM and on a disk, with prefetch and without"
@@ -77,7 +80,7 @@ class Tiers(TierOptions):
         return Outcome(results, {"disk_reader": {"name": reader.reader, "direct": reader.direct}})
 
     def _turns(self, stack: ExitStack, model: Any, tier: str, folder: Path, prompt: list[int], log: Log) -> list[_Turn]:
-        """Prefill, and a fork for every policy."""
+        """Prefill the prompt and fork its cache for every policy."""
         slow_dir = str(folder) if tier == SlowTierKind.DISK else None
         config = self.config(slow_tier=SlowTierKind(tier), slow_dir=slow_dir, policy=Policy(self.policies[0]))
         cache = stack.enter_context(SpeCache(model, config))
@@ -89,7 +92,7 @@ class Tiers(TierOptions):
 
 
 class _Turn:
-    """One tier and policy: its steps, timed one by one, and what was read for them."""
+    """One tier and policy: the times of its steps, and the reads counted meanwhile."""
 
     def __init__(self, model: Any, tier: str, cache: SpeCache, first: int) -> None:
         self._tier, self._cache = tier, cache
@@ -98,7 +101,10 @@ class _Turn:
         self._counted = Counters()
 
     def run(self, steps: int) -> None:
-        """Decode; a step before these does not count: what it wants was read while others had their turn."""
+        """Decode `steps` timed steps after an untimed one.
+
+        The untimed step's rows were prefetched while the other caches ran.
+        """
         self._steps.step()
         before = replace(self._cache.counters)
         for _ in range(steps):
@@ -129,7 +135,7 @@ class _Turn:
 
 
 def _over_ram(result: Result, results: list[Result]) -> float | None:
-    """A step's time over that of tier `ram` under the same policy."""
+    """Return a step's time over that of tier `ram` under the same policy."""
     ram = [other for other in results if other["tier"] == RAM and other["policy"] == result["policy"]]
     return result["ms_per_step"] / ram[0]["ms_per_step"] if ram else None
 

@@ -1,4 +1,4 @@
-"""`specache bench`: a command per benchmark, JSON that says where it was measured, and mistakes named at once."""
+"""`specache bench`: one command per benchmark, JSON with the machine, usage errors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_every_benchmark_is_a_dataclass_whose_options_explain_themselves(name):
     assert ("--weights" in text) is cls.uses_model
 
 
-def test_json_says_what_was_measured_and_where(monkeypatch):
+def test_json_has_settings_results_and_machine(monkeypatch):
     words = ["bench", "attention", "--shape", "tiny", "--context", "64,128", "--bits", "1", "--repeat", "1", "--json", "-"]
     monkeypatch.setattr("sys.argv", ["specache", *words])
     result = run(*words)

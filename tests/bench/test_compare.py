@@ -1,4 +1,4 @@
-"""Side by side where memory allows, one after the other where not, and nothing that does not fit."""
+"""Implementations are interleaved where memory allows, run one by one where not, or skipped."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.bench.tiny_shape import tiny_workload
 
 
 class Fake(Contender):
-    """Notes what is done with it."""
+    """Records its calls."""
 
     cache = "none"
 
@@ -41,7 +41,7 @@ def memory(monkeypatch):
     return free
 
 
-def test_what_fits_together_takes_turns(memory):
+def test_implementations_that_fit_together_are_interleaved(memory):
     memory(None)
     log: list[str] = []
     a, b = Fake("a", 10**15, log), Fake("b", 10**15, log)
@@ -51,7 +51,7 @@ def test_what_fits_together_takes_turns(memory):
     assert all(isinstance(one, Measured) and one.interleaved and one.phases == {"score": 3.0} for one in outcome.values())
 
 
-def test_what_fits_alone_runs_alone_and_the_rest_is_skipped(memory):
+def test_implementations_that_fit_alone_run_alone_and_larger_ones_are_skipped(memory):
     memory(10**9)
     log: list[str] = []
     a, b, c = Fake("a", 6 * 10**8, log), Fake("b", 7 * 10**8, log), Fake("c", 5 * 10**9, log)
@@ -62,7 +62,7 @@ def test_what_fits_alone_runs_alone_and_the_rest_is_skipped(memory):
     assert list(outcome) == [c, a, b] and "prepare c" not in log
 
 
-def test_memory_is_freed_when_a_contender_fails(memory):
+def test_memory_is_freed_when_an_implementation_fails(memory):
     memory(None)
     log: list[str] = []
     with pytest.raises(RuntimeError, match="out of order"):

@@ -1,4 +1,4 @@
-"""What differs where a benchmark computes on a GPU, as far as it can be seen without one."""
+"""Benchmarks on a GPU, as far as they can be tested without one."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from tests.cli.running import one_line, run
 
 @pytest.fixture
 def waits(monkeypatch) -> list[str]:
-    """What happens, in order, as if CUDA were used."""
+    """Record events in order, with CUDA reported as in use."""
     events: list[str] = []
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("wait"))
     return events
 
 
-def test_a_time_begins_and_ends_when_the_gpu_is_idle(waits):
+def test_timings_start_and_stop_while_the_gpu_is_idle(waits):
     interleaved({"step": lambda: waits.append("step")}, rounds=2, warmup=0)
     assert waits == ["wait", "step", "wait"] * 2
     waits.clear()
@@ -44,7 +44,7 @@ def test_a_phase_waits_once_before_and_once_after(waits):
     assert waits == ["wait", "kernel", "wait"]
 
 
-def test_nothing_waits_where_no_gpu_was_used(monkeypatch):
+def test_no_synchronisation_without_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: pytest.fail("this would start CUDA"))
     interleaved({"step": lambda: None}, rounds=1)
@@ -52,26 +52,26 @@ def test_nothing_waits_where_no_gpu_was_used(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["decode", "paper"])
-def test_cuda_that_is_not_there_is_a_usage_error(monkeypatch, name):
+def test_cuda_without_a_gpu_is_a_usage_error(monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setitem(SHAPES, "tiny", TINY)
     said = one_line(run("bench", name, "--shape", "tiny", "--device", "cuda", code=console.EXIT_USAGE).stderr)
     assert "--device cuda" in said and "--device cpu" in said
 
 
-def test_quantised_weights_are_for_the_cpu(monkeypatch):
+def test_quantised_weights_are_refused_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(SHAPES, "tiny", TINY)
     said = one_line(run("bench", "decode", "--shape", "tiny", "--weights", "int8", code=console.EXIT_USAGE).stderr)
     assert "--weights int8 is for the CPU" in said
 
 
-def test_a_limit_of_main_memory_says_nothing_of_a_gpu():
+def test_bench_memory_is_refused_on_a_gpu():
     with pytest.raises(ConfigError, match="--device cpu"):
         Memory().run(BenchContext(tiny_model(), device="cuda"))
 
 
-def test_kernels_are_those_of_the_device(monkeypatch):
+def test_reported_kernels_are_those_of_the_device(monkeypatch):
     monkeypatch.setattr(kernel_backends.triton, "missing", lambda: None)
     monkeypatch.delenv(kernel_backends.VARIABLE, raising=False)
     assert kernel_backends.available_on("cuda") == ["torch", "triton"]
@@ -84,7 +84,7 @@ def test_kernels_are_those_of_the_device(monkeypatch):
 
 
 class Fake(Contender):
-    """Fits or does not, as its name says."""
+    """Fits or runs out of memory, as its name says."""
 
     cache = "none"
 
@@ -108,7 +108,7 @@ class Fake(Contender):
 
 @pytest.fixture
 def gpu_workload(monkeypatch):
-    """A workload that says it is on a GPU with 1 GB free, beside 2 GB of main memory."""
+    """Return a workload on a pretended GPU with 1 GB free, with 2 GB of main memory."""
     work = tiny_workload()
     monkeypatch.setattr(work, "info", type("Info", (), {"device": torch.device("cuda"), "dtype": work.info.dtype})())
     monkeypatch.setattr(compare, "memory", lambda: {"usable_bytes": 2 * 10**9})
@@ -117,7 +117,7 @@ def gpu_workload(monkeypatch):
     return work
 
 
-def test_a_gpus_memory_and_main_memory_are_two_limits(gpu_workload):
+def test_gpu_memory_and_main_memory_are_separate_limits(gpu_workload):
     fits, wide, rows = Fake("fits", 10**8, 10**9), Fake("wide", 5 * 10**9), Fake("rows", 10**8, 5 * 10**9)
     outcome = compare.compare(gpu_workload, [fits, wide, rows], 1, lambda said: None)
     assert isinstance(outcome[fits], Measured)
@@ -125,7 +125,7 @@ def test_a_gpus_memory_and_main_memory_are_two_limits(gpu_workload):
     assert isinstance(outcome[rows], Skipped) and "5.0 GB of main memory, 2.0 GB are free" in outcome[rows].reason
 
 
-def test_who_runs_out_of_a_gpus_memory_is_tried_alone_and_then_skipped(gpu_workload):
+def test_out_of_gpu_memory_is_tried_alone_and_then_skipped(gpu_workload):
     a, b, huge = Fake("a", 1), Fake("b", 1), Fake("huge", 1)
     outcome = compare.compare(gpu_workload, [a, b, huge], 1, lambda said: None)
     assert [isinstance(outcome[one], Measured) for one in (a, b, huge)] == [True, True, False]

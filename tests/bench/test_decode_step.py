@@ -1,4 +1,4 @@
-"""`bench decode`: rows for everything that was asked for, times that add up, reasons where nothing was measured."""
+"""`bench decode`: a row for everything that was asked for, phases that add up, reasons for gaps."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def without_libraries(monkeypatch):
         monkeypatch.setattr(module, "find_spec", lambda name: None)
 
 
-def test_everything_asked_for_has_a_row_or_a_reason(without_libraries):
+def test_every_cache_asked_for_has_a_time_or_a_reason(without_libraries):
     results = run(against=("dynamic", "quantized", "llama.cpp"))
     assert all(result.keys() >= KEYS and result["weights"] == "fp32" for result in results)
     assert [result["impl"] for result in results] == ["specache", "dynamic", "quantized", *["llama.cpp"] * 3]
@@ -54,7 +54,7 @@ def test_without_the_ordinary_cache_there_is_no_ratio_to_it():
     assert ours["ms_per_step"] > 0 and ours["vs_dynamic"] is None
 
 
-def test_llama_cpp_is_asked_for_the_same_thing(monkeypatch):
+def test_llama_cpp_gets_the_same_model_context_and_batch(monkeypatch):
     asked: list[tuple[Any, ...]] = []
 
     def measure(*arguments: Any) -> list[float]:
@@ -83,6 +83,6 @@ def test_settings_that_cannot_be_measured_are_refused(settings, message):
         Decode(**settings)
 
 
-def test_a_model_has_to_be_named():
+def test_a_run_without_a_model_is_refused():
     with pytest.raises(ConfigError, match="--model"):
         Decode().run(BenchContext())

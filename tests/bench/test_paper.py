@@ -1,4 +1,4 @@
-"""`bench paper`: the largest batch is the largest, what was measured stays measured, and ratios are to the full cache."""
+"""`bench paper`: the batch is the largest, runs resume, and ratios are to the full cache."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ def needs_of(model: Any, entry: Entry, new: int = 8) -> Needs:
 
 
 def prompts(batch: int) -> torch.Tensor:
-    """Different ones: equal prompts would share their pages."""
+    """Return different prompts: equal ones would share their pages."""
     generator = torch.Generator().manual_seed(1)
     return torch.randint(0, TINY.vocabulary, (batch, CONTEXT), generator=generator)
 
 
-def test_the_lines_are_the_papers_methods_at_both_bits():
+def test_the_table_has_the_papers_methods_at_both_bits():
     found = [(entry.method, entry.bits, entry.policy) for entry in lines_of()]
     assert found == [
         ("full", None, None),
@@ -73,7 +73,7 @@ def test_the_lines_are_the_papers_methods_at_both_bits():
 
 @pytest.mark.parametrize("index", range(1, 7))
 def test_generate_takes_the_largest_batch_and_refuses_one_more(index):
-    """The library's own refusal, of a prompt that is read and an answer that is decoded."""
+    """`generate` itself refuses, for a prompt that is prefilled and an answer that is decoded."""
     model, entry, new = tiny_model().load(), lines_of()[index], 3
     needs = needs_of(model, entry, new)
     fit = planned_fit(needs, FreeMemory(BUDGET, None, 1000))
@@ -103,7 +103,7 @@ def test_the_full_cache_is_counted_as_transformers_holds_it():
     assert held[0] < needs.fast(fit.batch) <= BUDGET < needs.fast(fit.batch + 1)
 
 
-def test_what_is_counted_while_decoding_stays_within_the_budget():
+def test_fast_memory_while_decoding_stays_within_the_budget():
     results = measure().results
     assert len(results) == 7 and all(result.keys() >= KEYS for result in results)
     for result in results:
@@ -122,7 +122,7 @@ def test_main_memory_and_the_largest_batch_asked_for_are_limits_too():
     assert kivi.main(2) == kivi.fast(2) and own.main(2) > own.fast(2)
 
 
-def test_nothing_is_known_of_16_bit_rows_under_kivi():
+def test_kivi_keeps_no_16_bit_rows():
     model = tiny_model().load()
     contender = lines_of()[1].contender(Workload(model, 2, CONTEXT), BUDGET)
     assert isinstance(contender, KiviContender)
@@ -151,7 +151,7 @@ def test_kivi_without_rows_decodes_what_it_decodes_with_them():
 
 @pytest.mark.parametrize("most", [1, 2, 7, 40])
 @pytest.mark.parametrize("start", [0, 1, 3, 20, 40, 100])
-def test_the_search_finds_the_edge_from_wherever_it_starts(start, most):
+def test_the_search_finds_the_largest_batch_from_any_start(start, most):
     for edge in range(most + 3):
         asked: list[int] = []
 
@@ -163,7 +163,7 @@ def test_the_search_finds_the_edge_from_wherever_it_starts(start, most):
         assert len(asked) == len(set(asked)) and all(1 <= batch <= most for batch in asked)
 
 
-def test_trials_decide_where_memory_is_no_number():
+def test_trials_decide_the_batch_on_a_gpu():
     needs = needs_of(tiny_model().load(), lines_of()[5])
     free = FreeMemory(BUDGET, None, 1000)
     planned = planned_fit(needs, free).batch
@@ -192,7 +192,7 @@ def test_a_batch_that_runs_out_of_memory_is_made_smaller(monkeypatch, error):
     assert batches == [6, 5, 4, 3] and line.fit.batch == 3 and line.fit.found_by == TRIED and line.timing is not None
 
 
-def test_hot_sets_that_a_step_had_to_free_do_not_count_as_room(monkeypatch):
+def test_a_batch_that_frees_hot_sets_while_decoding_does_not_fit(monkeypatch):
     """Such a batch decodes, but as another method would."""
     entry = lines_of()[5]
     decodes = Decoding._samples
@@ -211,7 +211,7 @@ def test_hot_sets_that_a_step_had_to_free_do_not_count_as_room(monkeypatch):
         assert decoding.measure(entry, CONTEXT, lambda said: None).fit.batch == 2
 
 
-def test_where_not_even_one_sequence_fits_there_is_a_row_and_no_ratio():
+def test_a_method_that_fits_no_sequence_has_a_row_without_ratios():
     model = tiny_model().load()
     full, kivi = needs_of(model, lines_of()[0], new=3), needs_of(model, lines_of()[1], new=3)
     between = (kivi.fast(1) + full.fast(1)) // 2
@@ -236,7 +236,7 @@ def few(out: Path, **settings: Any) -> Outcome:
 
 @pytest.fixture
 def measured(monkeypatch) -> list[tuple[str, int]]:
-    """What is measured from now on, after which it is interrupted if the list says so."""
+    """Return the list of methods measured from now on. The test may interrupt them."""
     seen: list[tuple[str, int]] = []
     line = Decoding.measure
 
@@ -248,7 +248,7 @@ def measured(monkeypatch) -> list[tuple[str, int]]:
     return seen
 
 
-def test_an_interrupted_run_leaves_its_lines_and_is_resumed(measured, monkeypatch, tmp_path):
+def test_an_interrupted_run_keeps_its_results_and_is_resumed(measured, monkeypatch, tmp_path):
     out = tmp_path / "paper.json"
     prepare = KiviContender.prepare
 
@@ -318,12 +318,12 @@ def test_settings_that_cannot_be_measured_are_refused(settings, message):
         Paper(**settings)
 
 
-def test_on_a_cpu_fast_memory_has_to_be_said():
+def test_fast_memory_is_required_on_a_cpu():
     with pytest.raises(ConfigError, match="--fast-memory 2GB"):
         measure(fast_memory=None)
 
 
-def test_the_command_measures_prints_and_goes_on(monkeypatch, tmp_path):
+def test_the_command_measures_prints_and_resumes(monkeypatch, tmp_path):
     monkeypatch.setitem(SHAPES, "tiny", TINY)
     out, file = tmp_path / "paper.json", tmp_path / "all.json"
     words = ("bench", "paper", "--shape", "tiny", "--weights", "fp32", "--contexts", "512,1000000", "--bits", "2", "--steps", "1")
@@ -356,8 +356,8 @@ def test_the_planned_batch_decodes_with_its_hot_sets():
         assert measure(methods=(FULL, "verified"), bits=(2,)).results[1]["fits"]
 
 
-def test_steps_over_static_buffers_count_where_they_have_room(monkeypatch):
-    """As on a GPU: a batch for which they have none decodes without, slower, and does not fit."""
+def test_a_batch_without_room_for_static_buffers_does_not_fit(monkeypatch):
+    """On a GPU, a batch without room for its static buffers decodes slower, and does not fit."""
     largest = {(row["method"], row["policy"], row["bits"]): row["batch"] for row in measure().results}
     fitted = []
     for budget in (BUDGET * 3 // 2, BUDGET):
@@ -374,7 +374,7 @@ def test_steps_over_static_buffers_count_where_they_have_room(monkeypatch):
 
 
 def test_kivi_over_static_buffers_decodes_what_it_decodes_without(monkeypatch):
-    """Though no 16-bit rows are kept."""
+    """The tokens are the same although no 16-bit rows are kept."""
     decoded = []
     for static in (False, True):
         with static_steps(monkeypatch, devices=("cpu",) if static else ()) as steps:

@@ -1,4 +1,4 @@
-"""`bench scaling`: lines through the measurements, and what did not fit."""
+"""`bench scaling`: fitted lines, and settings that do not fit into memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def result(impl: str, batch: int, context: int, ms: float | None) -> dict:
     return {"impl": impl, "batch": batch, "context": context, "ms_per_step": ms}
 
 
-def test_a_line_is_found_again_and_slopes_are_compared_per_batch():
+def test_fitted_lines_recover_the_costs_and_slopes_are_compared_per_batch():
     results = [result("specache", 1, c, 20 + 0.001 * c) for c in (1000, 2000, 8000)]
     results += [result("dynamic", 1, c, 10 + 0.008 * c) for c in (1000, 2000, 8000)]
     results += [result("dynamic", 4, 1000, 50.0), result("dynamic", 4, 2000, None)]
@@ -36,7 +36,7 @@ def test_contexts_and_batches_are_measured_and_plotted(tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_does_not_fit_says_how_much_is_missing(monkeypatch, tmp_path):
+def test_a_context_that_does_not_fit_says_how_much_memory_it_needs(monkeypatch, tmp_path):
     monkeypatch.setattr(comparison, "memory", lambda: {"usable_bytes": 10**6})
     plot = tmp_path / "scaling.png"
     outcome = Scaling(contexts=(128, 10**6), batches=(1,), steps=1, plot=plot).run(BenchContext(tiny_model()))

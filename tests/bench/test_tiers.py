@@ -1,4 +1,4 @@
-"""`bench tiers`: every tier and policy decodes the same prompt, in turns."""
+"""`bench tiers`: every tier and policy decodes the same prompt, interleaved."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_tiers_and_policies_are_measured_and_compared(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_cannot_be_measured_is_refused(tmp_path):
+def test_settings_that_cannot_be_measured_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="--tiers takes"):
         Tiers(tiers=("ram", "tape"))
     with pytest.raises(ConfigError, match="--policies takes"):
