@@ -75,7 +75,7 @@ def test_a_state_of_another_layout_is_refused(broken):
         SequenceState.parse(broken(stored_state(4, 0, 1)))
 
 
-def test_a_model_that_llama_cpp_cannot_run_says_why(monkeypatch, tmp_path):
+def test_llama_cpp_that_cannot_measure_says_why(monkeypatch, tmp_path):
     with pytest.raises(ConfigError, match="q5_0"):
         measure(SHAPE, 8, 1, "bf16", "q5_0", 1, 1)
     monkeypatch.setattr(llama_cpp, "find_spec", lambda name: None)

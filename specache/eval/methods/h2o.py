@@ -1,4 +1,4 @@
-"""H2O (Zhang et al., 2023): the tokens that have drawn the most attention so far, and the newest ones."""
+"""H2O (Zhang et al., 2023): the tokens with the most accumulated attention, and the newest ones."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from specache.eval.methods.dense import DenseMethod, KeptRows, LayerState, atten
 from specache.eval.prefilled import Prefilled
 
 QUERY_BLOCK = 128  # prompt queries scored at a time
-BOOKKEEPING_BYTES = 8  # of a kept row beside its key and value: accumulated attention and position
+BOOKKEEPING_BYTES = 8  # per kept row: accumulated attention (float32) and position (int32)
 
 
 class H2OLayer(LayerState):
-    """Kept rows with the attention that each has drawn.
+    """Kept rows with the attention that each has accumulated.
 
     Args:
         keys, values: [Hkv, S, D] of the prompt.
         attention_sums: accumulated attention [Hkv, S] of its tokens.
         capacity: rows kept at most per KV head.
-        recent: newest tokens that are kept whatever they drew.
+        recent: newest tokens, which are always kept.
     """
 
     def __init__(self, keys: Tensor, values: Tensor, attention_sums: Tensor, capacity: int, recent: int) -> None:
@@ -42,7 +42,7 @@ class H2OLayer(LayerState):
 
     @property
     def positions(self) -> Tensor:
-        """Positions kept [Hkv, m], in no order."""
+        """Return the kept positions [Hkv, m], in no order."""
         return self._positions
 
     @property
@@ -56,7 +56,7 @@ class H2OLayer(LayerState):
         return (weights @ self._rows.values.float()).flatten(0, 1).unsqueeze(1)  # [Hq, 1, D]
 
     def _store(self, keys: Tensor, values: Tensor) -> None:
-        """Add a token; if there is no room, in the place of the lightest one that is not recent."""
+        """Store a token. A full layer evicts the least attended token that is not recent."""
         position = self._length
         self._length += 1
         if self._rows.count < self._capacity:
@@ -73,10 +73,11 @@ class H2OLayer(LayerState):
 
 @dataclass(frozen=True)
 class H2OMethod(DenseMethod):
-    """Heavy hitters and recent tokens, a constant number of rows; every step evicts one and goes on accumulating.
+    """Heavy hitters and recent tokens, a constant number of rows. Every step evicts one row.
 
-    Attention is accumulated over all queries of the prompt under exact attention, then over the decoded ones, and averaged over the
-    query heads that share a KV head. Its cost at the start is that of the prompt's attention once more, with all probabilities.
+    Attention is accumulated over all queries of the prompt under exact attention, then over the
+    decoded ones, and averaged over the query heads that share a KV head. The start costs the
+    prompt's attention a second time, with all probabilities.
     """
 
     name: ClassVar[str] = "h2o"
@@ -100,7 +101,11 @@ class H2OMethod(DenseMethod):
 
 
 def accumulated_attention(query: Tensor, keys: Tensor, params: AttentionParams) -> Tensor:
-    """Attention that each prompt token has drawn from all its queries [Hq, S, D] -> [Hkv, S], mean over a KV head's query heads."""
+    """Return the attention of each prompt token, summed over all its queries [Hq, S, D].
+
+    Returns:
+        [Hkv, S], the mean over a KV head's query heads.
+    """
     heads, length = keys.shape[:2]
     attention_sums = torch.zeros(heads, length, device=keys.device)
     for first in range(0, length, QUERY_BLOCK):

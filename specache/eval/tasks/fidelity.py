@@ -1,8 +1,8 @@
-"""`fidelity`: how far a method's distribution is from the full cache's, token by token.
+"""`fidelity`: the divergence of a method's distribution from the full cache's, token by token.
 
-Averages of perplexity hide a wrecked distribution; the Kullback-Leibler divergence of every token's distribution, its mean and its
-tail, does not. Teacher-forced along a given text and along the full cache's own greedy answer: small models' answers repeat
-themselves and flatter every method, texts do not.
+An average perplexity hides a distorted distribution. Mean and tail of the Kullback-Leibler
+divergence show it. The method is teacher-forced along a given text and along the full cache's own
+greedy answer: answers of small models repeat themselves and flatter every method, texts do not.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TEXT, ANSWER = "text", "answer"
 
 @dataclass(frozen=True)
 class Reference:
-    """What the full cache says along a continuation.
+    """The full cache's distributions along a continuation.
 
     Attributes:
         inputs: the `n` tokens that are fed.
@@ -43,7 +43,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Divergence from the full 16-bit cache along a text and along its own answer."""
+    """Divergence from the full 16-bit cache, along a text and along its own answer."""
 
     name: ClassVar[str] = "fidelity"
     summary: ClassVar[str] = "KL divergence, top-1 agreement and perplexity against the full cache, token by token"
@@ -108,7 +108,7 @@ class Fidelity:
         return Measurement(divergence, {"top1": same, "nll": nll})
 
     def _along(self, first: Tensor, session: Session, given: list[int] | None, end_ids: list[int]) -> Reference:
-        """Follow a given text, or the greedy answer, which is not allowed to end before there are enough tokens."""
+        """Follow a given text, or the greedy answer, in which end tokens are not allowed."""
         tokens: list[int] = []
         rows: list[Tensor] = []
         logits = first
