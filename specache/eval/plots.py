@@ -117,8 +117,10 @@ def tail_figure(rows: list[Row], cells: list[Cell]) -> Figure:
                 continue  # the full cache has no divergence
             share = 1 - np.arange(len(values)) / len(values)
             shown = values > SMALLEST
-            look = styles[method]
-            axes.plot(values[shown], share[shown], color=look.colour, linestyle=look.line, label=method, linewidth=1.6)
+            method_style = styles[method]
+            axes.plot(
+                values[shown], share[shown], color=method_style.colour, linestyle=method_style.line, label=method, linewidth=1.6
+            )
         axes.set(xscale="log", yscale="log", title=group, xlabel="KL divergence, nats", ylabel="share of tokens above")
         for share_above, name in ((0.05, "p95"), (0.01, "p99")):
             axes.axhline(share_above, color="#BBBBBB", linewidth=0.8, linestyle=":", zorder=0)
@@ -137,12 +139,12 @@ def memory_figure(rows: list[Row]) -> Figure:
         for row in (row for row in rows if row["task"] == group):
             if row["mean"] is None or (logarithmic and row["mean"] < SMALLEST):
                 continue
-            look = styles[row["method"]]
+            method_style = styles[row["method"]]
             axes.errorbar(
                 *(fast_memory(row), row["mean"]),
                 yerr=margins(row),
-                color=look.colour,
-                marker=look.marker,
+                color=method_style.colour,
+                marker=method_style.marker,
                 capsize=2.5,
                 label=row["method"],
             )
@@ -190,15 +192,17 @@ def mean_label(rows: list[Row]) -> str:
     return "mean score" if unit == SCORE else f"mean {unit}"
 
 
-def _dot(axes: Axes, row: Row, y: float, look: Style, logarithmic: bool) -> None:
+def _dot(axes: Axes, row: Row, y: float, method_style: Style, logarithmic: bool) -> None:
     if row["mean"] is None or (logarithmic and row["mean"] < SMALLEST):
         text = "no value" if row["mean"] is None else " 0" if row["mean"] == 0 else f" < {SMALLEST:g}"
         axes.text(0.0, y, text, transform=axes.get_yaxis_transform(), fontsize=8, va="center")
         return
-    axes.errorbar(row["mean"], y, xerr=margins(row), color=look.colour, marker="o", markersize=5, capsize=2.5, linewidth=1.6)
+    axes.errorbar(
+        row["mean"], y, xerr=margins(row), color=method_style.colour, marker="o", markersize=5, capsize=2.5, linewidth=1.6
+    )
     if logarithmic and row["p99"]:
-        axes.plot(row["p99"], y, color=look.colour, marker="D", markersize=4, markerfacecolor="white", linestyle="none")
-        axes.plot([row["mean"], row["p99"]], [y, y], color=look.colour, linewidth=0.7, linestyle=":", zorder=0)
+        axes.plot(row["p99"], y, color=method_style.colour, marker="D", markersize=4, markerfacecolor="white", linestyle="none")
+        axes.plot([row["mean"], row["p99"]], [y, y], color=method_style.colour, linewidth=0.7, linestyle=":", zorder=0)
 
 
 def _mean_axis(axes: Axes, rows: list[Row], logarithmic: bool) -> None:

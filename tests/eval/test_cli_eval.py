@@ -1,4 +1,4 @@
-"""`specache eval`: a command per task, results in the folder, exit codes, and what is said where."""
+"""`specache eval`: a command per task, results in the folder, exit codes and messages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SMALL = ("--items-per-group", "1", "--names", "text", "--length", "220")
 
 @pytest.fixture(autouse=True)
 def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tasks that are quick, and no others: their files are not what is tested here."""
+    """Register only quick tasks: the real tasks' files are not tested here."""
     monkeypatch.setattr(catalogue, "TASKS", {"divergence": f"{MODULE}:Divergence", "answers": f"{MODULE}:AnswerScores"})
     monkeypatch.setitem(catalogue.METHODS, "missing", f"{MODULE}:MissingMethod")
     calls.clear()
@@ -93,7 +93,7 @@ def test_results_over_quantised_weights_do_not_mix_with_others(tiny, tmp_path):
     assert json.loads(file.read_text())["run"]["weights"] == "int8"
 
 
-def test_the_same_command_goes_on_after_an_interrupt(tiny, monkeypatch, tmp_path):
+def test_the_same_command_resumes_after_an_interrupt(tiny, monkeypatch, tmp_path):
     measure, stop = fake_tasks.AnswerScores.measure, [3]
 
     def interrupted(self: Any, *arguments: Any) -> Any:
@@ -120,7 +120,7 @@ def test_another_runs_folder_is_refused(tiny):
     assert "another run" in one_line(evaluate("divergence", *tiny, code=console.EXIT_ERROR).stderr)
 
 
-def test_a_warning_of_a_task_is_one_line_said_once(tiny, monkeypatch):
+def test_a_warning_of_a_task_is_printed_once_on_one_line(tiny, monkeypatch):
     items = fake_tasks.AnswerScores.items
 
     def warning(self: Any, model: Any) -> Any:
@@ -135,7 +135,7 @@ def test_a_warning_of_a_task_is_one_line_said_once(tiny, monkeypatch):
     assert "UserWarning" not in text and ".py" not in text
 
 
-def test_a_report_that_cannot_be_written_costs_neither_table_nor_json(tiny, monkeypatch, tmp_path):
+def test_table_and_json_are_printed_if_the_report_cannot_be_written(tiny, monkeypatch, tmp_path):
     def full_disk(*arguments: Any) -> Path:
         raise EvaluationError("no space left")
 
@@ -145,12 +145,12 @@ def test_a_report_that_cannot_be_written_costs_neither_table_nor_json(tiny, monk
     assert json.loads((tmp_path / "rows.json").read_text())["rows"]
 
 
-def test_a_long_run_says_at_most_twenty_times_how_far_it_is(tiny):
+def test_a_long_run_prints_its_progress_at_most_twenty_times(tiny):
     text = evaluate("answers", *tiny, "--methods", "kivi", "--count", "39").stderr
     assert 10 <= text.count("of 39 cells") <= 20
 
 
-def test_a_skipped_method_is_said(tiny):
+def test_a_skipped_method_is_reported(tiny):
     text = one_line(evaluate("answers", *tiny, "--methods", "missing,kivi").stderr)
     assert "missing is skipped: the library 'nowhere' is not installed" in text
 
@@ -192,7 +192,7 @@ def test_ablate_sweeps_a_field_and_plots_it(tiny, tmp_path):
     evaluate("report", tmp_path / "out")
 
 
-def test_a_score_task_can_be_swept_too(tiny, tmp_path):
+def test_ablate_sweeps_a_score_task(tiny, tmp_path):
     evaluate("ablate", *tiny, "--task", "answers", "--count", "2", "--field", "policy", "--values", "none,verified")
     run_file = json.loads((tmp_path / "out" / "run.json").read_text())
     assert run_file["unit"] == "score" and list(run_file["methods"]) == ["full", "specache policy=none", "specache"]

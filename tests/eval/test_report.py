@@ -1,4 +1,4 @@
-"""The report: whole without a network, honest about memory, and rebuilt from the cells alone."""
+"""The report: self-contained, clear about memory, and rebuilt from the cells alone."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def written(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_report_is_one_file_that_needs_nothing_else(written: Path):
+def test_the_html_report_is_self_contained(written: Path):
     html = (written / report.REPORT_FILE).read_text()
     assert not re.search(r"https?:|<script|<link|@import", html)
     embedded = [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', html)]
@@ -74,13 +74,13 @@ def test_a_report_is_one_file_that_needs_nothing_else(written: Path):
     assert sorted(embedded) == sorted(file.read_bytes() for file in files)
 
 
-def test_text_from_outside_is_escaped(written: Path):
+def test_external_text_is_escaped(written: Path):
     html = (written / report.REPORT_FILE).read_text()
     assert "&lt;b&gt;bold&lt;/b&gt; model" in html and "<b>bold" not in html
     assert "specache &lt;bits&gt;=1" in html and "hqq &lt;is&gt; missing" in html
 
 
-def test_more_and_less_memory_are_said(written: Path):
+def test_more_and_less_memory_are_marked(written: Path):
     html = (written / report.REPORT_FILE).read_text()
     names = ("full", "h2o", "specache", "specache &lt;bits&gt;=1")
     row = {name: html.split(f"<td>{name}</td>")[1].split("</tr>")[0] for name in names}
@@ -94,7 +94,7 @@ def test_rows_are_written_as_json_lines(written: Path):
     assert [(row["task"], row["method"]) for row in rows] == [(group, method) for group in ("one", "two") for method in METHODS]
 
 
-def test_no_half_written_file_stays(written: Path):
+def test_no_temporary_file_is_left(written: Path):
     assert {file.suffix for file in written.iterdir()} == {".html", ".jsonl", ".png"}
 
 
@@ -129,7 +129,7 @@ def test_a_report_is_rebuilt_from_the_cells(tmp_path: Path, monkeypatch: pytest.
     assert path.is_file() and len(rows) == 8 and (tmp_path / "cells.jsonl").read_bytes() == before
 
 
-def test_no_two_of_many_methods_look_the_same():
+def test_no_two_methods_have_the_same_style():
     looks = [plots.style(number) for number in range(100)]
     assert len({(look.colour, look.marker) for look in looks}) == len(looks)
     lines = [(look.colour, look.line) for look in looks[:40]]
@@ -153,5 +153,5 @@ def test_missing_libraries_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         (None, None, "-"),
     ],
 )
-def test_figures_are_as_exact_as_their_margin(value, interval, text):
+def test_values_are_rounded_to_their_margin(value, interval, text):
     assert with_margin(value, interval) == text

@@ -192,20 +192,20 @@ def _order(value: Any) -> tuple[bool, float, str]:
 
 
 def _draw(axes: Axes, curve: _Curve, places: dict[Any, int], label: str, number: int, logarithmic: bool) -> None:
-    look = style(number)
+    method_style = style(number)
     points = [(places[value], curve[value]) for value in sorted(curve, key=_order) if curve[value]["mean"] is not None]
     below_above = [[bars[side][0] if (bars := margins(row)) else 0.0 for _, row in points] for side in (0, 1)]
     axes.errorbar(
         [place for place, _ in points],
         [row["mean"] for _, row in points],
         yerr=below_above,
-        color=look.colour,
-        marker=look.marker,
-        linestyle=look.line,
+        color=method_style.colour,
+        marker=method_style.marker,
+        linestyle=method_style.line,
         markersize=5,
         capsize=3,
         label=label,
     )
     if logarithmic and all(row["p99"] for _, row in points):
         places_and_tails = [place for place, _ in points], [row["p99"] for _, row in points]
-        axes.plot(*places_and_tails, color=look.colour, linestyle=":", marker=".", label=f"{label}, 99th percentile")
+        axes.plot(*places_and_tails, color=method_style.colour, linestyle=":", marker=".", label=f"{label}, 99th percentile")

@@ -11,9 +11,7 @@ _CONTROL = re.compile(r"[\x00-\x1f]")
 
 
 def clean(prediction: str) -> str:
-    """Return the answer with control characters as line breaks and stripped ends, as RULER scores
-    it.
-    """
+    """Return the answer as RULER scores it: control characters as line breaks, ends stripped."""
     return _CONTROL.sub("\n", prediction).strip()
 
 

@@ -56,9 +56,7 @@ class Ruler:
 
     @property
     def left_out(self) -> tuple[str, ...]:
-        """Return the tasks that do not run because nobody named them and their files are
-        missing.
-        """
+        """Return the tasks that do not run: nobody named them and their files are missing."""
         return () if self.tasks else tuple(self._without_corpus())
 
     def settings(self) -> dict[str, Any]:
