@@ -51,11 +51,11 @@ def compare(
     outcome: dict[Contender, Measured | Skipped] = {}
     fitting = []
     for contender in contenders:
-        if lack := free.lack([contender]):
-            outcome[contender] = Skipped(lack)
+        if shortage := free.shortage([contender]):
+            outcome[contender] = Skipped(shortage)
         else:
             fitting.append(contender)
-    for group in [fitting] if free.lack(fitting) is None else [[contender] for contender in fitting]:
+    for group in [fitting] if free.shortage(fitting) is None else [[contender] for contender in fitting]:
         outcome |= _run_or_skip(work, group, steps, log, phase_steps)
     return {contender: outcome[contender] for contender in contenders}
 
@@ -70,7 +70,7 @@ class _FreeMemory:
         self._free = free_bytes(CUDA) if on_gpu else self._host_free
         self._name = "GPU memory" if on_gpu else "memory"
 
-    def lack(self, contenders: Sequence[Contender]) -> str | None:
+    def shortage(self, contenders: Sequence[Contender]) -> str | None:
         """Say which memory is too small for all of them together, or return `None` if they fit."""
         needed = self._drawn + sum(contender.needed_bytes for contender in contenders)
         host = sum(contender.host_bytes for contender in contenders)

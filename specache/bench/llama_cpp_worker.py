@@ -80,7 +80,7 @@ class Session:
     def step(self) -> None:
         """Decode the most likely token of every sequence."""
         batch = self._job.batch
-        self._decode(self._tokens, [self._length] * batch, list(range(batch)), wanted=batch)
+        self._decode(self._tokens, [self._length] * batch, list(range(batch)), kept_logits=batch)
         self._tokens = [int(np.argmax(self._logits(row))) for row in range(batch)]
         self._length += 1
 
@@ -123,12 +123,12 @@ class Session:
         decoded = min(self._job.context, DECODED_TOKENS)
         tokens = np.random.default_rng(0).integers(0, self._vocabulary_size, decoded).tolist()
         for sequence in range(self._job.batch):
-            self._decode(tokens, list(range(decoded)), [sequence] * decoded, wanted=1)
+            self._decode(tokens, list(range(decoded)), [sequence] * decoded, kept_logits=1)
             if decoded < self._job.context:
                 self._store(sequence, SequenceState.parse(self._stored(sequence)).extended(self._job.context))
             last = self._lib.llama_memory_seq_pos_max(self._lib.llama_get_memory(self._context), sequence)
             if last != self._job.context - 1:
-                raise BenchmarkError(f"llama.cpp holds positions up to {last}, wanted {self._job.context - 1}.")
+                raise BenchmarkError(f"llama.cpp holds positions up to {last}, expected {self._job.context - 1}.")
 
     def _stored(self, sequence: int) -> bytes:
         size = self._lib.llama_state_seq_get_size(self._context, sequence)
@@ -141,8 +141,8 @@ class Session:
         if self._lib.llama_state_seq_set_data(self._context, pointer, state.nbytes, sequence) != state.nbytes:
             raise BenchmarkError("llama.cpp did not take the lengthened state. Try llama-cpp-python 0.3.36.")
 
-    def _decode(self, tokens: list[int], positions: list[int], sequences: list[int], wanted: int) -> None:
-        """Run one forward pass. Logits of the last `wanted` tokens are kept."""
+    def _decode(self, tokens: list[int], positions: list[int], sequences: list[int], kept_logits: int) -> None:
+        """Run one forward pass. Logits of the last `kept_logits` tokens are kept."""
         batch = self._batch
         batch.n_tokens = len(tokens)
         for place, (token, position, sequence) in enumerate(zip(tokens, positions, sequences, strict=True)):
@@ -150,7 +150,7 @@ class Session:
             batch.pos[place] = position
             batch.n_seq_id[place] = 1
             batch.seq_id[place][0] = sequence
-            batch.logits[place] = place >= len(tokens) - wanted
+            batch.logits[place] = place >= len(tokens) - kept_logits
         status = self._lib.llama_decode(self._context, batch)
         if status != 0:
             raise BenchmarkError(f"llama.cpp's decode failed with status {status}.")

@@ -56,7 +56,8 @@ class Paper:
     steps: int = field(default=8, metadata={"help": "Decode steps of a round."})
     rounds: int = field(default=5, metadata={"help": "Rounds; a time is their median."})
     out: Path | None = field(
-        default=None, metadata={"help": "JSON file that is written after every line. The same command goes on where it stopped."}
+        default=None,
+        metadata={"help": "JSON file that is written after every result. The same command resumes an interrupted run."},
     )
     plot: Path | None = field(default=None, metadata={"help": "Draw batches and throughputs into this PNG file."})
 
@@ -78,26 +79,26 @@ class Paper:
     def run(self, bench: BenchContext) -> Outcome:
         if self.fast_memory is None and bench.device != CUDA:
             raise ConfigError("On a CPU all memory is alike: say how much of it is to stand for fast memory, as --fast-memory 2GB.")
-        file = ResultFile(self.out, self._run(bench), KEY)
-        lines = [one for one in self._lines() if not file.has(*_key(*one))]
-        total = len(list(self._lines()))
-        if lines:
+        file = ResultFile(self.out, self._identity(bench), KEY)
+        remaining = [one for one in self._table_rows() if not file.has(*_key(*one))]
+        total = len(list(self._table_rows()))
+        if remaining:
             source = bench.model_source
             bench.log(f"Loading {source.name}")
             model = source.load()
             budget = file.kept.setdefault("fast_memory_bytes", self.fast_memory or default_budget())
             schedule = Schedule(self.steps, self.rounds)
             with Decoding(model, budget, self.max_batch, schedule, bench.seed) as decoding:
-                for number, (context, entry) in enumerate(lines, start=total - len(lines) + 1):
+                for number, (context, entry) in enumerate(remaining, start=total - len(remaining) + 1):
                     prefix = f"{number} of {total}: {entry.planned.title}, {context:,} tokens: "
                     measured = decoding.measure(entry, context, _prefixed(prefix, bench.log))
                     file.add(_result(entry, context, measured), compared)
-        results = sorted(file.results, key=self._place)
+        results = sorted(file.results, key=self._position)
         if self.plot is not None:
             self._draw(results, bench)
         return Outcome(results, file.kept)
 
-    def _lines(self) -> Iterator[tuple[int, Entry]]:
+    def _table_rows(self) -> Iterator[tuple[int, Entry]]:
         for context in sorted(set(self.contexts)):
             yield from ((context, entry) for entry in entries(self.methods, self.bits, self._config()))
 
@@ -111,10 +112,10 @@ class Paper:
             prefill_chunk=self.chunk,
         )
 
-    def _place(self, result: Result) -> int:
-        return [_key(*one) for one in self._lines()].index(tuple(result[name] for name in KEY))
+    def _position(self, result: Result) -> int:
+        return [_key(*one) for one in self._table_rows()].index(tuple(result[name] for name in KEY))
 
-    def _run(self, bench: BenchContext) -> dict[str, Any]:
+    def _identity(self, bench: BenchContext) -> dict[str, Any]:
         """Return everything that the results depend on."""
         source = bench.model_source
         settings = {name: value for name, value in json_settings(self).items() if name not in ("out", "plot")}
