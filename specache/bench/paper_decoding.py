@@ -24,7 +24,7 @@ from specache.platform.out_of_memory import is_out_of_memory
 DEFAULT_SHARE = 0.9  # of free memory; allocators and other processes need the rest
 WARMUP_STEPS = 2
 
-Measured = tuple[Timing | None, int, float | None]
+_Decoded = tuple[Timing | None, int, float | None]
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Decoding:
             fit = Fit(fit.batch - max(1, fit.batch // 32), TRIED, FAST)
         return BatchResult(fit, reason=_reason(needs, free, fit))
 
-    def _decode(self, needs: Needs, batch: int, rounds: int, log: Log) -> Measured | None:
+    def _decode(self, needs: Needs, batch: int, rounds: int, log: Log) -> _Decoded | None:
         """Return time, fast memory and hit rate of a batch, or `None` if memory runs out.
 
         There is no time if `rounds` is 0.

@@ -104,18 +104,18 @@ class ModelSource(Protocol):
 
     @property
     def name(self) -> str:
-        """The model's name as the user wrote it."""
+        """Return the model's name as the user wrote it."""
 
     @property
     def weights(self) -> Weights: ...
 
     @property
     def shape(self) -> Shape | None:
-        """The shape of a model with random weights, or `None` for a real one."""
+        """Return the shape of a model with random weights, or `None` for a real one."""
 
     @property
     def gguf(self) -> str | None:
-        """The .gguf file of a real model, if it has one. llama.cpp can read it."""
+        """Return the .gguf file of a real model, if it has one. llama.cpp can read it."""
 
     def load(self) -> Any:
         """Load the transformers model."""

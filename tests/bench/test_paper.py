@@ -193,7 +193,7 @@ def test_a_batch_that_runs_out_of_memory_is_made_smaller(monkeypatch, error):
 
 
 def test_a_batch_that_frees_hot_sets_while_decoding_does_not_fit(monkeypatch):
-    """Such a batch decodes, but as another method would."""
+    """Such a batch decodes, but with smaller hot sets than the method has."""
     entry = lines_of()[5]
     decodes = Decoding._samples
 

@@ -65,9 +65,7 @@ class Divergence:
 
 @dataclass(frozen=True)
 class AnswerScores:
-    """A score per item, which depends only on the item and on whether the method is the full
-    cache.
-    """
+    """A score per item, determined by the item and by whether the method is the full cache."""
 
     name: ClassVar[str] = "answers"
     summary: ClassVar[str] = "right or wrong"

@@ -339,9 +339,7 @@ def test_scores_of_known_answers() -> None:
 
 @pytest.mark.parametrize("name", ["niah_multivalue", "vt", "cwe", "fwe", "qa_1"])
 def test_right_wrong_and_half_right_answers_are_scored(name: str, corpora: dict[str, Any]) -> None:
-    """A right answer scores 1, a wrong one 0, half of it a half (1 where one reference
-    suffices).
-    """
+    """Half of an answer scores a half, or 1 where one reference suffices."""
     tokenizer = PieceTokenizer()
     task = Ruler(tasks=(name,), lengths=(2048,), samples=1, chat=False, **corpora)
     model = TaskModel(llama(eos_token_id=0), tokenizer, "tiny")

@@ -38,9 +38,7 @@ def test_percentiles_are_numpys(share, length):
 
 
 def test_intervals_of_equal_and_of_unequal_items_are_the_same_bootstrap():
-    """Equal and unequal lengths take two paths through the code: one more token must change
-    little.
-    """
+    """Compare the two code paths for equal and unequal lengths: one more token changes little."""
     series = [(RNG.exponential(size=64) + item).tolist() for item in range(8)]
     equal = bootstrap(series, {"mean": mean})["mean"]
     unequal = bootstrap([[*series[0], series[0][0]], *series[1:]], {"mean": mean})["mean"]
@@ -56,9 +54,7 @@ def test_equal_tokens_of_an_item_count_as_one_observation():
 
 
 def test_successive_tokens_are_resampled_in_blocks():
-    """In a document whose tokens come in runs, an interval that ignored the runs would be too
-    narrow.
-    """
+    """If tokens come in runs, an interval that ignored the runs would be too narrow."""
     runs = np.repeat(RNG.normal(size=40), 16).tolist()
     blocks = bootstrap([runs], {"mean": mean})["mean"]
     single = bootstrap([runs], {"mean": mean}, block=1)["mean"]

@@ -35,11 +35,11 @@ class Subtask(Protocol):
 
     @property
     def max_new_tokens(self) -> int:
-        """The longest answer, in tokens."""
+        """Return the longest answer, in tokens."""
 
     @property
     def score(self) -> Score:
-        """(answer, references) -> score in [0, 1]."""
+        """Return the score's function: (answer, references) -> score in [0, 1]."""
 
     def smallest(self, questions: int) -> int:
         """Return the smallest `size` that the generator can make."""
