@@ -236,15 +236,15 @@ def few(out: Path, **settings: Any) -> Outcome:
 
 @pytest.fixture
 def measured(monkeypatch) -> list[tuple[str, int]]:
-    """Return the list of methods measured from now on. The test may interrupt them."""
+    """Return the list of (method, context) measured from now on."""
     seen: list[tuple[str, int]] = []
-    line = Decoding.measure
+    real = Decoding.measure
 
     def watched(self: Decoding, entry: Entry, context: int, log: Any) -> Any:
         seen.append((entry.name, context))
-        return line(self, entry, context, log)
+        return real(self, entry, context, log)
 
-    monkeypatch.setattr(Decoding, "line", watched)
+    monkeypatch.setattr(Decoding, "measure", watched)
     return seen
 
 
