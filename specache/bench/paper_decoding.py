@@ -53,7 +53,7 @@ class BatchResult:
         timing: of a step, or `None` where not even one sequence fits.
         fast_bytes: most fast memory in use while decoding, without the weights. On a GPU: allocated
             bytes. On a CPU: the bytes that the cache counts and the planned working set of a step.
-        hit_rate: share of the real token's 16-bit rows that were already in fast memory, or `None`
+        hit_rate: share of the real token's selected rows that were already in fast memory, or `None`
             where nothing is fetched ahead.
         reason: why there is no timing.
     """
@@ -179,7 +179,7 @@ class Decoding:
 def _hot_bytes(contender: Contender) -> int:
     if not isinstance(contender, SpeCacheContender):
         return 0
-    contender.held.release_device_batch()  # moves a GPU batch's hot sets back to its sequences
+    contender.held.release_device_batch()  # until then a batch on a GPU has hot sets of its own
     return contender.held.memory().hot
 
 
