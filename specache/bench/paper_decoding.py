@@ -53,8 +53,8 @@ class BatchResult:
         timing: of a step, or `None` where not even one sequence fits.
         fast_bytes: most fast memory in use while decoding, without the weights. On a GPU: allocated
             bytes. On a CPU: the bytes that the cache counts and the planned working set of a step.
-        hit_rate: share of the real token's selected rows that were already in fast memory, or `None`
-            where nothing is fetched ahead.
+        hit_rate: share of the real token's selected rows that were already in fast memory, or
+            `None` where nothing is fetched ahead.
         reason: why there is no timing.
     """
 

@@ -84,7 +84,9 @@ def _all_columns(rows: list[Row]) -> list[Column]:
         _estimate_column("kept", "kept_ci95", "kept", "of the items that the full cache gets right, the share that stays right"),
         Column("of", lambda row: NOTHING if row["kept_n"] is None else str(row["kept_n"]), "items that the full cache gets right"),
         Column("fast", lambda row: times(row["fast_ratio"]), "fast memory, as a share of the ordinary 16-bit cache"),
-        Column("hot", lambda row: times(row["hot_ratio"]) if row["hot_ratio"] else NOTHING, "recently fetched pairs, as the same share"),
+        Column(
+            "hot", lambda row: times(row["hot_ratio"]) if row["hot_ratio"] else NOTHING, "recently fetched pairs, as such a share"
+        ),
         Column("memory", _memory, "fast and hot memory compared with specache"),
         Column("hits", lambda row: percent(row["hit_rate"]), "rows needed that were already in fast memory"),
         Column("guesses", lambda row: percent(row["guess_rate"]), "speculative tokens that were right"),
