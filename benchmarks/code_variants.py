@@ -1,11 +1,13 @@
-"""Variants of the method, simulated: what was tried before it was built, and what was left out.
+"""Simulate variants of the method: those that were tried before it was built, and those left out.
 
-    python benchmarks/code_variants.py [-m MODEL] [--text FILE ...] [--lengths 4000,5000] [--new 128] [--only NAME ...]
+    python benchmarks/code_variants.py [-m MODEL] [--text FILE ...] [--lengths 4000,5000]
+                                       [--new 128] [--only NAME ...]
 
-Keys and values of a prompt are replaced by what a variant decodes to (nothing is packed), then all tokens of a continuation go
-through the model in one pass: every row selects its own top-k from the low-bit scores and swaps in the exact pairs, as policies
-`on-demand` and `verified` do step by step (there a group becomes low bits one step later). Prints the KL divergence from exact
-attention along the given text, and the bytes of low-bit copy and residual over those of an ordinary 16-bit cache.
+Keys and values of a prompt are replaced by what a variant decodes to (nothing is packed). Then all
+tokens of a continuation go through the model in one pass. Every row selects its own top-k from the
+low-bit scores and swaps in the exact pairs, as policies `on-demand` and `verified` do step by step
+(there a group becomes low-bit one step later). Prints the KL divergence from exact attention along
+the given text, and the bytes of low-bit copy and residual over those of an ordinary 16-bit cache.
 """
 
 from __future__ import annotations
@@ -27,22 +29,27 @@ from specache.engine.attention_hook import attached, forward
 from specache.eval.prefilled import Prefilled
 from specache.eval.tasks.documents import excerpts
 
-THREE_BITS = (0.2451, 0.7560, 1.3439, 2.1520)  # Lloyd-Max levels of a normal distribution, for studies only: nothing packs 3 bits
+THREE_BITS = (0.2451, 0.7560, 1.3439, 2.1520)  # Lloyd-Max levels of a normal distribution; no code packs 3 bits
 
 
 class Code(Protocol):
-    """How keys and values become low bits."""
+    """A code for keys and values at low bit."""
 
     def decoded(self, keys: Tensor, values: Tensor, weights: Tensor, group: int) -> tuple[Tensor, Tensor]:
-        """What keys and values [Hkv, S, D] decode to; `weights` [Hkv, D] of the key channels."""
+        """Return what keys and values [Hkv, S, D] decode to.
+
+        Args:
+            weights: [Hkv, D], of the key channels.
+            group: tokens per group.
+        """
 
     def bits_per_element(self, dim: int, group: int) -> float:
-        """Bits of a key's and a value's element, scales and means included, on average."""
+        """Return the average bits of an element of keys and values, scales and means included."""
 
 
 @dataclass(frozen=True)
 class Rotated:
-    """The rotated code and its variants; the shipped one has `key_bits` equal to `value_bits`."""
+    """The rotated code and its variants. The shipped one has `key_bits` equal to `value_bits`."""
 
     key_bits: int
     value_bits: int
@@ -83,7 +90,7 @@ class Kivi:
 
 @dataclass(frozen=True)
 class InTurn:
-    """Groups of tokens in one code and in another by turns: as many bytes as lie between them."""
+    """Two codes for alternating groups of tokens. Its bytes lie halfway between theirs."""
 
     codes: tuple[Code, Code]
 
@@ -97,7 +104,10 @@ class InTurn:
 
 
 def round_to_levels(rotated_rows: Tensor, bits: int, unbiased: bool) -> Tensor:
-    """Nearest normal levels times one scale per row: unbiased, or least-squares."""
+    """Round rows to the nearest normal levels times one scale per row.
+
+    The scale is unbiased, or minimises the squared error.
+    """
     levels = torch.tensor([-x for x in reversed(THREE_BITS)] + list(THREE_BITS)) if bits == 3 else reference.normal_levels(bits)
     unit = rotated_rows / rotated_rows.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-20)
     chosen = levels[torch.bucketize(unit, (levels[1:] + levels[:-1]) / 2)]
@@ -112,7 +122,7 @@ Budgets = dict[int, Tensor]  # layer -> pairs to swap in [Hkv, n]
 
 
 def by_mass(masses: Masses, top_k: int) -> Budgets:
-    """As many pairs per step as `top_k` for every head, in proportion to the attention that a head pays to the low-bit tokens."""
+    """Divide all pairs in proportion to the attention that each head pays to low-bit tokens."""
     mass = torch.stack([one.sum(-1) for one in masses.values()])  # [layers, Hkv, n]
     ends = (mass / mass.sum((0, 1), keepdim=True)).flatten(0, 1).cumsum(0) * (top_k * mass[..., 0].numel())
     budgets = ends.round().diff(dim=0, prepend=torch.zeros_like(ends[:1])).long().unflatten(0, mass.shape[:2])
@@ -120,7 +130,10 @@ def by_mass(masses: Masses, top_k: int) -> Budgets:
 
 
 def by_rank(masses: Masses, top_k: int) -> Budgets:
-    """The same number, for the pairs with most attention of all heads and layers: it leaves the least of it at low bit."""
+    """Choose as many pairs as `by_mass`: those with the most attention over all heads and layers.
+
+    This minimises the attention that stays at low bit.
+    """
     mass = torch.stack(list(masses.values()))  # [layers, Hkv, n, L]
     pairs = mass.movedim(2, 0).flatten(1)  # [n, layers * Hkv * L]
     least = pairs.topk(min(top_k * mass[..., 0, 0].numel(), pairs.shape[1]), dim=-1).values[:, -1]  # [n]
@@ -128,7 +141,7 @@ def by_rank(masses: Masses, top_k: int) -> Budgets:
 
 
 def of_the_last_step(spread: Spread) -> Spread:
-    """Budgets that a decoder can know before a step's first layer."""
+    """Return `spread` one step late: budgets that a decoder knows before its first layer."""
 
     def spread_late(masses: Masses, top_k: int) -> Budgets:
         return {layer: torch.cat([k[:, :1], k[:, :-1]], dim=1) for layer, k in spread(masses, top_k).items()}
@@ -141,11 +154,11 @@ Spread = Callable[[Masses, int], Budgets]
 
 @dataclass(frozen=True)
 class Variant:
-    """A code, and what is swapped in.
+    """A code, and which pairs are swapped in.
 
     Attributes:
         top_k: pairs per KV head and row.
-        spread: divides these over layers and heads; `None`: as many for every one.
+        spread: divides the pairs over layers and heads, or `None` for `top_k` in every one.
         residual, group: `R` and `g`.
     """
 
@@ -156,11 +169,11 @@ class Variant:
     group: int = 64
 
     def low_bit_length(self, length: int) -> int:
-        """Tokens of `length` that are at low bit."""
+        """Return how many of `length` tokens are at low bit."""
         return max(0, length - self.residual) // self.group * self.group
 
     def memory(self, length: int, dim: int) -> float:
-        """Bytes of copy and residual over those of a 16-bit cache."""
+        """Return the bytes of low-bit copy and residual over those of a 16-bit cache."""
         low = self.low_bit_length(length)
         return (low * self.code.bits_per_element(dim, self.group) / 16 + length - low) / length
 
@@ -201,7 +214,7 @@ VARIANTS: dict[str, Variant] = {
 
 @dataclass
 class Simulation:
-    """A forward pass over `n` known tokens after a prompt, with a variant's decoded keys and values."""
+    """A forward pass over `n` known tokens after a prompt, with a variant's keys and values."""
 
     prompt: Prefilled
     windows: dict[int, WindowLayer]
@@ -220,7 +233,7 @@ class Simulation:
         return out.flatten(0, 1).transpose(0, 1)[None]
 
     def _mixed(self, index: int, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
-        """query [Hkv, G, n, D] -> [Hkv, G, n, D]."""
+        """Attend with query [Hkv, G, n, D] -> [Hkv, G, n, D]."""
         start, n, total = self.prompt.length, query.shape[2], keys.shape[1]
         exact = capped(query @ keys[:, None].transpose(-1, -2) * params.scaling, params)  # [Hkv, G, n, T]
         column = torch.arange(total)
@@ -247,7 +260,7 @@ class Simulation:
         return out + p @ values[:, None]
 
     def _chosen(self, index: int, mass: Tensor) -> Tensor:
-        """The pairs of a layer that are swapped in: a mask [Hkv, n, L]."""
+        """Return the mask [Hkv, n, L] of the pairs of a layer that are swapped in."""
         assert self.variant is not None
         budget = self.budgets.get(index, torch.full(mass.shape[:2], self.variant.top_k))  # [Hkv, n]
         most = min(int(budget.max()), mass.shape[2])
@@ -260,10 +273,10 @@ def capped(scores: Tensor, params: AttentionParams) -> Tensor:
 
 
 def log_probs(model: Any, prompt: Prefilled, following: list[int], variant: Variant | None) -> Tensor:
-    """Log-probabilities [n, V] after each token of a continuation."""
+    """Return the log-probabilities [n, V] after each token of a continuation."""
     simulation = Simulation(prompt, prompt.windows(), variant)
     if variant is not None:
-        prefix = variant.residual + variant.group  # tokens that key weights are made from
+        prefix = variant.residual + variant.group  # tokens that the key weights are computed from
         for layer in prompt.full_layers:
             keys, _ = prompt.rows(layer)
             queries = prompt.queries(layer)[:, :prefix].unflatten(0, (keys.shape[0], -1))
@@ -271,7 +284,7 @@ def log_probs(model: Any, prompt: Prefilled, following: list[int], variant: Vari
     positions = torch.arange(prompt.length, prompt.length + len(following))[None]
     with torch.no_grad(), attached(model):
         logits = forward(model, torch.tensor([following]), positions, simulation, logits=len(following))[0]
-        if variant is not None and variant.spread is not None:  # once more, with what the first pass showed
+        if variant is not None and variant.spread is not None:  # second pass, with budgets from the first
             simulation.budgets = variant.spread(simulation.masses, variant.top_k)
             simulation.windows = prompt.windows()
             logits = forward(model, torch.tensor([following]), positions, simulation, logits=len(following))[0]

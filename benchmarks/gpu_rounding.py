@@ -1,10 +1,13 @@
-"""What the 16-bit scores of a GPU cost in fidelity: decoding over static buffers on the CPU without and with the same rounding.
+"""Measure the fidelity cost of a GPU's 16-bit scores, by the same rounding on a CPU.
 
-    python benchmarks/gpu_rounding.py [-m MODEL] [--text FILE] [--tokens 3000] [--texts 3] [--new 64] [--json FILE]
+    python benchmarks/gpu_rounding.py [-m MODEL] [--text FILE] [--tokens 3000] [--texts 3]
+                                      [--new 64] [--json FILE]
 
-In a step over static buffers Triton's kernels keep scores of a 16-bit model in float16, relative to the largest of their group,
-search 16 bits of the probabilities, and round the weights of the copy to bfloat16. Here PyTorch's kernels over the same buffers do
-as much. Prints, per text and bits, the mean Kullback-Leibler divergence per token from the full cache, along its own greedy answer.
+In a step over static buffers, Triton's kernels round for a 16-bit model: they keep scores in
+float16, relative to the largest of their group, search 16 bits of the probabilities, and round the
+weights of the low-bit copy to bfloat16. Here PyTorch's kernels over the same buffers do the same.
+Prints, per text and bits, the mean Kullback-Leibler divergence per token from the full cache, along
+the full cache's greedy answer.
 """
 
 from __future__ import annotations
@@ -26,17 +29,17 @@ import specache
 from specache.cli.models import Dtype, load
 from specache.device import batch
 from specache.device.page_kernels import TorchPages
-from specache.engine import static_decoder as static_decoding
-from specache.kernels.torch import operations as torch_ops
+from specache.engine import static_decoder
+from specache.kernels.torch import operations
 from specache.kernels.triton.tables import PageScores, PageTables
 from specache.kernels.types import LowBitKV
 
-CHARACTERS = 6  # of a token at most: where the next text begins
-ON_THE_CPU = static_decoding.StaticSettings(capacity_step=256, devices=("cpu",))
+CHARACTERS = 6  # per token at most; decides where the next text begins
+ON_THE_CPU = static_decoder.StaticSettings(capacity_step=256, devices=("cpu",))
 
 
 class Rounded(TorchPages):
-    """PyTorch's kernels with what Triton's round."""
+    """PyTorch's kernels with the rounding of Triton's."""
 
     def score(self, query: Tensor, tables: PageTables, weights: Tensor | None, scaling: float, softcap: float | None) -> PageScores:
         scores = super().score(query, tables, weights, scaling, softcap).values
@@ -45,12 +48,12 @@ class Rounded(TorchPages):
         return PageScores(((grouped - largest).half().float() + largest).flatten(-2))
 
     def select(self, scores: PageScores, rest_lse: Tensor, lengths: Tensor, k: int) -> Tensor:
-        exact = torch_ops.mean_probabilities
+        exact = operations.mean_probabilities
 
         def upper_bits(*arguments: Tensor) -> Tensor:
             return (exact(*arguments).view(torch.int32) & ~0x7FFF).view(torch.float32)
 
-        with mock.patch.object(torch_ops, "mean_probabilities", upper_bits):
+        with mock.patch.object(operations, "mean_probabilities", upper_bits):
             return super().select(scores, rest_lse, lengths, k)
 
     def _values(self, copy: LowBitKV, weights: Tensor) -> Tensor:
@@ -58,10 +61,10 @@ class Rounded(TorchPages):
 
 
 def divergence(model: Any, ids: Tensor, answer: list[int], reference: Tensor, bits: int, kernels: type[TorchPages]) -> float:
-    """Nats per token."""
+    """Return the mean KL divergence per token, in nats."""
     config = specache.SpeCacheConfig(bits=bits, slow_tier="ram", policy="verified")
     with (
-        mock.patch.object(static_decoding, "SETTINGS", ON_THE_CPU),
+        mock.patch.object(static_decoder, "SETTINGS", ON_THE_CPU),
         mock.patch.object(batch, "page_kernels", lambda layout, capacity, device: kernels(layout, capacity)),
         specache.SpeCache(model, config) as cache,
     ):

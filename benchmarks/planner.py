@@ -1,14 +1,17 @@
-"""How far the planner is from `specache bench decode` on this machine: milliseconds per step, predicted and measured.
+"""Compare the planner's milliseconds per step with those of `specache bench decode` here.
 
-    python benchmarks/planner.py [--shape llama-3.2-1b] [--contexts 4096,16384,32768] [--batches 1,4] [--bits 2] [--weights bf16]
-                                 [--steps 10] [--threads N] [--ours] [--json FILE]
+    python benchmarks/planner.py [--shape llama-3.2-1b] [--contexts 4096,16384,32768]
+                                 [--batches 1,4] [--bits 2] [--weights bf16] [--steps 10]
+                                 [--threads N] [--ours] [--json FILE]
 
-Predicted: what `specache plan --gpu cpu` says, from half of the model's layers or fewer at 2,048 and 8,192 tokens. Measured: whole
-models through the benchmark. The ratio is predicted over measured; `--ours` leaves out transformers' ordinary cache, which takes
-most of the time. Ends with exit code 1 where a ratio of ours is not within 25%.
+Predicted: what `specache plan --gpu cpu` reports, from half of the model's layers or fewer at 2,048
+and 8,192 tokens. Measured: whole models through the benchmark. The ratio is predicted over
+measured. `--ours` leaves out transformers' ordinary cache, which takes most of the time. Ends with
+exit code 1 where a ratio of ours is not within 25%.
 
-The pass over the weights is the same whatever the context: where its prediction is off, the machine was busy then or now. The last
-column says what the ratio would be with the pass as it was measured beside the step.
+The pass over the weights does not depend on the context. Where its prediction is off, the machine
+was busy in one of the two measurements. The last column gives the ratio with the pass as it was
+measured together with the step.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from specache.bench.base import Surroundings
+from specache.bench.base import BenchContext
 from specache.bench.calibration import measured_steps
 from specache.bench.decode_step import DYNAMIC, Decode
 from specache.bench.environment import describe
@@ -33,19 +36,19 @@ from specache.model.dimensions import dimensions_of, without_weights
 from specache.planning.roofline.compared_methods import Method, methods
 from specache.planning.roofline.measured import MeasuredSteps
 
-LIMIT = 1.25  # times too long or too short
+LIMIT = 1.25  # largest factor between prediction and measurement
 OURS = "specache"
 
 
-def predicted(model: RandomModel, compared: list[Method], say: Any) -> MeasuredSteps:
-    """What the planner measures."""
+def predicted(model: RandomModel, compared: list[Method], log: Any) -> MeasuredSteps:
+    """Return the planner's measurements."""
     config = model.shape.config()
     dimensions = dimensions_of(without_weights(config, model.weights.dtype), device="cpu", weights=model.weights.quantised)
-    return measured_steps(config, model.weights.dtype, model.weights.quantised, dimensions, compared, say)
+    return measured_steps(config, model.weights.dtype, model.weights.quantised, dimensions, compared, log)
 
 
 def rows(steps: MeasuredSteps, compared: dict[str, Method], results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One line per implementation that was measured."""
+    """Return one row per implementation that was measured."""
     lines = []
     for result in results:
         if result["ms_per_step"] is None:
@@ -131,7 +134,7 @@ def main() -> int:
             benchmark = Decode(
                 bits=chosen.bits, context=context, batch=batch, steps=chosen.steps, against=() if chosen.ours else (DYNAMIC,)
             )
-            found = rows(steps, compared, benchmark.run(Surroundings(model)).results)
+            found = rows(steps, compared, benchmark.run(BenchContext(model)).results)
             for line in found:
                 console.print("{impl}, {batch} x {context:,}: {predicted_ms:.1f} / {measured_ms:.1f} ms".format(**line))
             lines += found

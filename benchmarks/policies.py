@@ -1,9 +1,12 @@
-"""How far each policy's distribution is from the full cache's, teacher-forced along the full cache's own greedy answer.
+"""Measure the divergence of each policy from the full cache, along the full cache's answer.
 
-    python benchmarks/policies.py [-m MODEL] [--text FILE] [--tokens 5000] [--new 100] [--code rotated] [--top-k 64] [--json FILE]
+    python benchmarks/policies.py [-m MODEL] [--text FILE] [--tokens 5000] [--new 100]
+                                  [--code rotated] [--top-k 64] [--json FILE]
 
-Prints, per bits and policy, the mean Kullback-Leibler divergence per token, its 95th percentile, top-1 agreement, and how often
-guesses and prefetches were right. `kivi` is KIVI's code alone with R = 128: the same 16-bit bytes as the others at k = 64.
+Every policy is teacher-forced along the full cache's greedy answer. Prints, per bits and policy,
+the mean Kullback-Leibler divergence per token, its 95th percentile, top-1 agreement, and how often
+draft tokens and prefetches were right. `kivi` is KIVI's code alone with R = 128: the same 16-bit
+bytes as the others at k = 64.
 """
 
 from __future__ import annotations
@@ -41,14 +44,14 @@ class Forced(LogitsProcessor):
 
 
 def prompt_ids(tokenizer: Any, text: str, tokens: int, question: str = QUESTION) -> Tensor:
-    """The chat prompt for the first `tokens` tokens of a text -> [1, S]."""
+    """Return the chat prompt for the first `tokens` tokens of a text, [1, S]."""
     document = tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"][:tokens])
     messages = [{"role": "user", "content": f"{document}\n\n{question}"}]
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
 
 
 def full_answer(model: Any, ids: Tensor, new: int) -> tuple[list[int], Tensor]:
-    """The full cache's greedy answer of `new` tokens and its logits [new, V]."""
+    """Return the full cache's greedy answer of `new` tokens and its logits [new, V]."""
     config = specache.SpeCacheConfig(policy="full")
     output = specache.generate(
         model,
@@ -65,7 +68,11 @@ def full_answer(model: Any, ids: Tensor, new: int) -> tuple[list[int], Tensor]:
 
 
 def compare(model: Any, ids: Tensor, answer: list[int], reference: Tensor, cache: specache.SpeCache) -> dict[str, Any]:
-    """One policy along `answer`: divergence of every token's distribution from `reference` [new, V]."""
+    """Measure one policy along `answer`: the divergence of every token's distribution.
+
+    Args:
+        reference: the full cache's logits [new, V].
+    """
     forced = LogitsProcessorList([Forced(answer, ids.shape[1])])
     output = specache.generate(
         model,
@@ -93,7 +100,10 @@ def compare(model: Any, ids: Tensor, answer: list[int], reference: Tensor, cache
 def measure(
     model: Any, ids: Tensor, answer: list[int], reference: Tensor, bits: int, code: str, top_k: int
 ) -> list[dict[str, Any]]:
-    """All policies at `bits`; the policies share one prefill, `kivi` has its own with R = 128."""
+    """Measure all policies at `bits`.
+
+    The policies share one prefill. `kivi` has its own, with R = 128.
+    """
     rows = []
     base = specache.SpeCacheConfig(bits=bits, code=code, top_k=top_k, slow_tier="ram", policy="verified")
     kivi = specache.SpeCacheConfig(bits=bits, code="kivi", residual=128, slow_tier="ram", policy="none")

@@ -1,1 +1,1 @@
-"""Benchmarks of speed and memory: one file per benchmark, a registry. Quality is `specache.eval`'s business."""
+"""Benchmarks of speed and memory, one file each. Quality is measured by `specache.eval`."""

@@ -1,4 +1,7 @@
-"""`attention`: one layer of one decode step, ours on every kernel backend against PyTorch's ways and the memory's speed."""
+"""`attention`: one layer of one decode step, on every kernel backend and in plain PyTorch.
+
+Times are also compared with the time to read the same bytes from memory.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from specache.bench import kernel_backends as kernels
-from specache.bench.base import Outcome, Result, Surroundings, check_at_least
+from specache.bench import kernel_backends
+from specache.bench.base import BenchContext, Outcome, Result, check_at_least
 from specache.bench.breakdown import recorded
 from specache.bench.compute_device import CPU, CUDA
 from specache.bench.environment import LargeArray
@@ -31,7 +34,7 @@ _MATMUL = "matmul"
 
 @dataclass(frozen=True, kw_only=True)
 class Attention:
-    """Score, select, fetch from RAM and attend in one layer, against attention over all of it."""
+    """Score, select, fetch from RAM and attend in one layer, against attention over everything."""
 
     name: ClassVar[str] = "attention"
     summary: ClassVar[str] = "one layer of a decode step per instruction set, against sdpa, matrix products and dequantising"
@@ -43,7 +46,7 @@ class Attention:
     shape: str = field(default="llama-3-8b", metadata={"help": f"Dimensions of the layer: {', '.join(SHAPES)}."})
     context: tuple[int, ...] = field(default=(32768,), metadata={"help": "Tokens in the layer, multiples of 64."})
     bits: tuple[int, ...] = field(default=(2,), metadata={"help": "Bits per number of the low-bit copy."})
-    rows: tuple[int, ...] = field(default=(1,), metadata={"help": "Rows of a step: 1 (on-demand), 2 (with a guess beside it)."})
+    rows: tuple[int, ...] = field(default=(1,), metadata={"help": "Rows of a step: 1 (on-demand), 2 (with a draft token)."})
     code: Code = field(default=Code.ROTATED, metadata={"help": "How numbers become bits."})
     top_k: int = field(default=64, metadata={"help": "16-bit pairs swapped in per key-value head and row."})
     repeat: int = field(default=15, metadata={"help": "Rounds; every implementation runs once in each."})
@@ -61,18 +64,18 @@ class Attention:
             raise ConfigError(
                 f"--context takes multiples of {PAGE_TOKENS} tokens: whole pages of the low-bit copy, and the residual."
             )
-        self._check_kernels([*kernels.available(), kernels.TRITON, kernels.STATIC])
+        self._check_kernels([*kernel_backends.available(), kernel_backends.TRITON, kernel_backends.STATIC])
 
     @torch.no_grad()
-    def run(self, surroundings: Surroundings) -> Outcome:
-        self._check_kernels(kernels.layers_on(surroundings.device))
-        large = LargeArray(device=surroundings.device)
+    def run(self, bench: BenchContext) -> Outcome:
+        self._check_kernels(kernel_backends.layers_on(bench.device))
+        large = LargeArray(device=bench.device)
         results: list[Result] = []
         bandwidths = []
         for context in self.context:
             for rows in self.rows:
-                surroundings.say(f"{self.shape}: {context:,} tokens, {rows} row{'s' if rows > 1 else ''}")
-                cell = _Cell(self, context, rows, surroundings, large)
+                bench.log(f"{self.shape}: {context:,} tokens, {rows} row{'s' if rows > 1 else ''}")
+                cell = _Cell(self, context, rows, bench, large)
                 results += cell.measure()
                 bandwidths.append({"context": context, "rows": rows, **cell.bandwidth})
         return Outcome(results, {"bandwidth": bandwidths})
@@ -84,9 +87,9 @@ class Attention:
 
 
 class _Cell:
-    """One context and number of rows: everything that is compared is timed in the same rounds."""
+    """One context length and number of rows. All implementations are timed in the same rounds."""
 
-    def __init__(self, benchmark: Attention, context: int, rows: int, where: Surroundings, large: LargeArray) -> None:
+    def __init__(self, benchmark: Attention, context: int, rows: int, where: BenchContext, large: LargeArray) -> None:
         self._benchmark = benchmark
         self._context, self._rows = context, rows
         self._large = large
@@ -96,8 +99,8 @@ class _Cell:
         keys, values = (tensor.to(where.device) for tensor in drawn)
         self._query = _query(shape, rows, where.seed).to(where.device)
         self._layers = {bits: self._layer(keys, values, bits) for bits in benchmark.bits}
-        self._ours = [(isa, bits) for isa in benchmark.kernels or kernels.layers_on(where.device) for bits in self._layers]
-        static = {bits for isa, bits in self._ours if isa == kernels.STATIC}
+        self._ours = [(isa, bits) for isa in benchmark.kernels or kernel_backends.layers_on(where.device) for bits in self._layers]
+        static = {bits for isa, bits in self._ours if isa == kernel_backends.STATIC}
         self._static = {bits: StaticLayer(self._layer(keys, values, bits), rows, keys.dtype) for bits in static}
         self._baselines = exact_baselines(self._query, keys, values)
         self._baselines += [dequantising_baseline(self._query, keys, values, bits) for bits in self._layers]
@@ -115,7 +118,7 @@ class _Cell:
         return LowBitLayer(keys, values, self._benchmark.code, bits, self._benchmark.top_k)
 
     def _step(self, isa: str, bits: int) -> Callable[[], Tensor]:
-        layer = self._static[bits] if isa == kernels.STATIC else self._layers[bits]
+        layer = self._static[bits] if isa == kernel_backends.STATIC else self._layers[bits]
         return lambda: layer.attend(self._query)
 
     def _around(self, name: str) -> AbstractContextManager[object]:
@@ -124,28 +127,37 @@ class _Cell:
 
     @contextmanager
     def _evicted(self, isa: str | None) -> Iterator[None]:
-        """Other layers' data would have displaced this one's between two steps: read something large, which tells the bandwidth."""
+        """Evict this layer from the caches, as other layers do between two steps.
+
+        It reads a large array, which also measures the bandwidth.
+        """
         self._reads_ms.append(self._large.read())
-        if isa in (None, kernels.STATIC):
+        if isa in (None, kernel_backends.STATIC):
             yield
             return
         assert isa is not None
-        with kernels.using(isa):
+        with kernel_backends.using(isa):
             yield
 
     def _difference(self, isa: str, bits: int) -> float:
-        """Largest difference from the plain PyTorch kernels, relative to the largest output; of a static step the real row's: the
-        guess does without other rows there."""
-        with kernels.using(kernels.PLAIN):
+        """Return the largest difference from the plain PyTorch kernels, over the largest output.
+
+        For the static step only the real row is compared: its draft row attends without the pairs
+        that have not been fetched.
+        """
+        with kernel_backends.using(kernel_backends.PLAIN):
             expected = self._layers[bits].attend(self._query)
-        with nullcontext() if isa == kernels.STATIC else kernels.using(isa):
+        with nullcontext() if isa == kernel_backends.STATIC else kernel_backends.using(isa):
             actual = self._step(isa, bits)()
-        if isa == kernels.STATIC:
+        if isa == kernel_backends.STATIC:
             actual, expected = actual[:, :, :1], expected[:, :, :1]
         return float((actual - expected).abs().max() / expected.abs().max())
 
     def _phases(self, isa: str, bits: int) -> dict[str, float]:
-        """Milliseconds in score, select, fetch and attend, of further steps: the clock slows them a little."""
+        """Return the milliseconds of score, select, fetch and attend in further steps.
+
+        The clock slows these steps a little.
+        """
         clock = PhaseClock()
         with recorded(clock):
             for _ in range(self._benchmark.repeat):
@@ -155,7 +167,9 @@ class _Cell:
         return clock.medians(self._benchmark.repeat)
 
     def _bandwidth(self, read: Timing) -> dict[str, Any]:
-        """The floor is made from the best read: what the memory can do, however busy the machine is."""
+        """Return the best and the median bandwidth. The floor uses the best one, which does not
+        depend on the machine's load.
+        """
         return {
             "read_gb_per_s": _gb_per_s(self._large.nbytes, read.best_ms),
             "median_gb_per_s": _gb_per_s(self._large.nbytes, read.ms),
@@ -170,7 +184,7 @@ class _Cell:
         for isa, bits in self._ours:
             timing = timings[_label(isa, bits)]
             row = self._row(OURS, isa, bits, self._layers[bits].nbytes, timing, exact, best, best_matmul)
-            phases = None if isa == kernels.STATIC else self._phases(isa, bits)  # it is replayed as one
+            phases = None if isa == kernel_backends.STATIC else self._phases(isa, bits)  # a graph has no phases to time
             results.append({**row, "difference": differences[isa, bits], "phases": phases})
         isa = torch.backends.cpu.get_cpu_capability().lower() if self._query.device.type == CPU else CUDA
         for b in self._baselines:
@@ -201,7 +215,7 @@ class _Cell:
 
 
 def _query(shape: Shape, rows: int, seed: int) -> Tensor:
-    """Seeded queries bfloat16 [1, Hq, n, D]."""
+    """Return seeded queries, bfloat16 [1, Hq, n, D]."""
     generator = torch.Generator().manual_seed(seed + 1)
     return torch.randn(1, shape.query_heads, rows, shape.head_dim, generator=generator).to(torch.bfloat16)
 

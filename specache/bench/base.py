@@ -1,4 +1,4 @@
-"""What the command asks of a benchmark: settings, a run, and results that say where they were measured."""
+"""The interface of a benchmark: its settings, its context and its results."""
 
 from __future__ import annotations
 
@@ -12,31 +12,32 @@ from specache.bench.compute_device import CPU
 from specache.bench.shapes import ModelSource
 from specache.errors import ConfigError
 
-Say = Callable[[str], None]  # tells the user what is being done
-Result = dict[str, Any]  # one line of a benchmark, JSON-ready
+Log = Callable[[str], None]  # shows a progress message to the user
+Result = dict[str, Any]  # one measurement, JSON-ready
 
 
 @dataclass(frozen=True)
-class Surroundings:
-    """What a run is given besides the benchmark's own options.
+class BenchContext:
+    """What a run is given in addition to the benchmark's own options.
 
     Attributes:
-        source: the model; `None` for a benchmark that uses none.
-        seed: decides synthetic keys, values, weights and prompts.
-        device: `cpu` or `cuda`, for what is computed without a model; the source knows it too.
+        source: the model, or `None` for a benchmark that uses none.
+        seed: seed of synthetic keys, values, weights and prompts.
+        device: `cpu` or `cuda`: where a benchmark without a model computes. `source` has its own.
+        log: shows a progress message to the user.
     """
 
     source: ModelSource | None = None
     seed: int = 0
     device: str = CPU
-    say: Say = lambda message: None
+    log: Log = lambda message: None
 
     @property
     def model_source(self) -> ModelSource:
-        """The model.
+        """Return the model's source.
 
         Raises:
-            ConfigError: none was named.
+            ConfigError: no model was named.
         """
         if self.source is None:
             raise ConfigError("This benchmark runs a whole model: name one with --model, or a shape with --shape.")
@@ -45,11 +46,12 @@ class Surroundings:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came out.
+    """The results of a run.
 
     Attributes:
-        results: one entry per implementation and setting; an entry that was not measured says why under `skipped`.
-        details: what belongs to the run as a whole (measured bandwidth, fitted lines). JSON-ready.
+        results: one entry per implementation and setting. An entry that was not measured gives the
+            reason under `skipped`.
+        details: facts about the run as a whole (measured bandwidth, fitted lines). JSON-ready.
     """
 
     results: list[Result]
@@ -57,35 +59,34 @@ class Outcome:
 
 
 class Benchmark(Protocol):
-    """A frozen dataclass whose fields are its options on the command line."""
+    """A frozen dataclass whose fields are the benchmark's options on the command line."""
 
     name: ClassVar[str]  # in the registry and on the command line
     summary: ClassVar[str]  # one line for `specache bench --help`
     uses_model: ClassVar[bool]  # whether it runs a whole model
     columns: ClassVar[tuple[str, ...]]  # keys of a result that the terminal shows
 
-    def run(self, surroundings: Surroundings) -> Outcome:
-        """Measure.
+    def run(self, bench: BenchContext) -> Outcome:
+        """Run the benchmark.
 
         Raises:
-            SpeCacheError: it cannot be measured; the message says what to do.
+            SpeCacheError: it cannot be measured. The message says what to do.
         """
 
 
-def document(
-    benchmark: Benchmark, surroundings: Surroundings, outcome: Outcome, where: dict[str, Any], command: str
-) -> dict[str, Any]:
-    """What `--json` writes. Keys are stable.
+def document(benchmark: Benchmark, bench: BenchContext, outcome: Outcome, where: dict[str, Any], command: str) -> dict[str, Any]:
+    """Return the JSON document that `--json` writes. Its keys are stable.
 
     Args:
-        where: `machine.describe()` from before the run: afterwards the load is our own.
+        where: what `environment.describe()` returned before the run. Afterwards the machine's load
+            includes our own.
     """
-    source = surroundings.source
+    source = bench.source
     return {
         "benchmark": benchmark.name,
-        "settings": {**json_settings(benchmark), "seed": surroundings.seed},
+        "settings": {**json_settings(benchmark), "seed": bench.seed},
         "model": None if source is None else {"name": source.name, "weights": str(source.weights)},
-        "device": surroundings.device,
+        "device": bench.device,
         "results": outcome.results,
         **outcome.details,
         **where,
@@ -94,12 +95,12 @@ def document(
 
 
 def json_settings(benchmark: Any) -> dict[str, Any]:
-    """The benchmark's options as plain values."""
+    """Return the benchmark's options as plain values."""
     return {one.name: _plain(getattr(benchmark, one.name)) for one in dataclasses.fields(benchmark)}
 
 
 def check_at_least(benchmark: Any, least: int, *names: str) -> None:
-    """Raises `ConfigError` where an option (or one of its values) is smaller than `least`, or a list is empty."""
+    """Raise `ConfigError` if an option or one of its values is below `least`, or empty."""
     for name in names:
         value = getattr(benchmark, name)
         values = value if isinstance(value, tuple) else (value,)

@@ -1,4 +1,8 @@
-"""Every benchmark by name. A new one is one file and one line here; nothing is imported before it is asked for."""
+"""The registry of benchmarks by name.
+
+A new benchmark is one file and one line here. A benchmark's module is imported only when it is
+asked for.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +22,9 @@ BENCHMARKS = {
 
 
 def benchmark_class(name: str) -> Any:
-    """The benchmark's class.
+    """Return the class of the benchmark `name`.
 
     Raises:
-        ConfigError: there is none of this name.
+        ConfigError: no benchmark has this name.
     """
     return named_class(BENCHMARKS, name, "benchmark")

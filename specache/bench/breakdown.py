@@ -1,4 +1,4 @@
-"""Where a decode step's time goes: the kernels and the fetching of rows, timed while the whole model runs."""
+"""Time the phases of a decode step (score, select, fetch, attend) while the whole model runs."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from specache.kernels import dispatch
 from specache.kernels.cpu.native import LayerStep, NativeKernels
 from specache.rows.fetch import FetchedRows, InPlaceRows
 
-# The C++ kernels score and select in one call (`select`), and do all of it in one where rows are read in place (`in_place`).
+# The C++ kernels score and select in one call (`select`). Where rows are read in place, one call
+# does the whole step (`in_place`).
 PHASES = ("score", "select", "fetch", "attend", "in_place")
 _KERNELS = {"score": "score", "select": "select", "rescore": "attend", "attend": "attend"}  # operation -> phase
 _IN_A_LAYER = {"select": "select", "attend_copy": "attend", "attend_fetched": "attend"}
-_FETCHING = ("begin_step", "start", "finish", "submit")  # methods of `prefetch.Rows`
+_FETCHING = ("begin_step", "start", "finish", "submit")  # methods of `fetch.Rows`
 
 
 @contextmanager
 def recorded(clock: PhaseClock) -> Iterator[None]:
-    """Inside the block, the clock sees score, select, fetch and attend of every layer. Slows a step a little."""
+    """Let `clock` record the phases of every layer inside the block. This slows a step a little."""
     timed = [(dispatch, operation, phase) for operation, phase in _KERNELS.items()]
     timed.append((NativeKernels, "decode_in_place", "in_place"))  # type: ignore[arg-type]
     timed += [(LayerStep, method, phase) for method, phase in _IN_A_LAYER.items()]  # type: ignore[misc]

@@ -10,14 +10,14 @@ from specache.config import Code, Policy, SpeCacheConfig
 
 @dataclass(frozen=True, kw_only=True)
 class CopyOptions:
-    """The settings of `SpeCacheConfig` that size the low-bit copy and what is read beside it."""
+    """The settings of `SpeCacheConfig` that size the low-bit copy and the pairs swapped in."""
 
     bits: int = field(default=2, metadata={"help": "Bits per number of the low-bit copy: 1, 2 or 4."})
     code: Code = field(default=Code.ROTATED, metadata={"help": "How numbers become bits."})
     top_k: int = field(default=64, metadata={"help": "16-bit pairs swapped in per key-value head and step."})
 
     def config(self, **settings: Any) -> SpeCacheConfig:
-        """The configuration, with further settings.
+        """Return the configuration with these and further settings.
 
         Raises:
             ConfigError: a value is out of range.
@@ -27,23 +27,23 @@ class CopyOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheOptions(CopyOptions):
-    """And the policy: all that changes what a step costs."""
+    """`CopyOptions` and the policy: every setting that changes the cost of a step."""
 
     policy: Policy = field(default=Policy.AUTO, metadata={"help": "Which pairs are swapped in, and when they are fetched."})
 
     def config(self, **settings: Any) -> SpeCacheConfig:
-        """As `CopyOptions.config`."""
+        """Return the configuration with these and further settings (see `CopyOptions.config`)."""
         return super().config(policy=self.policy, **settings)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TierOptions(CopyOptions):
-    """And what matters where rows are copied from a slow tier."""
+    """`CopyOptions` and the hot set's size, for benchmarks that copy rows from a slow tier."""
 
     hot_set: float = field(
         default=0.08, metadata={"help": "Recently fetched rows that are kept, as a fraction of the 16-bit cache."}
     )
 
     def config(self, **settings: Any) -> SpeCacheConfig:
-        """As `CopyOptions.config`."""
+        """Return the configuration with these and further settings (see `CopyOptions.config`)."""
         return super().config(hot_set=self.hot_set, **settings)

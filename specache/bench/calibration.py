@@ -1,7 +1,8 @@
-"""What `specache plan --gpu cpu` measures: this machine's rates, and decode steps of a part of the model.
+"""Measure this machine's rates and a smaller model's decode steps, for `specache plan --gpu cpu`.
 
-The part has the model's own layers, half of them or fewer, with random weights, and is measured at two depths, two contexts and two
-batches through the contenders of `bench decode`. Everything is a straight line in the number of layers, sequences and tokens.
+The smaller model has at most half of the model's own layers, with random weights. It is measured at
+two depths, two contexts and two batch sizes, through the implementations that `bench decode`
+compares. All times are modelled as linear in the number of layers, sequences and tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
-from specache.bench.base import Say
+from specache.bench.base import Log
 from specache.bench.contenders import BareModel, Contender, DynamicContender, SpeCacheContender
 from specache.bench.environment import LargeArray
 from specache.bench.timing import interleaved
@@ -34,15 +35,19 @@ from specache.platform import machine
 
 CONTEXTS = (2048, 8192)  # tokens
 BATCHES = (1, 4)  # sequences
-ROWS = (1, 2, 4, 8, 16, 32)  # of the pass over the weights
+ROWS = (1, 2, 4, 8, 16, 32)  # per pass over the weights
 STEPS, WARMUP = 7, 2
-PART_BYTES = 2 << 30  # weights of the part, unless it would have fewer than two layers
-WHOLE_BYTES = 4 << 30  # a model whose layers differ is measured whole, up to this
-PRODUCT = 2048  # rows and columns of the matrices whose product tells the rate
+PART_BYTES = 2 << 30  # weights of the smaller model, which has at least two layers
+WHOLE_BYTES = 4 << 30  # largest model with differing layers, which is measured whole
+PRODUCT = 2048  # rows and columns of the matrices that are multiplied
 
 
 def this_processor(repeat: int = 5) -> Device:
-    """This machine as a device, its figures measured: best of `repeat`."""
+    """Return this machine as a device whose figures were measured here, best of `repeat`.
+
+    Raises:
+        ConfigError: the system does not report its free memory.
+    """
     large = LargeArray()
     bandwidth = large.nbytes / min(large.read() for _ in range(repeat + 1)) / 1e6
     usable = machine.memory()["usable_bytes"]
@@ -73,7 +78,7 @@ def this_processor(repeat: int = 5) -> Device:
 
 @dataclass(frozen=True)
 class _Sample:
-    """Seconds per step: all of it, and in the attention's kernels; and the pass over the weights alone."""
+    """Seconds of one decode step, of its attention kernels, and of a pass over the weights."""
 
     layers: int
     context: int
@@ -85,26 +90,30 @@ class _Sample:
 
 @torch.no_grad()
 def measured_steps(
-    config: Any, dtype: torch.dtype, weights: WeightFormat, model: ModelDimensions, compared: Sequence[Method], say: Say
+    config: Any, dtype: torch.dtype, weights: WeightFormat, model: ModelDimensions, compared: Sequence[Method], log: Log
 ) -> MeasuredSteps:
-    """Measure a part of the model of a transformers configuration, for every method of `compared`.
+    """Measure a model of fewer layers, for every method of `compared`.
+
+    Args:
+        config: transformers' configuration of the whole model.
+        model: its dimensions.
 
     Raises:
-        ConfigError: its layers differ, and it is too large to be measured whole.
+        ConfigError: the layers differ, and the model is too large to be measured whole.
     """
     depths = _depths(model)
-    say(f"Making {depths[0]} of {len(model.layers)} layers with random weights")
+    log(f"Making {depths[0]} of {len(model.layers)} layers with random weights")
     part = _part(config, dtype, weights, depths[0])
     passes: dict[int, list[float]] = {}
     samples: dict[str, list[_Sample]] = {method.key: [] for method in compared}
     for depth in depths:
-        _cut(part, depth)
-        passes[depth] = _passes(part)
+        _keep_layers(part, depth)
+        passes[depth] = _weight_passes(part)
         for method in compared:
-            say(f"{depth} layers: {method.title}")
+            log(f"{depth} layers: {method.title}")
             samples[method.key] += [_sample(part, method, depth, context, batch) for context in CONTEXTS for batch in BATCHES]
     layers = len(model.layers)
-    whole = tuple(_line(depths, [passes[depth][i] for depth in depths], layers) for i in range(len(ROWS)))
+    whole = tuple(_extrapolated(depths, [passes[depth][i] for depth in depths], layers) for i in range(len(ROWS)))
     return MeasuredSteps(
         weights=WeightsPass(ROWS, whole),
         costs={key: _cost(found, layers) for key, found in samples.items()},
@@ -114,7 +123,7 @@ def measured_steps(
 
 
 def _depths(model: ModelDimensions) -> list[int]:
-    """Numbers of layers to measure, most first."""
+    """Return the numbers of layers to measure, the largest first."""
     layers = len(model.layers)
     if len(set(model.layers)) > 1:
         if model.weight_bytes > WHOLE_BYTES:
@@ -133,13 +142,13 @@ def _part(config: Any, dtype: torch.dtype, weights: WeightFormat, layers: int) -
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     generator = torch.Generator().manual_seed(0)
-    some = 0.02 * torch.randn(1 << 16, generator=generator)
+    block = 0.02 * torch.randn(1 << 16, generator=generator)
     for parameter in model.parameters():
         if parameter.dim() == 1:
             parameter.fill_(1.0 / parameter.shape[0] ** 0.5)
         else:
-            repeats = -(-parameter.numel() // len(some))
-            parameter.copy_(some.to(dtype).repeat(repeats)[: parameter.numel()].reshape(parameter.shape))
+            repeats = -(-parameter.numel() // len(block))
+            parameter.copy_(block.to(dtype).repeat(repeats)[: parameter.numel()].reshape(parameter.shape))
     quantise_weights(model, weights)
     return model
 
@@ -151,21 +160,21 @@ def _set_layers(config: Any, layers: int) -> None:
         text.layer_types = text.layer_types[:layers]
 
 
-def _cut(model: Any, layers: int) -> None:
-    """Leave the first `layers` layers."""
+def _keep_layers(model: Any, layers: int) -> None:
+    """Drop all but the first `layers` layers of a model, in place."""
     decoder = model.get_decoder()
     decoder.layers = decoder.layers[:layers]
     _set_layers(model.config, layers)
 
 
-def _passes(model: Any) -> list[float]:
-    """Seconds of forward passes without any cache, for each number of `ROWS`, in turns."""
+def _weight_passes(model: Any) -> list[float]:
+    """Return the seconds of a forward pass without a cache for each number of `ROWS`."""
     named = {str(rows): BareModel(Workload(model, rows, CONTEXTS[0]), 1).step for rows in ROWS}
     return [timing.ms / 1e3 for timing in interleaved(named, STEPS, WARMUP).values()]
 
 
 def _sample(model: Any, method: Method, layers: int, context: int, batch: int) -> _Sample:
-    """A step and a pass without cache take turns, so that a noisy machine is unfair to neither."""
+    """Time a decode step and a forward pass without a cache, interleaved: load hits both alike."""
     work = Workload(model, batch, context)
     full = method.config.policy is Policy.FULL
     contender: Contender = DynamicContender(work) if full else SpeCacheContender(work, method.config)
@@ -184,10 +193,10 @@ def _sample(model: Any, method: Method, layers: int, context: int, batch: int) -
 
 
 def _cost(samples: Sequence[_Sample], layers: int) -> MethodCost:
-    """Lines through the samples, at the whole model's number of layers.
+    """Fit a method's cost to its samples, at the whole model's number of layers.
 
-    The kernels' time is proportional to the layers; what is left of a step has a share for the model as a whole (logits, the
-    next token).
+    The kernels' time is proportional to the layers. The rest of a step also has a share per model
+    (logits, the next token).
     """
     kernels = _fit([(1.0, s.batch, s.batch * s.context) for s in samples], [s.kernels / s.layers for s in samples])
     rest = _fit([(1.0, s.layers, s.batch, s.layers * s.batch) for s in samples], [s.step - s.weights - s.kernels for s in samples])
@@ -199,9 +208,10 @@ def _cost(samples: Sequence[_Sample], layers: int) -> MethodCost:
 
 
 def _fit(features: list[tuple[float, ...]], seconds: list[float]) -> list[float]:
-    """Least squares of relative errors, so that short steps count as much as long ones.
+    """Return the coefficients that minimise the squared relative errors.
 
-    Columns are scaled: where samples do not decide, the shortest solution is then a sensible one.
+    Relative, so that short steps count as much as long ones. Columns are scaled: where the samples
+    leave the coefficients undetermined, the minimum-norm solution is then a sensible one.
     """
     matrix, values = np.array(features), np.array(seconds)
     weight = 1 / np.maximum(np.abs(values), 0.1 * np.abs(values).max() + 1e-12)
@@ -210,8 +220,11 @@ def _fit(features: list[tuple[float, ...]], seconds: list[float]) -> list[float]
     return [float(x) for x in solution / scale]
 
 
-def _line(depths: list[int], seconds: list[float], layers: int) -> float:
-    """At the whole model's depth, from the deepest part on. Neither a layer nor the rest of the model takes less than nothing."""
+def _extrapolated(depths: list[int], seconds: list[float], layers: int) -> float:
+    """Extrapolate `seconds` at two depths to `layers` layers.
+
+    The result is bounded: neither a layer nor the rest of the model can take negative time.
+    """
     if len(depths) == 1:
         return seconds[0]
     slope = (seconds[0] - seconds[1]) / (depths[0] - depths[1])
@@ -220,7 +233,7 @@ def _line(depths: list[int], seconds: list[float], layers: int) -> float:
 
 
 def _product_rate(dtype: torch.dtype, repeat: int) -> float:
-    """Operations per second."""
+    """Return the operations per second of a matrix product."""
     a = torch.randn(PRODUCT, PRODUCT).to(dtype)
     best = float("inf")
     for _ in range(repeat + 1):

@@ -1,4 +1,4 @@
-"""A process of its own for a measurement: what it holds and how it ends is its alone."""
+"""Run a measurement in a child process, so that its memory and its crashes stay its own."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 
 from specache.errors import BenchmarkError, SpeCacheError
 
-Serve = Callable[[Connection, Any], None]  # runs in the process, given its end of the pipe and the job
+Serve = Callable[[Connection, Any], None]  # runs in the child, given its end of the pipe and the job
 
 
 class ChildEnded(BenchmarkError):
-    """The process is gone. `exit_code` is negative for a signal: -9 is what the system does when memory runs out."""
+    """The child process has ended. A negative `exit_code` is a signal: -9 when memory ran out."""
 
     def __init__(self, exit_code: int | None) -> None:
         super().__init__(f"the process that measures ended with exit code {exit_code}; -9 means that memory ran out.")
@@ -24,16 +24,18 @@ class ChildEnded(BenchmarkError):
 
 
 class Child:
-    """A started process and a pipe to it. Close it.
+    """A started process and a pipe to it. Call `close` at the end.
 
     Args:
-        serve: a function of a module, called there with the pipe and `job`; its exceptions are raised here by `receive`.
-        around: entered while the process is started.
+        serve: a module-level function. The child calls it with its end of the pipe and `job`;
+            `receive` raises its exceptions here.
+        around: a context that is entered while the process is started.
     """
 
     def __init__(self, serve: Serve, job: Any, around: AbstractContextManager[None] | None = None) -> None:
         context = multiprocessing.get_context("spawn")
-        resource_tracker.ensure_running()  # a helper of multiprocessing's, which outlives this process: not to be started `around`
+        # multiprocessing's helper process outlives the child: do not start it inside `around`.
+        resource_tracker.ensure_running()
         self._connection, other = context.Pipe()
         self._process = context.Process(target=_serve, args=(serve, other, job), daemon=True)
         with around or nullcontext():
@@ -41,18 +43,18 @@ class Child:
         other.close()
 
     def send(self, message: Any) -> None:
-        """Raises `ChildEnded` if nobody is there."""
+        """Send a message to the process. Raise `ChildEnded` if it has ended."""
         try:
             self._connection.send(message)
         except OSError:
             raise self._ended() from None
 
     def receive(self) -> Any:
-        """What the process sends next.
+        """Return the next message of the process.
 
         Raises:
-            ChildEnded: it ended instead.
-            BenchmarkError: it failed; the message says how.
+            ChildEnded: the process ended instead.
+            BenchmarkError: the process failed. The message says how.
         """
         try:
             answer = self._connection.recv()
@@ -63,7 +65,7 @@ class Child:
         return answer
 
     def close(self) -> None:
-        """End the process, if it has not ended."""
+        """End the process, if it still runs."""
         self._connection.close()
         self._process.join(timeout=1)
         if self._process.is_alive():
@@ -81,12 +83,12 @@ class _Failure:
 
 
 def _serve(serve: Serve, connection: Connection, job: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both; the other side ends this one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both; the parent ends this process
     try:
         serve(connection, job)
     except EOFError:
-        return  # the other side is gone
-    except Exception as error:  # whatever it was, the other side has to know
+        return  # the parent has ended
+    except Exception as error:  # the parent must learn of any failure
         message = str(error) if isinstance(error, SpeCacheError) else f"{type(error).__name__}: {error}"
         with suppress(OSError):
             connection.send(_Failure(message))

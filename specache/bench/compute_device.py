@@ -1,4 +1,4 @@
-"""What depends on where the model computes: waiting until it is done, and how much memory it takes there."""
+"""Wait for the compute device and read its memory: the CPU's main memory, or the GPU's own."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ CPU, CUDA = "cpu", "cuda"
 
 
 def synchronise() -> None:
-    """Wait until a GPU has done all it was given. Its work is only queued when a call returns, so that nothing can be timed
-    otherwise. Returns at once where no GPU was used.
+    """Wait until the GPU has finished its queued work. Return at once where no GPU is used.
+
+    A call only queues work on a GPU, so a timing needs this before it starts and before it stops.
     """
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
 def free_bytes(device: str) -> int | None:
-    """Memory that can still be allocated where the model computes; `None` where the system does not tell."""
+    """Return the bytes that can be allocated where the model computes, or `None` if unknown."""
     if device == CUDA:
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info()[0]
@@ -31,18 +32,18 @@ def free_bytes(device: str) -> int | None:
     return usable
 
 
-def give_back() -> None:
-    """Free what nobody holds, what PyTorch keeps of the GPU's memory and of page-locked memory included."""
+def release_memory() -> None:
+    """Free unreferenced objects, and PyTorch's cached GPU and page-locked memory."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
-        empty_host_cache = getattr(torch.accelerator, "empty_host_cache", None)  # not in every release
+        empty_host_cache = getattr(torch.accelerator, "empty_host_cache", None)  # not in every release of PyTorch
         if empty_host_cache is not None:
             empty_host_cache()
 
 
 def reset_peak(device: str) -> None:
-    """Begin a new peak where the system can (CUDA, Linux); elsewhere it is that of the whole process."""
+    """Restart the peak, on CUDA and Linux. Elsewhere it stays that of the whole process."""
     if device == CUDA:
         torch.cuda.reset_peak_memory_stats()
         return
@@ -51,7 +52,7 @@ def reset_peak(device: str) -> None:
 
 
 def peak_bytes(device: str) -> int:
-    """Most memory since `reset_peak`: allocated on the GPU, or resident in this process."""
+    """Return the most bytes since `reset_peak`, allocated on the GPU or resident in the process."""
     if device == CUDA:
         return torch.cuda.max_memory_allocated()
     peak = _status("VmHWM")
@@ -64,7 +65,7 @@ def peak_bytes(device: str) -> int:
 
 
 def held_bytes(device: str) -> int:
-    """Memory in use now; where the system does not tell, the peak."""
+    """Return the memory in use now, or the peak where the system does not report it."""
     if device == CUDA:
         return torch.cuda.memory_allocated()
     resident = _status("VmRSS")
@@ -72,7 +73,7 @@ def held_bytes(device: str) -> int:
 
 
 def _status(name: str) -> int | None:
-    """A line of /proc/self/status, in bytes."""
+    """Return a line of /proc/self/status in bytes, or `None` if there is no such line."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""A memory limit that the kernel enforces: a control group (version 1) of its own for a process, its page cache counted."""
+"""A memory limit that the kernel enforces: a control group (version 1), page cache included."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from pathlib import Path
 from specache.errors import BenchmarkError
 
 HIERARCHY = Path("/sys/fs/cgroup/memory")
-_PREFIX = "specache-"  # of a group's name, before the number of the process that made it
-_REMOVAL_S = 5.0  # an ended process leaves its group a moment later
+_PREFIX = "specache-"  # prefix of a group's name, followed by its maker's process id
+_REMOVAL_S = 5.0  # longest wait for ended processes to leave the group
 
 
 class MemoryGroup:
-    """A control group under this process's own, removed at the end of a `with` block; its processes have ended then.
+    """A control group below this process's own. The end of the `with` block removes it, when its
+    processes must have ended.
 
-    Groups of processes that were killed before they could remove theirs are removed when the next one is made.
+    Making a group also removes groups left behind by processes that were killed.
 
     Raises:
-        BenchmarkError: this system has no such groups, or they cannot be made by this user.
+        BenchmarkError: the system has no such groups, or this user may not create one.
     """
 
     def __init__(self) -> None:
@@ -47,7 +48,7 @@ class MemoryGroup:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """This process is in the group inside the block, and what it starts there stays in it."""
+        """Move this process into the group inside the block. Processes started there stay in it."""
         self._write("cgroup.procs", os.getpid())
         try:
             yield
@@ -55,12 +56,12 @@ class MemoryGroup:
             (self._outside / "cgroup.procs").write_text(str(os.getpid()))
 
     def limit(self, size: int) -> None:
-        """Allow so many bytes from now on; a process that needs more is killed.
+        """Limit the group to `size` bytes. The kernel kills a process that needs more.
 
         Raises:
-            BenchmarkError: more than that is in use and cannot be given back.
+            BenchmarkError: more is in use and cannot be reclaimed.
         """
-        with suppress(OSError):  # of an earlier, smaller limit: memory alone may not have more than memory and swap
+        with suppress(OSError):  # a smaller limit on memory and swap would refuse the new one
             self._write("memory.memsw.limit_in_bytes", -1)
         try:
             self._write("memory.limit_in_bytes", size)
@@ -72,19 +73,19 @@ class MemoryGroup:
             self._write("memory.memsw.limit_in_bytes", size)
 
     def forget_peak(self) -> None:
-        """Give back the page cache and begin a new peak."""
+        """Drop the page cache and restart the peak."""
         with suppress(OSError):
             self._write("memory.force_empty", 0)
         self._write("memory.max_usage_in_bytes", 0)
 
     @property
     def used(self) -> int:
-        """Bytes in use, the page cache included."""
+        """Return the bytes in use, page cache included."""
         return self._read("memory.usage_in_bytes")
 
     @property
     def peak(self) -> int:
-        """Most bytes in use since `forget_peak`, the page cache included."""
+        """Return the most bytes in use since `forget_peak`, page cache included."""
         return self._read("memory.max_usage_in_bytes")
 
     def _remove(self) -> None:
@@ -109,16 +110,16 @@ class MemoryGroup:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Remove the empty groups whose makers have ended."""
+    """Remove the empty groups of processes that have ended."""
     for group in folder.glob(f"{_PREFIX}*-*"):
         maker = group.name.removeprefix(_PREFIX).split("-")[0]
         if maker.isdigit() and not Path("/proc", maker).exists():
-            with suppress(OSError):  # not empty: what it started still runs
+            with suppress(OSError):  # not empty: its child processes still run
                 group.rmdir()
 
 
 def _own_group() -> str:
-    """The memory group of this process, relative to the hierarchy; its root if the system does not tell."""
+    """Return this process's memory group relative to the hierarchy, or "" if unknown."""
     with suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)

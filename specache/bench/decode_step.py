@@ -1,4 +1,4 @@
-"""`decode`: a whole model's tokens per second over long synthetic contexts, and where a step's time goes."""
+"""`decode`: a whole model's tokens per second over long synthetic contexts, and a step's phases."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any, ClassVar
 
 import torch
 
-from specache.bench.base import Outcome, Result, Surroundings, check_at_least
+from specache.bench.base import BenchContext, Outcome, Result, check_at_least
 from specache.bench.breakdown import PHASES
 from specache.bench.cache_options import CacheOptions
+from specache.bench.compare import Measured, Skipped, compare
 from specache.bench.compute_device import CPU
 from specache.bench.contenders import BareModel, Contender, DynamicContender, QuantizedContender, SpeCacheContender
-from specache.bench.race import Measured, Skipped, race
 from specache.bench.timing import Timing
 from specache.bench.workload import Workload
 from specache.engine.compiled import compile_decode
 from specache.errors import BenchmarkError, ConfigError
 
 DYNAMIC, QUANTIZED, LLAMA_CPP = "dynamic", "quantized", "llama.cpp"
-OPPONENTS = (DYNAMIC, QUANTIZED, LLAMA_CPP)
+AGAINST = (DYNAMIC, QUANTIZED, LLAMA_CPP)
 LLAMA_CPP_CACHES = ("f16", "q8_0", "q4_0")
 PHASE_STEPS = 5
 
@@ -40,21 +40,21 @@ class Decode(CacheOptions):
     )
     context: int = field(default=32768, metadata={"help": "Synthetic tokens per sequence."})
     batch: int = field(default=1, metadata={"help": "Sequences decoded together."})
-    against: tuple[str, ...] = field(default=(DYNAMIC,), metadata={"help": f"What to compare with: {', '.join(OPPONENTS)}."})
+    against: tuple[str, ...] = field(default=(DYNAMIC,), metadata={"help": f"What to compare with: {', '.join(AGAINST)}."})
     steps: int = field(default=10, metadata={"help": "Timed steps of each; they are interleaved."})
     compile: bool = field(default=False, metadata={"help": "Compile our decode step first (half a minute)."})
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "context", "batch", "steps")
         self.config()
-        unknown = set(self.against) - set(OPPONENTS)
+        unknown = set(self.against) - set(AGAINST)
         if unknown:
-            raise ConfigError(f"--against takes {', '.join(OPPONENTS)}, got {', '.join(sorted(unknown))}.")
+            raise ConfigError(f"--against takes {', '.join(AGAINST)}, got {', '.join(sorted(unknown))}.")
 
-    def run(self, surroundings: Surroundings) -> Outcome:
-        source = surroundings.model_source
-        surroundings.say(f"Loading {source.name}")
-        work = Workload(source.load(), self.batch, self.context, surroundings.seed)
+    def run(self, bench: BenchContext) -> Outcome:
+        source = bench.model_source
+        bench.log(f"Loading {source.name}")
+        work = Workload(source.load(), self.batch, self.context, bench.seed)
         if self.compile:
             compile_decode(work.model)
         ours = SpeCacheContender(work, self.config())
@@ -66,16 +66,16 @@ class Decode(CacheOptions):
             except ConfigError as error:
                 skipped[name] = str(error)
         bare = {rows: BareModel(work, rows) for rows in ((1, 2) if ours.config.policy.drafts else (1,))}
-        measured = race(work, [*contenders, *bare.values()], self.steps, surroundings.say, PHASE_STEPS)
+        measured = compare(work, [*contenders, *bare.values()], self.steps, bench.log, PHASE_STEPS)
         weights = {rows: _ms(measured[contender]) for rows, contender in bare.items()}
         results = [self._result(contender, measured[contender], weights, source.weights) for contender in contenders]
         results += [self._empty(name, "", source.weights, reason) for name, reason in skipped.items()]
         del work, contenders, ours, bare, measured  # llama.cpp loads the model again
-        if LLAMA_CPP in self.against and surroundings.device != CPU:
+        if LLAMA_CPP in self.against and bench.device != CPU:
             reason = "it is measured on the CPU only. Use --device cpu"
             results += [self._empty(LLAMA_CPP, cache, source.weights, reason) for cache in LLAMA_CPP_CACHES]
         elif LLAMA_CPP in self.against:
-            results += self._llama_cpp(surroundings)
+            results += self._llama_cpp(bench)
         return Outcome(_compared(results), {"model_ms": {str(rows): ms for rows, ms in weights.items()}})
 
     def _result(self, contender: Contender, measured: Measured | Skipped, weights: dict[int, float | None], format: str) -> Result:
@@ -85,11 +85,11 @@ class Decode(CacheOptions):
         breakdown = _breakdown(measured, weights[rows])
         return self._timed(contender.impl, contender.cache, format, measured.timing, breakdown, measured.interleaved)
 
-    def _llama_cpp(self, surroundings: Surroundings) -> Iterator[Result]:
-        source = surroundings.model_source
+    def _llama_cpp(self, bench: BenchContext) -> Iterator[Result]:
+        source = bench.model_source
         weights = str(source.weights) if source.shape else "file"  # a .gguf file has weights of its own
         for cache in LLAMA_CPP_CACHES:
-            surroundings.say(f"llama.cpp with {cache} cache")
+            bench.log(f"llama.cpp with {cache} cache")
             try:
                 samples = llama_cpp_steps(
                     source.shape or source.gguf or source.name, self.context, self.batch, str(source.weights), cache, self.steps
@@ -129,13 +129,13 @@ class Decode(CacheOptions):
 
 
 def llama_cpp_steps(model: Any, context: int, batch: int, weights: str, cache_type: str, steps: int) -> list[float]:
-    """Milliseconds of `steps` decode steps of llama.cpp.
+    """Return the milliseconds of `steps` decode steps of llama.cpp.
 
     Args:
         model: a `Shape`, or the model's name as the user wrote it.
 
     Raises:
-        BenchmarkError: it is not installed, or it cannot run this.
+        BenchmarkError: llama.cpp is not installed, or it cannot run this.
     """
     if find_spec("llama_cpp") is None:
         raise BenchmarkError("llama.cpp needs: pip install 'specache[bench]'")
@@ -145,7 +145,10 @@ def llama_cpp_steps(model: Any, context: int, batch: int, weights: str, cache_ty
 
 
 def _breakdown(measured: Measured, weights_ms: float | None) -> dict[str, float] | None:
-    """Where a step's milliseconds go; `rest` is what no part explains (Python, small operators, the residual, masks)."""
+    """Split a step's milliseconds into phases.
+
+    `rest` is the time that no phase covers: Python, small operators, the residual, masks.
+    """
     if weights_ms is None:
         return None
     phases = {phase: measured.phases.get(phase, 0.0) for phase in PHASES} if measured.phases is not None else {}
@@ -154,7 +157,7 @@ def _breakdown(measured: Measured, weights_ms: float | None) -> dict[str, float]
 
 
 def _compared(results: list[Result]) -> list[Result]:
-    """With `vs_dynamic`: how many times faster than transformers' ordinary cache."""
+    """Add `vs_dynamic` to the results: the speed-up over transformers' ordinary cache."""
     dynamic = next((result["ms_per_step"] for result in results if result["impl"] == DYNAMIC), None)
     for result in results:
         if dynamic and result["ms_per_step"]:

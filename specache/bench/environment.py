@@ -1,4 +1,4 @@
-"""Where a result was measured: machine, kernels, versions; and how fast its memory is read."""
+"""Describe where a result was measured: machine, kernels, versions and memory bandwidth."""
 
 from __future__ import annotations
 
@@ -11,25 +11,27 @@ from typing import Any
 import torch
 
 import specache
-from specache.bench import kernel_backends as kernels
+from specache.bench import kernel_backends
 from specache.bench.compute_device import CPU, CUDA, synchronise
 from specache.platform import machine
 
-EVICTING_BYTES = 256 << 20  # far more than any last-level cache of a desktop; several times that of most servers
+EVICTING_BYTES = 256 << 20  # several times the last-level cache of most servers
 
 
 class LargeArray:
-    """An array much larger than the last-level cache. Reading it measures the bandwidth, and leaves nothing else in the caches."""
+    """An array much larger than the last-level cache. Reading it measures the bandwidth and evicts
+    everything else from the caches.
+    """
 
     def __init__(self, nbytes: int = EVICTING_BYTES, *, device: str = CPU) -> None:
-        self._array = torch.ones(nbytes // 4, device=device)  # float32: the sum that PyTorch vectorises best
+        self._array = torch.ones(nbytes // 4, device=device)  # PyTorch vectorises float32 sums best
 
     @property
     def nbytes(self) -> int:
         return self._array.nbytes
 
     def read(self) -> float:
-        """One sum over the array, on all of PyTorch's threads or on the GPU -> milliseconds."""
+        """Sum the array once, on all of PyTorch's threads or on the GPU -> milliseconds."""
         synchronise()
         started = time.perf_counter()
         self._array.sum()
@@ -38,10 +40,10 @@ class LargeArray:
 
 
 def describe(device: str = CPU) -> dict[str, Any]:
-    """Machine, kernels and versions, JSON-ready.
+    """Return machine, kernels and versions, JSON-ready.
 
     Args:
-        device: where the model computes. A GPU is described where it is one.
+        device: where the model computes. A GPU is described only if it is one.
     """
     return {
         "machine": {
@@ -54,7 +56,7 @@ def describe(device: str = CPU) -> dict[str, Any]:
             "system": platform.platform(),
             "gpu": gpu() if device == CUDA else None,
         },
-        "kernels": {"active": kernels.active_on(device), "available": kernels.available_on(device)},
+        "kernels": {"active": kernel_backends.active_on(device), "available": kernel_backends.available_on(device)},
         "versions": {
             "specache": specache.__version__,
             "torch": torch.__version__,
@@ -65,7 +67,7 @@ def describe(device: str = CPU) -> dict[str, Any]:
 
 
 def gpu() -> dict[str, Any]:
-    """The GPU that is used."""
+    """Return name, memory and versions of the current GPU."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     return {
         "name": properties.name,
@@ -76,5 +78,5 @@ def gpu() -> dict[str, Any]:
 
 
 def gigabytes(size: float) -> str:
-    """`1.2 GB`, for messages."""
+    """Format a number of bytes for a message, as `1.2 GB`."""
     return f"{size / 1e9:.1f} GB"

@@ -1,4 +1,4 @@
-"""A shape as a GGUF file with seeded random weights, for llama.cpp."""
+"""Write a shape as a GGUF file with seeded random weights, for llama.cpp."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ FORMATS = {
     "q4_0": GGMLQuantizationType.Q4_0,
 }
 """Names of `--weights` and of llama.cpp -> what llama.cpp computes with."""
-DRAWN_VALUES = 1 << 22  # random values per row length; larger matrices repeat them, which no kernel notices
+DRAWN_VALUES = 1 << 22  # random values per row length; larger matrices repeat them
 STANDARD_DEVIATION = 0.02
 
 
 def write_gguf(shape: Shape, weights: str, path: Path, seed: int = 0) -> None:
-    """Write a Llama of this shape. It has no tokenizer: token ids go in, logits come out.
+    """Write a Llama of this shape to `path`. It has no tokenizer: token ids go in, logits come out.
 
     Args:
-        weights: a key of `FORMATS`; norms are float32 in any of them.
+        weights: a key of `FORMATS`. Norms are float32 in all of them.
 
     Raises:
         ConfigError: llama.cpp has no such format.
@@ -60,7 +60,7 @@ def write_gguf(shape: Shape, weights: str, path: Path, seed: int = 0) -> None:
 
 
 class _Matrices:
-    """Random matrices in one format; those of one row length share their values."""
+    """Random matrices in one format. Matrices of one row length share their values."""
 
     def __init__(self, kind: GGMLQuantizationType, seed: int) -> None:
         self._kind = kind
@@ -68,7 +68,7 @@ class _Matrices:
         self._blocks: dict[int, Any] = {}
 
     def block(self, dims: tuple[int, ...]) -> tuple[Any, GGMLQuantizationType]:
-        """Rows to repeat until there are `dims[0]`, and their format. Vectors (norms) are ones."""
+        """Return rows to repeat until there are `dims[0]`, and their format. Vectors are ones."""
         if len(dims) == 1:
             return np.ones(dims, dtype=np.float32), GGMLQuantizationType.F32
         width = dims[1]
@@ -96,7 +96,10 @@ def _describe(writer: Any, shape: Shape) -> None:
 
 
 def _tensors(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and dimensions [rows, row length] as llama.cpp expects them. Tied embeddings have no `output.weight`."""
+    """Yield names and dimensions [rows, row length] as llama.cpp expects them.
+
+    Tied embeddings have no `output.weight`.
+    """
     hidden, inner = shape.hidden_size, shape.intermediate_size
     queries, keys = shape.query_heads * shape.head_dim, shape.kv_heads * shape.head_dim
     yield "token_embd.weight", (shape.vocabulary, hidden)

@@ -1,4 +1,4 @@
-"""The kernel backends of `specache.kernels.dispatch`, each of which a benchmark measures."""
+"""The kernel backends of `specache.kernels.dispatch` that benchmarks measure."""
 
 from __future__ import annotations
 
@@ -15,20 +15,23 @@ __all__ = ["PLAIN", "STATIC", "TRITON", "VARIABLE", "active", "active_on", "avai
 
 
 def available_on(device: str) -> list[str]:
-    """Backends for tensors on the CPU or on the GPU, fastest last."""
+    """Return the backends for tensors on the CPU or on the GPU, the fastest last."""
     if device != CUDA:
         return available()
     return [PLAIN] if triton.missing() else [PLAIN, TRITON]
 
 
 def layers_on(device: str) -> list[str]:
-    """What one layer can be measured with there: the backends, and on a GPU the layer as a static step has it."""
+    """Return the ways to measure one layer on a device: its backends and, on a GPU, `STATIC`."""
     backends = available_on(device)
     return [*backends, STATIC] if TRITON in backends else backends
 
 
 def active_on(device: str) -> dict[str, str]:
-    """Operation -> name of the backend that serves it there, unless a layer's dimensions are none of its own."""
+    """Return operation -> name of the backend that runs it on a device.
+
+    Another backend takes over for dimensions that this one does not support.
+    """
     if device != CUDA:
         return active()
     return dict.fromkeys(OPERATIONS, PLAIN if os.environ.get(VARIABLE) == PLAIN else available_on(CUDA)[-1])

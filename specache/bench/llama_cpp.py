@@ -1,4 +1,4 @@
-"""llama.cpp's decoding, through llama-cpp-python, for comparison."""
+"""Time decode steps of llama.cpp, through llama-cpp-python."""
 
 from __future__ import annotations
 
@@ -15,25 +15,28 @@ from specache.bench.shapes import SHAPES, Shape
 from specache.errors import BenchmarkError, ConfigError
 
 CACHE_TYPES = ("f16", "q8_0", "q4_0")
-OWN_WEIGHTS = "file"  # of a .gguf file: what it holds
+OWN_WEIGHTS = "file"  # weights of a .gguf file: whatever it holds
 
 
 def measure(
     model: Shape | str | Path, context: int, batch: int, weights: str, cache_type: str, steps: int, threads: int
 ) -> list[float]:
-    """Milliseconds of `steps` decode steps, flash attention on, with `context` tokens of every sequence in the cache.
+    """Return the milliseconds of `steps` decode steps, with flash attention and `context` tokens of
+    every sequence in the cache.
 
-    At most 256 tokens are read; a longer context repeats their keys and values (see `llama_state`), whose time is the same.
+    At most 256 tokens are prefilled. A longer context repeats their keys and values (see
+    `llama_state`), which takes the same time.
 
     Args:
-        model: a shape or its name (a file with seeded random weights is written), or the path of a .gguf file.
+        model: a shape or its name (a file with seeded random weights is written), or the path of a
+            .gguf file.
         batch: sequences decoded together, each with cells of its own.
-        weights: of a shape, a key of `gguf_model.FORMATS`; a file has its own.
+        weights: for a shape, a key of `gguf_model.FORMATS`. A .gguf file has its own format.
         cache_type: of keys and values: `f16`, `q8_0` or `q4_0`.
 
     Raises:
         BenchmarkError: llama.cpp is not installed, cannot run this, or was ended by the system.
-        ConfigError: an argument that it has no answer for.
+        ConfigError: an argument is out of range.
     """
     if cache_type not in CACHE_TYPES:
         raise ConfigError(f"llama.cpp's cache can be {', '.join(CACHE_TYPES)}, got {cache_type!r}.")
@@ -64,18 +67,18 @@ def _existing(path: Path) -> Path:
 
 
 def _run(job: Job) -> list[float]:
-    """The job in a process of its own."""
+    """Run the job in a process of its own and return the milliseconds of each step."""
     command = [sys.executable, "-m", "specache.bench.llama_cpp_worker", job.to_json()]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     answers = [line.removeprefix(ANSWER) for line in done.stdout.splitlines() if line.startswith(ANSWER)]
-    said = " ".join(done.stderr.split())[-300:]
+    stderr = " ".join(done.stderr.split())[-300:]
     if not answers:
         raise BenchmarkError(
             f"llama.cpp's process ended with code {done.returncode} (-4: instructions that this processor lacks, build it with "
-            f"GGML_NATIVE=OFF; -9: memory ran out). It said: {said or 'nothing'}"
+            f"GGML_NATIVE=OFF; -9: memory ran out). It said: {stderr or 'nothing'}"
         )
     answer = json.loads(answers[-1])
     if "error" in answer:
-        raise BenchmarkError(f"{answer['error']} {said}".strip())
+        raise BenchmarkError(f"{answer['error']} {stderr}".strip())
     samples: list[float] = answer["ms"]
     return samples

@@ -1,6 +1,7 @@
-"""The process in which llama.cpp runs: `python -m specache.bench.llama_cpp_worker JOB`, JSON in and out.
+"""The process that runs llama.cpp: `python -m specache.bench.llama_cpp_worker JOB`.
 
-A process of its own, because a build for instructions that the machine lacks does not fail, it ends the process.
+Input and output are JSON. It is a separate process because a build for instructions that the
+machine lacks ends the process instead of raising an error.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ import numpy as np
 from specache.bench.llama_state import SequenceState
 from specache.errors import BenchmarkError
 
-DECODED_TOKENS = 256  # of a context, at most; the rest repeats them
+DECODED_TOKENS = 256  # tokens prefilled at most; the rest of a context repeats them
 WARMUP_STEPS = 2
-CELL_MULTIPLE = 256  # llama.cpp rounds a sequence's cells up to it
+CELL_MULTIPLE = 256  # llama.cpp rounds a sequence's cells up to a multiple of this
 ANSWER = "specache-answer "  # before the JSON line; llama.cpp may print lines of its own
 
 
@@ -48,7 +49,9 @@ class Job:
 
 
 class Session:
-    """llama.cpp with `context` tokens in the cache of each of `batch` sequences. Close it.
+    """llama.cpp with `context` tokens in the cache of each of `batch` sequences.
+
+    Call `close` at the end.
 
     Raises:
         BenchmarkError: llama.cpp refuses the file or the context.
@@ -75,14 +78,14 @@ class Session:
         self._tokens = [0] * job.batch
 
     def step(self) -> None:
-        """Decode the likeliest token of every sequence."""
+        """Decode the most likely token of every sequence."""
         batch = self._job.batch
-        self._decode(self._tokens, [self._length] * batch, list(range(batch)), wanted=batch)
+        self._decode(self._tokens, [self._length] * batch, list(range(batch)), kept_logits=batch)
         self._tokens = [int(np.argmax(self._logits(row))) for row in range(batch)]
         self._length += 1
 
     def close(self) -> None:
-        """Free everything."""
+        """Free all memory of llama.cpp."""
         if self._batch is not None:
             self._lib.llama_batch_free(self._batch)
         if self._context is not None:
@@ -116,16 +119,16 @@ class Session:
             )
 
     def _fill(self) -> None:
-        """Decode the beginning of a sequence, lengthen its state, and hand it to every sequence in turn."""
+        """Prefill the beginning of each sequence and lengthen its state to the whole context."""
         decoded = min(self._job.context, DECODED_TOKENS)
         tokens = np.random.default_rng(0).integers(0, self._vocabulary_size, decoded).tolist()
         for sequence in range(self._job.batch):
-            self._decode(tokens, list(range(decoded)), [sequence] * decoded, wanted=1)
+            self._decode(tokens, list(range(decoded)), [sequence] * decoded, kept_logits=1)
             if decoded < self._job.context:
                 self._store(sequence, SequenceState.parse(self._stored(sequence)).extended(self._job.context))
             last = self._lib.llama_memory_seq_pos_max(self._lib.llama_get_memory(self._context), sequence)
             if last != self._job.context - 1:
-                raise BenchmarkError(f"llama.cpp holds positions up to {last}, wanted {self._job.context - 1}.")
+                raise BenchmarkError(f"llama.cpp holds positions up to {last}, expected {self._job.context - 1}.")
 
     def _stored(self, sequence: int) -> bytes:
         size = self._lib.llama_state_seq_get_size(self._context, sequence)
@@ -138,8 +141,8 @@ class Session:
         if self._lib.llama_state_seq_set_data(self._context, pointer, state.nbytes, sequence) != state.nbytes:
             raise BenchmarkError("llama.cpp did not take the lengthened state. Try llama-cpp-python 0.3.36.")
 
-    def _decode(self, tokens: list[int], positions: list[int], sequences: list[int], wanted: int) -> None:
-        """One pass; the logits of the last `wanted` tokens are kept."""
+    def _decode(self, tokens: list[int], positions: list[int], sequences: list[int], kept_logits: int) -> None:
+        """Run one forward pass. Logits of the last `kept_logits` tokens are kept."""
         batch = self._batch
         batch.n_tokens = len(tokens)
         for place, (token, position, sequence) in enumerate(zip(tokens, positions, sequences, strict=True)):
@@ -147,18 +150,18 @@ class Session:
             batch.pos[place] = position
             batch.n_seq_id[place] = 1
             batch.seq_id[place][0] = sequence
-            batch.logits[place] = place >= len(tokens) - wanted
+            batch.logits[place] = place >= len(tokens) - kept_logits
         status = self._lib.llama_decode(self._context, batch)
         if status != 0:
             raise BenchmarkError(f"llama.cpp's decode failed with status {status}.")
 
     def _logits(self, row: int) -> Any:
-        """float32 [V]; waits until they are there."""
+        """Return the logits of a row, float32 [V]. Wait until they are computed."""
         return np.ctypeslib.as_array(self._lib.llama_get_logits_ith(self._context, row), (self._vocabulary_size,))
 
 
 def measure_here(job: Job) -> list[float]:
-    """Milliseconds of every step."""
+    """Return the milliseconds of every step."""
     session = Session(job)
     try:
         for _ in range(WARMUP_STEPS):
@@ -175,7 +178,7 @@ def measure_here(job: Job) -> list[float]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """llama.cpp's warnings and errors go to standard error, nothing else."""
+    """Pass only llama.cpp's warnings and errors on to standard error, inside the block."""
     import llama_cpp
 
     def log(level: int, text: bytes, user_data: Any) -> None:

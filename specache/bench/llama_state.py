@@ -1,8 +1,10 @@
-"""A long context for llama.cpp without its prefill: the stored state of a short sequence, its rows repeated.
+"""Make a long context for llama.cpp without a prefill: repeat the stored rows of a short sequence.
 
-`llama_state_seq_get_data` writes, little-endian: magic and sequence (u32 each); number of streams; for every stream the number of
-its cells and, where there are any, per cell position, 1 and sequence (u32 each); whether values are transposed; number of layers;
-per layer type (i32), bytes of a row (u64) and the rows of the keys; the same for the values.
+`llama_state_seq_get_data` writes, little-endian:
+- magic and sequence (u32 each), number of streams (u32);
+- per stream its number of cells and, if not 0, per cell: position, 1, sequence (u32 each);
+- whether values are transposed, number of layers (u32 each);
+- per layer type (i32), bytes of a row (u64) and rows of the keys; then the same of the values.
 """
 
 from __future__ import annotations
@@ -21,13 +23,15 @@ _TENSOR = struct.Struct("<iQ")  # type, bytes of a row
 
 @dataclass(frozen=True)
 class SequenceState:
-    """One sequence's keys and values.
+    """The stored keys and values of one sequence.
 
     Attributes:
-        head: the bytes before the sequence's own cells: magic, sequence, number of streams, streams before it.
+        head: the bytes before the sequence's own cells: magic, sequence, number of streams, streams
+            before it.
         cells: [n], positions 0 to n - 1.
-        tensors: of every layer the keys, then of every layer the values: (type, rows uint8 [n, bytes of a row]).
-        empty_after: streams behind it, all empty.
+        tensors: the keys of every layer, then the values of every layer: (type, rows uint8 [n,
+            bytes of a row]).
+        empty_after: number of streams after it, all empty.
     """
 
     head: bytes
@@ -37,10 +41,11 @@ class SequenceState:
 
     @classmethod
     def parse(cls, data: bytes) -> SequenceState:
-        """Read what llama.cpp wrote.
+        """Parse what llama.cpp wrote.
 
         Raises:
-            BenchmarkError: it is something else, as a sliding window's or a recurrent model's state is.
+            BenchmarkError: it has another layout, for example that of a sliding window or a
+                recurrent model.
         """
         reader = _Reader(data)
         reader.skip(8)
@@ -60,7 +65,7 @@ class SequenceState:
         return cls(head, cells, tensors, empty_after)
 
     def extended(self, length: int) -> Any:
-        """The bytes of a state of `length` tokens, uint8 [size]: its rows are these rows, repeated."""
+        """Return a state of `length` tokens as bytes, uint8 [size]: these rows, repeated."""
         count = len(self.cells)
         cells = np.empty(length, _CELL)
         cells["position"] = np.arange(length)

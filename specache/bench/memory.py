@@ -1,4 +1,4 @@
-"""`memory`: a long prompt under a memory limit that the kernel enforces, with the rows on a disk and with the ordinary cache."""
+"""`memory`: a long prompt under a memory limit, over the disk tier and over the ordinary cache."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import torch
 
-from specache.bench.base import Outcome, Result, Surroundings, check_at_least
+from specache.bench.base import BenchContext, Outcome, Result, check_at_least
 from specache.bench.cache_options import TierOptions
 from specache.bench.child import Child, ChildEnded
 from specache.bench.compute_device import CPU
@@ -26,12 +26,16 @@ from specache.errors import ConfigError
 from specache.model.dimensions import ModelDimensions
 
 BASELINE_TOKENS = 1000
-BASELINES = 2  # the lower peak counts: the page cache of a model's file belongs to whoever reads it first
+BASELINES = 2  # the lower peak counts: the first run also pays for the file's page cache
 
 
 @dataclass(frozen=True, kw_only=True)
 class Memory(TierOptions):
-    """The limit is the disk tier's own peak over a short prompt, and room for a part of the 16-bit cache of the long one."""
+    """The disk tier and the ordinary cache under a memory limit that the kernel enforces.
+
+    The limit is the disk tier's own peak over a short prompt, plus a part of the long prompt's
+    16-bit cache.
+    """
 
     name: ClassVar[str] = "memory"
     summary: ClassVar[str] = "a context larger than memory: the disk tier and the ordinary cache under a real limit (needs root)"
@@ -59,30 +63,30 @@ class Memory(TierOptions):
             raise ConfigError(f"--context must be more than {BASELINE_TOKENS:,} tokens, got {self.context:,}.")
         self.config()
 
-    def run(self, surroundings: Surroundings) -> Outcome:
-        if surroundings.device != CPU:
+    def run(self, bench: BenchContext) -> Outcome:
+        if bench.device != CPU:
             raise ConfigError("bench memory limits main memory, which is not where a GPU computes. Run it with --device cpu.")
         with row_folder(self.dir) as folder:
-            bases = [self._measure(surroundings, folder, SPECACHE, BASELINE_TOKENS, None) for _ in range(BASELINES)]
+            bases = [self._measure(bench, folder, SPECACHE, BASELINE_TOKENS, None) for _ in range(BASELINES)]
             base, model = min(bases, key=lambda measured: measured[0]["peak_bytes"])
             room = int(ordinary_bytes(model, self.context) / self.times)
             limit = base["peak_bytes"] + room
             runs = ((SPECACHE, self.context), (DYNAMIC, self.short or self.context // 8), (DYNAMIC, self.context))
-            results = [base] + [self._measure(surroundings, folder, method, context, limit)[0] for method, context in runs]
+            results = [base] + [self._measure(bench, folder, method, context, limit)[0] for method, context in runs]
         for result in results:
             result["cache_bytes"] = ordinary_bytes(model, result["context"])
             result["room_bytes"] = None if result["limit_bytes"] is None else room
         return Outcome(results)
 
     def _measure(
-        self, surroundings: Surroundings, folder: Path, method: str, context: int, limit: int | None
+        self, bench: BenchContext, folder: Path, method: str, context: int, limit: int | None
     ) -> tuple[Result, ModelDimensions]:
-        """One process, from the loaded model to its last step or to its end."""
-        source = surroundings.model_source
+        """Measure one method in a process of its own, until its last step or its end."""
+        source = bench.model_source
         config = self.config(policy=self.policy, slow_tier=SlowTierKind.DISK, slow_dir=str(folder), prefill_chunk=self.chunk)
-        job = Job(source, method, config, context, self.text, self.steps, torch.get_num_threads(), surroundings.seed)
+        job = Job(source, method, config, context, self.text, self.steps, torch.get_num_threads(), bench.seed)
         what = f"{method}, {context:,} tokens, {'no limit' if limit is None else f'limit {gigabytes(limit)}'}"
-        surroundings.say(f"{what}: loading {source.name}")
+        bench.log(f"{what}: loading {source.name}")
         read, timing = 0, None
         with MemoryGroup() as group, closing(Child(serve, job, group.entered())) as child:
             model: ModelDimensions = child.receive()
@@ -93,7 +97,7 @@ class Memory(TierOptions):
                 child.send(True)
                 while isinstance(answer := child.receive(), int):
                     read = answer
-                    surroundings.say(f"{what}: {read:,} read, {gigabytes(group.peak)} at most")
+                    bench.log(f"{what}: {read:,} read, {gigabytes(group.peak)} at most")
                 timing = Timing(tuple(answer))
             except ChildEnded as ended:
                 if ended.exit_code != -signal.SIGKILL or limit is None:

@@ -1,4 +1,4 @@
-"""A process that reads a prompt and decodes, under whatever limit it was given meanwhile."""
+"""A process that prefills a prompt and decodes, under a memory limit set after it has loaded."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Job:
 
     Attributes:
         method: `dynamic`, or anything else for a SpeCache.
-        config: of the SpeCache; its `prefill_chunk` is that of every method.
+        config: of the SpeCache. Its `prefill_chunk` applies to every method.
         context: tokens of the prompt.
         text: the prompt's file (see `ModelSource.prompt`).
-        steps: decoded after the prompt, one more before them.
+        steps: timed decode steps after the prompt. One untimed step comes before them.
     """
 
     source: ModelSource
@@ -45,8 +45,10 @@ class Job:
 
 
 def serve(connection: Connection, job: Job) -> None:
-    """Runs in the process. Sends the model's dimensions when it is loaded, and waits; then the number of prompt tokens read so far,
-    again and again; last a list of the steps' milliseconds.
+    """Run the job in the child process.
+
+    Sends the model's dimensions once it is loaded and waits for an answer. Then sends the number of
+    prompt tokens read so far, after each chunk, and last a list of the steps' milliseconds.
     """
     heap.keep_small()
     torch.set_num_threads(job.threads)
@@ -55,7 +57,7 @@ def serve(connection: Connection, job: Job) -> None:
     connection.send(dimensions_of(model))
     connection.recv()
     run = _dynamic if job.method == DYNAMIC else _specache
-    with attached(model):  # the ordinary cache's too: its attention stays stock, and both have the same linear layers
+    with attached(model):  # for both methods: same linear layers, stock attention for `dynamic`
         connection.send(run(model, job, prompt, lambda done, total: connection.send(done)))
 
 
@@ -80,7 +82,7 @@ def _dynamic(model: Any, job: Job, prompt: list[int], progress: Progress) -> lis
 
 
 def _timed(step: Callable[[], None], steps: int) -> list[float]:
-    """Milliseconds of each step but the first."""
+    """Return the milliseconds of each step but the first."""
     samples = []
     for _ in range(steps + 1):
         started = time.perf_counter()

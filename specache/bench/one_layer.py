@@ -1,4 +1,4 @@
-"""Our attention of one decode step in one layer: score, select, fetch, attend (paper Algorithm 3), over one sequence."""
+"""The attention of one decode step in one layer and one sequence (paper Algorithm 3)."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from specache.tiers.worker import PrefetchWorker
 
 
 class LowBitLayer:
-    """A layer whose oldest tokens are in the low-bit copy and whose newest 64 in the residual; all 16-bit rows are in RAM.
+    """A layer whose oldest tokens are in the low-bit copy and whose newest 64 are in the residual.
 
-    The CPU reads them where they lie. To a GPU every step copies all the rows that it swaps in: none are kept, because the query is
-    always the same and would find them.
+    All 16-bit rows are in RAM. The CPU reads them in place. For a GPU every step copies all rows
+    that it swaps in: none are kept, because the query never changes and would always find them.
 
     Args:
-        keys, values: [Hkv, S, D], whole groups of tokens, where the layer computes.
+        keys, values: [Hkv, S, D], whole groups of tokens, on the device that computes.
         top_k: 16-bit pairs per KV head and row.
-        copied: whether rows are copied, on a CPU too; by default where keys and values are on a GPU.
+        copied: copy rows on a CPU too. Default: only where keys and values are on a GPU.
     """
 
     def __init__(self, keys: Tensor, values: Tensor, code: Code, bits: int, top_k: int, copied: bool | None = None) -> None:
@@ -51,13 +51,14 @@ class LowBitLayer:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of low-bit copy and residual, which a step reads once."""
+        """Return the bytes of low-bit copy and residual, which a step reads once."""
         return self.layer.fast_bytes
 
     def attend(self, query: Tensor) -> Tensor:
-        """What the library does for query [1, Hq, n, D] -> float32 [1, Hq, n, D].
+        """Run the library's attention for query [1, Hq, n, D] -> float32 [1, Hq, n, D].
 
-        One row is the newest token (`on-demand`); of two, the second is a guess with the same key and value once more (`verified`).
+        The first row is the newest token (policy `on-demand`). With two rows, the second one is a
+        draft token with the same key and value (policy `verified`).
         """
         n = query.shape[2]
         kind, policy = (StepKind.SINGLE, Policy.ON_DEMAND) if n == 1 else (StepKind.PAIR, Policy.VERIFIED)
@@ -68,6 +69,6 @@ class LowBitLayer:
 
 
 def _copied_rows(tier: RamTier, keys: Tensor, counters: Counters) -> FetchedRows:
-    """Rows of a layer with keys [Hkv, S, D], copied to where these are."""
+    """Return row access that copies the rows of keys [Hkv, S, D] to the keys' device."""
     hot = HotSet(keys.shape[0], 0, 2 * keys.shape[2], keys.dtype, keys.device)
     return FetchedRows(tier, 0, hot, PrefetchWorker(), Transfer(keys.device), counters)

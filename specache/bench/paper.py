@@ -1,4 +1,4 @@
-"""`paper`: the paper's efficiency table: the largest batch that fits into fast memory, and the tokens per second it decodes."""
+"""`paper`: the paper's efficiency table: the largest batch that fits, and its throughput."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 import torch
 
 import specache
-from specache.bench import kernel_backends as kernels
-from specache.bench.base import Outcome, Result, Say, Surroundings, check_at_least, json_settings
+from specache.bench import kernel_backends
+from specache.bench.base import BenchContext, Log, Outcome, Result, check_at_least, json_settings
 from specache.bench.compute_device import CUDA
 from specache.bench.environment import gpu
-from specache.bench.paper_decoding import Decoding, Line, Pace, usual_budget
+from specache.bench.paper_decoding import BatchResult, Decoding, Schedule, default_budget
 from specache.bench.paper_methods import COPY_BITS, NAMES, Entry, entries
 from specache.bench.plot import require_matplotlib, write_plot
 from specache.bench.resumable import ResultFile
@@ -56,7 +56,8 @@ class Paper:
     steps: int = field(default=8, metadata={"help": "Decode steps of a round."})
     rounds: int = field(default=5, metadata={"help": "Rounds; a time is their median."})
     out: Path | None = field(
-        default=None, metadata={"help": "JSON file that is written after every line. The same command goes on where it stopped."}
+        default=None,
+        metadata={"help": "JSON file that is written after every result. The same command resumes an interrupted run."},
     )
     plot: Path | None = field(default=None, metadata={"help": "Draw batches and throughputs into this PNG file."})
 
@@ -75,34 +76,34 @@ class Paper:
             if path is not None and not path.expanduser().parent.is_dir():
                 raise ConfigError(f"--{option} {path}: there is no folder {path.expanduser().parent}.")
 
-    def run(self, surroundings: Surroundings) -> Outcome:
-        if self.fast_memory is None and surroundings.device != CUDA:
+    def run(self, bench: BenchContext) -> Outcome:
+        if self.fast_memory is None and bench.device != CUDA:
             raise ConfigError("On a CPU all memory is alike: say how much of it is to stand for fast memory, as --fast-memory 2GB.")
-        file = ResultFile(self.out, self._run(surroundings), KEY)
-        lines = [one for one in self._lines() if not file.has(*_key(*one))]
-        total = len(list(self._lines()))
-        if lines:
-            source = surroundings.model_source
-            surroundings.say(f"Loading {source.name}")
+        file = ResultFile(self.out, self._identity(bench), KEY)
+        remaining = [one for one in self._table_rows() if not file.has(*_key(*one))]
+        total = len(list(self._table_rows()))
+        if remaining:
+            source = bench.model_source
+            bench.log(f"Loading {source.name}")
             model = source.load()
-            budget = file.kept.setdefault("fast_memory_bytes", self.fast_memory or usual_budget())
-            pace = Pace(self.steps, self.rounds)
-            with Decoding(model, budget, self.max_batch, pace, surroundings.seed) as decoding:
-                for number, (context, entry) in enumerate(lines, start=total - len(lines) + 1):
-                    begins = f"{number} of {total}: {entry.planned.title}, {context:,} tokens: "
-                    line = decoding.line(entry, context, _beginning(begins, surroundings.say))
-                    file.add(_result(entry, context, line), compared)
-        results = sorted(file.results, key=self._place)
+            budget = file.kept.setdefault("fast_memory_bytes", self.fast_memory or default_budget())
+            schedule = Schedule(self.steps, self.rounds)
+            with Decoding(model, budget, self.max_batch, schedule, bench.seed) as decoding:
+                for number, (context, entry) in enumerate(remaining, start=total - len(remaining) + 1):
+                    prefix = f"{number} of {total}: {entry.planned.title}, {context:,} tokens: "
+                    measured = decoding.measure(entry, context, _prefixed(prefix, bench.log))
+                    file.add(_result(entry, context, measured), compared)
+        results = sorted(file.results, key=self._position)
         if self.plot is not None:
-            self._draw(results, surroundings)
+            self._draw(results, bench)
         return Outcome(results, file.kept)
 
-    def _lines(self) -> Iterator[tuple[int, Entry]]:
+    def _table_rows(self) -> Iterator[tuple[int, Entry]]:
         for context in sorted(set(self.contexts)):
             yield from ((context, entry) for entry in entries(self.methods, self.bits, self._config()))
 
     def _config(self) -> SpeCacheConfig:
-        """What all methods share: 16-bit rows are in RAM, and are copied to fast memory when they are wanted."""
+        """Return what all methods share: 16-bit rows in RAM, copied to fast memory on demand."""
         return SpeCacheConfig(
             policy=Policy.VERIFIED,
             slow_tier=SlowTierKind.RAM,
@@ -111,14 +112,14 @@ class Paper:
             prefill_chunk=self.chunk,
         )
 
-    def _place(self, result: Result) -> int:
-        return [_key(*one) for one in self._lines()].index(tuple(result[name] for name in KEY))
+    def _position(self, result: Result) -> int:
+        return [_key(*one) for one in self._table_rows()].index(tuple(result[name] for name in KEY))
 
-    def _run(self, surroundings: Surroundings) -> dict[str, Any]:
-        """All that results depend on."""
-        source = surroundings.model_source
+    def _identity(self, bench: BenchContext) -> dict[str, Any]:
+        """Return everything that the results depend on."""
+        source = bench.model_source
         settings = {name: value for name, value in json_settings(self).items() if name not in ("out", "plot")}
-        on_gpu = surroundings.device == CUDA
+        on_gpu = bench.device == CUDA
         return {
             "benchmark": self.name,
             "specache": specache.__version__,
@@ -126,21 +127,24 @@ class Paper:
             "weights": str(source.weights),
             "machine": gpu()["name"] if on_gpu else machine.processor_name(),
             "threads": torch.get_num_threads(),
-            "kernels": sorted(set(kernels.active_on(surroundings.device).values())),
-            "seed": surroundings.seed,
+            "kernels": sorted(set(kernel_backends.active_on(bench.device).values())),
+            "seed": bench.seed,
             **settings,
         }
 
-    def _draw(self, results: list[Result], surroundings: Surroundings) -> None:
+    def _draw(self, results: list[Result], bench: BenchContext) -> None:
         from specache.bench.paper_plot import paper_figure
 
         assert self.plot is not None
-        source = surroundings.model_source
+        source = bench.model_source
         write_plot(self.plot.expanduser(), paper_figure(results, f"{source.name}, {source.weights}"))
 
 
 def compared(results: list[Result]) -> list[Result]:
-    """With the ratios to the full cache at the same context; `None` where it does not fit or was not measured."""
+    """Add the ratios to the full cache at the same context.
+
+    A ratio is `None` where either does not fit or was not measured.
+    """
     full = {result["context"]: result for result in results if result["method"] == "full" and result["fits"]}
     for result in results:
         other = full.get(result["context"]) if result["fits"] else None
@@ -149,33 +153,33 @@ def compared(results: list[Result]) -> list[Result]:
     return results
 
 
-def _beginning(begins: str, say: Say) -> Say:
-    """What is said begins so."""
-    return lambda said: say(begins + said)
+def _prefixed(prefix: str, log: Log) -> Log:
+    """Return a log whose messages begin with `prefix`."""
+    return lambda message: log(prefix + message)
 
 
 def _key(context: int, entry: Entry) -> tuple[Any, ...]:
-    """As `KEY` has it."""
+    """Return a result's values of `KEY`."""
     return entry.method, entry.bits, entry.policy, context
 
 
-def _result(entry: Entry, context: int, line: Line) -> Result:
-    timing = line.timing
+def _result(entry: Entry, context: int, measured: BatchResult) -> Result:
+    timing = measured.timing
     return {
         "method": entry.method,
         "bits": entry.bits,
         "policy": entry.policy,
         "context": context,
-        "batch": line.fit.batch,
+        "batch": measured.fit.batch,
         "fits": timing is not None,
-        "found_by": line.fit.found_by,
-        "limited_by": line.fit.limited_by,
+        "found_by": measured.fit.found_by,
+        "limited_by": measured.fit.limited_by,
         "ms_per_step": None if timing is None else timing.ms,
-        "tokens_per_s": None if timing is None else line.fit.batch * 1e3 / timing.ms,
+        "tokens_per_s": None if timing is None else measured.fit.batch * 1e3 / timing.ms,
         "spread": None if timing is None else timing.spread,
         "vs_full_batch": None,
         "vs_full_throughput": None,
-        "fast_bytes": line.fast_bytes,
-        "hit_rate": line.hit_rate,
-        "skipped": line.reason,
+        "fast_bytes": measured.fast_bytes,
+        "hit_rate": measured.hit_rate,
+        "skipped": measured.reason,
     }

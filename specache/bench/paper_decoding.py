@@ -1,4 +1,4 @@
-"""One line of the paper's table: how large a batch fits, and how fast it decodes."""
+"""Measure one row of the paper's table: the largest batch that fits, and its decode speed."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from specache.bench.base import Say
-from specache.bench.compute_device import CUDA, free_bytes, give_back, peak_bytes, reset_peak, synchronise
+from specache.bench.base import Log
+from specache.bench.compute_device import CUDA, free_bytes, peak_bytes, release_memory, reset_peak, synchronise
 from specache.bench.contenders import Contender, SpeCacheContender, StockContender
-from specache.bench.paper_fit import FAST, TRIED, Fit, Needs, Room, planned_fit, tried_fit
+from specache.bench.paper_fit import FAST, TRIED, Fit, FreeMemory, Needs, planned_fit, tried_fit
 from specache.bench.paper_methods import Entry
 from specache.bench.timing import Timing
 from specache.bench.workload import Workload
@@ -21,18 +21,19 @@ from specache.model.dimensions import dimensions_of
 from specache.platform.machine import memory
 from specache.platform.out_of_memory import is_out_of_memory
 
-USUAL_SHARE = 0.9  # of free memory that is used: the rest is for what allocators and other processes take meanwhile
+DEFAULT_SHARE = 0.9  # of free memory; allocators and other processes need the rest
 WARMUP_STEPS = 2
 
-Measured = tuple[Timing | None, int, float | None]
+_Decoded = tuple[Timing | None, int, float | None]
 
 
 @dataclass(frozen=True)
-class Pace:
-    """How much is decoded.
+class Schedule:
+    """How many steps are decoded.
 
     Attributes:
-        steps: of a round, whose mean time is one sample.
+        steps: decode steps per round. Their mean time is one sample.
+        rounds: number of samples.
     """
 
     steps: int
@@ -40,19 +41,20 @@ class Pace:
 
     @property
     def new_tokens(self) -> int:
-        """That every sequence gains."""
+        """Return the tokens that every sequence gains."""
         return WARMUP_STEPS + self.steps * self.rounds
 
 
 @dataclass(frozen=True)
-class Line:
-    """What was found.
+class BatchResult:
+    """The largest batch of one method at one context.
 
     Attributes:
-        timing: of a step; `None` where not even one sequence fits.
-        fast_bytes: most fast memory beside the weights while decoding: allocated on the GPU; on a CPU what the cache counts, and
-            what a step needs by the plan.
-        hit_rate: of the 16-bit rows that the real token wants, the share that was there; `None` where nothing is fetched ahead.
+        timing: of a step, or `None` where not even one sequence fits.
+        fast_bytes: most fast memory in use while decoding, without the weights. On a GPU: allocated
+            bytes. On a CPU: the bytes that the cache counts and the planned working set of a step.
+        hit_rate: share of the real token's selected rows that were already in fast memory, or
+            `None` where nothing is fetched ahead.
         reason: why there is no timing.
     """
 
@@ -63,25 +65,27 @@ class Line:
     reason: str | None = None
 
 
-def usual_budget() -> int:
-    """Nine tenths of what the GPU has free, to be asked when the weights are there."""
-    give_back()
-    return int((free_bytes(CUDA) or 0) * USUAL_SHARE)
+def default_budget() -> int:
+    """Return nine tenths of the GPU's free memory. Call it once the weights are loaded."""
+    release_memory()
+    return int((free_bytes(CUDA) or 0) * DEFAULT_SHARE)
 
 
 class Decoding:
-    """Measures lines with a model. Inside the block, a GPU's memory is limited to the weights and the budget.
+    """Measures methods with one model.
+
+    Inside the `with` block, a GPU's memory is limited to the weights and the budget.
 
     Args:
-        budget: bytes of fast memory beside the weights.
-        most: the largest batch that is looked for.
+        budget: bytes of fast memory in addition to the weights.
+        most: the largest batch to try.
 
     Raises:
-        ConfigError: the GPU has less.
+        ConfigError: the GPU has less free memory than the budget.
     """
 
-    def __init__(self, model: Any, budget: int, most: int, pace: Pace, seed: int) -> None:
-        self._model, self._budget, self._most, self._pace, self._seed = model, budget, most, pace, seed
+    def __init__(self, model: Any, budget: int, most: int, schedule: Schedule, seed: int) -> None:
+        self._model, self._budget, self._most, self._schedule, self._seed = model, budget, most, schedule, seed
         self._dimensions = dimensions_of(model)
         self._device = self._dimensions.device
         self._weight_bytes = 0
@@ -95,34 +99,38 @@ class Decoding:
         if self._device == CUDA:
             torch.cuda.set_per_process_memory_fraction(1.0)
 
-    def line(self, entry: Entry, context: int, say: Say) -> Line:
-        """Find the largest batch and time it."""
-        needs = Needs(self._dimensions, entry, context, self._pace.new_tokens)
+    def measure(self, entry: Entry, context: int, log: Log) -> BatchResult:
+        """Find the largest batch of a method at one context and time it."""
+        needs = Needs(self._dimensions, entry, context, self._schedule.new_tokens)
         main = memory()["usable_bytes"]
-        room = Room(self._budget, None if main is None else int(main * USUAL_SHARE), self._most)
+        free = FreeMemory(self._budget, None if main is None else int(main * DEFAULT_SHARE), self._most)
         if self._device == CUDA:
-            fit = tried_fit(needs, room, lambda batch: self._decode(needs, batch, 0, say) is not None)
+            fit = tried_fit(needs, free, lambda batch: self._decode(needs, batch, 0, log) is not None)
         else:
-            fit = planned_fit(needs, room)
+            fit = planned_fit(needs, free)
         while fit.batch:
-            if measured := self._decode(needs, fit.batch, self._pace.rounds, say):
-                return Line(fit, *measured)
+            if measured := self._decode(needs, fit.batch, self._schedule.rounds, log):
+                return BatchResult(fit, *measured)
             fit = Fit(fit.batch - max(1, fit.batch // 32), TRIED, FAST)
-        return Line(fit, reason=_reason(needs, room, fit))
+        return BatchResult(fit, reason=_reason(needs, free, fit))
 
-    def _decode(self, needs: Needs, batch: int, rounds: int, say: Say) -> Measured | None:
-        """Time (of no rounds none), fast memory and hit rate of a batch; `None` where memory does not suffice for it."""
+    def _decode(self, needs: Needs, batch: int, rounds: int, log: Log) -> _Decoded | None:
+        """Return time, fast memory and hit rate of a batch, or `None` if memory runs out.
+
+        There is no time if `rounds` is 0.
+        """
         work = Workload(self._model, batch, needs.context, self._seed)
         contender = needs.entry.contender(work, None if self._device == CUDA else self._budget)
         try:
-            say(f"filling {batch:,} sequences")
+            log(f"filling {batch:,} sequences")
             contender.prepare()
             work.drop_rows()
             reset_peak(self._device)
             hot = _hot_bytes(contender)
-            say(f"decoding {batch:,} sequences")
+            log(f"decoding {batch:,} sequences")
             samples = self._samples(contender, rounds)
-            if _hot_bytes(contender) < hot or _out_of_room(contender):  # a step that had no room went on with less, slower
+            # A step short of memory frees hot sets or static buffers and goes on, slower.
+            if _hot_bytes(contender) < hot or _out_of_room(contender):
                 return None
             timing = Timing(tuple(samples)) if samples else None
             return timing, self._fast_bytes(contender, needs, batch), _hit_rate(contender)
@@ -133,10 +141,10 @@ class Decoding:
         finally:
             contender.close()
             work.drop_rows()
-            give_back()
+            release_memory()
 
     def _samples(self, contender: Contender, rounds: int) -> list[float]:
-        """Milliseconds of a step, one sample per round."""
+        """Return the milliseconds of a step, one sample per round."""
         samples = []
         with contender.ready():
             for _ in range(WARMUP_STEPS):
@@ -144,10 +152,10 @@ class Decoding:
             for _ in range(rounds):
                 synchronise()
                 started = time.perf_counter()
-                for _ in range(self._pace.steps):
+                for _ in range(self._schedule.steps):
                     contender.step()
                 synchronise()
-                samples.append((time.perf_counter() - started) * 1e3 / self._pace.steps)
+                samples.append((time.perf_counter() - started) * 1e3 / self._schedule.steps)
         return samples
 
     def _fast_bytes(self, contender: Contender, needs: Needs, batch: int) -> int:
@@ -159,7 +167,7 @@ class Decoding:
         return contender.held_bytes + needs.decoding(batch)
 
     def _limit_gpu(self) -> None:
-        give_back()
+        release_memory()
         free = free_bytes(CUDA) or 0
         if self._budget > free:
             raise ConfigError(f"--fast-memory {self._budget:,} is more than the GPU has free beside the weights: {free:,} bytes.")
@@ -171,7 +179,7 @@ class Decoding:
 def _hot_bytes(contender: Contender) -> int:
     if not isinstance(contender, SpeCacheContender):
         return 0
-    contender.held.release_device_batch()  # a batch on a GPU has hot sets of its own meanwhile
+    contender.held.release_device_batch()  # until then a batch on a GPU has hot sets of its own
     return contender.held.memory().hot
 
 
@@ -183,9 +191,9 @@ def _hit_rate(contender: Contender) -> float | None:
     return contender.held.stats()["hit_rate"] if isinstance(contender, SpeCacheContender) else None
 
 
-def _reason(needs: Needs, room: Room, fit: Fit) -> str:
-    """Why not even one sequence fits, in the order of the limits."""
+def _reason(needs: Needs, free: FreeMemory, fit: Fit) -> str:
+    """Say why not even one sequence fits."""
     if fit.found_by == TRIED:
         return f"memory ran out while one sequence was filled and decoded ({fit.limited_by})"
-    needed, there = (needs.fast(1), room.fast) if fit.limited_by == FAST else (needs.main(1), room.main or 0)
+    needed, there = (needs.fast(1), free.fast) if fit.limited_by == FAST else (needs.main(1), free.main or 0)
     return f"one sequence needs {needed / 1e6:,.0f} MB of {fit.limited_by}, {there / 1e6:,.0f} MB are there"

@@ -1,4 +1,4 @@
-"""The largest batch that fits: by the library's own arithmetic on a CPU, by trying on a GPU."""
+"""Find the largest batch that fits: on a CPU by the planner's arithmetic, on a GPU by trying."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from specache.planning.footprint import PlannedSequence
 from specache.planning.plan import MemoryPlan, plan
 
 PLANNED, COUNTED, TRIED = "plan", "bytes", "trial"  # how a batch was found
-FAST, MAIN, ASKED = "fast memory", "main memory", "max batch"  # what one sequence more would exceed
+FAST, MAIN, ASKED = "fast memory", "main memory", "max batch"  # what one more sequence would exceed
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,10 @@ class Fit:
 
     Attributes:
         batch: 0 where not even one sequence fits.
-        found_by: `plan`: the arithmetic that `generate` refuses a batch by; `bytes`: transformers' rows, and the same arithmetic
-            for what a pass needs; `trial`: it was filled and decoded, and one more could not be.
-        limited_by: what has no room for one sequence more.
+        found_by: `plan`: by the arithmetic that makes `generate` refuse a batch. `bytes`: by the
+            bytes of transformers' rows, and the same arithmetic for the working set. `trial`: this
+            batch was filled and decoded, and one more sequence could not be.
+        limited_by: the memory, or the option, that one more sequence would exceed.
     """
 
     batch: int
@@ -34,13 +35,13 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class Room:
-    """What there is.
+class FreeMemory:
+    """The limits of a batch.
 
     Attributes:
-        fast: bytes beside the weights.
-        main: bytes of main memory; `None` where the system does not tell.
-        most: sequences that are asked for at most.
+        fast: bytes of fast memory in addition to the weights.
+        main: bytes of main memory, or `None` where the system does not report it.
+        most: the most sequences to try.
     """
 
     fast: int
@@ -50,7 +51,7 @@ class Room:
 
 @dataclass(frozen=True)
 class Needs:
-    """Memory of one method at one context, for any batch.
+    """Memory needs of one method at one context, for any batch.
 
     Attributes:
         new: tokens that decoding adds to every sequence.
@@ -62,7 +63,7 @@ class Needs:
     new: int
 
     def fast(self, batch: int) -> int:
-        """Bytes of fast memory at the widest point of reading the prompts and of decoding."""
+        """Return the peak bytes of fast memory, over prefill and decoding."""
         planned = self._plan(batch)
         if self.entry.name != FULL:
             return planned.fast
@@ -70,12 +71,12 @@ class Needs:
         return self._rows(batch) + working_set
 
     def decoding(self, batch: int) -> int:
-        """Bytes of fast memory that a step needs beside the cache."""
+        """Return the bytes of fast memory that a step needs in addition to the cache."""
         grows = self._regrown(batch) if self.entry.name == FULL else 0
         return self._plan(batch).decode.working_set + grows
 
     def main(self, batch: int) -> int:
-        """Bytes of main memory: the slow tier, and on a CPU fast memory too, which is a part of it there."""
+        """Return the bytes of main memory: the slow tier and, on a CPU, fast memory too."""
         return self._slow(batch) + (0 if self.model.device == CUDA else self.fast(batch))
 
     def _slow(self, batch: int) -> int:
@@ -88,46 +89,47 @@ class Needs:
         return plan(self.model, self.entry.planned.config, [PlannedSequence(self.context, self.new)] * batch)
 
     def _rows(self, batch: int) -> int:
-        """Of transformers' cache, in the model's dtype."""
+        """Return the bytes of transformers' cache in the model's dtype."""
         total = self.context + self.new
         kept = ((layer, total if layer.window is None else min(total, layer.window)) for layer in self.model.layers)
         return batch * sum(layer.row_bytes(self.model.itemsize) * tokens for layer, tokens in kept)
 
     def _regrown(self, batch: int) -> int:
-        """One layer's keys, which transformers copies whole to add a token."""
+        """Return the bytes of one layer's keys, which transformers copies to append a token."""
         return batch * (self.context + self.new) * max(layer.row_bytes(self.model.itemsize) for layer in self.model.layers) // 2
 
 
-def planned_fit(needs: Needs, room: Room) -> Fit:
-    """By arithmetic."""
+def planned_fit(needs: Needs, free: FreeMemory) -> Fit:
+    """Find the largest batch by arithmetic."""
 
     def exceeds(batch: int) -> str | None:
-        if batch > room.most:
+        if batch > free.most:
             return ASKED
-        if needs.fast(batch) > room.fast:
+        if needs.fast(batch) > free.fast:
             return FAST
-        return MAIN if room.main is not None and needs.main(batch) > room.main else None
+        return MAIN if free.main is not None and needs.main(batch) > free.main else None
 
-    batch = largest(lambda batch: exceeds(batch) is None, 1, room.most)
+    batch = largest(lambda batch: exceeds(batch) is None, 1, free.most)
     return Fit(batch, COUNTED if needs.entry.name == FULL else PLANNED, exceeds(batch + 1) or ASKED)
 
 
-def tried_fit(needs: Needs, room: Room, decodes: Callable[[int], bool]) -> Fit:
-    """By trying batches around the one that arithmetic expects.
+def tried_fit(needs: Needs, free: FreeMemory, decodes: Callable[[int], bool]) -> Fit:
+    """Find the largest batch by trying batches around the planned one.
 
     Args:
-        decodes: fills and decodes a batch; whether memory sufficed.
+        decodes: fills and decodes a batch, and returns whether memory sufficed.
     """
-    hosted = largest(lambda batch: room.main is None or needs.main(batch) <= room.main, 1, room.most)
-    batch = largest_near(planned_fit(needs, room).batch, decodes, hosted)
-    limit = ASKED if batch == room.most else MAIN if batch == hosted else FAST
+    hosted = largest(lambda batch: free.main is None or needs.main(batch) <= free.main, 1, free.most)
+    batch = largest_near(planned_fit(needs, free).batch, decodes, hosted)
+    limit = ASKED if batch == free.most else MAIN if batch == hosted else FAST
     return Fit(batch, TRIED, limit)
 
 
 def largest_near(start: int, fits: Callable[[int], bool], most: int) -> int:
-    """The largest number up to `most` that fits, if all below it do; 0 where none fits.
+    """Return the largest number up to `most` that fits, or 0 where none does.
 
-    Every answer costs minutes: it is looked for from `start` on, in steps that double, and then by halves.
+    `fits` must be monotonic. Each call takes minutes, so the search starts from `start` with steps
+    that double, and then bisects.
     """
     start, step = max(1, min(start, most)), 1
     if most < 1:

@@ -1,4 +1,4 @@
-"""What the paper's table compares, and each method as something that decodes."""
+"""The methods of the paper's table, and the implementation that decodes each."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from specache.planning.roofline.compared_methods import BITS, Method, methods
 from specache.tiers.ram import RamTier
 
 FULL, KIVI, PAPER, OWN = "full", "kivi", "speculative", "verified"
-NAMES = {FULL: "full", KIVI: "kivi", PAPER: "paper", OWN: "specache"}  # as `--methods` has them -> as `roofline.methods` does
+NAMES = {FULL: "full", KIVI: "kivi", PAPER: "paper", OWN: "specache"}  # value of `--methods` -> key in `compared_methods`
 COPY_BITS = tuple(sorted(BITS, reverse=True))
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A line of the table at one context.
+    """One method of the table.
 
     Attributes:
-        name: of `NAMES`.
+        name: a key of `NAMES`.
         planned: the same method as the planner knows it.
     """
 
@@ -33,7 +33,7 @@ class Entry:
 
     @property
     def bits(self) -> int | None:
-        """Of the low-bit copy, if the method has one."""
+        """Return the bits of the low-bit copy, or `None` if the method has none."""
         return None if self.name == FULL else self.planned.config.bits
 
     @property
@@ -42,14 +42,14 @@ class Entry:
 
     @property
     def method(self) -> str:
-        """`full`, `kivi` or `specache`; the policy tells the paper's SpeCache from ours."""
+        """Return `full`, `kivi` or `specache`. The policy tells the paper's SpeCache from ours."""
         return self.name if self.name in (FULL, KIVI) else "specache"
 
     def contender(self, work: Workload, fast_memory: int | None) -> Contender:
-        """What decodes `work`.
+        """Return the implementation that decodes `work`.
 
         Args:
-            fast_memory: the limit that our cache keeps to; transformers' knows none.
+            fast_memory: limit of our cache in bytes. transformers' cache has no limit.
         """
         if self.name == FULL:
             return DynamicContender(work)
@@ -58,10 +58,10 @@ class Entry:
 
 
 def entries(names: Iterable[str], bits: Iterable[int], config: SpeCacheConfig) -> list[Entry]:
-    """The lines of the table, the full cache first.
+    """Return the methods of the table, the full cache first.
 
     Args:
-        config: of our own method; the others share what they have in common with it.
+        config: of our own method. The other methods share its fields where they apply.
     """
     known = {method.key: method for method in methods(config)}
     found = []
@@ -72,7 +72,10 @@ def entries(names: Iterable[str], bits: Iterable[int], config: SpeCacheConfig) -
 
 
 class KiviContender(SpeCacheContender):
-    """The low-bit copy alone: 16-bit rows are gone once they are quantised, and new ones are kept in the residual only."""
+    """The low-bit copy alone: 16-bit rows are dropped once they are quantised.
+
+    New rows are kept in the residual only.
+    """
 
     def filled(self, sequence: Sequence) -> None:
         sequence.tier.close()
@@ -82,7 +85,7 @@ class KiviContender(SpeCacheContender):
 
 
 class _NoRows(RamTier):
-    """A slow tier that keeps nothing."""
+    """A slow tier that stores nothing."""
 
     def write(self, layer: int, start: int, keys: Tensor, values: Tensor) -> None:
         pass

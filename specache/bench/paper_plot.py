@@ -1,4 +1,7 @@
-"""The plot of `paper`: the largest batch and its throughput against context. matplotlib is imported when it is drawn."""
+"""The plot of `paper`: the largest batch and its throughput against context.
+
+matplotlib is imported only to draw.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,21 @@ from typing import Any
 from specache.bench.base import Result
 from specache.bench.plot import new_figure, png
 
-_COLOURS = {  # Okabe and Ito's, which most readers can tell apart
+_COLOURS = {  # from Okabe and Ito's palette for colour-blind readers
     ("full", None): "#333333",
     ("kivi", "none"): "#E69F00",
     ("specache", "speculative"): "#0072B2",
     ("specache", "verified"): "#009E73",
 }
-_LINES = {None: "-", 2: "-", 1: "--"}  # by bits
+_LINES = {None: "-", 2: "-", 1: "--"}  # bits -> line style
 _PANELS = (("batch", "largest batch"), ("tokens_per_s", "tokens per second"))
 
 
 def paper_figure(results: list[Result], title: str) -> bytes:
-    """Two panels over the contexts, both axes logarithmic; what does not fit has no marker -> PNG."""
+    """Draw two panels over the contexts, both axes logarithmic -> PNG.
+
+    A batch that does not fit has no marker.
+    """
     from matplotlib.ticker import LogLocator
 
     figure, panels = new_figure(9.6, 4.4, len(_PANELS))

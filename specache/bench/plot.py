@@ -1,4 +1,7 @@
-"""The plot of `scaling`, and what plots share. matplotlib is imported when it is drawn; its global state is never touched."""
+"""The plot of `scaling`, and helpers that the plots share.
+
+matplotlib is imported only to draw. Its global state is never touched.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +12,18 @@ from typing import Any
 
 from specache.errors import BenchmarkError, ConfigError
 
-COLOURS = {"specache": "#0072B2", "dynamic": "#333333"}  # Okabe and Ito's blue, which most readers can tell from grey
+COLOURS = {"specache": "#0072B2", "dynamic": "#333333"}  # from Okabe and Ito's palette for colour-blind readers
 MARKERS = "os^Dv"
 
 
 def require_matplotlib() -> None:
-    """Raises `ConfigError` without matplotlib."""
+    """Raise `ConfigError` if matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("--plot needs matplotlib. Install it with: pip install 'specache[bench]'")
 
 
 def new_figure(width: float, height: float, panels: int = 1) -> tuple[Any, Any]:
-    """A figure of so many inches, and its axes (several panels: an array of them)."""
+    """Return a figure of a size in inches, and its axes (for several panels, an array of them)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -30,14 +33,14 @@ def new_figure(width: float, height: float, panels: int = 1) -> tuple[Any, Any]:
 
 
 def png(figure: Any) -> bytes:
-    """The figure as a file."""
+    """Return the figure as the bytes of a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", facecolor="white", metadata={"Software": None})
     return buffer.getvalue()
 
 
 def write_plot(path: Path, image: bytes) -> None:
-    """Raises `BenchmarkError` where it cannot be written."""
+    """Write an image. Raise `BenchmarkError` if it cannot be written."""
     try:
         path.write_bytes(image)
     except OSError as error:
@@ -45,7 +48,11 @@ def write_plot(path: Path, image: bytes) -> None:
 
 
 def scaling_figure(results: list[dict[str, Any]], lines: list[dict[str, Any]], title: str) -> bytes:
-    """Time per step against context: a marker per measurement with its quartiles, the fitted lines -> PNG."""
+    """Draw the time per step against context -> PNG.
+
+    Measurements are markers with their quartiles, and each implementation and batch has a fitted
+    line.
+    """
     figure, axes = new_figure(7.0, 4.6)
     markers = dict(zip(sorted({result["batch"] for result in results}), MARKERS * len(results), strict=False))
     measured = [result for result in results if result["ms_per_step"] is not None]
@@ -67,7 +74,7 @@ def scaling_figure(results: list[dict[str, Any]], lines: list[dict[str, Any]], t
 
 
 def _draw(axes: Any, shown: list[dict[str, Any]], colour: str, marker: str, label: str) -> None:
-    """One implementation and batch."""
+    """Draw the measurements of one implementation and batch."""
     times = [result["ms_per_step"] for result in shown]
     below = [max(0.0, result["ms_per_step"] - result["spread"][0]) for result in shown]
     above = [max(0.0, result["spread"][1] - result["ms_per_step"]) for result in shown]

@@ -1,4 +1,7 @@
-"""`prefill`: time and peak memory of reading a prompt, SpeCache against the ordinary cache, each in a process of its own."""
+"""`prefill`: time and peak memory of a prefill, with SpeCache and with the ordinary cache.
+
+Each implementation runs in a process of its own.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from specache.bench.base import Outcome, Result, Surroundings, check_at_least
+from specache.bench.base import BenchContext, Outcome, Result, check_at_least
 from specache.bench.cache_options import CacheOptions
 from specache.bench.prefill_worker import DYNAMIC, SPECACHE, Job, Reading, Worker
 from specache.bench.timing import Timing
@@ -16,7 +19,7 @@ from specache.bench.timing import Timing
 
 @dataclass(frozen=True, kw_only=True)
 class Prefill(CacheOptions):
-    """A random prompt, read in chunks of the same size."""
+    """Prefill a random prompt in chunks of one size."""
 
     name: ClassVar[str] = "prefill"
     summary: ClassVar[str] = "time and peak memory of a prefill, against transformers' ordinary cache"
@@ -33,19 +36,19 @@ class Prefill(CacheOptions):
         check_at_least(self, 1, "context", "chunk", "repeat")
         self.config()
 
-    def run(self, surroundings: Surroundings) -> Outcome:
-        source = surroundings.model_source
+    def run(self, bench: BenchContext) -> Outcome:
+        source = bench.model_source
         workers: dict[str, Worker] = {}
         readings: dict[str, list[Reading]] = {SPECACHE: [], DYNAMIC: []}
         try:
             for impl in readings:
-                surroundings.say(f"Loading {source.name} for {impl}")
+                bench.log(f"Loading {source.name} for {impl}")
                 config = replace(self.config(), prefill_chunk=self.chunk)
-                job = Job(source, impl, config, self.context, torch.get_num_threads(), surroundings.seed)
+                job = Job(source, impl, config, self.context, torch.get_num_threads(), bench.seed)
                 workers[impl] = Worker(job)
             for number in range(self.repeat):
                 for impl in sorted(workers, reverse=number % 2 == 1):
-                    surroundings.say(f"round {number + 1} of {self.repeat}: {impl} reads {self.context:,} tokens")
+                    bench.log(f"round {number + 1} of {self.repeat}: {impl} reads {self.context:,} tokens")
                     readings[impl].append(workers[impl].prefill())
         finally:
             for worker in workers.values():

@@ -1,4 +1,4 @@
-"""A process that prefills when it is told to: its peak memory is that of one implementation and nothing else."""
+"""A process that prefills on request, so that its peak memory is that of one implementation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import specache
-from specache.bench import compute_device as device
+from specache.bench import compute_device
 from specache.bench.child import Child, ChildEnded
 from specache.bench.shapes import ModelSource
 from specache.config import SpeCacheConfig
@@ -25,11 +25,11 @@ WARMUP_TOKENS = 64
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker is for.
+    """What a worker runs.
 
     Attributes:
         impl: `specache` or `dynamic`.
-        config: of the SpeCache; its `prefill_chunk` is that of both implementations.
+        config: of the SpeCache. Its `prefill_chunk` applies to both implementations.
         context: tokens of the prompt.
     """
 
@@ -43,11 +43,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Reading:
-    """One prefill.
+    """The measurements of one prefill.
 
     Attributes:
-        idle_bytes: memory in use with the model loaded, before the first prefill: resident in the process, or allocated on the GPU.
-        peak_bytes: the most until its end.
+        idle_bytes: memory in use with the model loaded, before the first prefill: resident in the
+            process, or allocated on the GPU.
+        peak_bytes: the most memory in use until the prefill's end.
     """
 
     seconds: float
@@ -56,10 +57,10 @@ class Reading:
 
 
 class Worker:
-    """The process of a job. Close it.
+    """The process of a job. Call `close` at the end.
 
     Raises:
-        BenchmarkError: the model cannot be loaded there.
+        BenchmarkError: the process cannot load the model.
     """
 
     def __init__(self, job: Job) -> None:
@@ -71,10 +72,11 @@ class Worker:
             raise
 
     def prefill(self) -> Reading:
-        """Read the prompt once.
+        """Prefill the prompt once.
 
         Raises:
-            BenchmarkError: it failed, or the process was ended (by lack of memory, for example).
+            BenchmarkError: it failed, or the process was ended (because memory ran out, for
+                example).
         """
         self._child.send(True)
         try:
@@ -89,7 +91,7 @@ class Worker:
 
 
 class Prefiller:
-    """Prefills one prompt, again and again.
+    """Prefills one prompt repeatedly.
 
     Args:
         ids: the prompt [1, S].
@@ -99,19 +101,19 @@ class Prefiller:
         self._job, self._model, self._ids = job, model, ids
         self._device = ids.device.type
         self._read(ids[:, :WARMUP_TOKENS])
-        device.give_back()
-        self._idle_bytes = device.held_bytes(self._device)
+        compute_device.release_memory()
+        self._idle_bytes = compute_device.held_bytes(self._device)
 
     def prefill(self) -> Reading:
-        """One prefill; what it filled is freed again."""
-        device.reset_peak(self._device)
-        device.synchronise()
+        """Measure one prefill, and free what it filled."""
+        compute_device.reset_peak(self._device)
+        compute_device.synchronise()
         started = time.perf_counter()
         self._read(self._ids)
-        device.synchronise()
+        compute_device.synchronise()
         seconds = time.perf_counter() - started
-        peak = device.peak_bytes(self._device)
-        device.give_back()
+        peak = compute_device.peak_bytes(self._device)
+        compute_device.release_memory()
         return Reading(seconds, self._idle_bytes, peak)
 
     def _read(self, ids: Tensor) -> None:
@@ -126,8 +128,10 @@ class Prefiller:
 def read_with_dynamic_cache(
     model: Any, ids: Tensor, chunk: int, progress: Progress = lambda done, total: None
 ) -> tuple[DynamicCache, Tensor]:
-    """The prompt [1, S] into transformers' ordinary cache, `chunk` tokens at a time, as stock `generate` does it -> the cache, and
-    logits [1, 1, V] of the last token.
+    """Prefill a prompt [1, S] into transformers' ordinary cache, in chunks.
+
+    Returns:
+        The cache, and logits [1, 1, V] of the last token.
     """
     cache = DynamicCache(config=model.config)
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
@@ -148,7 +152,7 @@ def prefiller(job: Job) -> Prefiller:
 
 
 def _serve(connection: Connection, job: Job) -> None:
-    """Runs in the process: says that it is ready, then prefills whenever it is told to."""
+    """Run in the child process: send a message when ready, then prefill on each request."""
     prefills = prefiller(job)
     connection.send(True)
     while connection.recv():

@@ -1,4 +1,4 @@
-"""Shapes besides those of `shapes`: published dimensions of models that benchmarks on a CPU would take long over."""
+"""Published dimensions of larger models than those of `shapes`, for a GPU or for the planner."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ NAMES = (*SHAPES, *(shape.name for shape in PUBLISHED))
 
 
 def shape_of(name: str) -> Shape:
-    """A shape, of the benchmarks' or published.
+    """Return a shape by name, from `SHAPES` or `PUBLISHED`.
 
     Raises:
-        ConfigError: there is none of this name.
+        ConfigError: no shape has this name.
     """
     shape = SHAPES.get(name) or next((shape for shape in PUBLISHED if shape.name == name), None)
     if shape is None:
@@ -31,5 +31,5 @@ def shape_of(name: str) -> Shape:
 
 
 def planned_config(name: str) -> Any:
-    """transformers' configuration of a shape (see `shape_of`)."""
+    """Return transformers' configuration of a shape (see `shape_of`)."""
     return shape_of(name).config()

@@ -1,4 +1,4 @@
-"""A results file that grows by one line of a table at a time: what was measured stays, and the same command goes on after it."""
+"""A results file that grows one result at a time, so that an interrupted run can be resumed."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ Key = tuple[Any, ...]
 
 
 class ResultFile:
-    """One JSON object: what identifies the run, what is kept with it, and its results.
+    """One JSON object: what identifies the run, values kept with it, and its results.
 
     Args:
-        path: of the file; `None` keeps results in memory only.
-        run: whatever results depend on; JSON-ready. Those of another run do not mix.
-        key: the values of these identify a result.
+        path: of the file, or `None` to keep results in memory only.
+        run: everything that results depend on, JSON-ready. A file of another run is refused.
+        key: names of the values that identify a result.
 
     Raises:
-        BenchmarkError: the file is of another run, is no such file, or cannot be read.
+        BenchmarkError: the file belongs to another run, is not a results file, or cannot be read.
     """
 
     def __init__(self, path: Path | None, run: dict[str, Any], key: tuple[str, ...]) -> None:
@@ -38,17 +38,17 @@ class ResultFile:
             self._read(self.path)
 
     def has(self, *key: Any) -> bool:
-        """Whether this result is there."""
+        """Return whether the result with this key is in the file."""
         return any(tuple(result[name] for name in self._key) == key for result in self.results)
 
     def add(self, result: Result, completed: Callable[[list[Result]], list[Result]]) -> None:
-        """One more result, in the file when this returns.
+        """Add a result. The file has been written when this returns.
 
         Args:
-            completed: puts into all results what depends on the others.
+            completed: returns all results with the values that depend on each other filled in.
 
         Raises:
-            BenchmarkError: it cannot be written; the file is as it was before.
+            BenchmarkError: the file cannot be written. Its content is as before.
         """
         self.results = completed([*self.results, result])
         if self.path is not None:
@@ -85,7 +85,7 @@ def _differences(there: Any, here: dict[str, Any]) -> list[str]:
 
 
 def _replace(path: Path, text: str) -> None:
-    """As a whole: whoever reads sees the old content or the new, also after a crash."""
+    """Replace a file atomically: a reader sees the old or the new content, also after a crash."""
     temporary: str | None = None
     try:
         descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)

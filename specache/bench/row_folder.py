@@ -1,4 +1,4 @@
-"""Where a benchmark's disk tier puts its files."""
+"""The folder of a benchmark's disk tier."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from specache.errors import BenchmarkError
 
 @contextmanager
 def row_folder(parent: Path | None) -> Iterator[Path]:
-    """A folder of its own in `parent` (or where the system keeps temporary files), removed at the end with all that is in it.
+    """Make a temporary folder in `parent` or the system's default, and remove it with its content.
 
     Raises:
-        BenchmarkError: it cannot be made.
+        BenchmarkError: the folder cannot be made.
     """
     try:
         folder = tempfile.TemporaryDirectory(prefix="specache-bench-", dir=None if parent is None else parent.expanduser())

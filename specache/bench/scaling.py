@@ -1,4 +1,7 @@
-"""`scaling`: time per step against context and batch, with a line fitted for each: what a step costs, and what a token adds."""
+"""`scaling`: time per step against context and batch, with a fitted line for each batch.
+
+A line's intercept is a step's fixed cost, and its slope the cost of a token of context.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +12,21 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from specache.bench.base import Outcome, Result, Surroundings, check_at_least
+from specache.bench.base import BenchContext, Outcome, Result, check_at_least
 from specache.bench.cache_options import CacheOptions
+from specache.bench.compare import Measured, Skipped, compare
 from specache.bench.contenders import DynamicContender, SpeCacheContender
 from specache.bench.plot import require_matplotlib, scaling_figure, write_plot
-from specache.bench.race import Measured, Skipped, race
 from specache.bench.workload import Workload
 from specache.errors import ConfigError
 
 OURS, STOCK = SpeCacheContender.impl, DynamicContender.impl
-Line = dict[str, Any]
+FittedLine = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scaling(CacheOptions):
-    """Decode steps over contexts and batch sizes; what does not fit into memory is skipped and says so."""
+    """Decode steps over contexts and batch sizes. What does not fit into memory is skipped."""
 
     name: ClassVar[str] = "scaling"
     summary: ClassVar[str] = "time per step against context and batch, fitted and plotted, against transformers' ordinary cache"
@@ -44,17 +47,15 @@ class Scaling(CacheOptions):
             if not self.plot.expanduser().parent.is_dir():
                 raise ConfigError(f"--plot {self.plot}: there is no folder {self.plot.expanduser().parent}.")
 
-    def run(self, surroundings: Surroundings) -> Outcome:
-        source = surroundings.model_source
-        surroundings.say(f"Loading {source.name}")
+    def run(self, bench: BenchContext) -> Outcome:
+        source = bench.model_source
+        bench.log(f"Loading {source.name}")
         model = source.load()
         results: list[Result] = []
         for batch in sorted(set(self.batches)):
             for context in sorted(set(self.contexts)):
-                work = Workload(model, batch, context, surroundings.seed)
-                measured = race(
-                    work, [SpeCacheContender(work, self.config()), DynamicContender(work)], self.steps, surroundings.say
-                )
+                work = Workload(model, batch, context, bench.seed)
+                measured = compare(work, [SpeCacheContender(work, self.config()), DynamicContender(work)], self.steps, bench.log)
                 results += [_result(contender.impl, work, one) for contender, one in measured.items()]
         lines = fitted_lines(results)
         if self.plot is not None:
@@ -62,8 +63,11 @@ class Scaling(CacheOptions):
         return Outcome(results, {"lines": lines, "slope_ratios": slope_ratios(lines)})
 
 
-def fitted_lines(results: Iterable[Result]) -> list[Line]:
-    """Per implementation and batch, least squares over two contexts or more: `ms = a_ms + b_us_per_token * context / 1000`."""
+def fitted_lines(results: Iterable[Result]) -> list[FittedLine]:
+    """Fit `ms = a_ms + b_us_per_token * context / 1000` per implementation and batch.
+
+    Least squares, where at least two contexts were measured.
+    """
     groups: dict[tuple[str, int], list[tuple[int, float]]] = {}
     for result in results:
         if result["ms_per_step"] is not None:
@@ -78,8 +82,8 @@ def fitted_lines(results: Iterable[Result]) -> list[Line]:
     return lines
 
 
-def slope_ratios(lines: Iterable[Line]) -> list[dict[str, Any]]:
-    """Per batch: how many times more a token of context adds to a step of the ordinary cache."""
+def slope_ratios(lines: Iterable[FittedLine]) -> list[dict[str, Any]]:
+    """Return per batch the slope of the ordinary cache over ours."""
     slopes = {(line["impl"], line["batch"]): line["b_us_per_token"] for line in lines}
     ratios = []
     for (impl, batch), slope in slopes.items():

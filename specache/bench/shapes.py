@@ -1,4 +1,4 @@
-"""Models by shape: the published dimensions with seeded random weights, where only time and memory matter.
+"""Models by shape: published dimensions with seeded random weights, to measure time and memory.
 
 Symbols: `L` layers, `Hq` query heads, `Hkv` key-value heads, `D` head dimension.
 """
@@ -17,7 +17,7 @@ from specache.bench.compute_device import CPU
 from specache.errors import BenchmarkError, ConfigError
 from specache.linear.weight_quant import WeightFormat, quantise_weights
 
-POSITIONS = 1 << 20  # RoPE has no table that a long synthetic context could leave
+POSITIONS = 1 << 20  # more than any synthetic context; RoPE needs no table
 
 
 class Weights(StrEnum):
@@ -31,12 +31,12 @@ class Weights(StrEnum):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the activations, the cache, and weights that are not quantised."""
+        """Return the dtype of activations, cache and unquantised weights."""
         return {Weights.FP32: torch.float32, Weights.FP16: torch.float16}.get(self, torch.bfloat16)
 
     @property
     def quantised(self) -> WeightFormat:
-        """How linear layers are quantised; `auto` is not at all."""
+        """Return the format of the linear layers' weights, or `auto` if they are not quantised."""
         return WeightFormat(self.value) if self in (Weights.INT8, Weights.INT4) else WeightFormat.AUTO
 
 
@@ -56,7 +56,7 @@ class Shape:
     tied_embeddings: bool
 
     def config(self) -> LlamaConfig:
-        """transformers' configuration of this shape; no token ends a text."""
+        """Return transformers' configuration of this shape, without an end token."""
         return LlamaConfig(
             vocab_size=self.vocabulary,
             hidden_size=self.hidden_size,
@@ -86,10 +86,10 @@ SHAPES = {
 
 
 def shape_named(name: str) -> Shape:
-    """A shape of the list.
+    """Return the shape of `SHAPES` with this name.
 
     Raises:
-        ConfigError: there is none of this name.
+        ConfigError: no shape has this name.
     """
     if name not in SHAPES:
         raise ConfigError(f"--shape must be one of {', '.join(SHAPES)}, got {name!r}.")
@@ -97,28 +97,34 @@ def shape_named(name: str) -> Shape:
 
 
 class ModelSource(Protocol):
-    """Where a benchmark's model comes from. Sent to other processes, so it is small until `load` is called."""
+    """Where a benchmark's model comes from.
+
+    It is sent to other processes, so it holds no weights before `load`.
+    """
 
     @property
     def name(self) -> str:
-        """As the user named it."""
+        """Return the model's name as the user wrote it."""
 
     @property
     def weights(self) -> Weights: ...
 
     @property
     def shape(self) -> Shape | None:
-        """The shape of a model with random weights; `None` for a real one."""
+        """Return the shape of a model with random weights, or `None` for a real one."""
 
     @property
     def gguf(self) -> str | None:
-        """The .gguf file of a real model, if it is one: what llama.cpp can read."""
+        """Return the .gguf file of a real model, if it has one. llama.cpp can read it."""
 
     def load(self) -> Any:
-        """The transformers model, ready to run."""
+        """Load the transformers model."""
 
     def prompt(self, tokens: int, text: Path | None, seed: int) -> list[int]:
-        """Token ids to read, after `load`: a real model's are the beginning of a text (the file, or one that is always there).
+        """Return a prompt of `tokens` token ids. Call it after `load`.
+
+        A real model's prompt is the beginning of a text: of the file `text`, or of Python's own
+        documentation.
 
         Raises:
             ConfigError: the text is too short, or a model of random weights is given one.
@@ -127,7 +133,7 @@ class ModelSource(Protocol):
 
 @dataclass(frozen=True)
 class RandomModel:
-    """A model of a shape with seeded random weights, on the CPU or on the GPU (`device`), where it is made too."""
+    """A model of a shape with seeded random weights, made on `device` (`cpu` or `cuda`)."""
 
     shape: Shape
     weights: Weights
@@ -143,20 +149,20 @@ class RandomModel:
         return None
 
     def load(self) -> Any:
-        """As `ModelSource.load`; raises `BenchmarkError` where the GPU has no room for the weights."""
+        """Make the model. Raise `BenchmarkError` if the weights do not fit the GPU's memory."""
         torch.manual_seed(self.seed)
         try:
             with torch.device(self.device):
                 model = AutoModelForCausalLM.from_config(self.shape.config(), dtype=self.weights.dtype).eval()
         except torch.OutOfMemoryError as error:
-            told = f"the GPU has no room for the weights of {self.name}. Use --device cpu, or a smaller shape."
-            raise BenchmarkError(told) from error
+            message = f"the GPU has no room for the weights of {self.name}. Use --device cpu, or a smaller shape."
+            raise BenchmarkError(message) from error
         if self.weights.quantised is not WeightFormat.AUTO:
             quantise_weights(model, self.weights.quantised)
         return model
 
     def prompt(self, tokens: int, text: Path | None, seed: int) -> list[int]:
-        """Random ids."""
+        """Return seeded random token ids."""
         if text is not None:
             raise ConfigError("--text is for a real model: random weights make nothing of it. Leave it out, or name a --model.")
         generator = torch.Generator().manual_seed(seed)

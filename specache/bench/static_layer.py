@@ -1,4 +1,4 @@
-"""The attention of one layer as decode steps on a GPU run it: over static buffers, as a graph where one can be captured."""
+"""The attention of one layer over static buffers, as a GPU decodes: as a graph where possible."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from specache.tiers.base import SlowTier
 from specache.tiers.streams import streams_for
 
 
-class _Alone:
-    """A sequence of one layer, whose newest token is the one that every step decodes again."""
+class _OneLayerSequence:
+    """A sequence of one layer. Every step decodes its newest token again."""
 
     def __init__(self, layer: CompressedLayer) -> None:
         layer.residual_count -= 1
@@ -31,14 +31,16 @@ class _Alone:
         self.length = layer.length
 
     def quantise_oldest(self) -> None:
-        """Nothing does: a step is never committed."""
+        """Do nothing: no step is ever committed."""
 
 
 class StaticLayer:
-    """What `LowBitLayer` computes for queries of `rows` rows. Nothing is kept in the hot set from one step to the next.
+    """The computation of `LowBitLayer` over static buffers, for queries of `rows` rows.
+
+    The hot set is emptied before every step.
 
     Args:
-        layer: taken over; its own `attend` is gone.
+        layer: its state is taken over, so its own `attend` no longer works.
         dtype: of its keys and values.
     """
 
@@ -48,17 +50,17 @@ class StaticLayer:
         self._config = replace(layer.config, policy=policy, hot_set=0.0)
         self._keys, self._values = (newest.expand(-1, -1, rows, -1) for newest in layer.newest)
         self._params = layer.params
-        sequence = _Alone(layer.layer)
+        sequence = _OneLayerSequence(layer.layer)
         device = self._keys.device
-        room = -(-layer.layer.table.length // PAGE_TOKENS) * PAGE_TOKENS
-        self._batch = DeviceBatch([sequence], self._config, BatchSize(rows, room, {0: 0}), streams_for(device), ByteBudget())
+        capacity = -(-layer.layer.table.length // PAGE_TOKENS) * PAGE_TOKENS
+        self._batch = DeviceBatch([sequence], self._config, BatchSize(rows, capacity, {0: 0}), streams_for(device), ByteBudget())
         self._batch.begin([[0] * rows])
         self._steps = GraphedSteps(graphs_for(device))
         self._query: Tensor | None = None
         self._dtype = dtype
 
     def attend(self, query: Tensor) -> Tensor:
-        """query [1, Hq, n, D] -> float32 [1, Hq, n, D]."""
+        """Attend with query [1, Hq, n, D] -> float32 [1, Hq, n, D]."""
         if self._query is None:
             self._query = query.to(self._dtype).clone()
         self._query.copy_(query)

@@ -1,6 +1,7 @@
-"""Synthetic keys and values, and layers filled with them through the code that a prefill stores with: no prompt is read.
+"""Draw synthetic keys and values, and fill layers with them through a prefill's own code.
 
-Kernels take the same time whatever the numbers are, but for `select`, which sees a spread of scores as in a real layer.
+No prompt is read. Kernels take the same time for any numbers, except `select`, which depends on the
+spread of the scores: it is that of a real layer.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ SPARE_TOKENS = 1024  # decode steps for which the slow tier has room
 
 
 def synthetic_rows(heads: int, tokens: int, dim: int, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor]:
-    """Seeded keys and values [Hkv, S, D]: normal, the keys around a mean per channel, as RoPE leaves real ones."""
+    """Draw seeded normal keys and values [Hkv, S, D].
+
+    Each channel of the keys has a mean of its own, as real keys do after RoPE.
+    """
     generator = torch.Generator().manual_seed(seed)
     mean = torch.randn(heads, 1, dim, generator=generator)
     keys, values = (torch.empty(heads, tokens, dim, dtype=dtype) for _ in range(2))
@@ -32,13 +36,19 @@ def synthetic_rows(heads: int, tokens: int, dim: int, dtype: torch.dtype, seed: 
 
 
 def fill_compressed(layer: CompressedLayer, tier: SlowTier, keys: Tensor, values: Tensor) -> None:
-    """Put keys and values [Hkv, S, D] into an empty layer: all rows into the slow tier, the copy and the residual from them."""
+    """Fill an empty layer with keys and values [Hkv, S, D].
+
+    All rows go to the slow tier; low-bit copy and residual are built from them.
+    """
     tier.write(layer.index, 0, keys, values)
     layer.rebuild(keys.shape[1])
 
 
 def fill_window(layer: WindowLayer, keys: Tensor, values: Tensor) -> None:
-    """Put the newest of keys and values [Hkv, S, D] into an empty sliding layer; what slid out of it never comes back."""
+    """Fill an empty sliding layer with the newest of keys and values [Hkv, S, D].
+
+    Older rows are dropped.
+    """
     newest = min(layer.window, keys.shape[1])
     layer.length = keys.shape[1] - newest
     query = keys[:, -newest:]

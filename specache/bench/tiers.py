@@ -1,4 +1,4 @@
-"""`tiers`: decode steps with the 16-bit rows in RAM and on a disk, with prefetch and without: what is there, and what waits."""
+"""`tiers`: decode steps with the 16-bit rows in RAM and on a disk, with and without prefetch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from specache.bench import greedy
-from specache.bench.base import Outcome, Result, Say, Surroundings, check_at_least
+from specache.bench.base import BenchContext, Log, Outcome, Result, check_at_least
 from specache.bench.cache_options import TierOptions
 from specache.bench.row_folder import row_folder
 from specache.bench.timing import Timing
@@ -22,13 +22,16 @@ from specache.tiers.disk import probe
 
 RAM = str(SlowTierKind.RAM)
 TIERS = tuple(str(tier) for tier in (SlowTierKind.RAM_INPLACE, SlowTierKind.RAM, SlowTierKind.DISK))
-_NOT_HERE = (Policy.AUTO, Policy.NONE, Policy.FULL)  # no rows are wanted, or another policy is meant
+_NOT_HERE = (Policy.AUTO, Policy.NONE, Policy.FULL)  # policies that fetch nothing, or stand for another policy
 _COUNTED = ("rows_selected", "rows_ready", "read_s", "wait_s", "bytes_fetched")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tiers(TierOptions):
-    """A prompt is prefilled once per tier, then its answer is decoded greedily under every policy, in turns."""
+    """Greedy decoding of one prompt on each tier and under each policy, interleaved.
+
+    The prompt is prefilled once per tier.
+    """
 
     name: ClassVar[str] = "tiers"
     summary: ClassVar[str] = "time per step with rows in RAM and on a disk, with prefetch and without"
@@ -54,19 +57,19 @@ class Tiers(TierOptions):
         _check_among(self.tiers, TIERS, "tiers")
         _check_among(self.policies, [policy for policy in Policy if policy not in _NOT_HERE], "policies")
 
-    def run(self, surroundings: Surroundings) -> Outcome:
-        source = surroundings.model_source
-        surroundings.say(f"Loading {source.name}")
+    def run(self, bench: BenchContext) -> Outcome:
+        source = bench.model_source
+        bench.log(f"Loading {source.name}")
         model = source.load()
-        prompt = source.prompt(self.context, self.text, surroundings.seed)
+        prompt = source.prompt(self.context, self.text, bench.seed)
         with ExitStack() as stack:
             folder = stack.enter_context(row_folder(self.dir))
             stack.enter_context(attached(model))
             turns: list[_Turn] = []
             for tier in dict.fromkeys(self.tiers):
-                turns += self._turns(stack, model, tier, folder, prompt, surroundings.say)
+                turns += self._turns(stack, model, tier, folder, prompt, bench.log)
             for number in range(self.rounds):
-                surroundings.say(f"round {number + 1} of {self.rounds}: {self.steps} steps with each tier and policy")
+                bench.log(f"round {number + 1} of {self.rounds}: {self.steps} steps with each tier and policy")
                 first = number % len(turns)
                 for turn in turns[first:] + turns[:first]:
                     turn.run(self.steps)
@@ -76,20 +79,20 @@ class Tiers(TierOptions):
             result["vs_ram"] = _over_ram(result, results)
         return Outcome(results, {"disk_reader": {"name": reader.reader, "direct": reader.direct}})
 
-    def _turns(self, stack: ExitStack, model: Any, tier: str, folder: Path, prompt: list[int], say: Say) -> list[_Turn]:
-        """Prefill, and a fork for every policy."""
+    def _turns(self, stack: ExitStack, model: Any, tier: str, folder: Path, prompt: list[int], log: Log) -> list[_Turn]:
+        """Prefill the prompt and fork its cache for every policy."""
         slow_dir = str(folder) if tier == SlowTierKind.DISK else None
         config = self.config(slow_tier=SlowTierKind(tier), slow_dir=slow_dir, policy=Policy(self.policies[0]))
         cache = stack.enter_context(SpeCache(model, config))
         first = greedy.read_prompt(
-            model, cache, prompt, lambda done, total: say(f"tier {tier}: prompt, {done:,} of {total:,} tokens")
+            model, cache, prompt, lambda done, total: log(f"tier {tier}: prompt, {done:,} of {total:,} tokens")
         )
         forks = [stack.enter_context(cache.fork(policy)) for policy in dict.fromkeys(self.policies)]
         return [_Turn(model, tier, fork, first) for fork in forks]
 
 
 class _Turn:
-    """One tier and policy: its steps, timed one by one, and what was read for them."""
+    """One tier and policy: the times of its steps, and the reads counted meanwhile."""
 
     def __init__(self, model: Any, tier: str, cache: SpeCache, first: int) -> None:
         self._tier, self._cache = tier, cache
@@ -98,7 +101,10 @@ class _Turn:
         self._counted = Counters()
 
     def run(self, steps: int) -> None:
-        """Decode; a step before these does not count: what it wants was read while others had their turn."""
+        """Decode `steps` timed steps after an untimed one.
+
+        The untimed step's rows were prefetched while the other caches ran.
+        """
         self._steps.step()
         before = replace(self._cache.counters)
         for _ in range(steps):
@@ -129,7 +135,7 @@ class _Turn:
 
 
 def _over_ram(result: Result, results: list[Result]) -> float | None:
-    """A step's time over that of tier `ram` under the same policy."""
+    """Return a step's time over that of tier `ram` under the same policy."""
     ram = [other for other in results if other["tier"] == RAM and other["policy"] == result["policy"]]
     return result["ms_per_step"] / ram[0]["ms_per_step"] if ram else None
 

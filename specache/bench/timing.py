@@ -1,4 +1,4 @@
-"""Time, measured so that a noisy machine is unfair to nobody: round by round, medians, quartiles."""
+"""Timing on a noisy machine: interleaved rounds, medians and quartiles."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from specache.bench.compute_device import synchronise
 
 @dataclass(frozen=True)
 class Timing:
-    """Samples of one thing, in milliseconds."""
+    """Samples of one function, in milliseconds."""
 
     samples_ms: tuple[float, ...]
 
     @property
     def ms(self) -> float:
-        """The median."""
+        """Return the median in milliseconds."""
         return median(self.samples_ms)
 
     @property
@@ -30,7 +30,7 @@ class Timing:
 
     @property
     def spread(self) -> list[float]:
-        """First and third quartile, in milliseconds."""
+        """Return the first and third quartile in milliseconds."""
         return [float(quartile) for quartile in np.percentile(self.samples_ms, (25, 75))]
 
 
@@ -40,12 +40,12 @@ def interleaved(
     warmup: int = 1,
     around: Callable[[str], AbstractContextManager[object]] = lambda name: nullcontext(),
 ) -> dict[str, Timing]:
-    """Call every function once per round, each round beginning with another one.
+    """Call every function once per round. Each round starts with another one.
 
     Args:
-        rounds: samples of each.
-        warmup: rounds before these that do not count.
-        around: entered before a function's time starts and left after it ended.
+        rounds: samples of each function.
+        warmup: untimed rounds before these.
+        around: a context entered before a function's time starts and left after it ends.
     """
     names = list(functions)
     samples: dict[str, list[float]] = {name: [] for name in names}
@@ -64,8 +64,10 @@ def interleaved(
 
 
 class PhaseClock:
-    """Splits steps into phases. Of phases that nest, the outer one counts. On a GPU each waits for its own work: what steps overlap
-    is then not overlapped.
+    """Splits steps into phases. Of nested phases, the outer one counts.
+
+    On a GPU each phase waits for its own work, so phases that overlap in a step do not overlap
+    here.
     """
 
     def __init__(self) -> None:
@@ -73,12 +75,12 @@ class PhaseClock:
         self._inside = False
 
     def begin_step(self) -> None:
-        """What follows belongs to a new step."""
+        """Start a new step."""
         self._steps.append({})
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """The block's time counts as `phase`."""
+        """Count the block's time as `phase`."""
         if self._inside:
             yield
             return
@@ -94,7 +96,7 @@ class PhaseClock:
             self._inside = False
 
     def medians(self, last: int) -> dict[str, float]:
-        """Milliseconds per step of every phase: the median over the `last` steps."""
+        """Return the milliseconds per step of every phase: the median over the `last` steps."""
         steps = self._steps[-last:]
         phases = dict.fromkeys(phase for step in steps for phase in step)
         return {phase: median(step.get(phase, 0.0) for step in steps) for phase in phases}

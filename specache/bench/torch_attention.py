@@ -1,6 +1,6 @@
-"""What one layer's attention costs without us: PyTorch's fused kernel, plain matrix products, and dequantising first.
+"""Baselines for one layer's attention: PyTorch's fused kernel, matrix products, dequantising first.
 
-All take a query [1, Hq, n, D] and keys and values [Hkv, S, D] that every row sees whole.
+All take a query [1, Hq, n, D], and keys and values [Hkv, S, D] that every row sees in full.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-GROUP = 64  # elements that share a scale in the dequantised layer
+GROUP = 64  # elements that share a scale
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """One way to compute the attention.
+    """One implementation of the attention.
 
     Attributes:
-        bits: of a stored element.
+        bits: per stored element.
         nbytes: bytes of keys and values that a step reads at least once.
-        run: the attention.
+        run: computes the attention.
     """
 
     impl: str
@@ -33,7 +33,7 @@ class Baseline:
 
 
 def exact_baselines(query: Tensor, keys: Tensor, values: Tensor) -> list[Baseline]:
-    """Attention over whole keys and values: `sdpa` and the matrix forms, each in float32 and bfloat16."""
+    """Return `sdpa` and matrix products over all keys and values, in float32 and bfloat16."""
     baselines = []
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         q, k, v = (tensor.to(dtype) for tensor in (query, keys, values))
@@ -45,19 +45,23 @@ def exact_baselines(query: Tensor, keys: Tensor, values: Tensor) -> list[Baselin
 
 
 def dequantising_baseline(query: Tensor, keys: Tensor, values: Tensor, bits: int) -> Baseline:
-    """What transformers' quantised cache does in every step: dequantise the whole layer to bfloat16, then `sdpa`."""
+    """Dequantise the whole layer to bfloat16, then run `sdpa`: transformers' quantised cache."""
     q = query.to(torch.bfloat16)
     k, v = QuantisedTensor(keys, bits), QuantisedTensor(values, bits)
     return Baseline("dequantise, sdpa bf16", bits, k.nbytes + v.nbytes, lambda: sdpa(q, k.dequantise(), v.dequantise()))
 
 
 def sdpa(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """PyTorch's own attention with grouped queries -> [1, Hq, n, D]."""
+    """Run PyTorch's own attention with grouped queries -> [1, Hq, n, D]."""
     return functional.scaled_dot_product_attention(query, keys[None], values[None], enable_gqa=True)
 
 
 def matmul_attention(query: Tensor, transposed_keys: Tensor, values: Tensor) -> Tensor:
-    """Two batched products over the query heads of every KV head; keys [Hkv, D, S] -> [1, Hq, n, D]."""
+    """Run two batched products over the query heads of every KV head -> [1, Hq, n, D].
+
+    Args:
+        transposed_keys: [Hkv, D, S].
+    """
     heads, dim = transposed_keys.shape[:2]
     grouped = query.reshape(heads, -1, dim)  # [Hkv, G n, D]
     weights = torch.bmm(grouped * dim**-0.5, transposed_keys).softmax(-1)  # [Hkv, G n, S]
@@ -65,7 +69,7 @@ def matmul_attention(query: Tensor, transposed_keys: Tensor, values: Tensor) -> 
 
 
 class QuantisedTensor:
-    """Packed codes with a scale and a zero point per 64 elements, and unpacked the way hqq does it."""
+    """Packed codes with a scale and a zero point per 64 elements, unpacked as hqq does it."""
 
     def __init__(self, tensor: Tensor, bits: int) -> None:
         self._shape, self._bits = tensor.shape, bits
@@ -84,7 +88,7 @@ class QuantisedTensor:
         return self._packed.nbytes + self._scale.nbytes + self._zero.nbytes
 
     def dequantise(self) -> Tensor:
-        """The whole tensor in bfloat16."""
+        """Return the whole tensor in bfloat16."""
         mask = 2**self._bits - 1
         codes = torch.cat([(self._packed >> shift) & mask for shift in range(0, 8, self._bits)])  # [N, 64]
         return ((codes.to(torch.bfloat16) - self._zero) * self._scale).view(self._shape)

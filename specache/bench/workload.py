@@ -1,4 +1,4 @@
-"""What whole-model benchmarks decode: a model, so many sequences, so many tokens in each, and what that takes in memory."""
+"""The workload of whole-model benchmarks: a model, a batch, a context, and their memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from specache.model.info import inspect_model
 class Workload:
     """`batch` sequences of `context` synthetic tokens, to be decoded by `model`.
 
-    All layers of a shape get the same numbers, each in memory of its own.
+    Layers of one shape hold equal values, each in memory of its own.
     """
 
     model: Any
@@ -40,7 +40,7 @@ class Workload:
         return int(self.model.config.get_text_config().vocab_size)
 
     def rows(self, index: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [Hkv, S, D] of a layer."""
+        """Return keys and values [Hkv, S, D] of a layer."""
         shape = self.layer_shapes[index]
         if shape not in self._rows:
             heads, dim = shape
@@ -49,22 +49,22 @@ class Workload:
         return self._rows[shape]
 
     def drop_rows(self) -> None:
-        """Free what `rows` drew; it is drawn again when asked for."""
+        """Free the rows that were drawn. They are drawn again on demand."""
         self._rows.clear()
 
     @property
     def drawn_bytes(self) -> int:
-        """Bytes that `rows` holds when every shape was asked for."""
+        """Return the bytes of the rows once every layer shape was drawn."""
         return sum(2 * heads * dim for heads, dim in set(self.layer_shapes)) * self.context * self.info.dtype.itemsize
 
     @property
     def exact_bytes(self) -> int:
-        """Bytes of the rows of all layers and sequences in the model's dtype: an ordinary cache."""
+        """Return the bytes of an ordinary cache of the whole batch in the model's dtype."""
         rows = sum(2 * heads * dim * self._kept(index) for index, (heads, dim) in enumerate(self.layer_shapes))
         return rows * self.batch * self.info.dtype.itemsize
 
     def copy_bytes(self, config: SpeCacheConfig) -> int:
-        """Bytes of the low-bit copies."""
+        """Return the bytes of the low-bit copies."""
         pages = math.ceil(self.context / PAGE_TOKENS)
         layouts = [PageLayout(config.code, config.bits, config.group_size, heads, dim) for heads, dim in self.layer_shapes]
         full = [layout for layout, window in zip(layouts, self.info.windows, strict=True) if window is None]
@@ -77,7 +77,7 @@ class Workload:
 
 @torch.no_grad()
 def layer_shapes(model: Any) -> list[LayerShape]:
-    """(KV heads, head dimension) of every layer, as they arrive: only the tensors tell."""
+    """Return (KV heads, head dimension) of every layer, as its tensors show in a forward pass."""
     probe = _Probe()
     first = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     with attached(model):
@@ -86,7 +86,7 @@ def layer_shapes(model: Any) -> list[LayerShape]:
 
 
 class _Probe:
-    """A pass (see `passes.ForwardPass`) that only looks."""
+    """A pass that only records shapes (see `forward_pass.ForwardPass`)."""
 
     def __init__(self) -> None:
         self.shapes: dict[int, LayerShape] = {}

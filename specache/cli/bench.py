@@ -166,7 +166,7 @@ def _command(name: str, cls: Any) -> Any:
 
 def _run(benchmark: Benchmark, shared: SharedOptions, source: ModelSource | None, device: Device) -> None:
     """Measure, print, write."""
-    from specache.bench.base import Surroundings, document
+    from specache.bench.base import BenchContext, document
     from specache.bench.environment import describe
 
     check_json(shared.json)
@@ -174,12 +174,12 @@ def _run(benchmark: Benchmark, shared: SharedOptions, source: ModelSource | None
     options.set_threads(shared.threads)
     where = describe(str(device))
     with status(benchmark.summary) as say:
-        surroundings = Surroundings(source, shared.seed, str(device), say)
-        outcome = benchmark.run(surroundings)
+        bench = BenchContext(source, shared.seed, str(device), say)
+        outcome = benchmark.run(bench)
     _show(benchmark, outcome.results, outcome.details)
     if shared.json is not None:
         command = shlex.join(["specache", *sys.argv[1:]])
-        write_json(shared.json, document(benchmark, surroundings, outcome, where, command))
+        write_json(shared.json, document(benchmark, bench, outcome, where, command))
 
 
 def _source(chosen: ModelOptions, seed: int, device: Device) -> ModelSource:

@@ -1,1 +1,1 @@
-"""The evaluation suite: tasks and methods from two registries, measured side by side over one shared prefill."""
+"""The evaluation suite: tasks and methods by name, measured over one shared prefill per item."""

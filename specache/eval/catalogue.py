@@ -1,4 +1,7 @@
-"""Every task and every method by name. A new one is one file and one line here; nothing is imported before it is asked for."""
+"""The registries of tasks and methods by name.
+
+A new one is one file and one line here. Its module is imported only when it is asked for.
+"""
 
 from __future__ import annotations
 
@@ -31,18 +34,18 @@ METHODS = {
 
 
 def task_class(name: str) -> Any:
-    """The task's class.
+    """Return the class of the task `name`.
 
     Raises:
-        ConfigError: there is none of this name.
+        ConfigError: no task has this name.
     """
     return named_class(TASKS, name, "task", _LISTED)
 
 
 def method_class(name: str) -> Any:
-    """The method's class.
+    """Return the class of the method `name`.
 
     Raises:
-        ConfigError: there is none of this name.
+        ConfigError: no method has this name.
     """
     return named_class(METHODS, name, "method", _LISTED)

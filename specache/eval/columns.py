@@ -13,7 +13,14 @@ NOTHING = "-"
 
 @dataclass(frozen=True)
 class Column:
-    """One column: a title, what a row shows in it, and what it means."""
+    """One column of a result table.
+
+    Attributes:
+        title: shown at its head.
+        text: a row's text in it.
+        meaning: explains the column in the report.
+        margin: a row's confidence interval, or `None`.
+    """
 
     title: str
     text: Callable[[Row], str]
@@ -22,12 +29,15 @@ class Column:
 
 
 def columns(rows: list[Row]) -> list[Column]:
-    """The columns that say something about at least one of the rows."""
+    """Return the columns that have a text for at least one of the rows."""
     return [column for column in _all_columns(rows) if any(column.text(row) != NOTHING for row in rows)]
 
 
 def with_margin(value: float | None, interval: list[float | None] | None) -> str:
-    """`0.0021 ± 0.0004`: the longer side of the 95% interval, both rounded to two digits of it."""
+    """Format a value as `0.0021 ± 0.0004`.
+
+    The margin is the longer side of the 95% interval. Both are rounded to two digits of it.
+    """
     if value is None:
         return NOTHING
     bounds = [bound for bound in interval or [] if bound is not None]
@@ -41,22 +51,22 @@ def with_margin(value: float | None, interval: list[float | None] | None) -> str
 
 
 def number(value: float | None) -> str:
-    """Three significant digits."""
+    """Format a value with three significant digits."""
     return NOTHING if value is None else f"{value:.3g}"
 
 
 def times(ratio: float | None) -> str:
-    """A share of the ordinary cache's bytes."""
+    """Format a ratio to the ordinary cache's bytes."""
     return NOTHING if ratio is None else f"{ratio:.3f}x"
 
 
 def percent(share: float | None) -> str:
-    """A rate."""
+    """Format a rate."""
     return NOTHING if share is None else f"{share:.1%}"
 
 
 def interval_text(interval: list[float | None] | None) -> str:
-    """`95%: 0.0017 to 0.0026`."""
+    """Format an interval as `95%: 0.0017 to 0.0026`."""
     if not interval or any(bound is None for bound in interval):
         return ""
     return f"95%: {number(interval[0])} to {number(interval[1])}"
@@ -65,24 +75,26 @@ def interval_text(interval: list[float | None] | None) -> str:
 def _all_columns(rows: list[Row]) -> list[Column]:
     unit = rows[0]["unit"] if rows else ""
     return [
-        _figure("mean", "ci95", f"mean ({unit})", "average over all tokens (distributions) or items (scores)"),
-        _figure("p95", "p95_ci95", "p95", "95th percentile over all tokens"),
-        _figure("p99", "p99_ci95", "p99", "99th percentile over all tokens"),
-        _figure("top1", "top1_ci95", "top-1", "share of tokens whose likeliest next token is that of the full cache"),
-        _figure("ppl", "ppl_ci95", "perplexity", "exp of the mean negative log-likelihood"),
-        _figure("delta", "delta_ci95", "against full", "paired difference to the full cache on the same items"),
-        _figure("kept", "kept_ci95", "kept", "of the items that the full cache gets right, the share that stays right"),
+        _estimate_column("mean", "ci95", f"mean ({unit})", "average over all tokens (distributions) or items (scores)"),
+        _estimate_column("p95", "p95_ci95", "p95", "95th percentile over all tokens"),
+        _estimate_column("p99", "p99_ci95", "p99", "99th percentile over all tokens"),
+        _estimate_column("top1", "top1_ci95", "top-1", "share of tokens whose likeliest next token is that of the full cache"),
+        _estimate_column("ppl", "ppl_ci95", "perplexity", "exp of the mean negative log-likelihood"),
+        _estimate_column("delta", "delta_ci95", "against full", "paired difference to the full cache on the same items"),
+        _estimate_column("kept", "kept_ci95", "kept", "of the items that the full cache gets right, the share that stays right"),
         Column("of", lambda row: NOTHING if row["kept_n"] is None else str(row["kept_n"]), "items that the full cache gets right"),
         Column("fast", lambda row: times(row["fast_ratio"]), "fast memory, as a share of the ordinary 16-bit cache"),
-        Column("hot", lambda row: times(row["hot_ratio"]) if row["hot_ratio"] else NOTHING, "recently fetched pairs, likewise"),
+        Column(
+            "hot", lambda row: times(row["hot_ratio"]) if row["hot_ratio"] else NOTHING, "recently fetched pairs, as such a share"
+        ),
         Column("memory", _memory, "fast and hot memory compared with specache"),
         Column("hits", lambda row: percent(row["hit_rate"]), "rows needed that were already in fast memory"),
-        Column("guesses", lambda row: percent(row["guess_rate"]), "speculative tokens that came true"),
+        Column("guesses", lambda row: percent(row["guess_rate"]), "speculative tokens that were right"),
         Column("n", lambda row: str(row["n"]), "items"),
     ]
 
 
-def _figure(key: str, interval: str, title: str, meaning: str) -> Column:
+def _estimate_column(key: str, interval: str, title: str, meaning: str) -> Column:
     return Column(title, lambda row: with_margin(row[key], row[interval]), meaning, lambda row: row[interval])
 
 

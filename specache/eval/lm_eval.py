@@ -1,14 +1,14 @@
-"""SpeCache as a model of EleutherAI's lm-evaluation-harness, so that any of its tasks runs through us.
+"""SpeCache as a model of EleutherAI's lm-evaluation-harness, for any of its tasks.
 
     lm_eval --model specache --model_args pretrained=MODEL,bits=2 --tasks ...
 
-finds this class by the package's `lm_eval.models` entry point. lm_eval up to 0.4.13 does not look for those yet; there it is
+finds this class by the package's `lm_eval.models` entry point. lm_eval up to 0.4.13 does not look
+for entry points. There use `python -m specache.eval.lm_eval` in place of `lm_eval`.
 
-    python -m specache.eval.lm_eval --model specache --model_args pretrained=MODEL,bits=2 --tasks ...
-
-Every answer is decoded as `generate` decodes: the context is prefilled exactly, once for all requests that share it, and its
-continuations run over the low-bit copy one token at a time. The first token after a context comes from the exact prefill, so tasks
-whose continuations are one token (the letter of a choice) show no difference between caches.
+Every answer is decoded as `generate` decodes. The context is prefilled exactly, once for all
+requests that share it. Its continuations run over the low-bit copy one token at a time. The first
+token after a context comes from the exact prefill, so tasks whose continuations are one token (the
+letter of a choice) show no difference between caches.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ from specache.templates.end_tokens import end_tokens
 from specache.templates.template import ChatTemplate
 
 NAME = "specache"
-DEFAULT_MAX_LENGTH = 2048  # of models that do not say how many positions they have; as lm_eval's own
+DEFAULT_MAX_LENGTH = 2048  # where a model reports no positions; lm_eval's own default
 
 TokenRequest = tuple[tuple[str, str], list[int], list[int]]  # (texts, context, continuation)
-Score = tuple[float, bool]  # log-likelihood, whether greedy decoding would say the same
+Score = tuple[float, bool]  # log-likelihood, whether greedy decoding gives the same tokens
 
 
 class SpeCacheLM(TemplateLM):
@@ -52,17 +52,21 @@ class SpeCacheLM(TemplateLM):
         pretrained: hub name or folder.
         tokenizer: hub name or folder of another tokenizer.
         revision, dtype, trust_remote_code: as in `from_pretrained`.
-        device: `cpu`, `cuda`, `cuda:1`; default: CUDA where there is one. Without CUDA `cuda:0` means the CPU: lm_eval
-            passes it by default on any machine.
-        max_length: longest context with its continuation, in tokens; default: the model's positions.
+        device: `cpu`, `cuda`, `cuda:1`; default: CUDA where there is one. Without CUDA `cuda:0`
+            means the CPU: lm_eval passes it by default on any machine.
+        max_length: longest context with its continuation, in tokens; default: the model's
+            positions.
         max_gen_toks: new tokens of a task that does not say how many.
-        add_bos_token: whether texts get the tokenizer's first token; default: as the tokenizer does.
-        prefix_token_id: what an empty context is; default: the tokenizer's first token, or its last.
-        batch_size, max_batch_size: accepted from lm_eval and not used; sequences are scored one by one.
+        add_bos_token: whether texts get the tokenizer's first token; default: as the tokenizer
+            does.
+        prefix_token_id: the token of an empty context; default: the tokenizer's first token, or its
+            last.
+        batch_size, max_batch_size: accepted from lm_eval and not used: sequences are scored one by
+            one.
         **settings: the fields of `SpeCacheConfig`.
 
     Raises:
-        ConfigError: a setting that does not exist or is out of range.
+        ConfigError: a setting does not exist or is out of range.
         UnsupportedModelError: the model cannot run over a low-bit copy.
     """
 
@@ -91,7 +95,7 @@ class SpeCacheLM(TemplateLM):
         options = {"revision": revision, "trust_remote_code": trust_remote_code}
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer or pretrained, **options)
         self.model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=dtype, **options).to(self._device).eval()
-        with SpeCache(self.model, self._settings) as cache:  # refuses what cannot work before a task is downloaded
+        with SpeCache(self.model, self._settings) as cache:  # raises errors before a task is downloaded
             self.config = cache.config
         self.max_length: int = max_length or max_positions(self.model) or DEFAULT_MAX_LENGTH
         self.max_gen_toks = max_gen_toks
@@ -106,7 +110,7 @@ class SpeCacheLM(TemplateLM):
 
     @property
     def _end_ids(self) -> list[int]:
-        """Tokens that end an answer."""
+        """Return the tokens that end an answer."""
         template = ChatTemplate(self.tokenizer) if self._chats else None
         return end_tokens(self.model.generation_config, self.tokenizer, template)
 
@@ -120,7 +124,7 @@ class SpeCacheLM(TemplateLM):
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm_eval stores with the results."""
+        """Return what lm_eval stores with the results."""
         return {
             "model_num_parameters": self.model.num_parameters(),
             "model_dtype": str(self.model.dtype),
@@ -128,7 +132,10 @@ class SpeCacheLM(TemplateLM):
         }
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as text; without `add_generation_prompt` its last message goes on."""
+        """Return a conversation as text.
+
+        Without `add_generation_prompt` its last message stays open.
+        """
         self._chats = True
         text: str = self.tokenizer.apply_chat_template(
             chat_history,
@@ -139,7 +146,11 @@ class SpeCacheLM(TemplateLM):
         return text
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids; a text that begins with the tokenizer's first token (a chat template's) does not get it twice."""
+        """Return the token ids of a text.
+
+        A text that begins with the tokenizer's first token (as a chat template's does) does not get
+        it twice.
+        """
         if add_special_tokens is None:
             add_special_tokens = self._add_bos_token
             if string.startswith(self.tokenizer.decode(self.prefix_token_id)):
@@ -149,7 +160,7 @@ class SpeCacheLM(TemplateLM):
         return ids
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihoods of whole texts, in windows of `max_length` that do not overlap."""
+        """Return the log-likelihoods of whole texts, in disjoint windows of `max_length`."""
         texts = [request.args[0] for request in requests]
         windows: list[TokenRequest] = []
         owners: list[int] = []
@@ -165,7 +176,10 @@ class SpeCacheLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Answers up to a stop text, which is left out. Requests with the same context share its prefill."""
+        """Return the answers up to a stop text, without it.
+
+        Requests with the same context share its prefill.
+        """
         answers: dict[int, str] = {}
         groups = _grouped([request.args[0] for request in requests])
         with tqdm(total=len(requests), disable=disable_tqdm, desc="Generating") as bar:
@@ -184,7 +198,7 @@ class SpeCacheLM(TemplateLM):
         return scores
 
     def _scores(self, requests: list[TokenRequest], disable_tqdm: bool) -> list[Score]:
-        """Scores in the order of the requests, every context prefilled once."""
+        """Return scores in the order of the requests. Every context is prefilled once."""
         pairs = [self._truncated(context, continuation) for _, context, continuation in requests]
         scores: dict[int, Score] = {}
         with tqdm(total=len(requests), disable=disable_tqdm, desc="Scoring") as bar:
@@ -196,7 +210,10 @@ class SpeCacheLM(TemplateLM):
         return [scores[index] for index in range(len(requests))]
 
     def _truncated(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
-        """The context without what does not fit, oldest first: the last token of a continuation is never fed."""
+        """Drop the oldest tokens of a context that does not fit with its continuation.
+
+        The last token of a continuation is never fed, so it needs no position.
+        """
         if len(continuation) > self.max_length:
             raise ConfigError(
                 f"A continuation has {len(continuation):,} tokens; max_length is {self.max_length:,}. Raise max_length."
@@ -217,7 +234,7 @@ class SpeCacheLM(TemplateLM):
                 prompt.close()
 
     def _score(self, prompt: Prefilled, continuation: list[int]) -> Score:
-        """Teacher-forced along the continuation."""
+        """Score a continuation, teacher-forced."""
         session = SpeCacheSession(prompt, self.config)
         try:
             logits = [prompt.logits, *(session.feed(token) for token in continuation[:-1])]
@@ -229,7 +246,7 @@ class SpeCacheLM(TemplateLM):
         return float(likelihood), bool((scores.argmax(-1) == targets).all())
 
     def _answers(self, context: str, wanted: list[tuple[int, dict[str, Any]]]) -> Iterator[tuple[int, str]]:
-        """(index, answer) of every request (index, generation arguments) to one context."""
+        """Yield (index, answer) of every request (index, generation arguments) to one context."""
         requests = [(index, normalize_gen_kwargs(arguments, self.max_gen_toks)) for index, arguments in wanted]
         room = self.max_length - max(arguments["max_gen_toks"] for _, arguments in requests)
         if room < 1:
@@ -283,7 +300,7 @@ def _config(settings: dict[str, Any]) -> SpeCacheConfig:
 
 
 def _grouped(keys: Sequence[Any]) -> dict[Any, list[int]]:
-    """Equal keys -> their places, in order of first appearance."""
+    """Return equal keys -> their indices, in order of first appearance."""
     places: dict[Any, list[int]] = {}
     for place, key in enumerate(keys):
         places.setdefault(key, []).append(place)

@@ -1,4 +1,4 @@
-"""`--methods full,specache:bits=1:policy=speculative,kivi:bits=1`: which methods with which settings, and what they are called."""
+"""Parse `--methods full,specache:bits=1:policy=speculative,kivi:bits=1`, and label the methods."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from specache.config import SpeCacheConfig
 from specache.errors import ConfigError
-from specache.eval import catalogue as registry
+from specache.eval import catalogue
 from specache.eval.methods.base import Method
 from specache.eval.methods.specache import SpeCacheMethod
 from specache.eval.setting_fields import field_types, flag, parse, shown
@@ -18,10 +18,11 @@ _FIXED = ("slow_tier", "slow_dir", "fast_memory")  # the shared prefill decides 
 
 @dataclass(frozen=True)
 class NamedMethod:
-    """A method as a run knows it.
+    """A method and its label in a run.
 
     Attributes:
-        label: the method's name and the settings that differ from its defaults: `specache bits=1 policy=speculative`.
+        label: the method's name and the settings that differ from its defaults: `specache bits=1
+            policy=speculative`.
     """
 
     label: str
@@ -29,43 +30,43 @@ class NamedMethod:
 
     @property
     def name(self) -> str:
-        """In the registry."""
+        """Return the method's name in the catalogue."""
         return self.method.name
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All settings, JSON-ready."""
+        """Return all settings, JSON-ready."""
         return self.method.settings()
 
 
 def parse_methods(text: str) -> list[NamedMethod]:
-    """The methods of a `--methods` value, in order.
+    """Return the methods of a `--methods` value, in order.
 
     Raises:
-        ConfigError: an unknown method or setting, a bad value, the same method twice, or none at all.
+        ConfigError: an unknown method or setting, a bad value, a duplicate, or no method at all.
     """
     methods = [parse_method(entry) for entry in split_methods(text)]
-    refuse_twins(methods)
+    check_unique(methods)
     return methods
 
 
 def split_methods(text: str) -> list[str]:
-    """The entries of a `--methods` value; raises `ConfigError` if there is none."""
+    """Return the entries of a `--methods` value. Raise `ConfigError` if there is none."""
     entries = [entry.strip() for entry in text.split(",") if entry.strip()]
     if not entries:
-        raise ConfigError(f"--methods needs at least one method. Known: {', '.join(registry.METHODS)}.")
+        raise ConfigError(f"--methods needs at least one method. Known: {', '.join(catalogue.METHODS)}.")
     return entries
 
 
 def parse_method(text: str) -> NamedMethod:
-    """One method: `name` or `name:setting=value:setting=value`."""
+    """Parse one method: `name` or `name:setting=value:setting=value`."""
     return named(*read_method(text))
 
 
 def read_method(text: str) -> tuple[Any, dict[str, Any]]:
-    """One method's class and the settings that were given, as values."""
+    """Return the class of one method and the settings that were given, as values."""
     name, *assignments = (part.strip() for part in text.split(":"))
-    cls = registry.method_class(name)
+    cls = catalogue.method_class(name)
     kinds = setting_types(cls)
     settings: dict[str, Any] = {}
     for assignment in assignments:
@@ -77,7 +78,7 @@ def read_method(text: str) -> tuple[Any, dict[str, Any]]:
 
 
 def named(cls: Any, settings: dict[str, Any]) -> NamedMethod:
-    """A method with its label; raises `ConfigError` for settings it cannot be made with."""
+    """Make a method with its label. Raise `ConfigError` if its settings are refused."""
     try:
         method = cls.with_settings(settings) if hasattr(cls, "with_settings") else cls(**settings)
     except ConfigError as error:
@@ -87,8 +88,8 @@ def named(cls: Any, settings: dict[str, Any]) -> NamedMethod:
     return NamedMethod(_label(cls, method), method)
 
 
-def refuse_twins(methods: list[NamedMethod]) -> None:
-    """Raises `ConfigError` if two methods are the same, however they were written."""
+def check_unique(methods: list[NamedMethod]) -> None:
+    """Raise `ConfigError` if two methods are equal, however they were written."""
     seen: set[str] = set()
     for method in methods:
         if method.label in seen:
@@ -97,17 +98,17 @@ def refuse_twins(methods: list[NamedMethod]) -> None:
 
 
 def setting_types(cls: Any) -> dict[str, Any]:
-    """What can be set of a method: field -> type."""
+    """Return the settings of a method: field -> type."""
     if cls is SpeCacheMethod:
         return {name: kind for name, kind in field_types(SpeCacheConfig).items() if name not in _FIXED}
     return field_types(cls)
 
 
 def resolve_field(name: str, field: str, kinds: dict[str, Any]) -> str:
-    """A setting's field from how a user wrote it: with dashes, or an alias.
+    """Return the field of a setting that a user may have written with dashes, or as an alias.
 
     Raises:
-        ConfigError: there is none; the message lists what exists.
+        ConfigError: there is no such setting. The message lists those that exist.
     """
     field = field.strip().replace("-", "_")
     if field not in kinds and ALIASES.get(field) in kinds:

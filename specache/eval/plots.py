@@ -1,4 +1,7 @@
-"""Plots of a run's rows and cells. matplotlib is imported when the first is drawn; its global state is never touched."""
+"""Plot a run's rows and cells.
+
+matplotlib is imported only to draw. Its global state is never touched.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +21,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which most colour-blind readers can tell apart, then darker ones of the same kind
+# Okabe and Ito's palette for colour-blind readers, then darker shades.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C564B", "#7F7F7F", "#004D40", "#5E3C99", "#A6761D")
 FULL_COLOUR = "#333333"
-MARKERS = "osD^vPX*<>hdp"  # as many as have no common divisor with the colours: no two of 143 methods share both
-LINES = ("-", "--", ":", "-.")  # the next for every round of the colours
+MARKERS = "osD^vPX*<>hdp"  # 13 markers and 11 colours: no two of 143 methods share both
+LINES = ("-", "--", ":", "-.")  # the pattern changes after each round of the colours
 _DPI = 150
 SMALLEST = 1e-6  # divergences that plots show, in nats; below it is rounding
 
 
 class Style(NamedTuple):
-    """How a method looks: colour and marker of a point, colour and pattern of a line."""
+    """A method's style: colour and marker of its points, colour and pattern of its lines."""
 
     colour: str
     marker: str
@@ -36,14 +39,14 @@ class Style(NamedTuple):
 
 
 def require_libraries() -> None:
-    """Raises `ConfigError` if what reports are made with is not installed."""
+    """Raise `ConfigError` if a library that reports need is not installed."""
     missing = [name for name in ("matplotlib", "jinja2") if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"reports need {' and '.join(missing)}. Install them with: pip install 'specache[eval]'")
 
 
 def new_figure(width: float, height: float, **options: Any) -> Figure:
-    """An empty figure of a size in inches, drawn without a screen."""
+    """Return an empty figure of a size in inches, drawn without a screen."""
     require_libraries()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -57,14 +60,17 @@ def new_figure(width: float, height: float, **options: Any) -> Figure:
 
 
 def png(figure: Figure) -> bytes:
-    """A figure as a PNG file."""
+    """Return the figure as the bytes of a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", facecolor="white", metadata={"Software": None})
     return buffer.getvalue()
 
 
 def default_figures(rows: list[Row], cells: list[Cell]) -> dict[str, Figure]:
-    """What a task shows that draws nothing of its own: means, the tail of a divergence, and means against memory."""
+    """Return the plots of a task that draws none of its own, by name.
+
+    They show means, means against memory and, for a divergence, its tail.
+    """
     if not rows:
         return {}
     figures = {"mean": mean_figure(rows), "memory": memory_figure(rows)}
@@ -74,7 +80,7 @@ def default_figures(rows: list[Row], cells: list[Cell]) -> dict[str, Figure]:
 
 
 def mean_figure(rows: list[Row]) -> Figure:
-    """Every row's mean with its interval; for divergences also its 99th percentile."""
+    """Plot every row's mean with its interval and, for divergences, its 99th percentile."""
     groups = _groups(rows)
     styles = method_styles(rows)
     lines = len(rows) + 1.3 * len(groups)
@@ -98,18 +104,23 @@ def mean_figure(rows: list[Row]) -> Figure:
 
 
 def tail_figure(rows: list[Row], cells: list[Cell]) -> Figure:
-    """Share of tokens whose divergence is above a value, per method: the further left a line ends, the better its worst tokens."""
+    """Plot the share of tokens whose divergence is above a value, per method.
+
+    The further left a line ends, the better the method's worst tokens.
+    """
     styles = method_styles(rows)
     figure, panels = _panels(rows)
     for group, axes in panels:
         for method in _methods(row for row in rows if row["task"] == group):
             values = np.sort([v for c in cells if (c["group"], c["method"]) == (group, method) for v in c["values"]])
             if not len(values) or values[-1] < SMALLEST:
-                continue  # the full cache
+                continue  # the full cache has no divergence
             share = 1 - np.arange(len(values)) / len(values)
             shown = values > SMALLEST
-            look = styles[method]
-            axes.plot(values[shown], share[shown], color=look.colour, linestyle=look.line, label=method, linewidth=1.6)
+            method_style = styles[method]
+            axes.plot(
+                values[shown], share[shown], color=method_style.colour, linestyle=method_style.line, label=method, linewidth=1.6
+            )
         axes.set(xscale="log", yscale="log", title=group, xlabel="KL divergence, nats", ylabel="share of tokens above")
         for share_above, name in ((0.05, "p95"), (0.01, "p99")):
             axes.axhline(share_above, color="#BBBBBB", linewidth=0.8, linestyle=":", zorder=0)
@@ -120,7 +131,7 @@ def tail_figure(rows: list[Row], cells: list[Cell]) -> Figure:
 
 
 def memory_figure(rows: list[Row]) -> Figure:
-    """Every method's mean against the fast memory it holds."""
+    """Plot every method's mean against the fast memory it holds."""
     styles = method_styles(rows)
     figure, panels = _panels(rows)
     logarithmic = rows[0]["unit"].startswith("KL")
@@ -128,12 +139,12 @@ def memory_figure(rows: list[Row]) -> Figure:
         for row in (row for row in rows if row["task"] == group):
             if row["mean"] is None or (logarithmic and row["mean"] < SMALLEST):
                 continue
-            look = styles[row["method"]]
+            method_style = styles[row["method"]]
             axes.errorbar(
                 *(fast_memory(row), row["mean"]),
                 yerr=margins(row),
-                color=look.colour,
-                marker=look.marker,
+                color=method_style.colour,
+                marker=method_style.marker,
                 capsize=2.5,
                 label=row["method"],
             )
@@ -149,7 +160,7 @@ def memory_figure(rows: list[Row]) -> Figure:
 
 
 def method_styles(rows: Iterable[Row]) -> dict[str, Style]:
-    """The look of each method, the same in all plots of a report."""
+    """Return the style of each method, the same in all plots of a report."""
     styles = {}
     number = 0
     for method in _methods(rows):
@@ -162,13 +173,13 @@ def method_styles(rows: Iterable[Row]) -> dict[str, Style]:
 
 
 def style(number: int) -> Style:
-    """The look of the method of this number, of which no other has all."""
+    """Return the style of a method by its number. No two numbers have the same style."""
     rounds, colour = divmod(number, len(COLOURS))
     return Style(COLOURS[colour], MARKERS[number % len(MARKERS)], LINES[rounds % len(LINES)])
 
 
 def margins(row: Row) -> list[list[float]] | None:
-    """Error bars [[below], [above]] of a row's mean."""
+    """Return the error bars [[below], [above]] of a row's mean."""
     if row["mean"] is None or None in row["ci95"]:
         return None
     low, high = row["ci95"]
@@ -176,20 +187,22 @@ def margins(row: Row) -> list[list[float]] | None:
 
 
 def mean_label(rows: list[Row]) -> str:
-    """What the mean axis shows."""
+    """Return the label of the mean axis."""
     unit = rows[0]["unit"]
     return "mean score" if unit == SCORE else f"mean {unit}"
 
 
-def _dot(axes: Axes, row: Row, y: float, look: Style, logarithmic: bool) -> None:
+def _dot(axes: Axes, row: Row, y: float, method_style: Style, logarithmic: bool) -> None:
     if row["mean"] is None or (logarithmic and row["mean"] < SMALLEST):
-        said = "no value" if row["mean"] is None else " 0" if row["mean"] == 0 else f" < {SMALLEST:g}"
-        axes.text(0.0, y, said, transform=axes.get_yaxis_transform(), fontsize=8, va="center")
+        text = "no value" if row["mean"] is None else " 0" if row["mean"] == 0 else f" < {SMALLEST:g}"
+        axes.text(0.0, y, text, transform=axes.get_yaxis_transform(), fontsize=8, va="center")
         return
-    axes.errorbar(row["mean"], y, xerr=margins(row), color=look.colour, marker="o", markersize=5, capsize=2.5, linewidth=1.6)
+    axes.errorbar(
+        row["mean"], y, xerr=margins(row), color=method_style.colour, marker="o", markersize=5, capsize=2.5, linewidth=1.6
+    )
     if logarithmic and row["p99"]:
-        axes.plot(row["p99"], y, color=look.colour, marker="D", markersize=4, markerfacecolor="white", linestyle="none")
-        axes.plot([row["mean"], row["p99"]], [y, y], color=look.colour, linewidth=0.7, linestyle=":", zorder=0)
+        axes.plot(row["p99"], y, color=method_style.colour, marker="D", markersize=4, markerfacecolor="white", linestyle="none")
+        axes.plot([row["mean"], row["p99"]], [y, y], color=method_style.colour, linewidth=0.7, linestyle=":", zorder=0)
 
 
 def _mean_axis(axes: Axes, rows: list[Row], logarithmic: bool) -> None:
@@ -207,7 +220,7 @@ def _mean_axis(axes: Axes, rows: list[Row], logarithmic: bool) -> None:
 
 
 def _panels(rows: list[Row]) -> tuple[Figure, list[tuple[str, Axes]]]:
-    """One panel per group, and room for a legend below."""
+    """Return a figure with one panel per group, and space for a legend below."""
     groups = _groups(rows)
     across = min(3, len(groups))
     down = math.ceil(len(groups) / across)
@@ -220,7 +233,7 @@ def _panels(rows: list[Row]) -> tuple[Figure, list[tuple[str, Axes]]]:
 
 
 def common_legend(figure: Figure, panels: list[tuple[str, Axes]]) -> None:
-    """One legend below all panels."""
+    """Draw one legend below all panels."""
     entries: dict[Any, Any] = {}
     for _, axes in panels:
         handles, labels = axes.get_legend_handles_labels()
@@ -230,7 +243,7 @@ def common_legend(figure: Figure, panels: list[tuple[str, Axes]]) -> None:
 
 
 def tidy(axes: Axes) -> None:
-    """Thin grid, two spines, small letters."""
+    """Set a thin grid, two spines and small letters."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#E3E3E3", linewidth=0.7)
     axes.set_axisbelow(True)

@@ -1,7 +1,8 @@
-"""What a run leaves for its readers: `rows.jsonl`, one self-contained `report.html`, and every plot as a PNG.
+"""Write a run's report: `rows.jsonl`, one self-contained `report.html`, and every plot as a PNG.
 
-A task may draw its own plots with `figures(rows, cells) -> {name: matplotlib figure}`; `rows` are those of `rows.aggregate`,
-`cells` the lines of `cells.jsonl`. Otherwise the plots are those of `plots.default_figures`.
+A task may draw its own plots with `figures(rows, cells) -> {name: matplotlib figure}`, where `rows`
+come from `table_rows.aggregate` and `cells` are the lines of `cells.jsonl`. Otherwise the plots are
+those of `plots.default_figures`.
 """
 
 from __future__ import annotations
@@ -13,8 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from specache.errors import EvaluationError
-from specache.eval import catalogue as registry
-from specache.eval import plots
+from specache.eval import catalogue, plots
 from specache.eval.columns import columns, interval_text
 from specache.eval.results import Cell, Run, read_results, write_file
 from specache.eval.setting_fields import from_json, shown
@@ -29,19 +29,19 @@ _TEMPLATE = Path(__file__).with_name("report.html.j2")
 
 
 @runtime_checkable
-class Draws(Protocol):
+class HasFigures(Protocol):
     """A task with plots of its own."""
 
     def figures(self, rows: list[Row], cells: list[Cell]) -> dict[str, Figure]:
-        """Plots by name; the name is also the file's."""
+        """Return plots by name. The name is also the file's."""
 
 
 def write_report(folder: Path, task: Any, run: Run, rows: list[Row], cells: list[Cell]) -> Path:
-    """Write all files of a report, each as a whole -> the HTML file.
+    """Write all files of a report, each atomically -> the HTML file.
 
     Raises:
         ConfigError: matplotlib or jinja2 is missing.
-        EvaluationError: a file cannot be written; the cells are kept.
+        EvaluationError: a file cannot be written. The cells are kept.
     """
     plots.require_libraries()
     lines = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
@@ -54,7 +54,7 @@ def write_report(folder: Path, task: Any, run: Run, rows: list[Row], cells: list
 
 
 def rebuild_report(folder: Path) -> tuple[Path, Run, list[Row]]:
-    """The report of a folder's finished cells, without measuring anything.
+    """Write the report of a folder's finished cells again, without measuring anything.
 
     Raises:
         EvaluationError: the folder holds no results.
@@ -67,20 +67,20 @@ def rebuild_report(folder: Path) -> tuple[Path, Run, list[Row]]:
 
 
 def task_of(run: Run) -> Any:
-    """The task that a run was made with.
+    """Return the task of a run.
 
     Raises:
-        ConfigError: it is not known any more, or has other settings now.
+        ConfigError: the task no longer exists, or has other settings now.
     """
     if run.task == "ablate":
         from specache.eval.tasks.ablate import Ablate
 
         return Ablate.from_settings(run.identity["settings"])
-    return from_json(registry.task_class(run.task), run.identity["settings"])
+    return from_json(catalogue.task_class(run.task), run.identity["settings"])
 
 
 def _figures(task: Any, rows: list[Row], cells: list[Cell]) -> dict[str, Figure]:
-    drawn = task.figures(rows, cells) if isinstance(task, Draws) else plots.default_figures(rows, cells)
+    drawn = task.figures(rows, cells) if isinstance(task, HasFigures) else plots.default_figures(rows, cells)
     return {re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-") or "plot": figure for name, figure in drawn.items()}
 
 
@@ -103,7 +103,7 @@ def _html(run: Run, rows: list[Row], cells: list[Cell], images: dict[str, bytes]
 
 
 def _tables(rows: list[Row]) -> list[dict[str, Any]]:
-    """One table per group, as text."""
+    """Return one table per group, as text."""
     shown_columns = columns(rows)
     tables = []
     for group in dict.fromkeys(row["task"] for row in rows):

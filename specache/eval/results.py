@@ -1,7 +1,7 @@
-"""A run's folder: what the run is (`run.json`), every finished cell (`cells.jsonl`), and a lock, so that one process writes.
+"""A run's folder: `run.json` (what the run is), `cells.jsonl` (finished cells) and a lock.
 
-A cell is one item under one method. It is on disk before the next one starts; whatever happens then, the same command goes on after
-it.
+A cell is one item under one method. It is on disk before the next one starts, so the same command
+can resume the run after any interruption. The lock admits one writing process.
 """
 
 from __future__ import annotations
@@ -33,12 +33,14 @@ Cell = dict[str, Any]
 
 @dataclass
 class Run:
-    """What a run is.
+    """The identity of a run.
 
     Attributes:
-        identity: task, its settings, model, fingerprint, dtype, version, seed. Cells of different identities do not mix.
+        identity: task, its settings, model, fingerprint, dtype, version, seed. Cells of different
+            identities do not mix.
         unit: of the task's values.
-        methods: label -> name and settings, in the order they were first asked for. A run may gain methods.
+        methods: label -> name and settings, in the order they were first asked for. Methods may be
+            added to a run.
         skipped: label -> why the method cannot run on this machine.
     """
 
@@ -49,23 +51,23 @@ class Run:
 
     @property
     def task(self) -> str:
-        """The task's name."""
+        """Return the task's name."""
         return str(self.identity["task"])
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values, for JSON."""
         return {**self.identity, "unit": self.unit, "methods": self.methods, "skipped": self.skipped}
 
     @classmethod
     def from_dict(cls, document: dict[str, Any]) -> Run:
-        """What `to_dict` gave."""
+        """Restore a run from the values of `to_dict`."""
         rest = dict(document)
         unit, methods, skipped = (rest.pop(key) for key in ("unit", "methods", "skipped"))
         return cls(rest, unit, methods, skipped)
 
 
 class ResultFolder:
-    """One run's results, open for writing. Made by `open_results`."""
+    """One run's results, open for writing. `open_results` makes it."""
 
     def __init__(self, folder: Path, run: Run) -> None:
         self.folder = folder
@@ -74,24 +76,25 @@ class ResultFolder:
         self._done = {(cell["item"], cell["method"]) for cell in self.cells}
         self.save_run()
         self._file = os.open(folder / CELLS_FILE, os.O_WRONLY | os.O_CREAT, 0o644)
-        self._detach()  # a line that a kill left unfinished
+        self._truncate()  # drops a line that a killed process left incomplete
 
     def has(self, item: str, method: str) -> bool:
-        """Whether this cell is finished."""
+        """Return whether this cell is finished."""
         return (item, method) in self._done
 
     def append(self, cell: Cell) -> None:
-        """Keep one more finished cell; it is on the disk when this returns.
+        """Append a finished cell. It is on disk when this returns.
 
         Raises:
-            EvaluationError: it could not be written (a full disk, for example); the file then ends with the cell before it.
+            EvaluationError: it could not be written (a full disk, for example). The file then ends
+                with the cell before it.
         """
         line = (json.dumps(cell, ensure_ascii=False, allow_nan=False) + "\n").encode()
         try:
             _write_all(self._file, line)
             os.fsync(self._file)
         except BaseException as error:
-            self._detach()
+            self._truncate()
             if isinstance(error, OSError):
                 raise EvaluationError(self._not_written(error)) from error
             raise
@@ -100,7 +103,7 @@ class ResultFolder:
         self.cells.append(cell)
 
     def skip(self, label: str, reason: str) -> None:
-        """Note why a method cannot run."""
+        """Record why a method cannot run."""
         self.run.skipped[label] = reason
         self.save_run()
 
@@ -112,7 +115,7 @@ class ResultFolder:
         """Close the file."""
         os.close(self._file)
 
-    def _detach(self) -> None:
+    def _truncate(self) -> None:
         with suppress(OSError):
             os.ftruncate(self._file, self._size)
             os.lseek(self._file, self._size, os.SEEK_SET)
@@ -127,10 +130,11 @@ class ResultFolder:
 
 @contextmanager
 def open_results(folder: Path, run: Run) -> Iterator[ResultFolder]:
-    """Start or continue `run` in `folder`. On continuing, `run`'s methods are added to those of the folder.
+    """Start or resume `run` in `folder`. A resumed run keeps the folder's methods and adds its own.
 
     Raises:
-        EvaluationError: the folder holds another run, or is in use, cannot be written, or a line of it is broken.
+        EvaluationError: the folder holds another run, is in use, cannot be written, or a line of it
+            cannot be parsed.
     """
     run = _plain(run)
     try:
@@ -138,7 +142,7 @@ def open_results(folder: Path, run: Run) -> Iterator[ResultFolder]:
         lock = os.open(folder / LOCK_FILE, os.O_WRONLY | os.O_CREAT, 0o644)
     except OSError as error:
         raise EvaluationError(f"cannot write results to {folder}: {error.strerror or error}. Choose another --out.") from error
-    try:  # closed, also by a kill, the lock is released
+    try:  # closing the file releases the lock, also when the process is killed
         _acquire(lock, folder)
         results = ResultFolder(folder, _continued(folder, run))
         try:
@@ -150,19 +154,19 @@ def open_results(folder: Path, run: Run) -> Iterator[ResultFolder]:
 
 
 def read_results(folder: Path) -> tuple[Run, list[Cell]]:
-    """A folder's run and its finished cells, without changing anything.
+    """Return a folder's run and its finished cells. Nothing is changed.
 
     Raises:
-        EvaluationError: there is no run, or a line is broken.
+        EvaluationError: the folder holds no run, or a line of it cannot be parsed.
     """
     return _read_run(folder), _read_cells(folder / CELLS_FILE)[0]
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Replace a file as a whole: readers see the old content or the new, also after a crash.
+    """Replace a file atomically: a reader sees the old or the new content, also after a crash.
 
     Raises:
-        EvaluationError: it cannot be written; the old file is still there.
+        EvaluationError: it cannot be written. The old file is still there.
     """
     data = content.encode() if isinstance(content, str) else content
     temporary: str | None = None
@@ -201,18 +205,18 @@ def _acquire(descriptor: int, folder: Path) -> None:
         raise EvaluationError(
             f"another process is writing results to {folder}. Wait for it to finish, or choose another --out."
         ) from None
-    except OSError:  # a file system without locks
+    except OSError:  # the file system has no locks
         return
 
 
 def _continued(folder: Path, run: Run) -> Run:
-    """`run`, or what the folder already holds with `run`'s methods added."""
+    """Return `run`, or the folder's run with the methods of `run` added."""
     if not (folder / RUN_FILE).exists():
         if (folder / CELLS_FILE).exists():
             raise EvaluationError(f"{folder} holds {CELLS_FILE} but no {RUN_FILE} that says what they are. Choose another --out.")
         return run
     if not _read_cells(folder / CELLS_FILE)[0]:
-        return run  # stopped before anything was measured
+        return run  # the run stopped before anything was measured
     earlier = _read_run(folder)
     differences = _differences(_comparable(earlier, run), _comparable(run, earlier))
     differences += _changed_methods(earlier.methods, run.methods)
@@ -226,7 +230,7 @@ def _continued(folder: Path, run: Run) -> Run:
 
 
 def _comparable(run: Run, other: Run) -> dict[str, Any]:
-    """A run's identity, without the settings where another task has others."""
+    """Return a run's identity, without the settings if the other run has another task."""
     return {key: value for key, value in run.identity.items() if key != "settings" or run.task == other.task}
 
 
@@ -242,7 +246,10 @@ def _differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") 
 
 
 def _changed_methods(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
-    """A label means defaults plus what it names; defaults may have changed since."""
+    """Return the differences between methods of the same label.
+
+    A label names only what differs from the defaults, and defaults may have changed since.
+    """
     common = [label for label in here if label in there]
     return [
         difference
@@ -269,7 +276,7 @@ def _read_run(folder: Path) -> Run:
 
 
 def _read_cells(path: Path) -> tuple[list[Cell], int]:
-    """Finished cells, and the file's size in bytes up to the last whole line."""
+    """Return the finished cells, and the file's size in bytes up to the last complete line."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -298,5 +305,5 @@ def _cell(path: Path, number: int, line: bytes) -> Cell:
 
 
 def _plain(run: Run) -> Run:
-    """As it will be read back: tuples as lists, paths as text."""
+    """Return the run as it is read back from disk: tuples as lists, paths as text."""
     return Run.from_dict(json.loads(json.dumps(run.to_dict(), default=str)))

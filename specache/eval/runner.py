@@ -1,4 +1,7 @@
-"""Every item of a task under every method that has not seen it yet, over one shared prefill per item."""
+"""Run every item of a task under every method that has not finished it yet.
+
+All methods of an item share its prefill.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from specache import __version__
 from specache.engine.attention_hook import attached
 from specache.errors import EvaluationError, MethodUnavailableError, SpeCacheError
 from specache.eval.methods.base import Session
-from specache.eval.methods_option import NamedMethod, refuse_twins
+from specache.eval.methods_option import NamedMethod, check_unique
 from specache.eval.prefilled import Prefilled
 from specache.eval.results import Cell, ResultFolder, Run, open_results
 from specache.eval.table_rows import Row, aggregate
@@ -25,22 +28,22 @@ from specache.model.info import inspect_model
 
 
 class Progress:
-    """What a run tells while it goes on. This one is silent; subclass it to show something."""
+    """Shows a run's progress. This class shows nothing; subclass it."""
 
     def begin(self, cells: int, done: int) -> None:
-        """`cells` in all, of which `done` were finished earlier."""
+        """Start a run of `cells` cells, of which `done` were finished earlier."""
 
     def prefill(self, item: str, done: int, total: int) -> None:
-        """`done` of the prompt's `total` tokens are read."""
+        """Show that `done` of the prompt's `total` tokens are prefilled."""
 
     def cell(self, item: str, method: str) -> None:
-        """A method starts on an item."""
+        """Show that a method starts on an item."""
 
     def finished(self, cells: int = 1) -> None:
-        """So many cells more are finished, or will not be measured."""
+        """Show that `cells` more cells are finished, or will not be measured."""
 
     def skipped(self, method: str, reason: str) -> None:
-        """A method cannot run here."""
+        """Show that a method cannot run here."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +55,12 @@ class Outcome:
     cells: list[Cell]
 
     def to_dict(self) -> dict[str, Any]:
-        """What `--json` writes. Keys are stable."""
+        """Return the document that `--json` writes. Its keys are stable."""
         return {"rows": self.rows, "run": self.run.to_dict()}
 
 
 def describe_run(model: TaskModel, task: Task, methods: list[NamedMethod], seed: int) -> Run:
-    """What identifies a run's results."""
+    """Return what identifies a run's results."""
     info = inspect_model(model.model)
     identity = {
         "task": task.name,
@@ -80,15 +83,18 @@ def describe_run(model: TaskModel, task: Task, methods: list[NamedMethod], seed:
 def evaluate(
     model: TaskModel, task: Task, methods: list[NamedMethod], out: Path, *, seed: int = 0, progress: Progress | None = None
 ) -> Outcome:
-    """Measure what is not in `out` yet. An interrupt or an error loses nothing but the cell it hit.
+    """Measure the cells that `out` does not hold yet.
+
+    An interrupt or an error loses only the cell in progress.
 
     Raises:
         ConfigError: the same method twice.
-        TaskDataError: a file of the task is missing or broken; found before anything is measured.
-        EvaluationError: `out` holds another run, cannot be written or is in use; or a method failed, and the message names it and
-            the item.
+        TaskDataError: a file of the task is missing or malformed. This is found before anything is
+            measured.
+        EvaluationError: `out` holds another run, cannot be written or is in use; or a method
+            failed, and the message names it and the item.
     """
-    refuse_twins(methods)
+    check_unique(methods)
     with open_results(out, describe_run(model, task, methods, seed)) as results:
         torch.manual_seed(seed)
         _Runner(model, task, methods, results, progress or Progress()).run()
@@ -105,17 +111,20 @@ class _Runner:
         self._methods = list(methods)
         self._results = results
         self._progress = progress
-        self._left = {method.label: 0 for method in methods}  # cells to be measured
+        self._remaining = {method.label: 0 for method in methods}  # label -> cells still to be measured
 
     def run(self) -> None:
-        with torch.no_grad(), attached(self._model.model), _Prompts(self._model.model, self._needs_queries()) as prompts:
-            self._count()
+        with torch.no_grad(), attached(self._model.model), _PrefilledPrompts(self._model.model, self._needs_queries()) as prompts:
+            self._check_items()
             for index, item in enumerate(self._task.items(self._model)):
                 if todo := [method for method in self._methods if not self._results.has(item.id, method.label)]:
                     self._item(index, item, todo, prompts)
 
-    def _count(self) -> None:
-        """Go through all items once before any is measured: broken data shows now, not after hours."""
+    def _check_items(self) -> None:
+        """Check all items before any is measured, and count the remaining cells.
+
+        Malformed data is thus found at once, not after hours.
+        """
         seen: set[str] = set()
         for item in self._task.items(self._model):
             if item.id in seen:
@@ -123,19 +132,19 @@ class _Runner:
             if not item.prompt:
                 raise EvaluationError(f"item {item.id!r} of the task {self._task.name!r} has an empty prompt.")
             seen.add(item.id)
-            for label in self._left:
-                self._left[label] += not self._results.has(item.id, label)
+            for label in self._remaining:
+                self._remaining[label] += not self._results.has(item.id, label)
         if not seen:
             raise EvaluationError(f"the task {self._task.name!r} has no items with these options.")
         cells = len(seen) * len(self._methods)
-        self._progress.begin(cells, cells - sum(self._left.values()))
+        self._progress.begin(cells, cells - sum(self._remaining.values()))
 
     def _needs_queries(self) -> bool:
         return any(method.method.needs_all_queries for method in self._methods)
 
-    def _item(self, index: int, item: Item, todo: list[NamedMethod], prompts: _Prompts) -> None:
+    def _item(self, index: int, item: Item, todo: list[NamedMethod], prompts: _PrefilledPrompts) -> None:
         try:
-            prompt = prompts.of(item, lambda done, total: self._progress.prefill(item.id, done, total))
+            prompt = prompts.get(item, lambda done, total: self._progress.prefill(item.id, done, total))
             prepared = self._task.prepare(self._model, item, prompt)
         except Exception as error:
             raise _explained(error, f"item {item.id!r}") from error
@@ -149,7 +158,7 @@ class _Runner:
             except Exception as error:
                 raise _explained(error, f"item {item.id!r}, method {method.label!r}") from error
             self._results.append(cell)
-            self._left[method.label] -= 1
+            self._remaining[method.label] -= 1
             self._progress.finished()
 
     def _cell(self, index: int, prepared: Prepared, method: NamedMethod) -> Cell:
@@ -178,39 +187,45 @@ class _Runner:
         self._methods.remove(method)
         self._results.skip(method.label, reason)
         self._progress.skipped(method.label, reason)
-        self._progress.finished(self._left.pop(method.label))
+        self._progress.finished(self._remaining.pop(method.label))
 
 
-class _Prompts(ExitStack):
-    """Prefilled prompts, one at a time; items that share a beginning share its prefill, equal prompts everything."""
+class _PrefilledPrompts(ExitStack):
+    """Prefilled prompts, of which one is held at a time.
+
+    Equal prompts share a prefill, and items that share a prefix share the prefill of it.
+    """
 
     def __init__(self, model: Any, all_queries: bool) -> None:
         super().__init__()
         self._model = model
         self._all_queries = all_queries
-        self._shares = inspect_model(model).rope_switch is None  # else a longer prompt may need its beginning prefilled anew
-        self._begin: Prefilled | None = None
+        self._shares = inspect_model(model).rope_switch is None  # else a longer prompt may need another RoPE
+        self._prefix: Prefilled | None = None
         self._current: Prefilled | None = None
         self.callback(self._close)
 
-    def of(self, item: Item, progress: Any) -> Prefilled:
-        """The item's prompt, good until the next call."""
+    def get(self, item: Item, progress: Any) -> Prefilled:
+        """Return the item's prefilled prompt. It is closed by the next call."""
         if self._current is not None and self._current.token_ids == item.prompt:
             return self._current
         self._drop_current()
-        begin = self._beginning(item, progress)
-        self._current = Prefilled(self._model, item.prompt, all_queries=self._all_queries, like=begin, progress=progress)
+        prefix = self._shared_prefix(item, progress)
+        self._current = Prefilled(self._model, item.prompt, all_queries=self._all_queries, like=prefix, progress=progress)
         return self._current
 
-    def _beginning(self, item: Item, progress: Any) -> Prefilled | None:
-        """What the item shares with its neighbours; at least one token stays to be run after it."""
+    def _shared_prefix(self, item: Item, progress: Any) -> Prefilled | None:
+        """Return the prefill of what the item shares with its neighbours, or `None`.
+
+        At least one token is left to run after it.
+        """
         ids = item.prompt[: min(item.shared, len(item.prompt) - 1)] if self._shares else []
-        if self._begin is not None and self._begin.token_ids != ids:
-            self._begin.close()
-            self._begin = None
-        if self._begin is None and ids:
-            self._begin = Prefilled(self._model, ids, all_queries=self._all_queries, progress=progress)
-        return self._begin
+        if self._prefix is not None and self._prefix.token_ids != ids:
+            self._prefix.close()
+            self._prefix = None
+        if self._prefix is None and ids:
+            self._prefix = Prefilled(self._model, ids, all_queries=self._all_queries, progress=progress)
+        return self._prefix
 
     def _drop_current(self) -> None:
         if self._current is not None:
@@ -219,9 +234,9 @@ class _Prompts(ExitStack):
 
     def _close(self) -> None:
         self._drop_current()
-        if self._begin is not None:
-            self._begin.close()
-            self._begin = None
+        if self._prefix is not None:
+            self._prefix.close()
+            self._prefix = None
 
 
 def _check(measurement: Measurement) -> None:
@@ -238,6 +253,6 @@ def _series(measurement: Measurement) -> Iterator[tuple[str, list[float]]]:
 
 
 def _explained(error: Exception, where: str) -> EvaluationError:
-    """What failed where; an error that is not ours also says its kind."""
+    """Return an error that says where it happened, with the type of an error that is not ours."""
     reason = str(error) if isinstance(error, SpeCacheError) else f"{type(error).__name__}: {error}"
     return EvaluationError(f"{where}: {reason.strip().rstrip('.')}. Finished cells are kept; the same command goes on from here.")

@@ -1,4 +1,4 @@
-"""Settings of tasks and methods, which are dataclass fields: from text, from JSON, and for a reader."""
+"""Convert settings of tasks and methods, which are dataclass fields, from and to text and JSON."""
 
 from __future__ import annotations
 
@@ -13,30 +13,32 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from specache.errors import ConfigError
 
-_LARGEST = 2**63 - 1  # a whole number of PyTorch, sizes in bytes among them
+_LARGEST = 2**63 - 1  # int64, which PyTorch's sizes have
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 _Built = TypeVar("_Built")
 
 
 def field_types(cls: type) -> dict[str, Any]:
-    """Settable fields of a dataclass and their types."""
+    """Return the settable fields of a dataclass and their types."""
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
 
 
 def is_tuple(kind: Any) -> bool:
-    """Whether a type is `tuple[X, ...]`, or that or `None`."""
+    """Return whether a type is `tuple[X, ...]`, optionally or `None`."""
     return any(get_origin(one) is tuple for one in _alternatives(kind))
 
 
 def parse(text: str, kind: Any, name: str) -> Any:
-    """A value of type `kind` as a user writes it: `true`, `none`, `0.5`, a member of an enum, `1,2,3` for a tuple.
+    """Parse a value of type `kind` as a user writes it.
 
-    Where an int and a float are both allowed, whole numbers above 1 are ints (bytes), others floats (fractions).
+    Examples: `true`, `none`, `0.5`, a member of an enum, `1,2,3` for a tuple. Where both int and
+    float are allowed, whole numbers above 1 are ints (bytes), others floats (fractions).
 
     Raises:
-        ConfigError: it is not one; the message begins with `name` and says what is expected.
+        ConfigError: the text has another type. The message begins with `name` and says what is
+            expected.
     """
     kinds = _alternatives(kind)
     if type(None) in kinds and text.strip().lower() == "none":
@@ -54,7 +56,7 @@ def parse(text: str, kind: Any, name: str) -> Any:
 
 
 def from_json(cls: type[_Built], values: dict[str, Any]) -> _Built:
-    """A dataclass from what `settings()` wrote to a file; keys that are no field are left out.
+    """Make a dataclass from the JSON of its `settings()`. Keys that are no field are ignored.
 
     Raises:
         ConfigError: a value does not fit, or a field without default is missing.
@@ -67,12 +69,12 @@ def from_json(cls: type[_Built], values: dict[str, Any]) -> _Built:
 
 
 def flag(name: str) -> str:
-    """A field's name as people write it on a command line."""
+    """Return a field's name as written on a command line."""
     return name.replace("_", "-")
 
 
 def shown(value: Any) -> str:
-    """A value for a label."""
+    """Format a value for a label."""
     if isinstance(value, list | tuple):
         return ",".join(map(shown, value))
     if value is None or isinstance(value, bool):

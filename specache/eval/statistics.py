@@ -1,7 +1,8 @@
-"""Means, tails and their 95% confidence intervals, the same for the same numbers and seed.
+"""Means, tails and their 95% confidence intervals, reproducible for a seed.
 
-Values come in series, one per item. The tokens of one item are correlated, so they are resampled together: items first, then,
-within each item that was drawn, blocks of successive tokens (a hierarchical block bootstrap). A score is a series of one value.
+Values come in series, one per item. A score is a series of one value. The tokens of one item are
+correlated, so a hierarchical block bootstrap resamples them: first items, then blocks of successive
+tokens within each item that was drawn.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 BLOCK_TOKENS = 16  # successive tokens that are drawn together
-MINIMUM_BLOCKS = 4  # in a series: one block as long as the series would always be the series again
+MINIMUM_BLOCKS = 4  # per series: a block as long as the series would always give the series itself
 RESAMPLES = 1000
 _Z = 1.959963984540054  # 97.5% quantile of the normal distribution
 
-_CHUNK = 1 << 21  # numbers of resamples that are held at once
+_CHUNK = 1 << 21  # numbers of resamples in memory at once
 
 Values = NDArray[np.float64]
 Statistic = Callable[[Values], Values]  # [m, N] -> [m]: one figure per sample
@@ -26,7 +27,7 @@ Statistic = Callable[[Values], Values]  # [m, N] -> [m]: one figure per sample
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and its 95% confidence interval."""
+    """A value and its 95% confidence interval."""
 
     value: float
     low: float
@@ -34,17 +35,17 @@ class Estimate:
 
     @property
     def interval(self) -> list[float]:
-        """`[low, high]`, for JSON."""
+        """Return `[low, high]`, for JSON."""
         return [self.low, self.high]
 
 
 def mean(samples: Values) -> Values:
-    """The average."""
+    """Return the average."""
     return np.asarray(samples.mean(axis=-1))
 
 
 def percentile(share: float) -> Statistic:
-    """The value that `share` percent of all are at most, interpolated between neighbours."""
+    """Return a statistic: the value that `share` percent of all are at most, interpolated."""
 
     def statistic(samples: Values) -> Values:
         place = (samples.shape[-1] - 1) * share / 100
@@ -56,7 +57,7 @@ def percentile(share: float) -> Statistic:
 
 
 def perplexity(samples: Values) -> Values:
-    """exp of the mean negative log-likelihood, in nats."""
+    """Return exp of the mean negative log-likelihood, in nats."""
     with np.errstate(over="ignore"):
         return np.asarray(np.exp(samples.mean(axis=-1)))
 
@@ -69,14 +70,16 @@ def bootstrap(
     block: int = BLOCK_TOKENS,
     resamples: int = RESAMPLES,
 ) -> dict[str, Estimate]:
-    """Statistics of all values together, with percentile intervals from a seeded hierarchical block bootstrap.
+    """Estimate statistics of all values, with intervals from a seeded hierarchical block bootstrap.
 
-    With a single item the interval says how the tokens of that item vary, not how other items would.
+    With a single item the interval covers the variation of its tokens, not of other items.
 
     Args:
-        series: one per item, none of them empty. Every token weighs the same, so long items weigh more.
-        statistics: by name; all of them see the same resamples.
-        block: successive tokens that are drawn together, at most a quarter of a series; blocks wrap around its end.
+        series: one per item, none of them empty. Every token weighs the same, so long items weigh
+            more.
+        statistics: by name. All of them see the same resamples.
+        block: successive tokens that are drawn together, at most a quarter of a series. Blocks wrap
+            around its end.
     """
     parts = [np.asarray(values, dtype=np.float64) for values in series]
     together = np.concatenate(parts)[None]
@@ -88,10 +91,10 @@ def bootstrap(
 
 
 def score(values: Sequence[float], *, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
-    """Mean of one score in [0, 1] per item.
+    """Estimate the mean of one score in [0, 1] per item.
 
-    Bootstrap over items; the Wilson interval for scores that are all 0 or 1, and where all are equal, from which a bootstrap would
-    claim certainty even after three items.
+    The interval is a bootstrap over items. It is the Wilson interval if all scores are 0 or 1, and
+    if all are equal: a bootstrap would then have no width, even after three items.
     """
     array = np.asarray(values, dtype=np.float64)
     average = float(array.mean())
@@ -102,10 +105,11 @@ def score(values: Sequence[float], *, seed: int = 0, resamples: int = RESAMPLES)
 
 
 def difference(values: Sequence[float], *, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
-    """Mean of one difference of two scores per item, each in [-1, 1].
+    """Estimate the mean of one difference of two scores per item, each in [-1, 1].
 
-    Bootstrap over items. Where all differences are equal, from which that would claim certainty, the interval reaches as far as
-    another difference may still be hiding: the Wilson bound of a share of which nothing was seen.
+    The interval is a bootstrap over items. If all differences are equal, a bootstrap would have no
+    width. The interval then reaches as far as an unseen difference could: by the Wilson bound of a
+    share of which nothing was observed.
     """
     array = np.asarray(values, dtype=np.float64)
     if np.ptp(array) == 0:
@@ -115,9 +119,10 @@ def difference(values: Sequence[float], *, seed: int = 0, resamples: int = RESAM
 
 
 def agreement(series: Sequence[Sequence[float]], *, seed: int = 0) -> Estimate:
-    """Share of tokens that are 1, of series of 0 and 1.
+    """Estimate the share of ones in series of 0 and 1.
 
-    Hierarchical bootstrap; where all are equal, from which that would claim certainty, the Wilson interval.
+    The interval is a hierarchical bootstrap, or the Wilson interval if all values are equal, where
+    a bootstrap would have no width.
     """
     array = np.concatenate([np.asarray(values, dtype=np.float64) for values in series])
     if np.ptp(array) > 0:
@@ -126,7 +131,7 @@ def agreement(series: Sequence[Sequence[float]], *, seed: int = 0) -> Estimate:
 
 
 def wilson(successes: float, trials: int) -> Estimate:
-    """A share with its Wilson score interval. Without trials it may be anything: (nan, 0, 1)."""
+    """Return a share with its Wilson score interval. Without trials it is (nan, 0, 1)."""
     if trials == 0:
         return Estimate(math.nan, 0.0, 1.0)
     share = successes / trials
@@ -137,7 +142,7 @@ def wilson(successes: float, trials: int) -> Estimate:
 
 
 def _samples(parts: list[Values], rng: np.random.Generator, block: int, resamples: int) -> Iterator[Values]:
-    """All resamples [m, N], as many at once as are equally long and fit."""
+    """Yield all resamples [m, N], batched where the series have equal lengths and memory allows."""
     if len({len(part) for part in parts}) > 1:
         for _ in range(resamples):
             yield _resample(parts, rng, block)[None]
@@ -154,7 +159,7 @@ def _resample(parts: list[Values], rng: np.random.Generator, block: int) -> Valu
 
 
 def _resample_equal(series: Values, rng: np.random.Generator, block: int, count: int) -> Values:
-    """`count` resamples [count, n * length] of items [n, length]."""
+    """Return `count` resamples [count, n * length] of items [n, length]."""
     items, length = series.shape
     chosen = rng.integers(items, size=(count, items, 1))
     flat = chosen * length + _positions(rng, (count, items), length, block)
@@ -162,7 +167,10 @@ def _resample_equal(series: Values, rng: np.random.Generator, block: int, count:
 
 
 def _positions(rng: np.random.Generator, shape: tuple[int, ...], length: int, block: int) -> NDArray[np.int64]:
-    """`length` places [*shape, length] in a series, in blocks that begin anywhere and wrap around (circular block bootstrap)."""
+    """Draw `length` positions [*shape, length] in a series (circular block bootstrap).
+
+    Blocks begin anywhere and wrap around.
+    """
     width = min(block, max(1, length // MINIMUM_BLOCKS))
     starts = rng.integers(length, size=(*shape, -(-length // width), 1))
     places = (starts + np.arange(width)).reshape(*shape, -1)

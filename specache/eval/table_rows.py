@@ -1,4 +1,4 @@
-"""From cells to rows: one per group of items and method, each figure with its 95% confidence interval."""
+"""Aggregate cells to rows: one per group of items and method, with 95% confidence intervals."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from specache.eval.results import Cell, Run
 from specache.eval.statistics import Estimate
 
 SCORE = "score"  # the unit of tasks that have one score per item; all others have one value per token
-RIGHT = 0.5  # a score from which the full cache counts as right
-TOLERANCE = 0.02  # fast memory that differs by no more than this share is the same
+RIGHT = 0.5  # least score at which the full cache counts as right
+TOLERANCE = 0.02  # relative difference up to which fast memory counts as the same
 MORE, SAME, LESS = "more memory", "same memory", "less memory"
 _MEMORY_KEYS = ("fast_ratio", "hot_ratio", "hit_rate", "guess_rate")
 
@@ -19,12 +19,15 @@ Row = dict[str, Any]
 
 
 def aggregate(run: Run, cells: list[Cell]) -> list[Row]:
-    """The rows of a run, in the order of its items and methods.
+    """Return the rows of a run, in the order of its items and methods.
 
-    Keys are the same in all rows; what does not apply is `None`. `mean` is the average over tokens for distributions and over items
-    for scores. `delta` is the paired difference to the full cache on the same items. `kept` is the share of the items that the full
-    cache got right on which the method does as well; `kept_n` counts them. `memory` compares fast memory with plain `specache`, or
-    else with the run's first `specache` method.
+    Keys are the same in all rows; a value that does not apply is `None`.
+    - `mean`: average over tokens for distributions, over items for scores.
+    - `delta`: paired difference to the full cache on the same items.
+    - `kept`: of the items that the full cache gets right, the share on which the method does as
+      well. `kept_n` counts these items.
+    - `memory`: fast memory compared with plain `specache`, or with the run's first `specache`
+      method.
     """
     table = _by_group_and_method(cells)
     full = next((label for label, method in run.methods.items() if method["name"] == "full"), None)
@@ -40,18 +43,18 @@ def aggregate(run: Run, cells: list[Cell]) -> list[Row]:
 
 
 def _reference(run: Run) -> str | None:
-    """The method that others are compared with by their memory."""
+    """Return the label of the method that others are compared with by memory, or `None`."""
     ours = [label for label, method in run.methods.items() if method["name"] == "specache"]
     return "specache" if "specache" in ours else next(iter(ours), None)
 
 
 def is_score(run: Run) -> bool:
-    """Whether the run's values are scores of answers."""
+    """Return whether the run's values are scores of answers."""
     return run.unit == SCORE
 
 
 def fast_memory(row: Row) -> float:
-    """All fast memory of a method, hot set included, as a share of the ordinary cache."""
+    """Return a method's fast memory, hot set included, as a share of the ordinary cache."""
     return float(row["fast_ratio"] + row["hot_ratio"])
 
 
@@ -85,7 +88,7 @@ def _row(run: Run, group: str, label: str, cells: list[Cell], full: list[Cell]) 
 
 
 def _figures(name: str, estimate: Estimate | None) -> dict[str, Any]:
-    """One figure and its interval under the keys of a row. `ci95` alone is the mean's."""
+    """Return an estimate and its interval under the keys of a row. `ci95` is the mean's."""
     key = "ci95" if name == "mean" else f"{name}_ci95"
     if estimate is None:
         return {name: None, key: None}
@@ -124,7 +127,7 @@ def _of_tokens(run: Run, cells: list[Cell], full: list[Cell], seed: int) -> dict
 
 
 def _paired(cells: list[Cell], full: list[Cell], seed: int) -> dict[str, Estimate]:
-    """Differences token by token where the full cache saw the same tokens."""
+    """Estimate the differences token by token, where the full cache saw the same tokens."""
     reference = {cell["item"]: cell["values"] for cell in full}
     differences = [
         [mine - theirs for mine, theirs in zip(cell["values"], reference[cell["item"]], strict=True)]
@@ -135,7 +138,7 @@ def _paired(cells: list[Cell], full: list[Cell], seed: int) -> dict[str, Estimat
 
 
 def _compare_memory(rows: list[Row], ours: str | None) -> None:
-    """Say of each row of one group whether its method held more fast memory than ours."""
+    """Set `memory` in the rows of one group: more, less or the same as our method `ours`."""
     reference = next((fast_memory(row) for row in rows if row["method"] == ours), None)
     for row in rows:
         if not reference:

@@ -1,4 +1,4 @@
-"""`bench attention`: what is compared computes the same thing, and the ratios are what they say."""
+"""`bench attention`: all implementations compute the same, and the ratios are right."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from specache.bench import environment as machine
-from specache.bench import kernel_backends as kernels
+from specache.bench import environment, kernel_backends
 from specache.bench.attention_layer import Attention
-from specache.bench.base import Outcome, Surroundings
+from specache.bench.base import BenchContext, Outcome
 from specache.bench.one_layer import LowBitLayer
 from specache.bench.shapes import SHAPES
 from specache.bench.static_layer import StaticLayer
@@ -27,9 +26,9 @@ KEYS = {"impl", "isa", "bits", "rows", "context", "ms", "gb_per_s", "vs_sdpa_bf1
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tiny layer, and an array that is read in no time."""
+    """Use a tiny layer, and an array that is read at once."""
     monkeypatch.setitem(SHAPES, "tiny", TINY)
-    monkeypatch.setattr(machine.LargeArray.__init__, "__defaults__", (1 << 20,))
+    monkeypatch.setattr(environment.LargeArray.__init__, "__defaults__", (1 << 20,))
 
 
 def rows_and_query(rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -69,7 +68,7 @@ def test_dequantising_first_is_attention_over_the_codes():
 
 @pytest.mark.parametrize("code", list(Code))
 @pytest.mark.parametrize("rows", [1, 2])
-def test_ours_is_exact_where_every_pair_is_swapped_in(code, rows):
+def test_our_layer_is_exact_if_every_pair_is_swapped_in(code, rows):
     query, keys, values = rows_and_query(rows)
     out = LowBitLayer(keys, values, code, bits=2, top_k=CONTEXT).attend(query)
     for row in range(rows):  # the second one sees its own token too
@@ -80,8 +79,8 @@ def test_ours_is_exact_where_every_pair_is_swapped_in(code, rows):
 
 
 @pytest.mark.parametrize("rows", [1, 2])
-def test_where_rows_are_copied_every_step_copies_all_of_them(rows):
-    """As on a GPU: the query never changes, and what one step fetched would serve the next."""
+def test_every_step_copies_all_selected_rows(rows):
+    """As on a GPU: the query never changes, so rows kept from one step would serve the next."""
     query, keys, values = rows_and_query(rows)
     in_place, copied = (LowBitLayer(keys, values, Code.ROTATED, bits=2, top_k=8, copied=one) for one in (False, True))
     row_bytes = 2 * 16 * keys.element_size()
@@ -93,10 +92,10 @@ def test_where_rows_are_copied_every_step_copies_all_of_them(rows):
 
 
 def run(**settings: Any) -> Outcome:
-    return Attention(shape="tiny", context=(CONTEXT,), repeat=2, top_k=8, **settings).run(Surroundings())
+    return Attention(shape="tiny", context=(CONTEXT,), repeat=2, top_k=8, **settings).run(BenchContext())
 
 
-def test_results_have_what_the_issue_names_and_ratios_are_speed_ups():
+def test_results_have_all_columns_and_ratios_are_speed_ups():
     outcome = run(bits=(1, 2), rows=(1, 2))
     assert all(result.keys() >= KEYS for result in outcome.results)
     for rows in (1, 2):
@@ -115,12 +114,12 @@ def test_results_have_what_the_issue_names_and_ratios_are_speed_ups():
             assert result["vs_floor"] == pytest.approx(result["ms"] / (result["bytes"] / bandwidth["read_gb_per_s"] / 1e6))
 
 
-def test_ours_reads_fewer_bytes_at_fewer_bits():
+def test_our_layer_reads_fewer_bytes_at_fewer_bits():
     ours = {result["bits"]: result["bytes"] for result in run(bits=(1, 2, 4)).results if result["impl"] == "specache"}
     assert ours[1] < ours[2] < ours[4] < 2 * 2 * CONTEXT * 2 * 16
 
 
-def test_every_backend_is_measured_while_it_serves(monkeypatch):
+def test_each_measurement_runs_on_its_own_kernel_backend(monkeypatch):
     serving, seen = ["torch"], set()
 
     @contextmanager
@@ -135,8 +134,8 @@ def test_every_backend_is_measured_while_it_serves(monkeypatch):
         seen.add(serving[-1])
         return attend(self, *arguments)
 
-    monkeypatch.setattr(kernels, "available", lambda: ["torch", "generic", "avx2"])
-    monkeypatch.setattr(kernels, "using", using)
+    monkeypatch.setattr(kernel_backends, "available", lambda: ["torch", "generic", "avx2"])
+    monkeypatch.setattr(kernel_backends, "using", using)
     monkeypatch.setattr(LowBitLayer, "attend", watched)
     results = run().results
     assert [result["isa"] for result in results if result["impl"] == "specache"] == ["torch", "generic", "avx2"]
@@ -161,22 +160,22 @@ def test_settings_that_cannot_be_measured_are_refused(settings, message):
 
 @pytest.mark.parametrize("bits", [1, 2])
 @pytest.mark.parametrize("rows", [1, 2])
-def test_a_layer_over_static_buffers_computes_the_same(rows, bits):
-    """Again and again, as rounds of a benchmark do."""
+def test_static_buffers_give_the_same_output_in_every_round(rows, bits):
+    """Repeated calls give the same output, as the rounds of a benchmark need."""
     query, keys, values = rows_and_query(rows)
     ordinary, taken = (LowBitLayer(keys, values, Code.ROTATED, bits, top_k=8, copied=True) for _ in range(2))
     static = StaticLayer(taken, rows, keys.dtype)
     for one in (query, -query, query):
-        with kernels.using(kernels.PLAIN):
+        with kernel_backends.using(kernel_backends.PLAIN):
             expected = ordinary.attend(one)
-        difference = (static.attend(one) - expected)[:, :, :1].abs().max()  # the guess's row takes what it finds
+        difference = (static.attend(one) - expected)[:, :, :1].abs().max()  # the draft row uses only what was fetched
         assert difference <= 2.0**-7 * expected.abs().max()  # rounded to the model's bfloat16
     assert static.nbytes == ordinary.nbytes
 
 
-def test_on_a_gpu_the_static_step_has_a_row_of_its_own(monkeypatch):
-    monkeypatch.setattr(kernels, "layers_on", lambda device: [kernels.PLAIN, kernels.STATIC])
-    results = Attention(shape="tiny", context=(CONTEXT,), rows=(2,), top_k=8, repeat=1).run(Surroundings()).results
+def test_a_gpu_has_a_result_for_the_static_step(monkeypatch):
+    monkeypatch.setattr(kernel_backends, "layers_on", lambda device: [kernel_backends.PLAIN, kernel_backends.STATIC])
+    results = Attention(shape="tiny", context=(CONTEXT,), rows=(2,), top_k=8, repeat=1).run(BenchContext()).results
     ours = [row for row in results if row["impl"] == "specache"]
     assert [row["isa"] for row in ours] == ["torch", "static"]
     assert ours[1]["ms"] > 0 and ours[1]["phases"] is None and ours[1]["difference"] < 0.05

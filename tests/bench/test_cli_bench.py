@@ -1,4 +1,4 @@
-"""`specache bench`: a command per benchmark, JSON that says where it was measured, and mistakes named at once."""
+"""`specache bench`: one command per benchmark, JSON with the machine, usage errors."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from specache.bench import benchmarks as registry
-from specache.bench import environment as machine
+from specache.bench import benchmarks, environment
 from specache.bench.shapes import SHAPES
 from specache.cli import console
 from tests.bench.tiny_shape import TINY
@@ -19,12 +18,12 @@ from tests.cli.running import one_line, run
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SHAPES, "tiny", TINY)
-    monkeypatch.setattr(machine.LargeArray.__init__, "__defaults__", (1 << 20,))
+    monkeypatch.setattr(environment.LargeArray.__init__, "__defaults__", (1 << 20,))
 
 
-@pytest.mark.parametrize("name", registry.BENCHMARKS)
+@pytest.mark.parametrize("name", benchmarks.BENCHMARKS)
 def test_every_benchmark_is_a_dataclass_whose_options_explain_themselves(name):
-    cls = registry.benchmark_class(name)
+    cls = benchmarks.benchmark_class(name)
     assert cls.name == name and cls.summary in one_line(run("bench", "--help").stdout)
     assert all(field.metadata.get("help") for field in dataclasses.fields(cls))
     text = one_line(run("bench", name, "--help").stdout)
@@ -32,7 +31,7 @@ def test_every_benchmark_is_a_dataclass_whose_options_explain_themselves(name):
     assert ("--weights" in text) is cls.uses_model
 
 
-def test_json_says_what_was_measured_and_where(monkeypatch):
+def test_json_has_settings_results_and_machine(monkeypatch):
     words = ["bench", "attention", "--shape", "tiny", "--context", "64,128", "--bits", "1", "--repeat", "1", "--json", "-"]
     monkeypatch.setattr("sys.argv", ["specache", *words])
     result = run(*words)

@@ -1,19 +1,16 @@
-"""What differs where a benchmark computes on a GPU, as far as it can be seen without one."""
+"""Benchmarks on a GPU, as far as they can be tested without one."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from specache.bench import compute_device as device
-from specache.bench import environment as machine
-from specache.bench import kernel_backends as kernels
-from specache.bench import race
-from specache.bench.base import Surroundings
+from specache.bench import compare, compute_device, environment, kernel_backends
+from specache.bench.base import BenchContext
+from specache.bench.compare import Measured, Skipped
 from specache.bench.contenders import Contender
 from specache.bench.environment import LargeArray
 from specache.bench.memory import Memory
-from specache.bench.race import Measured, Skipped
 from specache.bench.shapes import SHAPES
 from specache.bench.timing import PhaseClock, interleaved
 from specache.cli import console
@@ -24,14 +21,14 @@ from tests.cli.running import one_line, run
 
 @pytest.fixture
 def waits(monkeypatch) -> list[str]:
-    """What happens, in order, as if CUDA were used."""
+    """Record events in order, with CUDA reported as in use."""
     events: list[str] = []
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("wait"))
     return events
 
 
-def test_a_time_begins_and_ends_when_the_gpu_is_idle(waits):
+def test_timings_start_and_stop_while_the_gpu_is_idle(waits):
     interleaved({"step": lambda: waits.append("step")}, rounds=2, warmup=0)
     assert waits == ["wait", "step", "wait"] * 2
     waits.clear()
@@ -47,47 +44,47 @@ def test_a_phase_waits_once_before_and_once_after(waits):
     assert waits == ["wait", "kernel", "wait"]
 
 
-def test_nothing_waits_where_no_gpu_was_used(monkeypatch):
+def test_no_synchronisation_without_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: pytest.fail("this would start CUDA"))
     interleaved({"step": lambda: None}, rounds=1)
-    device.give_back()
+    compute_device.release_memory()
 
 
 @pytest.mark.parametrize("name", ["decode", "paper"])
-def test_cuda_that_is_not_there_is_a_usage_error(monkeypatch, name):
+def test_cuda_without_a_gpu_is_a_usage_error(monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setitem(SHAPES, "tiny", TINY)
     said = one_line(run("bench", name, "--shape", "tiny", "--device", "cuda", code=console.EXIT_USAGE).stderr)
     assert "--device cuda" in said and "--device cpu" in said
 
 
-def test_quantised_weights_are_for_the_cpu(monkeypatch):
+def test_quantised_weights_are_refused_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(SHAPES, "tiny", TINY)
     said = one_line(run("bench", "decode", "--shape", "tiny", "--weights", "int8", code=console.EXIT_USAGE).stderr)
     assert "--weights int8 is for the CPU" in said
 
 
-def test_a_limit_of_main_memory_says_nothing_of_a_gpu():
+def test_bench_memory_is_refused_on_a_gpu():
     with pytest.raises(ConfigError, match="--device cpu"):
-        Memory().run(Surroundings(tiny_model(), device="cuda"))
+        Memory().run(BenchContext(tiny_model(), device="cuda"))
 
 
-def test_kernels_are_those_of_the_device(monkeypatch):
-    monkeypatch.setattr(kernels.triton, "missing", lambda: None)
-    monkeypatch.delenv(kernels.VARIABLE, raising=False)
-    assert kernels.available_on("cuda") == ["torch", "triton"]
-    assert set(kernels.active_on("cuda").values()) == {"triton"}
-    monkeypatch.setenv(kernels.VARIABLE, "torch")
-    assert set(kernels.active_on("cuda").values()) == {"torch"}
-    monkeypatch.setattr(kernels.triton, "missing", lambda: "none here")
-    assert kernels.available_on("cuda") == ["torch"]
-    assert machine.describe()["machine"]["gpu"] is None
+def test_reported_kernels_are_those_of_the_device(monkeypatch):
+    monkeypatch.setattr(kernel_backends.triton, "missing", lambda: None)
+    monkeypatch.delenv(kernel_backends.VARIABLE, raising=False)
+    assert kernel_backends.available_on("cuda") == ["torch", "triton"]
+    assert set(kernel_backends.active_on("cuda").values()) == {"triton"}
+    monkeypatch.setenv(kernel_backends.VARIABLE, "torch")
+    assert set(kernel_backends.active_on("cuda").values()) == {"torch"}
+    monkeypatch.setattr(kernel_backends.triton, "missing", lambda: "none here")
+    assert kernel_backends.available_on("cuda") == ["torch"]
+    assert environment.describe()["machine"]["gpu"] is None
 
 
 class Fake(Contender):
-    """Fits or does not, as its name says."""
+    """Fits or runs out of memory, as its name says."""
 
     cache = "none"
 
@@ -111,25 +108,25 @@ class Fake(Contender):
 
 @pytest.fixture
 def gpu_workload(monkeypatch):
-    """A workload that says it is on a GPU with 1 GB free, beside 2 GB of main memory."""
+    """Return a workload on a pretended GPU with 1 GB free, with 2 GB of main memory."""
     work = tiny_workload()
     monkeypatch.setattr(work, "info", type("Info", (), {"device": torch.device("cuda"), "dtype": work.info.dtype})())
-    monkeypatch.setattr(race, "memory", lambda: {"usable_bytes": 2 * 10**9})
-    monkeypatch.setattr(race, "free_bytes", lambda name: 10**9)
+    monkeypatch.setattr(compare, "memory", lambda: {"usable_bytes": 2 * 10**9})
+    monkeypatch.setattr(compare, "free_bytes", lambda name: 10**9)
     Fake.filled.clear()
     return work
 
 
-def test_a_gpus_memory_and_main_memory_are_two_limits(gpu_workload):
+def test_gpu_memory_and_main_memory_are_separate_limits(gpu_workload):
     fits, wide, rows = Fake("fits", 10**8, 10**9), Fake("wide", 5 * 10**9), Fake("rows", 10**8, 5 * 10**9)
-    outcome = race.race(gpu_workload, [fits, wide, rows], 1, lambda said: None)
+    outcome = compare.compare(gpu_workload, [fits, wide, rows], 1, lambda said: None)
     assert isinstance(outcome[fits], Measured)
     assert isinstance(outcome[wide], Skipped) and "5.0 GB of GPU memory, 1.0 GB are free" in outcome[wide].reason
     assert isinstance(outcome[rows], Skipped) and "5.0 GB of main memory, 2.0 GB are free" in outcome[rows].reason
 
 
-def test_who_runs_out_of_a_gpus_memory_is_tried_alone_and_then_skipped(gpu_workload):
+def test_out_of_gpu_memory_is_tried_alone_and_then_skipped(gpu_workload):
     a, b, huge = Fake("a", 1), Fake("b", 1), Fake("huge", 1)
-    outcome = race.race(gpu_workload, [a, b, huge], 1, lambda said: None)
+    outcome = compare.compare(gpu_workload, [a, b, huge], 1, lambda said: None)
     assert [isinstance(outcome[one], Measured) for one in (a, b, huge)] == [True, True, False]
     assert not outcome[a].interleaved and outcome[huge] == Skipped("the GPU's memory ran out (CUDA out of memory)")

@@ -1,4 +1,4 @@
-"""Filled caches hold what a prefill would have left there, and contenders decode the same thing."""
+"""Filled caches hold what a prefill would store, and all implementations decode the same tokens."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ LENGTH = 203
 
 
 def rows_of(sequence: Any, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values [Hkv, S, D] that a prefilled sequence holds; of a sliding layer, zeros before its window."""
+    """Return keys and values [Hkv, S, D] of a prefilled sequence.
+
+    A sliding layer has zeros before its window.
+    """
     layer = sequence.layers[index]
     if not isinstance(layer, WindowLayer):
         return sequence.tier.read(index, 0, layer.length)
@@ -67,7 +70,7 @@ def test_sequences_of_a_batch_share_no_memory():
     ours.close()
 
 
-def test_the_exact_policy_and_the_stock_cache_decode_the_same_tokens():
+def test_policy_full_and_the_stock_cache_decode_the_same_tokens():
     work = Workload(llama(), batch=2, context=200)
     ours, stock = SpeCacheContender(work, SpeCacheConfig(policy=Policy.FULL)), DynamicContender(work)
     ours.prepare()
@@ -84,7 +87,7 @@ def test_the_exact_policy_and_the_stock_cache_decode_the_same_tokens():
 
 
 @pytest.mark.parametrize("policy", [Policy.ON_DEMAND, Policy.VERIFIED, Policy.SPECULATIVE, Policy.PREVIOUS, Policy.NONE])
-def test_every_policy_decodes_and_tells_its_phases(policy):
+def test_every_policy_decodes_and_reports_its_phases(policy):
     work = tiny_workload()
     ours = SpeCacheContender(work, SpeCacheConfig(policy=policy, top_k=8))
     assert str(policy) in ours.cache
@@ -97,11 +100,11 @@ def test_every_policy_decodes_and_tells_its_phases(policy):
     ours.close()
 
 
-def test_layer_shapes_are_seen_not_read_from_the_configuration():
+def test_layer_shapes_come_from_the_tensors():
     assert layer_shapes(tiny_model().load()) == [(TINY.kv_heads, TINY.head_dim)] * TINY.layers
 
 
-def test_memory_is_estimated_as_it_is_used():
+def test_estimated_memory_is_the_memory_used():
     work = tiny_workload(batch=2, context=640)
     config = SpeCacheConfig(residual=0)
     ours = SpeCacheContender(work, config)
@@ -114,7 +117,7 @@ def test_memory_is_estimated_as_it_is_used():
 
 @pytest.mark.parametrize("context", [200, 201])
 def test_transformers_quantised_cache_decodes(monkeypatch, context):
-    """With a stand-in for hqq that packs whole bytes only, and keeps numbers as they are."""
+    """A stand-in for hqq packs whole bytes only and keeps the numbers as they are."""
     monkeypatch.setattr(contenders, "quantized_backend", lambda: "hqq")
     monkeypatch.setattr(contenders, "new_quantized_cache", lambda model, *_, **__: Cache(layers=[WholeBytes() for _ in range(2)]))
     work = tiny_workload(context=context)
@@ -127,7 +130,7 @@ def test_transformers_quantised_cache_decodes(monkeypatch, context):
     assert torch.equal(quantized._tokens, stock._tokens)
 
 
-def test_what_the_quantised_cache_cannot_hold_is_refused_before_it_runs(monkeypatch):
+def test_a_shape_that_the_quantised_cache_cannot_hold_is_refused_first(monkeypatch):
     monkeypatch.setattr(contenders, "quantized_backend", lambda: "hqq")
     monkeypatch.setattr(contenders, "new_quantized_cache", lambda model, *_, **__: Cache(layers=[WholeBytes() for _ in range(2)]))
     with pytest.raises(ConfigError, match="has to divide the 32 elements"):

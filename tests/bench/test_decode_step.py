@@ -1,4 +1,4 @@
-"""`bench decode`: rows for everything that was asked for, times that add up, reasons where nothing was measured."""
+"""`bench decode`: a row for everything that was asked for, phases that add up, reasons for gaps."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from specache.bench import contenders
-from specache.bench import decode_step as decode
-from specache.bench.base import Result, Surroundings
+from specache.bench import contenders, decode_step
+from specache.bench.base import BenchContext, Result
 from specache.bench.breakdown import PHASES
 from specache.bench.decode_step import Decode
 from specache.errors import BenchmarkError, ConfigError
@@ -21,16 +20,16 @@ KEYS = {"impl", "weights", "cache", "batch", "context", "ms_per_step", "tokens_p
 
 def run(**settings: Any) -> list[Result]:
     settings = {"context": 130, "batch": 2, "steps": 2, "top_k": 8, **settings}
-    return Decode(**settings).run(Surroundings(tiny_model())).results
+    return Decode(**settings).run(BenchContext(tiny_model())).results
 
 
 @pytest.fixture
 def without_libraries(monkeypatch):
-    for module in (contenders, decode):
+    for module in (contenders, decode_step):
         monkeypatch.setattr(module, "find_spec", lambda name: None)
 
 
-def test_everything_asked_for_has_a_row_or_a_reason(without_libraries):
+def test_every_cache_asked_for_has_a_time_or_a_reason(without_libraries):
     results = run(against=("dynamic", "quantized", "llama.cpp"))
     assert all(result.keys() >= KEYS and result["weights"] == "fp32" for result in results)
     assert [result["impl"] for result in results] == ["specache", "dynamic", "quantized", *["llama.cpp"] * 3]
@@ -55,7 +54,7 @@ def test_without_the_ordinary_cache_there_is_no_ratio_to_it():
     assert ours["ms_per_step"] > 0 and ours["vs_dynamic"] is None
 
 
-def test_llama_cpp_is_asked_for_the_same_thing(monkeypatch):
+def test_llama_cpp_gets_the_same_model_context_and_batch(monkeypatch):
     asked: list[tuple[Any, ...]] = []
 
     def measure(*arguments: Any) -> list[float]:
@@ -66,7 +65,7 @@ def test_llama_cpp_is_asked_for_the_same_thing(monkeypatch):
 
     module = types.ModuleType("specache.bench.llama_cpp")
     module.measure = measure
-    monkeypatch.setattr(decode, "find_spec", lambda name: True)
+    monkeypatch.setattr(decode_step, "find_spec", lambda name: True)
     monkeypatch.setitem(sys.modules, "specache.bench.llama_cpp", module)
     results = [result for result in run(against=("dynamic", "llama.cpp")) if result["impl"] == "llama.cpp"]
     assert [arguments[:6] for arguments in asked] == [(TINY, 130, 2, "fp32", cache, 2) for cache in ("f16", "q8_0", "q4_0")]
@@ -84,6 +83,6 @@ def test_settings_that_cannot_be_measured_are_refused(settings, message):
         Decode(**settings)
 
 
-def test_a_model_has_to_be_named():
+def test_a_run_without_a_model_is_refused():
     with pytest.raises(ConfigError, match="--model"):
-        Decode().run(Surroundings())
+        Decode().run(BenchContext())

@@ -1,4 +1,4 @@
-"""llama.cpp beside us: the file of a shape, a context without its prefill, and steps where llama-cpp-python is installed."""
+"""The llama.cpp benchmark: the file of a shape, a context without its prefill, timed steps."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_tied_embeddings_have_no_head_and_an_unknown_format_is_refused(tmp_path)
 
 
 def stored_state(tokens: int, stream: int, streams: int) -> bytes:
-    """What llama.cpp stores of a sequence with two layers of rows of 3 and 5 bytes."""
+    """Return what llama.cpp stores of a sequence with two layers of rows of 3 and 5 bytes."""
     parts = [struct.pack("<III", 7, stream, streams)]
     for index in range(streams):
         if index != stream:
@@ -59,7 +59,7 @@ def stored_state(tokens: int, stream: int, streams: int) -> bytes:
 
 
 @pytest.mark.parametrize(("stream", "streams"), [(0, 1), (1, 3)])
-def test_a_state_is_lengthened_by_repeating_its_rows(stream, streams):
+def test_an_extended_state_repeats_the_rows(stream, streams):
     data = stored_state(4, stream, streams)
     state = SequenceState.parse(data)
     assert state.extended(4).tobytes() == data
@@ -70,12 +70,12 @@ def test_a_state_is_lengthened_by_repeating_its_rows(stream, streams):
 
 
 @pytest.mark.parametrize("broken", [lambda d: d[:-1], lambda d: d + b"0", lambda d: d[:16] + b"\1" + d[17:]])
-def test_a_state_of_another_kind_is_refused(broken):
+def test_a_state_of_another_layout_is_refused(broken):
     with pytest.raises(BenchmarkError, match="stored state"):
         SequenceState.parse(broken(stored_state(4, 0, 1)))
 
 
-def test_what_cannot_be_measured_says_why(monkeypatch, tmp_path):
+def test_llama_cpp_that_cannot_measure_says_why(monkeypatch, tmp_path):
     with pytest.raises(ConfigError, match="q5_0"):
         measure(SHAPE, 8, 1, "bf16", "q5_0", 1, 1)
     monkeypatch.setattr(llama_cpp, "find_spec", lambda name: None)

@@ -1,4 +1,4 @@
-"""`bench memory`: a limit that the kernel enforces, and who lives with it."""
+"""`bench memory`: a limit that the kernel enforces, and which method completes within it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from specache.bench import control_group
-from specache.bench.base import Surroundings
+from specache.bench.base import BenchContext
 from specache.bench.child import Child, ChildEnded
 from specache.bench.control_group import MemoryGroup
 from specache.bench.memory import Memory
@@ -34,7 +34,7 @@ def limits() -> None:
 
 
 def hold(connection: Connection, size: int) -> None:
-    """Fill so much memory."""
+    """Fill `size` bytes of memory."""
     connection.send(None)
     connection.recv()
     memory = bytearray(size)
@@ -86,21 +86,21 @@ def test_the_group_of_a_process_that_was_killed_is_removed_by_the_next_one(limit
         assert mine._folder.exists() and not any(group.exists() for group in left)
 
 
-def test_without_the_right_the_reason_is_told(monkeypatch, tmp_path):
+def test_a_user_who_may_not_make_groups_gets_the_reason(monkeypatch, tmp_path):
     monkeypatch.setattr(control_group, "HIERARCHY", tmp_path / "nowhere")
     with pytest.raises(BenchmarkError, match=r"needs control groups .* \(root\)"):
         MemoryGroup()
 
 
-def test_what_fails_in_the_process_is_told():
+def test_an_error_in_the_child_process_is_reported():
     with closing(Child(fail, "the file is torn")) as child, pytest.raises(BenchmarkError, match="ValueError: the file is torn"):
         child.receive()
 
 
 @pytest.mark.slow
-def test_the_disk_tier_lives_where_the_ordinary_cache_dies(limits, tmp_path):
+def test_the_disk_tier_completes_where_the_ordinary_cache_is_killed(limits, tmp_path):
     benchmark = Memory(context=8000, times=2.0, short=1500, chunk=128, steps=2, hot_set=0.02, top_k=16, dir=tmp_path)
-    results = benchmark.run(Surroundings(RandomModel(WIDE, Weights.BF16))).results
+    results = benchmark.run(BenchContext(RandomModel(WIDE, Weights.BF16))).results
     outcome = [(result["method"], result["context"], result["completed"]) for result in results]
     assert outcome == [("specache", 1000, True), ("specache", 8000, True), ("dynamic", 1500, True), ("dynamic", 8000, False)]
     base, ours, fits, killed = results
@@ -111,7 +111,7 @@ def test_the_disk_tier_lives_where_the_ordinary_cache_dies(limits, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_what_cannot_be_measured_is_refused():
+def test_settings_that_cannot_be_measured_are_refused():
     with pytest.raises(ConfigError, match="--context must be more than 1,000"):
         Memory(context=1000)
     with pytest.raises(ConfigError, match="--times"):

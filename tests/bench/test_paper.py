@@ -1,4 +1,4 @@
-"""`bench paper`: the largest batch is the largest, what was measured stays measured, and ratios are to the full cache."""
+"""`bench paper`: the batch is the largest, runs resume, and ratios are to the full cache."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import specache
-from specache.bench.base import Outcome, Surroundings
+from specache.bench.base import BenchContext, Outcome
 from specache.bench.contenders import SpeCacheContender
 from specache.bench.paper import Paper, compared
-from specache.bench.paper_decoding import Decoding, Pace
-from specache.bench.paper_fit import ASKED, FAST, MAIN, TRIED, Needs, Room, largest_near, planned_fit, tried_fit
+from specache.bench.paper_decoding import Decoding, Schedule
+from specache.bench.paper_fit import ASKED, FAST, MAIN, TRIED, FreeMemory, Needs, largest_near, planned_fit, tried_fit
 from specache.bench.paper_methods import FULL, Entry, KiviContender, entries
 from specache.bench.shapes import SHAPES
 from specache.bench.workload import Workload
@@ -39,7 +39,7 @@ KEYS = {
 
 
 def measure(**settings: Any) -> Outcome:
-    return Paper(**{**SMALL, **settings}).run(Surroundings(tiny_model()))
+    return Paper(**{**SMALL, **settings}).run(BenchContext(tiny_model()))
 
 
 def lines_of(**settings: Any) -> list[Entry]:
@@ -52,12 +52,12 @@ def needs_of(model: Any, entry: Entry, new: int = 8) -> Needs:
 
 
 def prompts(batch: int) -> torch.Tensor:
-    """Different ones: equal prompts would share their pages."""
+    """Return different prompts: equal ones would share their pages."""
     generator = torch.Generator().manual_seed(1)
     return torch.randint(0, TINY.vocabulary, (batch, CONTEXT), generator=generator)
 
 
-def test_the_lines_are_the_papers_methods_at_both_bits():
+def test_the_table_has_the_papers_methods_at_both_bits():
     found = [(entry.method, entry.bits, entry.policy) for entry in lines_of()]
     assert found == [
         ("full", None, None),
@@ -73,10 +73,10 @@ def test_the_lines_are_the_papers_methods_at_both_bits():
 
 @pytest.mark.parametrize("index", range(1, 7))
 def test_generate_takes_the_largest_batch_and_refuses_one_more(index):
-    """The library's own refusal, of a prompt that is read and an answer that is decoded."""
+    """`generate` itself refuses, for a prompt that is prefilled and an answer that is decoded."""
     model, entry, new = tiny_model().load(), lines_of()[index], 3
     needs = needs_of(model, entry, new)
-    fit = planned_fit(needs, Room(BUDGET, None, 1000))
+    fit = planned_fit(needs, FreeMemory(BUDGET, None, 1000))
     assert fit.batch > 1 and fit.limited_by == FAST
     config = replace(entry.planned.config, fast_memory=BUDGET)
     arguments = {"max_new_tokens": new + 1, "do_sample": False}  # the last token is not stored
@@ -88,7 +88,7 @@ def test_generate_takes_the_largest_batch_and_refuses_one_more(index):
 def test_the_full_cache_is_counted_as_transformers_holds_it():
     model, entry = tiny_model().load(), lines_of()[0]
     needs = needs_of(model, entry, new=3)
-    fit = planned_fit(needs, Room(BUDGET, None, 1000))
+    fit = planned_fit(needs, FreeMemory(BUDGET, None, 1000))
     held = []
     for batch in (fit.batch, fit.batch + 1):
         work = Workload(model, batch, CONTEXT)
@@ -103,7 +103,7 @@ def test_the_full_cache_is_counted_as_transformers_holds_it():
     assert held[0] < needs.fast(fit.batch) <= BUDGET < needs.fast(fit.batch + 1)
 
 
-def test_what_is_counted_while_decoding_stays_within_the_budget():
+def test_fast_memory_while_decoding_stays_within_the_budget():
     results = measure().results
     assert len(results) == 7 and all(result.keys() >= KEYS for result in results)
     for result in results:
@@ -115,14 +115,14 @@ def test_what_is_counted_while_decoding_stays_within_the_budget():
 def test_main_memory_and_the_largest_batch_asked_for_are_limits_too():
     model = tiny_model().load()
     own, kivi = needs_of(model, lines_of()[5]), needs_of(model, lines_of()[1])
-    assert planned_fit(own, Room(BUDGET, None, 3)).limited_by == ASKED
-    by_fast = planned_fit(own, Room(BUDGET, None, 1000)).batch
-    short = Room(BUDGET, own.main(by_fast) - 1, 1000)
+    assert planned_fit(own, FreeMemory(BUDGET, None, 3)).limited_by == ASKED
+    by_fast = planned_fit(own, FreeMemory(BUDGET, None, 1000)).batch
+    short = FreeMemory(BUDGET, own.main(by_fast) - 1, 1000)
     assert planned_fit(own, short).batch == by_fast - 1 and planned_fit(own, short).limited_by == MAIN
     assert kivi.main(2) == kivi.fast(2) and own.main(2) > own.fast(2)
 
 
-def test_nothing_is_known_of_16_bit_rows_under_kivi():
+def test_kivi_keeps_no_16_bit_rows():
     model = tiny_model().load()
     contender = lines_of()[1].contender(Workload(model, 2, CONTEXT), BUDGET)
     assert isinstance(contender, KiviContender)
@@ -151,7 +151,7 @@ def test_kivi_without_rows_decodes_what_it_decodes_with_them():
 
 @pytest.mark.parametrize("most", [1, 2, 7, 40])
 @pytest.mark.parametrize("start", [0, 1, 3, 20, 40, 100])
-def test_the_search_finds_the_edge_from_wherever_it_starts(start, most):
+def test_the_search_finds_the_largest_batch_from_any_start(start, most):
     for edge in range(most + 3):
         asked: list[int] = []
 
@@ -163,15 +163,15 @@ def test_the_search_finds_the_edge_from_wherever_it_starts(start, most):
         assert len(asked) == len(set(asked)) and all(1 <= batch <= most for batch in asked)
 
 
-def test_trials_decide_where_memory_is_no_number():
+def test_trials_decide_the_batch_on_a_gpu():
     needs = needs_of(tiny_model().load(), lines_of()[5])
-    room = Room(BUDGET, None, 1000)
-    planned = planned_fit(needs, room).batch
+    free = FreeMemory(BUDGET, None, 1000)
+    planned = planned_fit(needs, free).batch
     for edge in (0, planned - 2, planned, planned + 5):
-        fit = tried_fit(needs, room, lambda batch, edge=edge: batch <= edge)
+        fit = tried_fit(needs, free, lambda batch, edge=edge: batch <= edge)
         assert (fit.batch, fit.found_by, fit.limited_by) == (edge, TRIED, FAST)
-    assert tried_fit(needs, replace(room, most=2), lambda batch: True).limited_by == ASKED
-    hosted = replace(room, main=needs.main(planned - 1))
+    assert tried_fit(needs, replace(free, most=2), lambda batch: True).limited_by == ASKED
+    hosted = replace(free, main=needs.main(planned - 1))
     assert tried_fit(needs, hosted, lambda batch: True).batch == planned - 1
 
 
@@ -187,13 +187,13 @@ def test_a_batch_that_runs_out_of_memory_is_made_smaller(monkeypatch, error):
         contender(self)
 
     monkeypatch.setattr(KiviContender, "prepare", prepare)
-    with Decoding(tiny_model().load(), BUDGET, 6, Pace(1, 1), 0) as decoding:
-        line = decoding.line(entry, CONTEXT, lambda said: None)
+    with Decoding(tiny_model().load(), BUDGET, 6, Schedule(1, 1), 0) as decoding:
+        line = decoding.measure(entry, CONTEXT, lambda said: None)
     assert batches == [6, 5, 4, 3] and line.fit.batch == 3 and line.fit.found_by == TRIED and line.timing is not None
 
 
-def test_hot_sets_that_a_step_had_to_free_do_not_count_as_room(monkeypatch):
-    """Such a batch decodes, but as another method would."""
+def test_a_batch_that_frees_hot_sets_while_decoding_does_not_fit(monkeypatch):
+    """Such a batch decodes, but with smaller hot sets than the method has."""
     entry = lines_of()[5]
     decodes = Decoding._samples
 
@@ -207,11 +207,11 @@ def test_hot_sets_that_a_step_had_to_free_do_not_count_as_room(monkeypatch):
         return found
 
     monkeypatch.setattr(Decoding, "_samples", samples)
-    with Decoding(tiny_model().load(), BUDGET, 3, Pace(1, 1), 0) as decoding:
-        assert decoding.line(entry, CONTEXT, lambda said: None).fit.batch == 2
+    with Decoding(tiny_model().load(), BUDGET, 3, Schedule(1, 1), 0) as decoding:
+        assert decoding.measure(entry, CONTEXT, lambda said: None).fit.batch == 2
 
 
-def test_where_not_even_one_sequence_fits_there_is_a_row_and_no_ratio():
+def test_a_method_that_fits_no_sequence_has_a_row_without_ratios():
     model = tiny_model().load()
     full, kivi = needs_of(model, lines_of()[0], new=3), needs_of(model, lines_of()[1], new=3)
     between = (kivi.fast(1) + full.fast(1)) // 2
@@ -236,19 +236,19 @@ def few(out: Path, **settings: Any) -> Outcome:
 
 @pytest.fixture
 def measured(monkeypatch) -> list[tuple[str, int]]:
-    """What is measured from now on, after which it is interrupted if the list says so."""
+    """Return the list of (method, context) measured from now on."""
     seen: list[tuple[str, int]] = []
-    line = Decoding.line
+    real = Decoding.measure
 
-    def watched(self: Decoding, entry: Entry, context: int, say: Any) -> Any:
+    def watched(self: Decoding, entry: Entry, context: int, log: Any) -> Any:
         seen.append((entry.name, context))
-        return line(self, entry, context, say)
+        return real(self, entry, context, log)
 
-    monkeypatch.setattr(Decoding, "line", watched)
+    monkeypatch.setattr(Decoding, "measure", watched)
     return seen
 
 
-def test_an_interrupted_run_leaves_its_lines_and_is_resumed(measured, monkeypatch, tmp_path):
+def test_an_interrupted_run_keeps_its_results_and_is_resumed(measured, monkeypatch, tmp_path):
     out = tmp_path / "paper.json"
     prepare = KiviContender.prepare
 
@@ -283,7 +283,7 @@ def test_a_file_of_other_arguments_is_refused_and_left_alone(measured, tmp_path)
         few(out, fast_memory=3_000_000, steps=2)
     with pytest.raises(BenchmarkError, match="seed is 0 there and 1 here"):
         Paper(**{**SMALL, "methods": ("full", "kivi"), "bits": (2,), "contexts": (CONTEXT, 256)}, out=out).run(
-            Surroundings(tiny_model(), seed=1)
+            BenchContext(tiny_model(), seed=1)
         )
     assert out.read_bytes() == content and not measured
     few(out, plot=tmp_path / "paper.png")
@@ -318,12 +318,12 @@ def test_settings_that_cannot_be_measured_are_refused(settings, message):
         Paper(**settings)
 
 
-def test_on_a_cpu_fast_memory_has_to_be_said():
+def test_fast_memory_is_required_on_a_cpu():
     with pytest.raises(ConfigError, match="--fast-memory 2GB"):
         measure(fast_memory=None)
 
 
-def test_the_command_measures_prints_and_goes_on(monkeypatch, tmp_path):
+def test_the_command_measures_prints_and_resumes(monkeypatch, tmp_path):
     monkeypatch.setitem(SHAPES, "tiny", TINY)
     out, file = tmp_path / "paper.json", tmp_path / "all.json"
     words = ("bench", "paper", "--shape", "tiny", "--weights", "fp32", "--contexts", "512,1000000", "--bits", "2", "--steps", "1")
@@ -356,12 +356,12 @@ def test_the_planned_batch_decodes_with_its_hot_sets():
         assert measure(methods=(FULL, "verified"), bits=(2,)).results[1]["fits"]
 
 
-def test_steps_over_static_buffers_count_where_they_have_room(monkeypatch):
-    """As on a GPU: a batch for which they have none decodes without, slower, and does not fit."""
+def test_a_batch_without_room_for_static_buffers_does_not_fit(monkeypatch):
+    """On a GPU, a batch without room for its static buffers decodes slower, and does not fit."""
     largest = {(row["method"], row["policy"], row["bits"]): row["batch"] for row in measure().results}
     fitted = []
     for budget in (BUDGET * 3 // 2, BUDGET):
-        with static_steps(monkeypatch) as steps, Decoding(tiny_model().load(), budget, 10**6, Pace(1, 1), 0) as decoding:
+        with static_steps(monkeypatch) as steps, Decoding(tiny_model().load(), budget, 10**6, Schedule(1, 1), 0) as decoding:
             for entry in lines_of()[1:]:
                 steps.clear()
                 batch = largest[entry.method, str(entry.policy), entry.bits]  # of the ordinary steps
@@ -374,7 +374,7 @@ def test_steps_over_static_buffers_count_where_they_have_room(monkeypatch):
 
 
 def test_kivi_over_static_buffers_decodes_what_it_decodes_without(monkeypatch):
-    """Though no 16-bit rows are kept."""
+    """The tokens are the same although no 16-bit rows are kept."""
     decoded = []
     for static in (False, True):
         with static_steps(monkeypatch, devices=("cpu",) if static else ()) as steps:

@@ -1,4 +1,4 @@
-"""`bench prefill`: both read the same prompt, each in a process of its own."""
+"""`bench prefill`: each implementation prefills the same prompt in a process of its own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from specache.bench.base import Surroundings
+from specache.bench.base import BenchContext
 from specache.bench.prefill import Prefill
 from specache.bench.prefill_worker import DYNAMIC, SPECACHE, Job, Worker, prefiller, read_with_dynamic_cache
 from specache.bench.shapes import RandomModel
@@ -34,8 +34,8 @@ def test_a_reading_has_a_time_and_a_peak(impl):
     assert reading.seconds > 0 and reading.peak_bytes >= reading.idle_bytes * 0.9 > 0
 
 
-def test_two_processes_take_turns():
-    results = Prefill(context=130, chunk=64, repeat=2).run(Surroundings(tiny_model())).results
+def test_the_two_processes_are_interleaved():
+    results = Prefill(context=130, chunk=64, repeat=2).run(BenchContext(tiny_model())).results
     ours, stock = results
     assert (ours["impl"], stock["impl"]) == ("specache", "dynamic")
     assert ours["vs_dynamic"] == pytest.approx(stock["seconds"] / ours["seconds"]) and stock["vs_dynamic"] == 1
@@ -50,7 +50,7 @@ class Broken(RandomModel):
         raise ValueError("the file is torn")
 
 
-def test_what_fails_in_the_process_is_told():
+def test_an_error_in_the_child_process_is_reported():
     source = tiny_model()
     broken = Broken(source.shape, source.weights)
     with pytest.raises(BenchmarkError, match="the file is torn"):

@@ -1,11 +1,11 @@
-"""`bench scaling`: lines through the measurements, and what did not fit."""
+"""`bench scaling`: fitted lines, and settings that do not fit into memory."""
 
 from __future__ import annotations
 
 import pytest
 
-from specache.bench import race as races
-from specache.bench.base import Surroundings
+from specache.bench import compare as comparison
+from specache.bench.base import BenchContext
 from specache.bench.scaling import Scaling, fitted_lines, slope_ratios
 from specache.errors import ConfigError
 from tests.bench.tiny_shape import tiny_model
@@ -15,7 +15,7 @@ def result(impl: str, batch: int, context: int, ms: float | None) -> dict:
     return {"impl": impl, "batch": batch, "context": context, "ms_per_step": ms}
 
 
-def test_a_line_is_found_again_and_slopes_are_compared_per_batch():
+def test_fitted_lines_recover_the_costs_and_slopes_are_compared_per_batch():
     results = [result("specache", 1, c, 20 + 0.001 * c) for c in (1000, 2000, 8000)]
     results += [result("dynamic", 1, c, 10 + 0.008 * c) for c in (1000, 2000, 8000)]
     results += [result("dynamic", 4, 1000, 50.0), result("dynamic", 4, 2000, None)]
@@ -28,7 +28,7 @@ def test_a_line_is_found_again_and_slopes_are_compared_per_batch():
 def test_contexts_and_batches_are_measured_and_plotted(tmp_path):
     plot = tmp_path / "scaling.png"
     benchmark = Scaling(contexts=(256, 128), batches=(2, 1), steps=1, top_k=8, plot=plot)
-    outcome = benchmark.run(Surroundings(tiny_model()))
+    outcome = benchmark.run(BenchContext(tiny_model()))
     measured = [(r["impl"], r["batch"], r["context"]) for r in outcome.results]
     assert measured == [(impl, b, c) for b in (1, 2) for c in (128, 256) for impl in ("specache", "dynamic")]
     assert all(r["ms_per_step"] > 0 and r["skipped"] is None for r in outcome.results)
@@ -36,10 +36,10 @@ def test_contexts_and_batches_are_measured_and_plotted(tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_does_not_fit_says_how_much_is_missing(monkeypatch, tmp_path):
-    monkeypatch.setattr(races, "memory", lambda: {"usable_bytes": 10**6})
+def test_a_context_that_does_not_fit_says_how_much_memory_it_needs(monkeypatch, tmp_path):
+    monkeypatch.setattr(comparison, "memory", lambda: {"usable_bytes": 10**6})
     plot = tmp_path / "scaling.png"
-    outcome = Scaling(contexts=(128, 10**6), batches=(1,), steps=1, plot=plot).run(Surroundings(tiny_model()))
+    outcome = Scaling(contexts=(128, 10**6), batches=(1,), steps=1, plot=plot).run(BenchContext(tiny_model()))
     small, large = outcome.results[:2], outcome.results[2:]
     assert all(r["ms_per_step"] is not None for r in small)
     assert all(r["ms_per_step"] is None and "GB of memory" in r["skipped"] for r in large)

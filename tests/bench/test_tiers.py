@@ -1,10 +1,10 @@
-"""`bench tiers`: every tier and policy decodes the same prompt, in turns."""
+"""`bench tiers`: every tier and policy decodes the same prompt, interleaved."""
 
 from __future__ import annotations
 
 import pytest
 
-from specache.bench.base import Surroundings
+from specache.bench.base import BenchContext
 from specache.bench.tiers import Tiers
 from specache.errors import BenchmarkError, ConfigError
 from tests.bench.tiny_shape import tiny_model
@@ -20,7 +20,7 @@ def test_tiers_and_policies_are_measured_and_compared(tmp_path):
         policies=("verified", "on-demand"),
         dir=tmp_path,
     )
-    outcome = benchmark.run(Surroundings(tiny_model()))
+    outcome = benchmark.run(BenchContext(tiny_model()))
     measured = {(result["tier"], result["policy"]): result for result in outcome.results}
     assert list(measured) == [(tier, policy) for tier in ("ram-inplace", "ram", "disk") for policy in ("verified", "on-demand")]
     for (tier, policy), result in measured.items():
@@ -36,7 +36,7 @@ def test_tiers_and_policies_are_measured_and_compared(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_cannot_be_measured_is_refused(tmp_path):
+def test_settings_that_cannot_be_measured_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="--tiers takes"):
         Tiers(tiers=("ram", "tape"))
     with pytest.raises(ConfigError, match="--policies takes"):
@@ -44,6 +44,6 @@ def test_what_cannot_be_measured_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="--steps"):
         Tiers(steps=0)
     with pytest.raises(ConfigError, match="--text"):
-        Tiers(context=64, text=tmp_path / "book.txt").run(Surroundings(tiny_model()))
+        Tiers(context=64, text=tmp_path / "book.txt").run(BenchContext(tiny_model()))
     with pytest.raises(BenchmarkError, match="no folder can be made"):
-        Tiers(context=64, dir=tmp_path / "nowhere").run(Surroundings(tiny_model()))
+        Tiers(context=64, dir=tmp_path / "nowhere").run(BenchContext(tiny_model()))

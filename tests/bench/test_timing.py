@@ -1,4 +1,4 @@
-"""Rounds, warm-up, quartiles and phases."""
+"""Interleaved rounds, warm-up, quartiles and phases."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from specache.bench.timing import PhaseClock, Timing, interleaved
 
 
-def test_every_round_runs_everything_once_and_begins_with_another():
+def test_every_round_runs_each_function_once_and_starts_with_another():
     calls: list[str] = []
     functions = {name: (lambda name=name: calls.append(name)) for name in "abc"}
     timings = interleaved(functions, rounds=2, warmup=1)
@@ -18,7 +18,7 @@ def test_every_round_runs_everything_once_and_begins_with_another():
     assert {name: len(timing.samples_ms) for name, timing in timings.items()} == {"a": 2, "b": 2, "c": 2}
 
 
-def test_what_is_around_a_function_does_not_count():
+def test_time_spent_around_a_function_does_not_count():
     events: list[str] = []
 
     @contextmanager
@@ -40,7 +40,7 @@ def test_median_and_quartiles():
     assert Timing((4.0,)).spread == [4.0, 4.0]
 
 
-def test_phases_are_summed_within_a_step_and_the_outer_of_two_counts():
+def test_phases_are_summed_per_step_and_only_the_outer_of_nested_ones_counts():
     clock = PhaseClock()
     for _ in range(3):
         clock.begin_step()
@@ -51,7 +51,7 @@ def test_phases_are_summed_within_a_step_and_the_outer_of_two_counts():
     assert set(medians) == {"outer"} and medians["outer"] >= 4
 
 
-def test_only_the_last_steps_count():
+def test_medians_are_over_the_last_steps_only():
     clock = PhaseClock()
     for phase in ("warm-up", "work", "work"):
         clock.begin_step()
@@ -60,7 +60,7 @@ def test_only_the_last_steps_count():
     assert set(clock.medians(2)) == {"work"}
 
 
-def test_a_phase_that_fails_is_left():
+def test_the_clock_goes_on_after_a_phase_that_fails():
     clock = PhaseClock()
     clock.begin_step()
     with pytest.raises(ValueError), clock("a"):

@@ -1,4 +1,4 @@
-"""A shape that is quick to make and to run."""
+"""A shape that is quick to create and to run."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def tiny_task_model() -> TaskModel:
 
 @dataclass(frozen=True)
 class Divergence:
-    """KL per token along fixed tokens, in two groups. `shared` items have a common beginning."""
+    """KL per token along fixed tokens, in two groups. `shared` items have a common prefix."""
 
     name: ClassVar[str] = "divergence"
     summary: ClassVar[str] = "divergence along random tokens"
@@ -64,8 +64,8 @@ class Divergence:
 
 
 @dataclass(frozen=True)
-class GenerationState:
-    """A score per item that depends on nothing but the item and whether the method is the full cache."""
+class AnswerScores:
+    """A score per item, determined by the item and by whether the method is the full cache."""
 
     name: ClassVar[str] = "answers"
     summary: ClassVar[str] = "right or wrong"
@@ -93,7 +93,7 @@ class GenerationState:
 
 @dataclass(frozen=True)
 class MissingMethod:
-    """Needs a library that nobody has."""
+    """A method whose library is not installed."""
 
     name: ClassVar[str] = "missing"
     summary: ClassVar[str] = "cannot run"
@@ -108,7 +108,7 @@ class MissingMethod:
 
 @dataclass
 class Failing:
-    """A method that stops the run in the middle: with an error, or as Ctrl-C would, after `healthy` sessions."""
+    """A method that stops the run after `healthy` sessions, with an error or as Ctrl-C does."""
 
     error: BaseException
     healthy: int

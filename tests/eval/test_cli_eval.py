@@ -1,4 +1,4 @@
-"""`specache eval`: a command per task, results in the folder, exit codes, and what is said where."""
+"""`specache eval`: a command per task, results in the folder, exit codes and messages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from specache.cli import console
 from specache.errors import EvaluationError
-from specache.eval import catalogue as registry
+from specache.eval import catalogue
 from tests.cli.running import one_line, run
 from tests.eval import fake_tasks
 from tests.eval.fake_tasks import calls
@@ -22,9 +22,9 @@ SMALL = ("--items-per-group", "1", "--names", "text", "--length", "220")
 
 @pytest.fixture(autouse=True)
 def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tasks that are quick, and no others: their files are not what is tested here."""
-    monkeypatch.setattr(registry, "TASKS", {"divergence": f"{MODULE}:Divergence", "answers": f"{MODULE}:Answers"})
-    monkeypatch.setitem(registry.METHODS, "missing", f"{MODULE}:MissingMethod")
+    """Register only quick tasks: the real tasks' files are not tested here."""
+    monkeypatch.setattr(catalogue, "TASKS", {"divergence": f"{MODULE}:Divergence", "answers": f"{MODULE}:AnswerScores"})
+    monkeypatch.setitem(catalogue.METHODS, "missing", f"{MODULE}:MissingMethod")
     calls.clear()
 
 
@@ -42,7 +42,7 @@ def test_list_shows_tasks_and_methods():
     assert "divergence along random tokens" in text and "ablate" in text and "the ordinary 16-bit cache" in text
     document = json.loads(run("eval", "list", "--json").stdout)
     assert [task["name"] for task in document["tasks"]] == ["divergence", "answers", "ablate"]
-    assert {method["name"] for method in document["methods"]} == set(registry.METHODS)
+    assert {method["name"] for method in document["methods"]} == set(catalogue.METHODS)
     assert "top_k" in next(method for method in document["methods"] if method["name"] == "specache")["settings"]
 
 
@@ -93,8 +93,8 @@ def test_results_over_quantised_weights_do_not_mix_with_others(tiny, tmp_path):
     assert json.loads(file.read_text())["run"]["weights"] == "int8"
 
 
-def test_the_same_command_goes_on_after_an_interrupt(tiny, monkeypatch, tmp_path):
-    measure, stop = fake_tasks.GenerationState.measure, [3]
+def test_the_same_command_resumes_after_an_interrupt(tiny, monkeypatch, tmp_path):
+    measure, stop = fake_tasks.AnswerScores.measure, [3]
 
     def interrupted(self: Any, *arguments: Any) -> Any:
         stop[0] -= 1
@@ -102,7 +102,7 @@ def test_the_same_command_goes_on_after_an_interrupt(tiny, monkeypatch, tmp_path
             raise KeyboardInterrupt
         return measure(self, *arguments)
 
-    monkeypatch.setattr(fake_tasks.GenerationState, "measure", interrupted)
+    monkeypatch.setattr(fake_tasks.AnswerScores, "measure", interrupted)
     arguments = (*tiny, "--methods", "full,kivi")
     text = one_line(evaluate("answers", *arguments, code=console.EXIT_INTERRUPTED).stderr)
     assert "3 finished cells are kept" in text and "same command" in text
@@ -120,14 +120,14 @@ def test_another_runs_folder_is_refused(tiny):
     assert "another run" in one_line(evaluate("divergence", *tiny, code=console.EXIT_ERROR).stderr)
 
 
-def test_a_warning_of_a_task_is_one_line_said_once(tiny, monkeypatch):
-    items = fake_tasks.GenerationState.items
+def test_a_warning_of_a_task_is_printed_once_on_one_line(tiny, monkeypatch):
+    items = fake_tasks.AnswerScores.items
 
     def warning(self: Any, model: Any) -> Any:
         warnings.warn("two files are missing", stacklevel=1)
         return items(self, model)
 
-    monkeypatch.setattr(fake_tasks.GenerationState, "items", warning)
+    monkeypatch.setattr(fake_tasks.AnswerScores, "items", warning)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         text = evaluate("answers", *tiny, "--methods", "kivi").stderr
@@ -135,7 +135,7 @@ def test_a_warning_of_a_task_is_one_line_said_once(tiny, monkeypatch):
     assert "UserWarning" not in text and ".py" not in text
 
 
-def test_a_report_that_cannot_be_written_costs_neither_table_nor_json(tiny, monkeypatch, tmp_path):
+def test_table_and_json_are_printed_if_the_report_cannot_be_written(tiny, monkeypatch, tmp_path):
     def full_disk(*arguments: Any) -> Path:
         raise EvaluationError("no space left")
 
@@ -145,12 +145,12 @@ def test_a_report_that_cannot_be_written_costs_neither_table_nor_json(tiny, monk
     assert json.loads((tmp_path / "rows.json").read_text())["rows"]
 
 
-def test_a_long_run_says_at_most_twenty_times_how_far_it_is(tiny):
+def test_a_long_run_prints_its_progress_at_most_twenty_times(tiny):
     text = evaluate("answers", *tiny, "--methods", "kivi", "--count", "39").stderr
     assert 10 <= text.count("of 39 cells") <= 20
 
 
-def test_a_skipped_method_is_said(tiny):
+def test_a_skipped_method_is_reported(tiny):
     text = one_line(evaluate("answers", *tiny, "--methods", "missing,kivi").stderr)
     assert "missing is skipped: the library 'nowhere' is not installed" in text
 
@@ -192,7 +192,7 @@ def test_ablate_sweeps_a_field_and_plots_it(tiny, tmp_path):
     evaluate("report", tmp_path / "out")
 
 
-def test_a_score_task_can_be_swept_too(tiny, tmp_path):
+def test_ablate_sweeps_a_score_task(tiny, tmp_path):
     evaluate("ablate", *tiny, "--task", "answers", "--count", "2", "--field", "policy", "--values", "none,verified")
     run_file = json.loads((tmp_path / "out" / "run.json").read_text())
     assert run_file["unit"] == "score" and list(run_file["methods"]) == ["full", "specache policy=none", "specache"]

@@ -1,4 +1,4 @@
-"""The distribution tasks on a tiny model: what they compare, and that they see a bad cache."""
+"""The distribution tasks on a tiny model: what they compare, and that they detect a bad cache."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def measured(task: Any, model: TaskModel, item: Item, method: Any) -> Measuremen
             prompt.close()
 
 
-def test_items_are_the_same_for_a_seed_and_others_for_another(model):
+def test_items_depend_on_the_seed(model):
     task = Fidelity(lengths=LENGTHS, new=NEW)
     items = list(task.items(model))
     assert [item.id for item in items] == ["text/0", "answer/0", "text/1", "answer/1"]
@@ -66,7 +66,7 @@ def test_the_full_cache_has_no_divergence_from_itself(model, kind):
     assert set(result.tokens["top1"]) == {1.0}
 
 
-def test_fetching_everything_has_no_divergence_and_one_bit_alone_has(model):
+def test_fetching_every_pair_has_no_divergence_and_one_bit_alone_has(model):
     task = Fidelity(lengths=(300,), new=NEW, along=("text",))
     (item,) = task.items(model)
     everything = measured(task, model, item, SpeCacheMethod.with_settings({"top_k": 10**6}))
@@ -75,7 +75,7 @@ def test_fetching_everything_has_no_divergence_and_one_bit_alone_has(model):
     assert sum(alone.values) > 1000 * sum(everything.values)
 
 
-def test_the_text_is_followed_as_it_stands(model):
+def test_the_given_text_is_followed_token_by_token(model):
     task = Fidelity(lengths=(300,), new=NEW, along=("text",))
     (item,) = task.items(model)
     following = model.tokenizer(item.facts["following"], add_special_tokens=False)["input_ids"]
@@ -83,8 +83,8 @@ def test_the_text_is_followed_as_it_stands(model):
     with torch.no_grad(), attached(model.model):
         reference = task.prepare(model, item, prompt).reference
     prompt.close()
-    assert reference.fed == following[:NEW]
-    assert reference.following == following[1 : NEW + 1]
+    assert reference.inputs == following[:NEW]
+    assert reference.targets == following[1 : NEW + 1]
     whole = torch.tensor([item.prompt + following[:NEW]])
     with torch.no_grad():
         expected = model.model(whole).logits[0, -NEW:].log_softmax(-1)
@@ -110,7 +110,7 @@ def test_a_text_without_a_length_fills_the_models_positions(model, monkeypatch):
     assert Perplexity().settings()["length"] is None
 
 
-def test_wrong_options_and_short_texts(model, tmp_path):
+def test_wrong_options_and_short_texts_are_refused(model, tmp_path):
     with pytest.raises(ConfigError, match="along takes text and answer"):
         Fidelity(along=("nothing",))
     with pytest.raises(ConfigError, match="new must be at least 1"):

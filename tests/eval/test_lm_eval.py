@@ -1,4 +1,4 @@
-"""lm-evaluation-harness runs through us: with the ordinary cache its numbers are those of its own `hf` model."""
+"""lm-evaluation-harness over our model: with the ordinary cache it gives the numbers of `hf`."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ metric_list: [{metric: exact_match}]
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of task files over three documents, one of them empty of context."""
+    """Return a folder of task files over three documents, one of them without context."""
     folder = tmp_path_factory.mktemp("tasks")
     rows = [{"question": text, "answer": "moon"} for text in (LONG, LONG[:90], "What?")]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -57,7 +57,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def evaluate(tiny_folder: Path, tasks: Path) -> Callable[..., dict[str, Any]]:
-    """Runs lm_eval -> the answers per task."""
+    """Return a function that runs lm_eval and returns the answers per task."""
     from lm_eval.tasks import TaskManager
 
     import specache.eval.lm_eval  # noqa: F401 - registers the model
@@ -88,7 +88,7 @@ def expected(evaluate: Callable[..., dict[str, Any]]) -> dict[str, Any]:
 
 
 def numbers(answers: Any) -> list[float]:
-    """Every log-likelihood and greedy flag, in order."""
+    """Return every log-likelihood and greedy flag, in order."""
     if isinstance(answers, list | tuple):
         return [number for each in answers for number in numbers(each)]
     return [float(answers)]
@@ -102,7 +102,7 @@ def test_exact_attention_gives_the_numbers_of_lm_evals_own_model(evaluate, expec
         assert numbers(answers[task]) == pytest.approx(numbers(expected[task]), abs=1e-4, rel=1e-6), task
 
 
-def test_the_low_bit_copy_alone_does_not(evaluate, expected):
+def test_the_low_bit_copy_alone_gives_other_numbers(evaluate, expected):
     answers = evaluate("specache", ",group_size=16,residual=16,policy=none,bits=1")
     assert numbers(answers["tiny_text"])[0] != pytest.approx(numbers(expected["tiny_text"])[0], abs=0.1)
 
@@ -144,7 +144,7 @@ def test_the_command_finds_the_model_and_the_cpu(tiny_folder, tasks):
     assert "tiny_choice" in done.stdout
 
 
-def test_the_command_says_in_a_line_what_is_wrong(tiny_folder, tasks):
+def test_the_command_reports_an_error_in_one_line(tiny_folder, tasks):
     done = run_command(tiny_folder, tasks, "bitz=2")
     assert done.returncode == 1 and "error: model_args: specache has no setting bitz" in done.stderr
     assert "Traceback" not in done.stderr

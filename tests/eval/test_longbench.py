@@ -1,4 +1,4 @@
-"""LongBench: metrics by hand, prompts and truncation as the benchmark's, and its files as others export them."""
+"""LongBench: metrics, prompts and truncation equal the benchmark's; exported files can be read."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def record(**changes: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """One example of each task, `trec` with its classes."""
+    """Return a folder with one example of each task, `trec` with its classes."""
     for name in SUBSETS:
         classes = {"all_classes": ["Person", "Place"], "answers": ["Person"]} if name == "trec" else {}
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(record(dataset=name, **classes)) + "\n", encoding="utf-8")
@@ -93,7 +93,7 @@ def test_rouge_l_is_over_distinct_words_of_all_sentences(prediction: str, refere
     assert rouge_l(prediction, reference) == pytest.approx(value, abs=1e-7)
 
 
-def test_of_several_longest_subsequences_the_reference_packages_choice_is_taken() -> None:
+def test_the_longest_common_subsequence_is_the_one_rouge_chooses() -> None:
     assert common_subsequence("abcbdab", "bdcaba") == list("bdab")
     assert common_subsequence(["a", "b"], ["b", "a"]) == ["b"]
 
@@ -146,7 +146,7 @@ def test_the_best_reference_and_only_the_first_line_count() -> None:
     assert score(SUBSETS["hotpotqa"], "\nAda\nGrace", ["Ada"], []) < 1.0
 
 
-def test_the_tasks_are_the_benchmarks() -> None:
+def test_tasks_prompts_and_answer_lengths_are_the_benchmarks() -> None:
     assert len(SUBSETS) == 16
     assert {name for name, subset in SUBSETS.items() if not subset.chat} == {"trec", "triviaqa", "samsum", "lcc", "repobench-p"}
     assert {name for name, subset in SUBSETS.items() if subset.first_line} == {"trec", "triviaqa", "samsum"}
@@ -203,7 +203,7 @@ def test_a_long_prompt_loses_its_middle(tiny: TaskModel, tmp_path: Path) -> None
         ({"answers": "Ada", "all_classes": "null"}, ["Ada"], []),
     ],
 )
-def test_files_as_others_export_them(
+def test_exported_files_can_be_read(
     tiny: TaskModel, tmp_path: Path, changes: dict[str, Any], answers: list[str], classes: list[str]
 ) -> None:
     (tmp_path / "data").mkdir()
@@ -223,7 +223,7 @@ def test_files_as_others_export_them(
         (json.dumps(record(context=None)), "'context' is NoneType, expected str"),
     ],
 )
-def test_a_broken_line_is_named(tiny: TaskModel, tmp_path: Path, line: str, complaint: str) -> None:
+def test_a_malformed_line_is_named(tiny: TaskModel, tmp_path: Path, line: str, complaint: str) -> None:
     (tmp_path / "qasper.jsonl").write_text(json.dumps(record()) + "\n" + line + "\n", encoding="utf-8")
     with pytest.raises(TaskDataError, match=rf"qasper\.jsonl, line 2: .*{complaint}"):
         list(LongBench(data=tmp_path, subsets=("qasper",)).items(tiny))
@@ -261,7 +261,7 @@ def test_the_hubs_archive_is_read_in_place(tiny: TaskModel, monkeypatch: pytest.
 
 
 def answer(tiny: TaskModel, folder: Path, subset: str, text: str) -> dict[str, Any]:
-    """What is measured when the model's greedy answer is `text`."""
+    """Return what is measured when the model's greedy answer is `text`."""
     task = LongBench(data=folder, subsets=(subset,))
     (item,) = task.items(tiny)
     tokens = [*TOKENIZER(text)["input_ids"], TOKENIZER.eos_token_id]
@@ -273,7 +273,7 @@ def answer(tiny: TaskModel, folder: Path, subset: str, text: str) -> dict[str, A
     return {"value": measured.values[0], **measured.details}
 
 
-def test_a_cell_keeps_what_was_said_and_expected(tiny: TaskModel, folder: Path) -> None:
+def test_a_cell_keeps_prediction_and_references(tiny: TaskModel, folder: Path) -> None:
     assert answer(tiny, folder, "hotpotqa", "the Ada.") == {"value": 1.0, "prediction": "the Ada.", "references": ["Ada"]}
 
 
@@ -324,7 +324,7 @@ def test_samsum_ends_at_a_line_break_but_not_before_a_token(tiny: TaskModel, fol
     assert answer(tiny, folder, "samsum", "\nAda")["prediction"] != "", "a line break is not taken as the first token"
 
 
-def test_it_runs_over_the_full_cache(tiny: TaskModel, folder: Path) -> None:
+def test_longbench_runs_over_the_full_cache(tiny: TaskModel, folder: Path) -> None:
     task = LongBench(data=folder, subsets=("triviaqa",))
     (item,) = task.items(tiny)
     prompt = Prefilled(tiny.model, item.prompt)
@@ -361,7 +361,7 @@ def test_a_prompt_must_fit_the_model() -> None:
         LongBench().longest_prompt(512)
 
 
-def test_it_is_in_the_registry_with_a_help_for_every_option() -> None:
+def test_longbench_is_registered_with_a_help_for_every_option() -> None:
     assert task_class("longbench") is LongBench
     assert all(option.metadata["help"] for option in fields(LongBench))
     assert json.loads(json.dumps(LongBench(data=Path("d")).settings()))["data"] == "d"

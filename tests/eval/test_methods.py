@@ -1,4 +1,4 @@
-"""Every method of the suite through one matrix, then what each one is known for."""
+"""Every method of the suite in one test matrix, then the particular behaviour of each."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ QUARTER = {
 
 @contextmanager
 def started(model: Any, ids: Tensor, method: Any) -> Iterator[tuple[Any, Prefilled]]:
-    """A session of the method after ids [1, S], and the prompt it began with."""
+    """Yield a session of the method after ids [1, S], and the prompt that it started from."""
     start = Prefilled(model, ids[0].tolist(), all_queries=method.needs_all_queries)
     with torch.no_grad(), attached(model):
         session = method.start(start)
@@ -62,12 +62,12 @@ def started(model: Any, ids: Tensor, method: Any) -> Iterator[tuple[Any, Prefill
 
 
 def fed(session: Any, tokens: list[int]) -> Tensor:
-    """Logits [n, V] after each token."""
+    """Return logits [n, V] after each token."""
     return torch.stack([session.feed(token) for token in tokens])
 
 
 def stock_logits(model: Any, ids: Tensor, tokens: list[int]) -> Tensor:
-    """The same from the model with its own cache, token by token."""
+    """Return the same logits from the model with its own cache, token by token."""
     with torch.no_grad():
         cache = transformers.DynamicCache(config=model.config)
         model(ids, past_key_values=cache)
@@ -80,12 +80,12 @@ def layer_of(session: DenseSession, index: int = 0) -> Any:
 
 @pytest.fixture(autouse=True)
 def _chunked_prefill(monkeypatch):
-    """A prompt takes several chunks, as long ones do."""
+    """Prefill every prompt in several chunks, as long ones are."""
     original = prefilled.SpeCacheConfig
     monkeypatch.setattr(prefilled, "SpeCacheConfig", lambda **settings: original(prefill_chunk=CHUNK, **settings))
 
 
-def test_the_matrix_has_every_method_of_ours():
+def test_the_matrix_has_every_registered_method():
     needs_more = {"full", "specache", "kivi", "quantized", "offloaded"}
     assert set(QUARTER) == set(METHODS) - needs_more
     for name, method in QUARTER.items():
@@ -93,7 +93,7 @@ def test_the_matrix_has_every_method_of_ours():
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_method_says_what_it_is(name):
+def test_every_method_has_name_summary_and_settings(name):
     cls = method_class(name)
     assert cls.name == name
     assert cls.summary and "\n" not in cls.summary
@@ -103,7 +103,7 @@ def test_a_method_says_what_it_is(name):
 
 @pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize("name", EVERYTHING)
-def test_with_room_for_everything_a_method_equals_the_stock_cache(name, family):
+def test_a_method_with_a_full_budget_equals_the_stock_cache(name, family):
     model, ids, tokens = build(*FAMILIES[family]), prompt(LENGTH), prompt(NEW, seed=1)[0].tolist()
     with started(model, ids, EVERYTHING[name]) as (session, _):
         logits = fed(session, tokens)
@@ -112,7 +112,7 @@ def test_with_room_for_everything_a_method_equals_the_stock_cache(name, family):
 
 @pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize("name", QUARTER)
-def test_at_a_quarter_a_method_stays_in_its_budget_and_is_not_the_full_cache(name, family):
+def test_a_method_at_a_quarter_of_the_memory_stays_in_its_budget(name, family):
     model, ids, tokens = build(*FAMILIES[family]), prompt(LENGTH), prompt(NEW, seed=1)[0].tolist()
     method = QUARTER[name]
     with started(model, ids, method) as (session, _):
@@ -130,7 +130,7 @@ def test_at_a_quarter_a_method_stays_in_its_budget_and_is_not_the_full_cache(nam
 
 @pytest.mark.parametrize("name", QUARTER)
 @pytest.mark.parametrize("length", [1, 3, 9, 33])
-def test_short_prompts_work(name, length):
+def test_prompts_of_a_few_tokens_give_finite_logits(name, length):
     model, ids, tokens = llama(), prompt(length), prompt(NEW, seed=1)[0].tolist()
     with started(model, ids, QUARTER[name]) as (session, _):
         assert fed(session, tokens).isfinite().all()
@@ -149,7 +149,7 @@ def test_sessions_of_one_prompt_do_not_disturb_each_other_or_the_prompt(name):
 
 
 @pytest.mark.parametrize("name", QUARTER)
-def test_a_prompt_that_continues_another_gives_the_same(name):
+def test_a_prompt_prefilled_from_a_shared_prefix_gives_the_same_logits(name):
     model, ids, tokens = build(*FAMILIES["gpt-oss"]), prompt(LENGTH), prompt(NEW, seed=1)[0].tolist()
     method = QUARTER[name]
     with started(model, ids, method) as (session, _):
@@ -162,7 +162,9 @@ def test_a_prompt_that_continues_another_gives_the_same(name):
 
 @pytest.mark.parametrize("family", ["llama", "gpt-oss"])
 def test_streaming_llm_sees_the_first_and_the_newest_tokens_alone(family):
-    """One layer: what is not kept has no way to the logits, so the stock model over the kept tokens, at their positions, agrees."""
+    """With one layer, only kept tokens can reach the logits. The stock model over the kept tokens,
+    at their positions, must therefore agree.
+    """
     changes = {"num_hidden_layers": 1, "layer_types": ["full_attention"]} if family == "gpt-oss" else {"num_hidden_layers": 1}
     kind, settings = FAMILIES[family]
     model = build(kind, {**settings, **changes})
@@ -192,7 +194,7 @@ def test_streaming_llm_forgets_the_middle():
 
 
 def heavy_rows(start: Prefilled, heavy: list[int], seed: int = 0) -> None:
-    """Give every KV head keys at `heavy` that all queries agree with, and all queries one direction to agree in."""
+    """Give every KV head keys at `heavy` that get the most attention from all queries."""
     generator = torch.Generator().manual_seed(seed)
     for index in start.full_layers:
         keys, _ = start.rows(index)
@@ -216,7 +218,7 @@ def test_planted_heavy_keys_are_kept(method):
             assert len(set(positions)) == len(positions)
 
 
-def test_snapkv_keeps_the_neighbours_of_what_it_keeps():
+def test_snapkv_keeps_the_neighbours_of_a_heavy_token():
     start = Prefilled(llama(), prompt(LENGTH)[0].tolist())
     heavy_rows(start, [20, 77, 101])
     for positions in SnapKVMethod(budget=0.3, kernel_size=5).layer(start, 0).positions.tolist():
@@ -225,7 +227,7 @@ def test_snapkv_keeps_the_neighbours_of_what_it_keeps():
 
 @pytest.mark.parametrize("pooling", ["max", "avg"])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt-oss"])
-def test_snapkv_chooses_by_the_windows_attention(family, pooling):
+def test_snapkv_selects_by_the_windows_attention(family, pooling):
     model = build(*FAMILIES[family])
     model.set_attn_implementation("eager")
     ids = prompt(LENGTH)
@@ -263,7 +265,7 @@ def test_h2o_evicts_the_lightest_token_that_is_not_recent():
         layer = layer_of(session)
         recent = layer._recent
         for step, token in enumerate(tokens):
-            before, mass = layer.positions.clone(), layer._mass.clone()
+            before, mass = layer.positions.clone(), layer._attention_sums.clone()
             session.feed(token)
             position = LENGTH + step
             for head in range(2):
@@ -304,7 +306,7 @@ def test_infllm_retrieves_the_blocks_whose_representatives_answer_the_query():
 
 @pytest.mark.parametrize("budget", [0.1, 0.25, 0.5])
 @pytest.mark.parametrize("length", [2000, 8000])
-def test_infllm_spends_its_budget_at_the_lengths_that_count(length, budget):
+def test_infllm_uses_its_budget_at_long_contexts(length, budget):
     plan = InfLLMMethod(budget=budget).plan(length, dim=64)
     local = (plan.local + plan.block) * (1 + 4 / 256)  # a float32 score beside each row of 256 bytes
     spent = plan.sinks + local + plan.slots * plan.block + length / plan.block / 2
@@ -343,7 +345,7 @@ def test_settings_out_of_range_are_refused_by_name(cls, settings):
 
 
 @pytest.mark.parametrize("method", [*QUARTER.values(), QuantizedMethod()], ids=lambda method: method.name)
-def test_settings_make_the_same_method_again(method):
+def test_a_method_is_restored_from_its_settings(method):
     assert type(method)(**method.settings()) == method
     if isinstance(method, DenseMethod):
         assert method.settings()["budget"] == 0.25
@@ -379,7 +381,7 @@ BACKENDS = [
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_quantized_equals_stock_generation(backend):
-    """Tokens and logits of `generate`, over several re-quantisations."""
+    """Compare tokens and logits with `generate`, over several re-quantisations."""
     model, ids = llama(), prompt(LENGTH)
     axis = 1 if backend == "hqq" else 0
     settings = {"backend": backend, "nbits": 2, "q_group_size": 32, "residual_length": 8, "axis_key": axis, "axis_value": axis}
@@ -439,7 +441,7 @@ def test_quantized_names_the_library_that_is_missing(backend, monkeypatch):
         QuantizedMethod(backend=backend).start(start)
 
 
-def test_the_users_attention_setting_is_there_again_afterwards():
+def test_the_users_attention_setting_is_restored():
     model = llama()
     model.set_attn_implementation("eager")
     with started(model, prompt(LENGTH), SnapKVMethod()) as (session, _):

@@ -1,4 +1,4 @@
-"""`--methods`: what it accepts, what methods are then called, and what it refuses."""
+"""`--methods`: what it accepts, the labels of methods, and what it refuses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from specache.config import Policy
 from specache.errors import ConfigError
-from specache.eval import catalogue as registry
+from specache.eval import catalogue
 from specache.eval.methods_option import parse_method, parse_methods
 from specache.eval.setting_fields import from_json, parse
 
@@ -41,7 +41,7 @@ class Painted:
 
 @pytest.fixture(autouse=True)
 def painted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(registry.METHODS, "painted", f"{__name__}:Painted")
+    monkeypatch.setitem(catalogue.METHODS, "painted", f"{__name__}:Painted")
     monkeypatch.setattr("specache.platform.registry.import_module", lambda name: _module(name), raising=True)
 
 
@@ -94,7 +94,7 @@ def test_values_have_the_types_of_the_fields():
         ("specache:policy=verified,specache", "the same method twice"),
     ],
 )
-def test_what_is_refused_says_what_exists(text: str, expected: str):
+def test_invalid_methods_are_refused(text: str, expected: str):
     with pytest.raises(ConfigError) as error:
         parse_methods(text)
     assert expected in str(error.value)
@@ -115,7 +115,7 @@ class Options:
     text: Path | None = None
 
 
-def test_settings_come_back_from_json():
+def test_settings_are_restored_from_json():
     document = {"lengths": [4, 8], "files": ["a"], "text": "b", "gone": 1}
     assert from_json(Options, document) == Options((4, 8), (Path("a"),), Path("b"))
     assert from_json(Options, {"text": None}) == Options()

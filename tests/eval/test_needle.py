@@ -1,4 +1,4 @@
-"""Needle-in-a-Haystack: the needle is where it should be, whole, and the heat map shows what was measured."""
+"""Needle-in-a-Haystack: the needle is complete and at its depth, and heat maps show the scores."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_each_cell_has_its_items_and_ids_are_unique(tiny: TaskModel, together: b
 
 @pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("length", [3000, 9000])
-def test_the_needle_is_whole_and_at_its_depth(tiny: TaskModel, length: int, together: bool) -> None:
+def test_the_needle_is_complete_and_at_its_depth(tiny: TaskModel, length: int, together: bool) -> None:
     task = Needle(lengths=(length,), depths=(0.0, 0.3, 0.5, 1.0), together=together)
     for item in task.items(tiny):
         assert length - 450 < len(item.prompt) <= length, "as long as whole pieces of the haystack allow"
@@ -79,7 +79,7 @@ def test_the_needle_is_whole_and_at_its_depth(tiny: TaskModel, length: int, toge
         assert depth == pytest.approx(item.facts["depth"], abs=400 / length), "to a piece"
 
 
-def test_a_paragraph_of_its_own_whatever_is_around(tiny: TaskModel, tmp_path: Path) -> None:
+def test_the_needle_is_a_paragraph_of_its_own(tiny: TaskModel, tmp_path: Path) -> None:
     story = tmp_path / "story.txt"
     story.write_text("word" * 3000, encoding="utf-8")
     (item,) = Needle(lengths=(2000,), depths=(0.5,), haystack=(story,)).items(tiny)
@@ -98,11 +98,11 @@ def test_questions_about_one_document_share_its_tokens(tiny: TaskModel, together
     assert len({tuple(item.facts["references"]) for item in items}) == 6
 
 
-def test_a_single_needle_shares_nothing(tiny: TaskModel) -> None:
+def test_a_single_needle_shares_no_prefix(tiny: TaskModel) -> None:
     assert [item.shared for item in Needle(lengths=(1500,), depths=(0.2, 0.8)).items(tiny)] == [0, 0]
 
 
-def test_a_needle_of_ones_own(tiny: TaskModel) -> None:
+def test_a_users_own_needle_is_planted(tiny: TaskModel) -> None:
     task = Needle(lengths=(1500,), depths=(0.5,), needle="Ada wrote the first program.", question="Who wrote it?", answer="ada")
     (item,) = task.items(tiny)
     text = TOKENIZER.decode(item.prompt)
@@ -111,7 +111,7 @@ def test_a_needle_of_ones_own(tiny: TaskModel) -> None:
 
 
 @pytest.mark.parametrize(("answer", "value"), [("It is {}.", 1.0), ("{}", 1.0), ("It is 123.", 0.0), ("", 0.0)])
-def test_right_is_an_answer_that_contains_the_code(tiny: TaskModel, answer: str, value: float) -> None:
+def test_an_answer_that_contains_the_code_is_right(tiny: TaskModel, answer: str, value: float) -> None:
     task = Needle(lengths=(1500,), depths=(0.5,))
     (item,) = task.items(tiny)
     session = Recites(answer.format(*item.facts["references"]))
@@ -124,12 +124,12 @@ def test_right_is_an_answer_that_contains_the_code(tiny: TaskModel, answer: str,
     assert measured.details["references"] == item.facts["references"]
 
 
-def test_case_does_not_matter() -> None:
+def test_answers_are_compared_ignoring_case() -> None:
     assert contains_any("it was ADA.", ["Grace", "Ada"])
     assert not contains_any("it was", ["Ada"])
 
 
-def test_it_runs_over_the_full_cache(tiny: TaskModel) -> None:
+def test_needle_runs_over_the_full_cache(tiny: TaskModel) -> None:
     task = Needle(lengths=(1000,), depths=(0.5,), max_new_tokens=3)
     (item,) = task.items(tiny)
     prompt = Prefilled(tiny.model, item.prompt)
@@ -170,7 +170,7 @@ def test_contradicting_options_are_refused(options: dict[str, Any]) -> None:
         (lambda path: Needle(haystack=(path.with_name("missing"),)), TaskDataError),
     ],
 )
-def test_what_cannot_be_built_is_explained(tiny: TaskModel, tmp_path: Path, task: Callable[[Path], Needle], kind: type) -> None:
+def test_an_impossible_document_is_explained(tiny: TaskModel, tmp_path: Path, task: Callable[[Path], Needle], kind: type) -> None:
     short = tmp_path / "short.txt"
     short.write_text("One sentence. Another one.", encoding="utf-8")
     with pytest.raises(kind):
@@ -213,14 +213,14 @@ def test_every_option_has_a_help_and_settings_are_plain() -> None:
 
 
 class Answered:
-    """Stands for a prefilled prompt of which only the logits are read."""
+    """A prefilled prompt of which only the logits are read."""
 
     def __init__(self, logits: torch.Tensor) -> None:
         self.logits = logits
 
 
 class Ends:
-    """Stands for a model that ends with the tokenizer's end token."""
+    """A model that ends with the tokenizer's end token."""
 
     class generation_config:
         eos_token_id = TOKENIZER.eos_token_id

@@ -1,4 +1,4 @@
-"""The report: whole without a network, honest about memory, and rebuilt from the cells alone."""
+"""The report: self-contained, clear about memory, and rebuilt from the cells alone."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 
 from specache.errors import ConfigError, EvaluationError
-from specache.eval import catalogue as registry
-from specache.eval import plots, report
+from specache.eval import catalogue, plots, report
 from specache.eval.columns import with_margin
 from specache.eval.results import Run, open_results
 from specache.eval.table_rows import aggregate, is_score
-from tests.eval.fake_tasks import Divergence, GenerationState
+from tests.eval.fake_tasks import AnswerScores, Divergence
 
 PNG = b"\x89PNG\r\n\x1a\n"
 METHODS = {
@@ -61,12 +60,12 @@ def run_of(unit: str, task: Any) -> Run:
 @pytest.fixture(params=["KL, nats", "NLL, nats", "score"])
 def written(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     unit = request.param
-    run, cells = run_of(unit, GenerationState() if unit == "score" else Divergence()), cells_of(unit)
+    run, cells = run_of(unit, AnswerScores() if unit == "score" else Divergence()), cells_of(unit)
     report.write_report(tmp_path, None, run, aggregate(run, cells), cells)
     return tmp_path
 
 
-def test_a_report_is_one_file_that_needs_nothing_else(written: Path):
+def test_the_html_report_is_self_contained(written: Path):
     html = (written / report.REPORT_FILE).read_text()
     assert not re.search(r"https?:|<script|<link|@import", html)
     embedded = [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', html)]
@@ -75,13 +74,13 @@ def test_a_report_is_one_file_that_needs_nothing_else(written: Path):
     assert sorted(embedded) == sorted(file.read_bytes() for file in files)
 
 
-def test_text_from_outside_is_escaped(written: Path):
+def test_external_text_is_escaped(written: Path):
     html = (written / report.REPORT_FILE).read_text()
     assert "&lt;b&gt;bold&lt;/b&gt; model" in html and "<b>bold" not in html
     assert "specache &lt;bits&gt;=1" in html and "hqq &lt;is&gt; missing" in html
 
 
-def test_more_and_less_memory_are_said(written: Path):
+def test_more_and_less_memory_are_marked(written: Path):
     html = (written / report.REPORT_FILE).read_text()
     names = ("full", "h2o", "specache", "specache &lt;bits&gt;=1")
     row = {name: html.split(f"<td>{name}</td>")[1].split("</tr>")[0] for name in names}
@@ -95,26 +94,26 @@ def test_rows_are_written_as_json_lines(written: Path):
     assert [(row["task"], row["method"]) for row in rows] == [(group, method) for group in ("one", "two") for method in METHODS]
 
 
-def test_no_half_written_file_stays(written: Path):
+def test_no_temporary_file_is_left(written: Path):
     assert {file.suffix for file in written.iterdir()} == {".html", ".jsonl", ".png"}
 
 
 def test_a_task_draws_its_own_plots(tmp_path: Path):
-    class Drawing(GenerationState):
+    class Drawing(AnswerScores):
         def figures(self, rows, cells):
             assert len(rows) == 8 and len(cells) == 24
             figure = plots.new_figure(3, 2)
             figure.subplots().plot([1, 2])
             return {"heat map/of ours": figure}
 
-    run, cells = run_of("score", GenerationState()), cells_of("score")
+    run, cells = run_of("score", AnswerScores()), cells_of("score")
     report.write_report(tmp_path, Drawing(), run, aggregate(run, cells), cells)
     assert [file.name for file in tmp_path.glob("*.png")] == ["heat-map-of-ours.png"]
     assert "heat-map-of-ours.png" in (tmp_path / report.REPORT_FILE).read_text()
 
 
 def test_a_report_is_rebuilt_from_the_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(registry.TASKS, "divergence", "tests.eval.fake_tasks:Divergence")
+    monkeypatch.setitem(catalogue.TASKS, "divergence", "tests.eval.fake_tasks:Divergence")
     with pytest.raises(EvaluationError, match="holds no results"):
         report.rebuild_report(tmp_path)
     task = Divergence(names=("one", "two"))
@@ -130,7 +129,7 @@ def test_a_report_is_rebuilt_from_the_cells(tmp_path: Path, monkeypatch: pytest.
     assert path.is_file() and len(rows) == 8 and (tmp_path / "cells.jsonl").read_bytes() == before
 
 
-def test_no_two_of_many_methods_look_the_same():
+def test_no_two_methods_have_the_same_style():
     looks = [plots.style(number) for number in range(100)]
     assert len({(look.colour, look.marker) for look in looks}) == len(looks)
     lines = [(look.colour, look.line) for look in looks[:40]]
@@ -140,7 +139,7 @@ def test_no_two_of_many_methods_look_the_same():
 def test_missing_libraries_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"matplotlib and jinja2.*pip install 'specache\[eval\]'"):
-        report.write_report(tmp_path, None, run_of("score", GenerationState()), [], [])
+        report.write_report(tmp_path, None, run_of("score", AnswerScores()), [], [])
 
 
 @pytest.mark.parametrize(
@@ -154,5 +153,5 @@ def test_missing_libraries_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         (None, None, "-"),
     ],
 )
-def test_figures_are_as_exact_as_their_margin(value, interval, text):
+def test_values_are_rounded_to_their_margin(value, interval, text):
     assert with_margin(value, interval) == text

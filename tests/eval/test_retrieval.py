@@ -1,4 +1,4 @@
-"""Key-value retrieval and LongEval lines: the benchmarks' formats, from our generators and from their files."""
+"""Key-value retrieval and LongEval lines: the benchmarks' formats, generated and from files."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_questions_about_one_document_share_its_tokens(tiny: TaskModel, answer_p
         assert len({item.facts["key"] for item in document}) == 3
 
 
-def test_the_answer_can_be_begun_for_the_model(tiny: TaskModel) -> None:
+def test_answer_prefix_starts_the_answer(tiny: TaskModel) -> None:
     for item in Retrieval(**SMALL, answer_prefix=True).items(tiny):
         text = TOKENIZER.decode(item.prompt)
         beginning = text.rpartition("<assistant>")[2]
@@ -148,7 +148,7 @@ def test_it_runs_over_the_full_cache_and_starts_from_the_shared_document(tiny: T
         ("lines", "{}>. Line 7", False, 0.0),
     ],
 )
-def test_nothing_after_a_begun_value_counts(tiny: TaskModel, kind: str, answer: str, prefix: bool, value: float) -> None:
+def test_text_after_a_prefixed_value_does_not_count(tiny: TaskModel, kind: str, answer: str, prefix: bool, value: float) -> None:
     task = Retrieval(**SMALL, kinds=(kind,), answer_prefix=prefix)
     item = next(iter(task.items(tiny)))
     tokens = TOKENIZER(answer.format(*item.facts["references"]))["input_ids"] + [TOKENIZER.eos_token_id]
@@ -203,7 +203,7 @@ def test_longeval_files_keep_names_with_spaces(tiny: TaskModel, tmp_path: Path) 
         (kv_line(key=7), "'key' is int, expected str"),
     ],
 )
-def test_a_broken_key_value_line_is_named(tiny: TaskModel, tmp_path: Path, record: Any, complaint: str) -> None:
+def test_a_malformed_key_value_line_is_named(tiny: TaskModel, tmp_path: Path, record: Any, complaint: str) -> None:
     path = write(tmp_path / "kv.jsonl", [kv_line(), record])
     with pytest.raises(TaskDataError, match=rf"kv\.jsonl, line 2: .*{complaint}"):
         list(Retrieval(kinds=("kv",), kv_files=(path,)).items(tiny))
@@ -218,7 +218,7 @@ def test_a_broken_key_value_line_is_named(tiny: TaskModel, tmp_path: Path, recor
         (lines_line(prompt=""), "at least two records"),
     ],
 )
-def test_a_broken_longeval_line_is_named(tiny: TaskModel, tmp_path: Path, record: Any, complaint: str) -> None:
+def test_a_malformed_longeval_line_is_named(tiny: TaskModel, tmp_path: Path, record: Any, complaint: str) -> None:
     path = write(tmp_path / "lines.jsonl", [lines_line(), record])
     with pytest.raises(TaskDataError, match=rf"lines\.jsonl, line 2: .*{complaint}"):
         list(Retrieval(kinds=("lines",), lines_files=(path,)).items(tiny))

@@ -1,4 +1,4 @@
-"""RULER's 13 tasks: what they ask is in the text, fills the length, and is scored as RULER scores it."""
+"""RULER's 13 tasks: the answers are in the text, prompts fill the length, scores are RULER's."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ PAIR = r"[a-z]+-[a-z]+"
 
 
 class PieceTokenizer:
-    """A token is a word, or a run of up to three characters of it; spaces and line breaks belong to what follows them."""
+    """A tokenizer of words, split into runs of up to three characters.
+
+    Spaces and line breaks belong to what follows them.
+    """
 
     chat_template = "yes"
 
@@ -86,7 +89,10 @@ def one_task(name: str, **options: Any) -> Made:
 
 @pytest.fixture
 def corpora(tmp_path: Path) -> dict[str, Any]:
-    """A SQuAD of 20 articles with 4 paragraphs, and a HotpotQA of 15 questions with 10 documents."""
+    """Return a SQuAD of 20 articles with 4 paragraphs, and a HotpotQA of 15 questions.
+
+    Each question of HotpotQA has 10 documents.
+    """
     rng = Random(0)
 
     def prose(start: str) -> str:
@@ -112,7 +118,7 @@ def corpora(tmp_path: Path) -> dict[str, Any]:
     return {"qa1": tmp_path / "squad.json", "qa2": tmp_path / "hotpotqa.json"}
 
 
-def test_it_is_registered_with_options_that_explain_themselves() -> None:
+def test_ruler_is_registered_with_a_help_for_every_option() -> None:
     assert task_class("ruler") is Ruler
     assert all(field.metadata.get("help") for field in fields(Ruler))
     assert json.loads(json.dumps(Ruler(haystack=(Path("a.txt"),)).settings()))["haystack"] == ["a.txt"]
@@ -136,7 +142,7 @@ def test_prompts_fill_the_length_and_leave_room_for_the_answer(chat: bool, corpo
         assert 0.9 * 2048 <= len(item.prompt) + most <= 2048, item.id
 
 
-def test_lengths_have_groups_of_their_own() -> None:
+def test_each_length_has_its_own_group() -> None:
     made = make(Ruler(tasks=("vt", "fwe"), lengths=(1024, 4096), samples=2, chat=False))
     assert [item.group for item in made.items[::2]] == ["vt/1024", "fwe/1024", "vt/4096", "fwe/4096"]
     assert len({item.id for item in made.items}) == len(made.items) == 8
@@ -178,7 +184,7 @@ def test_every_needle_is_in_the_context_where_the_facts_say(name: str) -> None:
         ("niah_multiquery", "essay", PAIR, NUMBER, 4, 4),
     ],
 )
-def test_needle_tasks_have_rulers_shape(name: str, haystack: str, key: str, value: str, needles: int | None, asked: int) -> None:
+def test_needle_tasks_are_rulers(name: str, haystack: str, key: str, value: str, needles: int | None, asked: int) -> None:
     made = one_task(name, samples=2)
     for item, text in zip(made.items, made.texts, strict=True):
         kind = "uuid" if value is UUID else "number"
@@ -206,7 +212,7 @@ def test_needle_tasks_have_rulers_shape(name: str, haystack: str, key: str, valu
             assert len(lines) == 1 and len(lines[0]) > 3000
 
 
-def test_a_haystack_of_files(tmp_path: Path) -> None:
+def test_files_can_be_the_haystack(tmp_path: Path) -> None:
     files = (tmp_path / "a.txt", tmp_path / "b.txt")
     files[0].write_text("First   sentence here.\nAnother one! ")
     files[1].write_text("Is this the last? Yes")
@@ -308,11 +314,11 @@ def test_several_questions_share_one_context(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["niah_single_1", "niah_multivalue", "vt", "cwe", "fwe"])
-def test_other_tasks_ask_one_question_about_each_context(name: str) -> None:
+def test_other_tasks_ask_one_question_per_context(name: str) -> None:
     assert [item.shared for item in one_task(name, questions=3, samples=2).items] == [0, 0]
 
 
-def test_a_sample_less_than_the_questions_ends_the_task() -> None:
+def test_the_task_ends_at_its_number_of_samples() -> None:
     assert len(one_task("niah_multikey_3", questions=3, samples=4).items) == 4
 
 
@@ -332,8 +338,8 @@ def test_scores_of_known_answers() -> None:
 
 
 @pytest.mark.parametrize("name", ["niah_multivalue", "vt", "cwe", "fwe", "qa_1"])
-def test_measured_answers(name: str, corpora: dict[str, Any]) -> None:
-    """A right answer scores 1, a wrong one 0, half of it a half (and what counts as one answer 1)."""
+def test_right_wrong_and_half_right_answers_are_scored(name: str, corpora: dict[str, Any]) -> None:
+    """Half of an answer scores a half, or 1 where one reference suffices."""
     tokenizer = PieceTokenizer()
     task = Ruler(tasks=(name,), lengths=(2048,), samples=1, chat=False, **corpora)
     model = TaskModel(llama(eos_token_id=0), tokenizer, "tiny")
@@ -341,7 +347,7 @@ def test_measured_answers(name: str, corpora: dict[str, Any]) -> None:
     references = item.facts["references"]
 
     def score(answer: str) -> float:
-        said = _Said(tokenizer(answer, add_special_tokens=False)["input_ids"])
+        said = _FixedAnswer(tokenizer(answer, add_special_tokens=False)["input_ids"])
         measured = task.measure(model, task.prepare(model, item, said), said)  # type: ignore[arg-type]
         assert measured.details["references"] == references
         assert answer.startswith(measured.details["prediction"])  # once everything is found, nothing more is decoded
@@ -353,7 +359,7 @@ def test_measured_answers(name: str, corpora: dict[str, Any]) -> None:
     assert score(" ".join(half)) == (1 if name == "qa_1" else len(half) / len(references))
 
 
-class _Said:
+class _FixedAnswer:
     """A prompt and a session that answer with given tokens."""
 
     def __init__(self, ids: list[int]) -> None:
@@ -370,7 +376,7 @@ class _Said:
         return self.logits
 
 
-def test_a_real_session_is_measured() -> None:
+def test_ruler_runs_over_the_full_cache() -> None:
     tokenizer = byte_tokenizer()
     model = llama(vocab_size=len(tokenizer), max_position_embeddings=1024)
     task = Ruler(tasks=("niah_single_1",), lengths=(1024,), samples=1)
@@ -421,7 +427,7 @@ BROKEN_HOTPOTQA = {
     ("option", "content", "message"),
     [("qa1", *pair) for pair in BROKEN_SQUAD.items()] + [("qa2", *pair) for pair in BROKEN_HOTPOTQA.items()],
 )
-def test_broken_corpora_are_named_with_the_place(option: str, content: str, message: str, tmp_path: Path) -> None:
+def test_malformed_corpora_are_named_with_the_place(option: str, content: str, message: str, tmp_path: Path) -> None:
     file = tmp_path / "corpus.json"
     file.write_text(content, encoding="utf-8")
     with pytest.raises(TaskDataError, match=message) as raised:
@@ -449,7 +455,7 @@ def test_missing_files_are_named(options: dict[str, Any], tmp_path: Path) -> Non
         ({"questions": 11}, "--questions must be at most 10"),
     ],
 )
-def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
+def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         Ruler(**options)
 
@@ -462,7 +468,7 @@ def test_a_length_that_is_too_short_says_how_long_it_must_be(name: str) -> None:
     assert one_task(name, lengths=(least + 60,), samples=1).items
 
 
-def test_a_length_beyond_the_models_positions() -> None:
+def test_a_length_beyond_the_models_positions_is_refused() -> None:
     with pytest.raises(ConfigError, match="positions"):
         one_task("vt", lengths=(32_769,))
 

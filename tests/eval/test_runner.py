@@ -1,4 +1,4 @@
-"""A run: every cell once, whatever stops it; nothing that was measured is lost or mixed with another run."""
+"""A run measures every cell once, can be resumed, and does not mix with another run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from specache.eval.results import CELLS_FILE, RUN_FILE, Run, open_results
 from specache.eval.runner import Outcome, Progress, evaluate
 from specache.eval.table_rows import aggregate
 from specache.eval.tasks.base import TaskModel
-from tests.eval.fake_tasks import Divergence, GenerationState, MissingMethod, calls, failing, tiny_task_model
+from tests.eval.fake_tasks import AnswerScores, Divergence, MissingMethod, calls, failing, tiny_task_model
 
 ROW_KEYS = {
     *("task", "method", "config", "unit", "n", "tokens", "mean", "ci95", "p95", "p95_ci95", "p99", "p99_ci95", "top1", "top1_ci95"),
@@ -48,7 +48,7 @@ def lines(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / CELLS_FILE).read_text().splitlines()]
 
 
-def test_every_item_meets_every_method_once(model, tmp_path):
+def test_every_item_is_measured_once_under_every_method(model, tmp_path):
     outcome = run(model, tmp_path)
     items = [f"{group}/{number}" for group in ("text", "answer") for number in (0, 1)]
     expected = [(item, method) for item in items for method in ("full", "specache", "kivi")]
@@ -73,8 +73,8 @@ def test_rows_have_stable_keys_and_the_full_cache_diverges_from_nothing(model, t
     json.dumps(rows, allow_nan=False)
 
 
-def test_rows_of_scores_say_what_stayed_right(model, tmp_path):
-    rows = run(model, tmp_path, "full,specache", GenerationState(count=8)).rows
+def test_rows_of_scores_count_the_items_that_stay_right(model, tmp_path):
+    rows = run(model, tmp_path, "full,specache", AnswerScores(count=8)).rows
     full, ours = rows
     assert set(ours) == ROW_KEYS
     assert (full["mean"], ours["mean"], ours["delta"]) == (0.75, 0.5, -0.25)
@@ -90,7 +90,7 @@ def test_finished_cells_are_not_run_again(model, tmp_path):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of order"), OSError("gone")])
-def test_a_run_goes_on_where_it_stopped(model, tmp_path, error):
+def test_an_interrupted_run_is_resumed(model, tmp_path, error):
     whole = run(model, tmp_path / "whole", "specache")
     calls.clear()
     expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else EvaluationError
@@ -108,7 +108,7 @@ def test_an_error_names_item_and_method(model, tmp_path):
         evaluate(model, Divergence(), [failing(RuntimeError("out of order"), healthy=1)], tmp_path)
 
 
-def test_methods_may_be_added_and_nothing_else(model, tmp_path):
+def test_a_resumed_run_may_add_methods_and_change_nothing_else(model, tmp_path):
     run(model, tmp_path, "full")
     calls.clear()
     rows = run(model, tmp_path, "kivi").rows
@@ -121,11 +121,11 @@ def test_methods_may_be_added_and_nothing_else(model, tmp_path):
     with pytest.raises(EvaluationError, match="seed is 0 there and 1 here"):
         run(model, tmp_path, "full", seed=1)
     with pytest.raises(EvaluationError, match=r'another run: task is "divergence" there and "answers" here\. Nothing'):
-        run(model, tmp_path, "full", GenerationState())
+        run(model, tmp_path, "full", AnswerScores())
     assert (tmp_path / CELLS_FILE).read_bytes() == before
 
 
-def test_a_folder_without_a_finished_cell_is_free(model, tmp_path):
+def test_a_folder_without_finished_cells_accepts_another_run(model, tmp_path):
     with pytest.raises(EvaluationError, match="no items"):
         run(model, tmp_path, "kivi", Divergence(items_per_group=0))
     run(model, tmp_path, "kivi", Divergence(items_per_group=1))
@@ -140,7 +140,7 @@ def test_a_label_whose_defaults_changed_is_another_run(model, tmp_path):
         run(model, tmp_path, "kivi")
 
 
-def test_a_line_that_a_kill_left_unfinished_is_run_again(model, tmp_path):
+def test_a_line_left_incomplete_by_a_kill_is_measured_again(model, tmp_path):
     run(model, tmp_path, "kivi")
     data = (tmp_path / CELLS_FILE).read_bytes()
     (tmp_path / CELLS_FILE).write_bytes(data[:-20])
@@ -187,7 +187,7 @@ def test_a_full_disk_loses_only_the_cell_it_hit(model, tmp_path, monkeypatch):
 
 
 def test_a_folder_in_use_is_refused(tmp_path):
-    """The lock belongs to the open file, so this is what a second process meets."""
+    """The lock belongs to the open file, so a second process is refused in the same way."""
     described = Run({"task": "t", "seed": 0}, "score")
     with open_results(tmp_path, described):  # noqa: SIM117
         with pytest.raises(EvaluationError, match="another process is writing results"), open_results(tmp_path, described):
@@ -236,7 +236,7 @@ def test_items_share_the_prefill_of_what_they_have_in_common(model, tmp_path, mo
     assert len(shared) == len(alone)
 
 
-def test_sharing_changes_nothing(model, tmp_path):
+def test_a_shared_prefill_changes_no_result(model, tmp_path):
     class Unshared(Divergence):
         def items(self, model):
             for item in super().items(model):
@@ -260,8 +260,8 @@ def test_bad_tasks_are_found_before_anything_is_measured(model, tmp_path):
     assert not calls
 
 
-def test_a_figure_that_is_no_number_is_an_error(model, tmp_path):
-    class Broken(GenerationState):
+def test_a_value_that_is_not_finite_is_an_error(model, tmp_path):
+    class Broken(AnswerScores):
         def measure(self, model, prepared, session):
             return runner.Measurement([float("nan")])
 
@@ -269,7 +269,7 @@ def test_a_figure_that_is_no_number_is_an_error(model, tmp_path):
         run(model, tmp_path, task=Broken())
 
 
-def test_an_out_that_cannot_be_used(model, tmp_path):
+def test_a_results_folder_that_cannot_be_used_is_refused(model, tmp_path):
     file = tmp_path / "file"
     file.write_text("mine")
     with pytest.raises(EvaluationError, match="cannot write results to"):

@@ -1,4 +1,4 @@
-"""Intervals: what they must contain, how wide they must be, and that they repeat."""
+"""Confidence intervals: what they contain, how wide they are, and that they are reproducible."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def test_percentiles_are_numpys(share, length):
 
 
 def test_intervals_of_equal_and_of_unequal_items_are_the_same_bootstrap():
-    """One token more in one item must not change much: two ways through the code, one method."""
+    """Compare the two code paths for equal and unequal lengths: one more token changes little."""
     series = [(RNG.exponential(size=64) + item).tolist() for item in range(8)]
     equal = bootstrap(series, {"mean": mean})["mean"]
     unequal = bootstrap([[*series[0], series[0][0]], *series[1:]], {"mean": mean})["mean"]
     assert equal.high - equal.low == pytest.approx(unequal.high - unequal.low, rel=0.15)
 
 
-def test_tokens_that_agree_within_an_item_count_for_less():
+def test_equal_tokens_of_an_item_count_as_one_observation():
     """Five documents of a hundred equal tokens are five observations, not five hundred."""
     correlated = [[value] * 100 for value in RNG.normal(size=5)]
     independent = RNG.permutation(np.concatenate(correlated)).reshape(5, 100).tolist()
@@ -53,15 +53,15 @@ def test_tokens_that_agree_within_an_item_count_for_less():
     assert wide.high - wide.low > 4 * (narrow.high - narrow.low)
 
 
-def test_neighbours_are_drawn_together():
-    """In one document whose tokens come in runs, an interval that ignores the runs would be too narrow."""
+def test_successive_tokens_are_resampled_in_blocks():
+    """If tokens come in runs, an interval that ignored the runs would be too narrow."""
     runs = np.repeat(RNG.normal(size=40), 16).tolist()
     blocks = bootstrap([runs], {"mean": mean})["mean"]
     single = bootstrap([runs], {"mean": mean}, block=1)["mean"]
     assert blocks.high - blocks.low > 2.5 * (single.high - single.low)
 
 
-def test_a_short_text_is_not_certain():
+def test_the_interval_of_a_short_text_has_width():
     """Sixteen tokens are one block of sixteen; its tokens still vary."""
     estimate = bootstrap([RNG.normal(size=16).tolist()], {"mean": mean})["mean"]
     assert estimate.high - estimate.low > 0.2
@@ -93,7 +93,7 @@ def test_scores_of_zero_and_one_are_shares_and_others_are_resampled():
 
 
 @pytest.mark.parametrize("estimate", [score([1.0] * 3), score([0.4] * 3), difference([0.0] * 3), agreement([[1.0] * 2] * 2)])
-def test_three_equal_items_prove_little(estimate: Estimate):
+def test_three_equal_items_have_a_wide_interval(estimate: Estimate):
     assert estimate.high - estimate.low > 0.3
 
 

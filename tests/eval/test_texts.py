@@ -1,4 +1,4 @@
-"""Reading what tasks read: clear errors for bad files, prompts as token ids."""
+"""Reading the files of tasks: clear errors for bad files, prompts as token ids."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_records_come_with_their_line_numbers(tmp_path: Path, name: str) -> None
         (b'{"a": "\xff"}', "not UTF-8"),
     ],
 )
-def test_a_broken_line_is_named(line: bytes, complaint: str) -> None:
+def test_a_malformed_line_is_named(line: bytes, complaint: str) -> None:
     with pytest.raises(TaskDataError, match=rf"data\.jsonl, line 2: {complaint}"):
         list(parse_jsonl([b'{"a": 1}\n', line + b"\n"], "data.jsonl"))
 
@@ -65,7 +65,7 @@ def test_an_unreadable_file_of_records_is_named(tmp_path: Path, name: str, conte
         list(read_jsonl(tmp_path / name))
 
 
-def test_a_cut_gzip_file_is_an_error(tmp_path: Path) -> None:
+def test_a_truncated_gzip_file_is_an_error(tmp_path: Path) -> None:
     whole = gzip.compress(b'{"a": 1}\n' * 1000)
     (tmp_path / "r.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(TaskDataError, match=r"r\.jsonl\.gz"):

@@ -1,1 +1,1 @@
-"""The methods that are compared: one file each, made by name from `registry`."""
+"""The methods that are compared, one file each, made by name from `catalogue`."""

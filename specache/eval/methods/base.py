@@ -1,7 +1,8 @@
-"""What the suite asks of a method: start from a prefilled prompt, then decode one token at a time.
+"""The interface of a method: start from a prefilled prompt, then decode one token at a time.
 
-A method is a small frozen dataclass: its fields are its settings, and `--methods` sets them by name. It holds no state: `start`
-returns a `Session`, which holds that of one sequence. Prefill is exact for every method, so all of them share one.
+A method is a small frozen dataclass. Its fields are its settings, which `--methods` sets by name.
+It holds no state: `start` returns a `Session`, which holds the state of one sequence. Prefill is
+exact for every method, so all of them share one.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ from specache.eval.prefilled import Prefilled
 
 @dataclass(frozen=True)
 class SessionStats:
-    """What a session held and did.
+    """Memory and hit rates of a session.
 
     Attributes:
-        fast_ratio: bytes in fast memory that the method needs for the full-attention layers (copy, kept pairs, residual), over the
-            bytes of the same layers' ordinary cache in a 16-bit dtype. Unquantised rows count 2 bytes an element in any dtype.
+        fast_ratio: bytes in fast memory that the method needs for the full-attention layers
+            (low-bit copy, kept pairs, residual), over the bytes of the same layers' ordinary 16-bit
+            cache. Unquantised rows count 2 bytes per element in any dtype.
         hot_ratio: the same for recently fetched rows or blocks, if the method has such a store.
-        hit_rate: rows needed that were already there, of all rows needed; `None` where nothing is fetched ahead.
-        guess_rate: speculative tokens that came true; `None` where nothing is guessed.
+        hit_rate: share of the needed rows that were already in fast memory, or `None` where nothing
+            is fetched ahead.
+        guess_rate: share of the draft tokens that were right, or `None` without draft tokens.
     """
 
     fast_ratio: float
@@ -33,31 +36,34 @@ class SessionStats:
 
 
 class Session(Protocol):
-    """One sequence being decoded by one method. `feed` is called with one token at a time, as in generation."""
+    """One sequence that one method decodes. `feed` takes one token at a time, as in generation."""
 
     def feed(self, token: int) -> Tensor:
         """Take one more token -> float32 logits [V] of the token after it."""
 
     def stats(self) -> SessionStats:
-        """What was held at most and what happened so far."""
+        """Return the most memory held, and the hit rates so far."""
 
     def close(self) -> None:
-        """Free everything. Safe to call twice."""
+        """Free everything. It is safe to call this twice."""
 
 
 class Method(Protocol):
     """A way to keep the key-value cache while decoding."""
 
-    name: ClassVar[str]  # in the registry and on the command line
+    name: ClassVar[str]  # in the catalogue and on the command line
     summary: ClassVar[str]  # one line for `specache eval list`
-    needs_all_queries: ClassVar[bool]  # wants the queries of the whole prompt (see `Prefilled`)
+    needs_all_queries: ClassVar[bool]  # whether it needs the queries of the whole prompt (see `Prefilled`)
 
     def settings(self) -> dict[str, Any]:
-        """JSON-ready settings that tell this method from others of the same name."""
+        """Return the settings that tell this method from others of the same name, JSON-ready."""
 
     def start(self, prompt: Prefilled) -> Session:
-        """Begin decoding after the prompt. Called under `torch.no_grad()` with the model attached to specache.
+        """Begin decoding after the prompt.
+
+        Called under `torch.no_grad()`, with the model attached to specache.
 
         Raises:
-            MethodUnavailableError: a library or a machine that the method needs is missing; the message says which.
+            MethodUnavailableError: the method needs a library or a machine that is missing. The
+                message says which.
         """

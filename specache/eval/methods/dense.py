@@ -1,8 +1,8 @@
-"""Shared by the methods that keep exact rows and drop or page out others: their session, their budget, their memory.
+"""The base of methods that keep exact rows and evict or offload the rest: session, budget, memory.
 
-Such a method decodes one row per step. Sliding layers run over copies of the prompt's windows; every full-attention layer has a
-`LayerState` that holds what the method keeps of it. Rows are counted at 16 bits whatever dtype the model runs in: the budget buys
-the same number of rows in float32.
+Such a method decodes one row per step. Sliding layers run over copies of the prompt's windows.
+Every full-attention layer has a `LayerState` with the rows that the method keeps. Rows are counted
+at 16 bits whatever dtype the model runs in, so a budget keeps the same number of rows in float32.
 """
 
 from __future__ import annotations
@@ -23,36 +23,48 @@ from specache.errors import ConfigError, EvaluationError
 from specache.eval.methods.base import SessionStats
 from specache.eval.prefilled import Prefilled
 
-ROW_BYTES = 2  # of one element of a key or value in a 16-bit dtype
+ROW_BYTES = 2  # per element of a key or value in a 16-bit dtype
 
 
 class LayerState(ABC):
     """One full-attention layer of one sequence.
 
     Attributes:
-        wanted, ready: rows that were needed from a store of recently fetched ones, and those of them that were there.
+        needed: rows needed from the store of recently fetched rows.
+        hits: needed rows that were already there.
     """
 
-    wanted: int = 0
-    ready: int = 0
+    needed: int = 0
+    hits: int = 0
 
     @abstractmethod
     def decode(self, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
-        """Take one token's keys and values [Hkv, 1, D] -> attention of its query [Hq, 1, D] over what is kept, float32."""
+        """Take one token and attend over the kept rows.
+
+        Args:
+            query: [Hq, 1, D].
+            keys, values: [Hkv, 1, D].
+
+        Returns:
+            float32 [Hq, 1, D].
+        """
 
     @property
     @abstractmethod
     def nbytes(self) -> int:
-        """Bytes kept in fast memory, rows at 16 bits."""
+        """Return the bytes kept in fast memory, rows at 16 bits."""
 
     @property
     def hot_nbytes(self) -> int:
-        """Bytes of the store of recently fetched rows."""
+        """Return the bytes of the store of recently fetched rows."""
         return 0
 
 
 class KeptRows:
-    """Exact keys and values [Hkv, m, D], as many for every KV head, in any order: RoPE has put the position into the keys."""
+    """Exact keys and values [Hkv, m, D], the same number for every KV head.
+
+    Their order is free: RoPE has put the position into the keys.
+    """
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.keys = keys.contiguous()
@@ -60,32 +72,32 @@ class KeptRows:
 
     @classmethod
     def of(cls, keys: Tensor, values: Tensor, positions: Tensor) -> KeptRows:
-        """The rows of keys and values [Hkv, S, D] at positions [Hkv, m]."""
+        """Return the rows of keys and values [Hkv, S, D] at positions [Hkv, m]."""
         return cls(take_rows(keys, positions), take_rows(values, positions))
 
     @property
     def count(self) -> int:
-        """`m`, rows per KV head."""
+        """Return `m`, the rows per KV head."""
         return self.keys.shape[1]
 
     @property
     def nbytes(self) -> int:
-        """Bytes at 16 bits."""
+        """Return the bytes at 16 bits."""
         return ROW_BYTES * (self.keys.numel() + self.values.numel())
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """Add n rows [Hkv, n, D]."""
+        """Append n rows [Hkv, n, D]."""
         self.keys = torch.cat([self.keys, keys], dim=1)
         self.values = torch.cat([self.values, values], dim=1)
 
     def overwrite(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Put one row [Hkv, 1, D] into each head's slot [Hkv]."""
+        """Write one row [Hkv, 1, D] into each head's slot [Hkv]."""
         heads = torch.arange(len(slots), device=slots.device)
         self.keys[heads, slots] = keys[:, 0]
         self.values[heads, slots] = values[:, 0]
 
     def attend(self, query: Tensor, params: AttentionParams) -> Tensor:
-        """Attention of query [Hq, 1, D] over the rows -> [Hq, 1, D]."""
+        """Attend with query [Hq, 1, D] over the rows -> [Hq, 1, D]."""
         return merge([attend_part(query, self.keys, self.values, params)], params.sinks)[0]
 
 
@@ -93,7 +105,7 @@ class DenseSession:
     """Decodes after a prompt with one `LayerState` per full-attention layer.
 
     Args:
-        layer: makes the state of a layer from its number.
+        layer: makes the state of a layer from its index.
     """
 
     def __init__(self, prompt: Prefilled, layer: Callable[[int], LayerState]) -> None:
@@ -120,11 +132,11 @@ class DenseSession:
         return logits[0, -1]
 
     def stats(self) -> SessionStats:
-        """The most bytes held so far over the bytes of the ordinary cache as it would be now."""
+        """Return the most bytes held so far over the ordinary cache's present bytes."""
         ordinary = self._token_bytes * self._length
-        wanted = sum(layer.wanted for layer in self._state.layers.values())
-        ready = sum(layer.ready for layer in self._state.layers.values())
-        return SessionStats(self._held / ordinary, self._held_hot / ordinary, ready / wanted if wanted else None)
+        needed = sum(layer.needed for layer in self._state.layers.values())
+        hits = sum(layer.hits for layer in self._state.layers.values())
+        return SessionStats(self._held / ordinary, self._held_hot / ordinary, hits / needed if needed else None)
 
     def close(self) -> None:
         self._measure()
@@ -137,14 +149,14 @@ class DenseSession:
 
 
 class _DensePass:
-    """Serves every attention layer of a step (see `passes.ForwardPass`)."""
+    """Computes every attention layer of a step (see `forward_pass.ForwardPass`)."""
 
     def __init__(self, layers: dict[int, LayerState], prompt: Prefilled) -> None:
         self.layers = layers
         self.windows = prompt.windows()
 
     def attention(self, index: int, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
-        """query [1, Hq, 1, D], keys and values [1, Hkv, 1, D] -> [1, 1, Hq, D]."""
+        """Attend with query [1, Hq, 1, D], keys and values [1, Hkv, 1, D] -> [1, 1, Hq, D]."""
         if index in self.windows:
             out = self.windows[index].decode(query[0], keys[0], values[0], params, StepKind.SINGLE)
         else:
@@ -177,29 +189,30 @@ class DenseMethod(ABC):
 
     @abstractmethod
     def layer(self, prompt: Prefilled, index: int) -> LayerState:
-        """What this method keeps of a full-attention layer of the prompt."""
+        """Return the state of a full-attention layer after the prompt."""
 
     def capacity(self, prompt: Prefilled, least: int) -> int:
-        """Rows per KV head that the budget pays for, `least` at any rate: what the method cannot work without."""
+        """Return the rows per KV head that the budget allows, at least `least`."""
         return max(least, int(self.budget * prompt.length))
 
 
 def rows_on_device(prompt: Prefilled, index: int) -> tuple[Tensor, Tensor]:
-    """Keys and values [Hkv, S, D] of a layer where the model runs."""
+    """Return keys and values [Hkv, S, D] of a layer on the model's device."""
     keys, values = prompt.rows(index)
     return keys.to(prompt.cache.info.device), values.to(prompt.cache.info.device)
 
 
 def take_rows(rows: Tensor, positions: Tensor) -> Tensor:
-    """rows [Hkv, S, D] at positions [Hkv, m] -> [Hkv, m, D]."""
+    """Return rows [Hkv, S, D] at positions [Hkv, m] -> [Hkv, m, D]."""
     return rows.gather(1, positions.unsqueeze(-1).expand(-1, -1, rows.shape[2]))
 
 
 def attention_weights(query: Tensor, keys: Tensor, params: AttentionParams) -> Tensor:
-    """Probabilities [Hkv, G, n, T] of the newest n of T tokens, causal; sinks take their share.
+    """Return causal probabilities [Hkv, G, n, T] of the newest n of T tokens, sinks included.
 
     Args:
-        query: [Hq, n, D] of the last n of the keys [Hkv, T, D].
+        query: [Hq, n, D], of the last n tokens.
+        keys: [Hkv, T, D].
     """
     score = scores(query, keys, params)  # [Hkv, G, n, T]
     n, length = score.shape[2:]

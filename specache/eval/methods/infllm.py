@@ -1,4 +1,4 @@
-"""Block retrieval as in InfLLM (Xiao et al., 2024): sinks, a local window, and the blocks of the past that a step asks for."""
+"""Block retrieval as in InfLLM (Xiao et al., 2024): sinks, a local window and retrieved blocks."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from specache.errors import ConfigError
 from specache.eval.methods.dense import ROW_BYTES, DenseMethod, KeptRows, LayerState, rows_on_device, take_rows
 from specache.eval.prefilled import Prefilled
 
-SCORE_BYTES = 4  # of a local token: the sum of its representative score
+SCORE_BYTES = 4  # per local token: its representative score (float32)
 Rows = tuple[Tensor, Tensor]  # keys and values [Hkv, n, D]
 
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """How many rows per KV head go where.
+    """The budget of an InfLLM layer, in rows per KV head.
 
     Attributes:
-        sinks: first tokens, always there.
-        local: newest tokens, always there; up to a block more until the oldest of them leave together.
+        sinks: first tokens, always kept.
+        local: newest tokens, always kept. Up to one block more is kept until its tokens leave
+            together.
         block: tokens of a block.
-        slots: blocks there is room for.
-        representatives: tokens that speak for a block.
+        slots: blocks that the buffer holds.
+        representatives: tokens that represent a block.
     """
 
     sinks: int
@@ -37,13 +38,13 @@ class BlockPlan:
 
 
 class InfLLMLayer(LayerState):
-    """Local rows in fast memory, blocks in slow memory with one summary key each, and a buffer of retrieved blocks.
+    """Local rows in fast memory, blocks in slow memory, and a buffer of retrieved blocks.
 
-    The relevance of a block is the sum over its representatives of `q . key` (InfLLM equation 2), which is `q` times the sum of
-    their keys: that sum is all that fast memory holds of a block.
+    The relevance of a block is the sum over its representatives of `q . key` (InfLLM equation 2).
+    That is `q` times the sum of their keys, so fast memory holds only this sum per block.
 
     Args:
-        keys, values: [Hkv, S, D] of the prompt, where the model runs.
+        keys, values: [Hkv, S, D] of the prompt, on the model's device.
         slow: the same in slow memory.
         query: [Hq, S, D] of the prompt.
     """
@@ -86,31 +87,35 @@ class InfLLMLayer(LayerState):
         if self._blocks:
             parts.append(attend_part(query, *self._retrieve(grouped), params))
         if self._local.count >= self._plan.local + self._plan.block:
-            self._retire_block()
+            self._offload_block()
         return merge(parts, params.sinks)[0]
 
     def _retrieve(self, grouped: Tensor) -> Rows:
-        """The most relevant blocks of each KV head, its query heads' queries averaged [Hkv, D] -> rows [Hkv, k block, D]."""
+        """Return the rows [Hkv, k block, D] of each KV head's most relevant blocks.
+
+        Args:
+            grouped: [Hkv, D], the mean of a KV head's queries.
+        """
         count = min(self._plan.slots, len(self._blocks))
         relevance = torch.einsum("hd,hbd->hb", grouped, self._summaries.float())
         chosen = relevance.topk(count, dim=1).indices.tolist()
-        for head, wanted in enumerate(chosen):
-            there = self._buffer_ids[head].tolist()
-            missing = [block for block in wanted if block not in there]
-            free = [slot for slot, block in enumerate(there) if block not in wanted]
-            for block, slot in zip(missing, free, strict=False):
+        for head, selected in enumerate(chosen):
+            buffered = self._buffer_ids[head].tolist()
+            misses = [block for block in selected if block not in buffered]
+            free = [slot for slot, block in enumerate(buffered) if block not in selected]
+            for block, slot in zip(misses, free, strict=False):
                 for side in (0, 1):
                     self._buffer[side, head, slot] = self._blocks[block][side][head]
                 self._buffer_ids[head, slot] = block
-            self.wanted += count
-            self.ready += count - len(missing)
-        slots = [[self._buffer_ids[head].tolist().index(block) for block in wanted] for head, wanted in enumerate(chosen)]
+            self.needed += count
+            self.hits += count - len(misses)
+        slots = [[self._buffer_ids[head].tolist().index(block) for block in selected] for head, selected in enumerate(chosen)]
         heads = torch.arange(len(slots))[:, None]
         keys, values = self._buffer[:, heads, torch.tensor(slots)].flatten(2, 3)  # [Hkv, k block, D] each
         return keys, values
 
-    def _retire_block(self) -> None:
-        """The oldest local tokens become a block."""
+    def _offload_block(self) -> None:
+        """Make a block of the oldest local tokens."""
         block = self._plan.block
         rows = self._local.keys[:, :block], self._local.values[:, :block]
         age = torch.arange(self._local.count - 1, self._local.count - 1 - block, -1, device=rows[0].device)
@@ -120,11 +125,12 @@ class InfLLMLayer(LayerState):
         self._scores = self._scores[:, block:].clone()
 
     def _summarise(self, keys: Tensor, scores: Tensor, counts: Tensor) -> None:
-        """Add the sum of a block's representative keys.
+        """Append the sum of a block's representative keys.
 
         Args:
             keys: [Hkv, block, D].
-            scores: [Hkv, block], summed over the queries that followed each token; counts: [block], how many these were.
+            scores: [Hkv, block], summed over the queries that followed each token.
+            counts: [block], the number of these queries.
         """
         best = (scores / counts).topk(self._plan.representatives, dim=1).indices  # [Hkv, r]
         summary = take_rows(keys, best).float().sum(1, keepdim=True).to(keys.dtype)
@@ -133,10 +139,11 @@ class InfLLMLayer(LayerState):
 
 @dataclass(frozen=True)
 class InfLLMMethod(DenseMethod):
-    """Sinks, local window and retrieved blocks, every row at 16 bits; what is not retrieved is not seen in that step.
+    """Sinks, local window and retrieved blocks, all at 16 bits. Other blocks are not attended.
 
-    Differences from the authors' system: every KV head retrieves its own blocks in every step, keys stay at their positions (theirs
-    puts all distant tokens at one distance, to go past the longest context), and the buffer holds just the last step's blocks.
+    Differences from the authors' system: every KV head retrieves its own blocks in every step, keys
+    stay at their positions (theirs puts all distant tokens at one distance, to go past the longest
+    context), and the buffer holds only the last step's blocks.
     """
 
     name: ClassVar[str] = "infllm"
@@ -159,21 +166,24 @@ class InfLLMMethod(DenseMethod):
         return InfLLMLayer(*rows_on_device(prompt, index), prompt.rows(index), prompt.queries(index), plan)
 
     def plan(self, length: int, dim: int) -> BlockPlan:
-        """What the budget pays for; one token and one block at least."""
+        """Return the plan that the budget allows: at least one local token and one block."""
         row_bytes = 2 * ROW_BYTES * dim
-        summaries = length / self.block_size / 2  # rows' worth: a key without a value per block
+        summaries = length / self.block_size / 2  # in rows: one key without a value per block
         left = max(0.0, self.budget * length - self.sinks - summaries)
         slots = max(1, int(left * (1 - self.local_share)) // self.block_size)
-        rest = left - slots * self.block_size  # what is too little for another block is local
+        rest = left - slots * self.block_size  # too little for another block
         local = int(rest * row_bytes / (row_bytes + SCORE_BYTES)) - self.block_size
         return BlockPlan(self.sinks, max(1, local), self.block_size, slots, self.representatives)
 
 
 def representative_scores(query: Tensor, keys: Tensor, span: int) -> Tensor:
-    """Per prompt token the sum of `q . key` over the queries of the next `span` tokens (InfLLM equation 1, times the span).
+    """Return per prompt token the sum of `q . key` over the queries of the next `span` tokens.
+
+    This is InfLLM equation 1, times the span.
 
     Args:
-        query: [Hq, S, D], averaged over the query heads of a KV head; keys: [Hkv, S, D].
+        query: [Hq, S, D], averaged over the query heads of a KV head.
+        keys: [Hkv, S, D].
 
     Returns:
         float32 [Hkv, S].

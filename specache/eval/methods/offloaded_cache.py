@@ -1,4 +1,4 @@
-"""transformers' own offloaded cache: all layers in main memory, the next one on its way to the GPU."""
+"""transformers' own offloaded cache: all layers in main memory, the next one copied to the GPU."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ RESIDENT = 2  # layers on the GPU at a time: the one that runs and the one that 
 
 @dataclass(frozen=True)
 class OffloadedMethod:
-    """Exact, so it differs from `full` in speed and memory only: two layers' rows are on the GPU at a time.
+    """transformers' offloaded cache: exact, with two layers' rows on the GPU at a time.
 
-    The prompt is prefilled again by the stock model, in the chunks that the shared prefill had: sliding layers of a stock cache
-    cannot be filled from rows.
+    It differs from `full` only in speed and memory. The stock model prefills the prompt again, in
+    the chunks of the shared prefill: the sliding layers of a stock cache cannot be filled from
+    rows.
     """
 
     name: ClassVar[str] = "offloaded"
@@ -48,6 +49,6 @@ class OffloadedMethod:
 
 
 def resident_bytes(cache: Any, layers: list[int]) -> int:
-    """Bytes at 16 bits of the full-attention layers that are on the GPU at a time."""
+    """Return the bytes at 16 bits of the full-attention layers that are on the GPU at a time."""
     state = cache.layers[layers[0]]
     return min(RESIDENT, len(layers)) * 2 * (state.keys.numel() + state.values.numel())

@@ -1,4 +1,4 @@
-"""transformers' own `QuantizedCache`, with hqq or quanto: what `generate(cache_implementation="quantized")` runs."""
+"""transformers' own `QuantizedCache`, as `generate(cache_implementation="quantized")` runs it."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from specache.eval.methods.stock import StockSession, tensor_bytes
 from specache.eval.prefilled import Prefilled
 from specache.model.quantized_cache import PACKAGES, new_quantized_cache, store_prompt
 
-BITS = {"hqq": (1, 2, 4, 8), "quanto": (2, 4)}  # hqq's 3 bits do not decode to the shape of a cache
+BITS = {"hqq": (1, 2, 4, 8), "quanto": (2, 4)}  # hqq's 3-bit codes decode to another shape
 
 
 @dataclass(frozen=True)
 class QuantizedMethod:
     """Low-bit codes, and up to `residual_length` new tokens in the model's dtype.
 
-    As in stock generation the whole prompt is quantised when it ends (see `quantised_tokens`), and whenever the residual is full
-    everything is: the codes of codes. Bytes are those of the tensors, codes, scales and zero points, residual, the floating-point
-    ones at 16 bits. The whole layer in the model's dtype that every step makes from them is not counted.
+    As in stock generation, the whole prompt is quantised when it ends (see `quantised_tokens`).
+    Whenever the residual is full, everything is quantised again, codes included. Memory counts
+    codes, scales, zero points and residual, floating-point tensors at 16 bits. The whole layer that
+    every step dequantises is not counted.
     """
 
     name: ClassVar[str] = "quantized"
@@ -61,5 +62,5 @@ class QuantizedMethod:
 
 
 def quantized_bytes(cache: Any) -> int:
-    """Bytes of a QuantizedCache's tensors."""
+    """Return the bytes of a QuantizedCache's tensors."""
     return sum(tensor_bytes([s._quantized_keys, s._quantized_values, s.keys, s.values]) for s in cache.layers)

@@ -1,4 +1,7 @@
-"""SnapKV (Li et al., 2024): the prompt tokens that its last few queries look at, chosen once when the prompt ends."""
+"""SnapKV (Li et al., 2024): keep the prompt tokens that its last queries attend to most.
+
+The tokens are selected once, when the prompt ends.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ POOLING = ("max", "avg")
 
 
 class SnapKVLayer(LayerState):
-    """What was chosen of the prompt, and every token since."""
+    """The selected rows of the prompt, and every later token."""
 
     def __init__(self, rows: KeptRows, positions: Tensor) -> None:
         self._rows = rows
@@ -35,12 +38,13 @@ class SnapKVLayer(LayerState):
 
 @dataclass(frozen=True)
 class SnapKVMethod(DenseMethod):
-    """The observation window and, per KV head, the earlier tokens with its votes.
+    """The observation window and, per KV head, the earlier tokens with the most votes.
 
-    A token's vote is the attention it draws from the window's queries, averaged over them and over the query heads that share its
-    KV head (the paper has one KV head per query head), then pooled over its neighbours so that whole phrases stay. Window 32 and
-    max pooling over 7 are what the paper evaluates with on LongBench; `pooling=avg` over 5 is the default of the authors' code.
-    The budget holds for the prompt: decoded tokens are all kept and come on top.
+    A token's vote is the attention it gets from the window's queries, averaged over them and over
+    the query heads that share its KV head (the paper has one KV head per query head). Votes are
+    then pooled over neighbours, so that whole phrases stay. Window 32 and max pooling over 7 are
+    the paper's settings on LongBench; `pooling=avg` over 5 is the default of the authors' code. The
+    budget applies to the prompt: all decoded tokens are kept in addition.
     """
 
     name: ClassVar[str] = "snapkv"
@@ -72,7 +76,12 @@ class SnapKVMethod(DenseMethod):
         return SnapKVLayer(KeptRows.of(keys, values, positions), positions)
 
     def _votes(self, query: Tensor, keys: Tensor, params: AttentionParams) -> Tensor:
-        """Votes [Hkv, S - window] of the window's queries [Hq, window, D] for the tokens before it."""
+        """Return the votes [Hkv, S - window] for the tokens before the window.
+
+        Args:
+            query: [Hq, window, D] of the window.
+            keys: [Hkv, S, D].
+        """
         older = keys.shape[1] - query.shape[1]
         weights = attention_weights(query, keys, params)[..., :older]  # [Hkv, G, window, S - window]
         votes = weights.mean(dim=(1, 2))

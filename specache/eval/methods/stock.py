@@ -1,4 +1,7 @@
-"""Shared by the methods that are transformers' own caches: the stock model decodes, with the attention the user had set."""
+"""The session of methods that use transformers' own caches.
+
+The stock model decodes, with the attention implementation that the user had set.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,8 @@ class StockSession:
     """Decodes with a transformers cache that holds the prompt.
 
     Args:
-        fast_bytes: bytes of a cache in fast memory, measured after every step; the most counts.
+        fast_bytes: returns the bytes of a cache in fast memory. It is called after every step, and
+            the most counts.
     """
 
     def __init__(self, prompt: Prefilled, cache: Any, fast_bytes: Callable[[Any], int]) -> None:
@@ -46,7 +50,10 @@ class StockSession:
 
 
 def tensor_bytes(value: Any) -> int:
-    """Bytes of the tensors in a nest of containers and tensor subclasses; floating-point ones at 16 bits in any dtype."""
+    """Return the bytes of all tensors in nested containers and tensor subclasses.
+
+    Floating-point tensors count at 16 bits in any dtype.
+    """
     if isinstance(value, Tensor):
         if hasattr(value, "__tensor_flatten__"):
             return sum(tensor_bytes(getattr(value, name)) for name in value.__tensor_flatten__()[0])

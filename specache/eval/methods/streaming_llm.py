@@ -1,4 +1,4 @@
-"""StreamingLLM (Xiao et al., 2023): the first few tokens, on which attention rests, and the newest ones."""
+"""StreamingLLM (Xiao et al., 2023): the first few tokens (attention sinks) and the newest ones."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from specache.eval.prefilled import Prefilled
 
 
 class StreamingLLMLayer(LayerState):
-    """Sinks, then a ring of the newest tokens.
+    """Sinks, followed by a ring of the newest tokens.
 
     Args:
         rows: the first `sinks` tokens and the newest ones, in order.
-        capacity: rows kept at most, the sinks among them.
+        capacity: rows kept at most, sinks included.
     """
 
     def __init__(self, rows: KeptRows, sinks: int, capacity: int) -> None:
@@ -45,8 +45,9 @@ class StreamingLLMLayer(LayerState):
 class StreamingLLMMethod(DenseMethod):
     """Sinks and recent tokens, a constant number of rows.
 
-    The authors number positions within the cache, which lets a model go past its longest context. Here the kept keys stay at the
-    positions of the text, as RoPE left them: within the context that a model was made for its distances remain true.
+    The authors number positions within the cache, which lets a model go past its longest context.
+    Here the kept keys keep their positions in the text, as RoPE left them, so distances within the
+    model's context stay true.
     """
 
     name: ClassVar[str] = "streaming-llm"

@@ -1,1 +1,1 @@
-"""The tasks: one file each, made by name from `registry`."""
+"""The tasks, one file each, made by name from `catalogue`."""

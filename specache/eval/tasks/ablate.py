@@ -1,4 +1,4 @@
-"""`ablate`: one field of a method's settings, swept; any task measures it (paper Figure 5: `k` from 0 to 256)."""
+"""`ablate`: sweep one setting of a method over any task (paper Figure 5: `k` from 0 to 256)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from specache.errors import ConfigError
-from specache.eval import catalogue as registry
+from specache.eval import catalogue
 from specache.eval.methods.base import Session
 from specache.eval.methods_option import NamedMethod, named, read_method, resolve_field, setting_types, split_methods
 from specache.eval.plots import FULL_COLOUR, SMALLEST, common_legend, margins, mean_label, new_figure, style, tidy
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-LINE_STYLES = ("--", "-.", (0, (6, 2, 1, 2, 1, 2)))  # of methods without the field
+LINE_STYLES = ("--", "-.", (0, (6, 2, 1, 2, 1, 2)))  # lines of methods without the field
 _Curve = dict[Any, Row]  # value of the swept field -> row
 
 
@@ -38,7 +38,7 @@ class Ablate:
 
     @property
     def unit(self) -> str:
-        """The other task's."""
+        """Return the other task's unit."""
         return self.task.unit
 
     def settings(self) -> dict[str, Any]:
@@ -46,8 +46,8 @@ class Ablate:
 
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> Ablate:
-        """What `settings` described."""
-        return cls(from_json(registry.task_class(settings["task"]), settings["options"]), settings["field"])
+        """Restore the task from the values of `settings`."""
+        return cls(from_json(catalogue.task_class(settings["task"]), settings["options"]), settings["field"])
 
     def items(self, model: TaskModel) -> Iterator[Item]:
         return self.task.items(model)
@@ -59,7 +59,10 @@ class Ablate:
         return self.task.measure(model, prepared, session)
 
     def figures(self, rows: list[Row], cells: list[Cell]) -> dict[str, Figure]:
-        """The mean, and for distributions the 99th percentile, against the field's value: one curve per method."""
+        """Plot the mean and, for distributions, the 99th percentile against the field's value.
+
+        Each method has one curve.
+        """
         return {"ablation": self._figure(rows)} if rows else {}
 
     def _figure(self, rows: list[Row]) -> Figure:
@@ -93,9 +96,9 @@ class Ablate:
 
 
 def sweep(methods: str, field: str, values: str) -> list[NamedMethod]:
-    """Every method that has the field, once per value; the others as they are.
+    """Return every method that has the field once per value, and the other methods unchanged.
 
-    `top_k` 0, which no cache has, is policy `none`: the low-bit copy alone.
+    `top_k` 0, which no cache has, becomes policy `none`: the low-bit copy alone.
 
     Raises:
         ConfigError: no method has the field, a method already sets it, or a value does not fit.
@@ -117,13 +120,13 @@ def sweep(methods: str, field: str, values: str) -> list[NamedMethod]:
             method = named(cls, variant)
             found.setdefault(method.label, method)
     if not swept:
-        known = ", ".join(setting_types(registry.method_class("specache")))
+        known = ", ".join(setting_types(catalogue.method_class("specache")))
         raise ConfigError(f"none of --methods {methods} has a setting {field!r}. specache has: {known}.")
     return list(found.values())
 
 
 def canonical_field(methods: str, field: str) -> str:
-    """The field's name without dashes and aliases, as `sweep` found it."""
+    """Return the field's name without dashes and aliases, as `sweep` resolves it."""
     names = (_field_of(read_method(entry)[0], field) for entry in split_methods(methods))
     return next(name for name in names if name is not None)
 
@@ -143,7 +146,11 @@ def _with_value(cls: Any, settings: dict[str, Any], field: str, text: str) -> di
 
 
 def _curves(rows: list[Row], field: str) -> tuple[dict[str, _Curve], list[Row]]:
-    """The rows by all settings but the field, under a label without it, and the rows of methods that do not have it."""
+    """Group the rows by all settings but the field, under a label without it.
+
+    Returns:
+        Label -> value -> row, and the rows of methods without the field.
+    """
     curves: dict[str, tuple[str, _Curve]] = {}
     zeros: list[Row] = []
     lines: list[Row] = []
@@ -157,7 +164,7 @@ def _curves(rows: list[Row], field: str) -> tuple[dict[str, _Curve], list[Row]]:
             key = _rest(row, {field})
             label = " ".join(part for part in row["method"].split() if not part.startswith(f"{field}="))
             curves.setdefault(key, (label, {}))[1][_plain(config[field])] = row
-    for zero in zeros:  # the beginning of every curve over the same low-bit copy
+    for zero in zeros:  # `top_k` 0 starts every curve over the same low-bit copy
         beginnings = [curve for _, curve in curves.values() if _same_copy(zero, next(iter(curve.values())), field)]
         for curve in beginnings:
             curve[0] = zero
@@ -185,20 +192,20 @@ def _order(value: Any) -> tuple[bool, float, str]:
 
 
 def _draw(axes: Axes, curve: _Curve, places: dict[Any, int], label: str, number: int, logarithmic: bool) -> None:
-    look = style(number)
+    method_style = style(number)
     points = [(places[value], curve[value]) for value in sorted(curve, key=_order) if curve[value]["mean"] is not None]
     below_above = [[bars[side][0] if (bars := margins(row)) else 0.0 for _, row in points] for side in (0, 1)]
     axes.errorbar(
         [place for place, _ in points],
         [row["mean"] for _, row in points],
         yerr=below_above,
-        color=look.colour,
-        marker=look.marker,
-        linestyle=look.line,
+        color=method_style.colour,
+        marker=method_style.marker,
+        linestyle=method_style.line,
         markersize=5,
         capsize=3,
         label=label,
     )
     if logarithmic and all(row["p99"] for _, row in points):
         places_and_tails = [place for place, _ in points], [row["p99"] for _, row in points]
-        axes.plot(*places_and_tails, color=look.colour, linestyle=":", marker=".", label=f"{label}, 99th percentile")
+        axes.plot(*places_and_tails, color=method_style.colour, linestyle=":", marker=".", label=f"{label}, 99th percentile")

@@ -1,8 +1,8 @@
-"""What the suite asks of a task: items, and how one method's session over one item is measured.
+"""The interface of a task: its items, and how one method's session over an item is measured.
 
-A task is a small frozen dataclass whose fields are its options. Items are deterministic for given options, seed and tokenizer. An
-item's prompt is prefilled once and every method starts from it; items that follow each other and share `shared` leading tokens
-share the prefill of those too.
+A task is a small frozen dataclass whose fields are its options. Items are deterministic for given
+options, seed and tokenizer. An item's prompt is prefilled once, and every method starts from it.
+Consecutive items that share `shared` leading tokens also share the prefill of these.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from specache.templates.template import ChatTemplate
 
 @dataclass(frozen=True)
 class TaskModel:
-    """The model under evaluation, for tasks that need its tokenizer or its answers.
+    """The model under evaluation, with its tokenizer.
 
     Attributes:
-        weights: what its weights are quantised to; `None` where they are in its dtype.
+        weights: format of quantised weights, or `None` where they are in the model's dtype.
         variables: for its chat template.
         system: the system message of every question that the chat template writes.
     """
@@ -41,20 +41,26 @@ class TaskModel:
 
     @cached_property
     def template(self) -> ChatTemplate:
-        """Its chat template, with the date of the run's beginning."""
+        """Return the chat template, with the date on which the run began."""
         return ChatTemplate(self.tokenizer, self.variables, system=self.system)
 
     @property
     def max_positions(self) -> int | None:
-        """Longest sequence that the model was made for, in tokens; `None` where there is no such length."""
+        """Return the longest sequence that the model was made for, in tokens, or `None`."""
         return max_positions(self.model)
 
     def end_ids(self, *, chat: bool) -> list[int]:
-        """Tokens that end an answer: to a message if `chat` and there is a chat template, else to a text as it is."""
+        """Return the tokens that end an answer.
+
+        With `chat` and a chat template it answers a message, else it continues a text.
+        """
         return end_tokens(self.model.generation_config, self.tokenizer, self.template if chat else None)
 
     def answer_text(self, tokens: list[int], prompt: list[int], *, chat: bool) -> str:
-        """The text of an answer's tokens; of models that reason in a channel of its own, the final message."""
+        """Return the text of an answer's tokens.
+
+        Of a model that reasons in a separate channel, it is the final message only.
+        """
         parser = channel_parser(self.tokenizer, prompt) if chat and self.template.exists else None
         if parser is not None:
             pieces = [*(piece for token in tokens for piece in parser.push(token)), *parser.finish()]
@@ -67,10 +73,13 @@ class Item:
     """One thing to measure.
 
     Attributes:
-        id: unique in the task, the same in every run with the same options; for example `niah_single_1/4096/17`.
-        group: what its value is averaged with, the row's `task`: `niah_single_1`, or `fidelity/answer`.
+        id: unique in the task, the same in every run with the same options; for example
+            `niah_single_1/4096/17`.
+        group: the items that are averaged together, the row's `task`: `niah_single_1`, or
+            `fidelity/answer`.
         prompt: token ids up to where the method takes over.
-        shared: leading tokens of the prompt that neighbouring items have too (one document, several questions).
+        shared: leading tokens of the prompt that neighbouring items also have (one document,
+            several questions).
         facts: what the task needs to measure it: references, depth, length. JSON-ready.
     """
 
@@ -83,11 +92,13 @@ class Item:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What came out.
+    """The values of one item under one method.
 
     Attributes:
-        values: what is averaged: one score in [0, 1] for an answer, one divergence per token for a distribution.
-        tokens: further figures per token, as long as `values` or empty: `top1` (0 or 1), `nll` (nats).
+        values: what is averaged: one score in [0, 1] for an answer, one divergence per token for a
+            distribution.
+        tokens: further values per token, as many as `values`, or none: `top1` (0 or 1), `nll`
+            (nats).
         details: for a reader of the results: the prediction, the references. JSON-ready.
     """
 
@@ -98,7 +109,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Prepared:
-    """An item whose prompt is prefilled, and what the full cache said along it where the task compares with that."""
+    """An item with its prefilled prompt and, for tasks that compare, the full cache's output."""
 
     item: Item
     prompt: Prefilled
@@ -106,27 +117,34 @@ class Prepared:
 
 
 class Task(Protocol):
-    """A benchmark."""
+    """A task of the suite."""
 
-    name: ClassVar[str]  # in the registry and on the command line
+    name: ClassVar[str]  # in the catalogue and on the command line
     summary: ClassVar[str]  # one line for `specache eval list`
     unit: ClassVar[str]  # of `mean`: "score" (higher is better) or "KL, nats" (lower is better) or "NLL, nats"
 
     def settings(self) -> dict[str, Any]:
-        """JSON-ready options; with the model and the methods they identify a run."""
+        """Return the options, JSON-ready. With the model and the methods they identify a run."""
 
     def items(self, model: TaskModel) -> Iterator[Item]:
-        """All items, in order.
+        """Yield all items, in order.
 
         Raises:
-            TaskDataError: a file of the task is missing or broken; the message names file and line.
+            TaskDataError: a file of the task is missing or malformed. The message names file and
+                line.
         """
 
     def prepare(self, model: TaskModel, item: Item, prompt: Prefilled) -> Prepared:
-        """What is computed once per item for all methods. Called under `no_grad`, the model attached."""
+        """Compute once per item what all methods need.
+
+        Called under `no_grad`, with the model attached.
+        """
 
     def measure(self, model: TaskModel, prepared: Prepared, session: Session) -> Measurement:
-        """One method's figures. Called under `no_grad`, the model attached; the caller closes the session."""
+        """Measure one method.
+
+        Called under `no_grad`, with the model attached. The caller closes the session.
+        """
 
 
 def greedy(
@@ -136,11 +154,11 @@ def greedy(
     end_ids: list[int],
     finished: Callable[[list[int]], bool] = lambda tokens: False,
 ) -> list[int]:
-    """The greedy continuation, without the end token.
+    """Decode greedily -> the tokens, without the end token.
 
     Args:
         first: logits [V] after the prompt (`Prefilled.logits`).
-        finished: whether more tokens can no longer change the score.
+        finished: returns whether more tokens can no longer change the score.
     """
     tokens: list[int] = []
     logits = first

@@ -1,4 +1,4 @@
-"""Excerpts of texts, cut to a number of tokens: what the distribution tasks read."""
+"""Excerpts of texts with a given number of tokens, for the distribution tasks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,12 @@ CHARACTERS_PER_TOKEN = 8  # more than any tokenizer needs on average for text
 
 @dataclass(frozen=True)
 class Excerpt:
-    """`document` is a text of about `tokens` tokens, `following` what comes after it in the original."""
+    """An excerpt of a text.
+
+    Attributes:
+        document: about as many tokens as were asked for.
+        following: the text that comes after it.
+    """
 
     name: str
     document: str
@@ -25,7 +30,9 @@ class Excerpt:
 
 
 def excerpts(tokenizer: Any, paths: tuple[Path, ...], lengths: Sequence[int], following: int, seed: int) -> list[Excerpt]:
-    """One excerpt per length, from the files in turn (Python's own documentation without files), spread over each text.
+    """Return one excerpt per length, spread over each text.
+
+    The files are used in turn; without files, Python's own documentation.
 
     Args:
         lengths: tokens of each excerpt.
@@ -53,7 +60,10 @@ def excerpts(tokenizer: Any, paths: tuple[Path, ...], lengths: Sequence[int], fo
 
 
 def _start(text: str, tokens: int, index: int, count: int, seed: int, name: str) -> int:
-    """Where excerpt `index` of `count` begins: after a blank line, spread over the text, moved on by the seed."""
+    """Return where excerpt `index` of `count` begins, after a blank line if possible.
+
+    Excerpts are spread over the text, and the seed moves them.
+    """
     room = len(text) - tokens * CHARACTERS_PER_TOKEN
     if room < 0:
         if len(text) < 2 * tokens:
@@ -65,9 +75,12 @@ def _start(text: str, tokens: int, index: int, count: int, seed: int, name: str)
 
 
 def prompts_around(template: ChatTemplate, document: str, question: str, chat: bool) -> tuple[list[int], list[int]]:
-    """A prompt that asks a question about a document -> (its token ids up to the document's end, all of them).
+    """Encode a prompt that asks a question about a document.
 
-    With `chat` and a chat template the prompt is a user's message.
+    With `chat` and a chat template, the prompt is a user's message.
+
+    Returns:
+        The token ids up to the document's end, and all token ids.
     """
     if not (chat and template.exists):
         prompt = f"{document}\n\n{question}"

@@ -1,8 +1,8 @@
-"""`fidelity`: how far a method's distribution is from the full cache's, token by token.
+"""`fidelity`: the divergence of a method's distribution from the full cache's, token by token.
 
-Averages of perplexity hide a wrecked distribution; the Kullback-Leibler divergence of every token's distribution, its mean and its
-tail, does not. Teacher-forced along a given text and along the full cache's own greedy answer: small models' answers repeat
-themselves and flatter every method, texts do not.
+An average perplexity hides a distorted distribution. Mean and tail of the Kullback-Leibler
+divergence show it. The method is teacher-forced along a given text and along the full cache's own
+greedy answer: answers of small models repeat themselves and flatter every method, texts do not.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ TEXT, ANSWER = "text", "answer"
 
 @dataclass(frozen=True)
 class Reference:
-    """What the full cache says along a continuation.
+    """The full cache's distributions along a continuation.
 
     Attributes:
-        fed: the `n` tokens that are fed.
-        following: the token after each of them.
+        inputs: the `n` tokens that are fed.
+        targets: the token after each of them.
         log_probs: float32 [n, V] after each of them.
     """
 
-    fed: list[int]
-    following: list[int]
+    inputs: list[int]
+    targets: list[int]
     log_probs: Tensor
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Divergence from the full 16-bit cache along a text and along its own answer."""
+    """Divergence from the full 16-bit cache, along a text and along its own answer."""
 
     name: ClassVar[str] = "fidelity"
     summary: ClassVar[str] = "KL divergence, top-1 agreement and perplexity against the full cache, token by token"
@@ -100,15 +100,15 @@ class Fidelity:
     def measure(self, model: TaskModel, prepared: Prepared, session: Session) -> Measurement:
         reference: Reference = prepared.reference
         divergence, same, nll = [], [], []
-        for i, token in enumerate(reference.fed):
+        for i, token in enumerate(reference.inputs):
             expected, actual = reference.log_probs[i], session.feed(token).log_softmax(-1)
             divergence.append(max(0.0, float((expected.exp() * (expected - actual)).sum())))
             same.append(float(expected.argmax() == actual.argmax()))
-            nll.append(-float(actual[reference.following[i]]))
+            nll.append(-float(actual[reference.targets[i]]))
         return Measurement(divergence, {"top1": same, "nll": nll})
 
     def _along(self, first: Tensor, session: Session, given: list[int] | None, end_ids: list[int]) -> Reference:
-        """Follow a given text, or the greedy answer, which is not allowed to end before there are enough tokens."""
+        """Follow a given text, or the greedy answer, in which end tokens are not allowed."""
         tokens: list[int] = []
         rows: list[Tensor] = []
         logits = first

@@ -1,4 +1,4 @@
-"""Needle-in-a-Haystack (Kamradt 2023): one fact planted at a depth of a long document, and a question about it."""
+"""Needle-in-a-Haystack (Kamradt 2023): a fact in a long document, and a question about it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from specache.eval.tasks.texts import (
 )
 from specache.templates.template import ChatTemplate
 
-# A document can hold as many of our own needles as there are places.
+# A document can hold one needle of ours per place.
 _PLACES = (
     "archive bakery castle chapel cinema clinic college courthouse embassy factory farm forge foundry gallery garage harbour "
     "hospital hotel laboratory library lighthouse market mill mine monastery museum nursery observatory office orchard palace "
@@ -36,14 +36,14 @@ _PLACES = (
 PLACES = _PLACES.split()
 FACT = "The secret access code of the {place} is {code}. Remember it."
 QUESTION = "What is the secret access code of the {place}?"
-PIECE = 400  # characters of the haystack between two places where a needle may go, at most
+PIECE = 400  # most characters between two places where a needle may go
 
 Cell = tuple[int, float]  # length in tokens, depth as a fraction
 
 
 @dataclass(frozen=True)
 class Fact:
-    """A needle: its sentence, where it goes, and how it is asked for."""
+    """A needle: its sentence, its question and answer, and its depth as a fraction."""
 
     text: str
     question: str
@@ -126,7 +126,7 @@ class Needle:
         return Measurement([float(right)], details={"prediction": prediction, "references": references})
 
     def figures(self, rows: list[dict[str, Any]], cells: list[dict[str, Any]]) -> dict[str, Any]:
-        """The heat maps of all methods, side by side.
+        """Return the heat maps of all methods, side by side.
 
         Args:
             rows: not used: a heat map is made of single cells.
@@ -164,7 +164,7 @@ class Needle:
             )
 
     def _prompts(self, template: ChatTemplate, haystack: Haystack, start: int, length: int, facts: list[Fact]) -> list[list[int]]:
-        """One prompt per fact over the same document, the longest of them as long as fits in `length` tokens."""
+        """Return one prompt per fact over the same document, filling `length` tokens."""
 
         def encode(pieces: list[str], lengths: list[int]) -> list[list[int]]:
             text = plant(pieces, lengths, facts)
@@ -180,7 +180,7 @@ class Needle:
 
 
 class Haystack:
-    """A text in pieces that end where a sentence or a paragraph does, and how many tokens each has."""
+    """A text in pieces that end at a sentence or a paragraph, with the number of tokens of each."""
 
     def __init__(self, text: str, tokenizer: Any) -> None:
         self.pieces = list(_split(text))
@@ -188,10 +188,12 @@ class Haystack:
         self._lengths: dict[int, int] = {}
 
     def take(self, start: int, budget: int) -> tuple[list[str], list[int]]:
-        """Pieces from `start` on (going on at the beginning after the end) that fill `budget` tokens, and their lengths.
+        """Return pieces from `start` on that fill `budget` tokens, and their lengths.
+
+        After the last piece comes the first.
 
         Raises:
-            TaskDataError: all of them together are shorter.
+            TaskDataError: all pieces together are shorter.
         """
         pieces: list[str] = []
         lengths: list[int] = []
@@ -211,7 +213,7 @@ class Haystack:
 
 
 def plant(pieces: list[str], lengths: list[int], facts: list[Fact]) -> str:
-    """The document: the facts between the pieces, each a paragraph of its own at its depth in tokens."""
+    """Return the document: each fact is a paragraph of its own, at its depth in tokens."""
     total = sum(lengths)
     before = [sum(lengths[:i]) for i in range(len(pieces) + 1)]
     planted: dict[int, list[str]] = defaultdict(list)
@@ -227,12 +229,15 @@ def plant(pieces: list[str], lengths: list[int], facts: list[Fact]) -> str:
 
 
 def contains_any(prediction: str, references: list[str]) -> bool:
-    """Whether an answer contains one of the references, in any case."""
+    """Return whether an answer contains one of the references, ignoring case."""
     return any(reference.lower() in prediction.lower() for reference in references)
 
 
 def heat_maps(grids: dict[str, dict[Cell, list[float]]]) -> Any:
-    """matplotlib figure with one panel per method: lengths along x, depths along y, red is 0 and green is 1."""
+    """Return a matplotlib figure with one panel per method.
+
+    Lengths are along x, depths along y; red is 0 and green is 1.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -268,7 +273,7 @@ def _heat_map(panel: Any, grid: dict[Cell, list[float]], lengths: list[int], dep
     for y, line in enumerate(means):
         for x, mean in enumerate(line):
             if mean == mean:  # cells that were not measured stay grey
-                color = "black" if 0.15 < mean < 0.85 else "white"  # on the dark ends of the colour map
+                color = "black" if 0.15 < mean < 0.85 else "white"  # white on the dark ends of the colour map
                 panel.text(x, y, f"{mean:.2f}", ha="center", va="center", fontsize=8, color=color)
     panel.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=45 if len(lengths) > 6 else 0)
     panel.set_yticks(range(len(depths)), [f"{100 * depth:g}" for depth in depths])
@@ -284,7 +289,10 @@ def _prompt_text(document: str, question: str) -> str:
 
 
 def _split(text: str) -> Iterator[str]:
-    """Pieces that join to the text again, cut after sentences and paragraphs and, where those are long, between words."""
+    """Yield pieces that join to the text again.
+
+    The text is cut after sentences and paragraphs and, where these are long, between words.
+    """
     for piece in re.split(r"(?<=\n\n)|(?<=[.!?]\s)", text):
         if len(piece) <= PIECE:
             if piece:

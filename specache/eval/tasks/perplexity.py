@@ -1,4 +1,4 @@
-"""`perplexity`: the paper's PG19 setting: a long text, whose end is decoded token by token over the method's cache."""
+"""`perplexity`: the paper's PG19 setting. The end of a long text is decoded over the cache."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Perplexity:
 
 
 def _pg19_books(count: int, length: int) -> Iterator[tuple[str, str]]:
-    """The first `count` test books that are long enough."""
+    """Yield the first `count` test books that are long enough."""
     try:
         from datasets import load_dataset  # type: ignore[import-not-found, unused-ignore]
     except ImportError:

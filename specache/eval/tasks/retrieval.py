@@ -1,6 +1,7 @@
-"""Exact retrieval: key-value pairs (Liu et al. 2023, "Lost in the Middle") and LongEval's lines (Li et al. 2023, LongChat).
+"""Exact retrieval: key-value pairs ("Lost in the Middle") and lines (LongEval).
 
-Documents come from our own generators or from the benchmarks' files; several questions can be asked about each.
+Sources: Liu et al. 2023; Li et al. 2023, LongChat. Documents are generated here, or read from the
+benchmarks' files. Several questions can be asked about each document.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from specache.eval.tasks.texts import (
 )
 from specache.templates.template import ChatTemplate
 
-# The prompts of both benchmarks, to the letter: scores depend on them.
+# The prompts of both benchmarks, word for word: scores depend on them.
 KV_PROMPT = (
     "Extract the value corresponding to the specified key in the JSON object below.\n\n"
     'JSON data:\n{data}\n\nKey: "{key}"\nCorresponding value:'
@@ -70,7 +71,7 @@ class KeyValues:
 
     Attributes:
         records: keys and values.
-        first: the record that the benchmark's file asks for.
+        first: index of the record that the benchmark's file asks for.
     """
 
     kind: ClassVar[str] = "kv"
@@ -79,28 +80,28 @@ class KeyValues:
     first: int | None = None
 
     def prompt(self, key: str) -> str:
-        """The document, then the question about one key."""
+        """Return the document, followed by the question about one key."""
         data = ",\n ".join(f'"{key}": "{value}"' for key, value in self.records)
         return KV_PROMPT.format(data=f"{{{data}}}", key=key)
 
     @staticmethod
     def answer_prefix(key: str) -> str:
-        """A record up to its value; `closing` ends it."""
+        """Return a record up to its value. `closing` ends the value."""
         return f'"{key}": "'
 
     @staticmethod
     def right(prediction: str, value: str) -> bool:
-        """Whether the answer contains the value, as the benchmark decides it."""
+        """Return whether the answer contains the value, as the benchmark decides it."""
         return value.lower() in prediction.lower()
 
 
 @dataclass(frozen=True)
 class Lines:
-    """Numbers by the names of their lines.
+    """Named lines, each with a number.
 
     Attributes:
         records: names and numbers.
-        first: the record that the benchmark's file asks for.
+        first: index of the record that the benchmark's file asks for.
     """
 
     kind: ClassVar[str] = "lines"
@@ -109,18 +110,18 @@ class Lines:
     first: int | None = None
 
     def prompt(self, key: str) -> str:
-        """The document, then the question about one line."""
+        """Return the document, followed by the question about one line."""
         lines = "".join(LINE.format(key=key, value=value) for key, value in self.records)
         return LINES_BEGINNING + lines + LINES_QUESTION.format(key=key)
 
     @staticmethod
     def answer_prefix(key: str) -> str:
-        """A record up to its value; `closing` ends it."""
+        """Return a record up to its value. `closing` ends the value."""
         return f"line {key}: REGISTER_CONTENT is <"
 
     @staticmethod
     def right(prediction: str, value: str) -> bool:
-        """Whether the answer's last number is the line's, as the benchmark decides it."""
+        """Return whether the answer's last number is the line's, as the benchmark decides it."""
         numbers = re.findall(r"\d+", prediction)
         return bool(numbers) and int(numbers[-1]) == int(value)
 
@@ -132,7 +133,7 @@ KINDS = tuple(DOCUMENT_KINDS)
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Look up one of many records that differ in nothing but their keys."""
+    """Look up one of many records that differ only in their keys."""
 
     name: ClassVar[str] = "retrieval"
     summary: ClassVar[str] = "exact retrieval: key-value pairs (lost in the middle) and LongEval lines"
@@ -182,7 +183,7 @@ class Retrieval:
         references = prepared.item.facts["references"]
         kind = DOCUMENT_KINDS[prepared.item.facts["kind"]]
         limit = self.max_new_tokens
-        if self.answer_prefix:  # nothing is read after the value
+        if self.answer_prefix:  # text after the value does not count
             limit = min(limit, 2 + max(len(model.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in references))
         tokens = greedy(prepared.prompt.logits, session, limit, model.end_ids(chat=self.chat))
         prediction = model.answer_text(tokens, prepared.item.prompt, chat=self.chat)
@@ -194,7 +195,7 @@ class Retrieval:
         return self.kv_files if kind == "kv" else self.lines_files
 
     def _documents(self, kind: str) -> Iterator[tuple[str, Document]]:
-        """Documents, and a name for each that no other has."""
+        """Yield a unique name and the document, for every document of a kind."""
         files = self._files(kind)
         for index, path in enumerate(files):
             read: Iterator[Document] = read_key_values(path) if kind == "kv" else read_lines(path)
@@ -236,7 +237,7 @@ class Retrieval:
 
 
 def make_key_values(rng: random.Random, count: int) -> KeyValues:
-    """Random UUID pairs."""
+    """Make random UUID pairs."""
     keys: dict[str, str] = {}
     while len(keys) < count:
         keys[_uuid(rng)] = _uuid(rng)
@@ -244,17 +245,19 @@ def make_key_values(rng: random.Random, count: int) -> KeyValues:
 
 
 def make_lines(rng: random.Random, count: int) -> Lines:
-    """Random numbers up to 50,000, as LongEval has them, under names of an adjective and a noun."""
+    """Make lines named by adjective and noun, with random numbers up to 50,000 as in LongEval."""
     names = rng.sample(range(len(ADJECTIVES) * len(NOUNS)), count)
     pairs = [divmod(name, len(NOUNS)) for name in names]
     return Lines([(f"{ADJECTIVES[a]}-{NOUNS[n]}", str(rng.randint(1, 50_000))) for a, n in pairs])
 
 
 def read_key_values(path: Path) -> Iterator[KeyValues]:
-    """Documents of a file in the format of "Lost in the Middle": `ordered_kv_records`, `key`, `value`.
+    """Yield the documents of a file in the format of "Lost in the Middle".
+
+    Its fields are `ordered_kv_records`, `key` and `value`.
 
     Raises:
-        TaskDataError: a line is broken; the message names file and line.
+        TaskDataError: a line is malformed. The message names file and line.
     """
     for number, record in read_jsonl(path):
         where = f"{path}, line {number}"
@@ -266,10 +269,12 @@ def read_key_values(path: Path) -> Iterator[KeyValues]:
 
 
 def read_lines(path: Path) -> Iterator[Lines]:
-    """Documents of a LongEval file: `prompt` with the lines, `random_idx` (name, place) and `expected_number`.
+    """Yield the documents of a LongEval file.
+
+    Its fields are `prompt` with the lines, `random_idx` (name, place) and `expected_number`.
 
     Raises:
-        TaskDataError: a line is broken; the message names file and line.
+        TaskDataError: a line is malformed. The message names file and line.
     """
     for number, record in read_jsonl(path):
         where = f"{path}, line {number}"
@@ -285,7 +290,7 @@ def read_lines(path: Path) -> Iterator[Lines]:
 
 
 def _checked(kind: type[Document], records: list[tuple[str, str]], asked: tuple[str, str], where: str) -> Any:
-    """The document, if its keys are unique and it has what is asked for."""
+    """Make a document. Its keys must be unique, and it must hold the record asked for."""
     if len(records) < 2 or len(dict(records)) < len(records):
         raise TaskDataError(f"{where}: expected at least two records with different keys, got {len(records)}.")
     if asked not in records:

@@ -1,4 +1,4 @@
-"""What tasks read: texts and JSON lines from files, and prompts as token ids."""
+"""Read texts and JSON lines from files, and encode prompts, for all tasks."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ from specache.templates.template import ChatTemplate
 
 
 def load_text(paths: tuple[Path, ...]) -> str:
-    """The files' texts, one after another; without files Python's own documentation, in alphabetical order of its topics.
+    """Return the files' texts, joined, or Python's own documentation without files.
+
+    The documentation's topics are in alphabetical order.
 
     Raises:
-        TaskDataError: a file is missing, empty or not UTF-8 text, or this Python comes without its documentation.
+        TaskDataError: a file is missing, empty or not UTF-8 text, or this Python comes without its
+            documentation.
     """
     if not paths:
         return _python_documentation()
@@ -27,10 +30,10 @@ def load_text(paths: tuple[Path, ...]) -> str:
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number and record of each line of a `.jsonl` or `.jsonl.gz` file.
+    """Yield line number and record of each line of a `.jsonl` or `.jsonl.gz` file.
 
     Raises:
-        TaskDataError: the file is missing, empty, or broken; the message names file and line.
+        TaskDataError: the file is missing, empty, or malformed. The message names file and line.
     """
     opener = gzip.open if path.suffix == ".gz" else open
     try:
@@ -41,10 +44,10 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def parse_jsonl(lines: Iterable[bytes], origin: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number and record of each line that is not blank.
+    """Yield line number and record of each line that is not blank.
 
     Raises:
-        TaskDataError: a line is not a JSON object in UTF-8, or there is none.
+        TaskDataError: a line is not a JSON object in UTF-8, or there is no line.
     """
     found = False
     for number, line in enumerate(utf8_lines(lines), 1):
@@ -65,10 +68,10 @@ def parse_jsonl(lines: Iterable[bytes], origin: str) -> Iterator[tuple[int, dict
 
 
 def record_field(record: dict[str, Any], key: str, kind: type | tuple[type, ...], where: str) -> Any:
-    """One field of a record, of the expected type.
+    """Return one field of a record, of the expected type.
 
     Raises:
-        TaskDataError: it is missing or of another type; `where` says which file and line.
+        TaskDataError: it is missing or of another type. `where` says which file and line.
     """
     if key not in record:
         raise TaskDataError(f"{where}: the field {key!r} is missing; there are {', '.join(map(repr, record)) or 'none'}.")
@@ -80,10 +83,12 @@ def record_field(record: dict[str, Any], key: str, kind: type | tuple[type, ...]
 
 
 def encode_prompt(template: ChatTemplate, text: str, *, chat: bool, answer_prefix: str = "") -> list[int]:
-    """Token ids of a prompt: a user's message if `chat` and there is a chat template, else the text as it is.
+    """Return the token ids of a prompt.
+
+    With `chat` and a chat template, the text is a user's message, else it is used as it is.
 
     Args:
-        answer_prefix: how the answer begins, written for the model already.
+        answer_prefix: the beginning of the answer, which is part of the prompt.
     """
     if chat and template.exists:
         return template.encode(template.ask(text), answer_prefix=answer_prefix)
@@ -91,7 +96,10 @@ def encode_prompt(template: ChatTemplate, text: str, *, chat: bool, answer_prefi
 
 
 def shared_prefix(prompts: Sequence[list[int]]) -> int:
-    """Leading tokens that all prompts of one document have in common; 0 for a single prompt, and at least one is left to run."""
+    """Return the number of leading tokens that all prompts of one document share.
+
+    At least one token is left to run. It is 0 for a single prompt.
+    """
     if len(prompts) < 2:
         return 0
     first, *others = prompts
@@ -100,7 +108,7 @@ def shared_prefix(prompts: Sequence[list[int]]) -> int:
 
 
 def check_length(tokens: int, positions: int | None, what: str) -> None:
-    """Whether prompt and answer fit the model.
+    """Check that prompt and answer fit the model.
 
     Raises:
         ConfigError: they do not.
@@ -110,10 +118,10 @@ def check_length(tokens: int, positions: int | None, what: str) -> None:
 
 
 def check_at_least(options: Any, smallest: int, *names: str) -> None:
-    """Whether these options of a task, numbers or tuples of numbers, are not below `smallest`.
+    """Check that these options of a task, numbers or tuples of numbers, are at least `smallest`.
 
     Raises:
-        ConfigError: one is, or a tuple is empty.
+        ConfigError: one is smaller, or a tuple is empty.
     """
     for name in names:
         value = getattr(options, name)
@@ -123,10 +131,10 @@ def check_at_least(options: Any, smallest: int, *names: str) -> None:
 
 
 def check_distinct(options: Any, *names: str) -> None:
-    """Whether these options of a task name nothing twice.
+    """Check that these options of a task have no value twice.
 
     Raises:
-        ConfigError: one does.
+        ConfigError: one has.
     """
     for name in names:
         values = getattr(options, name)
@@ -136,7 +144,7 @@ def check_distinct(options: Any, *names: str) -> None:
 
 
 def json_settings(task: Any) -> dict[str, Any]:
-    """A task's fields, JSON-ready."""
+    """Return a task's fields, JSON-ready."""
     return {field.name: _plain(getattr(task, field.name)) for field in fields(task)}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from specache.bench import calibration
-from specache.bench.calibration import _cost, _line, _Sample
+from specache.bench.calibration import _cost, _extrapolated, _Sample
 from specache.config import SpeCacheConfig
 from specache.errors import ConfigError
 from specache.linear.weight_format import WeightFormat
@@ -54,7 +54,7 @@ def test_lines_through_samples_find_what_made_them():
     ],
 )
 def test_a_deeper_model_takes_longer_and_not_more_than_in_proportion(deep, shallow, expected):
-    assert _line([8, 2], [deep, shallow], 32) == pytest.approx(expected)
+    assert _extrapolated([8, 2], [deep, shallow], 32) == pytest.approx(expected)
 
 
 def test_a_tiny_model_is_measured(monkeypatch):

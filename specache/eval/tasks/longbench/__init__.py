@@ -1,4 +1,7 @@
-"""LongBench v1, the 16 English tasks: records (`data`), templates (`prompts`), metrics (`metrics`), and the task itself."""
+"""LongBench v1, the 16 English tasks.
+
+`data` reads records, `prompt_texts` has the templates, `metrics` the scores, `task` the task.
+"""
 
 from specache.eval.tasks.longbench.task import LongBench
 

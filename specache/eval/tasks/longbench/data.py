@@ -1,4 +1,4 @@
-"""LongBench's records: from a folder of its jsonl files, or from the hub."""
+"""Read LongBench's records, from a folder of its jsonl files or from the hub."""
 
 from __future__ import annotations
 
@@ -29,10 +29,12 @@ class Record:
 
 
 def folder_reader(folder: Path) -> Reader:
-    """Reads `NAME.jsonl` of a folder, or of `data` in it, as in the benchmark's own archive.
+    """Return a reader of `NAME.jsonl` in a folder, or in its subfolder `data`.
+
+    The subfolder is that of the benchmark's own archive.
 
     Raises:
-        TaskDataError: it is not a folder; when reading, a file is missing or broken.
+        TaskDataError: it is not a folder; when reading, a file is missing or malformed.
     """
     folder = folder.expanduser()
     if not folder.is_dir():
@@ -50,10 +52,13 @@ def folder_reader(folder: Path) -> Reader:
 
 
 def hub_reader() -> Reader:
-    """Reads from the benchmark's archive on the hub, downloaded once into the hub's cache.
+    """Return a reader of the benchmark's archive on the hub.
+
+    The archive is downloaded once into the hub's cache.
 
     Raises:
-        TaskDataError: it can neither be downloaded nor is it in the cache; when reading, it is broken.
+        TaskDataError: it is not in the cache and cannot be downloaded; when reading, it is
+            malformed.
     """
     archive = _download()
 
@@ -74,10 +79,13 @@ def hub_reader() -> Reader:
 
 
 def parse_record(record: dict[str, Any], where: str) -> Record:
-    """A record, with `answers` and `all_classes` as lists, as JSON text of a list, or null as others export them.
+    """Make a record from its JSON object.
+
+    `answers` and `all_classes` may be lists, JSON text of a list, or null, as exported files have
+    them.
 
     Raises:
-        TaskDataError: a field is missing or of the wrong type; `where` says which file and line.
+        TaskDataError: a field is missing or of the wrong type. `where` says which file and line.
     """
     answers = _strings(record_field(record, "answers", (list, str), where), "answers", where)
     if not answers:
@@ -101,7 +109,7 @@ def _strings(value: Any, name: str, where: str) -> list[str]:
 
 
 def _list_in(text: str) -> list[Any] | None:
-    """The list (or null) that a text is the JSON of, or else the text as the only member of one."""
+    """Parse text as the JSON of a list or null. Other text becomes the only member of a list."""
     try:
         value = json.loads(text)
     except json.JSONDecodeError:
@@ -114,7 +122,7 @@ def _download() -> Path:
 
     try:
         return Path(hf_hub_download(HUB_REPOSITORY, HUB_FILE, repo_type="dataset"))
-    except Exception as error:  # the hub fails in many ways; all of them mean that the file is not here
+    except Exception as error:  # the hub raises many types; all mean that there is no file
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise TaskDataError(
             f"cannot download LongBench ({HUB_REPOSITORY}) from the hub: {reason} Pass --data FOLDER with its jsonl files instead."

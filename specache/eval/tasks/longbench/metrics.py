@@ -1,6 +1,6 @@
-"""LongBench's metrics, each a score in [0, 1] of one prediction against one reference.
+"""LongBench's metrics: scores in [0, 1] of one prediction against one reference.
 
-They follow the benchmark in everything that moves a score, its quirks included; each quirk is named where it is.
+They reproduce everything in the benchmark that changes a score. Each oddity is named where it is.
 """
 
 from __future__ import annotations
@@ -17,45 +17,46 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalize(text: str) -> list[str]:
-    """Words in lower case, without punctuation and articles (SQuAD's normalisation)."""
+    """Return the words in lower case, without punctuation and articles (SQuAD's normalisation)."""
     return _ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split()
 
 
 def qa_f1(prediction: str, reference: str, classes: Sequence[str] = ()) -> float:
-    """Harmonic mean of precision and recall of the normalised words, as multisets."""
-    said, expected = normalize(prediction), normalize(reference)
-    common = sum((Counter(said) & Counter(expected)).values())
+    """Return the harmonic mean of precision and recall of the normalised words, as multisets."""
+    predicted, expected = normalize(prediction), normalize(reference)
+    common = sum((Counter(predicted) & Counter(expected)).values())
     if common == 0:
         return 0.0
-    precision, recall = common / len(said), common / len(expected)
+    precision, recall = common / len(predicted), common / len(expected)
     return 2 * precision * recall / (precision + recall)
 
 
 def rouge_l(prediction: str, reference: str, classes: Sequence[str] = ()) -> float:
-    """ROUGE-L F1 at summary level, as the `rouge` package computes it by default.
+    """Return ROUGE-L F1 at summary level, as the `rouge` package computes it by default.
 
-    Sentences end at every full stop. Each reference sentence's longest common subsequence with each predicted sentence gives
-    words; what counts is the set of distinct words found in any of them, over the distinct words of the prediction (precision)
-    and of the reference (recall). The package gives up on very long sentences without a full stop, which the benchmark scores 0;
-    here they are scored.
+    Sentences end at every full stop. Words count if they are in the longest common subsequence of
+    any reference sentence with any predicted sentence. The distinct words that count, over the
+    distinct words of the prediction (of the reference), are the precision (the recall). The package
+    fails on very long sentences without a full stop, which the benchmark scores 0. Here they are
+    scored.
     """
-    said, expected = _sentences(prediction), _sentences(reference)
-    if not said or not expected:
+    predicted, expected = _sentences(prediction), _sentences(reference)
+    if not predicted or not expected:
         return 0.0
     found: set[str] = set()
     for sentence in expected:
-        for other in said:
+        for other in predicted:
             found.update(common_subsequence(sentence, other))
-    precision = len(found) / len({word for sentence in said for word in sentence})
+    precision = len(found) / len({word for sentence in predicted for word in sentence})
     recall = len(found) / len({word for sentence in expected for word in sentence})
     return 2 * precision * recall / (precision + recall + 1e-8)
 
 
 def classification(prediction: str, reference: str, classes: Sequence[str] = ()) -> float:
-    """1 over the number of class names in the prediction, if the right one is among them.
+    """Return 1 over the number of class names in the prediction, if the right one is among them.
 
-    Class names that are part of the right one's are not counted. As in the benchmark, the list is walked while names are removed
-    from it, so that the name after a removed one stays.
+    Class names that are part of the right one's are not counted. As in the benchmark, names are
+    removed from the list while it is iterated, so the name after a removed one stays.
     """
     named = [name for name in classes if name in prediction]
     place = 0
@@ -67,22 +68,23 @@ def classification(prediction: str, reference: str, classes: Sequence[str] = ())
 
 
 def count_share(prediction: str, reference: str, classes: Sequence[str] = ()) -> float:
-    """Share of the prediction's numbers that are the right one."""
+    """Return the share of the prediction's numbers that are the right one."""
     numbers = re.findall(r"\d+", prediction)
     return numbers.count(reference) / len(numbers) if numbers else 0.0
 
 
 def paragraph_share(prediction: str, reference: str, classes: Sequence[str] = ()) -> float:
-    """The same for the number in a reference like `Paragraph 12`."""
+    """Return `count_share` for the number in a reference like `Paragraph 12`."""
     paragraph = re.search(r"Paragraph (\d+)", reference)
     return count_share(prediction, paragraph[1]) if paragraph else 0.0
 
 
 def code_similarity(prediction: str, reference: str, classes: Sequence[str] = ()) -> float:
-    """Similarity of the prediction's first line that looks like code, without a comment or a fence.
+    """Return the similarity of the prediction's first line without a comment or a fence.
 
-    The ratio is fuzzywuzzy's over python-Levenshtein, as RepoBench-P requires it, in whole per cent. (Without that package,
-    fuzzywuzzy falls back to difflib, which scores lower: figures of others can differ for this reason alone.)
+    The ratio is fuzzywuzzy's over python-Levenshtein, as RepoBench-P requires it, in whole per
+    cent. Without that package, fuzzywuzzy falls back to difflib, which scores lower: published
+    scores can differ for this reason alone.
     """
     lines = prediction.lstrip("\n").split("\n")
     code = next((line for line in lines if not any(mark in line for mark in ("`", "#", "//"))), "")
@@ -90,14 +92,14 @@ def code_similarity(prediction: str, reference: str, classes: Sequence[str] = ()
 
 
 def indel_ratio(one: str, other: str) -> float:
-    """1 minus the insertions and deletions that lead from one text to the other, over both lengths."""
+    """Return 1 minus the insertions and deletions between two texts, over both lengths."""
     if not one and not other:
         return 1.0
     return 2 * _lengths_of_common_subsequences(one, other)[-1][-1] / (len(one) + len(other))
 
 
 def common_subsequence(one: Sequence[str], other: Sequence[str]) -> list[str]:
-    """A longest common subsequence; of several, the one that the `rouge` package takes."""
+    """Return a longest common subsequence. Of several, it is the one that `rouge` takes."""
     lengths = _lengths_of_common_subsequences(one, other)
     common: list[str] = []
     i, j = len(one), len(other)
@@ -113,7 +115,7 @@ def common_subsequence(one: Sequence[str], other: Sequence[str]) -> list[str]:
 
 
 def _lengths_of_common_subsequences(one: Sequence[str], other: Sequence[str]) -> list[list[int]]:
-    """Table [len(one) + 1][len(other) + 1] over all pairs of beginnings."""
+    """Return the table [len(one) + 1][len(other) + 1] over all pairs of prefixes."""
     lengths = [[0] * (len(other) + 1)]
     for item in one:
         above, row = lengths[-1], [0]
@@ -124,5 +126,8 @@ def _lengths_of_common_subsequences(one: Sequence[str], other: Sequence[str]) ->
 
 
 def _sentences(text: str) -> list[list[str]]:
-    """Words of each part between full stops; an all-blank part is one empty word, as in the `rouge` package."""
+    """Return the words of each part between full stops.
+
+    A blank part is one empty word, as in the `rouge` package.
+    """
     return [part.split() or [""] for part in text.split(".") if part]

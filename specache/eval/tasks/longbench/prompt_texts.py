@@ -1,7 +1,8 @@
-"""LongBench's 16 English tasks: prompt template, longest answer and metric of each, as the benchmark has them.
+"""LongBench's 16 English tasks: prompt template, longest answer and metric of each.
 
-Source: Bai et al. 2023, "LongBench: A Bilingual, Multitask Benchmark for Long Context Understanding"; the templates are the
-benchmark's to the letter (a missing space in `narrativeqa` included), because scores depend on them.
+Source: Bai et al. 2023, "LongBench: A Bilingual, Multitask Benchmark for Long Context
+Understanding". Scores depend on the templates, so these are the benchmark's to the letter,
+including a missing space in `narrativeqa`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class Subset:
         prompt: with `{context}` and `{input}`.
         max_new_tokens: longest answer.
         metric: score in [0, 1] of a prediction against one reference.
-        chat: asked as a user's message; the benchmark found few-shot and code tasks better off without.
+        chat: whether it is asked as a user's message. The benchmark found that few-shot and code
+            tasks score better without.
         first_line: only the first line of the prediction counts.
         one_line: decoding ends at a line break, and the answer has at least one token.
     """

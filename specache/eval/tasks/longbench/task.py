@@ -1,4 +1,4 @@
-"""LongBench v1 (Bai et al. 2023), the 16 English tasks."""
+"""The task `longbench`: LongBench v1 (Bai et al. 2023), the 16 English tasks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LONGEST_PROMPT = 31_500  # the benchmark's own limit for models of 32k positions
 
 @dataclass(frozen=True)
 class LongBench:
-    """Question answering, summaries, few-shot learning, counting, retrieval and code over long documents."""
+    """LongBench's questions, summaries, few-shot, counting, retrieval and code tasks."""
 
     name: ClassVar[str] = "longbench"
     summary: ClassVar[str] = "LongBench v1: 16 English tasks, scored as the benchmark scores them"
@@ -85,10 +85,10 @@ class LongBench:
         return Measurement([value], details={"prediction": prediction, "references": facts["references"]})
 
     def longest_prompt(self, positions: int | None) -> int:
-        """Tokens that a prompt may have before a chat template is put around it.
+        """Return the tokens that a prompt may have, without a chat template.
 
         Raises:
-            ConfigError: the model has too few positions for it.
+            ConfigError: the model has too few positions.
         """
         most = LONGEST_PROMPT if positions is None else positions - ANSWER_ROOM
         if most < 2:
@@ -104,7 +104,7 @@ class LongBench:
 
 
 def cut_middle(tokenizer: Any, text: str, longest: int) -> str:
-    """The text, or its first and last `longest / 2` tokens where it has more than `longest`."""
+    """Return the text, or its first and last `longest / 2` tokens if it has more than `longest`."""
     ids = tokenizer(text)["input_ids"]
     if len(ids) <= longest:
         return text
@@ -115,14 +115,14 @@ def cut_middle(tokenizer: Any, text: str, longest: int) -> str:
 
 
 def score(subset: Subset, prediction: str, references: list[str], classes: list[str]) -> float:
-    """The best of the metric over all references."""
+    """Return the best score over all references."""
     if subset.first_line:
         prediction = prediction.lstrip("\n").split("\n")[0]
     return max(float(subset.metric(prediction, reference, classes)) for reference in references)
 
 
 def _without(logits: Tensor, tokens: list[int]) -> Tensor:
-    """Logits [V] after which none of `tokens` is chosen."""
+    """Return logits [V] after which none of `tokens` can be chosen."""
     logits = logits.clone()
     logits[tokens] = float("-inf")
     return logits

@@ -1,4 +1,8 @@
-"""Which words are the most frequent: of a numbered list (`cwe`), or of coded words whose frequencies follow a zeta law (`fwe`)."""
+"""`cwe` and `fwe`: find the most frequent words.
+
+In `cwe` the words are a numbered list. In `fwe` they are coded words whose frequencies follow a
+zeta law.
+"""
 
 from __future__ import annotations
 
@@ -28,19 +32,22 @@ _SHORT = 4096  # below this length the lists are shorter
 _COMMON = 10
 _NOISE_WORD = "..."
 _CODED_LETTERS = 6
-_TOKENS_PER_CODED_WORD = 50  # the vocabulary has one word for so many tokens of the length
+_TOKENS_PER_CODED_WORD = 50  # tokens of the length per word of the vocabulary
 
 
 @dataclass(frozen=True)
 class _Repeats:
-    words: int  # different ones in the solved example
+    words: int  # different words
     common: int
     uncommon: int
 
 
 @dataclass(frozen=True)
 class CommonWords:
-    """`cwe`: ten words are much more frequent than all others, after one solved example. Its size is different words."""
+    """`cwe`: ten words are much more frequent than all others, after one solved example.
+
+    Its size is the number of different words.
+    """
 
     @property
     def max_new_tokens(self) -> int:
@@ -79,9 +86,10 @@ def _numbered(words: list[str]) -> str:
 
 @dataclass(frozen=True)
 class FrequentWords:
-    """`fwe`: the k-th word is k^-alpha / zeta(alpha) of the text, and the first is dots. Its size is words, about.
+    """`fwe`: the k-th word is k^-alpha / zeta(alpha) of the text, and the first word is dots.
 
-    Source: RULER, section 3; alpha = 2, where zeta(2) = pi^2 / 6.
+    Its size is roughly the number of words. Source: RULER, section 3; alpha = 2, where zeta(2) =
+    pi^2 / 6.
     """
 
     @property
@@ -93,7 +101,7 @@ class FrequentWords:
         return string_match_all
 
     def smallest(self, questions: int) -> int:
-        return 75  # from here on the third word (size / 26.3 times) is ahead of the fourth (size / 41.1 times)
+        return 75  # least size with the third coded word (size / 26.3 times) ahead of the fourth (size / 41.1 times)
 
     def questions(self, asked: int) -> int:
         return 1

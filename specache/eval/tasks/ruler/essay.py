@@ -1,4 +1,4 @@
-"""Running text to hide needles in."""
+"""Running text as a haystack."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ _SENTENCE_END = re.compile(r"[.!?][\"')\]*`]*$")
 
 
 class Essay:
-    """A text that is not empty as sentences, begun anew where it ends. Spaces and line breaks are single spaces, as in RULER."""
+    """The sentences of a text, repeated without end. The text must not be empty.
+
+    Whitespace becomes single spaces, as in RULER.
+    """
 
     def __init__(self, text: str) -> None:
         self._sentences: list[list[str]] = [[]]
@@ -21,7 +24,7 @@ class Essay:
             self._sentences.pop()
 
     def sentences(self, words: int) -> list[str]:
-        """The first `words` words; the last sentence may be cut short."""
+        """Return the first `words` words as sentences. The last sentence may be cut short."""
         taken: list[str] = []
         for sentence in cycle(self._sentences):
             if words <= len(sentence):

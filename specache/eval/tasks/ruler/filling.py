@@ -1,4 +1,4 @@
-"""Samples made as large as the length allows."""
+"""Make samples as large as the length allows."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from specache.eval.tasks.ruler.sample import Question, Subtask
 from specache.eval.tasks.texts import encode_prompt
 from specache.templates.template import ChatTemplate
 
-_FIRST_GUESS = 100  # units of a task's first sample; the others start from the size of the one before
-_CLOSE_ENOUGH = 0.01  # of the length may stay empty: the next size is not worth tokenising
+_FIRST_SIZE = 100  # units of a task's first sample; the others start from the previous size
+_CLOSE_ENOUGH = 0.01  # share of the length that may stay empty
 _INTERPOLATIONS = 8  # sizes tried before the search falls back to halving
 
 
 class Encoder:
-    """Token ids of a question: a user's message if `chat` and there is a chat template, else the text as it is."""
+    """Encodes a question, as a user's message if `chat` is set and there is a chat template."""
 
     def __init__(self, template: ChatTemplate, *, chat: bool) -> None:
         self._template = template
         self._chat = chat
 
     def __call__(self, question: Question) -> list[int]:
-        """The message and the beginning of its answer, tokenised as one text."""
+        """Return the token ids of the message and its answer's beginning, tokenised together."""
         return encode_prompt(self._template, question.text, chat=self._chat, answer_prefix=question.answer_prefix)
 
 
@@ -39,8 +39,9 @@ class _Try:
 class Filler:
     """Samples of one task that fill one length.
 
-    Tokens grow with the size almost on a line, so each try is where the line through the known ones reaches the limit. A task's
-    samples need about the same size: the first try is the size of the one before, and usually the last try too.
+    Tokens are almost linear in the size, so each try is where the line through the known sizes
+    reaches the limit. A task's samples need about the same size, so the first try is the size of
+    the sample before. Usually it is also the last.
     """
 
     def __init__(self, subtask: Subtask, encode: Encoder, name: str, length: int) -> None:
@@ -49,13 +50,15 @@ class Filler:
         self._name = name
         self._length = length
         self._limit = length - subtask.max_new_tokens
-        self._size = _FIRST_GUESS
+        self._size = _FIRST_SIZE
 
     def fill(self, key: str, questions: int) -> list[tuple[Question, list[int]]]:
-        """Questions over one context, and their prompts, of which the longest is almost as long as fits.
+        """Return questions over one context, with their prompts.
+
+        The longest prompt is almost as long as fits.
 
         Args:
-            key: decides the sample.
+            key: seed of the sample.
 
         Raises:
             ConfigError: not even the smallest sample fits.
@@ -88,7 +91,7 @@ class Filler:
 
 
 def _next_size(fits: _Try | None, over: _Try | None, limit: int, *, halve: bool) -> int:
-    """Between the two; beyond the one that fits, or below the one that does not."""
+    """Return the next size to try: between the two known ones, or beyond the only known one."""
     if fits and over:
         if halve:
             return (fits.size + over.size) // 2

@@ -1,4 +1,4 @@
-"""The eight needle tasks: sentences that give a key its value, hidden in a text, and a question about some of the keys."""
+"""The eight needle tasks: sentences that give keys values, hidden in a text, and a question."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ _SEVERAL = (
 
 
 class Haystack(StrEnum):
-    """What needles are hidden in."""
+    """The text that hides the needles."""
 
-    NOISE = "noise"  # one sentence, again and again
+    NOISE = "noise"  # one sentence, repeated
     ESSAY = "essay"
-    NEEDLES = "needles"  # that nobody asks about
+    NEEDLES = "needles"  # needles that no question asks about
 
 
 class Kind(StrEnum):
-    """What keys and values are, as the prompt calls them."""
+    """The kind of keys and values, as the prompt calls it."""
 
     WORDS = "words"
     NUMBERS = "numbers"
@@ -82,7 +82,7 @@ class Needles:
         return [self._question(context, asked[at : at + step], values) for at in range(0, len(asked), step)]
 
     def _keys(self, questions: int) -> int:
-        """Different questions ask about different keys, so that no answer is given away twice."""
+        """Return the number of keys. Questions share none, so no answer is given away twice."""
         return max(self.keys, questions * self.keys_per_question)
 
     def _needle(self, key: str, value: str) -> str:

@@ -1,4 +1,4 @@
-"""`qa_1` and `qa_2`: questions of a reading benchmark, their documents hidden among others of the same benchmark."""
+"""`qa_1` and `qa_2`: questions of a reading benchmark over its own documents and others."""
 
 from __future__ import annotations
 
@@ -27,7 +27,12 @@ Node = TypeVar("Node", str, list[Any], dict[str, Any])
 
 @dataclass(frozen=True)
 class Asked:
-    """A question of a corpus. Documents are numbers of `Corpus.documents`: those with the answer, and those close to them."""
+    """A question of a corpus.
+
+    Attributes:
+        gold: documents with the answer, as indices into `Corpus.documents`.
+        near: documents that resemble them.
+    """
 
     query: str
     answers: list[str]
@@ -45,7 +50,7 @@ class Corpus:
 
 @dataclass(frozen=True)
 class QuestionAnswering:
-    """One question over its own and other documents. Its size is further documents."""
+    """One question over its own and other documents. Its size is the number of other documents."""
 
     corpus: Corpus
 
@@ -75,7 +80,7 @@ class QuestionAnswering:
         return [Question(_MESSAGE.format(context=context, query=asked.query), _PREFIX, asked.answers, starts)]
 
     def _others(self, rng: Random, asked: Asked, count: int) -> list[int]:
-        """Close documents before any others; the whole corpus again where it is too small."""
+        """Return other documents, near ones first. A corpus that is too small is repeated."""
         near = rng.sample(asked.near, min(count, len(asked.near)))
         known = {*asked.gold, *asked.near}
         far = [number for number in range(len(self.corpus.documents)) if number not in known]
@@ -88,10 +93,10 @@ class QuestionAnswering:
 
 
 def read_squad(file: Path) -> Corpus:
-    """SQuAD's JSON, version 1.1 or 2.0 (whose unanswerable questions are left out).
+    """Read SQuAD's JSON, version 1.1 or 2.0. Unanswerable questions are skipped.
 
     Raises:
-        TaskDataError: the file is missing, not JSON or not SQuAD's; the message names the place.
+        TaskDataError: the file is missing, not JSON or not SQuAD's. The message names the place.
     """
     found: list[tuple[str, list[str], str, list[str]]] = []
     texts: set[str] = set()
@@ -122,10 +127,10 @@ def read_squad(file: Path) -> Corpus:
 
 
 def read_hotpotqa(file: Path) -> Corpus:
-    """HotpotQA's JSON (the distractor setting: two documents with the answer, eight that look like it).
+    """Read HotpotQA's JSON (distractor setting: two documents with the answer, eight similar ones).
 
     Raises:
-        TaskDataError: the file is missing, not JSON or not HotpotQA's; the message names the place.
+        TaskDataError: the file is missing, not JSON or not HotpotQA's. The message names the place.
     """
     entries = _json(file)
     if not isinstance(entries, list):
@@ -141,7 +146,10 @@ def read_hotpotqa(file: Path) -> Corpus:
 
 
 def _hotpot_question(entry: Any, file: Path, where: str) -> tuple[str, str, list[str], list[str]]:
-    """Question, answer, documents with the answer and the others. All are taken to have it where the file does not say."""
+    """Return question, answer, documents with the answer, and the other documents.
+
+    All documents count as having the answer where the file does not say which do.
+    """
     texts: dict[str, str] = {}
     for d, document in enumerate(_get(entry, "context", list, file, where)):
         try:

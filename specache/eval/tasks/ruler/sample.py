@@ -1,4 +1,4 @@
-"""What every one of the 13 generators makes."""
+"""The interface of the 13 generators."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. The
 
 @dataclass(frozen=True)
 class Question:
-    """One prompt and what answers it.
+    """One prompt and its answer.
 
     Attributes:
         text: the user's message: context first, question last.
-        answer_prefix: how the answer begins, put after the message (and after the template's own beginning of an answer).
-        references: what the answer is scored against.
-        depths: where the references are in the context, 0 the beginning and 1 the end; empty where they are everywhere.
+        answer_prefix: the beginning of the answer, put after the message (and after the template's
+            own beginning of an answer).
+        references: the texts that the answer is scored against.
+        depths: relative positions of the references in the context, from 0 to 1; empty where they
+            are everywhere.
     """
 
     text: str
@@ -33,22 +35,22 @@ class Subtask(Protocol):
 
     @property
     def max_new_tokens(self) -> int:
-        """Longest answer."""
+        """Return the longest answer, in tokens."""
 
     @property
     def score(self) -> Score:
-        """(answer, references) -> score in [0, 1]."""
+        """Return the score's function: (answer, references) -> score in [0, 1]."""
 
     def smallest(self, questions: int) -> int:
-        """The smallest `size` that the generator can make."""
+        """Return the smallest `size` that the generator can make."""
 
     def questions(self, asked: int) -> int:
-        """How many questions it can ask over one context, at most `asked`."""
+        """Return how many questions it can ask over one context, at most `asked`."""
 
     def sample(self, rng: Random, size: int, *, length: int, questions: int) -> list[Question]:
-        """Questions over one context of `size` units (words, lines, documents).
+        """Make questions over one context of `size` units (words, lines, documents).
 
         Args:
-            rng: fresh; equal ones give equal samples.
+            rng: a fresh generator. Equal seeds give equal samples.
             length: tokens that prompt and answer may have; some tasks' proportions depend on it.
         """

@@ -1,4 +1,4 @@
-"""The 13 tasks by name, with the sizes that RULER gives them."""
+"""The 13 tasks by name, with RULER's sizes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from specache.eval.tasks.texts import load_text
 
 @dataclass(frozen=True)
 class Sources:
-    """The files that tasks read, each of them at most once and only if a task needs it."""
+    """The files that tasks read. Each is read at most once, and only if a task needs it."""
 
     haystack: tuple[Path, ...]
     squad: Path | None
@@ -26,18 +26,18 @@ class Sources:
 
     @cached_property
     def essay(self) -> Essay:
-        """What needles are hidden in."""
+        """Return the text that hides the needles."""
         return Essay(load_text(self.haystack))
 
     @cached_property
     def squad_corpus(self) -> Corpus:
-        """Documents and questions of `qa_1`; only with a file."""
+        """Return documents and questions of `qa_1`. It needs a file."""
         assert self.squad is not None
         return read_squad(self.squad)
 
     @cached_property
     def hotpotqa_corpus(self) -> Corpus:
-        """Documents and questions of `qa_2`; only with a file."""
+        """Return documents and questions of `qa_2`. It needs a file."""
         assert self.hotpotqa is not None
         return read_hotpotqa(self.hotpotqa)
 

@@ -1,4 +1,4 @@
-"""RULER as a task of the suite."""
+"""The task `ruler`: RULER's 13 tasks at each length."""
 
 from __future__ import annotations
 
@@ -56,18 +56,18 @@ class Ruler:
 
     @property
     def left_out(self) -> tuple[str, ...]:
-        """Tasks that do not run because their files are not there and nobody named them."""
+        """Return the tasks that do not run: nobody named them and their files are missing."""
         return () if self.tasks else tuple(self._without_corpus())
 
     def settings(self) -> dict[str, Any]:
         return json_settings(self)
 
     def items(self, model: TaskModel) -> Iterator[Item]:
-        """All items: of each length, of each task.
+        """Yield all items of each length and task.
 
         Raises:
-            TaskDataError: a file is missing or broken, or a task was named without its file.
-            ConfigError: a length is more than the model has positions, or less than a task needs.
+            TaskDataError: a file is missing or malformed, or a task was named without its file.
+            ConfigError: a length exceeds the model's positions, or is too short for a task.
         """
         sources = Sources(self.haystack, squad=self.qa1, hotpotqa=self.qa2)
         subtasks = {name: SUBTASKS[name](sources) for name in self._chosen()}
@@ -80,7 +80,7 @@ class Ruler:
         return Prepared(item, prompt)
 
     def measure(self, model: TaskModel, prepared: Prepared, session: Session) -> Measurement:
-        """The score of the greedy answer."""
+        """Score the greedy answer."""
         facts = prepared.item.facts
         score, references = SCORES[facts["score"]], facts["references"]
 
@@ -92,7 +92,7 @@ class Ruler:
             session,
             facts["max_new_tokens"],
             model.end_ids(chat=self.chat),
-            finished=lambda tokens: score(answer(tokens), references) == 1.0,  # it only grows with the answer
+            finished=lambda tokens: score(answer(tokens), references) == 1.0,  # a longer answer never scores less
         )
         prediction = answer(tokens)
         return Measurement([score(prediction, references)], details={"prediction": prediction, "references": references})
@@ -108,7 +108,7 @@ class Ruler:
         return self.tasks or tuple(name for name in SUBTASKS if name not in missing)
 
     def _without_corpus(self) -> dict[str, str]:
-        """Tasks whose file is not given, and what to pass."""
+        """Return the tasks whose file is not given, and what to pass."""
         needed = {"qa_1": (self.qa1, "SQuAD (--qa1 FILE)"), "qa_2": (self.qa2, "HotpotQA (--qa2 FILE)")}
         return {name: wanted for name, (file, wanted) in needed.items() if file is None}
 

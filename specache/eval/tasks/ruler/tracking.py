@@ -1,4 +1,7 @@
-"""Variable tracking: a chain of assignments scattered over noise, and the question which variables hold its value."""
+"""`vt`, variable tracking: a chain of assignments hidden in noise.
+
+The question is which variables hold its value.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,12 @@ _PREFIX = (
 )
 _LETTERS, _EXAMPLE_LETTERS = 5, 3
 _EXAMPLE_NOISE = 10  # sentences: the example has about 400 tokens
-_SHORT = 1024  # below this length the example has as little noise as it can
+_SHORT = 1024  # below this length the example has the least noise
 
 
 @dataclass(frozen=True)
 class VariableTracking:
-    """`vt`: one chain, after one solved example. Its size is sentences of noise."""
+    """`vt`: one chain, after one solved example. Its size is the number of noise sentences."""
 
     hops: int = 4
 

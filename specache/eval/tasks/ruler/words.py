@@ -100,12 +100,12 @@ wonder work worry wrap wrestle write yawn yell yield zoom
 
 
 def word_pair(rng: Random) -> str:
-    """An adjective and a noun, for example `quiet-harbor`."""
+    """Return an adjective and a noun, for example `quiet-harbor`."""
     return f"{rng.choice(ADJECTIVES)}-{rng.choice(NOUNS)}"
 
 
 def distinct_words(rng: Random, count: int) -> list[str]:
-    """Different words; word pairs where the vocabulary is too small for so many."""
+    """Return different words, or word pairs if the vocabulary has too few words."""
     if count <= len(_vocabulary()):
         return rng.sample(_vocabulary(), count)
     pairs: dict[str, None] = {}

@@ -1,4 +1,4 @@
-"""Contenders against each other: side by side where all of them fit into memory, else one after the other."""
+"""Time several implementations: interleaved if all fit into memory, else one after the other."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from specache.bench.base import Say
-from specache.bench.compute_device import CUDA, free_bytes, give_back
+from specache.bench.base import Log
+from specache.bench.compute_device import CUDA, free_bytes, release_memory
 from specache.bench.contenders import Contender
 from specache.bench.environment import gigabytes
 from specache.bench.timing import Timing, interleaved
@@ -20,7 +20,7 @@ WARMUP_STEPS = 2
 
 @dataclass(frozen=True)
 class Measured:
-    """One contender's step.
+    """The measurements of one implementation.
 
     Attributes:
         interleaved: whether it was timed in the same rounds as the others.
@@ -34,34 +34,34 @@ class Measured:
 
 @dataclass(frozen=True)
 class Skipped:
-    """Why a contender was not measured."""
+    """The reason why an implementation was not measured."""
 
     reason: str
 
 
-def race(
-    work: Workload, contenders: Sequence[Contender], steps: int, say: Say, phase_steps: int = 0
+def compare(
+    work: Workload, contenders: Sequence[Contender], steps: int, log: Log, phase_steps: int = 0
 ) -> dict[Contender, Measured | Skipped]:
-    """Time `steps` steps of every contender that fits into memory.
+    """Time `steps` steps of every implementation that fits into memory.
 
     Args:
-        phase_steps: further steps, in which a contender's phases are recorded.
+        phase_steps: further steps, in which the phases of an implementation are recorded.
     """
-    room = _Room(work)
+    free = _FreeMemory(work)
     outcome: dict[Contender, Measured | Skipped] = {}
     fitting = []
     for contender in contenders:
-        if lack := room.lack([contender]):
-            outcome[contender] = Skipped(lack)
+        if shortage := free.shortage([contender]):
+            outcome[contender] = Skipped(shortage)
         else:
             fitting.append(contender)
-    for group in [fitting] if room.lack(fitting) is None else [[contender] for contender in fitting]:
-        outcome |= _run_or_skip(work, group, steps, say, phase_steps)
+    for group in [fitting] if free.shortage(fitting) is None else [[contender] for contender in fitting]:
+        outcome |= _run_or_skip(work, group, steps, log, phase_steps)
     return {contender: outcome[contender] for contender in contenders}
 
 
-class _Room:
-    """Memory that is free before anything is filled: where the model computes, and main memory besides where that is a GPU."""
+class _FreeMemory:
+    """Free memory before anything is filled, where the model computes and in main memory."""
 
     def __init__(self, work: Workload) -> None:
         self._drawn = work.drawn_bytes
@@ -70,8 +70,8 @@ class _Room:
         self._free = free_bytes(CUDA) if on_gpu else self._host_free
         self._name = "GPU memory" if on_gpu else "memory"
 
-    def lack(self, contenders: Sequence[Contender]) -> str | None:
-        """What they need and is not there, if they are filled together."""
+    def shortage(self, contenders: Sequence[Contender]) -> str | None:
+        """Say which memory is too small for all of them together, or return `None` if they fit."""
         needed = self._drawn + sum(contender.needed_bytes for contender in contenders)
         host = sum(contender.host_bytes for contender in contenders)
         for size, free, name in ((needed, self._free, self._name), (host, self._host_free, "main memory")):
@@ -81,30 +81,33 @@ class _Room:
 
 
 def _run_or_skip(
-    work: Workload, group: Sequence[Contender], steps: int, say: Say, phase_steps: int
+    work: Workload, group: Sequence[Contender], steps: int, log: Log, phase_steps: int
 ) -> dict[Contender, Measured | Skipped]:
-    """As `_run`; those that a GPU has no room for together are run one by one, and who has none alone is skipped."""
+    """Run a group, or its members one by one if a GPU's memory runs out.
+
+    A member whose memory runs out on its own is skipped.
+    """
     try:
-        return _run(work, group, steps, say, phase_steps)
+        return _run(work, group, steps, log, phase_steps)
     except Exception as error:
         if work.info.device.type != CUDA or not is_out_of_memory(error):
             raise
         reason = f"the GPU's memory ran out ({str(error).partition('.')[0]})"
-    give_back()
+    release_memory()
     if len(group) == 1:
         return {group[0]: Skipped(reason)}
-    alone = [_run_or_skip(work, [contender], steps, say, phase_steps) for contender in group]
+    alone = [_run_or_skip(work, [contender], steps, log, phase_steps) for contender in group]
     return {contender: measured for one in alone for contender, measured in one.items()}
 
 
-def _run(work: Workload, group: Sequence[Contender], steps: int, say: Say, phase_steps: int) -> dict[Contender, Measured | Skipped]:
+def _run(work: Workload, group: Sequence[Contender], steps: int, log: Log, phase_steps: int) -> dict[Contender, Measured | Skipped]:
     try:
         for contender in group:
             if contender.needed_bytes:
-                say(f"{work.batch} x {work.context:,} tokens: filling {contender.impl}")
+                log(f"{work.batch} x {work.context:,} tokens: filling {contender.impl}")
             contender.prepare()
         work.drop_rows()
-        say(f"{work.batch} x {work.context:,} tokens: decoding")
+        log(f"{work.batch} x {work.context:,} tokens: decoding")
         named = {f"{number} {contender.impl}": contender for number, contender in enumerate(group)}
 
         def around(name: str) -> AbstractContextManager[None]:
