@@ -16,7 +16,7 @@ from specache.engine.attention_hook import attached
 from specache.errors import ConfigError, MethodUnavailableError
 from specache.eval import prefilled
 from specache.eval.catalogue import METHODS, method_class
-from specache.eval.methods.dense import DenseMethod, DenseSession
+from specache.eval.methods.dense_cache import DenseMethod, DenseSession
 from specache.eval.methods.h2o import H2OMethod, accumulated_attention
 from specache.eval.methods.infllm import InfLLMMethod, representative_scores
 from specache.eval.methods.offloaded_cache import OffloadedMethod

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from specache.attention.dense import AttentionParams
 from specache.errors import ConfigError
-from specache.eval.methods.dense import DenseMethod, KeptRows, LayerState, attention_weights, rows_on_device
+from specache.eval.methods.dense_cache import DenseMethod, KeptRows, LayerState, attention_weights, rows_on_device
 from specache.eval.prefilled import Prefilled
 
 QUERY_BLOCK = 128  # prompt queries scored at a time

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from specache.attention.dense import AttentionParams, attend_part, merge
 from specache.errors import ConfigError
-from specache.eval.methods.dense import ROW_BYTES, DenseMethod, KeptRows, LayerState, rows_on_device, take_rows
+from specache.eval.methods.dense_cache import ROW_BYTES, DenseMethod, KeptRows, LayerState, rows_on_device, take_rows
 from specache.eval.prefilled import Prefilled
 
 SCORE_BYTES = 4  # per local token: its representative score (float32)

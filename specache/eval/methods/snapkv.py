@@ -14,7 +14,7 @@ from torch.nn.functional import avg_pool1d, max_pool1d
 
 from specache.attention.dense import AttentionParams
 from specache.errors import ConfigError
-from specache.eval.methods.dense import DenseMethod, KeptRows, LayerState, attention_weights, rows_on_device
+from specache.eval.methods.dense_cache import DenseMethod, KeptRows, LayerState, attention_weights, rows_on_device
 from specache.eval.prefilled import OBSERVATION_WINDOW, Prefilled
 
 POOLING = ("max", "avg")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from specache.attention.dense import AttentionParams
-from specache.eval.methods.dense import DenseMethod, KeptRows, LayerState, rows_on_device
+from specache.eval.methods.dense_cache import DenseMethod, KeptRows, LayerState, rows_on_device
 from specache.eval.prefilled import Prefilled
 
 
