@@ -53,8 +53,8 @@ class Rounded(TorchPages):
         with mock.patch.object(torch_ops, "mean_probabilities", upper_bits):
             return super().select(scores, rest_lse, lengths, k)
 
-    def _values(self, copy: LowBitKV, weights: Tensor) -> Tensor:
-        return super()._values(copy, weights.bfloat16().float())
+    def _values(self, low_bit_kv: LowBitKV, weights: Tensor) -> Tensor:
+        return super()._values(low_bit_kv, weights.bfloat16().float())
 
 
 def divergence(model: Any, ids: Tensor, answer: list[int], reference: Tensor, bits: int, kernels: type[TorchPages]) -> float:

@@ -180,7 +180,7 @@ class StaticDecoder:
             index: sum(self._cache.hot_slots(sequence, sequence.compressed[index]) for sequence in sequences) // len(sequences)
             for index in sequences[0].compressed
         }
-        return BatchSize(KINDS[config.policy].rows, room, slots)
+        return BatchSize(KINDS[config.policy].queries, room, slots)
 
     def _detach(self, failed: bool) -> None:
         batch = self._batch
@@ -191,7 +191,7 @@ class StaticDecoder:
             batch.abandon_capture()
         if failed:
             batch.undo()
-        batch.give_back()
+        batch.detach()
         self._count(batch)
         for sequence in self._sequences:
             if failed:
@@ -236,7 +236,7 @@ class StaticDecoder:
         if config.residual == 0:
             return "residual=0 leaves no token at 16 bits while its group becomes low bit"
         layers = set(self._cache.resources.dimensions.full_layers)
-        reasons = (page_kernels.refuses(info.device, layer.head_dim, info.dtype, config.group_size) for layer in layers)
+        reasons = (page_kernels.unsupported_reason(info.device, layer.head_dim, info.dtype, config.group_size) for layer in layers)
         return next((reason for reason in reasons if reason), None)
 
 

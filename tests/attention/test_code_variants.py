@@ -1,4 +1,6 @@
-"""The study's simulation is the method: what it decodes is what the cache decodes, and every variant of the list runs."""
+"""The study's simulation is the method: what it decodes is what the cache decodes, and every
+variant of the list runs.
+"""
 
 from __future__ import annotations
 

@@ -75,13 +75,13 @@ def test_a_limit_of_main_memory_says_nothing_of_a_gpu():
 
 
 def test_kernels_are_those_of_the_device(monkeypatch):
-    monkeypatch.setattr(kernels.triton, "missing", lambda: None)
+    monkeypatch.setattr(kernels.triton, "unsupported_reason", lambda: None)
     monkeypatch.delenv(kernels.VARIABLE, raising=False)
     assert kernels.available_on("cuda") == ["torch", "triton"]
     assert set(kernels.active_on("cuda").values()) == {"triton"}
     monkeypatch.setenv(kernels.VARIABLE, "torch")
     assert set(kernels.active_on("cuda").values()) == {"torch"}
-    monkeypatch.setattr(kernels.triton, "missing", lambda: "none here")
+    monkeypatch.setattr(kernels.triton, "unsupported_reason", lambda: "none here")
     assert kernels.available_on("cuda") == ["torch"]
     assert machine.describe()["machine"]["gpu"] is None
 

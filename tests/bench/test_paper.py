@@ -202,8 +202,8 @@ def test_hot_sets_that_a_step_had_to_free_do_not_count_as_room(monkeypatch):
         if contender._work.batch > 2:
             for sequence in contender.held.sequences:
                 for layer in sequence.compressed.values():
-                    layer.rows.hot.free()
-                    layer.rows._staged_bytes = 0
+                    layer.row_fetcher.hot.free()
+                    layer.row_fetcher._staged_bytes = 0
         return found
 
     monkeypatch.setattr(Decoding, "_samples", samples)

@@ -1,4 +1,6 @@
-"""An edited or regenerated turn of a hybrid model: little is read again, and what follows is what a fresh cache would say."""
+"""An edited or regenerated turn of a hybrid model: little is read again, and what follows is what a
+fresh cache would say.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +76,9 @@ def test_a_regenerated_answer_reads_one_token(hybrid):
 
 @pytest.mark.parametrize("chunk", [500, 4096])
 def test_a_document_edited_anywhere_is_read_again_from_at_most_1024_tokens_before(chunk):
-    """Also in the middle of a chunk: where a checkpoint lies does not depend on how the prompt was cut into passes."""
+    """Also in the middle of a chunk: where a checkpoint lies does not depend on how the prompt was
+    cut into passes.
+    """
     model = build("Gemma3", {**FAMILIES["gemma3"][1], "max_position_embeddings": 8192})
     whole, config = prompt(5000), settings(prefill_chunk=chunk)
     with specache.SpeCache(model, config) as cache:
@@ -206,7 +210,9 @@ def test_statistics_count_them(hybrid):
 
 
 def test_they_never_make_a_request_fail_that_fits_without_them(hybrid):
-    """The least fast memory that is enough is what it would be without checkpoints; with a little less it is refused."""
+    """The least fast memory that is enough is what it would be without checkpoints; with a little
+    less it is refused.
+    """
     ids, config = prompt(600), settings()
     loads = [specache.planning.footprint.PlannedSequence(600, 9)]
     with specache.SpeCache(hybrid, config) as cache:

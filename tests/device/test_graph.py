@@ -1,4 +1,6 @@
-"""Decode steps that are captured and replayed: the tokens of ordinary steps, and nothing of the host in them."""
+"""Decode steps that are captured and replayed: the tokens of ordinary steps, and nothing of the
+host in them.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def graphs():
     ("policy", "new"), [("verified", 110), ("speculative", 80), ("on-demand", 80), ("previous", 60), ("none", 110)]
 )
 def test_replays_give_the_ordinary_tokens(model, monkeypatch, graphs, policy, new):
-    """Two sequences of different lengths, several retirements of each, a hot set that is too small, and more room."""
+    """Two sequences of different lengths, several retirements of each, a hot set that is too small,
+    and more room.
+    """
     settings = config(policy=policy)
     eager = answer(model, settings, (150, 97), new)
     with static_steps(monkeypatch, graphs=lambda device: graphs) as steps:

@@ -1,4 +1,6 @@
-"""The prompt's rows on their way to main memory: nobody waits for them but who reads them, and nobody reads too early."""
+"""The prompt's rows on their way to main memory: nobody waits for them but who reads them, and
+nobody reads too early.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def prompt(seed: int = 0) -> list[tuple[Tensor, Tensor]]:
 
 
 def prefill(tier: RamTier, streams: SimulatedStreams, rows: list[tuple[Tensor, Tensor]], seen: Callable[[int, int], None]) -> None:
-    """Chunk by chunk and layer by layer, over keys and values that the model computes into the same memory again and again."""
+    """Chunk by chunk and layer by layer, over keys and values that the model computes into the same
+    memory again and again.
+    """
     keys, values = (torch.zeros(HEADS, CHUNK, DIM, dtype=torch.bfloat16) for _ in range(2))
 
     def compute(new_keys: Tensor, new_values: Tensor) -> None:
@@ -182,7 +186,9 @@ def test_memory_that_is_given_back_too_soon_is_found():
 
 
 def test_what_the_copy_queue_reads_is_not_the_callers():
-    """Keys and values are joined where they were computed; the copy's source is known to both queues."""
+    """Keys and values are joined where they were computed; the copy's source is known to both
+    queues.
+    """
     streams = SimulatedStreams(Order.COPY_LATE)
     tier = tier_on(streams)
     prefill(tier, streams, prompt(), nothing)

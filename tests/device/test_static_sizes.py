@@ -1,4 +1,6 @@
-"""What a static batch claims of fast memory is what it allocates, and what the roofline planner says without one."""
+"""What a static batch claims of fast memory is what it allocates, and what the roofline planner
+says without one.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,7 @@ def own_tensors(batch: DeviceBatch) -> list[torch.Tensor]:
         tensors += buffers.tensors
     for state in batch.layers.values():
         tensors += [state.next_positions, state.used_positions]
-        tensors += [] if state.rows is None else [state.rows._ahead, state.rows._ahead_slots]
+        tensors += [] if state.row_fetcher is None else [state.row_fetcher._ahead, state.row_fetcher._ahead_slots]
         tensors += [] if state.weights is None else [state.weights]
     return tensors
 

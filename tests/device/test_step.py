@@ -1,4 +1,6 @@
-"""Decode steps over static buffers equal the ordinary ones, and give the sequences back as those would have left them."""
+"""Decode steps over static buffers equal the ordinary ones, and give the sequences back as those
+would have left them.
+"""
 
 from __future__ import annotations
 
@@ -108,7 +110,9 @@ def test_the_copy_queue_may_be_early_or_late(model, monkeypatch, order, seed):
 
 @pytest.mark.parametrize(("lengths", "served"), [((60,), 23), ((92,), 21), ((101, 140), 23), ((80, 140), 4)])
 def test_long_rope_on_either_side_of_its_switch(monkeypatch, lengths, served):
-    """At 100 tokens a sequence is prefilled anew. While a batch has sequences on both sides, its steps are the ordinary ones."""
+    """At 100 tokens a sequence is prefilled anew. While a batch has sequences on both sides, its
+    steps are the ordinary ones.
+    """
     changes = {"sliding_window": None, "rope_parameters": LONGROPE, "original_max_position_embeddings": 100}
     model = build("Phi3", changes)
     eager = answer(model, config(), lengths, 24)
@@ -139,7 +143,8 @@ def test_a_short_sequence_begins_with_ordinary_steps(model, monkeypatch):
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_statistics_are_the_ordinary_ones(model, monkeypatch, policy):
-    """Of one sequence: the slots of a batch's hot set are shared out evenly, those of ordinary steps by length.
+    """Of one sequence: the slots of a batch's hot set are shared out evenly, those of ordinary
+    steps by length.
 
     A batch begins without the rows of pre-decoding, and fetches those of its selection once more.
     """

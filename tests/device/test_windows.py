@@ -103,7 +103,7 @@ def test_rows_see_their_window(kind, window):
     hidden = hidden_slots(positions, window, kind)
     for position in positions.tolist():
         holds = {token % window: token for token in range(max(0, position + 1 - window), position + 1)}
-        for row in range(kind.rows):
+        for row in range(kind.queries):
             at = position + row
             seen = {slot for slot, token in holds.items() if at - window < token <= at}
             seen |= {window} if row else set()

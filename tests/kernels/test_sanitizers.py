@@ -1,4 +1,6 @@
-"""The C++ kernels' tests once more, under the address and undefined-behaviour sanitizers, in a process of their own."""
+"""The C++ kernels' tests once more, under the address and undefined-behaviour sanitizers, in a
+process of their own.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ spec = importlib.util.spec_from_file_location("specache._native", sys.argv[1])
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 sys.modules["specache._native"] = module
-from specache.kernels import native
+from specache.kernels.cpu import native
 assert native._native is module
 import pytest
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[2:]]))

@@ -1,4 +1,6 @@
-"""The prefetch engine: what is submitted is there at the next step, or says why; what is cancelled is never heard of again."""
+"""The prefetch engine: what is submitted is there at the next step, or says why; what is cancelled
+is never heard of again.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 from specache.errors import CorruptRowError, SlowTierError
-from specache.rows.fetch import FetchedRows
+from specache.rows.fetch import HotSetRowFetcher
 from specache.rows.hot_set import HotSet
 from specache.stats import Counters, MemoryUse, report
 from specache.tiers import worker as worker_module
@@ -64,9 +66,9 @@ def worker() -> Iterator[PrefetchWorker]:
     made.close()
 
 
-def rows_of(tier: GatedTier, worker: PrefetchWorker, slots: int = 0) -> FetchedRows:
+def rows_of(tier: GatedTier, worker: PrefetchWorker, slots: int = 0) -> HotSetRowFetcher:
     hot = HotSet(HEADS, slots, 2 * DIM, torch.float32, torch.device("cpu"))
-    return FetchedRows(tier, 0, hot, worker, Transfer(torch.device("cpu")), Counters(prefetches=True))
+    return HotSetRowFetcher(tier, 0, hot, worker, Transfer(torch.device("cpu")), Counters(prefetches=True))
 
 
 def wanted(*positions: int) -> Tensor:
@@ -127,7 +129,9 @@ def pass_of(*rows: Tensor) -> Tensor:
 
 
 def test_what_a_step_starts_is_read_while_it_goes_on(tier, worker):
-    """The guess does without what nobody reads; what is on its way to the real row, it gets too. No row is read twice."""
+    """The guess does without what nobody reads; what is on its way to the real row, it gets too. No
+    row is read twice.
+    """
     rows = rows_of(tier, worker, slots=10)
     rows.begin_step()
     rows.fetch(wanted(1, 2))

@@ -57,10 +57,10 @@ def test_it_is_pytorchs(counts, heads, groups, rows, dim, dtype, softcap, has_si
         for found, wanted in zip(part, expected, strict=True):
             # weights of 16-bit rows are multiplied in two parts of their dtype
             torch.testing.assert_close(found[b], wanted, atol=1e-5 if dtype == torch.float32 else 1e-4, rtol=1e-5)
-    copy = torch.randn(batch, heads, groups, rows, dim, generator=generator), torch.randn(part[1].shape, generator=generator)
-    copy[1][0, 0, 0] = -torch.inf  # a copy in which nothing is seen
-    joined = recent_backend.join(*copy, *part, dtype)
-    wanted = TorchPages.join(None, copy, RecentPart(*part), dtype)
+    low_bit_kv = torch.randn(batch, heads, groups, rows, dim, generator=generator), torch.randn(part[1].shape, generator=generator)
+    low_bit_kv[1][0, 0, 0] = -torch.inf  # a copy in which nothing is seen
+    joined = recent_backend.join(*low_bit_kv, *part, dtype)
+    wanted = TorchPages.join(None, low_bit_kv, RecentPart(*part), dtype)
     last_bit = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}[dtype]  # two sums may round apart
     torch.testing.assert_close(joined, wanted, atol=last_bit, rtol=last_bit)
 

@@ -1,4 +1,6 @@
-"""A decode over static buffers on the Triton kernels equals the reference, also as a captured graph."""
+"""A decode over static buffers on the Triton kernels equals the reference, also as a captured
+graph.
+"""
 
 # mypy: disable-error-code="no-untyped-def"
 
