@@ -38,8 +38,10 @@ ON_THE_CPU = static_decoding.StaticSettings(capacity_step=256, devices=("cpu",))
 class Rounded(TorchPages):
     """PyTorch's kernels with what Triton's round."""
 
-    def score(self, query: Tensor, tables: PageTables, weights: Tensor | None, scaling: float, softcap: float | None) -> PageScores:
-        scores = super().score(query, tables, weights, scaling, softcap).values
+    def score(
+        self, query: Tensor, tables: PageTables, channel_scales: Tensor | None, scaling: float, softcap: float | None
+    ) -> PageScores:
+        scores = super().score(query, tables, channel_scales, scaling, softcap).values
         grouped = scores.unflatten(-1, (-1, self._layout.group_size))
         largest = grouped.amax(-1, keepdim=True).clamp(min=-1e30)
         return PageScores(((grouped - largest).half().float() + largest).flatten(-2))

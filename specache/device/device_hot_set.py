@@ -75,7 +75,7 @@ class DeviceHotSet:
         self.owner = torch.empty(*shape, stride, dtype=torch.int32, device=device)
         self.used = torch.empty(*shape, stride, dtype=torch.int32, device=device)
         self.tick = torch.zeros(*shape, 1, dtype=torch.int32, device=device)
-        self._refused, self._nobodys = (torch.tensor(x, device=device) for x in (self.refused, tokens + 1))
+        self._refused, self._unowned = (torch.tensor(x, device=device) for x in (self.refused, tokens + 1))
         self._first_row = torch.arange(batch * num_kv_heads, device=device).view(*shape, 1) * stride
         self.clear()
 
@@ -110,7 +110,7 @@ class DeviceHotSet:
         rank = missing.cumsum(-1).sub_(1).clamp_(min=0)  # n-th newcomer of its head
         slots = victims.gather(-1, rank).where(missing, self._refused)
         granted = slots != self._refused
-        self._give(slots, torch.where(granted, positions, self._nobodys))
+        self._give(slots, torch.where(granted, positions, self._unowned))
         self._touch(slots)
         return slots
 
@@ -118,7 +118,7 @@ class DeviceHotSet:
         """Empty those of the `slots`, from `claim`, that still belong to these positions."""
         owned = (slots < self.capacity) & (self.owner.gather(-1, slots) == positions)
         slots = torch.where(owned, slots, self._refused)
-        self._give(slots, self._nobodys.expand_as(slots))
+        self._give(slots, self._unowned.expand_as(slots))
         self.used.scatter_(-1, slots, self._long_ago().expand_as(slots))
 
     def put(self, slots: Tensor, kv_rows: Tensor) -> None:

@@ -56,16 +56,16 @@ class StaticPass:
 
     Args:
         kind: `PAIR` or `SINGLE`.
-        retires: whether a sequence's oldest group is quantised after the step and is a candidate
-            for the next one.
+        pending_groups: whether a sequence's oldest group is quantised after the step and is a
+            candidate for the next one.
     """
 
-    def __init__(self, batch: DeviceBatch, kind: StepKind, policy: Policy, top_k: int, retires: bool) -> None:
+    def __init__(self, batch: DeviceBatch, kind: StepKind, policy: Policy, top_k: int, pending_groups: bool) -> None:
         self._batch = batch
         self._kind = kind
         self._policy = policy
         self._top_k = top_k
-        self._retires = retires
+        self._pending_groups = pending_groups
         self._seen = self._visibility()
         first = batch.inputs.position_ids[:, 0]
         self._hidden = {window: hidden_slots(first, window, kind) for window in {w.window for w in batch.windows.values()}}
@@ -131,7 +131,7 @@ class StaticPass:
             hidden = hidden | ((column >= size) & (row == 0))
         batch.lengths.copy_(inputs.low_bit)
         batch.finite.fill_(True)  # kernels write only False
-        if not self._retires:
+        if not self._pending_groups:
             return _Visibility(hidden, counts, batch.lengths, None, None, None)
         pending = counts + 1 == size
         future = inputs.low_bit.view(-1, 1, 1, 1, 1) + torch.arange(config.group_size, device=counts.device)

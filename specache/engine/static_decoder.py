@@ -114,16 +114,16 @@ class StaticDecoder:
     def _run(self, batch: DeviceBatch, tokens: list[list[int]]) -> Tensor:
         config = self._cache.config
         kind = KINDS[config.policy]
-        retires = batch.begin(tokens) and config.policy.prefetches  # only what is selected for the next step depends on it
+        pending_groups = batch.begin(tokens) and config.policy.prefetches  # only what is selected for the next step depends on it
 
         def run() -> Tensor:
-            state = StaticPass(batch, kind, config.policy, config.top_k, retires)
+            state = StaticPass(batch, kind, config.policy, config.top_k, pending_groups)
             logits = decode_forward(self._model, batch.inputs.token_ids, batch.inputs.position_ids, state, reads_back=False)
             if self._graphs:
                 batch.join()
             return logits
 
-        logits = self._steps(retires, run)
+        logits = self._steps(pending_groups, run)
         batch.ran()
         if (layer := batch.first_not_finite()) is not None:
             raise not_finite(layer)

@@ -40,7 +40,7 @@ def decoded(start: Prefilled, **settings: object) -> Tensor:
         return torch.cat([decoder.step([0], [token], None).real for token in following()]).log_softmax(-1)
 
 
-def test_without_a_variant_it_is_the_model(start):
+def test_without_a_variant_the_model_is_unchanged(start):
     ids = torch.tensor([start.token_ids + following()])
     with torch.no_grad():
         expected = start.model(ids).logits[0, LENGTH:].log_softmax(-1)

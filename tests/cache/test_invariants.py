@@ -95,12 +95,12 @@ def test_the_low_bit_copy_alone_is_not_the_full_cache(model, full):
 
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("length", [12, 200])
-def test_exact_attention_makes_every_guess_right(model, tier, length):
+def test_exact_attention_makes_every_draft_token_right(model, tier, length):
     config = settings(policy="verified", slow_tier=tier, top_k=EVERYTHING)
     assert run(model, prompt(length), config)[2]["guess_rate"] == 1.0
 
 
-def test_a_prompt_in_the_residual_makes_every_guess_of_the_paper_right(model):
+def test_a_prompt_in_the_residual_makes_every_draft_token_of_the_paper_right(model):
     config = settings(policy="speculative", slow_tier="ram", residual=64, group_size=64)
     assert run(model, prompt(60), config)[2]["guess_rate"] == 1.0
 
@@ -158,7 +158,7 @@ def test_the_native_kernels_stay_near_the_reference(model, full, tier, policy, c
 
 
 def force_guesses(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    """Every guess is a random token."""
+    """Replace every draft token by a random one."""
     generator = torch.Generator().manual_seed(seed)
 
     def random_guess(request, context, like, logits, active):
@@ -168,7 +168,7 @@ def force_guesses(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_verified_does_not_depend_on_the_guess(model, monkeypatch, seed):
+def test_verified_does_not_depend_on_the_draft_token(model, monkeypatch, seed):
     config = settings(policy="verified", slow_tier="ram")
     expected_tokens, expected, right = run(model, prompt(200), config)
     force_guesses(monkeypatch, seed)
@@ -178,7 +178,7 @@ def test_verified_does_not_depend_on_the_guess(model, monkeypatch, seed):
     assert torch.equal(logits, expected)
 
 
-def test_the_papers_policy_does_depend_on_the_guess(model, monkeypatch):
+def test_the_papers_policy_does_depend_on_the_draft_token(model, monkeypatch):
     config = settings(policy="speculative", slow_tier="ram")
     tokens, expected, _ = run(model, prompt(200), config)
     force_guesses(monkeypatch, 1)
@@ -297,7 +297,7 @@ def test_a_sequence_cut_to_a_prefix_holds_what_a_fresh_prefill_does(model, code,
 
 
 @pytest.mark.usefixtures("torch_kernels")
-def test_a_short_prompt_gets_its_weights_while_decoding(model):
+def test_a_short_prompt_gets_its_key_scales_while_decoding(model):
     """The first group becomes low bit in the middle of decoding; the rotated code then equals the
     reference.
     """

@@ -156,7 +156,7 @@ def test_a_prefill_that_stops_in_the_middle_goes_back_and_on(hybrid):
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt-oss"])
-def test_other_hybrids_too(family):
+def test_other_hybrid_models_go_back_to_checkpoints(family):
     model, config = build(*FAMILIES[family]), settings()
     with specache.SpeCache(model, config) as cache:
         answer(model, cache, prompt(600))
@@ -195,7 +195,7 @@ def test_a_machine_without_memory_for_a_copy_answers_without_one(hybrid, monkeyp
     assert (logits - fresh(hybrid, settings(), prompt(600))).abs().max() == 0
 
 
-def test_statistics_count_them(hybrid):
+def test_statistics_count_checkpoints(hybrid):
     with specache.SpeCache(hybrid, settings()) as cache:
         specache.prefill(hybrid, prompt(600), cache=cache)
         stats, kept = cache.stats(), cache.sequences[0].checkpoints
@@ -209,7 +209,7 @@ def test_statistics_count_them(hybrid):
     assert cache.resources.budget.spare == cache.resources.budget.used == 0
 
 
-def test_they_never_make_a_request_fail_that_fits_without_them(hybrid):
+def test_checkpoints_never_make_a_request_fail_that_fits_without_them(hybrid):
     """The least fast memory that is enough is what it would be without checkpoints; with a little
     less it is refused.
     """
@@ -270,7 +270,7 @@ def test_a_fork_on_another_thread_takes_none_away_while_one_is_looked_up(monkeyp
     assert checkpoints.lengths == [300] and budget.used == 950
 
 
-def test_what_they_take_is_bounded(hybrid):
+def test_bytes_of_checkpoints_are_bounded(hybrid):
     class Large(Spacing):
         pass
 

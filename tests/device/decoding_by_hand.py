@@ -94,7 +94,7 @@ class Decode:
         index = given.positions.clamp(min=0).unsqueeze(-1).expand_as(given.rows)
         expected = self.stored[given.layer].expand(2, -1, -1, -1, -1).gather(3, index).masked_fill(~here.unsqueeze(-1), 0.0)
         right = torch.equal(given.rows, expected)
-        right &= torch.equal(given.positions[0], given.asked[0])  # the real row's are all there
+        right &= torch.equal(given.positions[0], given.asked[0])  # the real query gets all of its rows
         right &= bool(((given.positions == given.asked) | ~here).all())
         return not right
 
@@ -117,8 +117,8 @@ class Decode:
             self.streams.finish(Queue.COMPUTE)
 
     def _attend(self, layer: int, rows: DeviceRowFetcher) -> None:
-        """One layer: the real row mostly wants what was read ahead, the guess what the real row
-        wants and more.
+        """Run one layer. The real query selects mostly prefetched rows; the draft query selects
+        mostly those of the real one.
         """
         real = self._near(self._wanted_next[layer])
         draft, following = self._near(real), self._near(real)

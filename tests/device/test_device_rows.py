@@ -51,7 +51,7 @@ def rows_at(stored: Tensor, positions: Tensor) -> Tensor:
 
 
 @READS
-def test_the_real_row_gets_all_its_rows(read, stored):
+def test_the_real_query_gets_all_its_rows(read, stored):
     fetcher = fetcher_over(stored, read)
     for positions in (wanted(0, 3, 19), wanted(3, 4), wanted(), wanted(4, 5, 6, 7)):
         fetcher.begin_step()
@@ -59,7 +59,7 @@ def test_the_real_row_gets_all_its_rows(read, stored):
 
 
 @READS
-def test_the_guess_gets_what_is_there(read, stored):
+def test_the_draft_query_gets_only_cached_rows(read, stored):
     fetcher = fetcher_over(stored, read)
     fetcher.begin_step()
     fetcher.fetch(wanted(2, 5))
@@ -70,7 +70,7 @@ def test_the_guess_gets_what_is_there(read, stored):
 
 
 @READS
-def test_what_is_submitted_is_there_in_the_next_step(read, stored):
+def test_prefetched_rows_are_available_in_the_next_step(read, stored):
     fetcher = fetcher_over(stored, read)
     fetcher.begin_step()
     fetcher.submit(wanted(1, 2, 3))
@@ -79,7 +79,7 @@ def test_what_is_submitted_is_there_in_the_next_step(read, stored):
     assert torch.equal(positions, torch.tensor([-1, 1, 2, 3]).expand(BATCH, HEADS, -1))
 
 
-def test_what_is_cancelled_is_forgotten_and_what_was_fetched_is_not(stored):
+def test_cancelling_drops_prefetched_rows_and_keeps_fetched_ones(stored):
     fetcher = fetcher_over(stored)
     fetcher.begin_step()
     fetcher.fetch(wanted(0, 1))
@@ -102,7 +102,7 @@ def test_cancelling_leaves_a_slot_alone_that_has_another_owner_by_now(stored):
     assert torch.equal(positions, wanted(8, 9, 10, 11))
 
 
-def test_after_a_cut_nothing_is_left(stored):
+def test_dropped_rows_are_not_found(stored):
     fetcher = fetcher_over(stored)
     fetcher.begin_step()
     fetcher.fetch(wanted(0, 1))
@@ -123,7 +123,7 @@ def test_rows_that_changed_are_read_anew_after_a_cut(read, stored):
     assert torch.equal(fetcher.fetch(wanted(0, 1)), rows_at(stored, wanted(0, 1)))
 
 
-def test_rows_may_move(stored):
+def test_rows_are_read_from_replaced_buffers(stored):
     fetcher = fetcher_over(stored)
     fetcher.begin_step()
     fetcher.fetch(wanted(0))
@@ -133,7 +133,7 @@ def test_rows_may_move(stored):
     assert torch.equal(fetcher.fetch(wanted(0)), rows_at(moved, wanted(0)))
 
 
-def test_it_counts_the_real_rows_hits_and_the_bytes_of_both(stored):
+def test_hits_of_the_real_query_and_bytes_of_all_reads_are_counted(stored):
     """The same selections over a CPU's hot set with as many slots."""
     fetcher = fetcher_over(stored)
     hosts = [HotSet(HEADS, SLOTS, WIDTH, torch.float32, CPU) for _ in range(BATCH)]
@@ -170,7 +170,7 @@ def select(generator: torch.Generator) -> Tensor:
     return torch.cat([positions[..., 1:], positions[..., :1].masked_fill(holes, -1)], -1)
 
 
-def test_kernels_find_rows_and_positions_of_a_pass_side_by_side(stored):
+def test_kernels_get_rows_and_positions_of_all_queries_in_one_view(stored):
     fetcher = fetcher_over(stored)
     fetcher.begin_step()
     fetcher.fetch(wanted(1, 2))
@@ -217,7 +217,7 @@ def test_no_shape_depends_on_what_was_computed(read):
 
 @READS
 def test_memory_that_both_queues_use_is_known_to_both(read):
-    """PyTorch may otherwise hand it to somebody else while the copy queue still uses it."""
+    """Otherwise PyTorch may reuse it while the copy queue still uses it."""
     used: dict[Queue, dict[int, Tensor]] = {queue: {} for queue in Queue}
 
     def watch(queue: Queue, work: Work) -> None:

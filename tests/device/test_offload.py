@@ -1,6 +1,4 @@
-"""The prompt's rows on their way to main memory: nobody waits for them but who reads them, and
-nobody reads too early.
-"""
+"""Offloading a prompt's rows to main memory: only readers wait for it, and none reads too early."""
 
 from __future__ import annotations
 
@@ -164,7 +162,7 @@ def test_memory_is_given_back_when_nobody_uses_it(order, seed):
 
 
 def test_memory_that_is_given_back_too_soon_is_found():
-    """The same, but closing waits for nobody."""
+    """The same, but closing does not wait."""
 
     class Impatient(StreamedOffload):
         def finish(self) -> None:

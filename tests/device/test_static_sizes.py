@@ -44,7 +44,7 @@ def own_tensors(batch: DeviceBatch) -> list[torch.Tensor]:
     for state in batch.layers.values():
         tensors += [state.next_positions, state.used_positions]
         tensors += [] if state.row_fetcher is None else [state.row_fetcher._ahead, state.row_fetcher._ahead_slots]
-        tensors += [] if state.weights is None else [state.weights]
+        tensors += [] if state.key_scales is None else [state.key_scales]
     return tensors
 
 

@@ -34,8 +34,8 @@ def model():
 
 @pytest.mark.parametrize("code", ["kivi", "rotated"])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_tokens_and_logits_are_the_ordinary_steps(model, monkeypatch, policy, code):
-    """Over retirements, evictions and more room, by sequences of different lengths."""
+def test_static_steps_give_the_ordinary_tokens_and_logits(model, monkeypatch, policy, code):
+    """Sequences of different lengths quantise groups, evict slots and outgrow the buffers."""
     settings = config(policy=policy, code=code)
     eager = answer(model, settings, (150, 97), 40)
     with static_steps(monkeypatch) as steps:
@@ -46,7 +46,7 @@ def test_tokens_and_logits_are_the_ordinary_steps(model, monkeypatch, policy, co
 
 @pytest.mark.parametrize("code", ["kivi", "rotated"])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_logits_are_the_references(model, monkeypatch, policy, code):
+def test_logits_equal_the_references(model, monkeypatch, policy, code):
     settings = config(policy=policy, code=code, prefill_chunk=4096)
     expected = reference.generate(model, prompt(150), settings, 40)
     with static_steps(monkeypatch) as steps, specache.SpeCache(model, settings) as cache:
@@ -57,7 +57,7 @@ def test_logits_are_the_references(model, monkeypatch, policy, code):
 
 
 @pytest.mark.parametrize("changes", [{"bits": 4, "group_size": 32, "residual": 7}, {"bits": 1, "hot_set": 0.0}, {"top_k": 10**6}])
-def test_other_layouts_too(model, monkeypatch, changes):
+def test_static_steps_equal_the_ordinary_ones_in_other_layouts(model, monkeypatch, changes):
     settings = config(**changes)
     eager = answer(model, settings, (100, 60), 20)
     with static_steps(monkeypatch) as steps:
@@ -85,7 +85,7 @@ def test_missing_rows_may_come_on_the_copy_queue(model, monkeypatch, order, seed
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "gpt-oss"])
-def test_soft_caps_and_sinks(monkeypatch, kind):
+def test_soft_caps_and_sinks_give_the_ordinary_tokens(monkeypatch, kind):
     family, changes = FAMILIES[kind]
     model = build(family, {**changes, "num_hidden_layers": 2, "layer_types": ["full_attention"] * 2})
     eager = answer(model, config(), (60,), 12)
@@ -132,7 +132,7 @@ def test_with_dynamic_rope_steps_are_the_ordinary_ones(monkeypatch):
 
 
 def test_a_short_sequence_begins_with_ordinary_steps(model, monkeypatch):
-    """Until its key weights are fixed."""
+    """A sequence without fixed key scales cannot use static buffers yet."""
     settings = config()
     eager = answer(model, settings, (20,), 40)
     with static_steps(monkeypatch) as steps:
@@ -162,7 +162,7 @@ def test_statistics_are_the_ordinary_ones(model, monkeypatch, policy):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_sequences_are_given_back_whole(model, monkeypatch, policy):
+def test_detached_sequences_have_their_whole_state(model, monkeypatch, policy):
     """A conversation goes on with ordinary steps, on a fork too, as if there had been no others."""
     settings = config(policy=policy)
     with static_steps(monkeypatch):

@@ -64,7 +64,7 @@ def low_bit_kvs(draw):
 @given(low_bit_kvs())
 def test_packed_codes_decode_to_exactly_what_the_reference_gives(case):
     keys, values, bits, group_size, steps = case
-    decoded_keys, decoded_values = torch_ops.dequantise(filled_table(keys, values, bits, group_size, steps).copy())
+    decoded_keys, decoded_values = torch_ops.dequantise(filled_table(keys, values, bits, group_size, steps).low_bit_kv())
     expected_keys = reference.dequantise_keys(*reference.quantise_keys(keys, bits, group_size), group_size)
     expected_values = reference.dequantise_values(*reference.quantise_values(values, bits, group_size), group_size)
     assert torch.equal(decoded_keys, expected_keys)
@@ -97,7 +97,7 @@ def test_a_vector_keeps_its_inner_product_with_its_own_rotated_code(bits):
     torch.testing.assert_close((decoded * values).sum(-1), values.square().sum(-1), rtol=2e-3, atol=0)
 
 
-def test_key_weights_undo_a_rescaling_of_channels():
+def test_key_scales_undo_a_rescaling_of_channels():
     """Outlier channels of keys that small queries make up for cost no precision."""
     torch.manual_seed(0)
     queries, keys = torch.randn(4, 128, 64), torch.randn(2, 128, 64)
@@ -205,10 +205,10 @@ def test_fork_shares_pages_and_a_write_to_a_shared_page_copies_it():
     fork = table.fork()
     assert table.pool.pages_in_use == 2
     fork.extend(32)
-    dispatch.quantise(keys[:, 96:128], values[:, 96:128], fork.copy(), 96)
+    dispatch.quantise(keys[:, 96:128], values[:, 96:128], fork.low_bit_kv(), 96)
     assert table.pool.pages_in_use == 3
     assert torch.equal(torch_ops.dequantise(table.low_bit_kv())[0], before)
-    assert torch.equal(torch_ops.dequantise(fork.copy())[0][:, :96], before)
+    assert torch.equal(torch_ops.dequantise(fork.low_bit_kv())[0][:, :96], before)
     fork.truncate(0)
     table.truncate(0)
     assert table.pool.nbytes == 0

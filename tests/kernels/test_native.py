@@ -94,7 +94,7 @@ every_isa = pytest.mark.parametrize("isa", ISAS)
 @every_isa
 @settings(max_examples=25, deadline=None)
 @given(case=cases())
-def test_scores_are_torchs_up_to_the_rounded_query(isa, case):
+def test_scores_equal_pytorchs_up_to_the_rounded_query(isa, case):
     for softcap in (None, 5.0):
         expected = torch_ops.score(case.query, case.low_bit_kvs, case.lengths, 0.2, softcap)
         with dispatch.using(isa):
@@ -130,7 +130,7 @@ def rounding_bound(case):
 @every_isa
 @pytest.mark.parametrize("code", list(Code))
 @pytest.mark.parametrize("bits", [1, 2, 4])
-def test_scores_are_near_beside_the_largest(isa, code, bits):
+def test_score_errors_are_small_relative_to_the_largest(isa, code, bits):
     case = Case(code, bits, 64, 128, 2, 4, 2, [32], bits, torch.bfloat16)
     expected = torch_ops.score(case.query, case.low_bit_kvs, case.lengths, 0.1, None)
     with dispatch.using(isa):
@@ -142,7 +142,7 @@ def test_scores_are_near_beside_the_largest(isa, code, bits):
 @every_isa
 @settings(max_examples=25, deadline=None)
 @given(case=cases(), k=st.integers(1, 70), levels=st.sampled_from([2, 5, 10**6]))
-def test_select_is_torchs(isa, case, k, levels):
+def test_select_equals_pytorchs(isa, case, k, levels):
     """Also among equal scores: the lower position wins."""
     size = max(case.lengths)
     shape = (*case.rest.shape[:3], case.rest.shape[3], size)
@@ -166,7 +166,7 @@ def _mass_of(mean_prob, positions):
 
 
 @every_isa
-def test_select_reads_a_long_row_to_its_end(isa):
+def test_select_reads_a_long_line_of_scores_to_its_end(isa):
     scores = torch.randn(1, 2, 3, 1, 50_001, generator=torch.Generator().manual_seed(0))
     scores[..., 50_000] = 9.0
     rest = torch.zeros(1, 2, 3, 1)
@@ -179,7 +179,7 @@ def test_select_reads_a_long_row_to_its_end(isa):
 @every_isa
 @settings(max_examples=25, deadline=None)
 @given(case=cases(), k=st.integers(1, 9))
-def test_rescore_and_attend_are_torchs_up_to_rounded_weights(isa, case, k):
+def test_rescore_and_attend_equal_pytorchs_up_to_rounded_weights(isa, case, k):
     scores = torch_ops.score(case.query, case.low_bit_kvs, case.lengths, 0.2, None)
     positions = torch_ops.select(scores, case.rest, case.lengths, k)
     generator = torch.Generator().manual_seed(k)
@@ -204,7 +204,7 @@ def test_rescore_and_attend_are_torchs_up_to_rounded_weights(isa, case, k):
 @every_isa
 @pytest.mark.parametrize("bits", [1, 2, 4])
 @pytest.mark.parametrize(("dim", "groups"), [(96, 7), (128, 3)])
-def test_long_sequences_are_torchs(isa, bits, dim, groups):
+def test_long_sequences_equal_pytorchs(isa, bits, dim, groups):
     """Past a stretch of 512 and a chunk of 2,048 tokens, with as many queries as share a pass and
     more than are summed in one.
     """
@@ -226,7 +226,7 @@ def test_long_sequences_are_torchs(isa, bits, dim, groups):
 @every_isa
 @settings(max_examples=25, deadline=None)
 @given(case=cases(), step=st.floats(0, 1))
-def test_codes_are_torchs(isa, case, step):
+def test_codes_equal_pytorchs(isa, case, step):
     """KIVI's to the bit. A rotation adds up in another order: there a code may differ where the
     last bit decides.
     """
@@ -320,7 +320,7 @@ def _one_by_one(query, low_bit_kv, newest, stored, k, sink):
 
 @every_isa
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_is_not_packed(isa, bad):
+def test_nan_and_infinity_are_not_packed(isa, bad):
     case = Case(Code.ROTATED, 2, 64, 64, 2, 1, 1, [1], 0, torch.float32)
     before = case.tables[0].pool.page_bytes(case.tables[0].pages[0]).clone()
     keys = case.keys[0].clone()
@@ -382,14 +382,14 @@ def test_an_unknown_backend_is_refused_with_what_there_is():
         pass
 
 
-def test_an_unknown_backend_in_the_environment_is_an_error_of_ours():
+def test_an_unknown_backend_in_the_environment_is_a_config_error():
     command = [sys.executable, "-c", "from specache.cli.main import app; app()", "doctor"]
     result = subprocess.run(command, env={"SPECACHE_KERNELS": "mmx", "PATH": ""}, capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr.startswith("error: SPECACHE_KERNELS='mmx'") and "Traceback" not in result.stderr
 
 
-def test_their_absence_is_said_once(monkeypatch):
+def test_missing_native_kernels_warn_once(monkeypatch):
     monkeypatch.setattr(native, "IMPORT_ERROR", "no module")
     monkeypatch.delenv(dispatch.VARIABLE, raising=False)
     dispatch._warn_without_native.cache_clear()

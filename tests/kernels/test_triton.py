@@ -34,7 +34,7 @@ def without_interpreter():
 
 @needs_triton
 @pytest.mark.parametrize("file", sorted(path.name for path in (ROOT / "tests/kernels/triton").glob("test_*.py")))
-def test_in_the_interpreter(file):
+def test_kernels_equal_pytorchs_in_the_interpreter(file):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests/kernels/triton" / file)]
     environment = {**os.environ, triton_kernels.INTERPRETER: "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -43,7 +43,7 @@ def test_in_the_interpreter(file):
 
 @needs_triton
 def test_every_kernel_compiles_for_every_target_without_spills():
-    """The hardest variants of `resources.quick_variants`; the whole table is in
+    """The hardest variants of `ahead_of_time.quick_variants`; the whole table is in
     docs/gpu_kernels.md.
     """
     command = [sys.executable, "-m", "specache.kernels.triton.ahead_of_time", "--quick"]
@@ -53,7 +53,7 @@ def test_every_kernel_compiles_for_every_target_without_spills():
 
 
 @needs_triton
-def test_spills_are_seen():
+def test_register_spills_are_reported():
     code = (
         "from specache.config import Code\n"
         "from specache.kernels.triton import resources\n"
@@ -70,7 +70,7 @@ def test_importing_specache_imports_no_triton():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_triton_on_the_cpu_says_how():
+def test_triton_on_the_cpu_is_refused_with_the_way_to_enable_it():
     if triton_kernels.unsupported_reason() is None:
         pytest.skip("there is a GPU")
     with pytest.raises(ConfigError, match="TRITON_INTERPRET=1"), dispatch.using("triton"):
@@ -78,7 +78,7 @@ def test_triton_on_the_cpu_says_how():
 
 
 @pytest.mark.parametrize(("found", "said"), [(None, "specache[gpu]"), (object(), "compute capability 7.5")])
-def test_what_is_missing_is_named(monkeypatch, found, said):
+def test_a_missing_requirement_is_named(monkeypatch, found, said):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
@@ -93,7 +93,7 @@ def test_what_is_missing_is_named(monkeypatch, found, said):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("code", list(Code))
 @pytest.mark.parametrize(("bits", "group_size", "dim"), [(1, 64, 80), (2, 64, 128), (2, 32, 256), (4, 16, 96)])
-def test_on_a_gpu_they_equal_torch(code, bits, group_size, dim, dtype):
+def test_kernels_equal_pytorchs_on_a_gpu(code, bits, group_size, dim, dtype):
     case = Case(code, bits, group_size, dim, 2, 4, 2, [2048 // group_size, 0, 640 // group_size], 1, dtype)
     backend, device = triton_kernels.load(), torch.device("cuda")
     low_bit_kvs = []

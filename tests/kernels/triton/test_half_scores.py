@@ -50,7 +50,7 @@ class HalfCase:
 
     def positions(self, k: int) -> Tensor:
         positions = torch_ops.select(self.expected, self.case.rest, self.case.lengths, k)
-        positions[:, :, -1, ::3] = -1  # a guess does without what is not there
+        positions[:, :, -1, ::3] = -1  # the draft query does without missing rows
         return positions
 
     def _padded(self, scores: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def assert_chosen(found: Tensor, scores: Tensor, rest: Tensor, lengths: list[int
 
 @settings(max_examples=12, deadline=None)
 @given(case=cases(), k=st.integers(1, 40))
-def test_scores_and_selections(case, k):
+def test_float16_scores_and_selections_are_near_float32s(case, k):
     half = HalfCase(case)
     found, expected = half.absolute(), half.expected
     seen = expected > -torch.inf
@@ -150,7 +150,7 @@ def test_a_score_that_is_not_a_number_stays_in_range():
 
 
 @pytest.mark.parametrize("blocks", [1, 3])
-def test_a_long_row_is_read_to_its_end(blocks):
+def test_a_long_line_of_scores_is_read_to_its_end(blocks):
     size = 4096 * blocks
     absolute = torch.randn(1, 1, 2, 1, size, generator=torch.Generator().manual_seed(0))
     absolute[..., size - 1] = 9.0
@@ -166,7 +166,7 @@ def test_a_long_row_is_read_to_its_end(blocks):
 
 @pytest.mark.parametrize("policy", ["verified", "previous"])
 def test_a_decode_of_a_16_bit_model_is_near_pytorchs(monkeypatch, policy):
-    """Over static buffers, a group retires on the way; PyTorch's kernels keep float32 scores."""
+    """Over static buffers; a group is quantised on the way. PyTorch's kernels keep float32 scores."""
     model = llama(num_hidden_layers=1).to(torch.bfloat16)
     config = decode_settings(code="rotated", bits=2, residual=7, policy=policy, slow_tier="ram", prefill_chunk=4096)
     with dispatch.using("triton"), static_steps(monkeypatch, capacity_step=64) as steps:

@@ -82,7 +82,7 @@ def selection(draw, k: int) -> Tensor:
     read=st.sampled_from(list(ReadPath)),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )
-def test_steps_are_those_of_pytorch(data, k, extra, read, dtype):
+def test_fused_steps_equal_pytorchs_operations(data, k, extra, read, dtype):
     """Hits, victims, rows and counters, over steps of which some are taken back, and a hot set that
     is emptied.
     """
@@ -98,7 +98,7 @@ def test_steps_are_those_of_pytorch(data, k, extra, read, dtype):
 
 
 @pytest.mark.parametrize("apart", [1, 300, OLDEST - 1, OLDEST, 3 * OLDEST])
-def test_victims_of_any_age(apart):
+def test_victims_of_any_age_are_those_of_pytorch(apart):
     """Ages are found in two digits; what is older than both can say is equally old."""
     k, slots = 3, 11
     pair = Pair.of(k, slots, ReadPath.MAPPED, torch.float32)
@@ -113,7 +113,7 @@ def test_victims_of_any_age(apart):
         pair.do("fetch", (torch.arange(k) + 20 + k * step).expand(BATCH, HEADS, k).contiguous())
 
 
-def test_more_positions_than_a_program_looks_at_at_once():
+def test_more_positions_than_a_program_takes_at_once_equal_pytorchs():
     k, tokens = 1100, 3000
     generator = torch.Generator().manual_seed(0)
     stored = [torch.randn(1, tokens, 4, generator=generator)]

@@ -49,7 +49,7 @@ def assert_near(found, expected, share, size=None):
 
 @settings(max_examples=20, deadline=None)
 @given(case=cases(), softcap=st.sampled_from([None, 5.0]), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
-def test_scores_are_torchs(case, softcap, dtype):
+def test_scores_equal_pytorchs(case, softcap, dtype):
     query = case.query.to(dtype)
     expected = torch_ops.score(query, case.low_bit_kvs, case.lengths, 0.2, softcap)
     found = KERNELS.score(query, case.low_bit_kvs, case.lengths, 0.2, softcap)
@@ -58,11 +58,11 @@ def test_scores_are_torchs(case, softcap, dtype):
 
 @settings(max_examples=12, deadline=None)
 @given(case=cases(), k=st.integers(1, 40))
-def test_rescore_and_attend_are_torchs(case, k):
+def test_rescore_and_attend_equal_pytorchs(case, k):
     dtype = case.keys[0].dtype
     scores = torch_ops.score(case.query, case.low_bit_kvs, case.lengths, 0.2, None)
     positions = torch_ops.select(scores, case.rest, case.lengths, k)
-    positions[:, :, -1, ::3] = -1  # a guess does without what is not there
+    positions[:, :, -1, ::3] = -1  # the draft query does without missing rows
     rows = torch.randn(*positions.shape, 2 * case.dim, generator=torch.Generator().manual_seed(k)).to(dtype)
     for softcap, query in ((None, case.query.to(dtype)), (5.0, case.query)):
         expected, found = scores.clone(), scores.clone()
@@ -76,7 +76,7 @@ def test_rescore_and_attend_are_torchs(case, k):
     assert_near(out, expected_out, EXACT if dtype == torch.float32 else SPLIT_IN_TWO, largest)
 
 
-def test_attend_without_fetched_pairs_and_over_nothing():
+def test_attend_without_fetched_pairs_or_without_tokens_equals_pytorchs():
     case = Case(Code.ROTATED, 2, 32, 64, 2, 2, 2, [3, 0], 0, torch.float32)
     scores = torch_ops.score(case.query, case.low_bit_kvs, case.lengths, 0.2, None)
     positions = torch.empty(2, 2, 2, 0, dtype=torch.int64)
@@ -90,7 +90,7 @@ def test_attend_without_fetched_pairs_and_over_nothing():
     assert (lse == -torch.inf).all()
 
 
-def test_rows_of_all_rows_may_be_one_view():
+def test_fetched_rows_of_all_queries_may_share_memory():
     """Prefetched rows are the same for every row of a pass: `rows` is then expanded, not copied."""
     case = Case(Code.KIVI, 2, 32, 64, 2, 2, 2, [3, 2], 1, torch.bfloat16)
     scores = torch_ops.score(case.query, case.low_bit_kvs, case.lengths, 0.2, None)
@@ -113,7 +113,7 @@ def test_rows_of_all_rows_may_be_one_view():
     levels=st.sampled_from([1, 2, 5, 10**6]),
     unseen=st.booleans(),
 )
-def test_select_is_torchs(lengths, groups, rows, k, levels, unseen):
+def test_select_equals_pytorchs(lengths, groups, rows, k, levels, unseen):
     """Also among equal scores: the lower position wins."""
     generator = torch.Generator().manual_seed(k)
     shape = (len(lengths), 1, groups, rows, max(lengths))
@@ -139,7 +139,7 @@ def test_select_is_torchs(lengths, groups, rows, k, levels, unseen):
     torch.testing.assert_close(*sizes, rtol=1e-5, atol=0)  # two exponentials order near equals differently
 
 
-def test_select_reads_a_long_row_to_its_end():
+def test_select_reads_a_long_line_of_scores_to_its_end():
     scores = torch.randn(1, 1, 2, 1, 10_001, generator=torch.Generator().manual_seed(0))
     scores[..., 10_000] = 9.0
     rest = torch.zeros(1, 1, 2, 1)
@@ -169,7 +169,7 @@ def quantised(case, keys, values, step):
 
 @settings(max_examples=16, deadline=None)
 @given(case=cases(longest=200, most_groups=1), step=st.floats(0, 1), constant=st.booleans())
-def test_codes_are_torchs(case, step, constant):
+def test_codes_equal_pytorchs(case, step, constant):
     """KIVI's to the bit. A rotation adds up in another order: there a code may differ where the
     last bit decides.
     """
