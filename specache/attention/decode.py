@@ -332,7 +332,7 @@ def _submit(positions: Tensor, layers: Sequence[CompressedLayer]) -> None:
 
 
 def _count_hits(scores: Tensor, recent: _Recent, lengths: list[int], prefetched: Tensor, plan: StepSpec) -> None:
-    """Count how many of the real query's top-k the prefetch had fetched; for the statistics only."""
+    """Count how many of the real query's top-k were prefetched; for the statistics only."""
     wanted = dispatch.select(scores[:, :, :, :1], recent.lse[..., :1], lengths, plan.top_k)[:, :, 0]  # [B, Hkv, k]
     chosen = wanted >= 0
     if prefetched.shape[-1]:

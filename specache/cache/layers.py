@@ -202,7 +202,7 @@ class CompressedLayer:
         self.next_positions = next_positions
 
     def fork(self, tier: SlowTier, row_fetcher: RowFetcher, config: SpeCacheConfig) -> CompressedLayer:
-        """Return a copy over `tier`, a fork of this layer's, with the same layout and shared pages."""
+        """Return a copy over `tier` (a fork of this layer's), with the same layout and pages."""
         other = CompressedLayer(self.index, config, self.table.fork(), tier, row_fetcher, self._residual[0])
         other._residual.copy_(self._residual)
         other.residual_count = self.residual_count
@@ -236,7 +236,7 @@ class CompressedLayer:
         self._count()
 
     def rebuild(self, length: int) -> None:
-        """Rebuild low-bit copy and residual of the first `length` tokens from the slow tier's rows."""
+        """Rebuild low-bit copy and residual of the first `length` tokens from 16-bit rows."""
         for start in range(0, length, KEY_BLOCK):
             keys, values = self.tier.read(self.index, start, min(start + KEY_BLOCK, length))
             self._add(keys.to(self._residual.device), values.to(self._residual.device))

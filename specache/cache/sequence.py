@@ -133,7 +133,7 @@ class Sequence:
             self.checkpoints.end(self.length, self._most_checkpoint_bytes())
 
     def end_step(self) -> None:
-        """Checkpoint the windows, if one is due, after a decode step has finished in every layer."""
+        """Checkpoint the windows, if due, after a decode step has finished in every layer."""
         if self.checkpoints is not None and self.checkpoints.spacing.due_in_answer(self.length):
             self._offer_checkpoint()
 

@@ -267,7 +267,7 @@ class WindowCheckpoints(ABC):
 
 @dataclass(frozen=True)
 class KeptWindows:
-    """A checkpoint in main memory: the rings of the first `tokens` tokens by layer. Forks share it."""
+    """A checkpoint in main memory: rings of the first `tokens` tokens by layer. Forks share it."""
 
     tokens: int
     rings: dict[int, Tensor]
@@ -317,7 +317,7 @@ class MemoryCheckpoints(WindowCheckpoints):
             self._drop(self.spacing.least_valuable(self.lengths, self.lengths[-1]))
 
     def _locked(self) -> AbstractContextManager[None]:
-        """Lock the budget: a fork on another thread shares it and may call `give_up` at any time."""
+        """Lock the budget: a fork on another thread shares it and may call `give_up`."""
         return nullcontext() if self._budget is None else self._budget.locked()
 
     def _keep(self, length: int, windows: PendingWindows) -> None:

@@ -12,7 +12,7 @@ from specache.platform.budget import ByteBudget
 
 
 class WindowLayer:
-    """A sliding layer: the newest `window` tokens in a ring buffer, slot = position modulo window."""
+    """A sliding layer: the newest `window` tokens in a ring, slot = position modulo window."""
 
     def __init__(self, index: int, window: int, keys: Tensor, budget: ByteBudget) -> None:
         heads, _, dim = keys.shape
@@ -40,7 +40,7 @@ class WindowLayer:
         return self._ring
 
     def restore(self, ring: Tensor, length: int) -> None:
-        """Restore the `ring` of a sequence of `length` tokens. Unused slots may be missing in it."""
+        """Restore the `ring` of a sequence of `length` tokens. It may lack unused slots."""
         self._ring[:, :, : ring.shape[2]].copy_(ring)
         self.length = length
 

@@ -201,7 +201,7 @@ class DeviceBatch:
         return min((number for number, is_finite in zip(self._numbers, finite, strict=True) if not is_finite), default=None)
 
     def commit(self) -> None:
-        """Count the real token after the step has finished in every layer; quantise pending groups."""
+        """Count the real token, after the step has finished; quantise pending groups."""
         pending = self._pending_sequences()
         for layer in self._all_layers():
             layer.residual_count += 1
@@ -266,7 +266,7 @@ class DeviceBatch:
         return batch_bytes(shapes, windows, len(self.sequences), self.top_k, self.size.capacity, self.size.queries, itemsize)
 
     def _make_room(self) -> None:
-        """Give the slow tier's buffers of all sequences one size, enough for the batch's capacity."""
+        """Give all sequences' slow-tier buffers one size, enough for the batch's capacity."""
         tokens = self.size.capacity + self.config.residual + self.config.group_size
         tokens = max([tokens, *(sequence.tier.capacity for sequence in self.sequences)])
         for sequence in self.sequences:
@@ -344,5 +344,5 @@ class DeviceBatch:
 
 
 def _copy_to_device(host: Tensor, into: Tensor) -> None:
-    """Copy to `into`. The copy to a GPU goes through pinned memory and is queued without waiting."""
+    """Copy to `into`; to a GPU through pinned memory, queued without waiting."""
     into.copy_(host.pin_memory() if into.device.type == "cuda" else host, non_blocking=True)

@@ -94,7 +94,7 @@ class DeviceHotSet:
         self.tick.add_(1)
 
     def look_up(self, positions: Tensor) -> Tensor:
-        """Return the slots of the positions, `absent` if not cached. Mark the found slots as used."""
+        """Return the slots of the positions, `absent` if not cached. Mark them as used."""
         slots = self.table.gather(-1, positions.masked_fill(positions < 0, self.tokens)).long()
         self._touch(slots)
         return slots
@@ -126,7 +126,7 @@ class DeviceHotSet:
         self._flat().index_copy_(0, (slots + self._first_row).flatten(), kv_rows.reshape(-1, self.width))
 
     def get(self, slots: Tensor, out: Tensor) -> None:
-        """Read slots from `look_up` into `out` [B, Hkv, k, 2 D] (contiguous), zeros for `absent`."""
+        """Read slots from `look_up` into contiguous `out` [B, Hkv, k, 2 D], zeros if `absent`."""
         torch.index_select(self._flat(), 0, (slots + self._first_row).flatten(), out=out.view(-1, self.width))
 
     def clear(self) -> None:

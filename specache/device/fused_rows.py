@@ -66,7 +66,7 @@ class FusedRowFetcher(DeviceRowFetcher):
 def device_row_fetcher(
     source: RowSource, hot: DeviceHotSet, buffers: StepBuffers, streams: Streams, counters: RowCounters, read: ReadPath
 ) -> DeviceRowFetcher:
-    """Return a row fetcher for a layer of a batch, with fused kernels if they can read its source."""
+    """Return a layer's row fetcher, with fused kernels if they can read its source."""
     if isinstance(source, MappedRows):
         return FusedRowFetcher(source, hot, buffers, streams, counters, read)
     return DeviceRowFetcher(source, hot, buffers, streams, counters, read)

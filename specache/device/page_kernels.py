@@ -86,7 +86,7 @@ def page_kernels(layout: PageLayout, capacity: int, device: torch.device) -> Pag
 
 
 def unsupported_reason(device: torch.device, dim: int, dtype: torch.dtype, group_size: int) -> str | None:
-    """Return why layers of this kind are unsupported on a device, or `None` if they are supported."""
+    """Return why layers of this kind are unsupported on a device, or `None`."""
     if _in_pytorch(device):
         return None
     if device.type == "cuda" and dispatch.forces_torch():

@@ -22,7 +22,7 @@ class RowSource(Protocol):
         """
 
     def replace(self, stored: Sequence[Tensor]) -> None:
-        """Switch to other buffers of the same shape and strides (a buffer grew, a sequence left)."""
+        """Switch to other buffers of equal shape and strides (one grew, a sequence left)."""
 
 
 class StoredRows:

@@ -18,7 +18,7 @@ COUNTERS = 5
 
 
 def step_buffers_bytes(batch: int, heads: int, top_k: int, row_bytes: int, queries: int) -> int:
-    """Return the bytes of `device_rows.StepBuffers` for rows of `row_bytes` and `queries` queries."""
+    """Return the bytes of `device_rows.StepBuffers`, for rows of `row_bytes`."""
     places = batch * heads * top_k
     return places * ((queries + 1) * row_bytes + (queries + 4) * NUMBER)
 

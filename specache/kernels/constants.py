@@ -1,4 +1,4 @@
-"""Constant tensors, computed once per process and independent of the first caller's PyTorch modes."""
+"""Constant tensors, computed once per process whatever PyTorch modes the first caller uses."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ Forward = Callable[[nn.Linear, Tensor], Tensor]
 
 
 def install(model: Any) -> list[nn.Linear]:
-    """Replace the forward of the model's linear layers on the CPU -> changed layers, for `remove`."""
+    """Replace the forward of the model's linear layers on the CPU -> layers for `remove`."""
     changed = []
     for module in model.modules():
         forward = _forward(module)
@@ -102,7 +102,7 @@ def _many_rows(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 def _is_left_to_pytorch() -> bool:
-    """Return whether PyTorch must choose the product: while compiling, or under `torch.autocast`."""
+    """Return whether PyTorch must choose the product: compiling, or under `torch.autocast`."""
     return torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
 
 

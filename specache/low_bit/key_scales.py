@@ -70,7 +70,7 @@ class KeyScales:
             self.value = None
 
     def survives(self, length: int) -> bool:
-        """Return whether a sequence cut to `length` has the scales of a fresh one of that length."""
+        """Return whether a sequence cut to `length` has the scales of a fresh one."""
         return self.value is None or length >= self.tokens or self._squares is not None
 
     @property
@@ -86,7 +86,7 @@ class KeyScales:
         return key_scales
 
     def fork(self, tokens: int) -> KeyScales:
-        """Return an independent copy for another `R + g`. Scales that are fixed stay as they are."""
+        """Return an independent copy for another `R + g`. Fixed scales stay as they are."""
         other = KeyScales(tokens)
         other.value, other._squares = self.value, self._squares
         return other

@@ -30,11 +30,11 @@ class Slab:
 
     @staticmethod
     def is_lazy(device: torch.device) -> bool:
-        """Return whether slabs on `device` are lazy: on the CPU, if the system has `MADV_DONTNEED`."""
+        """Return whether slabs on `device` are lazy: on a CPU with `MADV_DONTNEED`."""
         return device.type == "cpu" and hasattr(mmap, "MADV_DONTNEED")
 
     def give_back(self, free: Iterable[int]) -> None:
-        """Return free pages (their numbers) to the system, as far as they fill pages of the system."""
+        """Return free pages (their numbers) to the system, as far as they fill its own pages."""
         if self._mapping is None:
             return
         for _, run in groupby(enumerate(sorted(free)), key=lambda pair: pair[1] - pair[0]):

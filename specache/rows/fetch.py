@@ -70,7 +70,7 @@ class RowFetcher(Protocol):
         """Keep this many recently used rows per KV head, or as many as the byte budget allows."""
 
     def cancel(self) -> None:
-        """Cancel what was submitted or started, because the step is undone. Drop its error, if any."""
+        """Cancel submitted and started reads, because the step is undone. Drop their errors."""
 
     def drop(self) -> None:
         """Drop all rows, fetched or in flight, because the sequence was truncated."""

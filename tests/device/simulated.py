@@ -174,7 +174,7 @@ class CapturedStreams:
         raise AssertionError("nobody may wait for the device in a capture")
 
     def end(self) -> None:
-        """The copy queue must have been joined; the next capture knows none of this one's events."""
+        """Check that the copy queue was joined; forget this capture's events."""
         assert self._joined == self._copied, "the copy queue was not joined before the capture ended"
         self.fail()
 

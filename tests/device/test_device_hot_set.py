@@ -112,7 +112,7 @@ def test_hits_and_victims_are_those_of_a_plain_lru_list(data, capacity):
 @settings(deadline=None, max_examples=60)
 @given(data=st.data(), capacity=st.integers(TOP_K, 9))
 def test_hits_equal_those_of_the_cpus_hot_set(data, capacity):
-    """Over decode steps: fetch rows of the real token, look up those of the draft token, prefetch."""
+    """Over decode steps: fetch for the real token, look up for the draft token, prefetch."""
     device = DeviceHotSet(BATCH, HEADS, capacity, TOKENS, WIDTH, torch.float32, CPU)
     hosts = [HotSet(HEADS, capacity, WIDTH, torch.float32, CPU) for _ in range(BATCH)]
 

@@ -1,4 +1,4 @@
-"""Hybrid models: sliding-window layers in steps over static buffers equal those of ordinary steps."""
+"""Hybrid models: static steps compute sliding-window layers as ordinary steps do."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def hybrid(request):
 def test_static_steps_with_windows_give_the_ordinary_tokens_and_logits(hybrid, monkeypatch, policy):
     settings = config(policy=policy)
     eager = answer(hybrid, settings, LENGTHS, NEW)
-    # Gemma 2 makes a scalar on the host in every step, which the simulation takes for one of the device
+    # Gemma 2 creates a host scalar in every step, which the simulation takes for a device tensor
     graphs = None if hybrid.config.model_type == "gemma2" else SimulatedGraphs()
     with static_steps(monkeypatch, graphs=lambda device: graphs) as steps:
         static = answer(hybrid, settings, LENGTHS, NEW)

@@ -52,7 +52,7 @@ def test_verified_does_not_depend_on_the_hot_set():
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 @pytest.mark.parametrize("policy", ["verified", "speculative", "on-demand", "previous", "none"])
 def test_replayed_graphs_give_the_tokens_of_launched_kernels(policy, family, dtype):
-    """A batch of different lengths that quantises several groups and outgrows its buffers; full attention and
+    """A batch of different lengths quantises groups and outgrows its buffers; full attention and
     hybrid, all and 16 bits.
     """
     ids, mask = ragged(300, 180)

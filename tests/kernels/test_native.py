@@ -1,4 +1,4 @@
-"""The C++ kernels against the plain PyTorch ones, on every instruction set that this machine runs."""
+"""The C++ kernels against plain PyTorch, on every instruction set of this machine."""
 
 from __future__ import annotations
 

@@ -226,7 +226,7 @@ class NativeKernels:
         softcap: float | None,
         sinks: Tensor | None,
     ) -> LayerStep:
-        """Begin the same in three calls: the caller fetches the selected rows before the last one."""
+        """Begin the same in three calls: the caller fetches selected rows before the last."""
         return LayerStep(self.isa, query, low_bit_kvs, recent, k, scaling, softcap, sinks, at_once=False)
 
 

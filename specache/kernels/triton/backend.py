@@ -1,4 +1,4 @@
-"""Launch the Triton kernels, with the signatures of `specache.kernels.dispatch`, without waiting."""
+"""Launch the Triton kernels, with the signatures of `kernels.dispatch`, without waiting."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def on_its_device(launch: Callable[P, T]) -> Callable[P, T]:
-    """Decorate a function to launch on the device of its first tensor: Triton uses the current one."""
+    """Decorate a function to launch on its first tensor's device: Triton uses the current one."""
 
     @wraps(launch)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> T:

@@ -192,7 +192,7 @@ def upper_half(x):
 
 @triton.jit
 def exact_product(a, b, accumulator):
-    """Return accumulator float32 + a @ b without rounding, on tensor cores for equal 16-bit types."""
+    """Return accumulator float32 + a @ b without rounding, on tensor cores if equally 16-bit."""
     if a.dtype == b.dtype and a.dtype != tl.float32:
         return product(a, b, accumulator)
     return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator, input_precision="tf32x3")

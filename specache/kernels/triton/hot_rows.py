@@ -131,7 +131,7 @@ def evict(table, owner, used, victims, count, now, slots, tokens, BLOCK: tl.cons
 
 @triton.jit
 def ages(used, start, now, slots, BLOCK: tl.constexpr):
-    """Return ticks since the slots from `start` on were used, at most 65,535; 0 past the last slot."""
+    """Return ticks since slots from `start` on were used, at most 65,535; 0 past the last."""
     slot = start + tl.arange(0, BLOCK)
     return tl.minimum(now - tl.load(used + slot, mask=slot < slots, other=now), 65535)
 

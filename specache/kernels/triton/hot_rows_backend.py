@@ -114,7 +114,7 @@ class HotRowKernels:
         found: Tensor | None = None,
         out: Tensor | None = None,
     ) -> None:
-        """`fill` from rows at addresses int64 [B], with the strides of `like` [Hkv, capacity, 2 D]."""
+        """`fill` from rows at addresses int64 [B], strided as `like` [Hkv, capacity, 2 D]."""
         self._fill(addresses, (like.stride(0), like.stride(1)), hot, missing, claimed, found, out)
 
     def fill(

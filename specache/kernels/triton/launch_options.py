@@ -97,7 +97,7 @@ def score(shape: Shape, softcap: bool, exact: bool, half: bool = False) -> dict[
 
 
 def _queries(shape: Shape, most: int) -> dict[str, int]:
-    """Return the queries that share a pass over the codes: all `G n`, or blocks of at most `most`."""
+    """Return the queries that share a pass over the codes: `G n`, or blocks of up to `most`."""
     queries = shape.groups * shape.queries
     padded = min(power_of_two(queries, 8), most)
     return {"ROWS": queries, "ROWS_P": padded, "ROW_BLOCKS": -(-queries // padded)}

@@ -166,7 +166,7 @@ def test_a_long_line_of_scores_is_read_to_its_end(blocks):
 
 @pytest.mark.parametrize("policy", ["verified", "previous"])
 def test_a_decode_of_a_16_bit_model_is_near_pytorchs(monkeypatch, policy):
-    """Over static buffers; a group is quantised on the way. PyTorch's kernels keep float32 scores."""
+    """Static buffers; a group is quantised on the way. PyTorch's kernels use float32 scores."""
     model = llama(num_hidden_layers=1).to(torch.bfloat16)
     config = decode_settings(code="rotated", bits=2, residual=7, policy=policy, slow_tier="ram", prefill_chunk=4096)
     with dispatch.using("triton"), static_steps(monkeypatch, capacity_step=64) as steps:
