@@ -1,8 +1,8 @@
 """Exact attention over 16-bit keys and values, in parts that merge by their log-sum-exp.
 
-Used for prefill, sliding layers, the residual and policy `full`. One sequence at a time: query [Hq,
-n, D], keys and values [Hkv, T, D]. A part is (out [Hq, n, D], lse [Hq, n]) in float32, with `out`
-normalised within the part.
+Used for prefill, sliding layers, the residual and policy `full`. It handles one sequence at a time:
+query [Hq, n, D], keys and values [Hkv, T, D]. A part is (out [Hq, n, D], lse [Hq, n]) in float32,
+with `out` normalised within the part.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from specache.rows.fetch import HotSetRowFetcher, InPlaceRowFetcher
 PHASES = ("score", "select", "fetch", "attend", "in_place")
 _KERNELS = {"score": "score", "select": "select", "rescore": "attend", "attend": "attend"}  # operation -> phase
 _IN_A_LAYER = {"select": "select", "attend_low_bit": "attend", "attend_fetched": "attend"}
-_FETCHING = ("begin_step", "start", "finish", "submit")  # methods of `prefetch.RowFetcher`
+_FETCHING = ("begin_step", "start", "finish", "submit")  # methods of `RowFetcher`
 
 
 @contextmanager

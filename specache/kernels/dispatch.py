@@ -99,8 +99,8 @@ def attend(
 
 
 def fused(query: Tensor) -> native.NativeKernels | None:
-    """Return the backend that computes a whole layer (`decode_in_place`), if it supports query [B,
-    Hq, n, D].
+    """Return the backend that computes a whole layer (`decode_in_place`), if it supports query
+    [B, Hq, n, D].
     """
     backend = _backend_for(query, query.shape[-1])
     return backend if isinstance(backend, native.NativeKernels) else None

@@ -140,8 +140,8 @@ class HotSet:
         self._claim.release()
 
     def _victims(self, count: Tensor, most: int) -> Tensor:
-        """Return the `count` [Hkv, 1] least recently used slots of each head, ascending, as [Hkv,
-        most].
+        """Return the `count` [Hkv, 1] least recently used slots of each head, ascending, as
+        [Hkv, most].
 
         -1 fills the rest, and stands for slots that this step uses.
         """

@@ -31,8 +31,8 @@ def quantise(keys: Tensor, values: Tensor, run: PageRun, offset: int, low_bit_kv
 
 
 def _quantise_group(group: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantise a group along the last dimension -> codes [..., group], scale and zero point [...,
-    1].
+    """Quantise a group along the last dimension -> codes [..., group], scale and zero point
+    [..., 1].
     """
     scale, zero = _scale_and_zero(group.amin(-1, keepdim=True), group.amax(-1, keepdim=True), bits)
     return _codes(group, scale, zero, bits), scale, zero

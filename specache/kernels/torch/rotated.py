@@ -74,8 +74,8 @@ def quantise(keys: Tensor, values: Tensor, run: PageRun, offset: int, low_bit_kv
 
 
 def _encode(rotated: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Encode rotated vectors [Hkv, count, D] -> uint8 codes of that shape, float16 scale [Hkv,
-    count, 1].
+    """Encode rotated vectors [Hkv, count, D] -> uint8 codes of that shape, float16 scale
+    [Hkv, count, 1].
 
     The zero vector gets scale 0.
     """

@@ -85,8 +85,8 @@ def key_levels(
     DIM: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Decode some channels of a page's tokens `[first, first + TOKENS)` -> bfloat16 [TOKENS,
-    COLUMNS].
+    """Decode some channels of a page's tokens `[first, first + TOKENS)` -> bfloat16
+    [TOKENS, COLUMNS].
 
     `codes` is the address of the page's key codes. `FIRST_COLUMN` and `COLUMNS` are multiples of
     32. Channels from `DIM` on are undefined, but finite.
