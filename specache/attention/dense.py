@@ -193,8 +193,7 @@ def merge_each(parts: Iterable[Part]) -> Part:
 
 
 def windowed(query: Tensor, keys: Tensor, values: Tensor, window: int, params: AttentionParams) -> Part:
-    """Compute the sliding-window attention of a prefill, in blocks of queries to avoid an [n, T]
-    mask.
+    """Compute a prefill's sliding-window attention, in blocks of queries to avoid an [n, T] mask.
 
     Query `i` belongs to key `T - n + i` and sees it and the `window - 1` keys before it.
     """

@@ -282,9 +282,7 @@ class CompressedLayer:
         self._count()
 
     def _count(self) -> None:
-        """Claim bytes for the residual, the key scales (even before they are fixed) and their
-        queries.
-        """
+        """Claim bytes for the residual, the key scales (fixed or not) and their queries."""
         _, heads, capacity, dim = self._residual.shape
         self._claim.resize(residual_bytes(heads, dim, capacity, self._residual.itemsize) + self.key_scales.observed_bytes)
 
@@ -384,7 +382,5 @@ class DenseLayer:
 
 
 def dense_capacity(length: int, needed: int) -> int:
-    """Return the tokens a `DenseLayer` of `length` allocates when its buffer is too small for
-    `needed`.
-    """
+    """Return the capacity of a `DenseLayer` of `length` that must grow to `needed` tokens."""
     return max(needed, length * 9 // 8)

@@ -12,9 +12,7 @@ from specache.errors import UsageError
 
 
 class _Call:
-    """A call that uses a cache: its name and thread. It ends with its frame, which holds the
-    object.
-    """
+    """A call that uses a cache: name and thread. It ends with its frame, which holds it."""
 
     def __init__(self, name: str) -> None:
         self.name = name

@@ -269,9 +269,7 @@ class Sequence:
                 tier.write(index, start, *self.tier.read(index, start, min(start + KEY_BLOCK, layer.length)))
 
     def use_tier(self, tier: SlowTier) -> None:
-        """Switch to a tier with the same rows, under the cache's current settings. Close the old
-        one.
-        """
+        """Switch to a tier with the same rows, under the cache's settings. Close the old one."""
         old, self.tier = self.tier, tier
         for index, layer in self.compressed.items():
             layer.use_tier(tier, self._owner.row_fetcher(tier, index, layer.residual_keys), self._owner.config)

@@ -32,8 +32,7 @@ def window_bytes(model: ModelDimensions) -> int:
 
 
 def checkpoint_allowance(model: ModelDimensions, tokens: int, sequences: int) -> int:
-    """Return the most bytes of window checkpoints of one of `sequences` sequences, of `tokens`
-    tokens.
+    """Return the most bytes of window checkpoints of a sequence, one of `sequences`.
 
     It is half the size of its full-attention layers' 16-bit rows, but at least its share of
     `CHECKPOINT_BYTES` and of `CHECKPOINT_FEWEST` checkpoints.

@@ -54,8 +54,7 @@ class Spacing:
         return max(self.longest, COARSE)
 
     def due_in_prompt(self, start: int, stop: int, total: int) -> list[int]:
-        """Return the lengths in `(start, stop]` at which a prompt of `total` tokens gets
-        checkpoints.
+        """Return the lengths in `(start, stop]` of checkpoints of a prompt of `total` tokens.
 
         They are multiples of the coarse distance, near the end those of the fine one, and the end.
         """
@@ -68,8 +67,7 @@ class Spacing:
         return length % self.fine == 0
 
     def dispensable(self, lengths: Sequence[int], total: int) -> int | None:
-        """Return the index of a checkpoint that can go without a gap wider than the spacing, or
-        `None`.
+        """Return the index of a checkpoint that the spacing does not need, or `None`.
 
         Args:
             lengths: lengths of all checkpoints, ascending.
@@ -93,8 +91,7 @@ class Spacing:
         return costs.index(min(costs))
 
     def reach(self, checkpoint: int, length: int) -> int | None:
-        """Return how many of the first `length` tokens a checkpoint of `checkpoint` tokens
-        restores.
+        """Return how many of the first `length` tokens one of `checkpoint` tokens restores.
 
         `None` if it restores none. The ring of n tokens also serves a sequence of n - 1, and any
         shorter one as long as no token has left the ring.
@@ -186,8 +183,7 @@ class WindowCheckpoints(ABC):
             self._thin(length, most_bytes)
 
     def newest(self, length: int) -> tuple[int, dict[int, Tensor]] | None:
-        """Return the checkpoint that restores most of the first `length` tokens: its length and
-        rings.
+        """Return length and rings of the checkpoint that restores most of `length` tokens.
 
         Its length may be `length` + 1 (see `Spacing.reach`); rings are by layer. A checkpoint whose
         file is damaged is dropped with a warning.

@@ -45,8 +45,7 @@ class WindowLayer:
         self.length = length
 
     def ring_at(self, length: int, keys: Tensor, values: Tensor) -> Tensor:
-        """Return the ring as it will be after `length` tokens, while a pass has not stored its own
-        yet.
+        """Return the ring as it will be after `length` tokens, before a pass stores its own.
 
         Args:
             length: tokens, between those stored and those after the pass.
@@ -101,15 +100,11 @@ class WindowLayer:
         return merge([part], params.sinks)[0]
 
     def truncate(self, length: int) -> None:
-        """Drop the last token, or what a failed pass wrote. To go further back, check
-        `can_truncate`.
-        """
+        """Drop the last token, or what a failed pass wrote. Else check `can_truncate`."""
         self.length = min(self.length, length)
 
     def can_truncate(self, length: int) -> bool:
-        """Return whether the ring still holds the tokens that a sequence of `length` tokens sees
-        next.
-        """
+        """Return whether the ring holds what a sequence of `length` tokens sees next."""
         return length >= self.length - 1 or self.length <= self.window
 
     def fork(self) -> WindowLayer:

@@ -1,5 +1,4 @@
-"""The static state of a batch that decodes: tensors whose addresses stay the same while sequences
-grow.
+"""The static state of a decoding batch: tensors keep their addresses while sequences grow.
 
 `DeviceBatch` attaches sequences that decode together, and detaches them. Meanwhile residuals are in
 one tensor per layer, page addresses in one table, and the numbers of a step (tokens, positions,
@@ -192,8 +191,7 @@ class DeviceBatch:
             state.begun = True
 
     def first_not_finite(self) -> int | None:
-        """Return the first layer with NaN or infinity in the real token's keys or values, or
-        `None`.
+        """Return the first layer whose real token has NaN or infinity, or `None`.
 
         This and the logits are all that is read from the device.
         """
@@ -213,9 +211,7 @@ class DeviceBatch:
             self._write_addresses(b, before // PAGE_TOKENS)
 
     def row_counts(self) -> tuple[int, int, int]:
-        """Return (pairs that the real query selected, hits, bytes read) so far. Waits for the
-        device.
-        """
+        """Return (pairs of the real query, hits, bytes read) so far. Waits for the device."""
         selected, ready, size = self.counters.read(self.streams)
         if not self.config.policy.verifies:
             selected, ready = self.hits.tolist()
@@ -229,8 +225,8 @@ class DeviceBatch:
 
     def detach(self) -> None:
         """Move the whole state back into the sequences."""
-        for rows in self._fetching:
-            rows.drop()
+        for fetcher in self._fetchers:
+            fetcher.drop()
         self.streams.drain()
         for b, sequence in enumerate(self.sequences):
             self._store(b, sequence.length)
@@ -243,18 +239,18 @@ class DeviceBatch:
 
     def join(self) -> None:
         """Join the copy queue with the compute queue, at the end of a captured step."""
-        for rows in self._fetching:
-            rows.join()
+        for fetcher in self._fetchers:
+            fetcher.join()
 
     def abandon_capture(self) -> None:
         """Reset the state after a failed capture, which has run nothing."""
         for state in self.layers.values():
             state.begun = False
-        for rows in self._fetching:
-            rows.abandon()
+        for fetcher in self._fetchers:
+            fetcher.abandon()
 
     @property
-    def _fetching(self) -> list[DeviceRowFetcher]:
+    def _fetchers(self) -> list[DeviceRowFetcher]:
         """The row fetchers of all layers."""
         return [state.row_fetcher for state in self.layers.values() if state.row_fetcher is not None]
 
@@ -329,9 +325,7 @@ class DeviceBatch:
         _copy_to_device(torch.from_numpy(addresses), self._addresses[:, start : start + addresses.shape[1]])
 
     def _store(self, b: int, stop: int) -> None:
-        """Write a sequence's rows up to token `stop` into the slow tier, from which the device
-        reads.
-        """
+        """Write a sequence's rows up to token `stop` into the slow tier."""
         for layer in self._of_sequence[b]:
             first = min(layer.table.length, self.sequences[b].length + 1 - layer.residual_count)  # also where `commit` failed
             start = max(self._stored[b], first)

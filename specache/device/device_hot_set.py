@@ -27,8 +27,7 @@ def hot_set_bytes(batch: int, heads: int, slots: int, tokens: int, row_bytes: in
 
 
 class DeviceHotSet:
-    """An LRU cache with `C` slots per sequence and KV head. Of equally old slots the first is
-    evicted.
+    """An LRU cache with `C` slots per sequence and KV head; of equally old slots the first goes.
 
     It has the same hits and victims as `specache.rows.hot_set.HotSet` with as many slots has for
     one sequence, as long as no slot is `OLDEST` ticks old. New rows get the victims in ascending

@@ -186,9 +186,7 @@ class DeviceRowFetcher:
         self._in_flight = True
 
     def join(self) -> None:
-        """Have compute wait for this layer's prefetch, if it has not yet. See the class on
-        captures.
-        """
+        """Have compute wait for this layer's prefetch once. See the class on captures."""
         if self._in_flight:
             self._streams.wait(Queue.COMPUTE, self._arrived)
             self._in_flight = False
@@ -247,9 +245,7 @@ class DeviceRowFetcher:
         torch.where(slots == self.hot.absent, self._none, positions, out=self._buffers.positions[-1])
 
     def _reserve_ahead(self, positions: Tensor) -> None:
-        """Claim slots for missing rows of the next step. They take precedence over this step's
-        rows.
-        """
+        """Claim slots for missing rows of the next step, which precede this step's rows."""
         self.hot.advance()
         missing = (self.hot.look_up(positions) == self.hot.absent) & (positions >= 0)
         slots = self.hot.claim(positions, missing)

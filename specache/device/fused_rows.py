@@ -13,9 +13,7 @@ from specache.tiers.streams import Streams
 
 
 class FusedRowFetcher(DeviceRowFetcher):
-    """Gives the same rows, slots and counts as `DeviceRowFetcher`, on CUDA or in Triton's
-    interpreter.
-    """
+    """Equals `DeviceRowFetcher` in rows, slots and counts. For CUDA and Triton's interpreter."""
 
     def __init__(
         self,

@@ -30,9 +30,7 @@ class Graphs(Protocol):
 
 
 class CudaGraphs:
-    """CUDA's graphs. Graphs of one batch share memory for temporaries, because only one runs at a
-    time.
-    """
+    """CUDA's graphs. Those of one batch share memory for temporaries: one runs at a time."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

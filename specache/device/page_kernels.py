@@ -228,9 +228,7 @@ def _behind(lengths: Tensor, size: int) -> Tensor:
 
 
 def _slots(positions: Tensor, scores: Tensor) -> Tensor:
-    """Expand positions [B, Hkv, n, k] to query heads [B, Hkv, G, n, k]; -1 becomes the slot past
-    the end.
-    """
+    """Expand positions [B, Hkv, n, k] to [B, Hkv, G, n, k]; -1 becomes the slot past the end."""
     slots = positions.masked_fill(positions < 0, scores.shape[-1])
     return slots.unsqueeze(2).expand(-1, -1, scores.shape[2], -1, -1)
 

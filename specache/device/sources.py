@@ -17,9 +17,7 @@ class RowSource(Protocol):
     """The rows of one layer of a batch, [Hkv, capacity, 2 D] per sequence, with equal strides."""
 
     def gather(self, positions: Tensor) -> Tensor:
-        """Read the rows [B, Hkv, m, 2 D] of positions [B, Hkv, m], zeros at -1, on the current
-        stream.
-        """
+        """Read rows [B, Hkv, m, 2 D] of positions [B, Hkv, m] on the current stream; 0 at -1."""
 
     def replace(self, stored: Sequence[Tensor]) -> None:
         """Switch to other buffers of equal shape and strides (one grew, a sequence left)."""

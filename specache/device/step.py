@@ -1,5 +1,4 @@
-"""The attention of a static decode step: no shape and no host number depends on the sequences'
-lengths.
+"""The attention of a static decode step: no shape or host number depends on lengths.
 
 It computes the same sums as `specache.attention.decode.mixed_attention`, for every policy over a
 low-bit copy, and the attention of sliding-window layers. Everything that changes from step to step
@@ -37,8 +36,7 @@ class _Recent:
 
 @dataclass
 class _Visibility:
-    """What a step's queries see outside the low-bit copy, the same in every layer. T = R + g + own
-    tokens.
+    """What a step's queries see outside the low-bit copy. T = R + g + own tokens.
 
     `pending`, `future` and `candidates` are set only in a step after which a group is quantised.
     """
@@ -224,9 +222,7 @@ class StaticPass:
         fetcher.submit(layer.next_positions)
 
     def _count_hits(self, wanted: Tensor, prefetched: Tensor) -> None:
-        """Count how many of the real query's positions [B, Hkv, k] were prefetched; for statistics
-        only.
-        """
+        """Count prefetched ones among the real query's positions [B, Hkv, k]; for statistics."""
         chosen = wanted >= 0
         hit = (wanted.unsqueeze(-1) == prefetched[:, :, 0].unsqueeze(-2)).any(-1) & chosen
         self._batch.hits += torch.stack([chosen.sum(), hit.sum()])

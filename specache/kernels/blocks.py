@@ -68,16 +68,12 @@ def pieces(low_bit_kv: LowBitKV, start: int, count: int) -> Iterator[tuple[PageR
 
 
 def by_head(field: Tensor, count: int | None = None) -> Tensor:
-    """Reshape [N, Hkv, slots, X] to [Hkv, count, X] in token order; without a count to all `N
-    slots`.
-    """
+    """Reshape [N, Hkv, slots, X] to [Hkv, count, X] in token order; by default all slots."""
     return field.transpose(0, 1).flatten(1, 2)[:, :count]
 
 
 def store(field: Tensor, data: Tensor, offset: int) -> None:
-    """Write data [Hkv, count, X] into a page field [N, Hkv, slots, X] from slot `offset` of its
-    first page.
-    """
+    """Write data [Hkv, count, X] into a field [N, Hkv, slots, X] from slot `offset` on."""
     if field.shape[0] == 1:
         field[0, :, offset : offset + data.shape[1]] = data
     else:
@@ -85,9 +81,7 @@ def store(field: Tensor, data: Tensor, offset: int) -> None:
 
 
 def store_codes(run: PageRun, keys: Tensor, values: Tensor, offset: int, bits: int) -> None:
-    """Pack codes of keys and values uint8 [Hkv, count, D] into a run from slot `offset` of its
-    first page.
-    """
+    """Pack uint8 codes of keys and values [Hkv, count, D] into a run from slot `offset` on."""
     key_field, value_field = run.fields["key_codes"], run.fields["value_codes"]
     if run.pages * PAGE_TOKENS == keys.shape[1]:
         keys, values = (codes.unflatten(1, (run.pages, -1)).transpose(0, 1) for codes in (keys, values))

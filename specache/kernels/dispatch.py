@@ -99,9 +99,7 @@ def attend(
 
 
 def fused(query: Tensor) -> native.NativeKernels | None:
-    """Return the backend that computes a whole layer (`decode_in_place`), if it supports query
-    [B, Hq, n, D].
-    """
+    """Return the backend for whole layers (`decode_in_place`) if it supports [B, Hq, n, D]."""
     backend = _backend_for(query, query.shape[-1])
     return backend if isinstance(backend, native.NativeKernels) else None
 

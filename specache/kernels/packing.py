@@ -40,9 +40,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def replace_rows(packed: Tensor, codes: Tensor, first: int, rows: int, bits: int) -> None:
-    """Overwrite rows `[first, first + n)` of a packed matrix [..., rows C] by codes
-    [..., n, columns].
-    """
+    """Overwrite rows `[first, first + n)` of packed [..., rows C] by codes [..., n, columns]."""
     place = _places(rows, codes.shape[-1], bits, codes.device)[first : first + codes.shape[-2]]
     packed[..., place.flatten()] = _pack_rows(codes, bits).flatten(-2)
 

@@ -38,9 +38,7 @@ class PageRun:
 
     @cached_property
     def device_addresses(self) -> Tensor:
-        """The addresses int64 [N] on the pages' device. The copy to a GPU is queued without
-        waiting.
-        """
+        """The addresses int64 [N] on the pages' device, copied without waiting."""
         host, device = torch.from_numpy(self.addresses), self.fields["key_codes"].device
         return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 

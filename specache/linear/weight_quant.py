@@ -1,5 +1,4 @@
-"""Weight-only quantisation on a CPU: a decode step reads all weights once, so fewer bits take less
-time.
+"""Weight-only quantisation on a CPU: a step reads all weights, so fewer bits save time.
 
 PyTorch's own kernels multiply rows of activations by codes. torchao's tensors dequantise the whole
 matrix in every step when run eagerly, which is slower than 16 bits. For many rows (a prompt's) the

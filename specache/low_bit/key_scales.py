@@ -1,5 +1,4 @@
-"""Key scales of the rotated code (**ours**): every key channel is multiplied by one before
-rotation.
+"""Key scales of the rotated code (**ours**): factors of key channels before rotation.
 
 Rounding adds the same noise to every channel of a rotated key, and a channel's noise enters the
 score in proportion to the query there. So channels with large queries and small keys are enlarged:
@@ -56,9 +55,7 @@ class KeyScales:
         self._squares = None
 
     def fix(self, keys: Tensor) -> Tensor:
-        """Return the scales [Hkv, D]; compute them from the first keys [Hkv, n, D] at the first
-        call.
-        """
+        """Return the scales [Hkv, D]; the first call computes them from keys [Hkv, n, D]."""
         if self.value is None:
             self.value = self._from(keys)
         return self.value

@@ -59,8 +59,7 @@ class PagePool:
         return len(self._references)
 
     def allocate(self, count: int) -> list[Page]:
-        """Allocate `count` pages with one reference each: free ones first, then a slab for the
-        rest.
+        """Allocate `count` pages with one reference each, free ones first.
 
         Raises:
             FastMemoryError: the budget does not allow it; nothing was allocated.
@@ -140,9 +139,7 @@ class PagePool:
                 held.give_back(self._free[slab])
 
     def _available(self) -> Iterator[Page]:
-        """Yield free pages in the order in which they are popped, those of the emptiest slabs
-        first.
-        """
+        """Yield free pages as they are popped, those of the emptiest slabs first."""
         for slab in sorted(self._free, key=lambda s: len(self._free[s]), reverse=True):
             for index in reversed(self._free[slab]):
                 yield slab, index
@@ -192,9 +189,7 @@ class PageTable:
         self._runs = None
 
     def mark(self) -> None:
-        """Start to track in `unchanged` how many of the current tokens stay. Codes are written
-        once.
-        """
+        """Start to track in `unchanged` how many of the current tokens stay."""
         self.unchanged = self.length
 
     def raw(self, start: int, stop: int) -> Tensor:

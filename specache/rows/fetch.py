@@ -1,5 +1,4 @@
-"""Fetch 16-bit rows for decode steps: `start` and `finish` within a step, `submit` for the next
-one.
+"""Fetch 16-bit rows for a decode step (`start`, `finish`) and the next one (`submit`).
 
 `InPlaceRowFetcher` reads rows in place from a tier that allows it. `HotSetRowFetcher` copies rows
 through a hot set. It reads the rows that the draft token selects while the rest of the step

@@ -42,9 +42,7 @@ class HotSet:
         return self.capacity * self._slot_bytes
 
     def find(self, positions: Tensor) -> Tensor:
-        """Return the slots [Hkv, k] of the positions, -1 if not cached. Mark the found slots as
-        used.
-        """
+        """Return the slots [Hkv, k] of the positions, -1 if not cached. Mark them as used."""
         if self.capacity == 0:
             return torch.full_like(positions, -1)
         if self._sorted is None:
@@ -57,8 +55,7 @@ class HotSet:
         return slots
 
     def insert(self, head: Tensor, positions: Tensor, kv_rows: Tensor) -> None:
-        """Insert rows [M, 2 D] of (head, position) pairs that are not cached; evict the oldest
-        slots.
+        """Insert rows [M, 2 D] of uncached (head, position) pairs; evict the oldest slots.
 
         Rows that do not fit beside the rows used in this step are left out.
         """
@@ -140,8 +137,7 @@ class HotSet:
         self._claim.release()
 
     def _victims(self, count: Tensor, most: int) -> Tensor:
-        """Return the `count` [Hkv, 1] least recently used slots of each head, ascending, as
-        [Hkv, most].
+        """Return each head's `count` [Hkv, 1] least recently used slots, ascending, [Hkv, most].
 
         -1 fills the rest, and stands for slots that this step uses.
         """

@@ -73,7 +73,7 @@ def test_the_planner_counts_the_same(monkeypatch, batches, family, changes):
         specache.generate(model, ids, past_key_values=cache, max_new_tokens=3, do_sample=False)
     batch = batches[0][0]
     dimensions = cache.resources.dimensions
-    held = batch._claim.size + sum(rows.hot.nbytes for rows in batch._fetching)
+    held = batch._claim.size + sum(rows.hot.nbytes for rows in batch._fetchers)
     ordinary = 2 * CacheFootprint(dimensions, cache.config, 2, batch.top_k).first_step(PlannedSequence(length)).hot_set
     assert static_step_bytes(dimensions, cache.config, length, 2) == held - ordinary
 

@@ -314,9 +314,7 @@ class LayerStep:
 
 
 def _recent_numbers(recent: Sequence[RecentTokens]) -> list[int]:
-    """Return addresses of keys and values, count, and byte strides of KV head and token, per
-    sequence.
-    """
+    """Return addresses of keys and values, count, and strides of head and token, per sequence."""
     numbers: list[int] = []
     for tokens in recent:
         head, token, _ = tokens.keys.stride()

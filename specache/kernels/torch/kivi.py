@@ -14,9 +14,7 @@ from specache.kernels.types import LowBitKV, PageRun
 
 
 def quantise(keys: Tensor, values: Tensor, run: PageRun, offset: int, low_bit_kv: LowBitKV) -> None:
-    """Quantise and pack keys, values [Hkv, count, D], whole groups, into a run from slot `offset`
-    on.
-    """
+    """Quantise keys, values [Hkv, count, D], whole groups, into a run from slot `offset` on."""
     g, (heads, count, dim) = low_bit_kv.group_size, keys.shape
     groups = keys.float().reshape(heads, count // g, g, dim)
     scale, zero = _scale_and_zero(groups.amin(2), groups.amax(2), low_bit_kv.bits)  # [Hkv, groups, D]
@@ -31,9 +29,7 @@ def quantise(keys: Tensor, values: Tensor, run: PageRun, offset: int, low_bit_kv
 
 
 def _quantise_group(group: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantise a group along the last dimension -> codes [..., group], scale and zero point
-    [..., 1].
-    """
+    """Quantise groups [..., group] -> codes of that shape, scale and zero point [..., 1]."""
     scale, zero = _scale_and_zero(group.amin(-1, keepdim=True), group.amax(-1, keepdim=True), bits)
     return _codes(group, scale, zero, bits), scale, zero
 

@@ -63,9 +63,7 @@ def rescore(query: Tensor, scores: Tensor, positions: Tensor, kv_rows: Tensor, s
 
 
 def exact_scores(query: Tensor, scores: Tensor, kv_rows: Tensor, scaling: float, softcap: float | None) -> Tensor:
-    """Return scores [B, Hkv, G, n, k] of the keys in rows [B, Hkv, n, k, 2D]; `scores` gives B to
-    n.
-    """
+    """Return scores [B, Hkv, G, n, k] of keys [B, Hkv, n, k, 2D]; `scores` gives B to n."""
     dim = query.shape[-1]
     grouped = query.float().reshape(*scores.shape[:4], dim)
     keys = kv_rows[..., :dim].float()  # [B, Hkv, n, k, D]
@@ -74,8 +72,7 @@ def exact_scores(query: Tensor, scores: Tensor, kv_rows: Tensor, scaling: float,
 
 
 def select(scores: Tensor, rest_lse: Tensor, lengths: Sequence[int], k: int) -> Tensor:
-    """Select the `k` largest probabilities per KV head and query, averaged over the `G` query
-    heads.
+    """Select the `k` largest probabilities per KV head and query, averaged over G heads.
 
     Linear in `S`: all values above the k-th largest, then its equals from the lowest position up.
     """

@@ -57,9 +57,7 @@ def _hadamard(size: int) -> Tensor:
 
 
 def quantise(keys: Tensor, values: Tensor, run: PageRun, offset: int, low_bit_kv: LowBitKV) -> None:
-    """Quantise and pack keys, values [Hkv, count, D], whole groups, into a run from slot `offset`
-    on.
-    """
+    """Quantise keys, values [Hkv, count, D], whole groups, into a run from slot `offset` on."""
     assert low_bit_kv.channel_scales is not None, "the rotated code needs the layer's key scales"
     g, turn = low_bit_kv.group_size, rotation(low_bit_kv.head_dim, keys.device)
     groups = keys.float().unflatten(1, (-1, g))  # [Hkv, groups, g, D]
@@ -74,8 +72,7 @@ def quantise(keys: Tensor, values: Tensor, run: PageRun, offset: int, low_bit_kv
 
 
 def _encode(rotated: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Encode rotated vectors [Hkv, count, D] -> uint8 codes of that shape, float16 scale
-    [Hkv, count, 1].
+    """Encode rotated vectors [Hkv, count, D] -> uint8 codes, float16 scale [Hkv, count, 1].
 
     The zero vector gets scale 0.
     """

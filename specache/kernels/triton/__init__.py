@@ -71,9 +71,7 @@ def build_errors() -> tuple[type[Exception], ...]:
 
 
 def interpreted() -> bool:
-    """Return whether Triton runs kernels in its interpreter, on the CPU, as set when it is
-    imported.
-    """
+    """Return whether Triton uses its interpreter, on the CPU, as set when it is imported."""
     return os.environ.get(INTERPRETER) == "1" and importlib.util.find_spec("triton") is not None
 
 

@@ -1,5 +1,4 @@
-"""Compile every kernel ahead of time, without a GPU: registers, spills and shared memory per
-target.
+"""Compile every kernel without a GPU: registers, spills and shared memory per target.
 
     python -m specache.kernels.triton.ahead_of_time [--write docs/gpu_kernels.md] [--quick]
 
@@ -212,9 +211,7 @@ def compile_all(variants: Sequence[Variant], targets: Sequence[int], processes: 
 
 
 def quick_variants() -> list[Variant]:
-    """Return the most demanding variants of each kernel: most registers, widest heads, most
-    queries.
-    """
+    """Return the most demanding variants: most registers, widest heads, most queries."""
     shapes = [
         Shape(Code.KIVI, 2, 64, 128, 8, 2),
         Shape(Code.ROTATED, 2, 64, 128, 8, 2),

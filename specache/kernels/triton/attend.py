@@ -1,5 +1,4 @@
-"""Attention over the low-bit copy with fetched pairs swapped in (Algorithm 3), split over the
-tokens.
+"""Attention over the low-bit copy with fetched pairs swapped in (Algorithm 3).
 
 `fetched_kernel` removes the fetched positions from the scores and attends to their rows.
 `low_bit_kernel` attends to the other tokens, a split of them per program. `merge_kernel` merges the
@@ -47,9 +46,7 @@ def fetched_kernel(
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Attend to fetched rows. A program per (query, KV head of a sequence): `G` heads over `k`
-    rows.
-    """
+    """Attend to fetched rows. A program per (query, KV head of a sequence)."""
     n, row, bh = tl.num_programs(0), tl.program_id(0), tl.program_id(1)
     channel, g = tl.arange(0, DIM_P), tl.arange(0, G_P)
     line = (bh.to(tl.int64) * G + g) * n + row  # [G_P]

@@ -146,9 +146,7 @@ class TritonKernels:
     def rescore_pages(
         self, query: Tensor, scores: PageScores, positions: Tensor, kv_rows: Tensor, scaling: float, softcap: float | None
     ) -> None:
-        """`rescore` of `PageScores`. Beside float16 scores, the exact ones are also kept in
-        float32.
-        """
+        """`rescore` of `PageScores`. Beside float16 scores, exact ones are kept in float32."""
         batch, heads, groups, n, size = scores.values.shape
         k, dim = positions.shape[-1], query.shape[-1]
         if not positions.numel():

@@ -85,8 +85,7 @@ def key_levels(
     DIM: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Decode some channels of a page's tokens `[first, first + TOKENS)` -> bfloat16
-    [TOKENS, COLUMNS].
+    """Decode channels of tokens `[first, first + TOKENS)` -> bfloat16 [TOKENS, COLUMNS].
 
     `codes` is the address of the page's key codes. `FIRST_COLUMN` and `COLUMNS` are multiples of
     32. Channels from `DIM` on are undefined, but finite.
@@ -142,9 +141,7 @@ def pointer(address, TYPE: tl.constexpr):
 
 @triton.jit
 def unpacked(words, BITS: tl.constexpr, ROTATED: tl.constexpr):
-    """Decode words int32 [rows, words] -> levels bfloat16 [rows, words, 8 / b, 4], columns in
-    order.
-    """
+    """Decode int32 [rows, words] -> levels bfloat16 [rows, words, 8 / b, 4], in order."""
     shift = tl.arange(0, 8 // BITS)[:, None] * BITS + tl.arange(0, 4)[None, :] * 8
     return levels_of((words[:, :, None, None] >> shift[None, None, :, :]) & ((1 << BITS) - 1), BITS, ROTATED)
 
@@ -175,9 +172,7 @@ def level_product(levels, factors, accumulator, EXACT: tl.constexpr):
 
 @triton.jit
 def rounded_product(levels, factors, accumulator):
-    """Return accumulator + levels @ factors, rounded to bfloat16 as a 16-bit model's own attention
-    does.
-    """
+    """Return accumulator + levels @ factors, rounded to bfloat16 as 16-bit models do."""
     if INTERPRETED:  # there a cast truncates
         bits = factors.to(tl.int32, bitcast=True)
         factors = upper_half((bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True))

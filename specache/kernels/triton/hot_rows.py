@@ -153,9 +153,7 @@ def lookup_kernel(
     WIDTH_P: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Copy cached rows and mark them as used. A program per (block of positions, head of a
-    sequence).
-    """
+    """Copy cached rows, mark them as used. A program per (block, head of a sequence)."""
     bh = tl.program_id(1).to(tl.int64)
     j, element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH_P)
     position = tl.load(positions + bh * stride + j, mask=j < k, other=-1)

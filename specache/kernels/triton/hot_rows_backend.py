@@ -126,9 +126,7 @@ class HotRowKernels:
         found: Tensor | None = None,
         out: Tensor | None = None,
     ) -> None:
-        """Write missing rows, `fetched` [B, Hkv, k, 2 D], into their slots; write all rows into
-        `out`.
-        """
+        """Write missing rows (`fetched`) into their slots, and all rows into `out`."""
         self._fill(fetched, None, hot, missing, claimed, found, out)
 
     @on_its_device

@@ -1,5 +1,4 @@
-"""Quantise tokens and pack their codes into pages (KIVI, paper section 3.1; the rotated code is
-ours).
+"""Quantise tokens and pack their codes (KIVI, paper section 3.1; the rotated code is ours).
 
 Columns of a packed matrix are loaded in the order of the bytes, so that packing is a sum over
 neighbours. Divisions and roots are IEEE's: equal inputs give the same codes, to the bit, as the
@@ -217,9 +216,7 @@ def store_keys(address, head, token, codes, DIM: tl.constexpr, BITS: tl.constexp
 
 @triton.jit
 def store_values(address, head, channel, real, codes, written, DIM: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr):
-    """Pack codes int32 [ROWS, 64] of the `written` tokens into the rows `channel` of a page's
-    values.
-    """
+    """Pack codes int32 [ROWS, 64] of `written` tokens into rows `channel` of a page's values."""
     BYTES: tl.constexpr = 8 * BITS
     byte = tl.arange(0, BYTES)
     tile = channel // TILE

@@ -1,5 +1,4 @@
-"""Attention of a decode step outside the low-bit copy, one launch per layer, and the merge of both
-parts.
+"""Attention outside the low-bit copy, one launch per layer, and the merge of both parts.
 
 `recent_kernel` appends the real token to the residual and attends to it, and to the draft token.
 `join_kernel` merges the result with the low-bit part, in the layout and dtype that the model uses
@@ -124,9 +123,7 @@ def join_kernel(
     DIM: tl.constexpr,
     DIM_P: tl.constexpr,
 ):
-    """Merge both parts by their shares of the normaliser. A program per (query, KV head of a
-    sequence).
-    """
+    """Merge both parts. A program per (query, KV head of a sequence)."""
     row, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     channel = tl.arange(0, DIM_P)
     inside = channel < DIM

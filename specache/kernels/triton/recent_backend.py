@@ -67,9 +67,7 @@ def attend_recent(
 
 @on_its_device
 def join(low_bit_out: Tensor, low_bit_lse: Tensor, out: Tensor, lse: Tensor, own_lse: Tensor, dtype: torch.dtype) -> Tensor:
-    """Merge the low-bit part [B, Hkv, G, n, D] and that of `attend_recent` -> [B, n, Hq, D] in
-    `dtype`.
-    """
+    """Merge low-bit part [B, Hkv, G, n, D] and `attend_recent`'s -> [B, n, Hq, D] in `dtype`."""
     batch, heads, groups, n, dim = low_bit_out.shape
     joined = torch.empty(batch, n, heads * groups, dim, dtype=dtype, device=low_bit_out.device)
     recent.join_kernel[(groups * n, batch * heads)](

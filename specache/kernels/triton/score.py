@@ -139,9 +139,7 @@ def rescore_kernel(
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Replace scores by exact ones. A program per (block of fetched keys, query, KV head of a
-    sequence).
-    """
+    """Replace scores by exact ones. A program per (block of keys, query, KV head of a sequence)."""
     n, row, bh = tl.num_programs(1), tl.program_id(1), tl.program_id(2)
     g = tl.arange(0, G_P)
     j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

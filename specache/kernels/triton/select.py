@@ -1,5 +1,4 @@
-"""Select the `k` largest probabilities per KV head and query, averaged over `G` heads, linear in
-`S`.
+"""Select the `k` largest probabilities per KV head and query, averaged over `G` heads.
 
 A probability is not negative, so its bits as an integer have its order. A radix select finds the
 k-th largest number digit by digit, from the highest: each pass counts, over all blocks, the numbers
@@ -284,8 +283,7 @@ def digit_of(bits, DIGIT: tl.constexpr, NUMBER: tl.constexpr):
 
 @triton.jit
 def kth(histogram, k, FOUND: tl.constexpr, NUMBER: tl.constexpr):
-    """Return the first `FOUND` digits of the k-th largest number, and its rank among numbers with
-    them.
+    """Return the first `FOUND` digits of the k-th largest number, and its rank among equals.
 
     `histogram` is a line's int32 [digits, BINS]. With `k` 0, the digits are above every number.
     """

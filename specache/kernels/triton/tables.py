@@ -35,8 +35,7 @@ class PageTables:
 
 @dataclass
 class PageScores:
-    """Scores of a step's queries over the low-bit copy, [B, Hkv, G, n, capacity], passed between
-    kernels.
+    """Scores [B, Hkv, G, n, capacity] over the low-bit copy, passed between kernels.
 
     For a 16-bit model they are float16, relative to the largest score of their group of tokens. So
     the largest scores are near 0, where float16 is finest, and half as many bytes pass through
@@ -97,9 +96,7 @@ def page_tables(low_bit_kvs: Sequence[LowBitKV], lengths: Sequence[int], device:
 
 
 def to_device(numbers: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Copy numbers to a tensor [N] on the device, through pinned memory: the copy is queued like a
-    kernel.
-    """
+    """Copy numbers to a tensor [N] on the device, through pinned memory, queued like a kernel."""
     host = torch.tensor(numbers, dtype=dtype)
     return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 
