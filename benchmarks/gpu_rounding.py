@@ -41,8 +41,10 @@ ON_THE_CPU = static_decoder.StaticSettings(capacity_step=256, devices=("cpu",))
 class Rounded(TorchPages):
     """PyTorch's kernels with the rounding of Triton's."""
 
-    def score(self, query: Tensor, tables: PageTables, weights: Tensor | None, scaling: float, softcap: float | None) -> PageScores:
-        scores = super().score(query, tables, weights, scaling, softcap).values
+    def score(
+        self, query: Tensor, tables: PageTables, channel_scales: Tensor | None, scaling: float, softcap: float | None
+    ) -> PageScores:
+        scores = super().score(query, tables, channel_scales, scaling, softcap).values
         grouped = scores.unflatten(-1, (-1, self._layout.group_size))
         largest = grouped.amax(-1, keepdim=True).clamp(min=-1e30)
         return PageScores(((grouped - largest).half().float() + largest).flatten(-2))
@@ -56,8 +58,8 @@ class Rounded(TorchPages):
         with mock.patch.object(operations, "mean_probabilities", upper_bits):
             return super().select(scores, rest_lse, lengths, k)
 
-    def _values(self, copy: LowBitKV, weights: Tensor) -> Tensor:
-        return super()._values(copy, weights.bfloat16().float())
+    def _values(self, low_bit_kv: LowBitKV, weights: Tensor) -> Tensor:
+        return super()._values(low_bit_kv, weights.bfloat16().float())
 
 
 def divergence(model: Any, ids: Tensor, answer: list[int], reference: Tensor, bits: int, kernels: type[TorchPages]) -> float:

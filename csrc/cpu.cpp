@@ -16,14 +16,15 @@ struct Features {
     bool avx2 = false, avx512 = false, amx = false;
 };
 
-// What the operating system saves when it switches threads (XCR0).
+// Return the register state that the operating system saves when it switches threads (XCR0).
 uint64_t saved_state() {
     uint32_t low, high;
     __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     return uint64_t(high) << 32 | low;
 }
 
-// Linux saves matrix registers only for processes that asked for it. That is for the whole process, and for good.
+// Ask Linux to save matrix registers, which it does only on request, for the whole process and for
+// good.
 bool may_use_matrices() {
 #if defined(SPECACHE_AMX) && defined(__linux__) && defined(SYS_arch_prctl)
     constexpr int request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA

@@ -9,15 +9,16 @@
 namespace specache {
 namespace {
 
-constexpr int64_t kScoreChunk = 2048;  // tokens of a task; whole pages, and the same for any number of threads
+constexpr int64_t kScoreChunk = 2048;  // tokens of a task: whole pages, for any number of threads
 
-// Tasks (head, chunk of tokens, batch) of a step, with as many chunks for each as the longest sequence has.
+// Tasks (head, chunk of tokens, batch) of a step. Each sequence has as many chunks as the longest
+// one.
 struct Tasks {
     int64_t heads, batches, chunks;
     int64_t count() const { return heads * batches * chunks; }
     int64_t head(int64_t i) const { return i / (batches * chunks); }
     int64_t chunk(int64_t i) const { return i / batches % chunks; }
-    int64_t batch(int64_t i) const { return i % batches; }  // those of a chunk one after the other: its codes are in the cache
+    int64_t batch(int64_t i) const { return i % batches; }  // innermost: the chunk's codes stay in the cache
     int64_t index(int64_t head, int64_t batch, int64_t chunk) const { return (head * chunks + chunk) * batches + batch; }
 };
 
@@ -35,7 +36,7 @@ void score_task(const Engine& engine, const Step& step, Queries& queries, int64_
                               step.softcap, out);
 }
 
-// Row `row` of head `head`: its G score rows.
+// Point `out` to the G rows of scores of row `row` of head `head`.
 void score_rows(const Step& step, float* scores, int64_t size, int64_t head, int row, float** out) {
     for (int g = 0; g < step.groups; g++) out[g] = scores + (head * step.queries() + g * step.rows + row) * size;
 }
@@ -48,9 +49,9 @@ void select_task(const Engine& engine, const Step& step, float* scores, int64_t 
     score_rows(step, scores, size, head, row, of_group.data());
     for (int g = 0; g < step.groups; g++) rest[size_t(g)] = rest_lse[head * step.queries() + g * step.rows + row];
     int64_t floats = 3 * padded(length) + kTile;
-    auto* mass = static_cast<float*>(scratch(size_t(floats + length + kTile) * 4));
-    engine.kernels->select(of_group.data(), rest.data(), step.groups, length, k, positions + (head * step.rows + row) * k, mass,
-                           reinterpret_cast<int32_t*>(mass + floats));
+    auto* mean_prob = static_cast<float*>(scratch(size_t(floats + length + kTile) * 4));
+    engine.kernels->select(of_group.data(), rest.data(), step.groups, length, k, positions + (head * step.rows + row) * k,
+                           mean_prob, reinterpret_cast<int32_t*>(mean_prob + floats));
 }
 
 void rescore_task(const Engine& engine, const Step& step, Queries& queries, const int64_t* positions, int64_t k, const Rows& rows,
@@ -120,7 +121,7 @@ void rescore(const Engine& engine, const Step& step, const Fetched& fetched, flo
 }
 
 void attend(const Engine& engine, const Step& step, const Fetched& fetched, const float* scores, int64_t size, float* out, float* lse) {
-    Batches batches(step.queries(), engine.kernels->together);
+    Batches batches(step.queries(), engine.kernels->queries_per_pass);
     Tasks tasks{step.heads(), batches.count, std::max<int64_t>(1, chunks_of(size, kAttendChunk))};
     Partials partials(step, batches, tasks.count());
     parallel(engine.threads, [&](Worker& worker) {

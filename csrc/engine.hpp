@@ -1,4 +1,5 @@
-// Kernels over whole batches: all sequences, KV heads and rows of a decode step in one call, spread over threads.
+// Kernels over whole batches: all sequences, KV heads and rows of a decode step in one call, spread
+// over threads.
 #pragma once
 
 #include <cstddef>
@@ -47,18 +48,24 @@ struct Recent {
     Dtype dtype;
 };
 
-// A whole layer of a step: score, select, rescore, attend, and the recent tokens, of which row r sees all but the last n - 1 - r.
-// sinks [Hkv G] or null. What it points to must outlive it. It serves once, in one call where rows are read in place, or in three where
-// the rows of what was selected have to be fetched: they are needed in the last. Both give the same to the bit.
+// One layer of a step: score, select, rescore, attend, and exact attention over the recent tokens,
+// of which row r sees all but the last n - 1 - r. sinks: [Hkv G] or null. Everything it points to
+// must outlive it. Use it once: `run` where rows are read in place; `select`, `attend_copy`,
+// `attend_fetched` where selected rows have to be fetched, which only the last needs. Both give the
+// same bits.
 class LayerStep {
 public:
     class State;
     LayerStep(const Engine&, Step, const std::vector<Recent>&, int64_t k, const float* sinks, bool at_once);
     ~LayerStep();
-    void run(const std::vector<Rows>& stored, float* out);  // if `at_once`; stored per (sequence, KV head), out [B, Hkv, G, n, D]
-    void select(int64_t* positions);                        // else: [B, Hkv, n, k], padded with -1
-    void attend_copy(const int64_t* positions, int64_t k);  // but for those positions; -1 where the low-bit pair has to do
-    void attend_fetched(const Fetched&, float* out);        // the same positions with their rows
+    // If `at_once`. stored: per (sequence, KV head); out [B, Hkv, G, n, D].
+    void run(const std::vector<Rows>& stored, float* out);
+    // Unless `at_once`. positions [B, Hkv, n, k], padded with -1.
+    void select(int64_t* positions);
+    // Attend to the low-bit copy without these positions; -1 where the low-bit pair is used.
+    void attend_copy(const int64_t* positions, int64_t k);
+    // Attend to the exact rows of the same positions, and to the recent tokens.
+    void attend_fetched(const Fetched&, float* out);
 
 private:
     std::unique_ptr<State> state_;

@@ -34,7 +34,8 @@ inline void add_row(const uint8_t* row, Dtype dtype, int dim, float weight, floa
 
 // out[j] = sum_t weights[j][t] value(t), `blocks` registers of each at a time.
 template <int NQ, Dtype T, class Tokens>
-inline void sum_rows(const Tokens& tokens, int64_t count, int dim, const float* weights, int64_t stride, float* out, int out_stride) {
+inline void sum_rows(const Tokens& tokens, int64_t count, int dim, const float* weights, int64_t stride, float* out,
+                     int out_stride) {
     constexpr int blocks = 2;
     for (int d = 0; d < dim; d += blocks * kTile) {
         const int used = dim - d > kTile ? blocks : 1;
@@ -134,7 +135,7 @@ void exact(const float* const* queries, int queries_count, int dim, const uint8_
 void exact_rows(const float* const* queries, int queries_count, int dim, const Rows& rows, int row, const int64_t* positions,
                 const int64_t* slots, int64_t count, float scaling, float softcap, float* scores, Partial out) {
     Selected tokens{rows, row, positions, slots, int64_t(dim) * itemsize(rows.dtype)};
-    for (int64_t i = 0; i < count; i++)  // scattered rows: have them all on their way
+    for (int64_t i = 0; i < count; i++)  // rows are scattered: prefetch all of them
         for (int64_t d = 0; d < 2 * tokens.half; d += 64) __builtin_prefetch(tokens.key(i) + d);
     int64_t seen[kMaxQueries];
     for (int j = 0; j < queries_count; j++) seen[j] = count;
@@ -143,8 +144,8 @@ void exact_rows(const float* const* queries, int queries_count, int dim, const R
 
 // ---- attend -----------------------------------------------------------------------------------------------------------------
 
-// Round a page's weights (softmax weight times the tokens' value scale, which add up to `sum`) to bytes; returns their unit, 0 if
-// there is nothing to add.
+// Round a page's weights (softmax weight times the token's value scale; they add up to `sum`) to
+// bytes. Return the unit of the bytes, 0 if all weights are 0.
 inline float round_weights(const float* weights, const uint16_t* scale, int step, int valid, uint8_t* out, float* sum) {
     alignas(64) float scaled[kPage];
     Floats peak = Isa::splat(0.0f), total = Isa::splat(0.0f);
@@ -170,11 +171,11 @@ inline float round_weights(const float* weights, const uint16_t* scale, int step
     return largest / 255.0f;
 }
 
-// weights[j][t] of the tokens themselves; relative[j][t / kStretch] multiplies them where `relative` is given.
+// weights[j][t] are those of tokens; relative[j][t / kStretch] multiplies them where it is given.
 template <int BITS, int NQ>
 void attend_values(const Layout& layout, const Copy& copy, int head, int64_t first, int64_t count, const float* const* weights,
                    const float* const* relative, Partial out) {
-    constexpr int NT = tiles_together<NQ>(), tile_bytes = kTile * kPage * BITS / 8;
+    constexpr int NT = tiles_per_pass<NQ>(), tile_bytes = kTile * kPage * BITS / 8;
     Tables tables = value_tables<BITS>(layout.code);
     const int dim = layout.dim, groups = layout.code == Code::rotated ? 1 : layout.value_groups();
     const float unit = layout.code == Code::rotated ? normal_levels(BITS).unit : 0.5f;
@@ -312,8 +313,8 @@ void attend(const Layout& layout, const Copy& copy, int head, int64_t first, int
         }
 }
 
-void attend_weighed(const Layout& layout, const Copy& copy, int head, int64_t first, int64_t count, const float* const* weights,
-                    int queries, const float* const* peaks, Partial out) {
+void attend_with_weights(const Layout& layout, const Copy& copy, int head, int64_t first, int64_t count,
+                         const float* const* weights, int queries, const float* const* peaks, Partial out) {
     const int64_t stretches = (count + kStretch - 1) / kStretch;
     float shares[kMaxQueries][kAttendChunk / kStretch];
     const float* relative[kMaxQueries];

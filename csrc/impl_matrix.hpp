@@ -1,8 +1,9 @@
-// Scores and sums over values with matrix registers: all queries of a KV head meet its codes in one pass. A part of kernels_impl.hpp.
+// Scores and sums over values with matrix registers: one pass over the codes serves all queries of
+// a KV head. A part of kernels_impl.hpp.
 //
-// A matrix register has up to 16 rows of 64 bytes. A packed tile is what it takes, once its levels are looked up: 16 tokens (keys) or
-// channels (values) beside each other, four bytes each, and a row for every four channels or tokens. The other operand has a row per
-// query.
+// A matrix register has up to 16 rows of 64 bytes. A packed tile fills it once its levels are
+// looked up: 16 tokens (keys) or channels (values) side by side, four bytes each, and a row for
+// every four channels or tokens. The other operand has a row per query.
 #pragma once
 
 namespace specache {
@@ -11,12 +12,14 @@ namespace {
 constexpr int kMatrixBytes = 16 * 64;
 constexpr int kStretchPages = kStretch / kPage;
 
-// Whether a layout's tiles fill matrix registers: whole blocks of keys, and whole tiles of channels.
+// Return whether a layout's tiles fill matrix registers: whole blocks of keys, whole tiles of
+// channels.
 inline bool fills_matrices(const Layout& layout) {
     return layout.code == Code::rotated && layout.key_rest() == 0 && layout.dim % kTile == 0;
 }
 
-// Products of four tiles with the same rows. Those from one that `begins` to one with a place to `store` at, [4][rows][16], are added up.
+// Products of four tiles with the same rows. Rounds from one that `begins` to one with an address
+// to `store` to, [4][rows][16], are added up.
 struct Round {
     const uint8_t* codes[4];
     int64_t ahead;  // from codes to what is read later
@@ -39,8 +42,9 @@ inline void look_up(const uint8_t* blocks, int64_t ahead, const Tables& tables, 
     }
 }
 
-// Levels go through memory, and a matrix register cannot be loaded from bytes that are still on their way from the core to its cache: so
-// while a round's levels are looked up, those of the one before are multiplied.
+// Levels go through memory, and loading a matrix register stalls on bytes that the core has not yet
+// written to its cache. So the levels of one round are looked up while those of the round before
+// are multiplied.
 template <class I, int BITS, bool KEYS>
 inline void multiply(const Round* rounds, int count, int rows, const Tables tables) {
     alignas(4096) uint8_t levels[2][4][kMatrixBytes];
@@ -147,8 +151,9 @@ void score_by_matrix(const Layout& layout, const Copy& copy, int head, const Pre
         score_stretch<I, BITS>(layout, copy, head, prepared, start, min_of(kStretch, first + count - start), scaling, scores);
 }
 
-// Of up to eight queries. Their weights times the tokens' value scales are rounded to 16 bits of the stretch's largest, and go through the
-// registers as two rows of bytes, so that sums stay there for the whole stretch.
+// Attend to a stretch for up to eight queries. Weights times value scales are rounded to 16 bits of
+// the stretch's largest and go through the registers as two rows of bytes: sums stay in registers
+// for the whole stretch.
 template <class I, int BITS>
 void attend_stretch(const Layout& layout, const Copy& copy, int head, int64_t first, int count, int queries,
                     const float* const* weights, const float* share, const Partial& out) {
@@ -161,7 +166,7 @@ void attend_stretch(const Layout& layout, const Copy& copy, int head, int64_t fi
 
     for (int t = 0; t < stretch.pages * kPage; t += kTile)
         Isa::store(scale + t, load_halves(layout.value_scale_of(stretch.page(t / kPage), head) + t % kPage, count - t));
-    float unit[8];  // of the largest weight that is left: one that was taken out may have been far above it
+    float unit[8];  // from the largest weight left: a fetched pair's weight may have been far above
     for (int j = 0; j < queries; j++) {
         Floats largest = Isa::splat(1e-30f);
         for (int t = 0; t < stretch.pages * kPage; t += kTile)

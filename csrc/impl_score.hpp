@@ -6,7 +6,8 @@ namespace {
 
 // ---- queries ----------------------------------------------------------------------------------------------------------------
 
-// Round x [dim] to int8 in the order of the packed columns; returns the scale and leaves in x what rounding lost.
+// Round x [dim] to int8 in the order of the packed columns. Return the scale; leave the rounding
+// error in x.
 inline float round_query(const Layout& layout, float* x, int8_t* out, int32_t* sum) {
     int dim = layout.dim, P = layout.per_byte(), full = layout.key_chunks() * 4 * P, rest = layout.key_rest();
     float largest = 0.0f;
@@ -33,7 +34,8 @@ inline float round_query(const Layout& layout, float* x, int8_t* out, int32_t* s
     return unit;
 }
 
-// In place on x [dim][16]: random signs, then a Hadamard transform of each power of two in dim; or its transpose.
+// Rotate x [dim][16] in place: random signs, then a Hadamard transform of each power of two in dim.
+// With `back` apply the transpose.
 inline void rotate(const Layout& layout, float* x, bool back) {
     int dim = layout.dim;
     if (!back)
@@ -102,12 +104,12 @@ inline void half_dots(const float* const* queries, const uint16_t* row, int dim,
     sums_of<NQ>(acc, out);
 }
 
-// Fetch a page's other fields, which are read before its codes.
+// Prefetch a page's other fields, which are read before its codes.
 inline void fetch_ahead(const void* field, int64_t size) {
     for (int64_t i = 0; i < size; i += 64) fetch(static_cast<const uint8_t*>(field) + i);
 }
 
-// The page that is fetched while that of token `start` is worked on: a memory's latency away.
+// Return the page to prefetch while that of token `start` is processed: one memory latency ahead.
 inline const uint8_t* page_ahead(const Copy& copy, int64_t start) {
     constexpr int64_t kAhead = 3;
     const int64_t page = start / kPage + kAhead, last = (copy.length - 1) / kPage;
@@ -117,7 +119,7 @@ inline const uint8_t* page_ahead(const Copy& copy, int64_t start) {
 template <int BITS, int NQ>
 void score_rotated(const Layout& layout, const Copy& copy, int head, const PreparedQuery& prepared, int low, int64_t first,
                    int64_t count, float scaling, float* const* scores) {
-    constexpr int NT = tiles_together<NQ>();
+    constexpr int NT = tiles_per_pass<NQ>();
     const Levels& levels = normal_levels(BITS);
     Tables tables = key_tables<BITS>(layout.code);
     const int chunks = layout.key_chunks(), rest = layout.key_rest(), tile_bytes = kTile * layout.key_row_bytes();
@@ -189,7 +191,8 @@ void score_kivi(const Layout& layout, const Copy& copy, int head, const float* c
                     Isa::store(folded + d, x);
                     total = Isa::add(total, x);
                 }
-                // a scale per channel makes the folded query uneven, too much so for 8 bits: what rounding left is a second query
+                // A scale per channel spreads the folded query too widely for 8 bits: the rounding
+                // error is a second query.
                 int32_t sum, fine_sum;
                 float unit = round_query(layout, folded, rounded[j], &sum);
                 fine_factor[j] = round_query(layout, folded, fine[j], &fine_sum) * 0.5f * scaling;

@@ -1,4 +1,5 @@
-// Softmax weights, and the k tokens of largest mean probability in time linear in the number of tokens. A part of kernels_impl.hpp.
+// Softmax weights, and the k tokens of largest mean probability in time linear in the number of
+// tokens. A part of kernels_impl.hpp.
 #pragma once
 
 namespace specache {
@@ -21,16 +22,18 @@ inline float largest_of(const float* scores, int64_t length) {
     return Isa::largest(Isa::max(Isa::max(peaks[0], peaks[1]), Isa::max(peaks[2], peaks[3])));
 }
 
-// Where the largest of a stretch of `mass` are: one number for every `per_top` blocks and lane. Of the tops of all tokens the k-th largest
-// is a bound that at least k tokens reach.
+// Return how many blocks share a row of `tops`, the largest `mean_prob` of each lane. The k-th
+// largest of all tops is a lower bound that at least k tokens reach.
 inline int64_t blocks_per_top(int64_t length, int64_t k) {
     int64_t wanted = 8 * k > 512 ? 8 * k : 512, per_top = length / wanted;
     return per_top < 1 ? 1 : per_top > kStretch / kTile ? kStretch / kTile : per_top;
 }
 
-// The k positions of largest mass, ascending, ties to the lower, -1 padding. mass is padded with -infinity to whole blocks; tops
-// [count] as above, which are reordered; picked, values: scratch of `length`.
-void pick(const float* mass, int64_t length, float* tops, int64_t count, int64_t k, int64_t* positions, float* values, int32_t* picked) {
+// Find the k positions of largest mean_prob, ascending, ties to the lower, -1 padding. mean_prob is
+// padded with -infinity to whole blocks; tops [count] (see `blocks_per_top`) are reordered;
+// candidates, values: scratch of `length`.
+void top_k(const float* mean_prob, int64_t length, float* tops, int64_t count, int64_t k, int64_t* positions, float* values,
+           int32_t* candidates) {
     if (k >= length) {
         for (int64_t i = 0; i < k; i++) positions[i] = i < length ? i : -1;
         return;
@@ -38,60 +41,60 @@ void pick(const float* mass, int64_t length, float* tops, int64_t count, int64_t
     Floats least = Isa::splat(count >= k ? kth_largest(tops, count, k) : -INFINITY);
     int64_t found = 0;
     for (int64_t t = 0; t < length; t += kTile)
-        for (uint32_t mask = Isa::not_less(Isa::load(mass + t), least); mask; mask &= mask - 1) {
+        for (uint32_t mask = Isa::not_less(Isa::load(mean_prob + t), least); mask; mask &= mask - 1) {
             int64_t position = t + __builtin_ctz(mask);
-            if (position < length) picked[found++] = int32_t(position);
+            if (position < length) candidates[found++] = int32_t(position);
         }
-    for (int64_t i = 0; i < found; i++) values[i] = mass[picked[i]];
-    if (found < k) {  // a query that is not finite: no order, but nothing out of range either
+    for (int64_t i = 0; i < found; i++) values[i] = mean_prob[candidates[i]];
+    if (found < k) {  // a query is not finite: any k positions in range do
         for (int64_t i = 0; i < k; i++) positions[i] = i;
         return;
     }
     float threshold = kth_largest(values, found, k);
     int64_t above = 0, taken = 0;
-    for (int64_t i = 0; i < found; i++) above += mass[picked[i]] > threshold;
+    for (int64_t i = 0; i < found; i++) above += mean_prob[candidates[i]] > threshold;
     int64_t equals = k - above;
     for (int64_t i = 0; i < found && taken < k; i++) {
-        float x = mass[picked[i]];
-        if (x > threshold || (x == threshold && equals-- > 0)) positions[taken++] = picked[i];
+        float x = mean_prob[candidates[i]];
+        if (x > threshold || (x == threshold && equals-- > 0)) positions[taken++] = candidates[i];
     }
     for (; taken < k; taken++) positions[taken] = -1;
 }
 
-// Log-sum-exp of two.
+// Return the log-sum-exp of two numbers.
 inline float log_add(float a, float b) {
     float high = a > b ? a : b, gap = (a > b ? b : a) - high;
     return high + (gap > -80.0f ? scalar_log(1.0f + Isa::first(Isa::exp(Isa::splat(gap)))) : 0.0f);
 }
 
 void select(const float* const* scores, const float* rest_lse, int groups, int64_t length, int64_t k, int64_t* positions,
-            float* mass, int32_t* picked) {
+            float* mean_prob, int32_t* candidates) {
     int64_t padded = (length + kTile - 1) / kTile * kTile;
     for (int g = 0; g < groups; g++) {
         float peak = largest_of(scores[g], length);
         Floats total = Isa::splat(0.0f), shift = Isa::splat(peak);
         for (int64_t t = 0; t < length; t += kTile) total = Isa::add(total, Isa::exp(Isa::sub(scores_at(scores[g], t, length), shift)));
-        // log-sum-exp over the copy and what is outside of it
+        // log-sum-exp over the low-bit copy and the rest
         float all = log_add(peak + scalar_log(Isa::sum(total)), rest_lse[g]);
         Floats factor = Isa::mul(Isa::exp(Isa::splat(peak - all)), Isa::splat(1.0f / float(groups)));
         for (int64_t t = 0; t < length; t += kTile) {
             Floats p = Isa::mul(Isa::exp(Isa::sub(scores_at(scores[g], t, length), shift)), factor);
-            Isa::store(mass + t, g ? Isa::add(p, Isa::load(mass + t)) : p);
+            Isa::store(mean_prob + t, g ? Isa::add(p, Isa::load(mean_prob + t)) : p);
         }
     }
-    for (int64_t t = length; t < padded; t++) mass[t] = -INFINITY;
-    float *values = mass + padded, *tops = values + padded;
+    for (int64_t t = length; t < padded; t++) mean_prob[t] = -INFINITY;
+    float *values = mean_prob + padded, *tops = values + padded;
     int64_t step = blocks_per_top(length, k) * kTile, count = 0;
     for (int64_t t = 0; t < padded; t += step, count += kTile) {
-        Floats top = Isa::load(mass + t);
-        for (int64_t i = t + kTile; i < padded && i < t + step; i += kTile) top = Isa::max(top, Isa::load(mass + i));
+        Floats top = Isa::load(mean_prob + t);
+        for (int64_t i = t + kTile; i < padded && i < t + step; i += kTile) top = Isa::max(top, Isa::load(mean_prob + i));
         Isa::store(tops + count, top);
     }
-    pick(mass, length, tops, count, k, positions, values, picked);
+    top_k(mean_prob, length, tops, count, k, positions, values, candidates);
 }
 
-void weigh(const Layout& layout, const Copy& copy, int head, const PreparedQuery& prepared, int64_t first, int64_t count, float scaling,
-           float softcap, float* const* weights, float* peak, float* total) {
+void exp_scores(const Layout& layout, const Copy& copy, int head, const PreparedQuery& prepared, int64_t first, int64_t count,
+                float scaling, float softcap, float* const* weights, float* peak, float* total) {
     score(layout, copy, head, prepared, first, count, scaling, softcap, weights);
     for (int j = 0; j < prepared.count; j++) {
         float* row = weights[j] + first;
@@ -118,14 +121,14 @@ void weigh(const Layout& layout, const Copy& copy, int head, const PreparedQuery
     }
 }
 
-void add_mass(const float* const* weights, const float* factor, int groups, int64_t first, int64_t count, int64_t per_top, float* mass,
-              float* tops) {
+void add_mean_prob(const float* const* weights, const float* factor, int groups, int64_t first, int64_t count, int64_t per_top,
+                   float* mean_prob, float* tops) {
     for (int64_t t = first; t < first + count; tops += kTile) {
         Floats top = Isa::splat(-INFINITY);
         for (int64_t i = 0; i < per_top && t < first + count; i++, t += kTile) {
             Floats sum = Isa::mul(Isa::load(weights[0] + t), Isa::splat(factor[0]));
             for (int g = 1; g < groups; g++) sum = Isa::fma(Isa::load(weights[g] + t), Isa::splat(factor[g]), sum);
-            Isa::store(mass + t, sum);
+            Isa::store(mean_prob + t, sum);
             top = Isa::max(top, sum);
         }
         Isa::store(tops, top);

@@ -64,7 +64,8 @@ inline void store_partial(float* p, int count, Floats v) {
     for (int i = 0; i < count; i++) p[i] = x[i];
 }
 
-// The sums of up to four, each added up in the same order whatever N is: a query's scores do not depend on those beside it.
+// Sum each of up to four. The order of addition does not depend on N, so a query's scores do not
+// depend on the queries beside it.
 template <int N>
 inline void sums_of(const Floats* x, float* out) {
     Floats four[4];
@@ -100,7 +101,7 @@ struct Constant {
     static constexpr int value = N;
 };
 
-// Calls f(Constant<n>, first) for `count` things, up to four at a time.
+// Call f(Constant<n>, first) for `count` items, up to four at a time.
 template <class F>
 inline void in_fours(int count, const F& f) {
     for (int first = 0; first < count; first += 4) switch (count - first) {
@@ -131,7 +132,7 @@ inline void by_bits(int bits, const F& f) {
 
 // ---- codes ------------------------------------------------------------------------------------------------------------------
 
-// What the codes in a nibble stand for, one table per code of a nibble.
+// Levels of the codes in a nibble, one table per code of a nibble.
 struct Tables {
     Bytes t[4];
 };
@@ -147,7 +148,8 @@ inline Tables tables_of(const int8_t* steps, int offset) {
     return tables;
 }
 
-// KIVI's codes 0 to 2^b - 1 count from their middle, in halves: rounded queries and weights then meet small numbers.
+// KIVI's codes 0 to 2^b - 1 count from their middle, in halves, to keep products with rounded
+// queries and weights small.
 template <int BITS>
 inline Tables centred_tables(int offset) {
     int8_t steps[16];
@@ -178,7 +180,8 @@ inline Bytes plane(Bytes low, Bytes high, const Tables& tables, int m) {
     return Isa::lookup(tables.t[m % per_nibble], m < per_nibble ? low : high);
 }
 
-// To the second-level cache: the first has too few lines on their way at a time to hide a memory's latency.
+// Prefetch to the second-level cache: the first has too few line fill buffers to hide memory
+// latency.
 inline void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 inline int32_t dword(const void* p) {
@@ -187,16 +190,16 @@ inline int32_t dword(const void* p) {
     return x;
 }
 
-// Tiles that go through a pass together: each rounded query (or weight) is then spread over a register once for all of them. As many as
-// there are registers for their sums.
+// Tiles that share a pass: a rounded query (or weight) is broadcast to a register once for all of
+// them. Limited by the registers for their sums.
 template <int NQ>
-constexpr int tiles_together() {
+constexpr int tiles_per_pass() {
     return Isa::sums / NQ >= 4 ? 4 : Isa::sums / NQ >= 2 ? 2 : 1;
 }
 
-// One block (64 bytes) of each of NT tiles, `tile_bytes` apart, with NQ rows of bytes, `row_stride` apart: acc [NT][NQ]. Rows of keys'
-// queries are signed and meet unsigned levels, rows of values' weights are unsigned and meet signed levels. `ahead`: memory that is read
-// next, fetched meanwhile.
+// Products of one block (64 bytes) of each of NT tiles, `tile_bytes` apart, with NQ rows of bytes,
+// `row_stride` apart: acc [NT][NQ]. With KEYS, rows are signed (queries) and levels unsigned;
+// otherwise rows are unsigned (weights) and levels signed. `ahead`: memory to prefetch.
 template <int BITS, int NQ, int NT, bool KEYS>
 inline void block_dots(const uint8_t* blocks, int tile_bytes, const void* rows, int row_stride, const Tables& tables, const uint8_t* ahead,
                        Ints* acc) {
@@ -241,7 +244,8 @@ inline void key_dots(const uint8_t* tiles, int tile_bytes, int chunks, int rest,
     }
 }
 
-// Products of NT whole tiles of values (16 channels each) with NQ rounded weight rows of a page: acc [NT][NQ].
+// Products of NT whole tiles of values (16 channels each) with NQ rounded weight rows of a page:
+// acc [NT][NQ].
 template <int BITS, int NQ, int NT>
 inline void value_dots(const uint8_t* tiles, const uint8_t* weights, const Tables& tables, const uint8_t* ahead, Ints* acc) {
     constexpr int P = 8 / BITS, chunks = kPage / (4 * P), tile_bytes = chunks * 64;

@@ -1,4 +1,5 @@
-// AMX: products of up to 16 queries with 16 tokens (or channels) in one instruction, everything else as AVX-512.
+// AMX: products of up to 16 queries with 16 tokens (or channels) in one instruction, the rest as
+// AVX-512.
 #include <initializer_list>
 
 #include "isa_avx512.hpp"
@@ -8,10 +9,11 @@ namespace {
 
 struct Isa : Wide {
     static constexpr const char* name = "amx";
-    static constexpr int together = kMaxQueries;
+    static constexpr int kQueriesPerPass = kMaxQueries;
     static constexpr bool matrix = true;
 
-    // Round 64 products a[i] b[i] factor of 0 to 65535 to whole numbers: their high bytes and their low bytes.
+    // Round 64 products a[i] b[i] factor, 0 to 65535, to whole numbers. Store high bytes and low
+    // bytes.
     static void store_in_two(uint8_t* high, uint8_t* low, const float* a, const float* b, float factor) {
         __m512i x[4];
         for (int i = 0; i < 4; i++) x[i] = _mm512_cvtps_epi32(mul(mul(load(a + 16 * i), load(b + 16 * i)), splat(factor)));
@@ -23,13 +25,13 @@ struct Isa : Wide {
         store_bytes(low, _mm512_permutexvar_epi32(in_order, lows));
     }
 
-    // Matrix registers are in use as long as this lives: four sums of `rows` rows and 16 lanes, the rows, and levels.
+    // Holds the matrix registers: four sums of `rows` rows and 16 lanes, the rows, and levels.
     class Matrices {
     public:
         explicit Matrices(int rows) : row_bytes_(rows * 64) {
             Setup setup;
             for (int i = 0; i < 8; i++) setup.rows[i] = uint8_t(i < 5 ? rows : 16), setup.row_bytes[i] = 64;
-            settle(&setup);
+            memory_barrier(&setup);
             _tile_loadconfig(&setup);
         }
         Matrices(const Matrices&) = delete;
@@ -42,17 +44,18 @@ struct Isa : Wide {
             _tile_zero(3);
         }
 
-        // Rows of 64 bytes, `stride` apart, for the products to come.
+        // Load rows of 64 bytes, `stride` apart, for the products that follow.
         void take_rows(const void* rows, int stride) {
-            settle(rows);
+            memory_barrier(rows);
             _tile_loadd(4, rows, stride);
         }
 
-        // Add their products with 16 lanes to a sum: lane n has byte i of its number m at 64 m + 4 n + i. With KEYS the rows are signed
-        // and the levels are not, else the other way round.
+        // Add products of the rows with 16 lanes to a sum: lane n has byte i of its number m at 64
+        // m + 4 n + i. With KEYS the rows are signed and the levels unsigned, else the other way
+        // round.
         template <int SUM, bool KEYS>
         void add_product(const uint8_t* levels) {
-            settle(levels);
+            memory_barrier(levels);
             if constexpr (SUM == 0) {
                 _tile_loadd(5, levels, 64);
                 if constexpr (KEYS) {
@@ -91,12 +94,13 @@ struct Isa : Wide {
             _tile_stored(1, p + row_bytes_, 64);
             _tile_stored(2, p + 2 * row_bytes_, 64);
             _tile_stored(3, p + 3 * row_bytes_, 64);
-            settle(out);
+            memory_barrier(out);
         }
 
     private:
-        // The compiler does not know that these instructions read and write memory: have it there before, and read it after.
-        static void settle(const void* p) { __asm__ volatile("" : : "r"(p) : "memory"); }
+        // The compiler does not know that these instructions read and write memory: forbid it to
+        // move accesses to that memory across them.
+        static void memory_barrier(const void* p) { __asm__ volatile("" : : "r"(p) : "memory"); }
 
         struct alignas(64) Setup {
             uint8_t palette = 1, start_row = 0, reserved[14] = {};

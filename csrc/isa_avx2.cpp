@@ -1,4 +1,5 @@
-// AVX2 with FMA and F16C: a block is two registers, products of bytes go through 16 bits (which the levels never overflow).
+// AVX2 with FMA and F16C: a block is two registers. Products of bytes go through 16 bits, which
+// levels never overflow.
 #include <immintrin.h>
 
 #include "kernels.hpp"
@@ -9,7 +10,7 @@ namespace {
 struct Isa {
     static constexpr const char* name = "avx2";
     static constexpr int sums = 4;
-    static constexpr int together = 4;
+    static constexpr int kQueriesPerPass = 4;
     static constexpr bool matrix = false;
 
     struct Bytes { __m256i a, b; };

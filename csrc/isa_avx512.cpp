@@ -6,7 +6,7 @@ namespace {
 
 struct Isa : Wide {
     static constexpr const char* name = "avx512";
-    static constexpr int together = 4;
+    static constexpr int kQueriesPerPass = 4;
     static constexpr bool matrix = false;
 };
 

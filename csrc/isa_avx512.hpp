@@ -1,4 +1,4 @@
-// The vector vocabulary of AVX-512 with VNNI: a block is one register.
+// The vector operations of AVX-512 with VNNI: a block is one register.
 #pragma once
 
 #include <immintrin.h>
@@ -9,7 +9,7 @@ namespace specache {
 namespace {
 
 struct Wide {
-    static constexpr int sums = 16;  // blocks of sums that stay in registers, beside what they are made from
+    static constexpr int sums = 16;  // blocks of sums that stay in registers beside the operands
 
     using Bytes = __m512i;
     using Ints = __m512i;
@@ -47,9 +47,11 @@ struct Wide {
     static Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
     static Floats min(Floats a, Floats b) { return _mm512_min_ps(a, b); }
     static Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
-    // 2^n 2^r with n whole and r within a half of 0: a polynomial of least relative error, 2e-7. Of x from -86 to 88.
+    // exp(x) = 2^n 2^r for x from -86 to 88, n whole and |r| <= 1/2: a polynomial of least relative
+    // error, 2e-7.
     static Floats exp(Floats a) {
-        const Floats log2e = _mm512_set1_ps(1.44269504f), whole = _mm512_set1_ps(12582912.0f);  // 1.5 2^23: leaves n in the low bits
+        const Floats log2e = _mm512_set1_ps(1.44269504f);
+        const Floats whole = _mm512_set1_ps(12582912.0f);  // 1.5 2^23: leaves n in the low bits
         const Floats x = _mm512_max_ps(a, _mm512_set1_ps(-86.0f));
         const Floats shifted = _mm512_fmadd_ps(x, log2e, whole);
         const Floats r = _mm512_fmsub_ps(x, log2e, _mm512_sub_ps(shifted, whole));
@@ -62,7 +64,7 @@ struct Wide {
         const __m512i exponent = _mm512_slli_epi32(_mm512_castps_si512(shifted), 23);
         return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), exponent));
     }
-    // The sums of four, beside each other: fewer shuffles than four times one.
+    // Sum each of four blocks, with fewer shuffles than four single sums.
     static void sum_four(const Floats* x, float* out) {
         const Floats a = _mm512_add_ps(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
         const Floats b = _mm512_add_ps(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));

@@ -1,4 +1,4 @@
-// Plain C++: what every processor can run, and what the others are checked against.
+// Plain C++, for every processor. The other instruction sets are checked against it.
 #include <cmath>
 #include <cstring>
 
@@ -10,7 +10,7 @@ namespace {
 struct Isa {
     static constexpr const char* name = "generic";
     static constexpr int sums = 4;
-    static constexpr int together = 4;
+    static constexpr int kQueriesPerPass = 4;
     static constexpr bool matrix = false;
 
     struct Bytes { uint8_t v[64]; };

@@ -9,7 +9,7 @@ namespace {
 struct Isa {
     static constexpr const char* name = "neon";
     static constexpr int sums = 4;
-    static constexpr int together = 4;
+    static constexpr int kQueriesPerPass = 4;
     static constexpr bool matrix = false;
 
     struct Bytes { uint8x16_t v[4]; };

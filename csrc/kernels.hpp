@@ -1,4 +1,5 @@
-// One table of kernels per instruction set. Each works on one KV head of one sequence; threads.hpp spreads them.
+// One table of kernels per instruction set. A kernel works on one KV head of one sequence;
+// threads.hpp spreads kernels over threads.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +8,7 @@
 
 namespace specache {
 
-// Up to kMaxQueries queries of one KV head, ready to meet its codes.
+// Up to kMaxQueries queries of one KV head, prepared for products with its codes.
 struct PreparedQuery {
     int count;
     const float* query[kMaxQueries];  // the originals [D]
@@ -16,7 +17,7 @@ struct PreparedQuery {
     int32_t sum[kMaxQueries];  // of the rounded query: undoes the levels' offset
 };
 
-// Where the exact rows of selected positions are: [K | V] of one token, 2 D elements.
+// Addresses of the exact rows of selected positions: [K | V] of one token, 2 D elements.
 struct Rows {
     const uint8_t* base;
     Dtype dtype;
@@ -28,7 +29,8 @@ struct Rows {
     }
 };
 
-// Softmax-weighted sum over a stretch of tokens: out [count][stride] not yet divided by `total`, relative to `peak`.
+// Softmax-weighted sum over a stretch of tokens: out [count][stride], relative to `peak` and not
+// yet divided by `total`.
 struct Partial {
     float* out;
     float* peak;
@@ -38,64 +40,71 @@ struct Partial {
 
 struct Kernels {
     const char* name;
-    int together;  // queries that share one pass over the codes: at most kMaxQueries
+    int queries_per_pass;  // queries that share one pass over the codes: at most kMaxQueries
 
-    // Round queries [count] (with the rotated code: weigh and rotate first).
+    // Round queries [count] (with the rotated code: multiply by the key scales and rotate first).
     void (*prepare)(const Layout&, const float* weights, const float* const* queries, int count, PreparedQuery* out);
 
     // scores[j][t] of tokens [first, first + count), first on a page's border.
     void (*score)(const Layout&, const Copy&, int head, const PreparedQuery&, int64_t first, int64_t count, float scaling,
                   float softcap, float* const* scores);
 
-    // The k tokens of largest mean probability over `groups` score rows; positions ascending, ties to the lower, -1 padding.
-    // mass and picked: scratch of 3 `length` + 48 floats and `length` ints.
+    // Select the k tokens of largest mean probability over `groups` rows of scores. Positions
+    // ascend, ties go to the lower position, padding is -1. mean_prob and candidates: scratch of 3
+    // `length` + 48 floats and `length` ints.
     void (*select)(const float* const* scores, const float* rest_lse, int groups, int64_t length, int64_t k, int64_t* positions,
-                   float* mass, int32_t* picked);
+                   float* mean_prob, int32_t* candidates);
 
-    // Exact scores of selected positions, written over the low-bit ones. queries [groups][D].
+    // Overwrite the low-bit scores of selected positions by exact ones. queries [groups][D].
     void (*rescore)(const float* const* queries, int groups, int dim, const Rows&, int row, const int64_t* positions, int64_t k,
                     float scaling, float softcap, float* const* scores);
 
-    // Attention over tokens [first, first + count) of the copy. Query j has the row `rows_of[j]`, whose selected positions
-    // [k] are read from exact rows. weights: scratch of kMaxQueries x (kAttendChunk + 16) floats.
+    // Attend to tokens [first, first + count) of the low-bit copy. Query j belongs to row
+    // `row_of[j]`, whose selected positions [k] are read from exact rows. weights: scratch of
+    // kMaxQueries x (kAttendChunk + 16) floats.
     void (*attend)(const Layout&, const Copy&, int head, int64_t first, int64_t count, const float* const* scores, int queries,
                    const int* row_of, const int64_t* const* positions, int64_t k, const Rows&, float* weights, Partial out);
 
-    // Exact attention of queries over `count` keys and values (strides in bytes), of which query j sees the first seen[j].
+    // Attend exactly to `count` keys and values (strides in bytes). Query j sees the first seen[j].
     // scores: scratch [queries][count + 16].
     void (*exact)(const float* const* queries, int queries_count, int dim, const uint8_t* keys, const uint8_t* values,
                   int64_t key_stride, int64_t value_stride, int64_t count, const int64_t* seen, Dtype dtype, float scaling,
                   float softcap, float* scores, Partial out);
 
-    // Quantise and pack tokens [offset, offset + count) of one page, whole groups; keys, values: rows of D elements.
-    // scratch: 2 x kMaxDim x kPage floats.
+    // Quantise and pack tokens [offset, offset + count) of one page, whole groups.
+    // keys, values: rows of D elements; scratch: 2 x kMaxDim x kPage floats.
     void (*quantise)(const Layout&, const float* weights, int head, uint8_t* page, int offset, int count, const uint8_t* keys,
                      const uint8_t* values, int64_t key_stride, int64_t value_stride, Dtype dtype, float* scratch);
 
-    // The same step with one exponential per score, for whole layers: weights instead of scores.
+    // The rest is for LayerStep, which takes one exponential per score: it keeps weights, not
+    // scores.
 
-    // weights[j][t] = exp(score - peak[j]) of tokens [first, first + count), a stretch of at most kStretch; total[j] is their sum.
-    // Zero up to the end of the last page.
-    void (*weigh)(const Layout&, const Copy&, int head, const PreparedQuery&, int64_t first, int64_t count, float scaling,
-                  float softcap, float* const* weights, float* peak, float* total);
+    // weights[j][t] = exp(score - peak[j]) of tokens [first, first + count), a stretch of at most
+    // kStretch; total[j] is their sum. Weights are zero up to the end of the last page.
+    void (*exp_scores)(const Layout&, const Copy&, int head, const PreparedQuery&, int64_t first, int64_t count, float scaling,
+                       float softcap, float* const* weights, float* peak, float* total);
 
-    // mass[t] = sum_g factor[g] weights[g][t] of such a stretch, and for every `per_top` blocks the largest of each lane.
-    void (*add_mass)(const float* const* weights, const float* factor, int groups, int64_t first, int64_t count, int64_t per_top,
-                     float* mass, float* tops);
+    // mean_prob[t] = sum_g factor[g] weights[g][t] of such a stretch. tops: the largest of each
+    // lane of every `per_top` blocks.
+    void (*add_mean_prob)(const float* const* weights, const float* factor, int groups, int64_t first, int64_t count,
+                          int64_t per_top, float* mean_prob, float* tops);
     int64_t (*blocks_per_top)(int64_t length, int64_t k);
 
-    // The k positions of largest mass, as `select` gives them. tops [count] are reordered; values, picked: scratch of `length`.
-    void (*pick)(const float* mass, int64_t length, float* tops, int64_t count, int64_t k, int64_t* positions, float* values,
-                 int32_t* picked);
+    // Find the k positions of largest mean_prob, in the order of `select`. tops [count] are
+    // reordered; values, candidates: scratch of `length`.
+    void (*top_k)(const float* mean_prob, int64_t length, float* tops, int64_t count, int64_t k, int64_t* positions, float* values,
+                  int32_t* candidates);
 
-    // Exact attention over selected rows of `row`, each at its position or slot. scores: scratch [queries][count + 16].
+    // Attend exactly to the selected rows of `row`, each at its position or slot.
+    // scores: scratch [queries][count + 16].
     void (*exact_rows)(const float* const* queries, int queries_count, int dim, const Rows&, int row, const int64_t* positions,
                        const int64_t* slots, int64_t count, float scaling, float softcap, float* scores, Partial out);
 
-    // Attention over tokens [first, first + count) of the copy, at most kAttendChunk from a stretch's border on; weights of tokens
-    // that are attended elsewhere are zero. peaks[j][s] of stretch s. The sum is still rotated.
-    void (*attend_weighed)(const Layout&, const Copy&, int head, int64_t first, int64_t count, const float* const* weights,
-                           int queries, const float* const* peaks, Partial out);
+    // Attend to tokens [first, first + count) of the low-bit copy with their weights, at most
+    // kAttendChunk from a stretch's border on. Tokens that are attended to elsewhere have weight
+    // zero. peaks[j][s] is the peak of stretch s. The sum is still rotated.
+    void (*attend_with_weights)(const Layout&, const Copy&, int head, int64_t first, int64_t count, const float* const* weights,
+                                int queries, const float* const* peaks, Partial out);
     void (*rotate_back)(const Layout&, int queries, Partial out);
 };
 
@@ -111,7 +120,7 @@ const Kernels& amx_kernels();
 const Kernels& neon_kernels();
 #endif
 
-// The value of the k-th largest of n floats (k >= 1), which are reordered.
+// Return the k-th largest of n floats (k >= 1), which are reordered.
 float kth_largest(float* values, int64_t n, int64_t k);
 float scalar_log(float x);
 float scalar_tanh(float x);

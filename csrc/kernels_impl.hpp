@@ -1,6 +1,7 @@
-// The kernels, written once over a small vector vocabulary and compiled once per instruction set: the including file defines `Isa`
-// in the anonymous namespace of `specache`. Nothing here may be a template or inline function of another namespace: the linker could
-// then pick a copy made for another processor.
+// The kernels, written once over a small set of vector operations and compiled once per instruction
+// set: the including file defines `Isa` in the anonymous namespace of `specache`. Nothing here may
+// be a template or inline function of another namespace, or the linker could choose a version that
+// was compiled for another processor.
 //
 // A block is 64 bytes, 16 int32 or 16 floats, whatever the registers' size.
 
@@ -36,8 +37,9 @@ inline int round_up(int x, int to) { return (x + to - 1) / to * to; }
 namespace specache {
 namespace {
 
-const Kernels kTable = {Isa::name, Isa::together,  prepare, score,    select,         rescore,        attend,     exact,
-                        quantise,  weigh,          add_mass, blocks_per_top, pick, exact_rows,     attend_weighed,
+const Kernels kTable = {Isa::name,     Isa::kQueriesPerPass, prepare,       score,          select,
+                        rescore,       attend,               exact,         quantise,       exp_scores,
+                        add_mean_prob, blocks_per_top,       top_k,         exact_rows,     attend_with_weights,
                         rotate_back};
 
 }  // namespace

@@ -10,25 +10,26 @@
 namespace specache {
 namespace {
 
-// Bytes of weights that are worked on at a time, per thread: what a second-level cache holds beside the codes that pass through.
+// Bytes of weights per thread and wave: as many as a second-level cache holds beside the codes.
 constexpr int64_t kWaveBytes = 512 << 10;
 
 }  // namespace
 
-// KV heads go through a step in one call a few at a time (a wave), so that their weights stay in the caches between phases; in three
-// calls all of them wait for their rows.
+// With `at_once` a few KV heads (a wave) go through all phases before the next, so that their
+// weights stay in the caches. Otherwise all heads go through each phase, because all wait for their
+// rows.
 class LayerStep::State {
 public:
     State(const Engine& engine, Step step, const std::vector<Recent>& recents, int64_t k, const float* sinks, bool at_once)
         : engine_(engine), kernels_(*engine.kernels), step_(std::move(step)), layout_(*step_.layout), recents_(recents), sinks_(sinks),
           size_((longest(step_) + kPage - 1) / kPage * kPage), k_(std::min(k, longest(step_))), count_(step_.queries()),
-          stretches_(chunks_of(size_, kStretch)), chunks_(chunks_of(size_, kAttendChunk)), wave_(at_once ? heads_together() : step_.heads()),
+          stretches_(chunks_of(size_, kStretch)), chunks_(chunks_of(size_, kAttendChunk)), wave_(at_once ? heads_per_wave() : step_.heads()),
           per_top_(kernels_.blocks_per_top(size_, k_)), tops_(chunks_ * (kAttendChunk / kStretch) * tops_of_stretch()), queries_(engine_, step_),
-          row_batches_(step_.groups, kernels_.together), recent_parts_(step_, queries_.batches, step_.heads() * queries_.batches.count),
+          row_batches_(step_.groups, kernels_.queries_per_pass), recent_parts_(step_, queries_.batches, step_.heads() * queries_.batches.count),
           copy_parts_(step_, queries_.batches, wave_ * queries_.batches.count * chunks_),
           exact_parts_(step_, row_batches_, wave_ * step_.rows * row_batches_.count),
           weights_(wave_ * count_ * size_), peaks_(wave_ * count_ * stretches_), totals_(wave_ * count_ * stretches_),
-          factors_(wave_ * count_ * stretches_), mass_(wave_ * step_.rows * size_), top_values_(wave_ * step_.rows * tops_),
+          factors_(wave_ * count_ * stretches_), mean_prob_(wave_ * step_.rows * size_), top_values_(wave_ * step_.rows * tops_),
           rest_lse_(step_.heads() * count_), positions_(wave_ * step_.rows * k_) {}
 
     void run(const std::vector<Rows>& stored, float* out) {
@@ -52,7 +53,7 @@ public:
         }
     }
 
-    // The same phases as `attend_wave`, of which those that need rows come last.
+    // The phases of `attend_wave` that need no rows.
     void attend_copy(const int64_t* positions, int64_t k) {
         if (!k_) return;
         parallel(engine_.threads, [&](Worker& worker) {
@@ -81,10 +82,11 @@ private:
     void choose(Worker& worker, int64_t first) {
         const int64_t heads = wave_heads(first), batches = queries_.batches.count, rows = step_.rows;
         worker.each(heads * stretches_ * batches,
-                    [&](int64_t i) { weigh(first, i / (stretches_ * batches), i / batches % stretches_, i % batches); });
+                    [&](int64_t i) { exp_scores(first, i / (stretches_ * batches), i / batches % stretches_, i % batches); });
         worker.each(heads * count_, [&](int64_t i) { normalise(first, i / count_, int(i % count_)); });
-        worker.each(heads * chunks_ * rows, [&](int64_t i) { add_mass(first, i / (chunks_ * rows), i / rows % chunks_, int(i % rows)); });
-        worker.each(heads * rows, [&](int64_t i) { pick(first, i / rows, int(i % rows)); });
+        worker.each(heads * chunks_ * rows,
+                    [&](int64_t i) { add_mean_prob(first, i / (chunks_ * rows), i / rows % chunks_, int(i % rows)); });
+        worker.each(heads * rows, [&](int64_t i) { top_k(first, i / rows, int(i % rows)); });
     }
 
     void attend_wave(Worker& worker, int64_t first, const std::vector<Rows>& stored, float* out) {
@@ -109,7 +111,7 @@ private:
                     [&](int64_t i) { attend_chunk(first, i / (chunks_ * batches), i / batches % chunks_, i % batches); });
     }
 
-    int64_t heads_together() const {
+    int64_t heads_per_wave() const {
         int64_t fit = engine_.threads * kWaveBytes / std::max<int64_t>(1, count_ * size_ * int64_t(sizeof(float)));
         return std::min(step_.heads(), std::max<int64_t>(engine_.threads, fit));
     }
@@ -149,22 +151,23 @@ private:
         }
     }
 
-    void weigh(int64_t first, int64_t slot, int64_t stretch, int64_t batch) {
+    void exp_scores(int64_t first, int64_t slot, int64_t stretch, int64_t batch) {
         const Copy& copy = step_.copy_of(first + slot);
         const int64_t start = stretch * kStretch, tokens = std::min<int64_t>(kStretch, copy.length - start);
         float *out[kMaxQueries], peak[kMaxQueries], total[kMaxQueries];
         const int low = queries_.batches.first(batch), count = queries_.batches.length(batch);
         for (int j = 0; j < count; j++) out[j] = weights(slot, low + j), peak[j] = -INFINITY, total[j] = 0.0f;
         if (tokens > 0)
-            kernels_.weigh(layout_, copy, step_.head_of(first + slot), queries_.prepared(first + slot, batch), start, tokens,
-                           step_.scaling, step_.softcap, out, peak, total);
+            kernels_.exp_scores(layout_, copy, step_.head_of(first + slot), queries_.prepared(first + slot, batch), start, tokens,
+                                step_.scaling, step_.softcap, out, peak, total);
         for (int j = 0; j < count; j++) {
             of_stretches(peaks_, slot, low + j)[stretch] = peak[j];
             of_stretches(totals_, slot, low + j)[stretch] = total[j];
         }
     }
 
-    // What turns a stretch's weights into shares of the mean probability over a KV head's queries.
+    // Compute the factors that turn a stretch's weights into shares of the mean probability over
+    // the queries of a KV head.
     void normalise(int64_t first, int64_t slot, int query) {
         const float *peak = of_stretches(peaks_, slot, query), *total = of_stretches(totals_, slot, query);
         float all = rest_lse_[(first + slot) * count_ + query], *factor = of_stretches(factors_, slot, query);
@@ -173,9 +176,9 @@ private:
         for (int64_t s = 0; s < stretches_; s++) factor[s] = std::exp(peak[s] - all) / float(step_.groups);
     }
 
-    void add_mass(int64_t first, int64_t slot, int64_t chunk, int row) {
+    void add_mean_prob(int64_t first, int64_t slot, int64_t chunk, int row) {
         const int64_t length = step_.copy_of(first + slot).length;
-        float* mass = mass_.get() + (slot * step_.rows + row) * size_;
+        float* mean_prob = mean_prob_.get() + (slot * step_.rows + row) * size_;
         std::vector<const float*> of_group(size_t(step_.groups));
         std::vector<float> factor(size_t(step_.groups));
         for (int g = 0; g < step_.groups; g++) of_group[size_t(g)] = weights(slot, g * step_.rows + row);
@@ -185,20 +188,20 @@ private:
             std::fill(top, top + tops_of_stretch(), -INFINITY);
             if (start >= length) continue;
             for (int g = 0; g < step_.groups; g++) factor[size_t(g)] = of_stretches(factors_, slot, g * step_.rows + row)[stretch];
-            kernels_.add_mass(of_group.data(), factor.data(), step_.groups, start, std::min<int64_t>(kStretch, length - start), per_top_,
-                              mass, top);
+            kernels_.add_mean_prob(of_group.data(), factor.data(), step_.groups, start,
+                                   std::min<int64_t>(kStretch, length - start), per_top_, mean_prob, top);
         }
     }
 
-    void pick(int64_t first, int64_t slot, int row) {
+    void top_k(int64_t first, int64_t slot, int row) {
         const int64_t length = step_.copy_of(first + slot).length;
         int64_t* chosen = positions_.get() + (slot * step_.rows + row) * k_;
         auto* held = static_cast<float*>(scratch(size_t(padded(length)) * (sizeof(float) + sizeof(int32_t))));
-        kernels_.pick(mass_.get() + (slot * step_.rows + row) * size_, length, tops(slot, row), tops_, k_, chosen, held,
-                      reinterpret_cast<int32_t*>(held + padded(length)));
+        kernels_.top_k(mean_prob_.get() + (slot * step_.rows + row) * size_, length, tops(slot, row), tops_, k_, chosen, held,
+                       reinterpret_cast<int32_t*>(held + padded(length)));
     }
 
-    // Take those of `positions` [k] that are there out of the copy.
+    // Set the weights of the fetched `positions` [k] (-1: none) to zero.
     void leave_out(int64_t slot, int row, const int64_t* positions, int64_t k) {
         for (int group = 0; group < step_.groups; group++) {
             float* weight = weights(slot, group * step_.rows + row);
@@ -207,7 +210,7 @@ private:
         }
     }
 
-    // Attend to the exact rows of those of `positions` [k] that are there.
+    // Attend to the exact rows of the fetched `positions` [k] (-1: none).
     void attend_exactly(int64_t first, int64_t slot, int row, const Rows& rows, const int64_t* positions, int64_t k) {
         auto* held = static_cast<int64_t*>(scratch(size_t(k) * 2 * sizeof(int64_t) + size_t(kMaxQueries) * size_t(k + kTile) * sizeof(float)));
         int64_t *chosen = held, *slots = held + k, count = 0;
@@ -233,12 +236,13 @@ private:
             part.peak[j] = -INFINITY, part.total[j] = 0.0f;
         }
         if (tokens > 0)
-            kernels_.attend_weighed(layout_, copy, step_.head_of(first + slot), start, tokens, of_query, count, peaks, part);
+            kernels_.attend_with_weights(layout_, copy, step_.head_of(first + slot), start, tokens, of_query, count, peaks,
+                                         part);
         else
             std::fill(part.out, part.out + count * part.stride, 0.0f);
     }
 
-    // The copy's parts into that of its first chunk.
+    // Add the parts of all chunks of the low-bit copy to that of its first chunk.
     void add_chunks(int64_t slot, int64_t batch) {
         const int count = queries_.batches.length(batch);
         Partial copy = copy_part(slot, 0, batch);
@@ -247,7 +251,7 @@ private:
         kernels_.rotate_back(layout_, count, copy);
     }
 
-    // Join what the copy, the exact rows and the recent tokens give.
+    // Join the parts of the low-bit copy, the exact rows and the recent tokens.
     void finish(int64_t first, int64_t slot, int64_t batch, float* out) {
         const int64_t head = first + slot;
         const int count = queries_.batches.length(batch), low = queries_.batches.first(batch);
@@ -290,7 +294,7 @@ private:
     Queries queries_;
     const Batches row_batches_;
     Partials recent_parts_, copy_parts_, exact_parts_;
-    Buffer<float> weights_, peaks_, totals_, factors_, mass_, top_values_, rest_lse_;
+    Buffer<float> weights_, peaks_, totals_, factors_, mean_prob_, top_values_, rest_lse_;
     Buffer<int64_t> positions_;
 };
 

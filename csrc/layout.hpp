@@ -1,7 +1,9 @@
-// The low-bit copy as kernels see it. The byte layout is declared in specache/low_bit/layout.py and specache/kernels/packing.py.
+// The low-bit copy as kernels see it. The byte layout is declared in specache/low_bit/layout.py and
+// specache/kernels/packing.py.
 //
-// Symbols: Hkv key-value heads, G query heads per KV head, n rows (real, guess), r = G n queries of a KV head (G-major), D channels,
-// S tokens, b bits, g tokens per key group, P = 8 / b codes per byte.
+// Symbols: Hkv key-value heads, G query heads per KV head, n rows of a step (committed, draft), r =
+// G n queries of a KV head (G-major), D channels, S tokens, b bits, g tokens per key group, P = 8 /
+// b codes per byte.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +16,7 @@ namespace specache {
 constexpr int kPage = 64;         // tokens of a page
 constexpr int kTile = 16;         // rows of a packed tile, and 32-bit lanes of a block
 constexpr int kMaxDim = 512;      // channels of a head
-constexpr int kMaxQueries = 16;   // queries that share one pass over the codes, with any instruction set
+constexpr int kMaxQueries = 16;   // queries that share a pass over the codes, with any instruction set
 constexpr int kAttendChunk = 2048;  // tokens whose weights are held at a time
 constexpr int kStretch = 512;       // tokens whose weights are relative to the same peak
 
@@ -61,14 +63,14 @@ struct Layout {
 struct Copy {
     const uint8_t* const* pages;
     int64_t length;      // tokens
-    const float* weights;  // [Hkv, D] of the rotated code, else null
+    const float* weights;  // key scales [Hkv, D] of the rotated code, else null
 };
 
-// What the model's own dtype is.
+// The model's dtype.
 enum class Dtype { f32 = 0, bf16 = 1, f16 = 2 };
 SPECACHE_INLINE int itemsize(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
-// Steps between neighbouring levels of the normal quantiser, and their unit: specache/kernels/torch/rotated.py.
+// Levels of the normal quantiser as whole multiples of a unit: specache/kernels/torch/rotated.py.
 struct Levels {
     int8_t steps[16];
     float unit;

@@ -1,4 +1,5 @@
-// Python bindings. Tensors arrive as addresses: specache/kernels/cpu/native.py checks dtypes, shapes and strides before it calls.
+// Python bindings. Tensors arrive as addresses: specache/kernels/cpu/native.py checks dtypes,
+// shapes and strides before it calls.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>

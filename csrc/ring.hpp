@@ -1,4 +1,4 @@
-// Linux's io_uring, as far as batches of reads need it. One thread at a time.
+// The part of Linux's io_uring that batches of reads need. For one thread at a time.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -14,19 +14,20 @@ struct Read {
 
 class Ring {
 public:
-    explicit Ring(unsigned entries);  // throws std::runtime_error where the kernel has none, or forbids it
+    explicit Ring(unsigned entries);  // throws std::runtime_error where the kernel lacks or forbids it
     ~Ring();
     Ring(const Ring&) = delete;
     Ring& operator=(const Ring&) = delete;
 
-    // Hand over reads, which must stay as they are until `end`; none may be running -> how many the kernel took.
+    // Submit reads, which must not change until `end`; none may be running. Return how many the
+    // kernel took.
     unsigned begin(const Read* reads, unsigned count);
-    // Whether all that were handed over have ended.
+    // Return whether all submitted reads have completed.
     bool ended() const;
-    // Wait for them; false if one failed or came short. None is running any more when this returns.
+    // Wait for all submitted reads. Return false if one failed or was short.
     bool end();
 
-    // Complete all reads; false if one failed or came short. None is running any more when this returns.
+    // Submit reads and wait for all of them. Return false if one failed or was short.
     bool read(const std::vector<Read>& reads);
 
 private:
@@ -40,7 +41,7 @@ private:
     uint32_t *request_head_ = nullptr, *request_tail_ = nullptr, *result_head_ = nullptr, *result_tail_ = nullptr;
     uint8_t* result_list_ = nullptr;
     const Read* reads_ = nullptr;
-    unsigned running_ = 0;  // reads handed over, whose results were not looked at yet
+    unsigned running_ = 0;  // submitted reads whose results were not collected yet
 };
 
 }  // namespace specache

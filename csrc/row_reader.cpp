@@ -34,7 +34,7 @@ std::vector<Row> in_file_order(const RowFiles& files, const int64_t* heads, cons
     return rows;
 }
 
-// The next reads, from row `first` on, that fit the buffer together.
+// Plan the next reads, from row `first` on, as many as fit the buffer.
 std::vector<Span> spans_of(const std::vector<Row>& rows, size_t first, const RowFiles& files, const ReadRules& rules, int64_t size) {
     std::vector<Span> spans;
     int64_t used = 0;
@@ -71,7 +71,7 @@ bool intact(const RowFiles& files, const Row& row, const uint64_t* words) {
     return sum == words[files.words];
 }
 
-// Rows of reads that have ended, to their places in `out`; false from the first on that is not what was written.
+// Copy rows of completed reads to their places in `out`. Return false at the first wrong checksum.
 bool take_rows(const std::vector<Span>& spans, const std::vector<Row>& rows, const RowFiles& files, const uint8_t* buffer, uint64_t* out) {
     for (const Span& span : spans)
         for (size_t i = span.first; i < span.last; i++) {

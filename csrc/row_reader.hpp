@@ -1,4 +1,5 @@
-// Scattered 16-bit rows from files, past the interpreter: one call plans, reads, checks and copies (layout: specache/tiers/disk/row_layout.py).
+// Read scattered 16-bit rows from files: one call plans, reads, checks and copies, without the
+// Python interpreter. The layout is declared in specache/tiers/disk/row_layout.py.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -8,7 +9,7 @@
 
 namespace specache {
 
-// Where a layer's blocks lie, and what its rows are checked with. `runs` neighbouring blocks of a file each.
+// The blocks of a layer in `runs` of neighbouring blocks of a file, and the keys of the checksums.
 struct RowFiles {
     const int64_t* starts;   // first block of the sequence, ascending
     const int64_t* shifts;   // from a block of the sequence to one of the file
@@ -20,7 +21,7 @@ struct RowFiles {
     uint64_t position_salt, block_salt;
 };
 
-// How reads are made of rows.
+// How rows are grouped into reads.
 struct ReadRules {
     int64_t alignment;  // of offsets and lengths
     int64_t gap;        // nearer rows share a read
@@ -30,8 +31,8 @@ struct ReadRules {
 class Ring;
 class RowReader;
 
-// Rows that are being read since `RowReader::begin`, by nobody else's thread. Files may be closed meanwhile; the buffer may go when this
-// is gone, which waits for the reads.
+// Rows whose read `RowReader::begin` started; the kernel reads them without a thread of ours. Files
+// may be closed meanwhile. The destructor waits for the reads; free the buffer only afterwards.
 class RowsInFlight {
 public:
     struct State;
@@ -41,14 +42,16 @@ public:
     RowsInFlight& operator=(const RowsInFlight&) = delete;
 
     bool arrived() const;
-    // Wait for them, once -> to `out` [count, words]; false as from `gather`.
+    // Wait for the rows and copy them to `out` [count, words]. Call it once. Returns false as
+    // `gather` does.
     bool take(uint64_t* out);
 
 private:
     std::unique_ptr<State> state_;
 };
 
-// Reads through io_uring; any number of threads at a time, each with a ring of its own. Throws std::runtime_error where there is none.
+// Reads through io_uring from any number of threads, each with its own ring. Throws
+// std::runtime_error where io_uring is not available.
 class RowReader {
 public:
     explicit RowReader(unsigned entries);
@@ -56,13 +59,15 @@ public:
     RowReader(const RowReader&) = delete;
     RowReader& operator=(const RowReader&) = delete;
 
-    // Rows of `count` (head, token) pairs to `out` [count, words]. `buffer` is aligned memory of `size` bytes.
-    // False if anything is not as it should be (a short read, a wrong checksum, no ring): the caller asks again in a way that says what.
+    // Read the rows of `count` (head, token) pairs to `out` [count, words]. `buffer`: aligned
+    // memory of `size` bytes. Returns false on a short read, a wrong checksum or a missing ring:
+    // the caller then reads in a way that reports the cause.
     bool gather(const RowFiles& files, const ReadRules& rules, const int64_t* heads, const int64_t* positions, int64_t count,
                 uint8_t* buffer, int64_t size, uint64_t* out);
 
-    // The same without waiting; the reader must outlive what is returned. Null, and nothing runs, where the reads are more than the
-    // kernel takes at once, or the buffer, and where `most` are in flight already.
+    // Start the same read without waiting. The reader must outlive the result. Returns null, with
+    // nothing started, where the reads exceed the ring or the buffer, or `most` reads are in flight
+    // already.
     std::unique_ptr<RowsInFlight> begin(const RowFiles& files, const ReadRules& rules, const int64_t* heads, const int64_t* positions,
                                         int64_t count, uint8_t* buffer, int64_t size, int most);
 

@@ -1,4 +1,5 @@
-// What the kernels over a whole step share: its queries in batches, memory for a call, and partial results.
+// Shared by the kernels over a whole step: queries in batches, memory for a call, and partial
+// results.
 #pragma once
 
 #include <algorithm>
@@ -15,18 +16,19 @@ namespace specache {
 inline int64_t chunks_of(int64_t length, int64_t chunk) { return (length + chunk - 1) / chunk; }
 inline int64_t padded(int64_t x) { return (x + kTile - 1) / kTile * kTile; }
 
-// Queries of one KV head in batches of at most `together`, about equal.
+// Queries of one KV head in batches of at most `per_pass`, of about equal size.
 struct Batches {
     int queries, count, size;
-    Batches(int queries, int together) : queries(queries) {
-        count = (queries + together - 1) / together;
+    Batches(int queries, int per_pass) : queries(queries) {
+        count = (queries + per_pass - 1) / per_pass;
         size = (queries + count - 1) / count;
     }
     int first(int64_t batch) const { return int(batch) * size; }
     int length(int64_t batch) const { return std::min(size, queries - first(batch)); }
 };
 
-// Memory of one call. The thread keeps it for its next call: fresh memory costs a page fault every 4 KB.
+// Memory for one call. The thread keeps it for its next call: fresh memory costs a page fault every
+// 4 KB.
 class Block {
 public:
     explicit Block(size_t size) {
@@ -82,11 +84,11 @@ private:
     Block block_;
 };
 
-// The queries of all heads: padded with zeros to whole blocks, then rounded.
+// The queries of all heads, padded with zeros to whole blocks, then rounded.
 class Queries {
 public:
     Queries(const Engine& engine, const Step& step)
-        : step_(step), batches(step.queries(), engine.kernels->together), stride_(padded(step.layout->dim)),
+        : step_(step), batches(step.queries(), engine.kernels->queries_per_pass), stride_(padded(step.layout->dim)),
           copied_(stride_ == step.layout->dim ? 0 : step.heads() * step.queries() * stride_),
           prepared_(step.heads() * batches.count) {}
 
@@ -105,7 +107,7 @@ public:
         }
     }
 
-    // Fills `pointers` with the queries of a batch.
+    // Fill `pointers` with the queries of a batch. Return their number.
     int batch(int64_t head, int64_t batch, const float** pointers) {
         for (int j = 0; j < batches.length(batch); j++) pointers[j] = at(head, batches.first(batch) + j);
         return batches.length(batch);
@@ -113,7 +115,7 @@ public:
 
     void prepare(const Engine& engine, int64_t head) {
         pad(head);
-        if (!step_.copy_of(head).length) return;  // not even key weights yet
+        if (!step_.copy_of(head).length) return;  // key scales do not exist yet either
         const float* weights = step_.copy_of(head).weights;
         if (weights) weights += int64_t(step_.head_of(head)) * step_.layout->dim;
         for (int64_t i = 0; i < batches.count; i++) {
@@ -143,7 +145,7 @@ inline int64_t longest(const Step& step) {
     return length;
 }
 
-// What the tasks of an attention found, to be joined in order.
+// Partial results of the tasks of an attention, to be joined in order.
 class Partials {
 public:
     Partials(const Step& step, const Batches& batches, int64_t tasks)
@@ -158,7 +160,8 @@ private:
     Buffer<float> out_, numbers_;
 };
 
-// Join partial sums by their log-sum-exp: out [dim] normalised -> lse; `sink` takes probability and has no value.
+// Join partial sums by their log-sum-exp into out [dim], normalised. Return the log-sum-exp. `sink`
+// takes probability and has no value.
 inline float join(Partial* parts, const int* query, int64_t count, int dim, float sink, float* out) {
     float peak = sink;
     for (int64_t i = 0; i < count; i++) peak = std::max(peak, parts[i].peak[query[i]]);

@@ -17,7 +17,7 @@
 namespace specache {
 namespace {
 
-constexpr int kSpins = 4000;  // some 20 microseconds before a thread sleeps or yields
+constexpr int kSpins = 4000;  // about 20 microseconds before a thread sleeps or yields
 
 inline void pause() {
 #if defined(__x86_64__)

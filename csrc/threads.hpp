@@ -1,7 +1,8 @@
 // Parallel regions in phases with a barrier between them.
 //
-// With OpenMP the threads are PyTorch's own, whose runtime is loaded already: threads of ours would share the cores with its workers,
-// which go on spinning for a while after every operation. Without it, a small pool of our own.
+// With OpenMP, use PyTorch's threads, whose runtime is loaded already: other threads would compete
+// with PyTorch's workers, which spin for a while after every operation. Without OpenMP, use a small
+// pool.
 #pragma once
 
 #include <atomic>
@@ -14,7 +15,7 @@
 
 namespace specache {
 
-// What the threads of one region share.
+// The shared state of the threads of one region.
 class Team {
 public:
     explicit Team(int threads) : threads_(threads), next_(new Next[size_t(kSlots) * size_t(threads)]) {}
@@ -25,8 +26,8 @@ private:
     friend class Worker;
     friend void parallel(int, const std::function<void(class Worker&)>&);
 
-    // A phase's counters, one per thread. Three phases' suffice: when all threads have come to the end of a phase, nobody looks at the
-    // one before any more.
+    // A phase's counters, one per thread. Three phases suffice: once all threads have reached the
+    // end of a phase, no thread reads the counters of the phase before.
     static constexpr int kSlots = 3;
     struct alignas(64) Next {
         std::atomic<int64_t> value{0};
@@ -48,8 +49,9 @@ class Worker {
 public:
     Worker(Team& team, int id) : team_(team), id_(id) {}
 
-    // Tasks 0 to count - 1. A thread takes those of its own share first, so that from one phase to the next it finds what it wrote in
-    // its caches, then what others have left. Returns when all are done; after an exception the rest is skipped.
+    // Run tasks 0 to count - 1. A thread first takes the tasks of its own share, so that its caches
+    // hold what it wrote in the phase before, then those that other threads have left. Returns when
+    // all tasks are done; after an exception the rest is skipped.
     template <class Task>
     void each(int64_t count, const Task& task) {
         const int threads = team_.threads_;
@@ -75,10 +77,11 @@ private:
     int64_t phase_ = 0;
 };
 
-// Run body on `threads` threads, the caller's among them. Raises what a task raised.
+// Run body on `threads` threads, including the caller's. Rethrows a task's exception.
 void parallel(int threads, const std::function<void(Worker&)>& body);
 
-// At least `size` bytes of the calling thread's own, aligned to 64, kept for its next call.
+// Return at least `size` bytes of thread-local memory, aligned to 64, kept for the thread's next
+// call.
 void* scratch(size_t size);
 
 }  // namespace specache

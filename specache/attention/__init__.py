@@ -1,1 +1,1 @@
-"""Attention of one layer: over the low-bit copy in a decode step (`decode`), and exact (`dense`)."""
+"""Attention of one layer: over the low-bit copy in a decode step (`decode`), exact (`dense`)."""

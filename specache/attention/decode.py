@@ -1,7 +1,9 @@
-"""Mixed-precision attention of one decode pass: score, select, fetch, attend (paper Algorithm 3; `verified` is ours).
+"""Mixed-precision attention of one decode step: score, select, fetch, attend (paper Algorithm 3).
 
-A pass has one or two rows per sequence. The *real* row is the token that was decoded; the *guess* row, where there is one, is the
-speculative token one position further. All rows see the copy, the residual and themselves; row 0 does not see row 1.
+Policy `verified` is ours. A step has one or two queries per sequence (and query head). The *real*
+query is that of the decoded token. The *draft* query, if there is one, is that of the draft token,
+one position further. Every query sees the low-bit copy, the residual and its own token; the real
+query does not see the draft token.
 """
 
 from __future__ import annotations
@@ -20,45 +22,47 @@ from specache.config import Policy
 from specache.kernels import dispatch
 from specache.kernels.cpu.native import NativeKernels, RecentTokens
 from specache.kernels.types import LowBitKV
-from specache.rows.fetch import InPlaceRows, Rows
+from specache.rows.fetch import InPlaceRowFetcher, RowFetcher
 from specache.stats import Counters
 
 
 class StepKind(Enum):
-    """Which rows a decode pass has, and which of them stays in the cache."""
+    """The tokens of a decode step, and which of them stays in the cache."""
 
-    PRE_DECODE = "pre-decode"  # the first output token alone, dropped afterwards (Algorithm 2)
-    PAIR = "pair"  # real and guess; the real one stays (Algorithm 3)
-    SINGLE = "single"  # the real one, which stays
-    DRAFT = "draft"  # the guess alone, dropped: where a pair may not share a forward pass
+    PRE_DECODE = "pre-decode"  # the first output token alone; not kept (Algorithm 2)
+    PAIR = "pair"  # real and draft token; the real one is kept (Algorithm 3)
+    SINGLE = "single"  # the real token, which is kept
+    DRAFT = "draft"  # the draft token alone, not kept: where a pair may not share a forward pass
 
     @property
-    def rows(self) -> int:
+    def queries(self) -> int:
+        """Queries per sequence and query head, `n`."""
         return 2 if self is StepKind.PAIR else 1
 
     @property
     def commits(self) -> bool:
-        """Whether row 0 stays in the cache."""
+        """Whether the token of query 0 is kept in the cache."""
         return self in (StepKind.PAIR, StepKind.SINGLE)
 
     @property
     def draft_row(self) -> int | None:
-        """Index of the row that must not wait, if there is one."""
+        """Index of the draft query, which never waits for rows; `None` if there is none."""
         return {StepKind.PAIR: 1, StepKind.DRAFT: 0}.get(self)
 
 
 class CompressedLayer(Protocol):
-    """One full-attention layer of one sequence, as the attention sees it.
+    """One full-attention layer of one sequence, as the attention uses it.
 
-    `residual_keys` and `residual_values` [Hkv, r, D] are the exact newest tokens, the pass's committed row among them; their first
-    `pending_group_tokens` ones (whole groups) become low bit when the pass is over.
+    `residual_keys` and `residual_values` [Hkv, r, D] are the newest tokens in the model's dtype,
+    with the step's committed token. The first `pending_group_tokens` of them (whole groups) are
+    quantised after the step.
     """
 
-    rows: Rows
-    next_positions: Tensor | None  # [Hkv, k]: what the last pass selected for this one
+    row_fetcher: RowFetcher
+    next_positions: Tensor | None  # [Hkv, k], selected by the last step for this one
 
     @property
-    def copy(self) -> LowBitKV: ...
+    def low_bit_kv(self) -> LowBitKV: ...
     @property
     def residual_keys(self) -> Tensor: ...
     @property
@@ -69,7 +73,7 @@ class CompressedLayer(Protocol):
 
 @dataclass(frozen=True)
 class StepSpec:
-    """What a pass does in every layer."""
+    """What a step does in every layer."""
 
     kind: StepKind
     policy: Policy
@@ -78,7 +82,7 @@ class StepSpec:
 
     @property
     def selects_next(self) -> bool:
-        """Whether the last row's attention says what to prefetch for the next pass."""
+        """Whether the last query selects the positions to prefetch for the next step."""
         if self.policy is Policy.VERIFIED:
             return self.kind.draft_row is not None
         if self.policy is Policy.SPECULATIVE:
@@ -88,13 +92,13 @@ class StepSpec:
 
 @dataclass
 class _Recent:
-    """The part of a pass outside the copy: residual and the pass's own rows."""
+    """Exact attention of a step over the residual and the step's own tokens."""
 
     out: Tensor  # [B, Hkv, G, n, D]
     lse: Tensor  # [B, Hkv, G, n], sinks included
     own_lse: Tensor  # the same without sinks
-    pending_scores: list[Tensor]  # per sequence [Hkv, G, n, retiring]
-    staying_lse: Tensor  # lse of what is not retiring, sinks included
+    pending_scores: list[Tensor]  # per sequence [Hkv, G, n, pending group tokens]
+    staying_lse: Tensor  # [B, Hkv, G, n] of the tokens that stay exact, sinks included
 
 
 def mixed_attention(
@@ -105,44 +109,46 @@ def mixed_attention(
     params: AttentionParams,
     plan: StepSpec,
 ) -> Tensor:
-    """Attention of a pass in one layer, for a ragged batch.
+    """Compute the attention of a step in one layer, for a ragged batch.
 
     Args:
-        query: [B, Hq, n, D]; keys, values: [B, Hkv, n, D], the rows' own. A committed row is in its layer's residual already.
+        query: [B, Hq, n, D].
+        keys, values: [B, Hkv, n, D] of the step's tokens. The committed token must be in its
+            layer's residual already.
 
     Returns:
         float32 [B, Hq, n, D].
     """
     backend = dispatch.fused(query) if plan.policy.verifies else None
     if backend is not None:
-        return _whole_layer(backend, query, keys, values, layers, params, plan)
+        return _native_attention(backend, query, keys, values, layers, params, plan)
     recent = _recent(query, keys, values, layers, params, plan)
-    copies = [layer.copy for layer in layers]
-    lengths = [copy.length for copy in copies]
+    low_bit_kvs = [layer.low_bit_kv for layer in layers]
+    lengths = [low_bit_kv.length for low_bit_kv in low_bit_kvs]
     for layer in layers:
-        layer.rows.begin_step()
+        layer.row_fetcher.begin_step()
     if max(lengths) == 0 and not any(layer.pending_group_tokens for layer in layers):
-        return _heads(_with_copy(None, recent))
+        return _heads(_merge_parts(None, recent))
 
-    scores = dispatch.score(query, copies, lengths, params.scaling, params.softcap)  # [B, Hkv, G, n, S]
+    scores = dispatch.score(query, low_bit_kvs, lengths, params.scaling, params.softcap)  # [B, Hkv, G, n, S]
     if plan.policy.verifies:
         selected = dispatch.select(scores, recent.lse, lengths, plan.top_k)  # [B, Hkv, n, k]
         positions = _start(selected, layers, plan)
         if plan.selects_next:
             _submit(_next_positions(scores, recent, lengths, layers, plan, selected), layers)
-        rows = _fetched(layers)
-        dispatch.rescore(query, scores, positions, rows, params.scaling, params.softcap)
+        kv_rows = _fetched(layers)
+        dispatch.rescore(query, scores, positions, kv_rows, params.scaling, params.softcap)
     else:
-        positions, rows = _prefetched_rows(layers, query, keys, plan)
-        dispatch.rescore(query, scores, positions, rows, params.scaling, params.softcap)
+        positions, kv_rows = _prefetched_rows(layers, query, keys, plan)
+        dispatch.rescore(query, scores, positions, kv_rows, params.scaling, params.softcap)
         if plan.selects_next:
             if plan.kind.commits:
                 _count_hits(scores, recent, lengths, positions, plan)
             _submit(_next_positions(scores, recent, lengths, layers, plan, None), layers)
-    return _heads(_with_copy(dispatch.attend(scores, positions, rows, copies, lengths), recent))
+    return _heads(_merge_parts(dispatch.attend(scores, positions, kv_rows, low_bit_kvs, lengths), recent))
 
 
-def _whole_layer(
+def _native_attention(
     backend: NativeKernels,
     query: Tensor,
     keys: Tensor,
@@ -151,33 +157,34 @@ def _whole_layer(
     params: AttentionParams,
     plan: StepSpec,
 ) -> Tensor:
-    """A verifying pass on kernels that do a layer in one call, or in three, the copy's part while missing rows are read.
+    """`mixed_attention` of a verifying policy on the C++ kernels.
 
-    Arguments as in `mixed_attention`.
+    A layer takes one call where rows are read in place. Otherwise it takes three, and the low-bit
+    part is computed while missing rows are read.
     """
-    copies = [layer.copy for layer in layers]
-    lengths = [copy.length for copy in copies]
+    low_bit_kvs = [layer.low_bit_kv for layer in layers]
+    lengths = [low_bit_kv.length for low_bit_kv in low_bit_kvs]
     recent = _recent_tokens(keys, values, layers, plan.kind)
-    fetched = [layer.rows for layer in layers]
-    in_place = [rows.stored() for rows in fetched if isinstance(rows, InPlaceRows)]
-    if len(in_place) == len(layers):
+    fetchers = [layer.row_fetcher for layer in layers]
+    stored = [fetcher.stored() for fetcher in fetchers if isinstance(fetcher, InPlaceRowFetcher)]
+    if len(stored) == len(layers):
         if plan.kind is not StepKind.DRAFT:
-            used = sum(copy.num_kv_heads * min(plan.top_k, copy.length) for copy in copies)
+            used = sum(low_bit_kv.num_kv_heads * min(plan.top_k, low_bit_kv.length) for low_bit_kv in low_bit_kvs)
             plan.counters.rows_selected += used
             plan.counters.rows_ready += used
-        return backend.decode_in_place(query, copies, recent, in_place, plan.top_k, params.scaling, params.softcap, params.sinks)
+        return backend.decode_in_place(query, low_bit_kvs, recent, stored, plan.top_k, params.scaling, params.softcap, params.sinks)
 
-    for rows in fetched:
-        rows.begin_step()
+    for fetcher in fetchers:
+        fetcher.begin_step()
     k = min(plan.top_k, max(lengths))
-    step = backend.layer_step(query, copies, recent, k, params.scaling, params.softcap, params.sinks)
+    step = backend.layer_step(query, low_bit_kvs, recent, k, params.scaling, params.softcap, params.sinks)
     selected = step.select()
     positions = _start(selected, layers, plan)
-    step.attend_copy(positions)
+    step.attend_low_bit(positions)
     if plan.selects_next:
         if any(layer.pending_group_tokens for layer in layers):
             last = query[:, :, -1:]
-            scores = dispatch.score(last, copies, lengths, params.scaling, params.softcap)
+            scores = dispatch.score(last, low_bit_kvs, lengths, params.scaling, params.softcap)
             outside = _recent(query, keys, values, layers, params, plan)
             _submit(_next_positions(scores, outside, lengths, layers, plan, None), layers)
         else:
@@ -186,10 +193,10 @@ def _whole_layer(
 
 
 def _recent_tokens(keys: Tensor, values: Tensor, layers: Sequence[CompressedLayer], kind: StepKind) -> list[RecentTokens]:
-    """The residual and behind it the pass's own rows, per sequence."""
+    """Return per sequence the residual followed by the step's own tokens."""
     if kind is StepKind.SINGLE:
         return [RecentTokens(layer.residual_keys, layer.residual_values) for layer in layers]
-    own = _own_rows(kind)
+    own = _own_tokens(kind)
     return [
         RecentTokens(
             torch.cat([layer.residual_keys, keys[b, :, own]], dim=1), torch.cat([layer.residual_values, values[b, :, own]], dim=1)
@@ -198,22 +205,23 @@ def _recent_tokens(keys: Tensor, values: Tensor, layers: Sequence[CompressedLaye
     ]
 
 
-def _own_rows(kind: StepKind) -> slice:
-    """The pass's rows that are not in the residual."""
+def _own_tokens(kind: StepKind) -> slice:
+    """Return which of the step's tokens are not in the residual."""
     return slice(1, None) if kind.commits else slice(0, None)
 
 
 def select_first(query: Tensor, layer: CompressedLayer, params: AttentionParams, top_k: int) -> None:
-    """Policy `previous`: what the prompt's last token wants is there when the first output token is decoded.
+    """Prefetch the top-k of the prompt's last token for the first decode step (policy `previous`).
 
     Args:
-        query: [Hq, 1, D] of the last prompt token, whose key and value are in the residual or the copy.
+        query: [Hq, 1, D] of the last prompt token. Its key and value must be in the residual or the
+            low-bit copy already.
     """
-    copy = layer.copy
+    low_bit_kv = layer.low_bit_kv
     score = exact_scores(query, layer.residual_keys, params)
     lse = add_sinks(score.logsumexp(-1)[None], params)
-    scores = dispatch.score(query[None], [copy], [copy.length], params.scaling, params.softcap)
-    _submit(dispatch.select(scores, lse, [copy.length], top_k), [layer])
+    scores = dispatch.score(query[None], [low_bit_kv], [low_bit_kv.length], params.scaling, params.softcap)
+    _submit(dispatch.select(scores, lse, [low_bit_kv.length], top_k), [layer])
 
 
 def _recent(
@@ -224,15 +232,15 @@ def _recent(
     params: AttentionParams,
     plan: StepSpec,
 ) -> _Recent:
-    """Exact attention of the rows over the residual and over themselves."""
-    own = _own_rows(plan.kind)
+    """Attend exactly to the residual and to the step's own tokens."""
+    own = _own_tokens(plan.kind)
     outs, lses, pending_scores, staying = [], [], [], []
     for b, layer in enumerate(layers):
         seen_keys = torch.cat([layer.residual_keys, keys[b, :, own]], dim=1)  # [Hkv, r + own, D]
         seen_values = torch.cat([layer.residual_values, values[b, :, own]], dim=1)
         score = exact_scores(query[b], seen_keys, params)  # [Hkv, G, n, r + own]
         if plan.kind is StepKind.PAIR:
-            score[:, :, 0, -1] = -torch.inf  # row 0 does not see row 1
+            score[:, :, 0, -1] = -torch.inf  # the real query does not see the draft token
         pending_scores.append(score[..., : layer.pending_group_tokens].clone())
         staying.append(score[..., layer.pending_group_tokens :].logsumexp(-1))
         groups = score.shape[1]
@@ -246,44 +254,49 @@ def _recent(
 
 
 def add_sinks(lse: Tensor, params: AttentionParams) -> Tensor:
-    """The sinks' share joins every row's normaliser. lse [B, Hkv, G, n]."""
+    """Add the sinks' share to lse [B, Hkv, G, n], the log of every query's normaliser."""
     if params.sinks is None:
         return lse
     return torch.logaddexp(lse, params.sinks.float().reshape(1, *lse.shape[1:3], 1))
 
 
 def _start(selected: Tensor, layers: Sequence[CompressedLayer], plan: StepSpec) -> Tensor:
-    """Begin to fetch each row's own top-k [B, Hkv, n, k] -> the same with -1 for what the guess does without. The real row's are
-    waited for in `_fetched`.
+    """Start to fetch each query's top-k [B, Hkv, n, k]; `_fetched` waits for the real query's rows.
+
+    Returns:
+        The same positions, with -1 where the draft query uses the low-bit pair instead.
     """
-    real_rows = selected.shape[2] - (plan.kind.draft_row is not None)
+    real_queries = selected.shape[2] - (plan.kind.draft_row is not None)
     used = []
     for wanted, layer in zip(selected, layers, strict=True):
-        positions, ready = layer.rows.start(wanted, real_rows)
-        plan.counters.rows_selected += int((positions[:, :real_rows] >= 0).sum())
+        positions, ready = layer.row_fetcher.start(wanted, real_queries)
+        plan.counters.rows_selected += int((positions[:, :real_queries] >= 0).sum())
         plan.counters.rows_ready += ready
         used.append(positions)
     return torch.stack(used)
 
 
 def _fetched(layers: Sequence[CompressedLayer]) -> Tensor:
-    """The rows [B, Hkv, n, k, 2 D] of what was started."""
-    return torch.stack([layer.rows.finish() for layer in layers])
+    """Return the rows [B, Hkv, n, k, 2 D] of the positions that `_start` returned."""
+    return torch.stack([layer.row_fetcher.finish() for layer in layers])
 
 
 def _prefetched_rows(layers: Sequence[CompressedLayer], query: Tensor, keys: Tensor, plan: StepSpec) -> tuple[Tensor, Tensor]:
-    """What the last pass selected, the same for every row of this one."""
+    """Fetch what the last step selected: positions [B, Hkv, n, k] and rows [B, Hkv, n, k, 2 D].
+
+    All queries of this step use the same positions.
+    """
     heads, n, dim = keys.shape[1], query.shape[2], query.shape[3]
     wanted = [layer.next_positions for layer in layers]
     k = max((w.shape[1] for w in wanted if w is not None), default=0) if plan.policy is not Policy.NONE else 0
     positions = torch.full((len(layers), heads, k), -1, device=query.device)
-    rows = torch.zeros(len(layers), heads, k, 2 * dim, dtype=keys.dtype, device=query.device)
+    kv_rows = torch.zeros(len(layers), heads, k, 2 * dim, dtype=keys.dtype, device=query.device)
     if k:
         for b, (layer, w) in enumerate(zip(layers, wanted, strict=True)):
             if w is not None:
-                rows[b, :, : w.shape[1]] = layer.rows.fetch(w)[0]
+                kv_rows[b, :, : w.shape[1]] = layer.row_fetcher.fetch(w)[0]
                 positions[b, :, : w.shape[1]] = w
-    return positions.unsqueeze(2).expand(-1, -1, n, -1), rows.unsqueeze(2).expand(-1, -1, n, -1, -1)
+    return positions.unsqueeze(2).expand(-1, -1, n, -1), kv_rows.unsqueeze(2).expand(-1, -1, n, -1, -1)
 
 
 def _next_positions(
@@ -294,9 +307,9 @@ def _next_positions(
     plan: StepSpec,
     selected: Tensor | None,
 ) -> Tensor:
-    """The last row's top-k among the positions that are at low bit in the next pass -> [B, Hkv, 1, k].
+    """Return the last query's top-k [B, Hkv, 1, k] among the low-bit positions of the next step.
 
-    Groups that retire when this pass is over are candidates with their exact scores.
+    Pending groups, which are quantised after this step, compete with their exact scores.
     """
     pending_group_tokens = [layer.pending_group_tokens for layer in layers]
     if not any(pending_group_tokens):
@@ -312,14 +325,14 @@ def _next_positions(
 
 
 def _submit(positions: Tensor, layers: Sequence[CompressedLayer]) -> None:
-    """Start fetching, as soon as the layer knows what it will need. positions [B, Hkv, 1, k]."""
+    """Start to prefetch positions [B, Hkv, 1, k] for the next step."""
     for b, layer in enumerate(layers):
         layer.next_positions = positions[b, :, 0]
-        layer.rows.submit(layer.next_positions)
+        layer.row_fetcher.submit(layer.next_positions)
 
 
 def _count_hits(scores: Tensor, recent: _Recent, lengths: list[int], prefetched: Tensor, plan: StepSpec) -> None:
-    """How much of what the real row wants the prefetch had brought; for the statistics only."""
+    """Count how many of the real query's top-k were prefetched; for the statistics only."""
     wanted = dispatch.select(scores[:, :, :, :1], recent.lse[..., :1], lengths, plan.top_k)[:, :, 0]  # [B, Hkv, k]
     chosen = wanted >= 0
     if prefetched.shape[-1]:
@@ -328,11 +341,11 @@ def _count_hits(scores: Tensor, recent: _Recent, lengths: list[int], prefetched:
     plan.counters.rows_selected += int(chosen.sum())
 
 
-def _with_copy(copy_part: tuple[Tensor, Tensor] | None, recent: _Recent) -> Tensor:
-    """Merge the copy's part with the recent one -> [B, Hkv, G, n, D]."""
-    if copy_part is None:
+def _merge_parts(low_bit_part: tuple[Tensor, Tensor] | None, recent: _Recent) -> Tensor:
+    """Merge the low-bit part (out, lse) with the recent one -> [B, Hkv, G, n, D]."""
+    if low_bit_part is None:
         return recent.out * (recent.own_lse - recent.lse).exp().unsqueeze(-1)
-    out, lse = copy_part
+    out, lse = low_bit_part
     total = torch.logaddexp(lse, recent.lse)
     weight = (recent.own_lse - total).exp().unsqueeze(-1)
     return out * (lse - total).exp().unsqueeze(-1) + recent.out * weight

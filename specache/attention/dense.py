@@ -1,7 +1,8 @@
 """Exact attention over 16-bit keys and values, in parts that merge by their log-sum-exp.
 
-Used for prefill, the sliding layers, the residual and policy `full`. One sequence at a time: query [Hq, n, D], keys and values
-[Hkv, T, D]; a part is (out [Hq, n, D], lse [Hq, n]) in float32, `out` normalised within the part.
+Used for prefill, sliding layers, the residual and policy `full`. It handles one sequence at a time:
+query [Hq, n, D], keys and values [Hkv, T, D]. A part is (out [Hq, n, D], lse [Hq, n]) in float32,
+with `out` normalised within the part.
 """
 
 from __future__ import annotations
@@ -16,22 +17,23 @@ from torch import Tensor
 from specache.platform import private_torch
 from specache.platform.out_of_memory import is_out_of_memory
 
-QUERY_BLOCK = 512  # rows scored at a time where scores are held
-KEY_BLOCK = 4096  # keys scored at a time where scores are held, and rows read back from a slow tier at a time
+QUERY_BLOCK = 512  # queries scored at a time where scores are materialised
+KEY_BLOCK = 4096  # keys scored at a time where scores are materialised; rows read at a time from a tier
 
 Part = tuple[Tensor, Tensor]
 
-_flash_fails = False  # in this process, on CUDA: found out at the first call
+_flash_fails = False  # whether a call of flash attention on CUDA has failed in this process
 
 
 @dataclass(frozen=True)
 class AttentionParams:
-    """What a layer's attention needs beside its tensors.
+    """The constants of a layer's attention.
 
     Attributes:
         scaling: factor of the scores.
         softcap: `c` of `c tanh(score / c)` (Gemma 2), or `None`.
-        sinks: one logit per query head that joins the softmax and has no value (GPT-OSS) [Hq], or `None`.
+        sinks: [Hq], one logit per query head that joins the softmax and has no value (GPT-OSS), or
+            `None`.
     """
 
     scaling: float
@@ -42,11 +44,11 @@ class AttentionParams:
 def attend_part(
     query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams, mask: Tensor | None = None, causal: bool = False
 ) -> Part:
-    """Attention of all rows over one stretch of keys.
+    """Attend with all queries to one stretch of keys.
 
     Args:
-        mask: bool [n, T], true where a row sees a key; `None` is all of them.
-        causal: row `i` sees keys up to the `i`-th (then `T = n` and no mask).
+        mask: bool [n, T], true where a query sees a key; `None` for all of them.
+        causal: query `i` sees keys up to the `i`-th (requires `T = n` and no mask).
     """
     if params.softcap is None and query.device.type == "cpu":
         part = _flash_cpu(query, keys, values, params.scaling, mask, causal)
@@ -55,7 +57,7 @@ def attend_part(
     elif params.softcap is None and mask is None and (part := _flash_cuda(query, keys, values, params.scaling, causal)) is not None:
         return part
     parts = [
-        _attend_rows(query[:, i : i + QUERY_BLOCK], i, keys, values, params, mask, causal)
+        _attend_block(query[:, i : i + QUERY_BLOCK], i, keys, values, params, mask, causal)
         for i in range(0, query.shape[1], QUERY_BLOCK)
     ]
     if len(parts) == 1:
@@ -63,10 +65,10 @@ def attend_part(
     return torch.cat([out for out, _ in parts], dim=1), torch.cat([lse for _, lse in parts], dim=1)
 
 
-def _attend_rows(
+def _attend_block(
     query: Tensor, first: int, keys: Tensor, values: Tensor, params: AttentionParams, mask: Tensor | None, causal: bool
 ) -> Part:
-    """Rows `[first, first + n)` over the keys, a block of keys at a time."""
+    """Attend with queries `[first, first + n)` to the keys, a block of keys at a time."""
     n, length = query.shape[1], keys.shape[1]
     stop = min(length, first + n) if causal else length
 
@@ -75,15 +77,15 @@ def _attend_rows(
             k, v = keys[:, j : min(j + KEY_BLOCK, stop)], values[:, j : min(j + KEY_BLOCK, stop)]
             seen = None if mask is None else mask[first : first + n, j : j + k.shape[1]]
             if causal:
-                rows = torch.arange(first, first + n, device=query.device)
-                seen = rows[:, None] >= torch.arange(j, j + k.shape[1], device=query.device)
+                own = torch.arange(first, first + n, device=query.device)  # each query's own key
+                seen = own[:, None] >= torch.arange(j, j + k.shape[1], device=query.device)
             yield _attend_scores(scores(query, k, params), v, seen)
 
     return merge_each(parts())
 
 
 def scores(query: Tensor, keys: Tensor, params: AttentionParams) -> Tensor:
-    """Scaled (and capped) scores [Hkv, G, n, T] in float32."""
+    """Return scaled (and capped) scores [Hkv, G, n, T] in float32."""
     heads, _, dim = keys.shape
     grouped = query.float().reshape(heads, -1, dim)  # [Hkv, G n, D]
     product = (grouped @ keys.float().transpose(1, 2)).mul_(params.scaling)  # [Hkv, G n, T]
@@ -93,14 +95,17 @@ def scores(query: Tensor, keys: Tensor, params: AttentionParams) -> Tensor:
 
 
 def _attend_scores(score: Tensor, values: Tensor, seen: Tensor | None) -> Part:
-    """Softmax of scores [Hkv, G, n, T] (in place) and the weighted sum of values [Hkv, T, D]."""
+    """Mask scores [Hkv, G, n, T], then `softmax_sum` with values [Hkv, T, D]. Destroys scores."""
     if seen is not None:
         score.masked_fill_(~seen, -torch.inf)
     return softmax_sum(score, values)
 
 
 def softmax_sum(score: Tensor, values: Tensor) -> Part:
-    """Scores [Hkv, G, n, T], destroyed -> part. A row that sees nothing has `out` 0 and `lse` -inf."""
+    """Turn scores [Hkv, G, n, T] and values [Hkv, T, D] into a part. Destroys scores.
+
+    A query that sees no key has `out` 0 and `lse` -inf.
+    """
     peak = score.amax(-1, keepdim=True).clamp(min=-1e30)
     weights = score.sub_(peak).exp_()
     total = weights.sum(-1, keepdim=True)
@@ -111,9 +116,10 @@ def softmax_sum(score: Tensor, values: Tensor) -> Part:
 
 
 def _flash_cpu(query: Tensor, keys: Tensor, values: Tensor, scaling: float, mask: Tensor | None, causal: bool) -> Part | None:
-    """PyTorch's fused CPU attention, which reads strided rows in place and returns its log-sum-exp; `None` if it has none.
+    """Run PyTorch's fused CPU attention, which reads strided rows in place -> part.
 
-    It takes the elements of a row to be neighbours without looking.
+    Returns `None` if this PyTorch has none. The kernel requires contiguous elements in a row and
+    does not check it.
     """
     query, keys, values = (_as(query.dtype, x) for x in (query, keys, values))
     bias = None
@@ -124,13 +130,16 @@ def _flash_cpu(query: Tensor, keys: Tensor, values: Tensor, scaling: float, mask
 
 
 def _as(dtype: torch.dtype, x: Tensor) -> Tensor:
-    """An operand as the fused kernels take it: of the query's dtype, which rows may not have under autocast, and contiguous."""
+    """Return an operand with the query's dtype (autocast may change it) and contiguous elements."""
     x = x.to(dtype)
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _flash_cuda(query: Tensor, keys: Tensor, values: Tensor, scaling: float, causal: bool) -> Part | None:
-    """PyTorch's flash attention with its log-sum-exp, or `None` where it does not serve: not on CUDA, an old GPU, float32."""
+    """Run PyTorch's flash attention on CUDA -> part, or `None` where it is unsupported.
+
+    It does not support float32 and old GPUs, for example.
+    """
     global _flash_fails
     query, keys, values = (_as(query.dtype, x)[None] for x in (query, keys, values))
     if _flash_fails or query.shape[-1] % 8 or not _can_flash(query, keys, values, causal):
@@ -149,20 +158,20 @@ def _flash_cuda(query: Tensor, keys: Tensor, values: Tensor, scaling: float, cau
 
 
 def _can_flash(query: Tensor, keys: Tensor, values: Tensor, causal: bool) -> bool:
-    """What PyTorch itself asks before it takes flash attention."""
+    """Return whether PyTorch would choose flash attention for these operands."""
     grouped = query.shape[1] != keys.shape[1]
     params = torch.backends.cuda.SDPAParams(query, keys, values, None, 0.0, causal, grouped)
     return query.is_cuda and torch.backends.cuda.can_use_flash_attention(params)
 
 
 def merge(parts: Iterable[Part], sinks: Tensor | None = None) -> Part:
-    """Join parts over disjoint keys (and the sinks, which take probability and give no value)."""
+    """Merge parts over disjoint keys, and the sinks, which take probability and have no value."""
     parts = list(parts)
     if sinks is None and len(parts) == 1:
         return parts[0]
     if sinks is None and len(parts) == 2:
         (out, lse), (other, other_lse) = parts
-        weight = (lse - other_lse).sigmoid().nan_to_num(0.0)  # neither sees anything: both are 0
+        weight = (lse - other_lse).sigmoid().nan_to_num(0.0)  # NaN where neither part saw a key
         return torch.lerp(other, out, weight.unsqueeze(-1)), torch.logaddexp(lse, other_lse)
     lse = torch.stack([part_lse for _, part_lse in parts]).logsumexp(0)  # [Hq, n]
     if sinks is not None:
@@ -175,7 +184,7 @@ def merge(parts: Iterable[Part], sinks: Tensor | None = None) -> Part:
 
 
 def merge_each(parts: Iterable[Part]) -> Part:
-    """The same as each part comes, so that two are held at a time however many there are (at least one)."""
+    """Merge parts (at least one) as they are computed, so that only two are in memory at a time."""
     total: Part | None = None
     for part in parts:
         total = part if total is None else merge([total, part])
@@ -184,19 +193,19 @@ def merge_each(parts: Iterable[Part]) -> Part:
 
 
 def windowed(query: Tensor, keys: Tensor, values: Tensor, window: int, params: AttentionParams) -> Part:
-    """Sliding-window prefill: row `i` is the key `T - n + i` and sees it and the `window - 1` before it.
+    """Compute a prefill's sliding-window attention, in blocks of queries to avoid an [n, T] mask.
 
-    Rows go in blocks, so that no [n, T] mask is ever made.
+    Query `i` belongs to key `T - n + i` and sees it and the `window - 1` keys before it.
     """
     n, length = query.shape[1], keys.shape[1]
     parts = []
     for i in range(0, n, QUERY_BLOCK):
-        rows = query[:, i : i + QUERY_BLOCK]
-        first = length - n + i  # key of the block's first row
-        stop = first + rows.shape[1]
+        block = query[:, i : i + QUERY_BLOCK]
+        first = length - n + i  # key of the block's first query
+        stop = first + block.shape[1]
         start = max(0, first - window + 1)
-        row = torch.arange(first, stop, device=query.device)[:, None]
+        own = torch.arange(first, stop, device=query.device)[:, None]
         key = torch.arange(start, stop, device=query.device)
-        seen = (key <= row) & (key > row - window)
-        parts.append(attend_part(rows, keys[:, start:stop], values[:, start:stop], params, seen))
+        seen = (key <= own) & (key > own - window)
+        parts.append(attend_part(block, keys[:, start:stop], values[:, start:stop], params, seen))
     return torch.cat([out for out, _ in parts], dim=1), torch.cat([lse for _, lse in parts], dim=1)

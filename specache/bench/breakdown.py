@@ -10,14 +10,14 @@ from typing import Any
 from specache.bench.timing import PhaseClock
 from specache.kernels import dispatch
 from specache.kernels.cpu.native import LayerStep, NativeKernels
-from specache.rows.fetch import FetchedRows, InPlaceRows
+from specache.rows.fetch import HotSetRowFetcher, InPlaceRowFetcher
 
 # The C++ kernels score and select in one call (`select`). Where rows are read in place, one call
 # does the whole step (`in_place`).
 PHASES = ("score", "select", "fetch", "attend", "in_place")
 _KERNELS = {"score": "score", "select": "select", "rescore": "attend", "attend": "attend"}  # operation -> phase
-_IN_A_LAYER = {"select": "select", "attend_copy": "attend", "attend_fetched": "attend"}
-_FETCHING = ("begin_step", "start", "finish", "submit")  # methods of `fetch.Rows`
+_IN_A_LAYER = {"select": "select", "attend_low_bit": "attend", "attend_fetched": "attend"}
+_FETCHING = ("begin_step", "start", "finish", "submit")  # methods of `RowFetcher`
 
 
 @contextmanager
@@ -26,7 +26,7 @@ def recorded(clock: PhaseClock) -> Iterator[None]:
     timed = [(dispatch, operation, phase) for operation, phase in _KERNELS.items()]
     timed.append((NativeKernels, "decode_in_place", "in_place"))  # type: ignore[arg-type]
     timed += [(LayerStep, method, phase) for method, phase in _IN_A_LAYER.items()]  # type: ignore[misc]
-    timed += [(rows, method, "fetch") for rows in (InPlaceRows, FetchedRows) for method in _FETCHING]  # type: ignore[misc]
+    timed += [(rows, method, "fetch") for rows in (InPlaceRowFetcher, HotSetRowFetcher) for method in _FETCHING]  # type: ignore[misc]
     originals = [(owner, name, getattr(owner, name)) for owner, name, _ in timed]
     try:
         for owner, name, phase in timed:

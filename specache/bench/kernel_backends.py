@@ -18,7 +18,7 @@ def available_on(device: str) -> list[str]:
     """Return the backends for tensors on the CPU or on the GPU, the fastest last."""
     if device != CUDA:
         return available()
-    return [PLAIN] if triton.missing() else [PLAIN, TRITON]
+    return [PLAIN] if triton.unsupported_reason() else [PLAIN, TRITON]
 
 
 def layers_on(device: str) -> list[str]:

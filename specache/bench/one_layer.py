@@ -13,7 +13,7 @@ from specache.config import Code, Policy, SpeCacheConfig
 from specache.low_bit.layout import PageLayout
 from specache.low_bit.pool import PagePool, PageTable
 from specache.platform.budget import ByteBudget
-from specache.rows.fetch import FetchedRows, InPlaceRows, Rows
+from specache.rows.fetch import HotSetRowFetcher, InPlaceRowFetcher, RowFetcher
 from specache.rows.hot_set import HotSet
 from specache.stats import Counters
 from specache.tiers.ram import RamTier
@@ -41,7 +41,7 @@ class LowBitLayer:
         copied = not on_cpu if copied is None else copied
         tier = RamTier(in_place=not copied, pinned=not on_cpu)
         self.fetched = Counters()
-        self._rows: Rows = _copied_rows(tier, keys, self.fetched) if copied else InPlaceRows(tier, 0)
+        self._rows: RowFetcher = _copied_rows(tier, keys, self.fetched) if copied else InPlaceRowFetcher(tier, 0)
         self._table = PageTable(PagePool(layout, keys.device, ByteBudget()))
         self.layer = CompressedLayer(0, self.config, self._table, tier, self._rows, keys)
         self.params = AttentionParams(scaling=dim**-0.5)
@@ -68,7 +68,7 @@ class LowBitLayer:
         return mixed_attention(query, keys, values, [self.layer], self.params, plan)
 
 
-def _copied_rows(tier: RamTier, keys: Tensor, counters: Counters) -> FetchedRows:
+def _copied_rows(tier: RamTier, keys: Tensor, counters: Counters) -> HotSetRowFetcher:
     """Return row access that copies the rows of keys [Hkv, S, D] to the keys' device."""
     hot = HotSet(keys.shape[0], 0, 2 * keys.shape[2], keys.dtype, keys.device)
-    return FetchedRows(tier, 0, hot, PrefetchWorker(), Transfer(keys.device), counters)
+    return HotSetRowFetcher(tier, 0, hot, PrefetchWorker(), Transfer(keys.device), counters)

@@ -69,9 +69,9 @@ class StaticLayer:
     def _run(self) -> Tensor:
         assert self._query is not None
         for state in self._batch.layers.values():
-            assert state.rows is not None
-            state.rows.drop()
-        step = StaticPass(self._batch, self._kind, self._config.policy, self._config.top_k, retires=False)
+            assert state.row_fetcher is not None
+            state.row_fetcher.drop()
+        step = StaticPass(self._batch, self._kind, self._config.policy, self._config.top_k, pending_groups=False)
         out = step.attention(0, self._query, self._keys, self._values, self._params)
         self._batch.join()
         return out

@@ -1,7 +1,7 @@
-"""What the sequences of a cache need of it: settings, fast memory, tiers and background threads, without the sequences themselves.
+"""The context of a cache's sequences: settings, fast memory, tiers and background threads.
 
-A cache refers to its sequences and to its context, sequences refer to the context, and nothing refers back: a cache that is dropped
-is freed at once, by reference counts alone.
+A cache refers to its sequences and to its context, and sequences refer to the context. Nothing
+refers back, so reference counts alone free a dropped cache at once.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from specache.cache.resources import Resources
 from specache.cache.sizes import checkpoint_allowance, hot_slots
 from specache.config import Policy, SlowTierKind, SpeCacheConfig
 from specache.model.info import ModelInfo
-from specache.rows.fetch import FetchedRows, InPlaceRows, Rows
+from specache.rows.fetch import HotSetRowFetcher, InPlaceRowFetcher, RowFetcher
 from specache.rows.hot_set import HotSet
 from specache.stats import Counters
 from specache.tiers.base import SlowTier
@@ -24,18 +24,19 @@ from specache.tiers.ram import RamTier
 from specache.tiers.streams import streams_for
 from specache.tiers.worker import PrefetchWorker
 
-DISK_READERS = 4  # layers whose rows are read from disk at a time
+DISK_READERS = 4  # threads, each of which reads the rows of one layer from disk
 
 
 class CacheContext:
-    """Shared by a cache and its sequences (`sequence.Owner`); a fork of the cache has its own.
+    """The state that a cache and its sequences share (`sequence.Owner`). A fork has its own.
 
     Args:
-        main_memory: of the cache that this one is a fork of.
+        main_memory: the main memory of the forked cache, if this is a fork.
 
     Attributes:
-        expected_sequences: of the batch that is being prefilled: the hot set's bytes are for all of them.
-        living_sequences: those that were made and are not gone yet.
+        expected_sequences: size of the batch that is being prefilled; it divides the hot set's
+            bytes.
+        living_sequences: sequences that exist now.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class CacheContext:
         self._worker: PrefetchWorker | None = None
 
     def new_tier(self) -> SlowTier:
-        """An empty slow tier of the configured kind."""
+        """Return an empty slow tier of the configured kind."""
         if self.config.slow_tier is SlowTierKind.DISK and self.config.policy is not Policy.FULL:
             assert self.config.slow_dir is not None, "checked by SpeCacheConfig"
             return DiskTier(self.config.slow_dir)
@@ -59,22 +60,22 @@ class CacheContext:
             return self.main_memory.new_tier()
         return RamTier(in_place=self.config.slow_tier is SlowTierKind.RAM_INPLACE)
 
-    def rows(self, tier: SlowTier, index: int, keys: Tensor) -> Rows:
-        """A decode step's access to the 16-bit rows of a layer with keys [Hkv, n, D]."""
+    def row_fetcher(self, tier: SlowTier, index: int, keys: Tensor) -> RowFetcher:
+        """Return the row fetcher of a layer with keys [Hkv, n, D]."""
         if tier.in_place or not (self.config.policy.verifies or self.config.policy.prefetches):
-            return InPlaceRows(tier, index)
+            return InPlaceRowFetcher(tier, index)
         if self._worker is None:
             self._worker = PrefetchWorker(DISK_READERS if self.config.slow_tier is SlowTierKind.DISK else 1)
         hot = HotSet(keys.shape[0], 0, 2 * keys.shape[2], keys.dtype, keys.device, self.resources.budget)
-        return FetchedRows(tier, index, hot, self._worker, self.resources.transfer, self.counters)
+        return HotSetRowFetcher(tier, index, hot, self._worker, self.resources.transfer, self.counters)
 
     def hot_slots(self, tokens: int, layer: CompressedLayer) -> int:
-        """Slots per KV head that the hot set's budget gives a layer of a sequence of so many tokens."""
+        """Return a layer's hot-set slots per KV head, for a sequence of `tokens` tokens."""
         heads, _, dim = layer.residual_keys.shape
         return hot_slots(self.resources.dimensions, self.config, heads, dim, tokens, self._batch_size)
 
     def most_checkpoint_bytes(self, tokens: int) -> int:
-        """Bytes that copies of the sliding windows at earlier lengths may take, of a sequence of so many tokens."""
+        """Return the most bytes of window checkpoints for a sequence of `tokens` tokens."""
         return checkpoint_allowance(self.resources.dimensions, tokens, self._batch_size)
 
     @property
@@ -82,32 +83,32 @@ class CacheContext:
         return max(self.living_sequences, self.expected_sequences)
 
     def fork(self, config: SpeCacheConfig) -> CacheContext:
-        """The context of a fork of the cache, with settings of its own."""
+        """Return the context of a fork of the cache, with its own settings."""
         return CacheContext(self.info, config, self.resources, self.main_memory)
 
     def count_from_zero(self) -> None:
-        """Forget what was counted."""
+        """Reset all counters."""
         self.counters = _new_counters(self.config)
 
     def count_anew(self) -> None:
-        """Count prefetches and guesses from now on as the settings, which changed, have it."""
+        """Update what is counted after the settings changed."""
         counters = _new_counters(self.config)
         self.counters.prefetches, self.counters.speculates = counters.prefetches, counters.speculates
 
     def end_worker(self) -> None:
-        """Cancel the reads that have not begun and end the background threads."""
+        """Cancel queued reads and end the background threads."""
         worker, self._worker = self._worker, None
         if worker is not None:
             worker.close()
 
     def forget_worker(self) -> None:
-        """In a process that was forked, where its threads are not."""
+        """Drop the worker in a forked process, where its threads do not exist."""
         self._worker = None
 
 
 def _new_counters(config: SpeCacheConfig) -> Counters:
-    copies = config.slow_tier is not SlowTierKind.RAM_INPLACE
-    return Counters(prefetches=copies and config.policy.prefetches, speculates=config.policy.drafts)
+    fetches = config.slow_tier is not SlowTierKind.RAM_INPLACE
+    return Counters(prefetches=fetches and config.policy.prefetches, speculates=config.policy.drafts)
 
 
 def _new_main_memory(info: ModelInfo, config: SpeCacheConfig) -> MainMemory | None:

@@ -13,10 +13,10 @@ from specache.errors import NonFiniteError
 from specache.kernels import dispatch
 from specache.kernels.finite import all_finite
 from specache.kernels.types import LowBitKV
-from specache.low_bit.key_scales import KEY_WEIGHT_BYTES, KeyWeights
+from specache.low_bit.key_scales import KEY_SCALE_BYTES, KeyScales
 from specache.low_bit.pool import PageTable
 from specache.platform.budget import ByteBudget
-from specache.rows.fetch import Rows
+from specache.rows.fetch import RowFetcher
 from specache.tiers.base import SlowTier
 
 
@@ -32,7 +32,7 @@ def check_finite(keys: Tensor, values: Tensor, layer: int) -> None:
 
 
 def not_finite(layer: int, name: str = "keys or values") -> NonFiniteError:
-    """What `check_finite` raises."""
+    """Return the error that `check_finite` raises."""
     return NonFiniteError(
         f"The model produced NaN or infinity in the {name} of layer {layer}. Nothing of this step was kept. "
         "Check the weights, or run in a wider dtype (bfloat16 or float32 instead of float16)."
@@ -44,33 +44,37 @@ class CompressedLayer:
 
     Args:
         index: the layer's number in the model.
-        table: its (empty) page table, whose pool's budget bounds the rest of the layer too.
-        tier, rows: the sequence's slow tier, and this layer's access to it in decode steps.
-        keys: any key tensor [Hkv, n, D] of the layer, for heads, head dimension, dtype and device.
+        table: its (empty) page table. The budget of the table's pool bounds the whole layer.
+        tier: the sequence's slow tier.
+        row_fetcher: fetches the layer's rows in decode steps.
+        keys: any keys [Hkv, n, D] of the layer; they determine heads, head dimension, dtype and
+            device.
     """
 
-    def __init__(self, index: int, config: SpeCacheConfig, table: PageTable, tier: SlowTier, rows: Rows, keys: Tensor) -> None:
+    def __init__(
+        self, index: int, config: SpeCacheConfig, table: PageTable, tier: SlowTier, row_fetcher: RowFetcher, keys: Tensor
+    ) -> None:
         heads, _, dim = keys.shape
         self.index = index
         self.config = config
         self.table = table
         self.tier = tier
-        self.rows = rows
+        self.row_fetcher = row_fetcher
         self.next_positions: Tensor | None = None
         self.residual_count = 0
         capacity = config.residual + config.group_size
-        self.weights = KeyWeights(capacity)
+        self.key_scales = KeyScales(capacity)
         self._claim = table.pool.budget.claim(residual_bytes(heads, dim, capacity, keys.itemsize), "residuals and key weights")
         self._residual = torch.empty(2, heads, capacity, dim, dtype=keys.dtype, device=keys.device)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of its rows."""
+        """The dtype of keys and values."""
         return self._residual.dtype
 
     @property
-    def copy(self) -> LowBitKV:
-        return self.table.copy(self.weights.value)
+    def low_bit_kv(self) -> LowBitKV:
+        return self.table.low_bit_kv(self.key_scales.value)
 
     @property
     def length(self) -> int:
@@ -86,37 +90,43 @@ class CompressedLayer:
 
     @property
     def pending_group_tokens(self) -> int:
-        """Tokens at the front of the residual that are due to become low bit."""
+        """Tokens at the front of the residual, whole groups, that are to be quantised next."""
         return self.config.low_bit_length(self.length) - self.table.length
 
     @property
     def fast_bytes(self) -> int:
-        return self.table.nbytes + self._residual.nbytes + self.weights.nbytes
+        return self.table.nbytes + self._residual.nbytes + self.key_scales.nbytes
 
     @property
     def held_bytes(self) -> int:
-        """Bytes held of the budget: `fast_bytes`, what the weights are made from, and the hot set."""
-        return self.table.nbytes + self._claim.size + self.rows.nbytes
+        """Bytes held of the budget: `fast_bytes`, the observed queries, and the hot set."""
+        return self.table.nbytes + self._claim.size + self.row_fetcher.nbytes
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one token's `[K | V]`, all KV heads, as it is stored."""
+        """Bytes of one token's `[K | V]`, all KV heads, in the model's dtype."""
         return 2 * self._residual.shape[1] * self._residual.shape[3] * self._residual.itemsize
 
     @property
     def exact_bytes(self) -> int:
-        """Of `fast_bytes`, those of unquantised rows, in the model's dtype."""
+        """The part of `fast_bytes` that holds unquantised rows, in the model's dtype."""
         return self._residual.nbytes
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of one token in an ordinary cache of a 16-bit dtype."""
+        """Bytes of one token in an ordinary 16-bit cache."""
         return 2 * 2 * self._residual.shape[1] * self._residual.shape[3]
 
     def prefill(self, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
-        """Exact attention of the next n prompt tokens, which are then stored (paper Algorithm 1).
+        """Attend exactly with the next n prompt tokens and store them (paper Algorithm 1).
 
-        Earlier rows are read back from the slow tier block by block. query [Hq, n, D]; keys, values [Hkv, n, D].
+        Earlier rows are read back from the slow tier block by block.
+
+        Args:
+            query: [Hq, n, D]; keys, values: [Hkv, n, D].
+
+        Returns:
+            float32 [Hq, n, D].
         """
         check_finite(keys, values, self.index)
         self._observe(query)
@@ -125,7 +135,7 @@ class CompressedLayer:
         return out
 
     def append(self, query: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Take one token, query [Hq, 1, D], key and value [Hkv, 1, D], into the residual and the slow tier."""
+        """Add one token, query [Hq, 1, D], key and value [Hkv, 1, D], to residual and slow tier."""
         check_finite(keys, values, self.index)
         self._observe(query)
         self.tier.write(self.index, self.length, keys, values)
@@ -134,96 +144,108 @@ class CompressedLayer:
         self.residual_count += 1
 
     def quantise_oldest(self) -> None:
-        """Quantise the oldest group when the residual is full, once, from its original values."""
+        """Quantise the pending groups of the residual, if any, from their original values."""
         count = self.pending_group_tokens
         if count:
-            self.weights.fix(self.residual_keys)
+            self.key_scales.fix(self.residual_keys)
             self._quantise(self.residual_keys[:, :count], self.residual_values[:, :count])
             kept = self._residual[:, :, count : self.residual_count].clone()
             self.residual_count -= count
             self._residual[:, :, : self.residual_count] = kept
 
     def move_residual(self, into: Tensor) -> None:
-        """Keep the residual of a layer whose weights are fixed in `into` [2, Hkv, R + g, D] from now on, free slots zeroed."""
-        self.weights.forget_observed()
+        """Move the residual to the buffer `into` [2, Hkv, R + g, D], free slots zeroed.
+
+        The key scales must be fixed.
+        """
+        self.key_scales.forget_observed()
         self._count()
         into.zero_()
         into[:, :, : self.residual_count] = self._residual[:, :, : self.residual_count]
         self._residual = into
 
     def residual_at(self, length: int) -> tuple[Tensor, Tensor] | None:
-        """Keys and values [Hkv, m, D] of the residual of a sequence cut to `length`, where the slow tier must be read for them.
+        """Read the residual, keys and values [Hkv, m, D], that a sequence cut to `length` needs.
+
+        Returns `None` where the slow tier need not be read for it.
 
         Raises:
-            SlowTierError: it cannot be read; nothing changed.
+            SlowTierError: the slow tier cannot be read; nothing changed.
         """
         start = self.config.low_bit_length(length)
         return self.tier.read(self.index, start, length) if start < self.table.length and length < self.length else None
 
     def truncate(self, length: int, residual: tuple[Tensor, Tensor] | None) -> None:
-        """Forget tokens from `length` on. `residual` (see `residual_at`) is what a fresh prefill of the rest would hold exactly."""
+        """Drop tokens from `length` on. `residual` is the result of `residual_at(length)`."""
         if length >= self.length:
             return
         if residual is not None:
             self.table.truncate(self.config.low_bit_length(length))
-            for mine, rows in zip(self._residual, residual, strict=True):
-                mine[:, : rows.shape[1]] = rows
+            for buffer, stored in zip(self._residual, residual, strict=True):
+                buffer[:, : stored.shape[1]] = stored
         self.residual_count = length - self.table.length
-        self.weights.truncate(length)
-        self.rows.drop()
+        self.key_scales.truncate(length)
+        self.row_fetcher.drop()
         self.next_positions = None
 
     def undo(self, length: int, next_positions: Tensor | None) -> None:
-        """Take back what an unfinished decode pass did; `length` and `next_positions` are from before it.
+        """Undo an unfinished decode pass; `length` and `next_positions` are those before it.
 
-        The slow tier, which may be what failed, is not read: groups retire only when the pass is through every layer.
+        Usually the slow tier, which may have caused the failure, is not read: groups are quantised
+        only after the pass has finished in every layer.
         """
-        if self.config.low_bit_length(length) < self.table.length:  # it failed while they did
+        if self.config.low_bit_length(length) < self.table.length:  # it failed while they were quantised
             self.truncate(length, self.residual_at(length))
         self.residual_count = length - self.table.length
-        self.weights.truncate(length)
-        self.rows.cancel()
+        self.key_scales.truncate(length)
+        self.row_fetcher.cancel()
         self.next_positions = next_positions
 
-    def fork(self, tier: SlowTier, rows: Rows, config: SpeCacheConfig) -> CompressedLayer:
-        """A copy over `tier` (a fork of this one's) under the same layout, sharing pages."""
-        other = CompressedLayer(self.index, config, self.table.fork(), tier, rows, self._residual[0])
+    def fork(self, tier: SlowTier, row_fetcher: RowFetcher, config: SpeCacheConfig) -> CompressedLayer:
+        """Return a copy over `tier` (a fork of this layer's), with the same layout and pages."""
+        other = CompressedLayer(self.index, config, self.table.fork(), tier, row_fetcher, self._residual[0])
         other._residual.copy_(self._residual)
         other.residual_count = self.residual_count
-        other.weights = self.weights.fork(self.weights.tokens)
+        other.key_scales = self.key_scales.fork(self.key_scales.tokens)
         other.next_positions = self.next_positions
         other._count()
         return other
 
-    def use_tier(self, tier: SlowTier, rows: Rows, config: SpeCacheConfig) -> None:
-        """Go on over another tier that holds the same rows, under settings with the same layout. Nothing is on its way then."""
-        self.rows.drop()
-        self.tier, self.rows, self.config = tier, rows, config
+    def use_tier(self, tier: SlowTier, row_fetcher: RowFetcher, config: SpeCacheConfig) -> None:
+        """Switch to another tier with the same rows, and settings with the same layout.
+
+        Prefetched rows are dropped.
+        """
+        self.row_fetcher.drop()
+        self.tier, self.row_fetcher, self.config = tier, row_fetcher, config
         self.next_positions = None
 
     def can_truncate(self, length: int) -> bool:
-        """Whether the codes of the first `length` tokens are those that a fresh prefill would make."""
-        return length >= self.length or self.config.code is not Code.ROTATED or self.weights.survives(length)
+        """Return whether the codes of the first `length` tokens equal those of a fresh prefill."""
+        return length >= self.length or self.config.code is not Code.ROTATED or self.key_scales.survives(length)
 
-    def restore(self, residual: Tensor, weights: KeyWeights, next_positions: Tensor | None) -> None:
-        """Take over a saved residual [2, Hkv, m, D] and the rest; the page table and the slow tier are filled already."""
+    def restore(self, residual: Tensor, key_scales: KeyScales, next_positions: Tensor | None) -> None:
+        """Restore a saved residual [2, Hkv, m, D], key scales and next positions.
+
+        The page table and the slow tier must be filled already.
+        """
         self.residual_count = residual.shape[2]
         self._residual[:, :, : self.residual_count] = residual
-        self.weights = weights
+        self.key_scales = key_scales
         self.next_positions = next_positions
         self._count()
 
     def rebuild(self, length: int) -> None:
-        """Make the low-bit copy and the residual of the first `length` tokens from the 16-bit rows in the slow tier."""
+        """Rebuild low-bit copy and residual of the first `length` tokens from 16-bit rows."""
         for start in range(0, length, KEY_BLOCK):
             keys, values = self.tier.read(self.index, start, min(start + KEY_BLOCK, length))
-            self._take(keys.to(self._residual.device), values.to(self._residual.device))
+            self._add(keys.to(self._residual.device), values.to(self._residual.device))
 
     def release(self) -> None:
-        self.rows.free()  # at once: a background read may still hold the hot set
+        self.row_fetcher.free()  # explicitly: a background read may still refer to the hot set
         self.table.truncate(0)
         self.residual_count = 0
-        self.weights = KeyWeights(self.weights.tokens)
+        self.key_scales = KeyScales(self.key_scales.tokens)
         self._claim.release()
 
     def _parts(self, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Iterator[Part]:
@@ -232,7 +254,7 @@ class CompressedLayer:
         yield attend_part(query, keys, values, params, causal=True)
 
     def _stored(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        """All stored keys and values, a block at a time."""
+        """Yield all stored keys and values [Hkv, n, D], a block at a time."""
         length = self.length
         step = length if self.tier.in_place else KEY_BLOCK
         for start in range(0, length, max(step, 1)):
@@ -241,65 +263,68 @@ class CompressedLayer:
 
     def _store(self, keys: Tensor, values: Tensor) -> None:
         self.tier.write(self.index, self.length, keys, values)
-        self._take(keys, values)
+        self._add(keys, values)
 
-    def _take(self, keys: Tensor, values: Tensor) -> None:
-        """Add tokens to the residual, whose oldest groups become low bit."""
+    def _add(self, keys: Tensor, values: Tensor) -> None:
+        """Add tokens to the residual and quantise its oldest groups beyond `R`."""
         keys = torch.cat([self.residual_keys, keys], dim=1)
         values = torch.cat([self.residual_values, values], dim=1)
         count = self.config.low_bit_length(self.table.length + keys.shape[1]) - self.table.length
         if count:
-            self.weights.fix(keys)
+            self.key_scales.fix(keys)
             self._quantise(keys[:, :count], values[:, :count])
         self.residual_count = keys.shape[1] - count
         self._residual[0, :, : self.residual_count] = keys[:, count:]
         self._residual[1, :, : self.residual_count] = values[:, count:]
 
     def _observe(self, query: Tensor) -> None:
-        self.weights.observe(self.length, query, self._residual.shape[1])
+        self.key_scales.observe(self.length, query, self._residual.shape[1])
         self._count()
 
     def _count(self) -> None:
-        """Hold bytes for the residual, the weights (also before they are fixed) and the queries they are made from."""
+        """Claim bytes for the residual, the key scales (fixed or not) and their queries."""
         _, heads, capacity, dim = self._residual.shape
-        self._claim.resize(residual_bytes(heads, dim, capacity, self._residual.itemsize) + self.weights.observed_bytes)
+        self._claim.resize(residual_bytes(heads, dim, capacity, self._residual.itemsize) + self.key_scales.observed_bytes)
 
     def _quantise(self, keys: Tensor, values: Tensor) -> None:
         start = self.table.length
         self.table.extend(keys.shape[1])
-        dispatch.quantise(keys, values, self.copy, start)
+        dispatch.quantise(keys, values, self.low_bit_kv, start)
 
 
 def residual_bytes(heads: int, dim: int, capacity: int, itemsize: int) -> int:
-    """What a `CompressedLayer` holds beside its pages: rows of `capacity` (`R + g`) tokens, and one float32 weight per channel."""
-    return heads * dim * (2 * capacity * itemsize + KEY_WEIGHT_BYTES)
+    """Return the bytes of a `CompressedLayer` beside its pages.
+
+    They hold rows of `capacity` (`R + g`) tokens, and one float32 key scale per channel.
+    """
+    return heads * dim * (2 * capacity * itemsize + KEY_SCALE_BYTES)
 
 
 class DenseLayer:
-    """A full-attention layer under policy `full`: the ordinary 16-bit cache, in fast memory."""
+    """A full-attention layer under policy `full`: an ordinary 16-bit cache in fast memory."""
 
     def __init__(self, index: int, keys: Tensor, budget: ByteBudget) -> None:
         heads, _, dim = keys.shape
         self.index = index
         self.length = 0
         self._claim = budget.claim(0, "the 16-bit cache (policy 'full')")
-        self._rows = torch.empty(2, heads, 0, dim, dtype=keys.dtype, device=keys.device)
+        self._kv_rows = torch.empty(2, heads, 0, dim, dtype=keys.dtype, device=keys.device)
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._rows.dtype
+        return self._kv_rows.dtype
 
     @property
     def keys(self) -> Tensor:
-        return self._rows[0, :, : self.length]
+        return self._kv_rows[0, :, : self.length]
 
     @property
     def values(self) -> Tensor:
-        return self._rows[1, :, : self.length]
+        return self._kv_rows[1, :, : self.length]
 
     @property
     def fast_bytes(self) -> int:
-        return self._rows.nbytes
+        return self._kv_rows.nbytes
 
     @property
     def held_bytes(self) -> int:
@@ -307,7 +332,7 @@ class DenseLayer:
 
     @property
     def token_bytes(self) -> int:
-        return 2 * 2 * self._rows.shape[1] * self._rows.shape[3]
+        return 2 * 2 * self._kv_rows.shape[1] * self._kv_rows.shape[3]
 
     def prefill(self, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
         check_finite(keys, values, self.index)
@@ -318,22 +343,22 @@ class DenseLayer:
         return out
 
     def extend(self, keys: Tensor, values: Tensor) -> None:
-        """Add n tokens [Hkv, n, D]."""
+        """Add n tokens, keys and values [Hkv, n, D]."""
         needed = self.length + keys.shape[1]
-        if needed > self._rows.shape[2]:
+        if needed > self._kv_rows.shape[2]:
             capacity = dense_capacity(self.length, needed)
-            size = self._rows.itemsize * 2 * self._rows.shape[1] * self._rows.shape[3] * capacity
-            self._claim.resize(self._rows.nbytes + size)  # both, while one is copied into the other
-            grown = self._rows.new_empty(*self._rows.shape[:2], capacity, self._rows.shape[3])
-            grown[:, :, : self.length] = self._rows[:, :, : self.length]
-            self._rows = grown
+            size = self._kv_rows.itemsize * 2 * self._kv_rows.shape[1] * self._kv_rows.shape[3] * capacity
+            self._claim.resize(self._kv_rows.nbytes + size)  # old and new buffer at once
+            grown = self._kv_rows.new_empty(*self._kv_rows.shape[:2], capacity, self._kv_rows.shape[3])
+            grown[:, :, : self.length] = self._kv_rows[:, :, : self.length]
+            self._kv_rows = grown
             self._claim.resize(size)
-        self._rows[0, :, self.length : needed] = keys
-        self._rows[1, :, self.length : needed] = values
+        self._kv_rows[0, :, self.length : needed] = keys
+        self._kv_rows[1, :, self.length : needed] = values
         self.length = needed
 
     def decode(self, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
-        """Exact attention of one new token [Hq, 1, D] -> [Hq, 1, D]."""
+        """Store one token, then attend exactly with query [Hq, 1, D] -> [Hq, 1, D]."""
         check_finite(keys, values, self.index)
         self.extend(keys, values)
         return merge([attend_part(query, self.keys, self.values, params)], params.sinks)[0]
@@ -345,17 +370,17 @@ class DenseLayer:
         return True
 
     def fork(self) -> DenseLayer:
-        other = DenseLayer(self.index, self._rows[0], self._claim.budget)
-        other._claim.resize(self._rows.nbytes)
-        other._rows, other.length = self._rows.clone(), self.length
+        other = DenseLayer(self.index, self._kv_rows[0], self._claim.budget)
+        other._claim.resize(self._kv_rows.nbytes)
+        other._kv_rows, other.length = self._kv_rows.clone(), self.length
         return other
 
     def release(self) -> None:
         self.length = 0
-        self._rows = self._rows[:, :, :0].clone()
+        self._kv_rows = self._kv_rows[:, :, :0].clone()
         self._claim.release()
 
 
 def dense_capacity(length: int, needed: int) -> int:
-    """Tokens that a `DenseLayer` of `length` makes room for when its buffer is too small for `needed`."""
+    """Return the capacity of a `DenseLayer` of `length` that must grow to `needed` tokens."""
     return max(needed, length * 9 // 8)

@@ -1,4 +1,4 @@
-"""One call at a time may use a cache, in the process that made it: a second thread is refused instead of mixing two texts."""
+"""A guard: one call at a time may use a cache, in the process that made it. Others get an error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from specache.errors import UsageError
 
 
 class _Call:
-    """A call that uses a cache: which, and on which thread. It uses it no longer than its frame lives."""
+    """A call that uses a cache: name and thread. It ends with its frame, which holds it."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -20,7 +20,7 @@ class _Call:
 
 
 class OneCallAtATime:
-    """Who uses a cache now. Nobody ever waits here."""
+    """Tracks the call that uses a cache. It refuses other calls and never waits."""
 
     def __init__(self) -> None:
         self._process = os.getpid()
@@ -29,20 +29,20 @@ class OneCallAtATime:
 
     @property
     def forked(self) -> bool:
-        """Whether this process is a fork of the one that made the cache."""
+        """Whether this process was forked from the one that made the cache."""
         return os.getpid() != self._process
 
     @property
     def elsewhere(self) -> bool:
-        """Whether a call on another thread uses it."""
+        """Whether a call on another thread uses the cache."""
         call = self._current()
         return call is not None and call.thread != threading.get_ident()
 
     def check_process(self) -> None:
-        """Refuse to go on in a forked process.
+        """Refuse to run in a forked process.
 
         Raises:
-            UsageError: this is one.
+            UsageError: the process was forked.
         """
         if self.forked:
             raise UsageError(
@@ -53,13 +53,14 @@ class OneCallAtATime:
 
     @contextmanager
     def by(self, name: str, *, from_callbacks: bool = False) -> Iterator[None]:
-        """Use the cache for a call of this name inside the block.
+        """Reserve the cache for a call of this name inside the block.
 
         Args:
-            from_callbacks: whether a callback of the call that uses it may call this, between two passes.
+            from_callbacks: allow it in a callback of the call that uses the cache, between two
+                passes.
 
         Raises:
-            UsageError: another call uses it, or the process was forked. Nothing changed.
+            UsageError: another call uses the cache, or the process was forked. Nothing changed.
         """
         self.check_process()
         call = _Call(name)
@@ -71,7 +72,7 @@ class OneCallAtATime:
             if from_callbacks and other.thread == threading.get_ident():
                 yield
                 return
-            raise UsageError(_refusal(other, name))
+            raise UsageError(_conflict(other, name))
         try:
             yield
         finally:
@@ -81,7 +82,8 @@ class OneCallAtATime:
         return None if self._call is None else self._call()
 
 
-def _refusal(other: _Call, name: str) -> str:
+def _conflict(other: _Call, name: str) -> str:
+    """Return the message for a call that meets another one."""
     if other.thread == threading.get_ident():
         return (
             f"{name} was called while {other.name} is using this SpeCache, from a streamer, a processor or another callback of "

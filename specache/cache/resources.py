@@ -1,4 +1,4 @@
-"""What a cache and its forks share: fast memory, page pools and the way rows reach the device."""
+"""Resources that a cache and its forks share: fast memory, page pools and the transfer of rows."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from specache.tiers.transfer import Transfer
 
 
 class Resources:
-    """Made once per cache; its forks have the same.
+    """The resources of a cache and its forks.
 
     Attributes:
-        dimensions: of the model, by which working sets and hot sets are sized.
-        budget: bounds everything that is held in fast memory.
+        dimensions: the model's dimensions, from which working sets and hot sets are sized.
+        budget: bounds all fast memory that is held.
+        transfer: copies rows to the device.
     """
 
     def __init__(self, model: Any, info: ModelInfo, config: SpeCacheConfig) -> None:
@@ -30,7 +31,7 @@ class Resources:
         self.transfer = Transfer(info.device)
 
     def page_table(self, config: SpeCacheConfig, keys: Tensor) -> PageTable:
-        """An empty table for a layer with keys [Hkv, n, D]."""
+        """Return an empty page table for a layer with keys [Hkv, n, D]."""
         layout = PageLayout(config.code, config.bits, config.group_size, keys.shape[0], keys.shape[2])
         if layout not in self._pools:
             self._pools[layout] = PagePool(layout, keys.device, self.budget)

@@ -1,4 +1,4 @@
-"""One sequence's state in every layer: what a pass changes, how it is taken back, cut and forked."""
+"""One sequence's state in every layer: changed by passes, undone, truncated and forked."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from specache.cache.window_layer import WindowLayer
 from specache.config import Policy, SpeCacheConfig
 from specache.model.info import ModelInfo
 from specache.platform.out_of_memory import is_out_of_memory
-from specache.rows.fetch import Rows
+from specache.rows.fetch import RowFetcher
 from specache.stats import MemoryUse
 from specache.tiers.base import SlowTier
 
@@ -25,7 +25,7 @@ Layer = CompressedLayer | DenseLayer | WindowLayer
 
 
 class Owner(Protocol):
-    """What a sequence needs of the cache that it belongs to. It does not refer to its sequences."""
+    """The parts of a cache that its sequences use. It does not refer to the sequences."""
 
     info: ModelInfo
     config: SpeCacheConfig
@@ -33,16 +33,16 @@ class Owner(Protocol):
     living_sequences: int
 
     def new_tier(self) -> SlowTier:
-        """An empty slow tier of the configured kind."""
+        """Return an empty slow tier of the configured kind."""
 
-    def rows(self, tier: SlowTier, index: int, keys: Tensor) -> Rows:
-        """A decode step's access to the 16-bit rows of a layer with keys [Hkv, n, D]."""
+    def row_fetcher(self, tier: SlowTier, index: int, keys: Tensor) -> RowFetcher:
+        """Return the row fetcher of a layer with keys [Hkv, n, D]."""
 
     def hot_slots(self, tokens: int, layer: CompressedLayer) -> int:
-        """Slots per KV head that the hot set's budget gives a layer of a sequence of so many tokens."""
+        """Return a layer's hot-set slots per KV head, for a sequence of `tokens` tokens."""
 
     def most_checkpoint_bytes(self, tokens: int) -> int:
-        """Bytes that the checkpoints of a sequence of `tokens` may take."""
+        """Return the most bytes of window checkpoints for a sequence of `tokens` tokens."""
 
 
 class Sequence:
@@ -50,13 +50,13 @@ class Sequence:
 
     Attributes:
         token_ids: the stored tokens.
-        prompt_tokens: how many of them were read from prompts; the ones behind were generated.
-        pending_token: the token that was generated last and that nothing followed yet: it is part of the text, but its keys and
-            values are not stored. `None` where everything is stored.
+        prompt_tokens: how many of them were prefilled from prompts; the rest was generated.
+        pending_token: the last generated token while its keys and values are not stored yet,
+            although it is part of the text. `None` where everything is stored.
         finish_reason: why the last generation ended.
 
-    A pass changes layers one after the other; `commit` makes it count. `undo_pass` takes back a decode pass wherever it stopped,
-    `restore` a prefill.
+    A pass changes one layer after the other, and `commit` completes it. `undo_pass` undoes a decode
+    pass wherever it stopped; `restore` undoes a prefill.
     """
 
     def __init__(self, owner: Owner) -> None:
@@ -69,7 +69,7 @@ class Sequence:
         self.prompt_tokens = 0
         self.pending_token: int | None = None
         self.finish_reason: str | None = None
-        self._positions_before: dict[int, Tensor | None] = {}  # `next_positions` of the layers when the pass began
+        self._positions_before: dict[int, Tensor | None] = {}  # layers' `next_positions` before the pass
         self._counted = True
         owner.living_sequences += 1
 
@@ -83,18 +83,19 @@ class Sequence:
 
     @property
     def compressed(self) -> dict[int, CompressedLayer]:
-        """Its full-attention layers, by number; none under policy `full`."""
+        """The full-attention layers by number; empty under policy `full`."""
         return {index: layer for index, layer in sorted(self.layers.items()) if isinstance(layer, CompressedLayer)}
 
     @property
     def sliding(self) -> dict[int, WindowLayer]:
-        """Its sliding-window layers, by number."""
+        """The sliding-window layers by number."""
         return {index: layer for index, layer in sorted(self.layers.items()) if isinstance(layer, WindowLayer)}
 
     def layer(self, index: int, keys: Tensor, values: Tensor | None = None) -> Layer:
-        """The state of layer `index`, made when its first keys and values [Hkv, n, D] arrive: only they tell heads and dtype.
+        """Return the state of layer `index`. Create it from its first keys and values [Hkv, n, D].
 
-        Where the two differ, as under autocast, rows are in the model's dtype.
+        They determine heads and dtype. Where their dtypes differ, as under autocast, the model's is
+        used.
         """
         if index not in self.layers:
             if values is not None and values.dtype != keys.dtype:
@@ -104,48 +105,51 @@ class Sequence:
         return self.layers[index]
 
     def commit(self, token_ids: list[int]) -> None:
-        """Count the tokens of a pass that is through every layer as stored."""
+        """Count the tokens of a pass as stored, after it has finished in every layer."""
         self.token_ids += token_ids
         self.pending_token = None
 
     def begin_prefill(self) -> None:
-        """Keep the windows as they are: here begins what the next request changes."""
+        """Checkpoint the windows before a request changes them."""
         self._offer_checkpoint()
 
     def begin_chunk(self, stop: int, total: int) -> None:
-        """The next pass brings a prompt of `total` tokens to `stop`."""
+        """Prepare checkpoints for a pass that prefills a prompt of `total` tokens up to `stop`."""
         if self.checkpoints is not None:
             self.checkpoints.begin(self.length, stop, total)
 
     def capture_window(self, layer: WindowLayer, keys: Tensor, values: Tensor) -> None:
-        """A sliding layer is about to store a chunk's keys and values [Hkv, n, D]."""
+        """Capture a sliding layer's due checkpoints before it stores a chunk's keys and values.
+
+        keys, values: [Hkv, n, D].
+        """
         if self.checkpoints is not None:
             with self._checkpoints_optional(self.checkpoints):
                 self.checkpoints.capture(layer, keys, values)
 
     def end_chunk(self) -> None:
-        """A chunk of the prompt is through every layer."""
+        """Keep the checkpoints of a prompt's chunk, after it has finished in every layer."""
         if self.checkpoints is not None:
             self.checkpoints.end(self.length, self._most_checkpoint_bytes())
 
     def end_step(self) -> None:
-        """A token of the answer is through every layer."""
+        """Checkpoint the windows, if due, after a decode step has finished in every layer."""
         if self.checkpoints is not None and self.checkpoints.spacing.due_in_answer(self.length):
             self._offer_checkpoint()
 
     def begin_pass(self) -> None:
-        """Remember what `undo_pass` needs."""
+        """Record what `undo_pass` needs."""
         self._positions_before = {i: layer.next_positions for i, layer in self.compressed.items()}
 
     def quantise_oldest(self) -> None:
-        """The pass is through every layer: what it made the residuals too long for becomes low bit."""
+        """Quantise the pending groups of all layers, after the pass has finished in every layer."""
         for layer in self.compressed.values():
             layer.quantise_oldest()
 
     def undo_pass(self) -> None:
-        """Take back a decode pass that did not finish. If even that fails, the sequence forgets everything.
+        """Undo a decode pass that did not finish. Clear the sequence if that fails too.
 
-        What made the pass fail is what the caller raises, so this raises nothing.
+        It raises nothing: the caller raises the error that made the pass fail.
         """
         try:
             for index, layer in self.layers.items():
@@ -153,16 +157,19 @@ class Sequence:
                     layer.undo(self.length, self._positions_before[index])
                 else:
                     layer.truncate(self.length)
-        except BaseException:  # also Ctrl-C: half of it must not stay
+        except BaseException:  # also Ctrl-C: a half-undone state must not stay
             self.clear()
 
     def can_truncate(self, length: int) -> bool:
-        """Whether the state of the first `length` tokens can be had without prefilling them again."""
+        """Return whether every layer can go back to `length` tokens without a new prefill."""
         return all(layer.can_truncate(length) for layer in self.layers.values())
 
     def truncate(self, length: int) -> None:
-        """Keep the first `length` tokens, fewer where the sliding windows must go back to a checkpoint, or none where some layer
-        cannot go back that far, or where keys were rotated for a longer text (`ModelInfo.keeps_keys`).
+        """Keep the first `length` tokens, or fewer.
+
+        Fewer stay where the sliding windows must go back to a checkpoint. None stay where a layer
+        cannot go back that far, or where keys were rotated for a longer text
+        (`ModelInfo.keeps_keys`).
 
         Raises:
             SlowTierError: the slow tier cannot be read; nothing changed.
@@ -178,7 +185,8 @@ class Sequence:
                 return self.clear()
         if 0 < length < self.length and not self._owner.info.keeps_keys(self.length - 1, length - 1):
             return self.clear()
-        residuals = {i: layer.residual_at(length) for i, layer in self.compressed.items()}  # all are read before anything changes
+        # read all residuals before anything changes
+        residuals = {i: layer.residual_at(length) for i, layer in self.compressed.items()}
         for index, layer in self.layers.items():
             if isinstance(layer, CompressedLayer):
                 layer.truncate(length, residuals[index])
@@ -195,20 +203,20 @@ class Sequence:
             self.checkpoints.forget_after(length)
 
     def restore(self, length: int, windows: dict[int, WindowLayer]) -> None:
-        """Go back to `length` tokens after a prefill that failed, to none if even that fails.
+        """Go back to `length` tokens after a prefill failed. Clear the sequence if that fails too.
 
-        What made the prefill fail is what the caller raises, so this raises nothing.
+        It raises nothing: the caller raises the error that made the prefill fail.
         """
         if length == 0:
             return self.clear()
         self.layers.update(windows)
         try:
             self.truncate(length)
-        except BaseException:  # also Ctrl-C: half of it must not stay
+        except BaseException:  # also Ctrl-C: a half-restored state must not stay
             self.clear()
 
     def clear(self) -> None:
-        """Forget everything and give its memory back."""
+        """Drop all tokens and free their memory."""
         for layer in self.layers.values():
             layer.release()
         self.layers.clear()
@@ -220,23 +228,23 @@ class Sequence:
         self.tier.close()
 
     def windows(self) -> dict[int, WindowLayer]:
-        """Copies of the sliding layers, to `restore` after a prefill that failed."""
+        """Return copies of the sliding layers, for `restore`."""
         return {i: layer.fork() for i, layer in self.sliding.items()}
 
     def prepare_decode(self) -> None:
-        """Size the hot sets for the sequence as it is now."""
+        """Resize the hot sets for the current length."""
         for layer in self.compressed.values():
-            layer.rows.resize(self._owner.hot_slots(self.length, layer))
+            layer.row_fetcher.resize(self._owner.hot_slots(self.length, layer))
 
     def free_hot_sets(self) -> int:
-        """Give back what recently fetched rows take -> bytes. No result depends on it: they are fetched again when wanted."""
+        """Free the hot sets -> bytes. Results do not change: rows are fetched again when needed."""
         before = self.held_bytes()
         for layer in self.compressed.values():
-            layer.rows.free()
+            layer.row_fetcher.free()
         return before - self.held_bytes()
 
     def fork(self, owner: Owner) -> Sequence:
-        """An independent copy that belongs to `owner`."""
+        """Return an independent copy that belongs to `owner`."""
         other = Sequence(owner)
         other.token_ids = list(self.token_ids)
         other.prompt_tokens, other.pending_token = self.prompt_tokens, self.pending_token
@@ -251,7 +259,7 @@ class Sequence:
         return other
 
     def copy_rows(self, tier: SlowTier) -> None:
-        """Write the 16-bit rows of every layer to another tier as well.
+        """Copy the 16-bit rows of every layer to another tier.
 
         Raises:
             SlowTierError: they cannot be read or written.
@@ -261,23 +269,23 @@ class Sequence:
                 tier.write(index, start, *self.tier.read(index, start, min(start + KEY_BLOCK, layer.length)))
 
     def use_tier(self, tier: SlowTier) -> None:
-        """Go on over a tier that holds the same rows, under the settings that the cache has now, and free the old one."""
+        """Switch to a tier with the same rows, under the cache's settings. Close the old one."""
         old, self.tier = self.tier, tier
         for index, layer in self.compressed.items():
-            layer.use_tier(tier, self._owner.rows(tier, index, layer.residual_keys), self._owner.config)
+            layer.use_tier(tier, self._owner.row_fetcher(tier, index, layer.residual_keys), self._owner.config)
         old.close()
 
     def count_buffers(self) -> None:
-        """Hold fast memory for the rows on their way, as the cache's settings want it now.
+        """Claim fast memory for the read buffers that the cache's current settings need.
 
         Raises:
-            FastMemoryError: the budget has no room; what was held stays held.
+            FastMemoryError: the budget has no room; the claim is unchanged.
         """
         config = self._owner.config
         self._read_buffers.resize(sum(read_buffer_bytes(config, layer.row_bytes) for layer in self.compressed.values()))
 
     def held_bytes(self) -> int:
-        """Fast memory held of the budget, all pages of the sequence counted."""
+        """Return the fast memory held of the budget, in bytes. Shared pages are counted in full."""
         return self._read_buffers.size + sum(layer.held_bytes for layer in self.layers.values())
 
     def memory(self) -> MemoryUse:
@@ -292,7 +300,7 @@ class Sequence:
             use.fast += layer.fast_bytes
             use.full += layer.token_bytes * layer.length
             if isinstance(layer, CompressedLayer):
-                use.hot += layer.rows.nbytes
+                use.hot += layer.row_fetcher.nbytes
         return use
 
     def _new_checkpoints(self) -> MemoryCheckpoints | None:
@@ -309,7 +317,7 @@ class Sequence:
 
     @contextmanager
     def _checkpoints_optional(self, checkpoints: WindowCheckpoints) -> Iterator[None]:
-        """Where the system has no memory for a copy, there is none: the pass goes on."""
+        """Skip a checkpoint for which the system has no memory, and go on with the pass."""
         try:
             yield
         except Exception as error:
@@ -321,7 +329,7 @@ class Sequence:
         return self._owner.most_checkpoint_bytes(self.length)
 
     def _hold_buffers(self, layer: Layer) -> None:
-        """Take fast memory for a layer's rows on their way from and to the slow tier."""
+        """Claim fast memory for the read buffers of a layer."""
         if isinstance(layer, CompressedLayer):
             self._read_buffers.resize(self._read_buffers.size + read_buffer_bytes(self._owner.config, layer.row_bytes))
 
@@ -332,7 +340,7 @@ class Sequence:
         if self._owner.config.policy is Policy.FULL:
             return DenseLayer(index, keys, self._owner.resources.budget)
         table = self._owner.resources.page_table(self._owner.config, keys)
-        return CompressedLayer(index, self._owner.config, table, self.tier, self._owner.rows(self.tier, index, keys), keys)
+        return CompressedLayer(index, self._owner.config, table, self.tier, self._owner.row_fetcher(self.tier, index, keys), keys)
 
     def _fork_layer(self, layer: Layer, other: Sequence) -> Layer:
         if isinstance(layer, WindowLayer | DenseLayer):
@@ -341,12 +349,12 @@ class Sequence:
             dense = DenseLayer(layer.index, layer.residual_keys, other._owner.resources.budget)
             dense.extend(*self.tier.read(layer.index, 0, layer.length))
             return dense
-        rows = other._owner.rows(other.tier, layer.index, layer.residual_keys)
+        row_fetcher = other._owner.row_fetcher(other.tier, layer.index, layer.residual_keys)
         config = other._owner.config
         if config.layout == layer.config.layout:
-            return layer.fork(other.tier, rows, config)
+            return layer.fork(other.tier, row_fetcher, config)
         table = other._owner.resources.page_table(config, layer.residual_keys)
-        rebuilt = CompressedLayer(layer.index, config, table, other.tier, rows, layer.residual_keys)
-        rebuilt.weights = layer.weights.fork(rebuilt.weights.tokens)
+        rebuilt = CompressedLayer(layer.index, config, table, other.tier, row_fetcher, layer.residual_keys)
+        rebuilt.key_scales = layer.key_scales.fork(rebuilt.key_scales.tokens)
         rebuilt.rebuild(self.length)
         return rebuilt

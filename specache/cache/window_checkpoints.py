@@ -1,7 +1,8 @@
-"""Copies of a sequence's sliding windows at earlier lengths, from which it goes on after it was cut.
+"""Checkpoints: copies of a sequence's sliding windows at earlier lengths, for going back to them.
 
-A window forgets every token that leaves it, so a hybrid model that goes back further than one token would read everything again.
-The full-attention layers keep their rows, and need no copies. Copies are spare: they are given up where memory is short.
+A window drops every token that leaves it. Without checkpoints, a hybrid model that goes back
+further than one token would have to prefill everything again. The full-attention layers keep their
+rows and need no checkpoints. Checkpoints are spare: they are dropped when memory is short.
 """
 
 from __future__ import annotations
@@ -19,19 +20,21 @@ from specache.cache.window_layer import WindowLayer
 from specache.errors import SessionError, SpeCacheError
 from specache.platform.budget import ByteBudget, SpareClaim
 
-FINE = 256  # tokens between two checkpoints near the end of a sequence, where most edits are; a window at least
-COARSE = 1024  # the same further back
-RECENT = 2  # times the coarse distance is near the end
+FINE = 256  # least tokens between checkpoints near the end of a sequence, where most edits are
+COARSE = 1024  # least tokens between checkpoints further back
+RECENT = 2  # coarse distances from the end that count as near the end
 
 Claims = tuple[SpareClaim, ...]
 
 
 @dataclass(frozen=True)
 class Spacing:
-    """Where checkpoints of a sequence are.
+    """The lengths at which a sequence gets checkpoints, and which of them to keep.
+
+    Distances are at least the longest window.
 
     Attributes:
-        shortest, longest: sliding windows of the model, in tokens.
+        shortest, longest: the model's shortest and longest sliding window, in tokens.
     """
 
     shortest: int
@@ -51,22 +54,23 @@ class Spacing:
         return max(self.longest, COARSE)
 
     def due_in_prompt(self, start: int, stop: int, total: int) -> list[int]:
-        """Lengths in `(start, stop]` at which a prompt of `total` tokens gets checkpoints: multiples of the coarse distance, near
-        the end of the fine one, and the end.
+        """Return the lengths in `(start, stop]` of checkpoints of a prompt of `total` tokens.
+
+        They are multiples of the coarse distance, near the end those of the fine one, and the end.
         """
         recent = max(start, total - RECENT * self.coarse)
         due = {*_multiples(self.coarse, start, stop), *_multiples(self.fine, recent, stop)}
         return sorted({*due, total} if stop == total else due)
 
     def due_in_answer(self, length: int) -> bool:
-        """Whether an answer that has just come to `length` tokens gets one."""
+        """Return whether an answer that has reached `length` tokens gets a checkpoint."""
         return length % self.fine == 0
 
     def dispensable(self, lengths: Sequence[int], total: int) -> int | None:
-        """Index of a checkpoint between whose neighbours there is no more than the distance that there may be, or `None`.
+        """Return the index of a checkpoint that the spacing does not need, or `None`.
 
         Args:
-            lengths: of all checkpoints, the shortest first.
+            lengths: lengths of all checkpoints, ascending.
             total: tokens of the sequence.
         """
         for index, (before, length, after) in enumerate(zip([0, *lengths], lengths, lengths[1:], strict=False)):
@@ -76,7 +80,10 @@ class Spacing:
         return None
 
     def least_valuable(self, lengths: Sequence[int], total: int) -> int:
-        """Index of the checkpoint whose loss costs least: gaps are worse near the end. Never the last of several."""
+        """Return the index of the checkpoint whose loss costs least. Never the last of several.
+
+        The cost is the gap left, divided by the distance from the end.
+        """
         if len(lengths) == 1:
             return 0
         gaps = [after - before for before, after in zip([0, *lengths[:-2]], lengths[1:], strict=True)]
@@ -84,21 +91,22 @@ class Spacing:
         return costs.index(min(costs))
 
     def reach(self, checkpoint: int, length: int) -> int | None:
-        """How many of the first `length` tokens a checkpoint of `checkpoint` tokens brings back; `None` if it is of no use.
+        """Return how many of the first `length` tokens one of `checkpoint` tokens restores.
 
-        A ring of n tokens has also what a sequence of n - 1 sees next, and everything before, as long as no token has left it.
+        `None` if it restores none. The ring of n tokens also serves a sequence of n - 1, and any
+        shorter one as long as no token has left the ring.
         """
-        serves = checkpoint - 1 <= length or checkpoint <= self.shortest
-        return min(checkpoint, length) if serves else None
+        usable = checkpoint - 1 <= length or checkpoint <= self.shortest
+        return min(checkpoint, length) if usable else None
 
     def best(self, lengths: Sequence[int], length: int) -> int | None:
-        """Index of the checkpoint that brings back most of the first `length` tokens."""
+        """Return the index of the checkpoint that restores most of the first `length` tokens."""
         reached = [(reach, -index) for index, one in enumerate(lengths) if (reach := self.reach(one, length)) is not None]
         return -max(reached)[1] if reached else None
 
 
 class PendingWindows:
-    """Rings at one length, by layer, as they come; and the bytes that are held for them."""
+    """A checkpoint in the making: rings at one length by layer, and the bytes claimed for them."""
 
     def __init__(self) -> None:
         self.rings: dict[int, Tensor] = {}
@@ -110,8 +118,8 @@ class PendingWindows:
         self._windows[layer.index] = layer.window
         self.claims += claims
 
-    def whole(self, layer: int) -> Tensor:
-        """A layer's ring [2, Hkv, window, D], with zeros in slots that no token has used."""
+    def full_ring(self, layer: int) -> Tensor:
+        """Return a layer's ring [2, Hkv, window, D], with zeros in unused slots."""
         ring = self.rings[layer].cpu()
         return pad(ring, (0, 0, 0, self._windows[layer] - ring.shape[2]))
 
@@ -119,7 +127,8 @@ class PendingWindows:
 class WindowCheckpoints(ABC):
     """The checkpoints of one sequence.
 
-    While a prompt is prefilled: `begin` before each pass, `capture` in each sliding layer, `end` after it. Else: `offer`.
+    In a prefill call `begin` before each pass, `capture` in each sliding layer, and `end` after the
+    pass. Otherwise call `offer`.
     """
 
     def __init__(self, spacing: Spacing) -> None:
@@ -127,14 +136,14 @@ class WindowCheckpoints(ABC):
         self._pending: dict[int, PendingWindows] = {}
 
     def begin(self, start: int, stop: int, total: int) -> None:
-        """A pass over tokens `[start, stop)` of a prompt of `total` begins."""
+        """Begin a pass over tokens `[start, stop)` of a prompt of `total` tokens."""
         due = self.spacing.due_in_prompt(start, stop, total)
         self._pending = {length: PendingWindows() for length in due if self._wants(length)}
 
     def capture(self, layer: WindowLayer, keys: Tensor, values: Tensor) -> None:
-        """A sliding layer is about to store the pass's keys and values [Hkv, n, D]."""
-        with self._alone():
-            for length in sorted(self._pending, reverse=True):  # where there is no room for all, the last ones are worth most
+        """Copy the due rings of a layer before it stores the pass's keys and values [Hkv, n, D]."""
+        with self._locked():
+            for length in sorted(self._pending, reverse=True):  # later ones are worth more
                 claim = self._claim(layer.nbytes) if length in self._pending else None
                 if claim is None:
                     self._pending.pop(length, None)
@@ -142,15 +151,15 @@ class WindowCheckpoints(ABC):
                     self._pending[length].add(layer, layer.ring_at(length, keys, values), claim)
 
     def end(self, length: int, most_bytes: int) -> None:
-        """The pass is through every layer, and the sequence has `length` tokens.
+        """Keep the captured checkpoints after a pass, when the sequence has `length` tokens.
 
         Args:
-            most_bytes: that all checkpoints may take.
+            most_bytes: limit for all checkpoints together.
 
         Raises:
             SpeCacheError: they cannot be kept.
         """
-        with self._alone():
+        with self._locked():
             pending, self._pending = self._pending, {}
             for tokens, windows in pending.items():
                 if windows.rings:
@@ -158,26 +167,28 @@ class WindowCheckpoints(ABC):
             self._thin(length, most_bytes)
 
     def offer(self, length: int, windows: Mapping[int, WindowLayer], most_bytes: int) -> None:
-        """Keep the windows (by layer) as they are now, after `length` tokens. Raises as `end`."""
+        """Keep the current windows (by layer), after `length` tokens. Raises as `end` does."""
         if not windows or length == 0:
             return
-        with self._alone():
+        with self._locked():
             if not self._wants(length):
                 return
-            copies = PendingWindows()
+            pending = PendingWindows()
             for layer in windows.values():
                 claim = self._claim(layer.nbytes)
                 if claim is None:
                     return
-                copies.add(layer, layer.ring[:, :, : min(length, layer.window)].clone(), claim)
-            self._keep(length, copies)
+                pending.add(layer, layer.ring[:, :, : min(length, layer.window)].clone(), claim)
+            self._keep(length, pending)
             self._thin(length, most_bytes)
 
     def newest(self, length: int) -> tuple[int, dict[int, Tensor]] | None:
-        """The checkpoint that brings back most of the first `length` tokens: its own tokens (one more than `length`, perhaps; see
-        `Spacing.reach`), and its rings by layer. One whose file is damaged is forgotten with a warning: it is spare.
+        """Return length and rings of the checkpoint that restores most of `length` tokens.
+
+        Its length may be `length` + 1 (see `Spacing.reach`); rings are by layer. A checkpoint whose
+        file is damaged is dropped with a warning.
         """
-        with self._alone():
+        with self._locked():
             while (index := self.spacing.best(self.lengths, length)) is not None:
                 try:
                     return self.lengths[index], self._rings(index)
@@ -191,19 +202,20 @@ class WindowCheckpoints(ABC):
         return None
 
     def forget_after(self, length: int) -> None:
-        """Tokens from `length` on are gone, and with them the checkpoints behind."""
-        with self._alone():
+        """Drop the checkpoints behind `length`, where the sequence was truncated."""
+        with self._locked():
             self._pending = {}
             for index in reversed([i for i, tokens in enumerate(self.lengths) if tokens > length]):
                 self._drop(index)
 
     def forget_pending(self) -> None:
-        """Do without those of the pass that is under way."""
+        """Drop the pending checkpoints of the current pass."""
         self._pending = {}
 
     def copy_into(self, other: MemoryCheckpoints, most: int) -> None:
-        """Have the checkpoints of a copy of the sequence hold those of this one: all of them where both lie in main memory, else
-        copies of the last `most`, as far as they can be read.
+        """Copy checkpoints to those of a fork: the last `most`, as far as they can be read.
+
+        All of them, without copies, where both are in main memory.
         """
         for index in list(range(len(self.lengths)))[-most:]:
             with suppress(SpeCacheError):
@@ -218,23 +230,23 @@ class WindowCheckpoints(ABC):
     def _wants(self, length: int) -> bool:
         return length not in self.lengths
 
-    def _alone(self) -> AbstractContextManager[None]:
-        """Inside, nobody else takes checkpoints away."""
+    def _locked(self) -> AbstractContextManager[None]:
+        """Prevent other threads from dropping checkpoints inside the block."""
         return nullcontext()
 
     def _claim(self, size: int) -> Claims | None:
-        """Room for `size` bytes in main memory; `None` where there is none."""
+        """Claim `size` bytes of main memory; `None` where there is no room."""
         return ()
 
     @property
     @abstractmethod
     def lengths(self) -> list[int]:
-        """Tokens of each checkpoint, the shortest first."""
+        """Length of each checkpoint in tokens, ascending."""
 
     @property
     @abstractmethod
     def nbytes(self) -> int:
-        """Bytes of all of them."""
+        """Bytes of all checkpoints."""
 
     @abstractmethod
     def _keep(self, length: int, windows: PendingWindows) -> None:
@@ -242,16 +254,16 @@ class WindowCheckpoints(ABC):
 
     @abstractmethod
     def _rings(self, index: int) -> dict[int, Tensor]:
-        """The rings of a checkpoint, by layer."""
+        """Return the rings of a checkpoint by layer."""
 
     @abstractmethod
     def _drop(self, index: int) -> None:
-        """Forget a checkpoint."""
+        """Drop a checkpoint."""
 
 
 @dataclass(frozen=True)
 class KeptWindows:
-    """The rings of the first `tokens` tokens, by layer, in main memory; sequences that were forked share them."""
+    """A checkpoint in main memory: rings of the first `tokens` tokens by layer. Forks share it."""
 
     tokens: int
     rings: dict[int, Tensor]
@@ -266,7 +278,8 @@ class MemoryCheckpoints(WindowCheckpoints):
     """Checkpoints in main memory.
 
     Args:
-        budget: where they are spare bytes; `None` where main memory is not what it bounds (a GPU's is).
+        budget: the budget that counts them as spare bytes; `None` where it bounds a GPU's memory
+            instead.
     """
 
     def __init__(self, spacing: Spacing, budget: ByteBudget | None) -> None:
@@ -286,21 +299,21 @@ class MemoryCheckpoints(WindowCheckpoints):
         other._kept = list(self._kept)
 
     def take(self, length: int, rings: Mapping[int, Tensor]) -> None:
-        """Keep rings (by layer) that somebody read of the first `length` tokens, if there is room."""
+        """Add a checkpoint of `length` tokens with these rings (by layer), if there is room."""
         claim = self._claim(sum(ring.nbytes for ring in rings.values()))
         if claim is not None:
             self._kept.append(KeptWindows(length, dict(rings), claim))
 
     def give_up(self, size: int) -> None:
-        """Forget checkpoints until `size` bytes of the budget are free (`budget.SpareHolder`)."""
+        """Drop checkpoints until `size` bytes of the budget are free (`budget.SpareHolder`)."""
         self._pending = {}
         assert self._budget is not None, "nothing was claimed of no budget"
         target = self._budget.spare - size
         while self._kept and self._budget.spare > target:
             self._drop(self.spacing.least_valuable(self.lengths, self.lengths[-1]))
 
-    def _alone(self) -> AbstractContextManager[None]:
-        """A fork on another thread, which has the same budget, may need their bytes at any time (`give_up`)."""
+    def _locked(self) -> AbstractContextManager[None]:
+        """Lock the budget: a fork on another thread shares it and may call `give_up`."""
         return nullcontext() if self._budget is None else self._budget.locked()
 
     def _keep(self, length: int, windows: PendingWindows) -> None:
@@ -309,7 +322,7 @@ class MemoryCheckpoints(WindowCheckpoints):
         self._kept.sort(key=lambda kept: kept.tokens)
 
     def _claim(self, size: int) -> Claims | None:
-        """Room for a ring, for which checkpoints go that are worth less than a new one."""
+        """Claim bytes for a ring. Drop older checkpoints as needed, least valuable first."""
         if self._budget is None:
             return ()
         while (claim := self._budget.claim_spare(size, self)) is None and self._kept:
@@ -324,5 +337,5 @@ class MemoryCheckpoints(WindowCheckpoints):
 
 
 def _multiples(step: int, after: int, to: int) -> range:
-    """Multiples of `step` in `(after, to]`."""
+    """Return the multiples of `step` in `(after, to]`."""
     return range((after // step + 1) * step, to + 1, step)

@@ -12,7 +12,7 @@ from specache.platform.budget import ByteBudget
 
 
 class WindowLayer:
-    """A sliding layer: the newest `window` tokens at 16 bits in a ring buffer, slot = position modulo window."""
+    """A sliding layer: the newest `window` tokens in a ring, slot = position modulo window."""
 
     def __init__(self, index: int, window: int, keys: Tensor, budget: ByteBudget) -> None:
         heads, _, dim = keys.shape
@@ -36,26 +36,27 @@ class WindowLayer:
 
     @property
     def ring(self) -> Tensor:
-        """Keys and values [2, Hkv, window, D]; slots of tokens that never came are undefined."""
+        """Keys and values [2, Hkv, window, D]; slots that no token has used are undefined."""
         return self._ring
 
     def restore(self, ring: Tensor, length: int) -> None:
-        """Take over the `ring` of a sequence of `length` tokens, whole or without the slots that none of them has used."""
+        """Restore the `ring` of a sequence of `length` tokens. It may lack unused slots."""
         self._ring[:, :, : ring.shape[2]].copy_(ring)
         self.length = length
 
     def ring_at(self, length: int, keys: Tensor, values: Tensor) -> Tensor:
-        """The ring as it is after `length` tokens, while the pass that brings keys and values [Hkv, n, D] has not stored them yet.
+        """Return the ring as it will be after `length` tokens, before a pass stores its own.
 
         Args:
-            length: from the stored tokens to those with the pass.
+            length: tokens, between those stored and those after the pass.
+            keys, values: [Hkv, n, D] of the pass.
 
         Returns:
-            A copy [2, Hkv, min(length, window), D]: slots that no token has used are left out.
+            A copy [2, Hkv, min(length, window), D] without the slots that no token has used.
         """
         count = min(length, self.window)
         slots = torch.arange(length - count, length, device=self._ring.device) % self.window
-        old = max(0, self.length - (length - count))  # of its tokens, those that are stored
+        old = max(0, self.length - (length - count))  # tokens of that ring that are stored already
         ring = self._ring.new_empty(*self._ring.shape[:2], count, self._ring.shape[3])
         ring[:, :, slots[:old]] = self._ring[:, :, slots[:old]]
         new = slice(length - count + old - self.length, length - self.length)
@@ -64,17 +65,17 @@ class WindowLayer:
         return ring
 
     def move_ring(self, into: Tensor) -> None:
-        """Keep the ring in `into` [2, Hkv, window, D] from now on."""
+        """Move the ring to the buffer `into` [2, Hkv, window, D]."""
         into.copy_(self._ring)
         self._ring = into
 
     @property
     def ordinary_bytes(self) -> int:
-        """Bytes of the same layer in an ordinary hybrid cache of a 16-bit dtype."""
+        """Bytes of the same layer in an ordinary 16-bit hybrid cache."""
         return 2 * 2 * self._ring.shape[1] * self._ring.shape[3] * min(self.length, self.window)
 
     def prefill(self, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
-        """Exact windowed attention of the next n prompt tokens, which are then stored."""
+        """Attend exactly, within the window, with the next n prompt tokens and store them."""
         check_finite(keys, values, self.index)
         earlier = torch.arange(max(0, self.length - self.window + 1), self.length, device=keys.device) % self.window
         seen_keys = torch.cat([self._ring[0, :, earlier], keys], dim=1)
@@ -84,7 +85,10 @@ class WindowLayer:
         return out
 
     def decode(self, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams, kind: StepKind) -> Tensor:
-        """Exact windowed attention of a pass's rows [Hq, n, D]; row 0 is stored if the pass commits it."""
+        """Attend exactly, within the window, with a step's queries [Hq, n, D].
+
+        The first token is stored if the step commits it.
+        """
         check_finite(keys, values, self.index)
         if kind.commits:
             self._write(keys[:, :1], values[:, :1])
@@ -96,11 +100,11 @@ class WindowLayer:
         return merge([part], params.sinks)[0]
 
     def truncate(self, length: int) -> None:
-        """Forget the last token, or what a failed pass wrote; going further back needs `can_truncate`."""
+        """Drop the last token, or what a failed pass wrote. Else check `can_truncate`."""
         self.length = min(self.length, length)
 
     def can_truncate(self, length: int) -> bool:
-        """Whether the ring still holds what a sequence of `length` tokens sees next."""
+        """Return whether the ring holds what a sequence of `length` tokens sees next."""
         return length >= self.length - 1 or self.length <= self.window
 
     def fork(self) -> WindowLayer:
@@ -122,9 +126,13 @@ class WindowLayer:
         self._ring[1, :, slots] = values
 
     def _mask(self, query: Tensor, ring: int, kind: StepKind) -> Tensor:
-        """bool [n, ring + own]: the row past the ring does not see the token that leaves its window; row 0 not row 1."""
+        """Return which keys a step's queries see, bool [n, ring + own].
+
+        The draft query does not see the token that leaves its window; the real query does not see
+        the draft token.
+        """
         own = 0 if kind is StepKind.SINGLE else 1
-        seen = torch.ones(kind.rows, ring + own, dtype=torch.bool, device=query.device)
+        seen = torch.ones(kind.queries, ring + own, dtype=torch.bool, device=query.device)
         if own and self.length >= self.window:
             seen[-1, self.length % self.window] = False
         if kind is StepKind.PAIR:

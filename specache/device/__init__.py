@@ -1,4 +1,5 @@
-"""The GPU engine: static buffers, two queues ordered by events, and rows that reach the device without the host waiting for it.
+"""Decode steps on a GPU: static buffers, two queues ordered by events, and no waiting on the host.
 
-Everything here also runs on the CPU, where a test can have the two queues run in any order that their events allow.
+Everything here also runs on the CPU, where tests run the two queues in any order that their events
+allow.
 """

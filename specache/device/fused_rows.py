@@ -1,4 +1,4 @@
-"""`DeviceRows` whose part of a step is five launches of Triton kernels per layer, instead of some 110 operations of PyTorch."""
+"""A `DeviceRowFetcher` on Triton kernels: five launches per layer and step instead of about 110."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from torch import Tensor
 
 from specache.config import ReadPath
 from specache.device.device_hot_set import DeviceHotSet
-from specache.device.device_rows import DeviceRows, RowCounters, StepBuffers
+from specache.device.device_rows import DeviceRowFetcher, RowCounters, StepBuffers
 from specache.device.sources import MappedRows, RowSource
 from specache.kernels import triton as triton_kernels
 from specache.tiers.streams import Streams
 
 
-class FusedRows(DeviceRows):
-    """The same rows, slots and numbers as `DeviceRows`, on CUDA or in Triton's interpreter."""
+class FusedRowFetcher(DeviceRowFetcher):
+    """Equals `DeviceRowFetcher` in rows, slots and counts. For CUDA and Triton's interpreter."""
 
     def __init__(
         self,
@@ -28,7 +28,7 @@ class FusedRows(DeviceRows):
         self._mapped = source
         self._kernels = triton_kernels.load_hot_rows()
 
-    def _ask(self, positions: Tensor) -> None:
+    def _lookup(self, positions: Tensor) -> None:
         buffers = self._buffers
         self._kernels.claim(
             positions,
@@ -41,30 +41,30 @@ class FusedRows(DeviceRows):
             wanted=buffers.positions[0],
         )
 
-    def _bring(self) -> None:
+    def _fetch_missing(self) -> None:
         buffers = self._buffers
         self._kernels.fill_mapped(
-            self._mapped.addresses, self._mapped.like, self.hot, buffers.missing, buffers.slots, buffers.found, buffers.rows[0]
+            self._mapped.addresses, self._mapped.like, self.hot, buffers.missing, buffers.slots, buffers.found, buffers.kv_rows[0]
         )
 
-    def _take(self) -> None:
+    def _insert(self) -> None:
         buffers = self._buffers
-        self._kernels.fill(buffers.fetched, self.hot, buffers.missing, buffers.slots, buffers.found, buffers.rows[0])
+        self._kernels.fill(buffers.fetched, self.hot, buffers.missing, buffers.slots, buffers.found, buffers.kv_rows[0])
 
-    def _look(self, positions: Tensor) -> None:
-        self._kernels.look(positions, self.hot, self._buffers.rows[-1], self._buffers.positions[-1])
+    def _lookup_available(self, positions: Tensor) -> None:
+        self._kernels.lookup(positions, self.hot, self._buffers.kv_rows[-1], self._buffers.positions[-1])
 
-    def _claim(self, positions: Tensor) -> None:
+    def _reserve_ahead(self, positions: Tensor) -> None:
         self._kernels.claim(positions, self.hot, self._ahead, self._ahead_slots, self._buffers.victims, self._counters.totals)
 
     def _read_ahead(self) -> None:
         self._kernels.fill_mapped(self._mapped.addresses, self._mapped.like, self.hot, self._ahead, self._ahead_slots)
 
 
-def device_rows(
+def device_row_fetcher(
     source: RowSource, hot: DeviceHotSet, buffers: StepBuffers, streams: Streams, counters: RowCounters, read: ReadPath
-) -> DeviceRows:
-    """The rows of a layer of a batch, by the kernels that can read their source."""
+) -> DeviceRowFetcher:
+    """Return a layer's row fetcher, with fused kernels if they can read its source."""
     if isinstance(source, MappedRows):
-        return FusedRows(source, hot, buffers, streams, counters, read)
-    return DeviceRows(source, hot, buffers, streams, counters, read)
+        return FusedRowFetcher(source, hot, buffers, streams, counters, read)
+    return DeviceRowFetcher(source, hot, buffers, streams, counters, read)

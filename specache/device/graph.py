@@ -1,8 +1,9 @@
-"""A decode step as a CUDA graph: captured once, then one launch per step.
+"""A decode step as a CUDA graph: captured once, then replayed with one launch per step.
 
-A graph holds the launches with their arguments as they were: addresses of tensors, and numbers. What a step does with one batch is
-therefore captured once per `key`: whatever of it is no tensor. The first step of a key runs as it is, and is the warm-up that a
-capture needs; the second is captured, which runs nothing, and replayed.
+A graph fixes the arguments of its launches: addresses of tensors, and numbers. So the steps of a
+batch are captured once per `key`, the part of their arguments that is not in tensors. The first
+step of a key runs eagerly, which is the warm-up that a capture needs. The second is captured, which
+runs nothing, and replayed.
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ Replay = Callable[[], None]
 
 
 class CaptureError(Exception):
-    """A step could not be captured; the cause is its `__cause__`. Nothing of the step has run."""
+    """A step could not be captured, for the reason in `__cause__`. Nothing of the step has run."""
 
 
 class Graphs(Protocol):
-    """Where graphs are captured."""
+    """Captures graphs."""
 
     def capture(self, run: Run) -> tuple[Replay, Tensor]:
-        """Record what `run` launches, running nothing -> (launch it all again, the tensor that its result is in)."""
+        """Record what `run` launches, without running it -> (replay, the tensor of its result)."""
 
 
 class CudaGraphs:
-    """CUDA's graphs. Those of one batch share memory for what a step computes and drops: one of them runs at a time."""
+    """CUDA's graphs. Those of one batch share memory for temporaries: one runs at a time."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -37,20 +38,20 @@ class CudaGraphs:
 
     def capture(self, run: Run) -> tuple[Replay, Tensor]:
         graph = torch.cuda.CUDAGraph()
-        # thread_local: what other threads do meanwhile (a tokenizer's, a server's) is their business
+        # thread_local: other threads (a tokenizer's, a server's) may use CUDA during the capture
         with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             result = run()
         return graph.replay, result
 
 
 class GraphedSteps:
-    """The steps of one batch, replayed where they were captured.
+    """Runs the steps of one batch, as replays once they are captured.
 
     Args:
-        graphs: `None` runs every step as it is.
+        graphs: `None` to run every step eagerly.
 
     Attributes:
-        capturing: the step that is under way, or that failed, is being captured: it has run nothing.
+        capturing: whether the current or failed step is a capture, which has run nothing.
     """
 
     def __init__(self, graphs: Graphs | None) -> None:
@@ -61,14 +62,14 @@ class GraphedSteps:
 
     @property
     def captures(self) -> int:
-        """Graphs that there are."""
+        """Number of captured graphs."""
         return len(self._captured)
 
     def __call__(self, key: Hashable, run: Run) -> Tensor:
-        """Run a step -> its result, the caller's own.
+        """Run a step -> a copy of its result.
 
         Raises:
-            CaptureError: it cannot be captured; the caller may run it in another way.
+            CaptureError: the step cannot be captured; the caller may run it in another way.
         """
         if self._graphs is None:
             return run()
@@ -88,12 +89,12 @@ class GraphedSteps:
 
 
 def graphs_for(device: torch.device) -> Graphs | None:
-    """CUDA's graphs, on CUDA."""
+    """Return CUDA's graphs on CUDA, else `None`."""
     return CudaGraphs(device) if device.type == "cuda" else None
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong first: that the capture as a whole failed is only its consequence."""
+    """Return the first error in the chain: the failure of the capture is only its consequence."""
     while error.__context__ is not None:
         error = error.__context__
     return (str(error).strip() or type(error).__name__).partition("\n")[0].rstrip(".")

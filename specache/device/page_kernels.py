@@ -1,7 +1,8 @@
-"""The kernels of a step whose shapes never change: pages by address, lengths and positions in device memory.
+"""The kernels of a static step: pages by address, lengths and positions in device memory.
 
-On CUDA they are Triton's. `TorchPages` does the same in PyTorch on the CPU, for tests: it copies the pages that the table's
-addresses name, at every call, so that a table that was overwritten is read as it is now. No shape depends on a number in a tensor.
+On CUDA they are Triton's. `TorchPages` does the same in PyTorch on the CPU, for tests. It copies
+the pages at the table's addresses at every call, so it sees a table that was overwritten. No shape
+depends on the contents of a tensor.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _library.define("read_pages(Tensor addresses, int page_bytes) -> Tensor")
 
 
 class RecentPart(NamedTuple):
-    """Attention over what is not in the copy, float32."""
+    """Attention over the tokens outside the low-bit copy, float32."""
 
     out: Tensor  # [B, Hkv, G, n, D]
     lse: Tensor  # [B, Hkv, G, n], sinks included
@@ -39,50 +40,64 @@ class RecentPart(NamedTuple):
 class PageKernels(Protocol):
     """Kernels of one layer for up to `capacity` low-bit tokens per sequence (whole pages).
 
-    Shapes and meanings as in `specache.kernels.dispatch`; lengths are those of the tables, int32 [B] on the device.
+    Shapes and meanings are those of `specache.kernels.dispatch`. Lengths are those of the tables,
+    int32 [B] on the device.
     """
 
-    def score(self, query: Tensor, tables: PageTables, weights: Tensor | None, scaling: float, softcap: float | None) -> PageScores:
-        """query [B, Hq, n, D], key weights float32 [B, Hkv, D] of the rotated code -> scores [B, Hkv, G, n, capacity]."""
+    def score(
+        self, query: Tensor, tables: PageTables, channel_scales: Tensor | None, scaling: float, softcap: float | None
+    ) -> PageScores:
+        """Score every low-bit key.
+
+        Args:
+            query: [B, Hq, n, D].
+            channel_scales: float32 [B, Hkv, D], the key scales of the rotated code.
+
+        Returns:
+            Scores [B, Hkv, G, n, capacity].
+        """
 
     def select(self, scores: PageScores, rest_lse: Tensor, lengths: Tensor, k: int) -> Tensor:
-        """Positions [B, Hkv, n, min(k, capacity)]."""
+        """Select positions [B, Hkv, n, min(k, capacity)]."""
 
     def rescore(
-        self, query: Tensor, scores: PageScores, positions: Tensor, rows: Tensor, scaling: float, softcap: float | None
+        self, query: Tensor, scores: PageScores, positions: Tensor, kv_rows: Tensor, scaling: float, softcap: float | None
     ) -> None:
-        """Exact scores of the fetched keys, in place."""
+        """Replace the scores of the fetched keys by exact ones, in place."""
 
-    def attend(self, scores: PageScores, positions: Tensor, rows: Tensor, tables: PageTables) -> tuple[Tensor, Tensor]:
-        """(out [B, Hkv, G, n, D], lse [B, Hkv, G, n]); destroys scores."""
+    def attend(self, scores: PageScores, positions: Tensor, kv_rows: Tensor, tables: PageTables) -> tuple[Tensor, Tensor]:
+        """Return (out [B, Hkv, G, n, D], lse [B, Hkv, G, n]). Destroys scores."""
 
     def recent(
         self, query: Tensor, keys: Tensor, values: Tensor, residual: Tensor, counts: Tensor, finite: Tensor, params: AttentionParams
     ) -> RecentPart | None:
-        """The part of a step outside the copy, in one launch (`triton.recent_backend`), or `None`: by PyTorch's operations."""
+        """Attend to the tokens outside the low-bit copy in one launch (`triton.recent_backend`).
 
-    def join(self, copy: tuple[Tensor, Tensor], recent: RecentPart, dtype: torch.dtype) -> Tensor:
-        """Both parts -> [B, n, Hq, D] in the model's dtype."""
+        Returns `None` where the caller must use PyTorch's operations.
+        """
+
+    def join(self, low_bit_part: tuple[Tensor, Tensor], recent: RecentPart, dtype: torch.dtype) -> Tensor:
+        """Merge both parts -> [B, n, Hq, D] in the model's dtype."""
 
 
 def page_kernels(layout: PageLayout, capacity: int, device: torch.device) -> PageKernels:
-    """The kernels that serve a device; `refuses` says beforehand whether they do."""
+    """Return the kernels for a device. Check `unsupported_reason` first."""
     return TorchPages(layout, capacity) if _in_pytorch(device) else TritonPages(layout, capacity)
 
 
-def refuses(device: torch.device, dim: int, dtype: torch.dtype, group_size: int) -> str | None:
-    """Why layers of this kind are not served on a device, or `None`."""
+def unsupported_reason(device: torch.device, dim: int, dtype: torch.dtype, group_size: int) -> str | None:
+    """Return why layers of this kind are unsupported on a device, or `None`."""
     if _in_pytorch(device):
         return None
     if device.type == "cuda" and dispatch.forces_torch():
         return f"{dispatch.VARIABLE} asks for PyTorch's kernels"
-    if device.type == "cuda" and (reason := triton_kernels.missing(device)):
+    if device.type == "cuda" and (reason := triton_kernels.unsupported_reason(device)):
         return reason
-    return triton_kernels.load().refuses(dim, dtype, group_size)
+    return triton_kernels.load().unsupported_reason(dim, dtype, group_size)
 
 
 def build_errors(device: torch.device) -> tuple[type[Exception], ...]:
-    """What is raised where a kernel cannot be compiled or loaded."""
+    """Return the exceptions that are raised where a kernel cannot be compiled or loaded."""
     return () if _in_pytorch(device) else triton_kernels.build_errors()
 
 
@@ -91,32 +106,36 @@ def _in_pytorch(device: torch.device) -> bool:
 
 
 class TritonPages:
-    """Triton's kernels, with grids for the capacity."""
+    """Triton's kernels, with grids sized for the capacity."""
 
     def __init__(self, layout: PageLayout, capacity: int) -> None:
         self._kernels, self._recent = triton_kernels.load(), triton_kernels.load_recent()
-        self._copy = layout.copy((), 0)
+        self._low_bit_kv = layout.low_bit_kv((), 0)  # for its layout only
         self._offsets = Offsets(*(layout.fields[name].offset if name in layout.fields else -1 for name in FIELDS))
         self._capacity = capacity
 
-    def score(self, query: Tensor, tables: PageTables, weights: Tensor | None, scaling: float, softcap: float | None) -> PageScores:
-        turned = None
-        if weights is not None:
-            grouped = query.float().reshape(*weights.shape[:2], -1, query.shape[-1])  # [B, Hkv, G n, D]
-            turned = (grouped / weights.unsqueeze(2)) @ torch_rotated.rotation(query.shape[-1], query.device).T
+    def score(
+        self, query: Tensor, tables: PageTables, channel_scales: Tensor | None, scaling: float, softcap: float | None
+    ) -> PageScores:
+        rotated_query = None
+        if channel_scales is not None:
+            grouped = query.float().reshape(*channel_scales.shape[:2], -1, query.shape[-1])  # [B, Hkv, G n, D]
+            rotated_query = (grouped / channel_scales.unsqueeze(2)) @ torch_rotated.rotation(query.shape[-1], query.device).T
         half = query.dtype != torch.float32
-        return self._kernels.score_pages(query, turned, tables, self._offsets, self._copy, self._capacity, scaling, softcap, half)
+        return self._kernels.score_pages(
+            query, rotated_query, tables, self._offsets, self._low_bit_kv, self._capacity, scaling, softcap, half
+        )
 
     def select(self, scores: PageScores, rest_lse: Tensor, lengths: Tensor, k: int) -> Tensor:
         return self._kernels.select_pages(scores, rest_lse, lengths, k)
 
     def rescore(
-        self, query: Tensor, scores: PageScores, positions: Tensor, rows: Tensor, scaling: float, softcap: float | None
+        self, query: Tensor, scores: PageScores, positions: Tensor, kv_rows: Tensor, scaling: float, softcap: float | None
     ) -> None:
-        self._kernels.rescore_pages(query, scores, positions, rows, scaling, softcap)
+        self._kernels.rescore_pages(query, scores, positions, kv_rows, scaling, softcap)
 
-    def attend(self, scores: PageScores, positions: Tensor, rows: Tensor, tables: PageTables) -> tuple[Tensor, Tensor]:
-        return self._kernels.attend_pages(scores, positions, rows, tables, self._offsets, self._copy)
+    def attend(self, scores: PageScores, positions: Tensor, kv_rows: Tensor, tables: PageTables) -> tuple[Tensor, Tensor]:
+        return self._kernels.attend_pages(scores, positions, kv_rows, tables, self._offsets, self._low_bit_kv)
 
     def recent(
         self, query: Tensor, keys: Tensor, values: Tensor, residual: Tensor, counts: Tensor, finite: Tensor, params: AttentionParams
@@ -124,52 +143,54 @@ class TritonPages:
         scaling, softcap, sinks = params.scaling, params.softcap, params.sinks
         return RecentPart(*self._recent.attend_recent(query, keys, values, residual, counts, finite, scaling, softcap, sinks))
 
-    def join(self, copy: tuple[Tensor, Tensor], recent: RecentPart, dtype: torch.dtype) -> Tensor:
-        return self._recent.join(*copy, *recent, dtype)
+    def join(self, low_bit_part: tuple[Tensor, Tensor], recent: RecentPart, dtype: torch.dtype) -> Tensor:
+        return self._recent.join(*low_bit_part, *recent, dtype)
 
 
 class TorchPages:
-    """The plain PyTorch kernels of `torch_ops`, over tables."""
+    """The plain PyTorch kernels of `kernels.torch.operations`, over page tables."""
 
     def __init__(self, layout: PageLayout, capacity: int) -> None:
         self._layout = layout
         self._capacity = capacity
 
-    def score(self, query: Tensor, tables: PageTables, weights: Tensor | None, scaling: float, softcap: float | None) -> PageScores:
-        copies = self._copies(tables, weights)
-        scores = torch_ops.score(query, copies, [self._capacity] * len(copies), scaling, softcap)
+    def score(
+        self, query: Tensor, tables: PageTables, channel_scales: Tensor | None, scaling: float, softcap: float | None
+    ) -> PageScores:
+        low_bit_kvs = self._low_bit_kvs(tables, channel_scales)
+        scores = torch_ops.score(query, low_bit_kvs, [self._capacity] * len(low_bit_kvs), scaling, softcap)
         return PageScores(scores.masked_fill_(_behind(tables.lengths, self._capacity), -torch.inf))
 
     def select(self, scores: PageScores, rest_lse: Tensor, lengths: Tensor, k: int) -> Tensor:
         size = scores.values.shape[-1]
         k = min(k, size)
-        mass = torch_ops.mean_probabilities(scores.values, rest_lse)  # [B, Hkv, n, S]
-        mass.masked_fill_(_behind(lengths, size).squeeze(2), -1.0)
-        wanted = torch_ops.largest(mass, k)
+        mean_prob = torch_ops.mean_probabilities(scores.values, rest_lse)  # [B, Hkv, n, S]
+        mean_prob.masked_fill_(_behind(lengths, size).squeeze(2), -1.0)
+        wanted = torch_ops.largest(mean_prob, k)
         slots = torch.arange(size, device=lengths.device).expand_as(wanted).masked_fill(~wanted, size)
         positions = slots.sort(dim=-1).values[..., :k]
         return positions.where(positions < lengths.view(-1, 1, 1, 1), -1)
 
     def rescore(
-        self, query: Tensor, scores: PageScores, positions: Tensor, rows: Tensor, scaling: float, softcap: float | None
+        self, query: Tensor, scores: PageScores, positions: Tensor, kv_rows: Tensor, scaling: float, softcap: float | None
     ) -> None:
         values = scores.values
-        exact = torch_ops.exact_scores(query, values, rows, scaling, softcap)  # [B, Hkv, G, n, k]
+        exact = torch_ops.exact_scores(query, values, kv_rows, scaling, softcap)  # [B, Hkv, G, n, k]
         padded = torch.nn.functional.pad(values, (0, 1))
         padded.scatter_(-1, _slots(positions, values), exact)
         values.copy_(padded[..., : values.shape[-1]])
 
-    def attend(self, scores: PageScores, positions: Tensor, rows: Tensor, tables: PageTables) -> tuple[Tensor, Tensor]:
+    def attend(self, scores: PageScores, positions: Tensor, kv_rows: Tensor, tables: PageTables) -> tuple[Tensor, Tensor]:
         groups, n, size = scores.values.shape[2:]
         weights, lse = torch_ops.softmax(scores.values)
         padded = torch.nn.functional.pad(weights, (0, 1))
         slots = _slots(positions, scores.values)
         fetched = padded.gather(-1, slots)  # 0 where there is no pair
         padded.scatter_(-1, slots, 0.0)
-        fetched_values = rows[..., rows.shape[-1] // 2 :].float().masked_fill((positions < 0).unsqueeze(-1), 0.0)
+        fetched_values = kv_rows[..., kv_rows.shape[-1] // 2 :].float().masked_fill((positions < 0).unsqueeze(-1), 0.0)
         out = torch.einsum("bhgnk,bhnkd->bhgnd", fetched, fetched_values)
-        for b, copy in enumerate(self._copies(tables, None)):
-            low_bit = self._values(copy, padded[b, ..., :size].flatten(1, 2))
+        for b, low_bit_kv in enumerate(self._low_bit_kvs(tables, None)):
+            low_bit = self._values(low_bit_kv, padded[b, ..., :size].flatten(1, 2))
             out[b] += low_bit.unflatten(1, (groups, n))
         return out, lse
 
@@ -178,42 +199,42 @@ class TorchPages:
     ) -> None:
         return None
 
-    def join(self, copy: tuple[Tensor, Tensor], recent: RecentPart, dtype: torch.dtype) -> Tensor:
-        out, lse = copy
+    def join(self, low_bit_part: tuple[Tensor, Tensor], recent: RecentPart, dtype: torch.dtype) -> Tensor:
+        out, lse = low_bit_part
         total = torch.logaddexp(lse, recent.lse)
         weight = (recent.own_lse - total).exp().unsqueeze(-1)
         joined = out * (lse - total).exp().unsqueeze(-1) + recent.out * weight  # [B, Hkv, G, n, D]
         return joined.flatten(1, 2).transpose(1, 2).to(dtype)
 
-    def _values(self, copy: LowBitKV, weights: Tensor) -> Tensor:
-        """weights [Hkv, G n, S] -> [Hkv, G n, D]."""
-        values = torch_rotated.ValueSum(copy) if copy.code is Code.ROTATED else torch_kivi.ValueSum(copy)
-        for block, first, count in blocks(copy, self._capacity):
+    def _values(self, low_bit_kv: LowBitKV, weights: Tensor) -> Tensor:
+        """Sum values with weights [Hkv, G n, S] -> [Hkv, G n, D]."""
+        values = torch_rotated.ValueSum(low_bit_kv) if low_bit_kv.code is Code.ROTATED else torch_kivi.ValueSum(low_bit_kv)
+        for block, first, count in blocks(low_bit_kv, self._capacity):
             values.add(weights[..., first : first + count], block)
         return values.result()
 
-    def _copies(self, tables: PageTables, weights: Tensor | None) -> list[LowBitKV]:
-        """Every sequence's copy as it is now, filled up to the capacity with pages of zeros."""
+    def _low_bit_kvs(self, tables: PageTables, channel_scales: Tensor | None) -> list[LowBitKV]:
+        """Return every sequence's current low-bit copy, padded to the capacity with zero pages."""
         count = self._capacity // PAGE_TOKENS
         pages = torch.ops.specache_device.read_pages(tables.addresses, self._layout.page_bytes)
         runs = [self._layout.run(pages, b * count, count) for b in range(len(pages) // count)]
-        of_sequence = [None] * len(runs) if weights is None else list(weights)
-        return [self._layout.copy((run,), self._capacity, w) for run, w in zip(runs, of_sequence, strict=True)]
+        of_sequence = [None] * len(runs) if channel_scales is None else list(channel_scales)
+        return [self._layout.low_bit_kv((run,), self._capacity, w) for run, w in zip(runs, of_sequence, strict=True)]
 
 
 def _behind(lengths: Tensor, size: int) -> Tensor:
-    """bool [B, 1, 1, 1, S]: slots at or past a sequence's length."""
+    """Return which slots are at or past a sequence's length, bool [B, 1, 1, 1, S]."""
     return torch.arange(size, device=lengths.device) >= lengths.view(-1, 1, 1, 1, 1)
 
 
 def _slots(positions: Tensor, scores: Tensor) -> Tensor:
-    """positions [B, Hkv, n, k] for every query head [B, Hkv, G, n, k]; no pair is the slot past the end."""
+    """Expand positions [B, Hkv, n, k] to [B, Hkv, G, n, k]; -1 becomes the slot past the end."""
     slots = positions.masked_fill(positions < 0, scores.shape[-1])
     return slots.unsqueeze(2).expand(-1, -1, scores.shape[2], -1, -1)
 
 
 def _read_pages(addresses: Tensor, page_bytes: int) -> Tensor:
-    """Copies of the pages at addresses int64 [N] -> uint8 [N, page bytes]; zeros at address 0."""
+    """Copy the pages at addresses int64 [N] -> uint8 [N, page bytes]; zeros at address 0."""
     pages = torch.zeros(len(addresses), page_bytes, dtype=torch.uint8)
     for page, address in zip(pages, addresses.tolist(), strict=True):
         if address:

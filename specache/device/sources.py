@@ -1,4 +1,4 @@
-"""Where a batch's rows lie, as device code reads them: by position, zeros where there is none, nothing waited for."""
+"""Sources of a batch's 16-bit rows: device code reads them by position, without waiting."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from specache.kernels.triton.tables import to_device
 
 
 class RowSource(Protocol):
-    """The rows of one layer of a batch of sequences, [Hkv, capacity, 2 D] each, all of the same strides."""
+    """The rows of one layer of a batch, [Hkv, capacity, 2 D] per sequence, with equal strides."""
 
     def gather(self, positions: Tensor) -> Tensor:
-        """Rows [B, Hkv, m, 2 D] of positions [B, Hkv, m], zeros at -1, read on the current stream."""
+        """Read rows [B, Hkv, m, 2 D] of positions [B, Hkv, m] on the current stream; 0 at -1."""
 
     def replace(self, stored: Sequence[Tensor]) -> None:
-        """The rows lie elsewhere from now on (a buffer grew, a sequence left); shapes and strides are the old ones."""
+        """Switch to other buffers of equal shape and strides (one grew, a sequence left)."""
 
 
 class StoredRows:
-    """Rows as tensors that PyTorch can read where it computes: on the CPU."""
+    """Rows in CPU tensors, which PyTorch reads directly."""
 
     def __init__(self, stored: Sequence[Tensor]) -> None:
         self._stored = _alike(stored)
 
     def gather(self, positions: Tensor) -> Tensor:
         heads = torch.arange(positions.shape[1], device=positions.device).unsqueeze(1)
-        rows = torch.stack([rows[heads, at] for rows, at in zip(self._stored, positions.clamp(min=0), strict=True)])
-        return rows.masked_fill_((positions < 0).unsqueeze(-1), 0.0)
+        kv_rows = torch.stack([kv_rows[heads, at] for kv_rows, at in zip(self._stored, positions.clamp(min=0), strict=True)])
+        return kv_rows.masked_fill_((positions < 0).unsqueeze(-1), 0.0)
 
     def replace(self, stored: Sequence[Tensor]) -> None:
         self._stored = _replacement(self._stored, stored)
 
 
 class MappedRows:
-    """Rows that a kernel reads at their addresses: page-locked host memory, or memory of the device.
+    """Rows that a kernel reads by address, in page-locked host memory or device memory.
 
-    The addresses int64 [B] are in device memory and stay where they are: a graph captured over them reads the rows that `replace`
-    names later.
+    The addresses int64 [B] are in a static device buffer: a captured graph reads the rows that a
+    later `replace` sets.
 
     Raises:
         SlowTierError: the rows are in pageable memory, which a kernel cannot read.
@@ -55,7 +55,7 @@ class MappedRows:
 
     @property
     def like(self) -> Tensor:
-        """Any of the rows [Hkv, capacity, 2 D]: its dtype and strides are those of all."""
+        """The rows [Hkv, capacity, 2 D] of one sequence, for their dtype and strides."""
         return self._stored[0]
 
     def gather(self, positions: Tensor) -> Tensor:
@@ -67,17 +67,17 @@ class MappedRows:
 
 
 def row_source(stored: Sequence[Tensor], device: torch.device) -> RowSource:
-    """The rows of a layer of a batch for a decode step on `device`."""
+    """Return the source of a layer's rows for decode steps on `device`."""
     in_pytorch = device.type == "cpu" and not triton_kernels.interpreted()
     return StoredRows(stored) if in_pytorch else MappedRows(stored, device)
 
 
 def _addresses(stored: Sequence[Tensor]) -> list[int]:
-    return [rows.data_ptr() for rows in stored]
+    return [kv_rows.data_ptr() for kv_rows in stored]
 
 
 def _alike(stored: Sequence[Tensor]) -> list[Tensor]:
-    if len({(rows.shape, rows.stride(), rows.dtype) for rows in stored}) != 1:
+    if len({(kv_rows.shape, kv_rows.stride(), kv_rows.dtype) for kv_rows in stored}) != 1:
         raise ValueError(
             "the row buffers of a batch must have one shape, one dtype and the same strides: reserve as many tokens in each"
         )
@@ -92,7 +92,7 @@ def _replacement(old: Sequence[Tensor], new: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _readable(stored: list[Tensor], device: torch.device) -> list[Tensor]:
-    if device.type == "cuda" and not all(rows.is_cuda or rows.is_pinned() for rows in stored):
+    if device.type == "cuda" and not all(kv_rows.is_cuda or kv_rows.is_pinned() for kv_rows in stored):
         raise SlowTierError(
             "The 16-bit rows are in pageable memory, which the GPU cannot read by itself: the system did not lock as much. Free "
             "main memory, use a shorter context or fewer sequences at a time, or decode without static buffers."

@@ -1,6 +1,7 @@
-"""The sliding-window layers of a batch that decodes: each sequence's ring of exact tokens, in one tensor per layer.
+"""The sliding-window layers of a batch that decodes: the sequences' rings in one tensor per layer.
 
-A token's slot is its position modulo the window. Which slots a row sees follows from its position, a number on the device.
+A token's slot is its position modulo the window. The slots that a query sees follow from its
+position, a number on the device.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ class WindowState:
     """One sliding layer of `B` sequences.
 
     Attributes:
-        layers: the sequences' own.
+        layers: the layer of each sequence.
         ring: [B, 2, Hkv, window, D], keys and values.
-        finite: bool [], whether the keys and values of the last step's real row were.
+        finite: bool [], whether keys and values of the last step's real token were finite.
     """
 
     layers: list[WindowLayer]
@@ -34,37 +35,37 @@ class WindowState:
 
     @classmethod
     def of(cls, layers: Sequence[WindowLayer], finite: Tensor) -> WindowState:
-        """The state of a layer, which is not moved here yet."""
+        """Return the state of a layer. Rings are not moved into it yet."""
         return cls(list(layers), torch.zeros_like(layers[0].ring.expand(len(layers), *layers[0].ring.shape)), finite)
 
     @property
     def window(self) -> int:
         return self.ring.shape[3]
 
-    def take(self) -> None:
-        """The layers' rings are the parts of this one from now on."""
+    def attach(self) -> None:
+        """Move the layers' rings into the batch's ring."""
         for layer, ring in zip(self.layers, self.ring, strict=True):
             layer.move_ring(ring)
 
-    def give_back(self) -> None:
-        """The layers have rings of their own again."""
+    def detach(self) -> None:
+        """Move the rings back into buffers of the layers."""
         for layer, ring in zip(self.layers, self.ring, strict=True):
             layer.move_ring(torch.empty_like(ring))
 
     def commit(self) -> None:
-        """The step's real row counts."""
+        """Count the step's real token."""
         for layer in self.layers:
             layer.length += 1
 
     def attention(
         self, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, hidden: Tensor, params: AttentionParams
     ) -> Tensor:
-        """Exact windowed attention of a step's rows; row 0 joins the ring.
+        """Append the real token to the ring, and attend exactly within the window.
 
         Args:
             query: [B, Hq, n, D]; keys, values: [B, Hkv, n, D].
-            positions: int64 [B] of row 0.
-            hidden: what `hidden_slots` gives for this window.
+            positions: int64 [B] of the real tokens.
+            hidden: the result of `hidden_slots` for this window.
 
         Returns:
             [B, Hq, n, D].
@@ -84,7 +85,7 @@ class WindowState:
         return (out.view(*shape, -1) * share.unsqueeze(-1)).flatten(1, 2)
 
     def _append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
-        """Row 0 joins the ring, and whether it is finite is noted."""
+        """Append the real token to the ring, and record whether it is finite."""
         new = torch.stack([keys[:, :, 0], values[:, :, 0]], dim=1)  # [B, 2, Hkv, D]
         self.finite.copy_(torch.isfinite(new).all())
         slot = (positions % self.window).view(-1, 1, 1, 1, 1).expand(*new.shape[:3], 1, new.shape[3])
@@ -92,24 +93,26 @@ class WindowState:
 
 
 def hidden_slots(positions: Tensor, window: int, kind: StepKind) -> Tensor:
-    """What the rows of a step do not see of the ring and of the rows behind it -> bool [B, 1, 1, n, window + n - 1].
+    """Return which keys a step's queries do not see, bool [B, 1, 1, n, window + n - 1].
+
+    The keys are those of the ring, followed by the step's own tokens that are not in it.
 
     Args:
-        positions: int64 [B] of row 0, which is in its slot already.
+        positions: int64 [B] of the real tokens, which are in the ring already.
     """
-    own = kind.rows - 1
+    own = kind.queries - 1
     column = torch.arange(window + own, device=positions.device)
     first = positions.view(-1, 1, 1, 1, 1)
-    hidden = (column > first) & (column < window)  # tokens that have not come yet
+    hidden = (column > first) & (column < window)  # slots that no token has used yet
     if kind is StepKind.PAIR:
         row = torch.arange(2, device=positions.device).view(2, 1)
-        leaves = (first + 1 >= window) & (column == (first + 1) % window)  # for the guess, one position further
+        leaves = (first + 1 >= window) & (column == (first + 1) % window)  # leaves the draft query's window
         hidden = hidden | ((column >= window) & (row == 0)) | (leaves & (row == 1))
     return hidden
 
 
 def _fused(query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, scaling: float) -> Tensor:
-    """PyTorch's own attention: the query heads of a KV head are rows of it."""
+    """Run PyTorch's own attention, with the query heads of a KV head as its queries."""
     batch, heads, tokens, _ = keys.shape
     grouped = query.reshape(batch, heads, -1, query.shape[-1])  # [B, Hkv, G n, D]
     groups = query.shape[1] // heads

@@ -306,7 +306,7 @@ class Decoder:
                 return static
         self._cache.release_device_batch()
         plan = StepSpec(kind, config.policy, config.top_k, self._cache.counters)
-        positions = self._positions([sequence.length for sequence in sequences], kind.rows)
+        positions = self._positions([sequence.length for sequence in sequences], kind.queries)
         reset_rope(self._model, self._info)  # another sequence's length, or a call outside, may have left its mark
         for sequence in sequences:
             sequence.begin_pass()

@@ -30,7 +30,7 @@ from specache.config import SpeCacheConfig
 from specache.engine.generate import prefill
 from specache.engine.reread import Rereader
 from specache.errors import SessionError
-from specache.low_bit.key_scales import KeyWeights
+from specache.low_bit.key_scales import KeyScales
 from specache.sessions import names, state
 from specache.sessions.checkpoints import DiskCheckpoints
 from specache.sessions.damage import Damage, Inspection, inspect
@@ -291,7 +291,7 @@ class MendedSession(Session):
                 tier.truncate(index, length)
                 kept = {kind: tensors.get(f"{kind}.{index}") for kind in ("weights", "queries", "wanted")}
                 moved = {kind: None if tensor is None else tensor.to(device) for kind, tensor in kept.items()}
-                layer.weights = KeyWeights.restored(layer.weights.tokens, moved["weights"], moved["queries"])
+                layer.key_scales = KeyScales.restored(layer.key_scales.tokens, moved["weights"], moved["queries"])
                 layer.rebuild(length)
                 layer.next_positions = moved["wanted"]
         sequence.commit(tensors["token_ids"].tolist()[:length])

@@ -114,16 +114,16 @@ class StaticDecoder:
     def _run(self, batch: DeviceBatch, tokens: list[list[int]]) -> Tensor:
         config = self._cache.config
         kind = KINDS[config.policy]
-        retires = batch.begin(tokens) and config.policy.prefetches  # only what is selected for the next step depends on it
+        pending_groups = batch.begin(tokens) and config.policy.prefetches  # only what is selected for the next step depends on it
 
         def run() -> Tensor:
-            state = StaticPass(batch, kind, config.policy, config.top_k, retires)
+            state = StaticPass(batch, kind, config.policy, config.top_k, pending_groups)
             logits = decode_forward(self._model, batch.inputs.token_ids, batch.inputs.position_ids, state, reads_back=False)
             if self._graphs:
                 batch.join()
             return logits
 
-        logits = self._steps(retires, run)
+        logits = self._steps(pending_groups, run)
         batch.ran()
         if (layer := batch.first_not_finite()) is not None:
             raise not_finite(layer)
@@ -180,7 +180,7 @@ class StaticDecoder:
             index: sum(self._cache.hot_slots(sequence, sequence.compressed[index]) for sequence in sequences) // len(sequences)
             for index in sequences[0].compressed
         }
-        return BatchSize(KINDS[config.policy].rows, room, slots)
+        return BatchSize(KINDS[config.policy].queries, room, slots)
 
     def _detach(self, failed: bool) -> None:
         batch = self._batch
@@ -191,7 +191,7 @@ class StaticDecoder:
             batch.abandon_capture()
         if failed:
             batch.undo()
-        batch.give_back()
+        batch.detach()
         self._count(batch)
         for sequence in self._sequences:
             if failed:
@@ -236,7 +236,7 @@ class StaticDecoder:
         if config.residual == 0:
             return "residual=0 leaves no token at 16 bits while its group becomes low bit"
         layers = set(self._cache.resources.dimensions.full_layers)
-        reasons = (page_kernels.refuses(info.device, layer.head_dim, info.dtype, config.group_size) for layer in layers)
+        reasons = (page_kernels.unsupported_reason(info.device, layer.head_dim, info.dtype, config.group_size) for layer in layers)
         return next((reason for reason in reasons if reason), None)
 
 

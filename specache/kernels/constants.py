@@ -1,4 +1,4 @@
-"""Tensors that are computed once and kept for the whole process: they must not depend on the modes of whoever asks first."""
+"""Constant tensors, computed once per process whatever PyTorch modes the first caller uses."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ P = ParamSpec("P")
 
 
 def constant(most: int) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
-    """Keep the last `most` results of a function, each made in PyTorch's plain modes: no inference tensor, not on a default device
-    of the caller's. The function names every dtype itself.
+    """Decorate a function to cache its last `most` results, computed in PyTorch's plain modes.
+
+    So results are no inference tensors and ignore the caller's default device. The function must
+    name every dtype.
     """
 
     def decorate(make: Callable[P, Tensor]) -> Callable[P, Tensor]:

@@ -1,22 +1,27 @@
-"""The kernels' signatures, and which implementation serves each.
+"""The kernels' signatures, and the choice of a backend for each call.
 
-Every operation takes a ragged batch: one `LowBitKV` per sequence. A backend has these operations; the plain PyTorch one serves
-every device and is what the others are tested against.
+Every operation takes a ragged batch: one `LowBitKV` per sequence. Every backend has these
+operations. The plain PyTorch backend supports every device, and the others are tested against it.
 
-    quantise(keys [Hkv, n, D], values [Hkv, n, D], copy, start) -> None
-        writes tokens `[start, start + n)` into the copy's pages; `start` and `n` are whole groups
-    score(query [B, Hq, n, D], copies, lengths, scaling, softcap) -> float32 scores [B, Hkv, G, n, S], -inf past a sequence's length
-    rescore(query, scores, positions [B, Hkv, n, k], rows [B, Hkv, n, k, 2D], scaling, softcap) -> None
-        puts exact scores of the fetched keys in place; position -1 means no pair
-    select(scores, rest_lse [B, Hkv, G, n], lengths, k) -> positions [B, Hkv, n, k], ascending, ties to the lower, -1 padding
-    attend(scores, positions, rows, copies, lengths) -> (out [B, Hkv, G, n, D], lse [B, Hkv, G, n]); destroys scores
+    quantise(keys [Hkv, n, D], values [Hkv, n, D], low_bit_kv, start)
+        writes tokens `[start, start + n)` into the pages; `start` and `n` are whole groups
+    score(query [B, Hq, n, D], low_bit_kvs, lengths, scaling, softcap)
+        -> float32 scores [B, Hkv, G, n, S], -inf past a sequence's length
+    rescore(query, scores, positions [B, Hkv, n, k], kv_rows [B, Hkv, n, k, 2D], scaling, softcap)
+        replaces the scores of the fetched keys by exact ones; position -1 means no pair
+    select(scores, rest_lse [B, Hkv, G, n], lengths, k)
+        -> positions [B, Hkv, n, k], ascending, ties to the lower, -1 padding
+    attend(scores, positions, kv_rows, low_bit_kvs, lengths)
+        -> (out [B, Hkv, G, n, D], lse [B, Hkv, G, n]); destroys scores
 
-`rest_lse` is the log-sum-exp of everything a row sees outside the copy. Paper: Algorithm 3; layout: KIVI.
+`rest_lse` is the log-sum-exp over all tokens that a query sees outside the low-bit copy. Paper:
+Algorithm 3; layout: KIVI.
 
-Tensors on CUDA are served by Triton (`kernels/triton/`) where it can, tensors on the CPU by the fastest C++ kernels that this
-processor runs, else by PyTorch. The environment variable `SPECACHE_KERNELS` forces a backend: `torch` everywhere, on the CPU an
-instruction set of the C++ kernels (`generic`, `avx2`, `avx512`, `amx`, `neon`), or `triton` (on the CPU in its interpreter only, to
-test).
+Tensors on CUDA go to Triton (`kernels/triton/`) if it supports them, tensors on the CPU to the
+fastest C++ kernels of this processor, and all others to PyTorch. The environment variable
+`SPECACHE_KERNELS` forces a backend: `torch` everywhere; on the CPU an instruction set of the C++
+kernels (`generic`, `avx2`, `avx512`, `amx`, `neon`), or `triton` (on the CPU only in its
+interpreter, for tests).
 """
 
 from __future__ import annotations
@@ -45,12 +50,12 @@ ON_CPU = f"On the CPU, Triton has an interpreter, to test only: set {triton_kern
 
 
 def available() -> list[str]:
-    """Backends for the CPU, fastest last."""
+    """Return the backends for the CPU, fastest last."""
     return ["torch", *native.instruction_sets()]
 
 
 def active() -> dict[str, str]:
-    """Operation -> name of the backend that serves it on the CPU, for `specache doctor`."""
+    """Return operation -> name of its backend on the CPU, for `specache doctor`."""
     return dict.fromkeys(OPERATIONS, _chosen()[0])
 
 
@@ -59,7 +64,7 @@ def using(name: str) -> Iterator[None]:
     """Force a backend inside the block (for all threads).
 
     Raises:
-        ConfigError: it is not available here.
+        ConfigError: the backend is not available here.
     """
     global _forced
     before, _forced = _forced, (name, _load(name))
@@ -69,67 +74,69 @@ def using(name: str) -> Iterator[None]:
         _forced = before
 
 
-def quantise(keys: Tensor, values: Tensor, copy: LowBitKV, start: int) -> None:
-    _serving(keys, copy.head_dim, copy.group_size).quantise(keys, values, copy, start)
+def quantise(keys: Tensor, values: Tensor, low_bit_kv: LowBitKV, start: int) -> None:
+    _backend_for(keys, low_bit_kv.head_dim, low_bit_kv.group_size).quantise(keys, values, low_bit_kv, start)
 
 
-def score(query: Tensor, copies: Sequence[LowBitKV], lengths: Sequence[int], scaling: float, softcap: float | None) -> Tensor:
-    return _serving(query, query.shape[-1], copies[0].group_size).score(query, copies, lengths, scaling, softcap)
+def score(query: Tensor, low_bit_kvs: Sequence[LowBitKV], lengths: Sequence[int], scaling: float, softcap: float | None) -> Tensor:
+    return _backend_for(query, query.shape[-1], low_bit_kvs[0].group_size).score(query, low_bit_kvs, lengths, scaling, softcap)
 
 
-def rescore(query: Tensor, scores: Tensor, positions: Tensor, rows: Tensor, scaling: float, softcap: float | None) -> None:
-    _serving(rows, query.shape[-1]).rescore(query, scores, positions, rows, scaling, softcap)
+def rescore(query: Tensor, scores: Tensor, positions: Tensor, kv_rows: Tensor, scaling: float, softcap: float | None) -> None:
+    _backend_for(kv_rows, query.shape[-1]).rescore(query, scores, positions, kv_rows, scaling, softcap)
 
 
 def select(scores: Tensor, rest_lse: Tensor, lengths: Sequence[int], k: int) -> Tensor:
-    return _serving(scores).select(scores, rest_lse, lengths, k)
+    return _backend_for(scores).select(scores, rest_lse, lengths, k)
 
 
 def attend(
-    scores: Tensor, positions: Tensor, rows: Tensor, copies: Sequence[LowBitKV], lengths: Sequence[int]
+    scores: Tensor, positions: Tensor, kv_rows: Tensor, low_bit_kvs: Sequence[LowBitKV], lengths: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    return _serving(rows, copies[0].head_dim, copies[0].group_size).attend(scores, positions, rows, copies, lengths)
+    return _backend_for(kv_rows, low_bit_kvs[0].head_dim, low_bit_kvs[0].group_size).attend(
+        scores, positions, kv_rows, low_bit_kvs, lengths
+    )
 
 
 def fused(query: Tensor) -> native.NativeKernels | None:
-    """The backend that does a layer of a step in one call (`decode_in_place`), if one serves this query [B, Hq, n, D]."""
-    backend = _serving(query, query.shape[-1])
+    """Return the backend for whole layers (`decode_in_place`) if it supports [B, Hq, n, D]."""
+    backend = _backend_for(query, query.shape[-1])
     return backend if isinstance(backend, native.NativeKernels) else None
 
 
 def forces_torch() -> bool:
-    """Whether PyTorch's kernels were asked for, also on a GPU."""
+    """Return whether PyTorch's kernels are forced, also on a GPU."""
     return (_forced[0] if _forced else os.environ.get(VARIABLE)) == "torch"
 
 
-def _serving(tensor: Tensor, dim: int = 1, group_size: int = 64) -> Any:
+def _backend_for(tensor: Tensor, dim: int = 1, group_size: int = 64) -> Any:
     name, backend = _chosen()
     if tensor.device.type == "cuda" or name == TRITON:
-        return torch_ops if forces_torch() else _serving_gpu(tensor, dim, group_size)
-    if native.MISSING and tensor.device.type == "cpu" and VARIABLE not in os.environ:
-        _say_once()
-    if tensor.device.type != "cpu" or backend is torch_ops or not backend.serves(dim, tensor.dtype):
+        return torch_ops if forces_torch() else _gpu_backend_for(tensor, dim, group_size)
+    if native.IMPORT_ERROR and tensor.device.type == "cpu" and VARIABLE not in os.environ:
+        _warn_without_native()
+    if tensor.device.type != "cpu" or backend is torch_ops or not backend.supports(dim, tensor.dtype):
         return torch_ops
     return backend
 
 
-def _serving_gpu(tensor: Tensor, dim: int, group_size: int) -> Any:
-    """Triton, if it runs where the tensor is and serves its layer."""
+def _gpu_backend_for(tensor: Tensor, dim: int, group_size: int) -> Any:
+    """Return Triton if it supports the tensor's device and layer, else PyTorch."""
     if tensor.device.type == "cpu":
         if not triton_kernels.interpreted():
             raise ConfigError(f"{VARIABLE}={TRITON!r} runs on a GPU, and this tensor is on the CPU. {ON_CPU}")
-    elif reason := _missing(tensor.device):
-        _say_not_served(reason)
+    elif reason := _unsupported_reason(tensor.device):
+        _warn_unsupported(reason)
         return torch_ops
-    if reason := _triton().refuses(dim, tensor.dtype, group_size):
-        _say_not_served(reason)
+    if reason := _triton().unsupported_reason(dim, tensor.dtype, group_size):
+        _warn_unsupported(reason)
         return torch_ops
     return _triton() if tensor.device.type == "cpu" else _guarded(tensor.device)
 
 
 @cache
-def _missing(device: torch.device) -> str | None:
-    return triton_kernels.missing(device)
+def _unsupported_reason(device: torch.device) -> str | None:
+    return triton_kernels.unsupported_reason(device)
 
 
 @cache
@@ -140,18 +147,18 @@ def _triton() -> Any:
 @cache
 def _guarded(device: torch.device) -> GuardedKernels:
     def give_up(error: Exception) -> None:
-        _say_not_served(f"a kernel cannot be built for {device} ({triton_kernels.said(error)})")
+        _warn_unsupported(f"a kernel cannot be built for {device} ({triton_kernels.error_summary(error)})")
 
     return GuardedKernels(_triton(), triton_kernels.build_errors(), give_up)
 
 
 @cache
-def _say_not_served(reason: str) -> None:
+def _warn_unsupported(reason: str) -> None:
     warnings.warn(f"specache's Triton kernels do not serve this: {reason}. PyTorch does, slower.", RuntimeWarning, stacklevel=2)
 
 
 def _chosen() -> tuple[str, Any]:
-    """Name and backend for the CPU."""
+    """Return name and backend for the CPU."""
     return _forced or _default()
 
 
@@ -162,9 +169,9 @@ def _default() -> tuple[str, Any]:
 
 
 @cache
-def _say_once() -> None:
+def _warn_without_native() -> None:
     warnings.warn(
-        f"specache's C++ kernels are not installed ({native.MISSING}): decoding runs on PyTorch, many times slower. "
+        f"specache's C++ kernels are not installed ({native.IMPORT_ERROR}): decoding runs on PyTorch, many times slower. "
         "See `specache doctor`.",
         RuntimeWarning,
         stacklevel=2,
@@ -173,12 +180,12 @@ def _say_once() -> None:
 
 def _load(name: str) -> Any:
     if name == TRITON:
-        if not triton_kernels.interpreted() and (reason := triton_kernels.missing()):
+        if not triton_kernels.interpreted() and (reason := triton_kernels.unsupported_reason()):
             raise ConfigError(f"{VARIABLE}={name!r} is not available here ({reason}). {ON_CPU}")
         return _triton()
     if name not in available():
         known = ", ".join([*available(), TRITON])
-        reason = f" ({native.MISSING})" if native.MISSING and name != "torch" else ""
+        reason = f" ({native.IMPORT_ERROR})" if native.IMPORT_ERROR and name != "torch" else ""
         raise ConfigError(f"{VARIABLE}={name!r} is not available here{reason}. There is {known}.")
     return torch_ops if name == "torch" else native.NativeKernels(name)
 

@@ -1,4 +1,4 @@
-"""Whether a tensor holds NaN or infinity, in one pass at the speed of a sum."""
+"""Check a tensor for NaN and infinity, in one pass at the speed of a sum."""
 
 from __future__ import annotations
 
@@ -9,5 +9,9 @@ from torch import Tensor
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Both spread to a sum. A sum of finite numbers that overflows is looked at again, number by number."""
+    """Return whether all elements are finite.
+
+    NaN and infinity propagate to the sum. If the sum is not finite, every element is checked,
+    because a sum of finite numbers can overflow.
+    """
     return math.isfinite(tensor.sum(dtype=torch.float32).item()) or bool(torch.isfinite(tensor).all())

@@ -1,4 +1,4 @@
-"""Triton's kernels with PyTorch's behind them, for the day that one of them cannot be built."""
+"""Triton's kernels with a fallback to PyTorch's, in case one of them cannot be built."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from specache.kernels.types import LowBitKV
 
 
 class GuardedKernels:
-    """The kernels of one GPU. The first that cannot be compiled or loaded makes PyTorch serve everything from then on.
+    """The kernels of one GPU. After the first build error, PyTorch's kernels run all operations.
 
-    Only such errors are caught: they come before the kernel runs, so that its arguments are whole and PyTorch can start over.
-    `attend` is the exception, several kernels of which the first destroys the scores; until it has run once for a kind of layer it
-    works on a copy of them.
+    Only errors of compiling or loading are caught. They come before the kernel runs, so its
+    arguments are intact and PyTorch can start over. `attend` is the exception: it launches several
+    kernels, the first of which destroys the scores. Until it has succeeded once for a kind of
+    layer, it works on a copy of them.
 
     Args:
-        build_errors: exceptions that mean that a kernel was not built or not loaded.
+        build_errors: exceptions of a kernel that was not built or not loaded.
         give_up: called once, with the error.
     """
 
     def __init__(self, backend: Any, build_errors: tuple[type[Exception], ...], give_up: Callable[[Exception], None]) -> None:
-        self._serving = backend
+        self._backend = backend
         self._build_errors = build_errors
         self._give_up = give_up
         self._have_attended: set[tuple[object, ...]] = set()
@@ -42,27 +43,27 @@ class GuardedKernels:
         return self._run("select", *arguments)
 
     def attend(
-        self, scores: Tensor, positions: Tensor, rows: Tensor, copies: Sequence[LowBitKV], lengths: Sequence[int]
+        self, scores: Tensor, positions: Tensor, kv_rows: Tensor, low_bit_kvs: Sequence[LowBitKV], lengths: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
-        one, groups, n = copies[0], scores.shape[2], scores.shape[3]
-        kind = (one.code, one.bits, one.group_size, one.head_dim, groups, n, rows.dtype, positions.shape[-1] > 0)
+        one, groups, n = low_bit_kvs[0], scores.shape[2], scores.shape[3]
+        kind = (one.code, one.bits, one.group_size, one.head_dim, groups, n, kv_rows.dtype, positions.shape[-1] > 0)
         if kind in self._have_attended:
-            return self._serving.attend(scores, positions, rows, copies, lengths)
+            return self._backend.attend(scores, positions, kv_rows, low_bit_kvs, lengths)
         try:
-            result = self._serving.attend(scores.clone(), positions, rows, copies, lengths)
+            result = self._backend.attend(scores.clone(), positions, kv_rows, low_bit_kvs, lengths)
         except self._build_errors as error:
-            self._hand_over(error)
-            return torch_ops.attend(scores, positions, rows, copies, lengths)
+            self._fall_back(error)
+            return torch_ops.attend(scores, positions, kv_rows, low_bit_kvs, lengths)
         self._have_attended.add(kind)
         return result
 
     def _run(self, operation: str, *arguments: Any) -> Any:
         try:
-            return getattr(self._serving, operation)(*arguments)
+            return getattr(self._backend, operation)(*arguments)
         except self._build_errors as error:
-            self._hand_over(error)
+            self._fall_back(error)
         return getattr(torch_ops, operation)(*arguments)
 
-    def _hand_over(self, error: Exception) -> None:
-        self._serving = torch_ops
+    def _fall_back(self, error: Exception) -> None:
+        self._backend = torch_ops
         self._give_up(error)

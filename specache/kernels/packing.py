@@ -1,15 +1,18 @@
-"""Codes packed into bytes, in the order in which vector instructions want them.
+"""Pack codes into bytes, in an order that suits vector instructions.
 
-A matrix of codes [rows, columns] takes `rows C` bytes, `C = ceil(columns b / 8)`, in tiles of 16 rows; a byte holds `P = 8 / b`:
+A matrix of codes [rows, columns] takes `rows C` bytes, `C = ceil(columns b / 8)`, in tiles of 16
+rows. A byte holds `P = 8 / b` codes:
 
-- A tile starts with `columns // (4 P)` chunks of [16 rows, 4 bytes]. Bits `m b` and up of byte `i` of a row hold its column
-  `4 P chunk + 4 m + i`. So the same bits of all 64 bytes are 4 neighbouring columns of 16 rows, and a dot product of bytes in
-  32-bit lanes adds up one row per lane: nothing is ever shuffled between lanes.
-- The columns that are left, `r` of them, follow as [16 rows, w bytes], `w = ceil(r b / 8)`: byte `i` holds column
+- A tile starts with `columns // (4 P)` chunks of [16 rows, 4 bytes]. Bits `m b` and up of byte `i`
+  of a row hold its column `4 P chunk + 4 m + i`. So the same bits of all 64 bytes are 4
+  neighbouring columns of 16 rows, and a dot product of bytes in 32-bit lanes adds up one row per
+  lane, without shuffles.
+- The remaining `r` columns follow as [16 rows, w bytes], `w = ceil(r b / 8)`: byte `i` holds column
   `4 P chunks + w m + i`.
 - The last tile may have fewer rows.
 
-Keys are stored with tokens as rows, values with channels as rows: either way a lane adds up over columns.
+Keys are stored with tokens as rows, values with channels as rows: either way a lane adds up over
+columns.
 """
 
 from __future__ import annotations
@@ -23,12 +26,12 @@ TILE = 16  # rows
 
 
 def row_bytes(columns: int, bits: int) -> int:
-    """Bytes of one row (`C`)."""
+    """Return the bytes of one row (`C`)."""
     return -(-columns * bits // 8)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """uint8 codes [..., rows, columns] -> packed bytes [..., rows C]."""
+    """Pack uint8 codes [..., rows, columns] -> bytes [..., rows C]."""
     rows, columns = codes.shape[-2:]
     place = _places(rows, columns, bits, codes.device)
     packed = codes.new_empty(*codes.shape[:-2], place.numel())
@@ -37,13 +40,13 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def replace_rows(packed: Tensor, codes: Tensor, first: int, rows: int, bits: int) -> None:
-    """Write rows `[first, first + n)` of a packed matrix [..., rows C] from codes [..., n, columns]."""
+    """Overwrite rows `[first, first + n)` of packed [..., rows C] by codes [..., n, columns]."""
     place = _places(rows, codes.shape[-1], bits, codes.device)[first : first + codes.shape[-2]]
     packed[..., place.flatten()] = _pack_rows(codes, bits).flatten(-2)
 
 
 def unpack(packed: Tensor, table: Tensor, rows: int, columns: int) -> Tensor:
-    """Packed bytes [..., rows C] -> float32 [..., rows, columns]: what `table` [256, P] says each byte stands for."""
+    """Decode packed bytes [..., rows C] by `table` [256, P] -> float32 [..., rows, columns]."""
     bits = 8 // table.shape[1]
     place = _places(rows, columns, bits, packed.device)
     in_rows = packed.index_select(-1, place.flatten()).unflatten(-1, place.shape)  # [..., rows, C]
@@ -53,13 +56,13 @@ def unpack(packed: Tensor, table: Tensor, rows: int, columns: int) -> Tensor:
 
 @constant(16)
 def byte_table(bits: int, device: torch.device) -> Tensor:
-    """float32 [256, P]: the codes in each possible byte."""
+    """Return the codes in each possible byte, float32 [256, P]."""
     shifts = torch.arange(0, 8, bits, device=device)
     return ((torch.arange(256, device=device)[:, None] >> shifts) & (2**bits - 1)).float()
 
 
 def _pack_rows(codes: Tensor, bits: int) -> Tensor:
-    """uint8 codes [..., n, columns] -> bytes [..., n, C], row by row."""
+    """Pack uint8 codes [..., n, columns] row by row -> bytes [..., n, C]."""
     per_byte, columns = 8 // bits, codes.shape[-1]
     slots = row_bytes(columns, bits) * per_byte
     slotted = codes.new_zeros(*codes.shape[:-1], slots)
@@ -70,7 +73,10 @@ def _pack_rows(codes: Tensor, bits: int) -> Tensor:
 
 @constant(64)
 def _slots(columns: int, bits: int, device: torch.device) -> Tensor:
-    """int64 [columns]: where a column's code is among the `C P` of a row, counted byte by byte, low bits first."""
+    """Return each column's index among the `C P` codes of a row, int64 [columns].
+
+    Codes are counted byte by byte, low bits first.
+    """
     per_byte = 8 // bits
     column = torch.arange(columns, device=device)
     chunk, inside = column // (4 * per_byte), column % (4 * per_byte)
@@ -84,7 +90,7 @@ def _slots(columns: int, bits: int, device: torch.device) -> Tensor:
 
 @constant(64)
 def _places(rows: int, columns: int, bits: int, device: torch.device) -> Tensor:
-    """int64 [rows, C]: where byte `j` of a row is stored."""
+    """Return the place of byte `j` of a row in the packed matrix, int64 [rows, C]."""
     size = row_bytes(columns, bits)
     chunked = columns // (32 // bits) * 4  # bytes of a row in whole chunks
     row, byte = torch.arange(rows, device=device)[:, None], torch.arange(size, device=device)

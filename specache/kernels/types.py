@@ -1,7 +1,8 @@
-"""What a kernel sees of the low-bit copy. The byte layout behind it is declared in `specache.low_bit.layout`.
+"""The low-bit copy as kernels take it. `specache.low_bit.layout` declares the byte layout.
 
-Symbols: `B` sequences, `Hq` query heads, `Hkv` key-value heads, `G = Hq / Hkv`, `n` rows, `S` tokens of the copy, `D` head
-dimension, `b` bits, `g` group size, `C = ceil(D b / 8)` bytes of codes per token, `Gv = ceil(D / min(g, D))` value groups.
+Symbols: `B` sequences, `Hq` query heads, `Hkv` key-value heads, `G = Hq / Hkv`, `n` queries per
+sequence and head, `S` low-bit tokens, `D` head dimension, `b` bits, `g` group size, `C = ceil(D b /
+8)` bytes of codes per token, `Gv = ceil(D / min(g, D))` value groups.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from specache.config import Code
 
 @dataclass(frozen=True)
 class PageRun:
-    """`N` pages of one layer that lie next to each other in the pool.
+    """`N` pages of one layer that are neighbours in the pool.
 
     Attributes:
-        fields: the layout's fields by name, each a view [N, Hkv, ...], never a copy.
+        fields: views [N, Hkv, ...] of the layout's fields by name.
         pages: `N`.
     """
 
@@ -31,27 +32,28 @@ class PageRun:
 
     @cached_property
     def addresses(self) -> np.ndarray:
-        """int64 [N]: where each page's key codes, its first field, lie in memory."""
+        """Address of each page's first field, the key codes, int64 [N]."""
         codes = self.fields["key_codes"]
         return codes.data_ptr() + np.arange(self.pages, dtype=np.int64) * codes.stride(0) * codes.itemsize
 
     @cached_property
     def device_addresses(self) -> Tensor:
-        """The same int64 [N] where the pages are; the copy to a GPU is queued, not waited for."""
+        """The addresses int64 [N] on the pages' device, copied without waiting."""
         host, device = torch.from_numpy(self.addresses), self.fields["key_codes"].device
         return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 
     def pages_from(self, start: int, stop: int) -> PageRun:
-        """The run's pages `[start, stop)`."""
+        """Return the run's pages `[start, stop)`."""
         return PageRun({name: field[start:stop] for name, field in self.fields.items()}, stop - start)
 
 
 @dataclass(frozen=True)
 class LowBitKV:
-    """One layer's low-bit copy of one sequence: `length` tokens in page runs, in token order.
+    """The low-bit copy of one layer of one sequence: `length` tokens in page runs, in token order.
 
     Attributes:
-        key_weights: float32 [Hkv, D], the factor of every key channel before rotation; `None` with KIVI's code.
+        channel_scales: float32 [Hkv, D], the factor of every key channel before rotation (see
+            `specache.low_bit.key_scales`); `None` with KIVI's code.
     """
 
     code: Code
@@ -61,7 +63,7 @@ class LowBitKV:
     head_dim: int
     length: int
     runs: tuple[PageRun, ...]
-    key_weights: Tensor | None = None
+    channel_scales: Tensor | None = None
 
     @property
     def value_group_size(self) -> int:

@@ -1,1 +1,1 @@
-"""Products with a model's weights on a CPU."""
+"""Matrix products with a model's weights on a CPU."""

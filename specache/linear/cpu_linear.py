@@ -1,11 +1,13 @@
-"""Linear layers on a CPU, where PyTorch's product is several times slower than another way to the same numbers.
+"""Linear layers on a CPU, where PyTorch's own product is several times slower than it could be.
 
-- *Few rows in float32.* PyTorch gives a product of one to three float32 rows with a weight matrix to a routine of MKL that uses one
-  thread. With the operands exchanged, `W x^T`, two columns and more are shared between threads: 19 ms instead of 46 for one row
-  (taken twice) of SmolLM2-135M's layers on two cores, and 19 instead of 76 for two. In bfloat16 there is no such gap.
-- *Many rows in 16 bits, on a processor without instructions for them.* There PyTorch multiplies element by element. With a block of
-  the weights widened to float32 first, and the product rounded once at the end, 1,024 rows take 0.25 s instead of 1.6 for
-  8,192 outputs of 2,048 inputs (AVX2, two cores): as fast as float32 weights, in half their memory.
+- *Few rows in float32.* PyTorch computes the product of one to three float32 rows with a weight
+  matrix by a routine of MKL that uses one thread. With exchanged operands, `W x^T`, two or more
+  columns are divided between threads: 19 ms instead of 46 for one row (computed twice) of
+  SmolLM2-135M's layers on two cores, and 19 instead of 76 for two. bfloat16 has no such gap.
+- *Many rows in 16 bits, on a processor without instructions for them.* There PyTorch multiplies
+  element by element. With a block of the weights widened to float32 first, and the product rounded
+  once at the end, 1,024 rows take 0.25 s instead of 1.6 for 8,192 outputs of 2,048 inputs (AVX2,
+  two cores): as fast as float32 weights, in half their memory.
 """
 
 from __future__ import annotations
@@ -20,20 +22,20 @@ from torch.nn.functional import linear
 
 from specache.platform import private_torch
 
-MOST_FEW_ROWS = 8  # beyond it the ordinary product is as fast
-FEWEST_MANY_ROWS = 12  # from here on widening pays
-BLOCK_ELEMENTS = 1 << 21  # of the weights widened at a time: 8 MB
+MOST_FEW_ROWS = 8  # with more rows the ordinary product is as fast
+FEWEST_MANY_ROWS = 12  # from this many rows on widening pays
+BLOCK_ELEMENTS = 1 << 21  # weights widened at a time: 8 MB
 
 Forward = Callable[[nn.Linear, Tensor], Tensor]
 
 
 def install(model: Any) -> list[nn.Linear]:
-    """Have the model's linear layers on the CPU multiply the fast way -> the layers that changed, for `remove`."""
+    """Replace the forward of the model's linear layers on the CPU -> layers for `remove`."""
     changed = []
     for module in model.modules():
         forward = _forward(module)
         if forward is not None:
-            module.forward = MethodType(forward, module)  # of a model that is copied meanwhile, it is the copy's
+            module.forward = MethodType(forward, module)  # a deep copy of the model gets its own method
             changed.append(module)
     return changed
 
@@ -45,17 +47,20 @@ def remove(layers: list[nn.Linear]) -> None:
 
 
 def multiplies_natively(dtype: torch.dtype) -> bool:
-    """Whether PyTorch has fast products of this 16-bit type on this CPU."""
+    """Return whether PyTorch has fast products of this 16-bit type on this CPU."""
     return private_torch.multiplies_natively(dtype)
 
 
 def widens(dtype: torch.dtype) -> bool:
-    """Whether products of many rows of this type go through float32 blocks on this CPU."""
+    """Return whether products of many rows of this type go through float32 blocks on this CPU."""
     return dtype in (torch.bfloat16, torch.float16) and not multiplies_natively(dtype)
 
 
 def _forward(module: nn.Module) -> Forward | None:
-    """What the module should do instead; `None` for all but ordinary linear layers on the CPU, their forward nobody's yet."""
+    """Return the replacement forward of a module.
+
+    `None` unless it is a plain `nn.Linear` on the CPU whose forward has not been replaced.
+    """
     if type(module) is not nn.Linear or "forward" in module.__dict__:
         return None
     weight = module.weight
@@ -75,7 +80,7 @@ def _few_rows(layer: nn.Linear, x: Tensor) -> Tensor:
     columns = x.reshape(rows, -1)
     if rows == 1:
         columns = columns.expand(2, -1)
-    product = torch.mm(layer.weight, columns.T)[:, :rows].T.contiguous()  # [rows, out]; callers rely on the layout
+    product = torch.mm(layer.weight, columns.T)[:, :rows].T.contiguous()  # [rows, out]; callers rely on it
     if layer.bias is not None:
         product = product + layer.bias
     return product.reshape(*x.shape[:-1], -1)
@@ -97,9 +102,10 @@ def _many_rows(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 def _is_left_to_pytorch() -> bool:
-    """Whether PyTorch decides how to multiply: its compiler, or `torch.autocast`, which has a dtype of its own."""
+    """Return whether PyTorch must choose the product: compiling, or under `torch.autocast`."""
     return torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
 
 
 def _rows(x: Tensor) -> int:
+    """Return the number of rows of x [..., K]."""
     return x.numel() // x.shape[-1] if x.shape[-1] else 0

@@ -1,4 +1,4 @@
-"""How a model's weights are stored (`weights` makes them so)."""
+"""Number formats of a model's weights (`weight_quant` converts to them)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class WeightFormat(StrEnum):
-    """Number format of a model's weights. `auto`: that of its activations."""
+    """Number format of a model's weights. `auto`: the dtype of its activations."""
 
     AUTO = "auto"
     BF16 = "bf16"

@@ -1,7 +1,8 @@
-"""Weight-only quantisation on a CPU: a decode step reads a model's weights once, so fewer bits are less time.
+"""Weight-only quantisation on a CPU: a step reads all weights, so fewer bits save time.
 
-PyTorch's own kernels multiply rows of activations by codes; torchao's tensors form the whole matrix anew in every step when run
-eagerly, which is slower than 16 bits. Many rows (a prompt's) are another matter: there the matrix is formed once per pass.
+PyTorch's own kernels multiply rows of activations by codes. torchao's tensors dequantise the whole
+matrix in every step when run eagerly, which is slower than 16 bits. For many rows (a prompt's) the
+matrix is dequantised once per pass here too.
 
 Symbols: `N` outputs, `K` inputs of a linear layer.
 """
@@ -20,7 +21,7 @@ from specache.linear.weight_format import WeightFormat
 from specache.platform import modes, private_torch
 
 GROUP = 32  # inputs that share a scale and a zero point at 4 bits
-INT8_MANY_ROWS, INT4_MANY_ROWS = 48, 320  # from here on forming the matrix pays (measured with AVX-512)
+INT8_MANY_ROWS, INT4_MANY_ROWS = 48, 320  # from here on dequantising pays (measured with AVX-512)
 INT8_INPUTS = 32  # the kernels read rows in steps of this many codes
 INT4_OUTPUTS = 16
 
@@ -62,7 +63,7 @@ class Int4Linear(nn.Module):
         weight: [N, K], N a multiple of 16, K of 32.
     """
 
-    packed: Tensor  # uint8 [N, K / 2], in an order that depends on the processor
+    packed: Tensor  # uint8 [N, K / 2], in a processor-dependent order
     scales_and_zeros: Tensor  # [K / 32, N, 2], in the weight's dtype
     bias: Tensor | None
 
@@ -91,9 +92,10 @@ class Int4Linear(nn.Module):
 
 
 def quantise_weights(model: Any, weights: WeightFormat) -> None:
-    """Replace the linear layers of a model on the CPU, in place. Embeddings stay; a head tied to them gets codes of its own.
+    """Replace the linear layers of a model on the CPU by quantised ones, in place.
 
-    Layers whose dimensions the kernels cannot take stay as they are.
+    Embeddings stay as they are; a head tied to them gets codes of its own. Layers whose dimensions
+    the kernels do not support stay as they are.
 
     Raises:
         ConfigError: the model is not on a CPU.
@@ -113,7 +115,10 @@ def quantise_weights(model: Any, weights: WeightFormat) -> None:
 
 
 def quantised_bytes(module: Any, weights: WeightFormat) -> int | None:
-    """Bytes of a module of codes, or of what `quantise_weights` will make of a linear layer; `None` where it stays as it is."""
+    """Return the bytes of a quantised layer, or of a linear layer once `quantise_weights` has run.
+
+    `None` for modules that it leaves as they are.
+    """
     if isinstance(module, Int8Linear | Int4Linear):
         return sum(buffer.nbytes for buffer in module.buffers())
     if weights not in (WeightFormat.INT8, WeightFormat.INT4) or type(module) is not nn.Linear or not _fits(module, weights):
@@ -128,7 +133,7 @@ def quantised_bytes(module: Any, weights: WeightFormat) -> int | None:
 
 def _fits(layer: nn.Linear, weights: WeightFormat) -> bool:
     if type(layer.weight) is not nn.Parameter or not layer.weight.is_floating_point():
-        return False  # packed already (torchao)
+        return False  # quantised already (torchao)
     outputs, inputs = layer.weight.shape
     return inputs % INT8_INPUTS == 0 and (weights is WeightFormat.INT8 or outputs % INT4_OUTPUTS == 0)
 
@@ -149,10 +154,12 @@ def _biased(out: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _multiplied(x: Tensor, dtype: torch.dtype, product: Callable[[Tensor], Tensor]) -> Tensor:
-    """`product` [M, K] -> [M, N] of the rows of x [..., K]. `torch.autocast` rounds inputs and result as a linear layer's.
+    """Apply `product` [M, K] -> [M, N] to the rows of x [..., K].
+
+    Under `torch.autocast`, round inputs and result as it does for a linear layer.
 
     Args:
-        dtype: of the scales, in which the product is taken.
+        dtype: the scales' dtype, in which the product is computed.
     """
     rows, rounded = x.reshape(-1, x.shape[-1]), modes.autocast_dtype(x)
     if rounded is None:

@@ -1,1 +1,1 @@
-"""The low-bit copy: byte layout of a page (`layout`), the pool that pages come from and page tables (`pool`)."""
+"""The low-bit copy: byte layout of a page (`layout`), page pool and page tables (`pool`)."""

@@ -1,30 +1,34 @@
-"""The byte layout of one page of the low-bit copy: declared here, once.
+"""The byte layout of one page of the low-bit copy.
 
-A page holds 64 tokens of one layer, all KV heads. Its fields lie one after the other, each starting at a multiple of 16 bytes.
-KIVI's code:
+A page holds 64 tokens of one layer, all KV heads. Its fields lie one after the other, each starting
+at a multiple of 16 bytes. KIVI's code:
 
     field        dtype    shape                meaning
-    key_codes    uint8    [Hkv, 64 C]          C = ceil(D b / 8); the matrix [64, D] packed as `kernels/packing.py` says
-    key_scale    float16  [Hkv, 64 / g, D]     one per channel and group of g tokens (keys: per channel)
+    key_codes    uint8    [Hkv, 64 C]          C = ceil(D b / 8); the packed matrix [64, D]
+    key_scale    float16  [Hkv, 64 / g, D]     one per channel and group of g tokens
     key_zero     float16  [Hkv, 64 / g, D]
     value_codes  uint8    [Hkv, D 8 b]         the matrix [D, 64] packed: channels are rows
-    value_scale  float16  [Hkv, 64, Gv]        Gv = ceil(D / min(g, D)); one per token and channel group (values: per token)
+    value_scale  float16  [Hkv, 64, Gv]        one per token and group of channels
     value_zero   float16  [Hkv, 64, Gv]
 
-A decoded element is `zero + scale * code` (paper section 3.1; KIVI). Scales and zero points are float16 for every model dtype: it
-holds a bfloat16's eight significant bits and three more, and codes are computed from the rounded values.
+`Gv = ceil(D / min(g, D))`: keys are quantised per channel, values per token. A decoded element is
+`zero + scale * code` (paper section 3.1; KIVI). Scales and zero points are
+float16 for every model dtype: it has three more significant bits than bfloat16, and codes are
+computed from the rounded values. `kernels/packing.py` declares how a matrix is packed.
 
-The rotated code (**ours**) has one scale per token and the mean of every key channel and group instead:
+The rotated code (**ours**) has one scale per token and the mean of every key channel and group
+instead:
 
     field        dtype    shape                meaning
-    key_codes    uint8    [Hkv, 64 C]          codes of the centred, weighted, rotated key
+    key_codes    uint8    [Hkv, 64 C]          codes of the centred, scaled, rotated key
     key_scale    float16  [Hkv, 64, 1]         one per token
     key_mean     float16  [Hkv, 64 / g, D]     one per channel and group of g tokens
     value_codes  uint8    [Hkv, D 8 b]         codes of the rotated value
     value_scale  float16  [Hkv, 64, 1]         one per token
 
-A decoded key is `mean + W^-1 R^T (scale * level[code])`, a value `R^T (scale * level[code])`; the rotation `R` and the levels are
-constants (`kernels/torch_rotated.py`), the weights `W` belong to a layer of a sequence (`quant/key_weights.py`).
+A decoded key is `mean + W^-1 R^T (scale * level[code])`, a value `R^T (scale * level[code])`. The
+rotation `R` and the levels are constants (`kernels/torch/rotated.py`); the key scales `W` belong to
+a layer of a sequence (`low_bit/key_scales.py`).
 """
 
 from __future__ import annotations
@@ -46,7 +50,7 @@ FIELD_ALIGNMENT = 16  # bytes
 
 @dataclass(frozen=True)
 class Field:
-    """One array of a page: where it starts in the page (bytes), its dtype and shape."""
+    """One array of a page: its offset in the page (bytes), dtype and shape."""
 
     offset: int
     dtype: torch.dtype
@@ -57,17 +61,17 @@ class Field:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def view(self, slab: Tensor) -> Tensor:
-        """The field in every page of `slab` uint8 [N, page bytes] -> [N, *shape], without a copy."""
+        """Return a view [N, *shape] of the field in every page of `slab` uint8 [N, page bytes]."""
         return slab[:, self.offset : self.offset + self.nbytes].view(self.dtype).unflatten(1, self.shape)
 
 
 @dataclass(frozen=True)
 class PageLayout:
-    """The layout for one kind of layer. Layers with equal layouts share a pool.
+    """The page layout of layers of one kind. Layers with equal layouts share a pool.
 
     Attributes:
         code, bits, group_size: as in `SpeCacheConfig`.
-        num_kv_heads: KV heads that this process holds (its own, under tensor parallelism).
+        num_kv_heads: KV heads of this process (a part of all, under tensor parallelism).
         head_dim: elements per head of keys and of values.
     """
 
@@ -107,13 +111,13 @@ class PageLayout:
         return _aligned(last.offset + last.nbytes)
 
     def run(self, slab: Tensor, first: int, count: int) -> PageRun:
-        """Pages `[first, first + count)` of a slab, as kernels see them."""
+        """Return pages `[first, first + count)` of a slab for kernels."""
         pages = slab[first : first + count]
         return PageRun({name: field.view(pages) for name, field in self.fields.items()}, count)
 
-    def copy(self, runs: tuple[PageRun, ...], length: int, key_weights: Tensor | None = None) -> LowBitKV:
-        """A sequence's low-bit copy of one layer, as kernels see it."""
-        return LowBitKV(self.code, self.bits, self.group_size, self.num_kv_heads, self.head_dim, length, runs, key_weights)
+    def low_bit_kv(self, runs: tuple[PageRun, ...], length: int, channel_scales: Tensor | None = None) -> LowBitKV:
+        """Return the low-bit copy of one layer of a sequence for kernels."""
+        return LowBitKV(self.code, self.bits, self.group_size, self.num_kv_heads, self.head_dim, length, runs, channel_scales)
 
 
 def _place(**fields: tuple[torch.dtype, tuple[int, ...]]) -> dict[str, Field]:

@@ -1,6 +1,7 @@
-"""Pages from a pool with a byte budget, and the page tables through which sequences reach them.
+"""A page pool with a byte budget, and page tables.
 
-Appending never copies what is there, freeing is immediate, and sequences that share a prefix share its pages (reference counts).
+Appending never copies pages, freeing is immediate, and sequences that share a prefix share its
+pages by reference counts.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from specache.platform.budget import ByteBudget
 
 Page = tuple[int, int]  # (slab, index in the slab)
 
-SLAB_BYTES = 1 << 20  # of a lazy slab, at least
+SLAB_BYTES = 1 << 20  # least size of a lazy slab
 
 
 class PagePool:
@@ -31,7 +32,7 @@ class PagePool:
 
     Args:
         layout: the layout of every page.
-        device: where pages live (fast memory).
+        device: the device of the pages (fast memory).
         budget: bounds the bytes of pages.
     """
 
@@ -45,7 +46,7 @@ class PagePool:
         self._references: dict[Page, int] = {}
         self._next_slab = 0
         self._lock = threading.Lock()
-        self._forgotten: deque[list[Page]] = deque()  # by tables that are gone; not released yet
+        self._forgotten: deque[list[Page]] = deque()  # pages of finalized tables, not released yet
 
     @property
     def nbytes(self) -> int:
@@ -58,7 +59,7 @@ class PagePool:
         return len(self._references)
 
     def allocate(self, count: int) -> list[Page]:
-        """`count` pages with one reference each: free ones first, then a slab for the rest.
+        """Allocate `count` pages with one reference each, free ones first.
 
         Raises:
             FastMemoryError: the budget does not allow it; nothing was allocated.
@@ -76,18 +77,18 @@ class PagePool:
             return sorted(pages)
 
     def share(self, pages: list[Page]) -> None:
-        """One more reference to each page."""
+        """Add a reference to each page."""
         with self._changing():
             for page in pages:
                 self._references[page] += 1
 
     def release(self, pages: list[Page]) -> None:
-        """One reference less to each page; a slab without pages in use is given back to the system."""
+        """Remove a reference to each page. A slab without pages in use returns to the system."""
         with self._changing():
             self._release(pages)
 
     def forget(self, pages: list[Page]) -> None:
-        """`release` for a finalizer, which may run in the middle of anything and so waits for nobody."""
+        """`release` for a finalizer: never waits for the lock, because it may run at any point."""
         self._forgotten.append(pages)
         self._release_forgotten()
 
@@ -98,12 +99,12 @@ class PagePool:
         return self.layout.run(self._slabs[slab].data, first, count)
 
     def page_bytes(self, page: Page) -> Tensor:
-        """The raw bytes of one page, uint8 [page_bytes]."""
+        """Return the raw bytes of one page, uint8 [page_bytes], a view."""
         return self._slabs[page[0]].data[page[1]]
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        """No finalizer changes the pool inside the block; what is forgotten meanwhile is released behind it."""
+        """Hold the lock inside the block; then release pages that finalizers forgot meanwhile."""
         try:
             with self._lock:
                 yield
@@ -138,7 +139,7 @@ class PagePool:
                 held.give_back(self._free[slab])
 
     def _available(self) -> Iterator[Page]:
-        """Free pages, as they are popped: those of the emptiest slabs first."""
+        """Yield free pages as they are popped, those of the emptiest slabs first."""
         for slab in sorted(self._free, key=lambda s: len(self._free[s]), reverse=True):
             for index in reversed(self._free[slab]):
                 yield slab, index
@@ -151,13 +152,16 @@ class PagePool:
 
 
 class PageTable:
-    """The pages of one layer of one sequence, in token order, and how many tokens they hold. They go back when it is forgotten."""
+    """The pages of one layer of one sequence, in token order, and the number of tokens in them.
+
+    The pages return to the pool when the table is garbage.
+    """
 
     def __init__(self, pool: PagePool) -> None:
         self.pool = pool
-        self.pages: list[Page] = []  # changed in place: the finalizer has it too
+        self.pages: list[Page] = []  # always changed in place: the finalizer refers to it
         self.length = 0
-        self.unchanged = 0  # tokens that `mark` saw and that were not forgotten since
+        self.unchanged = 0  # tokens at the last `mark` that were not truncated since
         self._runs: tuple[PageRun, ...] | None = None
         weakref.finalize(self, pool.forget, self.pages).atexit = False
 
@@ -166,7 +170,7 @@ class PageTable:
         return len(self.pages) * self.pool.layout.page_bytes
 
     def extend(self, tokens: int) -> None:
-        """Make room for `tokens` more and count them; their codes are written by the caller."""
+        """Make room for `tokens` more tokens and count them. The caller writes their codes."""
         self._own_last_page()
         missing = _pages_for(self.length + tokens) - len(self.pages)
         if missing > 0:
@@ -175,45 +179,45 @@ class PageTable:
         self.length += tokens
 
     def truncate(self, length: int) -> None:
-        """Forget tokens from `length` on; whole pages go back to the pool."""
+        """Drop tokens from `length` on. Pages without tokens return to the pool."""
         keep = _pages_for(length)
         gone = self.pages[keep:]
-        del self.pages[keep:]  # first: an interrupt in between must not release a page twice
+        del self.pages[keep:]  # before `release`: an interrupt in between must not release a page twice
         self.pool.release(gone)
         self.length = length
         self.unchanged = min(self.unchanged, length)
         self._runs = None
 
     def mark(self) -> None:
-        """Begin to follow, in `unchanged`, how many of the tokens that are here now stay: codes are written once."""
+        """Start to track in `unchanged` how many of the current tokens stay."""
         self.unchanged = self.length
 
     def raw(self, start: int, stop: int) -> Tensor:
-        """A copy of the bytes of pages `[start, stop)` of this table, uint8 [stop - start, page bytes]."""
+        """Return a copy of the bytes of pages `[start, stop)`, uint8 [stop - start, page bytes]."""
         empty = torch.empty(0, self.pool.layout.page_bytes, dtype=torch.uint8)
         return torch.stack([self.pool.page_bytes(page) for page in self.pages[start:stop]]).cpu() if stop > start else empty
 
     def set_raw(self, start: int, data: Tensor) -> None:
-        """Put what `raw` returned into pages from `start` on, which are this table's alone."""
+        """Write `data` from `raw` into the pages from `start` on. They must not be shared."""
         for page, row in zip(self.pages[start : start + len(data)], data, strict=True):
             self.pool.page_bytes(page).copy_(row)
 
     def fork(self) -> PageTable:
-        """A second table over the same pages; whoever writes to a shared page copies it first."""
+        """Return a second table over the same pages. Pages are copied on write."""
         other = PageTable(self.pool)
         self.pool.share(self.pages)
         other.pages += self.pages
         other.length = self.length
         return other
 
-    def copy(self, key_weights: Tensor | None = None) -> LowBitKV:
-        """The low-bit copy as kernels see it."""
+    def low_bit_kv(self, channel_scales: Tensor | None = None) -> LowBitKV:
+        """Return the low-bit copy for kernels."""
         if self._runs is None:
             self._runs = tuple(self.pool.run(*run) for run in self._consecutive())
-        return self.pool.layout.copy(self._runs, self.length, key_weights)
+        return self.pool.layout.low_bit_kv(self._runs, self.length, channel_scales)
 
     def _own_last_page(self) -> None:
-        """Before a partly filled page is written to: replace it by a copy of its own if another table shares it."""
+        """Copy a partly filled last page that is shared, before it is written to."""
         if self.length % PAGE_TOKENS and self.pool.is_shared(self.pages[-1]):
             (page,) = self.pool.allocate(1)
             self.pool.page_bytes(page).copy_(self.pool.page_bytes(self.pages[-1]))
@@ -222,7 +226,7 @@ class PageTable:
             self._runs = None
 
     def _consecutive(self) -> list[tuple[int, int, int]]:
-        """Runs of neighbouring pages as (slab, first, count)."""
+        """Return runs of neighbouring pages as (slab, first, count)."""
         if not self.pages:
             return []
         starts = [0] + [i + 1 for i, ((s, p), (t, q)) in enumerate(pairwise(self.pages)) if (s, p + 1) != (t, q)]

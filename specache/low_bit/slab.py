@@ -1,4 +1,4 @@
-"""Memory that pages are cut from."""
+"""Slabs: memory that is divided into pages."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from torch import Tensor
 
 
 class Slab:
-    """`pages` pages, all zero.
+    """`pages` pages, all zero at first.
 
-    On the CPU it is a mapping of its own and lazy: what was never used takes no memory, what is free can be given back. Outside the
-    heap, what stays for long does not keep it from shrinking when temporaries go. Elsewhere it is a plain tensor.
+    On the CPU a slab is a lazy anonymous mapping: unused pages take no memory, and free pages can
+    return to the system. It is outside the heap, which can therefore shrink when temporaries are
+    freed. Elsewhere a slab is a plain tensor.
     """
 
     def __init__(self, pages: int, page_bytes: int, device: torch.device) -> None:
@@ -29,11 +30,11 @@ class Slab:
 
     @staticmethod
     def is_lazy(device: torch.device) -> bool:
-        """Whether slabs on `device` are: on the CPU of systems that take back a part of a mapping."""
+        """Return whether slabs on `device` are lazy: on a CPU with `MADV_DONTNEED`."""
         return device.type == "cpu" and hasattr(mmap, "MADV_DONTNEED")
 
     def give_back(self, free: Iterable[int]) -> None:
-        """Pages whose numbers are in `free` hold nothing. The system takes what lies between its own page boundaries."""
+        """Return free pages (their numbers) to the system, as far as they fill its own pages."""
         if self._mapping is None:
             return
         for _, run in groupby(enumerate(sorted(free)), key=lambda pair: pair[1] - pair[0]):

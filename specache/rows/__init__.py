@@ -1,1 +1,1 @@
-"""16-bit rows on their way from the slow tier, and the hot set that keeps recent ones."""
+"""Fetching 16-bit rows from the slow tier, and the hot set that caches recently used ones."""

@@ -1,8 +1,10 @@
-"""Getting 16-bit rows to where they are needed: select -> start -> finish, submit -> wait, and the hot set they land in.
+"""Fetch 16-bit rows for a decode step (`start`, `finish`) and the next one (`submit`).
 
-`InPlaceRows` serves the tier whose rows are read where they lie. `FetchedRows` copies rows through a hot set: what a step's guess
-selects is read while the rest of the step computes, what the real token still lacks while its layer computes what needs no rows. A
-read ahead that failed raises when the next step reaches its layer, once.
+`InPlaceRowFetcher` reads rows in place from a tier that allows it. `HotSetRowFetcher` copies rows
+through a hot set. It reads the rows that the draft token selects while the rest of the step
+computes, and the rows that the real token misses while the layer computes what needs no rows. A
+failed prefetch raises once, when the next step reaches the layer.
+
 Positions are [Hkv, k], ascending, -1 where there is no pair. Rows are [Hkv, k, 2 D].
 """
 
@@ -25,10 +27,10 @@ from specache.tiers.transfer import Arrival, Transfer
 from specache.tiers.worker import PrefetchRequest, PrefetchWorker
 
 
-class Rows(Protocol):
-    """The 16-bit rows of one layer of one sequence, as a decode step asks for them."""
+class RowFetcher(Protocol):
+    """Fetches the 16-bit rows of one layer of one sequence for a decode step."""
 
-    in_place: bool  # rows are read where they lie (`InPlaceRows`)
+    in_place: bool  # whether rows are read in place (`InPlaceRowFetcher`)
 
     @property
     def nbytes(self) -> int:
@@ -36,44 +38,48 @@ class Rows(Protocol):
 
     @property
     def exact_bytes(self) -> int:
-        """Of `nbytes`, those of rows, in the model's dtype; the rest is their index."""
+        """The part of `nbytes` that holds rows in the model's dtype; the rest is their index."""
 
     def begin_step(self) -> None:
-        """Wait for what the last step submitted."""
+        """Wait for the rows that the last step submitted."""
 
-    def start(self, positions: Tensor, real_rows: int) -> tuple[Tensor, int]:
-        """Begin to fetch positions [Hkv, n, k] of a pass's n rows, without waiting. The first `real_rows` get all of theirs, the
-        others what is here or on its way to those.
+    def start(self, positions: Tensor, real_queries: int) -> tuple[Tensor, int]:
+        """Start to fetch positions [Hkv, n, k] of a step's n queries, without waiting.
 
-        Returns the positions with -1 for those that the others do without, and how many of the real rows' were here.
+        The first `real_queries` queries get all of their rows. The others get the rows that are in
+        the hot set or that a real query fetches.
+
+        Returns:
+            The positions, with -1 for rows that a query does not get, and how many rows of the real
+            queries were in the hot set.
         """
 
     def finish(self) -> Tensor:
-        """Rows [Hkv, n, k, 2 D] of the positions that `start` returned, waiting for those that are on their way."""
+        """Wait for the rows [Hkv, n, k, 2 D] of the positions that `start` returned."""
 
     def fetch(self, positions: Tensor) -> tuple[Tensor, int]:
-        """Rows of all positions, waiting for those not here -> (rows, how many were here)."""
+        """Fetch the rows of all positions and wait -> (rows, how many were in the hot set)."""
         _, ready = self.start(positions.unsqueeze(1), 1)
         return self.finish().squeeze(1), ready
 
     def submit(self, positions: Tensor) -> None:
-        """Have these here when the next step begins."""
+        """Start to prefetch these rows for the next step."""
 
     def resize(self, slots: int) -> None:
-        """Keep this many recently used rows per KV head, fewer where the byte budget has no room."""
+        """Keep this many recently used rows per KV head, or as many as the byte budget allows."""
 
     def cancel(self) -> None:
-        """Forget what was submitted or started (the step is undone). Its error, if it has one, is nobody's any more."""
+        """Cancel submitted and started reads, because the step is undone. Drop their errors."""
 
     def drop(self) -> None:
-        """Forget everything fetched or in flight (the sequence was cut)."""
+        """Drop all rows, fetched or in flight, because the sequence was truncated."""
 
     def free(self) -> None:
-        """`drop`, and give back the fast memory that it took. The next step takes what its own pairs need."""
+        """`drop`, and release the fast memory. The next step allocates what its own pairs need."""
 
 
-class InPlaceRows(Rows):
-    """Rows read where they lie: everything is always here, and nothing is held twice."""
+class InPlaceRowFetcher(RowFetcher):
+    """Reads rows in place from the tier: every row is always available, and none is copied."""
 
     in_place = True
 
@@ -91,15 +97,15 @@ class InPlaceRows(Rows):
         return 0
 
     def stored(self) -> Tensor:
-        """All rows [Hkv, capacity, 2 D], where they lie."""
+        """Return all rows [Hkv, capacity, 2 D], a view of the tier's buffer."""
         return self._tier.rows(self._layer)
 
     def begin_step(self) -> None:
         pass
 
-    def start(self, positions: Tensor, real_rows: int) -> tuple[Tensor, int]:
+    def start(self, positions: Tensor, real_queries: int) -> tuple[Tensor, int]:
         self._started = positions
-        return positions, int((positions[:, :real_rows] >= 0).sum())
+        return positions, int((positions[:, :real_queries] >= 0).sum())
 
     def finish(self) -> Tensor:
         positions = self._started
@@ -125,6 +131,8 @@ class InPlaceRows(Rows):
 
 @dataclass
 class _InFlight:
+    """Rows that are prefetched for the next step."""
+
     head: Tensor  # [M]
     position: Tensor  # [M]
     request: PrefetchRequest
@@ -132,22 +140,22 @@ class _InFlight:
 
 @dataclass
 class _Started:
-    """What `finish` gives, and the part of it that is being read."""
+    """The slots of the rows that `finish` returns, and the read of those that were missing."""
 
     slots: Tensor  # [Hkv, n, k], -1 where there is none
-    head: Tensor  # [M]
-    column: Tensor  # [M], among the [n k] of a head
+    head: Tensor  # [M], of the rows that are read
+    column: Tensor  # [M], their index in the [n k] of a head
     read: BegunRead | None
 
 
-class FetchedRows(Rows):
-    """Rows copied from a slow tier through a hot set, ahead of need where they were submitted.
+class HotSetRowFetcher(RowFetcher):
+    """Copies rows from a slow tier through a hot set, ahead of time where they were submitted.
 
     Args:
-        tier, layer: where the rows are.
-        hot: the layer's hot set; grows to hold the pairs of one step, whatever its budget.
-        worker, transfer: the background threads, and how rows get to the device.
-        counters: where waits, reads and bytes are counted.
+        tier, layer: the source of the rows.
+        hot: the layer's hot set. It grows to hold the pairs of one step, whatever its budget.
+        worker, transfer: the background threads, and the copy to the device.
+        counters: counts waits, reads and bytes.
     """
 
     in_place = False
@@ -163,7 +171,7 @@ class FetchedRows(Rows):
         self._counters = counters
         self._in_flight: _InFlight | None = None
         self._started: _Started | None = None
-        self._staged_bytes = 0  # most bytes that were in flight at once
+        self._staged_bytes = 0  # the most bytes in flight at once so far
 
     @property
     def nbytes(self) -> int:
@@ -171,20 +179,20 @@ class FetchedRows(Rows):
 
     @property
     def exact_bytes(self) -> int:
-        return self.hot.rows.nbytes + self._staged_bytes
+        return self.hot.kv_rows.nbytes + self._staged_bytes
 
     def begin_step(self) -> None:
         self._cancel_started()
         flight, self._in_flight = self._in_flight, None
         if flight is not None:
-            self.hot.insert(flight.head, flight.position, self._arrived(flight.request))
+            self.hot.insert(flight.head, flight.position, self._wait_for_prefetch(flight.request))
         self.hot.step += 1
 
-    def start(self, positions: Tensor, real_rows: int) -> tuple[Tensor, int]:
+    def start(self, positions: Tensor, real_queries: int) -> tuple[Tensor, int]:
         self._cancel_started()
         k = positions.shape[2]
-        self.hot.grow(real_rows * k)
-        wanted, others = positions.flatten(1).split([real_rows * k, (positions.shape[1] - real_rows) * k], dim=1)
+        self.hot.grow(real_queries * k)
+        wanted, others = positions.flatten(1).split([real_queries * k, (positions.shape[1] - real_queries) * k], dim=1)
         slots = self.hot.find(wanted)
         missing = (slots < 0) & (wanted >= 0)
         ready = int((slots >= 0).sum())
@@ -206,7 +214,7 @@ class FetchedRows(Rows):
         started = self._started
         assert started is not None, "finish without start"
         try:
-            fetched = None if started.read is None else self._taken(started.read)
+            fetched = None if started.read is None else self._wait_for_read(started.read)
         except BaseException:
             self._cancel_started()
             raise
@@ -215,13 +223,13 @@ class FetchedRows(Rows):
         self._started = None
         rows = self._rows_at(started.slots.flatten(1))  # [Hkv, n k, 2 D]
         if fetched is not None:
-            rows[started.head, started.column] = fetched  # also those for which the hot set has no room
+            rows[started.head, started.column] = fetched  # also rows that the hot set has no room for
         return rows.unflatten(1, started.slots.shape[1:])
 
     def submit(self, positions: Tensor) -> None:
         self._cancel_submitted()
         self.hot.grow(positions.shape[1])
-        self.hot.step += 1  # what the next step wants outranks what this one used
+        self.hot.step += 1  # rows of the next step take precedence over those of this one
         slots = self.hot.find(positions)
         head, column = ((slots < 0) & (positions >= 0)).nonzero(as_tuple=True)
         if len(head):
@@ -254,22 +262,21 @@ class FetchedRows(Rows):
             flight.request.cancel()
 
     def _cancel_started(self) -> None:
-        """Also where it was interrupted before it was noted."""
         started, self._started = self._started, None
-        self.hot.forget()
+        self.hot.forget()  # also where an interrupt came before `_started` was set
         if started is not None and started.read is not None:
             started.read.cancel()
 
-    def _taken(self, read: BegunRead) -> Tensor:
-        """Rows whose read was begun in this layer, waiting for them if need be."""
+    def _wait_for_read(self, read: BegunRead) -> Tensor:
+        """Wait for the rows [M, 2 D] of a read that `start` began."""
         arrival, read_s, wait_s = read.take()
         self._counters.read_s += read_s
         if wait_s:
             self._count_wait(wait_s)
         return arrival.wait()
 
-    def _arrived(self, request: PrefetchRequest) -> Tensor:
-        """Rows that were read in the background, waiting for them if need be."""
+    def _wait_for_prefetch(self, request: PrefetchRequest) -> Tensor:
+        """Wait for the rows [M, 2 D] of a prefetch that the last step submitted."""
         waits = not request.done
         started = time.perf_counter()
         try:
@@ -278,7 +285,7 @@ class FetchedRows(Rows):
             kind = type(error) if isinstance(error, SlowTierError) else SlowTierError
             raise kind(f"Reading ahead in layer {self._layer} failed. {error}") from error
         except BaseException:
-            request.cancel()  # the wait was interrupted
+            request.cancel()  # an interrupt ended the wait
             raise
         if waits:
             self._count_wait(time.perf_counter() - started)
@@ -286,7 +293,7 @@ class FetchedRows(Rows):
         return arrival.wait()
 
     def _count_rows(self, count: int) -> None:
-        size = count * self.hot.rows.shape[-1] * self.hot.rows.element_size()
+        size = count * self.hot.kv_rows.shape[-1] * self.hot.kv_rows.element_size()
         self._counters.bytes_fetched += size
         self._staged_bytes = max(self._staged_bytes, size)
 
@@ -295,14 +302,14 @@ class FetchedRows(Rows):
         self._counters.wait_s += seconds
 
     def _rows_at(self, slots: Tensor) -> Tensor:
-        """Rows [Hkv, m, 2 D] of slots [Hkv, m], zero at -1."""
+        """Return the rows [Hkv, m, 2 D] of slots [Hkv, m], zero at -1."""
         if self.hot.capacity == 0:
-            return self.hot.rows.new_zeros(*slots.shape, self.hot.rows.shape[-1])
-        index = slots.clamp(min=0).unsqueeze(-1).expand(-1, -1, self.hot.rows.shape[-1])
-        return self.hot.rows.gather(1, index).masked_fill_((slots < 0).unsqueeze(-1), 0.0)
+            return self.hot.kv_rows.new_zeros(*slots.shape, self.hot.kv_rows.shape[-1])
+        index = slots.clamp(min=0).unsqueeze(-1).expand(-1, -1, self.hot.kv_rows.shape[-1])
+        return self.hot.kv_rows.gather(1, index).masked_fill_((slots < 0).unsqueeze(-1), 0.0)
 
     def _read(self, head: Tensor, position: Tensor) -> Callable[[], Arrival]:
-        """A read of M rows, to run on any thread. It refers to the tier and not to the hot set."""
+        """Return a function that reads M rows, on any thread. It does not refer to the hot set."""
         head, position = head.cpu(), position.cpu()
         tier, layer, transfer = self._tier, self._layer, self._transfer
         return lambda: transfer(tier.gather(layer, head, position))

@@ -1,4 +1,4 @@
-"""Recently used 16-bit rows of one layer of one sequence, in fast memory.
+"""The hot set: recently used 16-bit rows of one layer of one sequence, in fast memory.
 
 Positions are [Hkv, k], ascending, -1 where there is no pair. Rows are [Hkv, k, 2 D].
 """
@@ -11,13 +11,14 @@ from torch import Tensor
 from specache.platform.budget import ByteBudget
 
 NOWHERE = torch.iinfo(torch.int64).max  # position of an empty slot
-SLOT_INDEX_BYTES = 32  # a hot-set slot's position and stamp, and its place in the sorted index: int64 each
+SLOT_INDEX_BYTES = 32  # per slot: position, stamp, and value and index of the sorted positions, int64
 
 
 class HotSet:
-    """Recently used rows of one layer of one sequence in fast memory: `C` slots per KV head, least recently used out first.
+    """An LRU cache with `C` slots per KV head.
 
-    `stamp` is the tick at which a slot was last wanted. Slots wanted in the current tick are never evicted in it.
+    `stamp` is the `step` in which a slot was last used. Slots used in the current step are not
+    evicted.
     """
 
     def __init__(
@@ -25,12 +26,12 @@ class HotSet:
     ) -> None:
         self._slot_bytes = num_kv_heads * (row * dtype.itemsize + SLOT_INDEX_BYTES)
         self._claim = (budget or ByteBudget()).claim(capacity * self._slot_bytes, "hot sets")
-        self.rows = torch.zeros(num_kv_heads, capacity, row, dtype=dtype, device=device)
+        self.kv_rows = torch.zeros(num_kv_heads, capacity, row, dtype=dtype, device=device)
         self.position = torch.full((num_kv_heads, capacity), NOWHERE, device=device)
         self.stamp = torch.full((num_kv_heads, capacity), -1, device=device)
         self.step = 0
         self._sorted: tuple[Tensor, Tensor] | None = None
-        self._reserved: tuple[Tensor, Tensor] | None = None  # heads and slots [M] whose rows are on their way
+        self._reserved: tuple[Tensor, Tensor] | None = None  # heads and slots [M] whose rows are in flight
 
     @property
     def capacity(self) -> int:
@@ -41,7 +42,7 @@ class HotSet:
         return self.capacity * self._slot_bytes
 
     def find(self, positions: Tensor) -> Tensor:
-        """Slots [Hkv, k] of the positions, -1 for those that are not here; what is found counts as just used."""
+        """Return the slots [Hkv, k] of the positions, -1 if not cached. Mark them as used."""
         if self.capacity == 0:
             return torch.full_like(positions, -1)
         if self._sorted is None:
@@ -53,19 +54,19 @@ class HotSet:
         self.stamp[head, slots[head, column]] = self.step
         return slots
 
-    def insert(self, head: Tensor, positions: Tensor, rows: Tensor) -> None:
-        """Add rows [M, 2 D] of (head, position) pairs that are not here, over the least recently used slots.
+    def insert(self, head: Tensor, positions: Tensor, kv_rows: Tensor) -> None:
+        """Insert rows [M, 2 D] of uncached (head, position) pairs; evict the oldest slots.
 
-        What does not fit beside this step's own rows is left out.
+        Rows that do not fit beside the rows used in this step are left out.
         """
         self.reserve(head, positions)
-        self.fill(rows)
+        self.fill(kv_rows)
 
     def reserve(self, head: Tensor, positions: Tensor) -> Tensor:
-        """Slots [M] for (head, position) pairs that are not here, over the least recently used; -1 for what does not fit beside
-        this step's own.
+        """Reserve slots [M] for (head, position) pairs that are not cached; evict the oldest slots.
 
-        The pairs count as here from now on. `fill` brings their rows, or `forget` takes them back.
+        A pair that does not fit beside the rows used in this step gets -1. The others count as
+        cached from now on: `fill` must bring their rows, or `forget` undo the reservation.
         """
         within = torch.zeros(self.position.shape[0], len(head), dtype=torch.long, device=head.device)
         within[head, torch.arange(len(head), device=head.device)] = 1
@@ -82,16 +83,16 @@ class HotSet:
         self.stamp[head[fits], slot[fits]] = self.step
         return slot
 
-    def fill(self, rows: Tensor) -> None:
-        """The rows [M, 2 D] of what was reserved last."""
+    def fill(self, kv_rows: Tensor) -> None:
+        """Store the rows [M, 2 D] of the last reservation."""
         if self._reserved is not None:
             head, slot = self._reserved
             fits = slot >= 0
-            self.rows[head[fits], slot[fits]] = rows[fits]
+            self.kv_rows[head[fits], slot[fits]] = kv_rows[fits]
             self._reserved = None
 
     def forget(self) -> None:
-        """What was reserved is not here after all: its rows never came."""
+        """Undo the last reservation, whose rows did not come."""
         if self._reserved is not None:
             head, slot = self._reserved
             fits = slot >= 0
@@ -101,33 +102,34 @@ class HotSet:
             self._reserved = None
 
     def grow(self, capacity: int) -> None:
-        """At least `capacity` slots."""
+        """Grow to at least `capacity` slots."""
         extra = capacity - self.capacity
         if extra > 0:
-            self._claim.resize((self.capacity + capacity) * self._slot_bytes)  # both, while one is copied into the other
+            self._claim.resize((self.capacity + capacity) * self._slot_bytes)  # old and new at once
             pad = torch.nn.functional.pad
-            self.rows = pad(self.rows, (0, 0, 0, extra))
+            self.kv_rows = pad(self.kv_rows, (0, 0, 0, extra))
             self.position = pad(self.position, (0, extra), value=NOWHERE)
             self.stamp = pad(self.stamp, (0, extra), value=-1)
             self._sorted = None
             self._claim.resize(capacity * self._slot_bytes)
 
     def grow_if_allowed(self, capacity: int) -> None:
-        """At least `capacity` slots, or as many as the byte budget leaves room for."""
+        """Grow to at least `capacity` slots, or as many as the byte budget allows."""
         left = self._claim.budget.left
         if left is not None:
-            capacity = min(capacity, left // self._slot_bytes)  # old and new slots are held at once for a moment
+            capacity = min(capacity, left // self._slot_bytes)  # old and new slots are in memory at once
         self.grow(capacity)
 
     def clear(self) -> None:
+        """Empty all slots and keep their memory."""
         self.position.fill_(NOWHERE)
         self.stamp.fill_(-1)
         self._sorted = None
         self._reserved = None
 
     def free(self) -> None:
-        """No slots, until it grows again."""
-        self.rows = self.rows[:, :0].clone()
+        """Release all slots and their memory."""
+        self.kv_rows = self.kv_rows[:, :0].clone()
         self.position = self.position[:, :0].clone()
         self.stamp = self.stamp[:, :0].clone()
         self._sorted = None
@@ -135,9 +137,9 @@ class HotSet:
         self._claim.release()
 
     def _victims(self, count: Tensor, most: int) -> Tensor:
-        """The `count` [Hkv, 1] least recently used slots of each head, ascending, in [Hkv, most].
+        """Return each head's `count` [Hkv, 1] least recently used slots, ascending, [Hkv, most].
 
-        Behind them, and for slots that this step wants: -1.
+        -1 fills the rest, and stands for slots that this step uses.
         """
         stamps, order = self.stamp.sort(dim=1, stable=True)
         evicted = (torch.arange(most, device=order.device) < count) & (stamps[:, :most] < self.step)

@@ -46,7 +46,7 @@ class DiskCheckpoints(WindowCheckpoints):
             SessionError: they cannot be written.
         """
         name = f"windows-{secrets.token_hex(8)}.safetensors"
-        rings = {f"ring.{index}": windows.whole(index) for index in sorted(windows.rings)}
+        rings = {f"ring.{index}": windows.full_ring(index) for index in sorted(windows.rings)}
         specs = {key: TensorSpec.of(ring) for key, ring in rings.items()}
         try:
             self.files[name] = write_snapshot(self._folder / name, specs)

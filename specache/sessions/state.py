@@ -24,7 +24,7 @@ from specache.cache.sequence import Sequence
 from specache.cache.window_layer import WindowLayer
 from specache.config import PAGE_TOKENS
 from specache.errors import SessionError
-from specache.low_bit.key_scales import KeyWeights
+from specache.low_bit.key_scales import KeyScales
 from specache.low_bit.layout import PageLayout
 from specache.sessions.checkpoints import ring_specs
 from specache.sessions.files import DAMAGED
@@ -43,8 +43,8 @@ def tail_shapes(sequence: Sequence) -> dict[int, TailShape]:
     """What `tail_tensors` has of the full-attention layers."""
     found = {}
     for index, layer in sequence.compressed.items():
-        counts = (None if t is None else t.shape[1] for t in (layer.weights.observed, layer.next_positions))
-        found[index] = TailShape(layer.weights.value is not None, *counts)
+        counts = (None if t is None else t.shape[1] for t in (layer.key_scales.observed, layer.next_positions))
+        found[index] = TailShape(layer.key_scales.value is not None, *counts)
     return found
 
 
@@ -68,10 +68,10 @@ def tail_tensors(sequence: Sequence, tier: DiskTier) -> dict[str, TensorSpec]:
         whole = layer.table.length // PAGE_TOKENS
         if layer.table.length % PAGE_TOKENS:
             tensors[f"page.{index}"] = layer.table.raw(whole, whole + 1)
-        if layer.weights.value is not None:
-            tensors[f"weights.{index}"] = layer.weights.value
-        if layer.weights.observed is not None:
-            tensors[f"queries.{index}"] = layer.weights.observed
+        if layer.key_scales.value is not None:
+            tensors[f"weights.{index}"] = layer.key_scales.value
+        if layer.key_scales.observed is not None:
+            tensors[f"queries.{index}"] = layer.key_scales.observed
         if layer.next_positions is not None:
             tensors[f"wanted.{index}"] = layer.next_positions
     for index, other in sorted(sequence.layers.items()):
@@ -84,8 +84,8 @@ def token_tensors(sequence: Sequence) -> dict[str, TensorSpec]:
     """What all the rest can be made again from."""
     tensors = {"token_ids": torch.tensor(sequence.token_ids, dtype=torch.int64)}
     for index, layer in sequence.compressed.items():
-        if layer.weights.value is not None:
-            tensors[f"weights.{index}"] = layer.weights.value
+        if layer.key_scales.value is not None:
+            tensors[f"weights.{index}"] = layer.key_scales.value
     return {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
 
 
@@ -134,7 +134,7 @@ def restore(sequence: Sequence, device: torch.device, folder: Path, manifest: Ma
             layer.table.extend(low_bit)
             if "page" in tensors:
                 layer.table.set_raw(low_bit // PAGE_TOKENS, tensors["page"])
-            weights = KeyWeights.restored(layer.weights.tokens, tensors.get("weights"), tensors.get("queries"))
+            weights = KeyScales.restored(layer.key_scales.tokens, tensors.get("weights"), tensors.get("queries"))
             layer.restore(tensors["residual"], weights, _checked_positions(tensors.get("wanted"), low_bit))
     _restore_pages(sequence.compressed, folder, manifest)
     sequence.commit(tail.read(["token_ids"])["token_ids"].tolist())

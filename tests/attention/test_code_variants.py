@@ -1,4 +1,6 @@
-"""The study's simulation is the method: what it decodes is what the cache decodes, and every variant of the list runs."""
+"""The study's simulation is the method: what it decodes is what the cache decodes, and every
+variant of the list runs.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,7 @@ def decoded(start: Prefilled, **settings: object) -> Tensor:
         return torch.cat([decoder.step(cache.sequences, [token], None).real for token in following()]).log_softmax(-1)
 
 
-def test_without_a_variant_it_is_the_model(start):
+def test_without_a_variant_the_model_is_unchanged(start):
     ids = torch.tensor([start.token_ids + following()])
     with torch.no_grad():
         expected = start.model(ids).logits[0, LENGTH:].log_softmax(-1)

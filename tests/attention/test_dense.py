@@ -45,7 +45,7 @@ def test_a_part_that_sees_nothing_adds_nothing():
     assert (out == 0).all() and (lse == -torch.inf).all()
 
 
-def test_flash_attention_that_fails_is_said_once_and_done_without(monkeypatch):
+def test_failing_flash_attention_warns_once_and_is_not_used_again(monkeypatch):
     """As on a GPU whose PyTorch has no kernel for it."""
     monkeypatch.setattr(exact, "_flash_fails", False)
     monkeypatch.setattr(exact, "_can_flash", lambda *operands: True)

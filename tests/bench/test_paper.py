@@ -202,8 +202,8 @@ def test_a_batch_that_frees_hot_sets_while_decoding_does_not_fit(monkeypatch):
         if contender._work.batch > 2:
             for sequence in contender.held.sequences:
                 for layer in sequence.compressed.values():
-                    layer.rows.hot.free()
-                    layer.rows._staged_bytes = 0
+                    layer.row_fetcher.hot.free()
+                    layer.row_fetcher._staged_bytes = 0
         return found
 
     monkeypatch.setattr(Decoding, "_samples", samples)

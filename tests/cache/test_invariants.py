@@ -1,4 +1,6 @@
-"""The invariants of the method, on packed pages and both RAM tiers, against the stock cache and against `reference.py`."""
+"""The invariants of the method, on packed pages and both RAM tiers, against the stock cache and
+against `reference.py`.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def run(
     answer: list[int] | None = None,
     cache: specache.SpeCache | None = None,
 ):
-    """Greedy, or along `answer` -> (tokens, logits [new, V], statistics). A cache that is given stays open."""
+    """Greedy, or along `answer` -> (tokens, logits [new, V], statistics). A cache that is given
+    stays open.
+    """
     processors = [Forced(answer, ids.shape[1])] if answer else None
     output = specache.generate(
         model,
@@ -91,12 +95,12 @@ def test_the_low_bit_copy_alone_is_not_the_full_cache(model, full):
 
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("length", [12, 200])
-def test_exact_attention_makes_every_guess_right(model, tier, length):
+def test_exact_attention_makes_every_draft_token_right(model, tier, length):
     config = settings(policy="verified", slow_tier=tier, top_k=EVERYTHING)
     assert run(model, prompt(length), config)[2]["guess_rate"] == 1.0
 
 
-def test_a_prompt_in_the_residual_makes_every_guess_of_the_paper_right(model):
+def test_a_prompt_in_the_residual_makes_every_draft_token_of_the_paper_right(model):
     config = settings(policy="speculative", slow_tier="ram", residual=64, group_size=64)
     assert run(model, prompt(60), config)[2]["guess_rate"] == 1.0
 
@@ -117,14 +121,15 @@ def test_every_policy_equals_the_reference(model, full, tier, policy, code, bits
 
 
 def a_code_turned(cache: specache.SpeCache, expected: reference.ReferenceOutput) -> bool:
-    """Whether the copies differ, which must be by rounding: the reference sums a prompt's attention in another order, and a
-    last-bit difference of a key can turn a code, or the last of a scale's 16 bits. Which one depends on the processor.
+    """Whether the copies differ, which must be by rounding: the reference sums a prompt's attention
+    in another order, and a last-bit difference of a key can turn a code, or the last of a scale's
+    16 bits. Which one depends on the processor.
     """
     for index, layer in cache.sequences[0].compressed.items():
-        theirs, copies = expected.layers[index], torch_ops.dequantise(layer.copy)
+        theirs, low_bit_kvs = expected.layers[index], torch_ops.dequantise(layer.low_bit_kv)
         length = theirs.low_bit_keys.shape[1]
-        assert layer.copy.length == length
-        pairs = zip(copies, (theirs.low_bit_keys, theirs.low_bit_values), strict=True)
+        assert layer.low_bit_kv.length == length
+        pairs = zip(low_bit_kvs, (theirs.low_bit_keys, theirs.low_bit_values), strict=True)
         apart = torch.stack([(ours - reference_).abs() > 1e-4 for ours, reference_ in pairs])
         if apart.any():  # in the first such layer; those behind it see other keys
             exact = zip(layer.tier.read(index, 0, length), (theirs.keys, theirs.values), strict=True)
@@ -141,7 +146,9 @@ def a_code_turned(cache: specache.SpeCache, expected: reference.ReferenceOutput)
     ("code", "bits", "limit"), [("kivi", 1, 1e-3), ("kivi", 2, 1e-3), ("rotated", 2, 3e-3), ("rotated", 4, 3e-3)]
 )
 def test_the_native_kernels_stay_near_the_reference(model, full, tier, policy, code, bits, limit):
-    """They round queries and weights to 8 bits, so that a token near the k-th may be selected in another's place."""
+    """They round queries and weights to 8 bits, so that a token near the k-th may be selected in
+    another's place.
+    """
     config = settings(code=code, bits=bits, policy=policy, slow_tier=tier, prefill_chunk=4096)
     expected = reference.generate(model, prompt(200), config, NEW, forced_tokens=full[0]).logits.log_softmax(-1)
     with dispatch.using(native.instruction_sets()[-1]):
@@ -151,7 +158,7 @@ def test_the_native_kernels_stay_near_the_reference(model, full, tier, policy, c
 
 
 def force_guesses(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    """Every guess is a random token."""
+    """Replace every draft token by a random one."""
     generator = torch.Generator().manual_seed(seed)
 
     def random_draft(params, context, logits, active):
@@ -161,7 +168,7 @@ def force_guesses(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_verified_does_not_depend_on_the_guess(model, monkeypatch, seed):
+def test_verified_does_not_depend_on_the_draft_token(model, monkeypatch, seed):
     config = settings(policy="verified", slow_tier="ram")
     expected_tokens, expected, right = run(model, prompt(200), config)
     force_guesses(monkeypatch, seed)
@@ -171,7 +178,7 @@ def test_verified_does_not_depend_on_the_guess(model, monkeypatch, seed):
     assert torch.equal(logits, expected)
 
 
-def test_the_papers_policy_does_depend_on_the_guess(model, monkeypatch):
+def test_the_papers_policy_does_depend_on_the_draft_token(model, monkeypatch):
     config = settings(policy="speculative", slow_tier="ram")
     tokens, expected, _ = run(model, prompt(200), config)
     force_guesses(monkeypatch, 1)
@@ -213,14 +220,16 @@ def test_chunked_prefill_equals_unchunked(model, chunk, policy, top_k):
 
 @pytest.mark.parametrize("chunk", [1, 16, 63, 199])
 def test_chunked_prefill_stores_what_unchunked_does(model, chunk):
-    """The low-bit copies differ in no more than the codes that a last-bit difference in a key can turn."""
+    """The low-bit copies differ in no more than the codes that a last-bit difference in a key can
+    turn.
+    """
     decoded = []
     for size in (4096, chunk):
         with specache.SpeCache(model, settings(slow_tier="ram", prefill_chunk=size)) as cache:
             specache.prefill(model, prompt(200), cache=cache)
             layers = cache.sequences[0].layers
-            assert [layer.copy.length for layer in layers.values()] == [176] * 3
-            decoded.append([torch.cat(torch_ops.dequantise(layer.copy)) for layer in layers.values()])
+            assert [layer.low_bit_kv.length for layer in layers.values()] == [176] * 3
+            decoded.append([torch.cat(torch_ops.dequantise(layer.low_bit_kv)) for layer in layers.values()])
     for one, other in zip(*decoded, strict=True):
         assert ((one - other).abs() > 0.02).float().mean() < 1e-3
 
@@ -281,15 +290,17 @@ def test_a_sequence_cut_to_a_prefix_holds_what_a_fresh_prefill_does(model, code,
         specache.prefill(model, torch.cat([prompt(200)[:, :length], prompt(90, 7)], dim=1), cache=fresh)
         for one, other in zip(cut.sequences[0].layers.values(), fresh.sequences[0].layers.values(), strict=True):
             if code == "rotated":
-                torch.testing.assert_close(one.weights.value, other.weights.value, atol=1e-5, rtol=1e-4)
-            a, b = torch.cat(torch_ops.dequantise(one.copy)), torch.cat(torch_ops.dequantise(other.copy))
+                torch.testing.assert_close(one.key_scales.value, other.key_scales.value, atol=1e-5, rtol=1e-4)
+            a, b = torch.cat(torch_ops.dequantise(one.low_bit_kv)), torch.cat(torch_ops.dequantise(other.low_bit_kv))
             assert a.shape == b.shape
             assert ((a - b).abs() > 0.02).float().mean() < 1e-3  # a last-bit difference in a key can turn a code
 
 
 @pytest.mark.usefixtures("torch_kernels")
-def test_a_short_prompt_gets_its_weights_while_decoding(model):
-    """The first group becomes low bit in the middle of decoding; the rotated code then equals the reference."""
+def test_a_short_prompt_gets_its_key_scales_while_decoding(model):
+    """The first group becomes low bit in the middle of decoding; the rotated code then equals the
+    reference.
+    """
     config = settings(policy="verified", slow_tier="ram")
     tokens, _, _ = run(model, prompt(12), config)
     expected = reference.generate(model, prompt(12), config, NEW, forced_tokens=tokens)

@@ -1,4 +1,6 @@
-"""An edited or regenerated turn of a hybrid model: little is read again, and what follows is what a fresh cache would say."""
+"""An edited or regenerated turn of a hybrid model: little is read again, and what follows is what a
+fresh cache would say.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +76,9 @@ def test_a_regenerated_answer_reads_one_token(hybrid):
 
 @pytest.mark.parametrize("chunk", [500, 4096])
 def test_a_document_edited_anywhere_is_read_again_from_at_most_1024_tokens_before(chunk):
-    """Also in the middle of a chunk: where a checkpoint lies does not depend on how the prompt was cut into passes."""
+    """Also in the middle of a chunk: where a checkpoint lies does not depend on how the prompt was
+    cut into passes.
+    """
     model = build("Gemma3", {**FAMILIES["gemma3"][1], "max_position_embeddings": 8192})
     whole, config = prompt(5000), settings(prefill_chunk=chunk)
     with specache.SpeCache(model, config) as cache:
@@ -152,7 +156,7 @@ def test_a_prefill_that_stops_in_the_middle_goes_back_and_on(hybrid):
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt-oss"])
-def test_other_hybrids_too(family):
+def test_other_hybrid_models_go_back_to_checkpoints(family):
     model, config = build(*FAMILIES[family]), settings()
     with specache.SpeCache(model, config) as cache:
         answer(model, cache, prompt(600))
@@ -191,7 +195,7 @@ def test_a_machine_without_memory_for_a_copy_answers_without_one(hybrid, monkeyp
     assert (logits - fresh(hybrid, settings(), prompt(600))).abs().max() == 0
 
 
-def test_statistics_count_them(hybrid):
+def test_statistics_count_checkpoints(hybrid):
     with specache.SpeCache(hybrid, settings()) as cache:
         specache.prefill(hybrid, prompt(600), cache=cache)
         stats, kept = cache.stats(), cache.sequences[0].checkpoints
@@ -205,8 +209,10 @@ def test_statistics_count_them(hybrid):
     assert cache.resources.budget.spare == cache.resources.budget.used == 0
 
 
-def test_they_never_make_a_request_fail_that_fits_without_them(hybrid):
-    """The least fast memory that is enough is what it would be without checkpoints; with a little less it is refused."""
+def test_checkpoints_never_make_a_request_fail_that_fits_without_them(hybrid):
+    """The least fast memory that is enough is what it would be without checkpoints; with a little
+    less it is refused.
+    """
     ids, config = prompt(600), settings()
     loads = [specache.planning.footprint.PlannedSequence(600, 9)]
     with specache.SpeCache(hybrid, config) as cache:
@@ -264,7 +270,7 @@ def test_a_fork_on_another_thread_takes_none_away_while_one_is_looked_up(monkeyp
     assert checkpoints.lengths == [300] and budget.used == 950
 
 
-def test_what_they_take_is_bounded(hybrid):
+def test_bytes_of_checkpoints_are_bounded(hybrid):
     class Large(Spacing):
         pass
 

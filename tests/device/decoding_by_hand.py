@@ -1,4 +1,6 @@
-"""A small decode over `DeviceRows`: layers, steps, selections that are known beforehand, and what the attention would be given."""
+"""A small decode over `DeviceRowFetcher`: layers, steps, selections that are known beforehand, and
+what the attention would be given.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from specache.config import ReadPath
 from specache.device.device_hot_set import DeviceHotSet
-from specache.device.device_rows import DeviceRows, RowCounters, StepBuffers
+from specache.device.device_rows import DeviceRowFetcher, RowCounters, StepBuffers
 from specache.device.sources import StoredRows
 from specache.tiers.streams import Queue, Streams
 
@@ -23,7 +25,8 @@ class Program:
     """How a decode goes.
 
     Attributes:
-        begin_together: all layers begin a step before the first computes, instead of each when it is its turn.
+        begin_together: all layers begin a step before the first computes, instead of each when it
+            is its turn.
         undone: each step is taken back behind its last layer, and done again with other selections.
         host_waits: the host waits for each step, instead of for the last one.
         joined: the copies of a step end with it, as in a captured graph.
@@ -38,7 +41,9 @@ class Program:
 
 @dataclass(frozen=True)
 class Given:
-    """What one layer's attention was given in one step, with the positions that it had asked for; [n, B, Hkv, k, ...]."""
+    """What one layer's attention was given in one step, with the positions that it had asked for;
+    [n, B, Hkv, k, ...].
+    """
 
     layer: int
     asked: Tensor
@@ -46,7 +51,7 @@ class Given:
     rows: Tensor
 
 
-Change = Callable[[list[DeviceRows]], None]
+Change = Callable[[list[DeviceRowFetcher]], None]
 
 
 class Decode:
@@ -89,13 +94,13 @@ class Decode:
         index = given.positions.clamp(min=0).unsqueeze(-1).expand_as(given.rows)
         expected = self.stored[given.layer].expand(2, -1, -1, -1, -1).gather(3, index).masked_fill(~here.unsqueeze(-1), 0.0)
         right = torch.equal(given.rows, expected)
-        right &= torch.equal(given.positions[0], given.asked[0])  # the real row's are all there
+        right &= torch.equal(given.positions[0], given.asked[0])  # the real query gets all of its rows
         right &= bool(((given.positions == given.asked) | ~here).all())
         return not right
 
-    def _layer(self, stored: Tensor) -> DeviceRows:
+    def _layer(self, stored: Tensor) -> DeviceRowFetcher:
         hot = DeviceHotSet(BATCH, HEADS, SLOTS, TOKENS, WIDTH, torch.float32, CPU)
-        return DeviceRows(StoredRows(list(stored)), hot, self.buffers, self.streams, self.counters, self.program.read)
+        return DeviceRowFetcher(StoredRows(list(stored)), hot, self.buffers, self.streams, self.counters, self.program.read)
 
     def _step(self) -> None:
         if self.program.begin_together:
@@ -111,8 +116,10 @@ class Decode:
         if self.program.host_waits:
             self.streams.finish(Queue.COMPUTE)
 
-    def _attend(self, layer: int, rows: DeviceRows) -> None:
-        """One layer: the real row mostly wants what was read ahead, the guess what the real row wants and more."""
+    def _attend(self, layer: int, rows: DeviceRowFetcher) -> None:
+        """Run one layer. The real query selects mostly prefetched rows; the draft query selects
+        mostly those of the real one.
+        """
         real = self._near(self._wanted_next[layer])
         draft, following = self._near(real), self._near(real)
         self._select(real)
@@ -129,7 +136,7 @@ class Decode:
 
     def _look(self, layer: int, asked: Tensor) -> None:
         """Attention reads the buffers."""
-        positions, rows = self.buffers.positions, self.buffers.rows
+        positions, rows = self.buffers.positions, self.buffers.kv_rows
         self.streams.run(Queue.COMPUTE, lambda: self.given.append(Given(layer, asked, positions.clone(), rows.clone())))
 
     def _selection(self) -> Tensor:

@@ -1,4 +1,6 @@
-"""Two queues without a GPU: work runs when it must, or when it may, in any order that the events allow."""
+"""Two queues without a GPU: work runs when it must, or when it may, in any order that the events
+allow.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,8 @@ _Operation = Work | _Record | _Wait
 
 @dataclass
 class SimulatedStreams:
-    """`Streams` of a device that is slower than the host: what is queued runs when it is waited for, or before.
+    """`Streams` of a device that is slower than the host: what is queued runs when it is waited
+    for, or before.
 
     Attributes:
         shared: what `share` was called with.
@@ -128,7 +131,8 @@ def orders(seeds: int) -> list[tuple[Order, int]]:
 class CapturedStreams:
     """Streams inside the capture of a graph, which refuse what CUDA refuses there.
 
-    `Streams` of a device that is idle, so that `run` may as well run at once. `end` is the end of the capture.
+    `Streams` of a device that is idle, so that `run` may as well run at once. `end` is the end of
+    the capture.
     """
 
     def __init__(self) -> None:
@@ -170,7 +174,7 @@ class CapturedStreams:
         raise AssertionError("nobody may wait for the device in a capture")
 
     def end(self) -> None:
-        """The copy queue must have been joined; the next capture knows none of this one's events."""
+        """Check that the copy queue was joined; forget this capture's events."""
         assert self._joined == self._copied, "the copy queue was not joined before the capture ended"
         self.fail()
 

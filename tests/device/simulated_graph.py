@@ -1,10 +1,12 @@
-"""CUDA graphs without a GPU: what a capture launched is launched again, with the arguments that it had then.
+"""CUDA graphs without a GPU: what a capture launched is launched again, with the arguments that it
+had then.
 
-While it captures, every PyTorch operation is recorded with its tensors and numbers, and so is every launch of a Triton kernel in
-its interpreter. As on CUDA, a capture runs nothing: whatever memory it changed is put back, and what it made holds garbage until
-the first replay. A replay runs the same operations on the same tensors. So a length or a position that the host has put into a
-launch stays what it was, and shows as wrong tokens; reading from the device, and copying from the host, fail as they do in a
-capture.
+While it captures, every PyTorch operation is recorded with its tensors and numbers, and so is every
+launch of a Triton kernel in its interpreter. As on CUDA, a capture runs nothing: whatever memory it
+changed is put back, and what it made holds garbage until the first replay. A replay runs the same
+operations on the same tensors. So a length or a position that the host has put into a launch stays
+what it was, and shows as wrong tokens; reading from the device, and copying from the host, fail as
+they do in a capture.
 """
 
 from __future__ import annotations
@@ -75,7 +77,9 @@ class _Recorder(TorchDispatchMode):
         return result
 
     def kernel(self, run: Callable[..., None], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A launch, any argument of which may be written. What the interpreter does is no launch of its own."""
+        """A launch, any argument of which may be written. What the interpreter does is no launch of
+        its own.
+        """
         with _disable_current_modes():
             for tensor in _tensors((args, kwargs)):
                 self._keep(tensor)

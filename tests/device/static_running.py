@@ -18,7 +18,9 @@ from tests.tiny import ragged
 
 @contextmanager
 def static_steps(monkeypatch: Any, **changes: Any) -> Iterator[list[int]]:
-    """Decode steps on the CPU run over static buffers -> grows by the number of sequences of every static step."""
+    """Decode steps on the CPU run over static buffers -> grows by the number of sequences of every
+    static step.
+    """
     settings = {"streams": lambda device: InlineStreams(), "graphs": lambda device: None, "capacity_step": 64, "devices": ("cpu",)}
     settings.update(changes)
     steps: list[int] = []
@@ -54,7 +56,9 @@ def continued(
     new: int,
     before_token: Callable[[], None] = lambda: None,
 ) -> Any:
-    """The same with a cache, from `ids` [B, width + what was generated] on; `before_token` is called before a token is chosen."""
+    """The same with a cache, from `ids` [B, width + what was generated] on; `before_token` is
+    called before a token is chosen.
+    """
 
     def listen(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         before_token()

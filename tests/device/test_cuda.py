@@ -8,8 +8,8 @@ from torch import Tensor
 
 from specache.config import ReadPath
 from specache.device.device_hot_set import DeviceHotSet
-from specache.device.device_rows import DeviceRows, RowCounters, StepBuffers
-from specache.device.fused_rows import device_rows
+from specache.device.device_rows import DeviceRowFetcher, RowCounters, StepBuffers
+from specache.device.fused_rows import device_row_fetcher
 from specache.device.sources import row_source
 from specache.tiers.main_memory import MainMemory
 from specache.tiers.pinned import PinnedPool
@@ -26,7 +26,9 @@ READS = pytest.mark.parametrize("read", list(ReadPath))
 
 
 class GpuDecode:
-    """Layers over rows in page-locked memory, and a step over static positions [3, L, B, Hkv, k]: real, guess, next."""
+    """Layers over rows in page-locked memory, and a step over static positions [3, L, B, Hkv, k]:
+    real, guess, next.
+    """
 
     def __init__(self, read: ReadPath) -> None:
         device = torch.device("cuda")
@@ -42,7 +44,7 @@ class GpuDecode:
         self.counters = RowCounters(device, 4 * DIM)
         self.layers = [self._layer(i, read, device) for i in range(LAYERS)]
         self.wanted = torch.zeros(3, LAYERS, BATCH, HEADS, TOP_K, dtype=torch.int64, device=device)
-        self.rows = torch.zeros(LAYERS, *self.buffers.rows.shape, dtype=torch.bfloat16, device=device)
+        self.rows = torch.zeros(LAYERS, *self.buffers.kv_rows.shape, dtype=torch.bfloat16, device=device)
         self.positions = torch.zeros(LAYERS, *self.buffers.positions.shape, dtype=torch.int64, device=device)
 
     def step(self, joined: bool) -> None:
@@ -50,7 +52,7 @@ class GpuDecode:
             layer.begin_step()
             layer.fetch(self.wanted[0, i])
             layer.available(self.wanted[1, i])
-            self.rows[i].copy_(self.buffers.rows)
+            self.rows[i].copy_(self.buffers.kv_rows)
             self.positions[i].copy_(self.buffers.positions)
             layer.submit(self.wanted[2, i])
         if joined:
@@ -69,10 +71,10 @@ class GpuDecode:
         tier.write(layer, 0, keys, values)
         return torch.cat([keys, values], -1)
 
-    def _layer(self, index: int, read: ReadPath, device: torch.device) -> DeviceRows:
+    def _layer(self, index: int, read: ReadPath, device: torch.device) -> DeviceRowFetcher:
         source = row_source([tier.buffer(index) for tier in self.tiers], device)
         hot = DeviceHotSet(BATCH, HEADS, SLOTS, TOKENS, 2 * DIM, torch.bfloat16, device)
-        return device_rows(source, hot, self.buffers, self.streams, self.counters, read)
+        return device_row_fetcher(source, hot, self.buffers, self.streams, self.counters, read)
 
 
 def selections(step: int) -> Tensor:

@@ -76,7 +76,7 @@ def each_head(hot: list[ListedHotSet], operation: str, *arguments: Tensor) -> Te
 
 @settings(deadline=None, max_examples=60)
 @given(data=st.data(), capacity=st.integers(TOP_K, 9))
-def test_it_finds_and_evicts_what_a_list_would(data, capacity):
+def test_hits_and_victims_are_those_of_a_plain_lru_list(data, capacity):
     hot = DeviceHotSet(BATCH, HEADS, capacity, TOKENS, WIDTH, torch.float32, CPU)
     listed = [ListedHotSet(capacity) for _ in range(BATCH * HEADS)]
     claimed: tuple[Tensor, Tensor] | None = None
@@ -111,8 +111,8 @@ def test_it_finds_and_evicts_what_a_list_would(data, capacity):
 
 @settings(deadline=None, max_examples=60)
 @given(data=st.data(), capacity=st.integers(TOP_K, 9))
-def test_its_hits_are_those_of_the_hot_set_of_a_cpu(data, capacity):
-    """Over the steps of a decode: rows of the real token fetched, those of the guess looked for, others read ahead."""
+def test_hits_equal_those_of_the_cpus_hot_set(data, capacity):
+    """Over decode steps: fetch for the real token, look up for the draft token, prefetch."""
     device = DeviceHotSet(BATCH, HEADS, capacity, TOKENS, WIDTH, torch.float32, CPU)
     hosts = [HotSet(HEADS, capacity, WIDTH, torch.float32, CPU) for _ in range(BATCH)]
 
@@ -152,9 +152,9 @@ def test_rows_come_back_from_the_slots_they_were_put_into():
     assert torch.equal(out, rows.masked_fill(nowhere.unsqueeze(-1), 0.0))
 
 
-def test_its_buffers_stay_where_they_are():
+def test_buffers_keep_their_addresses():
     hot = DeviceHotSet(BATCH, HEADS, 5, TOKENS, WIDTH, torch.float32, CPU)
-    buffers = (hot.rows, hot.table, hot.owner, hot.used, hot.tick)
+    buffers = (hot.kv_rows, hot.table, hot.owner, hot.used, hot.tick)
     before = [buffer.data_ptr() for buffer in buffers]
     positions = torch.tensor([1, 4, 7, -1]).expand(BATCH, HEADS, -1)
     hot.advance()
@@ -162,15 +162,15 @@ def test_its_buffers_stay_where_they_are():
     hot.put(slots, torch.ones(BATCH, HEADS, TOP_K, WIDTH))
     hot.forget(positions, slots)
     hot.clear()
-    now = (hot.rows, hot.table, hot.owner, hot.used, hot.tick)
+    now = (hot.kv_rows, hot.table, hot.owner, hot.used, hot.tick)
     assert [buffer.data_ptr() for buffer in now] == before
     assert all(a is b for a, b in zip(now, buffers, strict=True))
 
 
-def test_its_bytes_are_counted_and_taken_from_fast_memory():
+def test_bytes_are_counted_and_claimed_from_fast_memory():
     budget = ByteBudget(100_000)
     hot = DeviceHotSet(BATCH, HEADS, 6, TOKENS, WIDTH, torch.bfloat16, CPU, budget)
     assert hot.nbytes == budget.used == hot_set_bytes(BATCH, HEADS, 6, TOKENS, 2 * WIDTH)
-    assert hot.nbytes == sum(buffer.nbytes for buffer in (hot.rows, hot.table, hot.owner, hot.used, hot.tick))
+    assert hot.nbytes == sum(buffer.nbytes for buffer in (hot.kv_rows, hot.table, hot.owner, hot.used, hot.tick))
     with pytest.raises(FastMemoryError, match="hot sets"):
         DeviceHotSet(BATCH, HEADS, 6, 100_000, WIDTH, torch.bfloat16, CPU, budget)

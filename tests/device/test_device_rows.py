@@ -1,4 +1,6 @@
-"""What a step gets from `DeviceRows`, and that neither the host nor a capture stands in its way."""
+"""What a step gets from `DeviceRowFetcher`, and that neither the host nor a capture stands in its
+way.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from specache.config import ReadPath
 from specache.device.device_hot_set import DeviceHotSet
-from specache.device.device_rows import DeviceRows, RowCounters, StepBuffers
+from specache.device.device_rows import DeviceRowFetcher, RowCounters, StepBuffers
 from specache.device.sources import StoredRows, row_source
 from specache.errors import SlowTierError
 from specache.rows.hot_set import HotSet
@@ -26,11 +28,11 @@ CPU = torch.device("cpu")
 READS = pytest.mark.parametrize("read", list(ReadPath))
 
 
-def rows_over(stored: Tensor, read: ReadPath = ReadPath.MAPPED, streams: Streams | None = None) -> DeviceRows:
+def fetcher_over(stored: Tensor, read: ReadPath = ReadPath.MAPPED, streams: Streams | None = None) -> DeviceRowFetcher:
     """A layer with rows [B, Hkv, T, 2 D]."""
     hot = DeviceHotSet(BATCH, HEADS, SLOTS, TOKENS, WIDTH, torch.float32, CPU)
     buffers = StepBuffers(BATCH, HEADS, TOP_K, WIDTH, torch.float32, CPU)
-    return DeviceRows(StoredRows(list(stored)), hot, buffers, streams or InlineStreams(), RowCounters(CPU, 4 * WIDTH), read)
+    return DeviceRowFetcher(StoredRows(list(stored)), hot, buffers, streams or InlineStreams(), RowCounters(CPU, 4 * WIDTH), read)
 
 
 @pytest.fixture
@@ -49,100 +51,100 @@ def rows_at(stored: Tensor, positions: Tensor) -> Tensor:
 
 
 @READS
-def test_the_real_row_gets_all_its_rows(read, stored):
-    rows = rows_over(stored, read)
+def test_the_real_query_gets_all_its_rows(read, stored):
+    fetcher = fetcher_over(stored, read)
     for positions in (wanted(0, 3, 19), wanted(3, 4), wanted(), wanted(4, 5, 6, 7)):
-        rows.begin_step()
-        assert torch.equal(rows.fetch(positions), rows_at(stored, positions))
+        fetcher.begin_step()
+        assert torch.equal(fetcher.fetch(positions), rows_at(stored, positions))
 
 
 @READS
-def test_the_guess_gets_what_is_there(read, stored):
-    rows = rows_over(stored, read)
-    rows.begin_step()
-    rows.fetch(wanted(2, 5))
-    found, positions = rows.available(wanted(1, 2, 5, 8))
+def test_the_draft_query_gets_only_cached_rows(read, stored):
+    fetcher = fetcher_over(stored, read)
+    fetcher.begin_step()
+    fetcher.fetch(wanted(2, 5))
+    found, positions = fetcher.available(wanted(1, 2, 5, 8))
     expected = torch.tensor([-1, 2, 5, -1]).expand(BATCH, HEADS, -1)
     assert torch.equal(positions, expected)
     assert torch.equal(found, rows_at(stored, expected))
 
 
 @READS
-def test_what_is_submitted_is_there_in_the_next_step(read, stored):
-    rows = rows_over(stored, read)
-    rows.begin_step()
-    rows.submit(wanted(1, 2, 3))
-    rows.begin_step()
-    _, positions = rows.available(wanted(0, 1, 2, 3))
+def test_prefetched_rows_are_available_in_the_next_step(read, stored):
+    fetcher = fetcher_over(stored, read)
+    fetcher.begin_step()
+    fetcher.submit(wanted(1, 2, 3))
+    fetcher.begin_step()
+    _, positions = fetcher.available(wanted(0, 1, 2, 3))
     assert torch.equal(positions, torch.tensor([-1, 1, 2, 3]).expand(BATCH, HEADS, -1))
 
 
-def test_what_is_cancelled_is_forgotten_and_what_was_fetched_is_not(stored):
-    rows = rows_over(stored)
-    rows.begin_step()
-    rows.fetch(wanted(0, 1))
-    rows.submit(wanted(1, 2, 3))
-    rows.cancel()
-    rows.begin_step()
-    _, positions = rows.available(wanted(0, 1, 2, 3))
+def test_cancelling_drops_prefetched_rows_and_keeps_fetched_ones(stored):
+    fetcher = fetcher_over(stored)
+    fetcher.begin_step()
+    fetcher.fetch(wanted(0, 1))
+    fetcher.submit(wanted(1, 2, 3))
+    fetcher.cancel()
+    fetcher.begin_step()
+    _, positions = fetcher.available(wanted(0, 1, 2, 3))
     assert torch.equal(positions, torch.tensor([0, 1, -1, -1]).expand(BATCH, HEADS, -1))
 
 
 def test_cancelling_leaves_a_slot_alone_that_has_another_owner_by_now(stored):
-    rows = rows_over(stored)
-    rows.begin_step()
-    rows.submit(wanted(0, 1, 2, 3))
+    fetcher = fetcher_over(stored)
+    fetcher.begin_step()
+    fetcher.submit(wanted(0, 1, 2, 3))
     for positions in (wanted(4, 5, 6, 7), wanted(8, 9, 10, 11)):  # 6 slots: the submitted ones are out
-        rows.begin_step()
-        rows.fetch(positions)
-    rows.cancel()
-    _, positions = rows.available(wanted(8, 9, 10, 11))
+        fetcher.begin_step()
+        fetcher.fetch(positions)
+    fetcher.cancel()
+    _, positions = fetcher.available(wanted(8, 9, 10, 11))
     assert torch.equal(positions, wanted(8, 9, 10, 11))
 
 
-def test_after_a_cut_nothing_is_left(stored):
-    rows = rows_over(stored)
-    rows.begin_step()
-    rows.fetch(wanted(0, 1))
-    rows.submit(wanted(2))
-    rows.drop()
-    rows.begin_step()
-    assert torch.equal(rows.available(wanted(0, 1, 2))[1], wanted())
+def test_dropped_rows_are_not_found(stored):
+    fetcher = fetcher_over(stored)
+    fetcher.begin_step()
+    fetcher.fetch(wanted(0, 1))
+    fetcher.submit(wanted(2))
+    fetcher.drop()
+    fetcher.begin_step()
+    assert torch.equal(fetcher.available(wanted(0, 1, 2))[1], wanted())
 
 
 @READS
 def test_rows_that_changed_are_read_anew_after_a_cut(read, stored):
-    rows = rows_over(stored, read)
-    rows.begin_step()
-    rows.fetch(wanted(0, 1))
-    rows.drop()
+    fetcher = fetcher_over(stored, read)
+    fetcher.begin_step()
+    fetcher.fetch(wanted(0, 1))
+    fetcher.drop()
     stored += 1.0
-    rows.begin_step()
-    assert torch.equal(rows.fetch(wanted(0, 1)), rows_at(stored, wanted(0, 1)))
+    fetcher.begin_step()
+    assert torch.equal(fetcher.fetch(wanted(0, 1)), rows_at(stored, wanted(0, 1)))
 
 
-def test_rows_may_move(stored):
-    rows = rows_over(stored)
-    rows.begin_step()
-    rows.fetch(wanted(0))
+def test_rows_are_read_from_replaced_buffers(stored):
+    fetcher = fetcher_over(stored)
+    fetcher.begin_step()
+    fetcher.fetch(wanted(0))
     moved = torch.randn_like(stored)
-    rows.source.replace(list(moved))
-    rows.drop()
-    assert torch.equal(rows.fetch(wanted(0)), rows_at(moved, wanted(0)))
+    fetcher.source.replace(list(moved))
+    fetcher.drop()
+    assert torch.equal(fetcher.fetch(wanted(0)), rows_at(moved, wanted(0)))
 
 
-def test_it_counts_the_real_rows_hits_and_the_bytes_of_both(stored):
+def test_hits_of_the_real_query_and_bytes_of_all_reads_are_counted(stored):
     """The same selections over a CPU's hot set with as many slots."""
-    rows = rows_over(stored)
+    fetcher = fetcher_over(stored)
     hosts = [HotSet(HEADS, SLOTS, WIDTH, torch.float32, CPU) for _ in range(BATCH)]
     generator = torch.Generator().manual_seed(0)
     selected = missed = ahead = 0
     for _ in range(8):
         real, draft, following = (select(generator) for _ in range(3))
-        rows.begin_step()
-        rows.fetch(real)
-        rows.available(draft)
-        rows.submit(following)
+        fetcher.begin_step()
+        fetcher.fetch(real)
+        fetcher.available(draft)
+        fetcher.submit(following)
         for b, host in enumerate(hosts):
             host.step += 1
             selected += int((real[b] >= 0).sum())
@@ -151,7 +153,7 @@ def test_it_counts_the_real_rows_hits_and_the_bytes_of_both(stored):
             host.step += 1
             ahead += add_missing(host, following[b])
     assert 0 < missed < selected
-    assert rows._counters.read(InlineStreams()) == (selected, selected - missed, (missed + ahead) * 4 * WIDTH)
+    assert fetcher._counters.read(InlineStreams()) == (selected, selected - missed, (missed + ahead) * 4 * WIDTH)
 
 
 def add_missing(hot: HotSet, positions: Tensor) -> int:
@@ -168,12 +170,12 @@ def select(generator: torch.Generator) -> Tensor:
     return torch.cat([positions[..., 1:], positions[..., :1].masked_fill(holes, -1)], -1)
 
 
-def test_kernels_find_rows_and_positions_of_a_pass_side_by_side(stored):
-    rows = rows_over(stored)
-    rows.begin_step()
-    rows.fetch(wanted(1, 2))
-    rows.available(wanted(2, 3))
-    by_pass, positions = rows._buffers.rows_by_pass, rows._buffers.positions_by_pass
+def test_kernels_get_rows_and_positions_of_all_queries_in_one_view(stored):
+    fetcher = fetcher_over(stored)
+    fetcher.begin_step()
+    fetcher.fetch(wanted(1, 2))
+    fetcher.available(wanted(2, 3))
+    by_pass, positions = fetcher._buffers.kv_rows_by_query, fetcher._buffers.positions_by_query
     assert by_pass.shape == (BATCH, HEADS, 2, TOP_K, WIDTH)
     assert positions[0, 0].tolist() == [[1, 2, -1, -1], [2, -1, -1, -1]]
     assert torch.equal(by_pass[:, :, 1, 0], stored[:, :, 2])
@@ -215,7 +217,7 @@ def test_no_shape_depends_on_what_was_computed(read):
 
 @READS
 def test_memory_that_both_queues_use_is_known_to_both(read):
-    """PyTorch may otherwise hand it to somebody else while the copy queue still uses it."""
+    """Otherwise PyTorch may reuse it while the copy queue still uses it."""
     used: dict[Queue, dict[int, Tensor]] = {queue: {} for queue in Queue}
 
     def watch(queue: Queue, work: Work) -> None:
@@ -287,4 +289,4 @@ def test_a_hot_set_without_room_for_a_step_is_refused(stored):
     hot = DeviceHotSet(BATCH, HEADS, TOP_K - 1, TOKENS, WIDTH, torch.float32, CPU)
     buffers = StepBuffers(BATCH, HEADS, TOP_K, WIDTH, torch.float32, CPU)
     with pytest.raises(ValueError, match="3 slots"):
-        DeviceRows(StoredRows(list(stored)), hot, buffers, InlineStreams(), RowCounters(CPU, 1))
+        DeviceRowFetcher(StoredRows(list(stored)), hot, buffers, InlineStreams(), RowCounters(CPU, 1))

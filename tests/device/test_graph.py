@@ -1,4 +1,6 @@
-"""Decode steps that are captured and replayed: the tokens of ordinary steps, and nothing of the host in them."""
+"""Decode steps that are captured and replayed: the tokens of ordinary steps, and nothing of the
+host in them.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def graphs():
     ("policy", "new"), [("verified", 110), ("speculative", 80), ("on-demand", 80), ("previous", 60), ("none", 110)]
 )
 def test_replays_give_the_ordinary_tokens(model, monkeypatch, graphs, policy, new):
-    """Two sequences of different lengths, several retirements of each, a hot set that is too small, and more room."""
+    """Two sequences of different lengths quantise several groups, with a small hot set, and outgrow
+    their buffers.
+    """
     settings = config(policy=policy)
     eager = answer(model, settings, (150, 97), new)
     with static_steps(monkeypatch, graphs=lambda device: graphs) as steps:
@@ -58,7 +62,7 @@ def test_a_position_of_the_host_in_a_launch_is_found(model, monkeypatch, graphs)
 
 
 @pytest.mark.parametrize("planted", [lambda x: x.sum().item(), lambda x: x[x >= 0], lambda x: torch.tensor([1])])
-def test_what_a_capture_cannot_hold_is_said_and_steps_go_on(model, monkeypatch, graphs, planted):
+def test_a_failed_capture_warns_and_steps_go_on(model, monkeypatch, graphs, planted):
     see = StaticPass._see
 
     def see_and_wait(self):

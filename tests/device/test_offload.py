@@ -1,4 +1,4 @@
-"""The prompt's rows on their way to main memory: nobody waits for them but who reads them, and nobody reads too early."""
+"""Offloading a prompt's rows to main memory: only readers wait for it, and none reads too early."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ def prompt(seed: int = 0) -> list[tuple[Tensor, Tensor]]:
 
 
 def prefill(tier: RamTier, streams: SimulatedStreams, rows: list[tuple[Tensor, Tensor]], seen: Callable[[int, int], None]) -> None:
-    """Chunk by chunk and layer by layer, over keys and values that the model computes into the same memory again and again."""
+    """Chunk by chunk and layer by layer, over keys and values that the model computes into the same
+    memory again and again.
+    """
     keys, values = (torch.zeros(HEADS, CHUNK, DIM, dtype=torch.bfloat16) for _ in range(2))
 
     def compute(new_keys: Tensor, new_values: Tensor) -> None:
@@ -160,7 +162,7 @@ def test_memory_is_given_back_when_nobody_uses_it(order, seed):
 
 
 def test_memory_that_is_given_back_too_soon_is_found():
-    """The same, but closing waits for nobody."""
+    """The same, but closing does not wait."""
 
     class Impatient(StreamedOffload):
         def finish(self) -> None:
@@ -182,7 +184,9 @@ def test_memory_that_is_given_back_too_soon_is_found():
 
 
 def test_what_the_copy_queue_reads_is_not_the_callers():
-    """Keys and values are joined where they were computed; the copy's source is known to both queues."""
+    """Keys and values are joined where they were computed; the copy's source is known to both
+    queues.
+    """
     streams = SimulatedStreams(Order.COPY_LATE)
     tier = tier_on(streams)
     prefill(tier, streams, prompt(), nothing)

@@ -1,4 +1,6 @@
-"""Page-locked memory: few blocks, within a budget, used again, and named where the system refuses it."""
+"""Page-locked memory: few blocks, within a budget, used again, and named where the system refuses
+it.
+"""
 
 from __future__ import annotations
 

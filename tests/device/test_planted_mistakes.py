@@ -1,7 +1,9 @@
-"""The order of copies and computation: right in every order that the events allow, and each mistake in the events is found.
+"""The order of copies and computation: right in every order that the events allow, and each mistake
+in the events is found.
 
-A mistake is planted in a correct decode by changing one thing. It is found if in some order an attention is given a wrong row.
-Where none is, either the event is not needed or the simulation is too tame to need it; the test fails on both.
+A mistake is planted in a correct decode by changing one thing. It is found if in some order an
+attention is given a wrong row. Where none is, either the event is not needed or the simulation is
+too tame to need it; the test fails on both.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import pytest
 from torch import Tensor
 
 from specache.config import ReadPath
-from specache.device.device_rows import DeviceRows
+from specache.device.device_rows import DeviceRowFetcher
 from specache.tiers.streams import Event, InlineStreams, Queue, Streams, Work
 from tests.device.decoding_by_hand import Change, Decode, Program
 from tests.device.simulated import SimulatedStreams, orders
@@ -119,7 +121,7 @@ class MistakenEvents(ChangedStreams):
 
 @pytest.mark.parametrize(("name", "queue", "read"), EVENTS)
 def test_a_dropped_wait_is_found(name, queue, read):
-    def mistake(layers: list[DeviceRows]) -> None:
+    def mistake(layers: list[DeviceRowFetcher]) -> None:
         for rows in layers:
             rows._streams = DroppedWait(rows._streams, getattr(rows, name))
 
@@ -128,7 +130,7 @@ def test_a_dropped_wait_is_found(name, queue, read):
 
 @pytest.mark.parametrize(("name", "queue", "read"), EVENTS)
 def test_an_event_that_is_recorded_too_early_is_found(name, queue, read):
-    def mistake(layers: list[DeviceRows]) -> None:
+    def mistake(layers: list[DeviceRowFetcher]) -> None:
         for rows in layers:
             rows._streams = EarlyRecord(rows._streams, getattr(rows, name), queue)
 
@@ -136,9 +138,11 @@ def test_an_event_that_is_recorded_too_early_is_found(name, queue, read):
 
 
 def test_a_buffer_that_is_reused_too_soon_is_found():
-    """One buffer for what all layers read ahead: the next layer writes its positions while the last one's are being read."""
+    """One buffer for what all layers read ahead: the next layer writes its positions while the last
+    one's are being read.
+    """
 
-    def mistake(layers: list[DeviceRows]) -> None:
+    def mistake(layers: list[DeviceRowFetcher]) -> None:
         for rows in layers[1:]:
             rows._ahead, rows._ahead_slots = layers[0]._ahead, layers[0]._ahead_slots
 
@@ -155,7 +159,7 @@ def test_a_buffer_that_is_reused_too_soon_is_found():
     ],
 )
 def test_waiting_for_the_event_of_another_layer_is_found(name, program):
-    def mistake(layers: list[DeviceRows]) -> None:
+    def mistake(layers: list[DeviceRowFetcher]) -> None:
         events = [getattr(rows, name) for rows in layers]
         others = {id(event): other for event, other in zip(events[1:], events[:-1], strict=True)}
         for rows in layers:
@@ -165,14 +169,16 @@ def test_waiting_for_the_event_of_another_layer_is_found(name, program):
 
 
 def test_a_slot_that_is_given_away_while_its_row_is_in_flight_is_found():
-    """A step is undone, and with its prefetch the knowledge that a copy into those slots is on its way."""
+    """A step is undone, and with its prefetch the knowledge that a copy into those slots is on its
+    way.
+    """
 
-    class Forgetful(DeviceRows):
+    class Forgetful(DeviceRowFetcher):
         def cancel(self) -> None:
             super().cancel()
-            self._on_the_way = False
+            self._in_flight = False
 
-    def mistake(layers: list[DeviceRows]) -> None:
+    def mistake(layers: list[DeviceRowFetcher]) -> None:
         for rows in layers:
             rows.__class__ = Forgetful
 

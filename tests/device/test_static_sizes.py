@@ -1,4 +1,6 @@
-"""What a static batch claims of fast memory is what it allocates, and what the roofline planner says without one."""
+"""What a static batch claims of fast memory is what it allocates, and what the roofline planner
+says without one.
+"""
 
 from __future__ import annotations
 
@@ -41,8 +43,8 @@ def own_tensors(batch: DeviceBatch) -> list[torch.Tensor]:
         tensors += buffers.tensors
     for state in batch.layers.values():
         tensors += [state.next_positions, state.used_positions]
-        tensors += [] if state.rows is None else [state.rows._ahead, state.rows._ahead_slots]
-        tensors += [] if state.weights is None else [state.weights]
+        tensors += [] if state.row_fetcher is None else [state.row_fetcher._ahead, state.row_fetcher._ahead_slots]
+        tensors += [] if state.key_scales is None else [state.key_scales]
     return tensors
 
 
@@ -71,7 +73,7 @@ def test_the_planner_counts_the_same(monkeypatch, batches, family, changes):
         specache.generate(model, ids, past_key_values=cache, max_new_tokens=3, do_sample=False)
     batch = batches[0][0]
     dimensions = cache.resources.dimensions
-    held = batch._claim.size + sum(rows.hot.nbytes for rows in batch._fetching)
+    held = batch._claim.size + sum(rows.hot.nbytes for rows in batch._fetchers)
     ordinary = 2 * CacheFootprint(dimensions, cache.config, 2, batch.top_k).first_step(PlannedSequence(length)).hot_set
     assert static_step_bytes(dimensions, cache.config, length, 2) == held - ordinary
 

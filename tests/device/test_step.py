@@ -1,4 +1,6 @@
-"""Decode steps over static buffers equal the ordinary ones, and give the sequences back as those would have left them."""
+"""Decode steps over static buffers equal the ordinary ones, and give the sequences back as those
+would have left them.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +34,8 @@ def model():
 
 @pytest.mark.parametrize("code", ["kivi", "rotated"])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_tokens_and_logits_are_the_ordinary_steps(model, monkeypatch, policy, code):
-    """Over retirements, evictions and more room, by sequences of different lengths."""
+def test_static_steps_give_the_ordinary_tokens_and_logits(model, monkeypatch, policy, code):
+    """Sequences of different lengths quantise groups, evict slots and outgrow the buffers."""
     settings = config(policy=policy, code=code)
     eager = answer(model, settings, (150, 97), 40)
     with static_steps(monkeypatch) as steps:
@@ -44,7 +46,7 @@ def test_tokens_and_logits_are_the_ordinary_steps(model, monkeypatch, policy, co
 
 @pytest.mark.parametrize("code", ["kivi", "rotated"])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_logits_are_the_references(model, monkeypatch, policy, code):
+def test_logits_equal_the_references(model, monkeypatch, policy, code):
     settings = config(policy=policy, code=code, prefill_chunk=4096)
     expected = reference.generate(model, prompt(150), settings, 40)
     with static_steps(monkeypatch) as steps, specache.SpeCache(model, settings) as cache:
@@ -55,7 +57,7 @@ def test_logits_are_the_references(model, monkeypatch, policy, code):
 
 
 @pytest.mark.parametrize("changes", [{"bits": 4, "group_size": 32, "residual": 7}, {"bits": 1, "hot_set": 0.0}, {"top_k": 10**6}])
-def test_other_layouts_too(model, monkeypatch, changes):
+def test_static_steps_equal_the_ordinary_ones_in_other_layouts(model, monkeypatch, changes):
     settings = config(**changes)
     eager = answer(model, settings, (100, 60), 20)
     with static_steps(monkeypatch) as steps:
@@ -83,7 +85,7 @@ def test_missing_rows_may_come_on_the_copy_queue(model, monkeypatch, order, seed
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "gpt-oss"])
-def test_soft_caps_and_sinks(monkeypatch, kind):
+def test_soft_caps_and_sinks_give_the_ordinary_tokens(monkeypatch, kind):
     family, changes = FAMILIES[kind]
     model = build(family, {**changes, "num_hidden_layers": 2, "layer_types": ["full_attention"] * 2})
     eager = answer(model, config(), (60,), 12)
@@ -108,7 +110,9 @@ def test_the_copy_queue_may_be_early_or_late(model, monkeypatch, order, seed):
 
 @pytest.mark.parametrize(("lengths", "served"), [((60,), 23), ((92,), 21), ((101, 140), 23), ((80, 140), 4)])
 def test_long_rope_on_either_side_of_its_switch(monkeypatch, lengths, served):
-    """At 100 tokens a sequence is prefilled anew. While a batch has sequences on both sides, its steps are the ordinary ones."""
+    """At 100 tokens a sequence is prefilled anew. While a batch has sequences on both sides, its
+    steps are the ordinary ones.
+    """
     changes = {"sliding_window": None, "rope_parameters": LONGROPE, "original_max_position_embeddings": 100}
     model = build("Phi3", changes)
     eager = answer(model, config(), lengths, 24)
@@ -128,7 +132,7 @@ def test_with_dynamic_rope_steps_are_the_ordinary_ones(monkeypatch):
 
 
 def test_a_short_sequence_begins_with_ordinary_steps(model, monkeypatch):
-    """Until its key weights are fixed."""
+    """A sequence without fixed key scales cannot use static buffers yet."""
     settings = config()
     eager = answer(model, settings, (20,), 40)
     with static_steps(monkeypatch) as steps:
@@ -139,7 +143,8 @@ def test_a_short_sequence_begins_with_ordinary_steps(model, monkeypatch):
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_statistics_are_the_ordinary_ones(model, monkeypatch, policy):
-    """Of one sequence: the slots of a batch's hot set are shared out evenly, those of ordinary steps by length.
+    """Of one sequence: the slots of a batch's hot set are shared out evenly, those of ordinary
+    steps by length.
 
     A batch begins without the rows of pre-decoding, and fetches those of its selection once more.
     """
@@ -157,7 +162,7 @@ def test_statistics_are_the_ordinary_ones(model, monkeypatch, policy):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_sequences_are_given_back_whole(model, monkeypatch, policy):
+def test_detached_sequences_have_their_whole_state(model, monkeypatch, policy):
     """A conversation goes on with ordinary steps, on a fork too, as if there had been no others."""
     settings = config(policy=policy)
     with static_steps(monkeypatch):

@@ -1,4 +1,4 @@
-"""The simulated queues follow CUDA's rules; what the other tests conclude from them rests on that."""
+"""The simulated queues follow CUDA's rules, on which the other tests rely."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hybrid models: sliding-window layers in steps over static buffers equal those of ordinary steps."""
+"""Hybrid models: static steps compute sliding-window layers as ordinary steps do."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def hybrid(request):
 
 
 @pytest.mark.parametrize("policy", ["verified", "on-demand", "previous"])
-def test_tokens_and_logits_are_the_ordinary_steps(hybrid, monkeypatch, policy):
+def test_static_steps_with_windows_give_the_ordinary_tokens_and_logits(hybrid, monkeypatch, policy):
     settings = config(policy=policy)
     eager = answer(hybrid, settings, LENGTHS, NEW)
-    # Gemma 2 makes a scalar on the host in every step, which the simulation takes for one of the device
+    # Gemma 2 creates a host scalar in every step, which the simulation takes for a device tensor
     graphs = None if hybrid.config.model_type == "gemma2" else SimulatedGraphs()
     with static_steps(monkeypatch, graphs=lambda device: graphs) as steps:
         static = answer(hybrid, settings, LENGTHS, NEW)
@@ -38,7 +38,7 @@ def test_tokens_and_logits_are_the_ordinary_steps(hybrid, monkeypatch, policy):
 
 
 @pytest.mark.parametrize("policy", ["verified", "on-demand"])
-def test_before_a_window_is_full(monkeypatch, policy):
+def test_steps_before_a_window_is_full_equal_the_ordinary_ones(monkeypatch, policy):
     """A ring that has never been filled, and one that is while the batch decodes."""
     family, changes = FAMILIES["gemma3"]
     model = build(family, {**changes, "sliding_window": 64})
@@ -49,7 +49,7 @@ def test_before_a_window_is_full(monkeypatch, policy):
     assert steps
 
 
-def test_sequences_are_given_back_whole(hybrid, monkeypatch):
+def test_detached_sequences_have_their_whole_state(hybrid, monkeypatch):
     """A conversation goes on with ordinary steps, on a fork too, as if there had been no others."""
     settings = config()
     with static_steps(monkeypatch):
@@ -97,13 +97,13 @@ def test_a_step_that_is_not_finite_leaves_the_windows_as_they_were(hybrid, monke
 
 @pytest.mark.parametrize("kind", [StepKind.SINGLE, StepKind.PAIR])
 @pytest.mark.parametrize("window", [1, 2, 5])
-def test_rows_see_their_window(kind, window):
+def test_queries_see_exactly_their_window(kind, window):
     """Every position against a list of what each slot holds."""
     positions = torch.arange(3 * window + 2)
     hidden = hidden_slots(positions, window, kind)
     for position in positions.tolist():
         holds = {token % window: token for token in range(max(0, position + 1 - window), position + 1)}
-        for row in range(kind.rows):
+        for row in range(kind.queries):
             at = position + row
             seen = {slot for slot, token in holds.items() if at - window < token <= at}
             seen |= {window} if row else set()

@@ -57,7 +57,7 @@ class Remains:
     def __init__(self, cache: specache.SpeCache, folder: Path | None = None) -> None:
         sequences = cache.sequences
         layers = [layer for sequence in sequences for layer in sequence.layers.values()]
-        rows = [layer.rows for layer in layers if hasattr(layer, "rows")]
+        rows = [layer.row_fetcher for layer in layers if hasattr(layer, "row_fetcher")]
         hot = [one.hot for one in rows if hasattr(one, "hot")]
         self._held = [weakref.ref(one) for one in (cache, cache.context, *sequences, *layers, *rows, *hot)]
         self._tiers = [weakref.ref(sequence.tier) for sequence in sequences]
@@ -265,9 +265,9 @@ def test_reads_that_are_under_way_do_not_keep_a_hot_set(model, tmp_path, monkeyp
     try:
         specache.prefill(model, prompt(200), cache=cache)
         layer = cache.sequences[0].compressed[0]
-        layer.rows.submit(torch.tensor([[0, 1, 2], [3, 4, 5]]))
+        layer.row_fetcher.submit(torch.tensor([[0, 1, 2], [3, 4, 5]]))
         assert reading.wait(60)
-        hot = weakref.ref(layer.rows.hot)
+        hot = weakref.ref(layer.row_fetcher.hot)
         del layer
         cache.sequences[0].clear()
         assert hot() is None and cache.resources.budget.used == 0

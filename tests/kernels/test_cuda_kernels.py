@@ -1,4 +1,6 @@
-"""The RAM tier of a model on CUDA: pinned rows, copied on a stream of their own. Needs an NVIDIA GPU."""
+"""The RAM tier of a model on CUDA: pinned rows, copied on a stream of their own. Needs an NVIDIA
+GPU.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ def test_verified_does_not_depend_on_the_hot_set():
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 @pytest.mark.parametrize("policy", ["verified", "speculative", "on-demand", "previous", "none"])
 def test_replayed_graphs_give_the_tokens_of_launched_kernels(policy, family, dtype):
-    """A batch of different lengths, over several retirements and more room; full attention and hybrid, all and 16 bits."""
+    """A batch of different lengths quantises groups and outgrows its buffers; full attention and
+    hybrid, all and 16 bits.
+    """
     ids, mask = ragged(300, 180)
     model = build(*FAMILIES[family]).to(dtype).cuda()
     answers = []

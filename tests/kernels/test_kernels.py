@@ -12,7 +12,7 @@ from specache.config import Code
 from specache.kernels import dispatch
 from specache.kernels.torch import operations as torch_ops
 from specache.kernels.types import LowBitKV
-from specache.low_bit.key_scales import KeyWeights
+from specache.low_bit.key_scales import KeyScales
 from specache.low_bit.layout import PageLayout
 from specache.low_bit.pool import PagePool, PageTable
 from specache.platform.budget import ByteBudget
@@ -36,15 +36,15 @@ def filled_table(
 
 def copy_of(table: PageTable) -> LowBitKV:
     layout = table.pool.layout
-    return table.copy(key_weights(layout.num_kv_heads, layout.head_dim))
+    return table.low_bit_kv(channel_scales(layout.num_kv_heads, layout.head_dim))
 
 
-def key_weights(heads: int, dim: int) -> torch.Tensor:
+def channel_scales(heads: int, dim: int) -> torch.Tensor:
     return torch.linspace(0.3, 3.0, dim).repeat(heads, 1)
 
 
 @st.composite
-def copies(draw):
+def low_bit_kvs(draw):
     bits = draw(st.sampled_from([1, 2, 4]))
     group_size = draw(st.sampled_from([8, 16, 32, 64]))
     dim = draw(st.sampled_from([20, 32, 64, 80, 96, 128, 256]))
@@ -61,10 +61,10 @@ def copies(draw):
 
 
 @settings(max_examples=60, deadline=None)
-@given(copies())
+@given(low_bit_kvs())
 def test_packed_codes_decode_to_exactly_what_the_reference_gives(case):
     keys, values, bits, group_size, steps = case
-    decoded_keys, decoded_values = torch_ops.dequantise(filled_table(keys, values, bits, group_size, steps).copy())
+    decoded_keys, decoded_values = torch_ops.dequantise(filled_table(keys, values, bits, group_size, steps).low_bit_kv())
     expected_keys = reference.dequantise_keys(*reference.quantise_keys(keys, bits, group_size), group_size)
     expected_values = reference.dequantise_values(*reference.quantise_values(values, bits, group_size), group_size)
     assert torch.equal(decoded_keys, expected_keys)
@@ -72,13 +72,15 @@ def test_packed_codes_decode_to_exactly_what_the_reference_gives(case):
 
 
 @settings(max_examples=40, deadline=None)
-@given(copies())
+@given(low_bit_kvs())
 def test_rotated_codes_decode_to_what_the_reference_gives(case):
-    """The same codes and scales, but where the last bit of a rotated number decides: two ways to rotate round differently."""
+    """The same codes and scales, but where the last bit of a rotated number decides: two ways to
+    rotate round differently.
+    """
     keys, values, bits, group_size, steps = case
     heads, _, dim = keys.shape
     table = filled_table(keys, values, bits, group_size, steps, Code.ROTATED)
-    expected = reference.rotated_copy(keys, values, key_weights(heads, dim), bits, group_size)
+    expected = reference.rotated_copy(keys, values, channel_scales(heads, dim), bits, group_size)
     for decoded, other in zip(torch_ops.dequantise(copy_of(table)), expected, strict=True):
         size = other.norm(dim=-1) + 1e-6
         error = (decoded - other).norm(dim=-1) / size  # [Hkv, n]
@@ -95,27 +97,27 @@ def test_a_vector_keeps_its_inner_product_with_its_own_rotated_code(bits):
     torch.testing.assert_close((decoded * values).sum(-1), values.square().sum(-1), rtol=2e-3, atol=0)
 
 
-def test_key_weights_undo_a_rescaling_of_channels():
+def test_key_scales_undo_a_rescaling_of_channels():
     """Outlier channels of keys that small queries make up for cost no precision."""
     torch.manual_seed(0)
     queries, keys = torch.randn(4, 128, 64), torch.randn(2, 128, 64)
     factor = torch.logspace(-1.5, 1.5, 64)
     errors = []
     for q, k in ((queries, keys), (queries / factor, keys * factor)):
-        weights = KeyWeights(128)
+        weights = KeyScales(128)
         weights.observe(0, q, 2)
         pool = PagePool(PageLayout(Code.ROTATED, 2, 64, 2, 64), CPU, ByteBudget())
         table = PageTable(pool)
         table.extend(128)
-        copy = table.copy(weights.fix(k))
-        dispatch.quantise(k, k, copy, 0)
+        low_bit_kv = table.low_bit_kv(weights.fix(k))
+        dispatch.quantise(k, k, low_bit_kv, 0)
         exact = q.unflatten(0, (2, 2)) @ k.unsqueeze(1).transpose(-1, -2)
-        errors.append((dispatch.score(q[None], [copy], [128], 1.0, None)[0] - exact).square().mean().item())
+        errors.append((dispatch.score(q[None], [low_bit_kv], [128], 1.0, None)[0] - exact).square().mean().item())
     assert errors[1] == pytest.approx(errors[0], rel=0.1)
 
 
 @settings(max_examples=30, deadline=None)
-@given(copies(), st.sampled_from(list(Code)), st.sampled_from([None, 20.0]), st.integers(1, 2), st.integers(1, 4))
+@given(low_bit_kvs(), st.sampled_from(list(Code)), st.sampled_from([None, 20.0]), st.integers(1, 2), st.integers(1, 4))
 def test_torch_score_and_attend_equal_dense_attention_over_the_decoded_copy(case, code, softcap, rows, groups):
     with dispatch.using("torch"):
         check_against_dense_attention(case, code, softcap, rows, groups)
@@ -124,13 +126,13 @@ def test_torch_score_and_attend_equal_dense_attention_over_the_decoded_copy(case
 def check_against_dense_attention(case, code, softcap, rows, groups):
     keys, values, bits, group_size, steps = case
     heads, length, dim = keys.shape
-    copy = copy_of(filled_table(keys / keys.abs().max(), values, bits, group_size, steps, code))
-    k, v = torch_ops.dequantise(copy)
+    low_bit_kv = copy_of(filled_table(keys / keys.abs().max(), values, bits, group_size, steps, code))
+    k, v = torch_ops.dequantise(low_bit_kv)
     query = torch.randn(1, heads * groups, rows, dim, generator=torch.Generator().manual_seed(1))
     expected = torch.einsum("hgnd,htd->hgnt", query[0].unflatten(0, (heads, groups)), k) * 0.3
     if softcap:
         expected = softcap * torch.tanh(expected / softcap)
-    scores = dispatch.score(query, [copy], [length], 0.3, softcap)
+    scores = dispatch.score(query, [low_bit_kv], [length], 0.3, softcap)
     assert scores.shape == (1, heads, groups, rows, length)
     torch.testing.assert_close(scores[0], expected, atol=2e-4, rtol=1e-4)
 
@@ -138,7 +140,7 @@ def check_against_dense_attention(case, code, softcap, rows, groups):
     positions = dispatch.select(scores, torch.full((1, heads, groups, rows), -3.0), [length], top_k)
     fetched = torch.randn(1, heads, rows, top_k, 2 * dim, generator=torch.Generator().manual_seed(2))
     dispatch.rescore(query, scores, positions, fetched, 0.3, softcap)
-    out, lse = dispatch.attend(scores, positions, fetched, [copy], [length])
+    out, lse = dispatch.attend(scores, positions, fetched, [low_bit_kv], [length])
     for h in range(heads):
         for n in range(rows):
             mixed_k, mixed_v = k[h].clone(), v[h].clone()
@@ -199,14 +201,14 @@ def test_select_is_a_stable_sort_by_mean_probability(length, k, groups, seed, le
 def test_fork_shares_pages_and_a_write_to_a_shared_page_copies_it():
     keys, values = torch.randn(1, 160, 32), torch.randn(1, 160, 32)
     table = filled_table(keys[:, :96], values[:, :96], 2, 32, [96])
-    before = torch_ops.dequantise(table.copy())[0].clone()
+    before = torch_ops.dequantise(table.low_bit_kv())[0].clone()
     fork = table.fork()
     assert table.pool.pages_in_use == 2
     fork.extend(32)
-    dispatch.quantise(keys[:, 96:128], values[:, 96:128], fork.copy(), 96)
+    dispatch.quantise(keys[:, 96:128], values[:, 96:128], fork.low_bit_kv(), 96)
     assert table.pool.pages_in_use == 3
-    assert torch.equal(torch_ops.dequantise(table.copy())[0], before)
-    assert torch.equal(torch_ops.dequantise(fork.copy())[0][:, :96], before)
+    assert torch.equal(torch_ops.dequantise(table.low_bit_kv())[0], before)
+    assert torch.equal(torch_ops.dequantise(fork.low_bit_kv())[0][:, :96], before)
     fork.truncate(0)
     table.truncate(0)
     assert table.pool.nbytes == 0

@@ -1,4 +1,6 @@
-"""The C++ kernels' tests once more, under the address and undefined-behaviour sanitizers, in a process of their own."""
+"""The C++ kernels' tests once more, under the address and undefined-behaviour sanitizers, in a
+process of their own.
+"""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def test_sixteen_bits_stay_where_the_processor_multiplies_them(monkeypatch):
 
 
 @pytest.mark.usefixtures("no_native_halves")
-def test_only_ordinary_layers_that_nobody_else_replaced():
+def test_only_plain_layers_with_an_original_forward_are_replaced():
     double, hooked, derived = nn.Linear(8, 8).double(), nn.Linear(8, 8), type("Other", (nn.Linear,), {})(8, 8)
     hooked.forward = hooked.forward  # as accelerate's hooks do
     assert products.install(nn.ModuleList([double, hooked, derived])) == []

@@ -1,4 +1,6 @@
-"""Weights at 8 and 4 bits: close to the float ones, fewer bytes, in every layer whose size fits, the tied head included."""
+"""Weights at 8 and 4 bits: close to the float ones, fewer bytes, in every layer whose size fits,
+the tied head included.
+"""
 
 from __future__ import annotations
 

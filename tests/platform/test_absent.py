@@ -28,7 +28,7 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 @pytest.fixture(autouse=True)
 def nothing_remembered() -> None:
     """Reasons are found once per process; here each test has its own machine."""
-    for remembered in (triton_kernels.broken, dispatch._missing, dispatch._say_not_served):
+    for remembered in (triton_kernels.launch_failure, dispatch._unsupported_reason, dispatch._warn_unsupported):
         remembered.cache_clear()
 
 
@@ -42,7 +42,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class OnGpu:
-    """A tensor for `dispatch._serving`, which looks at nothing else."""
+    """A tensor for `dispatch._backend_for`, which looks at nothing else."""
 
     device, dtype, shape = GPU, torch.float32, (1, 4, 1, 64)
 
@@ -50,7 +50,7 @@ class OnGpu:
 def served_and_said() -> tuple[Any, list[str]]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        backends = {dispatch._serving(OnGpu(), 64) for _ in range(3)}  # type: ignore[arg-type]
+        backends = {dispatch._backend_for(OnGpu(), 64) for _ in range(3)}  # type: ignore[arg-type]
     assert len(backends) == 1
     return backends.pop(), [str(warning.message) for warning in caught]
 
@@ -111,9 +111,9 @@ def test_memory_that_runs_out_in_the_trial_does_not_condemn_triton(gpu, monkeypa
 
     monkeypatch.setattr(trial, "try_launch", full)
     with pytest.raises(torch.OutOfMemoryError):
-        triton_kernels.missing(GPU)
+        triton_kernels.unsupported_reason(GPU)
     monkeypatch.setattr(trial, "try_launch", lambda device: None)
-    assert triton_kernels.missing(GPU) is None
+    assert triton_kernels.unsupported_reason(GPU) is None
 
 
 @needs_triton
@@ -148,13 +148,13 @@ class Broken:
 
 
 def layer_of_a_step(kernels: Any, case: Case) -> list[torch.Tensor]:
-    scores = kernels.score(case.query, case.copies, case.lengths, 0.2, None)
+    scores = kernels.score(case.query, case.low_bit_kvs, case.lengths, 0.2, None)
     positions = kernels.select(scores, case.rest, case.lengths, 8)
     stored = [torch.cat([keys, values], dim=-1) for keys, values in zip(case.keys, case.values, strict=True)]
     heads = torch.arange(case.heads)[:, None, None]
     rows = torch.stack([rows[heads, chosen.clamp(min=0)] for rows, chosen in zip(stored, positions, strict=True)])
     kernels.rescore(case.query, scores, positions, rows, 0.2, None)
-    return [positions, *kernels.attend(scores, positions, rows, case.copies, case.lengths)]
+    return [positions, *kernels.attend(scores, positions, rows, case.low_bit_kvs, case.lengths)]
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +205,9 @@ def test_what_counts_as_a_build_error_is_tritons(case):
     assert isinstance(CompilationError("source", None, "an unknown type"), errors)
     assert not isinstance(InterpreterError("while it ran"), errors) and not issubclass(RuntimeError, errors)
     assert all(issubclass(error, TritonError) for error in errors)
-    assert triton_kernels.said(CompilationError("def kernel():\n    pass", None, "an unknown type")).endswith("an unknown type")
+    assert triton_kernels.error_summary(CompilationError("def kernel():\n    pass", None, "an unknown type")).endswith(
+        "an unknown type"
+    )
 
 
 def test_a_pytorch_without_cuda_is_told_from_a_machine_without_a_gpu(monkeypatch):

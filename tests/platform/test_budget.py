@@ -62,7 +62,10 @@ def held_tensors(cache: specache.SpeCache) -> int:
     memory = cache.memory()
     tails = sum(getattr(sequence.tier, "tail_bytes", 0) for sequence in cache.sequences)
     staged = sum(
-        getattr(layer.rows, "_staged_bytes", 0) for s in cache.sequences for layer in s.layers.values() if hasattr(layer, "rows")
+        getattr(layer.row_fetcher, "_staged_bytes", 0)
+        for s in cache.sequences
+        for layer in s.layers.values()
+        if hasattr(layer, "row_fetcher")
     )
     return memory.fast + memory.hot - staged + memory.windows + tails
 
@@ -265,11 +268,11 @@ def test_a_hot_set_takes_only_what_the_budget_leaves(models):
     with specache.SpeCache(model, specache.SpeCacheConfig(**settings)) as cache:
         specache.prefill(model, ids, cache=cache)
         budget = cache.resources.budget
-        wanted = sum(layer.rows.hot.capacity for layer in cache.sequences[0].layers.values())
+        wanted = sum(layer.row_fetcher.hot.capacity for layer in cache.sequences[0].layers.values())
         other = cache.fork()
         budget.limit = budget.used + 60_000
         other.sequences[0].prepare_decode()
-        slots = sum(layer.rows.hot.capacity for layer in other.sequences[0].layers.values())
+        slots = sum(layer.row_fetcher.hot.capacity for layer in other.sequences[0].layers.values())
         assert slots < wanted and budget.used <= budget.limit
         budget.limit = None
         again = specache.generate(model, ids, past_key_values=other, max_new_tokens=8, do_sample=False)

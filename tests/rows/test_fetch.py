@@ -1,4 +1,6 @@
-"""The prefetch engine: what is submitted is there at the next step, or says why; what is cancelled is never heard of again."""
+"""The prefetch engine: what is submitted is there at the next step, or says why; what is cancelled
+is never heard of again.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 from specache.errors import CorruptRowError, SlowTierError
-from specache.rows.fetch import FetchedRows
+from specache.rows.fetch import HotSetRowFetcher
 from specache.rows.hot_set import HotSet
 from specache.stats import Counters, MemoryUse, report
 from specache.tiers import worker as worker_module
@@ -64,9 +66,9 @@ def worker() -> Iterator[PrefetchWorker]:
     made.close()
 
 
-def rows_of(tier: GatedTier, worker: PrefetchWorker, slots: int = 0) -> FetchedRows:
+def rows_of(tier: GatedTier, worker: PrefetchWorker, slots: int = 0) -> HotSetRowFetcher:
     hot = HotSet(HEADS, slots, 2 * DIM, torch.float32, torch.device("cpu"))
-    return FetchedRows(tier, 0, hot, worker, Transfer(torch.device("cpu")), Counters(prefetches=True))
+    return HotSetRowFetcher(tier, 0, hot, worker, Transfer(torch.device("cpu")), Counters(prefetches=True))
 
 
 def wanted(*positions: int) -> Tensor:
@@ -77,7 +79,7 @@ def expected(tier: GatedTier, positions: Tensor) -> Tensor:
     return torch.stack([tier.rows(0)[head, positions[head]] for head in range(HEADS)])
 
 
-def test_what_is_submitted_is_there_at_the_next_step_without_a_wait(tier, worker):
+def test_prefetched_rows_are_available_in_the_next_step_without_a_wait(tier, worker):
     rows = rows_of(tier, worker)
     rows.begin_step()
     rows.submit(wanted(3, 70, 400))
@@ -126,8 +128,10 @@ def pass_of(*rows: Tensor) -> Tensor:
     return torch.stack(rows, dim=1)
 
 
-def test_what_a_step_starts_is_read_while_it_goes_on(tier, worker):
-    """The guess does without what nobody reads; what is on its way to the real row, it gets too. No row is read twice."""
+def test_started_reads_run_while_the_step_computes(tier, worker):
+    """The draft query gets rows that the real query reads, and does without others. No row is read
+    twice.
+    """
     rows = rows_of(tier, worker, slots=10)
     rows.begin_step()
     rows.fetch(wanted(1, 2))
@@ -177,7 +181,7 @@ def test_a_started_read_that_no_thread_began_is_read_by_the_step(tier, worker):
 
 
 @pytest.mark.parametrize("end", ["fails", "cancel", "drop", "begin_step", "is interrupted"])
-def test_rows_whose_started_read_did_not_end_well_are_not_there(tier, worker, monkeypatch, end):
+def test_rows_of_a_failed_read_are_not_cached(tier, worker, monkeypatch, end):
     rows = rows_of(tier, worker)
     rows.begin_step()
     rows.fetch(wanted(1, 2))
@@ -229,7 +233,7 @@ def test_a_background_error_surfaces_once_with_its_cause(tier, worker, fault):
 
 
 @pytest.mark.parametrize("forget", ["cancel", "drop", "submit"])
-def test_a_running_read_can_be_cancelled_and_its_error_is_nobodys(tier, worker, forget):
+def test_a_running_read_can_be_cancelled_and_its_error_is_dropped(tier, worker, forget):
     rows = rows_of(tier, worker)
     rows.begin_step()
     tier.gate.clear()
@@ -248,7 +252,7 @@ def test_a_running_read_can_be_cancelled_and_its_error_is_nobodys(tier, worker, 
     assert torch.equal(rows.fetch(wanted(9))[0], expected(tier, wanted(9)))
 
 
-def test_what_a_cancelled_read_brings_is_used_by_nobody(tier, worker):
+def test_rows_of_a_cancelled_read_are_not_used(tier, worker):
     rows = rows_of(tier, worker, slots=4)
     rows.begin_step()
     tier.gate.clear()

@@ -98,10 +98,10 @@ def everything(session: specache.Session) -> dict[str, Tensor]:
     for index, layer in sequence.compressed.items():
         held[f"keys {index}"], held[f"values {index}"] = sequence.tier.read(index, 0, sequence.length)
         held[f"residual {index}"] = torch.stack([layer.residual_keys, layer.residual_values])
-        copy = layer.table.copy()
+        copy = layer.table.low_bit_kv()
         for name in copy.runs[0].fields if copy.runs else ():
             held[f"{name} {index}"] = torch.cat([run.fields[name] for run in copy.runs])[: copy.length // 64]
-        weights = layer.weights
+        weights = layer.key_scales
         for name, tensor in (("weights", weights.value), ("queries", weights.observed), ("wanted", layer.next_positions)):
             if tensor is not None:
                 held[f"{name} {index}"] = tensor

@@ -279,13 +279,13 @@ def test_a_step_that_fails_while_rows_are_on_their_way_can_be_done_again(model, 
     undisturbed = Steps(model, config, 230)
     expected = [undisturbed.step(i) for i in range(8)]
     undisturbed.cache.close()
-    attend = native.LayerStep.attend_copy
+    attend = native.LayerStep.attend_low_bit
     began: list[bool] = []
     calls: list[int] = []
 
     def fails_in_the_second_layer(step: native.LayerStep, positions: torch.Tensor) -> None:
         layer = disturbed.cache.sequences[0].layers[len(calls) % 3]
-        began.append(layer.rows._started.read is not None)
+        began.append(layer.row_fetcher._started.read is not None)
         calls.append(1)
         if len(calls) == 2:
             raise error("while they are")
@@ -296,7 +296,7 @@ def test_a_step_that_fails_while_rows_are_on_their_way_can_be_done_again(model, 
         for i in range(8):
             calls.clear()
             with monkeypatch.context() as patch:
-                patch.setattr(native.LayerStep, "attend_copy", fails_in_the_second_layer)
+                patch.setattr(native.LayerStep, "attend_low_bit", fails_in_the_second_layer)
                 with pytest.raises(error, match="while they are"):
                     disturbed.step(i)
             assert torch.equal(disturbed.step(i), expected[i])

@@ -53,7 +53,7 @@ def _bytes_at_16_bits(sequence: Sequence) -> tuple[float, float, float]:
         if isinstance(layer, CompressedLayer):
             share = 1 - 2 / layer.residual_keys.element_size()  # of a row's bytes that 16 bits would not need
             fast += layer.fast_bytes - share * layer.exact_bytes
-            hot += layer.rows.nbytes - share * layer.rows.exact_bytes
+            hot += layer.row_fetcher.nbytes - share * layer.row_fetcher.exact_bytes
             full += layer.token_bytes * layer.length
         elif isinstance(layer, DenseLayer):
             fast += layer.token_bytes * layer.length

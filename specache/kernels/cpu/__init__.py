@@ -1,1 +1,1 @@
-"""The kernels in C++ (csrc/)."""
+"""The C++ kernels (csrc/)."""

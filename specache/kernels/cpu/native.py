@@ -1,7 +1,8 @@
-"""The C++ kernels (csrc/) behind the signatures of `specache.kernels.dispatch`: checks tensors and hands over their addresses.
+"""The C++ kernels (csrc/) with the signatures of `specache.kernels.dispatch`.
 
-Scores are integer dot products of codes with the query rounded to 8 bits, values are summed with the softmax weights of a page
-rounded to 8 bits; everything else is float32. Only for tensors on the CPU.
+This file checks tensors and passes their addresses. Scores are integer dot products of codes with
+the query rounded to 8 bits; values are summed with the softmax weights of a page rounded to 8 bits;
+everything else is float32. Only for tensors on the CPU.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import torch  # before the extension: it brings the OpenMP runtime that both use
+import torch  # before the extension: it loads the OpenMP runtime that both use
 from torch import Tensor
 
 from specache.config import PAGE_TOKENS, Code
@@ -23,11 +24,11 @@ from specache.kernels.torch.rotated import rotation
 from specache.kernels.types import LowBitKV, PageRun
 
 _native: Any = None
-MISSING: str | None = None
+IMPORT_ERROR: str | None = None  # why the extension could not be imported
 try:
     _native = importlib.import_module("specache._native")
 except ImportError as error:  # installed without a compiler
-    MISSING = str(error)
+    IMPORT_ERROR = str(error)
 
 _FIELDS = {
     Code.KIVI: ("key_codes", "key_scale", "key_zero", "value_codes", "value_scale", "value_zero"),
@@ -38,13 +39,19 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def instruction_sets() -> list[str]:
-    """What the extension was built for and this processor runs, slowest first; empty without the extension."""
+    """Return the instruction sets of the extension that this processor runs, slowest first.
+
+    Empty without the extension.
+    """
     return list(_native.available()) if _native is not None else []
 
 
 @dataclass(frozen=True)
 class RecentTokens:
-    """The newest tokens of a sequence at 16 bits: keys and values [Hkv, r, D] of equal strides, the last dimension contiguous."""
+    """The newest tokens of a sequence at 16 bits: keys and values [Hkv, r, D].
+
+    Both have equal strides and a contiguous last dimension.
+    """
 
     keys: Tensor
     values: Tensor
@@ -57,11 +64,11 @@ class NativeKernels:
         self.isa = isa
 
     @staticmethod
-    def serves(dim: int, dtype: torch.dtype) -> bool:
-        """Whether layers of this head dimension and dtype are supported."""
+    def supports(dim: int, dtype: torch.dtype) -> bool:
+        """Return whether layers of this head dimension and dtype are supported."""
         return dim <= _native.MAX_DIM and dtype in _DTYPES
 
-    def quantise(self, keys: Tensor, values: Tensor, copy: LowBitKV, start: int) -> None:
+    def quantise(self, keys: Tensor, values: Tensor, low_bit_kv: LowBitKV, start: int) -> None:
         keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (keys, values))
         if not (all_finite(keys) and all_finite(values)):
             raise NonFiniteError("Keys or values to quantise hold NaN or infinity. Nothing was packed.")
@@ -70,8 +77,8 @@ class NativeKernels:
         _native.quantise(
             self.isa,
             torch.get_num_threads(),
-            _layout(copy),
-            _copy(copy, copy.length),
+            _layout(low_bit_kv),
+            _native_kv(low_bit_kv, low_bit_kv.length),
             keys.data_ptr(),
             values.data_ptr(),
             strides,
@@ -81,10 +88,10 @@ class NativeKernels:
         )
 
     def score(
-        self, query: Tensor, copies: Sequence[LowBitKV], lengths: Sequence[int], scaling: float, softcap: float | None
+        self, query: Tensor, low_bit_kvs: Sequence[LowBitKV], lengths: Sequence[int], scaling: float, softcap: float | None
     ) -> Tensor:
         batch, num_heads, n, _ = query.shape
-        heads = copies[0].num_kv_heads
+        heads = low_bit_kvs[0].num_kv_heads
         groups = num_heads // heads
         query = query.float().contiguous()
         scores = torch.empty(batch, heads, groups, n, max(lengths), dtype=torch.float32)
@@ -92,8 +99,8 @@ class NativeKernels:
             _native.score(
                 self.isa,
                 torch.get_num_threads(),
-                _layout_of(copies),
-                [_copy(copy, length) for copy, length in zip(copies, lengths, strict=True)],
+                _layout_of(low_bit_kvs),
+                [_native_kv(low_bit_kv, length) for low_bit_kv, length in zip(low_bit_kvs, lengths, strict=True)],
                 query.data_ptr(),
                 groups,
                 n,
@@ -126,13 +133,13 @@ class NativeKernels:
         return positions
 
     def rescore(
-        self, query: Tensor, scores: Tensor, positions: Tensor, rows: Tensor, scaling: float, softcap: float | None
+        self, query: Tensor, scores: Tensor, positions: Tensor, kv_rows: Tensor, scaling: float, softcap: float | None
     ) -> None:
         batch, heads, groups, n, size = scores.shape
         if not positions.numel():
             return
         query, positions = query.float().contiguous(), positions.contiguous()
-        rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+        kv_rows = kv_rows if kv_rows.stride(-1) == 1 else kv_rows.contiguous()
         assert scores.is_contiguous()
         _native.rescore(
             self.isa,
@@ -149,34 +156,34 @@ class NativeKernels:
             size,
             positions.data_ptr(),
             positions.shape[-1],
-            rows.data_ptr(),
-            _DTYPES[rows.dtype],
-            _row_strides(rows),
+            kv_rows.data_ptr(),
+            _DTYPES[kv_rows.dtype],
+            _kv_row_strides(kv_rows),
         )
 
     def attend(
-        self, scores: Tensor, positions: Tensor, rows: Tensor, copies: Sequence[LowBitKV], lengths: Sequence[int]
+        self, scores: Tensor, positions: Tensor, kv_rows: Tensor, low_bit_kvs: Sequence[LowBitKV], lengths: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
         batch, heads, groups, n, size = scores.shape
-        out = torch.empty(batch, heads, groups, n, copies[0].head_dim, dtype=torch.float32)
+        out = torch.empty(batch, heads, groups, n, low_bit_kvs[0].head_dim, dtype=torch.float32)
         lse = torch.empty(batch, heads, groups, n, dtype=torch.float32)
         positions = positions.contiguous()
-        rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+        kv_rows = kv_rows if kv_rows.stride(-1) == 1 else kv_rows.contiguous()
         assert scores.is_contiguous()
         _native.attend(
             self.isa,
             torch.get_num_threads(),
-            _layout_of(copies),
-            [_copy(copy, length) for copy, length in zip(copies, lengths, strict=True)],
+            _layout_of(low_bit_kvs),
+            [_native_kv(low_bit_kv, length) for low_bit_kv, length in zip(low_bit_kvs, lengths, strict=True)],
             groups,
             n,
             scores.data_ptr(),
             size,
             positions.data_ptr(),
             positions.shape[-1],
-            rows.data_ptr(),
-            _DTYPES[rows.dtype],
-            _row_strides(rows),
+            kv_rows.data_ptr(),
+            _DTYPES[kv_rows.dtype],
+            _kv_row_strides(kv_rows),
             out.data_ptr(),
             lse.data_ptr(),
         )
@@ -185,7 +192,7 @@ class NativeKernels:
     def decode_in_place(
         self,
         query: Tensor,
-        copies: Sequence[LowBitKV],
+        low_bit_kvs: Sequence[LowBitKV],
         recent: Sequence[RecentTokens],
         stored: Sequence[Tensor],
         k: int,
@@ -193,45 +200,48 @@ class NativeKernels:
         softcap: float | None,
         sinks: Tensor | None,
     ) -> Tensor:
-        """A layer of a step in one call: what `score`, `select`, `rescore`, `attend` and exact attention over the recent tokens
-        give, each row with the pairs that it selects itself.
+        """Compute the attention of a layer in one call, each query with the pairs that it selects.
+
+        It combines `score`, `select`, `rescore`, `attend` and exact attention over the recent
+        tokens.
 
         Args:
             query: [B, Hq, n, D].
-            recent: of which row `i` sees all but the last `n - 1 - i`.
-            stored: per sequence the 16-bit rows [Hkv, capacity, 2 D], read where they lie.
+            recent: recent tokens per sequence; query `i` sees all but the last `n - 1 - i`.
+            stored: per sequence the 16-bit rows [Hkv, capacity, 2 D], which are read in place.
             sinks: logits [Hq], or `None`.
 
         Returns:
             float32 [B, Hq, n, D].
         """
-        return LayerStep(self.isa, query, copies, recent, k, scaling, softcap, sinks, at_once=True).run(stored)
+        return LayerStep(self.isa, query, low_bit_kvs, recent, k, scaling, softcap, sinks, at_once=True).run(stored)
 
     def layer_step(
         self,
         query: Tensor,
-        copies: Sequence[LowBitKV],
+        low_bit_kvs: Sequence[LowBitKV],
         recent: Sequence[RecentTokens],
         k: int,
         scaling: float,
         softcap: float | None,
         sinks: Tensor | None,
     ) -> LayerStep:
-        """The same in three calls, where the rows of what was selected have to be fetched before the last."""
-        return LayerStep(self.isa, query, copies, recent, k, scaling, softcap, sinks, at_once=False)
+        """Begin the same in three calls: the caller fetches selected rows before the last."""
+        return LayerStep(self.isa, query, low_bit_kvs, recent, k, scaling, softcap, sinks, at_once=False)
 
 
 class LayerStep:
-    """A layer of a step, to be used once: `run` if `at_once`, else `select`, `attend_copy` and `attend_fetched`.
+    """The attention of one layer of a step. Use it once.
 
-    Both give the same to the bit where all rows are there.
+    Call `run` if `at_once`, else `select`, `attend_low_bit` and `attend_fetched`. Both give the
+    same bits where all rows are fetched.
     """
 
     def __init__(
         self,
         isa: str,
         query: Tensor,
-        copies: Sequence[LowBitKV],
+        low_bit_kvs: Sequence[LowBitKV],
         recent: Sequence[RecentTokens],
         k: int,
         scaling: float,
@@ -242,15 +252,15 @@ class LayerStep:
     ) -> None:
         query = query.float().contiguous()
         sinks = sinks if sinks is None else sinks.float().contiguous()
-        self._held = query, copies, recent, sinks  # the step points into them
-        self._shape = (len(copies), copies[0].num_kv_heads, query.shape[2], k)
+        self._held = query, low_bit_kvs, recent, sinks  # the C++ object points into them
+        self._shape = (len(low_bit_kvs), low_bit_kvs[0].num_kv_heads, query.shape[2], k)
         self._step = _native.LayerStep(
             isa,
             torch.get_num_threads(),
-            _layout_of(copies),
-            [_copy(copy, copy.length) for copy in copies],
+            _layout_of(low_bit_kvs),
+            [_native_kv(low_bit_kv, low_bit_kv.length) for low_bit_kv in low_bit_kvs],
             query.data_ptr(),
-            query.shape[1] // copies[0].num_kv_heads,
+            query.shape[1] // low_bit_kvs[0].num_kv_heads,
             query.shape[2],
             scaling,
             softcap or 0.0,
@@ -262,36 +272,49 @@ class LayerStep:
         )
 
     def run(self, stored: Sequence[Tensor]) -> Tensor:
-        """Attention over rows [Hkv, capacity, 2 D] per sequence that are read where they lie -> float32 [B, Hq, n, D]."""
+        """Compute everything with rows [Hkv, capacity, 2 D] per sequence, read in place.
+
+        Returns:
+            float32 [B, Hq, n, D].
+        """
         out, size = torch.empty_like(self._held[0]), stored[0].itemsize
-        numbers = [n for rows in stored for n in (rows.data_ptr(), rows.stride(0) * size, rows.stride(1) * size)]
+        numbers = [n for kv_rows in stored for n in (kv_rows.data_ptr(), kv_rows.stride(0) * size, kv_rows.stride(1) * size)]
         self._step.run(numbers, _DTYPES[stored[0].dtype], out.data_ptr())
         return out
 
     def select(self) -> Tensor:
-        """Each row's positions [B, Hkv, n, k], ascending, padded with -1."""
+        """Select each query's positions [B, Hkv, n, k], ascending, padded with -1."""
         positions = torch.empty(self._shape, dtype=torch.int64)
         self._step.select(positions.data_ptr())
         return positions
 
-    def attend_copy(self, positions: Tensor) -> None:
-        """Attend to the copy without the pairs at `positions` [B, Hkv, n, k] (-1: none); their rows are not needed yet."""
+    def attend_low_bit(self, positions: Tensor) -> None:
+        """Attend to the low-bit copy without the pairs at `positions` [B, Hkv, n, k] (-1: none)."""
         positions = positions.contiguous()
         self._step.attend_copy(positions.data_ptr(), positions.shape[-1])
 
-    def attend_fetched(self, positions: Tensor, rows: Tensor) -> Tensor:
-        """Attention with the rows [B, Hkv, n, k, 2 D] of the same positions in place of those pairs -> float32 [B, Hq, n, D]."""
+    def attend_fetched(self, positions: Tensor, kv_rows: Tensor) -> Tensor:
+        """Add the exact rows [B, Hkv, n, k, 2 D] of the same positions and the recent tokens.
+
+        Returns:
+            float32 [B, Hq, n, D].
+        """
         positions = positions.contiguous()
-        rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+        kv_rows = kv_rows if kv_rows.stride(-1) == 1 else kv_rows.contiguous()
         out = torch.empty_like(self._held[0])
         self._step.attend_fetched(
-            positions.data_ptr(), positions.shape[-1], rows.data_ptr(), _DTYPES[rows.dtype], _row_strides(rows), out.data_ptr()
+            positions.data_ptr(),
+            positions.shape[-1],
+            kv_rows.data_ptr(),
+            _DTYPES[kv_rows.dtype],
+            _kv_row_strides(kv_rows),
+            out.data_ptr(),
         )
         return out
 
 
 def _recent_numbers(recent: Sequence[RecentTokens]) -> list[int]:
-    """Addresses of keys and values, count, and bytes from one KV head and token to the next, per sequence."""
+    """Return addresses of keys and values, count, and strides of head and token, per sequence."""
     numbers: list[int] = []
     for tokens in recent:
         head, token, _ = tokens.keys.stride()
@@ -300,29 +323,31 @@ def _recent_numbers(recent: Sequence[RecentTokens]) -> list[int]:
     return numbers
 
 
-def _row_strides(rows: Tensor) -> list[int]:
-    """Bytes from one sequence, KV head, row and slot to the next, of rows [B, Hkv, n, k, 2 D]."""
-    return [stride * rows.itemsize for stride in rows.stride()[:4]]
+def _kv_row_strides(kv_rows: Tensor) -> list[int]:
+    """Return the byte strides of sequence, KV head, query and slot, of rows [B, Hkv, n, k, 2 D]."""
+    return [stride * kv_rows.itemsize for stride in kv_rows.stride()[:4]]
 
 
-def _copy(copy: LowBitKV, length: int) -> Any:
-    parts = [run.addresses for run in copy.runs]
+def _native_kv(low_bit_kv: LowBitKV, length: int) -> Any:
+    parts = [run.addresses for run in low_bit_kv.runs]
     pages = parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
-    weights = 0 if copy.key_weights is None else copy.key_weights.data_ptr()
-    return _native.Copy(pages, length, weights)
+    channel_scales = 0 if low_bit_kv.channel_scales is None else low_bit_kv.channel_scales.data_ptr()
+    return _native.Copy(pages, length, channel_scales)
 
 
-def _layout_of(copies: Sequence[LowBitKV]) -> Any:
-    return _layout(next((copy for copy in copies if copy.runs), copies[0]))
+def _layout_of(low_bit_kvs: Sequence[LowBitKV]) -> Any:
+    return _layout(next((low_bit_kv for low_bit_kv in low_bit_kvs if low_bit_kv.runs), low_bit_kvs[0]))
 
 
-def _layout(copy: LowBitKV) -> Any:
-    offsets = _offsets(copy.runs[0], copy.code) if copy.runs else (0,) * 6
-    return _native_layout(copy.code, copy.bits, copy.group_size, copy.num_kv_heads, copy.head_dim, offsets)
+def _layout(low_bit_kv: LowBitKV) -> Any:
+    offsets = _offsets(low_bit_kv.runs[0], low_bit_kv.code) if low_bit_kv.runs else (0,) * 6
+    return _native_layout(
+        low_bit_kv.code, low_bit_kv.bits, low_bit_kv.group_size, low_bit_kv.num_kv_heads, low_bit_kv.head_dim, offsets
+    )
 
 
 def _offsets(run: PageRun, code: Code) -> tuple[int, ...]:
-    """Bytes from a page's start to each of its fields."""
+    """Return the byte offset of each field in a page."""
     start = int(run.fields["key_codes"].storage_offset())
     return tuple(int(run.fields[name].storage_offset()) * run.fields[name].itemsize - start for name in _FIELDS[code])
 
@@ -334,7 +359,10 @@ def _native_layout(code: Code, bits: int, group_size: int, heads: int, dim: int,
 
 
 def _signs(dim: int) -> list[float]:
-    """The rotation's random signs: its columns are those of Hadamard matrices times a sign, whose first row is positive."""
+    """Return the rotation's random signs: each column is one of a Hadamard matrix times a sign.
+
+    The first row of a Hadamard matrix is positive.
+    """
     matrix = rotation(dim, torch.device("cpu"))
     first = (matrix != 0).int().argmax(0)  # the first row of each column's block
     return matrix[first, torch.arange(dim, device=matrix.device)].sign().tolist()

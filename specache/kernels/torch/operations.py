@@ -1,7 +1,7 @@
-"""Plain-PyTorch kernels over packed codes: portable, device-agnostic, and the fallback of every faster backend.
+"""Plain-PyTorch kernels over packed codes, for every device.
 
-Codes are unpacked a block of pages at a time, never for a whole layer; what a code means is the business of `torch_kivi` and
-`torch_rotated`. Symbols: see `specache.kernels.types`.
+Codes are unpacked a block of pages at a time, never for a whole layer. `kivi` and `rotated` decode
+them. Symbols: see `specache.kernels.types`.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ from specache.kernels.types import LowBitKV
 _CODES: dict[Code, Any] = {Code.KIVI: torch_kivi, Code.ROTATED: torch_rotated}
 
 
-def quantise(keys: Tensor, values: Tensor, copy: LowBitKV, start: int) -> None:
-    """Quantise and pack tokens `[start, start + n)` into the copy's pages."""
+def quantise(keys: Tensor, values: Tensor, low_bit_kv: LowBitKV, start: int) -> None:
+    """Quantise tokens `[start, start + n)` and pack them into the pages of the low-bit copy."""
     done = 0
-    for run, offset, count in pieces(copy, start, keys.shape[1]):
-        _CODES[copy.code].quantise(keys[:, done : done + count], values[:, done : done + count], run, offset, copy)
+    for run, offset, count in pieces(low_bit_kv, start, keys.shape[1]):
+        _CODES[low_bit_kv.code].quantise(keys[:, done : done + count], values[:, done : done + count], run, offset, low_bit_kv)
         done += count
 
 
 def score(
     query: Tensor,
-    copies: Sequence[LowBitKV],
+    low_bit_kvs: Sequence[LowBitKV],
     lengths: Sequence[int],
     scaling: float,
     softcap: float | None,
 ) -> Tensor:
-    """Scores of every low-bit key, without forming a key."""
+    """Score every low-bit key, without decoding a key."""
     batch, num_heads, n, dim = query.shape
-    heads = copies[0].num_kv_heads
+    heads = low_bit_kvs[0].num_kv_heads
     grouped = query.float().reshape(batch, heads, num_heads // heads * n, dim)  # [B, Hkv, G n, D]
     scores = grouped.new_full((*grouped.shape[:3], max(lengths)), -torch.inf)
-    for b, (copy, length) in enumerate(zip(copies, lengths, strict=True)):
+    for b, (low_bit_kv, length) in enumerate(zip(low_bit_kvs, lengths, strict=True)):
         if not length:
             continue
-        scorer = _CODES[copy.code].QueryScorer(grouped[b], copy)
-        for block, first, count in blocks(copy, length):
+        scorer = _CODES[low_bit_kv.code].QueryScorer(grouped[b], low_bit_kv)
+        for block, first, count in blocks(low_bit_kv, length):
             scores[b, :, :, first : first + count] = scorer(block)[..., :count]
     scores.mul_(scaling)
     if softcap is not None:
@@ -55,65 +55,68 @@ def score(
     return scores.unflatten(2, (-1, n))  # [B, Hkv, G, n, S]
 
 
-def rescore(query: Tensor, scores: Tensor, positions: Tensor, rows: Tensor, scaling: float, softcap: float | None) -> None:
+def rescore(query: Tensor, scores: Tensor, positions: Tensor, kv_rows: Tensor, scaling: float, softcap: float | None) -> None:
     """Replace the low-bit scores of fetched positions by exact ones, in place."""
-    exact = exact_scores(query, scores, rows, scaling, softcap)
+    exact = exact_scores(query, scores, kv_rows, scaling, softcap)
     b, h, r, j = (positions >= 0).nonzero(as_tuple=True)
     scores[b, h, :, r, positions[b, h, r, j]] = exact[b, h, :, r, j]
 
 
-def exact_scores(query: Tensor, scores: Tensor, rows: Tensor, scaling: float, softcap: float | None) -> Tensor:
-    """Scores [B, Hkv, G, n, k] of the keys in rows [B, Hkv, n, k, 2D]; `scores` tells the shape."""
+def exact_scores(query: Tensor, scores: Tensor, kv_rows: Tensor, scaling: float, softcap: float | None) -> Tensor:
+    """Return scores [B, Hkv, G, n, k] of keys [B, Hkv, n, k, 2D]; `scores` gives B to n."""
     dim = query.shape[-1]
     grouped = query.float().reshape(*scores.shape[:4], dim)
-    keys = rows[..., :dim].float()  # [B, Hkv, n, k, D]
+    keys = kv_rows[..., :dim].float()  # [B, Hkv, n, k, D]
     exact = torch.einsum("bhgnd,bhnkd->bhgnk", grouped, keys) * scaling
     return exact if softcap is None else (exact / softcap).tanh_() * softcap
 
 
 def select(scores: Tensor, rest_lse: Tensor, lengths: Sequence[int], k: int) -> Tensor:
-    """The `k` largest probabilities per KV head and row, averaged over the `G` query heads.
+    """Select the `k` largest probabilities per KV head and query, averaged over G heads.
 
-    Linear in `S`: everything above the k-th largest value, then its equals from the lowest position up.
+    Linear in `S`: all values above the k-th largest, then its equals from the lowest position up.
     """
     batch, heads, _, n, size = scores.shape
     k = min(k, size)
     if k == 0:
         return torch.empty(batch, heads, n, 0, dtype=torch.long, device=scores.device)
-    mass = mean_probabilities(scores, rest_lse)  # [B, Hkv, n, S]
+    mean_prob = mean_probabilities(scores, rest_lse)  # [B, Hkv, n, S]
     for b, length in enumerate(lengths):
-        mass[b, ..., length:] = -1.0
-    positions = largest(mass, k).nonzero()[:, -1].reshape(*mass.shape[:3], k)
+        mean_prob[b, ..., length:] = -1.0
+    positions = largest(mean_prob, k).nonzero()[:, -1].reshape(*mean_prob.shape[:3], k)
     limits = torch.tensor(lengths, device=positions.device).view(-1, 1, 1, 1)
     return positions.where(positions < limits, -1)
 
 
-def largest(mass: Tensor, k: int) -> Tensor:
-    """Which `k` of the last dimension are the largest, of equals the first ones: bool of the same shape."""
-    threshold = mass.topk(k, dim=-1).values[..., -1:]  # the k-th largest
-    above = mass > threshold
-    level = mass == threshold
+def largest(mean_prob: Tensor, k: int) -> Tensor:
+    """Return a bool mask of the `k` largest of the last dimension, of equals the first ones."""
+    threshold = mean_prob.topk(k, dim=-1).values[..., -1:]  # the k-th largest
+    above = mean_prob > threshold
+    level = mean_prob == threshold
     return above | (level & (level.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
 
 
 def mean_probabilities(scores: Tensor, rest_lse: Tensor) -> Tensor:
-    """Mean over G of softmax probabilities; one query head of a group at a time, to hold no second copy of the scores."""
+    """Return softmax probabilities averaged over G -> [B, Hkv, n, S].
+
+    It processes one query head of a group at a time, to hold no second copy of the scores.
+    """
     groups = scores.shape[2]
-    mass = torch.zeros_like(scores[:, :, 0])  # [B, Hkv, n, S]
+    mean_prob = torch.zeros_like(scores[:, :, 0])  # [B, Hkv, n, S]
     for g in range(groups):
         peak = scores[:, :, g].amax(-1, keepdim=True).clamp(min=-1e30)
         weights = (scores[:, :, g] - peak).exp_()
         total = torch.logaddexp(peak + weights.sum(-1, keepdim=True).log(), rest_lse[:, :, g, :, None])
-        mass.addcmul_(weights, (peak - total).exp() / groups)
-    return mass
+        mean_prob.addcmul_(weights, (peak - total).exp() / groups)
+    return mean_prob
 
 
 def attend(
-    scores: Tensor, positions: Tensor, rows: Tensor, copies: Sequence[LowBitKV], lengths: Sequence[int]
+    scores: Tensor, positions: Tensor, kv_rows: Tensor, low_bit_kvs: Sequence[LowBitKV], lengths: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """Softmax over the copy and the weighted sum of its values, fetched positions read from `rows` instead."""
+    """Softmax over the low-bit copy and sum its values; fetched positions use `kv_rows` instead."""
     batch, heads, groups, n, size = scores.shape
-    dim = copies[0].head_dim
+    dim = low_bit_kvs[0].head_dim
     if size == 0:
         shape = (batch, heads, groups, n)
         return scores.new_zeros(*shape, dim), scores.new_full(shape, -torch.inf)
@@ -122,20 +125,20 @@ def attend(
     b, h, r, j = (positions >= 0).nonzero(as_tuple=True)
     fetched[b, h, :, r, j] = weights[b, h, :, r, positions[b, h, r, j]]
     weights[b, h, :, r, positions[b, h, r, j]] = 0.0
-    out = torch.einsum("bhgnk,bhnkd->bhgnd", fetched, rows[..., dim:].float())
-    for i, (copy, length) in enumerate(zip(copies, lengths, strict=True)):
+    out = torch.einsum("bhgnk,bhnkd->bhgnd", fetched, kv_rows[..., dim:].float())
+    for i, (low_bit_kv, length) in enumerate(zip(low_bit_kvs, lengths, strict=True)):
         flat = weights[i].flatten(1, 2)  # [Hkv, G n, S]
         if not length:
             continue
-        values = _CODES[copy.code].ValueSum(copy)
-        for block, first, count in blocks(copy, length):
+        values = _CODES[low_bit_kv.code].ValueSum(low_bit_kv)
+        for block, first, count in blocks(low_bit_kv, length):
             values.add(flat[..., first : first + count], block)
         out[i] += values.result().unflatten(1, (groups, n))
     return out, lse
 
 
 def softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Over the last dimension, in place -> (weights, log-sum-exp of the other dimensions)."""
+    """Compute the softmax over the last dimension, in place -> (weights, log-sum-exp)."""
     peak = scores.amax(-1, keepdim=True).clamp(min=-1e30)
     weights = scores.sub_(peak).exp_()
     total = weights.sum(-1, keepdim=True)
@@ -143,11 +146,12 @@ def softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
     return weights.div_(total.clamp(min=torch.finfo(torch.float32).tiny)), lse
 
 
-def dequantise(copy: LowBitKV) -> tuple[Tensor, Tensor]:
-    """The whole copy as float32 keys and values [Hkv, length, D]. For tests and tools; no step calls it."""
-    parts = [_CODES[copy.code].dequantise(block, count, copy) for block, _, count in blocks(copy, copy.length)]
+def dequantise(low_bit_kv: LowBitKV) -> tuple[Tensor, Tensor]:
+    """Return the low-bit copy as float32 keys and values [Hkv, length, D]. For tests and tools."""
+    code = _CODES[low_bit_kv.code]
+    parts = [code.dequantise(block, count, low_bit_kv) for block, _, count in blocks(low_bit_kv, low_bit_kv.length)]
     if not parts:
-        empty = torch.empty(copy.num_kv_heads, 0, copy.head_dim, dtype=torch.float32)
+        empty = torch.empty(low_bit_kv.num_kv_heads, 0, low_bit_kv.head_dim, dtype=torch.float32)
         return empty, empty
     keys, values = zip(*parts, strict=True)
     return torch.cat(keys, dim=1), torch.cat(values, dim=1)

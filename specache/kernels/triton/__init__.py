@@ -1,4 +1,4 @@
-"""The kernels in Triton, for NVIDIA GPUs. Nothing is imported from Triton before it is asked for."""
+"""The kernels in Triton, for NVIDIA GPUs. Triton is only imported when it is used."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ CAPABILITY = (8, 0)  # bfloat16 on tensor cores
 INTERPRETER = "TRITON_INTERPRET"
 
 
-def missing(device: torch.device | None = None) -> str | None:
-    """Why a CUDA device (the current one, if none is named) is not served, or `None`.
+def unsupported_reason(device: torch.device | None = None) -> str | None:
+    """Return why a CUDA device (by default the current one) is unsupported, or `None`.
 
-    Where everything seems to be there, the smallest kernel is built and launched, once: what that fails with is the reason.
+    If everything is installed, the smallest kernel is built and launched once; its error is the
+    reason.
     """
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install 'specache[gpu]'"
@@ -34,12 +35,12 @@ def missing(device: torch.device | None = None) -> str | None:
     if capability < CAPABILITY:
         name = torch.cuda.get_device_name(device)
         return f"{name} has compute capability {capability[0]}.{capability[1]}, Triton kernels need {CAPABILITY[0]}.{CAPABILITY[1]}"
-    return broken(device or torch.device("cuda", torch.cuda.current_device()))
+    return launch_failure(device or torch.device("cuda", torch.cuda.current_device()))
 
 
 @cache
-def broken(device: torch.device) -> str | None:
-    """Why Triton, which is installed, cannot run a kernel on `device`, or `None`.
+def launch_failure(device: torch.device) -> str | None:
+    """Launch a trial kernel on `device`. Return why it failed, or `None`.
 
     Raises:
         Exception: memory ran out, which says nothing about Triton.
@@ -51,18 +52,18 @@ def broken(device: torch.device) -> str | None:
     except Exception as error:  # compilers, linkers and drivers fail in many ways; the kernel itself cannot
         if is_out_of_memory(error):
             raise
-        return f"Triton cannot build and launch a kernel here ({said(error)})"
+        return f"Triton cannot build and launch a kernel here ({error_summary(error)})"
     return None
 
 
-def said(error: BaseException) -> str:
-    """The last line of an error's message: compilers quote the source first."""
+def error_summary(error: BaseException) -> str:
+    """Return type and last line of an error: compilers quote the source before it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
 
 
 def build_errors() -> tuple[type[Exception], ...]:
-    """What Triton raises when it cannot compile one of our kernels, or not load it on this device. Imports Triton."""
+    """Return Triton's errors when it cannot compile or load a kernel. Imports Triton."""
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources, PTXASError
 
@@ -70,26 +71,26 @@ def build_errors() -> tuple[type[Exception], ...]:
 
 
 def interpreted() -> bool:
-    """Whether Triton runs kernels in its interpreter, on the CPU: decided when it is first imported."""
+    """Return whether Triton uses its interpreter, on the CPU, as set when it is imported."""
     return os.environ.get(INTERPRETER) == "1" and importlib.util.find_spec("triton") is not None
 
 
 def load() -> TritonKernels:
-    """The backend. Imports Triton."""
+    """Return the backend. Imports Triton."""
     from specache.kernels.triton.backend import TritonKernels
 
     return TritonKernels()
 
 
 def load_hot_rows() -> HotRowKernels:
-    """The kernels of a decode step's rows. Imports Triton."""
+    """Return the kernels that fetch a decode step's rows. Imports Triton."""
     from specache.kernels.triton.hot_rows_backend import HotRowKernels
 
     return HotRowKernels()
 
 
 def load_recent() -> ModuleType:
-    """`recent_backend`, the kernels of a decode step's part outside the copy. Imports Triton."""
+    """Return `recent_backend`, the kernels for tokens outside the low-bit copy. Imports Triton."""
     from specache.kernels.triton import recent_backend
 
     return recent_backend

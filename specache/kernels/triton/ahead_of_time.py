@@ -1,8 +1,8 @@
-"""Every kernel compiled ahead of time, without a GPU: registers, spills and shared memory per target.
+"""Compile every kernel without a GPU: registers, spills and shared memory per target.
 
     python -m specache.kernels.triton.ahead_of_time [--write docs/gpu_kernels.md] [--quick]
 
-The table of `docs/gpu_kernels.md` comes from here; the tests compile the `quick` part of it.
+It generates the table of `docs/gpu_kernels.md`; the tests compile the `quick` part of it.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from specache.kernels import triton as triton_kernels
 from specache.kernels.triton import launch_options as options
 from specache.kernels.triton.launch_options import Shape
 
-# Shared memory that a block may ask for, KiB (CUDA C++ Programming Guide, technical specifications per compute capability).
+# Maximum shared memory of a block, KiB, by compute capability (CUDA C++ Programming Guide).
 SHARED_MEMORY_KIB = {80: 163, 86: 99, 89: 99, 90: 227}
-HALF = ", 16-bit scores"  # behind the names of kernels that have such a variant
+HALF = ", 16-bit scores"  # suffix of kernels that have such a variant
 OF_ROWS = (
     "merge",
     "rescore",
@@ -39,10 +39,10 @@ OF_ROWS = (
     "attend fetched",
     "attend fetched" + HALF,
     "select peaks",
-    "select mass",
+    "select mean_prob",
     "select parts" + HALF,
     "select normaliser" + HALF,
-    "select mass" + HALF,
+    "select mean_prob" + HALF,
     "select digit",
     "select digit" + HALF,
     "select count",
@@ -52,7 +52,7 @@ OF_ROWS = (
     "gather",
     "hot set: claim",
     "hot set: read ahead",
-    "hot set: look",
+    "hot set: lookup",
     "hot set: fill",
     "recent",
     "join",
@@ -61,17 +61,17 @@ EXACT = ("rescore", "attend fetched", "recent")  # those with products in float3
 BEGIN, END = "<!-- resources -->\n", "<!-- /resources -->\n"
 
 _TYPES = {
-    **dict.fromkeys(("scores", "rest_lse", "peaks", "totals", "sums", "copy_sums", "fetched_sums", "out", "low_bit"), "*fp32"),
-    **dict.fromkeys(("lse", "own_lse", "copy_lse", "recent_lse", "recent", "copy", "sinks"), "*fp32"),
-    **dict.fromkeys(("turned", "weights", "levels", "references", "normaliser", "kept", "exact"), "*fp32"),
+    **dict.fromkeys(("scores", "rest_lse", "peaks", "totals", "sums", "low_bit_sums", "fetched_sums", "out", "low_bit"), "*fp32"),
+    **dict.fromkeys(("lse", "own_lse", "low_bit_lse", "recent_lse", "recent", "low_bit_out", "sinks"), "*fp32"),
+    **dict.fromkeys(("rotated_query", "channel_scales", "levels", "references", "normaliser", "kept", "exact"), "*fp32"),
     **dict.fromkeys(("addresses", "first_page", "positions", "stored", "counts"), "*i64"),
     **dict.fromkeys(("missing", "claimed", "found", "wanted", "here", "victims", "counters", "source"), "*i64"),
-    **dict.fromkeys(("lengths", "mass", "histogram", "above", "equal", "table", "owner", "used", "tick"), "*i32"),
+    **dict.fromkeys(("lengths", "mean_prob", "histogram", "above", "equal", "table", "owner", "used", "tick"), "*i32"),
     **dict.fromkeys(("scaling", "softcap", "unit"), "fp32"),
     "finite": "*u8",
 }
-_HALF_TYPES = {"scores": "*fp16", "mass": "*i16"}
-_ROWS = ("query", "rows", "keys", "values", "hot", "residual")  # in the model's dtype
+_HALF_TYPES = {"scores": "*fp16", "mean_prob": "*i16"}
+_ROWS = ("query", "kv_rows", "keys", "values", "hot", "residual")  # in the model's dtype
 _ALIGNED = ("key_codes", "key_scale", "key_bias", "key_zero", "key_mean", "value_codes", "value_scale", "value_zero")
 
 
@@ -86,7 +86,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel takes of a multiprocessor.
+    """The resources that a compiled kernel takes of a multiprocessor.
 
     Attributes:
         registers: per thread.
@@ -102,26 +102,26 @@ class Resources:
 
 
 def kernels(shape: Shape, dtype: str) -> dict[str, tuple[Any, dict[str, Any]]]:
-    """Name -> (kernel, its constants and options) for a layer."""
+    """Return name -> (kernel, its constants and options) for a layer."""
     from specache.kernels.triton import attend, gather, hot_rows, quantise, recent, score, select
 
     exact, dim = dtype == "fp32", shape.dim
-    groups, group, rows = shape.groups, shape.group_size, shape.groups * shape.rows
+    groups, group, queries = shape.groups, shape.group_size, shape.groups * shape.queries
     found = {
         "score": (score.score_kernel, options.score(shape, False, exact)),
         "score" + HALF: (score.score_kernel, options.score(shape, False, exact, half=True)),
-        "attend": (attend.copy_kernel, options.attend_copy(shape, exact)),
-        "attend" + HALF: (attend.copy_kernel, options.attend_copy(shape, exact, half=True)),
+        "attend": (attend.low_bit_kernel, options.attend_low_bit(shape, exact)),
+        "attend" + HALF: (attend.low_bit_kernel, options.attend_low_bit(shape, exact, half=True)),
         "merge": (attend.merge_kernel, options.merge(shape, 64, True)),
         "rescore": (score.rescore_kernel, options.rescore(dim, groups, False)),
         "rescore" + HALF: (score.rescore_kernel, options.rescore(dim, groups, False, group)),
         "attend fetched": (attend.fetched_kernel, options.fetched(dim, groups)),
         "attend fetched" + HALF: (attend.fetched_kernel, options.fetched(dim, groups, half=True)),
         "select peaks": (select.peaks_kernel, options.select()),
-        "select mass": (select.mass_kernel, options.select(G=groups, BLOCKS_P=32)),
+        "select mean_prob": (select.mean_prob_kernel, options.select(G=groups, BLOCKS_P=32)),
         "select parts" + HALF: (select.parts_kernel, options.select_parts(group)),
         "select normaliser" + HALF: (select.normaliser_kernel, options.select_normaliser(group)),
-        "select mass" + HALF: (select.half_mass_kernel, options.select(G=groups, GROUP=group)),
+        "select mean_prob" + HALF: (select.half_mean_prob_kernel, options.select(G=groups, GROUP=group)),
         "select digit": (select.digit_kernel, options.select(NUMBER=31, DIGIT=3)),
         "select digit" + HALF: (select.digit_kernel, options.select(NUMBER=16, DIGIT=1)),
         "select count": (select.count_kernel, options.select(NUMBER=31)),
@@ -131,10 +131,10 @@ def kernels(shape: Shape, dtype: str) -> dict[str, tuple[Any, dict[str, Any]]]:
         "gather": (gather.gather_kernel, options.gather(2 * dim)),
         "hot set: claim": (hot_rows.claim_kernel, options.claim(False, 64)),
         "hot set: read ahead": (hot_rows.claim_kernel, options.claim(True, 1024)),
-        "hot set: look": (hot_rows.look_kernel, options.hot_rows(2 * dim)),
+        "hot set: lookup": (hot_rows.lookup_kernel, options.hot_rows(2 * dim)),
         "hot set: fill": (hot_rows.fill_kernel, {**options.hot_rows(2 * dim), "MAPPED": True, "JOIN": True}),
-        "recent": (recent.recent_kernel, options.recent(dim, rows, shape.rows, False, True, exact)),
-        "join": (recent.join_kernel, options.join(dim, rows, shape.rows)),
+        "recent": (recent.recent_kernel, options.recent(dim, queries, shape.queries, False, True, exact)),
+        "join": (recent.join_kernel, options.join(dim, queries, shape.queries)),
     }
     if shape.rotated:
         found["quantise centre"] = (quantise.centre_keys_kernel, options.centre_keys(shape))
@@ -147,7 +147,11 @@ def kernels(shape: Shape, dtype: str) -> dict[str, tuple[Any, dict[str, Any]]]:
 
 
 def compile_variant(variant: Variant, capability: int, **changes: Any) -> Resources:
-    """Compile for `sm_<capability>` and read what the binary takes. `changes`: other options of the compiler."""
+    """Compile for `sm_<capability>` and return the binary's resources.
+
+    Args:
+        changes: other options of the compiler.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -156,7 +160,7 @@ def compile_variant(variant: Variant, capability: int, **changes: Any) -> Resour
     constants = {name: value for name, value in settings.items() if name.isupper()}
     compiler_options = {name: value for name, value in settings.items() if not name.isupper()}
     signature = {name: _type_of(name, variant) for name in kernel.arg_names if name not in constants}
-    constants["stride_d"] = 1  # as Triton does with an argument that is 1
+    constants["stride_d"] = 1  # Triton specialises arguments that are 1
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = {name: "constexpr" if name in constants else signature[name] for name in kernel.arg_names}
     aligned = {
@@ -180,13 +184,13 @@ def _type_of(name: str, variant: Variant) -> str:
     if name in _ROWS:
         rotated_input = variant.shape.rotated and variant.kernel in ("quantise keys", "quantise values")
         return "*fp32" if rotated_input else f"*{variant.dtype}"
-    if name == "out" and variant.kernel in ("gather", "hot set: look", "hot set: fill", "join"):
+    if name == "out" and variant.kernel in ("gather", "hot set: lookup", "hot set: fill", "join"):
         return f"*{variant.dtype}"
     return _TYPES.get(name, "i32")
 
 
 def _inspect(cubin: bytes, shared: int, warps: int) -> Resources:
-    """Registers and local memory of the one kernel of a cubin, as `cuobjdump` shows them."""
+    """Return the resources of the only kernel of a cubin, by `cuobjdump`."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -195,19 +199,19 @@ def _inspect(cubin: bytes, shared: int, warps: int) -> Resources:
         text = subprocess.run(
             [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
-    said = {name: int(number) for name, number in re.findall(r"\b([A-Z]+):(\d+)", text)}
-    return Resources(said["REG"], max(said["STACK"], said["LOCAL"]), shared, warps)
+    usage = {name: int(number) for name, number in re.findall(r"\b([A-Z]+):(\d+)", text)}
+    return Resources(usage["REG"], max(usage["STACK"], usage["LOCAL"]), shared, warps)
 
 
 def compile_all(variants: Sequence[Variant], targets: Sequence[int], processes: int) -> dict[tuple[Variant, int], Resources]:
-    """Every variant for every target, in processes of their own."""
+    """Compile every variant for every target, in parallel processes."""
     jobs = [(variant, target) for variant in variants for target in targets]
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         return dict(zip(jobs, pool.map(compile_variant, *zip(*jobs, strict=True)), strict=True))
 
 
 def quick_variants() -> list[Variant]:
-    """The hardest of each kernel: most registers, widest heads, most rows."""
+    """Return the most demanding variants: most registers, widest heads, most queries."""
     shapes = [
         Shape(Code.KIVI, 2, 64, 128, 8, 2),
         Shape(Code.ROTATED, 2, 64, 128, 8, 2),
@@ -228,14 +232,17 @@ def quick_variants() -> list[Variant]:
 
 
 def table_variants() -> list[Variant]:
-    """What the table in the documentation shows: code x bits x head dimension x rows, and the kernels that read no codes."""
+    """Return the variants of the documentation's table.
+
+    Code x bits x head dimension x queries, and the kernels that read no codes.
+    """
     found = []
     for code in Code:
         for bits in (1, 2, 4):
-            for dim, rows in ((64, 2), (128, 1), (128, 2), (256, 2)):
-                shape = Shape(code, bits, 64, dim, 4, rows)
+            for dim, queries in ((64, 2), (128, 1), (128, 2), (256, 2)):
+                shape = Shape(code, bits, 64, dim, 4, queries)
                 names = [kernel + half for kernel in ("score", "attend") for half in ("", HALF)]
-                if rows == 2 and dim > 64:
+                if queries == 2 and dim > 64:
                     names += [kernel for kernel in kernels(shape, "bf16") if kernel.startswith("quantise")]
                 found += [Variant(name, shape, "bf16") for name in names]
     found += [Variant(kernel, Shape(Code.ROTATED, 2, 64, 128, 4, 2), "bf16") for kernel in OF_ROWS]
@@ -243,7 +250,7 @@ def table_variants() -> list[Variant]:
 
 
 def problems(found: dict[tuple[Variant, int], Resources]) -> list[str]:
-    """What breaks a rule: a spill, or more shared memory than the target has."""
+    """Return the violations: spills, and more shared memory than the target has."""
     wrong = []
     for (variant, target), resources in found.items():
         limit = SHARED_MEMORY_KIB[target] * 1024
@@ -255,7 +262,7 @@ def problems(found: dict[tuple[Variant, int], Resources]) -> list[str]:
 
 
 def markdown(found: dict[tuple[Variant, int], Resources]) -> str:
-    """A row per variant: registers and shared memory (KiB) on each target."""
+    """Return a table with a row per variant: registers and shared memory (KiB) on each target."""
     targets = sorted({target for _, target in found})
     lines = [
         "| kernel | code | bits | g | D | G n | rows | warps | " + " | ".join(f"sm_{target}" for target in targets) + " |",
@@ -264,14 +271,14 @@ def markdown(found: dict[tuple[Variant, int], Resources]) -> str:
     for variant in dict.fromkeys(variant for variant, _ in found):
         shape, each = variant.shape, [found[variant, target] for target in targets]
         named = [shape.code.value, shape.bits, shape.group_size] if variant.kernel not in OF_ROWS else ["-", "-", "-"]
-        cells = [variant.kernel, *named, shape.dim, shape.groups * shape.rows, variant.dtype, each[0].warps]
+        cells = [variant.kernel, *named, shape.dim, shape.groups * shape.queries, variant.dtype, each[0].warps]
         cells += [f"{r.registers} / {r.shared / 1024:.0f}" + (f", spills {r.spills}" if r.spills else "") for r in each]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
 
 
 def show(found: dict[tuple[Variant, int], Resources]) -> None:
-    """The same table on the terminal."""
+    """Print the same table to the terminal."""
     header, _, *rows = (line.strip("| ").split(" | ") for line in markdown(found).splitlines())
     table = Table(*header, title="registers per thread / shared memory per block (KiB)")
     for row in rows:

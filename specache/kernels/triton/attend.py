@@ -1,7 +1,8 @@
-"""Attention over the copy with fetched pairs swapped in (Algorithm 3), split over the tokens and merged by log-sum-exp.
+"""Attention over the low-bit copy with fetched pairs swapped in (Algorithm 3).
 
-`fetched_kernel` takes the fetched positions out of the scores and attends to their rows; `copy_kernel` attends to what is left, a
-split of the tokens per program; `merge_kernel` joins the parts. Parts are not normalised: `peak`, `total` and the weighted sum.
+`fetched_kernel` removes the fetched positions from the scores and attends to their rows.
+`low_bit_kernel` attends to the other tokens, a split of them per program. `merge_kernel` merges the
+parts by their log-sum-exp. A part is not normalised: `peak`, `total` and the weighted sum.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def fetched_kernel(
     scores,  # [B, Hkv, G, n, capacity]; -inf is put at the fetched positions
     exact,  # float32 [B, Hkv, G, n, k], theirs (HALF; else they are in `scores`)
     positions,  # int64 [B, Hkv, n, k], -1: none
-    rows,  # [B, Hkv, n, k, 2 DIM], the values behind
+    kv_rows,  # [B, Hkv, n, k, 2 DIM], the values behind
     sums,  # float32 [B, Hkv, G, n, DIM], out
     peaks,  # float32 [B, Hkv, G, n, parts], out: the last part
     totals,
@@ -45,7 +46,7 @@ def fetched_kernel(
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A program per (row, KV head of a sequence): `G` query heads over `k` rows."""
+    """Attend to fetched rows. A program per (query, KV head of a sequence)."""
     n, row, bh = tl.num_programs(0), tl.program_id(0), tl.program_id(1)
     channel, g = tl.arange(0, DIM_P), tl.arange(0, G_P)
     line = (bh.to(tl.int64) * G + g) * n + row  # [G_P]
@@ -64,7 +65,7 @@ def fetched_kernel(
         tl.store(score, tl.full((G_P, BLOCK), float("-inf"), scores.dtype.element_ty), mask=chosen)
         higher = tl.maximum(peak, tl.max(found, 1))
         shrink, weights = tl.exp(peak - higher), tl.exp(found - higher[:, None])
-        value = rows + of_rows + j.to(tl.int64)[:, None] * stride_k + DIM + channel[None, :]
+        value = kv_rows + of_rows + j.to(tl.int64)[:, None] * stride_k + DIM + channel[None, :]
         values = tl.load(value, mask=(position >= 0)[:, None] & (channel < DIM)[None, :], other=0.0)  # [BLOCK, DIM_P]
         summed *= shrink[:, None]
         if values.dtype == tl.float32:
@@ -82,7 +83,7 @@ def fetched_kernel(
 
 
 @triton.jit
-def copy_kernel(
+def low_bit_kernel(
     scores,  # [B, Hkv, ROWS, capacity], ROWS = G n
     references,  # float32 [B, Hkv, ROWS, capacity / KEY_GROUP] that they are relative to (HALF)
     addresses,
@@ -110,9 +111,10 @@ def copy_kernel(
     KEY_GROUP: tl.constexpr,
     SPLIT: tl.constexpr,  # tokens of a program, whole pages
 ):
-    """A program per (split, KV head and block of rows, sequence): the rows of a block share its pass over the codes.
+    """Attend to low-bit tokens. A program per (split, KV head and block of queries, sequence).
 
-    KIVI: `sum_t p_t v_t = sum_t (p_t s_t) c_t + sum_t p_t z_t` per group of channels. Rotated: the sum is still rotated.
+    The queries of a block share a pass over the codes. KIVI: `sum_t p_t v_t = sum_t (p_t s_t) c_t +
+    sum_t p_t z_t` per group of channels. Rotated: the sum stays rotated.
     """
     part, b = tl.program_id(0), tl.program_id(2)
     head, row_block = tl.program_id(1) // ROW_BLOCKS, tl.program_id(1) % ROW_BLOCKS
@@ -180,12 +182,12 @@ def copy_kernel(
 
 @triton.jit
 def merge_kernel(
-    copy_sums,  # float32 [B, Hkv, splits, ROWS, DIM]
+    low_bit_sums,  # float32 [B, Hkv, splits, ROWS, DIM]
     fetched_sums,  # float32 [B, Hkv, ROWS, DIM]
     peaks,  # float32 [B, Hkv, ROWS, parts]
     totals,
     out,  # float32 [B, Hkv, ROWS, DIM]
-    low_bit,  # the same, out: the copy's share, where it is still rotated
+    low_bit,  # the same, out: the low-bit part, where it is still rotated
     lse,  # float32 [B, Hkv, ROWS]
     splits,
     parts,
@@ -196,7 +198,7 @@ def merge_kernel(
     DIM_P: tl.constexpr,
     PARTS_P: tl.constexpr,
 ):
-    """A program per (row, KV head of a sequence)."""
+    """Merge all parts. A program per (query, KV head of a sequence)."""
     row, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     line = bh * ROWS + row
     channel, part = tl.arange(0, DIM_P), tl.arange(0, PARTS_P)
@@ -209,7 +211,7 @@ def merge_kernel(
     for i in range(0, splits):
         if tl.load(totals + line * parts + i) > 0:  # an empty split has written no sum
             weight = tl.exp(tl.load(peaks + line * parts + i) - peak) * inverse
-            one = copy_sums + ((bh * splits + i) * ROWS + row) * DIM + channel
+            one = low_bit_sums + ((bh * splits + i) * ROWS + row) * DIM + channel
             summed += weight * tl.load(one, mask=channel < DIM, other=0.0)
     fetched = tl.zeros((DIM_P,), tl.float32)
     if FETCHED:

@@ -1,4 +1,4 @@
-"""The kernels behind the signatures of `specache.kernels.dispatch`. Launches only: nothing here waits for the device."""
+"""Launch the Triton kernels, with the signatures of `kernels.dispatch`, without waiting."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def on_its_device(launch: Callable[P, T]) -> Callable[P, T]:
-    """Launch where the first tensor is: Triton takes the current device."""
+    """Decorate a function to launch on its first tensor's device: Triton uses the current one."""
 
     @wraps(launch)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -53,8 +53,8 @@ class TritonKernels:
         self.split, self.select_block = split, select_block
 
     @staticmethod
-    def refuses(dim: int, dtype: torch.dtype, group_size: int) -> str | None:
-        """Why layers of this kind are not served, or `None`."""
+    def unsupported_reason(dim: int, dtype: torch.dtype, group_size: int) -> str | None:
+        """Return why layers of this kind are unsupported, or `None`."""
         if dim > MAX_DIM:
             return f"head dimension {dim} is above {MAX_DIM}"
         if dtype not in DTYPES:
@@ -64,51 +64,51 @@ class TritonKernels:
         return None
 
     @on_its_device
-    def quantise(self, keys: Tensor, values: Tensor, copy: LowBitKV, start: int) -> None:
-        tables = page_tables([copy], [copy.length], keys.device)
-        offsets, shape = offsets_of([copy]), Shape.of(copy)
+    def quantise(self, keys: Tensor, values: Tensor, low_bit_kv: LowBitKV, start: int) -> None:
+        tables = page_tables([low_bit_kv], [low_bit_kv.length], keys.device)
+        offsets, shape = offsets_of([low_bit_kv]), Shape.of(low_bit_kv)
         if not shape.rotated:
             self._quantise_kivi(keys, values, tables, offsets, shape, start)
             return
-        assert copy.key_weights is not None, "the rotated code needs the layer's key weights"
-        weights, done, n = copy.key_weights.contiguous(), 0, keys.shape[1]
-        while done < n:  # whole pages, but for the first and the last piece
+        assert low_bit_kv.channel_scales is not None, "the rotated code needs the layer's key scales"
+        channel_scales, done, n = low_bit_kv.channel_scales.contiguous(), 0, keys.shape[1]
+        while done < n:  # whole pages, except for the first and the last piece
             count = min(n - done, options.QUANTISE_TOKENS - (start + done) % PAGE_TOKENS)
             piece = slice(done, done + count)
-            self._quantise_rotated(keys[:, piece], values[:, piece], weights, tables, offsets, shape, start + done)
+            self._quantise_rotated(keys[:, piece], values[:, piece], channel_scales, tables, offsets, shape, start + done)
             done += count
 
     def score(
-        self, query: Tensor, copies: Sequence[LowBitKV], lengths: Sequence[int], scaling: float, softcap: float | None
+        self, query: Tensor, low_bit_kvs: Sequence[LowBitKV], lengths: Sequence[int], scaling: float, softcap: float | None
     ) -> Tensor:
-        copy, size = copies[0], max(lengths)
-        tables = page_tables(copies, lengths, query.device)
-        turned = turned_query(query, copies) if Shape.of(copy).rotated else None
-        return self.score_pages(query, turned, tables, offsets_of(copies), copy, size, scaling, softcap).values
+        low_bit_kv, size = low_bit_kvs[0], max(lengths)
+        tables = page_tables(low_bit_kvs, lengths, query.device)
+        rotated_query = rotate_query(query, low_bit_kvs) if Shape.of(low_bit_kv).rotated else None
+        return self.score_pages(query, rotated_query, tables, offsets_of(low_bit_kvs), low_bit_kv, size, scaling, softcap).values
 
     @on_its_device
     def score_pages(
         self,
         query: Tensor,
-        turned: Tensor | None,
+        rotated_query: Tensor | None,
         tables: PageTables,
         offsets: Offsets,
-        copy: LowBitKV,
+        low_bit_kv: LowBitKV,
         capacity: int,
         scaling: float,
         softcap: float | None,
         half: bool = False,
     ) -> PageScores:
-        """`score` over tables on the device, for up to `capacity` tokens.
+        """`score` over page tables on the device, for up to `capacity` tokens.
 
         Args:
-            turned: what `turned_query` gives, for the rotated code.
-            copy: any of the batch; its layout counts.
-            half: scores are float16; the capacity is whole groups then.
+            rotated_query: the result of `rotate_query`, for the rotated code.
+            low_bit_kv: any of the batch; only its layout is used.
+            half: whether scores are float16, which requires a capacity of whole groups.
         """
         batch, num_heads, n, _ = query.shape
-        heads = copy.num_kv_heads
-        shape = Shape.of(copy, num_heads // heads, n)
+        heads = low_bit_kv.num_kv_heads
+        shape = Shape.of(low_bit_kv, num_heads // heads, n)
         query = query.contiguous()
         lines = (batch, heads, shape.groups, n)
         values = torch.empty(*lines, capacity, dtype=torch.float16 if half else torch.float32, device=query.device)
@@ -119,7 +119,7 @@ class TritonKernels:
             settings = options.score(shape, softcap is not None, query.dtype == torch.float32, half)
             score.score_kernel[(-(-capacity // settings["BLOCK"]), heads * settings["ROW_BLOCKS"], batch)](
                 query,
-                query if turned is None else turned,
+                query if rotated_query is None else rotated_query,
                 tables.addresses,
                 tables.first_page,
                 tables.lengths,
@@ -138,20 +138,20 @@ class TritonKernels:
         return scores
 
     def rescore(
-        self, query: Tensor, scores: Tensor, positions: Tensor, rows: Tensor, scaling: float, softcap: float | None
+        self, query: Tensor, scores: Tensor, positions: Tensor, kv_rows: Tensor, scaling: float, softcap: float | None
     ) -> None:
-        self.rescore_pages(query, PageScores(scores), positions, rows, scaling, softcap)
+        self.rescore_pages(query, PageScores(scores), positions, kv_rows, scaling, softcap)
 
     @on_its_device
     def rescore_pages(
-        self, query: Tensor, scores: PageScores, positions: Tensor, rows: Tensor, scaling: float, softcap: float | None
+        self, query: Tensor, scores: PageScores, positions: Tensor, kv_rows: Tensor, scaling: float, softcap: float | None
     ) -> None:
-        """`rescore`; of float16 scores the exact ones are kept in float32 too."""
+        """`rescore` of `PageScores`. Beside float16 scores, exact ones are kept in float32."""
         batch, heads, groups, n, size = scores.values.shape
         k, dim = positions.shape[-1], query.shape[-1]
         if not positions.numel():
             return
-        query, positions, rows = query.contiguous(), positions.contiguous(), _last_contiguous(rows)
+        query, positions, kv_rows = query.contiguous(), positions.contiguous(), _last_contiguous(kv_rows)
         values, group_size = scores.values, 0
         if scores.peaks is not None:
             group_size = size // scores.peaks.shape[-1]
@@ -163,11 +163,11 @@ class TritonKernels:
             values if scores.peaks is None else scores.peaks,
             values if scores.exact is None else scores.exact,
             positions,
-            rows,
+            kv_rows,
             size,
             k,
             heads,
-            *rows.stride()[:4],
+            *kv_rows.stride()[:4],
             scaling,
             softcap or 0.0,
             **settings,
@@ -177,24 +177,31 @@ class TritonKernels:
         return self.select_pages(PageScores(scores), rest_lse, to_device(lengths, torch.int32, scores.device), k)
 
     def select_pages(self, scores: PageScores, rest_lse: Tensor, lengths: Tensor, k: int) -> Tensor:
-        """`select` with lengths int32 [B] on the device. Of float16 scores, equal are those whose upper 16 bits are."""
+        """`select` with lengths int32 [B] on the device.
+
+        For float16 scores, probabilities are compared by their upper 16 bits.
+        """
         with _on_device(rest_lse):
             return launch_select(scores, rest_lse, lengths, k, self.select_block)
 
     def attend(
-        self, scores: Tensor, positions: Tensor, rows: Tensor, copies: Sequence[LowBitKV], lengths: Sequence[int]
+        self, scores: Tensor, positions: Tensor, kv_rows: Tensor, low_bit_kvs: Sequence[LowBitKV], lengths: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
-        tables = page_tables(copies, lengths, scores.device)
-        return self.attend_pages(PageScores(scores), positions, rows, tables, offsets_of(copies), copies[0])
+        tables = page_tables(low_bit_kvs, lengths, scores.device)
+        return self.attend_pages(PageScores(scores), positions, kv_rows, tables, offsets_of(low_bit_kvs), low_bit_kvs[0])
 
     @on_its_device
     def attend_pages(
-        self, scores: PageScores, positions: Tensor, rows: Tensor, tables: PageTables, offsets: Offsets, copy: LowBitKV
+        self, scores: PageScores, positions: Tensor, kv_rows: Tensor, tables: PageTables, offsets: Offsets, low_bit_kv: LowBitKV
     ) -> tuple[Tensor, Tensor]:
-        """`attend` over tables on the device. `copy`: any of the batch; its layout counts."""
+        """`attend` over page tables on the device.
+
+        Args:
+            low_bit_kv: any of the batch; only its layout is used.
+        """
         values = scores.values
         batch, heads, groups, n, size = values.shape
-        shape, device, k = Shape.of(copy, groups, n), values.device, positions.shape[-1]
+        shape, device, k = Shape.of(low_bit_kv, groups, n), values.device, positions.shape[-1]
         splits = -(-size // self.split)
         has_fetched = positions.numel() > 0
         parts, dim = splits + has_fetched, shape.dim
@@ -208,12 +215,12 @@ class TritonKernels:
         sums = torch.empty(batch, heads, splits, groups * n, dim, device=device)
         stats = torch.empty(2, batch, heads, groups * n, parts, device=device)
         if has_fetched:
-            positions, rows = positions.contiguous(), _last_contiguous(rows)
+            positions, kv_rows = positions.contiguous(), _last_contiguous(kv_rows)
             attend.fetched_kernel[(n, batch * heads)](
                 values,
                 values if scores.exact is None else scores.exact,
                 positions,
-                rows,
+                kv_rows,
                 fetched_sums,
                 stats[0],
                 stats[1],
@@ -221,11 +228,11 @@ class TritonKernels:
                 k,
                 heads,
                 parts,
-                *rows.stride()[:4],
+                *kv_rows.stride()[:4],
                 **options.fetched(dim, groups, scores.is_half),
             )
-        settings = options.attend_copy(shape, rows.dtype == torch.float32, self.split, scores.is_half)
-        attend.copy_kernel[(splits, heads * settings["ROW_BLOCKS"], batch)](
+        settings = options.attend_low_bit(shape, kv_rows.dtype == torch.float32, self.split, scores.is_half)
+        attend.low_bit_kernel[(splits, heads * settings["ROW_BLOCKS"], batch)](
             values,
             values if scores.peaks is None else scores.peaks,
             tables.addresses,
@@ -259,17 +266,25 @@ class TritonKernels:
         return out, lse
 
     def gather(self, stored: Sequence[Tensor], positions: Tensor) -> Tensor:
-        """Rows [Hkv, capacity, 2 D] of each sequence, on the device or in pinned host memory, by positions [B, Hkv, n, k].
+        """Gather rows by positions [B, Hkv, n, k].
+
+        Args:
+            stored: the rows [Hkv, capacity, 2 D] of each sequence, on the device or in pinned
+                memory.
 
         Returns:
-            [B, Hkv, n, k, 2 D] where the positions are; zeros at -1.
+            [B, Hkv, n, k, 2 D] on the positions' device, zeros at -1.
         """
-        addresses = to_device([rows.data_ptr() for rows in stored], torch.int64, positions.device)
+        addresses = to_device([kv_rows.data_ptr() for kv_rows in stored], torch.int64, positions.device)
         return self.gather_at(addresses, stored[0], positions)
 
     @on_its_device
     def gather_at(self, addresses: Tensor, like: Tensor, positions: Tensor) -> Tensor:
-        """`gather` with addresses int64 [B] on the device of rows with the dtype and the strides of `like` [Hkv, capacity, 2 D]."""
+        """`gather` from addresses int64 [B] on the device.
+
+        Args:
+            like: [Hkv, capacity, 2 D] with the dtype and strides of the rows at the addresses.
+        """
         batch, heads, n, k = positions.shape
         width = like.shape[-1]
         out = torch.empty(batch, heads, n, k, width, dtype=like.dtype, device=positions.device)
@@ -313,14 +328,14 @@ class TritonKernels:
         )
 
     def _quantise_rotated(
-        self, keys: Tensor, values: Tensor, weights: Tensor, tables: PageTables, offsets: Offsets, shape: Shape, start: int
+        self, keys: Tensor, values: Tensor, channel_scales: Tensor, tables: PageTables, offsets: Offsets, shape: Shape, start: int
     ) -> None:
         heads, n, dim = keys.shape
         turn, levels_ = rotation(dim, keys.device).T, levels(shape.bits, keys.device)
         centred = torch.empty(heads, n, dim, device=keys.device)
         quantise.centre_keys_kernel[(n // shape.group_size, heads)](
             keys,
-            weights,
+            channel_scales,
             centred,
             tables.addresses,
             start,
@@ -344,26 +359,26 @@ class TritonKernels:
         )
 
 
-def turned_query(query: Tensor, copies: Sequence[LowBitKV]) -> Tensor:
-    """The query [B, Hq, n, D] as rotated codes see it: unweighted and rotated, float32 [B, Hkv, G n, D]."""
+def rotate_query(query: Tensor, low_bit_kvs: Sequence[LowBitKV]) -> Tensor:
+    """Unscale and rotate the query [B, Hq, n, D] for rotated codes -> float32 [B, Hkv, G n, D]."""
     batch, num_heads, n, dim = query.shape
-    heads = copies[0].num_kv_heads
-    weights = torch.stack([_weights(copy, query.device) for copy in copies])  # [B, Hkv, D]
+    heads = low_bit_kvs[0].num_kv_heads
+    channel_scales = torch.stack([_channel_scales(low_bit_kv, query.device) for low_bit_kv in low_bit_kvs])  # [B, Hkv, D]
     grouped = query.float().reshape(batch, heads, num_heads // heads * n, dim)
-    return (grouped / weights.unsqueeze(2)) @ rotation(dim, query.device).T
+    return (grouped / channel_scales.unsqueeze(2)) @ rotation(dim, query.device).T
 
 
-def _weights(copy: LowBitKV, device: torch.device) -> Tensor:
-    if copy.key_weights is None:  # fixed when the first group is quantised
-        assert copy.length == 0, "the rotated code needs the layer's key weights"
-        return torch.ones(copy.num_kv_heads, copy.head_dim, device=device)
-    return copy.key_weights
+def _channel_scales(low_bit_kv: LowBitKV, device: torch.device) -> Tensor:
+    if low_bit_kv.channel_scales is None:  # no group is quantised yet
+        assert low_bit_kv.length == 0, "the rotated code needs the layer's key scales"
+        return torch.ones(low_bit_kv.num_kv_heads, low_bit_kv.head_dim, device=device)
+    return low_bit_kv.channel_scales
 
 
 def _pages(start: int, n: int) -> int:
-    """Pages that tokens `[start, start + n)` are on."""
+    """Return the number of pages that tokens `[start, start + n)` are on."""
     return -(-(start + n) // PAGE_TOKENS) - start // PAGE_TOKENS
 
 
-def _last_contiguous(rows: Tensor) -> Tensor:
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
+def _last_contiguous(kv_rows: Tensor) -> Tensor:
+    return kv_rows if kv_rows.stride(-1) == 1 else kv_rows.contiguous()

@@ -1,8 +1,9 @@
-"""Packed codes in registers: what the key and value codes of a page stand for, and products with them.
+"""Decode the packed codes of a page in registers, and multiply with them.
 
-A code stands for a small whole number (KIVI: itself; rotated: `LEVEL_STEPS`), exact in bfloat16. What is multiplied with it is
-split into bfloat16 parts, so that products run on tensor cores: two keep 16 significant bits, more than the numbers of a 16-bit
-model have; three, for float32 models, keep all. Byte order: `specache.kernels.packing`.
+The level of a code is a small whole number (KIVI: the code; rotated: `LEVEL_STEPS`), exact in
+bfloat16. The other factor is split into bfloat16 parts, so that products run on tensor cores. Two
+parts keep 16 significant bits, more than a 16-bit model's numbers have; three, for float32 models,
+keep all. The byte order is that of `specache.kernels.packing`.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from specache.kernels.torch.rotated import LEVEL_STEPS
 INTERPRETED: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
 PAGE: tl.constexpr = tl.constexpr(PAGE_TOKENS)
 TILE: tl.constexpr = tl.constexpr(16)  # rows of a tile of packed codes: `packing.TILE`
-LOWEST: tl.constexpr = tl.constexpr(-1.0e30)  # a peak below every score, so that -inf minus it is -inf
+LOWEST: tl.constexpr = tl.constexpr(-1.0e30)  # a finite peak below every score: -inf minus it is -inf
 
 
 def _bfloat16_bits(number: int) -> int:
-    """The 16 bits of a whole number that bfloat16 holds exactly."""
+    """Return the bfloat16 bits of a whole number that is exact in bfloat16."""
     if number == 0:
         return 0
     exponent = abs(number).bit_length() - 1
@@ -28,7 +29,7 @@ def _bfloat16_bits(number: int) -> int:
 
 
 def _table(numbers: list[int]) -> tl.constexpr:
-    """Two bfloat16 numbers in one 32-bit word, the first in the lower half."""
+    """Pack two bfloat16 numbers into a 32-bit word, the first in the lower half."""
     word = sum(_bfloat16_bits(number) << 16 * i for i, number in enumerate(numbers))
     return tl.constexpr(word - (1 << 32) if word >> 31 else word)
 
@@ -38,7 +39,7 @@ def _both_signs(steps: tuple[int, ...]) -> list[int]:
 
 
 def _bytes(numbers: tuple[int, ...]) -> tl.constexpr:
-    """Four numbers below 128 in one 32-bit word."""
+    """Pack four numbers below 128 into a 32-bit word."""
     return tl.constexpr(sum(number << 8 * i for i, number in enumerate(numbers)))
 
 
@@ -53,7 +54,7 @@ ROTATED_4_HIGH: tl.constexpr = _bytes(LEVEL_STEPS[4][4:])
 
 @triton.jit
 def levels_of(codes, BITS: tl.constexpr, ROTATED: tl.constexpr):
-    """Codes int32 -> the whole numbers that they stand for, bfloat16."""
+    """Return the levels of int32 codes, whole numbers in bfloat16."""
     if BITS == 4:
         if ROTATED:
             half = tl.where(codes > 7, codes - 8, 7 - codes)
@@ -84,10 +85,10 @@ def key_levels(
     DIM: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Key codes of a page's tokens `[first, first + TOKENS)`, some channels -> levels bfloat16 [TOKENS, COLUMNS].
+    """Decode channels of tokens `[first, first + TOKENS)` -> bfloat16 [TOKENS, COLUMNS].
 
-    `codes` is the address of the page's key codes; `FIRST_COLUMN` and `COLUMNS` are multiples of 32. Channels from `DIM` on hold
-    anything finite.
+    `codes` is the address of the page's key codes. `FIRST_COLUMN` and `COLUMNS` are multiples of
+    32. Channels from `DIM` on are undefined, but finite.
     """
     PER_BYTE: tl.constexpr = 8 // BITS
     WORDS: tl.constexpr = DIM // (4 * PER_BYTE)
@@ -115,13 +116,16 @@ def key_levels(
 
 @triton.jit
 def value_levels(codes, head, BITS: tl.constexpr, ROTATED: tl.constexpr, DIM: tl.constexpr, DIM_P: tl.constexpr):
-    """All value codes of a page -> levels bfloat16 [DIM_P, 64]. `codes` is the address of the page's value codes."""
+    """Decode all values of a page -> levels bfloat16 [DIM_P, 64].
+
+    `codes` is the address of the page's value codes.
+    """
     PER_BYTE: tl.constexpr = 8 // BITS
     channel = tl.arange(0, DIM_P)
     tile, inside = channel // TILE, channel % TILE
     word = tl.arange(0, PAGE // (4 * PER_BYTE))
     at = head * (DIM * 2 * BITS) + tile * (TILE * 2 * BITS) + inside  # [DIM_P]
-    if DIM % 16:  # the last tile is less high
+    if DIM % 16:  # the last tile has fewer rows
         offsets = at[:, None] + word[None, :] * tl.minimum(DIM - tile * TILE, TILE)[:, None]
     else:
         offsets = at[:, None] + (word * TILE)[None, :]
@@ -131,20 +135,20 @@ def value_levels(codes, head, BITS: tl.constexpr, ROTATED: tl.constexpr, DIM: tl
 
 @triton.jit
 def pointer(address, TYPE: tl.constexpr):
-    """To an address that is a multiple of 16, as those of a page's fields are."""
+    """Return a pointer to an address that is a multiple of 16, such as that of a page's field."""
     return tl.multiple_of(address.to(tl.pointer_type(TYPE)), 16)
 
 
 @triton.jit
 def unpacked(words, BITS: tl.constexpr, ROTATED: tl.constexpr):
-    """Words int32 [rows, words] -> levels bfloat16 [rows, words, 8 / b, 4]: columns in their order."""
+    """Decode int32 [rows, words] -> levels bfloat16 [rows, words, 8 / b, 4], in order."""
     shift = tl.arange(0, 8 // BITS)[:, None] * BITS + tl.arange(0, 4)[None, :] * 8
     return levels_of((words[:, :, None, None] >> shift[None, None, :, :]) & ((1 << BITS) - 1), BITS, ROTATED)
 
 
 @triton.jit
 def product(a, b, accumulator):
-    """accumulator float32 + a @ b of equal 16-bit types; the interpreter multiplies float32 only."""
+    """Return accumulator float32 + a @ b of equal 16-bit types. The interpreter needs float32."""
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator)
     return tl.dot(a, b, accumulator)
@@ -152,9 +156,10 @@ def product(a, b, accumulator):
 
 @triton.jit
 def level_product(levels, factors, accumulator, EXACT: tl.constexpr):
-    """accumulator + levels bfloat16 @ factors float32, the factors split into two parts of 8 significant bits, or three.
+    """Return accumulator + levels bfloat16 @ factors float32.
 
-    The parts are cut off, not rounded, so that each leaves an exact rest; three of them are all of a float32.
+    The factors are split into two parts of 8 significant bits, with EXACT into three, which keep a
+    whole float32. Parts are truncated, not rounded, so that the rest is exact.
     """
     high = upper_half(factors)
     middle = factors - high
@@ -167,8 +172,8 @@ def level_product(levels, factors, accumulator, EXACT: tl.constexpr):
 
 @triton.jit
 def rounded_product(levels, factors, accumulator):
-    """The same with the factors rounded to bfloat16: probabilities, which a 16-bit model's own attention rounds as well."""
-    if INTERPRETED:  # there a cast cuts off
+    """Return accumulator + levels @ factors, rounded to bfloat16 as 16-bit models do."""
+    if INTERPRETED:  # there a cast truncates
         bits = factors.to(tl.int32, bitcast=True)
         factors = upper_half((bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True))
     return product(levels, factors.to(tl.bfloat16), accumulator)
@@ -176,13 +181,13 @@ def rounded_product(levels, factors, accumulator):
 
 @triton.jit
 def upper_half(x):
-    """float32 without the lower half of its bits: a bfloat16."""
+    """Clear the lower half of a float32's bits, which leaves a bfloat16."""
     return (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def exact_product(a, b, accumulator):
-    """accumulator float32 + a @ b, of which nothing is rounded: on tensor cores if both are of one 16-bit type."""
+    """Return accumulator float32 + a @ b without rounding, on tensor cores if equally 16-bit."""
     if a.dtype == b.dtype and a.dtype != tl.float32:
         return product(a, b, accumulator)
     return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator, input_precision="tf32x3")

@@ -1,4 +1,4 @@
-"""Rows of the slow tier by position: from device memory, or from pinned host memory over its mapped address."""
+"""Gather rows by position from device memory, or from pinned host memory by its mapped address."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def gather_kernel(
     bh = tl.program_id(1)
     j, element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH_P)
     position = tl.load(positions + bh.to(tl.int64) * m + j, mask=j < m, other=-1)
-    rows = tl.load(stored + bh // heads).to(tl.pointer_type(out.dtype.element_ty))
+    kv_rows = tl.load(stored + bh // heads).to(tl.pointer_type(out.dtype.element_ty))
     at = (bh % heads).to(tl.int64) * stride_h + position * stride_s
     chosen = (position >= 0)[:, None] & (element < WIDTH)[None, :]
-    data = tl.load(rows + at[:, None] + element[None, :], mask=chosen, other=0.0)
+    data = tl.load(kv_rows + at[:, None] + element[None, :], mask=chosen, other=0.0)
     to = (bh.to(tl.int64) * m + j)[:, None] * WIDTH + element[None, :]
     tl.store(out + to, data, mask=(j < m)[:, None] & (element < WIDTH)[None, :])

@@ -1,8 +1,10 @@
-"""The rows of a decode step through a hot set (`specache.device.device_hot_set`): looked up, claimed and filled in one launch each.
+"""Fetch the rows of a decode step through a hot set (`specache.device.device_hot_set`).
 
-A hot set's numbers are int32 per head of a sequence: `table` [T + 2] position -> slot, `owner` and `used` [C + 2] by slot, `tick`
-[1]. Slot `C` is for rows that are not here, `C + 1` for those that find no room. Positions are int64 [k], -1 where there is none.
-Heads have nothing in common: one program claims for one, and what it wrote it reads behind a barrier.
+Looking up, claiming and filling take one launch each. The numbers of a hot set are int32 per head
+of a sequence: `table` [T + 2] position -> slot, `owner` and `used` [C + 2] by slot, `tick` [1].
+Slot `C` stands for rows that are not cached, slot `C + 1` for rows without a slot. Positions are
+int64 [k], -1 where there is no pair. Heads are independent: one program claims for one head, and
+reads what it wrote behind a barrier.
 """
 
 # mypy: disable-error-code="attr-defined"
@@ -17,12 +19,12 @@ AGE_BINS: tl.constexpr = tl.constexpr(256)  # of one of an age's two digits
 
 @triton.jit
 def claim_kernel(
-    positions,  # [B, Hkv, k] wanted, heads `stride` apart
+    positions,  # [B, Hkv, k] to look up, heads `stride` apart
     table,
     owner,
     used,
     tick,
-    found,  # int64 [B, Hkv, k], out: slots of the positions that are here
+    found,  # int64 [B, Hkv, k], out: slots of the cached positions
     missing,  # int64 [B, Hkv, k], out: positions to be read, -1 elsewhere
     claimed,  # int64 [B, Hkv, k], out: slots that they go to
     wanted,  # int64 [B, Hkv, k], out: the positions once more (not AHEAD)
@@ -32,11 +34,14 @@ def claim_kernel(
     k,
     slots,
     tokens,
-    AHEAD: tl.constexpr,  # a tick begins, and what finds no slot is not read
+    AHEAD: tl.constexpr,  # prefetch: begin a tick, and skip positions that get no slot
     BLOCK: tl.constexpr,  # slots at a time
     BLOCK_K: tl.constexpr,  # positions at a time
 ):
-    """A program per head of a sequence: what is here counts as used, what is missing takes the least recently used slots."""
+    """Mark cached positions as used; give missing ones the least recently used slots.
+
+    A program per head of a sequence.
+    """
     bh = tl.program_id(0).to(tl.int64)
     asked, lines = positions + bh * stride, bh * k
     table, owner, used = table + bh * (tokens + 2), owner + bh * (slots + 2), used + bh * (slots + 2)
@@ -88,10 +93,10 @@ def claim_kernel(
 
 @triton.jit
 def evict(table, owner, used, victims, count, now, slots, tokens, BLOCK: tl.constexpr):
-    """Write the `count` least recently used slots of a head into `victims`, ascending, and take them out of the table -> how many
-    there are; none that is used now.
+    """Evict the `count` least recently used slots of a head, none that is used now -> how many.
 
-    The age of the youngest is found in two digits, as `select` finds the k-th largest number.
+    Their numbers go to `victims`, ascending. The age of the youngest is found in two digits, as
+    `select` finds the k-th largest number.
     """
     bins = tl.arange(0, AGE_BINS)
     counts = tl.zeros((AGE_BINS,), tl.int32)
@@ -126,19 +131,19 @@ def evict(table, owner, used, victims, count, now, slots, tokens, BLOCK: tl.cons
 
 @triton.jit
 def ages(used, start, now, slots, BLOCK: tl.constexpr):
-    """Ticks since the slots from `start` on were wanted, up to 65,535; 0 is now, and behind the last slot."""
+    """Return ticks since slots from `start` on were used, at most 65,535; 0 past the last."""
     slot = start + tl.arange(0, BLOCK)
     return tl.minimum(now - tl.load(used + slot, mask=slot < slots, other=now), 65535)
 
 
 @triton.jit
-def look_kernel(
+def lookup_kernel(
     positions,  # [B, Hkv, k], heads `stride` apart
     table,
     used,
     tick,
     hot,  # [B, Hkv, C + 2, WIDTH]
-    out,  # [B, Hkv, k, WIDTH], out: the rows that are here, zeros for the others
+    out,  # [B, Hkv, k, WIDTH], out: the cached rows, zeros for the others
     here,  # int64 [B, Hkv, k], out: their positions, -1 for the others
     stride,
     k,
@@ -148,7 +153,7 @@ def look_kernel(
     WIDTH_P: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A program per (block of positions, head of a sequence). What is here counts as used."""
+    """Copy cached rows, mark them as used. A program per (block, head of a sequence)."""
     bh = tl.program_id(1).to(tl.int64)
     j, element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH_P)
     position = tl.load(positions + bh * stride + j, mask=j < k, other=-1)
@@ -164,7 +169,7 @@ def look_kernel(
 
 @triton.jit
 def fill_kernel(
-    source,  # MAPPED: int64 [B], addresses of each sequence's rows [Hkv, capacity, WIDTH]; else rows [B, Hkv, k, WIDTH]
+    source,  # MAPPED: int64 [B], addresses of rows [Hkv, capacity, WIDTH]; else rows [B, Hkv, k, WIDTH]
     stride_h,  # of a sequence's rows, in elements, as the next one
     stride_s,
     missing,  # int64 [B, Hkv, k]: positions to be read, -1 elsewhere
@@ -181,7 +186,10 @@ def fill_kernel(
     WIDTH_P: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A program per (block of positions, head of a sequence): missing rows go into their slots, and with JOIN all rows to `out`."""
+    """Write missing rows into their slots and, with JOIN, all rows into `out`.
+
+    A program per (block of positions, head of a sequence).
+    """
     bh = tl.program_id(1).to(tl.int64)
     j, element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH_P)
     position = tl.load(missing + bh * k + j, mask=j < k, other=-1)
@@ -189,9 +197,9 @@ def fill_kernel(
     inside = (element < WIDTH)[None, :]
     to = (bh * k + j)[:, None] * WIDTH + element[None, :]
     if MAPPED:
-        rows = tl.load(source + bh // heads).to(tl.pointer_type(hot.dtype.element_ty))
+        kv_rows = tl.load(source + bh // heads).to(tl.pointer_type(hot.dtype.element_ty))
         at = (bh % heads) * stride_h + position * stride_s
-        row = tl.load(rows + at[:, None] + element[None, :], mask=is_missing[:, None] & inside, other=0.0)
+        row = tl.load(kv_rows + at[:, None] + element[None, :], mask=is_missing[:, None] & inside, other=0.0)
     else:
         row = tl.load(source + to, mask=is_missing[:, None] & inside, other=0.0)
     slot = tl.load(claimed + bh * k + j, mask=is_missing, other=slots + 1)

@@ -1,4 +1,4 @@
-"""Launches of the kernels that look up, claim and fill a hot set. Nothing here waits for the device."""
+"""Launch the kernels that look up, claim and fill a hot set, without waiting for the device."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from specache.kernels.triton.backend import on_its_device
 
 
 class HotSetBuffers(Protocol):
-    """`specache.device.device_hot_set.DeviceHotSet`, which says what they are."""
+    """The buffers of `specache.device.device_hot_set.DeviceHotSet`, which documents them."""
 
-    rows: Tensor
+    kv_rows: Tensor
     table: Tensor
     owner: Tensor
     used: Tensor
@@ -24,10 +24,13 @@ class HotSetBuffers(Protocol):
 
 
 class HotRowKernels:
-    """For a batch's layer: positions, slots int64 [B, Hkv, k], rows [B, Hkv, k, 2 D]; all but the positions contiguous.
+    """The hot-set kernels for one layer of a batch.
+
+    Positions and slots are int64 [B, Hkv, k], rows [B, Hkv, k, 2 D]; all but the positions are
+    contiguous.
 
     Args:
-        block: slots that a program looks at at a time.
+        block: slots that a program processes at a time.
     """
 
     def __init__(self, block: int = options.SLOT_BLOCK) -> None:
@@ -45,14 +48,16 @@ class HotRowKernels:
         found: Tensor | None = None,
         wanted: Tensor | None = None,
     ) -> None:
-        """Look positions up, and give slots to those that are not here.
+        """Look positions up, and claim slots for those that are not cached.
 
         Args:
-            missing, claimed: filled: the positions that must be read, -1 elsewhere, and their slots.
-            victims: scratch, as the two before.
+            missing, claimed: outputs: the positions that must be read, -1 elsewhere, and their
+                slots.
+            victims: scratch memory of the same shape.
             totals: int64 [3], see `RowCounters`.
-            found, wanted: filled: slots of what is here, and the positions once more. Without them the hot set's next tick begins,
-                and what finds no slot is not missing: the positions are read ahead.
+            found, wanted: outputs: slots of the cached positions, and a copy of the positions.
+                `None` for a prefetch: the hot set's next tick begins, and positions without a slot
+                are not read.
         """
         ahead = found is None
         positions = _of_heads(positions)
@@ -64,7 +69,7 @@ class HotRowKernels:
                 hot.owner,
                 hot.used,
                 hot.tick,
-                missing if found is None else found,  # unused where it is ahead
+                missing if found is None else found,  # unused in a prefetch
                 missing,
                 claimed,
                 missing if wanted is None else wanted,
@@ -78,18 +83,18 @@ class HotRowKernels:
             )
 
     @on_its_device
-    def look(self, positions: Tensor, hot: HotSetBuffers, out: Tensor, here: Tensor) -> None:
-        """Into `out` the rows of the positions that are here, else zeros; into `here` those positions, else -1."""
+    def lookup(self, positions: Tensor, hot: HotSetBuffers, out: Tensor, here: Tensor) -> None:
+        """Copy cached rows into `out` (else zeros) and their positions into `here` (else -1)."""
         positions = _of_heads(positions)
         batch, heads, k = positions.shape
         if k:
             settings = options.hot_rows(out.shape[-1])
-            hot_rows.look_kernel[(-(-k // settings["BLOCK"]), batch * heads)](
+            hot_rows.lookup_kernel[(-(-k // settings["BLOCK"]), batch * heads)](
                 positions,
                 hot.table,
                 hot.used,
                 hot.tick,
-                hot.rows,
+                hot.kv_rows,
                 out,
                 here,
                 positions.stride(1),
@@ -109,7 +114,7 @@ class HotRowKernels:
         found: Tensor | None = None,
         out: Tensor | None = None,
     ) -> None:
-        """`fill` with the rows where they lie: at addresses int64 [B], with the strides of `like` [Hkv, capacity, 2 D]."""
+        """`fill` from rows at addresses int64 [B], strided as `like` [Hkv, capacity, 2 D]."""
         self._fill(addresses, (like.stride(0), like.stride(1)), hot, missing, claimed, found, out)
 
     def fill(
@@ -121,7 +126,7 @@ class HotRowKernels:
         found: Tensor | None = None,
         out: Tensor | None = None,
     ) -> None:
-        """The missing rows, `fetched` at their places, go into their slots, and into `out` beside those that were found."""
+        """Write missing rows (`fetched`) into their slots, and all rows into `out`."""
         self._fill(fetched, None, hot, missing, claimed, found, out)
 
     @on_its_device
@@ -137,15 +142,15 @@ class HotRowKernels:
     ) -> None:
         batch, heads, k = missing.shape
         if k:
-            settings = options.hot_rows(hot.rows.shape[-1])
+            settings = options.hot_rows(hot.kv_rows.shape[-1])
             hot_rows.fill_kernel[(-(-k // settings["BLOCK"]), batch * heads)](
                 source,
                 *(strides or (0, 0)),
                 missing,
                 claimed,
                 claimed if found is None else found,
-                hot.rows,
-                hot.rows if out is None else out,
+                hot.kv_rows,
+                hot.kv_rows if out is None else out,
                 k,
                 heads,
                 hot.capacity,
@@ -156,6 +161,9 @@ class HotRowKernels:
 
 
 def _of_heads(positions: Tensor) -> Tensor:
-    """Positions [B, Hkv, k], each head's in one piece, heads at one distance: as a row of a selection [B, Hkv, n, k] lies."""
+    """Return positions [B, Hkv, k] with contiguous heads at one distance; copy them only if needed.
+
+    One query's part of a selection [B, Hkv, n, k] has this form.
+    """
     regular = positions.stride(2) == 1 and positions.stride(0) == positions.shape[1] * positions.stride(1)
     return positions if regular else positions.contiguous()

@@ -1,6 +1,6 @@
-"""What each kernel is compiled for: its constants, warps and stages, by the shape of a layer.
+"""The compile-time constants, warps and stages of each kernel, by the shape of a layer.
 
-Launches and ahead-of-time compilation (`resources`) read the same functions.
+Launches and ahead-of-time compilation (`ahead_of_time`) use the same functions.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from specache.kernels.torch.rotated import LEVEL_UNIT
 from specache.kernels.types import LowBitKV
 
 SCORE_BLOCK = 256  # tokens of a program of `score`
-SPLIT = 512  # tokens of a program of `attend`: fixed, so that a sequence's rounding does not depend on its batch
+SPLIT = 512  # tokens of a program of `attend`: fixed, so that rounding does not depend on the batch
 SELECT_BLOCK = 4096
 MAX_ROWS = 16
 SLOT_BLOCK = 2048  # slots of a hot set at a time
@@ -22,17 +22,17 @@ QUANTISE_TOKENS = 1024  # tokens rotated at a time
 
 
 def power_of_two(number: int, least: int = 1) -> int:
-    """The smallest power of two that is at least `number` and `least`."""
+    """Return the smallest power of two that is at least `number` and `least`."""
     return 1 << (max(number, least) - 1).bit_length()
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A layer, as kernels are compiled for it.
+    """The shape of a layer for which kernels are compiled.
 
     Attributes:
         groups: query heads per KV head (`G`).
-        rows: rows per sequence (`n`).
+        queries: queries per sequence and head (`n`).
     """
 
     code: Code
@@ -40,11 +40,11 @@ class Shape:
     group_size: int
     dim: int
     groups: int = 1
-    rows: int = 1
+    queries: int = 1
 
     @classmethod
-    def of(cls, copy: LowBitKV, groups: int = 1, rows: int = 1) -> Shape:
-        return cls(copy.code, copy.bits, copy.group_size, copy.head_dim, groups, rows)
+    def of(cls, low_bit_kv: LowBitKV, groups: int = 1, queries: int = 1) -> Shape:
+        return cls(low_bit_kv.code, low_bit_kv.bits, low_bit_kv.group_size, low_bit_kv.head_dim, groups, queries)
 
     @property
     def rotated(self) -> bool:
@@ -52,7 +52,7 @@ class Shape:
 
     @property
     def unit(self) -> float:
-        """What a level's whole number is a multiple of."""
+        """The factor of a level's whole number."""
         return LEVEL_UNIT[self.bits] if self.rotated else 1.0
 
     @property
@@ -61,7 +61,7 @@ class Shape:
 
     @property
     def value_group(self) -> int:
-        """Channels that share a scale of values, as `attend` sees them."""
+        """Channels that share a scale of values in `attend`."""
         return self.padded_dim if self.rotated or self.group_size >= self.dim else self.group_size
 
     @property
@@ -71,7 +71,12 @@ class Shape:
 
 
 def _compiler(warps: int, fused: bool = True, stages: int = 3) -> dict[str, Any]:
-    """Warps, and whether a product and a sum may become one operation: not where codes are decided, equal on all devices."""
+    """Return compiler options.
+
+    Args:
+        fused: whether a product and a sum may be fused. Not where codes are computed, which must be
+            equal on all devices.
+    """
     return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": fused}
 
 
@@ -82,7 +87,7 @@ def score(shape: Shape, softcap: bool, exact: bool, half: bool = False) -> dict[
         "GROUP": shape.group_size,
         "DIM": shape.dim,
         "CHUNK": min(shape.padded_dim, 64),
-        **_rows(shape, MAX_ROWS),
+        **_queries(shape, MAX_ROWS),
         "SOFTCAP": softcap,
         "EXACT": exact,
         "HALF": half,
@@ -91,11 +96,11 @@ def score(shape: Shape, softcap: bool, exact: bool, half: bool = False) -> dict[
     }
 
 
-def _rows(shape: Shape, most: int) -> dict[str, int]:
-    """Rows that share a pass over the codes: all `G n` of them, up to `most`; then they come in blocks."""
-    rows = shape.groups * shape.rows
-    padded = min(power_of_two(rows, 8), most)
-    return {"ROWS": rows, "ROWS_P": padded, "ROW_BLOCKS": -(-rows // padded)}
+def _queries(shape: Shape, most: int) -> dict[str, int]:
+    """Return the queries that share a pass over the codes: `G n`, or blocks of up to `most`."""
+    queries = shape.groups * shape.queries
+    padded = min(power_of_two(queries, 8), most)
+    return {"ROWS": queries, "ROWS_P": padded, "ROW_BLOCKS": -(-queries // padded)}
 
 
 def rescore(dim: int, groups: int, softcap: bool, group_size: int = 0) -> dict[str, Any]:
@@ -124,7 +129,7 @@ def fetched(dim: int, groups: int, half: bool = False) -> dict[str, Any]:
     }
 
 
-def attend_copy(shape: Shape, exact: bool, split: int = SPLIT, half: bool = False) -> dict[str, Any]:
+def attend_low_bit(shape: Shape, exact: bool, split: int = SPLIT, half: bool = False) -> dict[str, Any]:
     wide = shape.padded_dim > 128
     return {
         "ROTATED": shape.rotated,
@@ -132,12 +137,12 @@ def attend_copy(shape: Shape, exact: bool, split: int = SPLIT, half: bool = Fals
         "GROUP": shape.value_group,
         "DIM": shape.dim,
         "DIM_P": shape.padded_dim,
-        **_rows(shape, 8 if exact and wide else MAX_ROWS),
+        **_queries(shape, 8 if exact and wide else MAX_ROWS),
         "EXACT": exact,
         "HALF": half,
         "KEY_GROUP": shape.group_size,
         "SPLIT": split,
-        **_compiler(8 if wide else 4, stages=2),  # a third one spills
+        **_compiler(8 if wide else 4, stages=2),  # a third stage spills registers
     }
 
 
@@ -145,7 +150,7 @@ def merge(shape: Shape, parts: int, fetched: bool) -> dict[str, Any]:
     return {
         "ROTATED": shape.rotated,
         "FETCHED": fetched,
-        "ROWS": shape.groups * shape.rows,
+        "ROWS": shape.groups * shape.queries,
         "DIM": shape.dim,
         "DIM_P": shape.padded_dim,
         "PARTS_P": power_of_two(parts),
@@ -169,12 +174,12 @@ def gather(width: int) -> dict[str, Any]:
     return {"WIDTH": width, "WIDTH_P": power_of_two(width), "BLOCK": 16, **_compiler(4)}
 
 
-def recent(dim: int, rows: int, n: int, softcap: bool, sinks: bool, exact: bool) -> dict[str, Any]:
+def recent(dim: int, queries: int, n: int, softcap: bool, sinks: bool, exact: bool) -> dict[str, Any]:
     wide = dim > 128
     return {
         "N": n,
-        "ROWS": rows,
-        "ROWS_P": min(power_of_two(rows, 8), 8 if wide else MAX_ROWS),
+        "ROWS": queries,
+        "ROWS_P": min(power_of_two(queries, 8), 8 if wide else MAX_ROWS),
         "DIM": dim,
         "DIM_P": power_of_two(dim, 32),
         "SOFTCAP": softcap,
@@ -184,8 +189,8 @@ def recent(dim: int, rows: int, n: int, softcap: bool, sinks: bool, exact: bool)
     }
 
 
-def join(dim: int, rows: int, n: int) -> dict[str, Any]:
-    return {"N": n, "ROWS": rows, "DIM": dim, "DIM_P": power_of_two(dim), **_compiler(1)}
+def join(dim: int, queries: int, n: int) -> dict[str, Any]:
+    return {"N": n, "ROWS": queries, "DIM": dim, "DIM_P": power_of_two(dim), **_compiler(1)}
 
 
 def claim(ahead: bool, k: int, block: int = SLOT_BLOCK) -> dict[str, Any]:
@@ -193,7 +198,7 @@ def claim(ahead: bool, k: int, block: int = SLOT_BLOCK) -> dict[str, Any]:
 
 
 def hot_rows(width: int) -> dict[str, Any]:
-    """Of kernels that copy rows: a program's rows are few, so that a head's are spread."""
+    """Return options of kernels that copy rows: few per program, to spread a head over programs."""
     return {"WIDTH": width, "WIDTH_P": power_of_two(width), "BLOCK": 8, **_compiler(4)}
 
 

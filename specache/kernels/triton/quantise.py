@@ -1,7 +1,8 @@
-"""Writing codes: quantise tokens and pack them into their pages (KIVI, paper section 3.1; the rotated code is ours).
+"""Quantise tokens and pack their codes (KIVI, paper section 3.1; the rotated code is ours).
 
-Columns of a packed matrix are read in the order in which bytes hold them, so that packing is a sum over neighbours. Divisions and
-roots are IEEE's: codes are those of the other backends to the bit where their input is.
+Columns of a packed matrix are loaded in the order of the bytes, so that packing is a sum over
+neighbours. Divisions and roots are IEEE's: equal inputs give the same codes, to the bit, as the
+other backends.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from specache.kernels.triton.codes import PAGE, TILE, pointer
 
 HALF_MAX: tl.constexpr = tl.constexpr(65504.0)
 TINY: tl.constexpr = tl.constexpr(1.1754944e-38)
-TO_WHOLE: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 * 2^23: float32 around it are whole numbers, ties go to even
+TO_WHOLE: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to whole, ties to even
 
 
 @triton.jit
@@ -87,8 +88,8 @@ def kivi_values_kernel(
 @triton.jit
 def centre_keys_kernel(
     keys,  # [Hkv, n, DIM], the first of them token `start`
-    weights,  # float32 [Hkv, DIM]
-    out,  # float32 [Hkv, n, DIM]: weighted, without the group's mean
+    channel_scales,  # float32 [Hkv, DIM]
+    out,  # float32 [Hkv, n, DIM]: centred by the group's mean and scaled
     addresses,
     start,
     stride_h,
@@ -110,14 +111,14 @@ def centre_keys_kernel(
     page = tl.load(addresses + first // PAGE)
     of_mean = (head * (PAGE // GROUP) + first % PAGE // GROUP) * DIM + channel
     tl.store(pointer(page + key_mean, tl.float16) + of_mean, mean, mask=real)
-    weight = tl.load(weights + head * DIM + channel, mask=real, other=0.0)
+    scale = tl.load(channel_scales + head * DIM + channel, mask=real, other=0.0)
     of_out = (head.to(tl.int64) * tl.num_programs(0) * GROUP + token[:, None]) * DIM + channel[None, :]
-    tl.store(out + of_out, (x - mean.to(tl.float32)[None, :]) * weight[None, :], mask=real[None, :])
+    tl.store(out + of_out, (x - mean.to(tl.float32)[None, :]) * scale[None, :], mask=real[None, :])
 
 
 @triton.jit
 def rotated_keys_kernel(
-    keys,  # float32 [Hkv, n, DIM], centred, weighted and rotated; the first of them token `start`
+    keys,  # float32 [Hkv, n, DIM], centred, scaled and rotated; the first of them token `start`
     levels,  # float32 [2^b]
     addresses,
     start,
@@ -168,7 +169,10 @@ def rotated_values_kernel(
 
 @triton.jit
 def columns_of(DIM: tl.constexpr, BITS: tl.constexpr, BYTES_P: tl.constexpr):
-    """Which column of a row each slot of its bytes holds, low bits first -> int32 [BYTES_P 8 / b]; `DIM` and up: none."""
+    """Return the column in each slot of a row's bytes, low bits first, int32 [BYTES_P 8 / b].
+
+    `DIM` and up stand for none.
+    """
     PER_BYTE: tl.constexpr = 8 // BITS
     WHOLE: tl.constexpr = DIM // (4 * PER_BYTE) * 4  # bytes in whole words
     WIDTH: tl.constexpr = (DIM * BITS + 7) // 8 - WHOLE
@@ -181,7 +185,7 @@ def columns_of(DIM: tl.constexpr, BITS: tl.constexpr, BYTES_P: tl.constexpr):
 
 @triton.jit
 def tokens_of(BITS: tl.constexpr):
-    """The same for the 64 tokens of a row of value codes -> int32 [64]."""
+    """Return the token in each slot of a row of value codes, int32 [64]."""
     PER_BYTE: tl.constexpr = 8 // BITS
     slot = tl.arange(0, PAGE)
     byte = slot // PER_BYTE
@@ -190,7 +194,7 @@ def tokens_of(BITS: tl.constexpr):
 
 @triton.jit
 def packed(codes, ROWS: tl.constexpr, BYTES: tl.constexpr, BITS: tl.constexpr):
-    """Codes int32 [ROWS, BYTES 8 / b] in the order of their slots -> int32 [ROWS, BYTES]."""
+    """Pack codes int32 [ROWS, BYTES 8 / b], in the order of their slots, -> int32 [ROWS, BYTES]."""
     shift = tl.arange(0, 8 // BITS) * BITS
     return tl.sum(tl.reshape(codes, (ROWS, BYTES, 8 // BITS)) << shift[None, None, :], 2)
 
@@ -212,14 +216,15 @@ def store_keys(address, head, token, codes, DIM: tl.constexpr, BITS: tl.constexp
 
 @triton.jit
 def store_values(address, head, channel, real, codes, written, DIM: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr):
-    """Pack codes int32 [ROWS, 64] of tokens that are `written` into the rows `channel` of a page's value codes."""
+    """Pack codes int32 [ROWS, 64] of `written` tokens into rows `channel` of a page's values."""
     BYTES: tl.constexpr = 8 * BITS
     byte = tl.arange(0, BYTES)
     tile = channel // TILE
     high = tl.minimum(DIM - tile * TILE, TILE)
     of_row = head * (DIM * BYTES) + tile * (TILE * BYTES) + channel % TILE * 4
     at = pointer(address, tl.uint8) + of_row[:, None] + (byte // 4 * 4)[None, :] * high[:, None] + (byte % 4)[None, :]
-    kept = packed(tl.where(written, 0, (1 << BITS) - 1)[None, :], 1, BYTES, BITS)  # tokens of a page share bytes
+    # a byte holds several tokens: keep the bits of those that are not written
+    kept = packed(tl.where(written, 0, (1 << BITS) - 1)[None, :], 1, BYTES, BITS)
     old = tl.load(at, mask=real[:, None] & (kept != 0), other=0).to(tl.int32)
     data = packed(tl.where(written[None, :], codes, 0), ROWS, BYTES, BITS) | (old & kept)
     tl.store(at, data.to(tl.uint8), mask=real[:, None] & (byte >= 0)[None, :])
@@ -227,7 +232,7 @@ def store_values(address, head, channel, real, codes, written, DIM: tl.constexpr
 
 @triton.jit
 def scale_and_zero(low, high, BITS: tl.constexpr):
-    """Scale and zero point of groups with these smallest and largest elements, float16."""
+    """Return float16 scale and zero point of groups with minimum `low` and maximum `high`."""
     if BITS == 1:  # levels at the quarter points
         scale, zero = (high - low) * 0.5, (low + low + low + high) * 0.25
     else:
@@ -237,7 +242,7 @@ def scale_and_zero(low, high, BITS: tl.constexpr):
 
 @triton.jit
 def codes_of(x, scale, zero, BITS: tl.constexpr):
-    """clamp(round((x - zero) / scale), 0, 2^b - 1) int32; a constant group has scale 0 and codes 0."""
+    """Return clamp(round((x - zero) / scale), 0, 2^b - 1) int32; codes are 0 where scale is 0."""
     divisor = tl.broadcast_to(tl.where(scale > 0, scale, 1.0), x.shape)
     steps = tl.clamp(tl.div_rn(x - zero, divisor), 0.0, (1 << BITS) - 1.0)
     return tl.where(scale > 0, (steps + TO_WHOLE) - TO_WHOLE, 0.0).to(tl.int32)
@@ -245,7 +250,10 @@ def codes_of(x, scale, zero, BITS: tl.constexpr):
 
 @triton.jit
 def encode(x, levels, DIM: tl.constexpr, BITS: tl.constexpr, AXIS: tl.constexpr):
-    """Rotated vectors along `AXIS` -> codes int32 of the same shape, scale float16: `|x|^2 / <x, levels>`."""
+    """Encode rotated vectors along `AXIS` -> int32 codes of that shape, float16 scale.
+
+    The scale is `|x|^2 / <x, levels>`.
+    """
     rms = tl.sqrt_rn(tl.sum(x * x, AXIS) / DIM)
     shown = tl.broadcast_to(tl.expand_dims(tl.maximum(rms, TINY), AXIS), x.shape)
     unit = tl.div_rn(x, shown)

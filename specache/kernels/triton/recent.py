@@ -1,6 +1,8 @@
-"""The part of a decode step outside the copy, one launch per layer: the residual with the step's real row, and the guess's own row.
+"""Attention outside the low-bit copy, one launch per layer, and the merge of both parts.
 
-And the launch that joins it with the copy's part, in the layout and dtype that the model goes on with.
+`recent_kernel` appends the real token to the residual and attends to it, and to the draft token.
+`join_kernel` merges the result with the low-bit part, in the layout and dtype that the model uses
+next.
 """
 
 from __future__ import annotations
@@ -17,10 +19,10 @@ def recent_kernel(
     query,  # [B, Hkv, ROWS, DIM], ROWS = G n
     keys,  # [B, Hkv, n, DIM], the step's own
     values,
-    residual,  # [B, 2, Hkv, size, DIM], changed: row 0 joins
+    residual,  # [B, 2, Hkv, size, DIM], changed: the real token is appended
     counts,  # int64 [B]: tokens in it before
     sinks,  # float32 [Hkv G] (SINKS)
-    finite,  # uint8 []: 0 is put if row 0 is not finite
+    finite,  # uint8 []: set to 0 if the real token is not finite
     out,  # float32 [B, Hkv, ROWS, DIM], out
     lse,  # float32 [B, Hkv, ROWS], out: with the sinks
     own_lse,  # the same without
@@ -43,7 +45,7 @@ def recent_kernel(
     SINKS: tl.constexpr,
     BLOCK: tl.constexpr,  # tokens at a time
 ):
-    """A program per (block of rows, KV head of a sequence)."""
+    """Append the real token and attend. A program per (block of queries, KV head of a sequence)."""
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // heads, bh % heads
     channel, token = tl.arange(0, DIM_P), tl.arange(0, BLOCK)
@@ -56,7 +58,7 @@ def recent_kernel(
     key, value = tl.load(own_keys + channel, mask=inside, other=0.0), tl.load(own_values + channel, mask=inside, other=0.0)
     tl.store(stored_keys + slot * DIM + channel, key, mask=inside)
     tl.store(stored_values + slot * DIM + channel, value, mask=inside)
-    nothing = (key - key).to(tl.float32) + (value - value).to(tl.float32)  # NaN of what is not finite
+    nothing = (key - key).to(tl.float32) + (value - value).to(tl.float32)  # NaN if not finite
     if tl.sum((nothing != 0.0).to(tl.int32), 0) > 0:
         tl.store(finite, 0)
     tl.debug_barrier()
@@ -84,7 +86,7 @@ def recent_kernel(
             summed = product(block, high, summed)
         total = total * shrink + tl.sum(weights, 0)
         peak = higher
-    if N == 2:  # the guess sees its own row too
+    if N == 2:  # the draft query sees its own token too
         key = tl.load(own_keys + keys_n + channel, mask=inside, other=0.0).to(tl.float32)
         value = tl.load(own_values + values_n + channel, mask=inside, other=0.0).to(tl.float32)
         score = tl.sum(q.to(tl.float32) * key[:, None], 0) * scaling  # [ROWS_P]
@@ -109,8 +111,8 @@ def recent_kernel(
 
 @triton.jit
 def join_kernel(
-    copy,  # float32 [B, Hkv, ROWS, DIM]
-    copy_lse,  # float32 [B, Hkv, ROWS]
+    low_bit_out,  # float32 [B, Hkv, ROWS, DIM]
+    low_bit_lse,  # float32 [B, Hkv, ROWS]
     recent,  # what `recent_kernel` wrote
     recent_lse,
     own_lse,
@@ -121,15 +123,15 @@ def join_kernel(
     DIM: tl.constexpr,
     DIM_P: tl.constexpr,
 ):
-    """A program per (row, KV head of a sequence): both parts by their shares of the normaliser."""
+    """Merge both parts. A program per (query, KV head of a sequence)."""
     row, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     channel = tl.arange(0, DIM_P)
     inside = channel < DIM
     line = bh * ROWS + row
-    of_copy, of_recent = tl.load(copy_lse + line), tl.load(recent_lse + line)
-    higher = tl.maximum(of_copy, of_recent)
-    total = higher + tl.log(tl.exp(of_copy - higher) + tl.exp(of_recent - higher))
-    joined = tl.load(copy + line * DIM + channel, mask=inside, other=0.0) * tl.exp(of_copy - total)
+    low_bit, outside = tl.load(low_bit_lse + line), tl.load(recent_lse + line)
+    higher = tl.maximum(low_bit, outside)
+    total = higher + tl.log(tl.exp(low_bit - higher) + tl.exp(outside - higher))
+    joined = tl.load(low_bit_out + line * DIM + channel, mask=inside, other=0.0) * tl.exp(low_bit - total)
     joined += tl.load(recent + line * DIM + channel, mask=inside, other=0.0) * tl.exp(tl.load(own_lse + line) - total)
     head = (bh % heads) * (ROWS // N) + row // N
     to = (((bh // heads) * N + row % N) * heads * (ROWS // N) + head) * DIM

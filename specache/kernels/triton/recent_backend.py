@@ -1,4 +1,4 @@
-"""Launches of the kernels for the part of a decode step outside the copy. Nothing here waits for the device."""
+"""Launch the kernels for tokens outside the low-bit copy, without waiting for the device."""
 
 from __future__ import annotations
 
@@ -22,26 +22,28 @@ def attend_recent(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Exact attention of a step's rows over the residual, which row 0 joins, and of the guess over itself.
+    """Append the real token to the residual; attend exactly to the residual and the draft token.
 
     Args:
-        query: [B, Hq, n, D]; keys, values: [B, Hkv, n, D], a row's elements neighbours.
-        residual: [B, 2, Hkv, R + g, D]; counts: int64 [B], tokens in it before.
-        finite: bool [], true; false is written if row 0's key or value is not.
-        sinks: [Hq], see `specache.attention.dense.AttentionParams`, as for the two before.
+        query: [B, Hq, n, D].
+        keys, values: [B, Hkv, n, D] of the step's tokens, contiguous in the last dimension.
+        residual: [B, 2, Hkv, R + g, D].
+        counts: int64 [B], tokens in the residual before.
+        finite: bool [], true; set to false if the real token's key or value is not finite.
+        scaling, softcap, sinks: see `specache.attention.dense.AttentionParams`.
 
     Returns:
-        (out [B, Hkv, G, n, D], its log-sum-exp with the sinks [B, Hkv, G, n], without them), float32.
+        (out [B, Hkv, G, n, D], log-sum-exp [B, Hkv, G, n] with sinks, the same without), float32.
     """
     batch, heads, n, dim = keys.shape
-    rows = query.shape[1] // heads * n
+    queries = query.shape[1] // heads * n
     keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (keys, values))
-    shape = (batch, heads, rows // n, n)
+    shape = (batch, heads, queries // n, n)
     out = torch.empty(*shape, dim, device=query.device)
     lse, own_lse = torch.empty(2, *shape, device=query.device)
     sinks = None if sinks is None else sinks.float().contiguous()
-    settings = options.recent(dim, rows, n, softcap is not None, sinks is not None, query.dtype == torch.float32)
-    recent.recent_kernel[(-(-rows // settings["ROWS_P"]), batch * heads)](
+    settings = options.recent(dim, queries, n, softcap is not None, sinks is not None, query.dtype == torch.float32)
+    recent.recent_kernel[(-(-queries // settings["ROWS_P"]), batch * heads)](
         query.contiguous(),
         keys,
         values,
@@ -64,11 +66,11 @@ def attend_recent(
 
 
 @on_its_device
-def join(copy: Tensor, copy_lse: Tensor, out: Tensor, lse: Tensor, own_lse: Tensor, dtype: torch.dtype) -> Tensor:
-    """The copy's part [B, Hkv, G, n, D] and `attend_recent`'s -> [B, n, Hq, D] in the model's dtype."""
-    batch, heads, groups, n, dim = copy.shape
-    joined = torch.empty(batch, n, heads * groups, dim, dtype=dtype, device=copy.device)
+def join(low_bit_out: Tensor, low_bit_lse: Tensor, out: Tensor, lse: Tensor, own_lse: Tensor, dtype: torch.dtype) -> Tensor:
+    """Merge low-bit part [B, Hkv, G, n, D] and `attend_recent`'s -> [B, n, Hq, D] in `dtype`."""
+    batch, heads, groups, n, dim = low_bit_out.shape
+    joined = torch.empty(batch, n, heads * groups, dim, dtype=dtype, device=low_bit_out.device)
     recent.join_kernel[(groups * n, batch * heads)](
-        copy, copy_lse, out, lse, own_lse, joined, heads, **options.join(dim, groups * n, n)
+        low_bit_out, low_bit_lse, out, lse, own_lse, joined, heads, **options.join(dim, groups * n, n)
     )
     return joined

@@ -1,4 +1,4 @@
-"""Scores of every low-bit key (Algorithm 3), and exact ones of fetched keys in their place."""
+"""Score every low-bit key (Algorithm 3), and replace the scores of fetched keys by exact ones."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from specache.kernels.triton.codes import LOWEST, PAGE, exact_product, key_level
 @triton.jit
 def score_kernel(
     query,  # [B, Hkv, ROWS, DIM], ROWS = G n
-    turned,  # float32 of the same shape: the query as the rotated codes see it; not read for KIVI's
+    rotated_query,  # float32 of the same shape: the unscaled, rotated query; not read with KIVI's code
     addresses,
     first_page,
     lengths,
-    scores,  # [B, Hkv, ROWS, capacity], out: float32, or with HALF float16 relative to the largest of their group
+    scores,  # [B, Hkv, ROWS, capacity], out: float32; with HALF float16 relative to their group's largest
     peaks,  # float32 [B, Hkv, ROWS, capacity / GROUP], out (HALF): that largest
     totals,  # the same, out (HALF): sums of exp(score - peak)
     capacity,
@@ -38,10 +38,11 @@ def score_kernel(
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,  # tokens of a program, whole pages
 ):
-    """A program per (block of tokens, KV head and block of rows, sequence): the rows of a block share its pass over the codes.
+    """Score low-bit keys. A program per (block of tokens, KV head and block of queries, sequence).
 
-    KIVI: `q . k_t = sum_d (q_d s_d) c_td + sum_d q_d z_d`, with `q_d s_d` formed once per group of tokens. Rotated:
-    `q . mean + scale_t <R (q / w), level_t>`.
+    The queries of a block share a pass over the codes. KIVI: `q . k_t = sum_d (q_d s_d) c_td +
+    sum_d q_d z_d`, with `q_d s_d` computed once per group of tokens. Rotated: `q . mean + scale_t
+    <R (q / w), level_t>`.
     """
     block, b = tl.program_id(0), tl.program_id(2)
     head, row_block = tl.program_id(1) // ROW_BLOCKS, tl.program_id(1) % ROW_BLOCKS
@@ -57,7 +58,7 @@ def score_kernel(
     if CHUNKS == 1:
         q = tl.load(query + of_query, mask=real, other=0.0).to(tl.float32)  # [CHUNK, ROWS_P]
         if ROTATED:
-            factors = tl.load(turned + of_query, mask=real, other=0.0)
+            factors = tl.load(rotated_query + of_query, mask=real, other=0.0)
 
     last_group = tl.minimum((block + 1) * BLOCK, (length + GROUP - 1) // GROUP * GROUP) // GROUP
     for group in range(block * (BLOCK // GROUP), last_group):
@@ -77,7 +78,7 @@ def score_kernel(
                 scale = tl.load(pointer(page + key_scale, tl.float16) + of_group + channel, mask=channel < DIM, other=0.0)
                 factors = q * scale.to(tl.float32)[:, None]
             elif CHUNKS > 1:
-                factors = tl.load(turned + of_query + chunk * CHUNK, mask=real, other=0.0)
+                factors = tl.load(rotated_query + of_query + chunk * CHUNK, mask=real, other=0.0)
             levels = key_levels(page + key_codes, head, slot, chunk * CHUNK, BITS, ROTATED, GROUP, DIM, CHUNK)
             found = level_product(levels, factors, found, EXACT)
         if ROTATED:
@@ -119,7 +120,7 @@ def rescore_kernel(
     peaks,  # float32 [B, Hkv, G, n, capacity / GROUP] that they are relative to (HALF)
     kept,  # float32 [B, Hkv, G, n, k], out (HALF): the exact scores
     positions,  # int64 [B, Hkv, n, k], -1: none
-    rows,  # [B, Hkv, n, k, 2 DIM], the keys in front
+    kv_rows,  # [B, Hkv, n, k, 2 DIM], the keys in front
     capacity,
     k,
     heads,
@@ -138,7 +139,7 @@ def rescore_kernel(
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A program per (block of fetched keys, row, KV head of a sequence)."""
+    """Replace scores by exact ones. A program per (block of keys, query, KV head of a sequence)."""
     n, row, bh = tl.num_programs(1), tl.program_id(1), tl.program_id(2)
     g = tl.arange(0, G_P)
     j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -151,7 +152,7 @@ def rescore_kernel(
     for first in range(0, DIM, CHUNK):
         channel = first + tl.arange(0, CHUNK)
         real = channel < DIM
-        keys = tl.load(rows + of_key[:, None] + channel[None, :], mask=chosen[:, None] & real[None, :], other=0.0)
+        keys = tl.load(kv_rows + of_key[:, None] + channel[None, :], mask=chosen[:, None] & real[None, :], other=0.0)
         of_query = line[None, :] * DIM + channel[:, None]
         q = tl.load(query + of_query, mask=real[:, None] & (g < G)[None, :], other=0.0)
         exact = exact_product(keys, q, exact)

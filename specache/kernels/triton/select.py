@@ -1,10 +1,13 @@
-"""The `k` largest probabilities per KV head and row, averaged over the `G` query heads: linear in `S`.
+"""Select the `k` largest probabilities per KV head and query, averaged over `G` heads.
 
-A probability is not negative, so its bits as an integer have its order. The k-th largest number is found digit by digit, from
-the highest: each pass counts, over all blocks, the numbers that share the digits found so far by their next one. What is above
-it, and of its equals the first ones, is then written in ascending order of position, each block knowing what those before it write.
+A probability is not negative, so its bits as an integer have its order. A radix select finds the
+k-th largest number digit by digit, from the highest: each pass counts, over all blocks, the numbers
+that share the digits found so far by their next digit. Then the numbers above it, and the first
+ones of its equals, are written in ascending order of position. Each block knows how many the blocks
+before it write.
 
-Numbers have 31 bits; of a 16-bit model, whose scores are no finer, the upper 16 of them: an exponent and 8 bits behind it.
+Numbers have 31 bits; for a 16-bit model, whose scores are no finer, only the upper 16: the exponent
+and 8 bits behind it.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ def peaks_kernel(
     size,
     BLOCK: tl.constexpr,
 ):
-    """A program per (block, line of scores)."""
+    """Reduce blocks of scores to peaks and sums. A program per (block, line of scores)."""
     block, line = tl.program_id(0), tl.program_id(1)
     at = block * BLOCK + tl.arange(0, BLOCK)
     found = tl.load(scores + line.to(tl.int64) * size + at, mask=at < size, other=float("-inf"))
@@ -36,13 +39,13 @@ def peaks_kernel(
 
 
 @triton.jit
-def mass_kernel(
+def mean_prob_kernel(
     scores,  # float32 [B, Hkv, G, n, size]
     rest_lse,  # float32 [B, Hkv, G, n]
     lengths,  # int32 [B]
     peaks,  # [B, Hkv, G, n, blocks]
     totals,
-    mass,  # int32 [B, Hkv, n, size], out: the bits of the mean probability
+    mean_prob,  # int32 [B, Hkv, n, size], out: the bits of the mean probability
     histogram,  # int32 [B, Hkv, n, DIGITS, BINS], zeros; the first digit is counted here
     size,
     heads,
@@ -68,7 +71,7 @@ def mass_kernel(
         mean += tl.exp(found - peak) * (tl.exp(peak - lse) / G)
     bits = mean.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     line = bh.to(tl.int64) * n + row
-    tl.store(mass + line * size + at, bits, mask=at < size)
+    tl.store(mean_prob + line * size + at, bits, mask=at < size)
     counts = tl.histogram(digit_of(bits, 0, 31), BINS, mask=at < tl.load(lengths + bh // heads))
     bins = tl.arange(0, BINS)
     tl.atomic_add(histogram + line * (digits_of(31) * BINS) + bins, counts, mask=counts > 0)
@@ -86,7 +89,10 @@ def parts_kernel(
     GROUP: tl.constexpr,
     GROUPS: tl.constexpr,  # of a program
 ):
-    """A program per (block of groups, line): after exact scores took the places of others."""
+    """Recompute peaks and sums of groups after exact scores replaced others.
+
+    A program per (block of groups, line).
+    """
     line = tl.program_id(1).to(tl.int64)
     length = tl.load(lengths + line // lines)
     group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
@@ -105,13 +111,13 @@ def normaliser_kernel(
     totals,
     rest_lse,  # float32 [lines]
     lengths,  # int32 [B]
-    normaliser,  # float32 [lines], out: log-sum-exp of the copy and the rest
+    normaliser,  # float32 [lines], out: log-sum-exp of the low-bit copy and the rest
     groups,
     lines,  # of a sequence
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A program per line of scores."""
+    """Compute the normaliser of a line of scores. A program per line."""
     line = tl.program_id(0).to(tl.int64)
     count = (tl.load(lengths + line // lines) + GROUP - 1) // GROUP
     peak_of, total_of = tl.full((BLOCK,), LOWEST, tl.float32), tl.zeros((BLOCK,), tl.float32)
@@ -130,12 +136,12 @@ def normaliser_kernel(
 
 
 @triton.jit
-def half_mass_kernel(
+def half_mean_prob_kernel(
     scores,  # float16 [B, Hkv, G, n, size], relative to
     references,  # float32 [B, Hkv, G, n, size / GROUP]
     normaliser,  # float32 [B, Hkv, G, n]
     lengths,  # int32 [B]
-    mass,  # int16 [B, Hkv, n, size], out: the upper bits of the mean probability
+    mean_prob,  # int16 [B, Hkv, n, size], out: the upper bits of the mean probability
     histogram,  # int32 [B, Hkv, n, digits, BINS], zeros; the first digit is counted here
     size,
     heads,
@@ -156,7 +162,7 @@ def half_mass_kernel(
         mean += tl.exp(found - tl.load(normaliser + line)) / G
     bits = ((mean.to(tl.int32, bitcast=True) & 0x7FFFFFFF) >> 15) & 0xFFFF
     line = bh.to(tl.int64) * n + row
-    tl.store(mass + line * size + at, bits.to(tl.int16), mask=inside)
+    tl.store(mean_prob + line * size + at, bits.to(tl.int16), mask=inside)
     counts = tl.histogram(digit_of(bits, 0, 16), BINS, mask=inside)
     bins = tl.arange(0, BINS)
     tl.atomic_add(histogram + line * (digits_of(16) * BINS) + bins, counts, mask=counts > 0)
@@ -164,7 +170,7 @@ def half_mass_kernel(
 
 @triton.jit
 def digit_kernel(
-    mass,
+    mean_prob,
     lengths,
     histogram,
     size,
@@ -181,7 +187,7 @@ def digit_kernel(
     of_line = histogram + line * (digits_of(NUMBER) * BINS)
     prefix, _ = kth(of_line, tl.minimum(k, length), DIGIT, NUMBER)
     at = block * BLOCK + tl.arange(0, BLOCK)
-    bits = numbers(mass + line * size, at, length)
+    bits = numbers(mean_prob + line * size, at, length)
     same = (at < length) & ((bits >> (NUMBER - DIGIT_BITS * DIGIT)) == prefix)
     counts = tl.histogram(digit_of(bits, DIGIT, NUMBER), BINS, mask=same)
     bins = tl.arange(0, BINS)
@@ -190,7 +196,7 @@ def digit_kernel(
 
 @triton.jit
 def count_kernel(
-    mass,
+    mean_prob,
     lengths,
     histogram,
     above,  # int32 [B, Hkv, n, blocks], out: numbers above the k-th largest
@@ -207,14 +213,14 @@ def count_kernel(
     length = tl.load(lengths + bh // heads)
     level, _ = kth(histogram + line * (digits_of(NUMBER) * BINS), tl.minimum(k, length), digits_of(NUMBER), NUMBER)
     at = block * BLOCK + tl.arange(0, BLOCK)
-    bits = numbers(mass + line * size, at, length)
+    bits = numbers(mean_prob + line * size, at, length)
     tl.store(above + line * tl.num_programs(0) + block, tl.sum(((bits > level) & (at < length)).to(tl.int32), 0))
     tl.store(equal + line * tl.num_programs(0) + block, tl.sum(((bits == level) & (at < length)).to(tl.int32), 0))
 
 
 @triton.jit
 def positions_kernel(
-    mass,
+    mean_prob,
     lengths,
     histogram,
     above,
@@ -238,7 +244,7 @@ def positions_kernel(
     above_before = tl.sum(tl.load(above + line * blocks + part, mask=part < block, other=0), 0)
     equal_before = tl.sum(tl.load(equal + line * blocks + part, mask=part < block, other=0), 0)
     at = block * BLOCK + tl.arange(0, BLOCK)
-    bits = numbers(mass + line * size, at, length)
+    bits = numbers(mean_prob + line * size, at, length)
     is_equal = ((bits == level) & (at < length)).to(tl.int32)
     first_ones = (is_equal > 0) & (equal_before + tl.cumsum(is_equal, 0) <= room)
     wanted = ((bits > level) & (at < length)) | first_ones
@@ -253,22 +259,22 @@ def positions_kernel(
 
 @triton.constexpr_function
 def digits_of(number):
-    """Digits of numbers of so many bits."""
+    """Return the digits of numbers with this many bits."""
     return (number + 7) // 8
 
 
 @triton.jit
-def numbers(mass, at, length):
-    """Numbers of a line at some places, 0 behind its end."""
-    found = tl.load(mass + at, mask=at < length, other=0).to(tl.int32)
-    if mass.dtype.element_ty == tl.int16:
+def numbers(mean_prob, at, length):
+    """Load numbers of a line at these indices, 0 past its end."""
+    found = tl.load(mean_prob + at, mask=at < length, other=0).to(tl.int32)
+    if mean_prob.dtype.element_ty == tl.int16:
         found = found & 0xFFFF
     return found
 
 
 @triton.jit
 def digit_of(bits, DIGIT: tl.constexpr, NUMBER: tl.constexpr):
-    """A digit of non-negative numbers; the last one is shorter where the bits do not divide."""
+    """Return a digit of non-negative numbers. The last one may be shorter."""
     SHIFT: tl.constexpr = NUMBER - DIGIT_BITS * (DIGIT + 1)
     if SHIFT < 0:
         return bits & (BINS // 2 - 1)
@@ -277,9 +283,9 @@ def digit_of(bits, DIGIT: tl.constexpr, NUMBER: tl.constexpr):
 
 @triton.jit
 def kth(histogram, k, FOUND: tl.constexpr, NUMBER: tl.constexpr):
-    """The first `FOUND` digits of the k-th largest number, and which of the numbers that share them it is.
+    """Return the first `FOUND` digits of the k-th largest number, and its rank among equals.
 
-    `histogram` is a line's int32 [digits, BINS]. With `k` 0: more than every number.
+    `histogram` is a line's int32 [digits, BINS]. With `k` 0, the digits are above every number.
     """
     bins, prefix = tl.arange(0, BINS), 0
     for digit in tl.static_range(FOUND):

@@ -1,4 +1,4 @@
-"""Launches of the kernels that select the `k` largest. Nothing here waits for the device."""
+"""Launch the kernels that select the `k` largest probabilities, without waiting for the device."""
 
 from __future__ import annotations
 
@@ -10,12 +10,17 @@ from specache.kernels.triton import select
 from specache.kernels.triton.launch_options import power_of_two
 from specache.kernels.triton.tables import PageScores
 
-NUMBER, HALF_NUMBER = 31, 16  # bits of a probability that are looked at
+NUMBER, HALF_NUMBER = 31, 16  # bits of a probability that are compared
 DIGIT_BITS = 8
 
 
 def launch_select(scores: PageScores, rest_lse: Tensor, lengths: Tensor, k: int, block: int) -> Tensor:
-    """Positions int64 [B, Hkv, n, min(k, S)] of the largest mean probabilities; lengths int32 [B]; `block` scores per program."""
+    """Select positions int64 [B, Hkv, n, min(k, S)] of the largest mean probabilities.
+
+    Args:
+        lengths: int32 [B].
+        block: scores per program.
+    """
     batch, heads, groups, n, size = scores.values.shape
     k, device = min(k, size), scores.values.device
     positions = torch.empty(batch, heads, n, k, dtype=torch.int64, device=device)
@@ -25,33 +30,49 @@ def launch_select(scores: PageScores, rest_lse: Tensor, lengths: Tensor, k: int,
     blocks = -(-size // block)
     number = HALF_NUMBER if scores.is_half else NUMBER
     digits = -(-number // DIGIT_BITS)
-    mass = torch.empty(batch, heads, n, size, dtype=torch.int16 if scores.is_half else torch.int32, device=device)
+    mean_prob = torch.empty(batch, heads, n, size, dtype=torch.int16 if scores.is_half else torch.int32, device=device)
     histogram = torch.zeros(batch, heads, n, digits, 1 << DIGIT_BITS, dtype=torch.int32, device=device)
     counts = torch.empty(2, batch, heads, n, blocks, dtype=torch.int32, device=device)
     grid, settings = (blocks, n, batch * heads), options.select(BLOCK=block)
     rest_lse = rest_lse.float().contiguous()
     if scores.is_half:
-        _half_masses(scores, rest_lse, lengths, mass, histogram, grid, block)
+        _half_mean_probs(scores, rest_lse, lengths, mean_prob, histogram, grid, block)
     else:
         values = scores.values.contiguous()
         parts = torch.empty(2, batch, heads, groups, n, blocks, device=device)
         select.peaks_kernel[(blocks, batch * heads * groups * n)](values, *parts, size, **settings)
-        select.mass_kernel[grid](
-            values, rest_lse, lengths, *parts, mass, histogram, size, heads, G=groups, BLOCKS_P=power_of_two(blocks), **settings
+        select.mean_prob_kernel[grid](
+            values,
+            rest_lse,
+            lengths,
+            *parts,
+            mean_prob,
+            histogram,
+            size,
+            heads,
+            G=groups,
+            BLOCKS_P=power_of_two(blocks),
+            **settings,
         )
     for digit in range(1, digits):
-        select.digit_kernel[grid](mass, lengths, histogram, size, k, heads, NUMBER=number, DIGIT=digit, **settings)
-    select.count_kernel[grid](mass, lengths, histogram, *counts, size, k, heads, NUMBER=number, **settings)
+        select.digit_kernel[grid](mean_prob, lengths, histogram, size, k, heads, NUMBER=number, DIGIT=digit, **settings)
+    select.count_kernel[grid](mean_prob, lengths, histogram, *counts, size, k, heads, NUMBER=number, **settings)
     select.positions_kernel[grid](
-        mass, lengths, histogram, *counts, positions, size, k, heads, NUMBER=number, BLOCKS_P=power_of_two(blocks), **settings
+        mean_prob, lengths, histogram, *counts, positions, size, k, heads, NUMBER=number, BLOCKS_P=power_of_two(blocks), **settings
     )
     return positions
 
 
-def _half_masses(
-    scores: PageScores, rest_lse: Tensor, lengths: Tensor, mass: Tensor, histogram: Tensor, grid: tuple[int, int, int], block: int
+def _half_mean_probs(
+    scores: PageScores,
+    rest_lse: Tensor,
+    lengths: Tensor,
+    mean_prob: Tensor,
+    histogram: Tensor,
+    grid: tuple[int, int, int],
+    block: int,
 ) -> None:
-    """The mean probabilities of float16 scores, and their first digits counted."""
+    """Compute the mean probabilities of float16 scores, and count their first digits."""
     batch, heads, groups, n, size = scores.values.shape
     references, lines = scores.peaks, heads * groups * n
     assert references is not None
@@ -59,21 +80,21 @@ def _half_masses(
     token_groups = references.shape[-1]
     group, peaks, totals = size // token_groups, references, scores.totals
     if scores.exact is not None:
-        peaks, totals = torch.empty(2, *references.shape, device=mass.device)
+        peaks, totals = torch.empty(2, *references.shape, device=mean_prob.device)
         settings = options.select_parts(group)
         select.parts_kernel[(-(-token_groups // settings["GROUPS"]), batch * lines)](
             scores.values, references, lengths, peaks, totals, size, lines, **settings
         )
-    normaliser = torch.empty(batch, heads, groups, n, device=mass.device)
+    normaliser = torch.empty(batch, heads, groups, n, device=mean_prob.device)
     select.normaliser_kernel[(batch * lines,)](
         peaks, totals, rest_lse, lengths, normaliser, token_groups, lines, **options.select_normaliser(group)
     )
-    select.half_mass_kernel[grid](
+    select.half_mean_prob_kernel[grid](
         scores.values,
         references,
         normaliser,
         lengths,
-        mass,
+        mean_prob,
         histogram,
         size,
         heads,

@@ -1,7 +1,7 @@
-"""Page tables on the device: where the pages of every sequence of a batch lie.
+"""Page tables on the device: the addresses of the pages of every sequence of a batch.
 
-Kernels read pages by address, through a table and lengths in device memory: a captured CUDA graph is replayed after both were
-overwritten in place. Nothing here waits for the device.
+Kernels read pages by address, through a table and lengths in device memory. A captured CUDA graph
+can be replayed after both were overwritten in place. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ class PageTables:
     """The pages of `B` sequences of one layer.
 
     Attributes:
-        addresses: int64, the first byte of each page; sequence `b`'s from `first_page[b]` on, in token order.
+        addresses: int64, the first byte of each page; sequence `b`'s from `first_page[b]` on, in
+            token order.
         first_page: int64 [B].
-        lengths: int32 [B], tokens of each sequence that count.
+        lengths: int32 [B], low-bit tokens of each sequence.
     """
 
     addresses: Tensor
@@ -34,16 +35,18 @@ class PageTables:
 
 @dataclass
 class PageScores:
-    """Scores of a step's rows [B, Hkv, G, n, capacity] over the copy, as kernels hand them on.
+    """Scores [B, Hkv, G, n, capacity] over the low-bit copy, passed between kernels.
 
-    Of a 16-bit model they are float16, relative to the largest of their group of tokens. What counts most is then near 0, where
-    float16 is finest, and half as many bytes pass through memory. Exact scores of fetched keys are kept beside them.
+    For a 16-bit model they are float16, relative to the largest score of their group of tokens. So
+    the largest scores are near 0, where float16 is finest, and half as many bytes pass through
+    memory. Exact scores of fetched keys are kept beside them.
 
     Attributes:
-        values: float32; or float16, and then nothing behind a sequence's length is written.
-        peaks: float32 [B, Hkv, G, n, capacity / g] that float16 values are relative to; `None` with float32.
-        totals: the same shape: sums of `exp(value)` of each group, before exact scores took their places.
-        exact: float32 [B, Hkv, G, n, k] of the fetched keys, once `rescore` has put them in their places too.
+        values: float32; or float16, undefined past a sequence's length.
+        peaks: float32 [B, Hkv, G, n, capacity / g], to which float16 values are relative; `None`
+            with float32.
+        totals: the same shape: sums of `exp(value)` of each group, before `rescore`.
+        exact: float32 [B, Hkv, G, n, k] of the fetched keys, after `rescore`.
     """
 
     values: Tensor
@@ -56,7 +59,10 @@ class PageScores:
         return self.peaks is not None
 
     def last_row(self, lengths: Tensor) -> Tensor:
-        """Absolute scores float32 [B, Hkv, G, 1, capacity] of the last row, a copy; -inf behind the lengths int32 [B]."""
+        """Return absolute scores float32 [B, Hkv, G, 1, capacity] of the last query, a copy.
+
+        They are -inf past the lengths int32 [B].
+        """
         values = self.values[:, :, :, -1:].float()
         if self.peaks is not None:
             peaks = self.peaks[:, :, :, -1:]
@@ -67,7 +73,7 @@ class PageScores:
 
 @dataclass(frozen=True)
 class Offsets:
-    """Bytes from a page's start to its fields; -1 for those that its code does not have."""
+    """Byte offsets of the fields in a page; -1 for those that the page's code does not have."""
 
     key_codes: int
     key_scale: int
@@ -78,26 +84,26 @@ class Offsets:
     value_zero: int
 
 
-def page_tables(copies: Sequence[LowBitKV], lengths: Sequence[int], device: torch.device) -> PageTables:
-    """Tables over the copies as they are now."""
-    runs = [run for copy in copies for run in copy.runs]
+def page_tables(low_bit_kvs: Sequence[LowBitKV], lengths: Sequence[int], device: torch.device) -> PageTables:
+    """Return page tables of the current low-bit copies."""
+    runs = [run for low_bit_kv in low_bit_kvs for run in low_bit_kv.runs]
     first_page, pages = [], 0
-    for copy in copies:
+    for low_bit_kv in low_bit_kvs:
         first_page.append(pages)
-        pages += sum(run.pages for run in copy.runs)
+        pages += sum(run.pages for run in low_bit_kv.runs)
     addresses = torch.cat([run.device_addresses for run in runs]) if runs else torch.zeros(1, dtype=torch.int64, device=device)
     return PageTables(addresses, to_device(first_page, torch.int64, device), to_device(lengths, torch.int32, device))
 
 
 def to_device(numbers: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers [N] on the device, through pinned memory: the copy is queued like a kernel."""
+    """Copy numbers to a tensor [N] on the device, through pinned memory, queued like a kernel."""
     host = torch.tensor(numbers, dtype=dtype)
     return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 
 
-def offsets_of(copies: Sequence[LowBitKV]) -> Offsets:
-    """Of the layer's pages; all sequences of a layer have the same layout."""
-    runs = next((copy.runs for copy in copies if copy.runs), ())
+def offsets_of(low_bit_kvs: Sequence[LowBitKV]) -> Offsets:
+    """Return the field offsets of a layer's pages, which are equal for all sequences."""
+    runs = next((low_bit_kv.runs for low_bit_kv in low_bit_kvs if low_bit_kv.runs), ())
     return _offsets(runs[0]) if runs else Offsets(*[0] * len(FIELDS))
 
 

@@ -1,4 +1,4 @@
-"""Whether Triton can build, load and run anything at all on a device: its compilers, its launcher, the driver."""
+"""A trial kernel: it checks Triton's compilers and launcher, and the driver, on a device."""
 
 # mypy: disable-error-code="no-untyped-def"
 

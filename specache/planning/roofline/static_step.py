@@ -32,7 +32,7 @@ def static_step_bytes(model: ModelDimensions, config: SpeCacheConfig, context: i
     top_k = min(config.top_k, room) if config.policy is not Policy.NONE else 0
     shapes = [(layer.kv_heads, layer.head_dim) for layer in model.full_layers]
     windows = len(model.layers) - len(shapes)
-    total = batch_bytes(shapes, windows, batch, top_k, room, KINDS[config.policy].rows, model.itemsize)
+    total = batch_bytes(shapes, windows, batch, top_k, room, KINDS[config.policy].queries, model.itemsize)
     for heads, dim in shapes if top_k else ():
         slots = max(hot_slots(model, config, heads, dim, context, batch), top_k)
         total += hot_set_bytes(batch, heads, slots, room, 2 * dim * model.itemsize)

@@ -1,7 +1,7 @@
 """Tests of the Triton kernels in Triton's interpreter, on the CPU.
 
-Triton decides whether it interprets when it is imported: `tests/kernels/test_triton.py` runs these files in a process of their own,
-with `TRITON_INTERPRET=1`; without it they are not collected.
+Triton decides whether it interprets when it is imported: `tests/kernels/test_triton.py` runs these
+files in a process of their own, with `TRITON_INTERPRET=1`; without it they are not collected.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Scores of a 16-bit model, kept in float16 relative to their group's largest: what that costs, and what it does not touch."""
+"""Scores of a 16-bit model, kept in float16 relative to their group's largest: what that costs, and
+what it does not touch.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from specache.device import batch
 from specache.device.page_kernels import TorchPages
 from specache.kernels import dispatch
 from specache.kernels.torch import operations as torch_ops
-from specache.kernels.triton.backend import TritonKernels, turned_query
+from specache.kernels.triton.backend import TritonKernels, rotate_query
 from specache.kernels.triton.tables import PageScores, offsets_of, page_tables
 from tests.cache.test_invariants import run
 from tests.cache.test_invariants import settings as decode_settings
@@ -32,23 +34,23 @@ class HalfCase:
     def __init__(self, case: Case) -> None:
         self.case, self.lengths = case, torch.tensor(case.lengths, dtype=torch.int32)
         self.capacity = 64 * (-(-max(case.lengths) // 64) + 1)
-        self.tables, self.offsets = page_tables(case.copies, case.lengths, CPU), offsets_of(case.copies)
+        self.tables, self.offsets = page_tables(case.low_bit_kvs, case.lengths, CPU), offsets_of(case.low_bit_kvs)
         self.query = case.query.to(torch.bfloat16)
-        rotated = self.case.copies[0].key_weights is not None
-        turned = turned_query(self.query, case.copies) if rotated else None
+        rotated = self.case.low_bit_kvs[0].channel_scales is not None
+        rotated_query = rotate_query(self.query, case.low_bit_kvs) if rotated else None
         self.scores = KERNELS.score_pages(
-            self.query, turned, self.tables, self.offsets, case.copies[0], self.capacity, 0.2, None, half=True
+            self.query, rotated_query, self.tables, self.offsets, case.low_bit_kvs[0], self.capacity, 0.2, None, half=True
         )
         for b, length in enumerate(case.lengths):  # nothing that is behind may be looked at
             self.scores.values[b, ..., length:] = torch.nan
-        self.expected = self._padded(torch_ops.score(self.query, case.copies, case.lengths, 0.2, None))
+        self.expected = self._padded(torch_ops.score(self.query, case.low_bit_kvs, case.lengths, 0.2, None))
 
     def absolute(self) -> Tensor:
         return torch.cat([_row(self.scores, i).last_row(self.lengths) for i in range(self.case.rows)], dim=3)
 
     def positions(self, k: int) -> Tensor:
         positions = torch_ops.select(self.expected, self.case.rest, self.case.lengths, k)
-        positions[:, :, -1, ::3] = -1  # a guess does without what is not there
+        positions[:, :, -1, ::3] = -1  # the draft query does without missing rows
         return positions
 
     def _padded(self, scores: Tensor) -> Tensor:
@@ -69,14 +71,14 @@ def assert_chosen(found: Tensor, scores: Tensor, rest: Tensor, lengths: list[int
         chosen = found[b, ..., : min(k, length)]
         assert (chosen.diff(dim=-1) > 0).all()
         assert chosen.numel() == 0 or (chosen.min() >= 0 and chosen.max() < length)
-    mass = torch_ops.mean_probabilities(scores, rest)
-    sizes = [mass.gather(-1, p.clamp(min=0)).where(p >= 0, 0.0).sort(-1).values for p in (found, expected)]
+    mean_prob = torch_ops.mean_probabilities(scores, rest)
+    sizes = [mean_prob.gather(-1, p.clamp(min=0)).where(p >= 0, 0.0).sort(-1).values for p in (found, expected)]
     torch.testing.assert_close(*sizes, rtol=2e-2, atol=1e-9)  # 8 bits behind the exponent, and scores of 11
 
 
 @settings(max_examples=12, deadline=None)
 @given(case=cases(), k=st.integers(1, 40))
-def test_scores_and_selections(case, k):
+def test_float16_scores_and_selections_are_near_float32s(case, k):
     half = HalfCase(case)
     found, expected = half.absolute(), half.expected
     seen = expected > -torch.inf
@@ -104,9 +106,9 @@ def test_fetched_pairs_stay_exact_and_the_rest_is_near(case, k):
     # a policy that uses what it prefetched selects among the exact scores
     selected = KERNELS.select_pages(half.scores, case.rest, half.lengths, k)
     assert_chosen(selected, expected, case.rest, case.lengths, k)
-    out, lse = KERNELS.attend_pages(half.scores, positions, rows, half.tables, half.offsets, case.copies[0])
+    out, lse = KERNELS.attend_pages(half.scores, positions, rows, half.tables, half.offsets, case.low_bit_kvs[0])
     expected_out, expected_lse = torch_ops.attend(
-        expected[..., : max(case.lengths)].contiguous(), positions, rows, case.copies, case.lengths
+        expected[..., : max(case.lengths)].contiguous(), positions, rows, case.low_bit_kvs, case.lengths
     )
     assert_near(lse, expected_lse, 1e-3)
     largest = max(float(values.float().abs().max()) for values in (*case.values, rows) if values.numel())
@@ -148,7 +150,7 @@ def test_a_score_that_is_not_a_number_stays_in_range():
 
 
 @pytest.mark.parametrize("blocks", [1, 3])
-def test_a_long_row_is_read_to_its_end(blocks):
+def test_a_long_line_of_scores_is_read_to_its_end(blocks):
     size = 4096 * blocks
     absolute = torch.randn(1, 1, 2, 1, size, generator=torch.Generator().manual_seed(0))
     absolute[..., size - 1] = 9.0
@@ -164,7 +166,7 @@ def test_a_long_row_is_read_to_its_end(blocks):
 
 @pytest.mark.parametrize("policy", ["verified", "previous"])
 def test_a_decode_of_a_16_bit_model_is_near_pytorchs(monkeypatch, policy):
-    """Over static buffers, a group retires on the way; PyTorch's kernels keep float32 scores."""
+    """Static buffers; a group is quantised on the way. PyTorch's kernels use float32 scores."""
     model = llama(num_hidden_layers=1).to(torch.bfloat16)
     config = decode_settings(code="rotated", bits=2, residual=7, policy=policy, slow_tier="ram", prefill_chunk=4096)
     with dispatch.using("triton"), static_steps(monkeypatch, capacity_step=64) as steps:

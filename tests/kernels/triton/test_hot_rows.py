@@ -12,8 +12,8 @@ from torch import Tensor
 
 from specache.config import ReadPath
 from specache.device.device_hot_set import OLDEST, DeviceHotSet
-from specache.device.device_rows import DeviceRows, RowCounters, StepBuffers
-from specache.device.fused_rows import FusedRows, device_rows
+from specache.device.device_rows import DeviceRowFetcher, RowCounters, StepBuffers
+from specache.device.fused_rows import FusedRowFetcher, device_row_fetcher
 from specache.device.sources import MappedRows, StoredRows
 from specache.kernels.triton.hot_rows_backend import HotRowKernels
 from specache.tiers.streams import InlineStreams
@@ -27,10 +27,12 @@ CPU = torch.device("cpu")
 
 @dataclass
 class Pair:
-    """The same rows twice: in PyTorch, and in kernels whose blocks are so small that a few slots take several."""
+    """The same rows twice: in PyTorch, and in kernels whose blocks are so small that a few slots
+    take several.
+    """
 
-    plain: DeviceRows
-    fused: FusedRows
+    plain: DeviceRowFetcher
+    fused: FusedRowFetcher
 
     @classmethod
     def of(cls, k: int, slots: int, read: ReadPath, dtype: torch.dtype) -> Pair:
@@ -39,9 +41,9 @@ class Pair:
         for source in (StoredRows(stored), MappedRows(stored, CPU)):
             hot = DeviceHotSet(BATCH, HEADS, slots, TOKENS, WIDTH, dtype, CPU)
             buffers = StepBuffers(BATCH, HEADS, k, WIDTH, dtype, CPU)
-            made.append(device_rows(source, hot, buffers, InlineStreams(), RowCounters(CPU, WIDTH), read))
+            made.append(device_row_fetcher(source, hot, buffers, InlineStreams(), RowCounters(CPU, WIDTH), read))
         plain, fused = made
-        assert isinstance(fused, FusedRows) and not isinstance(plain, FusedRows)
+        assert isinstance(fused, FusedRowFetcher) and not isinstance(plain, FusedRowFetcher)
         fused._kernels = HotRowKernels(block=8)
         return cls(plain, fused)
 
@@ -53,14 +55,14 @@ class Pair:
     def agree(self) -> None:
         plain, fused = self.plain, self.fused
         slots, tokens = plain.hot.capacity, plain.hot.tokens
-        for name, kept in (("rows", slots), ("owner", slots), ("table", tokens)):  # what is behind is never read
+        for name, kept in (("kv_rows", slots), ("owner", slots), ("table", tokens)):  # what is behind is never read
             ours, theirs = (getattr(rows.hot, name)[:, :, :kept] for rows in (fused, plain))
             assert torch.equal(ours, theirs), name
         ages = [(rows.hot.tick - rows.hot.used[..., :slots]).clamp(max=OLDEST) for rows in (fused, plain)]
         assert torch.equal(*ages)
         assert torch.equal(fused._counters.totals, plain._counters.totals)
-        assert (fused.hot.rows[:, :, slots] == 0).all()
-        for name in ("rows", "positions", "missing"):
+        assert (fused.hot.kv_rows[:, :, slots] == 0).all()
+        for name in ("kv_rows", "positions", "missing"):
             assert torch.equal(getattr(fused._buffers, name), getattr(plain._buffers, name)), name
         assert torch.equal(fused._ahead, plain._ahead)
 
@@ -80,8 +82,10 @@ def selection(draw, k: int) -> Tensor:
     read=st.sampled_from(list(ReadPath)),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )
-def test_steps_are_those_of_pytorch(data, k, extra, read, dtype):
-    """Hits, victims, rows and counters, over steps of which some are taken back, and a hot set that is emptied."""
+def test_fused_steps_equal_pytorchs_operations(data, k, extra, read, dtype):
+    """Hits, victims, rows and counters, over steps of which some are taken back, and a hot set that
+    is emptied.
+    """
     pair = Pair.of(k, k + extra, read, dtype)
     for _ in range(data.draw(st.integers(1, 6))):
         pair.do("begin_step")
@@ -94,7 +98,7 @@ def test_steps_are_those_of_pytorch(data, k, extra, read, dtype):
 
 
 @pytest.mark.parametrize("apart", [1, 300, OLDEST - 1, OLDEST, 3 * OLDEST])
-def test_victims_of_any_age(apart):
+def test_victims_of_any_age_are_those_of_pytorch(apart):
     """Ages are found in two digits; what is older than both can say is equally old."""
     k, slots = 3, 11
     pair = Pair.of(k, slots, ReadPath.MAPPED, torch.float32)
@@ -109,14 +113,14 @@ def test_victims_of_any_age(apart):
         pair.do("fetch", (torch.arange(k) + 20 + k * step).expand(BATCH, HEADS, k).contiguous())
 
 
-def test_more_positions_than_a_program_looks_at_at_once():
+def test_more_positions_than_a_program_takes_at_once_equal_pytorchs():
     k, tokens = 1100, 3000
     generator = torch.Generator().manual_seed(0)
     stored = [torch.randn(1, tokens, 4, generator=generator)]
     given_rows = []
     for source in (StoredRows(stored), MappedRows(stored, CPU)):
         hot = DeviceHotSet(1, 1, k + 50, tokens, 4, torch.float32, CPU)
-        rows = device_rows(
+        rows = device_row_fetcher(
             source, hot, StepBuffers(1, 1, k, 4, torch.float32, CPU), InlineStreams(), RowCounters(CPU, 1), ReadPath.MAPPED
         )
         for seed in range(3):
@@ -131,8 +135,8 @@ def test_more_positions_than_a_program_looks_at_at_once():
 @pytest.mark.parametrize(("order", "seed"), orders(seeds=1))
 @pytest.mark.parametrize("program", [Program(), Program(ReadPath.COPY, host_waits=False), Program(joined=True, undone=True)])
 def test_the_queues_may_run_in_any_order_that_events_allow(monkeypatch, order, seed, program):
-    monkeypatch.setattr(decode, "DeviceRows", device_rows)
+    monkeypatch.setattr(decode, "DeviceRowFetcher", device_row_fetcher)
     monkeypatch.setattr(decode, "StoredRows", lambda stored: MappedRows(stored, CPU))
     run = Decode(SimulatedStreams(order, seed), program)
-    assert all(isinstance(rows, FusedRows) for rows in run.layers)
+    assert all(isinstance(rows, FusedRowFetcher) for rows in run.layers)
     assert not run.run().wrong

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from specache.config import Code
 from specache.kernels.torch import operations as torch_ops
-from specache.kernels.triton.backend import TritonKernels, turned_query
+from specache.kernels.triton.backend import TritonKernels, rotate_query
 from specache.kernels.triton.tables import offsets_of, page_tables
 from specache.low_bit.layout import PageLayout
 from specache.low_bit.pool import PagePool, PageTable
@@ -18,7 +18,7 @@ from tests.kernels.test_native import Case
 
 # Small splits and blocks, so that short sequences take several.
 KERNELS = TritonKernels(split=64, select_block=128)
-# Two bfloat16 parts of a factor keep 16 bits, where models have 16-bit rows; three keep all of a float32.
+# Two bfloat16 parts of a factor keep 16 bits, for models with 16-bit rows; three keep a float32.
 EXACT, SPLIT_IN_TWO = 1e-5, 1e-4
 
 
@@ -49,59 +49,59 @@ def assert_near(found, expected, share, size=None):
 
 @settings(max_examples=20, deadline=None)
 @given(case=cases(), softcap=st.sampled_from([None, 5.0]), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
-def test_scores_are_torchs(case, softcap, dtype):
+def test_scores_equal_pytorchs(case, softcap, dtype):
     query = case.query.to(dtype)
-    expected = torch_ops.score(query, case.copies, case.lengths, 0.2, softcap)
-    found = KERNELS.score(query, case.copies, case.lengths, 0.2, softcap)
+    expected = torch_ops.score(query, case.low_bit_kvs, case.lengths, 0.2, softcap)
+    found = KERNELS.score(query, case.low_bit_kvs, case.lengths, 0.2, softcap)
     assert_near(found, expected, EXACT if dtype == torch.float32 else SPLIT_IN_TWO)
 
 
 @settings(max_examples=12, deadline=None)
 @given(case=cases(), k=st.integers(1, 40))
-def test_rescore_and_attend_are_torchs(case, k):
+def test_rescore_and_attend_equal_pytorchs(case, k):
     dtype = case.keys[0].dtype
-    scores = torch_ops.score(case.query, case.copies, case.lengths, 0.2, None)
+    scores = torch_ops.score(case.query, case.low_bit_kvs, case.lengths, 0.2, None)
     positions = torch_ops.select(scores, case.rest, case.lengths, k)
-    positions[:, :, -1, ::3] = -1  # a guess does without what is not there
+    positions[:, :, -1, ::3] = -1  # the draft query does without missing rows
     rows = torch.randn(*positions.shape, 2 * case.dim, generator=torch.Generator().manual_seed(k)).to(dtype)
     for softcap, query in ((None, case.query.to(dtype)), (5.0, case.query)):
         expected, found = scores.clone(), scores.clone()
         torch_ops.rescore(query, expected, positions, rows, 0.2, softcap)
         KERNELS.rescore(query, found, positions, rows, 0.2, softcap)
         assert_near(found, expected, EXACT)
-    out, lse = KERNELS.attend(expected.clone(), positions, rows, case.copies, case.lengths)
-    expected_out, expected_lse = torch_ops.attend(expected, positions, rows, case.copies, case.lengths)
+    out, lse = KERNELS.attend(expected.clone(), positions, rows, case.low_bit_kvs, case.lengths)
+    expected_out, expected_lse = torch_ops.attend(expected, positions, rows, case.low_bit_kvs, case.lengths)
     assert_near(lse, expected_lse, EXACT)
     largest = max(float(values.float().abs().max()) for values in (*case.values, rows) if values.numel())
     assert_near(out, expected_out, EXACT if dtype == torch.float32 else SPLIT_IN_TWO, largest)
 
 
-def test_attend_without_fetched_pairs_and_over_nothing():
+def test_attend_without_fetched_pairs_or_without_tokens_equals_pytorchs():
     case = Case(Code.ROTATED, 2, 32, 64, 2, 2, 2, [3, 0], 0, torch.float32)
-    scores = torch_ops.score(case.query, case.copies, case.lengths, 0.2, None)
+    scores = torch_ops.score(case.query, case.low_bit_kvs, case.lengths, 0.2, None)
     positions = torch.empty(2, 2, 2, 0, dtype=torch.int64)
     rows = torch.empty(2, 2, 2, 0, 128)
-    expected = torch_ops.attend(scores.clone(), positions, rows, case.copies, case.lengths)
-    found = KERNELS.attend(scores, positions, rows, case.copies, case.lengths)
+    expected = torch_ops.attend(scores.clone(), positions, rows, case.low_bit_kvs, case.lengths)
+    found = KERNELS.attend(scores, positions, rows, case.low_bit_kvs, case.lengths)
     for ours, theirs in zip(found, expected, strict=True):
         assert_near(ours, theirs, EXACT)
-    out, lse = KERNELS.attend(scores[..., :0].contiguous(), positions, rows, case.copies, [0, 0])
+    out, lse = KERNELS.attend(scores[..., :0].contiguous(), positions, rows, case.low_bit_kvs, [0, 0])
     assert (out == 0).all()
     assert (lse == -torch.inf).all()
 
 
-def test_rows_of_all_rows_may_be_one_view():
+def test_fetched_rows_of_all_queries_may_share_memory():
     """Prefetched rows are the same for every row of a pass: `rows` is then expanded, not copied."""
     case = Case(Code.KIVI, 2, 32, 64, 2, 2, 2, [3, 2], 1, torch.bfloat16)
-    scores = torch_ops.score(case.query, case.copies, case.lengths, 0.2, None)
+    scores = torch_ops.score(case.query, case.low_bit_kvs, case.lengths, 0.2, None)
     positions = torch_ops.select(scores, case.rest, case.lengths, 5)[:, :, :1].expand(-1, -1, 2, -1)
     rows = torch.randn(2, 2, 1, 5, 128).bfloat16().expand(-1, -1, 2, -1, -1)
     expected, found = scores.clone(), scores.clone()
     torch_ops.rescore(case.query, expected, positions, rows, 0.2, None)
     KERNELS.rescore(case.query, found, positions, rows, 0.2, None)
     assert_near(found, expected, EXACT)
-    expected_out, _ = torch_ops.attend(expected, positions, rows, case.copies, case.lengths)
-    assert_near(KERNELS.attend(found, positions, rows, case.copies, case.lengths)[0], expected_out, SPLIT_IN_TWO)
+    expected_out, _ = torch_ops.attend(expected, positions, rows, case.low_bit_kvs, case.lengths)
+    assert_near(KERNELS.attend(found, positions, rows, case.low_bit_kvs, case.lengths)[0], expected_out, SPLIT_IN_TWO)
 
 
 @settings(max_examples=20, deadline=None)
@@ -113,7 +113,7 @@ def test_rows_of_all_rows_may_be_one_view():
     levels=st.sampled_from([1, 2, 5, 10**6]),
     unseen=st.booleans(),
 )
-def test_select_is_torchs(lengths, groups, rows, k, levels, unseen):
+def test_select_equals_pytorchs(lengths, groups, rows, k, levels, unseen):
     """Also among equal scores: the lower position wins."""
     generator = torch.Generator().manual_seed(k)
     shape = (len(lengths), 1, groups, rows, max(lengths))
@@ -134,12 +134,12 @@ def test_select_is_torchs(lengths, groups, rows, k, levels, unseen):
         assert (chosen.diff(dim=-1) > 0).all()
         assert count == 0 or (chosen.min() >= 0 and chosen.max() < length)
         assert (found[b, ..., count:] == -1).all()
-    mass = torch_ops.mean_probabilities(scores, rest)
-    sizes = [mass.gather(-1, p.clamp(min=0)).where(p >= 0, 0.0).sort(-1).values for p in (found, expected)]
+    mean_prob = torch_ops.mean_probabilities(scores, rest)
+    sizes = [mean_prob.gather(-1, p.clamp(min=0)).where(p >= 0, 0.0).sort(-1).values for p in (found, expected)]
     torch.testing.assert_close(*sizes, rtol=1e-5, atol=0)  # two exponentials order near equals differently
 
 
-def test_select_reads_a_long_row_to_its_end():
+def test_select_reads_a_long_line_of_scores_to_its_end():
     scores = torch.randn(1, 1, 2, 1, 10_001, generator=torch.Generator().manual_seed(0))
     scores[..., 10_000] = 9.0
     rest = torch.zeros(1, 1, 2, 1)
@@ -163,14 +163,16 @@ def quantised(case, keys, values, step):
     for start, stop in ((0, cut), (cut, keys.shape[1])):
         if stop > start:
             table.extend(stop - start)
-            KERNELS.quantise(keys[:, start:stop], values[:, start:stop], case.copy(table), start)
-    return torch_ops.dequantise(case.copy(table))
+            KERNELS.quantise(keys[:, start:stop], values[:, start:stop], case.low_bit_kv(table), start)
+    return torch_ops.dequantise(case.low_bit_kv(table))
 
 
 @settings(max_examples=16, deadline=None)
 @given(case=cases(longest=200, most_groups=1), step=st.floats(0, 1), constant=st.booleans())
-def test_codes_are_torchs(case, step, constant):
-    """KIVI's to the bit. A rotation adds up in another order: there a code may differ where the last bit decides."""
+def test_codes_equal_pytorchs(case, step, constant):
+    """KIVI's to the bit. A rotation adds up in another order: there a code may differ where the
+    last bit decides.
+    """
     if constant:
         for keys in case.keys:
             keys[:, : case.group_size] = keys[:, :1]
@@ -179,7 +181,7 @@ def test_codes_are_torchs(case, step, constant):
         if not keys.shape[1]:
             continue
         found = quantised(case, keys, values, step)
-        for ours, theirs in zip(found, torch_ops.dequantise(case.copy(table)), strict=True):
+        for ours, theirs in zip(found, torch_ops.dequantise(case.low_bit_kv(table)), strict=True):
             if case.code is Code.KIVI:
                 assert torch.equal(ours, theirs)
             else:
@@ -206,14 +208,16 @@ def test_gather_reads_the_rows_where_they_lie(heads, k, dim, dtype):
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_tables_may_be_overwritten_in_place(bits):
-    """What a captured graph does: kernels read pages and lengths from device memory, the grid is for the capacity."""
+    """What a captured graph does: kernels read pages and lengths from device memory, the grid is
+    for the capacity.
+    """
     case = Case(Code.ROTATED, bits, 32, 64, 2, 2, 2, [2, 5], 0, torch.float32)
-    tables = page_tables(case.copies, case.lengths, torch.device("cpu"))
-    turned, offsets = turned_query(case.query, case.copies), offsets_of(case.copies)
+    tables = page_tables(case.low_bit_kvs, case.lengths, torch.device("cpu"))
+    rotated_query, offsets = rotate_query(case.query, case.low_bit_kvs), offsets_of(case.low_bit_kvs)
     for lengths in ([64, 160], [32, 96], [0, 0]):
         tables.lengths.copy_(torch.tensor(lengths))
-        found = KERNELS.score_pages(case.query, turned, tables, offsets, case.copies[0], 200, 0.2, None).values
+        found = KERNELS.score_pages(case.query, rotated_query, tables, offsets, case.low_bit_kvs[0], 200, 0.2, None).values
         expected = torch.full_like(found, -torch.inf)
-        scores = torch_ops.score(case.query, case.copies, lengths, 0.2, None)
+        scores = torch_ops.score(case.query, case.low_bit_kvs, lengths, 0.2, None)
         expected[..., : scores.shape[-1]] = scores
         assert_near(found, expected, EXACT)

@@ -1,4 +1,4 @@
-"""The part of a decode step outside the copy, in one launch, equals PyTorch's operations."""
+"""Attention outside the low-bit copy, in one launch, equals PyTorch's operations."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from specache.kernels.triton import recent_backend
     has_sinks=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_it_is_pytorchs(counts, heads, groups, rows, dim, dtype, softcap, has_sinks, seed):
+def test_recent_attention_equals_pytorchs(counts, heads, groups, rows, dim, dtype, softcap, has_sinks, seed):
     generator = torch.Generator().manual_seed(seed)
     batch = len(counts)
 
@@ -57,15 +57,15 @@ def test_it_is_pytorchs(counts, heads, groups, rows, dim, dtype, softcap, has_si
         for found, wanted in zip(part, expected, strict=True):
             # weights of 16-bit rows are multiplied in two parts of their dtype
             torch.testing.assert_close(found[b], wanted, atol=1e-5 if dtype == torch.float32 else 1e-4, rtol=1e-5)
-    copy = torch.randn(batch, heads, groups, rows, dim, generator=generator), torch.randn(part[1].shape, generator=generator)
-    copy[1][0, 0, 0] = -torch.inf  # a copy in which nothing is seen
-    joined = recent_backend.join(*copy, *part, dtype)
-    wanted = TorchPages.join(None, copy, RecentPart(*part), dtype)
+    low_bit_kv = torch.randn(batch, heads, groups, rows, dim, generator=generator), torch.randn(part[1].shape, generator=generator)
+    low_bit_kv[1][0, 0, 0] = -torch.inf  # a copy in which nothing is seen
+    joined = recent_backend.join(*low_bit_kv, *part, dtype)
+    wanted = TorchPages.join(None, low_bit_kv, RecentPart(*part), dtype)
     last_bit = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}[dtype]  # two sums may round apart
     torch.testing.assert_close(joined, wanted, atol=last_bit, rtol=last_bit)
 
 
-def test_what_is_not_finite_is_seen():
+def test_nan_and_infinity_in_the_real_token_are_reported():
     for bad in (torch.inf, -torch.inf, torch.nan):
         for which in range(2):
             finite = torch.ones(3, dtype=torch.bool)
@@ -76,7 +76,7 @@ def test_what_is_not_finite_is_seen():
             recent_backend.attend_recent(query, *new, residual, counts, finite[1], 0.2, None, None)
             assert finite.tolist() == [True, False, True]
     new = [torch.randn(2, 2, 2, 64) for _ in range(2)]
-    new[0][:, :, 1] = torch.nan  # the guess's own row is dropped
+    new[0][:, :, 1] = torch.nan  # the draft token is not kept
     finite = torch.ones(1, dtype=torch.bool)
     recent_backend.attend_recent(query, *new, residual, counts, finite[0], 0.2, None, None)
     assert finite.all()

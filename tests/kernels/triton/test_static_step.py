@@ -1,4 +1,6 @@
-"""A decode over static buffers on the Triton kernels equals the reference, also as a captured graph."""
+"""A decode over static buffers on the Triton kernels equals the reference, also as a captured
+graph.
+"""
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -25,7 +27,9 @@ def model():
 
 
 def difference(model, monkeypatch, graphs):
-    """Of the logits from the reference's; a group retires on the way."""
+    """Return the largest difference of the logits from the reference's; a group is quantised on the
+    way.
+    """
     config = settings(code="rotated", bits=2, residual=7, policy="verified", slow_tier="ram", prefill_chunk=4096)
     with dispatch.using("triton"), static_steps(monkeypatch, capacity_step=64, graphs=lambda device: graphs) as steps:
         tokens, logits, _ = run(model, prompt(53), config, new=NEW)
