@@ -8,13 +8,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from specache.config import PAGE_TOKENS
+from specache.attention.decode import StepKind
+from specache.config import PAGE_TOKENS, Policy, SpeCacheConfig
 from specache.low_bit.key_scales import KEY_SCALE_BYTES
 
 NUMBER = 8  # bytes of a position, an address, a token id or a counter
 LENGTH = 4  # bytes of a sequence's number of low-bit tokens
 POSITIONS_OF_LAYER = 4  # arrays [B, Hkv, k]: next and used positions, prefetched positions and their slots
 COUNTERS = 5
+
+CAPACITY_STEP = 4096  # low-bit tokens: a batch has room for a multiple, so that it is seldom rebuilt
+KINDS = {  # what a step over static buffers decodes; other policies have none
+    Policy.VERIFIED: StepKind.PAIR,
+    Policy.SPECULATIVE: StepKind.PAIR,
+    Policy.ON_DEMAND: StepKind.SINGLE,
+    Policy.PREVIOUS: StepKind.SINGLE,
+    Policy.NONE: StepKind.SINGLE,
+}
+
+
+def low_bit_room(config: SpeCacheConfig, tokens: int, step: int = CAPACITY_STEP) -> int:
+    """Return the low-bit tokens that a batch has room for, whose longest sequence has `tokens`.
+
+    One group more than it needs, in whole steps of `step`.
+    """
+    return -(-(config.low_bit_length(tokens) + config.group_size) // step) * step
 
 
 def step_buffers_bytes(batch: int, heads: int, top_k: int, row_bytes: int, queries: int) -> int:

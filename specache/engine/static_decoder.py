@@ -19,10 +19,11 @@ from specache.attention.decode import StepKind
 from specache.cache.cache import SpeCache
 from specache.cache.layers import not_finite
 from specache.cache.sequence import Sequence as CachedSequence
-from specache.config import Policy, SlowTierKind, SpeCacheConfig
+from specache.config import SlowTierKind
 from specache.device import page_kernels
 from specache.device.batch import BatchSize, DeviceBatch
 from specache.device.graph import CaptureError, GraphedSteps, Graphs, graphs_for
+from specache.device.static_sizes import CAPACITY_STEP, KINDS, low_bit_room
 from specache.device.step import StaticPass
 from specache.engine.attention_hook import decode_forward
 from specache.errors import SlowTierError
@@ -30,20 +31,6 @@ from specache.planning.working_set import decode_bytes
 from specache.platform.budget import Claim
 from specache.platform.out_of_memory import is_out_of_memory
 from specache.tiers.streams import Streams, streams_for
-
-CAPACITY_STEP = 4096  # low-bit tokens: what a batch has room for is a multiple, so that it is rebuilt (and captured) seldom
-KINDS = {
-    Policy.VERIFIED: StepKind.PAIR,
-    Policy.SPECULATIVE: StepKind.PAIR,
-    Policy.ON_DEMAND: StepKind.SINGLE,
-    Policy.PREVIOUS: StepKind.SINGLE,
-    Policy.NONE: StepKind.SINGLE,
-}
-
-
-def low_bit_room(config: SpeCacheConfig, tokens: int, step: int = CAPACITY_STEP) -> int:
-    """Low-bit tokens that a batch makes room for, whose longest sequence has `tokens`: one group more, in whole steps."""
-    return -(-(config.low_bit_length(tokens) + config.group_size) // step) * step
 
 
 @dataclass(frozen=True)

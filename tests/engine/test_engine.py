@@ -158,7 +158,7 @@ def test_a_pass_that_fails_because_of_one_request_is_tried_without_it(model, mon
         bad = engine.add(specache.make_request(model, prompt(80), max_new_tokens=15, **GREEDY))
         for _ in range(8):
             engine.step()
-        rows = bad.request.sequences[0].compressed[1].rows
+        rows = bad.request.sequences[0].compressed[1].row_fetcher
         monkeypatch.setattr(rows, "start", failing_after(0, specache.SlowTierError))
         run(engine)
         same(good, expected)

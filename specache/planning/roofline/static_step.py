@@ -5,8 +5,7 @@ from __future__ import annotations
 from specache.cache.sizes import hot_slots
 from specache.config import Policy, SlowTierKind, SpeCacheConfig
 from specache.device.device_hot_set import hot_set_bytes
-from specache.device.static_sizes import batch_bytes
-from specache.engine.static_decoder import KINDS, low_bit_room
+from specache.device.static_sizes import KINDS, batch_bytes, low_bit_room
 from specache.model.dimensions import ModelDimensions
 from specache.planning.footprint import CacheFootprint, PlannedSequence
 from specache.planning.roofline.compared_methods import Method
