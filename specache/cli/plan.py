@@ -1,4 +1,6 @@
-"""`specache plan`: the memory that a context needs, per tier, and how fast a device decodes it, without loading weights."""
+"""`specache plan`: the memory that a context needs, per tier, and how fast a device decodes it,
+without loading weights.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +86,8 @@ def plan(
     gpu: GpuName = None,
     gpu_spec: GpuSpec = None,
 ) -> None:
-    """Say how much memory a context needs in each tier, what would make it fit, and how fast a device decodes it.
+    """Say how much memory a context needs in each tier, what would make it fit, and how fast a
+    device decodes it.
 
     Loads no weights.
     """
@@ -115,13 +118,13 @@ def plan_document(dimensions: ModelDimensions, config: SpeCacheConfig, context: 
         config: with every `auto` decided; without `fast_memory` nothing is said about what fits.
     """
     from specache.planning import advice
-    from specache.planning.plan import even_loads
     from specache.planning.plan import plan as make_plan
+    from specache.planning.plan import uniform_batch
     from specache.planning.roofline.static_step import static_step_bytes
     from specache.planning.traffic import step_traffic
 
-    loads, limit = even_loads(context, batch), config.fast_memory
-    planned = make_plan(dimensions, config, loads)
+    sequences, limit = uniform_batch(context, batch), config.fast_memory
+    planned = make_plan(dimensions, config, sequences)
     fits = None if limit is None else planned.fast <= limit
     document: dict[str, Any] = {
         "context": context,
@@ -132,7 +135,7 @@ def plan_document(dimensions: ModelDimensions, config: SpeCacheConfig, context: 
         "traffic": step_traffic(dimensions, config, context, batch).to_dict(),
         "fits": fits,
         "suggestions": [],
-        "least_bytes": advice.least_bytes(dimensions, config, loads),
+        "least_bytes": advice.least_bytes(dimensions, config, sequences),
         "longest_context": None,
         "largest_batch": None,
     }
@@ -140,7 +143,7 @@ def plan_document(dimensions: ModelDimensions, config: SpeCacheConfig, context: 
         document["longest_context"] = advice.longest_context(dimensions, config, batch, limit)
         document["largest_batch"] = advice.largest_batch(dimensions, config, context, limit)
     if fits is False and limit is not None:
-        found = advice.suggestions(dimensions, config, loads, limit)
+        found = advice.suggestions(dimensions, config, sequences, limit)
         document["suggestions"] = [{"changes": one.changes, "fast_bytes": one.fast_bytes} for one in found]
     return document
 
@@ -153,14 +156,16 @@ def _is_here(target: Target, device_type: str) -> bool:
 
 
 def _auto_tier(dimensions: ModelDimensions, asked: SpeCacheConfig, context: int, batch: int) -> dict[str, Any] | None:
-    """What `auto` would take here and now (`TierChoice.to_dict`), or its error; `None` where a tier was named or is not needed."""
+    """What `auto` would take here and now (`TierChoice.to_dict`), or its error; `None` where a tier
+    was named or is not needed.
+    """
     from specache.engine.auto_tier import expected_tier
-    from specache.planning.plan import even_loads
+    from specache.planning.plan import uniform_batch
 
     if asked.slow_tier is not SlowTierKind.AUTO or asked.policy is Policy.FULL:
         return None
     try:
-        return expected_tier(dimensions, asked, even_loads(context, batch)).to_dict()
+        return expected_tier(dimensions, asked, uniform_batch(context, batch)).to_dict()
     except SlowTierError as error:
         return {"error": str(error)}
 

@@ -1,4 +1,6 @@
-"""The disk tier holds what the RAM tier holds, whatever is written, cut, forked, saved and opened again."""
+"""The disk tier holds what the RAM tier holds, whatever is written, cut, forked, saved and opened
+again.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Files that were removed, cut short, replaced or changed: a clear error that names the row, and no wrong token."""
+"""Files that were removed, cut short, replaced or changed: a clear error that names the row, and no
+wrong token.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A disk that is full, slow, failing or tampered with: a clear error or the right token, and nothing left behind."""
+"""A disk that is full, slow, failing or tampered with: a clear error or the right token, and
+nothing left behind.
+"""
 
 from __future__ import annotations
 

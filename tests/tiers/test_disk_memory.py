@@ -1,4 +1,6 @@
-"""What reading and writing hold for a moment is what the plan counts, also where one block is larger than a buffer."""
+"""What reading and writing hold for a moment is what the plan counts, also where one block is
+larger than a buffer.
+"""
 
 from __future__ import annotations
 

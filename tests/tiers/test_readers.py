@@ -1,4 +1,6 @@
-"""Every reader brings the same bytes, asks again after short reads, and says where a file ends or fails."""
+"""Every reader brings the same bytes, asks again after short reads, and says where a file ends or
+fails.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""A pass that fails is taken back whole, whatever failed and whatever fails while it is taken back: what is raised is what failed
-first, and nothing is left behind."""
+"""A pass that fails is taken back whole, whatever failed and whatever fails while it is taken back:
+what is raised is what failed first, and nothing is left behind.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +29,9 @@ RETIRING = [i for i in range(STEPS) if (PROMPT + i + 1 - 16) % 16 == 0]
 
 
 class Retirement:
-    """Fails as groups become low bit: in the layer `number` of the step, before or after its codes are written."""
+    """Fails as groups become low bit: in the layer `number` of the step, before or after its codes
+    are written.
+    """
 
     def __init__(self, number: int, error: type[BaseException], *, after: bool) -> None:
         self._left = number
@@ -188,7 +191,9 @@ def test_rows_that_cannot_be_removed_are_no_error_and_go_with_the_next_program(m
 
 @pytest.mark.parametrize("tier", ["ram", "disk"])
 def test_memory_is_given_back_while_a_background_read_still_runs(model, tmp_path, monkeypatch, tier):
-    """Whoever clears a sequence does not wait for reads that nobody wants any more, and their memory counts as free at once."""
+    """Whoever clears a sequence does not wait for reads that nobody wants any more, and their
+    memory counts as free at once.
+    """
     config = settings(policy="verified", slow_tier=f"disk:{tmp_path}" if tier == "disk" else "ram")
     steps = Steps(model, config, PROMPT)
     kind = type(steps.cache.sequences[0].tier)
