@@ -1,4 +1,6 @@
-"""`--gpu` and `--gpu-spec` of `specache plan`: which device is meant, and the roofline on it."""
+"""`--gpu` and `--gpu-spec` of `specache plan`: select the device, and compute the roofline on
+it.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +26,12 @@ class Target:
     """The device of a roofline.
 
     Attributes:
-        asked: whether one was asked for.
-        device: its figures; `None` is this machine, to be measured.
-        computes_on: what the plan assumes the model is on.
+        requested: True if the options name a device.
+        device: its figures; None is this machine, to be measured.
+        computes_on: the device type that the plan assumes.
     """
 
-    asked: bool
+    requested: bool
     device: roofline.Device | None
     computes_on: Device
 
@@ -43,11 +45,11 @@ class Target:
         context: int,
         batch: int,
     ) -> dict[str, Any]:
-        """The comparison on this device, plain values. Keys are stable.
+        """Return the comparison on this device as plain values. Keys are stable.
 
         Args:
             model_config: transformers' configuration.
-            config: with every `auto` decided.
+            config: settings with every `auto` resolved.
         """
         from specache.planning.roofline.capacity import Capacity
         from specache.planning.roofline.compared_methods import methods
@@ -67,10 +69,10 @@ class Target:
 
 
 def target_device(gpu: str | None, spec: Path | None, device: Device) -> Target:
-    """What the options name.
+    """Return the device that the options select.
 
     Raises:
-        ConfigError: an unknown device, a file that describes none, or options that contradict each other.
+        ConfigError: an unknown device, an invalid file, or contradicting options.
     """
     if gpu is None and spec is None:
         return Target(False, None, device)

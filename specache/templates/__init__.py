@@ -1,1 +1,3 @@
-"""Chat templates: from a conversation to token ids, and from the tokens of an answer to its text and its reasoning."""
+"""Chat templates: encode conversations as token ids, and split an answer's tokens into reasoning
+and text.
+"""

@@ -12,7 +12,7 @@ from specache.cli.main import app
 
 
 def run(*arguments: str | Path, stdin: str | None = None, code: int = 0) -> Result:
-    """The command's result; fails unless it exits with `code`."""
+    """Return the command's result; fails unless it exits with `code`."""
     result = CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin, catch_exceptions=True)
     assert result.exit_code == code, f"exit code {result.exit_code}\n{result.output}\n{result.exception!r}"
     return result

@@ -1,11 +1,13 @@
-"""An answer ends where the model's positions end, and that is said; a prompt that leaves none is refused."""
+"""An answer ends where the model's positions end, and that is said; a prompt that leaves none is
+refused.
+"""
 
 from __future__ import annotations
 
 import pytest
 
 from specache import UsageError
-from specache.cli.answer_length import DEFAULT_MAX_NEW_TOKENS, room
+from specache.cli.answer_length import DEFAULT_MAX_NEW_TOKENS, answer_limit
 from tests.cli.running import one_line, run, run_json
 from tests.cli.tiny_chat import POSITIONS
 
@@ -45,15 +47,15 @@ def test_a_prompt_that_leaves_no_position_is_refused(tiny):
 
 
 def test_the_default_length_is_shortened_and_spoken_of_only_where_the_answer_gets_there():
-    assert room(None, 1000, 900).new_tokens == 100
-    assert room(None, 1000, 900).note(reached=False) is None
-    assert "100 new tokens" in str(room(None, 1000, 900).note(reached=True))
-    assert "100 new tokens" in str(room(200, 1000, 900).note(reached=False))
-    assert room(None, 1000, 100).new_tokens == DEFAULT_MAX_NEW_TOKENS
+    assert answer_limit(None, 1000, 900).new_tokens == 100
+    assert answer_limit(None, 1000, 900).note(reached=False) is None
+    assert "100 new tokens" in str(answer_limit(None, 1000, 900).note(reached=True))
+    assert "100 new tokens" in str(answer_limit(200, 1000, 900).note(reached=False))
+    assert answer_limit(None, 1000, 100).new_tokens == DEFAULT_MAX_NEW_TOKENS
     with pytest.raises(UsageError, match="positions for 1,000"):
-        room(5, 1000, 1000)
+        answer_limit(5, 1000, 1000)
 
 
 def test_a_model_without_a_limit_has_none():
-    assert room(10**6, None, 10**6).new_tokens == 10**6
-    assert room(None, None, 10**6).note(reached=True) is None
+    assert answer_limit(10**6, None, 10**6).new_tokens == 10**6
+    assert answer_limit(None, None, 10**6).note(reached=True) is None

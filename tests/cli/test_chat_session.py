@@ -27,7 +27,7 @@ def chat(tiny_folder: Path) -> tuple[str, ...]:
 
 @pytest.fixture(autouse=True)
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The default folder of sessions."""
+    """Return the default folder of sessions."""
     monkeypatch.setenv("SPECACHE_CACHE", str(tmp_path))
     return tmp_path / "sessions"
 
@@ -118,7 +118,9 @@ def test_reset_starts_over_also_for_the_next_time(chat):
 
 
 def test_a_killed_program_loses_at_most_its_answer(chat, root, tmp_path, monkeypatch):
-    """A program of its own, killed with -9 at the first new text: the message is shown, and its tokens are there."""
+    """A program of its own, killed with -9 at the first new text: the message is shown, and its
+    tokens are there.
+    """
     program = """
 import os, signal, sys
 from specache.cli import chat

@@ -1,4 +1,6 @@
-"""From a conversation to tokens and back in the commands: dates, template variables, markers in files, ends, and channels."""
+"""From a conversation to tokens and back in the commands: dates, template variables, markers in
+files, ends, and channels.
+"""
 
 from __future__ import annotations
 
@@ -34,14 +36,14 @@ SWITCHED = "<system>{{ 'quick' if enable_thinking is defined and not enable_thin
 
 @pytest.fixture(autouse=True)
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The default folder of sessions."""
+    """Return the default folder of sessions."""
     monkeypatch.setenv("SPECACHE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "sessions"
 
 
 @pytest.fixture
 def model(tiny_folder: Path, tmp_path: Path) -> Callable[[str], Path]:
-    """The tiny model with another chat template."""
+    """Return the tiny model with another chat template."""
 
     def with_template(source: str) -> Path:
         folder = tmp_path / "model"
@@ -229,7 +231,7 @@ def script(monkeypatch: pytest.MonkeyPatch, prompt: int, answer: list[int]) -> N
 
 @pytest.fixture
 def gpt_oss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A model that reasons before it answers, and whose generation_config names no end token."""
+    """Yield a model that reasons before it answers, and whose generation_config names no end token."""
     tokenizer = byte_level(HARMONY, HARMONY_MARKERS, "<|return|>")
     network = llama(vocab_size=len(tokenizer))
     network.generation_config.eos_token_id = None

@@ -20,7 +20,7 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 @pytest.fixture
 def gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file whose conversion copies it, slowly, in two steps."""
+    """Return a file whose conversion copies it, slowly, in two steps."""
     monkeypatch.setenv("SPECACHE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(convert, "_write_safetensors", slow_copy)
     file = tmp_path / "some model.gguf"

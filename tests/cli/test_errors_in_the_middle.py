@@ -1,4 +1,6 @@
-"""An error while the answer is written: what there is of it is printed and kept, and the error comes last."""
+"""An error while the answer is written: what there is of it is printed and kept, and the error
+comes last.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ def tiny(tiny_folder: Path) -> tuple[str, ...]:
 
 @pytest.fixture(autouse=True)
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torch_kernels: None) -> Path:
-    """The default folder of sessions."""
+    """Return the default folder of sessions."""
     monkeypatch.setenv("SPECACHE_CACHE", str(tmp_path))
     return tmp_path / "sessions"
 

@@ -1,4 +1,6 @@
-"""A GGUF file runs as the model that it says it is: RoPE as it is stretched there, and no setting that matters dropped."""
+"""A GGUF file runs as the model that it says it is: RoPE as it is stretched there, and no setting
+that matters dropped.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ HEAD = 32
 
 
 def written(folder: Path, fields: dict[str, Any], arch: str = "llama", **tensors: Any) -> Path:
-    """A file that holds settings, and tensors of RoPE factors."""
+    """Return a file that holds settings, and tensors of RoPE factors."""
     path = folder / "model.gguf"
     writer = gguf.GGUFWriter(path, arch)
     add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32, bool: writer.add_bool}
@@ -171,7 +173,9 @@ def test_gpt_oss_keeps_its_own_yarn(tmp_path):
 
 
 def test_gemma_4_runs_as_it_is(tmp_path):
-    """Its heads differ by layer, three quarters of the frequencies are none, and its soft cap is no default."""
+    """Its heads differ by layer, three quarters of the frequencies are none, and its soft cap is no
+    default.
+    """
     settings, own = Gemma4TextConfig(num_hidden_layers=6), Gemma4TextConfig(num_hidden_layers=6).rope_parameters
     fields = {"attention.key_length": 512, "attention.sliding_window": 512, "rope.dimension_count": 512}
     bases = {"rope.freq_base": 1e6, "rope.freq_base_swa": 1e4, "final_logit_softcapping": 30.0}

@@ -37,7 +37,9 @@ def test_an_unknown_command_is_a_usage_error():
 
 
 def in_a_new_process(program: str, *arguments: str | Path) -> str:
-    """What it prints, and at the end which of the libraries that take long to import it imported."""
+    """Return what it prints, and at the end which of the libraries that take long to import it
+    imported.
+    """
     program += "\nimport sys; print({'torch', 'transformers', 'safetensors'} & set(sys.modules) or 'none')"
     done = subprocess.run([sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,6 @@
-"""Numbers that no command has use for are mistakes of usage: exit code 2 and the range, before anything is loaded."""
+"""Numbers that no command has use for are mistakes of usage: exit code 2 and the range, before
+anything is loaded.
+"""
 
 from __future__ import annotations
 

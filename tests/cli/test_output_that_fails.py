@@ -1,4 +1,6 @@
-"""A full disk, a closed pipe, an unforeseen error: one line at most, an exit code that says so, and no traceback."""
+"""A full disk, a closed pipe, an unforeseen error: one line at most, an exit code that says so, and
+no traceback.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ QUICK = {
 
 
 def specache(*arguments: str | Path, cache: Path, redirected: str = "") -> subprocess.CompletedProcess[str]:
-    """The command in a shell, which redirects its streams."""
+    """Return the command in a shell, which redirects its streams."""
     environment = {**os.environ, "SPECACHE_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
     environment.pop("SPECACHE_DEBUG", None)
     command = ["sh", "-c", f'exec "$0" "$@" {redirected}', PROGRAM, *arguments]

@@ -21,7 +21,7 @@ SYSTEM_LAST = (  # as Mistral's: the system message stands in the last message o
 
 @pytest.fixture(autouse=True)
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The default folder of sessions."""
+    """Return the default folder of sessions."""
     monkeypatch.setenv("SPECACHE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "sessions"
 

@@ -41,7 +41,7 @@ def tiny(tiny_folder: Path) -> tuple[str, ...]:
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The default folder of sessions."""
+    """Return the default folder of sessions."""
     monkeypatch.setenv("SPECACHE_CACHE", str(tmp_path))
     return tmp_path / "sessions"
 
@@ -188,7 +188,9 @@ def test_a_save_that_fails_is_reported(tiny, root, monkeypatch):
 
 
 def test_a_killed_program_loses_at_most_its_answer(tiny, root):
-    """A program of its own, killed with -9 while it answers; the next one does not read the prompt again."""
+    """A program of its own, killed with -9 while it answers; the next one does not read the prompt
+    again.
+    """
     command = [sys.executable, "-m", "specache.cli.main", *tiny, "--prompt", DOCUMENT, "--session", "one", "-n", "200"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ})
     manifest = root / "one" / "session.json"

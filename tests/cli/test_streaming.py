@@ -18,7 +18,7 @@ def ids_of(text: str) -> list[int]:
 
 
 def assemble(text: str, stops: list[str]) -> tuple[list[str], TextAssembler]:
-    """The pieces that a text arrives in."""
+    """Return the pieces that a text arrives in."""
     assembler = TextAssembler(TOKENIZER, stops)
     pieces = []
     for token in ids_of(text):

@@ -1,4 +1,6 @@
-"""What a user saved or typed is the text that the model reads, whatever editor or shell wrote it."""
+"""What a user saved or typed is the text that the model reads, whatever editor or shell wrote
+it.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ SAVED = {
 
 @pytest.fixture
 def prompts_read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The prompts that a command would answer; nothing is loaded."""
+    """Return the prompts that a command would answer; nothing is loaded."""
     read: list[str] = []
 
     def load(*arguments: Any, **more: Any) -> Any:

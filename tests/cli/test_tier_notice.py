@@ -1,4 +1,6 @@
-"""`--slow-tier auto` at the command line: what it takes is said in one line and in JSON, and `doctor` and `plan` foretell it."""
+"""`--slow-tier auto` at the command line: what it takes is said in one line and in JSON, and
+`doctor` and `plan` foretell it.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def tiny(tiny_folder: Path) -> tuple[str, ...]:
 
 @pytest.fixture
 def little_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Rows do not fit into memory; a disk's buffers, which are larger than all that a tiny model holds, do."""
+    """Rows do not fit into memory; a disk's buffers, which are larger than all that a tiny model
+    holds, do.
+    """
     monkeypatch.setenv("SPECACHE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(machine, "available_memory", lambda: 100_000)
     monkeypatch.setattr(machine, "free_swap", lambda: 1 << 40)

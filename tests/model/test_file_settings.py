@@ -1,4 +1,6 @@
-"""Generation settings in a model's files, which nobody typed: honoured, or replaced; what the caller typed is still refused."""
+"""Generation settings in a model's files, which nobody typed: honoured, or replaced; what the
+caller typed is still refused.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ FULL = specache.SpeCacheConfig(policy="full")
 
 
 def tuned(**settings: Any) -> Any:
-    """A model whose generation_config has these settings."""
+    """Return a model whose generation_config has these settings."""
     model = llama()
     for name, value in settings.items():
         setattr(model.generation_config, name, value)
@@ -148,7 +150,7 @@ def test_hidden_states_that_the_models_config_asks_for_are_not_held():
 
 
 def letters() -> PreTrainedTokenizerFast:
-    """Every token is one character."""
+    """Return every token is one character."""
     backend = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(printable[:97])}, merges=[]))
     backend.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="0", clean_up_tokenization_spaces=False)

@@ -1,4 +1,6 @@
-"""How long a sequence may be: RoPE scaling makes it longer than `max_position_embeddings`, a learned table has an end."""
+"""How long a sequence may be: RoPE scaling makes it longer than `max_position_embeddings`, a
+learned table has an end.
+"""
 
 from __future__ import annotations
 
@@ -172,7 +174,9 @@ def test_stretching_says_nothing_of_a_learned_table():
 
 @pytest.mark.parametrize("new", [30, 60])
 def test_generating_past_a_window_that_was_kept_whole_is_refused_instead_of_wrong(new):
-    """Every layer slides over 80 tokens, as many as there are positions: full attention, as long as no text is longer."""
+    """Every layer slides over 80 tokens, as many as there are positions: full attention, as long as
+    no text is longer.
+    """
     model = build("Mistral", {"sliding_window": 80, "max_position_embeddings": 80})
     ids = prompt(50)
     if new == 30:

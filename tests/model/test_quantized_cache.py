@@ -14,7 +14,9 @@ from specache.model.quantized_cache import quantised_tokens, store_prompt
 
 
 class WholeBytes(HQQQuantizedLayer):
-    """hqq's layer without the library: codes are the numbers themselves, and groups that fill no whole byte cannot be packed."""
+    """hqq's layer without the library: codes are the numbers themselves, and groups that fill no
+    whole byte cannot be packed.
+    """
 
     def __init__(self, bits: int = 2, group: int = 64, residual: int = 128) -> None:
         QuantizedLayer.__init__(self, bits, 1, 1, group, residual)

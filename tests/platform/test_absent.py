@@ -130,7 +130,9 @@ class BuildError(Exception):
 
 
 class Broken:
-    """Kernels in PyTorch, of which one is not built; `attend` destroys the scores before it finds out."""
+    """Kernels in PyTorch, of which one is not built; `attend` destroys the scores before it finds
+    out.
+    """
 
     def __init__(self, operation: str, error: Exception) -> None:
         self.operation, self.error, self.calls = operation, error, 0

@@ -1,4 +1,6 @@
-"""The budget of fast memory: planned before anything runs, taken by what is allocated, given back."""
+"""The budget of fast memory: planned before anything runs, taken by what is allocated, given
+back.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,7 @@ def run(model: Any, cache: specache.SpeCache, lengths: list[int], new: int) -> N
 
 
 def held_tensors(cache: specache.SpeCache) -> int:
-    """What the cache's tensors take in fast memory, rows in flight not counted."""
+    """Return what the cache's tensors take in fast memory, rows in flight not counted."""
     memory = cache.memory()
     tails = sum(getattr(sequence.tier, "tail_bytes", 0) for sequence in cache.sequences)
     staged = sum(
@@ -115,7 +117,7 @@ def test_the_plan_covers_what_is_held_and_little_more(models, kind, policy, tier
 
 
 def planned_buffers(expected: MemoryPlan) -> int:
-    """Rows in flight and growth that a run need not have reached."""
+    """Return the rows in flight and growth that a run need not have reached."""
     return expected.decode.read_buffers
 
 
@@ -233,7 +235,9 @@ def test_closing_gives_everything_back(models):
 
 
 def test_continuing_within_the_budget_of_the_plan(models):
-    """A conversation's next turn is planned with what is stored: windows are kept twice, hot sets grow."""
+    """A conversation's next turn is planned with what is stored: windows are kept twice, hot sets
+    grow.
+    """
     for kind in models:
         config = specache.SpeCacheConfig(**SHORT, slow_tier="ram", hot_set=0.3)
         with specache.SpeCache(models[kind], config) as cache:
@@ -280,7 +284,9 @@ def test_a_hot_set_takes_only_what_the_budget_leaves(models):
 @pytest.mark.parametrize("tier", ["ram", "ram-inplace"])
 @pytest.mark.parametrize("chunk", [128, 512])
 def test_the_plan_covers_the_tensors_that_a_prefill_makes(tier, chunk):
-    """Every tensor that PyTorch makes while prefilling, less the slow tier's, against the plan (which may hold some more)."""
+    """Every tensor that PyTorch makes while prefilling, less the slow tier's, against the plan
+    (which may hold some more).
+    """
     size = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 8, "num_key_value_heads": 2}
     model = llama(**size, max_position_embeddings=4096).to(torch.bfloat16)
     with specache.SpeCache(model, specache.SpeCacheConfig(slow_tier=tier, prefill_chunk=chunk)) as cache:

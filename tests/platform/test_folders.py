@@ -1,4 +1,6 @@
-"""The folder of converted models and sessions is where a user of this system expects it, and nothing is lost by that."""
+"""The folder of converted models and sessions is where a user of this system expects it, and
+nothing is lost by that.
+"""
 
 from __future__ import annotations
 

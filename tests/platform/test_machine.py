@@ -1,4 +1,6 @@
-"""What is free: the smallest of what the system and the control groups around the process have left."""
+"""What is free: the smallest of what the system and the control groups around the process have
+left.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ V1, V2 = "/sys/fs/cgroup/memory", "/sys/fs/cgroup"
 
 @pytest.fixture
 def files(monkeypatch):
-    """Files of /proc and /sys by name; nothing else is there, and the system says of itself what `MemAvailable` says."""
+    """Files of /proc and /sys by name; nothing else is there, and the system says of itself what
+    `MemAvailable` says.
+    """
     there: dict[str, str] = {"/proc/meminfo": "MemAvailable:  1 kB\nSwapFree: 5 kB\n"}
     monkeypatch.setattr(machine, "_lines", lambda path: there[path].splitlines() if path in there else [])
     return there

@@ -1,4 +1,6 @@
-"""PyTorch's modes: whatever is on in one call and not in the next, answers are those of stock generate and no cache is spoiled."""
+"""PyTorch's modes: whatever is on in one call and not in the next, answers are those of stock
+generate and no cache is spoiled.
+"""
 
 from __future__ import annotations
 
@@ -100,7 +102,9 @@ def test_answers_are_those_of_stock_generate_in_the_same_mode(model, tmp_path, n
 @pytest.mark.parametrize("second", MODES)
 @pytest.mark.parametrize("first", ["plain", "inference", "autocast-bf16", "float64"])
 def test_a_conversation_goes_on_in_another_mode(model, tmp_path, first, second):
-    """Filled in one mode, continued, copied and cut in another, and continued in the first again."""
+    """Filled in one mode, continued, copied and cut in another, and continued in the first
+    again.
+    """
     start, more, other = prompt(70), prompt(40, seed=2), prompt(9, seed=3)
     tier = f"disk:{tmp_path}" if first == "inference" else "ram"
     cache = specache.SpeCache(model, everything_fetched(slow_tier=tier, policy="verified"))
@@ -203,7 +207,9 @@ def test_weights_and_prompts_that_are_inference_tensors(tmp_path):
 
 
 class InPlace:
-    """A processor that keeps a tensor of the mode that it was first called in, and changes it, as a caller's own may."""
+    """A processor that keeps a tensor of the mode that it was first called in, and changes it, as a
+    caller's own may.
+    """
 
     def __init__(self) -> None:
         self.seen: torch.Tensor | None = None

@@ -1,4 +1,6 @@
-"""Memory that runs out in the middle of generating: what was generated is there, the cache goes on, the message helps."""
+"""Memory that runs out in the middle of generating: what was generated is there, the cache goes on,
+the message helps.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,7 @@ def model() -> Any:
 
 @pytest.fixture(scope="module")
 def expected(model: Any) -> torch.Tensor:
-    """What nothing disturbs."""
+    """Return what nothing disturbs."""
     with dispatch.using("torch"):
         return greedy(model, prompt(90), config=settings())
 
@@ -64,9 +66,11 @@ def greedy(model: Any, ids: torch.Tensor, new: int = 16, **arguments: Any) -> to
 def failing(
     monkeypatch: pytest.MonkeyPatch, operation: str, error: Any, after: int = 0, layer: int = 0, times: int | None = None
 ) -> Iterator[list[int]]:
-    """Inside, a kernel raises once `after` tokens are there, from `layer` of the pass on: for ever, or so many times.
+    """Inside, a kernel raises once `after` tokens are there, from `layer` of the pass on: for ever,
+    or so many times.
 
-    Yields the layer of each call that raised. Every layer of a pass calls `score` once, before the other kernels.
+    Yields the layer of each call that raised. Every layer of a pass calls `score` once, before the
+    other kernels.
     """
     real, put = getattr(dispatch, operation), generation.sample_next
     score = dispatch.score

@@ -1,4 +1,6 @@
-"""PyTorch's private operations: which of them the installed release has, and what serves without each."""
+"""PyTorch's private operations: which of them the installed release has, and what serves without
+each.
+"""
 
 from __future__ import annotations
 
@@ -33,14 +35,16 @@ def without(monkeypatch):
 
 
 def test_the_installed_pytorch_has_all_of_them():
-    """A release that drops one runs on its fallback; this test says which, so that somebody looks at what it costs."""
-    assert private_torch.missing() == []
+    """A release that drops one runs on its fallback; this test says which, so that somebody looks
+    at what it costs.
+    """
+    assert private_torch.missing_operations() == []
 
 
 def test_an_operation_that_is_not_there_is_none_and_named(without):
     without("ops.aten._weight_int8pack_mm", "_dynamo.mark_static")
     assert private_torch.find("ops.aten._weight_int8pack_mm") is None
-    assert private_torch.missing() == ["ops.aten._weight_int8pack_mm", "_dynamo.mark_static"]
+    assert private_torch.missing_operations() == ["ops.aten._weight_int8pack_mm", "_dynamo.mark_static"]
 
 
 def test_looking_for_something_that_pytorch_never_had_finds_nothing(monkeypatch):

@@ -1,6 +1,7 @@
 """A session that one release of transformers made goes on under another, and comes back.
 
-`make test-oldest` names the other environment's interpreter in `SPECACHE_OTHER_PYTHON`; without one there is nothing to cross.
+`make test-oldest` names the other environment's interpreter in `SPECACHE_OTHER_PYTHON`; without one
+there is nothing to cross.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ MODELS = {
 
 
 def take_turn(root: Path, folder: Path, policy: str, turn: int) -> dict[str, Any]:
-    """Open the session, say something, save it -> what it holds then, and how many tokens it held before."""
+    """Open the session, say something, save it and return what it holds then, and how many tokens
+    it held before.
+    """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with opened(root, model, SpeCacheConfig(policy=policy, **SETTINGS), tokenizer=tokenizer) as session:

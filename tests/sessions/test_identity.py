@@ -1,4 +1,6 @@
-"""A session belongs to what its keys and values mean, not to how its model is labelled, wrapped or run."""
+"""A session belongs to what its keys and values mean, not to how its model is labelled, wrapped or
+run.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from tests.sessions.sequences import gemma, llama, opened, prefill, prompt, sett
 
 @pytest.fixture(scope="module")
 def of_a_hybrid(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with session `one` of Gemma 2, whose first layer slides."""
+    """Return a folder with session `one` of Gemma 2, whose first layer slides."""
     root = tmp_path_factory.mktemp("hybrid")
     model = gemma()
     with opened(root, model, settings()) as session:
@@ -118,7 +120,8 @@ def test_an_empty_session_belongs_to_what_fills_it(tmp_path):
         opened(tmp_path, model)
 
 
-# Sessions of the first form: a digest of the whole configuration, and of 1,024 elements of each tensor of the state dict
+# Sessions of the first form: a digest of the whole configuration, and of 1,024 elements of each
+# tensor of the state dict
 
 
 def first_form(root: Path, model: Any, name: str = "one") -> None:

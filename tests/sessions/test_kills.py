@@ -75,7 +75,7 @@ def test_a_kill_leaves_a_complete_state(tmp_path, monkeypatch, family):
 
 
 def reference(root: Path, model: Any, length: int) -> str:
-    """The state of a session that reached `length` without being killed."""
+    """Return the state of a session that reached `length` without being killed."""
     with opened(root, model, settings(), f"to{length}") as session:
         for stop in range(STEP, length + 1, STEP):
             prefill(session, model, TEXT[:, :stop])

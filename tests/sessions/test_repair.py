@@ -1,4 +1,6 @@
-"""A damaged session is mended, and then goes on as one that never was; what cannot be mended is left as it is."""
+"""A damaged session is mended, and then goes on as one that never was; what cannot be mended is
+left as it is.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,7 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def contents(root: Path) -> dict[str, bytes]:
-    """All files of the session but the lock."""
+    """Return all files of the session but the lock."""
     return {path.name: path.read_bytes() for path in sorted((root / "one").iterdir()) if path.name != "lock"}
 
 
@@ -69,7 +71,7 @@ def flip(path: Path, bit: int) -> None:
 
 
 def row_place(saved: Saved, token: int) -> int:
-    """A bit of a token's row in a file of rows."""
+    """Return a bit of a token's row in a file of rows."""
     layout = next(iter(repairing.inspect(saved.root / "one", "one").manifest.full_layers.values())).rows
     return 8 * (token // BLOCK_TOKENS * layout.block_bytes + token % BLOCK_TOKENS * layout.stride + 5)
 
@@ -148,7 +150,9 @@ def test_damage_in_several_places_is_mended_at_once(saved, tmp_path):
 
 @pytest.mark.parametrize("pattern", ["tail-*", "pages-*", "*-L001.rows"])
 def test_a_mended_session_knows_its_last_token_and_what_was_a_prompt(saved, tmp_path, pattern):
-    """Only what is new may be passed to it, with a mask that covers the token that was generated last."""
+    """Only what is new may be passed to it, with a mask that covers the token that was generated
+    last.
+    """
     root = saved.copy(tmp_path)
     flip(one(root, pattern), 8 * 700)
     assert sessions.repair("one", saved.model, folder=root).mended
@@ -286,7 +290,9 @@ def test_forks_of_a_damaged_session_are_mended_each_for_itself(saved, tmp_path):
 
 
 def old(root: Path) -> None:
-    """Have a session look as the first version wrote it: no copy of the tokens or of the manifest."""
+    """Have a session look as the first version wrote it: no copy of the tokens or of the
+    manifest.
+    """
     from specache.sessions.files import new_digest
 
     path = root / "one" / "session.json"

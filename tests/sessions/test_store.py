@@ -102,7 +102,9 @@ def test_removing_one_leaves_its_fork_whole(tmp_path, model, saved, removed):
 
 
 def chain_of_forks(root: Path, model: Any, count: int) -> torch.Tensor:
-    """Sessions `one` to `fork<count>`, each a fork of the one before and a block longer -> the last one's tokens."""
+    """Sessions `one` to `fork<count>`, each a fork of the one before and a block longer -> the last
+    one's tokens.
+    """
     ids, name = prompt(300), "one"
     for i in range(1, count + 1):
         sessions.fork(name, f"fork{i}", root)
@@ -115,7 +117,9 @@ def chain_of_forks(root: Path, model: Any, count: int) -> torch.Tensor:
 
 
 def test_a_long_chain_of_forks_has_few_files(tmp_path, model, saved):
-    """All of them are open as long as a session is: one per fork and layer would exceed the system's limit."""
+    """All of them are open as long as a session is: one per fork and layer would exceed the
+    system's limit.
+    """
     ids = chain_of_forks(tmp_path, model, 20)
     with opened(tmp_path, model, settings(), "steady") as session:
         for length in range(300, ids.shape[1] + 1, 70):

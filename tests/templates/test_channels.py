@@ -1,4 +1,6 @@
-"""Of an answer in several channels the final message is the text, and its reasoning is kept apart."""
+"""Of an answer in several channels the final message is the text, and its reasoning is kept
+apart.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ FINAL = "<|start|>assistant<|channel|>final<|message|>yes<|return|>"
 
 
 def record(tokenizer: Any, answer: str, prompt: str) -> tuple[AnswerRecorder, list[str]]:
-    """The recorder after an answer, and each piece of text as it was shown."""
+    """Return the recorder after an answer, and each piece of text as it was shown."""
     shown: list[str] = []
     parser = channel_parser(tokenizer, tokenizer(prompt)["input_ids"])
     end_ids = [tokenizer.eos_token_id]

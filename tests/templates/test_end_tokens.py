@@ -1,4 +1,6 @@
-"""An answer ends where the model's own chat template ends a message, whatever its other files name."""
+"""An answer ends where the model's own chat template ends a message, whatever its other files
+name.
+"""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class Steps:
                 self.decoder.pre_decode([0], [5])
 
     def step(self, number: int) -> torch.Tensor:
-        """Logits [V] of the real row."""
+        """Return the logits [V] of the real row."""
         draft = [7 + number % 50] if self.cache.config.policy.drafts else None
         with torch.no_grad(), attached(self.model):
             return self.decoder.step([0], [5 + number % 60], draft).real[0]

@@ -73,7 +73,9 @@ def test_a_file_that_is_cut_short_later_names_the_row(tmp_path, monkeypatch, rea
 
 
 def test_a_file_that_is_cut_short_behind_the_wanted_row_is_refused_too(tmp_path):
-    """Reads are widened to the device's alignment: the row is there, the rest of its read is not."""
+    """Reads are widened to the device's alignment: the row is there, the rest of its read is
+    not.
+    """
     tier = DiskTier(tmp_path)
     fill(tier, 200)
     layout = tier._layers[0].layout

@@ -50,7 +50,7 @@ class Buffers:
 
 
 def peak(buffers: Buffers, action: Callable[[], Any]) -> int:
-    """Bytes of buffers, arrays and tensors at once, at most."""
+    """Return the bytes of buffers, arrays and tensors at once, at most."""
     buffers.peak = buffers.held
     tracemalloc.start()
     with PeakMemory() as tensors:

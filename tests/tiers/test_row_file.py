@@ -1,4 +1,6 @@
-"""The layout of rows on disk: its sizes, and that a checksum finds every damaged or misplaced row."""
+"""The layout of rows on disk: its sizes, and that a checksum finds every damaged or misplaced
+row.
+"""
 
 from __future__ import annotations
 

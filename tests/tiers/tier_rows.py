@@ -17,31 +17,31 @@ from specache.tiers.disk.disk_tier import DiskTier
 
 
 def random_rows(heads: int, tokens: int, dim: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Keys and values [Hkv, n, D]."""
+    """Return the keys and values [Hkv, n, D]."""
     generator = torch.Generator().manual_seed(seed)
     keys, values = (torch.randn(heads, tokens, dim, generator=generator).to(dtype) for _ in range(2))
     return keys, values
 
 
 def fill(tier: SlowTier, tokens: int, *, layer: int = 0, heads: int = 2, dim: int = 32, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Write random bfloat16 rows -> them."""
+    """Write random bfloat16 rows and return them."""
     keys, values = random_rows(heads, tokens, dim, torch.bfloat16, seed)
     tier.write(layer, 0, keys, values)
     return keys, values
 
 
 def row_file(tier: DiskTier, layer: int = 0) -> Path:
-    """The file that the tier appends a layer to."""
+    """Return the file that the tier appends a layer to."""
     return tier._files._own[layer].path
 
 
 def everything(tier: SlowTier, layer: int, heads: int, tokens: int) -> Tensor:
-    """All rows [Hkv, n, 2 D] by `read`."""
+    """Return all rows [Hkv, n, 2 D] by `read`."""
     return torch.cat(tier.read(layer, 0, tokens), dim=-1)
 
 
 def pairs(heads: int, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Every head with every position, as `gather` takes them."""
+    """Return every head with every position, as `gather` takes them."""
     return torch.arange(heads).repeat_interleave(len(positions)), positions.repeat(heads)
 
 

@@ -197,7 +197,7 @@ def _read_blocks(run: Run, layout: RowLayout, reader: Reader, buffer: AlignedBuf
 
 
 def _take_blocks(run: Run, layout: RowLayout, buffer: AlignedBuffer, start: int, stop: int, into: Words) -> None:
-    """Verify a run's rows of tokens `[start, stop)`, and copy them to [Hkv, stop - start, words]."""
+    """Verify a run's rows of tokens `[start, stop)` and copy them to [Hkv, stop - start, words]."""
     heads = np.arange(layout.num_kv_heads)[:, None]
     view = layout.block_view(buffer.words, run.blocks)  # [blocks, Hkv, 64, words + 1]
     step = max(1, CHECK_BYTES // layout.block_bytes)

@@ -1,4 +1,4 @@
-"""Choose the folder that `slow_tier="auto"` writes rows to: on a real disk with enough free space."""
+"""Choose the folder that `slow_tier="auto"` writes rows to: on a real disk with free space."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders of the disk tier: the user's, checked before use, and a private one per temporary tier."""
+"""Folders of the disk tier: the user's, checked before use, and one per temporary tier."""
 
 from __future__ import annotations
 

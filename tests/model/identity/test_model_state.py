@@ -1,4 +1,6 @@
-"""A cache is continued by what filled it and by nothing else, whatever became of the model in between."""
+"""A cache is continued by what filled it and by nothing else, whatever became of the model in
+between.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Weights that accelerate keeps in main memory or on disk: the model runs, and is identified by what they are in place."""
+"""Weights that accelerate keeps in main memory or on disk: the model runs, and is identified by
+what they are in place.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,14 @@ from tests.tiny import llama, prompt
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved model."""
+    """Return a saved model."""
     path = tmp_path_factory.mktemp("model")
     llama().save_pretrained(path)
     return path
 
 
 def loaded(folder: Path, offload: Path, embedding: str = "disk") -> Any:
-    """The layers on disk, in the files that they are loaded from."""
+    """Return the layers on disk, in the files that they are loaded from."""
     places = {"model.embed_tokens": embedding, "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
     places |= {f"model.layers.{i}": "disk" for i in range(3)}
     return AutoModelForCausalLM.from_pretrained(folder, device_map=places, offload_folder=offload).eval()

@@ -1,4 +1,6 @@
-"""Weights that are no plain tensors: quantised by PyTorch, tensor subclasses, bitsandbytes, torchao."""
+"""Weights that are no plain tensors: quantised by PyTorch, tensor subclasses, bitsandbytes,
+torchao.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::U
 
 
 def plain(seed: int = 0) -> Any:
-    """Sizes that bitsandbytes' blocks of 64 divide."""
+    """Return the sizes that bitsandbytes' blocks of 64 divide."""
     return llama(seed=seed, intermediate_size=128)
 
 
@@ -147,7 +149,9 @@ def test_fast_products_leave_packed_layers_alone(make):
 
 
 def test_a_4_bit_weight_packed_for_the_processor_has_its_identity_still():
-    """As on processors with instructions for bfloat16, where a layer packs its weight when it first runs."""
+    """As on processors with instructions for bfloat16, where a layer packs its weight when it first
+    runs.
+    """
     bnb = pytest.importorskip("bitsandbytes")
     model, packed = bitsandbytes(4, 0), bitsandbytes(4, 0)
     for module in packed.modules():
