@@ -1,6 +1,4 @@
-"""What a user can enter in `specache chat`: quotes, files, commands; and what a full conversation
-and Ctrl-C do.
-"""
+"""Input of `specache chat`: quotes, files, commands, a full conversation, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -36,7 +34,7 @@ def chat(tiny_folder: Path) -> tuple[str, ...]:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[dict[str, str]]]:
-    """Return the conversations that the model was asked to go on with."""
+    """Return the conversations that the model was asked to continue."""
     seen: list[list[dict[str, str]]] = []
     real = conversation_module.Conversation.say
 

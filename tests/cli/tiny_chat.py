@@ -1,4 +1,4 @@
-"""A tiny model that can be loaded from a folder: every byte is a token, and conversations have a
+"""A tiny model that can be loaded from a folder: every byte is a token, and it has a chat
 template.
 """
 
@@ -21,7 +21,7 @@ POSITIONS = 512
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Return one token per byte of UTF-8, after the special tokens."""
+    """Return a tokenizer with one token per byte of UTF-8, after the special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([*SPECIAL, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))

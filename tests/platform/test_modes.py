@@ -1,6 +1,4 @@
-"""PyTorch's modes: whatever is on in one call and not in the next, answers are those of stock
-generate and no cache is spoiled.
-"""
+"""PyTorch's modes: whatever mode a call runs in, its answer equals stock generate in that mode."""
 
 from __future__ import annotations
 
@@ -79,7 +77,7 @@ def model() -> Any:
 
 @pytest.fixture(autouse=True)
 def no_constants() -> None:
-    """Whatever is kept for the process is made under the mode that is tested."""
+    """Clear the process's cached constants, so that they are created under the tested mode."""
     for kept in (torch_rotated.rotation, torch_rotated.levels, torch_rotated._level_table, packing.byte_table, packing._places):
         kept.cache_clear()
 
@@ -127,7 +125,7 @@ def test_a_conversation_goes_on_in_another_mode(model, tmp_path, first, second):
 
 
 def test_stock_continues_a_cache_of_autocast_outside_of_it_and_so_do_we(model):
-    """Keys and values keep what they were: the prompt's are rounded, later ones are not."""
+    """Keys and values keep their rounding: the prompt's are rounded, later ones are not."""
     ids, more = prompt(80), prompt(30, seed=1)
     for first, second in (("autocast-bf16", "plain"), ("plain", "autocast-bf16"), ("autocast-fp16", "autocast-bf16")):
         answers = []
@@ -167,7 +165,7 @@ FAMILIES = {
 
 @pytest.mark.parametrize("name", ["inference", "autocast-bf16", "float64", "bfloat16", "meta", "deterministic"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_hybrids_and_mixtures_of_experts_too(family, name):
+def test_hybrids_and_mixtures_of_experts_equal_stock_in_every_mode(family, name):
     model, ids = FAMILIES[family](), prompt(60)
     with MODES["plain" if name == "meta" else name]():  # stock's own sliding cache cannot be made on a default device
         expected = model.generate(ids, **GREEDY)
@@ -207,9 +205,7 @@ def test_weights_and_prompts_that_are_inference_tensors(tmp_path):
 
 
 class InPlace:
-    """A processor that keeps a tensor of the mode that it was first called in, and changes it, as a
-    caller's own may.
-    """
+    """A processor that keeps a tensor of the mode of its first call, and changes it in place."""
 
     def __init__(self) -> None:
         self.seen: torch.Tensor | None = None
@@ -295,7 +291,7 @@ def test_the_default_dtype_is_never_changed(model):
 
 
 @pytest.mark.parametrize("name", MODES)
-def test_what_is_kept_for_the_process_is_the_same_whoever_asked_first(name):
+def test_process_wide_constants_do_not_depend_on_the_mode_of_the_first_call(name):
     def kept() -> list[torch.Tensor]:
         cpu = torch.device("cpu")
         rotations = [torch_rotated.rotation(48, cpu), torch_rotated.levels(2, cpu), torch_rotated._level_table(2, cpu)]
@@ -370,7 +366,7 @@ def test_a_model_with_quantised_weights_answers_as_its_stock_generate(weights, n
             assert torch.equal(specache.generate(model, ids, config=everything_fetched(policy=policy), **GREEDY), expected)
 
 
-def test_threads_that_are_changed_between_calls_change_no_answer(model):
+def test_changing_the_number_of_threads_between_calls_changes_no_answer(model):
     cache, ids = specache.SpeCache(model, everything_fetched(slow_tier="ram")), prompt(100)
     before = torch.get_num_threads()
     try:
@@ -382,7 +378,7 @@ def test_threads_that_are_changed_between_calls_change_no_answer(model):
     assert torch.equal(ids, model.generate(prompt(100), max_new_tokens=18, do_sample=False))
 
 
-def test_a_call_may_be_profiled(model):
+def test_generate_runs_under_the_profiler(model):
     with torch.autograd.profiler.profile() as profile:
         out = specache.generate(model, prompt(60), config=everything_fetched(), **GREEDY)
     assert profile.function_events and torch.equal(out, model.generate(prompt(60), **GREEDY))

@@ -21,7 +21,7 @@ TEXT = prompt(LONGEST)
 
 
 def grow(root: Path, model: Any) -> None:
-    """Go on with the session for ever: read some more, save; now and then cut it back."""
+    """Continue the session forever: prefill, save, and sometimes cut it back."""
     with opened(root, model, settings()) as session:
         while True:
             if len(session.token_ids) == LONGEST:
@@ -31,7 +31,7 @@ def grow(root: Path, model: Any) -> None:
 
 
 def killed(root: Path, model: Any, delay: float) -> None:
-    """`grow` in a process of its own, which is killed after `delay` seconds of it."""
+    """Run `grow` in a process that is killed after `delay` seconds."""
     ready, tell = os.pipe()
     child = os.fork()
     if child == 0:

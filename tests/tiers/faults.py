@@ -22,7 +22,7 @@ def failing(code: int) -> Callable[..., int]:
 
 
 class Steps:
-    """A cache after its prompt, and its decode steps one by one."""
+    """A cache after its prompt, decoded step by step."""
 
     def __init__(self, model: Any, config: specache.SpeCacheConfig, length: int) -> None:
         self.cache = specache.SpeCache(model, config)

@@ -1,4 +1,4 @@
-"""Tiers with known rows, and how tests look behind them."""
+"""Tiers with known rows, and access to their internals."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def pairs(heads: int, positions: Tensor) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def nothing_left(folder: Path) -> Iterator[None]:
-    """No thread, no file descriptor and no file in `folder` more than before."""
-    gc.collect()  # what earlier tests forgot goes now, and not in between
+    """Check that the block leaves no additional thread, file descriptor or file in `folder`."""
+    gc.collect()  # collect earlier tests' garbage now, and not in between
     before = _held(folder)
     yield
     for now, then in zip(_held(folder), before, strict=True):
@@ -58,6 +58,6 @@ def nothing_left(folder: Path) -> Iterator[None]:
 def _held(folder: Path) -> tuple[list[str], list[str], list[Path]]:
     files = []
     for descriptor in os.listdir("/proc/self/fd"):
-        with suppress(OSError):  # the listing's own
+        with suppress(OSError):  # the listing's own descriptor
             files.append(os.readlink(f"/proc/self/fd/{descriptor}"))
     return sorted(files), sorted(thread.name for thread in threading.enumerate()), sorted(folder.rglob("*"))
