@@ -11,7 +11,7 @@ import torch
 import transformers
 
 import specache
-from specache.cli.answering import room
+from specache.cli.answer_length import answer_limit
 from specache.cli.models import LoadedModel
 from specache.eval.tasks.base import TaskModel
 from specache.model.dimensions import dimensions_of
@@ -114,7 +114,7 @@ def test_library_commands_planner_and_evaluation_agree_on_the_positions():
     loaded = LoadedModel(model, None, "tiny")
     assert loaded.max_positions == TaskModel(model, None, "tiny").max_positions == 4 * ORIGINAL
     assert inspect_model(model).max_positions == dimensions_of(model).max_positions == 4 * ORIGINAL
-    assert room(None, loaded.max_positions, 4 * ORIGINAL - 10).new_tokens == 10
+    assert answer_limit(None, loaded.max_positions, 4 * ORIGINAL - 10).new_tokens == 10
 
 
 def gpt2(positions: int = 64) -> Any:
