@@ -64,8 +64,9 @@ class Counters:
 
 
 def report(memory: MemoryUse, counters: Counters, fast_memory_peak: int) -> dict[str, Any]:
-    """Return the statistics as plain values for JSON. Keys are stable; a rate that was not measured
-    is None.
+    """Return the statistics as plain values for JSON.
+
+    Keys are stable; a rate that was not measured is None.
 
     `fast_memory_peak_bytes` is the most that the byte budget ever held, with planned working sets;
     forks share it.

@@ -148,8 +148,9 @@ def _shortened(text: str) -> str:
 
 
 def _execute(conversation: Conversation, entries: ChatInput, files: list[str], entry: Entry) -> bool:
-    """Execute a command, or send a message with the files in front of it. Return True if the
-    conversation continues.
+    """Execute a command, or send a message with the files in front of it.
+
+    Return True if the conversation continues.
 
     Raises:
         PromptError: the command is malformed, or its file cannot be read.

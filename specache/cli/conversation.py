@@ -65,8 +65,9 @@ class Conversation:
     def say(
         self, text: str, on_text: Callable[[int, str], None], on_reasoning: Callable[[int, str], None] | None = None
     ) -> Outcome:
-        """Answer a message. A partial answer, after an interrupt or an error, stays in the
-        conversation.
+        """Answer a message.
+
+        A partial answer, after an interrupt or an error, stays in the conversation.
 
         A message that was interrupted before its answer began is forgotten.
 

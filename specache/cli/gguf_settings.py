@@ -102,8 +102,9 @@ def _read(gguf: Path) -> tuple[dict[str, Any], dict[str, list[float]]]:
 
 
 def _rope_scaling(fields: dict[str, Any], factors: dict[str, list[float]], config: Any) -> dict[str, Any] | None:
-    """Return RoPE's scaling parameters in transformers' form, without the base; None if it is not
-    scaled.
+    """Return RoPE's scaling parameters in transformers' form, without the base.
+
+    Return None if it is not scaled.
     """
     kind = fields.get("rope.scaling.type") or "linear"  # as llama.cpp reads a factor without a type
     factor = float(fields.get("rope.scaling.factor") or fields.get("rope.scale_linear") or 1.0)

@@ -118,8 +118,9 @@ def load(
 
 
 def load_config(name: str, *, revision: str | None = None, offline: bool = False) -> Any:
-    """Return the transformers configuration of a model. Nothing else is loaded, downloaded or
-    converted.
+    """Return the transformers configuration of a model.
+
+    Nothing else is loaded, downloaded or converted.
 
     Raises:
         ModelNotFoundError: the configuration of `name` cannot be read.
@@ -177,8 +178,9 @@ def demo_file() -> Path:
 
 
 def demo_gguf() -> Path | None:
-    """Return the GGUF file inside the installed demo package, without importing it; None if it is
-    not installed.
+    """Return the GGUF file inside the installed demo package, without importing it.
+
+    Return None if it is not installed.
     """
     try:
         files = metadata.files(DEMO_PACKAGE) or []

@@ -174,8 +174,9 @@ class OpenedCache:
         self.stored = None
 
     def save(self, messages: Sequence[Message]) -> None:
-        """Save the cache and the conversation that it holds (none for raw text). Do nothing without
-        a session.
+        """Save the cache and the conversation that it holds (none for raw text).
+
+        Do nothing without a session.
 
         Raises:
             KeyboardInterrupt: Ctrl-C was pressed meanwhile. The state is saved anyway, unless it

@@ -123,8 +123,9 @@ class GenerationSettings:
         return value is not None and value != getattr(self._files, name, None)
 
     def replacements(self) -> dict[str, Any]:
-        """Return replacements for unsupported settings of the model's files. Warn if the output
-        changes.
+        """Return replacements for unsupported settings of the model's files.
+
+        Warn if the output changes.
 
         Raises:
             UsageError: the caller passed an unsupported setting; the message names it.

@@ -21,8 +21,9 @@ _ADDS_POSITIONS = re.compile(r"rotary|rope|pos(ition|_emb|_enc)|wpe", re.IGNOREC
 
 
 def rope_entries(config: Any) -> list[dict[str, Any]]:
-    """Return the RoPE parameters of a text configuration: one entry, or one per kind of layer;
-    empty without RoPE.
+    """Return the RoPE parameters of a text configuration: one entry, or one per kind of layer.
+
+    Return an empty result without RoPE.
     """
     for name in ("rope_parameters", "rope_scaling"):  # configurations outside of transformers still have the second
         parameters = getattr(config, name, None)
@@ -56,8 +57,9 @@ def rope_switch(config: Any) -> tuple[str, int | None]:
 
 
 def max_positions(model: Any) -> int | None:
-    """Return the longest sequence, in tokens, that a transformers model was made for; None if
-    unlimited.
+    """Return the longest sequence, in tokens, that a transformers model was made for.
+
+    Return None if unlimited.
 
     This is the larger of `max_position_embeddings` and the positions before stretching times RoPE's
     factor, because some configurations state the stretched length already. Dynamic NTK scaling, and

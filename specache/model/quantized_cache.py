@@ -35,8 +35,9 @@ def new_quantized_cache(model: Any, backend: str, bits: int, q_group_size: int, 
 
 
 def store_prompt(cache: Any, index: int, keys: Tensor, values: Tensor) -> None:
-    """Store a prompt's keys and values [B, Hkv, S, D] in an empty layer. Tokens that are not
-    quantised begin the residual.
+    """Store a prompt's keys and values [B, Hkv, S, D] in an empty layer.
+
+    Tokens that are not quantised begin the residual.
 
     Raises:
         ConfigError: as `quantised_tokens`.

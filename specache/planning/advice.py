@@ -77,8 +77,9 @@ def smaller(
     sequences: Sequence[PlannedSequence],
     needs: Callable[[SpeCacheConfig, MemoryPlan], int],
 ) -> list[Suggestion]:
-    """Return single changes after which a batch needs fewer bytes. Those that do not change the
-    output come first.
+    """Return single changes after which a batch needs fewer bytes.
+
+    Those that do not change the output come first.
 
     Args:
         config: settings with every `auto` resolved.
@@ -103,8 +104,9 @@ def smaller(
 
 
 def longest_context(model: ModelDimensions, config: SpeCacheConfig, batch: int, limit: int) -> int:
-    """Return the most tokens that each of `batch` sequences can have within `limit` bytes; 0 if
-    none fits.
+    """Return the most tokens that each of `batch` sequences can have within `limit` bytes.
+
+    Return 0 if none fits.
     """
     return largest(
         lambda tokens: plan(model, config, uniform_batch(tokens, batch)).fast <= limit, 1, model.max_positions or LONGEST
@@ -126,8 +128,9 @@ def least_bytes(model: ModelDimensions, config: SpeCacheConfig, sequences: Seque
 
 
 def largest(fits: Callable[[int], bool], low: int, high: int) -> int:
-    """Return the largest number in `[low, high]` that fits, given that all below it fit; 0 if none
-    does.
+    """Return the largest number in `[low, high]` that fits, given that all below it fit.
+
+    Return 0 if none does.
     """
     if high < low or not fits(low):
         return 0

@@ -46,8 +46,9 @@ def prefill_bytes(model: ModelDimensions, config: SpeCacheConfig, chunk: int, st
 
 
 def decode_bytes(model: ModelDimensions, config: SpeCacheConfig, sequences: int, low_bit_tokens: int) -> int:
-    """Return the peak of a decode step. The longest of the `sequences` has `low_bit_tokens` in its
-    low-bit copy.
+    """Return the peak of a decode step.
+
+    The longest of the `sequences` has `low_bit_tokens` in its low-bit copy.
     """
     rows = 2 if config.policy.drafts else 1
     hidden = sequences * rows * (STREAMS * model.hidden + 3 * model.mlp) * model.itemsize
@@ -67,15 +68,17 @@ def _row_buffers(model: ModelDimensions, config: SpeCacheConfig) -> int:
 
 
 def _largest_block(model: ModelDimensions) -> int:
-    """Return the bytes of the largest block. Blocks are written and read whole, whatever their
-    size.
+    """Return the bytes of the largest block.
+
+    Blocks are written and read whole, whatever their size.
     """
     return max(row_layout(model, layer).block_bytes for layer in model.full_layers)
 
 
 def _rotary_width(model: ModelDimensions) -> int:
-    """Return the elements of one position's sines and cosines. Sliding-window layers have their
-    own.
+    """Return the elements of one position's sines and cosines.
+
+    Sliding-window layers have their own.
     """
     return 2 * max(layer.head_dim for layer in model.layers) * (2 if model.sliding_layers else 1)
 

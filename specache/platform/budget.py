@@ -72,8 +72,9 @@ class ByteBudget:
         return Claim(self, size, what)
 
     def claim_spare(self, size: int, holder: SpareHolder) -> SpareClaim | None:
-        """Return a claim of spare bytes that `holder` gives up on demand; None if there is no
-        room.
+        """Return a claim of spare bytes that `holder` gives up on demand.
+
+        Return None if there is no room.
         """
         with self._lock:
             if self.limit is not None and self.used + self.spare + size > self.limit:

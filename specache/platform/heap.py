@@ -10,8 +10,9 @@ _OWN_MAPPING_BYTES = 128 << 10
 
 
 def keep_small() -> bool:
-    """Give large blocks mappings of their own, which return to the system when freed. Return True
-    on success.
+    """Give large blocks mappings of their own, which return to the system when freed.
+
+    Return True on success.
 
     glibc starts this way, but each freed large block raises its threshold, and long-lived blocks
     then keep the holes between them. This costs a tenth of a prefill's time. It is for processes of

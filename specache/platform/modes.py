@@ -25,8 +25,9 @@ DEVICES_WITH_AUTOCAST = ("cpu", "cuda")
 
 @dataclass(frozen=True)
 class Modes:
-    """The modes of a thread. Gradients are omitted: they are off in every call, as in stock
-    `generate`.
+    """The modes of a thread.
+
+    Gradients are omitted: they are off in every call, as in stock `generate`.
 
     Attributes:
         inference: `torch.inference_mode`.
@@ -95,8 +96,9 @@ def ours_again() -> AbstractContextManager[None]:
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    """Return the dtype to which `torch.autocast` casts an operand of a product; None if it does
-    not.
+    """Return the dtype to which `torch.autocast` casts an operand of a product.
+
+    Return None if it does not.
     """
     device = tensor.device.type
     if not (torch.is_autocast_enabled(device) and tensor.is_floating_point()) or tensor.dtype is torch.float64:

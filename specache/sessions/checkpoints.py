@@ -18,8 +18,9 @@ from specache.tiers.disk.system_errors import reason
 
 
 class DiskCheckpoints(WindowCheckpoints):
-    """The checkpoints of one session's sequence. They become part of the session with the next
-    save.
+    """The checkpoints of one session's sequence.
+
+    They become part of the session with the next save.
 
     Args:
         spacing: spacing for the model's windows.

@@ -149,8 +149,9 @@ class Session:
         return self._saved.tokens if self._saved else 0
 
     def save(self) -> None:
-        """Save the cache's content as the session's state. Only new data is written; a crash leaves
-        the last saved state.
+        """Save the cache's content as the session's state.
+
+        Only new data is written; a crash leaves the last saved state.
 
         A streamer, a processor or another callback of the call that uses the cache may save too.
         Tokens that have passed every layer are saved.
@@ -209,8 +210,9 @@ class Session:
             return sequence.length
 
     def fork(self, name: str) -> None:
-        """Create session `name` from the last saved state. Both share the existing files and write
-        new ones.
+        """Create session `name` from the last saved state.
+
+        Both share the existing files and write new ones.
 
         Raises:
             ConfigError: the name is invalid.
@@ -224,8 +226,9 @@ class Session:
             store.fork_folder(self._root, self.name, self._saved, name)
 
     def close(self) -> None:
-        """Free the cache and release the lock, even if freeing fails. A never saved session is
-        removed. Safe to call twice.
+        """Free the cache and release the lock, even if freeing fails.
+
+        A never saved session is removed. Safe to call twice.
 
         Raises:
             UsageError: a call is using the cache; the session stays open.

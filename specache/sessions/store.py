@@ -88,8 +88,9 @@ def show(name: str, root: Root = None) -> SessionSummary:
 
 
 def stored_config(name: str, root: Root = None) -> SpeCacheConfig | None:
-    """Return the settings that a session was saved with; None if there is no saved session of that
-    name.
+    """Return the settings that a session was saved with.
+
+    Return None if there is no saved session of that name.
 
     Raises:
         SessionError: it is damaged.
@@ -118,8 +119,9 @@ def remove(name: str, root: Root = None) -> None:
 
 
 def fork(name: str, new_name: str, root: Root = None) -> None:
-    """Create session `new_name` from the saved state of `name`. They share files and write new ones
-    of their own.
+    """Create session `new_name` from the saved state of `name`.
+
+    They share files and write new ones of their own.
 
     Raises:
         SessionError: there is no `name`, it is in use or damaged, `new_name` is taken, or the

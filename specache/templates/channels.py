@@ -76,8 +76,9 @@ class ChannelTokens:
 
 
 def channel_parser(tokenizer: Any, prompt: Sequence[int]) -> ChannelParser | None:
-    """Return the parser of the answer to a prompt that a chat template wrote; None for a model
-    without channels.
+    """Return the parser of the answer to a prompt that a chat template wrote.
+
+    Return None for a model without channels.
     """
     tokens = ChannelTokens.of(tokenizer)
     if tokens is not None:

@@ -36,8 +36,9 @@ class ControlTokens:
 
     @cached_property
     def pattern(self) -> re.Pattern[str] | None:
-        """Return a pattern that finds markers as tokenizers do: leftmost, longest first; None
-        without markers.
+        """Return a pattern that finds markers as tokenizers do: leftmost, longest first.
+
+        Return None without markers.
         """
         texts = sorted(self.all, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, texts))) if texts else None

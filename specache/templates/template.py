@@ -156,8 +156,9 @@ class ChatTemplate:
         return [*pieces, (guarded[start:], None)]
 
     def _split_encode(self, guarded: str, pieces: Pieces) -> list[int] | None:
-        """Return token ids with control tokens only after the pieces; None if this tokenizer cannot
-        do it.
+        """Return token ids with control tokens only after the pieces.
+
+        Return None if this tokenizer cannot do it.
 
         Args:
             guarded: the text with placeholders; the encoder must encode it like the tokenizer.

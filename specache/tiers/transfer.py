@@ -1,5 +1,6 @@
-"""Transfer rows between main memory and the computing device. The only file in `tiers/` beside
-`streams` that knows CUDA.
+"""Transfer rows between main memory and the computing device.
+
+The only file in `tiers/` beside `streams` that knows CUDA.
 
 On a CPU a row has arrived when it was read. On CUDA it is copied from pinned memory on a separate
 stream. The consuming stream waits for the copy's event, never the host for the device (paper

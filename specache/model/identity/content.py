@@ -36,8 +36,9 @@ def weights_digest(model: Any) -> str:
 
 
 def adapters_digest(model: Any) -> str:
-    """Return the names of the active adapters with a digest of their scales and weights; "" if
-    there are none.
+    """Return the names of the active adapters with a digest of their scales and weights.
+
+    Return "" if there are none.
     """
     model = unwrapped(model)
     found = list(layers(model))

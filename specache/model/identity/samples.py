@@ -1,5 +1,6 @@
-"""Samples that stand for a tensor's content, and digests of all of it. Bits are compared, never
-values.
+"""Samples that stand for a tensor's content, and digests of all of it.
+
+Bits are compared, never values.
 
 - `spread`: elements at equal distances, for checks at every call. All tensors of a device are
   copied to the host at once.

@@ -83,8 +83,9 @@ class Capacity:
         return largest(lambda batch: self.fits(method, context, batch), start, LARGEST_BATCH)
 
     def _in_memory(self, needed: TierBytes, method: Method) -> int:
-        """Return the bytes in the device's own memory. A CPU's also holds the slow tier, unless
-        that is a disk.
+        """Return the bytes in the device's own memory.
+
+        A CPU's also holds the slow tier, unless that is a disk.
         """
         shares = self.device.kind == "cpu" and method.config.slow_tier is not SlowTierKind.DISK
         return needed.weights + needed.fast + (needed.slow if shares else 0)

@@ -17,8 +17,9 @@ LINKS = {  # one direction of 16 lanes: transfers per second x 16 / 8, less the 
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Achieved share of each figure. The defaults are what good kernels commonly reach; none was
-    measured or fitted here.
+    """Achieved share of each figure.
+
+    The defaults are what good kernels commonly reach; none was measured or fitted here.
 
     Attributes:
         memory: share of the memory bandwidth.
@@ -88,8 +89,9 @@ class Device:
 
     @property
     def vector_rate(self) -> float:
-        """Return the achieved vector instructions per second and lane. A multiply-add is one
-        instruction, two operations.
+        """Return the achieved vector instructions per second and lane.
+
+        A multiply-add is one instruction, two operations.
         """
         return self.vector_tflops * 1e12 * self.efficiency.vector / 2
 
@@ -105,8 +107,9 @@ class Device:
         return self.sources.get(figure, self.source)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON. Keys are stable and match a `--gpu-spec` file; `sources`
-        has every figure's.
+        """Return plain values for JSON.
+
+        Keys are stable and match a `--gpu-spec` file; `sources` has every figure's.
         """
         values = asdict(self)
         values["sources"] = {figure: self.source_of(figure) for figure in FIGURES if values[figure] is not None}

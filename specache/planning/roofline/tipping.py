@@ -19,8 +19,9 @@ WORTH = 1.01  # speed-up that counts as winning
 
 @dataclass(frozen=True)
 class Tipping:
-    """The points from which a method is faster than the 16-bit cache. None: nowhere up to the
-    limits.
+    """The points from which a method is faster than the 16-bit cache.
+
+    None: nowhere up to the limits.
 
     Attributes:
         context: shortest context at which its step is faster, at the requested batch.
@@ -58,8 +59,9 @@ def tipping(model: StepModel, capacity: Capacity, full: Method, method: Method, 
 
 
 def first(wins: Callable[[int], bool], limit: int) -> int | None:
-    """Return the smallest number in `[1, limit]` that wins, given that all above it do; None if
-    none does.
+    """Return the smallest number in `[1, limit]` that wins, given that all above it do.
+
+    Return None if none does.
     """
     loses = largest(lambda number: not wins(number), 1, limit)
     return loses + 1 if loses < limit else None

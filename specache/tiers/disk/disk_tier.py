@@ -166,8 +166,9 @@ class DiskTier:
         return row_reads.BegunRows(flight, state.layout, state.tail.dtype, len(positions), again)
 
     def truncate(self, layer: int, length: int) -> None:
-        """Forget a layer's tokens from `length` on. Files keep them; the rest of a cut block is
-        read back to memory.
+        """Forget a layer's tokens from `length` on.
+
+        Files keep them; the rest of a cut block is read back to memory.
 
         Raises:
             SlowTierError: the cut block cannot be read. The tier is unchanged.

@@ -55,8 +55,9 @@ class NativeFlight:
 
 
 class NativeRows:
-    """Reads rows through io_uring. None instead of rows means: read with a plain reader, which
-    reports the error.
+    """Reads rows through io_uring.
+
+    None instead of rows means: read with a plain reader, which reports the error.
 
     Args:
         entries: reads submitted to the kernel at once.
@@ -76,8 +77,9 @@ class NativeRows:
     def gather(
         self, table: BlockTable, layout: RowLayout, rules: list[int], heads: Index, positions: Index, buffers: BufferPool, size: int
     ) -> Words | None:
-        """Return verified rows [M, words] of M (KV head, position) pairs, in their order; None if a
-        read failed.
+        """Return verified rows [M, words] of M (KV head, position) pairs, in their order.
+
+        Return None if a read failed.
 
         Args:
             rules: alignment of reads, gap up to which rows share a read, longest read, all in

@@ -35,8 +35,9 @@ _ROUNDS = 2  # the faster round counts: another program may have interfered
 
 @dataclass(frozen=True)
 class ReaderReport:
-    """The reader chosen for a folder, and its measurements. None if nothing could be measured (the
-    disk is full).
+    """The reader chosen for a folder, and its measurements.
+
+    None if nothing could be measured (the disk is full).
 
     Attributes:
         direct: reads and writes bypass the page cache.
@@ -102,8 +103,9 @@ def probe(folder: Path) -> ReaderReport:
 
 
 def _direct_alignment(path: Path) -> int:
-    """Return the alignment that direct I/O of our blocks needs here; 0 if it is unsupported or does
-    not fit.
+    """Return the alignment that direct I/O of our blocks needs here.
+
+    Return 0 if it is unsupported or does not fit.
     """
     try:
         fd = aligned_io.open_file(str(path), create=False, direct=True)

@@ -1,5 +1,6 @@
-"""Positioned reads into memory: the interface `Reader` and its implementations. `probe` measures
-which one a folder gets.
+"""Positioned reads into memory: the interface `Reader` and its implementations.
+
+`probe` measures which one a folder gets.
 
 - `io_uring` submits a batch to the kernel in one call.
 - `threads` reads in parallel with a thread pool. Both bypass the page cache where the file system

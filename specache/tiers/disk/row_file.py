@@ -33,8 +33,9 @@ def new_segment() -> str:
 
 
 class RowFile:
-    """One layer's rows of one segment. A sequence's tier and its forks share it; the last user
-    closes it.
+    """One layer's rows of one segment.
+
+    A sequence's tier and its forks share it; the last user closes it.
 
     Args:
         folder: folder of the file; `create` creates it there.

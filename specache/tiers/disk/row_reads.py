@@ -46,8 +46,8 @@ def gather(table: BlockTable, layout: RowLayout, dtype: torch.dtype, reader: Rea
 
 
 def read(table: BlockTable, layout: RowLayout, reader: Reader, start: int, stop: int, into: Tensor) -> None:
-    """Read the rows of tokens `[start, stop)` into a contiguous-by-row tensor [Hkv, stop - start, 2
-    D].
+    """Read the rows of tokens `[start, stop)` into a contiguous-by-row tensor
+    [Hkv, stop - start, 2 D].
 
     Raises:
         SlowTierError: a row cannot be read; `CorruptRowError` if a checksum differs.

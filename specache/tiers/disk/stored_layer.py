@@ -58,8 +58,8 @@ class StoredLayer:
         return replace(self, tail=self.tail.clone())
 
     def joined(self, keys: Tensor, values: Tensor, start: int, stop: int) -> Tensor:
-        """Join the tail with new keys and values [Hkv, n, D] and return rows `[start, stop)` [Hkv,
-        stop - start, 2 D].
+        """Join the tail with new keys and values [Hkv, n, D] and return rows `[start, stop)`
+        [Hkv, stop - start, 2 D].
 
         NumPy copies: the copy is small, and PyTorch would distribute it over threads that are busy.
         """

@@ -139,8 +139,9 @@ class TierFiles:
             raise SlowTierError(f"The rows in {self.folder} cannot be made safe: {reason(error)}") from error
 
     def give_back(self, wait: bool = False) -> None:
-        """Release everything. A temporary tier's files are removed if no other tier needs them. The
-        tier may be reused.
+        """Release everything.
+
+        A temporary tier's files are removed if no other tier needs them. The tier may be reused.
 
         A forked process has copies of its parent's files and leaves them alone: a thread that does
         not exist there may hold a lock.

@@ -79,8 +79,9 @@ class Ring:
             raise
 
     def read(self, fds: Index, offsets: Index, addresses: Index, lengths: Index) -> Index:
-        """Perform at most `entries` reads into memory. Return per read the bytes read, or a
-        negative error number.
+        """Perform at most `entries` reads into memory.
+
+        Return per read the bytes read, or a negative error number.
 
         No read is running any more when this returns or raises.
 
