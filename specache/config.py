@@ -170,8 +170,7 @@ class SpeCacheConfig:
         return replace(self, policy=policy, slow_tier=slow_tier)
 
     def low_bit_length(self, length: int) -> int:
-        """Return the tokens of a sequence of `length` that are stored at low bit: whole groups,
-        oldest first.
+        """Return the low-bit tokens of a sequence of `length`: whole groups, oldest first.
 
         The residual holds the newest `R` to `R + g - 1` tokens (all of a shorter sequence).
         """

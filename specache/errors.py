@@ -47,20 +47,23 @@ class OutOfMemoryError(FastMemoryError):
 
 
 class SlowTierError(SpeCacheError):
-    """The 16-bit rows could not be written to the slow tier or read back; the message names the
-    file and what to do.
+    """The 16-bit rows could not be written to the slow tier or read back.
+
+    The message names the file and what to do.
     """
 
 
 class CorruptRowError(SlowTierError):
-    """A row on disk differs from what was written; the message names file, layer, KV head and token
-    position.
+    """A row on disk differs from what was written.
+
+    The message names file, layer, KV head and token position.
     """
 
 
 class SessionError(SpeCacheError):
-    """A session cannot be opened, saved or copied: in use, damaged, or of another model; the
-    message says which and why.
+    """A session cannot be opened, saved or copied: in use, damaged, or of another model.
+
+    The message says which and why.
     """
 
 

@@ -1,6 +1,4 @@
-"""Statistics of a cache: the one source of numbers for the command line, the benchmarks and the
-tests.
-"""
+"""Statistics of a cache: the one source of numbers for commands, benchmarks and tests."""
 
 from __future__ import annotations
 
@@ -64,12 +62,10 @@ class Counters:
 
 
 def report(memory: MemoryUse, counters: Counters, fast_memory_peak: int) -> dict[str, Any]:
-    """Return the statistics as plain values for JSON.
+    """Return the statistics as plain values for JSON. Keys are stable.
 
-    Keys are stable; a rate that was not measured is None.
-
-    `fast_memory_peak_bytes` is the most that the byte budget ever held, with planned working sets;
-    forks share it.
+    A rate that was not measured is None. `fast_memory_peak_bytes` is the most that the byte budget
+    ever held, with planned working sets; forks share it.
     """
     c, m = counters, memory
     return {

@@ -1,6 +1,4 @@
-"""Compute the longest answer: the requested length, limited by the positions left after the
-prompt.
-"""
+"""Compute the longest answer: the requested length, limited by the model's positions."""
 
 from __future__ import annotations
 

@@ -273,9 +273,7 @@ def _turn(conversation: Conversation, text: str) -> None:
 
 
 def _saved(conversation: Conversation, outcome: Outcome) -> Outcome:
-    """Save the conversation even if Ctrl-C is pressed meanwhile, and return the outcome with any
-    error.
-    """
+    """Save the conversation despite Ctrl-C, and return the outcome with any error."""
     try:
         conversation.save()
     except SpeCacheError as error:

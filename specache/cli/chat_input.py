@@ -69,8 +69,9 @@ class ChatInput:
             return entry
 
     def confirm(self, question: str) -> bool:
-        """Ask a question on the terminal and return False if the answer begins with n, or on Ctrl-C
-        or end of input.
+        """Ask a question on the terminal and return the answer.
+
+        The answer is no if it begins with n, or on Ctrl-C or end of input.
         """
         try:
             reply = self._line(f"{question} [Y/n] ")
@@ -117,9 +118,7 @@ class ChatInput:
         return self._lines.readline() or None
 
     def _end_line(self) -> None:
-        """Move the cursor to a new line and restore the terminal, which an interrupt leaves in line
-        editing.
-        """
+        """Move the cursor to a new line and end line editing, which an interrupt leaves on."""
         if self._edits:
             write((_UNMARK_PASTES if self._marks_pastes else "") + "\n")
         elif self.is_terminal:
@@ -127,8 +126,7 @@ class ChatInput:
 
 
 def file_and_message(arguments: str) -> tuple[Path, str]:
-    """Split the arguments of `/file` into a path (quoted or escaped if it has blanks) and a
-    message.
+    """Split the arguments of `/file` into a path (quoted if it has blanks) and a message.
 
     Raises:
         PromptError: there is no path.
@@ -169,8 +167,7 @@ def _exists(path: Path) -> bool:
 
 
 def _enable_line_editing() -> bool:
-    """Enable history and cursor keys for `input` if available, and return True if pastes are
-    marked.
+    """Enable history and cursor keys for `input`, and return True if pastes are marked.
 
     GNU readline inserts marked text with its line breaks. libedit, which some Pythons use, does not
     know the marks. There, and on terminals without them, pasted lines arrive one by one.

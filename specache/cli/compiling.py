@@ -1,6 +1,4 @@
-"""`--compile`: compile before the first prompt is read, so that neither answers nor statistics
-include it.
-"""
+"""`--compile`: compile before reading the first prompt, outside of all measured times."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Console output: answers go to standard output, everything else (progress, tables, errors) to
-standard error.
-"""
+"""Console output: answers to standard output; progress, tables, errors to standard error."""
 
 from __future__ import annotations
 
@@ -67,8 +65,9 @@ def wants_traceback() -> bool:
 
 
 def reports_errors(command: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
-    """Turn our errors and Ctrl-C into one line and an exit code; `SPECACHE_DEBUG=1` shows the
-    traceback instead.
+    """Turn our errors and Ctrl-C into one line and an exit code.
+
+    `SPECACHE_DEBUG=1` shows the traceback instead.
     """
 
     @functools.wraps(command)
@@ -157,8 +156,7 @@ def quiet_libraries() -> None:
 
 @contextmanager
 def status(message: str) -> Iterator[Callable[[str], None]]:
-    """Show a spinner, or plain lines without a terminal, while work without measurable progress
-    runs.
+    """Show a spinner (plain lines without a terminal) during work of unknown length.
 
     Yields:
         a function that changes the message.

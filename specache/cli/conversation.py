@@ -16,9 +16,7 @@ if TYPE_CHECKING:
 
 
 class ConversationFullError(UsageError):
-    """The model has no position left for a message and its answer, unless the oldest turns are
-    dropped.
-    """
+    """The message and its answer fit only if the oldest turns are dropped."""
 
 
 class Conversation:
@@ -117,8 +115,7 @@ class Conversation:
         return len(prompt) if kept else 0
 
     def turns_to_drop(self, text: str) -> int:
-        """Return how many of the oldest turns to drop so that a message leaves half of the
-        positions free.
+        """Return how many of the oldest turns to drop to leave half of the positions free.
 
         Return all of them if the message alone takes more than half.
         """

@@ -163,8 +163,9 @@ def _remove_stale(target: Path) -> None:
 
 @contextmanager
 def _lock(target: Path, on_wait: Callable[[str], None]) -> Iterator[bool]:
-    """Hold the lock of one converted model and yield True if it is held: not every system or folder
-    has locks.
+    """Hold the lock of one converted model, and yield True if it is held.
+
+    Not every system or folder has locks.
     """
     if fcntl is None:
         yield False

@@ -72,9 +72,7 @@ def demo(
     device: options.DeviceOption = Device.AUTO,
     threads: options.Threads = None,
 ) -> None:
-    """Ask a small model about a long document, over three caches: SpeCache, 16 bits, and low bits
-    alone.
-    """
+    """Ask a model about a long document over three caches: SpeCache, 16 bits, low bits alone."""
     config = SpeCacheConfig(bits=bits, code=code, top_k=top_k, policy=policy, slow_tier=SlowTierKind.RAM)
     if seed is None:
         seed = random.SystemRandom().randrange(10_000)

@@ -36,8 +36,7 @@ class DemoTask:
 
 
 def make_task(tokenizer: Any, *, tokens: int, seed: int, depth: float) -> DemoTask:
-    """Return a task over Python's own documentation, in alphabetical order of its topics, up to a
-    length.
+    """Return a task over Python's own documentation, topic by topic, up to a length.
 
     Args:
         tokenizer: tokenizer that counts tokens.

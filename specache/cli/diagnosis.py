@@ -162,8 +162,9 @@ def _devices() -> dict[str, Any]:
 
 
 def _disk_tier() -> dict[str, Any]:
-    """Return how `--slow-tier disk:DIR` would read from the cache folder's file system; None values
-    if it is read-only.
+    """Return how `--slow-tier disk:DIR` would read from the cache folder's file system.
+
+    All values are None if nothing can be written there.
     """
     from specache.tiers.disk.probe import probe
 

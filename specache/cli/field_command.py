@@ -27,9 +27,7 @@ def make_command(name: str, help: str, function: Callable[..., None], parameters
 
 
 def takes_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Expand each parameter whose type is a dataclass of `written_parameters` into options for
-    typer.
-    """
+    """Expand parameters that are dataclasses of `written_parameters` into options for typer."""
     signature = inspect.signature(command, eval_str=True)
     groups = {one.name: one.annotation for one in signature.parameters.values() if dataclasses.is_dataclass(one.annotation)}
     parameters: list[inspect.Parameter] = []

@@ -13,8 +13,7 @@ _SETTINGS = frozenset(field.name for field in dataclasses.fields(SpeCacheConfig)
 
 
 def in_flags(message: str, parameters: Iterable[str]) -> str:
-    """Return an error's message with flags for the settings of `SpeCacheConfig` that the command
-    has as options.
+    """Return an error's message with flags in place of settings that are options here.
 
     A setting is replaced if it begins the message (`bits must be ...`) or is assigned
     (`policy='none'` becomes `--policy none`). Names that are not English words (`fast_memory`) are

@@ -1,5 +1,4 @@
-"""Apply settings of a GGUF file that transformers' reader drops: RoPE scaling, and others that
-change the computation.
+"""Apply settings of a GGUF file that transformers' reader drops, such as RoPE scaling.
 
 Settings that the model's configuration can express are written into it. Others are refused, so that
 no file runs as a different model. `none` and neutral values (a factor of 1) count as unset.
@@ -58,8 +57,7 @@ class GgufSettingError(SpeCacheError):
 
 
 def apply_settings(config: Any, gguf: Path) -> None:
-    """Write the file's RoPE, windows and soft caps into the configuration that transformers made of
-    it.
+    """Write the file's RoPE, windows and soft caps into the configuration of its model.
 
     Raises:
         GgufSettingError: the file has a setting that transformers' model does not support.
@@ -77,9 +75,7 @@ def apply_settings(config: Any, gguf: Path) -> None:
 
 
 def set_end_token(tokenizer: Any, gguf: Path) -> None:
-    """Set the tokenizer's end token to the file's: transformers 5.17 uses another for some
-    vocabularies.
-    """
+    """Set the tokenizer's end token to the file's, since transformers 5.17 may use another."""
     from gguf import GGUFReader
 
     field = GGUFReader(str(gguf), "r").get_field("tokenizer.ggml.eos_token_id")
@@ -88,9 +84,7 @@ def set_end_token(tokenizer: Any, gguf: Path) -> None:
 
 
 def _read(gguf: Path) -> tuple[dict[str, Any], dict[str, list[float]]]:
-    """Return the architecture's fields, without its name as prefix, and the tensors of RoPE
-    factors, by name.
-    """
+    """Return the architecture's fields, without its name as prefix, and the RoPE factors."""
     from gguf import GGUFReader
 
     reader = GGUFReader(str(gguf), "r")
@@ -172,8 +166,9 @@ def _longrope(fields: dict[str, Any], short: list[float], long: list[float], con
 
 
 def _by_factors(factors: list[float], original: int | None, config: Any) -> dict[str, Any] | None:
-    """Return scaling with one factor per frequency: Llama 3's form if it fits, else the same
-    factors at every length.
+    """Return scaling with one factor per frequency.
+
+    It has Llama 3's form if that fits, else the same factors at every length.
     """
     if all(abs(each - 1.0) < CLOSE for each in factors):
         return None
@@ -203,8 +198,9 @@ def _all_close(mine: list[float], theirs: list[float]) -> bool:
 
 
 def _parameters(config: Any) -> dict[str, Any]:
-    """Return RoPE's parameters, of full attention if layer kinds differ; a new dictionary if there
-    are none.
+    """Return RoPE's parameters, those of full attention if layer kinds differ.
+
+    Return a new dictionary if there are none.
     """
     parameters: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
     full = parameters.get("full_attention")
@@ -216,9 +212,7 @@ def _base(config: Any) -> float:
 
 
 def _set_base(config: Any, fields: dict[str, Any]) -> None:
-    """Set RoPE's base, which the reader drops for some architectures (StarCoder2, StableLM, Gemma
-    4).
-    """
+    """Set RoPE's base, which the reader drops for StarCoder2, StableLM and Gemma 4."""
     base = fields.get("rope.freq_base")
     if base and "rope_theta" in _parameters(config):
         _parameters(config)["rope_theta"] = float(base)
@@ -228,8 +222,9 @@ def _set_base(config: Any, fields: dict[str, Any]) -> None:
 
 
 def _set_rotary_part(config: Any, fields: dict[str, Any]) -> None:
-    """Set the rotated part of each head if the model has such a setting (Phi-4-mini, StableLM,
-    Nemotron).
+    """Set the rotated part of each head, where the model has such a setting.
+
+    Examples are Phi-4-mini, StableLM and Nemotron.
     """
     turned, parameters = fields.get("rope.dimension_count"), getattr(config, "rope_parameters", None) or {}
     if not isinstance(turned, int) or "partial_rotary_factor" not in parameters:

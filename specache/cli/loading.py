@@ -16,9 +16,7 @@ _PARAMETER = re.compile(
 
 
 class IncompleteModelError(SpeCacheError):
-    """Weights are missing, have another shape, or belong to a module that the model does not
-    have.
-    """
+    """Weights are missing, have another shape, or belong to a module that does not exist."""
 
 
 def check_loaded(model: Any, report: dict[str, Any], source: str, on_note: Callable[[str], None]) -> None:
@@ -64,9 +62,7 @@ def _mismatched(report: dict[str, Any]) -> Iterable[tuple[str, Any, Any]]:
 
 
 def _belongs_inside(model: Any, name: str) -> bool:
-    """Return True for a tensor of an additional layer, or a parameter that one of the model's
-    modules lacks.
-    """
+    """Return True if a tensor belongs to an additional layer, or is missing in a module."""
     from torch import nn  # here: commands that need no model do not wait for PyTorch
 
     parent, _, _ = name.rpartition(".")

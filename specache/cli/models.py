@@ -1,6 +1,4 @@
-"""Load a model named on the command line: `demo`, a `.gguf` file, a folder, or a name on the
-Hugging Face hub.
-"""
+"""Load a model by its name: `demo`, a `.gguf` file, a folder, or a Hugging Face hub name."""
 
 from __future__ import annotations
 
@@ -32,8 +30,8 @@ class ModelNotFoundError(SpeCacheError):
 
 
 class Dtype(StrEnum):
-    """Number format of activations, of the 16-bit rows, and (unless `--weights` says otherwise) of
-    the weights.
+    """Number format of activations, of the 16-bit rows, and (without `--weights`) of the
+    weights.
     """
 
     AUTO = "auto"
@@ -66,9 +64,7 @@ class LoadedModel:
 
     @property
     def weight_format(self) -> str:
-        """Return the format of the weights, for reports: `bf16`, `int8`, `int4`, `fp32` or
-        `fp16`.
-        """
+        """Return the format of the weights for reports: `bf16`, `int8`, `int4`, `fp32`, `fp16`."""
         if self.quantised_to is not None:
             return self.quantised_to
         return {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float32": "fp32"}[str(self.model.dtype)]

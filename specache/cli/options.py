@@ -1,6 +1,4 @@
-"""Options that several commands share, and their conversion to `SpeCacheConfig` and generation
-arguments.
-"""
+"""Options that several commands share, and their conversion to settings and arguments."""
 
 from __future__ import annotations
 
@@ -312,11 +310,10 @@ class GenerationOptions:
     stop: Stop = None
 
     def arguments(self) -> dict[str, Any]:
-        """Return the arguments of `specache.generate`, all explicit, since models ship sampling
-        defaults.
+        """Return the arguments of `specache.generate`.
 
-        Decoding is greedy unless a temperature above 0, or any other sampling option without a
-        temperature, is given.
+        All are explicit, since models ship sampling defaults. Decoding is greedy unless a
+        temperature above 0, or any other sampling option without a temperature, is given.
 
         Raises:
             ConfigError: a value is invalid.

@@ -86,8 +86,7 @@ def plan(
     gpu: GpuName = None,
     gpu_spec: GpuSpec = None,
 ) -> None:
-    """Say how much memory a context needs in each tier, what would make it fit, and how fast a
-    device decodes it.
+    """Show the memory a context needs per tier, what would make it fit, and a device's speed.
 
     Loads no weights.
     """

@@ -1,6 +1,4 @@
-"""`--gpu` and `--gpu-spec` of `specache plan`: select the device, and compute the roofline on
-it.
-"""
+"""`--gpu` and `--gpu-spec` of `specache plan`: select a device and compute its roofline."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Format `specache plan --gpu`: the device's figures and sources, batches, step times, and where
-SpeCache wins.
-"""
+"""Format `specache plan --gpu`: figures and sources, batches, step times, tipping points."""
 
 from __future__ import annotations
 

@@ -59,8 +59,9 @@ def _exit_code(program: Callable[[], Any]) -> int:
 
 
 def _described(error: Exception) -> str:
-    """Describe an error in a line: our own by its message, system errors with the file, others with
-    their type.
+    """Describe an error in a line: our own by its message, system errors with the file.
+
+    Others are described with their type.
     """
     if isinstance(error, SpeCacheError):
         return str(error)
@@ -73,9 +74,7 @@ def _described(error: Exception) -> str:
 
 
 def _drop_unwritten_messages() -> None:
-    """Redirect standard error to the null device, since the interpreter would retry writing its
-    buffer.
-    """
+    """Redirect standard error to the null device, or the interpreter would retry its buffer."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     os.close(nowhere)

@@ -7,9 +7,7 @@ from specache.cli.console import err, write
 
 
 class ReasoningDisplay:
-    """Shows an answer's reasoning on standard error, if that is a terminal, and its text on
-    standard output.
-    """
+    """Shows reasoning on standard error, if that is a terminal, and text on standard output."""
 
     def __init__(self) -> None:
         self._shows = err.is_terminal

@@ -31,8 +31,10 @@ class StoredPrompt:
     rendering: Rendering | None
 
     def note(self, prompt: Sequence[int], messages: Sequence[Message], template: ChatTemplate) -> str | None:
-        """Return a note if the conversation is rendered differently now, or if most stored tokens
-        do not match.
+        """Return a note if the prompt reuses few tokens, or None.
+
+        Causes are a conversation that is rendered differently now, and another prompt or system
+        message.
 
         Args:
             prompt: the new prompt's token ids.
@@ -54,9 +56,7 @@ class StoredPrompt:
         return f"session {self.name}: none of its {len(self.token_ids):,} tokens could be used, so the whole prompt was read."
 
     def _is_rendered_differently(self, template: ChatTemplate) -> bool:
-        """Return True if the conversation up to its last question renders to other tokens than
-        stored.
-        """
+        """Return True if the conversation up to its last question has other tokens now."""
         asked = list(self.messages)
         while asked and asked[-1]["role"] != "user":
             asked.pop()

@@ -161,11 +161,11 @@ def repair_session(
     offline: options.Offline = False,
     as_json: options.Json = False,
 ) -> None:
-    """Mend a damaged session: what is damaged is read again from its tokens, the rest stays as it
-    is.
+    """Repair a damaged session: recompute what is damaged from its tokens, keep the rest.
 
-    All files are checked first. Where nothing has to be read again, no model is needed. What cannot
-    be mended is said, and then nothing is changed.
+    All files are checked first. A model is needed only if tokens must be read again.
+
+    Damage that cannot be repaired is reported, and then nothing is changed.
     """
     from specache.engine import repair
 

@@ -154,9 +154,7 @@ class OpenedCache:
             self.stored = StoredPrompt(place.name, session.token_ids, self.messages, before)
 
     def note_rereading(self, prompt: Sequence[int], messages: Sequence[Message]) -> None:
-        """Print a note before a prompt if many stored tokens do not match it and no note was
-        printed yet.
-        """
+        """Print a note before a prompt that reuses few stored tokens, unless printed before."""
         if self.stored is None:
             note = note_on_stored(self.cache, list(prompt))
         else:

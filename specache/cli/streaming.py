@@ -63,9 +63,7 @@ class TextAssembler:
         return self._hand_out(len(self._text))
 
     def _decode(self, last: bool = False) -> None:
-        """Decode new tokens together with earlier ones: alone, tokenizers drop the space in
-        front.
-        """
+        """Decode new tokens together with earlier ones, or tokenizers drop the space in front."""
         before = self._tokenizer.decode(self._ids[self._context : self._decoded], skip_special_tokens=True)
         both = self._tokenizer.decode(self._ids[self._context :], skip_special_tokens=True)
         if len(both) <= len(before) or (both.endswith(_HALF_A_CHARACTER) and not last):
@@ -124,9 +122,7 @@ class _Row:
 
     @property
     def ended(self) -> bool:
-        """Return True if further tokens do not belong to the answer: after a stop string, or the
-        end of a final message.
-        """
+        """Return True after a stop string or the end of a final message: the answer is complete."""
         return any(part.stopped for part in self._parts.values()) or (self._parser is not None and self._parser.ended)
 
     def push(self, token_id: int) -> list[tuple[Part, str]]:
@@ -149,8 +145,7 @@ class _Row:
 
 
 class AnswerRecorder:
-    """A streamer that keeps each sequence's new tokens and text, without the padding behind its
-    end.
+    """A streamer that keeps each sequence's new tokens and text, without padding.
 
     Unlike transformers' `TextStreamer` it takes batches. It keeps everything generated before an
     interrupt.

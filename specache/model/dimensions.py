@@ -1,5 +1,4 @@
-"""Read the dimensions of a model that its memory depends on, from its modules, with or without
-weights.
+"""Read the dimensions of a model that its memory depends on, with or without weights.
 
 `without_weights` makes a model on PyTorch's `meta` device, with modules and shapes but no numbers.
 Symbols: `Hq` query heads, `Hkv` key-value heads, `D` head dimension, `e` bytes of an activation.
@@ -25,9 +24,7 @@ _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")  # by 
 
 @dataclass(frozen=True)
 class LayerDimensions:
-    """One attention layer: `Hq`, `Hkv`, `D`, and the sliding window in tokens (None: full
-    attention).
-    """
+    """One attention layer: `Hq`, `Hkv`, `D`, and the window in tokens (None: full attention)."""
 
     query_heads: int
     kv_heads: int
@@ -138,8 +135,9 @@ def dimensions_of(
 
 
 def _layer(module: Any, config: Any, window: int | None) -> LayerDimensions:
-    """Return a layer's dimensions from its key projection (under tensor parallelism a rank has
-    fewer heads), else the config.
+    """Return a layer's dimensions from its key projection, else from the configuration.
+
+    Under tensor parallelism a rank has fewer heads than the configuration says.
     """
     heads = int(config.num_attention_heads)
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -168,9 +166,7 @@ def _mlp_width(config: Any) -> int:
 
 
 def _weights(model: Any, weights: WeightFormat, experts: tuple[int, int]) -> tuple[int, int, int]:
-    """Return (bytes held, bytes read per token, elements of the largest matrix that is
-    dequantised).
-    """
+    """Return (bytes held, bytes read per token, elements of the largest dequantised matrix)."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = getattr(head, "weight", None) is getattr(embedding, "weight", head)
     head_reads_embedding = tied and quantised_bytes(head, weights) is None

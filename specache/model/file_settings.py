@@ -146,8 +146,8 @@ class GenerationSettings:
         return found
 
     def padding_token(self) -> int | None:
-        """Return the token that is only padding: None if the pad token also ends a text, as in
-        stock generate.
+        """Return the token that is only padding; None if it also ends a text, as in stock
+        generate.
         """
         pad, ends = self.value("pad_token_id"), self.value("eos_token_id")
         if isinstance(ends, Tensor):

@@ -79,8 +79,7 @@ class ModelInfo:
         return position + 1 if self.rope_type == "dynamic" else 1
 
     def keeps_keys(self, last: int, position: int) -> bool:
-        """Return True if keys of a text up to position `last` stay valid in a text up to
-        `position`.
+        """Return True if keys of a text up to `last` stay valid in a text up to `position`.
 
         The length decides the frequencies (long RoPE, as stock recomputes them), and a text that
         became short again has the original ones.
@@ -214,7 +213,8 @@ def _refuse(name: str, model: Any, config: Any) -> None:
 
 
 def _is_bidirectional(module: Any) -> bool:
-    """Return True for bidirectional attention over text (image encoders do not number their
-    layers).
+    """Return True for bidirectional attention over text.
+
+    Image encoders do not count: they do not number their layers.
     """
     return getattr(module, "layer_idx", None) is not None and getattr(module, "is_causal", True) is False

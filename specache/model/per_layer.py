@@ -19,8 +19,9 @@ def layer_settings(config: Any, index: int) -> Any:
 
 
 def attention_modules(model: Any) -> Iterator[tuple[int, Any]]:
-    """Yield (layer, module) of a decoder's self-attention: modules with a layer index that project
-    keys or state a head size.
+    """Yield (layer, module) of a decoder's self-attention.
+
+    These are modules with a layer index that project keys or state a head size.
     """
     for module in model.modules():
         index = getattr(module, "layer_idx", None)
@@ -35,11 +36,10 @@ def head_dim(module: Any) -> int:
 
 
 def out_features(projection: Any) -> int | None:
-    """Return a linear layer's number of outputs, from its matrix if it has one (a tensor-parallel
-    rank has a part of it).
+    """Return a linear layer's number of outputs, from its matrix if it has one.
 
-    A packed weight (bitsandbytes) does not have the matrix's shape, and some layers have no tensor
-    of that name.
+    A tensor-parallel rank has a part of the matrix. A packed weight (bitsandbytes) does not have
+    the matrix's shape, and some layers have no tensor of that name.
     """
     weight = getattr(projection, "weight", None)
     if isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[1] == getattr(projection, "in_features", None):

@@ -33,9 +33,7 @@ def rope_entries(config: Any) -> list[dict[str, Any]]:
 
 
 def rope_type(entry: dict[str, Any]) -> str:
-    """Return the type of an entry: `default`, `linear`, `dynamic`, `yarn`, `llama3`, `longrope`,
-    ...
-    """
+    """Return the type of an entry: `default`, `linear`, `dynamic`, `yarn`, `longrope`, ..."""
     kind = entry.get("rope_type") or entry.get("type") or "default"
     return "longrope" if kind == "su" else str(kind)  # its name in the first Phi-3
 
@@ -79,8 +77,7 @@ def max_positions(model: Any) -> int | None:
 
 
 def computes_positions_itself(model: Any) -> bool:
-    """Return True if a module computes positions from the ids, so that given ones are dropped
-    (Kosmos-2.5).
+    """Return True if a module computes positions from ids and ignores given ones (Kosmos-2.5).
 
     Such a module may start behind the padding index, so positions from 0 on would not be the
     model's.

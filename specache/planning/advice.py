@@ -40,8 +40,9 @@ class Suggestion:
 def suggestions(
     model: ModelDimensions, config: SpeCacheConfig, sequences: Sequence[PlannedSequence], limit: int
 ) -> list[Suggestion]:
-    """Return every single change that makes the batch fit into `limit` bytes, or else a combination
-    of settings.
+    """Return every single change that makes the batch fit into `limit` bytes.
+
+    If there is none, return a combination of settings.
 
     Args:
         config: settings with every `auto` resolved.

@@ -1,5 +1,4 @@
-"""Sessions: the complete state of a sequence in a folder, saved at any time and continued by
-another process.
+"""Sessions: the complete state of a sequence in a folder, to be continued by another process.
 
 `Session` (`session`) is the interface for programs; `store` and `archive` manage folders. Below
 them: names of folders (`names`), locking (`lock`), content (`manifest`, `snapshot`, `state`,

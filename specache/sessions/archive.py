@@ -1,8 +1,8 @@
-"""Export a session to one file and import it: a tar archive of its manifest and the files that it
-refers to.
+"""Export a session to one file and import it.
 
-An import trusts nothing. It checks names, kinds and sizes of the members, the manifest, the digests
-of all snapshots and the checksum of every row before the session appears.
+The file is a tar archive of the manifest and the files that it refers to. An import trusts nothing.
+It checks names, kinds and sizes of the members, the manifest, the digests of all snapshots and the
+checksum of every row before the session appears.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Checkpoints in files: sliding windows at earlier lengths, since a window cannot be truncated like
-rows.
+"""Window checkpoints in files: copies of sliding windows at earlier lengths.
+
+A window cannot be truncated like rows.
 """
 
 from __future__ import annotations

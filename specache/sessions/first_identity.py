@@ -1,7 +1,7 @@
-"""The digests by which sessions of the first version identify their model: its configuration and
-1,024 elements per tensor.
+"""The digests by which sessions of the first version identify their model.
 
-They are computed only to open such a session. The next save writes the present form.
+They cover its configuration and 1,024 elements per tensor. They are computed only to open such a
+session. The next save writes the present form.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def first_config_digest(model: Any) -> str:
 
 
 def first_weights_digests(model: Any) -> Iterator[str]:
-    """Yield the digests that a model's weights may have had: as saved, and without wrappers and
+    """Yield the possible digests of a model's weights: as saved, and without wrappers and
     adapters.
     """
     model = unwrapped(model)

@@ -94,8 +94,9 @@ def _same_weights(stored: Identity, mine: Identity, model: Any) -> bool:
 
 
 def _settings(identity: Identity) -> dict[str, Any]:
-    """Return the settings that keys and values depend on; only an unknown model type if they cannot
-    be parsed.
+    """Return the settings that keys and values depend on.
+
+    If they cannot be parsed, return only an unknown model type.
     """
     try:
         settings = json.loads(identity.config.removeprefix(PRESENT))

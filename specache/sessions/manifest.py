@@ -43,8 +43,8 @@ class Identity:
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Shape of a layer: `Hkv`, `D`, dtype of its rows (`float32`, ...), and the sliding window in
-    tokens or None.
+    """Shape of a layer: `Hkv`, `D`, dtype of its rows (`float32`, ...), window in tokens or
+    None.
     """
 
     heads: int

@@ -1,5 +1,4 @@
-"""Check that a model computes the keys and values that a session holds, by recomputing the first
-tokens.
+"""Check that a model computes a session's keys and values, by recomputing the first tokens.
 
 Needed for sessions of the first version, whose digest of the whole configuration changes with a
 transformers release or a label, and if a release began or ceased to write down a field.
@@ -36,7 +35,7 @@ def check_rows(name: str, model: Any, sequence: Sequence, device: torch.device) 
 
 @torch.no_grad()
 def _computes_the_same(model: Any, sequence: Sequence, device: torch.device) -> bool:
-    """Return True if a model's stock forward pass gives the stored rows of the first tokens, up to
+    """Return True if a stock forward pass gives the stored rows of the first tokens, up to
     rounding.
 
     Keys of layer 0 do not depend on attention, so all of them must agree. Those of other layers

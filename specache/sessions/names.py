@@ -29,9 +29,7 @@ def default_root() -> Path:
 
 
 def default_roots() -> list[Path]:
-    """Return the default root, and the earlier default that ignored `$XDG_CACHE_HOME`, if it
-    exists.
-    """
+    """Return the default root, and the earlier one that ignored `$XDG_CACHE_HOME`, if present."""
     earlier = earlier_cache_folder()
     return [default_root().absolute(), *([] if earlier is None else [(earlier / "sessions").absolute()])]
 
@@ -154,8 +152,9 @@ def building(root: Path, name: str) -> Iterator[Path]:
 
 
 def discard(root: Path, folder: Path) -> None:
-    """Remove a session's folder (locked by the caller): rename it first, so that it disappears at
-    once.
+    """Remove a session's folder, which the caller has locked.
+
+    It is renamed first, so that it disappears at once.
 
     Raises:
         OSError: the system refuses.

@@ -1,6 +1,4 @@
-"""Read the rows of a saved state directly from their files, block by block, even if some are
-damaged.
-"""
+"""Read the rows of a saved state from their files, block by block, even if some are damaged."""
 
 from __future__ import annotations
 
@@ -108,8 +106,10 @@ class RowBlocks:
 def write_mended(
     folder: Path, manifest: Manifest, segment: str, mended: Mapping[tuple[int, int], Tensor]
 ) -> dict[int, tuple[Extent, ...]]:
-    """Write recomputed blocks into files of a new segment, sync them, and return the extents of
-    every layer.
+    """Write recomputed blocks into files of a new segment and sync them.
+
+    Returns:
+        the extents of every layer.
 
     Raises:
         SlowTierError, OSError: the files cannot be written.

@@ -1,5 +1,6 @@
-"""Write a sequence's state into a session's folder: only new data, committed when the manifest is
-replaced.
+"""Write a sequence's state into a session's folder: only new data, then the manifest.
+
+The state is committed when the manifest is replaced.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def write_state(
 def _write_pages(
     folder: Path, before: Manifest | None, sequence: CachedSequence, new: dict[str, StoredFile]
 ) -> tuple[PageSpan, ...]:
-    """Write the pages that were not saved yet, or all pages if there are too many files; return all
+    """Write the pages that were not saved yet, or all if there are too many files; return all
     spans.
     """
     tables = [layer.table for layer in sequence.compressed.values()]

@@ -1,6 +1,4 @@
-"""`Session`: one sequence's cache whose complete state lies in a folder, so that the next run
-continues it.
-"""
+"""`Session`: one sequence's cache whose complete state lies in a folder."""
 
 from __future__ import annotations
 
@@ -36,9 +34,7 @@ _LAYOUT = ("bits", "code", "group_size", "residual")
 
 
 class SessionCache(SpeCache):
-    """The cache of a session: one sequence, whose 16-bit rows lie in the session's folder, locked
-    during its life.
-    """
+    """The cache of a session: one sequence, with its rows in the locked folder."""
 
     one_sequence = True
 
@@ -350,8 +346,7 @@ class Session:
         return blank_manifest(self._cache.identity, self._cache.config, self.created, self.messages, self.rendering)
 
     def _remove_garbage(self) -> None:
-        """Remove files of ours that neither the saved state nor the cache needs: old and unfinished
-        ones.
+        """Remove old and unfinished files that neither the saved state nor the cache needs.
 
         Raises:
             OSError: a file cannot be removed.

@@ -1,5 +1,4 @@
-"""Tensors in an immutable safetensors file, written one after the other, so that none is held
-twice.
+"""Tensors in an immutable safetensors file, written one at a time to save memory.
 
 A file is identified by size and digest (`StoredFile`). Reading verifies both, then the header, then
 that the file holds exactly the expected tensors.

@@ -88,9 +88,7 @@ def show(name: str, root: Root = None) -> SessionSummary:
 
 
 def stored_config(name: str, root: Root = None) -> SpeCacheConfig | None:
-    """Return the settings that a session was saved with.
-
-    Return None if there is no saved session of that name.
+    """Return the settings that a session was saved with; None if it does not exist.
 
     Raises:
         SessionError: it is damaged.

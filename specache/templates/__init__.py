@@ -1,3 +1,1 @@
-"""Chat templates: encode conversations as token ids, and split an answer's tokens into reasoning
-and text.
-"""
+"""Chat templates: encode conversations, and split an answer's tokens into reasoning and text."""

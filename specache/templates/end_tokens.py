@@ -1,6 +1,4 @@
-"""Find the tokens that end an answer: those named by a model's files, and the one with which its
-chat template ends messages.
-"""
+"""Find the tokens that end an answer: those in a model's files and in its chat template."""
 
 from __future__ import annotations
 
@@ -31,8 +29,7 @@ def end_tokens(generation_config: Any, tokenizer: Any, template: ChatTemplate | 
 
 
 def _end_of_message(template: ChatTemplate) -> list[int]:
-    """Return the control tokens that the template writes directly after a model's message, last or
-    not.
+    """Return the control tokens that the template writes directly after a model's message.
 
     In templates with channels a message ends inside an answer too. There only the tokens that end
     the whole answer count.

@@ -68,8 +68,9 @@ def template_text(tokenizer: Any) -> str:
 
 
 def _is_marker(text: str) -> bool:
-    """Return True if a text is neither whitespace nor a word, which a template may contain as
-    ordinary text.
+    """Return True for a text that is neither whitespace nor a word.
+
+    Templates may contain both as ordinary text.
     """
     return not text.isspace() and not text.replace("_", "").isalnum()
 
@@ -90,9 +91,7 @@ class HiddenMarkers:
         return bool(self._hidden)
 
     def hide(self, text: str, markers: Iterable[str]) -> str:
-        """Replace every marker, and text that may become one together with the template's text
-        around it.
-        """
+        """Replace every marker, and text that could form one with the template's text around it."""
         present = sorted((marker for marker in markers if marker in text), key=len, reverse=True)
         if present:
             text = re.sub("|".join(map(re.escape, present)), lambda match: self._placeholder(match.group()), text)

@@ -51,14 +51,10 @@ class SlowTier(Protocol):
     in_place: bool  # attention reads the rows where they lie, so nothing is prefetched
 
     def write(self, layer: int, start: int, keys: Tensor, values: Tensor) -> None:
-        """Store keys and values [Hkv, n, D] of tokens `[start, start + n)`, and forget all tokens
-        behind them.
-        """
+        """Store keys and values [Hkv, n, D] of tokens `[start, start + n)`; forget later tokens."""
 
     def read(self, layer: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Return keys and values [Hkv, stop - start, D] of a range of tokens (prefill, rebuilding a
-        residual).
-        """
+        """Return keys and values [Hkv, stop - start, D] of a range of tokens."""
 
     def rows(self, layer: int) -> Tensor:
         """Return a layer's buffer [Hkv, capacity, 2 D], with room to grow.

@@ -1,6 +1,4 @@
-"""What the RAM tiers of a cache on a GPU share: page-locked memory, and an asynchronous copy into
-it.
-"""
+"""What the RAM tiers of a GPU's cache share: page-locked memory and asynchronous copies into it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Copy keys and values from the device to rows in main memory on the copy queue, while the next
-layer computes.
-"""
+"""Copy keys and values from a device to rows in main memory while the next layer computes."""
 
 from __future__ import annotations
 
@@ -11,12 +9,11 @@ from specache.tiers.streams import Event, Queue, Streams
 
 
 class StreamedOffload:
-    """The asynchronous writes of a tier in main memory (`tiers.transfer.Offload`); only readers
-    wait.
+    """Asynchronous writes of a tier in main memory (`tiers.transfer.Offload`).
 
-    A reader on the host calls `arrived`. Kernels that read rows in place need one
-    `wait_for_offload` after a write, outside of a graph's capture. One offload may serve the tiers
-    of many sequences: waiting for one then waits for all.
+    Only readers wait. A reader on the host calls `arrived`. Kernels that read rows in place need
+    one `wait_for_offload` after a write, outside of a graph's capture. One offload may serve the
+    tiers of many sequences: waiting for one then waits for all.
     """
 
     def __init__(self, streams: Streams) -> None:
@@ -54,8 +51,6 @@ def join_pairs(keys: Tensor, values: Tensor, joined: Tensor) -> None:
 
 
 def copy_heads(joined: Tensor, into: Tensor) -> None:
-    """Copy head by head: each is contiguous on both sides, and any other copy to the host would
-    block it.
-    """
+    """Copy head by head: each is contiguous, and any other copy to the host would block it."""
     for head, rows in zip(joined, into, strict=True):
         rows.copy_(head, non_blocking=True)

@@ -50,9 +50,7 @@ class _Block:
     free: list[tuple[int, int]] = field(default_factory=list)
 
     def cut(self, size: int) -> int | None:
-        """Cut `size` bytes from the smallest free piece that fits and return their start; None if
-        none fits.
-        """
+        """Cut `size` bytes from the smallest free piece that fits; return their start or None."""
         fitting = [piece for piece in self.free if piece[1] - piece[0] >= size]
         if not fitting:
             return None

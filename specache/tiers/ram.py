@@ -1,6 +1,4 @@
-"""Rows in main memory: one growing buffer [Hkv, capacity, 2 D] per layer, pinned if the model is on
-CUDA.
-"""
+"""Rows in main memory: one growing buffer [Hkv, capacity, 2 D] per layer, pinned on CUDA."""
 
 from __future__ import annotations
 
@@ -18,8 +16,9 @@ MIN_CAPACITY = 64  # tokens
 
 
 def ram_capacity(expected: int, tokens: int) -> int:
-    """Return the capacity in tokens of a buffer made for `expected` after it has grown, token by
-    token, to hold `tokens`.
+    """Return the capacity of a buffer made for `expected` tokens after it has grown to `tokens`.
+
+    It grows token by token.
     """
     capacity = max(expected, MIN_CAPACITY)
     while capacity < tokens:
@@ -97,8 +96,8 @@ class RamTier:
         return min((rows.shape[1] for rows in self._rows.values()), default=0)
 
     def make_room(self, tokens: int) -> None:
-        """Grow every layer's buffer to at least `tokens` tokens; until they are written, rows do
-        not move.
+        """Grow every layer's buffer to `tokens` tokens; until they are written, rows do not
+        move.
         """
         for layer, rows in self._rows.items():
             if rows.shape[1] < tokens:

@@ -52,17 +52,16 @@ class Streams(Protocol):
         """Make the caller's own PyTorch operations from now on see the results of `queue`."""
 
     def share(self, tensor: Tensor) -> None:
-        """Mark `tensor`, made on the compute queue, as used on the copy queue too: its memory is
-        reused only after both.
+        """Keep the memory of `tensor` until both queues are done with it.
+
+        The tensor was made on the compute queue, and is used on the copy queue too.
         """
 
     def synchronize(self, event: Event) -> None:
         """Block the host until the latest record of `event` is reached."""
 
     def drain(self) -> None:
-        """Block the host until both queues are empty, before host memory that they may use is
-        freed.
-        """
+        """Block the host until both queues are empty, before memory that they use is freed."""
 
 
 class InlineStreams:
@@ -94,12 +93,12 @@ class InlineStreams:
 
 
 class CudaStreams:
-    """CUDA's streams: compute is the current one (also during graph capture), copy is a stream of
-    its own.
+    """CUDA's streams: compute is the current one, copy is a stream of its own.
 
-    During a graph's capture the copy stream joins with the first `wait` for an event that the
-    capture recorded on the compute stream, and must be joined back before the capture ends. An
-    event recorded outside a capture, or in another one, may not be waited for inside it.
+    Compute is also the stream that a graph is captured on. During a capture the copy stream joins
+    with the first `wait` for an event that the capture recorded on the compute stream, and must be
+    joined back before the capture ends. An event recorded outside a capture, or in another one, may
+    not be waited for inside it.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -1,11 +1,10 @@
 """Transfer rows between main memory and the computing device.
 
-The only file in `tiers/` beside `streams` that knows CUDA.
-
-On a CPU a row has arrived when it was read. On CUDA it is copied from pinned memory on a separate
-stream. The consuming stream waits for the copy's event, never the host for the device (paper
-section 3.3). `Offload` and `HostMemory` are what a tier in main memory needs from a device;
-`offload` and `pinned` implement them.
+This file and `streams` are the only ones in `tiers/` that know CUDA. On a CPU a row has arrived
+when it was read. On CUDA it is copied from pinned memory on a separate stream. The consuming stream
+waits for the copy's event, never the host for the device (paper section 3.3). `Offload` and
+`HostMemory` are what a tier in main memory needs from a device; `offload` and `pinned` implement
+them.
 """
 
 from __future__ import annotations
@@ -22,8 +21,9 @@ class Offload(Protocol):
     """Asynchronous copies of keys and values into rows in main memory."""
 
     def write(self, layer: int, into: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Queue filling rows `into` [Hkv, n, 2 D] with keys and values [Hkv, n, D], which the
-        caller may overwrite at once.
+        """Queue a copy of keys and values [Hkv, n, D] to rows `into` [Hkv, n, 2 D].
+
+        The caller may overwrite keys and values at once.
         """
 
     def arrived(self, layer: int) -> None:

@@ -1,9 +1,8 @@
-"""Find the active adapters of a model's layers (peft's, also through transformers' `add_adapter`)
-and their scales.
+"""Find the active adapters of a model's layers and their scales.
 
-An adapted layer of peft names its dictionaries by adapter (`adapter_layer_names`,
-`other_param_names`), the active adapters, and those merged into the weights. Only these attributes
-are read, so peft need not be installed.
+They are peft's, also through transformers' `add_adapter`. An adapted layer names its dictionaries
+by adapter (`adapter_layer_names`, `other_param_names`), the active adapters, and those merged into
+the weights. Only these attributes are read, so peft need not be installed.
 """
 
 from __future__ import annotations
@@ -39,9 +38,7 @@ class LayerAdapters:
 
 
 def is_adapted(module: nn.Module) -> bool:
-    """Return True if a module has adapters, or is replaced by one as a whole
-    (`modules_to_save`).
-    """
+    """Return True if a module has adapters, or is replaced as a whole (`modules_to_save`)."""
     kind = type(module)
     return all(hasattr(kind, name) for name in ("adapter_layer_names", "active_adapters", "disable_adapters"))
 
@@ -56,17 +53,14 @@ def layer_adapters(module: Any) -> LayerAdapters:
 
 
 def adapter_entries(module: Any) -> Iterator[tuple[str, str]]:
-    """Yield (path below a layer, adapter) of the modules and tensors that belong to one of its
-    adapters.
-    """
+    """Yield (path below a layer, adapter) of the modules and tensors of its adapters."""
     for name, entries in _entries(module, (*module.adapter_layer_names, *module.other_param_names)):
         for adapter in entries:
             yield f"{name}.{adapter}", adapter
 
 
 def refuse_adapters_per_call(model: Any) -> None:
-    """Refuse adapters that are chosen by an argument of one call, since rows are prefilled one by
-    one.
+    """Refuse adapters that are chosen per call, since rows are prefilled one by one.
 
     Raises:
         UsageError: the model has such adapters; the message names the argument.
@@ -91,9 +85,7 @@ def refuse_adapters_per_call(model: Any) -> None:
 
 
 def _remove_hooks(model: Any) -> None:
-    """Remove the hooks of a refused call, which peft leaves behind when an error ends its
-    `generate`.
-    """
+    """Remove the hooks of a refused call: peft leaves them if an error ends its `generate`."""
     for module in model.modules():
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, functools.partial) and getattr(hook.func, "__name__", "") in _PER_CALL_HOOKS:

@@ -1,6 +1,4 @@
-"""Read bitsandbytes' 4-bit weights in one form, since a layer on a CPU repacks its weight when it
-first runs.
-"""
+"""Read bitsandbytes' 4-bit weights in one form: on a CPU, the first run repacks them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Digests that identify a model on disk: its weights and active adapters, from samples of every
-tensor.
-"""
+"""Digests that identify a model's weights and active adapters, from samples of every tensor."""
 
 from __future__ import annotations
 
@@ -21,10 +19,10 @@ _Sampled = tuple[str, tuple[int, ...], str, bytes]  # name, shape, dtype, sample
 
 
 def weights_digest(model: Any) -> str:
-    """Return a digest of the weights without adapters: name, shape, dtype and some runs of elements
-    per saved tensor.
+    """Return a digest of the weights without adapters.
 
-    Weights that lie in files are not read completely.
+    It covers name, shape, dtype and some runs of elements per saved tensor. Weights that lie in
+    files are not read completely.
     """
     model = unwrapped(model)
     digest = hashlib.sha256()
@@ -61,9 +59,7 @@ def _scales(adapters: LayerAdapters) -> str:
 
 
 def _by_name(model: Any) -> list[Weight]:
-    """Return all saved weights without the statistics of 4-bit ones, which `unpacked_4_bit`
-    yields.
-    """
+    """Return all saved weights, except statistics of 4-bit ones (`unpacked_4_bit` yields them)."""
     saved = (one for one in weights(list(layers(model)), model) if one.persistent and ".quant_state." not in one.name)
     return sorted(saved, key=lambda weight: weight.name)
 

@@ -37,9 +37,7 @@ _NEUTRAL = re.compile(r".*multiplier|.*factor|.*scal(e|ing)(_.*)?")  # fields wh
 
 
 def relevant_settings(model: Any) -> dict[str, Any]:
-    """Return the fields of a model's text configuration that its keys and values depend on, by
-    name.
-    """
+    """Return the text configuration's fields that keys and values depend on, by name."""
     config = model.config.get_text_config(decoder=True).to_dict()
     found = {name: _value(name, value) for name, value in config.items() if _is_relevant(name) and name not in _ROPE}
     found["rope"] = _rope(config)

@@ -59,10 +59,10 @@ class ModelState:
         return cls(model, relevant_settings(model), _adapters(found), _modules(found), remember(found, model))
 
     def after_run(self, model: Any) -> ModelState:
-        """Return the state with the changes that a run itself makes: some layers pack their weights
-        when they first run.
+        """Return the state with the changes that a run itself makes.
 
-        Changes by anyone else meanwhile remain differences.
+        Some layers pack their weights when they first run. Changes by anyone else meanwhile remain
+        differences.
         """
         model = unwrapped(model)
         found = list(layers(model))
@@ -125,8 +125,9 @@ def _difference_of_settings(before: dict[str, Any], now: dict[str, Any]) -> str 
 
 
 def _modules(found: list[Layer]) -> dict[str, _Facts]:
-    """Return the facts of modules by name, without the root and wrapped layers, whose scales are
-    compared instead.
+    """Return the facts of modules by name, except the root and adapted layers.
+
+    The scales of adapted layers are compared instead.
     """
     facts: dict[str, _Facts] = {}
     for layer in found[1:]:

@@ -30,9 +30,7 @@ _SAFETENSORS = {
 
 @dataclass(frozen=True)
 class FileTensor:
-    """A tensor in a file: `shape` elements of dtype `stored`, from byte `start` on, loaded as
-    `dtype`.
-    """
+    """A tensor in a file: `shape` elements of `stored`, from byte `start` on, loaded as `dtype`."""
 
     path: str
     start: int
@@ -41,9 +39,7 @@ class FileTensor:
     dtype: torch.dtype
 
     def runs(self, starts: list[int], length: int) -> Tensor:
-        """Read `length` consecutive elements from each start, [starts * length], converted to
-        `dtype`.
-        """
+        """Read `length` elements from each start, [starts * length], converted to `dtype`."""
         size = self.stored.itemsize
         with _readable(self.path), open(self.path, "rb", buffering=0) as file:
             data = b"".join(os.pread(file.fileno(), length * size, self.start + start * size) for start in starts)
@@ -66,9 +62,7 @@ def hooks_of(module: Any) -> Iterator[Any]:
 
 
 def execution_device(model: Any) -> torch.device | None:
-    """Return the device of a model whose weights are kept elsewhere, from the first hook that
-    states one.
-    """
+    """Return the device of a model with offloaded weights, from the first hook that states one."""
     for module in model.modules():
         for hook in hooks_of(module):
             device = getattr(hook, "execution_device", None)
@@ -78,9 +72,7 @@ def execution_device(model: Any) -> torch.device | None:
 
 
 def kept_elsewhere(module: Any, name: str) -> Tensor | FileTensor | None:
-    """Return where a module's hook keeps the tensor `name` (with the path below the module), or
-    None.
-    """
+    """Return where a module's hook keeps the tensor `name` (a path below it), or None."""
     for hook in hooks_of(module):
         kept = getattr(hook, "weights_map", None)
         if kept is not None and getattr(hook, "offload", False):

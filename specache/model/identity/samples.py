@@ -78,9 +78,7 @@ def _spread_view(bits: Tensor, every_row: bool) -> Tensor:
 
 
 def run_starts(count: int) -> tuple[list[int], int]:
-    """Return the first elements and the length of the runs that stand for a tensor of `count`
-    elements.
-    """
+    """Return the first elements and the length of the runs sampled of `count` elements."""
     if count <= RUNS * RUN:
         return [0], count
     return [(count - RUN) * i // (RUNS - 1) for i in range(RUNS)], RUN

@@ -59,9 +59,7 @@ class _Current:
     by_run: bool
 
     def is_at(self, mark: TensorMark) -> bool:
-        """Return True if this is the object of a mark at the same place, not written to as far as
-        PyTorch counts.
-        """
+        """Return True for the object of a mark at the same place, without a counted write."""
         same = mark.holder is None if self.held is None else mark.holder is not None and mark.holder() is self.held
         return same and self.place == mark.place
 

@@ -1,5 +1,4 @@
-"""Enumerate the tensors that a model computes with, under names that do not depend on wrappers and
-adapters.
+"""Enumerate the tensors of a model under names independent of wrappers and adapters.
 
 Packed weights (bitsandbytes, torchao, quantised by PyTorch) are split into the plain tensors that
 they consist of. Tensors of inactive adapters are omitted.
@@ -201,9 +200,7 @@ def _places_submodules(module: nn.Module) -> bool:
 
 
 def _packed(layer: Layer, table: bool) -> Iterator[Weight]:
-    """Yield the packed weights of `torch.ao` layers, and the scales that bitsandbytes moves to its
-    layer.
-    """
+    """Yield the packed weights of `torch.ao` layers, and scales that bitsandbytes moved."""
     module: Any = layer.module
     packed = module.__dict__.get("_packed_params")
     if isinstance(packed, torch.ScriptObject):

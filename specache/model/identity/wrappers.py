@@ -13,8 +13,7 @@ _HARMLESS_TUNERS = {"AdaLoraModel"}  # their forward pass only adds a training l
 
 
 def unwrapped(model: Any) -> Any:
-    """Return the module inside torch.compile, DataParallel, DistributedDataParallel and peft,
-    nested in any order.
+    """Return the module inside torch.compile, data parallelism and peft, nested in any order.
 
     All checks of a model's identity use this module, so that a wrapper and its content count as
     one.
@@ -31,9 +30,7 @@ def unwrapped(model: Any) -> Any:
 
 
 def is_compiled_inside(model: Any) -> bool:
-    """Return True if the model itself (`model.compile()`), its `forward`, or some of its layers are
-    compiled.
-    """
+    """Return True if the model (`model.compile()`), its `forward`, or some layers are compiled."""
     return any(
         _is_compiled(module)
         or module._compiled_call_impl is not None

@@ -1,6 +1,4 @@
-"""System calls of the disk tier: opening files, positioned reads and writes, direct I/O and aligned
-memory.
-"""
+"""System calls of the disk tier: open, positioned reads and writes, direct I/O, aligned memory."""
 
 from __future__ import annotations
 
@@ -56,11 +54,10 @@ def write_all(fd: int, data: memoryview, offset: int) -> None:
 
 
 def open_file(path: str, *, create: bool, direct: bool) -> int:
-    """Open a file of ours for reading and writing, private to the user, bypassing the page cache if
-    `direct`.
+    """Open a file of ours for reading and writing, private to the user.
 
     Raises:
-        OSError: as `os.open`; also if the file system refuses `direct`.
+        OSError: as `os.open`; also if `direct` (bypassing the page cache) is refused.
     """
     flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
     if create:
@@ -91,10 +88,10 @@ def drop_cached(fd: int, offset: int = 0, length: int = 0) -> None:
 
 
 def direct_alignment(fd: int) -> int | None:
-    """Return the alignment in bytes that direct I/O on this file needs (offsets, lengths and
-    memory), 0 if unsupported.
+    """Return the alignment in bytes that direct I/O on this file needs; 0 if unsupported.
 
-    Return None if the system does not report it (Linux before 6.1, most network file systems).
+    It applies to offsets, lengths and memory. Return None if the system does not report it (Linux
+    before 6.1, most network file systems).
     """
     try:
         statx = ctypes.CDLL(None, use_errno=True).statx

@@ -1,5 +1,4 @@
-"""A read that an attention layer starts and needs later in the same step, hidden behind its
-computation.
+"""A read that an attention layer starts early, hidden behind its computation.
 
 The system performs the read if the tier can start one without a thread, else a thread of the
 prefetch worker. If no thread is free, the step reads when it needs the rows.

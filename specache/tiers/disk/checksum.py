@@ -33,16 +33,15 @@ def checksums(words: Words, salts: Words) -> Words:
 
 
 def row_salts(base: Words, positions: NDArray[np.int64], blocks: NDArray[np.int64]) -> Words:
-    """Return the salts of rows, from their heads' `base` (`head_salts`), token positions and file
-    blocks. Shapes broadcast.
+    """Return the salts of rows, from `head_salts`, token positions and file blocks.
+
+    Shapes broadcast.
     """
     return np.asarray(base + positions.astype(np.uint64) * POSITION_SALT + blocks.astype(np.uint64) * BLOCK_SALT, dtype=np.uint64)
 
 
 def head_salts(segment: str, layer: int, num_kv_heads: int) -> Words:
-    """Return the salts [Hkv] that distinguish the KV heads of a file, and the file from every
-    other.
-    """
+    """Return the salts [Hkv] that distinguish the KV heads of a file, and files from each other."""
     seed = _mix(int(segment, 16) + _mix(layer + 1))
     return np.array([_mix(seed + _mix(head + 1)) for head in range(num_kv_heads)], dtype=np.uint64)
 

@@ -1,9 +1,8 @@
-"""The slow tier on disk: full blocks of rows in files (`row_file`), rows of the last, partial block
-in memory.
+"""The slow tier on disk: full blocks of rows in files, the last, partial block in memory.
 
-Files are append-only, so a table of blocks (`extents`) taken at any time stays valid. The tier
-holds in memory: the partial block (room for 64 tokens per layer) and the buffers of reads in
-progress.
+Files (`row_file`) are append-only, so a table of blocks (`extents`) taken at any time stays valid.
+The tier holds in memory: the partial block (room for 64 tokens per layer) and the buffers of reads
+in progress.
 """
 
 from __future__ import annotations
@@ -93,8 +92,7 @@ class DiskTier:
     # The interface of a cache
 
     def write(self, layer: int, start: int, keys: Tensor, values: Tensor) -> None:
-        """Store keys and values [Hkv, n, D] of tokens `[start, start + n)`, and forget all tokens
-        behind them.
+        """Store keys and values [Hkv, n, D] of tokens `[start, start + n)`; forget later tokens.
 
         Raises:
             SlowTierError: the disk is full or failed. The tier is unchanged.
@@ -224,9 +222,7 @@ class DiskTier:
         return {layer: state.tail_rows.clone() for layer, state in self._layers.items()}
 
     def file_names(self) -> set[str]:
-        """Return the names of all open files: those of `extents`, new ones, and those no longer
-        needed.
-        """
+        """Return the names of all open files: those of `extents`, new and unused ones."""
         return self._files.names()
 
     def stop_appending(self) -> None:
@@ -234,8 +230,7 @@ class DiskTier:
         self._files.stop_appending()
 
     def merge(self, most: int) -> None:
-        """Copy the blocks behind a layer's first file into one file if they lie in more than `most`
-        files.
+        """Merge a layer's files into one, except the first, if there are more than `most`.
 
         Every file that a state refers to stays open as long as its session is.
 
@@ -280,9 +275,7 @@ class DiskTier:
         return StoredLayer.of(state.layout, state.tail.dtype, state.table.truncated(blocks), rows)
 
     def _append(self, layer: int, state: StoredLayer, keys: Tensor, values: Tensor, whole: int) -> BlockTable:
-        """Write the first `whole` tokens of the tail and the new ones, and return the extended
-        table.
-        """
+        """Write the first `whole` tokens of tail and new tokens; return the extended table."""
         file = self._files.own_file(layer, state.layout)
         first, size = file.blocks, state.layout.block_bytes
         step = max(1, WRITE_BYTES // size) * BLOCK_TOKENS
@@ -294,9 +287,7 @@ class DiskTier:
         return state.table.appended(file, first, whole // BLOCK_TOKENS)
 
     def _merged(self, layer: int) -> StoredLayer:
-        """Return a layer whose blocks behind its first file are copied into the file that the tier
-        appends to.
-        """
+        """Return a layer with the blocks behind its first file copied into the tier's own file."""
         state = self._layers[layer]
         runs, table = state.table.runs, state.table
         first = next(run.logical for run in runs if run.file is not runs[0].file)

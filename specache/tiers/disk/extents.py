@@ -27,8 +27,8 @@ class Extent:
 
 
 class Run(NamedTuple):
-    """Contiguous blocks: the sequence's blocks from `logical` on are the blocks of `file` from
-    `first` on.
+    """Contiguous blocks: the sequence's from `logical` on are the blocks of `file` from `first`
+    on.
     """
 
     file: RowFile

@@ -1,6 +1,4 @@
-"""Read scattered rows with the C++ extension, without the interpreter's lock, blocking or in the
-background.
-"""
+"""Read scattered rows with the C++ extension: without the GIL, blocking or in the background."""
 
 from __future__ import annotations
 
@@ -55,9 +53,9 @@ class NativeFlight:
 
 
 class NativeRows:
-    """Reads rows through io_uring.
+    """Reads rows through io_uring. A result of None means that a plain reader must read them.
 
-    None instead of rows means: read with a plain reader, which reports the error.
+    The plain reader then reports the error.
 
     Args:
         entries: reads submitted to the kernel at once.

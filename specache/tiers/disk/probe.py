@@ -1,6 +1,4 @@
-"""Choose the reader of a folder's file system, measured on a small file once per file system and
-process.
-"""
+"""Measure the readers on a folder's file system, once per process, and choose the fastest."""
 
 from __future__ import annotations
 
@@ -37,13 +35,12 @@ _ROUNDS = 2  # the faster round counts: another program may have interfered
 class ReaderReport:
     """The reader chosen for a folder, and its measurements.
 
-    None if nothing could be measured (the disk is full).
-
     Attributes:
         direct: reads and writes bypass the page cache.
         alignment: bytes that direct reads are widened to.
-        bytes_per_s: throughput of large parallel reads.
-        latency_s: time of one random 4 KiB read.
+        bytes_per_s: throughput of large parallel reads; None if it could not be measured (the disk
+            is full).
+        latency_s: time of one random 4 KiB read, likewise.
     """
 
     reader: str
@@ -103,10 +100,7 @@ def probe(folder: Path) -> ReaderReport:
 
 
 def _direct_alignment(path: Path) -> int:
-    """Return the alignment that direct I/O of our blocks needs here.
-
-    Return 0 if it is unsupported or does not fit.
-    """
+    """Return the alignment that direct I/O of our blocks needs; 0 if unsupported or unsuitable."""
     try:
         fd = aligned_io.open_file(str(path), create=False, direct=True)
     except OSError:

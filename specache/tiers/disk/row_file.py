@@ -151,8 +151,7 @@ class RowFile:
             os.ftruncate(self.fd, self.blocks * self.layout.block_bytes)
 
     def verify(self, rows: Words, heads: Index, positions: Index, blocks: Index) -> None:
-        """Verify rows [..., words + 1] of (head, token position, block); the index shapes broadcast
-        to `...`.
+        """Verify rows [..., words + 1] of (head, token position, block); the indices broadcast.
 
         Raises:
             CorruptRowError: a checksum differs; the message names the first such row.
@@ -180,8 +179,8 @@ class RowFile:
         return True
 
     def _block_salts(self, block: int, position: int, count: int) -> Words:
-        """Return the salts [count, Hkv, 64] of blocks from `block` on, which hold tokens from
-        `position` on.
+        """Return the salts [count, Hkv, 64] of blocks from `block` on; tokens begin at
+        `position`.
         """
         blocks = np.arange(block, block + count)[:, None, None]
         positions = position + np.arange(count * BLOCK_TOKENS).reshape(count, 1, BLOCK_TOKENS)

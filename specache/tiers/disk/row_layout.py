@@ -93,9 +93,7 @@ class RowLayout:
         return block, head, slot
 
     def block_view(self, words: Words, count: int) -> Words:
-        """View `count` blocks in memory as [count, Hkv, 64, words + 1]; the last word is the
-        checksum.
-        """
+        """View `count` blocks in memory as [count, Hkv, 64, words + 1], the checksum last."""
         strides = (self.block_bytes, BLOCK_TOKENS * self.stride, self.stride, CHECKSUM_BYTES)
         shape = (count, self.num_kv_heads, BLOCK_TOKENS, self.words + 1)
         return np.ndarray(shape, np.uint64, buffer=words, strides=strides)

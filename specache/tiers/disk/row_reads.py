@@ -46,8 +46,9 @@ def gather(table: BlockTable, layout: RowLayout, dtype: torch.dtype, reader: Rea
 
 
 def read(table: BlockTable, layout: RowLayout, reader: Reader, start: int, stop: int, into: Tensor) -> None:
-    """Read the rows of tokens `[start, stop)` into a contiguous-by-row tensor
-    [Hkv, stop - start, 2 D].
+    """Read the rows of tokens `[start, stop)` into a tensor [Hkv, stop - start, 2 D].
+
+    The rows of `into` must be contiguous.
 
     Raises:
         SlowTierError: a row cannot be read; `CorruptRowError` if a checksum differs.
@@ -163,8 +164,7 @@ class _Scattered:
         into[part] = rows[:, :-1]
 
     def _widened(self, part: Index, alignment: int) -> tuple[Index, Index, NDArray[np.bool_]]:
-        """Return the rows' begin and end, widened to `alignment`, and which rows need a read of
-        their own.
+        """Return the rows' begin and end, widened to `alignment`, and which rows start a read.
 
         The last array has no entry for the first row.
         """

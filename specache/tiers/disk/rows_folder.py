@@ -39,8 +39,7 @@ class FolderFacts:
 
 
 def choose_rows_folder(size: int, *, make: bool = True) -> FolderFacts:
-    """Return the first candidate folder on a disk with room for `size` bytes that this user may
-    write.
+    """Return the first writable candidate folder on a disk with room for `size` bytes.
 
     It is created unless `make` is false. Candidates are `rows` in the cache folder, the folder of
     temporary files (`$TMPDIR`) and `/var/tmp`.
@@ -87,9 +86,7 @@ def folder_facts(folder: Path) -> FolderFacts:
 
 
 def file_system_of(path: Path) -> str | None:
-    """Return the type of the file system that an existing path lies on; `None` where `/proc` does
-    not list mounts.
-    """
+    """Return the type of an existing path's file system; None if `/proc` lists no mounts."""
     real = os.path.realpath(path)
     longest, kind = -1, None
     for mount, mounted in _mounts():

@@ -15,8 +15,7 @@ from specache.tiers.disk.row_layout import BLOCK_TOKENS, RowLayout
 
 @dataclass(frozen=True)
 class StoredLayer:
-    """Immutable state of a layer, replaced as a whole, so that a failed write leaves the previous
-    one.
+    """Immutable state of a layer, so that a failed write leaves the previous state.
 
     Writes go only to tail slots that no state counts, so a reader of an older state is never
     disturbed.
@@ -58,10 +57,12 @@ class StoredLayer:
         return replace(self, tail=self.tail.clone())
 
     def joined(self, keys: Tensor, values: Tensor, start: int, stop: int) -> Tensor:
-        """Join the tail with new keys and values [Hkv, n, D] and return rows `[start, stop)`
-        [Hkv, stop - start, 2 D].
+        """Join the tail with new keys and values [Hkv, n, D].
 
         NumPy copies: the copy is small, and PyTorch would distribute it over threads that are busy.
+
+        Returns:
+            rows `[start, stop)` of both, [Hkv, stop - start, 2 D].
         """
         layout = self.layout
         rows = torch.empty(layout.num_kv_heads, stop - start, 2 * layout.head_dim, dtype=self.tail.dtype)

@@ -139,12 +139,11 @@ class TierFiles:
             raise SlowTierError(f"The rows in {self.folder} cannot be made safe: {reason(error)}") from error
 
     def give_back(self, wait: bool = False) -> None:
-        """Release everything.
+        """Release everything. The tier may be reused.
 
-        A temporary tier's files are removed if no other tier needs them. The tier may be reused.
-
-        A forked process has copies of its parent's files and leaves them alone: a thread that does
-        not exist there may hold a lock.
+        A temporary tier's files are removed if no other tier needs them. A forked process has
+        copies of its parent's files and leaves them alone: a thread that does not exist there may
+        hold a lock.
         """
         if self._process != os.getpid():
             return

@@ -1,5 +1,4 @@
-"""Linux's io_uring for batches of reads: fill a submission ring, make one system call, read a
-completion ring.
+"""Linux's io_uring for batches of reads: fill a ring, make one system call, read the results.
 
 It uses `ctypes` and NumPy: nothing is compiled, and a batch costs a few array operations. The
 structures are those of `linux/io_uring.h`, the same on every architecture. A ring serves one thread
@@ -79,9 +78,7 @@ class Ring:
             raise
 
     def read(self, fds: Index, offsets: Index, addresses: Index, lengths: Index) -> Index:
-        """Perform at most `entries` reads into memory.
-
-        Return per read the bytes read, or a negative error number.
+        """Perform at most `entries` reads into memory; return bytes read or negative error numbers.
 
         No read is running any more when this returns or raises.
 
@@ -128,8 +125,9 @@ class Ring:
         self.entries = params.sq_entries
 
     def _wait(self, count: int) -> None:
-        """Submit the ring and wait for `count` results, also if interrupted: the kernel writes into
-        our memory.
+        """Submit the ring and wait for `count` results, even if interrupted.
+
+        The kernel writes into our memory until then.
         """
         interrupted: BaseException | None = None
         submitted = 0
