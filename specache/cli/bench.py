@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from specache.bench import benchmarks as registry
+from specache.bench import benchmarks
 from specache.cli import options
 from specache.cli.bench_table import result_table
 from specache.cli.console import LOG_WIDTH, err, quiet_libraries, status
@@ -138,13 +138,13 @@ class BenchmarkGroup(TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the names of all benchmarks."""
-        return list(registry.BENCHMARKS)
+        return list(benchmarks.BENCHMARKS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Return the command of a benchmark."""
-        if cmd_name not in registry.BENCHMARKS:
+        if cmd_name not in benchmarks.BENCHMARKS:
             return super().get_command(ctx, cmd_name)
-        return _command(cmd_name, registry.benchmark_class(cmd_name))
+        return _command(cmd_name, benchmarks.benchmark_class(cmd_name))
 
 
 app = typer.Typer(cls=BenchmarkGroup, help=HELP, epilog=EPILOG, no_args_is_help=True)

@@ -23,7 +23,7 @@ from specache.cli.json_file import check_json, write_json
 from specache.cli.models import load
 from specache.cli.template_option import check_variables, parse_variables
 from specache.errors import ConfigError
-from specache.eval import catalogue as registry
+from specache.eval import catalogue
 from specache.eval.results import CELLS_FILE
 
 if TYPE_CHECKING:
@@ -52,12 +52,12 @@ class EvaluationGroup(TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Return `list` and `report`, then the tasks."""
-        return [*self.commands, *registry.TASKS, ABLATE]
+        return [*self.commands, *catalogue.TASKS, ABLATE]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Return the command of a task, or one that is defined in this file."""
-        if cmd_name in registry.TASKS:
-            return task_command(cmd_name, registry.task_class(cmd_name), run_task)
+        if cmd_name in catalogue.TASKS:
+            return task_command(cmd_name, catalogue.task_class(cmd_name), run_task)
         if cmd_name == ABLATE:
             return ablate_command(_ablated_task(ctx), run_task)
         return super().get_command(ctx, cmd_name)
@@ -78,9 +78,9 @@ def list_all(as_json: options.Json = False) -> None:
     from specache.eval.setting_fields import flag
     from specache.eval.tasks.ablate import Ablate
 
-    tasks = [{"name": name, "summary": registry.task_class(name).summary} for name in registry.TASKS]
+    tasks = [{"name": name, "summary": catalogue.task_class(name).summary} for name in catalogue.TASKS]
     tasks.append({"name": ABLATE, "summary": Ablate.summary})
-    methods = [_described_method(name) for name in registry.METHODS]
+    methods = [_described_method(name) for name in catalogue.METHODS]
     if as_json:
         write(json.dumps({"tasks": tasks, "methods": methods}, ensure_ascii=False) + "\n")
         return
@@ -156,13 +156,13 @@ def _ablated_task(ctx: Any) -> str:
             return str(arguments[index + 1])
         if argument.startswith("--task="):
             return str(argument.removeprefix("--task="))
-    return next(iter(registry.TASKS))
+    return next(iter(catalogue.TASKS))
 
 
 def _described_method(name: str) -> dict[str, Any]:
     from specache.eval.methods_option import setting_types
 
-    cls = registry.method_class(name)
+    cls = catalogue.method_class(name)
     return {"name": name, "summary": cls.summary, "settings": list(setting_types(cls))}
 
 

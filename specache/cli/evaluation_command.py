@@ -16,7 +16,7 @@ from specache.cli.field_command import field_parameters, make_command, take, tak
 from specache.cli.json_file import JsonFile
 from specache.cli.models import Device, Dtype
 from specache.cli.template_option import TemplateVariables
-from specache.eval import catalogue as registry
+from specache.eval import catalogue
 from specache.eval.setting_fields import field_types
 from specache.linear.weight_format import WeightFormat
 
@@ -104,11 +104,11 @@ def ablate_command(task: str, run: RunTask) -> Any:
     """Return the command that sweeps a setting over `task`."""
     from specache.eval.tasks.ablate import Ablate, canonical_field, sweep
 
-    cls = registry.task_class(task) if task in registry.TASKS else None
+    cls = catalogue.task_class(task) if task in catalogue.TASKS else None
 
     def command(**values: Any) -> None:
         shared, swept = take(SharedOptions, values), take(SweepOptions, values)
-        inner = make_task(registry.task_class(swept.task), values, shared)
+        inner = make_task(catalogue.task_class(swept.task), values, shared)
         methods = sweep(shared.methods, swept.field, swept.values)
         run(shared, Ablate(inner, canonical_field(shared.methods, swept.field)), methods)
 

@@ -14,7 +14,7 @@ from specache.linear.weight_format import WeightFormat
 
 if TYPE_CHECKING:
     from specache.model.dimensions import ModelDimensions
-    from specache.planning.roofline import device_figures as roofline
+    from specache.planning.roofline import device_figures
 
 THIS_MACHINE = "cpu"
 
@@ -30,7 +30,7 @@ class Target:
     """
 
     requested: bool
-    device: roofline.Device | None
+    device: device_figures.Device | None
     computes_on: Device
 
     def roofline(
@@ -79,7 +79,7 @@ def target_device(gpu: str | None, spec: Path | None, device: Device) -> Target:
     if spec is not None:
         if gpu not in (None, THIS_MACHINE):
             raise ConfigError(f"--gpu {gpu} and --gpu-spec {spec} name two devices. Leave one of them out.")
-        described: roofline.Device | None = device_from_file(spec)
+        described: device_figures.Device | None = device_from_file(spec)
         if gpu == THIS_MACHINE and described is not None and described.kind != "cpu":
             raise ConfigError(f'--gpu cpu: --gpu-spec {spec} describes a GPU. Write kind = "cpu" into it, or leave out --gpu.')
     else:

@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 import specache
 from specache.kernels import packing
 from specache.kernels.torch import rotated as torch_rotated
-from specache.linear import cpu_linear as products
+from specache.linear import cpu_linear
 from specache.linear.weight_format import WeightFormat
 from specache.linear.weight_quant import Int4Linear, Int8Linear, quantise_weights
 from specache.platform import modes
@@ -322,19 +322,19 @@ def test_process_wide_constants_do_not_depend_on_the_mode_of_the_first_call(name
 @pytest.mark.parametrize("weight", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_fast_product_under_autocast_is_that_of_an_ordinary_linear_layer(monkeypatch, rows, autocast, weight, bias):
-    monkeypatch.setattr(products, "multiplies_natively", lambda dtype: False)
+    monkeypatch.setattr(cpu_linear, "multiplies_natively", lambda dtype: False)
     torch.manual_seed(rows)
     layer = torch.nn.Linear(32, 48, bias=bias).to(weight)
     x = torch.randn(rows, 32)
     with torch.no_grad(), torch.autocast("cpu", dtype=autocast):
         for inputs in (x, x.to(autocast)):
             expected = layer(inputs)
-            changed = products.install(torch.nn.ModuleList([layer]))
+            changed = cpu_linear.install(torch.nn.ModuleList([layer]))
             assert changed
             try:
                 out = layer(inputs)
             finally:
-                products.remove(changed)
+                cpu_linear.remove(changed)
             assert out.dtype == expected.dtype == autocast and torch.equal(out, expected)
 
 

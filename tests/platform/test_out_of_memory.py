@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import specache
-from specache.attention import decode as attention
+from specache.attention import decode
 from specache.cache.sizes import on_disk
 from specache.config import SpeCacheConfig
 from specache.engine import generate as generation
@@ -278,7 +278,7 @@ def test_the_failed_pass_leaves_no_tensors_behind(model, monkeypatch):
         held.append(weakref.ref(scores))
         raise MemoryError
 
-    monkeypatch.setattr(attention.dispatch, "attend", failing)
+    monkeypatch.setattr(decode.dispatch, "attend", failing)
     with pytest.raises(OutOfMemoryError) as caught, pytest.warns(RuntimeWarning):
         greedy(model, prompt(90), config=settings())
     gc.collect()
