@@ -59,7 +59,8 @@ class Session:
     Pass `session.cache` as `past_key_values`, and call `save` to keep the state:
 
         with specache.Session("report", model, tokenizer=tokenizer) as session:
-            specache.generate(model, ids, past_key_values=session.cache) session.save()
+            specache.generate(model, ids, past_key_values=session.cache)
+            session.save()
 
     A prompt that begins with the stored tokens is prefilled from where it differs. Unsaved state is
     lost on closing.

@@ -1,16 +1,16 @@
-"""A sequence's state as tensors: what a save writes, and how a sequence gets it back.
+"""Convert a sequence's state to tensors for a save, and restore it.
 
-pages `pages.<layer>` uint8 [n, page bytes]: full pages of the low-bit copy, not saved before tail
-all that changes with every token:
+pages     `pages.<layer>` uint8 [n, page bytes]: full pages of the low-bit copy, not saved before
+tail      everything that changes with each token:
           `token_ids` int64 [tokens]
-          `residual.<layer>` [2, Hkv, m, D], `rows.<layer>` [Hkv, t < 64, 2 D]: rows that are in no
-              block yet,
-          `page.<layer>` uint8 [1, page bytes]: the last page, where it is not full,
-          `weights.<layer>` float32 [Hkv, D], `queries.<layer>` float32 [Hkv, m, D]: key weights and
-              what they are made from, `wanted.<layer>` int64 [Hkv, k]: what the last step selected
-              for the next one
+          `residual.<layer>` [2, Hkv, m, D]
+          `rows.<layer>` [Hkv, t < 64, 2 D]: rows that are not in a block yet
+          `page.<layer>` uint8 [1, page bytes]: the last page, if it is not full
+          `weights.<layer>` float32 [Hkv, D]: key scales
+          `queries.<layer>` float32 [Hkv, m, D]: queries that the key scales are computed from
+          `wanted.<layer>` int64 [Hkv, k]: positions that the last step selected for the next
           `ring.<layer>` [2, Hkv, window, D]
-tokens `token_ids` and `weights.<layer>` once more: what all the rest can be made again from
+tokens    `token_ids` and `weights.<layer>` again: everything else can be recomputed from them
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Compute a 64-bit checksum per row, vectorised over rows.
 
-    checksum(row) = salt + sum_i (w_i ^ (w_i >> 32)) * m_i (mod 2^64)
+    checksum(row) = salt + sum_i (w_i ^ (w_i >> 32)) * m_i   (mod 2^64)
 
 `w_i` are the row's 64-bit words, `m_i` fixed odd multipliers. Both steps are injective in a word,
 so a change of one word always changes the checksum. Folding a word's upper half into its lower half

@@ -1,9 +1,9 @@
 """The layout of rows on disk.
 
-    file <segment>-L<layer>.rows: the blocks of one layer that one writer appended
-    block [Hkv, 64, row | checksum], padded to 4,096 bytes, the unit of direct I/O
-    row [K | V] of one token and one KV head, 2 D elements in the model's dtype, native byte order
-    checksum 8 bytes, see `checksum`
+    file      <segment>-L<layer>.rows: the blocks of one layer that one writer appended
+    block     [Hkv, 64, row | checksum], padded to 4,096 bytes, the unit of direct I/O
+    row       [K | V] of one token and one KV head, 2 D elements of the model's dtype, native endian
+    checksum  8 bytes, see `checksum`
 
 A segment is 16 random hexadecimal digits; it holds what one writer wrote between two forks. Blocks
 are full and written once. The table that maps tokens to blocks is kept outside the file
