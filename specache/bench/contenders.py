@@ -89,10 +89,7 @@ class SpeCacheContender(Contender):
         for _ in range(work.batch):
             add_sequence(self._held, {index: work.rows(index) for index in range(len(work.layer_shapes))})
             self.filled(self._held.sequences[-1])
-        for sequence in self._held.sequences:
-            sequence.prepare_decode()
-        first = [0] * work.batch
-        self._steps = GreedySteps(work.model, self._held, first, first)
+        self._steps = GreedySteps(work.model, self._held, [0] * work.batch)
 
     @property
     def held(self) -> SpeCache:

@@ -1,4 +1,4 @@
-"""Greedy generation with a SpeCache, one step at a time. The model must be `attached`."""
+"""Greedy decoding with a SpeCache, one step of the engine at a time. The model must be `attached`."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ import torch
 
 from specache.cache.cache import SpeCache
 from specache.engine.decoder import Decoder, Progress
+from specache.engine.engine import Engine
 
 
 class GreedySteps:
-    """Decodes; the guess is the likeliest token, as in `generate` without sampling.
+    """Decodes every sequence of a cache; draft tokens are the likeliest ones, as in `generate` without sampling.
 
     Args:
-        tokens: the first to decode, of every sequence.
-        guesses: of the tokens after these; ignored where the policy has no guess row.
+        tokens: the first to decode, one per sequence.
     """
 
-    def __init__(self, model: Any, cache: SpeCache, tokens: Sequence[int], drafts: Sequence[int]) -> None:
-        self._decoder = Decoder(model, cache)
-        self._sequences = range(len(cache.sequences))
+    def __init__(self, model: Any, cache: SpeCache, tokens: Sequence[int]) -> None:
+        self._engine = Engine.over(model, cache)
+        self._run = self._engine.resume(list(cache.sequences), list(tokens))
+        self._counters = cache.counters
         self.tokens = list(tokens)
-        self._drafts = list(drafts) if cache.config.policy.drafts else None
 
     @property
     def out_of_room(self) -> bool:
-        """Whether memory did not suffice for the steps as they are on a GPU, and slower ones were taken."""
-        return self._decoder.out_of_room
+        """Return whether memory did not suffice for the steps as they are on a GPU, and slower ones were taken."""
+        return self._engine.out_of_room
 
     @torch.no_grad()
     def step(self) -> None:
         """Decode one token of every sequence."""
-        logits = self._decoder.step(self._sequences, self.tokens, self._drafts)
-        self.tokens = logits.real.argmax(-1).tolist()
-        if self._drafts is not None:
-            self._drafts = logits.draft.argmax(-1).tolist()
+        self._run.give(self.tokens, self._counters)
+        self._engine.step()
+        assert self._run.logits is not None
+        self.tokens = self._run.logits.argmax(-1).tolist()
 
 
 @torch.no_grad()
@@ -45,14 +45,3 @@ def read_prompt(model: Any, cache: SpeCache, token_ids: list[int], progress: Pro
     cache.sequences.append(cache.new_sequence())
     logits = Decoder(model, cache).prefill(cache.sequences[-1], token_ids, cache.config.prefill_chunk, progress)
     return int(logits.argmax())
-
-
-@torch.no_grad()
-def start(model: Any, cache: SpeCache, tokens: Sequence[int]) -> GreedySteps:
-    """Steps that begin with `tokens`, of every sequence; the first guesses come from pre-decoding (Algorithm 2)."""
-    for sequence in cache.sequences:
-        sequence.prepare_decode()  # of a fork nobody else did it
-    if not cache.config.policy.drafts:
-        return GreedySteps(model, cache, tokens, ())
-    drafts = Decoder(model, cache).pre_decode(range(len(cache.sequences)), tokens).argmax(-1)
-    return GreedySteps(model, cache, tokens, drafts.tolist())

@@ -62,7 +62,7 @@ def serve(connection: Connection, job: Job) -> None:
 def _specache(model: Any, job: Job, prompt: list[int], progress: Progress) -> list[float]:
     with SpeCache(model, job.config) as cache:
         first = greedy.read_prompt(model, cache, prompt, progress)
-        return _timed(greedy.start(model, cache, [first]).step, job.steps)
+        return _timed(greedy.GreedySteps(model, cache, [first]).step, job.steps)
 
 
 def _dynamic(model: Any, job: Job, prompt: list[int], progress: Progress) -> list[float]:

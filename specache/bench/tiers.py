@@ -93,7 +93,7 @@ class _Turn:
 
     def __init__(self, model: Any, tier: str, cache: SpeCache, first: int) -> None:
         self._tier, self._cache = tier, cache
-        self._steps = greedy.start(model, cache, [first])
+        self._steps = greedy.GreedySteps(model, cache, [first])
         self._samples_ms: list[float] = []
         self._counted = Counters()
 

@@ -279,10 +279,10 @@ class SpeCache:
     def new_sequence(self) -> Sequence:
         return Sequence(self._context)
 
-    def repeat(self, index: int) -> Sequence:
-        """Another sequence with the state of sequence `index` (equal prompts are prefilled once)."""
+    def repeat(self, sequence: Sequence) -> Sequence:
+        """Return another sequence with the state of one of this cache's (equal prompts are prefilled once)."""
         self.release_device_batch()
-        return self.sequences[index].fork(self._context)
+        return sequence.fork(self._context)
 
     def reset(self) -> None:
         """Forget every token and begin anew, with the same model and settings: what is generated next is another text.

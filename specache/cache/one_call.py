@@ -89,5 +89,6 @@ def _refusal(other: _Call, name: str) -> str:
         )
     return (
         f"{name} was called while {other.name} is using this SpeCache in another thread. One cache serves one call at a time: wait "
-        "for the other call, or have one cache per thread; while no call is using it, cache.fork() makes an independent copy."
+        "for the other call, or have one cache per thread; while no call is using it, cache.fork() makes an independent copy. To "
+        "answer several requests at once use one specache.Engine(model, config)."
     )

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from specache.cache.cache import SpeCache
-from specache.errors import FastMemoryError
+from specache.cache.sequence import Sequence as CachedSequence
+from specache.engine.auto_tier import decide_tier
+from specache.errors import FastMemoryError, OutOfMemoryError
 from specache.planning.advice import Suggestion, least_bytes, suggestions
 from specache.planning.footprint import FastBytes, PlannedSequence
 from specache.planning.plan import MemoryPlan, plan
@@ -22,12 +26,11 @@ PARTS = {
 }
 
 
-def check_room(cache: SpeCache, token_ids: list[list[int]], new_tokens: int, chunk: int) -> None:
+def check_room(cache: SpeCache, planned: list[PlannedSequence], chunk: int) -> None:
     """Refuse a batch that cannot be prefilled and decoded within the cache's budget.
 
     Args:
-        token_ids: whole sequences; what `cache` holds of them is kept.
-        new_tokens: tokens that decoding may store after each.
+        planned: everything that the cache holds or will hold.
         chunk: prompt tokens per pass.
 
     Raises:
@@ -37,24 +40,46 @@ def check_room(cache: SpeCache, token_ids: list[list[int]], new_tokens: int, chu
     if limit is None:
         return
     limit -= cache.resources.budget.used - cache.held_bytes()  # of other caches on the same budget (forks)
-    loads = planned_sequences(cache, token_ids, new_tokens)
     config = replace(cache.config, prefill_chunk=chunk)
-    planned = plan(cache.resources.dimensions, config, loads)
-    if planned.fast <= limit:
+    memory = plan(cache.resources.dimensions, config, planned)
+    if memory.fast <= limit:
         return
-    found = suggestions(cache.resources.dimensions, config, loads, limit)
-    raise FastMemoryError(_refusal(planned, limit, loads, least_bytes(cache.resources.dimensions, config, loads)) + advice(found))
+    found = suggestions(cache.resources.dimensions, config, planned, limit)
+    least = least_bytes(cache.resources.dimensions, config, planned)
+    raise FastMemoryError(_refusal(memory, limit, planned, least) + advice(found))
 
 
-def planned_sequences(cache: SpeCache, token_ids: list[list[int]], new_tokens: int) -> list[PlannedSequence]:
-    """The batch as the plan sees it: equal prompts are prefilled once, and stored beginnings are not prefilled again."""
+def fits_beside(model: Any, cache: SpeCache, running: list[PlannedSequence], new: list[PlannedSequence], chunk: int) -> bool:
+    """Return whether a request fits beside those that run now; the slow tier is decided on the way.
+
+    Raises:
+        FastMemoryError, OutOfMemoryError, SlowTierError: it does not even fit alone.
+    """
+    planned = [*running, *new]
+    try:
+        decide_tier(model, cache, planned, chunk)
+        check_room(cache, planned, chunk)
+    except (FastMemoryError, OutOfMemoryError):
+        if not running:
+            raise
+        return False
+    return True
+
+
+def planned_sequences(stored: Sequence[CachedSequence], token_ids: list[list[int]], new_tokens: int) -> list[PlannedSequence]:
+    """Return texts as a plan sees them: equal prompts are prefilled once, and stored beginnings are not prefilled again.
+
+    Args:
+        stored: the sequences that the texts continue; empty where they begin anew.
+        new_tokens: tokens that decoding may store after each.
+    """
     seen: set[tuple[int, ...]] = set()
-    loads = []
+    planned = []
     for index, ids in enumerate(token_ids):
-        stored = _common(cache.sequences[index].token_ids, ids) if cache.sequences else 0
-        loads.append(PlannedSequence(len(ids), new_tokens, stored, twin=not stored and tuple(ids) in seen))
+        kept = _common(stored[index].token_ids, ids) if stored else 0
+        planned.append(PlannedSequence(len(ids), new_tokens, kept, twin=not kept and tuple(ids) in seen))
         seen.add(tuple(ids))
-    return loads
+    return planned
 
 
 def breakdown(held: FastBytes) -> str:

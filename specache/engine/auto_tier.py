@@ -13,7 +13,6 @@ from typing import Any
 
 from specache.cache.cache import SpeCache
 from specache.config import SlowTierKind, SpeCacheConfig
-from specache.engine.admission import planned_sequences
 from specache.errors import OutOfMemoryError
 from specache.model.dimensions import ModelDimensions
 from specache.planning.footprint import PlannedSequence
@@ -26,12 +25,11 @@ MARGIN_BYTES = 48 << 20  # kept free beside what is planned: what libraries allo
 MARGIN_SHARE = 0.05  # and this part of what is planned
 
 
-def decide_tier(model: Any, cache: SpeCache, token_ids: list[list[int]], new_tokens: int, chunk: int) -> None:
+def decide_tier(model: Any, cache: SpeCache, planned: Sequence[PlannedSequence], chunk: int) -> None:
     """Decide the slow tier of a cache that was made with `slow_tier="auto"`, unless that is decided for good.
 
     Args:
-        token_ids: whole sequences; what `cache` holds of them is kept.
-        new_tokens: tokens that decoding may store after each.
+        planned: everything that the cache holds or will hold.
         chunk: prompt tokens per pass.
 
     Raises:
@@ -41,16 +39,15 @@ def decide_tier(model: Any, cache: SpeCache, token_ids: list[list[int]], new_tok
     if not cache.decides_tier:
         return
     in_memory = cache.config.slow_tier
-    loads = planned_sequences(cache, token_ids, new_tokens)
     dimensions = cache.resources.dimensions
-    planned = plan(dimensions, replace(cache.config, prefill_chunk=chunk), loads)
+    memory = plan(dimensions, replace(cache.config, prefill_chunk=chunk), planned)
     held = sum(sequence.tier.nbytes + sequence.held_bytes() for sequence in cache.sequences)
-    needed = max(0, main_memory_bytes(dimensions, planned, loads) - held)
+    needed = max(0, main_memory_bytes(dimensions, memory, planned) - held)
     free = free_memory(model, with_margin(needed))
-    if free is None or (with_margin(needed) <= free and _may_be_pinned(cache.config, dimensions, planned)):
+    if free is None or (with_margin(needed) <= free and _may_be_pinned(cache.config, dimensions, memory)):
         cache.choose_tier(TierChoice(in_memory, None, needed, free))
         return
-    on_disk = plan(dimensions, disk_config(cache.asked, dimensions.device, chunk), loads)
+    on_disk = plan(dimensions, disk_config(cache.asked, dimensions.device, chunk), planned)
     needed_on_disk = 0 if dimensions.device == "cuda" else max(0, on_disk.fast - held)
     if needed_on_disk >= needed or not hasattr(os, "preadv") or (cache.sequences and dimensions.device == "cuda"):
         # A disk's buffers are larger than a short prompt's rows; this system has no disk tier; rows that are page-locked stay.
@@ -65,18 +62,18 @@ def decide_tier(model: Any, cache: SpeCache, token_ids: list[list[int]], new_tok
     cache.choose_tier(TierChoice(SlowTierKind.DISK, str(folder.folder), needed, free, on_disk.slow, folder.free))
 
 
-def expected_tier(dimensions: ModelDimensions, config: SpeCacheConfig, loads: Sequence[PlannedSequence]) -> TierChoice:
+def expected_tier(dimensions: ModelDimensions, config: SpeCacheConfig, planned: Sequence[PlannedSequence]) -> TierChoice:
     """Return what `auto` would take for a batch on this machine now, for a model that is not loaded yet.
 
     Raises:
         SlowTierError: memory does not suffice, and no folder on a disk has room.
     """
     device = dimensions.device
-    planned = plan(dimensions, config.resolved(device), loads)
+    memory = plan(dimensions, config.resolved(device), planned)
     weights = 0 if device == "cuda" else dimensions.weight_bytes
-    needed = main_memory_bytes(dimensions, planned, loads) + weights
+    needed = main_memory_bytes(dimensions, memory, planned) + weights
     free = machine.available_memory()
-    on_disk = plan(dimensions, disk_config(config, device, config.prefill_chunk), loads)
+    on_disk = plan(dimensions, disk_config(config, device, config.prefill_chunk), planned)
     if free is None or with_margin(needed) <= free or (device != "cuda" and on_disk.fast + weights >= needed):
         return TierChoice(config.resolved(device).slow_tier, None, needed, free)
     folder = choose_rows_folder(on_disk.slow, make=False)
@@ -88,12 +85,12 @@ def disk_config(asked: SpeCacheConfig, device: str, chunk: int) -> SpeCacheConfi
     return replace(asked, slow_tier=SlowTierKind.DISK, slow_dir=os.curdir, prefill_chunk=chunk).resolved(device)
 
 
-def main_memory_bytes(dimensions: ModelDimensions, planned: MemoryPlan, loads: Sequence[PlannedSequence]) -> int:
+def main_memory_bytes(dimensions: ModelDimensions, memory: MemoryPlan, planned: Sequence[PlannedSequence]) -> int:
     """Return the main memory that a batch needs with its rows there: on a CPU fast memory too, and a layer's rows twice where a
     buffer grows while decoding.
     """
-    growing = planned.slow // max(1, len(dimensions.full_layers)) if any(load.new for load in loads) else 0
-    return planned.slow + growing + (0 if dimensions.device == "cuda" else planned.fast)
+    growing = memory.slow // max(1, len(dimensions.full_layers)) if any(each.new for each in planned) else 0
+    return memory.slow + growing + (0 if dimensions.device == "cuda" else memory.fast)
 
 
 def with_margin(needed: int) -> int:
@@ -126,6 +123,6 @@ def _beside(model: Any) -> int | None:
     return max(0, free - machine.mapped_bytes(blocks.items()))
 
 
-def _may_be_pinned(config: SpeCacheConfig, dimensions: ModelDimensions, planned: MemoryPlan) -> bool:
+def _may_be_pinned(config: SpeCacheConfig, dimensions: ModelDimensions, memory: MemoryPlan) -> bool:
     """Whether `pinned_memory` allows the rows."""
-    return dimensions.device != "cuda" or config.pinned_memory is None or planned.slow <= config.pinned_memory
+    return dimensions.device != "cuda" or config.pinned_memory is None or memory.slow <= config.pinned_memory

@@ -142,14 +142,14 @@ def sequence_per_text(cache: SpeCache, count: int, answered: Callable[[], bool] 
         raise
 
 
-def note_pending_tokens(cache: SpeCache, texts: list[list[int]], new: list[list[int]] | None) -> None:
+def note_pending_tokens(sequences: list[Sequence], texts: list[list[int]], new: list[list[int]] | None) -> None:
     """Have each sequence remember the token that was generated last, which nothing followed yet.
 
     Args:
         texts: what was prefilled.
         new: the tokens that were generated after it; `None` where there were none.
     """
-    for sequence, text, generated in zip(cache.sequences, texts, new or [], strict=False):
+    for sequence, text, generated in zip(sequences, texts, new or [], strict=False):
         behind = len(text) + len(generated) - sequence.length
         sequence.pending_token = generated[-1] if generated and behind == 1 else None
 

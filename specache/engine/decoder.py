@@ -1,10 +1,13 @@
-"""Prefill, pre-decode and decode steps of a batch (paper Algorithms 1 to 3); which token comes next is `generation`'s business."""
+"""Prefill, pre-decode and decode steps of sequences of one cache (paper Algorithms 1 to 3).
+
+It does not know how tokens are chosen (`sampling`) nor which sequences decode together (`engine`).
+"""
 
 from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -22,7 +25,9 @@ from specache.planning.footprint import PlannedSequence
 from specache.planning.plan import prefill_working_set
 from specache.planning.working_set import decode_bytes
 from specache.platform.out_of_memory import is_out_of_memory
+from specache.stats import Counters
 
+PrefillChunks = Generator[None, None, Tensor]
 Progress = Callable[[int, int], None]  # (prompt tokens done, prompt tokens in all)
 LONG_REREAD = 1024  # stored tokens that are read again without a word: a few passes more
 
@@ -66,44 +71,78 @@ class Decoder:
         """Whether steps on a GPU go on without static buffers because memory did not suffice for them."""
         return self._static.out_of_room
 
+    @property
+    def drafts(self) -> bool:
+        """Return whether the policy decodes draft tokens beside the real ones."""
+        return self._cache.config.policy.drafts
+
+    @property
+    def rows_are_independent(self) -> bool:
+        """Return whether a row's numbers do not depend on the other rows of a pass."""
+        return not self._info.couples_rows
+
+    @property
+    def counters(self) -> Counters:
+        """Return what is counted of the cache's sequences."""
+        return self._cache.counters
+
     def prefill(
         self, sequence: CachedSequence, token_ids: list[int], chunk: int, progress: Progress, observe: Observer | None = None
     ) -> Tensor:
-        """Bring a sequence to hold exactly `token_ids` -> logits [V] of the last one (Algorithm 1).
+        """Run `prefill_chunks` to its end and return the logits [V] of the last token."""
+        return last_of(self.prefill_chunks(sequence, token_ids, chunk, progress, observe))
 
-        What is stored already is kept as far as it agrees; the rest goes through the model in chunks. A failure leaves
-        what was kept. `observe` sees the queries of every full-attention layer and chunk that run.
+    def prefill_chunks(
+        self, sequence: CachedSequence, token_ids: list[int], chunk: int, progress: Progress, observe: Observer | None = None
+    ) -> PrefillChunks:
+        """Bring a sequence to hold exactly `token_ids`, one chunk at a time (Algorithm 1).
+
+        The stored tokens that agree are kept; the rest goes through the model in chunks of `chunk` tokens. Where a chunk fails, or
+        the generator is closed before its end, the sequence goes back to what was kept.
+
+        Args:
+            observe: called with the queries of every full-attention layer and chunk.
+
+        Yields:
+            `None` after every chunk but the last.
+
+        Returns:
+            float32 logits [V] of the last token.
         """
         self._cache.release_device_batch()
         keep = self._reusable(sequence, token_ids)
         sequence.truncate(keep)
         self._warn_of_windows(keep - sequence.length)
-        with self._restored_on_error(sequence), self._timed("prefill_s"):
-            logits = self._prefill_rest(sequence, token_ids, chunk, progress, observe)
+        with self._restored_on_error(sequence):
+            logits = yield from self._prefill_rest(sequence, token_ids, chunk, progress, observe)
         sequence.prompt_tokens = sequence.length
         return logits
 
-    def pre_decode(self, indices: Sequence[int], tokens: Sequence[int]) -> Tensor:
-        """The first output token alone over the copy -> logits [A, V] of the first guess (Algorithm 2). Nothing is stored."""
-        self._check_positions(indices)
+    def pre_decode(self, sequences: Sequence[CachedSequence], tokens: Sequence[int]) -> Tensor:
+        """Decode the first output token of each sequence over the low-bit keys and values (Algorithm 2). Nothing is stored.
+
+        Returns:
+            float32 logits [A, V] of the first draft tokens.
+        """
+        self._check_positions(sequences)
         with self._timed("decode_s"):
-            logits = self._rows(StepKind.PRE_DECODE, indices, [[token] for token in tokens])
+            logits = self._rows(StepKind.PRE_DECODE, sequences, [[token] for token in tokens])
         return logits[:, -1]
 
-    def step(self, indices: Sequence[int], tokens: Sequence[int], drafts: Sequence[int] | None) -> StepLogits:
-        """One decode step of the sequences `indices`: feed each its token, beside it its guess (Algorithm 3).
+    def step(self, sequences: Sequence[CachedSequence], tokens: Sequence[int], drafts: Sequence[int] | None) -> StepLogits:
+        """Decode one step: feed each sequence its token and, beside it, its draft token (Algorithm 3).
 
         Args:
-            guesses: the speculative next tokens, or `None` where the policy decodes no second row.
+            drafts: the speculative next tokens, or `None` where the policy decodes no draft row.
         """
-        self._check_positions(indices)
-        result = StepLogits(len(indices))
+        self._check_positions(sequences)
+        result = StepLogits(len(sequences))
         with self._timed("decode_s"):
-            for places in self._groups(indices):
-                self._step_group(places, indices, tokens, drafts, result)
-            for index in indices:
-                self._cache.sequences[index].end_step()
-        self._cache.counters.decoded_tokens += len(indices)
+            for places in self._groups(sequences):
+                self._step_group(places, sequences, tokens, drafts, result)
+            for sequence in sequences:
+                sequence.end_step()
+        self._cache.counters.decoded_tokens += len(sequences)
         return result
 
     def _reusable(self, sequence: CachedSequence, token_ids: list[int]) -> int:
@@ -141,30 +180,40 @@ class Decoder:
         return not self._info.keeps_keys(stored, position)
 
     def _prefill_rest(
-        self, sequence: CachedSequence, token_ids: list[int], chunk: int, progress: Progress, observe: Observer | None = None
-    ) -> Tensor:
+        self,
+        sequence: CachedSequence,
+        token_ids: list[int],
+        chunk: int,
+        progress: Progress,
+        observe: Observer | None = None,
+        counter: str | None = "prefill_s",
+    ) -> PrefillChunks:
         config = self._cache.config
         total = len(token_ids)
-        self._info.check_position(total - 1)
-        if self._info.rope_side(total - 1) or self._info.couples_rows:
-            chunk = total  # frequencies (or scales of activations) depend on all rows of a forward pass
-        reset_rope(self._model, self._info)
-        sequence.tier.reserve(total)
-        sequence.begin_prefill()
-        progress(sequence.length, total)
-        with self._working_set(self._prefill_bytes(sequence, total, chunk)):
-            while sequence.length < total:
-                start = sequence.length
-                stop = min(start + chunk, total)
-                sequence.begin_chunk(stop, total)
-                state = PrefillPass(sequence, config.policy, config.top_k, stop == total, observe)
-                ids = token_ids[start:stop]
-                logits = forward(self._model, self._ids([ids]), self._positions([start], len(ids)), state, logits=1)
-                sequence.commit(ids)
-                sequence.end_chunk()
-                progress(stop, total)
-        sequence.prepare_decode()
-        return logits[0, -1]
+        with self._timed(counter):
+            self._info.check_position(total - 1)
+            if self._info.rope_side(total - 1) or self._info.couples_rows:
+                chunk = total  # frequencies (or scales of activations) depend on all rows of a forward pass
+            sequence.tier.reserve(total)
+            sequence.begin_prefill()
+            progress(sequence.length, total)
+        while True:
+            with self._timed(counter):
+                reset_rope(self._model, self._info)  # another sequence may have been decoded since the last chunk
+                with self._working_set(self._prefill_bytes(sequence, total, chunk)):
+                    start = sequence.length
+                    stop = min(start + chunk, total)
+                    sequence.begin_chunk(stop, total)
+                    state = PrefillPass(sequence, config.policy, config.top_k, stop == total, observe)
+                    ids = token_ids[start:stop]
+                    logits = forward(self._model, self._ids([ids]), self._positions([start], len(ids)), state, logits=1)
+                    sequence.commit(ids)
+                    sequence.end_chunk()
+                    progress(stop, total)
+                if stop == total:
+                    sequence.prepare_decode()
+                    return logits[0, -1]
+            yield
 
     def _prefill_bytes(self, sequence: CachedSequence, total: int, chunk: int) -> int:
         config = replace(self._cache.config, prefill_chunk=chunk)
@@ -182,17 +231,17 @@ class Decoder:
     def _step_group(
         self,
         places: list[int],
-        indices: Sequence[int],
+        sequences: Sequence[CachedSequence],
         tokens: Sequence[int],
         drafts: Sequence[int] | None,
         result: StepLogits,
     ) -> None:
-        """Sequences that may share forward passes. `places` index the step's lists."""
-        group = [indices[i] for i in places]
-        position = self._cache.sequences[group[0]].length
+        """Decode the sequences that may share forward passes. `places` index the step's lists."""
+        group = [sequences[i] for i in places]
+        position = group[0].length
         rows = [[tokens[i]] for i in places]
         if position and self._reprefills(position - 1, position):
-            logits = torch.stack([self._prefill_again(i, row) for i, row in zip(group, rows, strict=True)])[:, None]
+            logits = torch.stack([self._prefill_again(each, row) for each, row in zip(group, rows, strict=True)])[:, None]
         elif drafts is not None and self._pairs(position, group):
             pairs = [[tokens[i], drafts[i]] for i in places]
             logits = self._rows(StepKind.PAIR, group, pairs)
@@ -201,58 +250,56 @@ class Decoder:
             logits = self._rows(StepKind.SINGLE, group, rows)
         result.set_real(places, logits[:, 0])
         if drafts is not None and logits.shape[1] == 1:
-            for i in places:  # a guess that may not share the pass has one of its own
-                result.set_draft([i], self._draft_alone(indices[i], drafts[i], logits))
+            for i in places:  # a draft that may not share the pass has one of its own
+                result.set_draft([i], self._draft_alone(sequences[i], drafts[i], logits))
 
-    def _pairs(self, position: int, group: list[int]) -> bool:
+    def _pairs(self, position: int, group: list[CachedSequence]) -> bool:
         """Whether the guesses of `group`, at one position further than their real tokens, may share their pass."""
-        return self._share_a_pass(position) and all(self._has_position(self._cache.sequences[i].length + 1) for i in group)
+        return self._share_a_pass(position) and all(self._has_position(sequence.length + 1) for sequence in group)
 
-    def _draft_alone(self, index: int, draft: int, real: Tensor) -> Tensor:
-        """Logits [1, V] of a guess in a pass of its own; where there is no position for it, any: no step can follow."""
-        if not self._has_position(self._cache.sequences[index].length):
+    def _draft_alone(self, sequence: CachedSequence, draft: int, real: Tensor) -> Tensor:
+        """Return the logits [1, V] of a draft token in a pass of its own; any where it has no position: no step can follow."""
+        if not self._has_position(sequence.length):
             return real[:1, 0]
-        return self._rows(StepKind.DRAFT, [index], [[draft]])[:, 0]
+        return self._rows(StepKind.DRAFT, [sequence], [[draft]])[:, 0]
 
     def _has_position(self, position: int) -> bool:
         return self._info.position_limit is None or position < self._info.position_limit
 
-    def _check_positions(self, indices: Sequence[int]) -> None:
+    def _check_positions(self, sequences: Sequence[CachedSequence]) -> None:
         """Raises `UsageError`, before anything changes, where a sequence has no position left for its next token."""
-        for index in indices:
-            self._info.check_position(self._cache.sequences[index].length)
+        for sequence in sequences:
+            self._info.check_position(sequence.length)
 
     def _share_a_pass(self, position: int) -> bool:
         """Whether the row at a position gives the same numbers beside the next one as alone."""
         return not self._info.couples_rows and self._info.rope_side(position) == self._info.rope_side(position + 1)
 
-    def _prefill_again(self, index: int, row: list[int]) -> Tensor:
+    def _prefill_again(self, sequence: CachedSequence, row: list[int]) -> Tensor:
         self._cache.release_device_batch()
-        sequence = self._cache.sequences[index]
         token_ids, read = sequence.token_ids + row, sequence.prompt_tokens
         sequence.clear()
         with self._restored_on_error(sequence):
-            logits = self._prefill_rest(sequence, token_ids, len(token_ids), _ignore)
+            logits = last_of(self._prefill_rest(sequence, token_ids, len(token_ids), _ignore, counter=None))
         sequence.prompt_tokens = read
         return logits
 
-    def _rows(self, kind: StepKind, indices: Sequence[int], rows: list[list[int]]) -> Tensor:
+    def _rows(self, kind: StepKind, sequences: Sequence[CachedSequence], rows: list[list[int]]) -> Tensor:
         """One pass over rows [A][n] -> logits [A, n, V]. A failure leaves the sequences as they were.
 
         Where memory ran out, the hot sets are freed and the pass is tried once more.
         """
         try:
-            return self._pass(kind, indices, rows)
+            return self._pass(kind, sequences, rows)
         except Exception as error:
             if not (is_out_of_memory(error) and self._frees_hot_sets()):
                 raise
         if self._info.device.type == "cuda":
             torch.cuda.empty_cache()
-        return self._pass(kind, indices, rows)  # outside of `except`: the error keeps the first pass's tensors alive
+        return self._pass(kind, sequences, rows)  # outside of `except`: the error keeps the first pass's tensors alive
 
-    def _pass(self, kind: StepKind, indices: Sequence[int], rows: list[list[int]]) -> Tensor:
+    def _pass(self, kind: StepKind, sequences: Sequence[CachedSequence], rows: list[list[int]]) -> Tensor:
         config = self._cache.config
-        sequences = [self._cache.sequences[i] for i in indices]
         if self._static.serves(kind, sequences):
             static = self._static.step(sequences, rows)
             if static is not None:
@@ -289,11 +336,11 @@ class Decoder:
             )
         return freed > 0
 
-    def _groups(self, indices: Sequence[int]) -> Iterator[list[int]]:
+    def _groups(self, sequences: Sequence[CachedSequence]) -> Iterator[list[int]]:
         """Places of the sequences by RoPE side of their next position: those of one side may share a pass."""
         sides: dict[tuple[int, ...], list[int]] = {}
-        for place, index in enumerate(indices):
-            position = self._cache.sequences[index].length
+        for place, sequence in enumerate(sequences):
+            position = sequence.length
             side = self._info.rope_side(position)
             stays = self._info.rope_side(position + 1) == side
             again = bool(position) and self._reprefills(position - 1, position)
@@ -320,13 +367,15 @@ class Decoder:
             raise
 
     @contextmanager
-    def _timed(self, counter: str) -> Iterator[None]:
+    def _timed(self, counter: str | None) -> Iterator[None]:
+        """Add the time in the block to a counter; `None`: the caller counts it."""
         started = time.perf_counter()
         try:
             yield
         finally:
-            counters = self._cache.counters
-            setattr(counters, counter, getattr(counters, counter) + time.perf_counter() - started)
+            if counter is not None:
+                counters = self._cache.counters
+                setattr(counters, counter, getattr(counters, counter) + time.perf_counter() - started)
 
 
 def _scatter(into: Tensor | None, places: list[int], logits: Tensor, count: int) -> Tensor:
@@ -337,6 +386,15 @@ def _scatter(into: Tensor | None, places: list[int], logits: Tensor, count: int)
         into = logits.new_empty(count, logits.shape[-1])
     into[places] = logits
     return into
+
+
+def last_of(chunks: PrefillChunks) -> Tensor:
+    """Run a prefill to its end and return its logits."""
+    while True:
+        try:
+            next(chunks)
+        except StopIteration as end:
+            return end.value
 
 
 def _ignore(done: int, total: int) -> None:

@@ -1,7 +1,8 @@
-"""Text generation over a SpeCache: prefill -> pre-decode -> decode, with sampling, stopping and streaming as in transformers."""
+"""`specache.generate`, `decode` and `prefill`: the interface of transformers' `generate` over the engine."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, StopStringCriteri
 
 from specache.cache.cache import SpeCache
 from specache.config import SpeCacheConfig
-from specache.engine.admission import check_room
+from specache.engine.admission import check_room, planned_sequences
 from specache.engine.attention_hook import attached, stock_generate_arguments
 from specache.engine.auto_tier import decide_tier
 from specache.engine.continuing import (
@@ -22,9 +23,11 @@ from specache.engine.continuing import (
     warn_of_rereading,
     whole_texts,
 )
-from specache.engine.decoder import Decoder, Progress
+from specache.engine.decoder import Decoder, Progress, last_of
+from specache.engine.engine import Engine
+from specache.engine.handle import Request
 from specache.engine.model_arguments import PASSED_ON, PREPARED, check_model_arguments, check_position_ids, model_arguments
-from specache.engine.prefilling import prefill_batch
+from specache.engine.prefilling import prefill_texts
 from specache.engine.recovery import tokens_kept
 from specache.engine.request import (
     cache_for,
@@ -41,22 +44,11 @@ from specache.engine.request import (
     the_prompt,
     user_cache,
 )
-from specache.engine.sampling import (
-    EndedOnce,
-    GenerationState,
-    SamplingParams,
-    count_drafts,
-    draft,
-    no_answers_yet,
-    sample_next,
-    sampling_params,
-    with_drafts,
-)
+from specache.engine.sampling import EndedOnce, GenerationState, SamplingParams
 from specache.errors import UsageError
 from specache.model.file_settings import GenerationSettings, one_row_per_answer
 from specache.model.identity.wrappers import unwrapped
-from specache.model.info import inspect_model
-from specache.planning.footprint import PlannedSequence
+from specache.model.info import ModelInfo, inspect_model
 from specache.platform import modes
 
 
@@ -99,40 +91,117 @@ def generate(
             generated before, and `past_key_values`, if it was given, can be continued from.
     """
     with EndedOnce.of(streamer) as ended:
-        inspect_model(model)  # refused before anything of it runs
-        if not hasattr(model, "generate"):  # a wrapper such as DataParallel
-            model = unwrapped(model)
-        inner = unwrapped(model)
-        check_decoding_loop(kwargs)
-        check_types(config, kwargs.get("generation_config"), past_key_values)
-        position_ids = kwargs.pop("position_ids", None)
-        of_model = model_arguments(inner, kwargs, kwargs.get("generation_config"))
-        check_model_arguments(inner, of_model)
-        kwargs = {name: value for name, value in kwargs.items() if name not in of_model}
-        check_max_new_tokens(kwargs.get("max_new_tokens"))
-        input_ids = the_prompt(input_ids, inputs)
-        typed = kwargs if stop_strings is None else {**kwargs, "stop_strings": stop_strings}
-        settings = GenerationSettings(model, typed, kwargs.get("generation_config"))
-        pad = settings.padding_token() if attention_mask is None else None
-        with modes.ours():
-            if attention_mask is None:
-                attention_mask = inferred_mask(input_ids, pad)
-            prompts(input_ids, attention_mask)
-        stops = settings.stop_strings(tokenizer)
-        if stops is not None:
-            stopping_criteria = StoppingCriteriaList(stopping_criteria or [])
-            stopping_criteria.append(StopStringCriteria(tokenizer, stops))
-        kwargs = {**kwargs, **settings.replacements(), **settings.max_length(input_ids.shape[1])}
-        if settings.value("stop_strings") is not None:
-            kwargs["stop_strings"] = None  # a criterion by now, or nothing
 
-        def custom_generate(model: Any, input_ids: Tensor, **arguments: Any) -> Tensor | GenerateDecoderOnlyOutput:
-            arguments |= {"position_ids": position_ids, "pad": pad}
+        def run(model: Any, input_ids: Tensor, **arguments: Any) -> Tensor | GenerateDecoderOnlyOutput:
             return _decode(model, input_ids, config, ended, progress, **arguments)
 
-        arguments = {"attention_mask": attention_mask, "past_key_values": past_key_values, "stopping_criteria": stopping_criteria}
-        arguments = {name: value for name, value in arguments.items() if value is not None}
-        return model.generate(input_ids, custom_generate=custom_generate, **arguments, **kwargs)
+        if past_key_values is not None:
+            kwargs["past_key_values"] = past_key_values
+        check_types(config, kwargs.get("generation_config"), past_key_values)
+        return _prepared(model, run, input_ids, inputs, attention_mask, tokenizer, stop_strings, stopping_criteria, kwargs)
+
+
+@torch.compiler.disable  # of a caller that is compiled, this part runs as it is
+def make_request(
+    model: Any,
+    input_ids: Tensor | None = None,
+    *,
+    inputs: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    seed: int | None = None,
+    streamer: Any = None,
+    callback: Callable[[int, int], None] | None = None,
+    tokenizer: Any = None,
+    stop_strings: str | list[str] | None = None,
+    stopping_criteria: StoppingCriteriaList | None = None,
+    progress: Progress | None = None,
+    **kwargs: Any,
+) -> Request:
+    """Make a request for an `Engine` of this model. Arguments as of `generate`; nothing runs yet.
+
+    Args:
+        seed: of this request's random numbers. Without one they come from PyTorch's global generator, in the order of the steps.
+        callback: called with (row, token) of every new token.
+
+    Raises:
+        SpeCacheError: the request cannot be honoured; the message says what to do.
+    """
+    made: list[Request] = []
+
+    def make(
+        model: Any,
+        input_ids: Tensor,
+        *,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: Any,
+        attention_mask: Tensor | None = None,
+        position_ids: Any = None,
+        **prepared: Any,
+    ) -> Tensor:
+        with modes.ours():
+            token_ids = prompts(input_ids, attention_mask)
+            _check_texts(model, inspect_model(model), token_ids, token_ids, position_ids)
+            params = SamplingParams.of(logits_processor, stopping_criteria, generation_config)
+            if seed is not None:
+                params.generator = torch.Generator(input_ids.device).manual_seed(seed)
+            state = GenerationState.start(input_ids, params)
+            stored = stored_new_tokens(generation_config, input_ids)
+            chunk = generation_config.prefill_chunk_size
+            more = {"streamer": streamer, "callback": callback, "progress": progress}
+            made.append(Request(token_ids, state, params, stored, chunk=chunk, **more))
+        return input_ids
+
+    check_types(None, kwargs.get("generation_config"), None)
+    _prepared(model, make, input_ids, inputs, attention_mask, tokenizer, stop_strings, stopping_criteria, kwargs)
+    return made[0]
+
+
+def _prepared(
+    model: Any,
+    run: Callable[..., Any],
+    input_ids: Tensor | None,
+    inputs: Tensor | None,
+    attention_mask: Tensor | None,
+    tokenizer: Any,
+    stop_strings: str | list[str] | None,
+    stopping_criteria: StoppingCriteriaList | None,
+    kwargs: dict[str, Any],
+) -> Any:
+    """Have stock `generate` prepare processors, criteria and settings, and call `run` with them instead of decoding itself."""
+    inspect_model(model)  # refused before anything of it runs
+    if not hasattr(model, "generate"):  # a wrapper such as DataParallel
+        model = unwrapped(model)
+    inner = unwrapped(model)
+    check_decoding_loop(kwargs)
+    position_ids = kwargs.pop("position_ids", None)
+    given = {name: kwargs.pop(name) for name in ("past_key_values",) if name in kwargs}
+    of_model = model_arguments(inner, kwargs, kwargs.get("generation_config"))
+    check_model_arguments(inner, of_model)
+    kwargs = {name: value for name, value in kwargs.items() if name not in of_model}
+    check_max_new_tokens(kwargs.get("max_new_tokens"))
+    input_ids = the_prompt(input_ids, inputs)
+    typed = kwargs if stop_strings is None else {**kwargs, "stop_strings": stop_strings}
+    settings = GenerationSettings(model, typed, kwargs.get("generation_config"))
+    pad = settings.padding_token() if attention_mask is None else None
+    with modes.ours():
+        if attention_mask is None:
+            attention_mask = inferred_mask(input_ids, pad)
+        prompts(input_ids, attention_mask)
+    stops = settings.stop_strings(tokenizer)
+    if stops is not None:
+        stopping_criteria = StoppingCriteriaList(stopping_criteria or [])
+        stopping_criteria.append(StopStringCriteria(tokenizer, stops))
+    kwargs = {**kwargs, **settings.replacements(), **settings.max_length(input_ids.shape[1])}
+    if settings.value("stop_strings") is not None:
+        kwargs["stop_strings"] = None  # a criterion by now, or nothing
+
+    def custom_generate(model: Any, input_ids: Tensor, **arguments: Any) -> Any:
+        return run(model, input_ids, **arguments | {"position_ids": position_ids, "pad": pad})
+
+    arguments = {"attention_mask": attention_mask, "stopping_criteria": stopping_criteria, **given}
+    arguments = {name: value for name, value in arguments.items() if value is not None}
+    return model.generate(input_ids, custom_generate=custom_generate, **arguments, **kwargs)
 
 
 @torch.compiler.disable  # of a caller that is compiled, this part runs as it is
@@ -210,8 +279,8 @@ def prefill(
         chunk = cache.config.prefill_chunk
         with sequence_per_text(cache, len(token_ids)):
             _make_room(model, cache, token_ids, 0, chunk)
-            with attached(model), cache.filled_by(model), tokens_kept(cache, _loads(token_ids, 0)):
-                prefill_batch(Decoder(model, cache), cache, token_ids, chunk, progress)
+            with attached(model), cache.filled_by(model), tokens_kept(cache, lambda: planned_sequences([], token_ids, 0)):
+                last_of(prefill_texts(Decoder(model, cache), cache, list(cache.sequences), token_ids, chunk, progress))
 
 
 def _decode(
@@ -265,33 +334,36 @@ def _decode_alone(
         width = getattr(generation_config, "_mask_length", None) if attention_mask is None else None
         token_ids = _texts(model, cache, new, input_ids, attention_mask, position_ids, width)
         refuse_padding_behind_answers(cache, token_ids, pad)
+        params = SamplingParams.of(logits_processor, stopping_criteria, generation_config)
         chunk = generation_config.prefill_chunk_size or cache.config.prefill_chunk
-        behind = stored_new_tokens(generation_config, input_ids)
-        request = sampling_params(logits_processor, stopping_criteria, generation_config)
-        batch = no_answers_yet(input_ids, request)
+        request = Request(
+            token_ids=token_ids,
+            state=GenerationState.start(input_ids, params),
+            params=params,
+            stored_new_tokens=stored_new_tokens(generation_config, input_ids),
+            chunk=chunk,
+            streamer=streamer,
+            progress=progress,
+        )
         kept = given is not None or generation_config.return_dict_in_generate
-        with sequence_per_text(cache, len(token_ids), lambda: batch.new_token_ids() is not None):
-            _make_room(model, cache, token_ids, behind, chunk)
+        with sequence_per_text(cache, len(token_ids), lambda: request.state.new_token_ids() is not None):
+            _make_room(model, cache, token_ids, request.stored_new_tokens, chunk)
             if streamer is not None and not streamer_has_prompt:
                 with modes.callers():
                     streamer.put(input_ids.cpu())
-            with (
-                attached(model),
-                _remembered(cache, model, kept),
-                tokens_kept(cache, _loads(token_ids, behind), batch.new_token_ids),
-            ):
-                _run(Decoder(model, cache), cache, token_ids, batch, request, chunk, streamer, progress)
+            with attached(model), _remembered(cache, model, kept):
+                _run(model, cache, request)
         finished = True
     finally:
         keep = given is not None or (finished and generation_config.return_dict_in_generate)
         if cache is not None and not keep:
             cache.close()
     if not generation_config.return_dict_in_generate:
-        return batch.input_ids
+        return request.state.input_ids
     return GenerateDecoderOnlyOutput(
-        sequences=batch.input_ids,
-        scores=tuple(batch.scores) if request.record_scores else None,
-        logits=tuple(batch.logits) if request.record_logits else None,
+        sequences=request.state.input_ids,
+        scores=tuple(request.state.scores) if params.record_scores else None,
+        logits=tuple(request.state.logits) if params.record_logits else None,
         past_key_values=cache,
     )
 
@@ -308,72 +380,35 @@ def _texts(
     """The checked texts [B][tokens] that a call goes on from, from their first tokens on. `width`: see `whole_texts`."""
     check_sequences(cache, new)
     token_ids = whole_texts(cache, new, input_ids.shape[1], attention_mask, width)
+    _check_texts(model, cache.info, new, token_ids, position_ids)
+    return token_ids
+
+
+def _check_texts(model: Any, info: ModelInfo, new: list[list[int]], token_ids: list[list[int]], position_ids: Any) -> None:
     check_vocabulary(model, token_ids)
-    check_prompt_lengths(token_ids, cache.info)
+    check_prompt_lengths(token_ids, info)
     if position_ids is not None:
         check_position_ids(position_ids, new, token_ids)
-    return token_ids
 
 
 def _make_room(model: Any, cache: SpeCache, token_ids: list[list[int]], new_tokens: int, chunk: int) -> None:
     """Decide the tier of every text's rows, and refuse what does not fit, before anything is read."""
-    decide_tier(model, cache, token_ids, new_tokens, chunk)
-    check_room(cache, token_ids, new_tokens, chunk)
+    planned = planned_sequences(cache.sequences, token_ids, new_tokens)
+    decide_tier(model, cache, planned, chunk)
+    check_room(cache, planned, chunk)
     warn_of_rereading(cache, token_ids)
 
 
-def _run(
-    decoder: Decoder,
-    cache: SpeCache,
-    token_ids: list[list[int]],
-    batch: GenerationState,
-    request: SamplingParams,
-    chunk: int,
-    streamer: Any,
-    progress: Progress | None,
-) -> None:
-    """Prefill, pre-decode, decode."""
+def _run(model: Any, cache: SpeCache, request: Request) -> None:
+    """Run a request on an engine over its cache, whose sequences hold their whole state afterwards."""
+    request.sequences = list(cache.sequences)
     try:
-        logits = prefill_batch(decoder, cache, token_ids, chunk, progress)  # [B, V]
-        cache.counters.first_token_s = cache.counters.prefill_s
-        with modes.callers():
-            sample_next(batch, logits, request, cache, streamer)
-        drafts = _first_drafts(decoder, cache, batch, request)
-        while active := batch.active:
-            tokens = batch.input_ids[active, -1].tolist()
-            step = decoder.step(active, tokens, [drafts[i] for i in active] if drafts else None)
-            logits[active] = step.real
-            context = with_drafts(batch, drafts) if drafts else None
-            with modes.callers():
-                sample_next(batch, logits, request, cache, streamer)
-                if drafts is not None and context is not None:
-                    count_drafts(cache, batch, drafts, active)
-                    drafts = draft(request, context, logits, step.draft, active)
-    except BaseException as error:
-        for index in batch.unfinished.nonzero()[:, 0].tolist():
-            if len(cache.sequences) > index:
-                cache.sequences[index].finish_reason = "interrupted" if isinstance(error, KeyboardInterrupt) else "error"
-        raise
+        Engine.over(model, cache).run(request)
     finally:
         try:
             cache.release_device_batch()
         finally:
-            note_pending_tokens(cache, token_ids, batch.new_token_ids())
-
-
-def _first_drafts(decoder: Decoder, cache: SpeCache, batch: GenerationState, request: SamplingParams) -> list[int] | None:
-    """Pre-decoding (Algorithm 2), where the policy guesses: one guess per sequence, finished ones included."""
-    active = batch.active
-    if not cache.config.policy.drafts or not active:
-        return None
-    logits = decoder.pre_decode(active, batch.input_ids[active, -1].tolist())
-    with modes.callers():
-        return draft(request, batch.input_ids, logits.new_zeros(len(batch.unfinished), logits.shape[-1]), logits, active)
-
-
-def _loads(token_ids: list[list[int]], new_tokens: int) -> list[PlannedSequence]:
-    """The batch as a plan sees it, read from the beginning."""
-    return [PlannedSequence(len(ids), new_tokens) for ids in token_ids]
+            note_pending_tokens(request.sequences, request.token_ids, request.state.new_token_ids())
 
 
 def _remembered(cache: SpeCache, model: Any, kept: bool) -> AbstractContextManager[None]:

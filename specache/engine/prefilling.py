@@ -1,4 +1,4 @@
-"""Prefill of a batch: every text, equal ones once."""
+"""Prefill of one request: every text once, equal texts together."""
 
 from __future__ import annotations
 
@@ -6,18 +6,32 @@ import torch
 from torch import Tensor
 
 from specache.cache.cache import SpeCache
-from specache.engine.decoder import Decoder, Progress
+from specache.cache.sequence import Sequence
+from specache.engine.decoder import Decoder, PrefillChunks, Progress
 from specache.platform import modes
 
 
-def prefill_batch(decoder: Decoder, cache: SpeCache, token_ids: list[list[int]], chunk: int, progress: Progress | None) -> Tensor:
-    """Prefill every sequence, equal ones once -> logits [B, V] of their last tokens.
+def prefill_texts(
+    decoder: Decoder, cache: SpeCache, sequences: list[Sequence], token_ids: list[list[int]], chunk: int, progress: Progress | None
+) -> PrefillChunks:
+    """Prefill every text, one chunk at a time.
 
-    A failure leaves a cache that was empty empty, and others with what they held.
+    Where a chunk fails, or the generator is closed before its end, new sequences are removed again and others go back to what they
+    held.
+
+    Args:
+        sequences: of the cache, one per text, that the texts continue. An empty list is filled with new ones; of equal texts the
+            first is prefilled and the others are forks of it.
+
+    Yields:
+        `None` after every chunk but the last.
+
+    Returns:
+        float32 logits [B, V] of the texts' last tokens.
     """
     first: dict[tuple[int, ...], int] = {}
-    fresh = not cache.sequences
-    cache.expected_sequences = len(token_ids)
+    fresh = not sequences
+    cache.expected_sequences = len(cache.sequences) + (len(token_ids) if fresh else 0)
     total = sum(len(ids) for ids in token_ids)
     done = 0
     logits: list[Tensor] = []
@@ -25,19 +39,23 @@ def prefill_batch(decoder: Decoder, cache: SpeCache, token_ids: list[list[int]],
         for index, ids in enumerate(token_ids):
             twin = first.setdefault(tuple(ids), index)
             if fresh:
-                cache.sequences.append(cache.repeat(twin) if twin != index else cache.new_sequence())
+                cache.sequences.append(cache.repeat(sequences[twin]) if twin != index else cache.new_sequence())
+                sequences.append(cache.sequences[-1])
             if fresh and twin != index:
-                cache.sequences[index].prepare_decode()
+                sequences[index].prepare_decode()
                 logits.append(logits[twin])
             else:
+                if done:
+                    yield
                 report = _offset_progress(progress, done, total)
-                logits.append(decoder.prefill(cache.sequences[index], ids, chunk, report))
+                logits.append((yield from decoder.prefill_chunks(sequences[index], ids, chunk, report)))
             done += len(ids)
     except BaseException:
         if fresh:
-            for sequence in cache.sequences:
+            for sequence in sequences:
                 sequence.clear()
-            cache.sequences.clear()
+                cache.sequences.remove(sequence)
+            sequences.clear()
         raise
     return torch.stack(logits)
 

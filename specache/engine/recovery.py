@@ -18,12 +18,14 @@ from specache.platform.out_of_memory import is_out_of_memory, on_the_gpu
 
 @contextmanager
 def tokens_kept(
-    cache: SpeCache, loads: Sequence[PlannedSequence], generated: Callable[[], list[list[int]] | None] = lambda: None
+    cache: SpeCache,
+    planned: Callable[[], Sequence[PlannedSequence]],
+    generated: Callable[[], list[list[int]] | None] = lambda: None,
 ) -> Iterator[None]:
     """Inside, our errors get `new_token_ids`, and what the system or the GPU raises without memory becomes ours.
 
     Args:
-        loads: the batch that is under way.
+        planned: returns the batch that is under way.
         generated: new tokens of each sequence so far; `None` before the first ones.
 
     Raises:
@@ -35,7 +37,7 @@ def tokens_kept(
         new = generated()
         if is_out_of_memory(error) and not isinstance(error, FastMemoryError):
             _free_tensors(error)
-            raise _out_of_memory(error, cache, loads, new) from error  # a name for it here would be a cycle
+            raise _out_of_memory(error, cache, planned(), new) from error  # a name for it here would be a cycle
         if isinstance(error, SpeCacheError):
             _attach(error, new)
         raise

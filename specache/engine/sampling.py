@@ -1,8 +1,12 @@
-"""The answers of one call to generate while they grow: choosing tokens, guesses and stopping as in transformers."""
+"""Choosing tokens and draft tokens, and stopping, as transformers' `generate` does.
+
+One `GenerationState` holds the answers of one request while they grow. It does not know the model.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from collections.abc import Sequence as Sequences
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +16,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import MaxLengthCriteria, MaxTimeCriteria
 
-from specache.cache.cache import SpeCache
+from specache.cache.sequence import Sequence
 from specache.engine.draft_tokens import DraftProcessors
 
 
@@ -46,20 +50,53 @@ class EndedOnce:
 
 @dataclass
 class SamplingParams:
-    """How a call to generate chooses tokens, and what it records of that."""
+    """How a request chooses tokens, and what it records.
+
+    Attributes:
+        logits_processor: applied to the logits [B, V] of every step.
+        stopping_criteria: a sequence ends when one of them says so.
+        do_sample: draw from the scores; `False` takes the largest.
+        pad_token: what finished sequences get; `None` where no end token is set.
+        record_scores, record_logits: whether `GenerationState` keeps those of every step.
+        drafts: the processors that are applied to draft tokens.
+        generator: of the random numbers; `None` takes PyTorch's global one.
+    """
 
     logits_processor: LogitsProcessorList
     stopping_criteria: StoppingCriteriaList
     do_sample: bool
-    pad_token: Tensor | None  # what finished sequences get; None where no end token is set
+    pad_token: Tensor | None
     record_scores: bool
     record_logits: bool
     drafts: DraftProcessors
+    generator: torch.Generator | None = None
+
+    @classmethod
+    def of(
+        cls, logits_processor: LogitsProcessorList, stopping_criteria: StoppingCriteriaList, generation_config: Any
+    ) -> SamplingParams:
+        """Take what transformers' `generate` hands to its own decoding loop."""
+        returns_dict = generation_config.return_dict_in_generate
+        has_end_token = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+        return cls(
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            do_sample=generation_config.do_sample,
+            pad_token=generation_config._pad_token_tensor if has_end_token else None,
+            record_scores=bool(returns_dict and generation_config.output_scores),
+            record_logits=bool(returns_dict and generation_config.output_logits),
+            drafts=DraftProcessors(logits_processor),
+        )
+
+    @classmethod
+    def greedy(cls) -> SamplingParams:
+        """Take the likeliest token, without an end."""
+        return cls(LogitsProcessorList(), StoppingCriteriaList(), False, None, False, False, DraftProcessors(LogitsProcessorList()))
 
 
 @dataclass
 class GenerationState:
-    """Tokens so far, and what is recorded on the way. `B` sequences.
+    """The tokens of one request so far, and what is recorded on the way. `B` sequences.
 
     Finished ones get padding; where no end token is set they run on with the others, as in stock generate.
     """
@@ -72,92 +109,81 @@ class GenerationState:
     scores: list[Tensor] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
 
+    @classmethod
+    def start(cls, input_ids: Tensor, params: SamplingParams) -> GenerationState:
+        """Begin with the prompts [B, S] and no new tokens."""
+        batch, length = input_ids.shape
+        unfinished = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
+        new = torch.zeros(batch, dtype=torch.long, device=input_ids.device)
+        return cls(input_ids, length, unfinished, new, params.pad_token is not None)
+
     @property
     def active(self) -> list[int]:
-        """Sequences that the next step decodes."""
+        """Return the sequences that the next step decodes."""
         runs = self.unfinished if self.pads_finished else self.unfinished.any().expand_as(self.unfinished)
         return runs.nonzero()[:, 0].tolist()
 
+    @property
+    def last_tokens(self) -> list[int]:
+        """Return the newest token of each sequence [B]."""
+        return self.input_ids[:, -1].tolist()
+
     def new_token_ids(self) -> list[list[int]] | None:
-        """Each sequence's new tokens, without padding; `None` before the first ones."""
+        """Return each sequence's new tokens, without padding; `None` before the first ones."""
         rows = self.input_ids[:, self.prompt_length :].tolist()
         return [row[:count] for row, count in zip(rows, self.new.tolist(), strict=True)] if rows[0] else None
 
 
-def sample_next(batch: GenerationState, logits: Tensor, request: SamplingParams, cache: SpeCache, streamer: Any) -> None:
-    """Choose every sequence's next token as stock generate does, and see who is finished. logits [B, V], float32."""
-    logits = logits.to(copy=True, dtype=torch.float32, device=batch.input_ids.device)
-    scores = request.logits_processor(batch.input_ids, logits)
-    if request.record_scores:
-        batch.scores.append(scores)
-    if request.record_logits:
-        batch.logits.append(logits)
-    if request.do_sample:
-        tokens = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
+def sample_next(
+    state: GenerationState, logits: Tensor, params: SamplingParams, sequences: Sequences[Sequence], streamer: Any
+) -> None:
+    """Choose every sequence's next token as stock generate does, and see which are finished. logits [B, V], float32."""
+    logits = logits.to(copy=True, dtype=torch.float32, device=state.input_ids.device)
+    scores = params.logits_processor(state.input_ids, logits)
+    if params.record_scores:
+        state.scores.append(scores)
+    if params.record_logits:
+        state.logits.append(logits)
+    if params.do_sample:
+        probabilities = torch.softmax(scores, dim=-1)
+        tokens = torch.multinomial(probabilities, num_samples=1, generator=params.generator).squeeze(1)
     else:
         tokens = scores.argmax(dim=-1)
-    if request.pad_token is not None:
-        tokens = torch.where(batch.unfinished, tokens, request.pad_token)
-    batch.input_ids = torch.cat([batch.input_ids, tokens[:, None]], dim=-1)
-    batch.new += batch.unfinished if batch.pads_finished else 1
+    if params.pad_token is not None:
+        tokens = torch.where(state.unfinished, tokens, params.pad_token)
+    state.input_ids = torch.cat([state.input_ids, tokens[:, None]], dim=-1)
+    state.new += state.unfinished if state.pads_finished else 1
     if streamer is not None:
         streamer.put(tokens.cpu())
-    _finish(batch, request, cache)
+    _finish(state, params, sequences)
 
 
-def _finish(batch: GenerationState, request: SamplingParams, cache: SpeCache) -> None:
+def _finish(state: GenerationState, params: SamplingParams, sequences: Sequences[Sequence]) -> None:
     """Apply the stopping criteria and note why a sequence ended."""
-    recorded = tuple(batch.scores) if request.record_scores else None
-    by_length = torch.zeros_like(batch.unfinished)
-    by_stop = torch.zeros_like(batch.unfinished)
-    for criterion in request.stopping_criteria:
+    recorded = tuple(state.scores) if params.record_scores else None
+    by_length = torch.zeros_like(state.unfinished)
+    by_stop = torch.zeros_like(state.unfinished)
+    for criterion in params.stopping_criteria:
         target = by_length if isinstance(criterion, MaxLengthCriteria | MaxTimeCriteria) else by_stop
-        target |= torch.as_tensor(criterion(batch.input_ids, recorded), device=target.device).bool()
-    for index in (batch.unfinished & (by_length | by_stop)).nonzero()[:, 0].tolist():
-        cache.sequences[index].finish_reason = "stop" if by_stop[index] else "length"
-    batch.unfinished &= ~(by_length | by_stop)
+        target |= torch.as_tensor(criterion(state.input_ids, recorded), device=target.device).bool()
+    for index in (state.unfinished & (by_length | by_stop)).nonzero()[:, 0].tolist():
+        sequences[index].finish_reason = "stop" if by_stop[index] else "length"
+    state.unfinished &= ~(by_length | by_stop)
 
 
-def draft(request: SamplingParams, context: Tensor, like: Tensor, logits: Tensor, active: list[int]) -> list[int]:
-    """Speculative tokens [B] from the guess rows' logits [A, V], after the processors that may be applied to a guess."""
-    full = torch.zeros_like(like)
+def draft_tokens(params: SamplingParams, context: Tensor, logits: Tensor, active: list[int]) -> list[int]:
+    """Return speculative tokens [B], after the processors that may be applied to them.
+
+    Args:
+        context: [B, n], what the draft rows saw: the text, and the previous draft token where there was one.
+        logits: [A, V] of the `active` sequences' draft rows.
+    """
+    full = logits.new_zeros(context.shape[0], logits.shape[-1])
     full[active] = logits
-    return request.drafts(context, full.to(context.device)).argmax(dim=-1).tolist()
+    return params.drafts(context, full.to(context.device)).argmax(dim=-1).tolist()
 
 
-def with_drafts(batch: GenerationState, drafts: list[int]) -> Tensor:
-    """Tokens that the guess row continues: everything so far and the guess."""
-    column = torch.tensor(drafts, dtype=batch.input_ids.dtype, device=batch.input_ids.device)[:, None]
-    return torch.cat([batch.input_ids, column], dim=-1)
-
-
-def count_drafts(cache: SpeCache, batch: GenerationState, drafts: list[int], active: list[int]) -> None:
-    """How many of the guesses for the `active` sequences were the tokens that came."""
-    tokens = batch.input_ids[:, -1].tolist()
-    cache.counters.drafts += len(active)
-    cache.counters.drafts_right += sum(tokens[i] == drafts[i] for i in active)
-
-
-def no_answers_yet(input_ids: Tensor, request: SamplingParams) -> GenerationState:
-    """input_ids [B, S] and no new tokens."""
-    batch, length = input_ids.shape
-    unfinished = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
-    new = torch.zeros(batch, dtype=torch.long, device=input_ids.device)
-    return GenerationState(input_ids, length, unfinished, new, request.pad_token is not None)
-
-
-def sampling_params(
-    logits_processor: LogitsProcessorList, stopping_criteria: StoppingCriteriaList, generation_config: Any
-) -> SamplingParams:
-    """From what transformers' `generate` hands to its own decoding loop."""
-    returns_dict = generation_config.return_dict_in_generate
-    has_end_token = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
-    return SamplingParams(
-        logits_processor=logits_processor,
-        stopping_criteria=stopping_criteria,
-        do_sample=generation_config.do_sample,
-        pad_token=generation_config._pad_token_tensor if has_end_token else None,
-        record_scores=bool(returns_dict and generation_config.output_scores),
-        record_logits=bool(returns_dict and generation_config.output_logits),
-        drafts=DraftProcessors(logits_processor),
-    )
+def with_drafts(state: GenerationState, drafts: list[int]) -> Tensor:
+    """Return the tokens that the draft row continues: everything so far and the draft token."""
+    column = torch.tensor(drafts, dtype=state.input_ids.dtype, device=state.input_ids.device)[:, None]
+    return torch.cat([state.input_ids, column], dim=-1)

@@ -35,7 +35,7 @@ def decoded(start: Prefilled, **settings: object) -> Tensor:
     with start.cache.fork(policy="on-demand", **settings) as cache, torch.no_grad(), attached(start.model):
         cache.sequences[0].prepare_decode()
         decoder = Decoder(start.model, cache)
-        return torch.cat([decoder.step([0], [token], None).real for token in following()]).log_softmax(-1)
+        return torch.cat([decoder.step(cache.sequences, [token], None).real for token in following()]).log_softmax(-1)
 
 
 def test_without_a_variant_it_is_the_model(start):

@@ -52,7 +52,9 @@ def test_a_filled_sequence_decodes_as_a_prefilled_one(family):
         assert filled.sequences[0].length == LENGTH and filled.memory().full == prefilled.memory().full
         with torch.no_grad(), attached(model):
             for token in (5, 6, 7):
-                expected, actual = (Decoder(model, cache).step([0], [token], None).real for cache in (prefilled, filled))
+                expected, actual = (
+                    Decoder(model, cache).step(cache.sequences, [token], None).real for cache in (prefilled, filled)
+                )
                 assert torch.allclose(actual, expected, atol=1e-5)
 
 

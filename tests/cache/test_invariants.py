@@ -10,7 +10,7 @@ import torch
 
 import specache
 from specache import reference
-from specache.engine import generate as generation
+from specache.engine import runs
 from specache.kernels import dispatch
 from specache.kernels.cpu import native
 from specache.kernels.torch import operations as torch_ops
@@ -154,10 +154,10 @@ def force_guesses(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """Every guess is a random token."""
     generator = torch.Generator().manual_seed(seed)
 
-    def random_guess(request, context, like, logits, active):
-        return torch.randint(2, 97, (like.shape[0],), generator=generator).tolist()
+    def random_draft(params, context, logits, active):
+        return torch.randint(2, 97, (context.shape[0],), generator=generator).tolist()
 
-    monkeypatch.setattr(generation, "draft", random_guess)
+    monkeypatch.setattr(runs, "draft_tokens", random_draft)
 
 
 @pytest.mark.parametrize("seed", [1, 2])

@@ -23,7 +23,7 @@ spec = importlib.util.spec_from_file_location("specache._native", sys.argv[1])
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 sys.modules["specache._native"] = module
-from specache.kernels import native
+from specache.kernels.cpu import native
 assert native._native is module
 import pytest
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[2:]]))

@@ -41,7 +41,7 @@ def test_in_the_interpreter(file):
 
 @needs_triton
 def test_every_kernel_compiles_for_every_target_without_spills():
-    """The hardest variants of `resources.quick_variants`; the whole table is in docs/gpu_kernels.md."""
+    """The hardest variants of `ahead_of_time.quick_variants`; the whole table is in docs/gpu_kernels.md."""
     command = [sys.executable, "-m", "specache.kernels.triton.ahead_of_time", "--quick"]
     result = subprocess.run(command, cwd=ROOT, env=without_interpreter(), capture_output=True, text=True)
     print(result.stdout)
@@ -52,11 +52,11 @@ def test_every_kernel_compiles_for_every_target_without_spills():
 def test_spills_are_seen():
     code = (
         "from specache.config import Code\n"
-        "from specache.kernels.triton import resources\n"
+        "from specache.kernels.triton import ahead_of_time\n"
         "from specache.kernels.triton.launch_options import Shape\n"
-        "variant = resources.Variant('attend', Shape(Code.KIVI, 2, 64, 128, 8, 2), 'bf16')\n"
-        "found = {(variant, 80): resources.compile_variant(variant, 80, maxnreg=64)}\n"
-        "assert resources.problems(found), found\n"
+        "variant = ahead_of_time.Variant('attend', Shape(Code.KIVI, 2, 64, 128, 8, 2), 'bf16')\n"
+        "found = {(variant, 80): ahead_of_time.compile_variant(variant, 80, maxnreg=64)}\n"
+        "assert ahead_of_time.problems(found), found\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=without_interpreter(), check=True)
 

@@ -61,7 +61,7 @@ def decode_peak(model: Any, cache: specache.SpeCache) -> int:
     drafts = [7] if cache.config.policy.drafts else None
     with torch.no_grad(), attached(model), PeakMemory() as memory:
         for token in (5, 6, 7):
-            decoder.step([0], [token], drafts)
+            decoder.step(cache.sequences, [token], drafts)
     return memory.peak
 
 

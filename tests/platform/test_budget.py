@@ -51,7 +51,7 @@ def batch(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
 
 def planned(cache: specache.SpeCache, lengths: list[int], new: int) -> MemoryPlan:
     rows = [prompt(length, seed=row)[0].tolist() for row, length in enumerate(lengths)]
-    return plan(cache.resources.dimensions, cache.config, planned_sequences(cache, rows, new - 1))
+    return plan(cache.resources.dimensions, cache.config, planned_sequences(cache.sequences, rows, new - 1))
 
 
 def run(model: Any, cache: specache.SpeCache, lengths: list[int], new: int) -> None:
@@ -244,7 +244,7 @@ def test_a_conversations_next_turn_fits_into_its_planned_budget(models):
             whole = prompt(400)
             specache.prefill(models[kind], whole[:, :150], cache=cache)
             rows = whole.tolist()
-            expected = plan(cache.resources.dimensions, cache.config, planned_sequences(cache, rows, 9))
+            expected = plan(cache.resources.dimensions, cache.config, planned_sequences(cache.sequences, rows, 9))
             specache.generate(models[kind], whole, past_key_values=cache, max_new_tokens=10, do_sample=False)
             assert cache.stats()["fast_memory_peak_bytes"] <= expected.fast
 
@@ -253,7 +253,7 @@ def test_equal_prompts_are_planned_as_shared(models):
     model = models["dense"]
     with specache.SpeCache(model, specache.SpeCacheConfig(**SHORT, slow_tier="ram")) as cache:
         ids = prompt(320).repeat(3, 1)
-        loads = planned_sequences(cache, ids.tolist(), 7)
+        loads = planned_sequences(cache.sequences, ids.tolist(), 7)
         assert [load.twin for load in loads] == [False, True, True]
         expected = plan(cache.resources.dimensions, cache.config, loads)
         specache.generate(model, ids, past_key_values=cache, max_new_tokens=8, do_sample=False)
@@ -291,7 +291,7 @@ def test_the_plan_covers_the_tensors_that_a_prefill_makes(tier, chunk):
     model = llama(**size, max_position_embeddings=4096).to(torch.bfloat16)
     with specache.SpeCache(model, specache.SpeCacheConfig(slow_tier=tier, prefill_chunk=chunk)) as cache:
         ids = prompt(2000)
-        expected = plan(cache.resources.dimensions, cache.config, planned_sequences(cache, ids.tolist(), 0))
+        expected = plan(cache.resources.dimensions, cache.config, planned_sequences(cache.sequences, ids.tolist(), 0))
         with PeakMemory() as memory:
             specache.prefill(model, ids, cache=cache)
         real = memory.peak - cache.stats()["slow_bytes"]

@@ -13,7 +13,7 @@ from specache.platform import heap
 
 SCRIPT = """
 import ctypes
-from specache import heap
+from specache.platform import heap
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]

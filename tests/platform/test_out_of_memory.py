@@ -19,7 +19,7 @@ import specache
 from specache.attention import decode
 from specache.cache.sizes import on_disk
 from specache.config import SpeCacheConfig
-from specache.engine import generate as generation
+from specache.engine import runs
 from specache.errors import FastMemoryError, NonFiniteError, OutOfMemoryError, SlowTierError
 from specache.kernels import dispatch
 from specache.planning.advice import smaller
@@ -72,7 +72,7 @@ def failing(
     Yields the layer of each call that raised. Every layer of a pass calls `score` once, before the
     other kernels.
     """
-    real, put = getattr(dispatch, operation), generation.sample_next
+    real, put = getattr(dispatch, operation), runs.sample_next
     score = dispatch.score
     tokens, layers, raised = [0], [-1], []
 
@@ -91,7 +91,7 @@ def failing(
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(generation, "take_tokens", taking)
+        patch.setattr(runs, "sample_next", taking)
         patch.setattr(dispatch, operation, failing_kernel)
         patch.setattr(dispatch, "score", scoring)
         yield raised

@@ -31,10 +31,10 @@ class Steps:
         specache.prefill(model, prompt(length), cache=self.cache)
         if config.policy.drafts:
             with torch.no_grad(), attached(model):
-                self.decoder.pre_decode([0], [5])
+                self.decoder.pre_decode(self.cache.sequences, [5])
 
     def step(self, number: int) -> torch.Tensor:
         """Return the logits [V] of the real row."""
         draft = [7 + number % 50] if self.cache.config.policy.drafts else None
         with torch.no_grad(), attached(self.model):
-            return self.decoder.step([0], [5 + number % 60], draft).real[0]
+            return self.decoder.step(self.cache.sequences, [5 + number % 60], draft).real[0]

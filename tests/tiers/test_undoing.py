@@ -142,7 +142,7 @@ def test_a_failed_step_is_undone_in_every_sequence_of_a_batch(model, tmp_path, m
     """Also if one of them cannot be undone, and is emptied."""
     config = settings(policy="on-demand", slow_tier=f"disk:{tmp_path}")
     steps = Steps(model, config, PROMPT)
-    steps.cache.sequences.append(steps.cache.repeat(0))
+    steps.cache.sequences.append(steps.cache.repeat(steps.cache.sequences[0]))
     first, second = steps.cache.sequences
     undone: list[int] = []
 
@@ -152,7 +152,7 @@ def test_a_failed_step_is_undone_in_every_sequence_of_a_batch(model, tmp_path, m
 
     def both(i: int) -> torch.Tensor:
         with torch.no_grad(), attached(model):
-            return steps.decoder.step([0, 1], [5 + i, 5 + i], None).real
+            return steps.decoder.step(steps.cache.sequences, [5 + i, 5 + i], None).real
 
     for i in range(RETIRING[0]):
         both(i)

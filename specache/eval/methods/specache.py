@@ -11,7 +11,7 @@ from specache.cache.cache import SpeCache
 from specache.cache.layers import CompressedLayer, DenseLayer
 from specache.cache.sequence import Sequence
 from specache.config import Policy, SlowTierKind, SpeCacheConfig
-from specache.engine.decoder import Decoder
+from specache.engine.engine import Engine
 from specache.eval.methods.base import SessionStats
 from specache.eval.prefilled import Prefilled
 
@@ -25,23 +25,14 @@ class SpeCacheSession:
         }
         self._cache: SpeCache = prompt.cache.fork(**changes)
         self._sequence = self._cache.sequences[0]
-        self._sequence.prepare_decode()
-        self._decoder = Decoder(prompt.model, self._cache)
-        self._draft: int | None = None
-        self._started = False
+        self._engine = Engine.over(prompt.model, self._cache)
+        self._run = self._engine.resume([self._sequence])
 
     def feed(self, token: int) -> Tensor:
-        drafts = self._cache.config.policy.drafts
-        if drafts and not self._started:
-            self._draft = int(self._decoder.pre_decode([0], [token])[0].argmax())
-        elif self._draft is not None:
-            self._count(token)
-        self._started = True
-        step = self._decoder.step([0], [token], None if self._draft is None else [self._draft])
-        self._last_draft = self._draft
-        if drafts:
-            self._draft = int(step.draft[0].argmax())
-        return step.real[0]
+        self._run.give([token], self._cache.counters)
+        self._engine.step()
+        assert self._run.logits is not None
+        return self._run.logits[0]
 
     def stats(self) -> SessionStats:
         s = self._cache.stats()
@@ -50,10 +41,6 @@ class SpeCacheSession:
 
     def close(self) -> None:
         self._cache.close()
-
-    def _count(self, token: int) -> None:
-        self._cache.counters.drafts += 1
-        self._cache.counters.drafts_right += token == self._last_draft
 
 
 def _bytes_at_16_bits(sequence: Sequence) -> tuple[float, float, float]:

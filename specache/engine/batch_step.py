@@ -1,0 +1,82 @@
+"""One decode step of everything that runs: in one pass where that is possible, and each request alone where it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+from specache.engine.decoder import Decoder
+from specache.engine.handle import Handle
+from specache.engine.runs import Run
+
+Running = dict[Handle, Run]
+ErrorsOf = Callable[[Handle], AbstractContextManager[None]]  # inside, an error ends the request and no other
+
+
+def pre_decode(decoder: Decoder, running: Running, errors_of: ErrorsOf) -> None:
+    """Choose the first draft tokens of requests that were just prefilled (Algorithm 2)."""
+    if not decoder.drafts:
+        return
+    for handle, run in list(running.items()):
+        if run.drafts is None and (active := run.active):
+            with errors_of(handle):
+                logits = decoder.pre_decode([run.sequences[i] for i in active], [run.tokens[i] for i in active])
+                run.take_first_drafts(active, logits)
+
+
+def decode(decoder: Decoder, running: Running, errors_of: ErrorsOf, end: Callable[[Handle, BaseException], None]) -> None:
+    """Decode one token of every active request (Algorithm 3).
+
+    Args:
+        end: ends a request with an error.
+    """
+    ready = {handle: active for handle, run in running.items() if (active := run.active)}
+    for group in [list(ready)] if decoder.rows_are_independent else [[handle] for handle in ready]:
+        if len(group) > 1 and _decoded_together(decoder, group, running, ready, errors_of, end):
+            continue
+        for handle in group:
+            with errors_of(handle):
+                _decode_group(decoder, [handle], running, ready, errors_of, end)
+
+
+def _decoded_together(
+    decoder: Decoder,
+    group: list[Handle],
+    running: Running,
+    ready: dict[Handle, list[int]],
+    errors_of: ErrorsOf,
+    end: Callable[[Handle, BaseException], None],
+) -> bool:
+    """Decode requests in one pass. A pass that fails changes nothing: return False, and each is tried alone."""
+    try:
+        _decode_group(decoder, group, running, ready, errors_of, end)
+    except Exception:
+        return False
+    return True
+
+
+def _decode_group(
+    decoder: Decoder,
+    group: list[Handle],
+    running: Running,
+    ready: dict[Handle, list[int]],
+    errors_of: ErrorsOf,
+    end: Callable[[Handle, BaseException], None],
+) -> None:
+    """Run one pass, and hand every request its logits. Of several requests, only the pass itself raises."""
+    rows = [(running[handle], index) for handle in group for index in ready[handle]]
+    drafts = [run.drafts[index] for run, index in rows if run.drafts is not None] if decoder.drafts else None
+    step = decoder.step([run.sequences[index] for run, index in rows], [run.tokens[index] for run, index in rows], drafts)
+    start, left = 0, list(group)
+    try:
+        for handle in group:
+            stop = start + len(ready[handle])
+            with errors_of(handle) if len(group) > 1 else nullcontext():
+                draft_logits = step.draft[start:stop] if decoder.drafts else None
+                running[handle].take(ready[handle], step.real[start:stop], draft_logits, decoder.counters)
+            start = stop
+            left.remove(handle)
+    except BaseException as error:  # Ctrl-C: the others' logits are gone, and their tokens are stored already
+        for handle in left if len(group) > 1 else ():
+            end(handle, error)
+        raise

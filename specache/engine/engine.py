@@ -1,0 +1,296 @@
+"""Requests in, tokens out: the one loop that decodes.
+
+`Engine.step` runs at most one chunk of a waiting prompt, and one decode step of every request that runs. `specache.generate`, the
+evaluation suite and the benchmarks of whole models run on it. It does not know where a request comes from, nor how its tokens are
+chosen (`runs`).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+from torch import Tensor
+
+from specache.cache.cache import SpeCache
+from specache.cache.sequence import Sequence as CachedSequence
+from specache.config import SpeCacheConfig
+from specache.engine.admission import fits_beside
+from specache.engine.attention_hook import attached
+from specache.engine.batch_step import decode, pre_decode
+from specache.engine.decoder import Decoder, PrefillChunks
+from specache.engine.handle import Handle, Request
+from specache.engine.prefilling import prefill_texts
+from specache.engine.recovery import tokens_kept
+from specache.engine.runs import GivenRun, Run, SampledRun
+from specache.errors import UsageError
+from specache.model.identity.wrappers import unwrapped
+from specache.platform import modes
+
+
+class Engine:
+    """Decodes many requests over one model, in one batch that they join and leave.
+
+    A request's result does not depend on what runs beside it, up to the rounding of products of more rows. An error of one request
+    ends that request. Requests may be added and aborted from any thread; one thread at a time runs a step. Logits processors,
+    stopping criteria and streamers are called by that thread.
+
+        engine = specache.Engine(model, specache.SpeCacheConfig(top_k=64))
+        handle = engine.add(specache.make_request(model, input_ids, max_new_tokens=100, seed=1))
+        while engine.step():
+            ...
+        tokens = handle.result()
+
+    Args:
+        model: a transformers model for text generation.
+        config: settings of the cache that all requests share, `fast_memory` among them.
+
+    Raises:
+        UnsupportedModelError, ConfigError, SlowTierError: as `SpeCache`.
+    """
+
+    def __init__(self, model: Any, config: SpeCacheConfig | None = None) -> None:
+        self._begin(model, SpeCache(model, config), owns_cache=True)
+
+    @classmethod
+    def over(cls, model: Any, cache: SpeCache) -> Engine:
+        """Return an engine over a cache of the caller, who uses it alone meanwhile and keeps its sequences."""
+        engine = object.__new__(cls)
+        engine._begin(model, cache, owns_cache=False)
+        return engine
+
+    def _begin(self, model: Any, cache: SpeCache, owns_cache: bool) -> None:
+        self.cache = cache
+        self._model = unwrapped(model)
+        self._decoder = Decoder(self._model, cache)
+        self._owns_cache = owns_cache
+        self._lock = threading.Lock()  # of what other threads change: `_waiting` and `_aborted`
+        self._waiting: deque[Handle] = deque()
+        self._aborted: set[Handle] = set()
+        self._prefilling: tuple[Handle, PrefillChunks] | None = None
+        self._running: dict[Handle, Run] = {}
+        self._attached: ExitStack | None = None  # while requests of an own cache run, the model calls our attention
+        self._closed = False
+
+    @property
+    def out_of_room(self) -> bool:
+        """Return whether steps on a GPU go on without static buffers because memory did not suffice for them."""
+        return self._decoder.out_of_room
+
+    def add(self, request: Request) -> Handle:
+        """Queue a request. It is prefilled when those before it are, and when there is memory for it.
+
+        Raises:
+            UsageError: the engine is closed, or the request ran before.
+        """
+        if request.state.new_token_ids() is not None:
+            raise UsageError("This request ran before. Make another one with specache.make_request(model, ...).")
+        handle = Handle(request)
+        with self._lock:
+            if self._closed:
+                raise UsageError("This engine is closed. Make a new specache.Engine(model, config).")
+            self._waiting.append(handle)
+        return handle
+
+    def abort(self, handle: Handle) -> None:
+        """End a request at the next step. What it generated stays in `handle.new_token_ids`."""
+        with self._lock:
+            if not handle.done:
+                self._aborted.add(handle)
+
+    def step(self) -> bool:
+        """Run one step and return whether any request is left.
+
+        Raises:
+            UsageError: another thread runs a step, or a callback of a step called this.
+            KeyboardInterrupt: what ran at that moment ended as `interrupted`; other requests go on with the next step.
+        """
+        with modes.ours(), self._using_cache("Engine.step"):
+            modes.check_process()
+            try:
+                self._step()
+            finally:
+                if not self._has_work():
+                    self._detach()
+            return self._has_work()
+
+    def run(self, request: Request) -> None:
+        """Run one request to its end, in the caller's own block of `modes.ours()` and `attached()`. Its error is raised."""
+        handle = self.add(request)
+        try:
+            while not handle.done:
+                self._step()
+        except BaseException as error:  # also Ctrl-C
+            if not handle.done:
+                self._end(handle, error)
+            raise
+
+    def close(self) -> None:
+        """Abort every request and free the cache.
+
+        Raises:
+            UsageError: another thread runs a step. Nothing changed.
+        """
+        with self._using_cache("Engine.close"), ExitStack() as stack:
+            if self._owns_cache:
+                stack.callback(self.cache.free)
+            stack.callback(self._detach)
+            with self._lock:
+                self._closed = True
+                left = {*self._waiting, *self._running}
+            for handle in left if self._prefilling is None else left | {self._prefilling[0]}:
+                stack.callback(self._end, handle, None, "aborted")
+
+    def resume(self, sequences: list[CachedSequence], tokens: list[int] | None = None) -> GivenRun:
+        """Decode prefilled sequences of the cache with tokens that the caller gives before every step (`GivenRun.give`).
+
+        Args:
+            tokens: the first ones [B], where they are known: pre-decoding is done at once then, and no part of the first step.
+        """
+        run = GivenRun(sequences)
+        for sequence in sequences:
+            sequence.prepare_decode()
+        self._running[Handle(Request.of_sequences(sequences))] = run
+        if tokens is not None:
+            run.give(tokens, self.cache.counters)
+            with modes.ours(), attached(self._model):
+                pre_decode(self._decoder, self._running, self._errors_of)
+        return run
+
+    def __del__(self) -> None:
+        self._detach()  # one that was never closed must not keep its model attached
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def _step(self) -> None:
+        self._schedule()
+        self._prefill_chunk()
+        self._decode()
+        self._finish()
+
+    def _schedule(self) -> None:
+        """Remove what was aborted, and begin the oldest waiting prompt where there is room for it."""
+        with self._lock:
+            aborted, self._aborted = self._aborted, set()
+            self._waiting = deque(handle for handle in self._waiting if handle not in aborted)
+            handle = self._waiting[0] if self._waiting and self._prefilling is None else None
+        for each in aborted:
+            if not each.done:
+                self._end(each, None, "aborted")
+        if handle is None:
+            return
+        with self._errors_of(handle):
+            request = handle.request
+            chunk = request.chunk or self.cache.config.prefill_chunk
+            running = [planned for each in self._running for planned in each.request.planned_rest()]
+            if self._owns_cache and not fits_beside(self._model, self.cache, running, request.planned(), chunk):
+                return
+            self._attach()
+            if self._owns_cache and request.streamer is not None:
+                with modes.callers():
+                    request.streamer.put(request.state.input_ids.cpu())
+            chunks = prefill_texts(self._decoder, self.cache, request.sequences, request.token_ids, chunk, request.progress)
+            self._prefilling = handle, chunks
+        with self._lock:
+            if self._waiting and self._waiting[0] is handle:
+                self._waiting.popleft()
+
+    def _prefill_chunk(self) -> None:
+        """Run a chunk of the prompt that is being prefilled; at its end choose the first tokens."""
+        if self._prefilling is None:
+            return
+        handle, chunks = self._prefilling
+        with self._errors_of(handle):
+            try:
+                next(chunks)
+            except StopIteration as end:
+                logits: Tensor = end.value
+            else:
+                return
+            self._prefilling = None
+            self.cache.counters.first_token_s = self.cache.counters.prefill_s
+            run = SampledRun(handle.request, handle.request.sequences, logits)
+            self._running[handle] = run
+            run.sample()
+
+    def _decode(self) -> None:
+        """Decode one token of every request that runs (Algorithms 2 and 3)."""
+        pre_decode(self._decoder, self._running, self._errors_of)
+        decode(self._decoder, self._running, self._errors_of, self._end)
+
+    def _finish(self) -> None:
+        """End the requests that have all their tokens."""
+        for handle, run in list(self._running.items()):
+            if isinstance(run, SampledRun) and not run.active:
+                self._end(handle, None)
+
+    @contextmanager
+    def _errors_of(self, handle: Handle) -> Iterator[None]:
+        """Inside, an error ends the request and no other. Who runs it alone (`run`) gets it raised; so does everybody Ctrl-C."""
+        try:
+            with tokens_kept(self.cache, handle.request.planned, handle.request.state.new_token_ids):
+                yield
+        except BaseException as error:
+            self._end(handle, error)
+            if not (self._owns_cache and isinstance(error, Exception)):
+                raise
+
+    def _end(self, handle: Handle, error: BaseException | None, reason: str | None = None) -> None:
+        """Remove a request, free its sequences or leave them to the caller, and wake who waits for it."""
+        if handle.done:
+            return
+        if error is not None:
+            reason = "interrupted" if isinstance(error, KeyboardInterrupt) else "error"
+        request = handle.request
+        with self._lock:
+            if handle in self._waiting:
+                self._waiting.remove(handle)
+        self._running.pop(handle, None)
+        reasons: list[str | None] = [reason] * len(request.token_ids)
+        with ExitStack() as stack:
+            stack.callback(lambda: handle.finish(error if self._owns_cache else None, reasons))
+            if request.streamer is not None and self._owns_cache:
+                stack.callback(request.streamer.end)
+            if self._prefilling is not None and self._prefilling[0] is handle:
+                chunks, self._prefilling = self._prefilling[1], None
+                chunks.close()
+            for index, sequence in enumerate(request.sequences):
+                if reason is not None and request.state.unfinished[index]:
+                    sequence.finish_reason = reason
+                reasons[index] = sequence.finish_reason
+            if self._owns_cache:
+                self._free(request.sequences)
+
+    def _free(self, sequences: list[CachedSequence]) -> None:
+        if sequences:
+            self.cache.release_device_batch()
+        for sequence in sequences:
+            if sequence in self.cache.sequences:
+                self.cache.sequences.remove(sequence)
+            sequence.clear()
+
+    def _using_cache(self, name: str) -> AbstractContextManager[None]:
+        return self.cache.in_use.by(name) if self._owns_cache else nullcontext()
+
+    def _attach(self) -> None:
+        if self._owns_cache and self._attached is None:
+            self._attached = ExitStack()
+            self._attached.enter_context(attached(self._model))
+
+    def _detach(self) -> None:
+        stack = self.__dict__.get("_attached")  # missing where the cache could not be made
+        self._attached = None
+        if stack is not None:
+            stack.close()
+
+    def _has_work(self) -> bool:
+        with self._lock:
+            waits = bool(self._waiting)
+        return waits or self._prefilling is not None or any(isinstance(run, SampledRun) for run in self._running.values())
