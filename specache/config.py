@@ -1,4 +1,4 @@
-"""Every knob of the method, with its unit and its symbol in the paper."""
+"""The settings of the method, with their units and symbols in the paper."""
 
 from __future__ import annotations
 
@@ -20,38 +20,38 @@ class Policy(StrEnum):
     """Which 16-bit pairs replace low-bit ones in a decode step, and when they are fetched."""
 
     AUTO = "auto"  # on-demand over `ram-inplace`, verified over any tier that must copy
-    VERIFIED = "verified"  # prefetch what the guess wants, then fetch what the real token still lacks
-    SPECULATIVE = "speculative"  # the paper: use what the guess wanted (Algorithm 3)
-    ON_DEMAND = "on-demand"  # no second row; every wanted pair is fetched inside the layer
-    PREVIOUS = "previous"  # no second row; use what the last step wanted
+    VERIFIED = "verified"  # prefetch the draft token's selection, then fetch what the real token still lacks
+    SPECULATIVE = "speculative"  # the paper: use the draft token's selection (Algorithm 3)
+    ON_DEMAND = "on-demand"  # no draft row; every selected pair is fetched inside the layer
+    PREVIOUS = "previous"  # no draft row; use the selection of the last step
     NONE = "none"  # KIVI: the low-bit copy alone
     FULL = "full"  # the ordinary 16-bit cache, for comparison
 
     @property
     def drafts(self) -> bool:
-        """Whether a speculative row is decoded beside the real one."""
+        """Return True if a draft row is decoded beside the real one."""
         return self in (Policy.VERIFIED, Policy.SPECULATIVE)
 
     @property
     def verifies(self) -> bool:
-        """Whether the real row fetches its own top-k before it finishes the layer."""
+        """Return True if the real row fetches its own top-k before it finishes the layer."""
         return self in (Policy.VERIFIED, Policy.ON_DEMAND)
 
     @property
     def prefetches(self) -> bool:
-        """Whether a step submits reads for the step after it."""
+        """Return True if a step submits reads for the next step."""
         return self in (Policy.VERIFIED, Policy.SPECULATIVE, Policy.PREVIOUS)
 
 
 class Code(StrEnum):
-    """How a key or a value becomes `bits` bits per element."""
+    """The quantiser that encodes a key or a value with `bits` bits per element."""
 
     KIVI = "kivi"  # minimum and maximum of a group: keys per channel, values per token (paper section 3.1)
     ROTATED = "rotated"  # ours: rotated, normal quantiser, one unbiased scale per token
 
 
 class SlowTierKind(StrEnum):
-    """Where the 16-bit rows live."""
+    """Where the 16-bit rows are stored."""
 
     AUTO = "auto"  # in memory (ram-inplace on the CPU, ram otherwise) if a prompt fits there, else disk: decided by `auto_tier`
     RAM_INPLACE = "ram-inplace"  # rows are read where they lie; nothing is copied ahead
@@ -60,7 +60,10 @@ class SlowTierKind(StrEnum):
 
 
 class ReadPath(StrEnum):
-    """On a GPU, how the real row's missing rows come. What the guess wants is always read on the copy queue."""
+    """On a GPU, how rows that the real row lacks are read.
+
+    The draft row's rows always come on the copy queue.
+    """
 
     MAPPED = "mapped"  # by the compute queue itself, over the mapped address: overtakes the prefetches of earlier layers
     COPY = "copy"  # by the copy queue, behind the prefetches of earlier layers; compute waits for the event
@@ -68,7 +71,7 @@ class ReadPath(StrEnum):
 
 @dataclass(frozen=True)
 class SpeCacheConfig:
-    """Settings of one `SpeCache`. Frozen; invalid values raise `ConfigError` when it is built.
+    """Settings of one `SpeCache`. Frozen; invalid values raise `ConfigError` on construction.
 
     Args:
         bits: bits per code of the low-bit copy (paper `b`): 1, 2 or 4.
@@ -78,17 +81,20 @@ class SpeCacheConfig:
         top_k: 16-bit pairs swapped in per KV head and step (paper `k`), in pairs.
         policy: see `Policy`.
         slow_tier: see `SlowTierKind`; `disk:FOLDER` also sets `slow_dir`.
-        slow_dir: the folder of tier `disk`; made if it is not there. `None` for every other tier.
+        slow_dir: folder of tier `disk`, created if it does not exist. None for every other tier.
         hot_set: budget of recently fetched rows. A float up to 1 is a fraction of the 16-bit cache,
             an integer above 1 is bytes over all sequences and layers. It always holds the `top_k`
             rows in flight.
         prefill_chunk: prompt tokens per forward pass while prefilling.
-        fast_memory: bytes for everything in fast memory but the weights (docs/plan.md); what cannot fit is refused before it runs.
-            `None` is unbounded.
-        cuda_graph: on CUDA, replay a decode step as a CUDA graph where one can be captured. `None` does so and says nothing where
-            it cannot; `True` warns, with the reason; `False` launches every kernel of every step.
-        pinned_memory: on CUDA, bytes of page-locked main memory that the slow tier `ram` may hold. `None` is unbounded.
-        cuda_reads: on CUDA, how the pairs come that the real token lacks: `mapped` or `copy` (`ReadPath`). Tokens are the same.
+        fast_memory: limit in bytes of everything in fast memory but the weights (docs/plan.md). A
+            request that does not fit is refused before it runs. None is unlimited.
+        cuda_graph: on CUDA, replay a decode step as a CUDA graph. None: where one can be captured,
+            silently. True: likewise, with a warning and the reason where it cannot. False: launch
+            every kernel of every step.
+        pinned_memory: on CUDA, bytes of page-locked main memory that the slow tier `ram` may hold.
+            None is unlimited.
+        cuda_reads: on CUDA, how pairs that the real token lacks are read: `mapped` or `copy`
+            (`ReadPath`). Tokens are the same.
     """
 
     bits: int = 2
@@ -143,10 +149,12 @@ class SpeCacheConfig:
         object.__setattr__(self, "slow_dir", slow_dir)
 
     def resolved(self, device_type: str) -> SpeCacheConfig:
-        """The same configuration with both `auto` settings decided for a model on `device_type`, where memory suffices.
+        """Return the configuration with both `auto` settings resolved for a model on `device_type`.
+
+        It assumes that main memory suffices.
 
         Raises:
-            ConfigError: `ram-inplace` with a model that does not compute on the CPU.
+            ConfigError: `ram-inplace` with a model that is not on the CPU.
         """
         slow_tier = self.slow_tier
         if slow_tier is SlowTierKind.AUTO:
@@ -162,19 +170,22 @@ class SpeCacheConfig:
         return replace(self, policy=policy, slow_tier=slow_tier)
 
     def low_bit_length(self, length: int) -> int:
-        """Tokens of a sequence of `length` that are held at low bit: whole groups, oldest first.
+        """Return the low-bit tokens of a sequence of `length`: whole groups, oldest first.
 
-        The residual then holds at least `R` and fewer than `R + g` of the newest tokens (all of a shorter sequence).
+        The residual holds the newest `R` to `R + g - 1` tokens (all of a shorter sequence).
         """
         return max(0, (length - self.residual) // self.group_size) * self.group_size
 
     @property
     def layout(self) -> tuple[object, ...]:
-        """What a stored low-bit copy depends on: caches that differ in it cannot share pages."""
+        """Return the settings that a low-bit copy depends on.
+
+        Caches with different ones cannot share pages.
+        """
         return self.code, self.bits, self.group_size, self.residual
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values for JSON."""
         return {
             "bits": self.bits,
             "code": str(self.code),
@@ -194,10 +205,10 @@ class SpeCacheConfig:
 
 
 def parse_slow_tier(text: str, folder: str | os.PathLike[str] | None = None) -> tuple[SlowTierKind, str | None]:
-    """`ram`, or `disk:FOLDER` (or `disk` with `folder`) -> the tier and its folder.
+    """Return (tier, folder) of `ram`, or of `disk:FOLDER` (or `disk` with `folder`).
 
     Raises:
-        ConfigError: no such tier, a disk without folder, two folders, or a folder for another tier.
+        ConfigError: unknown tier, a disk without folder, two folders, or a folder for another tier.
     """
     name, colon, named = (text, "", "") if isinstance(text, SlowTierKind) else str(text).partition(":")
     tier = _member(SlowTierKind, name, "slow_tier")

@@ -1,4 +1,7 @@
-"""Errors that a user can cause. Each message says what was wrong, what was expected and what to do."""
+"""Errors that a user can cause.
+
+Each message says what was wrong, what was expected and what to do.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,9 @@ class SpeCacheError(Exception):
     """Base of every error that specache raises on purpose.
 
     Attributes:
-        new_token_ids: what was generated before the error: per sequence its new tokens, without prompt and padding. `None` where
-            nothing was being generated. A cache that was given as `past_key_values` holds them too (but the last) and can be
-            continued from.
+        new_token_ids: tokens generated before the error, per sequence, without prompt and padding;
+            None if nothing was being generated. A cache passed as `past_key_values` holds them too
+            (except the last) and can be continued from.
     """
 
     new_token_ids: list[list[int]] | None = None
@@ -20,15 +23,15 @@ class ConfigError(SpeCacheError, ValueError):
 
 
 class UnsupportedModelError(SpeCacheError):
-    """The model's attention cannot be run over a low-bit copy (and why)."""
+    """The model's attention cannot run over a low-bit copy; the message says why."""
 
 
 class UsageError(SpeCacheError, ValueError):
-    """A call that specache cannot honour: a decoding mode, an argument, a malformed batch."""
+    """A call that specache does not support: a decoding mode, an argument, a malformed batch."""
 
 
 class NonFiniteError(SpeCacheError):
-    """The model produced NaN or infinity in its keys or values; nothing was packed."""
+    """The model produced NaN or infinity in its keys or values. Nothing was quantised."""
 
 
 class FastMemoryError(SpeCacheError, MemoryError):
@@ -36,30 +39,40 @@ class FastMemoryError(SpeCacheError, MemoryError):
 
 
 class OutOfMemoryError(FastMemoryError):
-    """The system or the GPU had no memory left. The message names settings that need less; `__cause__` is the system's error.
+    """The system or the GPU ran out of memory.
 
-    A decode step that fails is undone: the cache is as it was before, and `new_token_ids` has what was generated.
+    The message names settings that need less; `__cause__` is the system's error. A failed decode
+    step is undone: the cache is as before, and `new_token_ids` has what was generated.
     """
 
 
 class SlowTierError(SpeCacheError):
-    """The 16-bit rows could not be written to the slow tier or read back; the message names the file and what to do."""
+    """The 16-bit rows could not be written to the slow tier or read back.
+
+    The message names the file and what to do.
+    """
 
 
 class CorruptRowError(SlowTierError):
-    """A row on disk is not the one that was written; the message names file, layer, KV head and token position."""
+    """A row on disk differs from what was written.
+
+    The message names file, layer, KV head and token position.
+    """
 
 
 class SessionError(SpeCacheError):
-    """A session cannot be opened, saved or copied: it is in use, damaged, or of another model; the message says which and why."""
+    """A session cannot be opened, saved or copied: in use, damaged, or of another model.
+
+    The message says which and why.
+    """
 
 
 class EvaluationError(SpeCacheError):
-    """An evaluation cannot go on; what was measured so far is kept."""
+    """An evaluation cannot continue; finished measurements are kept."""
 
 
 class MethodUnavailableError(EvaluationError):
-    """A method of the suite needs a library or a machine that is not there."""
+    """A method of the suite needs a library or a machine that is not available."""
 
 
 class TaskDataError(EvaluationError):
@@ -67,4 +80,4 @@ class TaskDataError(EvaluationError):
 
 
 class BenchmarkError(SpeCacheError):
-    """A benchmark cannot go on; the message says why."""
+    """A benchmark cannot continue; the message says why."""

@@ -1,4 +1,4 @@
-"""What happened: the one source of numbers for the command line, the benchmarks and the tests."""
+"""Statistics of a cache: the one source of numbers for commands, benchmarks and tests."""
 
 from __future__ import annotations
 
@@ -8,12 +8,18 @@ from typing import Any
 
 @dataclass
 class MemoryUse:
-    """Bytes of one cache, counted from the tensors that exist.
+    """Bytes of one cache, counted from existing tensors.
 
-    `fast` is low-bit copy and residual (the whole 16-bit cache under policy `full`) of the full-attention layers;
-    `full` is what the same layers' ordinary cache takes in a 16-bit dtype. `windows` are the sliding layers' ring
-    buffers, `ordinary_windows` the same in an ordinary 16-bit hybrid cache. `checkpoints` are copies of the ring buffers at
-    earlier lengths, in main memory or (of a session) in files; those that forks share count in each.
+    Attributes:
+        fast: low-bit copy and residual of the full-attention layers (their 16-bit cache under
+            policy `full`).
+        slow: 16-bit rows in the slow tier.
+        hot: the hot set.
+        windows: ring buffers of the sliding-window layers.
+        checkpoints: copies of the ring buffers at earlier lengths, in main memory or (of a session)
+            in files. Those shared by forks count in each fork.
+        full: ordinary 16-bit cache of the full-attention layers.
+        ordinary_windows: ring buffers of an ordinary 16-bit hybrid cache.
     """
 
     fast: int = 0
@@ -29,9 +35,14 @@ class MemoryUse:
 class Counters:
     """Running totals of one cache.
 
-    `rows_selected` and `rows_ready` count the real token's wanted (KV head, position) pairs; `bytes_fetched` counts
-    both rows' reads from the slow tier. `read_s` is the time that reads took, in the background and at once; `wait_s` is how long
-    steps waited for them, in `waits` waits. `drafts` counts speculative tokens whose real counterpart became known.
+    Attributes:
+        rows_selected: (KV head, position) pairs selected by the real token.
+        rows_ready: those of them that were available when needed.
+        bytes_fetched: bytes read from the slow tier, by real and draft rows.
+        drafts: draft tokens whose real counterpart became known.
+        drafts_right: drafts that were correct.
+        read_s: seconds that reads took, in the background and at once.
+        wait_s: seconds that steps waited for reads, in `waits` waits.
     """
 
     rows_selected: int = 0
@@ -51,9 +62,10 @@ class Counters:
 
 
 def report(memory: MemoryUse, counters: Counters, fast_memory_peak: int) -> dict[str, Any]:
-    """The statistics as JSON-ready values. Keys are stable; a rate that was not measured is `None`.
+    """Return the statistics as plain values for JSON. Keys are stable.
 
-    `fast_memory_peak_bytes` is the most that the byte budget ever held, working sets of passes as planned; forks share it.
+    A rate that was not measured is None. `fast_memory_peak_bytes` is the most that the byte budget
+    ever held, with planned working sets; forks share it.
     """
     c, m = counters, memory
     return {

@@ -1,4 +1,4 @@
-"""The command line: `specache generate`, `chat`, `session`, `plan`, `demo`, `eval`, `bench` and `doctor`.
+"""The command line: `generate`, `chat`, `session`, `plan`, `demo`, `eval`, `bench` and `doctor`.
 
-Nothing here computes: a command reads its options, loads a model, calls the library and prints.
+Commands contain no algorithm: they read options, load a model, call the library and print.
 """

@@ -1,4 +1,4 @@
-"""How long an answer can be: what was asked for, and what the model's positions leave after the prompt."""
+"""Compute the longest answer: the requested length, limited by the model's positions."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ DEFAULT_MAX_NEW_TOKENS = 256
 
 
 @dataclass(frozen=True)
-class Room:
+class AnswerLimit:
     """The longest answer to a prompt.
 
     Attributes:
         new_tokens: its length.
-        shortened: why it is shorter than what was asked for, or than the default; `None` where it is not.
-        asked: the length was asked for, so that its shortening is news whether or not the answer gets there.
+        shortened: why it is shorter than requested, or than the default; None if it is not.
+        asked: the length was requested, so a shortening is reported even if the answer ends
+            earlier.
     """
 
     new_tokens: int
@@ -24,24 +25,24 @@ class Room:
     asked: bool = False
 
     def note(self, reached: bool) -> str | None:
-        """Return what the user should know; `reached`: an answer ended at this length."""
+        """Return a note for the user, or None. `reached`: an answer ended at this length."""
         return self.shortened if reached or self.asked else None
 
 
-def room(max_new_tokens: int | None, positions: int | None, prompt_tokens: int) -> Room:
+def answer_limit(max_new_tokens: int | None, positions: int | None, prompt_tokens: int) -> AnswerLimit:
     """Return the longest answer after a prompt.
 
     Args:
-        max_new_tokens: what was asked for; `None` is the default.
-        positions: of the model; `None` has no limit.
-        prompt_tokens: of the longest prompt.
+        max_new_tokens: requested length; None is the default.
+        positions: positions of the model; None is unlimited.
+        prompt_tokens: length of the longest prompt.
 
     Raises:
         UsageError: the prompt fills the model.
     """
     wanted = DEFAULT_MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens
     if positions is None:
-        return Room(wanted)
+        return AnswerLimit(wanted)
     left = positions - prompt_tokens
     if left <= 0:
         raise UsageError(
@@ -49,9 +50,9 @@ def room(max_new_tokens: int | None, positions: int | None, prompt_tokens: int) 
             "Shorten the prompt, or use a model with a longer context."
         )
     if wanted <= left:
-        return Room(wanted)
+        return AnswerLimit(wanted)
     shortened = (
         f"The model has {positions:,} positions and the prompt takes {prompt_tokens:,}: an answer can have {left:,} new tokens "
         f"at most, not {wanted:,}."
     )
-    return Room(left, shortened, max_new_tokens is not None)
+    return AnswerLimit(left, shortened, max_new_tokens is not None)

@@ -1,4 +1,4 @@
-"""One call of `specache.generate` for a command: progress, streaming, interrupts, and what came out."""
+"""One call of `specache.generate` for a command: progress, streaming, interrupts and results."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from specache.cli.answer_length import room
+from specache.cli.answer_length import answer_limit
 from specache.cli.console import PrefillProgress
 from specache.cli.models import LoadedModel
 from specache.cli.prompts import pad_left
@@ -26,21 +26,24 @@ INTERRUPTED = "interrupted"
 
 @dataclass(frozen=True)
 class Result:
-    """One prompt's answer, whole or up to an interrupt or an error."""
+    """One prompt's answer, complete or up to an interrupt or an error."""
 
-    text: str  # of models that know channels, the final message
+    text: str  # the final message, if the model uses channels
     token_ids: list[int]
     prompt_tokens: int
     finish_reason: str | None  # "stop", "length", "interrupted" or "error"
-    reasoning: str | None = None  # what the model wrote before its final message, in a channel of its own
+    reasoning: str | None = None  # text in a reasoning channel before the final message
 
     @property
     def is_reasoning_alone(self) -> bool:
-        """Whether the answer ended before the final message began."""
+        """Return True if the answer ended before the final message began."""
         return bool(self.reasoning) and not self.text
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON. Keys are stable; `reasoning` is there if the model wrote any."""
+        """Return plain values for JSON.
+
+        Keys are stable; `reasoning` is present if the model wrote any.
+        """
         return {
             **({"reasoning": self.reasoning} if self.reasoning else {}),
             "text": self.text,
@@ -53,16 +56,16 @@ class Result:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one call produced."""
+    """The results of one call."""
 
     results: list[Result]
     interrupted: bool
-    reused_tokens: int  # prompt tokens that the cache had already (of the first prompt)
-    error: SpeCacheError | None = None  # what ended the answers in the middle
-    note: str | None = None  # that the model's positions made the answers shorter than asked
+    reused_tokens: int  # prompt tokens already in the cache (of the first prompt)
+    error: SpeCacheError | None = None  # the error that ended the answers early
+    note: str | None = None  # a note that the model's positions shortened the answers
 
     def with_error(self, error: SpeCacheError) -> Outcome:
-        """The same, after something more went wrong."""
+        """Return the outcome with a further error."""
         if self.error is None:
             return replace(self, error=error)
         both = SpeCacheError(f"{self.error} {error}")
@@ -70,7 +73,7 @@ class Outcome:
         return replace(self, error=both)
 
     def raise_error(self) -> None:
-        """For callers with no use for half an answer."""
+        """Raise the error, for callers that cannot use a partial answer."""
         if self.error is not None:
             raise self.error
 
@@ -88,31 +91,33 @@ def answer(
     on_prefilled: Callable[[], None] = lambda: None,
     description: str = "Reading the prompt",
 ) -> Outcome:
-    """Generate one answer per prompt into `cache`. Ctrl-C ends the answers where they are and is not raised.
+    """Generate one answer per prompt into `cache`. Ctrl-C ends the answers early and is not raised.
 
-    Neither is an error in the middle of them: `Outcome.error` is it, and the answers are there as far as they came.
+    Neither is an error after the first token: `Outcome.error` holds it, with the answers so far.
 
     Args:
         loaded: model and tokenizer.
-        prompts: token ids per sequence; whole conversations if `cache` already holds their beginning.
-        cache: empty, or holding what is to be continued; another text makes way for the prompts.
-        options: from `options.GenerationOptions.arguments`.
-        stops: texts to stop before.
-        template: what wrote the prompts, unless they are texts as they are.
-        on_text: called with (sequence index, new text) as text becomes certain.
-        on_reasoning: the same for what the model writes before its final message.
+        prompts: token ids per sequence; whole conversations if `cache` already holds their
+            beginning.
+        cache: empty, or holding the text to continue. Another text is replaced by the prompts.
+        options: arguments from `options.GenerationOptions.arguments`.
+        stops: stop strings.
+        template: the chat template that rendered the prompts, if any.
+        on_text: called with (sequence index, new text) as text becomes final.
+        on_reasoning: the same for text before the final message.
         on_prefilled: called when the prompts are in the cache, before the first new token.
-        description: what the progress bar says while the prompt is read.
+        description: label of the progress bar while the prompt is read.
 
     Raises:
-        SpeCacheError: before there was a new token; `UsageError` where the model has no position left for one.
+        SpeCacheError: before there was a new token; `UsageError` if the model has no position left
+            for one.
     """
     import torch
 
     import specache
     from specache.engine.continuing import begins_alike
 
-    if not begins_alike(cache, prompts):  # whole texts: what the library cannot know
+    if not begins_alike(cache, prompts):  # the prompts are whole texts, which the library cannot know
         cache.reset()
     pad_id, end_ids = _special_ids(loaded, template)
     input_ids, attention_mask = pad_left(prompts, pad_id)
@@ -125,7 +130,7 @@ def answer(
 
     parsers = None if template is None else [channel_parser(loaded.tokenizer, prompt) for prompt in prompts]
     recorder = AnswerRecorder(loaded.tokenizer, end_ids, stops, on_text, on_first=begin, parsers=parsers, on_reasoning=on_reasoning)
-    longest = room(options["max_new_tokens"], loaded.max_positions, input_ids.shape[1])
+    longest = answer_limit(options["max_new_tokens"], loaded.max_positions, input_ids.shape[1])
     arguments = {**options, "max_new_tokens": longest.new_tokens}
     if end_ids:
         arguments["eos_token_id"] = end_ids
@@ -135,7 +140,7 @@ def answer(
         arguments |= {"stop_strings": list(stops), "tokenizer": loaded.tokenizer}
     interrupted, failure = False, None
     try:
-        with _advice_on_rereading_left_out():
+        with _rereading_warning_ignored():
             specache.generate(
                 loaded.model,
                 input_ids=input_ids.to(device),
@@ -160,8 +165,8 @@ def answer(
 
 
 @contextmanager
-def _advice_on_rereading_left_out() -> Iterator[None]:
-    """Leave out the library's warning, which is for programs: the commands say in their own words what is read again."""
+def _rereading_warning_ignored() -> Iterator[None]:
+    """Ignore the library's warning about rereading, since commands print a note of their own."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*The text differs from what the SpeCache holds")
         yield
@@ -183,7 +188,7 @@ def _results(prompts: list[list[int]], recorder: AnswerRecorder, cache: SpeCache
 
 
 def _special_ids(loaded: LoadedModel, template: ChatTemplate | None) -> tuple[int, list[int]]:
-    """The padding token, and the tokens that end a sequence."""
+    """Return (padding token, tokens that end a sequence)."""
     end_ids = end_tokens(loaded.model.generation_config, loaded.tokenizer, template)
     candidates = (loaded.model.generation_config.pad_token_id, loaded.tokenizer.pad_token_id, *end_ids, 0)
     return next(candidate for candidate in candidates if candidate is not None), end_ids

@@ -1,4 +1,7 @@
-"""`specache bench`: measure speed and memory. One command per benchmark, made from the fields of its dataclass."""
+"""`specache bench`: measure speed and memory.
+
+Each benchmark's dataclass fields become the options of its command.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from specache.bench import benchmarks as registry
+from specache.bench import benchmarks
 from specache.cli import options
 from specache.cli.bench_table import result_table
 from specache.cli.console import LOG_WIDTH, err, quiet_libraries, status
@@ -65,7 +68,7 @@ WeightsName = Annotated[
 
 @dataclass(frozen=True)
 class SharedOptions:
-    """What every benchmark is told."""
+    """Options of every benchmark."""
 
     json: JsonFile = None
     seed: Seed = 0
@@ -75,7 +78,7 @@ class SharedOptions:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """What benchmarks of whole models are told besides."""
+    """Further options of benchmarks of whole models."""
 
     model: options.OptionalModel = None
     shape: options.ShapeName = None
@@ -86,29 +89,29 @@ class ModelOptions:
 
 @dataclass
 class NamedModel:
-    """A model as `--model` names it (see `specache.bench.shapes.ModelSource`)."""
+    """A model selected by `--model` (see `specache.bench.shapes.ModelSource`)."""
 
     name: str
     weights: Weights
     revision: str | None
     offline: bool
     device: Device = Device.CPU
-    tokenizer: Any = field(default=None, init=False)  # once it is loaded
+    tokenizer: Any = field(default=None, init=False)  # set by `load`
 
     @property
     def shape(self) -> Shape | None:
-        """None: it has weights of its own."""
+        """Return None: the model has weights of its own."""
         return None
 
     @property
     def gguf(self) -> str | None:
-        """The file that was named, or the demo's."""
+        """Return the GGUF file of the model or of the demo; None for other models."""
         if self.name == DEMO_MODEL:
             return str(demo_file())
         return self.name if self.name.lower().endswith(".gguf") else None
 
     def load(self) -> Any:
-        """The model on its device, without its tokenizer."""
+        """Return the model on its device, and keep its tokenizer."""
         quiet_libraries()
         dtype = _DTYPES.get(self.weights, Dtype.BFLOAT16)
         loaded = load(
@@ -123,7 +126,7 @@ class NamedModel:
         return loaded.model
 
     def prompt(self, tokens: int, text: Path | None, seed: int) -> list[int]:
-        """The first tokens of the file, else of Python's documentation."""
+        """Return the first `tokens` tokens of the file, or of Python's documentation."""
         ids: list[int] = self.tokenizer(load_text(() if text is None else (text,)))["input_ids"]
         if len(ids) < tokens:
             raise ConfigError(f"{text or 'the text'} has {len(ids):,} tokens, {tokens:,} are to be read. Name a longer --text.")
@@ -131,17 +134,17 @@ class NamedModel:
 
 
 class BenchmarkGroup(TyperGroup):
-    """A command per benchmark, made when it is asked for: a benchmark's module is imported by nobody else."""
+    """One command per benchmark, created on demand, so that only its module is imported."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """All benchmarks."""
-        return list(registry.BENCHMARKS)
+        """Return the names of all benchmarks."""
+        return list(benchmarks.BENCHMARKS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """The command of a benchmark."""
-        if cmd_name not in registry.BENCHMARKS:
+        """Return the command of a benchmark."""
+        if cmd_name not in benchmarks.BENCHMARKS:
             return super().get_command(ctx, cmd_name)
-        return _command(cmd_name, registry.benchmark_class(cmd_name))
+        return _command(cmd_name, benchmarks.benchmark_class(cmd_name))
 
 
 app = typer.Typer(cls=BenchmarkGroup, help=HELP, epilog=EPILOG, no_args_is_help=True)
@@ -183,10 +186,11 @@ def _run(benchmark: Benchmark, shared: SharedOptions, source: ModelSource | None
 
 
 def _source(chosen: ModelOptions, seed: int, device: Device) -> ModelSource:
-    """The model that the options name.
+    """Return the model that the options select.
 
     Raises:
-        ConfigError: none, or both kinds; an unknown shape or format, or one that the device has no use for.
+        ConfigError: no model, or both kinds; an unknown shape or format; or a format that the
+            device does not support.
     """
     from specache.bench.published_shapes import shape_of
     from specache.bench.shapes import RandomModel, Weights

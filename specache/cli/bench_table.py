@@ -1,4 +1,4 @@
-"""The results of a benchmark as a table for the terminal."""
+"""Format the results of a benchmark as a table for the terminal."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from rich.text import Text
 
 from specache.cli.stats_table import UNKNOWN, size
 
-_TEXT = ("impl", "isa", "cache", "weights", "tier", "policy", "method", "limited_by")  # columns of words
+_TEXT = ("impl", "isa", "cache", "weights", "tier", "policy", "method", "limited_by")  # columns of text
 _SHARES = ("rows_ready", "read_hidden", "hit_rate")
 _TITLES = {"gb_per_s": "GB/s", "ms_per_step": "ms per step", "tokens_per_s": "tokens/s"}
 
 
 def result_table(results: list[dict[str, Any]], columns: Sequence[str], details: dict[str, Any]) -> RenderableType:
-    """One line per result, below it why something was not measured and what belongs to the run as a whole."""
+    """Return one line per result, then why results were skipped, and the details of the run."""
     table = Table(box=None, padding=(0, 2, 0, 0))
     shown = [column for column in columns if any(result.get(column) is not None for result in results)]
     for column in shown:
@@ -36,7 +36,7 @@ def _title(name: str) -> str:
 
 
 def _skipped(results: list[dict[str, Any]]) -> list[Text]:
-    """A line per result that was not measured."""
+    """Return a line per result that was not measured."""
     lines = []
     for result in results:
         if result.get("skipped") is not None:
@@ -73,5 +73,5 @@ def _brief(value: Any) -> str:
 
 
 def _number(value: float) -> str:
-    """Three significant digits."""
+    """Format with three significant digits."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

@@ -1,4 +1,4 @@
-"""Sizes in bytes as people write them."""
+"""Parse sizes in bytes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _NUMBER = re.compile(r"([0-9]+(?:\.[0-9]*)?(?:e[0-9]+)?|\.[0-9]+)\s*([A-Za-z]*)"
 
 
 def number_and_unit(text: str) -> tuple[float, str] | None:
-    """`1.5 gb` -> 1.5 and `GB`, a key of `UNITS`; `None` for what is no such number of bytes."""
+    """Parse `1.5 gb` into 1.5 and `GB`, a key of `UNITS`; return None for anything else."""
     match = _NUMBER.fullmatch(text.strip())
     unit = match[2].upper() if match else ""
     if match is None or unit not in UNITS or not math.isfinite(float(match[1]) * UNITS[unit]):
@@ -21,13 +21,13 @@ def number_and_unit(text: str) -> tuple[float, str] | None:
 
 
 def parse_size(text: str, option: str) -> int:
-    """`2GB`, `512MiB`, `1.5e9` and `1000000` are bytes.
+    """Return the bytes of `2GB`, `512MiB`, `1.5e9` or `1000000`.
 
     Args:
-        option: its name, for the message.
+        option: name of the option, for the message.
 
     Raises:
-        ConfigError: it is no size, or none above 0.
+        ConfigError: it is not a size above 0.
     """
     number, unit = number_and_unit(text) or (0.0, "")
     size = round(number * UNITS[unit])

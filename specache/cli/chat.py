@@ -61,7 +61,7 @@ COMMANDS = {
     "/exit, Ctrl-D": "leave; with --session the conversation goes on the next time",
     "Ctrl-C": "stop the answer; at the prompt: drop the line, twice: leave",
 }
-SHOWN_MESSAGES, SHOWN_CHARACTERS = 6, 400  # of what was said earlier: the last messages, and the beginning of each
+SHOWN_MESSAGES, SHOWN_CHARACTERS = 6, 400  # earlier messages shown at the start: the last ones, and the beginning of each
 
 
 @reports_errors
@@ -84,7 +84,10 @@ def chat(
     revision: options.Revision = None,
     offline: options.Offline = False,
 ) -> None:
-    """Talk with a model. Every turn continues from the same low-bit cache, so only new text is read."""
+    """Talk with a model.
+
+    Every turn continues from the same low-bit cache, so only new text is read.
+    """
     config = cache.config()
     arguments = generation.arguments()
     options.check_system(system)
@@ -117,22 +120,22 @@ def _talk(conversation: Conversation) -> None:
     while goes_on:
         try:
             entry = entries.read()
-            goes_on = entry is not None and _obey(conversation, entries, files, entry)
+            goes_on = entry is not None and _execute(conversation, entries, files, entry)
         except PromptError as error:
             _print_error(error)
-        except KeyboardInterrupt:  # between two steps; what was being done is undone or done
+        except KeyboardInterrupt:  # between two steps; the current action is complete or undone
             err.print()
             err.print(LEAVING, style="dim")
-    if files and entry is None:  # nothing follows that they could go in front of
+    if files and entry is None:  # no message follows that could include them
         _send(conversation, entries, _taken(files))
 
 
 def _show_earlier(conversation: Conversation) -> None:
-    """The end of what was said before, if this is a session's conversation."""
-    said = [message for message in conversation.messages if message["role"] != "system"]
-    if len(said) > SHOWN_MESSAGES:
-        err.print(f"[{len(said) - SHOWN_MESSAGES} earlier messages]", style="dim", markup=False)
-    for message in said[-SHOWN_MESSAGES:]:
+    """Print the end of the earlier conversation, if the session has one."""
+    earlier = [message for message in conversation.messages if message["role"] != "system"]
+    if len(earlier) > SHOWN_MESSAGES:
+        err.print(f"[{len(earlier) - SHOWN_MESSAGES} earlier messages]", style="dim", markup=False)
+    for message in earlier[-SHOWN_MESSAGES:]:
         prompt = "> " if message["role"] == "user" else ""
         err.print(f"{prompt}{_shortened(message['content'])}", style="dim", markup=False)
     if conversation.unanswered is not None:
@@ -144,11 +147,13 @@ def _shortened(text: str) -> str:
     return text if left <= 0 else f"{text[:SHOWN_CHARACTERS]} [and {left:,} characters]"
 
 
-def _obey(conversation: Conversation, entries: ChatInput, files: list[str], entry: Entry) -> bool:
-    """Carry out a command, or send a message with the files in front of it. Return whether the conversation goes on.
+def _execute(conversation: Conversation, entries: ChatInput, files: list[str], entry: Entry) -> bool:
+    """Execute a command, or send a message with the files in front of it.
+
+    Return True if the conversation continues.
 
     Raises:
-        PromptError: the command is not written as it should be, or its file cannot be read.
+        PromptError: the command is malformed, or its file cannot be read.
     """
     command, _, arguments = ("", "", "") if entry.is_message else entry.text.partition(" ")
     match command:
@@ -187,14 +192,14 @@ def _command_table() -> Table:
 
 
 def _taken(files: list[str], message: str = "") -> str:
-    """Return a message with the files in front of it, which are then used up."""
+    """Return a message with the files in front of it, and empty the list of files."""
     parts = [*files, *([message] if message else [])]
     files.clear()
     return "\n\n".join(parts)
 
 
 def _turns_named(arguments: str, turns: int) -> int:
-    """Return how many turns `/drop` is to drop: the number behind it, or the older half."""
+    """Return the number of turns for `/drop` to drop: its argument, or the older half."""
     if not turns:
         raise PromptError("there is no turn to drop.")
     if not arguments.strip():
@@ -216,7 +221,7 @@ def _drop(conversation: Conversation, turns: int) -> None:
 
 
 def _send(conversation: Conversation, entries: ChatInput, text: str) -> None:
-    """Answer a message; where the conversation has filled the model, offer to drop the oldest turns."""
+    """Answer a message. If the conversation fills the model, offer to drop the oldest turns."""
     try:
         _turn(conversation, text)
     except ConversationFullError as error:
@@ -268,12 +273,12 @@ def _turn(conversation: Conversation, text: str) -> None:
 
 
 def _saved(conversation: Conversation, outcome: Outcome) -> Outcome:
-    """Save the conversation, whatever keys are pressed meanwhile. Return the outcome with what went wrong."""
+    """Save the conversation despite Ctrl-C, and return the outcome with any error."""
     try:
         conversation.save()
     except SpeCacheError as error:
         return outcome.with_error(error)
-    except KeyboardInterrupt:  # it came while saving, and saving ended: there is nothing else to stop
+    except KeyboardInterrupt:  # pressed while saving, which is complete: there is nothing else to stop
         err.print()
     return outcome
 

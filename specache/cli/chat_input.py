@@ -1,4 +1,4 @@
-"""What the user of `specache chat` enters: lines, pasted pages, messages of several lines, files."""
+"""Input of `specache chat`: lines, pasted text, messages of several lines, files."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _UNMARK_PASTES = "\x1b[?2004l"
 
 @dataclass(frozen=True)
 class Entry:
-    """What was entered at once.
+    """One input of the user.
 
     Attributes:
-        text: without the quotes of a message of several lines.
-        is_message: it is one whatever it begins with: it has several lines, or was quoted.
+        text: the text, without the quotes of a message of several lines.
+        is_message: True if it cannot be a command: it has several lines, or was quoted.
     """
 
     text: str
@@ -34,7 +34,7 @@ class Entry:
 
 
 class ChatInput:
-    """Entries of the user, from a terminal or line by line from a pipe."""
+    """The user's entries, from a terminal, or line by line from a pipe."""
 
     def __init__(self) -> None:
         stdin = sys.stdin
@@ -43,15 +43,17 @@ class ChatInput:
         self._edits = self.is_terminal and sys.stdout.isatty()
         self._marks_pastes = self._edits and _enable_line_editing()
         if self.is_terminal and isinstance(stdin, io.TextIOWrapper):
-            stdin.reconfigure(errors="surrogateescape")  # `check_text` says what is wrong
+            stdin.reconfigure(errors="surrogateescape")  # `check_text` reports the error
         self._lines = stdin if self._closed or self.is_terminal else line_reader(stdin.buffer)
         self._interrupted = False  # Ctrl-C was the last key
 
     def read(self) -> Entry | None:
-        """Return the next entry; `None` at the end of input. Ctrl-C drops what was begun, and at once after another one leaves.
+        """Return the next entry; None at the end of input.
+
+        Ctrl-C discards the current line. A second one directly after it ends the input.
 
         Raises:
-            PromptError: what was entered is no text, or ends inside quotes.
+            PromptError: the input is not text, or ends inside quotes.
         """
         while True:
             try:
@@ -67,7 +69,10 @@ class ChatInput:
             return entry
 
     def confirm(self, question: str) -> bool:
-        """Ask on the terminal; the answer is yes unless it begins with n, or Ctrl-C or the end of input is the answer."""
+        """Ask a question on the terminal and return the answer.
+
+        The answer is no if it begins with n, or on Ctrl-C or end of input.
+        """
         try:
             reply = self._line(f"{question} [Y/n] ")
         except KeyboardInterrupt:
@@ -90,7 +95,7 @@ class ChatInput:
         return Entry(text, False)
 
     def _quoted(self, first: str) -> str:
-        """Return the lines up to the one that ends with quotes."""
+        """Return the text up to the line that ends with quotes."""
         lines = [first]
         while not lines[-1].rstrip().endswith(QUOTES):
             line = self._line(CONTINUED)
@@ -113,7 +118,7 @@ class ChatInput:
         return self._lines.readline() or None
 
     def _end_line(self) -> None:
-        """Put the cursor on a line of its own, and leave the terminal as it was: an interrupt ends line editing in the middle."""
+        """Move the cursor to a new line and end line editing, which an interrupt leaves on."""
         if self._edits:
             write((_UNMARK_PASTES if self._marks_pastes else "") + "\n")
         elif self.is_terminal:
@@ -121,7 +126,7 @@ class ChatInput:
 
 
 def file_and_message(arguments: str) -> tuple[Path, str]:
-    """Split what follows `/file` into a path (quoted or with escaped blanks, where it has any) and the message behind it.
+    """Split the arguments of `/file` into a path (quoted if it has blanks) and a message.
 
     Raises:
         PromptError: there is no path.
@@ -137,7 +142,7 @@ def file_and_message(arguments: str) -> tuple[Path, str]:
     lexer.whitespace_split, lexer.commenters = True, ""
     try:
         path = lexer.get_token() or ""
-    except ValueError:  # one quotation mark
+    except ValueError:  # an unclosed quotation mark
         return whole, ""
     return Path(os.path.expanduser(path)), rest.read().strip()
 
@@ -146,7 +151,7 @@ def read_file(path: Path) -> str:
     """Return a file's text for a message.
 
     Raises:
-        PromptError: it cannot be read, or has none.
+        PromptError: the file cannot be read, or is empty.
     """
     text = read_text(path, PromptError).strip("\n")
     if not text.strip():
@@ -162,10 +167,10 @@ def _exists(path: Path) -> bool:
 
 
 def _enable_line_editing() -> bool:
-    """Turn on history and cursor keys for `input` where the system has them. Return whether the terminal marks what is pasted.
+    """Enable history and cursor keys for `input`, and return True if pastes are marked.
 
-    GNU readline takes marked text into its line with its line breaks. libedit, which some Pythons come with, knows no marks; there,
-    and on terminals without them, lines arrive one by one as if they were typed.
+    GNU readline inserts marked text with its line breaks. libedit, which some Pythons use, does not
+    know the marks. There, and on terminals without them, pasted lines arrive one by one.
     """
     try:
         import readline

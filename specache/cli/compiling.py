@@ -1,4 +1,4 @@
-"""`--compile`: the compiler runs before the first prompt is read, so that no answer waits for it and no statistic counts it."""
+"""`--compile`: compile before reading the first prompt, outside of all measured times."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ ONE_AND_TWO_ROWS = SpeCacheConfig(policy=Policy.VERIFIED, slow_tier=SlowTierKind
 
 
 def compile_model(model: Any, config: SpeCacheConfig, sequences: int, say: Callable[[str], None]) -> None:
-    """Compile the decode steps that `config` takes, for one sequence and, if there will be more, for several.
+    """Compile the decode steps that `config` uses, for one sequence and, if there will be more, for
+    several.
 
     Raises:
-        ConfigError: there is no C++ compiler, it fails, or the model's step is no fixed graph.
+        ConfigError: there is no C++ compiler, it fails, or the model's step cannot be a fixed
+            graph.
     """
     import specache
     from specache.platform import private_torch
@@ -32,7 +34,7 @@ def compile_model(model: Any, config: SpeCacheConfig, sequences: int, say: Calla
 
 
 def _decode(model: Any, config: SpeCacheConfig, count: int) -> None:
-    """A prompt of two tokens and two new ones: pre-decoding where there is any, and a step."""
+    """Generate from a prompt of two tokens: runs pre-decoding if the policy has it, and a step."""
     import torch
 
     import specache

@@ -1,4 +1,4 @@
-"""Standard output is for answers, standard error for everything else: progress, tables, errors."""
+"""Console output: answers to standard output; progress, tables, errors to standard error."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from specache.cli.numbers import check_numbers
 from specache.cli.standard_streams import ClosedPipeError
 from specache.errors import ConfigError, SpeCacheError
 
-LOG_WIDTH = 200  # of tables where there is no terminal
+LOG_WIDTH = 200  # width of tables if there is no terminal
 EXIT_ERROR = 1
 EXIT_USAGE = 2
-EXIT_INTERRUPTED = 130  # what a shell reports for a process that SIGINT ended
-EXIT_CLOSED_PIPE = 141  # the same of SIGPIPE
+EXIT_INTERRUPTED = 130  # exit code of a shell for a process that SIGINT ended
+EXIT_CLOSED_PIPE = 141  # exit code for SIGPIPE
 
 _PACKAGE = Path(__file__).parent.parent
 
@@ -38,7 +38,7 @@ _Result = TypeVar("_Result")
 
 
 def write(text: str) -> None:
-    """Put text of an answer on standard output, at once."""
+    """Write text of an answer to standard output and flush it."""
     try:
         sys.stdout.write(text)
     except UnicodeEncodeError:  # a terminal that is not UTF-8
@@ -48,24 +48,27 @@ def write(text: str) -> None:
 
 
 def print_error(message: str) -> None:
-    """One red line on standard error."""
+    """Print one red line to standard error."""
     err.print("error: ", style="bold red", end="", markup=False)
     err.print(message, markup=False, soft_wrap=True)
 
 
 def print_warning(message: str) -> None:
-    """One yellow line on standard error."""
+    """Print one yellow line to standard error."""
     err.print("warning: ", style="bold yellow", end="", markup=False)
     err.print(message, markup=False, soft_wrap=True)
 
 
 def wants_traceback() -> bool:
-    """Return whether errors are to be raised as they are, for Python to print where they came from."""
+    """Return True if errors must be raised unchanged, so that Python prints a traceback."""
     return bool(os.environ.get("SPECACHE_DEBUG"))
 
 
 def reports_errors(command: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
-    """Turn our errors and Ctrl-C into one line and an exit code; `SPECACHE_DEBUG=1` shows the traceback instead."""
+    """Turn our errors and Ctrl-C into one line and an exit code.
+
+    `SPECACHE_DEBUG=1` shows the traceback instead.
+    """
 
     @functools.wraps(command)
     def wrapper(*args: _Args.args, **kwargs: _Args.kwargs) -> _Result:
@@ -89,7 +92,10 @@ def reports_errors(command: Callable[_Args, _Result]) -> Callable[_Args, _Result
 
 @contextmanager
 def _plain_warnings(parameters: Iterable[str]) -> Iterator[None]:
-    """Inside, our own warnings are one line on standard error, without file and line number; others are as they were."""
+    """Print our own warnings inside the block as one line on standard error.
+
+    Others are unchanged.
+    """
     before = warnings.showwarning
 
     def show(message: Warning | str, category: type[Warning], filename: str, *rest: Any, **more: Any) -> None:
@@ -106,9 +112,9 @@ def _plain_warnings(parameters: Iterable[str]) -> Iterator[None]:
 
 @contextmanager
 def interrupts_deferred() -> Iterator[None]:
-    """Let the block end before a Ctrl-C is raised; a second Ctrl-C is raised at once.
+    """Delay a Ctrl-C until the end of the block; raise a second one at once.
 
-    Only where Ctrl-C raises `KeyboardInterrupt` at all, and in the main thread, which is the one that gets it.
+    This applies only in the main thread, and if Ctrl-C raises `KeyboardInterrupt` at all.
     """
     if (
         threading.current_thread() is not threading.main_thread()
@@ -133,7 +139,10 @@ def interrupts_deferred() -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """Silence the progress bars and advice of transformers and the hub client; errors still show."""
+    """Silence the progress bars and advice of transformers and the hub client.
+
+    Errors are still shown.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from huggingface_hub.utils import logging as hub_logging
@@ -147,9 +156,10 @@ def quiet_libraries() -> None:
 
 @contextmanager
 def status(message: str) -> Iterator[Callable[[str], None]]:
-    """A spinner while something without measurable progress runs; plain lines where there is no terminal.
+    """Show a spinner (plain lines without a terminal) during work of unknown length.
 
-    Yields a function that changes the message.
+    Yields:
+        a function that changes the message.
     """
     if not err.is_terminal:
         yield _say_line
@@ -163,16 +173,17 @@ def _say_line(message: str) -> None:
 
 
 class PrefillProgress:
-    """A progress bar for `progress=` of `prefill` and `generate`. It leaves the screen as soon as prefill ends.
+    """A progress bar for `progress=` of `prefill` and `generate`, removed when prefill ends.
 
-    Nothing is drawn for prompts shorter than `minimum` tokens or where standard error is no terminal.
+    Nothing is drawn for prompts shorter than `minimum` tokens or if standard error is not a
+    terminal.
     """
 
     def __init__(self, description: str = "Reading the prompt", minimum: int = 512) -> None:
         self._description = description
         self._minimum = minimum
         self._bar: Progress | None = None
-        self.reused: int | None = None  # tokens that were there already; `None` before the first call
+        self.reused: int | None = None  # tokens already cached; `None` before the first call
 
     def __call__(self, done: int, total: int) -> None:
         if self.reused is None:
@@ -200,7 +211,7 @@ class PrefillProgress:
         self._bar.start()
 
     def close(self) -> None:
-        """Take the bar off the screen. Safe to call twice."""
+        """Remove the bar. Safe to call twice."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

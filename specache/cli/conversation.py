@@ -16,24 +16,25 @@ if TYPE_CHECKING:
 
 
 class ConversationFullError(UsageError):
-    """The model has no position left for a message and its answer, but would have without the oldest turns."""
+    """The message and its answer fit only if the oldest turns are dropped."""
 
 
 class Conversation:
-    """Messages so far, and the cache that holds their keys and values.
+    """The messages so far, and the cache that holds their keys and values.
 
-    Each turn hands over the token ids of the whole conversation; the library prefills only what the cache lacks. With a session the
-    conversation begins with what it was saved with, and is saved before each answer and by `save`.
+    Each turn passes the token ids of the whole conversation; the library prefills only what the
+    cache lacks. With a session, the conversation starts from its saved messages, and is saved
+    before each answer and by `save`.
 
     Args:
-        opened: the cache, which is closed with the conversation.
-        options: from `options.GenerationOptions.arguments`.
-        stops: texts to stop before.
-        system: the system message; `None` takes that of the session.
+        opened: the cache, closed with the conversation.
+        options: arguments from `options.GenerationOptions.arguments`.
+        stops: stop strings.
+        system: the system message; None uses that of the session.
 
     Attributes:
-        messages: what was said.
-        unanswered: the session's last message, where there is no answer to it; it is not among `messages`.
+        messages: the messages so far.
+        unanswered: the session's last message if it has no answer; it is not in `messages`.
 
     Raises:
         ConfigError: the session holds no conversation, or one with another system message.
@@ -62,19 +63,22 @@ class Conversation:
     def say(
         self, text: str, on_text: Callable[[int, str], None], on_reasoning: Callable[[int, str], None] | None = None
     ) -> Outcome:
-        """Answer a message. An answer that an interrupt or an error ended stays in the conversation as far as it came.
+        """Answer a message.
+
+        A partial answer, after an interrupt or an error, stays in the conversation.
 
         A message that was interrupted before its answer began is forgotten.
 
         Raises:
-            ConversationFullError: there is no room for it unless older turns are dropped; it is then forgotten.
-            SpeCacheError: the message cannot be answered (too long, for example); it is then forgotten.
+            ConversationFullError: there is no room for it unless older turns are dropped; it is
+                forgotten.
+            SpeCacheError: the message cannot be answered (too long, for example); it is forgotten.
         """
         asked = [*self.messages, {"role": "user", "content": text}]
         template = self._opened.template
         prompt = template.encode(asked)
         self._check_room(prompt, asked)
-        self._opened.say_what_is_read_again(prompt, asked)
+        self._opened.note_rereading(prompt, asked)
         outcome = answer(
             self._loaded,
             [prompt],
@@ -87,21 +91,21 @@ class Conversation:
             on_prefilled=lambda: self._opened.save(asked),
             description="Reading",
         )
-        self._opened.say_if_nothing_was_reused(outcome.reused_tokens)
+        self._opened.note_if_nothing_reused(outcome.reused_tokens)
         if not outcome.interrupted or outcome.results[0].token_ids:
             self.messages = answered(asked, outcome.results[0].text)
         return outcome
 
     @property
     def turns(self) -> int:
-        """How many messages of the user there are, each with what follows it."""
+        """Return the number of turns: messages of the user, each with what follows it."""
         return len(_turns(self.messages))
 
     def drop(self, turns: int) -> int:
-        """Forget the oldest turns; the system message stays.
+        """Forget the oldest turns, but not the system message.
 
         Returns:
-            Tokens of what is left. All but its beginning (the system message) is read again with the next message.
+            Tokens that are left. All but the system message is read again with the next message.
         """
         kept = [message for turn in _turns(self.messages)[turns:] for message in turn]
         messages = [*_beginning(self.messages), *kept]
@@ -111,9 +115,9 @@ class Conversation:
         return len(prompt) if kept else 0
 
     def turns_to_drop(self, text: str) -> int:
-        """Return how many of the oldest turns have to go so that half of the model's positions are free after a message.
+        """Return how many of the oldest turns to drop to leave half of the positions free.
 
-        All of them where the message alone takes more than half.
+        Return all of them if the message alone takes more than half.
         """
         message = {"role": "user", "content": text}
         turns = _turns(self.messages)
@@ -127,7 +131,10 @@ class Conversation:
         return self._opened.template.encode(messages)
 
     def _check_room(self, prompt: list[int], asked: list[Message]) -> None:
-        """Raise `ConversationFullError` if older turns take the room; a message that is too long by itself is for `answer`."""
+        """Raise `ConversationFullError` if dropping turns would make room.
+
+        `answer` handles a message that is too long.
+        """
         positions = self._loaded.max_positions
         if positions is None or len(prompt) < positions or not self.turns:
             return
@@ -139,10 +146,11 @@ class Conversation:
             )
 
     def save(self) -> None:
-        """Save what was said, if there is a session.
+        """Save the conversation, if there is a session.
 
         Raises:
-            SpeCacheError: it cannot be saved. It stays in the conversation, and the next turn tries again.
+            SpeCacheError: it cannot be saved. It stays in the conversation, and the next turn
+                retries.
         """
         self._opened.save(self.messages)
 
@@ -157,7 +165,7 @@ class Conversation:
 
 
 def _continued(opened: OpenedCache, system: str | None) -> list[Message]:
-    """The session's messages, or the beginning of a conversation."""
+    """Return the session's messages, or the beginning of a new conversation."""
     earlier = opened.messages
     if not earlier:
         if opened.cache.get_seq_length():
@@ -172,13 +180,13 @@ def _continued(opened: OpenedCache, system: str | None) -> list[Message]:
 
 
 def _beginning(messages: list[Message]) -> list[Message]:
-    """Return what comes before the user's first message: the system message, or nothing."""
+    """Return the messages before the user's first: the system message, or none."""
     first = next((index for index, message in enumerate(messages) if message["role"] == "user"), len(messages))
     return messages[:first]
 
 
 def _turns(messages: list[Message]) -> list[list[Message]]:
-    """Return messages in groups, each a message of the user and what follows it."""
+    """Group messages into turns: a message of the user and what follows it."""
     turns: list[list[Message]] = []
     for message in messages[len(_beginning(messages)) :]:
         if message["role"] == "user":

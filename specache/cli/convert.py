@@ -1,8 +1,8 @@
-"""GGUF files, converted once to safetensors and kept in the user's cache folder.
+"""Convert GGUF files to safetensors once, and keep the result in the user's cache folder.
 
-`$SPECACHE_CACHE/models/<name>-<key>` is complete or absent: a conversion is written to a temporary folder beside it
-and renamed. Two processes that convert the same file at once take turns where the system has file locks; where it has
-none, the one that finishes second throws its copy away.
+`$SPECACHE_CACHE/models/<name>-<key>` is complete or absent: a conversion is written to a temporary
+folder beside it and renamed. Two processes that convert the same file take turns if the system has
+file locks; else the second one discards its copy.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-CONVERSION_VERSION = 3  # raise it when the conversion below changes what it writes
+CONVERSION_VERSION = 3  # increase it when the conversion below changes its output
 
 
 class CacheFolderError(SpeCacheError):
@@ -38,16 +38,16 @@ class ConversionError(SpeCacheError):
 
 
 def converted_model(gguf: Path, on_convert: Callable[[str], None] = lambda message: None) -> Path:
-    """The folder of `gguf` as safetensors, converted first if it is not there yet.
+    """Return the folder of `gguf` as safetensors, converted first if it does not exist.
 
     Args:
         gguf: the file. It is recognised by its content, so a copy elsewhere is not converted again.
-        on_convert: told what takes long, if anything does.
+        on_convert: called with a message before anything slow.
 
     Raises:
         CacheFolderError: the cache folder cannot be written.
         ConversionError: the file is not a GGUF model that transformers can read.
-        GgufSettingError, IncompleteModelError: it is one, but would be run as another than it is.
+        GgufSettingError, IncompleteModelError: transformers would run it as a different model.
     """
     target = cache_folder() / "models" / f"{_safe_name(gguf)}-{_key(gguf)}"
     earlier = earlier_cache_folder()
@@ -81,7 +81,7 @@ def _convert_into(gguf: Path, target: Path, on_note: Callable[[str], None]) -> N
 
 
 def _write_safetensors(gguf: Path, folder: Path, on_note: Callable[[str], None]) -> None:
-    """Read `gguf` with its weights dequantised and save model and tokenizer to `folder`, in bfloat16."""
+    """Read `gguf`, dequantise its weights, and save model and tokenizer to `folder` in bfloat16."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -98,7 +98,7 @@ def _write_safetensors(gguf: Path, folder: Path, on_note: Callable[[str], None])
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # refused by name, below
             )
-    except Exception as error:  # the readers raise whatever the bytes make them trip over
+    except Exception as error:  # the readers raise any exception on malformed bytes
         raise ConversionError(f"cannot read {gguf} as a GGUF model: {_first_line(error)}") from error
     check_loaded(model, report, gguf.name, on_note)
     apply_settings(model.config, gguf)
@@ -109,7 +109,7 @@ def _write_safetensors(gguf: Path, folder: Path, on_note: Callable[[str], None])
 
 @contextmanager
 def _without_progress_bar() -> Iterator[None]:
-    """transformers' GGUF reader draws a bar that its own switch for progress bars does not reach."""
+    """Disable the bar of transformers' GGUF reader, which its own switch does not reach."""
     from transformers import modeling_gguf_pytorch_utils as reader
 
     original = getattr(reader, "tqdm", None)
@@ -132,7 +132,7 @@ def _rename(temporary: Path, target: Path) -> None:
 
 
 def _key(gguf: Path) -> str:
-    """Identifies file content and converter."""
+    """Return a digest of file content and converter version."""
     import transformers
 
     try:
@@ -153,18 +153,24 @@ def _temporary_prefix(target: Path) -> str:
 
 
 def _remove_stale(target: Path) -> None:
-    """Remove what interrupted conversions left. Only under the lock: without it another process may be at work."""
+    """Remove what interrupted conversions left.
+
+    Only under the lock, since another process may be converting.
+    """
     for folder in target.parent.glob(f"{_temporary_prefix(target)}*"):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
 def _lock(target: Path, on_wait: Callable[[str], None]) -> Iterator[bool]:
-    """Hold the lock of one converted model. Yields whether it is held: not every system or folder has locks."""
+    """Hold the lock of one converted model, and yield True if it is held.
+
+    Not every system or folder has locks.
+    """
     if fcntl is None:
         yield False
         return
-    with open(target.parent / f".{target.name}.lock", "w") as file:  # closed, also by a kill, it is released
+    with open(target.parent / f".{target.name}.lock", "w") as file:  # closing, also by a kill, releases it
         yield _acquire(file.fileno(), on_wait)
 
 

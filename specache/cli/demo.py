@@ -48,8 +48,8 @@ MAX_NEW_TOKENS = 32
 
 
 @dataclass(frozen=True)
-class Contender:
-    """One of the caches that answer."""
+class ComparedCache:
+    """One of the compared caches."""
 
     name: str
     policy: Policy
@@ -72,7 +72,7 @@ def demo(
     device: options.DeviceOption = Device.AUTO,
     threads: options.Threads = None,
 ) -> None:
-    """Ask a small model about a long document, over three caches: SpeCache, 16 bits, and low bits alone."""
+    """Ask a model about a long document over three caches: SpeCache, 16 bits, low bits alone."""
     config = SpeCacheConfig(bits=bits, code=code, top_k=top_k, policy=policy, slow_tier=SlowTierKind.RAM)
     if seed is None:
         seed = random.SystemRandom().randrange(10_000)
@@ -111,16 +111,19 @@ def _introduce(out: Console, loaded: LoadedModel, task: DemoTask, length: int, s
 
 
 def _runs(out: Console, loaded: LoadedModel, ids: list[int], task: DemoTask, config: SpeCacheConfig) -> list[Run]:
-    """Prefill once, then answer over a copy of the cache per contender. An interrupt ends it after the current one."""
-    contenders = (
-        Contender(f"SpeCache, {config.bits} bits", config.policy),
-        Contender("16-bit cache", Policy.FULL),
-        Contender(f"{config.bits} bits alone", Policy.NONE),
+    """Prefill once, then answer over a copy of the cache per compared cache.
+
+    An interrupt stops after the current one.
+    """
+    compared_caches = (
+        ComparedCache(f"SpeCache, {config.bits} bits", config.policy),
+        ComparedCache("16-bit cache", Policy.FULL),
+        ComparedCache(f"{config.bits} bits alone", Policy.NONE),
     )
     runs: list[Run] = []
     with _prefilled(loaded, ids, config) as shared:
-        for contender in contenders:
-            run = _run(out, loaded, ids, task, shared, contender, streams=not runs)
+        for compared in compared_caches:
+            run = _run(out, loaded, ids, task, shared, compared, streams=not runs)
             runs.append(run)
             if run.result.finish_reason == "interrupted":
                 break
@@ -151,19 +154,19 @@ def _run(
     ids: list[int],
     task: DemoTask,
     shared: SpeCache,
-    contender: Contender,
+    compared: ComparedCache,
     streams: bool,
 ) -> Run:
     generation = options.GenerationOptions(max_new_tokens=MAX_NEW_TOKENS).arguments()
-    with shared.fork(policy=contender.policy) as cache:
+    with shared.fork(policy=compared.policy) as cache:
         if streams and not out.quiet:
             out.print("[bold]Answer  [/bold]  ", end="")
             result = _answer(loaded, ids, cache, generation, lambda row, text: write(text))
             write("\n")
         else:
-            with status(f"The same question over the cache: {contender.name}"):
+            with status(f"The same question over the cache: {compared.name}"):
                 result = _answer(loaded, ids, cache, generation, None)
-        return Run(contender.name, result, task.is_right(result.text), cache.stats(), cache.config.to_dict())
+        return Run(compared.name, result, task.is_right(result.text), cache.stats(), cache.config.to_dict())
 
 
 def _answer(loaded: LoadedModel, ids: list[int], cache: SpeCache, generation: dict[str, Any], on_text: Any) -> Result:

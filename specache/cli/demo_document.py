@@ -10,15 +10,15 @@ from specache.errors import ConfigError, SpeCacheError
 
 QUESTION = "What is the secret access code of the archive?"
 _FACT = "The secret access code of the archive is {code}. Remember it."
-_OVERHEAD = 100  # tokens of the question, the fact and the chat template
+_OVERHEAD = 100  # tokens of the question, the fact and the chat template, at most
 
 
 class DemoError(SpeCacheError):
-    """The demo's document cannot be made."""
+    """The demo's document cannot be created."""
 
 
 class LengthError(DemoError, ConfigError):
-    """There is no document of this length."""
+    """No document has this length."""
 
 
 @dataclass(frozen=True)
@@ -31,22 +31,22 @@ class DemoTask:
     question: str = QUESTION
 
     def is_right(self, answer: str) -> bool:
-        """Whether an answer contains the planted number."""
+        """Return True if an answer contains the planted number."""
         return self.code in answer
 
 
 def make_task(tokenizer: Any, *, tokens: int, seed: int, depth: float) -> DemoTask:
-    """Python's own documentation, in alphabetical order of its topics, up to a length.
+    """Return a task over Python's own documentation, topic by topic, up to a length.
 
     Args:
-        tokenizer: counts tokens.
-        tokens: length of the prompt, about.
-        seed: decides the planted number.
-        depth: where it is planted, as a fraction of the document.
+        tokenizer: tokenizer that counts tokens.
+        tokens: approximate length of the prompt.
+        seed: seed of the planted number.
+        depth: position of the fact, as a fraction of the document.
 
     Raises:
         LengthError: `tokens` is out of range.
-        DemoError: this Python comes without its documentation.
+        DemoError: this Python has no documentation.
     """
     if tokens <= 2 * _OVERHEAD:
         raise LengthError(f"--tokens must be more than {2 * _OVERHEAD}, got {tokens}.")
@@ -60,7 +60,7 @@ def make_task(tokenizer: Any, *, tokens: int, seed: int, depth: float) -> DemoTa
 
 
 def _document(tokenizer: Any, budget: int) -> tuple[list[str], list[int]]:
-    """Paragraphs that fill `budget` tokens, and the length of each in tokens."""
+    """Return paragraphs that fill `budget` tokens, and the tokens of each."""
     paragraphs: list[str] = []
     lengths: list[int] = []
     for paragraph in _topics():
@@ -83,7 +83,7 @@ def _topics() -> list[str]:
 
 
 def _paragraph_at(lengths: list[int], depth: float) -> int:
-    """Index of the first paragraph that begins at or after `depth` of the document."""
+    """Return the index of the first paragraph that begins at or after `depth` of the document."""
     before, target = 0, depth * sum(lengths)
     for index, length in enumerate(lengths):
         if before >= target:

@@ -1,4 +1,4 @@
-"""The demo's table."""
+"""Format the demo's comparison."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KIVI_RESIDUAL = 128
 
 @dataclass(frozen=True)
 class Run:
-    """One contender's answer and statistics."""
+    """One compared cache's answer and statistics."""
 
     name: str
     result: Result
@@ -28,7 +28,7 @@ class Run:
     config: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values for JSON."""
         return {
             "name": self.name,
             "right": self.right,
@@ -39,7 +39,7 @@ class Run:
 
 
 def comparison(runs: list[Run], config: SpeCacheConfig) -> RenderableType:
-    """All runs side by side, and what to know when reading it."""
+    """Return all runs side by side, with notes on reading the table."""
     table = Table(title_justify="left", pad_edge=False)
     table.add_column()
     for run in runs:

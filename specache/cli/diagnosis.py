@@ -1,4 +1,4 @@
-"""The facts behind `specache doctor`."""
+"""Gather the facts for `specache doctor`."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ _LITTLE_DISK = 10**9
 
 @dataclass(frozen=True)
 class Problem:
-    """Something the user may want to mend."""
+    """A problem that the user may want to fix."""
 
     what: str
     advice: str
     fatal: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
 
 
 def diagnose() -> dict[str, Any]:
-    """Everything `doctor` shows, by section."""
+    """Return everything that `doctor` shows, by section."""
     import specache
     from specache.kernels import dispatch, triton
     from specache.kernels.cpu import native
@@ -63,7 +63,7 @@ def diagnose() -> dict[str, Any]:
 
 
 def find_problems(facts: dict[str, Any]) -> list[Problem]:
-    """What is wrong, the worst first."""
+    """Return the problems, the worst first."""
     problems = []
     cache, memory = facts["cache"], facts["memory"]
     if not cache["writable"]:
@@ -162,7 +162,10 @@ def _devices() -> dict[str, Any]:
 
 
 def _disk_tier() -> dict[str, Any]:
-    """How `--slow-tier disk:DIR` would read from the cache folder's file system; `None` where nothing can be written."""
+    """Return how `--slow-tier disk:DIR` would read from the cache folder's file system.
+
+    All values are None if nothing can be written there.
+    """
     from specache.tiers.disk.probe import probe
 
     folder = _existing(cache_folder())
@@ -181,7 +184,7 @@ def _disk_tier() -> dict[str, Any]:
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above that is there."""
+    """Return the folder, or its nearest existing parent."""
     return next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
 
 

@@ -1,4 +1,7 @@
-"""`specache eval`: measure methods on tasks. One command per task, made from the fields of the task's dataclass."""
+"""`specache eval`: measure methods on tasks.
+
+Each task's dataclass fields become the options of its command.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from specache.cli.json_file import check_json, write_json
 from specache.cli.models import load
 from specache.cli.template_option import check_variables, parse_variables
 from specache.errors import ConfigError
-from specache.eval import catalogue as registry
+from specache.eval import catalogue
 from specache.eval.results import CELLS_FILE
 
 if TYPE_CHECKING:
@@ -45,16 +48,16 @@ A run that was stopped goes on with the same command; finished cells are not mea
 
 
 class EvaluationGroup(TyperGroup):
-    """A command per task, made when it is asked for: a task's module is imported by nobody else."""
+    """One command per task, created on demand, so that only its module is imported."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """`list` and `report` first, then the tasks."""
-        return [*self.commands, *registry.TASKS, ABLATE]
+        """Return `list` and `report`, then the tasks."""
+        return [*self.commands, *catalogue.TASKS, ABLATE]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """The command of a task, or one that is written out here."""
-        if cmd_name in registry.TASKS:
-            return task_command(cmd_name, registry.task_class(cmd_name), run_task)
+        """Return the command of a task, or one that is defined in this file."""
+        if cmd_name in catalogue.TASKS:
+            return task_command(cmd_name, catalogue.task_class(cmd_name), run_task)
         if cmd_name == ABLATE:
             return ablate_command(_ablated_task(ctx), run_task)
         return super().get_command(ctx, cmd_name)
@@ -75,9 +78,9 @@ def list_all(as_json: options.Json = False) -> None:
     from specache.eval.setting_fields import flag
     from specache.eval.tasks.ablate import Ablate
 
-    tasks = [{"name": name, "summary": registry.task_class(name).summary} for name in registry.TASKS]
+    tasks = [{"name": name, "summary": catalogue.task_class(name).summary} for name in catalogue.TASKS]
     tasks.append({"name": ABLATE, "summary": Ablate.summary})
-    methods = [_described_method(name) for name in registry.METHODS]
+    methods = [_described_method(name) for name in catalogue.METHODS]
     if as_json:
         write(json.dumps({"tasks": tasks, "methods": methods}, ensure_ascii=False) + "\n")
         return
@@ -99,7 +102,7 @@ def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="The --out
 
 
 def run_task(shared: SharedOptions, task: Any, methods: list[NamedMethod]) -> None:
-    """Measure, report, print."""
+    """Run a task, print its results and write its report."""
     from specache.cli.evaluation_progress import CellProgress
     from specache.eval.plots import require_libraries
     from specache.eval.report import write_report
@@ -131,14 +134,14 @@ def run_task(shared: SharedOptions, task: Any, methods: list[NamedMethod]) -> No
     except KeyboardInterrupt:
         _say_interrupted(shared.out)
         raise typer.Exit(EXIT_INTERRUPTED) from None
-    _show_tables(outcome.run, outcome.rows)  # before anything is written that a full disk could stop
+    _show_tables(outcome.run, outcome.rows)  # before any write that a full disk could fail
     if shared.json is not None:
         write_json(shared.json, outcome.to_dict())
     _show_path(write_report(shared.out, task, outcome.run, outcome.rows, outcome.cells))
 
 
 def _check_conversation_options(shared: SharedOptions, task: Any, model: Any) -> None:
-    """Refuse options of a conversation where the task makes none."""
+    """Refuse options of a conversation if the task has none."""
     for flag_name, value in (("--system", shared.system), ("--chat-template-kwargs", shared.chat_template_kwargs)):
         if value is not None and not (getattr(getattr(task, "task", task), "chat", False) and model.template.exists):
             raise ConfigError(f"{flag_name} needs a task that asks in conversations (--chat), and a model with a chat template.")
@@ -146,20 +149,20 @@ def _check_conversation_options(shared: SharedOptions, task: Any, model: Any) ->
 
 
 def _ablated_task(ctx: Any) -> str:
-    """The value of `--task` among the arguments of `ablate`."""
+    """Return the value of `--task` among the arguments of `ablate`."""
     arguments = ctx.meta.get(__name__, []) if ctx is not None else []
     for index, argument in enumerate(arguments):
         if argument == "--task" and index + 1 < len(arguments):
             return str(arguments[index + 1])
         if argument.startswith("--task="):
             return str(argument.removeprefix("--task="))
-    return next(iter(registry.TASKS))
+    return next(iter(catalogue.TASKS))
 
 
 def _described_method(name: str) -> dict[str, Any]:
     from specache.eval.methods_option import setting_types
 
-    cls = registry.method_class(name)
+    cls = catalogue.method_class(name)
     return {"name": name, "summary": cls.summary, "settings": list(setting_types(cls))}
 
 

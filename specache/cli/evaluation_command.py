@@ -1,4 +1,4 @@
-"""From a task's dataclass to a command: its fields are options, beside those that every evaluation has."""
+"""Make commands from tasks: a task's fields are options, beside those of every evaluation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from specache.cli.field_command import field_parameters, make_command, take, tak
 from specache.cli.json_file import JsonFile
 from specache.cli.models import Device, Dtype
 from specache.cli.template_option import TemplateVariables
-from specache.eval import catalogue as registry
+from specache.eval import catalogue
 from specache.eval.setting_fields import field_types
 from specache.linear.weight_format import WeightFormat
 
@@ -58,7 +58,7 @@ TaskName = Annotated[
 
 @dataclass(frozen=True)
 class SharedOptions:
-    """What every evaluation is told."""
+    """Options of every evaluation."""
 
     model: options.Model
     out: Out
@@ -78,7 +78,7 @@ class SharedOptions:
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """What `ablate` is told besides."""
+    """Further options of `ablate`."""
 
     field: Field
     values: FieldValues
@@ -89,7 +89,7 @@ RunTask = Callable[[SharedOptions, Any, "list[NamedMethod]"], None]
 
 
 def task_command(name: str, cls: Any, run: RunTask) -> Any:
-    """The command of a task."""
+    """Return the command of a task."""
 
     def command(**values: Any) -> None:
         from specache.eval.methods_option import parse_methods
@@ -101,14 +101,14 @@ def task_command(name: str, cls: Any, run: RunTask) -> Any:
 
 
 def ablate_command(task: str, run: RunTask) -> Any:
-    """The command that sweeps a setting over `task`."""
+    """Return the command that sweeps a setting over `task`."""
     from specache.eval.tasks.ablate import Ablate, canonical_field, sweep
 
-    cls = registry.task_class(task) if task in registry.TASKS else None
+    cls = catalogue.task_class(task) if task in catalogue.TASKS else None
 
     def command(**values: Any) -> None:
         shared, swept = take(SharedOptions, values), take(SweepOptions, values)
-        inner = make_task(registry.task_class(swept.task), values, shared)
+        inner = make_task(catalogue.task_class(swept.task), values, shared)
         methods = sweep(shared.methods, swept.field, swept.values)
         run(shared, Ablate(inner, canonical_field(shared.methods, swept.field)), methods)
 
@@ -119,12 +119,16 @@ def ablate_command(task: str, run: RunTask) -> Any:
 
 
 def make_task(cls: Any, values: dict[str, Any], shared: SharedOptions) -> Any:
-    """A task from the values of its options; raises `ConfigError` for one that does not fit."""
+    """Return a task from the values of its options.
+
+    Raises:
+        ConfigError: a value is invalid.
+    """
     given = {name: getattr(shared, name) for name in field_types(cls) if name in _ALSO_TASK_FIELDS}
     return take_fields(cls, {name: value for name, value in values.items() if name not in given}, given)
 
 
 def _task_parameters(cls: Any, *taken_by: Any) -> list[inspect.Parameter]:
-    """One option per field of a task, unless a shared option of that name serves it."""
+    """Return one option per field of a task, unless a shared option has its name."""
     taken = {field.name for options in taken_by for field in dataclasses.fields(options)}
     return field_parameters(cls, _TASK_PANEL, taken, _ALSO_TASK_FIELDS)

@@ -1,4 +1,4 @@
-"""A bar over the cells of an evaluation; plain lines where there is no terminal."""
+"""A progress bar over the cells of an evaluation; plain lines without a terminal."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from specache.cli.console import err
 from specache.eval.runner import Progress as RunProgress
 
-_LINES = 20  # plain lines for a whole run, at most
+_LINES = 20  # most plain lines of a run
 
 
 class CellProgress(RunProgress):
-    """Shows item and method at work, how many cells are finished, and each warning once, in a line of its own."""
+    """Shows the current item and method, the number of finished cells, and each warning once."""
 
     def __init__(self) -> None:
         columns = (

@@ -1,4 +1,4 @@
-"""The result of an evaluation as tables for the terminal."""
+"""Format the result of an evaluation as tables for the terminal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def result_tables(run: Run, rows: list[Row]) -> RenderableType:
-    """One table per group of items, one line per method, every figure with its 95% confidence interval."""
+    """Return one table per group of items, one line per method, with 95% confidence intervals."""
     parts: list[RenderableType] = []
     for group in dict.fromkeys(row["task"] for row in rows):
         parts += [Text(), _table(group, [row for row in rows if row["task"] == group])]

@@ -1,4 +1,4 @@
-"""From dataclasses to a command: what a task or a benchmark can be told are its fields, and they are its options."""
+"""Make commands from dataclasses: the fields of a task or a benchmark become its options."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from specache.eval.setting_fields import field_types, flag, is_tuple, parse, sho
 
 
 def make_command(name: str, help: str, function: Callable[..., None], parameters: list[inspect.Parameter]) -> Any:
-    """A click command with these options. Required ones go first, as in any signature."""
+    """Return a click command with these options, the required ones first."""
     _sign(function, sorted(parameters, key=lambda parameter: parameter.default is not inspect.Parameter.empty))
     sub = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False, add_completion=False)
     sub.command(name, help=help, context_settings={"help_option_names": ["-h", "--help"]})(reports_errors(function))
@@ -27,7 +27,7 @@ def make_command(name: str, help: str, function: Callable[..., None], parameters
 
 
 def takes_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Each parameter whose type is a dataclass of `written_parameters` becomes their options in its place, for typer to read."""
+    """Expand parameters that are dataclasses of `written_parameters` into options for typer."""
     signature = inspect.signature(command, eval_str=True)
     groups = {one.name: one.annotation for one in signature.parameters.values() if dataclasses.is_dataclass(one.annotation)}
     parameters: list[inspect.Parameter] = []
@@ -44,18 +44,20 @@ def takes_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def written_parameters(cls: Any, defaults: dict[str, Any] | None = None) -> list[inspect.Parameter]:
-    """The options of a dataclass whose fields are annotated with `typer.Option`."""
+    """Return the options of a dataclass whose fields are annotated with `typer.Option`."""
     hints = inspect.get_annotations(cls, eval_str=True)
     defaults = defaults or {}
     return [_parameter(one.name, hints[one.name], defaults.get(one.name, one.default)) for one in dataclasses.fields(cls)]
 
 
 def field_parameters(cls: Any, panel: str, taken: Collection[str] = (), shared: Collection[str] = ()) -> list[inspect.Parameter]:
-    """One option per field of a plain dataclass, with the field's `help`; a field whose `bytes` is true is written as a size (2GB).
+    """Return one option per field of a plain dataclass, with the field's `help`.
+
+    A field whose metadata has `bytes` is parsed as a size (2GB).
 
     Args:
-        taken: names of options that the command has already.
-        shared: those of them whose value a field of this name gets too.
+        taken: names of options that the command already has.
+        shared: names among them whose value is also passed to a field of this name.
     """
     kinds = field_types(cls)
     parameters = []
@@ -71,15 +73,18 @@ def field_parameters(cls: Any, panel: str, taken: Collection[str] = (), shared: 
 
 
 def take(cls: Any, values: dict[str, Any]) -> Any:
-    """A dataclass of `written_parameters` from the values of a command's options."""
+    """Return a dataclass of `written_parameters` from the values of a command's options."""
     return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
 
 
 def take_fields(cls: Any, values: dict[str, Any], given: dict[str, Any] | None = None) -> Any:
-    """A dataclass of `field_parameters` from the values of a command's options; raises `ConfigError` for one that does not fit.
+    """Return a dataclass of `field_parameters` from the values of a command's options.
 
     Args:
         given: fields whose values come from elsewhere.
+
+    Raises:
+        ConfigError: a value is invalid.
     """
     kinds = field_types(cls)
     fields = dict(given or {})
@@ -94,7 +99,7 @@ def take_fields(cls: Any, values: dict[str, Any], given: dict[str, Any] | None =
 
 
 def _sign(function: Callable[..., None], parameters: list[inspect.Parameter]) -> None:
-    """Make it look as if it were written with these parameters."""
+    """Set a function's signature to these parameters."""
     function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     function.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
 

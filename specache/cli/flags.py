@@ -1,4 +1,4 @@
-"""Messages about settings, in the words of the command line: a user who typed `--top-k` reads of `--top-k`, not of `top_k`."""
+"""Rewrite messages about settings for the command line: `--top-k` instead of `top_k`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ _SETTINGS = frozenset(field.name for field in dataclasses.fields(SpeCacheConfig)
 
 
 def in_flags(message: str, parameters: Iterable[str]) -> str:
-    """An error's message with flags for the settings of `SpeCacheConfig` that a command has as options of its own.
+    """Return an error's message with flags in place of settings that are options here.
 
-    A setting is named where it begins the message (`bits must be ...`) or is assigned (`policy='none'` becomes `--policy none`);
-    names that are no English words (`fast_memory`) are settings everywhere.
+    A setting is replaced if it begins the message (`bits must be ...`) or is assigned
+    (`policy='none'` becomes `--policy none`). Names that are not English words (`fast_memory`) are
+    replaced everywhere.
 
     Args:
-        parameters: names of the command's parameters. Settings that are not among them keep their names: the user wrote them
-            otherwise, for example in `--methods`.
+        parameters: names of the command's parameters. Other settings keep their names, since the
+            user wrote them in another way, for example in `--methods`.
     """
     names = "|".join(_SETTINGS.intersection(parameters))
     if not names:

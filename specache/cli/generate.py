@@ -110,7 +110,7 @@ def generate(
 def _conversations(
     loaded: LoadedModel, prompts: list[Prompt], chat: bool | None, system: str | None, variables: dict[str, Any] | None
 ) -> list[list[Message]]:
-    """Per prompt the conversation that it is the last message of; none where it is a text as it is."""
+    """Return per prompt the conversation that it ends; empty for raw text."""
     if chat is None:
         chat = has_chat_template(loaded.tokenizer)
     for flag, value in (("--system", system), ("--chat-template-kwargs", variables)):
@@ -137,7 +137,7 @@ def _run(
         template.encode(conversation) if conversation else encode_text(loaded.tokenizer, prompt.text)
         for prompt, conversation in zip(prompts, conversations, strict=True)
     ]
-    opened.say_what_is_read_again(rows[0], messages)
+    opened.note_rereading(rows[0], messages)
     display = ReasoningDisplay()
     outcome = answer(
         loaded,
@@ -151,10 +151,10 @@ def _run(
         on_prefilled=lambda: opened.save(messages),
     )
     display.end()
-    opened.say_if_nothing_was_reused(outcome.reused_tokens)
+    opened.note_if_nothing_reused(outcome.reused_tokens)
     try:
         opened.save(answered(messages, outcome.results[0].text) if messages else [])
-    except SpeCacheError as error:  # the answer is printed all the same
+    except SpeCacheError as error:  # the answer is printed anyway
         outcome = outcome.with_error(error)
     if as_json:
         _print_json(outcome, cache, loaded, place)
@@ -172,7 +172,7 @@ def _run(
 
 
 def _print_batch(outcome: Outcome, prompts: list[Prompt]) -> None:
-    """Answers in order on standard output, each under a heading on standard error."""
+    """Print answers in order on standard output, each under a heading on standard error."""
     for result, prompt in zip(outcome.results, prompts, strict=True):
         err.print(f"==> {prompt.origin} <==", style="bold", markup=False, soft_wrap=True)
         write(result.text + "\n")

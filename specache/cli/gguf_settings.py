@@ -1,7 +1,7 @@
-"""Settings of a GGUF file that transformers' reader drops: how RoPE is stretched, and what else changes the computation.
+"""Apply settings of a GGUF file that transformers' reader drops, such as RoPE scaling.
 
-What the model's configuration can say is written into it; what it cannot is refused, so that no file is run as another model than
-it is. `none` and neutral values (a factor of 1) are no settings.
+Settings that the model's configuration can express are written into it. Others are refused, so that
+no file runs as a different model. `none` and neutral values (a factor of 1) count as unset.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Any
 
 from specache.errors import SpeCacheError
 
-LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}  # of every released Llama 3 model
-LLAMA3_POSITIONS = 8192  # that they were first trained on
-CLOSE = 1e-4  # relative; GGUF keeps float32
+LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}  # values of every released Llama 3 model
+LLAMA3_POSITIONS = 8192  # positions that they were first trained on
+CLOSE = 1e-4  # relative tolerance; GGUF stores float32
 NOT_TURNED = 1e9  # a RoPE factor above it stands for a frequency of zero
-LAYERS_OF_27B = {"gemma2": 46, "gemma3_text": 62}  # that scale queries otherwise than the smaller ones, which no key says
+LAYERS_OF_27B = {"gemma2": 46, "gemma3_text": 62}  # sizes that scale queries differently from smaller ones, which no key states
 
 _YARN = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
-_NEUTRAL: dict[str, Any] = {  # key -> the value with which it changes nothing
+_NEUTRAL: dict[str, Any] = {  # key -> the value with which it has no effect
     "attention.clamp_kqv": 0.0,
     "attention.max_alibi_bias": 0.0,
     "attention.scale": 0.0,
@@ -39,8 +39,8 @@ _NEUTRAL: dict[str, Any] = {  # key -> the value with which it changes nothing
     "rope.scaling.yarn_ext_factor": 1.0,
     "rope.scaling.yarn_attn_factor": 1.0,
 }
-_WRITTEN = ("attn_logit_softcapping", "final_logit_softcapping")  # where the configuration has a field of the same name
-_SPOKEN_AS: dict[str, tuple[str, ...]] = {  # key -> fields of configurations that say the same
+_WRITTEN = ("attn_logit_softcapping", "final_logit_softcapping")  # keys that become a configuration field of the same name
+_EQUIVALENT: dict[str, tuple[str, ...]] = {  # key -> equivalent fields of configurations
     "attention.clamp_kqv": ("clip_qkv",),
     "attention.scale": ("attention_multiplier",),
     "attn_logit_softcapping": ("attn_logit_softcapping",),
@@ -53,29 +53,29 @@ _SPOKEN_AS: dict[str, tuple[str, ...]] = {  # key -> fields of configurations th
 
 
 class GgufSettingError(SpeCacheError):
-    """A setting of a GGUF file that the model's configuration has no way to say."""
+    """A setting of a GGUF file that the model's configuration cannot express."""
 
 
 def apply_settings(config: Any, gguf: Path) -> None:
-    """Write what the file says of RoPE, windows and soft caps into the configuration that transformers made of it.
+    """Write the file's RoPE, windows and soft caps into the configuration of its model.
 
     Raises:
-        GgufSettingError: the file says something that transformers' model of it does not do.
+        GgufSettingError: the file has a setting that transformers' model does not support.
     """
     fields, factors = _read(gguf)
     text = config.get_text_config(decoder=True)
     _set_base(text, fields)
-    _set_turned_part(text, fields)
+    _set_rotary_part(text, fields)
     scaling = _rope_scaling(fields, factors, text)
     if scaling is not None:
         _set_rope(text, scaling)
     _set_window(text, fields)
     _set_attention_and_caps(text, fields)
-    _refuse_what_is_left(text, fields)
+    _refuse_unsupported(text, fields)
 
 
 def set_end_token(tokenizer: Any, gguf: Path) -> None:
-    """Have the tokenizer's end token be the one that the file names: transformers 5.17 takes another for some vocabularies."""
+    """Set the tokenizer's end token to the file's, since transformers 5.17 may use another."""
     from gguf import GGUFReader
 
     field = GGUFReader(str(gguf), "r").get_field("tokenizer.ggml.eos_token_id")
@@ -84,7 +84,7 @@ def set_end_token(tokenizer: Any, gguf: Path) -> None:
 
 
 def _read(gguf: Path) -> tuple[dict[str, Any], dict[str, list[float]]]:
-    """The architecture's own fields, without its name in front, and the tensors of RoPE factors, by name."""
+    """Return the architecture's fields, without its name as prefix, and the RoPE factors."""
     from gguf import GGUFReader
 
     reader = GGUFReader(str(gguf), "r")
@@ -96,7 +96,10 @@ def _read(gguf: Path) -> tuple[dict[str, Any], dict[str, list[float]]]:
 
 
 def _rope_scaling(fields: dict[str, Any], factors: dict[str, list[float]], config: Any) -> dict[str, Any] | None:
-    """RoPE's parameters in transformers' words, but for its base; `None` where it is not stretched."""
+    """Return RoPE's scaling parameters in transformers' form, without the base.
+
+    Return None if it is not scaled.
+    """
     kind = fields.get("rope.scaling.type") or "linear"  # as llama.cpp reads a factor without a type
     factor = float(fields.get("rope.scaling.factor") or fields.get("rope.scale_linear") or 1.0)
     original = fields.get("rope.scaling.original_context_length")
@@ -109,14 +112,15 @@ def _rope_scaling(fields: dict[str, Any], factors: dict[str, list[float]], confi
             raise GgufSettingError(f"the file stretches RoPE twice, by rope_freqs.weight and by scaling {kind!r}. Convert it anew.")
         return _by_factors(factors["rope_freqs.weight"], original, config)
     if kind == "yarn":
-        scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original or _first(config, factor)}
+        unstretched = original or _unstretched_positions(config, factor)
+        scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": unstretched}
         scaling |= {
             ours: float(fields[f"rope.scaling.{theirs}"]) for theirs, ours in _YARN.items() if f"rope.scaling.{theirs}" in fields
         }
         attention = float(fields.get("rope.scaling.attn_factor") or 1.0)
-        if attention != 1.0:  # on top of what yarn takes by itself
+        if attention != 1.0:  # on top of yarn's own factor
             scaling["attention_factor"] = attention * (0.1 * math.log(factor) + 1.0)
-        if config.model_type == "gpt_oss":  # it rounds no bound of yarn's ramp, which no key says
+        if config.model_type == "gpt_oss":  # it does not round the bounds of yarn's ramp, which no key states
             scaling["truncate"] = False
         return scaling
     if kind == "linear" or "rope.scale_linear" in fields:
@@ -127,10 +131,10 @@ def _rope_scaling(fields: dict[str, Any], factors: dict[str, list[float]], confi
 
 
 def _is_proportional(config: Any, factors: list[float]) -> bool:
-    """Whether the configuration says already that some frequencies turn as ever and the others do not, as in Gemma 4.
+    """Return True if the configuration already describes partial rotation, as in Gemma 4.
 
     Raises:
-        GgufSettingError: there are such frequencies, and it does not.
+        GgufSettingError: the file rotates only some frequencies, and the configuration does not.
     """
     turned = sum(each < NOT_TURNED for each in factors)
     if turned == len(factors):
@@ -162,21 +166,24 @@ def _longrope(fields: dict[str, Any], short: list[float], long: list[float], con
 
 
 def _by_factors(factors: list[float], original: int | None, config: Any) -> dict[str, Any] | None:
-    """One factor per frequency: Llama 3's form where they are its, else the same factors at every length."""
+    """Return scaling with one factor per frequency.
+
+    It has Llama 3's form if that fits, else the same factors at every length.
+    """
     if all(abs(each - 1.0) < CLOSE for each in factors):
         return None
     positions = int(config.max_position_embeddings)
     first = {"rope_type": "llama3", "factor": max(factors), **LLAMA3_ROPE}
     for length in dict.fromkeys([original or LLAMA3_POSITIONS, LLAMA3_POSITIONS, round(positions / max(factors))]):
         scaling = {**first, "original_max_position_embeddings": int(length)}
-        if _alike(_llama3_factors(scaling, _base(config), len(factors)), factors):
+        if _all_close(_llama3_factors(scaling, _base(config), len(factors)), factors):
             return scaling
     same = {"short_factor": factors, "long_factor": factors, "attention_factor": 1.0}
     return {"rope_type": "longrope", **same, "original_max_position_embeddings": positions}
 
 
 def _llama3_factors(scaling: dict[str, Any], base: float, count: int) -> list[float]:
-    """What Llama 3's form divides each frequency by."""
+    """Return the factors by which Llama 3's form divides each frequency."""
     factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
     found = []
     for index in range(count):
@@ -186,12 +193,15 @@ def _llama3_factors(scaling: dict[str, Any], base: float, count: int) -> list[fl
     return found
 
 
-def _alike(mine: list[float], theirs: list[float]) -> bool:
+def _all_close(mine: list[float], theirs: list[float]) -> bool:
     return all(abs(a - b) <= CLOSE * abs(b) for a, b in zip(mine, theirs, strict=True))
 
 
 def _parameters(config: Any) -> dict[str, Any]:
-    """RoPE's parameters, of full attention where kinds of layers have their own; a new dictionary where there are none."""
+    """Return RoPE's parameters, those of full attention if layer kinds differ.
+
+    Return a new dictionary if there are none.
+    """
     parameters: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
     full = parameters.get("full_attention")
     return full if isinstance(full, dict) else parameters
@@ -202,7 +212,7 @@ def _base(config: Any) -> float:
 
 
 def _set_base(config: Any, fields: dict[str, Any]) -> None:
-    """RoPE's base, which the reader drops for some architectures (StarCoder2, StableLM, Gemma 4)."""
+    """Set RoPE's base, which the reader drops for StarCoder2, StableLM and Gemma 4."""
     base = fields.get("rope.freq_base")
     if base and "rope_theta" in _parameters(config):
         _parameters(config)["rope_theta"] = float(base)
@@ -211,8 +221,11 @@ def _set_base(config: Any, fields: dict[str, Any]) -> None:
         sliding["rope_theta"] = float(base)
 
 
-def _set_turned_part(config: Any, fields: dict[str, Any]) -> None:
-    """The part of each head that RoPE turns, where the model has such a setting (Phi-4-mini, StableLM, Nemotron)."""
+def _set_rotary_part(config: Any, fields: dict[str, Any]) -> None:
+    """Set the rotated part of each head, where the model has such a setting.
+
+    Examples are Phi-4-mini, StableLM and Nemotron.
+    """
     turned, parameters = fields.get("rope.dimension_count"), getattr(config, "rope_parameters", None) or {}
     if not isinstance(turned, int) or "partial_rotary_factor" not in parameters:
         return
@@ -221,13 +234,13 @@ def _set_turned_part(config: Any, fields: dict[str, Any]) -> None:
         parameters["partial_rotary_factor"] = turned / head
 
 
-def _first(config: Any, factor: float) -> int:
-    """The positions before they were stretched."""
+def _unstretched_positions(config: Any, factor: float) -> int:
+    """Return the number of positions before RoPE scaling."""
     return max(1, round(int(config.max_position_embeddings) / factor))
 
 
 def _set_rope(config: Any, scaling: dict[str, Any]) -> None:
-    """In a model with two kinds of layers, the sliding ones keep theirs: it is full attention that is stretched."""
+    """Set RoPE's scaling. In a model with two kinds of layers, only full attention is scaled."""
     parameters = dict(getattr(config, "rope_parameters", None) or {})
     if isinstance(parameters.get("full_attention"), dict):
         full = parameters["full_attention"]
@@ -243,7 +256,7 @@ def _kept(parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 def _set_window(config: Any, fields: dict[str, Any]) -> None:
-    """A window that is shorter than the positions."""
+    """Set a window that is shorter than the positions."""
     window = fields.get("attention.sliding_window")
     positions = getattr(config, "max_position_embeddings", None)
     if not isinstance(window, int) or window <= 0 or (positions is not None and window >= positions):
@@ -259,7 +272,7 @@ def _set_window(config: Any, fields: dict[str, Any]) -> None:
 
 
 def _set_attention_and_caps(config: Any, fields: dict[str, Any]) -> None:
-    """Soft caps, and the scale of queries where the size of the model alone tells it."""
+    """Set soft caps, and the query scale if only the model's size determines it."""
     for key in _WRITTEN:
         if fields.get(key) and hasattr(config, key):
             setattr(config, key, float(fields[key]))
@@ -267,8 +280,8 @@ def _set_attention_and_caps(config: Any, fields: dict[str, Any]) -> None:
         config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads
 
 
-def _refuse_what_is_left(config: Any, fields: dict[str, Any]) -> None:
-    wrong = [key for key, neutral in _NEUTRAL.items() if key in fields and not _said(config, key, fields[key], neutral)]
+def _refuse_unsupported(config: Any, fields: dict[str, Any]) -> None:
+    wrong = [key for key, neutral in _NEUTRAL.items() if key in fields and not _is_covered(config, key, fields[key], neutral)]
     dimension = fields.get("attention.key_length")
     head = _head_dim(config)
     if isinstance(dimension, int) and head is not None and dimension not in (head, getattr(config, "global_head_dim", None)):
@@ -281,19 +294,19 @@ def _refuse_what_is_left(config: Any, fields: dict[str, Any]) -> None:
 
 
 def _head_dim(config: Any) -> int | None:
-    """`None` where no field says it, and where it is not the same in every layer (Gemma 4)."""
+    """Return the head dimension; None if no field states it, or if layers differ (Gemma 4)."""
     try:
         head = getattr(config, "head_dim", None)
-    except Exception:  # what transformers raises where layers differ has no public name
+    except Exception:  # transformers raises an error without a public name if layers differ
         return None
     return head if isinstance(head, int) else None
 
 
-def _said(config: Any, key: str, value: Any, neutral: Any) -> bool:
-    """Whether a field's value changes nothing, or the configuration says the same."""
+def _is_covered(config: Any, key: str, value: Any, neutral: Any) -> bool:
+    """Return True if a field's value is neutral, or the configuration has the same value."""
     if value == neutral or (isinstance(neutral, float) and not value):
         return True
-    for name in _SPOKEN_AS.get(key, ()):
+    for name in _EQUIVALENT.get(key, ()):
         mine = getattr(config, name, None)
         if isinstance(mine, int | float) and (
             math.isclose(mine, value, rel_tol=CLOSE) or math.isclose(mine, 1 / value, rel_tol=CLOSE)

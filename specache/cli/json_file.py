@@ -1,4 +1,4 @@
-"""`--json FILE` of commands that measure for a long time and print tables."""
+"""The option `--json FILE` of long-running commands that print tables."""
 
 from __future__ import annotations
 
@@ -20,13 +20,17 @@ JsonFile = Annotated[
 
 
 def check_json(target: str | None) -> None:
-    """Raises `ConfigError` before hours of measuring if there is no such folder."""
+    """Check, before hours of measuring, that the file's folder exists.
+
+    Raises:
+        ConfigError: it does not.
+    """
     if target not in (None, STANDARD_OUTPUT) and not (folder := Path(str(target)).expanduser().parent).is_dir():
         raise ConfigError(f"--json {target}: there is no folder {folder}.")
 
 
 def write_json(target: str, document: dict[str, Any]) -> None:
-    """One JSON object into a file or to standard output.
+    """Write one JSON object to a file or to standard output.
 
     Raises:
         SpeCacheError: the file cannot be written.

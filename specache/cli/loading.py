@@ -1,4 +1,4 @@
-"""What transformers found while loading weights: a model whose weights are not all there must not answer."""
+"""Check transformers' report after loading: a model with missing weights must not answer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from specache.errors import SpeCacheError
 
-SHOWN = 3  # names in a message
+SHOWN = 3  # most names in a message
 _HARMLESS = re.compile(r"(rotary_emb\.inv_freq|\.masked_bias|\.attn\.bias|_extra_state|\.num_batches_tracked)$")
 _PARAMETER = re.compile(
     r"\.(weight|bias|qweight|qzeros|scales|weight_packed|weight_scale\w*|weight_zero_point|absmax|quant_state\w*)$"
@@ -16,19 +16,19 @@ _PARAMETER = re.compile(
 
 
 class IncompleteModelError(SpeCacheError):
-    """Weights that a model needs are missing, of another shape, or in its files for something that it does not have."""
+    """Weights are missing, have another shape, or belong to a module that does not exist."""
 
 
 def check_loaded(model: Any, report: dict[str, Any], source: str, on_note: Callable[[str], None]) -> None:
-    """Refuse a model that was not loaded whole; tell of tensors in its files that it has no use for.
+    """Refuse a model that was not loaded completely, and report unused tensors in its files.
 
     Args:
-        report: what `from_pretrained(..., output_loading_info=True)` returns beside the model.
-        source: what was loaded, for messages.
-        on_note: told in a line about tensors that are left out.
+        report: second result of `from_pretrained(..., output_loading_info=True)`.
+        source: name of the model, for messages.
+        on_note: called with a line about unused tensors.
 
     Raises:
-        IncompleteModelError: names the first of the tensors.
+        IncompleteModelError: the message names the first of the tensors.
     """
     missing = sorted(report.get("missing_keys") or ())
     if missing:
@@ -62,7 +62,7 @@ def _mismatched(report: dict[str, Any]) -> Iterable[tuple[str, Any, Any]]:
 
 
 def _belongs_inside(model: Any, name: str) -> bool:
-    """Whether a tensor is one of a layer more than the model has, or a parameter of a module that computes without it."""
+    """Return True if a tensor belongs to an additional layer, or is missing in a module."""
     from torch import nn  # here: commands that need no model do not wait for PyTorch
 
     parent, _, _ = name.rpartition(".")
@@ -78,7 +78,7 @@ def _belongs_inside(model: Any, name: str) -> bool:
 
 
 def _submodule(model: Any, path: str) -> Any:
-    """A module by its path in the files, with or without the prefix that wraps the decoder."""
+    """Return a module by its path in the files, with or without the decoder's prefix."""
     prefix = getattr(model, "base_model_prefix", "")
     for candidate in (path, f"{prefix}.{path}", path.removeprefix(f"{prefix}.")):
         try:

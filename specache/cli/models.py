@@ -1,4 +1,4 @@
-"""MODEL on the command line: `demo`, a `.gguf` file, a folder, or a name on the Hugging Face hub."""
+"""Load a model by its name: `demo`, a `.gguf` file, a folder, or a Hugging Face hub name."""
 
 from __future__ import annotations
 
@@ -26,11 +26,13 @@ DEMO_REQUIREMENT = f"{DEMO_PACKAGE}==0.1.2"
 
 
 class ModelNotFoundError(SpeCacheError):
-    """MODEL names nothing that can be loaded; the message lists what was tried."""
+    """The name matches no model; the message lists what was tried."""
 
 
 class Dtype(StrEnum):
-    """Number format of activations, of the 16-bit rows, and (unless `--weights` says otherwise) of the weights."""
+    """Number format of activations, of the 16-bit rows, and (without `--weights`) of the
+    weights.
+    """
 
     AUTO = "auto"
     FLOAT32 = "float32"
@@ -39,7 +41,7 @@ class Dtype(StrEnum):
 
 
 class Device(StrEnum):
-    """Where the model computes."""
+    """Device that the model computes on."""
 
     AUTO = "auto"
     CPU = "cpu"
@@ -57,19 +59,19 @@ class LoadedModel:
 
     @property
     def quantised_to(self) -> str | None:
-        """`int8` or `int4`; `None` where the weights are in the model's dtype."""
+        """Return `int8` or `int4`; None if the weights have the model's dtype."""
         return str(self.weights) if self.weights in (WeightFormat.INT8, WeightFormat.INT4) else None
 
     @property
     def weight_format(self) -> str:
-        """What the weights are read as, for reports: `bf16`, `int8`, `int4`, `fp32` or `fp16`."""
+        """Return the format of the weights for reports: `bf16`, `int8`, `int4`, `fp32`, `fp16`."""
         if self.quantised_to is not None:
             return self.quantised_to
         return {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float32": "fp32"}[str(self.model.dtype)]
 
     @property
     def max_positions(self) -> int | None:
-        """The longest sequence the model was made for, in tokens; `None` where there is no such length."""
+        """Return the longest sequence the model was made for, in tokens; None if unlimited."""
         from specache.model.positions import max_positions
 
         return max_positions(self.model)
@@ -88,10 +90,10 @@ def load(
     """Find, convert if needed, and load a model.
 
     Raises:
-        ModelNotFoundError: `name` is nothing that can be loaded.
+        ModelNotFoundError: `name` matches no model.
         ConfigError: the device or the number format is not available.
         UnsupportedModelError: the weights cannot be quantised.
-        IncompleteModelError: weights are missing, or of another shape.
+        IncompleteModelError: weights are missing, or have another shape.
         OutOfMemoryError: the device has no room for the weights.
     """
     on = chosen_device(device)
@@ -112,10 +114,12 @@ def load(
 
 
 def load_config(name: str, *, revision: str | None = None, offline: bool = False) -> Any:
-    """The transformers configuration of a model: nothing else of it is loaded, downloaded or converted.
+    """Return the transformers configuration of a model.
+
+    Nothing else is loaded, downloaded or converted.
 
     Raises:
-        ModelNotFoundError: `name` is nothing whose configuration can be read.
+        ModelNotFoundError: the configuration of `name` cannot be read.
     """
     from transformers import AutoConfig
 
@@ -137,7 +141,9 @@ def load_config(name: str, *, revision: str | None = None, offline: bool = False
 
 
 def number_format(dtype: Dtype, weights: WeightFormat, device: Device) -> tuple[torch.dtype, str]:
-    """(dtype of the activations, `cpu` or `cuda`) with every `auto` decided as `load` would; the device need not be here.
+    """Return (dtype of the activations, `cpu` or `cuda`), with every `auto` resolved as in `load`.
+
+    The device need not be available.
 
     Raises:
         ConfigError: the settings contradict each other.
@@ -153,7 +159,7 @@ def number_format(dtype: Dtype, weights: WeightFormat, device: Device) -> tuple[
 
 
 def demo_file() -> Path:
-    """The demo model's GGUF file.
+    """Return the demo model's GGUF file.
 
     Raises:
         ModelNotFoundError: its package is not installed.
@@ -168,7 +174,10 @@ def demo_file() -> Path:
 
 
 def demo_gguf() -> Path | None:
-    """The GGUF file inside the installed demo package; `None` without it. The package itself is not imported."""
+    """Return the GGUF file inside the installed demo package, without importing it.
+
+    Return None if it is not installed.
+    """
     try:
         files = metadata.files(DEMO_PACKAGE) or []
     except metadata.PackageNotFoundError:
@@ -178,7 +187,7 @@ def demo_gguf() -> Path | None:
 
 
 def _locate(name: str, on_progress: Callable[[str], None]) -> tuple[str, bool]:
-    """What to hand to `from_pretrained`, and whether it lies on this machine."""
+    """Return (argument for `from_pretrained`, True if it is on this machine)."""
     if not name.strip():
         raise ModelNotFoundError("the model's name is empty. Pass a hub name, a folder, a .gguf file, or 'demo'.")
     path = Path(name).expanduser()
@@ -198,19 +207,19 @@ def _locate(name: str, on_progress: Callable[[str], None]) -> tuple[str, bool]:
 
 
 def _looks_like_path(name: str) -> bool:
-    """Hub names are `name` or `owner/name`; anything else can only be a path."""
+    """Return True if a name can only be a path. Hub names are `name` or `owner/name`."""
     return name.startswith((".", "~", os.sep)) or "\\" in name or name.count("/") > 1 or name.lower().endswith(".gguf")
 
 
 def _from_pretrained(name: str, source: str, dtype: torch.dtype, options: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
-    """Tokenizer, model, and what was found of its weights."""
+    """Return tokenizer, model and loading report."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model, report = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )  # what does not match is refused by name, by `check_loaded`
+        )  # mismatches are refused by name in `check_loaded`
     except Exception as error:  # hub, files and configs fail in many ways; all of them mean "not loadable"
         raise ModelNotFoundError(_not_loadable(name, source, options, error)) from error
     return tokenizer, model, report
@@ -245,10 +254,10 @@ def _not_loadable(name: str, source: str, options: dict[str, Any], error: Except
 
 
 def chosen_device(device: Device) -> str:
-    """`cpu` or `cuda`.
+    """Return `cpu` or `cuda`.
 
     Raises:
-        ConfigError: CUDA was asked for and is not here.
+        ConfigError: CUDA was requested and is not available.
     """
     import torch
 
@@ -260,7 +269,7 @@ def chosen_device(device: Device) -> str:
 
 
 def _combined(dtype: Dtype, weights: WeightFormat) -> Dtype:
-    """`--weights bf16` says the number format too."""
+    """Return the number format; `--weights bf16` sets it too."""
     if weights is not WeightFormat.BF16:
         return dtype
     if dtype not in (Dtype.AUTO, Dtype.BFLOAT16):
@@ -269,13 +278,20 @@ def _combined(dtype: Dtype, weights: WeightFormat) -> Dtype:
 
 
 def check_weights(weights: WeightFormat, device: str) -> None:
-    """Raises `ConfigError`, before minutes of downloading, for a format that is for the CPU."""
+    """Check, before minutes of downloading, that the device supports the format.
+
+    Raises:
+        ConfigError: the format is only for the CPU.
+    """
     if device != "cpu" and weights in (WeightFormat.INT8, WeightFormat.INT4):
         raise ConfigError(f"--weights {weights} is for the CPU. Use --device cpu, or --weights bf16.")
 
 
 def _dtype(dtype: Dtype, device: str) -> torch.dtype:
-    """`auto` is bfloat16 where the processor multiplies it natively, else float32 (emulated bfloat16 is slow)."""
+    """Return the dtype.
+
+    `auto` is bfloat16 where the processor multiplies it natively, else float32.
+    """
     import torch
 
     if dtype is Dtype.AUTO:
@@ -286,7 +302,7 @@ def _dtype(dtype: Dtype, device: str) -> torch.dtype:
 
 
 def native_bfloat16_cpu() -> bool:
-    """Whether the CPU has bfloat16 matrix instructions that PyTorch uses."""
+    """Return True if the CPU has bfloat16 matrix instructions that PyTorch uses."""
     from specache.platform import private_torch
 
     return private_torch.has_bfloat16_instructions()

@@ -1,4 +1,4 @@
-"""The ranges of numbers on the command line that no command has use for, checked for every option of every command."""
+"""Check the ranges of numeric options, for every command."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 from specache.errors import ConfigError
 from specache.eval.setting_fields import flag
 
-LARGEST_COUNT = 2**31 - 1  # of tokens, pairs, steps; sizes in bytes are written as texts (2GB)
-_RANGES = {  # by the option's name; others: up to LARGEST_COUNT, and what is too small is for the command to say
-    "seed": (0, 2**64 - 1),  # of PyTorch's random numbers
+LARGEST_COUNT = 2**31 - 1  # limit of tokens, pairs and steps; sizes in bytes are written as texts (2GB)
+_RANGES = {  # by option name; others: up to LARGEST_COUNT, and commands check the lower bound
+    "seed": (0, 2**64 - 1),  # seeds of PyTorch
     "threads": (1, max(1024, os.cpu_count() or 1)),
 }
 
@@ -21,7 +21,7 @@ def check_numbers(values: Mapping[str, Any]) -> None:
     """Check the values of a command's options, by the names of its parameters.
 
     Raises:
-        ConfigError: a whole number is out of range, or another is not finite.
+        ConfigError: an integer is out of range, or a float is not finite.
     """
     for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):

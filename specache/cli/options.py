@@ -1,4 +1,4 @@
-"""Options that several commands share, and their way into `SpeCacheConfig` and generation arguments."""
+"""Options that several commands share, and their conversion to settings and arguments."""
 
 from __future__ import annotations
 
@@ -224,21 +224,25 @@ Stop = Annotated[
         rich_help_panel=SAMPLING_PANEL,
     ),
 ]
-System = Annotated[str | None, typer.Option("--system", help="System message.", metavar="TEXT")]  # to go through `check_system`
+System = Annotated[str | None, typer.Option("--system", help="System message.", metavar="TEXT")]  # to be checked by `check_system`
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
 def check_model_or_shape(model: str | None, shape: str | None) -> None:
-    """Raises `ConfigError` where none or both were named."""
+    """Check that exactly one of model and shape is given.
+
+    Raises:
+        ConfigError: none or both are.
+    """
     if (model is None) == (shape is None):
         raise ConfigError("Name a model with --model, or a shape with --shape; one of the two.")
 
 
 def parse_hot_set(text: str) -> float | int:
-    """`0.08` is a fraction of the cache; `1000000`, `64MB` and `1GiB` are bytes.
+    """Return a fraction of the cache (`0.08`), or bytes (`1000000`, `64MB`, `1GiB`).
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: the text is neither.
     """
     found = number_and_unit(text)
     if found is None:
@@ -251,7 +255,7 @@ def parse_hot_set(text: str) -> float | int:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheOptions:
-    """The settings of `SpeCacheConfig` as options, each under the setting's name and with its default."""
+    """The settings of `SpeCacheConfig` as options with the same names and defaults."""
 
     bits: Bits = _DEFAULTS.bits
     code: CodeOption = _DEFAULTS.code
@@ -268,7 +272,11 @@ class CacheOptions:
     pinned_memory: PinnedMemory = None
 
     def config(self) -> SpeCacheConfig:
-        """The library's configuration; raises `ConfigError`."""
+        """Return the library's configuration.
+
+        Raises:
+            ConfigError: a value is invalid.
+        """
         tier, folder = parse_slow_tier(self.slow_tier)
         return SpeCacheConfig(
             bits=self.bits,
@@ -290,7 +298,7 @@ class CacheOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
-    """How long an answer is, how it is sampled, and where it stops."""
+    """Length, sampling and stopping of an answer."""
 
     max_new_tokens: MaxNewTokens = None
     temperature: Temperature = None
@@ -302,19 +310,20 @@ class GenerationOptions:
     stop: Stop = None
 
     def arguments(self) -> dict[str, Any]:
-        """Those of `specache.generate`. Explicit throughout: models ship sampling defaults of their own.
+        """Return the arguments of `specache.generate`.
 
-        Greedy unless a temperature above 0, or any other sampling option without a temperature, is given.
+        All are explicit, since models ship sampling defaults. Decoding is greedy unless a
+        temperature above 0, or any other sampling option without a temperature, is given.
 
         Raises:
-            ConfigError: a value that generation cannot use.
+            ConfigError: a value is invalid.
         """
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ConfigError(f"--max-new-tokens must be 1 or more, got {self.max_new_tokens}.")
         if self.repetition_penalty is not None and not self.repetition_penalty > 0:
             raise ConfigError(f"--repetition-penalty must be above 0 (1 is none), got {self.repetition_penalty}.")
         arguments: dict[str, Any] = {
-            "max_new_tokens": self.max_new_tokens,  # None: see `positions.room`
+            "max_new_tokens": self.max_new_tokens,  # None: see `answer_length.answer_limit`
             "num_beams": 1,
             "repetition_penalty": 1.0 if self.repetition_penalty is None else self.repetition_penalty,
             "do_sample": self._samples,
@@ -327,14 +336,18 @@ class GenerationOptions:
         return arguments
 
     def stops(self) -> list[str]:
-        """The texts to stop before; raises `ConfigError` for an empty one, which would stop everywhere."""
+        """Return the stop strings.
+
+        Raises:
+            ConfigError: one is empty, which would stop everywhere.
+        """
         stops = [check_text(stop, "--stop", ConfigError) for stop in self.stop or []]
         if not all(stops):
             raise ConfigError("--stop needs a text that is not empty.")
         return stops
 
     def set_seed(self) -> None:
-        """Make sampling repeatable, if that was asked for."""
+        """Seed the sampling, if a seed was given."""
         if self.seed is not None:
             import torch
 
@@ -348,19 +361,23 @@ class GenerationOptions:
 
 
 def check_system(system: str | None) -> None:
-    """Raises `ConfigError` for a system message that is no text."""
+    """Check that a system message is text.
+
+    Raises:
+        ConfigError: it is not.
+    """
     if system is not None:
         check_text(system, "--system", ConfigError)
 
 
 def keep_memory_bounded(config: SpeCacheConfig) -> None:
-    """Where memory is what counts, the heap gives back what is free."""
+    """Make the heap return freed memory if memory is limited."""
     if config.fast_memory is not None or config.slow_tier is SlowTierKind.DISK:
         heap.keep_small()
 
 
 def set_threads(threads: int | None) -> None:
-    """Limit PyTorch to `threads` CPU threads; `None` leaves its choice."""
+    """Limit PyTorch to `threads` CPU threads; None keeps its default."""
     if threads is not None:
         import torch
 

@@ -1,4 +1,6 @@
-"""`specache plan`: the memory that a context needs, per tier, and how fast a device decodes it, without loading weights."""
+"""`specache plan`: the memory that a context needs per tier, and a device's decode time, without
+loading weights.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +86,7 @@ def plan(
     gpu: GpuName = None,
     gpu_spec: GpuSpec = None,
 ) -> None:
-    """Say how much memory a context needs in each tier, what would make it fit, and how fast a device decodes it.
+    """Show the memory a context needs per tier, what would make it fit, and a device's speed.
 
     Loads no weights.
     """
@@ -100,7 +102,7 @@ def plan(
     document = plan_document(dimensions, config, context, batch)
     document["auto_tier"] = _auto_tier(dimensions, asked, context, batch) if _is_here(target, device_type) else None
     document = {"model": model or shape, "dtype": str(torch_dtype).removeprefix("torch."), "device": device_type, **document}
-    if target.asked:
+    if target.requested:
         document["roofline"] = target.roofline(model_config, torch_dtype, weights, dimensions, config, context, batch)
     if json is not None:
         write_json(json, document)
@@ -109,19 +111,20 @@ def plan(
 
 
 def plan_document(dimensions: ModelDimensions, config: SpeCacheConfig, context: int, batch: int) -> dict[str, Any]:
-    """Everything that the command says, as plain values. Keys are stable; sizes are bytes.
+    """Return the command's results as plain values. Keys are stable; sizes are bytes.
 
     Args:
-        config: with every `auto` decided; without `fast_memory` nothing is said about what fits.
+        config: settings with every `auto` resolved; without `fast_memory`, nothing is reported
+            about what fits.
     """
     from specache.planning import advice
-    from specache.planning.plan import even_loads
     from specache.planning.plan import plan as make_plan
+    from specache.planning.plan import uniform_batch
     from specache.planning.roofline.static_step import static_step_bytes
     from specache.planning.traffic import step_traffic
 
-    loads, limit = even_loads(context, batch), config.fast_memory
-    planned = make_plan(dimensions, config, loads)
+    sequences, limit = uniform_batch(context, batch), config.fast_memory
+    planned = make_plan(dimensions, config, sequences)
     fits = None if limit is None else planned.fast <= limit
     document: dict[str, Any] = {
         "context": context,
@@ -132,7 +135,7 @@ def plan_document(dimensions: ModelDimensions, config: SpeCacheConfig, context: 
         "traffic": step_traffic(dimensions, config, context, batch).to_dict(),
         "fits": fits,
         "suggestions": [],
-        "least_bytes": advice.least_bytes(dimensions, config, loads),
+        "least_bytes": advice.least_bytes(dimensions, config, sequences),
         "longest_context": None,
         "largest_batch": None,
     }
@@ -140,41 +143,47 @@ def plan_document(dimensions: ModelDimensions, config: SpeCacheConfig, context: 
         document["longest_context"] = advice.longest_context(dimensions, config, batch, limit)
         document["largest_batch"] = advice.largest_batch(dimensions, config, context, limit)
     if fits is False and limit is not None:
-        found = advice.suggestions(dimensions, config, loads, limit)
+        found = advice.suggestions(dimensions, config, sequences, limit)
         document["suggestions"] = [{"changes": one.changes, "fast_bytes": one.fast_bytes} for one in found]
     return document
 
 
 def _is_here(target: Target, device_type: str) -> bool:
-    """Whether the plan is for this machine, as far as its main memory goes."""
+    """Return True if the plan is for this machine, as far as its main memory is concerned."""
     import torch
 
     return target.device is None and (device_type == "cpu" or torch.cuda.is_available())
 
 
 def _auto_tier(dimensions: ModelDimensions, asked: SpeCacheConfig, context: int, batch: int) -> dict[str, Any] | None:
-    """What `auto` would take here and now (`TierChoice.to_dict`), or its error; `None` where a tier was named or is not needed."""
+    """Return the tier that `auto` would choose now (`TierChoice.to_dict`), or its error.
+
+    Return None if a tier was named or is not needed.
+    """
     from specache.engine.auto_tier import expected_tier
-    from specache.planning.plan import even_loads
+    from specache.planning.plan import uniform_batch
 
     if asked.slow_tier is not SlowTierKind.AUTO or asked.policy is Policy.FULL:
         return None
     try:
-        return expected_tier(dimensions, asked, even_loads(context, batch)).to_dict()
+        return expected_tier(dimensions, asked, uniform_batch(context, batch)).to_dict()
     except SlowTierError as error:
         return {"error": str(error)}
 
 
 def _shapes_dtype(dtype: Dtype, shape: str | None) -> Dtype:
-    """A shape is planned the same everywhere: `auto` is bfloat16."""
+    """Return the dtype of a plan.
+
+    For shapes `auto` is bfloat16, so that they are planned the same everywhere.
+    """
     return Dtype.BFLOAT16 if shape is not None and dtype is Dtype.AUTO else dtype
 
 
 def _model_config(model: str | None, shape: str | None, revision: str | None, offline: bool) -> Any:
-    """transformers' configuration of the model that the options name.
+    """Return transformers' configuration of the model that the options select.
 
     Raises:
-        ConfigError: none, or both kinds; an unknown shape.
+        ConfigError: no model, or both kinds; or an unknown shape.
         ModelNotFoundError: the model's configuration cannot be read.
     """
     options.check_model_or_shape(model, shape)
@@ -186,7 +195,11 @@ def _model_config(model: str | None, shape: str | None, revision: str | None, of
 
 
 def _dimensions(config: Any, dtype: Any, device: str, weights: WeightFormat) -> ModelDimensions:
-    """Raises `UnsupportedModelError` where specache cannot run the model."""
+    """Return the model's dimensions.
+
+    Raises:
+        UnsupportedModelError: specache cannot run the model.
+    """
     from specache.model.dimensions import dimensions_of, without_weights
 
     return dimensions_of(without_weights(config, dtype), device=device, weights=weights)

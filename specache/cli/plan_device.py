@@ -1,4 +1,4 @@
-"""`--gpu` and `--gpu-spec` of `specache plan`: which device is meant, and the roofline on it."""
+"""`--gpu` and `--gpu-spec` of `specache plan`: select a device and compute its roofline."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from specache.linear.weight_format import WeightFormat
 
 if TYPE_CHECKING:
     from specache.model.dimensions import ModelDimensions
-    from specache.planning.roofline import device_figures as roofline
+    from specache.planning.roofline import device_figures
 
 THIS_MACHINE = "cpu"
 
@@ -24,13 +24,13 @@ class Target:
     """The device of a roofline.
 
     Attributes:
-        asked: whether one was asked for.
-        device: its figures; `None` is this machine, to be measured.
-        computes_on: what the plan assumes the model is on.
+        requested: True if the options name a device.
+        device: its figures; None is this machine, to be measured.
+        computes_on: the device type that the plan assumes.
     """
 
-    asked: bool
-    device: roofline.Device | None
+    requested: bool
+    device: device_figures.Device | None
     computes_on: Device
 
     def roofline(
@@ -43,11 +43,11 @@ class Target:
         context: int,
         batch: int,
     ) -> dict[str, Any]:
-        """The comparison on this device, plain values. Keys are stable.
+        """Return the comparison on this device as plain values. Keys are stable.
 
         Args:
             model_config: transformers' configuration.
-            config: with every `auto` decided.
+            config: settings with every `auto` resolved.
         """
         from specache.planning.roofline.capacity import Capacity
         from specache.planning.roofline.compared_methods import methods
@@ -67,10 +67,10 @@ class Target:
 
 
 def target_device(gpu: str | None, spec: Path | None, device: Device) -> Target:
-    """What the options name.
+    """Return the device that the options select.
 
     Raises:
-        ConfigError: an unknown device, a file that describes none, or options that contradict each other.
+        ConfigError: an unknown device, an invalid file, or contradicting options.
     """
     if gpu is None and spec is None:
         return Target(False, None, device)
@@ -79,7 +79,7 @@ def target_device(gpu: str | None, spec: Path | None, device: Device) -> Target:
     if spec is not None:
         if gpu not in (None, THIS_MACHINE):
             raise ConfigError(f"--gpu {gpu} and --gpu-spec {spec} name two devices. Leave one of them out.")
-        described: roofline.Device | None = device_from_file(spec)
+        described: device_figures.Device | None = device_from_file(spec)
         if gpu == THIS_MACHINE and described is not None and described.kind != "cpu":
             raise ConfigError(f'--gpu cpu: --gpu-spec {spec} describes a GPU. Write kind = "cpu" into it, or leave out --gpu.')
     else:

@@ -1,4 +1,4 @@
-"""What `specache plan --gpu` prints: the device and where its figures come from, batches, steps, and where SpeCache wins."""
+"""Format `specache plan --gpu`: figures and sources, batches, step times, tipping points."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PARTS = ("weights", "compute", "scan", "attend", "fetch", "overhead")
 
 
 def roofline_tables(document: dict[str, Any]) -> list[RenderableType]:
-    """The part of the report that is about time."""
+    """Return the part of the report about time."""
     roofline, context, batch = document["roofline"], document["context"], document["batch"]
     found = roofline["methods"]
     parts: list[RenderableType] = [Text(), Text(f"On {roofline['device']['name']}", style="bold"), Text()]

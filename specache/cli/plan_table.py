@@ -1,4 +1,4 @@
-"""What `specache plan` prints: one line per part and tier, then whether it fits."""
+"""Format `specache plan`: one line per part and tier, then whether it fits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.text import Text
 
 from specache.cli.plan_roofline_table import roofline_tables
 from specache.cli.stats_table import size, times
-from specache.cli.tier_notice import chosen_in_words
+from specache.cli.tier_notice import choice_text
 from specache.engine.admission import PARTS
 from specache.eval.setting_fields import flag
 
@@ -26,7 +26,7 @@ _TRAFFIC = {
 
 
 def plan_tables(document: dict[str, Any]) -> RenderableType:
-    """The whole report of `plan_document`."""
+    """Return the report of `plan_document`."""
     parts: list[RenderableType] = [Text(_title(document), style="bold")]
     for table in (_fast_table(document), _other_table(document), _traffic_table(document)):
         parts += [Text(), table]
@@ -85,21 +85,21 @@ def _traffic_table(document: dict[str, Any]) -> Table:
     table = _table("expected to move while decoding", *columns)
     for name, title in (*_TRAFFIC.items(), ("total", "in total")):
         if traffic[name]:
-            said = f"{title} (assumed: {traffic['assumed_misses']:.2g} of k)" if name == "rows" else title
+            label = f"{title} (assumed: {traffic['assumed_misses']:.2g} of k)" if name == "rows" else title
             values = (traffic[name], traffic[name] / batch)
-            table.add_row(said, *(size(value) for value in values[: len(columns)]), style="bold" if name == "total" else None)
+            table.add_row(label, *(size(value) for value in values[: len(columns)]), style="bold" if name == "total" else None)
     return table
 
 
 def _auto_tier(document: dict[str, Any]) -> Iterable[Text]:
-    """What `--slow-tier auto` would take on this machine now."""
+    """Yield what `--slow-tier auto` would choose on this machine now."""
     chosen = document["auto_tier"]
     if chosen is None:
         return
     if "error" in chosen:
         yield Text(f"--slow-tier auto here, now: {chosen['error']}", style="yellow")
         return
-    yield Text(f"--slow-tier auto here, now: {chosen_in_words(chosen, including='with the weights')}")
+    yield Text(f"--slow-tier auto here, now: {choice_text(chosen, including='with the weights')}")
     if chosen["slow_dir"] is not None:
         tier = document["config"]["slow_tier"]
         yield Text(f"  the figures above are those of --slow-tier {tier}; --slow-tier disk:DIR shows the disk's.")
@@ -114,18 +114,18 @@ def _verdict(document: dict[str, Any]) -> Iterable[Text]:
         yield Text(f"Fits: needs {size(needed)} of {size(limit)} fast memory.", style="green")
         with_static = document["plan"]["decode"]["total"] + document["static_bytes"]
         if with_static > limit:
-            said = f"  a GPU step's static buffers do not: {size(with_static)} with them. Then steps are not captured as a graph."
-            yield Text(said, style="yellow")
+            note = f"  a GPU step's static buffers do not: {size(with_static)} with them. Then steps are not captured as a graph."
+            yield Text(note, style="yellow")
     else:
         yield Text(f"Does not fit: needs {size(needed)} of fast memory, and there is {size(limit)}.", style="bold red")
-        yield from (Text(f"  it fits with {_said(one)}") for one in document["suggestions"])
+        yield from (Text(f"  it fits with {_suggestion_text(one)}") for one in document["suggestions"])
         if document["least_bytes"] > limit:
             yield Text(f"  this context needs {size(document['least_bytes'])} even under the smallest settings", style="yellow")
     context, batch = document["longest_context"], document["largest_batch"]
     yield Text(f"Longest context that fits: {f'{context:,} tokens' if context else 'none'}. Largest batch: {batch or 'none'}.")
 
 
-def _said(suggestion: dict[str, Any]) -> str:
+def _suggestion_text(suggestion: dict[str, Any]) -> str:
     changes = " ".join(f"--{flag(name)} {value}" for name, value in suggestion["changes"].items())
     return f"{changes}: {size(suggestion['fast_bytes'])}"
 

@@ -1,4 +1,4 @@
-"""The process around a command: every way in which it can end is an exit code and at most one line, never a traceback."""
+"""Run a command as a process: every end is an exit code and at most one line, never a traceback."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from specache.errors import ConfigError, SpeCacheError
 
 
 class Program(typer.Typer):
-    """A typer application that ends as `run` says."""
+    """A typer application that ends through `run`."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the command of `sys.argv`, or of the arguments given, and leave."""
+        """Run the command of `sys.argv`, or of the given arguments, and exit."""
         run(lambda: super(Program, self).__call__(*args, **kwargs))
 
 
 def run(program: Callable[[], Any]) -> NoReturn:
-    """Run a program and leave with its exit code.
+    """Run a program and exit with its code.
 
     Raises:
-        SystemExit: always, but for an error with SPECACHE_DEBUG set, which is raised as it is.
+        SystemExit: always, except for an error with SPECACHE_DEBUG set, which is raised unchanged.
     """
     with guarded_streams() as streams:
         code = _exit_code(program) or _exit_code(sys.stdout.flush)
@@ -59,19 +59,22 @@ def _exit_code(program: Callable[[], Any]) -> int:
 
 
 def _described(error: Exception) -> str:
-    """Describe an error in a line: our own speak for themselves, those of the system name the file, others their type."""
+    """Describe an error in a line: our own by its message, system errors with the file.
+
+    Others are described with their type.
+    """
     if isinstance(error, SpeCacheError):
         return str(error)
     if isinstance(error, OSError) and error.strerror:
         place = f"{error.filename}: " if error.filename is not None else ""
-        said = f"{place}{error.strerror}"
+        text = f"{place}{error.strerror}"
     else:
-        said = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
-    return f"{said.rstrip('.')}. (Set SPECACHE_DEBUG=1 for the traceback.)"
+        text = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+    return f"{text.rstrip('.')}. (Set SPECACHE_DEBUG=1 for the traceback.)"
 
 
 def _drop_unwritten_messages() -> None:
-    """Point standard error at nothing: the interpreter would try once more to write what is in its buffer."""
+    """Redirect standard error to the null device, or the interpreter would retry its buffer."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     os.close(nowhere)

@@ -1,4 +1,4 @@
-"""Where prompts come from, and what conversations they make."""
+"""Read prompts and make conversations of them."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ STDIN = "-"
 
 @dataclass(frozen=True)
 class Prompt:
-    """One text and where it came from."""
+    """A text and its origin."""
 
     text: str
     origin: str
 
 
 def read_prompts(text: str | None, files: list[Path]) -> list[Prompt]:
-    """The prompts of one call: the text, or the files, or else what is piped in.
+    """Return the prompts of one call: the text, the files, or piped input.
 
     Raises:
-        ConfigError: both a text and files, or neither of them and nothing piped in.
-        PromptError: a file that cannot be read, or an empty prompt.
+        ConfigError: both a text and files, or neither of them and no piped input.
+        PromptError: a file cannot be read, or a prompt is empty.
     """
     if text is not None and files:
         raise ConfigError(
@@ -69,37 +69,39 @@ def _read(file: Path) -> str:
 
 
 def has_chat_template(tokenizer: Any) -> bool:
-    """Whether the tokenizer knows how its model's conversations are written."""
+    """Return True if the tokenizer has a chat template."""
     return ChatTemplate(tokenizer).exists
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text as it is, with the tokenizer's own first token. Special tokens in it are special tokens: whoever writes
-    for the model itself (`--raw`) writes them.
+    """Return the token ids of a raw text, with the tokenizer's own first token.
+
+    Special tokens spelled in it are special tokens: `--raw` is for users who write them.
     """
     ids: list[int] = tokenizer(text)["input_ids"]
     return ids
 
 
 def asked(text: str, system: str | None = None) -> list[Message]:
-    """A conversation of one question."""
+    """Return a conversation of one question."""
     return [*system_message(system), {"role": "user", "content": text}]
 
 
 def answered(messages: list[Message], text: str) -> list[Message]:
-    """A conversation and the model's answer."""
+    """Return a conversation with the model's answer appended."""
     return [*messages, {"role": "assistant", "content": text}]
 
 
 def system_message(system: str | None) -> list[Message]:
-    """The beginning of a conversation: one message, or none."""
+    """Return the beginning of a conversation: one message, or none."""
     return [] if system is None else [{"role": "system", "content": system}]
 
 
 def pad_left(rows: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`input_ids [B, S]` and `attention_mask [B, S]` of prompts of different lengths.
+    """Return left-padded `input_ids [B, S]` and `attention_mask [B, S]`.
 
-    The mask is never left to be guessed: many models pad with a token that also ends every message of a conversation.
+    The mask is always explicit, because many models pad with a token that also ends every message
+    of a conversation.
     """
     import torch
 

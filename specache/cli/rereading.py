@@ -1,4 +1,4 @@
-"""What is stored, compared with a new prompt: tokens that are read again are said, and why."""
+"""Compare stored tokens with a new prompt, and explain to the user what is read again."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StoredPrompt:
-    """What a session held when it was opened.
+    """The content of a session when it was opened.
 
     Attributes:
-        name: of the session.
-        token_ids: whose keys and values it held.
-        messages: the conversation that they are; none if they are a text.
-        rendering: how that was written; `None` in sessions that do not say.
+        name: name of the session.
+        token_ids: stored tokens.
+        messages: the conversation that they render; empty for raw text.
+        rendering: how it was rendered; None in older sessions.
     """
 
     name: str
@@ -31,15 +31,18 @@ class StoredPrompt:
     rendering: Rendering | None
 
     def note(self, prompt: Sequence[int], messages: Sequence[Message], template: ChatTemplate) -> str | None:
-        """One line, if the session's conversation is written otherwise now, or if most of its tokens are none of the prompt's.
+        """Return a note if the prompt reuses few tokens, or None.
+
+        Causes are a conversation that is rendered differently now, and another prompt or system
+        message.
 
         Args:
             prompt: the new prompt's token ids.
-            messages: the conversation that it is; none if it is a text.
+            messages: the conversation that it renders; empty for raw text.
             template: the chat template, with its variables and date.
         """
         same = common_length(self.token_ids, prompt)
-        if self._is_written_otherwise(template):
+        if self._is_rendered_differently(template):
             why = self._difference(template)
         elif 2 * same < min(len(self.token_ids), len(prompt)):
             why = "the system message is another one" if self._has_another_system(messages) else "the prompt is another one"
@@ -49,11 +52,11 @@ class StoredPrompt:
         return f"session {self.name}: only {same:,} of its {stored:,} tokens begin this prompt, the rest is read again: {why}."
 
     def nothing_reused(self) -> str:
-        """One line for a prompt of which nothing was there, although no difference explains it."""
+        """Return a note that no stored token was reused, for an unexplained case."""
         return f"session {self.name}: none of its {len(self.token_ids):,} tokens could be used, so the whole prompt was read."
 
-    def _is_written_otherwise(self, template: ChatTemplate) -> bool:
-        """Whether the conversation up to its last question has other tokens now than the session holds."""
+    def _is_rendered_differently(self, template: ChatTemplate) -> bool:
+        """Return True if the conversation up to its last question has other tokens now."""
         asked = list(self.messages)
         while asked and asked[-1]["role"] != "user":
             asked.pop()
@@ -78,7 +81,7 @@ class StoredPrompt:
 
 
 def note_on_stored(cache: SpeCache, prompt: list[int]) -> str | None:
-    """One line, if much of what a cache holds is of no use for a prompt."""
+    """Return a note if many of a cache's tokens do not match a prompt, or None."""
     from specache.engine.continuing import shared_with_loss
 
     same = shared_with_loss(cache, prompt)
@@ -92,5 +95,5 @@ def _system(messages: Sequence[Message]) -> list[str]:
 
 
 def common_length(left: Sequence[int], right: Sequence[int]) -> int:
-    """The number of leading tokens that both have."""
+    """Return the number of leading tokens that both have."""
     return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))

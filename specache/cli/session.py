@@ -161,10 +161,11 @@ def repair_session(
     offline: options.Offline = False,
     as_json: options.Json = False,
 ) -> None:
-    """Mend a damaged session: what is damaged is read again from its tokens, the rest stays as it is.
+    """Repair a damaged session: recompute what is damaged from its tokens, keep the rest.
 
-    All files are checked first. Where nothing has to be read again, no model is needed. What cannot be mended is said, and then
-    nothing is changed.
+    All files are checked first. A model is needed only if tokens must be read again.
+
+    Damage that cannot be repaired is reported, and then nothing is changed.
     """
     from specache.engine import repair
 
@@ -182,7 +183,7 @@ def repair_session(
     if as_json:
         _write_json(report.to_dict())
     else:
-        _say_repair(report)
+        _print_repair(report)
     if check and report.damages:
         raise typer.Exit(EXIT_ERROR)
 
@@ -190,7 +191,7 @@ def repair_session(
 def _load(
     name: str, dtype: Dtype, weights: WeightFormat, device: Device, threads: int | None, revision: str | None, offline: bool
 ) -> LoadedModel:
-    """Load the model that reads tokens again."""
+    """Load the model that rereads tokens."""
     from specache.cli.models import load
 
     quiet_libraries()
@@ -199,8 +200,8 @@ def _load(
         return load(name, dtype=dtype, weights=weights, device=device, revision=revision, offline=offline, on_progress=say)
 
 
-def _say_repair(report: RepairReport) -> None:
-    """What was damaged, and what was done."""
+def _print_repair(report: RepairReport) -> None:
+    """Print what was damaged, and what was done."""
     for damage in report.damages:
         write(f"{damage.file}: {damage.problem}\n")
     if not report.damages:

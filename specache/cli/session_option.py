@@ -1,4 +1,4 @@
-"""`--session`: the cache of a command lives in a session's folder and is saved there."""
+"""`--session`: keep a command's cache in a session's folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from specache.cli.console import err, interrupts_deferred
 from specache.cli.models import LoadedModel
 from specache.cli.prompts import Message
 from specache.cli.rereading import StoredPrompt, common_length, note_on_stored
-from specache.cli.tier_notice import say_on_disk
+from specache.cli.tier_notice import print_disk_choice
 from specache.config import SlowTierKind, SpeCacheConfig
 from specache.errors import ConfigError
 from specache.templates.template import ChatTemplate
@@ -50,7 +50,7 @@ SessionDir = Annotated[
 
 @dataclass(frozen=True)
 class Place:
-    """A session that a command uses: its name, and the folder that it lies in."""
+    """A session that a command uses: its name and root folder."""
 
     name: str
     root: Path
@@ -60,7 +60,7 @@ class Place:
         return self.root / self.name
 
     def settings(self, config: SpeCacheConfig, context: typer.Context) -> SpeCacheConfig:
-        """The command's settings; those that were not typed are the ones that the session was saved with.
+        """Return the command's settings; those not given on the command line come from the session.
 
         Raises:
             SessionError: the session is damaged.
@@ -76,7 +76,7 @@ class Place:
 
 
 def place(name: str | None, folder: Path | None, config: SpeCacheConfig, prompts: int) -> Place | None:
-    """Where the session of a command is; `None` if it uses none.
+    """Return the session of a command; None if it uses none.
 
     Raises:
         ConfigError: the options contradict each other.
@@ -106,19 +106,19 @@ def _is_typed(context: typer.Context, name: str) -> bool:
 
 
 class OpenedCache:
-    """The cache of a command, and the session that it is saved in, if there is one.
+    """The cache of a command, and its session, if there is one.
 
     Args:
         loaded: model and tokenizer.
         config: the cache's settings.
-        place: the session; `None`: there is none.
-        variables: for the chat template; `None` takes those of the session.
+        place: the session; None for none.
+        variables: variables of the chat template; None uses those of the session.
 
     Attributes:
-        cache: goes on as `past_key_values`.
-        messages: the conversation that the session was saved with.
+        cache: the cache to pass as `past_key_values`.
+        messages: the session's saved conversation.
         template: the chat template; a session's conversation keeps the date that it began with.
-        stored: what the session held when it was opened; `None` once a prompt was compared with it.
+        stored: what the session held when it was opened; None once a prompt was compared with it.
     """
 
     def __init__(
@@ -135,12 +135,12 @@ class OpenedCache:
         self._session: specache.Session | None = None
         self.messages: list[Message] = []
         self.stored: StoredPrompt | None = None
-        self._is_said = False
+        self._is_noted = False
         if place is None:
             self.template = ChatTemplate(loaded.tokenizer, variables)
             self.cache = self._new_cache()
             return
-        self.template = ChatTemplate(loaded.tokenizer, variables)  # refused before the session is opened
+        self.template = ChatTemplate(loaded.tokenizer, variables)  # invalid variables are refused before the session is opened
         self._session = session = specache.Session(place.name, loaded.model, config, tokenizer=loaded.tokenizer, folder=place.root)
         self.cache = session.cache
         self.messages = list(session.messages)
@@ -153,29 +153,32 @@ class OpenedCache:
             )
             self.stored = StoredPrompt(place.name, session.token_ids, self.messages, before)
 
-    def say_what_is_read_again(self, prompt: Sequence[int], messages: Sequence[Message]) -> None:
-        """Print one line before a prompt, if much of what is stored is of no use for it and nothing said so yet."""
+    def note_rereading(self, prompt: Sequence[int], messages: Sequence[Message]) -> None:
+        """Print a note before a prompt that reuses few stored tokens, unless printed before."""
         if self.stored is None:
             note = note_on_stored(self.cache, list(prompt))
         else:
             note = self.stored.note(prompt, messages, self.template)
         if note is not None:
-            if not self._is_said:
+            if not self._is_noted:
                 err.print(note, style="yellow", markup=False, soft_wrap=True)
             self.stored = None
-        self._is_said = False
+        self._is_noted = False
 
-    def say_if_nothing_was_reused(self, reused: int) -> None:
-        """Print one line after the first prompt, if all of it was read and nothing said why."""
+    def note_if_nothing_reused(self, reused: int) -> None:
+        """Print a note after the first prompt if nothing was reused and no note explained it."""
         if self.stored is not None and reused == 0:
             err.print(self.stored.nothing_reused(), style="yellow", markup=False, soft_wrap=True)
         self.stored = None
 
     def save(self, messages: Sequence[Message]) -> None:
-        """Save the cache and the conversation that it holds (none: it holds a text). Nothing, without a session.
+        """Save the cache and the conversation that it holds (none for raw text).
+
+        Do nothing without a session.
 
         Raises:
-            KeyboardInterrupt: Ctrl-C came meanwhile; it is saved all the same, unless Ctrl-C came twice.
+            KeyboardInterrupt: Ctrl-C was pressed meanwhile. The state is saved anyway, unless it
+                was pressed twice.
         """
         from specache.sessions.manifest import Rendering
 
@@ -190,13 +193,19 @@ class OpenedCache:
             self._session.save()
 
     def keep_beginning(self, prompt: Sequence[int]) -> None:
-        """Forget what is stored behind what a prompt begins with. That the rest is read again is said already."""
-        self.stored, self._is_said = None, True
+        """Forget the stored tokens behind the common beginning with a prompt.
+
+        The user knows already.
+        """
+        self.stored, self._is_noted = None, True
         if self._session is not None:
             self._session.cut(common_length(self._session.token_ids, prompt))
 
     def clear(self) -> None:
-        """Forget what the cache holds. What is said next is a new conversation, with the date of today."""
+        """Forget the cache's content.
+
+        The next message begins a new conversation, with today's date.
+        """
         self.stored = None
         self.template = ChatTemplate(self._loaded.tokenizer, self.template.variables)
         if self._session is not None:
@@ -206,14 +215,14 @@ class OpenedCache:
             self.cache = self._new_cache()
 
     def close(self) -> None:
-        """Free the cache, and the session for others."""
+        """Free the cache and close the session."""
         (self._session or self.cache).close()
 
     def _new_cache(self) -> SpeCache:
         import specache
 
         cache = specache.SpeCache(self._loaded.model, self._config)
-        cache.on_disk_chosen = say_on_disk
+        cache.on_disk_chosen = print_disk_choice
         return cache
 
     def __enter__(self) -> OpenedCache:

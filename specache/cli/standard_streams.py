@@ -1,7 +1,7 @@
-"""Standard output and standard error that may be full, closed, or a pipe that nobody reads any more.
+"""Guard standard output and standard error, which may be full, closed, or a pipe without a reader.
 
-What is written to standard output is the result: where it cannot be written the command has failed (`OutputError`). What is written
-to standard error only accompanies it: the work goes on without, and the exit code says that something was lost.
+Standard output carries the result: if it cannot be written, the command fails (`OutputError`).
+Standard error only accompanies it: the command continues, and the exit code reports the loss.
 """
 
 from __future__ import annotations
@@ -24,21 +24,27 @@ class OutputError(SpeCacheError):
 
 
 class ClosedPipeError(OutputError):
-    """The reader of standard output left, as `head` does: no mistake of anybody, and nothing to say."""
+    """The reader of standard output closed the pipe, as `head` does.
+
+    This is not an error of the user.
+    """
 
 
 class StandardStreams:
-    """What became of the standard streams of a command.
+    """The state of a command's standard streams.
 
     Attributes:
-        messages_lost: something could not be written to standard error, which was open.
+        messages_lost: True if a write to an open standard error failed.
     """
 
     def __init__(self) -> None:
         self.messages_lost = False
 
     def output_failed(self, error: OSError) -> None:
-        """Raise `OutputError`. What is left in buffers is thrown away, or the interpreter would fail with it when it ends."""
+        """Raise `OutputError`.
+
+        Discard buffered data, which would fail again when the interpreter exits.
+        """
         with suppress(OSError, ValueError, AttributeError):
             _redirect_to_nowhere(sys.__stdout__.fileno())  # type: ignore[union-attr]
         if error.errno in (errno.EPIPE, errno.ESHUTDOWN):
@@ -46,24 +52,24 @@ class StandardStreams:
         raise OutputError(f"cannot write to standard output: {error.strerror or error}.") from error
 
     def message_failed(self, error: OSError) -> None:
-        """Go on without the message."""
+        """Record that a message was lost."""
         self.messages_lost = self.messages_lost or error.errno not in (errno.EPIPE, errno.EBADF)
 
 
 class GuardedStream:
-    """A text stream whose failures go to a function; everything else is the stream's own.
+    """A text stream that passes write errors to a function. Everything else is forwarded.
 
     Args:
-        on_error: called for every write after the first failure too.
+        on_error: called for the first failed write and every later one.
     """
 
     def __init__(self, stream: Any, on_error: Callable[[OSError], None]) -> None:
         self._stream = stream
         self._on_error = on_error
-        self._broken: OSError | None = None
+        self._failure: OSError | None = None
 
     def write(self, text: str) -> int:
-        """Write text, as the stream does."""
+        """Write text to the stream."""
         self._attempt(lambda: self._stream.write(text))
         return len(text)
 
@@ -80,17 +86,17 @@ class GuardedStream:
         return getattr(self._stream, name)
 
     def _attempt(self, action: Callable[[], Any]) -> None:
-        if self._broken is None:
+        if self._failure is None:
             try:
                 action()
             except OSError as error:
-                self._broken = error
-        if self._broken is not None:
-            self._on_error(self._broken)
+                self._failure = error
+        if self._failure is not None:
+            self._on_error(self._failure)
 
 
 class _ClosedStream(io.StringIO):
-    """Stands for a standard stream that was closed before the program began (`>&-`)."""
+    """Replaces a standard stream that was closed before the program began (`>&-`)."""
 
     encoding = "utf-8"
 
@@ -100,7 +106,10 @@ class _ClosedStream(io.StringIO):
 
 @contextmanager
 def guarded_streams() -> Iterator[StandardStreams]:
-    """Guard `sys.stdout` and `sys.stderr` inside the block. A character that a terminal cannot show becomes a question mark."""
+    """Guard `sys.stdout` and `sys.stderr` inside the block.
+
+    Characters that a terminal cannot show become `?`.
+    """
     streams = StandardStreams()
     before = sys.stdout, sys.stderr
     _occupy_closed_descriptors()
@@ -115,7 +124,7 @@ def guarded_streams() -> Iterator[StandardStreams]:
 
 
 def _occupy_closed_descriptors() -> None:
-    """Open what was closed of 0, 1 and 2 on nothing: else the next file that is opened would be standard output."""
+    """Open closed descriptors of 0, 1 and 2 on the null device, so that no later file gets them."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= _STANDARD_DESCRIPTORS:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Statistics as tables for people. The numbers come from `SpeCache.stats()`, and only from there."""
+"""Format statistics for people. All numbers come from `SpeCache.stats()`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ UNKNOWN = "-"
 
 
 def size(count: float | None) -> str:
-    """Bytes in a unit that fits."""
+    """Format bytes in a fitting unit."""
     if count is None:
         return UNKNOWN
     for unit in ("B", "kB", "MB"):
@@ -21,32 +21,32 @@ def size(count: float | None) -> str:
 
 
 def percent(ratio: float | None) -> str:
-    """A share, or a dash where none was measured."""
+    """Format a share, or a dash if it was not measured."""
     return UNKNOWN if ratio is None else f"{ratio:.0%}"
 
 
 def times(ratio: float | None) -> str:
-    """A factor."""
+    """Format a factor."""
     return UNKNOWN if ratio is None else f"{ratio:.2f}x"
 
 
 def seconds(duration: float | None) -> str:
-    """A duration."""
+    """Format a duration."""
     return UNKNOWN if duration is None else f"{duration:.2f} s"
 
 
 def rate(per_second: float | None) -> str:
-    """Tokens per second."""
+    """Format tokens per second."""
     return UNKNOWN if per_second is None else f"{per_second:.1f}"
 
 
 def total_ratio(stats: dict[str, Any]) -> float | None:
-    """Memory of all tiers over an ordinary 16-bit cache."""
+    """Return the memory of all tiers as a share of an ordinary 16-bit cache."""
     return stats["total_bytes"] / stats["full_bytes"] if stats["full_bytes"] else None
 
 
 def statistics_table(stats: dict[str, Any], config: dict[str, Any]) -> Table:
-    """One run's statistics, one per line."""
+    """Return one run's statistics, one per line."""
     table = Table(title=_title(config), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="dim")
     table.add_column(justify="right")

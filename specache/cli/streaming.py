@@ -1,4 +1,4 @@
-"""Token ids in, text out as soon as it is certain."""
+"""Turn token ids into text as soon as it is final."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ _HALF_A_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
 
 class TextAssembler:
-    """Turns one sequence's token ids into text, a piece at a time.
+    """Decodes one sequence's tokens to text, piece by piece.
 
-    A piece is held back while it may still change: half of a multi-byte character, or the beginning of a stop text.
-    The stop text itself and what follows it are left out. So are special tokens; two words with one between them get a space.
+    A piece is held back while it may change: half of a multi-byte character, or the beginning of a
+    stop string. Stop strings, text behind them, and special tokens are omitted; two words separated
+    by a special token get a space.
 
     Args:
         tokenizer: decodes the tokens.
-        stops: texts to stop before.
-        strip_start: leave out whitespace before the first text.
+        stops: stop strings.
+        strip_start: omit leading whitespace.
     """
 
     def __init__(self, tokenizer: Any, stops: Sequence[str] = (), *, strip_start: bool = False) -> None:
@@ -30,39 +31,39 @@ class TextAssembler:
         self._special_ids = frozenset(getattr(tokenizer, "all_special_ids", ()))
         self._stops = tuple(stops)
         self._strip_start = strip_start
-        self._after_special = self._begins = False  # what the next text comes after
+        self._after_special = self._begins = False  # what precedes the next text
         self._ids: list[int] = []
-        self._context = 0  # first token of the text that was handed over last
-        self._decoded = 0  # tokens whose text is in `_text`
+        self._context = 0  # first token of the text that was returned last
+        self._decoded = 0  # number of tokens decoded into `_text`
         self._text = ""
-        self._given = 0  # characters of `_text` that were returned
+        self._given = 0  # number of characters of `_text` returned
         self.stopped = False
 
     @property
     def text(self) -> str:
-        """Everything returned so far."""
+        """Return all text returned so far."""
         return self._text[: self._given]
 
     def push(self, token_id: int) -> str:
-        """Add a token. Returns the text that became certain with it, often none."""
+        """Add a token and return the text that became final, often none."""
         self._ids.append(token_id)
         self._after_special |= token_id in self._special_ids
         self._decode()
         return self._hand_out(len(self._text) - self._undecided())
 
     def begin_message(self) -> None:
-        """What comes is a message of its own: on a new line, if there is text before it."""
+        """Begin a new message: on a new line, if there is text before it."""
         self._decode(last=True)
         self._context = self._decoded = len(self._ids)
         self._begins = True
 
     def finish(self) -> str:
-        """No more tokens come: returns what was held back."""
+        """End the sequence and return the text held back."""
         self._decode(last=True)
         return self._hand_out(len(self._text))
 
     def _decode(self, last: bool = False) -> None:
-        """Decode new tokens together with those before them: alone, tokenizers drop the space in front."""
+        """Decode new tokens together with earlier ones, or tokenizers drop the space in front."""
         before = self._tokenizer.decode(self._ids[self._context : self._decoded], skip_special_tokens=True)
         both = self._tokenizer.decode(self._ids[self._context :], skip_special_tokens=True)
         if len(both) <= len(before) or (both.endswith(_HALF_A_CHARACTER) and not last):
@@ -90,7 +91,7 @@ class TextAssembler:
             self.stopped = True
 
     def _undecided(self) -> int:
-        """Characters at the end that may be the beginning of a stop text."""
+        """Return the number of trailing characters that may begin a stop string."""
         if self.stopped:
             return 0
         tails = (n for stop in self._stops for n in range(1, len(stop)) if self._text.endswith(stop[:n]))
@@ -103,7 +104,7 @@ class TextAssembler:
 
 
 class _Row:
-    """One sequence's tokens, and the text and the reasoning that they make."""
+    """One sequence's tokens, and their text and reasoning."""
 
     def __init__(self, tokenizer: Any, stops: Sequence[str], parser: ChannelParser | None) -> None:
         self.token_ids: list[int] = []
@@ -116,12 +117,12 @@ class _Row:
 
     @property
     def reasoning(self) -> str | None:
-        """`None` where the model knows no channels."""
+        """Return the reasoning; None if the model has no channels."""
         return None if self._parser is None else self._parts[Part.REASONING].text
 
     @property
     def ended(self) -> bool:
-        """Whether nothing that comes belongs to the answer: after a stop text, or a final message's end."""
+        """Return True after a stop string or the end of a final message: the answer is complete."""
         return any(part.stopped for part in self._parts.values()) or (self._parser is not None and self._parser.ended)
 
     def push(self, token_id: int) -> list[tuple[Part, str]]:
@@ -134,27 +135,28 @@ class _Row:
         return [*held, *((part, assembler.finish()) for part, assembler in self._parts.items())]
 
     def _assembled(self, pieces: list[Piece]) -> list[tuple[Part, str]]:
-        said = []
+        texts = []
         for piece in pieces:
             assembler = self._parts[piece.part]
             if piece.begins:
                 assembler.begin_message()
-            said += [(piece.part, assembler.push(token_id)) for token_id in piece.token_ids]
-        return said
+            texts += [(piece.part, assembler.push(token_id)) for token_id in piece.token_ids]
+        return texts
 
 
 class AnswerRecorder:
-    """A streamer that keeps each sequence's new tokens and text, without the padding after its end.
+    """A streamer that keeps each sequence's new tokens and text, without padding.
 
-    Unlike transformers' `TextStreamer` it takes batches. What was generated before an interrupt is all here.
+    Unlike transformers' `TextStreamer` it takes batches. It keeps everything generated before an
+    interrupt.
 
     Args:
         tokenizer: decodes the tokens.
-        end_ids: token ids that end a sequence; they are in `token_ids` and in no text.
-        stops: texts that end a sequence; they are left out of `texts`.
+        end_ids: token ids that end a sequence; they are in `token_ids`, but not in the text.
+        stops: stop strings, omitted from `texts`.
         on_text: called with (sequence index, new text).
         on_first: called once, before the first new token.
-        parsers: per sequence what tells its reasoning from its text; `None`: all is text.
+        parsers: per sequence, the parser of its channels; None: everything is text.
         on_reasoning: called with (sequence index, new reasoning).
     """
 
@@ -178,26 +180,26 @@ class AnswerRecorder:
 
     @property
     def token_ids(self) -> list[list[int]]:
-        """Tokens so far, per sequence."""
+        """Return the tokens so far, per sequence."""
         return [row.token_ids for row in self._rows]
 
     @property
     def texts(self) -> list[str]:
-        """Text so far, per sequence."""
+        """Return the text so far, per sequence."""
         return [row.text for row in self._rows]
 
     @property
     def reasonings(self) -> list[str | None]:
-        """Reasoning so far, per sequence; `None` of models that know no channels."""
+        """Return the reasoning so far, per sequence; None for models without channels."""
         return [row.reasoning for row in self._rows]
 
     @property
     def ended(self) -> list[bool]:
-        """Per sequence whether its answer is over, whatever its last token is."""
+        """Return per sequence True if its answer has ended, whatever its last token is."""
         return [row.ended for row in self._rows]
 
     def put(self, value: torch.Tensor) -> None:
-        """The prompt first, then `[B]` token ids per step."""
+        """Take the prompt first, then `[B]` token ids per step."""
         if not self._saw_prompt:
             self._saw_prompt = True
             return
@@ -208,7 +210,7 @@ class AnswerRecorder:
             self._put_token(index, token)
 
     def end(self) -> None:
-        """Hand over what was held back."""
+        """Emit the text held back."""
         for index, row in enumerate(self._rows):
             self._say(index, row.finish())
 
@@ -225,8 +227,8 @@ class AnswerRecorder:
         if token not in self._end_ids:
             self._say(index, row.push(token))
 
-    def _say(self, index: int, said: list[tuple[Part, str]]) -> None:
-        for part, text in said:
+    def _say(self, index: int, texts: list[tuple[Part, str]]) -> None:
+        for part, text in texts:
             callback = self._callbacks[part]
             if text and callback is not None:
                 callback(index, text)

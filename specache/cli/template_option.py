@@ -23,10 +23,10 @@ TemplateVariables = Annotated[
 
 
 def parse_variables(text: str | None) -> dict[str, Any] | None:
-    """The variables that `--chat-template-kwargs` names, or `None` where it was not given.
+    """Return the variables of `--chat-template-kwargs`; None if it was not given.
 
     Raises:
-        ConfigError: it is no JSON object, or names something that the template is given anyway.
+        ConfigError: it is not a JSON object, or sets a reserved name.
     """
     if text is None:
         return None
@@ -35,10 +35,10 @@ def parse_variables(text: str | None) -> dict[str, Any] | None:
         variables = json.loads(text, parse_constant=_refuse_constant)
         check_text(json.dumps(variables, ensure_ascii=False), "it", TextError)
     except (json.JSONDecodeError, RecursionError, TextError) as error:
-        said = "too deep" if isinstance(error, RecursionError) else str(error).rstrip(".")
+        problem = "too deep" if isinstance(error, RecursionError) else str(error).rstrip(".")
         if isinstance(error, json.JSONDecodeError):
-            said = f"{error.msg} at column {error.colno}"
-        raise ConfigError(f"--chat-template-kwargs is not JSON ({said}). Write an object, {example}.") from None
+            problem = f"{error.msg} at column {error.colno}"
+        raise ConfigError(f"--chat-template-kwargs is not JSON ({problem}). Write an object, {example}.") from None
     if not isinstance(variables, dict):
         raise ConfigError(f"--chat-template-kwargs must be a JSON object, {example}; got {text[:60]}.")
     ChatTemplate(None, variables)
@@ -46,12 +46,12 @@ def parse_variables(text: str | None) -> dict[str, Any] | None:
 
 
 def _refuse_constant(name: str) -> None:
-    """Python reads NaN and Infinity; a session could not be read with them."""
+    """Refuse NaN and Infinity, which Python accepts but a session could not be read with."""
     raise TextError(f"{name} is no number of JSON")
 
 
 def check_variables(template: ChatTemplate) -> None:
-    """Say which variables the template does not know: it ignores them."""
+    """Print which variables the template ignores."""
     for name in template.unknown_variables:
         note = f"The model's chat template knows no variable {name!r}; it has no effect."
         err.print(note, style="yellow", markup=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""What the commands say of `--slow-tier auto`: in one line, in `doctor` and in `plan`."""
+"""Describe the choice of `--slow-tier auto`: as a note, in `doctor` and in `plan`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ if TYPE_CHECKING:
     from specache.tiers.tier_choice import TierChoice
 
 
-def say_on_disk(choice: TierChoice) -> None:
-    """Print one line: the 16-bit pairs go to disk, and why. From then on the heap is kept small."""
+def print_disk_choice(choice: TierChoice) -> None:
+    """Print that the 16-bit pairs go to disk, and why. Keep the heap small from then on."""
     heap.keep_small()
-    err.print(f"slow tier auto: {chosen_in_words(choice.to_dict())}", style="yellow", markup=False, soft_wrap=True)
+    err.print(f"slow tier auto: {choice_text(choice.to_dict())}", style="yellow", markup=False, soft_wrap=True)
 
 
-def chosen_in_words(choice: dict[str, Any], including: str = "beside the model") -> str:
-    """Say which tier was chosen, and why (`TierChoice.to_dict`); the need is meant `including` or beside the weights."""
+def choice_text(choice: dict[str, Any], including: str = "beside the model") -> str:
+    """Return which tier was chosen, and why (`TierChoice.to_dict`).
+
+    `including` says whether the need counts the weights.
+    """
     needed, free = f"{size(choice['needed_bytes'])} {including}", size(choice["free_bytes"])
     if choice["slow_dir"] is None:
         return f"16-bit pairs in memory ({choice['slow_tier']}): this needs {needed}, and {free} are free."
@@ -31,7 +34,7 @@ def chosen_in_words(choice: dict[str, Any], including: str = "beside the model")
 
 
 def auto_facts() -> dict[str, Any]:
-    """What `auto` has to go by here and now, for `doctor`."""
+    """Return the facts that `auto` decides by now, for `doctor`."""
     from specache.engine.auto_tier import most_that_fits
     from specache.tiers.disk.rows_folder import choose_rows_folder
 

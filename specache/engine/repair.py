@@ -137,7 +137,7 @@ def _report(name: str, path: Path, found: Inspection) -> RepairReport:
 
 def _mendable(name: str, found: Inspection) -> Inspection:
     if found.token_ids is None:
-        parts = ", ".join(sorted(found.broken_files))
+        parts = ", ".join(sorted(found.damaged_files))
         why = "their copy too" if found.manifest.token_copy else "this session was saved before copies of them were kept"
         raise SessionError(
             f"The session {name!r} cannot be mended: its tokens are damaged, and {why} ({parts}). Nothing was changed. Use another "
@@ -148,7 +148,7 @@ def _mendable(name: str, found: Inspection) -> Inspection:
 
 def _intact(manifest: Manifest, found: Inspection) -> Manifest:
     """The manifest without the checkpoints that are damaged."""
-    kept = tuple(one for one in manifest.checkpoints if one.file not in found.broken_files)
+    kept = tuple(one for one in manifest.checkpoints if one.file not in found.damaged_files)
     return _listed(replace(manifest, checkpoints=kept))
 
 
@@ -165,14 +165,14 @@ def _mend_files(path: Path, found: Inspection) -> None:
     """
     manifest = _intact(found.manifest, found)
     try:
-        if "tokens" in found.broken:
+        if "tokens" in found.damaged_kinds:
             tail, specs = state.open_tail(path, manifest), state.token_specs(manifest)
             name = f"tokens-{secrets.token_hex(8)}.safetensors"
             tensors = {key: TensorSpec.of(tensor) for key, tensor in tail.read(specs).items()}
             files = {**manifest.files, name: write_snapshot(path / name, tensors)}
             manifest = _listed(replace(manifest, token_copy=name, files=files))
         write_manifest(path, manifest)
-        for file in found.broken_files - set(manifest.files):
+        for file in found.damaged_files - set(manifest.files):
             if is_data_file(file):
                 (path / file).unlink(missing_ok=True)
     except OSError as error:
@@ -257,7 +257,7 @@ class MendedSession(Session):
         cache.sequences = [sequence]
         sequence.tier.close()
         sequence.checkpoints = self._checkpoints
-        if self.found.broken & {"tail", "pages"}:
+        if self.found.damaged_kinds & {"tail", "pages"}:
             manifest = replace(manifest, pages=())  # all of them are written anew
             self._rebuild(sequence, manifest)
         else:
@@ -268,7 +268,7 @@ class MendedSession(Session):
 
     def _rebuild(self, sequence: Sequence, manifest: Manifest) -> None:
         """Make the low-bit copy again from the rows, and all else from the tail, or from what there is instead of it."""
-        tail = None if "tail" in self.found.broken else state.open_tail(self.folder, manifest)
+        tail = None if "tail" in self.found.damaged_kinds else state.open_tail(self.folder, manifest)
         length, stored, rings = (manifest.tokens, manifest.tokens, None) if tail else self._go_back(manifest)
         if length == 0:
             self._checkpoints.forget_after(0)
@@ -309,7 +309,7 @@ class MendedSession(Session):
             stored, rings = checkpoint
             length = min(stored, length)
         fixed = all(tail.weights for tail in manifest.tails.values())
-        known = fixed and "tokens" not in self.found.broken and length >= config.residual + config.group_size
+        known = fixed and "tokens" not in self.found.damaged_kinds and length >= config.residual + config.group_size
         return (length, stored, rings) if known else (0, 0, None)
 
     def _token_copy(self, manifest: Manifest) -> Snapshot:

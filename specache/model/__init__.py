@@ -1,1 +1,1 @@
-"""What specache needs to know of a model before it runs."""
+"""Facts about a model that specache needs before it runs."""

@@ -1,7 +1,7 @@
-"""A model's dimensions, as far as memory depends on them, read from its modules. They need not have weights.
+"""Read the dimensions of a model that its memory depends on, with or without weights.
 
-`without_weights` makes a model on PyTorch's `meta` device: its modules and shapes, but no numbers. Symbols: `Hq` query heads, `Hkv`
-key-value heads, `D` head dimension, `e` bytes of an activation.
+`without_weights` makes a model on PyTorch's `meta` device, with modules and shapes but no numbers.
+Symbols: `Hq` query heads, `Hkv` key-value heads, `D` head dimension, `e` bytes of an activation.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specache.linear import cpu_linear as products
+from specache.linear import cpu_linear
 from specache.linear.weight_quant import Int4Linear, Int8Linear, WeightFormat, quantised_bytes
 from specache.model.identity.tensors import plain_tensors
 from specache.model.identity.wrappers import unwrapped
@@ -24,7 +24,7 @@ _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")  # by 
 
 @dataclass(frozen=True)
 class LayerDimensions:
-    """One attention layer: `Hq`, `Hkv`, `D`, and the sliding window in tokens (`None`: full attention)."""
+    """One attention layer: `Hq`, `Hkv`, `D`, and the window in tokens (None: full attention)."""
 
     query_heads: int
     kv_heads: int
@@ -32,7 +32,7 @@ class LayerDimensions:
     window: int | None
 
     def row_bytes(self, itemsize: int) -> int:
-        """Bytes of one token's `[K | V]`, all KV heads."""
+        """Return the bytes of one token's `[K | V]`, for all KV heads."""
         return 2 * self.kv_heads * self.head_dim * itemsize
 
 
@@ -41,20 +41,23 @@ class ModelDimensions:
     """Dimensions of a model.
 
     Attributes:
-        layers: in order.
+        layers: attention layers in order.
         hidden: width of the residual stream, in elements.
-        mlp: elements that the feed-forward layer of one token makes (all experts it is sent to together).
+        mlp: intermediate elements of the feed-forward layer per token (all active experts
+            together).
         vocabulary: number of logits.
-        itemsize: bytes of an activation and of a 16-bit row's element (`e`).
-        softcap: whether attention scores are capped (Gemma 2), which PyTorch's fused attention cannot do.
+        itemsize: bytes of an activation and of a 16-bit element (`e`).
+        softcap: True if attention scores are capped (Gemma 2), which PyTorch's fused attention does
+            not support.
         device: `cpu` or `cuda`.
         max_positions: as in `ModelInfo`.
-        rope_switch: prompts longer than this run in one chunk; or `None`.
-        weight_bytes: all parameters and buffers.
-        read_bytes: those that a decode step of one token reads.
-        matrix_elements: of the largest linear layer that is formed from int8 or int4 codes while prefilling, else 0.
-        dynamic_rope: frequencies change with every token past the switch.
-        widens: products of 16-bit weights go through float32, a block at a time (`products`).
+        rope_switch: prompts longer than this are prefilled in one chunk; or None.
+        weight_bytes: bytes of all parameters and buffers.
+        read_bytes: bytes of weights that a decode step of one token reads.
+        matrix_elements: elements of the largest linear layer that prefill dequantises from int8 or
+            int4 codes, else 0.
+        dynamic_rope: RoPE frequencies change with every token past the switch.
+        widens: products of 16-bit weights go through float32, block by block (`linear.cpu_linear`).
     """
 
     layers: tuple[LayerDimensions, ...]
@@ -74,16 +77,20 @@ class ModelDimensions:
 
     @property
     def full_layers(self) -> tuple[LayerDimensions, ...]:
-        """Layers of full attention."""
+        """Return the full-attention layers."""
         return tuple(layer for layer in self.layers if layer.window is None)
 
     @property
     def sliding_layers(self) -> tuple[LayerDimensions, ...]:
+        """Return the sliding-window layers."""
         return tuple(layer for layer in self.layers if layer.window is not None)
 
 
 def without_weights(config: Any, dtype: torch.dtype) -> Any:
-    """The model of a transformers configuration on the `meta` device: nothing is loaded or computed."""
+    """Return the model of a transformers configuration on the `meta` device.
+
+    Nothing is loaded or computed.
+    """
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -93,11 +100,11 @@ def without_weights(config: Any, dtype: torch.dtype) -> Any:
 def dimensions_of(
     model: Any, info: ModelInfo | None = None, device: str | None = None, weights: WeightFormat = WeightFormat.AUTO
 ) -> ModelDimensions:
-    """Dimensions of a transformers model.
+    """Return the dimensions of a transformers model.
 
     Args:
-        info: what `inspect_model` found, if it was asked.
-        device: where the model will compute; `None` is where it is.
+        info: result of `inspect_model`, if available.
+        device: device that the model will compute on; None is its current one.
         weights: format that its linear layers will have, for a model without weights.
 
     Raises:
@@ -123,12 +130,15 @@ def dimensions_of(
         weight_bytes=held,
         read_bytes=read,
         matrix_elements=matrix,
-        widens=(device or info.device.type) == "cpu" and products.widens(info.dtype),
+        widens=(device or info.device.type) == "cpu" and cpu_linear.widens(info.dtype),
     )
 
 
 def _layer(module: Any, config: Any, window: int | None) -> LayerDimensions:
-    """From the key projection where there is one (a rank of tensor parallelism has its own heads), else from the configuration."""
+    """Return a layer's dimensions from its key projection, else from the configuration.
+
+    Under tensor parallelism a rank has fewer heads than the configuration says.
+    """
     heads = int(config.num_attention_heads)
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     dim = head_dim(module) or getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -140,7 +150,7 @@ def _layer(module: Any, config: Any, window: int | None) -> LayerDimensions:
 
 
 def _experts_used(config: Any) -> tuple[int, int]:
-    """(experts that a token is sent to, experts) of a mixture, else (1, 1)."""
+    """Return (active experts per token, experts) of a mixture of experts, else (1, 1)."""
     used = getattr(config, "num_experts_per_tok", None)
     experts = next((n for name in _EXPERT_COUNTS if (n := getattr(config, name, None))), None)
     return (int(used), int(experts)) if used and experts else (1, 1)
@@ -156,7 +166,7 @@ def _mlp_width(config: Any) -> int:
 
 
 def _weights(model: Any, weights: WeightFormat, experts: tuple[int, int]) -> tuple[int, int, int]:
-    """Bytes held, bytes read for one token, and elements of the largest matrix that is formed from codes."""
+    """Return (bytes held, bytes read per token, elements of the largest dequantised matrix)."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = getattr(head, "weight", None) is getattr(embedding, "weight", head)
     head_reads_embedding = tied and quantised_bytes(head, weights) is None
@@ -173,7 +183,7 @@ def _weights(model: Any, weights: WeightFormat, experts: tuple[int, int]) -> tup
             size = sum(part.nbytes for _, part in plain_tensors(tensor))
             held += size
             if module is embedding and not head_reads_embedding:
-                continue  # one row of it
+                continue  # a token reads one row of it
             read += size * experts[0] // experts[1] if ".experts" in name else size
         packed = _packed_bytes(module)
         held, read = held + packed, read + packed
@@ -185,7 +195,7 @@ def _own(module: nn.Module) -> list[Tensor]:
 
 
 def _packed_bytes(module: Any) -> int:
-    """Bytes of the matrix in a linear layer that PyTorch quantised, whose weight is no parameter."""
+    """Return the bytes of a PyTorch-quantised linear layer's matrix, which is not a parameter."""
     packed = module._modules.get("_packed_params")
     if packed is None or not hasattr(module, "out_features"):
         return 0

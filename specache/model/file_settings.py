@@ -1,7 +1,8 @@
-"""Generation settings that come with a model's files, which nobody typed.
+"""Generation settings that come from a model's files rather than from the caller.
 
-A caller's own setting that cannot be honoured is refused. The same setting in the model's generation_config.json or config.json is
-replaced, silently where that changes nothing that comes out, with a warning where it does: the files were written for any library.
+A caller's own setting that specache does not support is refused. The same setting in the model's
+generation_config.json or config.json is replaced, since those files were written for any library:
+silently where the output stays the same, otherwise with a warning.
 """
 
 from __future__ import annotations
@@ -15,31 +16,33 @@ from torch import Tensor
 
 from specache.errors import UsageError
 
-DEFAULT_NEW_TOKENS = 20  # as in stock generate
+DEFAULT_NEW_TOKENS = 20  # default of stock generate
 _ADVICE = "Use greedy or sampled decoding (num_beams=1), or the model's stock generate()."
 _LEFT_OUT = "is not available: no step holds the attention of a whole layer. Leave it out."
 
 
 @dataclass(frozen=True)
 class Unavailable:
-    """A generation setting with values that specache cannot honour.
+    """A generation setting that specache does not support for some values.
 
     Attributes:
-        wanted: whether a value is such a one.
-        instead: the value that takes its place where the model's files have it.
-        effect: what that changes in the answer, for the warning; `None` where nothing does.
-        refusal: what a caller who typed it is told, with `{value}`.
+    is_unsupported: returns True for an unsupported value.
+        instead: replacement for a value from the model's files.
+        effect: effect of the replacement on the output, for the warning; None if there is none.
+        refusal: message for a caller who passed it, with `{value}`.
     """
 
     name: str
-    wanted: Callable[[Any], bool]
+    is_unsupported: Callable[[Any], bool]
     instead: Any
     effect: str | None
     refusal: str
 
 
-def _mode(name: str, wanted: Callable[[Any], bool], instead: Any, effect: str | None, label: str | None = None) -> Unavailable:
-    return Unavailable(name, wanted, instead, effect, f"specache cannot decode with {label or name}. {_ADVICE}")
+def _mode(
+    name: str, is_unsupported: Callable[[Any], bool], instead: Any, effect: str | None, label: str | None = None
+) -> Unavailable:
+    return Unavailable(name, is_unsupported, instead, effect, f"specache cannot decode with {label or name}. {_ADVICE}")
 
 
 def _is_set(value: Any) -> bool:
@@ -53,7 +56,7 @@ UNAVAILABLE = (
     _mode("dola_layers", _is_set, None, _GREEDY),
     _mode("constraints", bool, None, _GREEDY),
     _mode("force_words_ids", bool, None, _GREEDY, "constraints (force_words_ids)"),
-    _mode("prompt_lookup_num_tokens", _is_set, None, None),  # these draft the tokens of ordinary decoding
+    _mode("prompt_lookup_num_tokens", _is_set, None, None),  # these draft the same tokens as ordinary decoding
     _mode("assistant_early_exit", _is_set, None, None),
     _mode("use_mtp", bool, None, None),
     Unavailable("output_attentions", bool, False, "the output has no attentions", f"output_attentions {_LEFT_OUT}"),
@@ -91,12 +94,13 @@ _ONLY_IN_THE_OUTPUT = {"output_attentions", "output_hidden_states"}
 
 
 class GenerationSettings:
-    """The settings of one call: what the caller typed, the GenerationConfig that was passed, and what the model's files say.
+    """The settings of one call: the caller's arguments, the passed GenerationConfig, and the
+    model's files.
 
     Args:
         typed: keyword arguments of the call.
-        config: the GenerationConfig that was passed. What it has in common with the model's own may be a copy of that (pipelines
-            make one), so it counts as the files'.
+        config: the GenerationConfig that was passed. Values equal to the model's own count as the
+            files', since pipelines copy them.
     """
 
     def __init__(self, model: Any, typed: Mapping[str, Any], config: Any = None) -> None:
@@ -105,29 +109,31 @@ class GenerationSettings:
         self._config = config
 
     def value(self, name: str) -> Any:
-        """The value that is in effect, or `None` where nobody set one."""
+        """Return the effective value; None if it is not set."""
         if name in self._typed:
             return self._typed[name]
         value = getattr(self._config, name, None)
         return getattr(self._files, name, None) if value is None else value
 
     def is_typed(self, name: str) -> bool:
-        """Whether the value in effect is the caller's."""
+        """Return True if the effective value comes from the caller."""
         if name in self._typed:
             return True
         value = getattr(self._config, name, None)
         return value is not None and value != getattr(self._files, name, None)
 
     def replacements(self) -> dict[str, Any]:
-        """What is used instead of settings of the model's files that cannot be honoured. Warns where that shows.
+        """Return replacements for unsupported settings of the model's files.
+
+        Warn if the output changes.
 
         Raises:
-            UsageError: the caller typed one; the message names it.
+            UsageError: the caller passed an unsupported setting; the message names it.
         """
         found: dict[str, Any] = {}
         for setting in UNAVAILABLE:
             value = self.value(setting.name)
-            if not setting.wanted(value):
+            if not setting.is_unsupported(value):
                 continue
             if self.is_typed(setting.name):
                 raise UsageError(setting.refusal.format(value=value))
@@ -140,17 +146,19 @@ class GenerationSettings:
         return found
 
     def padding_token(self) -> int | None:
-        """The token that can only be padding: as in stock generate, none where the pad token also ends a text."""
+        """Return the token that is only padding; None if it also ends a text, as in stock
+        generate.
+        """
         pad, ends = self.value("pad_token_id"), self.value("eos_token_id")
         if isinstance(ends, Tensor):
             ends = ends.flatten().tolist()
         return None if pad in (ends if isinstance(ends, list) else [ends]) else pad
 
     def max_length(self, prompt_tokens: int) -> dict[str, Any]:
-        """The replacement for a `max_length` of the model's files that leaves no room behind a prompt.
+        """Return a replacement for the files' `max_length` if it leaves no room behind the prompt.
 
         Raises:
-            UsageError: the caller typed such a one.
+            UsageError: the caller passed such a `max_length`.
         """
         limit = self.value("max_length")
         if limit is None or limit > prompt_tokens or self.value("max_new_tokens") is not None:
@@ -166,10 +174,10 @@ class GenerationSettings:
         return {"max_length": prompt_tokens + DEFAULT_NEW_TOKENS}
 
     def stop_strings(self, tokenizer: Any) -> list[str] | str | None:
-        """The texts to stop at, which a tokenizer is needed for.
+        """Return the stop strings, which need a tokenizer.
 
         Raises:
-            UsageError: the caller typed some and passed no tokenizer.
+            UsageError: the caller passed some without a tokenizer.
         """
         texts = self.value("stop_strings")
         if not texts or tokenizer is not None:
@@ -182,7 +190,7 @@ class GenerationSettings:
         return None
 
     def _one_answer(self) -> dict[str, Any]:
-        """Several beams of one search were asked for, and there is no search."""
+        """Return the replacement for several beams of a search, since there is no search."""
         if self.is_typed("num_return_sequences"):
             raise UsageError(
                 "num_return_sequences needs sampling: the model's files set num_beams, which specache cannot do. Pass "
@@ -194,10 +202,10 @@ class GenerationSettings:
 def one_row_per_answer(
     input_ids: Tensor, arguments: dict[str, Any], replacements: Mapping[str, Any]
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Undo stock generate's repetition of every prompt for each beam, where the beams were replaced.
+    """Undo stock generate's repetition of prompts per beam, if the beams were replaced.
 
     Args:
-        input_ids: [B * max(beams, answers), S]; the same holds for the mask and positions among `arguments`.
+        input_ids: [B * max(beams, answers), S]; likewise the mask and positions among `arguments`.
 
     Returns:
         input_ids [B * answers, S], and the arguments likewise.

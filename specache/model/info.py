@@ -1,6 +1,6 @@
-"""What specache needs to know of a model before it runs: which layers slide, how many positions, which RoPE.
+"""Inspect a model before it runs: sliding layers, number of positions, RoPE.
 
-Models that the method cannot serve are refused here, with the reason.
+Refuse unsupported models with the reason.
 """
 
 from __future__ import annotations
@@ -29,16 +29,19 @@ class ModelInfo:
     """Facts about one model.
 
     Attributes:
-        windows: per layer, the sliding window in tokens, or `None` for full attention.
-        max_positions: tokens the model was made for, RoPE scaling included, or `None` (`specache.model.positions`).
-        position_limit: tokens past which nothing can be computed, whatever was asked for, or `None`.
-        limit_reason: what ends there.
+        windows: per layer, the sliding window in tokens, or None for full attention.
+        max_positions: tokens the model was made for, RoPE scaling included, or None
+            (`model.positions`).
+        position_limit: hard limit of the sequence length in tokens, or None.
+        limit_reason: explanation of the limit.
         rope_type: `default`, `llama3`, `dynamic`, `longrope`, ...
-        rope_switch: with `dynamic` and `longrope`, the length above which frequencies change; else `None`.
-        fingerprint: identifies configuration and class (of an evaluation's results).
-        couples_rows: the rows of a pass change each other's numbers (PyTorch's dynamic quantisation scales all of them alike).
-        device: where the model computes.
-        dtype: of its activations: that of its first parameter that is not packed.
+        rope_switch: with `dynamic` and `longrope`, the length above which frequencies change; else
+            None.
+        fingerprint: identifies configuration and class (for an evaluation's results).
+        couples_rows: rows of a batch affect each other's numbers (PyTorch's dynamic quantisation
+            uses one scale for all of them).
+        device: device that the model computes on.
+        dtype: dtype of its activations: that of its first parameter that is not packed.
     """
 
     windows: tuple[int | None, ...]
@@ -53,10 +56,11 @@ class ModelInfo:
     couples_rows: bool = False
 
     def check_position(self, position: int) -> None:
-        """Refuse to run a token at `position` that the model has no place for.
+        """Refuse to run a token at a `position` beyond the model's limit.
 
         Raises:
-            UsageError: with what ends there. Stock `generate` fails with an index error, or goes on with a window.
+            UsageError: the position is beyond the limit; the message says which. Stock `generate`
+                fails with an index error, or continues with a window.
         """
         if self.position_limit is not None and position >= self.position_limit:
             raise UsageError(
@@ -65,21 +69,27 @@ class ModelInfo:
             )
 
     def rope_side(self, position: int) -> int:
-        """Rows whose sides differ may not share a forward pass: its longest position decides its frequencies."""
+        """Return the regime of RoPE frequencies at a position.
+
+        Rows of different regimes may not share a forward pass, whose longest position decides the
+        frequencies.
+        """
         if self.rope_switch is None or position < self.rope_switch:
             return 0
         return position + 1 if self.rope_type == "dynamic" else 1
 
     def keeps_keys(self, last: int, position: int) -> bool:
-        """Whether keys of a text whose last position is `last` are those that one up to `position` has: its length decides the
-        frequencies (long RoPE, as stock re-computes them), and one that is short again has the original ones.
+        """Return True if keys of a text up to `last` stay valid in a text up to `position`.
+
+        The length decides the frequencies (long RoPE, as stock recomputes them), and a text that
+        became short again has the original ones.
         """
         before, after = self.rope_side(last), self.rope_side(position)
         return before == after if self.rope_type == "longrope" else not before or bool(after)
 
 
 def inspect_model(model: Any) -> ModelInfo:
-    """Facts about a transformers model, which may be wrapped (`unwrapped`).
+    """Return the facts about a transformers model, which may be wrapped (`unwrapped`).
 
     Raises:
         UnsupportedModelError: its attention cannot run over a low-bit copy.
@@ -116,7 +126,10 @@ def inspect_model(model: Any) -> ModelInfo:
 
 
 def _place(model: Any) -> tuple[torch.device, torch.dtype]:
-    """Return where a model computes, and in which dtype; its weights may be packed, or kept elsewhere between passes."""
+    """Return a model's device and dtype.
+
+    Its weights may be packed, or kept elsewhere between passes.
+    """
     parameters = [*model.parameters()] or [torch.empty(0)]
     device = parameters[0].device
     if device.type == "meta":
@@ -126,7 +139,10 @@ def _place(model: Any) -> tuple[torch.device, torch.dtype]:
 
 
 def _windows(name: str, config: Any, positions: int | None) -> tuple[tuple[int | None, ...], int | None]:
-    """(each layer's window; the shortest window that is as long as the positions and counts as full attention, or `None`)."""
+    """Return (windows by layer, shortest window treated as full attention or None).
+
+    A window at least as long as the model's positions counts as full attention.
+    """
     settings = [layer_settings(config, index) for index in range(config.num_hidden_layers)]
     sizes = [getattr(each, "sliding_window", None) for each in settings]
     kinds = getattr(config, "layer_types", None)
@@ -160,7 +176,7 @@ def _check_modules(name: str, model: Any) -> None:
 
 
 def _limit(model: Any, as_full: int | None) -> tuple[int | None, str]:
-    """(tokens past which nothing can be computed, what ends there)."""
+    """Return (hard limit of the sequence length or None, its reason)."""
     table = position_table(model)
     if table is not None:
         return table, f"the model's learned positions end at {table:,}"
@@ -192,10 +208,13 @@ def _refuse(name: str, model: Any, config: Any) -> None:
         raise UnsupportedModelError(
             f"{name} counts positions itself and takes none, so a chunk of its prompt would begin at the first position again."
         )
-    if any(_looks_ahead(module) for module in model.modules()):
+    if any(_is_bidirectional(module) for module in model.modules()):
         raise UnsupportedModelError(f"{name} attends to later tokens too (it is an encoder); specache runs causal decoders.")
 
 
-def _looks_ahead(module: Any) -> bool:
-    """Whether a module is bidirectional attention over text (image encoders do not number their layers)."""
+def _is_bidirectional(module: Any) -> bool:
+    """Return True for bidirectional attention over text.
+
+    Image encoders do not count: they do not number their layers.
+    """
     return getattr(module, "layer_idx", None) is not None and getattr(module, "is_causal", True) is False

@@ -1,4 +1,4 @@
-"""Settings and attention modules layer by layer, for models whose layers are not all alike."""
+"""Settings and attention modules layer by layer, for models with differing layers."""
 
 from __future__ import annotations
 
@@ -9,14 +9,20 @@ from torch import Tensor
 
 
 def layer_settings(config: Any, index: int) -> Any:
-    """The configuration of layer `index`: a heterogeneous one raises where a setting that varies is read from the whole."""
+    """Return the configuration of layer `index`.
+
+    A heterogeneous configuration raises if a setting that varies is read from the whole.
+    """
     if getattr(config, "is_heterogeneous", False):
         return config.per_layer_config[index]
     return config
 
 
 def attention_modules(model: Any) -> Iterator[tuple[int, Any]]:
-    """(layer, module) of the self-attention of a decoder: modules that know their layer and project keys, or state a head size."""
+    """Yield (layer, module) of a decoder's self-attention.
+
+    These are modules with a layer index that project keys or state a head size.
+    """
     for module in model.modules():
         index = getattr(module, "layer_idx", None)
         if isinstance(index, int) and (head_dim(module) or getattr(module, "k_proj", None) is not None):
@@ -24,15 +30,16 @@ def attention_modules(model: Any) -> Iterator[tuple[int, Any]]:
 
 
 def head_dim(module: Any) -> int:
-    """Elements of one head that a module states, or 0."""
+    """Return the head dimension that a module states, or 0."""
     dim = getattr(module, "head_dim", None)
     return dim if isinstance(dim, int) else 0
 
 
 def out_features(projection: Any) -> int | None:
-    """Return a linear layer's number of outputs: its matrix's where it has one (a rank of tensor parallelism has a part of it).
+    """Return a linear layer's number of outputs, from its matrix if it has one.
 
-    A packed weight (bitsandbytes) has another shape than the matrix that it stands for; some layers have no tensor of that name.
+    A tensor-parallel rank has a part of the matrix. A packed weight (bitsandbytes) does not have
+    the matrix's shape, and some layers have no tensor of that name.
     """
     weight = getattr(projection, "weight", None)
     if isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[1] == getattr(projection, "in_features", None):
@@ -42,7 +49,7 @@ def out_features(projection: Any) -> int | None:
 
 
 def differing_dims(module: Any) -> tuple[int, int] | None:
-    """(key, value) elements per head of an attention module where they differ, else `None`."""
+    """Return (key, value) elements per head of an attention module if they differ, else None."""
     dim, value_dim = head_dim(module), getattr(module, "v_head_dim", None)
     if dim and isinstance(value_dim, int) and value_dim != dim:
         return dim, value_dim

@@ -1,8 +1,8 @@
-"""How many positions a model has, and which RoPE: read from its configuration and its modules.
+"""Read the number of positions and the RoPE of a model from its configuration and modules.
 
-RoPE stretched by a factor (yarn, linear, llama3, longrope, ...) makes a model longer than `max_position_embeddings`
-says, because model cards tell users to add the entry and leave the rest. A learned table of positions has an end that
-nothing stretches.
+RoPE stretched by a factor (yarn, linear, llama3, longrope, ...) extends a model beyond
+`max_position_embeddings`, because model cards tell users to add the entry and leave the rest. A
+learned table of positions has a fixed end.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ _ADDS_POSITIONS = re.compile(r"rotary|rope|pos(ition|_emb|_enc)|wpe", re.IGNOREC
 
 
 def rope_entries(config: Any) -> list[dict[str, Any]]:
-    """RoPE parameters of a text configuration: one entry, or one per kind of layer; none where it has no RoPE."""
-    for name in ("rope_parameters", "rope_scaling"):  # the second is what configurations outside of transformers still have
+    """Return the RoPE parameters of a text configuration: one entry, or one per kind of layer.
+
+    Return an empty result without RoPE.
+    """
+    for name in ("rope_parameters", "rope_scaling"):  # configurations outside of transformers still have the second
         parameters = getattr(config, name, None)
         if isinstance(parameters, dict) and parameters:
             return [entry for entry in parameters.values() if isinstance(entry, dict)] or [parameters]
@@ -30,13 +33,16 @@ def rope_entries(config: Any) -> list[dict[str, Any]]:
 
 
 def rope_type(entry: dict[str, Any]) -> str:
-    """`default`, `linear`, `dynamic`, `yarn`, `llama3`, `longrope`, ... of one entry."""
+    """Return the type of an entry: `default`, `linear`, `dynamic`, `yarn`, `longrope`, ..."""
     kind = entry.get("rope_type") or entry.get("type") or "default"
     return "longrope" if kind == "su" else str(kind)  # its name in the first Phi-3
 
 
 def rope_switch(config: Any) -> tuple[str, int | None]:
-    """(type, length above which the frequencies change or `None`) of the entry that depends on the length, else of the first."""
+    """Return (RoPE type, length above which the frequencies change or None).
+
+    It describes the entry that depends on the length, else the first.
+    """
     entries = rope_entries(config)
     for entry in entries:
         kind = rope_type(entry)
@@ -49,11 +55,13 @@ def rope_switch(config: Any) -> tuple[str, int | None]:
 
 
 def max_positions(model: Any) -> int | None:
-    """The longest sequence, in tokens, that a transformers model was made for; `None` where there is no such length.
+    """Return the longest sequence, in tokens, that a transformers model was made for.
 
-    `max_position_embeddings`, or the positions before stretching times RoPE's factor, whichever is more: some
-    configurations say the stretched length already. Dynamic NTK scaling, and models that add no positions at all, go on
-    at any length.
+    Return None if unlimited.
+
+    This is the larger of `max_position_embeddings` and the positions before stretching times RoPE's
+    factor, because some configurations state the stretched length already. Dynamic NTK scaling, and
+    models without positions, have no limit.
     """
     config = model.config.get_text_config(decoder=True)
     table = position_table(model)
@@ -69,9 +77,10 @@ def max_positions(model: Any) -> int | None:
 
 
 def computes_positions_itself(model: Any) -> bool:
-    """Whether stock generation drops the positions that it is given, and a module counts them from the ids (Kosmos-2.5).
+    """Return True if a module computes positions from ids and ignores given ones (Kosmos-2.5).
 
-    Where one does (from behind the padding's index, for example), positions from 0 on are others than the model's.
+    Such a module may start behind the padding index, so positions from 0 on would not be the
+    model's.
     """
     prepare = getattr(model, "prepare_inputs_for_generation", None)
     if prepare is None or not any(hasattr(module, _COUNTS_IDS) for module in model.modules()):
@@ -80,7 +89,7 @@ def computes_positions_itself(model: Any) -> bool:
     arguments = {"attention_mask": torch.ones_like(given), "past_key_values": None, "use_cache": False, "is_first_iteration": True}
     try:
         prepared = prepare(torch.ones_like(given), position_ids=given, **arguments)
-    except Exception:  # it wants inputs that only its own kind of prompt has
+    except Exception:  # it needs inputs that only its own kind of prompt has
         return False
     return isinstance(prepared, dict) and prepared.get("position_ids") is None
 
@@ -94,7 +103,10 @@ def _stretched(entry: dict[str, Any], config: Any, stated: int) -> int:
 
 
 def _adds_positions(model: Any) -> bool:
-    """Whether some module's name says that it knows positions; models without (Jamba) or with ALiBi have no end."""
+    """Return True if a module's name indicates positions.
+
+    Models without (Jamba) or with ALiBi have no limit.
+    """
     modules = getattr(model, "named_modules", None)
     if modules is None:
         return True
@@ -102,7 +114,7 @@ def _adds_positions(model: Any) -> bool:
 
 
 def position_table(model: Any) -> int | None:
-    """Positions of the decoder's table (GPT-2, OPT), past which there is nothing to look up; `None` without one."""
+    """Return the number of positions in the decoder's table (GPT-2, OPT); None without a table."""
     return min(_table_sizes(model), default=None)
 
 
@@ -112,6 +124,6 @@ def _table_sizes(model: Any) -> Iterator[int]:
         if _OTHER_MODALITY.search(name):
             continue
         if isinstance(module, nn.Embedding) and _POSITION_TABLE.search(name.rpartition(".")[2]):
-            yield module.num_embeddings - int(getattr(module, "offset", 0))  # OPT's first rows are no positions
+            yield module.num_embeddings - int(getattr(module, "offset", 0))  # OPT's first rows are not positions
         elif isinstance(table := getattr(module, "pos_encoding", None), Tensor):  # CTRL
             yield table.shape[0]

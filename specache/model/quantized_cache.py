@@ -1,4 +1,4 @@
-"""transformers' own `QuantizedCache` over prompts of any length, to be compared with."""
+"""transformers' own `QuantizedCache` over prompts of any length, as a baseline."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from transformers.cache_utils import HQQQuantizedLayer
 from specache.errors import ConfigError
 
 PACKAGES = {"hqq": "hqq", "quanto": "optimum-quanto"}
-_AXES = {"hqq": 1, "quanto": 0}  # what transformers' guide recommends for each
+_AXES = {"hqq": 1, "quanto": 0}  # recommended by transformers' guide
 
 
 def new_quantized_cache(model: Any, backend: str, bits: int, q_group_size: int, residual_length: int) -> Any:
-    """An empty cache for `model`.
+    """Return an empty cache for `model`.
 
     Raises:
         ImportError: the backend's library is not installed.
@@ -35,7 +35,9 @@ def new_quantized_cache(model: Any, backend: str, bits: int, q_group_size: int, 
 
 
 def store_prompt(cache: Any, index: int, keys: Tensor, values: Tensor) -> None:
-    """Put a prompt's keys and values [B, Hkv, S, D] into a layer that is empty; what is not quantised begins the residual.
+    """Store a prompt's keys and values [B, Hkv, S, D] in an empty layer.
+
+    Tokens that are not quantised begin the residual.
 
     Raises:
         ConfigError: as `quantised_tokens`.
@@ -47,18 +49,22 @@ def store_prompt(cache: Any, index: int, keys: Tensor, values: Tensor) -> None:
 
 
 def quantised_tokens(layer: Any, length: int, elements: int) -> int:
-    """How many tokens of a prompt a layer quantises, where each has `elements` key elements in all sequences together.
+    """Return how many tokens of a prompt a layer quantises.
 
-    All of them, as in stock generation; but hqq packs whole bytes only: tokens that would fill a part of one are left (stock
-    generation fails at such lengths).
+    These are all tokens, as in stock generation. But hqq packs whole bytes only, so tokens that
+    would fill a part of one are left out (stock generation fails at such lengths).
+
+    Args:
+        elements: key elements of a token, in all sequences together.
 
     Raises:
-        ConfigError: groups do not divide a token; a full residual could not be packed; the prompt has too few tokens.
+        ConfigError: groups do not divide a token, a full residual could not be packed, or the
+            prompt has too few tokens.
     """
     if elements % layer.q_group_size:
         raise ConfigError(f"q_group_size ({layer.q_group_size}) has to divide the {elements} elements of a token's keys.")
     if not isinstance(layer, HQQQuantizedLayer):
-        return length  # quanto fills up the last byte
+        return length  # quanto pads the last byte
     together = 8 // layer.nbits  # groups whose codes share bytes
     tokens = together // math.gcd(together, elements // layer.q_group_size)
     if layer.residual_length % tokens:

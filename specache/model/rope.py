@@ -1,8 +1,9 @@
-"""RoPE whose frequencies depend on the length (`dynamic`, `longrope`): transformers keeps them, and the largest length that it has
-seen, in the model's rotary modules. What one sequence or thread leaves there, another would compute with.
+"""Isolate passes from RoPE state that depends on the length (`dynamic`, `longrope`).
 
-While the model is attached, a pass of ours starts from the original frequencies and leaves everything as it found it, and
-one thread at a time is in a rotary module.
+transformers keeps the frequencies, and the largest length seen, in the model's rotary modules,
+where one sequence or thread would affect another. While the model is attached, a pass of this
+package starts from the original frequencies and restores the state afterwards, and one thread at a
+time runs a rotary module.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-FREQUENCIES = "inv_freq"  # a buffer's name, or its end where layers of different kinds have their own
+FREQUENCIES = "inv_freq"  # name of a buffer, or its suffix if kinds of layers have their own
 LENGTH = "max_seq_len_cached"
 ORIGINAL = "original_"
 
@@ -23,10 +24,10 @@ _lock = threading.RLock()
 
 
 def install(model: Any, is_ours: Callable[[], bool]) -> list[nn.Module]:
-    """Have the model's rotary modules keep passes apart -> the modules that changed, for `remove`.
+    """Make the model's rotary modules isolate passes, and return the changed modules for `remove`.
 
     Args:
-        is_ours: whether the thread that asks is inside a pass of this package.
+        is_ours: returns True if the calling thread is inside a pass of this package.
     """
     changed = []
     forward = _guarded(is_ours)
@@ -44,12 +45,12 @@ def remove(modules: list[nn.Module]) -> None:
 
 
 def is_installed(module: nn.Module) -> bool:
-    """Whether the module keeps passes apart now."""
+    """Return True if the module isolates passes now."""
     return getattr(module.__dict__.get("forward"), "keeps_passes_apart", False)
 
 
 def forget_length(module: nn.Module) -> None:
-    """Have a rotary module start from its original frequencies, as if it had seen no sequence yet."""
+    """Reset a rotary module to its original frequencies, as if it had seen no sequence yet."""
     longest = getattr(module, "original_max_seq_len", None)
     for name, buffer in list(module._buffers.items()):
         original = getattr(module, _original_of(name), None) if name.endswith(FREQUENCIES) and ORIGINAL not in name else None
@@ -66,7 +67,7 @@ def _guarded(is_ours: Callable[[], bool]) -> Callable[..., Any]:
         with _lock:
             if not is_ours():
                 return rotate(module, *args, **kwargs)
-            with _left_as_found(module):
+            with _state_restored(module):
                 forget_length(module)
                 return rotate(module, *args, **kwargs)
 
@@ -75,7 +76,7 @@ def _guarded(is_ours: Callable[[], bool]) -> Callable[..., Any]:
 
 
 @contextmanager
-def _left_as_found(module: nn.Module) -> Iterator[None]:
+def _state_restored(module: nn.Module) -> Iterator[None]:
     buffers = dict(module._buffers)
     attributes = {name: value for name, value in module.__dict__.items() if name.endswith((LENGTH, "attention_scaling"))}
     try:

@@ -1,4 +1,4 @@
-"""What would make a batch fit: single changes first, each computed by the plan itself."""
+"""Suggest changes that make a batch fit: single settings first, each checked by the plan."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from specache.cache.sizes import fetches
 from specache.config import SUPPORTED_BITS, Policy, SlowTierKind, SpeCacheConfig
 from specache.model.dimensions import ModelDimensions
 from specache.planning.footprint import PlannedSequence
-from specache.planning.plan import MemoryPlan, even_loads, plan
+from specache.planning.plan import MemoryPlan, plan, uniform_batch
 
-SMALLEST_CHUNK = 32  # tokens; below it a prefill reads the weights too often to be advised
-LONGEST = 1 << 26  # tokens, where the model states no limit
+SMALLEST_CHUNK = 32  # tokens; a smaller chunk reads the weights too often to be advised
+LONGEST = 1 << 26  # tokens, where the model has no limit
 LARGEST_BATCH = 1 << 16
 _FEWEST_PAIRS = 16
 
@@ -23,28 +23,33 @@ class Suggestion:
     """A change after which the batch fits.
 
     Attributes:
-        changes: settings of `SpeCacheConfig` and their values; `context` and `batch` for the request itself.
-        fast_bytes: what it then needs.
+        changes: settings of `SpeCacheConfig` and their values; `context` and `batch` change the
+            request itself.
+        fast_bytes: fast memory that the batch then needs.
     """
 
     changes: dict[str, Any]
     fast_bytes: int
 
     def __str__(self) -> str:
-        """In the words of the library: `bits=1 (needs 1,234,567 bytes)`."""
-        said = " and ".join(f"{name}={_quoted(value)}" for name, value in self.changes.items())
-        return f"{said} (needs {self.fast_bytes:,} bytes)"
+        """Return the change as Python settings: `bits=1 (needs 1,234,567 bytes)`."""
+        changes = " and ".join(f"{name}={_quoted(value)}" for name, value in self.changes.items())
+        return f"{changes} (needs {self.fast_bytes:,} bytes)"
 
 
-def suggestions(model: ModelDimensions, config: SpeCacheConfig, loads: Sequence[PlannedSequence], limit: int) -> list[Suggestion]:
-    """Every single change that makes the batch fit into `limit` bytes, then several settings together if none does.
+def suggestions(
+    model: ModelDimensions, config: SpeCacheConfig, sequences: Sequence[PlannedSequence], limit: int
+) -> list[Suggestion]:
+    """Return every single change that makes the batch fit into `limit` bytes.
+
+    If there is none, return a combination of settings.
 
     Args:
-        config: with every `auto` decided.
+        config: settings with every `auto` resolved.
     """
 
     def needed(changes: dict[str, Any]) -> int:
-        return plan(model, replace(config, **changes), loads).fast
+        return plan(model, replace(config, **changes), sequences).fast
 
     def fits(changes: dict[str, Any]) -> bool:
         return needed(changes) <= limit
@@ -54,32 +59,35 @@ def suggestions(model: ModelDimensions, config: SpeCacheConfig, loads: Sequence[
         singles.append({"hot_set": _largest_hot_set(config, fits)})
     if chunk := largest(lambda c: fits({"prefill_chunk": c}), SMALLEST_CHUNK, config.prefill_chunk - 1):
         singles.append({"prefill_chunk": chunk})
-    found = [Suggestion(one, needed(one)) for one in singles if fits(one)]
-    if not found:
-        found += [Suggestion(several, needed(several)) for several in _combined_changes(config) if fits(several)][:1]
-    longest = longest_context(model, config, len(loads), limit)
+    fitting = [Suggestion(one, needed(one)) for one in singles if fits(one)]
+    if not fitting:
+        fitting += [Suggestion(several, needed(several)) for several in _combined_changes(config) if fits(several)][:1]
+    longest = longest_context(model, config, len(sequences), limit)
     if longest:
-        found.append(Suggestion({"context": longest}, plan(model, config, even_loads(longest, len(loads))).fast))
-    batch = largest_batch(model, config, max(load.total for load in loads), limit) if len(loads) > 1 else 0
+        fitting.append(Suggestion({"context": longest}, plan(model, config, uniform_batch(longest, len(sequences))).fast))
+    batch = largest_batch(model, config, max(sequence.total for sequence in sequences), limit) if len(sequences) > 1 else 0
     if batch:
-        context = max(load.total for load in loads)
-        found.append(Suggestion({"batch": batch}, plan(model, config, even_loads(context, batch)).fast))
-    return found
+        context = max(sequence.total for sequence in sequences)
+        fitting.append(Suggestion({"batch": batch}, plan(model, config, uniform_batch(context, batch)).fast))
+    return fitting
 
 
 def smaller(
     model: ModelDimensions,
     config: SpeCacheConfig,
-    loads: Sequence[PlannedSequence],
+    sequences: Sequence[PlannedSequence],
     needs: Callable[[SpeCacheConfig, MemoryPlan], int],
 ) -> list[Suggestion]:
-    """Single changes after which a batch needs less than it does, those first that change no answer.
+    """Return single changes after which a batch needs fewer bytes.
+
+    Those that do not change the output come first.
 
     Args:
-        config: with every `auto` decided.
-        needs: of a plan and the settings it is for, the bytes that count; `Suggestion.fast_bytes` are these.
+        config: settings with every `auto` resolved.
+        needs: function of settings and their plan that returns the bytes to compare. They become
+            `Suggestion.fast_bytes`.
     """
-    now = needs(config, plan(model, config, loads))
+    now = needs(config, plan(model, config, sequences))
     changes: list[dict[str, Any]] = []
     if fetches(config) and config.hot_set:
         changes.append({"hot_set": 0.0})
@@ -89,35 +97,46 @@ def smaller(
         changes.append({"slow_tier": "disk:FOLDER"} | ({"policy": Policy.ON_DEMAND} if config.policy is Policy.FULL else {}))
     changes += _single_changes(config)
     planned = ((one, replace(config, **one)) for one in changes)
-    found = [Suggestion(one, needs(settings, plan(model, settings, loads))) for one, settings in planned]
-    if len(loads) > 1:
-        half = loads[: len(loads) // 2]
-        found.insert(0, Suggestion({"batch": len(half)}, needs(config, plan(model, config, half))))
-    return [suggestion for suggestion in found if suggestion.fast_bytes < now]
+    suggested = [Suggestion(one, needs(settings, plan(model, settings, sequences))) for one, settings in planned]
+    if len(sequences) > 1:
+        half = sequences[: len(sequences) // 2]
+        suggested.insert(0, Suggestion({"batch": len(half)}, needs(config, plan(model, config, half))))
+    return [suggestion for suggestion in suggested if suggestion.fast_bytes < now]
 
 
 def longest_context(model: ModelDimensions, config: SpeCacheConfig, batch: int, limit: int) -> int:
-    """Most tokens that each of `batch` sequences can have within `limit` bytes; 0 where not even one fits."""
-    return largest(lambda tokens: plan(model, config, even_loads(tokens, batch)).fast <= limit, 1, model.max_positions or LONGEST)
+    """Return the most tokens that each of `batch` sequences can have within `limit` bytes.
+
+    Return 0 if none fits.
+    """
+    return largest(
+        lambda tokens: plan(model, config, uniform_batch(tokens, batch)).fast <= limit, 1, model.max_positions or LONGEST
+    )
 
 
 def largest_batch(model: ModelDimensions, config: SpeCacheConfig, context: int, limit: int) -> int:
-    """Most sequences of `context` tokens within `limit` bytes; 0 where not even one fits."""
-    return largest(lambda batch: plan(model, config, even_loads(context, batch)).fast <= limit, 1, LARGEST_BATCH)
+    """Return the most sequences of `context` tokens within `limit` bytes; 0 if none fits."""
+    return largest(lambda batch: plan(model, config, uniform_batch(context, batch)).fast <= limit, 1, LARGEST_BATCH)
 
 
-def least_bytes(model: ModelDimensions, config: SpeCacheConfig, loads: Sequence[PlannedSequence]) -> int:
-    """Fast memory with the fewest bits and pairs, no hot set and prompts read token by token, in the same code, groups and tier."""
+def least_bytes(model: ModelDimensions, config: SpeCacheConfig, sequences: Sequence[PlannedSequence]) -> int:
+    """Return the fast memory needed with the smallest settings in the same code, groups and tier.
+
+    The smallest settings are the fewest bits and pairs, no hot set, and prefill token by token.
+    """
     smallest = {**_smallest(config), "prefill_chunk": 1, "top_k": 1}
-    return plan(model, replace(config, **smallest), loads).fast
+    return plan(model, replace(config, **smallest), sequences).fast
 
 
 def largest(fits: Callable[[int], bool], low: int, high: int) -> int:
-    """The largest number in `[low, high]` that fits, if all below it do; 0 where none fits."""
+    """Return the largest number in `[low, high]` that fits, given that all below it fit.
+
+    Return 0 if none does.
+    """
     if high < low or not fits(low):
         return 0
     step = 1
-    while low + step <= high and fits(low + step):  # so that no number far beyond is tried
+    while low + step <= high and fits(low + step):  # so that no number far beyond the answer is tried
         low, step = low + step, 2 * step
     high = min(high, low + step - 1)
     while low < high:
@@ -136,7 +155,10 @@ def _single_changes(config: SpeCacheConfig) -> Iterator[dict[str, Any]]:
 
 
 def _largest_hot_set(config: SpeCacheConfig, fits: Callable[[dict[str, Any]], bool]) -> float:
-    """In hundredths of the 16-bit cache; 0.0 (the pairs of one step alone) where none fits, or where it was given in bytes."""
+    """Return the largest share of the 16-bit cache that fits as hot set, in steps of 0.01.
+
+    Return 0.0 (the pairs of one step only) if none fits or the hot set was given in bytes.
+    """
     if not isinstance(config.hot_set, float):
         return 0.0
     hundredths = round(config.hot_set * 100)
@@ -144,7 +166,7 @@ def _largest_hot_set(config: SpeCacheConfig, fits: Callable[[dict[str, Any]], bo
 
 
 def _combined_changes(config: SpeCacheConfig) -> Iterator[dict[str, Any]]:
-    """From what costs least to everything at once."""
+    """Yield combinations of changes, from the least costly to all of them."""
     smallest = _smallest(config)
     at_these_bits = {name: value for name, value in smallest.items() if name != "bits"}
     chunks = [min(chunk, config.prefill_chunk) for chunk in (config.prefill_chunk, 128, SMALLEST_CHUNK)]

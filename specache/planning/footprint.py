@@ -1,4 +1,7 @@
-"""What a sequence holds in each tier, in bytes, from a model's dimensions: as `layers`, `prefetch` and `tiers` allocate it."""
+"""Compute the bytes that each sequence holds in each tier, from a model's dimensions.
+
+The figures follow what `cache.layers`, `rows.hot_set` and `tiers` allocate.
+"""
 
 from __future__ import annotations
 
@@ -24,18 +27,19 @@ from specache.rows.hot_set import SLOT_INDEX_BYTES
 from specache.tiers.disk.row_layout import BLOCK_TOKENS
 from specache.tiers.ram import ram_capacity
 
-FLOAT = 4  # bytes of a query or a key weight, a score, a log-sum-exp, an attention output before it is rounded
+FLOAT = 4  # bytes of a float32: a query, a key scale, a score, a log-sum-exp, an unrounded attention output
 
 
 @dataclass(frozen=True)
 class PlannedSequence:
-    """One sequence as it is planned.
+    """One sequence of a batch that is planned.
 
     Attributes:
-        prompt: tokens after prefill.
-        new: tokens that decoding stores after them.
-        stored: tokens of the prompt that are there already.
-        twin: an earlier sequence has the same prompt; it is prefilled once, and whole pages are shared.
+        prompt: prompt length, in tokens.
+        new: tokens that decoding appends.
+        stored: prompt tokens that the cache already holds.
+        twin: True if an earlier sequence of the batch has the same prompt. It is prefilled once,
+            and both share whole pages.
     """
 
     prompt: int
@@ -50,16 +54,18 @@ class PlannedSequence:
 
 @dataclass(frozen=True)
 class FastBytes:
-    """Fast memory by part, in bytes, at the widest point of prefilling or of decoding.
+    """Fast memory by part, in bytes, at the peak of prefilling or of decoding.
 
     Attributes:
         low_bit: pages of the low-bit copy.
         residual: newest tokens at 16 bits.
-        key_weights: of the rotated code, and the queries they are made from until then.
-        hot_set: recently fetched rows and their index.
-        read_buffers: rows on their way from the slow tier, and those that do not fill a block on disk yet.
-        windows: of sliding layers.
-        full_cache: the whole 16-bit cache of the full-attention layers, under policy `full`.
+        key_weights: key scales of the rotated code, and the queries that they are computed from
+            while those are kept.
+        hot_set: recently fetched 16-bit pairs and their index.
+        read_buffers: pairs in transfer from the slow tier, and pairs that do not fill a block on
+            disk yet.
+        windows: caches of the sliding-window layers.
+        full_cache: the 16-bit cache of the full-attention layers, under policy `full`.
         working_set: activations, scores and logits of one pass.
     """
 
@@ -85,12 +91,13 @@ class FastBytes:
 
 @dataclass(frozen=True)
 class CacheFootprint:
-    """What sequences of one batch hold.
+    """The bytes that the sequences of one batch hold.
 
     Attributes:
-        config: with every `auto` decided.
-        sequences: of the batch.
-        pairs: pairs per KV head that a decode step fetches: `k`, or the longest copy of the batch.
+        config: settings with every `auto` resolved.
+        sequences: number of sequences in the batch.
+        pairs: pairs per KV head that a decode step fetches: `k`, or fewer if no low-bit copy of the
+            batch has as many.
     """
 
     model: ModelDimensions
@@ -98,132 +105,146 @@ class CacheFootprint:
     sequences: int
     pairs: int
 
-    def while_prefilled(self, load: PlannedSequence) -> list[FastBytes]:
-        """When the key weights' queries are all there, and at the end: one of them is the widest point of its prefill.
+    def while_prefilled(self, sequence: PlannedSequence) -> list[FastBytes]:
+        """Return the bytes at the two candidates for the peak of a sequence's prefill.
 
-        There is no hot set yet, unless the sequence had one or policy `previous` fills it in the last chunk.
+        They are the moment when the queries for the key scales are complete, and the end. The hot
+        set is empty then, unless the sequence had one before or policy `previous` fills it in the
+        last chunk.
         """
-        end = prefix_end(self.model, self.config, load)
-        lengths = [load.prompt] + ([] if end is None else [min(end, load.prompt)])
-        moments = [self._held(load, length, self._pairs_in_prefill) for length in lengths]
-        if load.stored or self.config.policy is Policy.PREVIOUS:
+        end = prefix_end(self.model, self.config, sequence)
+        lengths = [sequence.prompt] + ([] if end is None else [min(end, sequence.prompt)])
+        moments = [self._held(sequence, length, self._pairs_in_prefill) for length in lengths]
+        if sequence.stored or self.config.policy is Policy.PREVIOUS:
             return moments
         return [replace(moment, hot_set=0) for moment in moments]
 
-    def prefilled(self, load: PlannedSequence) -> FastBytes:
-        return self._held(load, load.prompt, self._pairs_in_prefill)
+    def prefilled(self, sequence: PlannedSequence) -> FastBytes:
+        """Return the bytes of a sequence after its prefill."""
+        return self._held(sequence, sequence.prompt, self._pairs_in_prefill)
 
-    def first_step(self, load: PlannedSequence) -> FastBytes:
-        return self._held(load, load.prompt, self.pairs)
+    def first_step(self, sequence: PlannedSequence) -> FastBytes:
+        """Return the bytes of a sequence in its first decode step."""
+        return self._held(sequence, sequence.prompt, self.pairs)
 
-    def last_step(self, load: PlannedSequence) -> FastBytes:
-        return self._held(load, load.total, self.pairs)
+    def last_step(self, sequence: PlannedSequence) -> FastBytes:
+        """Return the bytes of a sequence in its last decode step."""
+        return self._held(sequence, sequence.total, self.pairs)
 
-    def largest_hot_set(self, load: PlannedSequence) -> int:
-        """Of one layer."""
-        return max(self._hot_set(layer, load, self.pairs) for layer in set(self.model.full_layers))
+    def largest_hot_set(self, sequence: PlannedSequence) -> int:
+        """Return the bytes of the largest hot set of any layer."""
+        return max(self._hot_set(layer, sequence, self.pairs) for layer in set(self.model.full_layers))
 
-    def growing(self, load: PlannedSequence, tokens: int) -> int:
-        """The old buffer of one layer under policy `full`, while it is copied into the new one."""
+    def growing(self, sequence: PlannedSequence, tokens: int) -> int:
+        """Return the bytes of one layer's old buffer, held while it is copied to a larger one
+        (policy `full`).
+        """
         if self.config.policy is not Policy.FULL:
             return 0
-        before = [0, *self._dense_growth(load, tokens)][-2]
+        before = [0, *self._dense_growth(sequence, tokens)][-2]
         return max(layer.row_bytes(self.model.itemsize) * before for layer in set(self.model.full_layers))
 
-    def slow(self, load: PlannedSequence) -> int:
-        """16-bit rows in the slow tier; on disk with their checksums, in whole blocks."""
+    def slow(self, sequence: PlannedSequence) -> int:
+        """Return the bytes of 16-bit pairs in the slow tier: on disk, blocks with checksums."""
         if self.config.policy is Policy.FULL:
             return 0
         if on_disk(self.config):
-            blocks = math.ceil(load.total / BLOCK_TOKENS)
+            blocks = math.ceil(sequence.total / BLOCK_TOKENS)
             return blocks * sum(row_layout(self.model, layer).block_bytes for layer in self.model.full_layers)
-        capacity = ram_capacity(load.prompt, load.total)
+        capacity = ram_capacity(sequence.prompt, sequence.total)
         return sum(layer.row_bytes(self.model.itemsize) * capacity for layer in self.model.full_layers)
 
-    def checkpoints(self, load: PlannedSequence) -> int:
-        """Copies of the windows at earlier lengths, as many as there will be where memory is not short."""
+    def checkpoints(self, sequence: PlannedSequence) -> int:
+        """Return the bytes of the window checkpoints, as many as are kept while memory is not
+        short.
+        """
         windows = [layer.window for layer in self.model.layers if layer.window is not None]
         if not windows:
             return 0
-        lengths = Spacing.of(windows).due_in_prompt(0, load.total, load.total)
-        return min(len(lengths) * window_bytes(self.model), checkpoint_allowance(self.model, load.total, self.sequences))
+        lengths = Spacing.of(windows).due_in_prompt(0, sequence.total, sequence.total)
+        return min(len(lengths) * window_bytes(self.model), checkpoint_allowance(self.model, sequence.total, self.sequences))
 
     @property
     def _pairs_in_prefill(self) -> int:
         return self.pairs if self.config.policy is Policy.PREVIOUS else 0
 
-    def _held(self, load: PlannedSequence, tokens: int, least_slots: int) -> FastBytes:
+    def _held(self, sequence: PlannedSequence, tokens: int, least_slots: int) -> FastBytes:
         total = FastBytes(windows=window_bytes(self.model))
         for layer, count in Counter(self.model.full_layers).items():
             if self.config.policy is Policy.FULL:
-                total += self._dense(layer, load, tokens).times(count)
+                total += self._dense(layer, sequence, tokens).times(count)
             else:
-                total += self._compressed(layer, load, tokens, least_slots).times(count)
+                total += self._compressed(layer, sequence, tokens, least_slots).times(count)
         return total
 
-    def _compressed(self, layer: LayerDimensions, load: PlannedSequence, tokens: int, least_slots: int) -> FastBytes:
+    def _compressed(self, layer: LayerDimensions, sequence: PlannedSequence, tokens: int, least_slots: int) -> FastBytes:
         capacity = self.config.residual + self.config.group_size
         row = layer.row_bytes(self.model.itemsize)
         both = residual_bytes(layer.kv_heads, layer.head_dim, capacity, self.model.itemsize)
         return FastBytes(
-            low_bit=self._pages(layer, load, tokens),
+            low_bit=self._pages(layer, sequence, tokens),
             residual=capacity * row,
-            key_weights=both - capacity * row + self._observed(layer, load, tokens),
-            hot_set=self._hot_set(layer, load, least_slots),
+            key_weights=both - capacity * row + self._observed(layer, sequence, tokens),
+            hot_set=self._hot_set(layer, sequence, least_slots),
             read_buffers=read_buffer_bytes(self.config, row),
         )
 
-    def _pages(self, layer: LayerDimensions, load: PlannedSequence, tokens: int) -> int:
-        shared = self.config.low_bit_length(load.prompt) // PAGE_TOKENS if load.twin else 0
+    def _pages(self, layer: LayerDimensions, sequence: PlannedSequence, tokens: int) -> int:
+        shared = self.config.low_bit_length(sequence.prompt) // PAGE_TOKENS if sequence.twin else 0
         pages = math.ceil(self.config.low_bit_length(tokens) / PAGE_TOKENS) - shared
         return pages * page_layout(self.config, layer).page_bytes
 
-    def _observed(self, layer: LayerDimensions, load: PlannedSequence, tokens: int) -> int:
-        """Queries of the first `R + g` tokens, held until the pass after the one that completes them.
+    def _observed(self, layer: LayerDimensions, sequence: PlannedSequence, tokens: int) -> int:
+        """Return the bytes of the first `R + g` queries, which are kept until the pass after the
+        one that completes them.
 
-        A prompt shorter than that completes them while decoding, whenever that is: they are counted from the beginning to the end.
+        With a prompt shorter than `R + g`, decoding completes them. They are then counted
+        throughout.
         """
         prefix = self.config.residual + self.config.group_size
-        end = prefix_end(self.model, self.config, load)
-        if end is None or (tokens > end and load.prompt >= prefix):
+        end = prefix_end(self.model, self.config, sequence)
+        if end is None or (tokens > end and sequence.prompt >= prefix):
             return 0
-        return min(load.total, prefix) * layer.kv_heads * layer.head_dim * FLOAT
+        return min(sequence.total, prefix) * layer.kv_heads * layer.head_dim * FLOAT
 
-    def _hot_set(self, layer: LayerDimensions, load: PlannedSequence, least_slots: int) -> int:
+    def _hot_set(self, layer: LayerDimensions, sequence: PlannedSequence, least_slots: int) -> int:
         if not fetches(self.config):
             return 0
-        slots = hot_slots(self.model, self.config, layer.kv_heads, layer.head_dim, load.prompt, self.sequences)
+        slots = hot_slots(self.model, self.config, layer.kv_heads, layer.head_dim, sequence.prompt, self.sequences)
         return max(slots, least_slots) * (layer.row_bytes(self.model.itemsize) + layer.kv_heads * SLOT_INDEX_BYTES)
 
-    def _dense(self, layer: LayerDimensions, load: PlannedSequence, tokens: int) -> FastBytes:
-        """One layer under policy `full`."""
-        return FastBytes(full_cache=self._dense_growth(load, tokens)[-1] * layer.row_bytes(self.model.itemsize))
+    def _dense(self, layer: LayerDimensions, sequence: PlannedSequence, tokens: int) -> FastBytes:
+        """Return one layer's bytes under policy `full`."""
+        return FastBytes(full_cache=self._dense_growth(sequence, tokens)[-1] * layer.row_bytes(self.model.itemsize))
 
-    def _dense_growth(self, load: PlannedSequence, tokens: int) -> list[int]:
-        """Capacities, in tokens, that a buffer goes through."""
-        capacities, length = [load.stored], load.stored
-        chunk = min(self.config.prefill_chunk, load.prompt)
-        for needed in [*range(load.stored + chunk, load.prompt, chunk), *range(load.prompt, tokens + 1)]:
+    def _dense_growth(self, sequence: PlannedSequence, tokens: int) -> list[int]:
+        """Return the successive capacities of a buffer under policy `full`, in tokens."""
+        capacities, length = [sequence.stored], sequence.stored
+        chunk = min(self.config.prefill_chunk, sequence.prompt)
+        for needed in [*range(sequence.stored + chunk, sequence.prompt, chunk), *range(sequence.prompt, tokens + 1)]:
             if needed > capacities[-1]:
                 capacities.append(dense_capacity(length, needed))
             length = needed
         return capacities
 
 
-def last_chunk(model: ModelDimensions, config: SpeCacheConfig, load: PlannedSequence) -> tuple[int, int]:
-    """(tokens of a whole prefill chunk, tokens stored before the last one)."""
-    if model.rope_switch is not None and load.prompt > model.rope_switch:
-        return load.prompt, 0
-    rest = load.prompt - load.stored
+def last_chunk(model: ModelDimensions, config: SpeCacheConfig, sequence: PlannedSequence) -> tuple[int, int]:
+    """Return (tokens of a full prefill chunk, tokens stored before the last chunk)."""
+    if model.rope_switch is not None and sequence.prompt > model.rope_switch:
+        return sequence.prompt, 0
+    rest = sequence.prompt - sequence.stored
     chunk = min(config.prefill_chunk, rest)
-    return chunk, load.stored + (rest - 1) // chunk * chunk
+    return chunk, sequence.stored + (rest - 1) // chunk * chunk
 
 
-def prefix_end(model: ModelDimensions, config: SpeCacheConfig, load: PlannedSequence) -> int | None:
-    """Tokens stored when the queries of the first `R + g` are all there and still held; `None` if they were gone before."""
+def prefix_end(model: ModelDimensions, config: SpeCacheConfig, sequence: PlannedSequence) -> int | None:
+    """Return the length at which the first `R + g` queries are complete and still kept.
+
+    Return None if they were freed before this prefill.
+    """
     prefix = config.residual + config.group_size
-    if load.stored >= prefix:
+    if sequence.stored >= prefix:
         return None
-    chunk, _ = last_chunk(model, config, load)
-    passes = math.ceil((prefix - load.stored) / chunk)
-    return min(load.stored + passes * chunk, load.prompt) if load.prompt >= prefix else min(prefix, load.total)
+    chunk, _ = last_chunk(model, config, sequence)
+    passes = math.ceil((prefix - sequence.stored) / chunk)
+    return min(sequence.stored + passes * chunk, sequence.prompt) if sequence.prompt >= prefix else min(prefix, sequence.total)

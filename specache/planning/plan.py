@@ -1,7 +1,8 @@
-"""The memory that a batch will need, in bytes per tier, computed before anything of it runs.
+"""Plan the memory of a batch, in bytes per tier, before anything is allocated.
 
-The same arithmetic decides whether a request is let in (`admission`), what would make it fit (`advice`) and what `specache plan`
-prints. It follows what is really allocated: whole pages, residuals of `R + g` rows, whole windows, buffers as they grow.
+The same arithmetic decides whether a request is admitted (`engine.admission`), what would make it
+fit (`advice`), and what `specache plan` prints. It follows the real allocations: whole pages,
+residuals of `R + g` tokens, whole windows, and buffers as they grow.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ class MemoryPlan:
     """Bytes per tier of one batch.
 
     Attributes:
-        prefill, decode: fast memory at the end of prefilling and of decoding, each with the working set of its widest pass.
-        slow: 16-bit rows in the slow tier.
-        checkpoints: copies of sliding windows at earlier lengths, in main memory. Nothing needs them: they are given up where it is
-            short, and count in no other figure.
+        prefill: fast memory at the peak of prefilling, with the working set of its largest pass.
+        decode: the same of decoding.
+        slow: 16-bit pairs in the slow tier.
         full_cache: the ordinary 16-bit cache of all layers, for comparison.
         weights: the model's parameters, which no budget of specache counts.
+        checkpoints: window checkpoints, in main memory. They are optional, are freed where memory
+            is short, and count in no other figure.
     """
 
     prefill: FastBytes
@@ -41,16 +43,16 @@ class MemoryPlan:
 
     @property
     def fast(self) -> int:
-        """Fast memory that the batch needs: `fast_memory` must be at least this."""
+        """Return the fast memory that the batch needs. `fast_memory` must be at least this."""
         return max(self.prefill.total, self.decode.total)
 
     @property
     def widest(self) -> FastBytes:
-        """The phase that needs most."""
+        """Return the phase that needs the most fast memory."""
         return self.prefill if self.prefill.total >= self.decode.total else self.decode
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON. Keys are stable; all are bytes."""
+        """Return plain values for JSON. Keys are stable; all values are bytes."""
         return {
             "fast_bytes": self.fast,
             "prefill": {**asdict(self.prefill), "total": self.prefill.total},
@@ -62,68 +64,78 @@ class MemoryPlan:
         }
 
 
-def plan(model: ModelDimensions, config: SpeCacheConfig, loads: Sequence[PlannedSequence]) -> MemoryPlan:
-    """Memory of a batch.
+def plan(model: ModelDimensions, config: SpeCacheConfig, sequences: Sequence[PlannedSequence]) -> MemoryPlan:
+    """Return the memory plan of a batch.
 
     Args:
-        config: with every `auto` decided (`SpeCacheConfig.resolved`).
-        loads: at least one sequence.
+        config: settings with every `auto` resolved (`SpeCacheConfig.resolved`).
+        sequences: the batch, at least one sequence.
     """
-    longest = max(config.low_bit_length(load.total) for load in loads)
-    holdings = CacheFootprint(model, config, len(loads), min(config.top_k, longest))
-    counts = Counter(loads)
-    decode = max(_sum(holdings.first_step, counts), _sum(holdings.last_step, counts), key=lambda held: held.total)
+    longest = max(config.low_bit_length(sequence.total) for sequence in sequences)
+    footprint = CacheFootprint(model, config, len(sequences), min(config.top_k, longest))
+    counts = Counter(sequences)
+    decode = max(_sum(footprint.first_step, counts), _sum(footprint.last_step, counts), key=lambda held: held.total)
     return MemoryPlan(
-        prefill=max(_prefill_moments(holdings, loads, counts), key=lambda held: held.total),
-        decode=replace(decode, working_set=_step_working_set(holdings, loads, longest)),
-        slow=sum(holdings.slow(load) * count for load, count in counts.items()),
-        full_cache=sum(ordinary_bytes(model, load.total) * count for load, count in counts.items()),
+        prefill=max(_prefill_moments(footprint, sequences, counts), key=lambda held: held.total),
+        decode=replace(decode, working_set=_step_working_set(footprint, sequences, longest)),
+        slow=sum(footprint.slow(sequence) * count for sequence, count in counts.items()),
+        full_cache=sum(ordinary_bytes(model, sequence.total) * count for sequence, count in counts.items()),
         weights=model.weight_bytes,
-        checkpoints=sum(holdings.checkpoints(load) * count for load, count in counts.items()),
+        checkpoints=sum(footprint.checkpoints(sequence) * count for sequence, count in counts.items()),
     )
 
 
-def even_loads(context: int, batch: int) -> list[PlannedSequence]:
-    """`batch` different prompts of `context` tokens."""
+def uniform_batch(context: int, batch: int) -> list[PlannedSequence]:
+    """Return `batch` distinct prompts of `context` tokens each."""
     return [PlannedSequence(context)] * batch
 
 
-def prefill_working_set(model: ModelDimensions, config: SpeCacheConfig, load: PlannedSequence) -> int:
-    """Of the passes that prefill one sequence."""
-    return prefill_bytes(model, config, *last_chunk(model, config, load))
+def prefill_working_set(model: ModelDimensions, config: SpeCacheConfig, sequence: PlannedSequence) -> int:
+    """Return the working set of the passes that prefill one sequence, in bytes."""
+    return prefill_bytes(model, config, *last_chunk(model, config, sequence))
 
 
 def _prefill_moments(
-    holdings: CacheFootprint, loads: Sequence[PlannedSequence], counts: Counter[PlannedSequence]
+    footprint: CacheFootprint, sequences: Sequence[PlannedSequence], counts: Counter[PlannedSequence]
 ) -> Iterator[FastBytes]:
-    """The widest points of prefilling one sequence after the other; of equal neighbours only the last can be the widest."""
-    continued = any(load.stored for load in loads)
+    """Yield the candidates for the peak of prefilling the sequences one after the other.
+
+    Of equal neighbours only the last can be the peak.
+    """
+    continued = any(sequence.stored for sequence in sequences)
     before = FastBytes()
-    for load, group in groupby(loads):
+    for sequence, group in groupby(sequences):
         count = sum(1 for _ in group)
-        others = before + holdings.prefilled(load).times(count - 1)
-        if continued:  # those that come later hold something already
-            others = _sum(holdings.prefilled, counts - Counter([load]))
-        before += holdings.prefilled(load).times(count)
-        if load.twin:
+        others = before + footprint.prefilled(sequence).times(count - 1)
+        if continued:  # sequences that follow already hold stored tokens
+            others = _sum(footprint.prefilled, counts - Counter([sequence]))
+        before += footprint.prefilled(sequence).times(count)
+        if sequence.twin:
             continue
-        working_set = prefill_working_set(holdings.model, holdings.config, load) + holdings.growing(load, load.prompt)
-        working_set += window_bytes(holdings.model) if load.stored else 0  # they are kept until its prefill has succeeded
-        yield from (replace(others + moment, working_set=working_set) for moment in holdings.while_prefilled(load))
+        working_set = prefill_working_set(footprint.model, footprint.config, sequence) + footprint.growing(
+            sequence, sequence.prompt
+        )
+        # the old windows are kept until the prefill succeeds
+        working_set += window_bytes(footprint.model) if sequence.stored else 0
+        yield from (replace(others + moment, working_set=working_set) for moment in footprint.while_prefilled(sequence))
 
 
-def _step_working_set(holdings: CacheFootprint, loads: Sequence[PlannedSequence], longest: int) -> int:
-    """Of a decode step and what happens in one: a hot set that grows is held twice; who crosses a RoPE switch is prefilled."""
-    model, config = holdings.model, holdings.config
-    step = decode_bytes(model, config, len(loads), longest)
-    step += max(holdings.growing(load, load.total) for load in set(loads))
-    if any(load.stored for load in loads) or config.top_k > config.group_size:  # pairs grow with the first groups
-        step += max(holdings.largest_hot_set(load) for load in set(loads))
+def _step_working_set(footprint: CacheFootprint, sequences: Sequence[PlannedSequence], longest: int) -> int:
+    """Return the working set of a decode step and of what can happen inside one.
+
+    A hot set that grows exists twice. A sequence that crosses a RoPE switch is prefilled again.
+    """
+    model, config = footprint.model, footprint.config
+    step = decode_bytes(model, config, len(sequences), longest)
+    step += max(footprint.growing(sequence, sequence.total) for sequence in set(sequences))
+    # the number of pairs grows with the first groups
+    if any(sequence.stored for sequence in sequences) or config.top_k > config.group_size:
+        step += max(footprint.largest_hot_set(sequence) for sequence in set(sequences))
     switch = model.rope_switch
-    if switch is not None and any(load.prompt <= switch < load.total for load in loads):
+    if switch is not None and any(sequence.prompt <= switch < sequence.total for sequence in sequences):
         step = max(step, prefill_bytes(model, config, switch + 1, 0))
     return step
 
 
 def _sum(held_by: Callable[[PlannedSequence], FastBytes], counts: Counter[PlannedSequence]) -> FastBytes:
-    return sum((held_by(load).times(count) for load, count in counts.items()), FastBytes())
+    return sum((held_by(sequence).times(count) for sequence, count in counts.items()), FastBytes())

@@ -1,7 +1,9 @@
-"""Bytes that one decode step is expected to move: what a roofline divides by bandwidths.
+"""Compute the bytes that one decode step is expected to move, which a roofline divides by
+bandwidths.
 
-Weights are read once per step, whatever the batch; the low-bit copy, the residual and the windows once per sequence. Rows come from
-the slow tier: all `k` pairs of every KV head, less those that the hot set still has, which is assumed and not computed.
+Weights are read once per step, whatever the batch; the low-bit copy, the residual and the windows
+once per sequence. The slow tier delivers all `k` pairs of every KV head except those that the hot
+set still holds. That share is an assumption.
 """
 
 from __future__ import annotations
@@ -14,24 +16,26 @@ from specache.cache.sizes import fetches, hot_slots, page_layout
 from specache.config import PAGE_TOKENS, Policy, SpeCacheConfig
 from specache.model.dimensions import ModelDimensions
 
-# Of the pairs that a step wants, the share that a hot set of just one step's pairs lacks; it falls with the square root of the hot
-# set's size. An assumption, from SmolLM2-135M on English text with k = 64, verified and on-demand: with 64 slots per head 0.47 were
-# read, with 85: 0.40, 227: 0.22 and 0.26, 390: 0.18 (contexts of 2,000 to 6,000 tokens).
+# Share of a step's pairs that are missing from a hot set as large as one step's pairs. It falls
+# with the square root of the hot set's size. An assumption, from SmolLM2-135M on English text with
+# k = 64, policies verified and on-demand: with 64 slots per head a share of 0.47 was read, with 85
+# slots 0.40, with 227 slots 0.22 and 0.26, with 390 slots 0.18 (contexts of 2,000 to 6,000 tokens).
 MISSES_OF_ONE_STEP = 0.47
 
 
 @dataclass(frozen=True)
 class StepTraffic:
-    """Bytes of one decode step of a whole batch.
+    """Bytes that one decode step of a whole batch moves.
 
     Attributes:
         weights: read from the model's parameters.
-        scan: read from the low-bit copy (of the 16-bit cache under policy `full`).
+        scan: read from the low-bit copy (from the 16-bit cache under policy `full`).
         recent: read from residuals and sliding windows.
-        rows: read from the slow tier.
-        written: of the new tokens' rows, to the slow tier.
-        assumed_misses: share of the wanted rows that must come from the slow tier; an assumption, not a computation.
-        sequences: tokens that the step makes.
+        rows: 16-bit pairs read from the slow tier.
+        written: 16-bit pairs of the new tokens, written to the slow tier.
+        assumed_misses: share of the selected pairs that must come from the slow tier; an
+            assumption, not a computation.
+        sequences: tokens that the step generates.
     """
 
     weights: int
@@ -47,15 +51,15 @@ class StepTraffic:
         return self.weights + self.scan + self.recent + self.rows + self.written
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON. Keys are stable."""
+        """Return plain values for JSON. Keys are stable."""
         return {**asdict(self), "total": self.total, "per_token": self.total / self.sequences}
 
 
 def step_traffic(model: ModelDimensions, config: SpeCacheConfig, context: int, batch: int) -> StepTraffic:
-    """Of `batch` sequences with `context` tokens each.
+    """Return the traffic of one step of `batch` sequences with `context` tokens each.
 
     Args:
-        config: with every `auto` decided.
+        config: settings with every `auto` resolved.
     """
     low_bit = config.low_bit_length(context)
     full, misses = config.policy is Policy.FULL, _misses(model, config, context, batch)
@@ -75,7 +79,10 @@ def step_traffic(model: ModelDimensions, config: SpeCacheConfig, context: int, b
 
 
 def _misses(model: ModelDimensions, config: SpeCacheConfig, context: int, batch: int) -> float:
-    """Share of the wanted pairs that come from the slow tier: all where it is read in place, none where none is wanted."""
+    """Return the share of the selected pairs that come from the slow tier.
+
+    It is 1 if the tier is read in place, and 0 if the policy selects none.
+    """
     if config.policy in (Policy.FULL, Policy.NONE):
         return 0.0
     if not fetches(config):

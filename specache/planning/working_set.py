@@ -1,10 +1,12 @@
-"""Fast memory that a forward pass needs for a moment, in bytes, from a model's dimensions.
+"""Compute the temporary memory of a forward pass, in bytes, from a model's dimensions.
 
-Counted are the tensors that exist at once at the widest point of a pass, as the code makes them: attention (`exact`, `attention`,
-`layers`) and the feed-forward layer of a Llama-like model. What libraries allocate inside an operation (packed copies of weights,
-per-thread buffers) is not.
+The count covers the tensors that exist at once at the peak of a pass, as the code creates them:
+attention (`attention.dense`, `attention.decode`, `cache.layers`) and the feed-forward layer of a
+Llama-like model. What libraries allocate inside an operation (packed copies of weights, per-thread
+buffers) is not counted.
 
-Symbols: `c` tokens of a prefill chunk, `S` low-bit tokens, `n` rows per sequence of a decode step, `e` bytes of an activation.
+Symbols: `c` tokens of a prefill chunk, `S` low-bit tokens, `n` query rows per sequence of a decode
+step, `e` bytes of an activation.
 """
 
 from __future__ import annotations
@@ -14,24 +16,26 @@ from specache.cache.sizes import on_disk, row_layout
 from specache.config import PAGE_TOKENS, Policy, SpeCacheConfig
 from specache.kernels import dispatch
 from specache.kernels.blocks import BLOCK_BYTES, QUANTISE_PAGES
-from specache.linear import cpu_linear as products
+from specache.linear.cpu_linear import BLOCK_ELEMENTS
 from specache.model.dimensions import LayerDimensions, ModelDimensions
 from specache.planning.footprint import FLOAT
 from specache.tiers.disk.row_reads import GAP_BYTES, READ_BYTES
 
 INDEX = 8  # bytes of a position
-STREAMS = 2  # of hidden width: the residual stream and the normalised input of a layer
-RUNNING_PARTS = 4  # outputs of attention at once: two parts, and their weighted sum while it is formed
-LOG_SUMS = 8  # log-sum-exps and weights of the parts at once
+STREAMS = 2  # tensors of hidden width: the residual stream and the normalised input of a layer
+RUNNING_PARTS = 4  # attention outputs held at once: two parts, and their weighted sum
+LOG_SUMS = 8  # log-sum-exps and weights of the parts, held at once
 QUANTISE_TEMPORARIES = 6  # float32 copies of a piece of keys or values that the PyTorch quantiser makes
-WIDENED_BYTES = 2 * 4096 + GAP_BYTES  # beside a row that is read from disk
-DISK_COPIES = 3  # of what goes to a disk or comes from it at once: as it lies there, as rows, and a copy that is checksummed
-KEPT_BUFFERS = 8  # buffers for reads, borrowed or kept for the next
-UNPACKED_BLOCKS = 3  # blocks of unpacked codes at once
+WIDENED_BYTES = 2 * 4096 + GAP_BYTES  # extra bytes of a row read from disk
+DISK_COPIES = 3  # buffers of a disk transfer: blocks as stored, unpacked pairs, and a copy being checksummed
+KEPT_BUFFERS = 8  # read buffers, in use or kept for the next read
+UNPACKED_BLOCKS = 3  # blocks of unpacked codes held at once
 
 
 def prefill_bytes(model: ModelDimensions, config: SpeCacheConfig, chunk: int, stored: int) -> int:
-    """The widest point of a forward pass over `chunk` prompt tokens of a sequence that ends with `stored + chunk` tokens."""
+    """Return the peak of a forward pass over `chunk` prompt tokens that leaves `stored + chunk`
+    tokens in the cache.
+    """
     hidden = chunk * model.itemsize * (STREAMS * model.hidden + _rotary_width(model))
     stages = [_feed_forward(model, chunk), _normalisation(model, chunk)]
     stages += [_attention(model, config, layer, chunk, stored) for layer in set(model.layers)]
@@ -42,7 +46,10 @@ def prefill_bytes(model: ModelDimensions, config: SpeCacheConfig, chunk: int, st
 
 
 def decode_bytes(model: ModelDimensions, config: SpeCacheConfig, sequences: int, low_bit_tokens: int) -> int:
-    """The widest point of a decode step of `sequences`, the longest of which has `low_bit_tokens` in its copy."""
+    """Return the peak of a decode step.
+
+    The longest of the `sequences` has `low_bit_tokens` in its low-bit copy.
+    """
     rows = 2 if config.policy.drafts else 1
     hidden = sequences * rows * (STREAMS * model.hidden + 3 * model.mlp) * model.itemsize
     logits = sequences * model.vocabulary * (rows * (model.itemsize + FLOAT) + 2 * FLOAT)
@@ -51,37 +58,51 @@ def decode_bytes(model: ModelDimensions, config: SpeCacheConfig, sequences: int,
 
 
 def _row_buffers(model: ModelDimensions, config: SpeCacheConfig) -> int:
-    """Buffers for direct reads of scattered rows, each widened to the device's unit, for every layer that is read at a time; and a
-    block that is full."""
+    """Return the bytes of the buffers for direct reads.
+
+    They hold scattered pairs, each widened to the device's unit, of every layer that is read at a
+    time, and one full block.
+    """
     widest = max(layer.kv_heads * (layer.row_bytes(model.itemsize) + WIDENED_BYTES) for layer in model.full_layers)
     return KEPT_BUFFERS * min(READ_BYTES, config.top_k * widest) + DISK_COPIES * _largest_block(model)
 
 
 def _largest_block(model: ModelDimensions) -> int:
-    """Blocks go to a disk and come from it whole, however large they are."""
+    """Return the bytes of the largest block.
+
+    Blocks are written and read whole, whatever their size.
+    """
     return max(row_layout(model, layer).block_bytes for layer in model.full_layers)
 
 
 def _rotary_width(model: ModelDimensions) -> int:
-    """Elements of one position's sines and cosines; sliding layers have their own."""
+    """Return the elements of one position's sines and cosines.
+
+    Sliding-window layers have their own.
+    """
     return 2 * max(layer.head_dim for layer in model.layers) * (2 if model.sliding_layers else 1)
 
 
 def _feed_forward(model: ModelDimensions, chunk: int) -> int:
-    """Gate, up and their product, and the residual stream before attention, which the caller still holds."""
+    """Return the bytes of gate, up, their product, and the residual stream kept by the caller."""
     return chunk * model.itemsize * (3 * model.mlp + model.hidden)
 
 
 def _widened(model: ModelDimensions, chunk: int) -> int:
-    """Where the processor has no products of 16 bits: a block of weights, the rows it meets and their products, in float32."""
+    """Return the float32 bytes of a blocked product on a processor without 16-bit products.
+
+    Per block: its weights, the input rows, and the output rows.
+    """
     if not model.widens:
         return 0
-    outputs = min(products.BLOCK_ELEMENTS // model.hidden, model.mlp)
+    outputs = min(BLOCK_ELEMENTS // model.hidden, model.mlp)
     return FLOAT * (outputs * model.hidden + chunk * (model.hidden + outputs))
 
 
 def _normalisation(model: ModelDimensions, chunk: int) -> int:
-    """RMSNorm computes in float32: the input, its square or product, and the result."""
+    """Return the bytes of an RMSNorm, which computes in float32: the input, its square or product,
+    and the result.
+    """
     return chunk * model.hidden * (3 * FLOAT + model.itemsize)
 
 
@@ -104,12 +125,16 @@ def _attention(model: ModelDimensions, config: SpeCacheConfig, layer: LayerDimen
 
 
 def _reads_back(model: ModelDimensions, config: SpeCacheConfig) -> bool:
-    """Whether earlier rows must be copied to be attended to: from a disk, or to a GPU."""
+    """Return True if stored pairs must be copied before attention: from a disk, or to a GPU."""
     return on_disk(config) or (config.policy is not Policy.FULL and model.device != "cpu")
 
 
 def _exact_block(model: ModelDimensions, layer: LayerDimensions, rows: int, keys: int) -> int:
-    """Scores of a block of rows and keys, with both operands in float32; PyTorch's fused attention on a CPU holds none."""
+    """Return the bytes of the scores of a block of query rows and keys, and of both operands in
+    float32.
+
+    PyTorch's fused attention on a CPU holds none of them.
+    """
     if model.device == "cpu" and not model.softcap:
         return 0
     keys = min(keys, KEY_BLOCK)
@@ -118,7 +143,9 @@ def _exact_block(model: ModelDimensions, layer: LayerDimensions, rows: int, keys
 
 
 def _quantising(model: ModelDimensions, config: SpeCacheConfig, layer: LayerDimensions, chunk: int) -> int:
-    """The residual in front of the chunk's keys and values, and the pieces that are quantised at a time."""
+    """Return the bytes of the residual joined with the chunk, and of the pieces that are quantised
+    at a time.
+    """
     if config.policy is Policy.FULL:
         return 0
     tokens = chunk + config.residual + config.group_size
@@ -141,7 +168,8 @@ def _step_attention(
     score_rows = sequences * rows * tokens
     scores = score_rows * layer.query_heads * FLOAT
     if config.policy.prefetches:
-        scores += score_rows // rows * layer.query_heads * FLOAT  # groups that retire are candidates too: once more, for one row
+        # groups that leave the residual are candidates too: once more, for one row
+        scores += score_rows // rows * layer.query_heads * FLOAT
     fetched = 2 * sequences * rows * config.top_k * width * 2 * model.itemsize
     if _native(model):
         return recent + scores + fetched
@@ -151,5 +179,5 @@ def _step_attention(
 
 
 def _native(model: ModelDimensions) -> bool:
-    """Whether the C++ kernels serve this model here; plain PyTorch holds more at once."""
+    """Return True if the C++ kernels run this model here. Plain PyTorch holds more at once."""
     return model.device == "cpu" and dispatch.active()["score"] != "torch"

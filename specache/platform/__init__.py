@@ -1,1 +1,1 @@
-"""This machine, its memory and its files, and PyTorch as it is installed."""
+"""The machine, its memory and files, and the installed PyTorch."""

@@ -1,9 +1,9 @@
-"""Fast memory as one account: whoever allocates takes the bytes first, and gives them back.
+"""The budget of fast memory: bytes are taken before an allocation, and given back after it is
+freed.
 
-Low-bit pages, residuals, key weights, hot sets, read buffers, sliding windows and the working set of a pass draw on the same
-budget, so that their sum cannot exceed it. All sizes are in bytes.
-
-Spare bytes (`claim_spare`) hold what can be done without: they count only as long as nobody else needs them.
+Low-bit pages, residuals, key scales, hot sets, read buffers, sliding windows and the working set of
+a pass share one budget, so that their sum cannot exceed it. All sizes are in bytes. Spare bytes
+(`claim_spare`) are for optional data: they are given up when others need them.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from specache.errors import FastMemoryError
 
 
 class SpareHolder(Protocol):
-    """Somebody who holds spare bytes."""
+    """A holder of spare bytes."""
 
     def give_up(self, size: int) -> None:
-        """Release spare claims of `size` bytes or more, or all that there are."""
+        """Release spare claims of at least `size` bytes, or all of them."""
 
 
 class ByteBudget:
-    """Bytes that may be held together; `limit` of `None` is unbounded, and then only counts.
+    """A limited number of bytes; with a `limit` of None it only counts.
 
     Attributes:
         used: bytes held now.
-        peak: the most that were held at once.
-        spare: bytes held beside them by those who give them up when they are needed; in neither of the two.
+        peak: largest value of `used`.
+        spare: spare bytes held in addition; not part of `used` and `peak`.
     """
 
     def __init__(self, limit: int | None = None) -> None:
@@ -39,15 +39,15 @@ class ByteBudget:
         self.peak = 0
         self.spare = 0
         self._holders: weakref.WeakSet[SpareHolder] = weakref.WeakSet()
-        self._lock = threading.RLock()  # claims may be collected on any thread
+        self._lock = threading.RLock()  # claims may be garbage-collected on any thread
 
     @property
     def left(self) -> int | None:
-        """Bytes that can still be taken; `None` without a limit."""
+        """Return the bytes that can still be taken; None without a limit."""
         return None if self.limit is None else max(0, self.limit - self.used)
 
     def take(self, size: int, what: str) -> None:
-        """Count `size` more bytes, for `what` (a plural, for the message).
+        """Count `size` more bytes for `what` (a plural, for the message).
 
         Raises:
             FastMemoryError: the limit does not allow it; nothing was counted.
@@ -68,11 +68,14 @@ class ByteBudget:
             self.used -= size
 
     def claim(self, size: int, what: str) -> Claim:
-        """Bytes of one holder, whose number may change; raises as `take`."""
+        """Return a resizable claim of one holder. Raise as `take`."""
         return Claim(self, size, what)
 
     def claim_spare(self, size: int, holder: SpareHolder) -> SpareClaim | None:
-        """Bytes that `holder` gives up when somebody else needs them; `None` where there is no room for them."""
+        """Return a claim of spare bytes that `holder` gives up on demand.
+
+        Return None if there is no room.
+        """
         with self._lock:
             if self.limit is not None and self.used + self.spare + size > self.limit:
                 return None
@@ -81,7 +84,9 @@ class ByteBudget:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Nobody else takes bytes inside the block, so no holder on another thread has to give any up."""
+        """Block other threads from taking bytes inside the block, so that no holder has to give any
+        up.
+        """
         with self._lock:
             yield
 
@@ -90,7 +95,7 @@ class ByteBudget:
             self.spare += size
 
     def _make_room(self, size: int) -> None:
-        """Have spare bytes given up as far as `size` more do not fit beside them."""
+        """Have spare bytes given up if `size` more bytes do not fit beside them."""
         if self.limit is None or size <= 0:
             return
         for holder in list(self._holders):
@@ -101,7 +106,7 @@ class ByteBudget:
 
     @contextmanager
     def reserved(self, size: int, what: str) -> Iterator[None]:
-        """`size` bytes inside the block; raises as `take`."""
+        """Hold `size` bytes inside the block. Raise as `take`."""
         self.take(size, what)
         try:
             yield
@@ -110,7 +115,9 @@ class ByteBudget:
 
 
 class Claim:
-    """Bytes that one holder keeps of a budget, until `release` or until the holder is gone."""
+    """Bytes that one holder keeps of a budget, until `release` or until the claim is
+    garbage-collected.
+    """
 
     def __init__(self, budget: ByteBudget, size: int, what: str) -> None:
         self.size = 0
@@ -122,7 +129,7 @@ class Claim:
         """Hold `size` bytes from now on.
 
         Raises:
-            FastMemoryError: the limit does not allow it; what was held stays held.
+            FastMemoryError: the limit does not allow it; the claim is unchanged.
         """
         if size != self.size:
             self.budget.take(size - self.size, self._what)
@@ -136,7 +143,9 @@ class Claim:
 
 
 class SpareClaim:
-    """Spare bytes that one holder keeps of a budget, until `release` or until the claim is gone."""
+    """Spare bytes that one holder keeps of a budget, until `release` or until the claim is
+    garbage-collected.
+    """
 
     def __init__(self, budget: ByteBudget, size: int) -> None:
         self.size = size

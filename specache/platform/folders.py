@@ -1,4 +1,4 @@
-"""Where specache keeps what it makes for a user."""
+"""Folders where specache keeps a user's data."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _NAME = "specache"
 def cache_folder() -> Path:
     """Return the folder of converted models and of sessions.
 
-    `$SPECACHE_CACHE`; else `specache` in `$XDG_CACHE_HOME`, if that is an absolute path (others do not count, as the XDG Base
-    Directory Specification says); else `~/.cache/specache`.
+    It is `$SPECACHE_CACHE`; else `specache` in `$XDG_CACHE_HOME`, if that is an absolute path
+    (relative ones are invalid by the XDG Base Directory Specification); else `~/.cache/specache`.
 
     Raises:
         ConfigError: none of them is set, and there is no home folder.
@@ -26,9 +26,10 @@ def cache_folder() -> Path:
 
 
 def earlier_cache_folder() -> Path | None:
-    """Return `~/.cache/specache` where `$XDG_CACHE_HOME` moved the cache folder away from it: what lies there is still used.
+    """Return `~/.cache/specache` if `$XDG_CACHE_HOME` moved the cache folder elsewhere: its content
+    is still used.
 
-    `None` where it is the cache folder, where `$SPECACHE_CACHE` names one, or where there is no such folder.
+    Return None if it is the cache folder, if `$SPECACHE_CACHE` is set, or if it does not exist.
     """
     if os.environ.get("SPECACHE_CACHE"):
         return None

@@ -1,6 +1,7 @@
-"""Names of a package whose modules are imported when they are first asked for (PEP 562).
+"""Import a package's modules when their names are first used (PEP 562).
 
-PyTorch and transformers take seconds to import; what only explains options or lists sessions needs neither.
+PyTorch and transformers take seconds to import; commands that explain options or list sessions need
+neither.
 """
 
 from __future__ import annotations
@@ -12,7 +13,11 @@ from typing import Any
 
 
 def importer(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]:
-    """The `__getattr__` of `package`: a name from the module that `modules` has for it, or that module where it has this name."""
+    """Return the `__getattr__` of `package`.
+
+    Args:
+        modules: name -> the module that defines it, or the module of that name itself.
+    """
 
     def get(name: str) -> Any:
         if name not in modules:

@@ -1,4 +1,4 @@
-"""Facts of this machine, from the system. Whatever it does not tell is `None` or empty."""
+"""Facts about this machine, from the system. Unknown facts are None or empty."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _UNLIMITED = 1 << 60  # version 1 of the control groups writes "no limit" as a h
 
 
 def processor() -> dict[str, str]:
-    """The first processor of `/proc/cpuinfo`; empty where there is none."""
+    """Return the first processor of `/proc/cpuinfo`; empty if there is none."""
     info: dict[str, str] = {}
     for line in _lines("/proc/cpuinfo"):
         name, colon, value = line.partition(":")
@@ -33,7 +33,10 @@ def usable_cores() -> int | None:
 
 
 def memory() -> dict[str, Any]:
-    """Bytes of main memory; `usable_bytes` can still be allocated without swapping, the container's limit included."""
+    """Return the bytes of main memory.
+
+    `usable_bytes` can be allocated without swapping, within the container's limit.
+    """
     total = _kilobytes(_meminfo().get("MemTotal"))
     if total is None and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -46,10 +49,11 @@ def memory() -> dict[str, Any]:
 
 
 def available_memory() -> int | None:
-    """Return the bytes that this process can still allocate without swapping; `None` where the system does not tell.
+    """Return the bytes that this process can still allocate without swapping; None if unknown.
 
-    The smallest of what the whole system and every control group around this process have left. Page cache counts as left, since
-    the kernel gives it up; so do mapped files, also those that a program goes on reading (`mapped_bytes`).
+    This is the least that the system and any control group around this process have left. Page
+    cache counts as left, since the kernel gives it up; so do mapped files, even those in use
+    (`mapped_bytes`).
     """
     bounds = [group.left for group in control_groups()]
     system = _system_available()
@@ -57,7 +61,7 @@ def available_memory() -> int | None:
 
 
 def free_swap() -> int:
-    """Return the bytes of swap space that are free; 0 where the system does not tell."""
+    """Return the free bytes of swap space; 0 if unknown."""
     return _kilobytes(_meminfo().get("SwapFree")) or 0
 
 
@@ -66,8 +70,8 @@ class ControlGroup:
     """A control group that limits memory, in bytes.
 
     Attributes:
-        used: what its processes hold, page cache included; `None` where the system does not tell.
-        reclaimable: of `used`, page cache, which the kernel gives up before anybody runs out.
+        used: memory of its processes, page cache included; None if unknown.
+        reclaimable: page cache in `used`, which the kernel gives up before memory runs out.
     """
 
     limit: int
@@ -80,22 +84,25 @@ class ControlGroup:
 
 
 def control_groups() -> list[ControlGroup]:
-    """Return the control groups (version 2 and version 1) around this process that limit memory, the innermost first."""
+    """Return the control groups (versions 2 and 1) around this process that limit memory, the
+    innermost first.
+    """
     found = [_group_v2(folder) for folder in _upwards("/sys/fs/cgroup", _own_path(""))]
     found += [_group_v1(folder) for folder in _upwards("/sys/fs/cgroup/memory", _own_path("memory"))]
     return [group for group in found if group is not None]
 
 
 def control_group() -> tuple[int | None, int | None]:
-    """Return the limit of the control group with the least memory left, and what that group uses, in bytes."""
+    """Return (limit, used) in bytes of the control group with the least memory left."""
     tightest = min(control_groups(), key=lambda group: group.left, default=None)
     return (None, None) if tightest is None else (tightest.limit, tightest.used)
 
 
 def mapped_bytes(blocks: Iterable[tuple[int, int]]) -> int:
-    """Return how many bytes of memory blocks (address, size) are files mapped into this process: page cache that stays in use.
+    """Return the bytes of memory blocks (address, size) that are mapped files: page cache that
+    stays in use.
 
-    Where the system does not list its mappings, all of them count.
+    If the system does not list its mappings, all blocks count.
     """
     lines = _lines("/proc/self/maps")
     if not lines:
@@ -109,7 +116,7 @@ def mapped_bytes(blocks: Iterable[tuple[int, int]]) -> int:
 
 
 def cuda_missing() -> str | None:
-    """Why no model can compute on CUDA here, or `None`."""
+    """Return the reason why CUDA is not available, or None if it is."""
     import torch
 
     if torch.cuda.is_available():
@@ -120,7 +127,7 @@ def cuda_missing() -> str | None:
 
 
 def has_nvidia_gpu() -> bool:
-    """Whether the system shows an NVIDIA GPU, whatever PyTorch makes of it (Linux)."""
+    """Return True if the system shows an NVIDIA GPU (Linux), whether or not PyTorch can use it."""
     return any(Path("/dev").glob("nvidia[0-9]*"))
 
 
@@ -129,7 +136,7 @@ def _meminfo() -> dict[str, str]:
 
 
 def _system_available() -> int | None:
-    """Free memory of the whole system, page cache included."""
+    """Return the system's free memory, page cache included."""
     available = _kilobytes(_meminfo().get("MemAvailable"))
     if available is None:
         with suppress(ImportError, OSError, RuntimeError):
@@ -140,7 +147,9 @@ def _system_available() -> int | None:
 
 
 def _own_path(controller: str) -> str:
-    """This process's group in the hierarchy of a version 1 controller, or with an empty name in that of version 2."""
+    """Return this process's group in the hierarchy of a version 1 controller; an empty name means
+    version 2.
+    """
     for line in _lines("/proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
         if controller in controllers.split(","):
@@ -149,7 +158,10 @@ def _own_path(controller: str) -> str:
 
 
 def _upwards(mount: str, path: str) -> Iterator[str]:
-    """The group's folder and those above it. A container may see only its own group, as the root of the hierarchy."""
+    """Yield the group's folder and its parents.
+
+    A container may see only its own group, as the root.
+    """
     parts = path.strip("/").split("/") if path.strip("/") else []
     for depth in range(len(parts), -1, -1):
         yield "/".join([mount, *parts[:depth]])

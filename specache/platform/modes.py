@@ -1,10 +1,10 @@
-"""Modes of PyTorch that a caller may have set on its thread, and which part of a call sees them.
+"""Isolate the package from PyTorch modes that the caller has set on its thread.
 
-What a cache keeps must not depend on the mode of the call that made it: a tensor made in inference mode cannot be
-changed outside of it, and a product under autocast is rounded to 16 bits. So the calls of this package run as PyTorch
-starts (`ours`), and whatever is the caller's own in them runs in the caller's modes (`callers`), as it would in stock
-`generate`: the model, logits processors, streamers. The default dtype belongs to the whole process, other threads
-included, so it is never changed here: every allocation of this package names its dtype.
+A cache must not depend on the mode of the call that made it: a tensor made in inference mode cannot
+be changed outside of it, and a product under autocast is rounded to 16 bits. So this package runs
+in PyTorch's initial modes (`ours`), and the caller's code inside it (model, logits processors,
+streamers) runs in the caller's modes (`callers`), as in stock `generate`. The default dtype belongs
+to the whole process, so it is never changed: every allocation of this package names its dtype.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ DEVICES_WITH_AUTOCAST = ("cpu", "cuda")
 
 @dataclass(frozen=True)
 class Modes:
-    """What was set on a thread. Gradients are left out: they are off in every call, as in stock `generate`.
+    """The modes of a thread.
+
+    Gradients are omitted: they are off in every call, as in stock `generate`.
 
     Attributes:
         inference: `torch.inference_mode`.
-        autocast: (device, dtype, whether casts of weights are kept) of each `torch.autocast` that is on.
-        device: the default device where it is not the CPU, else `None`.
+        autocast: (device, dtype, cache enabled) of each active `torch.autocast`.
+        device: the default device if it is not the CPU, else None.
     """
 
     inference: bool = False
@@ -42,11 +44,11 @@ PLAIN = Modes()
 
 
 class _Thread(threading.local):
-    """Of one thread.
+    """State of one thread.
 
     Attributes:
-        callers: what each call of ours that is under way on it found.
-        away: inside `callers`, with modes that are not plain.
+        callers: the caller's modes of each call in progress.
+        away: True inside `callers` with modes that are not the initial ones.
     """
 
     def __init__(self) -> None:
@@ -55,13 +57,15 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
-_ran_here = False  # whether this process, or the one that it was forked from, ran something of ours
+_ran_here = False  # True once this process, or the one it was forked from, ran a model
 _forked_after_running = False
 
 
 @contextmanager
 def ours() -> Iterator[None]:
-    """Inside, PyTorch is as it starts: no inference mode, no gradients, no autocast, the CPU as default device."""
+    """Run the block in PyTorch's initial modes: no inference mode, gradients or autocast, and the
+    CPU as default device.
+    """
     found = _current()
     away, _thread.away = _thread.away, False
     _thread.callers.append(found)
@@ -81,18 +85,21 @@ def ours() -> Iterator[None]:
 
 
 def callers() -> AbstractContextManager[None]:
-    """Inside, which is inside of `ours`, the modes are the caller's again, without gradients."""
+    """Run the block, inside `ours`, in the caller's modes, without gradients."""
     found = _thread.callers[-1] if _thread.callers else PLAIN
     return nullcontext() if found == PLAIN else _restored(found)
 
 
 def ours_again() -> AbstractContextManager[None]:
-    """`ours` for what the model calls back, where the model runs in modes that are not plain."""
+    """Enter `ours` for code that the model calls back, if the model runs in the caller's modes."""
     return ours() if _thread.away else nullcontext()
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    """What `torch.autocast`, which may be on, makes of a tensor that goes into a product; `None` where it stays as it is."""
+    """Return the dtype to which `torch.autocast` casts an operand of a product.
+
+    Return None if it does not.
+    """
     device = tensor.device.type
     if not (torch.is_autocast_enabled(device) and tensor.is_floating_point()) or tensor.dtype is torch.float64:
         return None
@@ -100,15 +107,16 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
 
 
 def caller_autocasts(device: torch.device) -> bool:
-    """Inside of `ours`: whether the caller has autocast on for a device."""
+    """Return True if, inside of `ours`, the caller has autocast on for a device."""
     return bool(_thread.callers) and any(kind == device.type for kind, _, _ in _thread.callers[-1].autocast)
 
 
 def check_process() -> None:
-    """Refuse to run a model in a process that was forked after it had run one, where PyTorch's threads are gone.
+    """Refuse to run a model in a process forked after one had run, because PyTorch's threads do not
+    exist there.
 
     Raises:
-        UsageError: this is one, and PyTorch would wait for the threads.
+        UsageError: this is such a process, and PyTorch would wait for the threads.
     """
     global _ran_here
     if _forked_after_running and torch.get_num_threads() > 1:

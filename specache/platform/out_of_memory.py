@@ -1,4 +1,4 @@
-"""Whether an error says that memory ran out: Python, PyTorch, CUDA and Triton say it in different ways."""
+"""Recognise out-of-memory errors of Python, PyTorch, CUDA and Triton."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from specache.errors import SlowTierError
 _SIGNS = (
     "DefaultCPUAllocator: can't allocate memory",  # PyTorch on the CPU
     "DefaultCPUAllocator: not enough memory",  # the same on Windows
-    "CUDA error: out of memory",  # outside of PyTorch's allocator: pinned memory, streams, kernels
+    "CUDA error: out of memory",  # raised outside of PyTorch's allocator: pinned memory, streams, kernels
     "CUDA out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "Triton Error [CUDA]: out of memory",
@@ -19,10 +19,10 @@ _SIGNS = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether it was raised because memory ran out, the byte budget of `fast_memory` included."""
+    """Return True if memory ran out, including the byte budget of `fast_memory`."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    if isinstance(error, SlowTierError):  # a read in the background has the system's error as its cause
+    if isinstance(error, SlowTierError):  # a background read has the system's error as its cause
         return error.__cause__ is not None and is_out_of_memory(error.__cause__)
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
@@ -30,6 +30,6 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def on_the_gpu(error: BaseException) -> bool:
-    """Whether it was the GPU's memory that ran out, as far as such an error says."""
+    """Return True if the GPU's memory ran out, as far as the error tells."""
     cause = error.__cause__ if isinstance(error, SlowTierError) and error.__cause__ is not None else error
     return isinstance(cause, torch.OutOfMemoryError) or "CUBLAS" in str(cause) or "Triton Error" in str(cause)

@@ -1,8 +1,9 @@
-"""PyTorch's private operations that this package calls: all of them, and what serves where a release has them no longer.
+"""All private operations of PyTorch that this package calls, with fallbacks for releases without
+them.
 
-No other file calls them, and a test runs every fallback. What is in PyTorch's documentation (`torch.library`,
-`torch.compiler`, `torch.backends.cuda.can_use_flash_attention`) is not here, nor are operators of our own
-(`torch.ops.specache`).
+No other file calls them, and a test runs every fallback. Documented interfaces (`torch.library`,
+`torch.compiler`, `torch.backends.cuda.can_use_flash_attention`) and operators of our own
+(`torch.ops.specache`) are not listed here.
 
 Symbols: `N` outputs, `K` inputs of a linear layer.
 """
@@ -29,12 +30,14 @@ FALLBACKS = {
     "_dynamo.maybe_mark_dynamic": "the compiler runs again when the number of sequences changes",
     "_dynamo.exc.TorchDynamoException": "any RuntimeError counts as one of the compiler's",
 }
-OUR_BLOCK = 16  # outputs that are packed together where PyTorch packs nothing; the packed layers have a multiple of it
-FORMED_ELEMENTS = 1 << 20  # of a matrix that are formed from codes at a time
+OUR_BLOCK = 16  # outputs packed together if PyTorch packs none; packed layers have a multiple of it
+FORMED_ELEMENTS = 1 << 20  # matrix elements dequantised at a time
 
 
 def find(path: str) -> Any | None:
-    """What stands at `torch.<path>`, a key of `FALLBACKS`, or `None` where this PyTorch has it not."""
+    """Return the operation `torch.<path>`, a key of `FALLBACKS`, or None if this PyTorch does not
+    have it.
+    """
     if path not in _found:
         _found[path] = _look_up(path)
     return _found[path]
@@ -51,8 +54,8 @@ def _look_up(path: str) -> Any | None:
     return found
 
 
-def missing() -> list[str]:
-    """The operations that the installed PyTorch has not."""
+def missing_operations() -> list[str]:
+    """Return the operations that the installed PyTorch does not have."""
     return [path for path in FALLBACKS if find(path) is None]
 
 
@@ -62,7 +65,9 @@ def missing() -> list[str]:
 def flash_attention_cpu(
     query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, causal: bool, scaling: float
 ) -> tuple[Tensor, Tensor] | None:
-    """Attention of query [1, Hq, n, D] over keys and values [1, Hkv, T, D] with its log-sum-exp; `None` if it is not there."""
+    """Return attention of query [1, Hq, n, D] over keys and values [1, Hkv, T, D] and its
+    log-sum-exp; None if unavailable.
+    """
     attend = find("ops.aten._scaled_dot_product_flash_attention_for_cpu")
     if attend is None:
         return None
@@ -71,7 +76,7 @@ def flash_attention_cpu(
 
 
 def flash_attention_cuda(query: Tensor, keys: Tensor, values: Tensor, causal: bool, scaling: float) -> tuple[Tensor, Tensor] | None:
-    """The same on CUDA, without a bias. Raises `RuntimeError` where the GPU cannot."""
+    """Do the same on CUDA, without a bias. Raise `RuntimeError` if the GPU does not support it."""
     attend = find("ops.aten._scaled_dot_product_flash_attention")
     if attend is None:
         return None
@@ -83,7 +88,9 @@ def flash_attention_cuda(query: Tensor, keys: Tensor, values: Tensor, causal: bo
 
 
 def int8_product(rows: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    """Rows [M, K] times codes int8 [N, K] with one scale per output [N] -> [M, N]."""
+    """Return the product [M, N] of rows [M, K] and codes int8 [N, K] with one scale per output
+    [N].
+    """
     product = find("ops.aten._weight_int8pack_mm")
     if product is not None:
         out: Tensor = product(rows, codes, scales)
@@ -97,8 +104,11 @@ def int8_product(rows: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
 
 
 def pack_int4(codes: Tensor) -> tuple[Tensor, int | None]:
-    """Codes int32 [N, K], N a multiple of 16 -> packed uint8 [N, K / 2], and the block with which `unpack_int4` undoes that: `None`
-    for an order of PyTorch's that is not known.
+    """Pack codes int32 [N, K], N a multiple of 16.
+
+    Returns:
+        packed uint8 [N, K / 2], and the block with which `unpack_int4` undoes it; None for an
+            unknown order of PyTorch's.
     """
     convert = find("ops.aten._convert_weight_to_int4pack_for_cpu")
     if convert is None or find("ops.aten._weight_int4pack_mm_for_cpu") is None:
@@ -110,7 +120,10 @@ def pack_int4(codes: Tensor) -> tuple[Tensor, int | None]:
 
 
 def unpack_int4(packed: Tensor, block: int) -> Tensor:
-    """uint8 codes [N, K] from packed ones: of `block` outputs, byte j of an input holds outputs j and j + block / 2."""
+    """Return uint8 codes [N, K].
+
+    Of `block` outputs, byte j of an input packs outputs j and j + block / 2.
+    """
     outputs, inputs = packed.shape[0], packed.shape[1] * 2
     each = packed.view(outputs // block, inputs, block // 2)
     return torch.cat([each & 15, each >> 4], dim=-1).transpose(1, 2).reshape(outputs, inputs)
@@ -124,17 +137,19 @@ def _pack_int4(codes: Tensor, block: int) -> Tensor:
 
 
 def int4_matrix(packed: Tensor, block: int, scales_and_zeros: Tensor) -> Tensor:
-    """The matrix [N, K] of packed codes with scales and zero points [K / g, N, 2]: (code - 8) * scale + zero."""
+    """Return the matrix [N, K] of packed codes with scales and zeros [K / g, N, 2]: (code - 8) *
+    scale + zero.
+    """
     scales, zeros = scales_and_zeros.transpose(0, 1).unsqueeze(-1).unbind(2)  # [N, K / g, 1]
     codes = unpack_int4(packed, block).unflatten(1, (scales.shape[1], -1))
     return torch.addcmul(zeros, codes.to(scales.dtype).sub_(8), scales).flatten(1)
 
 
 def int4_product(rows: Tensor, packed: Tensor, block: int | None, group: int, scales_and_zeros: Tensor) -> Tensor:
-    """Rows [M, K] times the matrix of `int4_matrix` -> [M, N].
+    """Return the product [M, N] of rows [M, K] and the matrix of `int4_matrix`.
 
     Args:
-        packed, block: of `pack_int4`.
+        packed, block: results of `pack_int4`.
         group: inputs that share a scale.
     """
     product = find("ops.aten._weight_int4pack_mm_for_cpu")
@@ -150,24 +165,24 @@ def int4_product(rows: Tensor, packed: Tensor, block: int | None, group: int, sc
     return out
 
 
-# What the processor has
+# Processor features
 
 
 def multiplies_natively(dtype: torch.dtype) -> bool:
-    """Whether oneDNN, through which PyTorch multiplies on a CPU, has fast products of this 16-bit type here."""
+    """Return True if oneDNN, PyTorch's CPU backend, has fast products of this 16-bit type here."""
     kind = "bf16" if dtype is torch.bfloat16 else "fp16"
-    return _says_yes(f"ops.mkldnn._is_mkldnn_{kind}_supported")
+    return _is_supported(f"ops.mkldnn._is_mkldnn_{kind}_supported")
 
 
 def has_bfloat16_instructions() -> bool:
-    """Whether the CPU has bfloat16 matrix instructions that PyTorch uses."""
+    """Return True if the CPU has bfloat16 matrix instructions that PyTorch uses."""
     asked = ("cpu._is_avx512_bf16_supported", "cpu._is_amx_tile_supported")
     if all(find(path) is None for path in asked):
         return multiplies_natively(torch.bfloat16)
-    return any(_says_yes(path) for path in asked)
+    return any(_is_supported(path) for path in asked)
 
 
-def _says_yes(path: str) -> bool:
+def _is_supported(path: str) -> bool:
     ask = find(path)
     try:
         return ask is not None and bool(ask())
@@ -179,21 +194,22 @@ def _says_yes(path: str) -> bool:
 
 
 def fix_size(tensor: Tensor, dimension: int) -> None:
-    """Have the compiler make a graph for this size of a dimension alone."""
+    """Make the compiler specialise its graph on this size of a dimension."""
     if mark := find("_dynamo.mark_static"):
         mark(tensor, dimension)
 
 
 def free_size(tensor: Tensor, dimension: int) -> None:
-    """Have the compiler make one graph for all sizes of a dimension, if it can."""
+    """Make the compiler build one graph for all sizes of a dimension, if it can."""
     if mark := find("_dynamo.maybe_mark_dynamic"):
         mark(tensor, dimension)
 
 
 def compiler_error() -> type[Exception]:
-    """What the compiler raises when it cannot compile."""
+    """Return the type of error that the compiler raises when it cannot compile."""
     error: type[Exception] = find("_dynamo.exc.TorchDynamoException") or RuntimeError
     return error
 
 
-_found: dict[str, Any] = {path: _look_up(path) for path in FALLBACKS if not path.startswith("_dynamo")}  # importing that takes long
+# `_dynamo` is looked up on demand: importing it is slow
+_found: dict[str, Any] = {path: _look_up(path) for path in FALLBACKS if not path.startswith("_dynamo")}

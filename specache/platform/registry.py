@@ -1,4 +1,4 @@
-"""Classes by name, for everything that is one file and one line in a table: nothing is imported before it is asked for."""
+"""Look up classes by name in a table, and import them on demand."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from specache.errors import ConfigError
 
 
 def named_class(table: Mapping[str, str], name: str, kind: str, advice: str = "") -> Any:
-    """The class that a table of `"package.module:Class"` has under `name`.
+    """Return the class that a table of `"package.module:Class"` has under `name`.
 
     Args:
-        kind: what the table holds, for the message (`task`).
+        kind: kind of entry, for the message (`task`).
         advice: a sentence at the end of the message.
 
     Raises:
-        ConfigError: there is none of this name.
+        ConfigError: the table has no such name.
     """
     if name not in table:
         raise ConfigError(f"There is no {kind} {name!r}. Known: {', '.join(table)}.{advice and f' {advice}'}")

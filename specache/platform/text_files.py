@@ -1,8 +1,9 @@
-"""Text from files and pipes: the one place where bytes become text, for prompts, documents, data sets and chat messages.
+"""Decode text from files and pipes: the one place where bytes become text, for prompts, documents,
+data sets and messages.
 
-UTF-8, with or without a byte order mark, and what other encodings mark as theirs: UTF-16 and UTF-32 with a byte order mark, as
-Windows writes them. The mark is no part of the text. A line ends with LF: CRLF and a lone CR become one. Bytes that are no text
-are refused with their place and what to do, never replaced.
+Accepted are UTF-8, with or without a byte order mark, and UTF-16 and UTF-32 with one, as Windows
+writes them. The mark is removed. CRLF and a lone CR become LF. Bytes that are not text are refused
+with their position and advice, never replaced.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import BinaryIO
 
 from specache.errors import SpeCacheError
 
-LARGEST_TEXT = 2**30  # bytes of one file or pipe; no model reads more, and a device may never end
+LARGEST_TEXT = 2**30  # bytes; no model reads more, and a device may never end
 _BLOCK = 2**20
 _LONGEST_MARK = 4
 _MARKS = (  # UTF-32 first: its little-endian mark begins with that of UTF-16
@@ -30,24 +31,24 @@ _SAVE_AS_UTF8 = "Save it as UTF-8 (an editor's 'Save as', or iconv -f ENCODING -
 
 
 class TextError(SpeCacheError):
-    """What should be text is not, or cannot be read."""
+    """Input that is not text, or cannot be read."""
 
 
 def read_text(path: Path, error: type[SpeCacheError] = TextError) -> str:
-    """Return the text of a file (a pipe or a device too).
+    """Return the text of a file, pipe or device.
 
     Args:
-        error: raised where there is no text.
+        error: exception type to raise if it is not text.
     """
     try:
         with path.expanduser().open("rb") as file:
             return decode_text(_read_bytes(file, str(path), error), str(path), error)
-    except (OSError, RuntimeError) as reason:  # RuntimeError: `~name` of nobody
+    except (OSError, RuntimeError) as reason:  # RuntimeError: `~name` of an unknown user
         raise error(f"cannot read {path}: {getattr(reason, 'strerror', None) or reason}.") from None
 
 
 def read_stream(stream: BinaryIO, origin: str, error: type[SpeCacheError] = TextError) -> str:
-    """Return the text of an open binary stream; `origin` names it in messages."""
+    """Return the text of an open binary stream. `origin` names it in messages."""
     try:
         return decode_text(_read_bytes(stream, origin, error), origin, error)
     except OSError as reason:
@@ -55,7 +56,7 @@ def read_stream(stream: BinaryIO, origin: str, error: type[SpeCacheError] = Text
 
 
 def decode_text(data: bytes, origin: str, error: type[SpeCacheError] = TextError) -> str:
-    """Return the text that bytes are, without a byte order mark and with LF at the end of lines."""
+    """Decode bytes, without a byte order mark and with LF as line ending."""
     encoding = encoding_of(data)
     try:
         text = data.decode(encoding)
@@ -69,9 +70,10 @@ def decode_text(data: bytes, origin: str, error: type[SpeCacheError] = TextError
 
 
 def utf8_lines(lines: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield lines of a data set as UTF-8 without a byte order mark, one at a time (UTF-16 and UTF-32: after reading all).
+    """Yield the lines of a data set as UTF-8 without a byte order mark, one at a time (UTF-16 and
+    UTF-32: after reading all).
 
-    Bytes that are no UTF-8 come as they are, for the parser of a line to name the line.
+    Invalid UTF-8 is passed on, so that the parser of a line can name the line.
     """
     rest = iter(lines)
     first = next(rest, b"")
@@ -89,12 +91,15 @@ def utf8_lines(lines: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def encoding_of(data: bytes) -> str:
-    """Return the encoding that a byte order mark at the beginning names; without one, UTF-8."""
+    """Return the encoding that a byte order mark names; without one, UTF-8."""
     return next((encoding for mark, encoding in _MARKS if data.startswith(mark)), "utf-8")
 
 
 def line_reader(stream: BinaryIO) -> io.TextIOWrapper:
-    """Return a stream's lines as text as they come; bytes that are no text become lone surrogates (`check_text`)."""
+    """Return a text stream that decodes lines as they come.
+
+    Invalid bytes become lone surrogates (see `check_text`).
+    """
     peekable = stream if hasattr(stream, "peek") else io.BufferedReader(stream)  # type: ignore[type-var]
     encoding = encoding_of(peekable.peek(_LONGEST_MARK)[:_LONGEST_MARK])
     errors = "surrogateescape" if encoding.startswith("utf-8") else "replace"
@@ -102,10 +107,10 @@ def line_reader(stream: BinaryIO) -> io.TextIOWrapper:
 
 
 def check_text(text: str, origin: str, error: type[SpeCacheError] = TextError) -> str:
-    """Return text that came as characters (an argument, a line) if it is text.
+    """Return text that came as characters (an argument, a line) if it is valid.
 
     Raises:
-        SpeCacheError (`error`): bytes that are not UTF-8 are in it (as lone surrogates), or a NUL.
+        SpeCacheError (`error`): it contains invalid UTF-8 (lone surrogates) or a NUL.
     """
     if "\0" in text:
         raise error(_binary(origin, text.index("\0")))
@@ -119,7 +124,7 @@ def check_text(text: str, origin: str, error: type[SpeCacheError] = TextError) -
 
 
 def _read_bytes(stream: BinaryIO, origin: str, error: type[SpeCacheError]) -> bytes:
-    """Read to the end, but stop early where it is no text or has no end."""
+    """Read to the end. Stop early if the data is not text or has no end."""
     data = bytearray()
     while block := stream.read(_BLOCK):
         data += block

@@ -239,7 +239,7 @@ class HotSetRowFetcher(RowFetcher):
                 self._count_rows(len(head))
                 self._in_flight = _InFlight(head, wanted, request)
         if self._started is not None and self._started.read is not None:
-            self._started.read.look()
+            self._started.read.poll()
 
     def resize(self, slots: int) -> None:
         self.hot.grow_if_allowed(slots)

@@ -1,8 +1,8 @@
-"""Sessions: a sequence's whole state in a folder, saved at any time and gone on with by another process.
+"""Sessions: the complete state of a sequence in a folder, to be continued by another process.
 
-`Session` (`session`) is what a program uses; `store` and `transfer` look after the folders. Below them: what a folder is called
-(`names`), who may use it (`lock`), what it holds (`manifest`, `snapshot`, `state`, `checkpoints`) and which model it belongs to
-(`identity`).
+`Session` (`session`) is the interface for programs; `store` and `archive` manage folders. Below
+them: names of folders (`names`), locking (`lock`), content (`manifest`, `snapshot`, `state`,
+`checkpoints`), and the model a session belongs to (`identity`).
 """
 
 from typing import TYPE_CHECKING
@@ -35,7 +35,7 @@ __getattr__ = importer(
         "Session": "specache.sessions.session",
         "export_session": "specache.sessions.archive",
         "import_session": "specache.sessions.archive",
-        "repair": "specache.engine.repair",  # above this package: it runs the model
+        "repair": "specache.engine.repair",  # from above this package, since it runs the model
     },
 )
 

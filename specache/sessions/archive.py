@@ -1,7 +1,8 @@
-"""A session in one file, to take to another machine: a tar archive of its manifest and of what that refers to, nothing else.
+"""Export a session to one file and import it.
 
-Importing trusts nothing: names, kinds and sizes of the members, the manifest, the digests of all snapshots and the checksum of
-every row are checked before a session appears.
+The file is a tar archive of the manifest and the files that it refers to. An import trusts nothing.
+It checks names, kinds and sizes of the members, the manifest, the digests of all snapshots and the
+checksum of every row before the session appears.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ from specache.tiers.disk.system_errors import reason
 
 
 def export_session(name: str, target: str | os.PathLike[str], root: Root = None) -> int:
-    """Write a session's saved state into a new file -> its size in bytes.
+    """Write a session's saved state into a new file and return the file's size in bytes.
 
     Raises:
-        SessionError: there is no such session, it is in use or damaged, the file is there already, or cannot be written.
+        SessionError: the session does not exist, is in use or damaged; or the file exists already
+            or cannot be written.
     """
     path = Path(target).expanduser().absolute()
     with store.locked(names.root_of(name, root), name) as (folder, manifest):
@@ -45,7 +47,7 @@ def export_session(name: str, target: str | os.PathLike[str], root: Root = None)
             with PrivateFile(temporary) as file:
                 _write_archive(file, folder, manifest)
                 size = file.finish().bytes
-            os.link(temporary, path)  # fails if somebody made it meanwhile
+            os.link(temporary, path)  # fails if the file was created meanwhile
             aligned_io.sync_folder(path.parent)
         except OSError as error:
             raise SessionError(f"The session {name!r} cannot be written to {path}: {reason(error)}") from error
@@ -55,11 +57,12 @@ def export_session(name: str, target: str | os.PathLike[str], root: Root = None)
 
 
 def import_session(source: str | os.PathLike[str], name: str, root: Root = None) -> None:
-    """Make session `name` from a file that `export_session` wrote.
+    """Create session `name` from a file that `export_session` wrote.
 
     Raises:
-        SessionError: the file is damaged or holds something else, the name is taken, or the system refuses.
-        SlowTierError: a row is not what was written.
+        SessionError: the file is damaged or not an export, the name is taken, or the system
+            refuses.
+        SlowTierError: a row's checksum differs.
     """
     path = Path(source).expanduser().absolute()
     names.check_free(names.root_of(name, root), name)
@@ -93,7 +96,7 @@ def _member(name: str, size: int) -> tarfile.TarInfo:
 
 
 class _Writer:
-    """What `tarfile` writes to."""
+    """The file object that `tarfile` writes to."""
 
     def __init__(self, file: PrivateFile) -> None:
         self._file = file
@@ -105,7 +108,7 @@ class _Writer:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tarfile.TarFile]:
-    """An archive to read; whatever is wrong with it is a `SessionError`."""
+    """Yield an archive opened for reading. Any problem with it raises `SessionError`."""
     try:
         with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
             yield archive
@@ -115,19 +118,22 @@ def _opened(path: Path) -> Iterator[tarfile.TarFile]:
         raise SessionError(f"{path} cannot be read: {reason(error)}") from error
     except SpeCacheError:
         raise
-    except Exception as error:  # `tarfile` raises many kinds over bytes that are no archive
+    except Exception as error:  # `tarfile` raises many types on bytes that are not an archive
         raise SessionError(f"{path} is not the export of a session: {str(error)[:200] or type(error).__name__}.") from error
 
 
 def _unpack(archive: tarfile.TarFile, folder: Path, path: Path) -> Manifest:
-    """Members into `folder`, the manifest first, and only those that it refers to, in the sizes that it says."""
+    """Extract the members into `folder` and return the manifest, which comes first.
+
+    Only members that the manifest refers to, in the sizes it states, are accepted.
+    """
     first = archive.next()
     if first is None or first.name != FILE or not _is_plain(first) or first.size > LONGEST:
         raise SessionError(f"{path} is not the export of a session: it does not begin with {FILE}.")
     manifest = decode(_data(archive, first).read(), f"{path}: {FILE}")
-    missing = {**{name: one.bytes for name, one in manifest.files.items()}, **manifest.row_files()}
+    expected = {**{name: one.bytes for name, one in manifest.files.items()}, **manifest.row_files()}
     while (member := archive.next()) is not None:
-        if missing.pop(member.name, None) != member.size or not _is_plain(member):
+        if expected.pop(member.name, None) != member.size or not _is_plain(member):
             raise SessionError(
                 f"{path} holds {member.name[:100]!r}, which is no part of the session or not of the size it should be."
             )
@@ -140,8 +146,8 @@ def _unpack(archive: tarfile.TarFile, folder: Path, path: Path) -> Manifest:
                 file.write(block)
                 left -= len(block)
             file.finish()
-    if missing:
-        raise SessionError(f"{path} lacks {next(iter(missing))}: it was cut short.")
+    if expected:
+        raise SessionError(f"{path} lacks {next(iter(expected))}: it was cut short.")
     return manifest
 
 
@@ -156,10 +162,10 @@ def _data(archive: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
 
 
 def _check_rows(folder: Path, manifest: Manifest) -> None:
-    """Read every row, and with it its checksum, and what the snapshots say of themselves.
+    """Read every row with its checksum, and verify the headers of the snapshots.
 
     Raises:
-        SpeCacheError: something is not what was written.
+        SpeCacheError: a file differs from what was written.
     """
     if manifest.tail is None:
         return

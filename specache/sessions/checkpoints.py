@@ -1,4 +1,7 @@
-"""Sliding windows as they were at some lengths of the sequence, in files: a window has no way back, the rows of a cut have."""
+"""Window checkpoints in files: copies of sliding windows at earlier lengths.
+
+A window cannot be truncated like rows.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,13 @@ from specache.tiers.disk.system_errors import reason
 
 
 class DiskCheckpoints(WindowCheckpoints):
-    """The checkpoints of one session's sequence. They count with the next save.
+    """The checkpoints of one session's sequence.
+
+    They become part of the session with the next save.
 
     Args:
-        spacing: of the model's windows.
-        folder: the session's.
+        spacing: spacing for the model's windows.
+        folder: the session's folder.
         manifest: the state that was opened, if any.
     """
 
@@ -43,7 +48,7 @@ class DiskCheckpoints(WindowCheckpoints):
         """Write the windows of the first `length` tokens.
 
         Raises:
-            SessionError: they cannot be written.
+            SessionError: the file cannot be written.
         """
         name = f"windows-{secrets.token_hex(8)}.safetensors"
         rings = {f"ring.{index}": windows.full_ring(index) for index in sorted(windows.rings)}
@@ -63,12 +68,15 @@ class DiskCheckpoints(WindowCheckpoints):
         return {int(name.partition(".")[2]): ring for name, ring in rings.items()}
 
     def _drop(self, index: int) -> None:
-        """Forget a checkpoint. Its file is removed with the next save: the saved state may refer to it."""
+        """Forget a checkpoint.
+
+        Its file is removed with the next save, since the saved state may refer to it.
+        """
         del self.kept[index]
 
 
 def ring_specs(manifest: Manifest) -> dict[str, TensorSpec]:
-    """The tensors of a snapshot of windows."""
+    """Return the specs of a window snapshot's tensors."""
     return {
         f"ring.{index}": TensorSpec(DTYPE_NAMES[shape.dtype], (2, shape.heads, shape.window or 0, shape.dim))
         for index, shape in manifest.windows.items()

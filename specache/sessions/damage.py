@@ -1,4 +1,4 @@
-"""What of a session's files is not what was written, found by reading all of them."""
+"""Find damage in a session by reading all its files."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Damage:
     """One damaged part of a session.
 
     Attributes:
-        file: its name; of rows, the layer's and the block's.
+        file: name of the file; for rows, the layer and tokens of the block.
         kind: `manifest`, `manifest copy`, `tail`, `tokens`, `pages`, `windows` or `rows`.
-        problem: what is wrong with it.
+        problem: what is wrong.
     """
 
     file: str
@@ -33,13 +33,13 @@ class Damage:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A session as it lies in its folder.
+    """The result of reading a session's folder.
 
     Attributes:
-        manifest: the one that is true: the copy where the other is damaged.
-        damages: all that was found.
+        manifest: the valid manifest; the copy if the manifest is damaged.
+        damages: all damage found.
         blocks: damaged blocks of rows, by full-attention layer.
-        token_ids: the sequence; `None` if no intact file has it.
+        token_ids: the sequence; None if no intact file has it.
     """
 
     manifest: Manifest
@@ -48,17 +48,18 @@ class Inspection:
     token_ids: list[int] | None
 
     @property
-    def broken(self) -> set[str]:
-        """Kinds of what is damaged."""
+    def damaged_kinds(self) -> set[str]:
+        """Return the kinds of damaged parts."""
         return {damage.kind for damage in self.damages}
 
     @property
-    def broken_files(self) -> set[str]:
+    def damaged_files(self) -> set[str]:
+        """Return the names of damaged files."""
         return {damage.file for damage in self.damages}
 
 
 def inspect(folder: Path, name: str) -> Inspection:
-    """Read everything that the saved state refers to. Nothing is changed.
+    """Read everything that the saved state refers to, and change nothing.
 
     Raises:
         SessionError: nothing was saved, or neither the manifest nor its copy can be read.
@@ -69,13 +70,13 @@ def inspect(folder: Path, name: str) -> Inspection:
             check_file(folder / file, expected)
         except SessionError as error:
             damages.append(Damage(file, file.partition("-")[0], _first_sentence(error)))
-    broken = {damage.file for damage in damages}
+    damaged_files = {damage.file for damage in damages}
     blocks = _damaged_blocks(folder, manifest, damages)
-    return Inspection(manifest, tuple(damages), blocks, _token_ids(folder, manifest, broken))
+    return Inspection(manifest, tuple(damages), blocks, _token_ids(folder, manifest, damaged_files))
 
 
 def _manifest(folder: Path, name: str) -> tuple[Manifest, list[Damage]]:
-    """The manifest, or its copy if that is all there is."""
+    """Return the manifest, or its copy if the manifest is unreadable, and the damage found."""
     damages: list[Damage] = []
     manifest: Manifest | None = None
     copy: Manifest | None = None
@@ -114,11 +115,11 @@ def _damaged_blocks(folder: Path, manifest: Manifest, damages: list[Damage]) -> 
     return found
 
 
-def _token_ids(folder: Path, manifest: Manifest, broken: set[str]) -> list[int] | None:
+def _token_ids(folder: Path, manifest: Manifest, damaged_files: set[str]) -> list[int] | None:
     if manifest.tail is None:
         return []
     for file, specs in ((manifest.tail, state.tail_specs(manifest)), (manifest.token_copy, state.token_specs(manifest))):
-        if file is not None and file not in broken:
+        if file is not None and file not in damaged_files:
             with suppress(SessionError):
                 ids: list[int] = Snapshot(folder / file, manifest.files[file], specs).read(["token_ids"])["token_ids"].tolist()
                 return ids
@@ -126,5 +127,5 @@ def _token_ids(folder: Path, manifest: Manifest, broken: set[str]) -> list[int] 
 
 
 def _first_sentence(error: Exception) -> str:
-    """What is wrong, without the advice behind it."""
+    """Return an error's message without its advice."""
     return str(error).partition(". ")[0].rstrip(".")

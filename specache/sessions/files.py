@@ -1,4 +1,4 @@
-"""Files of a session: made once, private, and known by their size and digest."""
+"""Files of a session: private, written once, and identified by size and digest."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ DAMAGED = f"It was damaged or replaced since. {REPAIR}; else use another copy of
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A file that never changes: its size, and the BLAKE2b digest of its bytes."""
+    """An immutable file: its size, and the BLAKE2b digest of its bytes."""
 
     bytes: int
     digest: str
 
 
 class PrivateFile:
-    """A new file of the user's alone, whose digest is kept as it is written.
+    """A new file private to the user, digested as it is written.
 
     Raises:
-        OSError: it cannot be made, written or made safe.
+        OSError: the file cannot be created, written or synced.
     """
 
     def __init__(self, path: Path) -> None:
@@ -45,7 +45,10 @@ class PrivateFile:
         self._size += len(data)
 
     def finish(self) -> StoredFile:
-        """Return when it survives a power failure (its name does when the folder is synced)."""
+        """Return when the content survives a power failure.
+
+        The name does so when the folder is synced.
+        """
         os.fsync(self._fd)
         return StoredFile(self._size, self._digest.hexdigest())
 
@@ -62,7 +65,7 @@ def new_digest() -> hashlib.blake2b:
 
 @contextmanager
 def plain_file(path: Path) -> Iterator[int]:
-    """A descriptor to read a file with, which is reached through no link and is no folder or device.
+    """Yield a descriptor for reading a regular file, not reached through a link.
 
     Raises:
         OSError: there is no such file.
@@ -77,10 +80,10 @@ def plain_file(path: Path) -> Iterator[int]:
 
 
 def check_file(path: Path, expected: StoredFile) -> None:
-    """Refuse a file that is not the one that was written.
+    """Check that a file is the one that was written.
 
     Raises:
-        SessionError: it is missing, no plain file, or has another size or content.
+        SessionError: the file is missing, not a regular file, or has another size or content.
     """
     digest = new_digest()
     try:

@@ -1,6 +1,7 @@
-"""The digests by which the first sessions know their model: of the whole configuration, and of 1,024 elements of every tensor.
+"""The digests by which sessions of the first version identify their model.
 
-They are computed only to open such a session, which has the present form once it is saved again.
+They cover its configuration and 1,024 elements per tensor. They are computed only to open such a
+session. The next save writes the present form.
 """
 
 from __future__ import annotations
@@ -19,20 +20,22 @@ from specache.model.identity.tensors import layers, weights
 from specache.model.identity.wrappers import unwrapped
 
 SAMPLED_ELEMENTS = 1024
-_NO_MATTER = {
+_IRRELEVANT = {
     *("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache", "return_dict"),
     *("output_attentions", "output_hidden_states", "_attn_implementation", "_attn_implementation_autoset", "attn_implementation"),
 }
 
 
 def first_config_digest(model: Any) -> str:
-    """Return the digest of a whole configuration, without where it was loaded from and how it is run."""
+    """Return the digest of a configuration, without its origin and settings of how it is run."""
     relevant = _relevant(unwrapped(model).config.to_dict())
     return hashlib.sha256(json.dumps(relevant, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def first_weights_digests(model: Any) -> Iterator[str]:
-    """Yield the digests that a model's weights may have had: as they are saved, and without wrappers and adapters around layers."""
+    """Yield the possible digests of a model's weights: as saved, and without wrappers and
+    adapters.
+    """
     model = unwrapped(model)
     yield _digest(model, sorted(model.state_dict().items()))
     bare = (weight for weight in weights(list(layers(model)), model) if weight.persistent and weight.adapter is None)
@@ -41,7 +44,7 @@ def first_weights_digests(model: Any) -> Iterator[str]:
 
 def _relevant(config: Any) -> Any:
     if isinstance(config, dict):
-        return {key: _relevant(value) for key, value in config.items() if key not in _NO_MATTER}
+        return {key: _relevant(value) for key, value in config.items() if key not in _IRRELEVANT}
     return config
 
 

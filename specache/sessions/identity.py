@@ -1,4 +1,7 @@
-"""Which model and tokenizer a session belongs to: keys and values of one mean nothing to another."""
+"""The model and tokenizer that a session belongs to.
+
+Keys and values of one model are useless to another.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,11 @@ from specache.model.info import inspect_model
 from specache.sessions.first_identity import first_config_digest, first_weights_digests
 from specache.sessions.manifest import Identity
 
-PRESENT = "2:"  # in front of what keys and values depend on
+PRESENT = "2:"  # prefix of digests and settings in the present form
 
 
 def identify(model: Any, tokenizer: Any = None) -> Identity:
-    """Return the fingerprints of what a model computes with, whatever it is wrapped in, and of its tokenizer."""
+    """Return the fingerprints of a model, independent of wrappers, and of its tokenizer."""
     info = inspect_model(model)
     return Identity(
         model=type(unwrapped(model)).__name__,
@@ -34,10 +37,13 @@ def identify(model: Any, tokenizer: Any = None) -> Identity:
 
 
 def check_identity(name: str, stored: Identity, mine: Identity, model: Any) -> Identity:
-    """Return the identity that the session has from now on. Where `needs_probe`, the stored rows have to decide.
+    """Check a session's identity and return the identity to save from now on.
+
+    If `needs_probe` is true, the stored rows must be compared as well.
 
     Raises:
-        SessionError: it belongs to another model, tokenizer, number format or kind of machine, or to other adapters.
+        SessionError: the session belongs to another model, tokenizer, dtype, byte order, or to
+            other adapters.
     """
 
     def refuse(what: str, advice: str) -> SessionError:
@@ -62,7 +68,7 @@ def check_identity(name: str, stored: Identity, mine: Identity, model: Any) -> I
         )
     if stored.adapters is not None and stored.adapters != mine.adapters:
         raise refuse(
-            f"was made with {_said_adapters(stored)}, and this model runs with {_said_adapters(mine)}{_same_names(stored, mine)}",
+            f"was made with {_adapter_text(stored)}, and this model runs with {_adapter_text(mine)}{_same_names(stored, mine)}",
             "Activate what it was made with",
         )
     if None not in (stored.tokenizer, mine.tokenizer) and stored.tokenizer != mine.tokenizer:
@@ -71,8 +77,10 @@ def check_identity(name: str, stored: Identity, mine: Identity, model: Any) -> I
 
 
 def needs_probe(stored: Identity, mine: Identity, model: Any) -> bool:
-    """Whether a session's configuration does not tell if it belongs to a model: there are fields that only one of them has, or, in
-    the first form, its digest is another one.
+    """Return True if the configuration alone does not tell whether a session belongs to a model.
+
+    In the present form this means that only one of them has some field; in the first form, that the
+    digests differ.
     """
     if stored.config.startswith(PRESENT):
         return stored.config != mine.config
@@ -86,21 +94,24 @@ def _same_weights(stored: Identity, mine: Identity, model: Any) -> bool:
 
 
 def _settings(identity: Identity) -> dict[str, Any]:
-    """What keys and values depend on of the configuration, where it can be read."""
+    """Return the settings that keys and values depend on.
+
+    If they cannot be parsed, return only an unknown model type.
+    """
     try:
-        found = json.loads(identity.config.removeprefix(PRESENT))
+        settings = json.loads(identity.config.removeprefix(PRESENT))
     except (ValueError, RecursionError):
-        found = None
-    return found if isinstance(found, dict) else {"model_type": None}
+        settings = None
+    return settings if isinstance(settings, dict) else {"model_type": None}
 
 
-def _said_adapters(identity: Identity) -> str:
+def _adapter_text(identity: Identity) -> str:
     names = (identity.adapters or "").rpartition(":")[0]
     return f"the adapter {names}" if names else "no adapter"
 
 
 def _same_names(stored: Identity, mine: Identity) -> str:
-    return " with other weights or scales" if _said_adapters(stored) == _said_adapters(mine) else ""
+    return " with other weights or scales" if _adapter_text(stored) == _adapter_text(mine) else ""
 
 
 def _tokenizer(tokenizer: Any) -> str:
@@ -108,7 +119,7 @@ def _tokenizer(tokenizer: Any) -> str:
     if backend is None:
         return _digest(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
     text = backend.to_str()
-    start = text.find('"added_tokens"')  # before it: padding and truncation, which are those of the last call
+    start = text.find('"added_tokens"')  # before it: padding and truncation, left over from the last call
     return _digest(text[max(start, 0) :].encode())
 
 

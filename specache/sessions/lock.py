@@ -1,4 +1,7 @@
-"""One process at a time in a session's folder: a lock that the system lets go of when its holder is gone, however it ended."""
+"""Lock a session's folder for one process.
+
+The system releases the lock when the process ends, however it ends.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,15 @@ from specache.errors import SessionError
 from specache.tiers.disk.system_errors import reason
 
 LOCK_FILE = "lock"
-_LONGEST = 4096  # bytes that are read of what a holder wrote about itself
+_LONGEST = 4096  # bytes read of a holder's description
 
 
 class FolderLock:
-    """Held until `release`, until it is forgotten, or until the process is gone.
+    """An exclusive lock, held until `release`, garbage collection, or the end of the process.
 
     Raises:
-        SessionError: somebody else holds it (and who), the folder is gone, or the system has no locks there.
+        SessionError: the lock is held (the message says by whom), the folder is gone, or the file
+            system has no locks.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -51,7 +55,7 @@ class FolderLock:
         return self._fd >= 0
 
     def release(self) -> None:
-        """Let others in. Safe to call twice."""
+        """Release the lock. Safe to call twice."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
@@ -66,7 +70,7 @@ class FolderLock:
         self.release()
 
     def _sign(self) -> None:
-        """Write down who holds it, for the message that others get."""
+        """Write the holder's description, for the error message of others."""
         mine = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         text = json.dumps(mine).encode()
         os.ftruncate(self._fd, 0)
@@ -74,7 +78,7 @@ class FolderLock:
 
     def _holder(self) -> str:
         try:
-            told = json.loads(os.pread(self._fd, _LONGEST, 0))
-            return f"process {int(told['pid'])} on {str(told['host'])[:100]} since {str(told['since'])[:30]}"
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):  # it is just being written, or by somebody else
+            holder = json.loads(os.pread(self._fd, _LONGEST, 0))
+            return f"process {int(holder['pid'])} on {str(holder['host'])[:100]} since {str(holder['since'])[:30]}"
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):  # it is being written, or has another writer
             return "another process"

@@ -1,4 +1,4 @@
-"""What the manifest of a session says: which files, and which parts of them, are its state."""
+"""The manifest of a session: the files, and parts of files, that make up its state."""
 
 from __future__ import annotations
 
@@ -11,22 +11,25 @@ from specache.sessions.files import StoredFile
 from specache.tiers.disk.extents import Extent
 from specache.tiers.disk.row_layout import RowLayout, file_name
 
-ROW_ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of an element, by what a manifest calls its dtype
-_PLACE = ("slow_tier", "slow_dir")  # of the configuration: always the session's own folder
+ROW_ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes per element, by a manifest's name of the dtype
+_PLACE = ("slow_tier", "slow_dir")  # settings of where rows lie: always the session's own folder
 
 
 @dataclass(frozen=True)
 class Identity:
-    """Fingerprints of a model and its tokenizer (`identity`).
+    """Fingerprints of a model and its tokenizer (see `identity`).
 
     Attributes:
-        model: class of the model.
-        config: what keys depend on of its configuration, as JSON behind "2:"; in the first sessions a digest of all of it.
-        weights: digest of a sample of every weight tensor, behind "2:"; in the first sessions of another sample.
-        dtype: of activations and 16-bit rows.
-        tokenizer: digest of the tokenizer, or `None` where none was given.
-        byte_order: of the machine that wrote the rows.
-        adapters: names of the adapters that were active, with a digest of their weights; "" for none, `None` in the first sessions.
+        model: class name of the model.
+        config: settings that keys depend on, as JSON behind "2:"; in the first version a digest of
+            the whole configuration.
+        weights: digest of a sample of every weight tensor, behind "2:"; in the first version of
+            another sample.
+        dtype: dtype of activations and 16-bit rows.
+        tokenizer: digest of the tokenizer, or None if none was given.
+        byte_order: byte order of the machine that wrote the rows.
+        adapters: names of the active adapters with a digest of their weights; "" for none, None in
+            the first version.
     """
 
     model: str
@@ -40,7 +43,9 @@ class Identity:
 
 @dataclass(frozen=True)
 class LayerShape:
-    """`Hkv`, `D`, dtype (`float32`, ...) of a layer's rows, and the sliding window in tokens or `None`."""
+    """Shape of a layer: `Hkv`, `D`, dtype of its rows (`float32`, ...), window in tokens or
+    None.
+    """
 
     heads: int
     dim: int
@@ -54,12 +59,12 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class TailShape:
-    """What the tail has of a full-attention layer beside what every layer has.
+    """Tensors of a full-attention layer in the tail that not every layer has.
 
     Attributes:
-        weights: whether its key weights are fixed.
-        queries: tokens whose queries are kept to make them from; or `None`.
-        wanted: pairs per KV head that the last step selected for the next one; or `None`.
+        weights: True if its key scales are fixed.
+        queries: tokens whose queries are kept to compute the key scales from, or None.
+        wanted: pairs per KV head that the last step selected for the next one, or None.
     """
 
     weights: bool
@@ -69,7 +74,7 @@ class TailShape:
 
 @dataclass(frozen=True)
 class Message:
-    """One message of a conversation: who said it (`system`, `user`, `assistant`), and what."""
+    """One message of a conversation: its role (`system`, `user`, `assistant`) and content."""
 
     role: str
     content: str
@@ -77,12 +82,12 @@ class Message:
 
 @dataclass(frozen=True)
 class Rendering:
-    """How the conversation was written for the model: its tokens come again only from the same.
+    """How the conversation was rendered. Only the same values give the same tokens.
 
     Attributes:
-        date: what the chat template took for today, as in ISO 8601, in the time zone of then.
+        date: the date that the chat template used for today, in ISO 8601, in that time zone.
         template: digest of the chat template's text.
-        variables: given to the template beside the messages; JSON values.
+        variables: variables given to the template beside the messages; JSON values.
     """
 
     date: str
@@ -92,7 +97,7 @@ class Rendering:
 
 @dataclass(frozen=True)
 class PageSpan:
-    """`count` pages per full-attention layer, the first ones of a snapshot that holds `stored`."""
+    """The first `count` pages per full-attention layer of a snapshot that holds `stored`."""
 
     file: str
     count: int
@@ -109,26 +114,27 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a session's state consists of.
+    """The content of a session's state.
 
     Attributes:
-        identity: the model that it belongs to.
-        settings: of `SpeCacheConfig`, all but where the rows are.
+        identity: the model that the session belongs to.
+        settings: `SpeCacheConfig` without the location of rows.
         created, saved: seconds since 1970.
         tokens: length of the sequence.
-        finish_reason: of its last generation.
-        prompt_tokens: how many of its tokens were read from prompts; `None` in sessions of before that was kept.
-        pending_token: the generated token behind the stored ones, if there is one (`Sequence.pending_token`).
-        messages: what was said, if the sequence is a conversation.
-        rendering: how that was written for the model; `None` where nothing is known of it.
-        layers: by number; none before the first token.
-        rows: per full-attention layer, where its whole blocks lie.
-        tails: per full-attention layer, what the tail has of it.
-        pages: of the low-bit copy, in order.
-        tail: the snapshot of all that changes with every token; `None` before the first.
-        token_copy: the snapshot of what the rest can be made again from, which the tail has too; `None` before the first token, and
-            in sessions of the first version.
-        checkpoints: of the sliding windows, the shortest first.
+        finish_reason: finish reason of the last generation.
+        prompt_tokens: number of tokens read from prompts; None in older sessions.
+        pending_token: the generated token behind the stored ones, if any
+            (`Sequence.pending_token`).
+        messages: the messages, if the sequence is a conversation.
+        rendering: how they were rendered; None if unknown.
+        layers: shapes by layer index; empty before the first token.
+        rows: per full-attention layer, where its full blocks lie.
+        tails: per full-attention layer, its tensors in the tail.
+        pages: pages of the low-bit copy, in order.
+        tail: snapshot of everything that changes with each token; None before the first.
+        token_copy: snapshot of the parts of the tail that everything else can be recomputed from;
+            None before the first token, and in sessions of the first version.
+        checkpoints: checkpoints of the sliding windows, the shortest first.
         files: all snapshots referred to.
     """
 
@@ -152,7 +158,7 @@ class Manifest:
     files: dict[str, StoredFile] = field(default_factory=dict)
 
     def config(self, folder: str | os.PathLike[str]) -> SpeCacheConfig:
-        """The cache's settings, with its rows in `folder`."""
+        """Return the cache's settings, with its rows in `folder`."""
         return SpeCacheConfig(**self.settings, slow_tier=SlowTierKind.DISK, slow_dir=os.fspath(folder))
 
     @property
@@ -168,12 +174,12 @@ class Manifest:
         return {index: shape for index, shape in self.layers.items() if shape.window is not None}
 
     def snapshots(self) -> list[str]:
-        """Names of all snapshots that it refers to."""
+        """Return the names of all snapshots that it refers to."""
         named = [*(span.file for span in self.pages), *(checkpoint.file for checkpoint in self.checkpoints)]
         return [*named, *filter(None, [self.tail, self.token_copy])]
 
     def row_files(self) -> dict[str, int]:
-        """Names of the files of rows, and the bytes of each that are in use."""
+        """Return the bytes in use of each file of rows, by name."""
         sizes: dict[str, int] = {}
         for layer, extents in self.rows.items():
             block = self.layers[layer].rows.block_bytes
@@ -184,10 +190,10 @@ class Manifest:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all files in use."""
+        """Return the bytes of all files in use."""
         return sum(self.row_files().values()) + sum(file.bytes for file in self.files.values())
 
 
 def settings_of(config: SpeCacheConfig) -> dict[str, Any]:
-    """What a manifest keeps of a configuration."""
+    """Return the settings of a configuration that a manifest keeps."""
     return {name: value for name, value in config.to_dict().items() if name not in _PLACE}

@@ -1,6 +1,7 @@
-"""The manifest of a session on disk, `session.json`. Putting a new one in its place is what saves.
+"""Read and write the manifest file `session.json`. Replacing it is what commits a save.
 
-A copy of it, which nothing but repairing reads, is written behind it. After a crash between the two it is the one before.
+A copy, read only for repair, is written after it. A crash between the two leaves the previous
+manifest as copy.
 """
 
 from __future__ import annotations
@@ -24,24 +25,24 @@ from specache.tiers.disk.system_errors import reason
 FILE = "session.json"
 COPY = "session.json.copy"
 TEMPORARY = "session.json.new"
-VERSION = 2  # of the manifest, of what its files hold and of the pages' layout
-OLDEST = 1  # that can be read: it had no copy of the tokens
+VERSION = 2  # version of the manifest, the content of its files and the page layout
+OLDEST = 1  # oldest version that can be read; it had no copy of the tokens
 LONGEST = 64 << 20  # bytes
 _ADVICE = f"{REPAIR}; else use another copy of the session, or remove it and start again from the prompt."
 
 
 def check_ours(folder: Path) -> None:
-    """Refuse a folder with anything in it that no session puts there, before something of it is removed.
+    """Check that a folder holds only files of a session, before any of them is removed.
 
     Raises:
-        SessionError: it has.
+        SessionError: there is another file.
     """
     try:
-        strangers = sorted(path.name for path in folder.iterdir() if not _is_ours(path.name))
+        foreign = sorted(path.name for path in folder.iterdir() if not _is_ours(path.name))
     except OSError as error:
         raise SessionError(f"{folder} cannot be read: {reason(error)}") from error
-    if strangers:
-        raise SessionError(f"{folder} is no session: there is {strangers[0]!r} in it. Choose another name or folder.")
+    if foreign:
+        raise SessionError(f"{folder} is no session: there is {foreign[0]!r} in it. Choose another name or folder.")
 
 
 def _is_ours(name: str) -> bool:
@@ -49,26 +50,27 @@ def _is_ours(name: str) -> bool:
 
 
 def encode(manifest: Manifest) -> bytes:
-    body = json.loads(json.dumps(dataclasses.asdict(manifest)))  # keys as text, so that they sort as they will when it is read
+    body = json.loads(json.dumps(dataclasses.asdict(manifest)))  # keys as text, so that they sort as after reading
     text = json.dumps(body, sort_keys=True)
     document = {"specache_session": VERSION, "rows_layout": LAYOUT_VERSION, "digest": _digest(text), "body": body}
     return json.dumps(document, sort_keys=True, indent=1).encode()
 
 
 def check_readable(manifest: Manifest) -> None:
-    """Refuse a manifest that could not be read again.
+    """Check that a manifest can be read again.
 
     Raises:
-        ValueError, KeyError, TypeError, AttributeError, RecursionError, SpeCacheError: it could not.
+        ValueError, KeyError, TypeError, AttributeError, RecursionError, SpeCacheError: it cannot.
     """
     parse(json.loads(encode(manifest))["body"])
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Put a manifest in the place of the one before, at once: after a crash there is one of them, whole.
+    """Replace the manifest atomically: after a crash the folder has either the old or the new one.
 
     Raises:
-        OSError: it cannot be written; the one before is there, or (only if the folder cannot be synced) the new one.
+        OSError: the manifest cannot be written. The old one remains, or (if only the folder's sync
+            failed) the new one.
     """
     data = encode(manifest)
     _put(folder, FILE, data)
@@ -76,10 +78,11 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a session; `None` if it was never saved.
+    """Return the manifest of a session; None if it was never saved.
 
     Raises:
-        SessionError: it cannot be read, is damaged, is gone while its copy is there, or was written by a newer version.
+        SessionError: the manifest cannot be read, is damaged, is missing beside its copy, or comes
+            from a newer version.
     """
     data = _read(folder / FILE)
     if data is None:
@@ -90,7 +93,7 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def read_copy(folder: Path) -> Manifest | None:
-    """The copy of the manifest; `None` where there is none (sessions of the first version).
+    """Return the copy of the manifest; None if there is none (first version).
 
     Raises:
         SessionError: as `read_manifest`.
@@ -100,12 +103,12 @@ def read_copy(folder: Path) -> Manifest | None:
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether there is a manifest or its copy, readable or not."""
+    """Return True if the manifest or its copy exists, readable or not."""
     return any(os.path.lexists(folder / name) for name in (FILE, COPY))
 
 
 def refresh_copy(folder: Path) -> None:
-    """Make the copy what the manifest is, where a crash came between the two or there was none. Not being able to harms nothing."""
+    """Update the copy if a crash prevented it or there was none. Failures are ignored."""
     with contextlib.suppress(SessionError, OSError):
         data = _read(folder / FILE)
         if data is not None and _read(folder / COPY) != data:
@@ -119,7 +122,7 @@ def _put(folder: Path, name: str, data: bytes) -> None:
         with PrivateFile(temporary) as file:
             file.write(data)
             file.finish()
-        aligned_io.sync_folder(folder)  # the files that it refers to
+        aligned_io.sync_folder(folder)  # syncs the files that it refers to
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
@@ -128,7 +131,7 @@ def _put(folder: Path, name: str, data: bytes) -> None:
 
 
 def _put_copy(folder: Path, data: bytes) -> None:
-    """A copy that cannot be written is none: an old one would refer to files that are gone."""
+    """Write the copy. Remove it on failure, since an old one would refer to removed files."""
     try:
         _put(folder, COPY, data)
     except OSError:
@@ -137,7 +140,7 @@ def _put_copy(folder: Path, data: bytes) -> None:
 
 
 def _read(path: Path) -> bytes | None:
-    """A file's bytes; `None` if there is none."""
+    """Return a file's bytes; None if there is none."""
     try:
         with plain_file(path) as fd, open(fd, "rb", closefd=False) as file:
             return file.read(LONGEST + 1)
@@ -148,7 +151,7 @@ def _read(path: Path) -> bytes | None:
 
 
 def decode(data: bytes, origin: str) -> Manifest:
-    """A manifest from the bytes of its file, which `origin` names in messages.
+    """Return a manifest from the bytes of its file, which `origin` names in messages.
 
     Raises:
         SessionError: see `read_manifest`.
@@ -159,15 +162,15 @@ def decode(data: bytes, origin: str) -> Manifest:
         document = json.loads(data)
         version, layout = int(document["specache_session"]), int(document["rows_layout"])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise SessionError(f"{origin} is not the manifest of a session: {said(error)}. {_ADVICE}") from None
-    for what, there, oldest, known in (
+        raise SessionError(f"{origin} is not the manifest of a session: {refusal_reason(error)}. {_ADVICE}") from None
+    for what, number, oldest, known in (
         ("version", version, OLDEST, VERSION),
         ("layout of rows", layout, LAYOUT_VERSION, LAYOUT_VERSION),
     ):
-        if not oldest <= there <= known:
-            age = "a newer" if there > known else "an older"
+        if not oldest <= number <= known:
+            age = "a newer" if number > known else "an older"
             raise SessionError(
-                f"{origin} has {what} {there} and this specache knows {known}: it was written by {age} specache. Use that one, "
+                f"{origin} has {what} {number} and this specache knows {known}: it was written by {age} specache. Use that one, "
                 "or start again from the prompt."
             )
     try:
@@ -176,11 +179,11 @@ def decode(data: bytes, origin: str) -> Manifest:
             raise ValueError("its digest differs from what it says")
         return parse(body)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, SpeCacheError) as error:
-        raise SessionError(f"{origin} is damaged: {said(error)}. {_ADVICE}") from None
+        raise SessionError(f"{origin} is damaged: {refusal_reason(error)}. {_ADVICE}") from None
 
 
-def said(error: Exception) -> str:
-    """What a manifest is refused for."""
+def refusal_reason(error: Exception) -> str:
+    """Return the reason for which a manifest was refused."""
     return f"{type(error).__name__} {error}"[:200] if isinstance(error, KeyError | TypeError) else str(error)[:300].rstrip(".")
 
 

@@ -1,7 +1,7 @@
-"""Whether a model computes the keys and values that a session holds: the beginning of its tokens is run once more, and compared.
+"""Check that a model computes a session's keys and values, by recomputing the first tokens.
 
-For sessions of the first form, which kept a digest of the whole configuration (a later transformers, or another label, changes it,
-and nothing says whether RoPE changed too), and where a release began or ceased to write down a field.
+Needed for sessions of the first version, whose digest of the whole configuration changes with a
+transformers release or a label, and if a release began or ceased to write down a field.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from specache.cache.sequence import Sequence
 from specache.errors import SessionError
 from specache.model.identity.wrappers import unwrapped
 
-TOKENS = 512  # of the beginning: enough for RoPE of low frequencies to show
-EXACT_TOKENS = 64  # of them, those before which hardly anything was decoded over a low-bit copy
+TOKENS = 512  # tokens recomputed: enough to reveal RoPE of low frequencies
+EXACT_TOKENS = 64  # tokens before which hardly any was decoded over a low-bit copy
 _WIDE = (torch.float32, torch.float64)
 
 
 def check_rows(name: str, model: Any, sequence: Sequence, device: torch.device) -> None:
-    """Refuse a model that computes other rows than those stored.
+    """Check that a model computes the stored rows.
 
     Raises:
-        SessionError: it does.
+        SessionError: it computes others.
     """
     if sequence.length and not _computes_the_same(model, sequence, device):
         raise SessionError(
@@ -35,10 +35,11 @@ def check_rows(name: str, model: Any, sequence: Sequence, device: torch.device) 
 
 @torch.no_grad()
 def _computes_the_same(model: Any, sequence: Sequence, device: torch.device) -> bool:
-    """Whether a model's stock forward pass gives the stored rows of the first tokens, up to rounding.
+    """Return True if a stock forward pass gives the stored rows of the first tokens, up to
+    rounding.
 
-    Keys of layer 0 depend on no attention, so all of them agree. Those of other layers do where no token before them was decoded
-    over a low-bit copy: most of the first ones.
+    Keys of layer 0 do not depend on attention, so all of them must agree. Those of other layers
+    agree where no earlier token was decoded over a low-bit copy: most of the first ones.
     """
     ids = torch.tensor([sequence.token_ids[:TOKENS]], device=device)
     computed = unwrapped(model)(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
@@ -53,14 +54,14 @@ def _computes_the_same(model: Any, sequence: Sequence, device: torch.device) -> 
 
 
 def _close(stored: Tensor, own: Tensor) -> bool:
-    """Whether most of the first rows agree."""
+    """Return True if most of the first rows agree."""
     a, b = stored[:, :EXACT_TOKENS].float(), own[:, :EXACT_TOKENS].float()
     errors = (a - b).norm(dim=(0, 2)) / b.norm(dim=(0, 2)).clamp(min=1e-6)  # [n]
     return bool(errors.median() < (1e-2 if own.dtype in _WIDE else 5e-2))
 
 
 def _close_everywhere(stored: Tensor, own: Tensor) -> bool:
-    """Whether every dimension of the keys agrees: another frequency of RoPE changes two of them."""
+    """Return True if every key channel agrees: another RoPE frequency changes two of them."""
     a, b = stored.float(), own.float()
     errors = (a - b).norm(dim=1) / b.norm(dim=1).clamp(min=1e-6)  # [Hkv, D]
     return bool(errors.max() < (1e-3 if own.dtype in _WIDE else 2e-2))

@@ -1,4 +1,4 @@
-"""What sessions are called and where they lie: one private folder each, directly below a root."""
+"""Names and locations of sessions: one private folder each, directly below a root."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from specache.tiers.disk.system_errors import reason
 
 LONGEST_NAME = 100
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
-_UNFINISHED = ".specache-unfinished-"  # no session's name begins with a dot
+_UNFINISHED = ".specache-unfinished-"  # prefix of unfinished folders; no session's name begins with a dot
 
 
 def default_root() -> Path:
-    """Where sessions lie unless another folder is named: `sessions` in the cache folder (`$SPECACHE_CACHE`)."""
+    """Return the default root: `sessions` in the cache folder (`$SPECACHE_CACHE`)."""
     return cache_folder() / "sessions"
 
 
 def default_roots() -> list[Path]:
-    """Where sessions lie that no folder is named for: the default, and what was the default before `$XDG_CACHE_HOME` was heeded."""
+    """Return the default root, and the earlier one that ignored `$XDG_CACHE_HOME`, if present."""
     earlier = earlier_cache_folder()
     return [default_root().absolute(), *([] if earlier is None else [(earlier / "sessions").absolute()])]
 
 
 def root_of(name: str, root: str | os.PathLike[str] | None) -> Path:
-    """The folder of sessions that a session lies in; where there is none of this name, the one that it would be made in.
+    """Return the root in which a session lies, or in which a new one would be created.
 
     Raises:
-        SessionError: the system does not say.
+        SessionError: a folder cannot be read.
     """
     if root is not None:
         return session_root(root)
@@ -47,10 +47,10 @@ def root_of(name: str, root: str | os.PathLike[str] | None) -> Path:
 
 
 def check_name(name: str) -> str:
-    """The name, if it can be one.
+    """Return the name if it is valid.
 
     Raises:
-        ConfigError: it cannot.
+        ConfigError: it is not.
     """
     if not is_name(name):
         raise ConfigError(
@@ -61,15 +61,15 @@ def check_name(name: str) -> str:
 
 
 def is_name(name: str) -> bool:
-    """Whether a session may be called so. Folders of the disk tier may lie beside sessions."""
+    """Return True if a name is valid. Scratch folders of the disk tier may lie beside sessions."""
     return len(name) <= LONGEST_NAME and _NAME.fullmatch(name) is not None and not name.startswith(SCRATCH_PREFIX)
 
 
 def private_root(root: str | os.PathLike[str] | None) -> Path:
-    """The folder of sessions, made (private) if it is not there.
+    """Return the root, created (private) if it does not exist.
 
     Raises:
-        SessionError: it cannot be made.
+        SessionError: it cannot be created.
     """
     path = session_root(root)
     try:
@@ -80,15 +80,15 @@ def private_root(root: str | os.PathLike[str] | None) -> Path:
 
 
 def session_root(root: str | os.PathLike[str] | None) -> Path:
-    """The folder of sessions, which need not be there."""
+    """Return the absolute root, which need not exist."""
     return (Path(root).expanduser() if root is not None else default_root()).absolute()
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a folder lies there: itself, no link to one.
+    """Return True if the path is a folder, not a link to one.
 
     Raises:
-        SessionError: the system does not say.
+        SessionError: the path cannot be read.
     """
     try:
         return stat.S_ISDIR(path.lstat().st_mode)
@@ -99,11 +99,11 @@ def is_folder(path: Path) -> bool:
 
 
 def existing_folder(root: Path, name: str) -> Path:
-    """The folder of a session that is there.
+    """Return the folder of an existing session.
 
     Raises:
-        ConfigError: it cannot be a name.
-        SessionError: there is none of that name.
+        ConfigError: the name is not valid.
+        SessionError: there is no such session.
     """
     path = root / check_name(name)
     if not is_folder(path):
@@ -112,11 +112,11 @@ def existing_folder(root: Path, name: str) -> Path:
 
 
 def check_free(root: Path, name: str) -> Path:
-    """Where a new session may lie.
+    """Return the folder of a new session.
 
     Raises:
-        ConfigError: it cannot be a name.
-        SessionError: there is something of that name.
+        ConfigError: the name is not valid.
+        SessionError: the name is taken.
     """
     path = root / check_name(name)
     if os.path.lexists(path):
@@ -126,10 +126,10 @@ def check_free(root: Path, name: str) -> Path:
 
 @contextmanager
 def building(root: Path, name: str) -> Iterator[Path]:
-    """A new folder to fill, which becomes session `name` when the block is left without an error, and else is removed.
+    """Yield a new folder that becomes session `name` if the block succeeds, and else is removed.
 
     Raises:
-        SessionError: the name is taken, or the system refuses something.
+        SessionError: the name is taken, or the system refuses.
     """
     target = check_free(root, name)
     try:
@@ -152,30 +152,32 @@ def building(root: Path, name: str) -> Iterator[Path]:
 
 
 def discard(root: Path, folder: Path) -> None:
-    """Take a session's folder (locked by the caller) out of sight at once, then remove what is in it.
+    """Remove a session's folder, which the caller has locked.
+
+    It is renamed first, so that it disappears at once.
 
     Raises:
         OSError: the system refuses.
     """
-    doomed = root / f"{_UNFINISHED}{secrets.token_hex(8)}"
-    folder.rename(doomed)
+    discarded = root / f"{_UNFINISHED}{secrets.token_hex(8)}"
+    folder.rename(discarded)
     aligned_io.sync_folder(root)
-    shutil.rmtree(doomed, ignore_errors=True)
+    shutil.rmtree(discarded, ignore_errors=True)
 
 
 def remove_unfinished(root: Path) -> None:
-    """Remove what killed processes were making or removing."""
+    """Remove folders that killed processes were creating or removing."""
     for path in root.glob(f"{_UNFINISHED}*"):
-        with suppress(SessionError, OSError):  # in use, or gone already
+        with suppress(SessionError, OSError):  # in use, or removed already
             if is_folder(path):
                 with FolderLock(path):
                     shutil.rmtree(path, ignore_errors=True)
 
 
 def _unfinished_folder(root: Path) -> tuple[Path, FolderLock]:
-    """A new folder and its lock, which keeps `remove_unfinished` away."""
+    """Return a new folder and its lock, which protects it from `remove_unfinished`."""
     while True:
         folder = root / f"{_UNFINISHED}{secrets.token_hex(8)}"
         folder.mkdir(mode=0o700)
-        with suppress(SessionError):  # another process took it for left behind before it was locked
+        with suppress(SessionError):  # another process removed it as abandoned before it was locked
             return folder, FolderLock(folder)

@@ -1,4 +1,4 @@
-"""The rows of a saved state, read straight from their files, a block at a time, also where some of them are damaged."""
+"""Read the rows of a saved state from their files, block by block, even if some are damaged."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from specache.tiers.disk.extents import Extent
 from specache.tiers.disk.row_file import RowFile
 from specache.tiers.disk.row_layout import BLOCK_TOKENS, file_name
 
-READ_BYTES = 4 << 20  # at a time, and a block at least
+READ_BYTES = 4 << 20  # bytes read at a time; at least one block
 
 
 class RowBlocks:
-    """The whole blocks of a saved state's rows.
+    """The full blocks of a saved state's rows.
 
     Attributes:
-        mended: rows [Hkv, 64, 2 D] that stand for those of damaged blocks, by (layer, block).
+        mended: rows [Hkv, 64, 2 D] that replace damaged blocks, by (layer, block).
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
@@ -40,14 +40,17 @@ class RowBlocks:
         return len(self._places[layer])
 
     def damaged(self, layer: int) -> list[int]:
-        """Blocks of a layer in which a row is not what was written, or that are not there."""
+        """Return the blocks of a layer that are missing or have a row whose checksum differs."""
         found = []
         for first, _, good in self._pieces(layer, 0, self.blocks(layer)):
             found += [first + int(index) for index in np.flatnonzero(~good)]
         return found
 
     def read(self, layer: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [Hkv, stop - start, D] of a range of tokens, whose damaged blocks are mended already."""
+        """Return keys and values [Hkv, stop - start, D] of a range of tokens.
+
+        Damaged blocks must be in `mended`.
+        """
         first, last = start // BLOCK_TOKENS, -(-stop // BLOCK_TOKENS)
         pieces = []
         for block, rows, good in self._pieces(layer, first, last):
@@ -59,7 +62,7 @@ class RowBlocks:
         return keys, values
 
     def _pieces(self, layer: int, first: int, last: int) -> Iterator[tuple[int, Tensor, NDArray[np.bool_]]]:
-        """(block, rows [Hkv, n, 64, 2 D] from it on, whether each block is what was written [n])."""
+        """Yield (first block, rows [Hkv, n, 64, 2 D], intact [n]) of runs of blocks."""
         shape = self._shapes[layer]
         step = max(1, READ_BYTES // shape.rows.block_bytes)
         for block in range(first, last, step):
@@ -75,7 +78,7 @@ class RowBlocks:
     def _read_run(
         self, layer: int, shape: LayerShape, segment: str, place: int, block: int, count: int
     ) -> tuple[Tensor, NDArray[np.bool_]]:
-        """`count` blocks that lie together in a file from `place` on."""
+        """Return rows and intact flags of `count` adjacent blocks of a file, from `place` on."""
         layout = shape.rows
         data, there = self._bytes(file_name(segment, layer), place * layout.block_bytes, count * layout.block_bytes)
         view = layout.block_view(np.frombuffer(data, np.uint64), count)  # [n, Hkv, 64, words + 1]
@@ -88,7 +91,7 @@ class RowBlocks:
         return torch.from_numpy(words.view(np.int64)).view(DTYPE_NAMES[shape.dtype]), good
 
     def _bytes(self, name: str, offset: int, size: int) -> tuple[bytearray, int]:
-        """A part of a file, zeros where there is none -> (bytes, how many of them are there)."""
+        """Return a part of a file, padded with zeros, and the number of bytes that exist."""
         data = bytearray(size)
         there = 0
         try:
@@ -103,10 +106,13 @@ class RowBlocks:
 def write_mended(
     folder: Path, manifest: Manifest, segment: str, mended: Mapping[tuple[int, int], Tensor]
 ) -> dict[int, tuple[Extent, ...]]:
-    """Write mended blocks into files of a new segment and make them safe -> where all blocks of every layer lie then.
+    """Write recomputed blocks into files of a new segment and sync them.
+
+    Returns:
+        the extents of every layer.
 
     Raises:
-        SlowTierError, OSError: they cannot be written.
+        SlowTierError, OSError: the files cannot be written.
     """
     places = {layer: _places(extents) for layer, extents in manifest.rows.items()}
     for layer in sorted({layer for layer, _ in mended}):
@@ -125,7 +131,7 @@ def write_mended(
 
 
 def _places(extents: tuple[Extent, ...]) -> list[tuple[str, int]]:
-    """(segment, block of its file) of each block of the sequence."""
+    """Return (segment, block of its file) of each block of the sequence."""
     return [(extent.segment, extent.first_block + i) for extent in extents for i in range(extent.count)]
 
 

@@ -1,4 +1,7 @@
-"""Writing a sequence's state into a session's folder: only what is new, and nothing counts before the manifest is in its place."""
+"""Write a sequence's state into a session's folder: only new data, then the manifest.
+
+The state is committed when the manifest is replaced.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,11 @@ from specache.sessions import state
 from specache.sessions.checkpoints import DiskCheckpoints
 from specache.sessions.files import StoredFile
 from specache.sessions.manifest import Identity, Manifest, Message, PageSpan, Rendering, settings_of
-from specache.sessions.manifest_file import check_readable, read_manifest, said, write_manifest
+from specache.sessions.manifest_file import check_readable, read_manifest, refusal_reason, write_manifest
 from specache.sessions.snapshot import TensorSpec, write_snapshot
 from specache.tiers.disk.disk_tier import DiskTier
 
-LONGEST_CHAIN = 32  # files of pages; then they become one
+LONGEST_CHAIN = 32  # files of pages before they are merged into one
 
 
 def blank_manifest(
@@ -30,26 +33,26 @@ def blank_manifest(
     messages: Sequence[Mapping[str, str]],
     rendering: Rendering | None,
 ) -> Manifest:
-    """What a manifest that is saved now says beside the state.
+    """Return a manifest saved now, without the state.
 
     Args:
-        created: when the first one was; `None`: now.
+        created: time of the first save; None means now.
 
     Raises:
-        UsageError: the conversation, which a program fills in, could not be read again.
+        UsageError: the program's `messages` or `rendering` could not be read again.
     """
     now = time.time()
     try:
-        said_so_far = tuple(Message(one["role"], one["content"]) for one in messages)
+        stored_messages = tuple(Message(one["role"], one["content"]) for one in messages)
         blank = Manifest(
-            identity, settings_of(config), now if created is None else created, now, messages=said_so_far, rendering=rendering
+            identity, settings_of(config), now if created is None else created, now, messages=stored_messages, rendering=rendering
         )
         check_readable(blank)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(
-            f"session.messages or session.rendering cannot be saved: {said(error)}. A message is {{'role': text, 'content': text}} "
-            "and a rendering a specache.sessions.manifest.Rendering with a date in ISO 8601 and variables that JSON has. Nothing "
-            "was saved; change them and save again."
+            f"session.messages or session.rendering cannot be saved: {refusal_reason(error)}. A message is {{'role': text, "
+            "'content': text}, and a rendering a specache.sessions.manifest.Rendering with a date in ISO 8601 and variables that "
+            "JSON has. Nothing was saved; change them and save again."
         ) from None
     return blank
 
@@ -57,14 +60,14 @@ def blank_manifest(
 def write_state(
     folder: Path, blank: Manifest, before: Manifest | None, sequence: CachedSequence, tier: DiskTier, checkpoints: DiskCheckpoints
 ) -> Manifest:
-    """Make the state of `sequence`, whose rows are safe already, the one that `folder` holds -> its manifest.
+    """Save the state of `sequence`, whose rows are synced already, and return the new manifest.
 
     Args:
         blank: the manifest without the state.
-        before: the manifest that is there.
+        before: the current manifest of the folder.
 
     Raises:
-        OSError: it cannot be written; `before` is still what the folder holds.
+        OSError: the state cannot be written; the folder still has `before`.
     """
     new: dict[str, StoredFile] = {}
     try:
@@ -91,7 +94,7 @@ def write_state(
         write_manifest(folder, manifest)
     except OSError:
         with suppress(SessionError):
-            if read_manifest(folder) == before:  # the new one is not in its place
+            if read_manifest(folder) == before:  # the new manifest was not put in place
                 for name in new:
                     (folder / name).unlink(missing_ok=True)
         raise
@@ -103,7 +106,9 @@ def write_state(
 def _write_pages(
     folder: Path, before: Manifest | None, sequence: CachedSequence, new: dict[str, StoredFile]
 ) -> tuple[PageSpan, ...]:
-    """The pages that were not saved yet, or all of them where the chain of files became long."""
+    """Write the pages that were not saved yet, or all if there are too many files; return all
+    spans.
+    """
     tables = [layer.table for layer in sequence.compressed.values()]
     if not tables:
         return ()
@@ -118,7 +123,7 @@ def _write_pages(
 
 
 def _first_pages(spans: tuple[PageSpan, ...], pages: int) -> list[PageSpan]:
-    """The spans of the first `pages` pages."""
+    """Return the spans of the first `pages` pages."""
     kept: list[PageSpan] = []
     for span in spans:
         if pages > 0:

@@ -1,5 +1,6 @@
-"""From JSON to a `Manifest`: everything is checked, also what an attacker could have written. A manifest that passes refers to
-nothing outside its folder, and its numbers agree with each other.
+"""Parse JSON into a `Manifest` and validate everything, including hostile input.
+
+A valid manifest refers to nothing outside its folder, and its numbers agree with each other.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from specache.sessions.manifest import (
 from specache.tiers.disk.extents import Extent
 from specache.tiers.disk.row_layout import BLOCK_TOKENS
 
-_MOST = 1 << 40  # of any number in it
+_MOST = 1 << 40  # largest number accepted
 _SNAPSHOT = re.compile(r"(pages|tail|tokens|windows)-[0-9a-f]{16}\.safetensors")
 _SEGMENT = re.compile(r"[0-9a-f]{16}")
 _ROWS = re.compile(r"[0-9a-f]{16}-L[0-9]{3,6}\.rows")
-_NOT_IN_THE_FIRST_SESSIONS: dict[str, Any] = {
+_DEFAULTS_OF_FIRST_VERSION: dict[str, Any] = {
     "messages": [],
     "token_copy": None,
     "prompt_tokens": None,
@@ -42,22 +43,22 @@ _T = TypeVar("_T")
 
 
 def is_data_file(name: str) -> bool:
-    """Whether files of this name hold a session's data."""
+    """Return True if files of this name hold a session's data."""
     return _SNAPSHOT.fullmatch(name) is not None or _ROWS.fullmatch(name) is not None
 
 
 def parse(body: Any) -> Manifest:
-    """The manifest of a JSON value.
+    """Return the manifest of a JSON value.
 
     Raises:
-        ValueError, KeyError, TypeError, AttributeError, SpeCacheError: it is none.
+        ValueError, KeyError, TypeError, AttributeError, SpeCacheError: it is not valid.
     """
     return _checked(_manifest(body))
 
 
 def _manifest(body: Any) -> Manifest:
-    body = {**_NOT_IN_THE_FIRST_SESSIONS, **_mapping(body, _text, lambda value: value)}
-    identity: dict[str, Any] = {"adapters": None, **_mapping(body["identity"], str, _optional(_text))}  # the first had none
+    body = {**_DEFAULTS_OF_FIRST_VERSION, **_mapping(body, _text, lambda value: value)}
+    identity: dict[str, Any] = {"adapters": None, **_mapping(body["identity"], str, _optional(_text))}  # the first version had none
     for values, kind in ((identity, Identity), (body, Manifest)):
         if set(values) != {f.name for f in dataclasses.fields(kind)}:
             raise ValueError("it lacks fields, or has unknown ones")
@@ -86,7 +87,7 @@ def _manifest(body: Any) -> Manifest:
 
 
 def _checked(manifest: Manifest) -> Manifest:
-    """Its parts agree with each other."""
+    """Return the manifest after checking that its parts agree with each other."""
     manifest.config(".")
     tokens, full = manifest.tokens, manifest.full_layers
     if any(value is None for name, value in vars(manifest.identity).items() if name not in ("tokenizer", "adapters")):

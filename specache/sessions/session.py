@@ -1,4 +1,4 @@
-"""A session: one sequence's cache whose whole state lies in a folder, so that the next run goes on where this one stopped."""
+"""`Session`: one sequence's cache whose complete state lies in a folder."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from specache.sessions.schema import is_data_file
 from specache.tiers.disk.disk_tier import DiskTier
 from specache.tiers.disk.system_errors import reason
 
-MOST_SEGMENTS = 8  # files of rows per layer; a fork adds one, and all of them are open as long as the session is
+MOST_SEGMENTS = 8  # files of rows per layer, all of them open with the session; a fork adds one
 _LAYOUT = ("bits", "code", "group_size", "residual")
 
 
 class SessionCache(SpeCache):
-    """The cache of a session: one sequence, whose 16-bit rows lie in the session's folder, locked as long as it lives."""
+    """The cache of a session: one sequence, with its rows in the locked folder."""
 
     one_sequence = True
 
@@ -44,40 +44,49 @@ class SessionCache(SpeCache):
         self.identity = identity
 
     def begin(self, model: Any) -> None:
-        """See `SpeCache.begin`. The session belongs to what fills it, which may have another adapter than when it was opened."""
+        """See `SpeCache.begin`.
+
+        A model that differs from the last one, for example by its adapters, becomes the identity.
+        """
         if self._state is None or self._state.difference(model) is not None:
             self.remember(model)
             self.identity = replace(identify(model), tokenizer=self.identity.tokenizer)
 
 
 class Session:
-    """A session that is open, and nobody else's until it is closed.
+    """An open session, exclusive to this process until it is closed.
 
-    Hand `session.cache` on as `past_key_values`, and `save` when there is something to keep:
+    Pass `session.cache` as `past_key_values`, and call `save` to keep the state:
 
         with specache.Session("report", model, tokenizer=tokenizer) as session:
             specache.generate(model, ids, past_key_values=session.cache)
             session.save()
 
-    A prompt that begins as the stored tokens do is prefilled from where it differs. What was not saved is lost on closing.
+    A prompt that begins with the stored tokens is prefilled from where it differs. Unsaved state is
+    lost on closing.
 
     Attributes:
-        messages: for a program that holds a conversation: what was said, as chat templates take it ({"role": ..., "content": ...}).
-            It is saved with the state, and is there again when the session is opened. Nothing else depends on it.
-        rendering: the same for how a program wrote that conversation: with which date, chat template and variables.
+        messages: for programs that hold a conversation: its messages as chat templates take them
+            ({"role": ..., "content": ...}). They are saved with the state and restored with it.
+            Nothing else depends on them.
+        rendering: how the program rendered the conversation (date, chat template and variables),
+            saved likewise.
 
     Args:
-        name: letters, digits and `._-`; it is made if there is none of that name, and stays if it is saved.
-        model: a transformers model for text generation: the one that the session was made with, wrapped or not, and with the
-            adapters that were active.
-        config: settings. What the low-bit copy depends on (`code`, `bits`, `group_size`, `residual`) must be what it was; `None`
-            takes all as they were. The 16-bit pairs lie in the session's folder whatever `slow_tier` says, so leave that out.
-        tokenizer: if given, another one is refused later.
-        folder: where sessions lie; by default `sessions` in the cache folder (`specache doctor` shows it).
+        name: letters, digits and `._-`. A new session is created, and kept if it is saved.
+        model: a transformers model for text generation: the one that the session was made with,
+            wrapped or not, with the same active adapters.
+        config: settings. Those that the low-bit copy depends on (`code`, `bits`, `group_size`,
+            `residual`) must not change; None takes all from the session. The 16-bit pairs lie in
+            the session's folder, so omit `slow_tier`.
+        tokenizer: if given, the session refuses another one later.
+        folder: root of sessions; by default `sessions` in the cache folder (`specache doctor` shows
+            it).
 
     Raises:
-        ConfigError: no name for a session, or settings that a session cannot have.
-        SessionError: it is in use, damaged, or belongs to another model; the message says which and why.
+        ConfigError: the name is invalid, or a session cannot have these settings.
+        SessionError: it is in use, damaged, or belongs to another model; the message says which and
+            why.
         SlowTierError: a file of rows is missing or too short, or the folder cannot be written.
     """
 
@@ -116,37 +125,41 @@ class Session:
 
     @property
     def cache(self) -> SpeCache:
-        """What goes on as `past_key_values`; it holds one sequence."""
+        """Return the cache to pass as `past_key_values`; it holds one sequence."""
         if self._cache is None or not self._cache.sequences:
             raise SessionError(f"The session {self.name!r} is closed. Open it again: specache.Session({self.name!r}, model).")
         return self._cache
 
     @property
     def token_ids(self) -> list[int]:
-        """The tokens whose keys and values are there, saved or not."""
+        """Return the tokens whose keys and values are cached, saved or not."""
         return list(self._sequence.token_ids)
 
     @property
     def created(self) -> float | None:
-        """When it was saved first, in seconds since 1970; `None` if it was not yet."""
+        """Return the time of the first save, in seconds since 1970; None if it was never saved."""
         return self._saved.created if self._saved else None
 
     @property
     def saved_tokens(self) -> int:
-        """Tokens of the last complete state."""
+        """Return the tokens of the last saved state."""
         return self._saved.tokens if self._saved else 0
 
     def save(self) -> None:
-        """Make what the cache holds the session's state. Only what is new is written; a crash at any moment leaves the last state.
+        """Save the cache's content as the session's state.
 
-        A streamer, a processor or another callback of the call that uses the cache may save too: what is through every layer
-        counts.
+        Only new data is written; a crash leaves the last saved state.
+
+        A streamer, a processor or another callback of the call that uses the cache may save too.
+        Tokens that have passed every layer are saved.
 
         Raises:
-            SessionError: it cannot be written. The last state is as it was, the cache can be used, and `save` tried again.
-            SlowTierError: the rows cannot be made safe; the same holds.
-            UsageError: a call on another thread is using the cache, or a pass of the model is under way (in a hook of a module);
-                or `messages` or `rendering` are not what they should be. The same holds.
+            SessionError: the state cannot be written. The last state is unchanged, the cache is
+                usable, and `save` can be retried.
+            SlowTierError: the rows cannot be synced; the same holds.
+            UsageError: a call on another thread is using the cache, or a pass of the model is in
+                progress (in a hook of a module), or `messages` or `rendering` are invalid. The same
+                holds.
         """
         with self.cache.in_use.by("Session.save", from_callbacks=True), modes.ours():
             self.cache.release_device_batch()
@@ -161,7 +174,7 @@ class Session:
         if sequence.length == 0:
             sequence.clear()
         for layer in sequence.compressed:
-            tier.truncate(layer, sequence.length)  # a sequence that was cut has told it nothing yet
+            tier.truncate(layer, sequence.length)  # the tier does not know yet that the sequence was cut
         with suppress(SlowTierError):  # the next save tries again
             tier.merge(MOST_SEGMENTS)
         tier.sync()
@@ -175,9 +188,11 @@ class Session:
             self._remove_garbage()
 
     def cut(self, length: int) -> int:
-        """Forget the tokens from `length` on -> how many are left: fewer where a sliding window, the key weights or frequencies
-        that depend on the length cannot go back that far. Prefilling the rest gives the state of a fresh prefill. It counts once
-        it is saved.
+        """Forget the tokens from `length` on and return how many are left.
+
+        Fewer are left if a sliding window, the key scales or length-dependent frequencies cannot go
+        back that far. Prefilling the rest gives the state of a fresh prefill. The cut is permanent
+        once it is saved.
 
         Raises:
             SlowTierError: the rows cannot be read; nothing changed.
@@ -192,11 +207,13 @@ class Session:
             return sequence.length
 
     def fork(self, name: str) -> None:
-        """Make session `name` from the last saved state. Both share what is there and write on into files of their own.
+        """Create session `name` from the last saved state.
+
+        Both share the existing files and write new ones.
 
         Raises:
-            ConfigError: it cannot be a name.
-            SessionError: the name is taken, nothing was saved yet, or the system refuses something.
+            ConfigError: the name is invalid.
+            SessionError: the name is taken, nothing was saved yet, or the system refuses.
             UsageError: a call is using the cache.
         """
         with self.cache.in_use.by("Session.fork"):
@@ -206,15 +223,16 @@ class Session:
             store.fork_folder(self._root, self.name, self._saved, name)
 
     def close(self) -> None:
-        """Free the cache and let others in, also where freeing fails. A session that was never saved is removed. Safe to call
-        twice.
+        """Free the cache and release the lock, even if freeing fails.
+
+        A never saved session is removed. Safe to call twice.
 
         Raises:
             UsageError: a call is using the cache; the session stays open.
         """
         if self._cache is None:
             return self._release(None)
-        if self._cache.in_use.forked:  # the session is the parent process's, and stays open there
+        if self._cache.in_use.forked:  # the session belongs to the parent process and stays open there
             cache, self._cache = self._cache, None
             cache.close()
             return self._lock.release()
@@ -261,10 +279,10 @@ class Session:
         mine = identify(model, tokenizer)
         return mine if self._saved is None else check_identity(self.name, self._saved.identity, mine, model)
 
-    def _config(self, wanted: SpeCacheConfig | None) -> SpeCacheConfig:
-        """The cache's settings: those that are wanted, if the stored low-bit copy allows them."""
+    def _config(self, requested: SpeCacheConfig | None) -> SpeCacheConfig:
+        """Return the requested settings if the stored low-bit copy allows them."""
         stored = None if self._saved is None else self._saved.config(self.folder)
-        config = wanted or stored or SpeCacheConfig()
+        config = requested or stored or SpeCacheConfig()
         if config.slow_tier not in (SlowTierKind.AUTO, SlowTierKind.DISK):
             raise ConfigError(
                 f"slow_tier={config.slow_tier.value!r} is not for sessions: their 16-bit pairs are on disk. Leave it out."
@@ -282,7 +300,7 @@ class Session:
         return config
 
     def _open(self) -> None:
-        """Give the cache its one sequence, with the state that was saved."""
+        """Give the cache its sequence with the saved state."""
         manifest, cache = self._saved, self._cache
         assert cache is not None
         expected = {i: (d.kv_heads, d.head_dim, d.window) for i, d in enumerate(cache.resources.dimensions.layers)}
@@ -307,7 +325,7 @@ class Session:
             raise SessionError(f"The session's folder {self.folder} cannot be written: {reason(error)}") from error
 
     def _check_sizes(self) -> None:
-        """Of files that nothing has read yet: what is missing shows now."""
+        """Check the sizes of files that were not read yet, so that missing ones are noticed now."""
         for name, file in self._checkpoints.files.items():
             path = self.folder / name
             try:
@@ -320,7 +338,7 @@ class Session:
     # Saving
 
     def _next_manifest(self) -> Manifest:
-        """What the next one says beside the state.
+        """Return the next manifest without the state.
 
         Raises:
             UsageError: `messages` or `rendering` could not be read again.
@@ -329,10 +347,10 @@ class Session:
         return blank_manifest(self._cache.identity, self._cache.config, self.created, self.messages, self.rendering)
 
     def _remove_garbage(self) -> None:
-        """Remove files of ours that the saved state does not refer to and the cache does not need: old and unfinished ones.
+        """Remove old and unfinished files that neither the saved state nor the cache needs.
 
         Raises:
-            OSError: one cannot be removed.
+            OSError: a file cannot be removed.
         """
         needed = {*self._tier.file_names(), *(one.file for one in self._checkpoints.kept)}
         if self._saved is not None:

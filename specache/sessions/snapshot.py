@@ -1,7 +1,7 @@
-"""Tensors in a safetensors file: written one after the other, so that none is held twice; made once and never changed.
+"""Tensors in an immutable safetensors file, written one at a time to save memory.
 
-A file is known by its size and digest (`StoredFile`). Reading checks both, then what the file says of itself, then that it holds
-exactly the tensors that are expected.
+A file is identified by size and digest (`StoredFile`). Reading verifies both, then the header, then
+that the file holds exactly the expected tensors.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in _DTYPES}
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor to be written (`make` is called when its turn comes) or expected."""
+    """A tensor that is expected, or to be written (`make` is called when its turn comes)."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -48,10 +48,10 @@ class TensorSpec:
 
 
 def write_snapshot(path: Path, tensors: Mapping[str, TensorSpec]) -> StoredFile:
-    """Write a new safetensors file and make it safe.
+    """Write a new safetensors file and sync it.
 
     Raises:
-        OSError: it cannot be written; what there is of it is removed.
+        OSError: the file cannot be written; it is removed.
     """
     header: dict[str, object] = {}
     offset = 0
@@ -76,10 +76,10 @@ class Snapshot:
     """The tensors of a safetensors file, read one at a time.
 
     Args:
-        expected: all that must be in it.
+        expected: all tensors that the file must hold.
 
     Raises:
-        SessionError: the file is damaged, or holds something else.
+        SessionError: the file is damaged, or holds other tensors.
     """
 
     def __init__(self, path: Path, file: StoredFile, expected: Mapping[str, TensorSpec]) -> None:
@@ -97,7 +97,7 @@ class Snapshot:
             raise SessionError(f"{path}: tensor {name[:100]!r} should be {wanted.get(name)}, and is {found.get(name)}. {DAMAGED}")
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Some of the tensors.
+        """Return some of the tensors, by name.
 
         Raises:
             SessionError: the file cannot be read.

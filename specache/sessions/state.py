@@ -1,14 +1,16 @@
-"""A sequence's state as tensors: what a save writes, and how a sequence gets it back.
+"""Convert a sequence's state to tensors for a save, and restore it.
 
-pages     `pages.<layer>` uint8 [n, page bytes]: whole pages of the low-bit copy that were not saved before
-tail      all that changes with every token:
+pages     `pages.<layer>` uint8 [n, page bytes]: full pages of the low-bit copy, not saved before
+tail      everything that changes with each token:
           `token_ids` int64 [tokens]
-          `residual.<layer>` [2, Hkv, m, D], `rows.<layer>` [Hkv, t < 64, 2 D]: rows that are in no block yet,
-          `page.<layer>` uint8 [1, page bytes]: the last page, where it is not full,
-          `weights.<layer>` float32 [Hkv, D], `queries.<layer>` float32 [Hkv, m, D]: key weights and what they are made from,
-              `wanted.<layer>` int64 [Hkv, k]: what the last step selected for the next one
+          `residual.<layer>` [2, Hkv, m, D]
+          `rows.<layer>` [Hkv, t < 64, 2 D]: rows that are not in a block yet
+          `page.<layer>` uint8 [1, page bytes]: the last page, if it is not full
+          `weights.<layer>` float32 [Hkv, D]: key scales
+          `queries.<layer>` float32 [Hkv, m, D]: queries that the key scales are computed from
+          `wanted.<layer>` int64 [Hkv, k]: positions that the last step selected for the next
           `ring.<layer>` [2, Hkv, window, D]
-tokens    `token_ids` and `weights.<layer>` once more: what all the rest can be made again from
+tokens    `token_ids` and `weights.<layer>` again: everything else can be recomputed from them
 """
 
 from __future__ import annotations
@@ -35,12 +37,12 @@ from specache.tiers.disk.row_layout import BLOCK_TOKENS
 
 
 def shapes(sequence: Sequence) -> dict[int, LayerShape]:
-    """What there is of layers."""
+    """Return the shapes of a sequence's layers."""
     return {index: _shape(layer) for index, layer in sorted(sequence.layers.items())}
 
 
 def tail_shapes(sequence: Sequence) -> dict[int, TailShape]:
-    """What `tail_tensors` has of the full-attention layers."""
+    """Return which optional tensors `tail_tensors` has, by full-attention layer."""
     found = {}
     for index, layer in sequence.compressed.items():
         counts = (None if t is None else t.shape[1] for t in (layer.key_scales.observed, layer.next_positions))
@@ -49,7 +51,7 @@ def tail_shapes(sequence: Sequence) -> dict[int, TailShape]:
 
 
 def page_tensors(sequence: Sequence, start: int, stop: int) -> dict[str, TensorSpec]:
-    """Whole pages `[start, stop)` of every full-attention layer."""
+    """Return the full pages `[start, stop)` of every full-attention layer."""
 
     def raw(layer: CompressedLayer) -> TensorSpec:
         shape = (stop - start, layer.table.pool.layout.page_bytes)
@@ -59,7 +61,7 @@ def page_tensors(sequence: Sequence, start: int, stop: int) -> dict[str, TensorS
 
 
 def tail_tensors(sequence: Sequence, tier: DiskTier) -> dict[str, TensorSpec]:
-    """Everything else that is in memory."""
+    """Return everything of the state beside full pages and blocks."""
     tensors = {"token_ids": torch.tensor(sequence.token_ids, dtype=torch.int64)}
     rows = tier.tails()
     for index, layer in sequence.compressed.items():
@@ -81,7 +83,7 @@ def tail_tensors(sequence: Sequence, tier: DiskTier) -> dict[str, TensorSpec]:
 
 
 def token_tensors(sequence: Sequence) -> dict[str, TensorSpec]:
-    """What all the rest can be made again from."""
+    """Return the tensors that all others can be recomputed from."""
     tensors = {"token_ids": torch.tensor(sequence.token_ids, dtype=torch.int64)}
     for index, layer in sequence.compressed.items():
         if layer.key_scales.value is not None:
@@ -90,13 +92,13 @@ def token_tensors(sequence: Sequence) -> dict[str, TensorSpec]:
 
 
 def token_specs(manifest: Manifest) -> dict[str, TensorSpec]:
-    """The tensors of the copy of the tokens."""
+    """Return the specs of `token_tensors`."""
     kinds = ("token_ids", "weights")
     return {name: spec for name, spec in tail_specs(manifest).items() if name.partition(".")[0] in kinds}
 
 
 def open_tail(folder: Path, manifest: Manifest) -> Snapshot:
-    """The tail of a state that has tokens.
+    """Open the tail of a state that has tokens.
 
     Raises:
         SessionError: its file is damaged.
@@ -106,7 +108,7 @@ def open_tail(folder: Path, manifest: Manifest) -> Snapshot:
 
 
 def open_tier(folder: Path, manifest: Manifest, tail: Snapshot) -> DiskTier:
-    """The rows of a state.
+    """Open the rows of a state.
 
     Raises:
         SessionError: the tail is damaged.
@@ -117,11 +119,11 @@ def open_tier(folder: Path, manifest: Manifest, tail: Snapshot) -> DiskTier:
 
 
 def restore(sequence: Sequence, device: torch.device, folder: Path, manifest: Manifest, tail: Snapshot) -> None:
-    """Fill an empty sequence, which has the state's tier already.
+    """Fill an empty sequence that already has the state's tier.
 
     Raises:
         SessionError: a file is damaged.
-        FastMemoryError: it does not fit into the cache's budget.
+        FastMemoryError: the state does not fit into the cache's budget.
     """
     names, low_bit = list(tail_specs(manifest)), manifest.low_bit_tokens
     for index, shape in manifest.layers.items():
@@ -142,20 +144,20 @@ def restore(sequence: Sequence, device: torch.device, folder: Path, manifest: Ma
 
 
 def restore_history(sequence: Sequence, manifest: Manifest) -> None:
-    """Tell a sequence that has the state's tokens how they came to be: which were read, how the last answer ended."""
+    """Set the finish reason, prompt tokens and pending token of a sequence from the manifest."""
     sequence.finish_reason = manifest.finish_reason
     sequence.prompt_tokens = manifest.tokens if manifest.prompt_tokens is None else manifest.prompt_tokens
     sequence.pending_token = manifest.pending_token
 
 
 def check_shapes(manifest: Manifest, expected: Mapping[int, tuple[int, int, int | None]], dtype: torch.dtype) -> None:
-    """Refuse layers that the model has not.
+    """Check that the state's layers are those of the model.
 
     Args:
         expected: per layer its `Hkv`, `D` and window.
 
     Raises:
-        SessionError: they are others.
+        SessionError: they differ.
     """
     found = {index: (shape.heads, shape.dim, shape.window) for index, shape in manifest.layers.items()}
     if found and (found != dict(expected) or any(DTYPE_NAMES[shape.dtype] != dtype for shape in manifest.layers.values())):
@@ -163,10 +165,10 @@ def check_shapes(manifest: Manifest, expected: Mapping[int, tuple[int, int, int 
 
 
 def check_snapshots(folder: Path, manifest: Manifest) -> None:
-    """Refuse snapshots of pages and of windows that hold something else than they should.
+    """Check that the snapshots of pages and windows hold the expected tensors.
 
     Raises:
-        SessionError: one does.
+        SessionError: one does not.
     """
     for span in manifest.pages:
         _pages(folder, manifest, span)
@@ -215,7 +217,7 @@ def tail_specs(manifest: Manifest) -> dict[str, TensorSpec]:
 
 
 def _checked_positions(wanted: Tensor | None, low_bit: int) -> Tensor | None:
-    """Positions that the next step may fetch: of the low-bit copy, or -1."""
+    """Return the positions that the next step may fetch: inside the low-bit copy, or -1."""
     if wanted is not None and wanted.numel() and not -1 <= int(wanted.min()) <= int(wanted.max()) < low_bit:
         raise SessionError(f"The session's tail names tokens that are not there. {DAMAGED}")
     return wanted

@@ -1,4 +1,4 @@
-"""Looking after sessions that are not open: list, show, fork and remove them."""
+"""Manage sessions that are not open: list, show, fork and remove them."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ Root = str | os.PathLike[str] | None
 
 @dataclass(frozen=True)
 class SessionSummary:
-    """What can be said of a session without its model.
+    """Facts about a session that do not need its model.
 
     Attributes:
-        bytes: of the files in use; those that forks share count in each of them.
-        messages: how many there are, if it is a conversation.
-        problem: what is wrong with it; all else but the name and the folder is `None` then.
+        bytes: bytes of the files in use; files shared by forks count in each of them.
+        messages: number of messages, if it is a conversation.
+        problem: what is wrong with it; all fields but the name and folder are None then.
     """
 
     name: str
@@ -46,19 +46,19 @@ class SessionSummary:
     problem: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON. Keys are stable."""
+        """Return plain values, for JSON. Keys are stable."""
         return asdict(self)
 
 
 def stored(root: Root = None) -> list[SessionSummary]:
-    """All sessions of a folder that were saved at least once, by name.
+    """Return all sessions of a root that were saved at least once, by name.
 
     Raises:
         SessionError: the folder cannot be read.
     """
     roots = names.default_roots() if root is None else [names.session_root(root)]
     folders: dict[str, Path] = {}
-    for path in reversed(roots):  # of two with one name the first root's is meant everywhere
+    for path in reversed(roots):  # the first root's session of a name hides the others
         try:
             folders |= {folder.name: folder for folder in path.iterdir()}
         except FileNotFoundError:
@@ -78,17 +78,17 @@ def stored(root: Root = None) -> list[SessionSummary]:
 
 
 def show(name: str, root: Root = None) -> SessionSummary:
-    """One session.
+    """Return the summary of one session.
 
     Raises:
-        SessionError: there is none of that name, or it is damaged.
+        SessionError: there is no such session, or it is damaged.
     """
     folder = names.existing_folder(names.root_of(name, root), name)
     return _summary(folder, saved_manifest(folder, name))
 
 
 def stored_config(name: str, root: Root = None) -> SpeCacheConfig | None:
-    """The settings that a session was saved with; `None` if there is no saved session of that name.
+    """Return the settings that a session was saved with; None if it does not exist.
 
     Raises:
         SessionError: it is damaged.
@@ -99,10 +99,11 @@ def stored_config(name: str, root: Root = None) -> SpeCacheConfig | None:
 
 
 def remove(name: str, root: Root = None) -> None:
-    """Remove a session. What its forks share stays theirs.
+    """Remove a session. Files shared with forks remain.
 
     Raises:
-        SessionError: there is none of that name, it is in use, there is something else in its folder, or the system refuses.
+        SessionError: there is no such session, it is in use, its folder has foreign files, or the
+            system refuses.
     """
     path = names.root_of(name, root)
     folder = names.existing_folder(path, name)
@@ -116,10 +117,13 @@ def remove(name: str, root: Root = None) -> None:
 
 
 def fork(name: str, new_name: str, root: Root = None) -> None:
-    """Make session `new_name` with the saved state of `name`. They share files, and write on into files of their own.
+    """Create session `new_name` from the saved state of `name`.
+
+    They share files and write new ones of their own.
 
     Raises:
-        SessionError: there is no `name`, it is in use or damaged, `new_name` is taken, or the system refuses.
+        SessionError: there is no `name`, it is in use or damaged, `new_name` is taken, or the
+            system refuses.
     """
     path = names.root_of(name, root)
     names.check_free(names.root_of(new_name, root), new_name)
@@ -129,10 +133,10 @@ def fork(name: str, new_name: str, root: Root = None) -> None:
 
 @contextmanager
 def locked(root: Path, name: str) -> Iterator[tuple[Path, Manifest]]:
-    """A session's folder, which nobody else uses inside the block, and its saved state.
+    """Yield a session's folder, locked inside the block, and its saved manifest.
 
     Raises:
-        SessionError: there is none of that name, it is in use, or damaged.
+        SessionError: there is no such session, it is in use, or damaged.
     """
     folder = names.existing_folder(root, name)
     with FolderLock(folder):
@@ -140,10 +144,10 @@ def locked(root: Path, name: str) -> Iterator[tuple[Path, Manifest]]:
 
 
 def saved_manifest(folder: Path, name: str) -> Manifest:
-    """The manifest that must be there.
+    """Return the manifest, which must exist.
 
     Raises:
-        SessionError: it is not, or is damaged.
+        SessionError: it does not exist, or is damaged.
     """
     manifest = read_manifest(folder)
     if manifest is None:
@@ -152,7 +156,7 @@ def saved_manifest(folder: Path, name: str) -> Manifest:
 
 
 def fork_folder(root: Path, name: str, manifest: Manifest | None, new_name: str) -> None:
-    """See `fork`; the caller holds the lock of `name`."""
+    """See `fork`. The caller holds the lock of `name`."""
     if manifest is None:
         raise SessionError(f"Nothing was saved in the session {name!r} yet. Save it before you fork it.")
     with names.building(root, new_name) as folder:
@@ -163,10 +167,10 @@ def fork_folder(root: Path, name: str, manifest: Manifest | None, new_name: str)
 
 
 def _link(source: Path, target: Path) -> None:
-    """A second name for a file, or a copy where the file system has no links.
+    """Create a hard link, or a copy if the file system has no links.
 
     Raises:
-        OSError: neither can be made.
+        OSError: neither can be created.
     """
     try:
         os.link(source, target, follow_symlinks=False)

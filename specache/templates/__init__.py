@@ -1,1 +1,1 @@
-"""Chat templates: from a conversation to token ids, and from the tokens of an answer to its text and its reasoning."""
+"""Chat templates: encode conversations, and split an answer's tokens into reasoning and text."""

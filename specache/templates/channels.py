@@ -4,8 +4,9 @@ Two forms of them are known. GPT-OSS (the "harmony" format) writes
 
     <|channel|>analysis<|message|>...<|end|><|start|>assistant<|channel|>final<|message|>...<|return|>
 
-Others put their reasoning between two special tokens (`[THINK]` and `[/THINK]`). Pairs that are ordinary text to the tokenizer
-(`<think>` of Qwen3 and DeepSeek-R1) stay in the text: the templates of those models look for them in it.
+Others put their reasoning between two special tokens (`[THINK]` and `[/THINK]`). Pairs that are
+ordinary text to the tokenizer (`<think>` of Qwen3 and DeepSeek-R1) stay in the text: the templates
+of those models look for them in it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ PAIRS = (
 
 
 class Part(Enum):
-    """What a token of an answer belongs to."""
+    """The part of an answer that a token belongs to."""
 
     TEXT = "the final message"
     REASONING = "reasoning, or a call of a tool"
@@ -30,7 +31,7 @@ class Part(Enum):
 
 @dataclass(frozen=True)
 class Piece:
-    """Tokens of one part; `begins` where they begin a new message of it."""
+    """Tokens of one part; `begins` if they begin a new message of it."""
 
     part: Part
     token_ids: list[int]
@@ -38,19 +39,19 @@ class Piece:
 
 
 class ChannelParser(Protocol):
-    """Sorts the tokens of one answer as they come.
+    """Assigns the tokens of one answer to parts as they are generated.
 
     Attributes:
-        ended: whether the final message is complete, where no end token of the model says so.
+        ended: True if the final message is complete although no end token of the model says so.
     """
 
     ended: bool
 
     def push(self, token_id: int) -> list[Piece]:
-        """What is certain with one more token; markers are in no piece."""
+        """Add a token and return the tokens whose part is now known, without markers."""
 
     def finish(self) -> list[Piece]:
-        """What was held back."""
+        """Return the tokens held back."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,11 @@ class ChannelTokens:
     channel: int
     message: int
     end: int
-    answer_ends: frozenset[int]  # <|return|> and <|call|>, as far as there are
+    answer_ends: frozenset[int]  # <|return|> and <|call|>, if they exist
 
     @classmethod
     def of(cls, tokenizer: Any) -> ChannelTokens | None:
-        """Those of a tokenizer, or `None` where it lacks one."""
+        """Return the markers of a tokenizer; None if it lacks one."""
         ids = {token.content: token_id for token_id, token in getattr(tokenizer, "added_tokens_decoder", {}).items()}
         needed = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>")
         if any(text not in ids for text in needed):
@@ -75,7 +76,10 @@ class ChannelTokens:
 
 
 def channel_parser(tokenizer: Any, prompt: Sequence[int]) -> ChannelParser | None:
-    """The parser of the answer to a prompt that a chat template wrote; `None` where the model knows no channels."""
+    """Return the parser of the answer to a prompt that a chat template wrote.
+
+    Return None for a model without channels.
+    """
     tokens = ChannelTokens.of(tokenizer)
     if tokens is not None:
         return HarmonyParser(tokenizer, tokens, prompt)
@@ -85,7 +89,7 @@ def channel_parser(tokenizer: Any, prompt: Sequence[int]) -> ChannelParser | Non
 
 
 class PairParser:
-    """Reasoning between two special tokens; the prompt may have opened it already.
+    """Parses reasoning between two special tokens. The prompt may contain the opening one.
 
     Args:
         pairs: opening token -> closing token.
@@ -118,10 +122,11 @@ class PairParser:
 
 
 class HarmonyParser:
-    """Messages with headers: a role, perhaps a channel, and whom the message is for.
+    """Parses messages with headers: a role, perhaps a channel, and a recipient.
 
-    The message on the channel `final`, or on none, is the text. A model that was tuned without channels writes its answer where
-    the header would be: what cannot be a header is text too.
+    The message on channel `final`, or without a channel, is the text. A model tuned without
+    channels writes its answer where a header would be, so tokens that cannot be a header are text
+    too.
     """
 
     def __init__(self, tokenizer: Any, tokens: ChannelTokens, prompt: Sequence[int]) -> None:
@@ -129,9 +134,9 @@ class HarmonyParser:
         self._tokenizer = tokenizer
         self._tokens = tokens
         self._markers = {tokens.start, tokens.channel, tokens.message, tokens.end, *tokens.answer_ends}
-        self._part: Part | None = Part.TEXT  # of the message; `None` between messages, and in those of another role
+        self._part: Part | None = Part.TEXT  # part of the message; `None` between messages, and for another role
         self._role: list[int] = []
-        self._given = 0  # tokens of the role that the prompt has
+        self._given = 0  # tokens of the role given by the prompt
         self._channel: list[int] | None = None
         self._in_header = self._may_be_text = self._begins = False
         self._is_first = True
@@ -145,7 +150,7 @@ class HarmonyParser:
         return self._advance(token_id)
 
     def finish(self) -> list[Piece]:
-        """An answer that is nothing but the beginning of a header is text."""
+        """Return the tokens held back: an answer that is only the beginning of a header is text."""
         return self._release() if self._may_be_text else []
 
     def _advance(self, token_id: int) -> list[Piece]:
@@ -155,7 +160,7 @@ class HarmonyParser:
         if not self._in_header:
             return self._piece([token_id])
         (self._role if self._channel is None else self._channel).append(token_id)
-        if self._may_be_text and not "to=".startswith(self._said(self._role[self._given :])[:3]):
+        if self._may_be_text and not "to=".startswith(self._decoded(self._role[self._given :])[:3]):
             return self._release()
         return []
 
@@ -164,7 +169,7 @@ class HarmonyParser:
         if token_id == self._tokens.start:
             self._in_header, self._role, self._channel = True, [], None
         elif token_id == self._tokens.channel:
-            if not self._in_header:  # a header that leaves out the role
+            if not self._in_header:  # a header without a role
                 self._in_header, self._role = True, []
             self._channel = []
         elif token_id == self._tokens.message:
@@ -174,7 +179,7 @@ class HarmonyParser:
             self._part, self._in_header = None, False
 
     def _part_of_header(self) -> Part | None:
-        role, channel = self._said(self._role), self._said(self._channel or [])
+        role, channel = self._decoded(self._role), self._decoded(self._channel or [])
         if role and not role.startswith(("assistant", "to=")):
             return None
         if "to=" in role or "to=" in channel:
@@ -182,7 +187,7 @@ class HarmonyParser:
         return Part.TEXT if self._channel is None or channel.split()[:1] in ([], ["final"]) else Part.REASONING
 
     def _release(self) -> list[Piece]:
-        """What stood where a header would have been was the message."""
+        """Return the tokens of a presumed header as text of the message."""
         held, self._in_header, self._may_be_text, self._part = self._role[self._given :], False, False, Part.TEXT
         return self._piece(held) if held else []
 
@@ -192,5 +197,5 @@ class HarmonyParser:
         begins, self._begins, self._is_first = self._begins, False, False
         return [Piece(self._part, token_ids, begins)]
 
-    def _said(self, token_ids: Sequence[int]) -> str:
+    def _decoded(self, token_ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True)).strip()

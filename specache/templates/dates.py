@@ -1,4 +1,4 @@
-"""The date that chat templates write: that of the conversation, not that of each of its turns."""
+"""Fix the date that chat templates write: that of the conversation, not of each turn."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 @contextmanager
 def fixed_date(date: datetime | None) -> Iterator[None]:
-    """Inside, `strftime_now` of chat templates formats `date`, or the present if there is none.
+    """Make `strftime_now` of chat templates format `date` inside the block; None means the present.
 
-    transformers defines that function itself, over the `datetime` of its module, and would replace one that is passed as a
-    template variable by the name of its type. So it is the `datetime` of that module that is replaced.
+    transformers defines that function over its module's `datetime`, and would replace a template
+    variable of that name. So the module's `datetime` is replaced.
     """
     if date is None:
         yield

@@ -1,4 +1,4 @@
-"""Tokens that end an answer: those that a model's files name, and the one that its chat template ends a message with."""
+"""Find the tokens that end an answer: those in a model's files and in its chat template."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from typing import Any
 from specache.templates.channels import ChannelTokens
 from specache.templates.template import ChatTemplate, PromptError
 
-_SAID = "Sentinel7Q"
-_OTHER = "Another4Z"
+_ANSWER = "Sentinel7Q"
+_QUESTION = "Another4Z"
 
 
 def end_tokens(generation_config: Any, tokenizer: Any, template: ChatTemplate | None = None) -> list[int]:
-    """Token ids that end an answer.
+    """Return the token ids that end an answer.
 
     Args:
-        generation_config: of the model; fine-tunes often come with their base model's, which names another token.
-        tokenizer: of the model.
-        template: the chat template, where the prompt was written by it.
+        generation_config: the model's; fine-tunes often have their base model's, which names
+            another token.
+        tokenizer: the model's tokenizer.
+        template: the chat template, if it rendered the prompt.
     """
     named = generation_config.eos_token_id
     ids = [] if named is None else [named] if isinstance(named, int) else list(named)
@@ -28,9 +29,10 @@ def end_tokens(generation_config: Any, tokenizer: Any, template: ChatTemplate | 
 
 
 def _end_of_message(template: ChatTemplate) -> list[int]:
-    """The control tokens that the template writes right after the model's message, where it is the last one and where it is not.
+    """Return the control tokens that the template writes directly after a model's message.
 
-    In templates with channels a message ends inside an answer too; there only the tokens that end the whole answer count.
+    In templates with channels a message ends inside an answer too. There only the tokens that end
+    the whole answer count.
     """
     channels = ChannelTokens.of(template.tokenizer)
     found = {_next_token(template, conversation) for conversation in _conversations()} - {None}
@@ -40,16 +42,16 @@ def _end_of_message(template: ChatTemplate) -> list[int]:
 
 
 def _conversations() -> list[list[dict[str, str]]]:
-    """An answer at the end of a conversation, and one with a message after it."""
-    question, answer = {"role": "user", "content": _OTHER}, {"role": "assistant", "content": _SAID}
+    """Return a conversation that ends with an answer, and one that continues after it."""
+    question, answer = {"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}
     return [[question, answer], [question, answer, question]]
 
 
 def _next_token(template: ChatTemplate, messages: list[dict[str, str]]) -> Any:
     try:
         text = template.render(messages, answer_begins=False)
-    except PromptError:  # some reject a conversation that ends so
+    except PromptError:  # some templates reject a conversation that ends so
         return None
-    _, _, rest = text.rpartition(_SAID)
+    _, _, rest = text.rpartition(_ANSWER)
     found = template.tokens.found_in(rest)
     return template.tokens.all[found[0][1]] if found and not rest[: found[0][0]].strip() else None

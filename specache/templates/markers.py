@@ -1,8 +1,8 @@
 """Control tokens of a conversation, and texts that only look like them.
 
-A chat template writes `<|im_end|>` where a message ends, and the tokenizer makes one token of it. The same characters in a
-message are text. Placeholders take their place before the template is applied, so that what the template wrote and what stood in
-a message can be told apart.
+A chat template writes `<|im_end|>` where a message ends, and the tokenizer makes one token of it.
+The same characters in a message are text. Placeholders replace them before the template is applied,
+so that both can be told apart.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-_FRAGMENT = 8  # characters of a placeholder that no text has by chance
+_FRAGMENT = 8  # characters of a placeholder that do not occur by chance
 
 
 @dataclass(frozen=True)
 class ControlTokens:
-    """The tokens that a tokenizer makes of whole markers.
+    """Markers that a tokenizer encodes as single tokens.
 
     Attributes:
         special: text -> id of its special tokens.
-        written: text -> id of its other added tokens that the chat template writes (`<tool_call>`, `<think>`).
+        written: text -> id of other added tokens that the chat template writes (`<tool_call>`,
+            `<think>`).
     """
 
     special: dict[str, int]
@@ -35,17 +36,20 @@ class ControlTokens:
 
     @cached_property
     def pattern(self) -> re.Pattern[str] | None:
-        """Finds each of them as tokenizers do: the leftmost, and there the longest. `None` where there are none."""
+        """Return a pattern that finds markers as tokenizers do: leftmost, longest first.
+
+        Return None without markers.
+        """
         texts = sorted(self.all, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, texts))) if texts else None
 
     def found_in(self, text: str) -> list[tuple[int, str]]:
-        """Where each of them stands in a text."""
+        """Return (position, marker) of every marker in a text."""
         return [(match.start(), match.group()) for match in self.pattern.finditer(text)] if self.pattern else []
 
 
 def control_tokens(tokenizer: Any) -> ControlTokens:
-    """The control tokens of a tokenizer and its chat template."""
+    """Return the control tokens of a tokenizer and its chat template."""
     special: dict[str, int] = {}
     others: dict[str, int] = {}
     for token_id, token in getattr(tokenizer, "added_tokens_decoder", {}).items():
@@ -58,20 +62,24 @@ def control_tokens(tokenizer: Any) -> ControlTokens:
 
 
 def template_text(tokenizer: Any) -> str:
-    """The chat template, or all of them where it has several; empty where it has none."""
+    """Return the chat template, or all of them joined; empty if there is none."""
     template = getattr(tokenizer, "chat_template", None) or ""
     return "\n".join(map(str, template.values())) if isinstance(template, dict) else str(template)
 
 
 def _is_marker(text: str) -> bool:
-    """Whether it is neither whitespace nor a word, which a template may contain as ordinary text."""
+    """Return True for a text that is neither whitespace nor a word.
+
+    Templates may contain both as ordinary text.
+    """
     return not text.isspace() and not text.replace("_", "").isalnum()
 
 
 class HiddenMarkers:
-    """Placeholders for what looks like a marker in the messages of one conversation.
+    """Placeholders for texts that look like markers in the messages of one conversation.
 
-    A placeholder is a word of letters and digits that occurs in no text, so templates and tokenizers do nothing special with it.
+    A placeholder is a word of letters and digits that occurs in no text, so templates and
+    tokenizers do not treat it specially.
     """
 
     def __init__(self) -> None:
@@ -83,18 +91,18 @@ class HiddenMarkers:
         return bool(self._hidden)
 
     def hide(self, text: str, markers: Iterable[str]) -> str:
-        """Replace every marker, and what may become one together with the text of the template before or after it."""
+        """Replace every marker, and text that could form one with the template's text around it."""
         present = sorted((marker for marker in markers if marker in text), key=len, reverse=True)
         if present:
             text = re.sub("|".join(map(re.escape, present)), lambda match: self._placeholder(match.group()), text)
         return self._hide_ends(text, markers)
 
     def reveal(self, text: str) -> str:
-        """Put back what the placeholders stand for."""
+        """Replace the placeholders by their texts."""
         return self._pattern.sub(lambda match: self._hidden[int(match.group(1))], text)
 
     def is_whole(self, text: str) -> bool:
-        """Whether no template took a placeholder apart."""
+        """Return True if no placeholder was split by a template."""
         rest = self._pattern.sub("", text)
         return not any(self._nonce[start : start + _FRAGMENT] in rest for start in range(len(self._nonce) - _FRAGMENT + 1))
 
@@ -118,5 +126,5 @@ class HiddenMarkers:
 
 
 def _overlap(left: str, right: str) -> int:
-    """The number of characters of the longest end of `left` that is a beginning of `right`."""
+    """Return the length of the longest suffix of `left` that is a prefix of `right`."""
     return next((n for n in range(min(len(left), len(right)), 0, -1) if left.endswith(right[:n])), 0)

@@ -1,6 +1,6 @@
-"""Tokenising a text in which some markers are control tokens and others, spelled the same, are text.
+"""Tokenise a text in which some markers are control tokens and others, spelled the same, are text.
 
-Tokenizers can do one or the other with a whole text; the encoders here do both.
+Tokenizers do one or the other for a whole text; the encoders here do both.
 """
 
 from __future__ import annotations
@@ -12,26 +12,27 @@ from typing import Any, Protocol
 
 from specache.templates.markers import ControlTokens
 
-Pieces = list[tuple[str, str | None]]  # of a text: (text, the control token after it or `None`)
+Pieces = list[tuple[str, str | None]]  # (text, the control token after it or `None`)
 
 
 class SplitEncoder(Protocol):
-    """Token ids of texts with control tokens at given places, and nowhere else."""
+    """Encodes texts with control tokens at given places only."""
 
     def encode(self, pieces: Pieces) -> list[int]: ...
 
 
 def split_encoder(tokenizer: Any, tokens: ControlTokens) -> SplitEncoder:
-    """The encoder for a tokenizer."""
+    """Return the encoder for a tokenizer."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return PythonSplitEncoder(tokenizer, tokens) if backend is None else FastSplitEncoder(backend, tokens)
 
 
 class FastSplitEncoder:
-    """With a copy of a `tokenizers.Tokenizer`.
+    """Encodes with a copy of a `tokenizers.Tokenizer`.
 
-    The copy knows each control token under a private name, which stands in the text where the token is meant, and the marker itself
-    means nothing to it. All else is the tokenizer's own work on the text as a whole, so words merge at the seams as ever.
+    The copy knows each control token under a private name, which is inserted where the token is
+    meant; the marker itself is plain text to it. The tokenizer processes the text as a whole, so
+    words merge at the seams as usual.
     """
 
     def __init__(self, backend: Any, tokens: ControlTokens) -> None:
@@ -42,7 +43,7 @@ class FastSplitEncoder:
         flags = {}
         for token in state["added_tokens"]:
             if token["content"] in tokens.all:
-                token["special"] = True  # for `encode_special_tokens` to split it
+                token["special"] = True  # makes `encode_special_tokens` split it
                 flags[token["content"]] = {flag: token[flag] for flag in ("lstrip", "rstrip", "normalized")}
         self._tokenizer = Tokenizer.from_str(json.dumps(state))
         self._tokenizer.encode_special_tokens = True
@@ -57,7 +58,7 @@ class FastSplitEncoder:
 
 
 class PythonSplitEncoder:
-    """With the methods of a tokenizer written in Python, piece by piece, as its own `tokenize` goes about it."""
+    """Encodes piece by piece with a tokenizer written in Python, as its own `tokenize` does."""
 
     def __init__(self, tokenizer: Any, tokens: ControlTokens) -> None:
         self._tokenizer = tokenizer
@@ -81,7 +82,7 @@ class PythonSplitEncoder:
         return ids
 
     def _plain(self, text: str) -> list[int]:
-        """Token ids of a text without control tokens; other added tokens are tokens."""
+        """Return the token ids of a text without control tokens. Other added tokens are tokens."""
         ids: list[int] = []
         start = 0
         for match in self._others.finditer(text) if self._others else ():

@@ -1,4 +1,4 @@
-"""A model's chat template, applied: conversations in, token ids out."""
+"""Apply a model's chat template: conversations in, token ids out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from specache.templates.dates import fixed_date
 from specache.templates.markers import ControlTokens, HiddenMarkers, control_tokens, template_text
 from specache.templates.split_encoding import Pieces, SplitEncoder, split_encoder
 
-Message = dict[str, str]  # of a conversation, as chat templates take it: `role` and `content`
+Message = dict[str, str]  # one message as chat templates take it: `role` and `content`
 
 _OURS = {  # arguments of `apply_chat_template` that are not for users
     *("conversation", "messages", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize", "padding"),
@@ -29,19 +29,20 @@ class PromptError(SpeCacheError):
 
 
 class ChatTemplate:
-    """How a model's conversations are written, for one conversation.
+    """A model's chat template with the variables and date of one conversation.
 
-    Markers of the template in a message's text are text: they become no control tokens. Ordinary text gets the tokens that
-    `apply_chat_template` gives it.
+    Markers in a message's text are text and become no control tokens. Ordinary text gets the same
+    tokens as from `apply_chat_template`.
 
     Args:
-        tokenizer: of the model; it may have no template.
-        variables: for the template (`{"enable_thinking": False}`), as `apply_chat_template` takes them.
-        date: what a template that asks for today's date gets; by default today.
+        tokenizer: the model's tokenizer; it may have no template.
+        variables: template variables (`{"enable_thinking": False}`), as `apply_chat_template` takes
+            them.
+        date: the date that the template sees as today; by default today.
         system: the system message of `ask`.
 
     Raises:
-        ConfigError: a variable has the name of something that the template is given anyway.
+        ConfigError: a variable has a reserved name.
     """
 
     def __init__(
@@ -62,32 +63,34 @@ class ChatTemplate:
 
     @property
     def exists(self) -> bool:
-        """Whether the tokenizer knows how its model's conversations are written."""
+        """Return True if the tokenizer has a chat template."""
         return bool(getattr(self.tokenizer, "chat_template", None))
 
     @property
     def digest(self) -> str:
-        """Fingerprint of the template's text."""
+        """Return a fingerprint of the template's text."""
         return hashlib.sha256(template_text(self.tokenizer).encode()).hexdigest()
 
     @property
     def unknown_variables(self) -> list[str]:
-        """Variables that the template does not mention."""
+        """Return the variables that the template does not mention."""
         text = template_text(self.tokenizer)
         return [name for name in self.variables if re.search(rf"\b{re.escape(name)}\b", text) is None]
 
     @cached_property
     def tokens(self) -> ControlTokens:
-        """The control tokens of the tokenizer and the template."""
+        """Return the control tokens of the tokenizer and the template."""
         return control_tokens(self.tokenizer)
 
     def ask(self, text: str) -> list[Message]:
-        """A conversation of one question."""
+        """Return a conversation of one question."""
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         return [*system, {"role": "user", "content": text}]
 
     def render(self, messages: Sequence[Message], *, answer_begins: bool = True) -> str:
-        """A conversation as text, by default up to where the model's answer begins. Markers in messages look like control tokens.
+        """Return a conversation as text, by default up to where the model's answer begins.
+
+        Markers in messages are not distinguished from control tokens.
 
         Raises:
             ConfigError: there is no chat template.
@@ -96,11 +99,11 @@ class ChatTemplate:
         return self._render(messages, self.variables, answer_begins)
 
     def encode(self, messages: Sequence[Message], *, answer_prefix: str = "", cut: str | None = None) -> list[int]:
-        """Token ids of a conversation up to where the model's answer begins.
+        """Return the token ids of a conversation up to where the model's answer begins.
 
         Args:
             answer_prefix: the beginning of the answer, to be continued.
-            cut: a text that stands in the messages once; it and what comes after it are left out.
+            cut: a text that occurs once in the messages; it and what follows is omitted.
 
         Raises:
             ConfigError: there is no chat template.
@@ -130,18 +133,21 @@ class ChatTemplate:
         try:
             with fixed_date(self.date if "strftime_now" in template_text(self.tokenizer) else None):
                 return str(self.tokenizer.apply_chat_template(list(messages), **options, **variables))
-        except Exception as error:  # templates are programs and raise what they like, for example about system messages
+        except Exception as error:  # templates are programs and raise anything, for example about system messages
             raise PromptError(f"the model's chat template rejects the conversation: {error}") from error
 
     def _tokenize(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _forbidden(self, role: str) -> Mapping[str, int]:
-        """Markers that are text in a message of this role: a model's own answer may hold its `<think>` and `<tool_call>`."""
+        """Return the markers that are text in a message of this role.
+
+        A model's own answer may contain its `<think>` and `<tool_call>`.
+        """
         return self.tokens.special if role == "assistant" else self.tokens.all
 
     def _pieces(self, guarded: str) -> Pieces:
-        """A text in pieces, each with the control token after it; the last one has none."""
+        """Split a text into pieces, each with the control token after it; the last has none."""
         pieces: Pieces = []
         start = 0
         for place, token in self.tokens.found_in(guarded):
@@ -150,17 +156,19 @@ class ChatTemplate:
         return [*pieces, (guarded[start:], None)]
 
     def _split_encode(self, guarded: str, pieces: Pieces) -> list[int] | None:
-        """Token ids with control tokens after the pieces alone; `None` where this tokenizer cannot keep them apart.
+        """Return token ids with control tokens only after the pieces.
+
+        Return None if this tokenizer cannot do it.
 
         Args:
-            guarded: the text with placeholders for markers: of this the encoder must make what the tokenizer does.
-            pieces: the text with the markers that the placeholders stand for.
+            guarded: the text with placeholders; the encoder must encode it like the tokenizer.
+            pieces: the text with the markers that the placeholders replaced.
         """
         try:
             if self._split_encoder.encode(self._pieces(guarded)) != self._tokenize(guarded):
                 return None
             ids = self._split_encoder.encode(pieces)
-        except Exception:  # a tokenizer of a kind of its own
+        except Exception:  # an unusual kind of tokenizer
             return None
         return ids if self._control_ids(ids) == self._wanted_ids(pieces) else None
 
@@ -169,7 +177,7 @@ class ChatTemplate:
         return split_encoder(self.tokenizer, self.tokens)
 
     def _without_markers(self, messages: Sequence[Message], answer_prefix: str, cut: str | None, guarded: str) -> list[int]:
-        """Token ids after the markers in the messages were spelled otherwise, which is said."""
+        """Return token ids with the markers in messages respelled, and warn about it."""
 
         def spell(text: str, markers: Mapping[str, int]) -> str:
             for marker in sorted(markers, key=len, reverse=True):
@@ -196,7 +204,7 @@ class ChatTemplate:
         return [marker for marker in self.tokens.all if any(marker in one["content"] for one in messages)]
 
     def _control_ids(self, ids: Sequence[int]) -> list[int]:
-        """The control tokens among token ids. What stands for unknown words counts for nothing."""
+        """Return the control tokens among token ids, without the unknown token."""
         control = set(self.tokens.all.values()) - {getattr(self.tokenizer, "unk_token_id", None)}
         return [token_id for token_id in ids if token_id in control]
 
@@ -209,7 +217,7 @@ def _before(text: str, cut: str | None) -> str:
 
 
 def _map_texts(value: Any, change: Any) -> Any:
-    """The same JSON value with every text in it changed, but the keys of objects."""
+    """Return a JSON value with every text in it mapped, except keys of objects."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):

@@ -1,1 +1,4 @@
-"""Where the 16-bit rows live. One small interface (`base`), one file per tier."""
+"""Storage for the 16-bit rows.
+
+`base` is the interface; every tier is a file or folder of its own.
+"""

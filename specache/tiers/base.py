@@ -1,8 +1,9 @@
-"""The interface of a slow tier: the 16-bit rows of one sequence.
+"""The interface of a slow tier: storage for the 16-bit rows of one sequence.
 
-One row is `[K | V]` of one token and one KV head, `2 D` elements, contiguous. Rows of one head lie in token order. Keys are stored
-after RoPE. Rows are in the model's dtype and on the CPU. One thread writes; `gather` may be called from any thread meanwhile.
-Whatever the storage refuses is a `SlowTierError`; a write that failed has changed nothing.
+A row is `[K | V]` of one token and one KV head: `2 D` contiguous elements in the model's dtype, on
+the CPU. Rows of a head lie in token order. Keys are stored after RoPE. One thread writes; `gather`
+may be called from any thread meanwhile. Storage failures raise `SlowTierError`; a failed write
+leaves the tier unchanged.
 """
 
 from __future__ import annotations
@@ -14,24 +15,25 @@ from torch import Tensor
 
 
 class RowsInFlight(Protocol):
-    """Rows that are being read while the caller does something else. Take them once, or cancel. Where both are forgotten, the
-    memory that is read into lives until the reads have ended.
+    """Rows whose read is in progress. Call `take` once, or `cancel`.
+
+    If both are omitted, the memory being read into lives until the reads have ended.
     """
 
     @property
     def arrived(self) -> bool:
-        """Whether nothing has to be waited for."""
+        """Return True if `take` would not block."""
 
     def take(self) -> Tensor:
-        """The rows [M, 2 D], waiting for them. Raises what `SlowTier.gather` does."""
+        """Return the rows [M, 2 D], waiting for them. Raise what `SlowTier.gather` raises."""
 
     def cancel(self) -> None:
-        """Nobody will ask for them."""
+        """Discard the read."""
 
 
 @dataclass(frozen=True)
 class Gathered:
-    """Rows in flight that have arrived: they were copied at once."""
+    """Rows in flight that have arrived already: they were copied at once."""
 
     rows: Tensor
     arrived: bool = True
@@ -44,34 +46,40 @@ class Gathered:
 
 
 class SlowTier(Protocol):
-    """Rows of one sequence, all its full-attention layers."""
+    """The 16-bit rows of one sequence, for all its full-attention layers."""
 
-    in_place: bool  # rows are read where they lie: nothing needs fetching ahead
+    in_place: bool  # attention reads the rows where they lie, so nothing is prefetched
 
     def write(self, layer: int, start: int, keys: Tensor, values: Tensor) -> None:
-        """Store keys and values [Hkv, n, D] of tokens `[start, start + n)`; what was there from `start` on is forgotten."""
+        """Store keys and values [Hkv, n, D] of tokens `[start, start + n)`; forget later tokens."""
 
     def read(self, layer: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [Hkv, stop - start, D] of a range of tokens (prefill, rebuilding a residual)."""
+        """Return keys and values [Hkv, stop - start, D] of a range of tokens."""
 
     def rows(self, layer: int) -> Tensor:
-        """All rows [Hkv, capacity, 2 D] of a layer where they lie, with room for more; only of a tier that is `in_place`."""
+        """Return a layer's buffer [Hkv, capacity, 2 D], with room to grow.
+
+        Only of a tier that is `in_place`.
+        """
 
     def gather(self, layer: int, heads: Tensor, positions: Tensor) -> Tensor:
-        """Rows [M, 2 D] of M (KV head, position) pairs, in their order."""
+        """Return rows [M, 2 D] of M (KV head, position) pairs, in their order."""
 
     def begin(self, layer: int, heads: Tensor, positions: Tensor) -> RowsInFlight | None:
-        """Begin to gather and return at once; `None` where that takes a thread. What is a mere copy in memory is done at once."""
+        """Start to gather rows and return at once; None if that would take a thread.
+
+        Copies in memory complete at once.
+        """
 
     def reserve(self, tokens: int) -> None:
-        """Expect a sequence of this many tokens."""
+        """Prepare for a sequence of this many tokens."""
 
     def fork(self) -> SlowTier:
-        """An independent copy."""
+        """Return an independent copy."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated."""
+        """Return the bytes allocated."""
 
     def close(self) -> None:
-        """Free everything; the tier is empty then and may be filled again."""
+        """Free everything. The tier is then empty and may be filled again."""

@@ -1,4 +1,4 @@
-"""What the RAM tiers of a cache on a GPU share: page-locked memory, and a way into it that nobody waits for."""
+"""What the RAM tiers of a GPU's cache share: page-locked memory and asynchronous copies into it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from specache.tiers.transfer import HostMemory
 
 
 class MainMemory:
-    """Made once per cache; its forks have the same.
+    """Page-locked memory and offload of a cache. Created once per cache and shared with its forks.
 
     Args:
-        memory: where buffers come from; `None` is a pool of page-locked memory without a limit.
+        memory: source of buffers; None is an unlimited pool of page-locked memory.
     """
 
     def __init__(self, streams: Streams, memory: HostMemory | None = None) -> None:
@@ -21,5 +21,5 @@ class MainMemory:
         self._offload = StreamedOffload(streams)
 
     def new_tier(self) -> RamTier:
-        """An empty tier for rows that are copied through a hot set."""
+        """Return an empty tier whose rows are copied through a hot set."""
         return RamTier(in_place=False, pinned=True, memory=self._memory, offload=self._offload)

@@ -1,4 +1,4 @@
-"""Keys and values on their way from the device to rows in main memory, on the copy queue, while the next layer computes."""
+"""Copy keys and values from a device to rows in main memory while the next layer computes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from specache.tiers.streams import Event, Queue, Streams
 
 
 class StreamedOffload:
-    """What a tier in main memory writes through (`specache.tiers.transfer.Offload`): nothing waits but who reads.
+    """Asynchronous writes of a tier in main memory (`tiers.transfer.Offload`).
 
-    A reader on the host calls `arrived`. Kernels that read the rows in place need one `wait_for_offload` after they were written,
-    outside of a graph's capture. One offload may serve the tiers of many sequences: waiting for one then waits for all.
+    Only readers wait. A reader on the host calls `arrived`. Kernels that read rows in place need
+    one `wait_for_offload` after a write, outside of a graph's capture. One offload may serve the
+    tiers of many sequences: waiting for one then waits for all.
     """
 
     def __init__(self, streams: Streams) -> None:
@@ -32,7 +33,7 @@ class StreamedOffload:
         self._streams.record(Queue.COPY, self._written[layer])
 
     def wait_for_offload(self) -> None:
-        """What is queued for computing from now on sees every row that was written."""
+        """Make work queued for computing from now on wait for every row written so far."""
         for event in self._written.values():
             self._streams.wait(Queue.COMPUTE, event)
 
@@ -45,11 +46,11 @@ class StreamedOffload:
 
 
 def join_pairs(keys: Tensor, values: Tensor, joined: Tensor) -> None:
-    """Keys and values [Hkv, n, D] as rows `[K | V]` [Hkv, n, 2 D]."""
+    """Write keys and values [Hkv, n, D] as rows `[K | V]` [Hkv, n, 2 D] into `joined`."""
     torch.cat([keys, values], dim=-1, out=joined)
 
 
 def copy_heads(joined: Tensor, into: Tensor) -> None:
-    """One copy per head: each lies in one piece on both sides, and any other copy to the host would make it wait."""
+    """Copy head by head: each is contiguous, and any other copy to the host would block it."""
     for head, rows in zip(joined, into, strict=True):
         rows.copy_(head, non_blocking=True)

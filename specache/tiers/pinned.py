@@ -1,7 +1,7 @@
-"""Page-locked main memory for the 16-bit rows, which a GPU can read and write while the host does something else.
+"""Page-locked main memory for the 16-bit rows, which a GPU reads and writes asynchronously.
 
-Locking is slow, so memory is locked in a few large blocks, which buffers are cut from and go back to. Their sizes are powers of two
-where the budget allows: PyTorch rounds what it locks up to one.
+Locking is slow, so memory is locked in a few large blocks that buffers are cut from and returned
+to. Block sizes are powers of two where the budget allows, because PyTorch rounds up to one.
 """
 
 from __future__ import annotations
@@ -18,36 +18,39 @@ from torch import Tensor
 
 from specache.errors import SlowTierError
 
-BLOCK_BYTES = 1 << 28  # locked at a time, and more when much is held
-GROWTH = 4  # a block is about this part of what is held
-ALIGNMENT = 4096  # bytes, of every buffer's start
+BLOCK_BYTES = 1 << 28  # bytes locked at a time, and more when much is held
+GROWTH = 4  # a block is about 1 / GROWTH of what is held
+ALIGNMENT = 4096  # bytes; alignment of every buffer's start
 
 Allocate = Callable[[int], Tensor]
 
 
 def pageable(size: int) -> Tensor:
-    """Ordinary memory, uint8 [size]."""
+    """Return ordinary memory, uint8 [size]."""
     return torch.empty(size, dtype=torch.uint8)
 
 
 def locked(size: int) -> Tensor:
-    """Page-locked memory, uint8 [size].
+    """Return page-locked memory, uint8 [size].
 
     Raises:
-        RuntimeError: the system does not lock as much.
+        RuntimeError: the system refuses to lock as much.
     """
     return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
 
 @dataclass
 class _Block:
-    """Memory that buffers are cut from. `free` are its free pieces (start, stop) in order, no two of which touch."""
+    """Memory that buffers are cut from.
+
+    `free` has its free pieces (start, stop) in order; no two are adjacent.
+    """
 
     memory: Tensor
     free: list[tuple[int, int]] = field(default_factory=list)
 
     def cut(self, size: int) -> int | None:
-        """Where `size` bytes were free, in the smallest piece that has them."""
+        """Cut `size` bytes from the smallest free piece that fits; return their start or None."""
         fitting = [piece for piece in self.free if piece[1] - piece[0] >= size]
         if not fitting:
             return None
@@ -57,6 +60,7 @@ class _Block:
         return start
 
     def put_back(self, start: int, size: int) -> None:
+        """Return a piece and merge it with its free neighbours."""
         pieces: list[tuple[int, int]] = []
         for piece in sorted([*self.free, (start, start + size)]):
             if pieces and pieces[-1][1] == piece[0]:
@@ -67,17 +71,18 @@ class _Block:
 
 
 class PinnedPool:
-    """Buffers in page-locked memory (`specache.tiers.transfer.HostMemory`), within a budget.
+    """Buffers in page-locked memory (`tiers.transfer.HostMemory`), within a budget.
 
-    Where the system locks no more, the rest is ordinary memory, and a `RuntimeWarning` says once what that means.
+    If the system refuses to lock more, the rest is ordinary memory, and one `RuntimeWarning`
+    explains the effect.
 
     Args:
-        limit: bytes that may be held; `None` is unbounded.
+        limit: bytes that may be held; None is unlimited.
         block_bytes: size of the first blocks, unless a buffer is larger.
-        allocate: makes a locked block; raises `RuntimeError` where the system refuses.
+        allocate: allocates a locked block; raises `RuntimeError` if the system refuses.
 
     Attributes:
-        is_locked: whether all of it is page-locked; kernels can read such memory only.
+        is_locked: True if all memory is page-locked. Kernels can read only such memory.
     """
 
     def __init__(self, limit: int | None = None, block_bytes: int = BLOCK_BYTES, allocate: Allocate = locked) -> None:
@@ -86,18 +91,18 @@ class PinnedPool:
         self._block_bytes = block_bytes
         self._allocate = allocate
         self._blocks: list[_Block] = []
-        self._taken: dict[int, tuple[_Block, int, int]] = {}  # by address: block, start, size
+        self._taken: dict[int, tuple[_Block, int, int]] = {}  # address -> block, start, size
         self._lock = threading.Lock()
-        self._returned: deque[int] = deque()  # addresses of buffers that were given back and are not free yet
+        self._returned: deque[int] = deque()  # addresses of returned buffers that are not free yet
 
     @property
     def nbytes(self) -> int:
-        """Bytes held of the system, buffers or not."""
+        """Return the bytes held from the system, in use or not."""
         return sum(block.memory.nbytes for block in self._blocks)
 
     @property
     def used(self) -> int:
-        """Bytes of buffers that are taken now."""
+        """Return the bytes of buffers in use."""
         return sum(size for _, _, size in self._taken.values())
 
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -114,7 +119,10 @@ class PinnedPool:
             self._put_back_if_idle()
 
     def give_back(self, buffer: Tensor) -> None:
-        """See `HostMemory`. A tier's finalizer may call it in the middle of `take`, so it waits for nobody."""
+        """See `HostMemory`.
+
+        It never blocks, since a tier's finalizer may call it in the middle of `take`.
+        """
         self._returned.append(buffer.data_ptr())
         self._put_back_if_idle()
 
@@ -172,5 +180,5 @@ class PinnedPool:
 
 
 def _power_of_two(size: int) -> int:
-    """The largest that is not above `size`."""
+    """Return the largest power of two that is not above `size`."""
     return 1 << (size.bit_length() - 1) if size else 0

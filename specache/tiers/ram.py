@@ -1,4 +1,4 @@
-"""Rows in main memory: one growing buffer [Hkv, capacity, 2 D] per layer, pinned when the model is on CUDA."""
+"""Rows in main memory: one growing buffer [Hkv, capacity, 2 D] per layer, pinned on CUDA."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from torch import Tensor
 from specache.tiers.base import Gathered
 from specache.tiers.transfer import HostMemory, Offload
 
-GROWTH = 1.25  # a full buffer grows to this times its size
+GROWTH = 1.25  # factor by which a full buffer grows
 MIN_CAPACITY = 64  # tokens
 
 
 def ram_capacity(expected: int, tokens: int) -> int:
-    """Tokens that a buffer made for `expected` has room for when it has grown, one by one, to hold `tokens`."""
+    """Return the capacity of a buffer made for `expected` tokens after it has grown to `tokens`.
+
+    It grows token by token.
+    """
     capacity = max(expected, MIN_CAPACITY)
     while capacity < tokens:
         capacity = max(capacity + 1, int(capacity * GROWTH))
@@ -27,11 +30,12 @@ class RamTier:
     """The slow tier in RAM.
 
     Args:
-        in_place: rows are read where they lie (tier `ram-inplace`) instead of being copied through a hot set (`ram`).
-        pinned: page-locked memory, for copies to CUDA that run beside the computation.
-        memory: where buffers come from; `None` is the system's allocator.
-        offload: how keys and values of a device get here without anybody waiting; whoever reads waits for them. `None` copies them
-            in `write`.
+        in_place: True: attention reads rows where they lie (tier `ram-inplace`). False: they are
+            copied through a hot set (`ram`).
+        pinned: use page-locked memory, for asynchronous copies to CUDA.
+        memory: source of buffers; None is the system's allocator.
+        offload: asynchronous copy of keys and values from a device; only readers wait for it. None
+            copies them in `write`.
     """
 
     def __init__(
@@ -64,17 +68,20 @@ class RamTier:
         return self._rows[layer]
 
     def buffer(self, layer: int) -> Tensor:
-        """Return `rows` without waiting for rows on their way. Kernels that read them in place call `wait_for_offload` first."""
+        """Return `rows` without waiting for rows in transfer.
+
+        Kernels that read them in place call `wait_for_offload` first.
+        """
         return self._rows[layer]
 
     def wait_for_offload(self) -> None:
-        """What the device computes from now on finds everything in the buffers that was written."""
+        """Make device work queued from now on wait for all rows written so far."""
         if self._offload is not None:
             self._offload.wait_for_offload()
 
     def gather(self, layer: int, heads: Tensor, positions: Tensor) -> Tensor:
         rows = self.rows(layer)
-        flat = rows.flatten(0, 1)  # [Hkv capacity, 2 D]; a view
+        flat = rows.flatten(0, 1)  # [Hkv capacity, 2 D], a view
         return flat.index_select(0, heads * rows.shape[1] + positions)
 
     def begin(self, layer: int, heads: Tensor, positions: Tensor) -> Gathered:
@@ -85,11 +92,13 @@ class RamTier:
 
     @property
     def capacity(self) -> int:
-        """Tokens that every layer has room for where its rows lie now."""
+        """Return the tokens that fit into every layer's buffer without moving it."""
         return min((rows.shape[1] for rows in self._rows.values()), default=0)
 
     def make_room(self, tokens: int) -> None:
-        """Room for exactly `tokens` in every layer that has less: until they are written, rows stay where they lie."""
+        """Grow every layer's buffer to `tokens` tokens; until they are written, rows do not
+        move.
+        """
         for layer, rows in self._rows.items():
             if rows.shape[1] < tokens:
                 grown = self._memory.take((rows.shape[0], tokens, rows.shape[2]), rows.dtype)
@@ -111,7 +120,7 @@ class RamTier:
 
     @property
     def nbytes(self) -> int:
-        return sum(rows.nbytes for rows in list(self._rows.values()))  # another thread may be adding a layer's
+        return sum(rows.nbytes for rows in list(self._rows.values()))  # another thread may be adding a layer
 
     def close(self) -> None:
         if self._offload is not None and self._rows:
@@ -120,7 +129,7 @@ class RamTier:
             self._memory.give_back(self._rows.popitem()[1])
 
     def __del__(self) -> None:
-        """A tier that nobody closed gives back to a pool that others may still use."""
+        """Return the buffers of a tier that was not closed to a pool that others may still use."""
         if getattr(self, "_rows", None) and not sys.is_finalizing():
             self.close()
 
@@ -135,7 +144,7 @@ class RamTier:
         return rows
 
     def _move(self, rows: Tensor, grown: Tensor, used: int) -> None:
-        """The first `used` tokens are in `grown` from now on."""
+        """Copy the first `used` tokens to `grown` and free the old buffer."""
         if self._offload is not None:
             self._offload.finish()
         grown[:, :used].copy_(rows[:, :used])
@@ -143,7 +152,7 @@ class RamTier:
 
 
 class SystemMemory:
-    """Buffers from PyTorch's allocator, which has them back when nobody refers to them any more."""
+    """Buffers from PyTorch's allocator, freed by reference counting."""
 
     def __init__(self, pinned: bool) -> None:
         self._pinned = pinned

@@ -1,12 +1,13 @@
-"""Two queues of work on a device, ordered by events: `compute`, and `copy` for what moves rows beside it.
+"""Two queues of work on a device, ordered by events: `compute`, and `copy` for transfers of rows.
 
-Whoever queues work writes against `Streams`. `CudaStreams` is the only place that touches CUDA's streams; `InlineStreams` runs
-everything at once; tests have a simulation that runs work in any order that the events allow. What work computes goes into buffers
-that were made before, never into a return value: at the time of the call it may not have run.
+Code that queues work uses the interface `Streams`. `CudaStreams` is the only place that touches
+CUDA's streams; `InlineStreams` runs everything at once; tests simulate any order of work that the
+events allow. Work writes its results into preallocated buffers, never into a return value, because
+it may run after the call.
 
-Rules of the queues, CUDA's own. Work of one queue runs in the order it was queued. Recording an event marks the queue's end as it
-is then; an event may be recorded again and again. Waiting for an event means the record that is the latest when `wait` is called,
-and is nothing at all if it was never recorded.
+Queues follow CUDA's rules. Work of one queue runs in order. Recording an event marks the current
+end of the queue; an event may be recorded repeatedly. Waiting for an event refers to its latest
+record at the time of the call, and is a no-op if there is none.
 """
 
 from __future__ import annotations
@@ -18,47 +19,53 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-Work = Callable[[], object]  # what it returns is dropped
-Event = Any  # a `torch.cuda.Event`, or whatever else an implementation marks a queue's end with
+Work = Callable[[], object]  # its return value is ignored
+Event = Any  # a `torch.cuda.Event`, or another implementation's marker of a queue's end
 
 
 class Queue(Enum):
-    """Which of the two queues."""
+    """The two queues."""
 
     COMPUTE = "compute"  # the model's: PyTorch's current stream
     COPY = "copy"  # rows between the host and the device
 
 
 class Streams(Protocol):
-    """Both queues of a device. Nothing here waits for the device but `synchronize` and `drain`."""
+    """Both queues of a device. Only `synchronize` and `drain` block the host."""
 
     def event(self) -> Event:
-        """A new event, never recorded. Events are made once, with the buffers that they guard, and recorded again and again."""
+        """Return a new, unrecorded event.
+
+        Events are created once, with the buffers they guard, and recorded repeatedly.
+        """
 
     def run(self, queue: Queue, work: Work) -> None:
         """Queue `work`."""
 
     def record(self, queue: Queue, event: Event) -> None:
-        """Mark the end of what is queued now."""
+        """Mark the current end of the queue."""
 
     def wait(self, queue: Queue, event: Event) -> None:
-        """What is queued on `queue` from now on runs after the latest record of `event`."""
+        """Make work queued on `queue` from now on run after the latest record of `event`."""
 
     def finish(self, queue: Queue) -> None:
-        """The caller's own PyTorch operations, from now on, see what `queue` computed."""
+        """Make the caller's own PyTorch operations from now on see the results of `queue`."""
 
     def share(self, tensor: Tensor) -> None:
-        """`tensor`, made on the compute queue, is used on the copy queue too: its memory is not reused before both are done."""
+        """Keep the memory of `tensor` until both queues are done with it.
+
+        The tensor was made on the compute queue, and is used on the copy queue too.
+        """
 
     def synchronize(self, event: Event) -> None:
-        """Have the host wait for the latest record of `event`."""
+        """Block the host until the latest record of `event` is reached."""
 
     def drain(self) -> None:
-        """Have the host wait for both queues: before host memory that they may use is given back."""
+        """Block the host until both queues are empty, before memory that they use is freed."""
 
 
 class InlineStreams:
-    """Work runs where it is queued: a CPU, which has one queue and nothing to wait for."""
+    """Runs work where it is queued: on a CPU, which has one queue and no waits."""
 
     def event(self) -> Event:
         return None
@@ -86,11 +93,12 @@ class InlineStreams:
 
 
 class CudaStreams:
-    """CUDA's streams: compute is the current one (also the one that a graph is captured on), copy is one of its own.
+    """CUDA's streams: compute is the current one, copy is a stream of its own.
 
-    In a graph's capture the copy stream joins with the first `wait` for an event that the capture recorded on the compute stream,
-    and must be joined back before the capture ends. An event recorded outside a capture, or in another one, may not be waited for
-    inside it.
+    Compute is also the stream that a graph is captured on. During a capture the copy stream joins
+    with the first `wait` for an event that the capture recorded on the compute stream, and must be
+    joined back before the capture ends. An event recorded outside a capture, or in another one, may
+    not be waited for inside it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -129,5 +137,5 @@ class CudaStreams:
 
 
 def streams_for(device: torch.device) -> Streams:
-    """The queues of a device."""
+    """Return the queues of a device."""
     return CudaStreams(device) if device.type == "cuda" else InlineStreams()

@@ -1,4 +1,4 @@
-"""The slow tier that `auto` took, and why."""
+"""The slow tier that `auto` chose, and why."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from specache.config import SlowTierKind
 
 @dataclass(frozen=True)
 class TierChoice:
-    """What was decided before a prefill.
+    """The decision made before a prefill.
 
     Attributes:
-        slow_tier: the tier that was taken.
+        slow_tier: the chosen tier.
         slow_dir: its folder, on disk.
-        needed_bytes: main memory that the batch needs with its 16-bit rows there, beside what is held already.
-        free_bytes: main memory that was free beside the model; `None` where the system does not tell.
-        disk_bytes: what the rows take on disk.
-        disk_free_bytes: what was free there.
+        needed_bytes: main memory that the batch needs with its 16-bit rows there, beside what is
+            held already.
+        free_bytes: main memory that was free beside the model; None if unknown.
+        disk_bytes: size of the rows on disk.
+        disk_free_bytes: free space on that disk.
     """
 
     slow_tier: SlowTierKind
@@ -34,12 +35,12 @@ class TierChoice:
 
     @property
     def reason(self) -> str:
-        """Say why in half a sentence."""
+        """Return the reason as a clause."""
         if self.free_bytes is None:
             return "the system does not say how much memory is free"
         needed = f"with the 16-bit pairs in memory this needs {self.needed_bytes:,} bytes more"
         return f"{needed}, and {self.free_bytes:,} are free"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON. Keys are stable."""
+        """Return plain values for JSON. Keys are stable."""
         return {**asdict(self), "slow_tier": str(self.slow_tier), "reason": self.reason}

@@ -1,8 +1,10 @@
-"""How rows get from main memory to the device that computes, and back. The only place in `tiers/` that knows about CUDA.
+"""Transfer rows between main memory and the computing device.
 
-On a CPU a row has arrived when it was read. On CUDA it is copied from pinned memory on a stream of its own; the consuming stream
-waits for the copy's event, never the host for the device (paper section 3.3). `Offload` and `HostMemory` are what a tier in main
-memory needs of a device; `specache.device` has them.
+This file and `streams` are the only ones in `tiers/` that know CUDA. On a CPU a row has arrived
+when it was read. On CUDA it is copied from pinned memory on a separate stream. The consuming stream
+waits for the copy's event, never the host for the device (paper section 3.3). `Offload` and
+`HostMemory` are what a tier in main memory needs from a device; `offload` and `pinned` implement
+them.
 """
 
 from __future__ import annotations
@@ -16,45 +18,51 @@ from torch import Tensor
 
 
 class Offload(Protocol):
-    """How keys and values get into rows in main memory while the device goes on computing."""
+    """Asynchronous copies of keys and values into rows in main memory."""
 
     def write(self, layer: int, into: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Have rows `into` [Hkv, n, 2 D] filled with keys and values [Hkv, n, D], which the caller may overwrite at once."""
+        """Queue a copy of keys and values [Hkv, n, D] to rows `into` [Hkv, n, 2 D].
+
+        The caller may overwrite keys and values at once.
+        """
 
     def arrived(self, layer: int) -> None:
-        """Have the host wait until what was written of a layer is there."""
+        """Block the host until everything written of a layer has arrived."""
 
     def wait_for_offload(self) -> None:
-        """What the device computes from now on finds everything there that was written."""
+        """Make device work queued from now on wait for everything written so far."""
 
     def finish(self) -> None:
-        """Have the host wait until nobody uses any rows any more: before their memory is given back."""
+        """Block the host until no rows are in use any more, before their memory is freed."""
 
 
 class HostMemory(Protocol):
-    """Where the buffers of rows come from."""
+    """Source of row buffers."""
 
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A buffer, contiguous, with whatever is in it.
+        """Return a contiguous buffer with undefined content.
 
         Raises:
             SlowTierError: there is no room.
         """
 
     def give_back(self, buffer: Tensor) -> None:
-        """A buffer that was taken, and that nobody uses any more."""
+        """Return a buffer that is no longer in use."""
 
 
 @dataclass
 class Arrival:
-    """Rows on their way to the device. `host` keeps the pinned source alive until the copy is done."""
+    """Rows in transfer to the device.
+
+    `host` keeps the pinned source alive until the copy is done.
+    """
 
     rows: Tensor
     host: Tensor | None = None
     event: Any = None
 
     def wait(self) -> Tensor:
-        """The rows, safe to use on the current stream."""
+        """Return the rows, safe to use on the current stream."""
         if self.event is not None:
             stream = torch.cuda.current_stream(self.rows.device)
             stream.wait_event(self.event)
@@ -63,7 +71,7 @@ class Arrival:
 
 
 class Transfer:
-    """Copies gathered host rows to `device`; called on the thread that gathered them."""
+    """Copies gathered host rows to `device`, on the calling thread."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -12,17 +12,17 @@ from specache.cli.main import app
 
 
 def run(*arguments: str | Path, stdin: str | None = None, code: int = 0) -> Result:
-    """The command's result; fails unless it exits with `code`."""
+    """Run a command, check its exit code and return the result."""
     result = CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin, catch_exceptions=True)
     assert result.exit_code == code, f"exit code {result.exit_code}\n{result.output}\n{result.exception!r}"
     return result
 
 
 def run_json(*arguments: str | Path, stdin: str | None = None, code: int = 0) -> dict[str, Any]:
-    """Standard output as the one JSON object it must be."""
+    """Run a command and return the JSON object on its standard output."""
     return json.loads(run(*arguments, "--json", stdin=stdin, code=code).stdout)
 
 
 def one_line(text: str) -> str:
-    """Without the line breaks that the width of the terminal adds."""
+    """Remove the line breaks that the terminal's width adds."""
     return " ".join(text.replace("│", " ").split())

@@ -1,4 +1,6 @@
-"""A terminal for tests: a command runs on a pseudo-terminal, and keys are sent to it and its screen is read as a user would."""
+"""A terminal for tests: a command runs on a pseudo-terminal, and keys are sent to it and its screen
+is read as a user would.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,10 @@ PATIENCE = 240.0  # seconds: only how long a test that fails takes to do so
 
 
 class Terminal:
-    """One command in a terminal of its own. Leave it with `with`, which ends a command that is still running."""
+    """One command in a terminal of its own.
+
+    Leave it with `with`, which ends a command that is still running.
+    """
 
     def __init__(self, *arguments: str | Path, term: str = "xterm", **environment: str) -> None:
         program = str(Path(sys.executable).with_name("specache"))
@@ -37,7 +42,9 @@ class Terminal:
         os.write(self._fd, keys.encode())
 
     def interrupt_waiting(self) -> None:
-        """Press Ctrl-C once the program sleeps: one that comes while it falls asleep is seen with the next key only."""
+        """Press Ctrl-C once the program sleeps: one that comes while it falls asleep is seen with
+        the next key only.
+        """
         asleep = 0
         while asleep < 5:
             time.sleep(0.05)
@@ -54,7 +61,10 @@ class Terminal:
         self.press(f"{PASTE_BEGINS}{text}{PASTE_ENDS}" if marked else text)
 
     def wait_for(self, text: str) -> str:
-        """Read until `text` appears after what was waited for before. Return what came, up to its end."""
+        """Read until `text` appears after what was waited for before.
+
+        Return what came, up to its end.
+        """
         end = time.monotonic() + PATIENCE
         while (at := self.seen.find(text, self._read_to)) < 0:
             assert time.monotonic() < end and self._read(), (

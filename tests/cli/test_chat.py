@@ -85,7 +85,7 @@ def test_reset_forgets_everything_but_the_system_message(conversation):
     assert conversation.cache.get_seq_length() == 0
 
 
-def test_the_program_talks_obeys_and_leaves(tiny_folder):
+def test_chat_answers_runs_commands_and_exits(tiny_folder):
     chat = ("chat", "-m", tiny_folder, "-n", "8", "--dtype", "float32")
     too_long = "y" * (POSITIONS + 1)
     result = run(*chat, stdin=f"hello\n\n/stats\n{too_long}\n/dance\n/reset\nhello\n/exit\nnever read\n")

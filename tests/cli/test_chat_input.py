@@ -1,4 +1,4 @@
-"""What a user can enter in `specache chat`: quotes, files, commands; and what a full conversation and Ctrl-C do."""
+"""Input of `specache chat`: quotes, files, commands, a full conversation, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.cli.tiny_chat import POSITIONS
 
 @pytest.fixture(autouse=True)
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The default folder of sessions."""
+    """Return the default folder of sessions."""
     monkeypatch.setenv("SPECACHE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "sessions"
 
@@ -34,7 +34,7 @@ def chat(tiny_folder: Path) -> tuple[str, ...]:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[dict[str, str]]]:
-    """The conversations that the model was asked to go on with."""
+    """Return the conversations that the model was asked to continue."""
     seen: list[list[dict[str, str]]] = []
     real = conversation_module.Conversation.say
 

@@ -27,13 +27,13 @@ def chat(tiny_folder: Path) -> tuple[str, ...]:
 
 @pytest.fixture(autouse=True)
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The default folder of sessions."""
+    """Return the default folder of sessions."""
     monkeypatch.setenv("SPECACHE_CACHE", str(tmp_path))
     return tmp_path / "sessions"
 
 
 def reused(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """Per turn that follows: (tokens that were there already, tokens of the conversation)."""
+    """Record per later turn: (tokens already cached, tokens of the conversation)."""
     from specache.cli import conversation
 
     seen, real = [], conversation.answer
@@ -47,7 +47,7 @@ def reused(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     return seen
 
 
-def test_a_conversation_through_restarts_is_one_that_never_stopped(chat, monkeypatch):
+def test_a_conversation_with_restarts_equals_one_without(chat, monkeypatch):
     whole = run(*chat, "--system", "be brief", stdin=f"{FIRST}\n{SECOND}\n{THIRD}\n").stdout
     turns = reused(monkeypatch)
     parts = [run(*chat, "--session", "talk", "--system", "be brief", stdin=f"{FIRST}\n").stdout]
@@ -57,7 +57,7 @@ def test_a_conversation_through_restarts_is_one_that_never_stopped(chat, monkeyp
         assert total - there < 40  # the new message and the template around it
 
 
-def test_what_was_said_is_shown_and_stored(chat, root):
+def test_earlier_messages_are_shown_and_stored(chat, root):
     answer = run(*chat, "--session", "talk", stdin=f"{SECOND}\n").stdout.removesuffix("\n")
     again = run(*chat, "--session", "talk", stdin="/exit\n")
     assert f"> {SECOND}\n{strip_control_codes(answer)}\n" in again.stderr and again.stdout == ""
@@ -94,7 +94,7 @@ def test_what_generate_answered_is_the_beginning_of_a_conversation(chat, monkeyp
     assert turns[0][1] - turns[0][0] < 40
 
 
-def test_a_text_is_no_conversation(chat):
+def test_a_session_of_raw_text_cannot_be_chatted_with(chat):
     generate = ("generate", *chat[1:], "--session", "talk", "--raw")
     run(*generate, "--prompt", FIRST)
     assert "holds a text and no conversation" in one_line(run(*chat, "--session", "talk", stdin="hello\n", code=2).stderr)
@@ -118,7 +118,9 @@ def test_reset_starts_over_also_for_the_next_time(chat):
 
 
 def test_a_killed_program_loses_at_most_its_answer(chat, root, tmp_path, monkeypatch):
-    """A program of its own, killed with -9 at the first new text: the message is shown, and its tokens are there."""
+    """A process killed with -9 at the first new text: the message is restored, and its tokens are
+    not read again.
+    """
     program = """
 import os, signal, sys
 from specache.cli import chat
@@ -164,7 +166,7 @@ def test_a_save_that_fails_is_reported_and_tried_again(chat, monkeypatch):
         (["--session", "a", "--policy", "full"], "not for sessions"),
     ],
 )
-def test_mistakes(chat, arguments, message):
+def test_contradicting_options_are_refused(chat, arguments, message):
     assert message in one_line(run(*chat, *arguments, stdin="hello\n", code=2).stderr)
 
 

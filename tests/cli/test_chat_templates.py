@@ -1,4 +1,6 @@
-"""From a conversation to tokens and back in the commands: dates, template variables, markers in files, ends, and channels."""
+"""From a conversation to tokens and back in the commands: dates, template variables, markers in
+files, ends, and channels.
+"""
 
 from __future__ import annotations
 
@@ -34,14 +36,14 @@ SWITCHED = "<system>{{ 'quick' if enable_thinking is defined and not enable_thin
 
 @pytest.fixture(autouse=True)
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The default folder of sessions."""
+    """Return the default folder of sessions."""
     monkeypatch.setenv("SPECACHE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "sessions"
 
 
 @pytest.fixture
 def model(tiny_folder: Path, tmp_path: Path) -> Callable[[str], Path]:
-    """The tiny model with another chat template."""
+    """Return a function that saves the tiny model with another chat template."""
 
     def with_template(source: str) -> Path:
         folder = tmp_path / "model"
@@ -56,7 +58,7 @@ def model(tiny_folder: Path, tmp_path: Path) -> Callable[[str], Path]:
 
 @pytest.fixture
 def days_later(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Moves the clock of the templates."""
+    """Return a function that moves the templates' clock."""
 
     def move(days: int) -> None:
         class Later(datetime):
@@ -106,7 +108,7 @@ def test_a_new_conversation_has_the_date_of_its_day(model, days_later):
     assert f"Today is {datetime.now() + timedelta(days=40):%d %b %Y}<end>" in text
 
 
-def test_a_session_of_before_that_says_no_date_takes_the_day_it_was_made(model, days_later, root):
+def test_an_older_session_without_a_date_uses_its_creation_date(model, days_later, root):
     folder = model(DATED)
     ask(folder, "--session", "s")
     file = root / "s" / manifest_file.FILE
@@ -118,7 +120,7 @@ def test_a_session_of_before_that_says_no_date_takes_the_day_it_was_made(model, 
     assert reused(ask(folder, "--session", "s")) > 250
 
 
-def test_it_is_said_that_and_why_a_session_is_read_again(model):
+def test_a_note_explains_why_a_session_is_read_again(model):
     folder = model(TEMPLATE)
     ask(folder, "--session", "s")
     said = one_line(ask(model("Hello. " + TEMPLATE), "--session", "s").stderr)
@@ -135,7 +137,7 @@ def test_a_session_of_which_nothing_can_be_used_is_named(model):
     assert reused(shorter) == 0 and "session s: none of its 2" in one_line(shorter.stderr)
 
 
-def test_a_session_that_goes_on_says_nothing(model):
+def test_a_continued_session_prints_no_note(model):
     folder = model(TEMPLATE)
     for prompt in (LONG, LONG, LONG + " and more"):
         assert "session s:" not in ask(folder, "--session", "s", prompt=prompt).stderr
@@ -166,7 +168,7 @@ def test_variables_of_the_template_are_kept_with_the_session(model):
     ],
 )
 @pytest.mark.parametrize("command", [("generate", "--prompt", "x"), ("chat",), ("eval", "needle", "--out", "out")])
-def test_variables_that_are_none_are_refused_before_anything_is_loaded(command, text, said):
+def test_invalid_template_variables_are_refused_before_loading(command, text, said):
     result = run(*command, "-m", "no-such-model", "--chat-template-kwargs", text, code=2)
     assert said in one_line(result.stderr) and "no-such-model" not in result.stderr
 
@@ -211,7 +213,7 @@ def strip_ansi(text: str) -> str:
 
 
 def script(monkeypatch: pytest.MonkeyPatch, prompt: int, answer: list[int]) -> None:
-    """Make every Llama say `answer` after a prompt of so many tokens."""
+    """Make every Llama generate `answer` after a prompt of so many tokens."""
     forward = LlamaForCausalLM.forward
 
     def scripted(self: Any, *arguments: Any, **more: Any) -> Any:
@@ -229,7 +231,9 @@ def script(monkeypatch: pytest.MonkeyPatch, prompt: int, answer: list[int]) -> N
 
 @pytest.fixture
 def gpt_oss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A model that reasons before it answers, and whose generation_config names no end token."""
+    """Yield a model that reasons before it answers, without an end token in its
+    generation_config.
+    """
     tokenizer = byte_level(HARMONY, HARMONY_MARKERS, "<|return|>")
     network = llama(vocab_size=len(tokenizer))
     network.generation_config.eos_token_id = None

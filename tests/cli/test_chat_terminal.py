@@ -1,4 +1,6 @@
-"""`specache chat` in a terminal, as a person uses it: pasting, Ctrl-C, a conversation that has filled the model."""
+"""`specache chat` in a terminal, as a person uses it: pasting, Ctrl-C, a conversation that has
+filled the model.
+"""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 @pytest.fixture
 def gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file whose conversion copies it, slowly, in two steps."""
+    """Return a file whose conversion copies it slowly, in two steps."""
     monkeypatch.setenv("SPECACHE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(convert, "_write_safetensors", slow_copy)
     file = tmp_path / "some model.gguf"
@@ -81,7 +81,7 @@ def test_two_at_once_convert_once(gguf):
 
 
 @needs_fork
-def test_a_killed_conversion_leaves_nothing_that_counts(gguf):
+def test_a_killed_conversion_is_not_used(gguf):
     child = fork.Process(target=converted_model, args=(gguf,))
     child.start()
     while child.is_alive() and not conversions(gguf):
@@ -95,7 +95,7 @@ def test_a_killed_conversion_leaves_nothing_that_counts(gguf):
     assert not temporary_folders()
 
 
-def test_an_interrupt_leaves_nothing(gguf, monkeypatch):
+def test_an_interrupted_conversion_leaves_no_files(gguf, monkeypatch):
     def interrupted(gguf: Path, folder: Path, *_: Any) -> None:
         (folder / "model.safetensors").write_bytes(b"half")
         raise KeyboardInterrupt

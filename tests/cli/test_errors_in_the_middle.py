@@ -1,4 +1,4 @@
-"""An error while the answer is written: what there is of it is printed and kept, and the error comes last."""
+"""An error during an answer: the partial answer is printed and kept, and the error follows."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def tiny(tiny_folder: Path) -> tuple[str, ...]:
 
 @pytest.fixture(autouse=True)
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torch_kernels: None) -> Path:
-    """The default folder of sessions."""
+    """Return the default folder of sessions."""
     monkeypatch.setenv("SPECACHE_CACHE", str(tmp_path))
     return tmp_path / "sessions"
 
 
 def break_after(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
-    """Memory runs out in every step after so many tokens of an answer."""
+    """Make every step after so many tokens of an answer run out of memory."""
     from specache.cli.streaming import AnswerRecorder
 
     put, attend, there = AnswerRecorder.put, dispatch.attend, [0]
@@ -96,7 +96,7 @@ def test_an_error_before_the_first_token_is_the_error_alone(tiny, monkeypatch):
     assert result.stdout == "" and "before the first new token" in one_line(result.stderr)
 
 
-def test_a_session_has_the_text_so_far_and_goes_on(tiny, monkeypatch):
+def test_a_session_keeps_the_partial_answer_and_continues(tiny, monkeypatch):
     session = (*tiny, "--raw", "--session", "report", "--top-k", "512")
     whole = run_json(*tiny, "--raw", "--top-k", "512", "--slow-tier", "ram")["results"][0]
     with monkeypatch.context() as patch:
@@ -130,7 +130,7 @@ def test_an_answer_that_cannot_be_saved_is_printed(tiny, monkeypatch):
     assert "Out of memory" in both and both.endswith("no room")
 
 
-def test_a_conversation_keeps_what_was_said_of_the_answer(tiny_folder, monkeypatch):
+def test_a_conversation_keeps_the_partial_answer(tiny_folder, monkeypatch):
     chat = ("chat", "-m", str(tiny_folder), "-n", "12", "--dtype", "float32", "--threads", "1", "--session", "talk")
     break_after(monkeypatch, TOKENS)
     result = run(*chat, stdin="first " * 40 + "\n")

@@ -40,7 +40,7 @@ def test_a_setting_that_the_command_does_not_have_keeps_its_name():
     ("setting", "value"),
     [("bits", 3), ("group_size", 48), ("residual", -1), ("top_k", 0), ("prefill_chunk", 0), ("policy", "x"), ("slow_tier", "x")],
 )
-def test_the_message_of_every_setting_is_turned(setting, value):
+def test_the_error_message_of_every_setting_names_its_flag(setting, value):
     with pytest.raises(ConfigError) as error:
         SpeCacheConfig(**{setting: value})
     assert in_flags(str(error.value), ALL).startswith(f"--{setting.replace('_', '-')} must ")

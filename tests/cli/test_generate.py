@@ -33,7 +33,7 @@ def tiny(tiny_folder: Path) -> tuple[str, ...]:
 
 
 def stock_answer(folder: Path, prompt: str, **arguments) -> list[int]:
-    """New tokens of transformers' own `generate`."""
+    """Return the new tokens of transformers' own `generate`."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(prompt, return_tensors="pt").input_ids
@@ -83,7 +83,7 @@ def test_stdout_is_the_answer_and_nothing_else(tiny):
     assert "fast memory" in result.stderr
 
 
-def test_options_reach_the_cache(tiny):
+def test_cache_options_reach_the_cache(tiny):
     options = (
         "--bits 4 --group-size 32 --residual 16 --top-k 8 --policy speculative --slow-tier ram --hot-set 64KiB --prefill-chunk 50"
     )
@@ -179,7 +179,7 @@ def test_the_default_length_stops_at_the_models_positions(tiny_folder):
         (["--model", "no-such/model"], "cannot find the model 'no-such/model'", 1),
     ],
 )
-def test_mistakes_get_one_clear_line(tiny, arguments, message, code):
+def test_a_usage_error_is_one_clear_line(tiny, arguments, message, code):
     result = run(*tiny, "--prompt", "hello", *arguments, code=code)
     assert message in one_line(result.stderr)
     assert result.stdout == ""
@@ -203,7 +203,7 @@ def test_debug_shows_where_an_error_came_from(tiny, monkeypatch):
 
 @pytest.fixture
 def interrupt_after_five_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C while the answer streams."""
+    """Press Ctrl-C while the answer streams."""
     from specache.cli.streaming import AnswerRecorder
 
     original = AnswerRecorder.put
@@ -218,7 +218,7 @@ def interrupt_after_five_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("interrupt_after_five_tokens")
 @pytest.mark.parametrize("tier", ["ram", "ram-inplace"])
-def test_ctrl_c_prints_what_there_is(tiny, tier):
+def test_ctrl_c_prints_the_partial_answer(tiny, tier):
     arguments = (*tiny, "--prompt", PROMPT, "--slow-tier", tier)
     document = run_json(*arguments, code=console.EXIT_INTERRUPTED)
     assert document["results"][0]["finish_reason"] == "interrupted"

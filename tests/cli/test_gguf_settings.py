@@ -1,4 +1,6 @@
-"""A GGUF file runs as the model that it says it is: RoPE as it is stretched there, and no setting that matters dropped."""
+"""A GGUF file runs as the model that it describes: its RoPE scaling is applied, and no setting is
+dropped.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ HEAD = 32
 
 
 def written(folder: Path, fields: dict[str, Any], arch: str = "llama", **tensors: Any) -> Path:
-    """A file that holds settings, and tensors of RoPE factors."""
+    """Return a file that holds settings, and tensors of RoPE factors."""
     path = folder / "model.gguf"
     writer = gguf.GGUFWriter(path, arch)
     add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32, bool: writer.add_bool}
@@ -57,7 +59,7 @@ def plain() -> torch.Tensor:
     return frequencies(config())
 
 
-def test_a_file_that_stretches_nothing_stays_as_it_is(tmp_path):
+def test_a_file_without_rope_scaling_is_unchanged(tmp_path):
     settings = config()
     apply_settings(settings, written(tmp_path, {"rope.freq_base": 50_000.0, "rope.scaling.type": "none", "logit_scale": 1.0}))
     assert torch.equal(frequencies(settings), plain())
@@ -74,7 +76,7 @@ def test_linear_scaling_divides_every_frequency(tmp_path, fields):
     torch.testing.assert_close(frequencies(settings), plain() / 4)
 
 
-def test_yarn_scaling_is_the_models_own(tmp_path):
+def test_yarn_scaling_equals_transformers_own(tmp_path):
     yarn = {"rope_type": "yarn", "rope_theta": 50_000.0, "factor": 4.0, "original_max_position_embeddings": 256}
     settings = config()
     fields = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 256}
@@ -98,7 +100,7 @@ def test_factors_of_llama_3_are_recognised(tmp_path):
     torch.testing.assert_close(frequencies(settings), wanted)
 
 
-def test_other_factors_hold_at_every_length(tmp_path):
+def test_unknown_rope_factors_apply_at_every_length(tmp_path):
     factors = torch.linspace(1, 8, HEAD // 2)
     settings = config()
     apply_settings(settings, written(tmp_path, {}, rope_freqs=factors.tolist()))
@@ -122,7 +124,7 @@ def test_long_and_short_factors_become_longrope(tmp_path):
     assert (found["original_max_position_embeddings"], found["attention_factor"]) == (512, 1.25)
 
 
-def test_of_a_hybrid_full_attention_is_stretched(tmp_path):
+def test_rope_scaling_of_a_hybrid_applies_to_full_attention_only(tmp_path):
     settings = Gemma3TextConfig(num_hidden_layers=6, hidden_size=64)
     before = {name: dict(each) for name, each in settings.rope_parameters.items()}
     apply_settings(settings, written(tmp_path, {"rope.scaling.type": "linear", "rope.scaling.factor": 8.0}, "gemma3"))
@@ -148,13 +150,13 @@ def test_a_base_of_rope_that_the_reader_drops_is_kept(tmp_path):
 
 
 @pytest.mark.parametrize("turned", [8, 16])
-def test_as_much_of_a_head_is_turned_as_the_file_says(tmp_path, turned):
+def test_the_rotated_part_of_a_head_is_read_from_the_file(tmp_path, turned):
     settings = StableLmConfig(hidden_size=64, num_attention_heads=2)
     apply_settings(settings, written(tmp_path, {"rope.dimension_count": turned}, "stablelm"))
     assert settings.rope_parameters["partial_rotary_factor"] == turned / 32
 
 
-def test_phi_4_mini_turns_three_quarters_of_a_head(tmp_path):
+def test_phi_4_mini_rotates_three_quarters_of_a_head(tmp_path):
     settings = Phi3Config(hidden_size=3072, num_attention_heads=24, max_position_embeddings=131_072, pad_token_id=0)
     fields = {"rope.dimension_count": 96, "rope.scaling.original_context_length": 4096, "attention.sliding_window": 262_144}
     apply_settings(settings, written(tmp_path, fields, "phi3", rope_factors_long=[2.0] * 48, rope_factors_short=[1.0] * 48))
@@ -171,7 +173,9 @@ def test_gpt_oss_keeps_its_own_yarn(tmp_path):
 
 
 def test_gemma_4_runs_as_it_is(tmp_path):
-    """Its heads differ by layer, three quarters of the frequencies are none, and its soft cap is no default."""
+    """Its head sizes differ by layer, three quarters of its frequencies are zero, and its soft cap
+    is not in the configuration.
+    """
     settings, own = Gemma4TextConfig(num_hidden_layers=6), Gemma4TextConfig(num_hidden_layers=6).rope_parameters
     fields = {"attention.key_length": 512, "attention.sliding_window": 512, "rope.dimension_count": 512}
     bases = {"rope.freq_base": 1e6, "rope.freq_base_swa": 1e4, "final_logit_softcapping": 30.0}
@@ -205,7 +209,7 @@ def test_gemma_2_has_its_soft_caps_and_its_scale_of_queries(tmp_path, layers, sc
     ],
     ids=lambda fields: next(iter(fields)),
 )
-def test_what_the_model_cannot_say_is_refused_by_name(tmp_path, fields):
+def test_a_setting_that_the_configuration_cannot_express_is_refused_by_name(tmp_path, fields):
     with pytest.raises(GgufSettingError) as refused:
         apply_settings(config(), written(tmp_path, fields))
     assert "original weights" in str(refused.value)
@@ -213,7 +217,7 @@ def test_what_the_model_cannot_say_is_refused_by_name(tmp_path, fields):
     assert name in str(refused.value) or "spiral" in str(refused.value) or "slides over 128" in str(refused.value)
 
 
-def test_a_file_that_stretches_twice_is_refused(tmp_path):
+def test_a_file_with_two_rope_scalings_is_refused(tmp_path):
     fields = {"rope.scaling.type": "linear", "rope.scaling.factor": 2.0}
     with pytest.raises(GgufSettingError, match="twice"):
         apply_settings(config(), written(tmp_path, fields, rope_freqs=[2.0] * 16))

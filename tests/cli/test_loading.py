@@ -1,4 +1,4 @@
-"""A model that was not loaded whole does not answer."""
+"""A model that was not loaded completely does not answer."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def loaded(folder: Path) -> list[str]:
     return notes
 
 
-def test_a_whole_model_loads_without_a_note(folder):
+def test_a_complete_model_loads_without_a_note(folder):
     assert not any("Not used" in note for note in loaded(folder))
 
 
@@ -78,12 +78,12 @@ def test_tensors_of_another_shape_are_refused(folder):
         loaded(folder)
 
 
-def test_tensors_of_another_component_are_told_of_and_left_out(folder):
+def test_tensors_of_another_component_are_ignored_with_a_note(folder):
     extra = {"vision_tower.embeddings.weight": torch.ones(2), "v_head.summary.weight": torch.ones(2)}
     rewrite(folder, lambda tensors: tensors.update(extra))
     assert any("Not used" in note and "vision_tower.embeddings.weight" in note for note in loaded(folder))
 
 
-def test_buffers_that_old_releases_saved_are_no_news(folder):
+def test_buffers_of_old_releases_are_ignored_without_a_note(folder):
     rewrite(folder, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
     assert not any("Not used" in note for note in loaded(folder))

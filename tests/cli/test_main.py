@@ -1,4 +1,4 @@
-"""The command itself."""
+"""The command itself: version, help and imports."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.cli.running import one_line, run
 from tests.sessions.sequences import llama, opened, prefill, prompt, settings
 
 
-def test_version():
+def test_version_prints_the_version():
     assert run("--version").stdout == f"specache {specache.__version__}\n"
 
 
@@ -37,7 +37,7 @@ def test_an_unknown_command_is_a_usage_error():
 
 
 def in_a_new_process(program: str, *arguments: str | Path) -> str:
-    """What it prints, and at the end which of the libraries that take long to import it imported."""
+    """Run a program and return its output, which ends with the slow libraries that it imported."""
     program += "\nimport sys; print({'torch', 'transformers', 'safetensors'} & set(sys.modules) or 'none')"
     done = subprocess.run([sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,6 @@
-"""Numbers that no command has use for are mistakes of usage: exit code 2 and the range, before anything is loaded."""
+"""Numbers that no command has use for are mistakes of usage: exit code 2 and the range, before
+anything is loaded.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,7 @@ def test_a_number_out_of_range_is_a_mistake_of_usage(arguments, message):
     assert message in one_line(run(*arguments, code=2).stderr)
 
 
-def test_the_ends_of_a_range_are_inside():
+def test_the_bounds_of_a_range_are_accepted():
     check_numbers({"seed": 0, "threads": 1, "context": 2**31 - 1, "temperature": 0.0, "session": None, "compile": True})
     check_numbers({"seed": 2**64 - 1})
     with pytest.raises(ConfigError):

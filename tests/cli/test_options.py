@@ -30,7 +30,7 @@ def test_hot_set_is_a_fraction_or_bytes(text, value):
 
 
 @pytest.mark.parametrize("text", ["", "-1", "8%", "1 parsec", "nan", "1e400", "1e"])
-def test_other_hot_sets_are_refused(text):
+def test_an_invalid_hot_set_is_refused(text):
     with pytest.raises(ConfigError, match="--hot-set"):
         parse_hot_set(text)
 
@@ -48,7 +48,7 @@ def test_other_hot_sets_are_refused(text):
         ({"top_k_sampling": 5}, True),
     ],
 )
-def test_sampling_is_on_when_asked_for(given, samples):
+def test_sampling_is_on_only_with_sampling_options(given, samples):
     assert GenerationOptions(max_new_tokens=1, **given).arguments()["do_sample"] is samples
 
 
@@ -58,5 +58,5 @@ def test_nothing_is_left_to_the_models_own_settings():
     assert GenerationOptions(max_new_tokens=1).arguments()["repetition_penalty"] == 1.0
 
 
-def test_what_is_not_typed_is_the_librarys_default():
+def test_options_default_to_the_librarys_settings():
     assert CacheOptions().config() == SpeCacheConfig()

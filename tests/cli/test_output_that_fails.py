@@ -1,4 +1,6 @@
-"""A full disk, a closed pipe, an unforeseen error: one line at most, an exit code that says so, and no traceback."""
+"""A full disk, a closed pipe, an unforeseen error: one line at most, an exit code that says so, and
+no traceback.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ QUICK = {
 
 
 def specache(*arguments: str | Path, cache: Path, redirected: str = "") -> subprocess.CompletedProcess[str]:
-    """The command in a shell, which redirects its streams."""
+    """Run the command in a shell that redirects its streams."""
     environment = {**os.environ, "SPECACHE_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
     environment.pop("SPECACHE_DEBUG", None)
     command = ["sh", "-c", f'exec "$0" "$@" {redirected}', PROGRAM, *arguments]
@@ -39,12 +41,12 @@ def test_a_full_standard_output_is_an_error_of_every_command(tmp_path, command):
     assert (done.returncode, done.stderr) == (1, "error: cannot write to standard output: No space left on device.\n")
 
 
-def test_a_closed_standard_output_is_one_too(tmp_path):
+def test_a_closed_standard_output_is_an_error(tmp_path):
     done = specache("--version", cache=tmp_path, redirected=">&-")
     assert (done.returncode, done.stderr) == (1, "error: cannot write to standard output: it is closed.\n")
 
 
-def test_a_reader_that_left_ends_it_quietly(tmp_path):
+def test_a_closed_pipe_ends_the_command_quietly(tmp_path):
     read, write = os.pipe()
     os.close(read)
     environment = {**os.environ, "SPECACHE_CACHE": str(tmp_path)}
@@ -53,7 +55,7 @@ def test_a_reader_that_left_ends_it_quietly(tmp_path):
     assert (done.returncode, done.stderr) == (console.EXIT_CLOSED_PIPE, b"")
 
 
-def test_messages_that_are_lost_cost_the_exit_code_but_not_the_result(tmp_path):
+def test_lost_messages_change_the_exit_code_but_not_the_result(tmp_path):
     arguments = ("session", "list")  # says on standard error that there are none
     assert specache(*arguments, cache=tmp_path, redirected="2>/dev/full").returncode == 1
     assert specache(*arguments, cache=tmp_path, redirected="2>&-").returncode == 0

@@ -1,4 +1,4 @@
-"""`specache plan`: what it prints, and what it refuses. Nothing here loads weights."""
+"""`specache plan`: its output and its refusals. Nothing here loads weights."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def steady_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is free, which the plan says something about, is the same all the time."""
+    """Keep the available memory constant, since the plan reports it."""
     monkeypatch.setattr(machine, "available_memory", lambda: 1 << 40)
 
 
@@ -47,12 +47,12 @@ def plan_json(*arguments: str | Path) -> dict:
         (".5GB", 5 * 10**8),
     ],
 )
-def test_sizes(text, size):
+def test_a_size_is_parsed_to_bytes(text, size):
     assert parse_size(text, "--fast-memory") == size
 
 
 @pytest.mark.parametrize("text", ["", "0", "-1GB", "lots", "1 parsec", "nan", "0.1", "1e", "1e400", "1e308TB", "GB"])
-def test_what_is_no_size_is_refused(text):
+def test_an_invalid_size_is_refused(text):
     with pytest.raises(ConfigError, match="--fast-memory"):
         parse_size(text, "--fast-memory")
 
@@ -86,7 +86,7 @@ def test_the_json_has_the_numbers_and_stable_keys():
 
 
 def test_a_gpus_static_buffers_are_beside_the_plan():
-    """They are no part of what must fit: the ordinary step serves where they do not."""
+    """They are not part of what must fit: without room for them the ordinary step runs."""
     arguments = (*LARGE, "--slow-tier", "ram", "--device", "cuda")
     document = plan_json(*arguments)
     static, needed = document["static_bytes"], document["plan"]["fast_bytes"]
@@ -164,7 +164,7 @@ def test_a_context_beyond_the_models_positions_is_refused(tiny_folder):
     assert f"has positions for ({POSITIONS})" in one_line(result.stderr)
 
 
-def test_too_little_for_anything_says_the_minimum():
+def test_a_limit_that_nothing_fits_reports_the_least_bytes():
     text = one_line(run(*LARGE, "--fast-memory", "1MB").stdout)
     least = plan_json(*LARGE)["least_bytes"]
     assert f"needs {least / 1e9:.2f} GB even under the smallest settings" in text

@@ -1,4 +1,4 @@
-"""What is read again is said once, in one line, in the words of the commands."""
+"""A single note tells the user what is read again."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SYSTEM_LAST = (  # as Mistral's: the system message stands in the last message o
 
 @pytest.fixture(autouse=True)
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The default folder of sessions."""
+    """Return the default folder of sessions."""
     monkeypatch.setenv("SPECACHE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "sessions"
 
@@ -31,35 +31,35 @@ def options(tiny_folder: Path) -> tuple[str, ...]:
     return ("-m", str(tiny_folder), "-n", "4", "--dtype", "float32", "--threads", "1")
 
 
-def said(stderr: str) -> list[str]:
-    """Lines about what is stored."""
+def notes(stderr: str) -> list[str]:
+    """Return the lines about stored tokens."""
     return [line for line in stderr.splitlines() if "stored" in line or "read again" in line or "begin this prompt" in line]
 
 
 @pytest.mark.parametrize("begins", ["", FIRST[:30]], ids=["with nothing of it", "like it"])
 def test_another_prompt_for_a_session_is_one_line(options, begins):
     run("generate", *options, "--session", "s", "--prompt", FIRST)
-    lines = said(run("generate", *options, "--session", "s", "--prompt", begins + OTHER).stderr)
+    lines = notes(run("generate", *options, "--session", "s", "--prompt", begins + OTHER).stderr)
     assert len(lines) == 1 and lines[0].startswith("session s: only ") and lines[0].endswith("the prompt is another one.")
 
 
-def test_after_a_drop_nothing_more_is_said(options, root):
+def test_no_further_note_follows_a_drop(options, root):
     result = run("chat", *options, "--session", "s", stdin=f"{FIRST}\nsecond question\n/drop 1\nthird\n/drop 1\n")
-    lines = said(result.stderr)
+    lines = notes(result.stderr)
     assert len(lines) == 2 and all("is read again with the next message" in line for line in lines)
-    assert said(run("chat", *options, "--session", "s", stdin="fourth\n").stderr) == []
-    assert said(run("chat", *options, stdin=f"{FIRST}\nsecond question\n/drop 1\nthird\nfourth\n").stderr) == lines[:1]
+    assert notes(run("chat", *options, "--session", "s", stdin="fourth\n").stderr) == []
+    assert notes(run("chat", *options, stdin=f"{FIRST}\nsecond question\n/drop 1\nthird\nfourth\n").stderr) == lines[:1]
 
 
 @pytest.mark.parametrize("system", [(), ("--system", "Be brief, and polite, and right.")], ids=["alone", "with a system message"])
 def test_a_session_whose_turns_are_all_dropped_goes_on(options, root, system):
     run("chat", *options, "--session", "s", *system, stdin=f"{FIRST}\n/drop\n")
     result = run("chat", *options, "--session", "s", stdin="and now?\n")
-    assert said(result.stderr) == []
+    assert notes(result.stderr) == []
     assert result.stdout == run("chat", *options, *system, stdin="and now?\n").stdout
 
 
-def test_what_a_drop_leaves_of_a_session_begins_its_conversation(options, root, tiny_folder):
+def test_a_dropped_sessions_stored_tokens_begin_its_conversation(options, root, tiny_folder):
     system = "Be brief, and polite, and right. " * 7
     run("chat", *options, "--session", "s", "--system", system, stdin=f"{FIRST}\nsecond\n/drop 1\n")
     loaded = load(str(tiny_folder), dtype=Dtype.FLOAT32)
@@ -77,5 +77,5 @@ def test_a_template_that_writes_the_conversation_otherwise_each_turn_is_said_in_
     tokenizer.save_pretrained(folder)
     system = "Be brief, and polite, and right. " * 2
     result = run("chat", "-m", folder, *options[2:], "--system", system, stdin="first question\nsecond question\n")
-    (line,) = said(result.stderr)
+    (line,) = notes(result.stderr)
     assert "stored tokens begin this prompt" in line and "torch" not in one_line(result.stderr)

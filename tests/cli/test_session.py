@@ -41,7 +41,7 @@ def tiny(tiny_folder: Path) -> tuple[str, ...]:
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The default folder of sessions."""
+    """Return the default folder of sessions."""
     monkeypatch.setenv("SPECACHE_CACHE", str(tmp_path))
     return tmp_path / "sessions"
 
@@ -57,7 +57,7 @@ def test_the_next_question_reads_only_the_question(tiny, root):
     assert "session" not in alone
 
 
-def test_the_summary_says_what_was_there(tiny, root):
+def test_the_summary_reports_reused_tokens(tiny, root):
     run(*tiny, "--prompt", DOCUMENT, "--session", "report")
     result = run(*tiny, "--prompt", DOCUMENT, "--session", "report")
     text = one_line(result.stderr)
@@ -73,7 +73,7 @@ def test_another_text_replaces_that_of_a_session_and_says_so(tiny, root):
     assert result.stdout == run(*tiny, "--prompt", other).stdout
 
 
-def test_list_show_fork_rm(tiny, root):
+def test_list_show_fork_and_rm_manage_sessions(tiny, root):
     assert "no sessions" in run("session", "list").stderr
     assert run_json("session", "list") == {"sessions": []}
     run(*tiny, "--prompt", DOCUMENT, "--session", "one", "--bits", "1")
@@ -92,7 +92,7 @@ def test_list_show_fork_rm(tiny, root):
     assert list(root.iterdir()) == []
 
 
-def test_export_and_import(tiny, root, tmp_path):
+def test_an_exported_session_can_be_imported(tiny, root, tmp_path):
     run(*tiny, "--prompt", DOCUMENT, "--session", "one")
     run("session", "export", "one", tmp_path / "one.tar")
     run("session", "import", tmp_path / "one.tar", "copy", "--session-dir", tmp_path / "elsewhere")
@@ -129,7 +129,7 @@ def test_the_slow_tiers_folder_holds_its_sessions(tiny, root, tmp_path):
         (["--session", "a", "--slow-tier", "disk:x", "--session-dir", "y"], "name two folders", 2),
     ],
 )
-def test_mistakes(tiny, root, arguments, message, code):
+def test_contradicting_options_are_refused(tiny, root, arguments, message, code):
     assert message in one_line(run(*tiny, "--prompt", "hello", *arguments, code=code).stderr)
     assert not root.exists() or list(root.iterdir()) == []
 
@@ -141,7 +141,7 @@ def test_a_batch_is_refused(tiny, root, tmp_path):
 
 
 @pytest.mark.parametrize("command", [("show", "x"), ("fork", "x", "y"), ("rm", "x"), ("export", "x", "y.tar")])
-def test_a_session_that_is_not_there(root, command):
+def test_a_missing_session_is_an_error_of_every_command(root, command):
     assert "no session 'x'" in one_line(run("session", *command, code=1).stderr)
 
 
@@ -157,7 +157,7 @@ def test_another_model_is_refused(tiny, root, tmp_path):
     assert "belongs to a LlamaForCausalLM" in one_line(run(*command, code=1).stderr)
 
 
-def test_ctrl_c_keeps_what_was_said(tiny, root, monkeypatch):
+def test_ctrl_c_keeps_the_partial_answer_in_the_session(tiny, root, monkeypatch):
     from specache.cli.streaming import AnswerRecorder
 
     put, save = AnswerRecorder.put, Session.save
@@ -188,7 +188,7 @@ def test_a_save_that_fails_is_reported(tiny, root, monkeypatch):
 
 
 def test_a_killed_program_loses_at_most_its_answer(tiny, root):
-    """A program of its own, killed with -9 while it answers; the next one does not read the prompt again."""
+    """A process killed with -9 while it answers; the next one does not read the prompt again."""
     command = [sys.executable, "-m", "specache.cli.main", *tiny, "--prompt", DOCUMENT, "--session", "one", "-n", "200"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ})
     manifest = root / "one" / "session.json"
@@ -203,7 +203,7 @@ def test_a_killed_program_loses_at_most_its_answer(tiny, root):
     assert document["results"] == run_json(*tiny, "--prompt", DOCUMENT, "--slow-tier", "ram")["results"]
 
 
-def test_what_is_not_there_is_said(tmp_path):
+def test_missing_sessions_and_files_are_reported(tmp_path):
     file = tmp_path / "file"
     file.write_text("no folder")
     refused = run("session", "list", "--session-dir", str(file), code=1)
@@ -222,7 +222,7 @@ def damage(root: Path, pattern: str) -> None:
     path.write_bytes(data)
 
 
-def test_a_damaged_session_is_mended_and_goes_on(tiny, root):
+def test_a_damaged_session_is_repaired_and_continues(tiny, root):
     model = tiny[2]
     first = run_json(*tiny, "--prompt", DOCUMENT, "--session", "one")
     assert "nothing is damaged" in run("session", "repair", "one").stdout

@@ -1,4 +1,4 @@
-"""Text appears as soon as it is certain, and never has to be taken back."""
+"""Text is emitted as soon as it is final, and never changes afterwards."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def ids_of(text: str) -> list[int]:
 
 
 def assemble(text: str, stops: list[str]) -> tuple[list[str], TextAssembler]:
-    """The pieces that a text arrives in."""
+    """Return the pieces in which a text is emitted."""
     assembler = TextAssembler(TOKENIZER, stops)
     pieces = []
     for token in ids_of(text):

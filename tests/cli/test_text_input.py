@@ -1,4 +1,6 @@
-"""What a user saved or typed is the text that the model reads, whatever editor or shell wrote it."""
+"""What a user saved or typed is the text that the model reads, whatever editor or shell wrote
+it.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ SAVED = {
 
 @pytest.fixture
 def prompts_read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The prompts that a command would answer; nothing is loaded."""
+    """Return the prompts that a command would answer, without loading a model."""
     read: list[str] = []
 
     def load(*arguments: Any, **more: Any) -> Any:
@@ -60,7 +62,7 @@ def test_a_prompt_is_the_same_from_a_file_and_a_pipe(tmp_path, prompts_read, dat
         (["--prompt", "x", "--stop", "caf\udce9"], None, "--stop is not UTF-8 text: byte 0xE9", 2),
     ],
 )
-def test_what_is_no_text_is_refused_in_a_line(arguments, stdin, message, code):
+def test_input_that_is_not_text_is_refused_in_one_line(arguments, stdin, message, code):
     said = one_line(run("generate", "-m", "any", *arguments, stdin=stdin, code=code).stderr)
     assert message in said and said.count("error:") == 1
 
@@ -75,7 +77,7 @@ def test_a_pipe_of_messages_may_have_a_mark_and_crlf(tiny_folder):
     assert "error: the message is not UTF-8 text: byte 0xE9" in one_line(result.stderr)
 
 
-def test_documents_and_data_sets_of_an_evaluation_too(tmp_path: Path):
+def test_documents_and_data_sets_of_an_evaluation_are_decoded_alike(tmp_path: Path):
     (tmp_path / "a.txt").write_bytes(SAVED["UTF-16 of Windows"])
     (tmp_path / "b.txt").write_bytes(SAVED["UTF-8 with a mark"])
     assert load_text((tmp_path / "a.txt", tmp_path / "b.txt")) == f"{QUESTION}\n\n{QUESTION}"

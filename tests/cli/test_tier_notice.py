@@ -1,4 +1,6 @@
-"""`--slow-tier auto` at the command line: what it takes is said in one line and in JSON, and `doctor` and `plan` foretell it."""
+"""The choice of `--slow-tier auto` is reported in one line and in JSON, and in `plan` and
+`doctor`.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def tiny(tiny_folder: Path) -> tuple[str, ...]:
 
 @pytest.fixture
 def little_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Rows do not fit into memory; a disk's buffers, which are larger than all that a tiny model holds, do."""
+    """Make memory too small for the rows; a disk's buffers, larger than everything a tiny model
+    needs, are ignored.
+    """
     monkeypatch.setenv("SPECACHE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(machine, "available_memory", lambda: 100_000)
     monkeypatch.setattr(machine, "free_swap", lambda: 1 << 40)
@@ -66,14 +70,14 @@ def test_json_has_the_tier_the_bytes_and_the_reason(tiny, little_memory):
 
 
 @pytest.mark.parametrize("tier", ["ram", "ram-inplace"])
-def test_a_tier_that_was_typed_is_taken_without_a_word(tiny, little_memory, tier):
+def test_an_explicit_tier_is_used_without_a_note(tiny, little_memory, tier):
     document = generate(*tiny, "--slow-tier", tier, "--json")
     assert "slow tier auto" not in document.stderr
     stats = json.loads(document.stdout)["stats"]
     assert stats["slow_tier"] == tier and stats["slow_tier_choice"] is None
 
 
-def test_a_session_stays_in_its_folder_without_a_word(tiny, little_memory):
+def test_a_session_stays_in_its_folder_without_a_note(tiny, little_memory):
     result = generate(*tiny, "--session", "mine")
     assert "slow tier auto" not in result.stderr
 
@@ -104,7 +108,7 @@ def test_a_plan_for_another_machine_says_nothing_of_this_one(little_memory):
     assert json.loads(run(*arguments, "--json", "-").stdout)["auto_tier"] is None
 
 
-def test_doctor_says_what_auto_has_to_go_by(little_memory, monkeypatch, tmp_path):
+def test_doctor_shows_the_facts_that_auto_decides_by(little_memory, monkeypatch, tmp_path):
     facts = run_json("doctor")["auto_tier"]
     assert facts["in_memory_up_to_bytes"] == 0 and facts["else_on_disk_in"] == str(tmp_path / "cache" / "rows")
     assert facts["free_bytes"] > 0 and facts["missing"] is None

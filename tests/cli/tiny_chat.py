@@ -1,4 +1,6 @@
-"""A tiny model that can be loaded from a folder: every byte is a token, and conversations have a template."""
+"""A tiny model that can be loaded from a folder: every byte is a token, and it has a chat
+template.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ POSITIONS = 512
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte of UTF-8, after the special tokens."""
+    """Return a tokenizer with one token per byte of UTF-8, after the special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([*SPECIAL, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -36,7 +38,10 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_tiny_chat_model(folder: Path, *, chat_template: bool = True) -> None:
-    """Model and tokenizer into `folder`. Its generation settings ask for sampling, as those of many real models do."""
+    """Model and tokenizer into `folder`.
+
+    Its generation settings ask for sampling, as those of many real models do.
+    """
     tokenizer = byte_tokenizer()
     if not chat_template:
         tokenizer.chat_template = None

@@ -1,4 +1,6 @@
-"""Generation settings in a model's files, which nobody typed: honoured, or replaced; what the caller typed is still refused."""
+"""Generation settings in a model's files, which the caller did not pass, are honoured or
+replaced.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ FULL = specache.SpeCacheConfig(policy="full")
 
 
 def tuned(**settings: Any) -> Any:
-    """A model whose generation_config has these settings."""
+    """Return a model whose generation_config has these settings."""
     model = llama()
     for name, value in settings.items():
         setattr(model.generation_config, name, value)
@@ -60,7 +62,7 @@ TOLD = {
 
 @pytest.mark.parametrize("way", ["generate", "decode"])
 @pytest.mark.parametrize("case", SILENT)
-def test_a_setting_of_the_files_that_shows_nowhere_is_replaced_silently(plain, way, case):
+def test_a_files_setting_without_effect_on_the_output_is_replaced_silently(plain, way, case):
     model = tuned(**SILENT[case])
     with warnings.catch_warnings():
         warnings.filterwarnings("error", module=r"specache\..*")
@@ -69,14 +71,14 @@ def test_a_setting_of_the_files_that_shows_nowhere_is_replaced_silently(plain, w
 
 @pytest.mark.parametrize("way", ["generate", "decode"])
 @pytest.mark.parametrize("case", TOLD)
-def test_a_setting_of_the_files_that_would_change_the_answer_is_replaced_with_a_warning(plain, way, case):
+def test_a_files_setting_that_would_change_the_answer_is_replaced_with_a_warning(plain, way, case):
     settings, message = TOLD[case]
     with pytest.warns(UserWarning, match=message):
         assert call(way, tuned(**settings)).equal(plain)
 
 
 @pytest.mark.parametrize("way", ["generate", "decode"])
-def test_beams_of_the_files_leave_every_prompt_of_a_batch_once(way):
+def test_num_beams_of_the_files_does_not_repeat_the_prompts_of_a_batch(way):
     ids = torch.cat([prompt(30, 1), prompt(30, 2)])
     with pytest.warns(UserWarning, match="num_beams"):
         assert call(way, tuned(num_beams=3), ids).equal(llama().generate(ids, max_new_tokens=NEW, do_sample=False))
@@ -85,7 +87,7 @@ def test_beams_of_the_files_leave_every_prompt_of_a_batch_once(way):
 @pytest.mark.parametrize("way", ["generate", "decode"])
 @pytest.mark.parametrize("settings", [{"use_cache": False}, {"output_hidden_states": True}, {"num_beams": 2}, {"use_mtp": True}])
 @pytest.mark.parametrize("in_files", [False, True])
-def test_the_same_setting_typed_is_refused(way, settings, in_files):
+def test_the_same_setting_passed_by_the_caller_is_refused(way, settings, in_files):
     model = tuned(**settings) if in_files else llama()
     with pytest.raises(specache.UsageError, match=next(iter(settings))):
         call(way, model, **settings)
@@ -124,7 +126,7 @@ def test_a_pipeline_hands_on_the_files_settings_as_they_are(tmp_path):
 
 
 @pytest.mark.parametrize("way", ["generate", "decode"])
-def test_what_the_files_want_returned_is_returned(plain, way):
+def test_output_fields_requested_by_the_files_are_returned(plain, way):
     model = tuned(return_dict_in_generate=True, output_scores=True)
     output = call(way, model)
     assert output.sequences.equal(plain) and len(output.scores) == NEW
@@ -132,7 +134,7 @@ def test_what_the_files_want_returned_is_returned(plain, way):
 
 
 @pytest.mark.parametrize("way", ["generate", "decode"])
-def test_hidden_states_that_somebody_would_look_for_are_missed_with_a_warning(way):
+def test_hidden_states_requested_by_the_files_are_omitted_with_a_warning(way):
     model = tuned(return_dict_in_generate=True, output_hidden_states=True)
     with pytest.warns(UserWarning, match="output_hidden_states"):
         output = call(way, model)
@@ -148,7 +150,7 @@ def test_hidden_states_that_the_models_config_asks_for_are_not_held():
 
 
 def letters() -> PreTrainedTokenizerFast:
-    """Every token is one character."""
+    """Return a tokenizer with one token per character."""
     backend = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(printable[:97])}, merges=[]))
     backend.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="0", clean_up_tokenization_spaces=False)
@@ -181,7 +183,7 @@ def test_a_short_max_length_of_the_files_leaves_room_for_an_answer(plain):
     assert specache.generate(tuned(max_length=54), IDS, config=FULL).shape[1] == 54
 
 
-def test_a_token_that_the_files_would_heal_stays(plain):
+def test_token_healing_of_the_files_is_not_applied(plain):
     with pytest.warns(UserWarning, match="token_healing"):
         assert call("generate", tuned(token_healing=True)).equal(plain)
     with pytest.raises(specache.UsageError, match="heal_tokens"):
@@ -196,7 +198,7 @@ def test_several_answers_typed_need_sampling_where_the_files_beams_are_gone():
         assert call("generate", tuned(num_beams=3), num_return_sequences=2, do_sample=True).shape[0] == 2
 
 
-def test_a_cache_that_is_continued_meets_another_kind_in_the_files():
+def test_a_cache_is_continued_although_the_files_name_a_cache_implementation():
     model = tuned(cache_implementation="static")
     with specache.SpeCache(model) as cache:
         first = specache.generate(model, IDS, past_key_values=cache, max_new_tokens=4, do_sample=False)

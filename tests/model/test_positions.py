@@ -1,4 +1,6 @@
-"""How long a sequence may be: RoPE scaling makes it longer than `max_position_embeddings`, a learned table has an end."""
+"""How long a sequence may be: RoPE scaling makes it longer than `max_position_embeddings`, a
+learned table has an end.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ import torch
 import transformers
 
 import specache
-from specache.cli.answering import room
+from specache.cli.answer_length import answer_limit
 from specache.cli.models import LoadedModel
 from specache.eval.tasks.base import TaskModel
 from specache.model.dimensions import dimensions_of
@@ -56,21 +58,21 @@ def test_a_length_that_is_stretched_already_is_not_stretched_again_where_the_ori
     assert max_positions(llama(max_position_embeddings=2048, rope_parameters=entry)) == 2048
 
 
-def test_rope_over_a_part_of_each_head_is_stretched_too():
+def test_partial_rotary_rope_is_stretched():
     entry = {"rope_type": "yarn", **THETA, "factor": 4.0, "partial_rotary_factor": 0.5}
     model = build("Phi", {"max_position_embeddings": ORIGINAL, "rope_parameters": entry})
     ids = prompt(200)
     check(model, ids, torch.ones_like(ids), "verified", "ram", new=8)
 
 
-def test_an_entry_of_the_old_style_counts():
+def test_a_rope_scaling_entry_of_the_old_style_is_read():
     model = llama(max_position_embeddings=ORIGINAL)
     model.config.rope_parameters = None
     model.config.rope_scaling = {"type": "yarn", "factor": 2.0}
     assert max_positions(model) == 2 * ORIGINAL
 
 
-def test_entries_per_kind_of_layer_count():
+def test_rope_entries_per_kind_of_layer_are_read():
     entries = {"full_attention": STRETCHED["linear"], "sliding_attention": {"rope_type": "default", **THETA}}
     model = build("Gemma3", {**GEMMA3, "rope_parameters": entries})
     assert max_positions(model) == 4 * ORIGINAL
@@ -107,12 +109,12 @@ def test_a_model_that_adds_no_positions_has_no_longest_sequence():
     assert max_positions(bloom) is None
 
 
-def test_library_commands_planner_and_suite_agree():
+def test_library_commands_planner_and_evaluation_agree_on_the_positions():
     model = stretched("yarn")
     loaded = LoadedModel(model, None, "tiny")
     assert loaded.max_positions == TaskModel(model, None, "tiny").max_positions == 4 * ORIGINAL
     assert inspect_model(model).max_positions == dimensions_of(model).max_positions == 4 * ORIGINAL
-    assert room(None, loaded.max_positions, 4 * ORIGINAL - 10).new_tokens == 10
+    assert answer_limit(None, loaded.max_positions, 4 * ORIGINAL - 10).new_tokens == 10
 
 
 def gpt2(positions: int = 64) -> Any:
@@ -164,7 +166,7 @@ def test_new_tokens_past_the_learned_table_end_in_an_error_that_has_what_was_gen
         assert again[0, 54:].tolist() == expected[:10]
 
 
-def test_stretching_says_nothing_of_a_learned_table():
+def test_rope_scaling_does_not_extend_a_learned_table():
     model = gpt2()
     model.config.rope_scaling = {"type": "linear", "factor": 4.0}
     assert max_positions(model) == 64
@@ -172,7 +174,9 @@ def test_stretching_says_nothing_of_a_learned_table():
 
 @pytest.mark.parametrize("new", [30, 60])
 def test_generating_past_a_window_that_was_kept_whole_is_refused_instead_of_wrong(new):
-    """Every layer slides over 80 tokens, as many as there are positions: full attention, as long as no text is longer."""
+    """Every layer slides over 80 tokens, as many as there are positions: full attention, as long as
+    no text is longer.
+    """
     model = build("Mistral", {"sliding_window": 80, "max_position_embeddings": 80})
     ids = prompt(50)
     if new == 30:

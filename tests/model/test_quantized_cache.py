@@ -1,4 +1,4 @@
-"""A prompt of any length begins in transformers' quantised cache."""
+"""A prompt of any length can be stored in transformers' quantised cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from specache.model.quantized_cache import quantised_tokens, store_prompt
 
 
 class WholeBytes(HQQQuantizedLayer):
-    """hqq's layer without the library: codes are the numbers themselves, and groups that fill no whole byte cannot be packed."""
+    """hqq's layer without the library: codes are the numbers themselves, and groups must fill whole
+    bytes.
+    """
 
     def __init__(self, bits: int = 2, group: int = 64, residual: int = 128) -> None:
         QuantizedLayer.__init__(self, bits, 1, 1, group, residual)
@@ -43,7 +45,7 @@ class AnyLength(QuantoQuantizedLayer):
         (AnyLength(64), 3 * 64, 103),
     ],
 )
-def test_what_fills_no_byte_is_left(layer, elements, whole):
+def test_tokens_that_fill_no_whole_byte_are_not_quantised(layer, elements, whole):
     assert quantised_tokens(layer, 103, elements) == whole
 
 
@@ -56,13 +58,13 @@ def test_what_fills_no_byte_is_left(layer, elements, whole):
         (AnyLength(128), 100, "has to divide"),
     ],
 )
-def test_what_cannot_be_packed_is_refused(layer, length, message):
+def test_a_prompt_that_cannot_be_packed_is_refused(layer, length, message):
     with pytest.raises(ConfigError, match=message):
         quantised_tokens(layer, length, 3 * 64)
 
 
 @pytest.mark.parametrize("length", [8, 9, 10, 11])
-def test_a_prompt_is_all_there_and_goes_on(length):
+def test_a_stored_prompt_is_complete_and_can_be_continued(length):
     cache = Cache(layers=[WholeBytes(residual=8)])
     keys, values = torch.randn(2, 1, 3, length + 20, 64).unbind()  # [B = 1, Hkv, S, D]
     store_prompt(cache, 0, keys[:, :, :length], values[:, :, :length])

@@ -1,4 +1,4 @@
-"""Fast memory counted from the tensors, and that no step ever holds a dense copy of the cache."""
+"""Fast memory measured from allocated tensors; no step holds a dense copy of the cache."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def model() -> Any:
 
 @pytest.fixture(scope="module")
 def prefilled(model: Any) -> dict[tuple[int, int], dict[str, Any]]:
-    """Statistics by (bits, length), each length continuing the prefill of the shorter one."""
+    """Statistics by (bits, length). Each length continues the prefill of the shorter one."""
     stats = {}
     ids = prompt(32_000)
     for bits in (1, 2, 4):
@@ -44,7 +44,7 @@ def prefilled(model: Any) -> dict[tuple[int, int], dict[str, Any]]:
 
 @pytest.mark.parametrize("length", [2_000, 8_000, 32_000])
 @pytest.mark.parametrize("bits", [1, 2, 4])
-def test_fast_memory_is_within_the_designs_bound(prefilled, bits, length):
+def test_fast_memory_stays_within_the_documented_bound(prefilled, bits, length):
     stats = prefilled[bits, length]
     group_size = residual = 64
     assert stats["full_bytes"] == 2 * 2 * 64 * length  # K and V, bytes, head dimension
@@ -54,7 +54,9 @@ def test_fast_memory_is_within_the_designs_bound(prefilled, bits, length):
 
 
 def decode_peak(model: Any, cache: specache.SpeCache) -> int:
-    """Of three decode steps: fetching for the first time, then with what was prefetched."""
+    """Return the peak of three decode steps: the first fetches its pairs, the next ones use
+    prefetched pairs.
+    """
     decoder = Decoder(model, cache)
     drafts = [7] if cache.config.policy.drafts else None
     with torch.no_grad(), attached(model), PeakMemory() as memory:
@@ -65,13 +67,15 @@ def decode_peak(model: Any, cache: specache.SpeCache) -> int:
 
 @pytest.mark.parametrize("policy", ["verified", "speculative", "on-demand", "none"])
 def test_a_decode_step_holds_the_scores_and_one_block_of_pages(model, policy):
-    """Beside the scores [Hq, n, S] there are a few temporaries of `select`, of the scores' size, and one unpacked block."""
+    """Memory grows by a few temporaries of the scores' size [Hq, n, S]; unpacked pages take one
+    block.
+    """
     peaks = []
     for length in (4_000, 12_000):
         ids = prompt(length)
         with specache.SpeCache(model, specache.SpeCacheConfig(slow_tier="ram", policy=policy, hot_set=0.0)) as cache:
             specache.prefill(model, ids[:, :1], cache=cache)
-            cache.sequences[0].tier.reserve(length + 8)  # the slow tier's own growth is not this test's subject
+            cache.sequences[0].tier.reserve(length + 8)  # the slow tier's growth is not measured here
             specache.prefill(model, ids, cache=cache)
             peaks.append(decode_peak(model, cache))
             dense = cache.stats()["full_bytes"]
@@ -82,8 +86,10 @@ def test_a_decode_step_holds_the_scores_and_one_block_of_pages(model, policy):
     assert 3 * scores < dense
 
 
-def test_a_prefill_chunk_does_not_grow_with_what_is_stored(model):
-    """Peak memory of a chunk beyond what it leaves behind: one block of the layer's rows and the chunk's activations."""
+def test_peak_memory_of_a_prefill_chunk_does_not_grow_with_the_stored_tokens(model):
+    """The peak of a chunk beyond what it stores is one block of the layer's pairs and the chunk's
+    activations.
+    """
     ids = prompt(20_000)
     extra = []
     with specache.SpeCache(model, specache.SpeCacheConfig(slow_tier="ram", prefill_chunk=512)) as cache:
@@ -98,7 +104,7 @@ def test_a_prefill_chunk_does_not_grow_with_what_is_stored(model):
     assert extra[2] <= 1.2 * max(extra[0], 0) + 2**20
 
 
-def test_a_budget_that_is_too_small_is_refused_and_leaves_nothing(model):
+def test_a_prompt_beyond_the_budget_is_refused_and_leaves_nothing_stored(model):
     config = specache.SpeCacheConfig(fast_memory=50_000)
     with specache.SpeCache(model, config) as cache:
         with pytest.raises(specache.FastMemoryError, match="fast_memory allows 50,000"):

@@ -1,4 +1,4 @@
-"""The plan's arithmetic: published dimensions, what PyTorch really allocates, and advice that holds."""
+"""The plan's arithmetic: published model sizes, real allocations, and advice that fits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from specache.linear.weight_quant import WeightFormat, quantise_weights
 from specache.model.dimensions import ModelDimensions, dimensions_of, without_weights
 from specache.planning import advice
 from specache.planning.footprint import PlannedSequence
-from specache.planning.plan import even_loads, plan
+from specache.planning.plan import plan, uniform_batch
 from specache.planning.traffic import step_traffic
 from specache.tiers.ram import RamTier, ram_capacity
 from tests.tiny import llama
@@ -40,22 +40,24 @@ def resolved(**changes: Any) -> SpeCacheConfig:
 
 
 def test_a_3b_models_long_context_has_the_published_sizes(llama_3b):
-    """15 GB at 16 bits; as 2-bit copy 2.5 bits per element with KIVI's code, 2.25 + 16 / 128 with ours; 3.21 billion parameters."""
+    """15 GB at 16 bits; 2-bit copy: 2.5 bits per element with KIVI's code, 2.25 + 16 / 128 with
+    ours; 3.21 billion parameters.
+    """
     config = resolved(code="kivi")
-    planned = plan(llama_3b, config, even_loads(131_072, 1))
+    planned = plan(llama_3b, config, uniform_batch(131_072, 1))
     assert planned.full_cache == 2 * 2 * 28 * 8 * 128 * 131_072 == 15_032_385_536
     low_bit_tokens = config.low_bit_length(131_072)
     assert planned.decode.low_bit == low_bit_tokens * 2 * 28 * 8 * 128 * 2.5 / 8
     assert round(planned.decode.low_bit / 1e9, 1) == 2.3
     assert planned.weights == pytest.approx(2 * 3.2127e9, rel=1e-3)
-    ours = plan(llama_3b, resolved(), even_loads(131_072, 1))
+    ours = plan(llama_3b, resolved(), uniform_batch(131_072, 1))
     assert ours.decode.low_bit == low_bit_tokens * 2 * 28 * 8 * 128 * 2.25 / 8
 
 
-def test_the_residual_and_the_windows_are_planned_as_allocated():
+def test_the_planned_residual_has_the_allocated_size():
     config = LlamaConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=3, vocab_size=97)
     model = dimensions_of(without_weights(config, torch.float32), device="cpu")
-    held = plan(model, resolved(residual=32, group_size=16), even_loads(100, 2)).decode
+    held = plan(model, resolved(residual=32, group_size=16), uniform_batch(100, 2)).decode
     assert held.residual == 2 * 3 * 2 * 2 * (32 + 16) * 16 * 4  # sequences, layers, K and V, heads, rows, channels, bytes
     assert held.windows == held.full_cache == held.hot_set == 0
 
@@ -69,7 +71,7 @@ def test_dimensions_are_those_of_the_model_with_weights():
 
 
 @pytest.mark.parametrize("weights", [WeightFormat.INT8, WeightFormat.INT4])
-def test_quantised_weights_are_planned_as_they_will_be(weights):
+def test_quantised_weights_are_planned_with_their_size_after_quantising(weights):
     model = llama(hidden_size=128, intermediate_size=256, vocab_size=96).to(torch.bfloat16)
     expected = dimensions_of(without_weights(model.config, torch.bfloat16), device="cpu", weights=weights)
     quantise_weights(model, weights)
@@ -79,7 +81,7 @@ def test_quantised_weights_are_planned_as_they_will_be(weights):
     assert found.matrix_elements == expected.matrix_elements == 128 * 256
 
 
-def test_a_mixture_reads_its_experts_in_part():
+def test_a_mixture_of_experts_reads_only_the_active_experts():
     config = MixtralConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_local_experts=8, num_experts_per_tok=2, sliding_window=None
     )
@@ -107,11 +109,11 @@ def test_the_ram_tier_grows_as_planned(expected, more):
     assert tier.nbytes == 4 * 4 * ram_capacity(expected, expected + more)
 
 
-def test_more_of_anything_never_needs_less(llama_3b):
-    """Advice bisects over context and batch: needs must grow with them."""
+def test_a_longer_context_or_larger_batch_never_needs_less_memory(llama_3b):
+    """Advice bisects over context and batch, so needs must grow with them."""
     config = resolved(slow_tier="ram")
-    contexts = [plan(llama_3b, config, even_loads(tokens, 1)).fast for tokens in range(1, 9000, 37)]
-    batches = [plan(llama_3b, config, even_loads(3000, batch)).fast for batch in range(1, 20)]
+    contexts = [plan(llama_3b, config, uniform_batch(tokens, 1)).fast for tokens in range(1, 9000, 37)]
+    batches = [plan(llama_3b, config, uniform_batch(3000, batch)).fast for batch in range(1, 20)]
     assert contexts == sorted(contexts) and batches == sorted(batches)
 
 
@@ -119,47 +121,49 @@ def test_more_of_anything_never_needs_less(llama_3b):
 @pytest.mark.parametrize("limit", [1_000_000_000, 2_000_000_000, 3_000_000_000])
 def test_every_suggestion_fits_and_the_longest_context_is_the_longest(llama_3b, tier, limit):
     config = resolved(slow_tier=tier)
-    loads = even_loads(131_072, 1)
-    for one in advice.suggestions(llama_3b, config, loads, limit):
+    sequences = uniform_batch(131_072, 1)
+    for one in advice.suggestions(llama_3b, config, sequences, limit):
         settings = {name: value for name, value in one.changes.items() if name not in ("context", "batch")}
         tokens = one.changes.get("context", 131_072)
-        assert plan(llama_3b, replace(config, **settings), even_loads(tokens, 1)).fast == one.fast_bytes <= limit
+        assert plan(llama_3b, replace(config, **settings), uniform_batch(tokens, 1)).fast == one.fast_bytes <= limit
     longest = advice.longest_context(llama_3b, config, 1, limit)
-    assert plan(llama_3b, config, even_loads(longest, 1)).fast <= limit < plan(llama_3b, config, even_loads(longest + 1, 1)).fast
+    assert (
+        plan(llama_3b, config, uniform_batch(longest, 1)).fast <= limit < plan(llama_3b, config, uniform_batch(longest + 1, 1)).fast
+    )
 
 
 def test_the_largest_batch_is_the_largest(llama_3b):
     config = resolved()
     batch = advice.largest_batch(llama_3b, config, 8192, 8 * 10**9)
-    assert plan(llama_3b, config, even_loads(8192, batch)).fast <= 8 * 10**9
-    assert plan(llama_3b, config, even_loads(8192, batch + 1)).fast > 8 * 10**9
+    assert plan(llama_3b, config, uniform_batch(8192, batch)).fast <= 8 * 10**9
+    assert plan(llama_3b, config, uniform_batch(8192, batch + 1)).fast > 8 * 10**9
 
 
 @pytest.mark.parametrize("policy", ["verified", "none", "full"])
-def test_nothing_fits_below_the_least(llama_3b, policy):
-    config, loads = resolved(slow_tier="ram", policy=policy), even_loads(8192, 1)
-    least = advice.least_bytes(llama_3b, config, loads)
-    assert all("context" in one.changes for one in advice.suggestions(llama_3b, config, loads, least - 1))
-    assert any("context" not in one.changes for one in advice.suggestions(llama_3b, config, loads, 2 * least))
+def test_no_setting_fits_below_the_least_bytes(llama_3b, policy):
+    config, sequences = resolved(slow_tier="ram", policy=policy), uniform_batch(8192, 1)
+    least = advice.least_bytes(llama_3b, config, sequences)
+    assert all("context" in one.changes for one in advice.suggestions(llama_3b, config, sequences, least - 1))
+    assert any("context" not in one.changes for one in advice.suggestions(llama_3b, config, sequences, 2 * least))
 
 
-def test_the_least_is_the_same_whatever_policy_wants_more(llama_3b):
-    """The ordinary cache becomes `on-demand`, with the smallest hot set and the fewest pairs too."""
-    loads = even_loads(8192, 1)
+def test_the_least_bytes_are_the_same_for_full_and_on_demand(llama_3b):
+    """The full cache is reduced to `on-demand` with the smallest hot set and the fewest pairs."""
+    sequences = uniform_batch(8192, 1)
     full, on_demand = (resolved(slow_tier="ram", policy=policy) for policy in ("full", "on-demand"))
-    assert advice.least_bytes(llama_3b, full, loads) == advice.least_bytes(llama_3b, on_demand, loads)
+    assert advice.least_bytes(llama_3b, full, sequences) == advice.least_bytes(llama_3b, on_demand, sequences)
 
 
 @pytest.mark.parametrize(
     ("threshold", "low", "high", "expected"), [(7, 1, 100, 7), (1000, 1, 100, 100), (0, 1, 100, 0), (5, 6, 5, 0), (64, 1, 64, 64)]
 )
-def test_largest(threshold, low, high, expected):
+def test_largest_returns_the_last_number_that_fits(threshold, low, high, expected):
     assert advice.largest(lambda n: n <= threshold, low, high) == expected
 
 
-def test_traffic_of_one_step(llama_3b):
+def test_step_traffic_matches_the_plan_and_the_policy(llama_3b):
     traffic = step_traffic(llama_3b, resolved(), 131_072, 2)
-    planned = plan(llama_3b, resolved(), even_loads(131_072, 2))
+    planned = plan(llama_3b, resolved(), uniform_batch(131_072, 2))
     assert traffic.scan == planned.decode.low_bit
     assert traffic.weights == llama_3b.read_bytes
     assert traffic.rows == 2 * 28 * 64 * 8 * 2 * 128 * 2 and traffic.assumed_misses == 1.0  # in place: every wanted row
@@ -169,7 +173,7 @@ def test_traffic_of_one_step(llama_3b):
     assert full.scan == 2 * ordinary_bytes(llama_3b, 131_072) and full.rows == full.written == 0
 
 
-def test_a_plan_is_plain_values(llama_3b):
+def test_a_plan_can_be_written_as_json(llama_3b):
     document = plan(llama_3b, resolved(), [PlannedSequence(100, 10), PlannedSequence(2000, 10)]).to_dict()
     assert json.loads(json.dumps(document)) == document
     assert document["fast_bytes"] == max(document["prefill"]["total"], document["decode"]["total"])

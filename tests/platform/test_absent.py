@@ -1,4 +1,4 @@
-"""What is missing on a machine: named in one warning, and the next smaller thing serves."""
+"""Missing components of a machine are named in one warning, and a fallback is used."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def nothing_remembered() -> None:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU, as far as PyTorch tells of it."""
+    """A GPU, as far as PyTorch reports it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
@@ -94,7 +94,7 @@ def test_no_triton_says_what_to_install(gpu, monkeypatch):
 
 
 @needs_triton
-def test_too_old_a_gpu_is_named(gpu, monkeypatch):
+def test_a_gpu_that_is_too_old_is_named(gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla T4")
     backend, said = served_and_said()
@@ -103,7 +103,7 @@ def test_too_old_a_gpu_is_named(gpu, monkeypatch):
 
 
 @needs_triton
-def test_memory_that_runs_out_in_the_trial_does_not_condemn_triton(gpu, monkeypatch):
+def test_running_out_of_memory_in_the_trial_does_not_disable_triton(gpu, monkeypatch):
     from specache.kernels.triton import trial
 
     def full(device: torch.device) -> None:
@@ -117,7 +117,7 @@ def test_memory_that_runs_out_in_the_trial_does_not_condemn_triton(gpu, monkeypa
 
 
 @needs_triton
-def test_where_all_is_there_triton_serves_and_nothing_is_said(gpu, monkeypatch):
+def test_a_complete_installation_uses_triton_without_a_warning(gpu, monkeypatch):
     from specache.kernels.triton import trial
 
     monkeypatch.setattr(trial, "try_launch", lambda device: None)
@@ -126,11 +126,11 @@ def test_where_all_is_there_triton_serves_and_nothing_is_said(gpu, monkeypatch):
 
 
 class BuildError(Exception):
-    """What Triton would raise."""
+    """The error that Triton would raise."""
 
 
 class Broken:
-    """Kernels in PyTorch, of which one is not built; `attend` destroys the scores before it finds out."""
+    """PyTorch kernels of which one fails to build; `attend` destroys the scores before it fails."""
 
     def __init__(self, operation: str, error: Exception) -> None:
         self.operation, self.error, self.calls = operation, error, 0
@@ -163,7 +163,7 @@ def case() -> Case:
 
 
 @pytest.mark.parametrize("operation", ["score", "select", "rescore", "attend"])
-def test_a_kernel_that_cannot_be_built_is_replaced_with_its_arguments_whole(case, operation):
+def test_a_kernel_that_cannot_be_built_is_replaced_with_its_arguments_intact(case, operation):
     given_up: list[Exception] = []
     broken = Broken(operation, BuildError("out of shared memory"))
     guarded = GuardedKernels(broken, (BuildError,), given_up.append)
@@ -185,7 +185,7 @@ def test_an_error_of_a_kernel_that_runs_is_not_hidden(case, operation):
     assert not given_up
 
 
-def test_scores_that_are_gone_are_not_started_over_from(case):
+def test_a_failed_kernel_that_destroyed_its_input_is_not_retried(case):
     broken = Broken("none", BuildError("late"))
     guarded = GuardedKernels(broken, (BuildError,), lambda error: None)
     layer_of_a_step(guarded, case)
@@ -239,7 +239,7 @@ def test_device_cuda_without_cuda_says_what_to_do(tiny_folder, tmp_path, monkeyp
     assert "Traceback" not in text and refused.stdout == ""
 
 
-def test_a_plan_for_cuda_needs_none(tiny_folder, monkeypatch):
+def test_a_plan_for_cuda_needs_no_gpu(tiny_folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "cuda" in run("plan", "-m", tiny_folder, "--context", "400", "--device", "cuda").stdout
 

@@ -1,4 +1,6 @@
-"""The budget of fast memory: planned before anything runs, taken by what is allocated, given back."""
+"""The budget of fast memory: planned before a run, taken by allocations, given back when they are
+freed.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,7 @@ def models() -> dict[str, Any]:
 
 
 def batch(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Different prompts of these lengths, padded on the left."""
+    """Return different prompts of these lengths, padded on the left."""
     longest = max(lengths)
     ids, mask = torch.zeros(len(lengths), longest, dtype=torch.long), torch.zeros(len(lengths), longest, dtype=torch.long)
     for row, length in enumerate(lengths):
@@ -58,7 +60,7 @@ def run(model: Any, cache: specache.SpeCache, lengths: list[int], new: int) -> N
 
 
 def held_tensors(cache: specache.SpeCache) -> int:
-    """What the cache's tensors take in fast memory, rows in flight not counted."""
+    """Return the bytes of the cache's tensors in fast memory, without rows in flight."""
     memory = cache.memory()
     tails = sum(getattr(sequence.tier, "tail_bytes", 0) for sequence in cache.sequences)
     staged = sum(
@@ -104,7 +106,7 @@ CASES = [("hybrid", policy, tier) for policy in POLICIES for tier in TIERS if ti
 
 
 @pytest.mark.parametrize(("kind", "policy", "tier"), [*CASES, ("dense", "verified", "ram"), ("dense", "full", "ram")])
-def test_the_plan_covers_what_is_held_and_little_more(models, kind, policy, tier, tmp_path):
+def test_the_plan_is_slightly_above_the_bytes_held(models, kind, policy, tier, tmp_path):
     tier = f"disk:{tmp_path}" if tier == "disk" else tier
     model, lengths, new = models[kind], [150, 260, 90], 36
     with specache.SpeCache(model, specache.SpeCacheConfig(**SHORT, policy=policy, slow_tier=tier, hot_set=0.2)) as cache:
@@ -118,7 +120,7 @@ def test_the_plan_covers_what_is_held_and_little_more(models, kind, policy, tier
 
 
 def planned_buffers(expected: MemoryPlan) -> int:
-    """Rows in flight and growth that a run need not have reached."""
+    """Return the planned bytes of rows in flight and of growth, which a run need not reach."""
     return expected.decode.read_buffers
 
 
@@ -145,7 +147,7 @@ def test_no_run_holds_more_than_was_planned(models, kind, lengths, new, policy, 
 
 @pytest.mark.parametrize("policy", ["verified", "none", "full"])
 @pytest.mark.parametrize("kind", ["dense", "hybrid"])
-def test_exactly_what_was_planned_is_enough_and_less_is_refused(models, kind, policy):
+def test_a_budget_of_the_planned_bytes_suffices_and_less_is_refused(models, kind, policy):
     lengths, new = [200, 130], 20
     settings = {**SHORT, "policy": policy, "slow_tier": "ram"}
     with specache.SpeCache(models[kind], specache.SpeCacheConfig(**settings)) as cache:
@@ -235,8 +237,10 @@ def test_closing_gives_everything_back(models):
         assert cache.resources.budget.used == 0
 
 
-def test_continuing_within_the_budget_of_the_plan(models):
-    """A conversation's next turn is planned with what is stored: windows are kept twice, hot sets grow."""
+def test_a_conversations_next_turn_fits_into_its_planned_budget(models):
+    """A conversation's next turn is planned with the stored tokens: windows and growing hot sets
+    exist twice.
+    """
     for kind in models:
         config = specache.SpeCacheConfig(**SHORT, slow_tier="ram", hot_set=0.3)
         with specache.SpeCache(models[kind], config) as cache:
@@ -261,7 +265,7 @@ def test_equal_prompts_are_planned_as_shared(models):
 
 
 def test_a_hot_set_takes_only_what_the_budget_leaves(models):
-    """A fork is not planned; its hot set stays smaller, and the answer is the same."""
+    """A fork is not planned: its hot set stays smaller, and the answer is the same."""
     model, ids = models["dense"], prompt(300)
     settings = {**SHORT, "slow_tier": "ram", "hot_set": 0.9}
     free = specache.generate(model, ids, config=specache.SpeCacheConfig(**settings), max_new_tokens=8, do_sample=False)
@@ -283,7 +287,9 @@ def test_a_hot_set_takes_only_what_the_budget_leaves(models):
 @pytest.mark.parametrize("tier", ["ram", "ram-inplace"])
 @pytest.mark.parametrize("chunk", [128, 512])
 def test_the_plan_covers_the_tensors_that_a_prefill_makes(tier, chunk):
-    """Every tensor that PyTorch makes while prefilling, less the slow tier's, against the plan (which may hold some more)."""
+    """Compares every tensor that PyTorch allocates while prefilling, except the slow tier's, with
+    the plan.
+    """
     size = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 8, "num_key_value_heads": 2}
     model = llama(**size, max_position_embeddings=4096).to(torch.bfloat16)
     with specache.SpeCache(model, specache.SpeCacheConfig(slow_tier=tier, prefill_chunk=chunk)) as cache:

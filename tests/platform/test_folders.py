@@ -1,4 +1,4 @@
-"""The folder of converted models and sessions is where a user of this system expects it, and nothing is lost by that."""
+"""The cache folder is where a user of this system expects it, and an earlier one is still used."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "home"
 
 
-def test_it_is_the_named_one_then_that_of_xdg_then_the_homes(home, tmp_path, monkeypatch):
+def test_the_cache_folder_is_specache_cache_then_xdg_then_home(home, tmp_path, monkeypatch):
     assert cache_folder() == home / ".cache" / "specache"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert cache_folder() == tmp_path / "xdg" / "specache"
@@ -33,7 +33,7 @@ def test_a_relative_xdg_folder_does_not_count(home, monkeypatch, value):
     assert cache_folder() == home / ".cache" / "specache"
 
 
-def test_without_a_home_it_says_what_to_set(monkeypatch):
+def test_without_a_home_folder_the_error_names_the_variable_to_set(monkeypatch):
     monkeypatch.setattr("os.path.expanduser", lambda path: path)  # nobody's
     with pytest.raises(ConfigError, match="Set SPECACHE_CACHE"):
         cache_folder()

@@ -1,4 +1,4 @@
-"""The heap gives large blocks back where memory is what counts, and only there."""
+"""The heap returns large blocks if memory is limited, and only then."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ print(heap.keep_small(), before, last_has_own_mapping())
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's heap")
-def test_large_blocks_go_back_at_once():
+def test_freed_large_blocks_return_to_the_system_at_once():
     done, before, after = subprocess.run([sys.executable, "-c", SCRIPT], check=True, capture_output=True, text=True).stdout.split()
     if done == "False":
         pytest.skip("another C library")
     assert (before, after) == ("False", "True")
 
 
-def test_only_bounded_memory_asks_for_it(monkeypatch, tmp_path):
+def test_the_heap_is_kept_small_only_with_limited_memory(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(heap, "keep_small", lambda: asked.append(1))
     options.keep_memory_bounded(SpeCacheConfig(slow_tier="ram"))

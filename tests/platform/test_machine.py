@@ -1,4 +1,4 @@
-"""What is free: the smallest of what the system and the control groups around the process have left."""
+"""Available memory is the least that the system and the surrounding control groups have left."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ V1, V2 = "/sys/fs/cgroup/memory", "/sys/fs/cgroup"
 
 @pytest.fixture
 def files(monkeypatch):
-    """Files of /proc and /sys by name; nothing else is there, and the system says of itself what `MemAvailable` says."""
+    """Files of /proc and /sys by name.
+
+    No others exist, and the system reports only `MemAvailable`.
+    """
     there: dict[str, str] = {"/proc/meminfo": "MemAvailable:  1 kB\nSwapFree: 5 kB\n"}
     monkeypatch.setattr(machine, "_lines", lambda path: there[path].splitlines() if path in there else [])
     return there
@@ -68,7 +71,7 @@ def test_a_group_that_uses_more_than_its_limit_has_nothing_left(files):
     assert machine.available_memory() == 0
 
 
-def test_this_machine_says_what_is_free():
+def test_this_machine_reports_its_available_memory():
     free = machine.available_memory()
     assert free is None or 0 < free < 1 << 50
 

@@ -1,4 +1,4 @@
-"""PyTorch's modes: whatever is on in one call and not in the next, answers are those of stock generate and no cache is spoiled."""
+"""PyTorch's modes: whatever mode a call runs in, its answer equals stock generate in that mode."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 import specache
 from specache.kernels import packing
 from specache.kernels.torch import rotated as torch_rotated
-from specache.linear import cpu_linear as products
+from specache.linear import cpu_linear
 from specache.linear.weight_format import WeightFormat
 from specache.linear.weight_quant import Int4Linear, Int8Linear, quantise_weights
 from specache.platform import modes
@@ -77,7 +77,7 @@ def model() -> Any:
 
 @pytest.fixture(autouse=True)
 def no_constants() -> None:
-    """Whatever is kept for the process is made under the mode that is tested."""
+    """Clear the process's cached constants, so that they are created under the tested mode."""
     for kept in (torch_rotated.rotation, torch_rotated.levels, torch_rotated._level_table, packing.byte_table, packing._places):
         kept.cache_clear()
 
@@ -100,7 +100,9 @@ def test_answers_are_those_of_stock_generate_in_the_same_mode(model, tmp_path, n
 @pytest.mark.parametrize("second", MODES)
 @pytest.mark.parametrize("first", ["plain", "inference", "autocast-bf16", "float64"])
 def test_a_conversation_goes_on_in_another_mode(model, tmp_path, first, second):
-    """Filled in one mode, continued, copied and cut in another, and continued in the first again."""
+    """Filled in one mode, continued, copied and cut in another, and continued in the first
+    again.
+    """
     start, more, other = prompt(70), prompt(40, seed=2), prompt(9, seed=3)
     tier = f"disk:{tmp_path}" if first == "inference" else "ram"
     cache = specache.SpeCache(model, everything_fetched(slow_tier=tier, policy="verified"))
@@ -123,7 +125,7 @@ def test_a_conversation_goes_on_in_another_mode(model, tmp_path, first, second):
 
 
 def test_stock_continues_a_cache_of_autocast_outside_of_it_and_so_do_we(model):
-    """Keys and values keep what they were: the prompt's are rounded, later ones are not."""
+    """Keys and values keep their rounding: the prompt's are rounded, later ones are not."""
     ids, more = prompt(80), prompt(30, seed=1)
     for first, second in (("autocast-bf16", "plain"), ("plain", "autocast-bf16"), ("autocast-fp16", "autocast-bf16")):
         answers = []
@@ -163,7 +165,7 @@ FAMILIES = {
 
 @pytest.mark.parametrize("name", ["inference", "autocast-bf16", "float64", "bfloat16", "meta", "deterministic"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_hybrids_and_mixtures_of_experts_too(family, name):
+def test_hybrids_and_mixtures_of_experts_equal_stock_in_every_mode(family, name):
     model, ids = FAMILIES[family](), prompt(60)
     with MODES["plain" if name == "meta" else name]():  # stock's own sliding cache cannot be made on a default device
         expected = model.generate(ids, **GREEDY)
@@ -203,7 +205,7 @@ def test_weights_and_prompts_that_are_inference_tensors(tmp_path):
 
 
 class InPlace:
-    """A processor that keeps a tensor of the mode that it was first called in, and changes it, as a caller's own may."""
+    """A processor that keeps a tensor of the mode of its first call, and changes it in place."""
 
     def __init__(self) -> None:
         self.seen: torch.Tensor | None = None
@@ -289,7 +291,7 @@ def test_the_default_dtype_is_never_changed(model):
 
 
 @pytest.mark.parametrize("name", MODES)
-def test_what_is_kept_for_the_process_is_the_same_whoever_asked_first(name):
+def test_process_wide_constants_do_not_depend_on_the_mode_of_the_first_call(name):
     def kept() -> list[torch.Tensor]:
         cpu = torch.device("cpu")
         rotations = [torch_rotated.rotation(48, cpu), torch_rotated.levels(2, cpu), torch_rotated._level_table(2, cpu)]
@@ -320,19 +322,19 @@ def test_what_is_kept_for_the_process_is_the_same_whoever_asked_first(name):
 @pytest.mark.parametrize("weight", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_fast_product_under_autocast_is_that_of_an_ordinary_linear_layer(monkeypatch, rows, autocast, weight, bias):
-    monkeypatch.setattr(products, "multiplies_natively", lambda dtype: False)
+    monkeypatch.setattr(cpu_linear, "multiplies_natively", lambda dtype: False)
     torch.manual_seed(rows)
     layer = torch.nn.Linear(32, 48, bias=bias).to(weight)
     x = torch.randn(rows, 32)
     with torch.no_grad(), torch.autocast("cpu", dtype=autocast):
         for inputs in (x, x.to(autocast)):
             expected = layer(inputs)
-            changed = products.install(torch.nn.ModuleList([layer]))
+            changed = cpu_linear.install(torch.nn.ModuleList([layer]))
             assert changed
             try:
                 out = layer(inputs)
             finally:
-                products.remove(changed)
+                cpu_linear.remove(changed)
             assert out.dtype == expected.dtype == autocast and torch.equal(out, expected)
 
 
@@ -364,7 +366,7 @@ def test_a_model_with_quantised_weights_answers_as_its_stock_generate(weights, n
             assert torch.equal(specache.generate(model, ids, config=everything_fetched(policy=policy), **GREEDY), expected)
 
 
-def test_threads_that_are_changed_between_calls_change_no_answer(model):
+def test_changing_the_number_of_threads_between_calls_changes_no_answer(model):
     cache, ids = specache.SpeCache(model, everything_fetched(slow_tier="ram")), prompt(100)
     before = torch.get_num_threads()
     try:
@@ -376,7 +378,7 @@ def test_threads_that_are_changed_between_calls_change_no_answer(model):
     assert torch.equal(ids, model.generate(prompt(100), max_new_tokens=18, do_sample=False))
 
 
-def test_a_call_may_be_profiled(model):
+def test_generate_runs_under_the_profiler(model):
     with torch.autograd.profiler.profile() as profile:
         out = specache.generate(model, prompt(60), config=everything_fetched(), **GREEDY)
     assert profile.function_events and torch.equal(out, model.generate(prompt(60), **GREEDY))

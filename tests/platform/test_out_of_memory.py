@@ -1,4 +1,6 @@
-"""Memory that runs out in the middle of generating: what was generated is there, the cache goes on, the message helps."""
+"""Memory that runs out in the middle of generating: what was generated is there, the cache goes on,
+the message helps.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ import pytest
 import torch
 
 import specache
-from specache.attention import decode as attention
+from specache.attention import decode
 from specache.cache.sizes import on_disk
 from specache.config import SpeCacheConfig
 from specache.engine import runs
@@ -42,14 +44,14 @@ def model() -> Any:
 
 @pytest.fixture(scope="module")
 def expected(model: Any) -> torch.Tensor:
-    """What nothing disturbs."""
+    """Return the undisturbed answer."""
     with dispatch.using("torch"):
         return greedy(model, prompt(90), config=settings())
 
 
 @pytest.fixture(autouse=True)
 def plain_kernels(torch_kernels: None) -> None:
-    """One Python function per operation, which a test can replace."""
+    """Use one Python function per operation, which a test can replace."""
 
 
 def settings(**changes: Any) -> SpeCacheConfig:
@@ -64,9 +66,11 @@ def greedy(model: Any, ids: torch.Tensor, new: int = 16, **arguments: Any) -> to
 def failing(
     monkeypatch: pytest.MonkeyPatch, operation: str, error: Any, after: int = 0, layer: int = 0, times: int | None = None
 ) -> Iterator[list[int]]:
-    """Inside, a kernel raises once `after` tokens are there, from `layer` of the pass on: for ever, or so many times.
+    """Inside, a kernel raises once `after` tokens are there, from `layer` of the pass on: for ever,
+    or so many times.
 
-    Yields the layer of each call that raised. Every layer of a pass calls `score` once, before the other kernels.
+    Yields the layer of each call that raised. Every layer of a pass calls `score` once, before the
+    other kernels.
     """
     real, put = getattr(dispatch, operation), runs.sample_next
     score = dispatch.score
@@ -95,7 +99,7 @@ def failing(
 
 @pytest.mark.parametrize("operation", ["score", "select", "rescore", "attend"])
 @pytest.mark.parametrize(("layer", "kind"), list(enumerate(RAISED)))
-def test_the_cache_is_at_the_last_complete_step_and_the_tokens_are_there(model, expected, monkeypatch, operation, layer, kind):
+def test_the_cache_and_the_tokens_are_those_of_the_last_complete_step(model, expected, monkeypatch, operation, layer, kind):
     ids = prompt(90)
     with specache.SpeCache(model, settings(hot_set=0.0)) as cache:
         with failing(monkeypatch, operation, RAISED[kind], after=9, layer=layer) as raised, warnings.catch_warnings():
@@ -112,7 +116,7 @@ def test_the_cache_is_at_the_last_complete_step_and_the_tokens_are_there(model, 
 
 
 @pytest.mark.parametrize("policy", ["verified", "on-demand", "speculative", "previous"])
-def test_the_hot_set_is_freed_and_the_step_tried_again_without_changing_a_token(model, monkeypatch, policy):
+def test_a_failed_step_is_retried_without_the_hot_set_and_changes_no_token(model, monkeypatch, policy):
     config = settings(policy=policy, hot_set=0.5)
     ids = prompt(100)
     expected = greedy(model, ids, config=config)
@@ -136,7 +140,7 @@ def test_what_the_hot_set_held_is_given_back_to_the_budget(model, monkeypatch):
         assert freed > 0 and cache.resources.budget.used == before - freed
 
 
-def test_without_a_hot_set_nothing_is_tried_again(model, monkeypatch):
+def test_without_a_hot_set_a_failed_step_is_not_retried(model, monkeypatch):
     with failing(monkeypatch, "attend", RAISED["cpu"], after=2, layer=1) as raised, warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(OutOfMemoryError):
@@ -144,7 +148,7 @@ def test_without_a_hot_set_nothing_is_tried_again(model, monkeypatch):
     assert raised == [1]
 
 
-def test_through_transformers_own_generate_and_with_a_streamer(model, monkeypatch):
+def test_out_of_memory_in_model_generate_with_a_streamer_keeps_the_tokens(model, monkeypatch):
     ids, got, ended = prompt(90), [], []
 
     class Streamer:
@@ -180,7 +184,7 @@ def test_every_sequence_of_a_batch_has_its_own_tokens_without_padding(model, mon
     assert caught.value.new_token_ids == [whole[0, :stops_at].tolist(), whole[1, : stops_at + 4].tolist()]
 
 
-def test_memory_that_runs_out_in_the_background_is_known(model, monkeypatch):
+def test_out_of_memory_in_a_background_read_is_recognised(model, monkeypatch):
     from specache.tiers.transfer import Transfer
 
     real, calls = Transfer.__call__, []
@@ -198,7 +202,7 @@ def test_memory_that_runs_out_in_the_background_is_known(model, monkeypatch):
         assert isinstance(caught.value.__cause__, SlowTierError) and caught.value.new_token_ids
 
 
-def test_while_prefilling_nothing_was_generated(model, monkeypatch):
+def test_out_of_memory_while_prefilling_has_no_new_tokens(model, monkeypatch):
     with failing(monkeypatch, "quantise", MemoryError, layer=-1):
         with pytest.raises(OutOfMemoryError, match=r"before the first new token.*prefill_chunk=") as caught:
             greedy(model, prompt(500), config=settings(prefill_chunk=500))
@@ -209,7 +213,7 @@ def test_while_prefilling_nothing_was_generated(model, monkeypatch):
             assert cache.memory().slow == 0
 
 
-def test_the_message_says_what_needs_less_than_what_is_set(model, monkeypatch):
+def test_the_message_advises_settings_that_need_less(model, monkeypatch):
     with failing(monkeypatch, "score", MemoryError), pytest.raises(OutOfMemoryError) as caught:
         greedy(model, prompt(90), 4, config=settings(hot_set=0.0, bits=4))
     assert "in main memory" in str(caught.value)
@@ -249,7 +253,7 @@ def test_only_what_is_smaller_is_advised(model, changes, needs, names):
 
 
 @pytest.mark.parametrize("error", [FastMemoryError("the budget"), SlowTierError("the disk"), NonFiniteError("NaN")])
-def test_our_own_errors_stay_what_they_are_and_carry_the_tokens(model, expected, monkeypatch, error):
+def test_our_own_errors_keep_their_type_and_carry_the_tokens(model, expected, monkeypatch, error):
     with failing(monkeypatch, "rescore", lambda: error, after=4), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with pytest.raises(type(error)) as caught:
@@ -259,7 +263,7 @@ def test_our_own_errors_stay_what_they_are_and_carry_the_tokens(model, expected,
     assert any("new_token_ids" in note for note in caught.value.__notes__)
 
 
-def test_other_errors_are_nobodys_business(model, monkeypatch):
+def test_other_errors_are_raised_unchanged(model, monkeypatch):
     with failing(monkeypatch, "score", lambda: RuntimeError("a bug"), after=3), pytest.raises(RuntimeError, match=r"^a bug$"):
         greedy(model, prompt(90), config=settings())
 
@@ -274,7 +278,7 @@ def test_the_failed_pass_leaves_no_tensors_behind(model, monkeypatch):
         held.append(weakref.ref(scores))
         raise MemoryError
 
-    monkeypatch.setattr(attention.dispatch, "attend", failing)
+    monkeypatch.setattr(decode.dispatch, "attend", failing)
     with pytest.raises(OutOfMemoryError) as caught, pytest.warns(RuntimeWarning):
         greedy(model, prompt(90), config=settings())
     gc.collect()

@@ -1,4 +1,4 @@
-"""PyTorch's private operations: which of them the installed release has, and what serves without each."""
+"""PyTorch's private operations: which the installed release has, and the fallbacks without them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PRIVATE = re.compile(r"torch\.(?:\w+\.)*_[a-zA-Z]\w*")
 
 @pytest.fixture
 def without(monkeypatch):
-    """Have the installed PyTorch lack some operations."""
+    """Make the installed PyTorch lack some operations."""
 
     def remove(*paths: str) -> None:
         for path in paths:
@@ -33,17 +33,17 @@ def without(monkeypatch):
 
 
 def test_the_installed_pytorch_has_all_of_them():
-    """A release that drops one runs on its fallback; this test says which, so that somebody looks at what it costs."""
-    assert private_torch.missing() == []
+    """A release that drops one uses its fallback. This test tells a maintainer which."""
+    assert private_torch.missing_operations() == []
 
 
-def test_an_operation_that_is_not_there_is_none_and_named(without):
+def test_a_missing_operation_is_none_and_listed(without):
     without("ops.aten._weight_int8pack_mm", "_dynamo.mark_static")
     assert private_torch.find("ops.aten._weight_int8pack_mm") is None
-    assert private_torch.missing() == ["ops.aten._weight_int8pack_mm", "_dynamo.mark_static"]
+    assert private_torch.missing_operations() == ["ops.aten._weight_int8pack_mm", "_dynamo.mark_static"]
 
 
-def test_looking_for_something_that_pytorch_never_had_finds_nothing(monkeypatch):
+def test_an_unknown_operation_is_not_found(monkeypatch):
     for path in ("ops.aten._no_such_operation", "_no_such_module.name", "cpu._no_such_function"):
         monkeypatch.setitem(private_torch.FALLBACKS, path, "nothing")
         assert private_torch.find(path) is None
@@ -72,7 +72,7 @@ def test_attention_without_the_fused_kernel_is_the_same_to_rounding(without, dty
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5 if dtype is torch.float32 else 0.03)
 
 
-def test_flash_attention_on_a_gpu_is_done_without_where_pytorch_has_none(without, monkeypatch):
+def test_attention_on_a_gpu_works_without_pytorchs_flash_attention(without, monkeypatch):
     without("ops.aten._scaled_dot_product_flash_attention")
     monkeypatch.setattr(exact, "_can_flash", lambda *operands: True)
     query, keys, values = torch.randn(3, 2, 5, 16).unbind(0)
@@ -121,12 +121,12 @@ def test_a_quantised_model_without_pytorchs_products_answers_as_its_stock_genera
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_processor_of_which_nothing_is_known_multiplies_no_16_bits(without, dtype):
+def test_an_unknown_processor_counts_as_without_16_bit_products(without, dtype):
     without("ops.mkldnn._is_mkldnn_bf16_supported", "ops.mkldnn._is_mkldnn_fp16_supported")
     assert not private_torch.multiplies_natively(dtype)
 
 
-def test_bfloat16_instructions_are_asked_of_onednn_where_nobody_else_knows(without, monkeypatch):
+def test_bfloat16_support_falls_back_to_onednn(without, monkeypatch):
     without("cpu._is_avx512_bf16_supported", "cpu._is_amx_tile_supported")
     for known in (True, False):
         monkeypatch.setitem(private_torch._found, "ops.mkldnn._is_mkldnn_bf16_supported", lambda known=known: known)
@@ -135,7 +135,7 @@ def test_bfloat16_instructions_are_asked_of_onednn_where_nobody_else_knows(witho
     assert not private_torch.has_bfloat16_instructions()
 
 
-def test_the_compilers_hints_are_left_out_where_it_takes_none(without):
+def test_compiler_hints_are_omitted_if_unsupported(without):
     without("_dynamo.mark_static", "_dynamo.maybe_mark_dynamic", "_dynamo.exc.TorchDynamoException")
     tensor = torch.zeros(2, 3)
     private_torch.fix_size(tensor, 1)

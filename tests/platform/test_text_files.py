@@ -1,4 +1,4 @@
-"""Bytes become the text that their author sees in an editor, or are refused with their place."""
+"""Bytes decode to the text that an editor shows, or are refused with their position."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_mark_inside_a_text_is_a_character_of_it():
         (b"\xed\xa0\x80", "not UTF-8 text"),
     ],
 )
-def test_what_is_no_text_is_refused_with_its_place(tmp_path, data, message):
+def test_bytes_that_are_not_text_are_refused_with_their_position(tmp_path, data, message):
     (tmp_path / "f").write_bytes(data)
     with pytest.raises(TextError, match=message):
         read_text(tmp_path / "f")
@@ -65,7 +65,7 @@ def test_what_is_no_text_is_refused_with_its_place(tmp_path, data, message):
 
 
 @pytest.mark.parametrize("name", ["missing", ".", "~nobody-of-this-name/x"])
-def test_what_cannot_be_read_is_named(tmp_path, name, monkeypatch):
+def test_an_unreadable_file_is_named(tmp_path, name, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(TextError, match=f"cannot read {name}"):
         read_text(Path(name))
@@ -86,7 +86,7 @@ def test_a_device_without_end_is_refused():
         read_text(Path("/dev/zero"))
 
 
-def test_what_never_ends_is_refused(monkeypatch):
+def test_endless_input_is_refused(monkeypatch):
     class Endless(io.RawIOBase):
         def read(self, size: int = -1) -> bytes:
             return b"y\n" * 1000

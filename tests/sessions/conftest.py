@@ -18,7 +18,7 @@ def model() -> Any:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, model: Any) -> Path:
-    """A folder with session `one` (300 tokens) and another one, to be copied."""
+    """Return a folder with session `one` (300 tokens) and another one, to be copied."""
     root = tmp_path_factory.mktemp("sessions")
     for name, seed in (("one", 0), ("another", 1)):
         with opened(root, model, settings(), name) as session:

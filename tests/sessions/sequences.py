@@ -1,4 +1,4 @@
-"""Tiny models with sessions, and everything that a session's sequence holds as one digest."""
+"""Tiny models with sessions, and digests of everything that a session's sequence holds."""
 
 from __future__ import annotations
 
@@ -51,18 +51,18 @@ def opened(
 
 
 def checkpoints_every(monkeypatch: Any, tokens: int) -> None:
-    """Have the sliding windows copied every so many tokens, near the end of a sequence and far from it."""
+    """Set the distance of window checkpoints, near the end of a sequence and far from it."""
     monkeypatch.setattr(window_checkpoints, "FINE", tokens)
     monkeypatch.setattr(window_checkpoints, "COARSE", tokens)
 
 
 def one(root: Path, pattern: str, name: str = "one") -> Path:
-    """The first file of a session that is called like this."""
+    """Return the first file of a session that matches a pattern."""
     return sorted((root / name).glob(pattern))[0]
 
 
 def answer(model: Any, cache: specache.SpeCache, ids: Tensor, new: int = NEW, **more: Any) -> tuple[Tensor, Tensor]:
-    """A greedy answer -> (the whole sequence [1, S + new], logits [new, V])."""
+    """Generate greedily and return (the whole sequence [1, S + new], logits [new, V])."""
     output = specache.generate(
         model,
         ids,
@@ -77,14 +77,16 @@ def answer(model: Any, cache: specache.SpeCache, ids: Tensor, new: int = NEW, **
 
 
 def prefill(session: specache.Session, model: Any, ids: Tensor) -> list[int]:
-    """Bring a session to hold `ids` -> how many tokens were there when it began, and after each chunk."""
+    """Prefill `ids` in a session and return the tokens cached at the start and after each chunk."""
     done: list[int] = []
     specache.prefill(model, ids, cache=session.cache, progress=lambda now, total: done.append(now))
     return done
 
 
 def state(session: specache.Session) -> str:
-    """A digest of all that the sequence holds: tokens, rows, codes, residual, key weights, windows."""
+    """Return a digest of everything that the sequence holds: tokens, rows, codes, residual, key
+    scales, windows.
+    """
     digest = hashlib.sha256()
     for name, tensor in everything(session).items():
         digest.update(name.encode() + tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -92,7 +94,7 @@ def state(session: specache.Session) -> str:
 
 
 def everything(session: specache.Session) -> dict[str, Tensor]:
-    """All that the sequence holds."""
+    """Return all that the sequence holds."""
     sequence = session._sequence
     held = {"tokens": torch.tensor(sequence.token_ids)}
     for index, layer in sequence.compressed.items():

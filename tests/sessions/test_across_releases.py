@@ -1,6 +1,7 @@
-"""A session that one release of transformers made goes on under another, and comes back.
+"""A session made under one release of transformers continues under another, and back.
 
-`make test-oldest` names the other environment's interpreter in `SPECACHE_OTHER_PYTHON`; without one there is nothing to cross.
+`make test-oldest` names the other environment's interpreter in `SPECACHE_OTHER_PYTHON`; without one
+there is nothing to test.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ MODELS = {
 
 
 def take_turn(root: Path, folder: Path, policy: str, turn: int) -> dict[str, Any]:
-    """Open the session, say something, save it -> what it holds then, and how many tokens it held before."""
+    """Continue the session by one turn, save it, and return its state and the tokens reused."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with opened(root, model, SpeCacheConfig(policy=policy, **SETTINGS), tokenizer=tokenizer) as session:
@@ -47,7 +48,7 @@ def take_turn(root: Path, folder: Path, policy: str, turn: int) -> dict[str, Any
 
 
 def there(*arguments: Any) -> dict[str, Any]:
-    """`take_turn` in the other environment."""
+    """Run `take_turn` in the other environment."""
     command = [str(OTHER), str(Path(__file__)), *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -58,7 +59,7 @@ def there(*arguments: Any) -> dict[str, Any]:
 @pytest.mark.skipif(OTHER is None, reason="no other environment (SPECACHE_OTHER_PYTHON)")
 @pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize("first", ["here", "there"])
-def test_a_session_goes_on_under_another_release_and_comes_back(tmp_path, family, first):
+def test_a_session_continues_under_another_transformers_release_and_back(tmp_path, family, first):
     make, policy = MODELS[family]
     model = make()
     model.generation_config.eos_token_id = None

@@ -33,7 +33,7 @@ def flip(path: Path, place: int) -> None:
 
 @pytest.mark.parametrize("pattern", ["*.rows", "tail-*", "pages-*", "session.json"])
 @pytest.mark.parametrize("damage", ["removed", "cut", "emptied", "a folder", "a link"])
-def test_a_damaged_file_is_named(root, model, pattern, damage):
+def test_opening_a_damaged_session_names_the_file(root, model, pattern, damage):
     path = one(root, pattern)
     if damage in ("cut", "emptied"):
         path.write_bytes(path.read_bytes()[:-5000] if damage == "cut" else b"")
@@ -55,7 +55,7 @@ def test_a_damaged_file_is_named(root, model, pattern, damage):
 
 
 @pytest.mark.parametrize("pattern", ["*.rows", "tail-*", "pages-*", "session.json"])
-def test_a_file_of_another_session_is_found(root, model, pattern):
+def test_a_file_from_another_session_is_refused(root, model, pattern):
     path = one(root, pattern)
     shutil.copy(one(root, pattern, "another"), path)
     named = "No such file" if pattern == "session.json" else path.name  # what the other manifest refers to is not here
@@ -63,8 +63,8 @@ def test_a_file_of_another_session_is_found(root, model, pattern):
         session._tier.read(0, 0, 256)
 
 
-def test_a_manifest_that_is_gone_is_not_a_new_session(root, model):
-    """Or all that is there would be removed as left behind."""
+def test_a_missing_manifest_is_an_error_and_not_a_new_session(root, model):
+    """Otherwise everything in the folder would be removed as garbage."""
     one(root, "session.json").unlink()
     before = sorted(path.name for path in (root / "one").iterdir())
     with nothing_left(root), pytest.raises(SessionError, match="specache session repair"):
@@ -73,14 +73,14 @@ def test_a_manifest_that_is_gone_is_not_a_new_session(root, model):
     assert "its copy is there" in str(sessions.stored(root)[1].problem)
 
 
-def test_damaged_copies_stop_nothing(root, model, saved_state):
+def test_a_session_opens_although_its_copies_are_damaged(root, model, saved_state):
     for pattern in ("session.json.copy", "tokens-*"):
         flip(one(root, pattern), -40)
     with opened(root, model) as session:
         assert state(session) == saved_state
 
 
-def test_a_flipped_bit_is_found_wherever_it_is(root, model):
+def test_a_flipped_bit_in_any_file_is_detected(root, model):
     for path in sorted((root / "one").iterdir()):
         if path.name in ("lock", "session.json.copy") or path.name.startswith("tokens-"):
             continue
@@ -104,7 +104,7 @@ def test_a_flipped_bit_is_found_wherever_it_is(root, model):
         assert len(session.token_ids) == 300
 
 
-def test_a_damaged_row_stops_an_answer(root, model):
+def test_a_damaged_row_raises_while_answering(root, model):
     for path in (root / "one").glob("*.rows"):
         for place in range(0, path.stat().st_size, 264):
             flip(path, place)
@@ -112,7 +112,7 @@ def test_a_damaged_row_stops_an_answer(root, model):
         answer(model, session.cache, torch.cat([prompt(300), prompt(50, 1)], dim=1))
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, monkeypatch):
+def test_a_damaged_checkpoint_is_reported_and_an_earlier_one_used(tmp_path, monkeypatch):
     checkpoints_every(monkeypatch, 140)
     hybrid = gemma()
     with opened(tmp_path, hybrid, settings()) as session:
@@ -133,7 +133,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, mon
         opened(tmp_path, hybrid)
 
 
-def test_without_an_intact_checkpoint_all_is_read_again(tmp_path, monkeypatch):
+def test_without_an_intact_checkpoint_the_prompt_is_prefilled_again(tmp_path, monkeypatch):
     checkpoints_every(monkeypatch, 140)
     hybrid = gemma()
     with opened(tmp_path, hybrid, settings()) as session:
@@ -153,7 +153,7 @@ def test_without_an_intact_checkpoint_all_is_read_again(tmp_path, monkeypatch):
 
 
 def test_a_prefill_that_fails_over_a_damaged_checkpoint_raises_its_own_error(tmp_path, monkeypatch):
-    """Going back looks for a checkpoint: the key weights are of more tokens than there were."""
+    """Undoing looks for a checkpoint, since the key scales are of more tokens than there were."""
     checkpoints_every(monkeypatch, 10)
     hybrid, ids = gemma(), prompt(300)
     with opened(tmp_path, hybrid, settings(), "fresh") as session:
@@ -284,7 +284,7 @@ def test_a_disk_that_fails_while_saving_leaves_the_last_state(root, model, monke
         assert state(session) == last
 
 
-def test_a_folder_that_cannot_be_written(tmp_path, model):
+def test_a_session_in_an_unwritable_folder_is_refused(tmp_path, model):
     (tmp_path / "file").write_text("")
     with pytest.raises(SessionError, match="cannot be made"):
         opened(tmp_path / "file" / "root", model)
@@ -293,8 +293,8 @@ def test_a_folder_that_cannot_be_written(tmp_path, model):
         opened(tmp_path, model)
 
 
-def test_a_folder_that_may_not_be_written(root, model, monkeypatch):
-    """As for a user who may not; the one who runs this may everything."""
+def test_a_session_without_write_permission_is_refused(root, model, monkeypatch):
+    """Permissions are simulated, since the tests may run as root."""
     real = os.open
 
     def refuse(path: Any, flags: int, *more: Any, **others: Any) -> int:
@@ -328,7 +328,7 @@ def test_another_model_is_refused_with_the_reason(root, model):
     opened(root, llama()).close()
 
 
-def test_where_a_model_was_loaded_from_does_not_matter(root, model, tmp_path):
+def test_a_session_opens_for_its_model_loaded_from_another_place(root, model, tmp_path):
     model.save_pretrained(tmp_path / "moved")
     from transformers import AutoModelForCausalLM
 

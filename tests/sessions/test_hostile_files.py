@@ -1,4 +1,4 @@
-"""Manifests and snapshots that were made to do harm: refused, or read as what they say."""
+"""Hostile manifests and snapshots are refused, or read as what they say."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.sessions.sequences import one, opened, state
 
 
 def edited(root: Path, edit: Callable[[Any], None], *, signed: bool = True) -> None:
-    """Change the manifest's body, as its writer would or as anybody could."""
+    """Change the manifest's body, with a valid digest if `signed`."""
     path = root / "one" / "session.json"
     document = json.loads(path.read_text())
     edit(document["body"])
@@ -149,7 +149,7 @@ def test_any_part_of_a_manifest_replaced_by_anything_is_refused_or_read(made, da
 @hypothesis_settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), which=st.sampled_from(["tail-*", "pages-*"]))
 def test_a_hostile_safetensors_header_is_refused(made, saved_state, tmp_path, model, data, which):
-    """Signed by its writer: digest and size in the manifest are those of the hostile file."""
+    """Digest and size in the manifest are those of the hostile file."""
     root = tmp_path / "hostile"
     shutil.rmtree(root, ignore_errors=True)
     shutil.copytree(made / "one", root / "one")
@@ -197,7 +197,7 @@ def test_a_hostile_safetensors_header_is_refused(made, saved_state, tmp_path, mo
         assert found == saved_state  # what was changed means the same
 
 
-def test_how_a_conversation_was_written_is_stored_and_checked(root, model, saved_state):
+def test_the_rendering_of_a_conversation_is_stored_and_validated(root, model, saved_state):
     path = root / "one" / "session.json"
     document = json.loads(path.read_text())
 
@@ -220,8 +220,8 @@ def test_how_a_conversation_was_written_is_stored_and_checked(root, model, saved
             opened(root, model)
 
 
-def test_messages_of_a_manifest(root, model, saved_state):
-    """The first manifests had none; those of others are two texts each."""
+def test_messages_of_a_manifest_are_validated(root, model, saved_state):
+    """The first manifests had none; others have two texts per message."""
     path = root / "one" / "session.json"
     document = json.loads(path.read_text())
 

@@ -1,4 +1,6 @@
-"""A session belongs to what its keys and values mean, not to how its model is labelled, wrapped or run."""
+"""A session belongs to what its keys and values mean, not to how its model is labelled, wrapped or
+run.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from tests.sessions.sequences import gemma, llama, opened, prefill, prompt, sett
 
 @pytest.fixture(scope="module")
 def of_a_hybrid(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with session `one` of Gemma 2, whose first layer slides."""
+    """Return a folder with session `one` of Gemma 2, whose first layer slides."""
     root = tmp_path_factory.mktemp("hybrid")
     model = gemma()
     with opened(root, model, settings()) as session:
@@ -32,7 +34,7 @@ CHANGES = {"a_field_of_the_next_release": False, "attention_dropout": 0.1, "eos_
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_fields_that_keys_do_not_depend_on_change_nothing(root, name):
+def test_a_session_opens_when_a_field_changed_that_keys_do_not_depend_on(root, name):
     later = llama()
     setattr(later.config, name, CHANGES[name])
     with opened(root, later) as session:
@@ -40,13 +42,13 @@ def test_fields_that_keys_do_not_depend_on_change_nothing(root, name):
 
 
 @pytest.mark.parametrize("change", [{"rms_norm_eps": 1e-3}, {"hidden_act": "gelu"}, {"rope_parameters": {"rope_theta": 5e5}}])
-def test_fields_that_they_depend_on_refuse(root, change):
+def test_a_session_is_refused_when_a_field_changed_that_keys_depend_on(root, change):
     with pytest.raises(specache.SessionError, match="another configuration"):
         opened(root, llama(**change))
 
 
-def test_the_stored_rows_decide_about_a_field_that_only_one_release_writes_down(tmp_path):
-    """GPT-OSS has had the limit of its activation as a number in its code, then as a field."""
+def test_stored_rows_decide_about_a_field_that_one_release_added(tmp_path):
+    """GPT-OSS had the limit of its activation as a number in its code, then as a field."""
     model = llama()
     with opened(tmp_path, model, settings()) as session:
         prefill(session, model, prompt(200))
@@ -68,7 +70,7 @@ def test_the_stored_rows_decide_about_a_field_that_only_one_release_writes_down(
         opened(tmp_path, later)
 
 
-def test_an_adapter_refuses_and_one_that_is_not_active_does_not(root):
+def test_a_session_is_refused_with_an_active_adapter_but_not_an_inactive_one(root):
     model = llama()
     layers = adapted(model, "a")
     with pytest.raises(specache.SessionError, match="made with no adapter, and this model runs with the adapter a"):
@@ -78,7 +80,7 @@ def test_an_adapter_refuses_and_one_that_is_not_active_does_not(root):
     opened(root, model).close()
 
 
-def test_adapters_of_one_name_are_told_apart_by_weights_and_scales(tmp_path):
+def test_adapters_of_the_same_name_differ_by_weights_and_scales(tmp_path):
     model = llama()
     layers = adapted(model, "a")
     with opened(tmp_path, model, settings()) as session:
@@ -95,7 +97,7 @@ def test_adapters_of_one_name_are_told_apart_by_weights_and_scales(tmp_path):
         opened(tmp_path, model)
 
 
-def test_a_model_that_changes_while_its_session_is_open_is_refused(root):
+def test_a_model_changed_while_its_session_is_open_is_refused(root):
     model = llama()
     with opened(root, model) as session:
         with torch.no_grad():
@@ -118,11 +120,12 @@ def test_an_empty_session_belongs_to_what_fills_it(tmp_path):
         opened(tmp_path, model)
 
 
-# Sessions of the first form: a digest of the whole configuration, and of 1,024 elements of each tensor of the state dict
+# Sessions of the first version: digests of the whole configuration, and of 1,024 elements per
+# tensor
 
 
 def first_form(root: Path, model: Any, name: str = "one") -> None:
-    """Write a session's manifest as the first release did."""
+    """Rewrite a session's manifest as the first version wrote it."""
     no_matter = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache", "return_dict"}
     no_matter |= {"output_attentions", "output_hidden_states", "_attn_implementation", "attn_implementation"}
     no_matter |= {"_attn_implementation_autoset"}
@@ -147,7 +150,7 @@ def first_form(root: Path, model: Any, name: str = "one") -> None:
     (root / name / "session.json").write_text(json.dumps(document))
 
 
-def test_the_first_form_opens_and_is_saved_in_the_present_one(root):
+def test_a_first_version_session_opens_and_is_saved_in_the_present_version(root):
     first_form(root, llama())
     with opened(root, torch.compile(llama(), backend="eager")) as session:
         assert session.saved_tokens == 300
@@ -157,13 +160,13 @@ def test_the_first_form_opens_and_is_saved_in_the_present_one(root):
     opened(root, llama()).close()
 
 
-def test_the_first_form_is_refused_for_other_weights(root):
+def test_a_first_version_session_is_refused_for_other_weights(root):
     first_form(root, llama())
     with pytest.raises(specache.SessionError, match="other weights"):
         opened(root, llama(seed=1))
 
 
-def test_the_first_form_opens_after_an_upgrade_that_adds_a_field(root):
+def test_a_first_version_session_opens_after_an_upgrade_that_adds_a_field(root):
     first_form(root, llama())
     later = llama()
     later.config.a_field_of_the_next_release = False
@@ -174,13 +177,13 @@ def test_the_first_form_opens_after_an_upgrade_that_adds_a_field(root):
 @pytest.mark.parametrize(
     "change", [{"rms_norm_eps": 1e-2}, {"hidden_act": "gelu"}, {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}]
 )
-def test_the_first_form_is_refused_where_its_rows_are_others(root, change):
+def test_a_first_version_session_is_refused_if_its_rows_differ(root, change):
     first_form(root, llama())
     with pytest.raises(specache.SessionError, match="another configuration"):
         opened(root, llama(**change))
 
 
-def test_the_first_form_of_a_hybrid_opens_after_an_upgrade_too(of_a_hybrid):
+def test_a_first_version_session_of_a_hybrid_model_opens_after_an_upgrade(of_a_hybrid):
     first_form(of_a_hybrid, gemma())
     later = gemma()
     later.config.a_field_of_the_next_release = False

@@ -21,7 +21,7 @@ TEXT = prompt(LONGEST)
 
 
 def grow(root: Path, model: Any) -> None:
-    """Go on with the session for ever: read some more, save; now and then cut it back."""
+    """Continue the session forever: prefill, save, and sometimes cut it back."""
     with opened(root, model, settings()) as session:
         while True:
             if len(session.token_ids) == LONGEST:
@@ -31,7 +31,7 @@ def grow(root: Path, model: Any) -> None:
 
 
 def killed(root: Path, model: Any, delay: float) -> None:
-    """`grow` in a process of its own, which is killed after `delay` seconds of it."""
+    """Run `grow` in a process that is killed after `delay` seconds."""
     ready, tell = os.pipe()
     child = os.fork()
     if child == 0:
@@ -75,7 +75,7 @@ def test_a_kill_leaves_a_complete_state(tmp_path, monkeypatch, family):
 
 
 def reference(root: Path, model: Any, length: int) -> str:
-    """The state of a session that reached `length` without being killed."""
+    """Return the state of a session that reached `length` without being killed."""
     with opened(root, model, settings(), f"to{length}") as session:
         for stop in range(STEP, length + 1, STEP):
             prefill(session, model, TEXT[:, :stop])

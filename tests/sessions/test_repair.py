@@ -1,4 +1,6 @@
-"""A damaged session is mended, and then goes on as one that never was; what cannot be mended is left as it is."""
+"""A damaged session is mended, and then goes on as one that never was; what cannot be mended is
+left as it is.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ TOKENS = 399
 
 
 class Saved:
-    """A session of two turns, and what it says next."""
+    """A session of two turns, and its next answer."""
 
     def __init__(self, root: Path, family: str) -> None:
         self.root = root
@@ -58,7 +60,7 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def contents(root: Path) -> dict[str, bytes]:
-    """All files of the session but the lock."""
+    """Return all files of the session but the lock."""
     return {path.name: path.read_bytes() for path in sorted((root / "one").iterdir()) if path.name != "lock"}
 
 
@@ -69,13 +71,13 @@ def flip(path: Path, bit: int) -> None:
 
 
 def row_place(saved: Saved, token: int) -> int:
-    """A bit of a token's row in a file of rows."""
+    """Return a bit of a token's row in a file of rows."""
     layout = next(iter(repairing.inspect(saved.root / "one", "one").manifest.full_layers.values())).rows
     return 8 * (token // BLOCK_TOKENS * layout.block_bytes + token % BLOCK_TOKENS * layout.stride + 5)
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_flipped_bit_anywhere_is_mended(saved, tmp_path, seed):
+def test_a_flipped_bit_in_any_file_is_repaired(saved, tmp_path, seed):
     root, chance = saved.copy(tmp_path), random.Random(seed)
     files = [path for path in sorted((root / "one").iterdir()) if path.name != "lock"]
     weights = [path.stat().st_size for path in files] if seed % 2 else None  # as a disk would choose, or each file as often
@@ -90,7 +92,7 @@ def test_a_flipped_bit_anywhere_is_mended(saved, tmp_path, seed):
 
 @pytest.mark.parametrize("pattern", ["tail-*", "pages-*", "tokens-*", "session.json", "session.json.copy", "*.rows", "windows-*"])
 @pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
-def test_every_kind_of_file_is_mended(saved, tmp_path, pattern, damage):
+def test_damage_in_every_kind_of_file_is_repaired(saved, tmp_path, pattern, damage):
     root = saved.copy(tmp_path)
     if pattern == "windows-*" and not list((root / "one").glob(pattern)):
         pytest.skip("only hybrids have windows")
@@ -107,7 +109,7 @@ def test_every_kind_of_file_is_mended(saved, tmp_path, pattern, damage):
     saved.check(root)
 
 
-def test_only_the_block_of_a_damaged_row_is_read_again(tmp_path):
+def test_only_the_block_of_a_damaged_row_is_recomputed(tmp_path):
     saved = Saved(tmp_path / "made" / "sessions", "dense")
     root = saved.copy(tmp_path)
     flip(one(root, "*-L001.rows"), row_place(saved, 70))
@@ -125,7 +127,7 @@ def test_only_the_block_of_a_damaged_row_is_read_again(tmp_path):
                 assert torch.equal(mine[:, :64], other[:, :64]) and torch.equal(mine[:, 128:], other[:, 128:])
 
 
-def test_low_bit_codes_made_again_are_those_that_were_there(saved, tmp_path):
+def test_recomputed_low_bit_codes_equal_the_original_ones(saved, tmp_path):
     root = saved.copy(tmp_path)
     with opened(saved.copy(tmp_path / "whole"), saved.model) as session:
         before = state(session)
@@ -135,7 +137,7 @@ def test_low_bit_codes_made_again_are_those_that_were_there(saved, tmp_path):
         assert state(session) == before
 
 
-def test_damage_in_several_places_is_mended_at_once(saved, tmp_path):
+def test_damage_in_several_places_is_repaired_at_once(saved, tmp_path):
     root = saved.copy(tmp_path)
     for token, pattern in ((3, "*-L001.rows"), (300, "*-L001.rows"), (200, "*-L00[023].rows")):
         flip(one(root, pattern), row_place(saved, token))
@@ -147,8 +149,8 @@ def test_damage_in_several_places_is_mended_at_once(saved, tmp_path):
 
 
 @pytest.mark.parametrize("pattern", ["tail-*", "pages-*", "*-L001.rows"])
-def test_a_mended_session_knows_its_last_token_and_what_was_a_prompt(saved, tmp_path, pattern):
-    """Only what is new may be passed to it, with a mask that covers the token that was generated last."""
+def test_a_repaired_session_keeps_its_pending_token_and_prompt_length(saved, tmp_path, pattern):
+    """Only new tokens may be passed to it, with a mask that covers the token generated last."""
     root = saved.copy(tmp_path)
     flip(one(root, pattern), 8 * 700)
     assert sessions.repair("one", saved.model, folder=root).mended
@@ -173,7 +175,7 @@ def test_padding_tokens_in_front_are_text_where_they_were_stored_as_text(tmp_pat
         assert session.token_ids == ids[0].tolist()
 
 
-def test_a_repair_that_comes_too_late_leaves_what_somebody_else_writes(saved, tmp_path, monkeypatch):
+def test_a_repair_leaves_a_session_alone_that_changed_meanwhile(saved, tmp_path, monkeypatch):
     root = saved.copy(tmp_path)
     flip(one(root, "*.rows"), row_place(saved, 20))
     theirs = root / "one" / "windows-0123456789abcdef.safetensors"
@@ -194,7 +196,7 @@ def test_a_repair_that_comes_too_late_leaves_what_somebody_else_writes(saved, tm
     assert theirs.exists()
 
 
-def test_a_short_session_is_mended_too(tmp_path):
+def test_a_session_shorter_than_a_block_is_repaired(tmp_path):
     model = llama()
     for length in (5, 40, 70):
         root = tmp_path / str(length)
@@ -209,7 +211,7 @@ def test_a_short_session_is_mended_too(tmp_path):
 
 
 @pytest.mark.parametrize("patterns", [("tail-*", "tokens-*"), ("session.json", "session.json.copy")])
-def test_what_cannot_be_mended_is_said_and_left_as_it_is(saved, tmp_path, patterns):
+def test_irreparable_damage_is_reported_and_nothing_changes(saved, tmp_path, patterns):
     root = saved.copy(tmp_path)
     for pattern in patterns:
         flip(one(root, pattern), 1600)
@@ -220,7 +222,7 @@ def test_what_cannot_be_mended_is_said_and_left_as_it_is(saved, tmp_path, patter
     assert contents(root) == before
 
 
-def test_without_a_model_nothing_is_read_again(saved, tmp_path):
+def test_a_repair_without_a_model_recomputes_nothing(saved, tmp_path):
     root = saved.copy(tmp_path)
     flip(one(root, "tail-*"), 1600)
     before = contents(root)
@@ -234,7 +236,7 @@ def test_without_a_model_nothing_is_read_again(saved, tmp_path):
         opened(root, saved.model)
 
 
-def test_looking_changes_nothing(saved, tmp_path):
+def test_checking_a_session_changes_nothing(saved, tmp_path):
     root = saved.copy(tmp_path)
     assert repairing.check("one", folder=root).damages == ()
     flip(one(root, "*.rows"), 3)
@@ -268,7 +270,7 @@ def test_a_repair_that_stops_in_the_middle_changes_nothing(saved, tmp_path, monk
     saved.check(root)
 
 
-def test_forks_of_a_damaged_session_are_mended_each_for_itself(saved, tmp_path):
+def test_forks_of_a_damaged_session_are_repaired_independently(saved, tmp_path):
     root = saved.copy(tmp_path)
     sessions.fork("one", "two", root)
     path = one(root, "*-L001.rows")
@@ -286,7 +288,7 @@ def test_forks_of_a_damaged_session_are_mended_each_for_itself(saved, tmp_path):
 
 
 def old(root: Path) -> None:
-    """Have a session look as the first version wrote it: no copy of the tokens or of the manifest."""
+    """Rewrite a session as the first version wrote it: no copy of the tokens or of the manifest."""
     from specache.sessions.files import new_digest
 
     path = root / "one" / "session.json"
@@ -301,7 +303,7 @@ def old(root: Path) -> None:
     (root / "one" / "session.json.copy").unlink()
 
 
-def test_a_session_of_the_first_version_goes_on_and_gets_its_copies(saved, tmp_path):
+def test_a_first_version_session_continues_and_gets_its_copies(saved, tmp_path):
     root = saved.copy(tmp_path)
     old(root)
     assert repairing.check("one", folder=root).damages == ()
@@ -311,7 +313,7 @@ def test_a_session_of_the_first_version_goes_on_and_gets_its_copies(saved, tmp_p
     assert one(root, "tokens-*") and one(root, "session.json.copy")
 
 
-def test_rows_of_the_first_version_are_mended_and_its_tokens_cannot_be(saved, tmp_path):
+def test_rows_of_a_first_version_session_are_repaired_but_not_its_tokens(saved, tmp_path):
     root = saved.copy(tmp_path)
     old(root)
     flip(one(root, "*.rows"), row_place(saved, 20))

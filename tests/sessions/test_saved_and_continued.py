@@ -1,4 +1,4 @@
-"""A session that is saved, closed and opened again is the sequence that never stopped."""
+"""A session that is saved, closed and reopened equals a sequence that never stopped."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def files(root: Path, pattern: str = "*", name: str = "one") -> list[str]:
 
 
 def conversation(model: Any, cache: Any, turns: int, ids: torch.Tensor, between: Any = lambda cache: cache) -> list[Any]:
-    """Turns of 40 new tokens and an answer each; `between` may replace the cache."""
+    """Run turns of 40 new tokens and an answer each; `between` may replace the cache."""
     said = []
     for turn in range(turns):
         ids, logits = answer(model, cache, ids)
@@ -76,26 +76,26 @@ def compare(model: Any, root: Path, config: specache.SpeCacheConfig, length: int
 
 @pytest.mark.parametrize("code", ["rotated", "kivi"])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_conversation_through_restarts_is_one_that_never_stopped(tmp_path, model, policy, code):
+def test_a_conversation_with_restarts_equals_one_without(tmp_path, model, policy, code):
     compare(model, tmp_path, settings(policy=policy, code=code), 150, 3)
 
 
 @pytest.mark.parametrize("length", [3, 20, 33, 64, 129])
-def test_short_ones_too(tmp_path, model, length):
+def test_a_short_conversation_with_restarts_equals_one_without(tmp_path, model, length):
     compare(model, tmp_path, settings(policy="verified"), length, 3)
 
 
 @pytest.mark.parametrize("policy", ["verified", "on-demand"])
-def test_hybrids_too(tmp_path, hybrid, policy):
+def test_a_hybrid_models_conversation_with_restarts_equals_one_without(tmp_path, hybrid, policy):
     compare(hybrid, tmp_path, settings(policy=policy), 150, 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_other_number_formats_too(tmp_path, dtype):
+def test_other_dtypes_with_restarts_equal_those_without(tmp_path, dtype):
     compare(llama().to(dtype), tmp_path, settings(policy="verified", group_size=64, residual=64), 200, 2)
 
 
-def test_loading_gives_back_every_byte(tmp_path, hybrid):
+def test_opening_a_session_restores_every_byte(tmp_path, hybrid):
     with opened(tmp_path, hybrid, settings()) as session:
         answer(hybrid, session.cache, prompt(170))
         session.save()
@@ -131,7 +131,7 @@ def test_a_save_writes_only_what_is_new(tmp_path, model):
     assert new.st_size < (tmp_path / "one" / first).stat().st_size / 5
 
 
-def test_an_opened_session_goes_on_in_its_row_files(tmp_path, model):
+def test_a_reopened_session_appends_to_its_row_files(tmp_path, model):
     length = 100
     for turn in range(4):
         with opened(tmp_path, model, settings()) as session:
@@ -175,7 +175,7 @@ def test_a_cut_session_is_a_fresh_prefill_of_what_is_left(tmp_path, model, code)
         assert state(session) == fresh
 
 
-def test_what_follows_a_cut_in_the_middle_of_everything(tmp_path, model):
+def test_a_session_continues_after_cuts_at_any_length(tmp_path, model):
     config = settings(top_k=EVERYTHING, policy="on-demand")
     with opened(tmp_path, model, config) as session:
         answer(model, session.cache, prompt(333))
@@ -247,7 +247,7 @@ def test_a_checkpoint_of_tokens_that_were_replaced_is_forgotten(tmp_path, hybrid
 # What a session is beside its state
 
 
-def test_what_was_not_saved_is_lost_and_harms_nothing(tmp_path, model):
+def test_unsaved_tokens_are_lost_and_the_saved_state_is_intact(tmp_path, model):
     with opened(tmp_path, model, settings()) as session:
         prefill(session, model, prompt(200))
         session.save()
@@ -261,13 +261,13 @@ def test_what_was_not_saved_is_lost_and_harms_nothing(tmp_path, model):
         assert state(session) == saved
 
 
-def test_a_session_that_was_never_saved_leaves_nothing(tmp_path, model):
+def test_a_session_that_was_never_saved_leaves_no_folder(tmp_path, model):
     with opened(tmp_path, model, settings()) as session:
         prefill(session, model, prompt(200))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_is_left_open(tmp_path, model):
+def test_closing_a_session_leaves_no_threads_or_descriptors(tmp_path, model):
     with opened(tmp_path, model, settings(policy="verified")) as session:
         answer(model, session.cache, prompt(200))
         session.save()
@@ -286,7 +286,7 @@ def test_nothing_is_left_open(tmp_path, model):
             pass
 
 
-def test_files_are_the_users_alone(tmp_path, hybrid, monkeypatch):
+def test_files_are_private_to_the_user(tmp_path, hybrid, monkeypatch):
     checkpoints_every(monkeypatch, 100)
     with opened(tmp_path / "made", hybrid, settings()) as session:
         prefill(session, hybrid, prompt(300))
@@ -320,7 +320,7 @@ def test_a_closed_session_says_so(tmp_path, model):
             use()
 
 
-def test_settings_are_kept_and_those_of_a_step_may_change(tmp_path, model):
+def test_settings_are_kept_but_those_of_a_step_may_change(tmp_path, model):
     with opened(tmp_path, model, settings(bits=1, top_k=5, policy="speculative")) as session:
         prefill(session, model, prompt(100))
         session.save()
@@ -340,8 +340,8 @@ def test_safetensors_reads_the_snapshots(tmp_path, hybrid):
     assert load_file(tail)["token_ids"].tolist() == prompt(200)[0].tolist()
 
 
-def test_a_fork_of_the_cache_outlives_what_was_not_saved(tmp_path, model):
-    """It shares blocks that the session's next user would write over, were they not in use."""
+def test_a_fork_of_the_cache_keeps_unsaved_blocks_intact(tmp_path, model):
+    """It shares blocks that the session's next user would overwrite if they were not in use."""
     with opened(tmp_path, model, settings()) as session:
         prefill(session, model, prompt(200))
         session.save()
@@ -357,7 +357,7 @@ def test_a_fork_of_the_cache_outlives_what_was_not_saved(tmp_path, model):
     other.close()
 
 
-def test_also_where_the_next_user_is_another_process(tmp_path, model):
+def test_a_fork_of_the_cache_keeps_its_blocks_if_another_process_opens_the_session(tmp_path, model):
     with opened(tmp_path, model, settings()) as session:
         prefill(session, model, prompt(200))
         session.save()
@@ -381,7 +381,7 @@ def test_also_where_the_next_user_is_another_process(tmp_path, model):
 
 
 @pytest.mark.parametrize("family", ["dense", "hybrid"])
-def test_tokens_that_replace_saved_ones_are_what_is_saved(tmp_path, model, hybrid, family):
+def test_tokens_that_replace_saved_ones_are_saved(tmp_path, model, hybrid, family):
     chosen = model if family == "dense" else hybrid
     other = torch.cat([prompt(300)[:, :210], prompt(200, seed=8)], dim=1)
     with opened(tmp_path, chosen, settings()) as session:

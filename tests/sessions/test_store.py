@@ -42,7 +42,7 @@ BAD_NAMES = [
 
 @pytest.fixture
 def saved(tmp_path: Path, model: Any) -> str:
-    """Session `one` of 300 tokens in `tmp_path` -> its state."""
+    """Create session `one` of 300 tokens in `tmp_path` and return its state."""
     return make(tmp_path, model)
 
 
@@ -89,7 +89,7 @@ def test_forks_share_files_until_they_differ(tmp_path, model, saved, while_open)
 
 
 @pytest.mark.parametrize("removed", ["one", "two"])
-def test_removing_one_leaves_its_fork_whole(tmp_path, model, saved, removed):
+def test_removing_a_session_leaves_its_fork_intact(tmp_path, model, saved, removed):
     sessions.fork("one", "two", tmp_path)
     sessions.remove(removed, tmp_path)
     (left,) = {"one", "two"} - {removed}
@@ -102,7 +102,10 @@ def test_removing_one_leaves_its_fork_whole(tmp_path, model, saved, removed):
 
 
 def chain_of_forks(root: Path, model: Any, count: int) -> torch.Tensor:
-    """Sessions `one` to `fork<count>`, each a fork of the one before and a block longer -> the last one's tokens."""
+    """Create sessions `one` to `fork<count>`, each a fork of the previous one and a block longer.
+
+    Return the last tokens.
+    """
     ids, name = prompt(300), "one"
     for i in range(1, count + 1):
         sessions.fork(name, f"fork{i}", root)
@@ -115,7 +118,9 @@ def chain_of_forks(root: Path, model: Any, count: int) -> torch.Tensor:
 
 
 def test_a_long_chain_of_forks_has_few_files(tmp_path, model, saved):
-    """All of them are open as long as a session is: one per fork and layer would exceed the system's limit."""
+    """All of them are open as long as a session is: one per fork and layer would exceed the limit
+    of open files.
+    """
     ids = chain_of_forks(tmp_path, model, 20)
     with opened(tmp_path, model, settings(), "steady") as session:
         for length in range(300, ids.shape[1] + 1, 70):
@@ -130,7 +135,7 @@ def test_a_long_chain_of_forks_has_few_files(tmp_path, model, saved):
     assert state_of(tmp_path, model, "one") == saved
 
 
-def test_files_that_cannot_be_merged_are_saved_all_the_same(tmp_path, model, saved, monkeypatch):
+def test_a_session_is_saved_even_if_its_files_cannot_be_merged(tmp_path, model, saved, monkeypatch):
     ids = chain_of_forks(tmp_path, model, MOST_SEGMENTS - 1)
     sessions.fork(f"fork{MOST_SEGMENTS - 1}", "last", tmp_path)
     ids = torch.cat([ids, prompt(70, seed=99)], dim=1)
@@ -164,7 +169,7 @@ def test_without_links_a_fork_is_a_copy(tmp_path, model, saved, monkeypatch):
     assert state_of(tmp_path, model, "two") == saved
 
 
-def test_a_fork_takes_no_name_that_is_there(tmp_path, model, saved):
+def test_a_fork_refuses_an_existing_name(tmp_path, model, saved):
     make(tmp_path, model, "two", seed=1)
     before = state_of(tmp_path, model, "two")
     with pytest.raises(SessionError, match=r"'two' .* already"):
@@ -172,7 +177,7 @@ def test_a_fork_takes_no_name_that_is_there(tmp_path, model, saved):
     assert state_of(tmp_path, model, "two") == before
 
 
-def test_what_a_killed_fork_left_is_removed(tmp_path, model, saved):
+def test_leftovers_of_a_killed_fork_are_removed(tmp_path, model, saved):
     left = tmp_path / ".specache-unfinished-0123456789abcdef"
     left.mkdir()
     (left / "half").write_bytes(b"x")
@@ -180,10 +185,10 @@ def test_what_a_killed_fork_left_is_removed(tmp_path, model, saved):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
 
 
-# Looking
+# Listing
 
 
-def test_listing_and_showing(tmp_path, model, saved):
+def test_list_and_show_describe_saved_sessions(tmp_path, model, saved):
     make(tmp_path, model, "two", seed=1)
     (tmp_path / "two" / "session.json").write_text("{}")
     (tmp_path / "no session").mkdir()
@@ -197,7 +202,7 @@ def test_listing_and_showing(tmp_path, model, saved):
     json.dumps([good.to_dict(), bad.to_dict()])
 
 
-def test_there_are_no_sessions_in_a_folder_that_is_not_there(tmp_path):
+def test_a_missing_folder_has_no_sessions(tmp_path):
     assert sessions.stored(tmp_path / "none") == []
     with pytest.raises(SessionError, match="no session 'one'"):
         sessions.show("one", tmp_path / "none")
@@ -207,7 +212,7 @@ def test_there_are_no_sessions_in_a_folder_that_is_not_there(tmp_path):
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)
-def test_names_that_are_refused(tmp_path, model, saved, name):
+def test_an_invalid_session_name_is_refused(tmp_path, model, saved, name):
     everything = sorted(tmp_path.parent.rglob("*"))
     uses: list[Callable[[], Any]] = [
         lambda: opened(tmp_path, model, name=name),
@@ -225,7 +230,7 @@ def test_names_that_are_refused(tmp_path, model, saved, name):
 
 
 @pytest.mark.parametrize("name", ["a", "A-1_b.c", "x" * 100, "-", "0"])
-def test_names_that_are_allowed(tmp_path, model, name):
+def test_a_valid_session_name_is_accepted(tmp_path, model, name):
     make(tmp_path, model, name)
     assert sessions.show(name, tmp_path).tokens == 300
 
@@ -276,7 +281,7 @@ def test_the_second_user_is_refused_until_the_first_is_killed(tmp_path, model, s
     os.close(tell)
 
 
-def test_one_process_cannot_open_it_twice_either(tmp_path, model, saved):
+def test_one_process_cannot_open_a_session_twice(tmp_path, model, saved):
     with opened(tmp_path, model), pytest.raises(SessionError, match=f"process {os.getpid()}"):
         opened(tmp_path, model)
     opened(tmp_path, model).close()
@@ -285,7 +290,7 @@ def test_one_process_cannot_open_it_twice_either(tmp_path, model, saved):
 # Export and import
 
 
-def test_what_is_imported_is_what_was_exported(tmp_path, monkeypatch):
+def test_an_imported_session_equals_the_exported_one(tmp_path, monkeypatch):
     checkpoints_every(monkeypatch, 100)
     model = gemma()
     saved = make(tmp_path / "here", model)
@@ -312,7 +317,7 @@ Edit = Callable[[list[tuple[tarfile.TarInfo, bytes]]], None]
 
 
 def rewritten(source: Path, target: Path, edit: Edit) -> None:
-    """A tar archive with its members changed."""
+    """Write a tar archive with its members changed."""
     with tarfile.open(source) as archive:
         members = [(member, archive.extractfile(member).read()) for member in archive]  # type: ignore[union-attr]
     edit(members)
@@ -392,7 +397,7 @@ def test_an_archive_that_was_tampered_with_is_refused(tmp_path, saved, edit):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_an_archive_that_was_cut_or_is_none_is_refused(tmp_path, saved):
+def test_a_truncated_archive_or_another_file_is_refused(tmp_path, saved):
     good, bad = tmp_path / "good.tar", tmp_path / "bad.tar"
     sessions.export_session("one", good, tmp_path)
     data = good.read_bytes()
@@ -408,7 +413,7 @@ def test_an_archive_that_was_cut_or_is_none_is_refused(tmp_path, saved):
 # Folders that are something else
 
 
-def test_a_folder_with_anything_else_in_it_is_left_alone(tmp_path, model, saved):
+def test_a_folder_with_foreign_files_is_left_alone(tmp_path, model, saved):
     documents = tmp_path / "documents"
     documents.mkdir()
     (documents / "letter.txt").write_text("dear")

@@ -1,4 +1,4 @@
-"""Of an answer in several channels the final message is the text, and its reasoning is kept apart."""
+"""The final message of an answer in channels is its text, and its reasoning is kept apart."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FINAL = "<|start|>assistant<|channel|>final<|message|>yes<|return|>"
 
 
 def record(tokenizer: Any, answer: str, prompt: str) -> tuple[AnswerRecorder, list[str]]:
-    """The recorder after an answer, and each piece of text as it was shown."""
+    """Return the recorder after an answer, and each piece of text in order."""
     shown: list[str] = []
     parser = channel_parser(tokenizer, tokenizer(prompt)["input_ids"])
     end_ids = [tokenizer.eos_token_id]
@@ -77,7 +77,7 @@ def test_no_marker_and_no_reasoning_is_ever_shown() -> None:
     assert shown == ["y", "e", "s"]
 
 
-def test_an_answer_is_over_when_its_final_message_is() -> None:
+def test_an_answer_ends_with_its_final_message() -> None:
     """Some fine-tunes end it with <|end|>, which ends the reasoning too."""
     recorder, _ = record(
         GPT_OSS, REASONING + FINAL.replace("<|return|>", "<|end|>") + "<|start|>user<|message|>more", "<|start|>assistant"
@@ -97,7 +97,7 @@ def test_an_answer_is_over_when_its_final_message_is() -> None:
         ("hi", "so[THINK]hm[/THINK]yes", "so\nyes", "hm"),
     ],
 )
-def test_reasoning_between_special_tokens_is_no_text(prompt: str, answer: str, text: str, reasoning: str) -> None:
+def test_reasoning_between_special_tokens_is_not_part_of_the_text(prompt: str, answer: str, text: str, reasoning: str) -> None:
     recorder, _ = record(MAGISTRAL, answer, prompt)
     assert (recorder.texts, recorder.reasonings) == ([text], [reasoning])
 
@@ -110,7 +110,7 @@ def test_think_tags_that_are_ordinary_text_stay() -> None:
     assert (recorder.texts, recorder.reasonings) == (["<think>hm</think>yes"], [None])
 
 
-def test_the_final_message_is_what_the_conversation_goes_on_with() -> None:
+def test_the_conversation_continues_with_the_final_message_only() -> None:
     template = ChatTemplate(GPT_OSS)
     messages = [*template.ask("hi"), {"role": "assistant", "content": said(REASONING + FINAL)[0]}, *template.ask("more")]
     assert "<|channel|>final<|message|>yes<|end|><|start|>user" in GPT_OSS.decode(template.encode(messages))

@@ -1,4 +1,4 @@
-"""An answer ends where the model's own chat template ends a message, whatever its other files name."""
+"""An answer ends where the model's chat template ends a message, whatever its other files say."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_the_token_after_an_answer_in_the_template_ends_it(named: Any) -> None:
     assert ends(tokenizer, named) == [*expected, "<|endoftext|>", "<|im_end|>"]
 
 
-def test_a_text_as_it_is_ends_at_the_tokenizers_end_token() -> None:
+def test_raw_text_ends_at_the_tokenizers_end_token() -> None:
     assert ends(byte_level(CHATML, (*CHATML_MARKERS, "</s>"), "</s>"), 0, chat=False) == ["<pad>", "</s>"]
 
 
@@ -40,7 +40,7 @@ def test_a_text_as_it_is_ends_at_the_tokenizers_end_token() -> None:
         ("{% if messages[1] %}{{ raise_exception('one message only') }}{% endif %}", []),
     ],
 )
-def test_templates_of_other_models(template: str, expected: list[str]) -> None:
+def test_end_tokens_of_known_models_templates_are_found(template: str, expected: list[str]) -> None:
     markers = ("<pad>", "<start_of_turn>", "<end_of_turn>", "<|user|>", "<|assistant|>")
     assert ends(byte_level(template, markers, None, written=("<turn>",))) == expected
 

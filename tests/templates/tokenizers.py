@@ -23,7 +23,9 @@ HARMONY = (
 
 
 def byte_level(template: str, markers: tuple[str, ...], eos: str | None, written: tuple[str, ...] = ()) -> Any:
-    """One token per byte of UTF-8, special tokens `markers` and other added tokens `written`."""
+    """Return a tokenizer with one token per byte of UTF-8, special tokens `markers` and other added
+    tokens `written`.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate([*markers, *alphabet])}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -34,7 +36,9 @@ def byte_level(template: str, markers: tuple[str, ...], eos: str | None, written
 
 
 def metaspace(template: str, markers: tuple[str, ...], eos: str, scheme: str, rstrip: bool = False) -> Any:
-    """As SentencePiece does it: spaces are letters, one stands in front, and letters merge into words."""
+    """Return a tokenizer like SentencePiece's: spaces are characters, one stands in front, and
+    characters merge into words.
+    """
     letters = [*"▁abcdefghijklmnopqrstuvwxyz<>|_/\n0123456789"]
     merges = [("o", "b"), ("ob", "e"), ("obe", "y"), ("▁", "m"), ("▁m", "e"), ("e", "n"), ("en", "d"), ("h", "i"), ("▁", "hi")]
     words = ["".join(pair) for pair in merges]
@@ -47,7 +51,9 @@ def metaspace(template: str, markers: tuple[str, ...], eos: str, scheme: str, rs
 
 
 def whole_words(template: str, markers: tuple[str, ...], eos: str, words: list[str]) -> Any:
-    """A token per word of the vocabulary, which has the markers too: nothing can spell them as text."""
+    """Return a tokenizer with one token per word, markers included, so that markers cannot be
+    spelled as text.
+    """
     vocabulary = {word: index for index, word in enumerate([*markers, "<unk>", *words])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

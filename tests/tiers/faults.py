@@ -22,7 +22,7 @@ def failing(code: int) -> Callable[..., int]:
 
 
 class Steps:
-    """A cache after its prompt, and its decode steps one by one."""
+    """A cache after its prompt, decoded step by step."""
 
     def __init__(self, model: Any, config: specache.SpeCacheConfig, length: int) -> None:
         self.cache = specache.SpeCache(model, config)
@@ -34,7 +34,7 @@ class Steps:
                 self.decoder.pre_decode(self.cache.sequences, [5])
 
     def step(self, number: int) -> torch.Tensor:
-        """Logits [V] of the real row."""
+        """Return the logits [V] of the real row."""
         draft = [7 + number % 50] if self.cache.config.policy.drafts else None
         with torch.no_grad(), attached(self.model):
             return self.decoder.step(self.cache.sequences, [5 + number % 60], draft).real[0]

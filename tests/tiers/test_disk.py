@@ -1,4 +1,6 @@
-"""The disk tier holds what the RAM tier holds, whatever is written, cut, forked, saved and opened again."""
+"""The disk tier holds the same rows as the RAM tier, whatever is written, cut, forked, saved and
+reopened.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def agree(disk: DiskTier, ram: RamTier, heads: int, length: int, seed: int) -> None:
-    """All rows by `read`, a range of them, and a sample with repetitions by `gather`."""
+    """Compare all rows by `read`, a range of them, and a sample with repetitions by `gather`."""
     if length == 0:
         return
     generator = torch.Generator().manual_seed(seed)
@@ -55,10 +57,10 @@ STEPS = st.lists(
 
 @hypothesis_settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(dim=st.sampled_from([32, 64, 80, 128, 256]), heads=st.integers(1, 4), dtype=st.sampled_from(DTYPES), steps=STEPS)
-def test_disk_and_ram_hold_the_same(tmp_path, dim, heads, dtype, steps):
+def test_disk_and_ram_tiers_hold_the_same_rows(tmp_path, dim, heads, dtype, steps):
     here, ram = DiskTier(tmp_path, temporary=False), RamTier(in_place=False)
     length = 0
-    left: list[tuple[DiskTier, RamTier, int]] = []  # what was forked from, which later steps must not change
+    left: list[tuple[DiskTier, RamTier, int]] = []  # fork parents, which later steps must not change
     for number, (step, count, share) in enumerate(steps):
         if step in ("append", "one"):
             rows = random_rows(heads, 1 if step == "one" else count, dim, dtype, seed=number)
@@ -81,11 +83,11 @@ def test_disk_and_ram_hold_the_same(tmp_path, dim, heads, dtype, steps):
         one.close()
 
 
-def test_a_file_is_only_appended_to_and_a_saved_state_stays_true(tmp_path):
+def test_files_are_append_only_and_a_saved_state_stays_valid(tmp_path):
     tier = DiskTier(tmp_path, temporary=False)
     keys, values = fill(tier, 200)
     saved, before = (tier.extents(), tier.tails()), row_file(tier).read_bytes()
-    tier.write(0, 70, *random_rows(2, 130, 32, torch.bfloat16, seed=9))  # other tokens from the middle of a block on
+    tier.write(0, 70, *random_rows(2, 130, 32, torch.bfloat16, seed=9))  # other tokens, from the middle of a block on
     assert row_file(tier).read_bytes()[: len(before)] == before
     earlier = DiskTier.open(tmp_path, *saved)
     assert torch.equal(everything(earlier, 0, 2, 200), torch.cat([keys, values], dim=-1))
@@ -93,7 +95,7 @@ def test_a_file_is_only_appended_to_and_a_saved_state_stays_true(tmp_path):
     earlier.close()
 
 
-def test_cutting_inside_memory_reads_nothing(tmp_path, monkeypatch):
+def test_truncating_within_the_tail_reads_nothing_from_disk(tmp_path, monkeypatch):
     tier = DiskTier(tmp_path)
     fill(tier, 100)
     monkeypatch.setattr(row_reads, "read", None)
@@ -102,7 +104,7 @@ def test_cutting_inside_memory_reads_nothing(tmp_path, monkeypatch):
     tier.close()
 
 
-def test_both_sides_of_a_fork_write_into_files_of_their_own(tmp_path):
+def test_a_tier_and_its_fork_write_to_different_files(tmp_path):
     tier = DiskTier(tmp_path, temporary=False)
     fill(tier, 130)
     shared = tier.extents()[0][0].segment
@@ -116,7 +118,7 @@ def test_both_sides_of_a_fork_write_into_files_of_their_own(tmp_path):
     tier.close()
     assert torch.equal(everything(other, 0, 2, 200)[:, 130:], torch.cat(random_rows(2, 70, 32, torch.bfloat16, 2), dim=-1))
     other.close()
-    assert len(list(tmp_path.glob("*.rows"))) == 2  # a session's stay, the temporary fork's is gone
+    assert len(list(tmp_path.glob("*.rows"))) == 2  # the session's files stay, the temporary fork's are removed
 
 
 def test_a_layers_last_rows_stay_in_memory_and_are_counted(tmp_path):
@@ -137,7 +139,7 @@ def test_reading_a_long_range_takes_a_bounded_buffer(tmp_path, monkeypatch):
     keys, values = fill(tier, 3_000)
     assert torch.equal(everything(tier, 0, 2, 3_000), torch.cat([keys, values], dim=-1))
     assert torch.equal(tier.gather(0, *pairs(2, torch.arange(3_000))), torch.cat([keys, values], dim=-1).flatten(0, 1))
-    assert 0 < tier._files.reader().buffers.nbytes <= 131_072  # one that was too small is gone
+    assert 0 < tier._files.reader().buffers.nbytes <= 131_072  # a buffer that was too small is freed
     tier.close()
 
 
@@ -185,7 +187,7 @@ def test_closing_leaves_no_thread_no_file_and_no_descriptor(tmp_path):
         other.close()
 
 
-def test_a_forgotten_tier_leaves_nothing(tmp_path):
+def test_a_garbage_collected_tier_leaves_no_files_threads_or_descriptors(tmp_path):
     fill(tier := DiskTier(tmp_path), 10)
     tier.close()
     with nothing_left(tmp_path):
@@ -228,7 +230,7 @@ def test_what_a_killed_program_left_is_removed_by_the_next(tmp_path):
     second.close()
 
 
-def test_syncing_twice_does_the_work_once(tmp_path, monkeypatch):
+def test_a_second_sync_without_new_rows_syncs_no_file(tmp_path, monkeypatch):
     tier = DiskTier(tmp_path, temporary=False)
     fill(tier, 100)
     synced = []
@@ -253,7 +255,7 @@ def test_ram_and_disk_give_the_same_tokens(model, tmp_path, policy):
 
 
 @pytest.mark.parametrize("hot_set", [0.0, 1.0])
-def test_a_ragged_batch_with_twins_on_disk_equals_ram(model, tmp_path, hot_set):
+def test_a_left_padded_batch_with_equal_prompts_on_disk_equals_ram(model, tmp_path, hot_set):
     ids = torch.cat([prompt(150, 1), prompt(150, 1), prompt(150, 2)])
     mask = torch.ones_like(ids)
     mask[2, :60] = 0
@@ -287,7 +289,7 @@ def test_a_cache_on_disk_is_continued_cut_and_forked(model, tmp_path):
 # Settings
 
 
-def test_the_folder_is_part_of_the_configuration():
+def test_slow_tier_disk_folder_sets_slow_dir():
     config = specache.SpeCacheConfig(slow_tier="disk:/some/where")
     assert (config.slow_tier, config.slow_dir) == (specache.SlowTierKind.DISK, "/some/where")
     assert specache.SpeCacheConfig(slow_tier="disk", slow_dir="/some/where") == config
@@ -307,7 +309,7 @@ def test_the_folder_is_part_of_the_configuration():
         ({"slow_tier": "tape:/x"}, "must be one of auto, ram-inplace, ram, disk"),
     ],
 )
-def test_a_folder_that_makes_no_sense_is_refused(arguments, message):
+def test_a_contradicting_slow_tier_folder_is_refused(arguments, message):
     with pytest.raises(ConfigError, match=message):
         specache.SpeCacheConfig(**arguments)
 

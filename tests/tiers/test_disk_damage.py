@@ -1,4 +1,6 @@
-"""Files that were removed, cut short, replaced or changed: a clear error that names the row, and no wrong token."""
+"""Files that were removed, truncated, replaced or changed: an error names the row, and no wrong
+token is generated.
+"""
 
 from __future__ import annotations
 
@@ -28,14 +30,14 @@ def saved(folder: Path) -> tuple[dict[int, Any], dict[int, torch.Tensor], Path]:
     return state
 
 
-def test_a_file_that_was_removed_is_missed_when_it_is_opened(tmp_path):
+def test_opening_a_session_with_a_removed_file_fails(tmp_path):
     tables, tails, path = saved(tmp_path)
     path.unlink()
     with nothing_left(tmp_path), pytest.raises(SlowTierError, match=f"{path} cannot be opened: No such file.*start again"):
         DiskTier.open(tmp_path, tables, tails)
 
 
-def test_a_file_that_was_cut_short_is_noticed_when_it_is_opened(tmp_path):
+def test_opening_a_session_with_a_truncated_file_fails(tmp_path):
     tables, tails, path = saved(tmp_path)
     os.truncate(path, path.stat().st_size - 1)
     with nothing_left(tmp_path), pytest.raises(SlowTierError, match=f"{path}.*it was cut short"):
@@ -51,7 +53,7 @@ def test_a_symbolic_link_is_not_followed(tmp_path):
 
 
 @pytest.mark.parametrize("reader", ["io_uring", "threads", "buffered"])
-def test_a_file_that_is_cut_short_later_names_the_row(tmp_path, monkeypatch, reader):
+def test_a_file_truncated_after_opening_fails_naming_the_row(tmp_path, monkeypatch, reader):
     report = tier_files.report_for(tmp_path)
     monkeypatch.setattr(tier_files, "report_for", lambda folder: ReaderReport(reader, report.direct and reader != "buffered", 4096))
     tier = DiskTier(tmp_path)
@@ -70,8 +72,10 @@ def test_a_file_that_is_cut_short_later_names_the_row(tmp_path, monkeypatch, rea
     tier.close()
 
 
-def test_a_file_that_is_cut_short_behind_the_wanted_row_is_refused_too(tmp_path):
-    """Reads are widened to the device's alignment: the row is there, the rest of its read is not."""
+def test_a_file_truncated_behind_the_requested_row_fails(tmp_path):
+    """Reads are widened to the device's alignment: the row exists, but the rest of its read does
+    not.
+    """
     tier = DiskTier(tmp_path)
     fill(tier, 200)
     layout = tier._layers[0].layout
@@ -82,8 +86,8 @@ def test_a_file_that_is_cut_short_behind_the_wanted_row_is_refused_too(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["flipped", "cut"])
-def test_a_damaged_file_is_an_error_and_no_wrong_token(model, tmp_path, kind):
-    """Of the whole way, with the reader that the folder really gets."""
+def test_a_damaged_file_raises_and_yields_no_wrong_token(model, tmp_path, kind):
+    """The whole path, with the reader that the folder really gets."""
     config = settings(policy="verified", slow_tier=f"disk:{tmp_path}", hot_set=0.0, top_k=64)
     with nothing_left_but_the_readers(tmp_path):
         steps = Steps(model, config, 230)
@@ -104,6 +108,6 @@ def test_a_damaged_file_is_an_error_and_no_wrong_token(model, tmp_path, kind):
 
 def nothing_left_but_the_readers(folder: Path) -> Any:
     tier = DiskTier(folder)
-    fill(tier, 10)  # the probe's imports and threads are not what is tested
+    fill(tier, 10)  # the probe's imports and threads are not tested
     tier.close()
     return nothing_left(folder)

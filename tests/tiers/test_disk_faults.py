@@ -1,4 +1,6 @@
-"""A disk that is full, slow, failing or tampered with: a clear error or the right token, and nothing left behind."""
+"""A disk that is full, slow, failing or tampered with: a clear error or the right token, and no
+leftovers.
+"""
 
 from __future__ import annotations
 
@@ -85,8 +87,8 @@ def test_a_first_prefill_that_fails_leaves_nothing(model, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("policy", ["verified", "speculative", "previous", "on-demand", "none"])
-def test_a_step_on_a_full_disk_is_undone_and_can_be_done_again(model, tmp_path, monkeypatch, policy):
-    """The rows of a block are written by its last token; steps before that need no room."""
+def test_a_step_on_a_full_disk_is_undone_and_can_be_repeated(model, tmp_path, monkeypatch, policy):
+    """The rows of a block are written with its last token; steps before that need no space."""
     config = settings(policy=policy, slow_tier=f"disk:{tmp_path}")
     undisturbed = Steps(model, config, 120)
     expected = [undisturbed.step(i) for i in range(40)]
@@ -117,7 +119,7 @@ def test_a_step_on_a_full_disk_is_undone_and_can_be_done_again(model, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
-def test_a_real_full_file_system(model, tmp_path):
+def test_a_prefill_onto_a_full_file_system_fails_cleanly(model, tmp_path):
     folder = tmp_path / "small"
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folder)], capture_output=True, check=False)
@@ -190,7 +192,7 @@ def test_short_and_slow_reads_change_no_token(model, tmp_path, monkeypatch, how)
 
 
 class Busy:
-    """A worker that has no thread for a read that a step begins for itself."""
+    """A worker without a free thread for a read that a step starts."""
 
     def submit(self, read: Any) -> None:
         return None
@@ -202,7 +204,7 @@ def in_background() -> bool:
 
 @pytest.mark.usefixtures("plain_reads")
 @pytest.mark.parametrize("policy", ["verified", "speculative", "previous"])
-def test_a_read_that_fails_in_the_background_shows_in_the_next_step_once(model, tmp_path, monkeypatch, policy):
+def test_a_failed_background_read_raises_once_in_the_next_step(model, tmp_path, monkeypatch, policy):
     config = settings(policy=policy, slow_tier=f"disk:{tmp_path}", hot_set=0.0, top_k=16)
     undisturbed = Steps(model, config, 230)
     expected = [undisturbed.step(i) for i in range(12)]
@@ -212,17 +214,17 @@ def test_a_read_that_fails_in_the_background_shows_in_the_next_step_once(model, 
     broken = False
     raised: list[SlowTierError] = []
 
-    def broken_in_background(*arguments: Any) -> int:
+    def failing_in_background(*arguments: Any) -> int:
         return failing(errno.EIO)() if broken and in_background() else read(*arguments)
 
     def with_no_thread(tier: Any, layer: int, heads: Any, positions: Any, worker: Any, transfer: Any) -> BegunRead:
         return BegunRead(tier, layer, heads, positions, Busy(), transfer)  # type: ignore[arg-type]
 
     monkeypatch.setattr(prefetch, "BegunRead", with_no_thread)
-    monkeypatch.setattr(aligned_io, "read_at", broken_in_background)
+    monkeypatch.setattr(aligned_io, "read_at", failing_in_background)
     disturbed = Steps(model, config, 230)
     broken = True
-    for i in range(12):  # a step may find all that it guessed in the hot set, and submit nothing
+    for i in range(12):  # a step may find the whole draft selection in the hot set, and submit nothing
         time.sleep(0.02)
         try:
             logits = disturbed.step(i)
@@ -244,7 +246,7 @@ def test_a_read_that_fails_in_the_background_shows_in_the_next_step_once(model, 
 
 @pytest.mark.usefixtures("plain_reads")
 def test_a_read_that_fails_in_the_foreground_is_undone_in_every_layer(model, tmp_path, monkeypatch):
-    """Also in a step in which groups retire, while nothing at all can be read."""
+    """Also in a step that quantises a group, while nothing can be read."""
     config = settings(policy="on-demand", slow_tier=f"disk:{tmp_path}", hot_set=0.0, top_k=32)
     undisturbed = Steps(model, config, 230)
     expected = [undisturbed.step(i) for i in range(40)]
@@ -274,7 +276,7 @@ def test_a_read_that_fails_in_the_foreground_is_undone_in_every_layer(model, tmp
 
 @pytest.mark.skipif(not native.instruction_sets(), reason="the C++ kernels are not built")
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_a_step_that_fails_while_rows_are_on_their_way_can_be_done_again(model, tmp_path, monkeypatch, error):
+def test_a_step_that_fails_with_reads_in_flight_can_be_repeated(model, tmp_path, monkeypatch, error):
     config = settings(policy="verified", slow_tier=f"disk:{tmp_path}", hot_set=0.0, top_k=16)
     undisturbed = Steps(model, config, 230)
     expected = [undisturbed.step(i) for i in range(8)]
@@ -305,7 +307,7 @@ def test_a_step_that_fails_while_rows_are_on_their_way_can_be_done_again(model, 
 
 
 @pytest.mark.usefixtures("plain_reads")
-def test_a_cut_that_cannot_be_read_changes_nothing(model, tmp_path, monkeypatch):
+def test_a_truncation_that_cannot_read_its_block_changes_nothing(model, tmp_path, monkeypatch):
     config = settings(policy="verified", slow_tier=f"disk:{tmp_path}")
     longer = torch.cat([prompt(300)[:, :150], prompt(60, 3)], dim=1)
     expected = run(model, longer, config)[0]
@@ -321,7 +323,7 @@ def test_a_cut_that_cannot_be_read_changes_nothing(model, tmp_path, monkeypatch)
         assert tokens[0, longer.shape[1] :].tolist() == expected
 
 
-def test_a_prefill_that_can_neither_read_nor_go_back_forgets_everything(model, tmp_path, monkeypatch):
+def test_a_failed_prefill_that_cannot_be_undone_empties_the_sequence(model, tmp_path, monkeypatch):
     monkeypatch.setattr(tier_files, "report_for", lambda folder: ReaderReport("buffered", False, 4096))
     config = settings(policy="verified", slow_tier=f"disk:{tmp_path}", residual=64)
     expected = run(model, prompt(600), config)[0]
@@ -346,7 +348,7 @@ def test_a_prefill_that_can_neither_read_nor_go_back_forgets_everything(model, t
         assert tokens[0, 600:].tolist() == expected
 
 
-def test_nothing_is_left_after_an_error_in_the_middle_of_everything(model, tmp_path, monkeypatch):
+def test_an_error_in_the_middle_of_decoding_leaves_no_files_or_threads(model, tmp_path, monkeypatch):
     config = settings(policy="verified", slow_tier=f"disk:{tmp_path}")
     run(model, prompt(100), config, new=1)
     calls = []

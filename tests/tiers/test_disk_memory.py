@@ -1,4 +1,6 @@
-"""What reading and writing hold for a moment is what the plan counts, also where one block is larger than a buffer."""
+"""The plan counts the temporary memory of reading and writing, even if one block is larger than a
+buffer.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ SHAPES = [(2, 32), (8, 128), (24, 128), (40, 128), (40, 256)]  # blocks of 0.03 
 
 
 class Buffers:
-    """Aligned buffers that live now, and the most bytes of them at once."""
+    """The aligned buffers alive now, and the most bytes of them at once."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.held = self.peak = 0
@@ -48,7 +50,7 @@ class Buffers:
 
 
 def peak(buffers: Buffers, action: Callable[[], Any]) -> int:
-    """Bytes of buffers, arrays and tensors at once, at most."""
+    """Return the peak bytes of buffers, arrays and tensors."""
     buffers.peak = buffers.held
     tracemalloc.start()
     with PeakMemory() as tensors:
@@ -59,19 +61,19 @@ def peak(buffers: Buffers, action: Callable[[], Any]) -> int:
 
 
 def dimensions(heads: int, dim: int) -> ModelDimensions:
-    """Of a model with such a layer, in float32."""
+    """Return the dimensions of a model with such a layer, in float32."""
     return replace(dimensions_of(llama()), layers=(LayerDimensions(heads, heads, dim, None),))
 
 
 @pytest.mark.parametrize(("heads", "dim"), SHAPES)
-def test_reading_and_writing_a_prompt_takes_what_is_counted(tmp_path, monkeypatch, heads, dim):
+def test_reading_and_writing_a_prompt_stays_within_the_planned_memory(tmp_path, monkeypatch, heads, dim):
     config = SpeCacheConfig(slow_tier=f"disk:{tmp_path}")
     in_memory = replace(config, slow_tier=SlowTierKind.RAM, slow_dir=None)
     model = dimensions(heads, dim)
     counted = working_set.prefill_bytes(model, config, 64, 0) - working_set.prefill_bytes(model, in_memory, 64, 0)
     buffers = Buffers(monkeypatch)
     tier = DiskTier(tmp_path)
-    tier.write(1, 0, *random_rows(heads, 64, dim, torch.float32))  # the probe, code and constants that stay
+    tier.write(1, 0, *random_rows(heads, 64, dim, torch.float32))  # warms up the probe, code and constants
     tier.read(1, 0, 64)
     keys, values = random_rows(heads, TOKENS, dim, torch.float32)
     tail = 64 * 2 * heads * dim * 4
@@ -85,7 +87,7 @@ def test_reading_and_writing_a_prompt_takes_what_is_counted(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(("heads", "dim"), SHAPES)
-def test_a_step_that_fills_a_block_takes_what_is_counted(tmp_path, monkeypatch, heads, dim):
+def test_a_step_that_fills_a_block_stays_within_the_planned_memory(tmp_path, monkeypatch, heads, dim):
     config = SpeCacheConfig(slow_tier=f"disk:{tmp_path}", policy="none", top_k=1)
     in_memory = replace(config, slow_tier=SlowTierKind.RAM, slow_dir=None)
     model = dimensions(heads, dim)
@@ -102,14 +104,14 @@ def test_a_step_that_fills_a_block_takes_what_is_counted(tmp_path, monkeypatch, 
 
 
 def test_the_probe_takes_no_more_memory_than_reading_does(tmp_path, monkeypatch):
-    """It comes in the middle of the first prefill, whose budget counts what reading takes."""
+    """The probe runs during the first prefill, whose budget counts the memory of reads."""
     buffers = Buffers(monkeypatch)
     assert probe.probe(tmp_path).bytes_per_s is not None
     assert 0 < buffers.peak <= READ_BYTES
     assert buffers.held == 0
 
 
-def test_a_budget_covers_the_first_prefill_into_a_folder(tmp_path, monkeypatch):
+def test_the_planned_budget_covers_the_first_prefill_into_a_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(probe, "_known", {})
     monkeypatch.setattr(tier_files, "report_for", probe.report_for)
     buffers, model = Buffers(monkeypatch), llama()

@@ -1,4 +1,4 @@
-"""The C++ way of reading scattered rows brings what the plain way brings, or nothing."""
+"""The C++ reader of scattered rows returns the same rows as the plain reader, or None."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from specache.tiers.disk.probe import ReaderReport
 from specache.tiers.disk.readers import RING_ENTRIES
 from tests.tiers.tier_rows import fill, nothing_left, row_file
 
-ANSWERS: list[bool] = []  # whether the C++ way brought rows, call by call
+ANSWERS: list[bool] = []  # True per call in which the C++ reader returned rows
 
 
 @pytest.fixture(autouse=True)
@@ -59,8 +59,8 @@ def sample(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("memory", [1 << 20, 3 * 4096])
 @pytest.mark.parametrize("gap", [0, 1 << 14])
-def test_rows_are_those_of_the_plain_way(tier, monkeypatch, memory, gap):
-    """Also where the memory holds a few of the reads only, and rows are wanted twice."""
+def test_native_rows_equal_those_of_the_plain_reader(tier, monkeypatch, memory, gap):
+    """Also if the buffer holds only a few of the reads, and rows are requested twice."""
     monkeypatch.setattr(row_reads, "READ_BYTES", memory)
     monkeypatch.setattr(row_reads, "GAP_BYTES", gap)
     where = sample(200)
@@ -70,18 +70,18 @@ def test_rows_are_those_of_the_plain_way(tier, monkeypatch, memory, gap):
     assert torch.equal(rows, tier.gather(0, *where))
 
 
-def test_rows_that_were_begun_are_those_of_a_gather(tier):
+def test_started_reads_return_the_rows_of_a_gather(tier):
     wanted = [sample(40, seed) for seed in range(FLIGHTS)]
     flights = [tier.begin(0, *where) for where in wanted]
     assert all(flights)
-    assert tier.begin(0, *wanted[0]) is None  # enough of them
+    assert tier.begin(0, *wanted[0]) is None  # the limit of reads in flight is reached
     for flight, where in zip(flights[::-1], wanted[::-1], strict=True):
         assert torch.equal(flight.take(), tier.gather(0, *where))
-        flight.cancel()  # nothing is left to cancel
+        flight.cancel()  # a second cancel does nothing
     assert tier.begin(0, *wanted[0]) is not None
 
 
-def test_begun_reads_that_are_cancelled_or_forgotten_leave_nothing(tier, tmp_path):
+def test_cancelled_or_dropped_reads_leave_no_threads_or_descriptors(tier, tmp_path):
     where = sample(40)
     tier.gather(0, *where)
     with nothing_left(tmp_path):
@@ -91,7 +91,7 @@ def test_begun_reads_that_are_cancelled_or_forgotten_leave_nothing(tier, tmp_pat
         assert all(tier.begin(0, *where) is not None for _ in range(FLIGHTS))
 
 
-def test_what_was_begun_arrives_though_the_files_are_closed(tmp_path):
+def test_a_started_read_completes_after_the_files_are_closed(tmp_path):
     tier = DiskTier(tmp_path)
     keys, values = fill(tier, 128)
     flight = tier.begin(0, torch.tensor([1, 0]), torch.tensor([5, 77]))
@@ -99,7 +99,7 @@ def test_what_was_begun_arrives_though_the_files_are_closed(tmp_path):
     assert torch.equal(flight.take(), torch.cat([keys, values], dim=-1)[[1, 0], [5, 77]])
 
 
-def test_what_cannot_be_begun_takes_a_thread(tier, monkeypatch):
+def test_a_read_that_cannot_be_started_natively_takes_a_thread(tier, monkeypatch):
     many = sample(RING_ENTRIES * 3)
     with monkeypatch.context() as patch:
         patch.setattr(row_reads, "GAP_BYTES", 0)
@@ -110,7 +110,7 @@ def test_what_cannot_be_begun_takes_a_thread(tier, monkeypatch):
     assert tier.begin(0, *sample(5)) is None
 
 
-def test_a_flipped_bit_is_found_in_what_was_begun(tier):
+def test_a_flipped_bit_is_detected_in_a_started_read(tier):
     path = row_file(tier)
     data = np.fromfile(path, np.uint8)
     data[100] ^= 4
@@ -130,7 +130,7 @@ def test_threads_share_a_reader(tier):
     assert all(ANSWERS)
 
 
-def test_a_flipped_bit_is_found(tier):
+def test_a_flipped_bit_is_detected_in_a_gather(tier):
     path = row_file(tier)
     data = np.fromfile(path, np.uint8)
     data[100] ^= 4
@@ -144,14 +144,14 @@ def test_a_flipped_bit_is_found(tier):
     assert ANSWERS[1:] == [True, True]
 
 
-def test_a_file_that_was_cut_is_found(tier):
+def test_a_truncated_file_is_detected(tier):
     row_file(tier).write_bytes(b"")
     with pytest.raises(SlowTierError, match="ends too early"):
         tier.gather(0, torch.tensor([0]), torch.tensor([400]))
     assert ANSWERS == [False]
 
 
-def test_without_the_extension_rows_are_read_all_the_same(tmp_path, monkeypatch):
+def test_rows_are_read_without_the_cpp_extension(tmp_path, monkeypatch):
     monkeypatch.setattr(native_reads, "_native", None)
     with pytest.raises(OSError, match="extension"):
         NativeRows(8)

@@ -1,4 +1,6 @@
-"""Every reader brings the same bytes, asks again after short reads, and says where a file ends or fails."""
+"""Every reader returns the same bytes, continues after short reads, and reports where a file ends
+or fails.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,7 @@ def reader(request: pytest.FixtureRequest, file: Path) -> Iterator[Reader]:
 
 
 def batch(reader: Reader, file: Path, count: int, seed: int = 0) -> tuple[ReadBatch, int]:
-    """Reads of random length anywhere in the file, and its descriptor."""
+    """Return reads of random length anywhere in the file, and its descriptor."""
     random = np.random.default_rng(seed)
     fd = aligned_io.open_file(str(file), create=False, direct=reader.direct)
     unit = 4096
@@ -58,7 +60,7 @@ def check(one: ReadBatch, file: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 500])
-def test_a_reader_brings_what_is_there(reader, file, count):
+def test_a_reader_returns_the_bytes_of_the_file(reader, file, count):
     one, fd = batch(reader, file, count)
     reader.read(one)
     check(one, file)
@@ -87,7 +89,7 @@ def test_a_split_batch_reads_the_same(reader, file):
 
 
 def only_plain_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """io_uring brings nothing, so that every read goes the plain way, which tests can disturb."""
+    """Make io_uring fail, so that every read takes the plain path, which tests can disturb."""
     monkeypatch.setattr(uring.Ring, "read", lambda self, fds, *rest: np.full(len(fds), -errno.EIO))
 
 
@@ -110,7 +112,7 @@ def test_short_and_interrupted_reads_are_completed(reader, file, monkeypatch):
     os.close(fd)
 
 
-def test_the_end_of_the_file_is_an_error_at_its_place(reader, tmp_path):
+def test_reading_past_the_end_of_the_file_fails_at_its_offset(reader, tmp_path):
     path = tmp_path / "cut"
     path.write_bytes(bytes(10_000))
     fd = aligned_io.open_file(str(path), create=False, direct=reader.direct)
@@ -141,7 +143,7 @@ def test_a_failing_device_is_an_error_with_its_cause(reader, file, monkeypatch):
 
 
 def test_no_read_runs_any_more_when_one_has_failed(file, monkeypatch):
-    """The memory may be given to somebody else then."""
+    """The memory may be reused then."""
     running, most = [], []
 
     def slow(fd: int, into: memoryview, offset: int) -> int:
@@ -177,12 +179,12 @@ def test_a_closed_reader_leaves_nothing(file):
             reader.read(one)
             readers.release(reader)
             check(one, file)
-            reader.read(one)  # the other user's
+            reader.read(one)  # the other user's reader still works
             readers.release(reader)
             os.close(fd)
 
 
-def test_buffers_are_borrowed_again_and_not_hoarded():
+def test_buffers_are_reused_and_their_number_is_bounded():
     pool = BufferPool()
     with pool.borrow(10_000) as first, pool.borrow(10_000) as second:
         assert first is not second
@@ -251,7 +253,7 @@ def test_a_full_disk_can_be_probed(tmp_path, monkeypatch):
     assert report.direct == bool(alignment)
 
 
-def test_a_ring_that_takes_nothing_is_done_without(file, monkeypatch):
+def test_a_ring_that_accepts_no_reads_is_replaced_by_plain_reads(file, monkeypatch):
     try:
         reader = readers.RingReader(False, 4096)
     except OSError as error:
@@ -269,14 +271,14 @@ def test_a_ring_that_takes_nothing_is_done_without(file, monkeypatch):
     two, other = batch(reader, file, 20, seed=1)
     reader.read(two)
     check(two, file)
-    check(one, file)  # what the ring did not take, it does not do later
+    check(one, file)  # the ring does not perform refused reads later
     reader.close()
     os.close(fd)
     os.close(other)
 
 
 @pytest.mark.parametrize("when", ["before it is handed over", "before its results are taken"])
-def test_ctrl_c_around_a_batch_leaves_nothing_to_the_next(file, monkeypatch, when):
+def test_ctrl_c_before_or_after_a_batch_leaves_no_results_for_the_next(file, monkeypatch, when):
     try:
         reader = readers.RingReader(False, 4096)
     except OSError as error:
@@ -294,7 +296,7 @@ def test_ctrl_c_around_a_batch_leaves_nothing_to_the_next(file, monkeypatch, whe
         with pytest.raises(KeyboardInterrupt):
             reader.read(one)
     before = bytes(one.buffer.bytes)
-    monkeypatch.setattr(aligned_io, "read_at", None)  # the ring must bring everything itself
+    monkeypatch.setattr(aligned_io, "read_at", None)  # the ring must read everything itself
     for seed in (1, 2):
         two, other = batch(reader, file, 20, seed)
         reader.read(two)
@@ -325,7 +327,7 @@ def test_ctrl_c_while_other_threads_read_waits_for_them(file, monkeypatch):
     one, fd = batch(reader, file, 16)
     with pytest.raises(KeyboardInterrupt):
         reader.read(one)
-    check(one, file)  # all have landed
+    check(one, file)  # all reads have completed
     reader.close()
     os.close(fd)
 
@@ -348,9 +350,9 @@ def test_ctrl_c_during_a_batch_waits_for_its_reads(file, monkeypatch):
     one, fd = batch(reader, file, 20)
     with pytest.raises(KeyboardInterrupt):
         reader.read(one)
-    check(one, file)  # all have landed
+    check(one, file)  # all reads have completed
     two, other = batch(reader, file, 20, seed=1)
-    reader.read(two)  # and the ring is in order
+    reader.read(two)  # and the ring is usable
     check(two, file)
     reader.close()
     os.close(fd)

@@ -1,4 +1,6 @@
-"""The layout of rows on disk: its sizes, and that a checksum finds every damaged or misplaced row."""
+"""The layout of rows on disk: its sizes, and that checksums detect every damaged or misplaced
+row.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ def test_a_block_holds_its_rows_and_their_checksums_in_whole_device_blocks(dim, 
     assert layout.place(offset - 1) == (5, 2, 62)
 
 
-def test_what_is_in_a_file_is_the_documented_layout(tmp_path):
+def test_a_file_has_the_documented_layout(tmp_path):
     keys, values = random_rows(2, 128, 32, torch.float32)
     tier = DiskTier(tmp_path, temporary=False)
     tier.write(7, 0, keys, values)
@@ -100,8 +102,8 @@ def damage(path, offset: int, mask: int) -> None:
         file.write(bytes([byte ^ mask]))
 
 
-@pytest.mark.parametrize("bit", [0, 517, 1023, 1024, 1087])  # the last two are of the checksum
-def test_a_damaged_row_on_disk_is_named(tmp_path, bit):
+@pytest.mark.parametrize("bit", [0, 517, 1023, 1024, 1087])  # the last two are in the checksum
+def test_a_damaged_row_raises_an_error_that_names_it(tmp_path, bit):
     tier = DiskTier(tmp_path, temporary=False)
     keys, values = fill(tier, 200)
     layout = RowLayout(2, 32, 2)
@@ -115,12 +117,13 @@ def test_a_damaged_row_on_disk_is_named(tmp_path, bit):
         with pytest.raises(CorruptRowError, match=named):
             read()
     rows = torch.cat([keys, values], dim=-1)
-    assert torch.equal(tier.gather(0, torch.tensor([0, 1]), torch.tensor([70, 71])), rows[[0, 1], [70, 71]])  # its neighbours
+    # its neighbours are intact
+    assert torch.equal(tier.gather(0, torch.tensor([0, 1]), torch.tensor([70, 71])), rows[[0, 1], [70, 71]])
     assert torch.equal(torch.cat(tier.read(0, 71, 200), dim=-1), rows[:, 71:])
     tier.close()
 
 
-def test_padding_is_no_row(tmp_path):
+def test_damage_in_the_padding_is_ignored(tmp_path):
     tier = DiskTier(tmp_path, temporary=False)
     keys, values = fill(tier, 64)
     damage(row_file(tier), os.path.getsize(row_file(tier)) - 1, 0xFF)
@@ -136,9 +139,9 @@ def refilled(folder, tokens: int, seed: int) -> DiskTier:
 
 
 @pytest.mark.parametrize("other", ["session", "layer"])
-def test_a_file_swapped_with_another_is_found(tmp_path, other):
+def test_a_file_swapped_with_another_is_detected(tmp_path, other):
     mine = refilled(tmp_path / "a", 130, 1)
-    theirs = refilled(tmp_path / "b", 130, 1)  # the same rows, even
+    theirs = refilled(tmp_path / "b", 130, 1)  # with the same rows
     source = row_file(theirs, 0) if other == "session" else row_file(mine, 1)
     target = row_file(mine, 0)
     target.write_bytes(source.read_bytes())
@@ -149,7 +152,7 @@ def test_a_file_swapped_with_another_is_found(tmp_path, other):
     theirs.close()
 
 
-def test_blocks_swapped_within_a_file_are_found(tmp_path):
+def test_blocks_swapped_within_a_file_are_detected(tmp_path):
     tier = refilled(tmp_path, 130, 1)
     path = row_file(tier)
     data = path.read_bytes()
@@ -160,7 +163,7 @@ def test_blocks_swapped_within_a_file_are_found(tmp_path):
     tier.close()
 
 
-def test_a_hole_is_no_row(tmp_path):
+def test_a_hole_in_the_file_is_detected(tmp_path):
     tier = refilled(tmp_path, 130, 1)
     path = row_file(tier)
     size = path.stat().st_size

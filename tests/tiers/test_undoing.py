@@ -1,5 +1,6 @@
-"""A pass that fails is taken back whole, whatever failed and whatever fails while it is taken back: what is raised is what failed
-first, and nothing is left behind."""
+"""A failed pass is undone completely: the first error is raised, even if undoing fails too, and
+there are no leftovers.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +28,10 @@ PROMPT, STEPS = 230, 36
 RETIRING = [i for i in range(STEPS) if (PROMPT + i + 1 - 16) % 16 == 0]
 
 
-class Retirement:
-    """Fails as groups become low bit: in the layer `number` of the step, before or after its codes are written."""
+class FailingQuantisation:
+    """Fails while groups are quantised: in layer `number` of the step, before or after its codes
+    are written.
+    """
 
     def __init__(self, number: int, error: type[BaseException], *, after: bool) -> None:
         self._left = number
@@ -56,7 +59,7 @@ def empty(cache: specache.SpeCache) -> bool:
 
 @pytest.mark.parametrize("code", ["rotated", "kivi"])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_step_that_fails_while_groups_retire_can_be_done_again(model, tmp_path, monkeypatch, policy, code):
+def test_a_step_that_fails_while_quantising_groups_can_be_repeated(model, tmp_path, monkeypatch, policy, code):
     config = settings(policy=policy, code=code, slow_tier=f"disk:{tmp_path}")
     undisturbed = Steps(model, config, PROMPT)
     expected = [undisturbed.step(i) for i in range(STEPS)]
@@ -69,7 +72,7 @@ def test_a_step_that_fails_while_groups_retire_can_be_done_again(model, tmp_path
                 for after in (False, True):
                     if i not in RETIRING:
                         continue
-                    broken = Retirement(number, error, after=after)
+                    broken = FailingQuantisation(number, error, after=after)
                     with monkeypatch.context() as patch:
                         patch.setattr(dispatch, "quantise", broken)
                         with pytest.raises(error):
@@ -83,8 +86,8 @@ def test_a_step_that_fails_while_groups_retire_can_be_done_again(model, tmp_path
 
 
 @pytest.mark.parametrize("second", [SlowTierError, MemoryError, RuntimeError, KeyboardInterrupt])
-def test_what_fails_while_a_step_is_undone_hides_nothing(model, tmp_path, monkeypatch, second):
-    """The rows of a group that had become low bit already are read back, and that fails too."""
+def test_a_second_error_while_undoing_a_step_does_not_hide_the_first(model, tmp_path, monkeypatch, second):
+    """The rows of a group that was quantised already are read back, and that fails too."""
     config = settings(policy="verified", slow_tier=f"disk:{tmp_path}")
     expected = run(model, prompt(PROMPT), config)[0]
     run(model, prompt(PROMPT), config, new=1)
@@ -97,7 +100,7 @@ def test_what_fails_while_a_step_is_undone_hides_nothing(model, tmp_path, monkey
             raise second("second")
 
         with monkeypatch.context() as patch:
-            patch.setattr(dispatch, "quantise", Retirement(1, NonFiniteError, after=False))
+            patch.setattr(dispatch, "quantise", FailingQuantisation(1, NonFiniteError, after=False))
             patch.setattr(DiskTier, "read", unreadable)
             with pytest.raises(NonFiniteError, match="first"):
                 steps.step(RETIRING[0])
@@ -108,7 +111,7 @@ def test_what_fails_while_a_step_is_undone_hides_nothing(model, tmp_path, monkey
 
 
 @pytest.mark.parametrize("second", [SlowTierError, MemoryError, RuntimeError, KeyboardInterrupt])
-def test_what_fails_while_a_prefill_is_undone_hides_nothing(model, tmp_path, monkeypatch, second):
+def test_a_second_error_while_undoing_a_prefill_does_not_hide_the_first(model, tmp_path, monkeypatch, second):
     config = settings(policy="verified", slow_tier=f"disk:{tmp_path}", residual=64)
     expected = run(model, prompt(600), config)[0]
     with nothing_left(tmp_path), specache.SpeCache(model, config) as cache:
@@ -135,8 +138,8 @@ def test_what_fails_while_a_prefill_is_undone_hides_nothing(model, tmp_path, mon
         assert tokens[0, 600:].tolist() == expected
 
 
-def test_of_a_batch_every_sequence_is_undone(model, tmp_path, monkeypatch):
-    """Also when one of them cannot be, and forgets everything."""
+def test_a_failed_step_is_undone_in_every_sequence_of_a_batch(model, tmp_path, monkeypatch):
+    """Also if one of them cannot be undone, and is emptied."""
     config = settings(policy="on-demand", slow_tier=f"disk:{tmp_path}")
     steps = Steps(model, config, PROMPT)
     steps.cache.sequences.append(steps.cache.repeat(steps.cache.sequences[0]))
@@ -154,7 +157,7 @@ def test_of_a_batch_every_sequence_is_undone(model, tmp_path, monkeypatch):
     for i in range(RETIRING[0]):
         both(i)
     with monkeypatch.context() as patch:
-        patch.setattr(dispatch, "quantise", Retirement(4, NonFiniteError, after=False))
+        patch.setattr(dispatch, "quantise", FailingQuantisation(4, NonFiniteError, after=False))
         patch.setattr(first.tier, "read", lambda *arguments: unreadable(first.tier, *arguments), raising=False)
         with pytest.raises(NonFiniteError, match="first"):
             both(RETIRING[0])
@@ -165,7 +168,7 @@ def test_of_a_batch_every_sequence_is_undone(model, tmp_path, monkeypatch):
     steps.cache.close()
 
 
-def test_rows_that_cannot_be_removed_are_no_error_and_go_with_the_next_program(model, tmp_path, monkeypatch):
+def test_files_that_cannot_be_removed_are_removed_by_the_next_program(model, tmp_path, monkeypatch):
     config = settings(policy="verified", slow_tier=f"disk:{tmp_path}")
     run(model, prompt(100), config, new=1)
     unlink = os.unlink
@@ -187,8 +190,10 @@ def test_rows_that_cannot_be_removed_are_no_error_and_go_with_the_next_program(m
 
 
 @pytest.mark.parametrize("tier", ["ram", "disk"])
-def test_memory_is_given_back_while_a_background_read_still_runs(model, tmp_path, monkeypatch, tier):
-    """Whoever clears a sequence does not wait for reads that nobody wants any more, and their memory counts as free at once."""
+def test_memory_is_freed_while_a_background_read_still_runs(model, tmp_path, monkeypatch, tier):
+    """Clearing a sequence does not wait for discarded reads, and their memory counts as free at
+    once.
+    """
     config = settings(policy="verified", slow_tier=f"disk:{tmp_path}" if tier == "disk" else "ram")
     steps = Steps(model, config, PROMPT)
     kind = type(steps.cache.sequences[0].tier)

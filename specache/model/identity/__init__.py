@@ -1,1 +1,1 @@
-"""Which model computes, and whether it is still the one that filled a cache or a session."""
+"""Identify the model that computes, and detect changes since it filled a cache or a session."""

@@ -1,7 +1,8 @@
-"""Adapters in a model's layers (peft's, also through transformers' `add_adapter`): which are active, and with which scales.
+"""Find the active adapters of a model's layers and their scales.
 
-An adapted layer of peft says the names of its dictionaries by adapter (`adapter_layer_names`, `other_param_names`), which adapters
-are active, and which are merged into the weights. That is all that is read here, so peft need not be installed.
+They are peft's, also through transformers' `add_adapter`. An adapted layer names its dictionaries
+by adapter (`adapter_layer_names`, `other_param_names`), the active adapters, and those merged into
+the weights. Only these attributes are read, so peft need not be installed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import nn
 
 from specache.errors import UsageError
 
-Scales = tuple[tuple[str, Any], ...]  # (name of a number or text, its value), by name
+Scales = tuple[tuple[str, Any], ...]  # (name, value) of numbers and strings, sorted by name
 _PER_CALL_HOOKS = {
     "_adapter_names_pre_forward_hook": "adapter_names",
     "_alora_offsets_pre_forward_hook": "alora_offsets",
@@ -27,8 +28,9 @@ class LayerAdapters:
     """The adapters of one layer.
 
     Attributes:
-        active: name -> scales, of the adapters whose product is added to the layer's; none where they are disabled or merged.
-        merged: names of the adapters that are part of the layer's weights now.
+        active: name -> scales of the adapters whose product is added to the layer's; empty if they
+            are disabled or merged.
+        merged: names of the adapters that are merged into the layer's weights now.
     """
 
     active: dict[str, Scales]
@@ -36,13 +38,13 @@ class LayerAdapters:
 
 
 def is_adapted(module: nn.Module) -> bool:
-    """Whether a module is a layer that adapters are added to, or that is exchanged as a whole (`modules_to_save`)."""
+    """Return True if a module has adapters, or is replaced as a whole (`modules_to_save`)."""
     kind = type(module)
     return all(hasattr(kind, name) for name in ("adapter_layer_names", "active_adapters", "disable_adapters"))
 
 
 def layer_adapters(module: Any) -> LayerAdapters:
-    """Return what an adapted layer adds to its base now."""
+    """Return the adapters of an adapted layer as they are now."""
     merged = tuple(module.merged_adapters)
     if merged or module.disable_adapters:
         return LayerAdapters({}, merged)
@@ -51,17 +53,17 @@ def layer_adapters(module: Any) -> LayerAdapters:
 
 
 def adapter_entries(module: Any) -> Iterator[tuple[str, str]]:
-    """Yield (path below a layer, adapter) of the modules and tensors that belong to one of its adapters."""
+    """Yield (path below a layer, adapter) of the modules and tensors of its adapters."""
     for name, entries in _entries(module, (*module.adapter_layer_names, *module.other_param_names)):
         for adapter in entries:
             yield f"{name}.{adapter}", adapter
 
 
 def refuse_adapters_per_call(model: Any) -> None:
-    """Refuse adapters that are chosen by an argument of one call: rows are prefilled one by one here.
+    """Refuse adapters that are chosen per call, since rows are prefilled one by one.
 
     Raises:
-        UsageError: names the argument.
+        UsageError: the model has such adapters; the message names the argument.
     """
     for module in model.modules():
         if not is_adapted(module):
@@ -83,7 +85,7 @@ def refuse_adapters_per_call(model: Any) -> None:
 
 
 def _remove_hooks(model: Any) -> None:
-    """Remove the hooks of a call that is refused: peft leaves them where an error ends its `generate`."""
+    """Remove the hooks of a refused call: peft leaves them if an error ends its `generate`."""
     for module in model.modules():
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, functools.partial) and getattr(hook.func, "__name__", "") in _PER_CALL_HOOKS:
@@ -101,7 +103,10 @@ def _scales(module: Any, adapter: str) -> Scales:
 
 
 def _entries(module: Any, names: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
-    """Yield (name, what has one entry per adapter) of a layer's attributes; the names may have dots."""
+    """Yield (name, container with one entry per adapter) of a layer's attributes.
+
+    Names may have dots.
+    """
     for name in names:
         value = module
         for part in name.split("."):

@@ -1,4 +1,4 @@
-"""The 4-bit weights of bitsandbytes in one form: a layer on a CPU packs its weight in another way when it first runs."""
+"""Read bitsandbytes' 4-bit weights in one form: on a CPU, the first run repacks them."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from torch import Tensor
 
 
 def is_4_bit(tensor: Tensor) -> bool:
-    """Whether this is a weight that bitsandbytes has quantised to 4 bits."""
+    """Return True if bitsandbytes has quantised this weight to 4 bits."""
     return type(tensor).__name__ == "Params4bit" and getattr(tensor, "quant_state", None) is not None
 
 
 def unpacked_4_bit(tensor: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor) of the codes as they are stored in a checkpoint, and of the largest values of their blocks in bfloat16,
-    to which packing rounds them.
+    """Yield (name, tensor) of the codes as in a checkpoint, and of the block maxima in bfloat16.
+
+    Packing rounds the maxima to bfloat16.
     """
     state = tensor.quant_state
     functional = sys.modules["bitsandbytes.functional"]
     codes, largest = tensor.data, state.absmax
     if getattr(state, "packing_format_for_cpu", False):
         blank = copy.copy(state)
-        blank.original_nested = False  # the values of the blocks are not needed in their packed form
+        blank.original_nested = False  # the block maxima are not needed in packed form
         codes, _ = functional._convert_weight_packed_for_cpu_inverse(codes, blank)
         largest = largest.T
     elif state.nested:

@@ -1,4 +1,4 @@
-"""What identifies a model on disk: digests of its weights and of the adapters that are active, from samples of every tensor."""
+"""Digests that identify a model's weights and active adapters, from samples of every tensor."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ _Sampled = tuple[str, tuple[int, ...], str, bytes]  # name, shape, dtype, sample
 
 
 def weights_digest(model: Any) -> str:
-    """Return a digest of the weights without adapters: of every tensor that is saved its name, shape, dtype and a few runs of
-    neighbours. Weights that lie in files are not read through.
+    """Return a digest of the weights without adapters.
+
+    It covers name, shape, dtype and some runs of elements per saved tensor. Weights that lie in
+    files are not read completely.
     """
     model = unwrapped(model)
     digest = hashlib.sha256()
@@ -32,7 +34,10 @@ def weights_digest(model: Any) -> str:
 
 
 def adapters_digest(model: Any) -> str:
-    """Return the names of the adapters that are active with a digest of their scales and weights; "" where none is."""
+    """Return the names of the active adapters with a digest of their scales and weights.
+
+    Return "" if there are none.
+    """
     model = unwrapped(model)
     found = list(layers(model))
     adapted = {layer.name: layer.adapters for layer in found if layer.adapters is not None and layer.adapters.active}
@@ -54,7 +59,7 @@ def _scales(adapters: LayerAdapters) -> str:
 
 
 def _by_name(model: Any) -> list[Weight]:
-    """Return all weights that are saved, without the statistics of 4-bit ones, which `unpacked_4_bit` has in one form."""
+    """Return all saved weights, except statistics of 4-bit ones (`unpacked_4_bit` yields them)."""
     saved = (one for one in weights(list(layers(model)), model) if one.persistent and ".quant_state." not in one.name)
     return sorted(saved, key=lambda weight: weight.name)
 

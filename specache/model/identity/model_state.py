@@ -1,9 +1,10 @@
-"""What a model in memory computes with, so that a cache is continued by that and by nothing else.
+"""The state of a model in memory, so that a cache is continued only by the model that filled it.
 
-`ModelState.of` remembers, of a model: the adapters that are active, the settings, every module's kind and numbers, and of every
-tensor the object, its storage, its version and a sample of its content. `difference` says what has changed since. Only content
-counts: a tensor that moved, or was written to, or belongs to another model is the same if a digest of all its elements is. A write
-that PyTorch does not count (`tensor.data`) is seen in the sample.
+`ModelState.of` records the active adapters, the settings, every module's class and numbers, and of
+every tensor the object, its storage, its version and a sample of its content. `difference`
+describes what has changed since. Only content counts: a tensor that moved, was written to, or
+belongs to another model is equal if a digest of all its elements is. A write that PyTorch does not
+count (`tensor.data`) is detected by the sample.
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ from specache.model.identity.tensor_marks import TensorMark, difference_of_tenso
 from specache.model.identity.tensors import Layer, changes_with_length, layers
 from specache.model.identity.wrappers import unwrapped
 
-_Facts = tuple[str, tuple[tuple[str, Any], ...]]  # (class, its numbers and texts) of a module
-_HOW_IT_RUNS = re.compile("checkpoint|name_or_path|seq_len_cached")  # in names of what changes no result
+_Facts = tuple[str, tuple[tuple[str, Any], ...]]  # (class, numbers and strings) of a module
+_HOW_IT_RUNS = re.compile("checkpoint|name_or_path|seq_len_cached")  # in names of attributes that change no result
 _PLAIN = {bool, int, float, str}
-_WITHOUT_NUMBERS = {nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.Identity, nn.Linear, nn.SiLU}  # the shape of weights, at most
+# they have at most the shape of weights
+_WITHOUT_NUMBERS = {nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.Identity, nn.Linear, nn.SiLU}
 
 
 class ModelState:
-    """A model as it was when a cache was filled. The model is held weakly."""
+    """The state of a model when a cache was filled. It holds a weak reference to the model."""
 
     def __init__(
         self,
@@ -44,19 +46,23 @@ class ModelState:
         self._adapters = adapters
         self._modules = modules
         self._tensors = tensors
-        self._noted = noted  # (module, number) that a run changes: layers note there that they have run
+        self._noted = noted  # (module, number) that a run changes: layers record there that they have run
 
     @classmethod
     def of(cls, model: Any) -> ModelState:
-        """Remember a model. It costs one pass over its weights the first time, about what a decode step reads."""
+        """Record the state of a model.
+
+        The first time takes one pass over its weights, about what a decode step reads.
+        """
         model = unwrapped(model)
         found = list(layers(model))
         return cls(model, relevant_settings(model), _adapters(found), _modules(found), remember(found, model))
 
     def after_run(self, model: Any) -> ModelState:
-        """Return the state with what a run of the model itself has changed: some layers pack their weights when they first run.
+        """Return the state with the changes that a run itself makes.
 
-        What somebody else changed meanwhile stays a difference.
+        Some layers pack their weights when they first run. Changes by anyone else meanwhile remain
+        differences.
         """
         model = unwrapped(model)
         found = list(layers(model))
@@ -68,11 +74,11 @@ class ModelState:
         return ModelState(model, self._settings, self._adapters, modules, remember_after_run(found, model, self._tensors), noted)
 
     def is_of(self, model: Any) -> bool:
-        """Whether it was this object, changed or not."""
+        """Return True if the state is of this model object, changed or not."""
         return self._model() is unwrapped(model)
 
     def difference(self, model: Any) -> str | None:
-        """Say what a model computes with that differs from this state, or None if nothing does."""
+        """Return a description of what differs from this state, or None."""
         model = unwrapped(model)
         found = list(layers(model))
         return (
@@ -94,17 +100,17 @@ def _adapters(found: list[Layer]) -> dict[str, LayerAdapters]:
 def _difference_of_adapters(before: dict[str, LayerAdapters], now: dict[str, LayerAdapters]) -> str | None:
     if before == now:
         return None
-    was, has = (_said_adapters(each) for each in (before, now))
+    was, has = (_adapter_text(each) for each in (before, now))
     if was != has:
         return f"it ran with {was} then and runs with {has} now"
     name = next(name for name in {**before, **now} if before.get(name) != now.get(name))
-    was, has = (_said_adapters({name: each[name]} if name in each else {}) for each in (before, now))
+    was, has = (_adapter_text({name: each[name]} if name in each else {}) for each in (before, now))
     if was != has:
         return f"its layer {name} ran with {was} then and runs with {has} now"
     return f"the adapters of its layer {name} have other scales"
 
 
-def _said_adapters(found: dict[str, LayerAdapters]) -> str:
+def _adapter_text(found: dict[str, LayerAdapters]) -> str:
     active = sorted({name for one in found.values() for name in one.active})
     merged = sorted({name for one in found.values() for name in one.merged})
     said = [f"the adapter {name!r}" for name in active] + [f"the adapter {name!r} merged into its weights" for name in merged]
@@ -119,7 +125,10 @@ def _difference_of_settings(before: dict[str, Any], now: dict[str, Any]) -> str 
 
 
 def _modules(found: list[Layer]) -> dict[str, _Facts]:
-    """Return what modules are by name, without the model itself and what adapters wrap (their scales are compared instead)."""
+    """Return the facts of modules by name, except the root and adapted layers.
+
+    The scales of adapted layers are compared instead.
+    """
     facts: dict[str, _Facts] = {}
     for layer in found[1:]:
         if layer.adapters is None:

@@ -1,7 +1,8 @@
-"""Weights that accelerate keeps elsewhere while no layer needs them: its hooks, and reading parts of files.
+"""Find weights that accelerate keeps elsewhere between passes, and read parts of their files.
 
-A parameter of such a layer is on the `meta` device between passes; the layer's hook has a map from names to the tensors, in main
-memory or in files. A map that is read as usual reads the whole tensor, so places in files are looked up here.
+A parameter of such a layer is on the `meta` device between passes. The layer's hook maps names to
+tensors in main memory or in files. Reading such a map loads a whole tensor, so offsets in files are
+looked up here.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _SAFETENSORS = {
 
 @dataclass(frozen=True)
 class FileTensor:
-    """A tensor in a file: `shape` elements of `stored`, from byte `start` on, which are loaded as `dtype`."""
+    """A tensor in a file: `shape` elements of `stored`, from byte `start` on, loaded as `dtype`."""
 
     path: str
     start: int
@@ -38,7 +39,7 @@ class FileTensor:
     dtype: torch.dtype
 
     def runs(self, starts: list[int], length: int) -> Tensor:
-        """Read `length` consecutive elements from each start on -> [starts * length], as they would be loaded."""
+        """Read `length` elements from each start, [starts * length], converted to `dtype`."""
         size = self.stored.itemsize
         with _readable(self.path), open(self.path, "rb", buffering=0) as file:
             data = b"".join(os.pread(file.fileno(), length * size, self.start + start * size) for start in starts)
@@ -47,21 +48,21 @@ class FileTensor:
         return torch.frombuffer(bytearray(data), dtype=self.stored).to(self.dtype)
 
     def stamp(self) -> tuple[str, int, int, int]:
-        """Return what changes when the file is replaced or written to."""
+        """Return values that change when the file is replaced or written to."""
         with _readable(self.path):
             status = os.stat(self.path)
         return (self.path, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 def hooks_of(module: Any) -> Iterator[Any]:
-    """Yield accelerate's hooks of a module, one by one."""
+    """Yield accelerate's hooks of a module."""
     hook = module.__dict__.get("_hf_hook")
     if hook is not None:
         yield from getattr(hook, "hooks", (hook,))
 
 
 def execution_device(model: Any) -> torch.device | None:
-    """Return where a model computes whose weights are kept elsewhere, by the first hook that says it."""
+    """Return the device of a model with offloaded weights, from the first hook that states one."""
     for module in model.modules():
         for hook in hooks_of(module):
             device = getattr(hook, "execution_device", None)
@@ -71,7 +72,7 @@ def execution_device(model: Any) -> torch.device | None:
 
 
 def kept_elsewhere(module: Any, name: str) -> Tensor | FileTensor | None:
-    """Return where a module's hook keeps the tensor `name` (with the path below the module), or None."""
+    """Return where a module's hook keeps the tensor `name` (a path below it), or None."""
     for hook in hooks_of(module):
         kept = getattr(hook, "weights_map", None)
         if kept is not None and getattr(hook, "offload", False):
@@ -97,7 +98,7 @@ def _look_up(kept: Any, name: str) -> Tensor | FileTensor | None:
     path = os.fspath(said["safetensors_file"])
     with _readable(path):
         found = _header(path, os.stat(path).st_mtime_ns).get(said.get("weight_name", name))
-    if found is None:  # a format that is not known here: read whole
+    if found is None:  # an unknown format: read the whole tensor
         return kept[name]
     start, shape, stored = found
     wanted = getattr(torch, said["dtype"]) if "dtype" in said else stored
@@ -106,7 +107,10 @@ def _look_up(kept: Any, name: str) -> Tensor | FileTensor | None:
 
 @lru_cache(maxsize=64)
 def _header(path: str, changed: int) -> dict[str, tuple[int, tuple[int, ...], torch.dtype]]:
-    """Read a safetensors file's table -> name: (first byte, shape, dtype). `changed` is the file's time of change."""
+    """Read a safetensors file's table and return name -> (first byte, shape, dtype).
+
+    `changed`, the file's modification time, is part of the cache key.
+    """
     with Path(path).open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         table = json.loads(file.read(length))
@@ -119,7 +123,7 @@ def _header(path: str, changed: int) -> dict[str, tuple[int, tuple[int, ...], to
 
 @contextmanager
 def _readable(path: str) -> Iterator[None]:
-    """Say which file of weights is missing, where the system refuses it."""
+    """Name the missing file of weights in the error if the system refuses a read."""
     try:
         yield
     except OSError as error:

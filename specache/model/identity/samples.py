@@ -1,8 +1,13 @@
-"""Parts of a tensor that stand for its content, and digests of all of it. Bits are compared, never values.
+"""Samples that stand for a tensor's content, and digests of all of it.
 
-- `spread`: elements at equal distances, for checks that are made at every call. All tensors of a device go through one copy.
-- `runs`: a few runs of neighbours, for identities that are kept on disk: the same elements can be read from a file.
-- `content_digest`: of everything; one pass over the tensor's memory, about what one decode step reads.
+Bits are compared, never values.
+
+- `spread`: elements at equal distances, for checks at every call. All tensors of a device are
+  copied to the host at once.
+- `runs`: a few runs of adjacent elements, for identities on disk: the same elements can be read
+  from a file.
+- `content_digest`: all elements; one pass over the tensor's memory, about what one decode step
+  reads.
 """
 
 from __future__ import annotations
@@ -17,15 +22,15 @@ from torch import Tensor
 
 from specache.model.identity.offloaded_weights import FileTensor
 
-SPREAD = 256  # elements of a tensor, at most
-RUNS, RUN = 16, 64  # runs of elements, and elements of one
-_CHUNK = 1024  # words of 8 bytes that share a sum
+SPREAD = 256  # most elements sampled of a tensor
+RUNS, RUN = 16, 64  # number of runs, and elements per run
+_CHUNK = 1024  # 8-byte words per sum
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by itemsize
 
 
 def as_bits(tensor: Tensor) -> Tensor:
-    """Return a strided tensor's elements as integers of the same size; nothing is copied."""
+    """View a strided tensor's elements as integers of the same size, without a copy."""
     tensor = tensor.detach()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
@@ -33,10 +38,11 @@ def as_bits(tensor: Tensor) -> Tensor:
 
 
 def spread(tensors: Sequence[Tensor], every_row: Sequence[bool]) -> list[bytes]:
-    """Sample every tensor.
+    """Return a sample of every tensor.
 
     Args:
-        every_row: of a table [N, K], whether each row gives an element (embeddings, whose rows are edited one by one).
+        every_row: per tensor, True if each row of a table [N, K] must be sampled (embeddings, whose
+            rows are edited one by one).
     """
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
     parts: list[Tensor] = []
@@ -56,7 +62,10 @@ def spread(tensors: Sequence[Tensor], every_row: Sequence[bool]) -> list[bytes]:
 
 
 def _spread_view(bits: Tensor, every_row: bool) -> Tensor:
-    """Return about `SPREAD` elements of a tensor [n]; the step is odd, so that they do not all lie in one column."""
+    """Return about `SPREAD` elements of a tensor [n].
+
+    The step is odd, so that they do not all lie in one column.
+    """
     count = bits.numel()
     if count <= SPREAD:
         return bits.reshape(-1)
@@ -69,14 +78,14 @@ def _spread_view(bits: Tensor, every_row: bool) -> Tensor:
 
 
 def run_starts(count: int) -> tuple[list[int], int]:
-    """Return the first elements and the length of the runs that stand for a tensor of `count` elements."""
+    """Return the first elements and the length of the runs sampled of `count` elements."""
     if count <= RUNS * RUN:
         return [0], count
     return [(count - RUN) * i // (RUNS - 1) for i in range(RUNS)], RUN
 
 
 def runs(tensor: Tensor) -> bytes:
-    """Return the elements of `run_starts`."""
+    """Return the bytes of a tensor's `run_starts` runs."""
     bits = as_bits(tensor)
     starts, length = run_starts(bits.numel())
     if len(starts) == 1:
@@ -101,6 +110,6 @@ def content_digest(tensor: Tensor) -> bytes:
 
 
 def file_runs(file: FileTensor) -> bytes:
-    """Return the elements of `run_starts` of a tensor in a file; nothing else of it is read."""
+    """Return the bytes of the `run_starts` runs of a tensor in a file. Nothing else is read."""
     starts, length = run_starts(math.prod(file.shape))
     return as_bits(file.runs(starts, length)).numpy().tobytes()

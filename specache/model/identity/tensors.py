@@ -1,7 +1,7 @@
-"""The tensors that a model computes with, under names that do not depend on wrappers and adapters around a layer.
+"""Enumerate the tensors of a model under names independent of wrappers and adapters.
 
-Packed weights (bitsandbytes, torchao, quantised by PyTorch) come apart into the plain tensors that they consist of. Tensors of
-adapters that are not active are left out.
+Packed weights (bitsandbytes, torchao, quantised by PyTorch) are split into the plain tensors that
+they consist of. Tensors of inactive adapters are omitted.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from torch import Tensor, nn
 from specache.model.identity.adapters import LayerAdapters, adapter_entries, is_adapted, layer_adapters
 from specache.model.identity.offloaded_weights import FileTensor, hooks_of, kept_elsewhere
 
-_AROUND = {"base_layer", "original_module", "_orig_mod", "_checkpoint_wrapped_module"}  # attributes by which layers are wrapped
+_AROUND = {"base_layer", "original_module", "_orig_mod", "_checkpoint_wrapped_module"}  # attributes that hold a wrapped layer
 _PLAIN = {Tensor, nn.Parameter, nn.Buffer}
-_INACTIVE = "an adapter that is not active\0"  # no adapter's name
-_CHANGING_ROPE = ("dynamic", "longrope")  # their frequencies follow the length of the last pass
+_INACTIVE = "an adapter that is not active\0"  # never the name of an adapter
+_CHANGING_ROPE = ("dynamic", "longrope")  # frequencies follow the length of the last pass
 
 
 @dataclass(frozen=True)
 class PackedTensors:
-    """An object of PyTorch's quantised operators. It never changes; taking it apart copies it."""
+    """An immutable object of PyTorch's quantised operators. Unpacking copies it."""
 
     packed: Any
-    unpack: Any  # () -> its tensors
+    unpack: Any  # function that returns its tensors
 
     def tensors(self) -> list[Tensor]:
         """Return the tensors that it holds, as plain ones."""
@@ -39,13 +39,13 @@ class Weight:
     """One tensor of a model.
 
     Attributes:
-        name: path of its module, without wrappers, and its own.
+        name: path of its module, without wrappers, and its own name.
         content: where its elements are; a `Tensor` is a plain one.
-        persistent: whether it is saved with the model. Others follow from the configuration.
-        table: whether it is an embedding's, whose rows are changed one by one.
-        adapter: name of the adapter that it belongs to, or `None`.
-        by_run: whether a run of the model itself may change it: a part of packed weights, which some layers pack when they
-            first run, or a buffer that is not saved.
+        persistent: True if it is saved with the model. Others follow from the configuration.
+        table: True for an embedding, whose rows are changed one by one.
+        adapter: name of the adapter that it belongs to, or None.
+        by_run: True if a run of the model may change it: a part of packed weights, which some
+            layers pack when they first run, or a buffer that is not saved.
     """
 
     name: str
@@ -62,9 +62,10 @@ class Layer:
 
     Attributes:
         name: its path without wrappers.
-        adapters: what is added to it; `None` for a layer that cannot have adapters.
-        owners: by name of its own tensors, the adapter that they belong to (with `_INACTIVE` where it is not active).
-        owner: the adapter that all of it belongs to, or `None`.
+        adapters: its adapters; None for a layer that cannot have any.
+        owners: name of an own tensor -> the adapter that it belongs to (`_INACTIVE` for inactive
+            ones).
+        owner: the adapter that the whole module belongs to, or None.
     """
 
     name: str
@@ -75,18 +76,19 @@ class Layer:
 
 
 def layers(model: nn.Module) -> Iterator[Layer]:
-    """Yield every module that takes part, each once; of adapters, the active ones."""
+    """Yield every module that takes part once; of adapters, only the active ones."""
     yield from _layers("", "", model, None, set(), {})
 
 
 def _layers(path: str, name: str, module: nn.Module, owner: str | None, seen: set[int], entries: dict[str, str]) -> Iterator[Layer]:
-    """Yield a module and what is below it.
+    """Yield a module and its submodules.
 
     Args:
-        path: of the module with all wrappers, and a dot.
-        name: without them.
+        path: path of the module with all wrappers, ending with a dot.
+        name: path without wrappers.
         owner: the adapter that the module belongs to.
-        entries: what belongs to adapters: by path, the adapter, or `_INACTIVE`. Adapted layers add theirs.
+        entries: path -> adapter or `_INACTIVE`, for modules and tensors of adapters. Adapted layers
+            add theirs.
     """
     seen.add(id(module))
     adapters = layer_adapters(module) if is_adapted(module) else None
@@ -105,7 +107,7 @@ def _layers(path: str, name: str, module: nn.Module, owner: str | None, seen: se
 
 
 def weights(found: Sequence[Layer], model: Any) -> Iterator[Weight]:
-    """Yield all tensors of a model's `layers`; one that several modules share, once under each of its names."""
+    """Yield all tensors of a model's `layers`. A shared tensor is yielded once per name."""
     placing = [(layer.name, layer.module) for layer in found if _places_submodules(layer.module)]
     tables = {id(part) for part in (model.get_input_embeddings(), model.get_output_embeddings())}
     for layer in found:
@@ -128,7 +130,10 @@ def weights(found: Sequence[Layer], model: Any) -> Iterator[Weight]:
 
 
 def changes_with_length(module: nn.Module) -> bool:
-    """Whether this is a rotary embedding whose frequencies are those of the last pass; the configuration says how they are made."""
+    """Return True for a rotary embedding whose frequencies depend on the last pass.
+
+    The configuration covers it.
+    """
     kind = module.__dict__.get("rope_type")
     if kind is None:
         return False
@@ -137,10 +142,10 @@ def changes_with_length(module: nn.Module) -> bool:
 
 
 def plain_tensors(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yield (suffix of the name, plain strided tensor) of all that a tensor consists of."""
+    """Yield (suffix of the name, plain strided tensor) of all parts of a tensor."""
     if type(tensor) in _PLAIN and tensor.layout is torch.strided and not tensor.is_quantized:
         yield "", tensor
-    elif hasattr(tensor, "__tensor_flatten__") and hasattr(tensor, "__tensor_unflatten__"):  # a subclass around others
+    elif hasattr(tensor, "__tensor_flatten__") and hasattr(tensor, "__tensor_unflatten__"):  # a subclass that wraps other tensors
         names, _ = tensor.__tensor_flatten__()
         for name in names:
             for suffix, plain in plain_tensors(getattr(tensor, name)):
@@ -159,7 +164,7 @@ def plain_tensors(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def _statistics(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yield what bitsandbytes keeps beside a packed weight, in attributes of the parameter."""
+    """Yield the statistics that bitsandbytes keeps in attributes of a packed parameter."""
     if type(tensor) in _PLAIN:
         return
     state = getattr(tensor, "quant_state", None)
@@ -180,7 +185,7 @@ def _own(module: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
 
 
 def _content(layer: Layer, name: str, tensor: Tensor, placing: list[tuple[str, nn.Module]]) -> Tensor | FileTensor:
-    """Return where the elements of a tensor on the `meta` device are; the tensor itself where nobody knows."""
+    """Return where the elements of a `meta` tensor are; the tensor itself if unknown."""
     found = kept_elsewhere(layer.module, name)
     if found is None:
         for above, module in placing:
@@ -195,7 +200,7 @@ def _places_submodules(module: nn.Module) -> bool:
 
 
 def _packed(layer: Layer, table: bool) -> Iterator[Weight]:
-    """Yield what `torch.ao` quantised layers hold beside parameters, and the scales that bitsandbytes moves to its layer."""
+    """Yield the packed weights of `torch.ao` layers, and scales that bitsandbytes moved."""
     module: Any = layer.module
     packed = module.__dict__.get("_packed_params")
     if isinstance(packed, torch.ScriptObject):

@@ -1,4 +1,4 @@
-"""The module that computes, behind what users wrap around it: torch.compile, data parallelism, peft."""
+"""Find the module that computes inside users' wrappers: torch.compile, data parallelism, peft."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from specache.errors import UnsupportedModelError
 
-_HARMLESS_TUNERS = {"AdaLoraModel"}  # whose forward pass adds a loss for training and nothing else
+_HARMLESS_TUNERS = {"AdaLoraModel"}  # their forward pass only adds a training loss
 
 
 def unwrapped(model: Any) -> Any:
-    """Return the module that computes: behind torch.compile, DataParallel, DistributedDataParallel and peft, nested in any order.
+    """Return the module inside torch.compile, data parallelism and peft, nested in any order.
 
-    Everything that asks "is it this model" asks it of this module, so that a wrapper and what it wraps count as one.
+    All checks of a model's identity use this module, so that a wrapper and its content count as
+    one.
 
     Raises:
-        UnsupportedModelError: a wrapper adds what the module alone does not compute (prompt and prefix tuning).
+        UnsupportedModelError: a wrapper adds computation of its own (prompt and prefix tuning).
     """
     while True:
         inner = _inner(model)
@@ -29,7 +30,7 @@ def unwrapped(model: Any) -> Any:
 
 
 def is_compiled_inside(model: Any) -> bool:
-    """Whether the user compiled an unwrapped model in place (`model.compile()`), its `forward`, or some of its layers."""
+    """Return True if the model (`model.compile()`), its `forward`, or some layers are compiled."""
     return any(
         _is_compiled(module)
         or module._compiled_call_impl is not None
@@ -39,12 +40,12 @@ def is_compiled_inside(model: Any) -> bool:
 
 
 def _is_compiled(module: Any) -> bool:
-    """Whether a module is what `torch.compile` makes of one. Its class has no public name."""
+    """Return True for the result of `torch.compile`, whose class has no public name."""
     return any(kind.__name__ == "OptimizedModule" for kind in type(module).__mro__) and hasattr(module, "_orig_mod")
 
 
 def _inner(model: Any) -> Any:
-    """Return what a wrapper wraps, or None for a module that is no wrapper."""
+    """Return the content of a wrapper, or None for another module."""
     if _is_compiled(model):
         return model._orig_mod
     if isinstance(model, DataParallel | DistributedDataParallel):
@@ -57,7 +58,7 @@ def _inner(model: Any) -> Any:
 
 
 def _inside_peft(model: Any) -> Any:
-    """Return what a model or tuner of peft wraps, or None. peft is not imported: without it there is none."""
+    """Return the content of a model or tuner of peft, or None. peft is not imported for it."""
     peft = sys.modules.get("peft")
     if peft is None or not hasattr(peft, "PeftModel"):
         return None
@@ -73,7 +74,7 @@ def _inside_peft(model: Any) -> Any:
 
 
 def _is_tuner(model: Any) -> bool:
-    """Whether this is peft's object between a PeftModel and the transformers model."""
+    """Return True for peft's object between a PeftModel and the transformers model."""
     tuners = sys.modules.get("peft.tuners.tuners_utils")
     is_tuner = tuners is not None and isinstance(model, tuners.BaseTuner)
     return is_tuner or type(model).__name__ == "AdaptionPromptModel"
@@ -83,7 +84,7 @@ def refuse_prompt_learning(model: Any) -> None:
     """Refuse a PeftModel that puts learned vectors in front of the prompt.
 
     Raises:
-        UnsupportedModelError: its active adapter is one of prompt or prefix tuning, and is not disabled.
+        UnsupportedModelError: its active adapter uses prompt or prefix tuning, and is not disabled.
     """
     config = model.peft_config.get(model.active_adapter) if isinstance(model.active_adapter, str) else None
     if getattr(config, "is_prompt_learning", False) and not getattr(model, "_adapters_disabled", False):
@@ -96,7 +97,7 @@ def refuse_prompt_learning(model: Any) -> None:
 
 
 def _refuse_tuner(tuner: Any) -> None:
-    """Refuse tuners whose own forward pass decides what the adapters inside the model do."""
+    """Refuse tuners whose own forward pass controls the adapters inside the model."""
     base = sys.modules["peft.tuners.tuners_utils"].BaseTuner
     own = isinstance(tuner, base) and type(tuner).forward is not base.forward
     if own and type(tuner).__name__ not in _HARMLESS_TUNERS:
@@ -107,7 +108,10 @@ def _refuse_tuner(tuner: Any) -> None:
 
 
 def _refuse_borrowed_prompt(model: Any) -> None:
-    """Refuse a model whose prompt-tuning wrapper is generating: PeftModel.generate lends it its own preparation of inputs."""
+    """Refuse a model whose prompt-tuning wrapper is generating.
+
+    PeftModel.generate replaces the model's own preparation of inputs.
+    """
     peft = sys.modules.get("peft")
     prepare = getattr(model, "__dict__", {}).get("prepare_inputs_for_generation")
     owner = getattr(prepare, "__self__", None)

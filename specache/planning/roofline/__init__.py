@@ -1,1 +1,3 @@
-"""Time per decode step of a device, computed from its figures: what `specache plan --gpu` prints (docs/plan.md)."""
+"""The roofline: a device's time per decode step, computed from its figures (`specache plan --gpu`,
+docs/plan.md).
+"""

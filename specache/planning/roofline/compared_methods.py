@@ -1,4 +1,6 @@
-"""What a roofline compares: the 16-bit cache, KIVI, the paper's SpeCache and this library's, at 2 bits and at 1."""
+"""The methods that a roofline compares: the 16-bit cache, KIVI, the paper's SpeCache and this
+library's, at 2 and 1 bits.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +11,19 @@ from specache.config import Code, Policy, SpeCacheConfig
 from specache.planning.roofline.kernel_costs import PUBLISHED, THIS_LIBRARY, KernelCounts
 
 BITS = (2, 1)
-KIVI_RESIDUAL = 128  # tokens; with R = 64 and k = 64 SpeCache holds as many 16-bit pairs (paper, section 4.1)
+KIVI_RESIDUAL = 128  # tokens; as many 16-bit pairs as SpeCache holds with R = 64 and k = 64 (paper, section 4.1)
 
 
 @dataclass(frozen=True)
 class Method:
-    """One cache.
+    """One cache method.
 
     Attributes:
-        key: stable, for JSON.
-        title: for people.
-        config: with every `auto` decided.
-        keeps_slow: whether 16-bit rows stay in a slow tier.
-        kernels: what runs it: this library's kernels, or the published ones.
+        key: stable name, for JSON.
+        title: name for display.
+        config: settings with every `auto` resolved.
+        keeps_slow: True if 16-bit pairs stay in a slow tier.
+        kernels: work of the kernels that run it: this library's, or the published ones.
     """
 
     key: str
@@ -32,19 +34,23 @@ class Method:
 
     @property
     def rows(self) -> int:
-        """Rows per sequence of a decode step: a guess beside the real token makes two."""
+        """Return the query rows per sequence of a decode step: two if a draft token runs beside the
+        real one.
+        """
         return 2 if self.config.policy.drafts else 1
 
     @property
     def selecting_rows(self) -> int:
-        """Rows per sequence whose `k` largest probabilities are looked for: of the paper's two the guess alone."""
+        """Return the query rows per sequence that select their top-k pairs: of the paper's two only
+        the draft's.
+        """
         policy = self.config.policy
         if policy is Policy.VERIFIED:
             return 2
         return 1 if policy.verifies or policy.prefetches else 0
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values for JSON."""
         return {
             "method": self.key,
             "title": self.title,
@@ -55,10 +61,11 @@ class Method:
 
 
 def methods(config: SpeCacheConfig) -> list[Method]:
-    """The methods to compare, the full cache first.
+    """Return the methods to compare, the full cache first.
 
     Args:
-        config: of this library's own rows, with every `auto` decided. The others share its `k`, `g` and slow tier.
+        config: settings of this library's methods, with every `auto` resolved. The others share its
+            `k`, `g` and slow tier.
     """
     config = replace(config, fast_memory=None)
     own_bits = sorted({*BITS, config.bits}, reverse=True)

@@ -1,4 +1,6 @@
-"""What a roofline knows of a device: its figures, where each of them comes from, and how much of them is reached."""
+"""Describe a device to the roofline: its figures, their sources, and the share of them that is
+reached.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 GIB = 2**30
-LINKS = {  # one direction of 16 lanes: transfers per second x 16 / 8, less what the line code takes
+LINKS = {  # one direction of 16 lanes: transfers per second x 16 / 8, less the line code
     "PCIe 3.0 x16": "PCI Express base specification 3.0: 8 GT/s, 16 lanes, 128b/130b",
     "PCIe 4.0 x16": "PCI Express base specification 4.0: 16 GT/s, 16 lanes, 128b/130b",
     "PCIe 5.0 x16": "PCI Express base specification 5.0: 32 GT/s, 16 lanes, 128b/130b",
@@ -15,14 +17,16 @@ LINKS = {  # one direction of 16 lanes: transfers per second x 16 / 8, less what
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Achieved share of each figure. The defaults are what good kernels commonly reach; none was measured or fitted here.
+    """Achieved share of each figure.
+
+    The defaults are what good kernels commonly reach; none was measured or fitted here.
 
     Attributes:
-        memory: of the memory's bandwidth.
-        matrix: of the matrix units' rate.
-        vector: of the vector units' rate.
-        link: of the host link, for rows gathered from pinned memory.
-        usable_memory: of the memory; the rest is the driver's, the libraries' and the allocator's.
+        memory: share of the memory bandwidth.
+        matrix: share of the matrix units' rate.
+        vector: share of the vector units' rate.
+        link: share of the host link's bandwidth, for pairs gathered from pinned memory.
+        usable_memory: share of the memory; the driver, libraries and the allocator take the rest.
     """
 
     memory: float = 0.85
@@ -34,21 +38,22 @@ class Efficiency:
 
 @dataclass(frozen=True)
 class Device:
-    """One device.
+    """The figures of one device.
 
     Attributes:
-        key: its name on the command line, or the file that describes it.
-        name: as its vendor says it.
+        key: name on the command line, or the file that describes the device.
+        name: the vendor's product name.
         memory_gib: fast memory, in GiB.
-        memory_gb_per_s: bandwidth of it, in 10^9 bytes per second.
-        matrix_tflops: dense products of 16-bit matrices, in 10^12 operations per second (a multiply-add is two).
-        vector_tflops: float32 arithmetic outside the matrix units.
-        link_gb_per_s: from main memory, in one direction, in 10^9 bytes per second.
-        link: what that is.
-        source: where figures come from that `sources` does not name.
-        sources: figure -> where it comes from.
-        host_memory_gib: main memory for the slow tier; `None` is as much as is needed.
-        disk_gb_per_s: of the disk, for the slow tier `disk`; `None` where it is not known.
+        memory_gb_per_s: bandwidth of the fast memory, in 10^9 bytes per second.
+        matrix_tflops: dense products of 16-bit matrices, in 10^12 operations per second (a
+            multiply-add is two).
+        vector_tflops: float32 arithmetic outside the matrix units, in 10^12 operations per second.
+        link_gb_per_s: bandwidth from main memory, in one direction, in 10^9 bytes per second.
+        link: kind of link, a key of `LINKS`.
+        source: source of the figures that `sources` does not name.
+        sources: figure -> its source.
+        host_memory_gib: main memory for the slow tier, in GiB; None is unlimited.
+        disk_gb_per_s: bandwidth of the disk, for the slow tier `disk`; None if unknown.
         kind: `gpu`, or `cpu`, whose fast memory is main memory.
     """
 
@@ -69,37 +74,43 @@ class Device:
 
     @property
     def usable_bytes(self) -> int:
-        """Fast memory that weights, cache and passes may take."""
+        """Return the fast memory available to weights, cache and passes, in bytes."""
         return int(self.memory_gib * GIB * self.efficiency.usable_memory)
 
     @property
     def memory_rate(self) -> float:
-        """Bytes per second that are reached."""
+        """Return the achieved memory bandwidth, in bytes per second."""
         return self.memory_gb_per_s * 1e9 * self.efficiency.memory
 
     @property
     def matrix_rate(self) -> float:
-        """Operations per second that are reached."""
+        """Return the achieved rate of the matrix units, in operations per second."""
         return self.matrix_tflops * 1e12 * self.efficiency.matrix
 
     @property
     def vector_rate(self) -> float:
-        """Vector instructions per second and lane that are reached: a multiply-add is one, and two operations."""
+        """Return the achieved vector instructions per second and lane.
+
+        A multiply-add is one instruction, two operations.
+        """
         return self.vector_tflops * 1e12 * self.efficiency.vector / 2
 
     @property
     def link_rate(self) -> float:
-        """Bytes per second that are reached."""
+        """Return the achieved bandwidth of the host link, in bytes per second."""
         return self.link_gb_per_s * 1e9 * self.efficiency.link
 
     def source_of(self, figure: str) -> str:
-        """Where a figure comes from."""
+        """Return the source of a figure."""
         if figure == "link_gb_per_s" and figure not in self.sources:
             return LINKS.get(self.link, self.source)
         return self.sources.get(figure, self.source)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON. Keys are stable and are those of a `--gpu-spec` file; `sources` names every figure's."""
+        """Return plain values for JSON.
+
+        Keys are stable and match a `--gpu-spec` file; `sources` has every figure's.
+        """
         values = asdict(self)
         values["sources"] = {figure: self.source_of(figure) for figure in FIGURES if values[figure] is not None}
         return values
@@ -107,4 +118,4 @@ class Device:
 
 FIGURES = tuple(
     one.name for one in fields(Device) if one.name.endswith(("_gib", "_gb_per_s", "_tflops"))
-)  # numbers, with their unit in their name
+)  # numeric fields; their names end with the unit

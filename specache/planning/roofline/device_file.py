@@ -1,4 +1,4 @@
-"""Devices from TOML: the table that comes with the package, and the file of `--gpu-spec`."""
+"""Read devices from TOML: the package's table, and a `--gpu-spec` file."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _SHARES = tuple(one.name for one in fields(Efficiency))
 
 @cache
 def known_devices() -> dict[str, Device]:
-    """The package's table, by name."""
+    """Return the devices of the package's table, by name."""
     return {key: _device(key, values, f"{TABLE.name}: {key}") for key, values in _read(TABLE).items()}
 
 
 def device_named(key: str) -> Device:
-    """A device of the table.
+    """Return a device of the table.
 
     Raises:
-        ConfigError: there is none of this name.
+        ConfigError: the table has no device of this name.
     """
     if key not in known_devices():
         raise ConfigError(
@@ -43,10 +43,11 @@ def device_named(key: str) -> Device:
 
 
 def device_from_file(path: Path) -> Device:
-    """The device that a `--gpu-spec` file describes.
+    """Return the device that a `--gpu-spec` file describes.
 
     Raises:
-        ConfigError: it cannot be read, is no TOML, or a key is missing, unknown or out of range.
+        ConfigError: the file cannot be read, is not TOML, or a key is missing, unknown or out of
+            range.
     """
     return _device(path.name, _read(path), f"--gpu-spec {path}")
 

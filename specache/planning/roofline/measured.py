@@ -1,8 +1,9 @@
-"""Time of one decode step from what was measured of a part of the model on this very machine (`bench.calibration`).
+"""Estimate the time of a decode step from measurements of a part of the model on this machine
+(`bench.calibration`).
 
-A processor's step is not bound by bandwidth alone: the kernels compute while they read, and Python has its share. So the slope
-over the tokens, what a sequence costs besides, and the pass over the weights are measured on a few of the model's layers, and only
-multiplied here.
+A processor's step is not bound by bandwidth alone: kernels compute while they read, and Python
+takes time. So three costs are measured on a few of the model's layers and scaled here: per token,
+per sequence, and of the pass over the weights.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ from specache.planning.roofline.step_time import StepTime
 
 @dataclass(frozen=True)
 class WeightsPass:
-    """Seconds of the whole model's forward pass without any cache, for some numbers of rows (ascending); lines in between."""
+    """Seconds of the whole model's forward pass without a cache, by number of rows (ascending),
+    interpolated linearly.
+    """
 
     rows: tuple[int, ...]
     seconds: tuple[float, ...]
 
     def at(self, rows: int) -> float:
-        """Seconds for `rows` rows."""
+        """Return the seconds for `rows` rows."""
         points = list(zip(self.rows, self.seconds, strict=True))
         if len(points) == 1:
             return points[0][1]
@@ -43,11 +46,12 @@ class MethodCost:
 
 @dataclass(frozen=True)
 class MeasuredSteps:
-    """A model on this machine.
+    """Measured step times of a model on this machine.
 
     Attributes:
-        costs: by the method's key.
-        layers: of the model, and of the parts that were measured.
+        costs: cost by method key.
+        layers: layers of the model.
+        measured_layers: layers of each part that was measured.
     """
 
     weights: WeightsPass
@@ -56,7 +60,7 @@ class MeasuredSteps:
     measured_layers: tuple[int, ...]
 
     def step(self, method: Method, context: int, batch: int) -> StepTime:
-        """See `StepModel`. Rows that are read in place are part of `attend`."""
+        """See `StepModel`. Reads of pairs in place are part of `attend`."""
         if method.key not in self.costs:
             raise ConfigError(f"{method.title} was not measured; there is {', '.join(self.costs)}.")
         cost = self.costs[method.key]
@@ -73,5 +77,5 @@ class MeasuredSteps:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON. Keys are stable; times are seconds."""
+        """Return plain values for JSON. Keys are stable; times are seconds."""
         return asdict(self)

@@ -1,4 +1,6 @@
-"""Device memory of a decode step over static buffers, which only this library's own rows on a GPU have."""
+"""Compute the device memory of a decode step over static buffers, which only this library's methods
+on a GPU use.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +15,21 @@ from specache.planning.roofline.kernel_costs import THIS_LIBRARY
 
 
 def method_static_bytes(model: ModelDimensions, method: Method, context: int, batch: int) -> int:
-    """`static_step_bytes` of a method: 0 for those that run on other kernels."""
+    """Return a method's `static_step_bytes`; 0 for methods that run on other kernels."""
     return static_step_bytes(model, method.config, context, batch) if method.kernels is THIS_LIBRARY else 0
 
 
 def static_step_bytes(model: ModelDimensions, config: SpeCacheConfig, context: int, batch: int) -> int:
-    """What `batch` sequences of `context` tokens hold on a GPU beyond the ordinary step, 0 where the ordinary one serves them.
+    """Return the bytes that `batch` sequences of `context` tokens hold on a GPU beyond the ordinary
+    step.
 
-    Their batch's own buffers, and what a hot set on a device has more than one that the host looks up. A captured graph keeps its
-    temporary tensors, which the plan counts as the working set of a pass; what PyTorch rounds them up to is not counted.
+    They are the batch's static buffers, and the excess of a device's hot set over a host's. Return
+    0 if the ordinary step decodes these sequences. The temporary tensors of a captured graph are in
+    the plan's working set; PyTorch's rounding is not counted.
     """
-    served = config.policy in KINDS and config.slow_tier is SlowTierKind.RAM
+    supported = config.policy in KINDS and config.slow_tier is SlowTierKind.RAM
     short = context < config.residual + config.group_size
-    if not served or short or config.residual == 0 or model.dynamic_rope:
+    if not supported or short or config.residual == 0 or model.dynamic_rope:
         return 0
     room = low_bit_room(config, context)
     top_k = min(config.top_k, room) if config.policy is not Policy.NONE else 0

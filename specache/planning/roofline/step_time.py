@@ -1,11 +1,14 @@
-"""Time of one decode step, from bytes and operations over a device's rates (the roofline model).
+"""Compute the time of one decode step from bytes, operations and a device's rates (the roofline
+model).
 
-Linear layers: the time to read the weights, or that of the arithmetic if it is longer. Low-bit copy: the longest of reading it,
-multiplying on the matrix units and unpacking on the vector units. Beside those the scores, residual, windows and 16-bit rows that
-are read in fast memory. Rows from the slow tier come over the link: those that a guess asked for while the rest of the step runs,
-those that the real token lacks while it waits.
+- Linear layers: the longer of reading the weights and the arithmetic.
+- Low-bit copy: the longest of reading it, multiplying on the matrix units, and unpacking on the
+  vector units.
+- Fast memory: scores, residual, windows and fetched 16-bit pairs are read from it.
+- Slow tier: pairs come over the link. Those that the draft token selected come while the rest of
+  the step runs; the step waits for those that only the real token selected.
 
-Symbols: `B` sequences, `S` tokens, `n` rows per sequence, `G` query heads per KV head.
+Symbols: `B` sequences, `S` tokens, `n` query rows per sequence, `G` query heads per KV head.
 """
 
 from __future__ import annotations
@@ -22,25 +25,29 @@ from specache.planning.roofline.device_figures import Device
 from specache.planning.roofline.kernel_costs import TILE_ROWS, UNPACK_INSTRUCTIONS
 from specache.planning.traffic import StepTraffic, step_traffic
 
-# Of the rows that `verified` fetches, the share that the real row waits for; the rest was asked for by the guess. From
-# docs/results.md, `hot_set` of 0.0 and 0.08: 43%, 24% and 13%, 9% of k were not there when they were wanted, and 0.47 and 0.18 of k
-# are read (`traffic.MISSES_OF_ONE_STEP`).
+# Share of the pairs fetched by `verified` that the real token's row waits for; the draft token's
+# row asked for the rest. From docs/results.md, `hot_set` of 0.0 and 0.08: 43%, 24% and 13%, 9% of k
+# were not there when they were needed, and 0.47 and 0.18 of k are read
+# (`traffic.MISSES_OF_ONE_STEP`).
 WAITED_FOR = 0.6
-DISK_UNIT = 4096  # bytes: a row on disk is read in whole ones
+DISK_UNIT = 4096  # bytes; a disk is read in whole units
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one decode step of a batch. Parts run one after the other, but for what is hidden.
+    """Seconds of one decode step of a batch. Parts run one after the other, except what is hidden.
 
     Attributes:
-        weights: reading them.
-        compute: arithmetic of the linear layers; `compute_hidden` of it passes while the weights are read.
-        scan: over the low-bit copy, or over the 16-bit cache.
-        scan_bound: what the scan waits for: `bandwidth`, `matrix units` or `unpacking`; `measured` where it was.
-        attend: over scores, residual, windows and fetched rows.
-        fetch: rows over the link (or from disk); `fetch_hidden` of it passes while the rest of the step runs.
-        overhead: everything else, where it was measured.
+        weights: reading the weights.
+        compute: arithmetic of the linear layers.
+        compute_hidden: the part of `compute` that runs while the weights are read.
+        scan: attention over the low-bit copy, or over the 16-bit cache.
+        scan_bound: what limits the scan: `bandwidth`, `matrix units` or `unpacking`; `measured` if
+            it was measured.
+        attend: reads of scores, residual, windows and fetched pairs.
+        fetch: transfers of pairs over the link, or reads from disk.
+        fetch_hidden: the part of `fetch` that runs during the rest of the step.
+        overhead: everything else, if it was measured.
     """
 
     weights: float
@@ -62,21 +69,21 @@ class StepTime:
         return self.weights + self.compute + self.scan + self.attend + self.fetch + self.overhead - self.hidden
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON. Keys are stable; times are milliseconds."""
+        """Return plain values for JSON. Keys are stable; times are milliseconds."""
         times = {f"{name}_ms": value * 1e3 for name, value in asdict(self).items() if name != "scan_bound"}
         return {**times, "hidden_ms": self.hidden * 1e3, "total_ms": self.total * 1e3, "scan_bound": self.scan_bound}
 
 
 class StepModel(Protocol):
-    """What says how long a step takes."""
+    """A model of how long a step takes."""
 
     def step(self, method: Method, context: int, batch: int) -> StepTime:
-        """One decode step of `batch` sequences of `context` tokens."""
+        """Return the time of one decode step of `batch` sequences of `context` tokens."""
 
 
 @dataclass(frozen=True)
 class Roofline:
-    """A model on a device."""
+    """The roofline of a model on a device."""
 
     device: Device
     model: ModelDimensions
@@ -94,7 +101,9 @@ class Roofline:
         return StepTime(weights, compute, compute_hidden, scan, bound, attend, fetch, min(ahead, rest))
 
     def _linear_operations(self, traffic: StepTraffic, rows: int) -> float:
-        """Every element of a weight that is read is multiplied and added once per row."""
+        """Return the operations of the linear layers: a multiply-add per weight that is read, and
+        row.
+        """
         return 2 * traffic.weights / self.model.itemsize * rows
 
     def _scan(self, method: Method, traffic: StepTraffic, context: int, batch: int) -> tuple[float, str]:
@@ -105,7 +114,7 @@ class Roofline:
         for layer in self.model.full_layers:
             tokens = batch * method.config.low_bit_length(context)
             rows = math.ceil(layer.query_heads // layer.kv_heads * method.rows / TILE_ROWS) * TILE_ROWS
-            elements = tokens * layer.kv_heads * layer.head_dim  # of the keys; as many of the values
+            elements = tokens * layer.kv_heads * layer.head_dim  # of the keys; the values have as many
             products += 2 * 2 * elements * rows * method.kernels.products
             codes += 2 * elements
         times = {
@@ -131,7 +140,7 @@ class Roofline:
         return size
 
     def _fetch(self, method: Method, traffic: StepTraffic) -> tuple[float, float]:
-        """(seconds that rows take, those of them that were asked for a step ahead)."""
+        """Return (seconds of all transfers, seconds of those that were requested a step ahead)."""
         if not traffic.rows:
             return 0.0, 0.0
         config = method.config

@@ -1,4 +1,4 @@
-"""Everything that a roofline says of a model on a device, as plain values."""
+"""Compile a roofline's results for a model on a device as plain values."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from specache.planning.roofline.tipping import tipping
 
 
 def roofline_document(model: StepModel, capacity: Capacity, compared: Sequence[Method], context: int, batch: int) -> dict[str, Any]:
-    """The comparison. Keys are stable; sizes are bytes, times milliseconds.
+    """Return the comparison. Keys are stable; sizes are bytes, times milliseconds.
 
     Args:
-        compared: the full cache first.
+        compared: the methods, the full cache first.
     """
     found = [_measures(model, capacity, method, context, batch) for method in compared]
     full = found[0]

@@ -1,4 +1,6 @@
-"""From which context and batch on one method's steps are faster than another's, and where that never happens."""
+"""Find the context and batch from which one method's steps are faster than another's, if there are
+any.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +14,20 @@ from specache.planning.roofline.capacity import Capacity
 from specache.planning.roofline.compared_methods import Method
 from specache.planning.roofline.step_time import StepModel
 
-WORTH = 1.01  # times faster that is called winning
+WORTH = 1.01  # speed-up that counts as winning
 
 
 @dataclass(frozen=True)
 class Tipping:
-    """Where a method begins to win against the 16-bit cache. `None`: nowhere up to the limits.
+    """The points from which a method is faster than the 16-bit cache.
+
+    None: nowhere up to the limits.
 
     Attributes:
-        context: the shortest at which its step is faster, at the batch that was asked for.
-        batch: the smallest at which its step is faster, at the context that was asked for.
-        throughput_context: the shortest at which it makes more tokens per second, each at the largest batch that fits it.
+        context: shortest context at which its step is faster, at the requested batch.
+        batch: smallest batch at which its step is faster, at the requested context.
+        throughput_context: shortest context at which it generates more tokens per second, each
+            method at its largest batch.
     """
 
     context: int | None
@@ -30,12 +35,12 @@ class Tipping:
     throughput_context: int | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON. Keys are stable."""
+        """Return plain values for JSON. Keys are stable."""
         return asdict(self)
 
 
 def tipping(model: StepModel, capacity: Capacity, full: Method, method: Method, context: int, batch: int) -> Tipping:
-    """Where `method` begins to win against `full`. Contexts are whole pages."""
+    """Return the points from which `method` is faster than `full`. Contexts are whole pages."""
     longest = (capacity.model.max_positions or LONGEST) // PAGE_TOKENS * PAGE_TOKENS
 
     def faster(tokens: int, sequences: int) -> bool:
@@ -54,7 +59,10 @@ def tipping(model: StepModel, capacity: Capacity, full: Method, method: Method, 
 
 
 def first(wins: Callable[[int], bool], limit: int) -> int | None:
-    """The smallest number in `[1, limit]` that wins, if all above it do; `None` where none does."""
+    """Return the smallest number in `[1, limit]` that wins, given that all above it do.
+
+    Return None if none does.
+    """
     loses = largest(lambda number: not wins(number), 1, limit)
     return loses + 1 if loses < limit else None
 
@@ -65,6 +73,6 @@ def _first_context(wins: Callable[[int], bool], limit: int) -> int | None:
 
 
 def _best_rate(model: StepModel, capacity: Capacity, method: Method, context: int) -> float:
-    """Tokens per second at the largest batch that fits; 0 where none does."""
+    """Return the tokens per second at the largest batch that fits; 0 if none does."""
     batch = capacity.largest_batch(method, context)
     return batch / model.step(method, context, batch).total if batch else 0.0

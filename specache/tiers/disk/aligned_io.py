@@ -1,4 +1,4 @@
-"""The system calls of the disk tier: opening, positioned reads and writes, direct I/O and memory aligned for it."""
+"""System calls of the disk tier: open, positioned reads and writes, direct I/O, aligned memory."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-DEFAULT_ALIGNMENT = 4096  # bytes, where the system does not tell: no device in use needs more
-_KEPT_BUFFERS = 5  # as many as threads read at a time
-_BUFFER_UNIT = 64 << 10  # so that a buffer also serves a somewhat longer read
+DEFAULT_ALIGNMENT = 4096  # bytes, where the system reports none: no device in use needs more
+_KEPT_BUFFERS = 5  # one per thread that reads at a time
+_BUFFER_UNIT = 64 << 10  # bytes; sizes are rounded up, so that a buffer also fits a slightly longer read
 _STATX_DIOALIGN = 0x2000
 _STATX_BYTES = 256
 _AT_EMPTY_PATH = 0x1000
 
 
 def read_at(fd: int, into: memoryview, offset: int) -> int:
-    """One positioned read; returns how many bytes came, 0 at the end of the file."""
+    """Read once at `offset` and return the number of bytes read, 0 at the end of the file."""
     while True:
         try:
             return os.preadv(fd, [into], offset)
@@ -31,7 +31,7 @@ def read_at(fd: int, into: memoryview, offset: int) -> int:
 
 
 def write_at(fd: int, data: memoryview, offset: int) -> int:
-    """One positioned write; returns how many bytes went."""
+    """Write once at `offset` and return the number of bytes written."""
     while True:
         try:
             return os.pwritev(fd, [data], offset)
@@ -43,7 +43,7 @@ def write_all(fd: int, data: memoryview, offset: int) -> None:
     """Write all of `data` at `offset`.
 
     Raises:
-        OSError: it could not be written; a part may have been.
+        OSError: the write failed; a part may have been written.
     """
     done = 0
     while done < len(data):
@@ -54,10 +54,10 @@ def write_all(fd: int, data: memoryview, offset: int) -> None:
 
 
 def open_file(path: str, *, create: bool, direct: bool) -> int:
-    """Open a file of ours for reading and writing, private to the user, past the page cache if `direct`.
+    """Open a file of ours for reading and writing, private to the user.
 
     Raises:
-        OSError: as `os.open`; also where `direct` is refused.
+        OSError: as `os.open`; also if `direct` (bypassing the page cache) is refused.
     """
     flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
     if create:
@@ -70,7 +70,7 @@ def open_file(path: str, *, create: bool, direct: bool) -> int:
 
 
 def sync_folder(folder: str | os.PathLike[str]) -> None:
-    """Return when the names in a folder survive a power failure."""
+    """Return when the file names in a folder survive a power failure."""
     fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -79,15 +79,19 @@ def sync_folder(folder: str | os.PathLike[str]) -> None:
 
 
 def drop_cached(fd: int, offset: int = 0, length: int = 0) -> None:
-    """Take a range (all, with length 0) of a file out of the page cache; what is not written yet stays."""
+    """Drop a range of a file from the page cache (all of it if `length` is 0).
+
+    Unwritten pages stay.
+    """
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
 
 
 def direct_alignment(fd: int) -> int | None:
-    """Alignment in bytes that direct I/O on this file needs (offsets, lengths and memory), 0 if it has none.
+    """Return the alignment in bytes that direct I/O on this file needs; 0 if unsupported.
 
-    `None` where the system does not tell (Linux before 6.1, most network file systems).
+    It applies to offsets, lengths and memory. Return None if the system does not report it (Linux
+    before 6.1, most network file systems).
     """
     try:
         statx = ctypes.CDLL(None, use_errno=True).statx
@@ -96,15 +100,15 @@ def direct_alignment(fd: int) -> int | None:
     answer = ctypes.create_string_buffer(_STATX_BYTES)
     if statx(fd, b"", _AT_EMPTY_PATH, _STATX_DIOALIGN, answer) != 0:
         return None
-    told = int.from_bytes(answer.raw[0:4], "little")
-    if not told & _STATX_DIOALIGN:
+    mask = int.from_bytes(answer.raw[0:4], "little")
+    if not mask & _STATX_DIOALIGN:
         return None
     memory, offset = (int.from_bytes(answer.raw[at : at + 4], "little") for at in (152, 156))
     return max(memory, offset) if offset else 0
 
 
 class AlignedBuffer:
-    """Memory that starts on a page, as bytes and as 64-bit words."""
+    """Page-aligned memory, as bytes and as 64-bit words."""
 
     def __init__(self, size: int) -> None:
         memory = mmap.mmap(-1, size)
@@ -118,7 +122,7 @@ class AlignedBuffer:
 
 
 class BufferPool:
-    """Buffers to borrow, so that every read does not have the system map and clear new memory."""
+    """Reusable read buffers, which save mapping and clearing new memory for every read."""
 
     def __init__(self) -> None:
         self._free: list[AlignedBuffer] = []
@@ -126,13 +130,13 @@ class BufferPool:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of buffers that nobody borrows now."""
+        """Return the bytes of buffers that are free now."""
         with self._lock:
             return sum(buffer.size for buffer in self._free)
 
     @contextlib.contextmanager
     def borrow(self, size: int) -> Iterator[AlignedBuffer]:
-        """A buffer of at least `size` bytes, with whatever is in it."""
+        """Lend a buffer of at least `size` bytes with undefined content."""
         buffer = self.take(size)
         try:
             yield buffer
@@ -140,17 +144,25 @@ class BufferPool:
             self.give(buffer)
 
     def take(self, size: int) -> AlignedBuffer:
-        """The same without an end; `give` it back. One that is forgotten instead is freed."""
+        """Take a buffer without a scope; return it with `give`.
+
+        A buffer that is dropped instead is freed.
+        """
         return self._take(size) or AlignedBuffer(-(-size // _BUFFER_UNIT) * _BUFFER_UNIT)
 
     def give(self, buffer: AlignedBuffer) -> None:
+        """Return a buffer to the pool."""
         with self._lock:
             self._free.append(buffer)
             self._free.sort(key=lambda one: one.size)
             del self._free[:-_KEPT_BUFFERS]
 
     def _take(self, size: int) -> AlignedBuffer | None:
-        """The smallest that is large enough. Where none is, one goes, so that there are no more than were ever borrowed at once."""
+        """Remove and return the smallest free buffer that is large enough.
+
+        If there is none, drop the smallest, so that the pool never holds more buffers than were
+        borrowed at once.
+        """
         with self._lock:
             for i, buffer in enumerate(self._free):
                 if buffer.size >= size:

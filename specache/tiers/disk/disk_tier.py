@@ -1,7 +1,8 @@
-"""The slow tier on disk: whole blocks of rows in files (`row_file`), the rows of the last, partial block in memory.
+"""The slow tier on disk: full blocks of rows in files, the last, partial block in memory.
 
-Writing appends: what was written once is never changed, so a table of blocks (`extents`) taken at any time stays true of the files.
-Memory held is the tail, room for 64 tokens per layer, and the buffers of reads in progress.
+Files (`row_file`) are append-only, so a table of blocks (`extents`) taken at any time stays valid.
+The tier holds in memory: the partial block (room for 64 tokens per layer) and the buffers of reads
+in progress.
 """
 
 from __future__ import annotations
@@ -27,19 +28,20 @@ from specache.tiers.disk.scratch import prepare_folder
 from specache.tiers.disk.stored_layer import StoredLayer
 from specache.tiers.disk.tier_files import TierFiles
 
-WRITE_BYTES = 1 << 20  # packed and written at a time, and a block at least
+WRITE_BYTES = 1 << 20  # bytes packed and written at a time; at least one block
 
 
 class DiskTier:
     """The 16-bit rows of one sequence on disk.
 
-    One thread writes; `gather` and `read` may be called from any thread meanwhile. After `close` the tier is empty and can be
-    filled again.
+    One thread writes; `gather` and `read` may be called from any thread meanwhile. After `close`
+    the tier is empty and can be filled again.
 
     Args:
-        folder: where files go; made if it is not there.
-        temporary: they lie in a folder of the tier's own and are removed when it is closed or forgotten. Else they lie in `folder`
-            itself and stay: they belong to a session, which also keeps `extents` and `tails`.
+        folder: folder of the files; created if it does not exist.
+        temporary: True: files lie in a private subfolder, removed when the tier is closed or
+            garbage-collected. False: files lie in `folder` itself and stay; they belong to a
+            session, which also keeps `extents` and `tails`.
 
     Raises:
         SlowTierError: the folder cannot be written.
@@ -54,12 +56,15 @@ class DiskTier:
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str], tables: Mapping[int, Sequence[Extent]], tails: Mapping[int, Tensor]) -> DiskTier:
-        """A session's tier as it was saved. What the tables refer to is only read; new blocks go behind it, or into new files where
-        somebody else needs those that are here.
+        """Open a session's tier as it was saved.
+
+        Existing blocks are only read. New blocks go behind them, or into new files if another state
+        refers to the existing ones.
 
         Args:
-            tables: per layer what `extents` returned.
-            tails: per layer what `tails` returned, [Hkv, t, 2 D]: they also tell heads, head dimension and dtype.
+            tables: per layer, what `extents` returned.
+            tails: per layer, what `tails` returned, [Hkv, t, 2 D]. They also give the heads, head
+                dimension and dtype.
 
         Raises:
             SlowTierError: a file is missing or too short.
@@ -84,13 +89,13 @@ class DiskTier:
     def temporary(self) -> bool:
         return self._files.temporary
 
-    # What a cache does with a tier
+    # The interface of a cache
 
     def write(self, layer: int, start: int, keys: Tensor, values: Tensor) -> None:
-        """Store keys and values [Hkv, n, D] of tokens `[start, start + n)`; what was there from `start` on is forgotten.
+        """Store keys and values [Hkv, n, D] of tokens `[start, start + n)`; forget later tokens.
 
         Raises:
-            SlowTierError: the disk is full or failed. The tier is as it was.
+            SlowTierError: the disk is full or failed. The tier is unchanged.
         """
         state = self._layers.get(layer)
         if state is None:
@@ -103,10 +108,10 @@ class DiskTier:
             self._layers[layer] = state
 
     def read(self, layer: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [Hkv, stop - start, D] of a range of tokens.
+        """Return keys and values [Hkv, stop - start, D] of a range of tokens.
 
         Raises:
-            SlowTierError: they cannot be read; `CorruptRowError` if a row is not what was written.
+            SlowTierError: the rows cannot be read; `CorruptRowError` if a checksum differs.
         """
         with self._reading(layer) as (state, reader):
             _check(state, start, stop)
@@ -117,10 +122,10 @@ class DiskTier:
         raise TypeError("rows on disk do not lie in memory")
 
     def gather(self, layer: int, heads: Tensor, positions: Tensor) -> Tensor:
-        """Rows [M, 2 D] of M (KV head, position) pairs, in their order.
+        """Return rows [M, 2 D] of M (KV head, position) pairs, in their order.
 
         Raises:
-            SlowTierError: they cannot be read; `CorruptRowError` if a row is not what was written.
+            SlowTierError: the rows cannot be read; `CorruptRowError` if a checksum differs.
         """
         with self._reading(layer) as (state, reader):
             dtype, layout = state.tail.dtype, state.layout
@@ -133,14 +138,16 @@ class DiskTier:
             rows = torch.empty(len(positions), 2 * layout.head_dim, dtype=dtype)
             in_tail = positions >= state.on_disk
             rows[in_tail] = state.tail[heads[in_tail], positions[in_tail] - state.on_disk]
-            there = ~in_tail
-            if there.any():
-                there_heads, there_positions = heads[there].numpy(), positions[there].numpy()
-                rows[there] = row_reads.gather(state.table, layout, dtype, reader, there_heads, there_positions)
+            in_file = ~in_tail
+            if in_file.any():
+                file_heads, file_positions = heads[in_file].numpy(), positions[in_file].numpy()
+                rows[in_file] = row_reads.gather(state.table, layout, dtype, reader, file_heads, file_positions)
             return rows
 
     def begin(self, layer: int, heads: Tensor, positions: Tensor) -> RowsInFlight | None:
-        """Begin to gather rows of files; `None` where the reader cannot without a thread, and where some are in no file yet.
+        """Start to gather rows from files.
+
+        Return None if the reader would need a thread, or if some of the rows are not in a file yet.
 
         Raises:
             SlowTierError: the tier was closed.
@@ -157,10 +164,12 @@ class DiskTier:
         return row_reads.BegunRows(flight, state.layout, state.tail.dtype, len(positions), again)
 
     def truncate(self, layer: int, length: int) -> None:
-        """Forget a layer's tokens from `length` on. Files keep them; of a block that is cut the rest comes back to memory.
+        """Forget a layer's tokens from `length` on.
+
+        Files keep them; the rest of a cut block is read back to memory.
 
         Raises:
-            SlowTierError: that cannot be read. The tier is as it was.
+            SlowTierError: the cut block cannot be read. The tier is unchanged.
         """
         state = self._layers.get(layer)
         if state is not None and length < state.length:
@@ -172,7 +181,10 @@ class DiskTier:
         pass  # files grow as they are written
 
     def fork(self) -> DiskTier:
-        """An independent copy that shares what is in files: both write on into new ones. The copy is temporary."""
+        """Return an independent, temporary copy that shares the existing files.
+
+        Both append to new files.
+        """
         other = DiskTier(self.folder)
         with self._files.lock:
             self._files.share_with(other._files)
@@ -180,47 +192,50 @@ class DiskTier:
         return other
 
     def close(self) -> None:
-        """Forget everything and let go of files and threads; a temporary tier's files are removed."""
+        """Forget everything and release files and threads. A temporary tier's files are removed."""
         with self._files.lock:
             self._layers.clear()
             self._files.give_back(wait=True)
 
     @property
     def nbytes(self) -> int:
-        """Bytes in files that are in use, and of the tail."""
+        """Return the bytes of file blocks in use and of the tails."""
         states = list(self._layers.values())
         return self.tail_bytes + sum(state.table.blocks * state.layout.block_bytes for state in states)
 
     @property
     def tail_bytes(self) -> int:
-        """Of `nbytes`, those in memory."""
+        """Return the part of `nbytes` that is in memory."""
         return sum(state.tail.nbytes for state in list(self._layers.values()))
 
-    # What a session does with it
+    # The interface of a session
 
     def extents(self) -> dict[int, tuple[Extent, ...]]:
-        """Per layer where the whole blocks of its tokens lie. With `tails` it is what `open` needs."""
+        """Return per layer where the full blocks of its tokens lie.
+
+        `open` needs this and `tails`.
+        """
         return {layer: state.table.extents() for layer, state in self._layers.items()}
 
     def tails(self) -> dict[int, Tensor]:
-        """Per layer the rows [Hkv, t < 64, 2 D] that are in no file yet."""
+        """Return per layer the rows [Hkv, t < 64, 2 D] that are not in a file yet."""
         return {layer: state.tail_rows.clone() for layer, state in self._layers.items()}
 
     def file_names(self) -> set[str]:
-        """Names of the files that are open: those of `extents`, and those that were begun or are no longer needed."""
+        """Return the names of all open files: those of `extents`, new and unused ones."""
         return self._files.names()
 
     def stop_appending(self) -> None:
-        """Write on into new files: somebody made links to those that are here."""
+        """Write to new files from now on: the existing files were hard-linked."""
         self._files.stop_appending()
 
     def merge(self, most: int) -> None:
-        """Where a layer's blocks lie in more than `most` files, copy those behind the first file's into one.
+        """Merge a layer's files into one, except the first, if there are more than `most`.
 
-        Every file that a state refers to is open as long as its session is.
+        Every file that a state refers to stays open as long as its session is.
 
         Raises:
-            SlowTierError: something cannot be read or written. All rows are where they were, or where they were copied to.
+            SlowTierError: a file cannot be read or written. Every row keeps a valid place.
         """
         crowded = [layer for layer, state in self._layers.items() if len({run.file for run in state.table.runs}) > most]
         if crowded:
@@ -231,23 +246,23 @@ class DiskTier:
                 with self._files.lock:
                     self._layers[layer] = merged
         except BaseException:
-            self._files.stop_appending()  # what was copied in vain goes
+            self._files.stop_appending()  # drop the incomplete copy
             raise
         finally:
             self._files.release_all_but({run.file for state in self._layers.values() for run in state.table.runs})
 
     def sync(self) -> None:
-        """Return when everything that was written survives a power failure.
+        """Return when all written rows survive a power failure.
 
         Raises:
-            SlowTierError: the system could not say so.
+            SlowTierError: the system could not confirm it.
         """
         self._files.sync()
 
-    # How it is done
+    # Implementation
 
     def _cut(self, layer: int, state: StoredLayer, length: int) -> StoredLayer:
-        """A layer's first `length` tokens; nothing of the tier changes."""
+        """Return a layer's first `length` tokens. The tier itself does not change."""
         if length == state.length:
             return state
         if length > state.length:
@@ -260,7 +275,7 @@ class DiskTier:
         return StoredLayer.of(state.layout, state.tail.dtype, state.table.truncated(blocks), rows)
 
     def _append(self, layer: int, state: StoredLayer, keys: Tensor, values: Tensor, whole: int) -> BlockTable:
-        """Write the first `whole` tokens of the tail and the new ones -> the table with them."""
+        """Write the first `whole` tokens of tail and new tokens; return the extended table."""
         file = self._files.own_file(layer, state.layout)
         first, size = file.blocks, state.layout.block_bytes
         step = max(1, WRITE_BYTES // size) * BLOCK_TOKENS
@@ -272,7 +287,7 @@ class DiskTier:
         return state.table.appended(file, first, whole // BLOCK_TOKENS)
 
     def _merged(self, layer: int) -> StoredLayer:
-        """A layer whose blocks behind those of its first file are copied into the file that the tier appends to."""
+        """Return a layer with the blocks behind its first file copied into the tier's own file."""
         state = self._layers[layer]
         runs, table = state.table.runs, state.table
         first = next(run.logical for run in runs if run.file is not runs[0].file)
@@ -286,7 +301,10 @@ class DiskTier:
 
     @contextlib.contextmanager
     def _reading(self, layer: int) -> Iterator[tuple[StoredLayer, Reader]]:
-        """A layer's state and a reader. Neither goes away inside the block, whatever other threads do to the tier."""
+        """Lend a layer's state and a reader.
+
+        Both stay valid inside the block, whatever other threads do to the tier.
+        """
         with self._files.lock:
             state = self._layers.get(layer)
             if state is None:
@@ -309,7 +327,7 @@ class DiskTier:
 
 
 def _read(state: StoredLayer, reader: Reader, start: int, stop: int) -> Tensor:
-    """Rows [Hkv, stop - start, 2 D]."""
+    """Return rows [Hkv, stop - start, 2 D]."""
     layout, on_disk = state.layout, state.on_disk
     rows = torch.empty(layout.num_kv_heads, stop - start, 2 * layout.head_dim, dtype=state.tail.dtype)
     split = min(max(on_disk, start), stop)

@@ -1,7 +1,7 @@
-"""Which block of which file holds which tokens of one layer: a table that is replaced, never changed.
+"""The block table of a layer: which block of which file holds which tokens. Tables are immutable.
 
-Block `i` of the sequence holds tokens `[64 i, 64 i + 64)`. Because files only grow, cutting a sequence forgets entries of its table
-and touches no file, and a table that was saved earlier stays true.
+Block `i` of the sequence holds tokens `[64 i, 64 i + 64)`. Files are append-only, so truncating a
+sequence drops table entries and touches no file, and a table that was saved earlier stays valid.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ class Extent:
 
 
 class Run(NamedTuple):
-    """Blocks that lie together: those of the sequence from `logical` on are those of `file` from `first` on."""
+    """Contiguous blocks: the sequence's from `logical` on are the blocks of `file` from `first`
+    on.
+    """
 
     file: RowFile
     first: int
@@ -41,12 +43,12 @@ class BlockTable:
     def __init__(self, runs: tuple[Run, ...] = ()) -> None:
         self.runs = runs
         self.blocks = runs[-1].logical + runs[-1].blocks if runs else 0
-        self.native: Any = None  # of `native_reads`, made when first asked for
+        self.native: Any = None  # C++ table of `native_reads`, made on first use
         self._starts = np.array([run.logical for run in runs], dtype=np.int64)
         self._shift = np.array([run.first - run.logical for run in runs], dtype=np.int64)
 
     def appended(self, file: RowFile, first: int, count: int) -> BlockTable:
-        """This table and `count` more blocks."""
+        """Return this table with `count` more blocks."""
         if count == 0:
             return self
         last = self.runs[-1] if self.runs else None
@@ -55,18 +57,18 @@ class BlockTable:
         return BlockTable((*self.runs, Run(file, first, count, self.blocks)))
 
     def truncated(self, blocks: int) -> BlockTable:
-        """The first `blocks` blocks."""
+        """Return a table of the first `blocks` blocks."""
         return BlockTable(tuple(self.between(0, blocks)))
 
     def between(self, start: int, stop: int) -> Iterator[Run]:
-        """The runs of blocks `[start, stop)`."""
+        """Yield the runs of blocks `[start, stop)`."""
         for run in self.runs:
             first, last = max(start, run.logical), min(stop, run.logical + run.blocks)
             if first < last:
                 yield Run(run.file, run.first + first - run.logical, last - first, first)
 
     def locate(self, blocks: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(index of the run, block of its file) of blocks of the sequence."""
+        """Return (index of the run, block within its file) of blocks of the sequence."""
         if len(self.runs) == 1:
             return np.zeros_like(blocks), blocks + self._shift[0]
         index = np.searchsorted(self._starts, blocks, side="right") - 1

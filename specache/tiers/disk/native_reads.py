@@ -1,4 +1,4 @@
-"""Scattered rows by the C++ extension: in one call without the interpreter's lock, or begun in one and taken in another."""
+"""Read scattered rows with the C++ extension: without the GIL, blocking or in the background."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ except ImportError:
     _native = None
 
 
-FLIGHTS = 3  # reads that were begun and not taken yet: each holds a buffer and a ring; beside what the prefetch threads read
+FLIGHTS = 3  # reads in flight, beside those of the prefetch threads; each holds a buffer and a ring
 
 
 class NativeFlight:
-    """Rows that the kernel reads while nobody waits. What they are read into lives until the reads have ended."""
+    """Rows that the kernel reads in the background.
+
+    The memory read into lives until the reads have ended.
+    """
 
     def __init__(self, flight: Any, buffers: BufferPool, buffer: AlignedBuffer) -> None:
         self._flight = flight
@@ -34,26 +37,31 @@ class NativeFlight:
         return bool(self._flight.arrived())
 
     def take(self, address: int) -> bool:
-        """Rows [M, words] to memory, waiting for them, once; `False` where `NativeRows.gather` has `None`."""
+        """Copy the rows [M, words] to `address`, waiting for them; once.
+
+        Return False where `NativeRows.gather` returns None.
+        """
         good: bool = self._flight.take(address)
         self.cancel()
         return good
 
     def cancel(self) -> None:
-        """Wait for the reads: they write into memory that others want to use."""
+        """Wait for the reads, which write into memory that is about to be reused."""
         if self._flight is not None:
             self._flight = None
             self._buffers.give(self._buffer)
 
 
 class NativeRows:
-    """Reads rows through io_uring. `None` instead of rows means: ask in the plain way, which says what is wrong.
+    """Reads rows through io_uring. A result of None means that a plain reader must read them.
+
+    The plain reader then reports the error.
 
     Args:
-        entries: reads handed to the kernel at once.
+        entries: reads submitted to the kernel at once.
 
     Raises:
-        OSError: there is no extension, or no io_uring.
+        OSError: the extension or io_uring is not available.
     """
 
     def __init__(self, entries: int) -> None:
@@ -67,11 +75,14 @@ class NativeRows:
     def gather(
         self, table: BlockTable, layout: RowLayout, rules: list[int], heads: Index, positions: Index, buffers: BufferPool, size: int
     ) -> Words | None:
-        """Rows [M, words] of M (KV head, position) pairs, checked, in their order.
+        """Return verified rows [M, words] of M (KV head, position) pairs, in their order.
+
+        Return None if a read failed.
 
         Args:
-            rules: bytes that reads are aligned to, distance at which rows share a read, longest read.
-            size: bytes of memory to read into.
+            rules: alignment of reads, gap up to which rows share a read, longest read, all in
+                bytes.
+            size: size of the read buffer, in bytes.
         """
         if table.native is None:
             table.native = _native_table(table, layout)
@@ -84,7 +95,9 @@ class NativeRows:
     def begin(
         self, table: BlockTable, layout: RowLayout, rules: list[int], heads: Index, positions: Index, buffers: BufferPool, size: int
     ) -> NativeFlight | None:
-        """The same without waiting; `None` where the reads are more than the kernel or the buffer takes at once, and where enough
+        """Start a gather without waiting.
+
+        Return None if the kernel or the buffer cannot take all reads at once, or if enough reads
         are in flight. The files may be closed meanwhile.
         """
         if table.native is None:
@@ -100,7 +113,7 @@ class NativeRows:
 
 
 def _native_table(table: BlockTable, layout: RowLayout) -> tuple[Any, ...]:
-    """The table as C++ has it, and what that points to."""
+    """Return the C++ table, and the arrays that it points to."""
     salts = np.ascontiguousarray(np.stack([run.file.salts for run in table.runs]))  # [runs, Hkv]
     factors = multipliers(layout.words)
     starts, shifts, fds = (

@@ -1,4 +1,4 @@
-"""Which reader a folder's file system gets: found out with a small file, once per file system and process."""
+"""Measure the readers on a folder's file system, once per process, and choose the fastest."""
 
 from __future__ import annotations
 
@@ -27,19 +27,20 @@ PROBE_BYTES = 8 << 20
 _READ = 4096
 _RANDOM_READS = 64
 _LARGE_READ = 256 << 10
-_BATCH_BYTES = READ_BYTES  # of large reads: no more memory than reading rows takes, which a budget counts
-_ROUNDS = 2  # the better one counts: another program may have been in the way
+_BATCH_BYTES = READ_BYTES  # bytes of a batch of large reads: no more memory than reading rows takes, which a budget counts
+_ROUNDS = 2  # the faster round counts: another program may have interfered
 
 
 @dataclass(frozen=True)
 class ReaderReport:
-    """The reader chosen for a folder, and what was measured. `None` where the file system let nothing be measured (it is full).
+    """The reader chosen for a folder, and its measurements.
 
     Attributes:
-        direct: reads and writes go past the page cache.
+        direct: reads and writes bypass the page cache.
         alignment: bytes that direct reads are widened to.
-        bytes_per_s: of large parallel reads.
-        latency_s: of one random 4 KiB read at a time.
+        bytes_per_s: throughput of large parallel reads; None if it could not be measured (the disk
+            is full).
+        latency_s: time of one random 4 KiB read, likewise.
     """
 
     reader: str
@@ -49,11 +50,14 @@ class ReaderReport:
     latency_s: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
 
     def lease(self) -> Reader:
-        """The reader; give it back with `readers.release`. Threads stand in for one that cannot be had just now."""
+        """Lease the reader; return it with `readers.release`.
+
+        Fall back to threads if it is not available now.
+        """
         with contextlib.suppress(OSError):
             return readers.lease(self.reader, self.direct, self.alignment)
         return readers.lease("threads", self.direct, self.alignment)
@@ -63,7 +67,7 @@ _known: dict[int, ReaderReport] = {}  # by device number
 
 
 def report_for(folder: Path) -> ReaderReport:
-    """The report of the folder's file system, measured when first asked for."""
+    """Return the report of the folder's file system, measured on first use."""
     device = folder.stat().st_dev
     if device in _known:
         return _known[device]
@@ -74,10 +78,10 @@ def report_for(folder: Path) -> ReaderReport:
 
 
 def probe(folder: Path) -> ReaderReport:
-    """Measure the readers on a file of 8 MiB in `folder`, which is removed again (a tenth of a second on an SSD).
+    """Measure the readers on a temporary file of 8 MiB in `folder` (a tenth of a second on an SSD).
 
     Raises:
-        OSError: no file can be made there.
+        OSError: no file can be created there.
     """
     path = folder / f"{PROBE_PREFIX}{secrets.token_hex(8)}"
     os.close(aligned_io.open_file(str(path), create=True, direct=False))
@@ -96,14 +100,14 @@ def probe(folder: Path) -> ReaderReport:
 
 
 def _direct_alignment(path: Path) -> int:
-    """What direct reads and writes of our blocks must be aligned to on this file system; 0 if it has none, or none that fits."""
+    """Return the alignment that direct I/O of our blocks needs; 0 if unsupported or unsuitable."""
     try:
         fd = aligned_io.open_file(str(path), create=False, direct=True)
     except OSError:
         return 0
     try:
-        told = aligned_io.direct_alignment(fd)
-        alignment = aligned_io.DEFAULT_ALIGNMENT if told is None else told
+        reported = aligned_io.direct_alignment(fd)
+        alignment = aligned_io.DEFAULT_ALIGNMENT if reported is None else reported
         if alignment == 0 or alignment > BLOCK_ALIGNMENT:
             return 0
         buffer = AlignedBuffer(BLOCK_ALIGNMENT)
@@ -124,7 +128,7 @@ def _fill(path: Path) -> None:
 
 
 def _fastest(path: Path, alignment: int) -> ReaderReport:
-    """The reader that completes a batch of random reads soonest."""
+    """Measure the readers and return the one that completes a batch of random reads first."""
     kinds: list[Kind] = [("threads", bool(alignment), alignment or _READ), ("buffered", False, _READ)]
     if alignment:
         kinds.insert(0, ("io_uring", True, alignment))
@@ -138,7 +142,7 @@ def _fastest(path: Path, alignment: int) -> ReaderReport:
 
 
 def _measured(path: Path, kind: Kind, make: Callable[[int, AlignedBuffer], list[ReadBatch]]) -> float:
-    """Seconds per batch of `make`, nothing of the file in the page cache."""
+    """Return the seconds per batch of `make`, with none of the file in the page cache."""
     name, direct, alignment = kind
     reader = readers.READERS[name](direct, alignment)
     buffer = AlignedBuffer(_BATCH_BYTES)
@@ -158,21 +162,21 @@ def _measured(path: Path, kind: Kind, make: Callable[[int, AlignedBuffer], list[
 
 
 def _random_reads(fd: int, buffer: AlignedBuffer) -> list[ReadBatch]:
-    """One batch, spread over the file in an order that no read-ahead guesses."""
+    """Return one batch, spread over the file in an order that read-ahead does not predict."""
     number = np.arange(_RANDOM_READS)
     offsets = number * 1237 % (PROBE_BYTES // _READ) * _READ
     return [ReadBatch(buffer, np.full_like(number, fd), offsets, number * _READ, np.full_like(number, _READ))]
 
 
 def _one_read(fd: int, buffer: AlignedBuffer) -> list[ReadBatch]:
-    """The same reads, one at a time."""
+    """Return the same reads as batches of one."""
     batch = _random_reads(fd, buffer)[0]
     parts = (slice(i, i + 1) for i in range(len(batch)))
     return [ReadBatch(buffer, batch.fds[p], batch.offsets[p], batch.starts[p], batch.lengths[p]) for p in parts]
 
 
 def _large_reads(fd: int, buffer: AlignedBuffer) -> list[ReadBatch]:
-    """The whole file, a batch after the other."""
+    """Return batches that cover the whole file."""
     offsets = range(0, PROBE_BYTES, _BATCH_BYTES)
     wholes = (ReadBatch(buffer, *(np.array([value]) for value in (fd, offset, 0, _BATCH_BYTES))) for offset in offsets)
     return [whole.split(_LARGE_READ) for whole in wholes]

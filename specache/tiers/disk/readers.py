@@ -1,8 +1,13 @@
-"""Positioned reads into memory: one interface, and the ways of doing it. Which one a folder gets is measured (`probe`).
+"""Positioned reads into memory: the interface `Reader` and its implementations.
 
-`io_uring` hands the kernel a whole batch in one call; `threads` reads in parallel from a pool of threads. Both go past the page
-cache where the file system can. `buffered` reads one after the other through the page cache and drops what it read from it. A
-further reader is a class with the members of `Reader` and a line in `READERS`.
+`probe` measures which one a folder gets.
+
+- `io_uring` submits a batch to the kernel in one call.
+- `threads` reads in parallel with a thread pool. Both bypass the page cache where the file system
+  allows.
+- `buffered` reads one after the other through the page cache and drops the pages it read.
+
+To add a reader, write a class with the members of `Reader` and add it to `READERS`.
 """
 
 from __future__ import annotations
@@ -25,16 +30,17 @@ from specache.tiers.disk.uring import Ring
 Index = NDArray[np.int64]
 
 THREADS = 8  # reads in flight at once
-RING_ENTRIES = 128  # reads of a batch that the kernel gets at once
-_TRIES = 3  # direct reads that end within the device's unit before the file is believed to end there
-_SHARE = 2  # reads that are not worth handing to another thread
+RING_ENTRIES = 128  # reads of a batch submitted to the kernel at once
+_TRIES = 3  # short direct reads at one place before the end of the file is accepted
+_SHARE = 2  # fewest reads per thread: smaller shares are not worth a hand-over
 
 
 @dataclass(frozen=True)
 class ReadBatch:
-    """Reads into one buffer: `lengths` bytes at `offsets` of open files `fds`, to `starts` in the buffer; int64 [n] each.
+    """Reads into one buffer: `lengths` bytes at `offsets` of open files `fds`, to `starts` in the
+    buffer; int64 [n] each.
 
-    With direct I/O offsets, lengths and starts are aligned.
+    With direct I/O, offsets, lengths and starts are aligned.
     """
 
     buffer: AlignedBuffer
@@ -47,11 +53,11 @@ class ReadBatch:
         return len(self.fds)
 
     def split(self, limit: int) -> ReadBatch:
-        """The same with no read longer than `limit`."""
+        """Return the same reads, none longer than `limit`."""
         parts = -(-self.lengths // limit)
         if len(parts) == 0 or parts.max() == 1:
             return self
-        within = np.arange(parts.sum()) - np.repeat(np.cumsum(parts) - parts, parts)  # number of a part in its read
+        within = np.arange(parts.sum()) - np.repeat(np.cumsum(parts) - parts, parts)  # index of a part within its read
         done = within * limit
         lengths = np.minimum(np.repeat(self.lengths, parts) - done, limit)
         fds, offsets, starts = (np.repeat(values, parts) for values in (self.fds, self.offsets, self.starts))
@@ -62,8 +68,9 @@ class ReadFailedError(Exception):
     """A read that could not be completed.
 
     Attributes:
-        fd, reached: the file and its first byte that is missing.
-        cause: `None` if the file ends there.
+        fd: the file.
+        reached: its first byte that was not read.
+        cause: None if the file ends there.
     """
 
     def __init__(self, fd: int, reached: int, cause: OSError | None) -> None:
@@ -77,24 +84,24 @@ class Reader(Protocol):
     """Completes batches of reads; may be called from several threads."""
 
     name: str
-    direct: bool  # files are to be opened past the page cache
-    alignment: int  # bytes: what offsets and lengths must be multiples of
+    direct: bool  # files must be opened to bypass the page cache
+    alignment: int  # bytes; offsets and lengths must be multiples of it
     buffers: BufferPool
-    native: NativeRows | None  # gathers scattered rows at once
+    native: NativeRows | None  # gathers scattered rows in one call
 
     def read(self, batch: ReadBatch) -> None:
         """Complete all reads.
 
         Raises:
-            ReadFailedError: one failed; none of them is running any more.
+            ReadFailedError: a read failed; none is running any more.
         """
 
     def close(self, wait: bool = True) -> None:
-        """End its threads, waiting for them if `wait`."""
+        """End the reader's threads, waiting for them if `wait`."""
 
 
 class BufferedReader:
-    """One read after the other, through the page cache, which is not left full."""
+    """Reads one after the other through the page cache and drops the pages."""
 
     name = "buffered"
 
@@ -112,7 +119,7 @@ class BufferedReader:
 
 
 class ThreadReader:
-    """Reads in parallel. The calling thread takes its share, so that a single read costs no hand-over."""
+    """Reads in parallel. The calling thread takes a share, so a single read needs no hand-over."""
 
     name = "threads"
 
@@ -131,7 +138,7 @@ class ThreadReader:
                 others.append(self._executor.submit(_complete, batch, slice(i, None, shares), self))
             _complete(batch, slice(0, None, shares), self)
         finally:
-            _wait(others)  # also when this share failed: the memory may not be written after we return
+            _wait(others)  # also if this share failed: the memory may not be written after we return
         for other in others:
             other.result()
 
@@ -140,7 +147,7 @@ class ThreadReader:
 
 
 class RingReader:
-    """A whole batch in one system call (Linux's io_uring).
+    """Reads a whole batch in one system call (Linux's io_uring).
 
     Raises:
         OSError: the kernel has no io_uring, or forbids it.
@@ -170,7 +177,7 @@ class RingReader:
                         addresses = batch.starts[part] + batch.buffer.address
                         got = ring.read(batch.fds[part], batch.offsets[part], addresses, lengths)
                 for i in (first + np.flatnonzero(got != lengths)).tolist():
-                    _complete(batch, slice(i, i + 1), self)  # short or failed: ask in the plain way, and say what is wrong
+                    _complete(batch, slice(i, i + 1), self)  # short or failed: read it plainly, which reports the error
 
     def close(self, wait: bool = True) -> None:
         with self._lock:
@@ -180,7 +187,7 @@ class RingReader:
 
     @contextlib.contextmanager
     def _ring(self) -> Iterator[Ring | None]:
-        """A ring that nobody else uses; `None` where the system has no room for another."""
+        """Lend a ring for exclusive use; None if the system has no room for another."""
         with self._lock:
             ring = self._idle.pop() if self._idle else None
         if ring is None:
@@ -205,7 +212,7 @@ READERS: dict[str, Callable[[bool, int], Reader]] = {
 
 
 def _wait(futures: list[Future[None]]) -> None:
-    """Wait until none of them runs any more, also when interrupted."""
+    """Wait until no future is running, also if interrupted."""
     try:
         wait(futures)
     except BaseException:  # Ctrl-C
@@ -214,7 +221,7 @@ def _wait(futures: list[Future[None]]) -> None:
 
 
 def _complete(batch: ReadBatch, which: slice, reader: Reader) -> None:
-    """Some reads of a batch one after the other, asking again after short ones."""
+    """Perform some reads of a batch one after the other, continuing after short ones."""
     values = (batch.fds, batch.offsets, batch.starts, batch.lengths)
     for fd, offset, start, length in zip(*(value[which].tolist() for value in values), strict=True):
         _fill(batch.buffer.bytes[start : start + length], fd, offset, reader.alignment if reader.direct else 1)
@@ -230,7 +237,7 @@ def _fill(into: memoryview, fd: int, offset: int, unit: int) -> None:
         except OSError as error:
             raise ReadFailedError(fd, offset + done, error) from error
         reached = done + count
-        done = reached if reached == len(into) else reached // unit * unit  # direct I/O goes on from an aligned place
+        done = reached if reached == len(into) else reached // unit * unit  # direct I/O continues at an aligned offset
         stuck = stuck + 1 if count < unit else 0
         if count == 0 or stuck == _TRIES:
             raise ReadFailedError(fd, offset + reached, None)
@@ -242,10 +249,10 @@ _lock = threading.RLock()  # a finalizer may release in the middle of a lease
 
 
 def lease(name: str, direct: bool, alignment: int) -> Reader:
-    """The process's reader of this kind; give it back with `release`.
+    """Return the process's shared reader of this kind; return it with `release`.
 
     Raises:
-        OSError: it cannot be had here.
+        OSError: the reader is not available here.
     """
     key = (name, direct, alignment)
     with _lock:
@@ -255,14 +262,14 @@ def lease(name: str, direct: bool, alignment: int) -> Reader:
 
 
 def share(reader: Reader) -> Reader:
-    """A leased reader for one more user, who gives it back with `release`."""
+    """Add a user to a leased reader. Each user calls `release`."""
     with _lock:
         _users[reader] = _users.get(reader, 0) + 1
         return reader
 
 
 def release(reader: Reader, wait: bool = True) -> None:
-    """Give a reader back; the last user's ends its threads."""
+    """Remove a user of a reader. The last one ends its threads."""
     with _lock:
         _users[reader] -= 1
         if _users[reader]:

@@ -1,4 +1,4 @@
-"""One file of rows (`row_layout`): packed, written, locked and checked."""
+"""One file of rows (`row_layout`): packing, writing, locking and verifying."""
 
 from __future__ import annotations
 
@@ -28,19 +28,21 @@ DAMAGED = (
 
 
 def new_segment() -> str:
-    """A name for what one writer appends."""
+    """Return a random name for the files of one writer."""
     return secrets.token_hex(SEGMENT_DIGITS // 2)
 
 
 class RowFile:
-    """One layer's rows of one segment. Shared by the tiers of a sequence and its forks, and closed when the last lets go.
+    """One layer's rows of one segment.
+
+    A sequence's tier and its forks share it; the last user closes it.
 
     Args:
-        folder: where it is; `create` makes it there.
-        scratch: the folder, if it is a temporary one; the file is removed with it.
+        folder: folder of the file; `create` creates it there.
+        scratch: the folder, if it is temporary; the file is removed with it.
 
     Raises:
-        SlowTierError: it cannot be made or opened.
+        SlowTierError: the file cannot be created or opened.
     """
 
     def __init__(
@@ -59,7 +61,7 @@ class RowFile:
         self.layer = layer
         self.layout = layout
         self.direct = direct
-        self.blocks = 0  # appended; what lies behind them in the file does not count
+        self.blocks = 0  # blocks in use; data behind them does not count
         self._scratch = scratch
         self.salts = head_salts(segment, layer, layout.num_kv_heads)
         self._users = 1
@@ -74,18 +76,18 @@ class RowFile:
             self._lock_file(exclusive=False)
 
     def acquire(self) -> None:
-        """One more user."""
+        """Add a user."""
         with self._lock:
             assert self._users, "a closed file"
             self._users += 1
 
     def release(self) -> None:
-        """One user less; the last one closes the file."""
+        """Remove a user; the last one closes the file."""
         with self._lock:
             self._users -= 1
             if self._users:
                 return
-        with contextlib.suppress(OSError):  # what has to survive was synced when it was saved
+        with contextlib.suppress(OSError):  # data that must survive was synced when it was saved
             os.close(self.fd)
         if self._scratch is not None:
             self._scratch.remove(self.path)
@@ -93,8 +95,10 @@ class RowFile:
 
     @property
     def is_shared(self) -> bool:
-        """Whether somebody else may need what lies behind the blocks that count here: by another name, or because it is open once
-        more, in whatever process."""
+        """Return True if the data behind the blocks in use may be needed elsewhere.
+
+        That is so if the file has a second name, or is open once more in any process.
+        """
         if os.fstat(self.fd).st_nlink > 1:
             return True
         alone = self._lock_file(exclusive=True)
@@ -102,17 +106,20 @@ class RowFile:
         return not alone
 
     def check_size(self, blocks: int) -> None:
-        """Refuse a file that is shorter than `blocks` blocks.
+        """Check that the file has at least `blocks` blocks.
 
         Raises:
-            SlowTierError: it is.
+            SlowTierError: the file is shorter.
         """
         size, needed = os.fstat(self.fd).st_size, blocks * self.layout.block_bytes
         if size < needed:
             raise SlowTierError(f"{self.path} has {size:,} bytes, but {needed:,} are in use: it was cut short. {DAMAGED}")
 
     def pack(self, buffer: AlignedBuffer, block: int, position: int, rows: Tensor) -> memoryview:
-        """Rows [Hkv, 64 n, 2 D] of tokens from `position` on, as they lie in the file from `block` on -> a part of `buffer`."""
+        """Pack rows [Hkv, 64 n, 2 D] of tokens from `position` on as blocks from `block` on.
+
+        Return a part of `buffer`.
+        """
         layout, count = self.layout, rows.shape[1] // BLOCK_TOKENS
         view = layout.block_view(buffer.words, count)
         words = rows.view(torch.int64).numpy().view(np.uint64).reshape(-1, count, BLOCK_TOKENS, layout.words)
@@ -124,14 +131,14 @@ class RowFile:
         return buffer.bytes[: count * layout.block_bytes]
 
     def write(self, block: int, data: memoryview) -> None:
-        """Write packed blocks from number `block` on. They count once `blocks` says so.
+        """Write packed blocks from number `block` on. They count when `blocks` includes them.
 
         Raises:
-            SlowTierError: the system could not write them. The file is as long as `blocks` says.
+            SlowTierError: the write failed. The file is truncated to `blocks` blocks.
         """
         try:
             aligned_io.write_all(self.fd, data, block * self.layout.block_bytes)
-            if not self.direct:  # or the page cache holds what the tier took out of memory
+            if not self.direct:  # else the page cache keeps what the tier freed from memory
                 os.fdatasync(self.fd)
                 aligned_io.drop_cached(self.fd)
         except OSError as error:
@@ -139,15 +146,15 @@ class RowFile:
             raise SlowTierError(f"{self.path} cannot be written: {reason(error)} Nothing of this step was kept.") from error
 
     def discard_tail(self) -> None:
-        """Cut off what a failed write left behind the blocks that count."""
-        with contextlib.suppress(OSError):  # it is overwritten by the next write
+        """Truncate what a failed write left behind the blocks in use."""
+        with contextlib.suppress(OSError):  # the next write overwrites it
             os.ftruncate(self.fd, self.blocks * self.layout.block_bytes)
 
     def verify(self, rows: Words, heads: Index, positions: Index, blocks: Index) -> None:
-        """Check rows [..., words + 1] of (head, token position, block); the index shapes broadcast to `...`.
+        """Verify rows [..., words + 1] of (head, token position, block); the indices broadcast.
 
         Raises:
-            CorruptRowError: naming the first that is not what was written.
+            CorruptRowError: a checksum differs; the message names the first such row.
         """
         expected = checksums(rows[..., :-1], row_salts(self.salts[heads], positions, blocks))
         wrong = expected != rows[..., -1]
@@ -159,7 +166,10 @@ class RowFile:
             )
 
     def _lock_file(self, *, exclusive: bool) -> bool:
-        """Whoever has a session's file open holds a shared lock on it -> whether the lock was to be had."""
+        """Take a lock on the file and return True on success.
+
+        Every process that has a session's file open shares one.
+        """
         import fcntl
 
         try:
@@ -169,7 +179,9 @@ class RowFile:
         return True
 
     def _block_salts(self, block: int, position: int, count: int) -> Words:
-        """Salts [count, Hkv, 64] of blocks from `block` on, which hold tokens from `position` on."""
+        """Return the salts [count, Hkv, 64] of blocks from `block` on; tokens begin at
+        `position`.
+        """
         blocks = np.arange(block, block + count)[:, None, None]
         positions = position + np.arange(count * BLOCK_TOKENS).reshape(count, 1, BLOCK_TOKENS)
         return row_salts(self.salts[None, :, None], positions, blocks)

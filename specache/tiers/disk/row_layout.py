@@ -1,12 +1,13 @@
 """The layout of rows on disk.
 
-    file    <segment>-L<layer>.rows: the blocks of one layer that one writer appended, one after the other
-    block   [Hkv, 64, row | checksum], padded to 4,096 bytes, so that it is written and read alone by direct I/O
-    row     [K | V] of one token and one KV head, 2 D elements in the model's dtype, in the machine's byte order
+    file      <segment>-L<layer>.rows: the blocks of one layer that one writer appended
+    block     [Hkv, 64, row | checksum], padded to 4,096 bytes, the unit of direct I/O
+    row       [K | V] of one token and one KV head, 2 D elements of the model's dtype, native endian
     checksum  8 bytes, see `checksum`
 
-A segment is 16 hexadecimal digits drawn at random: what one writer wrote between two forks. Blocks are whole and written once;
-which block of which file holds which tokens is not in the file but in a table (`extents`).
+A segment is 16 random hexadecimal digits; it holds what one writer wrote between two forks. Blocks
+are full and written once. The table that maps tokens to blocks is kept outside the file
+(`extents`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from specache.errors import SlowTierError
 from specache.tiers.disk.checksum import Words
 
-LAYOUT_VERSION = 1  # of everything above and of `checksum`
+LAYOUT_VERSION = 1  # version of the layout above and of `checksum`
 BLOCK_TOKENS = 64
 BLOCK_ALIGNMENT = 4096  # bytes
 CHECKSUM_BYTES = 8
@@ -32,7 +33,7 @@ assert BLOCK_ALIGNMENT % CHECKSUM_BYTES == 0
 
 
 def file_name(segment: str, layer: int) -> str:
-    """Of the file that holds a layer's rows of a segment."""
+    """Return the name of the file that holds a layer's rows of a segment."""
     return f"{segment}-L{layer:03d}.rows"
 
 
@@ -41,10 +42,11 @@ class RowLayout:
     """Sizes of one layer's blocks, in bytes.
 
     Args:
-        itemsize: of an element of a row.
+        itemsize: bytes per element of a row.
 
     Raises:
-        SlowTierError: a row is no whole number of 64-bit words (an odd head dimension at 16 bits).
+        SlowTierError: a row is not a whole number of 64-bit words (an odd head dimension at 16
+            bits).
     """
 
     num_kv_heads: int
@@ -64,12 +66,12 @@ class RowLayout:
 
     @cached_property
     def words(self) -> int:
-        """64-bit words of a row, its checksum not counted."""
+        """Return the 64-bit words of a row without its checksum."""
         return self.row_bytes // CHECKSUM_BYTES
 
     @cached_property
     def stride(self) -> int:
-        """From one row to the next."""
+        """Return the distance from one row to the next."""
         return self.row_bytes + CHECKSUM_BYTES
 
     @cached_property
@@ -78,17 +80,20 @@ class RowLayout:
         return -(-used // BLOCK_ALIGNMENT) * BLOCK_ALIGNMENT
 
     def offsets(self, blocks: Index, heads: Index, slots: Index) -> Index:
-        """Where rows lie in a file. `slots` are tokens within their block."""
+        """Return the rows' byte offsets in a file. `slots` are token indices within a block."""
         return np.asarray(blocks * self.block_bytes + (heads * BLOCK_TOKENS + slots) * self.stride)
 
     def place(self, offset: int) -> tuple[int, int, int]:
-        """(block, head, slot) of the row that holds a byte of a file; the padding counts to the last row."""
+        """Return (block, head, slot) of the row that holds a byte of a file.
+
+        Padding counts to the last row.
+        """
         block, rest = divmod(offset, self.block_bytes)
         head, slot = divmod(min(rest // self.stride, self.num_kv_heads * BLOCK_TOKENS - 1), BLOCK_TOKENS)
         return block, head, slot
 
     def block_view(self, words: Words, count: int) -> Words:
-        """`count` blocks in memory as [count, Hkv, 64, words + 1]; the last word is the checksum."""
+        """View `count` blocks in memory as [count, Hkv, 64, words + 1], the checksum last."""
         strides = (self.block_bytes, BLOCK_TOKENS * self.stride, self.stride, CHECKSUM_BYTES)
         shape = (count, self.num_kv_heads, BLOCK_TOKENS, self.words + 1)
         return np.ndarray(shape, np.uint64, buffer=words, strides=strides)

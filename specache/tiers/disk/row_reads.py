@@ -1,6 +1,7 @@
-"""Reading rows of one layer from its files: scattered rows of a decode step, and ranges for prefill. Every row is checked.
+"""Read rows of one layer from its files: scattered rows for a decode step, and ranges for prefill.
 
-A read is widened to the device's alignment, and rows that lie near each other share one.
+Every row is verified. A read is widened to the device's alignment; rows close to each other share a
+read.
 """
 
 from __future__ import annotations
@@ -22,18 +23,18 @@ from specache.tiers.disk.row_file import DAMAGED, RowFile
 from specache.tiers.disk.row_layout import BLOCK_TOKENS, Index, RowLayout
 from specache.tiers.disk.system_errors import reason
 
-READ_BYTES = 2 << 20  # of a buffer: a larger read comes in pieces, of a block at least
-GAP_BYTES = 16 << 10  # nearer rows share a read: it takes no longer than two (measured: 25 us a read, 1.5 GB/s)
-SPLIT_BYTES = 128 << 10  # a longer read is split among the reader's threads
-CHECK_BYTES = 1 << 20  # checked at a time, so that it stays in the processor's cache
-_FILE_BITS = 44  # an offset in a file is smaller than 2^44
+READ_BYTES = 2 << 20  # bytes of a buffer: a larger read is split into pieces, of at least one block
+GAP_BYTES = 16 << 10  # bytes; rows closer than this share a read, which takes no longer than two (measured: 25 us a read, 1.5 GB/s)
+SPLIT_BYTES = 128 << 10  # bytes; a longer read is split among the reader's threads
+CHECK_BYTES = 1 << 20  # bytes verified at a time, so that they stay in the processor's cache
+_FILE_BITS = 44  # bits of a file offset
 
 
 def gather(table: BlockTable, layout: RowLayout, dtype: torch.dtype, reader: Reader, heads: Index, positions: Index) -> Tensor:
-    """Rows [M, 2 D] of M (KV head, position) pairs, in their order.
+    """Return rows [M, 2 D] of M (KV head, position) pairs, in their order.
 
     Raises:
-        SlowTierError: they cannot be read; `CorruptRowError` if one is not what was written.
+        SlowTierError: a row cannot be read; `CorruptRowError` if a checksum differs.
     """
     rows = _native_gather(table, layout, reader, heads, positions)
     if rows is None:
@@ -45,10 +46,12 @@ def gather(table: BlockTable, layout: RowLayout, dtype: torch.dtype, reader: Rea
 
 
 def read(table: BlockTable, layout: RowLayout, reader: Reader, start: int, stop: int, into: Tensor) -> None:
-    """Rows of tokens `[start, stop)` into a contiguous-by-row tensor [Hkv, stop - start, 2 D].
+    """Read the rows of tokens `[start, stop)` into a tensor [Hkv, stop - start, 2 D].
+
+    The rows of `into` must be contiguous.
 
     Raises:
-        SlowTierError: they cannot be read; `CorruptRowError` if one is not what was written.
+        SlowTierError: a row cannot be read; `CorruptRowError` if a checksum differs.
     """
     if start >= stop:
         return
@@ -63,7 +66,10 @@ def read(table: BlockTable, layout: RowLayout, reader: Reader, start: int, stop:
 
 
 class BegunRows:
-    """M rows that the kernel reads meanwhile (`base.RowsInFlight`). `again` reads them in a way that says what is wrong."""
+    """M rows that the kernel reads in the background (`base.RowsInFlight`).
+
+    `again` rereads them plainly to report an error.
+    """
 
     def __init__(
         self, flight: NativeFlight, layout: RowLayout, dtype: torch.dtype, count: int, again: Callable[[], Tensor]
@@ -86,14 +92,14 @@ class BegunRows:
 
 
 def begin(table: BlockTable, layout: RowLayout, reader: Reader, heads: Index, positions: Index) -> NativeFlight | None:
-    """Begin to gather rows, if the reader can without a thread."""
+    """Start to gather rows; None if the reader would need a thread."""
     if reader.native is None:
         return None
     return reader.native.begin(table, layout, *_native_request(layout, reader, heads, positions))
 
 
 def _native_gather(table: BlockTable, layout: RowLayout, reader: Reader, heads: Index, positions: Index) -> Words | None:
-    """The rows, if the reader can do all of it at once and nothing is wrong with any."""
+    """Return the rows; None if the reader has no native path, or it failed."""
     if reader.native is None:
         return None
     return reader.native.gather(table, layout, *_native_request(layout, reader, heads, positions))
@@ -102,14 +108,14 @@ def _native_gather(table: BlockTable, layout: RowLayout, reader: Reader, heads: 
 def _native_request(
     layout: RowLayout, reader: Reader, heads: Index, positions: Index
 ) -> tuple[list[int], Index, Index, BufferPool, int]:
-    """What `NativeRows` wants to know of a read beside the table and the layout."""
+    """Return the arguments of `NativeRows` beside the table and the layout."""
     widened = layout.stride + 2 * reader.alignment
     size = max(widened, min(READ_BYTES, len(positions) * (widened + GAP_BYTES)))
     return [reader.alignment, GAP_BYTES, SPLIT_BYTES], heads, positions, reader.buffers, size
 
 
 class _Scattered:
-    """Rows of a layer anywhere in its files, in the order they lie there."""
+    """Scattered rows of a layer, sorted by their place in the files."""
 
     def __init__(self, table: BlockTable, layout: RowLayout, heads: Index, positions: Index) -> None:
         self.layout = layout
@@ -122,19 +128,19 @@ class _Scattered:
         self.order = np.argsort(self.offsets + (self.run << _FILE_BITS), kind="stable")
 
     def parts(self, alignment: int) -> list[Index]:
-        """The rows, by index and in file order, in parts that each fit a buffer."""
+        """Split the row indices, in file order, into parts that each fit a buffer."""
         low, high, far = self._widened(self.order, alignment)
         size = high - low
-        size[1:] = np.where(far, size[1:], high[1:] - high[:-1])  # what a row adds to the read it joins
+        size[1:] = np.where(far, size[1:], high[1:] - high[:-1])  # bytes that a row adds to the read it joins
         total = np.cumsum(size)
         return np.split(self.order, np.flatnonzero(np.diff(total // READ_BYTES)) + 1)
 
     def read(self, part: Index, reader: Reader, into: Words) -> None:
-        """Read and check the rows of a part, into their places in [M, words]."""
+        """Read and verify the rows of a part, into their places in [M, words]."""
         low, high, far = self._widened(part, reader.alignment)
-        first = np.append(0, np.flatnonzero(far) + 1)  # row of every read
+        first = np.append(0, np.flatnonzero(far) + 1)  # first row of every read
         last = np.append(first[1:], len(part)) - 1
-        starts = np.append(0, np.cumsum(high[last] - low[first]))  # of every read in the buffer
+        starts = np.append(0, np.cumsum(high[last] - low[first]))  # start of every read in the buffer
         shift = starts[:-1] - low[first]  # from the file to the buffer
         within = self.offsets[part] + np.repeat(shift, last - first + 1)
         with reader.buffers.borrow(int(starts[-1])) as buffer:
@@ -146,31 +152,36 @@ class _Scattered:
             self._take(part, buffer, within // 8, into)
 
     def _take(self, part: Index, buffer: AlignedBuffer, starts: Index, into: Words) -> None:
-        """Check rows that begin at these words of the buffer, and put them into their places."""
+        """Verify rows that begin at these words of the buffer, and copy them to their places."""
         width = self.layout.words + 1
         windows = np.ndarray((len(buffer.words) - width + 1, width), np.uint64, buffer=buffer.words, strides=(8, 8))
         rows = windows[starts]  # [m, words + 1]
         run = self.run[part]
         for r in range(run[0], run[-1] + 1):
-            mine = slice(*np.searchsorted(run, (r, r + 1)))
-            index = part[mine]
-            self.files[r].verify(rows[mine], self.heads[index], self.positions[index], self.blocks[index])
+            of_run = slice(*np.searchsorted(run, (r, r + 1)))
+            index = part[of_run]
+            self.files[r].verify(rows[of_run], self.heads[index], self.positions[index], self.blocks[index])
         into[part] = rows[:, :-1]
 
     def _widened(self, part: Index, alignment: int) -> tuple[Index, Index, NDArray[np.bool_]]:
-        """Where rows begin and end in their file when widened to `alignment`, and which lie far from the one before (of all but the
-        first)."""
+        """Return the rows' begin and end, widened to `alignment`, and which rows start a read.
+
+        The last array has no entry for the first row.
+        """
         offsets, run = self.offsets[part], self.run[part]
         low = offsets // alignment * alignment
         high = -(-(offsets + self.layout.stride) // alignment) * alignment
         return low, high, (low[1:] > high[:-1] + GAP_BYTES) | (run[1:] != run[:-1])
 
     def _failed(self, error: ReadFailedError) -> SlowTierError:
-        """Names the first wanted row that is missing, or the last one where only what its read was widened by is."""
-        mine = np.flatnonzero(self.fds[self.run] == error.fd)
-        mine = mine[np.argsort(self.offsets[mine], kind="stable")]
-        first = int(np.searchsorted(self.offsets[mine] + self.layout.stride, error.reached, side="right"))
-        index = mine[min(first, len(mine) - 1)]
+        """Return an error that names the first row that was not read.
+
+        If only the widened part of its read is missing, it names the last row.
+        """
+        in_file = np.flatnonzero(self.fds[self.run] == error.fd)
+        in_file = in_file[np.argsort(self.offsets[in_file], kind="stable")]
+        first = int(np.searchsorted(self.offsets[in_file] + self.layout.stride, error.reached, side="right"))
+        index = in_file[min(first, len(in_file) - 1)]
         return _unreadable(self.files[self.run[index]], int(self.heads[index]), int(self.positions[index]), error)
 
 
@@ -186,7 +197,7 @@ def _read_blocks(run: Run, layout: RowLayout, reader: Reader, buffer: AlignedBuf
 
 
 def _take_blocks(run: Run, layout: RowLayout, buffer: AlignedBuffer, start: int, stop: int, into: Words) -> None:
-    """Check a run's rows of tokens `[start, stop)` in the buffer, and put them into [Hkv, stop - start, words]."""
+    """Verify a run's rows of tokens `[start, stop)` and copy them to [Hkv, stop - start, words]."""
     heads = np.arange(layout.num_kv_heads)[:, None]
     view = layout.block_view(buffer.words, run.blocks)  # [blocks, Hkv, 64, words + 1]
     step = max(1, CHECK_BYTES // layout.block_bytes)

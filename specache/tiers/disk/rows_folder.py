@@ -1,4 +1,4 @@
-"""The folder that `slow_tier="auto"` writes rows to: on a real disk, with room for them."""
+"""Choose the folder that `slow_tier="auto"` writes rows to: on a real disk with free space."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from specache.errors import SlowTierError
 from specache.platform.folders import cache_folder
 from specache.tiers.disk.scratch import prepare_folder
 
-IN_MEMORY = frozenset({"tmpfs", "ramfs", "devtmpfs", "rootfs"})  # file systems whose files take main memory
-DISK_RESERVE = 256 << 20  # bytes that are left free beside the rows
+IN_MEMORY = frozenset({"tmpfs", "ramfs", "devtmpfs", "rootfs"})  # file systems that keep files in main memory
+DISK_RESERVE = 256 << 20  # bytes to leave free beside the rows
 _ROWS = "rows"
 
 
 @dataclass(frozen=True)
 class FolderFacts:
-    """What is known of a folder that need not exist yet.
+    """Facts about a folder that need not exist yet.
 
     Attributes:
-        existing: the folder, or the nearest one above it that is there.
-        file_system: its type, for example `ext4`; `None` where the system does not tell.
+        existing: the folder, or its nearest existing parent.
+        file_system: type of its file system, for example `ext4`; None if unknown.
         free: bytes that this user may still write there.
     """
 
@@ -34,18 +34,18 @@ class FolderFacts:
 
     @property
     def in_memory(self) -> bool:
-        """Whether its files would take the memory that they are to save."""
+        """Return True if files there would take main memory."""
         return self.file_system in IN_MEMORY
 
 
 def choose_rows_folder(size: int, *, make: bool = True) -> FolderFacts:
-    """Return the first candidate folder on a disk with room for `size` bytes of rows that this user may write.
+    """Return the first writable candidate folder on a disk with room for `size` bytes.
 
-    It is made unless `make` is false. Candidates are `rows` in the cache folder, the folder of temporary files (`$TMPDIR`) and
-    `/var/tmp`.
+    It is created unless `make` is false. Candidates are `rows` in the cache folder, the folder of
+    temporary files (`$TMPDIR`) and `/var/tmp`.
 
     Raises:
-        SlowTierError: none of them will do; the message says why each was refused, and what to do.
+        SlowTierError: no candidate is usable; the message gives each reason, and what to do.
     """
     refused = []
     for folder in candidates():
@@ -76,28 +76,28 @@ def candidates() -> list[Path]:
 
 
 def folder_facts(folder: Path) -> FolderFacts:
-    """Return what the system says of a folder, or of the nearest one above it that exists.
+    """Return the facts about a folder, or about its nearest existing parent.
 
     Raises:
-        OSError: the system does not say it.
+        OSError: the system does not report them.
     """
     existing = next(each for each in (folder, *folder.parents) if each.exists())
     return FolderFacts(folder, existing, file_system_of(existing), shutil.disk_usage(existing).free)
 
 
 def file_system_of(path: Path) -> str | None:
-    """Return the type of the file system that an existing path lies on; `None` where `/proc` does not list mounts."""
+    """Return the type of an existing path's file system; None if `/proc` lists no mounts."""
     real = os.path.realpath(path)
     longest, kind = -1, None
     for mount, mounted in _mounts():
         inside = real == mount or real.startswith(mount.rstrip("/") + "/")
-        if inside and len(mount) >= longest:  # of two mounts on one folder the later one is seen
+        if inside and len(mount) >= longest:  # of two mounts on one folder the later one is visible
             longest, kind = len(mount), mounted
     return kind
 
 
 def _mounts() -> list[tuple[str, str]]:
-    """(folder, type) of every mounted file system."""
+    """Return (folder, type) of every mounted file system."""
     try:
         lines = Path("/proc/self/mounts").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:
@@ -107,7 +107,7 @@ def _mounts() -> list[tuple[str, str]]:
 
 
 def _unescaped(mount: str) -> str:
-    """The kernel writes blanks in names as octal numbers."""
+    """Return a mount path with the kernel's octal escapes of blanks resolved."""
     for code, character in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
         mount = mount.replace(code, character)
     return mount

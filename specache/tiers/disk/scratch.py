@@ -1,4 +1,4 @@
-"""Folders of the disk tier: the user's, checked before anything depends on it, and one per tier that belongs to no session."""
+"""Folders of the disk tier: the user's, checked before use, and one per temporary tier."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from pathlib import Path
 from specache.errors import SlowTierError
 
 SCRATCH_PREFIX = "specache-scratch-"
-PROBE_PREFIX = ".specache-probe-"  # of files that are there for a moment, to see what can be done
+PROBE_PREFIX = ".specache-probe-"  # prefix of temporary files that test what a folder allows
 _FOLDER_FLAGS = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
 
 
 def prepare_folder(folder: str | os.PathLike[str]) -> Path:
-    """Make the user's folder if it is not there (private), and see that files can be made in it.
+    """Create the user's folder if needed (private), and check that files can be created in it.
 
     Raises:
-        SlowTierError: they cannot.
+        SlowTierError: no file can be created.
     """
     if not hasattr(os, "preadv"):
         raise SlowTierError("The disk tier needs a system with positioned reads (Linux, macOS). Use slow_tier='ram'.")
@@ -39,9 +39,10 @@ def prepare_folder(folder: str | os.PathLike[str]) -> Path:
 
 
 class ScratchFolder:
-    """A private folder inside the user's, gone when the last file in it is.
+    """A private folder inside the user's, removed with its last file.
 
-    It is locked while its process lives, so that the next one can tell what a killed process left behind, and remove it.
+    It is locked while its process lives, so that a later process can recognise and remove what a
+    killed process left.
     """
 
     def __init__(self, parent: Path) -> None:
@@ -55,18 +56,21 @@ class ScratchFolder:
             raise SlowTierError(f"No folder can be made in {parent}: {error.strerror or error}. Choose another one.") from error
 
     def acquire(self) -> None:
-        """One more user."""
+        """Add a user."""
         with self._lock:
             self._users += 1
 
     def remove(self, path: Path) -> None:
-        """Remove a file of the folder's. One that cannot be goes with the folder, or when the next program starts."""
-        if self._process == os.getpid():  # a forked process lets go of a copy; the files are its parent's
+        """Remove a file of the folder.
+
+        On failure it goes with the folder, or at the next program start.
+        """
+        if self._process == os.getpid():  # a forked process releases a copy; the files belong to its parent
             with contextlib.suppress(OSError):
                 path.unlink()
 
     def release(self) -> None:
-        """One user less; the last one removes the folder."""
+        """Remove a user; the last one removes the folder."""
         with self._lock:
             self._users -= 1
             if self._users:
@@ -77,7 +81,7 @@ class ScratchFolder:
 
 
 def _locked_folder(parent: Path) -> tuple[Path, int]:
-    """A new folder and its locked descriptor."""
+    """Create a folder and return it with its locked descriptor."""
     import fcntl
 
     while True:
@@ -85,12 +89,12 @@ def _locked_folder(parent: Path) -> tuple[Path, int]:
         path.mkdir(mode=0o700)
         with contextlib.suppress(FileNotFoundError):
             fd = os.open(path, _FOLDER_FLAGS)
-            with contextlib.suppress(OSError):  # a file system without locks: nothing there is ever taken for abandoned
+            with contextlib.suppress(OSError):  # a file system without locks: nothing there is ever considered abandoned
                 fcntl.flock(fd, fcntl.LOCK_EX)
             if path.exists():
                 return path, fd
             os.close(fd)
-        # Another process took it for abandoned before it was locked.
+        # Another process considered it abandoned before it was locked, and removed it.
 
 
 def remove_abandoned(parent: Path) -> None:
@@ -98,7 +102,7 @@ def remove_abandoned(parent: Path) -> None:
     import fcntl
 
     for path in parent.glob(f"{SCRATCH_PREFIX}*"):
-        with contextlib.suppress(OSError):  # in use, gone already, or not ours
+        with contextlib.suppress(OSError):  # in use, removed already, or not ours
             fd = os.open(path, _FOLDER_FLAGS)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""What the disk tier has of one layer: a table of blocks in files, and a tail in memory."""
+"""The disk tier's state of one layer: a table of blocks in files, and a tail in memory."""
 
 from __future__ import annotations
 
@@ -15,19 +15,23 @@ from specache.tiers.disk.row_layout import BLOCK_TOKENS, RowLayout
 
 @dataclass(frozen=True)
 class StoredLayer:
-    """Replaced as a whole, so that a failed write leaves the one before.
+    """Immutable state of a layer, so that a failed write leaves the previous state.
 
-    Only slots of the tail that no state counts are written to: who reads an older state is never disturbed.
+    Writes go only to tail slots that no state counts, so a reader of an older state is never
+    disturbed.
     """
 
     layout: RowLayout
     table: BlockTable
-    tail: Tensor  # [Hkv, 64, 2 D], of which the first `held` are the tokens behind the table's
+    tail: Tensor  # [Hkv, 64, 2 D]; the first `held` slots are the tokens behind the table's
     held: int
 
     @classmethod
     def of(cls, layout: RowLayout, dtype: torch.dtype, table: BlockTable | None = None, rows: Tensor | None = None) -> StoredLayer:
-        """Blocks in files, and rows [Hkv, t < 64, 2 D] behind them; nothing of what is left out."""
+        """Return a layer of blocks in files, and rows [Hkv, t < 64, 2 D] behind them.
+
+        Both may be omitted.
+        """
         tail = torch.empty(layout.num_kv_heads, BLOCK_TOKENS, 2 * layout.head_dim, dtype=dtype)
         count = 0 if rows is None else rows.shape[1]
         if rows is not None:
@@ -36,7 +40,7 @@ class StoredLayer:
 
     @property
     def on_disk(self) -> int:
-        """Tokens in files."""
+        """Return the number of tokens in files."""
         return self.table.blocks * BLOCK_TOKENS
 
     @property
@@ -45,17 +49,20 @@ class StoredLayer:
 
     @property
     def tail_rows(self) -> Tensor:
-        """[Hkv, held, 2 D]."""
+        """Return the rows [Hkv, held, 2 D] of the tail."""
         return self.tail[:, : self.held]
 
     def with_own_tail(self) -> StoredLayer:
-        """The same, and its tail is written to by nobody else."""
+        """Return the same state with a tail of its own."""
         return replace(self, tail=self.tail.clone())
 
     def joined(self, keys: Tensor, values: Tensor, start: int, stop: int) -> Tensor:
-        """Rows [Hkv, stop - start, 2 D] of a range of the tail and new keys and values [Hkv, n, D] behind it.
+        """Join the tail with new keys and values [Hkv, n, D].
 
-        Copied by NumPy: a copy is small, and PyTorch would share it among threads that are busy with something else.
+        NumPy copies: the copy is small, and PyTorch would distribute it over threads that are busy.
+
+        Returns:
+            rows `[start, stop)` of both, [Hkv, stop - start, 2 D].
         """
         layout = self.layout
         rows = torch.empty(layout.num_kv_heads, stop - start, 2 * layout.head_dim, dtype=self.tail.dtype)
@@ -68,7 +75,10 @@ class StoredLayer:
         return rows
 
     def grown(self, table: BlockTable, keys: Tensor, values: Tensor) -> StoredLayer:
-        """With new keys and values [Hkv, n, D], of which (and of the tail) `table` has the whole blocks."""
+        """Return the state after new keys and values [Hkv, n, D].
+
+        `table` already has the full blocks of tail and new rows.
+        """
         total = self.held + keys.shape[1]
         whole = (table.blocks - self.table.blocks) * BLOCK_TOKENS
         if whole:
@@ -78,5 +88,5 @@ class StoredLayer:
 
 
 def _bits(tensor: Tensor) -> NDArray[np.int16]:
-    """The same memory, in units that NumPy knows (it has no bfloat16)."""
+    """View the memory as int16, since NumPy has no bfloat16."""
     return (tensor if tensor.stride(-1) == 1 else tensor.contiguous()).view(torch.int16).numpy()

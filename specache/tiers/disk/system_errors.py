@@ -1,4 +1,4 @@
-"""What the system refuses, in words that say what to do about it."""
+"""Explain system errors, and what to do about them."""
 
 from __future__ import annotations
 
@@ -17,5 +17,5 @@ _ADVICE = {
 
 
 def reason(error: OSError) -> str:
-    """What the system said and what to do about it."""
+    """Return the system's message with advice."""
     return f"{error.strerror or error}. {_ADVICE.get(error.errno or 0, 'Check the disk, or choose another folder.')}"

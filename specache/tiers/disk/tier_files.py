@@ -1,4 +1,4 @@
-"""What a disk tier must give back: its share of files, of a scratch folder and of a reader."""
+"""The resources of a disk tier: its share of files, of a scratch folder and of a reader."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from specache.tiers.disk.system_errors import reason
 
 
 class TierFiles:
-    """A tier's files, made and opened when they are needed.
+    """A tier's files, created and opened on demand.
 
     Args:
-        folder: the user's, or a session's.
-        temporary: files are made in a scratch folder inside it, and removed with the last tier that needs them.
+        folder: the user's or a session's folder.
+        temporary: files are created in a scratch folder inside it, and removed with the last tier
+            that needs them.
     """
 
     def __init__(self, folder: Path, temporary: bool) -> None:
@@ -33,7 +34,7 @@ class TierFiles:
         self.lock = threading.RLock()
         self._process = os.getpid()
         self._files: list[RowFile] = []
-        self._own: dict[int, RowFile] = {}  # by layer: those that the tier appends to
+        self._own: dict[int, RowFile] = {}  # files that the tier appends to, by layer
         self._segment: str | None = None
         self._unsynced: set[RowFile] = set()
         self._scratch: ScratchFolder | None = None
@@ -41,7 +42,7 @@ class TierFiles:
         self._reader: Reader | None = None
 
     def reader(self) -> Reader:
-        """The folder's reader, leased until `give_back`.
+        """Return the folder's reader, leased until `give_back`.
 
         Raises:
             SlowTierError: the folder cannot be used.
@@ -56,7 +57,7 @@ class TierFiles:
             return self._reader
 
     def own_file(self, layer: int, layout: RowLayout) -> RowFile:
-        """The file that the tier appends a layer to."""
+        """Return the file that the tier appends a layer to, created on first use."""
         with self.lock:
             if layer not in self._own:
                 self._segment = self._segment or new_segment()
@@ -66,7 +67,7 @@ class TierFiles:
             return self._own[layer]
 
     def table(self, layer: int, layout: RowLayout, extents: Sequence[Extent]) -> BlockTable:
-        """A saved table, over files that are opened here.
+        """Return a saved table over newly opened files.
 
         Raises:
             SlowTierError: a file is missing or too short.
@@ -84,9 +85,9 @@ class TierFiles:
         return table
 
     def adopt(self, layer: int, table: BlockTable) -> None:
-        """Go on appending to the file of a saved table's last blocks, unless somebody else needs it too.
+        """Continue appending to the file of a saved table's last blocks, unless it is shared.
 
-        What lies behind the blocks that the table knows was never part of a saved state, and is overwritten.
+        Data behind the table's blocks belongs to no saved state, and is overwritten.
         """
         last = table.runs[-1].file if table.runs else None
         if last is not None and not last.is_shared:
@@ -94,27 +95,27 @@ class TierFiles:
             self._own[layer] = last
 
     def stop_appending(self) -> None:
-        """The next write goes to new files: others have links to those that are here."""
+        """Write to new files from now on: the existing files were hard-linked."""
         with self.lock:
             self._stop_appending()
 
     def names(self) -> set[str]:
-        """File names of all that is open."""
+        """Return the names of all open files."""
         with self.lock:
             return {file.path.name for file in self._files}
 
     def release_all_but(self, used: set[RowFile]) -> None:
-        """Let go of files that hold nothing of the tier any more."""
+        """Release the files that hold no rows of the tier any more."""
         with self.lock:
             used = used | set(self._own.values())
-            gone = [file for file in self._files if file not in used]
+            unused = [file for file in self._files if file not in used]
             self._files = [file for file in self._files if file in used]
             self._unsynced.intersection_update(used)
-        for file in gone:
+        for file in unused:
             file.release()
 
     def share_with(self, other: TierFiles) -> None:
-        """Another tier needs the files as they are now; both append to new ones from now on."""
+        """Share the existing files with another tier. Both append to new ones from now on."""
         with self.lock:
             self._stop_appending()
             other._report = self._report
@@ -126,7 +127,7 @@ class TierFiles:
         """Return when everything written so far survives a power failure.
 
         Raises:
-            SlowTierError: the system could not say so.
+            SlowTierError: the system could not confirm it.
         """
         try:
             while self._unsynced:
@@ -138,9 +139,11 @@ class TierFiles:
             raise SlowTierError(f"The rows in {self.folder} cannot be made safe: {reason(error)}") from error
 
     def give_back(self, wait: bool = False) -> None:
-        """Let go of everything; the files of a temporary tier are removed if nobody else needs them. It may be filled again.
+        """Release everything. The tier may be reused.
 
-        A forked process has copies of its parent's, and leaves them alone: a thread that is not there may hold a lock.
+        A temporary tier's files are removed if no other tier needs them. A forked process has
+        copies of its parent's files and leaves them alone: a thread that does not exist there may
+        hold a lock.
         """
         if self._process != os.getpid():
             return
@@ -150,7 +153,7 @@ class TierFiles:
             files, self._files = self._files, []
             scratch, self._scratch = self._scratch, None
             reader, self._reader = self._reader, None
-        with ExitStack() as stack:  # all of them, also where an interrupt comes in between
+        with ExitStack() as stack:  # release all of them, even if interrupted in between
             if reader is not None:
                 stack.callback(readers.release, reader, wait)
             if scratch is not None:

@@ -1,7 +1,8 @@
-"""Linux's io_uring, as far as batches of reads need it: fill a ring of requests, one system call, read a ring of results.
+"""Linux's io_uring for batches of reads: fill a ring, make one system call, read the results.
 
-Spoken through `ctypes` and NumPy: nothing to compile, and a batch costs a few array operations. The structures are those of
-`linux/io_uring.h`, the same on every architecture. A ring serves one thread at a time.
+It uses `ctypes` and NumPy: nothing is compiled, and a batch costs a few array operations. The
+structures are those of `linux/io_uring.h`, the same on every architecture. A ring serves one thread
+at a time.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from numpy.typing import NDArray
 
 Index = NDArray[np.int64]
 
-_SETUP, _ENTER = 425, 426  # system calls
+_SETUP, _ENTER = 425, 426  # system call numbers
 _GETEVENTS = 1
 _OP_READ = 22
 _SINGLE_MMAP = 1  # feature: both rings lie in one mapping (Linux 5.4)
 _SQES_OFFSET = 0x10000000
-_SQ_HEAD, _SQ_TAIL, _SQ_ARRAY = 0, 1, 6  # of the offsets that the kernel tells
+_SQ_HEAD, _SQ_TAIL, _SQ_ARRAY = 0, 1, 6  # indices into the offsets that the kernel returns
 _CQ_HEAD, _CQ_TAIL, _CQ_ENTRIES = 0, 1, 5
 
 
@@ -77,15 +78,15 @@ class Ring:
             raise
 
     def read(self, fds: Index, offsets: Index, addresses: Index, lengths: Index) -> Index:
-        """Read into memory; at most `entries` reads. Returns per read the bytes that came, or a negative error number.
+        """Perform at most `entries` reads into memory; return bytes read or negative error numbers.
 
-        Whatever happens, no read is running any more when this returns or raises.
+        No read is running any more when this returns or raises.
 
         Raises:
-            OSError: the kernel took none of them.
+            OSError: the kernel accepted none of them.
         """
         count = len(fds)
-        self._cq_head[0] = self._cq_tail[0]  # nothing is running: what an interrupted call left there is nobody's
+        self._cq_head[0] = self._cq_tail[0]  # nothing is running: drop what an interrupted call left in the ring
         tail = int(self._sq_head[0])
         slots = (tail + np.arange(count)) % self.entries
         for name, values in (("fd", fds), ("offset", offsets), ("address", addresses), ("length", lengths)):
@@ -100,12 +101,12 @@ class Ring:
         return results
 
     def close(self) -> None:
-        """Nothing may be running."""
+        """Free the ring. No read may be running."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
         for name in ("_sqes", "_sq_head", "_sq_tail", "_cq_head", "_cq_tail", "_cqes"):
-            self.__dict__.pop(name, None)  # the mappings, each of which keeps a descriptor of its own
+            self.__dict__.pop(name, None)  # the mappings: each keeps a descriptor of its own
 
     def _map(self, params: _Params) -> None:
         if not params.features & _SINGLE_MMAP:
@@ -124,7 +125,10 @@ class Ring:
         self.entries = params.sq_entries
 
     def _wait(self, count: int) -> None:
-        """Hand over what the ring holds and wait for `count` results, also when interrupted: the kernel writes into our memory."""
+        """Submit the ring and wait for `count` results, even if interrupted.
+
+        The kernel writes into our memory until then.
+        """
         interrupted: BaseException | None = None
         submitted = 0
         while True:

@@ -1,4 +1,4 @@
-"""Which fields of a configuration say what keys and values mean."""
+"""The configuration fields that keys and values depend on."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ MATTER = {
 
 
 @pytest.mark.parametrize("name", NO_MATTER)
-def test_how_a_model_is_run_and_labelled_is_no_part(name):
+def test_labels_and_runtime_settings_are_ignored(name):
     model = llama()
     before = relevant_settings(model)
     setattr(model.config, name, NO_MATTER[name])
@@ -57,7 +57,7 @@ def test_how_a_model_is_run_and_labelled_is_no_part(name):
 
 
 @pytest.mark.parametrize("name", MATTER)
-def test_what_a_layer_computes_with_is(name):
+def test_fields_that_a_layer_computes_with_are_relevant(name):
     model = llama()
     before = relevant_settings(model)
     setattr(model.config, name, MATTER[name])
@@ -73,14 +73,14 @@ ROPES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("parameters", ROPES.values(), ids=ROPES)
-def test_every_parameter_of_rope_is(parameters):
+def test_every_parameter_of_rope_is_relevant(parameters):
     model = llama()
     before = relevant_settings(model)
     model.config.rope_parameters = {**model.config.rope_parameters, **parameters}
     assert relevant_settings(model) != before
 
 
-def test_rope_reads_alike_however_a_release_writes_it():
+def test_rope_parameters_are_equal_in_every_releases_form():
     def rope(**fields: Any) -> Any:
         text = SimpleNamespace(to_dict=lambda: fields)
         config = SimpleNamespace(get_text_config=lambda decoder: text)
@@ -96,19 +96,19 @@ def test_rope_reads_alike_however_a_release_writes_it():
     assert partial == rope(rope_theta=1e4, partial_rotary_factor=0.5) != rope(rope_theta=1e4)
 
 
-def test_the_length_that_rope_was_made_for_counts_where_it_depends_on_it():
+def test_the_trained_length_is_relevant_for_length_dependent_rope():
     model = build(*FAMILIES["llama-dynamic-rope"])
     before = relevant_settings(model)
     model.config.max_position_embeddings *= 2
     assert relevant_settings(model) != before
 
 
-def test_windows_and_caps_of_a_hybrid_are_there():
+def test_windows_and_soft_caps_of_a_hybrid_model_are_relevant():
     found = relevant_settings(gemma())
     assert {"layer_types", "sliding_window", "attn_logit_softcapping", "query_pre_attn_scalar", "rms_norm_eps"} <= found.keys()
 
 
-def test_fields_that_only_one_release_writes_down_are_no_conflict_unless_they_count_far_behind():
+def test_a_field_of_only_one_release_conflicts_only_if_first_tokens_may_not_reveal_it():
     before = {"hidden_act": "silu", "num_hidden_layers": 2}
     assert conflict(before, {**before, "swiglu_limit": 7}) is None and conflict({**before, "swiglu_limit": 7}, before) is None
     assert conflict(before, {**before, "hidden_act": "gelu"}) == "hidden_act was silu and is gelu"

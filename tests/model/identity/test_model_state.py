@@ -1,4 +1,6 @@
-"""A cache is continued by what filled it and by nothing else, whatever became of the model in between."""
+"""A cache is continued only by the model that filled it, whatever happened to the model in
+between.
+"""
 
 from __future__ import annotations
 
@@ -45,18 +47,18 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize(("change", "said_of_it"), CHANGES.values(), ids=CHANGES)
-def test_a_changed_model_is_refused_with_what_changed(change, said_of_it):
+@pytest.mark.parametrize(("change", "description"), CHANGES.values(), ids=CHANGES)
+def test_a_changed_model_is_refused_with_what_changed(change, description):
     model = llama()
     cache, said = first_turn(model)
     with torch.no_grad():
         change(model)
-    with pytest.raises(specache.UsageError, match=rf"(?s)model changed.*{said_of_it}.*new SpeCache"):
+    with pytest.raises(specache.UsageError, match=rf"(?s)model changed.*{description}.*new SpeCache"):
         second_turn(model, cache, said)
 
 
 class Once:
-    """A streamer that does something when the third token comes."""
+    """A streamer that acts once, when the third token comes."""
 
     def __init__(self, action: Any) -> None:
         self.action, self.calls = action, 0
@@ -75,9 +77,9 @@ DURING_A_RUN = ["a weight is scaled", "a weight is scaled through .data", ".data
 
 
 @pytest.mark.parametrize("change", DURING_A_RUN)
-def test_what_a_streamer_changes_while_the_model_runs_is_a_change(change):
+def test_a_change_by_a_streamer_while_the_model_runs_is_detected(change):
     model = llama()
-    change, said_of_it = CHANGES[change]
+    change, description = CHANGES[change]
 
     def act():
         with torch.no_grad():
@@ -85,11 +87,11 @@ def test_what_a_streamer_changes_while_the_model_runs_is_a_change(change):
 
     cache = specache.SpeCache(model, settings())
     said = specache.generate(model, prompt(150), past_key_values=cache, streamer=Once(act), **NEW)
-    with pytest.raises(specache.UsageError, match=rf"(?s)model changed.*{said_of_it}.*new SpeCache"):
+    with pytest.raises(specache.UsageError, match=rf"(?s)model changed.*{description}.*new SpeCache"):
         second_turn(model, cache, said)
 
 
-def test_a_training_step_is_seen():
+def test_a_training_step_is_detected():
     model = llama()
     cache, said = first_turn(model)
     one_training_step(model)
@@ -116,14 +118,14 @@ NO_CHANGES = {
 
 
 @pytest.mark.parametrize("change", NO_CHANGES.values(), ids=NO_CHANGES)
-def test_what_changes_no_number_continues(change):
+def test_a_change_without_effect_on_numbers_continues_the_cache(change):
     model = llama()
     cache, said = first_turn(model)
     change(model)
     assert second_turn(model.eval(), cache, said)
 
 
-def test_back_to_the_first_weights_continues():
+def test_restored_weights_continue_the_cache():
     model = llama()
     first = copy.deepcopy(model.state_dict())
     cache, said = first_turn(model)
@@ -146,7 +148,7 @@ def test_another_object_continues_only_with_equal_weights(freed):
     assert second_turn(llama(), cache, said)
 
 
-def test_a_fork_knows_its_model_too():
+def test_a_fork_refuses_a_changed_model():
     model = llama()
     cache, said = first_turn(model)
     fork = cache.fork()
@@ -165,7 +167,7 @@ def test_an_empty_cache_takes_any_model_of_its_dimensions():
         assert second_turn(other, cache, said)
 
 
-def test_the_cache_of_a_returned_answer_knows_its_model():
+def test_the_cache_returned_by_generate_refuses_a_changed_model():
     model = llama()
     output = specache.generate(model, prompt(70), config=settings(), return_dict_in_generate=True, **NEW)
     with torch.no_grad():
@@ -174,7 +176,7 @@ def test_the_cache_of_a_returned_answer_knows_its_model():
         second_turn(model, output.past_key_values, output.sequences)
 
 
-def test_weights_without_versions_are_sampled():
+def test_a_change_of_inference_tensors_is_detected_by_samples():
     with torch.inference_mode():
         model = llama()
     cache, said = first_turn(model)
@@ -186,7 +188,7 @@ def test_weights_without_versions_are_sampled():
 
 
 @pytest.mark.parametrize("family", ["llama-dynamic-rope", "phi3-longrope-short"])
-def test_frequencies_that_follow_the_length_are_no_change(family):
+def test_length_dependent_rope_frequencies_are_not_a_change(family):
     model = build(*FAMILIES[family])
     with specache.SpeCache(model, settings()) as cache:
         said = specache.generate(model, prompt(30), past_key_values=cache, **NEW)
@@ -197,7 +199,7 @@ def test_frequencies_that_follow_the_length_are_no_change(family):
 # Adapters, by the names that peft uses
 
 
-def test_the_active_adapter_continues_and_no_other():
+def test_only_the_active_adapter_continues_the_cache():
     model = llama()
     layers = adapted(model, "a", "b")
     cache, said = first_turn(model)
@@ -218,17 +220,17 @@ ADAPTER_CHANGES = {
 }
 
 
-@pytest.mark.parametrize(("change", "said_of_it"), ADAPTER_CHANGES.values(), ids=ADAPTER_CHANGES)
-def test_a_changed_adapter_is_refused(change, said_of_it):
+@pytest.mark.parametrize(("change", "description"), ADAPTER_CHANGES.values(), ids=ADAPTER_CHANGES)
+def test_a_changed_adapter_is_refused(change, description):
     model = llama()
     layers = adapted(model, "a")
     cache, said = first_turn(model)
     change(layers[1])
-    with pytest.raises(specache.UsageError, match=said_of_it):
+    with pytest.raises(specache.UsageError, match=description):
         second_turn(model, cache, said)
 
 
-def test_adapters_that_are_not_active_come_and_go():
+def test_inactive_adapters_may_be_added_and_removed():
     model = llama()
     layers = adapted(model, "a", "b")
     cache, said = first_turn(model)
@@ -239,7 +241,7 @@ def test_adapters_that_are_not_active_come_and_go():
     assert second_turn(model, cache, said)
 
 
-def test_a_wrapper_of_ones_own_is_known_by_its_numbers():
+def test_a_changed_number_in_a_users_module_is_detected():
     class Scaled(nn.Module):
         def __init__(self, inner: nn.Module) -> None:
             super().__init__()

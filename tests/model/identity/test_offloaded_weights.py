@@ -1,4 +1,6 @@
-"""Weights that accelerate keeps in main memory or on disk: the model runs, and is identified by what they are in place."""
+"""Weights that accelerate keeps in main memory or on disk: the model runs, and is identified by
+them.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,14 @@ from tests.tiny import llama, prompt
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved model."""
+    """Return a saved model."""
     path = tmp_path_factory.mktemp("model")
     llama().save_pretrained(path)
     return path
 
 
 def loaded(folder: Path, offload: Path, embedding: str = "disk") -> Any:
-    """The layers on disk, in the files that they are loaded from."""
+    """Return a model with its layers on disk, in the files that they are loaded from."""
     places = {"model.embed_tokens": embedding, "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
     places |= {f"model.layers.{i}": "disk" for i in range(3)}
     return AutoModelForCausalLM.from_pretrained(folder, device_map=places, offload_folder=offload).eval()
@@ -60,7 +62,7 @@ def test_an_offloaded_model_answers_and_continues(make, folder, tmp_path):
 
 
 @kinds
-def test_its_identity_is_that_of_the_weights_in_place(make, folder, tmp_path):
+def test_an_offloaded_model_has_the_identity_of_the_loaded_weights(make, folder, tmp_path):
     assert identify(make(folder, tmp_path)) == identify(llama())
     assert dimensions_of(make(folder, tmp_path)).layers == dimensions_of(llama()).layers
 
@@ -76,7 +78,7 @@ def test_a_session_opens_again_and_not_for_other_weights(folder, tmp_path):
         specache.Session("s", loaded(other, tmp_path / "c"), folder=root)
 
 
-def test_files_are_not_read_through(tmp_path, monkeypatch):
+def test_identification_does_not_read_whole_files(tmp_path, monkeypatch):
     big = llama(hidden_size=256, intermediate_size=1024)
     expected = identify(big)
     disk_offload(big, tmp_path, execution_device=torch.device("cpu"))
@@ -87,7 +89,7 @@ def test_files_are_not_read_through(tmp_path, monkeypatch):
     assert 0 < sum(read) < 0.1 * sum(file.stat().st_size for file in tmp_path.glob("*.dat"))
 
 
-def test_a_file_that_is_written_to_is_seen(tmp_path):
+def test_a_modified_file_of_weights_is_detected(tmp_path):
     model = in_files_of_accelerate(tmp_path, tmp_path)
     cache, said = first_turn(model)
     file = tmp_path / "model.layers.1.mlp.down_proj.weight.dat"
@@ -96,13 +98,13 @@ def test_a_file_that_is_written_to_is_seen(tmp_path):
         second_turn(model, cache, said)
 
 
-def test_half_the_bits_of_a_wider_file_are_what_is_loaded(folder, tmp_path):
+def test_float32_files_loaded_in_16_bits_have_the_identity_of_the_loaded_weights(folder, tmp_path):
     places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu", "model.layers": "disk"}
     options = {"device_map": places, "offload_folder": tmp_path, "dtype": torch.bfloat16}
     assert identify(AutoModelForCausalLM.from_pretrained(folder, **options)) == identify(llama().bfloat16())
 
 
-def test_a_file_of_weights_that_is_gone_is_named(tmp_path):
+def test_a_missing_file_of_weights_is_named(tmp_path):
     model = in_files_of_accelerate(tmp_path, tmp_path)
     cache, said = first_turn(model)
     (tmp_path / "model.layers.1.mlp.down_proj.weight.dat").unlink()

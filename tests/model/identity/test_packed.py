@@ -1,4 +1,6 @@
-"""Weights that are no plain tensors: quantised by PyTorch, tensor subclasses, bitsandbytes, torchao."""
+"""Weights that are no plain tensors: quantised by PyTorch, tensor subclasses, bitsandbytes,
+torchao.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::U
 
 
 def plain(seed: int = 0) -> Any:
-    """Sizes that bitsandbytes' blocks of 64 divide."""
+    """Return a model whose sizes bitsandbytes' blocks of 64 divide."""
     return llama(seed=seed, intermediate_size=128)
 
 
@@ -100,7 +102,7 @@ kinds = pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
 
 
 @kinds
-def test_dimensions_are_those_of_the_matrices(make):
+def test_a_packed_model_has_the_dimensions_of_its_matrices(make):
     assert dimensions_of(make()).layers == dimensions_of(plain()).layers
 
 
@@ -112,7 +114,7 @@ def test_a_packed_model_answers_as_stock_does(make):
 
 
 @kinds
-def test_a_cache_knows_packed_weights(make):
+def test_a_cache_refuses_other_packed_weights(make):
     model = make()
     cache, said = first_turn(model)
     ids = torch.cat([said, prompt(5, seed=1)], dim=1)
@@ -134,7 +136,7 @@ def test_a_session_opens_again_and_not_for_other_weights(make, tmp_path):
             specache.Session("s", other, folder=tmp_path)
 
 
-def test_scales_alone_tell_packed_weights_apart():
+def test_packed_weights_that_differ_only_in_scales_are_told_apart():
     scaled = with_subclasses()
     scaled.model.layers[0].mlp.up_proj.weight.scales.mul_(1.5)
     assert identify(scaled).weights != identify(with_subclasses()).weights
@@ -146,8 +148,10 @@ def test_fast_products_leave_packed_layers_alone(make):
     assert all(type(layer) is nn.Linear and type(layer.weight) is nn.Parameter for layer in changed)
 
 
-def test_a_4_bit_weight_packed_for_the_processor_has_its_identity_still():
-    """As on processors with instructions for bfloat16, where a layer packs its weight when it first runs."""
+def test_a_4_bit_weight_keeps_its_identity_when_repacked_for_the_cpu():
+    """As on processors with bfloat16 instructions, where a layer packs its weight when it first
+    runs.
+    """
     bnb = pytest.importorskip("bitsandbytes")
     model, packed = bitsandbytes(4, 0), bitsandbytes(4, 0)
     for module in packed.modules():

@@ -1,4 +1,4 @@
-"""The same with peft itself, where it is installed."""
+"""Adapters with peft itself, if it is installed."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
-def test_a_model_of_peft_is_known_however_it_is_passed(way, tmp_path):
+def test_a_peft_model_continues_whether_wrapped_or_not(way, tmp_path):
     model = with_lora()
     assert unwrapped(way(model)) is model.base_model.model
     cache, said = first_turn(model)
@@ -88,13 +88,13 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize(("change", "said_of_it"), CHANGES.values(), ids=CHANGES)
-def test_changed_adapters_are_refused(change, said_of_it):
+@pytest.mark.parametrize(("change", "description"), CHANGES.values(), ids=CHANGES)
+def test_changed_adapters_are_refused(change, description):
     model = with_lora("b")
     inner = unwrapped(model)
     cache, said = first_turn(model)
     change(model)
-    with pytest.raises(specache.UsageError, match=said_of_it):
+    with pytest.raises(specache.UsageError, match=description):
         second_turn(inner, cache, said)
 
 
@@ -108,7 +108,7 @@ def test_switching_back_continues():
     assert second_turn(model, cache, said)
 
 
-def test_adapters_of_transformers_itself_are_seen():
+def test_adapters_added_through_transformers_are_detected():
     model = llama()
     model.add_adapter(lora(), adapter_name="x")
     model.add_adapter(lora(), adapter_name="y")

@@ -1,4 +1,4 @@
-"""A model and its wrappers are one: whichever is passed, in whatever order."""
+"""A model and its wrappers count as one, whichever is passed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ wrappers = pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 
 
 @wrappers
-def test_a_wrapper_continues_what_the_model_began_and_the_other_way_round(wrap):
+def test_a_wrapper_and_its_model_continue_each_others_cache(wrap):
     model = llama()
     wrapped = wrap(model)
     assert unwrapped(wrapped) is model

@@ -1,4 +1,4 @@
-"""A conversation of two turns over one cache, and a layer with adapters as peft has them."""
+"""A conversation of two turns over one cache, and a layer with adapters like peft's."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ NEW = {"max_new_tokens": 4, "do_sample": False}
 
 
 def settings(**changes: Any) -> specache.SpeCacheConfig:
-    """All rows are fetched, so that a continued answer is a fresh one's."""
+    """Return settings that fetch all rows, so that a continued answer equals a fresh one."""
     return specache.SpeCacheConfig(**{"top_k": 4096, "residual": 32, "group_size": 32, "slow_tier": "ram", **changes})
 
 
 def first_turn(model: Any) -> tuple[specache.SpeCache, Tensor]:
-    """A cache that a model filled, and the conversation so far."""
+    """Return a cache that a model filled, and the conversation so far."""
     cache = specache.SpeCache(model, settings())
     return cache, specache.generate(model, prompt(70), past_key_values=cache, **NEW)
 
 
-def second_turn(model: Any, cache: specache.SpeCache, said: Tensor) -> bool:
-    """Continue -> whether the answer is that of a fresh cache."""
-    ids = torch.cat([said, prompt(5, seed=1)], dim=1)
+def second_turn(model: Any, cache: specache.SpeCache, conversation: Tensor) -> bool:
+    """Continue and return True if the answer equals that of a fresh cache."""
+    ids = torch.cat([conversation, prompt(5, seed=1)], dim=1)
     answer = specache.generate(model, ids, past_key_values=cache, **NEW)
     return torch.equal(answer, specache.generate(model, ids, config=settings(), **NEW))
 
@@ -68,7 +68,9 @@ class AdaptedLinear(nn.Module):
 
 
 def adapted(model: Any, *adapters: str) -> list[AdaptedLinear]:
-    """Put adapters on the value projections of a model; the first is active -> its adapted layers."""
+    """Add adapters to the value projections of a model, the first one active, and return the
+    adapted layers.
+    """
     torch.manual_seed(0)
     made = []
     for layer in model.model.layers:

@@ -1,4 +1,4 @@
-"""A device and a model small enough to compute with by hand."""
+"""A device and a model small enough to compute by hand."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DEVICE = Device(  # 10^9 bytes, 10^9 operations, 0.5 x 10^9 vector instructions 
 
 
 def method(key: str, **settings: Any) -> Method:
-    """One of the methods that are compared on a GPU."""
+    """Return one of the methods that are compared on a GPU."""
     found = {one.key: one for one in methods(SpeCacheConfig(**settings).resolved("cuda"))}
     return found[key]
 

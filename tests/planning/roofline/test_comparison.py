@@ -1,4 +1,4 @@
-"""What fits, who wins from where, and the paper's table."""
+"""The largest batches, the tipping points, and the paper's table."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.planning.roofline.hand import MODEL, device, method
 
 @pytest.fixture(scope="module")
 def mistral() -> ModelDimensions:
-    """In float16, as the paper ran it."""
+    """Return the dimensions in float16, as in the paper."""
     return dimensions_of(without_weights(planned_config("mistral-7b"), torch.float16), device="cuda")
 
 
@@ -37,25 +37,27 @@ def best(document: dict, prefix: str, measure: str) -> float:
     return max(one["vs_full"][measure] for one in document["methods"] if one["method"].startswith(prefix))
 
 
-def test_mistral_has_its_published_size(mistral):
+def test_mistral_has_the_published_size(mistral):
     assert mistral.weight_bytes == pytest.approx(2 * 7.2417e9, rel=1e-3)
     assert sum(layer.row_bytes(2) for layer in mistral.layers) == 131072  # bytes per token
 
 
 def test_the_papers_table_within_30_percent(on_a6000):
-    """Mistral-7B-Instruct-v0.2 at 32,768 tokens on an A6000: up to 12 times the batch and 4.6 times the throughput."""
+    """Mistral-7B-Instruct-v0.2 at 32,768 tokens on an A6000: up to 12 times the batch and 4.6 times
+    the throughput.
+    """
     assert best(on_a6000, "paper", "batch") == pytest.approx(12, rel=0.3)
     assert best(on_a6000, "paper", "tokens_per_s") == pytest.approx(4.6, rel=0.3)
 
 
-def test_the_papers_rows_arrive_behind_the_step(on_a6000):
+def test_the_papers_fetches_are_hidden_behind_the_step(on_a6000):
     for one in on_a6000["methods"]:
         if one["method"].startswith("paper"):
             step = one["largest"]["step"]
             assert 0 < step["fetch_ms"] == step["fetch_hidden_ms"]
 
 
-def test_a_document_is_plain_values_with_stable_keys(on_a6000):
+def test_the_comparison_can_be_written_as_json_with_stable_keys(on_a6000):
     assert json.loads(json.dumps(on_a6000)) == on_a6000
     assert set(on_a6000) == {"device", "usable_bytes", "methods"}
     for one in on_a6000["methods"]:
@@ -76,13 +78,13 @@ def test_the_largest_batch_is_the_largest(mistral, key, context):
     assert capacity.fits(one, context, batch) and not capacity.fits(one, context, batch + 1)
 
 
-def test_the_full_cache_holds_its_rows_and_no_more(mistral):
+def test_the_full_cache_takes_the_size_of_its_pairs_only(mistral):
     held = Capacity(device_named("a6000"), mistral).bytes(method("full"), 32768, 4)
     assert 4 * 131072 * 32768 <= held.fast < 1.05 * 4 * 131072 * 32768  # with what a pass needs
     assert held.slow == 0
 
 
-def test_what_does_not_fit_at_all():
+def test_a_model_that_does_not_fit_has_batch_zero_and_no_throughput():
     capacity = Capacity(device(memory_gib=0.0005), MODEL)
     assert capacity.largest_batch(method("full"), 4096) == 0
     document = roofline_document(Roofline(capacity.device, MODEL), capacity, [method("full"), method("kivi-2")], 4096, 1)
@@ -104,12 +106,12 @@ def test_main_memory_limits_the_slow_tier():
 @pytest.mark.parametrize(
     ("wins_from", "limit", "expected"), [(1, 10, 1), (7, 10, 7), (10, 10, 10), (11, 10, None), (1, 1, 1), (500, 1 << 26, 500)]
 )
-def test_the_first_that_wins(wins_from, limit, expected):
+def test_first_returns_the_smallest_number_that_wins(wins_from, limit, expected):
     assert first(lambda number: number >= wins_from, limit) == expected
 
 
 @pytest.mark.parametrize("key", ["kivi-2", "paper-1", "specache-2"])
-def test_it_wins_from_the_tipping_point_on_and_not_before(mistral, key):
+def test_a_method_wins_from_its_tipping_point_on_and_not_before(mistral, key):
     gpu = device_named("l4")
     model, capacity, full, own = Roofline(gpu, mistral), Capacity(gpu, mistral), method("full"), method(key)
     found = tipping(model, capacity, full, own, 8192, 4)
@@ -128,7 +130,7 @@ def test_a_tipping_point_comes_earlier_with_a_larger_batch(mistral):
     assert contexts == sorted(contexts, reverse=True)
 
 
-def test_it_never_wins_where_unpacking_is_slower_than_reading():
+def test_a_low_bit_method_never_wins_where_unpacking_is_slower_than_reading():
     slow = device(vector_tflops=1e-5)
     found = tipping(Roofline(slow, MODEL), Capacity(slow, MODEL), method("full"), method("kivi-2"), 4096, 1)
     assert found.context is None and found.batch is None

@@ -1,4 +1,4 @@
-"""The table of devices, and files that describe another."""
+"""The package's table of devices, and files that describe another device."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_the_a6000_is_the_one_of_the_paper():
 
 
 def test_matrix_rates_are_dense():
-    """A mistake of a factor of two is easily made: no device is far from the ratio of its generation."""
+    """A sparse rate is twice the dense one: no device may be far from its generation's ratio."""
     for device in known_devices().values():
         assert 1.9 <= device.matrix_tflops / device.vector_tflops <= 16.1
 
@@ -61,8 +61,7 @@ def test_a_file_describes_a_device(tmp_path):
     assert device.source_of("link_gb_per_s") == "a cable"
 
 
-def test_the_table_of_the_package_can_be_copied(tmp_path):
-    """A section of it, without its heading, is a file."""
+def test_a_section_of_the_packages_table_is_a_valid_file(tmp_path):
     table = Path(__file__).parents[3] / "specache" / "planning" / "roofline" / "devices.toml"
     section = table.read_text().split("[h100]\n")[1].split("\n[")[0]
     assert device_from_file(written(tmp_path, section)).matrix_tflops == device_named("h100").matrix_tflops
@@ -90,12 +89,12 @@ def test_the_table_of_the_package_can_be_copied(tmp_path):
         (SPEC + "host_memory_gib = -1", "host_memory_gib must be a number above 0"),
     ],
 )
-def test_a_bad_file_says_what_is_wrong(tmp_path, text, message):
+def test_an_invalid_file_is_refused_with_the_reason(tmp_path, text, message):
     with pytest.raises(ConfigError, match=message):
         device_from_file(written(tmp_path, text))
 
 
-def test_a_file_that_cannot_be_read(tmp_path):
+def test_an_unreadable_file_is_a_config_error(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
         device_from_file(tmp_path / "nothing.toml")
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")

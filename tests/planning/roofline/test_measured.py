@@ -1,4 +1,4 @@
-"""Steps from what was measured: lines between points, and lines through samples."""
+"""Step times from measurements: interpolation between points, and lines fitted through samples."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from tests.bench.tiny_shape import TINY
 from tests.planning.roofline.hand import method
 
 
-def test_a_pass_over_the_weights_is_a_line_between_what_was_measured():
+def test_the_time_of_a_weights_pass_is_interpolated_between_measurements():
     found = WeightsPass((1, 2, 8), (1.0, 1.1, 2.3))
     assert [found.at(rows) for rows in (1, 2, 5, 8, 16)] == pytest.approx([1.0, 1.1, 1.7, 2.3, 3.9])
     assert WeightsPass((1,), (0.5,)).at(100) == 0.5
 
 
-def test_a_step_adds_up():
+def test_a_measured_step_is_the_sum_of_its_costs():
     steps = MeasuredSteps(WeightsPass((1, 2), (0.1, 0.1)), {"paper-2": MethodCost(0.01, 0.002, 1e-6)}, 4, (2, 1))
     step = steps.step(method("paper-2"), 1000, 3)
     assert step.total == pytest.approx(0.1 + 0.01 + 3 * 0.002 + 3 * 1000 * 1e-6)
@@ -31,8 +31,11 @@ def test_a_step_adds_up():
         steps.step(method("full"), 1000, 3)
 
 
-def test_lines_through_samples_find_what_made_them():
-    """8 and 2 of 32 layers; a kernel's time is the layers', what is left has a share of the model's own."""
+def test_fitted_lines_recover_the_costs_behind_the_samples():
+    """Samples of 8 and 2 of 32 layers.
+
+    Kernel time is per layer; the rest has a share of the model's own.
+    """
 
     def sample(layers: int, context: int, batch: int) -> _Sample:
         kernels = layers * (1e-4 + 2e-4 * batch + 3e-8 * batch * context)
@@ -48,7 +51,7 @@ def test_lines_through_samples_find_what_made_them():
 @pytest.mark.parametrize(
     ("deep", "shallow", "expected"),
     [
-        (5.0, 2.0, 17.0),  # 0.5 a layer and 1 besides
+        (5.0, 2.0, 17.0),  # 0.5 per layer, and 1 fixed
         (5.0, 6.0, 5.0),  # noise: layers that take less than nothing
         (8.0, 0.5, 32.0),  # noise: a model that does beside its layers
     ],
@@ -57,7 +60,7 @@ def test_a_deeper_model_takes_longer_and_not_more_than_in_proportion(deep, shall
     assert _extrapolated([8, 2], [deep, shallow], 32) == pytest.approx(expected)
 
 
-def test_a_tiny_model_is_measured(monkeypatch):
+def test_calibration_measures_a_tiny_model_and_leaves_its_config(monkeypatch):
     import torch
 
     monkeypatch.setattr(calibration, "CONTEXTS", (192, 320))
@@ -66,15 +69,15 @@ def test_a_tiny_model_is_measured(monkeypatch):
     config.num_hidden_layers = 8
     compared = methods(SpeCacheConfig().resolved("cpu"))
     model = dimensions_of(without_weights(config, torch.bfloat16), device="cpu")
-    said: list[str] = []
-    steps = calibration.measured_steps(config, torch.bfloat16, WeightFormat.AUTO, model, compared, said.append)
-    assert config.num_hidden_layers == 8  # the caller's is left alone
+    messages: list[str] = []
+    steps = calibration.measured_steps(config, torch.bfloat16, WeightFormat.AUTO, model, compared, messages.append)
+    assert config.num_hidden_layers == 8  # the caller's config is unchanged
     assert steps.layers == 8 and steps.measured_layers == (4, 1)
     assert set(steps.costs) == {one.key for one in compared}
     assert all(steps.step(one, 1000, 2).total > 0 for one in compared)
 
 
-def test_layers_that_differ_are_measured_whole_or_refused():
+def test_a_model_with_differing_layers_is_measured_whole_or_refused():
     from dataclasses import replace
 
     from tests.planning.roofline.hand import MODEL
@@ -88,7 +91,7 @@ def test_layers_that_differ_are_measured_whole_or_refused():
     assert calibration._depths(MODEL) == [1]
 
 
-def test_this_processor_says_how_it_was_measured(monkeypatch):
+def test_this_processors_figures_name_the_measurement(monkeypatch):
     monkeypatch.setattr(calibration, "PRODUCT", 64)
     monkeypatch.setattr(calibration, "LargeArray", lambda: calibration_array())
     device = calibration.this_processor(repeat=1)

@@ -1,4 +1,4 @@
-"""A step's time, computed by hand; what is hidden; and what grows with what."""
+"""Step times computed by hand, what is hidden, and how they grow."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.planning.roofline.hand import DEVICE, MODEL, device, method
 HAND = Roofline(DEVICE, MODEL)
 
 
-def test_the_full_cache_by_hand():
+def test_the_full_caches_step_matches_the_time_computed_by_hand():
     step = HAND.step(method("full"), 1000, 2)
     assert step.weights == pytest.approx(1e-3)
     assert step.compute == pytest.approx(2e-3)  # 500,000 numbers, a multiply-add each, 2 rows
@@ -27,12 +27,13 @@ def test_the_full_cache_by_hand():
     assert step.total == pytest.approx(2.512e-3)
 
 
-def test_the_papers_step_by_hand():
+def test_the_papers_step_matches_the_time_computed_by_hand():
     """1,024 tokens: 960 in 15 pages of 2,560 bytes, 64 in the residual."""
     step = HAND.step(method("paper-2"), 1024, 1)
     assert step.scan == pytest.approx(2 * 2 * 960 * 64 * 16 * 1e-9)  # keys and values, multiply and add, 4 rows padded to 16
     assert step.scan_bound == "matrix units"
-    scores = 2 * 960 * (4 * 2 * 2 + 1 * 2 + 3 * 1)  # 16-bit: 4 passes of 2 rows, 1 of the guess, 3 of its mean; 2 heads, 1 KV head
+    # 16-bit: 4 passes of 2 rows, 1 of the draft row, 3 of its mean; 2 heads, 1 KV head
+    scores = 2 * 960 * (4 * 2 * 2 + 1 * 2 + 3 * 1)
     assert step.attend == pytest.approx((64 * 256 + scores + 2 * 64 * 256) * 1e-9)
     assert step.fetch == pytest.approx(int(64 * 256 * 0.47) * 1e-8)
     assert step.fetch_hidden == step.fetch
@@ -51,7 +52,7 @@ def test_the_scan_takes_as_long_as_its_slowest_part(figure, bound, seconds):
     assert (step.scan_bound, step.scan) == (bound, pytest.approx(seconds))
 
 
-def test_only_what_the_step_cannot_cover_of_a_prefetch_is_waited_for():
+def test_a_step_waits_only_for_the_part_of_a_prefetch_it_cannot_hide():
     slow = Roofline(device(link_gb_per_s=1e-4), MODEL).step(method("paper-2"), 1024, 1)
     rest = slow.weights + slow.compute - slow.compute_hidden + slow.scan + slow.attend
     assert slow.fetch > rest
@@ -62,7 +63,7 @@ def test_only_what_the_step_cannot_cover_of_a_prefetch_is_waited_for():
 @pytest.mark.parametrize(
     ("policy", "waited"), [("verified", WAITED_FOR), ("on-demand", 1.0), ("speculative", 0.0), ("previous", 0.0)]
 )
-def test_what_a_policy_waits_for(policy, waited):
+def test_each_policy_waits_for_its_share_of_the_fetch(policy, waited):
     step = HAND.step(method("specache-2", policy=policy), 1024, 1)
     assert step.fetch - step.fetch_hidden == pytest.approx(waited * step.fetch)
     assert step.fetch > 0
@@ -84,7 +85,7 @@ def test_a_disk_needs_a_bandwidth_and_reads_whole_blocks():
     assert step.fetch == pytest.approx(rows * 4096 / 1e6, rel=0.02)
 
 
-def test_efficiencies_divide():
+def test_half_the_efficiency_takes_twice_the_time():
     halved = replace(DEVICE.efficiency, memory=0.5)
     slow = Roofline(device(efficiency=halved), MODEL).step(method("full"), 1000, 2)
     assert slow.scan == pytest.approx(2 * 512e-6)
@@ -92,14 +93,14 @@ def test_efficiencies_divide():
 
 
 @pytest.mark.parametrize("key", ["full", "kivi-2", "kivi-1", "paper-2", "paper-1", "specache-2", "specache-1"])
-def test_more_of_anything_takes_no_less(key):
+def test_a_longer_context_or_larger_batch_takes_no_less_time(key):
     times = [HAND.step(method(key), tokens, 1).total for tokens in range(64, 20_000, 640)]
     batches = [HAND.step(method(key), 4096, batch).total for batch in range(1, 40)]
     assert times == sorted(times)
     assert batches == sorted(batches)
 
 
-def test_methods_share_what_they_are_compared_in():
+def test_compared_methods_share_top_k_and_differ_in_bits_and_residual():
     from specache.config import SpeCacheConfig
 
     found = {one.key: one for one in methods(SpeCacheConfig(top_k=32, bits=4).resolved("cuda"))}
@@ -114,14 +115,14 @@ def test_methods_share_what_they_are_compared_in():
     assert [one.key for one in full] == ["full", "kivi-2", "kivi-1", "paper-2", "paper-1"]
 
 
-def test_a_step_is_plain_values():
+def test_a_step_time_can_be_written_as_json():
     document = HAND.step(method("paper-2"), 1024, 1).to_dict()
     assert json.loads(json.dumps(document)) == document
     parts = ("weights", "compute", "scan", "attend", "fetch", "overhead")
     assert document["total_ms"] == pytest.approx(sum(document[f"{part}_ms"] for part in parts) - document["hidden_ms"])
 
 
-def test_other_kernels_take_other_times():
+def test_kernels_with_more_passes_take_longer():
     ours = method("specache-2")
     twice = replace(ours, kernels=KernelCounts(2, 8, 2, 2, 6))
     assert HAND.step(twice, 4096, 1).attend > 1.5 * HAND.step(ours, 4096, 1).attend
