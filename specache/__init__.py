@@ -1,8 +1,8 @@
 """specache: run the context your memory can't hold, without forgetting any of it.
 
-An implementation of SpeCache (Jie et al., ICML 2025) for Hugging Face transformers: every key-value pair stays at 16 bits in slow
-memory, a packed 1- to 4-bit copy is attended over in fast memory, and the few pairs that matter are fetched back, guessed one step
-ahead.
+An implementation of SpeCache (Jie et al., ICML 2025) for Hugging Face transformers: every key-value
+pair stays at 16 bits in slow memory, attention runs over a packed 1- to 4-bit copy in fast memory,
+and the few pairs that matter are prefetched by a speculative token one step ahead.
 """
 
 from typing import TYPE_CHECKING

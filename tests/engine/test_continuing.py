@@ -13,7 +13,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, StoppingCriteria
 
 import specache
 from specache.engine import generate as generation
-from specache.engine.sampling import EndedOnce
+from specache.engine.sampling import ClosingStreamer
 from tests.engine.test_model_families import LONGROPE
 from tests.tiny import llama, prompt, ragged
 
@@ -416,7 +416,7 @@ def test_several_answers_that_fail_before_their_first_token_leave_as_many_sequen
             if where == "reading":
                 patched.setattr(model.model.layers[2].self_attn, "forward", failing)
             if where == "streamer":
-                patched.setattr(EndedOnce, "put", failing)
+                patched.setattr(ClosingStreamer, "put", failing)
             specache.generate(model, whole, past_key_values=cache, streamer=Interrupting(99), **sampled)
         assert [sequence.length for sequence in cache.sequences] == [90]
         assert cache.context.living_sequences == 1
