@@ -1,6 +1,6 @@
-"""Tiny configurations of transformers' model families: the family's own defaults, with every size made small.
+"""Tiny configurations of transformers' model families: the defaults, with every size made small.
 
-A layout that differs from layer to layer (`layer_types`, `mlp_layer_types`, ...) keeps each of its kinds.
+A setting per layer (`layer_types`, `mlp_layer_types`, ...) keeps each of its kinds.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
 
 
 def tiny_config(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
-    """A family's configuration, made small. Raises whatever transformers raises where it has no such model."""
+    """Return a family's configuration, made small. Errors of transformers are raised."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return config_class(**_settings(config_class, SPECIAL.get(config_class.model_type, {})))
@@ -158,7 +158,7 @@ def _settings(config_class: type[PreTrainedConfig], special: dict[str, Any]) -> 
 
 
 def _layouts(default: PreTrainedConfig, fields: set[str], count: int) -> dict[str, Any]:
-    """Lists with an entry per layer: the kinds that the family's defaults have, in turn."""
+    """Return the lists with an entry per layer: each kind of the family's defaults in turn."""
     layers = next((getattr(default, name) for name in LAYER_COUNTS if hasattr(default, name)), 0)
     layouts = {}
     for name in fields:
