@@ -206,7 +206,7 @@ class SpeCache:
     def finish_reasons(self) -> list[str | None]:
         """Return why each sequence's last generation ended.
 
-        `stop`, `length`, `interrupted`, `error`, `aborted`, or `None` before the first.
+        `stop`, `length`, `interrupted` or `error`; `None` before the first.
         """
         return [sequence.finish_reason for sequence in self.sequences]
 
