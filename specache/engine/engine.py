@@ -57,7 +57,7 @@ class Engine:
 
     @classmethod
     def over(cls, model: Any, cache: SpeCache) -> Engine:
-        """Return an engine over the caller's cache. The caller holds `in_use`, and keeps it."""
+        """Return an engine over the caller's cache, whose `in_use` the caller holds meanwhile."""
         engine = object.__new__(cls)
         engine._begin(model, cache, owns_cache=False)
         return engine
