@@ -119,17 +119,16 @@ class StaticDecoder:
     def _run(self, batch: DeviceBatch, tokens: list[list[int]]) -> Tensor:
         config = self._cache.config
         kind = KINDS[config.policy]
-        # Whether a group is quantised in this step matters only to the selection for the next step.
-        quantises = batch.begin(tokens) and config.policy.prefetches
+        pending_groups = batch.begin(tokens) and config.policy.prefetches  # only what is selected for the next step depends on it
 
         def run() -> Tensor:
-            state = StaticPass(batch, kind, config.policy, config.top_k, quantises)
+            state = StaticPass(batch, kind, config.policy, config.top_k, pending_groups)
             logits = decode_forward(self._model, batch.inputs.token_ids, batch.inputs.position_ids, state, reads_back=False)
             if self._graphs:
                 batch.join()
             return logits
 
-        logits = self._steps(quantises, run)
+        logits = self._steps(pending_groups, run)
         batch.ran()
         if (layer := batch.first_not_finite()) is not None:
             raise not_finite(layer)
