@@ -290,7 +290,7 @@ def test_a_move_to_disk_that_fails_changes_nothing(model, set_free, monkeypatch,
         write = RowFile.write
 
         def full(self: RowFile, *arguments: Any) -> None:
-            if next(calls) == 1:  # the first layer is there, the second is not
+            if next(calls) == 1:  # the second layer's rows cannot be written
                 raise specache.SlowTierError(f"errno {errno.ENOSPC}")
             write(self, *arguments)
 
@@ -310,7 +310,7 @@ def test_a_move_that_exceeds_fast_memory_changes_nothing(model, set_free):
         answer(model, prompt(300), cache)
         budget, before = cache.resources.budget, cache.config
         used = budget.used
-        budget.limit = used  # read buffers and hot sets of a disk are more
+        budget.limit = used  # too little for a disk tier's read buffers and hot sets
         set_free(100_000)
         with pytest.raises(specache.FastMemoryError):
             answer(model, longer, cache)

@@ -64,18 +64,18 @@ class Remains:
         self._resources = cache.resources
         self._folder = folder
 
-    def nothing(self) -> bool:
+    def all_freed(self) -> bool:
         """Return whether everything is freed. A read in the background keeps only its tier."""
         assert [type(one()).__name__ for one in self._held if one() is not None] == []
         assert self._resources.budget.used == 0
         assert not any(pool.pages_in_use for pool in self._resources._pools.values())
-        return _comes_true(lambda: all(tier() is None for tier in self._tiers) and not self._files())
+        return _eventually(lambda: all(tier() is None for tier in self._tiers) and not self._files())
 
     def _files(self) -> list[Path]:
         return [] if self._folder is None else list(self._folder.rglob("*"))
 
 
-def _comes_true(condition: Callable[[], bool]) -> bool:
+def _eventually(condition: Callable[[], bool]) -> bool:
     deadline = time.monotonic() + 60
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -98,8 +98,8 @@ def test_a_dropped_cache_is_freed_at_once(model, tmp_path, policy, tier):
     specache.generate(model, prompt(120), past_key_values=cache, **GREEDY)
     remains = Remains(cache, tmp_path)
     del cache
-    assert remains.nothing()
-    assert _comes_true(lambda: not _readers())
+    assert remains.all_freed()
+    assert _eventually(lambda: not _readers())
 
 
 @pytest.mark.parametrize("tier", ["ram", "ram-inplace", "disk"])
@@ -110,7 +110,7 @@ def test_a_dropped_batch_and_a_dropped_hybrid_are_freed_at_once(model, hybrid, t
         specache.generate(one, ids, attention_mask=mask, past_key_values=cache, **GREEDY)
         remains = Remains(cache, tmp_path)
         del cache
-        assert remains.nothing()
+        assert remains.all_freed()
 
 
 def test_a_dropped_cache_removes_its_files_and_closes_descriptors(model, tmp_path):
@@ -121,7 +121,7 @@ def test_a_dropped_cache_removes_its_files_and_closes_descriptors(model, tmp_pat
     specache.generate(model, prompt(200), past_key_values=cache, **GREEDY)
     assert descriptors() and list(tmp_path.rglob("*.rows"))
     del cache
-    assert _comes_true(lambda: not descriptors() and not list(tmp_path.iterdir()))
+    assert _eventually(lambda: not descriptors() and not list(tmp_path.iterdir()))
 
 
 def _is_open(descriptor: str) -> bool:
@@ -144,14 +144,14 @@ def test_a_cache_and_its_fork_are_freed_independently(model, tmp_path, policy, o
     assert torch.equal(out, expected) or not original_first  # the original has another policy
     remains = Remains(pair[0], tmp_path)
     del pair
-    assert remains.nothing()
+    assert remains.all_freed()
 
 
 def test_the_cache_in_a_dropped_output_is_freed(model):
     output = specache.generate(model, prompt(100), return_dict_in_generate=True, **GREEDY)
     remains = Remains(output.past_key_values)
     del output
-    assert remains.nothing()
+    assert remains.all_freed()
 
 
 def test_a_cache_does_not_keep_its_model_alive():
@@ -164,7 +164,7 @@ def test_a_cache_does_not_keep_its_model_alive():
     assert gone() is None and weights() is None
     remains = Remains(cache)
     del cache
-    assert remains.nothing()
+    assert remains.all_freed()
 
 
 class Streamer:
@@ -200,7 +200,7 @@ def test_after_an_error_a_dropped_cache_is_freed_at_once(model, tmp_path, monkey
     streamer = Streamer(error) if where in ("streamer", "interrupt") else None
     calls = []
 
-    def dies(*arguments: Any) -> None:
+    def failing(*arguments: Any) -> None:
         calls.append(1)
         if len(calls) > (1 if where == "prefill" else 6):  # three layers: in the first pass, or in a step
             raise error("quantise")
@@ -209,12 +209,12 @@ def test_after_an_error_a_dropped_cache_is_freed_at_once(model, tmp_path, monkey
     quantise = dispatch.quantise
     with monkeypatch.context() as patch:
         if streamer is None:
-            patch.setattr(dispatch, "quantise", dies)
+            patch.setattr(dispatch, "quantise", failing)
         options = {"streamer": streamer, "max_new_tokens": 40, "do_sample": False}
         _fails(partial(specache.generate, model, prompt(120), past_key_values=cache, **options), error)
     remains = Remains(cache, tmp_path)
     del cache
-    assert remains.nothing()
+    assert remains.all_freed()
 
 
 @pytest.mark.parametrize("error", [ValueError, MemoryError])
@@ -242,7 +242,7 @@ def test_a_closed_or_dropped_session_is_freed_and_unlocked(model, tmp_path):
             session.close()
         gone = weakref.ref(session)
         del session
-        assert gone() is None and remains.nothing()
+        assert gone() is None and remains.all_freed()
     specache.Session("one", model, folder=tmp_path).close()  # and it is not locked
 
 

@@ -98,7 +98,7 @@ def test_a_second_thread_on_a_cache_is_refused_and_the_first_is_unharmed(model, 
     with first:
         with pytest.raises(UsageError, match=r"in another thread.*one cache per thread.*cache\.fork\(\)"):
             CALLS[name](model, cache)
-        assert cache.get_seq_length() == 101 and cache.stats()["slow_bytes"] > 0  # any thread may look
+        assert cache.get_seq_length() == 101 and cache.stats()["slow_bytes"] > 0  # any thread may read statistics
     assert torch.equal(first.result(), expected)
     longer = torch.cat([expected, prompt(5)], 1)
     assert torch.equal(specache.generate(model, longer, past_key_values=cache, **GREEDY), model.generate(longer, **GREEDY))
@@ -167,7 +167,7 @@ def test_a_streamer_may_save_its_session_during_the_call(model, tmp_path):
     session = specache.Session("one", model, folder=tmp_path)
     assert torch.equal(specache.generate(model, ids, past_key_values=session.cache, streamer=Saves(), **GREEDY), expected)
     assert saved == list(range(100, 110))
-    session.close()  # nothing is saved here
+    session.close()  # does not save
     with specache.Session("one", model, folder=tmp_path) as again:
         assert again.token_ids == expected[0, :-1].tolist()
         longer = torch.cat([expected, prompt(5)], 1)
@@ -475,7 +475,7 @@ def test_a_streamer_may_save_the_session_that_it_streams(model, tmp_path):
 
 def test_a_session_is_not_saved_in_the_middle_of_a_pass(model, tmp_path):
     refused = []
-    config = specache.SpeCacheConfig(policy="on-demand")  # whose passes all store
+    config = specache.SpeCacheConfig(policy="on-demand")  # every pass of this policy stores a token
     with specache.Session("one", model, config, folder=tmp_path) as session:
 
         def hook(*_: object) -> None:

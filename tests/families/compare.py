@@ -88,7 +88,7 @@ def try_family(model_type: str, model_class: str) -> Outcome:
         try:
             model = build(model_class)
             expected = _generate(model.generate)
-        except Exception as error:  # whatever transformers raises for a model that it cannot build or run so
+        except Exception as error:  # of transformers, for a model that it cannot build or run
             return Outcome(model_type, model_class, "not tried", _line(error))
         if not all(bool(torch.isfinite(x).all()) for x in expected):
             return Outcome(model_type, model_class, "not tried", "the logits of stock are not finite")

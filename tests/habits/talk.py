@@ -24,8 +24,8 @@ from tests.tiny import prompt
 
 NEW = 3  # tokens per answer
 NEAR_TIE = 1e-4  # logits this close may fall either way by rounding
-MOST = 3  # conversations at a time
-LONGEST = 420  # tokens of a text; then it begins anew
+MOST = 3  # most conversations at a time
+LONGEST = 420  # most tokens of a text
 EVERYTHING = 10**6
 
 
@@ -53,7 +53,7 @@ class Talk:
         self.session = session
         self.name = name
         self.text = torch.zeros(1, 0, dtype=torch.long)
-        self.rounded = False  # rows were made under autocast: equal to no fresh cache's
+        self.rounded = False  # True if autocast rounded rows, so that answers may differ
 
     def close(self) -> None:
         if self.session is not None:
@@ -86,7 +86,7 @@ class User:
         for talk in self.talks:
             talk.close()
 
-    # What the habits are made of
+    # Helpers of the habits
 
     def _config(self, **changes: Any) -> specache.SpeCacheConfig:
         sizes = {"group_size": 16, "residual": 16, "prefill_chunk": 70, "top_k": EVERYTHING}
@@ -152,7 +152,7 @@ class User:
         self._names += 1
         name = f"s{self._names}"
         policy = "on-demand" if self._settings["policy"] == "full" else self._settings["policy"]
-        config = self._config(slow_tier="auto", policy=policy)  # in a session rows are on disk, whatever is asked for elsewhere
+        config = self._config(slow_tier="auto", policy=policy)  # a session keeps its rows on disk
         session = specache.Session(name, self.model, config, folder=self._folder)
         talk = Talk(session.cache, session, name)
         self._add(talk)
@@ -195,7 +195,7 @@ class User:
                 self.refusals += 1
                 return
         answer = answered[:, -NEW:]
-        begins = torch.equal(talk.text[:, : new.shape[1]][:, :2], new[:, :2])  # by chance it begins as what is stored: an edit
+        begins = torch.equal(talk.text[:, : new.shape[1]][:, :2], new[:, :2])  # the first tokens agree by chance: an edit
         if (warned or begins) and not masked % 2 and self._same(new, torch.cat([new, answer], 1)):
             talk.text = torch.cat([new, answer], 1)  # a new text, with a warning
             return
@@ -309,7 +309,7 @@ class User:
         if talk.session.saved_tokens == 0:
             talk.rounded = False
 
-    def look(self, which: int) -> None:
+    def read_statistics(self, which: int) -> None:
         """Read statistics and lengths, which change nothing."""
         talk = self._talk(which)
         talk.cache.stats()
@@ -340,7 +340,7 @@ class _default_dtype:
         torch.set_default_dtype(self._before)
 
 
-HABITS = {  # and how many numbers each takes
+HABITS = {  # name: number of arguments
     "start": 1,
     "start_session": 1,
     "go_on": 2,
@@ -353,6 +353,6 @@ HABITS = {  # and how many numbers each takes
     "fail_in_the_middle": 4,
     "two_threads": 2,
     "save_and_open": 2,
-    "look": 1,
+    "read_statistics": 1,
     "sample_several": 2,
 }
