@@ -242,15 +242,15 @@ class Decoder:
         """Decode the sequences at `indices` of the step, which may share forward passes."""
         group = [sequences[i] for i in indices]
         position = group[0].length
-        rows = [[tokens[i]] for i in indices]
+        singles = [[tokens[i]] for i in indices]
         if position and self._needs_prefill_again(position - 1, position):
-            logits = torch.stack([self._prefill_again(each, row) for each, row in zip(group, rows, strict=True)])[:, None]
+            logits = torch.stack([self._prefill_again(each, token) for each, token in zip(group, singles, strict=True)])[:, None]
         elif drafts is not None and self._drafts_share_pass(position, group):
             pairs = [[tokens[i], drafts[i]] for i in indices]
             logits = self._run_pass(StepKind.PAIR, group, pairs)
             result.set_draft(indices, logits[:, 1])
         else:
-            logits = self._run_pass(StepKind.SINGLE, group, rows)
+            logits = self._run_pass(StepKind.SINGLE, group, singles)
         result.set_real(indices, logits[:, 0])
         if drafts is not None and logits.shape[1] == 1:
             for i in indices:  # these draft tokens cannot share the pass of the real tokens
@@ -281,33 +281,33 @@ class Decoder:
         """Return whether `position` and the next one give the same result in one pass as in two."""
         return not self._info.couples_rows and self._info.rope_side(position) == self._info.rope_side(position + 1)
 
-    def _prefill_again(self, sequence: CachedSequence, row: list[int]) -> Tensor:
+    def _prefill_again(self, sequence: CachedSequence, token: list[int]) -> Tensor:
         self._cache.release_device_batch()
-        token_ids, prompt_tokens = sequence.token_ids + row, sequence.prompt_tokens
+        token_ids, prompt_tokens = sequence.token_ids + token, sequence.prompt_tokens
         sequence.clear()
         with self._restored_on_error(sequence):
             logits = last_of(self._prefill_rest(sequence, token_ids, len(token_ids), _ignore, counter=None))
         sequence.prompt_tokens = prompt_tokens
         return logits
 
-    def _run_pass(self, kind: StepKind, sequences: Sequence[CachedSequence], rows: list[list[int]]) -> Tensor:
+    def _run_pass(self, kind: StepKind, sequences: Sequence[CachedSequence], tokens: list[list[int]]) -> Tensor:
         """Run one forward pass over tokens [A][n] and return logits [A, n, V].
 
         An error leaves the sequences unchanged. Out of memory, free the hot sets and retry once.
         """
         try:
-            return self._try_pass(kind, sequences, rows)
+            return self._try_pass(kind, sequences, tokens)
         except Exception as error:
             if not (is_out_of_memory(error) and self._free_hot_sets()):
                 raise
         if self._info.device.type == "cuda":
             torch.cuda.empty_cache()
-        return self._try_pass(kind, sequences, rows)  # outside of `except`: the error keeps the first pass's tensors alive
+        return self._try_pass(kind, sequences, tokens)  # outside of `except`: the error keeps the first pass's tensors alive
 
-    def _try_pass(self, kind: StepKind, sequences: Sequence[CachedSequence], rows: list[list[int]]) -> Tensor:
+    def _try_pass(self, kind: StepKind, sequences: Sequence[CachedSequence], tokens: list[list[int]]) -> Tensor:
         config = self._cache.config
         if self._static.supports(kind, sequences):
-            static = self._static.step(sequences, rows)
+            static = self._static.step(sequences, tokens)
             if static is not None:
                 return static
         self._cache.release_device_batch()
@@ -318,7 +318,7 @@ class Decoder:
             sequence.begin_pass()
         try:
             with self._working_set(self._decode_bytes(sequences)):
-                logits = decode_forward(self._model, self._ids(rows), positions, DecodePass(sequences, spec))
+                logits = decode_forward(self._model, self._ids(tokens), positions, DecodePass(sequences, spec))
             for sequence in sequences:
                 sequence.quantise_oldest()
         except BaseException:
@@ -326,7 +326,7 @@ class Decoder:
                 sequence.undo_pass()
             raise
         if kind.commits:
-            for sequence, row in zip(sequences, rows, strict=True):
+            for sequence, row in zip(sequences, tokens, strict=True):
                 sequence.commit(row[:1])
         return logits
 
@@ -353,8 +353,8 @@ class Decoder:
             groups.setdefault((side, stays, again), []).append(index)
         yield from groups.values()
 
-    def _ids(self, rows: list[list[int]]) -> Tensor:
-        return torch.tensor(rows, dtype=torch.long, device=self._info.device)
+    def _ids(self, tokens: list[list[int]]) -> Tensor:
+        return torch.tensor(tokens, dtype=torch.long, device=self._info.device)
 
     def _positions(self, starts: list[int], count: int) -> Tensor:
         """Return the positions [A, count] that begin at each start."""
