@@ -1,4 +1,4 @@
-"""The oracle is exact where it must be, follows Algorithms 1-3 position by position, and codes as KIVI does."""
+"""The oracle equals stock where it must, follows Algorithms 1-3, and quantises as KIVI does."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def prompt_ids(length: int = PROMPT) -> Tensor:
 
 @cache
 def stock(family: str, prompt: int = PROMPT, new: int = NEW) -> tuple[list[int], Tensor]:
-    """Tokens and logits `[new, V]` of transformers' own greedy generation over its own cache."""
+    """Return tokens and logits `[new, V]` of transformers' greedy generation with its own cache."""
     model, ids = tiny_model(family), prompt_ids(prompt)
     out = model.generate(
         ids,
@@ -92,7 +92,7 @@ def wrong(tokens: list[int]) -> list[int]:
     return [(token + 1) % VOCAB for token in tokens]
 
 
-# --- Against transformers --------------------------------------------------------------------------------------------
+# --- Against transformers ---
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
@@ -116,7 +116,7 @@ def test_policy_full_equals_stock_generation(family: str) -> None:
 
 @pytest.mark.parametrize("policy", [*FETCHING, Policy.NONE])
 @pytest.mark.parametrize("family", [*FAMILIES, "mistral, window of all positions"])
-def test_the_low_bit_copy_is_really_read(family: str, policy: Policy) -> None:
+def test_attention_reads_the_low_bit_copy(family: str, policy: Policy) -> None:
     tokens, logits = stock(family)
     out = generate(tiny_model(family), prompt_ids(), settings(policy, top_k=1), NEW, forced_tokens=tokens)
     torch.testing.assert_close(out.logits[0], logits[0], rtol=0, atol=1e-4)  # the prefill is exact
@@ -164,11 +164,11 @@ def test_the_models_own_attention_is_restored(fails: bool) -> None:
     assert model.config._attn_implementation == "eager"
 
 
-# --- Speculation -----------------------------------------------------------------------------------------------------
+# --- Speculation ---
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_verified_logits_do_not_depend_on_the_guess(family: str) -> None:
+def test_verified_logits_do_not_depend_on_the_draft_token(family: str) -> None:
     model, ids, config = tiny_model(family), prompt_ids(), settings(Policy.VERIFIED)
     own = generate(model, ids, config, NEW)
     drafts = wrong(own.tokens)
@@ -179,7 +179,7 @@ def test_verified_logits_do_not_depend_on_the_guess(family: str) -> None:
     torch.testing.assert_close(misled.logits, own.logits, rtol=0, atol=tolerance)
 
 
-def test_speculative_logits_depend_on_the_guess() -> None:
+def test_speculative_logits_depend_on_the_draft_token() -> None:
     model, ids, config = tiny_model("llama"), prompt_ids(), settings(Policy.SPECULATIVE)
     own = generate(model, ids, config, NEW)
     misled = generate(model, ids, config, NEW, forced_tokens=own.tokens, forced_drafts=wrong(own.tokens))
@@ -199,7 +199,7 @@ def test_verified_equals_on_demand(family: str) -> None:
 
 @pytest.mark.parametrize("policy", [Policy.VERIFIED, Policy.SPECULATIVE])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_guess_is_right_while_the_sequence_is_all_residual(family: str, policy: Policy) -> None:
+def test_every_draft_token_is_right_while_nothing_is_quantised(family: str, policy: Policy) -> None:
     prompt, new = 20, 12
     config = settings(policy, residual=prompt + new, bits=1)
     out = generate(tiny_model(family), prompt_ids(prompt), config, new)
@@ -208,15 +208,15 @@ def test_every_guess_is_right_while_the_sequence_is_all_residual(family: str, po
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_guess_is_right_when_everything_is_fetched(family: str) -> None:
+def test_every_draft_token_is_right_when_every_pair_is_fetched(family: str) -> None:
     model, ids = tiny_model(family), prompt_ids()
     out = generate(model, ids, settings(Policy.VERIFIED, bits=1, top_k=PROMPT + NEW), NEW)
     assert out.drafts == [None, *out.tokens[1:]]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_speculative_guesses_are_right_after_a_right_first_guess(family: str) -> None:
-    """Pre-decoding runs on the copy alone, so only the first guess may be wrong when everything is fetched."""
+def test_speculative_draft_tokens_are_right_after_a_right_first_one(family: str) -> None:
+    """Pre-decoding attends to low-bit pairs alone, so only the first draft may be wrong."""
     model, ids = tiny_model(family), prompt_ids()
     first = [None, stock(family)[0][1], *[None] * (NEW - 2)]
     config = settings(Policy.SPECULATIVE, bits=1, top_k=PROMPT + NEW)
@@ -224,16 +224,16 @@ def test_speculative_guesses_are_right_after_a_right_first_guess(family: str) ->
     assert out.drafts == [None, *out.tokens[1:]]
 
 
-def test_low_bit_guesses_can_be_wrong() -> None:
+def test_draft_tokens_from_low_bit_attention_can_be_wrong() -> None:
     out = generate(tiny_model("llama"), prompt_ids(), settings(Policy.SPECULATIVE, bits=1, top_k=1), NEW)
     assert out.drafts != [None, *out.tokens[1:]]
 
 
-# --- One layer against a loop over positions -------------------------------------------------------------------------
+# --- One layer against a loop over positions ---
 
 
 class OneHead:
-    """Algorithms 1-3 for one KV head in float64, a loop over positions; the low-bit copy alone is taken from above."""
+    """Algorithms 1-3 for one KV head in float64, by a loop over positions."""
 
     def __init__(self, config: SpeCacheConfig, scaling: float, softcap: float | None, sinks: list[float] | None):
         self.config, self.scaling, self.softcap, self.sinks = config, scaling, softcap, sinks
@@ -245,7 +245,7 @@ class OneHead:
         return 0 if self.config.policy is Policy.FULL else self.config.low_bit_length(len(self.keys))
 
     def row(self, queries: Tensor, keys: list[Tensor], values: list[Tensor]) -> tuple[Tensor, list[float]]:
-        """Outputs `[G, D]` of queries `[G, D]` that see all of `keys`, and the mean probability of each position."""
+        """Return outputs `[G, D]` of queries `[G, D]`, and the mean probability per position."""
         outputs, mean = [], [0.0] * len(keys)
         for g, query in enumerate(queries):
             scores = [self.scaling * float(query @ key) for key in keys]
@@ -261,7 +261,7 @@ class OneHead:
         return set(sorted(range(candidates), key=lambda position: -mean[position])[: self.config.top_k])
 
     def mixed(self, low_bit_length: int, fetched: set[int]) -> tuple[list[Tensor], list[Tensor]]:
-        """Rows of every committed position: decoded below `low_bit_length` unless fetched, else exact."""
+        """Return the committed pairs: low-bit below `low_bit_length` unless fetched, else exact."""
         bits, g = self.config.bits, self.config.group_size
         keys, values = list(self.keys), list(self.values)
         if low_bit_length:
@@ -302,7 +302,7 @@ class OneHead:
 @pytest.mark.parametrize("residual", [0, 3])
 @pytest.mark.parametrize("policy", ALL)
 def test_a_layer_equals_a_loop_over_positions(policy: Policy, residual: int, extras: str) -> None:
-    """Prefill, pre-decode and four steps, in which two groups leave the residual."""
+    """Prefill, pre-decode and four steps run, and two groups leave the residual."""
     Hkv, G, D, S = 2, 3, 6, 18
     config = settings(policy, group_size=4, residual=residual, top_k=5)
     softcap, sinks = (2.0 if extras == "softcap" else None), torch.linspace(-1, 2, Hkv * G)
@@ -336,11 +336,11 @@ def test_select_averages_over_query_heads_and_breaks_ties_downwards() -> None:
     assert select(torch.ones(1, 1, 1, 500), 400, 7).tolist() == [list(range(7))]
 
 
-# --- The code --------------------------------------------------------------------------------------------------------
+# --- The code ---
 
 
 def per_key_group(x: Tensor, g: int) -> Tensor:
-    """`[Hkv, n/g, D]` parameters as `[Hkv, n, D]`."""
+    """Expand parameters `[Hkv, n/g, D]` to `[Hkv, n, D]`."""
     return x.float().repeat_interleave(g, dim=1)
 
 
@@ -434,10 +434,10 @@ def test_key_groups_do_not_mix(bits: int) -> None:
     assert dequantise_keys(*quantise_keys(x[:, :0], bits, 8), 8).shape == (2, 0, 5)
 
 
-# --- Mistakes --------------------------------------------------------------------------------------------------------
+# --- Mistakes ---
 
 
-def test_mistakes_are_refused() -> None:
+def test_invalid_arguments_are_refused() -> None:
     model, config = tiny_model("llama"), settings(Policy.VERIFIED)
     with pytest.raises(UsageError, match=r"\[1, S\]"):
         generate(model, torch.zeros(2, 5, dtype=torch.long), config, 3)

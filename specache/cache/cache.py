@@ -1,4 +1,4 @@
-"""The cache of a batch: one `Sequence` per prompt; what transformers sees as `past_key_values`."""
+"""The cache of a batch, one `Sequence` per prompt. Transformers gets it as `past_key_values`."""
 
 from __future__ import annotations
 
@@ -39,31 +39,36 @@ _CHANGED_MODEL = (
 
 
 class SpeCache:
-    """The key-value cache of a batch of sequences: all rows at 16 bits in slow memory, a low-bit copy in fast memory.
+    """The key-value cache of a batch: 16-bit pairs in slow memory, a low-bit copy in fast memory.
 
-    Hand it on as `past_key_values` to `specache.generate` (or to `model.generate` with `custom_generate=specache.decode`) to
-    continue a conversation; `reset` begins another text. `model()` and stock `generate()` cannot use it and raise.
+    Pass it as `past_key_values` to `specache.generate` (or to `model.generate` with
+    `custom_generate=specache.decode`) to continue a conversation; `reset` begins another text.
+    `model()` and stock `generate()` cannot use it and raise.
 
-    One call at a time uses it, in the process that made it: another thread is refused, and should have a cache of its own.
-    `copy.deepcopy(cache)` is `cache.fork()`. A cache that nothing refers to is freed at once.
+    One call at a time uses it, in the process that made it. A call from another thread is refused;
+    give each thread its own cache. `copy.deepcopy(cache)` is `cache.fork()`. A cache is freed as
+    soon as nothing refers to it.
 
     Args:
-        model: a transformers model for text generation, wrapped (torch.compile, DataParallel, peft) or not.
-        config: settings; `None` takes the defaults. `cache.config` has every `auto` decided; of `slow_tier="auto"` it says what is
-            taken where memory suffices until the first prompt is there, which decides it (`specache.engine.auto_tier`).
+        model: a transformers model for text generation. torch.compile, DataParallel and peft may
+            wrap it.
+        config: settings; `None` takes the defaults. In `cache.config` every `auto` is resolved.
+            `slow_tier="auto"` resolves to main memory until the first prefill chooses
+            (`specache.engine.auto_tier`).
 
     Attributes:
-        tier_choice: what `slow_tier="auto"` took last and why; `None` before that and for every other tier.
-        on_disk_chosen: called when `auto` takes the disk. `None` warns.
+        tier_choice: the last choice of `slow_tier="auto"` and its reason; `None` before the first
+            choice and for every other tier.
+        on_disk_chosen: called when `auto` chooses the disk. `None` raises a warning instead.
 
     Raises:
         UnsupportedModelError: the model's attention cannot run over a low-bit copy.
-        UsageError: `config` is of another type.
-        ConfigError: settings that this model or device does not allow.
+        UsageError: `config` has a wrong type.
+        ConfigError: this model or device does not support the settings.
         SlowTierError: the folder of `slow_tier='disk:...'` cannot be written.
     """
 
-    one_sequence = False  # whether it belongs to a session, which holds no batch
+    one_sequence = False  # True for the cache of a session, which holds no batch
 
     def __init__(self, model: Any, config: SpeCacheConfig | None = None) -> None:
         model = unwrapped(model)
@@ -73,21 +78,21 @@ class SpeCache:
         asked = config or SpeCacheConfig()
         config = asked.resolved(info.device.type)
         if config.slow_dir is not None:
-            prepare_folder(config.slow_dir)  # what is wrong with it shows before a prompt is prefilled
+            prepare_folder(config.slow_dir)  # an unusable folder is reported before the prefill
         context = CacheContext(info, config, Resources(model, info, config))
         self._begin(context, weakref.ref(model), asked)
 
     def _begin(self, context: CacheContext, model: Callable[[], Any], asked: SpeCacheConfig) -> None:
         self._context = context
         self._model = model
-        self._state: ModelState | None = None  # the model as it was when it filled the sequences
-        self.asked = asked  # with what is `auto` still so
-        self._tier_is_fixed = False  # a fork of a cache that holds rows keeps them where they are
+        self._state: ModelState | None = None  # the model's state when it filled the sequences
+        self.asked = asked  # the user's settings, with every `auto` unresolved
+        self._tier_is_fixed = False  # True for a fork of a cache with rows: it keeps their tier
         self.tier_choice: TierChoice | None = None
         self.on_disk_chosen: Callable[[TierChoice], None] | None = None
         self.in_use = OneCallAtATime()
         self.sequences: list[Sequence] = []
-        # gives back what a batch on the device holds of the sequences' state
+        # moves the state of the attached device batch back into the sequences
         self.detach_device_batch: Callable[[], None] | None = None
 
     @property
@@ -108,7 +113,7 @@ class SpeCache:
 
     @property
     def expected_sequences(self) -> int:
-        """Of the batch that is being prefilled."""
+        """Return the number of sequences once the current prefill is done."""
         return self._context.expected_sequences
 
     @expected_sequences.setter
@@ -117,24 +122,25 @@ class SpeCache:
 
     @property
     def decides_tier(self) -> bool:
-        """Whether `slow_tier="auto"` may still take another tier: not once it is the disk, nor in a fork of what is
-        stored, nor where the policy has no rows.
+        """Return whether `slow_tier="auto"` may still choose another tier.
+
+        The choice is final once it is the disk, in a fork of stored rows, and for policy `full`.
         """
         now = self.config
         decided = self._tier_is_fixed or now.slow_tier is SlowTierKind.DISK or now.policy is Policy.FULL
         return self.asked.slow_tier is SlowTierKind.AUTO and not decided
 
     def has_config(self, config: SpeCacheConfig) -> bool:
-        """Whether `config` asks for what this cache has."""
+        """Return whether `config` resolves to this cache's settings."""
         device = self.info.device.type
         return config.resolved(device) in (self.config, self.asked.resolved(device))
 
     def choose_tier(self, choice: TierChoice) -> None:
-        """Take the tier that was chosen for what comes next, and move what is stored there.
+        """Use the chosen tier from now on, and move the stored rows to it.
 
         Raises:
             SlowTierError: the rows cannot be written; nothing changed.
-            FastMemoryError: what a disk tier needs more of fast memory is not allowed; nothing changed.
+            FastMemoryError: `fast_memory` does not allow the disk tier's buffers; nothing changed.
         """
         if choice.slow_tier is not self.config.slow_tier:
             changed = replace(self.asked, slow_tier=choice.slow_tier, slow_dir=choice.slow_dir)
@@ -142,14 +148,15 @@ class SpeCache:
             self._context.count_anew()
         self.tier_choice = choice
         if choice.on_disk:
-            self._tell(choice)
+            self._report_disk(choice)
 
     def check_model(self, model: Any) -> None:
-        """Refuse to continue with anything that computes otherwise than what filled the cache: another model, or the same one with
-        other weights, adapters or settings.
+        """Refuse a model other than the one that filled the cache, or changed since.
+
+        Weights, adapters and settings count.
 
         Raises:
-            UsageError: the message says what differs.
+            UsageError: names the difference.
         """
         model = unwrapped(model)
         refuse_adapters_per_call(model)
@@ -164,7 +171,7 @@ class SpeCache:
 
     @contextmanager
     def filled_by(self, model: Any) -> Iterator[None]:
-        """Remember, while a model runs over this cache, what it computes with: `check_model` compares with it."""
+        """Record the model's state while it fills the cache in the block, for `check_model`."""
         if self._state is None or self.get_seq_length() == 0:
             self.begin(model)
         try:
@@ -174,15 +181,15 @@ class SpeCache:
                 self._state = self._state.after_run(model)
 
     def begin(self, model: Any) -> None:
-        """Take what a model computes with now as what fills the empty cache."""
+        """Record the model's state before it fills the empty cache."""
         self.remember(model)
 
     def remember(self, model: Any) -> None:
-        """Take what a model computes with now as what the sequences are made by."""
+        """Record the model's present state as the one that filled the sequences."""
         self._state = ModelState.of(model)
 
     def _check_dimensions(self, model: Any) -> None:
-        """Refuse a model for whose sizes, dtype or device an empty cache was not made."""
+        """Refuse a model whose dimensions, dtype or device differ from those of the empty cache."""
         info = inspect_model(model)
         same = replace(info, fingerprint=self.info.fingerprint) == self.info
         if not same or dimensions_of(model, info).layers != self.resources.dimensions.layers:
@@ -192,23 +199,27 @@ class SpeCache:
             )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens stored, of the longest sequence."""
+        """Return the number of stored tokens of the longest sequence."""
         return max((sequence.length for sequence in self.sequences), default=0)
 
     @property
     def finish_reasons(self) -> list[str | None]:
-        """Why each sequence's last generation ended: `stop`, `length`, `interrupted`, `error`, or `None` before one did."""
+        """Return why each sequence's last generation ended.
+
+        `stop`, `length`, `interrupted` or `error`; `None` before the first.
+        """
         return [sequence.finish_reason for sequence in self.sequences]
 
     def release_device_batch(self) -> None:
-        """Have the sequences hold their whole state themselves, also where a batch decodes on the device."""
+        """Move the state of an attached device batch back into its sequences."""
         if self.detach_device_batch is not None:
             self.detach_device_batch()
 
     def stats(self) -> dict[str, Any]:
-        """What happened so far, JSON-ready; keys in `specache.stats.report`, and `slow_tier` with what `auto` chose and why.
+        """Return the statistics so far, ready for JSON.
 
-        Any thread may ask, also while another generates.
+        Keys: those of `specache.stats.report`, `slow_tier`, and `slow_tier_choice` of `auto`. Any
+        thread may call this, also during generation.
         """
         if not self.in_use.elsewhere:
             self.release_device_batch()
@@ -217,11 +228,11 @@ class SpeCache:
         return {**report(self.memory(), self.counters, self.resources.budget.peak), **tier}
 
     def held_bytes(self) -> int:
-        """Fast memory that this cache's sequences hold of the budget, shared pages counted once per sequence."""
+        """Return the sequences' bytes of fast memory, with shared pages once per sequence."""
         return sum(sequence.held_bytes() for sequence in self.sequences)
 
     def memory(self) -> MemoryUse:
-        """Bytes held now, counted from the tensors."""
+        """Return the bytes held now, counted from the tensors."""
         total = MemoryUse()
         for use in (sequence.memory() for sequence in self.sequences):
             for name, value in vars(use).items():
@@ -229,14 +240,14 @@ class SpeCache:
         return total
 
     def fork(self, policy: Policy | str | None = None, **changes: Any) -> SpeCache:
-        """An independent copy of the state, optionally under other settings: shares the prefill.
+        """Return an independent copy of the cache, optionally with other settings.
 
-        Settings that the low-bit copy depends on (`code`, `bits`, `group_size`, `residual`) make it anew from the 16-bit rows;
-        without them its pages are shared. The rotated code's key weights stay those of the original, made from its first
-        `residual + group_size` tokens: their queries are kept no longer than that.
+        The low-bit pages are shared, unless `code`, `bits`, `group_size` or `residual` change: then
+        the 16-bit rows are quantised again. The rotated code keeps the original's key weights, made
+        from its first `residual + group_size` tokens, because later queries are not stored.
 
         Raises:
-            UsageError: another slow tier, or `full` back to a low-bit policy.
+            UsageError: the settings change the slow tier, or policy `full` to a low-bit policy.
         """
         if policy is not None:
             changes["policy"] = policy
@@ -257,12 +268,12 @@ class SpeCache:
         return other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SpeCache:
-        """`fork()`, as transformers' own caches are copied to use a prefilled prompt again."""
+        """Return `fork()`: transformers' caches are copied this way to reuse a prefilled prompt."""
         memo[id(self)] = other = self.fork()
         return other
 
     def __copy__(self) -> SpeCache:
-        """`fork()` too: two caches over the same sequences would spoil each other."""
+        """Return `fork()`: two caches over the same sequences would corrupt each other."""
         return self.fork()
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
@@ -273,19 +284,19 @@ class SpeCache:
 
     @property
     def context(self) -> CacheContext:
-        """What its sequences need of it."""
+        """Return the part of the cache that its sequences use."""
         return self._context
 
     def new_sequence(self) -> Sequence:
         return Sequence(self._context)
 
     def repeat(self, sequence: Sequence) -> Sequence:
-        """Return another sequence with the state of one of this cache's (equal prompts are prefilled once)."""
+        """Return a fork of one of this cache's sequences, for an equal prompt."""
         self.release_device_batch()
         return sequence.fork(self._context)
 
     def reset(self) -> None:
-        """Forget every token and begin anew, with the same model and settings: what is generated next is another text.
+        """Drop every token. The next call begins another text, with the same model and settings.
 
         Raises:
             UsageError: a call is using it; nothing changed.
@@ -300,27 +311,27 @@ class SpeCache:
             self._context.count_from_zero()
 
     def close(self) -> None:
-        """End background work and free everything, also where a part of that fails.
+        """End background work and free everything, also if a part of it fails.
 
         Raises:
             UsageError: a call is using it; nothing changed.
         """
         if self.in_use.forked:
-            return self._forget()
+            return self._drop_in_child()
         with self.in_use.by("close"):
             self.free()
 
     def free(self) -> None:
-        """`close` for the call that is using it."""
+        """Free everything, for the call that holds `in_use`."""
         sequences, self.sequences = self.sequences, []
-        with ExitStack() as stack:  # the worker comes last
+        with ExitStack() as stack:  # callbacks run in reverse: the worker ends last
             stack.callback(self._context.end_worker)
             for sequence in sequences:
                 stack.callback(sequence.clear)
             stack.callback(self.release_device_batch)
 
-    def _forget(self) -> None:
-        """In a process that was forked: threads and files are its parent's, and only the memory is given back."""
+    def _drop_in_child(self) -> None:
+        """Free the memory in a forked process, and leave threads and files to its parent."""
         self.sequences, self.detach_device_batch = [], None
         self._context.forget_worker()
 
@@ -331,7 +342,7 @@ class SpeCache:
         self.close()
 
     def _move_rows(self, config: SpeCacheConfig) -> None:
-        """Go on under `config`, which has another slow tier; what is stored is written there first. A failure changes nothing."""
+        """Move all stored rows to the slow tier of `config`. An error changes nothing."""
         self.release_device_batch()
         context = self._context
         before, tiers = context.config, list[SlowTier]()
@@ -348,12 +359,12 @@ class SpeCache:
             for sequence in self.sequences:
                 sequence.count_buffers()
             raise
-        context.end_worker()  # a disk has more threads
+        context.end_worker()  # the next one has the threads of the new tier
         for sequence, tier in zip(self.sequences, tiers, strict=True):
             sequence.use_tier(tier)
 
-    def _tell(self, choice: TierChoice) -> None:
-        """Say that the rows go to disk, which is slower, once."""
+    def _report_disk(self, choice: TierChoice) -> None:
+        """Report that the rows go to disk, which is slower."""
         if self.on_disk_chosen is not None:
             return self.on_disk_chosen(choice)
         warnings.warn(
@@ -364,10 +375,10 @@ class SpeCache:
         )
 
     def hot_slots(self, sequence: Sequence, layer: CompressedLayer) -> int:
-        """Slots per KV head that the hot set's budget gives a layer."""
+        """Return the layer's hot-set slots per KV head."""
         return self._context.hot_slots(sequence.length, layer)
 
-    # What transformers would ask of a cache of its own
+    # The interface of transformers' caches
 
     is_compileable = False
 

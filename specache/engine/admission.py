@@ -1,4 +1,4 @@
-"""Before a batch is prefilled: does it fit into `fast_memory`, and if not, what would make it fit?"""
+"""Admission before prefill: whether a batch fits into `fast_memory`, and settings that fit."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def check_room(cache: SpeCache, planned: list[PlannedSequence], chunk: int) -> N
     """Refuse a batch that cannot be prefilled and decoded within the cache's budget.
 
     Args:
-        planned: everything that the cache holds or will hold.
-        chunk: prompt tokens per pass.
+        planned: all sequences that the cache holds or will hold.
+        chunk: prompt tokens per forward pass.
 
     Raises:
-        FastMemoryError: with the bytes of every part, and what would make it fit.
+        FastMemoryError: names the bytes of every part, and settings that fit.
     """
     limit = cache.resources.budget.limit
     if limit is None:
         return
-    limit -= cache.resources.budget.used - cache.held_bytes()  # of other caches on the same budget (forks)
+    limit -= cache.resources.budget.used - cache.held_bytes()  # bytes of other caches on the budget (forks)
     config = replace(cache.config, prefill_chunk=chunk)
     memory = plan(cache.resources.dimensions, config, planned)
     if memory.fast <= limit:
@@ -50,10 +50,10 @@ def check_room(cache: SpeCache, planned: list[PlannedSequence], chunk: int) -> N
 
 
 def fits_beside(model: Any, cache: SpeCache, running: list[PlannedSequence], new: list[PlannedSequence], chunk: int) -> bool:
-    """Return whether a request fits beside those that run now; the slow tier is decided on the way.
+    """Decide the slow tier, and return whether a request fits beside the running ones.
 
     Raises:
-        FastMemoryError, OutOfMemoryError, SlowTierError: it does not even fit alone.
+        FastMemoryError, OutOfMemoryError, SlowTierError: the request does not fit alone.
     """
     planned = [*running, *new]
     try:
@@ -67,43 +67,44 @@ def fits_beside(model: Any, cache: SpeCache, running: list[PlannedSequence], new
 
 
 def planned_sequences(stored: Sequence[CachedSequence], token_ids: list[list[int]], new_tokens: int) -> list[PlannedSequence]:
-    """Return texts as a plan sees them: equal prompts are prefilled once, and stored beginnings are not prefilled again.
+    """Return prompts for a memory plan. Equal prompts, and stored prefixes, are prefilled once.
 
     Args:
-        stored: the sequences that the texts continue; empty where they begin anew.
-        new_tokens: tokens that decoding may store after each.
+        stored: the sequences that the prompts continue, one each; empty for new prompts.
+        new_tokens: tokens that decoding may store per sequence.
     """
     seen: set[tuple[int, ...]] = set()
     planned = []
     for index, ids in enumerate(token_ids):
-        kept = _common(stored[index].token_ids, ids) if stored else 0
+        kept = _common_prefix(stored[index].token_ids, ids) if stored else 0
         planned.append(PlannedSequence(len(ids), new_tokens, kept, twin=not kept and tuple(ids) in seen))
         seen.add(tuple(ids))
     return planned
 
 
 def breakdown(held: FastBytes) -> str:
-    """The parts that are there, in words."""
+    """Return the parts that are not empty, with their bytes, as text."""
     return ", ".join(f"{title} {getattr(held, name):,}" for name, title in PARTS.items() if getattr(held, name))
 
 
-def advice(found: list[Suggestion]) -> str:
-    """Suggestions as a sentence."""
-    if not found:
+def advice(settings: list[Suggestion]) -> str:
+    """Return the suggested settings as a sentence."""
+    if not settings:
         return " No setting makes it fit: raise fast_memory."
-    return f" It would fit with {'; or with '.join(map(str, found))}; or with a larger fast_memory."
+    return f" It would fit with {'; or with '.join(map(str, settings))}; or with a larger fast_memory."
 
 
-def _refusal(planned: MemoryPlan, limit: int, loads: list[PlannedSequence], least: int) -> str:
-    phase = "prefilling" if planned.prefill.total >= planned.decode.total else "decoding"
-    tokens = max(load.total for load in loads)
-    what = f"{len(loads)} sequences of up to {tokens:,} tokens" if len(loads) > 1 else f"A sequence of {tokens:,} tokens"
+def _refusal(memory: MemoryPlan, limit: int, planned: list[PlannedSequence], least: int) -> str:
+    phase = "prefilling" if memory.prefill.total >= memory.decode.total else "decoding"
+    tokens = max(sequence.total for sequence in planned)
+    batch = f"{len(planned)} sequences of up to {tokens:,} tokens" if len(planned) > 1 else f"A sequence of {tokens:,} tokens"
     return (
-        f"{what} (prompt and answer) would need {planned.fast:,} bytes of fast memory while {phase}, but fast_memory allows "
-        f"{limit:,}: {breakdown(planned.widest)}. The smallest settings need {least:,} bytes."
+        f"{batch} (prompt and answer) would need {memory.fast:,} bytes of fast memory while {phase}, but fast_memory allows "
+        f"{limit:,}: {breakdown(memory.widest)}. The smallest settings need {least:,} bytes."
     )
 
 
-def _common(stored: list[int], wanted: list[int]) -> int:
-    keep = next((i for i, (mine, theirs) in enumerate(zip(stored, wanted, strict=False)) if mine != theirs), len(stored))
-    return min(keep, len(wanted) - 1)
+def _common_prefix(stored: list[int], ids: list[int]) -> int:
+    """Return how many leading tokens agree; at most `len(ids) - 1`, as one token must run."""
+    length = next((i for i, (mine, theirs) in enumerate(zip(stored, ids, strict=False)) if mine != theirs), len(stored))
+    return min(length, len(ids) - 1)

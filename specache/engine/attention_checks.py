@@ -1,7 +1,8 @@
-"""What a model hands its attention function, checked: all that ours would ignore and that changes the result is refused by name.
+"""Checks of the arguments that a model passes to its attention function.
 
-Ours attends causally, within the window that the configuration says, with a scale, a cap and sinks. Biases, masks,
-sparse selections and dropout come as further arguments; a model that passes one would get fluent wrong answers.
+Our attention is causal, within the configured window, with a scale, a softcap and sinks. It ignores
+biases, masks, sparse selections and dropout. A model that passes one would silently get wrong
+results, so it is refused by the argument's name.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from specache.errors import UnsupportedModelError
 
-HONOURED = {"softcap", "s_aux", "sliding_window", "is_causal", "dropout"}  # by `_attention`, or looked at below
-HARMLESS = {  # what models' forwards hand down to every module, and what only other implementations of attention use
+SUPPORTED = {"softcap", "s_aux", "sliding_window", "is_causal", "dropout"}  # by `_attention`, or checked below
+WITHOUT_EFFECT = {  # passed down to every module, or used only by other attention implementations
     "position_ids", "position_embeddings", "cache_position", "logits_to_keep", "deterministic", "token_type_ids",
     "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "num_items_in_batch",
     "output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "use_cache", "training",
@@ -24,14 +25,14 @@ _MASKED = -1e4  # an additive mask this low hides a key
 
 
 def check_arguments(module: Any, query: Tensor, key: Tensor, value: Tensor, arguments: dict[str, Any]) -> None:
-    """Refuse the arguments of one attention layer that ours does not honour.
+    """Refuse arguments of an attention layer that our attention does not support.
 
     Raises:
-        UnsupportedModelError: names the argument, or says which shapes do not fit.
+        UnsupportedModelError: names the argument, or the shapes that do not fit.
     """
     name = type(module).__name__
     for argument, given in arguments.items():
-        if argument not in HONOURED and argument not in HARMLESS and given is not None and given is not False:
+        if argument not in SUPPORTED and argument not in WITHOUT_EFFECT and given is not None and given is not False:
             raise UnsupportedModelError(
                 f"{name} passes {argument} to its attention, which specache's attention over a low-bit copy does not take into "
                 "account: its answers would be wrong. Use the model's ordinary cache."
@@ -65,11 +66,14 @@ def _check_shapes(name: str, query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 def check_mask(module: Any, mask: Tensor | None, window: int | None) -> None:
-    """Refuse a mask that a model made by itself unless it is what ours does anyway: causal, or causal within the layer's window.
+    """Refuse a mask that a model made by itself, unless it is causal, or causal within the window.
 
     Args:
-        mask: what reached the attention function; bool (true: seen) or additive, [B or 1, H or 1, n, n].
-        window: as the model passes it (`sliding_window`).
+        mask: the attention function's [B or 1, H or 1, n, n], bool (True: visible) or additive.
+        window: `sliding_window` as the model passes it.
+
+    Raises:
+        UnsupportedModelError: the mask is another one.
     """
     if mask is not None and not (isinstance(mask, Tensor) and _is_causal(mask, window)):
         raise UnsupportedModelError(
@@ -79,13 +83,16 @@ def check_mask(module: Any, mask: Tensor | None, window: int | None) -> None:
 
 
 def check_mask_request(arguments: dict[str, Any]) -> None:
-    """Refuse a mask that transformers is asked to make for one of our passes unless it is causal, or causal within a window.
+    """Refuse a mask that a model asks transformers for, unless it is causal, or within a window.
 
     Args:
-        arguments: of a function of `AttentionMaskInterface`.
+        arguments: keyword arguments of a function of `AttentionMaskInterface`.
+
+    Raises:
+        UnsupportedModelError: the mask is another one.
     """
     if arguments.get("allow_is_causal_skip") and not arguments.get("use_vmap"):
-        return  # transformers itself would leave it out
+        return  # transformers itself makes no mask then
     skips = [name for name in ("allow_is_causal_skip", "allow_is_bidirectional_skip") if name in arguments]
     mask = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](**(arguments | dict.fromkeys(skips, False)))
     if mask is None or _is_causal(mask, arguments.get("local_size")):
@@ -98,7 +105,7 @@ def check_mask_request(arguments: dict[str, Any]) -> None:
 
 
 def _is_causal(mask: Tensor, window: int | None) -> bool:
-    """Whether every row of a mask [.., n, n] sees exactly itself and all before it, or the last `window` of these."""
+    """Return whether a mask [.., n, n] is exactly causal, within `window` tokens if given."""
     rows, keys = mask.shape[-2:]
     if rows != keys:
         return False

@@ -1,8 +1,8 @@
-"""How a forward pass of a transformers model reaches our attention. The only file that knows transformers' internals.
+"""The hook by which a model calls our attention. Only this file knows transformers' internals.
 
-Extra keyword arguments of `model(...)` are handed down to the attention function, so a pass is
-`model(ids, position_ids=..., use_cache=False, specache=state)` while the model's attention implementation is set to ours. Without
-that argument our function hands over to the implementation that the user had.
+A model passes extra keyword arguments down to its attention function. So a forward pass is
+`model(ids, position_ids=..., use_cache=False, specache=state)` while the model's attention
+implementation is set to ours. Without that argument our function calls the user's implementation.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from specache.attention.dense import AttentionParams
 from specache.engine import attention_checks, compiled
 from specache.engine.forward_pass import ForwardPass, attend
 from specache.errors import UnsupportedModelError
-from specache.linear import cpu_linear as products
+from specache.linear import cpu_linear
 from specache.model import rope
 from specache.model.identity.wrappers import is_compiled_inside, unwrapped
 from specache.model.info import ModelInfo
@@ -32,17 +32,19 @@ from specache.platform import modes
 
 NAME = "specache"
 _lock = threading.Lock()
-_attached: weakref.WeakKeyDictionary[Any, tuple[str, int]] = weakref.WeakKeyDictionary()  # model -> (user's, depth or 0)
-_rewired: weakref.WeakKeyDictionary[Any, list[torch.nn.Linear]] = weakref.WeakKeyDictionary()  # see `products`
+# model -> (the user's attention implementation, depth of `attached` blocks)
+_attached: weakref.WeakKeyDictionary[Any, tuple[str, int]] = weakref.WeakKeyDictionary()
+_linears: weakref.WeakKeyDictionary[Any, list[torch.nn.Linear]] = weakref.WeakKeyDictionary()  # see `cpu_linear`
 _ropes: weakref.WeakKeyDictionary[Any, list[torch.nn.Module]] = weakref.WeakKeyDictionary()  # see `rope`
-_compiled_inside: weakref.WeakSet[Any] = weakref.WeakSet()  # models that the user had compiled, in place or in part
+_compiled_inside: weakref.WeakSet[Any] = weakref.WeakSet()  # models that the user compiled, in place or in part
 _inside = threading.local()
-"""`.served`: layers that one of our passes has run so far, or `None` outside of them; `.masked`: it was given a mask."""
+"""`.layers`: indices of the layers that our running pass has called so far, `None` outside of a
+pass. `.masked`: whether the pass was given a mask."""
 
 
 @contextmanager
 def attached(model: Any) -> Iterator[None]:
-    """Our attention serves the model inside the block; the user's setting is restored afterwards, also on error."""
+    """Have the model use our attention inside the block, and the user's afterwards."""
     model = unwrapped(model)
     _attach(model)
     try:
@@ -54,13 +56,17 @@ def attached(model: Any) -> Iterator[None]:
 def forward(
     model: Any, token_ids: Tensor, position_ids: Tensor, state: ForwardPass, logits: int, mask: Tensor | None = None
 ) -> Tensor:
-    """One pass over token_ids [B, n] at position_ids [B, n] -> float32 logits [B, `logits`, V] of the last rows.
+    """Run one forward pass over token_ids [B, n] at position_ids [B, n].
 
     Args:
-        mask: of four dimensions: transformers hands it on as it is, and our attention does not look at it.
+        logits: number of last tokens whose logits are returned.
+        mask: four-dimensional, so that transformers passes it on unchanged. Ours ignores it.
+
+    Returns:
+        float32 logits [B, `logits`, V].
     """
-    previous = getattr(_inside, "served", None), getattr(_inside, "masked", False)
-    _inside.served, _inside.masked = set(), mask is not None
+    previous = getattr(_inside, "layers", None), getattr(_inside, "masked", False)
+    _inside.layers, _inside.masked = set(), mask is not None
     try:
         with modes.callers(), _uncompiled(model):
             output = model(
@@ -74,28 +80,30 @@ def forward(
                 **{NAME: state},
             )
     finally:
-        _inside.served, _inside.masked = previous
+        _inside.layers, _inside.masked = previous
     return output.logits[:, -logits:].float()
 
 
 def _unwanted_outputs(model: Any) -> dict[str, bool]:
-    """Switches against outputs that the model's config asks for: they would hold every layer's hidden states."""
+    """Return arguments that switch off extra outputs, such as every layer's hidden states."""
     configs = (model.config, model.config.get_text_config(decoder=True))
     names = ("output_attentions", "output_hidden_states", "output_router_logits")
     return {name: False for name in names if any(getattr(config, name, False) for config in configs)}
 
 
 def _uncompiled(model: Any) -> AbstractContextManager[Any]:
-    """Have what the user compiled run eagerly: Dynamo cannot trace a pass's state (`compile_decode` is the way to compile)."""
+    """Run a model that the user compiled eagerly: Dynamo cannot trace `ForwardPass`."""
     return torch.compiler.set_stance("force_eager") if model in _compiled_inside else nullcontext()
 
 
 def decode_forward(model: Any, token_ids: Tensor, position_ids: Tensor, state: ForwardPass, reads_back: bool = True) -> Tensor:
-    """A decode step's pass, compiled where that was asked for -> float32 logits [B, n, V].
+    """Run a decode step's forward pass and return float32 logits [B, n, V].
+
+    It is compiled after `compile_decode`.
 
     Args:
-        reads_back: without a mask, transformers looks at the positions on the host, for packed sequences. False hands it a mask, so
-            that nothing waits for the device.
+        reads_back: whether the host may wait for the device. Without a mask, transformers reads the
+            positions on the host to detect packed sequences; `False` passes a mask to prevent that.
     """
     step = compiled.compiled_step(model)
     if step is None:
@@ -106,7 +114,7 @@ def decode_forward(model: Any, token_ids: Tensor, position_ids: Tensor, state: F
 
 
 def reset_rope(model: Any, info: ModelInfo) -> None:
-    """Forget how long the last sequence was: dynamic scaling keeps the largest length it has seen."""
+    """Reset dynamic RoPE scaling, which keeps the largest length of earlier passes."""
     if info.rope_type != "dynamic":
         return
     for module in model.modules():
@@ -116,11 +124,12 @@ def reset_rope(model: Any, info: ModelInfo) -> None:
 
 
 def stock_generate_arguments() -> dict[str, Any] | None:
-    """What was passed to the stock `generate()` that is calling us, by name; `None` where none is.
+    """Return the arguments by name of the stock `generate()` on the call stack, or `None`.
 
-    Stock `generate` hands neither `streamer` nor `assistant_model` to a callable `custom_generate`: without them a streamer would
-    never be ended and an assistant be ignored silently. And it hands on what it has prepared itself (positions, settings of the
-    model's files) as if the caller had passed it.
+    Stock `generate` passes neither `streamer` nor `assistant_model` to a callable
+    `custom_generate`, so a streamer would never be ended and an assistant would be ignored
+    silently. It also passes its own defaults (positions, settings of the model's files) as if they
+    were the caller's.
     """
     frame = inspect.currentframe()
     while frame is not None:
@@ -140,7 +149,7 @@ def _attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention function registered under our name."""
+    """Compute a layer's attention. Registered with transformers under our name."""
     state = kwargs.pop(NAME, None)
     if state is not None and state is not compiled.CURRENT_PASS and not torch.compiler.is_compiling():
         _check(module, query, key, value, attention_mask, kwargs)
@@ -151,52 +160,52 @@ def _attention(
         return compiled.attend(query, key, value, module.layer_idx, scale, kwargs.get("softcap"), sinks), None
     _check_layer(module, state is not None)
     if state is None:
-        return _hand_over(module)(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return _users_attention(module)(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     params = AttentionParams(scaling=scale, softcap=kwargs.get("softcap"), sinks=sinks)
     return attend(state, module.layer_idx, query, key, value, params), None
 
 
 def _check(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, arguments: dict[str, Any]) -> None:
-    """Refuse what our attention would ignore. A mask that `forward` was given itself says nothing."""
+    """Refuse arguments that our attention would ignore, apart from the mask of `forward`."""
     attention_checks.check_arguments(module, query, key, value, arguments)
     if not getattr(_inside, "masked", False):
         attention_checks.check_mask(module, mask, arguments.get("sliding_window"))
 
 
 def _check_layer(module: Any, reached: bool) -> None:
-    """A pass must reach every attention layer, once: anything else would go wrong silently."""
-    served = getattr(_inside, "served", None)
-    if served is None:
+    """Refuse a model whose layers do not get our state, or attend twice in a pass."""
+    layers = getattr(_inside, "layers", None)
+    if layers is None:
         return
     name = type(module).__name__
     if not reached:
         raise UnsupportedModelError(f"{name} is not handed specache's state: its model drops extra arguments on the way to it.")
-    _serve(module.layer_idx, served, name)
+    _add_layer(module.layer_idx, layers, name)
 
 
-def _serve(layer: int, served: set[int], name: str) -> None:
-    if layer in served:
+def _add_layer(layer: int, layers: set[int], name: str) -> None:
+    if layer in layers:
         raise UnsupportedModelError(
             f"{name} attends twice in one pass (layer {layer}); specache keeps one set of keys and values per layer."
         )
-    served.add(layer)
+    layers.add(layer)
 
 
 class _OncePerLayer:
-    """A pass with the check of `_check_layer`, where the layers themselves are compiled."""
+    """A forward pass with the check of `_check_layer`, for compiled layers."""
 
     def __init__(self, state: ForwardPass, name: str) -> None:
         self._state = state
         self._name = name
-        self._served: set[int] = set()
+        self._layers: set[int] = set()
 
     def attention(self, index: int, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
-        _serve(index, self._served, self._name)
+        _add_layer(index, self._layers, self._name)
         return self._state.attention(index, query, keys, values, params)
 
 
-def _hand_over(module: Any) -> Any:
-    """The attention function that the user had set."""
+def _users_attention(module: Any) -> Any:
+    """Return the attention function that the user had set."""
     name = _users_implementation(module)
     eager = getattr(inspect.getmodule(type(module)), "eager_attention_forward", None)
     return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
@@ -207,9 +216,9 @@ def _users_implementation(module: Any) -> str:
 
 
 def _users_setting(config: Any) -> str:
-    """The attention implementation that the user has for a model or a part of it, by its configuration.
+    """Return the attention implementation that the user had set, by a model's or a part's config.
 
-    Also of a model that was detached a moment ago: a pass of the user's on another thread may have been on its way here.
+    This also works just after a detach: another thread may be in the middle of a stock pass.
     """
     with _lock:
         known = list(_attached.items())
@@ -220,10 +229,10 @@ def _users_setting(config: Any) -> str:
 
 
 def _mask(*args: Any, **kwargs: Any) -> Any:
-    """The mask function registered under our name: our passes need no mask, others get the user's."""
+    """Return no mask for our passes, else the user's. Registered under our name."""
     if torch.compiler.is_compiling():
         return None
-    if getattr(_inside, "served", None) is not None:
+    if getattr(_inside, "layers", None) is not None:
         attention_checks.check_mask_request(kwargs)
         return None
     return ALL_MASK_ATTENTION_FUNCTIONS[_users_setting(kwargs.get("config"))](*args, **kwargs)
@@ -233,14 +242,15 @@ def _attach(model: Any) -> None:
     with _lock:
         name, depth = _attached.get(model, (NAME, 0))
         if depth == 0:
-            if model.config._attn_implementation != NAME:  # else attaching it was interrupted, or it is a copy of an attached model
+            # It is NAME already after an interrupted attach, and in a copy of an attached model.
+            if model.config._attn_implementation != NAME:
                 name = model.config._attn_implementation
             elif name == NAME:
                 name = "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
-            _attached[model] = (name, 0)  # before anything is handed to us
+            _attached[model] = (name, 0)  # before the model can call us
             model.set_attn_implementation(NAME)
-            _rewired[model] = products.install(model)
-            _ropes[model] = rope.install(model, lambda: getattr(_inside, "served", None) is not None)
+            _linears[model] = cpu_linear.install(model)
+            _ropes[model] = rope.install(model, lambda: getattr(_inside, "layers", None) is not None)
             if is_compiled_inside(model):
                 _compiled_inside.add(model)
         _attached[model] = (name, depth + 1)
@@ -252,7 +262,7 @@ def _detach(model: Any) -> None:
         _attached[model] = (name, depth - 1)
         if depth > 1:
             return
-        products.remove(_rewired.pop(model, []))
+        cpu_linear.remove(_linears.pop(model, []))
         rope.remove(_ropes.pop(model, []))
         _compiled_inside.discard(model)
         model.set_attn_implementation(name)

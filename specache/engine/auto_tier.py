@@ -1,7 +1,8 @@
-"""What `slow_tier="auto"` takes: decided when a prompt is about to be prefilled, from what it needs and the memory that is free.
+"""The choice of `slow_tier="auto"`, made before a prefill from needed and free bytes.
 
-Rows stay in main memory where everything fits beside the model; else they go to files on a disk. What fits is decided again before
-every later prefill of a cache whose rows are in place: a conversation that outgrows the memory moves to disk.
+Rows stay in main memory if everything fits beside the model, else they go to files on a disk. The
+choice is made again before every later prefill while the rows are in memory: a conversation that
+outgrows it moves to disk.
 """
 
 from __future__ import annotations
@@ -21,20 +22,20 @@ from specache.platform import heap, machine
 from specache.tiers.disk.rows_folder import choose_rows_folder
 from specache.tiers.tier_choice import TierChoice
 
-MARGIN_BYTES = 48 << 20  # kept free beside what is planned: what libraries allocate inside an operation
-MARGIN_SHARE = 0.05  # and this part of what is planned
+MARGIN_BYTES = 48 << 20  # kept free beside the plan, for what libraries allocate inside an operation
+MARGIN_SHARE = 0.05  # kept free too, as a share of the planned bytes
 
 
 def decide_tier(model: Any, cache: SpeCache, planned: Sequence[PlannedSequence], chunk: int) -> None:
-    """Decide the slow tier of a cache that was made with `slow_tier="auto"`, unless that is decided for good.
+    """Choose the slow tier of a cache with `slow_tier="auto"`, unless the choice is final.
 
     Args:
-        planned: everything that the cache holds or will hold.
-        chunk: prompt tokens per pass.
+        planned: all sequences that the cache holds or will hold.
+        chunk: prompt tokens per forward pass.
 
     Raises:
-        SlowTierError: memory does not suffice, and no folder on a disk has room.
-        OutOfMemoryError: memory does not suffice even with the rows on disk.
+        SlowTierError: main memory is too small, and no folder on a disk has room.
+        OutOfMemoryError: main memory is too small even with the rows on disk.
     """
     if not cache.decides_tier:
         return
@@ -50,7 +51,8 @@ def decide_tier(model: Any, cache: SpeCache, planned: Sequence[PlannedSequence],
     on_disk = plan(dimensions, disk_config(cache.asked, dimensions.device, chunk), planned)
     needed_on_disk = 0 if dimensions.device == "cuda" else max(0, on_disk.fast - held)
     if needed_on_disk >= needed or not hasattr(os, "preadv") or (cache.sequences and dimensions.device == "cuda"):
-        # A disk's buffers are larger than a short prompt's rows; this system has no disk tier; rows that are page-locked stay.
+        # Stay in memory: the disk's buffers are larger than a short prompt's rows, or this system
+        # has no disk tier, or stored rows are page-locked.
         return cache.choose_tier(TierChoice(in_memory, None, needed, free))
     if needed_on_disk > free + machine.free_swap():
         raise OutOfMemoryError(
@@ -63,10 +65,10 @@ def decide_tier(model: Any, cache: SpeCache, planned: Sequence[PlannedSequence],
 
 
 def expected_tier(dimensions: ModelDimensions, config: SpeCacheConfig, planned: Sequence[PlannedSequence]) -> TierChoice:
-    """Return what `auto` would take for a batch on this machine now, for a model that is not loaded yet.
+    """Return the tier that `auto` would choose now for a batch of a model that is not loaded yet.
 
     Raises:
-        SlowTierError: memory does not suffice, and no folder on a disk has room.
+        SlowTierError: main memory is too small, and no folder on a disk has room.
     """
     device = dimensions.device
     memory = plan(dimensions, config.resolved(device), planned)
@@ -81,40 +83,43 @@ def expected_tier(dimensions: ModelDimensions, config: SpeCacheConfig, planned: 
 
 
 def disk_config(asked: SpeCacheConfig, device: str, chunk: int) -> SpeCacheConfig:
-    """Return the settings that a cache would have with its rows on disk, for a plan: the folder is nobody's."""
+    """Return the settings of a cache with its rows on disk, in a placeholder folder, for a plan."""
     return replace(asked, slow_tier=SlowTierKind.DISK, slow_dir=os.curdir, prefill_chunk=chunk).resolved(device)
 
 
 def main_memory_bytes(dimensions: ModelDimensions, memory: MemoryPlan, planned: Sequence[PlannedSequence]) -> int:
-    """Return the main memory that a batch needs with its rows there: on a CPU fast memory too, and a layer's rows twice where a
-    buffer grows while decoding.
+    """Return the main-memory bytes of a batch with its rows in main memory.
+
+    On a CPU this includes fast memory. If decoding stores tokens, it includes one layer's rows
+    twice, as a growing buffer is copied.
     """
-    growing = memory.slow // max(1, len(dimensions.full_layers)) if any(each.new for each in planned) else 0
+    growing = memory.slow // max(1, len(dimensions.full_layers)) if any(sequence.new for sequence in planned) else 0
     return memory.slow + growing + (0 if dimensions.device == "cuda" else memory.fast)
 
 
 def with_margin(needed: int) -> int:
-    """Return `needed` bytes and what is kept free beside them."""
+    """Return `needed` bytes plus the margin that is kept free."""
     return needed + MARGIN_BYTES + int(MARGIN_SHARE * needed)
 
 
 def most_that_fits(free: int) -> int:
-    """Return the largest need that `free` bytes of memory suffice for."""
+    """Return the largest number of needed bytes that fits into `free` bytes with the margin."""
     return max(0, int((free - MARGIN_BYTES) / (1 + MARGIN_SHARE)))
 
 
 def free_memory(model: Any, wanted: int) -> int | None:
-    """Return the bytes that can be allocated beside the model, whose weights may be a mapped file; `None` if nobody knows.
+    """Return the bytes that can be allocated beside the model; `None` if the system does not say.
 
-    Where that is less than `wanted`, the heap gives back what is free in it, and it is measured again.
+    If that is less than `wanted`, return free heap memory to the system and measure again.
     """
-    free = _beside(model)
+    free = _free_beside_weights(model)
     if free is not None and free < wanted and heap.give_back():
-        free = _beside(model)
+        free = _free_beside_weights(model)
     return free
 
 
-def _beside(model: Any) -> int | None:
+def _free_beside_weights(model: Any) -> int | None:
+    """Return the available memory less the weights of mapped files, which count as available."""
     free = machine.available_memory()
     if free is None:
         return None
@@ -124,5 +129,5 @@ def _beside(model: Any) -> int | None:
 
 
 def _may_be_pinned(config: SpeCacheConfig, dimensions: ModelDimensions, memory: MemoryPlan) -> bool:
-    """Whether `pinned_memory` allows the rows."""
+    """Return whether `pinned_memory` allows the rows."""
     return dimensions.device != "cuda" or config.pinned_memory is None or memory.slow <= config.pinned_memory

@@ -1,4 +1,4 @@
-"""One decode step of everything that runs: in one pass where that is possible, and each request alone where it fails."""
+"""One decode step of all running requests: in one forward pass if possible, else one by one."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from specache.engine.handle import Handle
 from specache.engine.runs import Run
 
 Running = dict[Handle, Run]
-ErrorsOf = Callable[[Handle], AbstractContextManager[None]]  # inside, an error ends the request and no other
+ErrorsOf = Callable[[Handle], AbstractContextManager[None]]  # an error in the block ends only this request
 
 
 def pre_decode(decoder: Decoder, running: Running, errors_of: ErrorsOf) -> None:
-    """Choose the first draft tokens of requests that were just prefilled (Algorithm 2)."""
+    """Choose the first draft tokens of the requests that were just prefilled (Algorithm 2)."""
     if not decoder.drafts:
         return
     for handle, run in list(running.items()):
@@ -32,14 +32,14 @@ def decode(decoder: Decoder, running: Running, errors_of: ErrorsOf, end: Callabl
     """
     ready = {handle: active for handle, run in running.items() if (active := run.active)}
     for group in [list(ready)] if decoder.rows_are_independent else [[handle] for handle in ready]:
-        if len(group) > 1 and _decoded_together(decoder, group, running, ready, errors_of, end):
+        if len(group) > 1 and _try_decode_together(decoder, group, running, ready, errors_of, end):
             continue
         for handle in group:
             with errors_of(handle):
                 _decode_group(decoder, [handle], running, ready, errors_of, end)
 
 
-def _decoded_together(
+def _try_decode_together(
     decoder: Decoder,
     group: list[Handle],
     running: Running,
@@ -47,7 +47,7 @@ def _decoded_together(
     errors_of: ErrorsOf,
     end: Callable[[Handle, BaseException], None],
 ) -> bool:
-    """Decode requests in one pass. A pass that fails changes nothing: return False, and each is tried alone."""
+    """Decode requests in one pass. Return False if it failed, which leaves them as they were."""
     try:
         _decode_group(decoder, group, running, ready, errors_of, end)
     except Exception:
@@ -63,11 +63,15 @@ def _decode_group(
     errors_of: ErrorsOf,
     end: Callable[[Handle, BaseException], None],
 ) -> None:
-    """Run one pass, and hand every request its logits. Of several requests, only the pass itself raises."""
+    """Run one pass and hand every request its logits.
+
+    In a group of several, an error while a request handles its logits ends that request. Only an
+    error of the pass itself is raised.
+    """
     rows = [(running[handle], index) for handle in group for index in ready[handle]]
     drafts = [run.drafts[index] for run, index in rows if run.drafts is not None] if decoder.drafts else None
     step = decoder.step([run.sequences[index] for run, index in rows], [run.tokens[index] for run, index in rows], drafts)
-    start, left = 0, list(group)
+    start, pending = 0, list(group)
     try:
         for handle in group:
             stop = start + len(ready[handle])
@@ -75,8 +79,8 @@ def _decode_group(
                 draft_logits = step.draft[start:stop] if decoder.drafts else None
                 running[handle].take(ready[handle], step.real[start:stop], draft_logits, decoder.counters)
             start = stop
-            left.remove(handle)
-    except BaseException as error:  # Ctrl-C: the others' logits are gone, and their tokens are stored already
-        for handle in left if len(group) > 1 else ():
+            pending.remove(handle)
+    except BaseException as error:  # Ctrl-C: pending requests lost their logits, and their tokens are stored
+        for handle in pending if len(group) > 1 else ():
             end(handle, error)
         raise

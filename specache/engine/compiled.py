@@ -1,7 +1,7 @@
-"""The decode step's forward pass as one compiled graph (`torch.compile`), with our attention as one operator in every layer.
+"""The decode step's forward pass as one graph of `torch.compile`, with attention as an operator.
 
-A pass is a new Python object at every step, which the compiler must not see: it would compile again. The graph carries a mark
-instead, and the operator asks for the pass that is running now.
+Each step's `ForwardPass` is a new Python object. The compiler must not see it, or it would compile
+again. The graph holds a constant instead, and the operator looks up the running pass.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from specache.attention.dense import AttentionParams
-from specache.engine import forward_pass as passes
+from specache.engine import forward_pass
 from specache.engine.forward_pass import ForwardPass
 from specache.errors import ConfigError
 from specache.model.identity.wrappers import unwrapped
@@ -27,11 +27,11 @@ from specache.platform import private_torch
 
 Step = Callable[[Tensor, Tensor], Tensor]  # (token ids [A, n], positions [A, n]) -> float32 logits [A, n, V]
 
-CURRENT_PASS = object()  # stands for the pass in the graph
+CURRENT_PASS = object()  # the constant in the graph that stands for the running pass
 COMPILERS = ("g++", "clang++")
 
 _steps: weakref.WeakKeyDictionary[Any, Step] = weakref.WeakKeyDictionary()
-_running = threading.local()  # .state: the pass that runs in this thread
+_running = threading.local()  # .state: the running pass of this thread
 _library = torch.library.Library("specache", "FRAGMENT")
 _library.define(
     "attend(Tensor query, Tensor keys, Tensor values, int layer, float scaling, float? softcap, Tensor? sinks) -> Tensor"
@@ -39,13 +39,14 @@ _library.define(
 
 
 def compile_decode(model: Any) -> None:
-    """Compile the model's decode steps from now on; prefill stays as it is.
+    """Compile the model's decode steps from now on. Prefill is not compiled.
 
-    The compiler runs at the first step (half a minute for 30 layers), once per number of rows, for one sequence and for several;
-    not again as contexts grow or as a batch changes its size.
+    The compiler runs in the first steps (half a minute for 30 layers): once per number of tokens
+    per sequence, for one sequence and for several. Longer contexts and other batch sizes do not
+    compile again.
 
     Raises:
-        ConfigError: there is no C++ compiler, or the model's step is no fixed graph.
+        ConfigError: there is no C++ compiler, or the model's step is not a fixed graph.
         UnsupportedModelError: specache cannot run this model.
     """
     model = unwrapped(model)
@@ -57,18 +58,18 @@ def compile_decode(model: Any) -> None:
         )
     if info.device.type == "cpu":
         _check_compiler()
-    _steps[model] = torch.compile(_step_of(model), options={"size_asserts": False})  # 700 of them in a step of 30 layers
+    _steps[model] = torch.compile(_step_of(model), options={"size_asserts": False})  # a 30-layer step would run 700
 
 
 def compiled_step(model: Any) -> Step | None:
-    """The model's compiled decode step, if it was asked for."""
+    """Return the model's compiled decode step, or `None` without `compile_decode`."""
     step = _steps.get(unwrapped(model))
     return None if step is None else _with_fixed_rows(step)
 
 
 @contextmanager
 def running(state: ForwardPass) -> Iterator[None]:
-    """`attend` is served by `state` inside the block, in this thread."""
+    """Have `attend` use `state` inside the block, in this thread."""
     previous = getattr(_running, "state", None)
     _running.state = state
     try:
@@ -80,7 +81,7 @@ def running(state: ForwardPass) -> Iterator[None]:
 def attend(
     query: Tensor, keys: Tensor, values: Tensor, layer: int, scaling: float, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
-    """The running pass's attention as an operator: shapes as `ForwardPass.attention`, contiguous."""
+    """Return the running pass's attention by the operator, as `ForwardPass.attention`."""
     out: Tensor = torch.ops.specache.attend(query, keys, values, layer, scaling, softcap, sinks)
     return out
 
@@ -90,7 +91,7 @@ def _attend(
 ) -> Tensor:
     state: ForwardPass = _running.state
     params = AttentionParams(scaling=scaling, softcap=softcap, sinks=sinks)
-    return passes.attend(state, layer, query, keys, values, params)
+    return forward_pass.attend(state, layer, query, keys, values, params)
 
 
 def _attend_fake(
@@ -101,7 +102,7 @@ def _attend_fake(
 
 
 def _step_of(model: Any) -> Step:
-    """What is compiled. It holds its model weakly: `_steps` would keep it alive otherwise."""
+    """Return the function to compile. It refers to the model weakly, so that `_steps` frees it."""
     reference: Callable[[], Any] = weakref.ref(model)
 
     def step(token_ids: Tensor, position_ids: Tensor) -> Tensor:
@@ -110,7 +111,7 @@ def _step_of(model: Any) -> Step:
             position_ids=position_ids,
             use_cache=False,
             return_dict=True,
-            logits_to_keep=0,  # of every row; as a number it would be compiled in
+            logits_to_keep=0,  # all rows; another number would be compiled in
             specache=CURRENT_PASS,
         )
         return output.logits.float()
@@ -119,7 +120,7 @@ def _step_of(model: Any) -> Step:
 
 
 def _with_fixed_rows(step: Step) -> Step:
-    """One graph for any number of sequences above one, and one per number of rows."""
+    """Return the step with a fixed number of tokens per graph, and a free batch size above one."""
 
     def run(token_ids: Tensor, position_ids: Tensor) -> Tensor:
         for tensor in (token_ids, position_ids):

@@ -1,7 +1,8 @@
-"""The text so far: what a call goes on from, decided from what the cache holds.
+"""Continuing a cache: which stored tokens a call goes on from.
 
-A call passes the whole text, or only what is new with an `attention_mask` that also covers what came before. The stored tokens are
-known, so what does not fit them is refused, and what drops many of them says so.
+A call passes the full text, or only the new tokens with an `attention_mask` that also covers the
+earlier ones. The stored tokens are known: a text that does not fit them is refused, and one that
+drops many of them raises a warning.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from specache.cache.cache import SpeCache
 from specache.cache.sequence import Sequence
 from specache.errors import UsageError
 
-FIRST_TOKEN = 1  # tokens that two unrelated texts may share: the one that a tokenizer puts in front
-FEW_TOKENS = 32  # dropped without a word: about two lines
-MANY_TOKENS = 1024  # dropped with a word always; fewer only if they are most of the text
+FIRST_TOKEN = 1  # leading tokens that unrelated texts may share: a tokenizer's BOS token
+FEW_TOKENS = 32  # never warn about dropping so few: about two lines
+MANY_TOKENS = 1024  # always warn about dropping so many; about fewer only if they are most of the text
 
 _WHOLE_TEXT = (
     "pass the whole text, torch.cat([what generate returned, new_ids], dim=1): only what is new of it is read. To begin another "
@@ -26,19 +27,19 @@ _WHOLE_TEXT = (
 )
 
 
-def whole_texts(
+def full_texts(
     cache: SpeCache, new: list[list[int]], columns: int, attention_mask: Tensor | None, width: int | None = None
 ) -> list[list[int]]:
-    """Every sequence of a call from its first token on.
+    """Return the full texts [B][tokens] of a call, stored tokens included.
 
     Args:
-        new: what the call passed per sequence, without padding.
-        columns: of input_ids, padding counted.
-        attention_mask: [B, W], for W = `columns` where the whole text was passed, wider where only what is new was.
-        width: W, where the mask is all ones and therefore `None`.
+        new: the call's tokens [B][tokens], without padding.
+        columns: S of input_ids [B, S].
+        attention_mask: [B, W]. W = S for the full text, W > S if only the new tokens were passed.
+        width: W, if the mask is all ones and therefore `None`.
 
     Raises:
-        UsageError: the mask does not fit what is stored, or it is not clear what the call continues.
+        UsageError: the mask does not fit the stored tokens, or it is unclear what continues them.
     """
     if width is None:
         width = columns if attention_mask is None else attention_mask.shape[1]
@@ -58,23 +59,23 @@ def whole_texts(
 
 
 def refuse_padding_behind_answers(cache: SpeCache, texts: list[list[int]], pad: int | None) -> None:
-    """Refuse a batch without a mask that has padding where `generate` put it: behind answers that ended before others.
+    """Refuse texts without a mask that contain the right padding of `generate`.
 
     Args:
-        pad: the token that can only be padding, if there is one.
+        pad: the token that can only be padding, or `None`.
 
     Raises:
-        UsageError: without a mask this would be read as text, which stock generate would not do.
+        UsageError: the padding would be read as text, unlike in stock generate.
     """
     for index, (sequence, text) in enumerate(zip(_stored(cache, len(texts)), texts, strict=True)):
-        if sequence is None or pad is None or shared(sequence, text) < sequence.length:
+        if sequence is None or pad is None or common_prefix(sequence, text) < sequence.length:
             continue
         if sequence.pending_token is None and sequence.length <= sequence.prompt_tokens:
-            continue  # nothing was generated
-        behind = text[sequence.length :]
-        if behind[:1] == [sequence.pending_token]:
-            behind = behind[1:]
-        if behind[:1] == [pad]:
+            continue  # no token was generated
+        following = text[sequence.length :]
+        if following[:1] == [sequence.pending_token]:
+            following = following[1:]
+        if following[:1] == [pad]:
             raise UsageError(
                 f"{_which(index, len(texts))}padding (token {pad}) follows the answer, which ended before others of the batch, and "
                 "without attention_mask it would be read as text. Pass only what is new as input_ids, with an attention_mask of "
@@ -83,20 +84,20 @@ def refuse_padding_behind_answers(cache: SpeCache, texts: list[list[int]], pad: 
 
 
 def begins_alike(cache: SpeCache, texts: list[list[int]]) -> bool:
-    """Whether every text begins with something of what the cache holds for it; also where the cache is empty."""
+    """Return whether every text shares a prefix with its stored sequence, if there are any."""
     if len(cache.sequences) != len(texts):
         return not cache.sequences
     pairs = zip(cache.sequences, texts, strict=True)
-    return all(sequence.length <= FIRST_TOKEN or shared(sequence, text) > FIRST_TOKEN for sequence, text in pairs)
+    return all(sequence.length <= FIRST_TOKEN or common_prefix(sequence, text) > FIRST_TOKEN for sequence, text in pairs)
 
 
 def warn_of_rereading(cache: SpeCache, texts: list[list[int]]) -> None:
-    """Say where prefilling `texts` forgets much of what was read for the cache, and from which token on."""
+    """Warn if prefilling `texts` drops many stored tokens. Name the first that differs."""
     for index, (sequence, text) in enumerate(zip(_stored(cache, len(texts)), texts, strict=True)):
         if sequence is None:
             continue
-        same = shared(sequence, text)
-        if not _is_worth_a_word(sequence, text, same):
+        same = common_prefix(sequence, text)
+        if not _drops_much(sequence, text, same):
             continue
         warnings.warn(
             f"{_which(index, len(texts))}The text differs from what the SpeCache holds from token {same:,} on: of "
@@ -108,21 +109,21 @@ def warn_of_rereading(cache: SpeCache, texts: list[list[int]]) -> None:
 
 
 def shared_with_loss(cache: SpeCache, text: list[int]) -> int | None:
-    """How many tokens a text shares with the only sequence, if what is forgotten for it is worth a word; else `None`."""
+    """Return the common prefix with the only sequence if many tokens are dropped, else `None`."""
     if len(cache.sequences) != 1:
         return None
-    same = shared(cache.sequences[0], text)
-    return same if _is_worth_a_word(cache.sequences[0], text, same) else None
+    same = common_prefix(cache.sequences[0], text)
+    return same if _drops_much(cache.sequences[0], text, same) else None
 
 
 @contextmanager
 def sequence_per_text(cache: SpeCache, count: int, answered: Callable[[], bool] = lambda: False) -> Iterator[None]:
-    """Give each of `count` texts a sequence of its own, forked where several go on from one (num_return_sequences).
+    """Fork the cache's sequences so that each of `count` texts has one (num_return_sequences).
 
-    Where the block fails, there are as many sequences as before, unless the forks have become texts of their own.
+    If the block fails, the forks are removed, unless they already have new tokens.
 
     Args:
-        answered: whether they have, by tokens that were generated.
+        answered: returns whether they have.
     """
     before = cache.sequences
     repeats = count // len(before) if before else 1
@@ -143,28 +144,28 @@ def sequence_per_text(cache: SpeCache, count: int, answered: Callable[[], bool] 
 
 
 def note_pending_tokens(sequences: list[Sequence], texts: list[list[int]], new: list[list[int]] | None) -> None:
-    """Have each sequence remember the token that was generated last, which nothing followed yet.
+    """Set each sequence's `pending_token`: the last new token if it is not stored yet, else `None`.
 
     Args:
-        texts: what was prefilled.
-        new: the tokens that were generated after it; `None` where there were none.
+        texts: the prefilled texts.
+        new: the tokens generated after them; `None` if there are none.
     """
     for sequence, text, generated in zip(sequences, texts, new or [], strict=False):
         behind = len(text) + len(generated) - sequence.length
         sequence.pending_token = generated[-1] if generated and behind == 1 else None
 
 
-def shared(sequence: Sequence, text: list[int]) -> int:
-    """How many tokens a text begins with that the sequence begins with too."""
+def common_prefix(sequence: Sequence, text: list[int]) -> int:
+    """Return how many leading tokens the sequence and the text share."""
     pairs = zip(sequence.token_ids, text, strict=False)
-    return next((i for i, (mine, theirs) in enumerate(pairs) if mine != theirs), min(sequence.length, len(text)))
+    return next((i for i, (stored, given) in enumerate(pairs) if stored != given), min(sequence.length, len(text)))
 
 
 def _stored(cache: SpeCache, count: int) -> list[Sequence] | list[None]:
-    """The sequence that each of `count` texts goes on from.
+    """Return the stored sequence that each of `count` texts continues, or `None` for each.
 
     Raises:
-        UsageError: there are more or fewer than texts.
+        UsageError: the number of texts is no multiple of the number of sequences.
     """
     held = cache.sequences
     if not held:
@@ -178,32 +179,32 @@ def _stored(cache: SpeCache, count: int) -> list[Sequence] | list[None]:
 
 
 def _is_unclear(sequence: Sequence, text: list[int]) -> bool:
-    """Whether a text may be only what is new, passed as if it were the whole: unlike what is stored, and short beside it."""
-    return _is_unlike(sequence, text) and 2 * len(text) < sequence.length
+    """Return whether a text may be only the new tokens, without their mask: unrelated and short."""
+    return _is_unrelated(sequence, text) and 2 * len(text) < sequence.length
 
 
-def _is_unlike(sequence: Sequence, text: list[int]) -> bool:
-    """Whether a text begins with nothing of what is stored."""
-    same = shared(sequence, text)
+def _is_unrelated(sequence: Sequence, text: list[int]) -> bool:
+    """Return whether a text shares no prefix with the stored tokens, a BOS token apart."""
+    same = common_prefix(sequence, text)
     return same <= FIRST_TOKEN and same < min(len(text), sequence.length)
 
 
-def _is_worth_a_word(sequence: Sequence, text: list[int], same: int) -> bool:
-    """Whether it matters that a text shares only the first `same` tokens with what is stored."""
-    dropped = sequence.prompt_tokens - same  # generated tokens are dropped by whoever asks again
+def _drops_much(sequence: Sequence, text: list[int], same: int) -> bool:
+    """Return whether to warn that a text shares only `same` tokens with the stored ones."""
+    dropped = sequence.prompt_tokens - same  # dropping generated tokens is usual: the user asks again
     if same == len(text) or dropped <= 0:
         return False
-    if len(text) < sequence.length and (_is_unlike(sequence, text) or dropped > same):
-        return True  # it may be what is new, which begins as a chat template lets every message begin
+    if len(text) < sequence.length and (_is_unrelated(sequence, text) or dropped > same):
+        return True  # perhaps only the new message, which shares the chat template's first tokens
     return dropped >= MANY_TOKENS or (dropped > FEW_TOKENS and 2 * dropped > sequence.prompt_tokens)
 
 
 def _continued(
     stored: list[Sequence] | list[None], new: list[list[int]], earlier: list[int], columns: int, width: int
 ) -> list[list[int]]:
-    """What is stored and what is new, where the mask says how many tokens came `earlier` in each row."""
-    missing = [count - (0 if sequence is None else sequence.length) for sequence, count in zip(stored, earlier, strict=True)]
-    for index, (sequence, count) in enumerate(zip(stored, missing, strict=True)):
+    """Return stored and new tokens joined. The mask counts `earlier` tokens before each row."""
+    unstored = [count - (0 if sequence is None else sequence.length) for sequence, count in zip(stored, earlier, strict=True)]
+    for index, (sequence, count) in enumerate(zip(stored, unstored, strict=True)):
         pending = sequence is not None and sequence.pending_token is not None
         if count != 0 and not (count == 1 and pending):
             length = 0 if sequence is None else sequence.length
@@ -213,13 +214,13 @@ def _continued(
                 f"{earlier[index]:,} tokens came before; but the SpeCache {held}. Pass a mask with as many ones before the new "
                 f"tokens; or {_WHOLE_TEXT}."
             )
-    if len(set(missing)) > 1:
+    if len(set(unstored)) > 1:
         raise UsageError(
             "attention_mask covers the last generated token of some sequences and not of others. Mark in every row the prompt, the "
             f"answer and what is new with 1, and padding with 0; or {_WHOLE_TEXT}."
         )
     texts = []
-    for sequence, text, count in zip(stored, new, missing, strict=True):
+    for sequence, text, count in zip(stored, new, unstored, strict=True):
         if sequence is None:
             texts.append(text)
         else:

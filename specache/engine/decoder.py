@@ -1,6 +1,6 @@
 """Prefill, pre-decode and decode steps of sequences of one cache (paper Algorithms 1 to 3).
 
-It does not know how tokens are chosen (`sampling`) nor which sequences decode together (`engine`).
+Nothing here knows how tokens are chosen (`sampling`) or which sequences decode together (`engine`).
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from specache.stats import Counters
 
 PrefillChunks = Generator[None, None, Tensor]
 Progress = Callable[[int, int], None]  # (prompt tokens done, prompt tokens in all)
-LONG_REREAD = 1024  # stored tokens that are read again without a word: a few passes more
+LONG_REREAD = 1024  # most stored tokens that are prefilled again without a warning
 
 
 class StepLogits:
-    """float32 [A, V] for the A sequences of a step: of the real row, and of the guess row where there is one."""
+    """The float32 logits [A, V] of a step's real tokens, and of its draft tokens if any."""
 
     def __init__(self, count: int) -> None:
         self._count = count
@@ -42,19 +42,19 @@ class StepLogits:
 
     @property
     def real(self) -> Tensor:
-        assert self._real is not None, "every sequence of a step has a real row"
+        assert self._real is not None, "every sequence of a step has a real token"
         return self._real
 
     @property
     def draft(self) -> Tensor:
-        assert self._draft is not None, "the policy decodes no guess row"
+        assert self._draft is not None, "the policy decodes no draft tokens"
         return self._draft
 
-    def set_real(self, places: list[int], logits: Tensor) -> None:
-        self._real = _scatter(self._real, places, logits, self._count)
+    def set_real(self, indices: list[int], logits: Tensor) -> None:
+        self._real = _scatter(self._real, indices, logits, self._count)
 
-    def set_draft(self, places: list[int], logits: Tensor) -> None:
-        self._draft = _scatter(self._draft, places, logits, self._count)
+    def set_draft(self, indices: list[int], logits: Tensor) -> None:
+        self._draft = _scatter(self._draft, indices, logits, self._count)
 
 
 class Decoder:
@@ -68,7 +68,7 @@ class Decoder:
 
     @property
     def out_of_room(self) -> bool:
-        """Whether steps on a GPU go on without static buffers because memory did not suffice for them."""
+        """Return whether GPU steps run without static buffers because memory ran out."""
         return self._static.out_of_room
 
     @property
@@ -78,12 +78,12 @@ class Decoder:
 
     @property
     def rows_are_independent(self) -> bool:
-        """Return whether a row's numbers do not depend on the other rows of a pass."""
+        """Return whether a token's result does not depend on the other tokens of a forward pass."""
         return not self._info.couples_rows
 
     @property
     def counters(self) -> Counters:
-        """Return what is counted of the cache's sequences."""
+        """Return the cache's counters."""
         return self._cache.counters
 
     def prefill(
@@ -95,10 +95,11 @@ class Decoder:
     def prefill_chunks(
         self, sequence: CachedSequence, token_ids: list[int], chunk: int, progress: Progress, observe: Observer | None = None
     ) -> PrefillChunks:
-        """Bring a sequence to hold exactly `token_ids`, one chunk at a time (Algorithm 1).
+        """Make a sequence store exactly `token_ids`, one chunk at a time (Algorithm 1).
 
-        The stored tokens that agree are kept; the rest goes through the model in chunks of `chunk` tokens. Where a chunk fails, or
-        the generator is closed before its end, the sequence goes back to what was kept.
+        The longest stored prefix is kept; the rest goes through the model in chunks of `chunk`
+        tokens. If a chunk fails, or the generator is closed early, the sequence is restored to the
+        kept prefix.
 
         Args:
             observe: called with the queries of every full-attention layer and chunk.
@@ -119,37 +120,39 @@ class Decoder:
         return logits
 
     def pre_decode(self, sequences: Sequence[CachedSequence], tokens: Sequence[int]) -> Tensor:
-        """Decode the first output token of each sequence over the low-bit keys and values (Algorithm 2). Nothing is stored.
+        """Decode each sequence's first new token over the low-bit keys and values (Algorithm 2).
+
+        Nothing is stored.
 
         Returns:
             float32 logits [A, V] of the first draft tokens.
         """
         self._check_positions(sequences)
         with self._timed("decode_s"):
-            logits = self._rows(StepKind.PRE_DECODE, sequences, [[token] for token in tokens])
+            logits = self._run_pass(StepKind.PRE_DECODE, sequences, [[token] for token in tokens])
         return logits[:, -1]
 
     def step(self, sequences: Sequence[CachedSequence], tokens: Sequence[int], drafts: Sequence[int] | None) -> StepLogits:
-        """Decode one step: feed each sequence its token and, beside it, its draft token (Algorithm 3).
+        """Decode one step: each sequence's token and its draft token in one pass (Algorithm 3).
 
         Args:
-            drafts: the speculative next tokens, or `None` where the policy decodes no draft row.
+            drafts: the draft tokens, or `None` if the policy decodes none.
         """
         self._check_positions(sequences)
         result = StepLogits(len(sequences))
         with self._timed("decode_s"):
-            for places in self._groups(sequences):
-                self._step_group(places, sequences, tokens, drafts, result)
+            for indices in self._groups(sequences):
+                self._step_group(indices, sequences, tokens, drafts, result)
             for sequence in sequences:
                 sequence.end_step()
         self._cache.counters.decoded_tokens += len(sequences)
         return result
 
     def _reusable(self, sequence: CachedSequence, token_ids: list[int]) -> int:
-        """How many stored tokens can stay: the common prefix, less one if nothing would be left to run."""
+        """Return how many stored tokens to keep: the common prefix, without the last token."""
         keep = 0
-        for mine, theirs in zip(sequence.token_ids, token_ids, strict=False):
-            if mine != theirs:
+        for stored, wanted in zip(sequence.token_ids, token_ids, strict=False):
+            if stored != wanted:
                 break
             keep += 1
         keep = min(keep, len(token_ids) - 1)
@@ -166,7 +169,7 @@ class Decoder:
         return 0
 
     def _warn_of_windows(self, tokens: int) -> None:
-        """Warn where cutting a sequence cost `tokens` that agree: sliding windows go back to a checkpoint only."""
+        """Warn if truncation dropped `tokens` that agree: windows go back to a checkpoint only."""
         if tokens > LONG_REREAD:
             warnings.warn(
                 f"{tokens:,} stored tokens in front of where the text differs are read again too: the model's sliding windows "
@@ -175,8 +178,8 @@ class Decoder:
                 stacklevel=3,
             )
 
-    def _reprefills(self, stored: int, position: int) -> bool:
-        """Whether keys up to position `stored` lost their meaning at `position`."""
+    def _needs_prefill_again(self, stored: int, position: int) -> bool:
+        """Return whether keys up to position `stored` are invalid for queries at `position`."""
         return not self._info.keeps_keys(stored, position)
 
     def _prefill_rest(
@@ -193,13 +196,13 @@ class Decoder:
         with self._timed(counter):
             self._info.check_position(total - 1)
             if self._info.rope_side(total - 1) or self._info.couples_rows:
-                chunk = total  # frequencies (or scales of activations) depend on all rows of a forward pass
+                chunk = total  # RoPE frequencies or activation scales depend on all tokens of a forward pass
             sequence.tier.reserve(total)
             sequence.begin_prefill()
             progress(sequence.length, total)
         while True:
             with self._timed(counter):
-                reset_rope(self._model, self._info)  # another sequence may have been decoded since the last chunk
+                reset_rope(self._model, self._info)  # another sequence may have decoded since the last chunk
                 with self._working_set(self._prefill_bytes(sequence, total, chunk)):
                     start = sequence.length
                     stop = min(start + chunk, total)
@@ -217,8 +220,8 @@ class Decoder:
 
     def _prefill_bytes(self, sequence: CachedSequence, total: int, chunk: int) -> int:
         config = replace(self._cache.config, prefill_chunk=chunk)
-        load = PlannedSequence(total, stored=sequence.length)
-        return prefill_working_set(self._cache.resources.dimensions, config, load)
+        planned = PlannedSequence(total, stored=sequence.length)
+        return prefill_working_set(self._cache.resources.dimensions, config, planned)
 
     def _decode_bytes(self, sequences: Sequence[CachedSequence]) -> int:
         config = self._cache.config
@@ -230,89 +233,92 @@ class Decoder:
 
     def _step_group(
         self,
-        places: list[int],
+        indices: list[int],
         sequences: Sequence[CachedSequence],
         tokens: Sequence[int],
         drafts: Sequence[int] | None,
         result: StepLogits,
     ) -> None:
-        """Decode the sequences that may share forward passes. `places` index the step's lists."""
-        group = [sequences[i] for i in places]
+        """Decode the sequences at `indices` of the step, which may share forward passes."""
+        group = [sequences[i] for i in indices]
         position = group[0].length
-        rows = [[tokens[i]] for i in places]
-        if position and self._reprefills(position - 1, position):
-            logits = torch.stack([self._prefill_again(each, row) for each, row in zip(group, rows, strict=True)])[:, None]
-        elif drafts is not None and self._pairs(position, group):
-            pairs = [[tokens[i], drafts[i]] for i in places]
-            logits = self._rows(StepKind.PAIR, group, pairs)
-            result.set_draft(places, logits[:, 1])
+        singles = [[tokens[i]] for i in indices]
+        if position and self._needs_prefill_again(position - 1, position):
+            logits = torch.stack([self._prefill_again(each, token) for each, token in zip(group, singles, strict=True)])[:, None]
+        elif drafts is not None and self._drafts_share_pass(position, group):
+            pairs = [[tokens[i], drafts[i]] for i in indices]
+            logits = self._run_pass(StepKind.PAIR, group, pairs)
+            result.set_draft(indices, logits[:, 1])
         else:
-            logits = self._rows(StepKind.SINGLE, group, rows)
-        result.set_real(places, logits[:, 0])
+            logits = self._run_pass(StepKind.SINGLE, group, singles)
+        result.set_real(indices, logits[:, 0])
         if drafts is not None and logits.shape[1] == 1:
-            for i in places:  # a draft that may not share the pass has one of its own
+            for i in indices:  # these draft tokens cannot share the pass of the real tokens
                 result.set_draft([i], self._draft_alone(sequences[i], drafts[i], logits))
 
-    def _pairs(self, position: int, group: list[CachedSequence]) -> bool:
-        """Whether the guesses of `group`, at one position further than their real tokens, may share their pass."""
-        return self._share_a_pass(position) and all(self._has_position(sequence.length + 1) for sequence in group)
+    def _drafts_share_pass(self, position: int, group: list[CachedSequence]) -> bool:
+        """Return whether the group's draft tokens may run in the same pass as the real tokens."""
+        return self._positions_share_pass(position) and all(self._has_position(sequence.length + 1) for sequence in group)
 
     def _draft_alone(self, sequence: CachedSequence, draft: int, real: Tensor) -> Tensor:
-        """Return the logits [1, V] of a draft token in a pass of its own; any where it has no position: no step can follow."""
+        """Return the logits [1, V] of a draft token in its own pass.
+
+        A draft token beyond the model's last position gets the real token's: no step follows.
+        """
         if not self._has_position(sequence.length):
             return real[:1, 0]
-        return self._rows(StepKind.DRAFT, [sequence], [[draft]])[:, 0]
+        return self._run_pass(StepKind.DRAFT, [sequence], [[draft]])[:, 0]
 
     def _has_position(self, position: int) -> bool:
         return self._info.position_limit is None or position < self._info.position_limit
 
     def _check_positions(self, sequences: Sequence[CachedSequence]) -> None:
-        """Raises `UsageError`, before anything changes, where a sequence has no position left for its next token."""
+        """Raise `UsageError` if a sequence's next token has no position. Nothing changes."""
         for sequence in sequences:
             self._info.check_position(sequence.length)
 
-    def _share_a_pass(self, position: int) -> bool:
-        """Whether the row at a position gives the same numbers beside the next one as alone."""
+    def _positions_share_pass(self, position: int) -> bool:
+        """Return whether `position` and the next one give the same result in one pass as in two."""
         return not self._info.couples_rows and self._info.rope_side(position) == self._info.rope_side(position + 1)
 
-    def _prefill_again(self, sequence: CachedSequence, row: list[int]) -> Tensor:
+    def _prefill_again(self, sequence: CachedSequence, token: list[int]) -> Tensor:
         self._cache.release_device_batch()
-        token_ids, read = sequence.token_ids + row, sequence.prompt_tokens
+        token_ids, prompt_tokens = sequence.token_ids + token, sequence.prompt_tokens
         sequence.clear()
         with self._restored_on_error(sequence):
             logits = last_of(self._prefill_rest(sequence, token_ids, len(token_ids), _ignore, counter=None))
-        sequence.prompt_tokens = read
+        sequence.prompt_tokens = prompt_tokens
         return logits
 
-    def _rows(self, kind: StepKind, sequences: Sequence[CachedSequence], rows: list[list[int]]) -> Tensor:
-        """One pass over rows [A][n] -> logits [A, n, V]. A failure leaves the sequences as they were.
+    def _run_pass(self, kind: StepKind, sequences: Sequence[CachedSequence], tokens: list[list[int]]) -> Tensor:
+        """Run one forward pass over tokens [A][n] and return logits [A, n, V].
 
-        Where memory ran out, the hot sets are freed and the pass is tried once more.
+        An error leaves the sequences unchanged. Out of memory, free the hot sets and retry once.
         """
         try:
-            return self._pass(kind, sequences, rows)
+            return self._try_pass(kind, sequences, tokens)
         except Exception as error:
-            if not (is_out_of_memory(error) and self._frees_hot_sets()):
+            if not (is_out_of_memory(error) and self._free_hot_sets()):
                 raise
         if self._info.device.type == "cuda":
             torch.cuda.empty_cache()
-        return self._pass(kind, sequences, rows)  # outside of `except`: the error keeps the first pass's tensors alive
+        return self._try_pass(kind, sequences, tokens)  # outside of `except`: the error keeps the first pass's tensors alive
 
-    def _pass(self, kind: StepKind, sequences: Sequence[CachedSequence], rows: list[list[int]]) -> Tensor:
+    def _try_pass(self, kind: StepKind, sequences: Sequence[CachedSequence], tokens: list[list[int]]) -> Tensor:
         config = self._cache.config
-        if self._static.serves(kind, sequences):
-            static = self._static.step(sequences, rows)
+        if self._static.supports(kind, sequences):
+            static = self._static.step(sequences, tokens)
             if static is not None:
                 return static
         self._cache.release_device_batch()
-        plan = StepSpec(kind, config.policy, config.top_k, self._cache.counters)
+        spec = StepSpec(kind, config.policy, config.top_k, self._cache.counters)
         positions = self._positions([sequence.length for sequence in sequences], kind.queries)
-        reset_rope(self._model, self._info)  # another sequence's length, or a call outside, may have left its mark
+        reset_rope(self._model, self._info)  # another sequence or a stock call may have changed the frequencies
         for sequence in sequences:
             sequence.begin_pass()
         try:
             with self._working_set(self._decode_bytes(sequences)):
-                logits = decode_forward(self._model, self._ids(rows), positions, DecodePass(sequences, plan))
+                logits = decode_forward(self._model, self._ids(tokens), positions, DecodePass(sequences, spec))
             for sequence in sequences:
                 sequence.quantise_oldest()
         except BaseException:
@@ -320,12 +326,12 @@ class Decoder:
                 sequence.undo_pass()
             raise
         if kind.commits:
-            for sequence, row in zip(sequences, rows, strict=True):
+            for sequence, row in zip(sequences, tokens, strict=True):
                 sequence.commit(row[:1])
         return logits
 
-    def _frees_hot_sets(self) -> bool:
-        """Give back what all hot sets take beyond the pairs of a step; whether that is anything. Says so."""
+    def _free_hot_sets(self) -> bool:
+        """Free every hot set beyond one step's pairs, and warn. Return whether that freed any."""
         freed = sum(sequence.free_hot_sets() for sequence in self._cache.sequences) if self._cache.config.hot_set else 0
         if freed:
             warnings.warn(
@@ -337,21 +343,21 @@ class Decoder:
         return freed > 0
 
     def _groups(self, sequences: Sequence[CachedSequence]) -> Iterator[list[int]]:
-        """Places of the sequences by RoPE side of their next position: those of one side may share a pass."""
-        sides: dict[tuple[int, ...], list[int]] = {}
-        for place, sequence in enumerate(sequences):
+        """Yield the indices of sequences that may share a pass: with the same RoPE frequencies."""
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for index, sequence in enumerate(sequences):
             position = sequence.length
             side = self._info.rope_side(position)
             stays = self._info.rope_side(position + 1) == side
-            again = bool(position) and self._reprefills(position - 1, position)
-            sides.setdefault((side, stays, again), []).append(place)
-        yield from sides.values()
+            again = bool(position) and self._needs_prefill_again(position - 1, position)
+            groups.setdefault((side, stays, again), []).append(index)
+        yield from groups.values()
 
-    def _ids(self, rows: list[list[int]]) -> Tensor:
-        return torch.tensor(rows, dtype=torch.long, device=self._info.device)
+    def _ids(self, tokens: list[list[int]]) -> Tensor:
+        return torch.tensor(tokens, dtype=torch.long, device=self._info.device)
 
     def _positions(self, starts: list[int], count: int) -> Tensor:
-        """[A, count] from each start on."""
+        """Return the positions [A, count] that begin at each start."""
         starts_column = torch.tensor(starts, dtype=torch.long, device=self._info.device)[:, None]
         return starts_column + torch.arange(count, device=self._info.device)
 
@@ -368,7 +374,7 @@ class Decoder:
 
     @contextmanager
     def _timed(self, counter: str | None) -> Iterator[None]:
-        """Add the time in the block to a counter; `None`: the caller counts it."""
+        """Add the block's seconds to a counter. `None` counts nothing: the caller counts them."""
         started = time.perf_counter()
         try:
             yield
@@ -378,13 +384,13 @@ class Decoder:
                 setattr(counters, counter, getattr(counters, counter) + time.perf_counter() - started)
 
 
-def _scatter(into: Tensor | None, places: list[int], logits: Tensor, count: int) -> Tensor:
-    """Put logits [len(places), V] at their places of [count, V]."""
+def _scatter(into: Tensor | None, indices: list[int], logits: Tensor, count: int) -> Tensor:
+    """Return `into` [count, V] with logits [len(indices), V] written to the rows `indices`."""
     if into is None:
-        if len(places) == count:
+        if len(indices) == count:
             return logits
         into = logits.new_empty(count, logits.shape[-1])
-    into[places] = logits
+    into[indices] = logits
     return into
 
 

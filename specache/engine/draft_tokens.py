@@ -1,7 +1,7 @@
-"""Which logits processors are applied to a speculative token: those without state and without random numbers.
+"""The logits processors that are applied to a draft token: those without state and random numbers.
 
-A guess must never change what is generated. A processor that remembers its calls, or draws, would; it is left out, and the guess is
-then only less often right.
+A draft token must never change the generated tokens. A processor with state or random numbers
+would, so it is left out; draft tokens then only match less often.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _STATELESS = (
 
 
 class DraftProcessors:
-    """The allowed ones of a request's processors, in their order."""
+    """The stateless processors of a request, in their order."""
 
     def __init__(self, processors: LogitsProcessorList) -> None:
         allowed = {getattr(logits_process, name) for name in _STATELESS if hasattr(logits_process, name)}
         self._processors = LogitsProcessorList([p for p in processors if type(p) in allowed])
 
     def __call__(self, input_ids: Tensor, logits: Tensor) -> Tensor:
-        """Scores [B, V] for tokens that follow input_ids [B, S]."""
+        """Return the scores [B, V] of the tokens that follow input_ids [B, S]."""
         return self._processors(input_ids, logits)

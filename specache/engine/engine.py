@@ -1,8 +1,8 @@
 """Requests in, tokens out: the one loop that decodes.
 
-`Engine.step` runs at most one chunk of a waiting prompt, and one decode step of every request that runs. `specache.generate`, the
-evaluation suite and the benchmarks of whole models run on it. It does not know where a request comes from, nor how its tokens are
-chosen (`runs`).
+`Engine.step` prefills at most one chunk of a waiting prompt and decodes one token of every running
+request. `specache.generate`, the evaluation suite and the benchmarks of whole models run on it. It
+does not know how tokens are chosen (`runs`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from specache.engine.batch_step import decode, pre_decode
 from specache.engine.decoder import Decoder, PrefillChunks
 from specache.engine.handle import Handle, Request
 from specache.engine.prefilling import prefill_texts
-from specache.engine.recovery import tokens_kept
+from specache.engine.recovery import tokens_kept_on_error
 from specache.engine.runs import GivenRun, Run, SampledRun
 from specache.errors import UsageError
 from specache.model.identity.wrappers import unwrapped
@@ -32,11 +32,11 @@ from specache.platform import modes
 
 
 class Engine:
-    """Decodes many requests over one model, in one batch that they join and leave.
+    """Decodes many requests over one model in one batch that they join and leave.
 
-    A request's result does not depend on what runs beside it, up to the rounding of products of more rows. An error of one request
-    ends that request. Requests may be added and aborted from any thread; one thread at a time runs a step. Logits processors,
-    stopping criteria and streamers are called by that thread.
+    A request's result does not depend on the rest of the batch, up to rounding in larger matrix
+    products. An error of one request ends only that request. Any thread may add and abort requests.
+    One thread at a time runs a step, and calls the processors, criteria and streamers.
 
         engine = specache.Engine(model, specache.SpeCacheConfig(top_k=64))
         handle = engine.add(specache.make_request(model, input_ids, max_new_tokens=100, seed=1))
@@ -46,7 +46,7 @@ class Engine:
 
     Args:
         model: a transformers model for text generation.
-        config: settings of the cache that all requests share, `fast_memory` among them.
+        config: settings of the cache that all requests share, including `fast_memory`.
 
     Raises:
         UnsupportedModelError, ConfigError, SlowTierError: as `SpeCache`.
@@ -57,7 +57,7 @@ class Engine:
 
     @classmethod
     def over(cls, model: Any, cache: SpeCache) -> Engine:
-        """Return an engine over a cache of the caller, who uses it alone meanwhile and keeps its sequences."""
+        """Return an engine over the caller's cache, whose `in_use` the caller holds meanwhile."""
         engine = object.__new__(cls)
         engine._begin(model, cache, owns_cache=False)
         return engine
@@ -67,21 +67,21 @@ class Engine:
         self._model = unwrapped(model)
         self._decoder = Decoder(self._model, cache)
         self._owns_cache = owns_cache
-        self._lock = threading.Lock()  # of what other threads change: `_waiting` and `_aborted`
+        self._lock = threading.Lock()  # guards `_waiting` and `_aborted`, which other threads change
         self._waiting: deque[Handle] = deque()
         self._aborted: set[Handle] = set()
         self._prefilling: tuple[Handle, PrefillChunks] | None = None
         self._running: dict[Handle, Run] = {}
-        self._attached: ExitStack | None = None  # while requests of an own cache run, the model calls our attention
+        self._attached: ExitStack | None = None  # set while the model calls our attention (own cache only)
         self._closed = False
 
     @property
     def out_of_room(self) -> bool:
-        """Return whether steps on a GPU go on without static buffers because memory did not suffice for them."""
+        """Return whether GPU steps run without static buffers because memory ran out."""
         return self._decoder.out_of_room
 
     def add(self, request: Request) -> Handle:
-        """Queue a request. It is prefilled when those before it are, and when there is memory for it.
+        """Queue a request. Requests are prefilled in order, each as soon as memory allows.
 
         Raises:
             UsageError: the engine is closed, or the request ran before.
@@ -96,7 +96,7 @@ class Engine:
         return handle
 
     def abort(self, handle: Handle) -> None:
-        """End a request at the next step. What it generated stays in `handle.new_token_ids`."""
+        """End a request at the next step. `handle.new_token_ids` keeps its tokens."""
         with self._lock:
             if not handle.done:
                 self._aborted.add(handle)
@@ -106,7 +106,7 @@ class Engine:
 
         Raises:
             UsageError: another thread runs a step, or a callback of a step called this.
-            KeyboardInterrupt: what ran at that moment ended as `interrupted`; other requests go on with the next step.
+            KeyboardInterrupt: the requests it met ended as `interrupted`; the others go on.
         """
         with modes.ours(), self._using_cache("Engine.step"):
             modes.check_process()
@@ -118,7 +118,7 @@ class Engine:
             return self._has_work()
 
     def run(self, request: Request) -> None:
-        """Run one request to its end, in the caller's own block of `modes.ours()` and `attached()`. Its error is raised."""
+        """Run one request to its end, within `modes.ours()` and `attached()`. Raise its error."""
         handle = self.add(request)
         try:
             while not handle.done:
@@ -140,15 +140,15 @@ class Engine:
             stack.callback(self._detach)
             with self._lock:
                 self._closed = True
-                left = {*self._waiting, *self._running}
-            for handle in left if self._prefilling is None else left | {self._prefilling[0]}:
+                unfinished = {*self._waiting, *self._running}
+            for handle in unfinished if self._prefilling is None else unfinished | {self._prefilling[0]}:
                 stack.callback(self._end, handle, None, "aborted")
 
     def resume(self, sequences: list[CachedSequence], tokens: list[int] | None = None) -> GivenRun:
-        """Decode prefilled sequences of the cache with tokens that the caller gives before every step (`GivenRun.give`).
+        """Decode prefilled sequences with tokens that the caller gives to `GivenRun.give`.
 
         Args:
-            tokens: the first ones [B], where they are known: pre-decoding is done at once then, and no part of the first step.
+            tokens: the first ones [B]. With them pre-decoding runs now, else in the first step.
         """
         run = GivenRun(sequences)
         for sequence in sequences:
@@ -161,7 +161,7 @@ class Engine:
         return run
 
     def __del__(self) -> None:
-        self._detach()  # one that was never closed must not keep its model attached
+        self._detach()  # an engine that was never closed must not leave its model attached
 
     def __enter__(self) -> Engine:
         return self
@@ -176,20 +176,20 @@ class Engine:
         self._finish()
 
     def _schedule(self) -> None:
-        """Remove what was aborted, and begin the oldest waiting prompt where there is room for it."""
+        """Remove aborted requests, and begin the oldest waiting one if it fits into memory."""
         with self._lock:
             aborted, self._aborted = self._aborted, set()
             self._waiting = deque(handle for handle in self._waiting if handle not in aborted)
             handle = self._waiting[0] if self._waiting and self._prefilling is None else None
-        for each in aborted:
-            if not each.done:
-                self._end(each, None, "aborted")
+        for one in aborted:
+            if not one.done:
+                self._end(one, None, "aborted")
         if handle is None:
             return
         with self._errors_of(handle):
             request = handle.request
             chunk = request.chunk or self.cache.config.prefill_chunk
-            running = [planned for each in self._running for planned in each.request.planned_rest()]
+            running = [planned for other in self._running for planned in other.request.planned_rest()]
             if self._owns_cache and not fits_beside(self._model, self.cache, running, request.planned(), chunk):
                 return
             self._attach()
@@ -203,7 +203,7 @@ class Engine:
                 self._waiting.popleft()
 
     def _prefill_chunk(self) -> None:
-        """Run a chunk of the prompt that is being prefilled; at its end choose the first tokens."""
+        """Prefill one chunk of the current prompt. After the last, choose the first tokens."""
         if self._prefilling is None:
             return
         handle, chunks = self._prefilling
@@ -221,21 +221,21 @@ class Engine:
             run.sample()
 
     def _decode(self) -> None:
-        """Decode one token of every request that runs (Algorithms 2 and 3)."""
+        """Decode one token of every running request (Algorithms 2 and 3)."""
         pre_decode(self._decoder, self._running, self._errors_of)
         decode(self._decoder, self._running, self._errors_of, self._end)
 
     def _finish(self) -> None:
-        """End the requests that have all their tokens."""
+        """End the requests whose sequences have all finished."""
         for handle, run in list(self._running.items()):
             if isinstance(run, SampledRun) and not run.active:
                 self._end(handle, None)
 
     @contextmanager
     def _errors_of(self, handle: Handle) -> Iterator[None]:
-        """Inside, an error ends the request and no other. Who runs it alone (`run`) gets it raised; so does everybody Ctrl-C."""
+        """End only this request if the block raises. Raise again in `run` and for Ctrl-C."""
         try:
-            with tokens_kept(self.cache, handle.request.planned, handle.request.state.new_token_ids):
+            with tokens_kept_on_error(self.cache, handle.request.planned, handle.request.state.new_token_ids):
                 yield
         except BaseException as error:
             self._end(handle, error)
@@ -243,7 +243,7 @@ class Engine:
                 raise
 
     def _end(self, handle: Handle, error: BaseException | None, reason: str | None = None) -> None:
-        """Remove a request, free its sequences or leave them to the caller, and wake who waits for it."""
+        """Remove a request, free its sequences in an own cache, and wake waiting threads."""
         if handle.done:
             return
         if error is not None:
@@ -285,12 +285,12 @@ class Engine:
             self._attached.enter_context(attached(self._model))
 
     def _detach(self) -> None:
-        stack = self.__dict__.get("_attached")  # missing where the cache could not be made
+        stack = self.__dict__.get("_attached")  # absent if creating the cache failed
         self._attached = None
         if stack is not None:
             stack.close()
 
     def _has_work(self) -> bool:
         with self._lock:
-            waits = bool(self._waiting)
-        return waits or self._prefilling is not None or any(isinstance(run, SampledRun) for run in self._running.values())
+            waiting = bool(self._waiting)
+        return waiting or self._prefilling is not None or any(isinstance(run, SampledRun) for run in self._running.values())

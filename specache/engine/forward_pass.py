@@ -1,4 +1,4 @@
-"""One forward pass of the model, as its attention layers see it: the object that reaches them as `specache=`."""
+"""The state of one forward pass, which the attention layers receive as the argument `specache=`."""
 
 from __future__ import annotations
 
@@ -21,16 +21,21 @@ Observer = Callable[[int, Tensor, AttentionParams], None]  # (layer, queries [Hq
 
 
 class ForwardPass(Protocol):
-    """Serves every attention layer of one forward pass."""
+    """Computes the attention of every layer in one forward pass."""
 
     def attention(self, index: int, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
-        """query [B, Hq, n, D], keys and values [B, Hkv, n, D] of layer `index` -> [B, n, Hq, D], in the query's dtype."""
+        """Return the attention output [B, n, Hq, D] of layer `index`, in the query's dtype.
+
+        Args:
+            query: [B, Hq, n, D].
+            keys, values: the new ones [B, Hkv, n, D].
+        """
 
 
 def attend(state: ForwardPass, index: int, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
-    """A layer's attention, called from the model and so in the caller's modes: shapes as `ForwardPass.attention`, contiguous.
+    """Return `state.attention(...)`, contiguous, computed in our PyTorch modes, not the caller's.
 
-    Under `torch.autocast` the query, and with it the result, has the dtype that stock attention would give it.
+    Under `torch.autocast` the query and the result have the dtype of stock attention.
     """
     query = query.to(modes.autocast_dtype(query) or query.dtype)
     with modes.ours_again():
@@ -38,13 +43,13 @@ def attend(state: ForwardPass, index: int, query: Tensor, keys: Tensor, values: 
 
 
 class PrefillPass:
-    """A chunk of one sequence's prompt.
+    """The forward pass over one chunk of a sequence's prompt.
 
     Args:
-        sequence: the sequence that grows.
-        policy, top_k: with `previous`, the last chunk selects what its last token wants.
-        is_last: the chunk ends the prompt.
-        observe: sees the queries of full-attention layers.
+        sequence: the sequence that the chunk is appended to.
+        policy, top_k: with policy `previous`, the last prompt token selects `top_k` pairs.
+        is_last: whether the chunk ends the prompt.
+        observe: called with the queries of full-attention layers.
     """
 
     def __init__(self, sequence: Sequence, policy: Policy, top_k: int, is_last: bool, observe: Observer | None = None) -> None:
@@ -67,11 +72,11 @@ class PrefillPass:
 
 
 class DecodePass:
-    """One or two rows of every sequence that still decodes."""
+    """The forward pass over one or two tokens of every active sequence."""
 
-    def __init__(self, sequences: Sequences[Sequence], plan: StepSpec) -> None:
+    def __init__(self, sequences: Sequences[Sequence], spec: StepSpec) -> None:
         self._sequences = sequences
-        self._plan = plan
+        self._spec = spec
 
     def attention(self, index: int, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
         layers = [sequence.layers[index] for sequence in self._sequences]
@@ -80,18 +85,18 @@ class DecodePass:
         if compressed:
             out = self._compressed(query, keys, values, compressed, params)
         else:
-            out = torch.stack([self._exact(layer, query[b], keys[b], values[b], params) for b, layer in enumerate(layers)])
+            out = torch.stack([self._full_precision(layer, query[b], keys[b], values[b], params) for b, layer in enumerate(layers)])
         return out.transpose(1, 2).to(query.dtype)  # [B, n, Hq, D]
 
     def _compressed(
         self, query: Tensor, keys: Tensor, values: Tensor, layers: list[CompressedLayer], params: AttentionParams
     ) -> Tensor:
-        if self._plan.kind.commits:
+        if self._spec.kind.commits:
             for b, layer in enumerate(layers):
                 layer.append(query[b, :, :1], keys[b, :, :1], values[b, :, :1])
-        return mixed_attention(query, keys, values, layers, params, self._plan)
+        return mixed_attention(query, keys, values, layers, params, self._spec)
 
-    def _exact(
+    def _full_precision(
         self,
         layer: CompressedLayer | DenseLayer | WindowLayer,
         query: Tensor,
@@ -100,6 +105,6 @@ class DecodePass:
         params: AttentionParams,
     ) -> Tensor:
         if isinstance(layer, WindowLayer):
-            return layer.decode(query, keys, values, params, self._plan.kind)
+            return layer.decode(query, keys, values, params, self._spec.kind)
         assert isinstance(layer, DenseLayer)
         return layer.decode(query, keys, values, params)

@@ -1,4 +1,4 @@
-"""`specache.generate`, `decode` and `prefill`: the interface of transformers' `generate` over the engine."""
+"""`generate`, `decode` and `prefill`: the interface of transformers' `generate` over the engine."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from specache.engine.admission import check_room, planned_sequences
 from specache.engine.attention_hook import attached, stock_generate_arguments
 from specache.engine.auto_tier import decide_tier
 from specache.engine.continuing import (
+    full_texts,
     note_pending_tokens,
     refuse_padding_behind_answers,
     sequence_per_text,
     warn_of_rereading,
-    whole_texts,
 )
 from specache.engine.decoder import Decoder, Progress, last_of
 from specache.engine.engine import Engine
 from specache.engine.handle import Request
 from specache.engine.model_arguments import PASSED_ON, PREPARED, check_model_arguments, check_position_ids, model_arguments
 from specache.engine.prefilling import prefill_texts
-from specache.engine.recovery import tokens_kept
+from specache.engine.recovery import tokens_kept_on_error
 from specache.engine.request import (
     cache_for,
     check_cache,
@@ -39,12 +39,12 @@ from specache.engine.request import (
     check_types,
     check_vocabulary,
     inferred_mask,
-    prompts,
+    prompt_ids,
     stored_new_tokens,
-    the_prompt,
+    unpadded_rows,
     user_cache,
 )
-from specache.engine.sampling import EndedOnce, GenerationState, SamplingParams
+from specache.engine.sampling import ClosingStreamer, GenerationState, SamplingParams
 from specache.errors import UsageError
 from specache.model.file_settings import GenerationSettings, one_row_per_answer
 from specache.model.identity.wrappers import unwrapped
@@ -52,7 +52,7 @@ from specache.model.info import ModelInfo, inspect_model
 from specache.platform import modes
 
 
-@torch.compiler.disable  # of a caller that is compiled, this part runs as it is
+@torch.compiler.disable  # a compiled caller runs this eagerly
 def generate(
     model: Any,
     input_ids: Tensor | None = None,
@@ -71,29 +71,31 @@ def generate(
     """Generate as `model.generate` does, over a SpeCache.
 
     Args:
-        input_ids, attention_mask: [B, S], padded on the left. `inputs` is another name of `input_ids`, as in `model.generate`.
-        config: settings of the cache that is made; not with `past_key_values`.
-        streamer: gets the prompt, each step's tokens, and is always ended.
-        past_key_values: a SpeCache to continue from; `input_ids` is the whole conversation so far (or, with an
-            `attention_mask` that covers what came before too, only what is new).
+        input_ids, attention_mask: [B, S], padded on the left. `inputs` is another name of
+            `input_ids`, as in `model.generate`.
+        config: settings of the new cache; not allowed together with `past_key_values`.
+        streamer: gets the prompt and each step's tokens, and is always ended.
+        past_key_values: a SpeCache to continue from. `input_ids` is the whole conversation so far,
+            or only the new tokens if `attention_mask` covers the earlier ones too.
         tokenizer: needed with `stop_strings`.
-        progress: called with (prompt tokens done, in all) while prefilling.
-        **kwargs: everything else that `model.generate` takes. Inputs of the model that would change the answer (images, embeddings,
-            positions of one's own, ...) are refused by name.
+        progress: called with (prompt tokens done, prompt tokens in all) while prefilling.
+        **kwargs: everything else that `model.generate` takes. Model inputs that would change the
+            result (images, embeddings, other positions, ...) are refused by name.
 
     Returns:
-        LongTensor [B, S + new]: prompts in front, padding after the end; or with `return_dict_in_generate` the stock output, whose
-        `past_key_values` is the SpeCache. Scores and logits of a sequence that ended are those of its last token.
+        LongTensor [B, S + new]: the prompts and the new tokens, right-padded. With
+        `return_dict_in_generate` the stock output, whose `past_key_values` is the SpeCache; scores
+        and logits of a finished sequence repeat those of its last token.
 
     Raises:
-        SpeCacheError: the request cannot be honoured; the message says what to do.
-        OutOfMemoryError, SlowTierError, ...: it failed in the middle. `new_token_ids` of each of our errors has what was
-            generated before, and `past_key_values`, if it was given, can be continued from.
+        SpeCacheError: the request is not supported; the message says what to do.
+        OutOfMemoryError, SlowTierError, ...: generation failed. `new_token_ids` of the error has
+            the tokens generated before, and a given `past_key_values` can be continued from.
     """
-    with EndedOnce.of(streamer) as ended:
+    with ClosingStreamer.of(streamer) as closing:
 
         def run(model: Any, input_ids: Tensor, **arguments: Any) -> Tensor | GenerateDecoderOnlyOutput:
-            return _decode(model, input_ids, config, ended, progress, **arguments)
+            return _decode(model, input_ids, config, closing, progress, **arguments)
 
         if past_key_values is not None:
             kwargs["past_key_values"] = past_key_values
@@ -101,7 +103,7 @@ def generate(
         return _prepared(model, run, input_ids, inputs, attention_mask, tokenizer, stop_strings, stopping_criteria, kwargs)
 
 
-@torch.compiler.disable  # of a caller that is compiled, this part runs as it is
+@torch.compiler.disable  # a compiled caller runs this eagerly
 def make_request(
     model: Any,
     input_ids: Tensor | None = None,
@@ -117,14 +119,15 @@ def make_request(
     progress: Progress | None = None,
     **kwargs: Any,
 ) -> Request:
-    """Make a request for an `Engine` of this model. Arguments as of `generate`; nothing runs yet.
+    """Make a request for an `Engine` of this model, with the arguments of `generate`.
 
     Args:
-        seed: of this request's random numbers. Without one they come from PyTorch's global generator, in the order of the steps.
+        seed: seeds a generator of this request. `None` samples from PyTorch's global generator,
+            whose numbers depend on the other requests of a step.
         callback: called with (row, token) of every new token.
 
     Raises:
-        SpeCacheError: the request cannot be honoured; the message says what to do.
+        SpeCacheError: the request is not supported; the message says what to do.
     """
     made: list[Request] = []
 
@@ -140,7 +143,7 @@ def make_request(
         **prepared: Any,
     ) -> Tensor:
         with modes.ours():
-            token_ids = prompts(input_ids, attention_mask)
+            token_ids = unpadded_rows(input_ids, attention_mask)
             _check_texts(model, inspect_model(model), token_ids, token_ids, position_ids)
             params = SamplingParams.of(logits_processor, stopping_criteria, generation_config)
             if seed is not None:
@@ -168,8 +171,11 @@ def _prepared(
     stopping_criteria: StoppingCriteriaList | None,
     kwargs: dict[str, Any],
 ) -> Any:
-    """Have stock `generate` prepare processors, criteria and settings, and call `run` with them instead of decoding itself."""
-    inspect_model(model)  # refused before anything of it runs
+    """Have stock `generate` prepare processors, criteria and settings, and call `run` with them.
+
+    `run` takes the place of stock generate's own decoding loop.
+    """
+    inspect_model(model)  # refuses an unsupported model before stock generate runs
     if not hasattr(model, "generate"):  # a wrapper such as DataParallel
         model = unwrapped(model)
     inner = unwrapped(model)
@@ -180,21 +186,21 @@ def _prepared(
     check_model_arguments(inner, of_model)
     kwargs = {name: value for name, value in kwargs.items() if name not in of_model}
     check_max_new_tokens(kwargs.get("max_new_tokens"))
-    input_ids = the_prompt(input_ids, inputs)
+    input_ids = prompt_ids(input_ids, inputs)
     typed = kwargs if stop_strings is None else {**kwargs, "stop_strings": stop_strings}
     settings = GenerationSettings(model, typed, kwargs.get("generation_config"))
     pad = settings.padding_token() if attention_mask is None else None
     with modes.ours():
         if attention_mask is None:
             attention_mask = inferred_mask(input_ids, pad)
-        prompts(input_ids, attention_mask)
+        unpadded_rows(input_ids, attention_mask)
     stops = settings.stop_strings(tokenizer)
     if stops is not None:
         stopping_criteria = StoppingCriteriaList(stopping_criteria or [])
         stopping_criteria.append(StopStringCriteria(tokenizer, stops))
     kwargs = {**kwargs, **settings.replacements(), **settings.max_length(input_ids.shape[1])}
     if settings.value("stop_strings") is not None:
-        kwargs["stop_strings"] = None  # a criterion by now, or nothing
+        kwargs["stop_strings"] = None  # replaced by the criterion above
 
     def custom_generate(model: Any, input_ids: Tensor, **arguments: Any) -> Any:
         return run(model, input_ids, **arguments | {"position_ids": position_ids, "pad": pad})
@@ -204,7 +210,7 @@ def _prepared(
     return model.generate(input_ids, custom_generate=custom_generate, **arguments, **kwargs)
 
 
-@torch.compiler.disable  # of a caller that is compiled, this part runs as it is
+@torch.compiler.disable  # a compiled caller runs this eagerly
 def decode(
     model: Any,
     input_ids: Tensor,
@@ -212,13 +218,14 @@ def decode(
     progress: Progress | None = None,
     **arguments: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:
-    """For `model.generate(..., custom_generate=specache.decode)`; `config=` and `progress=` may be given to `generate` too.
+    """Decode for `model.generate(..., custom_generate=specache.decode, config=..., progress=...)`.
 
-    Stock `generate` drops `tokenizer` on the way to a callable, so stop strings need `specache.generate`.
+    Stock `generate` does not pass `tokenizer` to a callable, so stop strings need
+    `specache.generate`.
     """
     passed = stock_generate_arguments()
     typed = {name: value for name, value in arguments.items() if name not in PREPARED} if passed is None else passed
-    with EndedOnce.of(typed.get("streamer")) as streamer:
+    with ClosingStreamer.of(typed.get("streamer")) as streamer:
         check_decoding_loop(typed)
         check_types(config, arguments.get("generation_config"), None)
         if arguments.get("generation_config") is None:
@@ -226,21 +233,21 @@ def decode(
         of_model = model_arguments(model, typed)
         check_model_arguments(model, {name: value for name, value in of_model.items() if name not in PASSED_ON})
         if typed.get("position_ids") is None:
-            arguments["position_ids"] = None  # stock generate's own
+            arguments["position_ids"] = None  # made by stock generate, not passed by the caller
         effective = arguments["generation_config"]
         settings = GenerationSettings(model, typed, effective)
         replacements = settings.replacements()
         input_ids, arguments = one_row_per_answer(input_ids, arguments, replacements)
         for name, value in replacements.items():
             setattr(effective, name, value)
-        if typed.get("attention_mask") is None:  # stock generate's own has holes where a text has pad tokens
+        if typed.get("attention_mask") is None:  # stock generate masks pad tokens inside a text too
             arguments["pad"] = settings.padding_token()
             with modes.ours():
                 arguments["attention_mask"] = inferred_mask(input_ids, arguments["pad"])
         return _decode(model, input_ids, config, streamer, progress, streamer_has_prompt=True, **arguments)
 
 
-@torch.compiler.disable  # of a caller that is compiled, this part runs as it is
+@torch.compiler.disable  # a compiled caller runs this eagerly
 def prefill(
     model: Any,
     input_ids: Tensor | None = None,
@@ -251,10 +258,13 @@ def prefill(
     progress: Progress | None = None,
     **model_inputs: Any,
 ) -> None:
-    """Fill `cache` with prompts [B, S] and generate nothing. A later `generate` over the same prompts starts at once.
+    """Prefill `cache` with prompts [B, S], so that `generate` over them decodes at once.
 
-    A cache that holds something already is continued as by `generate`. `model_inputs` are what a tokenizer returns beside them;
-    those that would change what is stored are refused by name.
+    A cache that is not empty is continued as by `generate`.
+
+    Args:
+        model_inputs: further outputs of a tokenizer. Those that would change the keys and values
+            are refused by name.
 
     Raises:
         SpeCacheError: as `generate`.
@@ -268,18 +278,19 @@ def prefill(
     with modes.ours(), cache.in_use.by("prefill"):
         position_ids = model_inputs.pop("position_ids", None)
         check_model_arguments(model, model_inputs)
-        input_ids = the_prompt(input_ids, inputs)
+        input_ids = prompt_ids(input_ids, inputs)
         pad = settings.padding_token() if attention_mask is None else None
         if attention_mask is None:
             attention_mask = inferred_mask(input_ids, pad)
-        new = prompts(input_ids, attention_mask)
+        new = unpadded_rows(input_ids, attention_mask)
         cache.check_model(model)
         token_ids = _texts(model, cache, new, input_ids, attention_mask, position_ids)
         refuse_padding_behind_answers(cache, token_ids, pad)
         chunk = cache.config.prefill_chunk
         with sequence_per_text(cache, len(token_ids)):
-            _make_room(model, cache, token_ids, 0, chunk)
-            with attached(model), cache.filled_by(model), tokens_kept(cache, lambda: planned_sequences([], token_ids, 0)):
+            _check_memory(model, cache, token_ids, 0, chunk)
+            keep_tokens = tokens_kept_on_error(cache, lambda: planned_sequences([], token_ids, 0))
+            with attached(model), cache.filled_by(model), keep_tokens:
                 last_of(prefill_texts(Decoder(model, cache), cache, list(cache.sequences), token_ids, chunk, progress))
 
 
@@ -293,15 +304,15 @@ def _decode(
     past_key_values: Any = None,
     **arguments: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:
-    """Prefill and decode in PyTorch's plain modes, as the only call that uses the cache that was given."""
+    """Prefill and decode in PyTorch's default modes, with exclusive use of the given cache."""
     with modes.ours(), ExitStack() as stack:
         modes.check_process()
         if isinstance(past_key_values, SpeCache):
             stack.enter_context(past_key_values.in_use.by("generate"))
-        return _decode_alone(model, input_ids, config, streamer, progress, past_key_values=past_key_values, **arguments)
+        return _decode_exclusively(model, input_ids, config, streamer, progress, past_key_values=past_key_values, **arguments)
 
 
-def _decode_alone(
+def _decode_exclusively(
     model: Any,
     input_ids: Tensor,
     config: SpeCacheConfig | None,
@@ -318,10 +329,11 @@ def _decode_alone(
     streamer_has_prompt: bool = False,
     **prepared: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:
-    """Generate from what stock generate prepared. What else it `prepared` for the model is looked at before, and not used.
+    """Generate from the arguments that stock generate prepared.
 
     Args:
-        pad: the token that can only be padding, where the mask was inferred from it.
+        pad: the token that can only be padding, if the mask was inferred from it.
+        prepared: further arguments of stock generate, checked earlier and ignored.
     """
     model = unwrapped(model)
     given = None
@@ -329,7 +341,7 @@ def _decode_alone(
     cache: SpeCache | None = None
     try:
         given = user_cache(past_key_values)
-        new = prompts(input_ids, attention_mask)
+        new = unpadded_rows(input_ids, attention_mask)
         cache = cache_for(model, config, given)
         width = getattr(generation_config, "_mask_length", None) if attention_mask is None else None
         token_ids = _texts(model, cache, new, input_ids, attention_mask, position_ids, width)
@@ -347,11 +359,11 @@ def _decode_alone(
         )
         kept = given is not None or generation_config.return_dict_in_generate
         with sequence_per_text(cache, len(token_ids), lambda: request.state.new_token_ids() is not None):
-            _make_room(model, cache, token_ids, request.stored_new_tokens, chunk)
+            _check_memory(model, cache, token_ids, request.stored_new_tokens, chunk)
             if streamer is not None and not streamer_has_prompt:
                 with modes.callers():
                     streamer.put(input_ids.cpu())
-            with attached(model), _remembered(cache, model, kept):
+            with attached(model), _recording_model(cache, model, kept):
                 _run(model, cache, request)
         finished = True
     finally:
@@ -377,9 +389,9 @@ def _texts(
     position_ids: Any,
     width: int | None = None,
 ) -> list[list[int]]:
-    """The checked texts [B][tokens] that a call goes on from, from their first tokens on. `width`: see `whole_texts`."""
+    """Return a call's checked full texts [B][tokens], stored tokens included (`full_texts`)."""
     check_sequences(cache, new)
-    token_ids = whole_texts(cache, new, input_ids.shape[1], attention_mask, width)
+    token_ids = full_texts(cache, new, input_ids.shape[1], attention_mask, width)
     _check_texts(model, cache.info, new, token_ids, position_ids)
     return token_ids
 
@@ -391,8 +403,8 @@ def _check_texts(model: Any, info: ModelInfo, new: list[list[int]], token_ids: l
         check_position_ids(position_ids, new, token_ids)
 
 
-def _make_room(model: Any, cache: SpeCache, token_ids: list[list[int]], new_tokens: int, chunk: int) -> None:
-    """Decide the tier of every text's rows, and refuse what does not fit, before anything is read."""
+def _check_memory(model: Any, cache: SpeCache, token_ids: list[list[int]], new_tokens: int, chunk: int) -> None:
+    """Decide the slow tier and refuse a batch that does not fit, before prefill begins."""
     planned = planned_sequences(cache.sequences, token_ids, new_tokens)
     decide_tier(model, cache, planned, chunk)
     check_room(cache, planned, chunk)
@@ -400,7 +412,7 @@ def _make_room(model: Any, cache: SpeCache, token_ids: list[list[int]], new_toke
 
 
 def _run(model: Any, cache: SpeCache, request: Request) -> None:
-    """Run a request on an engine over its cache, whose sequences hold their whole state afterwards."""
+    """Run a request on an engine over the cache, and release the device batch afterwards."""
     request.sequences = list(cache.sequences)
     try:
         Engine.over(model, cache).run(request)
@@ -411,6 +423,6 @@ def _run(model: Any, cache: SpeCache, request: Request) -> None:
             note_pending_tokens(request.sequences, request.token_ids, request.state.new_token_ids())
 
 
-def _remembered(cache: SpeCache, model: Any, kept: bool) -> AbstractContextManager[None]:
-    """Have a cache that outlives the request remember what filled it."""
+def _recording_model(cache: SpeCache, model: Any, kept: bool) -> AbstractContextManager[None]:
+    """Record the model's state in a cache that is kept after the call."""
     return cache.filled_by(model) if kept else nullcontext()

@@ -1,4 +1,4 @@
-"""What is asked of an engine (`Request`), and what becomes of it (`Handle`)."""
+"""A request to an engine (`Request`), and its result (`Handle`)."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from specache.planning.footprint import PlannedSequence
 
 @dataclass
 class Request:
-    """The prompts of one call, and how their answers are chosen. `specache.make_request` makes one.
+    """The prompts of one call and how its tokens are chosen. `specache.make_request` makes one.
 
     Attributes:
-        token_ids: the texts [B][tokens], without padding.
-        state: the answers so far; its `input_ids` [B, S] are what logits processors see.
-        params: how tokens are chosen. Processors, criteria and the generator belong to this request alone.
-        stored_new_tokens: most tokens that decoding stores per sequence.
-        sequences: of the engine's cache, one per text, that the texts continue; empty where they begin anew.
-        chunk: prompt tokens per pass; `None` takes the configuration's.
+        token_ids: prompts [B][tokens], without padding.
+        state: the tokens generated so far; logits processors get its `input_ids` [B, S].
+        params: how tokens are chosen. No other request may share processors, criteria or generator.
+        stored_new_tokens: the most tokens that decoding stores per sequence.
+        sequences: the cached sequences that the prompts continue, one each; empty for new prompts.
+        chunk: prompt tokens per forward pass; `None` takes `prefill_chunk` of the configuration.
         streamer: `put` gets the new tokens [B] of every step; `end` is called once.
-        callback: gets (row, token) of every new token.
-        progress: called with (prompt tokens done, in all) while prefilling.
+        callback: called with (row, token) of every new token.
+        progress: called with (prompt tokens done, prompt tokens in all) while prefilling.
     """
 
     token_ids: list[list[int]]
@@ -45,32 +45,33 @@ class Request:
     progress: Progress | None = None
 
     def planned(self) -> list[PlannedSequence]:
-        """Return the sequences as a plan sees them before anything of them is stored; equal texts are prefilled once."""
+        """Return the sequences for a plan before prefill. Equal prompts are prefilled once."""
         return planned_sequences([], self.token_ids, self.stored_new_tokens)
 
     def planned_rest(self) -> list[PlannedSequence]:
-        """Return the running sequences as a plan sees them: what they hold, and what they will store yet."""
+        """Return the running sequences for a plan: tokens stored, and tokens still to store."""
         planned = []
         for sequence, text in zip(self.sequences, self.token_ids, strict=True):
-            left = max(0, self.stored_new_tokens - (sequence.length - len(text)))
-            planned.append(PlannedSequence(sequence.length, left, stored=max(0, sequence.length - 1)))
+            remaining = max(0, self.stored_new_tokens - (sequence.length - len(text)))
+            planned.append(PlannedSequence(sequence.length, remaining, stored=max(0, sequence.length - 1)))
         return planned
 
     @classmethod
     def of_sequences(cls, sequences: list[Sequence]) -> Request:
-        """Return a request whose texts are stored already, and whose tokens the caller gives."""
+        """Return a request over prefilled sequences, whose new tokens the caller gives."""
         params = SamplingParams.greedy()
         state = GenerationState.start(torch.zeros(len(sequences), 1, dtype=torch.long), params)
         return cls([sequence.token_ids for sequence in sequences], state, params, 0, sequences)
 
 
 class Handle:
-    """A request in an engine. Any thread may ask and wait.
+    """The result of a request in an engine. Every method may be called from any thread.
 
     Attributes:
-        request: what was asked.
-        error: what ended it, or `None`.
-        finish_reasons: per sequence `stop`, `length`, `error`, `aborted` or `interrupted`; empty until it is done.
+        request: the request.
+        error: the exception that ended it, or `None`.
+        finish_reasons: per sequence `stop`, `length`, `error`, `aborted` or `interrupted`; empty
+            until the request is done.
     """
 
     def __init__(self, request: Request) -> None:
@@ -81,22 +82,22 @@ class Handle:
 
     @property
     def done(self) -> bool:
-        """Return whether it is finished, failed or aborted."""
+        """Return whether the request finished, failed or was aborted."""
         return self._done.is_set()
 
     @property
     def new_token_ids(self) -> list[list[int]]:
-        """Return the tokens of every answer so far, without padding."""
+        """Return the new tokens [B][tokens] so far, without padding."""
         return self.request.state.new_token_ids() or [[] for _ in self.request.token_ids]
 
     def result(self, timeout: float | None = None) -> Tensor:
-        """Wait until it is done and return prompts and answers [B, S + new], padded behind the end.
+        """Wait for the end and return prompts and new tokens [B, S + new], right-padded.
 
         Another thread must call `Engine.step` meanwhile.
 
         Raises:
-            UsageError: it was not done within `timeout` seconds.
-            Exception: what ended it.
+            UsageError: the request was not done within `timeout` seconds.
+            Exception: the error that ended the request.
         """
         if not self._done.wait(timeout):
             raise UsageError("The request is not done yet: call engine.step() until handle.done, or wait longer.")
@@ -105,6 +106,6 @@ class Handle:
         return self.request.state.input_ids
 
     def finish(self, error: BaseException | None, reasons: list[str | None]) -> None:
-        """Set what became of it, and wake who waits. The engine calls this once."""
+        """Set the error and the finish reasons, and wake waiting threads. Called once."""
         self.error, self.finish_reasons = error, reasons
         self._done.set()

@@ -1,8 +1,8 @@
-"""What a call may pass on to the model beside the prompt and its mask: nothing that would change the answer.
+"""Checks of a call's model inputs beside the prompt and its mask: none may change the result.
 
-specache runs a model on token ids at their own positions. Images, embeddings and the like would be dropped on the way, so they are
-refused by name; what changes nothing (`None`, a parameter's own default, segment ids that are all zero) is accepted as in stock
-generate.
+specache runs a model on token ids at consecutive positions. It would drop images, embeddings and
+other inputs, so they are refused by name. Inputs without effect (`None`, a parameter's default,
+segment ids that are all zero) are accepted, as in stock generate.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from transformers.utils import TransformersKwargs
 
 from specache.errors import UsageError
 
-PASSED_ON = ("input_ids", "attention_mask", "position_ids", "past_key_values")  # what is looked at elsewhere
+PASSED_ON = ("input_ids", "attention_mask", "position_ids", "past_key_values")  # checked elsewhere
 PREPARED = ("logits_processor", "stopping_criteria", "generation_config", "use_cache", "output_attentions", "output_hidden_states")
-"""What stock generate hands to a decoding function beside the inputs of the model."""
+"""Arguments that stock generate passes to a decoding function beside the model's inputs."""
 
-_NO_EFFECT = {"logits_to_keep", "num_logits_to_keep"}  # the next token follows from the last position alone
+_NO_EFFECT = {"logits_to_keep", "num_logits_to_keep"}  # only the last position's logits are used
 _SETTINGS_OF_GENERATE = {
     *(name for name in inspect.signature(GenerationMixin.generate).parameters if name not in ("self", "kwargs")),
     *("trust_remote_code", "tokenizer", "assistant_tokenizer"),
 }
-_DEFAULTS = {"output_router_logits": False, "is_causal": True}  # of what every model takes
-_ZEROS_ARE_TEXT = {"mm_token_type_ids", "moe_mm_token_type_ids"}  # other numbers stand for images and the like
-_ZERO_SEGMENTS_ARE_TEXT = {"gemma3", "gemma3n", "shieldgemma2", "hrm_text"}  # model types where `token_type_ids` are like those
+_DEFAULTS = {"output_router_logits": False, "is_causal": True}  # defaults of arguments that every model takes
+_ZEROS_ARE_TEXT = {"mm_token_type_ids", "moe_mm_token_type_ids"}  # non-zero ids mark images and other media
+_ZERO_SEGMENTS_ARE_TEXT = {"gemma3", "gemma3n", "shieldgemma2", "hrm_text"}  # types whose `token_type_ids` do so too
 _EVERY_MODEL_TAKES = TransformersKwargs.__optional_keys__
 _STOCK = "or use the model's stock generate()"
 _MEDIA = re.compile(r"pixel|image|video|audio|visual|vision|patches|input_features|input_values|mm_encoder|grid_thw|spatial")
@@ -38,10 +38,10 @@ _ENCODER = re.compile(r"encoder|^cross_")
 
 
 def model_arguments(model: Any, arguments: Mapping[str, Any], config: Any = None) -> dict[str, Any]:
-    """Those of the arguments of generate that are inputs of the model, not settings.
+    """Return the arguments of `generate` that are model inputs, not settings.
 
     Args:
-        config: the GenerationConfig that was passed, if one was.
+        config: the GenerationConfig that was passed, or `None`.
     """
     configs = [GenerationConfig(), *(one for one in (getattr(model, "generation_config", None), config) if one is not None)]
     settings = {name for name in arguments if any(hasattr(one, name) for one in configs)} | _SETTINGS_OF_GENERATE
@@ -49,10 +49,10 @@ def model_arguments(model: Any, arguments: Mapping[str, Any], config: Any = None
 
 
 def check_model_arguments(model: Any, arguments: Mapping[str, Any]) -> None:
-    """Refuse inputs of the model that specache would not pass on.
+    """Refuse model inputs that specache does not pass on.
 
     Args:
-        arguments: by name, without the prompt, its mask, `position_ids` and the cache.
+        arguments: model inputs by name, without the prompt, its mask, `position_ids` and the cache.
 
     Raises:
         UsageError: names the argument.
@@ -65,14 +65,16 @@ def check_model_arguments(model: Any, arguments: Mapping[str, Any]) -> None:
 
 
 def check_position_ids(position_ids: Any, new: list[list[int]], texts: list[list[int]]) -> None:
-    """Refuse positions other than those that tokens have in their text: 0, 1, 2, ...
+    """Refuse position ids other than 0, 1, 2, ... in every text.
 
     Args:
-        position_ids: [B, n], [3, B, n] of a model with positions of several axes, or anything that fits `new` once it is repeated.
-        new: the tokens of the call per sequence, without padding; `texts` with those that are stored before them.
+        position_ids: [B, n], [3, B, n] of a model with several position axes, or a batch dimension
+            that is repeated to B.
+        new: the tokens of the call [B][tokens], without padding.
+        texts: the full texts [B][tokens], stored tokens included.
 
     Raises:
-        UsageError: they are others.
+        UsageError: they differ.
     """
     if not isinstance(position_ids, Tensor) or position_ids.dim() not in (1, 2, 3) or position_ids.numel() == 0:
         raise UsageError("position_ids must be a tensor [batch, length]. Leave it out: positions follow from attention_mask.")
@@ -89,7 +91,7 @@ def check_position_ids(position_ids: Any, new: list[list[int]], texts: list[list
 
 
 def _changes_nothing(model: Any, name: str, value: Any, parameters: Mapping[str, inspect.Parameter]) -> bool:
-    """Whether the model would answer the same without the argument."""
+    """Return whether the argument has no effect on the model's output."""
     if value is None:
         return True
     if isinstance(value, Tensor):
@@ -99,7 +101,7 @@ def _changes_nothing(model: Any, name: str, value: Any, parameters: Mapping[str,
 
 
 def _zeros_are_text(model: Any, name: str) -> bool:
-    """Whether zeros are what the model assumes where such ids are not given: some add an embedding for them instead."""
+    """Return whether ids of zero equal no ids; some models add an embedding for them instead."""
     if name in _ZEROS_ARE_TEXT:
         return True
     if name != "token_type_ids":
@@ -109,7 +111,7 @@ def _zeros_are_text(model: Any, name: str) -> bool:
 
 
 def _refusal(name: str, model: str, known: bool) -> str:
-    """Why an argument cannot be honoured, and what to do."""
+    """Return the message that says why an argument is not supported, and what to do."""
     if name.endswith("inputs_embeds"):
         return f"{name} is not supported: a SpeCache knows its sequences by their token ids. Pass input_ids, {_STOCK}."
     if name == "past_key_values":

@@ -1,4 +1,4 @@
-"""Prefill of one request: every text once, equal texts together."""
+"""Prefill of one request: every distinct prompt once."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from specache.platform import modes
 def prefill_texts(
     decoder: Decoder, cache: SpeCache, sequences: list[Sequence], token_ids: list[list[int]], chunk: int, progress: Progress | None
 ) -> PrefillChunks:
-    """Prefill every text, one chunk at a time.
+    """Prefill every prompt, one chunk at a time.
 
-    Where a chunk fails, or the generator is closed before its end, new sequences are removed again and others go back to what they
-    held.
+    If a chunk fails, or the generator is closed early, new sequences are removed and continued ones
+    are restored.
 
     Args:
-        sequences: of the cache, one per text, that the texts continue. An empty list is filled with new ones; of equal texts the
-            first is prefilled and the others are forks of it.
+        sequences: the cached sequences that the prompts continue, one each. An empty list is filled
+            with new ones; of equal prompts the first is prefilled and the others are forks of it.
 
     Yields:
         `None` after every chunk but the last.
 
     Returns:
-        float32 logits [B, V] of the texts' last tokens.
+        float32 logits [B, V] of the prompts' last tokens.
     """
     first: dict[tuple[int, ...], int] = {}
     fresh = not sequences

@@ -1,4 +1,4 @@
-"""An error in the middle of generating: what was generated goes with it, and it says what would need less memory."""
+"""Errors during generation carry the tokens so far, and say what needs less memory."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from specache.platform.out_of_memory import is_out_of_memory, on_the_gpu
 
 
 @contextmanager
-def tokens_kept(
+def tokens_kept_on_error(
     cache: SpeCache,
     planned: Callable[[], Sequence[PlannedSequence]],
     generated: Callable[[], list[list[int]] | None] = lambda: None,
 ) -> Iterator[None]:
-    """Inside, our errors get `new_token_ids`, and what the system or the GPU raises without memory becomes ours.
+    """Add `new_token_ids` to errors of specache in the block, and convert out-of-memory errors.
 
     Args:
-        planned: returns the batch that is under way.
-        generated: new tokens of each sequence so far; `None` before the first ones.
+        planned: returns the running batch for a memory plan.
+        generated: returns the new tokens of each sequence; `None` before the first.
 
     Raises:
-        OutOfMemoryError: instead of the system's error.
+        OutOfMemoryError: in place of an out-of-memory error of the system or the GPU.
     """
     try:
         yield
@@ -37,16 +37,16 @@ def tokens_kept(
         new = generated()
         if is_out_of_memory(error) and not isinstance(error, FastMemoryError):
             _free_tensors(error)
-            raise _out_of_memory(error, cache, planned(), new) from error  # a name for it here would be a cycle
+            raise _out_of_memory(error, cache, planned(), new) from error  # a local name would make a reference cycle
         if isinstance(error, SpeCacheError):
             _attach(error, new)
         raise
 
 
 def _out_of_memory(
-    error: Exception, cache: SpeCache, loads: Sequence[PlannedSequence], new: list[list[int]] | None
+    error: Exception, cache: SpeCache, planned: Sequence[PlannedSequence], new: list[list[int]] | None
 ) -> OutOfMemoryError:
-    ours = OutOfMemoryError(_explained(error, cache, loads, new))
+    ours = OutOfMemoryError(_explained(error, cache, planned, new))
     _attach(ours, new)
     return ours
 
@@ -58,33 +58,34 @@ def _attach(error: SpeCacheError, new: list[list[int]] | None) -> None:
 
 
 def _free_tensors(error: BaseException) -> None:
-    """Let go of the failed pass's tensors, which live as long as the frames that the error refers to."""
+    """Clear the frames of the error's tracebacks, which keep the failed pass's tensors alive."""
     seen: BaseException | None = error
     while seen is not None:
         traceback.clear_frames(seen.__traceback__)
         seen = seen.__cause__ or seen.__context__
 
 
-def _explained(error: Exception, cache: SpeCache, loads: Sequence[PlannedSequence], new: list[list[int]] | None) -> str:
+def _explained(error: Exception, cache: SpeCache, planned: Sequence[PlannedSequence], new: list[list[int]] | None) -> str:
     gpu = cache.info.device.type == "cuda" and on_the_gpu(error)
     where = "on the GPU" if gpu else "in main memory"
     when = "before the first new token" if new is None else f"after {max(map(len, new)):,} new tokens, which are kept"
-    said = (str(error).strip() or type(error).__name__).partition("\n")[0].rstrip(".")
-    return f"Out of memory {where}, {when} ({said}).{_advice(_smaller(cache, loads, new is None, gpu))}"
+    cause = (str(error).strip() or type(error).__name__).partition("\n")[0].rstrip(".")
+    return f"Out of memory {where}, {when} ({cause}).{_advice(_smaller(cache, planned, new is None, gpu))}"
 
 
-def _smaller(cache: SpeCache, loads: Sequence[PlannedSequence], prefilling: bool, gpu: bool) -> list[Suggestion]:
+def _smaller(cache: SpeCache, planned: Sequence[PlannedSequence], prefilling: bool, gpu: bool) -> list[Suggestion]:
+    """Return the settings that need less of the memory that ran out."""
     on_cpu = cache.info.device.type == "cpu"
 
-    def needs(config: SpeCacheConfig, planned: MemoryPlan) -> int:
-        fast = (planned.prefill if prefilling else planned.decode).total
-        main = 0 if on_disk(config) or config.policy is Policy.FULL else planned.slow
+    def needs(config: SpeCacheConfig, memory: MemoryPlan) -> int:
+        fast = (memory.prefill if prefilling else memory.decode).total
+        main = 0 if on_disk(config) or config.policy is Policy.FULL else memory.slow
         return fast if gpu else main + (fast if on_cpu else 0)
 
-    return smaller(cache.resources.dimensions, cache.config, loads, needs)
+    return smaller(cache.resources.dimensions, cache.config, planned, needs)
 
 
-def _advice(found: list[Suggestion]) -> str:
-    if not found:
+def _advice(suggestions: list[Suggestion]) -> str:
+    if not suggestions:
         return " No setting would need less: use a shorter prompt, fewer new tokens, or a machine with more memory."
-    return f" The cache would need less with {'; or with '.join(map(str, found))}; or with a shorter prompt."
+    return f" The cache would need less with {'; or with '.join(map(str, suggestions))}; or with a shorter prompt."

@@ -1,13 +1,15 @@
-"""Mending a session: what is damaged is made again from its tokens, and everything else stays as it is.
+"""Repair of a session: damaged parts are made again from its tokens, intact parts are kept.
 
-    rows        the blocks with a damaged row are read again, over the intact rows before them
-    pages       the low-bit copy is made again from the rows
-    tail        the last tokens, from the last whole block (of a hybrid: from a checkpoint of its windows), are read again
-    windows     a checkpoint is dropped
-    tokens      the copy of the tokens is made again from the tail, and the tail's tokens are those of the copy
-    manifest    is made again from its copy, and the copy from it
+    rows        prefill the blocks with a damaged row again, over the intact rows before them pages
+    quantise the rows again tail        prefill the last tokens again, from the last complete block
+    (in a hybrid model: from a
+                checkpoint of its sliding windows)
+    windows     drop the checkpoint
+    tokens      copy them from the tail, or the tail's from their copy
+    manifest    restore it from its copy, or the copy from it
 
-Nothing that the saved state refers to is changed, and the manifest comes last: a crash leaves the session as it was.
+Files of the saved state are never changed and the manifest is written last, so a crash leaves the
+session as it was.
 """
 
 from __future__ import annotations
@@ -46,19 +48,19 @@ from specache.tiers.disk.row_file import new_segment
 from specache.tiers.disk.row_layout import BLOCK_TOKENS
 from specache.tiers.disk.system_errors import reason
 
-NEEDS_MODEL = {"rows", "pages", "tail"}  # kinds of damage that are mended by reading tokens again
+NEEDS_MODEL = {"rows", "pages", "tail"}  # kinds of damage whose repair runs the model
 Progress = Callable[[int], None]  # tokens read again so far
 
 
 @dataclass(frozen=True)
 class RepairReport:
-    """What was found in a session, and what was done about it.
+    """The damage of a session, and its repair.
 
     Attributes:
-        tokens: of the session.
-        damages: what was damaged when it was looked at.
-        tokens_read: tokens that went through the model again.
-        mended: whether something was damaged and is no more.
+        tokens: the number of tokens in the session.
+        damages: the damage before the repair.
+        tokens_read: tokens that were prefilled again.
+        mended: whether there was damage that is now repaired.
     """
 
     name: str
@@ -70,19 +72,20 @@ class RepairReport:
 
     @property
     def needs_model(self) -> bool:
-        """Whether mending takes the model."""
+        """Return whether the repair needs the model."""
         return any(damage.kind in NEEDS_MODEL for damage in self.damages)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON. Keys are stable."""
+        """Return plain values for JSON. Keys are stable."""
         return {**asdict(self), "damages": [asdict(damage) for damage in self.damages], "needs_model": self.needs_model}
 
 
 def check(name: str, *, folder: str | os.PathLike[str] | None = None) -> RepairReport:
-    """Read all files of a session and say what is damaged. Nothing is changed, and no model is needed.
+    """Read all files of a session and report the damage. This changes nothing and needs no model.
 
     Raises:
-        SessionError: there is no such session, it is in use, or its damage cannot be mended; the message says why.
+        SessionError: the session does not exist, is in use or cannot be repaired; the message says
+            why.
     """
     path = _existing(name, folder)
     with FolderLock(path):
@@ -97,16 +100,18 @@ def repair(
     folder: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> RepairReport:
-    """Mend a session. What follows is then what would have followed had it never been damaged: damaged rows are those of a prefill.
+    """Repair a session: it continues as if it had never been damaged, with prefilled rows.
 
     Args:
-        model: the one that the session was made with. Without it, only damage is mended that needs no token read again.
-        tokenizer: if given, another one is refused.
-        folder: where sessions lie; by default `sessions` in the cache folder.
-        progress: called with the number of tokens that were read again so far.
+        model: the model that the session was made with. Without it, only damage that needs no
+            prefill is repaired.
+        tokenizer: if given, a session made with another tokenizer is refused.
+        folder: the folder of all sessions; by default `sessions` in the cache folder.
+        progress: called with the number of tokens prefilled again so far.
 
     Raises:
-        SessionError: there is no such session, it is in use, belongs to another model, or cannot be mended; nothing was changed.
+        SessionError: the session does not exist, is in use, belongs to another model or cannot be
+            repaired; nothing was changed.
     """
     path = _existing(name, folder)
     with FolderLock(path):
@@ -147,21 +152,21 @@ def _mendable(name: str, found: Inspection) -> Inspection:
 
 
 def _intact(manifest: Manifest, found: Inspection) -> Manifest:
-    """The manifest without the checkpoints that are damaged."""
+    """Return the manifest without damaged checkpoints."""
     kept = tuple(one for one in manifest.checkpoints if one.file not in found.damaged_files)
     return _listed(replace(manifest, checkpoints=kept))
 
 
 def _listed(manifest: Manifest) -> Manifest:
-    """The manifest with exactly those files that it refers to."""
+    """Return the manifest with exactly the files that it refers to."""
     return replace(manifest, files={name: manifest.files[name] for name in sorted(manifest.snapshots())})
 
 
 def _mend_files(path: Path, found: Inspection) -> None:
-    """Mend what needs no model.
+    """Repair damage that needs no model.
 
     Raises:
-        SessionError: the folder cannot be written; the session is as it was.
+        SessionError: the folder cannot be written; the session is unchanged.
     """
     manifest = _intact(found.manifest, found)
     try:
@@ -189,8 +194,8 @@ def _mend_with_model(name: str, model: Any, tokenizer: Any, path: Path, progress
             read = session.finish(model)
         return replace(report, tokens_read=read, mended=True)
     except BaseException as error:
-        with suppress(SessionError), FolderLock(path):  # else somebody is using it by now, and the files may be theirs
-            if _manifest_bytes(path) == manifests:  # what was written in vain goes
+        with suppress(SessionError), FolderLock(path):  # if it is in use by now, the files may be the user's
+            if _manifest_bytes(path) == manifests:  # remove the files of the failed repair
                 for file in set(os.listdir(path)) - before:
                     if is_data_file(file):
                         with suppress(OSError):
@@ -205,10 +210,10 @@ def _manifest_bytes(path: Path) -> list[bytes]:
 
 
 class MendedSession(Session):
-    """A damaged session that is opened with what is intact, and made whole by `finish`.
+    """A damaged session, opened with its intact state and repaired by `finish`.
 
     Attributes:
-        found: its damage.
+        found: the damage.
     """
 
     def __init__(self, name: str, model: Any, *, tokenizer: Any, folder: Path, progress: Progress) -> None:
@@ -219,7 +224,7 @@ class MendedSession(Session):
         super().__init__(name, model, tokenizer=tokenizer, folder=folder)
 
     def finish(self, model: Any) -> int:
-        """Read what is missing behind the intact state, and save -> tokens that were read again."""
+        """Prefill the tokens behind the intact state, and save. Return how many ran again."""
         ids, stored = self.found.token_ids or [], len(self.token_ids)
         if stored < len(ids):
 
@@ -240,7 +245,7 @@ class MendedSession(Session):
         return super()._config(None)
 
     def _open(self) -> None:
-        """Give the cache its one sequence, with what is intact or can be mended of its state."""
+        """Create the cache's sequence from the intact and the repaired state."""
         cache, manifest = self._cache, _intact(self.found.manifest, self.found)
         assert cache is not None
         info = cache.info
@@ -258,7 +263,7 @@ class MendedSession(Session):
         sequence.tier.close()
         sequence.checkpoints = self._checkpoints
         if self.found.damaged_kinds & {"tail", "pages"}:
-            manifest = replace(manifest, pages=())  # all of them are written anew
+            manifest = replace(manifest, pages=())  # all pages are written anew
             self._rebuild(sequence, manifest)
         else:
             tail = state.open_tail(self.folder, manifest)
@@ -267,7 +272,7 @@ class MendedSession(Session):
         self._saved = manifest
 
     def _rebuild(self, sequence: Sequence, manifest: Manifest) -> None:
-        """Make the low-bit copy again from the rows, and all else from the tail, or from what there is instead of it."""
+        """Quantise the rows again. Restore the rest from the tail, or else by `_go_back`."""
         tail = None if "tail" in self.found.damaged_kinds else state.open_tail(self.folder, manifest)
         length, stored, rings = (manifest.tokens, manifest.tokens, None) if tail else self._go_back(manifest)
         if length == 0:
@@ -298,7 +303,11 @@ class MendedSession(Session):
         self._checkpoints.forget_after(length)
 
     def _go_back(self, manifest: Manifest) -> tuple[int, int, dict[int, torch.Tensor] | None]:
-        """Without the tail: (tokens that need not be read again, tokens and rings of the checkpoint for them)."""
+        """Return, for a damaged tail, where the prefill must begin.
+
+        Returns:
+            Tokens that are kept, the tokens of the windows' checkpoint, and its rings by layer.
+        """
         config = manifest.config(self.folder)
         length = min(sum(extent.count for extent in extents) for extents in manifest.rows.values()) * BLOCK_TOKENS
         stored, rings = length, None
@@ -313,5 +322,5 @@ class MendedSession(Session):
         return (length, stored, rings) if known else (0, 0, None)
 
     def _token_copy(self, manifest: Manifest) -> Snapshot:
-        assert manifest.token_copy is not None, "without a copy of the tokens nothing is mended"
+        assert manifest.token_copy is not None, "a session without a copy of its tokens is not repaired"
         return Snapshot(self.folder / manifest.token_copy, manifest.files[manifest.token_copy], state.token_specs(manifest))

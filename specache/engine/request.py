@@ -1,4 +1,4 @@
-"""Checks of a generation request: what cannot be honoured is refused before anything runs."""
+"""Checks of a generation request: an unsupported one is refused before anything runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def check_decoding_loop(arguments: Mapping[str, Any]) -> None:
-    """Refuse a second model that drafts tokens, and another decoding loop.
+    """Refuse an assistant model, and another decoding loop.
 
     Raises:
         UsageError: names the argument.
@@ -34,10 +34,10 @@ def check_decoding_loop(arguments: Mapping[str, Any]) -> None:
 
 
 def check_types(config: Any, generation_config: Any, past_key_values: Any) -> None:
-    """Refuse settings and caches of another kind than they must be.
+    """Refuse settings and caches of a wrong type.
 
     Raises:
-        UsageError: says which.
+        UsageError: names the argument.
     """
     if not isinstance(config, SpeCacheConfig | None):
         raise UsageError(f"config must be a specache.SpeCacheConfig, not {_described(config)}.")
@@ -51,17 +51,21 @@ def check_types(config: Any, generation_config: Any, past_key_values: Any) -> No
 
 
 def check_cache(cache: Any) -> None:
-    """Refuse to fill anything but a SpeCache.
+    """Refuse a cache that is not a SpeCache.
 
     Raises:
-        UsageError: what it is instead.
+        UsageError: names its type.
     """
     if not isinstance(cache, SpeCache):
         raise UsageError(f"cache must be a SpeCache, not {_described(cache)}. Pass specache.SpeCache(model, config).")
 
 
 def user_cache(past_key_values: Any) -> SpeCache | None:
-    """The SpeCache that was handed on, or `None`; the empty cache that stock `generate` prepares is ignored."""
+    """Return the SpeCache that was passed, or `None`, also for stock `generate`'s empty cache.
+
+    Raises:
+        UsageError: it is another kind of cache.
+    """
     if past_key_values is None or isinstance(past_key_values, SpeCache):
         return past_key_values
     if getattr(past_key_values, "_is_user_defined", False):
@@ -73,10 +77,10 @@ def user_cache(past_key_values: Any) -> SpeCache | None:
 
 
 def cache_for(model: Any, config: SpeCacheConfig | None, given: SpeCache | None) -> SpeCache:
-    """The cache of a call: the one that was given, or a new one.
+    """Return the given cache, or a new one.
 
     Raises:
-        UsageError: the given one is of another model, or has other settings.
+        UsageError: the given cache belongs to another model, or has other settings.
     """
     if given is None:
         return SpeCache(model, config)
@@ -87,16 +91,16 @@ def cache_for(model: Any, config: SpeCacheConfig | None, given: SpeCache | None)
 
 
 def stored_new_tokens(generation_config: Any, input_ids: Tensor) -> int:
-    """Most tokens that decoding stores per sequence: all new ones but the last, which nothing follows."""
+    """Return the most tokens that decoding stores per sequence: all new ones but the last."""
     new = (generation_config.max_length or 0) - input_ids.shape[1]
     return max(0, new - 1)
 
 
-def the_prompt(input_ids: Any, inputs: Any) -> Tensor:
-    """The prompt under either of its names, a tensor of token ids [B, S].
+def prompt_ids(input_ids: Any, inputs: Any) -> Tensor:
+    """Return the prompt's token ids [B, S], passed under either name.
 
     Raises:
-        UsageError: there is none, there are two, or it is something else.
+        UsageError: none or both were passed, or the prompt is not a tensor of token ids.
     """
     if input_ids is not None and inputs is not None:
         raise UsageError("input_ids and inputs are two names of the prompt. Pass one of them.")
@@ -108,10 +112,10 @@ def the_prompt(input_ids: Any, inputs: Any) -> Tensor:
 
 
 def check_token_ids(ids: Any) -> None:
-    """Refuse a prompt that is no tensor of token ids [B, S], or an empty one.
+    """Refuse a prompt that is empty or not a tensor of token ids [B, S].
 
     Raises:
-        UsageError: what it is instead, and what to do.
+        UsageError: says what was passed, and what to do.
     """
     if not isinstance(ids, Tensor):
         raise UsageError(f"input_ids must be a tensor of token ids [batch, length], not {_described(ids)}.{_conversion(ids)}")
@@ -126,10 +130,10 @@ def check_token_ids(ids: Any) -> None:
 
 
 def check_mask(attention_mask: Any, input_ids: Tensor) -> None:
-    """Refuse a mask that is no zeros and ones [B, at least S] for input_ids [B, S].
+    """Refuse a mask that is not zeros and ones [B, W], W >= S, for input_ids [B, S].
 
     Raises:
-        UsageError: what is wrong with it.
+        UsageError: says what is wrong.
     """
     if not isinstance(attention_mask, Tensor):
         raise UsageError(f"attention_mask must be a tensor [batch, length], not {_described(attention_mask)}.")
@@ -143,11 +147,11 @@ def check_mask(attention_mask: Any, input_ids: Tensor) -> None:
         raise UsageError("attention_mask must say 1 for tokens and 0 for padding; it has other numbers. Pass the tokenizer's.")
 
 
-def prompts(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
-    """The rows of a left-padded batch without their padding.
+def unpadded_rows(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
+    """Return the rows [B][tokens] of a left-padded batch [B, S] without their padding.
 
     Args:
-        attention_mask: [B, at least S]; its last S columns are those of input_ids.
+        attention_mask: [B, W], W >= S; its last S columns belong to input_ids.
 
     Raises:
         UsageError: not a batch of token ids, an empty prompt, a mask with holes or right padding.
@@ -174,11 +178,11 @@ def check_vocabulary(model: Any, token_ids: list[list[int]]) -> None:
     """Refuse tokens that the model has no embedding for.
 
     Raises:
-        UsageError: names the token and its place.
+        UsageError: names the token and its position.
     """
     try:
         size = getattr(model.get_input_embeddings(), "num_embeddings", None)
-    except NotImplementedError:  # a model's own code need not tell
+    except NotImplementedError:  # a model's own code may lack it
         size = None
     if size is None:
         return
@@ -192,10 +196,10 @@ def check_vocabulary(model: Any, token_ids: list[list[int]]) -> None:
 
 
 def inferred_mask(input_ids: Any, pad: int | None) -> Tensor | None:
-    """The mask of a batch that came without one: pad tokens at the front of a row are padding, those inside it are text.
+    """Return the mask of a batch without one: only leading pad tokens of a row are padding.
 
     Args:
-        pad: the token that can only be padding, if there is one.
+        pad: the token that can only be padding, or `None`.
     """
     if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
         return None
@@ -205,7 +209,7 @@ def inferred_mask(input_ids: Any, pad: int | None) -> Tensor | None:
 
 
 def check_sequences(cache: SpeCache, token_ids: list[list[int]]) -> None:
-    """Refuse a batch for the cache of a session."""
+    """Refuse more than one prompt for the cache of a session."""
     if cache.one_sequence and len(token_ids) > 1:
         raise UsageError(
             f"A session holds one sequence, but the batch has {len(token_ids)} (num_return_sequences counts too). Use a session "
@@ -214,7 +218,7 @@ def check_sequences(cache: SpeCache, token_ids: list[list[int]]) -> None:
 
 
 def check_prompt_lengths(token_ids: list[list[int]], info: ModelInfo) -> None:
-    """Refuse prompts that the model has no positions for."""
+    """Refuse prompts longer than the model's positions."""
     longest = max(len(row) for row in token_ids)
     if info.max_positions is not None and longest > info.max_positions:
         raise UsageError(
@@ -225,7 +229,7 @@ def check_prompt_lengths(token_ids: list[list[int]], info: ModelInfo) -> None:
 
 
 def check_max_new_tokens(max_new_tokens: Any) -> None:
-    """Refuse a call that generates nothing."""
+    """Refuse a limit that is no number, or below 1."""
     if not isinstance(max_new_tokens, Real | Tensor | None):
         raise UsageError(f"max_new_tokens must be a number, not {_described(max_new_tokens)}.")
     if max_new_tokens is not None and max_new_tokens < 1:
@@ -238,7 +242,7 @@ def _described(value: Any) -> str:
 
 
 def _conversion(value: Any) -> str:
-    """What makes token ids of a value that people pass instead."""
+    """Return a sentence that says how to convert another type to token ids, or nothing."""
     if isinstance(value, Mapping):
         return " Pass its parts by name: generate(model, **inputs)."
     if isinstance(value, str):

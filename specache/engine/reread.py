@@ -1,5 +1,6 @@
-"""Key-value rows of a saved state made once more from its tokens, where they are damaged: through the model, over the intact rows
-before them. Nothing of the state changes.
+"""Prefill of a saved session's damaged rows, over the intact rows before them.
+
+The saved state is not changed.
 """
 
 from __future__ import annotations
@@ -26,13 +27,17 @@ Blocks = dict[tuple[int, int], Tensor]  # rows [Hkv, 64, 2 D] by (layer, block)
 
 
 class RereadPass:
-    """A chunk of tokens that is read once more (`passes.ForwardPass`).
+    """The forward pass over a chunk of tokens that is prefilled again (`forward_pass.ForwardPass`).
 
     Args:
-        rows: of the tokens before the chunk, damaged ones mended.
-        start: first token of the chunk.
-        damaged: blocks whose rows are wanted, by full-attention layer.
-        windows: sliding layers as they are at `start`, which move on; made where there is none yet.
+        rows: stored rows of the tokens before the chunk, with the damaged ones repaired.
+        start: position of the chunk's first token.
+        damaged: damaged blocks by full-attention layer.
+        windows: the sliding-window layers at `start`, advanced by the pass. Missing ones are
+            created.
+
+    Attributes:
+        blocks: the damaged blocks that the chunk covers, made again.
     """
 
     def __init__(
@@ -43,7 +48,7 @@ class RereadPass:
         self._start = start
         self._damaged = damaged
         self._windows = windows
-        self.found: Blocks = {}
+        self.blocks: Blocks = {}
 
     def attention(self, index: int, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
         window = self._info.windows[index]
@@ -52,7 +57,7 @@ class RereadPass:
                 self._windows[index] = WindowLayer(index, window, keys[0], ByteBudget())
             out = self._windows[index].prefill(query[0], keys[0], values[0], params)
         else:
-            self._take(index, torch.cat([keys[0], values[0]], dim=-1))
+            self._keep_damaged(index, torch.cat([keys[0], values[0]], dim=-1))
             out, _ = merge([merge_each(self._parts(index, query[0], keys[0], values[0], params))], params.sinks)
         return out.transpose(0, 1)[None].to(query.dtype)
 
@@ -62,22 +67,22 @@ class RereadPass:
             yield attend_part(query, stored_keys.to(query.device), stored_values.to(query.device), params)
         yield attend_part(query, keys, values, params, causal=True)
 
-    def _take(self, index: int, rows: Tensor) -> None:
-        """Keep the damaged blocks among the chunk's rows [Hkv, n, 2 D]."""
+    def _keep_damaged(self, index: int, rows: Tensor) -> None:
+        """Add the damaged blocks among the chunk's rows [Hkv, n, 2 D] to `blocks`."""
         for block in self._damaged.get(index, ()):
             first = block * BLOCK_TOKENS - self._start
             if first >= 0 and first + BLOCK_TOKENS <= rows.shape[1]:
-                self.found[index, block] = rows[:, first : first + BLOCK_TOKENS].cpu()
+                self.blocks[index, block] = rows[:, first : first + BLOCK_TOKENS].cpu()
 
 
 class Rereader:
-    """Makes the damaged blocks of a session's rows once more.
+    """Prefills the damaged blocks of a session's rows again.
 
     Args:
-        found: the damage, and the tokens.
-        checkpoints: of the sliding windows, those that are intact.
+        found: the damage and the tokens of the session.
+        checkpoints: the intact checkpoints of the sliding windows.
         chunk: tokens per forward pass.
-        progress: called with the tokens read so far.
+        progress: called with the number of tokens prefilled so far.
     """
 
     def __init__(
@@ -90,7 +95,7 @@ class Rereader:
         chunk: int,
         progress: Callable[[int], None],
     ) -> None:
-        assert found.token_ids is not None, "without tokens nothing can be read again"
+        assert found.token_ids is not None, "a session without its tokens is not repaired"
         self._model, self._info = model, info
         self._ids = found.token_ids
         self._damaged = found.blocks
@@ -104,10 +109,10 @@ class Rereader:
 
     @torch.no_grad()
     def mended(self) -> Blocks:
-        """The damaged blocks as they should be.
+        """Return the repaired blocks.
 
         Raises:
-            SessionError: their keys depend on how long the sequence was when they were made.
+            SessionError: the keys depend on the sequence's length when they were stored.
         """
         if self._info.rope_side(len(self._ids) - 1) and self._info.rope_type == "dynamic":
             raise SessionError(
@@ -117,16 +122,16 @@ class Rereader:
         reset_rope(self._model, self._info)
         with attached(self._model):
             if self._info.rope_side(len(self._ids) - 1):
-                self._pass(len(self._ids))  # frequencies depend on the longest position of a pass
+                self._run_pass(len(self._ids))  # RoPE frequencies depend on the largest position of a pass
             else:
                 for first, last in _runs({block for blocks in self._damaged.values() for block in blocks}):
-                    self._go_to(first * BLOCK_TOKENS)
+                    self._seek(first * BLOCK_TOKENS)
                     while self._position < last * BLOCK_TOKENS:
-                        self._pass(min(self._position // BLOCK_TOKENS * BLOCK_TOKENS + self._chunk, last * BLOCK_TOKENS))
+                        self._run_pass(min(self._position // BLOCK_TOKENS * BLOCK_TOKENS + self._chunk, last * BLOCK_TOKENS))
         return self._rows.mended
 
-    def _go_to(self, start: int) -> None:
-        """Stand at `start` or before it: as near as the sliding windows are known."""
+    def _seek(self, start: int) -> None:
+        """Move to position `start`, or to the nearest checkpoint of the windows before it."""
         if not any(window is not None for window in self._info.windows):
             self._position = start
             return
@@ -143,20 +148,20 @@ class Rereader:
             self._windows[index] = window
         self._position = min(stored, start)
 
-    def _pass(self, stop: int) -> None:
-        """Read the tokens up to `stop`, and keep what is damaged of their rows."""
+    def _run_pass(self, stop: int) -> None:
+        """Run the tokens up to position `stop` and keep the damaged blocks among their rows."""
         state = RereadPass(self._info, self._rows, self._position, self._damaged, self._windows)
         ids = torch.tensor([self._ids[self._position : stop]], dtype=torch.long, device=self._info.device)
         positions = torch.arange(self._position, stop, device=self._info.device)[None]
         forward(self._model, ids, positions, state, logits=1)
-        self._rows.mended |= state.found
+        self._rows.mended |= state.blocks
         self.tokens_read += stop - self._position
         self._position = stop
         self._progress(self.tokens_read)
 
 
 def _runs(blocks: set[int]) -> Iterator[tuple[int, int]]:
-    """(first, behind the last) of blocks that lie together."""
+    """Yield [first, last) of every run of consecutive blocks."""
     ordered = sorted(blocks)
     start = 0
     for i in range(1, len(ordered) + 1):

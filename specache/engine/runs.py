@@ -1,4 +1,4 @@
-"""A prefilled request while it is decoded: which tokens go into the next step, and what is done with its logits."""
+"""The decoding state of a prefilled request: its next tokens, and what its logits are for."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from specache.stats import Counters
 
 
 class Run(Protocol):
-    """What the engine decodes.
+    """A request that the engine decodes.
 
     Attributes:
-        sequences: of the cache, `B`.
-        drafts: the draft tokens [B] beside the next tokens; `None` before pre-decoding.
+        sequences: its `B` cached sequences.
+        drafts: the draft tokens [B] that follow the next tokens; `None` before pre-decoding.
     """
 
     sequences: list[Sequence]
@@ -27,21 +27,21 @@ class Run(Protocol):
 
     @property
     def active(self) -> list[int]:
-        """Return which sequences the next step decodes."""
+        """Return the indices of the sequences that the next step decodes."""
 
     @property
     def tokens(self) -> list[int]:
-        """Return the tokens [B] that the next step feeds."""
+        """Return the tokens [B] that are the input of the next step."""
 
     def take_first_drafts(self, active: list[int], logits: Tensor) -> None:
-        """Choose draft tokens from pre-decoding's logits [A, V]."""
+        """Choose draft tokens from the logits [A, V] of pre-decoding."""
 
     def take(self, active: list[int], real: Tensor, drafts: Tensor | None, counters: Counters) -> None:
-        """Go on with a step's logits [A, V] of the real rows, and of the draft rows where there are some."""
+        """Take a step's logits [A, V] of the real tokens, and of the draft tokens if any."""
 
 
 class SampledRun:
-    """Chooses tokens as the request's parameters say.
+    """A request whose tokens are sampled as its parameters say.
 
     Args:
         logits: float32 [B, V] of the prompts' last tokens.
@@ -62,7 +62,7 @@ class SampledRun:
         return self._request.state.last_tokens
 
     def sample(self) -> None:
-        """Choose the next token of every sequence, in the modes of PyTorch that the caller set."""
+        """Choose the next token of every sequence, in the caller's PyTorch modes."""
         request = self._request
         before = request.state.new.tolist()
         with modes.callers():
@@ -79,17 +79,17 @@ class SampledRun:
 
     def take(self, active: list[int], real: Tensor, drafts: Tensor | None, counters: Counters) -> None:
         self._logits[active] = real
-        earlier = self.drafts
-        context = None if earlier is None else with_drafts(self._request.state, earlier)
+        previous = self.drafts
+        context = None if previous is None else with_drafts(self._request.state, previous)
         self.sample()
-        if earlier is not None and drafts is not None and context is not None:
-            _count_drafts(counters, [self.tokens[i] for i in active], [earlier[i] for i in active])
+        if previous is not None and drafts is not None and context is not None:
+            _count_drafts(counters, [self.tokens[i] for i in active], [previous[i] for i in active])
             with modes.callers():
                 self.drafts = draft_tokens(self._request.params, context, drafts, active)
 
 
 class GivenRun:
-    """Decodes tokens that the caller gives, one step at a time; its draft tokens are the likeliest ones.
+    """A request whose tokens the caller gives, one step at a time. Its drafts are greedy.
 
     Attributes:
         logits: float32 [B, V] of the last step.
@@ -123,6 +123,6 @@ class GivenRun:
 
 
 def _count_drafts(counters: Counters, tokens: list[int], drafts: list[int]) -> None:
-    """Count how many draft tokens became the real ones."""
+    """Count draft tokens, and those that equal the real tokens."""
     counters.drafts += len(tokens)
     counters.drafts_right += sum(token == draft for token, draft in zip(tokens, drafts, strict=True))

@@ -1,6 +1,6 @@
 """Choosing tokens and draft tokens, and stopping, as transformers' `generate` does.
 
-One `GenerationState` holds the answers of one request while they grow. It does not know the model.
+One `GenerationState` holds the tokens of one request. Nothing here knows the model.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ from specache.cache.sequence import Sequence
 from specache.engine.draft_tokens import DraftProcessors
 
 
-class EndedOnce:
-    """A streamer that is ended once, however a call ends: who waits for its text must not wait for ever."""
+class ClosingStreamer:
+    """A streamer that is ended exactly once, however the call ends: its reader never hangs."""
 
     def __init__(self, streamer: Any) -> None:
         self._streamer = streamer
 
     def put(self, value: Tensor) -> None:
-        """Hand tokens on."""
+        """Pass tokens to the streamer."""
         self._streamer.put(value)
 
     def end(self) -> None:
-        """End it, if that was not done before."""
+        """End the streamer unless it was ended before."""
         streamer, self._streamer = self._streamer, None
         if streamer is not None:
             streamer.end()
 
     @classmethod
     @contextmanager
-    def of(cls, streamer: Any) -> Iterator[EndedOnce | None]:
-        """A block in which the streamer is used, if there is one."""
-        once = None if streamer is None else cls(streamer)
+    def of(cls, streamer: Any) -> Iterator[ClosingStreamer | None]:
+        """Yield the streamer wrapped, or `None` where there is none, and end it after the block."""
+        closing = None if streamer is None else cls(streamer)
         try:
-            yield once
+            yield closing
         finally:
-            if once is not None:
-                once.end()
+            if closing is not None:
+                closing.end()
 
 
 @dataclass
@@ -54,12 +54,12 @@ class SamplingParams:
 
     Attributes:
         logits_processor: applied to the logits [B, V] of every step.
-        stopping_criteria: a sequence ends when one of them says so.
-        do_sample: draw from the scores; `False` takes the largest.
-        pad_token: what finished sequences get; `None` where no end token is set.
-        record_scores, record_logits: whether `GenerationState` keeps those of every step.
+        stopping_criteria: a sequence ends when any of them is true.
+        do_sample: sample from the scores; `False` takes the argmax.
+        pad_token: the token that finished sequences get; `None` if no end token is set.
+        record_scores, record_logits: whether `GenerationState` keeps them for every step.
         drafts: the processors that are applied to draft tokens.
-        generator: of the random numbers; `None` takes PyTorch's global one.
+        generator: random number generator; `None` takes PyTorch's global one.
     """
 
     logits_processor: LogitsProcessorList
@@ -75,7 +75,7 @@ class SamplingParams:
     def of(
         cls, logits_processor: LogitsProcessorList, stopping_criteria: StoppingCriteriaList, generation_config: Any
     ) -> SamplingParams:
-        """Take what transformers' `generate` hands to its own decoding loop."""
+        """Return the parameters from what `generate` prepares for its decoding loop."""
         returns_dict = generation_config.return_dict_in_generate
         has_end_token = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         return cls(
@@ -90,15 +90,16 @@ class SamplingParams:
 
     @classmethod
     def greedy(cls) -> SamplingParams:
-        """Take the likeliest token, without an end."""
+        """Return parameters of greedy decoding that never stops."""
         return cls(LogitsProcessorList(), StoppingCriteriaList(), False, None, False, False, DraftProcessors(LogitsProcessorList()))
 
 
 @dataclass
 class GenerationState:
-    """The tokens of one request so far, and what is recorded on the way. `B` sequences.
+    """The tokens of one request of `B` sequences so far, and its recorded scores and logits.
 
-    Finished ones get padding; where no end token is set they run on with the others, as in stock generate.
+    Finished sequences get padding. If no end token is set, they are decoded until all have
+    finished, as in stock generate.
     """
 
     input_ids: Tensor  # [B, S + new]
@@ -119,7 +120,7 @@ class GenerationState:
 
     @property
     def active(self) -> list[int]:
-        """Return the sequences that the next step decodes."""
+        """Return the indices of the sequences that the next step decodes."""
         runs = self.unfinished if self.pads_finished else self.unfinished.any().expand_as(self.unfinished)
         return runs.nonzero()[:, 0].tolist()
 
@@ -129,7 +130,7 @@ class GenerationState:
         return self.input_ids[:, -1].tolist()
 
     def new_token_ids(self) -> list[list[int]] | None:
-        """Return each sequence's new tokens, without padding; `None` before the first ones."""
+        """Return each sequence's new tokens, without padding; `None` before the first token."""
         rows = self.input_ids[:, self.prompt_length :].tolist()
         return [row[:count] for row, count in zip(rows, self.new.tolist(), strict=True)] if rows[0] else None
 
@@ -137,7 +138,7 @@ class GenerationState:
 def sample_next(
     state: GenerationState, logits: Tensor, params: SamplingParams, sequences: Sequences[Sequence], streamer: Any
 ) -> None:
-    """Choose every sequence's next token as stock generate does, and see which are finished. logits [B, V], float32."""
+    """Choose every sequence's next token from logits [B, V] as stock generate does, and stop."""
     logits = logits.to(copy=True, dtype=torch.float32, device=state.input_ids.device)
     scores = params.logits_processor(state.input_ids, logits)
     if params.record_scores:
@@ -159,7 +160,7 @@ def sample_next(
 
 
 def _finish(state: GenerationState, params: SamplingParams, sequences: Sequences[Sequence]) -> None:
-    """Apply the stopping criteria and note why a sequence ended."""
+    """Apply the stopping criteria and set `finish_reason` of the sequences that ended."""
     recorded = tuple(state.scores) if params.record_scores else None
     by_length = torch.zeros_like(state.unfinished)
     by_stop = torch.zeros_like(state.unfinished)
@@ -172,11 +173,11 @@ def _finish(state: GenerationState, params: SamplingParams, sequences: Sequences
 
 
 def draft_tokens(params: SamplingParams, context: Tensor, logits: Tensor, active: list[int]) -> list[int]:
-    """Return speculative tokens [B], after the processors that may be applied to them.
+    """Return draft tokens [B]: the argmax of the logits after `params.drafts`.
 
     Args:
-        context: [B, n], what the draft rows saw: the text, and the previous draft token where there was one.
-        logits: [A, V] of the `active` sequences' draft rows.
+        context: [B, n], the tokens before the draft: the text, and the previous draft token if any.
+        logits: [A, V] of the draft rows of the `active` sequences.
     """
     full = logits.new_zeros(context.shape[0], logits.shape[-1])
     full[active] = logits
@@ -184,6 +185,6 @@ def draft_tokens(params: SamplingParams, context: Tensor, logits: Tensor, active
 
 
 def with_drafts(state: GenerationState, drafts: list[int]) -> Tensor:
-    """Return the tokens that the draft row continues: everything so far and the draft token."""
+    """Return [B, n + 1]: all tokens so far, and the draft token of every sequence."""
     column = torch.tensor(drafts, dtype=state.input_ids.dtype, device=state.input_ids.device)[:, None]
     return torch.cat([state.input_ids, column], dim=-1)

@@ -1,7 +1,8 @@
-"""Decode steps on a GPU: over static buffers, so that the host only launches, and as a CUDA graph where one can be captured.
+"""Decode steps on a GPU over static buffers, as CUDA graphs where they can be captured.
 
-`StaticDecoder` attaches a batch's sequences to a `DeviceBatch` for as long as the same sequences decode together.
-`SpeCache.release_device_batch` moves their whole state back into the sequences; call it before reading or changing one otherwise.
+`StaticDecoder` attaches sequences to a `DeviceBatch` while the same sequences decode together.
+`SpeCache.release_device_batch` moves their state back into the sequences. Call it before anything
+else reads or changes them.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from specache.tiers.streams import Streams, streams_for
 
 @dataclass(frozen=True)
 class StaticSettings:
-    """How steps run; tests run them on the CPU with settings of their own."""
+    """How static steps run. Tests replace them to run steps on the CPU."""
 
     streams: Callable[[torch.device], Streams] = streams_for
     graphs: Callable[[torch.device], Graphs | None] = graphs_for
@@ -47,44 +48,48 @@ SETTINGS = StaticSettings()
 
 
 class StaticDecoder:
-    """The static steps of one cache. The model must be `attached`."""
+    """Runs decode steps of one cache over static buffers. The model must be `attached`."""
 
     def __init__(self, model: Any, cache: SpeCache) -> None:
         self._model = model
-        self._cache: SpeCache = weakref.proxy(cache)  # which refers to `release_device_batch` while its sequences are lent
+        self._cache: SpeCache = weakref.proxy(cache)  # it refers to `release_device_batch` while a batch is attached
         self._settings = SETTINGS
         self._graphs = cache.config.cuda_graph is not False
         self._batch: DeviceBatch | None = None
-        self._sequences: list[CachedSequence] = []  # that the batch is made of
+        self._sequences: list[CachedSequence] = []  # those attached to the batch
         self._steps = GraphedSteps(None)
         self._working_set: Claim | None = None
-        self.out_of_room = False  # memory did not suffice for static buffers: the ordinary steps serve
-        self._off = self._refuses()
-        if self._off and cache.config.cuda_graph:
-            _warn(f"cuda_graph is on, but decode steps are not captured: {self._off}.")
+        self.out_of_room = False  # whether memory ran out for static buffers, so that ordinary steps run
+        self._disabled = self._unsupported_reason()  # why no static step runs, or `None`
+        if self._disabled and cache.config.cuda_graph:
+            _warn(f"cuda_graph is on, but decode steps are not captured: {self._disabled}.")
 
-    def serves(self, kind: StepKind, sequences: Sequence[CachedSequence]) -> bool:
-        """Whether a pass runs here. A sequence shorter than `R + g` has no low-bit copy yet, and no key weights."""
+    def supports(self, kind: StepKind, sequences: Sequence[CachedSequence]) -> bool:
+        """Return whether a pass can run over static buffers.
+
+        Every sequence must have a low-bit copy, so at least `R + g` tokens.
+        """
         config = self._cache.config
         least = config.residual + config.group_size
-        if self._off or kind is not KINDS[config.policy] or any(sequence.length < least for sequence in sequences):
+        if self._disabled or kind is not KINDS[config.policy] or any(sequence.length < least for sequence in sequences):
             return False
-        return self._cache.info.rope_switch is None or self._on_one_side()
+        return self._cache.info.rope_switch is None or self._same_rope_side()
 
     def step(self, sequences: Sequence[CachedSequence], tokens: list[list[int]]) -> Tensor | None:
-        """One step over tokens [A][n] -> float32 logits [A, n, V]; `None` if there is no room for a batch. Commits the first ones.
+        """Run one step over tokens [A][n], commit each first token and return logits [A, n, V].
 
-        A failure leaves the sequences as they were.
+        Return `None` if memory does not suffice for a batch. An error leaves the sequences
+        unchanged.
         """
-        if self._off or not self._attach(sequences):
+        if self._disabled or not self._attach(sequences):
             return None
         assert self._batch is not None
         try:
             logits = self._run(self._batch, tokens)
         except BaseException as error:
-            again = self._can_do_without(error)
+            retry = self._disable_cause(error)
             self._detach(failed=True)
-            if not again:
+            if not retry:
                 raise
             logits = None
         if logits is None:  # outside of `except`: the error keeps the failed step's tensors alive
@@ -94,7 +99,7 @@ class StaticDecoder:
         return logits
 
     def release_device_batch(self) -> None:
-        """The sequences hold their whole state themselves."""
+        """Move the batch's state back into its sequences."""
         if self._batch is not None:
             self._detach(failed=False)
 
@@ -117,24 +122,24 @@ class StaticDecoder:
         batch.commit()
         return logits
 
-    def _can_do_without(self, error: BaseException) -> bool:
-        """Leave out what made a step fail, from now on -> whether the step can be tried again as it is."""
+    def _disable_cause(self, error: BaseException) -> bool:
+        """Switch off the feature that made a step fail. Return whether to try the step again."""
         if isinstance(error, CaptureError):
             _warn(f"A decode step could not be captured as a CUDA graph ({error}). Steps go on without, slower.")
             self._graphs = False
             return True
         if isinstance(error, page_kernels.build_errors(self._cache.info.device)):
-            self._off = f"a kernel could not be built ({error})"
-            _warn(f"Decode steps go on without static buffers, slower: {self._off}.")
+            self._disabled = f"a kernel could not be built ({error})"
+            _warn(f"Decode steps go on without static buffers, slower: {self._disabled}.")
             return True
         if is_out_of_memory(error):
-            self._off, self.out_of_room = "memory ran out in a step with static buffers", True
+            self._disabled, self.out_of_room = "memory ran out in a step with static buffers", True
             _warn("Out of memory in a decode step: its static buffers were freed, and steps go on without, slower.")
             return True
         return False
 
     def _attach(self, sequences: Sequence[CachedSequence]) -> bool:
-        """Have the batch of these sequences, with room for a step -> whether there is one."""
+        """Attach the sequences to a batch. Return False if memory does not suffice."""
         batch = self._batch
         if batch is not None and not batch.outgrown and self._sequences == list(sequences):
             return True
@@ -149,7 +154,7 @@ class StaticDecoder:
         except Exception as error:
             if not (isinstance(error, SlowTierError) or is_out_of_memory(error)):
                 raise
-            self._off, self.out_of_room = str(error), is_out_of_memory(error)
+            self._disabled, self.out_of_room = str(error), is_out_of_memory(error)
             _warn(f"Decode steps go on without static buffers, slower: {error}")
             self._forget()
             for sequence in sequences:
@@ -172,7 +177,7 @@ class StaticDecoder:
     def _detach(self, failed: bool) -> None:
         batch = self._batch
         assert batch is not None
-        steps = self._steps  # its graphs are not freed before the device is through with them
+        steps = self._steps  # keeps the graphs alive until the device has finished them
         self._forget()
         if steps.capturing:
             batch.abandon_capture()
@@ -184,7 +189,7 @@ class StaticDecoder:
             if failed:
                 sequence.begin_pass()
                 sequence.undo_pass()
-            if not self._off:
+            if not self._disabled:
                 sequence.prepare_decode()
 
     def _forget(self) -> None:
@@ -193,7 +198,7 @@ class StaticDecoder:
             self._working_set.release()
 
     def _count(self, batch: DeviceBatch) -> None:
-        """What the batch counted on the device."""
+        """Add the batch's counts on the device to the cache's counters."""
         counters = self._cache.counters
         selected, ready, size = batch.row_counts()
         counters.rows_selected += selected
@@ -204,13 +209,16 @@ class StaticDecoder:
     def _on_device(self) -> bool:
         return self._cache.info.device.type in self._settings.devices
 
-    def _on_one_side(self) -> bool:
-        """Whether all sequences are on one side of a long RoPE's switch: else two batches would take turns, each built anew."""
+    def _same_rope_side(self) -> bool:
+        """Return whether all sequences use the same RoPE frequencies.
+
+        Otherwise two batches would alternate, and each would be built anew.
+        """
         side = self._cache.info.rope_side
         return len({side(length) for sequence in self._cache.sequences for length in (sequence.length, sequence.length + 1)}) == 1
 
-    def _refuses(self) -> str | None:
-        """Why no step of this cache runs here, or `None`."""
+    def _unsupported_reason(self) -> str | None:
+        """Return why this cache cannot decode over static buffers, or `None`."""
         info, config = self._cache.info, self._cache.config
         if not self._on_device:
             return f"the model is on {info.device.type!r}"

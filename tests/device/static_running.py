@@ -10,7 +10,7 @@ import torch
 
 import specache
 from specache.device.batch import DeviceBatch
-from specache.engine import static_decoder as static_decoding
+from specache.engine import static_decoder
 from specache.engine.static_decoder import StaticDecoder, StaticSettings
 from specache.tiers.streams import InlineStreams
 from tests.tiny import ragged
@@ -32,7 +32,7 @@ def static_steps(monkeypatch: Any, **changes: Any) -> Iterator[list[int]]:
         return logits
 
     with monkeypatch.context() as patch:
-        patch.setattr(static_decoding, "SETTINGS", StaticSettings(**settings))
+        patch.setattr(static_decoder, "SETTINGS", StaticSettings(**settings))
         patch.setattr(StaticDecoder, "_run", counted)
         yield steps
 

@@ -1,4 +1,4 @@
-"""What a model hands its attention beyond queries, keys and values is honoured or refused, never ignored."""
+"""Arguments, masks and shapes of a model's attention are supported or refused, never ignored."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ POLICIES = ["full", "verified", "on-demand"]
 LENGTH = 90  # three chunks of a prompt
 
 
-def handing(model: Any, **arguments: Any) -> Any:
-    """The model, whose attention layers get further keyword arguments; a function is called with the number of tokens."""
+def passing(model: Any, **arguments: Any) -> Any:
+    """Have the attention layers get further keyword arguments; functions get the token count."""
 
     def add(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         n = kwargs["hidden_states"].shape[1]
@@ -50,12 +50,12 @@ def equals_stock(model: Any, policy: str = "verified") -> None:
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("name", ["position_bias", "alibi", "indices", "block_indices", "a_new_idea"])
-def test_an_argument_that_ours_would_ignore_is_refused_by_its_name(name, policy):
-    refused(handing(llama(), **{name: torch.ones(1)}), policy, f"passes {name} to its attention")
+def test_an_attention_argument_without_support_is_refused_by_name(name, policy):
+    refused(passing(llama(), **{name: torch.ones(1)}), policy, f"passes {name} to its attention")
 
 
-def test_arguments_that_change_nothing_are_no_reason_to_refuse():
-    equals_stock(handing(llama(), deterministic=False, position_bias=None, output_attentions=False))
+def test_attention_arguments_without_effect_are_accepted():
+    equals_stock(passing(llama(), deterministic=False, position_bias=None, output_attentions=False))
 
 
 def alibi(n: int) -> torch.Tensor:
@@ -77,28 +77,28 @@ def additive(n: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("mask", [alibi, blocks_of_two])
-def test_a_bias_or_a_mask_of_the_models_own_is_refused(mask, policy):
-    refused(handing(llama(), attention_mask=mask), policy, "mask or a bias of its own")
+def test_a_models_own_bias_or_mask_is_refused(mask, policy):
+    refused(passing(llama(), attention_mask=mask), policy, "mask or a bias of its own")
 
 
 @pytest.mark.parametrize("mask", [causal, additive])
-def test_a_causal_mask_of_the_models_own_is_what_ours_does_anyway(mask):
+def test_a_models_own_causal_mask_is_accepted(mask):
     ids = prompt(LENGTH)
     expected = llama().generate(ids, max_new_tokens=6, do_sample=False)
     config = specache.SpeCacheConfig(policy="verified", slow_tier="ram", top_k=10**6, prefill_chunk=40)
-    ours = specache.generate(handing(llama(), attention_mask=mask), ids, config=config, max_new_tokens=6, do_sample=False)
+    ours = specache.generate(passing(llama(), attention_mask=mask), ids, config=config, max_new_tokens=6, do_sample=False)
     assert torch.equal(ours, expected)
 
 
 def test_attention_to_later_tokens_is_refused():
-    refused(handing(llama(), is_causal=False), "full", "later tokens")
+    refused(passing(llama(), is_causal=False), "full", "later tokens")
 
 
-def test_a_decoder_that_was_configured_to_look_both_ways_is_refused():
+def test_a_bidirectional_configuration_is_refused():
     refused(llama(is_causal=False), "full", "beyond causal attention")
 
 
-def test_a_class_whose_forward_takes_no_further_arguments_is_refused():
+def test_a_forward_without_keyword_arguments_is_refused():
     class Closed(transformers.LlamaForCausalLM):
         def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None):
             return super().forward(input_ids, attention_mask, position_ids, past_key_values, use_cache=use_cache)
@@ -116,15 +116,15 @@ def everything(batch: Any, head: Any, q: Any, kv: Any) -> Any:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_prefix_that_is_seen_from_before_is_refused(monkeypatch, policy):
-    """As in PaliGemma: the prompt's first tokens see each other in both directions."""
+def test_bidirectional_attention_within_a_prefix_is_refused(monkeypatch, policy):
+    """As in PaliGemma, the prompt's first tokens attend to each other in both directions."""
     monkeypatch.setattr(
         modeling_llama, "create_causal_mask", partial(modeling_llama.create_causal_mask, or_mask_function=first_ten)
     )
     refused(llama(), policy, "asks for a mask beyond causal")
 
 
-def test_a_mask_function_that_hides_nothing_is_served(monkeypatch):
+def test_a_mask_function_without_effect_is_accepted(monkeypatch):
     monkeypatch.setattr(
         modeling_llama, "create_causal_mask", partial(modeling_llama.create_causal_mask, and_mask_function=everything)
     )
@@ -132,17 +132,17 @@ def test_a_mask_function_that_hides_nothing_is_served(monkeypatch):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_model_in_training_mode_whose_attention_drops_at_random_is_refused(policy):
+def test_attention_dropout_in_training_mode_is_refused(policy):
     refused(llama(attention_dropout=0.1).train(), policy, r"training mode. Call model.eval\(\)")
 
 
-def test_dropout_is_off_in_evaluation_mode_and_training_mode_alone_changes_nothing():
+def test_evaluation_mode_and_training_mode_without_dropout_equal_stock():
     equals_stock(llama(attention_dropout=0.1))
     equals_stock(llama().train())
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_router_with_jitter_is_quiet_in_evaluation_mode(policy):
+def test_a_router_with_jitter_equals_stock_in_evaluation_mode(policy):
     equals_stock(build("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "router_jitter_noise": 0.3}), policy)
 
 
@@ -162,7 +162,7 @@ def test_keys_and_values_of_different_sizes_are_refused_before_anything_runs(val
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("first", ["full_attention", "sliding_attention"])
-def test_sizes_that_the_modules_do_not_tell_are_refused_when_the_first_keys_arrive(monkeypatch, first, policy):
+def test_unsupported_head_sizes_are_refused_at_the_first_keys(monkeypatch, first, policy):
     monkeypatch.setattr("specache.model.info.differing_dims", lambda module: None)
     other = {"full_attention": "sliding_attention", "sliding_attention": "full_attention"}[first]
     refused(build("MiMoV2Flash", {**MIMO, "layer_types": [first, other] * 2}), policy, "keys of 24 and values of 16 elements")
@@ -178,7 +178,7 @@ SHAPES = {  # of queries, keys and values [B, H, n, D]
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_shapes_that_are_no_self_attention_are_refused(name):
+def test_shapes_other_than_self_attention_are_refused(name):
     *shapes, match = SHAPES[name]
     with pytest.raises(specache.UnsupportedModelError, match=match):
         check_arguments(torch.nn.Identity(), *(torch.zeros(shape) for shape in shapes), {})
@@ -203,7 +203,7 @@ def gemma4(**changes: Any) -> Any:
 
 
 @pytest.mark.parametrize("policy", ["full", "verified", "speculative", "on-demand", "previous"])
-def test_layers_with_heads_of_their_own_size_and_number_equal_stock(policy):
+def test_layers_with_different_head_counts_and_sizes_equal_stock(policy):
     equals_stock(gemma4(), policy)
 
 

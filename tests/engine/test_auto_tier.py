@@ -1,4 +1,4 @@
-"""`slow_tier="auto"`: rows in memory where they fit, else on disk, decided when a prompt is there; a conversation may move."""
+"""`slow_tier="auto"` keeps rows in memory if they fit, else on disk. A conversation may move."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def model() -> Any:
 
 @pytest.fixture
 def set_free(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SetFree:
-    """Say how much memory is free, to the byte; rows on disk go into `tmp_path`, a disk with room."""
+    """Set the free memory in bytes, and let rows on disk go to `tmp_path`, a disk with space."""
     monkeypatch.setenv("SPECACHE_CACHE", str(tmp_path))
     monkeypatch.setattr(auto_tier, "MARGIN_BYTES", 0)
     monkeypatch.setattr(auto_tier, "MARGIN_SHARE", 0.0)
     monkeypatch.setattr(machine, "mapped_bytes", lambda blocks: 0)
     monkeypatch.setattr(machine, "free_swap", lambda: MUCH)
-    monkeypatch.setattr(working_set, "READ_BYTES", 4096)  # a disk's buffers are larger than all that a tiny model holds
+    monkeypatch.setattr(working_set, "READ_BYTES", 4096)  # the real buffers exceed all that a tiny model holds
     monkeypatch.setattr(rows_folder, "folder_facts", lambda folder: FolderFacts(folder, tmp_path, "ext4", MUCH))
 
     def set_free(size: int | None) -> None:
@@ -55,7 +55,7 @@ def set_free(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SetFree:
 
 @pytest.fixture(autouse=True)
 def quiet() -> Any:
-    """Where a test is not about the warning that rows go to disk."""
+    """Silence the warning that rows go to disk."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "slow_tier='auto'")
         yield
@@ -66,7 +66,7 @@ def config(**changes: Any) -> SpeCacheConfig:
 
 
 def needed(model: Any, ids: torch.Tensor, mask: torch.Tensor | None = None) -> int:
-    """Main memory that a generation wants with its rows there."""
+    """Return the main memory that a generation needs with its rows there."""
     with SpeCache(model, config()) as cache:
         specache.generate(model, ids, attention_mask=mask, past_key_values=cache, **NEW)
         assert cache.tier_choice is not None
@@ -90,7 +90,7 @@ def test_rows_stay_in_memory_exactly_as_long_as_everything_fits(model, set_free)
             assert stats["slow_tier_choice"]["needed_bytes"] == enough and stats["slow_tier_choice"]["free_bytes"] == free
 
 
-def test_what_is_needed_is_what_a_run_in_memory_really_holds(model, set_free):
+def test_planned_bytes_are_those_a_run_in_memory_holds(model, set_free):
     ids = prompt(300)
     with SpeCache(model, config()) as cache:
         answer(model, ids, cache)
@@ -99,7 +99,7 @@ def test_what_is_needed_is_what_a_run_in_memory_really_holds(model, set_free):
         assert held <= cache.tier_choice.needed_bytes <= held + layer + 0.1 * held
 
 
-def test_the_answer_on_disk_is_the_one_in_memory(model, set_free):
+def test_rows_on_disk_give_the_answer_of_rows_in_memory(model, set_free):
     ids = prompt(300)
     in_memory = specache.generate(model, ids, config=config(), **NEW)
     set_free(0)
@@ -123,7 +123,7 @@ def test_all_sequences_of_a_batch_count(model, set_free):
         assert cache.config.slow_tier == "disk"
 
 
-def test_a_python_user_is_warned_once_and_only_on_disk(model, set_free):
+def test_going_to_disk_warns_once_and_staying_in_memory_never(model, set_free):
     enough = needed(model, prompt(300))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -133,8 +133,8 @@ def test_a_python_user_is_warned_once_and_only_on_disk(model, set_free):
         warnings.simplefilter("always")
         answer(model, prompt(300), cache)
         answer(model, prompt(310), cache)
-    said = [str(each.message) for each in seen]
-    assert len(said) == 1 and f"{enough:,} bytes" in said[0] and "slow_tier='ram-inplace'" in said[0] and "\n" not in said[0]
+    (message,) = [str(warning.message) for warning in seen]
+    assert f"{enough:,} bytes" in message and "slow_tier='ram-inplace'" in message and "\n" not in message
 
 
 def test_a_prompt_so_short_that_a_disk_needs_more_memory_stays_in_memory(model, set_free, monkeypatch):
@@ -145,14 +145,14 @@ def test_a_prompt_so_short_that_a_disk_needs_more_memory_stays_in_memory(model, 
         assert cache.config.slow_tier == "ram-inplace"
 
 
-def test_where_the_system_does_not_say_what_is_free_rows_stay_in_memory(model, set_free):
+def test_rows_stay_in_memory_if_free_memory_is_unknown(model, set_free):
     set_free(None)
     with SpeCache(model, config()) as cache:
         answer(model, prompt(300), cache)
         assert cache.config.slow_tier == "ram-inplace" and cache.tier_choice.free_bytes is None
 
 
-def test_files_are_gone_when_the_cache_is_closed(model, set_free, tmp_path):
+def test_closing_the_cache_removes_its_files(model, set_free, tmp_path):
     set_free(needed(model, prompt(300)) - 1)
     with SpeCache(model, config()) as cache:
         answer(model, prompt(300), cache)
@@ -161,7 +161,7 @@ def test_files_are_gone_when_the_cache_is_closed(model, set_free, tmp_path):
 
 
 @pytest.mark.parametrize("policy", ["on-demand", "speculative", "previous", "none"])
-def test_a_policy_that_was_named_stays(model, set_free, policy):
+def test_an_explicit_policy_is_kept(model, set_free, policy):
     with SpeCache(model, config(policy=policy)) as cache:
         answer(model, prompt(300), cache)
         enough = cache.tier_choice.needed_bytes
@@ -172,7 +172,7 @@ def test_a_policy_that_was_named_stays(model, set_free, policy):
 
 
 @pytest.mark.parametrize("settings", [{"slow_tier": "ram-inplace"}, {"slow_tier": "ram"}, {"policy": "full"}])
-def test_what_was_named_is_taken_however_little_memory_there_is(model, set_free, settings):
+def test_an_explicit_tier_is_used_however_little_memory_is_free(model, set_free, settings):
     set_free(0)
     with SpeCache(model, config(**settings)) as cache:
         before = cache.config
@@ -198,7 +198,7 @@ def test_a_fork_keeps_the_tier_of_what_it_shares(model, set_free):
             assert fork.config.slow_tier == "ram-inplace"
 
 
-def test_prefilling_decides_and_generating_keeps_it(model, set_free):
+def test_prefill_chooses_the_tier_and_generate_keeps_it(model, set_free):
     set_free(needed(model, prompt(300)) // 2)
     with SpeCache(model, config()) as cache:
         specache.prefill(model, prompt(300), cache=cache)
@@ -208,7 +208,7 @@ def test_prefilling_decides_and_generating_keeps_it(model, set_free):
         assert cache.config.slow_tier == "disk"
 
 
-def test_the_settings_that_the_cache_was_made_with_may_be_given_again(model, set_free):
+def test_the_caches_own_config_may_be_passed_again(model, set_free):
     set_free(needed(model, prompt(300)) - 1)
     with SpeCache(model, config()) as cache:
         specache.generate(model, prompt(300), past_key_values=cache, config=config(), **NEW)
@@ -222,20 +222,20 @@ def test_the_settings_that_the_cache_was_made_with_may_be_given_again(model, set
 
 
 def conversation(model: Any, cache: SpeCache, turns: int, before_turn: Callable[[int], None] = lambda turn: None) -> list[int]:
-    """Answers of several turns, each of 90 new tokens after what was said."""
-    said = prompt(150)
+    """Return the answers of several turns, each of 90 new tokens after the conversation so far."""
+    text = prompt(150)
     answers: list[int] = []
     for turn in range(turns):
         before_turn(turn)
-        answers += (new := answer(model, said, cache))
-        said = torch.cat([said, torch.tensor([new]), prompt(90, seed=turn + 1)], dim=1)
+        answers += (new := answer(model, text, cache))
+        text = torch.cat([text, torch.tensor([new]), prompt(90, seed=turn + 1)], dim=1)
     return answers
 
 
 @pytest.mark.parametrize("make", [llama, hybrid])
 @pytest.mark.parametrize("moves_at", [1, 2])
 @pytest.mark.parametrize("code", ["rotated", "kivi"])
-def test_a_conversation_that_outgrows_the_memory_moves_to_disk_and_goes_on_as_it_was(set_free, make, moves_at, code):
+def test_a_conversation_that_outgrows_memory_moves_to_disk_with_the_same_answers(set_free, make, moves_at, code):
     model = make()
     with SpeCache(model, config(code=code)) as stays:
         expected = conversation(model, stays, 4)
@@ -253,7 +253,7 @@ def test_a_conversation_that_outgrows_the_memory_moves_to_disk_and_goes_on_as_it
         assert not isinstance(cache.sequences[0].tier, RamTier)
 
 
-def test_what_is_held_already_is_not_counted_again(model, set_free):
+def test_bytes_already_held_are_not_counted_again(model, set_free):
     with SpeCache(model, config()) as cache:
         answer(model, prompt(900), cache)
         first = cache.tier_choice.needed_bytes
@@ -276,7 +276,7 @@ def test_every_sequence_of_a_batch_moves(model, set_free):
         assert cache.config.slow_tier == "disk" and torch.equal(moved, expected)
 
 
-def test_a_move_that_the_disk_refuses_changes_nothing(model, set_free, monkeypatch, plain_reads):
+def test_a_move_to_disk_that_fails_changes_nothing(model, set_free, monkeypatch, plain_reads):
     from specache.tiers.disk.row_file import RowFile
 
     longer = torch.cat([prompt(300), prompt(60, seed=1)], dim=1)
@@ -290,7 +290,7 @@ def test_a_move_that_the_disk_refuses_changes_nothing(model, set_free, monkeypat
         write = RowFile.write
 
         def full(self: RowFile, *arguments: Any) -> None:
-            if next(calls) == 1:  # the first layer is there, the second is not
+            if next(calls) == 1:  # the second layer's rows cannot be written
                 raise specache.SlowTierError(f"errno {errno.ENOSPC}")
             write(self, *arguments)
 
@@ -304,13 +304,13 @@ def test_a_move_that_the_disk_refuses_changes_nothing(model, set_free, monkeypat
         assert answer(model, longer, cache) == expected
 
 
-def test_a_move_for_which_fast_memory_has_no_room_changes_nothing(model, set_free):
+def test_a_move_that_exceeds_fast_memory_changes_nothing(model, set_free):
     longer = torch.cat([prompt(300), prompt(60, seed=1)], dim=1)
     with SpeCache(model, config()) as cache:
         answer(model, prompt(300), cache)
         budget, before = cache.resources.budget, cache.config
         used = budget.used
-        budget.limit = used  # read buffers and hot sets of a disk are more
+        budget.limit = used  # too little for a disk tier's read buffers and hot sets
         set_free(100_000)
         with pytest.raises(specache.FastMemoryError):
             answer(model, longer, cache)
@@ -323,14 +323,14 @@ def test_a_move_for_which_fast_memory_has_no_room_changes_nothing(model, set_fre
 # Where neither suffices
 
 
-def test_where_even_the_copy_does_not_fit_the_error_says_what_to_do(model, set_free, monkeypatch):
+def test_too_little_memory_for_the_low_bit_copy_raises_with_advice(model, set_free, monkeypatch):
     set_free(1000)
     monkeypatch.setattr(machine, "free_swap", lambda: 0)
     with pytest.raises(specache.OutOfMemoryError, match=r"Even with the 16-bit pairs on disk .* slow_tier='disk:FOLDER'"):
         specache.generate(model, prompt(300), config=config(), **NEW)
 
 
-def test_a_cache_folder_in_memory_is_passed_over(model, set_free, monkeypatch, tmp_path):
+def test_a_cache_folder_on_a_memory_file_system_is_skipped(model, set_free, monkeypatch, tmp_path):
     kinds = {tmp_path / "cache" / "rows": "tmpfs", tmp_path / "temporary": "ramfs", Path("/var/tmp"): "ext4"}
     monkeypatch.setenv("SPECACHE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(rows_folder.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
@@ -343,7 +343,7 @@ def test_a_cache_folder_in_memory_is_passed_over(model, set_free, monkeypatch, t
         specache.generate(model, prompt(300), config=config(), **NEW)
 
 
-def test_a_disk_without_room_is_passed_over_and_named(set_free, monkeypatch, tmp_path):
+def test_a_full_disk_is_skipped_and_named(set_free, monkeypatch, tmp_path):
     monkeypatch.setattr(rows_folder, "folder_facts", lambda folder: FolderFacts(folder, tmp_path, "ext4", 1 << 20))
     with pytest.raises(specache.SlowTierError, match=r"need 5,000,000 bytes.* has 1,048,576 bytes free"):
         rows_folder.choose_rows_folder(5_000_000)
@@ -357,7 +357,7 @@ def test_the_file_system_of_a_folder_is_that_of_the_innermost_mount(monkeypatch)
     assert kinds == {"/x": "ext4", "/a b/x": "tmpfs", "/a b/c": "ramfs", "/ab/c": "nfs", "/a bc": "ext4"}
 
 
-def test_this_system_knows_its_memory_file_system():
+def test_this_systems_memory_file_system_is_recognised():
     if not Path("/dev/shm").is_dir():
         pytest.skip("no /dev/shm")
     assert rows_folder.file_system_of(Path("/dev/shm")) in rows_folder.IN_MEMORY

@@ -1,4 +1,4 @@
-"""`slow_tier="auto"` under a memory limit that the kernel enforces: a process that takes the wrong tier is killed."""
+"""`slow_tier="auto"` under a kernel's memory limit, which kills a process on the wrong tier."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def limits() -> None:
 
 
 def answer_twice(connection: Connection, source: RandomModel) -> None:
-    """Send (bytes needed with the rows in memory, those of the rows), then after every message the tier that `auto` took."""
+    """Send (bytes needed in memory, bytes of the rows), then the chosen tier per message."""
     heap.keep_small()
     torch.set_num_threads(1)
     model = source.load()
@@ -57,7 +57,7 @@ def generate(model: Any, ids: torch.Tensor) -> tuple[str, list[int]]:
         return str(cache.config.slow_tier), output[0, ids.shape[1] :].tolist()
 
 
-def test_with_room_for_half_of_the_rows_they_go_to_disk_and_with_room_for_all_they_do_not(limits, tmp_path, monkeypatch):
+def test_rows_go_to_disk_if_half_fit_and_stay_in_memory_if_all_fit(limits, tmp_path, monkeypatch):
     monkeypatch.setenv("SPECACHE_CACHE", str(tmp_path))
     source = RandomModel(WIDE, Weights.BF16)
     with MemoryGroup() as group, closing(Child(answer_twice, source, group.entered())) as child:

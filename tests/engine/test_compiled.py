@@ -1,4 +1,4 @@
-"""Compiled decode steps: eager's tokens from one graph, whatever the contexts' lengths and the number of sequences."""
+"""Compiled decode steps: eager's tokens from one graph, at any length and batch size."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def fresh() -> None:
 
 
 def graphs() -> int:
-    """How many were compiled; fails on a break, which would hide one."""
+    """Return the number of compiled graphs. Fail on a graph break, which would hide one."""
     assert not counters["graph_break"]
     return counters["stats"]["unique_graphs"]
 
@@ -62,7 +62,7 @@ def test_twenty_steps_of_a_ragged_batch_are_one_graph(fresh):
     assert graphs() == 2
 
 
-def test_guesses_have_a_graph_per_number_of_rows(fresh):
+def test_draft_tokens_need_one_graph_per_number_of_tokens(fresh):
     eager = answer(llama(num_hidden_layers=2), "verified", 113, 150)
     model = llama(num_hidden_layers=2)
     specache.compile_decode(model)
@@ -81,7 +81,7 @@ def test_quantised_weights_compile_too(fresh, weights):
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt-oss"])  # soft caps and sliding windows, sinks and experts
-def test_other_families_give_eagers_tokens(fresh, family):
+def test_compiled_softcaps_windows_sinks_and_experts_give_eagers_tokens(fresh, family):
     eager = answer(build(*FAMILIES[family]), "on-demand", 60, 90)
     model = build(*FAMILIES[family])
     specache.compile_decode(model)
@@ -90,7 +90,7 @@ def test_other_families_give_eagers_tokens(fresh, family):
 
 
 def test_a_compiled_step_follows_adapters_and_weights(fresh, monkeypatch):
-    """Compiled through a wrapper, with the model and the wrapper passed in turn."""
+    """The step is compiled through a wrapper, and the model and the wrapper are passed in turn."""
     real = torch.compile
     monkeypatch.setattr(compiled.torch, "compile", lambda step, options: real(step, backend="eager"))
     model = llama(num_hidden_layers=2)
@@ -124,7 +124,7 @@ def test_a_compiled_step_follows_adapters_and_weights(fresh, monkeypatch):
     assert all(not torch.equal(a, b) for a, b in itertools.pairwise(answers))
 
 
-def test_errors_inside_a_compiled_pass_are_ours(fresh, monkeypatch):
+def test_errors_inside_a_compiled_pass_keep_their_type(fresh, monkeypatch):
     model = llama(num_hidden_layers=2)
     specache.compile_decode(model)
     answer(model, "on-demand", 80)
@@ -150,7 +150,7 @@ def test_a_layer_that_attends_twice_is_refused(fresh, monkeypatch):
         answer(model, "on-demand", 80)
 
 
-def test_what_cannot_be_compiled_says_why(monkeypatch):
+def test_models_that_cannot_be_compiled_are_refused_with_the_reason(monkeypatch):
     with pytest.raises(ConfigError, match="dynamic RoPE"):
         specache.compile_decode(build(*FAMILIES["llama-dynamic-rope"]))
     monkeypatch.setattr(compiled.shutil, "which", lambda name: None)

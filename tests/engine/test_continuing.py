@@ -1,4 +1,4 @@
-"""Going on from what a cache holds: with the whole text, with only what is new, and what is not clear."""
+"""Continuing a cache: with the full text, with only the new tokens, and unclear calls."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM, StoppingCriteria
 
 import specache
-from specache.engine import generate as generation
-from specache.engine.sampling import EndedOnce
+from specache.engine import generate
+from specache.engine.sampling import ClosingStreamer
 from tests.engine.test_model_families import LONGROPE
 from tests.tiny import llama, prompt, ragged
 
@@ -44,13 +44,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def opened(model: Any, tmp_path: Path, kind: str = "in place") -> specache.SpeCache:
-    """A cache whose answers are those of the ordinary one: everything is fetched."""
+    """Return a cache that fetches every pair, so that its answers are those of the stock cache."""
     folder = {"slow_dir": str(tmp_path)} if kind == "disk" else {}
     return specache.SpeCache(model, specache.SpeCacheConfig(top_k=10**6, **SETTINGS[kind], **folder))
 
 
 def say(model: Any, cache: Any, ids: Tensor, mask: Tensor | None = None, **more: Any) -> Tensor:
-    """Greedy answer -> [B, S + new]."""
+    """Return a greedy answer [B, S + new]."""
     return specache.generate(model, ids, attention_mask=mask, past_key_values=cache, max_new_tokens=NEW, do_sample=False, **more)
 
 
@@ -60,17 +60,17 @@ def stock(model: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:
 
 @pytest.mark.parametrize("kind", SETTINGS)
 @pytest.mark.parametrize("which", ["model", "sliding"])
-def test_only_what_is_new_goes_on_from_the_last_generated_token(request, tmp_path, which, kind):
+def test_only_new_tokens_with_the_full_mask_continue_like_stock(request, tmp_path, which, kind):
     model = request.getfixturevalue(which)
     with opened(model, tmp_path, kind) as cache:
         text = say(model, cache, prompt(90))
         for turn in range(2):
             question = prompt(9, 10 + turn)
-            whole = torch.cat([text, question], 1)
-            answer = say(model, cache, question, torch.ones_like(whole))
-            text = torch.cat([whole, answer[:, 9:]], 1)
+            full = torch.cat([text, question], 1)
+            answer = say(model, cache, question, torch.ones_like(full))
+            text = torch.cat([full, answer[:, 9:]], 1)
             assert answer[:, :9].equal(question)  # what was passed is in front, as in stock generate
-            assert text.equal(stock(model, whole))
+            assert text.equal(stock(model, full))
 
 
 def test_the_last_generated_token_is_kept_through_stock_generate_too(model, tmp_path):
@@ -78,19 +78,19 @@ def test_the_last_generated_token_is_kept_through_stock_generate_too(model, tmp_
         text = model.generate(
             prompt(90), custom_generate=specache.decode, past_key_values=cache, max_new_tokens=NEW, do_sample=False
         )
-        whole = torch.cat([text, prompt(9, 10)], 1)
+        full = torch.cat([text, prompt(9, 10)], 1)
         answer = model.generate(
             prompt(9, 10),
-            attention_mask=torch.ones_like(whole),
+            attention_mask=torch.ones_like(full),
             custom_generate=specache.decode,
             past_key_values=cache,
             max_new_tokens=NEW,
             do_sample=False,
         )
-        assert answer[:, 9:].equal(stock(model, whole)[:, whole.shape[1] :])
+        assert answer[:, 9:].equal(stock(model, full)[:, full.shape[1] :])
 
 
-def test_a_mask_of_what_is_stored_leaves_the_unstored_token_out(model, tmp_path):
+def test_a_mask_of_only_the_stored_tokens_drops_the_pending_token(model, tmp_path):
     with opened(model, tmp_path) as cache:
         text = say(model, cache, prompt(90))
         stored = torch.cat([text[:, :-1], prompt(9, 10)], 1)
@@ -98,7 +98,7 @@ def test_a_mask_of_what_is_stored_leaves_the_unstored_token_out(model, tmp_path)
         assert say(model, cache, prompt(9, 10), torch.ones_like(stored))[:, 9:].equal(stock(model, stored)[:, stored.shape[1] :])
 
 
-def test_a_batch_goes_on_where_each_of_its_sequences_ended(model, tmp_path):
+def test_a_batch_continues_each_sequence_from_its_own_end(model, tmp_path):
     ids, mask = ragged(60, 35)
     first, second = stock(model, ids, mask)[:, 60:].tolist()
     ends = [next(token for token in second[:-1] if token not in first)]  # the second sequence ends early
@@ -128,19 +128,19 @@ def test_padding_behind_an_answer_is_never_read_as_text(model, tmp_path, way):
     with opened(model, tmp_path) as cache:
         text = say(model, cache, ids, mask, eos_token_id=ends)
         assert text[1, -1] == 0
-        whole = torch.cat([text, prompt(7, 10).expand(2, 7)], 1)
+        full = torch.cat([text, prompt(7, 10).expand(2, 7)], 1)
         with pytest.raises(specache.UsageError, match=r"Sequence 1 of the batch: padding .* only what is new"):
             if way == "generate":
-                say(model, cache, whole, eos_token_id=ends)
+                say(model, cache, full, eos_token_id=ends)
             elif way == "decode":
                 settings = {"max_new_tokens": NEW, "eos_token_id": ends, "do_sample": False}
-                model.generate(whole, custom_generate=specache.decode, past_key_values=cache, **settings)
+                model.generate(full, custom_generate=specache.decode, past_key_values=cache, **settings)
             else:
-                specache.prefill(model, whole, cache=cache)
+                specache.prefill(model, full, cache=cache)
         answered = (text != 0).long()
         asked = torch.cat([answered, torch.ones(2, 7, dtype=ONES)], 1)
         got = say(model, cache, prompt(7, 10).expand(2, 7), asked)  # as the message says
-        alone = whole[1][asked[1].bool()][None]
+        alone = full[1][asked[1].bool()][None]
         assert got[1, 7:].tolist() == stock(model, alone)[0, alone.shape[1] :].tolist()
 
 
@@ -149,21 +149,21 @@ def test_a_mask_that_fits_some_sequences_of_a_batch_is_refused(model, tmp_path):
     question = torch.cat([prompt(7, 10), prompt(7, 11)])
     with opened(model, tmp_path) as cache:
         text = say(model, cache, ids, mask)
-        whole = torch.cat([mask, torch.ones(2, NEW + 7, dtype=torch.long)], 1)
-        wrong = whole.clone()
-        wrong[1, 24] = 1  # padding of the second prompt that is called a token
+        full = torch.cat([mask, torch.ones(2, NEW + 7, dtype=torch.long)], 1)
+        wrong = full.clone()
+        wrong[1, 24] = 1  # the mask marks padding of the second prompt as a token
         with pytest.raises(specache.UsageError, match="Sequence 1 of the batch"):
             say(model, cache, question, wrong)
-        wrong = whole.clone()
+        wrong = full.clone()
         wrong[1, 25] = 0
         with pytest.raises(specache.UsageError, match="some sequences and not of others"):
             say(model, cache, question, wrong)
-        assert say(model, cache, question, whole).shape == (2, 7 + NEW)
+        assert say(model, cache, question, full).shape == (2, 7 + NEW)
         assert text.shape == (2, 60 + NEW)
 
 
 @pytest.mark.parametrize("width", [8, 95, 98, 500])
-def test_a_mask_that_fits_nothing_is_refused_with_the_numbers(model, tmp_path, width):
+def test_a_mask_of_a_wrong_width_is_refused_with_the_token_counts(model, tmp_path, width):
     with opened(model, tmp_path) as cache:
         specache.prefill(model, prompt(90), cache=cache)
         mask = torch.ones(1, width, dtype=torch.long)
@@ -173,13 +173,13 @@ def test_a_mask_that_fits_nothing_is_refused_with_the_numbers(model, tmp_path, w
         assert cache.get_seq_length() == 90
 
 
-def test_a_mask_of_earlier_tokens_is_refused_where_there_are_none(model):
+def test_a_mask_of_earlier_tokens_is_refused_by_an_empty_cache(model):
     with pytest.raises(specache.UsageError, match="holds 0"):
         specache.generate(model, prompt(7), attention_mask=torch.ones(1, 90, dtype=torch.long), max_new_tokens=2)
 
 
 @pytest.mark.parametrize("way", ["generate", "decode", "prefill"])
-def test_only_what_is_new_without_the_mask_is_refused_and_forgets_nothing(model, tmp_path, way):
+def test_only_new_tokens_without_the_mask_are_refused_and_drop_nothing(model, tmp_path, way):
     with opened(model, tmp_path) as cache:
         text = say(model, cache, prompt(90))
         question = prompt(7, 9)
@@ -190,22 +190,22 @@ def test_only_what_is_new_without_the_mask_is_refused_and_forgets_nothing(model,
                 model.generate(question, custom_generate=specache.decode, past_key_values=cache, max_new_tokens=2)
             else:
                 specache.prefill(model, question, cache=cache)
-        whole = torch.cat([text, question], 1)
+        full = torch.cat([text, question], 1)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert say(model, cache, whole).equal(stock(model, whole))
+            assert say(model, cache, full).equal(stock(model, full))
 
 
-def test_a_new_question_behind_the_first_token_of_every_text_is_refused_too(model, tmp_path):
+def test_only_new_tokens_after_a_bos_token_are_refused_too(model, tmp_path):
     document, question = prompt(90), prompt(7, 9)
-    document[0, 0] = question[0, 0] = 1  # what a tokenizer puts in front
+    document[0, 0] = question[0, 0] = 1  # a BOS token
     with opened(model, tmp_path) as cache:
         specache.prefill(model, document, cache=cache)
         with pytest.raises(specache.UsageError, match="begin with nothing"):
             say(model, cache, question)
 
 
-def test_several_answers_to_one_new_question_leave_the_cache_as_it_was_when_refused(model, tmp_path):
+def test_refused_num_return_sequences_leave_the_cache_unchanged(model, tmp_path):
     with opened(model, tmp_path) as cache:
         specache.prefill(model, prompt(90), cache=cache)
         with pytest.raises(specache.UsageError, match="begin with nothing"):
@@ -214,7 +214,7 @@ def test_several_answers_to_one_new_question_leave_the_cache_as_it_was_when_refu
 
 
 @pytest.mark.parametrize(("answers", "tokens"), [(9, 2), (3, 1500)], ids=["no room for copies", "none for the answers"])
-def test_a_batch_that_does_not_fit_into_fast_memory_leaves_the_cache_as_it_was(model, answers, tokens):
+def test_a_batch_that_exceeds_fast_memory_leaves_the_cache_unchanged(model, answers, tokens):
     settings = {"max_new_tokens": tokens, "do_sample": True, "num_return_sequences": answers}
     with specache.SpeCache(model, specache.SpeCacheConfig(fast_memory=10**6)) as cache:
         specache.prefill(model, prompt(90), cache=cache)
@@ -226,16 +226,16 @@ def test_a_batch_that_does_not_fit_into_fast_memory_leaves_the_cache_as_it_was(m
         assert torch.equal(say(model, cache, longer), stock(model, longer))
 
 
-def test_a_short_new_message_that_begins_as_a_template_lets_it_forgets_nothing_without_a_word(model, tmp_path):
+def test_a_short_text_that_shares_the_templates_first_tokens_warns(model, tmp_path):
     with opened(model, tmp_path) as cache:
-        said = say(model, cache, torch.cat([prompt(3), prompt(20, 1)], 1))
+        first = say(model, cache, torch.cat([prompt(3), prompt(20, 1)], 1))
         new = torch.cat([prompt(3), prompt(9, 2)], 1)
         with pytest.warns(UserWarning, match="from token 3 on: .*are forgotten.* If only what is new was passed"):
             say(model, cache, new)
-        assert said.shape == (1, 23 + NEW)
+        assert first.shape == (1, 23 + NEW)
 
 
-def test_another_text_begins_in_a_cache_that_was_reset(model, tmp_path):
+def test_reset_lets_another_text_begin(model, tmp_path):
     with opened(model, tmp_path) as cache:
         say(model, cache, prompt(90))
         cache.reset()
@@ -256,7 +256,7 @@ def test_another_batch_in_the_same_cache_is_refused(model, tmp_path):
             say(model, cache, *ragged(30, 20, 10))
 
 
-def test_an_edit_far_back_says_where_and_how_much_is_read_again(model, tmp_path):
+def test_an_edit_far_back_warns_with_position_and_token_count(model, tmp_path):
     edited = torch.cat([prompt(20), prompt(75, 3)], 1)
     with opened(model, tmp_path) as cache:
         say(model, cache, prompt(90))
@@ -264,7 +264,7 @@ def test_an_edit_far_back_says_where_and_how_much_is_read_again(model, tmp_path)
             assert say(model, cache, edited).equal(stock(model, edited))
 
 
-def test_another_text_of_like_length_says_so_however_short(model, tmp_path):
+def test_another_text_of_similar_length_warns_however_short(model, tmp_path):
     with opened(model, tmp_path) as cache:
         say(model, cache, prompt(20))
         with pytest.warns(UserWarning, match="from token 0 on"):
@@ -280,7 +280,7 @@ SILENT = {
 
 
 @pytest.mark.parametrize("case", SILENT)
-def test_asking_again_and_small_edits_say_nothing(model, tmp_path, case):
+def test_asking_again_and_small_edits_do_not_warn(model, tmp_path, case):
     with opened(model, tmp_path) as cache:
         text = say(model, cache, prompt(90))
         ids = SILENT[case](text)
@@ -289,22 +289,22 @@ def test_asking_again_and_small_edits_say_nothing(model, tmp_path, case):
             assert say(model, cache, ids).equal(stock(model, ids))
 
 
-def test_windows_that_cannot_go_back_say_how_much_is_read_again(sliding, tmp_path):
+def test_windows_without_a_checkpoint_warn_how_much_is_prefilled_again(sliding, tmp_path):
     ids = prompt(1300)
     with opened(sliding, tmp_path) as cache:
         specache.prefill(sliding, ids, cache=cache)
-        cache.sequences[0].checkpoints.forget_after(0)  # as where memory had no room for copies of the windows
+        cache.sequences[0].checkpoints.forget_after(0)  # as if memory did not suffice for checkpoints
         edited = torch.cat([ids[:, :1250], prompt(9, 3)], 1)
         with pytest.warns(UserWarning, match=r"1,250 stored tokens .* sliding windows"):
             assert say(sliding, cache, edited).equal(stock(sliding, edited))
 
 
-def test_the_unstored_token_goes_with_forks_and_is_forgotten_with_a_cut(model, tmp_path):
+def test_the_pending_token_is_forked_and_dropped_by_truncation(model, tmp_path):
     with opened(model, tmp_path) as cache:
-        whole = torch.cat([say(model, cache, prompt(90)), prompt(9, 10)], 1)
+        full = torch.cat([say(model, cache, prompt(90)), prompt(9, 10)], 1)
         with cache.fork() as fork:
-            answer = say(model, fork, prompt(9, 10), torch.ones_like(whole))
-            assert answer[:, 9:].equal(stock(model, whole)[:, whole.shape[1] :])
+            answer = say(model, fork, prompt(9, 10), torch.ones_like(full))
+            assert answer[:, 9:].equal(stock(model, full)[:, full.shape[1] :])
         cache.sequences[0].truncate(95)
         assert cache.sequences[0].pending_token is not None
         cache.sequences[0].truncate(94)
@@ -313,23 +313,23 @@ def test_the_unstored_token_goes_with_forks_and_is_forgotten_with_a_cut(model, t
             say(model, cache, prompt(9, 10), mask)
 
 
-def test_a_session_remembers_the_unstored_token_and_what_was_read(model, tmp_path):
+def test_a_session_saves_the_pending_token_and_the_prompt_length(model, tmp_path):
     config = specache.SpeCacheConfig(top_k=10**6)
     with specache.Session("one", model, config, folder=tmp_path) as session:
-        whole = torch.cat([say(model, session.cache, prompt(90)), prompt(9, 10)], 1)
+        full = torch.cat([say(model, session.cache, prompt(90)), prompt(9, 10)], 1)
         session.save()
     with specache.Session("one", model, config, folder=tmp_path) as session:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            answer = say(model, session.cache, prompt(9, 10), torch.ones_like(whole))
-        assert answer[:, 9:].equal(stock(model, whole)[:, whole.shape[1] :])
+            answer = say(model, session.cache, prompt(9, 10), torch.ones_like(full))
+        assert answer[:, 9:].equal(stock(model, full)[:, full.shape[1] :])
         session.cache.reset()
         assert session.token_ids == []
         assert say(model, session.cache, prompt(20, 5)).equal(stock(model, prompt(20, 5)))
 
 
 class Interrupting:
-    """A streamer that ends the answer after some tokens."""
+    """A streamer that raises after some tokens."""
 
     def __init__(self, tokens: int) -> None:
         self.left = tokens + 1  # the prompt comes first
@@ -344,7 +344,7 @@ class Interrupting:
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 4])
-def test_an_interrupted_answer_goes_on_with_only_what_is_new(model, tmp_path, tokens):
+def test_an_interrupted_answer_continues_with_only_new_tokens(model, tmp_path, tokens):
     with opened(model, tmp_path) as cache:
         with pytest.raises(KeyboardInterrupt):
             say(model, cache, prompt(90), streamer=Interrupting(tokens))
@@ -353,9 +353,9 @@ def test_an_interrupted_answer_goes_on_with_only_what_is_new(model, tmp_path, to
         assert answer[:, 9:].equal(stock(model, text)[:, text.shape[1] :])
 
 
-def test_a_question_that_could_not_be_read_leaves_the_unstored_token(model, tmp_path, monkeypatch):
+def test_a_failed_prefill_keeps_the_pending_token(model, tmp_path, monkeypatch):
     with opened(model, tmp_path) as cache:
-        whole = torch.cat([say(model, cache, prompt(90)), prompt(9, 10)], 1)
+        full = torch.cat([say(model, cache, prompt(90)), prompt(9, 10)], 1)
         layer = model.model.layers[2].self_attn
         working = layer.forward
 
@@ -364,13 +364,13 @@ def test_a_question_that_could_not_be_read_leaves_the_unstored_token(model, tmp_
 
         monkeypatch.setattr(layer, "forward", failing)
         with pytest.raises(MemoryError):
-            say(model, cache, prompt(9, 10), torch.ones_like(whole))
+            say(model, cache, prompt(9, 10), torch.ones_like(full))
         monkeypatch.setattr(layer, "forward", working)
-        answer = say(model, cache, prompt(9, 10), torch.ones_like(whole))
-        assert answer[:, 9:].equal(stock(model, whole)[:, whole.shape[1] :])
+        answer = say(model, cache, prompt(9, 10), torch.ones_like(full))
+        assert answer[:, 9:].equal(stock(model, full)[:, full.shape[1] :])
 
 
-def test_prefill_appends_what_is_new_under_the_mask_of_the_whole(model, tmp_path):
+def test_prefill_appends_new_tokens_under_the_full_mask(model, tmp_path):
     text = prompt(120)
     with opened(model, tmp_path) as cache:
         specache.prefill(model, text[:, :80], cache=cache)
@@ -378,16 +378,16 @@ def test_prefill_appends_what_is_new_under_the_mask_of_the_whole(model, tmp_path
         assert cache.sequences[0].token_ids == text[0].tolist()
 
 
-def test_several_answers_go_on_from_one_text(model, tmp_path):
+def test_num_return_sequences_continue_one_text(model, tmp_path):
     with opened(model, tmp_path) as cache:
         text = say(model, cache, prompt(90))
-        whole = torch.cat([text, prompt(9, 10)], 1)
+        full = torch.cat([text, prompt(9, 10)], 1)
         settings = {"do_sample": True, "num_return_sequences": 3, "max_new_tokens": NEW}
         torch.manual_seed(3)
-        expected = model.generate(whole, attention_mask=torch.ones_like(whole), **settings)
+        expected = model.generate(full, attention_mask=torch.ones_like(full), **settings)
         torch.manual_seed(3)
-        got = specache.generate(model, prompt(9, 10), attention_mask=torch.ones_like(whole), past_key_values=cache, **settings)
-        assert got[:, 9:].equal(expected[:, whole.shape[1] :])
+        got = specache.generate(model, prompt(9, 10), attention_mask=torch.ones_like(full), past_key_values=cache, **settings)
+        assert got[:, 9:].equal(expected[:, full.shape[1] :])
 
 
 class FailingAtTheThird(StoppingCriteria):
@@ -399,10 +399,8 @@ class FailingAtTheThird(StoppingCriteria):
 
 @pytest.mark.parametrize("where", ["room", "streamer", "reading"])
 @pytest.mark.parametrize("kind", SETTINGS)
-def test_several_answers_that_fail_before_their_first_token_leave_as_many_sequences_as_before(
-    model, tmp_path, monkeypatch, where, kind
-):
-    whole = torch.cat([prompt(90), prompt(9, 10)], 1)
+def test_num_return_sequences_that_fail_before_a_token_remove_their_forks(model, tmp_path, monkeypatch, where, kind):
+    full = torch.cat([prompt(90), prompt(9, 10)], 1)
     sampled = {"max_new_tokens": NEW, "do_sample": True, "num_return_sequences": 3}
 
     def failing(*args: Any, **kwargs: Any) -> Any:
@@ -412,28 +410,28 @@ def test_several_answers_that_fail_before_their_first_token_leave_as_many_sequen
         specache.prefill(model, prompt(90), cache=cache)
         with monkeypatch.context() as patched, pytest.raises(RuntimeError):
             if where == "room":
-                patched.setattr(generation, "check_room", failing)
+                patched.setattr(generate, "check_room", failing)
             if where == "reading":
                 patched.setattr(model.model.layers[2].self_attn, "forward", failing)
             if where == "streamer":
-                patched.setattr(EndedOnce, "put", failing)
-            specache.generate(model, whole, past_key_values=cache, streamer=Interrupting(99), **sampled)
+                patched.setattr(ClosingStreamer, "put", failing)
+            specache.generate(model, full, past_key_values=cache, streamer=Interrupting(99), **sampled)
         assert [sequence.length for sequence in cache.sequences] == [90]
         assert cache.context.living_sequences == 1
-        assert say(model, cache, whole).equal(stock(model, whole))
+        assert say(model, cache, full).equal(stock(model, full))
 
 
-def test_several_answers_that_fail_in_the_middle_are_kept(model, tmp_path):
+def test_num_return_sequences_that_fail_after_a_token_keep_their_forks(model, tmp_path):
     with opened(model, tmp_path) as cache:
         specache.prefill(model, prompt(90), cache=cache)
-        whole = torch.cat([prompt(90), prompt(9, 10)], 1)
+        full = torch.cat([prompt(90), prompt(9, 10)], 1)
         sampled = {"max_new_tokens": NEW, "do_sample": True, "num_return_sequences": 3}
         with pytest.raises(RuntimeError):
-            specache.generate(model, whole, past_key_values=cache, stopping_criteria=[FailingAtTheThird()], **sampled)
+            specache.generate(model, full, past_key_values=cache, stopping_criteria=[FailingAtTheThird()], **sampled)
         assert [sequence.length for sequence in cache.sequences] == [99 + 2] * 3
 
 
-def test_a_text_that_grows_past_where_rope_changes_says_how_much_is_read_again(tmp_path):
+def test_a_text_that_grows_past_a_rope_switch_warns_how_much_is_prefilled_again(tmp_path):
     longrope = {**LONGROPE, "original_max_position_embeddings": 1300}
     model = llama(max_position_embeddings=4096, rope_parameters=longrope)
     text = torch.cat([prompt(1280), prompt(40, 1)], 1)
@@ -443,7 +441,7 @@ def test_a_text_that_grows_past_where_rope_changes_says_how_much_is_read_again(t
             say(model, cache, text)
 
 
-def test_tokens_that_were_read_stay_so_where_rope_changes_in_an_answer(tmp_path):
+def test_prompt_tokens_are_kept_if_rope_switches_in_an_answer(tmp_path):
     model = llama(max_position_embeddings=4096, rope_parameters=LONGROPE)
     length = LONGROPE["original_max_position_embeddings"] - 2
     with opened(model, tmp_path) as cache:

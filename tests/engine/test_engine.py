@@ -149,8 +149,8 @@ def test_an_error_of_one_request_ends_that_request_alone(model):
         assert engine.cache.sequences == []
 
 
-def test_a_pass_that_fails_because_of_one_request_is_tried_without_it(model, monkeypatch):
-    """Its rows cannot be read: the pass is undone, and the others decode."""
+def test_a_pass_that_fails_for_one_request_runs_without_it(model, monkeypatch):
+    """Reading its rows fails: the pass is undone, and the other requests decode."""
     config = settings(policy="on-demand")
     expected = alone(model, prompt(90, seed=90), config, max_new_tokens=15)
     with specache.Engine(model, config) as engine:
@@ -167,7 +167,7 @@ def test_a_pass_that_fails_because_of_one_request_is_tried_without_it(model, mon
         assert raised.value.new_token_ids == bad.new_token_ids
 
 
-def test_ctrl_c_ends_what_it_met_and_the_others_go_on(model):
+def test_ctrl_c_ends_the_request_it_met_and_a_later_one_runs(model):
     expected = alone(model, prompt(40, seed=40), settings(), max_new_tokens=15)
     with specache.Engine(model, settings()) as engine:
         processor = failing_after(3, KeyboardInterrupt)
@@ -181,7 +181,7 @@ def test_ctrl_c_ends_what_it_met_and_the_others_go_on(model):
 
 
 @pytest.mark.parametrize("when", ["waiting", "prefilling", "running"])
-def test_an_aborted_request_leaves_and_gives_its_memory_back(model, when):
+def test_an_aborted_request_frees_its_memory(model, when):
     with specache.Engine(model, settings()) as engine:
         other = engine.add(specache.make_request(model, prompt(200, seed=1), max_new_tokens=20, **GREEDY))
         handle = engine.add(specache.make_request(model, prompt(130), max_new_tokens=30, **GREEDY))
@@ -195,7 +195,7 @@ def test_an_aborted_request_leaves_and_gives_its_memory_back(model, when):
         assert engine.cache.held_bytes() == 0
 
 
-def test_requests_wait_until_there_is_room_and_one_that_never_fits_is_refused(model):
+def test_requests_wait_for_memory_and_one_that_never_fits_is_refused(model):
     needed = {}
     for count in (1, 2):
         with specache.Engine(model, settings()) as engine:
@@ -272,7 +272,7 @@ def threading_call(call: Any) -> None:
         raise raised[0]
 
 
-def test_a_closed_engine_aborts_what_is_left_and_takes_nothing_more(model):
+def test_a_closed_engine_aborts_its_requests_and_refuses_new_ones(model):
     engine = specache.Engine(model, settings())
     handles = [engine.add(specache.make_request(model, prompt(90, seed=i), max_new_tokens=20, **GREEDY)) for i in range(3)]
     for _ in range(5):
@@ -284,7 +284,7 @@ def test_a_closed_engine_aborts_what_is_left_and_takes_nothing_more(model):
         engine.add(specache.make_request(model, prompt(9), max_new_tokens=2))
 
 
-def test_a_request_runs_once(model):
+def test_a_request_that_ran_is_refused(model):
     with specache.Engine(model, settings()) as engine:
         request = specache.make_request(model, prompt(20), max_new_tokens=2, **GREEDY)
         engine.add(request)
@@ -293,7 +293,7 @@ def test_a_request_runs_once(model):
             engine.add(request)
 
 
-def test_an_engine_that_is_dropped_leaves_the_model_as_it_was(model):
+def test_a_dropped_engine_restores_the_models_attention(model):
     engine = specache.Engine(model, settings())
     engine.add(specache.make_request(model, prompt(90), max_new_tokens=20, **GREEDY))
     engine.step()
@@ -301,7 +301,7 @@ def test_an_engine_that_is_dropped_leaves_the_model_as_it_was(model):
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_a_second_thread_on_one_cache_is_told_of_the_engine(model):
+def test_a_second_thread_on_the_engines_cache_is_refused(model):
     told: list[str] = []
     with specache.SpeCache(model, settings()) as cache:
 

@@ -1,6 +1,7 @@
-"""Every causal-LM family of the installed transformers equals its stock generate(), or is refused with a reason.
+"""Every causal-LM family of transformers equals its stock generate(), or is refused with a reason.
 
-One family per attention code runs every time; `-m families` runs all of them, vision-language classes with text included.
+One family per attention code runs every time. `-m families` runs all of them, and vision-language
+classes with text.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ OUTCOMES = {(row["model_type"], row["model_class"]): row for row in RECORDED["ca
 
 
 def representatives() -> list[Any]:
-    """A family for each attention code among those that are served."""
+    """Return one supported family for each attention code."""
     first: dict[str, Any] = {}
     for row in RECORDED["causal"]:
         if row["result"] == "equal":
@@ -56,14 +57,14 @@ def test_every_family_equals_stock_or_is_refused(model_type, model_class):
 
 
 @pytest.mark.skipif(not SAME_VERSION, reason=f"the table is of transformers {RECORDED['transformers']}")
-def test_the_table_has_every_family_of_the_installed_transformers():
+def test_every_family_of_the_installed_transformers_is_recorded():
     assert set(OUTCOMES) == set(families()) | set(vision_families())
 
 
-def test_the_table_has_no_wrong_answer_and_no_other_error():
+def test_no_recorded_family_is_wrong_or_raises_another_error():
     assert {row["result"] for row in OUTCOMES.values()} <= {"equal", "refused", "not tried"}
     assert all(row["reason"] for row in OUTCOMES.values() if row["result"] != "equal")
 
 
-def test_the_page_is_that_of_the_recorded_run():
+def test_the_models_page_is_made_from_the_recorded_run():
     assert table.PAGE.read_text() == table.page(RECORDED), f"run {table.COMMAND}"

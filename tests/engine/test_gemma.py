@@ -1,4 +1,4 @@
-"""Gemma 3 270M for real: a hybrid, of whose 18 layers 15 slide and 3 keep a cache that grows."""
+"""Gemma 3 270M: a hybrid with 15 sliding-window layers and 3 full-attention layers."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ def gemma() -> Any:
 
 @pytest.fixture(scope="module")
 def ids(gemma) -> torch.Tensor:
-    """Raw text: this model was not taught to converse."""
+    """Return raw text: this model is not trained for chat."""
     topics = pydoc_data.topics.topics
     text = "\n".join(topics[name] for name in sorted(topics))[: 10 * TOKENS]
     return torch.tensor([gemma.tokenizer(text)["input_ids"][:TOKENS]])
 
 
 def stock(model: Any, ids: torch.Tensor) -> list[int]:
-    """The stock cache's greedy answer to one prompt."""
+    """Return the stock cache's greedy answer to one prompt."""
     tokens = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False)
     return tokens[0, ids.shape[1] :].tolist()
 
 
-def test_most_layers_slide(gemma):
+def test_fifteen_of_eighteen_layers_have_sliding_windows(gemma):
     with specache.SpeCache(gemma.model) as cache:
         assert [layer for layer, window in enumerate(cache.info.windows) if window is None] == [5, 11, 17]
         assert set(cache.info.windows) == {None, 512}
 
 
 @pytest.mark.parametrize("policy", ["on-demand", "verified"])
-def test_fetching_everything_gives_the_tokens_of_stock(gemma, ids, policy):
+def test_fetching_every_pair_gives_the_tokens_of_stock(gemma, ids, policy):
     config = specache.SpeCacheConfig(policy=policy, slow_tier="ram", top_k=EVERYTHING)
     tokens = specache.generate(gemma.model, ids, config=config, max_new_tokens=NEW, do_sample=False)
     assert tokens[0, TOKENS:].tolist() == stock(gemma.model, ids)

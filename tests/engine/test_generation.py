@@ -1,4 +1,4 @@
-"""Generation as a user of transformers knows it: sampling, stopping, streaming, conversations, interrupts, refusals."""
+"""Generation as in transformers: sampling, stopping, streaming, conversations, interrupts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def settings(**changes: Any) -> specache.SpeCacheConfig:
 
 
 class Recorder:
-    """A streamer that remembers; may raise in the middle."""
+    """A streamer that records its calls, and may raise."""
 
     def __init__(self, raise_at: int | None = None) -> None:
         self.got: list[list[int]] = []
@@ -84,8 +84,8 @@ def test_scores_and_logits_are_those_of_stock(model):
 
 @pytest.mark.parametrize("slow_tier", ["ram", "disk", "ram-inplace"])
 @pytest.mark.parametrize("policy", list(specache.Policy))
-def test_prompts_that_are_equal_have_equal_answers(model, tmp_path, policy, slow_tier):
-    """They are prefilled once; the others go on from a fork."""
+def test_equal_prompts_get_equal_answers(model, tmp_path, policy, slow_tier):
+    """They are prefilled once, and the others are forks."""
     if slow_tier == "ram-inplace" and not (policy.verifies or policy is specache.Policy.FULL):
         pytest.skip("nothing is prefetched in place")
     folder = {"slow_dir": str(tmp_path)} if slow_tier == "disk" else {}
@@ -143,8 +143,8 @@ def test_only_the_new_tokens_with_a_longer_mask_continue_too(model):
         specache.prefill(model, prompt(90, 1), cache=cache)
         new, mask = prompt(30, 2), torch.ones(1, 120, dtype=torch.long)
         answer = specache.generate(model, new, attention_mask=mask, past_key_values=cache, max_new_tokens=20, do_sample=False)
-        whole = torch.cat([prompt(90, 1), new], dim=1)
-        assert answer[0, 30:].tolist() == model.generate(whole, max_new_tokens=20, do_sample=False)[0, 120:].tolist()
+        full = torch.cat([prompt(90, 1), new], dim=1)
+        assert answer[0, 30:].tolist() == model.generate(full, max_new_tokens=20, do_sample=False)[0, 120:].tolist()
 
 
 def test_an_interrupted_answer_leaves_a_cache_that_continues(model):
@@ -222,7 +222,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_request_that_cannot_be_honoured_is_refused(model, case):
+def test_an_unsupported_request_is_refused(model, case):
     changes, message = BAD[case]
     with pytest.raises(specache.SpeCacheError, match=message):
         specache.generate(model, **{"input_ids": prompt(8), "max_new_tokens": 4, "config": settings(), **changes})
@@ -236,7 +236,7 @@ def test_an_assistant_model_is_refused(model):
         model.generate(prompt(8), custom_generate=specache.decode, assistant_model=model)
 
 
-def test_a_specache_given_to_the_model_or_to_stock_generate_says_what_to_call(model):
+def test_the_model_and_stock_generate_refuse_a_specache_with_what_to_call(model):
     with specache.SpeCache(model, settings()) as cache:
         with pytest.raises(specache.UsageError, match=r"specache\.generate"):
             model(prompt(8), past_key_values=cache)
@@ -244,7 +244,7 @@ def test_a_specache_given_to_the_model_or_to_stock_generate_says_what_to_call(mo
             model.generate(prompt(8), past_key_values=cache)
 
 
-def test_a_conversation_does_not_continue_with_another_model(model):
+def test_another_model_is_refused_by_a_filled_cache(model):
     other: LlamaForCausalLM = llama(seed=1)
     with specache.SpeCache(model, settings()) as cache:
         specache.prefill(model, prompt(30), cache=cache)
@@ -253,7 +253,7 @@ def test_a_conversation_does_not_continue_with_another_model(model):
 
 
 @pytest.mark.parametrize("given_cache", [True, False])
-def test_nan_in_the_keys_is_reported_and_nothing_is_left(given_cache):
+def test_nan_in_the_keys_raises_and_stores_nothing(given_cache):
     broken = llama()
     with torch.no_grad():
         broken.model.layers[1].self_attn.k_proj.weight[0, 0] = torch.nan
@@ -264,7 +264,7 @@ def test_nan_in_the_keys_is_reported_and_nothing_is_left(given_cache):
         assert cache.stats()["total_bytes"] == 0
 
 
-def test_nan_while_decoding_keeps_what_was_there(model):
+def test_nan_while_decoding_leaves_the_cache_unchanged(model):
     ids = prompt(60)
     expected = model.generate(ids, max_new_tokens=10, do_sample=False)
     projection = model.model.layers[1].self_attn.k_proj
@@ -295,6 +295,6 @@ def test_nan_while_decoding_keeps_what_was_there(model):
         ({"prefill_chunk": 0}, "positive"),
     ],
 )
-def test_settings_are_validated(changes, message):
+def test_wrong_settings_are_refused(changes, message):
     with pytest.raises(specache.ConfigError, match=message):
         specache.SpeCacheConfig(**changes)

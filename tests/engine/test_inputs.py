@@ -1,4 +1,4 @@
-"""What may be passed beside the prompt: what changes nothing is accepted, all else is refused by name; and what a prompt may be."""
+"""Inputs beside the prompt are accepted if they have no effect, else refused by name."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ WAYS = ("generate", "decode", "prefill")
 
 
 def call(way: str, model: Any, ids: torch.Tensor, **arguments: Any) -> Any:
-    """One of the three ways in."""
+    """Generate by one of the three ways."""
     if way == "generate":
         return specache.generate(model, ids, max_new_tokens=NEW, do_sample=False, **arguments)
     if way == "decode":
@@ -101,7 +101,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("case", CHANGES)
-def test_an_input_that_would_be_ignored_is_refused_by_name(model, way, case):
+def test_an_unsupported_model_input_is_refused_by_name(model, way, case):
     name, value = CHANGES[case]
     with pytest.raises(specache.UsageError, match=name):
         call(way, model, IDS, **{name: value})
@@ -121,7 +121,7 @@ def test_stock_generate_still_refuses_what_it_does_not_know(model):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", ["pixel_values", "image_sizes", "vision_feature_layer", "mm_encoder_outputs"])
-def test_images_are_refused_by_every_way_in(llava, way, name):
+def test_images_are_refused_by_generate_decode_and_prefill(llava, way, name):
     value = -2 if name == "vision_feature_layer" else torch.randn(1, 3, 16, 16)
     with pytest.raises(specache.UsageError, match=name):
         call(way, llava, IDS, **{name: value})
@@ -145,7 +145,7 @@ def test_text_through_a_vision_language_model_is_that_of_stock(request, which, w
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_what_changes_nothing_is_accepted(model, way):
+def test_inputs_without_effect_are_accepted(model, way):
     ids, mask = ragged(40, 25)
     positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)  # as models' own code makes them; padding's do not matter
     nothing = {"position_ids": positions, "labels": None, "inputs_embeds": None, "logits_to_keep": 1}
@@ -154,7 +154,7 @@ def test_what_changes_nothing_is_accepted(model, way):
     assert way == "prefill" or torch.equal(given, expected)
 
 
-def test_positions_of_what_is_new_are_those_in_the_whole_text(model):
+def test_position_ids_of_new_tokens_count_from_the_full_text(model):
     new = prompt(8, 1)
     with specache.SpeCache(model) as cache:
         specache.prefill(model, IDS, cache=cache)
@@ -166,7 +166,7 @@ def test_positions_of_what_is_new_are_those_in_the_whole_text(model):
         specache.generate(model, new, position_ids=positions, **arguments)
 
 
-def test_segment_ids_of_text_are_accepted_where_others_stand_for_images():
+def test_segment_ids_of_zero_are_accepted_if_others_mark_images():
     torch.manual_seed(0)
     vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16}
     text = {**SIZES, "head_dim": 16, "sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"]}
@@ -183,7 +183,7 @@ def test_segment_ids_of_text_are_accepted_where_others_stand_for_images():
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_segment_ids_that_a_model_adds_an_embedding_for_are_refused_also_as_zeros(gpt2, way):
+def test_segment_ids_of_zero_are_refused_if_the_model_embeds_them(gpt2, way):
     zeros = torch.zeros_like(IDS)
     assert not torch.equal(stock(gpt2, IDS, token_type_ids=zeros), stock(gpt2, IDS))  # they are no default there
     with pytest.raises(specache.UsageError, match="token_type_ids"):
@@ -204,7 +204,7 @@ NOT_MASKS = {
 
 
 @pytest.mark.parametrize("case", NOT_MASKS)
-def test_a_mask_that_is_none_is_refused(model, case):
+def test_an_invalid_mask_is_refused(model, case):
     mask, message = NOT_MASKS[case]
     for way in ("generate", "prefill"):
         with pytest.raises(specache.UsageError, match=message):
@@ -229,7 +229,7 @@ NOT_PROMPTS = {
 
 
 @pytest.mark.parametrize("case", NOT_PROMPTS)
-def test_what_is_no_prompt_is_refused_with_what_to_pass(model, case):
+def test_an_invalid_prompt_is_refused_with_what_to_pass(model, case):
     value, message = NOT_PROMPTS[case]
     for way in ("generate", "prefill"):
         with pytest.raises(specache.UsageError, match=message):
@@ -237,19 +237,19 @@ def test_what_is_no_prompt_is_refused_with_what_to_pass(model, case):
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_whole_numbers_of_any_size_are_tokens(model, dtype):
+def test_token_ids_of_any_integer_dtype_are_accepted(model, dtype):
     ids = IDS.to(dtype)
     assert torch.equal(call("generate", model, ids, config=specache.SpeCacheConfig(policy="full")), stock(model, ids))
 
 
-def test_padding_may_be_any_number(model):
+def test_padding_may_be_any_token(model):
     ids, mask = ragged(40, 25)
     expected = call("generate", model, ids, attention_mask=mask)[:, 40:]
     ids[mask == 0] = -100
     assert torch.equal(specache.generate(model, ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False)[:, 40:], expected)
 
 
-def test_the_prompt_has_two_names(model):
+def test_input_ids_and_inputs_are_the_same_argument(model):
     expected = stock(model, IDS)
     config = specache.SpeCacheConfig(policy="full")
     assert torch.equal(specache.generate(model, inputs=IDS, max_new_tokens=NEW, do_sample=False, config=config), expected)
@@ -277,7 +277,7 @@ def test_another_decoding_loop_is_refused(model):
 
 
 class Waiting:
-    """A streamer that somebody may wait for."""
+    """A streamer whose text another thread may wait for."""
 
     def __init__(self) -> None:
         self.ended = 0
@@ -289,18 +289,18 @@ class Waiting:
         self.ended += 1
 
 
-def test_decode_by_itself_says_what_it_is_for(model):
+def test_decode_called_directly_is_refused(model):
     with pytest.raises(specache.UsageError, match="custom_generate=specache"):
         specache.decode(model, IDS)
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_no_positions_at_all_are_refused(model, way):
+def test_empty_position_ids_are_refused(model, way):
     with pytest.raises(specache.UsageError, match="position_ids must be a tensor"):
         call(way, model, IDS, position_ids=torch.zeros(0, 40, dtype=torch.long))
 
 
-def test_a_cache_takes_no_config_of_another_type(model):
+def test_a_cache_refuses_a_config_of_another_type(model):
     with pytest.raises(specache.UsageError, match="not a value of type dict"):
         specache.SpeCache(model, {"policy": "full"})
 
@@ -313,7 +313,7 @@ def test_a_config_of_another_type_is_refused(model, way):
 
 @pytest.mark.parametrize("way", ["generate", "decode"])
 @pytest.mark.parametrize("arguments", [{"labels": IDS}, {"num_beams": 2}, {"output_attentions": True}, {}])
-def test_nobody_waits_for_the_text_of_a_call_that_was_refused(model, way, arguments):
+def test_a_refused_call_ends_its_streamer(model, way, arguments):
     streamer = Waiting()
     try:
         call(way, model, IDS, streamer=streamer, **arguments)
@@ -333,14 +333,14 @@ def test_padding_is_inferred_from_the_calls_own_pad_token_as_in_stock(typed):
     assert torch.equal(model.generate(ids, custom_generate=specache.decode, config=FULL, **arguments), expected)
 
 
-def test_nothing_is_padding_where_the_calls_end_token_is_the_pad_token(model):
+def test_nothing_is_padding_if_the_calls_end_token_is_the_pad_token(model):
     ids = torch.cat([torch.zeros(1, 3, dtype=torch.long), IDS], 1)
     everything = stock(model, ids, attention_mask=torch.ones_like(ids), eos_token_id=[5, 0])
     for ends in ([5, 0], torch.tensor([5, 0])):
         assert torch.equal(call("generate", model, ids, config=FULL, eos_token_id=ends), everything)
 
 
-def test_pad_tokens_inside_a_text_are_text_by_every_way_in(model):
+def test_pad_tokens_inside_a_text_are_text_for_generate_decode_and_prefill(model):
     ids = IDS.clone()
     ids[0, 10] = 0
     expected = stock(model, ids, attention_mask=torch.ones_like(ids))
@@ -348,7 +348,7 @@ def test_pad_tokens_inside_a_text_are_text_by_every_way_in(model):
     assert torch.equal(call("decode", model, ids, config=FULL), expected)
 
 
-def test_prefill_takes_a_model_and_a_cache_of_ours(model):
+def test_prefill_refuses_other_models_and_caches(model):
     with pytest.raises(specache.UsageError, match="must be a SpeCache, not a DynamicCache"):
         specache.prefill(model, IDS, cache=DynamicCache())
     with specache.SpeCache(model) as cache:

@@ -1,4 +1,4 @@
-"""Model families against the stock cache: tiny seeded configurations, left-padded batches of three, hybrids and RoPE switches."""
+"""Model families against the stock cache: padded batches, hybrids and RoPE switches."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def build(kind: str, changes: dict[str, Any]) -> Any:
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
-    """Three prompts of different lengths, padded on the left."""
+    """Return three left-padded prompts of different lengths."""
     ids = torch.zeros(3, max(LENGTHS), dtype=torch.long)
     mask = torch.zeros_like(ids)
     for row, length in enumerate(LENGTHS):
@@ -113,7 +113,7 @@ def outputs(generate: Any, ids: torch.Tensor, mask: torch.Tensor, **arguments: A
 
 
 def recomputed(model: Any, ids: torch.Tensor, new: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Greedy tokens and logits of a prompt without any cache: the whole text goes through the model for every token."""
+    """Return greedy tokens and logits without any cache: every token runs the full text."""
     logits = []
     for _ in range(new):
         with torch.no_grad():
@@ -123,7 +123,7 @@ def recomputed(model: Any, ids: torch.Tensor, new: int) -> tuple[torch.Tensor, t
 
 
 def forgets_at_a_rope_switch(model: Any) -> bool:
-    """Whether stock `generate` of this release drops the cache at a long RoPE's switch and then reads the last token only."""
+    """Return whether stock `generate` drops the cache at a RoPE switch, in this release."""
     prepare = inspect.getsource(type(model).prepare_inputs_for_generation)
     return "past_key_values = None" in prepare and "next_sequence_length" not in prepare
 
@@ -180,8 +180,8 @@ def test_a_batch_around_a_rope_switch_equals_each_prompt_alone(kind):
 
 @pytest.mark.parametrize("way", ["edited", "a session that was cut"])
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
-def test_a_text_cut_to_before_a_rope_switch_is_answered_as_stock_answers_it(kind, way, tmp_path):
-    """What was read beyond the switch has other frequencies, also in front of it."""
+def test_a_text_truncated_to_before_a_rope_switch_equals_stock(kind, way, tmp_path):
+    """Keys stored beyond the switch have other frequencies, also those before it."""
     if kind == "dynamic":
         model = build("Llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 100})
     else:
@@ -207,7 +207,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_models_that_the_method_cannot_serve_are_refused_with_the_reason(name):
+def test_unsupported_models_are_refused_with_the_reason(name):
     kind, changes, reason = REFUSED[name]
     with torch.device("meta"):
         model = build(kind, changes)

@@ -1,4 +1,4 @@
-"""Mixtures of experts: another row beside the real one changes how experts' products are grouped, and nothing else."""
+"""Mixtures of experts: a draft token changes how the experts' products are grouped, no more."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def model(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture(params=["torch", "fastest"])
 def close(request: pytest.FixtureRequest) -> Iterator[float]:
-    """How near logits are. The C++ kernels round queries and weights to bytes, which a last bit can turn."""
+    """Return the tolerance of logits. The C++ kernels round queries and weights to bytes."""
     if request.param == "fastest":
-        yield 1e-3  # seen: 2e-4
+        yield 1e-3  # measured: 2e-4
         return
     with dispatch.using("torch"):
         yield 1e-5
@@ -33,7 +33,7 @@ def close(request: pytest.FixtureRequest) -> Iterator[float]:
 
 @pytest.mark.parametrize("bits", [1, 2])
 @pytest.mark.parametrize("seed", [1, 2])
-def test_verified_does_not_depend_on_the_guess(model, monkeypatch, bits, seed, close):
+def test_verified_does_not_depend_on_the_draft_token(model, monkeypatch, bits, seed, close):
     config = settings(policy="verified", slow_tier="ram", bits=bits)
     answer, expected, _ = run(model, prompt(LENGTH), config)
     force_guesses(monkeypatch, seed)
@@ -43,7 +43,7 @@ def test_verified_does_not_depend_on_the_guess(model, monkeypatch, bits, seed, c
     assert (logits - expected).abs().max() < close
 
 
-def test_exact_attention_makes_every_guess_right(model):
+def test_fetching_every_pair_makes_every_draft_token_right(model):
     assert run(model, prompt(LENGTH), settings(policy="verified", slow_tier="ram", top_k=EVERYTHING))[2]["guess_rate"] == 1.0
 
 
@@ -53,10 +53,10 @@ def test_verified_gives_the_answer_of_on_demand(model, bits, close):
     answer, expected, _ = run(model, prompt(LENGTH), settings(policy="on-demand", **config))
     tokens, logits, _ = run(model, prompt(LENGTH), settings(policy="verified", **config))
     assert tokens == answer
-    assert (logits - expected).abs().max() < 10 * close  # seen: 1e-5 and 2e-3
+    assert (logits - expected).abs().max() < 10 * close  # measured: 1e-5 and 2e-3
 
 
-def test_the_papers_policy_does_depend_on_the_guess(model, monkeypatch):
+def test_speculative_depends_on_the_draft_token(model, monkeypatch):
     """Otherwise the tests above could not fail."""
     config = settings(policy="speculative", slow_tier="ram")
     answer, expected, _ = run(model, prompt(LENGTH), config)

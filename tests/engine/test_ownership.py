@@ -1,4 +1,4 @@
-"""What nobody refers to any more is freed at once, by reference counts: these tests run without the garbage collector."""
+"""Objects without references are freed at once. The garbage collector is off in these tests."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def no_collector() -> Iterator[None]:
 
 
 class Remains:
-    """What is left of a cache: weak references to all that it is made of, its account of memory, and its folder."""
+    """Weak references to all parts of a cache, its memory budget and its folder."""
 
     def __init__(self, cache: specache.SpeCache, folder: Path | None = None) -> None:
         sequences = cache.sequences
@@ -64,18 +64,18 @@ class Remains:
         self._resources = cache.resources
         self._folder = folder
 
-    def nothing(self) -> bool:
-        """Whether everything is gone. A read that runs in the background keeps its tier, and nothing else, until it is over."""
+    def all_freed(self) -> bool:
+        """Return whether everything is freed. A read in the background keeps only its tier."""
         assert [type(one()).__name__ for one in self._held if one() is not None] == []
         assert self._resources.budget.used == 0
         assert not any(pool.pages_in_use for pool in self._resources._pools.values())
-        return _comes_true(lambda: all(tier() is None for tier in self._tiers) and not self._files())
+        return _eventually(lambda: all(tier() is None for tier in self._tiers) and not self._files())
 
     def _files(self) -> list[Path]:
         return [] if self._folder is None else list(self._folder.rglob("*"))
 
 
-def _comes_true(condition: Callable[[], bool]) -> bool:
+def _eventually(condition: Callable[[], bool]) -> bool:
     deadline = time.monotonic() + 60
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -98,22 +98,22 @@ def test_a_dropped_cache_is_freed_at_once(model, tmp_path, policy, tier):
     specache.generate(model, prompt(120), past_key_values=cache, **GREEDY)
     remains = Remains(cache, tmp_path)
     del cache
-    assert remains.nothing()
-    assert _comes_true(lambda: not _readers())
+    assert remains.all_freed()
+    assert _eventually(lambda: not _readers())
 
 
 @pytest.mark.parametrize("tier", ["ram", "ram-inplace", "disk"])
-def test_so_are_a_batch_and_a_hybrid(model, hybrid, tmp_path, tier):
+def test_a_dropped_batch_and_a_dropped_hybrid_are_freed_at_once(model, hybrid, tmp_path, tier):
     config = specache.SpeCacheConfig(slow_tier=_tier(tier, tmp_path), residual=16, group_size=16, top_k=8)
     for one, (ids, mask) in ((model, ragged(120, 60, 120)), (hybrid, ragged(90, 40))):
         cache = specache.SpeCache(one, config)
         specache.generate(one, ids, attention_mask=mask, past_key_values=cache, **GREEDY)
         remains = Remains(cache, tmp_path)
         del cache
-        assert remains.nothing()
+        assert remains.all_freed()
 
 
-def test_files_and_descriptors_go_with_a_dropped_cache(model, tmp_path):
+def test_a_dropped_cache_removes_its_files_and_closes_descriptors(model, tmp_path):
     def descriptors() -> int:
         return sum(str(tmp_path) in os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if _is_open(fd))
 
@@ -121,7 +121,7 @@ def test_files_and_descriptors_go_with_a_dropped_cache(model, tmp_path):
     specache.generate(model, prompt(200), past_key_values=cache, **GREEDY)
     assert descriptors() and list(tmp_path.rglob("*.rows"))
     del cache
-    assert _comes_true(lambda: not descriptors() and not list(tmp_path.iterdir()))
+    assert _eventually(lambda: not descriptors() and not list(tmp_path.iterdir()))
 
 
 def _is_open(descriptor: str) -> bool:
@@ -130,7 +130,7 @@ def _is_open(descriptor: str) -> bool:
 
 @pytest.mark.parametrize("policy", ["verified", "none", "full"])
 @pytest.mark.parametrize("original_first", [True, False])
-def test_of_a_cache_and_its_fork_each_is_freed_when_it_is_dropped(model, tmp_path, policy, original_first):
+def test_a_cache_and_its_fork_are_freed_independently(model, tmp_path, policy, original_first):
     cache = specache.SpeCache(model, specache.SpeCacheConfig(slow_tier=f"disk:{tmp_path}", residual=16, group_size=16, top_k=8))
     text = specache.generate(model, prompt(120), past_key_values=cache, **GREEDY)
     fork = cache.fork(policy=policy)
@@ -144,17 +144,17 @@ def test_of_a_cache_and_its_fork_each_is_freed_when_it_is_dropped(model, tmp_pat
     assert torch.equal(out, expected) or not original_first  # the original has another policy
     remains = Remains(pair[0], tmp_path)
     del pair
-    assert remains.nothing()
+    assert remains.all_freed()
 
 
 def test_the_cache_in_a_dropped_output_is_freed(model):
     output = specache.generate(model, prompt(100), return_dict_in_generate=True, **GREEDY)
     remains = Remains(output.past_key_values)
     del output
-    assert remains.nothing()
+    assert remains.all_freed()
 
 
-def test_a_cache_of_a_model_that_is_gone_and_a_model_of_a_cache_that_lives():
+def test_a_cache_does_not_keep_its_model_alive():
     model = llama()
     cache = specache.SpeCache(model)
     specache.generate(model, prompt(100), past_key_values=cache, **GREEDY)
@@ -164,11 +164,11 @@ def test_a_cache_of_a_model_that_is_gone_and_a_model_of_a_cache_that_lives():
     assert gone() is None and weights() is None
     remains = Remains(cache)
     del cache
-    assert remains.nothing()
+    assert remains.all_freed()
 
 
 class Streamer:
-    """Fails at the third call."""
+    """A streamer that fails at the third call."""
 
     def __init__(self, error: type[BaseException]) -> None:
         self._error, self._calls = error, 0
@@ -183,7 +183,7 @@ class Streamer:
 
 
 def _fails(call: Callable[[], Any], error: type[BaseException]) -> None:
-    """The call raises, and nobody keeps what it raised."""
+    """Check that the call raises, and drop the error."""
     try:
         call()
     except error:
@@ -200,7 +200,7 @@ def test_after_an_error_a_dropped_cache_is_freed_at_once(model, tmp_path, monkey
     streamer = Streamer(error) if where in ("streamer", "interrupt") else None
     calls = []
 
-    def dies(*arguments: Any) -> None:
+    def failing(*arguments: Any) -> None:
         calls.append(1)
         if len(calls) > (1 if where == "prefill" else 6):  # three layers: in the first pass, or in a step
             raise error("quantise")
@@ -209,17 +209,17 @@ def test_after_an_error_a_dropped_cache_is_freed_at_once(model, tmp_path, monkey
     quantise = dispatch.quantise
     with monkeypatch.context() as patch:
         if streamer is None:
-            patch.setattr(dispatch, "quantise", dies)
+            patch.setattr(dispatch, "quantise", failing)
         options = {"streamer": streamer, "max_new_tokens": 40, "do_sample": False}
         _fails(partial(specache.generate, model, prompt(120), past_key_values=cache, **options), error)
     remains = Remains(cache, tmp_path)
     del cache
-    assert remains.nothing()
+    assert remains.all_freed()
 
 
 @pytest.mark.parametrize("error", [ValueError, MemoryError])
-def test_a_cache_that_nobody_was_given_is_freed_with_the_error(model, monkeypatch, error):
-    """Its tensors may live as long as the error does, and no longer."""
+def test_the_internal_cache_of_a_failed_call_is_freed(model, monkeypatch, error):
+    """Its tensors may live as long as the error, no longer."""
     made = []
     begin = specache.SpeCache.__init__
 
@@ -232,7 +232,7 @@ def test_a_cache_that_nobody_was_given_is_freed_with_the_error(model, monkeypatc
     assert len(made) == 1 and made[0]() is None
 
 
-def test_a_session_that_was_closed_or_dropped_leaves_nothing(model, tmp_path):
+def test_a_closed_or_dropped_session_is_freed_and_unlocked(model, tmp_path):
     for close in (True, False):
         session = specache.Session("one", model, folder=tmp_path)
         specache.generate(model, prompt(120), past_key_values=session.cache, **GREEDY)
@@ -242,12 +242,12 @@ def test_a_session_that_was_closed_or_dropped_leaves_nothing(model, tmp_path):
             session.close()
         gone = weakref.ref(session)
         del session
-        assert gone() is None and remains.nothing()
+        assert gone() is None and remains.all_freed()
     specache.Session("one", model, folder=tmp_path).close()  # and it is not locked
 
 
-def test_reads_that_are_under_way_do_not_keep_a_hot_set(model, tmp_path, monkeypatch):
-    """A cleared sequence gives its fast memory back at once, also while a background thread still reads for it."""
+def test_running_reads_do_not_keep_a_hot_set_alive(model, tmp_path, monkeypatch):
+    """A cleared sequence frees its fast memory at once, also while a thread reads for it."""
     reading, go_on = threading.Event(), threading.Event()
     gather = DiskTier.gather
 
@@ -294,7 +294,7 @@ def test_a_copy_of_a_cache_is_a_fork_of_it(model, tmp_path, copied, tier):
     assert torch.equal(specache.generate(model, ids, past_key_values=cache, **GREEDY), model.generate(ids, **GREEDY))
 
 
-def test_a_deep_copy_of_what_holds_caches_copies_each_once(model):
+def test_a_deep_copy_of_a_container_copies_each_cache_once(model):
     output = specache.generate(model, prompt(100), return_dict_in_generate=True, **GREEDY)
     cache = output.past_key_values
     copied = copy.deepcopy({"output": output, "caches": [cache, cache]})
@@ -305,7 +305,7 @@ def test_a_deep_copy_of_what_holds_caches_copies_each_once(model):
     assert (first.get_seq_length(), cache.get_seq_length()) == (111, 105)
 
 
-def test_a_deep_copy_under_a_session_is_no_part_of_it(model, tmp_path):
+def test_a_deep_copy_of_a_sessions_cache_is_independent(model, tmp_path):
     with specache.Session("one", model, folder=tmp_path) as session:
         text = specache.generate(model, prompt(100), past_key_values=session.cache, **GREEDY)
         session.save()
@@ -327,7 +327,7 @@ def test_a_cache_cannot_be_pickled_and_says_what_to_do(model, tmp_path):
             write(cache)
 
 
-def test_what_a_fork_cannot_do_leaves_nothing_behind(model, tmp_path, monkeypatch):
+def test_a_failed_fork_leaves_nothing_behind(model, tmp_path, monkeypatch):
     cache = specache.SpeCache(model, specache.SpeCacheConfig(slow_tier=f"disk:{tmp_path}"))
     specache.prefill(model, prompt(200), cache=cache)
     used = cache.resources.budget.used

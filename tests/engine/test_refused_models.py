@@ -1,4 +1,4 @@
-"""Models that the method cannot serve: each is refused with the reason, and nothing is left behind."""
+"""Models that SpeCache does not support are refused with the reason and leave nothing."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def check_nothing_is_left(model: Any) -> None:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_model_that_keeps_something_else_than_a_growing_cache_is_refused(name):
+def test_a_model_without_a_growing_kv_cache_is_refused(name):
     kind, changes, reason = REFUSED[name]
     with torch.device("meta"):
         model = build(kind, changes)
@@ -62,8 +62,8 @@ def test_an_encoder_decoder_is_refused(kind):
 
 
 @pytest.mark.parametrize(("kind", "window"), [("Mistral", 4096), ("Phi3", 2047)])
-def test_a_configuration_whose_layers_all_slide_is_refused(kind, window):
-    """Windows and positions are those of Mistral 7B v0.1 (the family's defaults) and Phi-3-mini-4k."""
+def test_a_model_with_only_sliding_windows_is_refused(kind, window):
+    """The sizes are those of Mistral 7B v0.1 (its family's defaults) and Phi-3-mini-4k."""
     sizes = {name: value for name, value in SIZES.items() if name != "max_position_embeddings"}
     changes = {} if kind == "Mistral" else {"sliding_window": window}
     config = getattr(transformers, f"{kind}Config")(**sizes, **changes)
@@ -74,8 +74,8 @@ def test_a_configuration_whose_layers_all_slide_is_refused(kind, window):
 
 
 @pytest.mark.parametrize(("kind", "reason"), [("Nemotron", "drops extra arguments"), ("DiffLlama", "attends twice")])
-def test_a_model_that_does_not_attend_once_per_layer_through_us_is_refused_when_it_runs(kind, reason):
-    """Nothing in its configuration tells, and its answer would be wrong silently."""
+def test_a_model_that_bypasses_or_repeats_attention_is_refused_when_it_runs(kind, reason):
+    """The configuration does not show it, and the answer would be wrong silently."""
     model = build(kind, {})
     with specache.SpeCache(model) as cache:
         with pytest.raises(specache.UnsupportedModelError, match=reason):

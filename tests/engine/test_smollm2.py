@@ -1,4 +1,4 @@
-"""The real model: how far each policy is from the full cache along the full cache's own answer."""
+"""A real model: how far each policy's logits are from the full cache's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TOKENS, NEW = 1500, 40
 
 
 @pytest.mark.slow
-def test_verified_stays_close_to_the_full_cache_and_the_copy_alone_does_not(demo_model):
+def test_verified_stays_close_to_the_full_cache_and_low_bit_alone_does_not(demo_model):
     model, tokenizer = demo_model.model, demo_model.tokenizer
     topics = pydoc_data.topics.topics
     ids = prompt_ids(tokenizer, "\n".join(topics[name] for name in sorted(topics)), TOKENS)

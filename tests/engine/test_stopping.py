@@ -1,4 +1,4 @@
-"""Where an answer ends: stop strings with real tokenizers, several end tokens, batches that end unevenly; all as in stock."""
+"""Stopping as in stock: stop strings, several end tokens, batches that end unevenly."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def settings(policy: str = "verified") -> specache.SpeCacheConfig:
 
 
 def ours(model: Any, ids: torch.Tensor, policy: str = "verified", **arguments: Any) -> tuple[torch.Tensor, list[str | None]]:
-    """Tokens [B, S + new] and why each sequence ended."""
+    """Return tokens [B, S + new] and each sequence's finish reason."""
     with specache.SpeCache(model, settings(policy)) as cache:
         tokens = specache.generate(model, ids, past_key_values=cache, **arguments)
         return tokens, cache.finish_reasons
@@ -31,18 +31,18 @@ def ours(model: Any, ids: torch.Tensor, policy: str = "verified", **arguments: A
 
 @pytest.fixture(scope="module")
 def tiny(tiny_folder) -> LoadedModel:
-    """Every byte is a token: a stop string is always many tokens."""
+    """Every byte is a token, so that a stop string is always many tokens."""
     return load(str(tiny_folder), dtype=Dtype.FLOAT32)
 
 
 @pytest.fixture(scope="module", params=["bytes", "smollm2"])
 def real(request: pytest.FixtureRequest) -> LoadedModel:
-    """A model with its tokenizer: bytes only, and one that merges words, so that a stop string begins inside a token."""
+    """A model with a byte tokenizer, and one whose stop strings begin inside a token."""
     return request.getfixturevalue("tiny" if request.param == "bytes" else "demo_model")
 
 
 def stock_answer(loaded: LoadedModel, text: str) -> tuple[torch.Tensor, str]:
-    """A prompt and what stock generate says to it when no token ends it."""
+    """Return a prompt, and stock generate's answer without an end token."""
     ids = torch.tensor([ChatTemplate(loaded.tokenizer).encode(asked(text))])
     return ids, _decode(loaded, loaded.model.generate(ids, **_unstopped(ids), eos_token_id=[]), ids)
 
@@ -62,7 +62,7 @@ def _decode(loaded: LoadedModel, tokens: torch.Tensor, ids: torch.Tensor) -> str
 
 
 def ascii_piece(text: str, start: int) -> str:
-    """Three printable characters in a row of `text`, from about `start` on: what a byte tokenizer says need not be text."""
+    """Return three consecutive printable characters of `text`, from about `start` on."""
     pieces = (text[i : i + 3] for i in range(start, len(text) - 3))
     return next(piece for piece in pieces if piece.isascii() and piece.isprintable())
 
@@ -80,7 +80,7 @@ def test_a_stop_string_ends_the_answer_where_stock_ends_it(real, policy):
     assert tokens.shape[1] < ids.shape[1] + NEW
 
 
-def test_a_stop_string_that_is_never_said_changes_nothing(real):
+def test_a_stop_string_that_never_occurs_changes_nothing(real):
     ids, answer = stock_answer(real, "Why is the sky blue?")
     arguments = {**_unstopped(ids), "stop_strings": "\u2603 never", "tokenizer": real.tokenizer, "eos_token_id": []}
     tokens, reasons = ours(real.model, ids, **arguments)
@@ -91,7 +91,7 @@ def test_a_stop_string_that_is_never_said_changes_nothing(real):
 @pytest.mark.parametrize("ends", ["end token", "no end token"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_stop_string_ends_one_of_two_sequences(tiny, monkeypatch, policy, ends):
-    """Without an end token stock pads nothing: the stopped sequence runs on until all have stopped."""
+    """Without an end token stock pads nothing: a stopped sequence runs on with the others."""
     ids, answer = stock_answer(tiny, "Why is the sky blue?")
     rows, mask = pad_left([ids[0].tolist(), ChatTemplate(tiny.tokenizer).encode(asked("Who?"))], pad_id=0)
     arguments = {
@@ -128,13 +128,13 @@ def test_any_of_several_end_tokens_ends_a_sequence_as_in_stock(policy, do_sample
 
 
 def new_tokens_until_end(row: list[int], ends: range) -> int:
-    """How many tokens a sequence has up to and with its end token."""
+    """Return how many tokens a sequence has, its end token included."""
     return next((place + 1 for place, token in enumerate(row) if token in ends), len(row))
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_scores_and_logits_of_an_uneven_batch_equal_stocks_up_to_each_end(policy):
-    """Stock feeds padding to a sequence that ended; we do not run it any more, and repeat its last scores."""
+    """Stock feeds padding to a finished sequence. We do not run it, and repeat its last scores."""
     model, ends = llama(), range(2, 9)
     ids, mask = batch()
     output = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}

@@ -1,4 +1,4 @@
-"""Threads and processes: one call at a time uses a cache, any number use a model, and a forked process is told what to do."""
+"""Threads and processes: one call at a time uses a cache, any number use a model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import torch
 import specache
 from specache.cache.one_call import OneCallAtATime
 from specache.errors import SpeCacheError, UsageError
-from specache.linear import cpu_linear as products
+from specache.linear import cpu_linear
 from specache.model import rope
 from specache.tiers.ram import RamTier
 from tests.engine.test_model_families import DYNAMIC, LONGROPE
@@ -34,7 +34,7 @@ def model() -> Any:
 
 
 class Gate:
-    """A streamer that stops its call after the prompt until it is let go on, and does something meanwhile."""
+    """A streamer that blocks its call after the prompt, and then calls `inside`."""
 
     def __init__(self, inside: Callable[[], Any] = lambda: None) -> None:
         self.reached, self.go_on = threading.Event(), threading.Event()
@@ -53,7 +53,7 @@ class Gate:
 
 
 class Stopped:
-    """A call to generate that stands still in the middle, on a thread of its own."""
+    """A call to generate that is blocked in the middle, on its own thread."""
 
     def __init__(self, model: Any, cache: specache.SpeCache, ids: torch.Tensor, inside: Callable[[], Any] = lambda: None) -> None:
         self._gate = Gate(inside)
@@ -90,7 +90,7 @@ CALLS = {
 
 @pytest.mark.parametrize("tier", ["ram", "ram-inplace", "disk"])
 @pytest.mark.parametrize("name", CALLS)
-def test_a_second_thread_on_a_cache_is_refused_and_the_first_goes_on_unharmed(model, tmp_path, name, tier):
+def test_a_second_thread_on_a_cache_is_refused_and_the_first_is_unharmed(model, tmp_path, name, tier):
     ids = prompt(100)
     expected = model.generate(ids, **GREEDY)
     cache = _cache(model, slow_tier=f"disk:{tmp_path}" if tier == "disk" else tier)
@@ -98,7 +98,7 @@ def test_a_second_thread_on_a_cache_is_refused_and_the_first_goes_on_unharmed(mo
     with first:
         with pytest.raises(UsageError, match=r"in another thread.*one cache per thread.*cache\.fork\(\)"):
             CALLS[name](model, cache)
-        assert cache.get_seq_length() == 101 and cache.stats()["slow_bytes"] > 0  # any thread may look
+        assert cache.get_seq_length() == 101 and cache.stats()["slow_bytes"] > 0  # any thread may read statistics
     assert torch.equal(first.result(), expected)
     longer = torch.cat([expected, prompt(5)], 1)
     assert torch.equal(specache.generate(model, longer, past_key_values=cache, **GREEDY), model.generate(longer, **GREEDY))
@@ -110,7 +110,7 @@ def test_bytes_may_be_counted_while_another_thread_adds_a_layer():
     tier = RamTier(in_place=True)
 
     class Buffer:
-        """A layer's; while it is counted, the first rows of another layer come."""
+        """A layer's buffer. While it is counted, another layer's first rows are added."""
 
         @property
         def nbytes(self) -> int:
@@ -122,7 +122,7 @@ def test_bytes_may_be_counted_while_another_thread_adds_a_layer():
     assert 1 in tier._rows
 
 
-def test_a_streamer_that_is_refused_is_ended(model):
+def test_the_streamer_of_a_refused_call_is_ended(model):
     cache, ended = _cache(model), threading.Event()
 
     class Ends(Gate):
@@ -135,7 +135,7 @@ def test_a_streamer_that_is_refused_is_ended(model):
 
 
 @pytest.mark.parametrize("call", ["save", "cut", "fork", "close"])
-def test_a_session_waits_for_no_call_and_spoils_none(model, tmp_path, call):
+def test_a_session_in_use_refuses_other_calls_without_harm(model, tmp_path, call):
     calls = {"save": (), "cut": (10,), "fork": ("two",), "close": ()}
     ids = prompt(100)
     session = specache.Session("one", model, folder=tmp_path)
@@ -151,8 +151,8 @@ def test_a_session_waits_for_no_call_and_spoils_none(model, tmp_path, call):
         assert again.token_ids == first.result()[0, :-1].tolist()
 
 
-def test_a_streamer_saves_the_session_that_its_call_goes_on_with(model, tmp_path):
-    """As the commands do when the prompt was read: a crash while the answer comes must not cost the document."""
+def test_a_streamer_may_save_its_session_during_the_call(model, tmp_path):
+    """The commands save after the prefill: a crash during the answer must not cost the document."""
     ids, saved = prompt(100), []
     expected = model.generate(ids, **GREEDY)
 
@@ -167,7 +167,7 @@ def test_a_streamer_saves_the_session_that_its_call_goes_on_with(model, tmp_path
     session = specache.Session("one", model, folder=tmp_path)
     assert torch.equal(specache.generate(model, ids, past_key_values=session.cache, streamer=Saves(), **GREEDY), expected)
     assert saved == list(range(100, 110))
-    session.close()  # nothing is saved here
+    session.close()  # does not save
     with specache.Session("one", model, folder=tmp_path) as again:
         assert again.token_ids == expected[0, :-1].tolist()
         longer = torch.cat([expected, prompt(5)], 1)
@@ -177,7 +177,7 @@ def test_a_streamer_saves_the_session_that_its_call_goes_on_with(model, tmp_path
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_callback_cannot_use_the_cache_of_its_own_call(model, name):
-    """Only ask it; another cache it may use, also one that is made on the spot."""
+    """It may read statistics, and use another cache, also a new one."""
     ids, cache, seen = prompt(100), _cache(model), []
 
     def inside() -> None:
@@ -194,7 +194,7 @@ def test_a_callback_cannot_use_the_cache_of_its_own_call(model, name):
     assert torch.equal(seen[1], expected) and seen[0] > 0
 
 
-def test_two_requests_on_one_cache_answer_rightly_or_are_refused(model):
+def test_two_calls_on_one_cache_answer_correctly_or_are_refused(model):
     prompts = [prompt(150), prompt(140, seed=5)]
     expected = [model.generate(ids, **GREEDY) for ids in prompts]
     cache = _cache(model)
@@ -214,7 +214,7 @@ def test_two_requests_on_one_cache_answer_rightly_or_are_refused(model):
 
 
 def _together(call: Callable[[int], None], count: int) -> None:
-    """Run call(0) to call(count - 1), each on a thread of its own, and raise what they raise."""
+    """Run call(0) to call(count - 1), each on its own thread, and raise their errors."""
     with ThreadPoolExecutor(count) as pool:
         for future in [pool.submit(call, index) for index in range(count)]:
             future.result()
@@ -225,7 +225,7 @@ POLICIES = ["full", "verified", "speculative", "previous", "on-demand"]
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_threads_may_run_one_model_at_once_each_with_its_own_cache(tmp_path, attention):
-    """And one of them without us: stock generate, whose attention and masks pass through ours meanwhile."""
+    """One thread runs stock generate, whose attention and masks pass through ours."""
     model = llama(attn_implementation=attention)
     prompts = [prompt(70 + 9 * index, seed=index) for index in range(len(POLICIES) + 1)]
     expected = [model.generate(ids, **GREEDY) for ids in prompts]
@@ -251,8 +251,8 @@ def test_threads_may_run_one_model_at_once_each_with_its_own_cache(tmp_path, att
 
 
 @pytest.mark.parametrize("parameters", [DYNAMIC, LONGROPE], ids=["dynamic", "longrope"])
-def test_frequencies_that_depend_on_the_length_stay_each_threads_own(parameters):
-    """Short and long sequences at once; one thread asks the stock model."""
+def test_length_dependent_rope_frequencies_are_separate_per_thread(parameters):
+    """Short and long sequences run at once, and one thread runs the stock model."""
     more = {"original_max_position_embeddings": 100} if parameters is LONGROPE else {"max_position_embeddings": 100}
     model = llama(rope_parameters=parameters, **more)
     lengths = [60, 130, 85, 190]
@@ -274,7 +274,7 @@ def test_frequencies_that_depend_on_the_length_stay_each_threads_own(parameters)
     assert wrong == []
 
 
-def test_a_pass_of_ours_leaves_the_models_rope_as_it_found_it():
+def test_a_forward_pass_restores_the_models_rope():
     model = llama(rope_parameters=DYNAMIC, max_position_embeddings=100)
     rotary = model.model.rotary_emb
     model.generate(prompt(150), **GREEDY)
@@ -287,12 +287,12 @@ def test_a_pass_of_ours_leaves_the_models_rope_as_it_found_it():
 
 
 def test_a_model_that_is_copied_while_it_generates_computes_with_its_own_weights(model):
-    """The copy has what stands in for its layers too; that must not be the original's."""
-    layers = products.install(model)
+    """The copy has our replacements of its layers too, which must use its own weights."""
+    layers = cpu_linear.install(model)
     try:
         copied = copy.deepcopy(model)
     finally:
-        products.remove(layers)
+        cpu_linear.remove(layers)
     with torch.no_grad():
         for parameter in copied.parameters():
             parameter.mul_(0.5)
@@ -303,7 +303,7 @@ def test_a_model_that_is_copied_while_it_generates_computes_with_its_own_weights
     assert torch.equal(copied.generate(prompt(60), **GREEDY), fresh.generate(prompt(60), **GREEDY))
 
 
-def test_a_call_that_was_interrupted_before_it_began_leaves_the_users_attention(monkeypatch):
+def test_a_call_interrupted_while_attaching_restores_the_users_attention(monkeypatch):
     model = llama()
     model.set_attn_implementation("eager")
 
@@ -311,7 +311,7 @@ def test_a_call_that_was_interrupted_before_it_began_leaves_the_users_attention(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(products, "install", interrupted)
+        patched.setattr(cpu_linear, "install", interrupted)
         specache.generate(model, prompt(60), **GREEDY)
     expected = llama().generate(prompt(60), **GREEDY)
     assert torch.equal(model.generate(prompt(60), **GREEDY), expected)
@@ -320,7 +320,7 @@ def test_a_call_that_was_interrupted_before_it_began_leaves_the_users_attention(
     assert torch.equal(model.generate(prompt(60), **GREEDY), expected)
 
 
-def test_a_copy_that_was_made_while_a_model_generates_runs_with_and_without_us(model):
+def test_a_model_copied_during_generation_runs_in_stock_and_in_specache(model):
     copies = []
 
     class Copying(Gate):
@@ -335,8 +335,8 @@ def test_a_copy_that_was_made_while_a_model_generates_runs_with_and_without_us(m
         assert torch.equal(copied.generate(prompt(60), **GREEDY), expected)
 
 
-def test_a_call_that_never_came_to_its_end_does_not_lock_the_cache():
-    """Interrupted before it could say so: it is gone with its frame."""
+def test_an_interrupted_call_does_not_lock_the_cache():
+    """A call that was interrupted before it could release the cache is gone with its frame."""
     in_use = OneCallAtATime()
 
     def interrupted() -> None:
@@ -409,14 +409,14 @@ def test_a_forked_process_may_generate_with_one_thread_and_a_cache_of_its_own():
     assert done.returncode == 0, done.stderr
 
 
-def test_a_forked_process_that_would_hang_is_refused():
+def test_a_forked_process_with_several_threads_is_refused():
     done = _forked(MADE, "specache.generate(model, ids, **GREEDY)")
     assert done.returncode == 7, done.stderr
     assert "set_num_threads(1)" in done.stdout
 
 
-def test_what_a_forked_process_drops_or_closes_stays_the_parents(tmp_path):
-    """Files, a session that was never saved, and its lock."""
+def test_a_forked_process_does_not_free_its_parents_files(tmp_path):
+    """Files, an unsaved session and its lock stay."""
     before = f"""
 session = specache.Session("one", model, folder={str(tmp_path)!r})
 specache.generate(model, ids, past_key_values=session.cache, **GREEDY)
@@ -454,7 +454,7 @@ def test_a_spawned_process_generates(model):
 
 
 def test_a_streamer_may_save_the_session_that_it_streams(model, tmp_path):
-    """As the commands do once a prompt is read: killed later, they have lost the answer only."""
+    """The commands do so after the prefill: if killed later, only the answer is lost."""
     ids, saved = prompt(100), []
     with specache.Session("one", model, folder=tmp_path) as session:
 
@@ -475,7 +475,7 @@ def test_a_streamer_may_save_the_session_that_it_streams(model, tmp_path):
 
 def test_a_session_is_not_saved_in_the_middle_of_a_pass(model, tmp_path):
     refused = []
-    config = specache.SpeCacheConfig(policy="on-demand")  # whose passes all store
+    config = specache.SpeCacheConfig(policy="on-demand")  # every pass of this policy stores a token
     with specache.Session("one", model, config, folder=tmp_path) as session:
 
         def hook(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""Run every family, print what came of it, and with `--write` record it and make docs/models.md."""
+"""Run every family and print the outcomes; with `--write` record them and write docs/models.md."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.families.compare import Outcome, families, try_family, vision_familie
 
 
 def main() -> int:
-    """The number of families that are wrong or raise something else than a refusal."""
+    """Return the number of families that are wrong or raise another error than a refusal."""
     parser = argparse.ArgumentParser(prog="python -m tests.families", description=__doc__)
     parser.add_argument("--write", action="store_true", help=f"write {table.DATA.name} and docs/{table.PAGE.name}")
     parser.add_argument("only", nargs="*", help="model types, whose rows alone are replaced; all of them without")

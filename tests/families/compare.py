@@ -1,4 +1,4 @@
-"""One family against its stock `generate()`: equal, refused with a reason, or not tried because stock does not run it."""
+"""One family against its stock `generate()`: equal, refused with a reason, or not tried."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one family.
+    """The outcome of one family.
 
     Attributes:
         model_type, model_class: the family.
-        result: `equal`, `refused`, `not tried` (stock does not run it), or what must not be: `wrong`, `error`.
+        result: `equal`, `refused`, `not tried` (stock does not run it), or a bug: `wrong`, `error`.
         reason: why it is not `equal`.
-        attention: identifies the code of its attention layers; families that are copies of each other have the same.
+        attention: a hash of the attention layers' code; copied families have the same.
     """
 
     model_type: str
@@ -52,18 +52,18 @@ class Outcome:
 
 
 def families() -> list[tuple[str, str]]:
-    """(model type, class) of every causal-LM class of the installed transformers."""
+    """Return (model type, class) of every causal-LM class of the installed transformers."""
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items())
 
 
 def vision_families() -> list[tuple[str, str]]:
-    """The same of the vision-language classes that are not among them; text goes through these too."""
+    """Return the same for further vision-language classes, which also run text."""
     known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items())
     return sorted(set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.items()) - known)
 
 
 def build(model_class: str) -> Any:
-    """The family's tiny model, seeded; parameters that start constant (norms, biases, sinks, gates) are moved from there."""
+    """Return the family's tiny model, seeded, with constant parameters randomised too."""
     kind = getattr(transformers, model_class)
     config = tiny_config(kind.config_class)
     with torch.device("meta"):
@@ -82,13 +82,13 @@ def build(model_class: str) -> Any:
 
 
 def try_family(model_type: str, model_class: str) -> Outcome:
-    """Run one family under every setting, beside stock."""
+    """Run one family under every setting, and in stock."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             model = build(model_class)
             expected = _generate(model.generate)
-        except Exception as error:  # whatever transformers raises for a model that it cannot build or run so
+        except Exception as error:  # of transformers, for a model that it cannot build or run
             return Outcome(model_type, model_class, "not tried", _line(error))
         if not all(bool(torch.isfinite(x).all()) for x in expected):
             return Outcome(model_type, model_class, "not tried", "the logits of stock are not finite")
@@ -97,7 +97,7 @@ def try_family(model_type: str, model_class: str) -> Outcome:
 
 
 def refusal(model_class: str) -> str:
-    """Why a family is refused, asked without running it in stock; empty where it is not."""
+    """Return why a family is refused, without running it; empty if it is not."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = build(model_class)
@@ -143,7 +143,7 @@ def _generate(generate: Any) -> tuple[Tensor, Tensor]:
 
 
 def _attention(model: Any) -> str:
-    """Hash of the code of the modules that know their layer, without names of classes and comments."""
+    """Return a hash of the code of modules with a layer index, without class names and comments."""
     kinds = {type(module) for module in model.modules() if getattr(module, "layer_idx", None) is not None}
     sources = [inspect.getsource(kind.forward) for kind in sorted(kinds, key=lambda kind: kind.__name__)]
     bare = [re.sub(r'""".*?"""|#[^\n]*|\s+', " ", re.sub(r"\b[A-Z]\w+", "X", source), flags=re.DOTALL) for source in sources]

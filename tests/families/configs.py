@@ -1,6 +1,6 @@
-"""Tiny configurations of transformers' model families: the family's own defaults, with every size made small.
+"""Tiny configurations of transformers' model families: the defaults, with every size made small.
 
-A layout that differs from layer to layer (`layer_types`, `mlp_layer_types`, ...) keeps each of its kinds.
+A setting per layer (`layer_types`, `mlp_layer_types`, ...) keeps each of its kinds.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 
 LAYERS = 4
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-FULL_ATTENTION = {"sliding_window": None}  # every layer of the family slides by default: nothing to compress
+FULL_ATTENTION = {"sliding_window": None}  # by default every layer has a sliding window
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 SIZES: dict[str, Any] = {
     "initializer_range": 0.2,
@@ -30,7 +30,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads", "num_query_groups"), 2),
     **dict.fromkeys(("head_dim", "dim_head", "d_head", "kv_channels", "swa_head_dim", "attention_head_size"), 16),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim", "rotary_dim", "d_rel"), 16),
-    "v_head_dim": 8,  # where it is a choice, other than the keys
+    "v_head_dim": 8,  # differs from the keys' if the family allows it
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "dim_ff", "dff"), 96),
     **dict.fromkeys(("d_inner", "n_inner"), 96),
@@ -133,7 +133,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
 
 
 def tiny_config(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
-    """A family's configuration, made small. Raises whatever transformers raises where it has no such model."""
+    """Return a family's configuration, made small. Errors of transformers are raised."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return config_class(**_settings(config_class, SPECIAL.get(config_class.model_type, {})))
@@ -158,11 +158,11 @@ def _settings(config_class: type[PreTrainedConfig], special: dict[str, Any]) -> 
 
 
 def _layouts(default: PreTrainedConfig, fields: set[str], count: int) -> dict[str, Any]:
-    """Lists with an entry per layer: the kinds that the family's defaults have, in turn."""
+    """Return the lists with an entry per layer: each kind of the family's defaults in turn."""
     layers = next((getattr(default, name) for name in LAYER_COUNTS if hasattr(default, name)), 0)
     layouts = {}
     for name in fields:
-        value = vars(default).get(name)  # not through attributes: those that vary by layer raise
+        value = vars(default).get(name)  # attributes that vary by layer raise
         if isinstance(value, list) and layers and len(value) == layers:
             kinds = list(dict.fromkeys(tuple(v) if isinstance(v, list) else v for v in value))
             layouts[name] = [kinds[i % len(kinds)] for i in range(count)]

@@ -1,4 +1,4 @@
-"""The families table: its data (`results.json`, one recorded run of all) and the page that is made of it."""
+"""The families table: its data (`results.json`, one recorded run) and its page."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ it raises `UsageError`, with what was generated in `new_token_ids`, where stock 
 
 
 def write(outcomes: list[Outcome], vision: list[Outcome], version: str, replace: bool = False) -> None:
-    """Record a run and make the page; `replace` keeps the rows of families that did not run."""
+    """Record a run and write the page; `replace` keeps the rows of families that did not run."""
     data = {"transformers": version, "causal": [asdict(o) for o in outcomes], "vision": [asdict(o) for o in vision]}
     if replace:
         before = recorded()
@@ -67,13 +67,13 @@ def _merged(before: list[dict[str, str]], rows: list[dict[str, str]]) -> list[di
 
 
 def recorded() -> dict[str, Any]:
-    """The recorded run: `transformers` (its version), and `causal` and `vision` (lists of `Outcome`s as dicts)."""
+    """Return the recorded run: `transformers` (version), `causal` and `vision` (outcomes)."""
     data: dict[str, Any] = json.loads(DATA.read_text())
     return data
 
 
 def page(data: dict[str, Any]) -> str:
-    """docs/models.md of a recorded run."""
+    """Return docs/models.md for a recorded run."""
     totals = "\n".join(f"- {name}: {_totals(data[kind])}" for kind, name in NAMES.items())
     settings = ", ".join(f"`{name}`" for name in SETTINGS)
     parts = [

@@ -1,8 +1,8 @@
-"""A user of one model with a few conversations, who does what users do in any order; every answer is checked against stock.
+"""A user of one model with a few conversations and habits in any order, checked against stock.
 
-Each conversation has a text, a SpeCache (or a session's), and every pair is fetched (`top_k` beyond the text), so that an answer
-is the stock cache's answer to the same text. A habit may be refused with one of our errors where that is said here; nothing may
-raise anything else, and nothing may answer otherwise.
+Each conversation has a text and a SpeCache (its own or a session's). Every pair is fetched (`top_k`
+exceeds the text), so that an answer is the stock cache's. A habit may be refused with one of our
+errors only where the code here allows it. No other error and no other answer may occur.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from tests.tiny import prompt
 
 NEW = 3  # tokens per answer
 NEAR_TIE = 1e-4  # logits this close may fall either way by rounding
-MOST = 3  # conversations at a time
-LONGEST = 420  # tokens of a text; then it begins anew
+MOST = 3  # most conversations at a time
+LONGEST = 420  # most tokens of a text
 EVERYTHING = 10**6
 
 
 class Interrupting:
-    """A streamer that ends the answer in its middle, as Ctrl-C or a failing program does."""
+    """A streamer that ends the answer in the middle, as Ctrl-C or a failing program does."""
 
     def __init__(self, after: int, error: type[BaseException]) -> None:
         self._left = after
@@ -46,14 +46,14 @@ class Interrupting:
 
 
 class Talk:
-    """One conversation: its cache, and the text that the user has of it."""
+    """One conversation: its cache, and its text so far."""
 
     def __init__(self, cache: specache.SpeCache, session: specache.Session | None = None, name: str = "") -> None:
         self.cache = cache
         self.session = session
         self.name = name
         self.text = torch.zeros(1, 0, dtype=torch.long)
-        self.rounded = False  # rows were made under autocast: equal to no fresh cache's
+        self.rounded = False  # True if autocast rounded rows, so that answers may differ
 
     def close(self) -> None:
         if self.session is not None:
@@ -63,12 +63,12 @@ class Talk:
 
 
 class User:
-    """What a user does. `do(habit, *numbers)` does one thing and checks what came of it.
+    """A user's habits. `do(habit, *numbers)` runs one and checks the result.
 
     Args:
-        model: tiny, float32, never ends a text by itself.
-        settings: of its caches; `top_k` is set here.
-        folder: for sessions and rows.
+        model: tiny, float32, without an end token.
+        settings: settings of the caches; `top_k` is set here.
+        folder: folder of sessions and rows on disk.
     """
 
     def __init__(self, model: Any, settings: dict[str, Any], folder: Path) -> None:
@@ -86,7 +86,7 @@ class User:
         for talk in self.talks:
             talk.close()
 
-    # What the habits are made of
+    # Helpers of the habits
 
     def _config(self, **changes: Any) -> specache.SpeCacheConfig:
         sizes = {"group_size": 16, "residual": 16, "prefill_chunk": 70, "top_k": EVERYTHING}
@@ -103,13 +103,13 @@ class User:
         self.talks.append(talk)
 
     def _stock(self, text: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Stock's answer to a text [1, S] -> tokens [1, S + NEW], logits of each."""
+        """Return stock's tokens [1, S + NEW] for a text [1, S], and the logits of each."""
         options = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
         output = self.model.generate(text, attention_mask=torch.ones_like(text), max_new_tokens=NEW, **options)
         return output.sequences, list(output.logits)
 
     def _same(self, text: Tensor, answered: Tensor) -> bool:
-        """Whether `answered` [1, S + n] is stock's answer to `text`, up to a near tie of its two likeliest tokens."""
+        """Return whether `answered` [1, S + n] is stock's answer to `text`, up to a near tie."""
         expected, logits = self._stock(text)
         for index, step in enumerate(logits[: answered.shape[1] - text.shape[1]]):
             at = text.shape[1] + index
@@ -122,7 +122,7 @@ class User:
         return specache.generate(self.model, ids, past_key_values=talk.cache, max_new_tokens=NEW, do_sample=False, **more)
 
     def _ask(self, talk: Talk, text: Tensor, *, may_refuse: bool = False, mode: AbstractContextManager[Any] | None = None) -> None:
-        """Ask for the answer to a whole text."""
+        """Ask for the answer to a full text, and check it."""
         try:
             with mode or nullcontext():
                 answered = self._generate(talk, text)
@@ -142,24 +142,24 @@ class User:
     # Habits. Their numbers are any non-negative integers.
 
     def start(self, length: int) -> None:
-        """A new conversation with a first question."""
+        """Begin a conversation."""
         talk = Talk(specache.SpeCache(self.model, self._config()))
         self._add(talk)
         self._ask(talk, prompt(20 + length % 150, seed=length))
 
     def start_session(self, length: int) -> None:
-        """The same in a session on disk."""
+        """Begin a conversation in a session on disk."""
         self._names += 1
         name = f"s{self._names}"
         policy = "on-demand" if self._settings["policy"] == "full" else self._settings["policy"]
-        config = self._config(slow_tier="auto", policy=policy)  # in a session rows are on disk, whatever is asked for elsewhere
+        config = self._config(slow_tier="auto", policy=policy)  # a session keeps its rows on disk
         session = specache.Session(name, self.model, config, folder=self._folder)
         talk = Talk(session.cache, session, name)
         self._add(talk)
         self._ask(talk, prompt(20 + length % 150, seed=length))
 
     def go_on(self, which: int, length: int) -> None:
-        """The whole text so far and something new."""
+        """Pass the full text so far and new tokens."""
         talk = self._talk(which)
         if talk.text.shape[1] > LONGEST:
             talk.text = talk.text[:, :30]
@@ -167,7 +167,7 @@ class User:
         self._ask(talk, text, may_refuse=talk.rounded or self._changed_weights())
 
     def edit(self, which: int, where: int, length: int) -> None:
-        """Something in the middle of the text is changed, and what followed is gone."""
+        """Change a token in the middle of the text, and drop what follows."""
         talk = self._talk(which)
         kept = where % (talk.text.shape[1] + 1)
         with warnings.catch_warnings():
@@ -176,18 +176,18 @@ class User:
             self._ask(talk, text, may_refuse=kept < 2 or talk.rounded or self._changed_weights())
 
     def ask_again(self, which: int) -> None:
-        """The last answer is made once more."""
+        """Ask for the last answer again."""
         talk = self._talk(which)
         text = talk.text[:, : max(1, talk.text.shape[1] - NEW)]
         self._ask(talk, text, may_refuse=talk.rounded or self._changed_weights())
 
     def only_what_is_new(self, which: int, length: int, masked: int) -> None:
-        """The habit of other caches. With the mask of the whole text it is clear what is meant."""
+        """Pass only the new tokens. The mask of the full text says what they continue."""
         talk = self._talk(which)
         new = prompt(1 + length % 20, seed=length)
-        whole = torch.cat([talk.text, new], 1)
-        more = {"attention_mask": torch.ones_like(whole)} if masked % 2 else {}
-        with warnings.catch_warnings(record=True) as said:
+        full = torch.cat([talk.text, new], 1)
+        more = {"attention_mask": torch.ones_like(full)} if masked % 2 else {}
+        with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             try:
                 answered = self._generate(talk, new, **more)
@@ -195,16 +195,16 @@ class User:
                 self.refusals += 1
                 return
         answer = answered[:, -NEW:]
-        begins = torch.equal(talk.text[:, : new.shape[1]][:, :2], new[:, :2])  # by chance it begins as what is stored: an edit
-        if (said or begins) and not masked % 2 and self._same(new, torch.cat([new, answer], 1)):
-            talk.text = torch.cat([new, answer], 1)  # a new text, which was said
+        begins = torch.equal(talk.text[:, : new.shape[1]][:, :2], new[:, :2])  # the first tokens agree by chance: an edit
+        if (warned or begins) and not masked % 2 and self._same(new, torch.cat([new, answer], 1)):
+            talk.text = torch.cat([new, answer], 1)  # a new text, with a warning
             return
-        talk.text = torch.cat([whole, answer], 1)
-        assert talk.rounded or self._changed_weights() or self._same(whole, talk.text)
+        talk.text = torch.cat([full, answer], 1)
+        assert talk.rounded or self._changed_weights() or self._same(full, talk.text)
         assert not self._changed_weights()
 
     def fork(self, which: int, deep: int) -> None:
-        """A copy that goes its own way."""
+        """Fork a conversation."""
         talk = self._talk(which)
         if talk.session is not None:
             return
@@ -213,7 +213,7 @@ class User:
         self._add(other)
 
     def merge_adapter(self, layer: int) -> None:
-        """Weights change in place: what was cached belongs to the old ones."""
+        """Change weights in place: cached pairs belong to the old ones."""
         with torch.no_grad():
             projections = [m for name, m in self.model.named_modules() if name.endswith("v_proj")]
             projections[layer % len(projections)].weight.add_(0.05)
@@ -241,7 +241,7 @@ class User:
             self._merged = False
 
     def in_mode(self, which: int, mode: int, length: int) -> None:
-        """One call under another mode of PyTorch, the next without it."""
+        """Make one call in another mode of PyTorch, and the next without it."""
         talk = self._talk(which)
         text = torch.cat([talk.text, prompt(1 + length % 10, seed=length)], 1)
         modes: list[Callable[[], AbstractContextManager[Any]]] = [
@@ -258,7 +258,7 @@ class User:
         self._ask(talk, text, mode=chosen(), may_refuse=talk.rounded)
 
     def fail_in_the_middle(self, which: int, after: int, kind: int, length: int) -> None:
-        """The user's streamer raises, or Ctrl-C comes, during an answer."""
+        """Have the streamer raise, or Ctrl-C come, during an answer."""
         talk = self._talk(which)
         text = torch.cat([talk.text, prompt(1 + length % 90, seed=length)], 1)
         error = (RuntimeError, KeyboardInterrupt, MemoryError)[kind % 3]
@@ -269,7 +269,7 @@ class User:
         talk.text = torch.cat([text, torch.zeros(1, 0, dtype=torch.long)], 1)
 
     def two_threads(self, which: int, length: int) -> None:
-        """Two calls at once on one cache: each answers rightly or is refused."""
+        """Make two calls at once on one cache: each answers correctly or is refused."""
         talk = self._talk(which)
         texts = [torch.cat([talk.text, prompt(1 + (length + i) % 25, seed=length + i)], 1) for i in range(2)]
         outcomes: list[Tensor | BaseException | None] = [None, None]
@@ -297,7 +297,7 @@ class User:
         assert any(isinstance(outcome, Tensor) for outcome in outcomes) or talk.rounded
 
     def save_and_open(self, which: int, save: int) -> None:
-        """The session is closed and opened again, saved before or not."""
+        """Close the session and open it again, saved before or not."""
         talk = self._talk(which)
         if talk.session is None:
             return
@@ -309,14 +309,14 @@ class User:
         if talk.session.saved_tokens == 0:
             talk.rounded = False
 
-    def look(self, which: int) -> None:
-        """Statistics and lengths, which change nothing."""
+    def read_statistics(self, which: int) -> None:
+        """Read statistics and lengths, which change nothing."""
         talk = self._talk(which)
         talk.cache.stats()
         assert talk.cache.get_seq_length() <= talk.text.shape[1] + 120
 
     def sample_several(self, length: int, count: int) -> None:
-        """`num_return_sequences` over a new text, greedy in effect: all answers are stock's."""
+        """Use `num_return_sequences` over a new text, greedy in effect: all answers are stock's."""
         text = prompt(10 + length % 60, seed=length)
         returned = 1 + count % 3
         options = {"do_sample": True, "top_k": 1, "num_return_sequences": returned, "max_new_tokens": NEW}
@@ -340,7 +340,7 @@ class _default_dtype:
         torch.set_default_dtype(self._before)
 
 
-HABITS = {  # and how many numbers each takes
+HABITS = {  # name: number of arguments
     "start": 1,
     "start_session": 1,
     "go_on": 2,
@@ -353,6 +353,6 @@ HABITS = {  # and how many numbers each takes
     "fail_in_the_middle": 4,
     "two_threads": 2,
     "save_and_open": 2,
-    "look": 1,
+    "read_statistics": 1,
     "sample_several": 2,
 }

@@ -1,4 +1,4 @@
-"""Whatever users do in whatever order, an answer is the stock cache's or one of our errors. See `conversation`.
+"""Any sequence of habits gets the stock cache's answers, or one of our errors. See `talk`.
 
 `SPECACHE_HABITS=N` runs N random sequences instead of the 2,000 of the marker `habits`.
 """
@@ -39,7 +39,7 @@ _models: dict[str, Any] = {}
 
 
 def live(name: str, chosen: dict[str, Any], habits: list[tuple[Any, ...]]) -> None:
-    """One user's life, from nothing."""
+    """Run one user's habits from a fresh model."""
     if name not in _models:
         _models[name] = MODELS[name]()
     with tempfile.TemporaryDirectory() as folder:
@@ -55,7 +55,7 @@ def live(name: str, chosen: dict[str, Any], habits: list[tuple[Any, ...]]) -> No
 @pytest.mark.timeout(1800)
 @settings(max_examples=150, derandomize=True, **CHECKS)
 @given(st.sampled_from(sorted(MODELS)), st.sampled_from(SETTINGS), SEQUENCE)
-def test_any_sequence_of_habits_answers_as_stock_or_says_why_not(name, chosen, habits):
+def test_any_sequence_of_habits_answers_as_stock_or_is_refused(name, chosen, habits):
     live(name, chosen, habits)
 
 
@@ -63,5 +63,5 @@ def test_any_sequence_of_habits_answers_as_stock_or_says_why_not(name, chosen, h
 @pytest.mark.timeout(0)
 @settings(max_examples=MANY, database=None, **CHECKS)
 @given(st.sampled_from(sorted(MODELS)), st.sampled_from(SETTINGS), SEQUENCE)
-def test_many_random_sequences_of_habits_answer_as_stock_or_say_why_not(name, chosen, habits):
+def test_many_random_sequences_of_habits_answer_as_stock_or_are_refused(name, chosen, habits):
     live(name, chosen, habits)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import specache
-from specache.engine import static_decoder as static_decoding
+from specache.engine import static_decoder
 from tests.device.static_running import ragged
 from tests.engine.test_model_families import FAMILIES, build
 from tests.tiny import llama, prompt
@@ -72,7 +72,7 @@ def test_steps_over_static_buffers_equal_the_ordinary_ones(monkeypatch):
     arguments = {"max_new_tokens": 40, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     config = specache.SpeCacheConfig(policy="verified", group_size=16, residual=16, top_k=8)
     static = specache.generate(model, ids.cuda(), attention_mask=mask.cuda(), config=config, **arguments)
-    monkeypatch.setattr(static_decoding, "SETTINGS", static_decoding.StaticSettings(devices=()))
+    monkeypatch.setattr(static_decoder, "SETTINGS", static_decoder.StaticSettings(devices=()))
     ordinary = specache.generate(model, ids.cuda(), attention_mask=mask.cuda(), config=config, **arguments)
     same = (static.sequences == ordinary.sequences).all(0).int().cummin(0).values[300:]
     steps = int(same.sum())  # near equals may be ordered differently, and a token then be another
