@@ -29,14 +29,14 @@ def demo_model() -> LoadedModel:
 
 @pytest.fixture
 def torch_kernels() -> Iterator[None]:
-    """The plain PyTorch kernels, which round no query and no weight: what is compared to the last digits runs on them."""
+    """Run on the plain PyTorch kernels, which round neither queries nor weights."""
     with dispatch.using("torch"):
         yield
 
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny seeded Llama with a byte tokenizer and a chat template, saved as a user would have it."""
+    """Save a tiny seeded Llama with a byte tokenizer and a chat template."""
     from tests.cli.tiny_chat import save_tiny_chat_model
 
     folder = tmp_path_factory.mktemp("tiny-model")

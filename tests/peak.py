@@ -11,7 +11,10 @@ from torch.utils._pytree import tree_leaves
 
 
 class PeakMemory(TorchDispatchMode):
-    """Tracks the bytes of every storage that an operation returns, while any tensor on it lives. `peak` is the most at once."""
+    """Tracks the bytes of every storage that operations return, until no tensor uses it.
+
+    `peak` is the most at once.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Every path and name that docs/structure.md and CONTRIBUTING.md mention exists, and no file name stands for two things."""
+"""The pages about the structure mention what exists, and no file name stands for two things."""
 
 from __future__ import annotations
 

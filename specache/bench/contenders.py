@@ -1,4 +1,4 @@
-"""What decodes a workload: SpeCache, transformers' own caches, and the bare model, each one step at a time."""
+"""Decode a workload step by step: with SpeCache, transformers' caches, or the bare model."""
 
 from __future__ import annotations
 
@@ -59,7 +59,10 @@ class Contender(ABC):
         return nullcontext()
 
     def phases(self, steps: int) -> dict[str, float] | None:
-        """Milliseconds per step in score, select, fetch and attend, over `steps` more steps; `None` where there are none."""
+        """Run `steps` more steps and return their milliseconds in score, select, fetch and attend.
+
+        `None` where a step has no such phases.
+        """
         return None
 
 

@@ -1,4 +1,4 @@
-"""Greedy decoding with a SpeCache, one step of the engine at a time. The model must be `attached`."""
+"""Decode greedily with a SpeCache, one step of the engine at a time. The model is `attached`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from specache.engine.engine import Engine
 
 
 class GreedySteps:
-    """Decodes every sequence of a cache; draft tokens are the likeliest ones, as in `generate` without sampling.
+    """Decodes every sequence of a cache greedily, draft tokens included.
 
     Args:
         tokens: the first to decode, one per sequence.
@@ -27,7 +27,7 @@ class GreedySteps:
 
     @property
     def out_of_room(self) -> bool:
-        """Return whether memory did not suffice for the steps as they are on a GPU, and slower ones were taken."""
+        """Return whether a GPU had no memory for static buffers, so that slower steps ran."""
         return self._engine.out_of_room
 
     @torch.no_grad()
@@ -41,7 +41,7 @@ class GreedySteps:
 
 @torch.no_grad()
 def read_prompt(model: Any, cache: SpeCache, token_ids: list[int], progress: Progress) -> int:
-    """Prefill a new sequence of the cache, in chunks of its configuration -> the first token of the answer."""
+    """Prefill a new sequence of the cache and return the first token of the answer."""
     cache.sequences.append(cache.new_sequence())
     logits = Decoder(model, cache).prefill(cache.sequences[-1], token_ids, cache.config.prefill_chunk, progress)
     return int(logits.argmax())

@@ -24,12 +24,13 @@ class Prefilled:
     Args:
         model: a transformers model.
         token_ids: the prompt.
-        all_queries: keep the queries of every token (accumulated-attention methods), not only of the newest ones.
+        all_queries: keep the queries of every token, not only of the newest ones.
         like: where the prompt begins with the whole of another prefilled one, start from that.
 
     Attributes:
         token_ids: the prompt, `S` tokens.
-        cache: a SpeCache over tier `ram` that holds the prompt; methods fork it or read rows from it, and never change it.
+        cache: a SpeCache over tier `ram` that holds the prompt. Methods fork it or read its rows,
+            and never change it.
         logits: float32 [V] after the last token.
         params: layer -> scaling, softcap and sinks of every full-attention layer.
     """
@@ -71,11 +72,11 @@ class Prefilled:
         return [index for index, window in enumerate(self.cache.info.windows) if window is None]
 
     def rows(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys (after RoPE) and values [Hkv, S, D] of a full-attention layer, in the model's dtype. Do not write to them."""
+        """Return a layer's keys (after RoPE) and values [Hkv, S, D]. Do not write to them."""
         return self.cache.sequences[0].tier.read(layer, 0, self.length)
 
     def queries(self, layer: int) -> Tensor:
-        """Queries [Hq, m, D] of the newest `m` prompt tokens of a full-attention layer; all `S` with `all_queries`."""
+        """Return queries [Hq, m, D] of the newest `m` tokens (all `S` with `all_queries`)."""
         return torch.cat(self._queries[layer], dim=1)
 
     def windows(self) -> dict[int, WindowLayer]:

@@ -1,4 +1,4 @@
-"""Methods that are caches of ours: `specache` with any configuration, `kivi` (the low-bit copy alone) and `full`."""
+"""Methods that are SpeCaches: `specache` (any settings), `kivi` (low-bit pairs) and `full`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from specache.eval.prefilled import Prefilled
 
 
 class SpeCacheSession:
-    """Decodes with our own cache exactly as `generate` does, guess row included; guesses are greedy."""
+    """Decodes with a SpeCache on the engine, greedy draft tokens included."""
 
     def __init__(self, prompt: Prefilled, config: SpeCacheConfig) -> None:
         changes = {
@@ -44,9 +44,10 @@ class SpeCacheSession:
 
 
 def _bytes_at_16_bits(sequence: Sequence) -> tuple[float, float, float]:
-    """Bytes of copy and residual, of the hot set, and of the ordinary cache, with rows counted at 16 bits in any dtype.
+    """Return the bytes of low-bit pairs and residual, of the hot set, and of an ordinary cache.
 
-    Evaluations run in float32, to see the method and not the dtype; what is asked is what it holds beside a 16-bit cache.
+    Rows count at 16 bits in any dtype: evaluations run in float32, and are compared with a 16-bit
+    cache.
     """
     fast = hot = full = 0.0
     for layer in sequence.layers.values():
@@ -78,7 +79,11 @@ class SpeCacheMethod:
 
     @classmethod
     def with_settings(cls, settings: dict[str, Any]) -> SpeCacheMethod:
-        """From `--methods specache:top_k=32`; raises `ConfigError` for a field or a value that does not exist."""
+        """Return the method of `--methods specache:top_k=32`.
+
+        Raises:
+            ConfigError: a field or a value that does not exist.
+        """
         return cls(replace(cls().config, **settings))
 
 
@@ -99,7 +104,7 @@ class FullMethod:
 
 @dataclass(frozen=True)
 class KiviMethod:
-    """The low-bit copy alone with R = 128: the same 16-bit bytes as SpeCache at R = 64, k = 64 (paper section 4)."""
+    """Low-bit pairs, R = 128: the 16-bit bytes of SpeCache at R = 64, k = 64 (section 4)."""
 
     name: ClassVar[str] = "kivi"
     summary: ClassVar[str] = "KIVI: the low-bit copy alone, R = 128"
