@@ -1,17 +1,22 @@
-"""Tokens and logits of a fixed set of runs, recorded at one commit and compared at another: does a refactoring change nothing?
+"""Record tokens and logits of a fixed set of runs at one commit, and compare them at another.
 
-    python benchmarks/same_results.py record FILE.safetensors --sessions DIR     # at the commit before; DIR is new or empty
-    python benchmarks/same_results.py compare FILE.safetensors --sessions DIR    # at the commit after
+    # at the commit before; DIR is new or empty
+    python benchmarks/same_results.py record FILE.safetensors --sessions DIR
+    # at the commit after
+    python benchmarks/same_results.py compare FILE.safetensors --sessions DIR
 
-`record` runs tiny seeded models over every policy, code, number of bits and slow tier, in batches of one and three, greedy and
-sampled; turns that continue, edit and fork a cache; every C++ kernel backend that runs here and PyTorch's, in a process of its own;
-and sessions, which it leaves in DIR. `compare` runs all of it again, goes on with copies of the sessions of DIR (which stay as they
-are), and prints what differs. Its exit code is 1 if tokens differ, if logits differ by more than `TOLERANCES`, or if anything
-failed or was not run again. Counts of `stats()` are shown, and decide only with `--counts`.
+`record` runs tiny seeded models over every policy, code, number of bits and slow tier, in batches
+of one and three, greedy and sampled; turns that continue, edit and fork a cache; every C++ kernel
+backend that runs here and PyTorch's, in a process of its own; and sessions, which it leaves in DIR.
+`compare` runs all of it again, goes on with copies of the sessions of DIR (which stay as they are),
+and prints what differs. Its exit code is 1 if tokens differ, if logits differ by more than
+`TOLERANCES`, or if anything failed or was not run again. Counts of `stats()` are shown, and decide
+only with `--counts`.
 
-Only what `specache` exports is used, so that one version of this file runs at both commits. Everything runs on one thread of the
-CPU, about three minutes of it. The same code gives the same bits; compare on the machine that recorded. Not run: anything on a GPU,
-and Triton's kernels (minutes per answer in its interpreter).
+Only what `specache` exports is used, so that one version of this file runs at both commits.
+Everything runs on one thread of the CPU, about three minutes of it. The same code gives the same
+bits; compare on the machine that recorded. Not run: anything on a GPU, and Triton's kernels
+(minutes per answer in its interpreter).
 """
 
 from __future__ import annotations
@@ -133,7 +138,8 @@ class Recording:
     """What runs gave, by their names.
 
     Attributes:
-        tensors: "RUN/tokens" [B, S + new] or [S], and "RUN/logits" [B, new, V] of runs that generated.
+        tensors: "RUN/tokens" [B, S + new] or [S], and "RUN/logits" [B, new, V] of runs that
+        generated.
         counts: what `stats()` counted, without what depends on time.
         dtypes: of the run's model.
         surroundings: versions, the commit, and a digest of each model's weights.
@@ -335,7 +341,8 @@ def one(name: str, kind: str, changes: dict[str, Any], batch: int = 1, choice: s
 
 
 def policies() -> Iterator[Case]:
-    """Yield every policy over every tier; in every shape those that a user gets from `auto` and from a tier that copies."""
+    """Yield every policy over every tier; in every shape those that a user gets from `auto` and
+    from a tier that copies."""
     usual = [("on-demand", "ram-inplace"), ("verified", "ram")]
     for kind in ("llama", "gemma3"):
         for batch, choice in ((1, "greedy"), (3, "sampled")):
@@ -348,7 +355,8 @@ def policies() -> Iterator[Case]:
 
 
 def codes(kinds: tuple[str, ...] = ("llama", "gemma3"), before: str = "") -> Iterator[Case]:
-    """Yield every code at every number of bits, over rows in place and over rows that are copied."""
+    """Yield every code at every number of bits, over rows in place and over rows that are
+    copied."""
     for kind in kinds:
         for code, bits in CODES:
             yield one(f"{before}{code} {bits}, in place", kind, {**IN_PLACE, "code": code, "bits": bits})
@@ -364,7 +372,8 @@ def settings() -> Iterator[Case]:
 
 
 def families() -> Iterator[Case]:
-    """Yield other dtypes and head dimensions, and what the two main models have not: caps of scores, sinks, experts, long RoPE."""
+    """Yield other dtypes and head dimensions, and what the two main models have not: caps of
+    scores, sinks, experts, long RoPE."""
     for kind in MODELS:
         if kind not in ("llama", "gemma3"):
             yield one("in place", kind, IN_PLACE, 3)
@@ -435,7 +444,8 @@ def turns() -> Iterator[Case]:
 
 
 def conversation(run: str, stage: Stage, kind: str, changes: dict[str, Any]) -> None:
-    """Answer, go on with the whole text, change a token of it, ask for less of it, and begin anew."""
+    """Answer, go on with the whole text, change a token of it, ask for less of it, and begin
+    anew."""
     model = stage.model(kind)
     with stage.cache(model, changes) as cache:
         text = stage.answer(f"{run}{LABEL}first", model, prompt(LENGTHS[0]), cache)
@@ -468,7 +478,8 @@ def forks() -> Iterator[Case]:
 
 
 def forked(run: str, stage: Stage, kind: str, changes: dict[str, Any]) -> None:
-    """Prefill a batch once, answer over forks of it and then over the original, and fork what answered."""
+    """Prefill a batch once, answer over forks of it and then over the original, and fork what
+    answered."""
     model = stage.model(kind)
     ids, mask = padded(LENGTHS)
     others: list[dict[str, Any]] = [
@@ -534,14 +545,16 @@ def of_smollm2() -> Iterator[Case]:
 
 
 def sessions() -> Iterator[Case]:
-    """Yield sessions that are made and gone on with, and those of `Stage.sessions`, gone on with in the same way."""
+    """Yield sessions that are made and gone on with, and those of `Stage.sessions`, gone on with in
+    the same way."""
     for name in SESSIONS:
         yield Case(f"session {name}, made", partial(new_session, name=name))
         yield Case(f"session {name}, from before", partial(earlier_session, name=name))
 
 
 def new_session(run: str, stage: Stage, name: str) -> None:
-    """Make a session, leave copies of it and of a fork where `compare` looks for them, and go on."""
+    """Make a session, leave copies of it and of a fork where `compare` looks for them, and go
+    on."""
     kind, changes = SESSIONS[name]
     root, model = stage.folder(), stage.model(kind)
     with specache.Session(name, model, specache.SpeCacheConfig(**{**BASE, **changes}), folder=root) as session:
@@ -565,7 +578,8 @@ def earlier_session(run: str, stage: Stage, name: str) -> None:
 
 
 def go_on(run: str, stage: Stage, root: Path, name: str) -> None:
-    """Open a saved session, go on with only what is new, save; open it again, cut it and go on; and go on with its fork."""
+    """Open a saved session, go on with only what is new, save; open it again, cut it and go on; and
+    go on with its fork."""
     model = stage.model(SESSIONS[name][0])
     new = prompt(70, seed=8)
     with specache.Session(name, model, folder=root) as session:
@@ -609,7 +623,8 @@ def run_cases(stage: Stage, cases: list[Case], console: Console) -> None:
 
 
 def run_everything(sessions: Path, leaves: bool, only: str, smollm2: bool, compiled: bool, console: Console) -> Recording:
-    """Run the cases whose names contain `only`: the main ones here, those of each kernel backend in a process of its own."""
+    """Run the cases whose names contain `only`: the main ones here, those of each kernel backend in
+    a process of its own."""
     recording = Recording(surroundings=surroundings())
     with tempfile.TemporaryDirectory(prefix="same_results.") as scratch:
         stage = Stage(recording, Path(scratch), sessions, leaves)
@@ -631,7 +646,8 @@ def under_kernels(name: str, only: str, file: Path, console: Console) -> Recordi
 
 
 def run_under_kernels(name: str, only: str, console: Console) -> Recording:
-    """Run the cases of the kernel backend that this process is under; none where this machine has not got it."""
+    """Run the cases of the kernel backend that this process is under; none where this machine has
+    not got it."""
     recording = Recording()
     with tempfile.TemporaryDirectory(prefix="same_results.") as scratch:
         stage = Stage(recording, Path(scratch))
@@ -668,8 +684,10 @@ class Difference:
     """How a run differs from its recording.
 
     Attributes:
-        token: the first step whose tokens differ, counted from the beginning of the text; `None` where none does.
-        logits: largest difference of a step's logits, relative to the largest of the step that was recorded, up to where tokens
+        token: the first step whose tokens differ, counted from the beginning of the text; `None`
+        where none does.
+        logits: largest difference of a step's logits, relative to the largest of the step that was
+        recorded, up to where tokens
             differ; `None` for a run without.
         tolerance: what `logits` may be.
         counts: what was counted otherwise: name, then, now.
@@ -703,7 +721,8 @@ def difference(before: Recording, after: Recording, run: str) -> Difference:
 
 
 def first_difference(old: Tensor, new: Tensor) -> int | None:
-    """Return the first column in which tokens [..., n] and [..., m] differ, or where the shorter ends."""
+    """Return the first column in which tokens [..., n] and [..., m] differ, or where the shorter
+    ends."""
     if old.shape[:-1] != new.shape[:-1]:
         return 0
     common = min(old.shape[-1], new.shape[-1])
@@ -712,7 +731,8 @@ def first_difference(old: Tensor, new: Tensor) -> int | None:
 
 
 def relative_difference(old: Tensor, new: Tensor) -> float:
-    """Return the largest difference of logits [B, n, V] over the largest recorded logit of its step and sequence."""
+    """Return the largest difference of logits [B, n, V] over the largest recorded logit of its step
+    and sequence."""
     if old.shape != new.shape:
         return float("inf")
     if torch.equal(old, new) or not old.numel():
@@ -813,7 +833,8 @@ def compare(
     only: Only = "",
     counts: Annotated[bool, typer.Option("--counts", help="Counts that differ make a difference too.")] = False,
 ) -> None:
-    """Run everything again, go on with the sessions of DIR, and say what differs from FILE; exit code 1 if something does."""
+    """Run everything again, go on with the sessions of DIR, and say what differs from FILE; exit
+    code 1 if something does."""
     prepare()
     before = Recording.load(file)
     only = only or before.surroundings["--only"]

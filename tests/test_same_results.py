@@ -1,4 +1,5 @@
-"""The recorder of a refactoring: the same code gives the same results, and whatever differs is said."""
+"""The recorder of a refactoring: the same code gives the same results, and whatever differs is
+said."""
 
 from __future__ import annotations
 
