@@ -2,7 +2,7 @@
 # make test   the whole test suite
 # make test-fast   the core on the reference and the C++ kernels, in under 90 seconds
 # make test-oldest   the core's tests on the oldest transformers that is supported
-# make stress [TIMES=100]   tests with threads, processes and faults, over and over beside four busy processes
+# make stress [TIMES=100]   tests with threads, processes and faults, so many times beside four busy processes
 # make lint   ruff, mypy and the layer rule
 #
 # PYTHON=...   the interpreter to build .venv with (3.11 or newer)
@@ -27,7 +27,7 @@ CORE_TESTS := $(addprefix tests/,engine/test_generation.py engine/test_model_fam
 FAST_TESTS := $(addprefix tests/,test_reference.py test_structure.py cache/test_invariants.py engine/test_engine.py kernels/test_kernels.py \
 	kernels/test_native.py kernels/test_finite.py attention low_bit rows linear planning/test_plan.py tiers/test_row_file.py)
 TIMES ?= 100
-STRESSED := $(addprefix tests/,tiers rows/test_fetch.py engine/test_threads.py engine/test_ownership.py \
+STRESSED := $(addprefix tests/,tiers rows/test_fetch.py engine/test_engine.py engine/test_threads.py engine/test_ownership.py \
 	platform/test_out_of_memory.py sessions/test_faults.py \
 	sessions/test_kills.py sessions/test_repair.py sessions/test_store.py cli/test_errors_in_the_middle.py cli/test_chat_terminal.py \
 	cli/test_convert.py cli/test_output_that_fails.py bench/test_memory.py)
@@ -53,8 +53,7 @@ test-oldest: $(OLDEST)/.installed $(VENV)/.demo-model
 
 stress: $(VENV)/.installed-dev
 	@trap 'kill $$busy' EXIT; for _ in 1 2 3 4; do (while :; do :; done) & busy="$$busy $$!"; done; \
-	for run in $$(seq $(TIMES)); do echo "run $$run of $(TIMES)"; \
-		$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(STRESSED) $(ARGS) || exit 1; done
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --count $(TIMES) $(STRESSED) $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

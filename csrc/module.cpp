@@ -12,6 +12,7 @@
 
 #include "cpu.hpp"
 #include "engine.hpp"
+#include "ring.hpp"
 #include "row_reader.hpp"
 
 namespace nb = nanobind;
@@ -208,6 +209,16 @@ bool py_gather(RowReader& reader, const RowTable& table, const std::vector<int64
     return reader.gather(table.files, how, head, position, count, at<uint8_t>(buffer), size, at<uint64_t>(out));
 }
 
+bool py_read(RowReader& reader, Addresses fds, Addresses offsets, Addresses into, Addresses lengths) {
+    const size_t count = fds.shape(0);
+    if (offsets.shape(0) != count || into.shape(0) != count || lengths.shape(0) != count) throw std::invalid_argument("reads");
+    std::vector<Read> reads(count);
+    for (size_t i = 0; i < count; i++)
+        reads[i] = {int(fds.data()[i]), offsets.data()[i], at<uint8_t>(uintptr_t(into.data()[i])), uint32_t(lengths.data()[i])};
+    nb::gil_scoped_release released;
+    return reader.read(reads);
+}
+
 std::unique_ptr<RowsInFlight> py_begin(RowReader& reader, const RowTable& table, const std::vector<int64_t>& rules, Addresses heads,
                                        Addresses positions, uintptr_t buffer, int64_t size, int most, nb::handle) {
     if (heads.shape(0) != positions.shape(0)) throw std::invalid_argument("heads and positions");
@@ -255,6 +266,7 @@ NB_MODULE(_native, m) {
     nb::class_<RowReader>(m, "RowReader")
         .def(nb::init<unsigned>())
         .def("gather", &py_gather)
+        .def("read", &py_read)
         // the last argument is whatever owns what the reads write to and are checked with
         .def("begin", &py_begin, nb::keep_alive<0, 1>(), nb::keep_alive<0, 2>(), nb::keep_alive<0, 9>());
 }

@@ -130,6 +130,14 @@ bool RowReader::gather(const RowFiles& files, const ReadRules& rules, const int6
     return good;
 }
 
+bool RowReader::read(const std::vector<Read>& reads) {
+    std::unique_ptr<Ring> ring = take();
+    if (!ring) return false;
+    const bool good = ring->read(reads);
+    give(std::move(ring));
+    return good;
+}
+
 std::unique_ptr<RowsInFlight> RowReader::begin(const RowFiles& files, const ReadRules& rules, const int64_t* heads,
                                                const int64_t* positions, int64_t count, uint8_t* buffer, int64_t size, int most) {
     std::vector<Row> rows = in_file_order(files, heads, positions, count);

@@ -29,6 +29,7 @@ struct ReadRules {
 };
 
 class Ring;
+struct Read;
 class RowReader;
 
 // Rows whose read `RowReader::begin` started; the kernel reads them without a thread of ours. Files
@@ -65,7 +66,11 @@ public:
     bool gather(const RowFiles& files, const ReadRules& rules, const int64_t* heads, const int64_t* positions, int64_t count,
                 uint8_t* buffer, int64_t size, uint64_t* out);
 
-    // Start the same read without waiting. The reader must outlive the result. Returns null, with
+    // Perform reads that nothing checks. Returns false on a failed or short read, or a missing ring:
+    // the caller then repeats all of them in a way that reports the cause.
+    bool read(const std::vector<Read>& reads);
+
+    // Start the same read as `gather` without waiting. The reader must outlive the result. Returns null, with
     // nothing started, where the reads exceed the ring or the buffer, or `most` reads are in flight
     // already.
     std::unique_ptr<RowsInFlight> begin(const RowFiles& files, const ReadRules& rules, const int64_t* heads, const int64_t* positions,

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -22,7 +21,7 @@ import specache
 from specache.errors import SlowTierError
 from specache.kernels.cpu import native
 from specache.rows import fetch as prefetch
-from specache.tiers.disk import aligned_io, native_reads, tier_files, uring
+from specache.tiers.disk import aligned_io, native_reads, tier_files
 from specache.tiers.disk.begun_read import BegunRead
 from specache.tiers.disk.disk_tier import DiskTier
 from specache.tiers.disk.probe import ReaderReport
@@ -353,14 +352,15 @@ def test_an_error_in_the_middle_of_decoding_leaves_no_files_or_threads(model, tm
     run(model, prompt(100), config, new=1)
     calls = []
     with nothing_left(tmp_path):
-        read = uring.Ring.read
+        read = native_reads.NativeRows.read
 
-        def fails_later(*arguments: Any) -> Any:
+        def fails_later(*arguments: Any) -> bool:
             calls.append(1)
-            return read(*arguments) if len(calls) < 20 else np.full(len(arguments[1]), -errno.EIO)
+            return len(calls) < 20 and read(*arguments)
 
-        monkeypatch.setattr(native_reads, "_native", None)
-        monkeypatch.setattr(uring.Ring, "read", fails_later)
+        for name in ("gather", "begin"):  # nothing but plain batches
+            monkeypatch.setattr(native_reads.NativeRows, name, lambda *arguments: None)
+        monkeypatch.setattr(native_reads.NativeRows, "read", fails_later)
         plain = aligned_io.read_at
         monkeypatch.setattr(
             aligned_io, "read_at", lambda *arguments: plain(*arguments) if len(calls) < 20 else failing(errno.EIO)()

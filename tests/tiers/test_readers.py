@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from specache.tiers.disk import aligned_io, probe, readers, uring
+from specache.tiers.disk import aligned_io, native_reads, probe, readers
 from specache.tiers.disk.aligned_io import AlignedBuffer, BufferPool
 from specache.tiers.disk.readers import ReadBatch, Reader, ReadFailedError
 from tests.tiers.tier_rows import nothing_left
@@ -90,7 +91,7 @@ def test_a_split_batch_reads_the_same(reader, file):
 
 def only_plain_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make io_uring fail, so that every read takes the plain path, which tests can disturb."""
-    monkeypatch.setattr(uring.Ring, "read", lambda self, fds, *rest: np.full(len(fds), -errno.EIO))
+    monkeypatch.setattr(native_reads.NativeRows, "read", lambda *arguments: False)
 
 
 def test_short_and_interrupted_reads_are_completed(reader, file, monkeypatch):
@@ -219,10 +220,10 @@ def test_the_probe_takes_the_fastest_reader(tmp_path, monkeypatch):
 
 
 def test_where_io_uring_is_forbidden_another_reader_is_taken(tmp_path, monkeypatch):
-    def forbidden(self: uring.Ring, entries: int) -> None:
+    def forbidden(self: native_reads.NativeRows, entries: int) -> None:
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
-    monkeypatch.setattr(uring.Ring, "__init__", forbidden)
+    monkeypatch.setattr(native_reads.NativeRows, "__init__", forbidden)
     assert probe.probe(tmp_path).reader in ("threads", "buffered")
 
 
@@ -253,58 +254,38 @@ def test_a_full_disk_can_be_probed(tmp_path, monkeypatch):
     assert report.direct == bool(alignment)
 
 
-def test_a_ring_that_accepts_no_reads_is_replaced_by_plain_reads(file, monkeypatch):
+def ring_reader() -> readers.RingReader:
     try:
-        reader = readers.RingReader(False, 4096)
+        return readers.RingReader(False, 4096)
     except OSError as error:
         pytest.skip(f"no io_uring here: {error}")
 
-    def busy(self: uring.Ring, count: int) -> None:
-        raise OSError(errno.EBUSY, "Device or resource busy")
 
-    wait = uring.Ring._wait
+def test_a_ring_that_accepts_no_reads_is_replaced_by_plain_reads(file, monkeypatch):
+    reader = ring_reader()
     one, fd = batch(reader, file, 20)
-    monkeypatch.setattr(uring.Ring, "_wait", busy)
-    reader.read(one)
+    with monkeypatch.context() as patch:
+        patch.setattr(native_reads.NativeRows, "read", lambda *arguments: False)
+        reader.read(one)
     check(one, file)
-    monkeypatch.setattr(uring.Ring, "_wait", wait)
-    two, other = batch(reader, file, 20, seed=1)
+    monkeypatch.setattr(aligned_io, "read_at", None)  # the ring reads everything itself again
+    two, other = batch(reader, file, 300, seed=1)
     reader.read(two)
     check(two, file)
-    check(one, file)  # the ring does not perform refused reads later
+    check(one, file)
     reader.close()
     os.close(fd)
     os.close(other)
 
 
-@pytest.mark.parametrize("when", ["before it is handed over", "before its results are taken"])
-def test_ctrl_c_before_or_after_a_batch_leaves_no_results_for_the_next(file, monkeypatch, when):
-    try:
-        reader = readers.RingReader(False, 4096)
-    except OSError as error:
-        pytest.skip(f"no io_uring here: {error}")
-    wait = uring.Ring._wait
-
-    def interrupted(self: uring.Ring, count: int) -> None:
-        if when == "before its results are taken":
-            wait(self, count)
-        raise KeyboardInterrupt
-
+def test_a_read_that_fails_in_the_ring_is_reported_by_the_plain_one(file):
+    reader = ring_reader()
     one, fd = batch(reader, file, 20)
-    with monkeypatch.context() as patch:
-        patch.setattr(uring.Ring, "_wait", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            reader.read(one)
-    before = bytes(one.buffer.bytes)
-    monkeypatch.setattr(aligned_io, "read_at", None)  # the ring must read everything itself
-    for seed in (1, 2):
-        two, other = batch(reader, file, 20, seed)
-        reader.read(two)
-        check(two, file)
-        os.close(other)
-    assert bytes(one.buffer.bytes) == before
-    reader.close()
     os.close(fd)
+    with pytest.raises(readers.ReadFailedError) as raised:
+        reader.read(one)
+    assert isinstance(raised.value.cause, OSError) and raised.value.cause.errno == errno.EBADF
+    reader.close()
 
 
 def test_ctrl_c_while_other_threads_read_waits_for_them(file, monkeypatch):
@@ -332,28 +313,45 @@ def test_ctrl_c_while_other_threads_read_waits_for_them(file, monkeypatch):
     os.close(fd)
 
 
-def test_ctrl_c_during_a_batch_waits_for_its_reads(file, monkeypatch):
+def test_ctrl_c_during_batches_leaves_every_read_complete(file, monkeypatch):
+    """A batch is one call without the interpreter: Ctrl-C is seen when its reads have completed."""
+    reader = ring_reader()
+    monkeypatch.setattr(aligned_io, "read_at", None)  # the ring reads everything itself
+    ended = threading.Event()
+
+    def interrupt() -> None:
+        for _ in range(20):
+            os.kill(os.getpid(), signal.SIGINT)
+            ended.wait(0.003)
+        ended.set()
+
+    def taken(signum: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before, interrupts, seed = signal.signal(signal.SIGINT, taken), 0, 0
+    thread = threading.Thread(target=interrupt)
     try:
-        reader = readers.RingReader(False, 4096)
-    except OSError as error:
-        pytest.skip(f"no io_uring here: {error}")
-    call, calls = uring.Ring._call, []
-
-    def interrupted(self: uring.Ring, number: int, *arguments: object) -> int:
-        result = call(self, number, *arguments)
-        calls.append(number)
-        if len(calls) == 1:
-            raise KeyboardInterrupt
-        return result
-
-    monkeypatch.setattr(uring.Ring, "_call", interrupted)
-    one, fd = batch(reader, file, 20)
-    with pytest.raises(KeyboardInterrupt):
-        reader.read(one)
-    check(one, file)  # all reads have completed
-    two, other = batch(reader, file, 20, seed=1)
-    reader.read(two)  # and the ring is usable
-    check(two, file)
+        thread.start()
+        while not ended.is_set():
+            try:
+                seed += 1
+                one, fd = batch(reader, file, 60, seed)
+                try:
+                    reader.read(one)
+                finally:
+                    os.close(fd)
+                check(one, file)
+            except KeyboardInterrupt:
+                interrupts += 1
+    except KeyboardInterrupt:
+        interrupts += 1
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        thread.join()
+        signal.signal(signal.SIGINT, before)
+    assert interrupts
+    one, fd = batch(reader, file, 60)
+    reader.read(one)
+    check(one, file)
     reader.close()
     os.close(fd)
-    os.close(other)

@@ -1,4 +1,4 @@
-"""Read scattered rows with the C++ extension: without the GIL, blocking or in the background."""
+"""Read through io_uring with the C++ extension: without the GIL, blocking or in the background."""
 
 from __future__ import annotations
 
@@ -91,6 +91,16 @@ class NativeRows:
             heads, positions = np.ascontiguousarray(heads), np.ascontiguousarray(positions)
             good = self._reader.gather(table.native[0], rules, heads, positions, buffer.address, buffer.size, rows.ctypes.data)
         return rows if good else None
+
+    def read(self, fds: Index, offsets: Index, addresses: Index, lengths: Index) -> bool:
+        """Read `lengths` bytes at `offsets` of files to memory; int64 [n] each.
+
+        Return False where a read failed or was short, or where there is no ring for another
+        thread: a plain reader then repeats all of them. No read is running afterwards.
+        """
+        contiguous = (np.ascontiguousarray(values) for values in (fds, offsets, addresses, lengths))
+        good: bool = self._reader.read(*contiguous)
+        return good
 
     def begin(
         self, table: BlockTable, layout: RowLayout, rules: list[int], heads: Index, positions: Index, buffers: BufferPool, size: int

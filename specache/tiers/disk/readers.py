@@ -12,9 +12,8 @@ To add a reader, write a class with the members of `Reader` and add it to `READE
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Protocol
@@ -25,7 +24,6 @@ from numpy.typing import NDArray
 from specache.tiers.disk import aligned_io
 from specache.tiers.disk.aligned_io import AlignedBuffer, BufferPool
 from specache.tiers.disk.native_reads import NativeRows
-from specache.tiers.disk.uring import Ring
 
 Index = NDArray[np.int64]
 
@@ -147,10 +145,10 @@ class ThreadReader:
 
 
 class RingReader:
-    """Reads a whole batch in one system call (Linux's io_uring).
+    """Reads a whole batch in one system call (Linux's io_uring), in C++.
 
     Raises:
-        OSError: the kernel has no io_uring, or forbids it.
+        OSError: there is no C++ extension, or the kernel has no io_uring or forbids it.
     """
 
     name = "io_uring"
@@ -159,49 +157,16 @@ class RingReader:
         self.direct = direct
         self.alignment = alignment
         self.buffers = BufferPool()
-        self.native: NativeRows | None = None
-        with contextlib.suppress(OSError):
-            self.native = NativeRows(RING_ENTRIES)
-        self._lock = threading.Lock()
-        self._idle = [Ring(RING_ENTRIES)]  # each serves one batch at a time
-        self._closed = False
+        self.native: NativeRows | None = NativeRows(RING_ENTRIES)
 
     def read(self, batch: ReadBatch) -> None:
-        with self._ring() as ring:
-            for first in range(0, len(batch), RING_ENTRIES):
-                part = slice(first, first + RING_ENTRIES)
-                lengths = batch.lengths[part]
-                got = np.zeros_like(lengths)
-                with contextlib.suppress(OSError):
-                    if ring is not None:
-                        addresses = batch.starts[part] + batch.buffer.address
-                        got = ring.read(batch.fds[part], batch.offsets[part], addresses, lengths)
-                for i in (first + np.flatnonzero(got != lengths)).tolist():
-                    _complete(batch, slice(i, i + 1), self)  # short or failed: read it plainly, which reports the error
+        native = self.native
+        addresses = batch.starts + batch.buffer.address
+        if native is None or not native.read(batch.fds, batch.offsets, addresses, batch.lengths):
+            _complete(batch, slice(None), self)  # read it plainly, which reports an error
 
     def close(self, wait: bool = True) -> None:
-        with self._lock:
-            rings, self._idle, self._closed, self.native = self._idle, [], True, None
-        for ring in rings:
-            ring.close()
-
-    @contextlib.contextmanager
-    def _ring(self) -> Iterator[Ring | None]:
-        """Lend a ring for exclusive use; None if the system has no room for another."""
-        with self._lock:
-            ring = self._idle.pop() if self._idle else None
-        if ring is None:
-            with contextlib.suppress(OSError):
-                ring = Ring(RING_ENTRIES)
-        try:
-            yield ring
-        finally:
-            with self._lock:
-                if ring is not None and not self._closed:
-                    self._idle.append(ring)
-                    ring = None
-            if ring is not None:
-                ring.close()
+        self.native = None
 
 
 READERS: dict[str, Callable[[bool, int], Reader]] = {
