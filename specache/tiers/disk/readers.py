@@ -160,9 +160,9 @@ class RingReader:
         self.native: NativeRows | None = NativeRows(RING_ENTRIES)
 
     def read(self, batch: ReadBatch) -> None:
-        native = self.native
         addresses = batch.starts + batch.buffer.address
-        if native is None or not native.read(batch.fds, batch.offsets, addresses, batch.lengths):
+        # no name for `native` here: the frames of an error would keep its rings open
+        if not (self.native and self.native.read(batch.fds, batch.offsets, addresses, batch.lengths)):
             _complete(batch, slice(None), self)  # read it plainly, which reports an error
 
     def close(self, wait: bool = True) -> None:
