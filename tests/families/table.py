@@ -15,39 +15,46 @@ PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 COMMAND = ".venv/bin/python -m tests.families --write"
 INTRODUCTION = """# Models
 
-Every causal-LM family of transformers {version}, and every vision-language family, with text alone, as a tiny seeded
-model (the family's own configuration with small sizes and each kind of layer that it has; without the window where every
-layer slides by default): {prompt} tokens read in chunks of 40, {new} greedy tokens, `top_k` at least the context, fp32.
-*equal*: under each of {settings}, the tokens are those of the model's stock `generate()` and the
-logits differ by less than {tolerance}. *refused*: an `UnsupportedModelError` with the reason, before an answer.
-*not tried*: stock itself does not build or run such a tiny model here, so there is nothing to compare with. Wrong answers
-and other errors have no row, because a test fails on them.
+Every causal-LM family of transformers {version}, and every vision-language family, with text alone, as
+a tiny seeded model: the family's own configuration with small sizes and each kind of layer that it
+has (without the window if every layer slides by default). Settings: a prompt of {prompt} tokens in
+chunks of 40, {new} greedy tokens, `top_k` at least the context, fp32. *equal*: under each of
+{settings}, the tokens are those of the model's stock `generate()` and the
+logits differ by less than {tolerance}. *refused*: an `UnsupportedModelError` with the reason, before an
+answer. *not tried*: transformers itself does not build or run such a tiny model here, so there is
+nothing to compare with. Wrong answers and other errors have no row, because a test fails on them.
 
 {totals}
 
-Made by `{command}`; `tests/engine/test_families.py` runs it again: one family per attention code with every test run,
-all of them with `make test ARGS='-m families'`.
+Made by `{command}`; `tests/engine/test_families.py` runs it again:
+one family per attention code with every test run, all of them with `make test ARGS='-m families'`.
 
 ## What is refused, and why
 
-- **Latent attention** (DeepSeek, GLM-5, Kimi, MiniCPM3): what is cached is compressed already, without keys and values per head.
-- **State-space, linear, convolutional or chunked layers** (Mamba, Jamba, Qwen3-Next, LFM2, Llama 4): they keep something else.
+- **Latent attention** (DeepSeek, GLM-5, Kimi, MiniCPM3): the cached states are already compressed,
+  and are not keys and values per head.
+- **State-space, linear, convolutional or chunked layers** (Mamba, Jamba, Qwen3-Next, LFM2, Llama
+  4): their state is not a growing list of keys and values.
 - **Every layer slides** (Mistral 7B v0.1): the cache does not grow, so there is nothing to compress.
-- **Keys and values of different sizes** (MiMo-V2-Flash), layers that share them (Gemma 3n), layers that attend twice
-  (DiffLlama, HRM).
-- **Attention of their own** (BLOOM, MPT, Falcon, GPT-J, StableLM, ...): their modules do not use transformers'
-  attention interface, so ALiBi, relative positions and the like cannot be lost on the way.
-- **Biases, masks, sparse selections, dropout** that a model passes to its attention and that ours would ignore are
-  refused by the name of the argument, also for classes from outside of transformers. A mask that a model makes itself is
-  looked at: causal ones, or causal within the layer's window, are what ours does anyway.
+- **Keys and values of different sizes** (MiMo-V2-Flash), layers that share them (Gemma 3n), layers
+  that attend twice (DiffLlama, HRM).
+- **Attention modules of their own** (BLOOM, MPT, Falcon, GPT-J, StableLM, ...): they do not use
+  transformers' attention interface. They are refused so that ALiBi, relative positions and the like
+  are not silently ignored.
+- **Biases, masks, sparse selections, dropout** that a model passes to its attention and that
+  specache's would ignore are refused by the name of the argument, also for model classes from
+  outside of transformers. A mask that a model makes itself is checked: it is accepted if it is
+  causal, or causal within the layer's window, as specache's attention is.
 - **Encoder-decoders and encoders.**
 
 ## How long a sequence may be
 
-`max_position_embeddings`, or RoPE's factor times the original positions where that is more (yarn, linear, llama3,
-longrope; per kind of layer; also the old `rope_scaling`). Longer prompts are refused. New tokens may go past it, as in
-stock, and dynamic NTK scaling knows no such length. A table of positions (GPT-2, OPT, BERT) ends: a text that grows past
-it raises `UsageError`, with what was generated in `new_token_ids`, where stock raises an index error.
+`max_position_embeddings`, or RoPE's factor times the original positions where that is more (yarn,
+linear, llama3, longrope; per kind of layer; also the old `rope_scaling`). Longer prompts are
+refused. New tokens may go past this length, as in stock `generate()`. Dynamic NTK scaling has no
+such length. A model with a table of positions (GPT-2, OPT, BERT) cannot go past the end of the
+table: a text that does raises `UsageError`, with the tokens generated so far in `new_token_ids`;
+stock `generate()` raises an index error.
 """
 
 
