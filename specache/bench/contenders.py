@@ -92,7 +92,7 @@ class SpeCacheContender(Contender):
         for _ in range(work.batch):
             add_sequence(self._held, {index: work.rows(index) for index in range(len(work.layer_shapes))})
             self.filled(self._held.sequences[-1])
-        self._steps = GreedySteps(work.model, self._held, [0] * work.batch)
+        self._steps = GreedySteps(work.model, self._held, [0] * work.batch, [0] * work.batch)
 
     @property
     def held(self) -> SpeCache:

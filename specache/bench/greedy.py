@@ -17,11 +17,12 @@ class GreedySteps:
 
     Args:
         tokens: the first to decode, one per sequence.
+        drafts: their draft tokens; `None` has pre-decoding choose them now.
     """
 
-    def __init__(self, model: Any, cache: SpeCache, tokens: Sequence[int]) -> None:
+    def __init__(self, model: Any, cache: SpeCache, tokens: Sequence[int], drafts: Sequence[int] | None = None) -> None:
         self._engine = Engine.over(model, cache)
-        self._run = self._engine.resume(list(cache.sequences), list(tokens))
+        self._run = self._engine.resume(list(cache.sequences), list(tokens), drafts)
         self._counters = cache.counters
         self.tokens = list(tokens)
 

@@ -1,15 +1,15 @@
 """Requests in, tokens out: the one loop that decodes.
 
 `Engine.step` prefills at most one chunk of a waiting prompt and decodes one token of every running
-request. `specache.generate`, the evaluation suite and the benchmarks of whole models run on it. It
-does not know how tokens are chosen (`runs`).
+request. `specache.generate`, the evaluation suite and the benchmarks run on it. How tokens are
+chosen is up to `runs`.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -40,8 +40,7 @@ class Engine:
 
         engine = specache.Engine(model, specache.SpeCacheConfig(top_k=64))
         handle = engine.add(specache.make_request(model, input_ids, max_new_tokens=100, seed=1))
-        while engine.step():
-            ...
+        while engine.step(): ...
         tokens = handle.result()
 
     Args:
@@ -144,13 +143,18 @@ class Engine:
             for handle in unfinished if self._prefilling is None else unfinished | {self._prefilling[0]}:
                 stack.callback(self._end, handle, None, "aborted")
 
-    def resume(self, sequences: list[CachedSequence], tokens: list[int] | None = None) -> GivenRun:
+    def resume(
+        self, sequences: list[CachedSequence], tokens: list[int] | None = None, drafts: Sequence[int] | None = None
+    ) -> GivenRun:
         """Decode prefilled sequences with tokens that the caller gives to `GivenRun.give`.
 
         Args:
             tokens: the first ones [B]. With them pre-decoding runs now, else in the first step.
+            drafts: the draft tokens [B] beside them. With them there is no pre-decoding.
         """
         run = GivenRun(sequences)
+        if drafts is not None and self._decoder.drafts:
+            run.drafts = list(drafts)
         for sequence in sequences:
             sequence.prepare_decode()
         self._running[Handle(Request.of_sequences(sequences))] = run

@@ -63,15 +63,15 @@ def test_a_position_of_the_host_in_a_launch_is_found(model, monkeypatch, graphs)
 
 @pytest.mark.parametrize("planted", [lambda x: x.sum().item(), lambda x: x[x >= 0], lambda x: torch.tensor([1])])
 def test_a_failed_capture_warns_and_steps_go_on(model, monkeypatch, graphs, planted):
-    see = StaticPass._see
+    visibility = StaticPass._visibility
 
     def see_and_wait(self):
         planted(self._batch.inputs.counts)
-        return see(self)
+        return visibility(self)
 
     settings = config()
     eager = answer(model, settings, (150,), 20)
-    monkeypatch.setattr(StaticPass, "_see", see_and_wait)
+    monkeypatch.setattr(StaticPass, "_visibility", see_and_wait)
     with static_steps(monkeypatch, graphs=lambda device: graphs) as steps, pytest.warns(RuntimeWarning, match="not permitted"):
         static = answer(model, settings, (150,), 20)
     assert_equal(static, eager)
