@@ -259,9 +259,8 @@ class Engine:
         self._running.pop(handle, None)
         reasons: list[str | None] = [reason] * len(request.token_ids)
         with ExitStack() as stack:
-            stack.callback(lambda: handle.finish(error if self._owns_cache else None, reasons))
-            if request.streamer is not None and self._owns_cache:
-                stack.callback(request.streamer.end)
+            own = self._owns_cache  # else the caller gets the error raised, and ends the streamer
+            stack.callback(lambda: handle.finish(error if own else None, reasons, request.streamer if own else None))
             if self._prefilling is not None and self._prefilling[0] is handle:
                 chunks, self._prefilling = self._prefilling[1], None
                 chunks.close()

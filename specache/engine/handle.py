@@ -16,6 +16,7 @@ from specache.engine.decoder import Progress
 from specache.engine.sampling import GenerationState, SamplingParams
 from specache.errors import UsageError
 from specache.planning.footprint import PlannedSequence
+from specache.platform import modes
 
 
 @dataclass
@@ -105,7 +106,17 @@ class Handle:
             raise self.error
         return self.request.state.input_ids
 
-    def finish(self, error: BaseException | None, reasons: list[str | None]) -> None:
-        """Set the error and the finish reasons, and wake waiting threads. Called once."""
+    def finish(self, error: BaseException | None, reasons: list[str | None], streamer: Any) -> None:
+        """Set the error and the finish reasons, end the streamer, and wake waiting threads.
+
+        Called once. An error of the streamer is this request's, if it has no other.
+        """
         self.error, self.finish_reasons = error, reasons
-        self._done.set()
+        try:
+            if streamer is not None:
+                with modes.callers():
+                    streamer.end()
+        except Exception as failed:
+            self.error = error or failed
+        finally:
+            self._done.set()

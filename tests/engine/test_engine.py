@@ -317,3 +317,25 @@ def test_a_second_thread_on_the_engines_cache_is_refused(model):
 
         specache.generate(model, prompt(30), past_key_values=cache, max_new_tokens=1, streamer=Streamer())
     assert told and all("specache.Engine" in text for text in told)
+
+
+@pytest.mark.parametrize("where", ["put", "end"])
+def test_an_error_of_a_streamer_ends_its_request_alone(model, where):
+    class Streamer:
+        def put(self, value: Tensor) -> None:
+            if where == "put":
+                raise OSError("nobody reads")
+
+        def end(self) -> None:
+            if where == "end":
+                raise OSError("nobody reads")
+
+    expected = alone(model, prompt(40, seed=40), settings(), max_new_tokens=9)
+    with specache.Engine(model, settings()) as engine:
+        request = specache.make_request(model, prompt(30), max_new_tokens=3, streamer=Streamer(), **GREEDY)
+        failing = engine.add(request)
+        sound = engine.add(specache.make_request(model, prompt(40, seed=40), max_new_tokens=9, **GREEDY))
+        run(engine)
+        same(sound, expected)
+        with pytest.raises(OSError, match="nobody reads"):
+            failing.result(0)
