@@ -31,12 +31,25 @@ def decode(decoder: Decoder, running: Running, errors_of: ErrorsOf, end: Callabl
         end: ends a request with an error.
     """
     ready = {handle: active for handle, run in running.items() if (active := run.active)}
-    for group in [list(ready)] if decoder.rows_are_independent else [[handle] for handle in ready]:
+    for group in _groups(decoder, running, ready):
         if len(group) > 1 and _try_decode_together(decoder, group, running, ready, errors_of, end):
             continue
         for handle in group:
             with errors_of(handle):
                 _decode_group(decoder, [handle], running, ready, errors_of, end)
+
+
+def _groups(decoder: Decoder, running: Running, ready: dict[Handle, list[int]]) -> list[list[Handle]]:
+    """Return the requests by the passes of the step: those that can share one, the others alone."""
+    together: dict[int, list[Handle]] = {}
+    alone: list[list[Handle]] = []
+    for handle, active in ready.items():
+        shared = decoder.shared_pass([running[handle].sequences[i] for i in active])
+        if shared is None:
+            alone.append([handle])
+        else:
+            together.setdefault(shared, []).append(handle)
+    return [*together.values(), *alone]
 
 
 def _try_decode_together(

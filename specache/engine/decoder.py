@@ -76,10 +76,18 @@ class Decoder:
         """Return whether the policy decodes draft tokens beside the real ones."""
         return self._cache.config.policy.drafts
 
-    @property
-    def rows_are_independent(self) -> bool:
-        """Return whether a token's result does not depend on the other tokens of a forward pass."""
-        return not self._info.couples_rows
+    def shared_pass(self, sequences: Sequence[CachedSequence]) -> int | None:
+        """Return which others these sequences can share a step's pass with: those of equal numbers.
+
+        `None` if their step takes several passes, or if a token's result depends on the others of
+        its pass. Only a step of one pass leaves every sequence as it was when it fails.
+        """
+        groups = {self._rope_group(sequence) for sequence in sequences}
+        if self._info.couples_rows or len(groups) > 1:
+            return None
+        side, stays, again = groups.pop()
+        pairs = stays and all(self._has_position(sequence.length + 1) for sequence in sequences)
+        return None if again or (self.drafts and not pairs) else 2 * side + stays
 
     @property
     def counters(self) -> Counters:
@@ -344,14 +352,17 @@ class Decoder:
 
     def _groups(self, sequences: Sequence[CachedSequence]) -> Iterator[list[int]]:
         """Yield the indices of sequences that may share a pass: with the same RoPE frequencies."""
-        groups: dict[tuple[int, ...], list[int]] = {}
+        groups: dict[tuple[int, bool, bool], list[int]] = {}
         for index, sequence in enumerate(sequences):
-            position = sequence.length
-            side = self._info.rope_side(position)
-            stays = self._info.rope_side(position + 1) == side
-            again = bool(position) and self._needs_prefill_again(position - 1, position)
-            groups.setdefault((side, stays, again), []).append(index)
+            groups.setdefault(self._rope_group(sequence), []).append(index)
         yield from groups.values()
+
+    def _rope_group(self, sequence: CachedSequence) -> tuple[int, bool, bool]:
+        """Return (RoPE side of the next position, whether the next one has it, prefill again)."""
+        position = sequence.length
+        side = self._info.rope_side(position)
+        again = bool(position) and self._needs_prefill_again(position - 1, position)
+        return side, self._info.rope_side(position + 1) == side, again
 
     def _ids(self, tokens: list[list[int]]) -> Tensor:
         return torch.tensor(tokens, dtype=torch.long, device=self._info.device)

@@ -12,6 +12,7 @@ from torch import Tensor
 import specache
 from specache.engine.engine import Engine
 from specache.engine.handle import Handle
+from tests.engine.test_model_families import LONGROPE
 from tests.sessions.sequences import gemma
 from tests.tiny import llama, prompt, ragged
 
@@ -339,3 +340,25 @@ def test_an_error_of_a_streamer_ends_its_request_alone(model, where):
         same(sound, expected)
         with pytest.raises(OSError, match="nobody reads"):
             failing.result(0)
+
+
+@pytest.mark.parametrize("good_first", [True, False])
+def test_a_step_of_several_passes_repeats_none_that_succeeded(monkeypatch, good_first):
+    """Requests on both sides of a RoPE switch need a pass each, and the pass of one fails."""
+    model = llama(max_position_embeddings=4096, rope_parameters=LONGROPE)
+    config = settings(policy="on-demand", prefill_chunk=4096)
+    lengths = {"good": 140, "bad": 60}
+    expected = alone(model, prompt(lengths["good"], seed=1), config, max_new_tokens=20)
+    with specache.Engine(model, config) as engine:
+        handles = {}
+        for name in ("good", "bad") if good_first else ("bad", "good"):
+            request = specache.make_request(model, prompt(lengths[name], seed=1), max_new_tokens=20, **GREEDY)
+            handles[name] = engine.add(request)
+        for _ in range(5):
+            engine.step()
+        fetcher = handles["bad"].request.sequences[0].compressed[1].row_fetcher
+        monkeypatch.setattr(fetcher, "start", failing_after(0, specache.SlowTierError))
+        run(engine)
+        same(handles["good"], expected)
+        with pytest.raises(specache.SlowTierError):
+            handles["bad"].result(0)
