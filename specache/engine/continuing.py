@@ -191,10 +191,14 @@ def _is_unrelated(sequence: Sequence, text: list[int]) -> bool:
 
 def _drops_much(sequence: Sequence, text: list[int], same: int) -> bool:
     """Return whether to warn that a text shares only `same` tokens with the stored ones."""
-    dropped = sequence.prompt_tokens - same  # dropping generated tokens is usual: the user asks again
-    if same == len(text) or dropped <= 0:
+    if same == len(text):
         return False
-    if len(text) < sequence.length and (_is_unrelated(sequence, text) or dropped > same):
+    if _is_unrelated(sequence, text):
+        return True  # another text, or only what is new: the caller knows which
+    dropped = sequence.prompt_tokens - same  # dropping generated tokens is usual: the user asks again
+    if dropped <= 0:
+        return False
+    if len(text) < sequence.length and dropped > same:
         return True  # perhaps only the new message, which shares the chat template's first tokens
     return dropped >= MANY_TOKENS or (dropped > FEW_TOKENS and 2 * dropped > sequence.prompt_tokens)
 

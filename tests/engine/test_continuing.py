@@ -264,11 +264,13 @@ def test_an_edit_far_back_warns_with_position_and_token_count(model, tmp_path):
             assert say(model, cache, edited).equal(stock(model, edited))
 
 
-def test_another_text_of_similar_length_warns_however_short(model, tmp_path):
+@pytest.mark.parametrize(("stored", "new"), [(20, 18), (20, 60), (1, 3), (1, 40), (2, 9)])
+def test_another_text_warns_however_short_both_are(model, tmp_path, stored, new):
+    """Also where little more than an answer was stored: it may be only what is new."""
     with opened(model, tmp_path) as cache:
-        say(model, cache, prompt(20))
+        say(model, cache, prompt(stored))
         with pytest.warns(UserWarning, match="from token 0 on"):
-            say(model, cache, prompt(18, 3))
+            say(model, cache, prompt(new, 3))
 
 
 SILENT = {
