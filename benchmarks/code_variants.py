@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from specache import reference
-from specache.attention.dense import AttentionParams
 from specache.cache.window_layer import WindowLayer
 from specache.cli.models import Dtype, load
 from specache.engine.attention_hook import attached, forward
 from specache.eval.prefilled import Prefilled
 from specache.eval.tasks.documents import excerpts
+from specache.kernels.types import AttentionParams
 
 THREE_BITS = (0.2451, 0.7560, 1.3439, 2.1520)  # Lloyd-Max levels of a normal distribution; no code packs 3 bits
 

@@ -36,23 +36,22 @@ struct Fetched {
     std::vector<Rows> rows;  // one per (sequence, KV head)
 };
 
-void score(const Engine&, const Step&, float* scores, int64_t size);
-void select(const Engine&, const Step&, const float* scores, int64_t size, const float* rest_lse, int64_t k, int64_t* positions);
-void rescore(const Engine&, const Step&, const Fetched&, float* scores, int64_t size);
-void attend(const Engine&, const Step&, const Fetched&, const float* scores, int64_t size, float* out, float* lse);
-
-// The newest tokens of a sequence at 16 bits: keys and values [Hkv, count, D].
+// The newest tokens of a sequence at 16 bits: keys and values [Hkv, count, D]. The first `pending` of
+// them are quantised after the step.
 struct Recent {
     const uint8_t *keys, *values;
     int64_t count, head_stride, token_stride;  // bytes
+    int64_t pending;
     Dtype dtype;
 };
 
-// One layer of a step: score, select, rescore, attend, and exact attention over the recent tokens,
-// of which row r sees all but the last n - 1 - r. sinks: [Hkv G] or null. Everything it points to
-// must outlive it. Use it once: `run` where rows are read in place; `select`, `attend_copy`,
-// `attend_fetched` where selected rows have to be fetched, which only the last needs. Both give the
-// same bits.
+// One layer of a step: attention over the low-bit copy, the exact rows of fetched positions, and the
+// recent tokens, of which row r sees all but the last n - 1 - r. sinks: [Hkv G] or null. Everything
+// it points to must outlive it. Use it once.
+//
+// Where rows are read in place (`at_once`), `run` does everything, each query with the rows that it
+// selects. Otherwise: `score`, then `select` and `attend_copy` in the order that the policy wants,
+// and `attend_fetched`. Both give the same bits for the same positions.
 class LayerStep {
 public:
     class State;
@@ -60,8 +59,16 @@ public:
     ~LayerStep();
     // If `at_once`. stored: per (sequence, KV head); out [B, Hkv, G, n, D].
     void run(const std::vector<Rows>& stored, float* out);
-    // Unless `at_once`. positions [B, Hkv, n, k], padded with -1.
+    // Unless `at_once`, first of all: score every low-bit key and attend to the recent tokens.
+    void score();
+    // Replace the scores of fetched positions by exact ones, before `select`.
+    void rescore(const Fetched&);
+    // Each query's k positions of largest mean probability [B, Hkv, n, k], padded with -1.
     void select(int64_t* positions);
+    // The same of the last query among the low-bit tokens and the pending ones [B, Hkv, k], where
+    // `next_k` is k. After `select`.
+    void select_next(int64_t* positions);
+    int64_t next_k() const;
     // Attend to the low-bit copy without these positions; -1 where the low-bit pair is used.
     void attend_copy(const int64_t* positions, int64_t k);
     // Attend to the exact rows of the same positions, and to the recent tokens.
@@ -69,7 +76,6 @@ public:
 
 private:
     std::unique_ptr<State> state_;
-    int64_t k_;
 };
 
 struct Prompt {

@@ -273,46 +273,6 @@ void rotate_back(const Layout& layout, int queries, Partial out) {
         for (int j = 0; j < queries; j++) out.out[j * out.stride + d] = block[d * kTile + j];
 }
 
-void attend(const Layout& layout, const Copy& copy, int head, int64_t first, int64_t count, const float* const* scores,
-            int queries, const int* row_of, const int64_t* const* positions, int64_t k, const Rows& rows, float* weights,
-            Partial out) {
-    const int stride = kAttendChunk + kPage, dim = layout.dim;
-    const float* of_token[kMaxQueries] = {};
-    for (int j = 0; j < queries; j++) {
-        const float* row = scores[j] + first;
-        float* w = weights + int64_t(j) * stride;
-        of_token[j] = w - first;
-        float peak = largest_of(row, count);
-        Floats total = Isa::splat(0.0f), shift = Isa::splat(peak);
-        for (int64_t t = 0; t < count; t += kTile) {
-            Floats p = Isa::exp(Isa::sub(scores_at(row, t, count), shift));
-            Isa::store(w + t, p);
-            total = Isa::add(total, p);
-        }
-        for (int64_t t = count; t < (count + kPage - 1) / kPage * kPage; t++) w[t] = 0.0f;
-        out.peak[j] = peak;
-        out.total[j] = Isa::sum(total);
-        float* to = out.out + j * out.stride;
-        std::memset(to, 0, sizeof(float) * size_t(out.stride));
-    }
-    for (int j = 0; j < queries; j++) {
-        float* w = weights + int64_t(j) * stride;
-        for (int64_t i = 0; i < k; i++) {
-            int64_t position = positions[row_of[j]][i];
-            if (position >= first && position < first + count) w[position - first] = 0.0f;
-        }
-    }
-    add_values(layout, copy, head, first, count, queries, of_token, nullptr, out);
-    rotate_back(layout, queries, out);
-    for (int j = 0; j < queries; j++)
-        for (int64_t i = 0; i < k; i++) {
-            int64_t position = positions[row_of[j]][i];
-            if (position < first || position >= first + count) continue;
-            float p = Isa::first(Isa::exp(Isa::splat(scores[j][position] - out.peak[j])));
-            add_row(rows.at(row_of[j], i, position) + dim * itemsize(rows.dtype), rows.dtype, dim, p, out.out + j * out.stride);
-        }
-}
-
 void attend_with_weights(const Layout& layout, const Copy& copy, int head, int64_t first, int64_t count,
                          const float* const* weights, int queries, const float* const* peaks, Partial out) {
     const int64_t stretches = (count + kStretch - 1) / kStretch;

@@ -61,38 +61,6 @@ void top_k(const float* mean_prob, int64_t length, float* tops, int64_t count, i
     for (; taken < k; taken++) positions[taken] = -1;
 }
 
-// Return the log-sum-exp of two numbers.
-inline float log_add(float a, float b) {
-    float high = a > b ? a : b, gap = (a > b ? b : a) - high;
-    return high + (gap > -80.0f ? scalar_log(1.0f + Isa::first(Isa::exp(Isa::splat(gap)))) : 0.0f);
-}
-
-void select(const float* const* scores, const float* rest_lse, int groups, int64_t length, int64_t k, int64_t* positions,
-            float* mean_prob, int32_t* candidates) {
-    int64_t padded = (length + kTile - 1) / kTile * kTile;
-    for (int g = 0; g < groups; g++) {
-        float peak = largest_of(scores[g], length);
-        Floats total = Isa::splat(0.0f), shift = Isa::splat(peak);
-        for (int64_t t = 0; t < length; t += kTile) total = Isa::add(total, Isa::exp(Isa::sub(scores_at(scores[g], t, length), shift)));
-        // log-sum-exp over the low-bit copy and the rest
-        float all = log_add(peak + scalar_log(Isa::sum(total)), rest_lse[g]);
-        Floats factor = Isa::mul(Isa::exp(Isa::splat(peak - all)), Isa::splat(1.0f / float(groups)));
-        for (int64_t t = 0; t < length; t += kTile) {
-            Floats p = Isa::mul(Isa::exp(Isa::sub(scores_at(scores[g], t, length), shift)), factor);
-            Isa::store(mean_prob + t, g ? Isa::add(p, Isa::load(mean_prob + t)) : p);
-        }
-    }
-    for (int64_t t = length; t < padded; t++) mean_prob[t] = -INFINITY;
-    float *values = mean_prob + padded, *tops = values + padded;
-    int64_t step = blocks_per_top(length, k) * kTile, count = 0;
-    for (int64_t t = 0; t < padded; t += step, count += kTile) {
-        Floats top = Isa::load(mean_prob + t);
-        for (int64_t i = t + kTile; i < padded && i < t + step; i += kTile) top = Isa::max(top, Isa::load(mean_prob + i));
-        Isa::store(tops + count, top);
-    }
-    top_k(mean_prob, length, tops, count, k, positions, values, candidates);
-}
-
 void exp_scores(const Layout& layout, const Copy& copy, int head, const PreparedQuery& prepared, int64_t first, int64_t count,
                 float scaling, float softcap, float* const* weights, float* peak, float* total) {
     score(layout, copy, head, prepared, first, count, scaling, softcap, weights);

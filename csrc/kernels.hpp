@@ -45,39 +45,23 @@ struct Kernels {
     // Round queries [count] (with the rotated code: multiply by the key scales and rotate first).
     void (*prepare)(const Layout&, const float* weights, const float* const* queries, int count, PreparedQuery* out);
 
-    // scores[j][t] of tokens [first, first + count), first on a page's border.
-    void (*score)(const Layout&, const Copy&, int head, const PreparedQuery&, int64_t first, int64_t count, float scaling,
-                  float softcap, float* const* scores);
-
-    // Select the k tokens of largest mean probability over `groups` rows of scores. Positions
-    // ascend, ties go to the lower position, padding is -1. mean_prob and candidates: scratch of 3
-    // `length` + 48 floats and `length` ints.
-    void (*select)(const float* const* scores, const float* rest_lse, int groups, int64_t length, int64_t k, int64_t* positions,
-                   float* mean_prob, int32_t* candidates);
-
     // Overwrite the low-bit scores of selected positions by exact ones. queries [groups][D].
     void (*rescore)(const float* const* queries, int groups, int dim, const Rows&, int row, const int64_t* positions, int64_t k,
                     float scaling, float softcap, float* const* scores);
 
-    // Attend to tokens [first, first + count) of the low-bit copy. Query j belongs to row
-    // `row_of[j]`, whose selected positions [k] are read from exact rows. weights: scratch of
-    // kMaxQueries x (kAttendChunk + 16) floats.
-    void (*attend)(const Layout&, const Copy&, int head, int64_t first, int64_t count, const float* const* scores, int queries,
-                   const int* row_of, const int64_t* const* positions, int64_t k, const Rows&, float* weights, Partial out);
-
     // Attend exactly to `count` keys and values (strides in bytes). Query j sees the first seen[j].
-    // scores: scratch [queries][count + 16].
+    // weights [queries][count + 16]: exp(score - out.peak[j]) of every token, zero where it is not
+    // seen.
     void (*exact)(const float* const* queries, int queries_count, int dim, const uint8_t* keys, const uint8_t* values,
                   int64_t key_stride, int64_t value_stride, int64_t count, const int64_t* seen, Dtype dtype, float scaling,
-                  float softcap, float* scores, Partial out);
+                  float softcap, float* weights, Partial out);
 
     // Quantise and pack tokens [offset, offset + count) of one page, whole groups.
     // keys, values: rows of D elements; scratch: 2 x kMaxDim x kPage floats.
     void (*quantise)(const Layout&, const float* weights, int head, uint8_t* page, int offset, int count, const uint8_t* keys,
                      const uint8_t* values, int64_t key_stride, int64_t value_stride, Dtype dtype, float* scratch);
 
-    // The rest is for LayerStep, which takes one exponential per score: it keeps weights, not
-    // scores.
+    // LayerStep takes one exponential per score: it keeps weights, not scores.
 
     // weights[j][t] = exp(score - peak[j]) of tokens [first, first + count), a stretch of at most
     // kStretch; total[j] is their sum. Weights are zero up to the end of the last page.
@@ -90,8 +74,8 @@ struct Kernels {
                           int64_t per_top, float* mean_prob, float* tops);
     int64_t (*blocks_per_top)(int64_t length, int64_t k);
 
-    // Find the k positions of largest mean_prob, in the order of `select`. tops [count] are
-    // reordered; values, candidates: scratch of `length`.
+    // Find the k positions of largest mean_prob. Positions ascend, ties go to the lower position,
+    // padding is -1. tops [count] are reordered; values, candidates: scratch of `length`.
     void (*top_k)(const float* mean_prob, int64_t length, float* tops, int64_t count, int64_t k, int64_t* positions, float* values,
                   int32_t* candidates);
 
@@ -122,7 +106,6 @@ const Kernels& neon_kernels();
 
 // Return the k-th largest of n floats (k >= 1), which are reordered.
 float kth_largest(float* values, int64_t n, int64_t k);
-float scalar_log(float x);
 float scalar_tanh(float x);
 
 }  // namespace specache

@@ -37,10 +37,9 @@ inline int round_up(int x, int to) { return (x + to - 1) / to * to; }
 namespace specache {
 namespace {
 
-const Kernels kTable = {Isa::name,     Isa::kQueriesPerPass, prepare,       score,          select,
-                        rescore,       attend,               exact,         quantise,       exp_scores,
-                        add_mean_prob, blocks_per_top,       top_k,         exact_rows,     attend_with_weights,
-                        rotate_back};
+const Kernels kTable = {Isa::name,      Isa::kQueriesPerPass, prepare, rescore,    exact,
+                        quantise,       exp_scores,           add_mean_prob, blocks_per_top, top_k,
+                        exact_rows,     attend_with_weights,  rotate_back};
 
 }  // namespace
 }  // namespace specache

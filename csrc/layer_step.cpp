@@ -1,4 +1,4 @@
-// A layer of a step in one call, or in three around the fetching of rows.
+// A layer of a step in one call, or in several around the fetching of rows.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -12,6 +12,8 @@ namespace {
 
 // Bytes of weights per thread and wave: as many as a second-level cache holds beside the codes.
 constexpr int64_t kWaveBytes = 512 << 10;
+// An exact score may be above the peak of the low-bit scores, whose weights are at most 1.
+constexpr float kMostAbovePeak = 60.0f;
 
 }  // namespace
 
@@ -22,7 +24,8 @@ class LayerStep::State {
 public:
     State(const Engine& engine, Step step, const std::vector<Recent>& recents, int64_t k, const float* sinks, bool at_once)
         : engine_(engine), kernels_(*engine.kernels), step_(std::move(step)), layout_(*step_.layout), recents_(recents), sinks_(sinks),
-          size_((longest(step_) + kPage - 1) / kPage * kPage), k_(std::min(k, longest(step_))), count_(step_.queries()),
+          size_((longest(step_) + kPage - 1) / kPage * kPage), k_(std::min(k, longest(step_))),
+          next_k_(std::min(k, longest_next(step_, recents))), most_pending_(most_pending(recents)), count_(step_.queries()),
           stretches_(chunks_of(size_, kStretch)), chunks_(chunks_of(size_, kAttendChunk)), wave_(at_once ? heads_per_wave() : step_.heads()),
           per_top_(kernels_.blocks_per_top(size_, k_)), tops_(chunks_ * (kAttendChunk / kStretch) * tops_of_stretch()), queries_(engine_, step_),
           row_batches_(step_.groups, kernels_.queries_per_pass), recent_parts_(step_, queries_.batches, step_.heads() * queries_.batches.count),
@@ -30,32 +33,56 @@ public:
           exact_parts_(step_, row_batches_, wave_ * step_.rows * row_batches_.count),
           weights_(wave_ * count_ * size_), peaks_(wave_ * count_ * stretches_), totals_(wave_ * count_ * stretches_),
           factors_(wave_ * count_ * stretches_), mean_prob_(wave_ * step_.rows * size_), top_values_(wave_ * step_.rows * tops_),
-          rest_lse_(step_.heads() * count_), positions_(wave_ * step_.rows * k_) {}
+          rest_lse_(step_.heads() * count_), pending_(step_.heads() * step_.groups * most_pending_),
+          positions_(wave_ * step_.rows * k_) {}
+
+    int64_t next_k() const { return next_k_; }
 
     void run(const std::vector<Rows>& stored, float* out) {
         parallel(engine_.threads, [&](Worker& worker) {
             worker.each(step_.heads(), [&](int64_t head) { attend_recent(head); });
             for (int64_t first = 0; first < step_.heads(); first += wave_) {
-                if (k_) choose(worker, first);
+                if (size_) {
+                    score(worker, first);
+                    if (k_) choose(worker, first);
+                }
                 attend_wave(worker, first, stored, out);
             }
         });
     }
 
-    void select(int64_t k, int64_t* positions) {
+    void score() {
         parallel(engine_.threads, [&](Worker& worker) {
             worker.each(step_.heads(), [&](int64_t head) { attend_recent(head); });
-            if (k_) choose(worker, 0);
+            if (size_) score(worker, 0);
         });
-        for (int64_t i = 0; i < step_.heads() * step_.rows; i++) {
-            std::copy_n(positions_.get() + i * k_, k_, positions + i * k);
-            std::fill(positions + i * k + k_, positions + (i + 1) * k, -1);
-        }
+    }
+
+    void rescore(const Fetched& fetched) {
+        parallel(engine_.threads, [&](Worker& worker) {
+            worker.each(rows_of(step_.heads()), [&](int64_t i) {
+                const int64_t head = i / step_.rows;
+                rescore(head, int(i % step_.rows), fetched.rows[size_t(head)], fetched.positions + i * fetched.k, fetched.k);
+            });
+        });
+    }
+
+    void select(int64_t* positions) {
+        if (!k_) return;
+        parallel(engine_.threads, [&](Worker& worker) { choose(worker, 0); });
+        std::copy_n(positions_.get(), rows_of(step_.heads()) * k_, positions);
+    }
+
+    void select_next(int64_t* positions) {
+        if (!next_k_) return;
+        parallel(engine_.threads, [&](Worker& worker) {
+            worker.each(step_.heads(), [&](int64_t head) { select_next(head, positions + head * next_k_); });
+        });
     }
 
     // The phases of `attend_wave` that need no rows.
     void attend_copy(const int64_t* positions, int64_t k) {
-        if (!k_) return;
+        if (!size_) return;
         parallel(engine_.threads, [&](Worker& worker) {
             worker.each(rows_of(step_.heads()), [&](int64_t i) { leave_out(i / step_.rows, int(i % step_.rows), positions + i * k, k); });
             attend_chunks(worker, 0);
@@ -65,7 +92,7 @@ public:
 
     void attend_fetched(const Fetched& fetched, float* out) {
         parallel(engine_.threads, [&](Worker& worker) {
-            if (k_)
+            if (size_)
                 worker.each(rows_of(step_.heads()), [&](int64_t i) {
                     const int64_t head = i / step_.rows;
                     attend_exactly(0, head, int(i % step_.rows), fetched.rows[size_t(head)], fetched.positions + i * fetched.k, fetched.k);
@@ -79,10 +106,14 @@ private:
     int64_t rows_of(int64_t heads) const { return heads * step_.rows; }
     int64_t batches_of(int64_t heads) const { return heads * queries_.batches.count; }
 
-    void choose(Worker& worker, int64_t first) {
-        const int64_t heads = wave_heads(first), batches = queries_.batches.count, rows = step_.rows;
-        worker.each(heads * stretches_ * batches,
+    void score(Worker& worker, int64_t first) {
+        const int64_t batches = queries_.batches.count;
+        worker.each(wave_heads(first) * stretches_ * batches,
                     [&](int64_t i) { exp_scores(first, i / (stretches_ * batches), i / batches % stretches_, i % batches); });
+    }
+
+    void choose(Worker& worker, int64_t first) {
+        const int64_t heads = wave_heads(first), rows = step_.rows;
         worker.each(heads * count_, [&](int64_t i) { normalise(first, i / count_, int(i % count_)); });
         worker.each(heads * chunks_ * rows,
                     [&](int64_t i) { add_mean_prob(first, i / (chunks_ * rows), i / rows % chunks_, int(i % rows)); });
@@ -91,7 +122,7 @@ private:
 
     void attend_wave(Worker& worker, int64_t first, const std::vector<Rows>& stored, float* out) {
         const int64_t heads = wave_heads(first), *positions = positions_.get();
-        if (k_) {
+        if (size_) {
             worker.each(rows_of(heads), [&](int64_t i) {
                 const int64_t slot = i / step_.rows;
                 leave_out(slot, int(i % step_.rows), positions + i * k_, k_);
@@ -100,7 +131,7 @@ private:
             attend_chunks(worker, first);
         }
         worker.each(batches_of(heads), [&](int64_t i) {
-            if (k_) add_chunks(i / batches_of(1), i % batches_of(1));
+            if (size_) add_chunks(i / batches_of(1), i % batches_of(1));
             finish(first, i / batches_of(1), i % batches_of(1), out);
         });
     }
@@ -123,6 +154,8 @@ private:
     // `slot`: a head's place in the wave.
     float* weights(int64_t slot, int query) { return weights_.get() + (slot * count_ + query) * size_; }
     float* of_stretches(Buffer<float>& numbers, int64_t slot, int query) { return numbers.get() + (slot * count_ + query) * stretches_; }
+    // exp(score - peak) of the pending tokens, of the last row's query in a group.
+    float* pending(int64_t head, int group) { return pending_.get() + (head * step_.groups + group) * most_pending_; }
     float* tops(int64_t slot, int row) { return top_values_.get() + (slot * step_.rows + row) * tops_; }
     Partial copy_part(int64_t slot, int64_t chunk, int64_t batch) {
         return copy_parts_.at((slot * chunks_ + chunk) * queries_.batches.count + batch);
@@ -147,6 +180,8 @@ private:
             for (int j = 0; j < count; j++) {
                 int query = queries_.batches.first(batch) + j;
                 rest_lse_[head * count_ + query] = log_add(part.peak[j] + std::log(part.total[j]), sink(head, query));
+                if (query % step_.rows == step_.rows - 1)
+                    std::copy_n(held + j * (recent.count + kTile), recent.pending, pending(head, query / step_.rows));
             }
         }
     }
@@ -166,13 +201,68 @@ private:
         }
     }
 
+    // The log-sum-exp of everything that a query sees.
+    float log_sum(int64_t first, int64_t slot, int query) {
+        const float *peak = of_stretches(peaks_, slot, query), *total = of_stretches(totals_, slot, query);
+        float all = rest_lse_[(first + slot) * count_ + query];
+        for (int64_t s = 0; s < stretches_; s++)
+            if (total[s] > 0.0f) all = log_add(all, peak[s] + std::log(total[s]));
+        return all;
+    }
+
+    // Replace the weights of the fetched `positions` [k] (-1: none) by those of their exact scores.
+    void rescore(int64_t head, int row, const Rows& rows, const int64_t* positions, int64_t k) {
+        std::vector<const float*> query(size_t(step_.groups));
+        std::vector<float*> of_group(size_t(step_.groups));
+        auto* before = static_cast<float*>(scratch(size_t(k) * size_t(step_.groups) * sizeof(float)));
+        for (int g = 0; g < step_.groups; g++) {
+            query[size_t(g)] = queries_.at(head, g * step_.rows + row), of_group[size_t(g)] = weights(head, g * step_.rows + row);
+            for (int64_t i = 0; i < k; i++)
+                if (positions[i] >= 0) before[g * k + i] = of_group[size_t(g)][positions[i]];
+        }
+        kernels_.rescore(query.data(), step_.groups, layout_.dim, rows, row, positions, k, step_.scaling, step_.softcap,
+                         of_group.data());
+        for (int g = 0; g < step_.groups; g++) {
+            const float* peak = of_stretches(peaks_, head, g * step_.rows + row);
+            float* total = of_stretches(totals_, head, g * step_.rows + row);
+            for (int64_t i = 0; i < k; i++) {
+                if (positions[i] < 0) continue;
+                const int64_t stretch = positions[i] / kStretch;
+                float& weight = of_group[size_t(g)][positions[i]];
+                weight = std::exp(std::min(weight - peak[stretch], kMostAbovePeak));
+                total[stretch] = std::max(0.0f, total[stretch] + weight - before[g * k + i]);
+            }
+        }
+    }
+
+    // The last query's choice among the low-bit tokens and the pending ones, which follow them.
+    void select_next(int64_t head, int64_t* positions) {
+        const int64_t length = step_.copy_of(head).length, pending = recents_[size_t(head / layout_.heads)].pending;
+        const int last = step_.rows - 1;
+        if (!pending) {
+            std::fill(std::copy_n(positions_.get() + (head * step_.rows + last) * k_, k_, positions), positions + next_k_, -1);
+            return;
+        }
+        const int64_t all = length + pending;
+        auto* mean_prob = static_cast<float*>(scratch(size_t(padded(all)) * (2 * sizeof(float) + sizeof(int32_t))));
+        float* values = mean_prob + padded(all);
+        std::fill(mean_prob + length, mean_prob + padded(all), 0.0f);
+        if (k_) std::copy_n(mean_prob_.get() + (head * step_.rows + last) * size_, length, mean_prob);
+        for (int g = 0; g < step_.groups; g++) {
+            const int query = g * step_.rows + last, batch = query / queries_.batches.size;
+            const float peak = recent_part(head, batch).peak[query - queries_.batches.first(batch)];
+            const float factor = std::exp(peak - log_sum(0, head, query)) / float(step_.groups);
+            for (int64_t t = 0; t < pending; t++) mean_prob[length + t] += factor * this->pending(head, g)[t];
+        }
+        kernels_.top_k(mean_prob, all, nullptr, 0, next_k_, positions, values, reinterpret_cast<int32_t*>(values + padded(all)));
+    }
+
     // Compute the factors that turn a stretch's weights into shares of the mean probability over
     // the queries of a KV head.
     void normalise(int64_t first, int64_t slot, int query) {
-        const float *peak = of_stretches(peaks_, slot, query), *total = of_stretches(totals_, slot, query);
-        float all = rest_lse_[(first + slot) * count_ + query], *factor = of_stretches(factors_, slot, query);
-        for (int64_t s = 0; s < stretches_; s++)
-            if (total[s] > 0.0f) all = log_add(all, peak[s] + std::log(total[s]));
+        const float* peak = of_stretches(peaks_, slot, query);
+        const float all = log_sum(first, slot, query);
+        float* factor = of_stretches(factors_, slot, query);
         for (int64_t s = 0; s < stretches_; s++) factor[s] = std::exp(peak[s] - all) / float(step_.groups);
     }
 
@@ -260,7 +350,7 @@ private:
             const int query = low + j, group = query / step_.rows;
             Partial parts[] = {recent_part(head, batch), copy, exact_part(slot, query % step_.rows, group / row_batches_.size)};
             const int place[] = {j, j, group % row_batches_.size};
-            join(parts, place, k_ ? 3 : 1, layout_.dim, sink(head, query), out + (head * count_ + query) * layout_.dim);
+            join(parts, place, size_ ? 3 : 1, layout_.dim, sink(head, query), out + (head * count_ + query) * layout_.dim);
         }
     }
 
@@ -279,6 +369,18 @@ private:
         sum.peak[j] = peak;
     }
 
+    static int64_t most_pending(const std::vector<Recent>& recents) {
+        int64_t most = 0;
+        for (const Recent& recent : recents) most = std::max(most, recent.pending);
+        return most;
+    }
+    // Low-bit tokens of the next step.
+    static int64_t longest_next(const Step& step, const std::vector<Recent>& recents) {
+        int64_t length = 0;
+        for (size_t b = 0; b < recents.size(); b++) length = std::max(length, step.copies[b].length + recents[b].pending);
+        return length;
+    }
+
     static float log_add(float a, float b) {
         float high = std::max(a, b);
         return high == -INFINITY ? high : high + std::log(std::exp(a - high) + std::exp(b - high));
@@ -290,19 +392,23 @@ private:
     const Layout& layout_;
     const std::vector<Recent> recents_;
     const float* sinks_;
-    const int64_t size_, k_, count_, stretches_, chunks_, wave_, per_top_, tops_;
+    const int64_t size_, k_, next_k_, most_pending_, count_, stretches_, chunks_, wave_, per_top_, tops_;
     Queries queries_;
     const Batches row_batches_;
     Partials recent_parts_, copy_parts_, exact_parts_;
-    Buffer<float> weights_, peaks_, totals_, factors_, mean_prob_, top_values_, rest_lse_;
+    Buffer<float> weights_, peaks_, totals_, factors_, mean_prob_, top_values_, rest_lse_, pending_;
     Buffer<int64_t> positions_;
 };
 
 LayerStep::LayerStep(const Engine& engine, Step step, const std::vector<Recent>& recents, int64_t k, const float* sinks, bool at_once)
-    : state_(new State(engine, std::move(step), recents, k, sinks, at_once)), k_(k) {}
+    : state_(new State(engine, std::move(step), recents, k, sinks, at_once)) {}
 LayerStep::~LayerStep() = default;
 void LayerStep::run(const std::vector<Rows>& stored, float* out) { state_->run(stored, out); }
-void LayerStep::select(int64_t* positions) { state_->select(k_, positions); }
+void LayerStep::score() { state_->score(); }
+void LayerStep::rescore(const Fetched& fetched) { state_->rescore(fetched); }
+void LayerStep::select(int64_t* positions) { state_->select(positions); }
+void LayerStep::select_next(int64_t* positions) { state_->select_next(positions); }
+int64_t LayerStep::next_k() const { return state_->next_k(); }
 void LayerStep::attend_copy(const int64_t* positions, int64_t k) { state_->attend_copy(positions, k); }
 void LayerStep::attend_fetched(const Fetched& fetched, float* out) { state_->attend_fetched(fetched, out); }
 

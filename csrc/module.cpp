@@ -81,53 +81,12 @@ Fetched fetched_of(const Step& step, uintptr_t positions, int64_t k, uintptr_t r
     return fetched;
 }
 
-void py_score(const std::string& isa, int threads, const OwnedLayout& layout, const std::vector<const OwnedCopy*>& copies,
-              uintptr_t query, int groups, int rows, float scaling, float softcap, uintptr_t scores, int64_t size) {
-    Engine engine = engine_of(isa, threads);
-    Step step = step_of(layout, copies, query, groups, rows, scaling, softcap);
-    nb::gil_scoped_release released;
-    score(engine, step, at<float>(scores), size);
-}
-
-void py_select(const std::string& isa, int threads, const std::vector<int64_t>& lengths, int heads, int groups, int rows,
-               uintptr_t scores, int64_t size, uintptr_t rest_lse, int64_t k, uintptr_t positions) {
-    Engine engine = engine_of(isa, threads);
-    Layout layout{};
-    layout.heads = heads;
-    Step step{&layout, {}, nullptr, groups, rows, 1.0f, 0.0f};
-    for (int64_t length : lengths) step.copies.push_back({nullptr, length, nullptr});
-    nb::gil_scoped_release released;
-    select(engine, step, at<const float>(scores), size, at<const float>(rest_lse), k, at<int64_t>(positions));
-}
-
-void py_rescore(const std::string& isa, int threads, int batch, int heads, int dim, uintptr_t query, int groups, int rows,
-                float scaling, float softcap, uintptr_t scores, int64_t size, uintptr_t positions, int64_t k, uintptr_t exact,
-                int dtype, const std::vector<int64_t>& strides) {
-    Engine engine = engine_of(isa, threads);
-    Layout layout{};
-    layout.heads = heads, layout.dim = dim;
-    Step step{&layout, std::vector<Copy>(size_t(batch)), at<const float>(query), groups, rows, scaling, softcap};
-    Fetched fetched = fetched_of(step, positions, k, exact, dtype, strides);
-    nb::gil_scoped_release released;
-    rescore(engine, step, fetched, at<float>(scores), size);
-}
-
-void py_attend(const std::string& isa, int threads, const OwnedLayout& layout, const std::vector<const OwnedCopy*>& copies, int groups,
-               int rows, uintptr_t scores, int64_t size, uintptr_t positions, int64_t k, uintptr_t exact, int dtype,
-               const std::vector<int64_t>& strides, uintptr_t out, uintptr_t lse) {
-    Engine engine = engine_of(isa, threads);
-    Step step = step_of(layout, copies, 0, groups, rows, 1.0f, 0.0f);
-    Fetched fetched = fetched_of(step, positions, k, exact, dtype, strides);
-    nb::gil_scoped_release released;
-    attend(engine, step, fetched, at<const float>(scores), size, at<float>(out), at<float>(lse));
-}
-
-// numbers: keys, values, count, head stride, token stride per sequence.
+// numbers: keys, values, count, head stride, token stride, pending tokens per sequence.
 std::vector<Recent> recents_of(const std::vector<int64_t>& numbers, int dtype) {
     std::vector<Recent> recents;
-    for (size_t i = 0; i + 5 <= numbers.size(); i += 5)
+    for (size_t i = 0; i + 6 <= numbers.size(); i += 6)
         recents.push_back({reinterpret_cast<const uint8_t*>(numbers[i]), reinterpret_cast<const uint8_t*>(numbers[i + 1]), numbers[i + 2],
-                           numbers[i + 3], numbers[i + 4], Dtype(dtype)});
+                           numbers[i + 3], numbers[i + 4], numbers[i + 5], Dtype(dtype)});
     return recents;
 }
 
@@ -154,10 +113,24 @@ struct OwnedStep {
         nb::gil_scoped_release released;
         layer.run(rows, at<float>(out));
     }
+    void score() {
+        nb::gil_scoped_release released;
+        layer.score();
+    }
+    void rescore(uintptr_t positions, int64_t k, uintptr_t rows, int dtype, const std::vector<int64_t>& strides) {
+        Fetched fetched = fetched_of(step, positions, k, rows, dtype, strides);
+        nb::gil_scoped_release released;
+        layer.rescore(fetched);
+    }
     void select(uintptr_t positions) {
         nb::gil_scoped_release released;
         layer.select(at<int64_t>(positions));
     }
+    void select_next(uintptr_t positions) {
+        nb::gil_scoped_release released;
+        layer.select_next(at<int64_t>(positions));
+    }
+    int64_t next_k() const { return layer.next_k(); }
     void attend_copy(uintptr_t positions, int64_t k) {
         nb::gil_scoped_release released;
         layer.attend_copy(at<const int64_t>(positions), k);
@@ -247,15 +220,15 @@ NB_MODULE(_native, m) {
              "heads"_a, "dim"_a, "value_group"_a, "offsets"_a, "signs"_a);
     nb::class_<OwnedCopy>(m, "Copy").def(nb::init<Addresses, int64_t, uintptr_t>(), "pages"_a, "length"_a, "weights"_a)
         .def_rw("length", &OwnedCopy::length);
-    m.def("score", &py_score);
-    m.def("select", &py_select);
-    m.def("rescore", &py_rescore);
-    m.def("attend", &py_attend);
     nb::class_<OwnedStep>(m, "LayerStep")
         .def(nb::init<const std::string&, int, const OwnedLayout&, const std::vector<const OwnedCopy*>&, uintptr_t, int, int, float, float,
                       const std::vector<int64_t>&, int, int64_t, uintptr_t, bool>())
         .def("run", &OwnedStep::run)
+        .def("score", &OwnedStep::score)
+        .def("rescore", &OwnedStep::rescore)
         .def("select", &OwnedStep::select)
+        .def("select_next", &OwnedStep::select_next)
+        .def_prop_ro("next_k", &OwnedStep::next_k)
         .def("attend_copy", &OwnedStep::attend_copy)
         .def("attend_fetched", &OwnedStep::attend_fetched);
     m.def("quantise", &py_quantise);

@@ -12,7 +12,6 @@ float kth_largest(float* values, int64_t n, int64_t k) {
     return values[k - 1];
 }
 
-float scalar_log(float x) { return std::log(x); }
 float scalar_tanh(float x) { return std::tanh(x); }
 
 const Levels& normal_levels(int bits) {

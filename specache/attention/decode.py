@@ -1,5 +1,9 @@
 """Mixed-precision attention of one decode step: score, select, fetch, attend (paper Algorithm 3).
 
+`attend` is the one algorithm, for every policy. What it asks of the kernels is a `LayerStep` (C++,
+PyTorch, or a GPU's static buffers), and of the rows a `StepRows` (a ragged batch here, static
+buffers in `specache.device.step`).
+
 Policy `verified` is ours. A step has one or two queries per sequence (and query head). The *real*
 query is that of the decoded token. The *draft* query, if there is one, is that of the draft token,
 one position further. Every query sees the low-bit copy, the residual and its own token; the real
@@ -16,12 +20,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from specache.attention.dense import AttentionParams, softmax_sum
-from specache.attention.dense import scores as exact_scores
 from specache.config import Policy
 from specache.kernels import dispatch
-from specache.kernels.cpu.native import NativeKernels, RecentTokens
-from specache.kernels.types import LowBitKV
+from specache.kernels.types import AttentionParams, LayerStep, LowBitKV, RecentTokens
 from specache.rows.fetch import InPlaceRowFetcher, RowFetcher
 from specache.stats import Counters
 
@@ -90,15 +91,65 @@ class StepSpec:
         return self.policy is Policy.PREVIOUS
 
 
-@dataclass
-class _Recent:
-    """Exact attention of a step over the residual and the step's own tokens."""
+class StepRows(Protocol):
+    """The exact rows of one layer for a decode step of a batch.
 
-    out: Tensor  # [B, Hkv, G, n, D]
-    lse: Tensor  # [B, Hkv, G, n], sinks included
-    own_lse: Tensor  # the same without sinks
-    pending_scores: list[Tensor]  # per sequence [Hkv, G, n, pending group tokens]
-    staying_lse: Tensor  # [B, Hkv, G, n] of the tokens that stay exact, sinks included
+    Positions are [B, Hkv, n, k], -1 where there is no pair; rows are [B, Hkv, n, k, 2 D].
+    """
+
+    def begin_step(self) -> None:
+        """Wait for the rows that the last step submitted."""
+
+    def start(self, selected: Tensor) -> Tensor:
+        """Start to fetch each query's selected rows.
+
+        Return the positions, with -1 where the draft query uses the low-bit pair instead.
+        """
+
+    def finish(self) -> Tensor:
+        """Wait for the rows of the positions that `start` returned."""
+
+    def prefetched(self) -> tuple[Tensor, Tensor]:
+        """Return positions and rows that the last step selected, the same for all queries."""
+
+    def submit(self, positions: Tensor) -> None:
+        """Start to prefetch positions [B, Hkv, k] for the next step."""
+
+    def count_hits(self, wanted: Tensor, prefetched: Tensor) -> None:
+        """Count which of the real query's top-k [B, Hkv, k] were prefetched, for statistics."""
+
+
+def attend(step: LayerStep, rows: StepRows, spec: StepSpec) -> Tensor:
+    """Compute the attention of a decode step in one layer, of which `step` has scored the keys.
+
+    A verifying policy fetches what each query selects now. The others use what the last step
+    selected, and the selection for the next step sees the exact scores of those.
+
+    Returns:
+        The result of `LayerStep.attend_fetched`.
+    """
+    rows.begin_step()
+    if spec.policy.verifies:
+        positions = rows.start(step.select())
+        step.attend_low_bit(positions)  # while missing rows are read
+        if spec.selects_next:
+            rows.submit(step.select_next())
+        return step.attend_fetched(positions, rows.finish())
+    positions, kv_rows = rows.prefetched()
+    if spec.selects_next:
+        step.rescore(positions, kv_rows)
+        wanted = step.select()
+        if spec.kind.commits:
+            rows.count_hits(wanted[:, :, 0], positions[:, :, 0])
+        rows.submit(step.select_next())
+    step.attend_low_bit(positions)
+    return step.attend_fetched(positions, kv_rows)
+
+
+def find_hits(wanted: Tensor, prefetched: Tensor) -> tuple[Tensor, Tensor]:
+    """Return which of the positions [B, Hkv, k] are pairs, and which of those were prefetched."""
+    chosen = wanted >= 0
+    return chosen, (wanted.unsqueeze(-1) == prefetched.unsqueeze(-2)).any(-1) & chosen
 
 
 def mixed_attention(
@@ -107,7 +158,7 @@ def mixed_attention(
     values: Tensor,
     layers: Sequence[CompressedLayer],
     params: AttentionParams,
-    plan: StepSpec,
+    spec: StepSpec,
 ) -> Tensor:
     """Compute the attention of a step in one layer, for a ragged batch.
 
@@ -119,95 +170,14 @@ def mixed_attention(
     Returns:
         float32 [B, Hq, n, D].
     """
-    backend = dispatch.fused(query) if plan.policy.verifies else None
-    if backend is not None:
-        return _native_attention(backend, query, keys, values, layers, params, plan)
-    recent = _recent(query, keys, values, layers, params, plan)
     low_bit_kvs = [layer.low_bit_kv for layer in layers]
-    lengths = [low_bit_kv.length for low_bit_kv in low_bit_kvs]
-    for layer in layers:
-        layer.row_fetcher.begin_step()
-    if max(lengths) == 0 and not any(layer.pending_group_tokens for layer in layers):
-        return _heads(_merge_parts(None, recent))
-
-    scores = dispatch.score(query, low_bit_kvs, lengths, params.scaling, params.softcap)  # [B, Hkv, G, n, S]
-    if plan.policy.verifies:
-        selected = dispatch.select(scores, recent.lse, lengths, plan.top_k)  # [B, Hkv, n, k]
-        positions = _start(selected, layers, plan)
-        if plan.selects_next:
-            _submit(_next_positions(scores, recent, lengths, layers, plan, selected), layers)
-        kv_rows = _fetched(layers)
-        dispatch.rescore(query, scores, positions, kv_rows, params.scaling, params.softcap)
-    else:
-        positions, kv_rows = _prefetched_rows(layers, query, keys, plan)
-        dispatch.rescore(query, scores, positions, kv_rows, params.scaling, params.softcap)
-        if plan.selects_next:
-            if plan.kind.commits:
-                _count_hits(scores, recent, lengths, positions, plan)
-            _submit(_next_positions(scores, recent, lengths, layers, plan, None), layers)
-    return _heads(_merge_parts(dispatch.attend(scores, positions, kv_rows, low_bit_kvs, lengths), recent))
-
-
-def _native_attention(
-    backend: NativeKernels,
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    layers: Sequence[CompressedLayer],
-    params: AttentionParams,
-    plan: StepSpec,
-) -> Tensor:
-    """`mixed_attention` of a verifying policy on the C++ kernels.
-
-    A layer takes one call where rows are read in place. Otherwise it takes three, and the low-bit
-    part is computed while missing rows are read.
-    """
-    low_bit_kvs = [layer.low_bit_kv for layer in layers]
-    lengths = [low_bit_kv.length for low_bit_kv in low_bit_kvs]
-    recent = _recent_tokens(keys, values, layers, plan.kind)
-    fetchers = [layer.row_fetcher for layer in layers]
-    stored = [fetcher.stored() for fetcher in fetchers if isinstance(fetcher, InPlaceRowFetcher)]
-    if len(stored) == len(layers):
-        if plan.kind is not StepKind.DRAFT:
-            used = sum(low_bit_kv.num_kv_heads * min(plan.top_k, low_bit_kv.length) for low_bit_kv in low_bit_kvs)
-            plan.counters.rows_selected += used
-            plan.counters.rows_ready += used
-        return backend.decode_in_place(query, low_bit_kvs, recent, stored, plan.top_k, params.scaling, params.softcap, params.sinks)
-
-    for fetcher in fetchers:
-        fetcher.begin_step()
-    k = min(plan.top_k, max(lengths))
-    step = backend.layer_step(query, low_bit_kvs, recent, k, params.scaling, params.softcap, params.sinks)
-    selected = step.select()
-    positions = _start(selected, layers, plan)
-    step.attend_low_bit(positions)
-    if plan.selects_next:
-        if any(layer.pending_group_tokens for layer in layers):
-            last = query[:, :, -1:]
-            scores = dispatch.score(last, low_bit_kvs, lengths, params.scaling, params.softcap)
-            outside = _recent(query, keys, values, layers, params, plan)
-            _submit(_next_positions(scores, outside, lengths, layers, plan, None), layers)
-        else:
-            _submit(selected[:, :, -1:], layers)
-    return step.attend_fetched(positions, _fetched(layers))
-
-
-def _recent_tokens(keys: Tensor, values: Tensor, layers: Sequence[CompressedLayer], kind: StepKind) -> list[RecentTokens]:
-    """Return per sequence the residual followed by the step's own tokens."""
-    if kind is StepKind.SINGLE:
-        return [RecentTokens(layer.residual_keys, layer.residual_values) for layer in layers]
-    own = _own_tokens(kind)
-    return [
-        RecentTokens(
-            torch.cat([layer.residual_keys, keys[b, :, own]], dim=1), torch.cat([layer.residual_values, values[b, :, own]], dim=1)
-        )
-        for b, layer in enumerate(layers)
-    ]
-
-
-def _own_tokens(kind: StepKind) -> slice:
-    """Return which of the step's tokens are not in the residual."""
-    return slice(1, None) if kind.commits else slice(0, None)
+    recent = _recent_tokens(keys, values, layers, spec.kind)
+    if spec.policy.verifies:
+        out = _in_place(query, low_bit_kvs, recent, layers, params, spec)
+        if out is not None:
+            return out
+    step = dispatch.layer_step(query, low_bit_kvs, recent, spec.top_k, params)
+    return attend(step, _BatchRows(layers, query.shape[2], spec), spec)
 
 
 def select_first(query: Tensor, layer: CompressedLayer, params: AttentionParams, top_k: int) -> None:
@@ -217,140 +187,97 @@ def select_first(query: Tensor, layer: CompressedLayer, params: AttentionParams,
         query: [Hq, 1, D] of the last prompt token. Its key and value must be in the residual or the
             low-bit copy already.
     """
-    low_bit_kv = layer.low_bit_kv
-    score = exact_scores(query, layer.residual_keys, params)
-    lse = add_sinks(score.logsumexp(-1)[None], params)
-    scores = dispatch.score(query[None], [low_bit_kv], [low_bit_kv.length], params.scaling, params.softcap)
-    _submit(dispatch.select(scores, lse, [low_bit_kv.length], top_k), [layer])
+    recent = RecentTokens(layer.residual_keys, layer.residual_values)
+    step = dispatch.layer_step(query[None], [layer.low_bit_kv], [recent], top_k, params)
+    _submit(step.select()[0, :, 0], layer)
 
 
-def _recent(
+def _in_place(
     query: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    low_bit_kvs: list[LowBitKV],
+    recent: list[RecentTokens],
     layers: Sequence[CompressedLayer],
     params: AttentionParams,
-    plan: StepSpec,
-) -> _Recent:
-    """Attend exactly to the residual and to the step's own tokens."""
-    own = _own_tokens(plan.kind)
-    outs, lses, pending_scores, staying = [], [], [], []
+    spec: StepSpec,
+) -> Tensor | None:
+    """Compute a step whose rows are all read in place in one call; `None` if it takes several."""
+    fetchers = [layer.row_fetcher for layer in layers]
+    stored = [fetcher.stored() for fetcher in fetchers if isinstance(fetcher, InPlaceRowFetcher)]
+    if len(stored) < len(layers):
+        return None
+    out = dispatch.decode_in_place(query, low_bit_kvs, recent, stored, spec.top_k, params)
+    if out is not None and spec.kind is not StepKind.DRAFT:
+        used = sum(low_bit_kv.num_kv_heads * min(spec.top_k, low_bit_kv.length) for low_bit_kv in low_bit_kvs)
+        spec.counters.rows_selected += used
+        spec.counters.rows_ready += used
+    return out
+
+
+def _recent_tokens(keys: Tensor, values: Tensor, layers: Sequence[CompressedLayer], kind: StepKind) -> list[RecentTokens]:
+    """Return per sequence the residual followed by the step's own tokens that are not in it."""
+    own = slice(1 if kind.commits else 0, None)
+    recent = []
     for b, layer in enumerate(layers):
-        seen_keys = torch.cat([layer.residual_keys, keys[b, :, own]], dim=1)  # [Hkv, r + own, D]
-        seen_values = torch.cat([layer.residual_values, values[b, :, own]], dim=1)
-        score = exact_scores(query[b], seen_keys, params)  # [Hkv, G, n, r + own]
-        if plan.kind is StepKind.PAIR:
-            score[:, :, 0, -1] = -torch.inf  # the real query does not see the draft token
-        pending_scores.append(score[..., : layer.pending_group_tokens].clone())
-        staying.append(score[..., layer.pending_group_tokens :].logsumexp(-1))
-        groups = score.shape[1]
-        out, lse = softmax_sum(score, seen_values)
-        outs.append(out.unflatten(0, (-1, groups)))
-        lses.append(lse.unflatten(0, (-1, groups)))
-    own_lse = torch.stack(lses)  # [B, Hkv, G, n]
-    lse = add_sinks(own_lse, params)
-    staying_lse = add_sinks(torch.stack(staying), params)
-    return _Recent(torch.stack(outs), lse, own_lse, pending_scores, staying_lse)
+        seen = layer.residual_keys, layer.residual_values
+        if kind is not StepKind.SINGLE:
+            seen = torch.cat([seen[0], keys[b, :, own]], dim=1), torch.cat([seen[1], values[b, :, own]], dim=1)
+        recent.append(RecentTokens(*seen, layer.pending_group_tokens))
+    return recent
 
 
-def add_sinks(lse: Tensor, params: AttentionParams) -> Tensor:
-    """Add the sinks' share to lse [B, Hkv, G, n], the log of every query's normaliser."""
-    if params.sinks is None:
-        return lse
-    return torch.logaddexp(lse, params.sinks.float().reshape(1, *lse.shape[1:3], 1))
+class _BatchRows:
+    """`StepRows` of one layer of a ragged batch: a row fetcher per sequence."""
+
+    def __init__(self, layers: Sequence[CompressedLayer], queries: int, spec: StepSpec) -> None:
+        self._layers = layers
+        self._queries = queries
+        self._spec = spec
+
+    def begin_step(self) -> None:
+        for layer in self._layers:
+            layer.row_fetcher.begin_step()
+
+    def start(self, selected: Tensor) -> Tensor:
+        real_queries = self._queries - (self._spec.kind.draft_row is not None)
+        used = []
+        for wanted, layer in zip(selected, self._layers, strict=True):
+            positions, ready = layer.row_fetcher.start(wanted, real_queries)
+            self._count((positions[:, :real_queries] >= 0).sum(), ready)
+            used.append(positions)
+        return torch.stack(used)
+
+    def finish(self) -> Tensor:
+        return torch.stack([layer.row_fetcher.finish() for layer in self._layers])
+
+    def prefetched(self) -> tuple[Tensor, Tensor]:
+        wanted = [layer.next_positions for layer in self._layers]
+        k = max((w.shape[1] for w in wanted if w is not None), default=0) if self._spec.policy is not Policy.NONE else 0
+        residual = self._layers[0].residual_keys
+        heads, dim = residual.shape[0], residual.shape[2]
+        positions = torch.full((len(wanted), heads, k), -1, device=residual.device)
+        kv_rows = residual.new_zeros(len(wanted), heads, k, 2 * dim)
+        if k:
+            for b, (layer, w) in enumerate(zip(self._layers, wanted, strict=True)):
+                if w is not None:
+                    kv_rows[b, :, : w.shape[1]] = layer.row_fetcher.fetch(w)[0]
+                    positions[b, :, : w.shape[1]] = w
+        n = self._queries
+        return positions.unsqueeze(2).expand(-1, -1, n, -1), kv_rows.unsqueeze(2).expand(-1, -1, n, -1, -1)
+
+    def submit(self, positions: Tensor) -> None:
+        for layer, of_sequence in zip(self._layers, positions, strict=True):
+            _submit(of_sequence, layer)
+
+    def count_hits(self, wanted: Tensor, prefetched: Tensor) -> None:
+        chosen, hits = find_hits(wanted, prefetched)
+        self._count(chosen.sum(), hits.sum())
+
+    def _count(self, selected: Tensor, ready: Tensor | int) -> None:
+        self._spec.counters.rows_selected += int(selected)
+        self._spec.counters.rows_ready += int(ready)
 
 
-def _start(selected: Tensor, layers: Sequence[CompressedLayer], plan: StepSpec) -> Tensor:
-    """Start to fetch each query's top-k [B, Hkv, n, k]; `_fetched` waits for the real query's rows.
-
-    Returns:
-        The same positions, with -1 where the draft query uses the low-bit pair instead.
-    """
-    real_queries = selected.shape[2] - (plan.kind.draft_row is not None)
-    used = []
-    for wanted, layer in zip(selected, layers, strict=True):
-        positions, ready = layer.row_fetcher.start(wanted, real_queries)
-        plan.counters.rows_selected += int((positions[:, :real_queries] >= 0).sum())
-        plan.counters.rows_ready += ready
-        used.append(positions)
-    return torch.stack(used)
-
-
-def _fetched(layers: Sequence[CompressedLayer]) -> Tensor:
-    """Return the rows [B, Hkv, n, k, 2 D] of the positions that `_start` returned."""
-    return torch.stack([layer.row_fetcher.finish() for layer in layers])
-
-
-def _prefetched_rows(layers: Sequence[CompressedLayer], query: Tensor, keys: Tensor, plan: StepSpec) -> tuple[Tensor, Tensor]:
-    """Fetch what the last step selected: positions [B, Hkv, n, k] and rows [B, Hkv, n, k, 2 D].
-
-    All queries of this step use the same positions.
-    """
-    heads, n, dim = keys.shape[1], query.shape[2], query.shape[3]
-    wanted = [layer.next_positions for layer in layers]
-    k = max((w.shape[1] for w in wanted if w is not None), default=0) if plan.policy is not Policy.NONE else 0
-    positions = torch.full((len(layers), heads, k), -1, device=query.device)
-    kv_rows = torch.zeros(len(layers), heads, k, 2 * dim, dtype=keys.dtype, device=query.device)
-    if k:
-        for b, (layer, w) in enumerate(zip(layers, wanted, strict=True)):
-            if w is not None:
-                kv_rows[b, :, : w.shape[1]] = layer.row_fetcher.fetch(w)[0]
-                positions[b, :, : w.shape[1]] = w
-    return positions.unsqueeze(2).expand(-1, -1, n, -1), kv_rows.unsqueeze(2).expand(-1, -1, n, -1, -1)
-
-
-def _next_positions(
-    scores: Tensor,
-    recent: _Recent,
-    lengths: list[int],
-    layers: Sequence[CompressedLayer],
-    plan: StepSpec,
-    selected: Tensor | None,
-) -> Tensor:
-    """Return the last query's top-k [B, Hkv, 1, k] among the low-bit positions of the next step.
-
-    Pending groups, which are quantised after this step, compete with their exact scores.
-    """
-    pending_group_tokens = [layer.pending_group_tokens for layer in layers]
-    if not any(pending_group_tokens):
-        if selected is None:
-            selected = dispatch.select(scores[:, :, :, -1:], recent.lse[..., -1:], lengths, plan.top_k)
-        return selected[:, :, -1:]
-    candidates = [length + count for length, count in zip(lengths, pending_group_tokens, strict=True)]
-    extended = scores.new_full((*scores.shape[:3], 1, max(candidates)), -torch.inf)
-    extended[..., : scores.shape[-1]] = scores[:, :, :, -1:]
-    for b, (length, stop) in enumerate(zip(lengths, candidates, strict=True)):
-        extended[b, ..., length:stop] = recent.pending_scores[b][:, :, -1:]
-    return dispatch.select(extended, recent.staying_lse[..., -1:], candidates, plan.top_k)
-
-
-def _submit(positions: Tensor, layers: Sequence[CompressedLayer]) -> None:
-    """Start to prefetch positions [B, Hkv, 1, k] for the next step."""
-    for b, layer in enumerate(layers):
-        layer.next_positions = positions[b, :, 0]
-        layer.row_fetcher.submit(layer.next_positions)
-
-
-def _count_hits(scores: Tensor, recent: _Recent, lengths: list[int], prefetched: Tensor, plan: StepSpec) -> None:
-    """Count how many of the real query's top-k were prefetched; for the statistics only."""
-    wanted = dispatch.select(scores[:, :, :, :1], recent.lse[..., :1], lengths, plan.top_k)[:, :, 0]  # [B, Hkv, k]
-    chosen = wanted >= 0
-    if prefetched.shape[-1]:
-        hit = (wanted.unsqueeze(-1) == prefetched[:, :, 0].unsqueeze(-2)).any(-1) & chosen
-        plan.counters.rows_ready += int(hit.sum())
-    plan.counters.rows_selected += int(chosen.sum())
-
-
-def _merge_parts(low_bit_part: tuple[Tensor, Tensor] | None, recent: _Recent) -> Tensor:
-    """Merge the low-bit part (out, lse) with the recent one -> [B, Hkv, G, n, D]."""
-    if low_bit_part is None:
-        return recent.out * (recent.own_lse - recent.lse).exp().unsqueeze(-1)
-    out, lse = low_bit_part
-    total = torch.logaddexp(lse, recent.lse)
-    weight = (recent.own_lse - total).exp().unsqueeze(-1)
-    return out * (lse - total).exp().unsqueeze(-1) + recent.out * weight
-
-
-def _heads(out: Tensor) -> Tensor:
-    """[B, Hkv, G, n, D] -> [B, Hq, n, D]."""
-    return out.flatten(1, 2)
+def _submit(positions: Tensor, layer: CompressedLayer) -> None:
+    """Start to prefetch positions [Hkv, k] for a layer's next step."""
+    layer.next_positions = positions
+    layer.row_fetcher.submit(positions)

@@ -9,36 +9,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from specache.kernels.torch.exact import Part, scores, softmax_sum
+from specache.kernels.types import AttentionParams
 from specache.platform import private_torch
 from specache.platform.out_of_memory import is_out_of_memory
 
 QUERY_BLOCK = 512  # queries scored at a time where scores are materialised
 KEY_BLOCK = 4096  # keys scored at a time where scores are materialised; rows read at a time from a tier
 
-Part = tuple[Tensor, Tensor]
-
 _flash_fails = False  # whether a call of flash attention on CUDA has failed in this process
-
-
-@dataclass(frozen=True)
-class AttentionParams:
-    """The constants of a layer's attention.
-
-    Attributes:
-        scaling: factor of the scores.
-        softcap: `c` of `c tanh(score / c)` (Gemma 2), or `None`.
-        sinks: [Hq], one logit per query head that joins the softmax and has no value (GPT-OSS), or
-            `None`.
-    """
-
-    scaling: float
-    softcap: float | None = None
-    sinks: Tensor | None = None
 
 
 def attend_part(
@@ -84,35 +67,11 @@ def _attend_block(
     return merge_each(parts())
 
 
-def scores(query: Tensor, keys: Tensor, params: AttentionParams) -> Tensor:
-    """Return scaled (and capped) scores [Hkv, G, n, T] in float32."""
-    heads, _, dim = keys.shape
-    grouped = query.float().reshape(heads, -1, dim)  # [Hkv, G n, D]
-    product = (grouped @ keys.float().transpose(1, 2)).mul_(params.scaling)  # [Hkv, G n, T]
-    if params.softcap is not None:
-        product.div_(params.softcap).tanh_().mul_(params.softcap)
-    return product.unflatten(1, (-1, query.shape[1]))
-
-
 def _attend_scores(score: Tensor, values: Tensor, seen: Tensor | None) -> Part:
     """Mask scores [Hkv, G, n, T], then `softmax_sum` with values [Hkv, T, D]. Destroys scores."""
     if seen is not None:
         score.masked_fill_(~seen, -torch.inf)
     return softmax_sum(score, values)
-
-
-def softmax_sum(score: Tensor, values: Tensor) -> Part:
-    """Turn scores [Hkv, G, n, T] and values [Hkv, T, D] into a part. Destroys scores.
-
-    A query that sees no key has `out` 0 and `lse` -inf.
-    """
-    peak = score.amax(-1, keepdim=True).clamp(min=-1e30)
-    weights = score.sub_(peak).exp_()
-    total = weights.sum(-1, keepdim=True)
-    groups, n = score.shape[1], score.shape[2]
-    out = (weights.flatten(1, 2) @ values.float()).unflatten(1, (groups, n))  # [Hkv, G, n, D]
-    out = out / total.clamp(min=torch.finfo(torch.float32).tiny)
-    return out.flatten(0, 1), (peak + total.log()).squeeze(-1).flatten(0, 1)
 
 
 def _flash_cpu(query: Tensor, keys: Tensor, values: Tensor, scaling: float, mask: Tensor | None, causal: bool) -> Part | None:

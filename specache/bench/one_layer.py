@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from specache.attention.decode import StepKind, StepSpec, mixed_attention
-from specache.attention.dense import AttentionParams
 from specache.bench.compute_device import CPU
 from specache.bench.synthetic import fill_compressed
 from specache.cache.layers import CompressedLayer
 from specache.config import Code, Policy, SpeCacheConfig
+from specache.kernels.types import AttentionParams
 from specache.low_bit.layout import PageLayout
 from specache.low_bit.pool import PagePool, PageTable
 from specache.platform.budget import ByteBudget

@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specache.attention.dense import AttentionParams
 from specache.cache.cache import SpeCache
 from specache.cache.layers import CompressedLayer, DenseLayer
 from specache.cache.window_layer import WindowLayer
+from specache.kernels.types import AttentionParams
 from specache.tiers.base import SlowTier
 
 LayerShape = tuple[int, int]  # (Hkv, D)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specache.attention.dense import AttentionParams
 from specache.bench.synthetic import LayerShape, synthetic_rows
 from specache.config import PAGE_TOKENS, SpeCacheConfig
 from specache.engine.attention_hook import attached, forward
+from specache.kernels.types import AttentionParams
 from specache.low_bit.layout import PageLayout
 from specache.model.info import inspect_model
 

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from specache.attention.dense import KEY_BLOCK, AttentionParams, Part, attend_part, merge, merge_each
+from specache.attention.dense import KEY_BLOCK, attend_part, merge, merge_each
 from specache.config import Code, SpeCacheConfig
 from specache.errors import NonFiniteError
 from specache.kernels import dispatch
 from specache.kernels.finite import all_finite
-from specache.kernels.types import LowBitKV
+from specache.kernels.torch.exact import Part
+from specache.kernels.types import AttentionParams, LowBitKV
 from specache.low_bit.key_scales import KEY_SCALE_BYTES, KeyScales
 from specache.low_bit.pool import PageTable
 from specache.platform.budget import ByteBudget

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from specache.attention.decode import StepKind
-from specache.attention.dense import AttentionParams, Part, attend_part, merge, windowed
+from specache.attention.dense import attend_part, merge, windowed
 from specache.cache.layers import check_finite
+from specache.kernels.torch.exact import Part
+from specache.kernels.types import AttentionParams
 from specache.platform.budget import ByteBudget
 
 

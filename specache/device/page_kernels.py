@@ -13,7 +13,6 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from specache.attention.dense import AttentionParams
 from specache.config import PAGE_TOKENS, Code
 from specache.kernels import dispatch
 from specache.kernels import triton as triton_kernels
@@ -22,7 +21,7 @@ from specache.kernels.torch import kivi as torch_kivi
 from specache.kernels.torch import operations as torch_ops
 from specache.kernels.torch import rotated as torch_rotated
 from specache.kernels.triton.tables import FIELDS, Offsets, PageScores, PageTables
-from specache.kernels.types import LowBitKV
+from specache.kernels.types import AttentionParams, LowBitKV
 from specache.low_bit.layout import PageLayout
 
 _library = torch.library.Library("specache_device", "FRAGMENT")

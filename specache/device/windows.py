@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from specache.attention.decode import StepKind, add_sinks
-from specache.attention.dense import AttentionParams, softmax_sum
-from specache.attention.dense import scores as exact_scores
+from specache.attention.decode import StepKind
 from specache.cache.window_layer import WindowLayer
+from specache.kernels.torch.exact import add_sinks, softmax_sum
+from specache.kernels.torch.exact import scores as exact_scores
+from specache.kernels.types import AttentionParams
 
 
 @dataclass

@@ -20,10 +20,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from specache.attention.dense import AttentionParams
 from specache.engine import attention_checks, compiled
 from specache.engine.forward_pass import ForwardPass, attend
 from specache.errors import UnsupportedModelError
+from specache.kernels.types import AttentionParams
 from specache.linear import cpu_linear
 from specache.model import rope
 from specache.model.identity.wrappers import is_compiled_inside, unwrapped

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specache.attention.dense import AttentionParams
 from specache.engine import forward_pass
 from specache.engine.forward_pass import ForwardPass
 from specache.errors import ConfigError
+from specache.kernels.types import AttentionParams
 from specache.model.identity.wrappers import unwrapped
 from specache.model.info import inspect_model
 from specache.platform import private_torch

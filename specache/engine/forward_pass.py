@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from specache.attention.decode import StepSpec, mixed_attention, select_first
-from specache.attention.dense import AttentionParams
 from specache.cache.layers import CompressedLayer, DenseLayer
 from specache.cache.sequence import Sequence
 from specache.cache.window_layer import WindowLayer
 from specache.config import Policy
+from specache.kernels.types import AttentionParams
 from specache.platform import modes
 
 Observer = Callable[[int, Tensor, AttentionParams], None]  # (layer, queries [Hq, n, D], params) of a prefill chunk

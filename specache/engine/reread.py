@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specache.attention.dense import KEY_BLOCK, AttentionParams, Part, attend_part, merge, merge_each
+from specache.attention.dense import KEY_BLOCK, attend_part, merge, merge_each
 from specache.cache.window_layer import WindowLayer
 from specache.engine.attention_hook import attached, forward, reset_rope
 from specache.errors import SessionError
+from specache.kernels.torch.exact import Part
+from specache.kernels.types import AttentionParams
 from specache.model.info import ModelInfo
 from specache.platform.budget import ByteBudget
 from specache.sessions.checkpoints import DiskCheckpoints

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specache.attention.dense import AttentionParams
 from specache.cache.cache import SpeCache
 from specache.cache.window_layer import WindowLayer
 from specache.config import Policy, SlowTierKind, SpeCacheConfig
 from specache.engine.attention_hook import attached
 from specache.engine.decoder import Decoder, Progress
+from specache.kernels.types import AttentionParams
 
 OBSERVATION_WINDOW = 64  # newest prompt tokens whose queries are kept for every method
 

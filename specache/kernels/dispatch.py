@@ -1,24 +1,16 @@
-"""The kernels' signatures, and the choice of a backend for each call.
-
-Every operation takes a ragged batch: one `LowBitKV` per sequence. Every backend has these
-operations. The plain PyTorch backend supports every device, and the others are tested against it.
+"""The choice of a backend for the kernels.
 
     quantise(keys [Hkv, n, D], values [Hkv, n, D], low_bit_kv, start)
         writes tokens `[start, start + n)` into the pages; `start` and `n` are whole groups
-    score(query [B, Hq, n, D], low_bit_kvs, lengths, scaling, softcap)
-        -> float32 scores [B, Hkv, G, n, S], -inf past a sequence's length
-    rescore(query, scores, positions [B, Hkv, n, k], kv_rows [B, Hkv, n, k, 2D], scaling, softcap)
-        replaces the scores of the fetched keys by exact ones; position -1 means no pair
-    select(scores, rest_lse [B, Hkv, G, n], lengths, k)
-        -> positions [B, Hkv, n, k], ascending, ties to the lower, -1 padding
-    attend(scores, positions, kv_rows, low_bit_kvs, lengths)
-        -> (out [B, Hkv, G, n, D], lse [B, Hkv, G, n]); destroys scores
+    layer_step(query [B, Hq, n, D], low_bit_kvs, recent, top_k, params)
+        begins a decode step's attention in one layer (`specache.kernels.types.LayerStep`)
 
-`rest_lse` is the log-sum-exp over all tokens that a query sees outside the low-bit copy. Paper:
-Algorithm 3; layout: KIVI.
+A layer step takes a ragged batch: one `LowBitKV` per sequence. PyTorch's operations support every
+device, and the other backends are tested against them. Paper: Algorithm 3; layout: KIVI.
 
-Tensors on CUDA go to Triton (`kernels/triton/`) if it supports them, tensors on the CPU to the
-fastest C++ kernels of this processor, and all others to PyTorch. The environment variable
+Tensors on the CPU go to the fastest C++ kernels of this processor. On CUDA, Triton quantises
+(`kernels/triton/`), and whole steps over static buffers are Triton's too (`specache.device.step`);
+a layer step here, for what that path does not support, is PyTorch's. The environment variable
 `SPECACHE_KERNELS` forces a backend: `torch` everywhere; on the CPU an instruction set of the C++
 kernels (`generic`, `avx2`, `avx512`, `amx`, `neon`), or `triton` (on the CPU only in its
 interpreter, for tests).
@@ -41,9 +33,10 @@ from specache.kernels import triton as triton_kernels
 from specache.kernels.cpu import native
 from specache.kernels.guarded import GuardedKernels
 from specache.kernels.torch import operations as torch_ops
-from specache.kernels.types import LowBitKV
+from specache.kernels.torch.layer_step import TorchLayerStep
+from specache.kernels.types import AttentionParams, LayerStep, LowBitKV, RecentTokens
 
-OPERATIONS = ("quantise", "score", "rescore", "select", "attend")
+OPERATIONS = ("quantise", "score", "rescore", "select", "attend")  # as `specache doctor` lists them; a layer step has the last four
 VARIABLE = "SPECACHE_KERNELS"
 TRITON = "triton"
 ON_CPU = f"On the CPU, Triton has an interpreter, to test only: set {triton_kernels.INTERPRETER}=1 before Python starts."
@@ -78,35 +71,40 @@ def quantise(keys: Tensor, values: Tensor, low_bit_kv: LowBitKV, start: int) -> 
     _backend_for(keys, low_bit_kv.head_dim, low_bit_kv.group_size).quantise(keys, values, low_bit_kv, start)
 
 
-def score(query: Tensor, low_bit_kvs: Sequence[LowBitKV], lengths: Sequence[int], scaling: float, softcap: float | None) -> Tensor:
-    return _backend_for(query, query.shape[-1], low_bit_kvs[0].group_size).score(query, low_bit_kvs, lengths, scaling, softcap)
+def layer_step(
+    query: Tensor, low_bit_kvs: Sequence[LowBitKV], recent: Sequence[RecentTokens], top_k: int, params: AttentionParams
+) -> LayerStep:
+    backend = _native_for(query)
+    return (backend.layer_step if backend else TorchLayerStep)(query, low_bit_kvs, recent, top_k, params)
 
 
-def rescore(query: Tensor, scores: Tensor, positions: Tensor, kv_rows: Tensor, scaling: float, softcap: float | None) -> None:
-    _backend_for(kv_rows, query.shape[-1]).rescore(query, scores, positions, kv_rows, scaling, softcap)
+def decode_in_place(
+    query: Tensor,
+    low_bit_kvs: Sequence[LowBitKV],
+    recent: Sequence[RecentTokens],
+    stored: Sequence[Tensor],
+    top_k: int,
+    params: AttentionParams,
+) -> Tensor | None:
+    """Compute a layer in one call, with the rows [Hkv, capacity, 2 D] of each sequence in place.
 
-
-def select(scores: Tensor, rest_lse: Tensor, lengths: Sequence[int], k: int) -> Tensor:
-    return _backend_for(scores).select(scores, rest_lse, lengths, k)
-
-
-def attend(
-    scores: Tensor, positions: Tensor, kv_rows: Tensor, low_bit_kvs: Sequence[LowBitKV], lengths: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    return _backend_for(kv_rows, low_bit_kvs[0].head_dim, low_bit_kvs[0].group_size).attend(
-        scores, positions, kv_rows, low_bit_kvs, lengths
-    )
-
-
-def fused(query: Tensor) -> native.NativeKernels | None:
-    """Return the backend for whole layers (`decode_in_place`) if it supports [B, Hq, n, D]."""
-    backend = _backend_for(query, query.shape[-1])
-    return backend if isinstance(backend, native.NativeKernels) else None
+    Return float32 [B, Hq, n, D], or `None` where the backend has no such call.
+    """
+    backend = _native_for(query)
+    return None if backend is None else backend.decode_in_place(query, low_bit_kvs, recent, stored, top_k, params)
 
 
 def forces_torch() -> bool:
     """Return whether PyTorch's kernels are forced, also on a GPU."""
     return (_forced[0] if _forced else os.environ.get(VARIABLE)) == "torch"
+
+
+def _native_for(query: Tensor) -> native.NativeKernels | None:
+    """Return the C++ kernels if they support queries [B, Hq, n, D], else `None`."""
+    if query.device.type == "cuda" or _chosen()[0] == TRITON:
+        return None
+    backend = _backend_for(query, query.shape[-1])
+    return backend if isinstance(backend, native.NativeKernels) else None
 
 
 def _backend_for(tensor: Tensor, dim: int = 1, group_size: int = 64) -> Any:

@@ -1,4 +1,6 @@
-"""The low-bit copy as kernels take it. `specache.low_bit.layout` declares the byte layout.
+"""What kernels take, and their interface for a decode step (`LayerStep`).
+
+`specache.low_bit.layout` declares the byte layout of the low-bit copy.
 
 Symbols: `B` sequences, `Hq` query heads, `Hkv` key-value heads, `G = Hq / Hkv`, `n` queries per
 sequence and head, `S` low-bit tokens, `D` head dimension, `b` bits, `g` group size, `C = ceil(D b /
@@ -10,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -69,3 +72,73 @@ class LowBitKV:
     def value_group_size(self) -> int:
         """Channels that share a scale in KIVI's value code."""
         return min(self.group_size, self.head_dim)
+
+
+@dataclass(frozen=True)
+class AttentionParams:
+    """The constants of a layer's attention.
+
+    Attributes:
+        scaling: factor of the scores.
+        softcap: `c` of `c tanh(score / c)` (Gemma 2), or `None`.
+        sinks: [Hq], one logit per query head that joins the softmax and has no value (GPT-OSS), or
+            `None`.
+    """
+
+    scaling: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class RecentTokens:
+    """The newest tokens of a sequence at 16 bits: the residual, then the step's own tokens.
+
+    Attributes:
+        keys, values: [Hkv, r, D], of equal strides and a contiguous last dimension. Query `i` of a
+            step's `n` sees all but the last `n - 1 - i`.
+        pending: how many of them, from the first, are quantised after the step (whole groups).
+    """
+
+    keys: Tensor
+    values: Tensor
+    pending: int = 0
+
+
+class LayerStep(Protocol):
+    """The attention of one layer in one decode step, for a ragged batch (paper Algorithm 3).
+
+    Making one scores every low-bit key and attends to the recent tokens. The caller then fetches
+    rows and calls the rest, in the order that its policy needs. Use a step once. Positions are
+    int64, ascending, -1 where there is no pair; ties go to the lower position.
+    """
+
+    def rescore(self, positions: Tensor, kv_rows: Tensor) -> None:
+        """Replace the low-bit scores of fetched keys by exact ones, before `select`.
+
+        Args:
+            positions: [B, Hkv, n, k]; kv_rows: [B, Hkv, n, k, 2 D].
+        """
+
+    def select(self) -> Tensor:
+        """Select each query's top-k [B, Hkv, n, k] by probability, averaged over a group."""
+
+    def select_next(self) -> Tensor:
+        """Select the last query's top-k among the low-bit positions of the next step, [B, Hkv, k].
+
+        Pending tokens, which are quantised after this step, compete with their exact scores. Call
+        it after `select`.
+        """
+
+    def attend_low_bit(self, positions: Tensor) -> None:
+        """Attend to the low-bit copy without the pairs at `positions` [B, Hkv, n, k].
+
+        It needs no rows, so that a caller can do it while they are read.
+        """
+
+    def attend_fetched(self, positions: Tensor, kv_rows: Tensor) -> Tensor:
+        """Add the exact rows [B, Hkv, n, k, 2 D] of the same positions, and the recent tokens.
+
+        Returns:
+            float32 [B, Hq, n, D].
+        """

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from specache.attention import dense as exact
-from specache.attention.dense import AttentionParams, attend_part, merge
+from specache.attention.dense import attend_part, merge
+from specache.kernels.types import AttentionParams
 
 
 def _operands(dtype: torch.dtype) -> list[torch.Tensor]:

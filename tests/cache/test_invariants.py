@@ -250,7 +250,7 @@ def test_a_ragged_batch_equals_each_prompt_alone(model):
 @pytest.mark.parametrize("policy", FETCHING)
 def test_positions_are_never_duplicated_out_of_range_or_padding(model, monkeypatch, policy):
     seen = []
-    rescore, attend = specache.kernels.dispatch.rescore, native.LayerStep.attend_fetched
+    layer_step = dispatch.layer_step
 
     def check(positions, lengths):
         seen.append(int((positions >= 0).sum()))
@@ -260,16 +260,15 @@ def test_positions_are_never_duplicated_out_of_range_or_padding(model, monkeypat
                 assert kept == sorted(set(kept))
                 assert all(position < length for position in kept)
 
-    def checked_rescore(query, scores, positions, rows, scaling, softcap):
-        check(positions, [int(torch.isfinite(of[0, 0, 0]).sum()) for of in scores])  # past a sequence's end scores are -inf
-        return rescore(query, scores, positions, rows, scaling, softcap)
+    def checked(query, low_bit_kvs, *rest):
+        step = layer_step(query, low_bit_kvs, *rest)
+        attend = step.attend_fetched
+        lengths = [low_bit_kv.length for low_bit_kv in low_bit_kvs]
+        monkeypatch.setattr(step, "attend_fetched", lambda positions, rows: (check(positions, lengths), attend(positions, rows))[1])
+        return step
 
-    def checked_attend(step, positions, rows):
-        check(positions, [copy.length for copy in step._held[1]])
-        return attend(step, positions, rows)
-
-    monkeypatch.setattr(specache.kernels.dispatch, "rescore", checked_rescore)
-    monkeypatch.setattr(native.LayerStep, "attend_fetched", checked_attend)
+    monkeypatch.setattr(dispatch, "layer_step", checked)
+    monkeypatch.setattr(dispatch, "decode_in_place", lambda *arguments: None)
     ids = torch.cat([prompt(200, 1), prompt(200, 2)])
     mask = torch.ones_like(ids)
     mask[1, :120] = 0

@@ -13,6 +13,7 @@ from specache import sessions
 from specache.cli import console
 from specache.errors import SessionError
 from specache.kernels import dispatch
+from specache.kernels.torch.layer_step import TorchLayerStep
 from specache.sessions import Session
 from tests.cli.running import one_line, run, run_json
 
@@ -36,7 +37,7 @@ def break_after(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
     """Make every step after so many tokens of an answer run out of memory."""
     from specache.cli.streaming import AnswerRecorder
 
-    put, attend, there = AnswerRecorder.put, dispatch.attend, [0]
+    put, attend, there = AnswerRecorder.put, TorchLayerStep.attend_fetched, [0]
 
     def putting(self: AnswerRecorder, value: torch.Tensor) -> None:
         put(self, value)
@@ -48,7 +49,7 @@ def break_after(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
         return attend(*arguments)
 
     monkeypatch.setattr(AnswerRecorder, "put", putting)
-    monkeypatch.setattr(dispatch, "attend", attending)
+    monkeypatch.setattr(TorchLayerStep, "attend_fetched", attending)
 
 
 def test_the_answer_so_far_comes_first_and_the_error_last(tiny, monkeypatch):
@@ -72,7 +73,7 @@ def test_the_answer_so_far_comes_first_and_the_error_last(tiny, monkeypatch):
 def test_freeing_the_hot_set_is_one_plain_line(tiny, monkeypatch):
     fetched = (*tiny, "--slow-tier", "ram", "--hot-set", "0.5", "--top-k", "8", "--group-size", "16", "--residual", "16")
     whole = run(*fetched).stdout
-    attend, calls = dispatch.attend, []
+    attend, calls = TorchLayerStep.attend_fetched, []
 
     def once(*arguments: Any) -> Any:
         calls.append(1)
@@ -80,7 +81,7 @@ def test_freeing_the_hot_set_is_one_plain_line(tiny, monkeypatch):
             raise MemoryError
         return attend(*arguments)
 
-    monkeypatch.setattr(dispatch, "attend", once)
+    monkeypatch.setattr(TorchLayerStep, "attend_fetched", once)
     result = run(*fetched)
     assert result.stdout == whole
     assert "warning: Out of memory in a decode step: the hot sets (" in result.stderr

@@ -112,18 +112,13 @@ def test_key_scales_undo_a_rescaling_of_channels():
         low_bit_kv = table.low_bit_kv(weights.fix(k))
         dispatch.quantise(k, k, low_bit_kv, 0)
         exact = q.unflatten(0, (2, 2)) @ k.unsqueeze(1).transpose(-1, -2)
-        errors.append((dispatch.score(q[None], [low_bit_kv], [128], 1.0, None)[0] - exact).square().mean().item())
+        errors.append((torch_ops.score(q[None], [low_bit_kv], [128], 1.0, None)[0] - exact).square().mean().item())
     assert errors[1] == pytest.approx(errors[0], rel=0.1)
 
 
 @settings(max_examples=30, deadline=None)
 @given(low_bit_kvs(), st.sampled_from(list(Code)), st.sampled_from([None, 20.0]), st.integers(1, 2), st.integers(1, 4))
 def test_torch_score_and_attend_equal_dense_attention_over_the_decoded_copy(case, code, softcap, rows, groups):
-    with dispatch.using("torch"):
-        check_against_dense_attention(case, code, softcap, rows, groups)
-
-
-def check_against_dense_attention(case, code, softcap, rows, groups):
     keys, values, bits, group_size, steps = case
     heads, length, dim = keys.shape
     low_bit_kv = copy_of(filled_table(keys / keys.abs().max(), values, bits, group_size, steps, code))
@@ -132,15 +127,15 @@ def check_against_dense_attention(case, code, softcap, rows, groups):
     expected = torch.einsum("hgnd,htd->hgnt", query[0].unflatten(0, (heads, groups)), k) * 0.3
     if softcap:
         expected = softcap * torch.tanh(expected / softcap)
-    scores = dispatch.score(query, [low_bit_kv], [length], 0.3, softcap)
+    scores = torch_ops.score(query, [low_bit_kv], [length], 0.3, softcap)
     assert scores.shape == (1, heads, groups, rows, length)
     torch.testing.assert_close(scores[0], expected, atol=2e-4, rtol=1e-4)
 
     top_k = min(5, length)
-    positions = dispatch.select(scores, torch.full((1, heads, groups, rows), -3.0), [length], top_k)
+    positions = torch_ops.select(scores, torch.full((1, heads, groups, rows), -3.0), [length], top_k)
     fetched = torch.randn(1, heads, rows, top_k, 2 * dim, generator=torch.Generator().manual_seed(2))
-    dispatch.rescore(query, scores, positions, fetched, 0.3, softcap)
-    out, lse = dispatch.attend(scores, positions, fetched, [low_bit_kv], [length])
+    torch_ops.rescore(query, scores, positions, fetched, 0.3, softcap)
+    out, lse = torch_ops.attend(scores, positions, fetched, [low_bit_kv], [length])
     for h in range(heads):
         for n in range(rows):
             mixed_k, mixed_v = k[h].clone(), v[h].clone()
@@ -160,19 +155,19 @@ def test_a_ragged_batch_scores_as_each_sequence_alone(bits, code):
     lengths = [256, 64, 0]
     tables = [filled_table(torch.randn(2, n, 32), torch.randn(2, n, 32), bits, 32, [n] if n else [], code) for n in lengths]
     query = torch.randn(3, 4, 2, 32)
-    together = dispatch.score(query, [copy_of(t) for t in tables], lengths, 1.0, None)
+    together = torch_ops.score(query, [copy_of(t) for t in tables], lengths, 1.0, None)
     none = torch.full((3, 2, 2, 2, 0), -1)
     for b, (table, length) in enumerate(zip(tables, lengths, strict=True)):
-        alone = dispatch.score(query[b : b + 1], [copy_of(table)], [length], 1.0, None)
+        alone = torch_ops.score(query[b : b + 1], [copy_of(table)], [length], 1.0, None)
         torch.testing.assert_close(together[b : b + 1, ..., :length], alone)
         assert (together[b, ..., length:] == -torch.inf).all()
-    positions = dispatch.select(together, torch.zeros(3, 2, 2, 2), lengths, 70)
+    positions = torch_ops.select(together, torch.zeros(3, 2, 2, 2), lengths, 70)
     assert positions.shape == (3, 2, 2, 70)
     for b, length in enumerate(lengths):
         chosen = positions[b][positions[b] >= 0]
         assert len(chosen) == 4 * min(70, length)
         assert chosen.numel() == 0 or chosen.max() < length
-    out, lse = dispatch.attend(together, none[:, :, 0], torch.zeros(3, 2, 2, 0, 64), [copy_of(t) for t in tables], lengths)
+    out, lse = torch_ops.attend(together, none[:, :, 0], torch.zeros(3, 2, 2, 0, 64), [copy_of(t) for t in tables], lengths)
     assert torch.isfinite(out).all()
     assert (lse[2] == -torch.inf).all()
 
@@ -183,7 +178,7 @@ def test_select_is_a_stable_sort_by_mean_probability(length, k, groups, seed, le
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randint(0, levels, (1, 2, groups, 2, length), generator=generator).float()
     rest = torch.zeros(1, 2, groups, 2)
-    positions = dispatch.select(scores, rest, [length], k)
+    positions = torch_ops.select(scores, rest, [length], k)
     probabilities = (scores - torch.logaddexp(scores.logsumexp(-1), rest).unsqueeze(-1)).exp().mean(2)
     rounded = (probabilities * 2**20).round()  # ties of equal scores are ties of equal sums
     for h in range(2):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import threading
@@ -16,9 +17,10 @@ from specache.config import Code
 from specache.errors import ConfigError, NonFiniteError
 from specache.kernels import dispatch
 from specache.kernels.cpu import native
-from specache.kernels.cpu.native import RecentTokens
 from specache.kernels.torch import operations as torch_ops
 from specache.kernels.torch import rotated as torch_rotated
+from specache.kernels.torch.layer_step import TorchLayerStep
+from specache.kernels.types import AttentionParams, RecentTokens
 from specache.low_bit.layout import PageLayout
 from specache.low_bit.pool import PagePool, PageTable
 from specache.platform.budget import ByteBudget
@@ -28,6 +30,7 @@ pytestmark = pytest.mark.skipif(not ISAS, reason=f"the C++ kernels are not built
 
 # Rounding a page's weights to 8 bits, as a share of the largest value.
 VALUE_ERROR = 0.015
+SCALING = 0.2
 
 
 class Case:
@@ -91,20 +94,6 @@ def cases(draw):
 every_isa = pytest.mark.parametrize("isa", ISAS)
 
 
-@every_isa
-@settings(max_examples=25, deadline=None)
-@given(case=cases())
-def test_scores_equal_pytorchs_up_to_the_rounded_query(isa, case):
-    for softcap in (None, 5.0):
-        expected = torch_ops.score(case.query, case.low_bit_kvs, case.lengths, 0.2, softcap)
-        with dispatch.using(isa):
-            scores = dispatch.score(case.query, case.low_bit_kvs, case.lengths, 0.2, softcap)
-        assert torch.equal(scores == -torch.inf, expected == -torch.inf)  # past the end of each sequence
-        finite = expected != -torch.inf
-        error = (scores - expected)[finite].abs().max()
-        assert error <= 1.01 * 0.2 * rounding_bound(case) + 1e-4
-
-
 def rounding_bound(case):
     """The most that rounding the query can change a product with a key: half a step in every
     channel.
@@ -127,78 +116,177 @@ def rounding_bound(case):
     return bound
 
 
+class Newest:
+    """The recent tokens of every sequence of a case, and the constants of its attention."""
+
+    def __init__(self, case, count, pending, sinks, softcap):
+        generator = torch.Generator().manual_seed(count)
+        dtype = case.keys[0].dtype
+        shape = (2, case.heads, count, case.dim)
+        self.recent = [
+            RecentTokens(*torch.randn(shape, generator=generator).to(dtype), pending=pending if b % 2 == 0 else 0)
+            for b in range(len(case.lengths))
+        ]
+        sink = torch.randn(case.query.shape[1], generator=generator) if sinks else None
+        self.params = AttentionParams(SCALING, softcap, sink)
+
+    def step(self, case, k, kind=None):
+        return (kind or dispatch.layer_step)(case.query, case.low_bit_kvs, self.recent, k, self.params)
+
+    def largest_value(self, case):
+        return max(float(x.float().abs().max()) for x in [*(r.values for r in self.recent), *case.values] if x.numel())
+
+
+def mean_prob(case, newest, step):
+    """PyTorch's probabilities of the low-bit tokens, from a step on PyTorch operations."""
+    return torch_ops.mean_probabilities(step._scores, step._rest_lse)
+
+
+@st.composite
+def newests(draw, case):
+    pending = draw(st.sampled_from([0, 0, 1, 7, 32]))
+    count = pending + draw(st.integers(2, 40))
+    return Newest(case, count, pending, draw(st.booleans()), draw(st.sampled_from([None, 5.0])))
+
+
+def random_rows(case, positions, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*positions.shape, 2 * case.dim, generator=generator).to(case.keys[0].dtype)
+
+
+def check_selected(probabilities, positions, expected, error):
+    """A selection is ascending, in range, and as likely as PyTorch's up to the scores' error."""
+    assert positions.shape == expected.shape
+    for chosen in (positions, expected):
+        kept = chosen.masked_fill(chosen < 0, torch.iinfo(torch.int64).max)
+        assert torch.equal(kept, kept.sort(-1).values)
+    assert torch.equal((positions >= 0).sum(-1), (expected >= 0).sum(-1))
+    mass, best = (probabilities.gather(-1, x.clamp(min=0)).where(x >= 0, 0.0).sum(-1) for x in (positions, expected))
+    assert (mass >= best * math.exp(-4 * error) - 1e-6).all()
+
+
+@every_isa
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), case=cases(), k=st.integers(0, 70))
+def test_a_layer_step_equals_pytorchs_up_to_rounded_queries_and_weights(isa, data, case, k):
+    """A step that verifies: selected rows, of which the draft query does not get all."""
+    newest = data.draw(newests(case))
+    error = 1.01 * SCALING * float(rounding_bound(case)) + 1e-4  # of a score
+    plain = newest.step(case, k, TorchLayerStep)
+    probabilities = mean_prob(case, newest, plain)
+    with dispatch.using(isa):
+        step = newest.step(case, k)
+        check_selected(probabilities, step.select(), plain.select(), error)
+        found, expected = step.select_next(), plain.select_next()
+        assert found.shape == expected.shape
+        assert torch.equal((found >= 0).sum(-1), (expected >= 0).sum(-1))
+        if not any(tokens.pending for tokens in newest.recent):
+            check_selected(probabilities[:, :, -1], found, expected, error)
+        positions = plain.select().clone()
+        positions[:, :, -1, ::3] = -1
+        rows = random_rows(case, positions, k)
+        step.attend_low_bit(positions)
+        out = step.attend_fetched(positions, rows)
+    wanted = plain.attend_fetched(positions, rows)
+    largest = max(newest.largest_value(case), float(rows.abs().max()) if rows.numel() else 0.0)
+    assert (out - wanted).abs().max() <= (VALUE_ERROR + math.expm1(2 * error)) * largest
+
+
+@every_isa
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), case=cases(), k=st.integers(1, 40))
+def test_rescored_keys_compete_for_the_next_step_with_their_exact_scores(isa, data, case, k):
+    """A step over prefetched rows: the same for all queries, and exact before the selection."""
+    newest = data.draw(newests(case))
+    error = 1.01 * SCALING * float(rounding_bound(case)) + 1e-4
+    plain = newest.step(case, k, TorchLayerStep)
+    positions = plain.select()[:, :, :1].expand(-1, -1, case.rows, -1)
+    rows = random_rows(case, positions[:, :, :1], k).expand(-1, -1, case.rows, -1, -1)
+    with dispatch.using(isa):
+        step = newest.step(case, k)
+        for one in (step, plain):
+            one.rescore(positions, rows)
+        check_selected(mean_prob(case, newest, plain), step.select(), plain.select(), error)
+        step.attend_low_bit(positions)
+        out = step.attend_fetched(positions, rows)
+    wanted = plain.attend_fetched(positions, rows)
+    largest = max(newest.largest_value(case), float(rows.abs().max()) if rows.numel() else 0.0)
+    assert (out - wanted).abs().max() <= (VALUE_ERROR + math.expm1(2 * error)) * largest
+
+
+@every_isa
+@pytest.mark.parametrize("rows", [1, 2])
+def test_pending_tokens_are_selected_where_they_are_likely(isa, rows):
+    """Positions of the next step: those of the low-bit copy, then the pending tokens."""
+    case = Case(Code.ROTATED, 2, 64, 64, 2, 2, rows, [4, 0, 1], 3, torch.float32)
+    newest = Newest(case, 70, 64, False, None)
+    newest.recent[2] = RecentTokens(newest.recent[2].keys, newest.recent[2].values, pending=64)
+    for b in (0, 2):  # every other pending key is that of the last query's group
+        grouped = case.query[b].unflatten(0, (case.heads, -1))
+        newest.recent[b].keys[:, :64:2] = 9 * grouped[:, :, -1].mean(1).unsqueeze(1)
+    plain = newest.step(case, 32, TorchLayerStep)
+    with dispatch.using(isa):
+        step = newest.step(case, 32)
+        for one in (step, plain):
+            one.select()
+        found = step.select_next()
+    for b in (0, 2):
+        assert found[b].tolist() == [list(range(case.lengths[b], case.lengths[b] + 64, 2))] * case.heads
+    assert (found[1] == -1).all()
+    assert torch.equal(found, plain.select_next())
+
+
 @every_isa
 @pytest.mark.parametrize("code", list(Code))
 @pytest.mark.parametrize("bits", [1, 2, 4])
-def test_score_errors_are_small_relative_to_the_largest(isa, code, bits):
-    case = Case(code, bits, 64, 128, 2, 4, 2, [32], bits, torch.bfloat16)
-    expected = torch_ops.score(case.query, case.low_bit_kvs, case.lengths, 0.1, None)
-    with dispatch.using(isa):
-        scores = dispatch.score(case.query, case.low_bit_kvs, case.lengths, 0.1, None)
+def test_errors_of_scores_are_small(isa, code, bits):
+    """Of one key at a time, beside two recent tokens: all others are fetched and get no weight."""
+    case = Case(code, bits, 64, 128, 1, 1, 1, [32], bits, torch.bfloat16)
     limit = 0.01 if code is Code.ROTATED else 2e-4
-    assert (scores - expected).abs().max() <= limit * expected.abs().max()
+    newest = Newest(case, 2, 0, False, None)
+    plain = newest.step(case, 8, TorchLayerStep)
+    largest = plain._scores.abs().max()
+    values = torch.zeros(1, 1, 1, case.lengths[0], 2 * case.dim, dtype=torch.bfloat16)
+    with dispatch.using(isa):
+        for t in (0, 77, 2047):  # all weights but that of one token and the recent ones are left out
+            positions = torch.arange(case.lengths[0]).view(1, 1, 1, -1).clone()
+            positions[..., t] = -1
+            step = newest.step(case, 8)
+            exact = values.clone()
+            exact[..., : case.dim] = -1e4 * case.query[0].bfloat16()  # the fetched ones get no weight
+            step.attend_low_bit(positions)
+            out = step.attend_fetched(positions, exact)
+            rest = newest.step(case, 8, TorchLayerStep)
+            wanted = rest.attend_fetched(positions, exact)
+            assert (out - wanted).abs().max() <= (VALUE_ERROR + 2 * limit * float(largest)) * newest.largest_value(case)
 
 
 @every_isa
-@settings(max_examples=25, deadline=None)
-@given(case=cases(), k=st.integers(1, 70), levels=st.sampled_from([2, 5, 10**6]))
-def test_select_equals_pytorchs(isa, case, k, levels):
-    """Also among equal scores: the lower position wins."""
-    size = max(case.lengths)
-    shape = (*case.rest.shape[:3], case.rest.shape[3], size)
-    scores = torch.randint(0, levels, shape, generator=torch.Generator().manual_seed(k)).float() * (8 / levels)
-    for b, length in enumerate(case.lengths):
-        scores[b, ..., length:] = -torch.inf
-    expected = torch_ops.select(scores, case.rest, case.lengths, k)
+@pytest.mark.parametrize("k", [1, 5, 9, 40])
+def test_of_equal_probabilities_the_lower_positions_are_selected(isa, k):
+    case = Case(Code.KIVI, 2, 32, 32, 2, 2, 2, [6], 1, torch.float32)
+    pattern = case.keys[0][:, :32]
+    case.keys[0] = pattern.repeat(1, 6, 1)
+    case.tables = [case.filled(case.keys[0], case.values[0])]
+    case.low_bit_kvs = [case.low_bit_kv(case.tables[0])]
     with dispatch.using(isa):
-        positions = dispatch.select(scores, case.rest, case.lengths, k)
-    if levels < 10:
-        assert torch.equal(positions, expected)
-        return
-    mean_prob = torch_ops.mean_probabilities(scores, case.rest)
-    for found in (positions, expected):  # two ways to compute an exponential order near equals differently
-        assert torch.equal(found, found.sort(-1).values) or (found == -1).any()
-    torch.testing.assert_close(_mass_of(mean_prob, positions), _mass_of(mean_prob, expected), rtol=1e-5, atol=0)
-
-
-def _mass_of(mean_prob, positions):
-    return mean_prob.gather(-1, positions.clamp(min=0)).where(positions >= 0, 0.0).sort(-1).values
+        positions = Newest(case, 3, 0, False, None).step(case, k).select()[0]
+    for chosen in positions.flatten(0, 1).tolist():
+        assert chosen == sorted(set(chosen)) and len(chosen) == k
+        of_key = [sorted(t // 32 for t in chosen if t % 32 == key) for key in range(32)]
+        assert all(rounds == list(range(len(rounds))) for rounds in of_key)  # the first repetitions of each key
+        assert sum(0 < len(rounds) < 6 for rounds in of_key) <= 1
 
 
 @every_isa
 def test_select_reads_a_long_line_of_scores_to_its_end(isa):
-    scores = torch.randn(1, 2, 3, 1, 50_001, generator=torch.Generator().manual_seed(0))
-    scores[..., 50_000] = 9.0
-    rest = torch.zeros(1, 2, 3, 1)
+    case = Case(Code.ROTATED, 4, 64, 32, 1, 2, 1, [782], 0, torch.float32)
+    case.keys[0][:, -1] = 20 * case.query[0].mean((0, 1))
+    case.tables = [case.filled(case.keys[0], case.values[0])]
+    case.low_bit_kvs = [case.low_bit_kv(case.tables[0])]
     with dispatch.using(isa):
-        positions = dispatch.select(scores, rest, [50_001], 64)
-    assert torch.equal(positions, torch_ops.select(scores, rest, [50_001], 64))
-    assert (positions[..., -1] == 50_000).all()
-
-
-@every_isa
-@settings(max_examples=25, deadline=None)
-@given(case=cases(), k=st.integers(1, 9))
-def test_rescore_and_attend_equal_pytorchs_up_to_rounded_weights(isa, case, k):
-    scores = torch_ops.score(case.query, case.low_bit_kvs, case.lengths, 0.2, None)
-    positions = torch_ops.select(scores, case.rest, case.lengths, k)
-    generator = torch.Generator().manual_seed(k)
-    rows = torch.randn(*positions.shape, 2 * case.dim, generator=generator).to(case.keys[0].dtype)
-    expected = scores.clone()
-    torch_ops.rescore(case.query, expected, positions, rows, 0.2, None)
-    with dispatch.using(isa):
-        dispatch.rescore(case.query, scores, positions, rows, 0.2, None)
-        finite = expected != -torch.inf
-        torch.testing.assert_close(scores[finite], expected[finite], rtol=1e-5, atol=1e-5)
-        out, lse = dispatch.attend(scores, positions, rows, case.low_bit_kvs, case.lengths)
-    expected_out, expected_lse = torch_ops.attend(expected, positions, rows, case.low_bit_kvs, case.lengths)
-    for b, length in enumerate(case.lengths):
-        if length:
-            torch.testing.assert_close(lse[b], expected_lse[b], rtol=1e-5, atol=1e-5)
-            assert (out[b] - expected_out[b]).abs().max() <= VALUE_ERROR * case.values[b].float().abs().max()
-        else:
-            assert (lse[b] == -torch.inf).all()
-            assert (out[b] == 0).all()
+        positions = Newest(case, 2, 0, False, None).step(case, 64).select()
+    assert (positions[..., -1] == case.lengths[0] - 1).all()
 
 
 @every_isa
@@ -209,18 +297,19 @@ def test_long_sequences_equal_pytorchs(isa, bits, dim, groups):
     more than are summed in one.
     """
     case = Case(Code.ROTATED, bits, 64, dim, 2, groups, 2, [41, 9], bits, torch.bfloat16)
-    expected = torch_ops.score(case.query, case.low_bit_kvs, case.lengths, 0.1, None)
-    positions = torch_ops.select(expected, case.rest, case.lengths, 64)
-    rows = torch.randn(*positions.shape, 2 * dim, generator=torch.Generator().manual_seed(0)).bfloat16()
+    newest = Newest(case, 20, 0, True, None)
+    error = 1.01 * SCALING * float(rounding_bound(case)) + 1e-4
+    plain = newest.step(case, 64, TorchLayerStep)
+    probabilities = mean_prob(case, newest, plain)
     with dispatch.using(isa):
-        scores = dispatch.score(case.query, case.low_bit_kvs, case.lengths, 0.1, None)
-        out, lse = dispatch.attend(expected, positions, rows, case.low_bit_kvs, case.lengths)
-    finite = expected != -torch.inf
-    assert torch.equal(scores != -torch.inf, finite)
-    assert (scores - expected)[finite].abs().max() <= 1.01 * 0.1 * rounding_bound(case) + 1e-4
-    expected_out, expected_lse = torch_ops.attend(expected, positions, rows, case.low_bit_kvs, case.lengths)
-    torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-5)
-    assert (out - expected_out).abs().max() <= 1e-3 * max(values.float().abs().max() for values in case.values)
+        step = newest.step(case, 64)
+        positions = plain.select()
+        check_selected(probabilities, step.select(), positions, error)
+        rows = random_rows(case, positions, 0)
+        step.attend_low_bit(positions)
+        out = step.attend_fetched(positions, rows)
+    wanted = plain.attend_fetched(positions, rows)
+    assert (out - wanted).abs().max() <= (1e-3 + math.expm1(2 * error)) * newest.largest_value(case)
 
 
 @every_isa
@@ -245,50 +334,22 @@ def test_codes_equal_pytorchs(isa, case, step):
 
 
 @every_isa
-@settings(max_examples=60, deadline=None)
-@given(case=cases(), k=st.integers(1, 70), recent=st.integers(2, 40), sinks=st.booleans())
-def test_one_call_does_what_the_single_kernels_do(isa, case, k, recent, sinks):
-    dtype, generator = case.keys[0].dtype, torch.Generator().manual_seed(k)
-    heads, dim, query = case.heads, case.dim, case.query
-    newest = [torch.randn(2, heads, recent, dim, generator=generator).to(dtype) for _ in case.lengths]
-    stored = [torch.cat([k_, v_], dim=-1) for k_, v_ in zip(case.keys, case.values, strict=True)]
-    sink = torch.randn(query.shape[1], generator=generator) if sinks else None
-    with dispatch.using(isa):
-        backend = dispatch.fused(query)
-        assert backend is not None
-        out = backend.decode_in_place(
-            query, case.low_bit_kvs, [RecentTokens(x[0], x[1]) for x in newest], stored, k, 0.2, None, sink
-        )
-        for b, low_bit_kv in enumerate(case.low_bit_kvs):
-            for row in range(case.rows):  # an earlier row does not see a later one's token
-                seen = newest[b][:, :, : recent - (case.rows - 1 - row)]
-                expected = _one_by_one(query[b : b + 1, :, row : row + 1], low_bit_kv, seen, stored[b], k, sink)
-                # a weight between two bytes may be rounded either way
-                differences = (out[b, :, row : row + 1] - expected).abs()
-                largest = max(float(newest[b][1].abs().max()), float(case.values[b].abs().max()) if low_bit_kv.length else 0.0)
-                assert differences.max() <= largest / 255 and differences.mean() <= 2e-4 * largest
-
-
-@every_isa
 @settings(max_examples=15, deadline=None)
-@given(case=cases(), k=st.integers(1, 70), recent=st.integers(2, 40))
-def test_one_call_and_three_give_the_same_bits_on_any_number_of_threads(isa, case, k, recent):
-    dtype, generator = case.keys[0].dtype, torch.Generator().manual_seed(k)
-    newest = [RecentTokens(*torch.randn(2, case.heads, recent, case.dim, generator=generator).to(dtype)) for _ in case.lengths]
+@given(data=st.data(), case=cases(), k=st.integers(1, 70))
+def test_one_call_and_several_give_the_same_bits_on_any_number_of_threads(isa, data, case, k):
+    newest = data.draw(newests(case))
     stored = [torch.cat([k_, v_], dim=-1) for k_, v_ in zip(case.keys, case.values, strict=True)]
-    k = min(k, max(case.lengths))
     before, outs = torch.get_num_threads(), []
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
             with dispatch.using(isa):
-                backend = dispatch.fused(case.query)
-                outs.append(backend.decode_in_place(case.query, case.low_bit_kvs, newest, stored, k, 0.2, None, None))
-                step = backend.layer_step(case.query, case.low_bit_kvs, newest, k, 0.2, None, None)
+                outs.append(dispatch.decode_in_place(case.query, case.low_bit_kvs, newest.recent, stored, k, newest.params))
+                step = newest.step(case, k)
                 positions = step.select()  # [B, Hkv, n, k]
                 heads = torch.arange(case.heads).view(-1, 1, 1)
                 rows = [
-                    rows_[heads, at.clamp(min=0)] if rows_.shape[1] else torch.zeros(*at.shape, 2 * case.dim, dtype=dtype)
+                    rows_[heads, at.clamp(min=0)] if rows_.shape[1] else torch.zeros(*at.shape, 2 * case.dim, dtype=rows_.dtype)
                     for rows_, at in zip(stored, positions, strict=True)
                 ]
                 step.attend_low_bit(positions)
@@ -296,26 +357,6 @@ def test_one_call_and_three_give_the_same_bits_on_any_number_of_threads(isa, cas
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(outs[0], other) for other in outs[1:])
-
-
-def _one_by_one(query, low_bit_kv, newest, stored, k, sink):
-    heads, dim = low_bit_kv.num_kv_heads, low_bit_kv.head_dim
-    grouped = query[0].unflatten(0, (heads, -1))  # [Hkv, G, 1, D]
-    recent = grouped[:, :, 0] @ newest[0].float().transpose(1, 2) * 0.2  # [Hkv, G, r]
-    rest = recent if sink is None else torch.cat([recent, sink.view(heads, -1, 1)], dim=-1)
-    rest_lse = rest.logsumexp(-1)
-    recent_out = (recent - rest_lse.unsqueeze(-1)).exp() @ newest[1].float()
-    if low_bit_kv.length == 0:
-        return recent_out.flatten(0, 1).unsqueeze(1)
-    scores = dispatch.score(query, [low_bit_kv], [low_bit_kv.length], 0.2, None)
-    positions = dispatch.select(scores, rest_lse[None, :, :, None], [low_bit_kv.length], k)
-    rows = stored[torch.arange(heads)[:, None], positions[0, :, 0].clamp(min=0)][None, :, None]
-    dispatch.rescore(query, scores, positions, rows, 0.2, None)
-    out, lse = dispatch.attend(scores, positions, rows, [low_bit_kv], [low_bit_kv.length])
-    total = torch.logaddexp(lse[0, :, :, 0], rest_lse)
-    joined = out[0, :, :, 0] * (lse[0, :, :, 0] - total).exp().unsqueeze(-1) + recent_out * (rest_lse - total).exp().unsqueeze(-1)
-    assert joined.shape[-1] == dim
-    return joined.flatten(0, 1).unsqueeze(1)
 
 
 @every_isa
@@ -330,33 +371,15 @@ def test_nan_and_infinity_are_not_packed(isa, bad):
     assert torch.equal(before, case.tables[0].pool.page_bytes(case.tables[0].pages[0]))
 
 
-@every_isa
-def test_any_number_of_threads_gives_the_same_bits(isa):
-    case = Case(Code.ROTATED, 2, 64, 64, 3, 3, 2, [90, 7], 0, torch.float32)
-    outs = []
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            with dispatch.using(isa):
-                scores = dispatch.score(case.query, case.low_bit_kvs, case.lengths, 0.2, None)
-                positions = dispatch.select(scores, case.rest, case.lengths, 16)
-                rows = torch.zeros(*positions.shape, 2 * case.dim)
-                outs.append((positions, *dispatch.attend(scores, positions, rows, case.low_bit_kvs, case.lengths)))
-    finally:
-        torch.set_num_threads(before)
-    for other in outs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(outs[0], other, strict=True))
-
-
 def test_calls_from_several_threads_do_not_mix():
     case = Case(Code.ROTATED, 2, 64, 64, 2, 2, 1, [40], 0, torch.float32)
-    expected = dispatch.score(case.query, case.low_bit_kvs, case.lengths, 0.2, None)
+    newest = Newest(case, 9, 0, False, None)
+    expected = newest.step(case, 16).select()
     wrong = []
 
     def work():
         for _ in range(20):
-            if not torch.equal(dispatch.score(case.query, case.low_bit_kvs, case.lengths, 0.2, None), expected):
+            if not torch.equal(newest.step(case, 16).select(), expected):
                 wrong.append(1)
 
     threads = [threading.Thread(target=work) for _ in range(4)]
@@ -368,13 +391,16 @@ def test_calls_from_several_threads_do_not_mix():
 
 
 @every_isa
-def test_a_query_that_is_not_finite_stays_in_range(isa):
+@pytest.mark.parametrize("factor", [float("inf"), float("nan")])
+def test_a_query_that_is_not_finite_stays_in_range(isa, factor):
     case = Case(Code.ROTATED, 2, 64, 64, 2, 2, 1, [40], 0, torch.float32)
-    scores = torch.full((1, 2, 2, 1, case.lengths[0]), float("nan"))
+    case.query = case.query * factor
+    newest = Newest(case, 70, 64, False, None)
     with dispatch.using(isa):
-        dispatch.score(case.query * float("inf"), case.low_bit_kvs, case.lengths, 0.2, None)
-        positions = dispatch.select(scores, case.rest, case.lengths, 16)
+        step = newest.step(case, 16)
+        positions, following = step.select(), step.select_next()
     assert ((positions >= 0) & (positions < case.lengths[0])).all()
+    assert ((following >= 0) & (following < case.lengths[0] + 64)).all()
 
 
 def test_an_unknown_backend_is_refused_with_what_there_is():
@@ -390,14 +416,15 @@ def test_an_unknown_backend_in_the_environment_is_a_config_error():
 
 
 def test_missing_native_kernels_warn_once(monkeypatch):
+    case = Case(Code.ROTATED, 2, 64, 64, 2, 2, 1, [1], 0, torch.float32)
     monkeypatch.setattr(native, "IMPORT_ERROR", "no module")
     monkeypatch.delenv(dispatch.VARIABLE, raising=False)
     dispatch._warn_without_native.cache_clear()
     with pytest.warns(RuntimeWarning, match="specache doctor"):
-        dispatch.fused(torch.zeros(1, 1, 1, 8))
+        Newest(case, 2, 0, False, None).step(case, 16)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        dispatch.fused(torch.zeros(1, 1, 1, 8))
+        Newest(case, 2, 0, False, None).step(case, 16)
 
 
 @pytest.mark.parametrize("name", ["torch", *ISAS])

@@ -16,12 +16,12 @@ import pytest
 import torch
 
 import specache
-from specache.attention import decode
 from specache.cache.sizes import on_disk
 from specache.config import SpeCacheConfig
 from specache.engine import runs
 from specache.errors import FastMemoryError, NonFiniteError, OutOfMemoryError, SlowTierError
 from specache.kernels import dispatch
+from specache.kernels.torch import operations as torch_ops
 from specache.planning.advice import smaller
 from specache.planning.footprint import PlannedSequence
 from specache.planning.plan import MemoryPlan, plan
@@ -72,8 +72,8 @@ def failing(
     Yields the layer of each call that raised. Every layer of a pass calls `score` once, before the
     other kernels.
     """
-    real, put = getattr(dispatch, operation), runs.sample_next
-    score = dispatch.score
+    real, put = getattr(torch_ops, operation), runs.sample_next
+    score = torch_ops.score
     tokens, layers, raised = [0], [-1], []
 
     def taking(*arguments: Any) -> None:
@@ -92,8 +92,8 @@ def failing(
 
     with monkeypatch.context() as patch:
         patch.setattr(runs, "sample_next", taking)
-        patch.setattr(dispatch, operation, failing_kernel)
-        patch.setattr(dispatch, "score", scoring)
+        patch.setattr(torch_ops, operation, failing_kernel)
+        patch.setattr(torch_ops, "score", scoring)
         yield raised
 
 
@@ -278,7 +278,7 @@ def test_the_failed_pass_leaves_no_tensors_behind(model, monkeypatch):
         held.append(weakref.ref(scores))
         raise MemoryError
 
-    monkeypatch.setattr(decode.dispatch, "attend", failing)
+    monkeypatch.setattr(torch_ops, "attend", failing)
     with pytest.raises(OutOfMemoryError) as caught, pytest.warns(RuntimeWarning):
         greedy(model, prompt(90), config=settings())
     gc.collect()

@@ -10,7 +10,8 @@ import torch
 
 import specache
 from specache.attention import dense as exact
-from specache.attention.dense import AttentionParams, attend_part
+from specache.attention.dense import attend_part
+from specache.kernels.types import AttentionParams
 from specache.linear.weight_format import WeightFormat
 from specache.linear.weight_quant import Int4Linear, Int8Linear, quantise_weights
 from specache.platform import private_torch

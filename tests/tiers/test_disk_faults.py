@@ -280,11 +280,11 @@ def test_a_step_that_fails_with_reads_in_flight_can_be_repeated(model, tmp_path,
     undisturbed = Steps(model, config, 230)
     expected = [undisturbed.step(i) for i in range(8)]
     undisturbed.cache.close()
-    attend = native.LayerStep.attend_low_bit
+    attend = native.NativeLayerStep.attend_low_bit
     began: list[bool] = []
     calls: list[int] = []
 
-    def fails_in_the_second_layer(step: native.LayerStep, positions: torch.Tensor) -> None:
+    def fails_in_the_second_layer(step: native.NativeLayerStep, positions: torch.Tensor) -> None:
         layer = disturbed.cache.sequences[0].layers[len(calls) % 3]
         began.append(layer.row_fetcher._started.read is not None)
         calls.append(1)
@@ -297,7 +297,7 @@ def test_a_step_that_fails_with_reads_in_flight_can_be_repeated(model, tmp_path,
         for i in range(8):
             calls.clear()
             with monkeypatch.context() as patch:
-                patch.setattr(native.LayerStep, "attend_low_bit", fails_in_the_second_layer)
+                patch.setattr(native.NativeLayerStep, "attend_low_bit", fails_in_the_second_layer)
                 with pytest.raises(error, match="while they are"):
                     disturbed.step(i)
             assert torch.equal(disturbed.step(i), expected[i])

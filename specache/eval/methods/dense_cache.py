@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from specache.attention.decode import StepKind
-from specache.attention.dense import AttentionParams, attend_part, merge, scores
+from specache.attention.dense import attend_part, merge
 from specache.cache.layers import check_finite
 from specache.engine.attention_hook import forward, reset_rope
 from specache.errors import ConfigError, EvaluationError
 from specache.eval.methods.base import SessionStats
 from specache.eval.prefilled import Prefilled
+from specache.kernels.torch.exact import scores
+from specache.kernels.types import AttentionParams
 
 ROW_BYTES = 2  # per element of a key or value in a 16-bit dtype
 

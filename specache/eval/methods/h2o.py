@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from specache.attention.dense import AttentionParams
 from specache.errors import ConfigError
 from specache.eval.methods.dense_cache import DenseMethod, KeptRows, LayerState, attention_weights, rows_on_device
 from specache.eval.prefilled import Prefilled
+from specache.kernels.types import AttentionParams
 
 QUERY_BLOCK = 128  # prompt queries scored at a time
 BOOKKEEPING_BYTES = 8  # per kept row: accumulated attention (float32) and position (int32)

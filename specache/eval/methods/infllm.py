@@ -8,10 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from specache.attention.dense import AttentionParams, attend_part, merge
+from specache.attention.dense import attend_part, merge
 from specache.errors import ConfigError
 from specache.eval.methods.dense_cache import ROW_BYTES, DenseMethod, KeptRows, LayerState, rows_on_device, take_rows
 from specache.eval.prefilled import Prefilled
+from specache.kernels.types import AttentionParams
 
 SCORE_BYTES = 4  # per local token: its representative score (float32)
 Rows = tuple[Tensor, Tensor]  # keys and values [Hkv, n, D]

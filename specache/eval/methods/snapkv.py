@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
-from specache.attention.dense import AttentionParams
 from specache.errors import ConfigError
 from specache.eval.methods.dense_cache import DenseMethod, KeptRows, LayerState, attention_weights, rows_on_device
 from specache.eval.prefilled import OBSERVATION_WINDOW, Prefilled
+from specache.kernels.types import AttentionParams
 
 POOLING = ("max", "avg")
 

@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from specache.attention.dense import AttentionParams
 from specache.eval.methods.dense_cache import DenseMethod, KeptRows, LayerState, rows_on_device
 from specache.eval.prefilled import Prefilled
+from specache.kernels.types import AttentionParams
 
 
 class StreamingLLMLayer(LayerState):

@@ -1,4 +1,4 @@
-"""The C++ kernels (csrc/) with the signatures of `specache.kernels.dispatch`.
+"""The C++ kernels (csrc/): quantising, and a decode step's attention in one layer.
 
 This file checks tensors and passes their addresses. Scores are integer dot products of codes with
 the query rounded to 8 bits; values are summed with the softmax weights of a page rounded to 8 bits;
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -21,7 +20,7 @@ from specache.config import PAGE_TOKENS, Code
 from specache.errors import NonFiniteError
 from specache.kernels.finite import all_finite
 from specache.kernels.torch.rotated import rotation
-from specache.kernels.types import LowBitKV, PageRun
+from specache.kernels.types import AttentionParams, LowBitKV, PageRun, RecentTokens
 
 _native: Any = None
 IMPORT_ERROR: str | None = None  # why the extension could not be imported
@@ -44,17 +43,6 @@ def instruction_sets() -> list[str]:
     Empty without the extension.
     """
     return list(_native.available()) if _native is not None else []
-
-
-@dataclass(frozen=True)
-class RecentTokens:
-    """The newest tokens of a sequence at 16 bits: keys and values [Hkv, r, D].
-
-    Both have equal strides and a contiguous last dimension.
-    """
-
-    keys: Tensor
-    values: Tensor
 
 
 class NativeKernels:
@@ -87,107 +75,22 @@ class NativeKernels:
             keys.shape[1],
         )
 
-    def score(
-        self, query: Tensor, low_bit_kvs: Sequence[LowBitKV], lengths: Sequence[int], scaling: float, softcap: float | None
-    ) -> Tensor:
-        batch, num_heads, n, _ = query.shape
-        heads = low_bit_kvs[0].num_kv_heads
-        groups = num_heads // heads
-        query = query.float().contiguous()
-        scores = torch.empty(batch, heads, groups, n, max(lengths), dtype=torch.float32)
-        if scores.numel():
-            _native.score(
-                self.isa,
-                torch.get_num_threads(),
-                _layout_of(low_bit_kvs),
-                [_native_kv(low_bit_kv, length) for low_bit_kv, length in zip(low_bit_kvs, lengths, strict=True)],
-                query.data_ptr(),
-                groups,
-                n,
-                scaling,
-                softcap or 0.0,
-                scores.data_ptr(),
-                scores.shape[-1],
-            )
-        return scores
+    def layer_step(
+        self,
+        query: Tensor,
+        low_bit_kvs: Sequence[LowBitKV],
+        recent: Sequence[RecentTokens],
+        top_k: int,
+        params: AttentionParams,
+    ) -> NativeLayerStep:
+        """Begin a decode step's attention in one layer (`LayerStep`).
 
-    def select(self, scores: Tensor, rest_lse: Tensor, lengths: Sequence[int], k: int) -> Tensor:
-        batch, heads, groups, n, size = scores.shape
-        k = min(k, size)
-        positions = torch.empty(batch, heads, n, k, dtype=torch.int64)
-        if positions.numel():
-            scores, rest_lse = scores.contiguous(), rest_lse.float().contiguous()
-            _native.select(
-                self.isa,
-                torch.get_num_threads(),
-                list(lengths),
-                heads,
-                groups,
-                n,
-                scores.data_ptr(),
-                size,
-                rest_lse.data_ptr(),
-                k,
-                positions.data_ptr(),
-            )
-        return positions
-
-    def rescore(
-        self, query: Tensor, scores: Tensor, positions: Tensor, kv_rows: Tensor, scaling: float, softcap: float | None
-    ) -> None:
-        batch, heads, groups, n, size = scores.shape
-        if not positions.numel():
-            return
-        query, positions = query.float().contiguous(), positions.contiguous()
-        kv_rows = kv_rows if kv_rows.stride(-1) == 1 else kv_rows.contiguous()
-        assert scores.is_contiguous()
-        _native.rescore(
-            self.isa,
-            torch.get_num_threads(),
-            batch,
-            heads,
-            query.shape[-1],
-            query.data_ptr(),
-            groups,
-            n,
-            scaling,
-            softcap or 0.0,
-            scores.data_ptr(),
-            size,
-            positions.data_ptr(),
-            positions.shape[-1],
-            kv_rows.data_ptr(),
-            _DTYPES[kv_rows.dtype],
-            _kv_row_strides(kv_rows),
-        )
-
-    def attend(
-        self, scores: Tensor, positions: Tensor, kv_rows: Tensor, low_bit_kvs: Sequence[LowBitKV], lengths: Sequence[int]
-    ) -> tuple[Tensor, Tensor]:
-        batch, heads, groups, n, size = scores.shape
-        out = torch.empty(batch, heads, groups, n, low_bit_kvs[0].head_dim, dtype=torch.float32)
-        lse = torch.empty(batch, heads, groups, n, dtype=torch.float32)
-        positions = positions.contiguous()
-        kv_rows = kv_rows if kv_rows.stride(-1) == 1 else kv_rows.contiguous()
-        assert scores.is_contiguous()
-        _native.attend(
-            self.isa,
-            torch.get_num_threads(),
-            _layout_of(low_bit_kvs),
-            [_native_kv(low_bit_kv, length) for low_bit_kv, length in zip(low_bit_kvs, lengths, strict=True)],
-            groups,
-            n,
-            scores.data_ptr(),
-            size,
-            positions.data_ptr(),
-            positions.shape[-1],
-            kv_rows.data_ptr(),
-            _DTYPES[kv_rows.dtype],
-            _kv_row_strides(kv_rows),
-            out.data_ptr(),
-            lse.data_ptr(),
-        )
-        return out, lse
+        Args:
+            query: [B, Hq, n, D].
+        """
+        step = NativeLayerStep(self.isa, query, low_bit_kvs, recent, top_k, params, at_once=False)
+        step.score()
+        return step
 
     def decode_in_place(
         self,
@@ -195,47 +98,22 @@ class NativeKernels:
         low_bit_kvs: Sequence[LowBitKV],
         recent: Sequence[RecentTokens],
         stored: Sequence[Tensor],
-        k: int,
-        scaling: float,
-        softcap: float | None,
-        sinks: Tensor | None,
+        top_k: int,
+        params: AttentionParams,
     ) -> Tensor:
-        """Compute the attention of a layer in one call, each query with the pairs that it selects.
-
-        It combines `score`, `select`, `rescore`, `attend` and exact attention over the recent
-        tokens.
+        """Compute the same in one call, each query with the pairs that it selects.
 
         Args:
-            query: [B, Hq, n, D].
-            recent: recent tokens per sequence; query `i` sees all but the last `n - 1 - i`.
             stored: per sequence the 16-bit rows [Hkv, capacity, 2 D], which are read in place.
-            sinks: logits [Hq], or `None`.
 
         Returns:
-            float32 [B, Hq, n, D].
+            float32 [B, Hq, n, D], the same bits as in several calls.
         """
-        return LayerStep(self.isa, query, low_bit_kvs, recent, k, scaling, softcap, sinks, at_once=True).run(stored)
-
-    def layer_step(
-        self,
-        query: Tensor,
-        low_bit_kvs: Sequence[LowBitKV],
-        recent: Sequence[RecentTokens],
-        k: int,
-        scaling: float,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> LayerStep:
-        """Begin the same in three calls: the caller fetches selected rows before the last."""
-        return LayerStep(self.isa, query, low_bit_kvs, recent, k, scaling, softcap, sinks, at_once=False)
+        return NativeLayerStep(self.isa, query, low_bit_kvs, recent, top_k, params, at_once=True).run(stored)
 
 
-class LayerStep:
-    """The attention of one layer of a step. Use it once.
-
-    Call `run` if `at_once`, else `select`, `attend_low_bit` and `attend_fetched`. Both give the
-    same bits where all rows are fetched.
-    """
+class NativeLayerStep:
+    """`specache.kernels.types.LayerStep` on the C++ kernels, or one call of `run` if `at_once`."""
 
     def __init__(
         self,
@@ -243,30 +121,29 @@ class LayerStep:
         query: Tensor,
         low_bit_kvs: Sequence[LowBitKV],
         recent: Sequence[RecentTokens],
-        k: int,
-        scaling: float,
-        softcap: float | None,
-        sinks: Tensor | None,
+        top_k: int,
+        params: AttentionParams,
         *,
         at_once: bool,
     ) -> None:
         query = query.float().contiguous()
-        sinks = sinks if sinks is None else sinks.float().contiguous()
+        sinks = params.sinks if params.sinks is None else params.sinks.float().contiguous()
         self._held = query, low_bit_kvs, recent, sinks  # the C++ object points into them
-        self._shape = (len(low_bit_kvs), low_bit_kvs[0].num_kv_heads, query.shape[2], k)
+        heads, longest = low_bit_kvs[0].num_kv_heads, max(low_bit_kv.length for low_bit_kv in low_bit_kvs)
+        self._shape = (len(low_bit_kvs), heads, query.shape[2], min(top_k, longest))
         self._step = _native.LayerStep(
             isa,
             torch.get_num_threads(),
             _layout_of(low_bit_kvs),
             [_native_kv(low_bit_kv, low_bit_kv.length) for low_bit_kv in low_bit_kvs],
             query.data_ptr(),
-            query.shape[1] // low_bit_kvs[0].num_kv_heads,
+            query.shape[1] // heads,
             query.shape[2],
-            scaling,
-            softcap or 0.0,
+            params.scaling,
+            params.softcap or 0.0,
             _recent_numbers(recent),
             _DTYPES[recent[0].keys.dtype],
-            k,
+            top_k,
             0 if sinks is None else sinks.data_ptr(),
             at_once,
         )
@@ -282,50 +159,55 @@ class LayerStep:
         self._step.run(numbers, _DTYPES[stored[0].dtype], out.data_ptr())
         return out
 
+    def score(self) -> None:
+        """Score every low-bit key and attend to the recent tokens, first of all."""
+        self._step.score()
+
+    def rescore(self, positions: Tensor, kv_rows: Tensor) -> None:
+        if positions.numel():
+            positions, kv_rows = positions.contiguous(), _last_contiguous(kv_rows)
+            self._step.rescore(*_fetched_numbers(positions, kv_rows))
+
     def select(self) -> Tensor:
-        """Select each query's positions [B, Hkv, n, k], ascending, padded with -1."""
         positions = torch.empty(self._shape, dtype=torch.int64)
         self._step.select(positions.data_ptr())
         return positions
 
+    def select_next(self) -> Tensor:
+        positions = torch.empty(*self._shape[:2], self._step.next_k, dtype=torch.int64)
+        self._step.select_next(positions.data_ptr())
+        return positions
+
     def attend_low_bit(self, positions: Tensor) -> None:
-        """Attend to the low-bit copy without the pairs at `positions` [B, Hkv, n, k] (-1: none)."""
         positions = positions.contiguous()
         self._step.attend_copy(positions.data_ptr(), positions.shape[-1])
 
     def attend_fetched(self, positions: Tensor, kv_rows: Tensor) -> Tensor:
-        """Add the exact rows [B, Hkv, n, k, 2 D] of the same positions and the recent tokens.
-
-        Returns:
-            float32 [B, Hq, n, D].
-        """
-        positions = positions.contiguous()
-        kv_rows = kv_rows if kv_rows.stride(-1) == 1 else kv_rows.contiguous()
+        positions, kv_rows = positions.contiguous(), _last_contiguous(kv_rows)
         out = torch.empty_like(self._held[0])
-        self._step.attend_fetched(
-            positions.data_ptr(),
-            positions.shape[-1],
-            kv_rows.data_ptr(),
-            _DTYPES[kv_rows.dtype],
-            _kv_row_strides(kv_rows),
-            out.data_ptr(),
-        )
+        self._step.attend_fetched(*_fetched_numbers(positions, kv_rows), out.data_ptr())
         return out
 
 
 def _recent_numbers(recent: Sequence[RecentTokens]) -> list[int]:
-    """Return addresses of keys and values, count, and strides of head and token, per sequence."""
+    """Return addresses, count, strides of head and token, and pending tokens, per sequence."""
     numbers: list[int] = []
     for tokens in recent:
         head, token, _ = tokens.keys.stride()
         size = tokens.keys.itemsize
-        numbers += [tokens.keys.data_ptr(), tokens.values.data_ptr(), tokens.keys.shape[1], head * size, token * size]
+        addresses = tokens.keys.data_ptr(), tokens.values.data_ptr()
+        numbers += [*addresses, tokens.keys.shape[1], head * size, token * size, tokens.pending]
     return numbers
 
 
-def _kv_row_strides(kv_rows: Tensor) -> list[int]:
-    """Return the byte strides of sequence, KV head, query and slot, of rows [B, Hkv, n, k, 2 D]."""
-    return [stride * kv_rows.itemsize for stride in kv_rows.stride()[:4]]
+def _fetched_numbers(positions: Tensor, kv_rows: Tensor) -> tuple[int, int, int, int, list[int]]:
+    """Return addresses, k, dtype and byte strides of positions and rows [B, Hkv, n, k, 2 D]."""
+    strides = [stride * kv_rows.itemsize for stride in kv_rows.stride()[:4]]
+    return positions.data_ptr(), positions.shape[-1], kv_rows.data_ptr(), _DTYPES[kv_rows.dtype], strides
+
+
+def _last_contiguous(kv_rows: Tensor) -> Tensor:
+    return kv_rows if kv_rows.stride(-1) == 1 else kv_rows.contiguous()
 
 
 def _native_kv(low_bit_kv: LowBitKV, length: int) -> Any:

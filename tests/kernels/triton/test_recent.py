@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specache.attention.decode import add_sinks
-from specache.attention.dense import AttentionParams, softmax_sum
-from specache.attention.dense import scores as exact_scores
 from specache.device.page_kernels import RecentPart, TorchPages
+from specache.kernels.torch.exact import scores as exact_scores
+from specache.kernels.torch.exact import softmax_sum
 from specache.kernels.triton import recent_backend
+from specache.kernels.types import AttentionParams
 
 
 @settings(max_examples=30, deadline=None)
