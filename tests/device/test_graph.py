@@ -44,15 +44,16 @@ def test_replays_give_the_ordinary_tokens(model, monkeypatch, graphs, policy, ne
 
 def test_a_position_of_the_host_in_a_launch_is_found(model, monkeypatch, graphs):
     """The same slot of the residual at every replay."""
-    append = StaticPass._append
+    attention = StaticPass.attention
 
-    def append_where_the_host_says(self, layer, keys, values):
-        self._seen.slot = torch.full_like(self._seen.slot, layer.layers[0].residual_count)
-        append(self, layer, keys, values)
+    def append_where_the_host_says(self, index, *arguments):
+        slot = self._batch.layers[index].layers[0].residual_count
+        self._seen.slot = torch.full_like(self._seen.slot, slot)
+        return attention(self, index, *arguments)
 
     settings = config()
     eager = answer(model, settings, (150,), 30)
-    monkeypatch.setattr(StaticPass, "_append", append_where_the_host_says)
+    monkeypatch.setattr(StaticPass, "attention", append_where_the_host_says)
     with static_steps(monkeypatch):
         assert_equal(answer(model, settings, (150,), 30), eager)  # without a graph the host is right
     with static_steps(monkeypatch, graphs=lambda device: graphs):
@@ -63,15 +64,15 @@ def test_a_position_of_the_host_in_a_launch_is_found(model, monkeypatch, graphs)
 
 @pytest.mark.parametrize("planted", [lambda x: x.sum().item(), lambda x: x[x >= 0], lambda x: torch.tensor([1])])
 def test_a_failed_capture_warns_and_steps_go_on(model, monkeypatch, graphs, planted):
-    visibility = StaticPass._visibility
+    attention = StaticPass.attention
 
-    def see_and_wait(self):
-        planted(self._batch.inputs.counts)
-        return visibility(self)
+    def attend_and_wait(self, index, query, *arguments):
+        planted(query)
+        return attention(self, index, query, *arguments)
 
     settings = config()
     eager = answer(model, settings, (150,), 20)
-    monkeypatch.setattr(StaticPass, "_visibility", see_and_wait)
+    monkeypatch.setattr(StaticPass, "attention", attend_and_wait)
     with static_steps(monkeypatch, graphs=lambda device: graphs) as steps, pytest.warns(RuntimeWarning, match="not permitted"):
         static = answer(model, settings, (150,), 20)
     assert_equal(static, eager)
