@@ -18,14 +18,14 @@ struct Engine {
 // The queries of a step [B, Hkv, G, n, D], float32, and where their scores go [B, Hkv, G, n, S].
 struct Step {
     const Layout* layout;
-    std::vector<Copy> copies;  // B
+    std::vector<LowBitKV> low_bit_kvs;  // B
     const float* query;
     int groups, rows;  // G, n
     float scaling, softcap;  // softcap 0: none
 
-    int64_t heads() const { return int64_t(copies.size()) * layout->heads; }  // B Hkv
+    int64_t heads() const { return int64_t(low_bit_kvs.size()) * layout->heads; }  // B Hkv
     int queries() const { return groups * rows; }
-    const Copy& copy_of(int64_t head) const { return copies[std::size_t(head / layout->heads)]; }
+    const LowBitKV& low_bit_of(int64_t head) const { return low_bit_kvs[std::size_t(head / layout->heads)]; }
     int head_of(int64_t head) const { return int(head % layout->heads); }
 };
 
@@ -45,12 +45,12 @@ struct Recent {
     Dtype dtype;
 };
 
-// One layer of a step: attention over the low-bit copy, the exact rows of fetched positions, and the
+// One layer of a step: attention over the low-bit KV, the exact rows of fetched positions, and the
 // recent tokens, of which row r sees all but the last n - 1 - r. sinks: [Hkv G] or null. Everything
 // it points to must outlive it. Use it once.
 //
 // Where rows are read in place (`at_once`), `run` does everything, each query with the rows that it
-// selects. Otherwise: `score`, then `select` and `attend_copy` in the order that the policy wants,
+// selects. Otherwise: `score`, then `select` and `attend_low_bit` in the order that the policy wants,
 // and `attend_fetched`. Both give the same bits for the same positions.
 class LayerStep {
 public:
@@ -69,8 +69,8 @@ public:
     // `next_k` is k. After `select`.
     void select_next(int64_t* positions);
     int64_t next_k() const;
-    // Attend to the low-bit copy without these positions; -1 where the low-bit pair is used.
-    void attend_copy(const int64_t* positions, int64_t k);
+    // Attend to the low-bit KV without these positions; -1 where the low-bit pair is used.
+    void attend_low_bit(const int64_t* positions, int64_t k);
     // Attend to the exact rows of the same positions, and to the recent tokens.
     void attend_fetched(const Fetched&, float* out);
 
@@ -84,6 +84,6 @@ struct Prompt {
     Dtype dtype;
 };
 // Quantise tokens [start, start + count) into pages; whole groups.
-void quantise(const Engine&, const Layout&, const Copy&, const Prompt&, int64_t start, int64_t count);
+void quantise(const Engine&, const Layout&, const LowBitKV&, const Prompt&, int64_t start, int64_t count);
 
 }  // namespace specache

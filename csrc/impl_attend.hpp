@@ -173,7 +173,7 @@ inline float round_weights(const float* weights, const uint16_t* scale, int step
 
 // weights[j][t] are those of tokens; relative[j][t / kStretch] multiplies them where it is given.
 template <int BITS, int NQ>
-void attend_values(const Layout& layout, const Copy& copy, int head, int64_t first, int64_t count, const float* const* weights,
+void attend_values(const Layout& layout, const LowBitKV& low_bit_kv, int head, int64_t first, int64_t count, const float* const* weights,
                    const float* const* relative, Partial out) {
     constexpr int NT = tiles_per_pass<NQ>(), tile_bytes = kTile * kPage * BITS / 8;
     Tables tables = value_tables<BITS>(layout.code);
@@ -181,8 +181,8 @@ void attend_values(const Layout& layout, const Copy& copy, int head, int64_t fir
     const float unit = layout.code == Code::rotated ? normal_levels(BITS).unit : 0.5f;
     alignas(64) uint8_t rounded[NQ][kPage];
     for (int64_t start = first; start < first + count; start += kPage) {
-        const uint8_t* page = copy.pages[start / kPage];
-        const uint8_t* next = page_ahead(copy, start);
+        const uint8_t* page = low_bit_kv.pages[start / kPage];
+        const uint8_t* next = page_ahead(low_bit_kv, start);
         fetch_ahead(layout.value_scale_of(next, head), kPage * groups * 2);
         if (layout.code == Code::kivi) fetch_ahead(layout.value_zero_of(next, head), kPage * groups * 2);
         int valid = min_of(kPage, first + count - start);
@@ -242,19 +242,19 @@ void attend_values(const Layout& layout, const Copy& copy, int head, int64_t fir
 }
 
 template <class I, int BITS>
-void attend_values_by_matrix(const Layout&, const Copy&, int head, int64_t first, int64_t count, int queries,
+void attend_values_by_matrix(const Layout&, const LowBitKV&, int head, int64_t first, int64_t count, int queries,
                              const float* const* weights, const float* const* relative, Partial out);  // impl_matrix.hpp
 
-void add_values(const Layout& layout, const Copy& copy, int head, int64_t first, int64_t count, int queries,
+void add_values(const Layout& layout, const LowBitKV& low_bit_kv, int head, int64_t first, int64_t count, int queries,
                 const float* const* weights, const float* const* relative, Partial out) {
     by_bits(layout.bits, [&](auto bits) {
         constexpr int b = decltype(bits)::value;
         if constexpr (Isa::matrix)
             if (fills_matrices(layout))
-                return attend_values_by_matrix<Isa, b>(layout, copy, head, first, count, queries, weights, relative, out);
+                return attend_values_by_matrix<Isa, b>(layout, low_bit_kv, head, first, count, queries, weights, relative, out);
         in_fours(queries, [&](auto queries_count, int low) {
             Partial part{out.out + low * out.stride, out.peak + low, out.total + low, out.stride};
-            attend_values<b, decltype(queries_count)::value>(layout, copy, head, first, count, weights + low,
+            attend_values<b, decltype(queries_count)::value>(layout, low_bit_kv, head, first, count, weights + low,
                                                              relative ? relative + low : nullptr, part);
         });
     });
@@ -273,7 +273,7 @@ void rotate_back(const Layout& layout, int queries, Partial out) {
         for (int j = 0; j < queries; j++) out.out[j * out.stride + d] = block[d * kTile + j];
 }
 
-void attend_with_weights(const Layout& layout, const Copy& copy, int head, int64_t first, int64_t count,
+void attend_with_weights(const Layout& layout, const LowBitKV& low_bit_kv, int head, int64_t first, int64_t count,
                          const float* const* weights, int queries, const float* const* peaks, Partial out) {
     const int64_t stretches = (count + kStretch - 1) / kStretch;
     float shares[kMaxQueries][kAttendChunk / kStretch];
@@ -294,7 +294,7 @@ void attend_with_weights(const Layout& layout, const Copy& copy, int head, int64
         out.total[j] = total;
         std::memset(out.out + j * out.stride, 0, sizeof(float) * size_t(out.stride));
     }
-    add_values(layout, copy, head, first, count, queries, weights, relative, out);
+    add_values(layout, low_bit_kv, head, first, count, queries, weights, relative, out);
 }
 
 }  // namespace

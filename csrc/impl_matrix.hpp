@@ -73,9 +73,9 @@ inline void multiply(const Round* rounds, int count, int rows, const Tables tabl
 // The pages of a stretch from token `first` on, and those that are read later.
 class Stretch {
 public:
-    Stretch(const Copy& copy, int64_t first, int64_t count) : pages(int((count + kPage - 1) / kPage)) {
-        const int64_t last = (copy.length - 1) / kPage, number = first / kPage;
-        for (int i = 0; i < 2 * kStretchPages; i++) pages_[i] = copy.pages[number + i < last ? number + i : last];
+    Stretch(const LowBitKV& low_bit_kv, int64_t first, int64_t count) : pages(int((count + kPage - 1) / kPage)) {
+        const int64_t last = (low_bit_kv.length - 1) / kPage, number = first / kPage;
+        for (int i = 0; i < 2 * kStretchPages; i++) pages_[i] = low_bit_kv.pages[number + i < last ? number + i : last];
     }
     const uint8_t* page(int i) const { return pages_[i]; }
 
@@ -86,12 +86,12 @@ private:
 };
 
 template <class I, int BITS>
-void score_stretch(const Layout& layout, const Copy& copy, int head, const PreparedQuery& prepared, int64_t first, int count,
+void score_stretch(const Layout& layout, const LowBitKV& low_bit_kv, int head, const PreparedQuery& prepared, int64_t first, int count,
                    float scaling, float* const* scores) {
     constexpr int kRegister = kMatrixBytes * BITS / 8, kAhead = 3;  // packed bytes whose levels fill a register; pages
     constexpr int kTiles = kPage / kTile;
     const Levels& levels = normal_levels(BITS);
-    const Stretch stretch(copy, first, count);
+    const Stretch stretch(low_bit_kv, first, count);
     const int queries = prepared.count, group = layout.group, tile_bytes = kTile * layout.key_row_bytes();
     const int parts = (tile_bytes + kRegister - 1) / kRegister;
     alignas(64) int32_t sums[kStretchPages][kTiles * kMaxQueries * kTile];
@@ -145,20 +145,20 @@ void score_stretch(const Layout& layout, const Copy& copy, int head, const Prepa
 }
 
 template <class I, int BITS>
-void score_by_matrix(const Layout& layout, const Copy& copy, int head, const PreparedQuery& prepared, int64_t first, int64_t count,
+void score_by_matrix(const Layout& layout, const LowBitKV& low_bit_kv, int head, const PreparedQuery& prepared, int64_t first, int64_t count,
                      float scaling, float* const* scores) {
     for (int64_t start = first; start < first + count; start += kStretch)
-        score_stretch<I, BITS>(layout, copy, head, prepared, start, min_of(kStretch, first + count - start), scaling, scores);
+        score_stretch<I, BITS>(layout, low_bit_kv, head, prepared, start, min_of(kStretch, first + count - start), scaling, scores);
 }
 
 // Attend to a stretch for up to eight queries. Weights times value scales are rounded to 16 bits of
 // the stretch's largest and go through the registers as two rows of bytes: sums stay in registers
 // for the whole stretch.
 template <class I, int BITS>
-void attend_stretch(const Layout& layout, const Copy& copy, int head, int64_t first, int count, int queries,
+void attend_stretch(const Layout& layout, const LowBitKV& low_bit_kv, int head, int64_t first, int count, int queries,
                     const float* const* weights, const float* share, const Partial& out) {
     constexpr int tile_bytes = kTile * kPage * BITS / 8;
-    const Stretch stretch(copy, first, count);
+    const Stretch stretch(low_bit_kv, first, count);
     const int tiles = layout.dim / kTile, groups = (tiles + 3) / 4;
     alignas(64) uint8_t rounded[kStretchPages][16][64];
     alignas(64) int32_t sums[kMaxDim / kTile / 4][4 * 16 * kTile];
@@ -204,7 +204,7 @@ void attend_stretch(const Layout& layout, const Copy& copy, int head, int64_t fi
 }
 
 template <class I, int BITS>
-void attend_values_by_matrix(const Layout& layout, const Copy& copy, int head, int64_t first, int64_t count, int queries,
+void attend_values_by_matrix(const Layout& layout, const LowBitKV& low_bit_kv, int head, int64_t first, int64_t count, int queries,
                              const float* const* weights, const float* const* relative, Partial out) {
     for (int low = 0; low < queries; low += 8) {
         const int some = min_of(8, queries - low);
@@ -212,7 +212,7 @@ void attend_values_by_matrix(const Layout& layout, const Copy& copy, int head, i
         for (int64_t start = first; start < first + count; start += kStretch) {
             float share[8];
             for (int j = 0; j < some; j++) share[j] = relative ? relative[low + j][start / kStretch] : 1.0f;
-            attend_stretch<I, BITS>(layout, copy, head, start, min_of(kStretch, first + count - start), some, weights + low, share, part);
+            attend_stretch<I, BITS>(layout, low_bit_kv, head, start, min_of(kStretch, first + count - start), some, weights + low, share, part);
         }
     }
 }

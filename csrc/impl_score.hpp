@@ -110,14 +110,14 @@ inline void fetch_ahead(const void* field, int64_t size) {
 }
 
 // Return the page to prefetch while that of token `start` is processed: one memory latency ahead.
-inline const uint8_t* page_ahead(const Copy& copy, int64_t start) {
+inline const uint8_t* page_ahead(const LowBitKV& low_bit_kv, int64_t start) {
     constexpr int64_t kAhead = 3;
-    const int64_t page = start / kPage + kAhead, last = (copy.length - 1) / kPage;
-    return copy.pages[page < last ? page : last];
+    const int64_t page = start / kPage + kAhead, last = (low_bit_kv.length - 1) / kPage;
+    return low_bit_kv.pages[page < last ? page : last];
 }
 
 template <int BITS, int NQ>
-void score_rotated(const Layout& layout, const Copy& copy, int head, const PreparedQuery& prepared, int low, int64_t first,
+void score_rotated(const Layout& layout, const LowBitKV& low_bit_kv, int head, const PreparedQuery& prepared, int low, int64_t first,
                    int64_t count, float scaling, float* const* scores) {
     constexpr int NT = tiles_per_pass<NQ>();
     const Levels& levels = normal_levels(BITS);
@@ -131,8 +131,8 @@ void score_rotated(const Layout& layout, const Copy& copy, int head, const Prepa
     }
     alignas(64) float bias[NQ][kPage];
     for (int64_t start = first; start < first + count; start += kPage) {
-        const uint8_t* page = copy.pages[start / kPage];
-        const uint8_t* next = page_ahead(copy, start);
+        const uint8_t* page = low_bit_kv.pages[start / kPage];
+        const uint8_t* next = page_ahead(low_bit_kv, start);
         fetch_ahead(layout.key_zero_of(next, head), int64_t(layout.groups_per_page()) * layout.dim * 2);
         fetch_ahead(layout.key_scale_of(next, head), kPage * 2);
         int valid = min_of(kPage, first + count - start);
@@ -166,7 +166,7 @@ void score_rotated(const Layout& layout, const Copy& copy, int head, const Prepa
 }
 
 template <int BITS, int NQ>
-void score_kivi(const Layout& layout, const Copy& copy, int head, const float* const* queries, int64_t first, int64_t count,
+void score_kivi(const Layout& layout, const LowBitKV& low_bit_kv, int head, const float* const* queries, int64_t first, int64_t count,
                 float scaling, float* const* scores) {
     Tables tables = key_tables<BITS>(layout.code);
     const int chunks = layout.key_chunks(), rest = layout.key_rest(), tile_bytes = kTile * layout.key_row_bytes();
@@ -174,8 +174,8 @@ void score_kivi(const Layout& layout, const Copy& copy, int head, const float* c
     alignas(64) float folded[kMaxDim];
     alignas(64) int8_t rounded[NQ][kQueryStride], fine[NQ][kQueryStride];
     for (int64_t start = first; start < first + count; start += kPage) {
-        const uint8_t* page = copy.pages[start / kPage];
-        const uint8_t* next = page_ahead(copy, start);
+        const uint8_t* page = low_bit_kv.pages[start / kPage];
+        const uint8_t* next = page_ahead(low_bit_kv, start);
         fetch_ahead(layout.key_zero_of(next, head), int64_t(layout.groups_per_page()) * dim * 2);
         fetch_ahead(layout.key_scale_of(next, head), int64_t(layout.groups_per_page()) * dim * 2);
         int valid = min_of(kPage, first + count - start);
@@ -220,28 +220,28 @@ void score_kivi(const Layout& layout, const Copy& copy, int head, const float* c
 inline bool fills_matrices(const Layout&);
 
 template <class I, int BITS>
-void score_by_matrix(const Layout&, const Copy&, int head, const PreparedQuery&, int64_t first, int64_t count, float scaling,
+void score_by_matrix(const Layout&, const LowBitKV&, int head, const PreparedQuery&, int64_t first, int64_t count, float scaling,
                      float* const* scores);  // impl_matrix.hpp
 
 template <int BITS>
-void score_of(const Layout& layout, const Copy& copy, int head, const PreparedQuery& prepared, int64_t first, int64_t count,
+void score_of(const Layout& layout, const LowBitKV& low_bit_kv, int head, const PreparedQuery& prepared, int64_t first, int64_t count,
               float scaling, float* const* scores) {
     if constexpr (Isa::matrix)
         if (fills_matrices(layout) && prepared.count > 4)  // fewer are faster without
-            return score_by_matrix<Isa, BITS>(layout, copy, head, prepared, first, count, scaling, scores);
+            return score_by_matrix<Isa, BITS>(layout, low_bit_kv, head, prepared, first, count, scaling, scores);
     in_fours(prepared.count, [&](auto queries, int low) {
         constexpr int NQ = decltype(queries)::value;
         if (layout.code == Code::rotated)
-            score_rotated<BITS, NQ>(layout, copy, head, prepared, low, first, count, scaling, scores + low);
+            score_rotated<BITS, NQ>(layout, low_bit_kv, head, prepared, low, first, count, scaling, scores + low);
         else
-            score_kivi<BITS, NQ>(layout, copy, head, prepared.query + low, first, count, scaling, scores + low);
+            score_kivi<BITS, NQ>(layout, low_bit_kv, head, prepared.query + low, first, count, scaling, scores + low);
     });
 }
 
-void score(const Layout& layout, const Copy& copy, int head, const PreparedQuery& prepared, int64_t first, int64_t count,
+void score(const Layout& layout, const LowBitKV& low_bit_kv, int head, const PreparedQuery& prepared, int64_t first, int64_t count,
            float scaling, float softcap, float* const* scores) {
     by_bits(layout.bits, [&](auto bits) {
-        score_of<decltype(bits)::value>(layout, copy, head, prepared, first, count, scaling, scores);
+        score_of<decltype(bits)::value>(layout, low_bit_kv, head, prepared, first, count, scaling, scores);
     });
     if (softcap > 0)
         for (int j = 0; j < prepared.count; j++)

@@ -61,9 +61,9 @@ void top_k(const float* mean_prob, int64_t length, float* tops, int64_t count, i
     for (; taken < k; taken++) positions[taken] = -1;
 }
 
-void exp_scores(const Layout& layout, const Copy& copy, int head, const PreparedQuery& prepared, int64_t first, int64_t count,
+void exp_scores(const Layout& layout, const LowBitKV& low_bit_kv, int head, const PreparedQuery& prepared, int64_t first, int64_t count,
                 float scaling, float softcap, float* const* weights, float* peak, float* total) {
-    score(layout, copy, head, prepared, first, count, scaling, softcap, weights);
+    score(layout, low_bit_kv, head, prepared, first, count, scaling, softcap, weights);
     for (int j = 0; j < prepared.count; j++) {
         float* row = weights[j] + first;
         peak[j] = largest_of(row, count);

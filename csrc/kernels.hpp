@@ -65,7 +65,7 @@ struct Kernels {
 
     // weights[j][t] = exp(score - peak[j]) of tokens [first, first + count), a stretch of at most
     // kStretch; total[j] is their sum. Weights are zero up to the end of the last page.
-    void (*exp_scores)(const Layout&, const Copy&, int head, const PreparedQuery&, int64_t first, int64_t count, float scaling,
+    void (*exp_scores)(const Layout&, const LowBitKV&, int head, const PreparedQuery&, int64_t first, int64_t count, float scaling,
                        float softcap, float* const* weights, float* peak, float* total);
 
     // mean_prob[t] = sum_g factor[g] weights[g][t] of such a stretch. tops: the largest of each
@@ -84,10 +84,10 @@ struct Kernels {
     void (*exact_rows)(const float* const* queries, int queries_count, int dim, const Rows&, int row, const int64_t* positions,
                        const int64_t* slots, int64_t count, float scaling, float softcap, float* scores, Partial out);
 
-    // Attend to tokens [first, first + count) of the low-bit copy with their weights, at most
+    // Attend to tokens [first, first + count) of the low-bit KV with their weights, at most
     // kAttendChunk from a stretch's border on. Tokens that are attended to elsewhere have weight
     // zero. peaks[j][s] is the peak of stretch s. The sum is still rotated.
-    void (*attend_with_weights)(const Layout&, const Copy&, int head, int64_t first, int64_t count, const float* const* weights,
+    void (*attend_with_weights)(const Layout&, const LowBitKV&, int head, int64_t first, int64_t count, const float* const* weights,
                                 int queries, const float* const* peaks, Partial out);
     void (*rotate_back)(const Layout&, int queries, Partial out);
 };

@@ -29,7 +29,7 @@ public:
           stretches_(chunks_of(size_, kStretch)), chunks_(chunks_of(size_, kAttendChunk)), wave_(at_once ? heads_per_wave() : step_.heads()),
           per_top_(kernels_.blocks_per_top(size_, k_)), tops_(chunks_ * (kAttendChunk / kStretch) * tops_of_stretch()), queries_(engine_, step_),
           row_batches_(step_.groups, kernels_.queries_per_pass), recent_parts_(step_, queries_.batches, step_.heads() * queries_.batches.count),
-          copy_parts_(step_, queries_.batches, wave_ * queries_.batches.count * chunks_),
+          low_bit_parts_(step_, queries_.batches, wave_ * queries_.batches.count * chunks_),
           exact_parts_(step_, row_batches_, wave_ * step_.rows * row_batches_.count),
           weights_(wave_ * count_ * size_), peaks_(wave_ * count_ * stretches_), totals_(wave_ * count_ * stretches_),
           factors_(wave_ * count_ * stretches_), mean_prob_(wave_ * step_.rows * size_), top_values_(wave_ * step_.rows * tops_),
@@ -81,7 +81,7 @@ public:
     }
 
     // The phases of `attend_wave` that need no rows.
-    void attend_copy(const int64_t* positions, int64_t k) {
+    void attend_low_bit(const int64_t* positions, int64_t k) {
         if (!size_) return;
         parallel(engine_.threads, [&](Worker& worker) {
             worker.each(rows_of(step_.heads()), [&](int64_t i) { leave_out(i / step_.rows, int(i % step_.rows), positions + i * k, k); });
@@ -157,8 +157,8 @@ private:
     // exp(score - peak) of the pending tokens, of the last row's query in a group.
     float* pending(int64_t head, int group) { return pending_.get() + (head * step_.groups + group) * most_pending_; }
     float* tops(int64_t slot, int row) { return top_values_.get() + (slot * step_.rows + row) * tops_; }
-    Partial copy_part(int64_t slot, int64_t chunk, int64_t batch) {
-        return copy_parts_.at((slot * chunks_ + chunk) * queries_.batches.count + batch);
+    Partial low_bit_part(int64_t slot, int64_t chunk, int64_t batch) {
+        return low_bit_parts_.at((slot * chunks_ + chunk) * queries_.batches.count + batch);
     }
     Partial exact_part(int64_t slot, int row, int64_t batch) { return exact_parts_.at((slot * step_.rows + row) * row_batches_.count + batch); }
     Partial recent_part(int64_t head, int64_t batch) { return recent_parts_.at(head * queries_.batches.count + batch); }
@@ -187,13 +187,13 @@ private:
     }
 
     void exp_scores(int64_t first, int64_t slot, int64_t stretch, int64_t batch) {
-        const Copy& copy = step_.copy_of(first + slot);
-        const int64_t start = stretch * kStretch, tokens = std::min<int64_t>(kStretch, copy.length - start);
+        const LowBitKV& low_bit_kv = step_.low_bit_of(first + slot);
+        const int64_t start = stretch * kStretch, tokens = std::min<int64_t>(kStretch, low_bit_kv.length - start);
         float *out[kMaxQueries], peak[kMaxQueries], total[kMaxQueries];
         const int low = queries_.batches.first(batch), count = queries_.batches.length(batch);
         for (int j = 0; j < count; j++) out[j] = weights(slot, low + j), peak[j] = -INFINITY, total[j] = 0.0f;
         if (tokens > 0)
-            kernels_.exp_scores(layout_, copy, step_.head_of(first + slot), queries_.prepared(first + slot, batch), start, tokens,
+            kernels_.exp_scores(layout_, low_bit_kv, step_.head_of(first + slot), queries_.prepared(first + slot, batch), start, tokens,
                                 step_.scaling, step_.softcap, out, peak, total);
         for (int j = 0; j < count; j++) {
             of_stretches(peaks_, slot, low + j)[stretch] = peak[j];
@@ -237,7 +237,7 @@ private:
 
     // The last query's choice among the low-bit tokens and the pending ones, which follow them.
     void select_next(int64_t head, int64_t* positions) {
-        const int64_t length = step_.copy_of(head).length, pending = recents_[size_t(head / layout_.heads)].pending;
+        const int64_t length = step_.low_bit_of(head).length, pending = recents_[size_t(head / layout_.heads)].pending;
         const int last = step_.rows - 1;
         if (!pending) {
             std::fill(std::copy_n(positions_.get() + (head * step_.rows + last) * k_, k_, positions), positions + next_k_, -1);
@@ -267,7 +267,7 @@ private:
     }
 
     void add_mean_prob(int64_t first, int64_t slot, int64_t chunk, int row) {
-        const int64_t length = step_.copy_of(first + slot).length;
+        const int64_t length = step_.low_bit_of(first + slot).length;
         float* mean_prob = mean_prob_.get() + (slot * step_.rows + row) * size_;
         std::vector<const float*> of_group(size_t(step_.groups));
         std::vector<float> factor(size_t(step_.groups));
@@ -284,7 +284,7 @@ private:
     }
 
     void top_k(int64_t first, int64_t slot, int row) {
-        const int64_t length = step_.copy_of(first + slot).length;
+        const int64_t length = step_.low_bit_of(first + slot).length;
         int64_t* chosen = positions_.get() + (slot * step_.rows + row) * k_;
         auto* held = static_cast<float*>(scratch(size_t(padded(length)) * (sizeof(float) + sizeof(int32_t))));
         kernels_.top_k(mean_prob_.get() + (slot * step_.rows + row) * size_, length, tops(slot, row), tops_, k_, chosen, held,
@@ -316,39 +316,39 @@ private:
     }
 
     void attend_chunk(int64_t first, int64_t slot, int64_t chunk, int64_t batch) {
-        const Copy& copy = step_.copy_of(first + slot);
-        const int64_t start = chunk * kAttendChunk, tokens = std::min<int64_t>(kAttendChunk, copy.length - start);
+        const LowBitKV& low_bit_kv = step_.low_bit_of(first + slot);
+        const int64_t start = chunk * kAttendChunk, tokens = std::min<int64_t>(kAttendChunk, low_bit_kv.length - start);
         const int low = queries_.batches.first(batch), count = queries_.batches.length(batch);
-        Partial part = copy_part(slot, chunk, batch);
+        Partial part = low_bit_part(slot, chunk, batch);
         const float *of_query[kMaxQueries], *peaks[kMaxQueries];
         for (int j = 0; j < count; j++) {
             of_query[j] = weights(slot, low + j), peaks[j] = of_stretches(peaks_, slot, low + j);
             part.peak[j] = -INFINITY, part.total[j] = 0.0f;
         }
         if (tokens > 0)
-            kernels_.attend_with_weights(layout_, copy, step_.head_of(first + slot), start, tokens, of_query, count, peaks,
+            kernels_.attend_with_weights(layout_, low_bit_kv, step_.head_of(first + slot), start, tokens, of_query, count, peaks,
                                          part);
         else
             std::fill(part.out, part.out + count * part.stride, 0.0f);
     }
 
-    // Add the parts of all chunks of the low-bit copy to that of its first chunk.
+    // Add the parts of all chunks of the low-bit KV to that of its first chunk.
     void add_chunks(int64_t slot, int64_t batch) {
         const int count = queries_.batches.length(batch);
-        Partial copy = copy_part(slot, 0, batch);
+        Partial low_bit_kv = low_bit_part(slot, 0, batch);
         for (int64_t chunk = 1; chunk < chunks_; chunk++)
-            for (int j = 0; j < count; j++) add(copy_part(slot, chunk, batch), copy, j);
-        kernels_.rotate_back(layout_, count, copy);
+            for (int j = 0; j < count; j++) add(low_bit_part(slot, chunk, batch), low_bit_kv, j);
+        kernels_.rotate_back(layout_, count, low_bit_kv);
     }
 
-    // Join the parts of the low-bit copy, the exact rows and the recent tokens.
+    // Join the parts of the low-bit KV, the exact rows and the recent tokens.
     void finish(int64_t first, int64_t slot, int64_t batch, float* out) {
         const int64_t head = first + slot;
         const int count = queries_.batches.length(batch), low = queries_.batches.first(batch);
-        Partial copy = copy_part(slot, 0, batch);
+        Partial low_bit_kv = low_bit_part(slot, 0, batch);
         for (int j = 0; j < count; j++) {
             const int query = low + j, group = query / step_.rows;
-            Partial parts[] = {recent_part(head, batch), copy, exact_part(slot, query % step_.rows, group / row_batches_.size)};
+            Partial parts[] = {recent_part(head, batch), low_bit_kv, exact_part(slot, query % step_.rows, group / row_batches_.size)};
             const int place[] = {j, j, group % row_batches_.size};
             join(parts, place, size_ ? 3 : 1, layout_.dim, sink(head, query), out + (head * count_ + query) * layout_.dim);
         }
@@ -377,7 +377,7 @@ private:
     // Low-bit tokens of the next step.
     static int64_t longest_next(const Step& step, const std::vector<Recent>& recents) {
         int64_t length = 0;
-        for (size_t b = 0; b < recents.size(); b++) length = std::max(length, step.copies[b].length + recents[b].pending);
+        for (size_t b = 0; b < recents.size(); b++) length = std::max(length, step.low_bit_kvs[b].length + recents[b].pending);
         return length;
     }
 
@@ -395,7 +395,7 @@ private:
     const int64_t size_, k_, next_k_, most_pending_, count_, stretches_, chunks_, wave_, per_top_, tops_;
     Queries queries_;
     const Batches row_batches_;
-    Partials recent_parts_, copy_parts_, exact_parts_;
+    Partials recent_parts_, low_bit_parts_, exact_parts_;
     Buffer<float> weights_, peaks_, totals_, factors_, mean_prob_, top_values_, rest_lse_, pending_;
     Buffer<int64_t> positions_;
 };
@@ -409,7 +409,7 @@ void LayerStep::rescore(const Fetched& fetched) { state_->rescore(fetched); }
 void LayerStep::select(int64_t* positions) { state_->select(positions); }
 void LayerStep::select_next(int64_t* positions) { state_->select_next(positions); }
 int64_t LayerStep::next_k() const { return state_->next_k(); }
-void LayerStep::attend_copy(const int64_t* positions, int64_t k) { state_->attend_copy(positions, k); }
+void LayerStep::attend_low_bit(const int64_t* positions, int64_t k) { state_->attend_low_bit(positions, k); }
 void LayerStep::attend_fetched(const Fetched& fetched, float* out) { state_->attend_fetched(fetched, out); }
 
 }  // namespace specache

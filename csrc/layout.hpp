@@ -1,4 +1,4 @@
-// The low-bit copy as kernels see it. The byte layout is declared in specache/low_bit/layout.py and
+// The low-bit KV as kernels see it. The byte layout is declared in specache/low_bit/layout.py and
 // specache/kernels/packing.py.
 //
 // Symbols: Hkv key-value heads, G query heads per KV head, n rows of a step (committed, draft), r =
@@ -60,7 +60,7 @@ struct Layout {
     }
 };
 
-struct Copy {
+struct LowBitKV {
     const uint8_t* const* pages;
     int64_t length;      // tokens
     const float* weights;  // key scales [Hkv, D] of the rotated code, else null

@@ -52,23 +52,23 @@ struct OwnedLayout {
     }
 };
 
-struct OwnedCopy {
+struct OwnedLowBitKV {
     std::vector<const uint8_t*> pages;
     int64_t length;
     const float* weights;
 
-    OwnedCopy(Addresses addresses, int64_t length, uintptr_t weights) : length(length), weights(at<const float>(weights)) {
+    OwnedLowBitKV(Addresses addresses, int64_t length, uintptr_t weights) : length(length), weights(at<const float>(weights)) {
         pages.reserve(addresses.shape(0));
         for (size_t i = 0; i < addresses.shape(0); i++) pages.push_back(reinterpret_cast<const uint8_t*>(addresses(i)));
         if (int64_t(pages.size()) * kPage < length) throw std::invalid_argument("fewer pages than tokens");
     }
-    Copy view() const { return {pages.data(), length, weights}; }
+    LowBitKV view() const { return {pages.data(), length, weights}; }
 };
 
-Step step_of(const OwnedLayout& layout, const std::vector<const OwnedCopy*>& copies, uintptr_t query, int groups, int rows,
+Step step_of(const OwnedLayout& layout, const std::vector<const OwnedLowBitKV*>& low_bit_kvs, uintptr_t query, int groups, int rows,
              float scaling, float softcap) {
     Step step{&layout.layout, {}, at<const float>(query), groups, rows, scaling, softcap};
-    for (const OwnedCopy* copy : copies) step.copies.push_back(copy->view());
+    for (const OwnedLowBitKV* low_bit_kv : low_bit_kvs) step.low_bit_kvs.push_back(low_bit_kv->view());
     return step;
 }
 
@@ -93,13 +93,13 @@ std::vector<Recent> recents_of(const std::vector<int64_t>& numbers, int dtype) {
 // A `LayerStep` and what it points to, except for memory of tensors.
 struct OwnedStep {
     OwnedLayout layout;
-    std::vector<OwnedCopy> copies;
+    std::vector<OwnedLowBitKV> low_bit_kvs;
     Step step;
     LayerStep layer;
 
-    OwnedStep(const std::string& isa, int threads, const OwnedLayout& layout, const std::vector<const OwnedCopy*>& copies, uintptr_t query,
+    OwnedStep(const std::string& isa, int threads, const OwnedLayout& layout, const std::vector<const OwnedLowBitKV*>& low_bit_kvs, uintptr_t query,
               int groups, int n, float scaling, float softcap, const std::vector<int64_t>& recent, int dtype, int64_t k, uintptr_t sinks, bool at_once)
-        : layout(layout), copies(owned(copies)), step(step_of(this->layout, pointers(this->copies), query, groups, n, scaling, softcap)),
+        : layout(layout), low_bit_kvs(owned(low_bit_kvs)), step(step_of(this->layout, pointers(this->low_bit_kvs), query, groups, n, scaling, softcap)),
           layer(engine_of(isa, threads), step, recents_of(recent, dtype), k, at<const float>(sinks), at_once) {
         this->layout.layout.signs = this->layout.signs.data();
     }
@@ -131,9 +131,9 @@ struct OwnedStep {
         layer.select_next(at<int64_t>(positions));
     }
     int64_t next_k() const { return layer.next_k(); }
-    void attend_copy(uintptr_t positions, int64_t k) {
+    void attend_low_bit(uintptr_t positions, int64_t k) {
         nb::gil_scoped_release released;
-        layer.attend_copy(at<const int64_t>(positions), k);
+        layer.attend_low_bit(at<const int64_t>(positions), k);
     }
     void attend_fetched(uintptr_t positions, int64_t k, uintptr_t rows, int dtype, const std::vector<int64_t>& strides, uintptr_t out) {
         Fetched fetched = fetched_of(step, positions, k, rows, dtype, strides);
@@ -142,25 +142,25 @@ struct OwnedStep {
     }
 
 private:
-    static std::vector<OwnedCopy> owned(const std::vector<const OwnedCopy*>& copies) {
-        std::vector<OwnedCopy> all;
-        for (const OwnedCopy* copy : copies) all.push_back(*copy);
+    static std::vector<OwnedLowBitKV> owned(const std::vector<const OwnedLowBitKV*>& low_bit_kvs) {
+        std::vector<OwnedLowBitKV> all;
+        for (const OwnedLowBitKV* low_bit_kv : low_bit_kvs) all.push_back(*low_bit_kv);
         return all;
     }
-    static std::vector<const OwnedCopy*> pointers(const std::vector<OwnedCopy>& copies) {
-        std::vector<const OwnedCopy*> all;
-        for (const OwnedCopy& copy : copies) all.push_back(&copy);
+    static std::vector<const OwnedLowBitKV*> pointers(const std::vector<OwnedLowBitKV>& low_bit_kvs) {
+        std::vector<const OwnedLowBitKV*> all;
+        for (const OwnedLowBitKV& low_bit_kv : low_bit_kvs) all.push_back(&low_bit_kv);
         return all;
     }
 };
 
 // strides: of keys per head and token, of values per head and token, in bytes.
-void py_quantise(const std::string& isa, int threads, const OwnedLayout& layout, const OwnedCopy& copy, uintptr_t keys,
+void py_quantise(const std::string& isa, int threads, const OwnedLayout& layout, const OwnedLowBitKV& low_bit_kv, uintptr_t keys,
                  uintptr_t values, const std::vector<int64_t>& strides, int dtype, int64_t start, int64_t count) {
     Engine engine = engine_of(isa, threads);
     Prompt prompt{at<const uint8_t>(keys), at<const uint8_t>(values), strides.at(0), strides.at(1), strides.at(2), strides.at(3), Dtype(dtype)};
     nb::gil_scoped_release released;
-    quantise(engine, layout.layout, copy.view(), prompt, start, count);
+    quantise(engine, layout.layout, low_bit_kv.view(), prompt, start, count);
 }
 
 // What a table of blocks tells of itself; the memory stays with the caller.
@@ -207,7 +207,7 @@ bool py_take(RowsInFlight& rows, uintptr_t out) {
 }  // namespace
 
 NB_MODULE(_native, m) {
-    m.doc() = "Kernels over the low-bit copy for CPUs, called by specache.kernels.cpu.native; reads of rows, called by specache.tiers.disk.native_reads.";
+    m.doc() = "Kernels over the low-bit KV for CPUs, called by specache.kernels.cpu.native; reads of rows, called by specache.tiers.disk.native_reads.";
     nb::set_leak_warnings(false);  // cached layouts live as long as the process
     m.attr("MAX_DIM") = kMaxDim;
     m.def("available", [] {
@@ -218,10 +218,10 @@ NB_MODULE(_native, m) {
     nb::class_<OwnedLayout>(m, "Layout")
         .def(nb::init<int, int, int, int, int, int, const std::vector<int64_t>&, std::vector<float>>(), "code"_a, "bits"_a, "group"_a,
              "heads"_a, "dim"_a, "value_group"_a, "offsets"_a, "signs"_a);
-    nb::class_<OwnedCopy>(m, "Copy").def(nb::init<Addresses, int64_t, uintptr_t>(), "pages"_a, "length"_a, "weights"_a)
-        .def_rw("length", &OwnedCopy::length);
+    nb::class_<OwnedLowBitKV>(m, "LowBitKV").def(nb::init<Addresses, int64_t, uintptr_t>(), "pages"_a, "length"_a, "weights"_a)
+        .def_rw("length", &OwnedLowBitKV::length);
     nb::class_<OwnedStep>(m, "LayerStep")
-        .def(nb::init<const std::string&, int, const OwnedLayout&, const std::vector<const OwnedCopy*>&, uintptr_t, int, int, float, float,
+        .def(nb::init<const std::string&, int, const OwnedLayout&, const std::vector<const OwnedLowBitKV*>&, uintptr_t, int, int, float, float,
                       const std::vector<int64_t>&, int, int64_t, uintptr_t, bool>())
         .def("run", &OwnedStep::run)
         .def("score", &OwnedStep::score)
@@ -229,7 +229,7 @@ NB_MODULE(_native, m) {
         .def("select", &OwnedStep::select)
         .def("select_next", &OwnedStep::select_next)
         .def_prop_ro("next_k", &OwnedStep::next_k)
-        .def("attend_copy", &OwnedStep::attend_copy)
+        .def("attend_low_bit", &OwnedStep::attend_low_bit)
         .def("attend_fetched", &OwnedStep::attend_fetched);
     m.def("quantise", &py_quantise);
     nb::class_<RowTable>(m, "RowTable")

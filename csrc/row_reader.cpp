@@ -71,7 +71,7 @@ bool intact(const RowFiles& files, const Row& row, const uint64_t* words) {
     return sum == words[files.words];
 }
 
-// Copy rows of completed reads to their places in `out`. Return false at the first wrong checksum.
+// LowBitKV rows of completed reads to their places in `out`. Return false at the first wrong checksum.
 bool take_rows(const std::vector<Span>& spans, const std::vector<Row>& rows, const RowFiles& files, const uint8_t* buffer, uint64_t* out) {
     for (const Span& span : spans)
         for (size_t i = span.first; i < span.last; i++) {

@@ -1,4 +1,4 @@
-// Read scattered 16-bit rows from files: one call plans, reads, checks and copies, without the
+// Read scattered 16-bit rows from files: one call plans, reads, checks and low_bit_kvs, without the
 // Python interpreter. The layout is declared in specache/tiers/disk/row_layout.py.
 #pragma once
 #include <atomic>

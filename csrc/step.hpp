@@ -115,8 +115,8 @@ public:
 
     void prepare(const Engine& engine, int64_t head) {
         pad(head);
-        if (!step_.copy_of(head).length) return;  // key scales do not exist yet either
-        const float* weights = step_.copy_of(head).weights;
+        if (!step_.low_bit_of(head).length) return;  // key scales do not exist yet either
+        const float* weights = step_.low_bit_of(head).weights;
         if (weights) weights += int64_t(step_.head_of(head)) * step_.layout->dim;
         for (int64_t i = 0; i < batches.count; i++) {
             const float* pointers[kMaxQueries];
@@ -141,7 +141,7 @@ private:
 
 inline int64_t longest(const Step& step) {
     int64_t length = 0;
-    for (const Copy& copy : step.copies) length = std::max(length, copy.length);
+    for (const LowBitKV& low_bit_kv : step.low_bit_kvs) length = std::max(length, low_bit_kv.length);
     return length;
 }
 

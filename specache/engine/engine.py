@@ -20,7 +20,7 @@ from specache.cache.sequence import Sequence as CachedSequence
 from specache.config import SpeCacheConfig
 from specache.engine.admission import fits_beside
 from specache.engine.attention_hook import attached
-from specache.engine.batch_step import decode, pre_decode
+from specache.engine.batch_step import BatchStep
 from specache.engine.decoder import Decoder, PrefillChunks
 from specache.engine.handle import Handle, Request
 from specache.engine.prefilling import prefill_texts
@@ -161,7 +161,7 @@ class Engine:
         if tokens is not None:
             run.give(tokens, self.cache.counters)
             with modes.ours(), attached(self._model):
-                pre_decode(self._decoder, self._running, self._errors_of)
+                BatchStep(self._decoder, self._running, self._errors_of, self._end).pre_decode()
         return run
 
     def __del__(self) -> None:
@@ -226,8 +226,9 @@ class Engine:
 
     def _decode(self) -> None:
         """Decode one token of every running request (Algorithms 2 and 3)."""
-        pre_decode(self._decoder, self._running, self._errors_of)
-        decode(self._decoder, self._running, self._errors_of, self._end)
+        step = BatchStep(self._decoder, self._running, self._errors_of, self._end)
+        step.pre_decode()
+        step.decode()
 
     def _finish(self) -> None:
         """End the requests whose sequences have all finished."""

@@ -7,6 +7,7 @@ else reads or changes them.
 
 from __future__ import annotations
 
+import functools
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from specache.attention.decode import StepKind
 from specache.cache.cache import SpeCache
 from specache.cache.layers import not_finite
 from specache.cache.sequence import Sequence as CachedSequence
-from specache.config import SlowTierKind
+from specache.config import Policy, SlowTierKind
 from specache.device import page_kernels
 from specache.device.batch import BatchSize, DeviceBatch
 from specache.device.graph import CaptureError, GraphedSteps, Graphs, graphs_for
@@ -63,6 +64,8 @@ class StaticDecoder:
         self._disabled = self._unsupported_reason()  # why no static step runs, or `None`
         if self._disabled and cache.config.cuda_graph:
             _warn(f"cuda_graph is on, but decode steps are not captured: {self._disabled}.")
+        elif self._disabled and self._on_device and cache.config.policy is not Policy.FULL:
+            _warn_once(f"Decode steps run on PyTorch operations, slower than our kernels on a GPU: {self._disabled}.")
 
     def supports(self, kind: StepKind, sequences: Sequence[CachedSequence]) -> bool:
         """Return whether a pass can run over static buffers.
@@ -237,3 +240,8 @@ class StaticDecoder:
 
 def _warn(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    _warn(message)

@@ -4,6 +4,8 @@ would have left them.
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -319,6 +321,18 @@ def test_what_is_not_served_is_named_where_it_was_asked_for(model, monkeypatch, 
     settings = config(slow_tier=f"disk:{tmp_path}", cuda_graph=True)
     with static_steps(monkeypatch) as steps, pytest.warns(RuntimeWarning, match="slow tier 'disk'"):
         answer(model, settings, (60,), 5).past_key_values.close()
+    assert steps == []
+
+
+def test_what_static_steps_do_not_support_runs_on_pytorch_and_says_so_once(model, monkeypatch, tmp_path):
+    settings = config(slow_tier=f"disk:{tmp_path}")
+    with static_steps(monkeypatch) as steps:
+        with pytest.warns(RuntimeWarning, match="PyTorch operations, slower .*: the 16-bit pairs are in slow tier 'disk'"):
+            answer(model, settings, (90,), 4)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            answer(model, settings, (90,), 4)
+            answer(model, config(policy="full"), (90,), 4)
     assert steps == []
 
 

@@ -180,7 +180,7 @@ class NativeLayerStep:
 
     def attend_low_bit(self, positions: Tensor) -> None:
         positions = positions.contiguous()
-        self._step.attend_copy(positions.data_ptr(), positions.shape[-1])
+        self._step.attend_low_bit(positions.data_ptr(), positions.shape[-1])
 
     def attend_fetched(self, positions: Tensor, kv_rows: Tensor) -> Tensor:
         positions, kv_rows = positions.contiguous(), _last_contiguous(kv_rows)
@@ -214,7 +214,7 @@ def _native_kv(low_bit_kv: LowBitKV, length: int) -> Any:
     parts = [run.addresses for run in low_bit_kv.runs]
     pages = parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
     channel_scales = 0 if low_bit_kv.channel_scales is None else low_bit_kv.channel_scales.data_ptr()
-    return _native.Copy(pages, length, channel_scales)
+    return _native.LowBitKV(pages, length, channel_scales)
 
 
 def _layout_of(low_bit_kvs: Sequence[LowBitKV]) -> Any:
