@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -13,42 +12,33 @@ from transformers.generation import GenerateDecoderOnlyOutput, StopStringCriteri
 
 from specache.cache.cache import SpeCache
 from specache.config import SpeCacheConfig
-from specache.engine.admission import check_room, planned_sequences
+from specache.engine.admission import planned_sequences
 from specache.engine.attention_hook import attached, stock_generate_arguments
-from specache.engine.auto_tier import decide_tier
 from specache.engine.continuing import (
-    full_texts,
-    note_pending_tokens,
     refuse_padding_behind_answers,
     sequence_per_text,
-    warn_of_rereading,
 )
 from specache.engine.decoder import Decoder, Progress, last_of
-from specache.engine.engine import Engine
 from specache.engine.handle import Request
-from specache.engine.model_arguments import PASSED_ON, PREPARED, check_model_arguments, check_position_ids, model_arguments
+from specache.engine.model_arguments import PASSED_ON, PREPARED, check_model_arguments, model_arguments
 from specache.engine.prefilling import prefill_texts
+from specache.engine.prepared_call import check_memory, check_texts, checked_texts, run_prepared
 from specache.engine.recovery import tokens_kept_on_error
 from specache.engine.request import (
-    cache_for,
     check_cache,
     check_decoding_loop,
     check_max_new_tokens,
-    check_prompt_lengths,
-    check_sequences,
     check_types,
-    check_vocabulary,
     inferred_mask,
     prompt_ids,
     stored_new_tokens,
     unpadded_rows,
-    user_cache,
 )
 from specache.engine.sampling import ClosingStreamer, GenerationState, SamplingParams
 from specache.errors import UsageError
 from specache.model.file_settings import GenerationSettings, one_row_per_answer
 from specache.model.identity.wrappers import unwrapped
-from specache.model.info import ModelInfo, inspect_model
+from specache.model.info import inspect_model
 from specache.platform import modes
 
 
@@ -95,7 +85,7 @@ def generate(
     with ClosingStreamer.of(streamer) as closing:
 
         def run(model: Any, input_ids: Tensor, **arguments: Any) -> Tensor | GenerateDecoderOnlyOutput:
-            return _decode(model, input_ids, config, closing, progress, **arguments)
+            return run_prepared(model, input_ids, config, closing, progress, **arguments)
 
         if past_key_values is not None:
             kwargs["past_key_values"] = past_key_values
@@ -144,7 +134,7 @@ def make_request(
     ) -> Tensor:
         with modes.ours():
             token_ids = unpadded_rows(input_ids, attention_mask)
-            _check_texts(model, inspect_model(model), token_ids, token_ids, position_ids)
+            check_texts(model, inspect_model(model), token_ids, token_ids, position_ids)
             params = SamplingParams.of(logits_processor, stopping_criteria, generation_config)
             if seed is not None:
                 params.generator = torch.Generator(input_ids.device).manual_seed(seed)
@@ -244,7 +234,7 @@ def decode(
             arguments["pad"] = settings.padding_token()
             with modes.ours():
                 arguments["attention_mask"] = inferred_mask(input_ids, arguments["pad"])
-        return _decode(model, input_ids, config, streamer, progress, streamer_has_prompt=True, **arguments)
+        return run_prepared(model, input_ids, config, streamer, progress, streamer_has_prompt=True, **arguments)
 
 
 @torch.compiler.disable  # a compiled caller runs this eagerly
@@ -284,145 +274,11 @@ def prefill(
             attention_mask = inferred_mask(input_ids, pad)
         new = unpadded_rows(input_ids, attention_mask)
         cache.check_model(model)
-        token_ids = _texts(model, cache, new, input_ids, attention_mask, position_ids)
+        token_ids = checked_texts(model, cache, new, input_ids, attention_mask, position_ids)
         refuse_padding_behind_answers(cache, token_ids, pad)
         chunk = cache.config.prefill_chunk
         with sequence_per_text(cache, len(token_ids)):
-            _check_memory(model, cache, token_ids, 0, chunk)
+            check_memory(model, cache, token_ids, 0, chunk)
             keep_tokens = tokens_kept_on_error(cache, lambda: planned_sequences([], token_ids, 0))
             with attached(model), cache.filled_by(model), keep_tokens:
                 last_of(prefill_texts(Decoder(model, cache), cache, list(cache.sequences), token_ids, chunk, progress))
-
-
-def _decode(
-    model: Any,
-    input_ids: Tensor,
-    config: SpeCacheConfig | None,
-    streamer: Any,
-    progress: Progress | None,
-    *,
-    past_key_values: Any = None,
-    **arguments: Any,
-) -> Tensor | GenerateDecoderOnlyOutput:
-    """Prefill and decode in PyTorch's default modes, with exclusive use of the given cache."""
-    with modes.ours(), ExitStack() as stack:
-        modes.check_process()
-        if isinstance(past_key_values, SpeCache):
-            stack.enter_context(past_key_values.in_use.by("generate"))
-        return _decode_exclusively(model, input_ids, config, streamer, progress, past_key_values=past_key_values, **arguments)
-
-
-def _decode_exclusively(
-    model: Any,
-    input_ids: Tensor,
-    config: SpeCacheConfig | None,
-    streamer: Any,
-    progress: Progress | None,
-    *,
-    logits_processor: LogitsProcessorList,
-    stopping_criteria: StoppingCriteriaList,
-    generation_config: Any,
-    attention_mask: Tensor | None = None,
-    past_key_values: Any = None,
-    position_ids: Any = None,
-    pad: int | None = None,
-    streamer_has_prompt: bool = False,
-    **prepared: Any,
-) -> Tensor | GenerateDecoderOnlyOutput:
-    """Generate from the arguments that stock generate prepared.
-
-    Args:
-        pad: the token that can only be padding, if the mask was inferred from it.
-        prepared: further arguments of stock generate, checked earlier and ignored.
-    """
-    model = unwrapped(model)
-    given = None
-    finished = False
-    cache: SpeCache | None = None
-    try:
-        given = user_cache(past_key_values)
-        new = unpadded_rows(input_ids, attention_mask)
-        cache = cache_for(model, config, given)
-        width = getattr(generation_config, "_mask_length", None) if attention_mask is None else None
-        token_ids = _texts(model, cache, new, input_ids, attention_mask, position_ids, width)
-        refuse_padding_behind_answers(cache, token_ids, pad)
-        params = SamplingParams.of(logits_processor, stopping_criteria, generation_config)
-        chunk = generation_config.prefill_chunk_size or cache.config.prefill_chunk
-        request = Request(
-            token_ids=token_ids,
-            state=GenerationState.start(input_ids, params),
-            params=params,
-            stored_new_tokens=stored_new_tokens(generation_config, input_ids),
-            chunk=chunk,
-            streamer=streamer,
-            progress=progress,
-        )
-        kept = given is not None or generation_config.return_dict_in_generate
-        with sequence_per_text(cache, len(token_ids), lambda: request.state.new_token_ids() is not None):
-            _check_memory(model, cache, token_ids, request.stored_new_tokens, chunk)
-            if streamer is not None and not streamer_has_prompt:
-                with modes.callers():
-                    streamer.put(input_ids.cpu())
-            with attached(model), _recording_model(cache, model, kept):
-                _run(model, cache, request)
-        finished = True
-    finally:
-        keep = given is not None or (finished and generation_config.return_dict_in_generate)
-        if cache is not None and not keep:
-            cache.close()
-    if not generation_config.return_dict_in_generate:
-        return request.state.input_ids
-    return GenerateDecoderOnlyOutput(
-        sequences=request.state.input_ids,
-        scores=tuple(request.state.scores) if params.record_scores else None,
-        logits=tuple(request.state.logits) if params.record_logits else None,
-        past_key_values=cache,
-    )
-
-
-def _texts(
-    model: Any,
-    cache: SpeCache,
-    new: list[list[int]],
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    position_ids: Any,
-    width: int | None = None,
-) -> list[list[int]]:
-    """Return a call's checked full texts [B][tokens], stored tokens included (`full_texts`)."""
-    check_sequences(cache, new)
-    token_ids = full_texts(cache, new, input_ids.shape[1], attention_mask, width)
-    _check_texts(model, cache.info, new, token_ids, position_ids)
-    return token_ids
-
-
-def _check_texts(model: Any, info: ModelInfo, new: list[list[int]], token_ids: list[list[int]], position_ids: Any) -> None:
-    check_vocabulary(model, token_ids)
-    check_prompt_lengths(token_ids, info)
-    if position_ids is not None:
-        check_position_ids(position_ids, new, token_ids)
-
-
-def _check_memory(model: Any, cache: SpeCache, token_ids: list[list[int]], new_tokens: int, chunk: int) -> None:
-    """Decide the slow tier and refuse a batch that does not fit, before prefill begins."""
-    planned = planned_sequences(cache.sequences, token_ids, new_tokens)
-    decide_tier(model, cache, planned, chunk)
-    check_room(cache, planned, chunk)
-    warn_of_rereading(cache, token_ids)
-
-
-def _run(model: Any, cache: SpeCache, request: Request) -> None:
-    """Run a request on an engine over the cache, and release the device batch afterwards."""
-    request.sequences = list(cache.sequences)
-    try:
-        Engine.over(model, cache).run(request)
-    finally:
-        try:
-            cache.release_device_batch()
-        finally:
-            note_pending_tokens(request.sequences, request.token_ids, request.state.new_token_ids())
-
-
-def _recording_model(cache: SpeCache, model: Any, kept: bool) -> AbstractContextManager[None]:
-    """Record the model's state in a cache that is kept after the call."""
-    return cache.filled_by(model) if kept else nullcontext()

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM, StoppingCriteria
 
 import specache
-from specache.engine import generate
+from specache.engine import prepared_call
 from specache.engine.sampling import ClosingStreamer
 from tests.engine.test_model_families import LONGROPE
 from tests.tiny import llama, prompt, ragged
@@ -412,7 +412,7 @@ def test_num_return_sequences_that_fail_before_a_token_remove_their_forks(model,
         specache.prefill(model, prompt(90), cache=cache)
         with monkeypatch.context() as patched, pytest.raises(RuntimeError):
             if where == "room":
-                patched.setattr(generate, "check_room", failing)
+                patched.setattr(prepared_call, "check_room", failing)
             if where == "reading":
                 patched.setattr(model.model.layers[2].self_attn, "forward", failing)
             if where == "streamer":
