@@ -17,11 +17,11 @@ operations. The plain PyTorch backend supports every device, and the others are 
 `rest_lse` is the log-sum-exp over all tokens that a query sees outside the low-bit copy. Paper:
 Algorithm 3; layout: KIVI.
 
-Tensors on CUDA go to Triton (`kernels/triton/`) if it supports them, tensors on the CPU to the
-fastest C++ kernels of this processor, and all others to PyTorch. The environment variable
-`SPECACHE_KERNELS` forces a backend: `torch` everywhere; on the CPU an instruction set of the C++
-kernels (`generic`, `avx2`, `avx512`, `amx`, `neon`), or `triton` (on the CPU only in its
-interpreter, for tests).
+Tensors on the CPU go to the fastest C++ kernels of this processor, and all others to PyTorch. On
+CUDA, Triton (`kernels/triton/`) quantises if it supports the layer; its other kernels run in static
+steps only (`specache.device.page_kernels`). The environment variable `SPECACHE_KERNELS` forces a
+backend: `torch` everywhere; on the CPU an instruction set of the C++ kernels (`generic`, `avx2`,
+`avx512`, `amx`, `neon`), or `triton` (on the CPU only in its interpreter, for tests).
 """
 
 from __future__ import annotations
@@ -33,13 +33,12 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from specache.errors import ConfigError
+from specache.kernels import gpu_quantise
 from specache.kernels import triton as triton_kernels
 from specache.kernels.cpu import native
-from specache.kernels.guarded import GuardedKernels
 from specache.kernels.torch import operations as torch_ops
 from specache.kernels.types import LowBitKV
 
@@ -75,11 +74,17 @@ def using(name: str) -> Iterator[None]:
 
 
 def quantise(keys: Tensor, values: Tensor, low_bit_kv: LowBitKV, start: int) -> None:
-    _backend_for(keys, low_bit_kv.head_dim, low_bit_kv.group_size).quantise(keys, values, low_bit_kv, start)
+    on_cuda = keys.device.type == "cuda"
+    if forces_torch() or not (on_cuda or _chosen()[0] == TRITON):
+        _backend_for(keys, low_bit_kv.head_dim).quantise(keys, values, low_bit_kv, start)
+        return
+    if not (on_cuda or triton_kernels.interpreted()):
+        raise ConfigError(f"{VARIABLE}={TRITON!r} runs on a GPU, and this tensor is on the CPU. {ON_CPU}")
+    gpu_quantise.quantise(keys, values, low_bit_kv, start)
 
 
 def score(query: Tensor, low_bit_kvs: Sequence[LowBitKV], lengths: Sequence[int], scaling: float, softcap: float | None) -> Tensor:
-    return _backend_for(query, query.shape[-1], low_bit_kvs[0].group_size).score(query, low_bit_kvs, lengths, scaling, softcap)
+    return _backend_for(query, query.shape[-1]).score(query, low_bit_kvs, lengths, scaling, softcap)
 
 
 def rescore(query: Tensor, scores: Tensor, positions: Tensor, kv_rows: Tensor, scaling: float, softcap: float | None) -> None:
@@ -93,9 +98,7 @@ def select(scores: Tensor, rest_lse: Tensor, lengths: Sequence[int], k: int) -> 
 def attend(
     scores: Tensor, positions: Tensor, kv_rows: Tensor, low_bit_kvs: Sequence[LowBitKV], lengths: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    return _backend_for(kv_rows, low_bit_kvs[0].head_dim, low_bit_kvs[0].group_size).attend(
-        scores, positions, kv_rows, low_bit_kvs, lengths
-    )
+    return _backend_for(kv_rows, low_bit_kvs[0].head_dim).attend(scores, positions, kv_rows, low_bit_kvs, lengths)
 
 
 def fused(query: Tensor) -> native.NativeKernels | None:
@@ -109,52 +112,15 @@ def forces_torch() -> bool:
     return (_forced[0] if _forced else os.environ.get(VARIABLE)) == "torch"
 
 
-def _backend_for(tensor: Tensor, dim: int = 1, group_size: int = 64) -> Any:
+def _backend_for(tensor: Tensor, dim: int = 1) -> Any:
     name, backend = _chosen()
     if tensor.device.type == "cuda" or name == TRITON:
-        return torch_ops if forces_torch() else _gpu_backend_for(tensor, dim, group_size)
+        return torch_ops
     if native.IMPORT_ERROR and tensor.device.type == "cpu" and VARIABLE not in os.environ:
         _warn_without_native()
     if tensor.device.type != "cpu" or backend is torch_ops or not backend.supports(dim, tensor.dtype):
         return torch_ops
     return backend
-
-
-def _gpu_backend_for(tensor: Tensor, dim: int, group_size: int) -> Any:
-    """Return Triton if it supports the tensor's device and layer, else PyTorch."""
-    if tensor.device.type == "cpu":
-        if not triton_kernels.interpreted():
-            raise ConfigError(f"{VARIABLE}={TRITON!r} runs on a GPU, and this tensor is on the CPU. {ON_CPU}")
-    elif reason := _unsupported_reason(tensor.device):
-        _warn_unsupported(reason)
-        return torch_ops
-    if reason := _triton().unsupported_reason(dim, tensor.dtype, group_size):
-        _warn_unsupported(reason)
-        return torch_ops
-    return _triton() if tensor.device.type == "cpu" else _guarded(tensor.device)
-
-
-@cache
-def _unsupported_reason(device: torch.device) -> str | None:
-    return triton_kernels.unsupported_reason(device)
-
-
-@cache
-def _triton() -> Any:
-    return triton_kernels.load()
-
-
-@cache
-def _guarded(device: torch.device) -> GuardedKernels:
-    def give_up(error: Exception) -> None:
-        _warn_unsupported(f"a kernel cannot be built for {device} ({triton_kernels.error_summary(error)})")
-
-    return GuardedKernels(_triton(), triton_kernels.build_errors(), give_up)
-
-
-@cache
-def _warn_unsupported(reason: str) -> None:
-    warnings.warn(f"specache's Triton kernels do not serve this: {reason}. PyTorch does, slower.", RuntimeWarning, stacklevel=2)
 
 
 def _chosen() -> tuple[str, Any]:
@@ -182,7 +148,7 @@ def _load(name: str) -> Any:
     if name == TRITON:
         if not triton_kernels.interpreted() and (reason := triton_kernels.unsupported_reason()):
             raise ConfigError(f"{VARIABLE}={name!r} is not available here ({reason}). {ON_CPU}")
-        return _triton()
+        return triton_kernels.load()
     if name not in available():
         known = ", ".join([*available(), TRITON])
         reason = f" ({native.IMPORT_ERROR})" if native.IMPORT_ERROR and name != "torch" else ""

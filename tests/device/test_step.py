@@ -4,6 +4,8 @@ would have left them.
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -320,6 +322,18 @@ def test_what_is_not_served_is_named_where_it_was_asked_for(model, monkeypatch, 
     with static_steps(monkeypatch) as steps, pytest.warns(RuntimeWarning, match="slow tier 'disk'"):
         answer(model, settings, (60,), 5).past_key_values.close()
     assert steps == []
+
+
+@pytest.mark.parametrize("policy", ["verified", "full"])
+def test_a_gpu_step_on_pytorchs_operations_is_reported(model, monkeypatch, tmp_path, policy):
+    """Policy `full` reads no low-bit copy, so it has no kernels to go without."""
+    settings = config(slow_tier=f"disk:{tmp_path}", policy=policy)
+    with static_steps(monkeypatch) as steps, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        answer(model, settings, (60,), 5).past_key_values.close()
+    said = [str(warning.message) for warning in caught if "slower" in str(warning.message)]
+    assert steps == [] and len(said) == (policy != "full")
+    assert policy == "full" or ("run on PyTorch operations, slower" in said[0] and "slow tier 'disk'" in said[0])
 
 
 def test_on_a_cpu_a_graph_that_was_asked_for_is_refused_by_name(model):
