@@ -14,6 +14,7 @@ from specache.kernels.triton.tables import PageScores, PageTables, offsets_of
 from specache.kernels.types import LowBitKV
 from tests.kernels.test_native import Case
 
+CPU = torch.device("cpu")
 HALF = 2.0**-11  # what float16 rounds off of a number
 
 
@@ -24,7 +25,9 @@ class PagedCase:
         low_bit_kvs: its copies on another device.
     """
 
-    def __init__(self, case: Case, dtype: torch.dtype, low_bit_kvs: Sequence[LowBitKV] | None = None, device: str = "cpu") -> None:
+    def __init__(
+        self, case: Case, dtype: torch.dtype, low_bit_kvs: Sequence[LowBitKV] | None = None, device: torch.device = CPU
+    ) -> None:
         self.case, self.dtype, self.lengths = case, dtype, case.lengths
         self.low_bit_kvs = low_bit_kvs or case.low_bit_kvs
         self.query, self.rest = case.query.to(device, dtype), case.rest.to(device)

@@ -240,24 +240,24 @@ class TritonKernels:
 
     @on_its_device
     def gather_at(self, addresses: Tensor, like: Tensor, positions: Tensor) -> Tensor:
-        """Gather rows by positions [B, Hkv, n, k] -> [B, Hkv, n, k, 2 D], zeros at -1.
+        """Gather rows by positions [B, Hkv, m] -> [B, Hkv, m, 2 D], zeros at -1.
 
         Args:
             addresses: int64 [B], of each sequence's rows on the device or in pinned memory.
             like: [Hkv, capacity, 2 D] with the dtype and strides of the rows at the addresses.
         """
-        batch, heads, n, k = positions.shape
+        batch, heads, m = positions.shape
         width = like.shape[-1]
-        out = torch.empty(batch, heads, n, k, width, dtype=like.dtype, device=positions.device)
+        out = torch.empty(batch, heads, m, width, dtype=like.dtype, device=positions.device)
         if out.numel():
             assert like.stride(-1) == 1
             settings = options.gather(width)
-            gather.gather_kernel[(-(-n * k // settings["BLOCK"]), batch * heads)](
+            gather.gather_kernel[(-(-m // settings["BLOCK"]), batch * heads)](
                 addresses,
                 *like.stride()[:2],
                 positions.contiguous(),
                 out,
-                n * k,
+                m,
                 heads,
                 **settings,
             )

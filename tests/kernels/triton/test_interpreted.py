@@ -171,10 +171,10 @@ def test_codes_equal_pytorchs(case, step, constant):
 def test_gather_reads_the_rows_where_they_lie(heads, k, dim, dtype):
     generator = torch.Generator().manual_seed(k)
     stored = [torch.randn(heads, 50, 2 * dim, generator=generator).to(dtype)[:, 3:] for _ in range(2)]
-    positions = torch.randint(-1, 47, (2, heads, 2, k), generator=generator)
+    positions = torch.randint(-1, 47, (2, heads, k), generator=generator)
     found = KERNELS.gather_at(torch.tensor([rows.data_ptr() for rows in stored]), stored[0], positions)
     at = positions.clamp(min=0)
-    expected = torch.stack([rows[torch.arange(heads)[:, None, None], at[b]] for b, rows in enumerate(stored)])
+    expected = torch.stack([rows[torch.arange(heads)[:, None], at[b]] for b, rows in enumerate(stored)])
     assert torch.equal(found, expected.where((positions >= 0).unsqueeze(-1), 0.0))
 
 
