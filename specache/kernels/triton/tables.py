@@ -23,8 +23,8 @@ class PageTables:
     """The pages of `B` sequences of one layer.
 
     Attributes:
-        addresses: int64 [B, capacity / 64], the first byte of each page, in token order; undefined
-            behind a sequence's last page.
+        addresses: int64 [B, capacity / 64], the first byte of each page, in token order; behind a
+            sequence's last page 0 or stale.
         lengths: int32 [B], low-bit tokens of each sequence.
     """
 
