@@ -41,14 +41,14 @@ def cases(draw, longest=130, most_groups=9):
     )
 
 
-@settings(max_examples=16, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(case=cases(), softcap=st.sampled_from([None, 5.0]))
 def test_scores_equal_pytorchs(case, softcap):
     paged = PagedCase(case, torch.float32)
     assert_near(paged.score(KERNELS, softcap).values, paged.torch_scores(softcap), EXACT)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(case=cases(), k=st.integers(1, 40))
 def test_rescore_and_attend_equal_pytorchs(case, k):
     paged = PagedCase(case, torch.float32)
