@@ -67,7 +67,7 @@ def divergence(model: Any, ids: Tensor, answer: list[int], reference: Tensor, bi
     config = specache.SpeCacheConfig(bits=bits, slow_tier="ram", policy="verified")
     with (
         mock.patch.object(static_decoder, "SETTINGS", ON_THE_CPU),
-        mock.patch.object(batch, "page_kernels", lambda layout, capacity, device: kernels(layout, capacity)),
+        mock.patch.object(batch, "page_kernels", lambda layout, device: kernels(layout)),
         specache.SpeCache(model, config) as cache,
     ):
         found: float = compare(model, ids, answer, reference, cache)["kl"]

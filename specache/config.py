@@ -88,9 +88,9 @@ class SpeCacheConfig:
         prefill_chunk: prompt tokens per forward pass while prefilling.
         fast_memory: limit in bytes of everything in fast memory but the weights (docs/plan.md). A
             request that does not fit is refused before it runs. None is unlimited.
-        cuda_graph: on CUDA, replay a decode step as a CUDA graph. None: where one can be captured,
-            silently. True: likewise, with a warning and the reason where it cannot. False: launch
-            every kernel of every step.
+        cuda_graph: on CUDA, replay a decode step as a CUDA graph. None: where one can be captured.
+            True: likewise, with a warning and the reason where it cannot. False: launch every
+            kernel of every step.
         pinned_memory: on CUDA, bytes of page-locked main memory that the slow tier `ram` may hold.
             None is unlimited.
         cuda_reads: on CUDA, how pairs that the real token lacks are read: `mapped` or `copy`

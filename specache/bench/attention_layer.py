@@ -64,7 +64,7 @@ class Attention:
             raise ConfigError(
                 f"--context takes multiples of {PAGE_TOKENS} tokens: whole pages of the low-bit copy, and the residual."
             )
-        self._check_kernels([*kernel_backends.available(), kernel_backends.TRITON, kernel_backends.STATIC])
+        self._check_kernels([*kernel_backends.available(), kernel_backends.STATIC])
 
     @torch.no_grad()
     def run(self, bench: BenchContext) -> Outcome:

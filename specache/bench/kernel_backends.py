@@ -11,7 +11,7 @@ from specache.kernels.dispatch import OPERATIONS, TRITON, VARIABLE, active, avai
 PLAIN = "torch"
 STATIC = "static"  # on a GPU: Triton's kernels in a step over static buffers, as `generate` runs them
 
-__all__ = ["PLAIN", "STATIC", "TRITON", "VARIABLE", "active", "active_on", "available", "available_on", "layers_on", "using"]
+__all__ = ["PLAIN", "STATIC", "VARIABLE", "active", "active_on", "available", "available_on", "layers_on", "using"]
 
 
 def available_on(device: str) -> list[str]:
@@ -22,9 +22,8 @@ def available_on(device: str) -> list[str]:
 
 
 def layers_on(device: str) -> list[str]:
-    """Return the ways to measure one layer on a device: its backends and, on a GPU, `STATIC`."""
-    backends = available_on(device)
-    return [*backends, STATIC] if TRITON in backends else backends
+    """Return the ways to measure one layer: a device's backends, with `STATIC` for Triton's."""
+    return [STATIC if backend == TRITON else backend for backend in available_on(device)]
 
 
 def active_on(device: str) -> dict[str, str]:

@@ -147,7 +147,6 @@ class DeviceBatch:
         self.streams, self._budget = streams, budget
         self._pages = size.capacity // PAGE_TOKENS
         self._addresses = torch.zeros(len(first), len(sequences) * self._pages, dtype=torch.int64, device=self.device)
-        self._first_page = torch.arange(len(sequences), device=self.device) * self._pages
         sliding = sequences[0].sliding
         self._numbers = [*first, *sliding]  # layer numbers in the order of `finite`
         self.finite = torch.ones(len(self._numbers), dtype=torch.bool, device=self.device)
@@ -281,8 +280,8 @@ class DeviceBatch:
         key_scales = [layer.key_scales.value for layer in layers if layer.key_scales.value is not None]
         state = LayerState(
             layers=layers,
-            tables=PageTables(self._addresses[place], self._first_page, self.lengths),
-            kernels=page_kernels(one.table.pool.layout, self.size.capacity, self.device),
+            tables=PageTables(self._addresses[place].view(batch, self._pages), self.lengths),
+            kernels=page_kernels(one.table.pool.layout, self.device),
             key_scales=torch.stack(key_scales) if key_scales else None,
             residual=one.residual_keys.new_zeros(batch, 2, heads, size, dim),
             row_fetcher=row_fetcher,

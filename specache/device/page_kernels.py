@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from specache.config import PAGE_TOKENS, Code
+from specache.config import Code
 from specache.kernels import dispatch
 from specache.kernels import triton as triton_kernels
 from specache.kernels.blocks import blocks
@@ -37,7 +37,7 @@ class RecentPart(NamedTuple):
 
 
 class PageKernels(Protocol):
-    """Kernels of one layer for up to `capacity` low-bit tokens per sequence (whole pages).
+    """Kernels of one layer, for as many low-bit tokens as its page tables have room for.
 
     Shapes and meanings are those of `specache.kernels.dispatch`. Lengths are those of the tables,
     int32 [B] on the device.
@@ -79,9 +79,9 @@ class PageKernels(Protocol):
         """Merge both parts -> [B, n, Hq, D] in the model's dtype."""
 
 
-def page_kernels(layout: PageLayout, capacity: int, device: torch.device) -> PageKernels:
+def page_kernels(layout: PageLayout, device: torch.device) -> PageKernels:
     """Return the kernels for a device. Check `unsupported_reason` first."""
-    return TorchPages(layout, capacity) if _in_pytorch(device) else TritonPages(layout, capacity)
+    return TorchPages(layout) if _in_pytorch(device) else TritonPages(layout)
 
 
 def unsupported_reason(device: torch.device, dim: int, dtype: torch.dtype, group_size: int) -> str | None:
@@ -105,25 +105,17 @@ def _in_pytorch(device: torch.device) -> bool:
 
 
 class TritonPages:
-    """Triton's kernels, with grids sized for the capacity."""
+    """Triton's kernels, with grids sized for the capacity of the page tables."""
 
-    def __init__(self, layout: PageLayout, capacity: int) -> None:
+    def __init__(self, layout: PageLayout) -> None:
         self._kernels, self._recent = triton_kernels.load(), triton_kernels.load_recent()
         self._low_bit_kv = layout.low_bit_kv((), 0)  # for its layout only
         self._offsets = Offsets(*(layout.fields[name].offset if name in layout.fields else -1 for name in FIELDS))
-        self._capacity = capacity
 
     def score(
         self, query: Tensor, tables: PageTables, channel_scales: Tensor | None, scaling: float, softcap: float | None
     ) -> PageScores:
-        rotated_query = None
-        if channel_scales is not None:
-            grouped = query.float().reshape(*channel_scales.shape[:2], -1, query.shape[-1])  # [B, Hkv, G n, D]
-            rotated_query = (grouped / channel_scales.unsqueeze(2)) @ torch_rotated.rotation(query.shape[-1], query.device).T
-        half = query.dtype != torch.float32
-        return self._kernels.score_pages(
-            query, rotated_query, tables, self._offsets, self._low_bit_kv, self._capacity, scaling, softcap, half
-        )
+        return self._kernels.score_pages(query, tables, channel_scales, self._offsets, self._low_bit_kv, scaling, softcap)
 
     def select(self, scores: PageScores, rest_lse: Tensor, lengths: Tensor, k: int) -> Tensor:
         return self._kernels.select_pages(scores, rest_lse, lengths, k)
@@ -149,16 +141,15 @@ class TritonPages:
 class TorchPages:
     """The plain PyTorch kernels of `kernels.torch.operations`, over page tables."""
 
-    def __init__(self, layout: PageLayout, capacity: int) -> None:
+    def __init__(self, layout: PageLayout) -> None:
         self._layout = layout
-        self._capacity = capacity
 
     def score(
         self, query: Tensor, tables: PageTables, channel_scales: Tensor | None, scaling: float, softcap: float | None
     ) -> PageScores:
         low_bit_kvs = self._low_bit_kvs(tables, channel_scales)
-        scores = torch_ops.score(query, low_bit_kvs, [self._capacity] * len(low_bit_kvs), scaling, softcap)
-        return PageScores(scores.masked_fill_(_behind(tables.lengths, self._capacity), -torch.inf))
+        scores = torch_ops.score(query, low_bit_kvs, [tables.capacity] * len(low_bit_kvs), scaling, softcap)
+        return PageScores(scores.masked_fill_(_behind(tables.lengths, tables.capacity), -torch.inf))
 
     def select(self, scores: PageScores, rest_lse: Tensor, lengths: Tensor, k: int) -> Tensor:
         size = scores.values.shape[-1]
@@ -208,17 +199,17 @@ class TorchPages:
     def _values(self, low_bit_kv: LowBitKV, weights: Tensor) -> Tensor:
         """Sum values with weights [Hkv, G n, S] -> [Hkv, G n, D]."""
         values = torch_rotated.ValueSum(low_bit_kv) if low_bit_kv.code is Code.ROTATED else torch_kivi.ValueSum(low_bit_kv)
-        for block, first, count in blocks(low_bit_kv, self._capacity):
+        for block, first, count in blocks(low_bit_kv, low_bit_kv.length):
             values.add(weights[..., first : first + count], block)
         return values.result()
 
     def _low_bit_kvs(self, tables: PageTables, channel_scales: Tensor | None) -> list[LowBitKV]:
         """Return every sequence's current low-bit copy, padded to the capacity with zero pages."""
-        count = self._capacity // PAGE_TOKENS
-        pages = torch.ops.specache_device.read_pages(tables.addresses, self._layout.page_bytes)
-        runs = [self._layout.run(pages, b * count, count) for b in range(len(pages) // count)]
+        batch, count = tables.addresses.shape
+        pages = torch.ops.specache_device.read_pages(tables.addresses.flatten(), self._layout.page_bytes)
+        runs = [self._layout.run(pages, b * count, count) for b in range(batch)]
         of_sequence = [None] * len(runs) if channel_scales is None else list(channel_scales)
-        return [self._layout.low_bit_kv((run,), self._capacity, w) for run, w in zip(runs, of_sequence, strict=True)]
+        return [self._layout.low_bit_kv((run,), tables.capacity, w) for run, w in zip(runs, of_sequence, strict=True)]
 
 
 def _behind(lengths: Tensor, size: int) -> Tensor:

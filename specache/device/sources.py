@@ -59,7 +59,7 @@ class MappedRows:
         return self._stored[0]
 
     def gather(self, positions: Tensor) -> Tensor:
-        return self._kernels.gather_at(self.addresses, self.like, positions.unsqueeze(2)).squeeze(2)
+        return self._kernels.gather_at(self.addresses, self.like, positions)
 
     def replace(self, stored: Sequence[Tensor]) -> None:
         self._stored = _readable(_replacement(self._stored, stored), self.addresses.device)

@@ -58,4 +58,4 @@ def batch_bytes(
         total += batch * heads * (POSITIONS_OF_LAYER * top_k * NUMBER + dim * KEY_SCALE_BYTES)
     pages = capacity // PAGE_TOKENS
     inputs = 2 * batch * queries + 2 * batch
-    return total + NUMBER * (len(layers) * batch * pages + batch + inputs + COUNTERS) + batch * LENGTH + len(layers) + windows
+    return total + NUMBER * (len(layers) * batch * pages + inputs + COUNTERS) + batch * LENGTH + len(layers) + windows

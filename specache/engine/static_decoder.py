@@ -21,7 +21,7 @@ from specache.attention.decode import StepKind
 from specache.cache.cache import SpeCache
 from specache.cache.layers import not_finite
 from specache.cache.sequence import Sequence as CachedSequence
-from specache.config import Policy, SlowTierKind
+from specache.config import SlowTierKind
 from specache.device import page_kernels
 from specache.device.batch import BatchSize, DeviceBatch
 from specache.device.graph import CaptureError, GraphedSteps, Graphs, graphs_for
@@ -61,11 +61,12 @@ class StaticDecoder:
         self._steps = GraphedSteps(None)
         self._working_set: Claim | None = None
         self.out_of_room = False  # whether memory ran out for static buffers, so that ordinary steps run
-        self._disabled = self._unsupported_reason()  # why no static step runs, or `None`
+        unsupported = self._unsupported_reason()
+        self._disabled = unsupported or self._unsupported_layer()  # why no static step runs, or `None`
         if self._disabled and cache.config.cuda_graph:
             _warn(f"cuda_graph is on, but decode steps are not captured: {self._disabled}.")
-        elif self._disabled and self._on_device and cache.config.policy is not Policy.FULL:
-            _warn_once(f"Decode steps run on PyTorch operations, slower than our kernels on a GPU: {self._disabled}.")
+        elif unsupported and self._on_device and cache.config.policy in KINDS:  # `quantise` warns of an unsupported layer
+            _warn_once(f"Decode steps run on PyTorch operations, slower than over static buffers: {unsupported}.")
 
     def supports(self, kind: StepKind, sequences: Sequence[CachedSequence]) -> bool:
         """Return whether a pass can run over static buffers.
@@ -221,7 +222,7 @@ class StaticDecoder:
         return len({side(length) for sequence in self._cache.sequences for length in (sequence.length, sequence.length + 1)}) == 1
 
     def _unsupported_reason(self) -> str | None:
-        """Return why this cache cannot decode over static buffers, or `None`."""
+        """Return why these settings or this model cannot decode over static buffers, or `None`."""
         info, config = self._cache.info, self._cache.config
         if not self._on_device:
             return f"the model is on {info.device.type!r}"
@@ -233,6 +234,11 @@ class StaticDecoder:
             return "with dynamic RoPE every position has frequencies of its own"
         if config.residual == 0:
             return "residual=0 leaves no token at 16 bits while its group becomes low bit"
+        return None
+
+    def _unsupported_layer(self) -> str | None:
+        """Return why the kernels for static buffers do not support a layer here, or `None`."""
+        info, config = self._cache.info, self._cache.config
         layers = set(self._cache.resources.dimensions.full_layers)
         reasons = (page_kernels.unsupported_reason(info.device, layer.head_dim, info.dtype, config.group_size) for layer in layers)
         return next((reason for reason in reasons if reason), None)

@@ -8,12 +8,11 @@
 A layer step takes a ragged batch: one `LowBitKV` per sequence. PyTorch's operations support every
 device, and the other backends are tested against them. Paper: Algorithm 3; layout: KIVI.
 
-Tensors on the CPU go to the fastest C++ kernels of this processor. On CUDA, Triton quantises
-(`kernels/triton/`), and whole steps over static buffers are Triton's too (`specache.device.step`);
-a layer step here, for what that path does not support, is PyTorch's. The environment variable
-`SPECACHE_KERNELS` forces a backend: `torch` everywhere; on the CPU an instruction set of the C++
-kernels (`generic`, `avx2`, `avx512`, `amx`, `neon`), or `triton` (on the CPU only in its
-interpreter, for tests).
+Tensors on the CPU go to the fastest C++ kernels of this processor, and all others to PyTorch. On
+CUDA, Triton (`kernels/triton/`) quantises if it supports the layer; its other kernels run in static
+steps only (`specache.device.step`). The environment variable `SPECACHE_KERNELS` forces a
+backend: `torch` everywhere; on the CPU an instruction set of the C++ kernels (`generic`, `avx2`,
+`avx512`, `amx`, `neon`), or `triton` (on the CPU only in its interpreter, for tests).
 """
 
 from __future__ import annotations
@@ -25,13 +24,12 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from specache.errors import ConfigError
+from specache.kernels import gpu_quantise
 from specache.kernels import triton as triton_kernels
 from specache.kernels.cpu import native
-from specache.kernels.guarded import GuardedKernels
 from specache.kernels.torch import operations as torch_ops
 from specache.kernels.torch.layer_step import TorchLayerStep
 from specache.kernels.types import AttentionParams, LayerStep, LowBitKV, RecentTokens
@@ -68,7 +66,13 @@ def using(name: str) -> Iterator[None]:
 
 
 def quantise(keys: Tensor, values: Tensor, low_bit_kv: LowBitKV, start: int) -> None:
-    _backend_for(keys, low_bit_kv.head_dim, low_bit_kv.group_size).quantise(keys, values, low_bit_kv, start)
+    on_cuda = keys.device.type == "cuda"
+    if forces_torch() or not (on_cuda or _chosen()[0] == TRITON):
+        _backend_for(keys, low_bit_kv.head_dim).quantise(keys, values, low_bit_kv, start)
+        return
+    if not (on_cuda or triton_kernels.interpreted()):
+        raise ConfigError(f"{VARIABLE}={TRITON!r} runs on a GPU, and this tensor is on the CPU. {ON_CPU}")
+    gpu_quantise.quantise(keys, values, low_bit_kv, start)
 
 
 def layer_step(
@@ -101,58 +105,19 @@ def forces_torch() -> bool:
 
 def _native_for(query: Tensor) -> native.NativeKernels | None:
     """Return the C++ kernels if they support queries [B, Hq, n, D], else `None`."""
-    if query.device.type == "cuda" or _chosen()[0] == TRITON:
-        return None
     backend = _backend_for(query, query.shape[-1])
     return backend if isinstance(backend, native.NativeKernels) else None
 
 
-def _backend_for(tensor: Tensor, dim: int = 1, group_size: int = 64) -> Any:
+def _backend_for(tensor: Tensor, dim: int = 1) -> Any:
     name, backend = _chosen()
     if tensor.device.type == "cuda" or name == TRITON:
-        return torch_ops if forces_torch() else _gpu_backend_for(tensor, dim, group_size)
+        return torch_ops
     if native.IMPORT_ERROR and tensor.device.type == "cpu" and VARIABLE not in os.environ:
         _warn_without_native()
     if tensor.device.type != "cpu" or backend is torch_ops or not backend.supports(dim, tensor.dtype):
         return torch_ops
     return backend
-
-
-def _gpu_backend_for(tensor: Tensor, dim: int, group_size: int) -> Any:
-    """Return Triton if it supports the tensor's device and layer, else PyTorch."""
-    if tensor.device.type == "cpu":
-        if not triton_kernels.interpreted():
-            raise ConfigError(f"{VARIABLE}={TRITON!r} runs on a GPU, and this tensor is on the CPU. {ON_CPU}")
-    elif reason := _unsupported_reason(tensor.device):
-        _warn_unsupported(reason)
-        return torch_ops
-    if reason := _triton().unsupported_reason(dim, tensor.dtype, group_size):
-        _warn_unsupported(reason)
-        return torch_ops
-    return _triton() if tensor.device.type == "cpu" else _guarded(tensor.device)
-
-
-@cache
-def _unsupported_reason(device: torch.device) -> str | None:
-    return triton_kernels.unsupported_reason(device)
-
-
-@cache
-def _triton() -> Any:
-    return triton_kernels.load()
-
-
-@cache
-def _guarded(device: torch.device) -> GuardedKernels:
-    def give_up(error: Exception) -> None:
-        _warn_unsupported(f"a kernel cannot be built for {device} ({triton_kernels.error_summary(error)})")
-
-    return GuardedKernels(_triton(), triton_kernels.build_errors(), give_up)
-
-
-@cache
-def _warn_unsupported(reason: str) -> None:
-    warnings.warn(f"specache's Triton kernels do not serve this: {reason}. PyTorch does, slower.", RuntimeWarning, stacklevel=2)
 
 
 def _chosen() -> tuple[str, Any]:
@@ -180,7 +145,7 @@ def _load(name: str) -> Any:
     if name == TRITON:
         if not triton_kernels.interpreted() and (reason := triton_kernels.unsupported_reason()):
             raise ConfigError(f"{VARIABLE}={name!r} is not available here ({reason}). {ON_CPU}")
-        return _triton()
+        return triton_kernels.load()
     if name not in available():
         known = ", ".join([*available(), TRITON])
         reason = f" ({native.IMPORT_ERROR})" if native.IMPORT_ERROR and name != "torch" else ""

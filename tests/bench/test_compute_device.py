@@ -75,11 +75,12 @@ def test_reported_kernels_are_those_of_the_device(monkeypatch):
     monkeypatch.setattr(kernel_backends.triton, "unsupported_reason", lambda: None)
     monkeypatch.delenv(kernel_backends.VARIABLE, raising=False)
     assert kernel_backends.available_on("cuda") == ["torch", "triton"]
+    assert kernel_backends.layers_on("cuda") == ["torch", "static"]
     assert set(kernel_backends.active_on("cuda").values()) == {"triton"}
     monkeypatch.setenv(kernel_backends.VARIABLE, "torch")
     assert set(kernel_backends.active_on("cuda").values()) == {"torch"}
     monkeypatch.setattr(kernel_backends.triton, "unsupported_reason", lambda: "none here")
-    assert kernel_backends.available_on("cuda") == ["torch"]
+    assert kernel_backends.available_on("cuda") == kernel_backends.layers_on("cuda") == ["torch"]
     assert environment.describe()["machine"]["gpu"] is None
 
 

@@ -38,7 +38,7 @@ def batches(monkeypatch):
 def own_tensors(batch: DeviceBatch) -> list[torch.Tensor]:
     """Those that only the batch holds, but for residuals and hot sets."""
     tensors = [batch.inputs._buffer, batch.lengths, batch.hits, batch.counters.totals]
-    tensors += [batch._addresses, batch._first_page, batch.finite]
+    tensors += [batch._addresses, batch.finite]
     for buffers in batch._buffers.values():
         tensors += buffers.tensors
     for state in batch.layers.values():

@@ -14,6 +14,7 @@ from specache import reference
 from specache.cache.cache_context import CacheContext
 from specache.device import page_kernels
 from specache.device.step import StaticPass
+from specache.engine import static_decoder
 from specache.errors import NonFiniteError
 from specache.tiers.main_memory import MainMemory
 from specache.tiers.pinned import PinnedPool, pageable
@@ -326,6 +327,7 @@ def test_what_is_not_served_is_named_where_it_was_asked_for(model, monkeypatch, 
 
 def test_what_static_steps_do_not_support_runs_on_pytorch_and_says_so_once(model, monkeypatch, tmp_path):
     settings = config(slow_tier=f"disk:{tmp_path}")
+    static_decoder._warn_once.cache_clear()  # another test may have been told
     with static_steps(monkeypatch) as steps:
         with pytest.warns(RuntimeWarning, match="PyTorch operations, slower .*: the 16-bit pairs are in slow tier 'disk'"):
             answer(model, settings, (90,), 4)

@@ -21,6 +21,7 @@ from specache.kernels.torch import operations as torch_ops
 from specache.low_bit.layout import PageLayout
 from specache.low_bit.pool import PagePool, PageTable
 from specache.platform.budget import ByteBudget
+from tests.kernels.paged import PagedCase, assert_near, assert_rounded, assert_selected
 from tests.kernels.test_native import Case
 
 ROOT = Path(__file__).parents[2]
@@ -95,25 +96,42 @@ def test_a_missing_requirement_is_named(monkeypatch, found, said):
 @pytest.mark.parametrize(("bits", "group_size", "dim"), [(1, 64, 80), (2, 64, 128), (2, 32, 256), (4, 16, 96)])
 def test_kernels_equal_pytorchs_on_a_gpu(code, bits, group_size, dim, dtype):
     case = Case(code, bits, group_size, dim, 2, 4, 2, [2048 // group_size, 0, 640 // group_size], 1, dtype)
-    backend, device = triton_kernels.load(), torch.device("cuda")
-    low_bit_kvs = []
-    for keys, values, low_bit_kv in zip(case.keys, case.values, case.low_bit_kvs, strict=True):
-        low_bit_kvs.append(on_device(case, keys, values, low_bit_kv, backend, device))
-    query, rest = case.query.to(device, dtype), case.rest.to(device)
-    scores = backend.score(query, low_bit_kvs, case.lengths, 0.2, 30.0)
-    expected = torch_ops.score(query, low_bit_kvs, case.lengths, 0.2, 30.0)
-    finite = expected != -torch.inf
-    assert (scores - expected)[finite].abs().max() <= 1e-4 * expected[finite].abs().max()
-    positions = backend.select(expected, rest, case.lengths, 64)
-    wanted = torch_ops.select(expected, rest, case.lengths, 64)
-    assert (positions == wanted).float().mean() > 0.99  # two exponentials order near equals differently
-    stored = [torch.cat([k, v], dim=-1).pin_memory() for k, v in zip(case.keys, case.values, strict=True)]
-    rows = backend.gather(stored, positions)
-    backend.rescore(query, expected, positions, rows, 0.2, 30.0)
-    out, lse = backend.attend(expected.clone(), positions, rows, low_bit_kvs, case.lengths)
-    expected_out, expected_lse = torch_ops.attend(expected, positions, rows, low_bit_kvs, case.lengths)
-    torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(out, expected_out, rtol=1e-3, atol=1e-3)
+    check_against_pytorch(case, dtype, torch.device("cuda"))
+
+
+def check_against_pytorch(case: Case, dtype: torch.dtype, device: torch.device) -> None:
+    """Every kernel of a step, over a copy that was quantised on the device."""
+    kernels, exact = triton_kernels.load(), dtype == torch.float32
+    copies = zip(case.keys, case.values, case.low_bit_kvs, strict=True)
+    paged = PagedCase(case, dtype, [on_device(case, *one, kernels, device) for one in copies], device)
+    lengths = paged.tables.lengths
+    scores, expected = paged.score(kernels, 30.0), paged.torch_scores(30.0)
+    if exact:
+        assert_near(scores.values, expected, 1e-4)
+    else:
+        assert_rounded(scores, lengths, expected)
+    positions = kernels.select_pages(scores, paged.rest, lengths, 64)
+    if exact:
+        wanted = torch_ops.select(expected, paged.rest, case.lengths, 64)
+        assert (positions == wanted).float().mean() > 0.99  # two exponentials order near equals differently
+    else:
+        assert_selected(positions, expected, paged.rest, case.lengths, 64)
+    stored = [torch.cat([k, v], dim=-1) for k, v in zip(case.keys, case.values, strict=True)]
+    stored = [torch.nn.functional.pad(rows, (0, 0, 0, 2048 - rows.shape[1])) for rows in stored]  # with equal strides
+    if device.type == "cuda":
+        stored = [rows.pin_memory() for rows in stored]
+    addresses = torch.tensor([rows.data_ptr() for rows in stored], device=device)
+    rows = kernels.gather_at(addresses, stored[0], positions.flatten(2)).unflatten(2, positions.shape[2:])
+    kernels.rescore_pages(paged.query, scores, positions, rows, 0.2, 30.0)
+    torch_ops.rescore(paged.query, expected, positions, rows, 0.2, 30.0)
+    out, lse = paged.attend(kernels, scores, positions, rows)
+    expected_out, expected_lse = paged.torch_attend(expected, positions, rows)
+    if exact:
+        torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(out, expected_out, rtol=1e-3, atol=1e-3)
+    else:
+        assert_near(lse, expected_lse, 1e-3)
+        assert_near(out, expected_out, 2.0**-8, paged.largest(rows))
 
 
 def on_device(case, keys, values, low_bit_kv, backend, device):

@@ -6,6 +6,7 @@ import builtins
 import importlib.util
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,9 +14,8 @@ import torch
 
 from specache.cli import diagnosis
 from specache.config import Code
-from specache.kernels import dispatch
+from specache.kernels import dispatch, gpu_quantise
 from specache.kernels import triton as triton_kernels
-from specache.kernels.guarded import GuardedKernels
 from specache.kernels.torch import operations as torch_ops
 from specache.platform import machine
 from tests.cli.running import one_line, run
@@ -28,8 +28,9 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 @pytest.fixture(autouse=True)
 def nothing_remembered() -> None:
     """Reasons are found once per process; here each test has its own machine."""
-    for remembered in (triton_kernels.launch_failure, dispatch._unsupported_reason, dispatch._warn_unsupported):
+    for remembered in (triton_kernels.launch_failure, gpu_quantise._missing, gpu_quantise._warn_unsupported):
         remembered.cache_clear()
+    gpu_quantise._build_failures.clear()
 
 
 @pytest.fixture
@@ -42,17 +43,51 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class OnGpu:
-    """A tensor for `dispatch._backend_for`, which looks at nothing else."""
+    """Keys and values, and their low-bit copy, of which the choice of a backend reads no more."""
 
-    device, dtype, shape = GPU, torch.float32, (1, 4, 1, 64)
+    device, dtype = GPU, torch.float32
+    head_dim, group_size = 64, 64
 
 
-def served_and_said() -> tuple[Any, list[str]]:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        backends = {dispatch._backend_for(OnGpu(), 64) for _ in range(3)}  # type: ignore[arg-type]
-    assert len(backends) == 1
-    return backends.pop(), [str(warning.message) for warning in caught]
+class Kernels:
+    """Triton's kernels without Triton. `quantise` notes its calls, and may fail.
+
+    Args:
+        destroys: a tensor that a kernel has overwritten when another one fails.
+    """
+
+    def __init__(self, error: Exception | None = None, destroys: torch.Tensor | None = None) -> None:
+        self.error, self.destroys, self.calls = error, destroys, 0
+
+    def unsupported_reason(self, dim: int, dtype: torch.dtype, group_size: int) -> None:
+        return None
+
+    def quantise(self, *arguments: Any) -> None:
+        self.calls += 1
+        if self.destroys is not None:
+            self.destroys.fill_(255)
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.fixture
+def quantise(monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[str, list[str]]]:
+    """Quantise three times on a GPU -> the backend that ran, and what was said."""
+    ran: list[str] = []
+    kernels = Kernels()
+    monkeypatch.setattr(torch_ops, "quantise", lambda *arguments: ran.append("torch"))
+    monkeypatch.setattr(kernels, "quantise", lambda *arguments: ran.append("triton"))
+    monkeypatch.setattr(triton_kernels, "load", lambda: kernels)
+
+    def three_times() -> tuple[str, list[str]]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(3):
+                dispatch.quantise(OnGpu(), OnGpu(), OnGpu(), 0)  # type: ignore[arg-type]
+        assert len(ran) == 3 and len(set(ran)) == 1
+        return ran[0], [str(warning.message) for warning in caught]
+
+    return three_times
 
 
 def no_compiler(device: torch.device) -> None:
@@ -60,17 +95,17 @@ def no_compiler(device: torch.device) -> None:
 
 
 @needs_triton
-def test_pytorch_serves_a_gpu_without_a_compiler_and_one_warning_says_why(gpu, monkeypatch):
+def test_pytorch_serves_a_gpu_without_a_compiler_and_one_warning_says_why(gpu, monkeypatch, quantise):
     from specache.kernels.triton import trial
 
     monkeypatch.setattr(trial, "try_launch", no_compiler)
-    backend, said = served_and_said()
-    assert backend is torch_ops
+    backend, said = quantise()
+    assert backend == "torch"
     assert len(said) == 1 and "cannot build and launch a kernel here" in said[0] and "Failed to find C compiler" in said[0]
     assert "PyTorch does, slower" in said[0]
 
 
-def test_triton_that_cannot_be_imported_is_named(gpu, monkeypatch):
+def test_triton_that_cannot_be_imported_is_named(gpu, monkeypatch, quantise):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.delitem(sys.modules, "specache.kernels.triton.trial", raising=False)
     real = builtins.__import__
@@ -81,24 +116,24 @@ def test_triton_that_cannot_be_imported_is_named(gpu, monkeypatch):
         return real(name, *arguments, **more)
 
     monkeypatch.setattr(builtins, "__import__", importing)
-    backend, said = served_and_said()
-    assert backend is torch_ops
+    backend, said = quantise()
+    assert backend == "torch"
     assert len(said) == 1 and "ImportError: libtriton.so: version `GLIBC_2.38' not found" in said[0]
 
 
-def test_no_triton_says_what_to_install(gpu, monkeypatch):
+def test_no_triton_says_what_to_install(gpu, monkeypatch, quantise):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    backend, said = served_and_said()
-    assert backend is torch_ops
+    backend, said = quantise()
+    assert backend == "torch"
     assert len(said) == 1 and "pip install 'specache[gpu]'" in said[0]
 
 
 @needs_triton
-def test_a_gpu_that_is_too_old_is_named(gpu, monkeypatch):
+def test_a_gpu_that_is_too_old_is_named(gpu, monkeypatch, quantise):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla T4")
-    backend, said = served_and_said()
-    assert backend is torch_ops
+    backend, said = quantise()
+    assert backend == "torch"
     assert len(said) == 1 and "Tesla T4 has compute capability 7.5" in said[0] and "8.0" in said[0]
 
 
@@ -117,85 +152,48 @@ def test_running_out_of_memory_in_the_trial_does_not_disable_triton(gpu, monkeyp
 
 
 @needs_triton
-def test_a_complete_installation_uses_triton_without_a_warning(gpu, monkeypatch):
+def test_a_complete_installation_uses_triton_without_a_warning(gpu, monkeypatch, quantise):
     from specache.kernels.triton import trial
 
     monkeypatch.setattr(trial, "try_launch", lambda device: None)
-    backend, said = served_and_said()
-    assert isinstance(backend, GuardedKernels) and said == []
+    backend, said = quantise()
+    assert backend == "triton" and said == []
 
 
 class BuildError(Exception):
     """The error that Triton would raise."""
 
 
-class Broken:
-    """PyTorch kernels of which one fails to build; `attend` destroys the scores before it fails."""
-
-    def __init__(self, operation: str, error: Exception) -> None:
-        self.operation, self.error, self.calls = operation, error, 0
-
-    def __getattr__(self, operation: str) -> Any:
-        def call(*arguments: Any) -> Any:
-            self.calls += 1
-            if operation == self.operation:
-                if operation == "attend":
-                    arguments[0].fill_(-torch.inf)
-                raise self.error
-            return getattr(torch_ops, operation)(*arguments)
-
-        return call
+@pytest.fixture(params=list(Code))
+def case(request: pytest.FixtureRequest) -> Case:
+    return Case(request.param, 2, 32, 64, 2, 2, 1, [4], 0, torch.float32)
 
 
-def layer_of_a_step(kernels: Any, case: Case) -> list[torch.Tensor]:
-    scores = kernels.score(case.query, case.low_bit_kvs, case.lengths, 0.2, None)
-    positions = kernels.select(scores, case.rest, case.lengths, 8)
-    stored = [torch.cat([keys, values], dim=-1) for keys, values in zip(case.keys, case.values, strict=True)]
-    heads = torch.arange(case.heads)[:, None, None]
-    rows = torch.stack([rows[heads, chosen.clamp(min=0)] for rows, chosen in zip(stored, positions, strict=True)])
-    kernels.rescore(case.query, scores, positions, rows, 0.2, None)
-    return [positions, *kernels.attend(scores, positions, rows, case.low_bit_kvs, case.lengths)]
+def test_quantising_starts_over_on_pytorch_when_a_kernel_cannot_be_built(case, monkeypatch):
+    low_bit_kv, expected = case.low_bit_kvs[0], torch_ops.dequantise(case.low_bit_kvs[0])
+    kernels = Kernels(BuildError("out of shared memory"), destroys=low_bit_kv.runs[0].fields["key_codes"])
+    monkeypatch.setattr(triton_kernels, "load", lambda: kernels)
+    monkeypatch.setattr(triton_kernels, "build_errors", lambda: (BuildError,))
+    with pytest.warns(RuntimeWarning, match=r"BuildError: out of shared memory.*PyTorch does, slower") as said:
+        for _ in range(2):
+            gpu_quantise.quantise(case.keys[0], case.values[0], low_bit_kv, 0)
+    assert kernels.calls == 1 and len(said) == 1  # PyTorch quantises from now on
+    for ours, theirs in zip(torch_ops.dequantise(low_bit_kv), expected, strict=True):
+        assert torch.equal(ours, theirs)
 
 
-@pytest.fixture(scope="module")
-def case() -> Case:
-    return Case(Code.ROTATED, 2, 32, 64, 2, 2, 1, [4, 2], 0, torch.float32)
-
-
-@pytest.mark.parametrize("operation", ["score", "select", "rescore", "attend"])
-def test_a_kernel_that_cannot_be_built_is_replaced_with_its_arguments_intact(case, operation):
-    given_up: list[Exception] = []
-    broken = Broken(operation, BuildError("out of shared memory"))
-    guarded = GuardedKernels(broken, (BuildError,), given_up.append)
-    expected = layer_of_a_step(torch_ops, case)
-    for got, wanted in zip(layer_of_a_step(guarded, case), expected, strict=True):
-        torch.testing.assert_close(got, wanted, rtol=0, atol=0)
-    assert given_up == [broken.error]
-    calls = broken.calls
-    layer_of_a_step(guarded, case)
-    assert broken.calls == calls and len(given_up) == 1  # PyTorch serves from now on
-
-
-@pytest.mark.parametrize("operation", ["score", "attend"])
-def test_an_error_of_a_kernel_that_runs_is_not_hidden(case, operation):
-    given_up: list[Exception] = []
-    guarded = GuardedKernels(Broken(operation, RuntimeError("an illegal memory access")), (BuildError,), given_up.append)
-    with pytest.raises(RuntimeError, match="illegal memory access"):
-        layer_of_a_step(guarded, case)
-    assert not given_up
-
-
-def test_a_failed_kernel_that_destroyed_its_input_is_not_retried(case):
-    broken = Broken("none", BuildError("late"))
-    guarded = GuardedKernels(broken, (BuildError,), lambda error: None)
-    layer_of_a_step(guarded, case)
-    broken.operation = "attend"  # it was built for this kind of layer before
-    with pytest.raises(BuildError):
-        layer_of_a_step(guarded, case)
+def test_an_error_of_a_kernel_that_runs_is_not_hidden(case, monkeypatch):
+    kernels = Kernels(RuntimeError("an illegal memory access"))
+    monkeypatch.setattr(triton_kernels, "load", lambda: kernels)
+    monkeypatch.setattr(triton_kernels, "build_errors", lambda: (BuildError,))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            gpu_quantise.quantise(case.keys[0], case.values[0], case.low_bit_kvs[0], 0)
+    assert kernels.calls == 2
 
 
 @needs_triton
-def test_what_counts_as_a_build_error_is_tritons(case):
+def test_what_counts_as_a_build_error_is_tritons():
     from triton.compiler.errors import CompilationError
     from triton.errors import TritonError
     from triton.runtime.errors import InterpreterError, OutOfResources

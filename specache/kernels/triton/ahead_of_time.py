@@ -31,13 +31,11 @@ from specache.kernels.triton.launch_options import Shape
 
 # Maximum shared memory of a block, KiB, by compute capability (CUDA C++ Programming Guide).
 SHARED_MEMORY_KIB = {80: 163, 86: 99, 89: 99, 90: 227}
-HALF = ", 16-bit scores"  # suffix of kernels that have such a variant
+HALF = ", 16-bit scores"  # suffix of the selection of a 16-bit model, which can run both
 OF_ROWS = (
     "merge",
     "rescore",
-    "rescore" + HALF,
     "attend fetched",
-    "attend fetched" + HALF,
     "select peaks",
     "select mean_prob",
     "select parts" + HALF,
@@ -64,7 +62,7 @@ _TYPES = {
     **dict.fromkeys(("scores", "rest_lse", "peaks", "totals", "sums", "low_bit_sums", "fetched_sums", "out", "low_bit"), "*fp32"),
     **dict.fromkeys(("lse", "own_lse", "low_bit_lse", "recent_lse", "recent", "low_bit_out", "sinks"), "*fp32"),
     **dict.fromkeys(("rotated_query", "channel_scales", "levels", "references", "normaliser", "kept", "exact"), "*fp32"),
-    **dict.fromkeys(("addresses", "first_page", "positions", "stored", "counts"), "*i64"),
+    **dict.fromkeys(("addresses", "positions", "stored", "counts"), "*i64"),
     **dict.fromkeys(("missing", "claimed", "found", "wanted", "here", "victims", "counters", "source"), "*i64"),
     **dict.fromkeys(("lengths", "mean_prob", "histogram", "above", "equal", "table", "owner", "used", "tick"), "*i32"),
     **dict.fromkeys(("scaling", "softcap", "unit"), "fp32"),
@@ -105,18 +103,14 @@ def kernels(shape: Shape, dtype: str) -> dict[str, tuple[Any, dict[str, Any]]]:
     """Return name -> (kernel, its constants and options) for a layer."""
     from specache.kernels.triton import attend, gather, hot_rows, quantise, recent, score, select
 
-    exact, dim = dtype == "fp32", shape.dim
+    half, dim = dtype != "fp32", shape.dim  # a 16-bit model has 16-bit scores
     groups, group, queries = shape.groups, shape.group_size, shape.groups * shape.queries
     found = {
-        "score": (score.score_kernel, options.score(shape, False, exact)),
-        "score" + HALF: (score.score_kernel, options.score(shape, False, exact, half=True)),
-        "attend": (attend.low_bit_kernel, options.attend_low_bit(shape, exact)),
-        "attend" + HALF: (attend.low_bit_kernel, options.attend_low_bit(shape, exact, half=True)),
+        "score": (score.score_kernel, options.score(shape, False, half)),
+        "attend": (attend.low_bit_kernel, options.attend_low_bit(shape, half)),
         "merge": (attend.merge_kernel, options.merge(shape, 64, True)),
-        "rescore": (score.rescore_kernel, options.rescore(dim, groups, False)),
-        "rescore" + HALF: (score.rescore_kernel, options.rescore(dim, groups, False, group)),
-        "attend fetched": (attend.fetched_kernel, options.fetched(dim, groups)),
-        "attend fetched" + HALF: (attend.fetched_kernel, options.fetched(dim, groups, half=True)),
+        "rescore": (score.rescore_kernel, options.rescore(dim, groups, False, group if half else 0)),
+        "attend fetched": (attend.fetched_kernel, options.fetched(dim, groups, half)),
         "select peaks": (select.peaks_kernel, options.select()),
         "select mean_prob": (select.mean_prob_kernel, options.select(G=groups, BLOCKS_P=32)),
         "select parts" + HALF: (select.parts_kernel, options.select_parts(group)),
@@ -133,7 +127,7 @@ def kernels(shape: Shape, dtype: str) -> dict[str, tuple[Any, dict[str, Any]]]:
         "hot set: read ahead": (hot_rows.claim_kernel, options.claim(True, 1024)),
         "hot set: lookup": (hot_rows.lookup_kernel, options.hot_rows(2 * dim)),
         "hot set: fill": (hot_rows.fill_kernel, {**options.hot_rows(2 * dim), "MAPPED": True, "JOIN": True}),
-        "recent": (recent.recent_kernel, options.recent(dim, queries, shape.queries, False, True, exact)),
+        "recent": (recent.recent_kernel, options.recent(dim, queries, shape.queries, False, True, not half)),
         "join": (recent.join_kernel, options.join(dim, queries, shape.queries)),
     }
     if shape.rotated:
@@ -179,7 +173,8 @@ def compile_variant(variant: Variant, capability: int, **changes: Any) -> Resour
 
 
 def _type_of(name: str, variant: Variant) -> str:
-    if variant.kernel.endswith(HALF) and name in _HALF_TYPES:
+    half = variant.kernel.endswith(HALF) if variant.kernel.startswith("select") else variant.dtype != "fp32"
+    if half and name in _HALF_TYPES:
         return _HALF_TYPES[name]
     if name in _ROWS:
         rotated_input = variant.shape.rotated and variant.kernel in ("quantise keys", "quantise values")
@@ -218,8 +213,7 @@ def quick_variants() -> list[Variant]:
         Shape(Code.KIVI, 1, 32, 256, 8, 2),
         Shape(Code.ROTATED, 4, 64, 256, 8, 2),
     ]
-    names = [kernel + half for kernel in ("score", "attend") for half in ("", HALF)]
-    reads_codes = [Variant(kernel, shape, "bf16") for shape in shapes for kernel in names]
+    reads_codes = [Variant(kernel, shape, "bf16") for shape in shapes for kernel in ("score", "attend")]
     exact = [Variant(kernel, Shape(Code.KIVI, 2, 32, 256, 8, 2), "fp32") for kernel in ("score", "attend", *EXACT)]
     quantising = [
         Variant(kernel, Shape(code, bits, 64, 256, 8, 2), "bf16")
@@ -227,7 +221,7 @@ def quick_variants() -> list[Variant]:
         for kernel in kernels(Shape(code, bits, 64, 256, 8, 2), "bf16")
         if kernel.startswith("quantise")
     ]
-    of_rows = [Variant(kernel, Shape(Code.ROTATED, 2, 64, 256, 8, 2), "bf16") for kernel in OF_ROWS if kernel not in EXACT]
+    of_rows = [Variant(kernel, Shape(Code.ROTATED, 2, 64, 256, 8, 2), "bf16") for kernel in OF_ROWS]
     return [*reads_codes, *exact, *quantising, *of_rows]
 
 
@@ -241,7 +235,7 @@ def table_variants() -> list[Variant]:
         for bits in (1, 2, 4):
             for dim, queries in ((64, 2), (128, 1), (128, 2), (256, 2)):
                 shape = Shape(code, bits, 64, dim, 4, queries)
-                names = [kernel + half for kernel in ("score", "attend") for half in ("", HALF)]
+                names = ["score", "attend"]
                 if queries == 2 and dim > 64:
                     names += [kernel for kernel in kernels(shape, "bf16") if kernel.startswith("quantise")]
                 found += [Variant(name, shape, "bf16") for name in names]

@@ -86,8 +86,7 @@ def fetched_kernel(
 def low_bit_kernel(
     scores,  # [B, Hkv, ROWS, capacity], ROWS = G n
     references,  # float32 [B, Hkv, ROWS, capacity / KEY_GROUP] that they are relative to (HALF)
-    addresses,
-    first_page,
+    addresses,  # int64 [B, capacity / PAGE]
     lengths,
     sums,  # float32 [B, Hkv, splits, ROWS, DIM], out
     peaks,  # float32 [B, Hkv, ROWS, parts], out
@@ -106,8 +105,7 @@ def low_bit_kernel(
     ROWS: tl.constexpr,
     ROWS_P: tl.constexpr,  # of a program
     ROW_BLOCKS: tl.constexpr,
-    EXACT: tl.constexpr,
-    HALF: tl.constexpr,
+    HALF: tl.constexpr,  # for 16-bit models
     KEY_GROUP: tl.constexpr,
     SPLIT: tl.constexpr,  # tokens of a program, whole pages
 ):
@@ -120,7 +118,7 @@ def low_bit_kernel(
     head, row_block = tl.program_id(1) // ROW_BLOCKS, tl.program_id(1) % ROW_BLOCKS
     bh = (b * (tl.num_programs(1) // ROW_BLOCKS) + head).to(tl.int64)
     length = tl.load(lengths + b)
-    pages = addresses + tl.load(first_page + b)
+    pages = addresses + b * (capacity // PAGE)
     GROUPS: tl.constexpr = 1 if ROTATED else DIM_P // GROUP
     REAL_GROUPS: tl.constexpr = 1 if ROTATED else (DIM + GROUP - 1) // GROUP
     channel, group, slot = tl.arange(0, DIM_P), tl.arange(0, GROUPS), tl.arange(0, PAGE)
@@ -164,7 +162,7 @@ def low_bit_kernel(
         if HALF:
             summed = rounded_product(levels, factors, summed)
         else:
-            summed = level_product(levels, factors, summed, EXACT)
+            summed = level_product(levels, factors, summed, True)
 
     if not ROTATED:
         if GROUPS == 1:

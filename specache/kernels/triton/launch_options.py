@@ -80,7 +80,7 @@ def _compiler(warps: int, fused: bool = True, stages: int = 3) -> dict[str, Any]
     return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": fused}
 
 
-def score(shape: Shape, softcap: bool, exact: bool, half: bool = False) -> dict[str, Any]:
+def score(shape: Shape, softcap: bool, half: bool) -> dict[str, Any]:
     return {
         "ROTATED": shape.rotated,
         "BITS": shape.bits,
@@ -89,7 +89,6 @@ def score(shape: Shape, softcap: bool, exact: bool, half: bool = False) -> dict[
         "CHUNK": min(shape.padded_dim, 64),
         **_queries(shape, MAX_ROWS),
         "SOFTCAP": softcap,
-        "EXACT": exact,
         "HALF": half,
         "BLOCK": SCORE_BLOCK,
         **_compiler(4),
@@ -103,7 +102,8 @@ def _queries(shape: Shape, most: int) -> dict[str, int]:
     return {"ROWS": queries, "ROWS_P": padded, "ROW_BLOCKS": -(-queries // padded)}
 
 
-def rescore(dim: int, groups: int, softcap: bool, group_size: int = 0) -> dict[str, Any]:
+def rescore(dim: int, groups: int, softcap: bool, group_size: int) -> dict[str, Any]:
+    """Return options of `rescore`. group_size: that of float16 scores, 0 for float32 scores."""
     return {
         "G": groups,
         "G_P": power_of_two(groups, 8),
@@ -117,7 +117,7 @@ def rescore(dim: int, groups: int, softcap: bool, group_size: int = 0) -> dict[s
     }
 
 
-def fetched(dim: int, groups: int, half: bool = False) -> dict[str, Any]:
+def fetched(dim: int, groups: int, half: bool) -> dict[str, Any]:
     return {
         "G": groups,
         "G_P": power_of_two(groups, 8),
@@ -129,7 +129,7 @@ def fetched(dim: int, groups: int, half: bool = False) -> dict[str, Any]:
     }
 
 
-def attend_low_bit(shape: Shape, exact: bool, split: int = SPLIT, half: bool = False) -> dict[str, Any]:
+def attend_low_bit(shape: Shape, half: bool, split: int = SPLIT) -> dict[str, Any]:
     wide = shape.padded_dim > 128
     return {
         "ROTATED": shape.rotated,
@@ -137,8 +137,7 @@ def attend_low_bit(shape: Shape, exact: bool, split: int = SPLIT, half: bool = F
         "GROUP": shape.value_group,
         "DIM": shape.dim,
         "DIM_P": shape.padded_dim,
-        **_queries(shape, 8 if exact and wide else MAX_ROWS),
-        "EXACT": exact,
+        **_queries(shape, MAX_ROWS if half or not wide else 8),
         "HALF": half,
         "KEY_GROUP": shape.group_size,
         "SPLIT": split,

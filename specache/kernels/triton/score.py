@@ -12,8 +12,7 @@ from specache.kernels.triton.codes import LOWEST, PAGE, exact_product, key_level
 def score_kernel(
     query,  # [B, Hkv, ROWS, DIM], ROWS = G n
     rotated_query,  # float32 of the same shape: the unscaled, rotated query; not read with KIVI's code
-    addresses,
-    first_page,
+    addresses,  # int64 [B, capacity / PAGE]
     lengths,
     scores,  # [B, Hkv, ROWS, capacity], out: float32; with HALF float16 relative to their group's largest
     peaks,  # float32 [B, Hkv, ROWS, capacity / GROUP], out (HALF): that largest
@@ -34,8 +33,7 @@ def score_kernel(
     ROWS_P: tl.constexpr,  # of a program
     ROW_BLOCKS: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    EXACT: tl.constexpr,
-    HALF: tl.constexpr,
+    HALF: tl.constexpr,  # for 16-bit models
     BLOCK: tl.constexpr,  # tokens of a program, whole pages
 ):
     """Score low-bit keys. A program per (block of tokens, KV head and block of queries, sequence).
@@ -48,7 +46,7 @@ def score_kernel(
     head, row_block = tl.program_id(1) // ROW_BLOCKS, tl.program_id(1) % ROW_BLOCKS
     first_row = (b * (tl.num_programs(1) // ROW_BLOCKS) + head).to(tl.int64) * ROWS
     length = tl.load(lengths + b)
-    pages = addresses + tl.load(first_page + b)
+    pages = addresses + b * (capacity // PAGE)
     CHUNKS: tl.constexpr = (DIM + CHUNK - 1) // CHUNK
     channel, row = tl.arange(0, CHUNK), row_block * ROWS_P + tl.arange(0, ROWS_P)
     of_query = (first_row * DIM + row * DIM)[None, :] + channel[:, None]
@@ -80,7 +78,7 @@ def score_kernel(
             elif CHUNKS > 1:
                 factors = tl.load(rotated_query + of_query + chunk * CHUNK, mask=real, other=0.0)
             levels = key_levels(page + key_codes, head, slot, chunk * CHUNK, BITS, ROTATED, GROUP, DIM, CHUNK)
-            found = level_product(levels, factors, found, EXACT)
+            found = level_product(levels, factors, found, not HALF)
         if ROTATED:
             of_token = head * PAGE + slot + token_in_group
             found *= (tl.load(pointer(page + key_scale, tl.float16) + of_token).to(tl.float32) * unit)[:, None]
@@ -96,7 +94,7 @@ def score_kernel(
             tl.store(peaks + of_group, peak, mask=row < ROWS)
             tl.store(totals + of_group, tl.sum(tl.exp(found), 0), mask=row < ROWS)
         found = found.to(scores.dtype.element_ty)
-        tl.store(out[None, :] + token[:, None], found, mask=(token < capacity)[:, None] & (row < ROWS)[None, :])
+        tl.store(out[None, :] + token[:, None], found, mask=(row < ROWS)[None, :])
 
     if not HALF:
         for first in range(tl.maximum(block * BLOCK, last_group * GROUP), tl.minimum((block + 1) * BLOCK, capacity), PAGE):

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specache.kernels.types import LowBitKV, PageRun
+from specache.config import PAGE_TOKENS
+from specache.kernels.types import LowBitKV
 
 FIELDS = ("key_codes", "key_scale", "key_zero", "key_mean", "value_codes", "value_scale", "value_zero")
 
@@ -22,15 +23,18 @@ class PageTables:
     """The pages of `B` sequences of one layer.
 
     Attributes:
-        addresses: int64, the first byte of each page; sequence `b`'s from `first_page[b]` on, in
-            token order.
-        first_page: int64 [B].
+        addresses: int64 [B, capacity / 64], the first byte of each page, in token order; behind a
+            sequence's last page 0 or stale.
         lengths: int32 [B], low-bit tokens of each sequence.
     """
 
     addresses: Tensor
-    first_page: Tensor
     lengths: Tensor
+
+    @property
+    def capacity(self) -> int:
+        """Low-bit tokens per sequence that scores have room for."""
+        return self.addresses.shape[1] * PAGE_TOKENS
 
 
 @dataclass
@@ -84,29 +88,14 @@ class Offsets:
     value_zero: int
 
 
-def page_tables(low_bit_kvs: Sequence[LowBitKV], lengths: Sequence[int], device: torch.device) -> PageTables:
-    """Return page tables of the current low-bit copies."""
-    runs = [run for low_bit_kv in low_bit_kvs for run in low_bit_kv.runs]
-    first_page, pages = [], 0
-    for low_bit_kv in low_bit_kvs:
-        first_page.append(pages)
-        pages += sum(run.pages for run in low_bit_kv.runs)
-    addresses = torch.cat([run.device_addresses for run in runs]) if runs else torch.zeros(1, dtype=torch.int64, device=device)
-    return PageTables(addresses, to_device(first_page, torch.int64, device), to_device(lengths, torch.int32, device))
-
-
 def to_device(numbers: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Copy numbers to a tensor [N] on the device, through pinned memory, queued like a kernel."""
     host = torch.tensor(numbers, dtype=dtype)
     return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 
 
-def offsets_of(low_bit_kvs: Sequence[LowBitKV]) -> Offsets:
-    """Return the field offsets of a layer's pages, which are equal for all sequences."""
-    runs = next((low_bit_kv.runs for low_bit_kv in low_bit_kvs if low_bit_kv.runs), ())
-    return _offsets(runs[0]) if runs else Offsets(*[0] * len(FIELDS))
-
-
-def _offsets(run: PageRun) -> Offsets:
-    start = run.fields["key_codes"].data_ptr()
-    return Offsets(*(run.fields[name].data_ptr() - start if name in run.fields else -1 for name in FIELDS))
+def offsets_of(low_bit_kv: LowBitKV) -> Offsets:
+    """Return the field offsets of a low-bit copy's pages; it must have one."""
+    fields = low_bit_kv.runs[0].fields
+    start = fields["key_codes"].data_ptr()
+    return Offsets(*(fields[name].data_ptr() - start if name in fields else -1 for name in FIELDS))

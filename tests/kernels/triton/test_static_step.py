@@ -26,11 +26,11 @@ def model():
     return llama(num_hidden_layers=1)
 
 
-def difference(model, monkeypatch, graphs):
+def difference(model, monkeypatch, code, graphs):
     """Return the largest difference of the logits from the reference's; a group is quantised on the
     way.
     """
-    config = settings(code="rotated", bits=2, residual=7, policy="verified", slow_tier="ram", prefill_chunk=4096)
+    config = settings(code=code, bits=2, residual=7, policy="verified", slow_tier="ram", prefill_chunk=4096)
     with dispatch.using("triton"), static_steps(monkeypatch, capacity_step=64, graphs=lambda device: graphs) as steps:
         tokens, logits, _ = run(model, prompt(53), config, new=NEW)
     assert steps == [1] * (NEW - 1)
@@ -38,9 +38,9 @@ def difference(model, monkeypatch, graphs):
     return (logits - expected.logits).abs().max()
 
 
-@pytest.mark.parametrize("graphs", [None, SimulatedGraphs()])
-def test_a_decode_over_static_buffers_equals_the_reference(model, monkeypatch, graphs):
-    assert difference(model, monkeypatch, graphs) < 1e-3
+@pytest.mark.parametrize(("code", "graphs"), [("kivi", None), ("rotated", None), ("rotated", SimulatedGraphs())])
+def test_a_decode_over_static_buffers_equals_the_reference(model, monkeypatch, code, graphs):
+    assert difference(model, monkeypatch, code, graphs) < 1e-3
     assert graphs is None or graphs.replays == NEW - 3  # the first step of each kind is the warm-up
 
 
