@@ -149,7 +149,6 @@ class HotSetRowFetcher(RowFetcher):
         self._counters = counters
         self._prefetch: Fetch | None = None  # rows for the next step
         self._missing: Fetch | None = None  # rows of this step that were not in the hot set
-        self._gaps: tuple[Tensor, ...] = ()  # their heads [M], and indices [M] in the [n k] of a head
         self._slots: Tensor | None = None  # [Hkv, n, k] of the rows that `finish` returns, -1 where there is none
         self._staged_bytes = 0  # the most bytes in flight at once so far
 
@@ -170,7 +169,7 @@ class HotSetRowFetcher(RowFetcher):
             except Exception as error:
                 kind = type(error) if isinstance(error, SlowTierError) else SlowTierError
                 raise kind(f"Reading ahead in layer {self._layer} failed. {error}") from error
-            self.hot.insert(*fetch.pairs, kv_rows)
+            self.hot.insert(fetch.positions, kv_rows)
         self.hot.step += 1
 
     def start(self, positions: Tensor, real_queries: int) -> tuple[Tensor, int]:
@@ -179,13 +178,11 @@ class HotSetRowFetcher(RowFetcher):
         self.hot.grow(real_queries * k)
         wanted, others = positions.flatten(1).split([real_queries * k, (positions.shape[1] - real_queries) * k], dim=1)
         slots = self.hot.find(wanted)
-        missing = (slots < 0) & (wanted >= 0)
         ready = int((slots >= 0).sum())
-        head, column = self._gaps = missing.nonzero(as_tuple=True)
-        if len(head):
-            position = wanted[head, column]
-            slots[head, column] = self.hot.reserve(head, position)
-            self._missing = self._begin(head, position)
+        missing = wanted.where(slots < 0, -1)
+        if (missing >= 0).any():
+            slots = torch.maximum(slots, self.hot.reserve(missing))
+            self._missing = self._begin(missing)
         if others.shape[1]:
             there = self.hot.find(others)
             slots = torch.cat([slots, there], dim=1)
@@ -195,8 +192,9 @@ class HotSetRowFetcher(RowFetcher):
 
     def finish(self) -> Tensor:
         assert self._slots is not None, "finish without start"
+        fetch = self._missing
         try:
-            fetched = None if self._missing is None else self._wait(self._missing)
+            fetched = None if fetch is None else self._wait(fetch)
         except BaseException:
             self._cancel_started()
             raise
@@ -204,18 +202,17 @@ class HotSetRowFetcher(RowFetcher):
         if fetched is not None:
             self.hot.fill(fetched)
         rows = self._rows_at(slots.flatten(1))  # [Hkv, n k, 2 D]
-        if fetched is not None:
-            rows[self._gaps] = fetched  # also rows that the hot set has no room for
+        if fetch is not None and fetched is not None:  # also rows that the hot set has no room for
+            rows[:, : fetch.positions.shape[1]][fetch.positions >= 0] = fetched
         return rows.unflatten(1, slots.shape[1:])
 
     def submit(self, positions: Tensor) -> None:
         self._cancel_prefetch()
         self.hot.grow(positions.shape[1])
         self.hot.step += 1  # rows of the next step take precedence over those of this one
-        slots = self.hot.find(positions)
-        head, column = ((slots < 0) & (positions >= 0)).nonzero(as_tuple=True)
-        if len(head):
-            self._prefetch = self._begin(head, positions[head, column], ahead=True)
+        missing = positions.where(self.hot.find(positions) < 0, -1)
+        if (missing >= 0).any():
+            self._prefetch = self._begin(missing, ahead=True)
         if self._missing is not None:
             self._missing.poll()
 
@@ -245,15 +242,16 @@ class HotSetRowFetcher(RowFetcher):
         if fetch is not None:
             fetch.cancel()
 
-    def _begin(self, head: Tensor, position: Tensor, ahead: bool = False) -> Fetch | None:
-        """Start to read the rows [M, 2 D] of (head, position) pairs.
+    def _begin(self, positions: Tensor, ahead: bool = False) -> Fetch | None:
+        """Start to read the rows [M, 2 D] of the M positions of [Hkv, k].
 
         If no thread can take it, `Fetch.wait` reads. A read `ahead` is given up then: return None.
         """
-        where = self._layer, head.cpu(), position.cpu()
+        head, column = (positions >= 0).nonzero(as_tuple=True)
+        where = self._layer, head.cpu(), positions[head, column].cpu()
         begun = None if ahead else self._tier.begin(*where)
         fetch = begun or Fetch(partial(self._tier.gather, *where))
-        fetch.pairs, fetch.transfer = (head, position), self._transfer
+        fetch.positions, fetch.transfer = positions, self._transfer
         if begun is None and not fetch.read_in_thread(self._worker) and ahead:
             return None
         self._count_rows(len(head))

@@ -34,14 +34,14 @@ class Fetch:
         end: discards what the system reads.
 
     Attributes:
-        pairs: KV heads and positions of the rows, int64 [M] each.
+        positions: int64 [Hkv, k] of the rows, in their order, -1 where none is read.
         transfer: starts to copy the rows to the device, right after they were read.
         read_s: seconds that the read took. The system reports no completion time, so of its reads
             these are the seconds in which one was observed running. Submitting is not included.
         wait_s: seconds of `read_s` in which the step waited.
     """
 
-    pairs: tuple[Tensor, Tensor]
+    positions: Tensor
 
     def __init__(
         self, read: Callable[[], Tensor], arrived: Callable[[], bool] | None = None, end: Callable[[], None] | None = None
