@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from specache.platform.budget import ByteBudget
+from specache.rows.hot_set import least_recently_used
 
 INDEX_BYTES = 4  # int32: a slot's position and tick of last use, a position's slot, the current tick
 OLDEST = (1 << 16) - 1  # ticks: slots not used for as long, or never, are equally old
@@ -105,9 +106,8 @@ class DeviceHotSet:
         that gets no slot, or is not missing, gets `refused`. Lookups find the positions from now
         on; the caller must `put` their rows before anything reads them.
         """
-        victims = self._victims(missing)
-        rank = missing.cumsum(-1).sub_(1).clamp_(min=0)  # n-th newcomer of its head
-        slots = victims.gather(-1, rank).where(missing, self._refused)
+        age = (self.tick - self.used[..., : self.capacity]).clamp_(max=OLDEST)
+        slots = least_recently_used(age, missing, self._refused)
         granted = slots != self._refused
         self._give(slots, torch.where(granted, positions, self._unowned))
         self._touch(slots)
@@ -133,18 +133,6 @@ class DeviceHotSet:
         self.table.fill_(self.absent)
         self.owner.fill_(self.tokens + 1)
         self.used.copy_(self._long_ago().expand_as(self.used))
-
-    def _victims(self, missing: Tensor) -> Tensor:
-        """Return a victim [B, Hkv, k] per missing position, ascending.
-
-        `refused` fills the rest, and stands for slots that must not be evicted.
-        """
-        age = (self.tick - self.used[..., : self.capacity]).clamp_(max=OLDEST)
-        count = missing.sum(-1, keepdim=True)
-        oldest = age.sort(dim=-1, descending=True, stable=True)  # of equals the first
-        k = missing.shape[-1]
-        evicted = (oldest.values[..., :k] > 0) & (torch.arange(k, device=age.device) < count)
-        return oldest.indices[..., :k].where(evicted, self._refused).sort(dim=-1).values
 
     def _long_ago(self) -> Tensor:
         """Return the tick of last use of empty slots."""

@@ -10,9 +10,7 @@ Positions are [Hkv, k], ascending, -1 where there is no pair. Rows are [Hkv, k, 
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -21,10 +19,9 @@ from torch import Tensor
 from specache.errors import SlowTierError
 from specache.rows.hot_set import HotSet
 from specache.stats import Counters
-from specache.tiers.base import SlowTier
-from specache.tiers.disk.begun_read import BegunRead
-from specache.tiers.transfer import Arrival, Transfer
-from specache.tiers.worker import PrefetchRequest, PrefetchWorker
+from specache.tiers.base import Fetch, SlowTier
+from specache.tiers.transfer import Transfer
+from specache.tiers.worker import PrefetchWorker
 
 
 class RowFetcher(Protocol):
@@ -129,25 +126,6 @@ class InPlaceRowFetcher(RowFetcher):
         pass
 
 
-@dataclass
-class _InFlight:
-    """Rows that are prefetched for the next step."""
-
-    head: Tensor  # [M]
-    position: Tensor  # [M]
-    request: PrefetchRequest
-
-
-@dataclass
-class _Started:
-    """The slots of the rows that `finish` returns, and the read of those that were missing."""
-
-    slots: Tensor  # [Hkv, n, k], -1 where there is none
-    head: Tensor  # [M], of the rows that are read
-    column: Tensor  # [M], their index in the [n k] of a head
-    read: BegunRead | None
-
-
 class HotSetRowFetcher(RowFetcher):
     """Copies rows from a slow tier through a hot set, ahead of time where they were submitted.
 
@@ -169,8 +147,9 @@ class HotSetRowFetcher(RowFetcher):
         self._worker = worker
         self._transfer = transfer
         self._counters = counters
-        self._in_flight: _InFlight | None = None
-        self._started: _Started | None = None
+        self._prefetch: Fetch | None = None  # rows for the next step
+        self._missing: Fetch | None = None  # rows of this step that were not in the hot set
+        self._slots: Tensor | None = None  # [Hkv, n, k] of the rows that `finish` returns, -1 where there is none
         self._staged_bytes = 0  # the most bytes in flight at once so far
 
     @property
@@ -183,9 +162,14 @@ class HotSetRowFetcher(RowFetcher):
 
     def begin_step(self) -> None:
         self._cancel_started()
-        flight, self._in_flight = self._in_flight, None
-        if flight is not None:
-            self.hot.insert(flight.head, flight.position, self._wait_for_prefetch(flight.request))
+        fetch, self._prefetch = self._prefetch, None
+        if fetch is not None:
+            try:
+                kv_rows = self._wait(fetch)
+            except Exception as error:
+                kind = type(error) if isinstance(error, SlowTierError) else SlowTierError
+                raise kind(f"Reading ahead in layer {self._layer} failed. {error}") from error
+            self.hot.insert(fetch.positions, kv_rows)
         self.hot.step += 1
 
     def start(self, positions: Tensor, real_queries: int) -> tuple[Tensor, int]:
@@ -194,59 +178,50 @@ class HotSetRowFetcher(RowFetcher):
         self.hot.grow(real_queries * k)
         wanted, others = positions.flatten(1).split([real_queries * k, (positions.shape[1] - real_queries) * k], dim=1)
         slots = self.hot.find(wanted)
-        missing = (slots < 0) & (wanted >= 0)
         ready = int((slots >= 0).sum())
-        head, column = missing.nonzero(as_tuple=True)
-        read = None
-        if len(head):
-            position = wanted[head, column]
-            slots[head, column] = self.hot.reserve(head, position)
-            self._count_rows(len(head))
-            read = BegunRead(self._tier, self._layer, head.cpu(), position.cpu(), self._worker, self._transfer)
+        missing = wanted.where(slots < 0, -1)
+        if (missing >= 0).any():
+            slots = torch.maximum(slots, self.hot.reserve(missing))
+            self._missing = self._begin(missing)
         if others.shape[1]:
             there = self.hot.find(others)
             slots = torch.cat([slots, there], dim=1)
             others = others.where(there >= 0, -1)
-        self._started = _Started(slots.view_as(positions), head, column, read)
+        self._slots = slots.view_as(positions)
         return torch.cat([wanted, others], dim=1).view_as(positions), ready
 
     def finish(self) -> Tensor:
-        started = self._started
-        assert started is not None, "finish without start"
+        assert self._slots is not None, "finish without start"
+        fetch = self._missing
         try:
-            fetched = None if started.read is None else self._wait_for_read(started.read)
+            fetched = None if fetch is None else self._wait(fetch)
         except BaseException:
             self._cancel_started()
             raise
+        slots, self._slots, self._missing = self._slots, None, None
         if fetched is not None:
             self.hot.fill(fetched)
-        self._started = None
-        rows = self._rows_at(started.slots.flatten(1))  # [Hkv, n k, 2 D]
-        if fetched is not None:
-            rows[started.head, started.column] = fetched  # also rows that the hot set has no room for
-        return rows.unflatten(1, started.slots.shape[1:])
+        rows = self._rows_at(slots.flatten(1))  # [Hkv, n k, 2 D]
+        if fetch is not None and fetched is not None:  # also rows that the hot set has no room for
+            rows[:, : fetch.positions.shape[1]][fetch.positions >= 0] = fetched
+        return rows.unflatten(1, slots.shape[1:])
 
     def submit(self, positions: Tensor) -> None:
-        self._cancel_submitted()
+        self._cancel_prefetch()
         self.hot.grow(positions.shape[1])
         self.hot.step += 1  # rows of the next step take precedence over those of this one
-        slots = self.hot.find(positions)
-        head, column = ((slots < 0) & (positions >= 0)).nonzero(as_tuple=True)
-        if len(head):
-            wanted = positions[head, column]
-            request = self._worker.submit(self._read(head, wanted))
-            if request is not None:
-                self._count_rows(len(head))
-                self._in_flight = _InFlight(head, wanted, request)
-        if self._started is not None and self._started.read is not None:
-            self._started.read.poll()
+        missing = positions.where(self.hot.find(positions) < 0, -1)
+        if (missing >= 0).any():
+            self._prefetch = self._begin(missing, ahead=True)
+        if self._missing is not None:
+            self._missing.poll()
 
     def resize(self, slots: int) -> None:
         self.hot.grow_if_allowed(slots)
 
     def cancel(self) -> None:
         self._cancel_started()
-        self._cancel_submitted()
+        self._cancel_prefetch()
 
     def drop(self) -> None:
         self.cancel()
@@ -256,50 +231,45 @@ class HotSetRowFetcher(RowFetcher):
         self.cancel()
         self.hot.free()
 
-    def _cancel_submitted(self) -> None:
-        flight, self._in_flight = self._in_flight, None
-        if flight is not None:
-            flight.request.cancel()
+    def _cancel_prefetch(self) -> None:
+        fetch, self._prefetch = self._prefetch, None
+        if fetch is not None:
+            fetch.cancel()
 
     def _cancel_started(self) -> None:
-        started, self._started = self._started, None
-        self.hot.forget()  # also where an interrupt came before `_started` was set
-        if started is not None and started.read is not None:
-            started.read.cancel()
+        fetch, self._missing, self._slots = self._missing, None, None
+        self.hot.forget()  # also where an interrupt came before `_missing` was set
+        if fetch is not None:
+            fetch.cancel()
 
-    def _wait_for_read(self, read: BegunRead) -> Tensor:
-        """Wait for the rows [M, 2 D] of a read that `start` began."""
-        arrival, read_s, wait_s = read.take()
-        self._counters.read_s += read_s
-        if wait_s:
-            self._count_wait(wait_s)
-        return arrival.wait()
+    def _begin(self, positions: Tensor, ahead: bool = False) -> Fetch | None:
+        """Start to read the rows [M, 2 D] of the M positions of [Hkv, k].
 
-    def _wait_for_prefetch(self, request: PrefetchRequest) -> Tensor:
-        """Wait for the rows [M, 2 D] of a prefetch that the last step submitted."""
-        waits = not request.done
-        started = time.perf_counter()
-        try:
-            arrival, seconds = request.result()
-        except Exception as error:
-            kind = type(error) if isinstance(error, SlowTierError) else SlowTierError
-            raise kind(f"Reading ahead in layer {self._layer} failed. {error}") from error
-        except BaseException:
-            request.cancel()  # an interrupt ended the wait
-            raise
-        if waits:
-            self._count_wait(time.perf_counter() - started)
-        self._counters.read_s += seconds
-        return arrival.wait()
+        If no thread can take it, `Fetch.wait` reads. A read `ahead` is given up then: return None.
+        """
+        head, column = (positions >= 0).nonzero(as_tuple=True)
+        where = self._layer, head.cpu(), positions[head, column].cpu()
+        begun = None if ahead else self._tier.begin(*where)
+        fetch = begun or Fetch(partial(self._tier.gather, *where))
+        fetch.positions, fetch.transfer = positions, self._transfer
+        if begun is None and not fetch.read_in_thread(self._worker) and ahead:
+            return None
+        self._count_rows(len(head))
+        return fetch
+
+    def _wait(self, fetch: Fetch) -> Tensor:
+        """Return the rows [M, 2 D], counting the time that reading and waiting took."""
+        kv_rows = fetch.wait()
+        self._counters.read_s += fetch.read_s
+        if fetch.wait_s:
+            self._counters.waits += 1
+            self._counters.wait_s += fetch.wait_s
+        return kv_rows
 
     def _count_rows(self, count: int) -> None:
         size = count * self.hot.kv_rows.shape[-1] * self.hot.kv_rows.element_size()
         self._counters.bytes_fetched += size
         self._staged_bytes = max(self._staged_bytes, size)
-
-    def _count_wait(self, seconds: float) -> None:
-        self._counters.waits += 1
-        self._counters.wait_s += seconds
 
     def _rows_at(self, slots: Tensor) -> Tensor:
         """Return the rows [Hkv, m, 2 D] of slots [Hkv, m], zero at -1."""
@@ -307,9 +277,3 @@ class HotSetRowFetcher(RowFetcher):
             return self.hot.kv_rows.new_zeros(*slots.shape, self.hot.kv_rows.shape[-1])
         index = slots.clamp(min=0).unsqueeze(-1).expand(-1, -1, self.hot.kv_rows.shape[-1])
         return self.hot.kv_rows.gather(1, index).masked_fill_((slots < 0).unsqueeze(-1), 0.0)
-
-    def _read(self, head: Tensor, position: Tensor) -> Callable[[], Arrival]:
-        """Return a function that reads M rows, on any thread. It does not refer to the hot set."""
-        head, position = head.cpu(), position.cpu()
-        tier, layer, transfer = self._tier, self._layer, self._transfer
-        return lambda: transfer(tier.gather(layer, head, position))

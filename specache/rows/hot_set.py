@@ -31,7 +31,7 @@ class HotSet:
         self.stamp = torch.full((num_kv_heads, capacity), -1, device=device)
         self.step = 0
         self._sorted: tuple[Tensor, Tensor] | None = None
-        self._reserved: tuple[Tensor, Tensor] | None = None  # heads and slots [M] whose rows are in flight
+        self._reserved: tuple[Tensor, Tensor, Tensor] | None = None  # of rows in flight: heads, slots, and which have one
 
     @property
     def capacity(self) -> int:
@@ -54,50 +54,47 @@ class HotSet:
         self.stamp[head, slots[head, column]] = self.step
         return slots
 
-    def insert(self, head: Tensor, positions: Tensor, kv_rows: Tensor) -> None:
-        """Insert rows [M, 2 D] of uncached (head, position) pairs; evict the oldest slots.
+    def insert(self, positions: Tensor, kv_rows: Tensor) -> None:
+        """Insert the rows [M, 2 D] of the M pairs of [Hkv, k], none cached; evict the oldest slots.
 
         Rows that do not fit beside the rows used in this step are left out.
         """
-        self.reserve(head, positions)
+        self.reserve(positions)
         self.fill(kv_rows)
 
-    def reserve(self, head: Tensor, positions: Tensor) -> Tensor:
-        """Reserve slots [M] for (head, position) pairs that are not cached; evict the oldest slots.
+    def reserve(self, positions: Tensor) -> Tensor:
+        """Reserve slots [Hkv, k] for positions that are not cached; evict the oldest slots.
 
-        A pair that does not fit beside the rows used in this step gets -1. The others count as
+        A position that does not fit beside the rows used in this step gets -1. The others count as
         cached from now on: `fill` must bring their rows, or `forget` undo the reservation.
         """
-        within = torch.zeros(self.position.shape[0], len(head), dtype=torch.long, device=head.device)
-        within[head, torch.arange(len(head), device=head.device)] = 1
-        rank = (within.cumsum(1) - 1)[head, torch.arange(len(head), device=head.device)]  # n-th newcomer of its head
-        if self.capacity == 0:
-            self._reserved = head, torch.full_like(head, -1)
-            return self._reserved[1]
-        victims = self._victims(within.sum(1, keepdim=True), min(len(head), self.capacity))
-        slot = victims[head, rank.clamp(max=victims.shape[1] - 1)].where(rank < self.capacity, -1)
-        self._reserved = head, slot
+        wanted = positions >= 0
+        slots = torch.full_like(positions, -1)
+        if self.capacity:
+            fits = wanted & (wanted.cumsum(1) <= self.capacity)
+            slots = least_recently_used(self.step - self.stamp, fits, self.capacity)
+            slots = slots.where(slots < self.capacity, -1)
+        head, column = (slots >= 0).nonzero(as_tuple=True)
+        slot = slots[head, column]
+        self._reserved = head, slot, (slots >= 0)[wanted]
         self._sorted = None
-        fits = slot >= 0
-        self.position[head[fits], slot[fits]] = positions[fits]
-        self.stamp[head[fits], slot[fits]] = self.step
-        return slot
+        self.position[head, slot] = positions[head, column]
+        self.stamp[head, slot] = self.step
+        return slots
 
     def fill(self, kv_rows: Tensor) -> None:
-        """Store the rows [M, 2 D] of the last reservation."""
+        """Store the rows [M, 2 D] of the last reservation, one per position."""
         if self._reserved is not None:
-            head, slot = self._reserved
-            fits = slot >= 0
-            self.kv_rows[head[fits], slot[fits]] = kv_rows[fits]
+            head, slot, fits = self._reserved
+            self.kv_rows[head, slot] = kv_rows[fits]
             self._reserved = None
 
     def forget(self) -> None:
         """Undo the last reservation, whose rows did not come."""
         if self._reserved is not None:
-            head, slot = self._reserved
-            fits = slot >= 0
-            self.position[head[fits], slot[fits]] = NOWHERE
-            self.stamp[head[fits], slot[fits]] = -1
+            head, slot, _ = self._reserved
+            self.position[head, slot] = NOWHERE
+            self.stamp[head, slot] = -1
             self._sorted = None
             self._reserved = None
 
@@ -136,12 +133,21 @@ class HotSet:
         self._reserved = None
         self._claim.release()
 
-    def _victims(self, count: Tensor, most: int) -> Tensor:
-        """Return each head's `count` [Hkv, 1] least recently used slots, ascending, [Hkv, most].
 
-        -1 fills the rest, and stands for slots that this step uses.
-        """
-        stamps, order = self.stamp.sort(dim=1, stable=True)
-        evicted = (torch.arange(most, device=order.device) < count) & (stamps[:, :most] < self.step)
-        ascending = order[:, :most].where(evicted, NOWHERE).sort(dim=1).values
-        return ascending.where(ascending < NOWHERE, -1)
+def least_recently_used(age: Tensor, missing: Tensor, none: Tensor | int) -> Tensor:
+    """Return the slots [..., k] to evict for the true elements of `missing`, `none` elsewhere.
+
+    The victims of a head are its oldest slots, of equally old ones the first, and are assigned in
+    ascending order. Slots of age 0 are not evicted: the last elements get `none` instead.
+
+    Args:
+        age: [..., C], for how long each slot has not been used.
+        missing: bool [..., k], at most `C` of a head true.
+        none: above every slot.
+    """
+    oldest = age.sort(dim=-1, descending=True, stable=True)
+    ages, victims = oldest.values[..., : missing.shape[-1]], oldest.indices[..., : missing.shape[-1]]
+    evicted = (ages > 0) & (torch.arange(ages.shape[-1], device=age.device) < missing.sum(-1, keepdim=True))
+    victims = victims.where(evicted, none).sort(dim=-1).values
+    rank = missing.cumsum(-1).sub_(1).clamp_(min=0)  # n-th newcomer of its head
+    return victims.gather(-1, rank).where(missing, none)

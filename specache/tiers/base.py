@@ -8,41 +8,99 @@ leaves the tier unchanged.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
 from typing import Protocol
 
 from torch import Tensor
 
+from specache.tiers.transfer import Transferred, on_host
+from specache.tiers.worker import PrefetchWorker
 
-class RowsInFlight(Protocol):
-    """Rows whose read is in progress. Call `take` once, or `cancel`.
 
-    If both are omitted, the memory being read into lives until the reads have ended.
+class Fetch:
+    """A read of rows [M, 2 D] of one layer that is under way. Call `wait` once, or `cancel`.
+
+    The system reads (`arrived` is given), or a thread (`read_in_thread`), or else `wait` itself. If
+    neither `wait` nor `cancel` is called, the memory being read into lives until the reads have
+    ended.
+
+    Args:
+        read: returns the rows on the CPU, waiting for those that the system reads. It does not
+            refer to the hot set, which may be freed meanwhile.
+        arrived: returns True if `read` would not block.
+        end: discards what the system reads.
+
+    Attributes:
+        positions: int64 [Hkv, k] of the rows, in their order, -1 where none is read.
+        transfer: starts to copy the rows to the device, right after they were read.
+        read_s: seconds that the read took. The system reports no completion time, so of its reads
+            these are the seconds in which one was observed running. Submitting is not included.
+        wait_s: seconds of `read_s` in which the step waited.
     """
 
+    positions: Tensor
+
+    def __init__(
+        self, read: Callable[[], Tensor], arrived: Callable[[], bool] | None = None, end: Callable[[], None] | None = None
+    ) -> None:
+        self.transfer: Callable[[Tensor], Transferred] = on_host
+        self.read_s = self.wait_s = 0.0
+        self._read, self._arrived, self._end = read, arrived, end
+        self._future: Future[tuple[Transferred, float]] | None = None
+        self._begun = self._running = time.perf_counter()  # `running`: when it was last observed running
+
+    def read_in_thread(self, worker: PrefetchWorker) -> bool:
+        """Have a thread read and transfer the rows; return False if the worker's queue is full."""
+        self._future = worker.submit(partial(_timed, self._read, self.transfer))
+        return self._future is not None
+
     @property
-    def arrived(self) -> bool:
-        """Return True if `take` would not block."""
+    def done(self) -> bool:
+        """Return True if `wait` would not block."""
+        return self._future.done() if self._future else self._arrived is not None and self._arrived()
 
-    def take(self) -> Tensor:
-        """Return the rows [M, 2 D], waiting for them. Raise what `SlowTier.gather` raises."""
+    def poll(self) -> None:
+        """Record whether the system is still reading."""
+        if self._arrived is not None and not self._arrived():
+            self._running = time.perf_counter()
+
+    def wait(self) -> Tensor:
+        """Return the rows, safe to use on the current stream. Raise what the read raised.
+
+        The host waits for the read, never for the device. A read that no thread has begun is done
+        here.
+        """
+        self.poll()
+        done, asked = self.done, time.perf_counter()
+        try:
+            if self._future is None or self._future.cancel():
+                transferred, seconds = _timed(self._read, self.transfer)
+                self.wait_s += seconds
+                self.read_s = self._running - self._begun + self.wait_s
+            else:
+                transferred, self.read_s = self._future.result()
+                self.wait_s = 0.0 if done else time.perf_counter() - asked
+        except BaseException:  # also an interrupt of the wait
+            self.cancel()
+            raise
+        return transferred()
 
     def cancel(self) -> None:
-        """Discard the read."""
+        """Discard the read. The result or error of a thread that runs it is ignored."""
+        if self._future is not None:
+            self._future.cancel()
+        if self._end is not None:
+            self._end()
 
 
-@dataclass(frozen=True)
-class Gathered:
-    """Rows in flight that have arrived already: they were copied at once."""
-
-    rows: Tensor
-    arrived: bool = True
-
-    def take(self) -> Tensor:
-        return self.rows
-
-    def cancel(self) -> None:
-        pass
+def _timed(read: Callable[[], Tensor], transfer: Callable[[Tensor], Transferred]) -> tuple[Transferred, float]:
+    """Read rows and start their transfer; return them and the seconds it took."""
+    started = time.perf_counter()
+    transferred = transfer(read())
+    return transferred, time.perf_counter() - started
 
 
 class SlowTier(Protocol):
@@ -65,10 +123,10 @@ class SlowTier(Protocol):
     def gather(self, layer: int, heads: Tensor, positions: Tensor) -> Tensor:
         """Return rows [M, 2 D] of M (KV head, position) pairs, in their order."""
 
-    def begin(self, layer: int, heads: Tensor, positions: Tensor) -> RowsInFlight | None:
+    def begin(self, layer: int, heads: Tensor, positions: Tensor) -> Fetch | None:
         """Start to gather rows and return at once; None if that would take a thread.
 
-        Copies in memory complete at once.
+        Rows in memory are copied by `Fetch.wait`.
         """
 
     def reserve(self, tokens: int) -> None:

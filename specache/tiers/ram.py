@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from specache.tiers.base import Gathered
+from specache.tiers.base import Fetch
 from specache.tiers.transfer import HostMemory, Offload
 
 GROWTH = 1.25  # factor by which a full buffer grows
@@ -84,8 +85,8 @@ class RamTier:
         flat = rows.flatten(0, 1)  # [Hkv capacity, 2 D], a view
         return flat.index_select(0, heads * rows.shape[1] + positions)
 
-    def begin(self, layer: int, heads: Tensor, positions: Tensor) -> Gathered:
-        return Gathered(self.gather(layer, heads, positions))
+    def begin(self, layer: int, heads: Tensor, positions: Tensor) -> Fetch:
+        return Fetch(partial(self.gather, layer, heads, positions))
 
     def reserve(self, tokens: int) -> None:
         self._expected = max(self._expected, tokens)

@@ -9,12 +9,14 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+Transferred = Callable[[], Tensor]  # returns rows, safe to use on the current stream
 
 
 class Offload(Protocol):
@@ -50,39 +52,33 @@ class HostMemory(Protocol):
         """Return a buffer that is no longer in use."""
 
 
-@dataclass
-class Arrival:
-    """Rows in transfer to the device.
-
-    `host` keeps the pinned source alive until the copy is done.
-    """
-
-    rows: Tensor
-    host: Tensor | None = None
-    event: Any = None
-
-    def wait(self) -> Tensor:
-        """Return the rows, safe to use on the current stream."""
-        if self.event is not None:
-            stream = torch.cuda.current_stream(self.rows.device)
-            stream.wait_event(self.event)
-            self.rows.record_stream(stream)
-        return self.rows
+def on_host(kv_rows: Tensor) -> Transferred:
+    """Transfer rows that are used where they are."""
+    return lambda: kv_rows
 
 
 class Transfer:
-    """Copies gathered host rows to `device`, on the calling thread."""
+    """Copies gathered host rows to `device`, on the calling thread (`tiers.base.Fetch`)."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def __call__(self, host: Tensor) -> Arrival:
+    def __call__(self, host: Tensor) -> Transferred:
+        """Start to copy rows; return a function that returns them for use on the current stream."""
         if self._stream is None:
-            return Arrival(host.to(self.device))
+            return on_host(host.to(self.device))
         pinned = host if host.is_pinned() else host.pin_memory()
         with torch.cuda.stream(self._stream):
-            rows = pinned.to(self.device, non_blocking=True)
+            kv_rows = pinned.to(self.device, non_blocking=True)
             event = torch.cuda.Event()
             event.record(self._stream)
-        return Arrival(rows, pinned, event)
+        return partial(_after, event, kv_rows, pinned)
+
+
+def _after(event: torch.cuda.Event, kv_rows: Tensor, _pinned: Tensor) -> Tensor:
+    """Return rows for use on the current stream. Their source `_pinned` is alive until then."""
+    stream = torch.cuda.current_stream(kv_rows.device)
+    stream.wait_event(event)
+    kv_rows.record_stream(stream)
+    return kv_rows

@@ -1,43 +1,15 @@
-"""Background reads: a bounded queue, served by a few threads, with cancellable requests."""
+"""Background reads: a bounded queue, served by a few threads."""
 
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
-from specache.tiers.transfer import Arrival
+Result = TypeVar("Result")
 
 QUEUE_LIMIT = 1024  # unfinished requests of a cache; a step submits one per layer and sequence
-
-
-class PrefetchRequest:
-    """One background read.
-
-    Its rows go to memory of its own, so a discarded read need not be waited for.
-    """
-
-    def __init__(self, future: Future[tuple[Arrival, float]]) -> None:
-        self._future = future
-
-    @property
-    def done(self) -> bool:
-        return self._future.done()
-
-    def result(self) -> tuple[Arrival, float]:
-        """Return the rows and the seconds that reading took, waiting for them.
-
-        Raise what the read raised.
-        """
-        return self._future.result()
-
-    def cancel(self) -> bool:
-        """Discard the read and return True if it had not started.
-
-        A running read's result or error is ignored.
-        """
-        return self._future.cancel()
 
 
 class PrefetchWorker:
@@ -52,18 +24,19 @@ class PrefetchWorker:
         self._executor = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="specache-prefetch")
         self._room = threading.BoundedSemaphore(QUEUE_LIMIT)
 
-    def submit(self, read: Callable[[], Arrival]) -> PrefetchRequest | None:
-        """Read in the background; return None if the queue is full.
+    def submit(self, read: Callable[[], Result]) -> Future[Result] | None:
+        """Call `read` in a thread; return None if the queue is full.
 
+        Its result is in memory of its own, so one that is not wanted need not be waited for.
         The step that needs refused rows fetches them itself, which is only slower. Waiting here
         would delay layers whose rows have arrived.
         """
         if not self._room.acquire(blocking=False):
             return None
         room = self._room
-        future = self._executor.submit(timed, read)
+        future = self._executor.submit(read)
         future.add_done_callback(lambda _: room.release())  # the semaphore outlives a dropped worker
-        return PrefetchRequest(future)
+        return future
 
     def close(self) -> None:
         """Cancel requests that have not started and end the threads."""
@@ -76,10 +49,3 @@ class PrefetchWorker:
     def __del__(self) -> None:
         if hasattr(self, "_executor"):  # not set if the thread pool could not be created
             self.abandon()
-
-
-def timed(read: Callable[[], Arrival]) -> tuple[Arrival, float]:
-    """Return the rows, and the seconds that reading them took."""
-    started = time.perf_counter()
-    arrival = read()
-    return arrival, time.perf_counter() - started

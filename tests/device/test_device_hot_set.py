@@ -124,8 +124,7 @@ def test_hits_equal_those_of_the_cpus_hot_set(data, capacity):
     def add(positions: Tensor, missing: Tensor) -> None:
         device.claim(positions, missing)
         for host, wanted, new in zip(hosts, positions, missing, strict=True):
-            head, column = new.nonzero(as_tuple=True)
-            host.insert(head, wanted[head, column], torch.zeros(len(head), WIDTH))
+            host.insert(wanted.where(new, -1), torch.zeros(int(new.sum()), WIDTH))
 
     def advance() -> None:
         device.advance()

@@ -158,9 +158,10 @@ def test_hits_of_the_real_query_and_bytes_of_all_reads_are_counted(stored):
 
 def add_missing(hot: HotSet, positions: Tensor) -> int:
     """Insert those that are not there -> how many they were."""
-    head, column = ((hot.find(positions) < 0) & (positions >= 0)).nonzero(as_tuple=True)
-    hot.insert(head, positions[head, column], torch.zeros(len(head), WIDTH))
-    return len(head)
+    missing = positions.where(hot.find(positions) < 0, -1)
+    count = int((missing >= 0).sum())
+    hot.insert(missing, torch.zeros(count, WIDTH))
+    return count
 
 
 def select(generator: torch.Generator) -> Tensor:

@@ -20,7 +20,7 @@ from specache.rows.fetch import HotSetRowFetcher
 from specache.rows.hot_set import HotSet
 from specache.stats import Counters, MemoryUse, report
 from specache.tiers import worker as worker_module
-from specache.tiers.base import RowsInFlight
+from specache.tiers.base import Fetch
 from specache.tiers.ram import RamTier
 from specache.tiers.transfer import Transfer
 from specache.tiers.worker import PrefetchWorker
@@ -42,7 +42,7 @@ class GatedTier(RamTier):
         self.asked: list[int] = []  # pairs per read
         self.write(0, 0, *random_rows(HEADS, TOKENS, DIM, torch.float32))
 
-    def begin(self, layer: int, heads: Tensor, positions: Tensor) -> RowsInFlight | None:
+    def begin(self, layer: int, heads: Tensor, positions: Tensor) -> Fetch | None:
         return None  # it takes a thread
 
     def gather(self, layer: int, heads: Tensor, positions: Tensor) -> Tensor:
@@ -288,7 +288,7 @@ def test_a_full_queue_refuses_and_the_step_fetches_for_itself(tier, worker, monk
     layers = [rows_of(tier, small) for _ in range(4)]
     for number, rows in enumerate(layers):
         rows.submit(wanted(number))
-    assert [rows._in_flight is not None for rows in layers] == [True, True, False, False]
+    assert [rows._prefetch is not None for rows in layers] == [True, True, False, False]
     tier.gate.set()
     for number, rows in enumerate(layers):
         rows.begin_step()
@@ -298,7 +298,7 @@ def test_a_full_queue_refuses_and_the_step_fetches_for_itself(tier, worker, monk
         assert rows._counters.bytes_fetched == fetched.nbytes  # once, whoever read it
     for rows in layers[:2] * 5:  # finished requests have left the queue
         rows.submit(wanted(100))
-        assert rows._in_flight is not None
+        assert rows._prefetch is not None
         rows.begin_step()
         rows.drop()
     small.close()
@@ -335,9 +335,8 @@ def test_the_worker_leaves_no_thread(tier, end):
 def test_a_dropped_request_frees_its_rows(tier, worker):
     rows = rows_of(tier, worker)
     rows.submit(wanted(1, 2))
-    request: Any = rows._in_flight.request
-    arrived = weakref.ref(request.result()[0].rows)
-    del request
+    assert tier.running.acquire(timeout=WAIT)  # a thread reads, and its result is kept for the step
+    arrived = weakref.ref(rows._prefetch.wait())
     rows.drop()
     time.sleep(0.05)
     gc.collect()

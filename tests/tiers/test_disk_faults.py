@@ -11,6 +11,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,8 @@ import torch
 import specache
 from specache.errors import SlowTierError
 from specache.kernels.cpu import native
-from specache.rows import fetch as prefetch
+from specache.tiers.base import Fetch
 from specache.tiers.disk import aligned_io, native_reads, tier_files
-from specache.tiers.disk.begun_read import BegunRead
 from specache.tiers.disk.disk_tier import DiskTier
 from specache.tiers.disk.probe import ReaderReport
 from tests.cache.test_invariants import run, settings
@@ -190,13 +190,6 @@ def test_short_and_slow_reads_change_no_token(model, tmp_path, monkeypatch, how)
         assert stats["waits"] > 0
 
 
-class Busy:
-    """A worker without a free thread for a read that a step starts."""
-
-    def submit(self, read: Any) -> None:
-        return None
-
-
 def in_background() -> bool:
     return threading.current_thread().name.startswith("specache-prefetch")
 
@@ -216,10 +209,8 @@ def test_a_failed_background_read_raises_once_in_the_next_step(model, tmp_path, 
     def failing_in_background(*arguments: Any) -> int:
         return failing(errno.EIO)() if broken and in_background() else read(*arguments)
 
-    def with_no_thread(tier: Any, layer: int, heads: Any, positions: Any, worker: Any, transfer: Any) -> BegunRead:
-        return BegunRead(tier, layer, heads, positions, Busy(), transfer)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(prefetch, "BegunRead", with_no_thread)
+    # reads that a step starts take no thread
+    monkeypatch.setattr(DiskTier, "begin", lambda tier, *pairs: Fetch(partial(tier.gather, *pairs)))
     monkeypatch.setattr(aligned_io, "read_at", failing_in_background)
     disturbed = Steps(model, config, 230)
     broken = True
@@ -286,7 +277,7 @@ def test_a_step_that_fails_with_reads_in_flight_can_be_repeated(model, tmp_path,
 
     def fails_in_the_second_layer(step: native.NativeLayerStep, positions: torch.Tensor) -> None:
         layer = disturbed.cache.sequences[0].layers[len(calls) % 3]
-        began.append(layer.row_fetcher._started.read is not None)
+        began.append(layer.row_fetcher._missing is not None)
         calls.append(1)
         if len(calls) == 2:
             raise error("while they are")

@@ -76,7 +76,7 @@ def test_started_reads_return_the_rows_of_a_gather(tier):
     assert all(flights)
     assert tier.begin(0, *wanted[0]) is None  # the limit of reads in flight is reached
     for flight, where in zip(flights[::-1], wanted[::-1], strict=True):
-        assert torch.equal(flight.take(), tier.gather(0, *where))
+        assert torch.equal(flight.wait(), tier.gather(0, *where))
         flight.cancel()  # a second cancel does nothing
     assert tier.begin(0, *wanted[0]) is not None
 
@@ -96,7 +96,7 @@ def test_a_started_read_completes_after_the_files_are_closed(tmp_path):
     keys, values = fill(tier, 128)
     flight = tier.begin(0, torch.tensor([1, 0]), torch.tensor([5, 77]))
     tier.close()
-    assert torch.equal(flight.take(), torch.cat([keys, values], dim=-1)[[1, 0], [5, 77]])
+    assert torch.equal(flight.wait(), torch.cat([keys, values], dim=-1)[[1, 0], [5, 77]])
 
 
 def test_a_read_that_cannot_be_started_natively_takes_a_thread(tier, monkeypatch):
@@ -116,9 +116,9 @@ def test_a_flipped_bit_is_detected_in_a_started_read(tier):
     data[100] ^= 4
     data.tofile(path)
     with pytest.raises(CorruptRowError, match="token 384"):
-        tier.begin(0, torch.tensor([0]), torch.tensor([384])).take()
+        tier.begin(0, torch.tensor([0]), torch.tensor([384])).wait()
     assert torch.equal(
-        tier.begin(0, torch.tensor([1]), torch.tensor([384])).take(), tier.gather(0, torch.tensor([1]), torch.tensor([384]))
+        tier.begin(0, torch.tensor([1]), torch.tensor([384])).wait(), tier.gather(0, torch.tensor([1]), torch.tensor([384]))
     )
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from specache.errors import SlowTierError
-from specache.tiers.base import RowsInFlight
+from specache.tiers.base import Fetch
 from specache.tiers.disk import readers, row_reads
 from specache.tiers.disk.extents import BlockTable, Extent
 from specache.tiers.disk.readers import Reader
@@ -144,7 +144,7 @@ class DiskTier:
                 rows[in_file] = row_reads.gather(state.table, layout, dtype, reader, file_heads, file_positions)
             return rows
 
-    def begin(self, layer: int, heads: Tensor, positions: Tensor) -> RowsInFlight | None:
+    def begin(self, layer: int, heads: Tensor, positions: Tensor) -> Fetch | None:
         """Start to gather rows from files.
 
         Return None if the reader would need a thread, or if some of the rows are not in a file yet.
@@ -157,11 +157,8 @@ class DiskTier:
             _check(state, int(positions.min()), last + 1)
             if last >= state.on_disk:
                 return None
-            flight = row_reads.begin(state.table, state.layout, reader, heads.numpy(), positions.numpy())
-        if flight is None:
-            return None
-        again = partial(self.gather, layer, heads, positions)
-        return row_reads.BegunRows(flight, state.layout, state.tail.dtype, len(positions), again)
+            again = partial(self.gather, layer, heads, positions)
+            return row_reads.begin(state.table, state.layout, state.tail.dtype, reader, heads.numpy(), positions.numpy(), again)
 
     def truncate(self, layer: int, length: int) -> None:
         """Forget a layer's tokens from `length` on.

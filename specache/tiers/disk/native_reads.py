@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
-from specache.tiers.disk.aligned_io import AlignedBuffer, BufferPool
+from specache.tiers.base import Fetch
+from specache.tiers.disk.aligned_io import BufferPool
 from specache.tiers.disk.checksum import BLOCK_SALT, POSITION_SALT, Words, multipliers
 from specache.tiers.disk.extents import BlockTable
 from specache.tiers.disk.row_layout import Index, RowLayout
@@ -19,37 +23,6 @@ except ImportError:
 
 
 FLIGHTS = 3  # reads in flight, beside those of the prefetch threads; each holds a buffer and a ring
-
-
-class NativeFlight:
-    """Rows that the kernel reads in the background.
-
-    The memory read into lives until the reads have ended.
-    """
-
-    def __init__(self, flight: Any, buffers: BufferPool, buffer: AlignedBuffer) -> None:
-        self._flight = flight
-        self._buffers = buffers
-        self._buffer = buffer
-
-    @property
-    def arrived(self) -> bool:
-        return bool(self._flight.arrived())
-
-    def take(self, address: int) -> bool:
-        """Copy the rows [M, words] to `address`, waiting for them; once.
-
-        Return False where `NativeRows.gather` returns None.
-        """
-        good: bool = self._flight.take(address)
-        self.cancel()
-        return good
-
-    def cancel(self) -> None:
-        """Wait for the reads, which write into memory that is about to be reused."""
-        if self._flight is not None:
-            self._flight = None
-            self._buffers.give(self._buffer)
 
 
 class NativeRows:
@@ -103,23 +76,51 @@ class NativeRows:
         return good
 
     def begin(
-        self, table: BlockTable, layout: RowLayout, rules: list[int], heads: Index, positions: Index, buffers: BufferPool, size: int
-    ) -> NativeFlight | None:
+        self,
+        table: BlockTable,
+        layout: RowLayout,
+        rules: list[int],
+        heads: Index,
+        positions: Index,
+        buffers: BufferPool,
+        size: int,
+        into: Callable[[], Tensor],
+        again: Callable[[], Tensor],
+    ) -> Fetch | None:
         """Start a gather without waiting.
 
         Return None if the kernel or the buffer cannot take all reads at once, or if enough reads
         are in flight. The files may be closed meanwhile.
+
+        Args:
+            into: returns memory for the rows, [M, words] in any dtype.
+            again: gathers the rows instead where `gather` would return None.
         """
         if table.native is None:
             table.native = _native_table(table, layout)
-        buffer = buffers.take(size)
+        buffer, started = buffers.take(size), time.perf_counter()
         heads, positions = np.ascontiguousarray(heads), np.ascontiguousarray(positions)
         where = (table.native[0], rules, heads, positions, buffer.address, buffer.size)
-        flight = self._reader.begin(*where, FLIGHTS, (table.native, buffer))
-        if flight is None:
+        flights = [self._reader.begin(*where, FLIGHTS, (table.native, buffer))]  # the only reference
+        if flights[0] is None:
             buffers.give(buffer)
             return None
-        return NativeFlight(flight, buffers, buffer)
+
+        def read() -> Tensor:
+            rows = into()
+            good = flights[0].take(rows.data_ptr())
+            end()
+            return rows if good else again()
+
+        def end() -> None:
+            if flights:
+                flights.clear()  # waits for the reads, which write into memory that is about to be reused
+                buffers.give(buffer)
+
+        fetch = Fetch(read, lambda: not flights or flights[0].arrived(), end)
+        if fetch.done:
+            fetch.wait_s = time.perf_counter() - started  # submitting the reads completed them
+        return fetch
 
 
 def _native_table(table: BlockTable, layout: RowLayout) -> tuple[Any, ...]:

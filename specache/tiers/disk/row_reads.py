@@ -7,6 +7,7 @@ read.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,10 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from specache.errors import SlowTierError
+from specache.tiers.base import Fetch
 from specache.tiers.disk.aligned_io import AlignedBuffer, BufferPool
 from specache.tiers.disk.checksum import Words
 from specache.tiers.disk.extents import BlockTable, Run
-from specache.tiers.disk.native_reads import NativeFlight
 from specache.tiers.disk.readers import ReadBatch, Reader, ReadFailedError
 from specache.tiers.disk.row_file import DAMAGED, RowFile
 from specache.tiers.disk.row_layout import BLOCK_TOKENS, Index, RowLayout
@@ -65,37 +66,23 @@ def read(table: BlockTable, layout: RowLayout, reader: Reader, start: int, stop:
                 _take_blocks(run, layout, buffer, start, stop, words)
 
 
-class BegunRows:
-    """M rows that the kernel reads in the background (`base.RowsInFlight`).
+def begin(
+    table: BlockTable,
+    layout: RowLayout,
+    dtype: torch.dtype,
+    reader: Reader,
+    heads: Index,
+    positions: Index,
+    again: Callable[[], Tensor],
+) -> Fetch | None:
+    """Start to gather rows; None if the reader would need a thread.
 
-    `again` rereads them plainly to report an error.
+    `again` gathers them plainly, which reports the error of a failed read.
     """
-
-    def __init__(
-        self, flight: NativeFlight, layout: RowLayout, dtype: torch.dtype, count: int, again: Callable[[], Tensor]
-    ) -> None:
-        self._flight = flight
-        self._shape = (count, 2 * layout.head_dim)
-        self._dtype = dtype
-        self._again = again
-
-    @property
-    def arrived(self) -> bool:
-        return self._flight.arrived
-
-    def take(self) -> Tensor:
-        rows = torch.empty(self._shape, dtype=self._dtype)
-        return rows if self._flight.take(rows.data_ptr()) else self._again()
-
-    def cancel(self) -> None:
-        self._flight.cancel()
-
-
-def begin(table: BlockTable, layout: RowLayout, reader: Reader, heads: Index, positions: Index) -> NativeFlight | None:
-    """Start to gather rows; None if the reader would need a thread."""
     if reader.native is None:
         return None
-    return reader.native.begin(table, layout, *_native_request(layout, reader, heads, positions))
+    rows = partial(torch.empty, len(positions), 2 * layout.head_dim, dtype=dtype)
+    return reader.native.begin(table, layout, *_native_request(layout, reader, heads, positions), rows, again)
 
 
 def _native_gather(table: BlockTable, layout: RowLayout, reader: Reader, heads: Index, positions: Index) -> Words | None:
