@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from specache.bench.compute_device import CUDA
 from specache.bench.paper_methods import FULL, Entry
 from specache.bench.synthetic import SPARE_TOKENS
+from specache.cache.sizes import ordinary_bytes
 from specache.model.dimensions import ModelDimensions
 from specache.planning.advice import largest
 from specache.planning.footprint import PlannedSequence
@@ -90,9 +91,7 @@ class Needs:
 
     def _rows(self, batch: int) -> int:
         """Return the bytes of transformers' cache in the model's dtype."""
-        total = self.context + self.new
-        kept = ((layer, total if layer.window is None else min(total, layer.window)) for layer in self.model.layers)
-        return batch * sum(layer.row_bytes(self.model.itemsize) * tokens for layer, tokens in kept)
+        return batch * ordinary_bytes(self.model, self.context + self.new, self.model.itemsize)
 
     def _regrown(self, batch: int) -> int:
         """Return the bytes of one layer's keys, which transformers copies to append a token."""

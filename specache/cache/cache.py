@@ -232,12 +232,8 @@ class SpeCache:
         return sum(sequence.held_bytes() for sequence in self.sequences)
 
     def memory(self) -> MemoryUse:
-        """Return the bytes held now, counted from the tensors."""
-        total = MemoryUse()
-        for use in (sequence.memory() for sequence in self.sequences):
-            for name, value in vars(use).items():
-                setattr(total, name, getattr(total, name) + value)
-        return total
+        """Return the bytes held now."""
+        return sum((sequence.memory() for sequence in self.sequences), MemoryUse())
 
     def fork(self, policy: Policy | str | None = None, **changes: Any) -> SpeCache:
         """Return an independent copy of the cache, optionally with other settings.
@@ -349,7 +345,7 @@ class SpeCache:
         try:
             context.config = config
             for sequence in self.sequences:
-                sequence.count_buffers()
+                sequence.claim_buffers()
                 tiers.append(context.new_tier())
                 sequence.copy_rows(tiers[-1])
         except BaseException:
@@ -357,7 +353,7 @@ class SpeCache:
             for tier in tiers:
                 tier.close()
             for sequence in self.sequences:
-                sequence.count_buffers()
+                sequence.claim_buffers()
             raise
         context.end_worker()  # the next one has the threads of the new tier
         for sequence, tier in zip(self.sequences, tiers, strict=True):

@@ -11,7 +11,7 @@ from torch import Tensor
 from specache.attention.dense import KEY_BLOCK
 from specache.cache.layers import CompressedLayer, DenseLayer
 from specache.cache.resources import Resources
-from specache.cache.sizes import CHECKPOINT_FEWEST, read_buffer_bytes
+from specache.cache.sizes import CHECKPOINT_FEWEST
 from specache.cache.window_checkpoints import MemoryCheckpoints, Spacing, WindowCheckpoints
 from specache.cache.window_layer import WindowLayer
 from specache.config import Policy, SpeCacheConfig
@@ -62,7 +62,6 @@ class Sequence:
     def __init__(self, owner: Owner) -> None:
         self._owner = owner
         self.tier: SlowTier = owner.new_tier()
-        self._read_buffers = owner.resources.budget.claim(0, "read buffers")
         self.checkpoints: WindowCheckpoints | None = self._new_checkpoints()
         self.layers: dict[int, Layer] = {}
         self.token_ids: list[int] = []
@@ -100,8 +99,7 @@ class Sequence:
         if index not in self.layers:
             if values is not None and values.dtype != keys.dtype:
                 keys = keys[:, :0].to(self._owner.info.dtype)
-            self.layers[index] = layer = self._new_layer(index, keys)
-            self._hold_buffers(layer)
+            self.layers[index] = self._new_layer(index, keys)
         return self.layers[index]
 
     def commit(self, token_ids: list[int]) -> None:
@@ -224,7 +222,6 @@ class Sequence:
         self.prompt_tokens, self.pending_token = 0, None
         if self.checkpoints is not None:
             self.checkpoints.forget_after(0)
-        self._read_buffers.release()
         self.tier.close()
 
     def windows(self) -> dict[int, WindowLayer]:
@@ -252,8 +249,7 @@ class Sequence:
             other.tier.close()
             other.tier = self.tier.fork()
         for index, layer in self.layers.items():
-            other.layers[index] = forked = self._fork_layer(layer, other)
-            other._hold_buffers(forked)
+            other.layers[index] = self._fork_layer(layer, other)
         if self.checkpoints is not None and isinstance(other.checkpoints, MemoryCheckpoints):
             self.checkpoints.copy_into(other.checkpoints, CHECKPOINT_FEWEST)
         return other
@@ -275,33 +271,24 @@ class Sequence:
             layer.use_tier(tier, self._owner.row_fetcher(tier, index, layer.residual_keys), self._owner.config)
         old.close()
 
-    def count_buffers(self) -> None:
+    def claim_buffers(self) -> None:
         """Claim fast memory for the read buffers that the cache's current settings need.
 
         Raises:
-            FastMemoryError: the budget has no room; the claim is unchanged.
+            FastMemoryError: the budget has no room.
         """
-        config = self._owner.config
-        self._read_buffers.resize(sum(read_buffer_bytes(config, layer.row_bytes) for layer in self.compressed.values()))
+        for layer in self.compressed.values():
+            layer.claim_buffers(self._owner.config)
 
     def held_bytes(self) -> int:
         """Return the fast memory held of the budget, in bytes. Shared pages are counted in full."""
-        return self._read_buffers.size + sum(layer.held_bytes for layer in self.layers.values())
+        return sum(layer.held_bytes for layer in self.layers.values())
 
-    def memory(self) -> MemoryUse:
-        use = MemoryUse(slow=self.tier.nbytes)
-        if self.checkpoints is not None:
-            use.checkpoints = self.checkpoints.nbytes
-        for layer in list(self.layers.values()):  # another thread may be adding some
-            if isinstance(layer, WindowLayer):
-                use.windows += layer.nbytes
-                use.ordinary_windows += layer.ordinary_bytes
-                continue
-            use.fast += layer.fast_bytes
-            use.full += layer.token_bytes * layer.length
-            if isinstance(layer, CompressedLayer):
-                use.hot += layer.row_fetcher.nbytes
-        return use
+    def memory(self, itemsize: int | None = None) -> MemoryUse:
+        """Return the bytes in use, with row elements of `itemsize` bytes (default: the model's)."""
+        checkpoints = 0 if self.checkpoints is None else self.checkpoints.nbytes
+        layers = list(self.layers.values())  # another thread may be adding some
+        return sum((layer.memory(itemsize) for layer in layers), MemoryUse(slow=self.tier.nbytes, checkpoints=checkpoints))
 
     def _new_checkpoints(self) -> MemoryCheckpoints | None:
         windows = [window for window in self._owner.info.windows if window is not None]
@@ -327,11 +314,6 @@ class Sequence:
 
     def _most_checkpoint_bytes(self) -> int:
         return self._owner.most_checkpoint_bytes(self.length)
-
-    def _hold_buffers(self, layer: Layer) -> None:
-        """Claim fast memory for the read buffers of a layer."""
-        if isinstance(layer, CompressedLayer):
-            self._read_buffers.resize(self._read_buffers.size + read_buffer_bytes(self._owner.config, layer.row_bytes))
 
     def _new_layer(self, index: int, keys: Tensor) -> Layer:
         window = self._owner.info.windows[index]

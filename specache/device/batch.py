@@ -29,6 +29,7 @@ from specache.device.sources import row_source
 from specache.device.static_sizes import batch_bytes
 from specache.device.windows import WindowState
 from specache.kernels.triton.tables import PageTables
+from specache.model.dimensions import row_bytes
 from specache.platform.budget import ByteBudget
 from specache.tiers.streams import Queue, Streams
 
@@ -143,7 +144,7 @@ class DeviceBatch:
         self.lengths = torch.zeros(len(sequences), dtype=torch.int32, device=self.device)
         # pairs that the real query selected, and those of them that were prefetched
         self.hits = torch.zeros(2, dtype=torch.int64, device=self.device)
-        self.counters = RowCounters(self.device, 2 * one.shape[2] * one.itemsize)
+        self.counters = RowCounters(self.device, row_bytes(1, one.shape[2], one.itemsize))
         self.streams, self._budget = streams, budget
         self._pages = size.capacity // PAGE_TOKENS
         self._addresses = torch.zeros(len(first), len(sequences) * self._pages, dtype=torch.int64, device=self.device)

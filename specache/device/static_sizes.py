@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 from specache.attention.decode import StepKind
 from specache.config import PAGE_TOKENS, Policy, SpeCacheConfig
-from specache.low_bit.key_scales import KEY_SCALE_BYTES
+from specache.low_bit.key_scales import key_scale_bytes
+from specache.model.dimensions import row_bytes
 
 NUMBER = 8  # bytes of a position, an address, a token id or a counter
 LENGTH = 4  # bytes of a sequence's number of low-bit tokens
@@ -35,12 +36,6 @@ def low_bit_room(config: SpeCacheConfig, tokens: int, step: int = CAPACITY_STEP)
     return -(-(config.low_bit_length(tokens) + config.group_size) // step) * step
 
 
-def step_buffers_bytes(batch: int, heads: int, top_k: int, row_bytes: int, queries: int) -> int:
-    """Return the bytes of `device_rows.StepBuffers`, for rows of `row_bytes`."""
-    places = batch * heads * top_k
-    return places * ((queries + 1) * row_bytes + (queries + 4) * NUMBER)
-
-
 def batch_bytes(
     layers: Sequence[tuple[int, int]], windows: int, batch: int, top_k: int, capacity: int, queries: int, itemsize: int
 ) -> int:
@@ -53,9 +48,11 @@ def batch_bytes(
         queries: tokens per sequence and step.
         itemsize: bytes per element of the model's dtype.
     """
-    total = sum(step_buffers_bytes(batch, heads, top_k, 2 * dim * itemsize, queries) for heads, dim in set(layers))
+    total = 0
+    for heads, dim in set(layers):  # `device_rows.StepBuffers`
+        total += batch * top_k * ((queries + 1) * row_bytes(heads, dim, itemsize) + heads * (queries + 4) * NUMBER)
     for heads, dim in layers:
-        total += batch * heads * (POSITIONS_OF_LAYER * top_k * NUMBER + dim * KEY_SCALE_BYTES)
+        total += batch * (heads * POSITIONS_OF_LAYER * top_k * NUMBER + key_scale_bytes(heads, dim))
     pages = capacity // PAGE_TOKENS
     inputs = 2 * batch * queries + 2 * batch
     return total + NUMBER * (len(layers) * batch * pages + batch + inputs + COUNTERS) + batch * LENGTH + len(layers) + windows

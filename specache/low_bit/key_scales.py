@@ -15,8 +15,12 @@ import torch
 from torch import Tensor
 
 SMALLEST_RMS = 1e-6
-KEY_SCALE_BYTES = 4  # of one channel's scale, float32
 LARGEST_RATIO = 100.0  # of a scale to its head's median: later tokens may use what the prefix hardly did
+
+
+def key_scale_bytes(heads: int, dim: int, observed: int = 0, fixed: bool = True) -> int:
+    """Return the bytes of a layer's key scales, once `fixed`, and of `observed` tokens' queries."""
+    return heads * dim * torch.float32.itemsize * (fixed + observed)
 
 
 class KeyScales:
@@ -33,13 +37,9 @@ class KeyScales:
         self._squares: Tensor | None = None
 
     @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.value, self._squares) if t is not None)
-
-    @property
-    def observed_bytes(self) -> int:
-        """Bytes of the observed queries; 0 again once the pass after the fixing one begins."""
-        return 0 if self._squares is None else self._squares.nbytes
+    def observed_tokens(self) -> int:
+        """How many queries are kept; 0 again once the pass after the fixing one begins."""
+        return 0 if self._squares is None else self._squares.shape[1]
 
     def observe(self, start: int, query: Tensor, num_kv_heads: int) -> None:
         """Observe the queries [Hq, n, D] of tokens `[start, start + n)`."""

@@ -18,12 +18,11 @@ from torch import Tensor
 from specache.attention.decode import StepKind
 from specache.attention.dense import AttentionParams, attend_part, merge, scores
 from specache.cache.layers import check_finite
+from specache.cache.sizes import ORDINARY_ITEMSIZE
 from specache.engine.attention_hook import forward, reset_rope
 from specache.errors import ConfigError, EvaluationError
 from specache.eval.methods.base import SessionStats
 from specache.eval.prefilled import Prefilled
-
-ROW_BYTES = 2  # per element of a key or value in a 16-bit dtype
 
 
 class LayerState(ABC):
@@ -83,7 +82,7 @@ class KeptRows:
     @property
     def nbytes(self) -> int:
         """Return the bytes at 16 bits."""
-        return ROW_BYTES * (self.keys.numel() + self.values.numel())
+        return ORDINARY_ITEMSIZE * (self.keys.numel() + self.values.numel())
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Append n rows [Hkv, n, D]."""
@@ -113,7 +112,7 @@ class DenseSession:
         self._info = prompt.cache.info
         self._length = prompt.length
         self._state = _DensePass({index: layer(index) for index in prompt.full_layers}, prompt)
-        self._token_bytes = sum(2 * ROW_BYTES * keys.shape[0] * keys.shape[2] for keys, _ in map(prompt.rows, prompt.full_layers))
+        self._token_bytes = prompt.token_bytes
         self._held = self._held_hot = 0
         self._measure()
 

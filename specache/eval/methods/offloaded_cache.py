@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import DynamicCache
 
+from specache.cache.sizes import ORDINARY_ITEMSIZE
 from specache.engine.attention_hook import reset_rope
 from specache.errors import MethodUnavailableError
 from specache.eval.methods.stock import StockSession
@@ -51,4 +52,4 @@ class OffloadedMethod:
 def resident_bytes(cache: Any, layers: list[int]) -> int:
     """Return the bytes at 16 bits of the full-attention layers that are on the GPU at a time."""
     state = cache.layers[layers[0]]
-    return min(RESIDENT, len(layers)) * 2 * (state.keys.numel() + state.values.numel())
+    return min(RESIDENT, len(layers)) * ORDINARY_ITEMSIZE * (state.keys.numel() + state.values.numel())

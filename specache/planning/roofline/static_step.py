@@ -8,15 +8,8 @@ from specache.cache.sizes import hot_slots
 from specache.config import Policy, SlowTierKind, SpeCacheConfig
 from specache.device.device_hot_set import hot_set_bytes
 from specache.device.static_sizes import KINDS, batch_bytes, low_bit_room
-from specache.model.dimensions import ModelDimensions
+from specache.model.dimensions import ModelDimensions, row_bytes
 from specache.planning.footprint import CacheFootprint, PlannedSequence
-from specache.planning.roofline.compared_methods import Method
-from specache.planning.roofline.kernel_costs import THIS_LIBRARY
-
-
-def method_static_bytes(model: ModelDimensions, method: Method, context: int, batch: int) -> int:
-    """Return a method's `static_step_bytes`; 0 for methods that run on other kernels."""
-    return static_step_bytes(model, method.config, context, batch) if method.kernels is THIS_LIBRARY else 0
 
 
 def static_step_bytes(model: ModelDimensions, config: SpeCacheConfig, context: int, batch: int) -> int:
@@ -38,6 +31,6 @@ def static_step_bytes(model: ModelDimensions, config: SpeCacheConfig, context: i
     total = batch_bytes(shapes, windows, batch, top_k, room, KINDS[config.policy].queries, model.itemsize)
     for heads, dim in shapes if top_k else ():
         slots = max(hot_slots(model, config, heads, dim, context, batch), top_k)
-        total += hot_set_bytes(batch, heads, slots, room, 2 * dim * model.itemsize)
+        total += hot_set_bytes(batch, heads, slots, room, row_bytes(1, dim, model.itemsize))
     ordinary = CacheFootprint(model, config, batch, top_k).first_step(PlannedSequence(context)).hot_set
     return total - batch * ordinary
