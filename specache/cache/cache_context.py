@@ -28,7 +28,7 @@ DISK_READERS = 4  # threads, each of which reads the rows of one layer from disk
 
 
 class CacheContext:
-    """The state that a cache and its sequences share (`sequence.Owner`). A fork has its own.
+    """The state that a cache and its sequences share. A fork has its own.
 
     Args:
         main_memory: the main memory of the forked cache, if this is a fork.

@@ -168,8 +168,9 @@ class StaticDecoder:
     def _size(self, sequences: Sequence[CachedSequence]) -> BatchSize:
         config = self._cache.config
         room = low_bit_room(config, max(sequence.length for sequence in sequences), self._settings.capacity_step)
+        hot_slots = self._cache.context.hot_slots
         slots = {
-            index: sum(self._cache.hot_slots(sequence, sequence.compressed[index]) for sequence in sequences) // len(sequences)
+            index: sum(hot_slots(sequence.length, sequence.compressed[index]) for sequence in sequences) // len(sequences)
             for index in sequences[0].compressed
         }
         return BatchSize(KINDS[config.policy].queries, room, slots)
