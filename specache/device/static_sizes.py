@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from specache.attention.decode import StepKind
-from specache.config import PAGE_TOKENS, Policy, SpeCacheConfig
+from specache.config import PAGE_TOKENS, Policy, SlowTierKind, SpeCacheConfig
 from specache.low_bit.key_scales import key_scale_bytes
 from specache.model.dimensions import row_bytes
 
@@ -26,6 +26,24 @@ KINDS = {  # what a step over static buffers decodes; other policies have none
     Policy.PREVIOUS: StepKind.SINGLE,
     Policy.NONE: StepKind.SINGLE,
 }
+
+
+def unsupported_reason(config: SpeCacheConfig, dynamic_rope: bool) -> str | None:
+    """Return why no step over static buffers runs with these settings, or `None`."""
+    if config.policy not in KINDS:
+        return f"policy {config.policy.value!r} is not served"
+    if config.slow_tier is not SlowTierKind.RAM:
+        return f"the 16-bit pairs are in slow tier {config.slow_tier.value!r}, not in RAM"
+    if dynamic_rope:
+        return "with dynamic RoPE every position has frequencies of its own"
+    if config.residual == 0:
+        return "residual=0 leaves no token at 16 bits while its group becomes low bit"
+    return None
+
+
+def step_pairs(config: SpeCacheConfig, capacity: int) -> int:
+    """Return the pairs per KV head that a step fetches, with room for `capacity` low-bit tokens."""
+    return 0 if config.policy is Policy.NONE else min(config.top_k, capacity)
 
 
 def low_bit_room(config: SpeCacheConfig, tokens: int, step: int = CAPACITY_STEP) -> int:

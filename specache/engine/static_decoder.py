@@ -20,11 +20,10 @@ from specache.attention.decode import StepKind
 from specache.cache.cache import SpeCache
 from specache.cache.layers import not_finite
 from specache.cache.sequence import Sequence as CachedSequence
-from specache.config import SlowTierKind
 from specache.device import page_kernels
 from specache.device.batch import BatchSize, DeviceBatch
 from specache.device.graph import CaptureError, GraphedSteps, Graphs, graphs_for
-from specache.device.static_sizes import CAPACITY_STEP, KINDS, low_bit_room
+from specache.device.static_sizes import CAPACITY_STEP, KINDS, low_bit_room, unsupported_reason
 from specache.device.step import StaticPass
 from specache.engine.attention_hook import decode_forward
 from specache.errors import SlowTierError
@@ -223,14 +222,8 @@ class StaticDecoder:
         info, config = self._cache.info, self._cache.config
         if not self._on_device:
             return f"the model is on {info.device.type!r}"
-        if config.policy not in KINDS:
-            return f"policy {config.policy.value!r} is not served"
-        if config.slow_tier is not SlowTierKind.RAM:
-            return f"the 16-bit pairs are in slow tier {config.slow_tier.value!r}, not in RAM"
-        if info.rope_type == "dynamic":
-            return "with dynamic RoPE every position has frequencies of its own"
-        if config.residual == 0:
-            return "residual=0 leaves no token at 16 bits while its group becomes low bit"
+        if reason := unsupported_reason(config, info.rope_type == "dynamic"):
+            return reason
         layers = set(self._cache.resources.dimensions.full_layers)
         reasons = (page_kernels.unsupported_reason(info.device, layer.head_dim, info.dtype, config.group_size) for layer in layers)
         return next((reason for reason in reasons if reason), None)

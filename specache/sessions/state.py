@@ -136,7 +136,7 @@ def restore(sequence: Sequence, device: torch.device, folder: Path, manifest: Ma
             layer.table.extend(low_bit)
             if "page" in tensors:
                 layer.table.set_raw(low_bit // PAGE_TOKENS, tensors["page"])
-            weights = KeyScales.restored(layer.key_scales.tokens, tensors.get("weights"), tensors.get("queries"))
+            weights = KeyScales(layer.key_scales.tokens, tensors.get("weights"), tensors.get("queries"))
             layer.restore(tensors["residual"], weights, _checked_positions(tensors.get("wanted"), low_bit))
     _restore_pages(sequence.compressed, folder, manifest)
     sequence.commit(tail.read(["token_ids"])["token_ids"].tolist())

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from specache.cache.layers import check_finite
 from specache.cache.sizes import ORDINARY_ITEMSIZE
 from specache.engine.attention_hook import forward, reset_rope
 from specache.errors import ConfigError, EvaluationError
-from specache.eval.methods.base import SessionStats
+from specache.eval.methods.base import Method, SessionStats
 from specache.eval.prefilled import Prefilled
 
 
@@ -165,7 +164,7 @@ class _DensePass:
 
 
 @dataclass(frozen=True)
-class DenseMethod(ABC):
+class DenseMethod(Method):
     """A method that keeps exact rows within a budget. Its fields are its settings."""
 
     budget: float = field(
@@ -179,9 +178,6 @@ class DenseMethod(ABC):
             value = getattr(self, name)
             if isinstance(value, int) and value < 0:
                 raise ConfigError(f"{name} must not be negative, got {value}.")
-
-    def settings(self) -> dict[str, Any]:
-        return asdict(self)
 
     def start(self, prompt: Prefilled) -> DenseSession:
         return DenseSession(prompt, lambda index: self.layer(prompt, index))

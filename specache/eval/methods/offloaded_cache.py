@@ -11,6 +11,7 @@ from transformers import DynamicCache
 from specache.cache.sizes import ORDINARY_ITEMSIZE
 from specache.engine.attention_hook import reset_rope
 from specache.errors import MethodUnavailableError
+from specache.eval.methods.base import Method
 from specache.eval.methods.stock import StockSession
 from specache.eval.prefilled import Prefilled
 
@@ -18,7 +19,7 @@ RESIDENT = 2  # layers on the GPU at a time: the one that runs and the one that 
 
 
 @dataclass(frozen=True)
-class OffloadedMethod:
+class OffloadedMethod(Method):
     """transformers' offloaded cache: exact, with two layers' rows on the GPU at a time.
 
     It differs from `full` only in speed and memory. The stock model prefills the prompt again, in
@@ -29,9 +30,6 @@ class OffloadedMethod:
     name: ClassVar[str] = "offloaded"
     summary: ClassVar[str] = "transformers' offloaded cache (needs CUDA)"
     needs_all_queries: ClassVar[bool] = False
-
-    def settings(self) -> dict[str, Any]:
-        return {}
 
     def start(self, prompt: Prefilled) -> StockSession:
         info = prompt.cache.info

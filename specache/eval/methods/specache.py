@@ -11,7 +11,7 @@ from specache.cache.cache import SpeCache
 from specache.cache.sizes import ORDINARY_ITEMSIZE
 from specache.config import Policy, SlowTierKind, SpeCacheConfig
 from specache.engine.engine import Engine
-from specache.eval.methods.base import SessionStats
+from specache.eval.methods.base import Method, SessionStats
 from specache.eval.prefilled import Prefilled
 
 
@@ -45,7 +45,7 @@ class SpeCacheSession:
 
 
 @dataclass(frozen=True)
-class SpeCacheMethod:
+class SpeCacheMethod(Method):
     """SpeCache; the settings are the fields of `SpeCacheConfig`."""
 
     name: ClassVar[str] = "specache"
@@ -70,22 +70,19 @@ class SpeCacheMethod:
 
 
 @dataclass(frozen=True)
-class FullMethod:
+class FullMethod(Method):
     """The ordinary 16-bit cache: what every other method is compared with."""
 
     name: ClassVar[str] = "full"
     summary: ClassVar[str] = "the ordinary 16-bit cache"
     needs_all_queries: ClassVar[bool] = False
 
-    def settings(self) -> dict[str, Any]:
-        return {}
-
     def start(self, prompt: Prefilled) -> SpeCacheSession:
         return SpeCacheSession(prompt, SpeCacheConfig(slow_tier=SlowTierKind.RAM, policy=Policy.FULL))
 
 
 @dataclass(frozen=True)
-class KiviMethod:
+class KiviMethod(Method):
     """Low-bit pairs, R = 128: the 16-bit bytes of SpeCache at R = 64, k = 64 (section 4)."""
 
     name: ClassVar[str] = "kivi"
@@ -94,9 +91,6 @@ class KiviMethod:
     bits: int = 2
     group_size: int = 64
     residual: int = 128
-
-    def settings(self) -> dict[str, Any]:
-        return {"bits": self.bits, "group_size": self.group_size, "residual": self.residual}
 
     def start(self, prompt: Prefilled) -> SpeCacheSession:
         config = SpeCacheConfig(slow_tier=SlowTierKind.RAM, policy=Policy.NONE, **self.settings())
