@@ -17,6 +17,7 @@ from torch import Tensor
 from specache.attention.decode import StepKind, StepSpec
 from specache.cache.cache import SpeCache
 from specache.cache.sequence import Sequence as CachedSequence
+from specache.config import SpeCacheConfig
 from specache.engine.attention_hook import decode_forward, forward, reset_rope
 from specache.engine.forward_pass import DecodePass, Observer, PrefillPass
 from specache.engine.static_decoder import StaticDecoder
@@ -63,7 +64,8 @@ class Decoder:
         self._cache = cache
         self._info = cache.info
         self._static = StaticDecoder(model, cache)
-        self._step_size: tuple[int, int] | None = None  # (sequences, low-bit tokens) that `_step_bytes` is for
+        # the settings, sequences and low-bit tokens that `_step_bytes` is for
+        self._step_size: tuple[SpeCacheConfig, int, int] | None = None
         self._step_bytes = 0
 
     @property
@@ -231,11 +233,11 @@ class Decoder:
         return prefill_bytes(model, self._cache.config, *last_chunk(model, chunk, total, sequence.length))
 
     def _decode_bytes(self, sequences: Sequence[CachedSequence]) -> int:
-        """Return the working set of a step, which changes only with a sequence or a group."""
+        """Return the working set of a step. It changes with a sequence, a group or the settings."""
         config = self._cache.config
-        size = len(sequences), max(config.low_bit_length(sequence.length + 1) for sequence in sequences)
+        size = config, len(sequences), max(config.low_bit_length(sequence.length + 1) for sequence in sequences)
         if size != self._step_size:
-            self._step_size, self._step_bytes = size, decode_bytes(self._cache.resources.dimensions, config, *size)
+            self._step_size, self._step_bytes = size, decode_bytes(self._cache.resources.dimensions, *size)
         return self._step_bytes
 
     def _working_set(self, size: int) -> AbstractContextManager[None]:
