@@ -97,7 +97,9 @@ class CompressedLayer(LayerState):
         self, index: int, config: SpeCacheConfig, table: PageTable, tier: SlowTier, row_fetcher: RowFetcher, keys: Tensor
     ) -> None:
         capacity = config.residual + config.group_size
-        super().__init__(index, keys, capacity, table.pool.budget.claim(0, "residuals, key weights and read buffers"))
+        empty = compressed_bytes(config, keys.shape[0], keys.shape[2], keys.itemsize, pages=0, observed=0, slots=0)
+        claim = table.pool.budget.claim(empty.total, "residuals, key weights and read buffers")
+        super().__init__(index, keys, capacity, claim)
         self.config = config
         self.table = table
         self.tier = tier
@@ -105,7 +107,6 @@ class CompressedLayer(LayerState):
         self.next_positions: Tensor | None = None
         self.residual_count = 0
         self.key_scales = KeyScales(capacity)
-        self.claim_buffers(config)
 
     @property
     def low_bit_kv(self) -> LowBitKV:
