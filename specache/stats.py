@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass
 class MemoryUse:
-    """Bytes of one cache, counted from existing tensors.
+    """Bytes of one cache, or of a part of it, by the sizes that its layers have now.
 
     Attributes:
         fast: low-bit copy and residual of the full-attention layers (their 16-bit cache under
@@ -29,6 +29,9 @@ class MemoryUse:
     checkpoints: int = 0
     full: int = 0
     ordinary_windows: int = 0
+
+    def __add__(self, other: MemoryUse) -> MemoryUse:
+        return MemoryUse(**{name: value + getattr(other, name) for name, value in vars(self).items()})
 
 
 @dataclass

@@ -15,7 +15,6 @@ from specache.bench.shapes import SHAPES, Shape
 from specache.errors import BenchmarkError, ConfigError
 
 CACHE_TYPES = ("f16", "q8_0", "q4_0")
-OWN_WEIGHTS = "file"  # weights of a .gguf file: whatever it holds
 
 
 def measure(

@@ -8,9 +8,9 @@ from specache.attention.decode import StepKind, StepSpec, mixed_attention
 from specache.bench.compute_device import CPU
 from specache.bench.synthetic import fill_compressed
 from specache.cache.layers import CompressedLayer
+from specache.cache.sizes import page_layout
 from specache.config import Code, Policy, SpeCacheConfig
 from specache.kernels.types import AttentionParams
-from specache.low_bit.layout import PageLayout
 from specache.low_bit.pool import PagePool, PageTable
 from specache.platform.budget import ByteBudget
 from specache.rows.fetch import HotSetRowFetcher, InPlaceRowFetcher, RowFetcher
@@ -36,7 +36,7 @@ class LowBitLayer:
     def __init__(self, keys: Tensor, values: Tensor, code: Code, bits: int, top_k: int, copied: bool | None = None) -> None:
         heads, _, dim = keys.shape
         self.config = SpeCacheConfig(code=code, bits=bits, top_k=top_k)
-        layout = PageLayout(code, bits, self.config.group_size, heads, dim)
+        layout = page_layout(self.config, heads, dim)
         on_cpu = keys.device.type == CPU
         copied = not on_cpu if copied is None else copied
         tier = RamTier(in_place=not copied, pinned=not on_cpu)
@@ -52,7 +52,7 @@ class LowBitLayer:
     @property
     def nbytes(self) -> int:
         """Return the bytes of low-bit copy and residual, which a step reads once."""
-        return self.layer.fast_bytes
+        return self.layer.memory().fast
 
     def attend(self, query: Tensor) -> Tensor:
         """Run the library's attention for query [1, Hq, n, D] -> float32 [1, Hq, n, D].

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from specache.bench.compute_device import CUDA
 from specache.bench.paper_methods import FULL, Entry
 from specache.bench.synthetic import SPARE_TOKENS
+from specache.cache.sizes import ordinary_bytes
 from specache.model.dimensions import ModelDimensions
-from specache.planning.advice import largest
+from specache.planning.advice import bisect, largest
 from specache.planning.footprint import PlannedSequence
 from specache.planning.plan import MemoryPlan, plan
 
@@ -90,9 +91,7 @@ class Needs:
 
     def _rows(self, batch: int) -> int:
         """Return the bytes of transformers' cache in the model's dtype."""
-        total = self.context + self.new
-        kept = ((layer, total if layer.window is None else min(total, layer.window)) for layer in self.model.layers)
-        return batch * sum(layer.row_bytes(self.model.itemsize) * tokens for layer, tokens in kept)
+        return batch * ordinary_bytes(self.model, self.context + self.new, self.model.itemsize)
 
     def _regrown(self, batch: int) -> int:
         """Return the bytes of one layer's keys, which transformers copies to append a token."""
@@ -134,18 +133,10 @@ def largest_near(start: int, fits: Callable[[int], bool], most: int) -> int:
     start, step = max(1, min(start, most)), 1
     if most < 1:
         return 0
-    if fits(start):
-        low = start
-        while low + step <= most and fits(low + step):
-            low, step = low + step, 2 * step
-        high = min(most, low + step - 1)
-    else:
-        high = start - 1
-        low = max(0, start - step)
-        while low and not fits(low):
-            high, step = low - 1, 2 * step
-            low = max(0, low - step)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
+    if found := largest(fits, start, most):
+        return found
+    high, low = start - 1, max(0, start - step)
+    while low and not fits(low):
+        high, step = low - 1, 2 * step
+        low = max(0, low - step)
+    return bisect(fits, low, high)

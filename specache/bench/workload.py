@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from specache.bench.synthetic import LayerShape, synthetic_rows
+from specache.cache.sizes import ordinary_bytes, page_layout
 from specache.config import PAGE_TOKENS, SpeCacheConfig
 from specache.engine.attention_hook import attached, forward
 from specache.kernels.types import AttentionParams
-from specache.low_bit.layout import PageLayout
+from specache.model.dimensions import dimensions_of, row_bytes
 from specache.model.info import inspect_model
 
 
@@ -55,24 +56,19 @@ class Workload:
     @property
     def drawn_bytes(self) -> int:
         """Return the bytes of the rows once every layer shape was drawn."""
-        return sum(2 * heads * dim for heads, dim in set(self.layer_shapes)) * self.context * self.info.dtype.itemsize
+        return sum(row_bytes(heads, dim, self.info.dtype.itemsize) for heads, dim in set(self.layer_shapes)) * self.context
 
     @property
     def exact_bytes(self) -> int:
         """Return the bytes of an ordinary cache of the whole batch in the model's dtype."""
-        rows = sum(2 * heads * dim * self._kept(index) for index, (heads, dim) in enumerate(self.layer_shapes))
-        return rows * self.batch * self.info.dtype.itemsize
+        return self.batch * ordinary_bytes(dimensions_of(self.model, self.info), self.context, self.info.dtype.itemsize)
 
     def copy_bytes(self, config: SpeCacheConfig) -> int:
         """Return the bytes of the low-bit copies."""
         pages = math.ceil(self.context / PAGE_TOKENS)
-        layouts = [PageLayout(config.code, config.bits, config.group_size, heads, dim) for heads, dim in self.layer_shapes]
+        layouts = [page_layout(config, heads, dim) for heads, dim in self.layer_shapes]
         full = [layout for layout, window in zip(layouts, self.info.windows, strict=True) if window is None]
         return sum(layout.page_bytes for layout in full) * pages * self.batch
-
-    def _kept(self, index: int) -> int:
-        window = self.info.windows[index]
-        return self.context if window is None else min(window, self.context)
 
 
 @torch.no_grad()

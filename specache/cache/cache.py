@@ -11,7 +11,6 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from specache.cache.cache_context import CacheContext
-from specache.cache.layers import CompressedLayer
 from specache.cache.one_call import OneCallAtATime
 from specache.cache.resources import Resources
 from specache.cache.sequence import Sequence
@@ -57,6 +56,7 @@ class SpeCache:
             (`specache.engine.auto_tier`).
 
     Attributes:
+        context: the part of the cache that its sequences use.
         tier_choice: the last choice of `slow_tier="auto"` and its reason; `None` before the first
             choice and for every other tier.
         on_disk_chosen: called when `auto` chooses the disk. `None` raises a warning instead.
@@ -83,7 +83,7 @@ class SpeCache:
         self._begin(context, weakref.ref(model), asked)
 
     def _begin(self, context: CacheContext, model: Callable[[], Any], asked: SpeCacheConfig) -> None:
-        self._context = context
+        self.context = context
         self._model = model
         self._state: ModelState | None = None  # the model's state when it filled the sequences
         self.asked = asked  # the user's settings, with every `auto` unresolved
@@ -97,28 +97,19 @@ class SpeCache:
 
     @property
     def info(self) -> ModelInfo:
-        return self._context.info
+        return self.context.info
 
     @property
     def config(self) -> SpeCacheConfig:
-        return self._context.config
+        return self.context.config
 
     @property
     def resources(self) -> Resources:
-        return self._context.resources
+        return self.context.resources
 
     @property
     def counters(self) -> Counters:
-        return self._context.counters
-
-    @property
-    def expected_sequences(self) -> int:
-        """Return the number of sequences once the current prefill is done."""
-        return self._context.expected_sequences
-
-    @expected_sequences.setter
-    def expected_sequences(self, count: int) -> None:
-        self._context.expected_sequences = count
+        return self.context.counters
 
     @property
     def decides_tier(self) -> bool:
@@ -145,7 +136,7 @@ class SpeCache:
         if choice.slow_tier is not self.config.slow_tier:
             changed = replace(self.asked, slow_tier=choice.slow_tier, slow_dir=choice.slow_dir)
             self._move_rows(changed.resolved(self.info.device.type))
-            self._context.count_anew()
+            self.context.count_anew()
         self.tier_choice = choice
         if choice.on_disk:
             self._report_disk(choice)
@@ -232,12 +223,8 @@ class SpeCache:
         return sum(sequence.held_bytes() for sequence in self.sequences)
 
     def memory(self) -> MemoryUse:
-        """Return the bytes held now, counted from the tensors."""
-        total = MemoryUse()
-        for use in (sequence.memory() for sequence in self.sequences):
-            for name, value in vars(use).items():
-                setattr(total, name, getattr(total, name) + value)
-        return total
+        """Return the bytes held now."""
+        return sum((sequence.memory() for sequence in self.sequences), MemoryUse())
 
     def fork(self, policy: Policy | str | None = None, **changes: Any) -> SpeCache:
         """Return an independent copy of the cache, optionally with other settings.
@@ -259,7 +246,7 @@ class SpeCache:
         with self.in_use.by("fork"), modes.ours():
             self.release_device_batch()
             other = object.__new__(SpeCache)
-            other._begin(self._context.fork(config), self._model, replace(self.asked, **changes))
+            other._begin(self.context.fork(config), self._model, replace(self.asked, **changes))
             other._tier_is_fixed = bool(self.sequences)
             other.tier_choice, other.on_disk_chosen = self.tier_choice, self.on_disk_chosen
             other.counters.prefill_s = self.counters.prefill_s
@@ -282,18 +269,13 @@ class SpeCache:
             "continue it in another process use a session (specache.Session); to copy it here use cache.fork()."
         )
 
-    @property
-    def context(self) -> CacheContext:
-        """Return the part of the cache that its sequences use."""
-        return self._context
-
     def new_sequence(self) -> Sequence:
-        return Sequence(self._context)
+        return Sequence(self.context)
 
     def repeat(self, sequence: Sequence) -> Sequence:
         """Return a fork of one of this cache's sequences, for an equal prompt."""
         self.release_device_batch()
-        return sequence.fork(self._context)
+        return sequence.fork(self.context)
 
     def reset(self) -> None:
         """Drop every token. The next call begins another text, with the same model and settings.
@@ -308,7 +290,7 @@ class SpeCache:
                 sequence.finish_reason = None
             if not self.one_sequence:
                 self.sequences = []
-            self._context.count_from_zero()
+            self.context.count_from_zero()
 
     def close(self) -> None:
         """End background work and free everything, also if a part of it fails.
@@ -325,7 +307,7 @@ class SpeCache:
         """Free everything, for the call that holds `in_use`."""
         sequences, self.sequences = self.sequences, []
         with ExitStack() as stack:  # callbacks run in reverse: the worker ends last
-            stack.callback(self._context.end_worker)
+            stack.callback(self.context.end_worker)
             for sequence in sequences:
                 stack.callback(sequence.clear)
             stack.callback(self.release_device_batch)
@@ -333,7 +315,7 @@ class SpeCache:
     def _drop_in_child(self) -> None:
         """Free the memory in a forked process, and leave threads and files to its parent."""
         self.sequences, self.detach_device_batch = [], None
-        self._context.forget_worker()
+        self.context.forget_worker()
 
     def __enter__(self) -> SpeCache:
         return self
@@ -344,12 +326,12 @@ class SpeCache:
     def _move_rows(self, config: SpeCacheConfig) -> None:
         """Move all stored rows to the slow tier of `config`. An error changes nothing."""
         self.release_device_batch()
-        context = self._context
+        context = self.context
         before, tiers = context.config, list[SlowTier]()
         try:
             context.config = config
             for sequence in self.sequences:
-                sequence.count_buffers()
+                sequence.claim_buffers()
                 tiers.append(context.new_tier())
                 sequence.copy_rows(tiers[-1])
         except BaseException:
@@ -357,7 +339,7 @@ class SpeCache:
             for tier in tiers:
                 tier.close()
             for sequence in self.sequences:
-                sequence.count_buffers()
+                sequence.claim_buffers()
             raise
         context.end_worker()  # the next one has the threads of the new tier
         for sequence, tier in zip(self.sequences, tiers, strict=True):
@@ -374,32 +356,15 @@ class SpeCache:
             stacklevel=2,
         )
 
-    def hot_slots(self, sequence: Sequence, layer: CompressedLayer) -> int:
-        """Return the layer's hot-set slots per KV head."""
-        return self._context.hot_slots(sequence.length, layer)
-
     # The interface of transformers' caches
 
     is_compileable = False
 
     def update(self, *args: Any, **kwargs: Any) -> NoReturn:
-        _refuse_stock_call()
+        """Refuse a stock call."""
+        raise UsageError(
+            "A SpeCache cannot be used by model(...) or by generate() alone. Call specache.generate(model, ..., "
+            "past_key_values=cache), or model.generate(..., custom_generate=specache.decode, past_key_values=cache)."
+        )
 
-    def get_mask_sizes(self, *args: Any, **kwargs: Any) -> NoReturn:
-        _refuse_stock_call()
-
-    def get_query_offset(self, *args: Any, **kwargs: Any) -> NoReturn:
-        _refuse_stock_call()
-
-    def get_max_cache_shape(self, *args: Any, **kwargs: Any) -> NoReturn:
-        _refuse_stock_call()
-
-    def reorder_cache(self, *args: Any, **kwargs: Any) -> NoReturn:
-        _refuse_stock_call()
-
-
-def _refuse_stock_call() -> NoReturn:
-    raise UsageError(
-        "A SpeCache cannot be used by model(...) or by generate() alone. Call specache.generate(model, ..., "
-        "past_key_values=cache), or model.generate(..., custom_generate=specache.decode, past_key_values=cache)."
-    )
+    get_mask_sizes = get_query_offset = get_max_cache_shape = reorder_cache = update

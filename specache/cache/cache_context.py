@@ -10,8 +10,8 @@ from torch import Tensor
 
 from specache.cache.layers import CompressedLayer
 from specache.cache.resources import Resources
-from specache.cache.sizes import checkpoint_allowance, hot_slots
-from specache.config import Policy, SlowTierKind, SpeCacheConfig
+from specache.cache.sizes import checkpoint_allowance, fetches, hot_slots, on_disk
+from specache.config import SlowTierKind, SpeCacheConfig
 from specache.model.info import ModelInfo
 from specache.rows.fetch import HotSetRowFetcher, InPlaceRowFetcher, RowFetcher
 from specache.rows.hot_set import HotSet
@@ -28,7 +28,7 @@ DISK_READERS = 4  # threads, each of which reads the rows of one layer from disk
 
 
 class CacheContext:
-    """The state that a cache and its sequences share (`sequence.Owner`). A fork has its own.
+    """The state that a cache and its sequences share. A fork has its own.
 
     Args:
         main_memory: the main memory of the forked cache, if this is a fork.
@@ -53,7 +53,7 @@ class CacheContext:
 
     def new_tier(self) -> SlowTier:
         """Return an empty slow tier of the configured kind."""
-        if self.config.slow_tier is SlowTierKind.DISK and self.config.policy is not Policy.FULL:
+        if on_disk(self.config):
             assert self.config.slow_dir is not None, "checked by SpeCacheConfig"
             return DiskTier(self.config.slow_dir)
         if self.main_memory is not None:
@@ -62,7 +62,7 @@ class CacheContext:
 
     def row_fetcher(self, tier: SlowTier, index: int, keys: Tensor) -> RowFetcher:
         """Return the row fetcher of a layer with keys [Hkv, n, D]."""
-        if tier.in_place or not (self.config.policy.verifies or self.config.policy.prefetches):
+        if not fetches(self.config):
             return InPlaceRowFetcher(tier, index)
         if self._worker is None:
             self._worker = PrefetchWorker(DISK_READERS if self.config.slow_tier is SlowTierKind.DISK else 1)
@@ -107,8 +107,7 @@ class CacheContext:
 
 
 def _new_counters(config: SpeCacheConfig) -> Counters:
-    fetches = config.slow_tier is not SlowTierKind.RAM_INPLACE
-    return Counters(prefetches=fetches and config.policy.prefetches, speculates=config.policy.drafts)
+    return Counters(prefetches=fetches(config) and config.policy.prefetches, speculates=config.policy.drafts)
 
 
 def _new_main_memory(info: ModelInfo, config: SpeCacheConfig) -> MainMemory | None:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from specache.attention.dense import KEY_BLOCK, attend_part, merge, merge_each
+from specache.cache.sizes import ORDINARY_ITEMSIZE, FastBytes, compressed_bytes, dense_capacity
 from specache.config import Code, SpeCacheConfig
 from specache.errors import NonFiniteError
 from specache.kernels import dispatch
 from specache.kernels.finite import all_finite
 from specache.kernels.torch.exact import Part
 from specache.kernels.types import AttentionParams, LowBitKV
-from specache.low_bit.key_scales import KEY_SCALE_BYTES, KeyScales
+from specache.low_bit.key_scales import KeyScales
 from specache.low_bit.pool import PageTable
-from specache.platform.budget import ByteBudget
+from specache.model.dimensions import row_bytes
+from specache.platform.budget import ByteBudget, Claim
 from specache.rows.fetch import RowFetcher
+from specache.stats import MemoryUse
 from specache.tiers.base import SlowTier
 
 
@@ -40,38 +44,70 @@ def not_finite(layer: int, name: str = "keys or values") -> NonFiniteError:
     )
 
 
-class CompressedLayer:
-    """A full-attention layer: low-bit copy in pages, exact residual, 16-bit rows in the slow tier.
+class LayerState(ABC):
+    """One attention layer of one sequence, with keys and values in fast memory.
 
     Args:
         index: the layer's number in the model.
+        keys: any keys [Hkv, n, D] of the layer; they determine heads, head dimension, dtype and
+            device.
+        tokens: keys and values that the buffer has room for, all zero at first.
+        claim: the bytes claimed for it.
+    """
+
+    def __init__(self, index: int, keys: Tensor, tokens: int, claim: Claim) -> None:
+        heads, _, dim = keys.shape
+        self.index = index
+        self._claim = claim
+        self._kv_rows = torch.zeros(2, heads, tokens, dim, dtype=keys.dtype, device=keys.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of keys and values."""
+        return self._kv_rows.dtype
+
+    @property
+    @abstractmethod
+    def held_bytes(self) -> int:
+        """Bytes held of the budget."""
+
+    @abstractmethod
+    def memory(self, itemsize: int | None = None) -> MemoryUse:
+        """Return the bytes in use, with row elements of `itemsize` bytes (default: the model's)."""
+
+    def _row_bytes(self, itemsize: int | None = None) -> int:
+        """Return the bytes of one token's `[K | V]`, all KV heads."""
+        return row_bytes(self._kv_rows.shape[1], self._kv_rows.shape[3], itemsize or self._kv_rows.itemsize)
+
+    def _free(self) -> None:
+        self._kv_rows = self._kv_rows[:, :, :0].clone()
+        self._claim.release()
+
+
+class CompressedLayer(LayerState):
+    """A full-attention layer: low-bit copy in pages, exact residual, 16-bit rows in the slow tier.
+
+    Args:
+        index, keys: see `LayerState`.
         table: its (empty) page table. The budget of the table's pool bounds the whole layer.
         tier: the sequence's slow tier.
         row_fetcher: fetches the layer's rows in decode steps.
-        keys: any keys [Hkv, n, D] of the layer; they determine heads, head dimension, dtype and
-            device.
     """
 
     def __init__(
         self, index: int, config: SpeCacheConfig, table: PageTable, tier: SlowTier, row_fetcher: RowFetcher, keys: Tensor
     ) -> None:
-        heads, _, dim = keys.shape
-        self.index = index
+        capacity = config.residual + config.group_size
+        empty = compressed_bytes(config, keys.shape[0], keys.shape[2], keys.itemsize, pages=0, observed=0, slots=0)
+        claim = table.pool.budget.claim(empty.total, "residuals, key weights and read buffers")
+        super().__init__(index, keys, capacity, claim)
         self.config = config
         self.table = table
         self.tier = tier
         self.row_fetcher = row_fetcher
         self.next_positions: Tensor | None = None
         self.residual_count = 0
-        capacity = config.residual + config.group_size
         self.key_scales = KeyScales(capacity)
-        self._claim = table.pool.budget.claim(residual_bytes(heads, dim, capacity, keys.itemsize), "residuals and key weights")
-        self._residual = torch.empty(2, heads, capacity, dim, dtype=keys.dtype, device=keys.device)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of keys and values."""
-        return self._residual.dtype
 
     @property
     def low_bit_kv(self) -> LowBitKV:
@@ -83,11 +119,11 @@ class CompressedLayer:
 
     @property
     def residual_keys(self) -> Tensor:
-        return self._residual[0, :, : self.residual_count]
+        return self._kv_rows[0, :, : self.residual_count]
 
     @property
     def residual_values(self) -> Tensor:
-        return self._residual[1, :, : self.residual_count]
+        return self._kv_rows[1, :, : self.residual_count]
 
     @property
     def pending_group_tokens(self) -> int:
@@ -95,28 +131,28 @@ class CompressedLayer:
         return self.config.low_bit_length(self.length) - self.table.length
 
     @property
-    def fast_bytes(self) -> int:
-        return self.table.nbytes + self._residual.nbytes + self.key_scales.nbytes
-
-    @property
     def held_bytes(self) -> int:
-        """Bytes held of the budget: `fast_bytes`, the observed queries, and the hot set."""
-        return self.table.nbytes + self._claim.size + self.row_fetcher.nbytes
+        return self._bytes(self.config).total
 
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one token's `[K | V]`, all KV heads, in the model's dtype."""
-        return 2 * self._residual.shape[1] * self._residual.shape[3] * self._residual.itemsize
+    def memory(self, itemsize: int | None = None) -> MemoryUse:
+        held = self._bytes(self.config, itemsize, self.key_scales.value is not None)
+        return MemoryUse(
+            fast=held.low_bit + held.residual + held.key_weights,
+            hot=held.hot_set + self.row_fetcher.staged_rows * (self._row_bytes(itemsize) // self._kv_rows.shape[1]),
+            full=self.length * self._row_bytes(ORDINARY_ITEMSIZE),
+        )
 
-    @property
-    def exact_bytes(self) -> int:
-        """The part of `fast_bytes` that holds unquantised rows, in the model's dtype."""
-        return self._residual.nbytes
+    def claim_buffers(self, config: SpeCacheConfig) -> None:
+        """Claim bytes for residual, key scales (fixed or not), their queries, and read buffers.
 
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of one token in an ordinary 16-bit cache."""
-        return 2 * 2 * self._residual.shape[1] * self._residual.shape[3]
+        Args:
+            config: the settings in use, or those of the tier that is used next.
+
+        Raises:
+            FastMemoryError: the budget has no room; the claim is unchanged.
+        """
+        held = self._bytes(config)
+        self._claim.resize(held.residual + held.key_weights + held.read_buffers)
 
     def prefill(self, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
         """Attend exactly with the next n prompt tokens and store them (paper Algorithm 1).
@@ -140,8 +176,8 @@ class CompressedLayer:
         check_finite(keys, values, self.index)
         self._observe(query)
         self.tier.write(self.index, self.length, keys, values)
-        self._residual[0, :, self.residual_count] = keys[:, 0]
-        self._residual[1, :, self.residual_count] = values[:, 0]
+        self._kv_rows[0, :, self.residual_count] = keys[:, 0]
+        self._kv_rows[1, :, self.residual_count] = values[:, 0]
         self.residual_count += 1
 
     def quantise_oldest(self) -> None:
@@ -150,9 +186,9 @@ class CompressedLayer:
         if count:
             self.key_scales.fix(self.residual_keys)
             self._quantise(self.residual_keys[:, :count], self.residual_values[:, :count])
-            kept = self._residual[:, :, count : self.residual_count].clone()
+            kept = self._kv_rows[:, :, count : self.residual_count].clone()
             self.residual_count -= count
-            self._residual[:, :, : self.residual_count] = kept
+            self._kv_rows[:, :, : self.residual_count] = kept
 
     def move_residual(self, into: Tensor) -> None:
         """Move the residual to the buffer `into` [2, Hkv, R + g, D], free slots zeroed.
@@ -160,10 +196,10 @@ class CompressedLayer:
         The key scales must be fixed.
         """
         self.key_scales.forget_observed()
-        self._count()
+        self.claim_buffers(self.config)
         into.zero_()
-        into[:, :, : self.residual_count] = self._residual[:, :, : self.residual_count]
-        self._residual = into
+        into[:, :, : self.residual_count] = self._kv_rows[:, :, : self.residual_count]
+        self._kv_rows = into
 
     def residual_at(self, length: int) -> tuple[Tensor, Tensor] | None:
         """Read the residual, keys and values [Hkv, m, D], that a sequence cut to `length` needs.
@@ -182,10 +218,11 @@ class CompressedLayer:
             return
         if residual is not None:
             self.table.truncate(self.config.low_bit_length(length))
-            for buffer, stored in zip(self._residual, residual, strict=True):
+            for buffer, stored in zip(self._kv_rows, residual, strict=True):
                 buffer[:, : stored.shape[1]] = stored
         self.residual_count = length - self.table.length
         self.key_scales.truncate(length)
+        self.claim_buffers(self.config)
         self.row_fetcher.drop()
         self.next_positions = None
 
@@ -199,17 +236,18 @@ class CompressedLayer:
             self.truncate(length, self.residual_at(length))
         self.residual_count = length - self.table.length
         self.key_scales.truncate(length)
+        self.claim_buffers(self.config)
         self.row_fetcher.cancel()
         self.next_positions = next_positions
 
     def fork(self, tier: SlowTier, row_fetcher: RowFetcher, config: SpeCacheConfig) -> CompressedLayer:
         """Return a copy over `tier` (a fork of this layer's), with the same layout and pages."""
-        other = CompressedLayer(self.index, config, self.table.fork(), tier, row_fetcher, self._residual[0])
-        other._residual.copy_(self._residual)
+        other = CompressedLayer(self.index, config, self.table.fork(), tier, row_fetcher, self._kv_rows[0])
+        other._kv_rows.copy_(self._kv_rows)
         other.residual_count = self.residual_count
         other.key_scales = self.key_scales.fork(self.key_scales.tokens)
         other.next_positions = self.next_positions
-        other._count()
+        other.claim_buffers(config)
         return other
 
     def use_tier(self, tier: SlowTier, row_fetcher: RowFetcher, config: SpeCacheConfig) -> None:
@@ -231,23 +269,23 @@ class CompressedLayer:
         The page table and the slow tier must be filled already.
         """
         self.residual_count = residual.shape[2]
-        self._residual[:, :, : self.residual_count] = residual
+        self._kv_rows[:, :, : self.residual_count] = residual
         self.key_scales = key_scales
         self.next_positions = next_positions
-        self._count()
+        self.claim_buffers(self.config)
 
     def rebuild(self, length: int) -> None:
         """Rebuild low-bit copy and residual of the first `length` tokens from 16-bit rows."""
         for start in range(0, length, KEY_BLOCK):
             keys, values = self.tier.read(self.index, start, min(start + KEY_BLOCK, length))
-            self._add(keys.to(self._residual.device), values.to(self._residual.device))
+            self._add(keys.to(self._kv_rows.device), values.to(self._kv_rows.device))
 
     def release(self) -> None:
         self.row_fetcher.free()  # explicitly: a background read may still refer to the hot set
         self.table.truncate(0)
         self.residual_count = 0
         self.key_scales = KeyScales(self.key_scales.tokens)
-        self._claim.release()
+        self._free()
 
     def _parts(self, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Iterator[Part]:
         for stored_keys, stored_values in self._stored(keys.device):
@@ -275,17 +313,27 @@ class CompressedLayer:
             self.key_scales.fix(keys)
             self._quantise(keys[:, :count], values[:, :count])
         self.residual_count = keys.shape[1] - count
-        self._residual[0, :, : self.residual_count] = keys[:, count:]
-        self._residual[1, :, : self.residual_count] = values[:, count:]
+        self._kv_rows[0, :, : self.residual_count] = keys[:, count:]
+        self._kv_rows[1, :, : self.residual_count] = values[:, count:]
 
     def _observe(self, query: Tensor) -> None:
-        self.key_scales.observe(self.length, query, self._residual.shape[1])
-        self._count()
+        before = self.key_scales.observed_tokens
+        self.key_scales.observe(self.length, query, self._kv_rows.shape[1])
+        if self.key_scales.observed_tokens != before:
+            self.claim_buffers(self.config)
 
-    def _count(self) -> None:
-        """Claim bytes for the residual, the key scales (fixed or not) and their queries."""
-        _, heads, capacity, dim = self._residual.shape
-        self._claim.resize(residual_bytes(heads, dim, capacity, self._residual.itemsize) + self.key_scales.observed_bytes)
+    def _bytes(self, config: SpeCacheConfig, itemsize: int | None = None, scales_fixed: bool = True) -> FastBytes:
+        _, heads, _, dim = self._kv_rows.shape
+        return compressed_bytes(
+            config,
+            heads,
+            dim,
+            itemsize or self._kv_rows.itemsize,
+            pages=len(self.table.pages),
+            observed=self.key_scales.observed_tokens,
+            slots=self.row_fetcher.slots,
+            scales_fixed=scales_fixed,
+        )
 
     def _quantise(self, keys: Tensor, values: Tensor) -> None:
         start = self.table.length
@@ -293,27 +341,12 @@ class CompressedLayer:
         dispatch.quantise(keys, values, self.low_bit_kv, start)
 
 
-def residual_bytes(heads: int, dim: int, capacity: int, itemsize: int) -> int:
-    """Return the bytes of a `CompressedLayer` beside its pages.
-
-    They hold rows of `capacity` (`R + g`) tokens, and one float32 key scale per channel.
-    """
-    return heads * dim * (2 * capacity * itemsize + KEY_SCALE_BYTES)
-
-
-class DenseLayer:
+class DenseLayer(LayerState):
     """A full-attention layer under policy `full`: an ordinary 16-bit cache in fast memory."""
 
     def __init__(self, index: int, keys: Tensor, budget: ByteBudget) -> None:
-        heads, _, dim = keys.shape
-        self.index = index
+        super().__init__(index, keys, 0, budget.claim(0, "the 16-bit cache (policy 'full')"))
         self.length = 0
-        self._claim = budget.claim(0, "the 16-bit cache (policy 'full')")
-        self._kv_rows = torch.empty(2, heads, 0, dim, dtype=keys.dtype, device=keys.device)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._kv_rows.dtype
 
     @property
     def keys(self) -> Tensor:
@@ -324,16 +357,12 @@ class DenseLayer:
         return self._kv_rows[1, :, : self.length]
 
     @property
-    def fast_bytes(self) -> int:
-        return self._kv_rows.nbytes
-
-    @property
     def held_bytes(self) -> int:
-        return self._claim.size
+        return self._kv_rows.shape[2] * self._row_bytes()
 
-    @property
-    def token_bytes(self) -> int:
-        return 2 * 2 * self._kv_rows.shape[1] * self._kv_rows.shape[3]
+    def memory(self, itemsize: int | None = None) -> MemoryUse:
+        full = self.length * self._row_bytes(ORDINARY_ITEMSIZE)
+        return MemoryUse(fast=self._kv_rows.shape[2] * self._row_bytes(itemsize), full=full)
 
     def prefill(self, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
         check_finite(keys, values, self.index)
@@ -348,8 +377,8 @@ class DenseLayer:
         needed = self.length + keys.shape[1]
         if needed > self._kv_rows.shape[2]:
             capacity = dense_capacity(self.length, needed)
-            size = self._kv_rows.itemsize * 2 * self._kv_rows.shape[1] * self._kv_rows.shape[3] * capacity
-            self._claim.resize(self._kv_rows.nbytes + size)  # old and new buffer at once
+            size = capacity * self._row_bytes()
+            self._claim.resize(self.held_bytes + size)  # old and new buffer at once
             grown = self._kv_rows.new_empty(*self._kv_rows.shape[:2], capacity, self._kv_rows.shape[3])
             grown[:, :, : self.length] = self._kv_rows[:, :, : self.length]
             self._kv_rows = grown
@@ -372,16 +401,10 @@ class DenseLayer:
 
     def fork(self) -> DenseLayer:
         other = DenseLayer(self.index, self._kv_rows[0], self._claim.budget)
-        other._claim.resize(self._kv_rows.nbytes)
+        other._claim.resize(self.held_bytes)
         other._kv_rows, other.length = self._kv_rows.clone(), self.length
         return other
 
     def release(self) -> None:
         self.length = 0
-        self._kv_rows = self._kv_rows[:, :, :0].clone()
-        self._claim.release()
-
-
-def dense_capacity(length: int, needed: int) -> int:
-    """Return the capacity of a `DenseLayer` of `length` that must grow to `needed` tokens."""
-    return max(needed, length * 9 // 8)
+        self._free()

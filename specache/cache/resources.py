@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from specache.cache.sizes import page_layout
 from specache.config import SpeCacheConfig
 from specache.low_bit.layout import PageLayout
 from specache.low_bit.pool import PagePool, PageTable
@@ -32,7 +33,7 @@ class Resources:
 
     def page_table(self, config: SpeCacheConfig, keys: Tensor) -> PageTable:
         """Return an empty page table for a layer with keys [Hkv, n, D]."""
-        layout = PageLayout(config.code, config.bits, config.group_size, keys.shape[0], keys.shape[2])
+        layout = page_layout(config, keys.shape[0], keys.shape[2])
         if layout not in self._pools:
             self._pools[layout] = PagePool(layout, keys.device, self.budget)
         return PageTable(self._pools[layout])

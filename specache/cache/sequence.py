@@ -4,45 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
 from torch import Tensor
 
 from specache.attention.dense import KEY_BLOCK
+from specache.cache.cache_context import CacheContext
 from specache.cache.layers import CompressedLayer, DenseLayer
-from specache.cache.resources import Resources
-from specache.cache.sizes import CHECKPOINT_FEWEST, read_buffer_bytes
+from specache.cache.sizes import CHECKPOINT_FEWEST
 from specache.cache.window_checkpoints import MemoryCheckpoints, Spacing, WindowCheckpoints
 from specache.cache.window_layer import WindowLayer
-from specache.config import Policy, SpeCacheConfig
-from specache.model.info import ModelInfo
+from specache.config import Policy
 from specache.platform.out_of_memory import is_out_of_memory
-from specache.rows.fetch import RowFetcher
 from specache.stats import MemoryUse
 from specache.tiers.base import SlowTier
 
 Layer = CompressedLayer | DenseLayer | WindowLayer
-
-
-class Owner(Protocol):
-    """The parts of a cache that its sequences use. It does not refer to the sequences."""
-
-    info: ModelInfo
-    config: SpeCacheConfig
-    resources: Resources
-    living_sequences: int
-
-    def new_tier(self) -> SlowTier:
-        """Return an empty slow tier of the configured kind."""
-
-    def row_fetcher(self, tier: SlowTier, index: int, keys: Tensor) -> RowFetcher:
-        """Return the row fetcher of a layer with keys [Hkv, n, D]."""
-
-    def hot_slots(self, tokens: int, layer: CompressedLayer) -> int:
-        """Return a layer's hot-set slots per KV head, for a sequence of `tokens` tokens."""
-
-    def most_checkpoint_bytes(self, tokens: int) -> int:
-        """Return the most bytes of window checkpoints for a sequence of `tokens` tokens."""
 
 
 class Sequence:
@@ -59,10 +35,9 @@ class Sequence:
     pass wherever it stopped; `restore` undoes a prefill.
     """
 
-    def __init__(self, owner: Owner) -> None:
-        self._owner = owner
-        self.tier: SlowTier = owner.new_tier()
-        self._read_buffers = owner.resources.budget.claim(0, "read buffers")
+    def __init__(self, context: CacheContext) -> None:
+        self._context = context
+        self.tier: SlowTier = context.new_tier()
         self.checkpoints: WindowCheckpoints | None = self._new_checkpoints()
         self.layers: dict[int, Layer] = {}
         self.token_ids: list[int] = []
@@ -71,11 +46,11 @@ class Sequence:
         self.finish_reason: str | None = None
         self._positions_before: dict[int, Tensor | None] = {}  # layers' `next_positions` before the pass
         self._counted = True
-        owner.living_sequences += 1
+        context.living_sequences += 1
 
     def __del__(self) -> None:
         if getattr(self, "_counted", False):
-            self._owner.living_sequences -= 1
+            self._context.living_sequences -= 1
 
     @property
     def length(self) -> int:
@@ -99,9 +74,8 @@ class Sequence:
         """
         if index not in self.layers:
             if values is not None and values.dtype != keys.dtype:
-                keys = keys[:, :0].to(self._owner.info.dtype)
-            self.layers[index] = layer = self._new_layer(index, keys)
-            self._hold_buffers(layer)
+                keys = keys[:, :0].to(self._context.info.dtype)
+            self.layers[index] = self._new_layer(index, keys)
         return self.layers[index]
 
     def commit(self, token_ids: list[int]) -> None:
@@ -130,7 +104,7 @@ class Sequence:
     def end_chunk(self) -> None:
         """Keep the checkpoints of a prompt's chunk, after it has finished in every layer."""
         if self.checkpoints is not None:
-            self.checkpoints.end(self.length, self._most_checkpoint_bytes())
+            self.checkpoints.end(self.length, self._context.most_checkpoint_bytes(self.length))
 
     def end_step(self) -> None:
         """Checkpoint the windows, if due, after a decode step has finished in every layer."""
@@ -183,7 +157,7 @@ class Sequence:
             length = min(length, stored)
             if not all(layer.can_truncate(length) for layer in self.compressed.values()):
                 return self.clear()
-        if 0 < length < self.length and not self._owner.info.keeps_keys(self.length - 1, length - 1):
+        if 0 < length < self.length and not self._context.info.keeps_keys(self.length - 1, length - 1):
             return self.clear()
         # read all residuals before anything changes
         residuals = {i: layer.residual_at(length) for i, layer in self.compressed.items()}
@@ -224,7 +198,6 @@ class Sequence:
         self.prompt_tokens, self.pending_token = 0, None
         if self.checkpoints is not None:
             self.checkpoints.forget_after(0)
-        self._read_buffers.release()
         self.tier.close()
 
     def windows(self) -> dict[int, WindowLayer]:
@@ -234,7 +207,7 @@ class Sequence:
     def prepare_decode(self) -> None:
         """Resize the hot sets for the current length."""
         for layer in self.compressed.values():
-            layer.row_fetcher.resize(self._owner.hot_slots(self.length, layer))
+            layer.row_fetcher.resize(self._context.hot_slots(self.length, layer))
 
     def free_hot_sets(self) -> int:
         """Free the hot sets -> bytes. Results do not change: rows are fetched again when needed."""
@@ -243,17 +216,16 @@ class Sequence:
             layer.row_fetcher.free()
         return before - self.held_bytes()
 
-    def fork(self, owner: Owner) -> Sequence:
-        """Return an independent copy that belongs to `owner`."""
-        other = Sequence(owner)
+    def fork(self, context: CacheContext) -> Sequence:
+        """Return an independent copy that belongs to the cache of `context`."""
+        other = Sequence(context)
         other.token_ids = list(self.token_ids)
         other.prompt_tokens, other.pending_token = self.prompt_tokens, self.pending_token
-        if owner.config.policy is not Policy.FULL:
+        if context.config.policy is not Policy.FULL:
             other.tier.close()
             other.tier = self.tier.fork()
         for index, layer in self.layers.items():
-            other.layers[index] = forked = self._fork_layer(layer, other)
-            other._hold_buffers(forked)
+            other.layers[index] = self._fork_layer(layer, other)
         if self.checkpoints is not None and isinstance(other.checkpoints, MemoryCheckpoints):
             self.checkpoints.copy_into(other.checkpoints, CHECKPOINT_FEWEST)
         return other
@@ -272,48 +244,39 @@ class Sequence:
         """Switch to a tier with the same rows, under the cache's settings. Close the old one."""
         old, self.tier = self.tier, tier
         for index, layer in self.compressed.items():
-            layer.use_tier(tier, self._owner.row_fetcher(tier, index, layer.residual_keys), self._owner.config)
+            layer.use_tier(tier, self._context.row_fetcher(tier, index, layer.residual_keys), self._context.config)
         old.close()
 
-    def count_buffers(self) -> None:
+    def claim_buffers(self) -> None:
         """Claim fast memory for the read buffers that the cache's current settings need.
 
         Raises:
-            FastMemoryError: the budget has no room; the claim is unchanged.
+            FastMemoryError: the budget has no room.
         """
-        config = self._owner.config
-        self._read_buffers.resize(sum(read_buffer_bytes(config, layer.row_bytes) for layer in self.compressed.values()))
+        for layer in self.compressed.values():
+            layer.claim_buffers(self._context.config)
 
     def held_bytes(self) -> int:
         """Return the fast memory held of the budget, in bytes. Shared pages are counted in full."""
-        return self._read_buffers.size + sum(layer.held_bytes for layer in self.layers.values())
+        return sum(layer.held_bytes for layer in self.layers.values())
 
-    def memory(self) -> MemoryUse:
-        use = MemoryUse(slow=self.tier.nbytes)
-        if self.checkpoints is not None:
-            use.checkpoints = self.checkpoints.nbytes
-        for layer in list(self.layers.values()):  # another thread may be adding some
-            if isinstance(layer, WindowLayer):
-                use.windows += layer.nbytes
-                use.ordinary_windows += layer.ordinary_bytes
-                continue
-            use.fast += layer.fast_bytes
-            use.full += layer.token_bytes * layer.length
-            if isinstance(layer, CompressedLayer):
-                use.hot += layer.row_fetcher.nbytes
-        return use
+    def memory(self, itemsize: int | None = None) -> MemoryUse:
+        """Return the bytes in use, with row elements of `itemsize` bytes (default: the model's)."""
+        checkpoints = 0 if self.checkpoints is None else self.checkpoints.nbytes
+        layers = list(self.layers.values())  # another thread may be adding some
+        return sum((layer.memory(itemsize) for layer in layers), MemoryUse(slow=self.tier.nbytes, checkpoints=checkpoints))
 
     def _new_checkpoints(self) -> MemoryCheckpoints | None:
-        windows = [window for window in self._owner.info.windows if window is not None]
+        windows = [window for window in self._context.info.windows if window is not None]
         if not windows:
             return None
-        on_cpu = self._owner.info.device.type == "cpu"
-        return MemoryCheckpoints(Spacing.of(windows), self._owner.resources.budget if on_cpu else None)
+        on_cpu = self._context.info.device.type == "cpu"
+        return MemoryCheckpoints(Spacing.of(windows), self._context.resources.budget if on_cpu else None)
 
     def _offer_checkpoint(self) -> None:
         if self.checkpoints is not None:
             with self._checkpoints_optional(self.checkpoints):
-                self.checkpoints.offer(self.length, self.sliding, self._most_checkpoint_bytes())
+                self.checkpoints.offer(self.length, self.sliding, self._context.most_checkpoint_bytes(self.length))
 
     @contextmanager
     def _checkpoints_optional(self, checkpoints: WindowCheckpoints) -> Iterator[None]:
@@ -325,36 +288,30 @@ class Sequence:
                 raise
             checkpoints.forget_pending()
 
-    def _most_checkpoint_bytes(self) -> int:
-        return self._owner.most_checkpoint_bytes(self.length)
-
-    def _hold_buffers(self, layer: Layer) -> None:
-        """Claim fast memory for the read buffers of a layer."""
-        if isinstance(layer, CompressedLayer):
-            self._read_buffers.resize(self._read_buffers.size + read_buffer_bytes(self._owner.config, layer.row_bytes))
-
     def _new_layer(self, index: int, keys: Tensor) -> Layer:
-        window = self._owner.info.windows[index]
+        context = self._context
+        window = context.info.windows[index]
         if window is not None:
-            return WindowLayer(index, window, keys, self._owner.resources.budget)
-        if self._owner.config.policy is Policy.FULL:
-            return DenseLayer(index, keys, self._owner.resources.budget)
-        table = self._owner.resources.page_table(self._owner.config, keys)
-        return CompressedLayer(index, self._owner.config, table, self.tier, self._owner.row_fetcher(self.tier, index, keys), keys)
+            return WindowLayer(index, window, keys, context.resources.budget)
+        if context.config.policy is Policy.FULL:
+            return DenseLayer(index, keys, context.resources.budget)
+        table = context.resources.page_table(context.config, keys)
+        return CompressedLayer(index, context.config, table, self.tier, context.row_fetcher(self.tier, index, keys), keys)
 
     def _fork_layer(self, layer: Layer, other: Sequence) -> Layer:
         if isinstance(layer, WindowLayer | DenseLayer):
             return layer.fork()
-        if other._owner.config.policy is Policy.FULL:
-            dense = DenseLayer(layer.index, layer.residual_keys, other._owner.resources.budget)
+        context, config = other._context, other._context.config
+        if config.policy is Policy.FULL:
+            dense = DenseLayer(layer.index, layer.residual_keys, context.resources.budget)
             dense.extend(*self.tier.read(layer.index, 0, layer.length))
             return dense
-        row_fetcher = other._owner.row_fetcher(other.tier, layer.index, layer.residual_keys)
-        config = other._owner.config
+        row_fetcher = context.row_fetcher(other.tier, layer.index, layer.residual_keys)
         if config.layout == layer.config.layout:
             return layer.fork(other.tier, row_fetcher, config)
-        table = other._owner.resources.page_table(config, layer.residual_keys)
+        table = context.resources.page_table(config, layer.residual_keys)
         rebuilt = CompressedLayer(layer.index, config, table, other.tier, row_fetcher, layer.residual_keys)
         rebuilt.key_scales = layer.key_scales.fork(rebuilt.key_scales.tokens)
+        rebuilt.claim_buffers(config)
         rebuilt.rebuild(self.length)
         return rebuilt

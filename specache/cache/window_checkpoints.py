@@ -144,7 +144,7 @@ class WindowCheckpoints(ABC):
         """Copy the due rings of a layer before it stores the pass's keys and values [Hkv, n, D]."""
         with self._locked():
             for length in sorted(self._pending, reverse=True):  # later ones are worth more
-                claim = self._claim(layer.nbytes) if length in self._pending else None
+                claim = self._claim(layer.held_bytes) if length in self._pending else None
                 if claim is None:
                     self._pending.pop(length, None)
                 elif length in self._pending:
@@ -175,7 +175,7 @@ class WindowCheckpoints(ABC):
                 return
             pending = PendingWindows()
             for layer in windows.values():
-                claim = self._claim(layer.nbytes)
+                claim = self._claim(layer.held_bytes)
                 if claim is None:
                     return
                 pending.add(layer, layer.ring[:, :, : min(length, layer.window)].clone(), claim)

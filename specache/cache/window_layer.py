@@ -7,43 +7,41 @@ from torch import Tensor
 
 from specache.attention.decode import StepKind
 from specache.attention.dense import attend_part, merge, windowed
-from specache.cache.layers import check_finite
+from specache.cache.layers import LayerState, check_finite
+from specache.cache.sizes import ORDINARY_ITEMSIZE
 from specache.kernels.torch.exact import Part
 from specache.kernels.types import AttentionParams
+from specache.model.dimensions import row_bytes
 from specache.platform.budget import ByteBudget
+from specache.stats import MemoryUse
 
 
-class WindowLayer:
+class WindowLayer(LayerState):
     """A sliding layer: the newest `window` tokens in a ring, slot = position modulo window."""
 
     def __init__(self, index: int, window: int, keys: Tensor, budget: ByteBudget) -> None:
         heads, _, dim = keys.shape
-        self.index = index
+        size = window * row_bytes(heads, dim, keys.itemsize)
+        super().__init__(index, keys, window, budget.claim(size, "sliding windows"))
         self.window = window
         self.length = 0
-        self._claim = budget.claim(2 * heads * window * dim * keys.itemsize, "sliding windows")
-        self._ring = torch.zeros(2, heads, window, dim, dtype=keys.dtype, device=keys.device)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._ring.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return self._ring.nbytes
 
     @property
     def held_bytes(self) -> int:
-        return self._claim.size
+        return self._kv_rows.shape[2] * self._row_bytes()
+
+    def memory(self, itemsize: int | None = None) -> MemoryUse:
+        ordinary = min(self.length, self.window) * self._row_bytes(ORDINARY_ITEMSIZE)
+        return MemoryUse(windows=self._kv_rows.shape[2] * self._row_bytes(itemsize), ordinary_windows=ordinary)
 
     @property
     def ring(self) -> Tensor:
         """Keys and values [2, Hkv, window, D]; slots that no token has used are undefined."""
-        return self._ring
+        return self._kv_rows
 
     def restore(self, ring: Tensor, length: int) -> None:
         """Restore the `ring` of a sequence of `length` tokens. It may lack unused slots."""
-        self._ring[:, :, : ring.shape[2]].copy_(ring)
+        self._kv_rows[:, :, : ring.shape[2]].copy_(ring)
         self.length = length
 
     def ring_at(self, length: int, keys: Tensor, values: Tensor) -> Tensor:
@@ -57,10 +55,10 @@ class WindowLayer:
             A copy [2, Hkv, min(length, window), D] without the slots that no token has used.
         """
         count = min(length, self.window)
-        slots = torch.arange(length - count, length, device=self._ring.device) % self.window
+        slots = torch.arange(length - count, length, device=self._kv_rows.device) % self.window
         old = max(0, self.length - (length - count))  # tokens of that ring that are stored already
-        ring = self._ring.new_empty(*self._ring.shape[:2], count, self._ring.shape[3])
-        ring[:, :, slots[:old]] = self._ring[:, :, slots[:old]]
+        ring = self._kv_rows.new_empty(*self._kv_rows.shape[:2], count, self._kv_rows.shape[3])
+        ring[:, :, slots[:old]] = self._kv_rows[:, :, slots[:old]]
         new = slice(length - count + old - self.length, length - self.length)
         for half, tensor in zip(ring, (keys, values), strict=True):
             half[:, slots[old:]] = tensor[:, new]
@@ -68,20 +66,15 @@ class WindowLayer:
 
     def move_ring(self, into: Tensor) -> None:
         """Move the ring to the buffer `into` [2, Hkv, window, D]."""
-        into.copy_(self._ring)
-        self._ring = into
-
-    @property
-    def ordinary_bytes(self) -> int:
-        """Bytes of the same layer in an ordinary 16-bit hybrid cache."""
-        return 2 * 2 * self._ring.shape[1] * self._ring.shape[3] * min(self.length, self.window)
+        into.copy_(self._kv_rows)
+        self._kv_rows = into
 
     def prefill(self, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
         """Attend exactly, within the window, with the next n prompt tokens and store them."""
         check_finite(keys, values, self.index)
         earlier = torch.arange(max(0, self.length - self.window + 1), self.length, device=keys.device) % self.window
-        seen_keys = torch.cat([self._ring[0, :, earlier], keys], dim=1)
-        seen_values = torch.cat([self._ring[1, :, earlier], values], dim=1)
+        seen_keys = torch.cat([self._kv_rows[0, :, earlier], keys], dim=1)
+        seen_values = torch.cat([self._kv_rows[1, :, earlier], values], dim=1)
         out, _ = merge([windowed(query, seen_keys, seen_values, self.window, params)], params.sinks)
         self._write(keys, values)
         return out
@@ -96,8 +89,8 @@ class WindowLayer:
             self._write(keys[:, :1], values[:, :1])
             keys, values = keys[:, 1:], values[:, 1:]
         ring = min(self.length, self.window)
-        seen_keys = torch.cat([self._ring[0, :, :ring], keys], dim=1)
-        seen_values = torch.cat([self._ring[1, :, :ring], values], dim=1)
+        seen_keys = torch.cat([self._kv_rows[0, :, :ring], keys], dim=1)
+        seen_values = torch.cat([self._kv_rows[1, :, :ring], values], dim=1)
         part: Part = attend_part(query, seen_keys, seen_values, params, self._mask(query, ring, kind))
         return merge([part], params.sinks)[0]
 
@@ -110,22 +103,21 @@ class WindowLayer:
         return length >= self.length - 1 or self.length <= self.window
 
     def fork(self) -> WindowLayer:
-        other = WindowLayer(self.index, self.window, self._ring[0], self._claim.budget)
-        other._ring.copy_(self._ring)
+        other = WindowLayer(self.index, self.window, self._kv_rows[0], self._claim.budget)
+        other._kv_rows.copy_(self._kv_rows)
         other.length = self.length
         return other
 
     def release(self) -> None:
         self.length = 0
-        self._ring = self._ring[:, :, :0].clone()
-        self._claim.release()
+        self._free()
 
     def _write(self, keys: Tensor, values: Tensor) -> None:
         self.length += keys.shape[1]
         keys, values = keys[:, -self.window :], values[:, -self.window :]
         slots = torch.arange(self.length - keys.shape[1], self.length, device=keys.device) % self.window
-        self._ring[0, :, slots] = keys
-        self._ring[1, :, slots] = values
+        self._kv_rows[0, :, slots] = keys
+        self._kv_rows[1, :, slots] = values
 
     def _mask(self, query: Tensor, ring: int, kind: StepKind) -> Tensor:
         """Return which keys a step's queries see, bool [n, ring + own].

@@ -20,15 +20,16 @@ from torch import Tensor
 
 from specache.cache.layers import CompressedLayer
 from specache.cache.window_layer import WindowLayer
-from specache.config import PAGE_TOKENS, Policy, SpeCacheConfig
+from specache.config import PAGE_TOKENS, SpeCacheConfig
 from specache.device.device_hot_set import DeviceHotSet
 from specache.device.device_rows import DeviceRowFetcher, RowCounters, StepBuffers
 from specache.device.fused_rows import device_row_fetcher
 from specache.device.page_kernels import PageKernels, page_kernels
 from specache.device.sources import row_source
-from specache.device.static_sizes import batch_bytes
+from specache.device.static_sizes import batch_bytes, step_pairs
 from specache.device.windows import WindowState
 from specache.kernels.triton.tables import PageTables
+from specache.model.dimensions import row_bytes
 from specache.platform.budget import ByteBudget
 from specache.tiers.streams import Queue, Streams
 
@@ -137,13 +138,13 @@ class DeviceBatch:
         one = next(iter(first.values())).residual_keys
         self.config, self.size, self.device = config, size, one.device
         self.sequences = list(sequences)
-        self.top_k = min(config.top_k, size.capacity) if config.policy is not Policy.NONE else 0
+        self.top_k = step_pairs(config, size.capacity)
         self._claim = budget.claim(self._own_bytes(), "the static buffers of a step")
         self.inputs = StepInputs(len(sequences), size.queries, self.device)
         self.lengths = torch.zeros(len(sequences), dtype=torch.int32, device=self.device)
         # pairs that the real query selected, and those of them that were prefetched
         self.hits = torch.zeros(2, dtype=torch.int64, device=self.device)
-        self.counters = RowCounters(self.device, 2 * one.shape[2] * one.itemsize)
+        self.counters = RowCounters(self.device, row_bytes(1, one.shape[2], one.itemsize))
         self.streams, self._budget = streams, budget
         self._pages = size.capacity // PAGE_TOKENS
         self._addresses = torch.zeros(len(first), len(sequences) * self._pages, dtype=torch.int64, device=self.device)

@@ -80,10 +80,6 @@ class StepBuffers:
         self.fetched = torch.zeros(*shape, width, dtype=dtype, device=device)
 
     @property
-    def nbytes(self) -> int:
-        return sum(x.nbytes for x in self.tensors)
-
-    @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All buffers."""
         return self.kv_rows, self.positions, self.missing, self.slots, self.found, self.victims, self.fetched
@@ -139,11 +135,6 @@ class DeviceRowFetcher:
         self._in_flight = False  # the copy queue may write into slots, and compute has not waited for it
         for shared in (*hot.written_to, self._ahead, self._ahead_slots, buffers.missing, buffers.fetched):
             streams.share(shared)
-
-    @property
-    def nbytes(self) -> int:
-        """Device memory held by this layer alone, in bytes."""
-        return self.hot.nbytes + self._ahead.nbytes + self._ahead_slots.nbytes
 
     def begin_step(self) -> None:
         """Have compute wait for this layer's prefetch, and for nothing else."""

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from specache.attention.decode import StepKind
-from specache.config import PAGE_TOKENS, Policy, SpeCacheConfig
-from specache.low_bit.key_scales import KEY_SCALE_BYTES
+from specache.config import PAGE_TOKENS, Policy, SlowTierKind, SpeCacheConfig
+from specache.low_bit.key_scales import key_scale_bytes
+from specache.model.dimensions import row_bytes
 
 NUMBER = 8  # bytes of a position, an address, a token id or a counter
 LENGTH = 4  # bytes of a sequence's number of low-bit tokens
@@ -27,18 +28,30 @@ KINDS = {  # what a step over static buffers decodes; other policies have none
 }
 
 
+def unsupported_reason(config: SpeCacheConfig, dynamic_rope: bool) -> str | None:
+    """Return why no step over static buffers runs with these settings, or `None`."""
+    if config.policy not in KINDS:
+        return f"policy {config.policy.value!r} is not served"
+    if config.slow_tier is not SlowTierKind.RAM:
+        return f"the 16-bit pairs are in slow tier {config.slow_tier.value!r}, not in RAM"
+    if dynamic_rope:
+        return "with dynamic RoPE every position has frequencies of its own"
+    if config.residual == 0:
+        return "residual=0 leaves no token at 16 bits while its group becomes low bit"
+    return None
+
+
+def step_pairs(config: SpeCacheConfig, capacity: int) -> int:
+    """Return the pairs per KV head that a step fetches, with room for `capacity` low-bit tokens."""
+    return 0 if config.policy is Policy.NONE else min(config.top_k, capacity)
+
+
 def low_bit_room(config: SpeCacheConfig, tokens: int, step: int = CAPACITY_STEP) -> int:
     """Return the low-bit tokens that a batch has room for, whose longest sequence has `tokens`.
 
     One group more than it needs, in whole steps of `step`.
     """
     return -(-(config.low_bit_length(tokens) + config.group_size) // step) * step
-
-
-def step_buffers_bytes(batch: int, heads: int, top_k: int, row_bytes: int, queries: int) -> int:
-    """Return the bytes of `device_rows.StepBuffers`, for rows of `row_bytes`."""
-    places = batch * heads * top_k
-    return places * ((queries + 1) * row_bytes + (queries + 4) * NUMBER)
 
 
 def batch_bytes(
@@ -53,9 +66,11 @@ def batch_bytes(
         queries: tokens per sequence and step.
         itemsize: bytes per element of the model's dtype.
     """
-    total = sum(step_buffers_bytes(batch, heads, top_k, 2 * dim * itemsize, queries) for heads, dim in set(layers))
+    total = 0
+    for heads, dim in set(layers):  # `device_rows.StepBuffers`
+        total += batch * top_k * ((queries + 1) * row_bytes(heads, dim, itemsize) + heads * (queries + 4) * NUMBER)
     for heads, dim in layers:
-        total += batch * heads * (POSITIONS_OF_LAYER * top_k * NUMBER + dim * KEY_SCALE_BYTES)
+        total += batch * (heads * POSITIONS_OF_LAYER * top_k * NUMBER + key_scale_bytes(heads, dim))
     pages = capacity // PAGE_TOKENS
     inputs = 2 * batch * queries + 2 * batch
     return total + NUMBER * (len(layers) * batch * pages + inputs + COUNTERS) + batch * LENGTH + len(layers) + windows

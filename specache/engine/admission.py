@@ -8,10 +8,11 @@ from typing import Any
 
 from specache.cache.cache import SpeCache
 from specache.cache.sequence import Sequence as CachedSequence
+from specache.cache.sizes import FastBytes
 from specache.engine.auto_tier import decide_tier
 from specache.errors import FastMemoryError, OutOfMemoryError
 from specache.planning.advice import Suggestion, least_bytes, suggestions
-from specache.planning.footprint import FastBytes, PlannedSequence
+from specache.planning.footprint import PlannedSequence
 from specache.planning.plan import MemoryPlan, plan
 
 PARTS = {

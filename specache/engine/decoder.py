@@ -9,7 +9,6 @@ import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,12 +17,12 @@ from torch import Tensor
 from specache.attention.decode import StepKind, StepSpec
 from specache.cache.cache import SpeCache
 from specache.cache.sequence import Sequence as CachedSequence
+from specache.config import SpeCacheConfig
 from specache.engine.attention_hook import decode_forward, forward, reset_rope
 from specache.engine.forward_pass import DecodePass, Observer, PrefillPass
 from specache.engine.static_decoder import StaticDecoder
-from specache.planning.footprint import PlannedSequence
-from specache.planning.plan import prefill_working_set
-from specache.planning.working_set import decode_bytes
+from specache.planning.footprint import last_chunk
+from specache.planning.working_set import decode_bytes, prefill_bytes
 from specache.platform.out_of_memory import is_out_of_memory
 from specache.stats import Counters
 
@@ -65,6 +64,9 @@ class Decoder:
         self._cache = cache
         self._info = cache.info
         self._static = StaticDecoder(model, cache)
+        # the settings, sequences and low-bit tokens that `_step_bytes` is for
+        self._step_size: tuple[SpeCacheConfig, int, int] | None = None
+        self._step_bytes = 0
 
     @property
     def out_of_room(self) -> bool:
@@ -227,14 +229,16 @@ class Decoder:
             yield
 
     def _prefill_bytes(self, sequence: CachedSequence, total: int, chunk: int) -> int:
-        config = replace(self._cache.config, prefill_chunk=chunk)
-        planned = PlannedSequence(total, stored=sequence.length)
-        return prefill_working_set(self._cache.resources.dimensions, config, planned)
+        model = self._cache.resources.dimensions
+        return prefill_bytes(model, self._cache.config, *last_chunk(model, chunk, total, sequence.length))
 
     def _decode_bytes(self, sequences: Sequence[CachedSequence]) -> int:
+        """Return the working set of a step. It changes with a sequence, a group or the settings."""
         config = self._cache.config
-        longest = max(config.low_bit_length(sequence.length + 1) for sequence in sequences)
-        return decode_bytes(self._cache.resources.dimensions, config, len(sequences), longest)
+        size = config, len(sequences), max(config.low_bit_length(sequence.length + 1) for sequence in sequences)
+        if size != self._step_size:
+            self._step_size, self._step_bytes = size, decode_bytes(self._cache.resources.dimensions, *size)
+        return self._step_bytes
 
     def _working_set(self, size: int) -> AbstractContextManager[None]:
         return self._cache.resources.budget.reserved(size, "the working set of a pass")

@@ -70,6 +70,7 @@ class Engine:
         self._waiting: deque[Handle] = deque()
         self._aborted: set[Handle] = set()
         self._prefilling: tuple[Handle, PrefillChunks] | None = None
+        self._full = False  # the oldest waiting request does not fit, and no request has ended since
         self._running: dict[Handle, Run] = {}
         self._attached: ExitStack | None = None  # set while the model calls our attention (own cache only)
         self._closed = False
@@ -186,15 +187,15 @@ class Engine:
             self._waiting = deque(handle for handle in self._waiting if handle not in aborted)
             handle = self._waiting[0] if self._waiting and self._prefilling is None else None
         for one in aborted:
-            if not one.done:
-                self._end(one, None, "aborted")
-        if handle is None:
+            self._end(one, None, "aborted")
+        if handle is None or self._full:
             return
         with self._errors_of(handle):
             request = handle.request
             chunk = request.chunk or self.cache.config.prefill_chunk
             running = [planned for other in self._running for planned in other.request.planned_rest()]
             if self._owns_cache and not fits_beside(self._model, self.cache, running, request.planned(), chunk):
+                self._full = True
                 return
             self._attach()
             if self._owns_cache and request.streamer is not None:
@@ -258,6 +259,7 @@ class Engine:
             if handle in self._waiting:
                 self._waiting.remove(handle)
         self._running.pop(handle, None)
+        self._full = False
         reasons: list[str | None] = [reason] * len(request.token_ids)
         with ExitStack() as stack:
             own = self._owns_cache  # else the caller gets the error raised, and ends the streamer
@@ -295,6 +297,5 @@ class Engine:
             stack.close()
 
     def _has_work(self) -> bool:
-        with self._lock:
-            waiting = bool(self._waiting)
-        return waiting or self._prefilling is not None or any(isinstance(run, SampledRun) for run in self._running.values())
+        pending = bool(self._waiting) or self._prefilling is not None
+        return pending or any(isinstance(run, SampledRun) for run in self._running.values())

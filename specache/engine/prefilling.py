@@ -31,7 +31,7 @@ def prefill_texts(
     """
     first: dict[tuple[int, ...], int] = {}
     fresh = not sequences
-    cache.expected_sequences = len(cache.sequences) + (len(token_ids) if fresh else 0)
+    cache.context.expected_sequences = len(cache.sequences) + (len(token_ids) if fresh else 0)
     total = sum(len(ids) for ids in token_ids)
     done = 0
     logits: list[Tensor] = []

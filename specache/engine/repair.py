@@ -296,7 +296,7 @@ class MendedSession(Session):
                 tier.truncate(index, length)
                 kept = {kind: tensors.get(f"{kind}.{index}") for kind in ("weights", "queries", "wanted")}
                 moved = {kind: None if tensor is None else tensor.to(device) for kind, tensor in kept.items()}
-                layer.key_scales = KeyScales.restored(layer.key_scales.tokens, moved["weights"], moved["queries"])
+                layer.key_scales = KeyScales(layer.key_scales.tokens, moved["weights"], moved["queries"])
                 layer.rebuild(length)
                 layer.next_positions = moved["wanted"]
         sequence.commit(tensors["token_ids"].tolist()[:length])

@@ -21,11 +21,10 @@ from specache.attention.decode import StepKind
 from specache.cache.cache import SpeCache
 from specache.cache.layers import not_finite
 from specache.cache.sequence import Sequence as CachedSequence
-from specache.config import SlowTierKind
 from specache.device import page_kernels
 from specache.device.batch import BatchSize, DeviceBatch
 from specache.device.graph import CaptureError, GraphedSteps, Graphs, graphs_for
-from specache.device.static_sizes import CAPACITY_STEP, KINDS, low_bit_room
+from specache.device.static_sizes import CAPACITY_STEP, KINDS, low_bit_room, unsupported_reason
 from specache.device.step import StaticPass
 from specache.engine.attention_hook import decode_forward
 from specache.errors import SlowTierError
@@ -172,8 +171,9 @@ class StaticDecoder:
     def _size(self, sequences: Sequence[CachedSequence]) -> BatchSize:
         config = self._cache.config
         room = low_bit_room(config, max(sequence.length for sequence in sequences), self._settings.capacity_step)
+        hot_slots = self._cache.context.hot_slots
         slots = {
-            index: sum(self._cache.hot_slots(sequence, sequence.compressed[index]) for sequence in sequences) // len(sequences)
+            index: sum(hot_slots(sequence.length, sequence.compressed[index]) for sequence in sequences) // len(sequences)
             for index in sequences[0].compressed
         }
         return BatchSize(KINDS[config.policy].queries, room, slots)
@@ -226,15 +226,7 @@ class StaticDecoder:
         info, config = self._cache.info, self._cache.config
         if not self._on_device:
             return f"the model is on {info.device.type!r}"
-        if config.policy not in KINDS:
-            return f"policy {config.policy.value!r} is not served"
-        if config.slow_tier is not SlowTierKind.RAM:
-            return f"the 16-bit pairs are in slow tier {config.slow_tier.value!r}, not in RAM"
-        if info.rope_type == "dynamic":
-            return "with dynamic RoPE every position has frequencies of its own"
-        if config.residual == 0:
-            return "residual=0 leaves no token at 16 bits while its group becomes low bit"
-        return None
+        return unsupported_reason(config, info.rope_type == "dynamic")
 
     def _unsupported_layer(self) -> str | None:
         """Return why the kernels for static buffers do not support a layer here, or `None`."""

@@ -71,6 +71,11 @@ class Prefilled:
         """Numbers of the full-attention layers: the ones whose cache grows."""
         return [index for index, window in enumerate(self.cache.info.windows) if window is None]
 
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token in an ordinary 16-bit cache of these layers."""
+        return self.cache.memory().full // self.length
+
     def rows(self, layer: int) -> tuple[Tensor, Tensor]:
         """Return a layer's keys (after RoPE) and values [Hkv, S, D]. Do not write to them."""
         return self.cache.sequences[0].tier.read(layer, 0, self.length)

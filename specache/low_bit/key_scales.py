@@ -15,8 +15,12 @@ import torch
 from torch import Tensor
 
 SMALLEST_RMS = 1e-6
-KEY_SCALE_BYTES = 4  # of one channel's scale, float32
 LARGEST_RATIO = 100.0  # of a scale to its head's median: later tokens may use what the prefix hardly did
+
+
+def key_scale_bytes(heads: int, dim: int, observed: int = 0, fixed: bool = True) -> int:
+    """Return the bytes of a layer's key scales, once `fixed`, and of `observed` tokens' queries."""
+    return heads * dim * torch.float32.itemsize * (fixed + observed)
 
 
 class KeyScales:
@@ -24,22 +28,22 @@ class KeyScales:
 
     Args:
         tokens: length of the prefix that they are computed from (`R + g`).
+
+    Attributes:
+        value: the scales, float32 [Hkv, D], once fixed.
+        observed: squared queries of the first m tokens, mean over a KV head's queries, float32
+            [Hkv, m, D], as long as they are kept.
     """
 
-    def __init__(self, tokens: int) -> None:
+    def __init__(self, tokens: int, value: Tensor | None = None, observed: Tensor | None = None) -> None:
         self.tokens = tokens
-        self.value: Tensor | None = None  # float32 [Hkv, D] once fixed
-        # float32 [Hkv, m, D]: squared queries of the first m tokens, mean over a KV head's queries
-        self._squares: Tensor | None = None
+        self.value = value
+        self.observed = observed
 
     @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.value, self._squares) if t is not None)
-
-    @property
-    def observed_bytes(self) -> int:
-        """Bytes of the observed queries; 0 again once the pass after the fixing one begins."""
-        return 0 if self._squares is None else self._squares.nbytes
+    def observed_tokens(self) -> int:
+        """How many queries are kept; 0 again once the pass after the fixing one begins."""
+        return 0 if self.observed is None else self.observed.shape[1]
 
     def observe(self, start: int, query: Tensor, num_kv_heads: int) -> None:
         """Observe the queries [Hq, n, D] of tokens `[start, start + n)`."""
@@ -47,12 +51,12 @@ class KeyScales:
             self.forget_observed()
             return
         squares = query[:, : self.tokens - start].float().square().unflatten(0, (num_kv_heads, -1)).mean(1)  # [Hkv, n, D]
-        earlier = squares[:, :0] if self._squares is None else self._squares[:, :start]
-        self._squares = torch.cat([earlier, squares], dim=1)
+        earlier = squares[:, :0] if self.observed is None else self.observed[:, :start]
+        self.observed = torch.cat([earlier, squares], dim=1)
 
     def forget_observed(self) -> None:
         """Drop the observed queries, once the scales are fixed and the pass is over."""
-        self._squares = None
+        self.observed = None
 
     def fix(self, keys: Tensor) -> Tensor:
         """Return the scales [Hkv, D]; the first call computes them from keys [Hkv, n, D]."""
@@ -62,39 +66,25 @@ class KeyScales:
 
     def truncate(self, length: int) -> None:
         """Drop the observed queries from `length` on, and scales that were computed from them."""
-        if length < self.tokens and self._squares is not None:
-            self._squares = self._squares[:, :length]
+        if length < self.tokens and self.observed is not None:
+            self.observed = self.observed[:, :length]
             self.value = None
 
     def survives(self, length: int) -> bool:
         """Return whether a sequence cut to `length` has the scales of a fresh one."""
-        return self.value is None or length >= self.tokens or self._squares is not None
-
-    @property
-    def observed(self) -> Tensor | None:
-        """The observed squared queries float32 [Hkv, m, D], as long as they are kept."""
-        return self._squares
-
-    @classmethod
-    def restored(cls, tokens: int, value: Tensor | None, observed: Tensor | None) -> KeyScales:
-        """Return key scales with a saved `value` and saved `observed` queries."""
-        key_scales = cls(tokens)
-        key_scales.value, key_scales._squares = value, observed
-        return key_scales
+        return self.value is None or length >= self.tokens or self.observed is not None
 
     def fork(self, tokens: int) -> KeyScales:
         """Return an independent copy for another `R + g`. Fixed scales stay as they are."""
-        other = KeyScales(tokens)
-        other.value, other._squares = self.value, self._squares
-        return other
+        return KeyScales(tokens, self.value, self.observed)
 
     def _from(self, keys: Tensor) -> Tensor:
         keys = keys[:, : self.tokens].float()
         centred = keys - keys.mean(1, keepdim=True)
         key_rms = centred.square().mean(1).sqrt().clamp(min=SMALLEST_RMS)  # [Hkv, D]
-        if self._squares is None or not self._squares.shape[1]:
+        if self.observed is None or not self.observed.shape[1]:
             return torch.ones_like(key_rms)
-        query_rms = self._squares.mean(1).sqrt().clamp(min=SMALLEST_RMS)
+        query_rms = self.observed.mean(1).sqrt().clamp(min=SMALLEST_RMS)
         scales = (query_rms / key_rms).sqrt()
         scales = scales / scales.median(-1, keepdim=True).values  # only ratios matter
         return scales.clamp(1 / LARGEST_RATIO, LARGEST_RATIO)

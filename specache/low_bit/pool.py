@@ -49,12 +49,6 @@ class PagePool:
         self._forgotten: deque[list[Page]] = deque()  # pages of finalized tables, not released yet
 
     @property
-    def nbytes(self) -> int:
-        """Bytes that the budget counts."""
-        pages = self.pages_in_use if self._lazy else sum(slab.pages for slab in self._slabs.values())
-        return pages * self.layout.page_bytes
-
-    @property
     def pages_in_use(self) -> int:
         return len(self._references)
 

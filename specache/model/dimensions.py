@@ -22,6 +22,11 @@ from specache.model.per_layer import attention_modules, head_dim, layer_settings
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")  # by model family
 
 
+def row_bytes(heads: int, dim: int, itemsize: int) -> int:
+    """Return the bytes of one token's `[K | V]`, for `heads` KV heads."""
+    return 2 * heads * dim * itemsize
+
+
 @dataclass(frozen=True)
 class LayerDimensions:
     """One attention layer: `Hq`, `Hkv`, `D`, and the window in tokens (None: full attention)."""
@@ -33,7 +38,11 @@ class LayerDimensions:
 
     def row_bytes(self, itemsize: int) -> int:
         """Return the bytes of one token's `[K | V]`, for all KV heads."""
-        return 2 * self.kv_heads * self.head_dim * itemsize
+        return row_bytes(self.kv_heads, self.head_dim, itemsize)
+
+    def kept(self, tokens: int) -> int:
+        """Return how many of a sequence's tokens an ordinary cache keeps in this layer."""
+        return tokens if self.window is None else min(tokens, self.window)
 
 
 @dataclass(frozen=True)

@@ -138,7 +138,11 @@ def largest(fits: Callable[[int], bool], low: int, high: int) -> int:
     step = 1
     while low + step <= high and fits(low + step):  # so that no number far beyond the answer is tried
         low, step = low + step, 2 * step
-    high = min(high, low + step - 1)
+    return bisect(fits, low, min(high, low + step - 1))
+
+
+def bisect(fits: Callable[[int], bool], low: int, high: int) -> int:
+    """Return the largest number in `[low, high]` that fits, given that `low` does."""
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)

@@ -1,33 +1,32 @@
 """Compute the bytes that each sequence holds in each tier, from a model's dimensions.
 
-The figures follow what `cache.layers`, `rows.hot_set` and `tiers` allocate.
+The sizes are those of `cache.sizes`, by which `cache.layers` claims them; here is only how many
+pages, slots and tokens a sequence has at each moment.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
-from specache.cache.layers import dense_capacity, residual_bytes
 from specache.cache.sizes import (
+    FastBytes,
     checkpoint_allowance,
+    compressed_bytes,
+    dense_capacity,
     fetches,
     hot_slots,
+    low_bit_pages,
     on_disk,
-    page_layout,
-    read_buffer_bytes,
     row_layout,
     window_bytes,
 )
 from specache.cache.window_checkpoints import Spacing
 from specache.config import PAGE_TOKENS, Policy, SpeCacheConfig
 from specache.model.dimensions import LayerDimensions, ModelDimensions
-from specache.rows.hot_set import SLOT_INDEX_BYTES
 from specache.tiers.disk.row_layout import BLOCK_TOKENS
 from specache.tiers.ram import ram_capacity
-
-FLOAT = 4  # bytes of a float32: a query, a key scale, a score, a log-sum-exp, an unrounded attention output
 
 
 @dataclass(frozen=True)
@@ -50,43 +49,6 @@ class PlannedSequence:
     @property
     def total(self) -> int:
         return self.prompt + self.new
-
-
-@dataclass(frozen=True)
-class FastBytes:
-    """Fast memory by part, in bytes, at the peak of prefilling or of decoding.
-
-    Attributes:
-        low_bit: pages of the low-bit copy.
-        residual: newest tokens at 16 bits.
-        key_weights: key scales of the rotated code, and the queries that they are computed from
-            while those are kept.
-        hot_set: recently fetched 16-bit pairs and their index.
-        read_buffers: pairs in transfer from the slow tier, and pairs that do not fill a block on
-            disk yet.
-        windows: caches of the sliding-window layers.
-        full_cache: the 16-bit cache of the full-attention layers, under policy `full`.
-        working_set: activations, scores and logits of one pass.
-    """
-
-    low_bit: int = 0
-    residual: int = 0
-    key_weights: int = 0
-    hot_set: int = 0
-    read_buffers: int = 0
-    windows: int = 0
-    full_cache: int = 0
-    working_set: int = 0
-
-    @property
-    def total(self) -> int:
-        return sum(getattr(self, field.name) for field in fields(self))
-
-    def __add__(self, other: FastBytes) -> FastBytes:
-        return FastBytes(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
-
-    def times(self, count: int) -> FastBytes:
-        return FastBytes(**{f.name: getattr(self, f.name) * count for f in fields(self)})
 
 
 @dataclass(frozen=True)
@@ -133,7 +95,7 @@ class CacheFootprint:
 
     def largest_hot_set(self, sequence: PlannedSequence) -> int:
         """Return the bytes of the largest hot set of any layer."""
-        return max(self._hot_set(layer, sequence, self.pairs) for layer in set(self.model.full_layers))
+        return max(self._compressed(layer, sequence, 0, self.pairs).hot_set for layer in set(self.model.full_layers))
 
     def growing(self, sequence: PlannedSequence, tokens: int) -> int:
         """Return the bytes of one layer's old buffer, held while it is copied to a larger one
@@ -172,31 +134,27 @@ class CacheFootprint:
         total = FastBytes(windows=window_bytes(self.model))
         for layer, count in Counter(self.model.full_layers).items():
             if self.config.policy is Policy.FULL:
-                total += self._dense(layer, sequence, tokens).times(count)
+                capacity = self._dense_growth(sequence, tokens)[-1]
+                total += FastBytes(full_cache=count * capacity * layer.row_bytes(self.model.itemsize))
             else:
                 total += self._compressed(layer, sequence, tokens, least_slots).times(count)
         return total
 
     def _compressed(self, layer: LayerDimensions, sequence: PlannedSequence, tokens: int, least_slots: int) -> FastBytes:
-        capacity = self.config.residual + self.config.group_size
-        row = layer.row_bytes(self.model.itemsize)
-        both = residual_bytes(layer.kv_heads, layer.head_dim, capacity, self.model.itemsize)
-        return FastBytes(
-            low_bit=self._pages(layer, sequence, tokens),
-            residual=capacity * row,
-            key_weights=both - capacity * row + self._observed(layer, sequence, tokens),
-            hot_set=self._hot_set(layer, sequence, least_slots),
-            read_buffers=read_buffer_bytes(self.config, row),
+        shared = self.config.low_bit_length(sequence.prompt) // PAGE_TOKENS if sequence.twin else 0
+        return compressed_bytes(
+            self.config,
+            layer.kv_heads,
+            layer.head_dim,
+            self.model.itemsize,
+            pages=low_bit_pages(self.config, tokens) - shared,
+            observed=self._observed(sequence, tokens),
+            slots=self._slots(layer, sequence, least_slots),
         )
 
-    def _pages(self, layer: LayerDimensions, sequence: PlannedSequence, tokens: int) -> int:
-        shared = self.config.low_bit_length(sequence.prompt) // PAGE_TOKENS if sequence.twin else 0
-        pages = math.ceil(self.config.low_bit_length(tokens) / PAGE_TOKENS) - shared
-        return pages * page_layout(self.config, layer).page_bytes
-
-    def _observed(self, layer: LayerDimensions, sequence: PlannedSequence, tokens: int) -> int:
-        """Return the bytes of the first `R + g` queries, which are kept until the pass after the
-        one that completes them.
+    def _observed(self, sequence: PlannedSequence, tokens: int) -> int:
+        """Return how many of the first `R + g` queries are kept. They are dropped in the pass after
+        the one that completes them.
 
         With a prompt shorter than `R + g`, decoding completes them. They are then counted
         throughout.
@@ -205,17 +163,13 @@ class CacheFootprint:
         end = prefix_end(self.model, self.config, sequence)
         if end is None or (tokens > end and sequence.prompt >= prefix):
             return 0
-        return min(sequence.total, prefix) * layer.kv_heads * layer.head_dim * FLOAT
+        return min(sequence.total, prefix)
 
-    def _hot_set(self, layer: LayerDimensions, sequence: PlannedSequence, least_slots: int) -> int:
+    def _slots(self, layer: LayerDimensions, sequence: PlannedSequence, least_slots: int) -> int:
         if not fetches(self.config):
             return 0
         slots = hot_slots(self.model, self.config, layer.kv_heads, layer.head_dim, sequence.prompt, self.sequences)
-        return max(slots, least_slots) * (layer.row_bytes(self.model.itemsize) + layer.kv_heads * SLOT_INDEX_BYTES)
-
-    def _dense(self, layer: LayerDimensions, sequence: PlannedSequence, tokens: int) -> FastBytes:
-        """Return one layer's bytes under policy `full`."""
-        return FastBytes(full_cache=self._dense_growth(sequence, tokens)[-1] * layer.row_bytes(self.model.itemsize))
+        return max(slots, least_slots)
 
     def _dense_growth(self, sequence: PlannedSequence, tokens: int) -> list[int]:
         """Return the successive capacities of a buffer under policy `full`, in tokens."""
@@ -228,13 +182,17 @@ class CacheFootprint:
         return capacities
 
 
-def last_chunk(model: ModelDimensions, config: SpeCacheConfig, sequence: PlannedSequence) -> tuple[int, int]:
-    """Return (tokens of a full prefill chunk, tokens stored before the last chunk)."""
-    if model.rope_switch is not None and sequence.prompt > model.rope_switch:
-        return sequence.prompt, 0
-    rest = sequence.prompt - sequence.stored
-    chunk = min(config.prefill_chunk, rest)
-    return chunk, sequence.stored + (rest - 1) // chunk * chunk
+def last_chunk(model: ModelDimensions, chunk: int, prompt: int, stored: int) -> tuple[int, int]:
+    """Return (tokens of a full prefill chunk, tokens stored before the last chunk).
+
+    Args:
+        chunk: the most tokens of a chunk.
+        prompt, stored: tokens of the prompt, and how many of them are stored.
+    """
+    if model.rope_switch is not None and prompt > model.rope_switch:
+        return prompt, 0
+    chunk = min(chunk, prompt - stored)
+    return chunk, stored + (prompt - stored - 1) // chunk * chunk
 
 
 def prefix_end(model: ModelDimensions, config: SpeCacheConfig, sequence: PlannedSequence) -> int | None:
@@ -245,6 +203,6 @@ def prefix_end(model: ModelDimensions, config: SpeCacheConfig, sequence: Planned
     prefix = config.residual + config.group_size
     if sequence.stored >= prefix:
         return None
-    chunk, _ = last_chunk(model, config, sequence)
+    chunk, _ = last_chunk(model, config.prefill_chunk, sequence.prompt, sequence.stored)
     passes = math.ceil((prefix - sequence.stored) / chunk)
     return min(sequence.stored + passes * chunk, sequence.prompt) if sequence.prompt >= prefix else min(prefix, sequence.total)

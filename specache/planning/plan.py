@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from typing import Any
 
-from specache.cache.sizes import ordinary_bytes, window_bytes
+from specache.cache.sizes import FastBytes, ordinary_bytes, window_bytes
 from specache.config import SpeCacheConfig
 from specache.model.dimensions import ModelDimensions
-from specache.planning.footprint import CacheFootprint, FastBytes, PlannedSequence, last_chunk
+from specache.planning.footprint import CacheFootprint, PlannedSequence, last_chunk
 from specache.planning.working_set import decode_bytes, prefill_bytes
 
 
@@ -90,11 +90,6 @@ def uniform_batch(context: int, batch: int) -> list[PlannedSequence]:
     return [PlannedSequence(context)] * batch
 
 
-def prefill_working_set(model: ModelDimensions, config: SpeCacheConfig, sequence: PlannedSequence) -> int:
-    """Return the working set of the passes that prefill one sequence, in bytes."""
-    return prefill_bytes(model, config, *last_chunk(model, config, sequence))
-
-
 def _prefill_moments(
     footprint: CacheFootprint, sequences: Sequence[PlannedSequence], counts: Counter[PlannedSequence]
 ) -> Iterator[FastBytes]:
@@ -102,6 +97,7 @@ def _prefill_moments(
 
     Of equal neighbours only the last can be the peak.
     """
+    model, config = footprint.model, footprint.config
     continued = any(sequence.stored for sequence in sequences)
     before = FastBytes()
     for sequence, group in groupby(sequences):
@@ -112,11 +108,10 @@ def _prefill_moments(
         before += footprint.prefilled(sequence).times(count)
         if sequence.twin:
             continue
-        working_set = prefill_working_set(footprint.model, footprint.config, sequence) + footprint.growing(
-            sequence, sequence.prompt
-        )
+        chunk, stored = last_chunk(model, config.prefill_chunk, sequence.prompt, sequence.stored)
+        working_set = prefill_bytes(model, config, chunk, stored) + footprint.growing(sequence, sequence.prompt)
         # the old windows are kept until the prefill succeeds
-        working_set += window_bytes(footprint.model) if sequence.stored else 0
+        working_set += window_bytes(model) if sequence.stored else 0
         yield from (replace(others + moment, working_set=working_set) for moment in footprint.while_prefilled(sequence))
 
 

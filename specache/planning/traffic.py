@@ -67,11 +67,11 @@ def step_traffic(model: ModelDimensions, config: SpeCacheConfig, context: int, b
     for layer in model.layers:
         row = layer.row_bytes(model.itemsize)
         if layer.window is not None:
-            recent += min(context, layer.window) * row
+            recent += layer.kept(context) * row
         elif full:
             scan += context * row
         else:
-            scan += low_bit * page_layout(config, layer).page_bytes // PAGE_TOKENS
+            scan += low_bit * page_layout(config, layer.kv_heads, layer.head_dim).page_bytes // PAGE_TOKENS
             recent += (context - low_bit) * row
             rows += int(min(config.top_k, low_bit) * row * misses)
             written += row

@@ -18,9 +18,9 @@ from specache.kernels import dispatch
 from specache.kernels.blocks import BLOCK_BYTES, QUANTISE_PAGES
 from specache.linear.cpu_linear import BLOCK_ELEMENTS
 from specache.model.dimensions import LayerDimensions, ModelDimensions
-from specache.planning.footprint import FLOAT
 from specache.tiers.disk.row_reads import GAP_BYTES, READ_BYTES
 
+FLOAT = 4  # bytes of a float32: a query, a score, a log-sum-exp, an unrounded attention output
 INDEX = 8  # bytes of a position
 STREAMS = 2  # tensors of hidden width: the residual stream and the normalised input of a layer
 RUNNING_PARTS = 4  # attention outputs held at once: two parts, and their weighted sum

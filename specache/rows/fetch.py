@@ -28,14 +28,11 @@ class RowFetcher(Protocol):
     """Fetches the 16-bit rows of one layer of one sequence for a decode step."""
 
     in_place: bool  # whether rows are read in place (`InPlaceRowFetcher`)
+    staged_rows: int  # the most rows in flight at once so far
 
     @property
-    def nbytes(self) -> int:
-        """Fast memory held, in bytes."""
-
-    @property
-    def exact_bytes(self) -> int:
-        """The part of `nbytes` that holds rows in the model's dtype; the rest is their index."""
+    def slots(self) -> int:
+        """Slots of the hot set, per KV head."""
 
     def begin_step(self) -> None:
         """Wait for the rows that the last step submitted."""
@@ -79,19 +76,13 @@ class InPlaceRowFetcher(RowFetcher):
     """Reads rows in place from the tier: every row is always available, and none is copied."""
 
     in_place = True
+    staged_rows = 0
+    slots = 0
 
     def __init__(self, tier: SlowTier, layer: int) -> None:
         self._tier = tier
         self._layer = layer
         self._started = torch.empty(0, 0, 0, dtype=torch.long)
-
-    @property
-    def nbytes(self) -> int:
-        return 0
-
-    @property
-    def exact_bytes(self) -> int:
-        return 0
 
     def stored(self) -> Tensor:
         """Return all rows [Hkv, capacity, 2 D], a view of the tier's buffer."""
@@ -150,15 +141,11 @@ class HotSetRowFetcher(RowFetcher):
         self._prefetch: Fetch | None = None  # rows for the next step
         self._missing: Fetch | None = None  # rows of this step that were not in the hot set
         self._slots: Tensor | None = None  # [Hkv, n, k] of the rows that `finish` returns, -1 where there is none
-        self._staged_bytes = 0  # the most bytes in flight at once so far
+        self.staged_rows = 0
 
     @property
-    def nbytes(self) -> int:
-        return self.hot.nbytes + self._staged_bytes
-
-    @property
-    def exact_bytes(self) -> int:
-        return self.hot.kv_rows.nbytes + self._staged_bytes
+    def slots(self) -> int:
+        return self.hot.capacity
 
     def begin_step(self) -> None:
         self._cancel_started()
@@ -267,9 +254,8 @@ class HotSetRowFetcher(RowFetcher):
         return kv_rows
 
     def _count_rows(self, count: int) -> None:
-        size = count * self.hot.kv_rows.shape[-1] * self.hot.kv_rows.element_size()
-        self._counters.bytes_fetched += size
-        self._staged_bytes = max(self._staged_bytes, size)
+        self._counters.bytes_fetched += count * self.hot.kv_rows.shape[-1] * self.hot.kv_rows.element_size()
+        self.staged_rows = max(self.staged_rows, count)
 
     def _rows_at(self, slots: Tensor) -> Tensor:
         """Return the rows [Hkv, m, 2 D] of slots [Hkv, m], zero at -1."""

@@ -8,10 +8,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from specache.model.dimensions import row_bytes
 from specache.platform.budget import ByteBudget
 
 NOWHERE = torch.iinfo(torch.int64).max  # position of an empty slot
 SLOT_INDEX_BYTES = 32  # per slot: position, stamp, and value and index of the sorted positions, int64
+
+
+def slot_bytes(heads: int, dim: int, itemsize: int) -> int:
+    """Return the bytes of one hot-set slot of each of `heads` KV heads: a row and its index."""
+    return row_bytes(heads, dim, itemsize) + heads * SLOT_INDEX_BYTES
 
 
 class HotSet:
@@ -24,7 +30,7 @@ class HotSet:
     def __init__(
         self, num_kv_heads: int, capacity: int, row: int, dtype: torch.dtype, device: torch.device, budget: ByteBudget | None = None
     ) -> None:
-        self._slot_bytes = num_kv_heads * (row * dtype.itemsize + SLOT_INDEX_BYTES)
+        self._slot_bytes = slot_bytes(num_kv_heads, row // 2, dtype.itemsize)
         self._claim = (budget or ByteBudget()).claim(capacity * self._slot_bytes, "hot sets")
         self.kv_rows = torch.zeros(num_kv_heads, capacity, row, dtype=dtype, device=device)
         self.position = torch.full((num_kv_heads, capacity), NOWHERE, device=device)
@@ -36,10 +42,6 @@ class HotSet:
     @property
     def capacity(self) -> int:
         return self.position.shape[1]
-
-    @property
-    def nbytes(self) -> int:
-        return self.capacity * self._slot_bytes
 
     def find(self, positions: Tensor) -> Tensor:
         """Return the slots [Hkv, k] of the positions, -1 if not cached. Mark them as used."""

@@ -23,11 +23,11 @@ from torch import Tensor
 
 from specache.cache.layers import CompressedLayer
 from specache.cache.sequence import Sequence
+from specache.cache.sizes import page_layout
 from specache.cache.window_layer import WindowLayer
 from specache.config import PAGE_TOKENS
 from specache.errors import SessionError
 from specache.low_bit.key_scales import KeyScales
-from specache.low_bit.layout import PageLayout
 from specache.sessions.checkpoints import ring_specs
 from specache.sessions.files import DAMAGED
 from specache.sessions.manifest import LayerShape, Manifest, PageSpan, TailShape
@@ -136,7 +136,7 @@ def restore(sequence: Sequence, device: torch.device, folder: Path, manifest: Ma
             layer.table.extend(low_bit)
             if "page" in tensors:
                 layer.table.set_raw(low_bit // PAGE_TOKENS, tensors["page"])
-            weights = KeyScales.restored(layer.key_scales.tokens, tensors.get("weights"), tensors.get("queries"))
+            weights = KeyScales(layer.key_scales.tokens, tensors.get("weights"), tensors.get("queries"))
             layer.restore(tensors["residual"], weights, _checked_positions(tensors.get("wanted"), low_bit))
     _restore_pages(sequence.compressed, folder, manifest)
     sequence.commit(tail.read(["token_ids"])["token_ids"].tolist())
@@ -225,7 +225,7 @@ def _checked_positions(wanted: Tensor | None, low_bit: int) -> Tensor | None:
 
 def _page_bytes(manifest: Manifest, layer: int) -> int:
     config, shape = manifest.config("."), manifest.layers[layer]
-    return PageLayout(config.code, config.bits, config.group_size, shape.heads, shape.dim).page_bytes
+    return page_layout(config, shape.heads, shape.dim).page_bytes
 
 
 def _shape(layer: object) -> LayerShape:

@@ -37,8 +37,8 @@ def rows_of(sequence: Any, index: int) -> tuple[torch.Tensor, torch.Tensor]:
     if not isinstance(layer, WindowLayer):
         return sequence.tier.read(index, 0, layer.length)
     kept = torch.arange(max(0, layer.length - layer.window), layer.length)
-    rows = torch.zeros(2, layer._ring.shape[1], layer.length, layer._ring.shape[3])
-    rows[:, :, kept] = layer._ring[:, :, kept % layer.window]
+    rows = torch.zeros(2, layer.ring.shape[1], layer.length, layer.ring.shape[3])
+    rows[:, :, kept] = layer.ring[:, :, kept % layer.window]
     return rows[0], rows[1]
 
 

@@ -203,7 +203,7 @@ def test_a_batch_that_frees_hot_sets_while_decoding_does_not_fit(monkeypatch):
             for sequence in contender.held.sequences:
                 for layer in sequence.compressed.values():
                     layer.row_fetcher.hot.free()
-                    layer.row_fetcher._staged_bytes = 0
+                    layer.row_fetcher.staged_rows = 0
         return found
 
     monkeypatch.setattr(Decoding, "_samples", samples)

@@ -11,9 +11,11 @@ import specache
 from specache.device.batch import DeviceBatch
 from specache.device.static_sizes import batch_bytes
 from specache.planning.footprint import CacheFootprint, PlannedSequence
+from specache.planning.roofline.capacity import Capacity
 from specache.planning.roofline.compared_methods import Method
+from specache.planning.roofline.device_file import known_devices
 from specache.planning.roofline.kernel_costs import THIS_LIBRARY
-from specache.planning.roofline.static_step import method_static_bytes, static_step_bytes
+from specache.planning.roofline.static_step import static_step_bytes
 from tests.device.static_running import answer, config, static_steps
 from tests.engine.test_model_families import FAMILIES, build
 from tests.tiny import llama, prompt
@@ -82,10 +84,11 @@ def test_methods_without_such_a_step_need_nothing_for_it(monkeypatch, batches):
     settings = config()
     with static_steps(monkeypatch):
         cache = answer(llama(num_hidden_layers=2), settings, (150,), 2).past_key_values
-    dimensions, own = cache.resources.dimensions, Method("own", "own", cache.config, True, THIS_LIBRARY)
-    assert method_static_bytes(dimensions, own, 150, 1) > 0
-    assert method_static_bytes(dimensions, Method("paper", "paper", cache.config, True), 150, 1) == 0
-    assert method_static_bytes(dimensions, own, settings.residual + settings.group_size - 1, 1) == 0
+    gpu = Capacity(next(iter(known_devices().values())), cache.resources.dimensions)
+    own, paper = Method("own", "own", cache.config, True, THIS_LIBRARY), Method("paper", "paper", cache.config, True)
+    assert gpu.bytes(own, 150, 1).static > 0
+    assert gpu.bytes(paper, 150, 1).static == 0
+    assert gpu.bytes(own, settings.residual + settings.group_size - 1, 1).static == 0
 
 
 def test_sizes_are_additive():

@@ -63,12 +63,8 @@ def held_tensors(cache: specache.SpeCache) -> int:
     """Return the bytes of the cache's tensors in fast memory, without rows in flight."""
     memory = cache.memory()
     tails = sum(getattr(sequence.tier, "tail_bytes", 0) for sequence in cache.sequences)
-    staged = sum(
-        getattr(layer.row_fetcher, "_staged_bytes", 0)
-        for s in cache.sequences
-        for layer in s.layers.values()
-        if hasattr(layer, "row_fetcher")
-    )
+    layers = [layer for sequence in cache.sequences for layer in sequence.compressed.values()]
+    staged = sum(layer.row_fetcher.staged_rows * 2 * layer.residual_keys.shape[2] * layer.dtype.itemsize for layer in layers)
     return memory.fast + memory.hot - staged + memory.windows + tails
 
 

@@ -7,7 +7,8 @@ exact for every method, so all of them share one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
@@ -48,8 +49,9 @@ class Session(Protocol):
         """Free everything. It is safe to call this twice."""
 
 
-class Method(Protocol):
-    """A way to keep the key-value cache while decoding."""
+@dataclass(frozen=True)
+class Method(ABC):
+    """A way to keep the key-value cache while decoding. Its fields are its settings."""
 
     name: ClassVar[str]  # in the catalogue and on the command line
     summary: ClassVar[str]  # one line for `specache eval list`
@@ -57,7 +59,9 @@ class Method(Protocol):
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that tell this method from others of the same name, JSON-ready."""
+        return asdict(self)
 
+    @abstractmethod
     def start(self, prompt: Prefilled) -> Session:
         """Begin decoding after the prompt.
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -18,14 +17,13 @@ from torch import Tensor
 from specache.attention.decode import StepKind
 from specache.attention.dense import attend_part, merge
 from specache.cache.layers import check_finite
+from specache.cache.sizes import ORDINARY_ITEMSIZE
 from specache.engine.attention_hook import forward, reset_rope
 from specache.errors import ConfigError, EvaluationError
-from specache.eval.methods.base import SessionStats
+from specache.eval.methods.base import Method, SessionStats
 from specache.eval.prefilled import Prefilled
 from specache.kernels.torch.exact import scores
 from specache.kernels.types import AttentionParams
-
-ROW_BYTES = 2  # per element of a key or value in a 16-bit dtype
 
 
 class LayerState(ABC):
@@ -85,7 +83,7 @@ class KeptRows:
     @property
     def nbytes(self) -> int:
         """Return the bytes at 16 bits."""
-        return ROW_BYTES * (self.keys.numel() + self.values.numel())
+        return ORDINARY_ITEMSIZE * (self.keys.numel() + self.values.numel())
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Append n rows [Hkv, n, D]."""
@@ -115,7 +113,7 @@ class DenseSession:
         self._info = prompt.cache.info
         self._length = prompt.length
         self._state = _DensePass({index: layer(index) for index in prompt.full_layers}, prompt)
-        self._token_bytes = sum(2 * ROW_BYTES * keys.shape[0] * keys.shape[2] for keys, _ in map(prompt.rows, prompt.full_layers))
+        self._token_bytes = prompt.token_bytes
         self._held = self._held_hot = 0
         self._measure()
 
@@ -168,7 +166,7 @@ class _DensePass:
 
 
 @dataclass(frozen=True)
-class DenseMethod(ABC):
+class DenseMethod(Method):
     """A method that keeps exact rows within a budget. Its fields are its settings."""
 
     budget: float = field(
@@ -182,9 +180,6 @@ class DenseMethod(ABC):
             value = getattr(self, name)
             if isinstance(value, int) and value < 0:
                 raise ConfigError(f"{name} must not be negative, got {value}.")
-
-    def settings(self) -> dict[str, Any]:
-        return asdict(self)
 
     def start(self, prompt: Prefilled) -> DenseSession:
         return DenseSession(prompt, lambda index: self.layer(prompt, index))

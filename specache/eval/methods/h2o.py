@@ -8,10 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from specache.cache.sizes import ORDINARY_ITEMSIZE
 from specache.errors import ConfigError
 from specache.eval.methods.dense_cache import DenseMethod, KeptRows, LayerState, attention_weights, rows_on_device
 from specache.eval.prefilled import Prefilled
 from specache.kernels.types import AttentionParams
+from specache.model.dimensions import row_bytes
 
 QUERY_BLOCK = 128  # prompt queries scored at a time
 BOOKKEEPING_BYTES = 8  # per kept row: accumulated attention (float32) and position (int32)
@@ -92,8 +94,8 @@ class H2OMethod(DenseMethod):
 
     def layer(self, prompt: Prefilled, index: int) -> H2OLayer:
         keys, values = rows_on_device(prompt, index)
-        row_bytes = 4 * keys.shape[2]
-        rows = int(self.budget * prompt.length * row_bytes / (row_bytes + BOOKKEEPING_BYTES))
+        row = row_bytes(1, keys.shape[2], ORDINARY_ITEMSIZE)
+        rows = int(self.budget * prompt.length * row / (row + BOOKKEEPING_BYTES))
         capacity = max(2, rows)
         recent = min(max(1, int(capacity * self.recent_share)), capacity)
         attention_sums = accumulated_attention(prompt.queries(index), keys, prompt.params[index])

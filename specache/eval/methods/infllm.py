@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from specache.attention.dense import attend_part, merge
+from specache.cache.sizes import ORDINARY_ITEMSIZE
 from specache.errors import ConfigError
-from specache.eval.methods.dense_cache import ROW_BYTES, DenseMethod, KeptRows, LayerState, rows_on_device, take_rows
+from specache.eval.methods.dense_cache import DenseMethod, KeptRows, LayerState, rows_on_device, take_rows
 from specache.eval.prefilled import Prefilled
 from specache.kernels.types import AttentionParams
+from specache.model.dimensions import row_bytes
 
 SCORE_BYTES = 4  # per local token: its representative score (float32)
 Rows = tuple[Tensor, Tensor]  # keys and values [Hkv, n, D]
@@ -73,11 +75,11 @@ class InfLLMLayer(LayerState):
 
     @property
     def nbytes(self) -> int:
-        return self._sinks.nbytes + self._local.nbytes + self._scores.nbytes + ROW_BYTES * self._summaries.numel()
+        return self._sinks.nbytes + self._local.nbytes + self._scores.nbytes + ORDINARY_ITEMSIZE * self._summaries.numel()
 
     @property
     def hot_nbytes(self) -> int:
-        return ROW_BYTES * self._buffer.numel()
+        return ORDINARY_ITEMSIZE * self._buffer.numel()
 
     def decode(self, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
         grouped = query[:, 0].float().unflatten(0, (keys.shape[0], -1)).mean(1)  # [Hkv, D]
@@ -168,12 +170,12 @@ class InfLLMMethod(DenseMethod):
 
     def plan(self, length: int, dim: int) -> BlockPlan:
         """Return the plan that the budget allows: at least one local token and one block."""
-        row_bytes = 2 * ROW_BYTES * dim
+        row = row_bytes(1, dim, ORDINARY_ITEMSIZE)
         summaries = length / self.block_size / 2  # in rows: one key without a value per block
         left = max(0.0, self.budget * length - self.sinks - summaries)
         slots = max(1, int(left * (1 - self.local_share)) // self.block_size)
         rest = left - slots * self.block_size  # too little for another block
-        local = int(rest * row_bytes / (row_bytes + SCORE_BYTES)) - self.block_size
+        local = int(rest * row / (row + SCORE_BYTES)) - self.block_size
         return BlockPlan(self.sinks, max(1, local), self.block_size, slots, self.representatives)
 
 

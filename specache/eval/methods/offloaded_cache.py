@@ -8,8 +8,10 @@ from typing import Any, ClassVar
 import torch
 from transformers import DynamicCache
 
+from specache.cache.sizes import ORDINARY_ITEMSIZE
 from specache.engine.attention_hook import reset_rope
 from specache.errors import MethodUnavailableError
+from specache.eval.methods.base import Method
 from specache.eval.methods.stock import StockSession
 from specache.eval.prefilled import Prefilled
 
@@ -17,7 +19,7 @@ RESIDENT = 2  # layers on the GPU at a time: the one that runs and the one that 
 
 
 @dataclass(frozen=True)
-class OffloadedMethod:
+class OffloadedMethod(Method):
     """transformers' offloaded cache: exact, with two layers' rows on the GPU at a time.
 
     It differs from `full` only in speed and memory. The stock model prefills the prompt again, in
@@ -28,9 +30,6 @@ class OffloadedMethod:
     name: ClassVar[str] = "offloaded"
     summary: ClassVar[str] = "transformers' offloaded cache (needs CUDA)"
     needs_all_queries: ClassVar[bool] = False
-
-    def settings(self) -> dict[str, Any]:
-        return {}
 
     def start(self, prompt: Prefilled) -> StockSession:
         info = prompt.cache.info
@@ -51,4 +50,4 @@ class OffloadedMethod:
 def resident_bytes(cache: Any, layers: list[int]) -> int:
     """Return the bytes at 16 bits of the full-attention layers that are on the GPU at a time."""
     state = cache.layers[layers[0]]
-    return min(RESIDENT, len(layers)) * 2 * (state.keys.numel() + state.values.numel())
+    return min(RESIDENT, len(layers)) * ORDINARY_ITEMSIZE * (state.keys.numel() + state.values.numel())

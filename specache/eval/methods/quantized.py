@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from specache.errors import ConfigError, MethodUnavailableError
+from specache.eval.methods.base import Method
 from specache.eval.methods.stock import StockSession, tensor_bytes
 from specache.eval.prefilled import Prefilled
 from specache.model.quantized_cache import PACKAGES, new_quantized_cache, store_prompt
@@ -14,7 +15,7 @@ BITS = {"hqq": (1, 2, 4, 8), "quanto": (2, 4)}  # hqq's 3-bit codes decode to an
 
 
 @dataclass(frozen=True)
-class QuantizedMethod:
+class QuantizedMethod(Method):
     """Low-bit codes, and up to `residual_length` new tokens in the model's dtype.
 
     As in stock generation, the whole prompt is quantised when it ends (see `quantised_tokens`).
@@ -38,9 +39,6 @@ class QuantizedMethod:
             raise ConfigError(f"bits is one of {', '.join(map(str, BITS[self.backend]))} with {self.backend}, got {self.bits}.")
         if self.residual_length < 1:
             raise ConfigError(f"residual_length is 1 or more, got {self.residual_length}.")
-
-    def settings(self) -> dict[str, Any]:
-        return asdict(self)
 
     def start(self, prompt: Prefilled) -> StockSession:
         cache = self._new_cache(prompt)

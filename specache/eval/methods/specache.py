@@ -8,11 +8,10 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from specache.cache.cache import SpeCache
-from specache.cache.layers import CompressedLayer, DenseLayer
-from specache.cache.sequence import Sequence
+from specache.cache.sizes import ORDINARY_ITEMSIZE
 from specache.config import Policy, SlowTierKind, SpeCacheConfig
 from specache.engine.engine import Engine
-from specache.eval.methods.base import SessionStats
+from specache.eval.methods.base import Method, SessionStats
 from specache.eval.prefilled import Prefilled
 
 
@@ -36,34 +35,17 @@ class SpeCacheSession:
 
     def stats(self) -> SessionStats:
         s = self._cache.stats()
-        fast, hot, full = _bytes_at_16_bits(self._sequence)
-        return SessionStats(fast / full, hot / full, s["hit_rate"], s["guess_rate"])
+        # evaluations run in float32, and are compared with a 16-bit cache
+        use = self._sequence.memory(ORDINARY_ITEMSIZE)
+        fast = use.full if self._cache.config.policy is Policy.FULL else use.fast
+        return SessionStats(fast / use.full, use.hot / use.full, s["hit_rate"], s["guess_rate"])
 
     def close(self) -> None:
         self._cache.close()
 
 
-def _bytes_at_16_bits(sequence: Sequence) -> tuple[float, float, float]:
-    """Return the bytes of low-bit pairs and residual, of the hot set, and of an ordinary cache.
-
-    Rows count at 16 bits in any dtype: evaluations run in float32, and are compared with a 16-bit
-    cache.
-    """
-    fast = hot = full = 0.0
-    for layer in sequence.layers.values():
-        if isinstance(layer, CompressedLayer):
-            share = 1 - 2 / layer.residual_keys.element_size()  # of a row's bytes that 16 bits would not need
-            fast += layer.fast_bytes - share * layer.exact_bytes
-            hot += layer.row_fetcher.nbytes - share * layer.row_fetcher.exact_bytes
-            full += layer.token_bytes * layer.length
-        elif isinstance(layer, DenseLayer):
-            fast += layer.token_bytes * layer.length
-            full += layer.token_bytes * layer.length
-    return fast, hot, full
-
-
 @dataclass(frozen=True)
-class SpeCacheMethod:
+class SpeCacheMethod(Method):
     """SpeCache; the settings are the fields of `SpeCacheConfig`."""
 
     name: ClassVar[str] = "specache"
@@ -88,22 +70,19 @@ class SpeCacheMethod:
 
 
 @dataclass(frozen=True)
-class FullMethod:
+class FullMethod(Method):
     """The ordinary 16-bit cache: what every other method is compared with."""
 
     name: ClassVar[str] = "full"
     summary: ClassVar[str] = "the ordinary 16-bit cache"
     needs_all_queries: ClassVar[bool] = False
 
-    def settings(self) -> dict[str, Any]:
-        return {}
-
     def start(self, prompt: Prefilled) -> SpeCacheSession:
         return SpeCacheSession(prompt, SpeCacheConfig(slow_tier=SlowTierKind.RAM, policy=Policy.FULL))
 
 
 @dataclass(frozen=True)
-class KiviMethod:
+class KiviMethod(Method):
     """Low-bit pairs, R = 128: the 16-bit bytes of SpeCache at R = 64, k = 64 (section 4)."""
 
     name: ClassVar[str] = "kivi"
@@ -112,9 +91,6 @@ class KiviMethod:
     bits: int = 2
     group_size: int = 64
     residual: int = 128
-
-    def settings(self) -> dict[str, Any]:
-        return {"bits": self.bits, "group_size": self.group_size, "residual": self.residual}
 
     def start(self, prompt: Prefilled) -> SpeCacheSession:
         config = SpeCacheConfig(slow_tier=SlowTierKind.RAM, policy=Policy.NONE, **self.settings())

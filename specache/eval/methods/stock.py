@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specache.cache.sizes import ORDINARY_ITEMSIZE
 from specache.engine.attention_hook import reset_rope
 from specache.eval.methods.base import SessionStats
 from specache.eval.prefilled import Prefilled
@@ -30,7 +31,7 @@ class StockSession:
         self._cache = cache
         self._fast_bytes = fast_bytes
         self._length = prompt.length
-        self._token_bytes = sum(2 * 2 * keys.shape[0] * keys.shape[2] for keys, _ in map(prompt.rows, prompt.full_layers))
+        self._token_bytes = prompt.token_bytes
         self._held = fast_bytes(cache)
 
     def feed(self, token: int) -> Tensor:
@@ -57,7 +58,8 @@ def tensor_bytes(value: Any) -> int:
     if isinstance(value, Tensor):
         if hasattr(value, "__tensor_flatten__"):
             return sum(tensor_bytes(getattr(value, name)) for name in value.__tensor_flatten__()[0])
-        return value.numel() * (min(value.element_size(), 2) if value.is_floating_point() else value.element_size())
+        size = value.element_size()
+        return value.numel() * (min(size, ORDINARY_ITEMSIZE) if value.is_floating_point() else size)
     if isinstance(value, dict):
         return sum(map(tensor_bytes, value.values()))
     if isinstance(value, list | tuple):

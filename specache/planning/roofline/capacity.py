@@ -11,7 +11,8 @@ from specache.planning.advice import LARGEST_BATCH, largest
 from specache.planning.plan import plan, uniform_batch
 from specache.planning.roofline.compared_methods import Method
 from specache.planning.roofline.device_figures import GIB, Device
-from specache.planning.roofline.static_step import method_static_bytes
+from specache.planning.roofline.kernel_costs import THIS_LIBRARY
+from specache.planning.roofline.static_step import static_step_bytes
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class Capacity:
         if method.config.policy is Policy.FULL:  # the pairs alone, without the room that a buffer of ours keeps to grow
             spare = planned.widest.full_cache + planned.widest.windows - planned.full_cache * self.model.itemsize // 2
             fast -= max(0, spare)
-        static = 0 if self.device.kind == "cpu" else method_static_bytes(self.model, method, context, batch)
+        on_gpu = self.device.kind != "cpu" and method.kernels is THIS_LIBRARY  # other kernels have no such step
+        static = static_step_bytes(self.model, method.config, context, batch) if on_gpu else 0
         return TierBytes(planned.weights, fast + static, planned.slow if method.keeps_slow else 0, static)
 
     def fits(self, method: Method, context: int, batch: int) -> bool:
