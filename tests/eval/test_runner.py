@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
+import multiprocessing
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +196,49 @@ def test_a_folder_in_use_is_refused(tmp_path):
         with pytest.raises(EvaluationError, match="another process is writing results"), open_results(tmp_path, described):
             pass
     with open_results(tmp_path, described):
+        pass
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_killed_process_holds_no_folder(tmp_path):
+    described = Run({"task": "t", "seed": 0}, "score")
+    holding = multiprocessing.get_context("fork").Event()
+
+    def hold() -> None:
+        with open_results(tmp_path, described):
+            holding.set()
+            time.sleep(60)
+
+    child = multiprocessing.get_context("fork").Process(target=hold)
+    child.start()
+    assert holding.wait(30)
+    with pytest.raises(EvaluationError, match="another process is writing results"), open_results(tmp_path, described):
+        pass
+    child.kill()
+    child.join()
+    with open_results(tmp_path, described):
+        pass
+
+
+@pytest.mark.parametrize("reason", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_folder_without_locks_serves(tmp_path, monkeypatch, reason):
+    def no_locks(*_: Any) -> None:
+        raise OSError(reason, os.strerror(reason))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with open_results(tmp_path, Run({"task": "t", "seed": 0}, "score")) as opened:
+        assert not opened.cells
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    def read_only(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "touch", read_only)
+    with (
+        pytest.raises(EvaluationError, match=r"cannot write results to .*Read-only file system\. Choose another --out"),
+        open_results(tmp_path, Run({"task": "t", "seed": 0}, "score")),
+    ):
         pass
 
 
