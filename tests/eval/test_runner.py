@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from specache.errors import ConfigError, EvaluationError
-from specache.eval import prefilled, results, runner
+from specache.eval import results, runner
 from specache.eval.methods_option import NamedMethod, parse_methods
 from specache.eval.results import CELLS_FILE, RUN_FILE, Run, open_results
 from specache.eval.runner import Outcome, Progress, evaluate
@@ -267,18 +267,17 @@ def test_a_method_that_cannot_run_here_is_skipped_once(model, tmp_path):
         evaluate(model, Divergence(), [missing], tmp_path / "other")
 
 
-def test_items_share_the_prefill_of_what_they_have_in_common(model, tmp_path, monkeypatch):
-    made: list[tuple[int, bool, bool]] = []
-    original = prefilled.Prefilled.__init__
-
-    def spy(self: Any, model: Any, token_ids: list[int], **options: Any) -> None:
-        made.append((len(token_ids), options["like"] is not None if "like" in options else False, options["all_queries"]))
-        original(self, model, token_ids, **options)
-
-    monkeypatch.setattr(runner.Prefilled, "__init__", spy)
-    shared = run(model, tmp_path / "shared", "kivi").rows
-    assert made == [(100, False, False), (280, True, False), (280, True, False)] * 2
-    alone = run(model, tmp_path / "alone", "kivi", Divergence(shared=0)).rows
+def test_items_share_the_prefill_of_what_they_have_in_common(model, tmp_path):
+    read: list[int] = []
+    hook = model.model.get_input_embeddings().register_forward_hook(lambda module, ids, out: read.append(ids[0].shape[1]))
+    try:
+        shared = run(model, tmp_path / "shared", "kivi").rows
+        assert [count for count in read if count > 2] == [100, 180, 180] * 2  # the rest are decoded tokens
+        read.clear()
+        alone = run(model, tmp_path / "alone", "kivi", Divergence(shared=0)).rows
+        assert [count for count in read if count > 2] == [280] * 4
+    finally:
+        hook.remove()
     assert len(shared) == len(alone)
 
 
