@@ -142,18 +142,15 @@ class HarmonyParser:
         self._is_first = True
         starts = [place for place, token_id in enumerate(prompt) if token_id == tokens.start]
         for token_id in prompt[starts[-1] :] if starts else ():
-            self._advance(token_id)
+            self.push(token_id)
         self._may_be_text = self._in_header and self._channel is None
         self._given = len(self._role)
-
-    def push(self, token_id: int) -> list[Piece]:
-        return self._advance(token_id)
 
     def finish(self) -> list[Piece]:
         """Return the tokens held back: an answer that is only the beginning of a header is text."""
         return self._release() if self._may_be_text else []
 
-    def _advance(self, token_id: int) -> list[Piece]:
+    def push(self, token_id: int) -> list[Piece]:
         if token_id in self._markers:
             self._mark(token_id)
             return []

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from specache.cli import generate
+from specache.cli import generate, options
 from specache.eval.tasks.texts import load_text, parse_jsonl, read_jsonl
 from tests.cli.running import one_line, run
 
@@ -37,7 +37,7 @@ def prompts_read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     real = generate.read_prompts
     monkeypatch.setattr(generate, "read_prompts", noted)
-    monkeypatch.setattr(generate, "load", load)
+    monkeypatch.setattr(options, "load", load)
     return read
 
 
