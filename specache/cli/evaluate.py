@@ -17,7 +17,6 @@ from specache.cli import options
 from specache.cli.console import EXIT_INTERRUPTED, err, print_note, print_table, reports_errors
 from specache.cli.evaluation_command import ABLATE, SharedOptions, ablate_command, task_command
 from specache.cli.evaluation_table import result_tables
-from specache.cli.field_command import take
 from specache.cli.json_file import check_json, print_json, write_json
 from specache.cli.template_option import check_variables, parse_variables
 from specache.errors import ConfigError
@@ -108,7 +107,7 @@ def run_task(shared: SharedOptions, task: Any, methods: list[NamedMethod]) -> No
     require_libraries()
     check_json(shared.json)
     variables = parse_variables(shared.chat_template_kwargs)
-    loaded = take(options.LoadOptions, vars(shared)).load(shared.model, f"Loading {shared.model}")
+    loaded = shared.load(shared.model, f"Loading {shared.model}")
     model = TaskModel(loaded.model, loaded.tokenizer, loaded.name, loaded.quantised_to, variables or {}, shared.system)
     _check_conversation_options(shared, task, model)
     try:

@@ -253,12 +253,11 @@ def test_an_interrupted_run_keeps_its_results_and_is_resumed(measured, monkeypat
             raise KeyboardInterrupt
         prepare(self)
 
-    monkeypatch.setattr(KiviContender, "prepare", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(KiviContender, "prepare", interrupted)
         few(out)
     before = json.loads(out.read_text())["results"]
     assert [(row["method"], row["context"]) for row in before] == [("full", 256), ("kivi", 256), ("full", CONTEXT)]
-    monkeypatch.setattr(KiviContender, "prepare", prepare)
     measured.clear()
     results = few(out).results
     assert measured == [("kivi", CONTEXT)]

@@ -196,13 +196,14 @@ def test_streaming_llm_forgets_the_middle():
 def heavy_rows(start: Prefilled, heavy: list[int], seed: int = 0) -> None:
     """Give every KV head keys at `heavy` that get the most attention from all queries."""
     generator = torch.Generator().manual_seed(seed)
+    queries: dict[int, Tensor] = {}
     for index in start.full_layers:
         keys, _ = start.rows(index)
         direction = torch.nn.functional.normalize(torch.randn(keys.shape[2], generator=generator), dim=0)
-        query = start.queries(index)
-        start._queries[index] = [0.1 * query + 4 * direction]
+        queries[index] = 0.1 * start.queries(index) + 4 * direction
         keys.mul_(0.1)
         keys[:, heavy] = 8 * direction
+    start.queries = queries.__getitem__  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("method", [SnapKVMethod(budget=0.3), H2OMethod(budget=0.3)], ids=lambda method: method.name)

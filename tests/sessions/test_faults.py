@@ -227,15 +227,14 @@ def test_a_full_disk_while_saving_leaves_the_last_state(root, model, monkeypatch
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 return write(fd, data[: max(1, len(data) // 2)], offset)
 
-            monkeypatch.setattr(aligned_io, "write_at", full)
             try:
-                session.save()
+                with monkeypatch.context() as patch:
+                    patch.setattr(aligned_io, "write_at", full)
+                    session.save()
                 saved = True
                 break
             except SessionError as error:
                 assert "No space left" in str(error) and "intact" in str(error)
-            finally:
-                monkeypatch.setattr(aligned_io, "write_at", write)
             copy = root / f"copy{room}"
             shutil.copytree(root / "one", copy / "one")
             with opened(copy, model) as other:
@@ -247,18 +246,15 @@ def test_a_full_disk_while_saving_leaves_the_last_state(root, model, monkeypatch
 
 
 def test_a_full_disk_while_prefilling_leaves_the_last_state(root, model, monkeypatch):
-    write = aligned_io.write_at
-
     def full(fd: int, data: memoryview, offset: int) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     longer = torch.cat([prompt(300), prompt(200, 7)], dim=1)
     with opened(root, model) as session:
         last = state(session)
-        monkeypatch.setattr(aligned_io, "write_at", full)
-        with pytest.raises(SlowTierError, match="No space left"):
+        with monkeypatch.context() as patch, pytest.raises(SlowTierError, match="No space left"):
+            patch.setattr(aligned_io, "write_at", full)
             prefill(session, model, longer)
-        monkeypatch.setattr(aligned_io, "write_at", write)
         assert state(session) == last
         prefill(session, model, longer)
         session.save()
