@@ -76,7 +76,7 @@ class SpeCacheContender(Contender):
     impl = "specache"
 
     def __init__(self, work: Workload, config: SpeCacheConfig) -> None:
-        self._work = work
+        self.work = work
         self.config = config.resolved(work.info.device.type)
         self.cache = f"{config.bits}-bit {config.code}, k = {config.top_k}, {self.config.policy}"
         self.needed_bytes = work.copy_bytes(config)
@@ -87,7 +87,7 @@ class SpeCacheContender(Contender):
         self._held: SpeCache | None = None
 
     def prepare(self) -> None:
-        work = self._work
+        work = self.work
         self._held = SpeCache(work.model, self.config)
         for _ in range(work.batch):
             add_sequence(self._held, {index: work.rows(index) for index in range(len(work.layer_shapes))})
@@ -122,7 +122,7 @@ class SpeCacheContender(Contender):
             self._held = None
 
     def ready(self) -> AbstractContextManager[None]:
-        return attached(self._work.model)
+        return attached(self.work.model)
 
     def phases(self, steps: int) -> dict[str, float]:
         clock = PhaseClock()
@@ -134,11 +134,16 @@ class SpeCacheContender(Contender):
 
 
 class StockContender(Contender):
-    """The stock model with a cache of transformers."""
+    """The stock model with a cache of transformers.
+
+    Attributes:
+        held: the cache, from `prepare` to `close`.
+        tokens: what the last step decoded, int64 [B, 1].
+    """
 
     def __init__(self, work: Workload) -> None:
-        self._work = work
-        self._held: Any = None
+        self.work = work
+        self.held: Any = None
 
     @abstractmethod
     def new_cache(self) -> Any:
@@ -146,33 +151,33 @@ class StockContender(Contender):
 
     def store(self, index: int, keys: Tensor, values: Tensor) -> None:
         """Put the rows [B, Hkv, S, D] of a layer into the cache."""
-        self._held.update(keys, values, index)
+        self.held.update(keys, values, index)
 
     def prepare(self) -> None:
-        work = self._work
-        self._held = self.new_cache()
+        work = self.work
+        self.held = self.new_cache()
         for index in range(len(work.layer_shapes)):
             keys, values = (rows.expand(work.batch, *rows.shape) for rows in work.rows(index))  # [B, Hkv, S, D]
             self.store(index, keys, values)
         self._length = work.context
-        self._tokens = torch.zeros(work.batch, 1, dtype=torch.long, device=work.info.device)
+        self.tokens = torch.zeros(work.batch, 1, dtype=torch.long, device=work.info.device)
 
     def step(self) -> None:
-        model = self._work.model
-        reset_rope(model, self._work.info)
-        positions = torch.full_like(self._tokens, self._length)
+        model = self.work.model
+        reset_rope(model, self.work.info)
+        positions = torch.full_like(self.tokens, self._length)
         with torch.no_grad():
-            output = model(self._tokens, position_ids=positions, past_key_values=self._held, use_cache=True, logits_to_keep=1)
+            output = model(self.tokens, position_ids=positions, past_key_values=self.held, use_cache=True, logits_to_keep=1)
         self._length += 1
-        self._tokens = output.logits[:, -1:].argmax(-1)  # [B, 1]
+        self.tokens = output.logits[:, -1:].argmax(-1)  # [B, 1]
 
     @property
     def held_bytes(self) -> int:
         """Bytes of keys and values."""
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self._held.layers)
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.held.layers)
 
     def close(self) -> None:
-        self._held = None
+        self.held = None
 
 
 class DynamicContender(StockContender):
@@ -186,7 +191,7 @@ class DynamicContender(StockContender):
         self.needed_bytes = work.exact_bytes + work.exact_bytes // len(work.layer_shapes)  # a layer is copied to grow
 
     def new_cache(self) -> Any:
-        return DynamicCache(config=self._work.model.config)
+        return DynamicCache(config=self.work.model.config)
 
 
 class QuantizedContender(StockContender):
@@ -211,12 +216,12 @@ class QuantizedContender(StockContender):
 
     def new_cache(self) -> Any:
         try:
-            return new_quantized_cache(self._work.model, self._backend, self._bits, q_group_size=64, residual_length=128)
+            return new_quantized_cache(self.work.model, self._backend, self._bits, q_group_size=64, residual_length=128)
         except (ImportError, ValueError) as error:
             raise ConfigError(f"transformers' QuantizedCache with {self._backend} cannot run this: {error}") from error
 
     def store(self, index: int, keys: Tensor, values: Tensor) -> None:
-        store_prompt(self._held, index, keys, values)
+        store_prompt(self.held, index, keys, values)
 
 
 class BareModel(Contender):
@@ -231,7 +236,7 @@ class BareModel(Contender):
     needed_bytes = 0
 
     def __init__(self, work: Workload, rows: int) -> None:
-        self._work = work
+        self.work = work
         self.rows = rows
         self._ids = torch.zeros(work.batch, rows, dtype=torch.long, device=work.info.device)
 
@@ -240,7 +245,7 @@ class BareModel(Contender):
 
     def step(self) -> None:
         with torch.no_grad():
-            self._work.model(self._ids, use_cache=False, logits_to_keep=self.rows)
+            self.work.model(self._ids, use_cache=False, logits_to_keep=self.rows)
 
     def close(self) -> None:
         pass

@@ -28,10 +28,10 @@ class MemoryGroup:
 
     def __init__(self) -> None:
         self._outside = HIERARCHY / _own_group()
-        self._folder = self._outside / f"{_PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
+        self.folder = self._outside / f"{_PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
         _remove_abandoned(self._outside)
         try:
-            self._folder.mkdir()
+            self.folder.mkdir()
         except OSError as error:
             raise BenchmarkError(
                 f"a memory limit needs control groups of version 1 under {HIERARCHY} and the right to make one (root): "
@@ -92,7 +92,7 @@ class MemoryGroup:
         deadline = time.monotonic() + _REMOVAL_S
         while True:
             try:
-                self._folder.rmdir()
+                self.folder.rmdir()
             except FileNotFoundError:
                 return
             except OSError:
@@ -103,10 +103,10 @@ class MemoryGroup:
                 return
 
     def _read(self, name: str) -> int:
-        return int((self._folder / name).read_text())
+        return int((self.folder / name).read_text())
 
     def _write(self, name: str, value: int) -> None:
-        (self._folder / name).write_text(str(value))
+        (self.folder / name).write_text(str(value))
 
 
 def _remove_abandoned(folder: Path) -> None:

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from typer.core import TyperGroup
 
 from specache.bench import benchmarks
 from specache.cli import options
 from specache.cli.bench_table import result_table
-from specache.cli.console import LOG_WIDTH, err, quiet_libraries, status
+from specache.cli.console import print_table, quiet_libraries, status
 from specache.cli.field_command import field_parameters, make_command, take, take_fields, written_parameters
 from specache.cli.json_file import JsonFile, check_json, write_json
 from specache.cli.models import DEMO_MODEL, Device, Dtype, check_weights, chosen_device, demo_file, load
@@ -179,7 +178,7 @@ def _run(benchmark: Benchmark, shared: SharedOptions, source: ModelSource | None
     with status(benchmark.summary) as say:
         bench = BenchContext(source, shared.seed, str(device), say)
         outcome = benchmark.run(bench)
-    _show(benchmark, outcome.results, outcome.details)
+    print_table(result_table(outcome.results, benchmark.columns, outcome.details))
     if shared.json is not None:
         command = shlex.join(["specache", *sys.argv[1:]])
         write_json(shared.json, document(benchmark, bench, outcome, where, command))
@@ -203,8 +202,3 @@ def _source(chosen: ModelOptions, seed: int, device: Device) -> ModelSource:
     if chosen.shape is not None:
         return RandomModel(shape_of(chosen.shape), weights, seed, str(device))
     return NamedModel(str(chosen.model), weights, chosen.revision, chosen.offline, device)
-
-
-def _show(benchmark: Benchmark, results: list[dict[str, Any]], details: dict[str, Any]) -> None:
-    console = err if err.is_terminal else Console(stderr=True, highlight=False, width=LOG_WIDTH)
-    console.print(result_table(results, benchmark.columns, details))

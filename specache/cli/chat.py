@@ -11,19 +11,17 @@ from rich.table import Table
 from specache.cli import options, session_option, template_option
 from specache.cli.answering import Outcome
 from specache.cli.chat_input import LEAVING, ChatInput, Entry, file_and_message, read_file
-from specache.cli.compiling import compile_model
-from specache.cli.console import err, print_error, quiet_libraries, reports_errors, status, write
+from specache.cli.console import err, print_error, print_note, reports_errors, write
 from specache.cli.conversation import Conversation, ConversationFullError
 from specache.cli.field_command import takes_options
 from specache.cli.flags import in_flags
-from specache.cli.models import Device, Dtype, load
-from specache.cli.prompts import PromptError, has_chat_template
+from specache.cli.prompts import PromptError
 from specache.cli.reasoning import ReasoningDisplay, reasoning_note
 from specache.cli.standard_streams import OutputError
 from specache.cli.stats_table import rate, statistics_table, times
 from specache.config import SpeCacheConfig
 from specache.errors import ConfigError, SpeCacheError
-from specache.linear.weight_format import WeightFormat
+from specache.templates.template import ChatTemplate
 
 EPILOG = """
 [bold]In the conversation[/bold]
@@ -76,13 +74,7 @@ def chat(
     cache: options.CacheOptions,
     session: session_option.SessionName = None,
     session_dir: session_option.SessionDir = None,
-    dtype: options.DtypeOption = Dtype.AUTO,
-    weights: options.WeightsOption = WeightFormat.AUTO,
-    compile: options.Compile = False,
-    device: options.DeviceOption = Device.AUTO,
-    threads: options.Threads = None,
-    revision: options.Revision = None,
-    offline: options.Offline = False,
+    loading: options.LoadOptions,
 ) -> None:
     """Talk with a model.
 
@@ -97,15 +89,10 @@ def chat(
     if place is not None:
         config = place.settings(config, context)
 
-    quiet_libraries()
-    options.set_threads(threads)
     options.keep_memory_bounded(config)
-    with status(f"Loading {model}") as say:
-        loaded = load(model, dtype=dtype, weights=weights, device=device, revision=revision, offline=offline, on_progress=say)
-        if compile:
-            compile_model(loaded.model, config, 1, say)
+    loaded = loading.load(model, f"Loading {model}", config)
     generation.set_seed()
-    if not has_chat_template(loaded.tokenizer):
+    if not ChatTemplate(loaded.tokenizer).exists:
         raise ConfigError(f"{loaded.name} has no chat template. Use 'specache generate --raw' with this model.")
     with session_option.OpenedCache(loaded, config, place, variables) as opened:
         template_option.check_variables(opened.template)
@@ -264,7 +251,7 @@ def _turn(conversation: Conversation, text: str) -> None:
     if outcome.error is not None:
         _print_error(outcome.error)
     if (note := reasoning_note(outcome.results[0])) is not None:
-        err.print(note, style="yellow", markup=False, soft_wrap=True)
+        print_note(note)
     if outcome.interrupted and not begun:
         err.print()
         err.print("Stopped before the answer began. The message is taken back.", style="dim")

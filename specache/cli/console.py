@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
@@ -51,6 +51,17 @@ def print_error(message: str) -> None:
     """Print one red line to standard error."""
     err.print("error: ", style="bold red", end="", markup=False)
     err.print(message, markup=False, soft_wrap=True)
+
+
+def print_table(table: RenderableType) -> None:
+    """Print a table to standard error, wide if that is no terminal."""
+    console = err if err.is_terminal else Console(stderr=True, highlight=False, width=LOG_WIDTH)
+    console.print(table)
+
+
+def print_note(message: str) -> None:
+    """Print a message to standard error, all of it yellow."""
+    err.print(message, style="yellow", markup=False, soft_wrap=True)
 
 
 def print_warning(message: str) -> None:

@@ -21,11 +21,6 @@ from specache.cli.loading import check_loaded
 from specache.errors import SpeCacheError
 from specache.platform.folders import cache_folder, earlier_cache_folder
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
 CONVERSION_VERSION = 3  # increase it when the conversion below changes its output
 
 
@@ -73,14 +68,14 @@ def converted_model(gguf: Path, on_convert: Callable[[str], None] = lambda messa
 def _convert_into(gguf: Path, target: Path, on_note: Callable[[str], None]) -> None:
     temporary = Path(tempfile.mkdtemp(prefix=_temporary_prefix(target), dir=target.parent))
     try:
-        _write_safetensors(gguf, temporary, on_note)
+        write_safetensors(gguf, temporary, on_note)
         temporary.chmod(0o755)  # mkdtemp's 0o700 would hide a cache shared between users
         _rename(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_safetensors(gguf: Path, folder: Path, on_note: Callable[[str], None]) -> None:
+def write_safetensors(gguf: Path, folder: Path, on_note: Callable[[str], None]) -> None:
     """Read `gguf`, dequantise its weights, and save model and tokenizer to `folder` in bfloat16."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -165,24 +160,21 @@ def _remove_stale(target: Path) -> None:
 def _lock(target: Path, on_wait: Callable[[str], None]) -> Iterator[bool]:
     """Hold the lock of one converted model, and yield True if it is held.
 
-    Not every system or folder has locks.
+    Not every folder has locks.
     """
-    if fcntl is None:
+    from filelock import FileLock, Timeout  # here, since the command line starts faster without
+
+    lock = FileLock(target.parent / f".{target.name}.lock", fallback_to_soft=False)  # a soft one would outlive a kill
+    try:
+        held = lock.acquire(blocking=False)
+    except Timeout:
+        on_wait("Waiting for another process that is converting the same model")
+        held = lock.acquire()
+    except OSError:
         yield False
         return
-    with open(target.parent / f".{target.name}.lock", "w") as file:  # closing, also by a kill, releases it
-        yield _acquire(file.fileno(), on_wait)
-
-
-def _acquire(descriptor: int, on_wait: Callable[[str], None]) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        on_wait("Waiting for another process that is converting the same model")
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    except OSError:
-        return False
-    return True
+    with held:
+        yield True
 
 
 def _first_line(error: BaseException) -> str:

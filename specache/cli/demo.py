@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,18 +11,17 @@ from rich.console import Console
 
 from specache.cli import options
 from specache.cli.answering import Result, answer
-from specache.cli.compiling import ONE_AND_TWO_ROWS, compile_model
 from specache.cli.console import (
     EXIT_INTERRUPTED,
     PrefillProgress,
-    quiet_libraries,
     reports_errors,
     status,
     write,
 )
 from specache.cli.demo_document import DemoTask, make_task
 from specache.cli.demo_report import Run, comparison
-from specache.cli.models import DEMO_MODEL, Device, Dtype, LoadedModel, load
+from specache.cli.json_file import print_json
+from specache.cli.models import DEMO_MODEL, Device, Dtype, LoadedModel
 from specache.cli.prompts import encode_text
 from specache.config import Code, Policy, SlowTierKind, SpeCacheConfig
 from specache.errors import ConfigError
@@ -76,12 +74,8 @@ def demo(
     config = SpeCacheConfig(bits=bits, code=code, top_k=top_k, policy=policy, slow_tier=SlowTierKind.RAM)
     if seed is None:
         seed = random.SystemRandom().randrange(10_000)
-    quiet_libraries()
-    options.set_threads(threads)
-    with status("Loading the model") as say:
-        loaded = load(model, dtype=dtype, weights=weights, device=device, on_progress=say)
-        if compile:
-            compile_model(loaded.model, ONE_AND_TWO_ROWS, 1, say)
+    loading = options.LoadOptions(dtype=dtype, weights=weights, compile=compile, device=device, threads=threads)
+    loaded = loading.load(model, "Loading the model")
     task = make_task(loaded.tokenizer, tokens=tokens, seed=seed, depth=depth)
     template = ChatTemplate(loaded.tokenizer)
     ids = template.encode(template.ask(task.prompt)) if template.exists else encode_text(loaded.tokenizer, task.prompt)
@@ -90,7 +84,7 @@ def demo(
     _introduce(out, loaded, task, len(ids), seed, depth)
     runs = _runs(out, loaded, ids, task, config)
     if as_json:
-        write(json.dumps(_document(loaded, task, runs, seed, depth), ensure_ascii=False) + "\n")
+        print_json(_document(loaded, task, runs, seed, depth))
     else:
         out.print(comparison(runs, config))
     if runs[-1].result.finish_reason == "interrupted":

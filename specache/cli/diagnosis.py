@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from specache.cli.models import DEMO_REQUIREMENT, demo_gguf, native_bfloat16_cpu
+from specache.cli.models import DEMO_REQUIREMENT, demo_gguf
 from specache.cli.tier_notice import auto_facts
 from specache.platform import machine
 from specache.platform.folders import cache_folder, earlier_cache_folder
@@ -138,6 +138,8 @@ def _version(package: str) -> str | None:
 def _cpu() -> dict[str, Any]:
     import torch
 
+    from specache.platform import private_torch
+
     info = machine.processor()
     flags = set((info.get("flags") or info.get("Features") or "").split())
     return {
@@ -146,7 +148,7 @@ def _cpu() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "features": [feature for feature in CPU_FEATURES if feature in flags],
         "pytorch_uses": torch.backends.cpu.get_cpu_capability(),
-        "bfloat16": native_bfloat16_cpu(),
+        "bfloat16": private_torch.has_bfloat16_instructions(),
     }
 
 

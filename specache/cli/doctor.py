@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import typer
@@ -10,8 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from specache.cli import options
-from specache.cli.console import EXIT_ERROR, quiet_libraries, reports_errors, write
+from specache.cli.console import EXIT_ERROR, quiet_libraries, reports_errors
 from specache.cli.diagnosis import Problem, diagnose, find_problems
+from specache.cli.json_file import print_json
 from specache.cli.stats_table import size
 
 _TITLES = {
@@ -39,7 +39,7 @@ def doctor(as_json: options.Json = False) -> None:
     facts = diagnose()
     problems = find_problems(facts)
     if as_json:
-        write(json.dumps({**facts, "problems": [problem.to_dict() for problem in problems]}) + "\n")
+        print_json({**facts, "problems": [problem.to_dict() for problem in problems]})
     else:
         _show(facts, problems)
     if any(problem.fatal for problem in problems):

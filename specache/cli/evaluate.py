@@ -5,7 +5,6 @@ Each task's dataclass fields become the options of its command.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,12 +14,10 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from specache.cli import options
-from specache.cli.compiling import ONE_AND_TWO_ROWS, compile_model
-from specache.cli.console import EXIT_INTERRUPTED, LOG_WIDTH, err, quiet_libraries, reports_errors, status, write
+from specache.cli.console import EXIT_INTERRUPTED, err, print_note, print_table, reports_errors
 from specache.cli.evaluation_command import ABLATE, SharedOptions, ablate_command, task_command
 from specache.cli.evaluation_table import result_tables
-from specache.cli.json_file import check_json, write_json
-from specache.cli.models import load
+from specache.cli.json_file import check_json, print_json, write_json
 from specache.cli.template_option import check_variables, parse_variables
 from specache.errors import ConfigError
 from specache.eval import catalogue
@@ -28,8 +25,6 @@ from specache.eval.results import CELLS_FILE
 
 if TYPE_CHECKING:
     from specache.eval.methods_option import NamedMethod
-    from specache.eval.results import Run
-    from specache.eval.table_rows import Row
 
 HELP = "Measure methods on tasks: fidelity, needles, RULER, LongBench and more, at stated memory."
 EPILOG = """
@@ -82,7 +77,7 @@ def list_all(as_json: options.Json = False) -> None:
     tasks.append({"name": ABLATE, "summary": Ablate.summary})
     methods = [_described_method(name) for name in catalogue.METHODS]
     if as_json:
-        write(json.dumps({"tasks": tasks, "methods": methods}, ensure_ascii=False) + "\n")
+        print_json({"tasks": tasks, "methods": methods})
         return
     _print_list("task", tasks)
     for method in methods:
@@ -97,7 +92,7 @@ def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="The --out
     from specache.eval.report import rebuild_report
 
     path, run, rows = rebuild_report(folder)
-    _show_tables(run, rows)
+    print_table(result_tables(run, rows))
     _show_path(path)
 
 
@@ -112,20 +107,7 @@ def run_task(shared: SharedOptions, task: Any, methods: list[NamedMethod]) -> No
     require_libraries()
     check_json(shared.json)
     variables = parse_variables(shared.chat_template_kwargs)
-    quiet_libraries()
-    options.set_threads(shared.threads)
-    with status(f"Loading {shared.model}") as say:
-        loaded = load(
-            shared.model,
-            dtype=shared.dtype,
-            weights=shared.weights,
-            device=shared.device,
-            revision=shared.revision,
-            offline=shared.offline,
-            on_progress=say,
-        )
-        if shared.compile:
-            compile_model(loaded.model, ONE_AND_TWO_ROWS, 1, say)
+    loaded = shared.load(shared.model, f"Loading {shared.model}")
     model = TaskModel(loaded.model, loaded.tokenizer, loaded.name, loaded.quantised_to, variables or {}, shared.system)
     _check_conversation_options(shared, task, model)
     try:
@@ -134,7 +116,7 @@ def run_task(shared: SharedOptions, task: Any, methods: list[NamedMethod]) -> No
     except KeyboardInterrupt:
         _say_interrupted(shared.out)
         raise typer.Exit(EXIT_INTERRUPTED) from None
-    _show_tables(outcome.run, outcome.rows)  # before any write that a full disk could fail
+    print_table(result_tables(outcome.run, outcome.rows))  # before any write that a full disk could fail
     if shared.json is not None:
         write_json(shared.json, outcome.to_dict())
     _show_path(write_report(shared.out, task, outcome.run, outcome.rows, outcome.cells))
@@ -177,11 +159,6 @@ def _print_list(kind: str, entries: list[dict[str, Any]]) -> None:
     out.print()
 
 
-def _show_tables(run: Run, rows: list[Row]) -> None:
-    console = err if err.is_terminal else Console(stderr=True, highlight=False, width=LOG_WIDTH)
-    console.print(result_tables(run, rows))
-
-
 def _show_path(path: Path) -> None:
     err.print(f"Report: {path}", style="dim", markup=False, soft_wrap=True)
 
@@ -190,10 +167,7 @@ def _say_interrupted(out: Path) -> None:
     finished = 0
     if (out / CELLS_FILE).exists():
         finished = (out / CELLS_FILE).read_bytes().count(b"\n")
-    err.print(
+    print_note(
         f"Interrupted. {finished} finished cells are kept in {out}; the same command goes on from there. "
-        f"'specache eval report {out}' shows what there is.",
-        style="yellow",
-        markup=False,
-        soft_wrap=True,
+        f"'specache eval report {out}' shows what there is."
     )

@@ -14,11 +14,10 @@ import typer
 from specache.cli import options
 from specache.cli.field_command import field_parameters, make_command, take, take_fields, written_parameters
 from specache.cli.json_file import JsonFile
-from specache.cli.models import Device, Dtype
+from specache.cli.models import Dtype
 from specache.cli.template_option import TemplateVariables
 from specache.eval import catalogue
 from specache.eval.setting_fields import field_types
-from specache.linear.weight_format import WeightFormat
 
 if TYPE_CHECKING:
     from specache.eval.methods_option import NamedMethod
@@ -56,8 +55,8 @@ TaskName = Annotated[
 ]
 
 
-@dataclass(frozen=True)
-class SharedOptions:
+@dataclass(frozen=True, kw_only=True)
+class SharedOptions(options.LoadOptions):
     """Options of every evaluation."""
 
     model: options.Model
@@ -68,12 +67,6 @@ class SharedOptions:
     system: options.System = None
     chat_template_kwargs: TemplateVariables = None
     dtype: options.DtypeOption = Dtype.FLOAT32
-    weights: options.WeightsOption = WeightFormat.AUTO
-    compile: options.Compile = False
-    device: options.DeviceOption = Device.AUTO
-    threads: options.Threads = None
-    revision: options.Revision = None
-    offline: options.Offline = False
 
 
 @dataclass(frozen=True)

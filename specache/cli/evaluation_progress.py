@@ -9,7 +9,7 @@ from typing import Any
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from specache.cli.console import err
+from specache.cli.console import err, print_note
 from specache.eval.runner import Progress as RunProgress
 
 _LINES = 20  # most plain lines of a run
@@ -62,13 +62,13 @@ class CellProgress(RunProgress):
             self._say(f"{self._done} of {self._cells} cells")
 
     def skipped(self, method: str, reason: str) -> None:
-        err.print(f"{method} is skipped: {reason}", style="yellow", markup=False, soft_wrap=True)
+        print_note(f"{method} is skipped: {reason}")
 
     def _warn(self, message: Warning | str, *where: Any, **more: Any) -> None:
         text = str(message)
         if text not in self._warned:
             self._warned.add(text)
-            err.print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
+            print_note(f"warning: {text}")
 
     def _say(self, text: str) -> None:
         err.print(text, style="dim", markup=False)

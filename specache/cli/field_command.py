@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Collection
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 from typer.main import get_command as build_command
@@ -45,7 +45,7 @@ def takes_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def written_parameters(cls: Any, defaults: dict[str, Any] | None = None) -> list[inspect.Parameter]:
     """Return the options of a dataclass whose fields are annotated with `typer.Option`."""
-    hints = inspect.get_annotations(cls, eval_str=True)
+    hints = get_type_hints(cls, include_extras=True)
     defaults = defaults or {}
     return [_parameter(one.name, hints[one.name], defaults.get(one.name, one.default)) for one in dataclasses.fields(cls)]
 

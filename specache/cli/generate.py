@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,15 +9,15 @@ import typer
 
 from specache.cli import options, session_option, template_option
 from specache.cli.answering import Outcome, answer
-from specache.cli.compiling import compile_model
-from specache.cli.console import EXIT_INTERRUPTED, err, print_warning, quiet_libraries, reports_errors, status, write
+from specache.cli.console import EXIT_INTERRUPTED, err, print_note, print_warning, reports_errors, write
 from specache.cli.field_command import takes_options
-from specache.cli.models import Device, Dtype, LoadedModel, load
-from specache.cli.prompts import Message, Prompt, answered, asked, encode_text, has_chat_template, read_prompts
+from specache.cli.json_file import print_json
+from specache.cli.models import LoadedModel
+from specache.cli.prompts import Message, Prompt, answered, encode_text, read_prompts
 from specache.cli.reasoning import ReasoningDisplay, reasoning_note
 from specache.cli.stats_table import statistics_table
 from specache.errors import ConfigError, SpeCacheError
-from specache.linear.weight_format import WeightFormat
+from specache.templates.template import ChatTemplate
 
 if TYPE_CHECKING:
     from specache import SpeCache
@@ -69,13 +68,7 @@ def generate(
     cache: options.CacheOptions,
     session: session_option.SessionName = None,
     session_dir: session_option.SessionDir = None,
-    dtype: options.DtypeOption = Dtype.AUTO,
-    weights: options.WeightsOption = WeightFormat.AUTO,
-    compile: options.Compile = False,
-    device: options.DeviceOption = Device.AUTO,
-    threads: options.Threads = None,
-    revision: options.Revision = None,
-    offline: options.Offline = False,
+    loading: options.LoadOptions,
 ) -> None:
     """Answer a prompt, decoding over a low-bit key-value cache.
 
@@ -91,13 +84,8 @@ def generate(
     if place is not None:
         config = place.settings(config, context)
 
-    quiet_libraries()
-    options.set_threads(threads)
     options.keep_memory_bounded(config)
-    with status(f"Loading {model}") as say:
-        loaded = load(model, dtype=dtype, weights=weights, device=device, revision=revision, offline=offline, on_progress=say)
-        if compile:
-            compile_model(loaded.model, config, len(prompts), say)
+    loaded = loading.load(model, f"Loading {model}", config, len(prompts))
     conversations = _conversations(loaded, prompts, chat, system, variables)
     generation.set_seed()
     with session_option.OpenedCache(loaded, config, place, variables) as opened:
@@ -111,12 +99,13 @@ def _conversations(
     loaded: LoadedModel, prompts: list[Prompt], chat: bool | None, system: str | None, variables: dict[str, Any] | None
 ) -> list[list[Message]]:
     """Return per prompt the conversation that it ends; empty for raw text."""
+    template = ChatTemplate(loaded.tokenizer, system=system)
     if chat is None:
-        chat = has_chat_template(loaded.tokenizer)
+        chat = template.exists
     for flag, value in (("--system", system), ("--chat-template-kwargs", variables)):
         if value is not None and not chat:
             raise ConfigError(f"{flag} needs a conversation: leave out --raw, and use a model with a chat template.")
-    return [asked(prompt.text, system) if chat else [] for prompt in prompts]
+    return [template.ask(prompt.text) if chat else [] for prompt in prompts]
 
 
 def _run(
@@ -165,7 +154,7 @@ def _run(
     if outcome.note is not None:
         print_warning(outcome.note)
     for note in filter(None, map(reasoning_note, outcome.results)):
-        err.print(note, style="yellow", markup=False, soft_wrap=True)
+        print_note(note)
     if not as_json:
         _print_summary(outcome, cache, place)
     return outcome
@@ -206,4 +195,4 @@ def _print_json(outcome: Outcome, cache: SpeCache, loaded: LoadedModel, place: s
         document["warnings"] = [outcome.note]
     if outcome.error is not None:
         document["error"] = str(outcome.error)
-    write(json.dumps(document, ensure_ascii=False) + "\n")
+    print_json(document)

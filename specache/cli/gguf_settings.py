@@ -112,7 +112,7 @@ def _rope_scaling(fields: dict[str, Any], factors: dict[str, list[float]], confi
             raise GgufSettingError(f"the file stretches RoPE twice, by rope_freqs.weight and by scaling {kind!r}. Convert it anew.")
         return _by_factors(factors["rope_freqs.weight"], original, config)
     if kind == "yarn":
-        unstretched = original or _unstretched_positions(config, factor)
+        unstretched = original or max(1, round(int(config.max_position_embeddings) / factor))
         scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": unstretched}
         scaling |= {
             ours: float(fields[f"rope.scaling.{theirs}"]) for theirs, ours in _YARN.items() if f"rope.scaling.{theirs}" in fields
@@ -232,11 +232,6 @@ def _set_rotary_part(config: Any, fields: dict[str, Any]) -> None:
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if 0 < turned <= head and turned != int(head * parameters["partial_rotary_factor"]):
         parameters["partial_rotary_factor"] = turned / head
-
-
-def _unstretched_positions(config: Any, factor: float) -> int:
-    """Return the number of positions before RoPE scaling."""
-    return max(1, round(int(config.max_position_embeddings) / factor))
 
 
 def _set_rope(config: Any, scaling: dict[str, Any]) -> None:

@@ -29,6 +29,11 @@ def check_json(target: str | None) -> None:
         raise ConfigError(f"--json {target}: there is no folder {folder}.")
 
 
+def print_json(document: dict[str, Any]) -> None:
+    """Print one JSON object in one line."""
+    write(json.dumps(document, ensure_ascii=False) + "\n")
+
+
 def write_json(target: str, document: dict[str, Any]) -> None:
     """Write one JSON object to a file or to standard output.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from specache.errors import SpeCacheError
@@ -37,7 +37,8 @@ def check_loaded(model: Any, report: dict[str, Any], source: str, on_note: Calla
             "Download it again, or check that config.json belongs to these weights."
         )
     mismatched = sorted(
-        f"{name} ({list(found)} in the files, {list(wanted)} in the model)" for name, found, wanted in _mismatched(report)
+        f"{name} ({list(found)} in the files, {list(wanted)} in the model)"
+        for name, found, wanted in report.get("mismatched_keys") or ()
     )
     if mismatched:
         raise IncompleteModelError(
@@ -55,10 +56,6 @@ def check_loaded(model: Any, report: dict[str, Any], source: str, on_note: Calla
         )
     if unexpected:
         on_note(f"Not used of {source}: {_some(unexpected)}")
-
-
-def _mismatched(report: dict[str, Any]) -> Iterable[tuple[str, Any, Any]]:
-    return report.get("mismatched_keys") or ()
 
 
 def _belongs_inside(model: Any, name: str) -> bool:

@@ -294,15 +294,10 @@ def _dtype(dtype: Dtype, device: str) -> torch.dtype:
     """
     import torch
 
+    from specache.platform import private_torch
+
     if dtype is Dtype.AUTO:
-        native = torch.cuda.is_bf16_supported() if device == "cuda" else native_bfloat16_cpu()
+        native = torch.cuda.is_bf16_supported() if device == "cuda" else private_torch.has_bfloat16_instructions()
         return torch.bfloat16 if native else torch.float32
     chosen: torch.dtype = getattr(torch, str(dtype))
     return chosen
-
-
-def native_bfloat16_cpu() -> bool:
-    """Return True if the CPU has bfloat16 matrix instructions that PyTorch uses."""
-    from specache.platform import private_torch
-
-    return private_torch.has_bfloat16_instructions()

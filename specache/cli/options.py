@@ -8,9 +8,12 @@ from typing import Annotated, Any
 import typer
 
 from specache.cli.byte_sizes import UNITS, number_and_unit, parse_size
-from specache.cli.models import Device, Dtype
+from specache.cli.compiling import ONE_AND_TWO_ROWS, compile_model
+from specache.cli.console import quiet_libraries, status
+from specache.cli.models import Device, Dtype, LoadedModel, load
 from specache.config import Code, Policy, ReadPath, SlowTierKind, SpeCacheConfig, parse_slow_tier
 from specache.errors import ConfigError
+from specache.eval.setting_fields import flag
 from specache.linear.weight_format import WeightFormat
 from specache.platform import heap
 from specache.platform.text_files import check_text
@@ -277,23 +280,13 @@ class CacheOptions:
         Raises:
             ConfigError: a value is invalid.
         """
-        tier, folder = parse_slow_tier(self.slow_tier)
-        return SpeCacheConfig(
-            bits=self.bits,
-            code=self.code,
-            group_size=self.group_size,
-            residual=self.residual,
-            top_k=self.top_k,
-            policy=self.policy,
-            slow_tier=tier,
-            slow_dir=folder,
-            hot_set=parse_hot_set(self.hot_set),
-            prefill_chunk=self.prefill_chunk,
-            fast_memory=None if self.fast_memory is None else parse_size(self.fast_memory, "--fast-memory"),
-            cuda_graph=self.cuda_graph,
-            cuda_reads=self.cuda_reads,
-            pinned_memory=None if self.pinned_memory is None else parse_size(self.pinned_memory, "--pinned-memory"),
-        )
+        settings = dict(vars(self))
+        settings["slow_tier"], settings["slow_dir"] = parse_slow_tier(self.slow_tier)
+        settings["hot_set"] = parse_hot_set(self.hot_set)
+        for name in ("fast_memory", "pinned_memory"):
+            if settings[name] is not None:
+                settings[name] = parse_size(settings[name], f"--{flag(name)}")
+        return SpeCacheConfig(**settings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -358,6 +351,41 @@ class GenerationOptions:
         if self.temperature is not None:
             return self.temperature > 0
         return any(value is not None for value in (self.top_p, self.min_p, self.top_k_sampling))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """How a model is loaded."""
+
+    dtype: DtypeOption = Dtype.AUTO
+    weights: WeightsOption = WeightFormat.AUTO
+    compile: Compile = False
+    device: DeviceOption = Device.AUTO
+    threads: Threads = None
+    revision: Revision = None
+    offline: Offline = False
+
+    def load(self, model: str, message: str, config: SpeCacheConfig = ONE_AND_TWO_ROWS, sequences: int = 1) -> LoadedModel:
+        """Load a model, and compile the steps that `config` uses if the options say so.
+
+        Args:
+            message: shown meanwhile.
+        """
+        quiet_libraries()
+        set_threads(self.threads)
+        with status(message) as say:
+            loaded = load(
+                model,
+                dtype=self.dtype,
+                weights=self.weights,
+                device=self.device,
+                revision=self.revision,
+                offline=self.offline,
+                on_progress=say,
+            )
+            if self.compile:
+                compile_model(loaded.model, config, sequences, say)
+        return loaded
 
 
 def check_system(system: str | None) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from specache.errors import ConfigError
 from specache.platform.text_files import check_text, read_stream, read_text
-from specache.templates.template import ChatTemplate, Message, PromptError
+from specache.templates.template import Message, PromptError
 
 if TYPE_CHECKING:
     import torch
@@ -68,11 +68,6 @@ def _read(file: Path) -> str:
     return read_stream(sys.stdin.buffer, "standard input", PromptError)
 
 
-def has_chat_template(tokenizer: Any) -> bool:
-    """Return True if the tokenizer has a chat template."""
-    return ChatTemplate(tokenizer).exists
-
-
 def encode_text(tokenizer: Any, text: str) -> list[int]:
     """Return the token ids of a raw text, with the tokenizer's own first token.
 
@@ -80,11 +75,6 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
     """
     ids: list[int] = tokenizer(text)["input_ids"]
     return ids
-
-
-def asked(text: str, system: str | None = None) -> list[Message]:
-    """Return a conversation of one question."""
-    return [*system_message(system), {"role": "user", "content": text}]
 
 
 def answered(messages: list[Message], text: str) -> list[Message]:

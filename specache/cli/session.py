@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from specache.cli import options
-from specache.cli.console import EXIT_ERROR, err, quiet_libraries, reports_errors, status, write
+from specache.cli.console import EXIT_ERROR, err, reports_errors, write
+from specache.cli.json_file import print_json
 from specache.cli.models import Device, Dtype
 from specache.cli.stats_table import UNKNOWN, size
 from specache.linear.weight_format import WeightFormat
 
 if TYPE_CHECKING:
-    from specache.cli.models import LoadedModel
     from specache.engine.repair import RepairReport
 
 app = typer.Typer(
@@ -48,7 +47,7 @@ def list_sessions(session_dir: Folder = None, as_json: options.Json = False) -> 
 
     found = sessions.stored(session_dir)
     if as_json:
-        _write_json({"sessions": [summary.to_dict() for summary in found]})
+        print_json({"sessions": [summary.to_dict() for summary in found]})
         return
     if not found:
         err.print("There are no sessions.", style="dim")
@@ -73,7 +72,7 @@ def show(name: Name, session_dir: Folder = None, as_json: options.Json = False) 
 
     summary = sessions.show(name, session_dir)
     if as_json:
-        _write_json(summary.to_dict())
+        print_json(summary.to_dict())
         return
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="dim")
@@ -173,7 +172,10 @@ def repair_session(
     if report.damages and not check:
         loaded = None
         if report.needs_model and model is not None:
-            loaded = _load(model, dtype, weights, device, threads, revision, offline)
+            loading = options.LoadOptions(
+                dtype=dtype, weights=weights, device=device, threads=threads, revision=revision, offline=offline
+            )
+            loaded = loading.load(model, "Loading the model")
         report = repair.repair(
             name,
             None if loaded is None else loaded.model,
@@ -181,23 +183,11 @@ def repair_session(
             folder=session_dir,
         )
     if as_json:
-        _write_json(report.to_dict())
+        print_json(report.to_dict())
     else:
         _print_repair(report)
     if check and report.damages:
         raise typer.Exit(EXIT_ERROR)
-
-
-def _load(
-    name: str, dtype: Dtype, weights: WeightFormat, device: Device, threads: int | None, revision: str | None, offline: bool
-) -> LoadedModel:
-    """Load the model that rereads tokens."""
-    from specache.cli.models import load
-
-    quiet_libraries()
-    options.set_threads(threads)
-    with status("Loading the model") as say:
-        return load(name, dtype=dtype, weights=weights, device=device, revision=revision, offline=offline, on_progress=say)
 
 
 def _print_repair(report: RepairReport) -> None:
@@ -212,10 +202,6 @@ def _print_repair(report: RepairReport) -> None:
     else:
         how = "with the model: -m MODEL" if report.needs_model else "without a model"
         write(f"'specache session repair {report.name}' can mend it, {how}.\n")
-
-
-def _write_json(document: dict[str, Any]) -> None:
-    write(json.dumps(document, ensure_ascii=False) + "\n")
 
 
 def _time(moment: float | None) -> str:

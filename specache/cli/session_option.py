@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from specache.cli.console import err, interrupts_deferred
+from specache.cli.console import interrupts_deferred, print_note
 from specache.cli.models import LoadedModel
 from specache.cli.prompts import Message
 from specache.cli.rereading import StoredPrompt, common_length, note_on_stored
@@ -161,14 +161,14 @@ class OpenedCache:
             note = self.stored.note(prompt, messages, self.template)
         if note is not None:
             if not self._is_noted:
-                err.print(note, style="yellow", markup=False, soft_wrap=True)
+                print_note(note)
             self.stored = None
         self._is_noted = False
 
     def note_if_nothing_reused(self, reused: int) -> None:
         """Print a note after the first prompt if nothing was reused and no note explained it."""
         if self.stored is not None and reused == 0:
-            err.print(self.stored.nothing_reused(), style="yellow", markup=False, soft_wrap=True)
+            print_note(self.stored.nothing_reused())
         self.stored = None
 
     def save(self, messages: Sequence[Message]) -> None:

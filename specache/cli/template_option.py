@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from specache.cli.console import err
+from specache.cli.console import print_note
 from specache.errors import ConfigError
 from specache.platform.text_files import TextError, check_text
 from specache.templates.template import ChatTemplate
@@ -54,4 +54,4 @@ def check_variables(template: ChatTemplate) -> None:
     """Print which variables the template ignores."""
     for name in template.unknown_variables:
         note = f"The model's chat template knows no variable {name!r}; it has no effect."
-        err.print(note, style="yellow", markup=False, soft_wrap=True)
+        print_note(note)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from specache.cli.console import err
+from specache.cli.console import print_note
 from specache.cli.stats_table import size
 from specache.errors import SlowTierError
 from specache.platform import heap, machine
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def print_disk_choice(choice: TierChoice) -> None:
     """Print that the 16-bit pairs go to disk, and why. Keep the heap small from then on."""
     heap.keep_small()
-    err.print(f"slow tier auto: {choice_text(choice.to_dict())}", style="yellow", markup=False, soft_wrap=True)
+    print_note(f"slow tier auto: {choice_text(choice.to_dict())}")
 
 
 def choice_text(choice: dict[str, Any], including: str = "beside the model") -> str:

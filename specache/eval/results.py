@@ -11,17 +11,12 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from specache.errors import EvaluationError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 RUN_FILE = "run.json"
 CELLS_FILE = "cells.jsonl"
@@ -136,21 +131,28 @@ def open_results(folder: Path, run: Run) -> Iterator[ResultFolder]:
         EvaluationError: the folder holds another run, is in use, cannot be written, or a line of it
             cannot be parsed.
     """
+    from filelock import FileLock, Timeout  # here, since commands that evaluate nothing start faster without
+
     run = _plain(run)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / LOCK_FILE, os.O_WRONLY | os.O_CREAT, 0o644)
+        (folder / LOCK_FILE).touch()
     except OSError as error:
         raise EvaluationError(f"cannot write results to {folder}: {error.strerror or error}. Choose another --out.") from error
-    try:  # closing the file releases the lock, also when the process is killed
-        _acquire(lock, folder)
-        results = ResultFolder(folder, _continued(folder, run))
-        try:
+    lock = FileLock(folder / LOCK_FILE, fallback_to_soft=False)  # a soft one would outlive a kill
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise EvaluationError(
+            f"another process is writing results to {folder}. Wait for it to finish, or choose another --out."
+        ) from None
+    except OSError:
+        pass  # the file system has no locks
+    try:
+        with closing(ResultFolder(folder, _continued(folder, run))) as results:
             yield results
-        finally:
-            results.close()
     finally:
-        os.close(lock)
+        lock.release()
 
 
 def read_results(folder: Path) -> tuple[Run, list[Cell]]:
@@ -194,19 +196,6 @@ def _write_all(descriptor: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]
-
-
-def _acquire(descriptor: int, folder: Path) -> None:
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise EvaluationError(
-            f"another process is writing results to {folder}. Wait for it to finish, or choose another --out."
-        ) from None
-    except OSError:  # the file system has no locks
-        return
 
 
 def _continued(folder: Path, run: Run) -> Run:

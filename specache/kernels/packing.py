@@ -33,7 +33,7 @@ def row_bytes(columns: int, bits: int) -> int:
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack uint8 codes [..., rows, columns] -> bytes [..., rows C]."""
     rows, columns = codes.shape[-2:]
-    place = _places(rows, columns, bits, codes.device)
+    place = places(rows, columns, bits, codes.device)
     packed = codes.new_empty(*codes.shape[:-2], place.numel())
     packed[..., place.flatten()] = _pack_rows(codes, bits).flatten(-2)
     return packed
@@ -41,17 +41,17 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 def replace_rows(packed: Tensor, codes: Tensor, first: int, rows: int, bits: int) -> None:
     """Overwrite rows `[first, first + n)` of packed [..., rows C] by codes [..., n, columns]."""
-    place = _places(rows, codes.shape[-1], bits, codes.device)[first : first + codes.shape[-2]]
+    place = places(rows, codes.shape[-1], bits, codes.device)[first : first + codes.shape[-2]]
     packed[..., place.flatten()] = _pack_rows(codes, bits).flatten(-2)
 
 
 def unpack(packed: Tensor, table: Tensor, rows: int, columns: int) -> Tensor:
     """Decode packed bytes [..., rows C] by `table` [256, P] -> float32 [..., rows, columns]."""
     bits = 8 // table.shape[1]
-    place = _places(rows, columns, bits, packed.device)
+    place = places(rows, columns, bits, packed.device)
     in_rows = packed.index_select(-1, place.flatten()).unflatten(-1, place.shape)  # [..., rows, C]
     decoded = torch.nn.functional.embedding(in_rows.int(), table).flatten(-2)  # [..., rows, C P]
-    return decoded.index_select(-1, _slots(columns, bits, packed.device))
+    return decoded.index_select(-1, slots(columns, bits, packed.device))
 
 
 @constant(16)
@@ -64,15 +64,14 @@ def byte_table(bits: int, device: torch.device) -> Tensor:
 def _pack_rows(codes: Tensor, bits: int) -> Tensor:
     """Pack uint8 codes [..., n, columns] row by row -> bytes [..., n, C]."""
     per_byte, columns = 8 // bits, codes.shape[-1]
-    slots = row_bytes(columns, bits) * per_byte
-    slotted = codes.new_zeros(*codes.shape[:-1], slots)
-    slotted[..., _slots(columns, bits, codes.device)] = codes
+    slotted = codes.new_zeros(*codes.shape[:-1], row_bytes(columns, bits) * per_byte)
+    slotted[..., slots(columns, bits, codes.device)] = codes
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
     return (slotted.unflatten(-1, (-1, per_byte)) << shifts).sum(-1, dtype=torch.uint8)
 
 
 @constant(64)
-def _slots(columns: int, bits: int, device: torch.device) -> Tensor:
+def slots(columns: int, bits: int, device: torch.device) -> Tensor:
     """Return each column's index among the `C P` codes of a row, int64 [columns].
 
     Codes are counted byte by byte, low bits first.
@@ -89,7 +88,7 @@ def _slots(columns: int, bits: int, device: torch.device) -> Tensor:
 
 
 @constant(64)
-def _places(rows: int, columns: int, bits: int, device: torch.device) -> Tensor:
+def places(rows: int, columns: int, bits: int, device: torch.device) -> Tensor:
     """Return the place of byte `j` of a row in the packed matrix, int64 [rows, C]."""
     size = row_bytes(columns, bits)
     chunked = columns // (32 // bits) * 4  # bytes of a row in whole chunks

@@ -17,7 +17,7 @@ _UNLIMITED = 1 << 60  # version 1 of the control groups writes "no limit" as a h
 def processor() -> dict[str, str]:
     """Return the first processor of `/proc/cpuinfo`; empty if there is none."""
     info: dict[str, str] = {}
-    for line in _lines("/proc/cpuinfo"):
+    for line in file_lines("/proc/cpuinfo"):
         name, colon, value = line.partition(":")
         if colon:
             info.setdefault(name.strip(), value.strip())
@@ -104,7 +104,7 @@ def mapped_bytes(blocks: Iterable[tuple[int, int]]) -> int:
 
     If the system does not list its mappings, all blocks count.
     """
-    lines = _lines("/proc/self/maps")
+    lines = file_lines("/proc/self/maps")
     if not lines:
         return sum(size for _, size in blocks)
     starts, of_files = [], []
@@ -132,7 +132,7 @@ def has_nvidia_gpu() -> bool:
 
 
 def _meminfo() -> dict[str, str]:
-    return {name: value for name, _, value in (line.partition(":") for line in _lines("/proc/meminfo"))}
+    return {name: value for name, _, value in (line.partition(":") for line in file_lines("/proc/meminfo"))}
 
 
 def _system_available() -> int | None:
@@ -150,7 +150,7 @@ def _own_path(controller: str) -> str:
     """Return this process's group in the hierarchy of a version 1 controller; an empty name means
     version 2.
     """
-    for line in _lines("/proc/self/cgroup"):
+    for line in file_lines("/proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
         if controller in controllers.split(","):
             return path
@@ -182,11 +182,11 @@ def _group_v1(folder: str) -> ControlGroup | None:
 
 
 def _page_cache(folder: str, prefix: str) -> int:
-    stat = dict(line.split() for line in _lines(f"{folder}/memory.stat"))
+    stat = dict(line.split() for line in file_lines(f"{folder}/memory.stat"))
     return sum(int(stat.get(f"{prefix}{name}", 0)) for name in ("inactive_file", "active_file"))
 
 
-def _lines(path: str) -> list[str]:
+def file_lines(path: str) -> list[str]:
     try:
         return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -194,7 +194,7 @@ def _lines(path: str) -> list[str]:
 
 
 def _number(path: str) -> int | None:
-    text = next(iter(_lines(path)), "").strip()
+    text = next(iter(file_lines(path)), "").strip()
     return int(text) if text.isdigit() else None
 
 

@@ -106,11 +106,6 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
-def caller_autocasts(device: torch.device) -> bool:
-    """Return True if, inside of `ours`, the caller has autocast on for a device."""
-    return bool(_thread.callers) and any(kind == device.type for kind, _, _ in _thread.callers[-1].autocast)
-
-
 def check_process() -> None:
     """Refuse to run a model in a process forked after one had run, because PyTorch's threads do not
     exist there.

@@ -72,8 +72,11 @@ def write_state(
     new: dict[str, StoredFile] = {}
     try:
         pages = _write_pages(folder, before, sequence, new)
-        tail = _write(folder, "tail", state.tail_tensors(sequence, tier), new) if sequence.layers else None
-        copy = _write(folder, "tokens", state.token_tensors(sequence), new) if sequence.layers else None
+        tail = copy = None
+        if sequence.layers:
+            tensors = state.tail_tensors(sequence, tier)
+            tail = _write(folder, "tail", tensors, new)
+            copy = _write(folder, "tokens", state.token_part(tensors), new)
         known = {**(before.files if before else {}), **checkpoints.files, **new}
         used = {*(span.file for span in pages), *(one.file for one in checkpoints.kept), *filter(None, [tail, copy])}
         manifest = replace(

@@ -82,19 +82,14 @@ def tail_tensors(sequence: Sequence, tier: DiskTier) -> dict[str, TensorSpec]:
     return {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
 
 
-def token_tensors(sequence: Sequence) -> dict[str, TensorSpec]:
-    """Return the tensors that all others can be recomputed from."""
-    tensors = {"token_ids": torch.tensor(sequence.token_ids, dtype=torch.int64)}
-    for index, layer in sequence.compressed.items():
-        if layer.key_scales.value is not None:
-            tensors[f"weights.{index}"] = layer.key_scales.value
-    return {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
+def token_part(tail: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """Return the tensors of a tail that everything else can be recomputed from."""
+    return {name: spec for name, spec in tail.items() if name.partition(".")[0] in ("token_ids", "weights")}
 
 
 def token_specs(manifest: Manifest) -> dict[str, TensorSpec]:
-    """Return the specs of `token_tensors`."""
-    kinds = ("token_ids", "weights")
-    return {name: spec for name, spec in tail_specs(manifest).items() if name.partition(".")[0] in kinds}
+    """Return the specs of the `token_part` of a tail."""
+    return token_part(tail_specs(manifest))
 
 
 def open_tail(folder: Path, manifest: Manifest) -> Snapshot:

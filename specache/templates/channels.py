@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any
 
 PAIRS = (
     *(("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<|channel>", "<channel|>"), ("<|START_THINKING|>", "<|END_THINKING|>")),
@@ -36,22 +36,6 @@ class Piece:
     part: Part
     token_ids: list[int]
     begins: bool = False
-
-
-class ChannelParser(Protocol):
-    """Assigns the tokens of one answer to parts as they are generated.
-
-    Attributes:
-        ended: True if the final message is complete although no end token of the model says so.
-    """
-
-    ended: bool
-
-    def push(self, token_id: int) -> list[Piece]:
-        """Add a token and return the tokens whose part is now known, without markers."""
-
-    def finish(self) -> list[Piece]:
-        """Return the tokens held back."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +61,10 @@ class ChannelTokens:
 
 def channel_parser(tokenizer: Any, prompt: Sequence[int]) -> ChannelParser | None:
     """Return the parser of the answer to a prompt that a chat template wrote.
+
+    It assigns the tokens of the answer to parts as they are generated. `push` adds a token and
+    returns the tokens whose part is now known, without markers; `finish` returns those held back.
+    `ended` is True if the final message is complete although no end token of the model says so.
 
     Return None for a model without channels.
     """
@@ -142,18 +130,15 @@ class HarmonyParser:
         self._is_first = True
         starts = [place for place, token_id in enumerate(prompt) if token_id == tokens.start]
         for token_id in prompt[starts[-1] :] if starts else ():
-            self._advance(token_id)
+            self.push(token_id)
         self._may_be_text = self._in_header and self._channel is None
         self._given = len(self._role)
-
-    def push(self, token_id: int) -> list[Piece]:
-        return self._advance(token_id)
 
     def finish(self) -> list[Piece]:
         """Return the tokens held back: an answer that is only the beginning of a header is text."""
         return self._release() if self._may_be_text else []
 
-    def _advance(self, token_id: int) -> list[Piece]:
+    def push(self, token_id: int) -> list[Piece]:
         if token_id in self._markers:
             self._mark(token_id)
             return []
@@ -199,3 +184,6 @@ class HarmonyParser:
 
     def _decoded(self, token_ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True)).strip()
+
+
+ChannelParser = HarmonyParser | PairParser

@@ -8,21 +8,15 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from typing import Any, Protocol
+from typing import Any
 
 from specache.templates.markers import ControlTokens
 
 Pieces = list[tuple[str, str | None]]  # (text, the control token after it or `None`)
 
 
-class SplitEncoder(Protocol):
-    """Encodes texts with control tokens at given places only."""
-
-    def encode(self, pieces: Pieces) -> list[int]: ...
-
-
 def split_encoder(tokenizer: Any, tokens: ControlTokens) -> SplitEncoder:
-    """Return the encoder for a tokenizer."""
+    """Return the encoder of a tokenizer. It encodes control tokens at given places only."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return PythonSplitEncoder(tokenizer, tokens) if backend is None else FastSplitEncoder(backend, tokens)
 
@@ -92,3 +86,6 @@ class PythonSplitEncoder:
 
     def _words(self, text: str) -> list[int]:
         return [self._tokenizer._convert_token_to_id(token) for token in self._tokenizer._tokenize(text)] if text else []
+
+
+SplitEncoder = FastSplitEncoder | PythonSplitEncoder

@@ -8,27 +8,18 @@ from typing import Any
 import pytest
 import torch
 
-from specache.bench import environment, kernel_backends
+from specache.bench import kernel_backends
 from specache.bench.attention_layer import Attention
 from specache.bench.base import BenchContext, Outcome
 from specache.bench.one_layer import LowBitLayer
-from specache.bench.shapes import SHAPES
 from specache.bench.static_layer import StaticLayer
 from specache.bench.synthetic import synthetic_rows
 from specache.bench.torch_attention import QuantisedTensor, dequantising_baseline, exact_baselines, sdpa
 from specache.config import Code
 from specache.errors import ConfigError
-from tests.bench.tiny_shape import TINY
 
 CONTEXT = 192
 KEYS = {"impl", "isa", "bits", "rows", "context", "ms", "gb_per_s", "vs_sdpa_bf16", "vs_best_torch", "vs_floor"}
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Use a tiny layer, and an array that is read at once."""
-    monkeypatch.setitem(SHAPES, "tiny", TINY)
-    monkeypatch.setattr(environment.LargeArray.__init__, "__defaults__", (1 << 20,))
 
 
 def rows_and_query(rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

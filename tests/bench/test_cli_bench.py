@@ -8,17 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from specache.bench import benchmarks, environment
-from specache.bench.shapes import SHAPES
+from specache.bench import benchmarks
 from specache.cli import console
-from tests.bench.tiny_shape import TINY
 from tests.cli.running import one_line, run
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(SHAPES, "tiny", TINY)
-    monkeypatch.setattr(environment.LargeArray.__init__, "__defaults__", (1 << 20,))
 
 
 @pytest.mark.parametrize("name", benchmarks.BENCHMARKS)

@@ -11,11 +11,10 @@ from specache.bench.compare import Measured, Skipped
 from specache.bench.contenders import Contender
 from specache.bench.environment import LargeArray
 from specache.bench.memory import Memory
-from specache.bench.shapes import SHAPES
 from specache.bench.timing import PhaseClock, interleaved
 from specache.cli import console
 from specache.errors import ConfigError
-from tests.bench.tiny_shape import TINY, tiny_model, tiny_workload
+from tests.bench.tiny_shape import tiny_model, tiny_workload
 from tests.cli.running import one_line, run
 
 
@@ -54,14 +53,12 @@ def test_no_synchronisation_without_a_gpu(monkeypatch):
 @pytest.mark.parametrize("name", ["decode", "paper"])
 def test_cuda_without_a_gpu_is_a_usage_error(monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setitem(SHAPES, "tiny", TINY)
     said = one_line(run("bench", name, "--shape", "tiny", "--device", "cuda", code=console.EXIT_USAGE).stderr)
     assert "--device cuda" in said and "--device cpu" in said
 
 
 def test_quantised_weights_are_refused_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setitem(SHAPES, "tiny", TINY)
     said = one_line(run("bench", "decode", "--shape", "tiny", "--weights", "int8", code=console.EXIT_USAGE).stderr)
     assert "--weights int8 is for the CPU" in said
 

@@ -65,7 +65,7 @@ def test_sequences_of_a_batch_share_no_memory():
     work = tiny_workload(batch=2)
     ours = SpeCacheContender(work, SpeCacheConfig())
     ours.prepare()
-    first, second = (sequence.layers[0].table.pages for sequence in ours._held.sequences)
+    first, second = (sequence.layers[0].table.pages for sequence in ours.held.sequences)
     assert first and not set(first) & set(second)
     ours.close()
 
@@ -80,7 +80,7 @@ def test_policy_full_and_the_stock_cache_decode_the_same_tokens():
         with ours.ready():
             ours.step()
         stock.step()
-        assert ours.tokens == stock._tokens[:, 0].tolist()
+        assert ours.tokens == stock.tokens[:, 0].tolist()
         tokens.append(ours.tokens)
     assert len({token for step in tokens for token in step}) > 1
     ours.close()
@@ -110,29 +110,33 @@ def test_estimated_memory_is_the_memory_used():
     ours = SpeCacheContender(work, config)
     assert DynamicContender(work).needed_bytes == int(2 * 2 * 640 * 2 * 2 * 16 * 4 * 1.5)  # one layer of two is copied
     ours.prepare()
-    layers = [layer for sequence in ours._held.sequences for layer in sequence.layers.values()]
+    layers = [layer for sequence in ours.held.sequences for layer in sequence.layers.values()]
     assert work.copy_bytes(config) == sum(layer.table.nbytes for layer in layers)
     ours.close()
 
 
-@pytest.mark.parametrize("context", [200, 201])
-def test_transformers_quantised_cache_decodes(monkeypatch, context):
-    """A stand-in for hqq packs whole bytes only and keeps the numbers as they are."""
+@pytest.fixture
+def stand_in_for_hqq(monkeypatch) -> None:
+    """Make a library known that packs whole bytes only and keeps the numbers as they are."""
     monkeypatch.setattr(contenders, "quantized_backend", lambda: "hqq")
     monkeypatch.setattr(contenders, "new_quantized_cache", lambda model, *_, **__: Cache(layers=[WholeBytes() for _ in range(2)]))
+
+
+@pytest.mark.usefixtures("stand_in_for_hqq")
+@pytest.mark.parametrize("context", [200, 201])
+def test_transformers_quantised_cache_decodes(context):
     work = tiny_workload(context=context)
     quantized, stock = QuantizedContender(work, bits=2), DynamicContender(work)
     assert quantized.cache == "2-bit hqq"
     for contender in (quantized, stock):
         contender.prepare()
         contender.step()
-    assert quantized._held.get_seq_length() == stock._held.get_seq_length() == work.context + 1
-    assert torch.equal(quantized._tokens, stock._tokens)
+    assert quantized.held.get_seq_length() == stock.held.get_seq_length() == work.context + 1
+    assert torch.equal(quantized.tokens, stock.tokens)
 
 
-def test_a_shape_that_the_quantised_cache_cannot_hold_is_refused_first(monkeypatch):
-    monkeypatch.setattr(contenders, "quantized_backend", lambda: "hqq")
-    monkeypatch.setattr(contenders, "new_quantized_cache", lambda model, *_, **__: Cache(layers=[WholeBytes() for _ in range(2)]))
+@pytest.mark.usefixtures("stand_in_for_hqq")
+def test_a_shape_that_the_quantised_cache_cannot_hold_is_refused_first():
     with pytest.raises(ConfigError, match="has to divide the 32 elements"):
         QuantizedContender(tiny_workload(batch=1), bits=2)
 

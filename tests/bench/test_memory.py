@@ -66,7 +66,7 @@ def test_a_process_that_needs_more_is_killed_and_one_that_needs_less_is_not(limi
                 with pytest.raises(ChildEnded) as ended:
                     child.receive()
                 assert ended.value.exit_code == -9
-        assert not group._folder.exists()
+        assert not group.folder.exists()
 
 
 def test_a_limit_below_what_is_in_use_is_refused(limits):
@@ -83,7 +83,7 @@ def test_the_group_of_a_process_that_was_killed_is_removed_by_the_next_one(limit
     left = list(Path(control_group.HIERARCHY).rglob(f"specache-{process.pid}-*"))
     assert left and process.exitcode == -signal.SIGKILL
     with MemoryGroup() as mine:
-        assert mine._folder.exists() and not any(group.exists() for group in left)
+        assert mine.folder.exists() and not any(group.exists() for group in left)
 
 
 def test_a_user_who_may_not_make_groups_gets_the_reason(monkeypatch, tmp_path):

@@ -18,7 +18,6 @@ from specache.bench.paper import Paper, compared
 from specache.bench.paper_decoding import Decoding, Schedule
 from specache.bench.paper_fit import ASKED, FAST, MAIN, TRIED, FreeMemory, Needs, largest_near, planned_fit, tried_fit
 from specache.bench.paper_methods import FULL, Entry, KiviContender, entries
-from specache.bench.shapes import SHAPES
 from specache.bench.workload import Workload
 from specache.cli import console
 from specache.config import Policy, SlowTierKind, SpeCacheConfig
@@ -181,8 +180,8 @@ def test_a_batch_that_runs_out_of_memory_is_made_smaller(monkeypatch, error):
     contender = KiviContender.prepare
 
     def prepare(self: KiviContender) -> None:
-        batches.append(self._work.batch)
-        if self._work.batch > 3:
+        batches.append(self.work.batch)
+        if self.work.batch > 3:
             raise error
         contender(self)
 
@@ -195,18 +194,15 @@ def test_a_batch_that_runs_out_of_memory_is_made_smaller(monkeypatch, error):
 def test_a_batch_that_frees_hot_sets_while_decoding_does_not_fit(monkeypatch):
     """Such a batch decodes, but with smaller hot sets than the method has."""
     entry = lines_of()[5]
-    decodes = Decoding._samples
+    step = SpeCacheContender.step
 
-    def samples(self: Decoding, contender: Any, rounds: int) -> list[float]:
-        found = decodes(self, contender, rounds)
-        if contender._work.batch > 2:
-            for sequence in contender.held.sequences:
-                for layer in sequence.compressed.values():
-                    layer.row_fetcher.hot.free()
-                    layer.row_fetcher.staged_rows = 0
-        return found
+    def frees(self: SpeCacheContender) -> None:
+        step(self)
+        if self.work.batch > 2:
+            for sequence in self.held.sequences:
+                sequence.free_hot_sets()
 
-    monkeypatch.setattr(Decoding, "_samples", samples)
+    monkeypatch.setattr(SpeCacheContender, "step", frees)
     with Decoding(tiny_model().load(), BUDGET, 3, Schedule(1, 1), 0) as decoding:
         assert decoding.measure(entry, CONTEXT, lambda said: None).fit.batch == 2
 
@@ -253,16 +249,15 @@ def test_an_interrupted_run_keeps_its_results_and_is_resumed(measured, monkeypat
     prepare = KiviContender.prepare
 
     def interrupted(self: KiviContender) -> None:
-        if self._work.context == CONTEXT:
+        if self.work.context == CONTEXT:
             raise KeyboardInterrupt
         prepare(self)
 
-    monkeypatch.setattr(KiviContender, "prepare", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(KiviContender, "prepare", interrupted)
         few(out)
     before = json.loads(out.read_text())["results"]
     assert [(row["method"], row["context"]) for row in before] == [("full", 256), ("kivi", 256), ("full", CONTEXT)]
-    monkeypatch.setattr(KiviContender, "prepare", prepare)
     measured.clear()
     results = few(out).results
     assert measured == [("kivi", CONTEXT)]
@@ -323,8 +318,7 @@ def test_fast_memory_is_required_on_a_cpu():
         measure(fast_memory=None)
 
 
-def test_the_command_measures_prints_and_resumes(monkeypatch, tmp_path):
-    monkeypatch.setitem(SHAPES, "tiny", TINY)
+def test_the_command_measures_prints_and_resumes(tmp_path):
     out, file = tmp_path / "paper.json", tmp_path / "all.json"
     words = ("bench", "paper", "--shape", "tiny", "--weights", "fp32", "--contexts", "512,1000000", "--bits", "2", "--steps", "1")
     words += ("--rounds", "1", "--fast-memory", "2.5MB", "--methods", "full,kivi", "--chunk", "128", "--out", str(out))
@@ -345,8 +339,7 @@ def test_the_command_measures_prints_and_resumes(monkeypatch, tmp_path):
         (("--fast-memory", "1GB", "-m", "demo"), "one of the two"),
     ],
 )
-def test_mistakes_on_the_command_line_are_named(monkeypatch, arguments, expected):
-    monkeypatch.setitem(SHAPES, "tiny", TINY)
+def test_mistakes_on_the_command_line_are_named(arguments, expected):
     assert expected in one_line(run("bench", "paper", "--shape", "tiny", *arguments, code=console.EXIT_USAGE).stderr)
 
 
@@ -361,15 +354,15 @@ def test_a_batch_without_room_for_static_buffers_does_not_fit(monkeypatch):
     largest = {(row["method"], row["policy"], row["bits"]): row["batch"] for row in measure().results}
     fitted = []
     for budget in (BUDGET * 3 // 2, BUDGET):
-        with static_steps(monkeypatch) as steps, Decoding(tiny_model().load(), budget, 10**6, Schedule(1, 1), 0) as decoding:
+        with static_steps(monkeypatch) as steps:
             for entry in lines_of()[1:]:
                 steps.clear()
                 batch = largest[entry.method, str(entry.policy), entry.bits]  # of the ordinary steps
-                with warnings.catch_warnings():
+                with warnings.catch_warnings(), Decoding(tiny_model().load(), budget, batch, Schedule(1, 1), 0) as decoding:
                     warnings.filterwarnings("error" if budget > BUDGET else "ignore", category=RuntimeWarning)
-                    measured = decoding._decode(needs_of(decoding._model, entry), batch, 1, lambda said: None)
-                assert steps == ([batch] * 3 if measured else [])
-                fitted.append(measured is not None)
+                    fit = decoding.measure(entry, CONTEXT, lambda said: None).fit
+                assert (steps == [batch] * 3) is (fit.batch == batch)
+                fitted.append(fit.batch == batch)
     assert all(fitted[:6]) and not all(fitted[6:])
 
 

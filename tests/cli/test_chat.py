@@ -36,7 +36,7 @@ def quiet(row: int, text: str) -> None:
     pass
 
 
-def test_a_turn_continues_from_the_cache(conversation, tiny, monkeypatch):
+def test_a_turn_continues_from_the_cache(conversation, tiny):
     conversation.say("first " * 20, quiet)
     held = conversation.cache.get_seq_length()
     conversation.say("second", quiet)

@@ -21,11 +21,11 @@ from transformers import LlamaForCausalLM
 from specache import sessions
 from specache.cli import reasoning
 from specache.cli.models import Dtype, load
-from specache.sessions import manifest_file
 from specache.templates import template as template_module
 from specache.templates.template import ChatTemplate
 from tests.cli.running import one_line, run, run_json
 from tests.cli.tiny_chat import TEMPLATE, byte_tokenizer
+from tests.sessions.test_hostile_files import edited
 from tests.templates.tokenizers import HARMONY, HARMONY_MARKERS, byte_level
 from tests.tiny import llama
 
@@ -111,11 +111,7 @@ def test_a_new_conversation_has_the_date_of_its_day(model, days_later):
 def test_an_older_session_without_a_date_uses_its_creation_date(model, days_later, root):
     folder = model(DATED)
     ask(folder, "--session", "s")
-    file = root / "s" / manifest_file.FILE
-    document = json.loads(file.read_text())
-    del document["body"]["rendering"]
-    document["digest"] = manifest_file._digest(json.dumps(document["body"], sort_keys=True))
-    file.write_text(json.dumps(document))
+    edited(root, lambda body: body.pop("rendering"), name="s")
     days_later(3)
     assert reused(ask(folder, "--session", "s")) > 250
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import multiprocessing
 import os
 import signal
@@ -22,7 +24,7 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a file whose conversion copies it slowly, in two steps."""
     monkeypatch.setenv("SPECACHE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(convert, "_write_safetensors", slow_copy)
+    monkeypatch.setattr(convert, "write_safetensors", slow_copy)
     file = tmp_path / "some model.gguf"
     file.write_bytes(b"weights")
     return file
@@ -101,23 +103,63 @@ def test_an_interrupted_conversion_leaves_no_files(gguf, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(convert, "_write_safetensors", interrupted)
+        patch.setattr(convert, "write_safetensors", interrupted)
         converted_model(gguf)
     assert not temporary_folders()
     assert is_complete(converted_model(gguf))
 
 
-def test_without_locks_the_second_to_finish_discards_its_copy(gguf, monkeypatch):
-    monkeypatch.setattr(convert, "fcntl", None)
-    original = convert._write_safetensors
+@needs_fork
+def test_who_waits_is_told_and_goes_on_when_the_other_is_killed(gguf):
+    child = fork.Process(target=converted_model, args=(gguf,))
+    child.start()
+    while child.is_alive() and not conversions(gguf):
+        time.sleep(0.01)
+    messages: list[str] = []
+
+    def told(message: str) -> None:
+        messages.append(message)
+        if "Waiting" in message:
+            assert child.pid is not None
+            os.kill(child.pid, signal.SIGKILL)
+
+    assert is_complete(converted_model(gguf, told)) and not temporary_folders()
+    child.join()
+    assert messages[0] == "Waiting for another process that is converting the same model"
+
+
+@needs_fork
+def test_an_interrupted_wait_leaves_the_other_to_finish(gguf):
+    child = fork.Process(target=converted_model, args=(gguf,))
+    child.start()
+    while child.is_alive() and not conversions(gguf):
+        time.sleep(0.01)
+
+    def interrupted(message: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        converted_model(gguf, interrupted)
+    child.join()
+    assert is_complete(converted_model(gguf)) and conversions(gguf) == 1
+
+
+@pytest.mark.parametrize("reason", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_without_locks_the_second_to_finish_discards_its_copy(gguf, monkeypatch, reason):
+    def no_locks(*_: Any) -> None:
+        raise OSError(reason, os.strerror(reason))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    original = convert.write_safetensors
     inner: list[Path] = []
 
     def overtaken(gguf: Path, folder: Path, *more: Any) -> None:
         original(gguf, folder)
-        monkeypatch.setattr(convert, "_write_safetensors", original)
-        inner.append(converted_model(gguf))
+        if not inner:
+            inner.append(folder)
+            inner[0] = converted_model(gguf)
 
-    monkeypatch.setattr(convert, "_write_safetensors", overtaken)
+    monkeypatch.setattr(convert, "write_safetensors", overtaken)
     folder = converted_model(gguf)
     assert [folder] == inner and is_complete(folder) and not temporary_folders()
 

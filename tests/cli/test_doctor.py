@@ -83,7 +83,7 @@ def test_each_problem_is_recognised(change, words):
 
 
 def test_a_system_without_proc_is_no_problem(monkeypatch):
-    monkeypatch.setattr(machine, "_lines", lambda path: [])
+    monkeypatch.setattr(machine, "file_lines", lambda path: [])
     assert run_json("doctor")["cpu"]["features"] == []
 
 
@@ -98,5 +98,5 @@ def test_a_system_without_proc_is_no_problem(monkeypatch):
     ],
 )
 def test_the_limit_of_a_container_is_found(monkeypatch, files, expected):
-    monkeypatch.setattr(machine, "_lines", lambda path: files[path].splitlines() if path in files else [])
+    monkeypatch.setattr(machine, "file_lines", lambda path: files[path].splitlines() if path in files else [])
     assert machine.control_group() == expected

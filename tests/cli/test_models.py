@@ -11,6 +11,7 @@ from specache.cli import models
 from specache.cli.models import Device, Dtype, ModelNotFoundError, load
 from specache.errors import ConfigError, OutOfMemoryError
 from specache.linear.weight_quant import WeightFormat
+from specache.platform import private_torch
 
 
 def test_a_folder_is_loaded_in_the_format_asked_for(tiny_folder):
@@ -22,7 +23,7 @@ def test_a_folder_is_loaded_in_the_format_asked_for(tiny_folder):
 
 @pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_auto_is_bfloat16_only_where_it_is_native(tiny_folder, monkeypatch, native, dtype):
-    monkeypatch.setattr(models, "native_bfloat16_cpu", lambda: native)
+    monkeypatch.setattr(private_torch, "has_bfloat16_instructions", lambda: native)
     assert load(str(tiny_folder), device=Device.CPU).model.dtype == dtype
 
 

@@ -6,13 +6,11 @@ from __future__ import annotations
 
 import codecs
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from specache.cli import generate
 from specache.eval.tasks.texts import load_text, parse_jsonl, read_jsonl
-from tests.cli.running import one_line, run
+from tests.cli.running import one_line, run, run_json
 
 QUESTION = "Wie heißt du?\nSag es."
 SAVED = {
@@ -22,32 +20,14 @@ SAVED = {
 }
 
 
-@pytest.fixture
-def prompts_read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Return the prompts that a command would answer, without loading a model."""
-    read: list[str] = []
-
-    def load(*arguments: Any, **more: Any) -> Any:
-        raise KeyboardInterrupt
-
-    def noted(*arguments: Any) -> Any:
-        prompts = real(*arguments)
-        read.extend(prompt.text for prompt in prompts)
-        return prompts
-
-    real = generate.read_prompts
-    monkeypatch.setattr(generate, "read_prompts", noted)
-    monkeypatch.setattr(generate, "load", load)
-    return read
-
-
 @pytest.mark.parametrize("data", SAVED.values(), ids=SAVED)
-def test_a_prompt_is_the_same_from_a_file_and_a_pipe(tmp_path, prompts_read, data):
+def test_a_prompt_is_the_same_from_a_file_and_a_pipe(tmp_path, tiny_folder, data):
+    generate = ("generate", "-m", tiny_folder, "--dtype", "float32", "-n", "4", "--raw")
     (tmp_path / "prompt.txt").write_bytes(data)
-    run("generate", "-m", "any", "--prompt-file", tmp_path / "prompt.txt", code=130)
-    run("generate", "-m", "any", stdin=data, code=130)
-    run("generate", "-m", "any", "--prompt-file", "-", stdin=data, code=130)
-    assert prompts_read == [QUESTION] * 3
+    asked = run_json(*generate, "--prompt", QUESTION)["results"]
+    assert run_json(*generate, "--prompt-file", tmp_path / "prompt.txt")["results"] == asked
+    assert run_json(*generate, stdin=data)["results"] == asked
+    assert run_json(*generate, "--prompt-file", "-", stdin=data)["results"] == asked
 
 
 @pytest.mark.parametrize(

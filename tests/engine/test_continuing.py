@@ -359,15 +359,13 @@ def test_a_failed_prefill_keeps_the_pending_token(model, tmp_path, monkeypatch):
     with opened(model, tmp_path) as cache:
         full = torch.cat([say(model, cache, prompt(90)), prompt(9, 10)], 1)
         layer = model.model.layers[2].self_attn
-        working = layer.forward
 
         def failing(*args: Any, **kwargs: Any) -> Any:
             raise MemoryError
 
-        monkeypatch.setattr(layer, "forward", failing)
-        with pytest.raises(MemoryError):
+        with monkeypatch.context() as patch, pytest.raises(MemoryError):
+            patch.setattr(layer, "forward", failing)
             say(model, cache, prompt(9, 10), torch.ones_like(full))
-        monkeypatch.setattr(layer, "forward", working)
         answer = say(model, cache, prompt(9, 10), torch.ones_like(full))
         assert answer[:, 9:].equal(stock(model, full)[:, full.shape[1] :])
 

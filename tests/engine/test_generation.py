@@ -168,17 +168,15 @@ def test_a_failed_pass_is_undone_in_every_layer(model, monkeypatch):
     with specache.SpeCache(model, settings()) as cache:
         specache.prefill(model, ids, cache=cache)
         layer = model.model.layers[2].self_attn
-        original = layer.forward
 
         def failing(*args: Any, **kwargs: Any) -> Any:
             raise MemoryError
 
         for count in (0, 9):
             specache.generate(model, ids, past_key_values=cache, max_new_tokens=count + 1, do_sample=False)
-            monkeypatch.setattr(layer, "forward", failing)
-            with pytest.raises(MemoryError):
+            with monkeypatch.context() as patch, pytest.raises(MemoryError):
+                patch.setattr(layer, "forward", failing)
                 specache.generate(model, ids, past_key_values=cache, max_new_tokens=30, do_sample=False)
-            monkeypatch.setattr(layer, "forward", original)
             assert len({layer.length for layer in cache.sequences[0].layers.values()}) == 1
         answer = specache.generate(model, ids, past_key_values=cache, max_new_tokens=30, do_sample=False)
         assert torch.equal(answer, expected)

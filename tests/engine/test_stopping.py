@@ -9,7 +9,7 @@ import torch
 
 import specache
 from specache.cli.models import Dtype, LoadedModel, load
-from specache.cli.prompts import asked, pad_left
+from specache.cli.prompts import pad_left
 from specache.templates.template import ChatTemplate
 from tests.tiny import llama, prompt
 
@@ -43,7 +43,8 @@ def real(request: pytest.FixtureRequest) -> LoadedModel:
 
 def stock_answer(loaded: LoadedModel, text: str) -> tuple[torch.Tensor, str]:
     """Return a prompt, and stock generate's answer without an end token."""
-    ids = torch.tensor([ChatTemplate(loaded.tokenizer).encode(asked(text))])
+    template = ChatTemplate(loaded.tokenizer)
+    ids = torch.tensor([template.encode(template.ask(text))])
     return ids, _decode(loaded, loaded.model.generate(ids, **_unstopped(ids), eos_token_id=[]), ids)
 
 
@@ -93,7 +94,8 @@ def test_a_stop_string_that_never_occurs_changes_nothing(real):
 def test_a_stop_string_ends_one_of_two_sequences(tiny, monkeypatch, policy, ends):
     """Without an end token stock pads nothing: a stopped sequence runs on with the others."""
     ids, answer = stock_answer(tiny, "Why is the sky blue?")
-    rows, mask = pad_left([ids[0].tolist(), ChatTemplate(tiny.tokenizer).encode(asked("Who?"))], pad_id=0)
+    template = ChatTemplate(tiny.tokenizer)
+    rows, mask = pad_left([ids[0].tolist(), template.encode(template.ask("Who?"))], pad_id=0)
     arguments = {
         **_unstopped(rows),
         "attention_mask": mask,

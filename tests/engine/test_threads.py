@@ -21,7 +21,7 @@ from specache.cache.one_call import OneCallAtATime
 from specache.errors import SpeCacheError, UsageError
 from specache.linear import cpu_linear
 from specache.model import rope
-from specache.tiers.ram import RamTier
+from specache.tiers.ram import RamTier, SystemMemory
 from tests.engine.test_model_families import DYNAMIC, LONGROPE
 from tests.tiny import llama, prompt
 
@@ -107,19 +107,24 @@ def test_a_second_thread_on_a_cache_is_refused_and_the_first_is_unharmed(model, 
 
 
 def test_bytes_may_be_counted_while_another_thread_adds_a_layer():
-    tier = RamTier(in_place=True)
+    rows = torch.zeros(2, 5, 16), torch.zeros(2, 5, 16)
 
-    class Buffer:
+    class Buffer(torch.Tensor):
         """A layer's buffer. While it is counted, another layer's first rows are added."""
 
         @property
         def nbytes(self) -> int:
-            tier.write(1, 0, torch.zeros(2, 5, 16), torch.zeros(2, 5, 16))
+            tier.write(1, 0, *rows)
             return 100
 
-    tier._rows = {0: Buffer(), 2: Buffer()}
-    assert tier.nbytes == 200
-    assert 1 in tier._rows
+    class Memory(SystemMemory):
+        def take(self, *arguments: Any) -> torch.Tensor:
+            return super().take(*arguments).as_subclass(Buffer)
+
+    tier = RamTier(in_place=True, memory=Memory(pinned=False))
+    for layer in (0, 2):
+        tier.write(layer, 0, *rows)
+    assert [tier.nbytes, tier.nbytes] == [200, 300]
 
 
 def test_the_streamer_of_a_refused_call_is_ended(model):

@@ -86,7 +86,7 @@ class AnswerScores:
 
     def measure(self, model: TaskModel, prepared: Prepared, session: Any) -> Measurement:
         session.feed(5)
-        full = session._cache.config.policy is Policy.FULL
+        full = session.cache.config.policy is Policy.FULL
         number = int(prepared.item.id.split("/")[1])
         return Measurement([1.0 if self.easy or number % 2 == 0 or (full and number % 4 == 1) else 0.0])
 

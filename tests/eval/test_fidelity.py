@@ -13,11 +13,10 @@ from specache.engine.attention_hook import attached
 from specache.errors import ConfigError, TaskDataError
 from specache.eval.methods.specache import FullMethod, KiviMethod, SpeCacheMethod
 from specache.eval.prefilled import Prefilled
-from specache.eval.tasks import perplexity
 from specache.eval.tasks.base import Item, Measurement, TaskModel
 from specache.eval.tasks.documents import excerpts
 from specache.eval.tasks.fidelity import Fidelity
-from specache.eval.tasks.perplexity import Perplexity
+from specache.eval.tasks.perplexity import PAPER_TOKENS, Perplexity
 
 LENGTHS, NEW = (300, 420), 12
 
@@ -102,11 +101,10 @@ def test_perplexity_is_that_of_a_plain_forward_pass(model):
     assert math.isclose(sum(result.values) / 20, expected.item(), rel_tol=1e-4)
 
 
-def test_a_text_without_a_length_fills_the_models_positions(model, monkeypatch):
+def test_a_text_without_a_length_fills_the_models_positions(model):
     positions = model.model.config.max_position_embeddings
-    monkeypatch.setattr(perplexity, "PAPER_TOKENS", 310)
     (item,) = Perplexity(new=20, documents=1).items(model)
-    assert len(item.prompt) + 20 == min(310, positions)
+    assert len(item.prompt) + 20 == min(PAPER_TOKENS, positions)
     assert Perplexity().settings()["length"] is None
 
 

@@ -75,7 +75,7 @@ def stock_logits(model: Any, ids: Tensor, tokens: list[int]) -> Tensor:
 
 
 def layer_of(session: DenseSession, index: int = 0) -> Any:
-    return session._state.layers[index]
+    return session.layers[index]
 
 
 @pytest.fixture(autouse=True)
@@ -196,13 +196,14 @@ def test_streaming_llm_forgets_the_middle():
 def heavy_rows(start: Prefilled, heavy: list[int], seed: int = 0) -> None:
     """Give every KV head keys at `heavy` that get the most attention from all queries."""
     generator = torch.Generator().manual_seed(seed)
+    queries: dict[int, Tensor] = {}
     for index in start.full_layers:
         keys, _ = start.rows(index)
         direction = torch.nn.functional.normalize(torch.randn(keys.shape[2], generator=generator), dim=0)
-        query = start.queries(index)
-        start._queries[index] = [0.1 * query + 4 * direction]
+        queries[index] = 0.1 * start.queries(index) + 4 * direction
         keys.mul_(0.1)
         keys[:, heavy] = 8 * direction
+    start.queries = queries.__getitem__  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("method", [SnapKVMethod(budget=0.3), H2OMethod(budget=0.3)], ids=lambda method: method.name)
@@ -263,9 +264,9 @@ def test_h2o_evicts_the_lightest_token_that_is_not_recent():
     model, tokens = llama(num_hidden_layers=1), prompt(NEW, seed=1)[0].tolist()
     with started(model, prompt(LENGTH), H2OMethod()) as (session, _):
         layer = layer_of(session)
-        recent = layer._recent
+        recent = layer.recent
         for step, token in enumerate(tokens):
-            before, mass = layer.positions.clone(), layer._attention_sums.clone()
+            before, mass = layer.positions.clone(), layer.attention_sums.clone()
             session.feed(token)
             position = LENGTH + step
             for head in range(2):
@@ -282,25 +283,30 @@ def test_infllm_retrieves_the_blocks_whose_representatives_answer_the_query():
     with started(model, prompt(LENGTH), method) as (session, start):
         layer = layer_of(session)
         keys = [start.rows(0)[0][:, i : i + 8] for i in range(4, LENGTH - 7, 8)]
-        at_start = len(layer._blocks)
-        assert all(torch.equal(block[0], k) for block, k in zip(layer._blocks, keys, strict=False))
+        at_start = len(layer.blocks)
+        assert all(torch.equal(block[0], k) for block, k in zip(layer.blocks, keys, strict=False))
         seen: list[Tensor] = []
-        retrieve = layer._retrieve
-        layer._retrieve = lambda grouped: (seen.append(grouped), retrieve(grouped))[1]
+        decode = layer.decode
+
+        def seeing(query: Tensor, keys: Tensor, values: Tensor, params: Any) -> Tensor:
+            seen.append(query[:, 0].unflatten(0, (2, -1)).mean(1))  # [Hkv, D]
+            return decode(query, keys, values, params)
+
+        layer.decode = seeing
         for token in tokens:
             session.feed(token)
-            count = min(layer._plan.slots, len(layer._blocks))
-            relevance = (layer._summaries[:, : len(layer._blocks)] @ seen[-1].unsqueeze(-1))[..., 0]
-            if layer._local.count > layer._plan.local:  # no block was added after the retrieval
+            count = min(layer.plan.slots, len(layer.blocks))
+            relevance = (layer.summaries[:, : len(layer.blocks)] @ seen[-1].unsqueeze(-1))[..., 0]
+            if layer.local.count > layer.plan.local:  # no block was added after the retrieval
                 for head in range(2):
-                    assert set(relevance[head].topk(count).indices.tolist()) == set(layer._buffer_ids[head].tolist())
+                    assert set(relevance[head].topk(count).indices.tolist()) == set(layer.buffer_ids[head].tolist())
             for head in range(2):
-                for slot, block in enumerate(layer._buffer_ids[head].tolist()):
-                    assert torch.equal(layer._buffer[0, head, slot], layer._blocks[block][0][head])
-                    assert torch.equal(layer._buffer[1, head, slot], layer._blocks[block][1][head])
-        assert len(layer._blocks) > at_start + 5
+                for slot, block in enumerate(layer.buffer_ids[head].tolist()):
+                    assert torch.equal(layer.buffer[0, head, slot], layer.blocks[block][0][head])
+                    assert torch.equal(layer.buffer[1, head, slot], layer.blocks[block][1][head])
+        assert len(layer.blocks) > at_start + 5
         assert 0 < session.stats().hit_rate < 1
-        held = sum(block[0].shape[1] for block in layer._blocks) + layer._local.count + layer._sinks.count
+        held = sum(block[0].shape[1] for block in layer.blocks) + layer.local.count + layer.sinks.count
         assert held == LENGTH + len(tokens)
 
 
@@ -399,8 +405,8 @@ def test_quantized_equals_stock_generation(backend):
         first = start.logits
         logits = torch.cat([first[None], fed(session, tokens[:-1])])
         stats = session.stats()
-        codes = sum(tensor_bytes(layer._quantized_keys) for layer in session._cache.layers)
-        held = quantized_bytes(session._cache)
+        codes = sum(tensor_bytes(layer._quantized_keys) for layer in session.cache.layers)
+        held = quantized_bytes(session.cache)
     assert (logits - torch.cat(expected.logits)).abs().max() < 1e-4
     assert not torch.equal(logits[1:], stock_logits(model, ids, tokens[:-1]))
     elements = LENGTH * 3 * 2 * 16  # tokens, layers, KV heads, dimension
@@ -416,7 +422,7 @@ def test_quantized_takes_prompts_of_every_length(backend, length):
     with started(model, ids, QuantizedMethod(backend=backend, q_group_size=32, residual_length=8)) as (session, start):
         keys, _ = start.rows(0)
         assert fed(session, list(range(NEW))).isfinite().all()  # more than two residuals
-        held, _ = session._cache.layers[0].update(keys[None, :, :1], keys[None, :, :1])  # [1, Hkv, S + NEW + 1, D]
+        held, _ = session.cache.layers[0].update(keys[None, :, :1], keys[None, :, :1])  # [1, Hkv, S + NEW + 1, D]
     assert held.shape[2] == length + NEW + 1
     assert (held[0, :, :length] - keys).abs().mean() < 0.5 * keys.abs().mean()
 

@@ -42,14 +42,6 @@ class Painted:
 @pytest.fixture(autouse=True)
 def painted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(catalogue.METHODS, "painted", f"{__name__}:Painted")
-    monkeypatch.setattr("specache.platform.registry.import_module", lambda name: _module(name), raising=True)
-
-
-def _module(name: str) -> Any:
-    import importlib
-    import sys
-
-    return sys.modules[__name__] if name == __name__ else importlib.import_module(name)
 
 
 def labels(text: str) -> list[str]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
+import multiprocessing
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from specache.errors import ConfigError, EvaluationError
-from specache.eval import prefilled, results, runner
+from specache.eval import results, runner
 from specache.eval.methods_option import NamedMethod, parse_methods
 from specache.eval.results import CELLS_FILE, RUN_FILE, Run, open_results
 from specache.eval.runner import Outcome, Progress, evaluate
@@ -196,6 +199,49 @@ def test_a_folder_in_use_is_refused(tmp_path):
         pass
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_killed_process_holds_no_folder(tmp_path):
+    described = Run({"task": "t", "seed": 0}, "score")
+    holding = multiprocessing.get_context("fork").Event()
+
+    def hold() -> None:
+        with open_results(tmp_path, described):
+            holding.set()
+            time.sleep(60)
+
+    child = multiprocessing.get_context("fork").Process(target=hold)
+    child.start()
+    assert holding.wait(30)
+    with pytest.raises(EvaluationError, match="another process is writing results"), open_results(tmp_path, described):
+        pass
+    child.kill()
+    child.join()
+    with open_results(tmp_path, described):
+        pass
+
+
+@pytest.mark.parametrize("reason", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_folder_without_locks_serves(tmp_path, monkeypatch, reason):
+    def no_locks(*_: Any) -> None:
+        raise OSError(reason, os.strerror(reason))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with open_results(tmp_path, Run({"task": "t", "seed": 0}, "score")) as opened:
+        assert not opened.cells
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    def read_only(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "touch", read_only)
+    with (
+        pytest.raises(EvaluationError, match=r"cannot write results to .*Read-only file system\. Choose another --out"),
+        open_results(tmp_path, Run({"task": "t", "seed": 0}, "score")),
+    ):
+        pass
+
+
 def test_a_method_that_cannot_run_here_is_skipped_once(model, tmp_path):
     told: list[tuple[str, str]] = []
 
@@ -221,18 +267,17 @@ def test_a_method_that_cannot_run_here_is_skipped_once(model, tmp_path):
         evaluate(model, Divergence(), [missing], tmp_path / "other")
 
 
-def test_items_share_the_prefill_of_what_they_have_in_common(model, tmp_path, monkeypatch):
-    made: list[tuple[int, bool, bool]] = []
-    original = prefilled.Prefilled.__init__
-
-    def spy(self: Any, model: Any, token_ids: list[int], **options: Any) -> None:
-        made.append((len(token_ids), options["like"] is not None if "like" in options else False, options["all_queries"]))
-        original(self, model, token_ids, **options)
-
-    monkeypatch.setattr(runner.Prefilled, "__init__", spy)
-    shared = run(model, tmp_path / "shared", "kivi").rows
-    assert made == [(100, False, False), (280, True, False), (280, True, False)] * 2
-    alone = run(model, tmp_path / "alone", "kivi", Divergence(shared=0)).rows
+def test_items_share_the_prefill_of_what_they_have_in_common(model, tmp_path):
+    read: list[int] = []
+    hook = model.model.get_input_embeddings().register_forward_hook(lambda module, ids, out: read.append(ids[0].shape[1]))
+    try:
+        shared = run(model, tmp_path / "shared", "kivi").rows
+        assert [count for count in read if count in (100, 180, 280)] == [100, 180, 180] * 2  # the prefills
+        read.clear()
+        alone = run(model, tmp_path / "alone", "kivi", Divergence(shared=0)).rows
+        assert [count for count in read if count in (100, 180, 280)] == [280] * 4
+    finally:
+        hook.remove()
     assert len(shared) == len(alone)
 
 

@@ -21,7 +21,7 @@ def files(monkeypatch):
     No others exist, and the system reports only `MemAvailable`.
     """
     there: dict[str, str] = {"/proc/meminfo": "MemAvailable:  1 kB\nSwapFree: 5 kB\n"}
-    monkeypatch.setattr(machine, "_lines", lambda path: there[path].splitlines() if path in there else [])
+    monkeypatch.setattr(machine, "file_lines", lambda path: there[path].splitlines() if path in there else [])
     return there
 
 

@@ -131,7 +131,7 @@ def test_a_failed_step_is_retried_without_the_hot_set_and_changes_no_token(model
         assert 0 < cache.memory().hot < held
 
 
-def test_what_the_hot_set_held_is_given_back_to_the_budget(model, monkeypatch):
+def test_what_the_hot_set_held_is_given_back_to_the_budget(model):
     config = settings(hot_set=0.5, fast_memory=10**7)
     with specache.SpeCache(model, config) as cache:
         specache.prefill(model, prompt(150), cache=cache)

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import specache
-from specache.attention import dense as exact
 from specache.attention.dense import attend_part
 from specache.kernels.types import AttentionParams
 from specache.linear.weight_format import WeightFormat
@@ -25,11 +24,14 @@ PRIVATE = re.compile(r"torch\.(?:\w+\.)*_[a-zA-Z]\w*")
 def without(monkeypatch):
     """Make the installed PyTorch lack some operations."""
 
-    def remove(*paths: str) -> None:
-        for path in paths:
-            assert path in private_torch.FALLBACKS
-            monkeypatch.setitem(private_torch._found, path, None)
+    removed: set[str] = set()
+    find = private_torch.find
 
+    def remove(*paths: str) -> None:
+        assert set(paths) <= private_torch.FALLBACKS.keys()
+        removed.update(paths)
+
+    monkeypatch.setattr(private_torch, "find", lambda path: None if path in removed else find(path))
     return remove
 
 
@@ -48,7 +50,6 @@ def test_an_unknown_operation_is_not_found(monkeypatch):
     for path in ("ops.aten._no_such_operation", "_no_such_module.name", "cpu._no_such_function"):
         monkeypatch.setitem(private_torch.FALLBACKS, path, "nothing")
         assert private_torch.find(path) is None
-        private_torch._found.pop(path)
 
 
 def test_no_other_file_calls_a_private_operation():
@@ -73,11 +74,10 @@ def test_attention_without_the_fused_kernel_is_the_same_to_rounding(without, dty
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5 if dtype is torch.float32 else 0.03)
 
 
-def test_attention_on_a_gpu_works_without_pytorchs_flash_attention(without, monkeypatch):
+def test_attention_on_a_gpu_works_without_pytorchs_flash_attention(without):
     without("ops.aten._scaled_dot_product_flash_attention")
-    monkeypatch.setattr(exact, "_can_flash", lambda *operands: True)
-    query, keys, values = torch.randn(3, 2, 5, 16).unbind(0)
-    assert exact._flash_cuda(query, keys, values, 0.25, True) is None
+    query, keys, values = torch.randn(3, 1, 2, 5, 16).unbind(0)
+    assert private_torch.flash_attention_cuda(query, keys, values, True, 0.25) is None
 
 
 @pytest.mark.parametrize("policy", ["full", "verified"])
@@ -130,8 +130,10 @@ def test_an_unknown_processor_counts_as_without_16_bit_products(without, dtype):
 def test_bfloat16_support_falls_back_to_onednn(without, monkeypatch):
     without("cpu._is_avx512_bf16_supported", "cpu._is_amx_tile_supported")
     for known in (True, False):
-        monkeypatch.setitem(private_torch._found, "ops.mkldnn._is_mkldnn_bf16_supported", lambda known=known: known)
-        assert private_torch.has_bfloat16_instructions() is known
+        with monkeypatch.context() as patch:
+            answers = {"ops.mkldnn._is_mkldnn_bf16_supported": lambda known=known: known}
+            patch.setattr(private_torch, "find", answers.get)
+            assert private_torch.has_bfloat16_instructions() is known
     without("ops.mkldnn._is_mkldnn_bf16_supported")
     assert not private_torch.has_bfloat16_instructions()
 

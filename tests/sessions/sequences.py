@@ -95,7 +95,7 @@ def state(session: specache.Session) -> str:
 
 def everything(session: specache.Session) -> dict[str, Tensor]:
     """Return all that the sequence holds."""
-    sequence = session._sequence
+    sequence = session.cache.sequences[0]
     held = {"tokens": torch.tensor(sequence.token_ids)}
     for index, layer in sequence.compressed.items():
         held[f"keys {index}"], held[f"values {index}"] = sequence.tier.read(index, 0, sequence.length)

@@ -60,7 +60,7 @@ def test_a_file_from_another_session_is_refused(root, model, pattern):
     shutil.copy(one(root, pattern, "another"), path)
     named = "No such file" if pattern == "session.json" else path.name  # what the other manifest refers to is not here
     with nothing_left(root), pytest.raises(SpeCacheError, match=named), opened(root, model) as session:
-        session._tier.read(0, 0, 256)
+        session.cache.sequences[0].tier.read(0, 0, 256)
 
 
 def test_a_missing_manifest_is_an_error_and_not_a_new_session(root, model):
@@ -92,10 +92,10 @@ def test_a_flipped_bit_in_any_file_is_detected(root, model):
                 with opened(root, model) as session:
                     layer = int(path.stem[-3:])
                     if padding:
-                        session._tier.read(layer, 0, 300)
+                        session.cache.sequences[0].tier.read(layer, 0, 300)
                     else:
                         with pytest.raises(CorruptRowError, match=path.name):
-                            session._tier.read(layer, 0, 300)
+                            session.cache.sequences[0].tier.read(layer, 0, 300)
             else:
                 with pytest.raises(SessionError, match=path.name):
                     opened(root, model)
@@ -119,7 +119,7 @@ def test_a_damaged_checkpoint_is_reported_and_an_earlier_one_used(tmp_path, monk
         prefill(session, hybrid, prompt(300))
         session.save()
         saved = state(session)
-        kept = {one.tokens: tmp_path / "one" / one.file for one in session._checkpoints.kept}
+        kept = {one.tokens: tmp_path / "one" / one.file for one in session.cache.sequences[0].checkpoints.kept}
         assert sorted(kept) == [140, 280, 300]
     path = kept[280]
     flip(path, -1)
@@ -140,7 +140,7 @@ def test_without_an_intact_checkpoint_the_prompt_is_prefilled_again(tmp_path, mo
         prefill(session, hybrid, prompt(300))
         session.save()
         saved = state(session)
-        first = tmp_path / "one" / session._checkpoints.kept[0].file
+        first = tmp_path / "one" / session.cache.sequences[0].checkpoints.kept[0].file
     flip(first, -1)
     with opened(tmp_path, hybrid) as session:
         with pytest.warns(UserWarning, match=first.name):
@@ -149,7 +149,7 @@ def test_without_an_intact_checkpoint_the_prompt_is_prefilled_again(tmp_path, mo
         session.save()
         assert state(session) == saved
     with opened(tmp_path, hybrid) as session:
-        assert first.name not in session._checkpoints.files and state(session) == saved
+        assert first.name not in session.cache.sequences[0].checkpoints.files and state(session) == saved
 
 
 def test_a_prefill_that_fails_over_a_damaged_checkpoint_raises_its_own_error(tmp_path, monkeypatch):
@@ -162,22 +162,21 @@ def test_a_prefill_that_fails_over_a_damaged_checkpoint_raises_its_own_error(tmp
     with opened(tmp_path, hybrid, settings()) as session:
         prefill(session, hybrid, ids[:, :20])
         session.save()
-        damaged = tmp_path / "one" / session._checkpoints.kept[0].file
+        damaged = tmp_path / "one" / session.cache.sequences[0].checkpoints.kept[0].file
         flip(damaged, -1)
-        keep = checkpoints.DiskCheckpoints._keep
-        lengths = []
+        write, written = checkpoints.write_snapshot, []
 
-        def fail_after_two(self: Any, length: int, windows: Any) -> None:
-            lengths.append(length)
-            if len(lengths) == 2:
+        def fail_after_two(path: Path, specs: Any) -> Any:
+            written.append(path)
+            if len(written) == 2:
                 raise SlowTierError("the disk is gone")
-            keep(self, length, windows)
+            return write(path, specs)
 
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoints.DiskCheckpoints, "_keep", fail_after_two)
+            patch.setattr(checkpoints, "write_snapshot", fail_after_two)
             with pytest.raises(SlowTierError, match="the disk is gone"):
                 prefill(session, hybrid, ids)
-        assert session.token_ids == [] and not session._sequence.layers
+        assert session.token_ids == [] and not session.cache.sequences[0].layers
         prefill(session, hybrid, ids)
         assert state(session) == fresh
         session.save()
@@ -228,15 +227,14 @@ def test_a_full_disk_while_saving_leaves_the_last_state(root, model, monkeypatch
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 return write(fd, data[: max(1, len(data) // 2)], offset)
 
-            monkeypatch.setattr(aligned_io, "write_at", full)
             try:
-                session.save()
+                with monkeypatch.context() as patch:
+                    patch.setattr(aligned_io, "write_at", full)
+                    session.save()
                 saved = True
                 break
             except SessionError as error:
                 assert "No space left" in str(error) and "intact" in str(error)
-            finally:
-                monkeypatch.setattr(aligned_io, "write_at", write)
             copy = root / f"copy{room}"
             shutil.copytree(root / "one", copy / "one")
             with opened(copy, model) as other:
@@ -248,18 +246,15 @@ def test_a_full_disk_while_saving_leaves_the_last_state(root, model, monkeypatch
 
 
 def test_a_full_disk_while_prefilling_leaves_the_last_state(root, model, monkeypatch):
-    write = aligned_io.write_at
-
     def full(fd: int, data: memoryview, offset: int) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     longer = torch.cat([prompt(300), prompt(200, 7)], dim=1)
     with opened(root, model) as session:
         last = state(session)
-        monkeypatch.setattr(aligned_io, "write_at", full)
-        with pytest.raises(SlowTierError, match="No space left"):
+        with monkeypatch.context() as patch, pytest.raises(SlowTierError, match="No space left"):
+            patch.setattr(aligned_io, "write_at", full)
             prefill(session, model, longer)
-        monkeypatch.setattr(aligned_io, "write_at", write)
         assert state(session) == last
         prefill(session, model, longer)
         session.save()

@@ -23,9 +23,9 @@ from tests.sessions.sequences import one, opened, state
 # The manifest
 
 
-def edited(root: Path, edit: Callable[[Any], None], *, signed: bool = True) -> None:
+def edited(root: Path, edit: Callable[[Any], None], *, signed: bool = True, name: str = "one") -> None:
     """Change the manifest's body, with a valid digest if `signed`."""
-    path = root / "one" / "session.json"
+    path = root / name / "session.json"
     document = json.loads(path.read_text())
     edit(document["body"])
     if signed:
@@ -114,7 +114,7 @@ def test_a_manifest_of_a_newer_version_is_refused(root, model, key):
 def test_a_manifest_that_contradicts_itself_or_its_files_is_refused(root, model, edit):
     edited(root, edit)
     with pytest.raises(SpeCacheError), opened(root, model) as session:
-        session._tier.read(0, 0, 300)
+        session.cache.sequences[0].tier.read(0, 0, 300)
 
 
 JSON = st.recursive(

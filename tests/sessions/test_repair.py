@@ -122,7 +122,9 @@ def test_only_the_block_of_a_damaged_row_is_recomputed(tmp_path):
     assert all(after[name] == before[name] for name in after if name in before and name.startswith("pages"))
     with opened(root, saved.model) as mended, opened(saved.root, saved.model) as whole:
         for layer in range(3):
-            for mine, other in zip(mended._tier.read(layer, 0, 380), whole._tier.read(layer, 0, 380), strict=True):
+            for mine, other in zip(
+                mended.cache.sequences[0].tier.read(layer, 0, 380), whole.cache.sequences[0].tier.read(layer, 0, 380), strict=True
+            ):
                 assert torch.allclose(mine, other, atol=1e-5)
                 assert torch.equal(mine[:, :64], other[:, :64]) and torch.equal(mine[:, 128:], other[:, 128:])
 
@@ -156,7 +158,7 @@ def test_a_repaired_session_keeps_its_pending_token_and_prompt_length(saved, tmp
     assert sessions.repair("one", saved.model, folder=root).mended
     new, mask = saved.next[:, TOKENS + 1 :], torch.ones_like(saved.next)
     with opened(saved.root, saved.model) as whole, opened(root, saved.model) as session:
-        mine, other = session._sequence, whole._sequence
+        mine, other = session.cache.sequences[0], whole.cache.sequences[0]
         for name in ("prompt_tokens", "pending_token", "finish_reason"):
             assert getattr(mine, name) == getattr(other, name) is not None
         answered = answer(saved.model, session.cache, new, attention_mask=mask)[0]
@@ -179,18 +181,15 @@ def test_a_repair_leaves_a_session_alone_that_changed_meanwhile(saved, tmp_path,
     root = saved.copy(tmp_path)
     flip(one(root, "*.rows"), row_place(saved, 20))
     theirs = root / "one" / "windows-0123456789abcdef.safetensors"
-    looks = repairing._manifest_bytes
+    mended = repairing.MendedSession
     with ExitStack() as held:
 
-        def somebody_opens_it_first(path: Path) -> list[bytes]:
-            if not theirs.exists():
-                found = looks(path)
-                held.enter_context(FolderLock(path))
-                theirs.write_bytes(b"new")
-                return found
-            return looks(path)
+        def somebody_opens_it_first(*arguments: Any, **settings: Any) -> Any:
+            held.enter_context(FolderLock(root / "one"))
+            theirs.write_bytes(b"new")
+            return mended(*arguments, **settings)
 
-        monkeypatch.setattr(repairing, "_manifest_bytes", somebody_opens_it_first)
+        monkeypatch.setattr(repairing, "MendedSession", somebody_opens_it_first)
         with pytest.raises(SessionError, match="in use"):
             sessions.repair("one", saved.model, folder=root)
     assert theirs.exists()

@@ -210,14 +210,14 @@ def test_a_hybrid_goes_back_to_its_last_checkpoint(tmp_path, hybrid, monkeypatch
     whole = prompt(700)
     session = opened(tmp_path, hybrid, settings())
     answer(hybrid, session.cache, whole)
-    assert [one.tokens for one in session._checkpoints.kept] == [140, 280, 420, 560, 700]
+    assert [one.tokens for one in session.cache.sequences[0].checkpoints.kept] == [140, 280, 420, 560, 700]
     if restart:
         session.save()
         session.close()
         session = opened(tmp_path, hybrid)
     other = torch.cat([whole[:, :450], prompt(90, seed=9)], dim=1)
     assert prefill(session, hybrid, other) == [420, 490, 540]
-    assert [one.tokens for one in session._checkpoints.kept] == [140, 280, 420, 540]
+    assert [one.tokens for one in session.cache.sequences[0].checkpoints.kept] == [140, 280, 420, 540]
     _, logits = answer(hybrid, session.cache, other)
     with specache.SpeCache(hybrid, settings(slow_tier="ram", policy="verified")) as cache:
         _, expected = answer(hybrid, cache, other)
@@ -234,7 +234,7 @@ def test_a_checkpoint_of_tokens_that_were_replaced_is_forgotten(tmp_path, hybrid
         session.save()
         prefill(session, hybrid, second)
         session.save()
-        assert len(files(tmp_path, "windows-*")) == len(session._checkpoints.kept)
+        assert len(files(tmp_path, "windows-*")) == len(session.cache.sequences[0].checkpoints.kept)
         assert session.cut(300) == 280
         mine = everything(session)
     with opened(tmp_path, hybrid, settings(), "fresh") as session:
@@ -351,7 +351,7 @@ def test_a_fork_of_the_cache_keeps_unsaved_blocks_intact(tmp_path, model):
     with opened(tmp_path, model) as session:
         prefill(session, model, torch.cat([prompt(200), prompt(300, seed=2)], dim=1))
         session.save()
-        assert not torch.equal(session._tier.read(0, 0, 500)[0], rows[0])
+        assert not torch.equal(session.cache.sequences[0].tier.read(0, 0, 500)[0], rows[0])
     for mine, before in zip(other.sequences[0].tier.read(0, 0, 500), rows, strict=True):
         assert torch.equal(mine, before)
     other.close()

@@ -106,13 +106,17 @@ class DenseSession:
 
     Args:
         layer: makes the state of a layer from its index.
+
+    Attributes:
+        layers: the state of each full-attention layer.
     """
 
     def __init__(self, prompt: Prefilled, layer: Callable[[int], LayerState]) -> None:
         self._model = prompt.model
         self._info = prompt.cache.info
         self._length = prompt.length
-        self._state = _DensePass({index: layer(index) for index in prompt.full_layers}, prompt)
+        self.layers = {index: layer(index) for index in prompt.full_layers}
+        self._pass = _DensePass(self.layers, prompt)
         self._token_bytes = prompt.token_bytes
         self._held = self._held_hot = 0
         self._measure()
@@ -126,7 +130,7 @@ class DenseSession:
             )
         reset_rope(self._model, self._info)
         ids = torch.tensor([[token]], device=self._info.device)
-        logits = forward(self._model, ids, torch.full_like(ids, position), self._state, logits=1)
+        logits = forward(self._model, ids, torch.full_like(ids, position), self._pass, logits=1)
         self._length += 1
         self._measure()
         return logits[0, -1]
@@ -134,16 +138,17 @@ class DenseSession:
     def stats(self) -> SessionStats:
         """Return the most bytes held so far over the ordinary cache's present bytes."""
         ordinary = self._token_bytes * self._length
-        needed = sum(layer.needed for layer in self._state.layers.values())
-        hits = sum(layer.hits for layer in self._state.layers.values())
+        needed = sum(layer.needed for layer in self.layers.values())
+        hits = sum(layer.hits for layer in self.layers.values())
         return SessionStats(self._held / ordinary, self._held_hot / ordinary, hits / needed if needed else None)
 
     def close(self) -> None:
         self._measure()
-        self._state.layers, self._state.windows = {}, {}
+        self.layers.clear()
+        self._pass.windows.clear()
 
     def _measure(self) -> None:
-        layers = self._state.layers.values()
+        layers = self.layers.values()
         self._held = max(self._held, sum(layer.nbytes for layer in layers))
         self._held_hot = max(self._held_hot, sum(layer.hot_nbytes for layer in layers))
 

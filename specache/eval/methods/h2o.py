@@ -27,34 +27,33 @@ class H2OLayer(LayerState):
         attention_sums: accumulated attention [Hkv, S] of its tokens.
         capacity: rows kept at most per KV head.
         recent: newest tokens, which are always kept.
+
+    Attributes:
+        positions: the kept positions [Hkv, m], in no order.
+        attention_sums: what each of them has accumulated, [Hkv, m].
     """
 
     def __init__(self, keys: Tensor, values: Tensor, attention_sums: Tensor, capacity: int, recent: int) -> None:
         heads, self._length = attention_sums.shape
         self._capacity = capacity
-        self._recent = recent
+        self.recent = recent
         positions = torch.arange(self._length, device=keys.device).expand(heads, -1)  # [Hkv, S]
         if capacity < self._length:
             older = self._length - recent
             heavy = attention_sums[:, :older].topk(capacity - recent, dim=1).indices.sort(dim=1).values
             positions = torch.cat([heavy, positions[:, older:]], dim=1)  # [Hkv, capacity]
         self._rows = KeptRows.of(keys, values, positions)
-        self._attention_sums = attention_sums.gather(1, positions)
-        self._positions = positions.int()
-
-    @property
-    def positions(self) -> Tensor:
-        """Return the kept positions [Hkv, m], in no order."""
-        return self._positions
+        self.attention_sums = attention_sums.gather(1, positions)
+        self.positions = positions.int()
 
     @property
     def nbytes(self) -> int:
-        return self._rows.nbytes + self._attention_sums.nbytes + self._positions.nbytes
+        return self._rows.nbytes + self.attention_sums.nbytes + self.positions.nbytes
 
     def decode(self, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
         self._store(keys, values)
         weights = attention_weights(query, self._rows.keys, params)[:, :, 0]  # [Hkv, G, m]
-        self._attention_sums += weights.mean(1)
+        self.attention_sums += weights.mean(1)
         return (weights @ self._rows.values.float()).flatten(0, 1).unsqueeze(1)  # [Hq, 1, D]
 
     def _store(self, keys: Tensor, values: Tensor) -> None:
@@ -63,14 +62,14 @@ class H2OLayer(LayerState):
         self._length += 1
         if self._rows.count < self._capacity:
             self._rows.append(keys, values)
-            self._attention_sums = torch.nn.functional.pad(self._attention_sums, (0, 1))
-            self._positions = torch.nn.functional.pad(self._positions, (0, 1), value=position)
+            self.attention_sums = torch.nn.functional.pad(self.attention_sums, (0, 1))
+            self.positions = torch.nn.functional.pad(self.positions, (0, 1), value=position)
             return
-        is_recent = self._positions > position - self._recent
-        slots = self._attention_sums.masked_fill(is_recent, torch.inf).argmin(1)  # [Hkv]
+        is_recent = self.positions > position - self.recent
+        slots = self.attention_sums.masked_fill(is_recent, torch.inf).argmin(1)  # [Hkv]
         self._rows.overwrite(slots, keys, values)
-        self._attention_sums[torch.arange(len(slots)), slots] = 0
-        self._positions[torch.arange(len(slots)), slots] = position
+        self.attention_sums[torch.arange(len(slots)), slots] = 0
+        self.positions[torch.arange(len(slots)), slots] = position
 
 
 @dataclass(frozen=True)

@@ -50,13 +50,19 @@ class InfLLMLayer(LayerState):
         keys, values: [Hkv, S, D] of the prompt, on the model's device.
         slow: the same in slow memory.
         query: [Hq, S, D] of the prompt.
+
+    Attributes:
+        sinks, local: the rows that are always attended.
+        blocks: the other rows, [Hkv, block, D] each, in slow memory.
+        summaries: [Hkv, blocks, D], the sum of each block's representative keys.
+        buffer: rows [2, Hkv, slots, block, D] of the blocks `buffer_ids` [Hkv, slots]; -1 is none.
     """
 
     def __init__(self, keys: Tensor, values: Tensor, slow: Rows, query: Tensor, plan: BlockPlan) -> None:
         heads, length, dim = keys.shape
-        self._plan = plan
-        self._blocks: list[Rows] = []
-        self._summaries = keys.new_empty(heads, 0, dim)
+        self.plan = plan
+        self.blocks: list[Rows] = []
+        self.summaries = keys.new_empty(heads, 0, dim)
         span = plan.local + plan.block
         scores = representative_scores(query, keys, span)  # [Hkv, S]
         followers = torch.arange(length - 1, -1, -1, device=keys.device).clamp(max=span)  # queries that each score sums
@@ -64,32 +70,32 @@ class InfLLMLayer(LayerState):
         while length - start >= span:
             stop = start + plan.block
             self._summarise(keys[:, start:stop], scores[:, start:stop], followers[start:stop])
-            self._blocks.append((slow[0][:, start:stop], slow[1][:, start:stop]))
+            self.blocks.append((slow[0][:, start:stop], slow[1][:, start:stop]))
             start = stop
         first = min(plan.sinks, length)
-        self._sinks = KeptRows(keys[:, :first], values[:, :first])
-        self._local = KeptRows(keys[:, start:], values[:, start:])
+        self.sinks = KeptRows(keys[:, :first], values[:, :first])
+        self.local = KeptRows(keys[:, start:], values[:, start:])
         self._scores = scores[:, start:].clone()
-        self._buffer_ids = torch.full((heads, plan.slots), -1)
-        self._buffer = keys.new_zeros(2, heads, plan.slots, plan.block, dim)
+        self.buffer_ids = torch.full((heads, plan.slots), -1)
+        self.buffer = keys.new_zeros(2, heads, plan.slots, plan.block, dim)
 
     @property
     def nbytes(self) -> int:
-        return self._sinks.nbytes + self._local.nbytes + self._scores.nbytes + ORDINARY_ITEMSIZE * self._summaries.numel()
+        return self.sinks.nbytes + self.local.nbytes + self._scores.nbytes + ORDINARY_ITEMSIZE * self.summaries.numel()
 
     @property
     def hot_nbytes(self) -> int:
-        return ORDINARY_ITEMSIZE * self._buffer.numel()
+        return ORDINARY_ITEMSIZE * self.buffer.numel()
 
     def decode(self, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
         grouped = query[:, 0].float().unflatten(0, (keys.shape[0], -1)).mean(1)  # [Hkv, D]
-        self._scores += torch.einsum("hd,hmd->hm", grouped, self._local.keys.float())
-        self._local.append(keys, values)
+        self._scores += torch.einsum("hd,hmd->hm", grouped, self.local.keys.float())
+        self.local.append(keys, values)
         self._scores = torch.nn.functional.pad(self._scores, (0, 1))
-        parts = [attend_part(query, rows.keys, rows.values, params) for rows in (self._sinks, self._local) if rows.count]
-        if self._blocks:
+        parts = [attend_part(query, rows.keys, rows.values, params) for rows in (self.sinks, self.local) if rows.count]
+        if self.blocks:
             parts.append(attend_part(query, *self._retrieve(grouped), params))
-        if self._local.count >= self._plan.local + self._plan.block:
+        if self.local.count >= self.plan.local + self.plan.block:
             self._offload_block()
         return merge(parts, params.sinks)[0]
 
@@ -99,32 +105,32 @@ class InfLLMLayer(LayerState):
         Args:
             grouped: [Hkv, D], the mean of a KV head's queries.
         """
-        count = min(self._plan.slots, len(self._blocks))
-        relevance = torch.einsum("hd,hbd->hb", grouped, self._summaries.float())
+        count = min(self.plan.slots, len(self.blocks))
+        relevance = torch.einsum("hd,hbd->hb", grouped, self.summaries.float())
         chosen = relevance.topk(count, dim=1).indices.tolist()
         for head, selected in enumerate(chosen):
-            buffered = self._buffer_ids[head].tolist()
+            buffered = self.buffer_ids[head].tolist()
             misses = [block for block in selected if block not in buffered]
             free = [slot for slot, block in enumerate(buffered) if block not in selected]
             for block, slot in zip(misses, free, strict=False):
                 for side in (0, 1):
-                    self._buffer[side, head, slot] = self._blocks[block][side][head]
-                self._buffer_ids[head, slot] = block
+                    self.buffer[side, head, slot] = self.blocks[block][side][head]
+                self.buffer_ids[head, slot] = block
             self.needed += count
             self.hits += count - len(misses)
-        slots = [[self._buffer_ids[head].tolist().index(block) for block in selected] for head, selected in enumerate(chosen)]
+        slots = [[self.buffer_ids[head].tolist().index(block) for block in selected] for head, selected in enumerate(chosen)]
         heads = torch.arange(len(slots))[:, None]
-        keys, values = self._buffer[:, heads, torch.tensor(slots)].flatten(2, 3)  # [Hkv, k block, D] each
+        keys, values = self.buffer[:, heads, torch.tensor(slots)].flatten(2, 3)  # [Hkv, k block, D] each
         return keys, values
 
     def _offload_block(self) -> None:
         """Make a block of the oldest local tokens."""
-        block = self._plan.block
-        rows = self._local.keys[:, :block], self._local.values[:, :block]
-        age = torch.arange(self._local.count - 1, self._local.count - 1 - block, -1, device=rows[0].device)
+        block = self.plan.block
+        rows = self.local.keys[:, :block], self.local.values[:, :block]
+        age = torch.arange(self.local.count - 1, self.local.count - 1 - block, -1, device=rows[0].device)
         self._summarise(rows[0], self._scores[:, :block], age)
-        self._blocks.append((rows[0].clone(), rows[1].clone()))
-        self._local = KeptRows(self._local.keys[:, block:], self._local.values[:, block:])
+        self.blocks.append((rows[0].clone(), rows[1].clone()))
+        self.local = KeptRows(self.local.keys[:, block:], self.local.values[:, block:])
         self._scores = self._scores[:, block:].clone()
 
     def _summarise(self, keys: Tensor, scores: Tensor, counts: Tensor) -> None:
@@ -135,9 +141,9 @@ class InfLLMLayer(LayerState):
             scores: [Hkv, block], summed over the queries that followed each token.
             counts: [block], the number of these queries.
         """
-        best = (scores / counts).topk(self._plan.representatives, dim=1).indices  # [Hkv, r]
+        best = (scores / counts).topk(self.plan.representatives, dim=1).indices  # [Hkv, r]
         summary = take_rows(keys, best).float().sum(1, keepdim=True).to(keys.dtype)
-        self._summaries = torch.cat([self._summaries, summary], dim=1)
+        self.summaries = torch.cat([self.summaries, summary], dim=1)
 
 
 @dataclass(frozen=True)

@@ -16,32 +16,36 @@ from specache.eval.prefilled import Prefilled
 
 
 class SpeCacheSession:
-    """Decodes with a SpeCache on the engine, greedy draft tokens included."""
+    """Decodes with a SpeCache on the engine, greedy draft tokens included.
+
+    Attributes:
+        cache: a fork of the prompt's cache.
+    """
 
     def __init__(self, prompt: Prefilled, config: SpeCacheConfig) -> None:
         changes = {
             f.name: getattr(config, f.name) for f in fields(config) if f.name not in ("slow_tier", "slow_dir", "fast_memory")
         }
-        self._cache: SpeCache = prompt.cache.fork(**changes)
-        self._sequence = self._cache.sequences[0]
-        self._engine = Engine.over(prompt.model, self._cache)
+        self.cache: SpeCache = prompt.cache.fork(**changes)
+        self._sequence = self.cache.sequences[0]
+        self._engine = Engine.over(prompt.model, self.cache)
         self._run = self._engine.resume([self._sequence])
 
     def feed(self, token: int) -> Tensor:
-        self._run.give([token], self._cache.counters)
+        self._run.give([token], self.cache.counters)
         self._engine.step()
         assert self._run.logits is not None
         return self._run.logits[0]
 
     def stats(self) -> SessionStats:
-        s = self._cache.stats()
+        s = self.cache.stats()
         # evaluations run in float32, and are compared with a 16-bit cache
         use = self._sequence.memory(ORDINARY_ITEMSIZE)
-        fast = use.full if self._cache.config.policy is Policy.FULL else use.fast
+        fast = use.full if self.cache.config.policy is Policy.FULL else use.fast
         return SessionStats(fast / use.full, use.hot / use.full, s["hit_rate"], s["guess_rate"])
 
     def close(self) -> None:
-        self._cache.close()
+        self.cache.close()
 
 
 @dataclass(frozen=True)

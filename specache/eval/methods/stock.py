@@ -23,12 +23,15 @@ class StockSession:
     Args:
         fast_bytes: returns the bytes of a cache in fast memory. It is called after every step, and
             the most counts.
+
+    Attributes:
+        cache: the cache, until the session is closed.
     """
 
     def __init__(self, prompt: Prefilled, cache: Any, fast_bytes: Callable[[Any], int]) -> None:
         self._model = prompt.model
         self._info = prompt.cache.info
-        self._cache = cache
+        self.cache = cache
         self._fast_bytes = fast_bytes
         self._length = prompt.length
         self._token_bytes = prompt.token_bytes
@@ -38,16 +41,16 @@ class StockSession:
         reset_rope(self._model, self._info)
         ids = torch.tensor([[token]], device=self._info.device)
         positions = torch.full_like(ids, self._length)
-        output = self._model(ids, position_ids=positions, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        output = self._model(ids, position_ids=positions, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         self._length += 1
-        self._held = max(self._held, self._fast_bytes(self._cache))
+        self._held = max(self._held, self._fast_bytes(self.cache))
         return output.logits[0, -1].float()
 
     def stats(self) -> SessionStats:
         return SessionStats(self._held / (self._token_bytes * self._length))
 
     def close(self) -> None:
-        self._cache = None
+        self.cache = None
 
 
 def tensor_bytes(value: Any) -> int:
