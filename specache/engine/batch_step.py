@@ -40,7 +40,8 @@ class BatchStep:
                     run.take_first_drafts(active, logits)
 
     def decode(self) -> None:
-        """Decode one token of every active request (Algorithm 3)."""
+        """Decode one token of every active request (Algorithm 3), after `pre_decode`."""
+        self.pre_decode()
         self._ready = {handle: active for handle, run in self._running.items() if (active := run.active)}
         for group in self._groups():
             if len(group) > 1 and self._try_together(group):

@@ -227,9 +227,7 @@ class Engine:
 
     def _decode(self) -> None:
         """Decode one token of every running request (Algorithms 2 and 3)."""
-        step = BatchStep(self._decoder, self._running, self._errors_of, self._end)
-        step.pre_decode()
-        step.decode()
+        BatchStep(self._decoder, self._running, self._errors_of, self._end).decode()
 
     def _finish(self) -> None:
         """End the requests whose sequences have all finished."""
