@@ -10,7 +10,7 @@ from torch import Tensor
 
 from specache.cache.layers import CompressedLayer
 from specache.cache.resources import Resources
-from specache.cache.sizes import checkpoint_allowance, hot_slots
+from specache.cache.sizes import checkpoint_allowance, fetches, hot_slots
 from specache.config import Policy, SlowTierKind, SpeCacheConfig
 from specache.model.info import ModelInfo
 from specache.rows.fetch import HotSetRowFetcher, InPlaceRowFetcher, RowFetcher
@@ -62,7 +62,7 @@ class CacheContext:
 
     def row_fetcher(self, tier: SlowTier, index: int, keys: Tensor) -> RowFetcher:
         """Return the row fetcher of a layer with keys [Hkv, n, D]."""
-        if tier.in_place or not (self.config.policy.verifies or self.config.policy.prefetches):
+        if tier.in_place or not self.config.policy.fetches:
             return InPlaceRowFetcher(tier, index)
         if self._worker is None:
             self._worker = PrefetchWorker(DISK_READERS if self.config.slow_tier is SlowTierKind.DISK else 1)
@@ -107,8 +107,7 @@ class CacheContext:
 
 
 def _new_counters(config: SpeCacheConfig) -> Counters:
-    fetches = config.slow_tier is not SlowTierKind.RAM_INPLACE
-    return Counters(prefetches=fetches and config.policy.prefetches, speculates=config.policy.drafts)
+    return Counters(prefetches=fetches(config) and config.policy.prefetches, speculates=config.policy.drafts)
 
 
 def _new_main_memory(info: ModelInfo, config: SpeCacheConfig) -> MainMemory | None:

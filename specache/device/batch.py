@@ -20,7 +20,7 @@ from torch import Tensor
 
 from specache.cache.layers import CompressedLayer
 from specache.cache.window_layer import WindowLayer
-from specache.config import PAGE_TOKENS, Policy, SpeCacheConfig
+from specache.config import PAGE_TOKENS, SpeCacheConfig
 from specache.device.device_hot_set import DeviceHotSet
 from specache.device.device_rows import DeviceRowFetcher, RowCounters, StepBuffers
 from specache.device.fused_rows import device_row_fetcher
@@ -137,7 +137,7 @@ class DeviceBatch:
         one = next(iter(first.values())).residual_keys
         self.config, self.size, self.device = config, size, one.device
         self.sequences = list(sequences)
-        self.top_k = min(config.top_k, size.capacity) if config.policy is not Policy.NONE else 0
+        self.top_k = min(config.top_k, size.capacity) if config.policy.fetches else 0
         self._claim = budget.claim(self._own_bytes(), "the static buffers of a step")
         self.inputs = StepInputs(len(sequences), size.queries, self.device)
         self.lengths = torch.zeros(len(sequences), dtype=torch.int32, device=self.device)

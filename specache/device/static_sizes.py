@@ -18,12 +18,8 @@ POSITIONS_OF_LAYER = 4  # arrays [B, Hkv, k]: next and used positions, prefetche
 COUNTERS = 5
 
 CAPACITY_STEP = 4096  # low-bit tokens: a batch has room for a multiple, so that it is seldom rebuilt
-KINDS = {  # what a step over static buffers decodes; other policies have none
-    Policy.VERIFIED: StepKind.PAIR,
-    Policy.SPECULATIVE: StepKind.PAIR,
-    Policy.ON_DEMAND: StepKind.SINGLE,
-    Policy.PREVIOUS: StepKind.SINGLE,
-    Policy.NONE: StepKind.SINGLE,
+KINDS: dict[Policy, StepKind] = {  # what a step over static buffers decodes; other policies have none
+    policy: StepKind.PAIR if policy.drafts else StepKind.SINGLE for policy in Policy if policy not in (Policy.AUTO, Policy.FULL)
 }
 
 

@@ -5,7 +5,7 @@ on a GPU use.
 from __future__ import annotations
 
 from specache.cache.sizes import hot_slots
-from specache.config import Policy, SlowTierKind, SpeCacheConfig
+from specache.config import SlowTierKind, SpeCacheConfig
 from specache.device.device_hot_set import hot_set_bytes
 from specache.device.static_sizes import KINDS, batch_bytes, low_bit_room
 from specache.model.dimensions import ModelDimensions
@@ -32,7 +32,7 @@ def static_step_bytes(model: ModelDimensions, config: SpeCacheConfig, context: i
     if not supported or short or config.residual == 0 or model.dynamic_rope:
         return 0
     room = low_bit_room(config, context)
-    top_k = min(config.top_k, room) if config.policy is not Policy.NONE else 0
+    top_k = min(config.top_k, room) if config.policy.fetches else 0
     shapes = [(layer.kv_heads, layer.head_dim) for layer in model.full_layers]
     windows = len(model.layers) - len(shapes)
     total = batch_bytes(shapes, windows, batch, top_k, room, KINDS[config.policy].queries, model.itemsize)
