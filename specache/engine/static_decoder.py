@@ -234,7 +234,8 @@ class StaticDecoder:
         if config.residual == 0:
             return "residual=0 leaves no token at 16 bits while its group becomes low bit"
         layers = set(self._cache.resources.dimensions.full_layers)
-        reasons = (page_kernels.unsupported_reason(info.device, layer.head_dim, info.dtype, config.group_size) for layer in layers)
+        kind = info.dtype, config.group_size, config.code
+        reasons = (page_kernels.unsupported_reason(info.device, layer.head_dim, *kind) for layer in layers)
         return next((reason for reason in reasons if reason), None)
 
 

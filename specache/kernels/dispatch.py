@@ -20,9 +20,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -44,7 +44,12 @@ ON_CPU = f"On the CPU, Triton has an interpreter, to test only: set {triton_kern
 
 def available() -> list[str]:
     """Return the backends for the CPU, fastest last."""
-    return ["torch", *native.instruction_sets()]
+    return list(_backends())
+
+
+def _backends() -> dict[str, Callable[[], Any]]:
+    """Return what loads each backend for the CPU, fastest last."""
+    return {"torch": lambda: torch_ops, **{isa: partial(native.NativeKernels, isa) for isa in native.instruction_sets()}}
 
 
 def active() -> dict[str, str]:
@@ -68,13 +73,13 @@ def using(name: str) -> Iterator[None]:
 
 
 def quantise(keys: Tensor, values: Tensor, low_bit_kv: LowBitKV, start: int) -> None:
-    _backend_for(keys, low_bit_kv.head_dim, low_bit_kv.group_size).quantise(keys, values, low_bit_kv, start)
+    _backend_for(keys, low_bit_kv).quantise(keys, values, low_bit_kv, start)
 
 
 def layer_step(
     query: Tensor, low_bit_kvs: Sequence[LowBitKV], recent: Sequence[RecentTokens], top_k: int, params: AttentionParams
 ) -> LayerStep:
-    backend = _native_for(query)
+    backend = _step_backend_for(query, low_bit_kvs[0])
     return (backend.layer_step if backend else TorchLayerStep)(query, low_bit_kvs, recent, top_k, params)
 
 
@@ -90,7 +95,7 @@ def decode_in_place(
 
     Return float32 [B, Hq, n, D], or `None` where the backend has no such call.
     """
-    backend = _native_for(query)
+    backend = _step_backend_for(query, low_bit_kvs[0])
     return None if backend is None else backend.decode_in_place(query, low_bit_kvs, recent, stored, top_k, params)
 
 
@@ -99,26 +104,26 @@ def forces_torch() -> bool:
     return (_forced[0] if _forced else os.environ.get(VARIABLE)) == "torch"
 
 
-def _native_for(query: Tensor) -> native.NativeKernels | None:
-    """Return the C++ kernels if they support queries [B, Hq, n, D], else `None`."""
+def _step_backend_for(query: Tensor, low_bit_kv: LowBitKV) -> Any | None:
+    """Return the backend with a layer step for queries [B, Hq, n, D], or `None` for PyTorch's."""
     if query.device.type == "cuda" or _chosen()[0] == TRITON:
         return None
-    backend = _backend_for(query, query.shape[-1])
-    return backend if isinstance(backend, native.NativeKernels) else None
+    backend = _backend_for(query, low_bit_kv)
+    return None if backend is torch_ops else backend
 
 
-def _backend_for(tensor: Tensor, dim: int = 1, group_size: int = 64) -> Any:
+def _backend_for(tensor: Tensor, low_bit_kv: LowBitKV) -> Any:
     name, backend = _chosen()
     if tensor.device.type == "cuda" or name == TRITON:
-        return torch_ops if forces_torch() else _gpu_backend_for(tensor, dim, group_size)
+        return torch_ops if forces_torch() else _gpu_backend_for(tensor, low_bit_kv)
     if native.IMPORT_ERROR and tensor.device.type == "cpu" and VARIABLE not in os.environ:
         _warn_without_native()
-    if tensor.device.type != "cpu" or backend is torch_ops or not backend.supports(dim, tensor.dtype):
+    if tensor.device.type != "cpu" or backend is torch_ops:
         return torch_ops
-    return backend
+    return backend if backend.supports(low_bit_kv.head_dim, tensor.dtype, low_bit_kv.code) else torch_ops
 
 
-def _gpu_backend_for(tensor: Tensor, dim: int, group_size: int) -> Any:
+def _gpu_backend_for(tensor: Tensor, low_bit_kv: LowBitKV) -> Any:
     """Return Triton if it supports the tensor's device and layer, else PyTorch."""
     if tensor.device.type == "cpu":
         if not triton_kernels.interpreted():
@@ -126,7 +131,7 @@ def _gpu_backend_for(tensor: Tensor, dim: int, group_size: int) -> Any:
     elif reason := _unsupported_reason(tensor.device):
         _warn_unsupported(reason)
         return torch_ops
-    if reason := _triton().unsupported_reason(dim, tensor.dtype, group_size):
+    if reason := _triton().unsupported_reason(low_bit_kv.head_dim, tensor.dtype, low_bit_kv.group_size, low_bit_kv.code):
         _warn_unsupported(reason)
         return torch_ops
     return _triton() if tensor.device.type == "cpu" else _guarded(tensor.device)
@@ -185,7 +190,7 @@ def _load(name: str) -> Any:
         known = ", ".join([*available(), TRITON])
         reason = f" ({native.IMPORT_ERROR})" if native.IMPORT_ERROR and name != "torch" else ""
         raise ConfigError(f"{VARIABLE}={name!r} is not available here{reason}. There is {known}.")
-    return torch_ops if name == "torch" else native.NativeKernels(name)
+    return _backends()[name]()
 
 
 _forced: tuple[str, Any] | None = None

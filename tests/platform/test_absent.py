@@ -17,6 +17,7 @@ from specache.kernels import dispatch
 from specache.kernels import triton as triton_kernels
 from specache.kernels.guarded import GuardedKernels
 from specache.kernels.torch import operations as torch_ops
+from specache.low_bit.layout import PageLayout
 from specache.platform import machine
 from tests.cli.running import one_line, run
 from tests.kernels.test_native import Case
@@ -47,10 +48,13 @@ class OnGpu:
     device, dtype, shape = GPU, torch.float32, (1, 4, 1, 64)
 
 
+LOW_BIT_KV = PageLayout(Code.ROTATED, 2, 64, 1, 64).low_bit_kv((), 0)
+
+
 def served_and_said() -> tuple[Any, list[str]]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        backends = {dispatch._backend_for(OnGpu(), 64) for _ in range(3)}  # type: ignore[arg-type]
+        backends = {dispatch._backend_for(OnGpu(), LOW_BIT_KV) for _ in range(3)}  # type: ignore[arg-type]
     assert len(backends) == 1
     return backends.pop(), [str(warning.message) for warning in caught]
 
