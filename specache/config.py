@@ -42,6 +42,16 @@ class Policy(StrEnum):
         """Return True if a step submits reads for the next step."""
         return self in (Policy.VERIFIED, Policy.SPECULATIVE, Policy.PREVIOUS)
 
+    @property
+    def selects_in_prefill(self) -> bool:
+        """Return True if the prompt's last token selects the pairs of the first step."""
+        return self.prefetches and not self.drafts
+
+    @property
+    def fetches(self) -> bool:
+        """Return True if 16-bit pairs replace low-bit ones."""
+        return self.verifies or self.prefetches
+
 
 class Code(StrEnum):
     """The quantiser that encodes a key or a value with `bits` bits per element."""

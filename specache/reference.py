@@ -255,7 +255,7 @@ class Layer:
         positions = torch.arange(keys.shape[1], device=keys.device)  # [S]
         out = attend(softmax.probabilities(queries, keys.float(), positions), values.float())
         self.append(queries, keys, values)
-        if self.config.policy is Policy.PREVIOUS:  # no pre-decoding: the last prompt token selects
+        if self.config.policy.selects_in_prefill:  # no pre-decoding: the last prompt token selects
             low_bit = torch.cat([self.low_bit_keys, keys[:, self.low_bit_length :].float()], dim=1)  # [Hkv, S, D]
             probabilities = softmax.probabilities(queries[:, :, -1:], low_bit, positions[-1:])  # [Hkv, G, 1, S]
             self.fetched_positions = select(probabilities, self.low_bit_length, self.config.top_k)
@@ -283,7 +283,7 @@ class Layer:
             probabilities = softmax.probabilities(query, mixed_keys, position)  # [Hkv, G, 1, n + q]
             outputs.append(attend(probabilities, mixed_values))
         self.append(queries[:, :, :committed], keys[:, :committed], values[:, :committed])
-        if config.policy in (Policy.SPECULATIVE, Policy.PREVIOUS):  # the last token selects for the next pass
+        if config.policy.prefetches and not config.policy.verifies:  # the last token selects for the next pass
             self.fetched_positions = select(probabilities, self.low_bit_length, config.top_k)
         return torch.cat(outputs, dim=2)
 

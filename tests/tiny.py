@@ -7,7 +7,11 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from specache.config import Policy
+
 torch.set_num_threads(1)  # many tiny operations: a second thread only waits
+
+FETCHING = [str(policy) for policy in Policy if policy.fetches]
 
 
 def llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:

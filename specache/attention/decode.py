@@ -84,11 +84,9 @@ class StepSpec:
     @property
     def selects_next(self) -> bool:
         """Whether the last query selects the positions to prefetch for the next step."""
-        if self.policy is Policy.VERIFIED:
-            return self.kind.draft_row is not None
-        if self.policy is Policy.SPECULATIVE:
-            return self.kind is not StepKind.SINGLE
-        return self.policy is Policy.PREVIOUS
+        if not self.policy.drafts:
+            return self.policy.prefetches
+        return self.kind.draft_row is not None or (self.kind is StepKind.PRE_DECODE and not self.policy.verifies)
 
 
 class StepRows(Protocol):
@@ -251,7 +249,7 @@ class _BatchRows:
 
     def prefetched(self) -> tuple[Tensor, Tensor]:
         wanted = [layer.next_positions for layer in self._layers]
-        k = max((w.shape[1] for w in wanted if w is not None), default=0) if self._spec.policy is not Policy.NONE else 0
+        k = max((w.shape[1] for w in wanted if w is not None), default=0) if self._spec.policy.fetches else 0
         residual = self._layers[0].residual_keys
         heads, dim = residual.shape[0], residual.shape[2]
         positions = torch.full((len(wanted), heads, k), -1, device=residual.device)

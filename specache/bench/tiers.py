@@ -21,7 +21,7 @@ from specache.stats import Counters
 from specache.tiers.disk import probe
 
 RAM = str(SlowTierKind.RAM)
-TIERS = tuple(str(tier) for tier in (SlowTierKind.RAM_INPLACE, SlowTierKind.RAM, SlowTierKind.DISK))
+TIERS = tuple(str(tier) for tier in SlowTierKind if tier is not SlowTierKind.AUTO)
 _NOT_HERE = (Policy.AUTO, Policy.NONE, Policy.FULL)  # policies that fetch nothing, or stand for another policy
 _COUNTED = ("rows_selected", "rows_ready", "read_s", "wait_s", "bytes_fetched")
 

@@ -135,8 +135,7 @@ def ordinary_bytes(model: ModelDimensions, tokens: int, itemsize: int = ORDINARY
 
 def fetches(config: SpeCacheConfig) -> bool:
     """Return whether rows are copied from the slow tier through a hot set."""
-    wants_rows = config.policy.verifies or config.policy.prefetches
-    return wants_rows and config.slow_tier is not SlowTierKind.RAM_INPLACE
+    return config.policy.fetches and config.slow_tier is not SlowTierKind.RAM_INPLACE
 
 
 def on_disk(config: SpeCacheConfig) -> bool:

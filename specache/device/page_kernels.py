@@ -17,9 +17,7 @@ from specache.config import Code
 from specache.kernels import dispatch
 from specache.kernels import triton as triton_kernels
 from specache.kernels.blocks import blocks
-from specache.kernels.torch import kivi as torch_kivi
 from specache.kernels.torch import operations as torch_ops
-from specache.kernels.torch import rotated as torch_rotated
 from specache.kernels.triton.tables import FIELDS, Offsets, PageScores, PageTables
 from specache.kernels.types import AttentionParams, LowBitKV
 from specache.low_bit.layout import PageLayout
@@ -84,7 +82,7 @@ def page_kernels(layout: PageLayout, device: torch.device) -> PageKernels:
     return TorchPages(layout) if _in_pytorch(device) else TritonPages(layout)
 
 
-def unsupported_reason(device: torch.device, dim: int, dtype: torch.dtype, group_size: int) -> str | None:
+def unsupported_reason(device: torch.device, dim: int, dtype: torch.dtype, group_size: int, code: Code) -> str | None:
     """Return why layers of this kind are unsupported on a device, or `None`."""
     if _in_pytorch(device):
         return None
@@ -92,7 +90,7 @@ def unsupported_reason(device: torch.device, dim: int, dtype: torch.dtype, group
         return f"{dispatch.VARIABLE} asks for PyTorch's kernels"
     if device.type == "cuda" and (reason := triton_kernels.unsupported_reason(device)):
         return reason
-    return triton_kernels.load().unsupported_reason(dim, dtype, group_size)
+    return triton_kernels.load().unsupported_reason(dim, dtype, group_size, code)
 
 
 def build_errors(device: torch.device) -> tuple[type[Exception], ...]:
@@ -198,7 +196,7 @@ class TorchPages:
 
     def _values(self, low_bit_kv: LowBitKV, weights: Tensor) -> Tensor:
         """Sum values with weights [Hkv, G n, S] -> [Hkv, G n, D]."""
-        values = torch_rotated.ValueSum(low_bit_kv) if low_bit_kv.code is Code.ROTATED else torch_kivi.ValueSum(low_bit_kv)
+        values = torch_ops.CODES[low_bit_kv.code].ValueSum(low_bit_kv)
         for block, first, count in blocks(low_bit_kv, low_bit_kv.length):
             values.add(weights[..., first : first + count], block)
         return values.result()

@@ -19,12 +19,8 @@ POSITIONS_OF_LAYER = 4  # arrays [B, Hkv, k]: next and used positions, prefetche
 COUNTERS = 5
 
 CAPACITY_STEP = 4096  # low-bit tokens: a batch has room for a multiple, so that it is seldom rebuilt
-KINDS = {  # what a step over static buffers decodes; other policies have none
-    Policy.VERIFIED: StepKind.PAIR,
-    Policy.SPECULATIVE: StepKind.PAIR,
-    Policy.ON_DEMAND: StepKind.SINGLE,
-    Policy.PREVIOUS: StepKind.SINGLE,
-    Policy.NONE: StepKind.SINGLE,
+KINDS: dict[Policy, StepKind] = {  # what a step over static buffers decodes; other policies have none
+    policy: StepKind.PAIR if policy.drafts else StepKind.SINGLE for policy in Policy if policy not in (Policy.AUTO, Policy.FULL)
 }
 
 
@@ -43,7 +39,7 @@ def unsupported_reason(config: SpeCacheConfig, dynamic_rope: bool) -> str | None
 
 def step_pairs(config: SpeCacheConfig, capacity: int) -> int:
     """Return the pairs per KV head that a step fetches, with room for `capacity` low-bit tokens."""
-    return 0 if config.policy is Policy.NONE else min(config.top_k, capacity)
+    return min(config.top_k, capacity) if config.policy.fetches else 0
 
 
 def low_bit_room(config: SpeCacheConfig, tokens: int, step: int = CAPACITY_STEP) -> int:

@@ -47,14 +47,15 @@ class PrefillPass:
 
     Args:
         sequence: the sequence that the chunk is appended to.
-        policy, top_k: with policy `previous`, the last prompt token selects `top_k` pairs.
+        policy, top_k: if the policy `selects_in_prefill`, the last prompt token selects `top_k`
+            pairs.
         is_last: whether the chunk ends the prompt.
         observe: called with the queries of full-attention layers.
     """
 
     def __init__(self, sequence: Sequence, policy: Policy, top_k: int, is_last: bool, observe: Observer | None = None) -> None:
         self._sequence = sequence
-        self._select_first = is_last and policy is Policy.PREVIOUS
+        self._select_first = is_last and policy.selects_in_prefill
         self._top_k = top_k
         self._observe = observe
 

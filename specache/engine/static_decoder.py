@@ -232,7 +232,8 @@ class StaticDecoder:
         """Return why the kernels for static buffers do not support a layer here, or `None`."""
         info, config = self._cache.info, self._cache.config
         layers = set(self._cache.resources.dimensions.full_layers)
-        reasons = (page_kernels.unsupported_reason(info.device, layer.head_dim, info.dtype, config.group_size) for layer in layers)
+        kind = info.dtype, config.group_size, config.code
+        reasons = (page_kernels.unsupported_reason(info.device, layer.head_dim, *kind) for layer in layers)
         return next((reason for reason in reasons if reason), None)
 
 

@@ -19,9 +19,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from torch import Tensor
@@ -42,7 +42,12 @@ ON_CPU = f"On the CPU, Triton has an interpreter, to test only: set {triton_kern
 
 def available() -> list[str]:
     """Return the backends for the CPU, fastest last."""
-    return ["torch", *native.instruction_sets()]
+    return list(_backends())
+
+
+def _backends() -> dict[str, Callable[[], Any]]:
+    """Return what loads each backend for the CPU, fastest last."""
+    return {"torch": lambda: torch_ops, **{isa: partial(native.NativeKernels, isa) for isa in native.instruction_sets()}}
 
 
 def active() -> dict[str, str]:
@@ -68,7 +73,7 @@ def using(name: str) -> Iterator[None]:
 def quantise(keys: Tensor, values: Tensor, low_bit_kv: LowBitKV, start: int) -> None:
     on_cuda = keys.device.type == "cuda"
     if forces_torch() or not (on_cuda or _chosen()[0] == TRITON):
-        _backend_for(keys, low_bit_kv.head_dim).quantise(keys, values, low_bit_kv, start)
+        _backend_for(keys, low_bit_kv).quantise(keys, values, low_bit_kv, start)
         return
     if not (on_cuda or triton_kernels.interpreted()):
         raise ConfigError(f"{VARIABLE}={TRITON!r} runs on a GPU, and this tensor is on the CPU. {ON_CPU}")
@@ -78,7 +83,7 @@ def quantise(keys: Tensor, values: Tensor, low_bit_kv: LowBitKV, start: int) -> 
 def layer_step(
     query: Tensor, low_bit_kvs: Sequence[LowBitKV], recent: Sequence[RecentTokens], top_k: int, params: AttentionParams
 ) -> LayerStep:
-    backend = _native_for(query)
+    backend = _step_backend_for(query, low_bit_kvs[0])
     return (backend.layer_step if backend else TorchLayerStep)(query, low_bit_kvs, recent, top_k, params)
 
 
@@ -94,7 +99,7 @@ def decode_in_place(
 
     Return float32 [B, Hq, n, D], or `None` where the backend has no such call.
     """
-    backend = _native_for(query)
+    backend = _step_backend_for(query, low_bit_kvs[0])
     return None if backend is None else backend.decode_in_place(query, low_bit_kvs, recent, stored, top_k, params)
 
 
@@ -103,21 +108,21 @@ def forces_torch() -> bool:
     return (_forced[0] if _forced else os.environ.get(VARIABLE)) == "torch"
 
 
-def _native_for(query: Tensor) -> native.NativeKernels | None:
-    """Return the C++ kernels if they support queries [B, Hq, n, D], else `None`."""
-    backend = _backend_for(query, query.shape[-1])
-    return backend if isinstance(backend, native.NativeKernels) else None
+def _step_backend_for(query: Tensor, low_bit_kv: LowBitKV) -> Any | None:
+    """Return the backend with a layer step for queries [B, Hq, n, D], or `None` for PyTorch's."""
+    backend = _backend_for(query, low_bit_kv)
+    return None if backend is torch_ops else backend
 
 
-def _backend_for(tensor: Tensor, dim: int = 1) -> Any:
+def _backend_for(tensor: Tensor, low_bit_kv: LowBitKV) -> Any:
     name, backend = _chosen()
     if tensor.device.type == "cuda" or name == TRITON:
         return torch_ops
     if native.IMPORT_ERROR and tensor.device.type == "cpu" and VARIABLE not in os.environ:
         _warn_without_native()
-    if tensor.device.type != "cpu" or backend is torch_ops or not backend.supports(dim, tensor.dtype):
+    if tensor.device.type != "cpu" or backend is torch_ops:
         return torch_ops
-    return backend
+    return backend if backend.supports(low_bit_kv.head_dim, tensor.dtype, low_bit_kv.code) else torch_ops
 
 
 def _chosen() -> tuple[str, Any]:
@@ -150,7 +155,7 @@ def _load(name: str) -> Any:
         known = ", ".join([*available(), TRITON])
         reason = f" ({native.IMPORT_ERROR})" if native.IMPORT_ERROR and name != "torch" else ""
         raise ConfigError(f"{VARIABLE}={name!r} is not available here{reason}. There is {known}.")
-    return torch_ops if name == "torch" else native.NativeKernels(name)
+    return _backends()[name]()
 
 
 _forced: tuple[str, Any] | None = None

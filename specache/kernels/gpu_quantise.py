@@ -36,7 +36,8 @@ def _unsupported_reason(keys: Tensor, low_bit_kv: LowBitKV) -> str | None:
     device = keys.device
     if reason := _build_failures.get(device) or (device.type == "cuda" and _missing(device)):
         return reason
-    return triton_kernels.load().unsupported_reason(low_bit_kv.head_dim, keys.dtype, low_bit_kv.group_size)
+    layer = low_bit_kv.head_dim, keys.dtype, low_bit_kv.group_size, low_bit_kv.code
+    return triton_kernels.load().unsupported_reason(*layer)
 
 
 @cache

@@ -77,7 +77,7 @@ class CacheFootprint:
         end = prefix_end(self.model, self.config, sequence)
         lengths = [sequence.prompt] + ([] if end is None else [min(end, sequence.prompt)])
         moments = [self._held(sequence, length, self._pairs_in_prefill) for length in lengths]
-        if sequence.stored or self.config.policy is Policy.PREVIOUS:
+        if sequence.stored or self.config.policy.selects_in_prefill:
             return moments
         return [replace(moment, hot_set=0) for moment in moments]
 
@@ -128,7 +128,7 @@ class CacheFootprint:
 
     @property
     def _pairs_in_prefill(self) -> int:
-        return self.pairs if self.config.policy is Policy.PREVIOUS else 0
+        return self.pairs if self.config.policy.selects_in_prefill else 0
 
     def _held(self, sequence: PlannedSequence, tokens: int, least_slots: int) -> FastBytes:
         total = FastBytes(windows=window_bytes(self.model))

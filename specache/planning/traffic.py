@@ -83,7 +83,7 @@ def _misses(model: ModelDimensions, config: SpeCacheConfig, context: int, batch:
 
     It is 1 if the tier is read in place, and 0 if the policy selects none.
     """
-    if config.policy in (Policy.FULL, Policy.NONE):
+    if not config.policy.fetches:
         return 0.0
     if not fetches(config):
         return 1.0

@@ -16,10 +16,9 @@ from specache.engine import runs
 from specache.kernels import dispatch
 from specache.kernels.cpu import native
 from specache.kernels.torch import operations as torch_ops
-from tests.tiny import llama, prompt
+from tests.tiny import FETCHING, llama, prompt
 
 TIERS = ("ram-inplace", "ram")
-FETCHING = ("verified", "speculative", "on-demand", "previous")
 EVERYTHING = 10**6
 NEW = 40
 

@@ -24,10 +24,10 @@ from tests.device.simulated import SimulatedStreams, orders
 from tests.device.simulated_graph import SimulatedGraphs
 from tests.device.static_running import answer, assert_equal, config, continued, static_steps
 from tests.engine.test_model_families import DYNAMIC, FAMILIES, LONGROPE, build
-from tests.tiny import llama, prompt, ragged
+from tests.tiny import FETCHING, llama, prompt, ragged
 
 pytestmark = pytest.mark.usefixtures("torch_kernels")
-POLICIES = ("verified", "speculative", "on-demand", "previous", "none")
+POLICIES = (*FETCHING, "none")
 
 
 @pytest.fixture(scope="module")

@@ -23,9 +23,9 @@ from specache.errors import NonFiniteError, SlowTierError, UsageError
 from specache.kernels import dispatch
 from specache.tiers.disk.disk_tier import DiskTier
 from tests.engine.test_model_families import HYBRID, SIZES
-from tests.tiny import llama, prompt, ragged
+from tests.tiny import FETCHING, llama, prompt, ragged
 
-POLICIES = ["full", "verified", "speculative", "previous", "on-demand", "none"]
+POLICIES = ["full", *FETCHING, "none"]
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -34,19 +35,14 @@ CHUNK = 48
 MODELS = ("llama", "gemma2", "gemma3", "gpt-oss", "llama-dynamic-rope")
 SMALL_BLOCKS = {"block_size": 8, "representatives": 2}
 
-EVERYTHING = {
-    "streaming-llm": StreamingLLMMethod(budget=2),
-    "h2o": H2OMethod(budget=2),
-    "snapkv": SnapKVMethod(budget=2),
-    "infllm": InfLLMMethod(budget=2, **SMALL_BLOCKS),
-    "infllm, all of it retrieved": InfLLMMethod(budget=2, local_share=0.2, **SMALL_BLOCKS),
-}
 QUARTER = {
     "streaming-llm": StreamingLLMMethod(),
     "h2o": H2OMethod(),
     "snapkv": SnapKVMethod(),
     "infllm": InfLLMMethod(**SMALL_BLOCKS),
 }
+EVERYTHING = {name: replace(method, budget=2) for name, method in QUARTER.items()}
+EVERYTHING["infllm, all of it retrieved"] = InfLLMMethod(budget=2, local_share=0.2, **SMALL_BLOCKS)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The C++ kernels against plain PyTorch, on every instruction set of this machine."""
+"""Every backend for the CPU against plain PyTorch: the C++ kernels' instruction sets."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from specache.low_bit.layout import PageLayout
 from specache.low_bit.pool import PagePool, PageTable
 from specache.platform.budget import ByteBudget
 
-ISAS = native.instruction_sets()
+ISAS = dispatch.available()[1:]  # every backend but PyTorch, which they are tested against
 pytestmark = pytest.mark.skipif(not ISAS, reason=f"the C++ kernels are not built: {native.IMPORT_ERROR}")
 
 # Rounding a page's weights to 8 bits, as a share of the largest value.

@@ -46,7 +46,7 @@ class OnGpu:
     """Keys and values, and their low-bit copy, of which the choice of a backend reads no more."""
 
     device, dtype = GPU, torch.float32
-    head_dim, group_size = 64, 64
+    head_dim, group_size, code = 64, 64, Code.ROTATED
 
 
 class Kernels:
@@ -59,7 +59,7 @@ class Kernels:
     def __init__(self, error: Exception | None = None, destroys: torch.Tensor | None = None) -> None:
         self.error, self.destroys, self.calls = error, destroys, 0
 
-    def unsupported_reason(self, dim: int, dtype: torch.dtype, group_size: int) -> None:
+    def unsupported_reason(self, dim: int, dtype: torch.dtype, group_size: int, code: Code) -> None:
         return None
 
     def quantise(self, *arguments: Any) -> None:

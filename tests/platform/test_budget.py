@@ -19,10 +19,10 @@ from specache.engine.admission import planned_sequences
 from specache.planning.plan import MemoryPlan, plan
 from specache.platform.budget import ByteBudget
 from tests.peak import PeakMemory
-from tests.tiny import llama, prompt
+from tests.tiny import FETCHING, llama, prompt
 
 SHORT = {"group_size": 16, "residual": 16, "top_k": 8, "prefill_chunk": 64}
-POLICIES = ["verified", "speculative", "on-demand", "previous", "none", "full"]
+POLICIES = [*FETCHING, "none", "full"]
 TIERS = ["ram-inplace", "ram", "disk"]
 
 

@@ -30,8 +30,9 @@ from tests.sessions.sequences import (
     state,
 )
 from tests.tiers.tier_rows import nothing_left
+from tests.tiny import FETCHING
 
-POLICIES = ("verified", "on-demand", "speculative", "previous", "none")
+POLICIES = (*FETCHING, "none")
 EVERYTHING = 10**6
 
 

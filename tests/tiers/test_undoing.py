@@ -21,9 +21,9 @@ from specache.tiers.disk.disk_tier import DiskTier
 from tests.cache.test_invariants import run, settings
 from tests.tiers.faults import Steps, failing
 from tests.tiers.tier_rows import nothing_left
-from tests.tiny import prompt
+from tests.tiny import FETCHING, prompt
 
-POLICIES = ("verified", "speculative", "previous", "on-demand", "none")
+POLICIES = (*FETCHING, "none")
 PROMPT, STEPS = 230, 36
 RETIRING = [i for i in range(STEPS) if (PROMPT + i + 1 - 16) % 16 == 0]
 

@@ -52,9 +52,9 @@ class NativeKernels:
         self.isa = isa
 
     @staticmethod
-    def supports(dim: int, dtype: torch.dtype) -> bool:
-        """Return whether layers of this head dimension and dtype are supported."""
-        return dim <= _native.MAX_DIM and dtype in _DTYPES
+    def supports(dim: int, dtype: torch.dtype, code: Code) -> bool:
+        """Return whether layers of this head dimension, dtype and code are supported."""
+        return dim <= _native.MAX_DIM and dtype in _DTYPES and code in _CODES
 
     def quantise(self, keys: Tensor, values: Tensor, low_bit_kv: LowBitKV, start: int) -> None:
         keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (keys, values))

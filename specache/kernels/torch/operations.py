@@ -18,14 +18,14 @@ from specache.kernels.torch import kivi as torch_kivi
 from specache.kernels.torch import rotated as torch_rotated
 from specache.kernels.types import LowBitKV
 
-_CODES: dict[Code, Any] = {Code.KIVI: torch_kivi, Code.ROTATED: torch_rotated}
+CODES: dict[Code, Any] = {Code.KIVI: torch_kivi, Code.ROTATED: torch_rotated}
 
 
 def quantise(keys: Tensor, values: Tensor, low_bit_kv: LowBitKV, start: int) -> None:
     """Quantise tokens `[start, start + n)` and pack them into the pages of the low-bit copy."""
     done = 0
     for run, offset, count in pieces(low_bit_kv, start, keys.shape[1]):
-        _CODES[low_bit_kv.code].quantise(keys[:, done : done + count], values[:, done : done + count], run, offset, low_bit_kv)
+        CODES[low_bit_kv.code].quantise(keys[:, done : done + count], values[:, done : done + count], run, offset, low_bit_kv)
         done += count
 
 
@@ -44,7 +44,7 @@ def score(
     for b, (low_bit_kv, length) in enumerate(zip(low_bit_kvs, lengths, strict=True)):
         if not length:
             continue
-        scorer = _CODES[low_bit_kv.code].QueryScorer(grouped[b], low_bit_kv)
+        scorer = CODES[low_bit_kv.code].QueryScorer(grouped[b], low_bit_kv)
         for block, first, count in blocks(low_bit_kv, length):
             scores[b, :, :, first : first + count] = scorer(block)[..., :count]
     scores.mul_(scaling)
@@ -130,7 +130,7 @@ def attend(
         flat = weights[i].flatten(1, 2)  # [Hkv, G n, S]
         if not length:
             continue
-        values = _CODES[low_bit_kv.code].ValueSum(low_bit_kv)
+        values = CODES[low_bit_kv.code].ValueSum(low_bit_kv)
         for block, first, count in blocks(low_bit_kv, length):
             values.add(flat[..., first : first + count], block)
         out[i] += values.result().unflatten(1, (groups, n))
@@ -148,7 +148,7 @@ def softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 def dequantise(low_bit_kv: LowBitKV) -> tuple[Tensor, Tensor]:
     """Return the low-bit copy as float32 keys and values [Hkv, length, D]. For tests and tools."""
-    code = _CODES[low_bit_kv.code]
+    code = CODES[low_bit_kv.code]
     parts = [code.dequantise(block, count, low_bit_kv) for block, _, count in blocks(low_bit_kv, low_bit_kv.length)]
     if not parts:
         empty = torch.empty(low_bit_kv.num_kv_heads, 0, low_bit_kv.head_dim, dtype=torch.float32)

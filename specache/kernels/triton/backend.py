@@ -13,6 +13,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from specache.config import Code
 from specache.kernels.torch.rotated import rotation
 from specache.kernels.triton import attend, gather, score
 from specache.kernels.triton import launch_options as options
@@ -53,7 +54,7 @@ class TritonKernels:
         self.split, self.select_block = split, select_block
 
     @staticmethod
-    def unsupported_reason(dim: int, dtype: torch.dtype, group_size: int) -> str | None:
+    def unsupported_reason(dim: int, dtype: torch.dtype, group_size: int, code: Code) -> str | None:
         """Return why layers of this kind are unsupported, or `None`."""
         if dim > MAX_DIM:
             return f"head dimension {dim} is above {MAX_DIM}"
@@ -61,6 +62,8 @@ class TritonKernels:
             return f"{dtype} is none of float32, bfloat16 and float16"
         if group_size not in GROUP_SIZES:
             return f"group size {group_size} is none of 16, 32 and 64"
+        if code not in (Code.KIVI, Code.ROTATED):
+            return f"there are none for code {code.value!r}"
         return None
 
     @on_its_device

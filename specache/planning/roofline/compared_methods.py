@@ -44,10 +44,7 @@ class Method:
         """Return the query rows per sequence that select their top-k pairs: of the paper's two only
         the draft's.
         """
-        policy = self.config.policy
-        if policy is Policy.VERIFIED:
-            return 2
-        return 1 if policy.verifies or policy.prefetches else 0
+        return self.config.policy.verifies + self.config.policy.prefetches
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""

@@ -135,7 +135,7 @@ class Roofline:
             scores = counts.score_passes * method.rows + counts.select_passes * selecting
             scores = scores * layer.query_heads + counts.mass_passes * selecting * layer.kv_heads
             size += batch * low_bit * scores * counts.score_bytes
-            if config.policy is not Policy.NONE:
+            if config.policy.fetches:
                 size += batch * method.rows * min(config.top_k, low_bit) * layer.row_bytes(self.model.itemsize)
         return size
 
@@ -149,7 +149,7 @@ class Roofline:
         seconds = traffic.rows / self.device.link_rate
         if config.slow_tier is SlowTierKind.DISK:
             seconds = max(seconds, self._disk_bytes(traffic) / self._disk_rate())
-        waited = {Policy.VERIFIED: WAITED_FOR, Policy.ON_DEMAND: 1.0}.get(config.policy, 0.0)
+        waited = config.policy.verifies * (WAITED_FOR if config.policy.prefetches else 1.0)
         return seconds, seconds * (1 - waited)
 
     def _disk_bytes(self, traffic: StepTraffic) -> int:
