@@ -6,10 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specache.attention.decode import add_sinks
 from specache.device.page_kernels import RecentPart, TorchPages
+from specache.kernels.torch.exact import add_sinks, softmax_sum
 from specache.kernels.torch.exact import scores as exact_scores
-from specache.kernels.torch.exact import softmax_sum
 from specache.kernels.triton import recent_backend
 from specache.kernels.types import AttentionParams
 
