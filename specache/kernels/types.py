@@ -140,5 +140,6 @@ class LayerStep(Protocol):
         """Add the exact rows [B, Hkv, n, k, 2 D] of the same positions, and the recent tokens.
 
         Returns:
-            float32 [B, Hq, n, D].
+            float32 [B, Hq, n, D]. A step over static buffers returns [B, n, Hq, D] in the query's
+            dtype, as the model takes it, which spares it a launch.
         """
