@@ -137,7 +137,9 @@ def _check_comparable(first: Path, second: Path, before: Run, after: Run, ignore
         )
     here, there = _settings(before), _settings(after)
     if unknown := ignore - here.keys() - there.keys():
-        raise EvaluationError(f"--ignore {', '.join(sorted(unknown))}: these runs have no such setting. They have {', '.join(here)}.")
+        raise EvaluationError(
+            f"--ignore {', '.join(sorted(unknown))}: these runs have no such setting. They have {', '.join(here)}."
+        )
     differing = {key: (here.get(key), there.get(key)) for key in {**here, **there} if here.get(key) != there.get(key)}
     described = {key: f"{key} is {_brief(old)} in {first} and {_brief(new)} in {second}" for key, (old, new) in differing.items()}
     refused = [key for key in differing if key not in ignore and key in here and key in there]
@@ -160,7 +162,9 @@ def _method_notes(before: Run, after: Run) -> list[str]:
     notes = []
     for label, method in before.methods.items():
         old, new = method["settings"], after.methods.get(label, method)["settings"]
-        changed = [f"{key} {_brief(old.get(key))} -> {_brief(new.get(key))}" for key in {**old, **new} if old.get(key) != new.get(key)]
+        changed = [
+            f"{key} {_brief(old.get(key))} -> {_brief(new.get(key))}" for key in {**old, **new} if old.get(key) != new.get(key)
+        ]
         if changed:
             notes.append(f"{label} has other defaults: {', '.join(changed)}")
     return notes
