@@ -155,6 +155,12 @@ def main(
             state = "finished" if run in done else f"about {_duration(run.minutes * 60)} by the list"
             _print(f"  {run.name} ({run.question}): {state}, {_duration(State.read(chosen.folder(run)).seconds)} spent")
         return
+    commit = checkout_commit()
+    if commit is None:
+        _print("error: this is no checkout of git, so that rows could not name their commit. Clone the repository.")
+        raise typer.Exit(2)
+    if commit.endswith("+"):
+        _print(f"warning: specache/ or csrc/ has changes that are not committed; rows will name the commit {commit}.")
     failed = _run_all(chosen, results, page, run_list)
     if failed:
         _print(f"error: failed: {', '.join(failed)}. The messages are above; the same command tries them again.")

@@ -107,17 +107,16 @@ def compare_runs(before: Path, after: Path, ignore: Iterable[str] = ()) -> Compa
         EvaluationError: a folder holds no finished cells; the tasks or the units differ; or a
             setting differs that is not in `ignore`.
     """
-    runs, cells = zip(*(_read(folder) for folder in (before, after)), strict=True)
-    notes = _check_comparable(before, after, *runs, set(ignore))
-    rows = [{(row["task"], row["method"]): row for row in aggregate(run, part)} for run, part in zip(runs, cells, strict=True)]
-    grouped = [_by_row(part) for part in cells]
-    seed = int(runs[0].identity.get("seed", 0))
+    (first, cells), (second, others) = _read(before), _read(after)
+    notes = _check_comparable(before, after, first, second, set(ignore)) + _method_notes(first, second)
+    old = {(row["task"], row["method"]): row for row in aggregate(first, cells)}
+    new = {(row["task"], row["method"]): row for row in aggregate(second, others)}
+    measured, measured_too = _by_row(cells), _by_row(others)
+    seed = int(first.identity.get("seed", 0))
     changes: list[Change] = []
-    for key in (key for key in rows[0] if key in rows[1]):
-        changes += _changes(runs[0].unit, rows[0][key], rows[1][key], grouped[0][key], grouped[1][key], seed)
-    notes += _method_notes(*runs)
-    only = [[key for key in rows[one] if key not in rows[1 - one]] for one in (0, 1)]
-    return Comparison(runs[0].unit, changes, only[0], only[1], notes)
+    for key in (key for key in old if key in new):
+        changes += _changes(first.unit, old[key], new[key], measured[key], measured_too[key], seed)
+    return Comparison(first.unit, changes, [key for key in old if key not in new], [key for key in new if key not in old], notes)
 
 
 def _read(folder: Path) -> tuple[Run, list[Cell]]:
@@ -181,28 +180,26 @@ def _changes(unit: str, before: Row, after: Row, cells: dict[str, Cell], others:
     """Return the changes of one row: mean, p99 and kept where it has them, and memory."""
     pairs = [(cell, others[item]) for item, cell in cells.items() if item in others and _same_item(cell, others[item])]
     found = _paired(unit, pairs, seed)
+    fewer = min(before["n"], after["n"])
+
+    def change(figure: str, old: float, new: float, interval: list[float] | None, verdict: str) -> Change:
+        basis, items = (PAIRED, len(pairs)) if interval is not None else (INTERVALS, fewer)
+        return Change(before["task"], before["method"], figure, old, new, new - old, interval, basis, items, verdict)
+
     changes = []
     for figure, key in _FIGURES.items():
-        if figure == "p99" and unit == SCORE:
-            continue
         better = 1 if unit == SCORE or figure == "kept" else -1
         if figure in found:
             old, new, estimate = found[figure]
             verdict = _verdict(better, estimate.value, estimate.low, estimate.high)
-            interval = [estimate.low, estimate.high]
-            changes.append((figure, old, new, interval, PAIRED, len(pairs), verdict))
+            changes.append(change(figure, old, new, estimate.interval, verdict))
         elif before[figure] is not None and after[figure] is not None:
             old, new = before[figure], after[figure]
-            apart = _apart(before[key], after[key])
-            verdict = _verdict(better, new - old, new - old, new - old) if apart else SAME
-            changes.append((figure, old, new, None, INTERVALS, min(before["n"], after["n"]), verdict))
+            verdict = _verdict(better, new - old) if _apart(before[key], after[key]) else SAME
+            changes.append(change(figure, old, new, None, verdict))
     old, new = fast_memory(before), fast_memory(after)
-    verdict = _verdict(-1, new - old, new - old, new - old) if abs(new - old) > TOLERANCE * old else SAME
-    changes.append(("memory", old, new, None, INTERVALS, min(before["n"], after["n"]), verdict))
-    return [
-        Change(before["task"], before["method"], figure, old, new, new - old, interval, basis, items, verdict)
-        for figure, old, new, interval, basis, items, verdict in changes
-    ]
+    verdict = _verdict(-1, new - old) if abs(new - old) > TOLERANCE * old else SAME
+    return [*changes, change("memory", old, new, None, verdict)]
 
 
 def _same_item(one: Cell, other: Cell) -> bool:
@@ -250,9 +247,13 @@ def _of_tokens(pairs: list[tuple[Cell, Cell]], seed: int) -> dict[str, tuple[flo
     return {name: (float(one(old[None])[0]), float(one(new[None])[0]), estimates[name]) for name, one in wanted.items()}
 
 
-def _verdict(better: int, value: float, low: float, high: float) -> str:
-    """Return the verdict on a difference. `better` is 1 if more is better, else -1."""
-    if abs(value) < ROUNDING or low <= 0 <= high:
+def _verdict(better: int, value: float, low: float | None = None, high: float | None = None) -> str:
+    """Return the verdict on a difference, with its interval if it has one.
+
+    Args:
+        better: 1 if more is better, else -1.
+    """
+    if abs(value) < ROUNDING or (low is not None and high is not None and low <= 0 <= high):
         return SAME
     return BETTER if math.copysign(1, value) == better else WORSE
 
