@@ -154,7 +154,7 @@ def pooled(rows: list[Row]) -> tuple[float, float, float]:
     """
     total = sum(row["kept_n"] for row in rows)
     weights = [row["kept_n"] / total for row in rows]
-    share = sum(weight * row["kept"] for weight, row in zip(weights, rows, strict=True))
+    share = sum(round(row["kept"] * row["kept_n"]) for row in rows) / total
     sides = [
         math.sqrt(sum((weight * (row["kept_ci95"][side] - row["kept"])) ** 2 for weight, row in zip(weights, rows, strict=True)))
         for side in (0, 1)
