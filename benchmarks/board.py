@@ -23,7 +23,7 @@ from benchmarks import board_tables
 from benchmarks.board_tables import Result
 from benchmarks.run_list import FILE, RunListError, read_run_list
 from specache.errors import EvaluationError
-from specache.eval.summary import read_summary
+from specache.eval.run_summary import read_summary
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "results.md"

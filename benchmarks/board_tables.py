@@ -23,7 +23,7 @@ class Result:
     Attributes:
         name: of the file, without its suffix.
         model: as the board calls it.
-        document: the summary (see `specache/eval/summary.py`).
+        document: the summary (see `specache/eval/run_summary.py`).
     """
 
     name: str

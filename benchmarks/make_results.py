@@ -30,7 +30,7 @@ from benchmarks.run_list import FILE, ListedRun, RunListError, read_run_list
 from specache.errors import SpeCacheError
 from specache.eval.origin import checkout_commit
 from specache.eval.results import write_file
-from specache.eval.summary import FORMAT, summarise, summary_text
+from specache.eval.run_summary import FORMAT, summarise, summary_text
 
 STATE_FILE = "state.json"
 BENCH_FILE = "bench.json"

@@ -17,7 +17,7 @@ from benchmarks import make_results
 from benchmarks.make_results import State
 from benchmarks.run_list import RunListError, read_run_list
 from specache.eval.origin import checkout_commit
-from specache.eval.summary import read_summary
+from specache.eval.run_summary import read_summary
 from tests.test_results_board import EMPTY_PAGE
 
 ROOT = Path(__file__).parents[1]

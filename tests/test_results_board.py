@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from benchmarks import board, board_tables, run_list
 from benchmarks.board import BoardError
 from benchmarks.board_tables import Result
-from specache.eval import summary
+from specache.eval import run_summary
 from specache.eval.statistics import wilson
 from tests.eval.result_folders import SCORE, write_run
 
@@ -27,7 +27,7 @@ def page(tmp_path: Path) -> Path:
 
 def add(page: Path, name: str, values, **options) -> None:
     folder = write_run(page.parent / f"out-{name}", values, **options)
-    (page.parent / "results" / f"{name}.json").write_text(summary.summary_text(summary.summarise(folder)))
+    (page.parent / "results" / f"{name}.json").write_text(run_summary.summary_text(run_summary.summarise(folder)))
 
 
 def fill(page: Path, **options) -> str:

@@ -80,7 +80,7 @@ def _one(folder: Path, summary: Path | None, commit: str | None) -> None:
         err.print(f"Report: {path}", style="dim", markup=False, soft_wrap=True)
         return
     from specache.eval.results import write_file
-    from specache.eval.summary import summarise, summary_text
+    from specache.eval.run_summary import summarise, summary_text
 
     if not summary.expanduser().parent.is_dir():
         raise ConfigError(f"--summary {summary}: there is no folder {summary.parent}.")
