@@ -16,8 +16,8 @@ from specache.eval import catalogue
 from specache.eval.methods_option import parse_methods
 from specache.eval.origin import checkout_commit
 from specache.eval.results import read_results
-from specache.eval.setting_fields import from_json
 from specache.eval.run_summary import command_of, read_summary, summarise, summary_text
+from specache.eval.setting_fields import from_json
 from specache.eval.tasks.ablate import Ablate
 from specache.eval.tasks.fidelity import Fidelity
 from specache.eval.tasks.needle import Needle
