@@ -12,6 +12,7 @@ Row = dict[str, Any]
 NONE_YET = "No result file yet: `make results` (or `ONLY=NAME`) measures the runs of `benchmarks/runs.toml`.\n"
 NOTHING = "-"
 FULL, OURS = "full", "specache"
+_ALWAYS_SHOWN = ("bits", "top_k")
 _BENCH_COLUMNS = ("impl", "isa", "cache", "weights", "bits", "rows", "batch", "context", "ms", "ms_per_step")
 _RATIOS = {"vs_sdpa_bf16": "against sdpa bf16", "vs_best_matmul": "against matmul", "vs_dynamic": "against DynamicCache"}
 
@@ -41,6 +42,18 @@ class Result:
         """Return a link to the file."""
         return f"[{self.name}](results/{self.name}.json)"
 
+    def method(self, label: str) -> str:
+        """Return a method as the tables call it.
+
+        Of ours it has bits and `k` even where they were the defaults, since defaults change.
+        """
+        name, *settings = label.split()
+        used = self.document["methods"][label]["settings"]
+        if name == OURS:
+            given = {setting.partition("=")[0] for setting in settings}
+            settings += [f"{key}={used[key]}" for key in _ALWAYS_SHOWN if key in used and key not in given]
+        return " ".join([f"`{name}`", *settings])
+
     def rows(self, kind: str, group: str | None = None) -> list[Row]:
         """Return the rows of a list of the summary, of one group of items."""
         return [row for row in self.document[kind] if group is None or row["task"] == group]
@@ -59,14 +72,16 @@ def fidelity(results: list[Result]) -> str:
             row = next(iter(rows.values()))
             divergence = [text for along in ("text", "answer") for text in _mean_and_tail(rows.get(along))]
             sizes = [_times(row["fast_ratio"]), _times(row.get("hot_ratio")), str(row["n"])]
-            lines.append([result.setting, _tokens(rows.values()), _method(method), *divergence, *sizes, *_source(result, row)])
+            lines.append(
+                [result.setting, _tokens(rows.values()), result.method(method), *divergence, *sizes, *_source(result, row)]
+            )
     others = scores([result for result in results if result not in divergences])
     return _join(_table([*head, "commit", "run"], lines), _commands(divergences), others)
 
 
 def memory(results: list[Result]) -> str:
     """Return what the default holds in fast memory, and its divergence, document by document."""
-    head = ["model", "tokens", "fast", "hot set", "together", "KL, text", "KL, answer", "commit", "run"]
+    head = ["model", "tokens", "method", "fast", "hot set", "together", "KL, text", "KL, answer", "commit", "run"]
     lines = []
     for result in results:
         by_length: dict[int, dict[str, Row]] = {}
@@ -78,7 +93,7 @@ def memory(results: list[Result]) -> str:
             fast, hot = row["fast_ratio"], row["hot_ratio"]
             sizes = [_times(fast), _times(hot), _times(fast + hot)]
             means = [_number(rows[along]["mean"]) if along in rows else NOTHING for along in ("text", "answer")]
-            lines.append([result.setting, f"{tokens:,}", *sizes, *means, *_source(result, row)])
+            lines.append([result.setting, f"{tokens:,}", result.method(OURS), *sizes, *means, *_source(result, row)])
     return _table(head, lines)
 
 
@@ -95,7 +110,9 @@ def scores(results: list[Result]) -> str:
         for row in result.rows("overall"):
             figures = [str(row["n"]), _number(row["mean"]), _signed(row), _share(row), str(row.get("kept_n", NOTHING))]
             sizes = [_times(row["fast_ratio"]), _times(row.get("hot_ratio"))]
-            lines.append([result.setting, _tokens([row]), task, _method(row["method"]), *figures, *sizes, *_source(result, row)])
+            lines.append(
+                [result.setting, _tokens([row]), task, result.method(row["method"]), *figures, *sizes, *_source(result, row)]
+            )
     return _join(_below_full(results), _table([*head, "commit", "run"], lines), _together(results), _commands(results))
 
 
@@ -124,7 +141,7 @@ def _below_full(results: list[Result]) -> str:
         for row in result.rows("rows"):
             bounds = [sign * bound for bound in row.get("delta_ci95") or [0.0]]
             if row["method"].split()[0] == OURS and max(bounds) < 0:
-                found.append(f"- {result.setting}, {row['task']}, {_method(row['method'])}: {_signed(row)} ({result.link})")
+                found.append(f"- {result.setting}, {row['task']}, {result.method(row['method'])}: {_signed(row)} ({result.link})")
     if not found:
         return ""
     return "**Worse than the full cache by more than the interval:**\n\n" + "\n".join(found) + "\n"
@@ -135,14 +152,14 @@ def _together(results: list[Result]) -> str:
     by_method: dict[str, list[Row]] = {}
     for result in results:
         for row in result.rows("overall"):
-            if row.get("kept_n"):
-                by_method.setdefault(row["method"], []).append(row)
+            if row.get("kept_n") and row["method"] != FULL:
+                by_method.setdefault(result.method(row["method"]), []).append(row)
     lines = []
     for method, rows in by_method.items():
-        if len(rows) > 1 and method != FULL:
+        if len(rows) > 1:
             share, low, high = pooled(rows)
             total = sum(row["kept_n"] for row in rows)
-            lines.append([_method(method), str(len(rows)), f"{share:.1%} ({low:.1%} to {high:.1%})", f"{total:,}"])
+            lines.append([method, str(len(rows)), f"{share:.1%} ({low:.1%} to {high:.1%})", f"{total:,}"])
     return _table(["all runs together", "runs", "kept (95%)", "of"], lines)
 
 
@@ -181,11 +198,6 @@ def _threads(origin: dict[str, Any]) -> str | None:
 
 def _source(result: Result, row: Row) -> list[str]:
     return [row["commit"], result.link]
-
-
-def _method(label: str) -> str:
-    name, *settings = label.split()
-    return " ".join([f"`{name}`", *settings])
 
 
 def _tokens(rows: Iterable[Row]) -> str:

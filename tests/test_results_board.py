@@ -65,7 +65,7 @@ def test_a_row_has_model_length_memory_commit_and_command(page):
     text = section(page, "fidelity")
     row = next(line for line in text.splitlines() if "`specache`" in line)
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells[:3] == ["SmolLM2-135M", "4,000 to 7,000", "`specache`"]
+    assert cells[:3] == ["SmolLM2-135M", "4,000 to 7,000", "`specache` bits=2"]
     assert cells[3:7] == ["0.012 (0.012 to 0.012)", "0.012", "0.034 (0.034 to 0.034)", "0.034"]
     assert cells[7:] == ["0.170x", "0.080x", "2", "abc1234", "[fidelity-demo](results/fidelity-demo.json)"]
     assert "specache eval fidelity -m demo --methods specache --out results/fidelity-demo" in text
@@ -91,7 +91,7 @@ def test_scores_show_what_is_kept_and_losses_first(page):
     fill(page)
     text = section(page, "retrieval")
     assert text.index("Worse than the full cache by more than the interval") < text.index("| model |")
-    assert "needle/one, `specache`: -0.500" in text and "`kivi`: -0.75" not in text, "only of what we offer"
+    assert "needle/one, `specache` bits=2: -0.500" in text and "`kivi`: -0.75" not in text, "only of what we offer"
     assert "50.0% (35.2% to 64.8%)" in text and "| 40 |" in text
     assert "all runs together" not in text
 
@@ -106,8 +106,17 @@ def test_what_is_kept_over_all_runs_is_pooled(page):
     add(page, "needle-demo", {"full": scores(0), "specache": scores(0)}, unit=SCORE)
     add(page, "another-needle", {"full": scores(0, 120), "specache": scores(3, 120)}, unit=SCORE)
     fill(page)
-    row = next(line for line in section(page, "retrieval").splitlines() if line.startswith("| `specache` | 2 |"))
+    row = next(line for line in section(page, "retrieval").splitlines() if line.startswith("| `specache` bits=2 | 2 |"))
     assert "98.1% (" in row and row.rstrip(" |").endswith("| 160")
+
+
+def test_runs_of_other_defaults_are_not_pooled(page):
+    for name, k in (("needle-demo", 64), ("needle-later", 128)):
+        values = {"full": scores(0), "specache": scores(1)}
+        add(page, name, values, unit=SCORE, settings={"bits": 2, "top_k": k})
+    fill(page)
+    text = section(page, "retrieval")
+    assert "`specache` bits=2 top_k=64" in text and "`specache` bits=2 top_k=128" in text and "all runs together" not in text
 
 
 def test_the_pooled_interval_is_no_narrower_than_of_all_items_together():
