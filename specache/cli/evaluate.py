@@ -6,7 +6,7 @@ Each task's dataclass fields become the options of its command.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 from specache.cli import options
 from specache.cli.console import EXIT_INTERRUPTED, err, print_note, print_table, reports_errors
 from specache.cli.evaluation_command import ABLATE, SharedOptions, ablate_command, task_command
+from specache.cli.evaluation_report import report
 from specache.cli.evaluation_table import result_tables
 from specache.cli.json_file import check_json, print_json, write_json
 from specache.cli.template_option import check_variables, parse_variables
@@ -37,6 +38,8 @@ specache eval fidelity -m demo --methods full,specache,specache:bits=1:policy=sp
 specache eval ablate -m demo --field top_k --values 0,16,32,64,128,256 --out results/top-k
 
 specache eval report results/fidelity
+
+specache eval report results/fidelity results/fidelity-of-another-commit
 
 A run that was stopped goes on with the same command; finished cells are not measured again. More methods may be added to it.
 """
@@ -85,15 +88,7 @@ def list_all(as_json: options.Json = False) -> None:
     _print_list("method", methods)
 
 
-@app.command("report")
-@reports_errors
-def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="The --out of an earlier run.")]) -> None:
-    """Make the report again from the finished cells of a run."""
-    from specache.eval.report import rebuild_report
-
-    path, run, rows = rebuild_report(folder)
-    print_table(result_tables(run, rows))
-    _show_path(path)
+app.command("report")(reports_errors(report))
 
 
 def run_task(shared: SharedOptions, task: Any, methods: list[NamedMethod]) -> None:

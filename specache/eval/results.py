@@ -37,12 +37,15 @@ class Run:
         methods: label -> name and settings, in the order they were first asked for. Methods may be
             added to a run.
         skipped: label -> why the method cannot run on this machine.
+        origins: where and when cells were measured (`eval/origin.py`). A cell names its own by
+            index, under `origin`. Cells of earlier versions name none.
     """
 
     identity: dict[str, Any]
     unit: str
     methods: dict[str, dict[str, Any]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    origins: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def task(self) -> str:
@@ -51,22 +54,25 @@ class Run:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
-        return {**self.identity, "unit": self.unit, "methods": self.methods, "skipped": self.skipped}
+        rest = {"unit": self.unit, "methods": self.methods, "skipped": self.skipped, "origins": self.origins}
+        return {**self.identity, **rest}
 
     @classmethod
     def from_dict(cls, document: dict[str, Any]) -> Run:
         """Restore a run from the values of `to_dict`."""
         rest = dict(document)
+        origins = rest.pop("origins", [])
         unit, methods, skipped = (rest.pop(key) for key in ("unit", "methods", "skipped"))
-        return cls(rest, unit, methods, skipped)
+        return cls(rest, unit, methods, skipped, origins)
 
 
 class ResultFolder:
     """One run's results, open for writing. `open_results` makes it."""
 
-    def __init__(self, folder: Path, run: Run) -> None:
+    def __init__(self, folder: Path, run: Run, origin: int | None = None) -> None:
         self.folder = folder
         self.run = run
+        self._origin = origin  # index in `run.origins` of the cells that are appended
         self.cells, self._size = _read_cells(folder / CELLS_FILE)
         self._done = {(cell["item"], cell["method"]) for cell in self.cells}
         self.save_run()
@@ -84,6 +90,8 @@ class ResultFolder:
             EvaluationError: it could not be written (a full disk, for example). The file then ends
                 with the cell before it.
         """
+        if self._origin is not None:
+            cell = {**cell, "origin": self._origin}
         line = (json.dumps(cell, ensure_ascii=False, allow_nan=False) + "\n").encode()
         try:
             _write_all(self._file, line)
@@ -149,7 +157,7 @@ def open_results(folder: Path, run: Run) -> Iterator[ResultFolder]:
     except OSError:
         pass  # the file system has no locks
     try:
-        with closing(ResultFolder(folder, _continued(folder, run))) as results:
+        with closing(ResultFolder(folder, *_continued(folder, run))) as results:
             yield results
     finally:
         lock.release()
@@ -198,14 +206,17 @@ def _write_all(descriptor: int, data: bytes) -> None:
         view = view[os.write(descriptor, view) :]
 
 
-def _continued(folder: Path, run: Run) -> Run:
-    """Return `run`, or the folder's run with the methods of `run` added."""
+def _continued(folder: Path, run: Run) -> tuple[Run, int | None]:
+    """Return `run`, or the folder's run with methods and origin of `run` added, and the index of
+    that origin.
+    """
+    origin = 0 if run.origins else None
     if not (folder / RUN_FILE).exists():
         if (folder / CELLS_FILE).exists():
             raise EvaluationError(f"{folder} holds {CELLS_FILE} but no {RUN_FILE} that says what they are. Choose another --out.")
-        return run
+        return run, origin
     if not _read_cells(folder / CELLS_FILE)[0]:
-        return run  # the run stopped before anything was measured
+        return run, origin  # the run stopped before anything was measured
     earlier = _read_run(folder)
     differences = _differences(_comparable(earlier, run), _comparable(run, earlier))
     differences += _changed_methods(earlier.methods, run.methods)
@@ -215,7 +226,15 @@ def _continued(folder: Path, run: Run) -> Run:
             "Choose another --out, or run with the same settings to go on with that one."
         )
     skipped = {label: reason for label, reason in earlier.skipped.items() if label not in run.methods}
-    return Run(earlier.identity, run.unit, {**earlier.methods, **run.methods}, skipped)
+    origins = list(earlier.origins)
+    if run.origins:
+        origin = next((place for place, one in enumerate(origins) if _same_origin(one, run.origins[0])), len(origins))
+        origins += run.origins if origin == len(origins) else []
+    return Run(earlier.identity, run.unit, {**earlier.methods, **run.methods}, skipped, origins), origin
+
+
+def _same_origin(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return {**one, "date": None} == {**other, "date": None}
 
 
 def _comparable(run: Run, other: Run) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from specache.engine.attention_hook import attached
 from specache.errors import EvaluationError, MethodUnavailableError, SpeCacheError
 from specache.eval.methods.base import Session
 from specache.eval.methods_option import NamedMethod, check_unique
+from specache.eval.origin import describe_origin
 from specache.eval.prefilled import Prefilled
 from specache.eval.results import Cell, ResultFolder, Run, open_results
 from specache.eval.table_rows import Row, aggregate
@@ -60,7 +61,7 @@ class Outcome:
 
 
 def describe_run(model: TaskModel, task: Task, methods: list[NamedMethod], seed: int) -> Run:
-    """Return what identifies a run's results."""
+    """Return what identifies a run's results, and where they are measured from now on."""
     info = inspect_model(model.model)
     identity = {
         "task": task.name,
@@ -77,7 +78,8 @@ def describe_run(model: TaskModel, task: Task, methods: list[NamedMethod], seed:
         identity["chat_template_kwargs"] = model.variables
     if model.system is not None:
         identity["system"] = model.system
-    return Run(identity, task.unit, {method.label: {"name": method.name, "settings": method.settings} for method in methods})
+    labelled = {method.label: {"name": method.name, "settings": method.settings} for method in methods}
+    return Run(identity, task.unit, labelled, origins=[describe_origin()])
 
 
 def evaluate(
@@ -174,6 +176,7 @@ class _Runner:
             "item": prepared.item.id,
             "group": prepared.item.group,
             "index": index,
+            "prompt_tokens": len(prepared.item.prompt),
             "method": method.label,
             "values": measurement.values,
             "tokens": measurement.tokens,
