@@ -46,7 +46,7 @@ QUARTER = {
     "yakv": YAKVMethod(recent=4, group_size=16),
 }
 ADDED = {"snapkv": NEW, "yakv": 8}  # rows that decoded tokens add to the budget: themselves, or a page of their low-bit keys
-FETCHING = ("infllm", "quest", "yakv")
+FETCHES = ("infllm", "quest", "yakv")
 EVERYTHING = {name: replace(method, budget=2) for name, method in QUARTER.items()}
 EVERYTHING["infllm, all of it retrieved"] = InfLLMMethod(budget=2, local_share=0.2, **SMALL_BLOCKS)
 
@@ -125,7 +125,7 @@ def test_a_method_at_a_quarter_of_the_memory_stays_in_its_budget(name, family):
     rows = method.budget * LENGTH + ADDED.get(name, 0)
     assert stats.fast_ratio + stats.hot_ratio <= rows / (LENGTH + NEW) + 2 / LENGTH
     assert stats.guess_rate is None
-    assert (stats.hit_rate is not None) == (name in FETCHING)
+    assert (stats.hit_rate is not None) == (name in FETCHES)
     assert logits.isfinite().all()
     assert (logits - stock_logits(model, ids, tokens)).abs().max() > 1e-3
 

@@ -1,6 +1,7 @@
-"""Rows in slow memory for methods that fetch some of them in every step, and the fetched ones.
+"""Rows in slow memory, of which a method chooses and fetches some in every step.
 
-Rows are read in units: single tokens, or pages of neighbouring tokens. Each KV head reads its own.
+Rows are read in units: single tokens, or pages of neighbouring tokens. Each KV head reads its own,
+which its query heads choose together.
 """
 
 from __future__ import annotations
@@ -9,9 +10,31 @@ import torch
 from torch import Tensor
 
 from specache.cache.sizes import ORDINARY_ITEMSIZE
+from specache.errors import ConfigError
+from specache.kernels.torch.operations import largest
 from specache.model.dimensions import row_bytes
 
 POSITION_BYTES = 4  # the position of a unit in the store of fetched ones (int32)
+REDUCTIONS = ("mean", "max")
+
+
+def check_reduction(reduction: str) -> None:
+    """Raise `ConfigError` unless `reduction` is one that `choose` knows."""
+    if reduction not in REDUCTIONS:
+        raise ConfigError(f"reduction is one of {', '.join(REDUCTIONS)}, got {reduction!r}.")
+
+
+def choose(scores: Tensor, count: int, reduction: str) -> Tensor:
+    """Return the units with the largest scores, int64 [Hkv, m], ascending; all of them if fewer.
+
+    Args:
+        scores: [Hkv, G, units]; of equal ones the first is chosen.
+        count: units per KV head.
+        reduction: joins the scores of a KV head's `G` query heads, `mean` or `max`.
+    """
+    joined = scores.mean(1) if reduction == "mean" else scores.amax(1)  # [Hkv, units]
+    count = min(count, joined.shape[1])
+    return largest(joined, count).nonzero()[:, 1].unflatten(0, (-1, count))
 
 
 class OffloadedRows:

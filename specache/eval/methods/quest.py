@@ -12,13 +12,10 @@ from specache.attention.dense import attend_part, merge
 from specache.cache.sizes import ORDINARY_ITEMSIZE
 from specache.errors import ConfigError
 from specache.eval.methods.dense_cache import DenseMethod, KeptRows, LayerState, rows_on_device
-from specache.eval.methods.offloaded_rows import POSITION_BYTES, FetchedRows, OffloadedRows
+from specache.eval.methods.offloaded_rows import POSITION_BYTES, FetchedRows, OffloadedRows, check_reduction, choose
 from specache.eval.prefilled import Prefilled
-from specache.kernels.torch.operations import largest
 from specache.kernels.types import AttentionParams
 from specache.model.dimensions import row_bytes
-
-REDUCTIONS = ("mean", "max")
 
 
 class FullLayer(LayerState):
@@ -99,9 +96,7 @@ class QuestLayer(LayerState):
         low, high = self.bounds.float().unsqueeze(2)  # [Hkv, 1, pages, D] each
         grouped = query[:, 0].float().unflatten(0, (len(low), -1)).unsqueeze(2)  # [Hkv, G, 1, D]
         bound = torch.maximum(grouped * low, grouped * high).sum(-1)  # [Hkv, G, pages]
-        joined = bound.mean(1) if self._reduction == "mean" else bound.amax(1)
-        count = min(self._pages, joined.shape[1])
-        return largest(joined, count).nonzero()[:, 1].unflatten(0, (-1, count))
+        return choose(bound, self._pages, self._reduction)
 
     def _offload_newest(self) -> None:
         """Move the newest page, now full, to slow memory, and keep its bounds."""
@@ -150,8 +145,7 @@ class QuestMethod(DenseMethod):
                 f"token_budget is at least two pages ({2 * self.page_size} tokens): the newest and a chosen one, "
                 f"got {self.token_budget}. Raise it or lower page_size."
             )
-        if self.reduction not in REDUCTIONS:
-            raise ConfigError(f"reduction is one of {', '.join(REDUCTIONS)}, got {self.reduction!r}.")
+        check_reduction(self.reduction)
 
     def layer(self, prompt: Prefilled, index: int) -> LayerState:
         keys, values = rows_on_device(prompt, index)

@@ -14,14 +14,11 @@ from specache.config import Code, SpeCacheConfig
 from specache.errors import ConfigError
 from specache.eval.methods.dense_cache import DenseMethod, KeptRows, LayerState, rows_on_device
 from specache.eval.methods.key_copy import KeyCopy
-from specache.eval.methods.offloaded_rows import POSITION_BYTES, FetchedRows, OffloadedRows
+from specache.eval.methods.offloaded_rows import POSITION_BYTES, FetchedRows, OffloadedRows, check_reduction, choose
 from specache.eval.prefilled import Prefilled
-from specache.kernels.torch.operations import largest
 from specache.kernels.types import AttentionParams
 from specache.low_bit.key_scales import KeyScales
 from specache.model.dimensions import row_bytes
-
-REDUCTIONS = ("mean", "max")
 
 
 class YAKVLayer(LayerState):
@@ -91,9 +88,7 @@ class YAKVLayer(LayerState):
         if params.sinks is not None:
             rest = torch.logaddexp(rest, params.sinks.float().reshape(rest.shape))
         probabilities = (score - torch.logaddexp(score.logsumexp(-1, keepdim=True), rest)).exp_()
-        joined = probabilities.mean(1) if self._reduction == "mean" else probabilities.amax(1)  # [Hkv, S]
-        count = min(self._top_k, joined.shape[1])
-        return largest(joined, count).nonzero()[:, 1].unflatten(0, (-1, count))
+        return choose(probabilities, self._top_k, self._reduction)
 
     def _offload_oldest(self) -> None:
         """Move the oldest of the newest tokens to slow memory and to the copy, whole groups."""
@@ -136,8 +131,7 @@ class YAKVMethod(DenseMethod):
         if self.top_k is not None and self.top_k < 1:
             raise ConfigError(f"top_k is a positive number of keys or none, got {self.top_k}.")
         object.__setattr__(self, "code", self.config.code)
-        if self.reduction not in REDUCTIONS:
-            raise ConfigError(f"reduction is one of {', '.join(REDUCTIONS)}, got {self.reduction!r}.")
+        check_reduction(self.reduction)
 
     @property
     def config(self) -> SpeCacheConfig:
