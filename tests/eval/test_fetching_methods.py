@@ -140,7 +140,7 @@ def rows(methods: list[Any]) -> list[Any]:
 
 
 YAKV = [
-    YAKVMethod(budget=0.3, recent=4, group_size=16),
+    YAKVMethod(budget=0.4, recent=4, group_size=16),
     YAKVMethod(top_k=10, recent=9, group_size=8, code=Code.KIVI, reduction="max"),
     YAKVMethod(top_k=20, recent=0, group_size=32, bits=1),
 ]

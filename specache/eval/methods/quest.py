@@ -118,11 +118,11 @@ class QuestMethod(DenseMethod):
     The paper keeps all pairs on the GPU and saves reads, not memory: with the bounds, 1.06x of the
     cache at 16 tokens per page. Here it is counted as a method that offloads: the bounds and the
     newest page are fast memory, the pages of the last step are the hot ratio, and full pages are
-    read from slow memory. The first `full_layers` layers of the model attend to everything and keep
-    it in fast memory; their bytes are part of the budget. As in the authors' kernels, the newest
-    page is always attended to, and is part of `token_budget`. There every query head chooses pages
-    of its own; here those that share a KV head choose together, so that a page is read once:
-    `reduction` takes the mean or the maximum of their bounds.
+    read from slow memory. The first `full_layers` layers of the model, sliding ones included,
+    attend to everything and keep it in fast memory; their bytes are part of the budget. As in the
+    authors' kernels, the newest page is always attended to, and is part of `token_budget`. There
+    every query head chooses pages of its own. Here those that share a KV head choose together, so
+    that a page is read once: `reduction` takes the mean or the maximum of their bounds.
     """
 
     name: ClassVar[str] = "quest"

@@ -108,10 +108,11 @@ class YAKVMethod(DenseMethod):
     Fast memory holds the low-bit keys, the newest `recent` to `recent + group_size - 1` tokens, and
     the rows of the last step (the hot ratio). Values have no copy. A step scores every key of the
     copy, fetches the `top_k` pairs per KV head with the largest probability at 16 bits, and takes
-    the softmax over these and the newest tokens alone. The paper's code is not used: the copy has
-    specache's own codes (key scales of the rotated code: from all keys of the prompt and its newest
-    queries). Query heads that share a KV head choose together: `reduction` takes the mean or the
-    maximum of their probabilities.
+    the softmax over these and the newest tokens alone.
+
+    Ours, not the paper's: the codes of the copy are specache's (key scales of the rotated code are
+    computed from all keys of the prompt and its newest queries), and query heads that share a KV
+    head choose together: `reduction` takes the mean or the maximum of their probabilities.
     """
 
     name: ClassVar[str] = "yakv"
