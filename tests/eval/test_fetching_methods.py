@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,11 +15,14 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from specache import reference
-from specache.config import Code, SpeCacheConfig
+from specache.cache.sizes import compressed_bytes, low_bit_pages
+from specache.config import Code, Policy, SpeCacheConfig
 from specache.eval.methods.key_copy import KeyCopy
 from specache.eval.methods.offloaded_rows import FetchedRows, OffloadedRows
 from specache.eval.methods.quest import QuestMethod
+from specache.eval.methods.snapkv import SnapKVMethod
 from specache.eval.methods.yakv import YAKVMethod
+from specache.eval.methods_option import NamedMethod, parse_methods
 from specache.eval.prefilled import Prefilled
 from specache.kernels.types import AttentionParams
 from specache.low_bit.layout import PageLayout
@@ -254,6 +260,48 @@ def test_quest_takes_the_full_layers_from_the_budget():
     assert [layer.nbytes + layer.hot_nbytes == 400 * 128 for layer in layers] == [True] * 2 + [False] * 8
     held = sum(layer.nbytes + layer.hot_nbytes for layer in layers) / (10 * 400 * 128)
     assert 0.5 - 17 / 400 < held <= 0.5
+
+
+def share_of_cache(named: NamedMethod, length: int, new: int) -> float:
+    """Return fast and hot bytes over the ordinary cache, with SmolLM2's 30 layers of 3 x 64."""
+    method: Any = named.method
+    heads, dim, layers = 3, 64, 30
+    row = heads * dim * 2 * 2
+    if named.name in ("specache", "kivi"):
+        config = method.config if named.name == "specache" else SpeCacheConfig(policy=Policy.NONE, **method.settings())
+        pages = low_bit_pages(config, length + new)
+        fast = compressed_bytes(config, heads, dim, 2, pages=pages, observed=0, slots=0)
+        hot = config.hot_set * length * row if config.policy is not Policy.NONE else 0
+        return (fast.low_bit + fast.residual + fast.key_weights + hot) / ((length + new) * row)
+    keys = torch.randn(heads, length, dim)
+    prompt = SimpleNamespace(
+        length=length,
+        full_layers=list(range(layers)),
+        params={layer: AttentionParams(0.125) for layer in range(layers)},
+        rows=lambda layer: (keys, keys),
+        queries=lambda layer: torch.ones(3 * heads, 64, dim),
+        cache=SimpleNamespace(info=SimpleNamespace(device=keys.device)),
+    )
+    first, last = (method.layer(prompt, layer) for layer in (0, layers - 1))
+    full = getattr(method, "full_layers", 0)
+    held = full * (first.nbytes + first.hot_nbytes) + (layers - full) * (last.nbytes + last.hot_nbytes)
+    if isinstance(method, SnapKVMethod):
+        return (held + new * layers * row) / ((length + new) * layers * row)
+    return held / (length * layers * row)
+
+
+def test_the_methods_that_the_documentation_compares_hold_a_quarter_of_the_cache():
+    page = (Path(__file__).parents[2] / "docs/evaluation.md").read_text()
+    line = re.search(r"^--methods (\S+)$", page, re.MULTILINE)
+    assert line is not None
+    methods = parse_methods(line[1])
+    assert len(methods) == 6
+    for named in methods:
+        assert share_of_cache(named, 8000, 128) == pytest.approx(0.25, abs=0.01), named.label
+    shorter = parse_methods(",".join(re.findall(r"`((?:snapkv|kivi):\S+)`", page)))
+    assert len(shorter) == 2
+    for named in shorter:
+        assert share_of_cache(named, 4000, 32) == pytest.approx(0.25, abs=0.01), named.label
 
 
 @pytest.mark.parametrize("method", [YAKVMethod(recent=4, group_size=16), QuestMethod(page_size=8)], ids=lambda method: method.name)
