@@ -295,7 +295,7 @@ def test_the_methods_that_the_documentation_compares_hold_a_quarter_of_the_cache
     line = re.search(r"^--methods (\S+)$", page, re.MULTILINE)
     assert line is not None
     methods = parse_methods(line[1])
-    assert len(methods) == 6
+    assert len(methods) == 7
     for named in methods:
         assert share_of_cache(named, 8000, 128) == pytest.approx(0.25, abs=0.01), named.label
     shorter = parse_methods(",".join(re.findall(r"`((?:snapkv|kivi):\S+)`", page)))
