@@ -30,6 +30,8 @@ METHODS = {
     "h2o": "specache.eval.methods.h2o:H2OMethod",
     "snapkv": "specache.eval.methods.snapkv:SnapKVMethod",
     "infllm": "specache.eval.methods.infllm:InfLLMMethod",
+    "quest": "specache.eval.methods.quest:QuestMethod",
+    "yakv": "specache.eval.methods.yakv:YAKVMethod",
 }
 
 

@@ -22,9 +22,11 @@ from specache.eval.methods.h2o import H2OMethod, accumulated_attention
 from specache.eval.methods.infllm import InfLLMMethod, representative_scores
 from specache.eval.methods.offloaded_cache import OffloadedMethod
 from specache.eval.methods.quantized import QuantizedMethod, quantized_bytes
+from specache.eval.methods.quest import QuestMethod
 from specache.eval.methods.snapkv import SnapKVMethod
 from specache.eval.methods.stock import tensor_bytes
 from specache.eval.methods.streaming_llm import StreamingLLMMethod
+from specache.eval.methods.yakv import YAKVMethod
 from specache.eval.prefilled import Prefilled
 from tests.engine.test_model_families import FAMILIES, build
 from tests.tiny import llama, prompt
@@ -40,7 +42,11 @@ QUARTER = {
     "h2o": H2OMethod(),
     "snapkv": SnapKVMethod(),
     "infllm": InfLLMMethod(**SMALL_BLOCKS),
+    "quest": QuestMethod(page_size=8, full_layers=0),
+    "yakv": YAKVMethod(recent=4, group_size=16),
 }
+ADDED = {"snapkv": NEW, "yakv": 8}  # rows that decoded tokens add to the budget: themselves, or a page of their low-bit keys
+FETCHES = ("infllm", "quest", "yakv")
 EVERYTHING = {name: replace(method, budget=2) for name, method in QUARTER.items()}
 EVERYTHING["infllm, all of it retrieved"] = InfLLMMethod(budget=2, local_share=0.2, **SMALL_BLOCKS)
 
@@ -116,10 +122,10 @@ def test_a_method_at_a_quarter_of_the_memory_stays_in_its_budget(name, family):
         logits = fed(session, tokens)
         stats = session.stats()
     assert 0.2 < at_start.fast_ratio + at_start.hot_ratio <= method.budget
-    kept = NEW if name == "snapkv" else 0  # decoded tokens come on top
-    assert stats.fast_ratio + stats.hot_ratio <= (method.budget * LENGTH + kept) / (LENGTH + NEW) + 2 / LENGTH
+    rows = method.budget * LENGTH + ADDED.get(name, 0)
+    assert stats.fast_ratio + stats.hot_ratio <= rows / (LENGTH + NEW) + 2 / LENGTH
     assert stats.guess_rate is None
-    assert (stats.hit_rate is None) == (name != "infllm")
+    assert (stats.hit_rate is not None) == (name in FETCHES)
     assert logits.isfinite().all()
     assert (logits - stock_logits(model, ids, tokens)).abs().max() > 1e-3
 
@@ -335,6 +341,16 @@ def test_infllm_scores_a_token_by_the_queries_that_follow_it():
         (SnapKVMethod, {"pooling": "median"}),
         (InfLLMMethod, {"local_share": 1.0}),
         (InfLLMMethod, {"representatives": 65}),
+        (QuestMethod, {"page_size": 0}),
+        (QuestMethod, {"token_budget": 31}),
+        (QuestMethod, {"full_layers": -1}),
+        (QuestMethod, {"reduction": "sum"}),
+        (YAKVMethod, {"top_k": 0}),
+        (YAKVMethod, {"recent": -1}),
+        (YAKVMethod, {"bits": 3}),
+        (YAKVMethod, {"code": "int2"}),
+        (YAKVMethod, {"group_size": 48}),
+        (YAKVMethod, {"reduction": "sum"}),
         (QuantizedMethod, {"backend": "int8"}),
         (QuantizedMethod, {"backend": "quanto", "bits": 3}),
         (QuantizedMethod, {"backend": "hqq", "bits": 3}),
