@@ -40,6 +40,7 @@ QUESTION_OF_TASK = {
     "compare": "context",
     "longbench": "context",
     "ablate": "ablations",
+    "code-variants": "variants",
     "bench": "speed",
 }
 SECTIONS: dict[str, tuple[str, Callable[[list[Result]], str]]] = {  # marker -> question of its files, and their tables
@@ -48,6 +49,7 @@ SECTIONS: dict[str, tuple[str, Callable[[list[Result]], str]]] = {  # marker -> 
     "retrieval": ("retrieval", board_tables.scores),
     "context": ("context", board_tables.scores),
     "ablations": ("ablations", board_tables.fidelity),
+    "variants": ("variants", board_tables.variants),
     "speed": ("speed", board_tables.speed),
 }
 _SECTION = re.compile(r"(<!-- board: (\w+) -->\n)(.*?)(<!-- end of board -->)", re.S)

@@ -12,7 +12,7 @@ Row = dict[str, Any]
 NONE_YET = "No result file yet: `make results` (or `ONLY=NAME`) measures the runs of `benchmarks/runs.toml`.\n"
 NOTHING = "-"
 FULL, OURS = "full", "specache"
-_ALWAYS_SHOWN = ("bits", "top_k")
+_ALWAYS_SHOWN = ("bits", "residual", "top_k")
 _BENCH_COLUMNS = ("impl", "isa", "cache", "weights", "bits", "rows", "batch", "context", "ms", "ms_per_step")
 _RATIOS = {"vs_sdpa_bf16": "against sdpa bf16", "vs_best_matmul": "against matmul", "vs_dynamic": "against DynamicCache"}
 
@@ -45,7 +45,7 @@ class Result:
     def method(self, label: str) -> str:
         """Return a method as the tables call it.
 
-        Of ours it has bits and `k` even where they were the defaults, since defaults change.
+        Of ours it has bits, `R` and `k` even where they were the defaults, since defaults change.
         """
         name, *settings = label.split()
         used = self.document["methods"][label]["settings"]
@@ -114,6 +114,26 @@ def scores(results: list[Result]) -> str:
                 [result.setting, _tokens([row]), task, result.method(row["method"]), *figures, *sizes, *_source(result, row)]
             )
     return _join(_below_full(results), _table([*head, "commit", "run"], lines), _together(results), _commands(results))
+
+
+def variants(results: list[Result]) -> str:
+    """Return the simulated variants of the code, one line each, with the models side by side."""
+    names = list(dict.fromkeys(row["variant"] for result in results for row in result.document["variants"]))
+    head = ["variant"]
+    for result in results:
+        head += [f"{result.model}: KL", "p99", "memory", "pairs"]
+    lines = []
+    for name in names:
+        line = [name]
+        for result in results:
+            row = next((row for row in result.document["variants"] if row["variant"] == name), None)
+            line += (
+                [NOTHING] * 4
+                if row is None
+                else [_number(row["mean"]), _number(row["p99"]), _times(row["memory"]), f"{row['pairs']:.0f}"]
+            )
+        lines.append(line)
+    return _join(_table(head, lines), _commands(results))
 
 
 def speed(results: list[Result]) -> str:
