@@ -133,7 +133,7 @@ def _example(name: str, kinds: dict[str, Any]) -> str:
 def _label(cls: Any, method: Method) -> str:
     settings = method.settings()
     try:
-        defaults = cls().settings()
+        defaults = method.defaults()
     except TypeError:  # a setting without default
         defaults = {}
     differing = [key for key, value in sorted(settings.items()) if key not in defaults or defaults[key] != value]

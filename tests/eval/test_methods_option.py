@@ -12,7 +12,9 @@ import pytest
 from specache.config import Policy
 from specache.errors import ConfigError
 from specache.eval import catalogue
+from specache.eval.methods.base import Method, Session
 from specache.eval.methods_option import parse_method, parse_methods
+from specache.eval.prefilled import Prefilled
 from specache.eval.setting_fields import from_json, parse
 
 
@@ -22,7 +24,7 @@ class Colour(StrEnum):
 
 
 @dataclass(frozen=True)
-class Painted:
+class Painted(Method):
     name: ClassVar[str] = "painted"
     summary: ClassVar[str] = ""
     needs_all_queries: ClassVar[bool] = False
@@ -38,6 +40,9 @@ class Painted:
     def settings(self) -> dict[str, Any]:
         return {"colour": str(self.colour), "budget": self.budget, "exact": self.exact, "limit": self.limit}
 
+    def start(self, prompt: Prefilled) -> Session:
+        raise NotImplementedError
+
 
 @pytest.fixture(autouse=True)
 def painted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,6 +56,8 @@ def labels(text: str) -> list[str]:
 def test_labels_name_what_differs_from_the_defaults():
     assert labels("full, specache ,kivi") == ["full", "specache", "kivi"]
     assert labels("specache:policy=speculative:bits=1") == ["specache bits=1 policy=speculative"]
+    assert labels("specache:bits=1:top_k=256:residual=256") == ["specache bits=1"]  # those of 1 bit
+    assert labels("specache:bits=1:top_k=128") == ["specache bits=1 top_k=128"]
     assert labels("kivi:bits=1:residual=128,kivi:residual=64") == ["kivi bits=1", "kivi residual=64"]
 
 

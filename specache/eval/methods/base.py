@@ -61,6 +61,10 @@ class Method(ABC):
         """Return the settings that tell this method from others of the same name, JSON-ready."""
         return asdict(self)
 
+    def defaults(self) -> dict[str, Any]:
+        """Return the settings that need not be named, JSON-ready: labels leave them out."""
+        return type(self)().settings()
+
     @abstractmethod
     def start(self, prompt: Prefilled) -> Session:
         """Begin decoding after the prompt.

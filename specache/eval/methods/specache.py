@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from specache.cache.cache import SpeCache
 from specache.cache.sizes import ORDINARY_ITEMSIZE
-from specache.config import Policy, SlowTierKind, SpeCacheConfig
+from specache.config import DEFAULTS_OF_BITS, Code, Policy, SlowTierKind, SpeCacheConfig
 from specache.engine.engine import Engine
 from specache.eval.methods.base import Method, SessionStats
 from specache.eval.prefilled import Prefilled
@@ -60,6 +60,9 @@ class SpeCacheMethod(Method):
     def settings(self) -> dict[str, Any]:
         return self.config.resolved("cpu").to_dict()
 
+    def defaults(self) -> dict[str, Any]:
+        return super().defaults() | DEFAULTS_OF_BITS[self.config.bits]
+
     def start(self, prompt: Prefilled) -> SpeCacheSession:
         return SpeCacheSession(prompt, self.config)
 
@@ -70,7 +73,7 @@ class SpeCacheMethod(Method):
         Raises:
             ConfigError: a field or a value that does not exist.
         """
-        return cls(replace(cls().config, **settings))
+        return cls(SpeCacheConfig(**{"slow_tier": SlowTierKind.RAM, **settings}))
 
 
 @dataclass(frozen=True)
@@ -87,12 +90,16 @@ class FullMethod(Method):
 
 @dataclass(frozen=True)
 class KiviMethod(Method):
-    """Low-bit pairs, R = 128: the 16-bit bytes of SpeCache at R = 64, k = 64 (section 4)."""
+    """KIVI (arXiv 2402.02750): low-bit pairs alone, R = 128.
+
+    That is as many 16-bit bytes as the paper's SpeCache has with R = 64 and k = 64 (section 4).
+    """
 
     name: ClassVar[str] = "kivi"
     summary: ClassVar[str] = "KIVI: the low-bit copy alone, R = 128"
     needs_all_queries: ClassVar[bool] = False
     bits: int = 2
+    code: Code = Code.KIVI
     group_size: int = 64
     residual: int = 128
 
