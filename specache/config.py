@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, TypeVar
 
@@ -12,6 +12,11 @@ from specache.errors import ConfigError
 
 PAGE_TOKENS = 64  # tokens in one page of the low-bit copy; group sizes divide it
 SUPPORTED_BITS = (1, 2, 4)
+DEFAULTS_OF_BITS = {  # chosen by divergence per byte and per millisecond (docs/results.md)
+    1: {"residual": 256, "top_k": 256},
+    2: {"residual": 128, "top_k": 128},
+    4: {"residual": 64, "top_k": 64},
+}
 
 _Member = TypeVar("_Member", bound=StrEnum)
 
@@ -87,8 +92,10 @@ class SpeCacheConfig:
         bits: bits per code of the low-bit copy (paper `b`): 1, 2 or 4.
         code: see `Code`.
         group_size: tokens per key group and channels per value group (paper `g`); divides 64.
-        residual: newest tokens that always stay at 16 bits (paper `R`), in tokens.
-        top_k: 16-bit pairs swapped in per KV head and step (paper `k`), in pairs.
+        residual: newest tokens that always stay at 16 bits (paper `R`), in tokens. None takes that
+            of the bits in `DEFAULTS_OF_BITS`, 128 at 2 bits; the attribute is always a number.
+        top_k: 16-bit pairs swapped in per KV head and step (paper `k`), in pairs. None as for
+            `residual`: 128 at 2 bits.
         policy: see `Policy`.
         slow_tier: see `SlowTierKind`; `disk:FOLDER` also sets `slow_dir`.
         slow_dir: folder of tier `disk`, created if it does not exist. None for every other tier.
@@ -110,8 +117,8 @@ class SpeCacheConfig:
     bits: int = 2
     code: Code = Code.ROTATED
     group_size: int = 64
-    residual: int = 64
-    top_k: int = 64
+    residual: int = None  # type: ignore[assignment]  # a number after `__post_init__`
+    top_k: int = None  # type: ignore[assignment]
     policy: Policy = Policy.AUTO
     slow_tier: SlowTierKind = SlowTierKind.AUTO
     slow_dir: str | None = None
@@ -121,10 +128,15 @@ class SpeCacheConfig:
     cuda_graph: bool | None = None
     cuda_reads: ReadPath = ReadPath.MAPPED
     pinned_memory: int | None = None
+    left_open: frozenset[str] = field(default=frozenset(), init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not _is_int(self.bits) or self.bits not in SUPPORTED_BITS:
             raise ConfigError(f"bits must be one of {_join(SUPPORTED_BITS)}, got {self.bits!r}.")
+        left_open = [name for name in DEFAULTS_OF_BITS[self.bits] if getattr(self, name) is None]
+        for name in left_open:
+            object.__setattr__(self, name, DEFAULTS_OF_BITS[self.bits][name])
+        object.__setattr__(self, "left_open", frozenset(left_open))
         if not _is_int(self.group_size) or self.group_size < 1 or PAGE_TOKENS % self.group_size:
             divisors = [d for d in range(1, PAGE_TOKENS + 1) if PAGE_TOKENS % d == 0]
             raise ConfigError(
@@ -177,7 +189,14 @@ class SpeCacheConfig:
         policy = self.policy
         if policy is Policy.AUTO:
             policy = Policy.ON_DEMAND if slow_tier is SlowTierKind.RAM_INPLACE else Policy.VERIFIED
-        return replace(self, policy=policy, slow_tier=slow_tier)
+        found = replace(self, policy=policy, slow_tier=slow_tier)
+        object.__setattr__(found, "left_open", self.left_open)
+        return found
+
+    def with_bits(self, bits: int) -> SpeCacheConfig:
+        """Return these settings at other bits. What was left open takes those bits' default."""
+        still_open: dict[str, Any] = dict.fromkeys(self.left_open)
+        return replace(self, bits=bits, **still_open)
 
     def low_bit_length(self, length: int) -> int:
         """Return the low-bit tokens of a sequence of `length`: whole groups, oldest first.

@@ -48,7 +48,7 @@ class Attention:
     bits: tuple[int, ...] = field(default=(2,), metadata={"help": "Bits per number of the low-bit copy."})
     rows: tuple[int, ...] = field(default=(1,), metadata={"help": "Rows of a step: 1 (on-demand), 2 (with a draft token)."})
     code: Code = field(default=Code.ROTATED, metadata={"help": "How numbers become bits."})
-    top_k: int = field(default=64, metadata={"help": "16-bit pairs swapped in per key-value head and row."})
+    top_k: int = field(default=128, metadata={"help": "16-bit pairs swapped in per key-value head and row."})
     repeat: int = field(default=15, metadata={"help": "Rounds; every implementation runs once in each."})
     kernels: tuple[str, ...] = field(default=(), metadata={"help": "Kernel backends to measure. Default: all that run here."})
 

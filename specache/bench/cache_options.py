@@ -14,7 +14,9 @@ class CopyOptions:
 
     bits: int = field(default=2, metadata={"help": "Bits per number of the low-bit copy: 1, 2 or 4."})
     code: Code = field(default=Code.ROTATED, metadata={"help": "How numbers become bits."})
-    top_k: int = field(default=64, metadata={"help": "16-bit pairs swapped in per key-value head and step."})
+    top_k: int | None = field(
+        default=None, metadata={"help": "16-bit pairs swapped in per key-value head and step. Default: that of the bits."}
+    )
 
     def config(self, **settings: Any) -> SpeCacheConfig:
         """Return the configuration with these and further settings.
@@ -22,7 +24,8 @@ class CopyOptions:
         Raises:
             ConfigError: a value is out of range.
         """
-        return SpeCacheConfig(bits=self.bits, code=self.code, top_k=self.top_k, **settings)
+        pairs: dict[str, Any] = {} if self.top_k is None else {"top_k": self.top_k}
+        return SpeCacheConfig(bits=self.bits, code=self.code, **pairs, **settings)
 
 
 @dataclass(frozen=True, kw_only=True)

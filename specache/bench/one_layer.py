@@ -9,7 +9,7 @@ from specache.bench.compute_device import CPU
 from specache.bench.synthetic import fill_compressed
 from specache.cache.layers import CompressedLayer
 from specache.cache.sizes import page_layout
-from specache.config import Code, Policy, SpeCacheConfig
+from specache.config import PAGE_TOKENS, Code, Policy, SpeCacheConfig
 from specache.kernels.types import AttentionParams
 from specache.low_bit.pool import PagePool, PageTable
 from specache.platform.budget import ByteBudget
@@ -35,7 +35,7 @@ class LowBitLayer:
 
     def __init__(self, keys: Tensor, values: Tensor, code: Code, bits: int, top_k: int, copied: bool | None = None) -> None:
         heads, _, dim = keys.shape
-        self.config = SpeCacheConfig(code=code, bits=bits, top_k=top_k)
+        self.config = SpeCacheConfig(code=code, bits=bits, top_k=top_k, residual=PAGE_TOKENS)
         layout = page_layout(self.config, heads, dim)
         on_cpu = keys.device.type == CPU
         copied = not on_cpu if copied is None else copied

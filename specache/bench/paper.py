@@ -20,6 +20,7 @@ from specache.bench.plot import require_matplotlib, write_plot
 from specache.bench.resumable import ResultFile
 from specache.config import Policy, SlowTierKind, SpeCacheConfig
 from specache.errors import ConfigError
+from specache.planning.roofline.compared_methods import PAPER_RESIDUAL
 from specache.platform import machine
 
 KEY = ("method", "bits", "policy", "context")
@@ -108,6 +109,7 @@ class Paper:
             policy=Policy.VERIFIED,
             slow_tier=SlowTierKind.RAM,
             group_size=self.group_size,
+            residual=PAPER_RESIDUAL,
             top_k=self.top_k,
             prefill_chunk=self.chunk,
         )

@@ -39,7 +39,7 @@ The same prefill serves all three answers, so that they differ in nothing but th
 
 specache demo --seed 7
 
-specache demo --bits 1 --top-k 128
+specache demo --bits 1
 """
 MAX_NEW_TOKENS = 32
 """Tokens of one answer: the question needs about 17."""
@@ -61,7 +61,7 @@ def demo(
     as_json: options.Json = False,
     bits: options.Bits = 2,
     code: options.CodeOption = Code.ROTATED,
-    top_k: options.TopK = 64,
+    top_k: options.TopK = None,
     policy: options.PolicyOption = Policy.AUTO,
     model: options.Model = DEMO_MODEL,
     dtype: options.DtypeOption = Dtype.AUTO,
@@ -71,7 +71,8 @@ def demo(
     threads: options.Threads = None,
 ) -> None:
     """Ask a model about a long document over three caches: SpeCache, 16 bits, low bits alone."""
-    config = SpeCacheConfig(bits=bits, code=code, top_k=top_k, policy=policy, slow_tier=SlowTierKind.RAM)
+    pairs: dict[str, Any] = {} if top_k is None else {"top_k": top_k}
+    config = SpeCacheConfig(bits=bits, code=code, policy=policy, slow_tier=SlowTierKind.RAM, **pairs)
     if seed is None:
         seed = random.SystemRandom().randrange(10_000)
     loading = options.LoadOptions(dtype=dtype, weights=weights, compile=compile, device=device, threads=threads)

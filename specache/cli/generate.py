@@ -33,7 +33,7 @@ specache generate -m ./my-model --prompt-file a.txt --prompt-file b.txt --json >
 
 (cat report.txt; echo; echo "Who wrote it?") | specache generate -m demo --session report
 
-specache generate -m demo --raw --prompt "Once upon a time" --temperature 0.8 --seed 7 --bits 1 --top-k 128
+specache generate -m demo --raw --prompt "Once upon a time" --temperature 0.8 --seed 7 --bits 1
 """
 
 

@@ -11,7 +11,7 @@ from specache.cli.byte_sizes import UNITS, number_and_unit, parse_size
 from specache.cli.compiling import ONE_AND_TWO_ROWS, compile_model
 from specache.cli.console import quiet_libraries, status
 from specache.cli.models import Device, Dtype, LoadedModel, load
-from specache.config import Code, Policy, ReadPath, SlowTierKind, SpeCacheConfig, parse_slow_tier
+from specache.config import DEFAULTS_OF_BITS, Code, Policy, ReadPath, SlowTierKind, SpeCacheConfig, parse_slow_tier
 from specache.errors import ConfigError
 from specache.eval.setting_fields import flag
 from specache.linear.weight_format import WeightFormat
@@ -22,6 +22,13 @@ MODEL_PANEL = "Model"
 CACHE_PANEL = "Key-value cache"
 SAMPLING_PANEL = "Generation"
 _DEFAULTS = SpeCacheConfig()
+
+
+def _of_bits(name: str) -> str:
+    """Return the defaults of a setting in words: `128 at 2 bits, 64 at 4, 256 at 1`."""
+    defaults = {bits: DEFAULTS_OF_BITS[bits][name] for bits in (2, 4, 1)}
+    return ", ".join(f"{value} at {bits}{' bits' if bits == 2 else ''}" for bits, value in defaults.items())
+
 
 Model = Annotated[
     str,
@@ -101,10 +108,24 @@ GroupSize = Annotated[
         rich_help_panel=CACHE_PANEL,
     ),
 ]
-Residual = Annotated[int, typer.Option("--residual", help="Newest tokens kept at 16 bits.", rich_help_panel=CACHE_PANEL)]
+Residual = Annotated[
+    int | None,
+    typer.Option(
+        "--residual",
+        help=f"Newest tokens kept at 16 bits. Default: {_of_bits('residual')}.",
+        show_default=False,
+        rich_help_panel=CACHE_PANEL,
+    ),
+]
 TopK = Annotated[
-    int,
-    typer.Option("--top-k", "-k", help="16-bit pairs swapped in per key-value head and step.", rich_help_panel=CACHE_PANEL),
+    int | None,
+    typer.Option(
+        "--top-k",
+        "-k",
+        help=f"16-bit pairs swapped in per key-value head and step. Default: {_of_bits('top_k')}.",
+        show_default=False,
+        rich_help_panel=CACHE_PANEL,
+    ),
 ]
 PolicyOption = Annotated[
     Policy,
@@ -263,8 +284,8 @@ class CacheOptions:
     bits: Bits = _DEFAULTS.bits
     code: CodeOption = _DEFAULTS.code
     group_size: GroupSize = _DEFAULTS.group_size
-    residual: Residual = _DEFAULTS.residual
-    top_k: TopK = _DEFAULTS.top_k
+    residual: Residual = None
+    top_k: TopK = None
     policy: PolicyOption = _DEFAULTS.policy
     slow_tier: SlowTier = _DEFAULTS.slow_tier.value
     hot_set: HotSet = str(_DEFAULTS.hot_set)

@@ -38,7 +38,7 @@ class Engine:
     products. An error of one request ends only that request. Any thread may add and abort requests.
     One thread at a time runs a step, and calls the processors, criteria and streamers.
 
-        engine = specache.Engine(model, specache.SpeCacheConfig(top_k=64))
+        engine = specache.Engine(model, specache.SpeCacheConfig())
         handle = engine.add(specache.make_request(model, input_ids, max_new_tokens=100, seed=1))
         while engine.step(): ...
         tokens = handle.result()

@@ -77,8 +77,8 @@ class Session:
         model: a transformers model for text generation: the one that the session was made with,
             wrapped or not, with the same active adapters.
         config: settings. Those that the low-bit copy depends on (`code`, `bits`, `group_size`,
-            `residual`) must not change; None takes all from the session. The 16-bit pairs lie in
-            the session's folder, so omit `slow_tier`.
+            `residual`) must not change; what is left open is taken from the session, and None takes
+            all. The 16-bit pairs lie in the session's folder, so omit `slow_tier`.
         tokenizer: if given, the session refuses another one later.
         folder: root of sessions; by default `sessions` in the cache folder (`specache doctor` shows
             it).
@@ -283,6 +283,8 @@ class Session:
         """Return the requested settings if the stored low-bit copy allows them."""
         stored = None if self._saved is None else self._saved.config(self.folder)
         config = requested or stored or SpeCacheConfig()
+        if stored and config.bits == stored.bits:  # what was left open is not asked for
+            config = replace(config, **{name: getattr(stored, name) for name in config.left_open})
         if config.slow_tier not in (SlowTierKind.AUTO, SlowTierKind.DISK):
             raise ConfigError(
                 f"slow_tier={config.slow_tier.value!r} is not for sessions: their 16-bit pairs are on disk. Leave it out."

@@ -42,7 +42,7 @@ def measure(**settings: Any) -> Outcome:
 
 
 def lines_of(**settings: Any) -> list[Entry]:
-    config = SpeCacheConfig(policy=Policy.VERIFIED, slow_tier=SlowTierKind.RAM, top_k=8, prefill_chunk=128, **settings)
+    config = SpeCacheConfig(policy=Policy.VERIFIED, slow_tier=SlowTierKind.RAM, residual=64, top_k=8, prefill_chunk=128, **settings)
     return entries(("full", "kivi", "speculative", "verified"), (2, 1), config)
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import specache
+from specache.config import DEFAULTS_OF_BITS
 from specache.engine.attention_hook import attached
 from specache.engine.decoder import Decoder
 from specache.kernels.blocks import BLOCK_BYTES
@@ -46,11 +47,11 @@ def prefilled(model: Any) -> dict[tuple[int, int], dict[str, Any]]:
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_fast_memory_stays_within_the_documented_bound(prefilled, bits, length):
     stats = prefilled[bits, length]
-    group_size = residual = 64
+    group_size, defaults = 64, DEFAULTS_OF_BITS[bits]
     assert stats["full_bytes"] == 2 * 2 * 64 * length  # K and V, bytes, head dimension
-    assert 0 < stats["fast_ratio"] <= (bits + 32 / group_size) / 16 + (residual + group_size) / length
+    assert 0 < stats["fast_ratio"] <= (bits + 32 / group_size) / 16 + (defaults["residual"] + group_size) / length
     assert stats["slow_bytes"] >= stats["full_bytes"]
-    assert stats["hot_ratio"] <= 0.08 or length * 0.08 < 2 * 64
+    assert stats["hot_ratio"] <= 0.08 or length * 0.08 < 2 * defaults["top_k"]
 
 
 def decode_peak(model: Any, cache: specache.SpeCache) -> int:

@@ -166,7 +166,7 @@ def test_step_traffic_matches_the_plan_and_the_policy(llama_3b):
     planned = plan(llama_3b, resolved(), uniform_batch(131_072, 2))
     assert traffic.scan == planned.decode.low_bit
     assert traffic.weights == llama_3b.read_bytes
-    assert traffic.rows == 2 * 28 * 64 * 8 * 2 * 128 * 2 and traffic.assumed_misses == 1.0  # in place: every wanted row
+    assert traffic.rows == 2 * 28 * 128 * 8 * 2 * 128 * 2 and traffic.assumed_misses == 1.0  # in place: every wanted row
     fetched = step_traffic(llama_3b, resolved(slow_tier="ram"), 131_072, 2)
     assert 0 < fetched.rows < traffic.rows / 4
     full = step_traffic(llama_3b, resolved(policy="full"), 131_072, 2)

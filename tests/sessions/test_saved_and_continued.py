@@ -321,6 +321,22 @@ def test_a_closed_session_says_so(tmp_path, model):
             use()
 
 
+def test_a_session_keeps_its_own_settings_where_the_caller_leaves_them_open(tmp_path, model):
+    """Its residual may be the default of an earlier release."""
+    ids = prompt(300)
+    with specache.Session("old", model, specache.SpeCacheConfig(residual=64, top_k=64), folder=tmp_path) as session:
+        specache.prefill(model, ids, cache=session.cache)
+        session.save()
+    for config in (None, specache.SpeCacheConfig(), specache.SpeCacheConfig(hot_set=0.5)):
+        with specache.Session("old", model, config, folder=tmp_path) as session:
+            assert (session.cache.config.residual, session.cache.config.top_k) == (64, 64)
+            assert session.saved_tokens == 300
+    with specache.Session("old", model, specache.SpeCacheConfig(top_k=9), folder=tmp_path) as session:
+        assert (session.cache.config.residual, session.cache.config.top_k) == (64, 9)
+    with pytest.raises(specache.SessionError, match="made with residual 64 and is opened with residual 128"):
+        specache.Session("old", model, specache.SpeCacheConfig(residual=128), folder=tmp_path)
+
+
 def test_settings_are_kept_but_those_of_a_step_may_change(tmp_path, model):
     with opened(tmp_path, model, settings(bits=1, top_k=5, policy="speculative")) as session:
         prefill(session, model, prompt(100))

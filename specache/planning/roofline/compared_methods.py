@@ -11,7 +11,8 @@ from specache.config import Code, Policy, SpeCacheConfig
 from specache.planning.roofline.kernel_costs import PUBLISHED, THIS_LIBRARY, KernelCounts
 
 BITS = (2, 1)
-KIVI_RESIDUAL = 128  # tokens; as many 16-bit pairs as SpeCache holds with R = 64 and k = 64 (paper, section 4.1)
+PAPER_RESIDUAL = PAPER_PAIRS = 64  # R in tokens, and k (paper, section 4.1)
+KIVI_RESIDUAL = 128  # tokens; as many 16-bit pairs as the paper's SpeCache holds
 
 
 @dataclass(frozen=True)
@@ -62,18 +63,17 @@ def methods(config: SpeCacheConfig) -> list[Method]:
 
     Args:
         config: settings of this library's methods, with every `auto` resolved. The others share its
-            `k`, `g` and slow tier.
+            `g` and slow tier, and a `k` that was set.
     """
+    own = {bits: replace(config.with_bits(bits), fast_memory=None) for bits in sorted({*BITS, config.bits}, reverse=True)}
+    paper_pairs = PAPER_PAIRS if "top_k" in config.left_open else config.top_k
     config = replace(config, fast_memory=None)
-    own_bits = sorted({*BITS, config.bits}, reverse=True)
     kivi = replace(config, code=Code.KIVI, policy=Policy.NONE, residual=KIVI_RESIDUAL, hot_set=0.0)
-    paper = replace(config, code=Code.KIVI, policy=Policy.SPECULATIVE, residual=64, hot_set=0.0)
+    paper = replace(config, code=Code.KIVI, policy=Policy.SPECULATIVE, residual=PAPER_RESIDUAL, top_k=paper_pairs, hot_set=0.0)
     found = [Method("full", "16-bit cache", replace(config, policy=Policy.FULL), False)]
     found += [Method(f"kivi-{bits}", f"KIVI, {bits}-bit", replace(kivi, bits=bits), False) for bits in BITS]
     found += [Method(f"paper-{bits}", f"SpeCache (paper), {bits}-bit", replace(paper, bits=bits), True) for bits in BITS]
     if config.policy is not Policy.FULL:
-        own = f"SpeCache {config.policy}"
-        found += [
-            Method(f"specache-{bits}", f"{own}, {bits}-bit", replace(config, bits=bits), True, THIS_LIBRARY) for bits in own_bits
-        ]
+        name = f"SpeCache {config.policy}"
+        found += [Method(f"specache-{bits}", f"{name}, {bits}-bit", one, True, THIS_LIBRARY) for bits, one in own.items()]
     return found

@@ -77,7 +77,7 @@ def test_kivi_fetches_nothing_and_decodes_one_row():
 
 
 def test_a_disk_needs_a_bandwidth_and_reads_whole_blocks():
-    on_disk = method("specache-2", slow_tier="disk:/nowhere")
+    on_disk = method("specache-2", slow_tier="disk:/nowhere", top_k=64)
     with pytest.raises(ConfigError, match="disk_gb_per_s"):
         HAND.step(on_disk, 1024, 1)
     step = Roofline(device(disk_gb_per_s=0.001), MODEL).step(on_disk, 1024, 1)

@@ -1,0 +1,35 @@
+"""What `SpeCacheConfig` fills in where a setting is left open."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+
+from specache import SpeCacheConfig
+from specache.config import DEFAULTS_OF_BITS, SUPPORTED_BITS
+
+
+@pytest.mark.parametrize("bits", SUPPORTED_BITS)
+def test_fewer_bits_keep_and_fetch_more_pairs_at_16_bits(bits):
+    config = SpeCacheConfig(bits=bits)
+    assert {"residual": config.residual, "top_k": config.top_k} == DEFAULTS_OF_BITS[bits]
+    wider = {one: DEFAULTS_OF_BITS[one]["top_k"] for one in SUPPORTED_BITS}
+    assert wider[1] > wider[2] > wider[4]
+
+
+def test_none_is_the_default_and_a_number_is_kept():
+    assert SpeCacheConfig(bits=1, top_k=None, residual=7) == SpeCacheConfig(bits=1, residual=7, top_k=256)  # type: ignore[arg-type]
+    assert SpeCacheConfig(top_k=5, residual=0).left_open == frozenset()
+
+
+def test_other_bits_bring_their_own_defaults_for_what_was_left_open():
+    config = SpeCacheConfig(top_k=10).resolved("cpu").with_bits(1)
+    assert (config.bits, config.top_k, config.residual) == (1, 10, 256)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda config: pickle.loads(pickle.dumps(config))])
+def test_a_copy_leaves_the_same_settings_open(copied):
+    config = SpeCacheConfig(top_k=10)
+    assert copied(config) == config and copied(config).left_open == {"residual"}
