@@ -1,0 +1,174 @@
+"""The forced answer: feed the right answer token by token, and judge the distribution after each.
+
+A model that is too small to write a long answer by itself can still be measured along the right
+one. Each method is fed the same tokens and compared with the full cache: by the divergence after
+each token, and by the tokens of the answer's values (names, figures; not keys and punctuation) that
+the full cache ranks first, of which the method should rank first as many.
+
+The distribution before the first token comes from the exact prefill, which all methods share, so
+nothing is measured there. An answer should therefore begin with a few words before its first value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specache.errors import TaskDataError
+from specache.eval.methods.base import Session
+from specache.eval.methods.specache import FullMethod
+from specache.eval.prefilled import Prefilled
+from specache.eval.tasks.base import Measurement
+
+FORCED_UNIT = "KL, nats"  # the unit of a task's values with forced answers
+KEPT_TOKENS = 2048  # likeliest tokens whose log-probability under the full cache is kept, per position
+
+Span = tuple[int, int]  # of characters: begin, end
+
+
+@dataclass(frozen=True)
+class ForcedAnswer:
+    """The tokens of a right answer.
+
+    Attributes:
+        tokens: the `n` token ids that are fed.
+        counted: whether each token belongs to a value, `n` flags.
+    """
+
+    tokens: list[int]
+    counted: list[bool]
+
+    @classmethod
+    def encode(cls, tokenizer: Any, text: str, spans: Sequence[Span]) -> ForcedAnswer:
+        """Tokenise an answer. A token counts if at least one of its characters is in a value.
+
+        A tokenizer without offsets tokenises the text between the ends of values piece by piece.
+
+        Args:
+            spans: the characters of each value in the text, in order.
+
+        Raises:
+            TaskDataError: the answer has fewer than two tokens, so that nothing can be measured.
+        """
+        if getattr(tokenizer, "is_fast", False):
+            encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            tokens = list(encoding["input_ids"])
+            counted = [_overlaps(begin, end, spans) for begin, end in encoding["offset_mapping"]]
+        else:
+            tokens, counted = [], []
+            for piece, is_value in _pieces(text, spans):
+                ids = list(tokenizer(piece, add_special_tokens=False)["input_ids"])
+                tokens += ids
+                counted += [is_value] * len(ids)
+        if len(tokens) < 2:
+            raise TaskDataError(f"the answer {text!r} is too short to be forced: it needs at least two tokens.")
+        return cls(tokens, counted)
+
+
+@dataclass(frozen=True)
+class ForcedReference:
+    """The full cache's distributions along an answer of `n` tokens, after each but the last.
+
+    Attributes:
+        answer: the answer.
+        token_ids: int64 [n - 1, K], the likeliest `K` tokens, best first.
+        log_probs: float32 [n - 1, K], theirs.
+        rest: float32 [n - 1], log-probability of all other tokens together; -inf if there are none.
+    """
+
+    answer: ForcedAnswer
+    token_ids: Tensor
+    log_probs: Tensor
+    rest: Tensor
+
+
+def join_parts(parts: Sequence[tuple[str, bool]]) -> tuple[str, list[Span]]:
+    """Join the parts of an answer.
+
+    Args:
+        parts: texts, each with whether it is a value.
+
+    Returns:
+        The text, and the characters of each value in it.
+    """
+    text, spans = "", []
+    for part, is_value in parts:
+        if is_value:
+            spans.append((len(text), len(text) + len(part)))
+        text += part
+    return text, spans
+
+
+def prepare_forced(answer: ForcedAnswer, prompt: Prefilled) -> ForcedReference:
+    """Feed the answer to the full cache, and keep its distributions.
+
+    Called under `no_grad`, with the model attached, as `Task.prepare`. Only the likeliest tokens of
+    each position are kept: a whole distribution of 262,144 tokens would take 1 MB.
+    """
+    rows: list[tuple[Tensor, Tensor, Tensor]] = []
+    session = FullMethod().start(prompt)
+    try:
+        for token in answer.tokens[:-1]:
+            log_probs = session.feed(token).log_softmax(-1)
+            best = log_probs.topk(min(KEPT_TOKENS, len(log_probs)))
+            rows.append((best.indices, best.values, _rest(log_probs, best.indices)))
+    finally:
+        session.close()
+    token_ids, log_probs, rest = (torch.stack(column) for column in zip(*rows, strict=True))
+    return ForcedReference(answer, token_ids, log_probs, rest)
+
+
+def measure_forced(reference: ForcedReference, session: Session) -> Measurement:
+    """Feed the answer to a method's session.
+
+    Returns:
+        Values: the Kullback-Leibler divergence from the full cache after each token but the last,
+        in nats, with all but the likeliest `K` tokens taken as one outcome (never more than the
+        divergence over all tokens). Per token: `nll` of the answer's next token in nats, and 1 or 0
+        for `top1` (the likeliest token is the full cache's), `right` (the next token belongs to a
+        value, and the full cache ranks it first) and `kept` (`right`, and the method ranks it first
+        too).
+    """
+    answer = reference.answer
+    divergence: list[float] = []
+    tokens: dict[str, list[float]] = {"top1": [], "nll": [], "right": [], "kept": []}
+    for i, token in enumerate(answer.tokens[:-1]):
+        actual = session.feed(token).log_softmax(-1)
+        target, best, expected = answer.tokens[i + 1], int(actual.argmax()), int(reference.token_ids[i, 0])
+        right = answer.counted[i + 1] and expected == target
+        divergence.append(_divergence(reference, i, actual))
+        tokens["top1"].append(float(best == expected))
+        tokens["nll"].append(-float(actual[target]))
+        tokens["right"].append(float(right))
+        tokens["kept"].append(float(right and best == target))
+    return Measurement(divergence, tokens)
+
+
+def _divergence(reference: ForcedReference, position: int, actual: Tensor) -> float:
+    ids, expected, rest = (column[position] for column in (reference.token_ids, reference.log_probs, reference.rest))
+    divergence = float((expected.exp() * (expected - actual[ids])).sum())
+    if rest > -torch.inf:
+        divergence += float(rest.exp() * (rest - _rest(actual, ids)))
+    return max(0.0, divergence)
+
+
+def _rest(log_probs: Tensor, ids: Tensor) -> Tensor:
+    """Return the log-probability [] of all tokens but `ids` together."""
+    return log_probs.index_fill(0, ids, -torch.inf).logsumexp(-1)
+
+
+def _overlaps(begin: int, end: int, spans: Sequence[Span]) -> bool:
+    return any(begin < last and first < end for first, last in spans)
+
+
+def _pieces(text: str, spans: Sequence[Span]) -> list[tuple[str, bool]]:
+    """Cut the text at the ends of its values -> the pieces, each with whether it is a value."""
+    pieces, place = [], 0
+    for begin, end in spans:
+        pieces += [(text[place:begin], False), (text[begin:end], True)]
+        place = end
+    return [(piece, is_value) for piece, is_value in [*pieces, (text[place:], False)] if piece]
