@@ -120,13 +120,13 @@ def _kept(cells: list[Cell], full: list[Cell]) -> list[list[float]]:
 
 def _kept_tokens(cells: list[Cell]) -> list[list[float]]:
     """Return, per item, whether the method ranks each token first that the full cache does."""
-    pairs = [zip(cell["tokens"].get("kept", []), cell["tokens"].get("right", []), strict=True) for cell in cells]
-    series = [[kept for kept, right in tokens if right] for tokens in pairs]
+    pairs = [zip(cell["tokens"].get("right", []), cell["tokens"].get("full_right", []), strict=True) for cell in cells]
+    series = [[right for right, full_right in tokens if full_right] for tokens in pairs]
     return [tokens for tokens in series if tokens]
 
 
 def _right_tokens(cells: list[Cell]) -> int | None:
-    return sum(map(len, _kept_tokens(cells))) if any("right" in cell["tokens"] for cell in cells) else None
+    return sum(map(len, _kept_tokens(cells))) if any("full_right" in cell["tokens"] for cell in cells) else None
 
 
 def _share(series: list[list[float]], seed: int) -> Estimate:

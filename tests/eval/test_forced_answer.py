@@ -70,7 +70,7 @@ def greedy_answer(count: int) -> ForcedAnswer:
     ids = prompt(LENGTH)
     with torch.no_grad():
         out = model.generate(ids, max_new_tokens=count, do_sample=False)
-    return ForcedAnswer(out[0, LENGTH:].tolist(), [True] * count)
+    return ForcedAnswer(out[0, LENGTH:].tolist(), [False] + [True] * (count - 1))
 
 
 def test_parts_are_joined_and_values_found_again() -> None:
@@ -100,43 +100,50 @@ def test_a_token_with_a_single_character_of_a_value_counts() -> None:
     assert ForcedAnswer.encode(Pairs(), "ab=12,", [(3, 5)]).counted == [False, True, True]
 
 
-def test_an_answer_of_one_token_is_refused() -> None:
-    with pytest.raises(TaskDataError, match="at least two tokens"):
-        ForcedAnswer.encode(TOKENIZER, "7", [(0, 1)])
+@pytest.mark.parametrize(("text", "spans"), [("7", [(0, 1)]), ("nothing", []), ("", [])])
+def test_an_answer_in_which_nothing_counts_is_refused(text: str, spans: list[tuple[int, int]]) -> None:
+    with pytest.raises(TaskDataError, match="no token of a value"):
+        ForcedAnswer.encode(TOKENIZER, text, spans)
+
+
+def test_the_first_token_does_not_count() -> None:
+    assert ForcedAnswer.encode(TOKENIZER, "42", [(0, 2)]).counted == [False, True]
 
 
 def test_the_full_cache_keeps_all_and_does_not_diverge() -> None:
     answer = greedy_answer(24)
     _, result = measured(FullMethod(), answer)
     assert max(result.values) < 1e-6
-    assert result.tokens["right"] == result.tokens["kept"] == result.tokens["top1"] == [1.0] * 23
+    assert result.tokens["right"] == result.tokens["full_right"] == result.tokens["top1"] == [1.0] * 23
+    assert result.tokens["nll_delta"] == pytest.approx([0.0] * 23, abs=1e-6)
 
 
 def test_a_method_that_drops_the_context_keeps_fewer() -> None:
     answer = greedy_answer(24)
     _, dropping = measured(StreamingLLMMethod(budget=0.05), answer)
     _, fetching = measured(SpeCacheMethod.with_settings({"top_k": 10**6}), answer)
-    assert sum(dropping.tokens["kept"]) < 23 == sum(fetching.tokens["kept"])
+    assert sum(dropping.tokens["right"]) < 23 == sum(fetching.tokens["right"])
     assert sum(dropping.values) > 1000 * sum(fetching.values)
 
 
-def test_values_are_compared_with_a_plain_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The likeliest 2,048 tokens are all 97 here, so this is the divergence itself."""
-    answer = ForcedAnswer(prompt(20, seed=5)[0].tolist(), [False] * 10 + [True] * 10)
+def test_measured_is_what_a_plain_forward_pass_gives_before_the_tokens_that_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The likeliest 2,048 tokens are all 97 here, so this is the divergence over all tokens."""
+    answer = ForcedAnswer(prompt(20, seed=5)[0].tolist(), [False] * 10 + [True, False] * 5)
     reference, result = measured(StreamingLLMMethod(budget=0.2), answer)
+    _, full = measured(FullMethod(), answer)
     with torch.no_grad():
-        logits = llama()(torch.cat([prompt(LENGTH), torch.tensor([answer.tokens])], dim=1)).logits[0, LENGTH:-1]
-    expected = logits.log_softmax(-1)
-    first = (expected.argmax(-1) == torch.tensor(answer.tokens[1:])).tolist()
-    assert result.tokens["right"] == [float(best and counts) for best, counts in zip(first, answer.counted[1:], strict=True)]
+        logits = llama()(torch.cat([prompt(LENGTH), torch.tensor([answer.tokens])], dim=1)).logits[0]
+    expected, targets = logits[LENGTH + 9 : -1 : 2].log_softmax(-1), torch.tensor(answer.tokens[10::2])
+    torch.testing.assert_close(reference.log_probs, expected.sort(descending=True).values, atol=1e-4, rtol=1e-4)
     assert reference.token_ids[:, 0].tolist() == expected.argmax(-1).tolist()
     assert torch.isinf(reference.rest).all()
-    _, full = measured(FullMethod(), answer)
-    nll = torch.nn.functional.cross_entropy(logits, torch.tensor(answer.tokens[1:]), reduction="none")
-    assert full.tokens["nll"] == pytest.approx(nll.tolist(), rel=1e-4)
+    assert full.tokens["nll"] == pytest.approx((-expected.gather(1, targets[:, None])[:, 0]).tolist(), rel=1e-4)
+    assert full.tokens["right"] == result.tokens["full_right"] == (expected.argmax(-1) == targets).float().tolist()
+    changes = [mine - theirs for mine, theirs in zip(result.tokens["nll"], full.tokens["nll"], strict=True)]
+    assert result.tokens["nll_delta"] == pytest.approx(changes, abs=1e-4)
     monkeypatch.setattr(forced_answer, "KEPT_TOKENS", 8)
     coarse, few = measured(StreamingLLMMethod(budget=0.2), answer)
-    assert coarse.token_ids.shape == (19, 8)
+    assert coarse.token_ids.shape == (5, 8)
     assert all(0 < small <= exact + 1e-6 for small, exact in zip(few.values, result.values, strict=True))
 
 
@@ -147,18 +154,19 @@ def test_the_divergence_is_that_of_the_kept_tokens_and_the_rest(kept: int) -> No
     best = full.topk(kept)
     rest = torch.tensor(sorted(set(range(50)) - set(best.indices.tolist())), dtype=torch.long)
     reference = ForcedReference(
-        ForcedAnswer([1, 2], [True, True]), best.indices[None], best.values[None], full[rest].logsumexp(-1)[None]
+        ForcedAnswer([1, 2], [False, True]), best.indices[None], best.values[None], full[rest].logsumexp(-1)[None], -full[2:3]
     )
     (value,) = measure_forced(reference, SimpleNamespace(feed=lambda token: other)).values  # type: ignore[arg-type]
     p, q = ([*log[best.indices].exp().tolist(), log[rest].exp().sum().item()] for log in (full, other))
     assert value == pytest.approx(sum(a * math.log(a / b) for a, b in zip(p, q, strict=True) if a > 0), rel=1e-4)
 
 
-def test_only_counted_tokens_that_the_full_cache_ranks_first_can_be_kept() -> None:
-    answer = ForcedAnswer([0, 1, 2, 3, 4], [True, True, True, False, True])
-    ids = torch.tensor([[1, 9], [2, 9], [3, 9], [9, 4]])  # the full cache misses the last token
-    reference = ForcedReference(answer, ids, torch.tensor([[-0.1, -3.0]] * 4), torch.full((4,), -4.0))
+def test_the_token_that_each_ranks_first_is_compared_with_the_answers() -> None:
+    answer = ForcedAnswer([0, 1, 2, 3, 4], [False, True, True, False, True])
+    ids = torch.tensor([[1, 9], [2, 9], [9, 4]])  # the full cache misses the last token
+    reference = ForcedReference(answer, ids, torch.tensor([[-0.1, -3.0]] * 3), torch.full((3,), -4.0), torch.ones(3))
     result = measure_forced(reference, Likely([1, 9, 3, 4], 10))
-    assert result.tokens["right"] == [1.0, 1.0, 0.0, 0.0]
-    assert result.tokens["kept"] == [1.0, 0.0, 0.0, 0.0]
-    assert result.tokens["top1"] == [1.0, 0.0, 1.0, 0.0]
+    assert result.tokens["full_right"] == [1.0, 1.0, 0.0]
+    assert result.tokens["right"] == [1.0, 0.0, 1.0]
+    assert result.tokens["top1"] == [1.0, 0.0, 0.0]
+    assert len(result.values) == 3

@@ -32,7 +32,7 @@ def scores(*items: list[float]) -> list[dict[str, Any]]:
 
 
 def forced(*items: tuple[list[float], list[float]]) -> list[dict[str, Any]]:
-    return [{"values": [0.1] * len(right), "tokens": {"right": right, "kept": kept}} for right, kept in items]
+    return [{"values": [0.1] * len(full), "tokens": {"full_right": full, "right": mine}} for full, mine in items]
 
 
 def test_items_with_one_score_are_counted_as_items() -> None:
@@ -63,7 +63,7 @@ def test_tokens_of_forced_answers_are_counted_in_every_row() -> None:
     full, ours = rows(
         "KL, nats",
         forced(([1, 0, 1, 1], [1, 0, 1, 1]), ([0, 0], [0, 0])),
-        forced(([1, 0, 1, 1], [1, 0, 0, 1]), ([0, 0], [0, 0])),
+        forced(([1, 0, 1, 1], [1, 1, 0, 1]), ([0, 0], [1, 0])),
     )
     assert (full["kept"], full["kept_n"], full["kept_ci95"]) == (1.0, 3, wilson(3, 3).interval)
     assert (ours["kept"], ours["kept_n"]) == (pytest.approx(2 / 3), 3)

@@ -1,17 +1,17 @@
 """The forced answer: feed the right answer token by token, and judge the distribution after each.
 
 A model that is too small to write a long answer by itself can still be measured along the right
-one. Each method is fed the same tokens and compared with the full cache: by the divergence after
-each token, and by the tokens of the answer's values (names, figures; not keys and punctuation) that
-the full cache ranks first, of which the method should rank first as many.
+one. Each method is fed the same tokens and compared with the full cache before every token of the
+answer's values (names, figures): by the divergence, and by whether it ranks the right token first
+where the full cache does. Keys and punctuation do not count: they can be told without the context.
 
 The distribution before the first token comes from the exact prefill, which all methods share, so
-nothing is measured there. An answer should therefore begin with a few words before its first value.
+that token does not count either. An answer should begin with a few words before its first value.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,8 @@ class ForcedAnswer:
 
     Attributes:
         tokens: the `n` token ids that are fed.
-        counted: whether each token belongs to a value, `n` flags.
+        counted: whether each token belongs to a value and has one before it, `n` flags, at least
+            one of them set.
     """
 
     tokens: list[int]
@@ -52,7 +53,7 @@ class ForcedAnswer:
             spans: the characters of each value in the text, in order.
 
         Raises:
-            TaskDataError: the answer has fewer than two tokens, so that nothing can be measured.
+            TaskDataError: no token counts.
         """
         if getattr(tokenizer, "is_fast", False):
             encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -64,26 +65,29 @@ class ForcedAnswer:
                 ids = list(tokenizer(piece, add_special_tokens=False)["input_ids"])
                 tokens += ids
                 counted += [is_value] * len(ids)
-        if len(tokens) < 2:
-            raise TaskDataError(f"the answer {text!r} is too short to be forced: it needs at least two tokens.")
+        counted[:1] = [False]
+        if not any(counted):
+            raise TaskDataError(f"the answer {text!r} cannot be forced: no token of a value comes after its first token.")
         return cls(tokens, counted)
 
 
 @dataclass(frozen=True)
 class ForcedReference:
-    """The full cache's distributions along an answer of `n` tokens, after each but the last.
+    """The full cache's distributions before the `m` tokens of an answer that count.
 
     Attributes:
         answer: the answer.
-        token_ids: int64 [n - 1, K], the likeliest `K` tokens, best first.
-        log_probs: float32 [n - 1, K], theirs.
-        rest: float32 [n - 1], log-probability of all other tokens together; -inf if there are none.
+        token_ids: int64 [m, K], the likeliest `K` tokens, best first.
+        log_probs: float32 [m, K], theirs.
+        rest: float32 [m], log-probability of all other tokens together; -inf if there are none.
+        nll: float32 [m], negative log-likelihood of the answer's tokens, in nats.
     """
 
     answer: ForcedAnswer
     token_ids: Tensor
     log_probs: Tensor
     rest: Tensor
+    nll: Tensor
 
 
 def join_parts(parts: Sequence[tuple[str, bool]]) -> tuple[str, list[Span]]:
@@ -104,52 +108,56 @@ def join_parts(parts: Sequence[tuple[str, bool]]) -> tuple[str, list[Span]]:
 
 
 def prepare_forced(answer: ForcedAnswer, prompt: Prefilled) -> ForcedReference:
-    """Feed the answer to the full cache, and keep its distributions.
+    """Feed the answer to the full cache, and keep its distributions before the tokens that count.
 
     Called under `no_grad`, with the model attached, as `Task.prepare`. Only the likeliest tokens of
     each position are kept: a whole distribution of 262,144 tokens would take 1 MB.
     """
-    rows: list[tuple[Tensor, Tensor, Tensor]] = []
+    rows: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     session = FullMethod().start(prompt)
     try:
-        for token in answer.tokens[:-1]:
-            log_probs = session.feed(token).log_softmax(-1)
+        for target, log_probs in _before_counted(answer, session):
             best = log_probs.topk(min(KEPT_TOKENS, len(log_probs)))
-            rows.append((best.indices, best.values, _rest(log_probs, best.indices)))
+            rows.append((best.indices, best.values, _rest(log_probs, best.indices), -log_probs[target]))
     finally:
         session.close()
-    token_ids, log_probs, rest = (torch.stack(column) for column in zip(*rows, strict=True))
-    return ForcedReference(answer, token_ids, log_probs, rest)
+    return ForcedReference(answer, *(torch.stack(column) for column in zip(*rows, strict=True)))
 
 
 def measure_forced(reference: ForcedReference, session: Session) -> Measurement:
-    """Feed the answer to a method's session.
+    """Feed the answer to a method's session, and compare it with the full cache.
 
     Returns:
-        Values: the Kullback-Leibler divergence from the full cache after each token but the last,
+        Values: the Kullback-Leibler divergence from the full cache before each token that counts,
         in nats, with all but the likeliest `K` tokens taken as one outcome (never more than the
-        divergence over all tokens). Per token: `nll` of the answer's next token in nats, and 1 or 0
-        for `top1` (the likeliest token is the full cache's), `right` (the next token belongs to a
-        value, and the full cache ranks it first) and `kept` (`right`, and the method ranks it first
-        too).
+        divergence over all tokens). Per token: `nll` in nats, `nll_delta` (less the full cache's),
+        and 1 or 0 for `top1` (the likeliest token is the full cache's), `right` and `full_right`
+        (the method and the full cache rank the answer's token first).
     """
-    answer = reference.answer
     divergence: list[float] = []
-    tokens: dict[str, list[float]] = {"top1": [], "nll": [], "right": [], "kept": []}
-    for i, token in enumerate(answer.tokens[:-1]):
-        actual = session.feed(token).log_softmax(-1)
-        target, best, expected = answer.tokens[i + 1], int(actual.argmax()), int(reference.token_ids[i, 0])
-        right = answer.counted[i + 1] and expected == target
-        divergence.append(_divergence(reference, i, actual))
+    tokens: dict[str, list[float]] = {name: [] for name in ("top1", "nll", "nll_delta", "right", "full_right")}
+    for row, (target, actual) in enumerate(_before_counted(reference.answer, session)):
+        best, expected = int(actual.argmax()), int(reference.token_ids[row, 0])
+        divergence.append(_divergence(reference, row, actual))
         tokens["top1"].append(float(best == expected))
         tokens["nll"].append(-float(actual[target]))
-        tokens["right"].append(float(right))
-        tokens["kept"].append(float(right and best == target))
+        tokens["nll_delta"].append(-float(actual[target]) - float(reference.nll[row]))
+        tokens["right"].append(float(best == target))
+        tokens["full_right"].append(float(expected == target))
     return Measurement(divergence, tokens)
 
 
-def _divergence(reference: ForcedReference, position: int, actual: Tensor) -> float:
-    ids, expected, rest = (column[position] for column in (reference.token_ids, reference.log_probs, reference.rest))
+def _before_counted(answer: ForcedAnswer, session: Session) -> Iterator[tuple[int, Tensor]]:
+    """Feed the answer -> each token that counts, with the log-probabilities [V] before it."""
+    last = max(place for place, counts in enumerate(answer.counted) if counts)
+    for place in range(1, last + 1):
+        logits = session.feed(answer.tokens[place - 1])
+        if answer.counted[place]:
+            yield answer.tokens[place], logits.log_softmax(-1)
+
+
+def _divergence(reference: ForcedReference, row: int, actual: Tensor) -> float:
+    ids, expected, rest = (column[row] for column in (reference.token_ids, reference.log_probs, reference.rest))
     divergence = float((expected.exp() * (expected - actual[ids])).sum())
     if rest > -torch.inf:
         divergence += float(rest.exp() * (rest - _rest(actual, ids)))
