@@ -19,6 +19,7 @@ TASKS = {
     "longbench": "specache.eval.tasks.longbench:LongBench",
     "retrieval": "specache.eval.tasks.retrieval:Retrieval",
     "multi-needle": "specache.eval.tasks.multi_needle:MultiNeedle",
+    "table": "specache.eval.tasks.table:Table",
 }
 
 METHODS = {

@@ -159,7 +159,7 @@ class AnswerTask(ABC):
     def _fill(
         self, model: TaskModel, document: Generated, length: int, first: int
     ) -> tuple[int, list[tuple[Question, list[int], int]]]:
-        """Return the size that fills `length` tokens, and each question with its prompt and room."""
+        """Return the size that fills `length` tokens, and each question, its prompt and room."""
         made: dict[int, list[tuple[Question, list[int], int]]] = {}
 
         def tokens(size: int) -> int:
