@@ -20,6 +20,7 @@ TASKS = {
     "retrieval": "specache.eval.tasks.retrieval:Retrieval",
     "multi-needle": "specache.eval.tasks.multi_needle:MultiNeedle",
     "table": "specache.eval.tasks.table:Table",
+    "compare": "specache.eval.tasks.compare:Compare",
 }
 
 METHODS = {
