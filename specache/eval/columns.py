@@ -81,6 +81,9 @@ def _all_columns(rows: list[Row]) -> list[Column]:
         _estimate_column("top1", "top1_ci95", "top-1", "share of tokens whose likeliest next token is that of the full cache"),
         _estimate_column("ppl", "ppl_ci95", "perplexity", "exp of the mean negative log-likelihood"),
         _estimate_column("delta", "delta_ci95", "against full", "paired difference to the full cache on the same items"),
+        _estimate_column(
+            "nll_delta", "nll_delta_ci95", "NLL against full", "paired difference of the negative log-likelihood, nats per token"
+        ),
         _estimate_column("kept", "kept_ci95", "kept", "of what the full cache gets right, the share that stays right"),
         Column(
             "of",

@@ -79,9 +79,12 @@ def _row(run: Run, group: str, label: str, cells: list[Cell], full: list[Cell]) 
         "tokens": sum(map(len, series)),
     }
     estimates = _of_scores(cells, full, seed) if is_score(run) else _of_tokens(run, cells, full, seed)
-    for name in ("mean", "p95", "p99", "top1", "ppl", "delta", "kept"):
+    for name in ("mean", "p95", "p99", "top1", "ppl", "delta", "nll_delta", "kept"):
         row |= _figures(name, estimates.get(name))
-    row["kept_n"] = sum(map(len, _kept(cells, full))) if is_score(run) and full else _right_tokens(cells)
+    if is_score(run):
+        row["kept_n"] = sum(map(len, _kept(cells, full))) if full else None
+    else:
+        row["kept_n"] = sum(map(len, _kept_tokens(cells))) or None
     row |= {key: _average([cell["stats"].get(key) for cell in cells]) for key in _MEMORY_KEYS}
     row["seconds"] = _average([cell["seconds"] for cell in cells])
     return row
@@ -125,10 +128,6 @@ def _kept_tokens(cells: list[Cell]) -> list[list[float]]:
     return [tokens for tokens in series if tokens]
 
 
-def _right_tokens(cells: list[Cell]) -> int | None:
-    return sum(map(len, _kept_tokens(cells))) if any("full_right" in cell["tokens"] for cell in cells) else None
-
-
 def _share(series: list[list[float]], seed: int) -> Estimate:
     """Estimate the share of ones: by Wilson, or by a bootstrap if items have several."""
     if all(len(values) == 1 for values in series):
@@ -144,6 +143,9 @@ def _of_tokens(run: Run, cells: list[Cell], full: list[Cell], seed: int) -> dict
     if all(cell["tokens"].get("nll") for cell in cells):
         series = [cell["tokens"]["nll"] for cell in cells]
         estimates |= statistics.bootstrap(series, {"ppl": statistics.perplexity}, seed=seed)
+    if all(cell["tokens"].get("nll_delta") for cell in cells):
+        series = [cell["tokens"]["nll_delta"] for cell in cells]
+        estimates |= statistics.bootstrap(series, {"nll_delta": statistics.mean}, seed=seed)
     if kept := _kept_tokens(cells):
         estimates["kept"] = _share(kept, seed)
     if run.unit.startswith("NLL"):

@@ -71,9 +71,17 @@ def test_tokens_of_forced_answers_are_counted_in_every_row() -> None:
     assert {"kept", "of"} <= {column.title for column in columns([full, ours])}
 
 
+def test_likelihoods_are_compared_with_the_full_caches() -> None:
+    measured = [{"values": [0.1, 0.1], "tokens": {"nll": [2.0, 4.0], "nll_delta": [0.5, -0.1]}}] * 3
+    _, ours = rows("KL, nats", measured, measured)
+    assert ours["nll_delta"] == pytest.approx(0.2)
+    assert ours["nll_delta_ci95"][0] < 0.2 < ours["nll_delta_ci95"][1]
+    assert "NLL against full" in {column.title for column in columns([ours])}
+
+
 def test_nothing_right_leaves_nothing_to_keep() -> None:
     _, ours = rows("KL, nats", forced(([0, 0], [0, 0])), forced(([0, 0], [0, 0])))
-    assert (ours["kept"], ours["kept_ci95"], ours["kept_n"]) == (None, None, 0)
+    assert (ours["kept"], ours["kept_ci95"], ours["kept_n"]) == (None, None, None)
     _, ours = rows("score", scores([0.0, 0.4]), scores([1.0, 1.0]))
     assert (ours["kept"], ours["kept_n"]) == (None, 0)
     _, ours = rows("KL, nats", [{"values": [0.1]}], [{"values": [0.1]}])

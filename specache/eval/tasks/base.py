@@ -98,7 +98,7 @@ class Measurement:
         values: what is averaged: one score in [0, 1] for an answer or for each of its parts, one
             divergence per token for a distribution.
         tokens: further values per token, as many as `values`, or none: `top1` (0 or 1), `nll`
-            (nats), `right` and `full_right` (0 or 1, see `forced_answer`).
+            (nats), `nll_delta`, `right` and `full_right` (see `forced_answer`).
         details: for a reader of the results: the prediction, the references. JSON-ready.
     """
 

@@ -100,10 +100,11 @@ class Compare(AnswerTask):
         ]
 
     def _answer(self, comparison: Comparison) -> list[tuple[str, bool]]:
-        parts = [(FIGURES if self.steps else ANSWER, False)]
+        parts = [(ANSWER, False)]
         if self.steps:
-            for number, (company, figure) in enumerate(comparison.figures.items()):
-                parts += [(f"{'; ' if number else ' '}{company} ", False), (str(figure), True)]
+            parts = []
+            for company, figure in comparison.figures.items():
+                parts += [(f"; {company}" if parts else f"{FIGURES} {company}", False), (" ", False), (str(figure), True)]
             parts.append((f". {ANSWER}", False))
         for number, text in enumerate(comparison.answer):
             parts += [(", " if number else " ", False), (text, True)]

@@ -21,15 +21,17 @@ from specache.eval.tasks.table.topics import MOST_ROWS, TOPICS
 from specache.eval.tasks.texts import check_at_least, check_distinct
 
 PROMPT = (
-    "Your task is to extract information from an HTML page, as tab-separated values (TSV).\n\n"
+    "Your task is to extract information from an HTML page, as tab-separated values (TSV).\n\n{example}"
+    "The page to extract from:\n\n{page}\n\n"
+    "Write the columns {columns} of all {things} on this page as TSV. Begin with a line of the columns' names. Then write one line "
+    "per row, in the order of the page, and nothing else."
+)
+EXAMPLE = (
     "An example. The page:\n\n"
     '<table class="moons">\n<tr><th>Moon</th><th>Planet</th><th>Radius</th></tr>\n'
     '<tr data-id="7"><td><a href="/moons/7">Titan</a></td><td>Saturn</td><td>2,575 km</td></tr>\n'
     '<tr data-id="9"><td><a href="/moons/9">Io</a></td><td>Jupiter</td><td><span>1,822 km</span></td></tr>\n</table>\n\n'
     "The columns Moon, Radius of all moons as TSV:\n\nMoon\tRadius\nTitan\t2,575 km\nIo\t1,822 km\n\n"
-    "Now the page to extract from:\n\n{page}\n\n"
-    "Write the columns {columns} of all {things} on this page as TSV. Begin with a line of the columns' names. Then write one line "
-    "per row, in the order of the page, and nothing else."
 )
 _ROW_SHARE = 0.6  # rows among the lines of a page, the rest are other content
 _END = re.compile(r"\n\s*\n|\n```")  # of a written table: a blank line, or the end of a code block
@@ -46,6 +48,7 @@ class Table(AnswerTask):
     topics: tuple[str, ...] = field(default=tuple(TOPICS), metadata={"help": "What pages are about, taken in turn."})
     tables: int = field(default=2, metadata={"help": "Tables that the rows of a page are in."})
     columns: int = field(default=3, metadata={"help": "Columns that are asked for; the first one always is."})
+    example: bool = field(default=True, metadata={"help": "Show a short page and its TSV first."})
     most_rows: int = field(default=60, metadata={"help": "Most rows of a page; longer pages have more other content."})
 
     def __post_init__(self) -> None:
@@ -91,7 +94,8 @@ class Table(AnswerTask):
                 if place or number:
                     answer.append(("\t" if place else "\n", False))
                 answer.append((row[column], True))
-        text = PROMPT.format(page=page, columns=", ".join(titles), things=topic.things)
+        example = EXAMPLE if self.example else ""
+        text = PROMPT.format(example=example, page=page, columns=", ".join(titles), things=topic.things)
         return Question(text, answer, {"topic": topic_name, "columns": titles, "rows": len(rows)})
 
 
