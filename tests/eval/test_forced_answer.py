@@ -170,3 +170,4 @@ def test_the_token_that_each_ranks_first_is_compared_with_the_answers() -> None:
     assert result.tokens["right"] == [1.0, 0.0, 1.0]
     assert result.tokens["top1"] == [1.0, 0.0, 0.0]
     assert len(result.values) == 3
+    assert result.details == {"first_tokens": {"tokens": 2, "full_right": 1, "kept": 1}}, "tokens 1 and 4 begin values"

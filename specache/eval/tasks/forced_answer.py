@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -42,6 +43,11 @@ class ForcedAnswer:
 
     tokens: list[int]
     counted: list[bool]
+
+    @property
+    def begins_value(self) -> list[bool]:
+        """Return, for each token that counts, whether the token before it does not."""
+        return [not before for before, counts in pairwise(self.counted) if counts]
 
     @classmethod
     def encode(cls, tokenizer: Any, text: str, spans: Sequence[Span]) -> ForcedAnswer:
@@ -132,10 +138,14 @@ def measure_forced(reference: ForcedReference, session: Session) -> Measurement:
         in nats, with all but the likeliest `K` tokens taken as one outcome (never more than the
         divergence over all tokens). Per token: `nll` in nats, `nll_delta` (less the full cache's),
         and 1 or 0 for `top1` (the likeliest token is the full cache's), `right` and `full_right`
-        (the method and the full cache rank the answer's token first).
+        (the method and the full cache rank the answer's token first). `details` counts, among the
+        first tokens of values, those that the full cache and those that both rank first: the rest
+        of a value is easier once its beginning is known.
     """
     divergence: list[float] = []
     tokens: dict[str, list[float]] = {name: [] for name in ("top1", "nll", "nll_delta", "right", "full_right")}
+    first_tokens = {"tokens": 0, "full_right": 0, "kept": 0}
+    begins = reference.answer.begins_value
     for row, (target, actual) in enumerate(_before_counted(reference.answer, session)):
         best, expected = int(actual.argmax()), int(reference.token_ids[row, 0])
         divergence.append(_divergence(reference, row, actual))
@@ -144,7 +154,11 @@ def measure_forced(reference: ForcedReference, session: Session) -> Measurement:
         tokens["nll_delta"].append(-float(actual[target]) - float(reference.nll[row]))
         tokens["right"].append(float(best == target))
         tokens["full_right"].append(float(expected == target))
-    return Measurement(divergence, tokens)
+        if begins[row]:
+            first_tokens["tokens"] += 1
+            first_tokens["full_right"] += expected == target
+            first_tokens["kept"] += expected == target == best
+    return Measurement(divergence, tokens, {"first_tokens": first_tokens})
 
 
 def _before_counted(answer: ForcedAnswer, session: Session) -> Iterator[tuple[int, Tensor]]:
