@@ -18,6 +18,9 @@ TASKS = {
     "ruler": "specache.eval.tasks.ruler:Ruler",
     "longbench": "specache.eval.tasks.longbench:LongBench",
     "retrieval": "specache.eval.tasks.retrieval:Retrieval",
+    "multi-needle": "specache.eval.tasks.multi_needle:MultiNeedle",
+    "table": "specache.eval.tasks.table:Table",
+    "compare": "specache.eval.tasks.compare:Compare",
 }
 
 METHODS = {

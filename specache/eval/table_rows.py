@@ -24,8 +24,8 @@ def aggregate(run: Run, cells: list[Cell]) -> list[Row]:
     Keys are the same in all rows; a value that does not apply is `None`.
     - `mean`: average over tokens for distributions, over items for scores.
     - `delta`: paired difference to the full cache on the same items.
-    - `kept`: of the items that the full cache gets right, the share on which the method does as
-      well. `kept_n` counts these items.
+    - `kept`: of the items (or their parts, or the answer tokens of `forced_answer`) that the full
+      cache gets right, the share on which the method does as well. `kept_n` counts these.
     - `memory`: fast memory compared with plain `specache`, or with the run's first `specache`
       method.
     """
@@ -79,9 +79,12 @@ def _row(run: Run, group: str, label: str, cells: list[Cell], full: list[Cell]) 
         "tokens": sum(map(len, series)),
     }
     estimates = _of_scores(cells, full, seed) if is_score(run) else _of_tokens(run, cells, full, seed)
-    for name in ("mean", "p95", "p99", "top1", "ppl", "delta", "kept"):
+    for name in ("mean", "p95", "p99", "top1", "ppl", "delta", "nll_delta", "kept"):
         row |= _figures(name, estimates.get(name))
-    row["kept_n"] = _right(cells, full) if is_score(run) and full else None
+    if is_score(run):
+        row["kept_n"] = sum(map(len, _kept(cells, full))) if full else None
+    else:
+        row["kept_n"] = sum(map(len, _kept_tokens(cells))) or None
     row |= {key: _average([cell["stats"].get(key) for cell in cells]) for key in _MEMORY_KEYS}
     row["seconds"] = _average([cell["seconds"] for cell in cells])
     return row
@@ -102,15 +105,34 @@ def _of_scores(cells: list[Cell], full: list[Cell], seed: int) -> dict[str, Esti
     pairs = [(scores[item], reference[item]) for item in scores if item in reference]
     if pairs:
         estimates["delta"] = statistics.difference([mine - theirs for mine, theirs in pairs], seed=seed)
-    right = [mine >= theirs - 1e-9 for mine, theirs in pairs if theirs >= RIGHT]
-    if right:
-        estimates["kept"] = statistics.wilson(sum(right), len(right))
+    if kept := _kept(cells, full):
+        estimates["kept"] = _share(kept, seed)
     return estimates
 
 
-def _right(cells: list[Cell], full: list[Cell]) -> int:
-    items = {cell["item"] for cell in cells}
-    return sum(_score(cell) >= RIGHT for cell in full if cell["item"] in items)
+def _kept(cells: list[Cell], full: list[Cell]) -> list[list[float]]:
+    """Return, per item, whether the method does as well on each part that `full` gets right.
+
+    An item whose answer has one score is one part. Items without such a part are left out.
+    """
+    reference = {cell["item"]: cell["values"] for cell in full}
+    pairs = [zip(cell["values"], reference[cell["item"]], strict=True) for cell in cells if cell["item"] in reference]
+    series = [[float(mine >= theirs - 1e-9) for mine, theirs in parts if theirs >= RIGHT] for parts in pairs]
+    return [parts for parts in series if parts]
+
+
+def _kept_tokens(cells: list[Cell]) -> list[list[float]]:
+    """Return, per item, whether the method ranks each token first that the full cache does."""
+    pairs = [zip(cell["tokens"].get("right", []), cell["tokens"].get("full_right", []), strict=True) for cell in cells]
+    series = [[right for right, full_right in tokens if full_right] for tokens in pairs]
+    return [tokens for tokens in series if tokens]
+
+
+def _share(series: list[list[float]], seed: int) -> Estimate:
+    """Estimate the share of ones: by Wilson, or by a bootstrap if items have several."""
+    if all(len(values) == 1 for values in series):
+        return statistics.wilson(sum(map(sum, series)), len(series))
+    return statistics.agreement(series, seed=seed)
 
 
 def _of_tokens(run: Run, cells: list[Cell], full: list[Cell], seed: int) -> dict[str, Estimate]:
@@ -121,6 +143,11 @@ def _of_tokens(run: Run, cells: list[Cell], full: list[Cell], seed: int) -> dict
     if all(cell["tokens"].get("nll") for cell in cells):
         series = [cell["tokens"]["nll"] for cell in cells]
         estimates |= statistics.bootstrap(series, {"ppl": statistics.perplexity}, seed=seed)
+    if all(cell["tokens"].get("nll_delta") for cell in cells):
+        series = [cell["tokens"]["nll_delta"] for cell in cells]
+        estimates |= statistics.bootstrap(series, {"nll_delta": statistics.mean}, seed=seed)
+    if kept := _kept_tokens(cells):
+        estimates["kept"] = _share(kept, seed)
     if run.unit.startswith("NLL"):
         estimates |= _paired(cells, full, seed)
     return estimates

@@ -95,10 +95,10 @@ class Measurement:
     """The values of one item under one method.
 
     Attributes:
-        values: what is averaged: one score in [0, 1] for an answer, one divergence per token for a
-            distribution.
+        values: what is averaged: one score in [0, 1] for an answer or for each of its parts, one
+            divergence per token for a distribution.
         tokens: further values per token, as many as `values`, or none: `top1` (0 or 1), `nll`
-            (nats).
+            (nats), `nll_delta`, `right` and `full_right` (see `forced_answer`).
         details: for a reader of the results: the prediction, the references. JSON-ready.
     """
 

@@ -183,7 +183,7 @@ class Haystack:
     """A text in pieces that end at a sentence or a paragraph, with the number of tokens of each."""
 
     def __init__(self, text: str, tokenizer: Any) -> None:
-        self.pieces = list(_split(text))
+        self.pieces = list(split_text(text))
         self._tokenizer = tokenizer
         self._lengths: dict[int, int] = {}
 
@@ -288,7 +288,7 @@ def _prompt_text(document: str, question: str) -> str:
     return f"Here is a document.\n\n{document}\n\nEnd of the document.\n\n{question}"
 
 
-def _split(text: str) -> Iterator[str]:
+def split_text(text: str) -> Iterator[str]:
     """Yield pieces that join to the text again.
 
     The text is cut after sentences and paragraphs and, where these are long, between words.
