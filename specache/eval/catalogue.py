@@ -18,6 +18,7 @@ TASKS = {
     "ruler": "specache.eval.tasks.ruler:Ruler",
     "longbench": "specache.eval.tasks.longbench:LongBench",
     "retrieval": "specache.eval.tasks.retrieval:Retrieval",
+    "extract": "specache.eval.tasks.extract:Extract",
 }
 
 METHODS = {

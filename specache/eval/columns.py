@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from specache.eval.table_rows import MORE, Row
 
 NOTHING = "-"
+_KEPT = "of the items (or tokens of a given answer) that the full cache gets right, the share that stays right"
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,11 @@ def _all_columns(rows: list[Row]) -> list[Column]:
         _estimate_column("top1", "top1_ci95", "top-1", "share of tokens whose likeliest next token is that of the full cache"),
         _estimate_column("ppl", "ppl_ci95", "perplexity", "exp of the mean negative log-likelihood"),
         _estimate_column("delta", "delta_ci95", "against full", "paired difference to the full cache on the same items"),
-        _estimate_column("kept", "kept_ci95", "kept", "of the items that the full cache gets right, the share that stays right"),
-        Column("of", lambda row: NOTHING if row["kept_n"] is None else str(row["kept_n"]), "items that the full cache gets right"),
+        _estimate_column(
+            "nll_delta", "nll_delta_ci95", "NLL against full", "the same for negative log-likelihoods, nats per token"
+        ),
+        _estimate_column("kept", "kept_ci95", "kept", _KEPT),
+        Column("of", lambda row: NOTHING if row["kept_n"] is None else str(row["kept_n"]), "what the full cache gets right"),
         Column("fast", lambda row: times(row["fast_ratio"]), "fast memory, as a share of the ordinary 16-bit cache"),
         Column(
             "hot", lambda row: times(row["hot_ratio"]) if row["hot_ratio"] else NOTHING, "recently fetched pairs, as such a share"

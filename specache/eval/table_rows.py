@@ -25,7 +25,9 @@ def aggregate(run: Run, cells: list[Cell]) -> list[Row]:
     - `mean`: average over tokens for distributions, over items for scores.
     - `delta`: paired difference to the full cache on the same items.
     - `kept`: of the items that the full cache gets right, the share on which the method does as
-      well. `kept_n` counts these items.
+      well. Where a known answer is fed token by token: of the tokens that the full cache ranks
+      first, the share that the method ranks first. `kept_n` counts these items or tokens.
+    - `nll_delta`: mean difference to the full cache's negative log-likelihood, in nats per token.
     - `memory`: fast memory compared with plain `specache`, or with the run's first `specache`
       method.
     """
@@ -79,9 +81,12 @@ def _row(run: Run, group: str, label: str, cells: list[Cell], full: list[Cell]) 
         "tokens": sum(map(len, series)),
     }
     estimates = _of_scores(cells, full, seed) if is_score(run) else _of_tokens(run, cells, full, seed)
-    for name in ("mean", "p95", "p99", "top1", "ppl", "delta", "kept"):
+    for name in ("mean", "p95", "p99", "top1", "ppl", "delta", "nll_delta", "kept"):
         row |= _figures(name, estimates.get(name))
-    row["kept_n"] = _right(cells, full) if is_score(run) and full else None
+    if is_score(run):
+        row["kept_n"] = _right(cells, full) if full else None
+    else:
+        row["kept_n"] = sum(map(len, _right_tokens(cells))) or None
     row |= {key: _average([cell["stats"].get(key) for cell in cells]) for key in _MEMORY_KEYS}
     row["seconds"] = _average([cell["seconds"] for cell in cells])
     return row
@@ -121,9 +126,25 @@ def _of_tokens(run: Run, cells: list[Cell], full: list[Cell], seed: int) -> dict
     if all(cell["tokens"].get("nll") for cell in cells):
         series = [cell["tokens"]["nll"] for cell in cells]
         estimates |= statistics.bootstrap(series, {"ppl": statistics.perplexity}, seed=seed)
+    if all(cell["tokens"].get("nll_delta") for cell in cells):
+        series = [cell["tokens"]["nll_delta"] for cell in cells]
+        estimates |= statistics.bootstrap(series, {"nll_delta": statistics.mean}, seed=seed)
+    if kept := _right_tokens(cells):
+        estimates["kept"] = statistics.agreement(kept, seed=seed)
     if run.unit.startswith("NLL"):
         estimates |= _paired(cells, full, seed)
     return estimates
+
+
+def _right_tokens(cells: list[Cell]) -> list[list[float]]:
+    """Return one series per item, not empty: whether the method, too, ranks the right token first.
+
+    The series are over the tokens that the full cache ranks first. Tasks without a known answer
+    have none.
+    """
+    tokens = [cell["tokens"] for cell in cells]
+    series = [[mine for mine, full in zip(one.get("right", ()), one.get("full_right", ()), strict=True) if full] for one in tokens]
+    return [values for values in series if values]
 
 
 def _paired(cells: list[Cell], full: list[Cell], seed: int) -> dict[str, Estimate]:

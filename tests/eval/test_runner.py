@@ -25,7 +25,7 @@ from tests.eval.fake_tasks import AnswerScores, Divergence, MissingMethod, calls
 ROW_KEYS = {
     *("task", "method", "config", "unit", "n", "tokens", "mean", "ci95", "p95", "p95_ci95", "p99", "p99_ci95", "top1", "top1_ci95"),
     *("ppl", "ppl_ci95", "delta", "delta_ci95", "kept", "kept_ci95", "kept_n", "fast_ratio", "hot_ratio", "hit_rate", "guess_rate"),
-    *("memory", "seconds"),
+    *("memory", "seconds", "nll_delta", "nll_delta_ci95"),
 }
 
 
