@@ -85,6 +85,34 @@ def test_rows_of_scores_count_the_items_that_stay_right(model, tmp_path):
     assert ours["kept_ci95"][0] < 4 / 6 < ours["kept_ci95"][1] and ours["p95"] is None and full["delta"] is None
 
 
+def forced_cell(item: str, method: str, right: list[int], full_right: list[int]) -> dict[str, Any]:
+    count = len(right)
+    tokens = {"right": right, "full_right": full_right, "nll": [1.0] * count, "nll_delta": [0.25] * count}
+    stats = {"fast_ratio": 0.2, "hot_ratio": 0.0, "hit_rate": None, "guess_rate": None}
+    values = [0.01] * count
+    named = {"item": item, "group": "forced", "index": int(item), "method": method}
+    return {**named, "values": values, "tokens": tokens, "details": {}, "facts": {}, "stats": stats, "seconds": 1.0}
+
+
+def test_rows_of_a_given_answer_count_the_tokens_that_the_full_cache_ranks_first():
+    methods = {label: {"name": label, "settings": {}} for label in ("full", "kivi")}
+    run_of_kivi = Run({"task": "extract", "settings": {}, "seed": 0}, "KL, nats", methods)
+    cells = [
+        forced_cell("0", "kivi", [1, 0, 1, 1], [1, 1, 0, 1]),
+        forced_cell("1", "kivi", [0, 0], [0, 0]),  # the full cache knows nothing here
+        forced_cell("2", "kivi", [1, 1], [1, 0]),
+        forced_cell("2", "full", [1, 0], [1, 0]),
+    ]
+    full, kivi = sorted(aggregate(run_of_kivi, cells), key=lambda row: row["method"])
+    assert set(kivi) == ROW_KEYS
+    assert (kivi["kept"], kivi["kept_n"]) == (pytest.approx(3 / 4), 4), "right by chance counts for nothing"
+    assert 0 <= kivi["kept_ci95"][0] < 3 / 4 < kivi["kept_ci95"][1] <= 1
+    assert kivi["nll_delta"] == pytest.approx(0.25) and kivi["delta"] is None
+    assert (full["kept"], full["kept_n"]) == (1.0, 1) and full["kept_ci95"][0] < 1
+    unknown = aggregate(run_of_kivi, [cells[1]])[0]
+    assert (unknown["kept"], unknown["kept_ci95"], unknown["kept_n"]) == (None, None, None)
+
+
 def test_finished_cells_are_not_run_again(model, tmp_path):
     first = run(model, tmp_path)
     calls.clear()

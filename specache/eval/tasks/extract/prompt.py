@@ -12,7 +12,7 @@ EXAMPLE_RECORDS = (3, 2, 3)  # records of the first, second and third example, t
 EXAMPLE_FILLERS = 2
 
 _TASK = (
-    "Read each text and list all {things} in it as JSON. Each object has the fields {fields}. "
+    "Read each text and write a JSON list of all {things}. Each object has the fields {fields}. "
     "The objects stand in the order in which the text first names them. "
     "Where a text corrects itself, only the corrected value counts."
 )

@@ -7,6 +7,7 @@ folder.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,7 +55,9 @@ class Extract:
     schemas: tuple[str, ...] = field(default=tuple(SCHEMAS), metadata={"help": "Kinds of documents, taken in turn."})
     lengths: tuple[int, ...] = field(default=(2000, 4000), metadata={"help": "Prompt and answer together, in tokens."})
     documents: int = field(default=4, metadata={"help": "Documents per length; with --folder: of each file (0: all)."})
-    values_per_1000: float = field(default=18.0, metadata={"help": "Values in the answer, per 1,000 tokens of the length."})
+    values_per_1000: float = field(
+        default=20.0, metadata={"help": "Values in the answer, per 1,000 tokens of the length without the worked examples."}
+    )
     most_items: int = field(default=60, metadata={"help": "The most records in a document."})
     corrected: float = field(default=0.15, metadata={"help": "Share of the records of which the text corrects a field later."})
     repeated: float = field(default=0.25, metadata={"help": "Share of the others of which a field is repeated in other words."})
@@ -133,7 +136,8 @@ class Extract:
         schema = SCHEMAS[self.schemas[number % len(self.schemas)]]
         examples = Examples(schema, self.examples, self.seed)
         rng = Random(f"extract {self.seed} {schema.name} {length} {number}")
-        count = max(1, min(self.most_items, round(length / 1000 * self.values_per_1000 / len(schema.fields))))
+        left = length - len(self._encode(model, examples.ask("")))
+        count = max(1, min(self.most_items, round(left / 1000 * self.values_per_1000 / len(schema.fields))))
         draft = Draft(schema, rng, count, corrected=self.corrected, repeated=self.repeated, without=examples.keys)
         room = _room(_right_answer(model, draft.records))
 
@@ -182,5 +186,9 @@ def _room(answer: AnswerTokens) -> int:
 
 
 def _is_complete(text: str) -> bool:
-    """Return whether the list that `ANSWER_PREFIX` begins has ended, as `write_answer` ends it."""
-    return text.rstrip().endswith("}\n]") or text.rstrip().endswith("}]")
+    """Return whether the list that `ANSWER_PREFIX` begins has ended."""
+    try:
+        json.JSONDecoder().raw_decode(ANSWER_PREFIX + text)
+    except (ValueError, RecursionError):
+        return False
+    return True
