@@ -83,7 +83,7 @@ def _all_columns(rows: list[Row]) -> list[Column]:
         _estimate_column("ppl", "ppl_ci95", "perplexity", "exp of the mean negative log-likelihood"),
         _estimate_column("delta", "delta_ci95", "against full", "paired difference to the full cache on the same items"),
         _estimate_column(
-            "nll_delta", "nll_delta_ci95", "NLL against full", "the same for negative log-likelihoods, nats per token"
+            "nll_delta", "nll_delta_ci95", "NLL against full", "paired difference of the negative log-likelihood, nats per token"
         ),
         _estimate_column("kept", "kept_ci95", "kept", _KEPT),
         Column("of", lambda row: NOTHING if row["kept_n"] is None else str(row["kept_n"]), "what the full cache gets right"),

@@ -25,7 +25,8 @@ class ForcedReference:
         answer: `n` tokens.
         ranked_first: [n] whether the full cache ranks each token first. The first token's
             prediction comes from the prompt, so it is the same for every method and not counted.
-        log_probs: token number -> float32 [V], before each token that holds a part of a value.
+        log_probs: token number -> float32 [V], before each token that holds a part of a value. They
+            take 4 `V` bytes per such token: 0.8 GB for 60 records and a vocabulary of 262,144.
     """
 
     answer: AnswerTokens
