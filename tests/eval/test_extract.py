@@ -23,10 +23,10 @@ from specache.eval.setting_fields import from_json
 from specache.eval.tasks.base import Item, Measurement, Prepared, TaskModel
 from specache.eval.tasks.extract import Extract
 from specache.eval.tasks.extract.answers import ANSWER_PREFIX, tokenise_answer, write_answer
-from specache.eval.tasks.extract.documents import Draft
+from specache.eval.tasks.extract.draft import Draft
+from specache.eval.tasks.extract.list_scores import field_scores, intersection_over_union, parse_items
 from specache.eval.tasks.extract.schemas import SCHEMAS, Schema, stated_fields
-from specache.eval.tasks.extract.schemas.words import WORDS
-from specache.eval.tasks.extract.scoring import field_scores, intersection_over_union, parse_items
+from specache.eval.tasks.extract.schemas.vocabulary import WORDS
 from tests.cli.tiny_chat import byte_tokenizer
 from tests.tiny import llama
 

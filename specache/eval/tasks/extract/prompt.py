@@ -5,7 +5,7 @@ from __future__ import annotations
 from random import Random
 
 from specache.eval.tasks.extract.answers import ANSWER_PREFIX, write_answer
-from specache.eval.tasks.extract.documents import Draft
+from specache.eval.tasks.extract.draft import Draft
 from specache.eval.tasks.extract.schemas import Record, Schema
 
 EXAMPLE_RECORDS = (3, 2, 3)  # records of the first, second and third example, then again

@@ -20,12 +20,12 @@ from specache.eval.methods.specache import FullMethod
 from specache.eval.prefilled import Prefilled
 from specache.eval.tasks.base import Item, Measurement, Prepared, TaskModel, greedy
 from specache.eval.tasks.extract.answers import ANSWER_PREFIX, AnswerTokens, tokenise_answer, write_answer
-from specache.eval.tasks.extract.documents import Draft, fill
-from specache.eval.tasks.extract.files import FieldNames, FileRecord, read_folder
+from specache.eval.tasks.extract.draft import Draft, fill
+from specache.eval.tasks.extract.folder import FieldNames, FileRecord, read_folder
 from specache.eval.tasks.extract.forced import compare, follow
+from specache.eval.tasks.extract.list_scores import field_scores, intersection_over_union, parse_items
 from specache.eval.tasks.extract.prompt import Examples, ask_about
 from specache.eval.tasks.extract.schemas import SCHEMAS
-from specache.eval.tasks.extract.scoring import field_scores, intersection_over_union, parse_items
 from specache.eval.tasks.texts import check_at_least, check_distinct, check_length, encode_prompt, json_settings
 
 AnswerKind = Literal["generate", "likelihood"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from random import Random
 
 from specache.eval.tasks.extract.schemas.base import Record, Schema
-from specache.eval.tasks.extract.schemas.words import FILLERS, drawn_from
+from specache.eval.tasks.extract.schemas.vocabulary import FILLERS, drawn_from
 
 _first = drawn_from(
     "Grey Silent Golden Northern Crimson Wandering Lucky Patient Merry Stormy Amber Faithful Noble Distant Swift Emerald "

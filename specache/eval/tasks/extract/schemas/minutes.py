@@ -5,7 +5,7 @@ from __future__ import annotations
 from random import Random
 
 from specache.eval.tasks.extract.schemas.base import Record, Schema
-from specache.eval.tasks.extract.schemas.words import FILLERS, day, drawn_from, person
+from specache.eval.tasks.extract.schemas.vocabulary import FILLERS, day, drawn_from, person
 
 _verb = drawn_from("repair paint measure inspect clean insure replace sketch photograph survey catalogue move lock restore value")
 _thing = drawn_from(

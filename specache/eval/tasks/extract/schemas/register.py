@@ -5,7 +5,7 @@ from __future__ import annotations
 from random import Random
 
 from specache.eval.tasks.extract.schemas.base import Record, Schema
-from specache.eval.tasks.extract.schemas.words import FILLERS, drawn_from, person
+from specache.eval.tasks.extract.schemas.vocabulary import FILLERS, drawn_from, person
 
 _first = drawn_from(
     "Long Broad Stony Crooked Hollow Upper Nether Fallow Gorse Heron Badger Willow Abbot Miller Shepherd Bishop Raven "

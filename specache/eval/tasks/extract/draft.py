@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from random import Random
 
 from specache.eval.tasks.extract.schemas import Record, Schema, Value, stated_fields
-from specache.eval.tasks.extract.schemas.words import WORDS
+from specache.eval.tasks.extract.schemas.vocabulary import WORDS
 
 SENTENCES_PER_PARAGRAPH = (3, 8)
 _NOVEL_FILLERS = 20  # draws before a filler sentence may occur twice

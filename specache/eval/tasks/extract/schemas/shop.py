@@ -5,7 +5,7 @@ from __future__ import annotations
 from random import Random
 
 from specache.eval.tasks.extract.schemas.base import Record, Schema
-from specache.eval.tasks.extract.schemas.words import FILLERS, drawn_from
+from specache.eval.tasks.extract.schemas.vocabulary import FILLERS, drawn_from
 
 _material = drawn_from(
     "brass copper pewter walnut oak cedar birch ivory glass marble linen woollen leather wicker iron steel silver ceramic "
