@@ -21,6 +21,7 @@ TASKS = {
     "multi-needle": "specache.eval.tasks.multi_needle:MultiNeedle",
     "table": "specache.eval.tasks.table:Table",
     "compare": "specache.eval.tasks.compare:Compare",
+    "extract": "specache.eval.tasks.extract:Extract",
 }
 
 METHODS = {
