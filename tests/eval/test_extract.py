@@ -22,11 +22,12 @@ from specache.eval.prefilled import Prefilled
 from specache.eval.setting_fields import from_json
 from specache.eval.tasks.base import Item, Measurement, Prepared, TaskModel
 from specache.eval.tasks.extract import Extract
-from specache.eval.tasks.extract.answers import ANSWER_PREFIX, tokenise_answer, write_answer
+from specache.eval.tasks.extract.answers import ANSWER_PREFIX, write_answer
 from specache.eval.tasks.extract.draft import Draft
 from specache.eval.tasks.extract.list_scores import field_scores, intersection_over_union, parse_items
 from specache.eval.tasks.extract.schemas import SCHEMAS, Schema, stated_fields
 from specache.eval.tasks.extract.schemas.vocabulary import WORDS
+from specache.eval.tasks.forced_answer import ForcedAnswer
 from tests.cli.tiny_chat import byte_tokenizer
 from tests.tiny import llama
 
@@ -122,7 +123,7 @@ def test_a_schema_has_sentences_for_every_field(schema: Schema) -> None:
 def test_items_depend_on_options_and_seed_alone(tiny: TaskModel) -> None:
     task = Extract(**SHORT)
     items = list(task.items(tiny))
-    assert items == list(Extract(**SHORT, answer="likelihood").items(tiny)), "both answers are about the same documents"
+    assert items == list(Extract(**SHORT, forced=True).items(tiny)), "both answers are about the same documents"
     assert [(item.id, item.group, item.facts["schema"]) for item in items] == [
         (f"3000/{number}", "extract/3000", schema) for number, schema in enumerate(SCHEMAS)
     ]
@@ -299,18 +300,14 @@ def test_an_answer_that_never_ends_is_cut_off(tiny: TaskModel) -> None:
 
 def test_tokens_of_values_are_told_from_punctuation() -> None:
     records = [{"name": "Åse, the 2nd", "n": 12, "tags": ["a", "b"]}, {"name": "", "n": -3, "tags": None}]
-    tokens = tokenise_answer(TOKENIZER, write_answer(records))
-    assert TOKENIZER.decode(tokens.ids) == write_answer(records).text
-    parts: dict[int, list[int]] = {}
-    for token, number in zip(tokens.ids, tokens.value, strict=True):
-        if number is not None:
-            parts.setdefault(number, []).append(token)
-    decoded = {number: TOKENIZER.decode(ids) for number, ids in parts.items()}
-    assert decoded == {0: "Åse, the 2nd", 1: "12", 2: '["a", "b"]', 4: "-3", 5: "null"}
+    answer = write_answer(records)
+    assert json.loads(ANSWER_PREFIX + answer.text) == records
+    values = [answer.text[begin:end] for begin, end in answer.values]
+    assert values == ["Åse, the 2nd", "12", '["a", "b"]', "", "-3", "null"]
 
 
 def forced(tiny: TaskModel, item: Item, *methods: Any) -> list[Measurement]:
-    task = Extract(**SHORT, answer="likelihood")
+    task = Extract(**SHORT, forced=True)
     prompt = Prefilled(tiny.model, item.prompt)
     measured = []
     with torch.no_grad(), attached(tiny.model):
@@ -335,12 +332,9 @@ def test_the_full_cache_keeps_every_token_and_a_method_that_drops_the_document_d
     values = sum(len(str(value)) for value in short_item.facts["references"][0].values())
     for result in (full, dropped):
         assert len(result.values) == values == len(result.tokens["right"]) == len(result.tokens["nll"])
-        others = result.details["json_tokens"]["tokens"]
-        assert values + others + 1 == len(write_answer(short_item.facts["references"]).text)
         assert result.details["first_tokens"]["tokens"] == 4
     assert max(full.values) < 1e-6 and set(full.tokens["top1"]) == {1.0}
     assert full.tokens["right"] == full.tokens["full_right"] == dropped.tokens["full_right"]
-    assert full.details["json_tokens"]["kept"] == full.details["json_tokens"]["full_right"]
     assert max(map(abs, full.tokens["nll_delta"])) < 1e-5
     assert sum(dropped.values) > 1000 * sum(full.values)
     assert min(dropped.tokens["top1"]) == 0.0
@@ -351,12 +345,12 @@ def test_the_full_cache_keeps_every_token_and_a_method_that_drops_the_document_d
 
 def test_the_forced_answer_has_the_likelihood_of_a_plain_forward_pass(tiny: TaskModel, short_item: Item) -> None:
     (full,) = forced(tiny, short_item, FullMethod())
-    answer = tokenise_answer(TOKENIZER, write_answer(short_item.facts["references"]))
+    right = write_answer(short_item.facts["references"])
+    answer = ForcedAnswer.encode(TOKENIZER, right.text, right.values)
     with torch.no_grad():
-        logits = tiny.model(torch.tensor([short_item.prompt + answer.ids])).logits[0, -len(answer.ids) - 1 : -1]
-    nll = torch.nn.functional.cross_entropy(logits, torch.tensor(answer.ids), reduction="none")
-    counted = torch.tensor([number is not None for number in answer.value])
-    torch.testing.assert_close(torch.tensor(full.tokens["nll"]), nll[counted], atol=1e-4, rtol=1e-4)
+        logits = tiny.model(torch.tensor([short_item.prompt + answer.tokens])).logits[0, -len(answer.tokens) - 1 : -1]
+    nll = torch.nn.functional.cross_entropy(logits, torch.tensor(answer.tokens), reduction="none")
+    torch.testing.assert_close(torch.tensor(full.tokens["nll"]), nll[torch.tensor(answer.counted)], atol=1e-4, rtol=1e-4)
 
 
 def record_line(**changes: Any) -> dict[str, Any]:
@@ -445,9 +439,9 @@ def test_wrong_options_are_refused(tiny: TaskModel) -> None:
 
 
 def test_a_task_is_restored_from_its_settings(tmp_path: Path) -> None:
-    for task in (Extract(), Extract(answer="likelihood", folder=tmp_path, schemas=("log",), corrected=0.5)):
+    for task in (Extract(), Extract(forced=True, folder=tmp_path, schemas=("log",), corrected=0.5)):
         assert from_json(Extract, json.loads(json.dumps(task.settings()))) == task
 
 
 def test_the_unit_follows_from_the_answer() -> None:
-    assert Extract().unit == "score" and Extract(answer="likelihood").unit == "KL, nats"
+    assert Extract().unit == "score" and Extract(forced=True).unit == "KL, nats"

@@ -12,25 +12,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from specache.errors import ConfigError
 from specache.eval.methods.base import Session
-from specache.eval.methods.specache import FullMethod
 from specache.eval.prefilled import Prefilled
 from specache.eval.tasks.base import Item, Measurement, Prepared, TaskModel, greedy
-from specache.eval.tasks.extract.answers import ANSWER_PREFIX, AnswerTokens, tokenise_answer, write_answer
+from specache.eval.tasks.extract.answers import ANSWER_PREFIX, write_answer
 from specache.eval.tasks.extract.draft import Draft, fill
 from specache.eval.tasks.extract.folder import FieldNames, FileRecord, read_folder
-from specache.eval.tasks.extract.forced import compare, follow
 from specache.eval.tasks.extract.list_scores import field_scores, intersection_over_union, parse_items
 from specache.eval.tasks.extract.prompt import Examples, ask_about
 from specache.eval.tasks.extract.schemas import SCHEMAS
+from specache.eval.tasks.forced_answer import FORCED_UNIT, ForcedAnswer, measure_forced, prepare_forced
 from specache.eval.tasks.texts import check_at_least, check_distinct, check_length, encode_prompt, json_settings
 
-AnswerKind = Literal["generate", "likelihood"]
-GENERATE: AnswerKind = "generate"
-LIKELIHOOD: AnswerKind = "likelihood"
 _SURPLUS = 0.1  # part of the right answer's tokens that a generated one may have in addition
 _SURPLUS_TOKENS = 16
 
@@ -45,11 +41,11 @@ class Extract:
 
     name: ClassVar[str] = "extract"
     summary: ClassVar[str] = "structured extraction: tens of records scattered in prose, as JSON (the form of Text2JSON)"
-    answer: AnswerKind = field(
-        default=GENERATE,
+    forced: bool = field(
+        default=False,
         metadata={
-            "help": "'generate': the written list is scored by intersection over union. 'likelihood': the right list is fed, and "
-            "each token of a value compared with the full cache (for models too small to write it)."
+            "help": "Feed the right list, and compare each token of its values with the full cache (for models too small to "
+            "write it). Otherwise the written list is scored by intersection over union."
         },
     )
     schemas: tuple[str, ...] = field(default=tuple(SCHEMAS), metadata={"help": "Kinds of documents, taken in turn."})
@@ -93,7 +89,7 @@ class Extract:
     @property
     def unit(self) -> str:
         """Return the unit of the values: a score, or a divergence per token."""
-        return "score" if self.answer == GENERATE else "KL, nats"
+        return FORCED_UNIT if self.forced else "score"
 
     def settings(self) -> dict[str, Any]:
         return json_settings(self)
@@ -102,17 +98,13 @@ class Extract:
         yield from self._generated(model) if self.folder is None else self._from_files(model, self.folder)
 
     def prepare(self, model: TaskModel, item: Item, prompt: Prefilled) -> Prepared:
-        if self.answer == GENERATE:
+        if not self.forced:
             return Prepared(item, prompt)
-        session = FullMethod().start(prompt)
-        try:
-            return Prepared(item, prompt, follow(_right_answer(model, item.facts["references"]), session))
-        finally:
-            session.close()
+        return Prepared(item, prompt, prepare_forced(_right_answer(model, item.facts["references"]), prompt))
 
     def measure(self, model: TaskModel, prepared: Prepared, session: Session) -> Measurement:
-        if self.answer == LIKELIHOOD:
-            return compare(prepared.reference, session)
+        if self.forced:
+            return measure_forced(prepared.reference, session)
         facts, tokenizer = prepared.item.facts, model.tokenizer
         tokens = greedy(
             prepared.prompt.logits,
@@ -176,13 +168,14 @@ class Extract:
         return encode_prompt(model.template, text, chat=self.chat, answer_prefix=ANSWER_PREFIX)
 
 
-def _right_answer(model: TaskModel, records: list[dict[str, Any]]) -> AnswerTokens:
-    return tokenise_answer(model.tokenizer, write_answer(records))
+def _right_answer(model: TaskModel, records: list[dict[str, Any]]) -> ForcedAnswer:
+    answer = write_answer(records)
+    return ForcedAnswer.encode(model.tokenizer, answer.text, answer.values)
 
 
-def _room(answer: AnswerTokens) -> int:
+def _room(answer: ForcedAnswer) -> int:
     """Return the tokens that a generated answer may have: a little more than the right one."""
-    return len(answer.ids) + int(len(answer.ids) * _SURPLUS) + _SURPLUS_TOKENS
+    return len(answer.tokens) + int(len(answer.tokens) * _SURPLUS) + _SURPLUS_TOKENS
 
 
 def _is_complete(text: str) -> bool:
