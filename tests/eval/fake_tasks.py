@@ -31,7 +31,7 @@ class Divergence:
     summary: ClassVar[str] = "divergence along random tokens"
     unit: ClassVar[str] = "KL, nats"
     items_per_group: int = field(default=2, metadata={"help": "items in each group"})
-    length: int = field(default=280, metadata={"help": "prompt tokens"})
+    length: int = field(default=420, metadata={"help": "prompt tokens"})
     shared: int = 100
     tokens: int = 4
     names: tuple[str, ...] = field(default=("text", "answer"), metadata={"help": "groups"})
