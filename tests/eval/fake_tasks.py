@@ -11,6 +11,7 @@ import torch
 
 from specache.config import Policy
 from specache.errors import MethodUnavailableError
+from specache.eval.methods.base import Method
 from specache.eval.methods.specache import SpeCacheMethod
 from specache.eval.methods_option import NamedMethod
 from specache.eval.tasks.base import Item, Measurement, Prepared, TaskModel
@@ -92,7 +93,7 @@ class AnswerScores:
 
 
 @dataclass(frozen=True)
-class MissingMethod:
+class MissingMethod(Method):
     """A method whose library is not installed."""
 
     name: ClassVar[str] = "missing"

@@ -148,7 +148,7 @@ def test_a_resumed_run_may_add_methods_and_change_nothing_else(model, tmp_path):
     before = (tmp_path / CELLS_FILE).read_bytes()
     with pytest.raises(EvaluationError) as error:
         run(model, tmp_path, "full", Divergence(length=160))
-    assert "length is 280 there and 160 here" in str(error.value) and "--out" in str(error.value)
+    assert "length is 420 there and 160 here" in str(error.value) and "--out" in str(error.value)
     with pytest.raises(EvaluationError, match="seed is 0 there and 1 here"):
         run(model, tmp_path, "full", seed=1)
     with pytest.raises(EvaluationError, match=r'another run: task is "divergence" there and "answers" here\. Nothing'):
@@ -300,10 +300,10 @@ def test_items_share_the_prefill_of_what_they_have_in_common(model, tmp_path):
     hook = model.model.get_input_embeddings().register_forward_hook(lambda module, ids, out: read.append(ids[0].shape[1]))
     try:
         shared = run(model, tmp_path / "shared", "kivi").rows
-        assert [count for count in read if count in (100, 180, 280)] == [100, 180, 180] * 2  # the prefills
+        assert [count for count in read if count in (100, 320, 420)] == [100, 320, 320] * 2  # the prefills
         read.clear()
         alone = run(model, tmp_path / "alone", "kivi", Divergence(shared=0)).rows
-        assert [count for count in read if count in (100, 180, 280)] == [280] * 4
+        assert [count for count in read if count in (100, 320, 420)] == [420] * 4
     finally:
         hook.remove()
     assert len(shared) == len(alone)
