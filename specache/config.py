@@ -188,9 +188,16 @@ class SpeCacheConfig:
         policy = self.policy
         if policy is Policy.AUTO:
             policy = Policy.ON_DEMAND if slow_tier is SlowTierKind.RAM_INPLACE else Policy.VERIFIED
-        found = replace(self, policy=policy, slow_tier=slow_tier)
-        object.__setattr__(found, "_left_open", self.left_open)
-        return found
+        return self.with_changes(policy=policy, slow_tier=slow_tier)
+
+    def with_changes(self, **changes: Any) -> SpeCacheConfig:
+        """Return these settings with changes.
+
+        What was left open, and is not among the changes, stays open: it takes the default of the
+        bits, also of other bits among the changes.
+        """
+        still_open: dict[str, Any] = dict.fromkeys(self.left_open)
+        return replace(self, **{**still_open, **changes})
 
     @property
     def left_open(self) -> frozenset[str]:
@@ -199,8 +206,7 @@ class SpeCacheConfig:
 
     def with_bits(self, bits: int) -> SpeCacheConfig:
         """Return these settings at other bits. What was left open takes those bits' default."""
-        still_open: dict[str, Any] = dict.fromkeys(self.left_open)
-        return replace(self, bits=bits, **still_open)
+        return self.with_changes(bits=bits)
 
     def low_bit_length(self, length: int) -> int:
         """Return the low-bit tokens of a sequence of `length`: whole groups, oldest first.

@@ -29,6 +29,13 @@ def test_other_bits_bring_their_own_defaults_for_what_was_left_open():
     assert (config.bits, config.top_k, config.residual) == (1, 10, 256)
 
 
+def test_changes_keep_open_what_they_do_not_name():
+    config = SpeCacheConfig(top_k=10)
+    assert config.with_changes(policy="none").left_open == {"residual"}
+    assert config.with_changes(bits=4, residual=5) == SpeCacheConfig(bits=4, residual=5, top_k=10)
+    assert SpeCacheConfig().with_changes(bits=1, top_k=3) == SpeCacheConfig(bits=1, top_k=3)
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda config: pickle.loads(pickle.dumps(config))])
 def test_a_copy_leaves_the_same_settings_open(copied):
     config = SpeCacheConfig(top_k=10)

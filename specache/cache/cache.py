@@ -134,7 +134,7 @@ class SpeCache:
             FastMemoryError: `fast_memory` does not allow the disk tier's buffers; nothing changed.
         """
         if choice.slow_tier is not self.config.slow_tier:
-            changed = replace(self.asked, slow_tier=choice.slow_tier, slow_dir=choice.slow_dir)
+            changed = self.asked.with_changes(slow_tier=choice.slow_tier, slow_dir=choice.slow_dir)
             self._move_rows(changed.resolved(self.info.device.type))
             self.context.count_anew()
         self.tier_choice = choice
@@ -240,13 +240,13 @@ class SpeCache:
             changes["policy"] = policy
         if "slow_tier" in changes or "slow_dir" in changes:
             raise UsageError("A fork keeps slow_tier: its rows lie there. Prefill a new SpeCache.")
-        config = replace(self.config, **changes).resolved(self.info.device.type)
+        config = self.config.with_changes(**changes).resolved(self.info.device.type)
         if self.config.policy is Policy.FULL and config.policy is not Policy.FULL:
             raise UsageError("A cache with policy 'full' has no low-bit copy; prefill a new SpeCache with the other policy.")
         with self.in_use.by("fork"), modes.ours():
             self.release_device_batch()
             other = object.__new__(SpeCache)
-            other._begin(self.context.fork(config), self._model, replace(self.asked, **changes))
+            other._begin(self.context.fork(config), self._model, self.asked.with_changes(**changes))
             other._tier_is_fixed = bool(self.sequences)
             other.tier_choice, other.on_disk_chosen = self.tier_choice, self.on_disk_chosen
             other.counters.prefill_s = self.counters.prefill_s

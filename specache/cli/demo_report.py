@@ -14,7 +14,7 @@ from specache.cli.answering import Result
 from specache.cli.stats_table import percent, rate, seconds, size, times, total_ratio
 from specache.config import SpeCacheConfig
 
-KIVI_RESIDUAL = 128
+KIVI_RESIDUAL = 128  # tokens
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,9 @@ _STATISTICS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
 
 
 def _notes(config: SpeCacheConfig) -> str:
+    as_kivi = "as KIVI does" if config.residual == KIVI_RESIDUAL else f"where KIVI itself keeps {KIVI_RESIDUAL}"
     return (
         f"Ratios compare with an ordinary 16-bit cache. All three share one prefill, so the low bits alone also keep the "
-        f"newest {config.residual} tokens at 16 bits (KIVI itself keeps {KIVI_RESIDUAL}). Slow memory is RAM here: the demo "
+        f"newest {config.residual} tokens at 16 bits, {as_kivi}. Slow memory is RAM here: the demo "
         "shows the method at work, not memory saved in total; that takes a GPU beside the RAM."
     )

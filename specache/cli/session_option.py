@@ -72,7 +72,7 @@ class Place:
             names = [field.name for field in fields(SpeCacheConfig) if field.name not in ("slow_tier", "slow_dir")]
             typed = [name for name in names if _is_typed(context, name)]
             config = replace(stored, **{name: getattr(config, name) for name in typed})
-        return replace(config, slow_tier=SlowTierKind.DISK, slow_dir=str(self.root))
+        return config.with_changes(slow_tier=SlowTierKind.DISK, slow_dir=str(self.root))
 
 
 def place(name: str | None, folder: Path | None, config: SpeCacheConfig, prompts: int) -> Place | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from specache.cache.cache import SpeCache
@@ -41,7 +40,7 @@ def check_room(cache: SpeCache, planned: list[PlannedSequence], chunk: int) -> N
     if limit is None:
         return
     limit -= cache.resources.budget.used - cache.held_bytes()  # bytes of other caches on the budget (forks)
-    config = replace(cache.config, prefill_chunk=chunk)
+    config = cache.config.with_changes(prefill_chunk=chunk)
     memory = plan(cache.resources.dimensions, config, planned)
     if memory.fast <= limit:
         return

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from specache.cache.cache import SpeCache
@@ -41,7 +40,7 @@ def decide_tier(model: Any, cache: SpeCache, planned: Sequence[PlannedSequence],
         return
     in_memory = cache.config.slow_tier
     dimensions = cache.resources.dimensions
-    memory = plan(dimensions, replace(cache.config, prefill_chunk=chunk), planned)
+    memory = plan(dimensions, cache.config.with_changes(prefill_chunk=chunk), planned)
     held = sum(sequence.tier.nbytes + sequence.held_bytes() for sequence in cache.sequences)
     needed = max(0, main_memory_bytes(dimensions, memory, planned) - held)
     free = free_memory(model, with_margin(needed))
@@ -84,7 +83,7 @@ def expected_tier(dimensions: ModelDimensions, config: SpeCacheConfig, planned: 
 
 def disk_config(asked: SpeCacheConfig, device: str, chunk: int) -> SpeCacheConfig:
     """Return the settings of a cache with its rows on disk, in a placeholder folder, for a plan."""
-    return replace(asked, slow_tier=SlowTierKind.DISK, slow_dir=os.curdir, prefill_chunk=chunk).resolved(device)
+    return asked.with_changes(slow_tier=SlowTierKind.DISK, slow_dir=os.curdir, prefill_chunk=chunk).resolved(device)
 
 
 def main_memory_bytes(dimensions: ModelDimensions, memory: MemoryPlan, planned: Sequence[PlannedSequence]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from specache.cache.sizes import fetches
@@ -15,7 +15,7 @@ from specache.planning.plan import MemoryPlan, plan, uniform_batch
 SMALLEST_CHUNK = 32  # tokens; a smaller chunk reads the weights too often to be advised
 LONGEST = 1 << 26  # tokens, where the model has no limit
 LARGEST_BATCH = 1 << 16
-_FEWEST_PAIRS = 16
+_FEWEST_PAIRS = 16  # pairs per KV head and step; fewer are not advised
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,14 @@ def suggestions(
     """
 
     def needed(changes: dict[str, Any]) -> int:
-        return plan(model, replace(config, **changes), sequences).fast
+        return plan(model, config.with_changes(**changes), sequences).fast
 
     def fits(changes: dict[str, Any]) -> bool:
         return needed(changes) <= limit
 
-    singles = list(_single_changes(config))
+    singles = list(_fewer_bits(config))
+    pairs = [pairs for pairs in _fewer_pairs(config) if fits({"top_k": pairs})]
+    singles += [{"top_k": pairs[0]}] if pairs else []
     if fetches(config) and config.hot_set:
         singles.append({"hot_set": _largest_hot_set(config, fits)})
     if chunk := largest(lambda c: fits({"prefill_chunk": c}), SMALLEST_CHUNK, config.prefill_chunk - 1):
@@ -95,8 +97,9 @@ def smaller(
         changes.append({"prefill_chunk": max(SMALLEST_CHUNK, config.prefill_chunk // 4)})
     if config.slow_tier is not SlowTierKind.DISK:
         changes.append({"slow_tier": "disk:FOLDER"} | ({"policy": Policy.ON_DEMAND} if config.policy is Policy.FULL else {}))
-    changes += _single_changes(config)
-    planned = ((one, replace(config, **one)) for one in changes)
+    changes += _fewer_bits(config)
+    changes += [{"top_k": pairs} for pairs in _fewer_pairs(config)[-1:]]
+    planned = ((one, config.with_changes(**one)) for one in changes)
     suggested = [Suggestion(one, needs(settings, plan(model, settings, sequences))) for one, settings in planned]
     if len(sequences) > 1:
         half = sequences[: len(sequences) // 2]
@@ -125,7 +128,7 @@ def least_bytes(model: ModelDimensions, config: SpeCacheConfig, sequences: Seque
     The smallest settings are the fewest bits and pairs, no hot set, and prefill token by token.
     """
     smallest = {**_smallest(config), "prefill_chunk": 1, "top_k": 1}
-    return plan(model, replace(config, **smallest), sequences).fast
+    return plan(model, config.with_changes(**smallest), sequences).fast
 
 
 def largest(fits: Callable[[int], bool], low: int, high: int) -> int:
@@ -149,13 +152,19 @@ def bisect(fits: Callable[[int], bool], low: int, high: int) -> int:
     return low
 
 
-def _single_changes(config: SpeCacheConfig) -> Iterator[dict[str, Any]]:
+def _fewer_bits(config: SpeCacheConfig) -> Iterator[dict[str, Any]]:
     if config.policy is Policy.FULL:
         yield {"policy": Policy.ON_DEMAND}
         return
     yield from ({"bits": bits} for bits in sorted(SUPPORTED_BITS, reverse=True) if bits < config.bits)
-    if fetches(config) and config.top_k > _FEWEST_PAIRS:
-        yield {"top_k": _FEWEST_PAIRS}
+
+
+def _fewer_pairs(config: SpeCacheConfig) -> list[int]:
+    """Return smaller values of `top_k`, powers of two, the largest first."""
+    if not fetches(config):
+        return []
+    exponents = range((config.top_k - 1).bit_length() - 1, _FEWEST_PAIRS.bit_length() - 2, -1)
+    return [1 << exponent for exponent in exponents]
 
 
 def _largest_hot_set(config: SpeCacheConfig, fits: Callable[[dict[str, Any]], bool]) -> float:
@@ -172,7 +181,7 @@ def _largest_hot_set(config: SpeCacheConfig, fits: Callable[[dict[str, Any]], bo
 def _combined_changes(config: SpeCacheConfig) -> Iterator[dict[str, Any]]:
     """Yield combinations of changes, from the least costly to all of them."""
     smallest = _smallest(config)
-    at_these_bits = {name: value for name, value in smallest.items() if name != "bits"}
+    at_these_bits = {name: value for name, value in smallest.items() if name not in ("bits", "residual")}
     chunks = [min(chunk, config.prefill_chunk) for chunk in (config.prefill_chunk, 128, SMALLEST_CHUNK)]
     for settings in (at_these_bits, smallest):
         yield from ({**settings, "prefill_chunk": chunk} if chunk < config.prefill_chunk else settings for chunk in chunks)
@@ -184,9 +193,11 @@ def _quoted(value: Any) -> str:
 
 def _smallest(config: SpeCacheConfig) -> dict[str, Any]:
     settings: dict[str, Any] = {"bits": min(SUPPORTED_BITS)}
+    if "residual" in config.left_open and config.bits > settings["bits"]:
+        settings["residual"] = config.residual  # fewer bits would keep more tokens at 16 bits by default
     if config.policy is Policy.FULL:
         settings["policy"] = Policy.ON_DEMAND
-        config = replace(config, policy=Policy.ON_DEMAND)
+        config = config.with_changes(policy=Policy.ON_DEMAND)
     if fetches(config):
         settings |= {"hot_set": 0.0, "top_k": min(config.top_k, _FEWEST_PAIRS)}
     return settings

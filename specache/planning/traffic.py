@@ -20,6 +20,7 @@ from specache.model.dimensions import ModelDimensions
 # with the square root of the hot set's size. An assumption, from SmolLM2-135M on English text with
 # k = 64, policies verified and on-demand: with 64 slots per head a share of 0.47 was read, with 85
 # slots 0.40, with 227 slots 0.22 and 0.26, with 390 slots 0.18 (contexts of 2,000 to 6,000 tokens).
+# For other k, the ratio of slots to k is assumed to decide.
 MISSES_OF_ONE_STEP = 0.47
 
 

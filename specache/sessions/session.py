@@ -289,7 +289,7 @@ class Session:
             raise ConfigError(
                 f"slow_tier={config.slow_tier.value!r} is not for sessions: their 16-bit pairs are on disk. Leave it out."
             )
-        config = replace(config, slow_tier=SlowTierKind.DISK, slow_dir=str(self.folder))
+        config = config.with_changes(slow_tier=SlowTierKind.DISK, slow_dir=str(self.folder))
         if config.policy is Policy.FULL:
             raise ConfigError("policy='full' is not for sessions: it has no rows on disk. Use another policy.")
         for name in _LAYOUT if stored else ():

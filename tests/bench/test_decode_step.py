@@ -19,7 +19,7 @@ KEYS = {"impl", "weights", "cache", "batch", "context", "ms_per_step", "tokens_p
 
 
 def run(**settings: Any) -> list[Result]:
-    settings = {"context": 130, "batch": 2, "steps": 2, "top_k": 8, **settings}
+    settings = {"context": 260, "batch": 2, "steps": 2, "top_k": 8, **settings}
     return Decode(**settings).run(BenchContext(tiny_model())).results
 
 
@@ -68,7 +68,7 @@ def test_llama_cpp_gets_the_same_model_context_and_batch(monkeypatch):
     monkeypatch.setattr(decode_step, "find_spec", lambda name: True)
     monkeypatch.setitem(sys.modules, "specache.bench.llama_cpp", module)
     results = [result for result in run(against=("dynamic", "llama.cpp")) if result["impl"] == "llama.cpp"]
-    assert [arguments[:6] for arguments in asked] == [(TINY, 130, 2, "fp32", cache, 2) for cache in ("f16", "q8_0", "q4_0")]
+    assert [arguments[:6] for arguments in asked] == [(TINY, 260, 2, "fp32", cache, 2) for cache in ("f16", "q8_0", "q4_0")]
     assert [result["ms_per_step"] for result in results] == [5.0, 5.0, None]
     assert results[0]["tokens_per_s"] == 400 and results[0]["vs_dynamic"] > 0
     assert results[2]["skipped"] == "no flash attention for q4_0"

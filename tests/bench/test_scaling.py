@@ -27,10 +27,10 @@ def test_fitted_lines_recover_the_costs_and_slopes_are_compared_per_batch():
 
 def test_contexts_and_batches_are_measured_and_plotted(tmp_path):
     plot = tmp_path / "scaling.png"
-    benchmark = Scaling(contexts=(256, 128), batches=(2, 1), steps=1, top_k=8, plot=plot)
+    benchmark = Scaling(contexts=(512, 256), batches=(2, 1), steps=1, top_k=8, plot=plot)
     outcome = benchmark.run(BenchContext(tiny_model()))
     measured = [(r["impl"], r["batch"], r["context"]) for r in outcome.results]
-    assert measured == [(impl, b, c) for b in (1, 2) for c in (128, 256) for impl in ("specache", "dynamic")]
+    assert measured == [(impl, b, c) for b in (1, 2) for c in (256, 512) for impl in ("specache", "dynamic")]
     assert all(r["ms_per_step"] > 0 and r["skipped"] is None for r in outcome.results)
     assert len(outcome.details["lines"]) == 4
     assert plot.read_bytes().startswith(b"\x89PNG")
@@ -39,7 +39,7 @@ def test_contexts_and_batches_are_measured_and_plotted(tmp_path):
 def test_a_context_that_does_not_fit_says_how_much_memory_it_needs(monkeypatch, tmp_path):
     monkeypatch.setattr(comparison, "memory", lambda: {"usable_bytes": 10**6})
     plot = tmp_path / "scaling.png"
-    outcome = Scaling(contexts=(128, 10**6), batches=(1,), steps=1, plot=plot).run(BenchContext(tiny_model()))
+    outcome = Scaling(contexts=(256, 10**6), batches=(1,), steps=1, plot=plot).run(BenchContext(tiny_model()))
     small, large = outcome.results[:2], outcome.results[2:]
     assert all(r["ms_per_step"] is not None for r in small)
     assert all(r["ms_per_step"] is None and "GB of memory" in r["skipped"] for r in large)

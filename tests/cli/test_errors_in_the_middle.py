@@ -17,7 +17,7 @@ from specache.kernels.torch.layer_step import TorchLayerStep
 from specache.sessions import Session
 from tests.cli.running import one_line, run, run_json
 
-PROMPT = "What is it? " * 12
+PROMPT = "What is it? " * 30
 TOKENS = 5
 
 

@@ -16,10 +16,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from specache.cli import console
+from specache.config import SpeCacheConfig
 from tests.cli.running import one_line, run, run_json
 from tests.cli.tiny_chat import POSITIONS, save_tiny_chat_model
 
-PROMPT = "What is it? " * 12  # longer than residual and group, so that there is a low-bit copy
+PROMPT = "What is it? " * 30  # longer than residual and group, so that there is a low-bit copy
 RESULT_KEYS = {"text", "token_ids", "prompt_tokens", "new_tokens", "finish_reason"}
 STATS_KEYS = {
     *("fast_bytes", "slow_bytes", "full_bytes", "fast_ratio", "hot_ratio", "model_ratio", "total_bytes", "rows_selected"),
@@ -39,6 +40,11 @@ def stock_answer(folder: Path, prompt: str, **arguments) -> list[int]:
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     sequences = model.generate(ids, max_new_tokens=12, **{"repetition_penalty": 1.0, **arguments})
     return sequences[0, ids.shape[1] :].tolist()
+
+
+def test_the_prompt_has_more_low_bit_pairs_than_are_fetched():
+    """Otherwise nothing here would be computed over the low-bit copy."""
+    assert SpeCacheConfig().low_bit_length(len(PROMPT)) > SpeCacheConfig().top_k
 
 
 def test_json_is_one_object_with_stable_keys(tiny):

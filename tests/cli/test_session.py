@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
+from specache.config import SpeCacheConfig
 from specache.errors import SessionError
 from specache.sessions import Session
 from tests.cli.running import one_line, run, run_json
 
-DOCUMENT = "The report says that it rained on Monday. " * 6
+DOCUMENT = "The report says that it rained on Monday. " * 9
 SUMMARY_KEYS = {
     "name",
     "folder",
@@ -44,6 +45,11 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return the default folder of sessions."""
     monkeypatch.setenv("SPECACHE_CACHE", str(tmp_path))
     return tmp_path / "sessions"
+
+
+def test_the_document_has_more_low_bit_pairs_than_are_fetched():
+    """Otherwise a session would be continued without its low-bit copy."""
+    assert SpeCacheConfig().low_bit_length(len(DOCUMENT)) > SpeCacheConfig().top_k
 
 
 def test_the_next_question_reads_only_the_question(tiny, root):

@@ -85,7 +85,7 @@ def test_a_models_own_bias_or_mask_is_refused(mask, policy):
 def test_a_models_own_causal_mask_is_accepted(mask):
     ids = prompt(LENGTH)
     expected = llama().generate(ids, max_new_tokens=6, do_sample=False)
-    config = specache.SpeCacheConfig(policy="verified", slow_tier="ram", top_k=10**6, prefill_chunk=40)
+    config = specache.SpeCacheConfig(policy="verified", slow_tier="ram", residual=16, group_size=16, top_k=10**6, prefill_chunk=40)
     ours = specache.generate(passing(llama(), attention_mask=mask), ids, config=config, max_new_tokens=6, do_sample=False)
     assert torch.equal(ours, expected)
 

@@ -27,7 +27,7 @@ NEW = 20
 
 def answer(model: Any, policy: str, *lengths: int) -> Any:
     ids, mask = ragged(*lengths)
-    config = specache.SpeCacheConfig(policy=policy, slow_tier="ram", top_k=8)
+    config = specache.SpeCacheConfig(policy=policy, slow_tier="ram", residual=16, group_size=16, top_k=8)
     arguments = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     return specache.generate(model, ids, attention_mask=mask, config=config, **arguments)
 

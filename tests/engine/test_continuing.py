@@ -19,6 +19,7 @@ from tests.tiny import llama, prompt, ragged
 
 NEW = 6
 ONES = torch.long
+PAIRS: dict[str, Any] = {"residual": 16, "group_size": 16, "top_k": 10**6}  # low-bit pairs in a short text, and all of them fetched
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def opened(model: Any, tmp_path: Path, kind: str = "in place") -> specache.SpeCache:
     """Return a cache that fetches every pair, so that its answers are those of the stock cache."""
     folder = {"slow_dir": str(tmp_path)} if kind == "disk" else {}
-    return specache.SpeCache(model, specache.SpeCacheConfig(top_k=10**6, **SETTINGS[kind], **folder))
+    config = specache.SpeCacheConfig(**PAIRS, **SETTINGS[kind], **folder)
+    return specache.SpeCache(model, config)
 
 
 def say(model: Any, cache: Any, ids: Tensor, mask: Tensor | None = None, **more: Any) -> Tensor:
@@ -316,7 +318,7 @@ def test_the_pending_token_is_forked_and_dropped_by_truncation(model, tmp_path):
 
 
 def test_a_session_saves_the_pending_token_and_the_prompt_length(model, tmp_path):
-    config = specache.SpeCacheConfig(top_k=10**6)
+    config = specache.SpeCacheConfig(**PAIRS)
     with specache.Session("one", model, config, folder=tmp_path) as session:
         full = torch.cat([say(model, session.cache, prompt(90)), prompt(9, 10)], 1)
         session.save()

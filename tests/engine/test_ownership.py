@@ -284,7 +284,9 @@ def test_running_reads_do_not_keep_a_hot_set_alive(model, tmp_path, monkeypatch)
 @pytest.mark.parametrize("tier", ["ram", "ram-inplace", "disk"])
 @pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy])
 def test_a_copy_of_a_cache_is_a_fork_of_it(model, tmp_path, copied, tier):
-    cache = specache.SpeCache(model, specache.SpeCacheConfig(slow_tier=_tier(tier, tmp_path), top_k=10**6))
+    cache = specache.SpeCache(
+        model, specache.SpeCacheConfig(slow_tier=_tier(tier, tmp_path), residual=16, group_size=16, top_k=10**6)
+    )
     text = specache.generate(model, prompt(200), past_key_values=cache, **GREEDY)
     other = copied(cache)
     for addition in (prompt(5), prompt(7, seed=3)):

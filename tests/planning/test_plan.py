@@ -125,11 +125,34 @@ def test_every_suggestion_fits_and_the_longest_context_is_the_longest(llama_3b, 
     for one in advice.suggestions(llama_3b, config, sequences, limit):
         settings = {name: value for name, value in one.changes.items() if name not in ("context", "batch")}
         tokens = one.changes.get("context", 131_072)
-        assert plan(llama_3b, replace(config, **settings), uniform_batch(tokens, 1)).fast == one.fast_bytes <= limit
+        tried = SpeCacheConfig(**{"slow_tier": tier, **settings}).resolved("cpu")  # as the user does
+        assert plan(llama_3b, tried, uniform_batch(tokens, 1)).fast == one.fast_bytes <= limit
     longest = advice.longest_context(llama_3b, config, 1, limit)
     assert (
         plan(llama_3b, config, uniform_batch(longest, 1)).fast <= limit < plan(llama_3b, config, uniform_batch(longest + 1, 1)).fast
     )
+
+
+def test_the_most_pairs_that_fit_are_suggested(llama_3b):
+    """Half of them may be enough where the cache is nearly small enough."""
+    config, sequences = resolved(slow_tier="ram", hot_set=0.0), uniform_batch(8192, 8)
+    needs = {pairs: plan(llama_3b, replace(config, top_k=pairs), sequences).fast for pairs in (64, 32, 16)}
+    assert needs[64] > needs[32] > needs[16]
+    for limit, expected in ((needs[64], [64]), (needs[64] - 1, [32]), (needs[16], [16]), (needs[16] - 1, [])):
+        found = [one.changes for one in advice.suggestions(llama_3b, config, sequences, limit)]
+        assert [changes["top_k"] for changes in found if [*changes] == ["top_k"]] == expected
+
+
+@pytest.mark.parametrize("changes", [{}, {"residual": 100}, {"top_k": 100}])
+def test_fewer_bits_are_planned_with_their_own_defaults(llama_3b, changes):
+    """1 bit keeps and fetches more pairs at 16 bits where nothing else is asked for."""
+    sequences = uniform_batch(8192, 1)
+    [one] = [
+        one
+        for one in advice.suggestions(llama_3b, resolved(slow_tier="ram", **changes), sequences, 230_000_000)
+        if one.changes == {"bits": 1}
+    ]
+    assert one.fast_bytes == plan(llama_3b, resolved(slow_tier="ram", bits=1, **changes), sequences).fast
 
 
 def test_the_largest_batch_is_the_largest(llama_3b):

@@ -84,7 +84,7 @@ def test_attention_on_a_gpu_works_without_pytorchs_flash_attention(without):
 def test_a_model_answers_the_same_without_the_fused_kernel(without, policy):
     model, ids = llama(), prompt(150)
     without("ops.aten._scaled_dot_product_flash_attention_for_cpu")
-    config = specache.SpeCacheConfig(policy=policy, top_k=10**6, slow_tier="ram")
+    config = specache.SpeCacheConfig(policy=policy, residual=16, group_size=16, top_k=10**6, slow_tier="ram")
     out = specache.generate(model, ids, config=config, max_new_tokens=8, do_sample=False)
     assert torch.equal(out, model.generate(ids, max_new_tokens=8, do_sample=False))
 
