@@ -204,10 +204,6 @@ class SpeCacheConfig:
         """Return the names of the settings that were None and took the bits' default."""
         return self.__dict__.get("_left_open", frozenset())
 
-    def with_bits(self, bits: int) -> SpeCacheConfig:
-        """Return these settings at other bits. What was left open takes those bits' default."""
-        return self.with_changes(bits=bits)
-
     def low_bit_length(self, length: int) -> int:
         """Return the low-bit tokens of a sequence of `length`: whole groups, oldest first.
 

@@ -25,7 +25,7 @@ def test_none_is_the_default_and_a_number_is_kept():
 
 
 def test_other_bits_bring_their_own_defaults_for_what_was_left_open():
-    config = SpeCacheConfig(top_k=10).resolved("cpu").with_bits(1)
+    config = SpeCacheConfig(top_k=10).resolved("cpu").with_changes(bits=1)
     assert (config.bits, config.top_k, config.residual) == (1, 10, 256)
 
 

@@ -65,7 +65,7 @@ def methods(config: SpeCacheConfig) -> list[Method]:
         config: settings of this library's methods, with every `auto` resolved. The others share its
             `g` and slow tier, and a `k` that was set.
     """
-    own = {bits: replace(config.with_bits(bits), fast_memory=None) for bits in sorted({*BITS, config.bits}, reverse=True)}
+    own = {bits: config.with_changes(bits=bits, fast_memory=None) for bits in sorted({*BITS, config.bits}, reverse=True)}
     paper_pairs = PAPER_PAIRS if "top_k" in config.left_open else config.top_k
     config = replace(config, fast_memory=None)
     kivi = replace(config, code=Code.KIVI, policy=Policy.NONE, residual=KIVI_RESIDUAL, hot_set=0.0)
