@@ -179,11 +179,11 @@ def test_an_unknown_task_is_a_usage_error():
 
 
 def test_ablate_sweeps_a_field_and_plots_it(tiny, tmp_path):
-    arguments = ("--field", "k", "--values", "0,4,64", "--methods", "specache,specache:bits=1,kivi", *SMALL)
+    arguments = ("--field", "k", "--values", "0,4,64,128", "--methods", "specache,specache:bits=1,kivi", *SMALL)
     document = json.loads(evaluate("ablate", *tiny, *arguments, "--json", "-").stdout)
     assert [row["method"] for row in document["rows"]] == [
-        *("specache policy=none", "specache top_k=4", "specache"),
-        *("specache bits=1 policy=none", "specache bits=1 top_k=4", "specache bits=1", "kivi"),
+        *("specache policy=none", "specache top_k=4", "specache top_k=64", "specache"),
+        *("specache bits=1 policy=none", "specache bits=1 top_k=4", "specache bits=1 top_k=64", "specache bits=1 top_k=128", "kivi"),
     ]
     means = {row["method"]: row["mean"] for row in document["rows"]}
     assert means["specache"] < means["specache policy=none"]
