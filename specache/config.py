@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, TypeVar
 
@@ -128,7 +128,6 @@ class SpeCacheConfig:
     cuda_graph: bool | None = None
     cuda_reads: ReadPath = ReadPath.MAPPED
     pinned_memory: int | None = None
-    left_open: frozenset[str] = field(default=frozenset(), init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not _is_int(self.bits) or self.bits not in SUPPORTED_BITS:
@@ -136,7 +135,7 @@ class SpeCacheConfig:
         left_open = [name for name in DEFAULTS_OF_BITS[self.bits] if getattr(self, name) is None]
         for name in left_open:
             object.__setattr__(self, name, DEFAULTS_OF_BITS[self.bits][name])
-        object.__setattr__(self, "left_open", frozenset(left_open))
+        object.__setattr__(self, "_left_open", frozenset(left_open))
         if not _is_int(self.group_size) or self.group_size < 1 or PAGE_TOKENS % self.group_size:
             divisors = [d for d in range(1, PAGE_TOKENS + 1) if PAGE_TOKENS % d == 0]
             raise ConfigError(
@@ -199,6 +198,11 @@ class SpeCacheConfig:
         """
         still_open: dict[str, Any] = dict.fromkeys(self.left_open)
         return replace(self, **{**still_open, **changes})
+
+    @property
+    def left_open(self) -> frozenset[str]:
+        """Return the names of the settings that were None and took the bits' default."""
+        return self.__dict__.get("_left_open", frozenset())
 
     def with_bits(self, bits: int) -> SpeCacheConfig:
         """Return these settings at other bits. What was left open takes those bits' default."""
