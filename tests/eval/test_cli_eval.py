@@ -183,7 +183,13 @@ def test_ablate_sweeps_a_field_and_plots_it(tiny, tmp_path):
     document = json.loads(evaluate("ablate", *tiny, *arguments, "--json", "-").stdout)
     assert [row["method"] for row in document["rows"]] == [
         *("specache policy=none", "specache top_k=4", "specache top_k=64", "specache"),
-        *("specache bits=1 policy=none", "specache bits=1 top_k=4", "specache bits=1 top_k=64", "specache bits=1 top_k=128", "kivi"),
+        *(
+            "specache bits=1 policy=none",
+            "specache bits=1 top_k=4",
+            "specache bits=1 top_k=64",
+            "specache bits=1 top_k=128",
+            "kivi",
+        ),
     ]
     means = {row["method"]: row["mean"] for row in document["rows"]}
     assert means["specache"] < means["specache policy=none"]
