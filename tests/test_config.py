@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 
 import pytest
@@ -34,6 +35,13 @@ def test_changes_keep_open_what_they_do_not_name():
     assert config.with_changes(policy="none").left_open == {"residual"}
     assert config.with_changes(bits=4, residual=5) == SpeCacheConfig(bits=4, residual=5, top_k=10)
     assert SpeCacheConfig().with_changes(bits=1, top_k=3) == SpeCacheConfig(bits=1, top_k=3)
+
+
+def test_every_field_is_a_setting():
+    """So that settings can be copied field by field, as evaluations and command lines do."""
+    config = SpeCacheConfig()
+    assert {field.name for field in dataclasses.fields(config)} == set(config.to_dict())
+    assert dataclasses.replace(config, **config.to_dict()) == config
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda config: pickle.loads(pickle.dumps(config))])

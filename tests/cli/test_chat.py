@@ -24,7 +24,7 @@ def tiny(tiny_folder: Path) -> LoadedModel:
 
 @pytest.fixture
 def conversation(tiny: LoadedModel):
-    config = SpeCacheConfig(policy="verified", slow_tier="ram", top_k=512)
+    config = SpeCacheConfig(policy="verified", slow_tier="ram", residual=64, top_k=512)
     conversation = Conversation(
         tiny, OpenedCache(tiny, config), GenerationOptions(max_new_tokens=10).arguments(), system="be brief"
     )

@@ -17,12 +17,13 @@ from specache.errors import SessionError
 from specache.sessions import Session
 from tests.cli.running import one_line, run, run_json
 
+LOW_BIT = ("--residual", "64")  # so that a short conversation has low-bit pairs
 FIRST, SECOND, THIRD = " ".join(["first"] * 30), "second", "third"
 
 
 @pytest.fixture
 def chat(tiny_folder: Path) -> tuple[str, ...]:
-    return ("chat", "-m", str(tiny_folder), "-n", "8", "--dtype", "float32", "--threads", "1", "--top-k", "512")
+    return ("chat", "-m", str(tiny_folder), "-n", "8", "--dtype", "float32", "--threads", "1", "--top-k", "512", *LOW_BIT)
 
 
 @pytest.fixture(autouse=True)

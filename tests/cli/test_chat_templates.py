@@ -72,7 +72,7 @@ def days_later(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 
 def ask(folder: Path, *more: str | Path, prompt: str = LONG, code: int = 0) -> Any:
-    arguments = ("generate", "-m", folder, "--dtype", "float32", "--threads", "1", "-n", "5")
+    arguments = ("generate", "-m", folder, "--dtype", "float32", "--threads", "1", "--residual", "64", "-n", "5")
     return run(*arguments, "--prompt", prompt, "--json", *more, code=code)
 
 

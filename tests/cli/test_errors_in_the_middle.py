@@ -65,7 +65,7 @@ def test_the_answer_so_far_comes_first_and_the_error_last(tiny, monkeypatch):
     assert document["error"].startswith("Out of memory") and "5 new tokens" in document["error"]
     for said in (streamed.stderr, printed.stderr):
         last = one_line(said.rpartition("error: ")[2])
-        assert last.startswith("Out of memory in main memory, after 5 new tokens") and "--bits 1 (needs" in last
+        assert last.startswith("Out of memory in main memory, after 5 new tokens") and "--prefill-chunk 256 (needs" in last
         assert "Traceback" not in said
     assert "fast memory" in streamed.stderr
 

@@ -28,7 +28,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def options(tiny_folder: Path) -> tuple[str, ...]:
-    return ("-m", str(tiny_folder), "-n", "4", "--dtype", "float32", "--threads", "1")
+    return ("-m", str(tiny_folder), "-n", "4", "--dtype", "float32", "--threads", "1", "--residual", "64")
 
 
 def notes(stderr: str) -> list[str]:

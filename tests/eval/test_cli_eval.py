@@ -50,7 +50,7 @@ def test_help_names_every_task_and_its_options():
     assert all(name in run("eval", "--help").stdout for name in ("list", "report", "divergence", "answers", "ablate"))
     text = one_line(run("eval", "divergence", "--help").stdout)
     assert "divergence along random tokens" in text and "--items-per-group" in text and "prompt tokens" in text
-    assert "text,answer" in text and "[default: 420]" in text and "[default: float32]" in text
+    assert "text,answer" in text and "[default: 280]" in text and "[default: float32]" in text
     text = one_line(run("eval", "answers", "--help").stdout)
     assert text.count("--seed") == 1 and "--no-easy" in text
 
@@ -179,11 +179,17 @@ def test_an_unknown_task_is_a_usage_error():
 
 
 def test_ablate_sweeps_a_field_and_plots_it(tiny, tmp_path):
-    arguments = ("--field", "k", "--values", "0,4,128", "--methods", "specache,specache:bits=1,kivi", *SMALL)
+    arguments = ("--field", "k", "--values", "0,4,64,128", "--methods", "specache,specache:bits=1,kivi", *SMALL)
     document = json.loads(evaluate("ablate", *tiny, *arguments, "--json", "-").stdout)
     assert [row["method"] for row in document["rows"]] == [
-        *("specache policy=none", "specache top_k=4", "specache"),
-        *("specache bits=1 policy=none", "specache bits=1 top_k=4", "specache bits=1 top_k=128", "kivi"),
+        *("specache policy=none", "specache top_k=4", "specache top_k=64", "specache"),
+        *(
+            "specache bits=1 policy=none",
+            "specache bits=1 top_k=4",
+            "specache bits=1 top_k=64",
+            "specache bits=1 top_k=128",
+            "kivi",
+        ),
     ]
     means = {row["method"]: row["mean"] for row in document["rows"]}
     assert means["specache"] < means["specache policy=none"]
