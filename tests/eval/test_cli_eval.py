@@ -50,7 +50,7 @@ def test_help_names_every_task_and_its_options():
     assert all(name in run("eval", "--help").stdout for name in ("list", "report", "divergence", "answers", "ablate"))
     text = one_line(run("eval", "divergence", "--help").stdout)
     assert "divergence along random tokens" in text and "--items-per-group" in text and "prompt tokens" in text
-    assert "text,answer" in text and "[default: 280]" in text and "[default: float32]" in text
+    assert "text,answer" in text and "[default: 420]" in text and "[default: float32]" in text
     text = one_line(run("eval", "answers", "--help").stdout)
     assert text.count("--seed") == 1 and "--no-easy" in text
 
