@@ -426,7 +426,12 @@ def last_mass(keys: Tensor, queries: Tensor, last: int = 64) -> Tensor:
     return scores.softmax(-1).mean((1, 2))
 
 
-def log_probs(model: Any, prompt: Prefilled, following: list[int], variant: Variant | None) -> tuple[Tensor, float]:
+def log_probs(model: Any, prompt: Prefilled, following: list[int], variant: Variant | None) -> Tensor:
+    """Return the log-probabilities [n, V] after each token of a continuation."""
+    return simulate(model, prompt, following, variant)[0]
+
+
+def simulate(model: Any, prompt: Prefilled, following: list[int], variant: Variant | None) -> tuple[Tensor, float]:
     """Return the log-probabilities [n, V] after each token of a continuation, and pairs."""
     simulation = Simulation(prompt, prompt.windows(), variant)
     if variant is not None:
@@ -464,10 +469,10 @@ def main() -> None:
     for excerpt in excerpts(loaded.tokenizer, tuple(options.text), list(map(int, options.lengths.split(","))), options.new, 0):
         prompt = Prefilled(loaded.model, loaded.tokenizer(excerpt.document)["input_ids"], all_queries=True)
         following = loaded.tokenizer(excerpt.following, add_special_tokens=False)["input_ids"][: options.new]
-        expected, _ = log_probs(loaded.model, prompt, following, None)
+        expected = log_probs(loaded.model, prompt, following, None)
         dim = prompt.rows(prompt.full_layers[0])[0].shape[-1]
         for name in options.only:
-            actual, swapped = log_probs(loaded.model, prompt, following, VARIANTS[name])
+            actual, swapped = simulate(loaded.model, prompt, following, VARIANTS[name])
             pairs[name].append(swapped)
             divergence[name].append((expected.exp() * (expected - actual)).sum(-1))
             memory[name].append(VARIANTS[name].memory(prompt.length, dim))

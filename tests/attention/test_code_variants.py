@@ -17,7 +17,7 @@ from specache.eval.prefilled import Prefilled
 from tests.engine.test_model_families import FAMILIES, build
 from tests.tiny import llama, prompt
 
-LENGTH, NEW = 260, 12
+LENGTH, NEW = 340, 12
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma3"])
@@ -50,8 +50,8 @@ def test_without_a_variant_the_model_is_unchanged(start):
 @pytest.mark.parametrize("code", [TWO, Kivi(2)])
 def test_a_variant_that_was_built_decodes_as_the_cache(start, code):
     name = "rotated" if code is TWO else "kivi"
-    expected = decoded(start, code=name, bits=2, top_k=8)
-    actual = log_probs(start.model, start, following(), Variant(code, 8))
+    expected = decoded(start, code=name, bits=2, residual=128, top_k=8)
+    actual = log_probs(start.model, start, following(), Variant(code, 8, residual=128))
     exact = log_probs(start.model, start, following(), None)
     assert (actual - expected).abs().mean() < 0.1 * (actual - exact).abs().mean()
 
