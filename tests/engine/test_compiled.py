@@ -25,9 +25,9 @@ pytestmark = [
 NEW = 20
 
 
-def answer(model: Any, policy: str, *lengths: int) -> Any:
+def answer(model: Any, policy: str, *lengths: int, top_k: int = 8) -> Any:
     ids, mask = ragged(*lengths)
-    config = specache.SpeCacheConfig(policy=policy, slow_tier="ram", residual=16, group_size=16, top_k=8)
+    config = specache.SpeCacheConfig(policy=policy, slow_tier="ram", residual=16, group_size=16, top_k=top_k)
     arguments = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     return specache.generate(model, ids, attention_mask=mask, config=config, **arguments)
 
@@ -114,7 +114,7 @@ def test_a_compiled_step_follows_adapters_and_weights(fresh, monkeypatch):
     for change in changes:
         change()
         for each in (model, wrapper):
-            ours = answer(each, "on-demand", 80)
+            ours = answer(each, "on-demand", 80, top_k=10**6)  # exact
             expected = model.generate(
                 prompt(80), max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True, output_logits=True
             )
