@@ -12,7 +12,7 @@ from specache.errors import ConfigError
 
 PAGE_TOKENS = 64  # tokens in one page of the low-bit copy; group sizes divide it
 SUPPORTED_BITS = (1, 2, 4)
-DEFAULTS_OF_BITS = {  # chosen by divergence per byte and per millisecond (docs/results.md)
+DEFAULTS_OF_BITS = {  # chosen by divergence per byte (docs/results.md)
     1: {"residual": 256, "top_k": 256},
     2: {"residual": 128, "top_k": 128},
     4: {"residual": 64, "top_k": 64},
