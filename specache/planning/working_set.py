@@ -170,12 +170,13 @@ def _step_attention(
     if config.policy.prefetches:
         # groups that leave the residual are candidates too: once more, for one row
         scores += score_rows // rows * layer.query_heads * FLOAT
-    fetched = 2 * sequences * rows * config.top_k * width * 2 * model.itemsize
+    pairs = config.top_k if config.policy.fetches else 0
+    fetched = 2 * sequences * rows * pairs * width * 2 * model.itemsize
     if _native(model):
         return recent + scores + fetched
     selecting = score_rows * layer.kv_heads * (2 * FLOAT + 2 * INDEX + 2)
     unpacked = UNPACKED_BLOCKS * min(max(BLOCK_BYTES, FLOAT * width * PAGE_TOKENS), FLOAT * width * (tokens + PAGE_TOKENS))
-    return recent + scores + selecting + unpacked + fetched + 2 * sequences * rows * config.top_k * width * FLOAT
+    return recent + scores + selecting + unpacked + fetched + 2 * sequences * rows * pairs * width * FLOAT
 
 
 def _native(model: ModelDimensions) -> bool:
