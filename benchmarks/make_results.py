@@ -1,6 +1,6 @@
 """Run the runs of `benchmarks/runs.toml` one after the other, then fill the results board.
 
-    python -m benchmarks.make_results --out build/results [--only NAMES] [--model gemma=FILE.gguf]
+    python -m benchmarks.make_results --out results [--only NAMES] [--model gemma=FILE.gguf]
 
 `make results` calls it. Every run has a folder of its own in OUT. A finished run is not run again;
 one that was stopped goes on where it was. After each run its summary is written to docs/results/,
@@ -130,7 +130,7 @@ class Results:
 
 @app.command()
 def main(
-    out: Annotated[Path, typer.Option("--out", help="Folder for the runs' folders.")] = Path("build/results"),
+    out: Annotated[Path, typer.Option("--out", help="Folder for the runs' folders.")] = Path("results"),
     only: Annotated[str, typer.Option("--only", metavar="LIST", help="Names of runs. Default: all of the list.")] = "",
     model: Annotated[
         list[str] | None, typer.Option("--model", metavar="NAME=PATH", help="Path of a model that commands call {NAME}.")
