@@ -179,10 +179,13 @@ class AnswerTask(ABC):
         return encode_prompt(model.template, f"{text}\n\n", chat=False)
 
 
-def _room(model: TaskModel, question: Question) -> int:
-    """Return the most tokens of an answer: a little more than the right one has."""
-    tokens = len(_token_ids(model, question.answer_text))
+def room_for(tokens: int) -> int:
+    """Return the most tokens of a written answer: a little more than the right one has."""
     return tokens + int(tokens * _SURPLUS) + _SURPLUS_TOKENS
+
+
+def _room(model: TaskModel, question: Question) -> int:
+    return room_for(len(_token_ids(model, question.answer_text)))
 
 
 def _token_ids(model: TaskModel, text: str) -> list[int]:

@@ -6,7 +6,7 @@ the document is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from random import Random
 
@@ -15,8 +15,6 @@ from specache.eval.tasks.extract.schemas.vocabulary import WORDS
 
 SENTENCES_PER_PARAGRAPH = (3, 8)
 _NOVEL_FILLERS = 20  # draws before a filler sentence may occur twice
-_CLOSE_ENOUGH = 0.01  # share of the length that may stay empty
-_INTERPOLATIONS = 6  # numbers of fillers tried before the search halves
 
 Placed = tuple[float, str]  # position in the document, from 0 to 1, and sentence
 
@@ -126,41 +124,6 @@ class Draft:
                 break
         self._used.add(sentence)
         return sentence
-
-
-def fill(draft: Draft, tokens: Callable[[str], int], limit: int) -> str | None:
-    """Return the draft's text with as many filler sentences as the limit allows.
-
-    At most one sentence or 1% of the limit stays empty.
-
-    Args:
-        tokens: counts what a text needs.
-        limit: the most tokens.
-
-    Returns:
-        None if not even the facts alone fit.
-    """
-    fits, over = 0, None
-    fits_tokens = tokens(draft.text(0))
-    if fits_tokens > limit:
-        return None
-    over_tokens, tries = 0, 0
-    step = max(1, (limit - fits_tokens) // 16)
-    while limit - fits_tokens > _CLOSE_ENOUGH * limit and (over is None or over - fits > 1):
-        if over is None:
-            size = fits + step
-        elif tries > _INTERPOLATIONS:
-            size = (fits + over) // 2
-        else:
-            slope = (over - fits) / (over_tokens - fits_tokens)  # sentences per token
-            size = min(max(fits + int((limit - fits_tokens) * slope), fits + 1), over - 1)
-        tries += 1
-        needed = tokens(draft.text(size))
-        if needed <= limit:
-            fits, fits_tokens = size, needed
-        else:
-            over, over_tokens = size, needed
-    return draft.text(fits)
 
 
 def _distinct_records(schema: Schema, rng: Random, count: int, without: Collection[Value]) -> Iterator[Record]:

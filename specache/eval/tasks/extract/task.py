@@ -17,18 +17,19 @@ from typing import Any, ClassVar
 from specache.errors import ConfigError
 from specache.eval.methods.base import Session
 from specache.eval.prefilled import Prefilled
+from specache.eval.tasks.answer_task import room_for
 from specache.eval.tasks.base import Item, Measurement, Prepared, TaskModel, greedy
 from specache.eval.tasks.extract.answers import ANSWER_PREFIX, write_answer
-from specache.eval.tasks.extract.draft import Draft, fill
+from specache.eval.tasks.extract.draft import Draft
 from specache.eval.tasks.extract.folder import FieldNames, FileRecord, read_folder
 from specache.eval.tasks.extract.list_scores import field_scores, intersection_over_union, parse_items
 from specache.eval.tasks.extract.prompt import Examples, ask_about
 from specache.eval.tasks.extract.schemas import SCHEMAS
+from specache.eval.tasks.fitting import largest_that_fits
 from specache.eval.tasks.forced_answer import FORCED_UNIT, ForcedAnswer, measure_forced, prepare_forced
 from specache.eval.tasks.texts import check_at_least, check_distinct, check_length, encode_prompt, json_settings
 
-_SURPLUS = 0.1  # part of the right answer's tokens that a generated one may have in addition
-_SURPLUS_TOKENS = 16
+_TOKENS_OF_A_SENTENCE = 20  # about, and more than most have
 
 
 @dataclass(frozen=True)
@@ -131,17 +132,18 @@ class Extract:
         left = length - len(self._encode(model, examples.ask("")))
         count = max(1, min(self.most_items, round(left / 1000 * self.values_per_1000 / len(schema.fields))))
         draft = Draft(schema, rng, count, corrected=self.corrected, repeated=self.repeated, without=examples.keys)
-        room = _room(_right_answer(model, draft.records))
+        room = room_for(len(_right_answer(model, draft.records).tokens))
 
-        def tokens(document: str) -> int:
-            return len(self._encode(model, examples.ask(document))) + room
+        def tokens(fillers: int) -> int:
+            return len(self._encode(model, examples.ask(draft.text(fillers)))) + room
 
-        document = fill(draft, tokens, length)
-        if document is None:
+        fillers = largest_that_fits(tokens, length, smallest=0, first=length // _TOKENS_OF_A_SENTENCE)
+        if fillers is None:
             raise ConfigError(
-                f"--lengths: {count} {schema.things} need {tokens(draft.text(0)):,} tokens with {self.examples} examples, "
+                f"--lengths: {count} {schema.things} need {tokens(0):,} tokens with {self.examples} examples, "
                 f"got {length:,}. Pass fewer --values-per-1000 or --examples, or a longer length."
             )
+        document = draft.text(fillers)
         prompt = self._encode(model, examples.ask(document))
         corrected = [[one.key, one.field, one.old, one.new] for one in draft.corrections]
         facts = {"schema": schema.name, "key": schema.key, "corrected": corrected, "references": draft.records}
@@ -161,7 +163,7 @@ class Extract:
     def _file_item(self, model: TaskModel, record: FileRecord) -> Item:
         prompt = self._encode(model, ask_about(record.question, record.text))
         facts = {"key": record.key, "references": record.references, "length": len(prompt)}
-        facts["max_new_tokens"] = _room(_right_answer(model, record.references))
+        facts["max_new_tokens"] = room_for(len(_right_answer(model, record.references).tokens))
         return Item(record.name, f"{self.name}/files", prompt, facts=facts)
 
     def _encode(self, model: TaskModel, text: str) -> list[int]:
@@ -171,11 +173,6 @@ class Extract:
 def _right_answer(model: TaskModel, records: list[dict[str, Any]]) -> ForcedAnswer:
     answer = write_answer(records)
     return ForcedAnswer.encode(model.tokenizer, answer.text, answer.values)
-
-
-def _room(answer: ForcedAnswer) -> int:
-    """Return the tokens that a generated answer may have: a little more than the right one."""
-    return len(answer.tokens) + int(len(answer.tokens) * _SURPLUS) + _SURPLUS_TOKENS
 
 
 def _is_complete(text: str) -> bool:
