@@ -41,6 +41,16 @@ struct Isa {
         __m256i pairs = _mm256_maddubs_epi16(u, s);
         return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
     }
+    static Ints splat_int(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+    // Signed weights as sizes and signs: pairs of products of -127 to 127 fit into 16 bits, those
+    // of 0 to 255 would saturate.
+    static constexpr int32_t weight_offset = 0;
+    struct Weights { Bytes size, sign; };
+    static Weights weights(Bytes x) { return {{_mm256_abs_epi8(x.a), _mm256_abs_epi8(x.b)}, x}; }
+    static Ints dot_weights(Ints acc, const Weights& w, int32_t four) {
+        __m256i s = _mm256_set1_epi32(four);
+        return {dot(acc.a, w.size.a, _mm256_sign_epi8(s, w.sign.a)), dot(acc.b, w.size.b, _mm256_sign_epi8(s, w.sign.b))};
+    }
     static Ints dot_us(Ints acc, Bytes u, int32_t four) {
         __m256i s = _mm256_set1_epi32(four);
         return {dot(acc.a, u.a, s), dot(acc.b, u.b, s)};
@@ -63,6 +73,12 @@ struct Isa {
     static Floats load_bf16(const uint16_t* p) {
         auto q = reinterpret_cast<const __m128i*>(p);
         return {widen_bf16(_mm_loadu_si128(q)), widen_bf16(_mm_loadu_si128(q + 1))};
+    }
+    static void load_bf16_pairs(const uint16_t* p, Floats& even, Floats& odd) {
+        auto q = reinterpret_cast<const __m256i*>(p);
+        const __m256i x = _mm256_loadu_si256(q), y = _mm256_loadu_si256(q + 1), high = _mm256_set1_epi32(int(0xFFFF0000));
+        even = {_mm256_castsi256_ps(_mm256_slli_epi32(x, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(y, 16))};
+        odd = {_mm256_castsi256_ps(_mm256_and_si256(x, high)), _mm256_castsi256_ps(_mm256_and_si256(y, high))};
     }
     static Floats splat(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
     static Floats to_float(Ints x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }

@@ -26,6 +26,12 @@ struct Wide {
     static Bytes lookup(Bytes table, Bytes index) { return _mm512_shuffle_epi8(table, index); }
 
     static Ints zero() { return _mm512_setzero_si512(); }
+    static Ints splat_int(int32_t x) { return _mm512_set1_epi32(x); }
+    // Signed weights as unsigned bytes, `weight_offset` above: the instruction takes one signed operand.
+    static constexpr int32_t weight_offset = 128;
+    using Weights = Bytes;
+    static Weights weights(Bytes x) { return _mm512_xor_si512(x, _mm512_set1_epi8(char(0x80))); }
+    static Ints dot_weights(Ints acc, Weights w, int32_t four) { return dot_us(acc, w, four); }
     static Ints dot_us(Ints acc, Bytes u, int32_t four) { return _mm512_dpbusd_epi32(acc, u, _mm512_set1_epi32(four)); }
     static Ints dot_su(Ints acc, int32_t four, Bytes s) { return _mm512_dpbusd_epi32(acc, _mm512_set1_epi32(four), s); }
 
@@ -37,6 +43,12 @@ struct Wide {
     static Floats load_bf16(const uint16_t* p) {
         __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
         return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+    }
+    // 32 elements: the even ones, and the odd ones.
+    static void load_bf16_pairs(const uint16_t* p, Floats& even, Floats& odd) {
+        const __m512i x = _mm512_loadu_si512(p);
+        even = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
+        odd = _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(int(0xFFFF0000))));
     }
     static Floats splat(float x) { return _mm512_set1_ps(x); }
     static Floats to_float(Ints x) { return _mm512_cvtepi32_ps(x); }

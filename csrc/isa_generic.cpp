@@ -44,6 +44,21 @@ struct Isa {
     }
 
     static Ints zero() { return Ints{}; }
+    static Ints splat_int(int32_t x) {
+        Ints y;
+        for (int i = 0; i < 16; i++) y.v[i] = x;
+        return y;
+    }
+    static constexpr int32_t weight_offset = 0;
+    using Weights = Bytes;
+    static Weights weights(const Bytes& x) { return x; }
+    static Ints dot_weights(Ints acc, const Weights& w, int32_t four) {
+        int8_t s[4];
+        std::memcpy(s, &four, 4);
+        for (int i = 0; i < 16; i++)
+            for (int k = 0; k < 4; k++) acc.v[i] += int(int8_t(w.v[4 * i + k])) * s[k];
+        return acc;
+    }
     // Per 32-bit lane: acc plus the products of four unsigned bytes with four signed ones.
     static Ints dot_us(Ints acc, const Bytes& u, int32_t four) {
         int8_t s[4];
@@ -74,6 +89,13 @@ struct Isa {
             std::memcpy(&x.v[i], &bits, 4);
         }
         return x;
+    }
+    static void load_bf16_pairs(const uint16_t* p, Floats& even, Floats& odd) {
+        for (int i = 0; i < 16; i++) {
+            const uint32_t first = uint32_t(p[2 * i]) << 16, second = uint32_t(p[2 * i + 1]) << 16;
+            std::memcpy(&even.v[i], &first, 4);
+            std::memcpy(&odd.v[i], &second, 4);
+        }
     }
     static Floats load_half(const uint16_t* p) {
         Floats x;

@@ -45,6 +45,22 @@ struct Isa {
         int16x8_t high = vmulq_s16(vreinterpretq_s16_u16(vmovl_u8(vget_high_u8(u))), vmovl_s8(vget_high_s8(s)));
         return vaddq_s32(acc, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
     }
+    static Ints splat_int(int32_t x) {
+        int32x4_t y = vdupq_n_s32(x);
+        return {{y, y, y, y}};
+    }
+    static constexpr int32_t weight_offset = 0;
+    using Weights = Bytes;
+    static Weights weights(Bytes x) { return x; }
+    static Ints dot_weights(Ints acc, Weights w, int32_t four) {
+        int8x16_t s = vreinterpretq_s8_s32(vdupq_n_s32(four));
+        for (int i = 0; i < 4; i++) {
+            int8x16_t x = vreinterpretq_s8_u8(w.v[i]);
+            int16x8_t low = vmull_s8(vget_low_s8(x), vget_low_s8(s)), high = vmull_s8(vget_high_s8(x), vget_high_s8(s));
+            acc.v[i] = vaddq_s32(acc.v[i], vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
+        }
+        return acc;
+    }
     static Ints dot_us(Ints acc, Bytes u, int32_t four) {
         int8x16_t s = vreinterpretq_s8_s32(vdupq_n_s32(four));
         for (int i = 0; i < 4; i++) acc.v[i] = dot(acc.v[i], u.v[i], s);
@@ -69,6 +85,13 @@ struct Isa {
         Floats x;
         for (int i = 0; i < 4; i++) x.v[i] = vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p + 4 * i), 16));
         return x;
+    }
+    static void load_bf16_pairs(const uint16_t* p, Floats& even, Floats& odd) {
+        for (int i = 0; i < 4; i++) {
+            const uint32x4_t x = vreinterpretq_u32_u16(vld1q_u16(p + 8 * i));
+            even.v[i] = vreinterpretq_f32_u32(vshlq_n_u32(x, 16));
+            odd.v[i] = vreinterpretq_f32_u32(vandq_u32(x, vdupq_n_u32(0xFFFF0000)));
+        }
     }
     static Floats splat(float x) {
         float32x4_t y = vdupq_n_f32(x);

@@ -38,6 +38,68 @@ struct Partial {
     int stride;
 };
 
+constexpr int kProductBlock = 32;     // inputs that share a scale
+constexpr int kProductRows = 8;       // the most rows of `plain_product`
+#ifndef kProductAhead
+constexpr int kProductAhead = 3072;   // bytes of codes that are prefetched ahead
+#endif
+
+// Weights of 16 outputs, K / 32 blocks: codes of 8 bits, or of 4 if there are `zeros`. Scales and
+// zeros are bfloat16 [K / 32, 16]; W = code * scale + zero, where 4-bit codes count from -8.
+struct PackedTile {
+    const uint8_t* codes;
+    const uint16_t *scales, *zeros;
+};
+
+// Rows that go through the codes together: a power of two, `most` or fewer.
+SPECACHE_INLINE int rows_of_pass(int64_t left, int most) {
+    int rows = most;
+    while (rows > left) rows /= 2;
+    return rows;
+}
+
+// Rows rounded by `round_row`. Those of a pass, `n` of them, lie together: codes [K / 32, n, 32],
+// scales and sums [K / 32, n]; the rows before them take their sizes.
+struct RoundedRows {
+    int8_t* codes;
+    float* scales;
+    int32_t* sums;
+    int64_t inputs;
+};
+
+// Where a row is stored: the arrays of its pass, how many rows it has, and which of them this is.
+struct RoundedRow {
+    int8_t* codes;
+    float* scales;
+    int32_t* sums;
+    int rows, row;
+};
+
+// Rows of weights [16, inputs] of a float type; `stride` in bytes.
+struct PlainTile {
+    const uint8_t* weights;
+    Dtype dtype;
+    int64_t stride;
+};
+
+// Rows of activations widened by `widen_row`, `stride` elements each. Those of a pass, `n` of them,
+// lie together [K / 32, n, 32]; the rows before them take their sizes.
+struct FloatRows {
+    float* values;
+    int64_t stride, inputs;
+};
+
+// Where up to 16 outputs of each row go; `bias` (or null) points to those of this tile.
+struct Outputs {
+    uint8_t* base;
+    Dtype dtype;
+    int64_t row_stride;  // bytes
+    const uint8_t* bias;
+    int count;
+
+    SPECACHE_INLINE uint8_t* at(int64_t row) const { return base + row * row_stride; }
+};
+
 struct Kernels {
     const char* name;
     int queries_per_pass;  // queries that share one pass over the codes: at most kMaxQueries
@@ -90,6 +152,18 @@ struct Kernels {
     void (*attend_with_weights)(const Layout&, const LowBitKV&, int head, int64_t first, int64_t count, const float* const* weights,
                                 int queries, const float* const* peaks, Partial out);
     void (*rotate_back)(const Layout&, int queries, Partial out);
+
+    // Products with a model's weights (impl_product.hpp), of one tile of 16 outputs.
+
+    int packed_rows, plain_rows;  // the most of a pass, see `rows_of_pass`
+    // Round a row [inputs] to 8 bits per block of kProductBlock inputs.
+    void (*round_row)(const uint8_t* x, Dtype dtype, int64_t inputs, const RoundedRow&);
+    // Widen a row [inputs] to float32 [whole blocks], in the order in which weights of a dtype are read.
+    // `stride`: elements from block to block.
+    void (*widen_row)(const uint8_t* x, Dtype dtype, int64_t inputs, Dtype weights, float* out, int64_t stride);
+    // A row's result does not depend on the other rows.
+    void (*packed_product)(const PackedTile&, const RoundedRows&, int64_t rows, const Outputs&);
+    void (*plain_product)(const PlainTile&, const FloatRows&, int64_t rows, const Outputs&);  // at most kProductRows
 };
 
 const Kernels& generic_kernels();

@@ -33,13 +33,15 @@ inline int round_up(int x, int to) { return (x + to - 1) / to * to; }
 #include "impl_attend.hpp"
 #include "impl_matrix.hpp"
 #include "impl_quantise.hpp"
+#include "impl_product.hpp"
 
 namespace specache {
 namespace {
 
 const Kernels kTable = {Isa::name,      Isa::kQueriesPerPass, prepare, rescore,    exact,
                         quantise,       exp_scores,           add_mean_prob, blocks_per_top, top_k,
-                        exact_rows,     attend_with_weights,  rotate_back};
+                        exact_rows,     attend_with_weights,  rotate_back,   kRowsPerPass,    kPlainRows, round_row,      widen_row,
+                        packed_product, plain_product};
 
 }  // namespace
 }  // namespace specache

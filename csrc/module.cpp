@@ -12,6 +12,7 @@
 
 #include "cpu.hpp"
 #include "engine.hpp"
+#include "product.hpp"
 #include "ring.hpp"
 #include "row_reader.hpp"
 
@@ -204,6 +205,30 @@ bool py_take(RowsInFlight& rows, uintptr_t out) {
     return rows.take(at<uint64_t>(out));
 }
 
+// x [M, K], out [M, N] and bias [N] (0: none) are contiguous, of one dtype.
+LinearRows linear_rows(uintptr_t x, int dtype, int64_t rows, int64_t inputs, int64_t outputs, uintptr_t bias, uintptr_t out) {
+    return {at<const uint8_t>(x), Dtype(dtype), rows, inputs, outputs, at<const uint8_t>(bias), at<uint8_t>(out)};
+}
+
+// zeros: 0 for 8-bit codes.
+void py_packed_linear(const std::string& isa, int threads, uintptr_t x, int dtype, int64_t rows, int64_t inputs, int64_t outputs, uintptr_t codes,
+                      uintptr_t scales, uintptr_t zeros, uintptr_t bias, uintptr_t out) {
+    if (inputs % kProductBlock) throw std::invalid_argument("inputs");
+    Engine engine = engine_of(isa, threads);
+    nb::gil_scoped_release released;
+    packed_linear(engine, linear_rows(x, dtype, rows, inputs, outputs, bias, out), at<const uint8_t>(codes), at<const uint16_t>(scales),
+                  at<const uint16_t>(zeros));
+}
+
+// stride: of the weights, in bytes per output.
+void py_plain_linear(const std::string& isa, int threads, uintptr_t x, int dtype, int64_t rows, int64_t inputs, int64_t outputs,
+                     uintptr_t weights, int weight_dtype, int64_t stride, uintptr_t bias, uintptr_t out) {
+    if (rows > kProductRows) throw std::invalid_argument("rows");
+    Engine engine = engine_of(isa, threads);
+    nb::gil_scoped_release released;
+    plain_linear(engine, linear_rows(x, dtype, rows, inputs, outputs, bias, out), at<const uint8_t>(weights), Dtype(weight_dtype), stride);
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -232,6 +257,8 @@ NB_MODULE(_native, m) {
         .def("attend_low_bit", &OwnedStep::attend_low_bit)
         .def("attend_fetched", &OwnedStep::attend_fetched);
     m.def("quantise", &py_quantise);
+    m.def("packed_linear", &py_packed_linear);
+    m.def("plain_linear", &py_plain_linear);
     nb::class_<RowTable>(m, "RowTable")
         .def(nb::init<Addresses, Addresses, Addresses, uintptr_t, int64_t, int64_t, int64_t, int64_t, uintptr_t, uint64_t, uint64_t>(),
              nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>());

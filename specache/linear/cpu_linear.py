@@ -1,9 +1,8 @@
-"""Linear layers on a CPU, where PyTorch's own product is several times slower than it could be.
+"""Linear layers with float weights on a CPU, faster than by PyTorch's own products.
 
-- *Few rows in float32.* PyTorch computes the product of one to three float32 rows with a weight
-  matrix by a routine of MKL that uses one thread. With exchanged operands, `W x^T`, two or more
-  columns are divided between threads: 19 ms instead of 46 for one row (computed twice) of
-  SmolLM2-135M's layers on two cores, and 19 instead of 76 for two. bfloat16 has no such gap.
+- *Few rows.* A decode step reads every weight for one or two rows. The products of
+  `specache.linear.products` read them at the speed of memory, whatever the dtype, and a row's
+  result does not depend on the rows beside it.
 - *Many rows in 16 bits, on a processor without instructions for them.* There PyTorch multiplies
   element by element. With a block of the weights widened to float32 first, and the product rounded
   once at the end, 1,024 rows take 0.25 s instead of 1.6 for 8,192 outputs of 2,048 inputs (AVX2,
@@ -20,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from specache.platform import private_torch
+from specache.linear import products
+from specache.platform import extension, private_torch
 
-MOST_FEW_ROWS = 8  # with more rows the ordinary product is as fast
-FEWEST_MANY_ROWS = 12  # from this many rows on widening pays
+MOST_FEW_ROWS = 8  # with more rows the weights are not what the product waits for
 BLOCK_ELEMENTS = 1 << 21  # weights widened at a time: 8 MB
 
 Forward = Callable[[nn.Linear, Tensor], Tensor]
@@ -66,46 +65,60 @@ def _forward(module: nn.Module) -> Forward | None:
     weight = module.weight
     if type(weight) is not nn.Parameter or weight.device.type != "cpu":
         return None
-    if weight.dtype is torch.float32:
-        return _few_rows if torch.backends.mkl.is_available() else None
-    if widens(weight.dtype):
-        return _many_rows
-    return None
+    few = products.instruction_set() is not None and weight.dtype in extension.DTYPES and weight.stride(-1) == 1
+    if few:
+        return _few_rows
+    return _many_rows if widens(weight.dtype) else None
 
 
 def _few_rows(layer: nn.Linear, x: Tensor) -> Tensor:
-    rows = _rows(x)
-    if not 0 < rows <= MOST_FEW_ROWS or x.dtype is not torch.float32 or _is_left_to_pytorch():
+    """The forward of a layer whose products of few rows are ours."""
+    if x.dtype is not layer.weight.dtype or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return linear(x, layer.weight, layer.bias)
-    columns = x.reshape(rows, -1)
-    if rows == 1:
-        columns = columns.expand(2, -1)
-    product = torch.mm(layer.weight, columns.T)[:, :rows].T.contiguous()  # [rows, out]; callers rely on it
-    if layer.bias is not None:
-        product = product + layer.bias
-    return product.reshape(*x.shape[:-1], -1)
+    if torch.compiler.is_compiling():
+        out: Tensor = torch.ops.specache.linear(x, layer.weight, layer.bias)
+        return out
+    return _product(x, layer.weight, layer.bias)
 
 
 def _many_rows(layer: nn.Linear, x: Tensor) -> Tensor:
+    """The forward of a layer whose products of many rows are widened, without the extension."""
     weight = layer.weight
-    rows = _rows(x)
-    if rows < FEWEST_MANY_ROWS or x.dtype is not weight.dtype or torch.is_grad_enabled() or _is_left_to_pytorch():
+    compiling, autocast = torch.compiler.is_compiling(), torch.is_autocast_enabled("cpu")
+    if _rows(x) <= MOST_FEW_ROWS or x.dtype is not weight.dtype or torch.is_grad_enabled() or compiling or autocast:
         return linear(x, weight, layer.bias)
-    wide = x.reshape(rows, -1).float()
-    out = x.new_empty(rows, layer.out_features)
-    block = max(BLOCK_ELEMENTS // layer.in_features, 1)
-    for start in range(0, layer.out_features, block):
+    return _widened(x, weight, layer.bias)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return x [..., K] times weight [N, K] -> [..., N], by the product for this number of rows."""
+    rows = _rows(x)
+    if 0 < rows <= MOST_FEW_ROWS and products.supports(x):
+        return products.plain_linear(x, weight, bias)
+    return _widened(x, weight, bias) if rows > MOST_FEW_ROWS and widens(weight.dtype) else linear(x, weight, bias)
+
+
+def _widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    outputs, inputs = weight.shape
+    wide = x.reshape(-1, inputs).float()
+    out = x.new_empty(len(wide), outputs)
+    block = max(BLOCK_ELEMENTS // inputs, 1)
+    for start in range(0, outputs, block):
         part = slice(start, start + block)
-        bias = None if layer.bias is None else layer.bias[part].float()
-        out[:, part] = linear(wide, weight[part].float(), bias)
+        out[:, part] = linear(wide, weight[part].float(), None if bias is None else bias[part].float())
     return out.reshape(*x.shape[:-1], -1)
-
-
-def _is_left_to_pytorch() -> bool:
-    """Return whether PyTorch must choose the product: compiling, or under `torch.autocast`."""
-    return torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
 
 
 def _rows(x: Tensor) -> int:
     """Return the number of rows of x [..., K]."""
     return x.numel() // x.shape[-1] if x.shape[-1] else 0
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+_library = torch.library.Library("specache", "FRAGMENT")
+_library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_library.impl("linear", _product, "CPU")
+torch.library.register_fake("specache::linear", _fake, lib=_library)

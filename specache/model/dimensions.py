@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from specache.linear import cpu_linear
-from specache.linear.weight_quant import Int4Linear, Int8Linear, WeightFormat, quantised_bytes
+from specache.linear.weight_quant import PackedLinear, WeightFormat, quantised_bytes
 from specache.model.identity.tensors import plain_tensors
 from specache.model.identity.wrappers import unwrapped
 from specache.model.info import ModelInfo, inspect_model
@@ -213,9 +213,7 @@ def _packed_bytes(module: Any) -> int:
 
 
 def _elements(module: nn.Module) -> int:
-    if isinstance(module, Int8Linear):
-        return module.codes.numel()
-    if isinstance(module, Int4Linear):
-        return 2 * module.packed.numel()
+    if isinstance(module, PackedLinear):
+        return module.out_features * module.in_features
     assert isinstance(module, nn.Linear)
     return module.weight.numel()

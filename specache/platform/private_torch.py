@@ -4,8 +4,6 @@ them.
 No other file calls them, and a test runs every fallback. Documented interfaces (`torch.library`,
 `torch.compiler`, `torch.backends.cuda.can_use_flash_attention`) and operators of our own
 (`torch.ops.specache`) are not listed here.
-
-Symbols: `N` outputs, `K` inputs of a linear layer.
 """
 
 from __future__ import annotations
@@ -14,24 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 FALLBACKS = {
     "ops.aten._scaled_dot_product_flash_attention_for_cpu": "exact attention in plain operations, a block of scores at a time",
     "ops.aten._scaled_dot_product_flash_attention": "exact attention in plain operations, a block of scores at a time",
-    "ops.aten._weight_int8pack_mm": "the matrix is formed from its codes, a block of outputs at a time",
-    "ops.aten._convert_weight_to_int4pack_for_cpu": "codes are packed in an order of our own, and the matrix formed from them",
-    "ops.aten._weight_int4pack_mm_for_cpu": "the matrix is formed from its codes, a block of outputs at a time",
     "ops.mkldnn._is_mkldnn_bf16_supported": "the processor is taken to have no fast products in 16 bits",
     "ops.mkldnn._is_mkldnn_fp16_supported": "the processor is taken to have no fast products in 16 bits",
     "cpu._is_avx512_bf16_supported": "oneDNN is asked",
-    "cpu._is_amx_tile_supported": "oneDNN is asked",
+    "cpu._is_amx_tile_supported": "oneDNN is asked, or there are taken to be no matrix registers",
     "_dynamo.mark_static": "the compiler runs again when the number of rows changes",
     "_dynamo.maybe_mark_dynamic": "the compiler runs again when the number of sequences changes",
     "_dynamo.exc.TorchDynamoException": "any RuntimeError counts as one of the compiler's",
 }
-OUR_BLOCK = 16  # outputs packed together if PyTorch packs none; packed layers have a multiple of it
-FORMED_ELEMENTS = 1 << 20  # matrix elements dequantised at a time
 
 
 def find(path: str) -> Any | None:
@@ -84,87 +76,6 @@ def flash_attention_cuda(query: Tensor, keys: Tensor, values: Tensor, causal: bo
     return out, lse
 
 
-# Products with quantised weights
-
-
-def int8_product(rows: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    """Return the product [M, N] of rows [M, K] and codes int8 [N, K] with one scale per output
-    [N].
-    """
-    product = find("ops.aten._weight_int8pack_mm")
-    if product is not None:
-        out: Tensor = product(rows, codes, scales)
-        return out
-    out = rows.new_empty(len(rows), len(codes))
-    step = max(FORMED_ELEMENTS // codes.shape[1], 1)
-    for start in range(0, len(codes), step):
-        part = slice(start, start + step)
-        out[:, part] = linear(rows, codes[part].to(rows.dtype)) * scales[part]
-    return out
-
-
-def pack_int4(codes: Tensor) -> tuple[Tensor, int | None]:
-    """Pack codes int32 [N, K], N a multiple of 16.
-
-    Returns:
-        packed uint8 [N, K / 2], and the block with which `unpack_int4` undoes it; None for an
-            unknown order of PyTorch's.
-    """
-    convert = find("ops.aten._convert_weight_to_int4pack_for_cpu")
-    if convert is None or find("ops.aten._weight_int4pack_mm_for_cpu") is None:
-        return _pack_int4(codes, OUR_BLOCK), OUR_BLOCK
-    packed: Tensor = convert(codes, 1)
-    known = (64, 32)  # AVX-512, AVX2
-    block = next((b for b in known if len(codes) % b == 0 and torch.equal(unpack_int4(packed, b).int(), codes)), None)
-    return packed, block
-
-
-def unpack_int4(packed: Tensor, block: int) -> Tensor:
-    """Return uint8 codes [N, K].
-
-    Of `block` outputs, byte j of an input packs outputs j and j + block / 2.
-    """
-    outputs, inputs = packed.shape[0], packed.shape[1] * 2
-    each = packed.view(outputs // block, inputs, block // 2)
-    return torch.cat([each & 15, each >> 4], dim=-1).transpose(1, 2).reshape(outputs, inputs)
-
-
-def _pack_int4(codes: Tensor, block: int) -> Tensor:
-    outputs, inputs = codes.shape
-    each = codes.to(torch.uint8).view(outputs // block, block, inputs).transpose(1, 2)  # [N / block, K, block]
-    low, high = each.split(block // 2, dim=-1)
-    return (low | high << 4).reshape(outputs, inputs // 2)
-
-
-def int4_matrix(packed: Tensor, block: int, scales_and_zeros: Tensor) -> Tensor:
-    """Return the matrix [N, K] of packed codes with scales and zeros [K / g, N, 2]: (code - 8) *
-    scale + zero.
-    """
-    scales, zeros = scales_and_zeros.transpose(0, 1).unsqueeze(-1).unbind(2)  # [N, K / g, 1]
-    codes = unpack_int4(packed, block).unflatten(1, (scales.shape[1], -1))
-    return torch.addcmul(zeros, codes.to(scales.dtype).sub_(8), scales).flatten(1)
-
-
-def int4_product(rows: Tensor, packed: Tensor, block: int | None, group: int, scales_and_zeros: Tensor) -> Tensor:
-    """Return the product [M, N] of rows [M, K] and the matrix of `int4_matrix`.
-
-    Args:
-        packed, block: results of `pack_int4`.
-        group: inputs that share a scale.
-    """
-    product = find("ops.aten._weight_int4pack_mm_for_cpu")
-    if product is not None and block != OUR_BLOCK:
-        out: Tensor = product(rows, packed, group, scales_and_zeros)
-        return out
-    assert block is not None, "an order that only PyTorch's product knows"
-    out = rows.new_empty(len(rows), len(packed))
-    step = max(FORMED_ELEMENTS // (2 * packed.shape[1]) // block, 1) * block
-    for start in range(0, len(packed), step):
-        part = slice(start, start + step)
-        out[:, part] = linear(rows, int4_matrix(packed[part], block, scales_and_zeros[:, part]))
-    return out
-
-
 # Processor features
 
 
@@ -180,6 +91,11 @@ def has_bfloat16_instructions() -> bool:
     if all(find(path) is None for path in asked):
         return multiplies_natively(torch.bfloat16)
     return any(_is_supported(path) for path in asked)
+
+
+def has_matrix_registers() -> bool:
+    """Return True if the CPU has matrix registers (AMX) that PyTorch uses."""
+    return _is_supported("cpu._is_amx_tile_supported")
 
 
 def _is_supported(path: str) -> bool:

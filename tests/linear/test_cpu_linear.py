@@ -9,10 +9,11 @@ from torch import nn
 from specache.engine.attention_hook import attached
 from specache.linear import cpu_linear as products
 from specache.model.dimensions import dimensions_of
+from specache.platform import extension
 from tests.tiny import llama
 
 HALVES = (torch.bfloat16, torch.float16)
-needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this PyTorch was built without MKL")
+needs_extension = pytest.mark.skipif(not extension.instruction_sets(), reason="the C++ kernels are not built")
 
 
 @pytest.fixture
@@ -21,12 +22,14 @@ def no_native_halves(monkeypatch):
     monkeypatch.setattr(products, "multiplies_natively", lambda dtype: False)
 
 
-@needs_mkl
+@torch.no_grad()
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1, 48), (1, 2, 48), (4, 2, 48), (3, 3, 48), (0, 48), (48,)])
-def test_products_are_those_of_the_ordinary_layer(bias, shape):
+def test_products_are_those_of_the_ordinary_layer(dtype, bias, shape):
     torch.manual_seed(0)
-    layer, x = nn.Linear(48, 80, bias=bias), torch.randn(shape)
+    layer, x = nn.Linear(48, 80, bias=bias).to(dtype), torch.randn(shape).to(dtype)
     expected = layer(x)
     layers = products.install(nn.Sequential(layer))
     torch.testing.assert_close(layer(x), expected)
@@ -35,19 +38,22 @@ def test_products_are_those_of_the_ordinary_layer(bias, shape):
     assert torch.equal(layer(x), expected)
 
 
-@needs_mkl
-def test_a_row_gives_the_same_numbers_alone_and_beside_another():
+@torch.no_grad()
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_a_row_has_the_same_bits_alone_and_beside_others(dtype):
     torch.manual_seed(0)
-    layer, x = nn.Linear(576, 192, bias=False), torch.randn(1, 2, 576)
+    layer, x = nn.Linear(576, 192, bias=False).to(dtype), torch.randn(1, 8, 576).to(dtype)
     products.install(nn.Sequential(layer))
-    torch.testing.assert_close(layer(x[:, :1]), layer(x)[:, :1], rtol=1e-6, atol=1e-6)
+    for count in range(1, 9):
+        assert torch.equal(layer(x[:, :count]), layer(x)[:, :count])
 
 
 @torch.no_grad()
 @pytest.mark.usefixtures("no_native_halves")
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows", [1, products.FEWEST_MANY_ROWS, 3 * products.FEWEST_MANY_ROWS])
+@pytest.mark.parametrize("rows", [1, products.MOST_FEW_ROWS + 1, 4 * products.MOST_FEW_ROWS])
 def test_sixteen_bit_products_are_those_of_float32_rounded_once(dtype, bias, rows):
     torch.manual_seed(0)
     outputs = products.BLOCK_ELEMENTS // 1024 * 5 // 2  # three blocks, the last a part of one
@@ -70,9 +76,15 @@ def test_gradients_go_through_the_ordinary_layer(dtype):
     assert x.grad is not None and layer.weight.grad is not None
 
 
-def test_sixteen_bits_stay_where_the_processor_multiplies_them(monkeypatch):
+def test_many_rows_of_16_bits_stay_where_the_processor_multiplies_them(monkeypatch):
     monkeypatch.setattr(products, "multiplies_natively", lambda dtype: True)
-    assert products.install(nn.Sequential(*[nn.Linear(8, 8).to(dtype) for dtype in HALVES])) == []
+    monkeypatch.setattr(products, "_widened", None)
+    with torch.no_grad():
+        for dtype in HALVES:
+            layer, x = nn.Linear(8, 8).to(dtype), torch.randn(40, 8).to(dtype)
+            expected = layer(x)
+            products.install(nn.Sequential(layer))
+            assert torch.equal(layer(x), expected)
 
 
 @pytest.mark.usefixtures("no_native_halves")
@@ -83,7 +95,7 @@ def test_only_plain_layers_with_an_original_forward_are_replaced():
     assert "forward" in hooked.__dict__
 
 
-@needs_mkl
+@needs_extension
 def test_a_model_is_itself_again_after_generation():
     model = llama()
     with attached(model):

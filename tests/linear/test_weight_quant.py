@@ -4,6 +4,9 @@ the tied head included.
 
 from __future__ import annotations
 
+import copy
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -11,7 +14,9 @@ from torch.nn.functional import linear
 
 import specache
 from specache.errors import ConfigError, UnsupportedModelError
-from specache.linear.weight_quant import INT4_MANY_ROWS, Int4Linear, Int8Linear, WeightFormat, quantise_weights
+from specache.linear import packed_weights
+from specache.linear.weight_quant import MANY_ROWS, Int4Linear, Int8Linear, WeightFormat, quantise_weights
+from specache.platform import private_torch
 from tests.engine.test_model_families import FAMILIES, build
 from tests.tiny import llama, prompt
 
@@ -37,11 +42,47 @@ def test_a_quantised_layer_is_close_to_the_float_one(made, dtype, rows):
 
 @pytest.mark.parametrize("made", BOUNDS)
 @pytest.mark.parametrize("outputs", [16, 32, 48, 64, 128, 208])
-def test_few_rows_and_many_use_the_same_matrix(made, outputs):
+def test_few_rows_and_many_give_the_same(made, outputs):
     torch.manual_seed(outputs)
     layer, x = made(torch.randn(outputs, 64), None), torch.randn(7, 64)
-    many = x.repeat(INT4_MANY_ROWS, 1)
-    assert distance(layer(many)[:7], layer(x)) < 1e-5
+    assert torch.equal(layer(x.repeat(100, 1))[:7], layer(x))
+
+
+def test_a_prompt_is_multiplied_in_16_bits_where_that_is_faster(monkeypatch):
+    """On a processor with matrix registers: the rows are not rounded."""
+    layer, x = Int8Linear(torch.randn(40, 64), None), torch.randn(MANY_ROWS, 64).bfloat16()
+    monkeypatch.setattr(private_torch, "has_matrix_registers", lambda: True)
+    matrix = packed_weights.unpack(packed_weights.PackedWeights(layer.codes, layer.scales, None, 40), torch.bfloat16)[:40]
+    assert torch.equal(layer(x), linear(x, matrix))
+    assert not torch.equal(layer(x[:-1]), layer(x)[:-1])
+
+
+@pytest.mark.parametrize("made", BOUNDS)
+def test_a_layer_is_copied_saved_and_moved_between_dtypes(made, tmp_path):
+    layer, x = made(torch.randn(40, 64), torch.randn(40)), torch.randn(3, 64)
+    expected = layer(x)
+    torch.save(layer.state_dict(), tmp_path / "layer.pt")
+    other = made(torch.zeros(40, 64), torch.zeros(40))
+    other.load_state_dict(torch.load(tmp_path / "layer.pt"))
+    for same in (copy.deepcopy(layer), other, layer.to(torch.bfloat16).float()):
+        assert distance(same(x), expected) < 0.01
+    assert torch.equal(other(x), expected)
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_float_weights_are_freed_layer_by_layer(monkeypatch, weights, tied):
+    model = llama(vocab_size=96, tie_word_embeddings=tied)
+    alive = [weakref.ref(layer.weight) for layer in model.modules() if type(layer) is nn.Linear and layer is not model.lm_head]
+    seen, pack = [], packed_weights.pack
+
+    def counted(weight, bits):
+        seen.append(sum(reference() is not None for reference in alive))
+        return pack(weight, bits)
+
+    monkeypatch.setattr(packed_weights, "pack", counted)
+    quantise_weights(model, weights)
+    assert seen == [*range(len(alive), 0, -1), 0]
 
 
 @pytest.mark.parametrize("made", BOUNDS)
@@ -73,9 +114,10 @@ def test_generation_over_quantised_weights_is_that_of_the_stock_model_over_them(
 
 
 def test_layers_of_other_sizes_stay_and_formats_of_the_model_change_nothing():
-    model = llama()  # 97 tokens: no multiple of 16
+    model = llama(intermediate_size=100)  # no multiple of 32
     quantise_weights(model, WeightFormat.INT4)
-    assert type(model.lm_head) is nn.Linear and isinstance(model.model.layers[0].mlp.up_proj, Int4Linear)
+    mlp = model.model.layers[0].mlp
+    assert type(mlp.down_proj) is nn.Linear and isinstance(mlp.up_proj, Int4Linear) and isinstance(model.lm_head, Int4Linear)
     for weights in (WeightFormat.AUTO, WeightFormat.BF16):
         quantise_weights(unchanged := llama(), weights)
         assert type(unchanged.model.layers[0].mlp.up_proj) is nn.Linear

@@ -11,8 +11,6 @@ import torch
 import specache
 from specache.attention.dense import attend_part
 from specache.kernels.types import AttentionParams
-from specache.linear.weight_format import WeightFormat
-from specache.linear.weight_quant import Int4Linear, Int8Linear, quantise_weights
 from specache.platform import private_torch
 from tests.tiny import llama, prompt
 
@@ -86,38 +84,6 @@ def test_a_model_answers_the_same_without_the_fused_kernel(without, policy):
     without("ops.aten._scaled_dot_product_flash_attention_for_cpu")
     config = specache.SpeCacheConfig(policy=policy, residual=16, group_size=16, top_k=10**6, slow_tier="ram")
     out = specache.generate(model, ids, config=config, max_new_tokens=8, do_sample=False)
-    assert torch.equal(out, model.generate(ids, max_new_tokens=8, do_sample=False))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("formed", [1 << 20, 96 * 16])  # at once, and in blocks the last of which is smaller
-@pytest.mark.parametrize(
-    ("made", "removed"),
-    [
-        (Int8Linear, ["ops.aten._weight_int8pack_mm"]),
-        (Int4Linear, ["ops.aten._weight_int4pack_mm_for_cpu"]),
-        (Int4Linear, ["ops.aten._convert_weight_to_int4pack_for_cpu"]),
-    ],
-)
-def test_quantised_layers_without_pytorchs_products_give_the_same(without, monkeypatch, made, removed, formed, dtype):
-    torch.manual_seed(1)
-    weight, bias = torch.randn(80, 96, dtype=dtype), torch.randn(80, dtype=dtype)
-    x = torch.randn(2, 3, 96, dtype=dtype)
-    expected = made(weight, bias)(x)
-    without(*removed)
-    monkeypatch.setattr(private_torch, "FORMED_ELEMENTS", formed)
-    out = made(weight, bias)(x)
-    assert out.shape == expected.shape and out.dtype == dtype
-    assert float((out - expected).float().norm() / expected.float().norm()) < (1e-5 if dtype is torch.float32 else 0.02)
-
-
-@pytest.mark.parametrize("weights", [WeightFormat.INT8, WeightFormat.INT4])
-def test_a_quantised_model_without_pytorchs_products_answers_as_its_stock_generate(without, weights):
-    without("ops.aten._weight_int8pack_mm", "ops.aten._weight_int4pack_mm_for_cpu", "ops.aten._convert_weight_to_int4pack_for_cpu")
-    model = llama(vocab_size=96)
-    quantise_weights(model, weights)
-    ids = prompt(80).clamp(max=95)
-    out = specache.generate(model, ids, config=specache.SpeCacheConfig(policy="full"), max_new_tokens=8, do_sample=False)
     assert torch.equal(out, model.generate(ids, max_new_tokens=8, do_sample=False))
 
 

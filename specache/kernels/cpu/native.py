@@ -7,13 +7,12 @@ everything else is float32. Only for tensors on the CPU.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import torch  # before the extension: it loads the OpenMP runtime that both use
+import torch
 from torch import Tensor
 
 from specache.config import PAGE_TOKENS, Code
@@ -21,28 +20,18 @@ from specache.errors import NonFiniteError
 from specache.kernels.finite import all_finite
 from specache.kernels.torch.rotated import rotation
 from specache.kernels.types import AttentionParams, LowBitKV, PageRun, RecentTokens
+from specache.platform import extension
+from specache.platform.extension import IMPORT_ERROR as IMPORT_ERROR
+from specache.platform.extension import instruction_sets as instruction_sets
 
-_native: Any = None
-IMPORT_ERROR: str | None = None  # why the extension could not be imported
-try:
-    _native = importlib.import_module("specache._native")
-except ImportError as error:  # installed without a compiler
-    IMPORT_ERROR = str(error)
+_native = extension.native
 
 _FIELDS = {
     Code.KIVI: ("key_codes", "key_scale", "key_zero", "value_codes", "value_scale", "value_zero"),
     Code.ROTATED: ("key_codes", "key_scale", "key_mean", "value_codes", "value_scale", "value_scale"),
 }
 _CODES = {Code.KIVI: 0, Code.ROTATED: 1}
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-
-def instruction_sets() -> list[str]:
-    """Return the instruction sets of the extension that this processor runs, slowest first.
-
-    Empty without the extension.
-    """
-    return list(_native.available()) if _native is not None else []
+_DTYPES = extension.DTYPES
 
 
 class NativeKernels:

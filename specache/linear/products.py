@@ -1,0 +1,130 @@
+"""Products of rows with a model's weights on a CPU, by the C++ extension (`csrc/product.cpp`).
+
+Each weight is read once, for all rows. A row's result does not depend on the rows beside it. The
+product with packed weights is also an operator (`torch.ops.specache`) for `torch.compile`.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from specache.linear import packed_weights
+from specache.linear.packed_weights import PackedWeights
+from specache.platform import extension
+
+VARIABLE = "SPECACHE_KERNELS"  # see `specache.kernels.dispatch`
+
+_library = torch.library.Library("specache", "FRAGMENT")
+_library.define("packed_linear(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, int outputs) -> Tensor")
+
+
+@cache
+def instruction_set() -> str | None:
+    """Return the extension's instruction set that products use, or None without the extension.
+
+    `SPECACHE_KERNELS` selects another one; with `torch`, products are PyTorch's.
+    """
+    there, wanted = extension.instruction_sets(), os.environ.get(VARIABLE)
+    if wanted == "torch" or not there:
+        return None
+    return wanted if wanted in there else there[-1]
+
+
+def supports(x: Tensor) -> bool:
+    """Return whether the extension multiplies these rows: on the CPU, of its dtypes, not traced."""
+    return instruction_set() is not None and x.device.type == "cpu" and x.dtype in extension.DTYPES and type(x) is Tensor
+
+
+def packed_linear(x: Tensor, weights: PackedWeights, bias: Tensor | None) -> Tensor:
+    """Return x [..., K] times packed weights -> [..., N] in x's dtype.
+
+    Each row is rounded to 8 bits, with a scale per 32 inputs (as llama.cpp's Q8_0), and the blocks'
+    integer sums are added in float32. Without the extension the matrix is formed from its codes, a
+    part at a time, and rows are not rounded.
+
+    Args:
+        bias: [N] in x's dtype.
+    """
+    if torch.compiler.is_compiling():
+        out: Tensor = torch.ops.specache.packed_linear(x, weights.codes, weights.scales, weights.zeros, bias, weights.outputs)
+        return out
+    if not supports(x) or (torch.is_grad_enabled() and x.requires_grad):
+        return formed_linear(x, weights, bias)
+    return _packed(x, weights, bias)
+
+
+def formed_linear(x: Tensor, weights: PackedWeights, bias: Tensor | None) -> Tensor:
+    """Return the same product with rows that are not rounded, by PyTorch's operations."""
+    parts, step = [], max(packed_weights.CODES_AT_ONCE // (packed_weights.TILE * weights.inputs), 1)
+    for start in range(0, len(weights.codes), step):
+        parts.append(linear(x, packed_weights.unpack(weights, x.dtype, start, start + step)))
+    out = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1))[..., : weights.outputs]
+    return out.contiguous() if bias is None else out + bias
+
+
+def _packed(x: Tensor, weights: PackedWeights, bias: Tensor | None) -> Tensor:
+    x, outputs, zeros = x.contiguous(), weights.outputs, weights.zeros
+    out = x.new_empty(*x.shape[:-1], outputs)
+    if rows := out.numel() // outputs:
+        extension.native.packed_linear(
+            instruction_set(),
+            torch.get_num_threads(),
+            x.data_ptr(),
+            extension.DTYPES[x.dtype],
+            rows,
+            x.shape[-1],
+            outputs,
+            weights.codes.data_ptr(),
+            weights.scales.data_ptr(),
+            0 if zeros is None else zeros.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+        )
+    return out
+
+
+def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return x [..., K] times weight [N, K] -> [..., N], all of one dtype, summed in float32.
+
+    For a few rows of what `supports` allows: they share one read of the weights.
+
+    Args:
+        weight: its inputs are contiguous. bias: [N].
+    """
+    x, outputs, dtype = x.contiguous(), weight.shape[0], extension.DTYPES[x.dtype]
+    out = x.new_empty(*x.shape[:-1], outputs)
+    if rows := out.numel() // max(outputs, 1):
+        extension.native.plain_linear(
+            instruction_set(),
+            torch.get_num_threads(),
+            x.data_ptr(),
+            dtype,
+            rows,
+            x.shape[-1],
+            outputs,
+            weight.data_ptr(),
+            dtype,
+            weight.stride(0) * weight.itemsize,
+            0 if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+        )
+    return out
+
+
+def _packed_operator(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, outputs: int) -> Tensor:
+    weights = PackedWeights(codes, scales, zeros, outputs)
+    return _packed(x, weights, bias) if supports(x) else formed_linear(x, weights, bias)
+
+
+def _packed_fake(x: Tensor, codes: Tensor, scales: Tensor, zeros: Any, bias: Any, outputs: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], outputs)
+
+
+_library.impl("packed_linear", _packed_operator, "CPU")
+torch.library.register_fake("specache::packed_linear", _packed_fake, lib=_library)
