@@ -21,6 +21,7 @@ from torch import Tensor
 
 TILE = 16  # outputs of a tile
 BLOCK = 32  # inputs that share a scale
+TINY = torch.finfo(torch.bfloat16).tiny
 CODES_AT_ONCE = 1 << 22  # elements of a matrix that are packed, or formed from their codes, at a time
 
 
@@ -106,7 +107,11 @@ def _round_8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _round_4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Round [T, 16, B, 32] -> (scales, zeros [T, 16, B], codes uint8)."""
+    """Round [T, 16, B, 32] -> (scales, zeros [T, 16, B], codes uint8).
+
+    Scales reach from the least to the largest weight of a block. Fitting them to the codes by least
+    squares takes an eighth off the squared error, and nothing off the divergence of SmolLM2.
+    """
     low, high = weight.aminmax(dim=-1)
     scale = _rounded_up((high - low) / 15)
     zero = (low + 8 * scale.float()).to(torch.bfloat16)
@@ -116,7 +121,7 @@ def _round_4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _rounded_up(scale: Tensor) -> Tensor:
     """Round positive float32 numbers up to bfloat16, so that no code is beyond the last level."""
-    scale = scale.clamp(min=torch.finfo(torch.bfloat16).tiny)
+    scale = scale.clamp(min=TINY)
     near = scale.to(torch.bfloat16)
     above = (near.view(torch.int16) + 1).view(torch.bfloat16)
     return torch.where((near.float() < scale) & near.isfinite(), above, near)

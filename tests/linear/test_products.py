@@ -170,3 +170,10 @@ def test_products_without_the_extension_are_formed(monkeypatch):
     expected = products.packed_linear(x, weights, None)
     monkeypatch.setattr(products, "instruction_set", lambda: None)
     assert distance(products.packed_linear(x, weights, None), expected) < 0.02
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("value", [0.0, 3.0, -7.5, 1e-30, 1e30])
+def test_blocks_of_one_value_keep_it(bits, value):
+    matrix = packed_weights.unpack(packed_weights.pack(torch.full((16, 32), value), bits), torch.float32)
+    assert torch.allclose(matrix, torch.full((16, 32), value), rtol=0.01, atol=1e-36)

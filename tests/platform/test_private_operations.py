@@ -39,9 +39,9 @@ def test_the_installed_pytorch_has_all_of_them():
 
 
 def test_a_missing_operation_is_none_and_listed(without):
-    without("ops.aten._weight_int8pack_mm", "_dynamo.mark_static")
-    assert private_torch.find("ops.aten._weight_int8pack_mm") is None
-    assert private_torch.missing_operations() == ["ops.aten._weight_int8pack_mm", "_dynamo.mark_static"]
+    without("ops.mkldnn._is_mkldnn_bf16_supported", "_dynamo.mark_static")
+    assert private_torch.find("ops.mkldnn._is_mkldnn_bf16_supported") is None
+    assert private_torch.missing_operations() == ["ops.mkldnn._is_mkldnn_bf16_supported", "_dynamo.mark_static"]
 
 
 def test_an_unknown_operation_is_not_found(monkeypatch):
