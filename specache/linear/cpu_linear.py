@@ -1,8 +1,7 @@
 """Linear layers with float weights on a CPU, faster than by PyTorch's own products.
 
-- *Few rows.* A decode step reads every weight for one or two rows. The products of
-  `specache.linear.products` read them at the speed of memory, whatever the dtype, and a row's
-  result does not depend on the rows beside it.
+- *Few rows.* A decode step reads every weight for one or two rows. `native_products` reads them at
+  the speed of memory, whatever the dtype, and a row's result does not depend on those beside it.
 - *Many rows in 16 bits, on a processor without instructions for them.* There PyTorch multiplies
   element by element. With a block of the weights widened to float32 first, and the product rounded
   once at the end, 1,024 rows take 0.25 s instead of 1.6 for 8,192 outputs of 2,048 inputs (AVX2,
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from specache.linear import products
+from specache.linear import native_products
 from specache.platform import extension, private_torch
 
 MOST_FEW_ROWS = 8  # with more rows the weights are not what the product waits for
@@ -65,7 +64,7 @@ def _forward(module: nn.Module) -> Forward | None:
     weight = module.weight
     if type(weight) is not nn.Parameter or weight.device.type != "cpu":
         return None
-    few = products.instruction_set() is not None and weight.dtype in extension.DTYPES and weight.stride(-1) == 1
+    few = native_products.instruction_set() is not None and weight.dtype in extension.DTYPES and weight.stride(-1) == 1
     if few:
         return _few_rows
     return _many_rows if widens(weight.dtype) else None
@@ -73,12 +72,14 @@ def _forward(module: nn.Module) -> Forward | None:
 
 def _few_rows(layer: nn.Linear, x: Tensor) -> Tensor:
     """The forward of a layer whose products of few rows are ours."""
-    if x.dtype is not layer.weight.dtype or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
-        return linear(x, layer.weight, layer.bias)
+    parameters: dict[str, Any] = layer._parameters  # attributes of a module are slow to look up
+    weight, bias = parameters["weight"], parameters["bias"]
+    if x.dtype is not weight.dtype or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return linear(x, weight, bias)
     if torch.compiler.is_compiling():
-        out: Tensor = torch.ops.specache.linear(x, layer.weight, layer.bias)
+        out: Tensor = torch.ops.specache.linear(x, weight, bias)
         return out
-    return _product(x, layer.weight, layer.bias)
+    return _product(x, weight, bias)
 
 
 def _many_rows(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -93,8 +94,8 @@ def _many_rows(layer: nn.Linear, x: Tensor) -> Tensor:
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return x [..., K] times weight [N, K] -> [..., N], by the product for this number of rows."""
     rows = _rows(x)
-    if 0 < rows <= MOST_FEW_ROWS and products.supports(x):
-        return products.plain_linear(x, weight, bias)
+    if 0 < rows <= MOST_FEW_ROWS and native_products.supports(x):
+        return native_products.plain_linear(x, weight, bias)
     return _widened(x, weight, bias) if rows > MOST_FEW_ROWS and widens(weight.dtype) else linear(x, weight, bias)
 
 

@@ -14,7 +14,7 @@ int16 [T, B, 16], the bits of bfloat16, so that `model.to(dtype)` leaves them as
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,8 +25,7 @@ TINY = torch.finfo(torch.bfloat16).tiny
 CODES_AT_ONCE = 1 << 22  # elements of a matrix that are packed, or formed from their codes, at a time
 
 
-@dataclass(frozen=True)
-class PackedWeights:
+class PackedWeights(NamedTuple):
     """A packed matrix of `outputs` rows. `zeros` is None at 8 bits."""
 
     codes: Tensor

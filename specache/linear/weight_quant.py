@@ -1,8 +1,8 @@
 """Weight-only quantisation on a CPU: a step reads all weights, so fewer bits save time.
 
-The layers' products (`specache.linear.products`) multiply codes with rows rounded to 8 bits. On a
-processor with matrix registers for bfloat16 (AMX) many rows, a prompt's, are multiplied in 16 bits
-by PyTorch instead, a part of the matrix at a time, which is faster there.
+The layers' products (`native_products`) multiply codes with rows rounded to 8 bits. On a processor
+with matrix registers for bfloat16 (AMX) many rows, a prompt's, are multiplied in 16 bits by PyTorch
+instead, a part of the matrix at a time, which is faster there.
 
 Symbols: `N` outputs, `K` inputs of a linear layer.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from specache.errors import ConfigError, UnsupportedModelError
-from specache.linear import packed_weights, products
+from specache.linear import native_products, packed_weights
 from specache.linear.packed_weights import PackedWeights
 from specache.linear.weight_format import WeightFormat
 from specache.platform import modes, private_torch
@@ -52,6 +52,8 @@ class PackedLinear(nn.Module):
 
         Under `torch.autocast`, round inputs and result as it does for a linear layer.
         """
+        if x.is_cpu and not torch.is_autocast_enabled("cpu"):
+            return self._product(x)
         rounded = modes.autocast_dtype(x)
         if rounded is None:
             return self._product(x)
@@ -62,11 +64,14 @@ class PackedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, bias={self.bias is not None}"
 
     def _product(self, x: Tensor) -> Tensor:
-        weights = PackedWeights(self.codes, self.scales, self.zeros, self.out_features)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
+        buffers: dict[str, Any] = self._buffers  # attributes of a module are slow to look up
+        weights = PackedWeights(buffers["codes"], buffers["scales"], buffers["zeros"], self.out_features)
+        bias = buffers["bias"]
+        if bias is not None and bias.dtype is not x.dtype:
+            bias = bias.to(x.dtype)
         if x.dtype is torch.bfloat16 and private_torch.has_matrix_registers() and x.numel() >= MANY_ROWS * self.in_features:
-            return products.formed_linear(x, weights, bias)
-        return products.packed_linear(x, weights, bias)
+            return native_products.formed_linear(x, weights, bias)
+        return native_products.packed_linear(x, weights, bias)
 
 
 class Int8Linear(PackedLinear):
@@ -119,7 +124,8 @@ def quantised_bytes(module: Any, weights: WeightFormat) -> int | None:
     if weights not in _BITS or type(module) is not nn.Linear or not _fits(module):
         return None
     bias = 0 if module.bias is None else module.bias.nbytes
-    return packed_weights.packed_bytes(*module.weight.shape, _BITS[weights]) + bias
+    outputs, inputs = module.weight.shape
+    return packed_weights.packed_bytes(outputs, inputs, _BITS[weights]) + bias
 
 
 def _fits(layer: nn.Linear) -> bool:

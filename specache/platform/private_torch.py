@@ -8,6 +8,7 @@ No other file calls them, and a test runs every fallback. Documented interfaces 
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -93,6 +94,7 @@ def has_bfloat16_instructions() -> bool:
     return any(_is_supported(path) for path in asked)
 
 
+@cache
 def has_matrix_registers() -> bool:
     """Return True if the CPU has matrix registers (AMX) that PyTorch uses."""
     return _is_supported("cpu._is_amx_tile_supported")

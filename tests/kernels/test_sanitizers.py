@@ -15,7 +15,7 @@ import pytest
 from specache.kernels.cpu import native
 
 ROOT = Path(__file__).parents[2]
-TESTS = ("tests/kernels/test_native.py", "tests/tiers/test_native_reads.py")
+TESTS = ("tests/kernels/test_native.py", "tests/tiers/test_native_reads.py", "tests/linear/test_native_products.py")
 
 # Loads the sanitized extension in the place of the installed one, then runs pytest.
 RUNNER = """

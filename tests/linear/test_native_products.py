@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import linear
 
-from specache.linear import packed_weights, products
+from specache.linear import native_products as products
+from specache.linear import packed_weights
 from specache.platform import extension
 
 ISAS = extension.instruction_sets()

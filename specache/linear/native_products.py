@@ -38,7 +38,7 @@ def instruction_set() -> str | None:
 
 def supports(x: Tensor) -> bool:
     """Return whether the extension multiplies these rows: on the CPU, of its dtypes, not traced."""
-    return instruction_set() is not None and x.device.type == "cpu" and x.dtype in extension.DTYPES and type(x) is Tensor
+    return x.is_cpu and type(x) is Tensor and x.dtype in extension.DTYPES and instruction_set() is not None
 
 
 def packed_linear(x: Tensor, weights: PackedWeights, bias: Tensor | None) -> Tensor:
