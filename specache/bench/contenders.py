@@ -211,10 +211,12 @@ class DynamicContender(StockContender):
             PyTorch's. Quantised layers have products of their own in both.
     """
 
+    impl = "dynamic"
+
     def __init__(self, work: Workload, ours: bool = False) -> None:
         super().__init__(work)
         self._ours = ours
-        self.impl = "dynamic-ours" if ours else "dynamic"
+        self.impl = "dynamic-ours" if ours else type(self).impl
         self.read_bytes = work.dimensions.read_bytes + work.exact_bytes
         self.cache = str(work.info.dtype).removeprefix("torch.")
         self.needed_bytes = work.exact_bytes + work.exact_bytes // len(work.layer_shapes)  # a layer is copied to grow
