@@ -129,9 +129,7 @@ def merge(parts: Iterable[Part], sinks: Tensor | None = None) -> Part:
     if sinks is None and len(parts) == 1:
         return parts[0]
     if sinks is None and len(parts) == 2:
-        (out, lse), (other, other_lse) = parts
-        weight = (lse - other_lse).sigmoid().nan_to_num(0.0)  # NaN where neither part saw a key
-        return torch.lerp(other, out, weight.unsqueeze(-1)), torch.logaddexp(lse, other_lse)
+        return _merge_pair(*parts[0], *parts[1], into=None)
     lse = torch.stack([part_lse for _, part_lse in parts]).logsumexp(0)  # [Hq, n]
     if sinks is not None:
         lse = torch.logaddexp(lse, sinks.float().unsqueeze(-1))
@@ -142,11 +140,20 @@ def merge(parts: Iterable[Part], sinks: Tensor | None = None) -> Part:
     return out, lse
 
 
+def _merge_pair(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor, into: Tensor | None) -> Part:
+    """Merge two parts, and write the result to `into` if given, which may be one of them."""
+    weight = (lse - other_lse).sigmoid().nan_to_num(0.0)  # NaN where neither part saw a key
+    return torch.lerp(other, out, weight.unsqueeze(-1), out=into), torch.logaddexp(lse, other_lse)
+
+
 def merge_each(parts: Iterable[Part]) -> Part:
-    """Merge parts (at least one) as they are computed, so that only two are in memory at a time."""
+    """Merge parts (at least one) as they are computed, so that only two are in memory at a time.
+
+    Their memory is reused.
+    """
     total: Part | None = None
     for part in parts:
-        total = part if total is None else merge([total, part])
+        total = part if total is None else _merge_pair(*total, *part, into=part[0])
     assert total is not None, "attention over no keys at all"
     return total
 

@@ -17,8 +17,8 @@ from specache.bench import kernel_backends
 from specache.bench.base import BenchContext, Outcome, Result, check_at_least
 from specache.bench.breakdown import recorded
 from specache.bench.compute_device import CPU, CUDA
-from specache.bench.environment import LargeArray
 from specache.bench.one_layer import LowBitLayer
+from specache.bench.plain_read import LargeArray
 from specache.bench.shapes import SHAPES, Shape, shape_named
 from specache.bench.static_layer import StaticLayer
 from specache.bench.synthetic import synthetic_rows
@@ -78,7 +78,7 @@ class Attention:
                 cell = _Cell(self, context, rows, bench, large)
                 results += cell.measure()
                 bandwidths.append({"context": context, "rows": rows, **cell.bandwidth})
-        return Outcome(results, {"bandwidth": bandwidths})
+        return Outcome(results, {"bandwidth": bandwidths, "plain_read": large.describe()})
 
     def _check_kernels(self, known: list[str]) -> None:
         unknown = set(self.kernels) - set(known)

@@ -12,6 +12,7 @@ from specache.platform.registry import named_class
 
 BENCHMARKS = {
     "attention": "specache.bench.attention_layer:Attention",
+    "products": "specache.bench.products:Products",
     "decode": "specache.bench.decode_step:Decode",
     "prefill": "specache.bench.prefill:Prefill",
     "scaling": "specache.bench.scaling:Scaling",

@@ -20,7 +20,7 @@ from transformers.initialization import no_init_weights
 
 from specache.bench.base import Log
 from specache.bench.contenders import BareModel, Contender, DynamicContender, SpeCacheContender
-from specache.bench.environment import LargeArray
+from specache.bench.plain_read import LargeArray
 from specache.bench.timing import interleaved
 from specache.bench.workload import Workload
 from specache.config import Policy
@@ -49,7 +49,7 @@ def this_processor(repeat: int = 5) -> Device:
         ConfigError: the system does not report its free memory.
     """
     large = LargeArray()
-    bandwidth = large.nbytes / min(large.read() for _ in range(repeat + 1)) / 1e6
+    bandwidth = large.best_gb_per_s(repeat + 1)
     usable = machine.memory()["usable_bytes"]
     if usable is None:
         raise ConfigError("This system does not say how much memory is free. Describe the machine with --gpu cpu --gpu-spec FILE.")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from specache.bench.base import Log
@@ -39,13 +39,17 @@ class Skipped:
     reason: str
 
 
+Evict = Callable[[], object]  # called before every step, outside of its time
+
+
 def compare(
-    work: Workload, contenders: Sequence[Contender], steps: int, log: Log, phase_steps: int = 0
+    work: Workload, contenders: Sequence[Contender], steps: int, log: Log, phase_steps: int = 0, evict: Evict = lambda: None
 ) -> dict[Contender, Measured | Skipped]:
     """Time `steps` steps of every implementation that fits into memory.
 
     Args:
         phase_steps: further steps, in which the phases of an implementation are recorded.
+        evict: empties the caches before a step.
     """
     free = _FreeMemory(work)
     outcome: dict[Contender, Measured | Skipped] = {}
@@ -56,7 +60,7 @@ def compare(
         else:
             fitting.append(contender)
     for group in [fitting] if free.shortage(fitting) is None else [[contender] for contender in fitting]:
-        outcome |= _run_or_skip(work, group, steps, log, phase_steps)
+        outcome |= _run_or_skip(work, group, steps, log, phase_steps, evict)
     return {contender: outcome[contender] for contender in contenders}
 
 
@@ -81,14 +85,14 @@ class _FreeMemory:
 
 
 def _run_or_skip(
-    work: Workload, group: Sequence[Contender], steps: int, log: Log, phase_steps: int
+    work: Workload, group: Sequence[Contender], steps: int, log: Log, phase_steps: int, evict: Evict
 ) -> dict[Contender, Measured | Skipped]:
     """Run a group, or its members one by one if a GPU's memory runs out.
 
     A member whose memory runs out on its own is skipped.
     """
     try:
-        return _run(work, group, steps, log, phase_steps)
+        return _run(work, group, steps, log, phase_steps, evict)
     except Exception as error:
         if work.info.device.type != CUDA or not is_out_of_memory(error):
             raise
@@ -96,11 +100,13 @@ def _run_or_skip(
     release_memory()
     if len(group) == 1:
         return {group[0]: Skipped(reason)}
-    alone = [_run_or_skip(work, [contender], steps, log, phase_steps) for contender in group]
+    alone = [_run_or_skip(work, [contender], steps, log, phase_steps, evict) for contender in group]
     return {contender: measured for one in alone for contender, measured in one.items()}
 
 
-def _run(work: Workload, group: Sequence[Contender], steps: int, log: Log, phase_steps: int) -> dict[Contender, Measured | Skipped]:
+def _run(
+    work: Workload, group: Sequence[Contender], steps: int, log: Log, phase_steps: int, evict: Evict
+) -> dict[Contender, Measured | Skipped]:
     try:
         for contender in group:
             if contender.needed_bytes:
@@ -110,12 +116,15 @@ def _run(work: Workload, group: Sequence[Contender], steps: int, log: Log, phase
         log(f"{work.batch} x {work.context:,} tokens: decoding")
         named = {f"{number} {contender.impl}": contender for number, contender in enumerate(group)}
 
-        def around(name: str) -> AbstractContextManager[None]:
-            return named[name].ready()
+        @contextmanager
+        def around(name: str) -> Iterator[None]:
+            with named[name].ready():
+                evict()
+                yield
 
         timings = interleaved({name: c.step for name, c in named.items()}, steps, WARMUP_STEPS, around)
         return {
-            contender: Measured(timings[name], len(group) > 1, contender.phases(phase_steps) if phase_steps else None)
+            contender: Measured(timings[name], len(group) > 1, contender.phases(phase_steps, evict) if phase_steps else None)
             for name, contender in named.items()
         }
     finally:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
 from typing import Any
 
@@ -22,7 +23,9 @@ from specache.cache.sequence import Sequence
 from specache.config import SpeCacheConfig
 from specache.engine.attention_hook import attached, reset_rope
 from specache.errors import ConfigError
+from specache.linear import cpu_linear
 from specache.model.quantized_cache import PACKAGES, new_quantized_cache, quantised_tokens, store_prompt
+from specache.planning.traffic import step_traffic
 
 _IMPORTED_AS = {"hqq": "hqq", "quanto": "optimum"}
 
@@ -35,12 +38,16 @@ class Contender(ABC):
         cache: what its cache holds, in words.
         needed_bytes: memory beside the model, where it computes.
         host_bytes: main memory besides, where the model computes on a GPU.
+        read_bytes: bytes that a step reads at least once: all weights that a token needs, and of
+            the cache what attention goes over; None if unknown. 16-bit pairs that a step selects
+            do not count.
     """
 
     impl: str
     cache: str
     needed_bytes: int
     host_bytes: int = 0
+    read_bytes: int | None = None
 
     @abstractmethod
     def prepare(self) -> None:
@@ -58,10 +65,13 @@ class Contender(ABC):
         """Entered around steps; its own time does not count."""
         return nullcontext()
 
-    def phases(self, steps: int) -> dict[str, float] | None:
+    def phases(self, steps: int, before: Callable[[], object] = lambda: None) -> dict[str, float] | None:
         """Run `steps` more steps and return their milliseconds in score, select, fetch and attend.
 
         `None` where a step has no such phases.
+
+        Args:
+            before: called before every step.
         """
         return None
 
@@ -84,6 +94,8 @@ class SpeCacheContender(Contender):
             self.host_bytes = work.exact_bytes
         else:
             self.needed_bytes += work.exact_bytes
+        traffic = step_traffic(work.dimensions, self.config, work.context, work.batch)
+        self.read_bytes = traffic.weights + traffic.scan + traffic.recent
         self._held: SpeCache | None = None
 
     def prepare(self) -> None:
@@ -124,10 +136,11 @@ class SpeCacheContender(Contender):
     def ready(self) -> AbstractContextManager[None]:
         return attached(self.work.model)
 
-    def phases(self, steps: int) -> dict[str, float]:
+    def phases(self, steps: int, before: Callable[[], object] = lambda: None) -> dict[str, float]:
         clock = PhaseClock()
         with self.ready(), recorded(clock):
             for _ in range(steps):
+                before()
                 clock.begin_step()
                 self.step()
         return clock.medians(steps)
@@ -180,18 +193,39 @@ class StockContender(Contender):
         self.held = None
 
 
+@contextmanager
+def our_products(model: Any) -> Iterator[None]:
+    """Have the model's linear layers on the CPU compute as within `specache.generate`."""
+    changed = cpu_linear.install(model)
+    try:
+        yield
+    finally:
+        cpu_linear.remove(changed)
+
+
 class DynamicContender(StockContender):
-    """transformers' ordinary cache."""
+    """transformers' ordinary cache.
+
+    Args:
+        ours: with our products of linear layers (`specache.linear.cpu_linear`) in place of
+            PyTorch's. Quantised layers have products of their own in both.
+    """
 
     impl = "dynamic"
 
-    def __init__(self, work: Workload) -> None:
+    def __init__(self, work: Workload, ours: bool = False) -> None:
         super().__init__(work)
+        self._ours = ours
+        self.impl = "dynamic-ours" if ours else type(self).impl
+        self.read_bytes = work.dimensions.read_bytes + work.exact_bytes
         self.cache = str(work.info.dtype).removeprefix("torch.")
         self.needed_bytes = work.exact_bytes + work.exact_bytes // len(work.layer_shapes)  # a layer is copied to grow
 
     def new_cache(self) -> Any:
         return DynamicCache(config=self.work.model.config)
+
+    def ready(self) -> AbstractContextManager[None]:
+        return our_products(self.work.model) if self._ours else nullcontext()
 
 
 class QuantizedContender(StockContender):
@@ -228,16 +262,19 @@ class BareModel(Contender):
     """A forward pass without any cache: what is left of a step is reading the weights.
 
     Args:
-        rows: tokens per sequence: 2 where a guess is decoded beside the real token.
+        rows: tokens per sequence: 2 where a draft token is decoded beside the real one.
+        ours: with our products of linear layers (see `DynamicContender`).
     """
 
     impl = "weights"
     cache = "none"
     needed_bytes = 0
 
-    def __init__(self, work: Workload, rows: int) -> None:
+    def __init__(self, work: Workload, rows: int, ours: bool = False) -> None:
         self.work = work
         self.rows = rows
+        self._ours = ours
+        self.read_bytes = work.dimensions.read_bytes
         self._ids = torch.zeros(work.batch, rows, dtype=torch.long, device=work.info.device)
 
     def prepare(self) -> None:
@@ -246,6 +283,9 @@ class BareModel(Contender):
     def step(self) -> None:
         with torch.no_grad():
             self.work.model(self._ids, use_cache=False, logits_to_keep=self.rows)
+
+    def ready(self) -> AbstractContextManager[None]:
+        return our_products(self.work.model) if self._ours else nullcontext()
 
     def close(self) -> None:
         pass

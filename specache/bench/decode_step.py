@@ -16,15 +16,19 @@ from specache.bench.cache_options import CacheOptions
 from specache.bench.compare import Measured, Skipped, compare
 from specache.bench.compute_device import CPU
 from specache.bench.contenders import BareModel, Contender, DynamicContender, QuantizedContender, SpeCacheContender
+from specache.bench.plain_read import LargeArray
+from specache.bench.shapes import Weights
 from specache.bench.timing import Timing
 from specache.bench.workload import Workload
 from specache.engine.compiled import compile_decode
 from specache.errors import BenchmarkError, ConfigError
 
-DYNAMIC, QUANTIZED, LLAMA_CPP = "dynamic", "quantized", "llama.cpp"
-AGAINST = (DYNAMIC, QUANTIZED, LLAMA_CPP)
+DYNAMIC, DYNAMIC_OURS, QUANTIZED, LLAMA_CPP = "dynamic", "dynamic-ours", "quantized", "llama.cpp"
+AGAINST = (DYNAMIC, DYNAMIC_OURS, QUANTIZED, LLAMA_CPP)
 LLAMA_CPP_CACHES = ("f16", "q8_0", "q4_0")
+LLAMA_CPP_WEIGHTS = {Weights.INT8: ("q8_0",), Weights.INT4: ("q4_0", "q4_1")}  # its formats of as many bits as ours
 PHASE_STEPS = 5
+FLOOR_READS = 3  # at least; every step is preceded by one more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +40,17 @@ class Decode(CacheOptions):
     uses_model: ClassVar[bool] = True
     columns: ClassVar[tuple[str, ...]] = (
         *("impl", "weights", "cache", "batch", "context", "ms_per_step", "spread", "tokens_per_s"),
-        *("vs_dynamic", "breakdown"),
+        *("vs_dynamic", "vs_dynamic_ours", "vs_floor", "breakdown"),
     )
     context: int = field(default=32768, metadata={"help": "Synthetic tokens per sequence."})
     batch: int = field(default=1, metadata={"help": "Sequences decoded together."})
     against: tuple[str, ...] = field(default=(DYNAMIC,), metadata={"help": f"What to compare with: {', '.join(AGAINST)}."})
     steps: int = field(default=10, metadata={"help": "Timed steps of each; they are interleaved."})
     compile: bool = field(default=False, metadata={"help": "Compile our decode step first (half a minute)."})
+    warm: bool = field(
+        default=False,
+        metadata={"help": "Leave the caches as they are, instead of reading a large array before every step, which empties them."},
+    )
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "context", "batch", "steps")
@@ -55,6 +63,7 @@ class Decode(CacheOptions):
         source = bench.model_source
         bench.log(f"Loading {source.name}")
         work = Workload(source.load(), self.batch, self.context, bench.seed)
+        large = LargeArray(device=work.info.device.type)
         if self.compile:
             compile_decode(work.model)
         ours = SpeCacheContender(work, self.config())
@@ -62,52 +71,79 @@ class Decode(CacheOptions):
         skipped = {}
         for name in (name for name in self.against if name != LLAMA_CPP):
             try:
-                contenders.append(DynamicContender(work) if name == DYNAMIC else QuantizedContender(work, self.bits))
+                contenders.append(self._stock(name, work))
             except ConfigError as error:
                 skipped[name] = str(error)
-        bare = {rows: BareModel(work, rows) for rows in ((1, 2) if ours.config.policy.drafts else (1,))}
-        measured = compare(work, [*contenders, *bare.values()], self.steps, bench.log, PHASE_STEPS)
-        weights = {rows: _ms(measured[contender]) for rows, contender in bare.items()}
-        results = [self._result(contender, measured[contender], weights, source.weights) for contender in contenders]
+        bare = {rows: BareModel(work, rows, ours=True) for rows in ((1, 2) if ours.config.policy.drafts else (1,))}
+        stock = BareModel(work, 1)
+        evict = _nothing if self.warm else large.read
+        measured = compare(work, [*contenders, *bare.values(), stock], self.steps, bench.log, PHASE_STEPS, evict)
+        large.best_gb_per_s(FLOOR_READS)
+        results = []
+        for contender in contenders:
+            weights = _ms(measured[self._weights_of(contender, bare, stock)])
+            results.append(self._result(contender, measured[contender], weights, source.weights, large))
         results += [self._empty(name, "", source.weights, reason) for name, reason in skipped.items()]
-        del work, contenders, ours, bare, measured  # llama.cpp loads the model again
-        if LLAMA_CPP in self.against and bench.device != CPU:
-            reason = "it is measured on the CPU only. Use --device cpu"
-            results += [self._empty(LLAMA_CPP, cache, source.weights, reason) for cache in LLAMA_CPP_CACHES]
-        elif LLAMA_CPP in self.against:
-            results += self._llama_cpp(bench)
-        return Outcome(_compared(results), {"model_ms": {str(rows): ms for rows, ms in weights.items()}})
+        details = {
+            "model_ms": {str(rows): _ms(measured[one]) for rows, one in bare.items()},
+            "stock_model_ms": _ms(measured[stock]),
+            "plain_read": large.describe(),
+        }
+        evicting = 0 if self.warm else large.nbytes
+        del work, contenders, ours, bare, stock, measured, large  # llama.cpp loads the model again
+        if LLAMA_CPP in self.against:
+            results += self._llama_cpp(bench, evicting)
+        return Outcome(_compared(results), details)
 
-    def _result(self, contender: Contender, measured: Measured | Skipped, weights: dict[int, float | None], format: str) -> Result:
-        if isinstance(measured, Skipped):
-            return self._empty(contender.impl, contender.cache, format, measured.reason)
-        rows = 2 if isinstance(contender, SpeCacheContender) and contender.config.policy.drafts else 1
-        breakdown = _breakdown(measured, weights[rows])
-        return self._timed(contender.impl, contender.cache, format, measured.timing, breakdown, measured.interleaved)
+    def _stock(self, name: str, work: Workload) -> Contender:
+        if name == QUANTIZED:
+            return QuantizedContender(work, self.bits)
+        return DynamicContender(work, ours=name == DYNAMIC_OURS)
 
-    def _llama_cpp(self, bench: BenchContext) -> Iterator[Result]:
-        source = bench.model_source
-        weights = str(source.weights) if source.shape else "file"  # a .gguf file has weights of its own
-        for cache in LLAMA_CPP_CACHES:
-            bench.log(f"llama.cpp with {cache} cache")
-            try:
-                samples = llama_cpp_steps(
-                    source.shape or source.gguf or source.name, self.context, self.batch, str(source.weights), cache, self.steps
-                )
-            except BenchmarkError as error:
-                yield self._empty(LLAMA_CPP, cache, weights, str(error))
-            else:
-                yield self._timed(LLAMA_CPP, cache, weights, Timing(tuple(samples)), None, False)
+    def _weights_of(self, contender: Contender, bare: dict[int, BareModel], stock: BareModel) -> BareModel:
+        """Return the model without a cache with as many rows and the same products as in a step."""
+        if isinstance(contender, SpeCacheContender):
+            return bare[2 if contender.config.policy.drafts else 1]
+        return bare[1] if contender.impl == DYNAMIC_OURS else stock
 
-    def _timed(
-        self, impl: str, cache: str, format: str, timing: Timing, breakdown: dict[str, float] | None, interleaved: bool
+    def _result(
+        self, contender: Contender, measured: Measured | Skipped, weights_ms: float | None, weights: str, large: LargeArray
     ) -> Result:
+        if isinstance(measured, Skipped):
+            return self._empty(contender.impl, contender.cache, weights, measured.reason)
+        result = self._timed(contender.impl, contender.cache, weights, measured.timing, measured.interleaved)
+        result["breakdown"] = _breakdown(measured, weights_ms)
+        if contender.read_bytes is not None:
+            floor = large.floor_ms(contender.read_bytes)
+            result |= {"bytes": contender.read_bytes, "floor_ms": floor, "vs_floor": measured.timing.ms / floor}
+        return result
+
+    def _llama_cpp(self, bench: BenchContext, evicting_bytes: int) -> Iterator[Result]:
+        source = bench.model_source
+        if source.shape is None:
+            formats: tuple[str, ...] = ("file",)  # a .gguf file has weights of its own
+        else:
+            formats = LLAMA_CPP_WEIGHTS.get(source.weights, (str(source.weights),))
+        model = source.shape or source.gguf or source.name
+        for weights in formats:
+            for cache in LLAMA_CPP_CACHES:
+                if bench.device != CPU:
+                    yield self._empty(LLAMA_CPP, cache, weights, "it is measured on the CPU only. Use --device cpu")
+                    continue
+                bench.log(f"llama.cpp with {weights} weights and {cache} cache")
+                try:
+                    samples = llama_cpp_steps(model, self.context, self.batch, weights, cache, self.steps, evicting_bytes)
+                except BenchmarkError as error:
+                    yield self._empty(LLAMA_CPP, cache, weights, str(error))
+                else:
+                    yield self._timed(LLAMA_CPP, cache, weights, Timing(tuple(samples)), False)
+
+    def _timed(self, impl: str, cache: str, format: str, timing: Timing, interleaved: bool) -> Result:
         return {
             **self._empty(impl, cache, format, None),
             "ms_per_step": timing.ms,
             "spread": timing.spread,
             "tokens_per_s": self.batch * 1e3 / timing.ms,
-            "breakdown": breakdown,
             "interleaved": interleaved,
         }
 
@@ -122,17 +158,24 @@ class Decode(CacheOptions):
             "spread": None,
             "tokens_per_s": None,
             "vs_dynamic": None,
+            "vs_dynamic_ours": None,
+            "bytes": None,
+            "floor_ms": None,
+            "vs_floor": None,
             "breakdown": None,
             "interleaved": None,
             "skipped": reason,
         }
 
 
-def llama_cpp_steps(model: Any, context: int, batch: int, weights: str, cache_type: str, steps: int) -> list[float]:
+def llama_cpp_steps(
+    model: Any, context: int, batch: int, weights: str, cache_type: str, steps: int, evicting_bytes: int = 0
+) -> list[float]:
     """Return the milliseconds of `steps` decode steps of llama.cpp.
 
     Args:
         model: a `Shape`, or the model's name as the user wrote it.
+        evicting_bytes: size of an array that is read before every step, outside of its time.
 
     Raises:
         BenchmarkError: llama.cpp is not installed, or it cannot run this.
@@ -140,7 +183,7 @@ def llama_cpp_steps(model: Any, context: int, batch: int, weights: str, cache_ty
     if find_spec("llama_cpp") is None:
         raise BenchmarkError("llama.cpp needs: pip install 'specache[bench]'")
     measure = import_module("specache.bench.llama_cpp").measure
-    samples: list[float] = measure(model, context, batch, weights, cache_type, steps, torch.get_num_threads())
+    samples: list[float] = measure(model, context, batch, weights, cache_type, steps, torch.get_num_threads(), evicting_bytes)
     return samples
 
 
@@ -157,13 +200,18 @@ def _breakdown(measured: Measured, weights_ms: float | None) -> dict[str, float]
 
 
 def _compared(results: list[Result]) -> list[Result]:
-    """Add `vs_dynamic` to the results: the speed-up over transformers' ordinary cache."""
-    dynamic = next((result["ms_per_step"] for result in results if result["impl"] == DYNAMIC), None)
-    for result in results:
-        if dynamic and result["ms_per_step"]:
-            result["vs_dynamic"] = dynamic / result["ms_per_step"]
+    """Add the speed-ups over transformers' cache, with PyTorch's products and with ours."""
+    for impl, key in ((DYNAMIC, "vs_dynamic"), (DYNAMIC_OURS, "vs_dynamic_ours")):
+        dynamic = next((result["ms_per_step"] for result in results if result["impl"] == impl), None)
+        for result in results:
+            if dynamic and result["ms_per_step"]:
+                result[key] = dynamic / result["ms_per_step"]
     return results
 
 
 def _ms(measured: Measured | Skipped) -> float | None:
     return measured.timing.ms if isinstance(measured, Measured) else None
+
+
+def _nothing() -> None:
+    """Leave the caches as they are."""

@@ -1,10 +1,9 @@
-"""Describe where a result was measured: machine, kernels, versions and memory bandwidth."""
+"""Describe where a result was measured: machine, kernels and versions."""
 
 from __future__ import annotations
 
 import os
 import platform
-import time
 from importlib import metadata
 from typing import Any
 
@@ -12,31 +11,8 @@ import torch
 
 import specache
 from specache.bench import kernel_backends
-from specache.bench.compute_device import CPU, CUDA, synchronise
+from specache.bench.compute_device import CPU, CUDA
 from specache.platform import machine
-
-EVICTING_BYTES = 256 << 20  # several times the last-level cache of most servers
-
-
-class LargeArray:
-    """An array much larger than the last-level cache. Reading it measures the bandwidth and evicts
-    everything else from the caches.
-    """
-
-    def __init__(self, nbytes: int = EVICTING_BYTES, *, device: str = CPU) -> None:
-        self._array = torch.ones(nbytes // 4, device=device)  # PyTorch vectorises float32 sums best
-
-    @property
-    def nbytes(self) -> int:
-        return self._array.nbytes
-
-    def read(self) -> float:
-        """Sum the array once, on all of PyTorch's threads or on the GPU -> milliseconds."""
-        synchronise()
-        started = time.perf_counter()
-        self._array.sum()
-        synchronise()
-        return (time.perf_counter() - started) * 1e3
 
 
 def describe(device: str = CPU) -> dict[str, Any]:

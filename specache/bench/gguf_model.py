@@ -22,6 +22,7 @@ FORMATS = {
     "f16": GGMLQuantizationType.F16,
     "q8_0": GGMLQuantizationType.Q8_0,
     "q4_0": GGMLQuantizationType.Q4_0,
+    "q4_1": GGMLQuantizationType.Q4_1,
 }
 """Names of `--weights` and of llama.cpp -> what llama.cpp computes with."""
 DRAWN_VALUES = 1 << 22  # random values per row length; larger matrices repeat them

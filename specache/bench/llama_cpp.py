@@ -18,7 +18,14 @@ CACHE_TYPES = ("f16", "q8_0", "q4_0")
 
 
 def measure(
-    model: Shape | str | Path, context: int, batch: int, weights: str, cache_type: str, steps: int, threads: int
+    model: Shape | str | Path,
+    context: int,
+    batch: int,
+    weights: str,
+    cache_type: str,
+    steps: int,
+    threads: int,
+    evicting_bytes: int = 0,
 ) -> list[float]:
     """Return the milliseconds of `steps` decode steps, with flash attention and `context` tokens of
     every sequence in the cache.
@@ -32,6 +39,8 @@ def measure(
         batch: sequences decoded together, each with cells of its own.
         weights: for a shape, a key of `gguf_model.FORMATS`. A .gguf file has its own format.
         cache_type: of keys and values: `f16`, `q8_0` or `q4_0`.
+        evicting_bytes: size of an array that is read before every step, outside of its time, to
+            evict everything else from the caches.
 
     Raises:
         BenchmarkError: llama.cpp is not installed, cannot run this, or was ended by the system.
@@ -46,7 +55,7 @@ def measure(
     if isinstance(model, str) and model in SHAPES:
         model = SHAPES[model]
     if not isinstance(model, Shape):
-        return _run(Job(str(_existing(Path(model))), context, batch, cache_type, steps, threads))
+        return _run(Job(str(_existing(Path(model))), context, batch, cache_type, steps, threads, evicting_bytes))
     with tempfile.TemporaryDirectory(prefix="specache-gguf-") as folder:
         path = Path(folder) / "model.gguf"
         try:
@@ -55,7 +64,7 @@ def measure(
             raise BenchmarkError(
                 f"cannot write {model.name} as a file for llama.cpp: {error}. Set TMPDIR to a larger disk."
             ) from error
-        return _run(Job(str(path), context, batch, cache_type, steps, threads))
+        return _run(Job(str(path), context, batch, cache_type, steps, threads, evicting_bytes))
 
 
 def _existing(path: Path) -> Path:

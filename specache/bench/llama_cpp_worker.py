@@ -35,6 +35,7 @@ class Job:
         context: tokens of every sequence that are in the cache already.
         batch: sequences that are decoded together.
         cache_type: `f16`, `q8_0` or `q4_0`.
+        evicting_bytes: of an array that is read before every step.
     """
 
     path: str
@@ -43,6 +44,7 @@ class Job:
     cache_type: str
     steps: int
     threads: int
+    evicting_bytes: int = 0
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -163,11 +165,13 @@ class Session:
 def measure_here(job: Job) -> list[float]:
     """Return the milliseconds of every step."""
     session = Session(job)
+    array = np.ones(job.evicting_bytes // 4, dtype=np.float32)
     try:
         for _ in range(WARMUP_STEPS):
             session.step()
         samples = []
         for _ in range(job.steps):
+            array.sum()
             started = time.perf_counter()
             session.step()
             samples.append((time.perf_counter() - started) * 1e3)

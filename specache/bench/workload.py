@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from specache.cache.sizes import ordinary_bytes, page_layout
 from specache.config import PAGE_TOKENS, SpeCacheConfig
 from specache.engine.attention_hook import attached, forward
 from specache.kernels.types import AttentionParams
-from specache.model.dimensions import dimensions_of, row_bytes
+from specache.model.dimensions import ModelDimensions, dimensions_of, row_bytes
 from specache.model.info import inspect_model
 
 
@@ -35,6 +36,11 @@ class Workload:
         self.info = inspect_model(self.model)
         self.layer_shapes = layer_shapes(self.model)
         self._rows: dict[LayerShape, tuple[Tensor, Tensor]] = {}
+
+    @cached_property
+    def dimensions(self) -> ModelDimensions:
+        """Return the model's dimensions, with the weights that a step reads."""
+        return dimensions_of(self.model, self.info)
 
     @property
     def vocabulary(self) -> int:
@@ -61,7 +67,7 @@ class Workload:
     @property
     def exact_bytes(self) -> int:
         """Return the bytes of an ordinary cache of the whole batch in the model's dtype."""
-        return self.batch * ordinary_bytes(dimensions_of(self.model, self.info), self.context, self.info.dtype.itemsize)
+        return self.batch * ordinary_bytes(self.dimensions, self.context, self.info.dtype.itemsize)
 
     def copy_bytes(self, config: SpeCacheConfig) -> int:
         """Return the bytes of the low-bit copies."""

@@ -305,16 +305,34 @@ class CompressedLayer(LayerState):
         self._add(keys, values)
 
     def _add(self, keys: Tensor, values: Tensor) -> None:
-        """Add tokens to the residual and quantise its oldest groups beyond `R`."""
-        keys = torch.cat([self.residual_keys, keys], dim=1)
-        values = torch.cat([self.residual_values, values], dim=1)
-        count = self.config.low_bit_length(self.table.length + keys.shape[1]) - self.table.length
+        """Add n tokens to the residual, and quantise the oldest groups beyond `R`.
+
+        New tokens are quantised where they lie. Only those of a group that began in the residual
+        are copied first, and those of the prefix that the key scales are computed from.
+        """
+        held, n = self.residual_count, keys.shape[1]
+        count = self.config.low_bit_length(self.length + n) - self.table.length
         if count:
-            self.key_scales.fix(keys)
-            self._quantise(keys[:, :count], values[:, :count])
-        self.residual_count = keys.shape[1] - count
-        self._kv_rows[0, :, : self.residual_count] = keys[:, count:]
-        self._kv_rows[1, :, : self.residual_count] = values[:, count:]
+            group = self.config.group_size
+            copied = min(count, -(-held // group) * group)  # whole groups with tokens of the residual
+            prefix = max(copied, 0 if self.key_scales.value is not None else self.key_scales.tokens)
+            joined = self._joined(keys, values, prefix)
+            self.key_scales.fix(joined[0])
+            if copied:
+                self._quantise(joined[0][:, :copied], joined[1][:, :copied])
+            if copied < count:
+                self._quantise(keys[:, copied - held : count - held], values[:, copied - held : count - held])
+        kept = self._kv_rows[:, :, count:held].clone()  # what was not quantised moves to the front
+        first = max(count - held, 0)  # of the new tokens in the residual
+        self.residual_count = held + n - count
+        for buffer, old, new in zip(self._kv_rows, kept, (keys, values), strict=True):
+            buffer[:, : old.shape[1]] = old
+            buffer[:, old.shape[1] : self.residual_count] = new[:, first:]
+
+    def _joined(self, keys: Tensor, values: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+        """Return the first `tokens` of residual and new tokens, as many as there are, in a row."""
+        new = max(tokens - self.residual_count, 0)
+        return torch.cat([self.residual_keys, keys[:, :new]], dim=1), torch.cat([self.residual_values, values[:, :new]], dim=1)
 
     def _observe(self, query: Tensor) -> None:
         before = self.key_scales.observed_tokens

@@ -28,11 +28,16 @@ if TYPE_CHECKING:
     from specache.bench.base import Benchmark
     from specache.bench.shapes import ModelSource, Shape, Weights
 
-HELP = "Measure speed and memory: one layer, whole models, prefill, slow tiers, what fits under a limit, and the paper's table."
+HELP = (
+    "Measure speed and memory: one layer, matrix products, whole models, prefill, slow tiers, what fits under a limit, and the "
+    "paper's table."
+)
 EPILOG = """
 [bold]Examples[/bold]
 
 specache bench attention --shape llama-3-8b --context 32768 --bits 1,2 --rows 1,2 --json attention.json
+
+specache bench products --shape llama-3.2-1b --formats bf16,int8 --rows 1,2,8 --json products.json
 
 specache bench decode --shape llama-3.2-1b --context 32768 --batch 8 --against dynamic,llama.cpp --json decode.json
 

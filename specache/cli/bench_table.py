@@ -11,8 +11,20 @@ from rich.text import Text
 
 from specache.cli.stats_table import UNKNOWN, size
 
-_TEXT = ("impl", "isa", "cache", "weights", "tier", "policy", "method", "limited_by")  # columns of text
-_SHARES = ("rows_ready", "read_hidden", "hit_rate")
+_TEXT = (
+    "impl",
+    "isa",
+    "cache",
+    "weights",
+    "tier",
+    "policy",
+    "method",
+    "limited_by",
+    "shape",
+    "matrix",
+    "format",
+)  # columns of text
+_SHARES = ("rows_ready", "read_hidden", "hit_rate", "vs_read")
 _TITLES = {"gb_per_s": "GB/s", "ms_per_step": "ms per step", "tokens_per_s": "tokens/s"}
 
 
@@ -42,9 +54,9 @@ def _skipped(results: list[dict[str, Any]]) -> list[Text]:
         if result.get("skipped") is not None:
             bits = result.get("bits")
             named = (result.get("impl") or result.get("method"), result.get("cache"), result.get("policy"), bits and f"{bits}-bit")
-            what = " ".join(filter(None, named))
-            batch = result.get("batch") or 1
-            lines.append(Text(f"{what}, {batch} x {result['context']:,} tokens, was skipped: {result['skipped']}", style="yellow"))
+            what = " ".join(filter(None, (*named, *(result.get(key) for key in ("shape", "matrix", "format")))))
+            load = f"{result.get('batch') or 1} x {result['context']:,} tokens" if "context" in result else f"{result['rows']} rows"
+            lines.append(Text(f"{what}, {load}, was skipped: {result['skipped']}", style="yellow"))
     return lines
 
 

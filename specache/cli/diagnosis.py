@@ -40,6 +40,7 @@ class Problem:
 def diagnose() -> dict[str, Any]:
     """Return everything that `doctor` shows, by section."""
     import specache
+    from specache import linear
     from specache.kernels import dispatch, triton
     from specache.kernels.cpu import native
 
@@ -54,6 +55,7 @@ def diagnose() -> dict[str, Any]:
         "devices": _devices(),
         "kernels": dispatch.active(),
         "native_kernels": {"instruction_sets": native.instruction_sets(), "missing": native.IMPORT_ERROR},
+        "product_kernels": linear.kernel_names(),
         "gpu_kernels": {"triton": _version("triton"), "missing": triton.unsupported_reason()},
         "cache": _cache(),
         "disk_tier": _disk_tier(),

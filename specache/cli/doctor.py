@@ -21,6 +21,7 @@ _TITLES = {
     "devices": "Devices",
     "kernels": "Kernels",
     "native_kernels": "C++ kernels",
+    "product_kernels": "Matrix products by weights",
     "gpu_kernels": "GPU kernels",
     "cache": "Cache folder",
     "disk_tier": "Tier disk",

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+_MOST_CACHES = 10  # of one processor
 _UNLIMITED = 1 << 60  # version 1 of the control groups writes "no limit" as a huge number
 
 
@@ -30,6 +31,25 @@ def processor_name() -> str:
 
 def usable_cores() -> int | None:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def last_level_cache() -> int | None:
+    """Return the bytes of the last-level caches of the processors that this process may use.
+
+    A cache that several of them share counts once. None if the system does not report caches.
+    """
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    caches: dict[tuple[int, str], int] = {}  # (level, the processors that share it): bytes
+    for core in usable:
+        for number in range(_MOST_CACHES):
+            folder = f"/sys/devices/system/cpu/cpu{core}/cache/index{number}"
+            level, size = _number(f"{folder}/level"), _cache_size(_line(f"{folder}/size"))
+            if level is None:
+                break
+            if size is not None and _line(f"{folder}/type") != "Instruction":
+                caches[level, _line(f"{folder}/shared_cpu_list") or str(core)] = size
+    last = max((level for level, _ in caches), default=None)
+    return None if last is None else sum(size for (level, _), size in caches.items() if level == last)
 
 
 def memory() -> dict[str, Any]:
@@ -193,9 +213,19 @@ def file_lines(path: str) -> list[str]:
         return []
 
 
+def _line(path: str) -> str:
+    return next(iter(file_lines(path)), "").strip()
+
+
 def _number(path: str) -> int | None:
-    text = next(iter(file_lines(path)), "").strip()
+    text = _line(path)
     return int(text) if text.isdigit() else None
+
+
+def _cache_size(text: str) -> int | None:
+    """Return the bytes of a cache's size in sysfs, such as `48K` or `320M`."""
+    number, unit = text[:-1], {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(text[-1:].upper())
+    return int(number) * unit if unit is not None and number.isdigit() else None
 
 
 def _kilobytes(text: str | None) -> int | None:

@@ -8,6 +8,7 @@ No other file calls them, and a test runs every fallback. Documented interfaces 
 
 from __future__ import annotations
 
+import platform
 from functools import cache
 from typing import Any
 
@@ -25,6 +26,7 @@ FALLBACKS = {
     "_dynamo.maybe_mark_dynamic": "the compiler runs again when the number of sequences changes",
     "_dynamo.exc.TorchDynamoException": "any RuntimeError counts as one of the compiler's",
 }
+_X86 = ("x86_64", "amd64")
 
 
 def find(path: str) -> Any | None:
@@ -81,16 +83,27 @@ def flash_attention_cuda(query: Tensor, keys: Tensor, values: Tensor, causal: bo
 
 
 def multiplies_natively(dtype: torch.dtype) -> bool:
-    """Return True if oneDNN, PyTorch's CPU backend, has fast products of this 16-bit type here."""
+    """Return True if oneDNN, PyTorch's CPU backend, has fast products of this 16-bit type here.
+
+    With AVX-512 oneDNN accepts bfloat16 on processors without instructions for it, where a product
+    of many rows takes four times as long as in float32.
+    """
     kind = "bf16" if dtype is torch.bfloat16 else "fp16"
-    return _is_supported(f"ops.mkldnn._is_mkldnn_{kind}_supported")
+    emulated = dtype is torch.bfloat16 and platform.machine().lower() in _X86 and _bfloat16_instructions() is False
+    return not emulated and _is_supported(f"ops.mkldnn._is_mkldnn_{kind}_supported")
 
 
 def has_bfloat16_instructions() -> bool:
     """Return True if the CPU has bfloat16 matrix instructions that PyTorch uses."""
+    known = _bfloat16_instructions()
+    return multiplies_natively(torch.bfloat16) if known is None else known
+
+
+def _bfloat16_instructions() -> bool | None:
+    """Return whether an x86 processor has bfloat16 instructions; None if PyTorch cannot tell."""
     asked = ("cpu._is_avx512_bf16_supported", "cpu._is_amx_tile_supported")
     if all(find(path) is None for path in asked):
-        return multiplies_natively(torch.bfloat16)
+        return None
     return any(_is_supported(path) for path in asked)
 
 

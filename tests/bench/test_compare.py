@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from specache.bench import compare as comparison
@@ -29,7 +31,7 @@ class Fake(Contender):
     def close(self) -> None:
         self._log.append(f"close {self.impl}")
 
-    def phases(self, steps: int) -> dict[str, float]:
+    def phases(self, steps: int, before: Any = None) -> dict[str, float]:
         return {"score": float(steps)}
 
 

@@ -9,8 +9,8 @@ from specache.bench import compare, compute_device, environment, kernel_backends
 from specache.bench.base import BenchContext
 from specache.bench.compare import Measured, Skipped
 from specache.bench.contenders import Contender
-from specache.bench.environment import LargeArray
 from specache.bench.memory import Memory
+from specache.bench.plain_read import LargeArray
 from specache.bench.timing import PhaseClock, interleaved
 from specache.cli import console
 from specache.errors import ConfigError
@@ -30,8 +30,9 @@ def waits(monkeypatch) -> list[str]:
 def test_timings_start_and_stop_while_the_gpu_is_idle(waits):
     interleaved({"step": lambda: waits.append("step")}, rounds=2, warmup=0)
     assert waits == ["wait", "step", "wait"] * 2
+    array = LargeArray(1 << 10)
     waits.clear()
-    LargeArray(1 << 10).read()
+    array.read()
     assert waits == ["wait", "wait"]
 
 

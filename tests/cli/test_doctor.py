@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from specache import linear
 from specache.cli import diagnosis
 from specache.kernels import dispatch
 from specache.platform import machine
@@ -19,6 +20,7 @@ def test_json_has_every_section():
         "devices",
         "kernels",
         "native_kernels",
+        "product_kernels",
         "gpu_kernels",
         "cache",
         "disk_tier",
@@ -28,6 +30,7 @@ def test_json_has_every_section():
     }
     assert set(facts) == sections
     assert facts["kernels"] == dispatch.active()
+    assert facts["product_kernels"] == linear.kernel_names()
     assert facts["cpu"]["cores"] >= 1 and facts["versions"]["torch"]
 
 
@@ -36,6 +39,12 @@ def test_the_report_names_versions_kernels_and_the_cache_folder(tmp_path, monkey
     text = run("doctor").stdout
     assert all(word in text for word in ("transformers", "quantise", "Memory", "Cache folder"))
     assert str(tmp_path / "here") in text.replace("\n", "").replace(" ", "")
+
+
+def test_the_report_names_the_products_in_use():
+    text = one_line(run("doctor").stdout)
+    assert "Matrix products by weights" in text
+    assert all(name in text for name in linear.kernel_names().values())
 
 
 def test_a_cache_folder_that_cannot_be_written_is_fatal(tmp_path, monkeypatch):

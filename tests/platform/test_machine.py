@@ -90,3 +90,31 @@ def test_mapped_files_are_told_from_memory(tmp_path):
 
 def test_without_a_list_of_mappings_every_weight_counts_as_mapped(files):
     assert machine.mapped_bytes([(0, 5), (100, 7)]) == 12
+
+
+def cache_files(core: int, index: int, level: int, size: str, shared: str, kind: str = "Unified") -> dict[str, str]:
+    folder = f"/sys/devices/system/cpu/cpu{core}/cache/index{index}"
+    return {f"{folder}/level": f"{level}\n", f"{folder}/size": size, f"{folder}/shared_cpu_list": shared, f"{folder}/type": kind}
+
+
+def test_the_last_level_caches_of_all_cores_count_once_each(files, monkeypatch):
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda process: {0, 1, 2}, raising=False)
+    for core, shared in ((0, "0-1"), (1, "0-1"), (2, "2-3"), (3, "2-3"), (4, "4-5")):
+        files |= cache_files(core, 0, 1, "48K", str(core), "Data")
+        files |= cache_files(core, 1, 2, "2048K", str(core))
+        files |= cache_files(core, 2, 3, "32M", shared)
+    assert machine.last_level_cache() == 2 * 32 << 20  # cores 4 and 5 are not this process's
+
+
+def test_without_a_shared_cache_every_cores_own_counts(files, monkeypatch):
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda process: {0, 1}, raising=False)
+    files |= cache_files(0, 0, 2, "512K", "0") | cache_files(1, 0, 2, "512K", "1")
+    assert machine.last_level_cache() == 1 << 20
+
+
+@pytest.mark.parametrize("size", ["", "unknown", "K"])
+def test_a_system_that_does_not_report_caches_has_none(files, monkeypatch, size):
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda process: {0}, raising=False)
+    assert machine.last_level_cache() is None
+    files |= cache_files(0, 0, 3, size, "0")
+    assert machine.last_level_cache() is None

@@ -104,6 +104,20 @@ def test_bfloat16_support_falls_back_to_onednn(without, monkeypatch):
     assert not private_torch.has_bfloat16_instructions()
 
 
+@pytest.mark.parametrize(
+    ("processor", "instructions", "expected"),
+    [("x86_64", True, True), ("x86_64", False, False), ("AMD64", False, False), ("x86_64", None, True), ("aarch64", False, True)],
+)
+def test_products_that_onednn_emulates_do_not_count_as_native(monkeypatch, processor, instructions, expected):
+    answers = {"ops.mkldnn._is_mkldnn_bf16_supported": lambda: True, "ops.mkldnn._is_mkldnn_fp16_supported": lambda: True}
+    if instructions is not None:
+        answers["cpu._is_avx512_bf16_supported"] = lambda: instructions
+    monkeypatch.setattr(private_torch, "find", answers.get)
+    monkeypatch.setattr(private_torch.platform, "machine", lambda: processor)
+    assert private_torch.multiplies_natively(torch.bfloat16) is expected
+    assert private_torch.multiplies_natively(torch.float16)
+
+
 def test_compiler_hints_are_omitted_if_unsupported(without):
     without("_dynamo.mark_static", "_dynamo.maybe_mark_dynamic", "_dynamo.exc.TorchDynamoException")
     tensor = torch.zeros(2, 3)

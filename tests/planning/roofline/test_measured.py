@@ -100,6 +100,6 @@ def test_this_processors_figures_name_the_measurement(monkeypatch):
 
 
 def calibration_array():
-    from specache.bench.environment import LargeArray
+    from specache.bench.plain_read import LargeArray
 
     return LargeArray(1 << 20)
