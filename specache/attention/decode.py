@@ -22,8 +22,8 @@ from torch import Tensor
 
 from specache.config import Policy
 from specache.kernels import dispatch
-from specache.kernels.types import AttentionParams, LayerStep, LowBitKV, RecentTokens
-from specache.rows.fetch import InPlaceRowFetcher, RowFetcher
+from specache.kernels.types import AttentionParams, InPlaceLayer, LayerStep, RecentTokens
+from specache.rows.fetch import RowFetcher
 from specache.stats import Counters
 
 
@@ -51,7 +51,7 @@ class StepKind(Enum):
         return {StepKind.PAIR: 1, StepKind.DRAFT: 0}.get(self)
 
 
-class CompressedLayer(Protocol):
+class CompressedLayer(InPlaceLayer, Protocol):
     """One full-attention layer of one sequence, as the attention uses it.
 
     `residual_keys` and `residual_values` [Hkv, r, D] are the newest tokens in the model's dtype,
@@ -62,8 +62,9 @@ class CompressedLayer(Protocol):
     row_fetcher: RowFetcher
     next_positions: Tensor | None  # [Hkv, k], selected by the last step for this one
 
-    @property
-    def low_bit_kv(self) -> LowBitKV: ...
+    def count_appended(self, query: Tensor) -> None:
+        """Count a token that `decode_in_place` has stored, the first of query [Hq, n, D]."""
+
     @property
     def residual_keys(self) -> Tensor: ...
     @property
@@ -150,6 +151,47 @@ def find_hits(wanted: Tensor, prefetched: Tensor) -> tuple[Tensor, Tensor]:
     return chosen, (wanted.unsqueeze(-1) == prefetched.unsqueeze(-2)).any(-1) & chosen
 
 
+def decode_in_place(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    layers: Sequence[CompressedLayer],
+    params: AttentionParams,
+    spec: StepSpec,
+) -> Tensor | None:
+    """Store the committed tokens and compute a step in one layer, in one call of the kernels.
+
+    Args:
+        query: [B, Hq, n, D].
+        keys, values: [B, Hkv, n, D] of the step's tokens, in the layers' dtype.
+
+    Returns:
+        [B, n, Hq, D] in the query's dtype. `None` if the step takes several calls: policy, rows or
+        kernels need them. Nothing was stored then.
+
+    Raises:
+        NonFiniteError: a committed key or value is NaN or infinity. Nothing was stored.
+    """
+    if not spec.policy.verifies:
+        return None
+    for layer in layers:
+        if not layer.row_fetcher.in_place:
+            return None
+    kind = spec.kind
+    commits = kind.commits
+    out = dispatch.decode_in_place(query, keys, values, layers, commits, spec.top_k, params)
+    if out is None:
+        return None
+    if commits:
+        for b, layer in enumerate(layers):
+            layer.count_appended(query[b])
+    if kind is not StepKind.DRAFT:
+        used = keys.shape[1] * sum(min(spec.top_k, layer.table.length) for layer in layers)
+        spec.counters.rows_selected += used
+        spec.counters.rows_ready += used
+    return out
+
+
 def mixed_attention(
     query: Tensor,
     keys: Tensor,
@@ -170,10 +212,6 @@ def mixed_attention(
     """
     low_bit_kvs = [layer.low_bit_kv for layer in layers]
     recent = _recent_tokens(keys, values, layers, spec.kind)
-    if spec.policy.verifies:
-        out = _in_place(query, low_bit_kvs, recent, layers, params, spec)
-        if out is not None:
-            return out
     step = dispatch.layer_step(query, low_bit_kvs, recent, spec.top_k, params)
     return attend(step, _BatchRows(layers, query.shape[2], spec), spec)
 
@@ -188,27 +226,6 @@ def select_first(query: Tensor, layer: CompressedLayer, params: AttentionParams,
     recent = RecentTokens(layer.residual_keys, layer.residual_values)
     step = dispatch.layer_step(query[None], [layer.low_bit_kv], [recent], top_k, params)
     _submit(step.select()[0, :, 0], layer)
-
-
-def _in_place(
-    query: Tensor,
-    low_bit_kvs: list[LowBitKV],
-    recent: list[RecentTokens],
-    layers: Sequence[CompressedLayer],
-    params: AttentionParams,
-    spec: StepSpec,
-) -> Tensor | None:
-    """Compute a step whose rows are all read in place in one call; `None` if it takes several."""
-    fetchers = [layer.row_fetcher for layer in layers]
-    stored = [fetcher.stored() for fetcher in fetchers if isinstance(fetcher, InPlaceRowFetcher)]
-    if len(stored) < len(layers):
-        return None
-    out = dispatch.decode_in_place(query, low_bit_kvs, recent, stored, spec.top_k, params)
-    if out is not None and spec.kind is not StepKind.DRAFT:
-        used = sum(low_bit_kv.num_kv_heads * min(spec.top_k, low_bit_kv.length) for low_bit_kv in low_bit_kvs)
-        spec.counters.rows_selected += used
-        spec.counters.rows_ready += used
-    return out
 
 
 def _recent_tokens(keys: Tensor, values: Tensor, layers: Sequence[CompressedLayer], kind: StepKind) -> list[RecentTokens]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,9 +12,8 @@ from torch import Tensor
 from specache.attention.dense import KEY_BLOCK, attend_part, merge, merge_each
 from specache.cache.sizes import ORDINARY_ITEMSIZE, FastBytes, compressed_bytes, dense_capacity
 from specache.config import Code, SpeCacheConfig
-from specache.errors import NonFiniteError
 from specache.kernels import dispatch
-from specache.kernels.finite import all_finite
+from specache.kernels.finite import check_finite
 from specache.kernels.torch.exact import Part
 from specache.kernels.types import AttentionParams, LowBitKV
 from specache.low_bit.key_scales import KeyScales
@@ -23,25 +23,6 @@ from specache.platform.budget import ByteBudget, Claim
 from specache.rows.fetch import RowFetcher
 from specache.stats import MemoryUse
 from specache.tiers.base import SlowTier
-
-
-def check_finite(keys: Tensor, values: Tensor, layer: int) -> None:
-    """Reject NaN and infinity before anything is packed.
-
-    Raises:
-        NonFiniteError: names the layer.
-    """
-    for name, tensor in (("keys", keys), ("values", values)):
-        if not all_finite(tensor):
-            raise not_finite(layer, name)
-
-
-def not_finite(layer: int, name: str = "keys or values") -> NonFiniteError:
-    """Return the error that `check_finite` raises."""
-    return NonFiniteError(
-        f"The model produced NaN or infinity in the {name} of layer {layer}. Nothing of this step was kept. "
-        "Check the weights, or run in a wider dtype (bfloat16 or float32 instead of float16)."
-    )
 
 
 class LayerState(ABC):
@@ -108,10 +89,15 @@ class CompressedLayer(LayerState):
         self.next_positions: Tensor | None = None
         self.residual_count = 0
         self.key_scales = KeyScales(capacity)
+        self.kept: Any = None
 
     @property
     def low_bit_kv(self) -> LowBitKV:
         return self.table.low_bit_kv(self.key_scales.value)
+
+    @property
+    def channel_scales(self) -> Tensor | None:
+        return self.key_scales.value
 
     @property
     def length(self) -> int:
@@ -124,6 +110,11 @@ class CompressedLayer(LayerState):
     @property
     def residual_values(self) -> Tensor:
         return self._kv_rows[1, :, : self.residual_count]
+
+    @property
+    def residual_buffer(self) -> Tensor:
+        """The residual and room behind it, keys and values [2, Hkv, R + g, D]."""
+        return self._kv_rows
 
     @property
     def pending_group_tokens(self) -> int:
@@ -180,6 +171,19 @@ class CompressedLayer(LayerState):
         self._kv_rows[1, :, self.residual_count] = values[:, 0]
         self.residual_count += 1
 
+    def rows_with_room(self, tokens: int) -> Tensor:
+        """Return the rows [Hkv, capacity, 2 D] in memory, with room for `tokens` more.
+
+        Only of a tier that is `in_place`.
+        """
+        return self.tier.rows(self.index, self.length, self.length + tokens)
+
+    def count_appended(self, query: Tensor) -> None:
+        """Count a token that a step in place has stored, the first of query [Hq, n, D]."""
+        if self.key_scales.observes(self.length):
+            self._observe(query[:, :1])
+        self.residual_count += 1
+
     def quantise_oldest(self) -> None:
         """Quantise the pending groups of the residual, if any, from their original values."""
         count = self.pending_group_tokens
@@ -199,7 +203,7 @@ class CompressedLayer(LayerState):
         self.claim_buffers(self.config)
         into.zero_()
         into[:, :, : self.residual_count] = self._kv_rows[:, :, : self.residual_count]
-        self._kv_rows = into
+        self._kv_rows, self.kept = into, None
 
     def residual_at(self, length: int) -> tuple[Tensor, Tensor] | None:
         """Read the residual, keys and values [Hkv, m, D], that a sequence cut to `length` needs.
@@ -285,6 +289,7 @@ class CompressedLayer(LayerState):
         self.table.truncate(0)
         self.residual_count = 0
         self.key_scales = KeyScales(self.key_scales.tokens)
+        self.kept = None
         self._free()
 
     def _parts(self, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Iterator[Part]:

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from specache.attention.decode import StepSpec, mixed_attention, select_first
+from specache.attention.decode import StepSpec, decode_in_place, mixed_attention, select_first
 from specache.cache.layers import CompressedLayer, DenseLayer
 from specache.cache.sequence import Sequence
 from specache.cache.window_layer import WindowLayer
@@ -84,6 +84,9 @@ class DecodePass:
         keys, values = keys.to(layers[0].dtype), values.to(layers[0].dtype)
         compressed = [layer for layer in layers if isinstance(layer, CompressedLayer)]
         if compressed:
+            in_place = decode_in_place(query, keys, values, compressed, params, self._spec)
+            if in_place is not None:
+                return in_place
             out = self._compressed(query, keys, values, compressed, params)
         else:
             out = torch.stack([self._full_precision(layer, query[b], keys[b], values[b], params) for b, layer in enumerate(layers)])

@@ -114,10 +114,11 @@ class SlowTier(Protocol):
     def read(self, layer: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Return keys and values [Hkv, stop - start, D] of a range of tokens."""
 
-    def rows(self, layer: int) -> Tensor:
+    def rows(self, layer: int, used: int = 0, needed: int = 0) -> Tensor:
         """Return a layer's buffer [Hkv, capacity, 2 D], with room to grow.
 
-        Only of a tier that is `in_place`.
+        Only of a tier that is `in_place`. A buffer without room for `needed` tokens grows and keeps
+        the first `used`.
         """
 
     def gather(self, layer: int, heads: Tensor, positions: Tensor) -> Tensor:

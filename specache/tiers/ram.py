@@ -63,10 +63,12 @@ class RamTier:
         dim = rows.shape[-1] // 2
         return rows[..., :dim], rows[..., dim:]
 
-    def rows(self, layer: int) -> Tensor:
+    def rows(self, layer: int, used: int = 0, needed: int = 0) -> Tensor:
         if self._offload is not None:
             self._offload.arrived(layer)
-        return self._rows[layer]
+        rows = self._rows[layer]
+        heads, capacity, width = rows.shape
+        return rows if capacity >= needed else self._ensure(layer, used, needed, heads, width // 2, rows.dtype)
 
     def buffer(self, layer: int) -> Tensor:
         """Return `rows` without waiting for rows in transfer.

@@ -1,0 +1,99 @@
+"""One layer of a decode step over 16-bit rows in memory, in one C++ call (csrc/in_place.cpp).
+
+The call stores the committed token, checks that it is finite, and attends. What C++ knows of a
+layer is kept from step to step: this file compares it with the layer and updates what has changed.
+It checks tensors and passes their addresses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specache.kernels.cpu.extension import DTYPES, layout, native, page_addresses, scale_address
+from specache.kernels.finite import not_finite
+from specache.kernels.types import AttentionParams, InPlaceLayer
+
+ALL_FINITE = -1  # csrc/in_place.hpp
+
+
+class KeptLayer:
+    """What C++ knows of one layer of one sequence, and the state of the layer that it is for."""
+
+    __slots__ = ("native", "pages", "residual", "rows", "scales")
+
+    def __init__(self) -> None:
+        self.native = native.StoredLayer()
+        self.pages = -1  # version of the page table
+        self.scales: Tensor | None = None
+        self.residual: Tensor | None = None
+        self.rows = (0, 0)  # address and capacity: a reference would keep a buffer that the tier has freed
+
+
+def decode(
+    isa: str,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    layers: Sequence[InPlaceLayer],
+    commits: bool,
+    top_k: int,
+    params: AttentionParams,
+) -> Tensor:
+    """Run a step as `specache.kernels.dispatch.decode_in_place` documents."""
+    query, keys, values = (x if x.stride(3) == 1 else x.contiguous() for x in (query, keys, values))
+    batch, query_heads, n, dim = query.shape
+    sinks = params.sinks if params.sinks is None else params.sinks.contiguous()
+    out = torch.empty(batch, n, query_heads, dim, dtype=query.dtype, device="cpu")
+    found = native.decode_in_place(
+        isa,
+        torch.get_num_threads(),
+        [_updated(layer, commits) for layer in layers],
+        [count for layer in layers for count in (layer.table.length, layer.residual_count)],
+        query.data_ptr(),
+        DTYPES[query.dtype],
+        query_heads // keys.shape[1],
+        n,
+        [*query.stride()[:3], *keys.stride()[:3], *values.stride()[:3]],
+        keys.data_ptr(),
+        values.data_ptr(),
+        DTYPES[keys.dtype],
+        commits,
+        top_k,
+        params.scaling,
+        params.softcap or 0.0,
+        0 if sinks is None else sinks.data_ptr(),
+        0 if sinks is None else DTYPES[sinks.dtype],
+        out.data_ptr(),
+    )
+    if found != ALL_FINITE:
+        raise not_finite(layers[0].index, "values" if found % 2 else "keys")
+    return out
+
+
+def _updated(layer: InPlaceLayer, commits: bool) -> Any:
+    """Return what C++ knows of a layer, as the layer is now."""
+    kept = layer.kept
+    if kept is None:
+        kept = layer.kept = KeptLayer()
+    version, scales = layer.table.version, layer.channel_scales
+    if version != kept.pages or scales is not kept.scales:
+        low_bit_kv = layer.low_bit_kv
+        kept.native.set_pages(layout(low_bit_kv), page_addresses(low_bit_kv), scale_address(low_bit_kv))
+        kept.pages, kept.scales = version, scales
+    residual = layer.residual_buffer
+    if residual is not kept.residual:
+        keys, values = residual
+        head, token, _ = (stride * residual.itemsize for stride in keys.stride())
+        kept.native.set_residual(keys.data_ptr(), values.data_ptr(), head, token, keys.shape[1])
+        kept.residual = residual
+    rows = layer.rows_with_room(commits)
+    place = rows.data_ptr(), rows.shape[1]
+    if place != kept.rows:
+        head, token, _ = (stride * rows.itemsize for stride in rows.stride())
+        kept.native.set_rows(rows.data_ptr(), head, token, rows.shape[1])
+        kept.rows = place
+    return kept.native
