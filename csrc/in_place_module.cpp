@@ -37,14 +37,14 @@ const Layout& layout_of(const std::vector<const OwnedStoredLayer*>& layers) {
     return *layers.at(0)->stored.layout;
 }
 
-// counts: low-bit tokens and residual tokens per sequence. strides: of [B, heads, n] in elements, of
-// queries, keys and values. out [B, n, Hq, D] is contiguous, in the queries' dtype. Return
+// counts: low-bit tokens and residual tokens per sequence. strides: in elements, four of queries, of
+// keys and of values, whose last is 1. out [B, n, Hq, D] is contiguous, in the queries' dtype. Return
 // `decode_in_place`'s result.
 int64_t py_decode_in_place(const std::string& isa, int threads, const std::vector<const OwnedStoredLayer*>& layers,
                            const std::vector<int64_t>& counts, uintptr_t query, int query_dtype, int groups, int n,
                            const std::vector<int64_t>& strides, uintptr_t keys, uintptr_t values, int dtype, bool commits, int64_t k,
                            float scaling, float softcap, uintptr_t sinks, int sink_dtype, uintptr_t out) {
-    if (layers.empty() || counts.size() != 2 * layers.size() || strides.size() < 9) throw std::invalid_argument("sequences");
+    if (layers.empty() || counts.size() != 2 * layers.size() || strides.size() != 12) throw std::invalid_argument("sequences");
     const Layout& layout = layout_of(layers);
     std::vector<StoredSequence> sequences;
     for (size_t b = 0; b < layers.size(); b++) sequences.push_back({&layers[b]->stored, counts[2 * b], counts[2 * b + 1]});
@@ -53,8 +53,8 @@ int64_t py_decode_in_place(const std::string& isa, int threads, const std::vecto
     Step step{&layout, {}, {at<const uint8_t>(query), asked, s[0] * of_query, s[1] * of_query, s[2] * of_query}, groups, n, scaling, softcap};
     const int64_t heads = int64_t(layout.heads) * groups;
     step.output = {at<uint8_t>(out), asked, n * heads * width, width, heads * width};
-    const StepTokens tokens{at<const uint8_t>(keys), at<const uint8_t>(values), s[3] * of_key, s[4] * of_key, s[5] * of_key,
-                            s[6] * of_key, s[7] * of_key, s[8] * of_key, kept};
+    const StepTokens tokens{at<const uint8_t>(keys), at<const uint8_t>(values), s[4] * of_key, s[5] * of_key, s[6] * of_key,
+                            s[8] * of_key, s[9] * of_key, s[10] * of_key, kept};
     std::vector<float> sink_logits;
     if (sinks) {
         sink_logits.resize(size_t(heads));

@@ -62,8 +62,10 @@ class CompressedLayer(InPlaceLayer, Protocol):
     row_fetcher: RowFetcher
     next_positions: Tensor | None  # [Hkv, k], selected by the last step for this one
 
-    def count_appended(self, query: Tensor) -> None:
-        """Count a token that `decode_in_place` has stored, the first of query [Hq, n, D]."""
+    def count_appended(self, query: Tensor, sequence: int) -> None:
+        """Count a token that `decode_in_place` has stored, the sequence's first of query
+        [B, Hq, n, D].
+        """
 
     @property
     def residual_keys(self) -> Tensor: ...
@@ -184,7 +186,7 @@ def decode_in_place(
         return None
     if commits:
         for b, layer in enumerate(layers):
-            layer.count_appended(query[b])
+            layer.count_appended(query, b)
     if kind is not StepKind.DRAFT:
         used = keys.shape[1] * sum(min(spec.top_k, layer.table.length) for layer in layers)
         spec.counters.rows_selected += used

@@ -178,10 +178,12 @@ class CompressedLayer(LayerState):
         """
         return self.tier.rows(self.index, self.length, self.length + tokens)
 
-    def count_appended(self, query: Tensor) -> None:
-        """Count a token that a step in place has stored, the first of query [Hq, n, D]."""
+    def count_appended(self, query: Tensor, sequence: int) -> None:
+        """Count a token that a step in place has stored, the sequence's first of query
+        [B, Hq, n, D].
+        """
         if self.key_scales.observes(self.length):
-            self._observe(query[:, :1])
+            self._observe(query[sequence, :, :1])
         self.residual_count += 1
 
     def quantise_oldest(self) -> None:

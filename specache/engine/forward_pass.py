@@ -37,7 +37,9 @@ def attend(state: ForwardPass, index: int, query: Tensor, keys: Tensor, values: 
 
     Under `torch.autocast` the query and the result have the dtype of stock attention.
     """
-    query = query.to(modes.autocast_dtype(query) or query.dtype)
+    dtype = modes.autocast_dtype(query)
+    if dtype is not None:
+        query = query.to(dtype)
     with modes.ours_again():
         return state.attention(index, query, keys, values, params).contiguous()
 
@@ -81,7 +83,9 @@ class DecodePass:
 
     def attention(self, index: int, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
         layers = [sequence.layers[index] for sequence in self._sequences]
-        keys, values = keys.to(layers[0].dtype), values.to(layers[0].dtype)
+        dtype = layers[0].dtype
+        if keys.dtype is not dtype or values.dtype is not dtype:
+            keys, values = keys.to(dtype), values.to(dtype)
         compressed = [layer for layer in layers if isinstance(layer, CompressedLayer)]
         if compressed:
             in_place = decode_in_place(query, keys, values, compressed, params, self._spec)

@@ -44,10 +44,13 @@ def decode(
     params: AttentionParams,
 ) -> Tensor:
     """Run a step as `specache.kernels.dispatch.decode_in_place` documents."""
-    query, keys, values = (x if x.stride(3) == 1 else x.contiguous() for x in (query, keys, values))
+    strides = query.stride() + keys.stride() + values.stride()
+    if strides[3] != 1 or strides[7] != 1 or strides[11] != 1:
+        query, keys, values = query.contiguous(), keys.contiguous(), values.contiguous()
+        strides = query.stride() + keys.stride() + values.stride()
     batch, query_heads, n, dim = query.shape
     sinks = params.sinks if params.sinks is None else params.sinks.contiguous()
-    out = torch.empty(batch, n, query_heads, dim, dtype=query.dtype, device="cpu")
+    out = query.new_empty((batch, n, query_heads, dim))
     found = native.decode_in_place(
         isa,
         torch.get_num_threads(),
@@ -57,7 +60,7 @@ def decode(
         DTYPES[query.dtype],
         query_heads // keys.shape[1],
         n,
-        [*query.stride()[:3], *keys.stride()[:3], *values.stride()[:3]],
+        strides,
         keys.data_ptr(),
         values.data_ptr(),
         DTYPES[keys.dtype],
