@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -84,7 +85,17 @@ class StepSpec:
     top_k: int
     counters: Counters
 
-    @property
+    @cached_property
+    def verifies(self) -> bool:
+        """Whether each query waits for the rows that it selects (`Policy.verifies`)."""
+        return self.policy.verifies
+
+    @cached_property
+    def commits(self) -> bool:
+        """Whether the token of query 0 is kept in the cache (`StepKind.commits`)."""
+        return self.kind.commits
+
+    @cached_property
     def selects_next(self) -> bool:
         """Whether the last query selects the positions to prefetch for the next step."""
         if not self.policy.drafts:
@@ -174,21 +185,21 @@ def decode_in_place(
     Raises:
         NonFiniteError: a committed key or value is NaN or infinity. Nothing was stored.
     """
-    if not spec.policy.verifies:
+    if not spec.verifies:
         return None
     for layer in layers:
         if not layer.row_fetcher.in_place:
             return None
-    kind = spec.kind
-    commits = kind.commits
-    out = dispatch.decode_in_place(query, keys, values, layers, commits, spec.top_k, params)
+    out = dispatch.decode_in_place(query, keys, values, layers, spec.commits, spec.top_k, params)
     if out is None:
         return None
-    if commits:
-        for b, layer in enumerate(layers):
+    used = 0
+    for b, layer in enumerate(layers):
+        used += min(spec.top_k, layer.table.length)
+        if spec.commits:
             layer.count_appended(query, b)
-    if kind is not StepKind.DRAFT:
-        used = keys.shape[1] * sum(min(spec.top_k, layer.table.length) for layer in layers)
+    if spec.kind is not StepKind.DRAFT:
+        used *= keys.shape[1]
         spec.counters.rows_selected += used
         spec.counters.rows_ready += used
     return out

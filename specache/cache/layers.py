@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from specache.config import Code, SpeCacheConfig
 from specache.kernels import dispatch
 from specache.kernels.finite import check_finite
 from specache.kernels.torch.exact import Part
-from specache.kernels.types import AttentionParams, LowBitKV
+from specache.kernels.types import AttentionParams, KeptLayer, LowBitKV
 from specache.low_bit.key_scales import KeyScales
 from specache.low_bit.pool import PageTable
 from specache.model.dimensions import row_bytes
@@ -89,7 +88,7 @@ class CompressedLayer(LayerState):
         self.next_positions: Tensor | None = None
         self.residual_count = 0
         self.key_scales = KeyScales(capacity)
-        self.kept: Any = None
+        self.kept: KeptLayer | None = None
 
     @property
     def low_bit_kv(self) -> LowBitKV:
@@ -171,6 +170,10 @@ class CompressedLayer(LayerState):
         self._kv_rows[1, :, self.residual_count] = values[:, 0]
         self.residual_count += 1
 
+    @property
+    def rows_version(self) -> int:
+        return self.tier.version
+
     def rows_with_room(self, tokens: int) -> Tensor:
         """Return the rows [Hkv, capacity, 2 D] in memory, with room for `tokens` more.
 
@@ -205,7 +208,7 @@ class CompressedLayer(LayerState):
         self.claim_buffers(self.config)
         into.zero_()
         into[:, :, : self.residual_count] = self._kv_rows[:, :, : self.residual_count]
-        self._kv_rows, self.kept = into, None
+        self.kept, self._kv_rows = None, into  # `kept` first: it has the addresses of the old one
 
     def residual_at(self, length: int) -> tuple[Tensor, Tensor] | None:
         """Read the residual, keys and values [Hkv, m, D], that a sequence cut to `length` needs.

@@ -34,8 +34,8 @@ def check_arguments(module: Any, query: Tensor, key: Tensor, value: Tensor, argu
     for argument, given in arguments.items():
         if argument not in _KNOWN and given is not None and given is not False:
             raise UnsupportedModelError(
-                f"{type(module).__name__} passes {argument} to its attention, which specache's attention over a low-bit copy does not take into "
-                "account: its answers would be wrong. Use the model's ordinary cache."
+                f"{type(module).__name__} passes {argument} to its attention, which specache's attention over a low-bit copy does "
+                "not take into account: its answers would be wrong. Use the model's ordinary cache."
             )
     if arguments.get("is_causal") is False:
         raise UnsupportedModelError(
@@ -43,8 +43,8 @@ def check_arguments(module: Any, query: Tensor, key: Tensor, value: Tensor, argu
         )
     if arguments.get("dropout"):
         raise UnsupportedModelError(
-            f"{type(module).__name__} drops attention at random (dropout={arguments['dropout']}): the model is in training mode. Call "
-            "model.eval() first."
+            f"{type(module).__name__} drops attention at random (dropout={arguments['dropout']}): the model is in training mode. "
+            "Call model.eval() first."
         )
     of_query, of_key, of_value = query.shape, key.shape, value.shape
     batch, heads, tokens, dim = of_key

@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -161,12 +162,20 @@ def _attention(
     _check_layer(module, state is not None)
     if state is None:
         return _users_attention(module)(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    params = AttentionParams(scaling=scale, softcap=kwargs.get("softcap"), sinks=_sinks(module) if sinks is None else sinks)
+    sinks = _sinks(module) if sinks is None else sinks
+    softcap = kwargs.get("softcap")
+    params = _params(scale, softcap) if sinks is None else AttentionParams(scale, softcap, sinks)
     return attend(state, module.layer_idx, query, key, value, params), None
 
 
+@lru_cache(maxsize=64)
+def _params(scaling: float, softcap: float | None) -> AttentionParams:
+    """Return the constants of a layer without sinks; most models have the same in all layers."""
+    return AttentionParams(scaling, softcap)
+
+
 def _sinks(module: torch.nn.Module) -> Any | None:
-    """Return the layer's attribute `sinks`, if it has one. `getattr` is slow where there is none."""
+    """Return the layer's attribute `sinks`, if any. `getattr` is slow where there is none."""
     missing = "sinks" not in module._parameters and "sinks" not in module._buffers and "sinks" not in module.__dict__
     return None if missing and not hasattr(type(module), "sinks") else getattr(module, "sinks", None)
 

@@ -115,7 +115,9 @@ def decode_in_place(
     Raises:
         NonFiniteError: a committed key or value is NaN or infinity; nothing was appended.
     """
-    backend = _step_backend_for(query, keys.shape[3], layers[0].table.code)
+    kept, (_, backend) = layers[0].kept, _chosen()
+    if kept is None or not kept.serves(backend, query.dtype):
+        backend = _step_backend_for(query, keys.shape[3], layers[0].table.code)
     return None if backend is None else backend.decode_in_place(query, keys, values, layers, commits, top_k, params)
 
 

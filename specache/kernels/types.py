@@ -111,12 +111,13 @@ class InPlaceLayer(Protocol):
     Attributes:
         index: the layer's number in the model.
         residual_count: tokens in the residual.
-        kept: what a kernel backend keeps of the layer from step to step, `None` at first.
+        kept: what a kernel backend keeps of the layer from step to step, `None` at first and after
+            the residual has moved.
     """
 
     index: int
     residual_count: int
-    kept: Any
+    kept: KeptLayer | None
 
     @property
     def table(self) -> PagesInOrder:
@@ -133,8 +134,19 @@ class InPlaceLayer(Protocol):
     def residual_buffer(self) -> Tensor:
         """The residual and room behind it, keys and values [2, Hkv, R + g, D]."""
 
+    @property
+    def rows_version(self) -> int:
+        """A number that changes with the place of `rows_with_room`."""
+
     def rows_with_room(self, tokens: int) -> Tensor:
         """Return the rows [Hkv, capacity, 2 D] in memory, with room for `tokens` more."""
+
+
+class KeptLayer(Protocol):
+    """What a kernel backend keeps of a layer from step to step."""
+
+    def serves(self, backend: Any, dtype: torch.dtype) -> bool:
+        """Return whether the layer's last step ran on this backend with queries of this dtype."""
 
 
 class PagesInOrder(Protocol):

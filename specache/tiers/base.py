@@ -107,6 +107,7 @@ class SlowTier(Protocol):
     """The 16-bit rows of one sequence, for all its full-attention layers."""
 
     in_place: bool  # attention reads the rows where they lie, so nothing is prefetched
+    version: int  # changes before a buffer of `rows` moves
 
     def write(self, layer: int, start: int, keys: Tensor, values: Tensor) -> None:
         """Store keys and values [Hkv, n, D] of tokens `[start, start + n)`; forget later tokens."""

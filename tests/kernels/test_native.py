@@ -432,7 +432,7 @@ class InPlace:
     """
 
     def __init__(self, case, b, recent, rows, commits):
-        self.index, self.kept, self.table = 0, None, case.tables[b]
+        self.index, self.kept, self.table, self.rows_version = 0, None, case.tables[b], 0
         self.low_bit_kv, self.channel_scales = case.low_bit_kvs[b], case.low_bit_kvs[b].channel_scales
         self.residual_count = recent.keys.shape[1] - rows
         newest = torch.stack([recent.keys, recent.values])

@@ -8,33 +8,46 @@ It checks tensors and passes their addresses.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from specache.kernels.cpu.extension import DTYPES, layout, native, page_addresses, scale_address
 from specache.kernels.finite import not_finite
-from specache.kernels.types import AttentionParams, InPlaceLayer
+from specache.kernels.types import AttentionParams, InPlaceLayer, KeptLayer
 
 ALL_FINITE = -1  # csrc/in_place.hpp
 
 
-class KeptLayer:
-    """What C++ knows of one layer of one sequence, and the state of the layer that it is for."""
+class Backend(Protocol):
+    """The kernels of one instruction set."""
 
-    __slots__ = ("native", "pages", "residual", "rows", "scales")
+    isa: str
 
-    def __init__(self) -> None:
+
+class Kept(KeptLayer):
+    """What C++ knows of one layer of one sequence, and the versions that it is of."""
+
+    __slots__ = ("backend", "capacity", "dtype", "native", "pages", "rows", "scales")
+
+    def __init__(self, residual: Tensor) -> None:
         self.native = native.StoredLayer()
-        self.pages = -1  # version of the page table
+        self.backend: Backend | None = None  # of the last step
+        self.dtype: torch.dtype | None = None  # of its queries
+        self.pages = self.rows = -1
         self.scales: Tensor | None = None
-        self.residual: Tensor | None = None
-        self.rows = (0, 0)  # address and capacity: a reference would keep a buffer that the tier has freed
+        self.capacity = 0  # of the rows
+        keys, values = residual
+        head, token, _ = (stride * residual.itemsize for stride in keys.stride())
+        self.native.set_residual(keys.data_ptr(), values.data_ptr(), head, token, keys.shape[1])
+
+    def serves(self, backend: Any, dtype: torch.dtype) -> bool:
+        return backend is self.backend and dtype is self.dtype
 
 
 def decode(
-    isa: str,
+    backend: Backend,
     query: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -52,7 +65,7 @@ def decode(
     sinks = params.sinks if params.sinks is None else params.sinks.contiguous()
     out = query.new_empty((batch, n, query_heads, dim))
     found = native.decode_in_place(
-        isa,
+        backend.isa,
         torch.get_num_threads(),
         [_updated(layer, commits) for layer in layers],
         [count for layer in layers for count in (layer.table.length, layer.residual_count)],
@@ -72,6 +85,9 @@ def decode(
         0 if sinks is None else DTYPES[sinks.dtype],
         out.data_ptr(),
     )
+    kept = layers[0].kept
+    assert isinstance(kept, Kept), "just updated"
+    kept.backend, kept.dtype = backend, query.dtype
     if found != ALL_FINITE:
         raise not_finite(layers[0].index, "values" if found % 2 else "keys")
     return out
@@ -80,23 +96,16 @@ def decode(
 def _updated(layer: InPlaceLayer, commits: bool) -> Any:
     """Return what C++ knows of a layer, as the layer is now."""
     kept = layer.kept
-    if kept is None:
-        kept = layer.kept = KeptLayer()
+    if not isinstance(kept, Kept):
+        kept = layer.kept = Kept(layer.residual_buffer)
     version, scales = layer.table.version, layer.channel_scales
     if version != kept.pages or scales is not kept.scales:
         low_bit_kv = layer.low_bit_kv
         kept.native.set_pages(layout(low_bit_kv), page_addresses(low_bit_kv), scale_address(low_bit_kv))
         kept.pages, kept.scales = version, scales
-    residual = layer.residual_buffer
-    if residual is not kept.residual:
-        keys, values = residual
-        head, token, _ = (stride * residual.itemsize for stride in keys.stride())
-        kept.native.set_residual(keys.data_ptr(), values.data_ptr(), head, token, keys.shape[1])
-        kept.residual = residual
-    rows = layer.rows_with_room(commits)
-    place = rows.data_ptr(), rows.shape[1]
-    if place != kept.rows:
+    if layer.rows_version != kept.rows or layer.table.length + layer.residual_count + commits > kept.capacity:
+        rows = layer.rows_with_room(commits)
         head, token, _ = (stride * rows.itemsize for stride in rows.stride())
         kept.native.set_rows(rows.data_ptr(), head, token, rows.shape[1])
-        kept.rows = place
+        kept.rows, kept.capacity = layer.rows_version, rows.shape[1]
     return kept.native

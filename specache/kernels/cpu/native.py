@@ -90,7 +90,7 @@ class NativeKernels:
         top_k: int,
         params: AttentionParams,
     ) -> Tensor:
-        return in_place.decode(self.isa, query, keys, values, layers, commits, top_k, params)
+        return in_place.decode(self, query, keys, values, layers, commits, top_k, params)
 
 
 class NativeLayerStep:

@@ -48,6 +48,7 @@ class DiskTier:
     """
 
     in_place = False
+    version = 0
 
     def __init__(self, folder: str | os.PathLike[str], *, temporary: bool = True) -> None:
         self._layers: dict[int, StoredLayer] = {}
