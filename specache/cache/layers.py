@@ -265,6 +265,7 @@ class CompressedLayer(LayerState):
         Prefetched rows are dropped.
         """
         self.row_fetcher.drop()
+        self.kept = None  # first: it has the addresses of the old tier's rows
         self.tier, self.row_fetcher, self.config = tier, row_fetcher, config
         self.next_positions = None
 

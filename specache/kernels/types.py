@@ -112,7 +112,7 @@ class InPlaceLayer(Protocol):
         index: the layer's number in the model.
         residual_count: tokens in the residual.
         kept: what a kernel backend keeps of the layer from step to step, `None` at first and after
-            the residual has moved.
+            the residual or the tier was replaced.
     """
 
     index: int

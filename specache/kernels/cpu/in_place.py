@@ -15,7 +15,7 @@ from torch import Tensor
 
 from specache.kernels.cpu.extension import DTYPES, layout, native, page_addresses, scale_address
 from specache.kernels.finite import not_finite
-from specache.kernels.types import AttentionParams, InPlaceLayer, KeptLayer
+from specache.kernels.types import AttentionParams, InPlaceLayer
 
 ALL_FINITE = -1  # csrc/in_place.hpp
 
@@ -26,10 +26,12 @@ class Backend(Protocol):
     isa: str
 
 
-class Kept(KeptLayer):
-    """What C++ knows of one layer of one sequence, and the versions that it is of."""
+class Kept:
+    """What C++ knows of one layer of one sequence, and the versions that it is of
+    (`specache.kernels.types.KeptLayer`).
+    """
 
-    __slots__ = ("backend", "capacity", "dtype", "native", "pages", "rows", "scales")
+    __slots__ = ("backend", "capacity", "dtype", "native", "pages", "rows", "scales", "shape")
 
     def __init__(self, residual: Tensor) -> None:
         self.native = native.StoredLayer()
@@ -38,6 +40,7 @@ class Kept(KeptLayer):
         self.pages = self.rows = -1
         self.scales: Tensor | None = None
         self.capacity = 0  # of the rows
+        self.shape = residual.shape[1], residual.shape[3]  # Hkv, D
         keys, values = residual
         head, token, _ = (stride * residual.itemsize for stride in keys.stride())
         self.native.set_residual(keys.data_ptr(), values.data_ptr(), head, token, keys.shape[1])
@@ -62,16 +65,20 @@ def decode(
         query, keys, values = query.contiguous(), keys.contiguous(), values.contiguous()
         strides = query.stride() + keys.stride() + values.stride()
     batch, query_heads, n, dim = query.shape
+    heads = keys.shape[1]
+    natives = [_updated(layer, commits, (heads, dim)) for layer in layers]
+    if len(natives) != batch:
+        raise ValueError(f"{batch} queries for {len(natives)} sequences")
     sinks = params.sinks if params.sinks is None else params.sinks.contiguous()
     out = query.new_empty((batch, n, query_heads, dim))
     found = native.decode_in_place(
         backend.isa,
         torch.get_num_threads(),
-        [_updated(layer, commits) for layer in layers],
+        natives,
         [count for layer in layers for count in (layer.table.length, layer.residual_count)],
         query.data_ptr(),
         DTYPES[query.dtype],
-        query_heads // keys.shape[1],
+        query_heads // heads,
         n,
         strides,
         keys.data_ptr(),
@@ -93,11 +100,17 @@ def decode(
     return out
 
 
-def _updated(layer: InPlaceLayer, commits: bool) -> Any:
-    """Return what C++ knows of a layer, as the layer is now."""
+def _updated(layer: InPlaceLayer, commits: bool, shape: tuple[int, int]) -> Any:
+    """Return what C++ knows of a layer, as the layer is now.
+
+    Args:
+        shape: KV heads and head dimension of the step's keys.
+    """
     kept = layer.kept
     if not isinstance(kept, Kept):
         kept = layer.kept = Kept(layer.residual_buffer)
+    if shape != kept.shape:
+        raise ValueError(f"layer {layer.index} stores (heads, dimension) {kept.shape}, got {shape}")
     version, scales = layer.table.version, layer.channel_scales
     if version != kept.pages or scales is not kept.scales:
         low_bit_kv = layer.low_bit_kv
