@@ -15,18 +15,34 @@ struct Engine {
     int threads;
 };
 
-// The queries of a step [B, Hkv, G, n, D], float32, and where their scores go [B, Hkv, G, n, S].
+// Numbers [B, Hq, n, D] of a dtype; the last dimension is contiguous, strides are in bytes.
+template <class Byte>
+struct PerQuery {
+    Byte* data = nullptr;
+    Dtype dtype = Dtype::f32;
+    int64_t batch = 0, head = 0, row = 0;
+
+    Byte* at(int64_t b, int64_t query_head, int64_t query_row) const { return data + b * batch + query_head * head + query_row * row; }
+};
+
+// The queries of a step [B, Hkv G, n, D].
 struct Step {
     const Layout* layout;
     std::vector<LowBitKV> low_bit_kvs;  // B
-    const float* query;
+    PerQuery<const uint8_t> query;
     int groups, rows;  // G, n
     float scaling, softcap;  // softcap 0: none
+    PerQuery<uint8_t> output = {};  // where results go if not to float32 [B, Hkv, G, n, D]
 
     int64_t heads() const { return int64_t(low_bit_kvs.size()) * layout->heads; }  // B Hkv
     int queries() const { return groups * rows; }
     const LowBitKV& low_bit_of(int64_t head) const { return low_bit_kvs[std::size_t(head / layout->heads)]; }
     int head_of(int64_t head) const { return int(head % layout->heads); }
+    // The place of query j (G-major) of a KV head in `query` or `output`.
+    template <class Byte>
+    Byte* place(const PerQuery<Byte>& numbers, int64_t head, int j) const {
+        return numbers.at(head / layout->heads, int64_t(head_of(head)) * groups + j / rows, j % rows);
+    }
 };
 
 // Exact rows of every (sequence, KV head, row, slot).
@@ -37,12 +53,17 @@ struct Fetched {
 };
 
 // The newest tokens of a sequence at 16 bits: keys and values [Hkv, count, D]. The first `pending` of
-// them are quantised after the step.
+// them are quantised after the step. The step's own tokens [Hkv, own, D], which are not stored,
+// follow.
 struct Recent {
     const uint8_t *keys, *values;
     int64_t count, head_stride, token_stride;  // bytes
     int64_t pending;
     Dtype dtype;
+    const uint8_t *own_keys = nullptr, *own_values = nullptr;
+    int64_t own = 0, own_key_head = 0, own_key_token = 0, own_value_head = 0, own_value_token = 0;  // strides in bytes
+
+    int64_t all() const { return count + own; }
 };
 
 // One layer of a step: attention over the low-bit KV, the exact rows of fetched positions, and the
@@ -57,7 +78,8 @@ public:
     class State;
     LayerStep(const Engine&, Step, const std::vector<Recent>&, int64_t k, const float* sinks, bool at_once);
     ~LayerStep();
-    // If `at_once`. stored: per (sequence, KV head); out [B, Hkv, G, n, D].
+    // If `at_once`. stored: per (sequence, KV head); out [B, Hkv, G, n, D], unless the step has an
+    // `output`.
     void run(const std::vector<Rows>& stored, float* out);
     // Unless `at_once`, first of all: score every low-bit key and attend to the recent tokens.
     void score();

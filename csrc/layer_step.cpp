@@ -1,6 +1,7 @@
 // A layer of a step in one call, or in several around the fetching of rows.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <vector>
 
 #include "engine.hpp"
@@ -166,23 +167,43 @@ private:
     void attend_recent(int64_t head) {
         queries_.prepare(engine_, head);
         const Recent& recent = recents_[size_t(head / layout_.heads)];
-        const int64_t offset = step_.head_of(head) * recent.head_stride;
+        const int64_t offset = step_.head_of(head) * recent.head_stride, all = recent.all();
+        const int64_t bytes = int64_t(layout_.dim) * itemsize(recent.dtype), weights = kMaxQueries * (all + kTile) * int64_t(sizeof(float));
+        auto* held = static_cast<float*>(scratch(size_t(weights + (recent.own ? 2 * all * bytes : 0))));
+        const uint8_t *keys = recent.keys + offset, *values = recent.values + offset;
+        int64_t stride = recent.token_stride;
+        if (recent.own) {
+            auto* joined = reinterpret_cast<uint8_t*>(held) + weights;
+            join_own(recent, step_.head_of(head), bytes, joined);
+            keys = joined, values = joined + all * bytes, stride = bytes;
+        }
         for (int64_t batch = 0; batch < queries_.batches.count; batch++) {
             const float* pointers[kMaxQueries];
             int64_t seen[kMaxQueries];
             int count = queries_.batch(head, batch, pointers);
             for (int j = 0; j < count; j++)  // an earlier row does not see the tokens of later ones
-                seen[j] = std::max<int64_t>(0, recent.count - (step_.rows - 1 - (queries_.batches.first(batch) + j) % step_.rows));
+                seen[j] = std::max<int64_t>(0, all - (step_.rows - 1 - (queries_.batches.first(batch) + j) % step_.rows));
             Partial part = recent_part(head, batch);
-            auto* held = static_cast<float*>(scratch(size_t(kMaxQueries) * size_t(recent.count + kTile) * sizeof(float)));
-            kernels_.exact(pointers, count, layout_.dim, recent.keys + offset, recent.values + offset, recent.token_stride,
-                           recent.token_stride, recent.count, seen, recent.dtype, step_.scaling, step_.softcap, held, part);
+            kernels_.exact(pointers, count, layout_.dim, keys, values, stride, stride, all, seen, recent.dtype, step_.scaling,
+                           step_.softcap, held, part);
             for (int j = 0; j < count; j++) {
                 int query = queries_.batches.first(batch) + j;
                 rest_lse_[head * count_ + query] = log_add(part.peak[j] + std::log(part.total[j]), sink(head, query));
                 if (query % step_.rows == step_.rows - 1)
-                    std::copy_n(held + j * (recent.count + kTile), recent.pending, pending(head, query / step_.rows));
+                    std::copy_n(held + j * (all + kTile), recent.pending, pending(head, query / step_.rows));
             }
+        }
+    }
+
+    // Copy a head's recent keys [all, D], then values, with the step's own tokens at the end.
+    static void join_own(const Recent& recent, int head, int64_t bytes, uint8_t* joined) {
+        const uint8_t *keys = recent.keys + head * recent.head_stride, *values = recent.values + head * recent.head_stride;
+        const uint8_t *own_keys = recent.own_keys + head * recent.own_key_head, *own_values = recent.own_values + head * recent.own_value_head;
+        uint8_t *to_keys = joined, *to_values = joined + recent.all() * bytes;
+        for (int64_t t = 0; t < recent.all(); t++, to_keys += bytes, to_values += bytes) {
+            const int64_t own = t - recent.count;
+            std::memcpy(to_keys, own < 0 ? keys + t * recent.token_stride : own_keys + own * recent.own_key_token, size_t(bytes));
+            std::memcpy(to_values, own < 0 ? values + t * recent.token_stride : own_values + own * recent.own_value_token, size_t(bytes));
         }
     }
 
@@ -350,7 +371,11 @@ private:
             const int query = low + j, group = query / step_.rows;
             Partial parts[] = {recent_part(head, batch), low_bit_kv, exact_part(slot, query % step_.rows, group / row_batches_.size)};
             const int place[] = {j, j, group % row_batches_.size};
-            join(parts, place, size_ ? 3 : 1, layout_.dim, sink(head, query), out + (head * count_ + query) * layout_.dim);
+            float narrowed[kMaxDim];
+            const bool elsewhere = step_.output.data;
+            float* to = elsewhere ? narrowed : out + (head * count_ + query) * layout_.dim;
+            join(parts, place, size_ ? 3 : 1, layout_.dim, sink(head, query), to);
+            if (elsewhere) narrow(narrowed, step_.output.dtype, layout_.dim, step_.place(step_.output, head, query));
         }
     }
 

@@ -10,6 +10,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "bindings.hpp"
 #include "cpu.hpp"
 #include "engine.hpp"
 #include "product.hpp"
@@ -22,45 +23,18 @@ using namespace specache;
 
 namespace {
 
-using Addresses = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-
 const std::vector<const Kernels*>& all_kernels() {
     static const std::vector<const Kernels*> found = available_kernels();
     return found;
 }
-
-Engine engine_of(const std::string& isa, int threads) {
-    for (const Kernels* kernels : all_kernels())
-        if (isa == kernels->name) return {kernels, threads < 1 ? 1 : threads};
-    throw std::invalid_argument("this processor has no " + isa);
-}
-
-template <class T>
-T* at(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
-
-struct OwnedLayout {
-    Layout layout;
-    std::vector<float> signs;
-
-    OwnedLayout(int code, int bits, int group, int heads, int dim, int value_group, const std::vector<int64_t>& offsets,
-                std::vector<float> signs_)
-        : signs(std::move(signs_)) {
-        if (dim < 1 || dim > kMaxDim) throw std::invalid_argument("head dimension");
-        layout = {Code(code), bits, group, heads, dim, value_group, offsets.at(0), offsets.at(1), offsets.at(2), offsets.at(3),
-                  offsets.at(4), offsets.at(5), signs.data()};
-    }
-};
 
 struct OwnedLowBitKV {
     std::vector<const uint8_t*> pages;
     int64_t length;
     const float* weights;
 
-    OwnedLowBitKV(Addresses addresses, int64_t length, uintptr_t weights) : length(length), weights(at<const float>(weights)) {
-        pages.reserve(addresses.shape(0));
-        for (size_t i = 0; i < addresses.shape(0); i++) pages.push_back(reinterpret_cast<const uint8_t*>(addresses(i)));
+    OwnedLowBitKV(Addresses addresses, int64_t length, uintptr_t weights)
+        : pages(pages_of(addresses)), length(length), weights(at<const float>(weights)) {
         if (int64_t(pages.size()) * kPage < length) throw std::invalid_argument("fewer pages than tokens");
     }
     LowBitKV view() const { return {pages.data(), length, weights}; }
@@ -68,7 +42,8 @@ struct OwnedLowBitKV {
 
 Step step_of(const OwnedLayout& layout, const std::vector<const OwnedLowBitKV*>& low_bit_kvs, uintptr_t query, int groups, int rows,
              float scaling, float softcap) {
-    Step step{&layout.layout, {}, at<const float>(query), groups, rows, scaling, softcap};
+    const int64_t row = layout.layout.dim * int64_t(sizeof(float)), head = rows * row;  // [B, Hq, n, D], contiguous
+    Step step{&layout.layout, {}, {at<const uint8_t>(query), Dtype::f32, layout.layout.heads * groups * head, head, row}, groups, rows, scaling, softcap};
     for (const OwnedLowBitKV* low_bit_kv : low_bit_kvs) step.low_bit_kvs.push_back(low_bit_kv->view());
     return step;
 }
@@ -99,21 +74,12 @@ struct OwnedStep {
     LayerStep layer;
 
     OwnedStep(const std::string& isa, int threads, const OwnedLayout& layout, const std::vector<const OwnedLowBitKV*>& low_bit_kvs, uintptr_t query,
-              int groups, int n, float scaling, float softcap, const std::vector<int64_t>& recent, int dtype, int64_t k, uintptr_t sinks, bool at_once)
+              int groups, int n, float scaling, float softcap, const std::vector<int64_t>& recent, int dtype, int64_t k, uintptr_t sinks)
         : layout(layout), low_bit_kvs(owned(low_bit_kvs)), step(step_of(this->layout, pointers(this->low_bit_kvs), query, groups, n, scaling, softcap)),
-          layer(engine_of(isa, threads), step, recents_of(recent, dtype), k, at<const float>(sinks), at_once) {
+          layer(engine_of(isa, threads), step, recents_of(recent, dtype), k, at<const float>(sinks), false) {
         this->layout.layout.signs = this->layout.signs.data();
     }
 
-    // numbers: address, head stride, token stride per sequence.
-    void run(const std::vector<int64_t>& numbers, int dtype, uintptr_t out) {
-        std::vector<Rows> rows;
-        for (size_t i = 0; i + 3 <= numbers.size(); i += 3)
-            for (int head = 0; head < step.layout->heads; head++)
-                rows.push_back({reinterpret_cast<const uint8_t*>(numbers[i]) + head * numbers[i + 1], Dtype(dtype), 0, 0, numbers[i + 2]});
-        nb::gil_scoped_release released;
-        layer.run(rows, at<float>(out));
-    }
     void score() {
         nb::gil_scoped_release released;
         layer.score();
@@ -231,6 +197,12 @@ void py_plain_linear(const std::string& isa, int threads, uintptr_t x, int dtype
 
 }  // namespace
 
+Engine specache::engine_of(const std::string& isa, int threads) {
+    for (const Kernels* kernels : all_kernels())
+        if (isa == kernels->name) return {kernels, threads < 1 ? 1 : threads};
+    throw std::invalid_argument("this processor has no " + isa);
+}
+
 NB_MODULE(_native, m) {
     m.doc() = "Kernels over the low-bit KV for CPUs, called by specache.kernels.cpu.native; reads of rows, called by specache.tiers.disk.native_reads.";
     nb::set_leak_warnings(false);  // cached layouts live as long as the process
@@ -247,8 +219,7 @@ NB_MODULE(_native, m) {
         .def_rw("length", &OwnedLowBitKV::length);
     nb::class_<OwnedStep>(m, "LayerStep")
         .def(nb::init<const std::string&, int, const OwnedLayout&, const std::vector<const OwnedLowBitKV*>&, uintptr_t, int, int, float, float,
-                      const std::vector<int64_t>&, int, int64_t, uintptr_t, bool>())
-        .def("run", &OwnedStep::run)
+                      const std::vector<int64_t>&, int, int64_t, uintptr_t>())
         .def("score", &OwnedStep::score)
         .def("rescore", &OwnedStep::rescore)
         .def("select", &OwnedStep::select)
@@ -256,6 +227,7 @@ NB_MODULE(_native, m) {
         .def_prop_ro("next_k", &OwnedStep::next_k)
         .def("attend_low_bit", &OwnedStep::attend_low_bit)
         .def("attend_fetched", &OwnedStep::attend_fetched);
+    bind_in_place(m);
     m.def("quantise", &py_quantise);
     m.def("packed_linear", &py_packed_linear);
     m.def("plain_linear", &py_plain_linear);

@@ -9,6 +9,7 @@
 #include <new>
 #include <vector>
 
+#include "elements.hpp"
 #include "engine.hpp"
 
 namespace specache {
@@ -84,26 +85,26 @@ private:
     Block block_;
 };
 
-// The queries of all heads, padded with zeros to whole blocks, then rounded.
+// The queries of all heads as float32, padded with zeros to whole blocks, then rounded.
 class Queries {
 public:
     Queries(const Engine& engine, const Step& step)
         : step_(step), batches(step.queries(), engine.kernels->queries_per_pass), stride_(padded(step.layout->dim)),
-          copied_(stride_ == step.layout->dim ? 0 : step.heads() * step.queries() * stride_),
-          prepared_(step.heads() * batches.count) {}
+          copies_(stride_ != step.layout->dim || step.query.dtype != Dtype::f32),
+          copied_(copies_ ? step.heads() * step.queries() * stride_ : 0), prepared_(step.heads() * batches.count) {}
 
     const float* at(int64_t head, int query) {
-        if (stride_ == step_.layout->dim) return step_.query + (head * step_.queries() + query) * stride_;
+        if (!copies_) return reinterpret_cast<const float*>(step_.place(step_.query, head, query));
         return copied_.get() + (head * step_.queries() + query) * stride_;
     }
 
     void pad(int64_t head) {
-        int dim = step_.layout->dim;
-        if (stride_ == dim) return;
+        if (!copies_) return;
+        const int dim = step_.layout->dim;
         for (int j = 0; j < step_.queries(); j++) {
             float* to = copied_.get() + (head * step_.queries() + j) * stride_;
-            std::memset(to, 0, size_t(stride_) * sizeof(float));
-            std::memcpy(to, step_.query + (head * step_.queries() + j) * dim, size_t(dim) * sizeof(float));
+            widen(step_.place(step_.query, head, j), step_.query.dtype, dim, to);
+            std::fill(to + dim, to + stride_, 0.0f);
         }
     }
 
@@ -135,6 +136,7 @@ public:
 
 private:
     int64_t stride_;
+    bool copies_;
     Buffer<float> copied_;
     Buffer<PreparedQuery> prepared_;
 };

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -22,8 +23,8 @@ from torch import Tensor
 
 from specache.config import Policy
 from specache.kernels import dispatch
-from specache.kernels.types import AttentionParams, LayerStep, LowBitKV, RecentTokens
-from specache.rows.fetch import InPlaceRowFetcher, RowFetcher
+from specache.kernels.types import AttentionParams, InPlaceLayer, LayerStep, RecentTokens
+from specache.rows.fetch import RowFetcher
 from specache.stats import Counters
 
 
@@ -51,7 +52,7 @@ class StepKind(Enum):
         return {StepKind.PAIR: 1, StepKind.DRAFT: 0}.get(self)
 
 
-class CompressedLayer(Protocol):
+class CompressedLayer(InPlaceLayer, Protocol):
     """One full-attention layer of one sequence, as the attention uses it.
 
     `residual_keys` and `residual_values` [Hkv, r, D] are the newest tokens in the model's dtype,
@@ -62,8 +63,11 @@ class CompressedLayer(Protocol):
     row_fetcher: RowFetcher
     next_positions: Tensor | None  # [Hkv, k], selected by the last step for this one
 
-    @property
-    def low_bit_kv(self) -> LowBitKV: ...
+    def count_appended(self, query: Tensor, sequence: int) -> None:
+        """Count a token that `decode_in_place` has stored, the sequence's first of query
+        [B, Hq, n, D].
+        """
+
     @property
     def residual_keys(self) -> Tensor: ...
     @property
@@ -81,7 +85,17 @@ class StepSpec:
     top_k: int
     counters: Counters
 
-    @property
+    @cached_property
+    def verifies(self) -> bool:
+        """Whether each query waits for the rows that it selects (`Policy.verifies`)."""
+        return self.policy.verifies
+
+    @cached_property
+    def commits(self) -> bool:
+        """Whether the token of query 0 is kept in the cache (`StepKind.commits`)."""
+        return self.kind.commits
+
+    @cached_property
     def selects_next(self) -> bool:
         """Whether the last query selects the positions to prefetch for the next step."""
         if not self.policy.drafts:
@@ -150,6 +164,47 @@ def find_hits(wanted: Tensor, prefetched: Tensor) -> tuple[Tensor, Tensor]:
     return chosen, (wanted.unsqueeze(-1) == prefetched.unsqueeze(-2)).any(-1) & chosen
 
 
+def decode_in_place(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    layers: Sequence[CompressedLayer],
+    params: AttentionParams,
+    spec: StepSpec,
+) -> Tensor | None:
+    """Store the committed tokens and compute a step in one layer, in one call of the kernels.
+
+    Args:
+        query: [B, Hq, n, D].
+        keys, values: [B, Hkv, n, D] of the step's tokens, in the layers' dtype.
+
+    Returns:
+        [B, n, Hq, D] in the query's dtype. `None` if the step takes several calls: policy, rows or
+        kernels need them. Nothing was stored then.
+
+    Raises:
+        NonFiniteError: a committed key or value is NaN or infinity. Nothing was stored.
+    """
+    if not spec.verifies:
+        return None
+    for layer in layers:
+        if not layer.row_fetcher.in_place:
+            return None
+    out = dispatch.decode_in_place(query, keys, values, layers, spec.commits, spec.top_k, params)
+    if out is None:
+        return None
+    used = 0
+    for b, layer in enumerate(layers):
+        used += min(spec.top_k, layer.table.length)
+        if spec.commits:
+            layer.count_appended(query, b)
+    if spec.kind is not StepKind.DRAFT:
+        used *= keys.shape[1]
+        spec.counters.rows_selected += used
+        spec.counters.rows_ready += used
+    return out
+
+
 def mixed_attention(
     query: Tensor,
     keys: Tensor,
@@ -170,10 +225,6 @@ def mixed_attention(
     """
     low_bit_kvs = [layer.low_bit_kv for layer in layers]
     recent = _recent_tokens(keys, values, layers, spec.kind)
-    if spec.policy.verifies:
-        out = _in_place(query, low_bit_kvs, recent, layers, params, spec)
-        if out is not None:
-            return out
     step = dispatch.layer_step(query, low_bit_kvs, recent, spec.top_k, params)
     return attend(step, _BatchRows(layers, query.shape[2], spec), spec)
 
@@ -188,27 +239,6 @@ def select_first(query: Tensor, layer: CompressedLayer, params: AttentionParams,
     recent = RecentTokens(layer.residual_keys, layer.residual_values)
     step = dispatch.layer_step(query[None], [layer.low_bit_kv], [recent], top_k, params)
     _submit(step.select()[0, :, 0], layer)
-
-
-def _in_place(
-    query: Tensor,
-    low_bit_kvs: list[LowBitKV],
-    recent: list[RecentTokens],
-    layers: Sequence[CompressedLayer],
-    params: AttentionParams,
-    spec: StepSpec,
-) -> Tensor | None:
-    """Compute a step whose rows are all read in place in one call; `None` if it takes several."""
-    fetchers = [layer.row_fetcher for layer in layers]
-    stored = [fetcher.stored() for fetcher in fetchers if isinstance(fetcher, InPlaceRowFetcher)]
-    if len(stored) < len(layers):
-        return None
-    out = dispatch.decode_in_place(query, low_bit_kvs, recent, stored, spec.top_k, params)
-    if out is not None and spec.kind is not StepKind.DRAFT:
-        used = sum(low_bit_kv.num_kv_heads * min(spec.top_k, low_bit_kv.length) for low_bit_kv in low_bit_kvs)
-        spec.counters.rows_selected += used
-        spec.counters.rows_ready += used
-    return out
 
 
 def _recent_tokens(keys: Tensor, values: Tensor, layers: Sequence[CompressedLayer], kind: StepKind) -> list[RecentTokens]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from specache.attention.decode import StepKind, StepSpec, mixed_attention
+from specache.attention.decode import StepKind, StepSpec, decode_in_place, mixed_attention
 from specache.bench.compute_device import CPU
 from specache.bench.synthetic import fill_compressed
 from specache.cache.layers import CompressedLayer
@@ -57,14 +57,19 @@ class LowBitLayer:
     def attend(self, query: Tensor) -> Tensor:
         """Run the library's attention for query [1, Hq, n, D] -> float32 [1, Hq, n, D].
 
-        The first row is the newest token (policy `on-demand`). With two rows, the second one is a
-        draft token with the same key and value (policy `verified`).
+        The first row is the newest token (policy `on-demand`), which is decoded again. With two
+        rows, the second one is a draft token with the same key and value (policy `verified`).
         """
         n = query.shape[2]
         kind, policy = (StepKind.SINGLE, Policy.ON_DEMAND) if n == 1 else (StepKind.PAIR, Policy.VERIFIED)
         keys, values = (newest.expand(-1, -1, n, -1) for newest in self.newest)
         plan = StepSpec(kind, policy, self._top_k, Counters())
         self._rows.drop()
+        self.layer.residual_count -= 1
+        out = decode_in_place(query.float(), keys, values, [self.layer], self.params, plan)
+        if out is not None:
+            return out.transpose(1, 2)
+        self.layer.residual_count += 1
         return mixed_attention(query, keys, values, [self.layer], self.params, plan)
 
 

@@ -11,11 +11,10 @@ from torch import Tensor
 from specache.attention.dense import KEY_BLOCK, attend_part, merge, merge_each
 from specache.cache.sizes import ORDINARY_ITEMSIZE, FastBytes, compressed_bytes, dense_capacity
 from specache.config import Code, SpeCacheConfig
-from specache.errors import NonFiniteError
 from specache.kernels import dispatch
-from specache.kernels.finite import all_finite
+from specache.kernels.finite import check_finite
 from specache.kernels.torch.exact import Part
-from specache.kernels.types import AttentionParams, LowBitKV
+from specache.kernels.types import AttentionParams, KeptLayer, LowBitKV
 from specache.low_bit.key_scales import KeyScales
 from specache.low_bit.pool import PageTable
 from specache.model.dimensions import row_bytes
@@ -23,25 +22,6 @@ from specache.platform.budget import ByteBudget, Claim
 from specache.rows.fetch import RowFetcher
 from specache.stats import MemoryUse
 from specache.tiers.base import SlowTier
-
-
-def check_finite(keys: Tensor, values: Tensor, layer: int) -> None:
-    """Reject NaN and infinity before anything is packed.
-
-    Raises:
-        NonFiniteError: names the layer.
-    """
-    for name, tensor in (("keys", keys), ("values", values)):
-        if not all_finite(tensor):
-            raise not_finite(layer, name)
-
-
-def not_finite(layer: int, name: str = "keys or values") -> NonFiniteError:
-    """Return the error that `check_finite` raises."""
-    return NonFiniteError(
-        f"The model produced NaN or infinity in the {name} of layer {layer}. Nothing of this step was kept. "
-        "Check the weights, or run in a wider dtype (bfloat16 or float32 instead of float16)."
-    )
 
 
 class LayerState(ABC):
@@ -108,10 +88,15 @@ class CompressedLayer(LayerState):
         self.next_positions: Tensor | None = None
         self.residual_count = 0
         self.key_scales = KeyScales(capacity)
+        self.kept: KeptLayer | None = None
 
     @property
     def low_bit_kv(self) -> LowBitKV:
         return self.table.low_bit_kv(self.key_scales.value)
+
+    @property
+    def channel_scales(self) -> Tensor | None:
+        return self.key_scales.value
 
     @property
     def length(self) -> int:
@@ -124,6 +109,11 @@ class CompressedLayer(LayerState):
     @property
     def residual_values(self) -> Tensor:
         return self._kv_rows[1, :, : self.residual_count]
+
+    @property
+    def residual_buffer(self) -> Tensor:
+        """The residual and room behind it, keys and values [2, Hkv, R + g, D]."""
+        return self._kv_rows
 
     @property
     def pending_group_tokens(self) -> int:
@@ -180,6 +170,25 @@ class CompressedLayer(LayerState):
         self._kv_rows[1, :, self.residual_count] = values[:, 0]
         self.residual_count += 1
 
+    @property
+    def rows_version(self) -> int:
+        return self.tier.version
+
+    def rows_with_room(self, tokens: int) -> Tensor:
+        """Return the rows [Hkv, capacity, 2 D] in memory, with room for `tokens` more.
+
+        Only of a tier that is `in_place`.
+        """
+        return self.tier.rows(self.index, self.length, self.length + tokens)
+
+    def count_appended(self, query: Tensor, sequence: int) -> None:
+        """Count a token that a step in place has stored, the sequence's first of query
+        [B, Hq, n, D].
+        """
+        if self.key_scales.observes(self.length):
+            self._observe(query[sequence, :, :1])
+        self.residual_count += 1
+
     def quantise_oldest(self) -> None:
         """Quantise the pending groups of the residual, if any, from their original values."""
         count = self.pending_group_tokens
@@ -199,7 +208,7 @@ class CompressedLayer(LayerState):
         self.claim_buffers(self.config)
         into.zero_()
         into[:, :, : self.residual_count] = self._kv_rows[:, :, : self.residual_count]
-        self._kv_rows = into
+        self.kept, self._kv_rows = None, into  # `kept` first: it has the addresses of the old one
 
     def residual_at(self, length: int) -> tuple[Tensor, Tensor] | None:
         """Read the residual, keys and values [Hkv, m, D], that a sequence cut to `length` needs.
@@ -256,6 +265,7 @@ class CompressedLayer(LayerState):
         Prefetched rows are dropped.
         """
         self.row_fetcher.drop()
+        self.kept = None  # first: it has the addresses of the old tier's rows
         self.tier, self.row_fetcher, self.config = tier, row_fetcher, config
         self.next_positions = None
 
@@ -285,6 +295,7 @@ class CompressedLayer(LayerState):
         self.table.truncate(0)
         self.residual_count = 0
         self.key_scales = KeyScales(self.key_scales.tokens)
+        self.kept = None
         self._free()
 
     def _parts(self, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Iterator[Part]:

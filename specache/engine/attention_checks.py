@@ -21,6 +21,7 @@ WITHOUT_EFFECT = {  # passed down to every module, or used only by other attenti
     "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "num_items_in_batch",
     "output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "use_cache", "training",
 }  # fmt: skip
+_KNOWN = SUPPORTED | WITHOUT_EFFECT
 _MASKED = -1e4  # an additive mask this low hides a key
 
 
@@ -30,24 +31,29 @@ def check_arguments(module: Any, query: Tensor, key: Tensor, value: Tensor, argu
     Raises:
         UnsupportedModelError: names the argument, or the shapes that do not fit.
     """
-    name = type(module).__name__
     for argument, given in arguments.items():
-        if argument not in SUPPORTED and argument not in WITHOUT_EFFECT and given is not None and given is not False:
+        if argument not in _KNOWN and given is not None and given is not False:
             raise UnsupportedModelError(
-                f"{name} passes {argument} to its attention, which specache's attention over a low-bit copy does not take into "
-                "account: its answers would be wrong. Use the model's ordinary cache."
+                f"{type(module).__name__} passes {argument} to its attention, which specache's attention over a low-bit copy does "
+                "not take into account: its answers would be wrong. Use the model's ordinary cache."
             )
     if arguments.get("is_causal") is False:
-        raise UnsupportedModelError(f"{name} attends to later tokens too (is_causal=False); specache runs causal decoders.")
+        raise UnsupportedModelError(
+            f"{type(module).__name__} attends to later tokens too (is_causal=False); specache runs causal decoders."
+        )
     if arguments.get("dropout"):
         raise UnsupportedModelError(
-            f"{name} drops attention at random (dropout={arguments['dropout']}): the model is in training mode. Call "
-            "model.eval() first."
+            f"{type(module).__name__} drops attention at random (dropout={arguments['dropout']}): the model is in training mode. "
+            "Call model.eval() first."
         )
-    _check_shapes(name, query, key, value)
+    of_query, of_key, of_value = query.shape, key.shape, value.shape
+    batch, heads, tokens, dim = of_key
+    if of_value != of_key or of_query[1] % heads or of_query != (batch, of_query[1], tokens, dim):
+        _refuse_shapes(type(module).__name__, query, key, value)
 
 
-def _check_shapes(name: str, query: Tensor, key: Tensor, value: Tensor) -> None:
+def _refuse_shapes(name: str, query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raise the error for shapes of which one does not fit."""
     if key.shape[-1] != value.shape[-1] or query.shape[-1] != key.shape[-1]:
         raise UnsupportedModelError(
             f"{name} has queries of {query.shape[-1]}, keys of {key.shape[-1]} and values of {value.shape[-1]} elements per head; "

@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -109,7 +110,7 @@ def decode_forward(model: Any, token_ids: Tensor, position_ids: Tensor, state: F
     if step is None:
         mask = None if reads_back else torch.zeros(1, 1, 1, 1, device=token_ids.device)
         return forward(model, token_ids, position_ids, state, logits=token_ids.shape[1], mask=mask)
-    with compiled.running(_OncePerLayer(state, type(model).__name__)), modes.callers():
+    with compiled.running(_OncePerLayer(state, type(model))), modes.callers():
         return step(token_ids, position_ids)
 
 
@@ -155,14 +156,28 @@ def _attention(
         _check(module, query, key, value, attention_mask, kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     sinks = kwargs.get("s_aux")
-    sinks = getattr(module, "sinks", None) if sinks is None else sinks
     if state is compiled.CURRENT_PASS:
+        sinks = getattr(module, "sinks", None) if sinks is None else sinks
         return compiled.attend(query, key, value, module.layer_idx, scale, kwargs.get("softcap"), sinks), None
     _check_layer(module, state is not None)
     if state is None:
         return _users_attention(module)(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    params = AttentionParams(scaling=scale, softcap=kwargs.get("softcap"), sinks=sinks)
+    sinks = _sinks(module) if sinks is None else sinks
+    softcap = kwargs.get("softcap")
+    params = _params(scale, softcap) if sinks is None else AttentionParams(scale, softcap, sinks)
     return attend(state, module.layer_idx, query, key, value, params), None
+
+
+@lru_cache(maxsize=64)
+def _params(scaling: float, softcap: float | None) -> AttentionParams:
+    """Return the constants of a layer without sinks; most models have the same in all layers."""
+    return AttentionParams(scaling, softcap)
+
+
+def _sinks(module: torch.nn.Module) -> Any | None:
+    """Return the layer's attribute `sinks`, if any. `getattr` is slow where there is none."""
+    missing = "sinks" not in module._parameters and "sinks" not in module._buffers and "sinks" not in module.__dict__
+    return None if missing and not hasattr(type(module), "sinks") else getattr(module, "sinks", None)
 
 
 def _check(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, arguments: dict[str, Any]) -> None:
@@ -177,16 +192,16 @@ def _check_layer(module: Any, reached: bool) -> None:
     layers = getattr(_inside, "layers", None)
     if layers is None:
         return
-    name = type(module).__name__
     if not reached:
+        name = type(module).__name__
         raise UnsupportedModelError(f"{name} is not handed specache's state: its model drops extra arguments on the way to it.")
-    _add_layer(module.layer_idx, layers, name)
+    _add_layer(module.layer_idx, layers, type(module))
 
 
-def _add_layer(layer: int, layers: set[int], name: str) -> None:
+def _add_layer(layer: int, layers: set[int], kind: type) -> None:
     if layer in layers:
         raise UnsupportedModelError(
-            f"{name} attends twice in one pass (layer {layer}); specache keeps one set of keys and values per layer."
+            f"{kind.__name__} attends twice in one pass (layer {layer}); specache keeps one set of keys and values per layer."
         )
     layers.add(layer)
 
@@ -194,13 +209,13 @@ def _add_layer(layer: int, layers: set[int], name: str) -> None:
 class _OncePerLayer:
     """A forward pass with the check of `_check_layer`, for compiled layers."""
 
-    def __init__(self, state: ForwardPass, name: str) -> None:
+    def __init__(self, state: ForwardPass, kind: type) -> None:
         self._state = state
-        self._name = name
+        self._kind = kind
         self._layers: set[int] = set()
 
     def attention(self, index: int, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
-        _add_layer(index, self._layers, self._name)
+        _add_layer(index, self._layers, self._kind)
         return self._state.attention(index, query, keys, values, params)
 
 

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from specache.attention.decode import StepSpec, mixed_attention, select_first
+from specache.attention.decode import StepSpec, decode_in_place, mixed_attention, select_first
 from specache.cache.layers import CompressedLayer, DenseLayer
 from specache.cache.sequence import Sequence
 from specache.cache.window_layer import WindowLayer
@@ -37,8 +37,13 @@ def attend(state: ForwardPass, index: int, query: Tensor, keys: Tensor, values: 
 
     Under `torch.autocast` the query and the result have the dtype of stock attention.
     """
-    query = query.to(modes.autocast_dtype(query) or query.dtype)
-    with modes.ours_again():
+    dtype = modes.autocast_dtype(query)
+    if dtype is not None:
+        query = query.to(dtype)
+    in_ours = modes.ours_again()
+    if in_ours is None:
+        return state.attention(index, query, keys, values, params).contiguous()
+    with in_ours:
         return state.attention(index, query, keys, values, params).contiguous()
 
 
@@ -81,9 +86,14 @@ class DecodePass:
 
     def attention(self, index: int, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
         layers = [sequence.layers[index] for sequence in self._sequences]
-        keys, values = keys.to(layers[0].dtype), values.to(layers[0].dtype)
+        dtype = layers[0].dtype
+        if keys.dtype is not dtype or values.dtype is not dtype:
+            keys, values = keys.to(dtype), values.to(dtype)
         compressed = [layer for layer in layers if isinstance(layer, CompressedLayer)]
         if compressed:
+            in_place = decode_in_place(query, keys, values, compressed, params, self._spec)
+            if in_place is not None:
+                return in_place
             out = self._compressed(query, keys, values, compressed, params)
         else:
             out = torch.stack([self._full_precision(layer, query[b], keys[b], values[b], params) for b, layer in enumerate(layers)])

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from specache.attention.decode import StepKind
 from specache.cache.cache import SpeCache
-from specache.cache.layers import not_finite
 from specache.cache.sequence import Sequence as CachedSequence
 from specache.device import page_kernels
 from specache.device.batch import BatchSize, DeviceBatch
@@ -28,6 +27,7 @@ from specache.device.static_sizes import CAPACITY_STEP, KINDS, low_bit_room, uns
 from specache.device.step import StaticPass
 from specache.engine.attention_hook import decode_forward
 from specache.errors import SlowTierError
+from specache.kernels.finite import not_finite
 from specache.planning.working_set import decode_bytes
 from specache.platform.budget import Claim
 from specache.platform.out_of_memory import is_out_of_memory

@@ -26,13 +26,14 @@ from typing import Any
 
 from torch import Tensor
 
+from specache.config import Code
 from specache.errors import ConfigError
 from specache.kernels import gpu_quantise
 from specache.kernels import triton as triton_kernels
 from specache.kernels.cpu import native
 from specache.kernels.torch import operations as torch_ops
 from specache.kernels.torch.layer_step import TorchLayerStep
-from specache.kernels.types import AttentionParams, LayerStep, LowBitKV, RecentTokens
+from specache.kernels.types import AttentionParams, InPlaceLayer, LayerStep, LowBitKV, RecentTokens
 
 OPERATIONS = ("quantise", "score", "rescore", "select", "attend")  # as `specache doctor` lists them; a layer step has the last four
 VARIABLE = "SPECACHE_KERNELS"
@@ -73,7 +74,7 @@ def using(name: str) -> Iterator[None]:
 def quantise(keys: Tensor, values: Tensor, low_bit_kv: LowBitKV, start: int) -> None:
     on_cuda = keys.device.type == "cuda"
     if forces_torch() or not (on_cuda or _chosen()[0] == TRITON):
-        _backend_for(keys, low_bit_kv).quantise(keys, values, low_bit_kv, start)
+        _backend_for(keys, low_bit_kv.head_dim, low_bit_kv.code).quantise(keys, values, low_bit_kv, start)
         return
     if not (on_cuda or triton_kernels.interpreted()):
         raise ConfigError(f"{VARIABLE}={TRITON!r} runs on a GPU, and this tensor is on the CPU. {ON_CPU}")
@@ -83,24 +84,41 @@ def quantise(keys: Tensor, values: Tensor, low_bit_kv: LowBitKV, start: int) -> 
 def layer_step(
     query: Tensor, low_bit_kvs: Sequence[LowBitKV], recent: Sequence[RecentTokens], top_k: int, params: AttentionParams
 ) -> LayerStep:
-    backend = _step_backend_for(query, low_bit_kvs[0])
+    backend = _step_backend_for(query, low_bit_kvs[0].head_dim, low_bit_kvs[0].code)
     return (backend.layer_step if backend else TorchLayerStep)(query, low_bit_kvs, recent, top_k, params)
 
 
 def decode_in_place(
     query: Tensor,
-    low_bit_kvs: Sequence[LowBitKV],
-    recent: Sequence[RecentTokens],
-    stored: Sequence[Tensor],
+    keys: Tensor,
+    values: Tensor,
+    layers: Sequence[InPlaceLayer],
+    commits: bool,
     top_k: int,
     params: AttentionParams,
 ) -> Tensor | None:
-    """Compute a layer in one call, with the rows [Hkv, capacity, 2 D] of each sequence in place.
+    """Compute a layer of a step in one call, each query with the 16-bit pairs that it selects.
 
-    Return float32 [B, Hq, n, D], or `None` where the backend has no such call.
+    The pairs are read where they lie.
+
+    Args:
+        query: [B, Hq, n, D].
+        keys, values: [B, Hkv, n, D] of the step's tokens, in the layers' dtype.
+        layers: the layer's state in each of the B sequences.
+        commits: first append each sequence's first token to its residual and its rows; the caller
+            counts it.
+
+    Returns:
+        [B, n, Hq, D], contiguous, in the query's dtype: the same bits as a `LayerStep` gives for
+        the selected positions. `None` where the backend has no such call.
+
+    Raises:
+        NonFiniteError: a committed key or value is NaN or infinity; nothing was appended.
     """
-    backend = _step_backend_for(query, low_bit_kvs[0])
-    return None if backend is None else backend.decode_in_place(query, low_bit_kvs, recent, stored, top_k, params)
+    kept, (_, backend) = layers[0].kept, _chosen()
+    if kept is None or not kept.serves(backend, query.dtype):
+        backend = _step_backend_for(query, keys.shape[3], layers[0].table.code)
+    return None if backend is None else backend.decode_in_place(query, keys, values, layers, commits, top_k, params)
 
 
 def forces_torch() -> bool:
@@ -108,21 +126,22 @@ def forces_torch() -> bool:
     return (_forced[0] if _forced else os.environ.get(VARIABLE)) == "torch"
 
 
-def _step_backend_for(query: Tensor, low_bit_kv: LowBitKV) -> Any | None:
+def _step_backend_for(query: Tensor, dim: int, code: Code) -> Any | None:
     """Return the backend with a layer step for queries [B, Hq, n, D], or `None` for PyTorch's."""
-    backend = _backend_for(query, low_bit_kv)
+    backend = _backend_for(query, dim, code)
     return None if backend is torch_ops else backend
 
 
-def _backend_for(tensor: Tensor, low_bit_kv: LowBitKV) -> Any:
+def _backend_for(tensor: Tensor, dim: int, code: Code) -> Any:
     name, backend = _chosen()
-    if tensor.device.type == "cuda" or name == TRITON:
+    device = tensor.device.type
+    if device == "cuda" or name == TRITON:
         return torch_ops
-    if native.IMPORT_ERROR and tensor.device.type == "cpu" and VARIABLE not in os.environ:
+    if native.IMPORT_ERROR and device == "cpu" and VARIABLE not in os.environ:
         _warn_without_native()
-    if tensor.device.type != "cpu" or backend is torch_ops:
+    if device != "cpu" or backend is torch_ops:
         return torch_ops
-    return backend if backend.supports(low_bit_kv.head_dim, tensor.dtype, low_bit_kv.code) else torch_ops
+    return backend if backend.supports(dim, tensor.dtype, code) else torch_ops
 
 
 def _chosen() -> tuple[str, Any]:

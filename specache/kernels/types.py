@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -103,6 +103,60 @@ class RecentTokens:
     keys: Tensor
     values: Tensor
     pending: int = 0
+
+
+class InPlaceLayer(Protocol):
+    """One layer of one sequence whose 16-bit rows lie in memory, for a step in one call.
+
+    Attributes:
+        index: the layer's number in the model.
+        residual_count: tokens in the residual.
+        kept: what a kernel backend keeps of the layer from step to step, `None` at first and after
+            the residual or the tier was replaced.
+    """
+
+    index: int
+    residual_count: int
+    kept: KeptLayer | None
+
+    @property
+    def table(self) -> PagesInOrder:
+        """The pages of the low-bit copy."""
+
+    @property
+    def low_bit_kv(self) -> LowBitKV: ...
+
+    @property
+    def channel_scales(self) -> Tensor | None:
+        """`LowBitKV.channel_scales`."""
+
+    @property
+    def residual_buffer(self) -> Tensor:
+        """The residual and room behind it, keys and values [2, Hkv, R + g, D]."""
+
+    @property
+    def rows_version(self) -> int:
+        """A number that changes with the place of `rows_with_room`."""
+
+    def rows_with_room(self, tokens: int) -> Tensor:
+        """Return the rows [Hkv, capacity, 2 D] in memory, with room for `tokens` more."""
+
+
+class KeptLayer(Protocol):
+    """What a kernel backend keeps of a layer from step to step."""
+
+    def serves(self, backend: Any, dtype: torch.dtype) -> bool:
+        """Return whether the layer's last step ran on this backend with queries of this dtype."""
+
+
+class PagesInOrder(Protocol):
+    """The pages of a layer: how many tokens they hold, and a number that changes with the pages."""
+
+    length: int
+    version: int
+
+    @property
+    def code(self) -> Code: ...
 
 
 class LayerStep(Protocol):

@@ -45,6 +45,10 @@ class KeyScales:
         """How many queries are kept; 0 again once the pass after the fixing one begins."""
         return 0 if self.observed is None else self.observed.shape[1]
 
+    def observes(self, start: int) -> bool:
+        """Return whether `observe` does anything from token `start` on."""
+        return start < self.tokens or self.observed is not None
+
     def observe(self, start: int, query: Tensor, num_kv_heads: int) -> None:
         """Observe the queries [Hq, n, D] of tokens `[start, start + n)`."""
         if start >= self.tokens:

@@ -16,7 +16,7 @@ from itertools import islice, pairwise
 import torch
 from torch import Tensor
 
-from specache.config import PAGE_TOKENS
+from specache.config import PAGE_TOKENS, Code
 from specache.kernels.types import LowBitKV, PageRun
 from specache.low_bit.layout import PageLayout
 from specache.low_bit.slab import Slab
@@ -156,6 +156,7 @@ class PageTable:
         self.pages: list[Page] = []  # always changed in place: the finalizer refers to it
         self.length = 0
         self.unchanged = 0  # tokens at the last `mark` that were not truncated since
+        self.version = 0  # changes before the pages do
         self._runs: tuple[PageRun, ...] | None = None
         weakref.finalize(self, pool.forget, self.pages).atexit = False
 
@@ -163,24 +164,28 @@ class PageTable:
     def nbytes(self) -> int:
         return len(self.pages) * self.pool.layout.page_bytes
 
+    @property
+    def code(self) -> Code:
+        return self.pool.layout.code
+
     def extend(self, tokens: int) -> None:
         """Make room for `tokens` more tokens and count them. The caller writes their codes."""
         self._own_last_page()
         missing = _pages_for(self.length + tokens) - len(self.pages)
         if missing > 0:
+            self._pages_change()
             self.pages += self.pool.allocate(missing)
-            self._runs = None
         self.length += tokens
 
     def truncate(self, length: int) -> None:
         """Drop tokens from `length` on. Pages without tokens return to the pool."""
+        self._pages_change()
         keep = _pages_for(length)
         gone = self.pages[keep:]
         del self.pages[keep:]  # before `release`: an interrupt in between must not release a page twice
         self.pool.release(gone)
         self.length = length
         self.unchanged = min(self.unchanged, length)
-        self._runs = None
 
     def mark(self) -> None:
         """Start to track in `unchanged` how many of the current tokens stay."""
@@ -210,14 +215,19 @@ class PageTable:
             self._runs = tuple(self.pool.run(*run) for run in self._consecutive())
         return self.pool.layout.low_bit_kv(self._runs, self.length, channel_scales)
 
+    def _pages_change(self) -> None:
+        """Forget what was computed from the pages, before they change: an interrupt may follow."""
+        self._runs = None
+        self.version += 1
+
     def _own_last_page(self) -> None:
         """Copy a partly filled last page that is shared, before it is written to."""
         if self.length % PAGE_TOKENS and self.pool.is_shared(self.pages[-1]):
+            self._pages_change()
             (page,) = self.pool.allocate(1)
             self.pool.page_bytes(page).copy_(self.pool.page_bytes(self.pages[-1]))
             self.pool.release([self.pages[-1]])
             self.pages[-1] = page
-            self._runs = None
 
     def _consecutive(self) -> list[tuple[int, int, int]]:
         """Return runs of neighbouring pages as (slab, first, count)."""

@@ -84,10 +84,6 @@ class InPlaceRowFetcher(RowFetcher):
         self._layer = layer
         self._started = torch.empty(0, 0, 0, dtype=torch.long)
 
-    def stored(self) -> Tensor:
-        """Return all rows [Hkv, capacity, 2 D], a view of the tier's buffer."""
-        return self._tier.rows(self._layer)
-
     def begin_step(self) -> None:
         pass
 

@@ -107,6 +107,7 @@ class SlowTier(Protocol):
     """The 16-bit rows of one sequence, for all its full-attention layers."""
 
     in_place: bool  # attention reads the rows where they lie, so nothing is prefetched
+    version: int  # changes before a buffer of `rows` moves
 
     def write(self, layer: int, start: int, keys: Tensor, values: Tensor) -> None:
         """Store keys and values [Hkv, n, D] of tokens `[start, start + n)`; forget later tokens."""
@@ -114,10 +115,11 @@ class SlowTier(Protocol):
     def read(self, layer: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Return keys and values [Hkv, stop - start, D] of a range of tokens."""
 
-    def rows(self, layer: int) -> Tensor:
+    def rows(self, layer: int, used: int = 0, needed: int = 0) -> Tensor:
         """Return a layer's buffer [Hkv, capacity, 2 D], with room to grow.
 
-        Only of a tier that is `in_place`.
+        Only of a tier that is `in_place`. A buffer without room for `needed` tokens grows and keeps
+        the first `used`.
         """
 
     def gather(self, layer: int, heads: Tensor, positions: Tensor) -> Tensor:

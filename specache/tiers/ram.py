@@ -48,6 +48,7 @@ class RamTier:
         self._offload = offload
         self._rows: dict[int, Tensor] = {}
         self._expected = MIN_CAPACITY
+        self.version = 0
 
     def write(self, layer: int, start: int, keys: Tensor, values: Tensor) -> None:
         heads, count, dim = keys.shape
@@ -63,10 +64,12 @@ class RamTier:
         dim = rows.shape[-1] // 2
         return rows[..., :dim], rows[..., dim:]
 
-    def rows(self, layer: int) -> Tensor:
+    def rows(self, layer: int, used: int = 0, needed: int = 0) -> Tensor:
         if self._offload is not None:
             self._offload.arrived(layer)
-        return self._rows[layer]
+        rows = self._rows[layer]
+        heads, capacity, width = rows.shape
+        return rows if capacity >= needed else self._ensure(layer, used, needed, heads, width // 2, rows.dtype)
 
     def buffer(self, layer: int) -> Tensor:
         """Return `rows` without waiting for rows in transfer.
@@ -103,6 +106,7 @@ class RamTier:
         for layer, rows in self._rows.items():
             if rows.shape[1] < tokens:
                 grown = self._memory.take((rows.shape[0], tokens, rows.shape[2]), rows.dtype)
+                self.version += 1
                 self._move(rows, grown, rows.shape[1])
                 self._rows[layer] = grown
 
@@ -126,6 +130,7 @@ class RamTier:
     def close(self) -> None:
         if self._offload is not None and self._rows:
             self._offload.finish()
+        self.version += 1
         while self._rows:
             self._memory.give_back(self._rows.popitem()[1])
 
@@ -139,6 +144,7 @@ class RamTier:
         if rows is None or rows.shape[1] < needed:
             capacity = max(needed, self._expected, int(rows.shape[1] * GROWTH) if rows is not None else 0)
             grown = self._memory.take((heads, capacity, 2 * dim), dtype)
+            self.version += 1
             if rows is not None:
                 self._move(rows, grown, used)
             self._rows[layer] = rows = grown

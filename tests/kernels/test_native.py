@@ -423,30 +423,123 @@ def test_codes_equal_pytorchs(isa, case, step):
                 assert differs.float().mean() <= max(0.02, 1.5 / differs.numel())
 
 
+class InPlace:
+    """A layer of one sequence of a case, with its 16-bit rows in memory
+    (`specache.kernels.types.InPlaceLayer`).
+
+    Args:
+        recent: the newest tokens, of which the last `rows` are those of the step.
+    """
+
+    def __init__(self, case, b, recent, rows, commits):
+        self.index, self.kept, self.table, self.rows_version = 0, None, case.tables[b], 0
+        self.low_bit_kv, self.channel_scales = case.low_bit_kvs[b], case.low_bit_kvs[b].channel_scales
+        self.residual_count = recent.keys.shape[1] - rows
+        newest = torch.stack([recent.keys, recent.values])
+        self.residual_buffer = newest.new_full((2, case.heads, self.residual_count + commits, case.dim), float("nan"))
+        self.residual_buffer[:, :, : self.residual_count] = newest[:, :, : self.residual_count]
+        self.rows = torch.cat([torch.cat([case.keys[b], recent.keys], 1), torch.cat([case.values[b], recent.values], 1)], dim=-1)
+        self.rows[:, self.rows.shape[1] - rows :] = float("nan")
+
+    def rows_with_room(self, tokens):
+        return self.rows
+
+
+def of_step(recent, rows):
+    """Keys and values [B, Hkv, n, D] of the step's tokens, with the strides of a model's."""
+    tokens = torch.stack([torch.stack([one.keys[:, -rows:], one.values[:, -rows:]]) for one in recent], dim=1)
+    return tokens.transpose(2, 3).contiguous().transpose(2, 3)
+
+
 @every_isa
 @settings(max_examples=15, deadline=None)
-@given(data=st.data(), case=cases(), k=st.integers(1, 70))
-def test_one_call_and_several_give_the_same_bits_on_any_number_of_threads(isa, data, case, k):
+@given(
+    data=st.data(),
+    case=cases(),
+    k=st.integers(1, 70),
+    commits=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_one_call_and_several_give_the_same_bits_on_any_number_of_threads(isa, data, case, k, commits, dtype):
     newest = data.draw(newests(case))
-    stored = [torch.cat([k_, v_], dim=-1) for k_, v_ in zip(case.keys, case.values, strict=True)]
+    case.query = case.query.to(dtype).transpose(1, 2).contiguous().transpose(1, 2)  # as a model makes it
+    keys, values = of_step(newest.recent, case.rows)
     before, outs = torch.get_num_threads(), []
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
             with dispatch.using(isa):
-                outs.append(dispatch.decode_in_place(case.query, case.low_bit_kvs, newest.recent, stored, k, newest.params))
+                layers = [InPlace(case, b, recent, case.rows, commits) for b, recent in enumerate(newest.recent)]
+                for _ in range(2):  # the second time it knows the layers' addresses
+                    out = dispatch.decode_in_place(case.query, keys, values, layers, commits, k, newest.params)
+                    assert out.shape == (len(layers), case.rows, case.query.shape[1], case.dim)
+                    outs.append(out.transpose(1, 2))
                 step = newest.step(case, k)
                 positions = step.select()  # [B, Hkv, n, k]
                 heads = torch.arange(case.heads).view(-1, 1, 1)
+                stored = [torch.cat([k_, v_], dim=-1) for k_, v_ in zip(case.keys, case.values, strict=True)]
                 rows = [
                     rows_[heads, at.clamp(min=0)] if rows_.shape[1] else torch.zeros(*at.shape, 2 * case.dim, dtype=rows_.dtype)
                     for rows_, at in zip(stored, positions, strict=True)
                 ]
                 step.attend_low_bit(positions)
-                outs.append(step.attend_fetched(positions, torch.stack(rows)))
+                outs.append(step.attend_fetched(positions, torch.stack(rows)).to(dtype))
+                for layer, recent, b in zip(layers, newest.recent, range(len(layers)), strict=True):
+                    check_stored(case, layer, recent, b, commits)
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(outs[0], other) for other in outs[1:])
+
+
+def check_stored(case, layer, recent, b, commits):
+    """The committed token is in the residual and in the rows, and nothing else changed."""
+    stored = layer.residual_count + commits
+    assert torch.equal(layer.residual_buffer, torch.stack([recent.keys, recent.values])[:, :, :stored])
+    newest = torch.cat([recent.keys, recent.values], dim=-1)
+    length = case.lengths[b]
+    assert torch.equal(layer.rows[:, length : length + stored], newest[:, :stored])
+    assert layer.rows[:, length + stored :].isnan().all()
+
+
+@every_isa
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", ["keys", "values"])
+def test_a_step_in_place_stores_nothing_of_a_batch_where_one_token_is_not_finite(isa, dtype, bad, name):
+    case = Case(Code.ROTATED, 2, 64, 64, 2, 1, 2, [1, 1], 0, dtype)
+    newest = Newest(case, 5, 0, False, None)
+    tokens = dict(zip(("keys", "values"), of_step(newest.recent, 2), strict=True))
+    tokens[name][1, 1, 0, 63] = bad
+    layers = [InPlace(case, b, recent, 2, True) for b, recent in enumerate(newest.recent)]
+    with dispatch.using(isa), pytest.raises(NonFiniteError, match=f"in the {name} of layer 0"):
+        dispatch.decode_in_place(case.query, tokens["keys"], tokens["values"], layers, True, 8, newest.params)
+    for layer in layers:
+        assert layer.residual_buffer[:, :, -1].isnan().all()
+        assert layer.rows[:, -2:].isnan().all()
+    tokens[name][1, 1, 0, 63] = 0.0
+    tokens[name][1, 1, 1, 63] = bad  # the draft token's, which is not stored
+    with dispatch.using(isa):
+        dispatch.decode_in_place(case.query, tokens["keys"], tokens["values"], layers, True, 8, newest.params)
+
+
+@every_isa
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sink_dtype", [torch.float32, torch.bfloat16])
+def test_a_step_in_place_rounds_its_result_as_pytorch_does(isa, dtype, sink_dtype):
+    """Also to subnormal numbers, and beyond the largest of float16."""
+    case = Case(Code.ROTATED, 2, 64, 64, 2, 1, 1, [0], 0, torch.float32)
+    newest = Newest(case, 2, 0, True, None)
+    newest.recent[0].values[:] = torch.randn(64) * torch.logspace(-9, 6, 64)
+    newest.params = AttentionParams(SCALING, None, newest.params.sinks.to(sink_dtype))
+    keys, values = of_step(newest.recent, 1)
+    outs = []
+    with dispatch.using(isa):
+        for of_query in (torch.float32, dtype):
+            query = case.query.to(dtype).to(of_query)
+            outs.append(
+                dispatch.decode_in_place(query, keys, values, [InPlace(case, 0, newest.recent[0], 1, True)], True, 8, newest.params)
+            )
+    assert torch.equal(outs[1], outs[0].to(dtype))
 
 
 @every_isa

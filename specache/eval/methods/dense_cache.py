@@ -16,12 +16,12 @@ from torch import Tensor
 
 from specache.attention.decode import StepKind
 from specache.attention.dense import attend_part, merge
-from specache.cache.layers import check_finite
 from specache.cache.sizes import ORDINARY_ITEMSIZE
 from specache.engine.attention_hook import forward, reset_rope
 from specache.errors import ConfigError, EvaluationError
 from specache.eval.methods.base import Method, SessionStats
 from specache.eval.prefilled import Prefilled
+from specache.kernels.finite import check_finite
 from specache.kernels.torch.exact import scores
 from specache.kernels.types import AttentionParams
 

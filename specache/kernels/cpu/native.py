@@ -8,30 +8,23 @@ everything else is float32. Only for tensors on the CPU.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from specache.config import PAGE_TOKENS, Code
+from specache.config import Code
 from specache.errors import NonFiniteError
+from specache.kernels.cpu import in_place
+from specache.kernels.cpu.native_layout import CODES, layout, layout_of, page_addresses, scale_address
 from specache.kernels.finite import all_finite
-from specache.kernels.torch.rotated import rotation
-from specache.kernels.types import AttentionParams, LowBitKV, PageRun, RecentTokens
+from specache.kernels.types import AttentionParams, InPlaceLayer, LowBitKV, RecentTokens
 from specache.platform import extension
-from specache.platform.extension import IMPORT_ERROR as IMPORT_ERROR
-from specache.platform.extension import instruction_sets as instruction_sets
+from specache.platform.extension import DTYPES, IMPORT_ERROR, instruction_sets
+
+__all__ = ["IMPORT_ERROR", "NativeKernels", "NativeLayerStep", "instruction_sets"]
 
 _native = extension.native
-
-_FIELDS = {
-    Code.KIVI: ("key_codes", "key_scale", "key_zero", "value_codes", "value_scale", "value_zero"),
-    Code.ROTATED: ("key_codes", "key_scale", "key_mean", "value_codes", "value_scale", "value_scale"),
-}
-_CODES = {Code.KIVI: 0, Code.ROTATED: 1}
-_DTYPES = extension.DTYPES
 
 
 class NativeKernels:
@@ -43,7 +36,7 @@ class NativeKernels:
     @staticmethod
     def supports(dim: int, dtype: torch.dtype, code: Code) -> bool:
         """Return whether layers of this head dimension, dtype and code are supported."""
-        return dim <= _native.MAX_DIM and dtype in _DTYPES and code in _CODES
+        return dim <= _native.MAX_DIM and dtype in DTYPES and code in CODES
 
     def quantise(self, keys: Tensor, values: Tensor, low_bit_kv: LowBitKV, start: int) -> None:
         keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (keys, values))
@@ -54,12 +47,12 @@ class NativeKernels:
         _native.quantise(
             self.isa,
             torch.get_num_threads(),
-            _layout(low_bit_kv),
+            layout(low_bit_kv),
             _native_kv(low_bit_kv, low_bit_kv.length),
             keys.data_ptr(),
             values.data_ptr(),
             strides,
-            _DTYPES[keys.dtype],
+            DTYPES[keys.dtype],
             start,
             keys.shape[1],
         )
@@ -77,32 +70,25 @@ class NativeKernels:
         Args:
             query: [B, Hq, n, D].
         """
-        step = NativeLayerStep(self.isa, query, low_bit_kvs, recent, top_k, params, at_once=False)
+        step = NativeLayerStep(self.isa, query, low_bit_kvs, recent, top_k, params)
         step.score()
         return step
 
     def decode_in_place(
         self,
         query: Tensor,
-        low_bit_kvs: Sequence[LowBitKV],
-        recent: Sequence[RecentTokens],
-        stored: Sequence[Tensor],
+        keys: Tensor,
+        values: Tensor,
+        layers: Sequence[InPlaceLayer],
+        commits: bool,
         top_k: int,
         params: AttentionParams,
     ) -> Tensor:
-        """Compute the same in one call, each query with the pairs that it selects.
-
-        Args:
-            stored: per sequence the 16-bit rows [Hkv, capacity, 2 D], which are read in place.
-
-        Returns:
-            float32 [B, Hq, n, D], the same bits as in several calls.
-        """
-        return NativeLayerStep(self.isa, query, low_bit_kvs, recent, top_k, params, at_once=True).run(stored)
+        return in_place.decode(self, query, keys, values, layers, commits, top_k, params)
 
 
 class NativeLayerStep:
-    """`specache.kernels.types.LayerStep` on the C++ kernels, or one call of `run` if `at_once`."""
+    """`specache.kernels.types.LayerStep` on the C++ kernels."""
 
     def __init__(
         self,
@@ -112,8 +98,6 @@ class NativeLayerStep:
         recent: Sequence[RecentTokens],
         top_k: int,
         params: AttentionParams,
-        *,
-        at_once: bool,
     ) -> None:
         query = query.float().contiguous()
         sinks = params.sinks if params.sinks is None else params.sinks.float().contiguous()
@@ -123,7 +107,7 @@ class NativeLayerStep:
         self._step = _native.LayerStep(
             isa,
             torch.get_num_threads(),
-            _layout_of(low_bit_kvs),
+            layout_of(low_bit_kvs),
             [_native_kv(low_bit_kv, low_bit_kv.length) for low_bit_kv in low_bit_kvs],
             query.data_ptr(),
             query.shape[1] // heads,
@@ -131,22 +115,10 @@ class NativeLayerStep:
             params.scaling,
             params.softcap or 0.0,
             _recent_numbers(recent),
-            _DTYPES[recent[0].keys.dtype],
+            DTYPES[recent[0].keys.dtype],
             top_k,
             0 if sinks is None else sinks.data_ptr(),
-            at_once,
         )
-
-    def run(self, stored: Sequence[Tensor]) -> Tensor:
-        """Compute everything with rows [Hkv, capacity, 2 D] per sequence, read in place.
-
-        Returns:
-            float32 [B, Hq, n, D].
-        """
-        out, size = torch.empty_like(self._held[0]), stored[0].itemsize
-        numbers = [n for kv_rows in stored for n in (kv_rows.data_ptr(), kv_rows.stride(0) * size, kv_rows.stride(1) * size)]
-        self._step.run(numbers, _DTYPES[stored[0].dtype], out.data_ptr())
-        return out
 
     def score(self) -> None:
         """Score every low-bit key and attend to the recent tokens, first of all."""
@@ -192,7 +164,7 @@ def _recent_numbers(recent: Sequence[RecentTokens]) -> list[int]:
 def _fetched_numbers(positions: Tensor, kv_rows: Tensor) -> tuple[int, int, int, int, list[int]]:
     """Return addresses, k, dtype and byte strides of positions and rows [B, Hkv, n, k, 2 D]."""
     strides = [stride * kv_rows.itemsize for stride in kv_rows.stride()[:4]]
-    return positions.data_ptr(), positions.shape[-1], kv_rows.data_ptr(), _DTYPES[kv_rows.dtype], strides
+    return positions.data_ptr(), positions.shape[-1], kv_rows.data_ptr(), DTYPES[kv_rows.dtype], strides
 
 
 def _last_contiguous(kv_rows: Tensor) -> Tensor:
@@ -200,40 +172,4 @@ def _last_contiguous(kv_rows: Tensor) -> Tensor:
 
 
 def _native_kv(low_bit_kv: LowBitKV, length: int) -> Any:
-    parts = [run.addresses for run in low_bit_kv.runs]
-    pages = parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
-    channel_scales = 0 if low_bit_kv.channel_scales is None else low_bit_kv.channel_scales.data_ptr()
-    return _native.LowBitKV(pages, length, channel_scales)
-
-
-def _layout_of(low_bit_kvs: Sequence[LowBitKV]) -> Any:
-    return _layout(next((low_bit_kv for low_bit_kv in low_bit_kvs if low_bit_kv.runs), low_bit_kvs[0]))
-
-
-def _layout(low_bit_kv: LowBitKV) -> Any:
-    offsets = _offsets(low_bit_kv.runs[0], low_bit_kv.code) if low_bit_kv.runs else (0,) * 6
-    return _native_layout(
-        low_bit_kv.code, low_bit_kv.bits, low_bit_kv.group_size, low_bit_kv.num_kv_heads, low_bit_kv.head_dim, offsets
-    )
-
-
-def _offsets(run: PageRun, code: Code) -> tuple[int, ...]:
-    """Return the byte offset of each field in a page."""
-    start = int(run.fields["key_codes"].storage_offset())
-    return tuple(int(run.fields[name].storage_offset()) * run.fields[name].itemsize - start for name in _FIELDS[code])
-
-
-@lru_cache(maxsize=64)
-def _native_layout(code: Code, bits: int, group_size: int, heads: int, dim: int, offsets: tuple[int, ...]) -> Any:
-    assert PAGE_TOKENS == 64, "csrc/layout.hpp"
-    return _native.Layout(_CODES[code], bits, group_size, heads, dim, min(group_size, dim), list(offsets), _signs(dim))
-
-
-def _signs(dim: int) -> list[float]:
-    """Return the rotation's random signs: each column is one of a Hadamard matrix times a sign.
-
-    The first row of a Hadamard matrix is positive.
-    """
-    matrix = rotation(dim, torch.device("cpu"))
-    first = (matrix != 0).int().argmax(0)  # the first row of each column's block
-    return matrix[first, torch.arange(dim, device=matrix.device)].sign().tolist()
+    return _native.LowBitKV(page_addresses(low_bit_kv), length, scale_address(low_bit_kv))

@@ -48,6 +48,7 @@ class DiskTier:
     """
 
     in_place = False
+    version = 0
 
     def __init__(self, folder: str | os.PathLike[str], *, temporary: bool = True) -> None:
         self._layers: dict[int, StoredLayer] = {}
@@ -118,7 +119,7 @@ class DiskTier:
             keys, values = _read(state, reader, start, stop).split(state.layout.head_dim, dim=-1)
             return keys, values
 
-    def rows(self, layer: int) -> Tensor:
+    def rows(self, layer: int, used: int = 0, needed: int = 0) -> Tensor:
         raise TypeError("rows on disk do not lie in memory")
 
     def gather(self, layer: int, heads: Tensor, positions: Tensor) -> Tensor:

@@ -1,0 +1,81 @@
+#include "in_place.hpp"
+
+#include <cstring>
+#include <stdexcept>
+
+#include "elements.hpp"
+
+namespace specache {
+namespace {
+
+const uint8_t* key_of(const StepTokens& tokens, int64_t b, int head) { return tokens.keys + b * tokens.key_batch + head * tokens.key_head; }
+const uint8_t* value_of(const StepTokens& tokens, int64_t b, int head) {
+    return tokens.values + b * tokens.value_batch + head * tokens.value_head;
+}
+
+void check_room(const StoredSequence& sequence, bool commits) {
+    const StoredLayer& layer = *sequence.layer;
+    if (sequence.low_bit > int64_t(layer.pages.size()) * kPage) throw std::invalid_argument("fewer pages than tokens");
+    if (sequence.residual + commits > layer.residual_capacity) throw std::invalid_argument("the residual is full");
+    if (sequence.low_bit + sequence.residual + commits > layer.row_capacity) throw std::invalid_argument("fewer rows than tokens");
+}
+
+int64_t first_not_finite(const Layout& layout, size_t sequences, const StepTokens& tokens) {
+    for (size_t b = 0; b < sequences; b++) {
+        bool keys = true, values = true;
+        for (int head = 0; head < layout.heads; head++) {
+            keys &= all_finite(key_of(tokens, int64_t(b), head), tokens.dtype, layout.dim);
+            values &= all_finite(value_of(tokens, int64_t(b), head), tokens.dtype, layout.dim);
+        }
+        if (!keys || !values) return int64_t(2 * b + keys);
+    }
+    return kAllFinite;
+}
+
+// Store a sequence's committed token behind its others.
+void append(const Layout& layout, const StoredSequence& sequence, int64_t b, const StepTokens& tokens) {
+    const StoredLayer& layer = *sequence.layer;
+    const size_t bytes = size_t(layout.dim) * size_t(itemsize(tokens.dtype));
+    const int64_t position = sequence.low_bit + sequence.residual;
+    for (int head = 0; head < layout.heads; head++) {
+        const uint8_t *key = key_of(tokens, b, head), *value = value_of(tokens, b, head);
+        uint8_t* row = layer.rows + head * layer.row_head + position * layer.row_token;
+        const int64_t newest = head * layer.residual_head + sequence.residual * layer.residual_token;
+        std::memcpy(row, key, bytes);
+        std::memcpy(row + bytes, value, bytes);
+        std::memcpy(layer.keys + newest, key, bytes);
+        std::memcpy(layer.values + newest, value, bytes);
+    }
+}
+
+}  // namespace
+
+int64_t decode_in_place(const Engine& engine, Step step, const std::vector<StoredSequence>& sequences, const StepTokens& tokens,
+                        bool commits, int64_t k, const float* sinks) {
+    const Layout& layout = *step.layout;
+    for (const StoredSequence& sequence : sequences) check_room(sequence, commits);
+    if (commits) {
+        const int64_t bad = first_not_finite(layout, sequences.size(), tokens);
+        if (bad != kAllFinite) return bad;
+    }
+    std::vector<Recent> recents;
+    std::vector<Rows> rows;
+    for (size_t b = 0; b < sequences.size(); b++) {
+        const StoredSequence& sequence = sequences[b];
+        const StoredLayer& layer = *sequence.layer;
+        if (commits) append(layout, sequence, int64_t(b), tokens);
+        step.low_bit_kvs.push_back({layer.pages.data(), sequence.low_bit, layer.weights});
+        Recent recent{layer.keys, layer.values, sequence.residual + commits, layer.residual_head, layer.residual_token, 0, tokens.dtype};
+        recent.own = step.rows - commits;
+        recent.own_keys = key_of(tokens, int64_t(b), 0) + commits * tokens.key_token;
+        recent.own_values = value_of(tokens, int64_t(b), 0) + commits * tokens.value_token;
+        recent.own_key_head = tokens.key_head, recent.own_key_token = tokens.key_token;
+        recent.own_value_head = tokens.value_head, recent.own_value_token = tokens.value_token;
+        recents.push_back(recent);
+        for (int head = 0; head < layout.heads; head++) rows.push_back({layer.rows + head * layer.row_head, tokens.dtype, 0, 0, layer.row_token});
+    }
+    LayerStep(engine, std::move(step), recents, k, sinks, true).run(rows, nullptr);
+    return kAllFinite;
+}
+
+}  // namespace specache

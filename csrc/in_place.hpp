@@ -1,0 +1,44 @@
+// One layer of a decode step whose 16-bit rows lie in memory, in one call: store the committed token,
+// then attend.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "engine.hpp"
+
+namespace specache {
+
+// One layer of one sequence, kept from step to step. The memory is the caller's. Strides are in
+// bytes.
+struct StoredLayer {
+    const Layout* layout = nullptr;
+    std::vector<const uint8_t*> pages;
+    const float* weights = nullptr;  // key scales of the rotated code
+    uint8_t *keys = nullptr, *values = nullptr;  // the residual [Hkv, R + g, D]
+    int64_t residual_head = 0, residual_token = 0, residual_capacity = 0;
+    uint8_t* rows = nullptr;  // the 16-bit rows [Hkv, capacity, 2 D]
+    int64_t row_head = 0, row_token = 0, row_capacity = 0;
+};
+
+// One sequence of a step: the tokens that its layer holds before.
+struct StoredSequence {
+    const StoredLayer* layer;
+    int64_t low_bit, residual;
+};
+
+// Keys and values [B, Hkv, n, D] of the step's tokens; strides in bytes.
+struct StepTokens {
+    const uint8_t *keys, *values;
+    int64_t key_batch, key_head, key_token, value_batch, value_head, value_token;
+    Dtype dtype;
+};
+
+constexpr int64_t kAllFinite = -1;
+
+// Compute a step into its `output`. With `commits` the first of a sequence's n tokens is appended to
+// residual and rows first. Return `kAllFinite`, or, where the committed keys of sequence b are not
+// finite, 2 b, and 2 b + 1 where its values are not: then nothing was written.
+int64_t decode_in_place(const Engine&, Step, const std::vector<StoredSequence>&, const StepTokens&, bool commits, int64_t k, const float* sinks);
+
+}  // namespace specache
