@@ -18,7 +18,9 @@ from specache.attention.decode import StepKind, StepSpec
 from specache.cache.cache import SpeCache
 from specache.cache.sequence import Sequence as CachedSequence
 from specache.config import SpeCacheConfig
-from specache.engine.attention_hook import decode_forward, forward, reset_rope
+from specache.engine.attention_hook import decode_forward, forward, reset_rope, warm_up
+from specache.engine.compiled import begin_answer
+from specache.engine.compiled_layers import CompiledLayers
 from specache.engine.forward_pass import DecodePass, Observer, PrefillPass
 from specache.engine.static_decoder import StaticDecoder
 from specache.planning.footprint import last_chunk
@@ -67,6 +69,19 @@ class Decoder:
         # the settings, sequences and low-bit tokens that `_step_bytes` is for
         self._step_size: tuple[SpeCacheConfig, int, int] | None = None
         self._step_bytes = 0
+        self._compiled: CompiledLayers | None = None  # what the steps of this answer run, or `None`: eagerly
+
+    def begin_answer(self, sequences: int) -> None:
+        """Choose whether the steps of the next answer, of so many sequences, run compiled.
+
+        Raises:
+            ConfigError: the model is to be compiled, and cannot be.
+        """
+        policy, counters = self._cache.config.policy, self._cache.counters
+        self._compiled, counters.compile_error = begin_answer(
+            self._model, policy, sequences, lambda layers, *shape: warm_up(self._model, layers, *shape)
+        )
+        self._static.compiled = self._compiled
 
     @property
     def out_of_room(self) -> bool:
@@ -155,7 +170,10 @@ class Decoder:
                 self._step_group(indices, sequences, tokens, drafts, result)
             for sequence in sequences:
                 sequence.end_step()
-        self._cache.counters.decoded_tokens += len(sequences)
+        counters, compiled = self._cache.counters, self._compiled is not None
+        counters.decoded_tokens += len(sequences)
+        counters.decode_steps += 1
+        counters.compiled_steps += compiled
         return result
 
     def _reusable(self, sequence: CachedSequence, token_ids: list[int]) -> int:
@@ -330,7 +348,8 @@ class Decoder:
             sequence.begin_pass()
         try:
             with self._working_set(self._decode_bytes(sequences)):
-                logits = decode_forward(self._model, self._ids(tokens), positions, DecodePass(sequences, spec))
+                state = DecodePass(sequences, spec)
+                logits = decode_forward(self._model, self._ids(tokens), positions, state, compiled=self._compiled)
             for sequence in sequences:
                 sequence.quantise_oldest()
         except BaseException:

@@ -10,6 +10,9 @@ Symbols: `N` outputs, `K` inputs of a linear layer.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,9 +32,11 @@ FALLBACKS = {
     "_dynamo.mark_static": "the compiler runs again when the number of rows changes",
     "_dynamo.maybe_mark_dynamic": "the compiler runs again when the number of sequences changes",
     "_dynamo.exc.TorchDynamoException": "any RuntimeError counts as one of the compiler's",
+    "_inductor.utils.clear_caches": "code that the compiler wrote elsewhere before stays in use beside a folder of ours",
 }
 OUR_BLOCK = 16  # outputs packed together if PyTorch packs none; packed layers have a multiple of it
 FORMED_ELEMENTS = 1 << 20  # matrix elements dequantised at a time
+COMPILER_FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def find(path: str) -> Any | None:
@@ -211,5 +216,27 @@ def compiler_error() -> type[Exception]:
     return error
 
 
-# `_dynamo` is looked up on demand: importing it is slow
-_found: dict[str, Any] = {path: _look_up(path) for path in FALLBACKS if not path.startswith("_dynamo")}
+@contextmanager
+def compiler_folder(folder: str) -> Iterator[None]:
+    """Have the compiler read and write its files in this folder inside the block.
+
+    The folder is the whole process's: nothing else should compile meanwhile.
+    """
+    before = os.environ.get(COMPILER_FOLDER)
+    clear = find("_inductor.utils.clear_caches")
+    os.environ[COMPILER_FOLDER] = folder
+    try:
+        if clear is not None:
+            clear()  # it remembers paths
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(COMPILER_FOLDER, None)
+        else:
+            os.environ[COMPILER_FOLDER] = before
+        if clear is not None:
+            clear()
+
+
+# `_dynamo` and `_inductor` are looked up on demand: importing them is slow
+_found: dict[str, Any] = {path: _look_up(path) for path in FALLBACKS if not path.startswith(("_dynamo", "_inductor"))}
