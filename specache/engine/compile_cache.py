@@ -163,7 +163,7 @@ def summary() -> dict[str, Any]:
         folders = []
     failures = [failure for folder in folders if (failure := CompileCache(folder).failure())]
     size = sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
-    return {"models": len(folders) - len(failures), "bytes": size, "failures": failures}
+    return {"models": len(folders) - len(failures), "used_bytes": size, "failures": failures}
 
 
 def described_digest(model: Any) -> str:

@@ -18,6 +18,9 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
+import torch
+from torch import nn
+
 from specache.config import Policy
 from specache.engine import compiled_layers
 from specache.engine.compile_cache import CompileCache, described_digest
@@ -81,6 +84,19 @@ def uncompilable_reason(model: Any) -> str | None:
     return _missing_compiler() if info.device.type == "cpu" else None
 
 
+def is_faster(model: Any) -> bool:
+    """Return whether commands compile this model by themselves: on a CPU, where it can be compiled.
+
+    Not with float32 weights, whose products with few rows PyTorch's compiler leaves to one thread
+    (`linear.cpu_linear`).
+    """
+    model = unwrapped(model)
+    if inspect_model(model).device.type != "cpu" or uncompilable_reason(model) is not None:
+        return False
+    inside = (module for _, layer in decoder_layers(model) for module in layer.modules())
+    return not any(type(module) is nn.Linear and module.weight.dtype is torch.float32 for module in inside)
+
+
 def is_cached(model: Any, policy: Policy, sequences: int) -> bool:
     """Return whether the steps of an answer can be loaded without compiling."""
     cache = CompileCache.of(described_digest(unwrapped(model)))
@@ -139,12 +155,14 @@ class CompiledModel:
                 return None, self._failure
             try:
                 self._compile(model, cache, missing, warm_up)
-            except private_torch.compiler_error() as error:
+            except Exception as error:
                 reason = one_line(error)
-                if not self._background:
-                    raise ConfigError(f"PyTorch cannot compile this model here. Leave out compiling. It said: {reason}") from error
-                self._fail(model, reason)
-                return None, self._failure
+                if self._background:
+                    self._fail(model, reason)
+                    return None, self._failure
+                if not isinstance(error, private_torch.compiler_error()):
+                    raise
+                raise ConfigError(f"PyTorch cannot compile this model here. Leave out compiling. It said: {reason}") from error
             self._ready |= {(described, mode, variant) for variant in missing}
         compiled_layers.install(model)
         return self._layers, None

@@ -87,7 +87,7 @@ class CompiledLayers:
     """
 
     def __init__(self, model: Any, serial: bool) -> None:
-        self._numbers = {id(layer): number for number, layer in decoder_layers(model)}
+        self._numbers = weakref.WeakKeyDictionary({layer: number for number, layer in decoder_layers(model)})
         # Graphs are kept by code, so each model gets a code of its own.
         code = _layer.__code__.replace(co_name=f"decoder_layer_{next(_numbers)}")
         options = OPTIONS | ({"compile_threads": 1} if serial else {})
@@ -100,7 +100,7 @@ class CompiledLayers:
 
     def number(self, layer: Any) -> int | None:
         """Return a layer's number, or `None` if it is not one of the model's."""
-        return self._numbers.get(id(layer))
+        return self._numbers.get(layer)
 
     def prepare(self, variants: Iterable[Variant], step: Callable[[int, int], None]) -> None:
         """Compile or load the graphs of these variants.
