@@ -42,7 +42,7 @@ class Decode(CacheOptions):
     batch: int = field(default=1, metadata={"help": "Sequences decoded together."})
     against: tuple[str, ...] = field(default=(DYNAMIC,), metadata={"help": f"What to compare with: {', '.join(AGAINST)}."})
     steps: int = field(default=10, metadata={"help": "Timed steps of each; they are interleaved."})
-    compile: bool = field(default=False, metadata={"help": "Compile our decode step first (half a minute)."})
+    compile: bool = field(default=False, metadata={"help": "Compile our decode step first (half a minute the first time)."})
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "context", "batch", "steps")

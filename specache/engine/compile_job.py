@@ -129,6 +129,8 @@ def _end_children() -> None:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(child.pid, signal.SIGKILL)
             child.wait()
+        if child.stdin is not None:
+            child.stdin.close()
 
 
 def _after_fork() -> None:

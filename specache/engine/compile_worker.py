@@ -17,7 +17,7 @@ def main(request: str) -> None:
     """Compile what the file `request` says, and record the variants, or why it failed."""
     parent = os.getppid()
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    os.nice(19)
+    os.nice(10)
     signal.alarm(LONGEST)
     body = Path(request).read_bytes()
     Path(request).unlink(missing_ok=True)

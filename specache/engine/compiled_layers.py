@@ -91,8 +91,7 @@ class CompiledLayers:
         # Graphs are kept by code, so each model gets a code of its own.
         code = _layer.__code__.replace(co_name=f"decoder_layer_{next(_numbers)}")
         options = OPTIONS | ({"compile_threads": 1} if serial else {})
-        known = torch._inductor.list_options()
-        arguments: dict[str, Any] = {"options": {name: value for name, value in options.items() if name in known}}
+        arguments: dict[str, Any] = {"options": private_torch.known_options(options)}
         if "recompile_limit" in inspect.signature(torch.compile).parameters:
             arguments["recompile_limit"] = MOST_KINDS
         self._function: Callable[..., Any] = torch.compile(FunctionType(code, globals()), **arguments)

@@ -32,6 +32,7 @@ FALLBACKS = {
     "_dynamo.mark_static": "the compiler runs again when the number of rows changes",
     "_dynamo.maybe_mark_dynamic": "the compiler runs again when the number of sequences changes",
     "_dynamo.exc.TorchDynamoException": "any RuntimeError counts as one of the compiler's",
+    "_inductor.list_options": "the compiler runs with its default options, and starts slower",
     "_inductor.utils.clear_caches": "code that the compiler wrote elsewhere before stays in use beside a folder of ours",
 }
 OUR_BLOCK = 16  # outputs packed together if PyTorch packs none; packed layers have a multiple of it
@@ -214,6 +215,13 @@ def compiler_error() -> type[Exception]:
     """Return the type of error that the compiler raises when it cannot compile."""
     error: type[Exception] = find("_dynamo.exc.TorchDynamoException") or RuntimeError
     return error
+
+
+def known_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Return those options that this PyTorch's compiler has."""
+    listed = find("_inductor.list_options")
+    known = set() if listed is None else set(listed())
+    return {name: value for name, value in options.items() if name in known}
 
 
 @contextmanager

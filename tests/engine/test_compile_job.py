@@ -123,11 +123,8 @@ def test_a_failure_is_remembered_and_counted(folder):
     model = llama(num_hidden_layers=2)
     cache_of(model).folder.mkdir(parents=True)
     cache_of(model).record_failure("SyntaxError: no")
-    assert compile_cache.summary() == {
-        "models": 0,
-        "used_bytes": compile_cache.summary()["used_bytes"],
-        "failures": ["SyntaxError: no"],
-    }
+    summary = compile_cache.summary()
+    assert summary["models"] == 0 and summary["failures"] == ["SyntaxError: no"]
     specache.compile_decode(model, background=True)
     with pytest.warns(RuntimeWarning, match="SyntaxError: no"):
         assert answer(model)[2] == "SyntaxError: no"

@@ -1,4 +1,4 @@
-"""Compiled decode steps: eager's tokens from one graph for all layers, at any length and batch size.
+"""Compiled decode steps: eager's tokens from one graph for all layers, at any length and size.
 
 Most tests trace the graphs and run them as they are (PyTorch's backend `eager`), which takes no
 compiler.
