@@ -62,6 +62,7 @@ def cache_of(model: Any) -> CompileCache:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # the child has a low priority
 def test_a_child_compiles_what_a_later_answer_loads_and_damage_is_compiled_again(folder):
     model = llama(num_hidden_layers=2)
     torch.manual_seed(3)
