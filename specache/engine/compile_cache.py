@@ -80,7 +80,8 @@ class CompileCache:
         self._write({"variants": names, "files": files, "failure": None})
 
     def record_failure(self, reason: str) -> None:
-        self._write({"variants": [], "files": {}, "failure": reason})
+        """Note why no further variants can be compiled. Those that are there stay."""
+        self._write((self._manifest() or {"variants": [], "files": {}}) | {"failure": reason})
 
     @contextmanager
     def used(self) -> Iterator[None]:

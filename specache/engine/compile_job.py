@@ -70,6 +70,11 @@ class CompileJob:
         return cls(child, cache)
 
     @property
+    def ran(self) -> bool:
+        """Return whether there is a child; not if another process has the model locked."""
+        return self._child is not None
+
+    @property
     def finished(self) -> bool:
         """Return whether the child has ended. A forked process cannot know, and says no."""
         return self._owner == os.getpid() and (self._child is None or self._child.poll() is not None)

@@ -9,6 +9,11 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from specache.engine.compile_cache import CompileCache
+    from specache.engine.compiled_layers import Variant
 
 LONGEST = 3600  # seconds after which a compiler that hangs is ended
 
@@ -41,7 +46,7 @@ def main(request: str) -> None:
     os._exit(code)  # the compiler's threads and the waiting one end with the process
 
 
-def _compile(model, cache, variants) -> None:  # type: ignore[no-untyped-def]
+def _compile(model: Any, cache: CompileCache, variants: list[Variant]) -> None:
     from specache.engine.attention_hook import attached, warm_up
     from specache.engine.compiled_layers import CompiledLayers, install
     from specache.platform import modes

@@ -33,6 +33,7 @@ from specache.platform import modes, private_torch
 
 WarmUp = Callable[[CompiledLayers, int, int], None]  # (layers, tokens per sequence, sequences)
 COMPILERS = ("g++", "clang++")
+MOST_ATTEMPTS = 4  # child processes for one model: further variants, and damaged files
 LONG_ANSWER = 512  # new tokens from which on loading compiled code (seconds) pays
 
 _models: weakref.WeakKeyDictionary[Any, CompiledModel] = weakref.WeakKeyDictionary()
@@ -64,11 +65,6 @@ def compile_decode(model: Any, background: bool = False) -> None:
         raise ConfigError(f"{type(model).__name__} cannot be compiled: {reason}.")
     with _lock:
         _models[model] = CompiledModel(model, background)
-
-
-def compiles(model: Any) -> bool:
-    """Return whether `compile_decode` was called for the model."""
-    return unwrapped(model) in _models
 
 
 def uncompilable_reason(model: Any) -> str | None:
@@ -144,6 +140,7 @@ class CompiledModel:
         self._layers: CompiledLayers | None = None
         self._ready: set[tuple[str, modes.Modes, Variant]] = set()
         self._job: CompileJob | None = None
+        self._attempts = 0
         self._failure: str | None = None
 
     def begin_answer(self, model: Any, variants: set[Variant], warm_up: WarmUp) -> tuple[CompiledLayers | None, str | None]:
@@ -154,7 +151,7 @@ class CompiledModel:
             if self._background and not self._is_loadable(model, cache, missing, mode):
                 return None, self._failure
             try:
-                self._compile(model, cache, missing, warm_up)
+                self._compile(model, cache if mode == modes.PLAIN else None, missing, warm_up)
             except Exception as error:
                 reason = one_line(error)
                 if self._background:
@@ -178,13 +175,14 @@ class CompiledModel:
             return True
         if self._job is None and (reason := cache.failure()) is not None:
             self._fail(model, reason)
-        elif self._job is None or (self._job.finished and self._job.failure is None):
+        elif self._job is None or (self._job.finished and self._job.failure is None and self._attempts < MOST_ATTEMPTS):
+            self._attempts += self._job is None or self._job.ran
             try:
                 self._job = CompileJob.start(model, cache, missing)
             except Exception as error:  # the model cannot be pickled, or no process be started
                 self._fail(model, one_line(error))
         elif self._job.finished:
-            self._fail(model, self._job.failure or "")
+            self._fail(model, self._job.failure or "what was compiled is not in the cache folder")
         return False
 
     def _compile(self, model: Any, cache: CompileCache | None, variants: list[Variant], warm_up: WarmUp) -> None:
