@@ -46,6 +46,8 @@ class Counters:
         drafts_right: drafts that were correct.
         read_s: seconds that reads took, in the background and at once.
         wait_s: seconds that steps waited for reads, in `waits` waits.
+        decode_steps, compiled_steps: steps, and those of them that ran compiled.
+        compile_error: why the model could not be compiled in the background.
     """
 
     rows_selected: int = 0
@@ -60,6 +62,9 @@ class Counters:
     first_token_s: float | None = None
     decode_s: float = 0.0
     decoded_tokens: int = 0
+    decode_steps: int = 0
+    compiled_steps: int = 0
+    compile_error: str | None = None
     prefetches: bool = False
     speculates: bool = False
 
@@ -96,6 +101,9 @@ def report(memory: MemoryUse, counters: Counters, fast_memory_peak: int) -> dict
         "time_to_first_token_s": c.first_token_s,
         "decode_s": c.decode_s,
         "tokens_per_s": _ratio(c.decoded_tokens, c.decode_s),
+        "decode_steps": c.decode_steps,
+        "compiled_steps": c.compiled_steps,
+        "compile_error": c.compile_error,
     }
 
 

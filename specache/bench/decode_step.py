@@ -46,7 +46,7 @@ class Decode(CacheOptions):
     batch: int = field(default=1, metadata={"help": "Sequences decoded together."})
     against: tuple[str, ...] = field(default=(DYNAMIC,), metadata={"help": f"What to compare with: {', '.join(AGAINST)}."})
     steps: int = field(default=10, metadata={"help": "Timed steps of each; they are interleaved."})
-    compile: bool = field(default=False, metadata={"help": "Compile our decode step first (half a minute)."})
+    compile: bool = field(default=False, metadata={"help": "Compile our decode step first (half a minute the first time)."})
     warm: bool = field(
         default=False,
         metadata={"help": "Leave the caches as they are, instead of reading a large array before every step, which empties them."},

@@ -30,6 +30,7 @@ class Sequence:
         pending_token: the last generated token while its keys and values are not stored yet,
             although it is part of the text. `None` where everything is stored.
         finish_reason: why the last generation ended.
+        decode_steps, compiled_steps: steps that decoded it so far, and those that ran compiled.
 
     A pass changes one layer after the other, and `commit` completes it. `undo_pass` undoes a decode
     pass wherever it stopped; `restore` undoes a prefill.
@@ -44,6 +45,7 @@ class Sequence:
         self.prompt_tokens = 0
         self.pending_token: int | None = None
         self.finish_reason: str | None = None
+        self.decode_steps = self.compiled_steps = 0
         self._positions_before: dict[int, Tensor | None] = {}  # layers' `next_positions` before the pass
         self._counted = True
         context.living_sequences += 1
@@ -106,8 +108,10 @@ class Sequence:
         if self.checkpoints is not None:
             self.checkpoints.end(self.length, self._context.most_checkpoint_bytes(self.length))
 
-    def end_step(self) -> None:
-        """Checkpoint the windows, if due, after a decode step has finished in every layer."""
+    def end_step(self, compiled: bool = False) -> None:
+        """Count a decode step that has finished in every layer, and checkpoint windows if due."""
+        self.decode_steps += 1
+        self.compiled_steps += compiled
         if self.checkpoints is not None and self.checkpoints.spacing.due_in_answer(self.length):
             self._offer_checkpoint()
 
@@ -196,6 +200,7 @@ class Sequence:
         self.layers.clear()
         self.token_ids.clear()
         self.prompt_tokens, self.pending_token = 0, None
+        self.decode_steps = self.compiled_steps = 0
         if self.checkpoints is not None:
             self.checkpoints.forget_after(0)
         self.tier.close()
@@ -221,6 +226,7 @@ class Sequence:
         other = Sequence(context)
         other.token_ids = list(self.token_ids)
         other.prompt_tokens, other.pending_token = self.prompt_tokens, self.pending_token
+        other.decode_steps, other.compiled_steps = self.decode_steps, self.compiled_steps
         if context.config.policy is not Policy.FULL:
             other.tier.close()
             other.tier = self.tier.fork()

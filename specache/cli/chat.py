@@ -59,6 +59,7 @@ COMMANDS = {
     "/exit, Ctrl-D": "leave; with --session the conversation goes on the next time",
     "Ctrl-C": "stop the answer; at the prompt: drop the line, twice: leave",
 }
+EXPECTED_NEW_TOKENS = 2000  # in all answers of a conversation, about
 SHOWN_MESSAGES, SHOWN_CHARACTERS = 6, 400  # earlier messages shown at the start: the last ones, and the beginning of each
 
 
@@ -90,7 +91,7 @@ def chat(
         config = place.settings(config, context)
 
     options.keep_memory_bounded(config)
-    loaded = loading.load(model, f"Loading {model}", config)
+    loaded = loading.load(model, f"Loading {model}", config, new_tokens=EXPECTED_NEW_TOKENS)
     generation.set_seed()
     if not ChatTemplate(loaded.tokenizer).exists:
         raise ConfigError(f"{loaded.name} has no chat template. Use 'specache generate --raw' with this model.")

@@ -1,4 +1,8 @@
-"""`--compile`: compile before reading the first prompt, outside of all measured times."""
+"""Compiled decode steps: `--compile`, `--no-compile`, and which commands compile by themselves.
+
+Compiled code is loaded, or with `--compile` made, before the first prompt is read, outside of all
+measured times.
+"""
 
 from __future__ import annotations
 
@@ -6,50 +10,36 @@ from collections.abc import Callable
 from typing import Any
 
 from specache.config import Policy, SlowTierKind, SpeCacheConfig
-from specache.errors import ConfigError
 
 ONE_AND_TWO_ROWS = SpeCacheConfig(policy=Policy.VERIFIED, slow_tier=SlowTierKind.RAM)
 """Pre-decoding has one row and a step two: every pass that any policy makes."""
 
 
-def compile_model(model: Any, config: SpeCacheConfig, sequences: int, say: Callable[[str], None]) -> None:
-    """Compile the decode steps that `config` uses, for one sequence and, if there will be more, for
-    several.
+def compile_model(
+    model: Any, config: SpeCacheConfig, sequences: int, asked: bool | None, new_tokens: int | None, say: Callable[[str], None]
+) -> None:
+    """Compile the decode steps that `config` uses, if asked to or if it pays.
+
+    It pays for long answers whose code is in the cache folder. If it is not there, a child process
+    compiles it, for later answers of this process and for other processes.
+
+    Args:
+        sequences: those of an answer.
+        asked: `--compile` or `--no-compile`; `None` decides by `new_tokens`.
+        new_tokens: those expected in all answers of this process; `None` never compiles unasked.
 
     Raises:
         ConfigError: there is no C++ compiler, it fails, or the model's step cannot be a fixed
             graph.
     """
-    import specache
-    from specache.platform import private_torch
+    from specache.engine import compiled
+    from specache.engine.decoder import prepare_compiled
 
-    specache.compile_decode(model)
-    say("Compiling the decode step")
-    try:
-        for count in (1, 2) if sequences > 1 else (1,):
-            _decode(model, config, count)
-    except private_torch.compiler_error() as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"PyTorch cannot compile this model here. Leave out --compile. It said: {reason}") from error
-
-
-def _decode(model: Any, config: SpeCacheConfig, count: int) -> None:
-    """Generate from a prompt of two tokens: runs pre-decoding if the policy has it, and a step."""
-    import torch
-
-    import specache
-
-    ids = torch.tensor([[0, 1 + index] for index in range(count)], device=model.device)
-    with specache.SpeCache(model, config) as cache:
-        specache.generate(
-            model,
-            ids,
-            attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
-            max_new_tokens=3,
-            min_new_tokens=3,
-            do_sample=False,
-            num_beams=1,
-            repetition_penalty=1.0,
-            pad_token_id=0,
-        )
+    policy = config.resolved(model.device.type).policy
+    pays = new_tokens is not None and new_tokens >= compiled.LONG_ANSWER and policy is not Policy.FULL
+    if not asked and (asked is False or not pays or not compiled.is_faster(model)):
+        return
+    compiled.compile_decode(model, background=not asked)
+    if asked or compiled.is_cached(model, policy, sequences):
+        say("Compiling the decode step" if asked else "Loading the compiled decode step")
+        prepare_compiled(model, policy, sequences)

@@ -66,7 +66,7 @@ def demo(
     model: options.Model = DEMO_MODEL,
     dtype: options.DtypeOption = Dtype.AUTO,
     weights: options.WeightsOption = WeightFormat.AUTO,
-    compile: options.Compile = False,
+    compile: options.Compile = None,
     device: options.DeviceOption = Device.AUTO,
     threads: options.Threads = None,
 ) -> None:

@@ -41,6 +41,7 @@ def diagnose() -> dict[str, Any]:
     """Return everything that `doctor` shows, by section."""
     import specache
     from specache import linear
+    from specache.engine import compile_cache
     from specache.kernels import dispatch, triton
     from specache.kernels.cpu import native
 
@@ -60,6 +61,7 @@ def diagnose() -> dict[str, Any]:
         "cache": _cache(),
         "disk_tier": _disk_tier(),
         "auto_tier": auto_facts(),
+        "compiled": compile_cache.summary(),
         "demo_model": {"installed": demo_gguf() is not None},
     }
 

@@ -26,6 +26,7 @@ _TITLES = {
     "cache": "Cache folder",
     "disk_tier": "Tier disk",
     "auto_tier": "Tier auto",
+    "compiled": "Compiled steps",
     "demo_model": "Demo model",
 }
 

@@ -85,7 +85,7 @@ def generate(
         config = place.settings(config, context)
 
     options.keep_memory_bounded(config)
-    loaded = loading.load(model, f"Loading {model}", config, len(prompts))
+    loaded = loading.load(model, f"Loading {model}", config, len(prompts), arguments["max_new_tokens"])
     conversations = _conversations(loaded, prompts, chat, system, variables)
     generation.set_seed()
     with session_option.OpenedCache(loaded, config, place, variables) as opened:

@@ -66,11 +66,13 @@ WeightsOption = Annotated[
     ),
 ]
 Compile = Annotated[
-    bool,
+    bool | None,
     typer.Option(
-        "--compile",
-        help="Compile the decode step first (torch.compile; half a minute to minutes, needs a C++ compiler on a CPU). Pays for "
-        "long answers.",
+        "--compile/--no-compile",
+        help="Compile the decode step first (torch.compile; half a minute the first time, later processes load it in seconds; "
+        "needs a C++ compiler on a CPU). 'chat' and 'generate' with 512 or more new tokens load what is there by themselves, and "
+        "else have it compiled in the background.",
+        show_default=False,
         rich_help_panel=MODEL_PANEL,
     ),
 ]
@@ -380,17 +382,25 @@ class LoadOptions:
 
     dtype: DtypeOption = Dtype.AUTO
     weights: WeightsOption = WeightFormat.AUTO
-    compile: Compile = False
+    compile: Compile = None
     device: DeviceOption = Device.AUTO
     threads: Threads = None
     revision: Revision = None
     offline: Offline = False
 
-    def load(self, model: str, message: str, config: SpeCacheConfig = ONE_AND_TWO_ROWS, sequences: int = 1) -> LoadedModel:
-        """Load a model, and compile the steps that `config` uses if the options say so.
+    def load(
+        self,
+        model: str,
+        message: str,
+        config: SpeCacheConfig = ONE_AND_TWO_ROWS,
+        sequences: int = 1,
+        new_tokens: int | None = None,
+    ) -> LoadedModel:
+        """Load a model, and compile the steps that `config` uses (`compile_model`).
 
         Args:
             message: shown meanwhile.
+            new_tokens: those expected of the command; `None` compiles only with `--compile`.
         """
         quiet_libraries()
         set_threads(self.threads)
@@ -404,8 +414,7 @@ class LoadOptions:
                 offline=self.offline,
                 on_progress=say,
             )
-            if self.compile:
-                compile_model(loaded.model, config, sequences, say)
+            compile_model(loaded.model, config, sequences, self.compile, new_tokens, say)
         return loaded
 
 

@@ -87,6 +87,7 @@ def show(name: Name, session_dir: Folder = None, as_json: options.Json = False) 
         "made": _time(summary.created),
         "saved": _time(summary.saved),
         "last answer": {"stop": "complete", "length": "cut at its length limit"}.get(summary.finish_reason or "", UNKNOWN),
+        "compiled steps": UNKNOWN if summary.decode_steps is None else f"{summary.compiled_steps:,} of {summary.decode_steps:,}",
         **{key.replace("_", " "): str(value) for key, value in (summary.config or {}).items() if value is not None},
     }
     for title, value in rows.items():

@@ -87,4 +87,7 @@ def _speed_rows(stats: dict[str, Any]) -> list[tuple[str, str, str]]:
     rows.append(("prefill", seconds(stats["prefill_s"]), ""))
     rows.append(("first token after", seconds(stats["time_to_first_token_s"]), ""))
     rows.append(("tokens per second", rate(stats["tokens_per_s"]), "while decoding"))
+    if stats["compiled_steps"] or stats["compile_error"]:
+        steps = f"{stats['compiled_steps']:,} of {stats['decode_steps']:,}"
+        rows.append(("compiled steps", steps, stats["compile_error"] or "in 16 bits they round differently"))
     return rows

@@ -21,14 +21,15 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from specache.engine import attention_checks, compiled
+from specache.engine import attention_checks, compiled, compiled_layers
+from specache.engine.compiled_layers import CURRENT_LAYER, CURRENT_PASS, CompiledLayers
 from specache.engine.forward_pass import ForwardPass, attend
 from specache.errors import UnsupportedModelError
 from specache.kernels.types import AttentionParams
 from specache.linear import cpu_linear
 from specache.model import rope
 from specache.model.identity.wrappers import is_compiled_inside, unwrapped
-from specache.model.info import ModelInfo
+from specache.model.info import ModelInfo, inspect_model
 from specache.platform import modes
 
 NAME = "specache"
@@ -55,11 +56,12 @@ def attached(model: Any) -> Iterator[None]:
 
 
 def forward(
-    model: Any, token_ids: Tensor, position_ids: Tensor, state: ForwardPass, logits: int, mask: Tensor | None = None
+    model: Any, token_ids: Tensor, position_ids: Tensor, state: ForwardPass | object, logits: int, mask: Tensor | None = None
 ) -> Tensor:
     """Run one forward pass over token_ids [B, n] at position_ids [B, n].
 
     Args:
+        state: the pass, or `CURRENT_PASS` inside `compiled_layers.running`.
         logits: number of last tokens whose logits are returned.
         mask: four-dimensional, so that transformers passes it on unchanged. Ours ignores it.
 
@@ -97,21 +99,33 @@ def _uncompiled(model: Any) -> AbstractContextManager[Any]:
     return torch.compiler.set_stance("force_eager") if model in _compiled_inside else nullcontext()
 
 
-def decode_forward(model: Any, token_ids: Tensor, position_ids: Tensor, state: ForwardPass, reads_back: bool = True) -> Tensor:
+def decode_forward(
+    model: Any,
+    token_ids: Tensor,
+    position_ids: Tensor,
+    state: ForwardPass,
+    reads_back: bool = True,
+    compiled: CompiledLayers | None = None,
+) -> Tensor:
     """Run a decode step's forward pass and return float32 logits [B, n, V].
-
-    It is compiled after `compile_decode`.
 
     Args:
         reads_back: whether the host may wait for the device. Without a mask, transformers reads the
             positions on the host to detect packed sequences; `False` passes a mask to prevent that.
+        compiled: layers that run compiled. `None` runs the step eagerly.
     """
-    step = compiled.compiled_step(model)
-    if step is None:
-        mask = None if reads_back else torch.zeros(1, 1, 1, 1, device=token_ids.device)
+    mask = None if reads_back else torch.zeros(1, 1, 1, 1, device=token_ids.device)
+    if compiled is None:
         return forward(model, token_ids, position_ids, state, logits=token_ids.shape[1], mask=mask)
-    with compiled.running(_OncePerLayer(state, type(model))), modes.callers():
-        return step(token_ids, position_ids)
+    with compiled_layers.running(_OncePerLayer(state, type(model)), compiled):
+        return forward(model, token_ids, position_ids, CURRENT_PASS, logits=token_ids.shape[1], mask=mask)
+
+
+def warm_up(model: Any, compiled: CompiledLayers, tokens: int, sequences: int) -> None:
+    """Run a decode step whose attention is zero, so that its layers are compiled or loaded."""
+    ids = torch.zeros(sequences, tokens, dtype=torch.long, device=inspect_model(model).device)
+    positions = ids + torch.arange(tokens, device=ids.device)
+    decode_forward(model, ids, positions, compiled_layers.BlankPass(), reads_back=ids.device.type == "cpu", compiled=compiled)
 
 
 def reset_rope(model: Any, info: ModelInfo) -> None:
@@ -152,13 +166,14 @@ def _attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Compute a layer's attention. Registered with transformers under our name."""
     state = kwargs.pop(NAME, None)
-    if state is not None and state is not compiled.CURRENT_PASS and not torch.compiler.is_compiling():
+    if state is not None and state is not CURRENT_PASS and not torch.compiler.is_compiling():
         _check(module, query, key, value, attention_mask, kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     sinks = kwargs.get("s_aux")
-    if state is compiled.CURRENT_PASS:
+    if state is CURRENT_PASS:
         sinks = getattr(module, "sinks", None) if sinks is None else sinks
-        return compiled.attend(query, key, value, module.layer_idx, scale, kwargs.get("softcap"), sinks), None
+        layer = CURRENT_LAYER if torch.compiler.is_compiling() else module.layer_idx
+        return compiled_layers.attend(query, key, value, layer, scale, kwargs.get("softcap"), sinks), None
     _check_layer(module, state is not None)
     if state is None:
         return _users_attention(module)(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
@@ -268,6 +283,7 @@ def _attach(model: Any) -> None:
             _ropes[model] = rope.install(model, lambda: getattr(_inside, "layers", None) is not None)
             if is_compiled_inside(model):
                 _compiled_inside.add(model)
+            compiled.install(model)
         _attached[model] = (name, depth + 1)
 
 
@@ -280,6 +296,7 @@ def _detach(model: Any) -> None:
         cpu_linear.remove(_linears.pop(model, []))
         rope.remove(_ropes.pop(model, []))
         _compiled_inside.discard(model)
+        compiled_layers.remove(model)
         model.set_attn_implementation(name)
 
 

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,18 +18,36 @@ from torch import Tensor
 from specache.attention.decode import StepKind, StepSpec
 from specache.cache.cache import SpeCache
 from specache.cache.sequence import Sequence as CachedSequence
-from specache.config import SpeCacheConfig
-from specache.engine.attention_hook import decode_forward, forward, reset_rope
+from specache.config import Policy, SpeCacheConfig
+from specache.engine.attention_hook import attached, decode_forward, forward, reset_rope, warm_up
+from specache.engine.compiled import begin_answer
+from specache.engine.compiled_layers import CompiledLayers
 from specache.engine.forward_pass import DecodePass, Observer, PrefillPass
 from specache.engine.static_decoder import StaticDecoder
+from specache.model.identity.wrappers import unwrapped
 from specache.planning.footprint import last_chunk
 from specache.planning.working_set import decode_bytes, prefill_bytes
+from specache.platform import modes
 from specache.platform.out_of_memory import is_out_of_memory
 from specache.stats import Counters
 
 PrefillChunks = Generator[None, None, Tensor]
 Progress = Callable[[int, int], None]  # (prompt tokens done, prompt tokens in all)
 LONG_REREAD = 1024  # most stored tokens that are prefilled again without a warning
+
+
+def prepare_compiled(model: Any, policy: Policy, sequences: int) -> None:
+    """Compile or load now what the next answer would compile or load before its first step.
+
+    Nothing happens unless `compile_decode` was called. With `background=True` it may start the
+    child process instead.
+
+    Raises:
+        ConfigError: compiling failed.
+    """
+    model = unwrapped(model)
+    with modes.ours(), attached(model):
+        begin_answer(model, policy, sequences, partial(warm_up, model))
 
 
 class StepLogits:
@@ -67,6 +86,17 @@ class Decoder:
         # the settings, sequences and low-bit tokens that `_step_bytes` is for
         self._step_size: tuple[SpeCacheConfig, int, int] | None = None
         self._step_bytes = 0
+        self._compiled: CompiledLayers | None = None  # what the steps of this answer run, or `None`: eagerly
+
+    def begin_answer(self, sequences: int) -> None:
+        """Choose whether the steps of the next answer, of so many sequences, run compiled.
+
+        Raises:
+            ConfigError: the model is to be compiled, and cannot be.
+        """
+        policy, counters = self._cache.config.policy, self._cache.counters
+        self._compiled, counters.compile_error = begin_answer(self._model, policy, sequences, partial(warm_up, self._model))
+        self._static.compiled = self._compiled
 
     @property
     def out_of_room(self) -> bool:
@@ -149,13 +179,16 @@ class Decoder:
             drafts: the draft tokens, or `None` if the policy decodes none.
         """
         self._check_positions(sequences)
-        result = StepLogits(len(sequences))
+        result, compiled = StepLogits(len(sequences)), self._compiled is not None
         with self._timed("decode_s"):
             for indices in self._groups(sequences):
                 self._step_group(indices, sequences, tokens, drafts, result)
             for sequence in sequences:
-                sequence.end_step()
-        self._cache.counters.decoded_tokens += len(sequences)
+                sequence.end_step(compiled)
+        counters = self._cache.counters
+        counters.decoded_tokens += len(sequences)
+        counters.decode_steps += 1
+        counters.compiled_steps += compiled
         return result
 
     def _reusable(self, sequence: CachedSequence, token_ids: list[int]) -> int:
@@ -330,7 +363,8 @@ class Decoder:
             sequence.begin_pass()
         try:
             with self._working_set(self._decode_bytes(sequences)):
-                logits = decode_forward(self._model, self._ids(tokens), positions, DecodePass(sequences, spec))
+                state = DecodePass(sequences, spec)
+                logits = decode_forward(self._model, self._ids(tokens), positions, state, compiled=self._compiled)
             for sequence in sequences:
                 sequence.quantise_oldest()
         except BaseException:

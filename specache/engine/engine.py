@@ -158,6 +158,8 @@ class Engine:
             run.drafts = list(drafts)
         for sequence in sequences:
             sequence.prepare_decode()
+        with modes.ours(), attached(self._model):
+            self._decoder.begin_answer(len(sequences))
         self._running[Handle(Request.of_sequences(sequences))] = run
         if tokens is not None:
             run.give(tokens, self.cache.counters)
@@ -198,6 +200,8 @@ class Engine:
                 self._full = True
                 return
             self._attach()
+            if not self._running:  # requests may join later, so an own cache's steps may have several sequences
+                self._decoder.begin_answer(2 if self._owns_cache else len(request.token_ids))
             if self._owns_cache and request.streamer is not None:
                 with modes.callers():
                     request.streamer.put(request.state.input_ids.cpu())

@@ -26,6 +26,7 @@ from specache.device.graph import CaptureError, GraphedSteps, Graphs, graphs_for
 from specache.device.static_sizes import CAPACITY_STEP, KINDS, low_bit_room, unsupported_reason
 from specache.device.step import StaticPass
 from specache.engine.attention_hook import decode_forward
+from specache.engine.compiled_layers import CompiledLayers
 from specache.errors import SlowTierError
 from specache.kernels.finite import not_finite
 from specache.planning.working_set import decode_bytes
@@ -59,6 +60,7 @@ class StaticDecoder:
         self._sequences: list[CachedSequence] = []  # those attached to the batch
         self._steps = GraphedSteps(None)
         self._working_set: Claim | None = None
+        self.compiled: CompiledLayers | None = None  # layers that run compiled
         self.out_of_room = False  # whether memory ran out for static buffers, so that ordinary steps run
         unsupported = self._unsupported_reason()
         self._disabled = unsupported or self._unsupported_layer()  # why no static step runs, or `None`
@@ -113,7 +115,10 @@ class StaticDecoder:
 
         def run() -> Tensor:
             state = StaticPass(batch, kind, config.policy, config.top_k, pending_groups)
-            logits = decode_forward(self._model, batch.inputs.token_ids, batch.inputs.position_ids, state, reads_back=False)
+            inputs = batch.inputs
+            logits = decode_forward(
+                self._model, inputs.token_ids, inputs.position_ids, state, reads_back=False, compiled=self.compiled
+            )
             if self._graphs:
                 batch.join()
             return logits

@@ -86,8 +86,13 @@ def ours() -> Iterator[None]:
 
 def callers() -> AbstractContextManager[None]:
     """Run the block, inside `ours`, in the caller's modes, without gradients."""
-    found = _thread.callers[-1] if _thread.callers else PLAIN
+    found = of_caller()
     return nullcontext() if found == PLAIN else _restored(found)
+
+
+def of_caller() -> Modes:
+    """Return the caller's modes, inside `ours`."""
+    return _thread.callers[-1] if _thread.callers else PLAIN
 
 
 def ours_again() -> AbstractContextManager[None] | None:

@@ -8,7 +8,10 @@ No other file calls them, and a test runs every fallback. Documented interfaces 
 
 from __future__ import annotations
 
+import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -25,8 +28,11 @@ FALLBACKS = {
     "_dynamo.mark_static": "the compiler runs again when the number of rows changes",
     "_dynamo.maybe_mark_dynamic": "the compiler runs again when the number of sequences changes",
     "_dynamo.exc.TorchDynamoException": "any RuntimeError counts as one of the compiler's",
+    "_inductor.list_options": "the compiler runs with its default options, and starts slower",
+    "_inductor.utils.clear_caches": "code that the compiler wrote elsewhere before stays in use beside a folder of ours",
 }
 _X86 = ("x86_64", "amd64")
+COMPILER_FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def find(path: str) -> Any | None:
@@ -142,5 +148,34 @@ def compiler_error() -> type[Exception]:
     return error
 
 
-# `_dynamo` is looked up on demand: importing it is slow
-_found: dict[str, Any] = {path: _look_up(path) for path in FALLBACKS if not path.startswith("_dynamo")}
+def known_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Return those options that this PyTorch's compiler has."""
+    listed = find("_inductor.list_options")
+    known = set() if listed is None else set(listed())
+    return {name: value for name, value in options.items() if name in known}
+
+
+@contextmanager
+def compiler_folder(folder: str) -> Iterator[None]:
+    """Have the compiler read and write its files in this folder inside the block.
+
+    The folder is the whole process's: nothing else should compile meanwhile.
+    """
+    before = os.environ.get(COMPILER_FOLDER)
+    clear = find("_inductor.utils.clear_caches")
+    os.environ[COMPILER_FOLDER] = folder
+    try:
+        if clear is not None:
+            clear()  # it remembers paths
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(COMPILER_FOLDER, None)
+        else:
+            os.environ[COMPILER_FOLDER] = before
+        if clear is not None:
+            clear()
+
+
+# `_dynamo` and `_inductor` are looked up on demand: importing them is slow
+_found: dict[str, Any] = {path: _look_up(path) for path in FALLBACKS if not path.startswith(("_dynamo", "_inductor"))}

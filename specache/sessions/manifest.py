@@ -125,6 +125,8 @@ class Manifest:
         prompt_tokens: number of tokens read from prompts; None in older sessions.
         pending_token: the generated token behind the stored ones, if any
             (`Sequence.pending_token`).
+        decode_steps, compiled_steps: steps that decoded its tokens, and those that ran compiled;
+            None in older sessions.
         messages: the messages, if the sequence is a conversation.
         rendering: how they were rendered; None if unknown.
         layers: shapes by layer index; empty before the first token.
@@ -146,6 +148,8 @@ class Manifest:
     finish_reason: str | None = None
     prompt_tokens: int | None = None
     pending_token: int | None = None
+    decode_steps: int | None = None
+    compiled_steps: int | None = None
     messages: tuple[Message, ...] = ()
     rendering: Rendering | None = None
     layers: dict[int, LayerShape] = field(default_factory=dict)

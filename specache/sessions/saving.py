@@ -85,6 +85,8 @@ def write_state(
             finish_reason=sequence.finish_reason,
             prompt_tokens=sequence.prompt_tokens,
             pending_token=sequence.pending_token,
+            decode_steps=sequence.decode_steps,
+            compiled_steps=sequence.compiled_steps,
             layers=state.shapes(sequence),
             rows=tier.extents(),
             tails=state.tail_shapes(sequence),

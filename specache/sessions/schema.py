@@ -37,6 +37,8 @@ _DEFAULTS_OF_FIRST_VERSION: dict[str, Any] = {
     "token_copy": None,
     "prompt_tokens": None,
     "pending_token": None,
+    "decode_steps": None,
+    "compiled_steps": None,
     "rendering": None,
 }
 _T = TypeVar("_T")
@@ -71,6 +73,8 @@ def _manifest(body: Any) -> Manifest:
         finish_reason=_optional(_text)(body["finish_reason"]),
         prompt_tokens=_optional(_whole)(body["prompt_tokens"]),
         pending_token=_optional(_whole)(body["pending_token"]),
+        decode_steps=_optional(_whole)(body["decode_steps"]),
+        compiled_steps=_optional(_whole)(body["compiled_steps"]),
         messages=tuple(Message(_text(one["role"]), _text(one["content"])) for one in _list(body["messages"])),
         rendering=_optional(_rendering)(body["rendering"]),
         layers=_mapping(body["layers"], _index, _layer),

@@ -139,10 +139,11 @@ def restore(sequence: Sequence, device: torch.device, folder: Path, manifest: Ma
 
 
 def restore_history(sequence: Sequence, manifest: Manifest) -> None:
-    """Set the finish reason, prompt tokens and pending token of a sequence from the manifest."""
+    """Set what a sequence knows of its past from the manifest: finish reason, counts, ..."""
     sequence.finish_reason = manifest.finish_reason
     sequence.prompt_tokens = manifest.tokens if manifest.prompt_tokens is None else manifest.prompt_tokens
     sequence.pending_token = manifest.pending_token
+    sequence.decode_steps, sequence.compiled_steps = manifest.decode_steps or 0, manifest.compiled_steps or 0
 
 
 def check_shapes(manifest: Manifest, expected: Mapping[int, tuple[int, int, int | None]], dtype: torch.dtype) -> None:

@@ -29,6 +29,8 @@ class SessionSummary:
     Attributes:
         bytes: bytes of the files in use; files shared by forks count in each of them.
         messages: number of messages, if it is a conversation.
+        decode_steps, compiled_steps: steps that decoded its tokens, and those that ran compiled;
+            None in older sessions.
         problem: what is wrong with it; all fields but the name and folder are None then.
     """
 
@@ -40,6 +42,8 @@ class SessionSummary:
     saved: float | None = None
     finish_reason: str | None = None
     messages: int | None = None
+    decode_steps: int | None = None
+    compiled_steps: int | None = None
     model: str | None = None
     dtype: str | None = None
     config: dict[str, Any] | None = None
@@ -195,6 +199,8 @@ def _summary(folder: Path, manifest: Manifest) -> SessionSummary:
         saved=manifest.saved,
         finish_reason=manifest.finish_reason,
         messages=len(manifest.messages),
+        decode_steps=manifest.decode_steps,
+        compiled_steps=manifest.compiled_steps,
         model=manifest.identity.model,
         dtype=manifest.identity.dtype,
         config=manifest.settings,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -125,3 +126,20 @@ def test_compiler_hints_are_omitted_if_unsupported(without):
     private_torch.free_size(tensor, 0)
     assert not any("dynamo" in name for name in vars(tensor))
     assert private_torch.compiler_error() is RuntimeError
+
+
+def test_the_compiler_gets_no_options_if_it_lists_none(without):
+    assert private_torch.known_options({"size_asserts": False, "no such option": 1}) == {"size_asserts": False}
+    without("_inductor.list_options")
+    assert private_torch.known_options({"size_asserts": False}) == {}
+
+
+def test_the_compilers_folder_is_set_and_restored_without_its_private_function(without, monkeypatch, tmp_path):
+    without("_inductor.utils.clear_caches")
+    for before in (None, "elsewhere"):
+        monkeypatch.delenv(private_torch.COMPILER_FOLDER, raising=False)
+        if before is not None:
+            monkeypatch.setenv(private_torch.COMPILER_FOLDER, before)
+        with private_torch.compiler_folder(str(tmp_path)):
+            assert os.environ[private_torch.COMPILER_FOLDER] == str(tmp_path)
+        assert os.environ.get(private_torch.COMPILER_FOLDER) == before

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import specache
+from specache import sessions
 from specache.errors import SessionError, UsageError
 from specache.sessions import saving
 from specache.sessions.manifest import Rendering
@@ -73,6 +74,20 @@ def compare(model: Any, root: Path, config: specache.SpeCacheConfig, length: int
     for (tokens, logits), (mine, mine_logits) in zip(expected, found, strict=True):
         assert mine == tokens
         assert (mine_logits - logits).abs().max() < 1e-5
+
+
+def test_a_session_says_how_many_of_its_steps_ran_compiled(tmp_path, model):
+    session = opened(tmp_path, model, settings())
+    ids, _ = answer(model, session.cache, prompt(100))
+    session.cache.sequences[0].compiled_steps = 3  # as if compiled
+    session.save()
+    session.close()
+    session = opened(tmp_path, model)
+    answer(model, session.cache, torch.cat([ids, prompt(5)], dim=1))
+    session.save()
+    session.close()
+    shown = sessions.show("one", tmp_path)
+    assert (shown.decode_steps, shown.compiled_steps) == (2 * (NEW - 1), 3)
 
 
 @pytest.mark.parametrize("code", ["rotated", "kivi"])
