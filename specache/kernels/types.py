@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -103,6 +103,33 @@ class RecentTokens:
     keys: Tensor
     values: Tensor
     pending: int = 0
+
+
+class HotRows(Protocol):
+    """A hot set in C++: rows [Hkv, C, 2 D] of one sequence in slots.
+
+    Attributes:
+        native: the C++ object.
+    """
+
+    kv_rows: Tensor
+    native: Any
+
+
+@dataclass(frozen=True)
+class CopyCounts:
+    """What a layer of a step copied from main memory for one sequence.
+
+    Attributes:
+        selected: pairs of the real queries. `ready` of them were in the hot set.
+        copied: rows, for this step and the next.
+        seconds: the time that it took.
+    """
+
+    selected: int
+    ready: int
+    copied: int
+    seconds: float
 
 
 class LayerStep(Protocol):

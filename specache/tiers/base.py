@@ -107,6 +107,7 @@ class SlowTier(Protocol):
     """The 16-bit rows of one sequence, for all its full-attention layers."""
 
     in_place: bool  # attention reads the rows where they lie, so nothing is prefetched
+    in_memory: bool  # the rows lie in main memory, where `rows` returns them
 
     def write(self, layer: int, start: int, keys: Tensor, values: Tensor) -> None:
         """Store keys and values [Hkv, n, D] of tokens `[start, start + n)`; forget later tokens."""
@@ -117,7 +118,7 @@ class SlowTier(Protocol):
     def rows(self, layer: int) -> Tensor:
         """Return a layer's buffer [Hkv, capacity, 2 D], with room to grow.
 
-        Only of a tier that is `in_place`.
+        Only of a tier that is `in_memory`.
         """
 
     def gather(self, layer: int, heads: Tensor, positions: Tensor) -> Tensor:

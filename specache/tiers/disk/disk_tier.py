@@ -47,7 +47,7 @@ class DiskTier:
         SlowTierError: the folder cannot be written.
     """
 
-    in_place = False
+    in_place = in_memory = False
 
     def __init__(self, folder: str | os.PathLike[str], *, temporary: bool = True) -> None:
         self._layers: dict[int, StoredLayer] = {}
