@@ -3,7 +3,8 @@
 `InPlaceRowFetcher` reads rows in place from a tier that allows it. `HotSetRowFetcher` copies rows
 through a hot set. It reads the rows that the draft token selects while the rest of the step
 computes, and the rows that the real token misses while the layer computes what needs no rows. A
-failed prefetch raises once, when the next step reaches the layer.
+failed prefetch raises once, when the next step reaches the layer. Where C++ computes a step with
+rows in main memory, it copies them itself (`begin_copying`); nothing is read in the background.
 
 Positions are [Hkv, k], ascending, -1 where there is no pair. Rows are [Hkv, k, 2 D].
 """
