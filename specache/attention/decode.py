@@ -280,16 +280,16 @@ class _BatchRows:
         real_queries = self._queries - (self._spec.kind.draft_row is not None)
         used = []
         for wanted, layer in zip(selected, self._layers, strict=True):
-            positions, ready = layer.row_fetcher.start(wanted, real_queries)
-            self._count((positions[:, :real_queries] >= 0).sum(), ready)
+            positions, selected, ready = layer.row_fetcher.start(wanted, real_queries)
+            self._count(selected, ready)
             used.append(positions)
-        return torch.stack(used)
+        return _stacked(used)
 
     def finish(self, step: LayerStep, positions: Tensor) -> Tensor:
         fetchers = [layer.row_fetcher for layer in self._layers]
         hot = [fetcher for fetcher in fetchers if isinstance(fetcher, HotSetRowFetcher) and fetcher.fits]
         if isinstance(step, NativeLayerStep) and len(hot) == len(fetchers):
-            slots = torch.stack([fetcher.finish_in_slots() for fetcher in hot])
+            slots = _stacked([fetcher.finish_in_slots() for fetcher in hot])
             return step.attend_hot(positions, [fetcher.hot for fetcher in hot], slots)
         return step.attend_fetched(positions, torch.stack([fetcher.finish() for fetcher in fetchers]))
 
@@ -319,6 +319,11 @@ class _BatchRows:
     def _count(self, selected: Tensor, ready: Tensor | int) -> None:
         self._spec.counters.rows_selected += int(selected)
         self._spec.counters.rows_ready += int(ready)
+
+
+def _stacked(tensors: list[Tensor]) -> Tensor:
+    """Return tensors of one shape as one; one tensor as a view."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
 
 
 def _submit(positions: Tensor, layer: CompressedLayer) -> None:

@@ -38,15 +38,15 @@ class RowFetcher(Protocol):
     def begin_step(self) -> None:
         """Wait for the rows that the last step submitted."""
 
-    def start(self, positions: Tensor, real_queries: int) -> tuple[Tensor, int]:
+    def start(self, positions: Tensor, real_queries: int) -> tuple[Tensor, int, int]:
         """Start to fetch positions [Hkv, n, k] of a step's n queries, without waiting.
 
         The first `real_queries` queries get all of their rows. The others get the rows that are in
         the hot set or that a real query fetches.
 
         Returns:
-            The positions, with -1 for rows that a query does not get, and how many rows of the real
-            queries were in the hot set.
+            The positions, with -1 for rows that a query does not get, how many rows the real
+            queries select, and how many of those were in the hot set.
         """
 
     def finish(self) -> Tensor:
@@ -54,7 +54,7 @@ class RowFetcher(Protocol):
 
     def fetch(self, positions: Tensor) -> tuple[Tensor, int]:
         """Fetch the rows of all positions and wait -> (rows, how many were in the hot set)."""
-        _, ready = self.start(positions.unsqueeze(1), 1)
+        _, _, ready = self.start(positions.unsqueeze(1), 1)
         return self.finish().squeeze(1), ready
 
     def submit(self, positions: Tensor) -> None:
@@ -92,9 +92,10 @@ class InPlaceRowFetcher(RowFetcher):
     def begin_step(self) -> None:
         pass
 
-    def start(self, positions: Tensor, real_queries: int) -> tuple[Tensor, int]:
+    def start(self, positions: Tensor, real_queries: int) -> tuple[Tensor, int, int]:
         self._started = positions
-        return positions, int((positions[:, :real_queries] >= 0).sum())
+        selected = int((positions[:, :real_queries] >= 0).sum())
+        return positions, selected, selected
 
     def finish(self) -> Tensor:
         positions = self._started
@@ -160,19 +161,14 @@ class HotSetRowFetcher(RowFetcher):
             self.hot.insert(fetch.positions, kv_rows)
         self.hot.advance()
 
-    def start(self, positions: Tensor, real_queries: int) -> tuple[Tensor, int]:
-        found = self.start_lookup(positions, real_queries)
-        return found.positions, found.ready
-
-    def start_lookup(self, positions: Tensor, real_queries: int) -> Lookup:
-        """Do what `start` does, and return all that the hot set found."""
+    def start(self, positions: Tensor, real_queries: int) -> tuple[Tensor, int, int]:
         self._cancel_started()
         self.hot.grow(real_queries * positions.shape[2])
         found = self.hot.look_up(positions, real_queries)
         if len(found.missing):
             self._missing = self._begin(found.missing)
         self._found = found
-        return found
+        return found.positions, found.selected, found.ready
 
     def finish(self) -> Tensor:
         found, fetched = self._finish()

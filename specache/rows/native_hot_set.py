@@ -53,16 +53,16 @@ class NativeHotSet(HotSet):
     def look_up(self, positions: Tensor, real_queries: int) -> Lookup:
         positions = positions.contiguous()
         heads, n, k = positions.shape
-        used, slots = torch.empty_like(positions), torch.empty_like(positions)
+        found = torch.empty(2, heads, n, k, dtype=torch.int64)  # positions and slots
         lacking = torch.empty(3, heads, real_queries * k, dtype=torch.int64)
-        addresses = (used.data_ptr(), slots.data_ptr(), *(part.data_ptr() for part in lacking))
+        addresses = *_addresses(found, 2), *_addresses(lacking, 3)
         selected, ready, count, fits = self.native.look_up(positions.data_ptr(), n, k, real_queries, *addresses)
-        return Lookup(used, slots, _missing(lacking, count), selected, ready, fits)
+        return Lookup(found[0], found[1], _missing(lacking, count), selected, ready, fits)
 
     def missing(self, positions: Tensor) -> Missing:
         positions = positions.contiguous()
         lacking = torch.empty(3, *positions.shape, dtype=torch.int64)
-        count = self.native.missing(positions.data_ptr(), positions.shape[1], *(part.data_ptr() for part in lacking))
+        count = self.native.missing(positions.data_ptr(), positions.shape[1], *_addresses(lacking, 3))
         return _missing(lacking, count)
 
     def rows_at(self, slots: Tensor) -> Tensor:
@@ -111,4 +111,11 @@ class NativeHotSet(HotSet):
 
 def _missing(lacking: Tensor, count: int) -> Missing:
     """Return the missing rows of `lacking` [3, Hkv, k]: positions, heads and tokens."""
-    return Missing(lacking[0], lacking[1].view(-1)[:count], lacking[2].view(-1)[:count])
+    pairs, lists = lacking.numel() // 3, lacking.view(-1)
+    return Missing(lacking[0], lists[pairs : pairs + count], lists[2 * pairs : 2 * pairs + count])
+
+
+def _addresses(numbers: Tensor, parts: int) -> list[int]:
+    """Return the addresses of the parts of int64 numbers [parts, ...]."""
+    first, size = numbers.data_ptr(), numbers.nbytes // parts
+    return [first + i * size for i in range(parts)]

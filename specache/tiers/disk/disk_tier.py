@@ -153,12 +153,13 @@ class DiskTier:
             SlowTierError: the tier was closed.
         """
         with self._reading(layer) as (state, reader):
-            last = int(positions.max())
-            _check(state, int(positions.min()), last + 1)
+            tokens = positions.numpy()  # NumPy's operations on few numbers take less time
+            last = int(tokens.max())
+            _check(state, int(tokens.min()), last + 1)
             if last >= state.on_disk:
                 return None
             again = partial(self.gather, layer, heads, positions)
-            return row_reads.begin(state.table, state.layout, state.tail.dtype, reader, heads.numpy(), positions.numpy(), again)
+            return row_reads.begin(state.table, state.layout, state.tail.dtype, reader, heads.numpy(), tokens, again)
 
     def truncate(self, layer: int, length: int) -> None:
         """Forget a layer's tokens from `length` on.
