@@ -280,8 +280,8 @@ class _BatchRows:
         real_queries = self._queries - (self._spec.kind.draft_row is not None)
         used = []
         for wanted, layer in zip(selected, self._layers, strict=True):
-            positions, selected, ready = layer.row_fetcher.start(wanted, real_queries)
-            self._count(selected, ready)
+            positions, count, ready = layer.row_fetcher.start(wanted, real_queries)
+            self._count(count, ready)
             used.append(positions)
         return _stacked(used)
 
@@ -316,7 +316,7 @@ class _BatchRows:
         chosen, hits = find_hits(wanted, prefetched)
         self._count(chosen.sum(), hits.sum())
 
-    def _count(self, selected: Tensor, ready: Tensor | int) -> None:
+    def _count(self, selected: Tensor | int, ready: Tensor | int) -> None:
         self._spec.counters.rows_selected += int(selected)
         self._spec.counters.rows_ready += int(ready)
 
