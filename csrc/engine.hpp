@@ -6,6 +6,7 @@
 #include <memory>
 #include <vector>
 
+#include "hot_set.hpp"
 #include "kernels.hpp"
 
 namespace specache {
@@ -50,6 +51,22 @@ struct Fetched {
     const int64_t* positions;  // [B, Hkv, n, k]
     int64_t k;
     std::vector<Rows> rows;  // one per (sequence, KV head)
+    const int64_t* slots = nullptr;  // [B, Hkv, n, k] of `rows`, where slot i is not position i's
+};
+
+// The rows of a sequence in main memory, and the hot set through which a step copies them.
+struct CopiedRows {
+    HotSet* hot;
+    const uint8_t* stored;  // [Hkv, capacity, 2 D]
+    int64_t head_stride, token_stride;  // bytes
+    Dtype dtype;
+};
+
+// What a step copied of one (sequence, KV head).
+struct CopyCounts {
+    int64_t selected = 0, ready = 0;  // pairs of the real queries, and those that the hot set had
+    int64_t copied = 0;               // rows, for this step and the next
+    double seconds = 0.0;             // for which the step copied, over the threads that share it
 };
 
 // The newest tokens of a sequence at 16 bits: keys and values [Hkv, count, D]. The first `pending` of
@@ -70,7 +87,7 @@ struct Recent {
 // recent tokens, of which row r sees all but the last n - 1 - r. sinks: [Hkv G] or null. Everything
 // it points to must outlive it. Use it once.
 //
-// Where rows are read in place (`at_once`), `run` does everything, each query with the rows that it
+// Where rows lie in memory (`at_once`), `run` does everything, each query with the rows that it
 // selects. Otherwise: `score`, then `select` and `attend_low_bit` in the order that the policy wants,
 // and `attend_fetched`. Both give the same bits for the same positions.
 class LayerStep {
@@ -81,6 +98,10 @@ public:
     // If `at_once`. stored: per (sequence, KV head); out [B, Hkv, G, n, D], unless the step has an
     // `output`.
     void run(const std::vector<Rows>& stored, float* out);
+    // The same through a hot set per sequence, with room for the pairs of one step. The first `real`
+    // rows get all pairs that they select, the others those that are in the hot set by then. `next`:
+    // what `select_next` returns, copied ahead, or null. Return counts per (sequence, KV head).
+    std::vector<CopyCounts> run(const std::vector<CopiedRows>&, int real, int64_t* next, float* out);
     // Unless `at_once`, first of all: score every low-bit key and attend to the recent tokens.
     void score();
     // Replace the scores of fetched positions by exact ones, before `select`.

@@ -1,7 +1,9 @@
 // A layer of a step in one call, or in several around the fetching of rows.
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstring>
+#include <stdexcept>
 #include <vector>
 
 #include "engine.hpp"
@@ -47,9 +49,43 @@ public:
                     score(worker, first);
                     if (k_) choose(worker, first);
                 }
-                attend_wave(worker, first, stored, out);
+                attend_wave(worker, first, stored, positions_.get(), nullptr, out);
             }
         });
+    }
+
+    std::vector<CopyCounts> run(const std::vector<CopiedRows>& copied, int real, int64_t* next, float* out) {
+        std::vector<CopyCounts> counts(size_t(step_.heads()));
+        Buffer<int64_t> used(rows_of(wave_) * k_), slots(rows_of(wave_) * k_);
+        std::vector<Rows> rows;
+        for (int64_t head = 0; head < step_.heads(); head++) {
+            const CopiedRows& of = copied[size_t(head / layout_.heads)];
+            rows.push_back({of.hot->row(step_.head_of(head), 0), of.dtype, 0, of.hot->row_bytes(), 0});
+        }
+        parallel(engine_.threads, [&](Worker& worker) {
+            worker.each(step_.heads(), [&](int64_t head) { attend_recent(head); });
+            for (int64_t first = 0; first < step_.heads(); first += wave_) {
+                if (size_) {
+                    score(worker, first);
+                    if (k_) choose(worker, first);
+                    worker.each(wave_heads(first), [&](int64_t slot) {
+                        const int64_t head = first + slot, from = slot * step_.rows * k_;
+                        copy_rows(copied[size_t(head / layout_.heads)], head, real, positions_.get() + from, used.get() + from,
+                                  slots.get() + from, counts[size_t(head)]);
+                    });
+                }
+                attend_wave(worker, first, rows, used.get(), slots.get(), out);
+                if (next)
+                    worker.each(wave_heads(first), [&](int64_t slot) {
+                        const int64_t head = first + slot;
+                        select_next(first, slot, next + head * next_k_);
+                        copy_ahead(copied[size_t(head / layout_.heads)], head, next + head * next_k_, counts[size_t(head)]);
+                    });
+            }
+        });
+        if (next)
+            for (const CopiedRows& of : copied) of.hot->step++;  // rows of the next step take precedence over those of this one
+        return counts;
     }
 
     void score() {
@@ -77,7 +113,7 @@ public:
     void select_next(int64_t* positions) {
         if (!next_k_) return;
         parallel(engine_.threads, [&](Worker& worker) {
-            worker.each(step_.heads(), [&](int64_t head) { select_next(head, positions + head * next_k_); });
+            worker.each(step_.heads(), [&](int64_t head) { select_next(0, head, positions + head * next_k_); });
         });
     }
 
@@ -95,8 +131,8 @@ public:
         parallel(engine_.threads, [&](Worker& worker) {
             if (size_)
                 worker.each(rows_of(step_.heads()), [&](int64_t i) {
-                    const int64_t head = i / step_.rows;
-                    attend_exactly(0, head, int(i % step_.rows), fetched.rows[size_t(head)], fetched.positions + i * fetched.k, fetched.k);
+                    const int64_t head = i / step_.rows, *slots = fetched.slots ? fetched.slots + i * fetched.k : nullptr;
+                    attend_exactly(0, head, int(i % step_.rows), fetched.rows[size_t(head)], fetched.positions + i * fetched.k, slots, fetched.k);
                 });
             worker.each(batches_of(step_.heads()), [&](int64_t i) { finish(0, i / batches_of(1), i % batches_of(1), out); });
         });
@@ -121,13 +157,14 @@ private:
         worker.each(heads * rows, [&](int64_t i) { top_k(first, i / rows, int(i % rows)); });
     }
 
-    void attend_wave(Worker& worker, int64_t first, const std::vector<Rows>& stored, float* out) {
-        const int64_t heads = wave_heads(first), *positions = positions_.get();
+    // positions, slots: of the wave's heads, as in `Fetched`.
+    void attend_wave(Worker& worker, int64_t first, const std::vector<Rows>& rows, const int64_t* positions, const int64_t* slots, float* out) {
+        const int64_t heads = wave_heads(first);
         if (size_) {
             worker.each(rows_of(heads), [&](int64_t i) {
                 const int64_t slot = i / step_.rows;
                 leave_out(slot, int(i % step_.rows), positions + i * k_, k_);
-                attend_exactly(first, slot, int(i % step_.rows), stored[size_t(first + slot)], positions + i * k_, k_);
+                attend_exactly(first, slot, int(i % step_.rows), rows[size_t(first + slot)], positions + i * k_, slots ? slots + i * k_ : nullptr, k_);
             });
             attend_chunks(worker, first);
         }
@@ -135,6 +172,48 @@ private:
             if (size_) add_chunks(i / batches_of(1), i % batches_of(1));
             finish(first, i / batches_of(1), i % batches_of(1), out);
         });
+    }
+
+    // Copy what the first `real` rows select of `selected` [n, k] and the hot set lacks. `used` and
+    // `slots` [n, k]: the positions that each row gets, and where they are.
+    void copy_rows(const CopiedRows& from, int64_t head, int real, const int64_t* selected, int64_t* used, int64_t* slots, CopyCounts& counts) {
+        const int64_t all = step_.rows * k_, wanted = real * k_, step = from.hot->step;
+        const int of = step_.head_of(head);
+        counts.ready = from.hot->find(of, selected, wanted, step, slots);
+        for (int64_t i = 0; i < wanted; i++) counts.selected += selected[i] >= 0;
+        copy_missing(from, of, selected, wanted, step, slots, false, counts);
+        from.hot->find(of, selected + wanted, all - wanted, step, slots + wanted);
+        for (int64_t i = 0; i < all; i++) used[i] = slots[i] >= 0 ? selected[i] : -1;
+    }
+
+    // Copy positions [next_k] that the hot set lacks, for the next step.
+    void copy_ahead(const CopiedRows& from, int64_t head, const int64_t* positions, CopyCounts& counts) {
+        auto* slots = static_cast<int64_t*>(scratch(size_t(next_k_) * sizeof(int64_t)));
+        const int of = step_.head_of(head);
+        from.hot->find(of, positions, next_k_, from.hot->step + 1, slots);
+        copy_missing(from, of, positions, next_k_, from.hot->step + 1, slots, true, counts);
+    }
+
+    // Copy the positions [count] whose slot is -1.
+    void copy_missing(const CopiedRows& from, int head, const int64_t* positions, int64_t count, int64_t step, int64_t* slots, bool ahead,
+                      CopyCounts& counts) {
+        std::vector<int64_t> missing;
+        for (int64_t i = 0; i < count; i++)
+            if (positions[i] >= 0 && slots[i] < 0) missing.push_back(i);
+        if (missing.empty()) return;
+        const auto started = std::chrono::steady_clock::now();
+        from.hot->reserve(head, positions, count, step, slots);
+        const uint8_t* stored = from.stored + head * from.head_stride;
+        for (int64_t i : missing)  // rows are scattered: ask for all of them
+            for (int64_t d = 0; d < from.hot->row_bytes(); d += 64) __builtin_prefetch(stored + positions[i] * from.token_stride + d);
+        for (int64_t i : missing) {
+            if (slots[i] < 0) throw std::invalid_argument("a hot set without room for one step");
+            if (ahead) from.hot->mark_ahead(head, slots[i]);
+            std::memcpy(from.hot->row(head, slots[i]), stored + positions[i] * from.token_stride, size_t(from.hot->row_bytes()));
+        }
+        counts.copied += int64_t(missing.size());
+        counts.seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count() /
+                          double(std::min<int64_t>(engine_.threads, step_.heads()));
     }
 
     void attend_chunks(Worker& worker, int64_t first) {
@@ -257,22 +336,23 @@ private:
     }
 
     // The last query's choice among the low-bit tokens and the pending ones, which follow them.
-    void select_next(int64_t head, int64_t* positions) {
+    void select_next(int64_t first, int64_t slot, int64_t* positions) {
+        const int64_t head = first + slot;
         const int64_t length = step_.low_bit_of(head).length, pending = recents_[size_t(head / layout_.heads)].pending;
         const int last = step_.rows - 1;
         if (!pending) {
-            std::fill(std::copy_n(positions_.get() + (head * step_.rows + last) * k_, k_, positions), positions + next_k_, -1);
+            std::fill(std::copy_n(positions_.get() + (slot * step_.rows + last) * k_, k_, positions), positions + next_k_, -1);
             return;
         }
         const int64_t all = length + pending;
         auto* mean_prob = static_cast<float*>(scratch(size_t(padded(all)) * (2 * sizeof(float) + sizeof(int32_t))));
         float* values = mean_prob + padded(all);
         std::fill(mean_prob + length, mean_prob + padded(all), 0.0f);
-        if (k_) std::copy_n(mean_prob_.get() + (head * step_.rows + last) * size_, length, mean_prob);
+        if (k_) std::copy_n(mean_prob_.get() + (slot * step_.rows + last) * size_, length, mean_prob);
         for (int g = 0; g < step_.groups; g++) {
             const int query = g * step_.rows + last, batch = query / queries_.batches.size;
             const float peak = recent_part(head, batch).peak[query - queries_.batches.first(batch)];
-            const float factor = std::exp(peak - log_sum(0, head, query)) / float(step_.groups);
+            const float factor = std::exp(peak - log_sum(first, slot, query)) / float(step_.groups);
             for (int64_t t = 0; t < pending; t++) mean_prob[length + t] += factor * this->pending(head, g)[t];
         }
         kernels_.top_k(mean_prob, all, nullptr, 0, next_k_, positions, values, reinterpret_cast<int32_t*>(values + padded(all)));
@@ -321,12 +401,13 @@ private:
         }
     }
 
-    // Attend to the exact rows of the fetched `positions` [k] (-1: none).
-    void attend_exactly(int64_t first, int64_t slot, int row, const Rows& rows, const int64_t* positions, int64_t k) {
+    // Attend to the exact rows of the fetched `positions` [k] (-1: none), at their `places` [k] in
+    // `rows` (null: i).
+    void attend_exactly(int64_t first, int64_t slot, int row, const Rows& rows, const int64_t* positions, const int64_t* places, int64_t k) {
         auto* held = static_cast<int64_t*>(scratch(size_t(k) * 2 * sizeof(int64_t) + size_t(kMaxQueries) * size_t(k + kTile) * sizeof(float)));
         int64_t *chosen = held, *slots = held + k, count = 0;
         for (int64_t i = 0; i < k; i++)
-            if (positions[i] >= 0) chosen[count] = positions[i], slots[count] = i, count++;
+            if (positions[i] >= 0) chosen[count] = positions[i], slots[count] = places ? places[i] : i, count++;
         for (int64_t batch = 0; batch < row_batches_.count; batch++) {
             const float* query[kMaxQueries];
             for (int j = 0; j < row_batches_.length(batch); j++)
@@ -429,6 +510,9 @@ LayerStep::LayerStep(const Engine& engine, Step step, const std::vector<Recent>&
     : state_(new State(engine, std::move(step), recents, k, sinks, at_once)) {}
 LayerStep::~LayerStep() = default;
 void LayerStep::run(const std::vector<Rows>& stored, float* out) { state_->run(stored, out); }
+std::vector<CopyCounts> LayerStep::run(const std::vector<CopiedRows>& copied, int real, int64_t* next, float* out) {
+    return state_->run(copied, real, next, out);
+}
 void LayerStep::score() { state_->score(); }
 void LayerStep::rescore(const Fetched& fetched) { state_->rescore(fetched); }
 void LayerStep::select(int64_t* positions) { state_->select(positions); }

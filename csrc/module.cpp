@@ -3,16 +3,19 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "bindings.hpp"
 #include "cpu.hpp"
 #include "engine.hpp"
+#include "hot_set.hpp"
 #include "product.hpp"
 #include "ring.hpp"
 #include "row_reader.hpp"
@@ -20,6 +23,8 @@
 namespace nb = nanobind;
 using namespace nb::literals;
 using namespace specache;
+
+void define_hot_set(nb::module_& m);  // hot_set_bindings.cpp
 
 namespace {
 
@@ -50,7 +55,7 @@ Step step_of(const OwnedLayout& layout, const std::vector<const OwnedLowBitKV*>&
 
 // rows: address and strides in bytes of [B, Hkv, n, k, 2 D].
 Fetched fetched_of(const Step& step, uintptr_t positions, int64_t k, uintptr_t rows, int dtype, const std::vector<int64_t>& strides) {
-    Fetched fetched{at<const int64_t>(positions), k, {}};
+    Fetched fetched{at<const int64_t>(positions), k, {}, nullptr};
     for (int64_t head = 0; head < step.heads(); head++)
         fetched.rows.push_back({at<const uint8_t>(rows) + head / step.layout->heads * strides.at(0) + step.head_of(head) * strides.at(1),
                                 Dtype(dtype), strides.at(2), strides.at(3), 0});
@@ -74,12 +79,32 @@ struct OwnedStep {
     LayerStep layer;
 
     OwnedStep(const std::string& isa, int threads, const OwnedLayout& layout, const std::vector<const OwnedLowBitKV*>& low_bit_kvs, uintptr_t query,
-              int groups, int n, float scaling, float softcap, const std::vector<int64_t>& recent, int dtype, int64_t k, uintptr_t sinks)
+              int groups, int n, float scaling, float softcap, const std::vector<int64_t>& recent, int dtype, int64_t k, uintptr_t sinks, bool at_once)
         : layout(layout), low_bit_kvs(owned(low_bit_kvs)), step(step_of(this->layout, pointers(this->low_bit_kvs), query, groups, n, scaling, softcap)),
-          layer(engine_of(isa, threads), step, recents_of(recent, dtype), k, at<const float>(sinks), false) {
+          layer(engine_of(isa, threads), step, recents_of(recent, dtype), k, at<const float>(sinks), at_once) {
         this->layout.layout.signs = this->layout.signs.data();
     }
 
+    // numbers: address, head stride, token stride per sequence. Returns selected, ready and copied
+    // rows and the seconds of copying, per sequence.
+    std::vector<std::tuple<int64_t, int64_t, int64_t, double>> run_copied(const std::vector<HotSet*>& hot, const std::vector<int64_t>& numbers,
+                                                                          int dtype, int real, uintptr_t next, uintptr_t out) {
+        if (hot.size() != low_bit_kvs.size() || numbers.size() != 3 * hot.size()) throw std::invalid_argument("hot sets");
+        for (const HotSet* one : hot)
+            if (one->heads() != step.layout->heads || one->row_bytes() != 2 * step.layout->dim * itemsize(Dtype(dtype)))
+                throw std::invalid_argument("a hot set of another layer");
+        std::vector<CopiedRows> copied;
+        for (size_t i = 0; i < hot.size(); i++)
+            copied.push_back({hot[i], reinterpret_cast<const uint8_t*>(numbers[3 * i]), numbers[3 * i + 1], numbers[3 * i + 2], Dtype(dtype)});
+        nb::gil_scoped_release released;
+        const std::vector<CopyCounts> counts = layer.run(copied, real, at<int64_t>(next), at<float>(out));
+        std::vector<std::tuple<int64_t, int64_t, int64_t, double>> sums(hot.size());
+        for (size_t i = 0; i < counts.size(); i++) {
+            auto& [selected, ready, copied_rows, seconds] = sums[i / size_t(step.layout->heads)];
+            selected += counts[i].selected, ready += counts[i].ready, copied_rows += counts[i].copied, seconds += counts[i].seconds;
+        }
+        return sums;
+    }
     void score() {
         nb::gil_scoped_release released;
         layer.score();
@@ -104,6 +129,16 @@ struct OwnedStep {
     }
     void attend_fetched(uintptr_t positions, int64_t k, uintptr_t rows, int dtype, const std::vector<int64_t>& strides, uintptr_t out) {
         Fetched fetched = fetched_of(step, positions, k, rows, dtype, strides);
+        nb::gil_scoped_release released;
+        layer.attend_fetched(fetched, at<float>(out));
+    }
+    // The same with the rows of each sequence's hot set at `slots` [B, Hkv, n, k].
+    void attend_hot(uintptr_t positions, int64_t k, const std::vector<HotSet*>& hot, uintptr_t slots, int dtype, uintptr_t out) {
+        Fetched fetched{at<const int64_t>(positions), k, {}, at<const int64_t>(slots)};
+        for (int64_t head = 0; head < step.heads(); head++) {
+            const HotSet& rows = *hot.at(size_t(head / step.layout->heads));
+            fetched.rows.push_back({rows.row(step.head_of(head), 0), Dtype(dtype), 0, rows.row_bytes(), 0});
+        }
         nb::gil_scoped_release released;
         layer.attend_fetched(fetched, at<float>(out));
     }
@@ -219,14 +254,17 @@ NB_MODULE(_native, m) {
         .def_rw("length", &OwnedLowBitKV::length);
     nb::class_<OwnedStep>(m, "LayerStep")
         .def(nb::init<const std::string&, int, const OwnedLayout&, const std::vector<const OwnedLowBitKV*>&, uintptr_t, int, int, float, float,
-                      const std::vector<int64_t>&, int, int64_t, uintptr_t>())
+                      const std::vector<int64_t>&, int, int64_t, uintptr_t, bool>())
+        .def("run_copied", &OwnedStep::run_copied)
         .def("score", &OwnedStep::score)
         .def("rescore", &OwnedStep::rescore)
         .def("select", &OwnedStep::select)
         .def("select_next", &OwnedStep::select_next)
         .def_prop_ro("next_k", &OwnedStep::next_k)
         .def("attend_low_bit", &OwnedStep::attend_low_bit)
-        .def("attend_fetched", &OwnedStep::attend_fetched);
+        .def("attend_fetched", &OwnedStep::attend_fetched)
+        .def("attend_hot", &OwnedStep::attend_hot);
+    define_hot_set(m);
     bind_in_place(m);
     m.def("quantise", &py_quantise);
     m.def("packed_linear", &py_packed_linear);

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from specache.config import Policy
 from specache.kernels import dispatch
-from specache.kernels.types import AttentionParams, InPlaceLayer, LayerStep, RecentTokens
-from specache.rows.fetch import RowFetcher
+from specache.kernels.types import AttentionParams, InPlaceLayer, LayerStep, LowBitKV, RecentTokens
+from specache.rows.fetch import HotSetRowFetcher, RowFetcher
 from specache.stats import Counters
 
 
@@ -118,8 +118,8 @@ class StepRows(Protocol):
         Return the positions, with -1 where the draft query uses the low-bit pair instead.
         """
 
-    def finish(self) -> Tensor:
-        """Wait for the rows of the positions that `start` returned."""
+    def finish(self, step: LayerStep, positions: Tensor) -> Tensor:
+        """Wait for the rows of the positions that `start` returned -> `step.attend_fetched`."""
 
     def prefetched(self) -> tuple[Tensor, Tensor]:
         """Return positions and rows that the last step selected, the same for all queries."""
@@ -146,7 +146,7 @@ def attend(step: LayerStep, rows: StepRows, spec: StepSpec) -> Tensor:
         step.attend_low_bit(positions)  # while missing rows are read
         if spec.selects_next:
             rows.submit(step.select_next())
-        return step.attend_fetched(positions, rows.finish())
+        return rows.finish(step, positions)
     positions, kv_rows = rows.prefetched()
     if spec.selects_next:
         step.rescore(positions, kv_rows)
@@ -225,6 +225,10 @@ def mixed_attention(
     """
     low_bit_kvs = [layer.low_bit_kv for layer in layers]
     recent = _recent_tokens(keys, values, layers, spec.kind)
+    if spec.policy.verifies:
+        out = _copied_at_once(query, low_bit_kvs, recent, layers, params, spec)
+        if out is not None:
+            return out
     step = dispatch.layer_step(query, low_bit_kvs, recent, spec.top_k, params)
     return attend(step, _BatchRows(layers, query.shape[2], spec), spec)
 
@@ -239,6 +243,44 @@ def select_first(query: Tensor, layer: CompressedLayer, params: AttentionParams,
     recent = RecentTokens(layer.residual_keys, layer.residual_values)
     step = dispatch.layer_step(query[None], [layer.low_bit_kv], [recent], top_k, params)
     _submit(step.select()[0, :, 0], layer)
+
+
+def _copied_at_once(
+    query: Tensor,
+    low_bit_kvs: list[LowBitKV],
+    recent: list[RecentTokens],
+    layers: Sequence[CompressedLayer],
+    params: AttentionParams,
+    spec: StepSpec,
+) -> Tensor | None:
+    """Compute a step that copies its rows from main memory in one call.
+
+    Return `None` if it takes several.
+    """
+    fetchers = [layer.row_fetcher for layer in layers if isinstance(layer.row_fetcher, HotSetRowFetcher)]
+    in_memory = len(fetchers) == len(layers) and all(fetcher.copies_at_once for fetcher in fetchers)
+    if not (in_memory and dispatch.has_layer_step(query, low_bit_kvs[0])):
+        return None
+    real_queries = query.shape[2] - (spec.kind.draft_row is not None)
+    pairs = real_queries * min(spec.top_k, max(low_bit_kv.length for low_bit_kv in low_bit_kvs))
+    if spec.selects_next:
+        pairs = max(pairs, min(spec.top_k, max(kv.length + r.pending for kv, r in zip(low_bit_kvs, recent, strict=True))))
+    copied = [fetcher.begin_copying(pairs) for fetcher in fetchers]
+    try:
+        out, following, counts = dispatch.decode_copied(
+            query, low_bit_kvs, recent, copied, spec.top_k, params, real_queries, spec.selects_next
+        )
+    except Exception:
+        for fetcher in fetchers:
+            fetcher.drop()  # a hot set may lack rows that it counts as cached
+        raise
+    for b, (layer, fetcher, count) in enumerate(zip(layers, fetchers, counts, strict=True)):
+        spec.counters.rows_selected += count.selected
+        spec.counters.rows_ready += count.ready
+        fetcher.count_copied(count.copied, count.seconds)
+        if following is not None:
+            layer.next_positions = following[b]
+    return out
 
 
 def _recent_tokens(keys: Tensor, values: Tensor, layers: Sequence[CompressedLayer], kind: StepKind) -> list[RecentTokens]:
@@ -269,13 +311,18 @@ class _BatchRows:
         real_queries = self._queries - (self._spec.kind.draft_row is not None)
         used = []
         for wanted, layer in zip(selected, self._layers, strict=True):
-            positions, ready = layer.row_fetcher.start(wanted, real_queries)
-            self._count((positions[:, :real_queries] >= 0).sum(), ready)
+            positions, count, ready = layer.row_fetcher.start(wanted, real_queries)
+            self._count(count, ready)
             used.append(positions)
-        return torch.stack(used)
+        return _stacked(used)
 
-    def finish(self) -> Tensor:
-        return torch.stack([layer.row_fetcher.finish() for layer in self._layers])
+    def finish(self, step: LayerStep, positions: Tensor) -> Tensor:
+        fetchers = [layer.row_fetcher for layer in self._layers]
+        hot = [fetcher for fetcher in fetchers if isinstance(fetcher, HotSetRowFetcher) and fetcher.fits]
+        if isinstance(step, NativeLayerStep) and len(hot) == len(fetchers):
+            slots = _stacked([fetcher.finish_in_slots() for fetcher in hot])
+            return step.attend_hot(positions, [fetcher.hot for fetcher in hot], slots)
+        return step.attend_fetched(positions, torch.stack([fetcher.finish() for fetcher in fetchers]))
 
     def prefetched(self) -> tuple[Tensor, Tensor]:
         wanted = [layer.next_positions for layer in self._layers]
@@ -300,9 +347,14 @@ class _BatchRows:
         chosen, hits = find_hits(wanted, prefetched)
         self._count(chosen.sum(), hits.sum())
 
-    def _count(self, selected: Tensor, ready: Tensor | int) -> None:
+    def _count(self, selected: Tensor | int, ready: Tensor | int) -> None:
         self._spec.counters.rows_selected += int(selected)
         self._spec.counters.rows_ready += int(ready)
+
+
+def _stacked(tensors: list[Tensor]) -> Tensor:
+    """Return tensors of one shape as one; one tensor as a view."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
 
 
 def _submit(positions: Tensor, layer: CompressedLayer) -> None:

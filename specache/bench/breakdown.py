@@ -13,18 +13,19 @@ from specache.kernels.cpu.native import NativeLayerStep
 from specache.kernels.torch.layer_step import TorchLayerStep
 from specache.rows.fetch import HotSetRowFetcher, InPlaceRowFetcher
 
-# A layer step scores when it begins. Where rows are read in place, one call does everything
-# (`in_place`).
+# A layer step scores when it begins. Where rows lie in memory, one call does everything
+# (`in_place`), copying of rows included.
 PHASES = ("score", "select", "fetch", "attend", "in_place")
-_KERNELS = {"layer_step": "score", "decode_in_place": "in_place"}  # of `dispatch`: phase
+_KERNELS = {"layer_step": "score", "decode_in_place": "in_place", "decode_copied": "in_place"}  # of `dispatch`: phase
 _IN_A_LAYER = {
     "rescore": "attend",
     "select": "select",
     "select_next": "select",
     "attend_low_bit": "attend",
     "attend_fetched": "attend",
+    "attend_hot": "attend",
 }
-_FETCHING = ("begin_step", "start", "finish", "submit")  # methods of `RowFetcher`
+_FETCHING = ("begin_step", "start", "finish", "finish_in_slots", "submit")  # methods of row fetchers
 
 
 @contextmanager
@@ -33,6 +34,7 @@ def recorded(clock: PhaseClock) -> Iterator[None]:
     timed: list[tuple[Any, str, str]] = [(dispatch, operation, phase) for operation, phase in _KERNELS.items()]
     timed += [(step, method, phase) for step in (NativeLayerStep, TorchLayerStep) for method, phase in _IN_A_LAYER.items()]
     timed += [(rows, method, "fetch") for rows in (InPlaceRowFetcher, HotSetRowFetcher) for method in _FETCHING]
+    timed = [(owner, name, phase) for owner, name, phase in timed if hasattr(owner, name)]
     originals = [(owner, name, getattr(owner, name)) for owner, name, _ in timed]
     try:
         for owner, name, phase in timed:

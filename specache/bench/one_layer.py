@@ -14,7 +14,7 @@ from specache.kernels.types import AttentionParams
 from specache.low_bit.pool import PagePool, PageTable
 from specache.platform.budget import ByteBudget
 from specache.rows.fetch import HotSetRowFetcher, InPlaceRowFetcher, RowFetcher
-from specache.rows.hot_set import HotSet
+from specache.rows.native_hot_set import new_hot_set
 from specache.stats import Counters
 from specache.tiers.ram import RamTier
 from specache.tiers.transfer import Transfer
@@ -75,5 +75,5 @@ class LowBitLayer:
 
 def _copied_rows(tier: RamTier, keys: Tensor, counters: Counters) -> HotSetRowFetcher:
     """Return row access that copies the rows of keys [Hkv, S, D] to the keys' device."""
-    hot = HotSet(keys.shape[0], 0, 2 * keys.shape[2], keys.dtype, keys.device)
+    hot = new_hot_set(keys.shape[0], 2 * keys.shape[2], keys.dtype, keys.device)
     return HotSetRowFetcher(tier, 0, hot, PrefetchWorker(), Transfer(keys.device), counters)

@@ -14,7 +14,7 @@ from specache.cache.sizes import checkpoint_allowance, fetches, hot_slots, on_di
 from specache.config import SlowTierKind, SpeCacheConfig
 from specache.model.info import ModelInfo
 from specache.rows.fetch import HotSetRowFetcher, InPlaceRowFetcher, RowFetcher
-from specache.rows.hot_set import HotSet
+from specache.rows.native_hot_set import new_hot_set
 from specache.stats import Counters
 from specache.tiers.base import SlowTier
 from specache.tiers.disk.disk_tier import DiskTier
@@ -66,7 +66,7 @@ class CacheContext:
             return InPlaceRowFetcher(tier, index)
         if self._worker is None:
             self._worker = PrefetchWorker(DISK_READERS if self.config.slow_tier is SlowTierKind.DISK else 1)
-        hot = HotSet(keys.shape[0], 0, 2 * keys.shape[2], keys.dtype, keys.device, self.resources.budget)
+        hot = new_hot_set(keys.shape[0], 2 * keys.shape[2], keys.dtype, keys.device, self.resources.budget)
         return HotSetRowFetcher(tier, index, hot, self._worker, self.resources.transfer, self.counters)
 
     def hot_slots(self, tokens: int, layer: CompressedLayer) -> int:

@@ -22,7 +22,7 @@ from specache.device.page_kernels import RecentPart
 from specache.device.windows import hidden_slots
 from specache.kernels.torch.exact import add_sinks, scores, softmax_sum
 from specache.kernels.triton.tables import PageScores
-from specache.kernels.types import AttentionParams
+from specache.kernels.types import AttentionParams, LayerStep
 from specache.stats import Counters
 from specache.tiers.streams import Queue
 
@@ -195,9 +195,9 @@ class _StaticRows:
             self._fetcher.available(selected[:, :, 1])
         return self._layer.buffers.positions_by_query
 
-    def finish(self) -> Tensor:
+    def finish(self, step: LayerStep, positions: Tensor) -> Tensor:
         self._batch.streams.finish(Queue.COMPUTE)
-        return self._layer.buffers.kv_rows_by_query
+        return step.attend_fetched(positions, self._layer.buffers.kv_rows_by_query)
 
     def prefetched(self) -> tuple[Tensor, Tensor]:
         layer = self._layer

@@ -33,7 +33,7 @@ from specache.kernels import triton as triton_kernels
 from specache.kernels.cpu import native
 from specache.kernels.torch import operations as torch_ops
 from specache.kernels.torch.layer_step import TorchLayerStep
-from specache.kernels.types import AttentionParams, InPlaceLayer, LayerStep, LowBitKV, RecentTokens
+from specache.kernels.types import AttentionParams, CopyCounts, HotRows, InPlaceLayer, LayerStep, LowBitKV, RecentTokens
 
 OPERATIONS = ("quantise", "score", "rescore", "select", "attend")  # as `specache doctor` lists them; a layer step has the last four
 VARIABLE = "SPECACHE_KERNELS"
@@ -119,6 +119,32 @@ def decode_in_place(
     if kept is None or not kept.serves(backend, query.dtype):
         backend = _step_backend_for(query, keys.shape[3], layers[0].table.code)
     return None if backend is None else backend.decode_in_place(query, keys, values, layers, commits, top_k, params)
+
+
+def has_layer_step(query: Tensor, low_bit_kv: LowBitKV) -> bool:
+    """Return whether a backend has a layer step for queries [B, Hq, n, D], not only PyTorch."""
+    return _step_backend_for(query, low_bit_kv.head_dim, low_bit_kv.code) is not None
+
+
+def decode_copied(
+    query: Tensor,
+    low_bit_kvs: Sequence[LowBitKV],
+    recent: Sequence[RecentTokens],
+    copied: Sequence[tuple[HotRows, Tensor]],
+    top_k: int,
+    params: AttentionParams,
+    real_queries: int,
+    selects_next: bool,
+) -> tuple[Tensor, Tensor | None, list[CopyCounts]]:
+    """Compute a layer in one call, with rows copied from main memory (`NativeKernels`).
+
+    The backend must have a layer step (`has_layer_step`).
+    """
+    backend = _step_backend_for(query, low_bit_kvs[0].head_dim, low_bit_kvs[0].code)
+    result: tuple[Tensor, Tensor | None, list[CopyCounts]] = backend.decode_copied(  # type: ignore[union-attr]
+        query, low_bit_kvs, recent, copied, top_k, params, real_queries, selects_next
+    )
+    return result
 
 
 def forces_torch() -> bool:

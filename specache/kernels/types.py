@@ -159,6 +159,33 @@ class PagesInOrder(Protocol):
     def code(self) -> Code: ...
 
 
+class HotRows(Protocol):
+    """A hot set in C++: rows [Hkv, C, 2 D] of one sequence in slots.
+
+    Attributes:
+        native: the C++ object.
+    """
+
+    kv_rows: Tensor
+    native: Any
+
+
+@dataclass(frozen=True)
+class CopyCounts:
+    """What a layer of a step copied from main memory for one sequence.
+
+    Attributes:
+        selected: pairs of the real queries. `ready` of them were in the hot set.
+        copied: rows, for this step and the next.
+        seconds: the time that it took.
+    """
+
+    selected: int
+    ready: int
+    copied: int
+    seconds: float
+
+
 class LayerStep(Protocol):
     """The attention of one layer in one decode step, for a ragged batch (paper Algorithm 3).
 

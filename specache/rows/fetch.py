@@ -3,7 +3,8 @@
 `InPlaceRowFetcher` reads rows in place from a tier that allows it. `HotSetRowFetcher` copies rows
 through a hot set. It reads the rows that the draft token selects while the rest of the step
 computes, and the rows that the real token misses while the layer computes what needs no rows. A
-failed prefetch raises once, when the next step reaches the layer.
+failed prefetch raises once, when the next step reaches the layer. Where C++ computes a step with
+rows in main memory, it copies them itself (`begin_copying`); nothing is read in the background.
 
 Positions are [Hkv, k], ascending, -1 where there is no pair. Rows are [Hkv, k, 2 D].
 """
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from specache.errors import SlowTierError
-from specache.rows.hot_set import HotSet
+from specache.rows.hot_set import HotSet, Lookup, Missing
 from specache.stats import Counters
 from specache.tiers.base import Fetch, SlowTier
 from specache.tiers.transfer import Transfer
@@ -37,15 +38,15 @@ class RowFetcher(Protocol):
     def begin_step(self) -> None:
         """Wait for the rows that the last step submitted."""
 
-    def start(self, positions: Tensor, real_queries: int) -> tuple[Tensor, int]:
+    def start(self, positions: Tensor, real_queries: int) -> tuple[Tensor, int, int]:
         """Start to fetch positions [Hkv, n, k] of a step's n queries, without waiting.
 
         The first `real_queries` queries get all of their rows. The others get the rows that are in
         the hot set or that a real query fetches.
 
         Returns:
-            The positions, with -1 for rows that a query does not get, and how many rows of the real
-            queries were in the hot set.
+            The positions, with -1 for rows that a query does not get, how many rows the real
+            queries select, and how many of those were in the hot set.
         """
 
     def finish(self) -> Tensor:
@@ -53,7 +54,7 @@ class RowFetcher(Protocol):
 
     def fetch(self, positions: Tensor) -> tuple[Tensor, int]:
         """Fetch the rows of all positions and wait -> (rows, how many were in the hot set)."""
-        _, ready = self.start(positions.unsqueeze(1), 1)
+        _, _, ready = self.start(positions.unsqueeze(1), 1)
         return self.finish().squeeze(1), ready
 
     def submit(self, positions: Tensor) -> None:
@@ -87,9 +88,10 @@ class InPlaceRowFetcher(RowFetcher):
     def begin_step(self) -> None:
         pass
 
-    def start(self, positions: Tensor, real_queries: int) -> tuple[Tensor, int]:
+    def start(self, positions: Tensor, real_queries: int) -> tuple[Tensor, int, int]:
         self._started = positions
-        return positions, int((positions[:, :real_queries] >= 0).sum())
+        selected = int((positions[:, :real_queries] >= 0).sum())
+        return positions, selected, selected
 
     def finish(self) -> Tensor:
         positions = self._started
@@ -136,7 +138,7 @@ class HotSetRowFetcher(RowFetcher):
         self._counters = counters
         self._prefetch: Fetch | None = None  # rows for the next step
         self._missing: Fetch | None = None  # rows of this step that were not in the hot set
-        self._slots: Tensor | None = None  # [Hkv, n, k] of the rows that `finish` returns, -1 where there is none
+        self._found: Lookup | None = None  # of the rows that `finish` returns
         self.staged_rows = 0
 
     @property
@@ -153,48 +155,77 @@ class HotSetRowFetcher(RowFetcher):
                 kind = type(error) if isinstance(error, SlowTierError) else SlowTierError
                 raise kind(f"Reading ahead in layer {self._layer} failed. {error}") from error
             self.hot.insert(fetch.positions, kv_rows)
-        self.hot.step += 1
+        self.hot.advance()
 
-    def start(self, positions: Tensor, real_queries: int) -> tuple[Tensor, int]:
+    def start(self, positions: Tensor, real_queries: int) -> tuple[Tensor, int, int]:
         self._cancel_started()
-        k = positions.shape[2]
-        self.hot.grow(real_queries * k)
-        wanted, others = positions.flatten(1).split([real_queries * k, (positions.shape[1] - real_queries) * k], dim=1)
-        slots = self.hot.find(wanted)
-        ready = int((slots >= 0).sum())
-        missing = wanted.where(slots < 0, -1)
-        if (missing >= 0).any():
-            slots = torch.maximum(slots, self.hot.reserve(missing))
-            self._missing = self._begin(missing)
-        if others.shape[1]:
-            there = self.hot.find(others)
-            slots = torch.cat([slots, there], dim=1)
-            others = others.where(there >= 0, -1)
-        self._slots = slots.view_as(positions)
-        return torch.cat([wanted, others], dim=1).view_as(positions), ready
+        self.hot.grow(real_queries * positions.shape[2])
+        found = self.hot.look_up(positions, real_queries)
+        if len(found.missing):
+            self._missing = self._begin(found.missing)
+        self._found = found
+        return found.positions, found.selected, found.ready
 
     def finish(self) -> Tensor:
-        assert self._slots is not None, "finish without start"
-        fetch = self._missing
+        found, fetched = self._finish()
+        rows = self.hot.rows_at(found.slots.flatten(1))  # [Hkv, n k, 2 D]
+        if fetched is not None and not found.fits:  # also rows that the hot set has no room for
+            missing = found.missing.positions
+            rows[:, : missing.shape[1]][missing >= 0] = fetched
+        return rows.unflatten(1, found.slots.shape[1:])
+
+    @property
+    def fits(self) -> bool:
+        """Whether kernels find all rows of the step that was started in `hot.kv_rows`."""
+        return self.hot.in_slots and self._found is not None and self._found.fits
+
+    def finish_in_slots(self) -> Tensor:
+        """Wait for rows that `fits`; return their slots [Hkv, n, k], -1 where there is none."""
+        return self._finish()[0].slots
+
+    @property
+    def copies_at_once(self) -> bool:
+        """Whether kernels copy the rows themselves: from main memory to a hot set in C++."""
+        return self.hot.in_slots and self._tier.in_memory
+
+    def begin_copying(self, pairs: int) -> tuple[HotSet, Tensor]:
+        """Begin a step that copies its rows at once: `begin_step`, with room for `pairs` pairs.
+
+        Returns:
+            The hot set, and all rows [Hkv, capacity, 2 D], a view of the tier's buffer.
+        """
+        self.begin_step()
+        self.hot.grow(pairs)
+        return self.hot, self._tier.rows(self._layer)
+
+    def count_copied(self, count: int, seconds: float) -> None:
+        """Count the rows of such a step, and the time for which it copied them."""
+        if count:
+            self._counters.bytes_fetched += count * self.hot.kv_rows.shape[-1] * self.hot.kv_rows.itemsize
+            self._counters.waits += 1
+            self._counters.read_s += seconds
+            self._counters.wait_s += seconds
+
+    def _finish(self) -> tuple[Lookup, Tensor | None]:
+        """Wait for the missing rows [M, 2 D] and store them -> what was found, and the rows."""
+        found, fetch = self._found, self._missing
+        assert found is not None, "finish without start"
         try:
             fetched = None if fetch is None else self._wait(fetch)
         except BaseException:
             self._cancel_started()
             raise
-        slots, self._slots, self._missing = self._slots, None, None
+        self._found = self._missing = None
         if fetched is not None:
             self.hot.fill(fetched)
-        rows = self._rows_at(slots.flatten(1))  # [Hkv, n k, 2 D]
-        if fetch is not None and fetched is not None:  # also rows that the hot set has no room for
-            rows[:, : fetch.positions.shape[1]][fetch.positions >= 0] = fetched
-        return rows.unflatten(1, slots.shape[1:])
+        return found, fetched
 
     def submit(self, positions: Tensor) -> None:
         self._cancel_prefetch()
         self.hot.grow(positions.shape[1])
         self.hot.step += 1  # rows of the next step take precedence over those of this one
-        missing = positions.where(self.hot.find(positions) < 0, -1)
-        if (missing >= 0).any():
+        missing = self.hot.missing(positions)
+        if len(missing):
             self._prefetch = self._begin(missing, ahead=True)
         if self._missing is not None:
             self._missing.poll()
@@ -218,26 +249,26 @@ class HotSetRowFetcher(RowFetcher):
         fetch, self._prefetch = self._prefetch, None
         if fetch is not None:
             fetch.cancel()
+        self.hot.forget_ahead()
 
     def _cancel_started(self) -> None:
-        fetch, self._missing, self._slots = self._missing, None, None
+        fetch, self._missing, self._found = self._missing, None, None
         self.hot.forget()  # also where an interrupt came before `_missing` was set
         if fetch is not None:
             fetch.cancel()
 
-    def _begin(self, positions: Tensor, ahead: bool = False) -> Fetch | None:
-        """Start to read the rows [M, 2 D] of the M positions of [Hkv, k].
+    def _begin(self, missing: Missing, ahead: bool = False) -> Fetch | None:
+        """Start to read the missing rows [M, 2 D].
 
         If no thread can take it, `Fetch.wait` reads. A read `ahead` is given up then: return None.
         """
-        head, column = (positions >= 0).nonzero(as_tuple=True)
-        where = self._layer, head.cpu(), positions[head, column].cpu()
+        where = self._layer, missing.heads, missing.tokens
         begun = None if ahead else self._tier.begin(*where)
         fetch = begun or Fetch(partial(self._tier.gather, *where))
-        fetch.positions, fetch.transfer = positions, self._transfer
+        fetch.positions, fetch.transfer = missing.positions, self._transfer
         if begun is None and not fetch.read_in_thread(self._worker) and ahead:
             return None
-        self._count_rows(len(head))
+        self._count_rows(len(missing))
         return fetch
 
     def _wait(self, fetch: Fetch) -> Tensor:
@@ -252,10 +283,3 @@ class HotSetRowFetcher(RowFetcher):
     def _count_rows(self, count: int) -> None:
         self._counters.bytes_fetched += count * self.hot.kv_rows.shape[-1] * self.hot.kv_rows.element_size()
         self.staged_rows = max(self.staged_rows, count)
-
-    def _rows_at(self, slots: Tensor) -> Tensor:
-        """Return the rows [Hkv, m, 2 D] of slots [Hkv, m], zero at -1."""
-        if self.hot.capacity == 0:
-            return self.hot.kv_rows.new_zeros(*slots.shape, self.hot.kv_rows.shape[-1])
-        index = slots.clamp(min=0).unsqueeze(-1).expand(-1, -1, self.hot.kv_rows.shape[-1])
-        return self.hot.kv_rows.gather(1, index).masked_fill_((slots < 0).unsqueeze(-1), 0.0)

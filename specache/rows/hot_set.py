@@ -5,6 +5,9 @@ Positions are [Hkv, k], ascending, -1 where there is no pair. Rows are [Hkv, k, 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,12 +23,53 @@ def slot_bytes(heads: int, dim: int, itemsize: int) -> int:
     return row_bytes(heads, dim, itemsize) + heads * SLOT_INDEX_BYTES
 
 
+@dataclass
+class Missing:
+    """Rows that are not cached.
+
+    Attributes:
+        positions: int64 [Hkv, k], -1 where none is missing.
+        heads, tokens: int64 [M] of the M missing ones, in their order.
+    """
+
+    positions: Tensor
+    heads: Tensor
+    tokens: Tensor
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass
+class Lookup:
+    """What the hot set has for a step's n queries.
+
+    Attributes:
+        positions: int64 [Hkv, n, k] of the rows that a query gets, -1 where it gets none.
+        slots: int64 [Hkv, n, k] of these rows, -1 where there is none.
+        missing: rows of the real queries that were not cached. They are reserved.
+        selected: pairs of the real queries. `ready` of them were cached.
+        fits: whether every missing row has a slot.
+    """
+
+    positions: Tensor
+    slots: Tensor
+    missing: Missing
+    selected: int
+    ready: int
+    fits: bool
+
+
 class HotSet:
-    """An LRU cache with `C` slots per KV head.
+    """An LRU cache with `C` slots per KV head, on PyTorch operations.
 
     `stamp` is the `step` in which a slot was last used. Slots used in the current step are not
-    evicted.
+    evicted. On a CPU with the C++ extension, `specache.rows.native_hot_set` does the same.
     """
+
+    in_slots = False  # whether kernels read the rows in their slots
+    native: Any = None  # the C++ object then
+    step: int
 
     def __init__(
         self, num_kv_heads: int, capacity: int, row: int, dtype: torch.dtype, device: torch.device, budget: ByteBudget | None = None
@@ -55,6 +99,44 @@ class HotSet:
         head, column = (slots >= 0).nonzero(as_tuple=True)
         self.stamp[head, slots[head, column]] = self.step
         return slots
+
+    def look_up(self, positions: Tensor, real_queries: int) -> Lookup:
+        """Look up positions [Hkv, n, k] and reserve what the first `real_queries` queries miss.
+
+        The other queries get the rows that are cached or reserved by then.
+        """
+        n, k = positions.shape[1:]
+        wanted, others = positions.flatten(1).split([real_queries * k, (n - real_queries) * k], dim=1)
+        slots = self.find(wanted)
+        ready = int((slots >= 0).sum())
+        missing = _listed(wanted.where(slots < 0, -1))
+        if len(missing):
+            slots = torch.maximum(slots, self.reserve(missing.positions))
+        fits = bool(((slots >= 0) | (wanted < 0)).all())
+        if others.shape[1]:
+            there = self.find(others)
+            slots = torch.cat([slots, there], dim=1)
+            wanted = torch.cat([wanted, others.where(there >= 0, -1)], dim=1)
+        selected = int((positions[:, :real_queries] >= 0).sum())
+        return Lookup(wanted.view_as(positions), slots.view_as(positions), missing, selected, ready, fits)
+
+    def missing(self, positions: Tensor) -> Missing:
+        """Return which of positions [Hkv, k] are not cached. Mark the others as used."""
+        return _listed(positions.where(self.find(positions) < 0, -1))
+
+    def rows_at(self, slots: Tensor) -> Tensor:
+        """Return the rows [Hkv, m, 2 D] of slots [Hkv, m], zero at -1."""
+        if self.capacity == 0:
+            return self.kv_rows.new_zeros(*slots.shape, self.kv_rows.shape[-1])
+        index = slots.clamp(min=0).unsqueeze(-1).expand(-1, -1, self.kv_rows.shape[-1])
+        return self.kv_rows.gather(1, index).masked_fill_((slots < 0).unsqueeze(-1), 0.0)
+
+    def advance(self) -> None:
+        """Begin the next step."""
+        self.step += 1
+
+    def forget_ahead(self) -> None:
+        """Undo what a step inserted for the next one, which does not come."""
 
     def insert(self, positions: Tensor, kv_rows: Tensor) -> None:
         """Insert the rows [M, 2 D] of the M pairs of [Hkv, k], none cached; evict the oldest slots.
@@ -106,10 +188,8 @@ class HotSet:
         if extra > 0:
             self._claim.resize((self.capacity + capacity) * self._slot_bytes)  # old and new at once
             pad = torch.nn.functional.pad
-            self.kv_rows = pad(self.kv_rows, (0, 0, 0, extra))
-            self.position = pad(self.position, (0, extra), value=NOWHERE)
-            self.stamp = pad(self.stamp, (0, extra), value=-1)
-            self._sorted = None
+            kv_rows = pad(self.kv_rows, (0, 0, 0, extra))
+            self._replace(kv_rows, pad(self.position, (0, extra), value=NOWHERE), pad(self.stamp, (0, extra), value=-1))
             self._claim.resize(capacity * self._slot_bytes)
 
     def grow_if_allowed(self, capacity: int) -> None:
@@ -128,12 +208,20 @@ class HotSet:
 
     def free(self) -> None:
         """Release all slots and their memory."""
-        self.kv_rows = self.kv_rows[:, :0].clone()
-        self.position = self.position[:, :0].clone()
-        self.stamp = self.stamp[:, :0].clone()
-        self._sorted = None
+        self._replace(*(slots[:, :0].clone() for slots in (self.kv_rows, self.position, self.stamp)))
         self._reserved = None
         self._claim.release()
+
+    def _replace(self, kv_rows: Tensor, position: Tensor, stamp: Tensor) -> None:
+        """Use other memory with the same slots, or with more or none."""
+        self.kv_rows, self.position, self.stamp = kv_rows, position, stamp
+        self._sorted = None
+
+
+def _listed(positions: Tensor) -> Missing:
+    """Return the missing rows of positions [Hkv, k], -1 where none is missing."""
+    head, column = (positions >= 0).nonzero(as_tuple=True)
+    return Missing(positions, head.cpu(), positions[head, column].cpu())
 
 
 def least_recently_used(age: Tensor, missing: Tensor, none: Tensor | int) -> Tensor:

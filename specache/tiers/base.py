@@ -107,6 +107,7 @@ class SlowTier(Protocol):
     """The 16-bit rows of one sequence, for all its full-attention layers."""
 
     in_place: bool  # attention reads the rows where they lie, so nothing is prefetched
+    in_memory: bool  # the rows lie in main memory, where `rows` returns them
     version: int  # changes before a buffer of `rows` moves
 
     def write(self, layer: int, start: int, keys: Tensor, values: Tensor) -> None:
@@ -118,7 +119,7 @@ class SlowTier(Protocol):
     def rows(self, layer: int, used: int = 0, needed: int = 0) -> Tensor:
         """Return a layer's buffer [Hkv, capacity, 2 D], with room to grow.
 
-        Only of a tier that is `in_place`. A buffer without room for `needed` tokens grows and keeps
+        Only of a tier that is `in_memory`. A buffer without room for `needed` tokens grows and keeps
         the first `used`.
         """
 

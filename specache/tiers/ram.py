@@ -39,6 +39,8 @@ class RamTier:
             copies them in `write`.
     """
 
+    in_memory = True
+
     def __init__(
         self, in_place: bool, pinned: bool = False, memory: HostMemory | None = None, offload: Offload | None = None
     ) -> None:

@@ -265,13 +265,13 @@ def test_positions_are_never_duplicated_out_of_range_or_padding(model, monkeypat
 
     def checked(query, low_bit_kvs, *rest):
         step = layer_step(query, low_bit_kvs, *rest)
-        attend = step.attend_fetched
+        attend = step.attend_low_bit
         lengths = [low_bit_kv.length for low_bit_kv in low_bit_kvs]
-        monkeypatch.setattr(step, "attend_fetched", lambda positions, rows: (check(positions, lengths), attend(positions, rows))[1])
+        monkeypatch.setattr(step, "attend_low_bit", lambda positions: (check(positions, lengths), attend(positions))[1])
         return step
 
     monkeypatch.setattr(dispatch, "layer_step", checked)
-    monkeypatch.setattr(dispatch, "decode_in_place", lambda *arguments: None)
+    monkeypatch.setattr(dispatch, "has_layer_step", lambda *arguments: False)  # no step of one call
     ids = torch.cat([prompt(200, 1), prompt(200, 2)])
     mask = torch.ones_like(ids)
     mask[1, :120] = 0

@@ -136,7 +136,7 @@ def test_started_reads_run_while_the_step_computes(tier, worker):
     rows.begin_step()
     rows.fetch(wanted(1, 2))
     tier.gate.clear()
-    positions, ready = rows.start(pass_of(wanted(2, 3), wanted(3, 4)), 1)
+    positions, _, ready = rows.start(pass_of(wanted(2, 3), wanted(3, 4)), 1)
     assert ready == HEADS
     assert positions[:, 0].tolist() == [[2, 3]] * HEADS
     assert positions[:, 1].tolist() == [[3, -1]] * HEADS

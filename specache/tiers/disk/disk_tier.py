@@ -47,7 +47,7 @@ class DiskTier:
         SlowTierError: the folder cannot be written.
     """
 
-    in_place = False
+    in_place = in_memory = False
     version = 0
 
     def __init__(self, folder: str | os.PathLike[str], *, temporary: bool = True) -> None:
@@ -154,12 +154,13 @@ class DiskTier:
             SlowTierError: the tier was closed.
         """
         with self._reading(layer) as (state, reader):
-            last = int(positions.max())
-            _check(state, int(positions.min()), last + 1)
+            tokens = positions.numpy()  # NumPy's operations on few numbers take less time
+            last = int(tokens.max())
+            _check(state, int(tokens.min()), last + 1)
             if last >= state.on_disk:
                 return None
             again = partial(self.gather, layer, heads, positions)
-            return row_reads.begin(state.table, state.layout, state.tail.dtype, reader, heads.numpy(), positions.numpy(), again)
+            return row_reads.begin(state.table, state.layout, state.tail.dtype, reader, heads.numpy(), tokens, again)
 
     def truncate(self, layer: int, length: int) -> None:
         """Forget a layer's tokens from `length` on.

@@ -83,7 +83,9 @@ class StoredLayer:
         whole = (table.blocks - self.table.blocks) * BLOCK_TOKENS
         if whole:
             return StoredLayer.of(self.layout, self.tail.dtype, table, self.joined(keys, values, whole, total))
-        _bits(self.tail)[:, self.held : total] = _bits(self.joined(keys, values, self.held, total))
+        halves = self.tail[:, self.held : total].split(self.layout.head_dim, dim=-1)
+        for half, tensor in zip(halves, (keys, values), strict=True):
+            _bits(half)[:] = _bits(tensor.cpu())
         return replace(self, held=total)
 
 
