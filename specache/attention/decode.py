@@ -23,6 +23,7 @@ from torch import Tensor
 
 from specache.config import Policy
 from specache.kernels import dispatch
+from specache.kernels.cpu.native import NativeLayerStep
 from specache.kernels.types import AttentionParams, InPlaceLayer, LayerStep, LowBitKV, RecentTokens
 from specache.rows.fetch import HotSetRowFetcher, RowFetcher
 from specache.stats import Counters

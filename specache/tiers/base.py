@@ -119,8 +119,8 @@ class SlowTier(Protocol):
     def rows(self, layer: int, used: int = 0, needed: int = 0) -> Tensor:
         """Return a layer's buffer [Hkv, capacity, 2 D], with room to grow.
 
-        Only of a tier that is `in_memory`. A buffer without room for `needed` tokens grows and keeps
-        the first `used`.
+        Only of a tier that is `in_memory`. A buffer without room for `needed` tokens grows and
+        keeps the first `used`.
         """
 
     def gather(self, layer: int, heads: Tensor, positions: Tensor) -> Tensor:

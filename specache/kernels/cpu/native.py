@@ -203,7 +203,7 @@ class NativeLayerStep:
         positions, slots = positions.contiguous(), slots.contiguous()
         out = torch.empty_like(self._held[0])
         where = positions.data_ptr(), positions.shape[-1], [one.native for one in hot], slots.data_ptr()
-        self._step.attend_hot(*where, _DTYPES[hot[0].kv_rows.dtype], out.data_ptr())
+        self._step.attend_hot(*where, DTYPES[hot[0].kv_rows.dtype], out.data_ptr())
         return out
 
 
