@@ -119,7 +119,7 @@ class NativeKernels:
 
 
 class NativeLayerStep:
-    """`LayerStep` (`kernels/types.py`) on the C++ kernels, or one call of `run_copied` if `at_once`."""
+    """The C++ kernels' `LayerStep` (`kernels/types.py`), or one call of `run_copied` if `at_once`."""
 
     def __init__(
         self,
