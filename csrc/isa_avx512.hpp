@@ -10,6 +10,7 @@ namespace {
 
 struct Wide {
     static constexpr int sums = 16;  // blocks of sums that stay in registers beside the operands
+    static constexpr bool by_tile = false;
 
     using Bytes = __m512i;
     using Ints = __m512i;
