@@ -147,27 +147,27 @@ void exact_rows(const float* const* queries, int queries_count, int dim, const R
 // Round a page's weights (softmax weight times the token's value scale; they add up to `sum`) to
 // bytes. Return the unit of the bytes, 0 if all weights are 0.
 inline float round_weights(const float* weights, const uint16_t* scale, int step, int valid, uint8_t* out, float* sum) {
-    alignas(64) float scaled[kPage];
-    Floats peak = Isa::splat(0.0f), total = Isa::splat(0.0f);
-    for (int t = 0; t < kPage; t += kTile) {
+    Floats scaled[kPage / kTile], peak = Isa::splat(0.0f);
+#pragma GCC unroll 4
+    for (int i = 0; i < kPage / kTile; i++) {
+        const int t = i * kTile;
         Floats s;
         if (step == 1 && t + kTile <= valid) {
             s = Isa::load_half(scale + t);
         } else {
             alignas(64) float gathered[kTile];
-            for (int i = 0; i < kTile; i++) gathered[i] = t + i < valid ? half_to_float(scale[int64_t(t + i) * step]) : 0.0f;
+            for (int n = 0; n < kTile; n++) gathered[n] = t + n < valid ? half_to_float(scale[int64_t(t + n) * step]) : 0.0f;
             s = Isa::load(gathered);
         }
-        Floats w = Isa::mul(Isa::load(weights + t), s);
-        Isa::store(scaled + t, w);
-        peak = Isa::max(peak, w);
-        total = Isa::add(total, w);
+        scaled[i] = Isa::mul(Isa::load(weights + t), s);
+        peak = Isa::max(peak, scaled[i]);
     }
-    float largest = Isa::largest(peak);
-    *sum = Isa::sum(total);
+    if (sum) *sum = Isa::sum(Isa::add(Isa::add(scaled[0], scaled[1]), Isa::add(scaled[2], scaled[3])));
+    const float largest = Isa::largest(peak);
     if (!(largest > 1e-30f)) return 0.0f;
-    Floats inverse = Isa::splat(255.0f / largest);
-    for (int t = 0; t < kPage; t += kTile) Isa::store_rounded(out + t, Isa::mul(Isa::load(scaled + t), inverse));
+    const Floats inverse = Isa::splat(255.0f / largest);
+#pragma GCC unroll 4
+    for (int i = 0; i < kPage / kTile; i++) Isa::store_rounded(out + i * kTile, Isa::mul(scaled[i], inverse));
     return largest / 255.0f;
 }
 
@@ -195,7 +195,8 @@ void attend_values(const Layout& layout, const LowBitKV& low_bit_kv, int head, i
             for (int j = 0; j < NQ; j++) {
                 const float *w = weights[j] + start, share = relative ? relative[j][start / kStretch] : 1.0f;
                 float sum;
-                float size = round_weights(w, layout.value_scale_of(page, head) + group, groups, valid, rounded[j], &sum);
+                float size = round_weights(w, layout.value_scale_of(page, head) + group, groups, valid, rounded[j],
+                                           layout.code == Code::kivi ? &sum : nullptr);
                 if (size == 0.0f) std::memset(rounded[j], 0, kPage);
                 factor[j] = size * unit * share;
                 zero[j] = 0.0f;
@@ -208,7 +209,15 @@ void attend_values(const Layout& layout, const LowBitKV& low_bit_kv, int head, i
                 any = any || factor[j] != 0.0f || zero[j] != 0.0f;
             }
             if (!any) continue;
+            const bool plain = layout.code == Code::rotated && dim % kTile == 0;  // whole tiles, no zero points
             auto add = [&](int tile, const Ints* acc) {
+                if (plain) {
+                    for (int j = 0; j < NQ; j++) {
+                        float* to = out.out + j * out.stride + tile;
+                        Isa::store(to, Isa::fma(Isa::to_float(acc[j]), Isa::splat(factor[j]), Isa::load(to)));
+                    }
+                    return;
+                }
                 bool whole = tile >= low && (tile + kTile <= high || high == dim);
                 for (int j = 0; j < NQ; j++) {
                     float* to = out.out + j * out.stride + tile;

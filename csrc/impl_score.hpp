@@ -136,30 +136,42 @@ void score_rotated(const Layout& layout, const LowBitKV& low_bit_kv, int head, c
         fetch_ahead(layout.key_zero_of(next, head), int64_t(layout.groups_per_page()) * layout.dim * 2);
         fetch_ahead(layout.key_scale_of(next, head), kPage * 2);
         int valid = min_of(kPage, first + count - start);
-        const uint16_t* mean = layout.key_zero_of(page, head);
+        const uint8_t *codes = layout.key_codes_of(page, head), *ahead = layout.key_codes_of(next, head);
+        const uint16_t *mean = layout.key_zero_of(page, head), *scale = layout.key_scale_of(page, head);
+        const bool one_mean = valid == kPage && group == kPage;
+        float product[NQ];
         for (int t = 0; t < valid; t += group) {
-            float product[NQ];
             half_dots<NQ>(prepared.query + low, mean + int64_t(t / group) * layout.dim, layout.dim, product);
+            if (one_mean) break;
             for (int j = 0; j < NQ; j++)
                 for (int i = t; i < t + group; i++) bias[j][i] = product[j] * scaling;
         }
-        const uint8_t *codes = layout.key_codes_of(page, head), *ahead = layout.key_codes_of(next, head);
-        const uint16_t* scale = layout.key_scale_of(page, head);
         for (int tile = 0; tile < valid; tile += NT * kTile) {
             Ints acc[NT * NQ];
             int offset_of_tile = tile / kTile * tile_bytes;
             key_dots<BITS, NQ, NT>(codes + offset_of_tile, tile_bytes, chunks, rest, prepared.bytes[low], tables, ahead + offset_of_tile, acc);
+            auto at = [&](int i, int j, Floats token_scale, Floats of_mean) {
+                const Floats x = Isa::sub(Isa::to_float(acc[i * NQ + j]), Isa::splat(offset[j]));
+                return Isa::fma(Isa::mul(x, Isa::splat(factor[j])), token_scale, of_mean);
+            };
+            if (one_mean) {
+#pragma GCC unroll 4
+                for (int i = 0; i < NT; i++) {
+                    const Floats token_scale = Isa::load_half(scale + tile + i * kTile);
+#pragma GCC unroll 4
+                    for (int j = 0; j < NQ; j++)
+                        Isa::store(scores[j] + start + tile + i * kTile, at(i, j, token_scale, Isa::splat(product[j] * scaling)));
+                }
+                continue;
+            }
 #pragma GCC unroll 4
             for (int i = 0; i < NT; i++) {
-                int t = tile + i * kTile;
+                const int t = tile + i * kTile;
                 if (t >= valid) break;
-                Floats token_scale = Isa::load_half(scale + t);
+                const Floats token_scale = Isa::load_half(scale + t);
 #pragma GCC unroll 4
-                for (int j = 0; j < NQ; j++) {
-                    Floats x = Isa::mul(Isa::sub(Isa::to_float(acc[i * NQ + j]), Isa::splat(offset[j])), Isa::splat(factor[j]));
-                    x = Isa::fma(x, token_scale, Isa::load(bias[j] + t));
-                    store_lanes(scores[j] + start + t, 0, min_of(kTile, valid - t), x);
-                }
+                for (int j = 0; j < NQ; j++)
+                    store_lanes(scores[j] + start + t, 0, min_of(kTile, valid - t), at(i, j, token_scale, Isa::load(bias[j] + t)));
             }
         }
     }

@@ -226,15 +226,30 @@ inline void block_dots(const uint8_t* blocks, int tile_bytes, const void* rows, 
     }
 }
 
+// Products of the `chunks` blocks of each of NT tiles with NQ rows of bytes: acc [NT][NQ].
+template <int BITS, int NQ, int NT, bool KEYS, class I = Isa>
+inline void tile_dots(const uint8_t* tiles, int tile_bytes, int chunks, const void* rows, int row_stride, const Tables& tables,
+                      const uint8_t* ahead, Ints* acc) {
+    constexpr int P = 8 / BITS;
+    const auto* bytes = static_cast<const uint8_t*>(rows);
+    if constexpr (I::by_tile) {
+        for (int i = 0; i < NT; i++)
+            I::template tile_dots<BITS, NQ, KEYS>(tiles + i * tile_bytes, chunks, bytes, row_stride, tables.t, ahead + i * tile_bytes,
+                                                    acc + i * NQ);
+    } else {
+#pragma GCC unroll 16
+        for (int i = 0; i < NT * NQ; i++) acc[i] = Isa::zero();
+        for (int c = 0; c < chunks; c++)
+            block_dots<BITS, NQ, NT, KEYS>(tiles + 64 * c, tile_bytes, bytes + 4 * P * c, row_stride, tables, ahead + 64 * c, acc);
+    }
+}
+
 // Products of NT tiles of keys (16 tokens each) with NQ rounded queries: acc [NT][NQ].
 template <int BITS, int NQ, int NT>
 inline void key_dots(const uint8_t* tiles, int tile_bytes, int chunks, int rest, const int8_t* queries, const Tables& tables,
                      const uint8_t* ahead, Ints* acc) {
     constexpr int P = 8 / BITS;
-#pragma GCC unroll 16
-    for (int i = 0; i < NT * NQ; i++) acc[i] = Isa::zero();
-    for (int c = 0; c < chunks; c++)
-        block_dots<BITS, NQ, NT, true>(tiles + 64 * c, tile_bytes, queries + 4 * P * c, kQueryStride, tables, ahead + 64 * c, acc);
+    tile_dots<BITS, NQ, NT, true>(tiles, tile_bytes, chunks, queries, kQueryStride, tables, ahead, acc);
     if (rest) {
         alignas(64) uint8_t spread[NT * 64] = {};
         for (int i = 0; i < NT; i++)
@@ -248,11 +263,8 @@ inline void key_dots(const uint8_t* tiles, int tile_bytes, int chunks, int rest,
 // acc [NT][NQ].
 template <int BITS, int NQ, int NT>
 inline void value_dots(const uint8_t* tiles, const uint8_t* weights, const Tables& tables, const uint8_t* ahead, Ints* acc) {
-    constexpr int P = 8 / BITS, chunks = kPage / (4 * P), tile_bytes = chunks * 64;
-#pragma GCC unroll 16
-    for (int i = 0; i < NT * NQ; i++) acc[i] = Isa::zero();
-    for (int c = 0; c < chunks; c++)
-        block_dots<BITS, NQ, NT, false>(tiles + 64 * c, tile_bytes, weights + 4 * P * c, kPage, tables, ahead + 64 * c, acc);
+    constexpr int chunks = kPage * BITS / 32;
+    tile_dots<BITS, NQ, NT, false>(tiles, chunks * 64, chunks, weights, kPage, tables, ahead, acc);
 }
 
 // The same of one tile with fewer channels.

@@ -12,6 +12,7 @@ struct Isa {
     static constexpr int sums = 4;
     static constexpr int kQueriesPerPass = 4;
     static constexpr bool matrix = false;
+    static constexpr bool by_tile = true;
 
     struct Bytes { __m256i a, b; };
     struct Ints { __m256i a, b; };
@@ -58,6 +59,44 @@ struct Isa {
     static Ints dot_su(Ints acc, int32_t four, Bytes s) {
         __m256i u = _mm256_set1_epi32(four);
         return {dot(acc.a, u, s.a), dot(acc.b, u, s.b)};
+    }
+
+    static __m256i lower_nibbles(__m256i x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
+    // Products of the `count` blocks of one tile with NQ rows of bytes: acc [NQ]. One register of a
+    // block after the other, so that sums stay in registers. The products of `planes` planes are added
+    // up in 16 bits, each of two levels at most: at 2 bits 4 x 2 x 20 x 127 or 4 x 2 x 10 x 255, at 1
+    // bit 8 x 2 x 2 x 127 or 8 x 2 x 255.
+    template <int BITS, int NQ, bool KEYS>
+    static void tile_dots(const uint8_t* blocks, int count, const uint8_t* rows, int row_stride, const Bytes* tables,
+                          const uint8_t* ahead, Ints* acc) {
+        constexpr int P = 8 / BITS, per_nibble = 4 / BITS, planes = BITS == 1 ? 8 : BITS == 2 ? 4 : 1;
+        const __m256i ones = _mm256_set1_epi16(1);
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) {
+            __m256i sums[NQ];
+            for (__m256i& x : sums) x = _mm256_setzero_si256();
+            for (int c = 0; c < count; c++) {
+                const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(blocks + 64 * c + 32 * half));
+                if (!half) __builtin_prefetch(ahead + 64 * c, 0, 2);
+                const __m256i low = lower_nibbles(x), high = lower_nibbles(_mm256_srli_epi16(x, 4));
+                __m256i pairs[NQ];
+#pragma GCC unroll 8
+                for (int m = 0; m < P; m++) {
+                    const __m256i levels = _mm256_shuffle_epi8(tables[m % per_nibble].a, m < per_nibble ? low : high);
+#pragma GCC unroll 4
+                    for (int j = 0; j < NQ; j++) {
+                        int32_t bytes;
+                        __builtin_memcpy(&bytes, rows + j * row_stride + 4 * (P * c + m), 4);
+                        const __m256i four = _mm256_set1_epi32(bytes);
+                        const __m256i products = KEYS ? _mm256_maddubs_epi16(levels, four) : _mm256_maddubs_epi16(four, levels);
+                        pairs[j] = m % planes ? _mm256_add_epi16(pairs[j], products) : products;
+                        if (m % planes == planes - 1) sums[j] = _mm256_add_epi32(sums[j], _mm256_madd_epi16(pairs[j], ones));
+                    }
+                }
+            }
+#pragma GCC unroll 4
+            for (int j = 0; j < NQ; j++) (half ? acc[j].b : acc[j].a) = sums[j];
+        }
     }
 
     static Floats load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }

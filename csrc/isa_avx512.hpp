@@ -9,7 +9,8 @@ namespace specache {
 namespace {
 
 struct Wide {
-    static constexpr int sums = 16;  // blocks of sums that stay in registers beside the operands
+    static constexpr int sums = 8;  // blocks of sums that stay in registers beside the operands, without moves between them
+    static constexpr bool by_tile = false;
 
     using Bytes = __m512i;
     using Ints = __m512i;

@@ -12,6 +12,7 @@ struct Isa {
     static constexpr int sums = 4;
     static constexpr int kQueriesPerPass = 4;
     static constexpr bool matrix = false;
+    static constexpr bool by_tile = false;
 
     struct Bytes { uint8_t v[64]; };
     struct Ints { int32_t v[16]; };

@@ -11,6 +11,7 @@ struct Isa {
     static constexpr int sums = 4;
     static constexpr int kQueriesPerPass = 4;
     static constexpr bool matrix = false;
+    static constexpr bool by_tile = false;
 
     struct Bytes { uint8x16_t v[4]; };
     struct Ints { int32x4_t v[4]; };

@@ -22,7 +22,7 @@ constexpr float kMostAbovePeak = 60.0f;
 
 // With `at_once` a few KV heads (a wave) go through all phases before the next, so that their
 // weights stay in the caches. Otherwise all heads go through each phase, because all wait for their
-// rows.
+// rows. The heads of a wave take turns within a phase: they are neighbours in every page.
 class LayerStep::State {
 public:
     State(const Engine& engine, Step step, const std::vector<Recent>& recents, int64_t k, const float* sinks, bool at_once)
@@ -144,16 +144,16 @@ private:
     int64_t batches_of(int64_t heads) const { return heads * queries_.batches.count; }
 
     void score(Worker& worker, int64_t first) {
-        const int64_t batches = queries_.batches.count;
-        worker.each(wave_heads(first) * stretches_ * batches,
-                    [&](int64_t i) { exp_scores(first, i / (stretches_ * batches), i / batches % stretches_, i % batches); });
+        const int64_t batches = queries_.batches.count, heads = wave_heads(first);
+        worker.each(stretches_ * heads * batches,
+                    [&](int64_t i) { exp_scores(first, i / batches % heads, i / (heads * batches), i % batches); });
     }
 
     void choose(Worker& worker, int64_t first) {
         const int64_t heads = wave_heads(first), rows = step_.rows;
         worker.each(heads * count_, [&](int64_t i) { normalise(first, i / count_, int(i % count_)); });
-        worker.each(heads * chunks_ * rows,
-                    [&](int64_t i) { add_mean_prob(first, i / (chunks_ * rows), i / rows % chunks_, int(i % rows)); });
+        worker.each(chunks_ * heads * rows,
+                    [&](int64_t i) { add_mean_prob(first, i / rows % heads, i / (heads * rows), int(i % rows)); });
         worker.each(heads * rows, [&](int64_t i) { top_k(first, i / rows, int(i % rows)); });
     }
 
@@ -217,9 +217,9 @@ private:
     }
 
     void attend_chunks(Worker& worker, int64_t first) {
-        const int64_t batches = batches_of(1);
-        worker.each(wave_heads(first) * chunks_ * batches,
-                    [&](int64_t i) { attend_chunk(first, i / (chunks_ * batches), i / batches % chunks_, i % batches); });
+        const int64_t batches = batches_of(1), heads = wave_heads(first);
+        worker.each(chunks_ * heads * batches,
+                    [&](int64_t i) { attend_chunk(first, i / batches % heads, i / (heads * batches), i % batches); });
     }
 
     int64_t heads_per_wave() const {
@@ -304,10 +304,14 @@ private:
     // The log-sum-exp of everything that a query sees.
     float log_sum(int64_t first, int64_t slot, int query) {
         const float *peak = of_stretches(peaks_, slot, query), *total = of_stretches(totals_, slot, query);
-        float all = rest_lse_[(first + slot) * count_ + query];
+        const float rest = rest_lse_[(first + slot) * count_ + query];
+        float high = rest, sum = 0.0f;
         for (int64_t s = 0; s < stretches_; s++)
-            if (total[s] > 0.0f) all = log_add(all, peak[s] + std::log(total[s]));
-        return all;
+            if (total[s] > 0.0f) high = std::max(high, peak[s]);
+        if (high == -INFINITY) return high;
+        for (int64_t s = 0; s < stretches_; s++)
+            if (total[s] > 0.0f) sum += total[s] * std::exp(peak[s] - high);
+        return high + std::log(sum + std::exp(rest - high));
     }
 
     // Replace the weights of the fetched `positions` [k] (-1: none) by those of their exact scores.

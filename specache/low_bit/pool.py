@@ -24,7 +24,7 @@ from specache.platform.budget import ByteBudget
 
 Page = tuple[int, int]  # (slab, index in the slab)
 
-SLAB_BYTES = 1 << 20  # least size of a lazy slab
+SLAB_BYTES = 8 << 20  # least size of a lazy slab: a few huge pages, of which one at most is partly used
 
 
 class PagePool:

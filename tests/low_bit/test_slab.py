@@ -15,16 +15,25 @@ PAGE_BYTES = 7000  # no multiple of the system's
 pytestmark = pytest.mark.skipif(not Slab.is_lazy(CPU), reason="this system takes no part of a mapping back")
 
 
+def fields_of(slab: Slab) -> list[dict[str, str]]:
+    """What the system tells of the mappings that the slab lies in."""
+    start, found = slab.data.data_ptr(), []
+    stop = start + slab.data.nbytes
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, _, rest = line.partition(" ")
+        if not name.endswith(":"):
+            low, high = (int(part, 16) for part in name.split("-"))
+            fields: dict[str, str] = {}
+            if low < stop and high > start:
+                found.append(fields)
+        fields[name] = rest.strip()
+    assert found, "the slab is no mapping"
+    return found
+
+
 def resident(slab: Slab) -> int:
-    """Bytes of the slab's mapping that have memory."""
-    start = slab.data.data_ptr()
-    for block in Path("/proc/self/smaps").read_text().split("VmFlags")[:-1]:
-        lines = block.strip().splitlines()
-        place = next(i for i, line in enumerate(lines) if "-" in line.split()[0] and not line.split()[0].endswith(":"))
-        low, high = (int(part, 16) for part in lines[place].split()[0].split("-"))
-        if low <= start < high:
-            return int(next(line for line in lines[place:] if line.startswith("Rss:")).split()[1]) << 10
-    raise AssertionError("the slab is no mapping")
+    """Bytes of the slab's mappings that have memory."""
+    return sum(int(fields["Rss:"].split()[0]) << 10 for fields in fields_of(slab))
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux tells")
@@ -36,6 +45,14 @@ def test_unused_and_freed_pages_take_no_memory():
     assert used - before >= 1000 * PAGE_BYTES - 2 * 4096
     slab.give_back([*range(100, 400), *range(500, 999)])
     assert resident(slab) <= used - 799 * PAGE_BYTES + 4 * 4096
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this system has no huge pages")
+def test_huge_pages_are_asked_for_until_pages_are_given_back():
+    slab = Slab(1000, PAGE_BYTES, CPU)
+    assert any("hg" in fields["VmFlags:"].split() for fields in fields_of(slab))
+    slab.give_back([5])
+    assert not any("hg" in fields["VmFlags:"].split() for fields in fields_of(slab))
 
 
 def test_pages_beside_freed_ones_keep_their_bytes():
