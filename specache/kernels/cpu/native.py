@@ -119,7 +119,7 @@ class NativeKernels:
 
 
 class NativeLayerStep:
-    """The C++ kernels' `LayerStep` (`kernels/types.py`), or one call of `run_copied` if `at_once`."""
+    """`LayerStep` of `kernels/types.py` in C++, or one call of `run_copied` if `at_once`."""
 
     def __init__(
         self,
