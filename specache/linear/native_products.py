@@ -18,6 +18,7 @@ from specache.linear import packed_weights
 from specache.linear.packed_weights import PackedWeights
 from specache.platform import extension
 
+ROUNDED_ROWS = 512  # `kManyRows` of csrc/product.cpp: rows that are rounded at a time
 VARIABLE = "SPECACHE_KERNELS"  # see `specache.kernels.dispatch`
 
 _library = torch.library.Library("specache", "FRAGMENT")

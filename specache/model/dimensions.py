@@ -63,8 +63,8 @@ class ModelDimensions:
         rope_switch: prompts longer than this are prefilled in one chunk; or None.
         weight_bytes: bytes of all parameters and buffers.
         read_bytes: bytes of weights that a decode step of one token reads.
-        matrix_elements: elements of the largest linear layer that prefill dequantises from int8 or
-            int4 codes, else 0.
+        matrix_elements: elements of the largest linear layer with packed weights (int8 or int4),
+            else 0.
         dynamic_rope: RoPE frequencies change with every token past the switch.
         widens: products of 16-bit weights go through float32, block by block (`linear.cpu_linear`).
     """

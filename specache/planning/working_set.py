@@ -17,6 +17,8 @@ from specache.config import PAGE_TOKENS, Policy, SpeCacheConfig
 from specache.kernels import dispatch
 from specache.kernels.blocks import BLOCK_BYTES, QUANTISE_PAGES
 from specache.linear.cpu_linear import BLOCK_ELEMENTS
+from specache.linear.native_products import ROUNDED_ROWS
+from specache.linear.packed_weights import CODES_AT_ONCE
 from specache.model.dimensions import LayerDimensions, ModelDimensions
 from specache.tiers.disk.row_reads import GAP_BYTES, READ_BYTES
 
@@ -40,9 +42,18 @@ def prefill_bytes(model: ModelDimensions, config: SpeCacheConfig, chunk: int, st
     stages = [_feed_forward(model, chunk), _normalisation(model, chunk)]
     stages += [_attention(model, config, layer, chunk, stored) for layer in set(model.layers)]
     buffers = DISK_COPIES * max(READ_BYTES, _largest_block(model)) if on_disk(config) else 0
-    matrix = 2 * model.matrix_elements * model.itemsize  # codes as numbers, and their products with scales
     logits = model.vocabulary * (model.itemsize + 2 * FLOAT)
-    return hidden + max(stages) + matrix + logits + buffers + _widened(model, chunk)
+    return hidden + max(stages) + _packed_product(model, chunk) + logits + buffers + _widened(model, chunk)
+
+
+def _packed_product(model: ModelDimensions, chunk: int) -> int:
+    """Return the peak of a product with packed weights: rounded rows, and a part of the matrix.
+
+    Only a processor with matrix registers forms a part of the matrix from its codes.
+    """
+    formed = min(model.matrix_elements, CODES_AT_ONCE) * (2 * FLOAT + model.itemsize)
+    rounded = min(chunk, ROUNDED_ROWS) * max(model.hidden, model.mlp) * 3 // 2
+    return formed + rounded if model.matrix_elements else 0
 
 
 def decode_bytes(model: ModelDimensions, config: SpeCacheConfig, sequences: int, low_bit_tokens: int) -> int:
