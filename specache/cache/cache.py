@@ -231,28 +231,50 @@ class SpeCache:
 
         The low-bit pages are shared, unless `code`, `bits`, `group_size` or `residual` change: then
         the 16-bit rows are quantised again. The rotated code keeps the original's key weights, made
-        from its first `residual + group_size` tokens, because later queries are not stored.
+        from its first `residual + group_size` tokens, because later queries are not stored. With
+        another `slow_tier` or `slow_dir` the rows are copied there, and `policy="auto"` is chosen
+        anew.
 
         Raises:
-            UsageError: the settings change the slow tier, or policy `full` to a low-bit policy.
+            UsageError: policy `full` to a low-bit policy.
+            SlowTierError: the rows cannot be read or written.
+            FastMemoryError: `fast_memory` does not allow the other tier's buffers.
         """
         if policy is not None:
             changes["policy"] = policy
-        if "slow_tier" in changes or "slow_dir" in changes:
-            raise UsageError("A fork keeps slow_tier: its rows lie there. Prefill a new SpeCache.")
-        config = self.config.with_changes(**changes).resolved(self.info.device.type)
+        config, moves = self._forked_config(changes)
         if self.config.policy is Policy.FULL and config.policy is not Policy.FULL:
             raise UsageError("A cache with policy 'full' has no low-bit copy; prefill a new SpeCache with the other policy.")
+        here = config.with_changes(slow_tier=self.config.slow_tier, slow_dir=self.config.slow_dir)
         with self.in_use.by("fork"), modes.ours():
             self.release_device_batch()
             other = object.__new__(SpeCache)
-            other._begin(self.context.fork(config), self._model, self.asked.with_changes(**changes))
+            other._begin(self.context.fork(here), self._model, self.asked.with_changes(**changes))
             other._tier_is_fixed = bool(self.sequences)
-            other.tier_choice, other.on_disk_chosen = self.tier_choice, self.on_disk_chosen
+            other.tier_choice, other.on_disk_chosen = None if moves else self.tier_choice, self.on_disk_chosen
             other.counters.prefill_s = self.counters.prefill_s
             other._state = self._state
             other.sequences = [sequence.fork(other.context) for sequence in self.sequences]
+            if moves:
+                try:
+                    other._move_rows(config)
+                except BaseException:
+                    other.free()
+                    raise
+                other.context.count_anew()
         return other
+
+    def _forked_config(self, changes: dict[str, Any]) -> tuple[SpeCacheConfig, bool]:
+        """Return the settings of a fork, and whether its rows go to another tier.
+
+        Adds to `changes` what follows from another tier.
+        """
+        if changes.get("slow_tier", SlowTierKind.DISK) != SlowTierKind.DISK:  # `disk:FOLDER` names its own
+            changes.setdefault("slow_dir", None)
+        if "slow_tier" in changes or "slow_dir" in changes:
+            changes.setdefault("policy", self.asked.policy)
+        config = self.config.with_changes(**changes).resolved(self.info.device.type)
+        return config, (config.slow_tier, config.slow_dir) != (self.config.slow_tier, self.config.slow_dir)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SpeCache:
         """Return `fork()`: transformers' caches are copied this way to reuse a prefilled prompt."""
