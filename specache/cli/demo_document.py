@@ -10,7 +10,9 @@ from specache.errors import ConfigError, SpeCacheError
 
 QUESTION = "What is the secret access code of the archive?"
 _FACT = "The secret access code of the archive is {code}. Remember it."
-_OVERHEAD = 100  # tokens of the question, the fact and the chat template, at most
+NEXT_QUESTION = "What is the telephone number of the lighthouse?"
+_NEXT_FACT = "The telephone number of the lighthouse is {code}. Remember it."
+_OVERHEAD = 120  # tokens of the question, the facts and the chat template, at most
 
 
 class DemoError(SpeCacheError):
@@ -23,12 +25,16 @@ class LengthError(DemoError, ConfigError):
 
 @dataclass(frozen=True)
 class DemoTask:
-    """A document with one planted fact, and a question about it."""
+    """A document with a planted fact, and a question about it.
+
+    `next` is another question about the same document, whose fact is planted half as deep.
+    """
 
     prompt: str
     fact: str
     code: str
     question: str = QUESTION
+    next: DemoTask | None = None
 
     def is_right(self, answer: str) -> bool:
         """Return True if an answer contains the planted number."""
@@ -50,13 +56,15 @@ def make_task(tokenizer: Any, *, tokens: int, seed: int, depth: float) -> DemoTa
     """
     if tokens <= 2 * _OVERHEAD:
         raise LengthError(f"--tokens must be more than {2 * _OVERHEAD}, got {tokens}.")
-    code = str(random.Random(seed).randrange(10_000, 100_000))
+    numbers = random.Random(seed)
+    code, next_code = (str(numbers.randrange(10_000, 100_000)) for _ in range(2))
     paragraphs, lengths = _document(tokenizer, tokens - _OVERHEAD)
-    fact = _FACT.format(code=code)
+    fact, next_fact = _FACT.format(code=code), _NEXT_FACT.format(code=next_code)
     paragraphs.insert(_paragraph_at(lengths, depth), fact)
+    paragraphs.insert(_paragraph_at(lengths, depth / 2), next_fact)
     document = "\n\n".join(paragraphs)
-    prompt = f"Here is a document.\n\n{document}\n\nEnd of the document.\n\n{QUESTION}"
-    return DemoTask(prompt, fact, code)
+    text = f"Here is a document.\n\n{document}\n\nEnd of the document.\n\n"
+    return DemoTask(text + QUESTION, fact, code, next=DemoTask(text + NEXT_QUESTION, next_fact, next_code, NEXT_QUESTION))
 
 
 def _document(tokenizer: Any, budget: int) -> tuple[list[str], list[int]]:

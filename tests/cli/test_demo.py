@@ -1,6 +1,8 @@
-"""`specache demo`: one prefill, three answers side by side."""
+"""`specache demo`: one prefill, three answers side by side, and one from the session."""
 
 from __future__ import annotations
+
+import tempfile
 
 import pytest
 import torch
@@ -18,12 +20,16 @@ def test_the_same_seed_plants_the_same_number_in_the_same_document():
     assert first == make_task(TOKENIZER, tokens=3000, seed=1, depth=0.3)
     assert first.code != make_task(TOKENIZER, tokens=3000, seed=2, depth=0.3).code
     assert first.prompt.count(first.code) == 1 and first.prompt.endswith(first.question)
+    second = first.next
+    assert second.prompt.count(second.code) == 1 and second.prompt.endswith(second.question) and second.next is None
+    assert first.prompt.removesuffix(first.question) == second.prompt.removesuffix(second.question)
 
 
 @pytest.mark.parametrize("depth", [0.0, 0.1, 0.5, 0.9, 1.0])
 def test_the_fact_is_planted_at_its_depth(depth):
     task = make_task(TOKENIZER, tokens=20_000, seed=1, depth=depth)
     assert task.prompt.index(task.fact) / len(task.prompt) == pytest.approx(depth, abs=0.06)
+    assert task.prompt.index(task.next.fact) / len(task.prompt) == pytest.approx(depth / 2, abs=0.06)
 
 
 def test_the_document_has_about_the_length_asked_for():
@@ -42,23 +48,33 @@ def test_an_answer_is_right_if_it_has_the_number():
     assert task.is_right(f"It is {task.code}.") and not task.is_right(f"It is {task.code[:-1]}")
 
 
-def test_a_real_model_answers_three_times_over_one_prefill(demo_model):
+def test_a_real_model_answers_three_times_over_one_prefill_and_once_from_the_session(demo_model):
     document = run_json("demo", "--tokens", "900", "--seed", "3", "--depth", "0.5")
     ours, full, alone = document["runs"]
-    assert [run["config"]["policy"] for run in (ours, full, alone)] == ["verified", "full", "none"]
+    assert [run["config"]["policy"] for run in (ours, full, alone)] == ["on-demand", "full", "none"]
     assert ours["right"] and full["right"]
-    assert ours["config"]["slow_tier"] == "ram"
-    assert ours["stats"]["guess_rate"] is not None and ours["stats"]["hit_rate"] is not None
+    assert ours["config"]["slow_tier"] == "ram-inplace"
     assert ours["stats"]["fast_bytes"] < full["stats"]["fast_bytes"] and full["stats"]["slow_bytes"] == 0
     assert document["seed"] == 3 and document["expected"] in document["fact"]
+    again = document["next"]["run"]
+    assert again["right"] and document["next"]["expected"] in again["text"]
+    assert again["config"]["slow_tier"] == "disk" and again["stats"]["guess_rate"] is not None
+    assert again["prompt_tokens"] - again["reused_tokens"] < 40 < again["reused_tokens"]
 
 
 def test_another_policy_can_be_shown(demo_model):
-    document = run_json("demo", "--tokens", "400", "--seed", "3", "--policy", "on-demand")
-    assert [run["config"]["policy"] for run in document["runs"]] == ["on-demand", "full", "none"]
+    document = run_json("demo", "--tokens", "400", "--seed", "3", "--policy", "verified")
+    assert [run["config"]["policy"] for run in document["runs"]] == ["verified", "full", "none"]
+    assert document["runs"][0]["stats"]["guess_rate"] is not None
 
 
-def test_the_three_answers_share_one_prefill(demo_model):
+def test_the_demo_leaves_nothing_behind(demo_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    run_json("demo", "--tokens", "400", "--seed", "3")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_answers_share_one_prefill(demo_model):
     read = []
 
     def counting(module, inputs):
@@ -71,7 +87,8 @@ def test_the_three_answers_share_one_prefill(demo_model):
     finally:
         hook.remove()
     prompt = document["runs"][0]["prompt_tokens"]
-    answers = sum(2 * run["new_tokens"] + 2 for run in document["runs"])
+    runs = [*document["runs"], document["next"]["run"]]
+    answers = sum(2 * run["new_tokens"] + 2 for run in runs) + runs[-1]["prompt_tokens"] - runs[-1]["reused_tokens"]
     assert prompt < sum(read) < prompt + answers
 
 
@@ -79,7 +96,7 @@ def test_the_table_shows_what_came_out(demo_model, monkeypatch):
     monkeypatch.setenv("COLUMNS", "140")
     result = run("demo", "--tokens", "500", "--seed", "3", "--depth", "0.5", "--bits", "4")
     text = one_line(result.stdout)
-    rows = ("answer", "fast memory", "slow memory", "guesses right", "prefetch hits", "time to first", "tokens per second")
+    rows = ("answer", "fast memory", "slow memory", "time to first", "tokens per second", "tokens read for it", "on disk")
     assert all(row in text for row in rows)
     assert "(seed 3)" in text and "SpeCache, 4 bits" in text
 
