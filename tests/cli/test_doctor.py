@@ -22,6 +22,7 @@ def test_json_has_every_section():
         "native_kernels",
         "product_kernels",
         "gpu_kernels",
+        "compiled",
         "cache",
         "disk_tier",
         "auto_tier",

@@ -31,6 +31,8 @@ SUMMARY_KEYS = {
     "model",
     "dtype",
     "config",
+    "decode_steps",
+    "compiled_steps",
     "problem",
 }
 

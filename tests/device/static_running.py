@@ -12,6 +12,7 @@ import specache
 from specache.device.batch import DeviceBatch
 from specache.engine import static_decoder
 from specache.engine.static_decoder import StaticDecoder, StaticSettings
+from specache.linear import native_products
 from specache.tiers.streams import InlineStreams
 from tests.tiny import ragged
 
@@ -33,6 +34,7 @@ def static_steps(monkeypatch: Any, **changes: Any) -> Iterator[list[int]]:
 
     with monkeypatch.context() as patch:
         patch.setattr(static_decoder, "SETTINGS", StaticSettings(**settings))
+        patch.setattr(native_products, "instruction_set", lambda: None)  # a GPU has products of its own, which graphs record
         patch.setattr(StaticDecoder, "_run", counted)
         yield steps
 

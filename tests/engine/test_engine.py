@@ -150,6 +150,10 @@ def test_an_error_of_one_request_ends_that_request_alone(model):
         assert engine.cache.sequences == []
 
 
+def unreadable(pairs):
+    raise specache.SlowTierError("The rows cannot be read.")
+
+
 def test_a_pass_that_fails_for_one_request_runs_without_it(model, monkeypatch):
     """Reading its rows fails: the pass is undone, and the other requests decode."""
     config = settings(policy="on-demand")
@@ -160,7 +164,7 @@ def test_a_pass_that_fails_for_one_request_runs_without_it(model, monkeypatch):
         for _ in range(8):
             engine.step()
         rows = bad.request.sequences[0].compressed[1].row_fetcher
-        monkeypatch.setattr(rows, "start", failing_after(0, specache.SlowTierError))
+        monkeypatch.setattr(rows, "begin_copying", unreadable)
         run(engine)
         same(good, expected)
         with pytest.raises(specache.SlowTierError) as raised:
@@ -357,7 +361,7 @@ def test_a_step_of_several_passes_repeats_none_that_succeeded(monkeypatch, good_
         for _ in range(5):
             engine.step()
         fetcher = handles["bad"].request.sequences[0].compressed[1].row_fetcher
-        monkeypatch.setattr(fetcher, "start", failing_after(0, specache.SlowTierError))
+        monkeypatch.setattr(fetcher, "begin_copying", unreadable)
         run(engine)
         same(handles["good"], expected)
         with pytest.raises(specache.SlowTierError):
