@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,8 +38,9 @@ class DemoTask:
     next: DemoTask | None = None
 
     def is_right(self, answer: str) -> bool:
-        """Return True if an answer contains the planted number."""
-        return self.code in answer
+        """Return True if the first number in an answer is the planted one."""
+        first = re.search(r"\d+", answer)
+        return first is not None and first[0] == self.code
 
 
 def make_task(tokenizer: Any, *, tokens: int, seed: int, depth: float) -> DemoTask:

@@ -45,7 +45,9 @@ def test_impossible_lengths_are_refused(tokens):
 
 def test_an_answer_is_right_if_it_has_the_number():
     task = make_task(TOKENIZER, tokens=1000, seed=1, depth=0.5)
-    assert task.is_right(f"It is {task.code}.") and not task.is_right(f"It is {task.code[:-1]}")
+    assert task.is_right(f"It is {task.code}.") and task.is_right(task.code)
+    for wrong in (task.code[:-1], f"{task.code}7", f"{task.code}7. It is {task.code}", "none"):
+        assert not task.is_right(f"It is {wrong}.")
 
 
 def test_a_real_model_answers_three_times_over_one_prefill_and_once_from_the_session(demo_model):
