@@ -40,9 +40,7 @@ struct Partial {
 
 constexpr int kProductBlock = 32;     // inputs that share a scale
 constexpr int kProductRows = 8;       // the most rows of `plain_product`
-#ifndef kProductAhead
 constexpr int kProductAhead = 3072;   // bytes of codes that are prefetched ahead
-#endif
 
 // Weights of 16 outputs, K / 32 blocks: codes of 8 bits, or of 4 if there are `zeros`. Scales and
 // zeros are bfloat16 [K / 32, 16]; W = code * scale + zero, where 4-bit codes count from -8.

@@ -6,7 +6,6 @@ import torch
 
 from specache.linear import native_products
 from specache.linear.cpu_linear import MOST_FEW_ROWS, widens
-from specache.linear.weight_quant import MANY_ROWS
 from specache.platform import private_torch
 
 _PYTORCH = "PyTorch's"
@@ -34,5 +33,6 @@ def _packed() -> str:
     if isa is None:
         return f"the matrix formed from its codes, then {_PYTORCH}"
     if private_torch.has_matrix_registers():
-        return f"{isa}, in bfloat16 up to {MANY_ROWS - 1} rows, then {_PYTORCH} over the matrix formed from its codes"
+        most = native_products.MANY_ROWS - 1
+        return f"{isa}, in bfloat16 up to {most} rows, then {_PYTORCH} over the matrix formed from its codes"
     return isa

@@ -71,7 +71,7 @@ def _forward(module: nn.Module) -> Forward | None:
 
 
 def _few_rows(layer: nn.Linear, x: Tensor) -> Tensor:
-    """The forward of a layer whose products of few rows are ours."""
+    """Multiply by our product if there are few rows, else as `_many_rows` does."""
     parameters: dict[str, Any] = layer._parameters  # attributes of a module are slow to look up
     weight, bias = parameters["weight"], parameters["bias"]
     if x.dtype is not weight.dtype or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
@@ -83,7 +83,7 @@ def _few_rows(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 def _many_rows(layer: nn.Linear, x: Tensor) -> Tensor:
-    """The forward of a layer whose products of many rows are widened, without the extension."""
+    """Widen the weights if there are many rows, for a layer that only then is faster so."""
     weight = layer.weight
     compiling, autocast = torch.compiler.is_compiling(), torch.is_autocast_enabled("cpu")
     if _rows(x) <= MOST_FEW_ROWS or x.dtype is not weight.dtype or torch.is_grad_enabled() or compiling or autocast:
@@ -94,14 +94,20 @@ def _many_rows(layer: nn.Linear, x: Tensor) -> Tensor:
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return x [..., K] times weight [N, K] -> [..., N], by the product for this number of rows."""
     rows = _rows(x)
-    if 0 < rows <= MOST_FEW_ROWS and native_products.supports(x):
+    if 0 < rows <= MOST_FEW_ROWS and native_products.supports(x) and _fits(x, weight, bias):
         return native_products.plain_linear(x, weight, bias)
     return _widened(x, weight, bias) if rows > MOST_FEW_ROWS and widens(weight.dtype) else linear(x, weight, bias)
 
 
+def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Return whether the extension, which checks nothing, may read these."""
+    sound = x.shape[-1] == weight.shape[1] and weight.stride(1) == 1 and weight.is_cpu
+    return sound and (bias is None or (bias.dtype is x.dtype and bias.stride(0) == 1))
+
+
 def _widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     outputs, inputs = weight.shape
-    wide = x.reshape(-1, inputs).float()
+    wide = x.reshape(-1, x.shape[-1]).float()
     out = x.new_empty(len(wide), outputs)
     block = max(BLOCK_ELEMENTS // inputs, 1)
     for start in range(0, outputs, block):

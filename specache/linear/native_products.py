@@ -16,8 +16,9 @@ from torch.nn.functional import linear
 
 from specache.linear import packed_weights
 from specache.linear.packed_weights import PackedWeights
-from specache.platform import extension
+from specache.platform import extension, private_torch
 
+MANY_ROWS = 64  # from here on bfloat16 products of a processor with matrix registers are faster
 ROUNDED_ROWS = 512  # `kManyRows` of csrc/product.cpp: rows that are rounded at a time
 VARIABLE = "SPECACHE_KERNELS"  # see `specache.kernels.dispatch`
 
@@ -46,18 +47,22 @@ def packed_linear(x: Tensor, weights: PackedWeights, bias: Tensor | None) -> Ten
     """Return x [..., K] times packed weights -> [..., N] in x's dtype.
 
     Each row is rounded to 8 bits, with a scale per 32 inputs (as llama.cpp's Q8_0), and the blocks'
-    integer sums are added in float32. Without the extension the matrix is formed from its codes, a
-    part at a time, and rows are not rounded.
+    integer sums are added in float32. Without the extension, and for many rows in bfloat16 on a
+    processor with matrix registers (AMX), the matrix is formed from its codes, a part at a time,
+    and rows are not rounded.
 
     Args:
         bias: [N] in x's dtype.
+
+    Raises:
+        RuntimeError: x has another number of inputs, or the bias another dtype.
     """
     if torch.compiler.is_compiling():
         out: Tensor = torch.ops.specache.packed_linear(x, weights.codes, weights.scales, weights.zeros, bias, weights.outputs)
         return out
-    if not supports(x) or (torch.is_grad_enabled() and x.requires_grad):
+    if torch.is_grad_enabled() and x.requires_grad:
         return formed_linear(x, weights, bias)
-    return _packed(x, weights, bias)
+    return _product(x, weights, bias)
 
 
 def formed_linear(x: Tensor, weights: PackedWeights, bias: Tensor | None) -> Tensor:
@@ -69,8 +74,22 @@ def formed_linear(x: Tensor, weights: PackedWeights, bias: Tensor | None) -> Ten
     return out.contiguous() if bias is None else out + bias
 
 
+def _product(x: Tensor, weights: PackedWeights, bias: Tensor | None) -> Tensor:
+    """Return the product that is the fastest for x: on a processor with matrix registers, that of
+    many rows in bfloat16 is PyTorch's.
+    """
+    if x.dtype is torch.bfloat16 and x.numel() >= MANY_ROWS * weights.inputs and private_torch.has_matrix_registers():
+        return formed_linear(x, weights, bias)
+    return _packed(x, weights, bias) if supports(x) else formed_linear(x, weights, bias)
+
+
 def _packed(x: Tensor, weights: PackedWeights, bias: Tensor | None) -> Tensor:
     x, outputs, zeros = x.contiguous(), weights.outputs, weights.zeros
+    if x.shape[-1] != weights.inputs or (bias is not None and bias.dtype is not x.dtype):
+        raise RuntimeError(
+            f"A linear layer of {weights.inputs} inputs was called with {x.shape[-1]} in {x.dtype}, and a bias in "
+            f"{None if bias is None else bias.dtype}."
+        )
     out = x.new_empty(*x.shape[:-1], outputs)
     if rows := out.numel() // outputs:
         extension.native.packed_linear(
@@ -119,8 +138,7 @@ def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _packed_operator(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, outputs: int) -> Tensor:
-    weights = PackedWeights(codes, scales, zeros, outputs)
-    return _packed(x, weights, bias) if supports(x) else formed_linear(x, weights, bias)
+    return _product(x, PackedWeights(codes, scales, zeros, outputs), bias)
 
 
 def _packed_fake(x: Tensor, codes: Tensor, scales: Tensor, zeros: Any, bias: Any, outputs: int) -> Tensor:

@@ -1,8 +1,6 @@
 """Weight-only quantisation on a CPU: a step reads all weights, so fewer bits save time.
 
-The layers' products (`native_products`) multiply codes with rows rounded to 8 bits. On a processor
-with matrix registers for bfloat16 (AMX) many rows, a prompt's, are multiplied in 16 bits by PyTorch
-instead, a part of the matrix at a time, which is faster there.
+`native_products` multiplies the codes with rows of activations.
 
 Symbols: `N` outputs, `K` inputs of a linear layer.
 """
@@ -18,9 +16,8 @@ from specache.errors import ConfigError, UnsupportedModelError
 from specache.linear import native_products, packed_weights
 from specache.linear.packed_weights import PackedWeights
 from specache.linear.weight_format import WeightFormat
-from specache.platform import modes, private_torch
+from specache.platform import modes
 
-MANY_ROWS = 64  # from here on 16-bit products of a processor with matrix registers are faster
 _BITS = {WeightFormat.INT8: 8, WeightFormat.INT4: 4}
 
 
@@ -69,8 +66,6 @@ class PackedLinear(nn.Module):
         bias = buffers["bias"]
         if bias is not None and bias.dtype is not x.dtype:
             bias = bias.to(x.dtype)
-        if x.dtype is torch.bfloat16 and private_torch.has_matrix_registers() and x.numel() >= MANY_ROWS * self.in_features:
-            return native_products.formed_linear(x, weights, bias)
         return native_products.packed_linear(x, weights, bias)
 
 

@@ -101,8 +101,9 @@ def test_a_model_shared_by_an_engine_that_is_attached_compiles_its_next_answers(
 
 
 @pytest.mark.parametrize("weights", [WeightFormat.INT8, WeightFormat.INT4])
-def test_quantised_weights_compile_too(fresh, weights):
-    models = [llama(num_hidden_layers=2), llama(num_hidden_layers=2)]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_quantised_weights_compile_into_one_graph_too(fresh, weights, dtype):
+    models = [llama(num_hidden_layers=2).to(dtype), llama(num_hidden_layers=2).to(dtype)]
     for model in models:
         quantise_weights(model, weights)
     specache.compile_decode(models[1])

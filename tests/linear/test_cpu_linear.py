@@ -67,6 +67,26 @@ def test_sixteen_bit_products_are_those_of_float32_rounded_once(dtype, bias, row
     assert layers == [layer] and "forward" not in layer.__dict__
 
 
+@torch.no_grad()
+@pytest.mark.usefixtures("no_native_halves")
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_what_the_ordinary_layer_refuses_is_refused(dtype, rows):
+    layer = nn.Linear(48, 80).to(dtype)
+    products.install(nn.Sequential(layer))
+    for inputs in (24, 96):
+        with pytest.raises(RuntimeError):
+            layer(torch.randn(rows, inputs).to(dtype))
+
+
+@torch.no_grad()
+def test_weights_that_are_replaced_meanwhile_are_read_as_they_lie():
+    layer, x = nn.Linear(48, 80), torch.randn(2, 48)
+    products.install(nn.Sequential(layer))
+    layer.weight.data = torch.randn(48, 80).T  # inputs of an output no longer side by side
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+
+
 @pytest.mark.usefixtures("no_native_halves")
 @pytest.mark.parametrize("dtype", HALVES)
 def test_gradients_go_through_the_ordinary_layer(dtype):

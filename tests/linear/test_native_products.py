@@ -28,11 +28,13 @@ def isa(request, monkeypatch):
     products.instruction_set.cache_clear()
 
 
-def rounded(x: torch.Tensor) -> torch.Tensor:
-    """Rows [M, K] rounded to 8 bits per 32 inputs, as numbers."""
-    blocks = x.float().unflatten(-1, (-1, packed_weights.BLOCK))
-    scale = blocks.abs().amax(-1, keepdim=True) / 127
-    return (torch.where(scale > 0, (blocks / scale.clamp(min=1e-35)).round(), 0) * scale).flatten(-2)
+def exact_rows(rows: int, inputs: int, dtype: torch.dtype) -> torch.Tensor:
+    """Rows that rounding leaves as they are: in each block whole numbers up to 127, which occurs,
+    times a power of two.
+    """
+    x = torch.randint(-127, 128, (rows, inputs // packed_weights.BLOCK, packed_weights.BLOCK)).float()
+    x[..., 5] = 127.0
+    return (x * 2.0 ** torch.randint(-8, 1, (*x.shape[:2], 1))).flatten(1).to(dtype)
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -44,16 +46,15 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 2, 3, 7, 8, 9, 33, 600])
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_packed_product_is_that_of_the_rounded_rows_with_the_matrix_of_the_codes(bits, dtype, rows, bias):
+def test_a_packed_product_is_that_of_the_matrix_that_the_codes_stand_for(bits, dtype, rows, bias):
     torch.manual_seed(rows)
     outputs, inputs = 83, 96  # the last tile is a part of one
     weights = packed_weights.pack(torch.randn(outputs, inputs, dtype=dtype), bits)
-    x, b = torch.randn(rows, inputs, dtype=dtype), torch.randn(outputs, dtype=dtype) if bias else None
-    expected = linear(rounded(x).double(), packed_weights.unpack(weights, torch.float64)[:outputs])
+    x, b = exact_rows(rows, inputs, dtype), torch.randn(outputs, dtype=dtype) if bias else None
+    expected = linear(x.double(), packed_weights.unpack(weights, torch.float64)[:outputs])
     out = products.packed_linear(x, weights, b)
     assert out.shape == (rows, outputs) and out.dtype is dtype and out.is_contiguous()
-    # a code that is nearly between two may be either
-    assert distance(out, expected if b is None else expected + b.double()) < 2 * ROUNDING[dtype] + 0.004
+    assert distance(out, expected if b is None else expected + b.double()) < 2 * ROUNDING[dtype]
 
 
 @pytest.mark.usefixtures("isa")
@@ -100,16 +101,28 @@ def test_products_of_any_size_and_magnitude(rows, outputs, blocks, bits, threads
     torch.manual_seed(rows * outputs)
     inputs, before = blocks * packed_weights.BLOCK, torch.get_num_threads()
     weights = packed_weights.pack(torch.randn(outputs, inputs) * 10.0**exponent, bits)
-    x = torch.randn(rows, inputs) * 10.0**exponent
+    x = exact_rows(rows, inputs, torch.float32) * 2.0 ** (3 * exponent)
     torch.set_num_threads(threads)
     try:
         out = products.packed_linear(x, weights, None)
     finally:
         torch.set_num_threads(before)
-    expected = linear(rounded(x).double(), packed_weights.unpack(weights, torch.float64)[:outputs])
-    assert out.shape == expected.shape and float((out - expected).norm()) <= 4e-3 * float(x.norm()) * float(
-        packed_weights.unpack(weights, torch.float64).norm()
-    )
+    matrix = packed_weights.unpack(weights, torch.float64)[:outputs]
+    # of sums that cancel, the error is as large as that of their terms
+    error = (out.double() - linear(x.double(), matrix)).abs()
+    assert out.shape == error.shape and bool((error <= 2e-6 * linear(x.double().abs(), matrix.abs())).all())
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_are_rounded_to_the_nearest_of_255_steps_of_their_block(dtype):
+    """Seen through a matrix that is 127 times the identity, which 8 bits hold exactly."""
+    torch.manual_seed(4)
+    weights = packed_weights.pack(127.0 * torch.eye(96), 8)
+    x = (torch.randn(40, 96) * torch.logspace(-6, 3, 40).unsqueeze(1)).to(dtype)
+    found = products.packed_linear(x.float(), weights, None) / 127
+    step = x.float().unflatten(1, (3, 32)).abs().amax(-1, keepdim=True).expand(-1, -1, 32).flatten(1) / 127
+    assert bool(((found - x.float()).abs() <= 0.50001 * step).all())
 
 
 @pytest.mark.usefixtures("isa")

@@ -14,8 +14,8 @@ from torch.nn.functional import linear
 
 import specache
 from specache.errors import ConfigError, UnsupportedModelError
-from specache.linear import packed_weights
-from specache.linear.weight_quant import MANY_ROWS, Int4Linear, Int8Linear, WeightFormat, quantise_weights
+from specache.linear import native_products, packed_weights
+from specache.linear.weight_quant import Int4Linear, Int8Linear, WeightFormat, quantise_weights
 from specache.platform import private_torch
 from tests.engine.test_model_families import FAMILIES, build
 from tests.tiny import llama, prompt
@@ -50,7 +50,7 @@ def test_few_rows_and_many_give_the_same(made, outputs):
 
 def test_a_prompt_is_multiplied_in_16_bits_where_that_is_faster(monkeypatch):
     """On a processor with matrix registers: the rows are not rounded."""
-    layer, x = Int8Linear(torch.randn(40, 64), None), torch.randn(MANY_ROWS, 64).bfloat16()
+    layer, x = Int8Linear(torch.randn(40, 64), None), torch.randn(native_products.MANY_ROWS, 64).bfloat16()
     monkeypatch.setattr(private_torch, "has_matrix_registers", lambda: True)
     matrix = packed_weights.unpack(packed_weights.PackedWeights(layer.codes, layer.scales, None, 40), torch.bfloat16)[:40]
     assert torch.equal(layer(x), linear(x, matrix))
@@ -67,6 +67,15 @@ def test_a_layer_is_copied_saved_and_moved_between_dtypes(made, tmp_path):
     for same in (copy.deepcopy(layer), other, layer.to(torch.bfloat16).float()):
         assert distance(same(x), expected) < 0.01
     assert torch.equal(other(x), expected)
+
+
+@pytest.mark.parametrize("made", BOUNDS)
+@pytest.mark.parametrize("rows", [1, 100])
+def test_rows_of_another_length_are_refused(made, rows):
+    layer = made(torch.randn(40, 64), None)
+    for inputs in (32, 96):
+        with pytest.raises(RuntimeError, match=f"64 inputs was called with {inputs}"):
+            layer(torch.randn(rows, inputs))
 
 
 @pytest.mark.parametrize("weights", FORMATS)
