@@ -17,6 +17,7 @@ from specache.config import Policy
 from specache.platform.out_of_memory import is_out_of_memory
 from specache.stats import MemoryUse
 from specache.tiers.base import SlowTier
+from specache.tiers.ram import RamTier
 
 Layer = CompressedLayer | DenseLayer | WindowLayer
 
@@ -237,11 +238,13 @@ class Sequence:
         return other
 
     def copy_rows(self, tier: SlowTier) -> None:
-        """Copy the 16-bit rows of every layer to another tier.
+        """Store the 16-bit rows of every layer in another tier; within main memory both share them.
 
         Raises:
             SlowTierError: they cannot be read or written.
         """
+        if isinstance(tier, RamTier) and isinstance(self.tier, RamTier):
+            return tier.share(self.tier)
         for index, layer in self.compressed.items():
             for start in range(0, layer.length, KEY_BLOCK):
                 tier.write(index, start, *self.tier.read(index, start, min(start + KEY_BLOCK, layer.length)))
@@ -267,7 +270,10 @@ class Sequence:
         return sum(layer.held_bytes for layer in self.layers.values())
 
     def memory(self, itemsize: int | None = None) -> MemoryUse:
-        """Return the bytes in use, with row elements of `itemsize` bytes (default: the model's)."""
+        """Return the bytes in use, with row elements of `itemsize` bytes (default: the model's).
+
+        Rows that are shared with forks count in full.
+        """
         checkpoints = 0 if self.checkpoints is None else self.checkpoints.nbytes
         layers = list(self.layers.values())  # another thread may be adding some
         return sum((layer.memory(itemsize) for layer in layers), MemoryUse(slow=self.tier.nbytes, checkpoints=checkpoints))
