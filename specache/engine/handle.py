@@ -73,12 +73,14 @@ class Handle:
         error: the exception that ended it, or `None`.
         finish_reasons: per sequence `stop`, `length`, `error`, `aborted` or `interrupted`; empty
             until the request is done.
+        on_end: called with this handle once the request is done, on the engine's thread.
     """
 
     def __init__(self, request: Request) -> None:
         self.request = request
         self.error: BaseException | None = None
         self.finish_reasons: list[str | None] = []
+        self.on_end: Callable[[Handle], None] | None = None
         self._done = threading.Event()
 
     @property
@@ -120,3 +122,5 @@ class Handle:
             self.error = error or failed
         finally:
             self._done.set()
+            if self.on_end is not None:
+                self.on_end(self)
