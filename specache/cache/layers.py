@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from specache.attention.dense import KEY_BLOCK, attend_part, merge, merge_each
+from specache.attention.dense import JOINED_ROWS, KEY_BLOCK, attend_part, merge, merge_each
 from specache.cache.sizes import ORDINARY_ITEMSIZE, FastBytes, compressed_bytes, dense_capacity
 from specache.config import Code, SpeCacheConfig
 from specache.kernels import dispatch
@@ -297,9 +297,10 @@ class CompressedLayer(LayerState):
         self._free()
 
     def _parts(self, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Iterator[Part]:
-        length = self.length
-        for start in range(0, length, KEY_BLOCK):  # no name refers to a block while the next is read
-            yield attend_part(query, *self._stored(start, min(start + KEY_BLOCK, length), keys.device), params)
+        length, joins = self.length, self.tier.in_memory and keys.device.type == "cpu"
+        step = JOINED_ROWS if joins else KEY_BLOCK
+        for start in range(0, length, step):  # no name refers to rows while the next are read
+            yield attend_part(query, *self._stored(start, min(start + step, length), keys.device), params)
         yield attend_part(query, keys, values, params, causal=True)
 
     def _stored(self, start: int, stop: int, device: torch.device) -> tuple[Tensor, Tensor]:
