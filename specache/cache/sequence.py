@@ -226,6 +226,21 @@ class Sequence:
         """Return copies of the sliding layers, for `restore`."""
         return {i: layer.fork() for i, layer in self.sliding.items()}
 
+    def store_random(self, tokens: int) -> None:
+        """Store random keys and values in every layer, as a text of so many tokens would, for
+        timing.
+
+        Raises:
+            FastMemoryError: the budget has no room.
+        """
+        for layer in self.layers.values():
+            rows = layer.random_rows(tokens)
+            if isinstance(layer, DenseLayer):
+                layer.extend(rows, rows)
+            else:
+                layer.store(rows, rows)
+        self.commit([0] * tokens)
+
     def prepare_decode(self) -> None:
         """Resize the hot sets for the current length."""
         for layer in self.compressed.values():

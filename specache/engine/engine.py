@@ -7,7 +7,6 @@ chosen is up to `runs`.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -152,22 +151,6 @@ class Engine:
                 if not self.has_work:
                     self._detach()
             return self.has_work
-
-    def time_chunk(self, tokens: int) -> float:
-        """Return the seconds in which a prompt's first chunk of so many tokens is read.
-
-        Raises:
-            FastMemoryError: the byte budget has no room for such a chunk.
-        """
-        with modes.ours(), self._using_cache("Engine.time_chunk"), attached(self._model):
-            sequence = self.cache.new_sequence()
-            try:
-                started = time.perf_counter()
-                ids = [token % self.cache.resources.dimensions.vocabulary for token in range(tokens)]
-                self._decoder.prefill(sequence, ids, tokens, lambda done, total: None)
-                return time.perf_counter() - started
-            finally:
-                sequence.clear()
 
     def run(self, request: Request) -> None:
         """Run one request to its end, within `modes.ours()` and `attached()`. Raise its error."""

@@ -61,7 +61,7 @@ class EngineService:
             raise UsageError(f"most_waiting must be at least 1, got {most_waiting!r}.")
         if chunk_ms is not None and not (chunk_ms > 0 and math.isfinite(chunk_ms)):
             raise UsageError(f"chunk_ms must be a positive number of milliseconds or None, got {chunk_ms!r}.")
-        self._engines = PolicyEngines(Engine(model, config))
+        self._engines = PolicyEngines(model, config)
         self._engines.first.room.prefixes = self._prefixes = prefixes
         self._most_waiting = most_waiting
         self._chunk_ms = chunk_ms
