@@ -106,6 +106,11 @@ class Engine:
         """Return whether a step has anything to do, or a request waits for memory."""
         return self.has_prompt or any(isinstance(run, SampledRun) for run in self._running.values())
 
+    @property
+    def is_blocked(self) -> bool:
+        """Return whether a request waits for memory although nothing runs."""
+        return self._full and not self._running and self._reader.handle is None
+
     def planned(self) -> list[PlannedSequence]:
         """Return the sequences of the requests that run, with what they still store."""
         planned = [one for handle in self._running for one in handle.request.planned_rest()]
@@ -252,8 +257,6 @@ class Engine:
             self.cache.counters.first_token_s = self.cache.counters.prefill_s
             run = SampledRun(handle.request, handle.request.sequences, logits)
             self._running[handle] = run
-            if handle.reuse is not None:
-                self.room.settle()
             run.sample()
 
     def _decode(self) -> None:

@@ -53,6 +53,12 @@ class PolicyEngines:
         cache = self.first.cache
         self.first.chunk = choose_chunk(cache.config, seconds, ChunkTimer.over(self._model, cache))
 
+    @property
+    def are_blocked(self) -> bool:
+        """Return whether a request waits for memory although nothing runs."""
+        engines = self.all
+        return any(engine.is_blocked for engine in engines) and not any(engine.planned() for engine in engines)
+
     def check(self, job: Job) -> None:
         """Refuse a job whose settings are not possible, or which can never fit into fast memory.
 
