@@ -243,8 +243,7 @@ class PrefixStore:
             self._index.touch(other)
             return False
         prefix = self._index.entry(key, text)
-        sequence.set_aside()
-        prefix.sequence = sequence
+        self._index.own(prefix, sequence)
         for shorter in self._index.shorter(prefix):
             if shorter.sequence is not None and self._index.serves(sequence, len(shorter.text)):
                 prefix.hits += shorter.hits

@@ -37,6 +37,7 @@ from specache.sessions.prefix_files import (
     write_prefix,
 )
 from specache.sessions.prefix_reading import read_prefix
+from specache.tiers.disk.rows_folder import DISK_RESERVE
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,9 @@ class PrefixFolder:
                 f"A prefix of {len(text):,} tokens needs up to {needed:,} bytes on the disk, and all prefixes together may have "
                 f"{self.most_bytes:,} (--prefix-bytes)."
             )
+        free = shutil.disk_usage(self.root).free
+        if free < needed + DISK_RESERVE:
+            raise SessionError(f"A prefix of {len(text):,} tokens needs up to {needed:,} bytes, and the disk has {free:,} left.")
         write_prefix(self.root, name, sequence, self._config, self._identity, base, stop)
         with self._changing:
             saved = self._add(self.root / name)
