@@ -56,6 +56,12 @@ class LayerState(ABC):
     def memory(self, itemsize: int | None = None) -> MemoryUse:
         """Return the bytes in use, with row elements of `itemsize` bytes (default: the model's)."""
 
+    def random_rows(self, tokens: int) -> Tensor:
+        """Return random keys or values [Hkv, tokens, D], the same in every call."""
+        _, heads, _, dim = self._kv_rows.shape
+        generator = torch.Generator(self._kv_rows.device).manual_seed(0)
+        return torch.randn(heads, tokens, dim, generator=generator, dtype=self.dtype, device=self._kv_rows.device)
+
     def _row_bytes(self, itemsize: int | None = None) -> int:
         """Return the bytes of one token's `[K | V]`, all KV heads."""
         return row_bytes(self._kv_rows.shape[1], self._kv_rows.shape[3], itemsize or self._kv_rows.itemsize)
@@ -159,7 +165,7 @@ class CompressedLayer(LayerState):
         check_finite(keys, values, self.index)
         self._observe(query)
         out, _ = merge([merge_each(self._parts(query, keys, values, params))], params.sinks)
-        self._store(keys, values)
+        self.store(keys, values)
         return out
 
     def append(self, query: Tensor, keys: Tensor, values: Tensor) -> None:
@@ -308,7 +314,8 @@ class CompressedLayer(LayerState):
         keys, values = self.tier.read(self.index, start, stop)
         return keys.to(device), values.to(device)
 
-    def _store(self, keys: Tensor, values: Tensor) -> None:
+    def store(self, keys: Tensor, values: Tensor) -> None:
+        """Add n prompt tokens, keys and values [Hkv, n, D]."""
         self.tier.write(self.index, self.length, keys, values)
         self._add(keys, values)
 

@@ -60,6 +60,11 @@ class Sequence:
         return len(self.token_ids)
 
     @property
+    def context(self) -> CacheContext:
+        """The context of the cache that it belongs to."""
+        return self._context
+
+    @property
     def compressed(self) -> dict[int, CompressedLayer]:
         """The full-attention layers by number; empty under policy `full`."""
         return {index: layer for index, layer in sorted(self.layers.items()) if isinstance(layer, CompressedLayer)}
@@ -143,6 +148,17 @@ class Sequence:
         """Return whether every layer can go back to `length` tokens without a new prefill."""
         return all(layer.can_truncate(length) for layer in self.layers.values())
 
+    def truncated_length(self, length: int) -> int:
+        """Return how many tokens `truncate(length)` would keep. Nothing changes."""
+        length = min(length, self.length)
+        if not self.can_truncate(length):
+            length = 0 if self.checkpoints is None else self.checkpoints.reach(length)
+        if not all(layer.can_truncate(length) for layer in self.compressed.values()):
+            return 0
+        if 0 < length < self.length and not self._context.info.keeps_keys(self.length - 1, length - 1):
+            return 0
+        return length
+
     def truncate(self, length: int) -> None:
         """Keep the first `length` tokens, or fewer.
 
@@ -210,6 +226,21 @@ class Sequence:
         """Return copies of the sliding layers, for `restore`."""
         return {i: layer.fork() for i, layer in self.sliding.items()}
 
+    def store_random(self, tokens: int) -> None:
+        """Store random keys and values in every layer, as a text of so many tokens would, for
+        timing.
+
+        Raises:
+            FastMemoryError: the budget has no room.
+        """
+        for layer in self.layers.values():
+            rows = layer.random_rows(tokens)
+            if isinstance(layer, DenseLayer):
+                layer.extend(rows, rows)
+            else:
+                layer.store(rows, rows)
+        self.commit([0] * tokens)
+
     def prepare_decode(self) -> None:
         """Resize the hot sets for the current length."""
         for layer in self.compressed.values():
@@ -221,6 +252,17 @@ class Sequence:
         for layer in self.compressed.values():
             layer.row_fetcher.free()
         return before - self.held_bytes()
+
+    def set_aside(self) -> None:
+        """Keep the sequence without decoding it: free its hot sets, and no longer divide theirs by
+        it.
+
+        A fork of it decodes as usual.
+        """
+        self.free_hot_sets()
+        if self._counted:
+            self._counted = False
+            self._context.living_sequences -= 1
 
     def fork(self, context: CacheContext) -> Sequence:
         """Return an independent copy that belongs to the cache of `context`."""

@@ -201,6 +201,13 @@ class WindowCheckpoints(ABC):
                     )
         return None
 
+    def reach(self, length: int) -> int:
+        """Return how many of the first `length` tokens the best checkpoint restores; 0 if none."""
+        with self._locked():
+            lengths = self.lengths
+            index = self.spacing.best(lengths, length)
+            return 0 if index is None else self.spacing.reach(lengths[index], length) or 0
+
     def forget_after(self, length: int) -> None:
         """Drop the checkpoints behind `length`, where the sequence was truncated."""
         with self._locked():
@@ -303,6 +310,11 @@ class MemoryCheckpoints(WindowCheckpoints):
         claim = self._claim(sum(ring.nbytes for ring in rings.values()))
         if claim is not None:
             self._kept.append(KeptWindows(length, dict(rings), claim))
+
+    def copies(self) -> list[tuple[int, dict[int, Tensor]]]:
+        """Return (length, rings by layer) of every checkpoint, which then may be dropped."""
+        with self._locked():
+            return [(one.tokens, one.rings) for one in self._kept]
 
     def give_up(self, size: int) -> None:
         """Drop checkpoints until `size` bytes of the budget are free (`budget.SpareHolder`)."""

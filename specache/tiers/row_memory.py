@@ -26,12 +26,13 @@ class RowMemory:
             copy. Kernels of a GPU read such rows.
 
     Attributes:
-        used: bytes of the blocks that exist. One that several tiers share counts once.
+        used, peak: bytes of the blocks that exist, and the most so far. One that several tiers
+            share counts once.
     """
 
     def __init__(self, source: HostMemory | None = None, block_tokens: int | None = BLOCK_TOKENS) -> None:
         self.block_tokens = block_tokens
-        self.used = 0
+        self.used = self.peak = 0
         self._source: HostMemory = source or SystemMemory()
         self._lock = threading.RLock()  # a block may be freed on any thread, also inside
 
@@ -58,6 +59,7 @@ class RowMemory:
     def _count(self, nbytes: int) -> None:
         with self._lock:
             self.used += nbytes
+            self.peak = max(self.peak, self.used)
 
     def _give_back(self, rows: Tensor) -> None:
         self._count(-rows.nbytes)

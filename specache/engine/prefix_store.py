@@ -1,0 +1,298 @@
+"""Prompts that were read, kept for those that begin alike.
+
+`PrefixStore` finds the longest stored prefix of a prompt: among finished sequences, among those
+that still decode, and on a disk. It hands out a fork of it. Least recently used ones make room for
+requests.
+
+All methods but `status` run on the thread that steps the engine, between two steps. A running
+sequence that is forked must not be attached to a device batch: `take` detaches that of its cache,
+and a caller with several caches detaches the others'.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from specache.cache.cache import SpeCache
+from specache.cache.cache_context import CacheContext
+from specache.cache.prefix_fork import fork_prefix, is_whole, read_tokens
+from specache.cache.prefix_index import Found, Prefix, PrefixIndex
+from specache.cache.prefixes import tokens_of
+from specache.cache.sequence import Sequence
+from specache.cache.sizes import on_disk
+from specache.config import Policy, SpeCacheConfig
+from specache.engine.prefix_disk import PrefixDisk
+from specache.engine.prefix_status import PrefixCounters, PrefixStatus
+from specache.errors import FastMemoryError, SessionError, SlowTierError
+from specache.model.info import inspect_model
+from specache.platform import modes
+from specache.sessions.prefix_files import SavedPrefix, owner_digest
+from specache.tiers.ram import held_bytes
+
+
+class PrefixStore:
+    """Stored prefixes of one model.
+
+    Only tokens that were read from a prompt are reused, and at least `R + g` of them, so that an
+    answer over a prefix is that of a prompt read afresh. No owner's lookup depends on what others
+    have stored, but all share the memory: one's requests may evict another's prefixes.
+
+    Args:
+        model: the model that reads the prompts. It must not change.
+        config: settings of the caches whose sequences are stored; those that the low-bit copy
+            depends on must be the same in all of them.
+        most_slow_bytes: the most bytes of 16-bit rows in memory, of stored and running sequences.
+            Prefixes are evicted beyond them. None is unlimited.
+        folder: where prompts that were read are also written, in the background, so that they are
+            there after a restart. One process at a time has a folder: a second one is warned, and
+            goes on without.
+        most_disk_bytes: the most bytes in the folder. None is unlimited.
+        share_owners: all owners see each other's prefixes.
+
+    Raises:
+        ConfigError: policy `full` keeps no rows that could be written to a folder.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        config: SpeCacheConfig | None = None,
+        *,
+        most_slow_bytes: int | None = None,
+        folder: str | os.PathLike[str] | None = None,
+        most_disk_bytes: int | None = None,
+        share_owners: bool = False,
+    ) -> None:
+        info = inspect_model(model)
+        self._config = (config or SpeCacheConfig()).resolved(info.device.type)
+        self._most_slow_bytes = most_slow_bytes
+        self._share_owners = share_owners
+        self._context: CacheContext | None = None  # of one of the caches, which share their memory
+        self._counters = PrefixCounters()
+        self._index = PrefixIndex(info, self._config)
+        self._disk: PrefixDisk | None = None
+        if folder is not None:
+            self._disk = PrefixDisk(model, self._config, self._index, self._counters, folder, most_disk_bytes)
+        self._in_memory = PrefixStatus()
+        self._refresh()
+
+    def match(self, owner: str, token_ids: list[int]) -> int:
+        """Return how many tokens of a prompt `take` would reuse. Nothing changes."""
+        self._collect()
+        found = self._index.best(self._key(owner), tokens_of(token_ids))
+        return 0 if found is None else found[2]
+
+    def take(self, owner: str, token_ids: list[int], cache: SpeCache) -> Sequence | None:
+        """Return a sequence of `cache` that holds the longest stored prefix of a prompt, or None.
+
+        It shares pages and rows with the stored one. At least one token of the prompt is left to
+        run. Take it before `make_room`, which else may evict it.
+        """
+        self._collect()
+        self._context = cache.context
+        cache.release_device_batch()
+        key, text = self._key(owner), tokens_of(token_ids)
+        disk = cache.config.policy is not Policy.FULL  # its caches hold no rows that could be brought back
+        with modes.ours():
+            while (found := self._index.best(key, text, disk)) is not None:
+                try:
+                    sequence = self._fork(found, cache)
+                except FastMemoryError:
+                    if not self._evict_one(sparing=found[0]):
+                        break
+                    continue
+                if sequence is not None:
+                    self._count_hit(found)
+                    return sequence
+        self._counters.misses += 1
+        return None
+
+    def add_running(self, owner: str, sequence: Sequence) -> None:
+        """Let others fork a sequence whose prompt was read, while its request runs.
+
+        Call `keep` when the request ends.
+        """
+        self._collect()
+        self._context = sequence.context
+        for other in [other for other in self._index.running if not other.length]:  # freed without `keep`
+            self._index.end_running(other)
+        count = read_tokens(sequence)
+        if count < self._index.least or not self._has_layout(sequence) or sequence in self._index.running:
+            return
+        prefix = self._index.entry(self._key(owner), tokens_of(sequence.token_ids[:count]))
+        self._index.add_running(prefix, sequence)
+        if self._disk is not None:
+            with modes.ours():
+                self._disk.write(prefix, sequence)
+
+    def keep(self, owner: str, sequence: Sequence) -> None:
+        """Take over the sequence of a request that ended, however it did.
+
+        Its prompt, as far as it was read, is stored; the answer is cut off. What is not worth
+        storing is freed. The caller must not use the sequence any more.
+        """
+        self._collect()
+        self._context = sequence.context
+        with modes.ours():
+            try:
+                stored = self._store(self._key(owner), sequence)
+            except SlowTierError:
+                stored = False
+            self._index.end_running(sequence)
+            if not stored:
+                sequence.clear()
+            while self._most_slow_bytes is not None and self._slow_bytes() > self._most_slow_bytes:
+                if not self._evict_one():
+                    break
+        self._refresh()
+
+    def drop_running(self, sequence: Sequence) -> None:
+        """Forget a running sequence that its owner frees without `keep`."""
+        self._index.end_running(sequence)
+
+    def make_room(self, fast_bytes: int, slow_bytes: int) -> bool:
+        """Evict least recently used prefixes until so many bytes are free that are in use now.
+
+        Bytes that running requests share with a prefix stay in use, and those that prefixes share
+        until the last of them goes. With a folder a prefix that is not there yet is written first,
+        and waited for.
+
+        Returns:
+            whether so many bytes became free.
+        """
+        self._collect()
+        fast = self._fast_bytes() - fast_bytes
+        slow = self._slow_bytes() - slow_bytes
+        with modes.ours():
+            while (fast_bytes > 0 and self._fast_bytes() > fast) or (slow_bytes > 0 and self._slow_bytes() > slow):
+                if not self._evict_one():
+                    break
+        self._refresh()
+        return (fast_bytes <= 0 or self._fast_bytes() <= fast) and (slow_bytes <= 0 or self._slow_bytes() <= slow)
+
+    def status(self) -> PrefixStatus:
+        """Return what is stored. Any thread may call this."""
+        status = self._in_memory
+        return status if self._disk is None else self._disk.status(status)
+
+    def close(self, seconds: float = 10.0) -> None:
+        """Free everything. Safe to call twice.
+
+        Args:
+            seconds: time for writing what is not in the folder yet.
+        """
+        with modes.ours():
+            if self._disk is not None:
+                self._disk.close(seconds)
+            for prefix in self._index.in_memory():
+                self._drop_sequence(prefix)
+        self._index.clear()
+        self._refresh()
+
+    # Implementation
+
+    def _key(self, owner: str) -> str:
+        return owner_digest("" if self._share_owners else owner)
+
+    def _collect(self) -> None:
+        """Take note of what the disk's thread did since the last call."""
+        if self._disk is not None:
+            self._disk.collect()
+
+    def _has_layout(self, sequence: Sequence) -> bool:
+        """Return whether a sequence has the low-bit copy that others can share."""
+        if self._config.policy is Policy.FULL:
+            return not sequence.compressed
+        layers = sequence.compressed.values()
+        return bool(layers) and all(layer.config.layout == self._config.layout for layer in layers)
+
+    def _fork(self, found: Found, cache: SpeCache) -> Sequence | None:
+        """Return a fork of what was found, or None if it cannot be used and was forgotten."""
+        prefix, source, length = found
+        try:
+            if isinstance(source, Sequence):
+                fork = fork_prefix(source, cache.context, length)
+            else:
+                assert self._disk is not None and isinstance(source, SavedPrefix)
+                return self._disk.read(prefix, source, cache, length)
+        except (SlowTierError, SessionError):
+            fork = None
+        if fork is None and prefix.sequence is source:
+            self._drop_sequence(prefix)
+        elif fork is None and isinstance(source, Sequence):
+            self._index.end_running(source)
+        return fork
+
+    def _count_hit(self, found: Found) -> None:
+        prefix, _, length = found
+        self._index.touch(prefix)
+        prefix.hits += 1
+        self._counters.hits += 1
+        self._counters.cached_tokens += length
+        if self._disk is not None:
+            self._disk.touch(prefix, length)
+
+    def _store(self, key: str, sequence: Sequence) -> bool:
+        """Store a finished sequence unless it adds nothing. Return whether the store holds it."""
+        if not self._has_layout(sequence) or not is_whole(sequence):
+            return False
+        sequence.truncate(read_tokens(sequence))
+        if sequence.length < self._index.least:
+            return False
+        text = tokens_of(sequence.token_ids)
+        if (other := self._index.holder(key, text)) is not None:
+            self._index.touch(other)
+            return False
+        prefix = self._index.entry(key, text)
+        self._index.own(prefix, sequence)
+        for shorter in self._index.shorter(prefix):
+            if shorter.sequence is not None and self._index.serves(sequence, len(shorter.text)):
+                prefix.hits += shorter.hits
+                self._drop_sequence(shorter)
+        if self._disk is not None:
+            self._disk.write(prefix, sequence)
+        return True
+
+    def _drop_sequence(self, prefix: Prefix) -> None:
+        sequence, prefix.sequence = prefix.sequence, None
+        if sequence is not None:
+            sequence.clear()
+        self._index.remove_if_empty(prefix)
+
+    def _evict_one(self, sparing: Prefix | None = None) -> bool:
+        """Drop the least recently used sequence of the store; return whether there was one."""
+        victim = next((prefix for prefix in self._index.in_memory() if prefix is not sparing), None)
+        if victim is None:
+            return False
+        if self._disk is not None:
+            self._disk.write_now(victim)
+        self._drop_sequence(victim)
+        self._counters.evicted += 1
+        return True
+
+    def _fast_bytes(self) -> int:
+        """Return the bytes of fast memory in use."""
+        return 0 if self._context is None else self._context.resources.budget.used
+
+    def _slow_bytes(self) -> int:
+        """Return the bytes of rows in memory, shared ones once; of rows on a disk the store's."""
+        if self._context is not None and not on_disk(self._config):
+            return self._context.row_memory.used
+        return held_bytes(sequence.tier for sequence in self._stored())
+
+    def _stored(self) -> list[Sequence]:
+        """Return the sequences that the store owns."""
+        return [prefix.sequence for prefix in self._index.in_memory() if prefix.sequence is not None]
+
+    def _refresh(self) -> None:
+        """Renew what `status` returns, which other threads read."""
+        sequences = self._stored()
+        self._in_memory = PrefixStatus(
+            prefixes=len(sequences),
+            tokens=self._index.tokens,
+            fast_bytes=sum(sequence.held_bytes() for sequence in sequences),
+            slow_bytes=held_bytes(sequence.tier for sequence in sequences),
+            oldest_use=min((prefix.used for prefix in self._index.in_memory()), default=None),
+            counters=self._counters,
+        )
