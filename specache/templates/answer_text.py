@@ -115,6 +115,11 @@ class AnswerText:
         self._parts = {part: TextAssembler(tokenizer, stops, strip_start=parser is not None) for part in Part}
 
     @property
+    def has_channels(self) -> bool:
+        """Return True if the model writes reasoning in a part of its own."""
+        return self._parser is not None
+
+    @property
     def text(self) -> str:
         """Return the text of the final message so far."""
         return self._parts[Part.TEXT].text
