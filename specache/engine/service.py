@@ -120,8 +120,7 @@ class EngineService:
                 raise QueueFullError(f"{waiting:,} requests wait already. Try again later.", retry_after_s=1.0)
             job.request.callback = lambda row, token: self._new_token(ticket, row, token)
             job.request.progress = lambda done, total: self._progress(ticket, done, total)
-            handle = self._engine.add(job.request)
-            handle.on_end = self._ended
+            handle = self._engine.add(job.request, self._ended)
             ticket.handle = handle
             self._tickets[handle] = ticket
             self._changed.notify_all()
