@@ -17,7 +17,7 @@ from specache.cli.models import LoadedModel
 from specache.cli.serve_options import ServerOptions
 from specache.cli.serving_threads import serving_threads, set_thread_environment
 from specache.config import SpeCacheConfig
-from specache.errors import ConfigError
+from specache.errors import ConfigError, SpeCacheError
 
 if TYPE_CHECKING:
     from specache.engine.service import EngineService
@@ -110,7 +110,10 @@ def _load(
 
     names = tuple(dict.fromkeys(server.served_model_name or [_public_name(model)]))
     served = ServedModel(loaded.model, loaded.tokenizer, names, loaded.max_positions, _fingerprint(loaded, config))
-    service = EngineService(loaded.model, config, most_waiting=server.max_waiting, chunk_ms=server.chunk_ms)
+    prefixes = server.prefix_store(loaded.model, config)
+    service = EngineService(loaded.model, config, prefixes=prefixes, most_waiting=server.max_waiting, chunk_ms=server.chunk_ms)
+    if not service.wait_until_ready():
+        raise service.status().error or SpeCacheError("The engine ended while it started.")
     _say(f"{names[0]} is ready after {time.monotonic() - began:.1f} s ({loaded.weight_format})")
     return served, service
 
