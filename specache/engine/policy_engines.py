@@ -64,8 +64,11 @@ class PolicyEngines:
         return self._others[changes]
 
     def step(self, run: Callable[[Engine], Any]) -> None:
-        """Run `run` on every engine that has work."""
-        for engine in self.all:
+        """Run `run` on every engine that has work, first on the one that reads a prompt.
+
+        So there is at most one chunk of a prompt between two steps of each.
+        """
+        for engine in sorted(self.all, key=lambda engine: not engine.has_prompt):
             if engine.has_work:
                 run(engine)
 
