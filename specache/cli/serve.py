@@ -60,13 +60,19 @@ def serve(
     from specache.server.app import ServerApp
     from specache.server.launch import Server, address_text, listen
 
+    began = time.monotonic()
+
     def load() -> tuple[ServedModel, EngineService]:
         return _load(model, server, config, loading)
 
     listener = listen(settings)
     with listener:
         _say(f"specache {__version__} listens on {address_text(settings, listener)}/v1 ({threads} threads)")
-        running = Server(ServerApp(settings, keys), load)
+        running = Server(
+            ServerApp(settings, keys),
+            load,
+            lambda served: _say(f"{served.names[0]} is ready after {time.monotonic() - began:.1f} s"),
+        )
         running.run_until_signal(listener)
     if running.interrupted:
         raise KeyboardInterrupt
@@ -102,7 +108,6 @@ def _load(
     model: str, server: ServerOptions, config: SpeCacheConfig, loading: options.LoadOptions
 ) -> tuple[ServedModel, EngineService]:
     """Load the model and start its engine."""
-    began = time.monotonic()
     loaded = loading.load(model, f"Loading {model}", config)
 
     from specache.engine.service import EngineService
@@ -114,7 +119,6 @@ def _load(
     service = EngineService(loaded.model, config, prefixes=prefixes, most_waiting=server.max_waiting, chunk_ms=server.chunk_ms)
     if not service.wait_until_ready():
         raise service.status().error or SpeCacheError("The engine ended while it started.")
-    _say(f"{names[0]} is ready after {time.monotonic() - began:.1f} s ({loaded.weight_format})")
     return served, service
 
 
