@@ -47,9 +47,9 @@ class PolicyEngines:
             ConfigError, UsageError: the settings.
             FastMemoryError: names the bytes that it needs.
         """
-        cache, request = self.first.cache, job.request
+        cache, request = self.first.cache, replace(job.request, chunk=None)
         if job.prompt_logprobs is not None:
-            request = replace(request, on_prompt_logits=lambda row, start, logits: None)
+            request.on_prompt_logits = lambda row, start, logits: None
         self.first.room.check_alone(cache, cache.config_with(**dict(self._changes(job))), request, self.first.chunk)
 
     def of(self, job: Job) -> Engine:

@@ -103,7 +103,7 @@ def test_every_request_is_answered_as_if_alone_whatever_else_happens(requests, r
 
 
 def in_order(client: Client) -> None:
-    """Assert that events come in the order that is promised, the prompt's progress without a gap."""
+    """Assert that events come in the promised order."""
     kinds = [type(event) for event in client.events]
     if Started in kinds:
         assert kinds.index(Started) == 0 and kinds.count(Started) == 1
