@@ -63,7 +63,8 @@ class ChunkTimer:
 
     def _read(self, tokens: int) -> None:
         new = [token % self._vocabulary for token in range(tokens)]
-        self._decoder.prefill(self._sequence, self._sequence.token_ids + new, tokens, lambda done, total: None)
+        logits = self._decoder.prefill(self._sequence, self._sequence.token_ids + new, tokens, lambda done, total: None)
+        logits[0].item()  # wait for the device
 
     def _store(self, tokens: int) -> None:
         """Store so many random tokens, or fewer if the budget does not allow them."""
