@@ -53,10 +53,14 @@ class WindowLayer(LayerState):
         """
         return max(self.length, self._longest)
 
-    def restore(self, ring: Tensor, length: int) -> None:
-        """Restore the `ring` of a sequence of `length` tokens. It may lack unused slots."""
+    def restore(self, ring: Tensor, length: int, written: int | None = None) -> None:
+        """Restore the `ring` of a sequence of `length` tokens. It may lack unused slots.
+
+        Args:
+            written: what the ring was written for (`written`), if that is more.
+        """
         self._kv_rows[:, :, : ring.shape[2]].copy_(ring)
-        self.length, self._longest = length, 0
+        self.length, self._longest = length, written or 0
 
     def ring_at(self, length: int, keys: Tensor, values: Tensor) -> Tensor:
         """Return the ring as it will be after `length` tokens, before a pass stores its own.

@@ -290,7 +290,10 @@ class MendedSession(Session):
         for index, shape in manifest.layers.items():
             layer = sequence.layer(index, torch.empty(shape.heads, 0, shape.dim, dtype=DTYPE_NAMES[shape.dtype], device=device))
             if isinstance(layer, WindowLayer):
-                layer.restore(tensors[f"ring.{index}"] if rings is None else rings[index], stored)
+                if rings is None:
+                    layer.restore(tensors[f"ring.{index}"], stored, manifest.ring_tokens)
+                else:
+                    layer.restore(rings[index], stored)
                 layer.truncate(length)
             elif isinstance(layer, CompressedLayer):
                 tier.truncate(index, length)

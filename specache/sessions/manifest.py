@@ -127,6 +127,8 @@ class Manifest:
             (`Sequence.pending_token`).
         decode_steps, compiled_steps: steps that decoded its tokens, and those that ran compiled;
             None in older sessions.
+        ring_tokens: what the rings of sliding windows were written for, if the sequence was cut
+            behind it (`WindowLayer.written`); None if that is `tokens`.
         messages: the messages, if the sequence is a conversation.
         rendering: how they were rendered; None if unknown.
         layers: shapes by layer index; empty before the first token.
@@ -150,6 +152,7 @@ class Manifest:
     pending_token: int | None = None
     decode_steps: int | None = None
     compiled_steps: int | None = None
+    ring_tokens: int | None = None
     messages: tuple[Message, ...] = ()
     rendering: Rendering | None = None
     layers: dict[int, LayerShape] = field(default_factory=dict)

@@ -87,6 +87,7 @@ def write_state(
             pending_token=sequence.pending_token,
             decode_steps=sequence.decode_steps,
             compiled_steps=sequence.compiled_steps,
+            ring_tokens=state.ring_tokens(sequence),
             layers=state.shapes(sequence),
             rows=tier.extents(),
             tails=state.tail_shapes(sequence),

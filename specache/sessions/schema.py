@@ -39,6 +39,7 @@ _DEFAULTS_OF_FIRST_VERSION: dict[str, Any] = {
     "pending_token": None,
     "decode_steps": None,
     "compiled_steps": None,
+    "ring_tokens": None,
     "rendering": None,
 }
 _T = TypeVar("_T")
@@ -75,6 +76,7 @@ def _manifest(body: Any) -> Manifest:
         pending_token=_optional(_whole)(body["pending_token"]),
         decode_steps=_optional(_whole)(body["decode_steps"]),
         compiled_steps=_optional(_whole)(body["compiled_steps"]),
+        ring_tokens=_optional(_whole)(body["ring_tokens"]),
         messages=tuple(Message(_text(one["role"]), _text(one["content"])) for one in _list(body["messages"])),
         rendering=_optional(_rendering)(body["rendering"]),
         layers=_mapping(body["layers"], _index, _layer),

@@ -82,6 +82,12 @@ def tail_tensors(sequence: Sequence, tier: DiskTier) -> dict[str, TensorSpec]:
     return {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
 
 
+def ring_tokens(sequence: Sequence) -> int | None:
+    """Return what the rings were written for (`WindowLayer.written`); `None` if it is the length."""
+    written = max((layer.written for layer in sequence.sliding.values()), default=sequence.length)
+    return written if written > sequence.length else None
+
+
 def token_part(tail: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
     """Return the tensors of a tail that everything else can be recomputed from."""
     return {name: spec for name, spec in tail.items() if name.partition(".")[0] in ("token_ids", "weights")}
@@ -126,7 +132,7 @@ def restore(sequence: Sequence, device: torch.device, folder: Path, manifest: Ma
         saved = {name.partition(".")[0]: name for name in names if name.endswith(f".{index}")}
         tensors = {kind: tensor.to(device) for kind, tensor in _by_kind(tail, saved).items()}
         if isinstance(layer, WindowLayer):
-            layer.restore(tensors["ring"], manifest.tokens)
+            layer.restore(tensors["ring"], manifest.tokens, manifest.ring_tokens)
         elif isinstance(layer, CompressedLayer):
             layer.table.extend(low_bit)
             if "page" in tensors:

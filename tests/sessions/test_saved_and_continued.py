@@ -457,3 +457,20 @@ def test_messages_that_could_not_be_read_again_are_refused_and_nothing_is_lost(t
             session.save()
     with opened(tmp_path, model) as session:
         assert len(session.token_ids) == 100 and session.messages == [] and session.rendering is None
+
+
+def test_a_token_that_was_cut_before_saving_is_not_cut_again_from_a_window(tmp_path, hybrid):
+    """The window lost a token for the one that was cut, so that one more needs a checkpoint."""
+    ids = prompt(300)
+    with opened(tmp_path, hybrid, settings()) as session:
+        specache.prefill(hybrid, ids, cache=session.cache)
+        assert session.cut(299) == 299
+        session.save()
+    other = torch.cat([ids[:, :298], prompt(5, seed=1)], dim=1)
+    with opened(tmp_path, hybrid) as session:
+        assert session.token_ids == ids[0, :299].tolist()
+        again = answer(hybrid, session.cache, other)
+    with specache.SpeCache(hybrid, settings()) as cache:
+        new = answer(hybrid, cache, other)
+    assert again[0].equal(new[0])
+    torch.testing.assert_close(again[1], new[1], rtol=1e-4, atol=1e-4)
