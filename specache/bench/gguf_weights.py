@@ -7,7 +7,7 @@ from typing import Any
 
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 from gguf.constants import Keys
-from gguf.quants import dequantize, quantize
+from gguf.quants import QuantError, dequantize, quantize
 
 from specache.bench.gguf_model import FORMATS
 from specache.errors import BenchmarkError, ConfigError
@@ -43,7 +43,7 @@ def rewrite_gguf(source: Path, weights: str, target: Path) -> None:
             writer.write_tensors_to_file()
         finally:
             writer.close()
-    except (OSError, ValueError, KeyError, NotImplementedError) as error:
+    except (OSError, ValueError, KeyError, NotImplementedError, QuantError) as error:
         raise BenchmarkError(f"cannot write {source.name} with {weights} weights for llama.cpp: {error}.") from error
 
 
@@ -63,5 +63,5 @@ def _converted(tensor: Any, kind: GGMLQuantizationType) -> tuple[Any, GGMLQuanti
     values = dequantize(tensor.data, tensor.tensor_type)
     try:
         return quantize(values, kind), kind
-    except ValueError:  # a row is not made of whole blocks
+    except QuantError:  # a row is not made of whole blocks
         return quantize(values, GGMLQuantizationType.F16), GGMLQuantizationType.F16
