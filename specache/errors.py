@@ -46,6 +46,18 @@ class OutOfMemoryError(FastMemoryError):
     """
 
 
+class QueueFullError(SpeCacheError):
+    """A service has as many waiting requests as it takes. Try again later.
+
+    Attributes:
+        retry_after_s: seconds after which a place is expected to be free.
+    """
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
 class SlowTierError(SpeCacheError):
     """The 16-bit rows could not be written to the slow tier or read back.
 

@@ -264,6 +264,23 @@ class SpeCache:
                 other.context.count_anew()
         return other
 
+    def empty_fork(self, **changes: Any) -> SpeCache:
+        """Return an empty cache with other settings over the same fast memory and page pools.
+
+        Any thread may call this, also while a call uses the cache.
+
+        Raises:
+            ConfigError: the settings are not possible.
+            UsageError: policy `full` to a low-bit policy.
+        """
+        config, _ = self._forked_config(changes)
+        if self.config.policy is Policy.FULL and config.policy is not Policy.FULL:
+            raise UsageError("This cache keeps 16-bit pairs only (policy 'full'): a low-bit policy needs a cache of its own.")
+        other = object.__new__(SpeCache)
+        other._begin(self.context.fork(config), self._model, self.asked.with_changes(**changes))
+        other.tier_choice, other.on_disk_chosen = self.tier_choice, self.on_disk_chosen
+        return other
+
     def _forked_config(self, changes: dict[str, Any]) -> tuple[SpeCacheConfig, bool]:
         """Return the settings of a fork, and whether its rows go to another tier.
 

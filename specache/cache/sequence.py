@@ -14,6 +14,7 @@ from specache.cache.sizes import CHECKPOINT_FEWEST
 from specache.cache.window_checkpoints import MemoryCheckpoints, Spacing, WindowCheckpoints
 from specache.cache.window_layer import WindowLayer
 from specache.config import Policy
+from specache.platform.budget import ByteBudget
 from specache.platform.out_of_memory import is_out_of_memory
 from specache.stats import MemoryUse
 from specache.tiers.base import SlowTier
@@ -57,6 +58,11 @@ class Sequence:
     @property
     def length(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def budget(self) -> ByteBudget:
+        """The budget of fast memory that it holds bytes of."""
+        return self._context.resources.budget
 
     @property
     def compressed(self) -> dict[int, CompressedLayer]:
@@ -142,6 +148,17 @@ class Sequence:
         """Return whether every layer can go back to `length` tokens without a new prefill."""
         return all(layer.can_truncate(length) for layer in self.layers.values())
 
+    def truncated_length(self, length: int) -> int:
+        """Return how many tokens `truncate(length)` would keep. Nothing changes."""
+        length = min(length, self.length)
+        if not self.can_truncate(length):
+            length = 0 if self.checkpoints is None else self.checkpoints.reach(length)
+        if not all(layer.can_truncate(length) for layer in self.compressed.values()):
+            return 0
+        if 0 < length < self.length and not self._context.info.keeps_keys(self.length - 1, length - 1):
+            return 0
+        return length
+
     def truncate(self, length: int) -> None:
         """Keep the first `length` tokens, or fewer.
 
@@ -220,6 +237,17 @@ class Sequence:
         for layer in self.compressed.values():
             layer.row_fetcher.free()
         return before - self.held_bytes()
+
+    def set_aside(self) -> None:
+        """Keep the sequence without decoding it: free its hot sets, and no longer divide theirs by
+        it.
+
+        A fork of it decodes as usual.
+        """
+        self.free_hot_sets()
+        if self._counted:
+            self._counted = False
+            self._context.living_sequences -= 1
 
     def fork(self, context: CacheContext) -> Sequence:
         """Return an independent copy that belongs to the cache of `context`."""

@@ -201,6 +201,13 @@ class WindowCheckpoints(ABC):
                     )
         return None
 
+    def reach(self, length: int) -> int:
+        """Return how many of the first `length` tokens the best checkpoint restores; 0 if none."""
+        with self._locked():
+            lengths = self.lengths
+            index = self.spacing.best(lengths, length)
+            return 0 if index is None else self.spacing.reach(lengths[index], length) or 0
+
     def forget_after(self, length: int) -> None:
         """Drop the checkpoints behind `length`, where the sequence was truncated."""
         with self._locked():

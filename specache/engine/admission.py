@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from specache.cache.cache import SpeCache
 from specache.cache.sequence import Sequence as CachedSequence
 from specache.cache.sizes import FastBytes
-from specache.engine.auto_tier import decide_tier
-from specache.errors import FastMemoryError, OutOfMemoryError
+from specache.config import SpeCacheConfig
+from specache.errors import FastMemoryError
 from specache.planning.advice import Suggestion, least_bytes, suggestions
 from specache.planning.footprint import PlannedSequence
 from specache.planning.plan import MemoryPlan, plan
@@ -26,44 +25,32 @@ PARTS = {
 }
 
 
-def check_room(cache: SpeCache, planned: list[PlannedSequence], chunk: int) -> None:
+def check_room(cache: SpeCache, planned: list[PlannedSequence], chunk: int, more: int = 0) -> None:
     """Refuse a batch that cannot be prefilled and decoded within the cache's budget.
 
     Args:
         planned: all sequences that the cache holds or will hold.
         chunk: prompt tokens per forward pass.
+        more: further bytes that are needed at the same time.
 
     Raises:
         FastMemoryError: names the bytes of every part, and settings that fit.
     """
-    limit = cache.resources.budget.limit
-    if limit is None:
-        return
-    limit -= cache.resources.budget.used - cache.held_bytes()  # bytes of other caches on the budget (forks)
-    config = cache.config.with_changes(prefill_chunk=chunk)
+    budget = cache.resources.budget
+    if budget.limit is not None:
+        of_others = budget.used - cache.held_bytes()  # bytes of other caches on the budget (forks)
+        check_limit(cache, cache.config, planned, chunk, budget.limit - of_others - more)
+
+
+def check_limit(cache: SpeCache, config: SpeCacheConfig, planned: list[PlannedSequence], chunk: int, limit: int) -> None:
+    """Refuse a batch that would need more than `limit` bytes alone. Raises as `check_room`."""
+    config = config.with_changes(prefill_chunk=chunk)
     memory = plan(cache.resources.dimensions, config, planned)
     if memory.fast <= limit:
         return
     found = suggestions(cache.resources.dimensions, config, planned, limit)
     least = least_bytes(cache.resources.dimensions, config, planned)
     raise FastMemoryError(_refusal(memory, limit, planned, least) + advice(found))
-
-
-def fits_beside(model: Any, cache: SpeCache, running: list[PlannedSequence], new: list[PlannedSequence], chunk: int) -> bool:
-    """Decide the slow tier, and return whether a request fits beside the running ones.
-
-    Raises:
-        FastMemoryError, OutOfMemoryError, SlowTierError: the request does not fit alone.
-    """
-    planned = [*running, *new]
-    try:
-        decide_tier(model, cache, planned, chunk)
-        check_room(cache, planned, chunk)
-    except (FastMemoryError, OutOfMemoryError):
-        if not running:
-            raise
-        return False
-    return True
 
 
 def planned_sequences(stored: Sequence[CachedSequence], token_ids: list[list[int]], new_tokens: int) -> list[PlannedSequence]:

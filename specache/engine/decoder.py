@@ -33,6 +33,7 @@ from specache.stats import Counters
 
 PrefillChunks = Generator[None, None, Tensor]
 Progress = Callable[[int, int], None]  # (prompt tokens done, prompt tokens in all)
+OnLogits = Callable[[int, Tensor], None]  # (first token of a chunk, logits [n, V] that follow its tokens)
 LONG_REREAD = 1024  # most stored tokens that are prefilled again without a warning
 
 
@@ -48,6 +49,10 @@ def prepare_compiled(model: Any, policy: Policy, sequences: int) -> None:
     model = unwrapped(model)
     with modes.ours(), attached(model):
         begin_answer(model, policy, sequences, partial(warm_up, model))
+
+
+class StopReading(Exception):
+    """Thrown into a prefill to end it after the chunks that were read, which stay stored."""
 
 
 class StepLogits:
@@ -133,16 +138,23 @@ class Decoder:
         return last_of(self.prefill_chunks(sequence, token_ids, chunk, progress, observe))
 
     def prefill_chunks(
-        self, sequence: CachedSequence, token_ids: list[int], chunk: int, progress: Progress, observe: Observer | None = None
+        self,
+        sequence: CachedSequence,
+        token_ids: list[int],
+        chunk: int,
+        progress: Progress,
+        observe: Observer | None = None,
+        on_logits: OnLogits | None = None,
     ) -> PrefillChunks:
         """Make a sequence store exactly `token_ids`, one chunk at a time (Algorithm 1).
 
         The longest stored prefix is kept; the rest goes through the model in chunks of `chunk`
         tokens. If a chunk fails, or the generator is closed early, the sequence is restored to the
-        kept prefix.
+        kept prefix. `StopReading`, thrown into it, keeps the chunks that were read.
 
         Args:
             observe: called with the queries of every full-attention layer and chunk.
+            on_logits: called with the logits of every chunk.
 
         Yields:
             `None` after every chunk but the last.
@@ -155,7 +167,7 @@ class Decoder:
         sequence.truncate(keep)
         self._warn_of_windows(keep - sequence.length)
         with self._restored_on_error(sequence):
-            logits = yield from self._prefill_rest(sequence, token_ids, chunk, progress, observe)
+            logits = yield from self._prefill_rest(sequence, token_ids, chunk, progress, observe, on_logits)
         sequence.prompt_tokens = sequence.length
         return logits
 
@@ -232,6 +244,7 @@ class Decoder:
         chunk: int,
         progress: Progress,
         observe: Observer | None = None,
+        on_logits: OnLogits | None = None,
         counter: str | None = "prefill_s",
     ) -> PrefillChunks:
         config = self._cache.config
@@ -246,13 +259,16 @@ class Decoder:
         while True:
             with self._timed(counter):
                 reset_rope(self._model, self._info)  # another sequence may have decoded since the last chunk
-                with self._working_set(self._prefill_bytes(sequence, total, chunk)):
+                with self._working_set(self._prefill_bytes(sequence, total, chunk, on_logits is not None)):
                     start = sequence.length
                     stop = min(start + chunk, total)
                     sequence.begin_chunk(stop, total)
                     state = PrefillPass(sequence, config.policy, config.top_k, stop == total, observe)
                     ids = token_ids[start:stop]
-                    logits = forward(self._model, self._ids([ids]), self._positions([start], len(ids)), state, logits=1)
+                    wanted = 1 if on_logits is None else len(ids)
+                    logits = forward(self._model, self._ids([ids]), self._positions([start], len(ids)), state, logits=wanted)
+                    if on_logits is not None:
+                        on_logits(start, logits[0])
                     sequence.commit(ids)
                     sequence.end_chunk()
                     progress(stop, total)
@@ -261,9 +277,10 @@ class Decoder:
                     return logits[0, -1]
             yield
 
-    def _prefill_bytes(self, sequence: CachedSequence, total: int, chunk: int) -> int:
+    def _prefill_bytes(self, sequence: CachedSequence, total: int, chunk: int, all_logits: bool) -> int:
         model = self._cache.resources.dimensions
-        return prefill_bytes(model, self._cache.config, *last_chunk(model, chunk, total, sequence.length))
+        tokens, stored = last_chunk(model, chunk, total, sequence.length)
+        return prefill_bytes(model, self._cache.config, tokens, stored, logits=tokens if all_logits else 1)
 
     def _decode_bytes(self, sequences: Sequence[CachedSequence]) -> int:
         """Return the working set of a step. It changes with a sequence, a group or the settings."""
@@ -415,6 +432,9 @@ class Decoder:
         length, windows, pending = sequence.length, sequence.windows(), sequence.pending_token
         try:
             yield
+        except StopReading:
+            sequence.prompt_tokens = sequence.length
+            raise
         except BaseException:
             sequence.restore(length, windows)
             if sequence.length == length:

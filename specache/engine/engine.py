@@ -7,27 +7,27 @@ chosen is up to `runs`.
 
 from __future__ import annotations
 
-import threading
-from collections import deque
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
-
-from torch import Tensor
 
 from specache.cache.cache import SpeCache
 from specache.cache.sequence import Sequence as CachedSequence
 from specache.config import SpeCacheConfig
-from specache.engine.admission import fits_beside
 from specache.engine.attention_hook import attached
 from specache.engine.batch_step import BatchStep
-from specache.engine.decoder import Decoder, PrefillChunks
+from specache.engine.decoder import Decoder
 from specache.engine.handle import Handle, Request
-from specache.engine.prefilling import prefill_texts
+from specache.engine.prefix_reuse import PrefixReuse
+from specache.engine.prompt_reader import PromptReader, free
 from specache.engine.recovery import tokens_kept_on_error
+from specache.engine.request_queue import RequestQueue
+from specache.engine.room import Room, chunk_of
 from specache.engine.runs import GivenRun, Run, SampledRun
 from specache.errors import UsageError
 from specache.model.identity.wrappers import unwrapped
+from specache.planning.footprint import PlannedSequence
 from specache.platform import modes
 
 
@@ -47,12 +47,28 @@ class Engine:
         model: a transformers model for text generation.
         config: settings of the cache that all requests share, including `fast_memory`.
 
+    Attributes:
+        chunk: the most prompt tokens per forward pass, at first `prefill_chunk` of the settings.
+
     Raises:
         UnsupportedModelError, ConfigError, SlowTierError: as `SpeCache`.
     """
 
     def __init__(self, model: Any, config: SpeCacheConfig | None = None) -> None:
         self._begin(model, SpeCache(model, config), owns_cache=True)
+
+    def beside(self, **changes: Any) -> Engine:
+        """Return another engine over the same fast memory, with changed settings of the cache.
+
+        Raises:
+            ConfigError, UsageError: the settings are not possible, or not over the same memory.
+        """
+        with modes.ours():
+            cache = self.cache.empty_fork(**changes)
+        engine = object.__new__(Engine)
+        engine._begin(self._model, cache, owns_cache=True, room=self.room)
+        engine.chunk = self.chunk
+        return engine
 
     @classmethod
     def over(cls, model: Any, cache: SpeCache) -> Engine:
@@ -61,45 +77,65 @@ class Engine:
         engine._begin(model, cache, owns_cache=False)
         return engine
 
-    def _begin(self, model: Any, cache: SpeCache, owns_cache: bool) -> None:
+    def _begin(self, model: Any, cache: SpeCache, owns_cache: bool, room: Room | None = None) -> None:
         self.cache = cache
+        self.chunk = cache.config.prefill_chunk
         self._model = unwrapped(model)
         self._decoder = Decoder(self._model, cache)
         self._owns_cache = owns_cache
-        self._lock = threading.Lock()  # guards `_waiting` and `_aborted`, which other threads change
-        self._waiting: deque[Handle] = deque()
-        self._aborted: set[Handle] = set()
-        self._prefilling: tuple[Handle, PrefillChunks] | None = None
+        self.room = room or Room(self._model)
+        if owns_cache:
+            self.room.tenants.add(self)
+        self._queue = RequestQueue()
+        self._reader = PromptReader(self._decoder, cache)
         self._full = False  # the oldest waiting request does not fit, and no request has ended since
         self._running: dict[Handle, Run] = {}
         self._attached: ExitStack | None = None  # set while the model calls our attention (own cache only)
-        self._closed = False
 
     @property
     def out_of_room(self) -> bool:
         """Return whether GPU steps run without static buffers because memory ran out."""
         return self._decoder.out_of_room
 
-    def add(self, request: Request) -> Handle:
+    @property
+    def has_prompt(self) -> bool:
+        """Return whether a request waits or its prompt is being read."""
+        return bool(self._queue) or self._reader.handle is not None
+
+    @property
+    def has_work(self) -> bool:
+        """Return whether a step has anything to do, or a request waits for memory."""
+        return self.has_prompt or any(isinstance(run, SampledRun) for run in self._running.values())
+
+    def planned(self) -> list[PlannedSequence]:
+        """Return the sequences of the requests that run, with what they still store."""
+        planned = [one for handle in self._running for one in handle.request.planned_rest()]
+        reading = self._reader.handle
+        return planned if reading is None else planned + reading.request.planned_now()
+
+    def add(self, request: Request, on_end: Callable[[Handle], None] | None = None, reuse: PrefixReuse | None = None) -> Handle:
         """Queue a request. Requests are prefilled in order, each as soon as memory allows.
+
+        Args:
+            on_end: called with the handle when the request is done, on the thread of the step.
+            reuse: the stored prefixes that it may go on from and leave.
 
         Raises:
             UsageError: the engine is closed, or the request ran before.
         """
         if request.state.new_token_ids() is not None:
             raise UsageError("This request ran before. Make another one with specache.make_request(model, ...).")
-        handle = Handle(request)
-        with self._lock:
-            if self._closed:
-                raise UsageError("This engine is closed. Make a new specache.Engine(model, config).")
-            self._waiting.append(handle)
+        handle = Handle(request, on_end, reuse)
+        self._queue.add(handle)
         return handle
 
     def abort(self, handle: Handle) -> None:
         """End a request at the next step. `handle.new_token_ids` keeps its tokens."""
-        with self._lock:
-            if not handle.done:
-                self._aborted.add(handle)
+        self._queue.abort(handle)
+
+    def retry(self) -> None:
+        """Have the next step check again whether the oldest request fits: memory became free."""
+        self._full = False
 
     def step(self) -> bool:
         """Run one step and return whether any request is left.
@@ -113,9 +149,25 @@ class Engine:
             try:
                 self._step()
             finally:
-                if not self._has_work():
+                if not self.has_work:
                     self._detach()
-            return self._has_work()
+            return self.has_work
+
+    def time_chunk(self, tokens: int) -> float:
+        """Return the seconds in which a prompt's first chunk of so many tokens is read.
+
+        Raises:
+            FastMemoryError: the byte budget has no room for such a chunk.
+        """
+        with modes.ours(), self._using_cache("Engine.time_chunk"), attached(self._model):
+            sequence = self.cache.new_sequence()
+            try:
+                started = time.perf_counter()
+                ids = [token % self.cache.resources.dimensions.vocabulary for token in range(tokens)]
+                self._decoder.prefill(sequence, ids, tokens, lambda done, total: None)
+                return time.perf_counter() - started
+            finally:
+                sequence.clear()
 
     def run(self, request: Request) -> None:
         """Run one request to its end, within `modes.ours()` and `attached()`. Raise its error."""
@@ -138,10 +190,8 @@ class Engine:
             if self._owns_cache:
                 stack.callback(self.cache.free)
             stack.callback(self._detach)
-            with self._lock:
-                self._closed = True
-                unfinished = {*self._waiting, *self._running}
-            for handle in unfinished if self._prefilling is None else unfinished | {self._prefilling[0]}:
+            unfinished = {*self._queue.close(), *self._running}
+            for handle in unfinished if self._reader.handle is None else unfinished | {self._reader.handle}:
                 stack.callback(self._end, handle, None, "aborted")
 
     def resume(
@@ -184,49 +234,43 @@ class Engine:
 
     def _schedule(self) -> None:
         """Remove aborted requests, and begin the oldest waiting one if it fits into memory."""
-        with self._lock:
-            aborted, self._aborted = self._aborted, set()
-            self._waiting = deque(handle for handle in self._waiting if handle not in aborted)
-            handle = self._waiting[0] if self._waiting and self._prefilling is None else None
-        for one in aborted:
+        for one in self._queue.take_aborted():
             self._end(one, None, "aborted")
-        if handle is None or self._full:
+        handle = self._queue.first() if self._reader.handle is None and not self._full else None
+        if handle is None:
             return
         with self._errors_of(handle):
-            request = handle.request
-            chunk = request.chunk or self.cache.config.prefill_chunk
-            running = [planned for other in self._running for planned in other.request.planned_rest()]
-            if self._owns_cache and not fits_beside(self._model, self.cache, running, request.planned(), chunk):
+            chunk = chunk_of(handle.request, self.chunk, self.cache)
+            if self._owns_cache and not self.room.fits(self, handle, chunk):
                 self._full = True
                 return
-            self._attach()
-            if not self._running:  # requests may join later, so an own cache's steps may have several sequences
-                self._decoder.begin_answer(2 if self._owns_cache else len(request.token_ids))
-            if self._owns_cache and request.streamer is not None:
-                with modes.callers():
-                    request.streamer.put(request.state.input_ids.cpu())
-            chunks = prefill_texts(self._decoder, self.cache, request.sequences, request.token_ids, chunk, request.progress)
-            self._prefilling = handle, chunks
-        with self._lock:
-            if self._waiting and self._waiting[0] is handle:
-                self._waiting.popleft()
+            self._begin_prompt(handle, chunk)
+        self._queue.remove(handle)
+
+    def _begin_prompt(self, handle: Handle, chunk: int) -> None:
+        request = handle.request
+        self._attach()
+        if not self._running:  # requests may join later, so an own cache's steps may have several sequences
+            self._decoder.begin_answer(2 if self._owns_cache else len(request.token_ids))
+        if self._owns_cache and request.streamer is not None:
+            with modes.callers():
+                request.streamer.put(request.state.input_ids.cpu())
+        self._reader.begin(handle, chunk)
 
     def _prefill_chunk(self) -> None:
         """Prefill one chunk of the current prompt. After the last, choose the first tokens."""
-        if self._prefilling is None:
+        handle = self._reader.handle
+        if handle is None:
             return
-        handle, chunks = self._prefilling
         with self._errors_of(handle):
-            try:
-                next(chunks)
-            except StopIteration as end:
-                logits: Tensor = end.value
-            else:
+            logits = self._reader.next_chunk()
+            if logits is None:
                 return
-            self._prefilling = None
             self.cache.counters.first_token_s = self.cache.counters.prefill_s
             run = SampledRun(handle.request, handle.request.sequences, logits)
             self._running[handle] = run
+            if handle.reuse is not None:
+                self.room.settle(self)
             run.sample()
 
     def _decode(self) -> None:
@@ -257,32 +301,20 @@ class Engine:
         if error is not None:
             reason = "interrupted" if isinstance(error, KeyboardInterrupt) else "error"
         request = handle.request
-        with self._lock:
-            if handle in self._waiting:
-                self._waiting.remove(handle)
+        self._queue.remove(handle)
         self._running.pop(handle, None)
         self._full = False
         reasons: list[str | None] = [reason] * len(request.token_ids)
         with ExitStack() as stack:
             own = self._owns_cache  # else the caller gets the error raised, and ends the streamer
             stack.callback(lambda: handle.finish(error if own else None, reasons, request.streamer if own else None))
-            if self._prefilling is not None and self._prefilling[0] is handle:
-                chunks, self._prefilling = self._prefilling[1], None
-                chunks.close()
+            if own:
+                stack.callback(free, self.cache, handle, error)
+            self._reader.stop(handle, keeps=error is None and handle.reuse is not None)
             for index, sequence in enumerate(request.sequences):
                 if reason is not None and request.state.unfinished[index]:
                     sequence.finish_reason = reason
                 reasons[index] = sequence.finish_reason
-            if self._owns_cache:
-                self._free(request.sequences)
-
-    def _free(self, sequences: list[CachedSequence]) -> None:
-        if sequences:
-            self.cache.release_device_batch()
-        for sequence in sequences:
-            if sequence in self.cache.sequences:
-                self.cache.sequences.remove(sequence)
-            sequence.clear()
 
     def _using_cache(self, name: str) -> AbstractContextManager[None]:
         return self.cache.in_use.by(name) if self._owns_cache else nullcontext()
@@ -297,7 +329,3 @@ class Engine:
         self._attached = None
         if stack is not None:
             stack.close()
-
-    def _has_work(self) -> bool:
-        pending = bool(self._waiting) or self._prefilling is not None
-        return pending or any(isinstance(run, SampledRun) for run in self._running.values())

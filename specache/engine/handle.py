@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,10 +14,12 @@ from torch import Tensor
 from specache.cache.sequence import Sequence
 from specache.engine.admission import planned_sequences
 from specache.engine.decoder import Progress
+from specache.engine.prefix_reuse import PrefixReuse
 from specache.engine.sampling import GenerationState, SamplingParams
 from specache.errors import UsageError
 from specache.planning.footprint import PlannedSequence
 from specache.platform import modes
+from specache.stats import MemoryUse
 
 
 @dataclass
@@ -32,6 +35,9 @@ class Request:
         chunk: prompt tokens per forward pass; `None` takes `prefill_chunk` of the configuration.
         streamer: `put` gets the new tokens [B] of every step; `end` is called once.
         callback: called with (row, token) of every new token.
+        on_token: called with (row, token, float32 logits [V] of the model that it was chosen from).
+        on_prompt_logits: called with (row, start, float32 logits [n, V] that follow the prompt's
+            tokens from `start` on) for every chunk. The prompt is then read in full.
         progress: called with (prompt tokens done, prompt tokens in all) while prefilling.
     """
 
@@ -43,6 +49,8 @@ class Request:
     chunk: int | None = None
     streamer: Any = None
     callback: Callable[[int, int], None] | None = None
+    on_token: Callable[[int, int, Tensor], None] | None = None
+    on_prompt_logits: Callable[[int, int, Tensor], None] | None = None
     progress: Progress | None = None
 
     def planned(self) -> list[PlannedSequence]:
@@ -55,6 +63,14 @@ class Request:
         for sequence, text in zip(self.sequences, self.token_ids, strict=True):
             remaining = max(0, self.stored_new_tokens - (sequence.length - len(text)))
             planned.append(PlannedSequence(sequence.length, remaining, stored=max(0, sequence.length - 1)))
+        return planned
+
+    def planned_now(self) -> list[PlannedSequence]:
+        """Return the sequences for a plan while their prompts are read."""
+        planned = self.planned()
+        for index, sequence in enumerate(self.sequences):
+            one = planned[index]
+            planned[index] = PlannedSequence(one.prompt, one.new, stored=max(0, min(sequence.length, one.prompt) - 1))
         return planned
 
     @classmethod
@@ -73,12 +89,17 @@ class Handle:
         error: the exception that ended it, or `None`.
         finish_reasons: per sequence `stop`, `length`, `error`, `aborted` or `interrupted`; empty
             until the request is done.
+        memory: the cache's bytes of the request when it ended, `None` until then.
+        reuse: the stored prefixes that it may use and leave, or `None`.
     """
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, on_end: Callable[[Handle], None] | None = None, reuse: PrefixReuse | None = None) -> None:
         self.request = request
+        self.reuse = reuse
         self.error: BaseException | None = None
         self.finish_reasons: list[str | None] = []
+        self.memory: MemoryUse | None = None
+        self._on_end = on_end
         self._done = threading.Event()
 
     @property
@@ -90,6 +111,10 @@ class Handle:
     def new_token_ids(self) -> list[list[int]]:
         """Return the new tokens [B][tokens] so far, without padding."""
         return self.request.state.new_token_ids() or [[] for _ in self.request.token_ids]
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait for the end, at most `timeout` seconds, and return whether it came."""
+        return self._done.wait(timeout)
 
     def result(self, timeout: float | None = None) -> Tensor:
         """Wait for the end and return prompts and new tokens [B, S + new], right-padded.
@@ -120,3 +145,11 @@ class Handle:
             self.error = error or failed
         finally:
             self._done.set()
+            self._report_end()
+
+    def _report_end(self) -> None:
+        if self._on_end is not None:
+            try:
+                self._on_end(self)
+            except Exception as error:  # the engine has other requests to go on with
+                warnings.warn(f"A request's on_end failed: {error!r}", RuntimeWarning, stacklevel=2)

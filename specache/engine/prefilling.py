@@ -1,27 +1,42 @@
-"""Prefill of one request: every distinct prompt once."""
+"""Prefill of one request: every distinct prompt once, from a stored prefix if there is one."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from specache.cache.cache import SpeCache
 from specache.cache.sequence import Sequence
-from specache.engine.decoder import Decoder, PrefillChunks, Progress
+from specache.engine.decoder import Decoder, PrefillChunks, Progress, StopReading
+from specache.engine.prefix_reuse import PrefixReuse
 from specache.platform import modes
+
+OnPromptLogits = Callable[[int, int, Tensor], None]  # (row, first token, logits [n, V] that follow it)
 
 
 def prefill_texts(
-    decoder: Decoder, cache: SpeCache, sequences: list[Sequence], token_ids: list[list[int]], chunk: int, progress: Progress | None
+    decoder: Decoder,
+    cache: SpeCache,
+    sequences: list[Sequence],
+    token_ids: list[list[int]],
+    chunk: int,
+    progress: Progress | None,
+    on_logits: OnPromptLogits | None = None,
+    reuse: PrefixReuse | None = None,
 ) -> PrefillChunks:
     """Prefill every prompt, one chunk at a time.
 
     If a chunk fails, or the generator is closed early, new sequences are removed and continued ones
-    are restored.
+    are restored. `StopReading`, thrown into it, leaves them with what was read.
 
     Args:
         sequences: the cached sequences that the prompts continue, one each. An empty list is filled
             with new ones; of equal prompts the first is prefilled and the others are forks of it.
+        on_logits: called with the logits of every chunk.
+        reuse: the stored prefixes that new sequences may begin with.
 
     Yields:
         `None` after every chunk but the last.
@@ -39,8 +54,9 @@ def prefill_texts(
         for index, ids in enumerate(token_ids):
             twin = first.setdefault(tuple(ids), index)
             if fresh:
-                cache.sequences.append(cache.repeat(sequences[twin]) if twin != index else cache.new_sequence())
-                sequences.append(cache.sequences[-1])
+                sequences.append(cache.repeat(sequences[twin]) if twin != index else _new_sequence(cache, ids, reuse))
+                if sequences[index] not in cache.sequences:
+                    cache.sequences.append(sequences[index])
             if fresh and twin != index:
                 sequences[index].prepare_decode()
                 logits.append(logits[twin])
@@ -48,8 +64,13 @@ def prefill_texts(
                 if done:
                     yield
                 report = _offset_progress(progress, done, total)
-                logits.append((yield from decoder.prefill_chunks(sequences[index], ids, chunk, report)))
+                of_row = None if on_logits is None else partial(on_logits, index)
+                logits.append((yield from decoder.prefill_chunks(sequences[index], ids, chunk, report, on_logits=of_row)))
+                if reuse is not None:
+                    reuse.was_read(sequences[index])
             done += len(ids)
+    except StopReading:
+        raise
     except BaseException:
         if fresh:
             for sequence in sequences:
@@ -58,6 +79,11 @@ def prefill_texts(
             sequences.clear()
         raise
     return torch.stack(logits)
+
+
+def _new_sequence(cache: SpeCache, token_ids: list[int], reuse: PrefixReuse | None) -> Sequence:
+    taken = None if reuse is None else reuse.take(cache, token_ids)
+    return cache.new_sequence() if taken is None else taken
 
 
 def _offset_progress(progress: Progress | None, offset: int, total: int) -> Progress:

@@ -67,11 +67,14 @@ class SampledRun:
         before = request.state.new.tolist()
         with modes.callers():
             sample_next(request.state, self._logits, request.params, self.sequences, request.streamer)
-            if request.callback is not None:
-                tokens = request.state.last_tokens
-                for row, (count, earlier) in enumerate(zip(request.state.new.tolist(), before, strict=True)):
-                    if count > earlier:
-                        request.callback(row, tokens[row])
+            if request.callback is None and request.on_token is None:
+                return
+            tokens = request.state.last_tokens
+            for row, (count, earlier) in enumerate(zip(request.state.new.tolist(), before, strict=True)):
+                if count > earlier and request.callback is not None:
+                    request.callback(row, tokens[row])
+                if count > earlier and request.on_token is not None:
+                    request.on_token(row, tokens[row], self._logits[row])
 
     def take_first_drafts(self, active: list[int], logits: Tensor) -> None:
         with modes.callers():

@@ -34,16 +34,16 @@ KEPT_BUFFERS = 8  # read buffers, in use or kept for the next read
 UNPACKED_BLOCKS = 3  # blocks of unpacked codes held at once
 
 
-def prefill_bytes(model: ModelDimensions, config: SpeCacheConfig, chunk: int, stored: int) -> int:
+def prefill_bytes(model: ModelDimensions, config: SpeCacheConfig, chunk: int, stored: int, logits: int = 1) -> int:
     """Return the peak of a forward pass over `chunk` prompt tokens that leaves `stored + chunk`
-    tokens in the cache.
+    tokens in the cache and computes the logits of the last `logits` ones.
     """
     hidden = chunk * model.itemsize * (STREAMS * model.hidden + _rotary_width(model))
     stages = [_feed_forward(model, chunk), _normalisation(model, chunk)]
     stages += [_attention(model, config, layer, chunk, stored) for layer in set(model.layers)]
     buffers = DISK_COPIES * max(READ_BYTES, _largest_block(model)) if on_disk(config) else 0
-    logits = model.vocabulary * (model.itemsize + 2 * FLOAT)
-    return hidden + max(stages) + _packed_product(model, chunk) + logits + buffers + _widened(model, chunk)
+    of_vocabulary = logits * model.vocabulary * (model.itemsize + 2 * FLOAT)
+    return hidden + max(stages) + _packed_product(model, chunk) + of_vocabulary + buffers + _widened(model, chunk)
 
 
 def _packed_product(model: ModelDimensions, chunk: int) -> int:

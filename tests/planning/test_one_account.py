@@ -16,7 +16,8 @@ import specache
 from specache.cache.layers import CompressedLayer
 from specache.cache.sizes import ORDINARY_ITEMSIZE, FastBytes, ordinary_bytes
 from specache.config import Code, Policy
-from specache.engine import decoder, engine
+from specache.engine import decoder
+from specache.engine.room import Room
 from specache.planning.footprint import CacheFootprint, PlannedSequence
 from tests.engine.test_model_families import FAMILIES, build
 from tests.tiny import llama, prompt
@@ -95,9 +96,9 @@ def test_planned_claimed_and_measured_bytes_are_equal(models, tmp_path_factory, 
 def test_a_decode_step_computes_no_plan(models, monkeypatch):
     """The working set is computed when a group is quantised, and admission when a request ends."""
     computed, asked = [], []
-    decode_bytes, fits_beside = decoder.decode_bytes, engine.fits_beside
+    decode_bytes, fits = decoder.decode_bytes, Room.fits
     monkeypatch.setattr(decoder, "decode_bytes", lambda *args: computed.append(args) or decode_bytes(*args))
-    monkeypatch.setattr(engine, "fits_beside", lambda *args: asked.append(args) or fits_beside(*args))
+    monkeypatch.setattr(Room, "fits", lambda *args: asked.append(args) or fits(*args))
     config = specache.SpeCacheConfig(group_size=GROUP, residual=RESIDUAL, fast_memory=480_000, slow_tier="ram-inplace")
     with specache.Engine(models["llama"], config) as running:
         handles = [

@@ -1,0 +1,126 @@
+"""What a request reuses of stored prefixes, and what it leaves for later requests.
+
+Only prompt tokens are shared. The keys and values of an answer were computed over low-bit pairs, so
+that a prompt that contains it would be answered otherwise than after a prefill of its own.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from specache.cache.cache import SpeCache
+from specache.cache.sequence import Sequence
+from specache.engine.stored_prefixes import StoredPrefixes
+from specache.errors import FastMemoryError
+from specache.planning.footprint import PlannedSequence
+
+
+class PrefixReuse:
+    """The stored prefixes of one request. An error of the store costs it the prefix, nothing more.
+
+    Args:
+        owner: whose prefixes.
+        takes: whether the request may go on from a stored prefix.
+        keeps: whether its prompts are stored for others.
+
+    Attributes:
+        cached_tokens: prompt tokens that were stored before and need not be read, so far.
+    """
+
+    def __init__(self, store: StoredPrefixes, owner: str, takes: bool = True, keeps: bool = True) -> None:
+        self.cached_tokens = 0
+        self._store = store
+        self._owner = owner
+        self._takes = takes
+        self._keeps = keeps
+        self._taken: dict[tuple[int, ...], Sequence] = {}
+
+    def prepare(self, cache: SpeCache, prompts: list[list[int]]) -> None:
+        """Fork the stored prefixes of the prompts into `cache`, before anything makes room."""
+        for ids in prompts:
+            if tuple(ids) not in self._taken and (sequence := self._fork(cache, ids)) is not None:
+                self._taken[tuple(ids)] = sequence
+
+    def planned(self, prompts: list[list[int]], planned: list[PlannedSequence]) -> list[PlannedSequence]:
+        """Return the plan of the prompts with the prefixes that are prepared."""
+        stored = [self._taken.get(tuple(ids)) for ids in prompts]
+        return [
+            one if sequence is None or one.twin else PlannedSequence(one.prompt, one.new, stored=sequence.length)
+            for one, sequence in zip(planned, stored, strict=True)
+        ]
+
+    def put_back(self, cache: SpeCache) -> None:
+        """Free the prepared prefixes that no prompt has begun with."""
+        while self._taken:
+            _free(cache, self._taken.popitem()[1])
+
+    def take(self, cache: SpeCache, token_ids: list[int]) -> Sequence | None:
+        """Return a sequence of `cache` that begins a prompt, or `None`.
+
+        It is the prepared one, or one that was read since.
+        """
+        sequence = self._taken.pop(tuple(token_ids), None) or self._fork(cache, token_ids)
+        self.cached_tokens += 0 if sequence is None else sequence.length
+        return sequence
+
+    def was_read(self, sequence: Sequence) -> None:
+        """Let others go on from a sequence whose prompt has just been read."""
+        if self._keeps:
+            with _optional("share a prompt"):
+                self._store.add_running(self._owner, sequence)
+
+    def end(self, sequence: Sequence) -> bool:
+        """Leave a sequence to the store when its request ends. Return False if it must be freed."""
+        if not self._keeps or not sequence.length:
+            return False
+        with _optional("keep a prompt"):
+            sequence.truncate(sequence.prompt_tokens)
+            if sequence.length:
+                self._store.keep(self._owner, sequence)
+                return True
+        return False
+
+    def _fork(self, cache: SpeCache, token_ids: list[int]) -> Sequence | None:
+        """Return a fork of the longest stored prefix in `cache.sequences`, or `None`."""
+        if not self._takes:
+            return None
+        sequence = None
+        with _optional("go on from a stored prefix"):
+            length = min(self._store.match(self._owner, token_ids), len(token_ids) - 1)
+            if length > 0 and _is_valid(cache, length, len(token_ids)):
+                sequence = self._store.take(self._owner, token_ids, cache)
+        if sequence is None:
+            return None
+        if sequence not in cache.sequences:
+            cache.sequences.append(sequence)
+        with _optional("go on from a stored prefix"):
+            sequence.truncate(len(token_ids) - 1)  # one token must run
+            if sequence.length:
+                return sequence
+        _free(cache, sequence)
+        return None
+
+
+def _is_valid(cache: SpeCache, length: int, total: int) -> bool:
+    """Return whether keys of a text of `length` tokens serve one of `total`, and back."""
+    info = cache.info
+    return not info.couples_rows and info.keeps_keys(length - 1, total - 1) and info.keeps_keys(total - 1, length - 1)
+
+
+def _free(cache: SpeCache, sequence: Sequence) -> None:
+    if sequence in cache.sequences:
+        cache.sequences.remove(sequence)
+    sequence.clear()
+
+
+@contextmanager
+def _optional(what: str) -> Iterator[None]:
+    """Go on without a stored prefix where an error or a lack of memory prevents it."""
+    try:
+        yield
+    except FastMemoryError:
+        pass
+    except Exception as error:
+        warnings.warn(f"Could not {what}, which costs time only: {error!r}", RuntimeWarning, stacklevel=4)

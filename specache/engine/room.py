@@ -1,0 +1,144 @@
+"""Room for one more request in the memory that engines and stored prefixes share."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, Protocol
+
+from specache.cache.cache import SpeCache
+from specache.cache.sizes import page_layout
+from specache.config import Policy
+from specache.engine.admission import check_room
+from specache.engine.auto_tier import decide_tier, free_memory, main_memory_bytes, with_margin
+from specache.engine.handle import Handle, Request
+from specache.engine.stored_prefixes import StoredPrefixes
+from specache.errors import FastMemoryError, OutOfMemoryError
+from specache.planning.footprint import PlannedSequence
+from specache.planning.plan import plan
+from specache.planning.working_set import FLOAT
+
+LOGIT_BYTES = 64 << 20  # most bytes of the logits of a prompt's chunk, where all are needed
+
+
+class Tenant(Protocol):
+    """An engine, as the room sees it.
+
+    Attributes:
+        cache: its cache.
+        chunk: the most prompt tokens of a forward pass.
+    """
+
+    cache: SpeCache
+    chunk: int
+
+    def planned(self) -> list[PlannedSequence]:
+        """Return the sequences of the requests that run, with what they still store."""
+
+
+class Room:
+    """Decides whether a request fits beside everything that the budget and main memory hold.
+
+    Pages that sequences share are held once, and planned once for each. So what is left is computed
+    from what is used now, and from what every sequence will hold more than it does.
+
+    Attributes:
+        tenants: the engines that share the budget.
+        prefixes: stored prefixes, which are dropped as needed, or `None`.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.tenants: weakref.WeakSet[Tenant] = weakref.WeakSet()
+        self.prefixes: StoredPrefixes | None = None
+        self._model = model
+
+    def fits(self, tenant: Tenant, handle: Handle, chunk: int) -> bool:
+        """Return whether a request fits beside the running ones. Decide the slow tier before.
+
+        If it fits, the stored prefixes that it goes on from are prepared.
+
+        Raises:
+            FastMemoryError, OutOfMemoryError, SlowTierError: the request does not fit alone.
+        """
+        request, reuse, cache = handle.request, handle.reuse, tenant.cache
+        new = request.planned()
+        if reuse is not None:  # before prefixes are dropped to make room
+            reuse.prepare(cache, request.token_ids)
+            new = reuse.planned(request.token_ids, new)
+        planned = [*tenant.planned(), *new]
+        try:
+            self._free_main_memory(cache, planned, chunk)
+            decide_tier(self._model, cache, planned, chunk)
+            self._check_fast(tenant, planned, chunk, 0 if request.on_prompt_logits is None else logit_bytes(cache, chunk - 1))
+        except (FastMemoryError, OutOfMemoryError):
+            if not any(one.planned() for one in self.tenants):
+                raise
+            if reuse is not None:
+                reuse.put_back(cache)
+            return False
+        return True
+
+    def settle(self, tenant: Tenant) -> None:
+        """Drop stored prefixes that took bytes which the running requests are going to need."""
+        budget = tenant.cache.resources.budget
+        if self.prefixes is None or budget.limit is None:
+            return
+        short = budget.used + sum(self._growth(one) for one in self.tenants) - budget.limit
+        if short > 0:
+            self.prefixes.make_room(short, 0)
+
+    def _check_fast(self, tenant: Tenant, planned: list[PlannedSequence], chunk: int, more: int) -> None:
+        """Make room of `fast_memory` for the planned sequences and `more` bytes, or raise."""
+        cache = tenant.cache
+        budget = cache.resources.budget
+        if budget.limit is None:
+            return
+        more += sum(self._growth(one) for one in self.tenants if one is not tenant) + self._copied_pages(cache, len(planned))
+        needed = plan(cache.resources.dimensions, cache.config.with_changes(prefill_chunk=chunk), planned).fast
+        short = needed + more + budget.used - cache.held_bytes() - budget.limit
+        if short > 0 and self.prefixes is not None:
+            self.prefixes.make_room(short, 0)
+        check_room(cache, planned, chunk, more)
+
+    def _growth(self, tenant: Tenant) -> int:
+        """Return the bytes that an engine's running requests will take beyond those they hold."""
+        planned = tenant.planned()
+        if not planned:
+            return 0
+        cache = tenant.cache
+        config = cache.config.with_changes(prefill_chunk=tenant.chunk)
+        needed = plan(cache.resources.dimensions, config, planned).fast
+        return max(0, needed + self._copied_pages(cache, len(planned)) - cache.held_bytes())
+
+    def _copied_pages(self, cache: SpeCache, sequences: int) -> int:
+        """Return the bytes of a page per layer and sequence.
+
+        A partly filled page that a stored prefix shares is copied before it is written to.
+        """
+        if self.prefixes is None or cache.config.policy is Policy.FULL:
+            return 0
+        layers = cache.resources.dimensions.full_layers
+        return sequences * sum(page_layout(cache.config, layer.kv_heads, layer.head_dim).page_bytes for layer in layers)
+
+    def _free_main_memory(self, cache: SpeCache, planned: list[PlannedSequence], chunk: int) -> None:
+        """Drop stored prefixes where `slow_tier="auto"` would go to disk because of them."""
+        if self.prefixes is None or not cache.decides_tier:
+            return
+        dimensions = cache.resources.dimensions
+        memory = plan(dimensions, cache.config.with_changes(prefill_chunk=chunk), planned)
+        held = sum(sequence.tier.nbytes + sequence.held_bytes() for sequence in cache.sequences)
+        needed = with_margin(max(0, main_memory_bytes(dimensions, memory, planned) - held))
+        free = free_memory(self._model, needed)
+        if free is not None and needed > free:
+            self.prefixes.make_room(0, needed - free)
+
+
+def logit_bytes(cache: SpeCache, tokens: int) -> int:
+    """Return the bytes of the logits of so many tokens of a pass."""
+    model = cache.resources.dimensions
+    return tokens * model.vocabulary * (model.itemsize + 2 * FLOAT)
+
+
+def chunk_of(request: Request, chunk: int, cache: SpeCache) -> int:
+    """Return the prompt tokens per pass of a request: fewer where the logits of each are needed."""
+    chunk = request.chunk or chunk
+    return chunk if request.on_prompt_logits is None else min(chunk, max(1, LOGIT_BYTES // logit_bytes(cache, 1)))

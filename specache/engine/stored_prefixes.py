@@ -1,0 +1,33 @@
+"""The interface of a store of prefixes, as an engine uses it."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from specache.cache.cache import SpeCache
+from specache.cache.sequence import Sequence
+
+
+class StoredPrefixes(Protocol):
+    """Stored prefixes of an engine's cache. Only the engine's thread calls it, between passes."""
+
+    def match(self, owner: str, token_ids: list[int]) -> int:
+        """Return the length of the longest stored prefix of an owner. Nothing changes."""
+
+    def take(self, owner: str, token_ids: list[int], cache: SpeCache) -> Sequence | None:
+        """Return a fork of the longest stored prefix that belongs to `cache`, or `None`."""
+
+    def add_running(self, owner: str, sequence: Sequence) -> None:
+        """Let others reuse a prompt that was read, while its request decodes."""
+
+    def keep(self, owner: str, sequence: Sequence) -> None:
+        """Take over the sequence of a request that ended, or free it."""
+
+    def make_room(self, fast_bytes: int, slow_bytes: int) -> bool:
+        """Drop prefixes, least recently used first. Return whether that freed as many bytes."""
+
+    def status(self) -> Any:
+        """Return what is stored. Any thread may call it."""
+
+    def close(self) -> None:
+        """Drop every prefix from memory."""
