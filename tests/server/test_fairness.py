@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import threading
 from itertools import pairwise
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 import specache
 from specache import SpeCacheConfig
-from specache.engine.events import Failed, Finished, Job, NewToken, PromptProgress
+from specache.engine.events import Event, Failed, Finished, Job, NewToken, PromptProgress
 from specache.engine.service import EngineService
 from tests.tiny import llama, prompt
 
@@ -47,8 +48,10 @@ def test_no_stream_waits_longer_than_one_chunk_and_one_decode_step(model):
         for ticket in (*tickets, reader):
             ticket.abort()
             assert ticket.wait(30)
-    chunks = [index for index, (name, event) in enumerate(during) if name == "reader" and isinstance(event, PromptProgress)]
+    chunks = [index for index, (_, event) in enumerate(during) if isinstance(event, PromptProgress) and event.done]
     assert isinstance(during[-1][1], NewToken) and len(chunks) >= 4
+    ends = [during[index][1].done for index in chunks]
+    assert ends[-1] == PROMPT and len({later - earlier for earlier, later in pairwise((0, *ends[:-1]))}) == 1  # one size, kept
     for earlier, later in pairwise(chunks):
         streams = [name for name, event in during[earlier:later] if isinstance(event, NewToken)]
         assert sorted(streams) == [str(index) for index in range(STREAMS)]  # each decoded one token between two chunks
@@ -72,15 +75,21 @@ def test_an_aborted_reader_ends_within_a_step_and_the_streams_go_on(model):
         stream = service.submit(job(model, 40, 1, 4000), lambda event: events.put(("stream", event)))
         while not isinstance(events.get(timeout=60)[1], NewToken):
             pass
-        reader = service.submit(job(model, PROMPT, 99, 1), lambda event: events.put(("reader", event)))
-        while not isinstance(events.get(timeout=60)[1], PromptProgress):
-            pass
-        reader.abort()
+        submitted = threading.Event()
+
+        def abort_when_read(event: Event) -> None:
+            events.put(("reader", event))
+            if isinstance(event, PromptProgress) and event.done:
+                assert submitted.wait(30)
+                reader.abort()
+
+        reader = service.submit(job(model, PROMPT, 99, 1), abort_when_read)
+        submitted.set()
         last: list[tuple[str, Any]] = []
         while not (last and last[-1][0] == "reader" and isinstance(last[-1][1], Finished)):
             last.append(events.get(timeout=60))
         assert last[-1][1].reasons == ("aborted",)
-        assert sum(name == "reader" and isinstance(event, PromptProgress) for name, event in last) <= 2
+        assert sum(name == "reader" and isinstance(event, PromptProgress) and event.done > 0 for name, event in last) == 1
         for _ in range(5):
             assert events.get(timeout=60)[0] == "stream"
         stream.abort()
