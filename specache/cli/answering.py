@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from specache.cli.answer_length import answer_limit
 from specache.cli.console import PrefillProgress
 from specache.cli.models import LoadedModel
 from specache.cli.prompts import pad_left
 from specache.cli.streaming import AnswerRecorder
+from specache.engine.answer_length import answer_limit
 from specache.errors import SpeCacheError
 from specache.templates.channels import channel_parser
 from specache.templates.end_tokens import end_tokens

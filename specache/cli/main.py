@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from specache import __version__
-from specache.cli import bench, chat, demo, doctor, evaluate, generate, plan, session
+from specache.cli import bench, chat, demo, doctor, evaluate, generate, plan, serve, session
 from specache.cli.console import write
 from specache.cli.program import Program
 
@@ -24,6 +24,7 @@ app = Program(
 )
 app.command(epilog=generate.EPILOG)(generate.generate)
 app.command(epilog=chat.EPILOG)(chat.chat)
+app.command(epilog=serve.EPILOG)(serve.serve)
 app.command(epilog=demo.EPILOG)(demo.demo)
 app.add_typer(session.app, name="session")
 app.add_typer(evaluate.app, name="eval")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
+
+_ONE_AT_A_TIME = threading.Lock()  # the module's name is the process's
 
 
 @contextmanager
@@ -13,7 +16,7 @@ def fixed_date(date: datetime | None) -> Iterator[None]:
     """Make `strftime_now` of chat templates format `date` inside the block; None means the present.
 
     transformers defines that function over its module's `datetime`, and would replace a template
-    variable of that name. So the module's `datetime` is replaced.
+    variable of that name. So the module's `datetime` is replaced, by one thread at a time.
     """
     if date is None:
         yield
@@ -26,12 +29,13 @@ def fixed_date(date: datetime | None) -> Iterator[None]:
         def now(cls, tz: Any = None) -> Any:
             return now if tz is None else now.astimezone(tz)
 
-    before = getattr(chat_template_utils, "datetime", None)
-    if before is None:
-        yield
-        return
-    chat_template_utils.datetime = Fixed
-    try:
-        yield
-    finally:
-        chat_template_utils.datetime = before
+    with _ONE_AT_A_TIME:
+        before = getattr(chat_template_utils, "datetime", None)
+        if before is None:
+            yield
+            return
+        chat_template_utils.datetime = Fixed
+        try:
+            yield
+        finally:
+            chat_template_utils.datetime = before

@@ -6,6 +6,7 @@ import hashlib
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from functools import cached_property
 from typing import Any
@@ -60,6 +61,18 @@ class ChatTemplate:
         taken = sorted(_OURS & set(self.variables))
         if taken:
             raise ConfigError(f"A chat template variable cannot be called {taken[0]!r}: specache sets that itself.")
+
+    def with_variables(self, variables: Mapping[str, Any] | None, date: datetime | None = None) -> ChatTemplate:
+        """Return this template for another conversation. What `prepare` computed is shared."""
+        other = ChatTemplate(self.tokenizer, variables, date=date, system=self.system)
+        shared = {name: value for name, value in vars(self).items() if name in ("tokens", "_split_encoder")}
+        other.__dict__.update(shared)
+        return other
+
+    def prepare(self) -> None:
+        """Compute what the first conversation would wait for: seconds for large vocabularies."""
+        with suppress(Exception):  # an unusual kind of tokenizer; `encode` does without
+            _ = self._split_encoder
 
     @property
     def exists(self) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 from specache import UsageError
-from specache.cli.answer_length import DEFAULT_MAX_NEW_TOKENS, answer_limit
+from specache.engine.answer_length import DEFAULT_MAX_NEW_TOKENS, answer_limit
 from tests.cli.running import one_line, run, run_json
 from tests.cli.tiny_chat import POSITIONS
 

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specache.cli.streaming import AnswerRecorder, TextAssembler
+from specache.cli.streaming import AnswerRecorder
+from specache.templates.answer_text import TextAssembler
 from tests.cli.tiny_chat import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()

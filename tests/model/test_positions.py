@@ -11,8 +11,8 @@ import torch
 import transformers
 
 import specache
-from specache.cli.answer_length import answer_limit
 from specache.cli.models import LoadedModel
+from specache.engine.answer_length import answer_limit
 from specache.eval.tasks.base import TaskModel
 from specache.model.dimensions import dimensions_of
 from specache.model.info import inspect_model

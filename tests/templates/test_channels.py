@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from specache.cli.streaming import AnswerRecorder, TextAssembler
+from specache.cli.streaming import AnswerRecorder
+from specache.templates.answer_text import TextAssembler
 from specache.templates.channels import channel_parser
 from specache.templates.template import ChatTemplate
 from tests.templates.tokenizers import CHATML, HARMONY, HARMONY_MARKERS, byte_level

@@ -1,0 +1,175 @@
+"""Options of `specache serve` about the server itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from specache.cli.byte_sizes import parse_size
+
+if TYPE_CHECKING:
+    from specache.server.keys import KeyRing
+    from specache.server.settings import ServerSettings
+
+SERVER_PANEL = "Server"
+ACCESS_PANEL = "Who may use it"
+LIMITS_PANEL = "Limits"
+
+Host = Annotated[
+    str,
+    typer.Option(
+        "--host",
+        help="Address to listen on. Any but 127.0.0.1 needs --api-key-file.",
+        metavar="ADDRESS",
+        rich_help_panel=SERVER_PANEL,
+    ),
+]
+Port = Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes a free one.", rich_help_panel=SERVER_PANEL)]
+ServedModelName = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--served-model-name",
+        help="Name of the model in requests. May be given several times. Default: that of --model, without folders.",
+        metavar="NAME",
+        rich_help_panel=SERVER_PANEL,
+    ),
+]
+RootPath = Annotated[
+    str,
+    typer.Option(
+        "--root-path", help="Prefix of all addresses behind a reverse proxy.", metavar="PATH", rich_help_panel=SERVER_PANEL
+    ),
+]
+ChunkMs = Annotated[
+    float,
+    typer.Option(
+        "--chunk-ms",
+        min=1.0,
+        help="How long other answers may wait while a part of a prompt is read. Its length is chosen at the start.",
+        rich_help_panel=SERVER_PANEL,
+    ),
+]
+PrefixSharing = Annotated[
+    bool,
+    typer.Option(
+        "--prefix-sharing/--no-prefix-sharing",
+        help="Keep what was read of prompts for later ones that begin alike.",
+        rich_help_panel=SERVER_PANEL,
+    ),
+]
+Grace = Annotated[
+    float,
+    typer.Option("--grace", min=0.0, help="Seconds that answers may go on after Ctrl-C.", rich_help_panel=SERVER_PANEL),
+]
+ApiKeyFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--api-key-file",
+        help="Require a key: one per line, 'KEY' or 'NAME:KEY', in a file that only you can read (mode 0600).",
+        metavar="FILE",
+        rich_help_panel=ACCESS_PANEL,
+    ),
+]
+AllowedHost = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allowed-host",
+        help="A further name of this server, as a reverse proxy passes it on. May be given several times.",
+        metavar="NAME",
+        rich_help_panel=ACCESS_PANEL,
+    ),
+]
+SharePrefixes = Annotated[
+    bool,
+    typer.Option(
+        "--share-prefixes",
+        help="Let all keys share stored prefixes. One can then find out by time what another has asked.",
+        rich_help_panel=ACCESS_PANEL,
+    ),
+]
+DefaultNewTokens = Annotated[
+    int,
+    typer.Option(
+        "--default-new-tokens",
+        min=1,
+        help="Longest answer to a chat request that names no limit, in tokens.",
+        rich_help_panel=LIMITS_PANEL,
+    ),
+]
+MaxPromptTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--max-prompt-tokens", min=1, help="Longest prompt. Default: what the model can read.", rich_help_panel=LIMITS_PANEL
+    ),
+]
+MaxBody = Annotated[
+    str, typer.Option("--max-body", help="Longest body of a request (16MB).", metavar="BYTES", rich_help_panel=LIMITS_PANEL)
+]
+MaxWaiting = Annotated[
+    int,
+    typer.Option("--max-waiting", min=1, help="Requests that may wait; more are told to try later.", rich_help_panel=LIMITS_PANEL),
+]
+MaxRequests = Annotated[
+    int, typer.Option("--max-requests", min=1, help="Requests for answers that may be open.", rich_help_panel=LIMITS_PANEL)
+]
+MaxConnections = Annotated[
+    int, typer.Option("--max-connections", min=1, help="Connections that may be open.", rich_help_panel=LIMITS_PANEL)
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions:
+    """Where the server listens, whom it serves, and its limits."""
+
+    host: Host = "127.0.0.1"
+    port: Port = 8000
+    served_model_name: ServedModelName = None
+    root_path: RootPath = ""
+    chunk_ms: ChunkMs = 250.0
+    prefix_sharing: PrefixSharing = True
+    grace: Grace = 2.0
+    api_key_file: ApiKeyFile = None
+    allowed_host: AllowedHost = None
+    share_prefixes: SharePrefixes = False
+    default_new_tokens: DefaultNewTokens = 4096
+    max_prompt_tokens: MaxPromptTokens = None
+    max_body: MaxBody = "16MiB"
+    max_waiting: MaxWaiting = 64
+    max_requests: MaxRequests = 128
+    max_connections: MaxConnections = 512
+
+    def settings(self) -> ServerSettings:
+        """Return the settings of the server.
+
+        Raises:
+            ConfigError: a value is invalid.
+        """
+        from specache.server.settings import ServerSettings
+
+        return ServerSettings(
+            host=self.host,
+            port=self.port,
+            root_path=self.root_path,
+            allowed_hosts=tuple(self.allowed_host or ()),
+            share_prefixes=self.share_prefixes,
+            prefix_sharing=self.prefix_sharing,
+            default_new_tokens=self.default_new_tokens,
+            most_prompt_tokens=self.max_prompt_tokens,
+            most_body_bytes=parse_size(self.max_body, "--max-body"),
+            most_streams=self.max_requests,
+            most_connections=self.max_connections,
+            grace_seconds=self.grace,
+        )
+
+    def keys(self) -> KeyRing | None:
+        """Return the keys, or `None` if there is no key file.
+
+        Raises:
+            ConfigError: the file cannot be used.
+        """
+        from specache.server.keys import KeyRing
+
+        return None if self.api_key_file is None else KeyRing.load(self.api_key_file)

@@ -1,0 +1,90 @@
+"""What all requests share: settings, the model once it is loaded, workers, counters."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from starlette.requests import Request
+
+from specache.server.error_responses import ApiError, busy, unavailable
+from specache.server.prometheus_metrics import Metrics
+from specache.server.recent_requests import RecentRequests
+from specache.server.request_context import RequestContext
+from specache.server.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from specache.engine.service import EngineService
+    from specache.server.served_model import ServedModel
+
+_Result = TypeVar("_Result")
+_WORKERS = 2  # threads for templates, tokenizers and requests; the engine's own computes
+
+
+class AppState:
+    """The state of one server.
+
+    Attributes:
+        served, service: the model and the engine's service; `None` while the model is loaded.
+        closing: whether the server is about to end.
+    """
+
+    def __init__(self, settings: ServerSettings) -> None:
+        self.settings = settings
+        self.served: ServedModel | None = None
+        self.service: EngineService | None = None
+        self.closing = False
+        self.metrics = Metrics(self)
+        self.recent = RecentRequests()
+        self.open_streams = 0
+        self._workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="specache-request")
+
+    def begin_serving(self, served: ServedModel, service: EngineService) -> None:
+        """Serve a model that was loaded."""
+        self.served, self.service = served, service
+
+    def ready(self) -> tuple[ServedModel, EngineService]:
+        """Return the model and its service.
+
+        Raises:
+            ApiError: 503, there are none now.
+        """
+        if self.closing:
+            raise unavailable("The server is shutting down.", "shutting_down")
+        if self.served is None or self.service is None:
+            raise unavailable("The model is being loaded. GET /health says when it is there.", "loading")
+        if self.service.status().error is not None:
+            raise ApiError(
+                503, "The engine has stopped after an error. Start the server again; its log says why.", code="engine_stopped"
+            )
+        return self.served, self.service
+
+    def open_stream(self, context: RequestContext) -> None:
+        """Count a request for answers as open until its end.
+
+        Raises:
+            ApiError: 429, as many are open as may be.
+        """
+        if self.open_streams >= self.settings.most_streams:
+            raise busy(f"{self.open_streams:,} requests are open already. Try again later.")
+        self.open_streams += 1
+        context.at_end(self._close_stream)
+
+    async def work(self, function: Callable[..., _Result], *arguments: Any) -> _Result:
+        """Run a function on a worker thread, so that the event loop goes on."""
+        return await asyncio.get_running_loop().run_in_executor(self._workers, function, *arguments)
+
+    def end(self) -> None:
+        """End the worker threads. What they run ends first."""
+        self._workers.shutdown(wait=False, cancel_futures=True)
+
+    def _close_stream(self) -> None:
+        self.open_streams -= 1
+
+
+def state_of(http: Request) -> AppState:
+    """Return the state of the server that a request came to."""
+    state: AppState = http.app.state.server
+    return state

@@ -1,0 +1,148 @@
+"""The body of `/v1/chat/completions`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from specache.server.json_body import JsonBody, check_json
+from specache.server.sampling_fields import MOST_TOP_LOGPROBS, SamplingFields, TextFormat
+
+Role = Literal["system", "developer", "user", "assistant"]
+_TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+_MOST_PARTS = 4096
+_RESERVED = ("tools", "documents", "tool_choice", "add_generation_prompt", "continue_final_message")
+
+
+class ChatMessage(JsonBody):
+    """One message. Its content is one text, however many parts it came in."""
+
+    role: Role
+    content: str
+    name: str | None = None
+    refusal: str | None = None
+    reasoning_content: str | None = None  # of an earlier answer, as clients send it back
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_role(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            raise ValueError("it must be an object with role and content")
+        role = value.get("role")
+        if role in ("tool", "function") or value.get("tool_calls") or value.get("function_call"):
+            raise ValueError("calls of tools are not served. Send their results as text of a user message")
+        return {name: one for name, one in value.items() if name not in ("tool_calls", "function_call", "annotations", "audio")}
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _join_parts(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return value
+        if not isinstance(value, list) or not value:
+            raise ValueError("it must be a text, or a list of parts such as {'type': 'text', 'text': ...}")
+        if len(value) > _MOST_PARTS:
+            raise ValueError(f"it has more than {_MOST_PARTS:,} parts")
+        return "\n".join(_text_of_part(index, part) for index, part in enumerate(value))
+
+
+def _text_of_part(index: int, part: Any) -> str:
+    if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+        raise ValueError(f"part {index} must be an object with a type")
+    field = _TEXT_PARTS.get(part["type"])
+    if field is None:
+        raise ValueError(
+            f"part {index} has the type {part['type'][:40]!r}; this model reads text parts only, no images, audio or files"
+        )
+    if not isinstance(part.get(field), str):
+        raise ValueError(f"part {index} needs {field!r}, a text")
+    text: str = part[field]
+    return text
+
+
+class ChatBody(SamplingFields):
+    """A request for answers to a conversation."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=1, lt=2**31)
+    max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = Field(None, max_length=32)
+    response_format: TextFormat | None = None
+    tools: list[Any] | None = None
+    functions: list[Any] | None = None
+    tool_choice: Any = None
+    function_call: Any = None
+    parallel_tool_calls: bool | None = None
+    modalities: list[str] | None = None
+    audio: Any = None
+    web_search_options: Any = None
+    prediction: Any = None  # from here on: accepted, without effect
+    verbosity: str | None = None
+
+    @field_validator("response_format", mode="before")
+    @classmethod
+    def _check_format(cls, value: Any) -> Any:
+        if value is not None and (not isinstance(value, dict) or value.get("type") != "text"):
+            raise ValueError("only {'type': 'text'} is served: there is no structured output yet")
+        return value
+
+    @field_validator("tools", "functions")
+    @classmethod
+    def _check_tools(cls, value: list[Any] | None) -> list[Any] | None:
+        if value:
+            raise ValueError("tools are not served yet. Leave it out")
+        return value
+
+    @field_validator("tool_choice", "function_call")
+    @classmethod
+    def _check_choice(cls, value: Any) -> Any:
+        if value not in (None, "none", "auto"):
+            raise ValueError("tools are not served yet. Leave it out")
+        return value
+
+    @field_validator("audio", "web_search_options")
+    @classmethod
+    def _check_absent(cls, value: Any) -> Any:
+        if value is not None:
+            raise ValueError("it is not served. Leave it out")
+        return value
+
+    @field_validator("modalities")
+    @classmethod
+    def _check_modalities(cls, value: list[str] | None) -> list[str] | None:
+        if value not in (None, ["text"]):
+            raise ValueError("this model writes text only: use ['text']")
+        return value
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _check_variables(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        check_json(value)
+        for name in value or {}:
+            if name in _RESERVED or not name.isidentifier():
+                raise ValueError(f"{name[:40]!r} cannot be set")
+        return value
+
+    @model_validator(mode="after")
+    def _check_logprobs(self) -> ChatBody:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        return self
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        """Return the longest answer that was asked for; `None` leaves it to the server."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def logprobs_per_token(self) -> int | None:
+        """Return how many likely tokens to report beside each new one; `None` reports nothing."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def variables(self) -> dict[str, Any]:
+        """Return the variables of the chat template."""
+        effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
+        return {**effort, **(self.chat_template_kwargs or {})}

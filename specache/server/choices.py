@@ -1,0 +1,83 @@
+"""One answer as it grows: its text, its reasoning, its tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from specache.engine.events import Finished, NewToken
+from specache.server.generation import PreparedJob
+from specache.templates.channels import Part
+
+
+@dataclass
+class Choice:
+    """An answer.
+
+    Attributes:
+        index: its place among the answers of the request.
+        tokens: every new token, end tokens included.
+        reason: why it ended; `None` until then.
+    """
+
+    prepared: PreparedJob
+    index: int
+    tokens: list[NewToken] = field(default_factory=list)
+    reason: str | None = None
+
+    def __post_init__(self) -> None:
+        self._text = self.prepared.new_text()
+
+    @property
+    def text(self) -> str:
+        """Return the text so far; with reasoning, that of the final message."""
+        return self._text.text
+
+    @property
+    def reasoning(self) -> str | None:
+        """Return the reasoning so far; `None` if there is none."""
+        return self._text.reasoning or None
+
+    def push(self, event: NewToken) -> list[tuple[Part, str]]:
+        """Add a token and return the pieces of text that became final."""
+        self.tokens.append(event)
+        if event.token_id in self.prepared.end_ids or self._text.ended:
+            return []
+        return [piece for piece in self._text.push(event.token_id) if piece[1]]
+
+    def finish(self, reason: str) -> list[tuple[Part, str]]:
+        """End the answer and return the pieces held back."""
+        self.reason = reason
+        return [piece for piece in self._text.finish() if piece[1]]
+
+
+class Choices:
+    """The answers of a request: `n` for each of its jobs, in order."""
+
+    def __init__(self, jobs: list[PreparedJob], answers: int) -> None:
+        self._answers = answers
+        self.all = [Choice(job, number * answers + row) for number, job in enumerate(jobs) for row in range(answers)]
+        self.cached_tokens = 0
+
+    def of(self, job: int, row: int) -> Choice:
+        """Return the answer of a row of a job."""
+        return self.all[job * self._answers + row]
+
+    def finish(self, job: int, event: Finished) -> list[tuple[Choice, list[tuple[Part, str]]]]:
+        """End the answers of a job and return their pieces held back."""
+        self.cached_tokens += event.facts.cached_tokens
+        return [(choice, choice.finish(reason)) for row, reason in enumerate(event.reasons) for choice in [self.of(job, row)]]
+
+    def usage(self, *, dropped: bool = False) -> dict[str, object]:
+        """Return the tokens of the request, as OpenAI counts them.
+
+        Args:
+            dropped: the new tokens are not part of the answer.
+        """
+        prompt = sum(len(choice.prepared.prompt_ids) for choice in self.all[:: self._answers])
+        new = 0 if dropped else sum(len(choice.tokens) for choice in self.all)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": new,
+            "total_tokens": prompt + new,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }

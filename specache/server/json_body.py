@@ -1,0 +1,102 @@
+"""Bodies: bounded JSON, checked field by field. What is wrong is said by its name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import pydantic_core
+from pydantic import BaseModel, ConfigDict, ValidationError
+from starlette.requests import ClientDisconnect, Request
+
+from specache.server.error_responses import ApiError
+
+if TYPE_CHECKING:
+    from specache.server.app_state import AppState
+
+_Body = TypeVar("_Body", bound="JsonBody")
+_SMALL = 32 * 1024  # bytes that are parsed faster than another thread takes them
+_DEEPEST = 16  # of JSON without a schema
+_MOST_VALUES = 2000
+
+
+class JsonBody(BaseModel):
+    """A JSON object whose fields are all known, with no conversions between types."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+async def read_body(http: Request, state: AppState, kind: type[_Body]) -> _Body:
+    """Return the body of a request as the given kind of object.
+
+    Raises:
+        ApiError: 400, with the name of the field that is wrong.
+    """
+    try:
+        data = await http.body()
+    except ClientDisconnect:
+        raise ApiError(499, "The client left.", code="client_disconnected") from None
+    if len(data) <= _SMALL:
+        return parse_body(data, kind)
+    return await state.work(parse_body, data, kind)
+
+
+def parse_body(data: bytes, kind: type[_Body]) -> _Body:
+    """Parse and check a body.
+
+    Raises:
+        ApiError: 400.
+    """
+    try:
+        value = pydantic_core.from_json(data, allow_inf_nan=False)
+    except ValueError as error:
+        raise ApiError(400, f"The body is not JSON: {error}.", code="invalid_json") from None
+    if not isinstance(value, dict):
+        raise ApiError(400, "The body must be a JSON object.", code="invalid_json")
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        raise _invalid(error) from None
+
+
+def _invalid(error: ValidationError) -> ApiError:
+    """Return the answer to a body whose fields are wrong: it names the first one."""
+    found = error.errors(include_url=False, include_context=False, include_input=False)
+    first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
+    param = _path(first["loc"])
+    if first["type"] == "extra_forbidden":
+        return ApiError(400, f"Unknown field {param}. docs/server.md lists the fields.", param=param, code="unknown_field")
+    message = first["msg"].removeprefix("Value error, ").rstrip(".")
+    return ApiError(400, f"{param or 'The body'}: {message}.", param=param or None, code="invalid_value")
+
+
+def _path(place: tuple[int | str, ...]) -> str:
+    """Return `messages[0].content` for a place in the body. Names from the body are cut short."""
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part[:64]}" for part in place)
+    return "".join(character if character.isprintable() else "?" for character in text.removeprefix("."))
+
+
+def check_json(value: Any) -> None:
+    """Refuse JSON without a schema that is deep, long, or has a number that is none.
+
+    Raises:
+        ValueError: says which.
+    """
+    level, count = [value], 0
+    for _ in range(_DEEPEST):
+        if not level:
+            return
+        count += len(level)
+        if count > _MOST_VALUES:
+            raise ValueError(f"it has more than {_MOST_VALUES:,} values")
+        if any(isinstance(one, float) and one - one != 0 for one in level):
+            raise ValueError("a number is too large")
+        if any(isinstance(one, int) and abs(one) >= 2**63 for one in level):
+            raise ValueError("a number is too large")
+        level = [inner for one in level for inner in _inside(one)]
+    raise ValueError(f"it is nested deeper than {_DEEPEST}")
+
+
+def _inside(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return list(value.values())
+    return value if isinstance(value, list) else []

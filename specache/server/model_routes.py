@@ -1,0 +1,5 @@
+"""The routes that need a model, one router per file. Importing this imports PyTorch."""
+
+from specache.server import chat_completions, completions, model_list, tokenization
+
+ROUTERS = (chat_completions.router, completions.router, model_list.router, tokenization.router)

@@ -1,0 +1,170 @@
+"""The model that is served: its names, its tokenizer's facts, and prompts as token ids."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import cached_property
+from typing import Any
+
+from specache.errors import ConfigError
+from specache.server.chat_fields import ChatMessage
+from specache.server.error_responses import ApiError
+from specache.server.token_bytes import TokenBytes
+from specache.templates.answer_text import AnswerText
+from specache.templates.channels import channel_parser
+from specache.templates.end_tokens import end_tokens
+from specache.templates.template import ChatTemplate, Message
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A loaded model and what requests need to know about it. Every method may run in any thread.
+
+    Attributes:
+        model, tokenizer: of transformers.
+        names: the names that requests may use; the first is the one that answers carry.
+        positions: the longest text that it can read, in tokens; `None` is unlimited.
+        fingerprint: what answers depend on, for `system_fingerprint`.
+    """
+
+    model: Any
+    tokenizer: Any
+    names: tuple[str, ...]
+    positions: int | None
+    fingerprint: str
+    created: int = field(default_factory=lambda: int(time.time()))
+    making: threading.Lock = field(default_factory=threading.Lock, repr=False)  # transformers prepares one request at a time
+
+    def warm_up(self) -> None:
+        """Compute what the first request would wait for."""
+        for _ in (self.token_bytes, self.vocabulary_size, self.longest_token, self.text_end_ids, self.chat_end_ids, self.pad_id):
+            pass
+        if self.template.exists:
+            self.template.prepare()
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """Return the chat template, without variables."""
+        return ChatTemplate(self.tokenizer)
+
+    @cached_property
+    def token_bytes(self) -> TokenBytes:
+        return TokenBytes(self.tokenizer)
+
+    @cached_property
+    def vocabulary_size(self) -> int:
+        """Return the number of tokens that the model has embeddings for."""
+        return int(self.model.get_input_embeddings().num_embeddings)
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Return the characters of the longest token, a bound for texts that may fit."""
+        return max((len(token) for token in self.tokenizer.get_vocab()), default=1)
+
+    @cached_property
+    def text_end_ids(self) -> list[int]:
+        """Return the tokens that end the continuation of a raw text."""
+        return end_tokens(self.model.generation_config, self.tokenizer)
+
+    @cached_property
+    def chat_end_ids(self) -> list[int]:
+        """Return the tokens that end an answer of a conversation."""
+        return end_tokens(self.model.generation_config, self.tokenizer, self.template)
+
+    @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """Return the special tokens, text -> id. The text of an answer leaves them out."""
+        return dict(zip(self.tokenizer.all_special_tokens, self.tokenizer.all_special_ids, strict=True))
+
+    @cached_property
+    def pad_id(self) -> int:
+        candidates = (self.model.generation_config.pad_token_id, self.tokenizer.pad_token_id, *self.text_end_ids, 0)
+        return int(next(candidate for candidate in candidates if candidate is not None))
+
+    def check_name(self, name: str | None) -> None:
+        """Refuse the name of another model.
+
+        Raises:
+            ApiError: 404.
+        """
+        if name is not None and name not in self.names:
+            raise ApiError(
+                404,
+                f"The model {name[:80]!r} is not served here. This is {self.names[0]!r}.",
+                code="model_not_found",
+                param="model",
+            )
+
+    def encode_chat(self, messages: Sequence[ChatMessage], variables: dict[str, Any]) -> list[int]:
+        """Return the token ids of a conversation up to where the answer begins.
+
+        Special tokens that are spelled in a message are text.
+
+        Raises:
+            ApiError, SpeCacheError: there is no chat template, or it rejects these messages.
+        """
+        if not self.template.exists:
+            raise ApiError(
+                400, "This model has no chat template. Use /v1/completions, with the whole prompt as a text.", param="messages"
+            )
+        self.check_characters(sum(len(message.content) for message in messages), "messages")
+        try:
+            template = self.template.with_variables(variables, datetime.now())
+            return template.encode([self._message(message) for message in messages])
+        except ConfigError as error:  # a reserved variable
+            raise ApiError(400, str(error), param="chat_template_kwargs") from error
+
+    def encode_text(self, text: str, *, special: bool = True) -> list[int]:
+        """Return the token ids of a raw text. Special tokens spelled in it are special tokens.
+
+        Args:
+            special: whether the tokenizer adds its own, such as a first one.
+        """
+        self.check_characters(len(text), "prompt")
+        return [int(token) for token in self.tokenizer(text, add_special_tokens=special)["input_ids"]]
+
+    def decode(self, token_ids: list[int], *, skip_special: bool = False) -> str:
+        """Return the text of token ids."""
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=skip_special))
+
+    def check_tokens(self, token_ids: list[int], param: str) -> None:
+        """Refuse token ids that the model has no embeddings for.
+
+        Raises:
+            ApiError: 400.
+        """
+        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self.vocabulary_size:
+            raise ApiError(400, f"Token ids must be from 0 to {self.vocabulary_size - 1:,}.", param=param, code="invalid_value")
+
+    def check_characters(self, characters: int, param: str) -> None:
+        """Refuse a text that cannot fit even if every token of it were the longest.
+
+        Raises:
+            ApiError: 400.
+        """
+        if self.positions is not None and characters > self.positions * self.longest_token:
+            raise ApiError(
+                400,
+                f"A text of {characters:,} characters is longer than the model's {self.positions:,} tokens can be.",
+                code="context_length_exceeded",
+                param=param,
+            )
+
+    def new_text(self, prompt: Sequence[int] | None, stops: Sequence[str] = ()) -> AnswerText:
+        """Return an empty answer to a chat's prompt, or (`None`) to a raw text."""
+        parser = None if prompt is None else channel_parser(self.tokenizer, prompt)
+        return AnswerText(self.tokenizer, stops, parser)
+
+    def _message(self, message: ChatMessage) -> Message:
+        role = message.role
+        if role == "developer" and "developer" not in self._template_text:
+            role = "system"
+        return {"role": role, "content": message.content}
+
+    @cached_property
+    def _template_text(self) -> str:
+        return str(self.tokenizer.chat_template)

@@ -1,0 +1,67 @@
+"""Streams of events: JSON data, comments that keep a connection alive, and an error at the end."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+import anyio
+from sse_starlette import EventSourceResponse, ServerSentEvent
+from sse_starlette.sse import SendTimeoutError
+from starlette.types import Receive, Scope, Send
+
+from specache.errors import SpeCacheError
+from specache.server.error_responses import ApiError, api_error
+from specache.server.request_context import RequestContext
+from specache.server.settings import ServerSettings
+
+log = logging.getLogger("specache.server")
+_LINE = "\n"
+DONE = ServerSentEvent("[DONE]", sep=_LINE)
+
+
+def data_event(value: Any, name: str | None = None) -> ServerSentEvent:
+    """Return an event with JSON in one line."""
+    return ServerSentEvent(json.dumps(value, ensure_ascii=False, separators=(",", ":")), event=name, sep=_LINE)
+
+
+def comment(text: str) -> ServerSentEvent:
+    """Return a comment, which clients leave out."""
+    return ServerSentEvent(comment=text, sep=_LINE)
+
+
+async def ending_in_error(events: AsyncIterator[ServerSentEvent]) -> AsyncIterator[ServerSentEvent]:
+    """Yield events. If making one fails, the last is the error: the status was sent before."""
+    try:
+        async for event in events:
+            yield event
+    except Exception as error:
+        if not isinstance(error, ApiError | SpeCacheError):
+            log.exception("a stream failed")
+        yield data_event(api_error(error).body)
+
+
+class EventStream(EventSourceResponse):
+    """An answer that is a stream of events.
+
+    The events end by themselves when the server shuts down, with a last one that says so.
+    """
+
+    def __init__(self, events: AsyncIterator[ServerSentEvent], settings: ServerSettings) -> None:
+        super().__init__(
+            ending_in_error(events),
+            ping=settings.ping_seconds,
+            ping_message_factory=lambda: comment("ping"),
+            sep=_LINE,
+            send_timeout=settings.send_seconds,
+            shutdown_event=anyio.Event(),
+            shutdown_grace_period=settings.grace_seconds + 30,
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        except SendTimeoutError:  # the client reads no more; its connection is closed
+            RequestContext.of(scope).facts["ended"] = "unread"

@@ -1,0 +1,155 @@
+"""Turn token ids into text as soon as it is final."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from specache.templates.channels import ChannelParser, Part, Piece
+
+_HALF_A_CHARACTER = "\N{REPLACEMENT CHARACTER}"
+
+
+class TextAssembler:
+    """Decodes one sequence's tokens to text, piece by piece.
+
+    A piece is held back while it may change: half of a multi-byte character, or the beginning of a
+    stop string. Stop strings, text behind them, and special tokens are omitted; two words separated
+    by a special token get a space.
+
+    Args:
+        tokenizer: decodes the tokens.
+        stops: stop strings.
+        strip_start: omit leading whitespace.
+    """
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str] = (), *, strip_start: bool = False) -> None:
+        self._tokenizer = tokenizer
+        self._special_ids = frozenset(getattr(tokenizer, "all_special_ids", ()))
+        self._stops = tuple(stops)
+        self._strip_start = strip_start
+        self._after_special = self._begins = False  # what precedes the next text
+        self._ids: list[int] = []
+        self._context = 0  # first token of the text that was returned last
+        self._decoded = 0  # number of tokens decoded into `_text`
+        self._text = ""
+        self._given = 0  # number of characters of `_text` returned
+        self.stopped = False
+
+    @property
+    def text(self) -> str:
+        """Return all text returned so far."""
+        return self._text[: self._given]
+
+    def push(self, token_id: int) -> str:
+        """Add a token and return the text that became final, often none."""
+        self._ids.append(token_id)
+        self._after_special |= token_id in self._special_ids
+        self._decode()
+        return self._hand_out(len(self._text) - self._undecided())
+
+    def begin_message(self) -> None:
+        """Begin a new message: on a new line, if there is text before it."""
+        self._decode(last=True)
+        self._context = self._decoded = len(self._ids)
+        self._begins = True
+
+    def finish(self) -> str:
+        """End the sequence and return the text held back."""
+        self._decode(last=True)
+        return self._hand_out(len(self._text))
+
+    def _decode(self, last: bool = False) -> None:
+        """Decode new tokens together with earlier ones, or tokenizers drop the space in front."""
+        before = self._tokenizer.decode(self._ids[self._context : self._decoded], skip_special_tokens=True)
+        both = self._tokenizer.decode(self._ids[self._context :], skip_special_tokens=True)
+        if len(both) <= len(before) or (both.endswith(_HALF_A_CHARACTER) and not last):
+            return
+        self._add(both[len(before) :])
+        self._context, self._decoded = self._decoded, len(self._ids)
+        self._cut_at_stop()
+
+    def _add(self, piece: str) -> None:
+        if self._strip_start and not self._text:
+            piece = piece.lstrip()
+        if not piece:
+            return
+        if self._text and self._begins:
+            piece = "\n" + piece
+        elif self._text and self._after_special and self._text[-1].isalnum() and piece[0].isalnum():
+            piece = " " + piece
+        self._text += piece
+        self._after_special = self._begins = False
+
+    def _cut_at_stop(self) -> None:
+        found = [position for stop in self._stops if (position := self._text.find(stop, self._given)) >= 0]
+        if found:
+            self._text = self._text[: min(found)]
+            self.stopped = True
+
+    def _undecided(self) -> int:
+        """Return the number of trailing characters that may begin a stop string."""
+        if self.stopped:
+            return 0
+        tails = (n for stop in self._stops for n in range(1, len(stop)) if self._text.endswith(stop[:n]))
+        return max(tails, default=0)
+
+    def _hand_out(self, end: int) -> str:
+        piece = self._text[self._given : end]
+        self._given = max(self._given, end)
+        return piece
+
+
+class AnswerText:
+    """One answer's tokens, and their text and reasoning.
+
+    Args:
+        tokenizer: decodes the tokens.
+        stops: stop strings.
+        parser: assigns tokens to parts; None: everything is text.
+    """
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str], parser: ChannelParser | None) -> None:
+        self.token_ids: list[int] = []
+        self._parser = parser
+        self._parts = {part: TextAssembler(tokenizer, stops, strip_start=parser is not None) for part in Part}
+
+    @property
+    def has_channels(self) -> bool:
+        """Return True if the model writes reasoning in a part of its own."""
+        return self._parser is not None
+
+    @property
+    def text(self) -> str:
+        """Return the text of the final message so far."""
+        return self._parts[Part.TEXT].text
+
+    @property
+    def reasoning(self) -> str | None:
+        """Return the reasoning; None if the model has no channels."""
+        return None if self._parser is None else self._parts[Part.REASONING].text
+
+    @property
+    def ended(self) -> bool:
+        """Return True after a stop string or the end of a final message: the answer is complete."""
+        return any(part.stopped for part in self._parts.values()) or (self._parser is not None and self._parser.ended)
+
+    def push(self, token_id: int) -> list[tuple[Part, str]]:
+        """Add a token and return the pieces of text that became final."""
+        if self._parser is None:
+            return [(Part.TEXT, self._parts[Part.TEXT].push(token_id))]
+        return self._assembled(self._parser.push(token_id))
+
+    def finish(self) -> list[tuple[Part, str]]:
+        """End the answer and return the pieces held back."""
+        held = [] if self._parser is None else self._assembled(self._parser.finish())
+        return [*held, *((part, assembler.finish()) for part, assembler in self._parts.items())]
+
+    def _assembled(self, pieces: list[Piece]) -> list[tuple[Part, str]]:
+        texts = []
+        for piece in pieces:
+            assembler = self._parts[piece.part]
+            if piece.begins:
+                assembler.begin_message()
+            texts += [(piece.part, assembler.push(token_id)) for token_id in piece.token_ids]
+        return texts
