@@ -58,6 +58,10 @@ class QueueFullError(SpeCacheError):
         self.retry_after_s = retry_after_s
 
 
+class ServiceClosedError(UsageError):
+    """A service takes no more requests: it was closed, or it stopped after an error."""
+
+
 class SlowTierError(SpeCacheError):
     """The 16-bit rows could not be written to the slow tier or read back.
 

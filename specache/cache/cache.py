@@ -264,10 +264,8 @@ class SpeCache:
                 other.context.count_anew()
         return other
 
-    def empty_fork(self, **changes: Any) -> SpeCache:
-        """Return an empty cache with other settings over the same fast memory and page pools.
-
-        Any thread may call this, also while a call uses the cache.
+    def config_with(self, **changes: Any) -> SpeCacheConfig:
+        """Return the settings of an `empty_fork`. Any thread may call this.
 
         Raises:
             ConfigError: the settings are not possible.
@@ -276,8 +274,15 @@ class SpeCache:
         config, _ = self._forked_config(changes)
         if self.config.policy is Policy.FULL and config.policy is not Policy.FULL:
             raise UsageError("This cache keeps 16-bit pairs only (policy 'full'): a low-bit policy needs a cache of its own.")
+        return config
+
+    def empty_fork(self, **changes: Any) -> SpeCache:
+        """Return an empty cache with other settings over the same fast memory and page pools.
+
+        Raises as `config_with`.
+        """
         other = object.__new__(SpeCache)
-        other._begin(self.context.fork(config), self._model, self.asked.with_changes(**changes))
+        other._begin(self.context.fork(self.config_with(**changes)), self._model, self.asked.with_changes(**changes))
         other.tier_choice, other.on_disk_chosen = self.tier_choice, self.on_disk_chosen
         return other
 

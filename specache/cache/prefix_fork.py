@@ -82,6 +82,14 @@ def fork_prefix(sequence: Sequence, context: CacheContext, length: int) -> Seque
     return fork
 
 
+def fork_aside(sequence: Sequence, length: int) -> Sequence | None:
+    """Return a fork as `fork_prefix` does, of the same cache, that is not meant to decode."""
+    fork = fork_prefix(sequence, sequence.context, length)
+    if fork is not None:
+        fork.set_aside()
+    return fork
+
+
 def begin_anew(sequence: Sequence) -> None:
     """Forget how the text went on from which a prefix was taken."""
     sequence.prompt_tokens, sequence.pending_token = sequence.length, None

@@ -14,7 +14,6 @@ from specache.cache.sizes import CHECKPOINT_FEWEST
 from specache.cache.window_checkpoints import MemoryCheckpoints, Spacing, WindowCheckpoints
 from specache.cache.window_layer import WindowLayer
 from specache.config import Policy
-from specache.platform.budget import ByteBudget
 from specache.platform.out_of_memory import is_out_of_memory
 from specache.stats import MemoryUse
 from specache.tiers.base import SlowTier
@@ -60,9 +59,9 @@ class Sequence:
         return len(self.token_ids)
 
     @property
-    def budget(self) -> ByteBudget:
-        """The budget of fast memory that it holds bytes of."""
-        return self._context.resources.budget
+    def context(self) -> CacheContext:
+        """The context of the cache that it belongs to."""
+        return self._context
 
     @property
     def compressed(self) -> dict[int, CompressedLayer]:

@@ -311,6 +311,11 @@ class MemoryCheckpoints(WindowCheckpoints):
         if claim is not None:
             self._kept.append(KeptWindows(length, dict(rings), claim))
 
+    def copies(self) -> list[tuple[int, dict[int, Tensor]]]:
+        """Return (length, rings by layer) of every checkpoint, which then may be dropped."""
+        with self._locked():
+            return [(one.tokens, one.rings) for one in self._kept]
+
     def give_up(self, size: int) -> None:
         """Drop checkpoints until `size` bytes of the budget are free (`budget.SpareHolder`)."""
         self._pending = {}

@@ -270,7 +270,7 @@ class Engine:
             run = SampledRun(handle.request, handle.request.sequences, logits)
             self._running[handle] = run
             if handle.reuse is not None:
-                self.room.settle(self)
+                self.room.settle()
             run.sample()
 
     def _decode(self) -> None:

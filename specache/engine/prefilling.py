@@ -47,7 +47,7 @@ def prefill_texts(
     first: dict[tuple[int, ...], int] = {}
     fresh = not sequences
     cache.context.expected_sequences = len(cache.sequences) + (len(token_ids) if fresh else 0)
-    total = sum(len(ids) for ids in token_ids)
+    total = sum(len(ids) for ids in (set(map(tuple, token_ids)) if fresh else token_ids))
     done = 0
     logits: list[Tensor] = []
     try:
@@ -68,7 +68,7 @@ def prefill_texts(
                 logits.append((yield from decoder.prefill_chunks(sequences[index], ids, chunk, report, on_logits=of_row)))
                 if reuse is not None:
                     reuse.was_read(sequences[index])
-            done += len(ids)
+                done += len(ids)
     except StopReading:
         raise
     except BaseException:

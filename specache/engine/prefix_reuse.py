@@ -7,7 +7,7 @@ that a prompt that contains it would be answered otherwise than after a prefill 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from specache.cache.cache import SpeCache
@@ -22,6 +22,8 @@ class PrefixReuse:
 
     Args:
         owner: whose prefixes.
+        detach: moves the state of attached device batches back into the sequences, which may be
+            forked then.
         takes: whether the request may go on from a stored prefix.
         keeps: whether its prompts are stored for others.
 
@@ -29,8 +31,11 @@ class PrefixReuse:
         cached_tokens: prompt tokens that were stored before and need not be read, so far.
     """
 
-    def __init__(self, store: StoredPrefixes, owner: str, takes: bool = True, keeps: bool = True) -> None:
+    def __init__(
+        self, store: StoredPrefixes, owner: str, detach: Callable[[], None], takes: bool = True, keeps: bool = True
+    ) -> None:
         self.cached_tokens = 0
+        self._detach = detach
         self._store = store
         self._owner = owner
         self._takes = takes
@@ -76,37 +81,27 @@ class PrefixReuse:
         if not self._keeps or not sequence.length:
             return False
         with _optional("keep a prompt"):
-            sequence.truncate(sequence.prompt_tokens)
-            if sequence.length:
-                self._store.keep(self._owner, sequence)
-                return True
+            self._store.keep(self._owner, sequence)
+            return True
         return False
+
+    def drop(self, sequence: Sequence) -> None:
+        """Have nobody go on from a sequence any more, which is freed next."""
+        if self._keeps:
+            with _optional("drop a prompt"):
+                self._store.drop_running(sequence)
 
     def _fork(self, cache: SpeCache, token_ids: list[int]) -> Sequence | None:
         """Return a fork of the longest stored prefix in `cache.sequences`, or `None`."""
-        if not self._takes:
+        if not self._takes or cache.info.couples_rows:
             return None
         sequence = None
         with _optional("go on from a stored prefix"):
-            length = min(self._store.match(self._owner, token_ids), len(token_ids) - 1)
-            if length > 0 and _is_valid(cache, length, len(token_ids)):
-                sequence = self._store.take(self._owner, token_ids, cache)
-        if sequence is None:
-            return None
-        if sequence not in cache.sequences:
+            self._detach()
+            sequence = self._store.take(self._owner, token_ids, cache)
+        if sequence is not None:
             cache.sequences.append(sequence)
-        with _optional("go on from a stored prefix"):
-            sequence.truncate(len(token_ids) - 1)  # one token must run
-            if sequence.length:
-                return sequence
-        _free(cache, sequence)
-        return None
-
-
-def _is_valid(cache: SpeCache, length: int, total: int) -> bool:
-    """Return whether keys of a text of `length` tokens serve one of `total`, and back."""
-    info = cache.info
-    return not info.couples_rows and info.keeps_keys(length - 1, total - 1) and info.keeps_keys(total - 1, length - 1)
+        return sequence
 
 
 def _free(cache: SpeCache, sequence: Sequence) -> None:

@@ -1,7 +1,8 @@
 """Prompts that were read, kept for those that begin alike.
 
-`PrefixStore` finds the longest stored prefix of a prompt, among finished sequences and among those
-that still decode, and hands out a fork of it. Least recently used ones make room for requests.
+`PrefixStore` finds the longest stored prefix of a prompt: among finished sequences, among those
+that still decode, and on a disk. It hands out a fork of it. Least recently used ones make room for
+requests.
 
 All methods but `status` run on the thread that steps the engine, between two steps. A running
 sequence that is forked must not be attached to a device batch: `take` detaches that of its cache,
@@ -10,93 +11,45 @@ and a caller with several caches detaches the others'.
 
 from __future__ import annotations
 
-import time
-from collections import OrderedDict
-from dataclasses import dataclass, field
+import os
 from typing import Any
 
 from specache.cache.cache import SpeCache
-from specache.cache.prefix_fork import fork_prefix, is_whole, least_tokens, read_tokens, reusable_tokens
-from specache.cache.prefixes import PrefixTree, Tokens, tokens_of
+from specache.cache.prefix_fork import fork_prefix, is_whole, read_tokens
+from specache.cache.prefix_index import Found, Prefix, PrefixIndex
+from specache.cache.prefixes import tokens_of
 from specache.cache.sequence import Sequence
 from specache.config import Policy, SpeCacheConfig
-from specache.errors import FastMemoryError, SlowTierError
+from specache.engine.prefix_disk import PrefixDisk
+from specache.engine.prefix_status import PrefixCounters, PrefixStatus
+from specache.errors import FastMemoryError, SessionError, SlowTierError
 from specache.model.info import inspect_model
 from specache.platform import modes
 from specache.platform.budget import ByteBudget
-
-
-@dataclass(eq=False)
-class Prefix:
-    """A stored text and who holds it.
-
-    Attributes:
-        text: token ids, int32 [n], all read from prompts.
-        sequence: the finished sequence that the store owns, if any.
-        running: sequences of unfinished requests that begin with the text. Others own them.
-        used: time of the last use, in seconds since 1970.
-        hits: requests that reused it.
-    """
-
-    owner: str
-    text: Tokens
-    sequence: Sequence | None = None
-    running: list[Sequence] = field(default_factory=list)
-    used: float = 0.0
-    hits: int = 0
-
-    @property
-    def sequences(self) -> list[Sequence]:
-        """Return all sequences that hold the text, the store's own first."""
-        return [*([] if self.sequence is None else [self.sequence]), *self.running]
-
-
-@dataclass
-class PrefixCounters:
-    """Running totals of a store.
-
-    Attributes:
-        hits, misses: prompts that reused a prefix, and that found none.
-        cached_tokens: prompt tokens that were not read because they were stored.
-        evicted: prefixes that were dropped to make room.
-    """
-
-    hits: int = 0
-    misses: int = 0
-    cached_tokens: int = 0
-    evicted: int = 0
-
-
-@dataclass(frozen=True)
-class PrefixStatus:
-    """What a store holds now.
-
-    Attributes:
-        prefixes: texts stored in memory, not counting those that only running requests hold.
-        tokens: tokens of all texts; shared ones count once.
-        fast_bytes: fast memory that the stored sequences hold, shared pages once per sequence.
-        slow_bytes: bytes of their 16-bit rows.
-        oldest_use: time of the least recent use, in seconds since 1970.
-    """
-
-    prefixes: int
-    tokens: int
-    fast_bytes: int
-    slow_bytes: int
-    oldest_use: float | None
-    counters: PrefixCounters
+from specache.sessions.prefix_files import SavedPrefix, owner_digest
 
 
 class PrefixStore:
     """Stored prefixes of one model.
 
+    Only tokens that were read from a prompt are reused, and at least `R + g` of them, so that an
+    answer over a prefix is that of a prompt read afresh. No owner's lookup depends on what others
+    have stored, but all share the memory: one's requests may evict another's prefixes.
+
     Args:
-        model: the model that reads the prompts.
+        model: the model that reads the prompts. It must not change.
         config: settings of the caches whose sequences are stored; those that the low-bit copy
             depends on must be the same in all of them.
-        most_slow_bytes: the most bytes of 16-bit rows in memory that `make_room` allows; None is
-            unlimited.
+        most_slow_bytes: the most bytes of 16-bit rows in memory, of stored and running sequences.
+            Prefixes are evicted beyond them. None is unlimited.
+        folder: where prompts that were read are also written, in the background, so that they are
+            there after a restart. One process at a time has a folder: a second one is warned, and
+            goes on without.
+        most_disk_bytes: the most bytes in the folder. None is unlimited.
         share_owners: all owners see each other's prefixes.
+
+    Raises:
+        ConfigError: policy `full` keeps no rows that could be written to a folder.
     """
 
     def __init__(
@@ -105,51 +58,51 @@ class PrefixStore:
         config: SpeCacheConfig | None = None,
         *,
         most_slow_bytes: int | None = None,
+        folder: str | os.PathLike[str] | None = None,
+        most_disk_bytes: int | None = None,
         share_owners: bool = False,
     ) -> None:
-        self._info = inspect_model(model)
-        self._config = (config or SpeCacheConfig()).resolved(self._info.device.type)
-        self._least = least_tokens(self._config)
+        info = inspect_model(model)
+        self._config = (config or SpeCacheConfig()).resolved(info.device.type)
         self._most_slow_bytes = most_slow_bytes
         self._share_owners = share_owners
-        self._tree: PrefixTree[Prefix] = PrefixTree()
-        self._by_use: OrderedDict[Prefix, None] = OrderedDict()  # least recently used first
-        self._running: dict[Sequence, Prefix] = {}
-        self._counters = PrefixCounters()
         self._budget: ByteBudget | None = None  # of the caches whose sequences are stored
+        self._counters = PrefixCounters()
+        self._index = PrefixIndex(info, self._config)
+        self._disk: PrefixDisk | None = None
+        if folder is not None:
+            self._disk = PrefixDisk(model, self._config, self._index, self._counters, folder, most_disk_bytes)
+        self._in_memory = PrefixStatus()
+        self._refresh()
 
     def match(self, owner: str, token_ids: list[int]) -> int:
         """Return how many tokens of a prompt `take` would reuse. Nothing changes."""
-        found = self._best(self._key(owner), tokens_of(token_ids))
+        self._collect()
+        found = self._index.best(self._key(owner), tokens_of(token_ids))
         return 0 if found is None else found[2]
 
     def take(self, owner: str, token_ids: list[int], cache: SpeCache) -> Sequence | None:
         """Return a sequence of `cache` that holds the longest stored prefix of a prompt, or None.
 
         It shares pages and rows with the stored one. At least one token of the prompt is left to
-        run.
+        run. Take it before `make_room`, which else may evict it.
         """
-        key, text = self._key(owner), tokens_of(token_ids)
+        self._collect()
         self._budget = cache.resources.budget
         cache.release_device_batch()
+        key, text = self._key(owner), tokens_of(token_ids)
+        disk = cache.config.policy is not Policy.FULL  # its caches hold no rows that could be brought back
         with modes.ours():
-            while (found := self._best(key, text)) is not None:
-                prefix, source, length = found
+            while (found := self._index.best(key, text, disk)) is not None:
                 try:
-                    fork = fork_prefix(source, cache.context, length)
+                    sequence = self._fork(found, cache)
                 except FastMemoryError:
-                    if not self._evict_one(sparing=prefix):
+                    if not self._evict_one(sparing=found[0]):
                         break
                     continue
-                except SlowTierError:
-                    fork = None
-                if fork is not None:
-                    self._touch(prefix)
-                    prefix.hits += 1
-                    self._counters.hits += 1
-                    self._counters.cached_tokens += length
-                    return fork
-                self._forget_sequence(prefix, source)
+                if sequence is not None:
+                    self._count_hit(found)
+                    return sequence
         self._counters.misses += 1
         return None
 
@@ -158,15 +111,18 @@ class PrefixStore:
 
         Call `keep` when the request ends.
         """
-        for other in [other for other in self._running if not other.length]:  # freed without `keep`
-            self._release_running(other)
-        self._budget = sequence.budget
+        self._collect()
+        self._budget = sequence.context.resources.budget
+        for other in [other for other in self._index.running if not other.length]:  # freed without `keep`
+            self._index.end_running(other)
         count = read_tokens(sequence)
-        if count < self._least or not self._fits_layout(sequence) or sequence in self._running:
+        if count < self._index.least or not self._has_layout(sequence) or sequence in self._index.running:
             return
-        prefix = self._prefix(self._key(owner), tokens_of(sequence.token_ids[:count]))
-        prefix.running.append(sequence)
-        self._running[sequence] = prefix
+        prefix = self._index.entry(self._key(owner), tokens_of(sequence.token_ids[:count]))
+        self._index.add_running(prefix, sequence)
+        if self._disk is not None:
+            with modes.ours():
+                self._disk.write(prefix, sequence)
 
     def keep(self, owner: str, sequence: Sequence) -> None:
         """Take over the sequence of a request that ended, however it did.
@@ -174,165 +130,164 @@ class PrefixStore:
         Its prompt, as far as it was read, is stored; the answer is cut off. What is not worth
         storing is freed. The caller must not use the sequence any more.
         """
-        self._budget = sequence.budget
+        self._collect()
+        self._budget = sequence.context.resources.budget
         with modes.ours():
-            self._release_running(sequence)
             try:
                 stored = self._store(self._key(owner), sequence)
             except SlowTierError:
                 stored = False
+            self._index.end_running(sequence)
             if not stored:
                 sequence.clear()
+            while self._most_slow_bytes is not None and self._slow_bytes() > self._most_slow_bytes:
+                if not self._evict_one():
+                    break
+        self._refresh()
 
     def drop_running(self, sequence: Sequence) -> None:
-        """Forget a running sequence that its owner frees itself."""
-        self._release_running(sequence)
+        """Forget a running sequence that its owner frees without `keep`."""
+        self._index.end_running(sequence)
 
     def make_room(self, fast_bytes: int, slow_bytes: int) -> bool:
-        """Evict least recently used prefixes until so many bytes are free; return whether they are.
+        """Evict least recently used prefixes until so many bytes are free that are in use now.
 
-        Bytes that running requests share with a prefix stay in use.
+        Bytes that running requests share with a prefix stay in use, and those that prefixes share
+        until the last of them goes. With a folder a prefix that is not there yet is written first,
+        and waited for.
+
+        Returns:
+            whether so many bytes became free.
         """
+        self._collect()
+        fast = self._fast_bytes() - fast_bytes
+        slow = self._slow_bytes() - slow_bytes
         with modes.ours():
-            while not self._has_room(fast_bytes, slow_bytes):
+            while (fast_bytes > 0 and self._fast_bytes() > fast) or (slow_bytes > 0 and self._slow_bytes() > slow):
                 if not self._evict_one():
-                    return False
-        return True
+                    break
+        self._refresh()
+        return (fast_bytes <= 0 or self._fast_bytes() <= fast) and (slow_bytes <= 0 or self._slow_bytes() <= slow)
 
     def status(self) -> PrefixStatus:
         """Return what is stored. Any thread may call this."""
-        sequences = [prefix.sequence for prefix in list(self._by_use) if prefix.sequence is not None]
-        return PrefixStatus(
-            prefixes=len(sequences),
-            tokens=self._tree.tokens,
-            fast_bytes=sum(sequence.held_bytes() for sequence in sequences),
-            slow_bytes=sum(sequence.tier.nbytes for sequence in sequences),
-            oldest_use=min((prefix.used for prefix in list(self._by_use)), default=None),
-            counters=self._counters,
-        )
+        status = self._in_memory
+        return status if self._disk is None else self._disk.status(status)
 
-    def close(self) -> None:
-        """Free everything."""
+    def close(self, seconds: float = 10.0) -> None:
+        """Free everything. Safe to call twice.
+
+        Args:
+            seconds: time for writing what is not in the folder yet.
+        """
         with modes.ours():
-            for prefix in list(self._by_use):
+            if self._disk is not None:
+                self._disk.close(seconds)
+            for prefix in self._index.in_memory():
                 self._drop_sequence(prefix)
-        self._running.clear()
-        self._by_use.clear()
-        self._tree = PrefixTree()
+        self._index.clear()
+        self._refresh()
 
     # Implementation
 
     def _key(self, owner: str) -> str:
-        return "" if self._share_owners else owner
+        return owner_digest("" if self._share_owners else owner)
 
-    def _fits_layout(self, sequence: Sequence) -> bool:
+    def _collect(self) -> None:
+        """Take note of what the disk's thread did since the last call."""
+        if self._disk is not None:
+            self._disk.collect()
+
+    def _has_layout(self, sequence: Sequence) -> bool:
         """Return whether a sequence has the low-bit copy that others can share."""
         if self._config.policy is Policy.FULL:
             return not sequence.compressed
-        return all(layer.config.layout == self._config.layout for layer in sequence.compressed.values()) and bool(
-            sequence.compressed
-        )
+        layers = sequence.compressed.values()
+        return bool(layers) and all(layer.config.layout == self._config.layout for layer in layers)
 
-    def _best(self, key: str, text: Tokens) -> tuple[Prefix, Sequence, int] | None:
-        """Return the stored text, its sequence and the tokens that a prompt reuses most of."""
-        best: tuple[Prefix, Sequence, int] | None = None
-        for matched, prefix in self._tree.candidates(key, text):
-            most = best[2] if best else self._least - 1
-            if min(matched, len(text) - 1) <= most:
-                break
-            for sequence in prefix.sequences:
-                length = reusable_tokens(sequence, self._info, matched, len(text))
-                if length > most:
-                    best, most = (prefix, sequence, length), length
-        return best
+    def _fork(self, found: Found, cache: SpeCache) -> Sequence | None:
+        """Return a fork of what was found, or None if it cannot be used and was forgotten."""
+        prefix, source, length = found
+        try:
+            if isinstance(source, Sequence):
+                fork = fork_prefix(source, cache.context, length)
+            else:
+                assert self._disk is not None and isinstance(source, SavedPrefix)
+                return self._disk.read(prefix, source, cache, length)
+        except (SlowTierError, SessionError):
+            fork = None
+        if fork is None and prefix.sequence is source:
+            self._drop_sequence(prefix)
+        elif fork is None and isinstance(source, Sequence):
+            self._index.end_running(source)
+        return fork
 
-    def _prefix(self, key: str, text: Tokens) -> Prefix:
-        """Return the entry of a text, made if there is none, as the one used last."""
-        prefix = self._tree.get(key, text)
-        if prefix is None:
-            prefix = Prefix(key, text)
-            self._tree.put(key, text, prefix)
-        self._touch(prefix)
-        return prefix
-
-    def _touch(self, prefix: Prefix) -> None:
-        prefix.used = time.time()
-        self._by_use[prefix] = None
-        self._by_use.move_to_end(prefix)
+    def _count_hit(self, found: Found) -> None:
+        prefix, _, length = found
+        self._index.touch(prefix)
+        prefix.hits += 1
+        self._counters.hits += 1
+        self._counters.cached_tokens += length
+        if self._disk is not None:
+            self._disk.touch(prefix, length)
 
     def _store(self, key: str, sequence: Sequence) -> bool:
         """Store a finished sequence unless it adds nothing. Return whether the store holds it."""
-        if not self._fits_layout(sequence) or not is_whole(sequence):
+        if not self._has_layout(sequence) or not is_whole(sequence):
             return False
         sequence.truncate(read_tokens(sequence))
-        if sequence.length < self._least:
+        if sequence.length < self._index.least:
             return False
         text = tokens_of(sequence.token_ids)
-        if (other := self._holder(key, text)) is not None:
-            self._touch(other)
+        if (other := self._index.holder(key, text)) is not None:
+            self._index.touch(other)
             return False
-        prefix = self._prefix(key, text)
+        prefix = self._index.entry(key, text)
         sequence.set_aside()
         prefix.sequence = sequence
-        for _, shorter in self._tree.prefixes(key, text):
-            held = shorter.sequence
-            if shorter is not prefix and held is not None and self._serves(sequence, len(shorter.text)):
+        for shorter in self._index.shorter(prefix):
+            if shorter.sequence is not None and self._index.serves(sequence, len(shorter.text)):
                 prefix.hits += shorter.hits
                 self._drop_sequence(shorter)
+        if self._disk is not None:
+            self._disk.write(prefix, sequence)
         return True
-
-    def _holder(self, key: str, text: Tokens) -> Prefix | None:
-        """Return a stored prefix that serves every prompt that begins with `text`."""
-        for matched, prefix in self._tree.candidates(key, text):
-            if matched < len(text):
-                break
-            if prefix.sequence is not None and self._serves(prefix.sequence, matched):
-                return prefix
-        return None
-
-    def _serves(self, sequence: Sequence, length: int) -> bool:
-        """Return whether a stored sequence can be cut to `length` without loss."""
-        return reusable_tokens(sequence, self._info, length, length + 1) == length
-
-    def _release_running(self, sequence: Sequence) -> None:
-        prefix = self._running.pop(sequence, None)
-        if prefix is not None:
-            prefix.running = [other for other in prefix.running if other is not sequence]
-            self._remove_if_empty(prefix)
-
-    def _forget_sequence(self, prefix: Prefix, sequence: Sequence) -> None:
-        """Forget a sequence that cannot be forked."""
-        if prefix.sequence is sequence:
-            self._drop_sequence(prefix)
-        else:
-            self._release_running(sequence)
 
     def _drop_sequence(self, prefix: Prefix) -> None:
         sequence, prefix.sequence = prefix.sequence, None
         if sequence is not None:
             sequence.clear()
-        self._remove_if_empty(prefix)
-
-    def _remove_if_empty(self, prefix: Prefix) -> None:
-        if not prefix.sequences and prefix in self._by_use:
-            del self._by_use[prefix]
-            self._tree.remove(prefix.owner, prefix.text)
+        self._index.remove_if_empty(prefix)
 
     def _evict_one(self, sparing: Prefix | None = None) -> bool:
-        """Drop the store's least recently used sequence; return whether there was one."""
-        for prefix in self._by_use:
-            if prefix.sequence is not None and prefix is not sparing:
-                self._drop_sequence(prefix)
-                self._counters.evicted += 1
-                return True
-        return False
-
-    def _has_room(self, fast_bytes: int, slow_bytes: int) -> bool:
-        left = None if self._budget is None else self._budget.left
-        if left is not None and left < fast_bytes:
+        """Drop the least recently used sequence of the store; return whether there was one."""
+        victim = next((prefix for prefix in self._index.in_memory() if prefix is not sparing), None)
+        if victim is None:
             return False
-        if self._most_slow_bytes is None:
-            return True
-        stored = [prefix.sequence for prefix in self._by_use if prefix.sequence is not None]
-        held = sum(sequence.tier.nbytes for sequence in [*stored, *self._running])
-        return held + slow_bytes <= self._most_slow_bytes
+        if self._disk is not None:
+            self._disk.write_now(victim)
+        self._drop_sequence(victim)
+        self._counters.evicted += 1
+        return True
+
+    def _fast_bytes(self) -> int:
+        """Return the bytes of fast memory in use."""
+        return 0 if self._budget is None else self._budget.used
+
+    def _slow_bytes(self) -> int:
+        """Return the bytes of rows in the slow tier, of stored and running sequences."""
+        stored = [prefix.sequence for prefix in self._index.in_memory() if prefix.sequence is not None]
+        return sum(sequence.tier.nbytes for sequence in [*stored, *self._index.running])
+
+    def _refresh(self) -> None:
+        """Renew what `status` returns, which other threads read."""
+        prefixes = self._index.in_memory()
+        sequences = [prefix.sequence for prefix in prefixes if prefix.sequence is not None]
+        self._in_memory = PrefixStatus(
+            prefixes=len(sequences),
+            tokens=self._index.tokens,
+            fast_bytes=sum(sequence.held_bytes() for sequence in sequences),
+            slow_bytes=sum(sequence.tier.nbytes for sequence in sequences),
+            oldest_use=min((prefix.used for prefix in prefixes), default=None),
+            counters=self._counters,
+        )

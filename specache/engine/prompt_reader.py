@@ -73,7 +73,10 @@ def free(cache: SpeCache, handle: Handle, error: BaseException | None) -> None:
     for sequence, ids in zip(sequences, map(tuple, handle.request.token_ids), strict=False):
         if sequence in cache.sequences:
             cache.sequences.remove(sequence)
-        sound = ids not in seen and not isinstance(error, SlowTierError)
-        seen.add(ids)
-        if reuse is None or not sound or not reuse.end(sequence):
-            sequence.clear()
+        if reuse is not None:
+            is_twin, unreadable = ids in seen, isinstance(error, SlowTierError)
+            seen.add(ids)
+            if not is_twin and not unreadable and reuse.end(sequence):
+                continue
+            reuse.drop(sequence)
+        sequence.clear()

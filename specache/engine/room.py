@@ -7,9 +7,9 @@ from typing import Any, Protocol
 
 from specache.cache.cache import SpeCache
 from specache.cache.sizes import page_layout
-from specache.config import Policy
-from specache.engine.admission import check_room
-from specache.engine.auto_tier import decide_tier, free_memory, main_memory_bytes, with_margin
+from specache.config import Policy, SpeCacheConfig
+from specache.engine.admission import check_limit, check_room
+from specache.engine.auto_tier import decide_tier
 from specache.engine.handle import Handle, Request
 from specache.engine.stored_prefixes import StoredPrefixes
 from specache.errors import FastMemoryError, OutOfMemoryError
@@ -66,38 +66,69 @@ class Room:
             new = reuse.planned(request.token_ids, new)
         planned = [*tenant.planned(), *new]
         try:
-            self._free_main_memory(cache, planned, chunk)
+            self._check_slow(tenant, new)
             decide_tier(self._model, cache, planned, chunk)
-            self._check_fast(tenant, planned, chunk, 0 if request.on_prompt_logits is None else logit_bytes(cache, chunk - 1))
+            self._check_fast(tenant, planned, chunk, _logit_bytes_of(request, cache, chunk))
         except (FastMemoryError, OutOfMemoryError):
-            if not any(one.planned() for one in self.tenants):
+            if not self._busy:
                 raise
             if reuse is not None:
                 reuse.put_back(cache)
             return False
         return True
 
-    def settle(self, tenant: Tenant) -> None:
-        """Drop stored prefixes that took bytes which the running requests are going to need."""
-        budget = tenant.cache.resources.budget
-        if self.prefixes is None or budget.limit is None:
+    def check_alone(self, cache: SpeCache, config: SpeCacheConfig, request: Request, chunk: int) -> None:
+        """Refuse a request that does not fit into fast memory even alone. Any thread may ask.
+
+        Args:
+            cache: any cache over the memory.
+            config: the settings that the request will have.
+            chunk: the most prompt tokens per forward pass.
+
+        Raises:
+            FastMemoryError: names the bytes of every part, and settings that fit.
+        """
+        limit, planned = cache.resources.budget.limit, request.planned()
+        if limit is None:
             return
-        short = budget.used + sum(self._growth(one) for one in self.tenants) - budget.limit
-        if short > 0:
-            self.prefixes.make_room(short, 0)
+        chunk = chunk_of(request, chunk, cache)
+        more = self._copied_pages(cache, config, len(planned)) + _logit_bytes_of(request, cache, chunk)
+        check_limit(cache, config, planned, chunk, limit - more)
+
+    def settle(self) -> None:
+        """Drop stored prefixes that took bytes which the running requests are going to need."""
+        if self.prefixes is not None:
+            self.prefixes.make_room(sum(self._growth(one) for one in self.tenants), 0)
+
+    def detach(self) -> None:
+        """Move the state of attached device batches back into their sequences."""
+        for one in self.tenants:
+            one.cache.release_device_batch()
 
     def _check_fast(self, tenant: Tenant, planned: list[PlannedSequence], chunk: int, more: int) -> None:
         """Make room of `fast_memory` for the planned sequences and `more` bytes, or raise."""
         cache = tenant.cache
-        budget = cache.resources.budget
-        if budget.limit is None:
+        if cache.resources.budget.limit is None:
             return
-        more += sum(self._growth(one) for one in self.tenants if one is not tenant) + self._copied_pages(cache, len(planned))
-        needed = plan(cache.resources.dimensions, cache.config.with_changes(prefill_chunk=chunk), planned).fast
-        short = needed + more + budget.used - cache.held_bytes() - budget.limit
-        if short > 0 and self.prefixes is not None:
-            self.prefixes.make_room(short, 0)
+        more += sum(self._growth(one) for one in self.tenants if one is not tenant)
+        more += self._copied_pages(cache, cache.config, len(planned))
+        if self.prefixes is not None:
+            needed = plan(cache.resources.dimensions, cache.config.with_changes(prefill_chunk=chunk), planned).fast
+            self.prefixes.make_room(max(0, needed + more - cache.held_bytes()), 0)
         check_room(cache, planned, chunk, more)
+
+    def _check_slow(self, tenant: Tenant, new: list[PlannedSequence]) -> None:
+        """Make room for the 16-bit pairs of a request beside the stored ones, or raise."""
+        if self.prefixes is None:
+            return
+        cache = tenant.cache
+        needed = plan(cache.resources.dimensions, cache.config, new).slow
+        if not self.prefixes.make_room(0, needed) and self._busy:
+            raise FastMemoryError("The 16-bit pairs of the running requests leave no room for those of this one.")
+
+    @property
+    def _busy(self) -> bool:
+        return any(one.planned() for one in self.tenants)
 
     def _growth(self, tenant: Tenant) -> int:
         """Return the bytes that an engine's running requests will take beyond those they hold."""
@@ -107,38 +138,30 @@ class Room:
         cache = tenant.cache
         config = cache.config.with_changes(prefill_chunk=tenant.chunk)
         needed = plan(cache.resources.dimensions, config, planned).fast
-        return max(0, needed + self._copied_pages(cache, len(planned)) - cache.held_bytes())
+        return max(0, needed + self._copied_pages(cache, cache.config, len(planned)) - cache.held_bytes())
 
-    def _copied_pages(self, cache: SpeCache, sequences: int) -> int:
+    def _copied_pages(self, cache: SpeCache, config: SpeCacheConfig, sequences: int) -> int:
         """Return the bytes of a page per layer and sequence.
 
         A partly filled page that a stored prefix shares is copied before it is written to.
         """
-        if self.prefixes is None or cache.config.policy is Policy.FULL:
+        if self.prefixes is None or config.policy is Policy.FULL:
             return 0
         layers = cache.resources.dimensions.full_layers
-        return sequences * sum(page_layout(cache.config, layer.kv_heads, layer.head_dim).page_bytes for layer in layers)
-
-    def _free_main_memory(self, cache: SpeCache, planned: list[PlannedSequence], chunk: int) -> None:
-        """Drop stored prefixes where `slow_tier="auto"` would go to disk because of them."""
-        if self.prefixes is None or not cache.decides_tier:
-            return
-        dimensions = cache.resources.dimensions
-        memory = plan(dimensions, cache.config.with_changes(prefill_chunk=chunk), planned)
-        held = sum(sequence.tier.nbytes + sequence.held_bytes() for sequence in cache.sequences)
-        needed = with_margin(max(0, main_memory_bytes(dimensions, memory, planned) - held))
-        free = free_memory(self._model, needed)
-        if free is not None and needed > free:
-            self.prefixes.make_room(0, needed - free)
-
-
-def logit_bytes(cache: SpeCache, tokens: int) -> int:
-    """Return the bytes of the logits of so many tokens of a pass."""
-    model = cache.resources.dimensions
-    return tokens * model.vocabulary * (model.itemsize + 2 * FLOAT)
+        return sequences * sum(page_layout(config, layer.kv_heads, layer.head_dim).page_bytes for layer in layers)
 
 
 def chunk_of(request: Request, chunk: int, cache: SpeCache) -> int:
     """Return the prompt tokens per pass of a request: fewer where the logits of each are needed."""
     chunk = request.chunk or chunk
-    return chunk if request.on_prompt_logits is None else min(chunk, max(1, LOGIT_BYTES // logit_bytes(cache, 1)))
+    return chunk if request.on_prompt_logits is None else min(chunk, max(1, LOGIT_BYTES // _logit_bytes(cache, 1)))
+
+
+def _logit_bytes_of(request: Request, cache: SpeCache, chunk: int) -> int:
+    """Return the bytes of the logits of a chunk that no plan counts: all but those of one token."""
+    return 0 if request.on_prompt_logits is None else _logit_bytes(cache, chunk - 1)
+
+
+def _logit_bytes(cache: SpeCache, tokens: int) -> int:
+    model = cache.resources.dimensions
+    return tokens * model.vocabulary * (model.itemsize + 2 * FLOAT)

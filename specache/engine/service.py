@@ -1,85 +1,49 @@
-"""An engine whose steps run in a thread of its own, for callers on other threads."""
+"""An engine whose steps run in a thread of its own, for callers on any thread."""
 
 from __future__ import annotations
 
+import atexit
+import math
+import os
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import warnings
+from collections import deque
 from typing import Any
 
 from specache.config import SpeCacheConfig
+from specache.engine.chunk_ladder import choose_chunk
 from specache.engine.engine import Engine
-from specache.engine.events import Event, Facts, Failed, Finished, Job, NewToken, PromptProgress, Started
-from specache.engine.handle import Handle
-from specache.errors import QueueFullError, UsageError
-
-OnEvent = Callable[[Event], None]
-
-
-@dataclass(frozen=True)
-class ServiceStatus:
-    """What a service does now, and what it did so far.
-
-    Attributes:
-        waiting, running: requests in the queue, and requests that read their prompt or decode.
-        finished, failed: requests that ended since the start.
-    """
-
-    waiting: int
-    running: int
-    finished: int
-    failed: int
-    error: BaseException | None = None
-
-
-class Ticket:
-    """A submitted job. Every method may be called from any thread.
-
-    Attributes:
-        job: the job.
-        submitted: the `time.monotonic()` of its submission.
-    """
-
-    def __init__(self, service: EngineService, job: Job, on_event: OnEvent) -> None:
-        self.job = job
-        self.submitted = time.monotonic()
-        self.handle: Handle | None = None
-        self._service = service
-        self._on_event = on_event
-        self._started: float | None = None
-        self._first: float | None = None
-        self._ended = threading.Event()
-
-    @property
-    def done(self) -> bool:
-        """Return whether the last event was reported."""
-        return self._ended.is_set()
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """Wait for the last event and return whether it was reported."""
-        return self._ended.wait(timeout)
-
-    def abort(self) -> None:
-        """End the request within one step. Its last event is `Finished`."""
-        self._service._abort(self)
-
-    def _emit(self, event: Event) -> None:
-        self._on_event(event)
+from specache.engine.events import Failed, Finished, Job
+from specache.engine.policy_engines import PolicyEngines
+from specache.engine.prefix_reuse import PrefixReuse
+from specache.engine.service_status import ServiceStatus, Totals, measured
+from specache.engine.stored_prefixes import StoredPrefixes
+from specache.engine.ticket import OnEvent, Ticket
+from specache.errors import QueueFullError, ServiceClosedError, UsageError
 
 
 class EngineService:
-    """Runs requests over one model for many threads at once.
+    """Runs the requests of many threads over one model: first come, first served.
 
-        service = EngineService(model, config)
-        ticket = service.submit(Job(specache.make_request(model, ids, max_new_tokens=9)), print)
-        ticket.wait()
-        service.close()
+    One thread steps the engine. It reads the prompt of one request, a chunk at a time between the
+    decode steps of all others, and reports the events of every request.
+
+        with specache.EngineService(model, config) as service:
+            request = specache.make_request(model, input_ids, max_new_tokens=100, seed=1)
+            ticket = service.submit(specache.Job(request), print)
+            ticket.wait()
 
     Args:
         model, config: as for `Engine`.
-        most_waiting: requests in the queue, beyond which `submit` refuses.
-        chunk_ms: how long other requests may wait while a chunk of a prompt is read.
+        prefixes: stored prefixes that requests go on from; the service closes them at its end.
+        most_waiting: the most requests in the queue.
+        chunk_ms: the longest that the running requests wait for a chunk of a prompt, as far as the
+            chunk's size can decide that. It is chosen once, at the start. `None` reads
+            `prefill_chunk` tokens at a time.
+
+    Raises:
+        UnsupportedModelError, ConfigError, SlowTierError: as `SpeCache`.
     """
 
     def __init__(
@@ -87,62 +51,110 @@ class EngineService:
         model: Any,
         config: SpeCacheConfig | None = None,
         *,
-        prefixes: Any = None,
+        prefixes: StoredPrefixes | None = None,
         most_waiting: int = 64,
-        chunk_ms: float = 250.0,
+        chunk_ms: float | None = 250.0,
     ) -> None:
-        self._engine = Engine(model, config)
+        if most_waiting < 1:
+            raise UsageError(f"most_waiting must be at least 1, got {most_waiting!r}.")
+        if chunk_ms is not None and not (chunk_ms > 0 and math.isfinite(chunk_ms)):
+            raise UsageError(f"chunk_ms must be a positive number of milliseconds or None, got {chunk_ms!r}.")
+        self._engines = PolicyEngines(Engine(model, config))
+        self._engines.first.room.prefixes = self._prefixes = prefixes
         self._most_waiting = most_waiting
-        self._changed = threading.Condition()
-        self._tickets: dict[Handle, Ticket] = {}
-        self._closing = False
-        self._finished = self._failed = 0
+        self._chunk_ms = chunk_ms
+        self._process = os.getpid()
+        self._changed = threading.Condition()  # guards what follows
+        self._open: set[Ticket] = set()
+        self._queue: deque[Ticket] = deque()
+        self._to_abort: set[Ticket] = set()
+        self._totals = Totals()
+        self._slow_peak = 0
+        self._ready = self._closing = False
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="specache-engine", daemon=True)
         self._thread.start()
+        atexit.register(self.close)
 
     def submit(self, job: Job, on_event: OnEvent) -> Ticket:
         """Queue a job.
 
         Args:
             on_event: called on the service's thread with every event of this job. It must be quick.
+                If it raises, the request is aborted.
 
         Raises:
             QueueFullError: as many requests wait as may.
-            UsageError: the service is closed, or the request ran before.
+            FastMemoryError: the request can never fit; the message names the bytes.
+            ConfigError, UsageError: its settings are not possible, or it ran before.
+            ServiceClosedError: the service is closed, or stopped after an error.
         """
-        ticket = Ticket(self, job, on_event)
+        self._check_process()
+        try:
+            self._engines.check(job)
+        except Exception:
+            with self._changed:
+                self._totals.refused += 1
+            raise
+        ticket = Ticket(job, on_event, self._reuse(job), self._abort)
         with self._changed:
-            if self._closing:
-                raise UsageError("This service is closed. Make a new specache.EngineService(model, config).")
-            waiting = sum(one._started is None for one in self._tickets.values())
+            self._check_open()
+            waiting = self._waiting()
             if waiting >= self._most_waiting:
-                raise QueueFullError(f"{waiting:,} requests wait already. Try again later.", retry_after_s=1.0)
-            job.request.callback = lambda row, token: self._new_token(ticket, row, token)
-            job.request.progress = lambda done, total: self._progress(ticket, done, total)
-            handle = self._engine.add(job.request, self._ended)
-            ticket.handle = handle
-            self._tickets[handle] = ticket
+                self._totals.refused += 1
+                after = self._totals.retry_after_s()
+                raise QueueFullError(f"{waiting:,} requests wait, the most that may. Try again in {after:.0f} s.", after)
+            ticket.listen()
+            self._open.add(ticket)
+            self._queue.append(ticket)
             self._changed.notify_all()
         return ticket
 
     def status(self) -> ServiceStatus:
-        """Return what the service does now. Quick, from any thread."""
+        """Return what the service does now, and what it did so far. Quick, from any thread."""
+        numbers = measured(self._engines)
+        prefixes = None if self._prefixes is None else self._prefixes.status()
         with self._changed:
-            tickets = list(self._tickets.values())
-            waiting = sum(one._started is None for one in tickets)
-            return ServiceStatus(waiting, len(tickets) - waiting, self._finished, self._failed, self._error)
+            waiting = self._waiting()
+            self._slow_peak = max(self._slow_peak, numbers["slow_bytes"])
+            return ServiceStatus(
+                ready=self._ready,
+                waiting=waiting,
+                running=len(self._open) - waiting,
+                slow_peak_bytes=self._slow_peak,
+                prefixes=prefixes,
+                error=self._error,
+                **self._totals.counts(),
+                **numbers,
+            )
+
+    def wait_until_ready(self, timeout: float | None = None) -> bool:
+        """Wait until requests are taken, and return whether they are; False after an error."""
+        self._check_process()
+        with self._changed:
+            self._changed.wait_for(lambda: self._ready or self._closing, timeout)
+            return self._ready and not self._closing
 
     def close(self, grace_s: float = 0.0) -> None:
-        """Refuse new jobs, wait `grace_s` seconds for those that run, abort the rest, end."""
+        """Refuse new jobs, let those that run go on for `grace_s` seconds, abort the rest, and end.
+
+        Requests that still wait are aborted at once. Each gets its last event. Another call, or one
+        in a forked process or on the service's own thread, does not wait.
+        """
+        if os.getpid() != self._process:
+            return self._engines.first.cache.close()
+        atexit.unregister(self.close)
+        own = threading.current_thread() is self._thread
         with self._changed:
             self._closing = True
+            self._to_abort |= set(self._queue)
             self._changed.notify_all()
-            self._changed.wait_for(lambda: not self._tickets, grace_s)
-            for ticket in list(self._tickets.values()):
-                if ticket.handle is not None:
-                    self._engine.abort(ticket.handle)
-        self._thread.join()
+            if not own:
+                self._changed.wait_for(lambda: not self._open, grace_s)
+            self._to_abort |= self._open
+            self._changed.notify_all()
+        if not own:
+            self._thread.join()
 
     def __enter__(self) -> EngineService:
         return self
@@ -150,65 +162,142 @@ class EngineService:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
+    # On callers' threads
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._process:
+            raise UsageError("This service runs in the process that this one was forked from. Make another one here.")
+
+    def _check_open(self) -> None:
+        if self._error is not None:
+            raise ServiceClosedError(f"The service stopped after an error: {self._error!r}. Make another one.")
+        if self._closing:
+            raise ServiceClosedError("This service is closed. Make a new specache.EngineService(model, config).")
+
+    def _reuse(self, job: Job) -> PrefixReuse | None:
+        if self._prefixes is None:
+            return None
+        reads_all = job.prompt_logprobs is not None
+        return PrefixReuse(self._prefixes, job.owner, self._engines.first.room.detach, takes=not reads_all, keeps=job.cacheable)
+
+    def _waiting(self) -> int:
+        return sum(ticket.started_s is None for ticket in self._open)
+
     def _abort(self, ticket: Ticket) -> None:
-        if ticket.handle is not None:
-            self._engine.abort(ticket.handle)
+        if os.getpid() != self._process:
+            return
+        with self._changed:
+            if ticket in self._open:
+                self._to_abort.add(ticket)
+                self._changed.notify_all()
+
+    # On the service's thread
+
+    def _run(self) -> None:
+        error: BaseException | None = None
+        try:
+            self._choose_chunk()
+            while self._wait_for_work():
+                self._abort_requests()
+                self._begin_next()
+                self._engines.step(self._step)
+        except BaseException as failed:
+            error = failed
+        finally:
+            self._stop(error)
+
+    def _choose_chunk(self) -> None:
+        engine = self._engines.first
+        if self._chunk_ms is not None:
+            engine.chunk = choose_chunk(engine.cache.config, self._chunk_ms / 1000, engine.time_chunk)
+            engine.cache.context.count_from_zero()
+        with self._changed:
+            self._ready = True
+            self._changed.notify_all()
+
+    def _wait_for_work(self) -> bool:
+        """Wait until there is a request. Return False if there will be none."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._open or self._closing)
+            return bool(self._open)
+
+    def _abort_requests(self) -> None:
+        """Have requests end that are to be aborted, or whose deadline has passed."""
+        now = time.monotonic()
+        with self._changed:
+            late = {ticket for ticket in self._open if ticket.job.deadline is not None and ticket.job.deadline <= now}
+            aborted, self._to_abort = (self._to_abort | late) & self._open, set()
+            queued = [ticket for ticket in self._queue if ticket in aborted]
+            self._queue = deque(ticket for ticket in self._queue if ticket not in aborted)
+        for ticket in queued:
+            self._end(ticket, Finished(("aborted",) * len(ticket.job.request.token_ids), ticket.facts(None)))
+        for ticket in aborted.difference(queued):
+            if ticket.handle is not None:
+                self._engines.of(ticket.job).abort(ticket.handle)
+
+    def _begin_next(self) -> None:
+        """Hand the oldest request to its engine, unless a prompt is being read or waits for memory.
+
+        So requests begin in order, and one that shares a prompt with another finds it read.
+        """
+        if self._engines.has_prompt:
+            return
+        with self._changed:
+            ticket = self._queue.popleft() if self._queue else None
+        if ticket is None:
+            return
+        try:
+            engine = self._engines.of(ticket.job)
+            handle = engine.add(ticket.job.request, lambda handle: self._ended(ticket, engine), ticket.reuse)
+            ticket.begin(handle, engine.cache.counters)
+        except Exception as error:
+            self._end(ticket, Failed(error))
+
+    def _step(self, engine: Engine) -> None:
+        """Run a step. Errors that are not of a request are raised."""
+        before = len(self._open)
+        try:
+            engine.step()
+        except Exception:
+            raise
+        except BaseException:  # a processor raised SystemExit, for example, which ended its request
+            if len(self._open) == before:
+                raise
+
+    def _ended(self, ticket: Ticket, engine: Engine) -> None:
+        """Report the end of a request, whose memory is free."""
+        handle = ticket.handle
+        assert handle is not None, "it was handed to an engine"
+        facts = ticket.facts(engine.cache.counters)
+        slow = facts.slow_bytes + self._engines.memory().slow
+        with self._changed:
+            self._slow_peak = max(self._slow_peak, slow)
+        reasons = tuple(str(reason) for reason in handle.finish_reasons)
+        self._end(ticket, Finished(reasons, facts) if handle.error is None else Failed(handle.error))
+        self._engines.retry()
+
+    def _end(self, ticket: Ticket, event: Finished | Failed) -> None:
+        """Count a request that ended, and report its last event."""
+        with self._changed:
+            if ticket not in self._open:
+                return
+            self._open.remove(ticket)
+            self._totals.add(ticket, event)
+        ticket.finish(event)
         with self._changed:
             self._changed.notify_all()
 
-    def _run(self) -> None:
-        try:
-            while True:
-                with self._changed:
-                    self._changed.wait_for(lambda: self._tickets or self._closing)
-                    if self._closing and not self._tickets:
-                        break
-                self._engine.step()
-        except BaseException as error:
-            self._error = error
-            for ticket in list(self._tickets.values()):
-                self._end(ticket, Failed(error))
-        finally:
-            with self._changed:
-                self._closing = True
-            self._engine.close()
-
-    def _progress(self, ticket: Ticket, done: int, total: int) -> None:
-        if ticket._started is None:
-            ticket._started = time.monotonic()
-            ticket._emit(Started(0))
-        ticket._emit(PromptProgress(done, total))
-
-    def _new_token(self, ticket: Ticket, row: int, token: int) -> None:
-        if ticket._first is None:
-            ticket._first = time.monotonic()
-        ticket._emit(NewToken(row, token))
-
-    def _ended(self, handle: Handle) -> None:
-        ticket = self._tickets[handle]
-        if handle.error is not None:
-            return self._end(ticket, Failed(handle.error))
-        now = time.monotonic()
-        started = ticket._started or now
-        first = ticket._first or now
-        request = ticket.job.request
-        facts = Facts(
-            prompt_tokens=sum(len(ids) for ids in {tuple(ids) for ids in request.token_ids}),
-            new_tokens=sum(len(row) for row in handle.new_token_ids),
-            waited_s=started - ticket.submitted,
-            prefill_s=first - started,
-            decode_s=now - first,
-        )
-        self._end(ticket, Finished(tuple(str(reason) for reason in handle.finish_reasons), facts))
-
-    def _end(self, ticket: Ticket, event: Finished | Failed) -> None:
-        try:
-            ticket._emit(event)
-        finally:
-            with self._changed:
-                if ticket.handle is not None:
-                    self._tickets.pop(ticket.handle, None)
-                self._failed += isinstance(event, Failed)
-                self._finished += isinstance(event, Finished)
-                self._changed.notify_all()
-            ticket._ended.set()
+    def _stop(self, error: BaseException | None) -> None:
+        """End every request, and free everything."""
+        with self._changed:
+            self._closing, self._error = True, error
+            unfinished = list(self._open)
+            self._queue.clear()
+            self._changed.notify_all()
+        for ticket in unfinished:
+            self._end(ticket, Failed(error or ServiceClosedError("The service was closed.")))
+        for close in (self._engines.close, *([] if self._prefixes is None else [self._prefixes.close])):
+            try:
+                close()
+            except Exception as failed:
+                warnings.warn(f"The service did not end cleanly: {failed!r}", RuntimeWarning, stacklevel=2)

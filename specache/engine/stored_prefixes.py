@@ -11,11 +11,11 @@ from specache.cache.sequence import Sequence
 class StoredPrefixes(Protocol):
     """Stored prefixes of an engine's cache. Only the engine's thread calls it, between passes."""
 
-    def match(self, owner: str, token_ids: list[int]) -> int:
-        """Return the length of the longest stored prefix of an owner. Nothing changes."""
-
     def take(self, owner: str, token_ids: list[int], cache: SpeCache) -> Sequence | None:
-        """Return a fork of the longest stored prefix that belongs to `cache`, or `None`."""
+        """Return a sequence that belongs to `cache` and holds the longest stored prefix, or `None`.
+
+        At least one token of the prompt is left to run.
+        """
 
     def add_running(self, owner: str, sequence: Sequence) -> None:
         """Let others reuse a prompt that was read, while its request decodes."""
@@ -23,8 +23,14 @@ class StoredPrefixes(Protocol):
     def keep(self, owner: str, sequence: Sequence) -> None:
         """Take over the sequence of a request that ended, or free it."""
 
+    def drop_running(self, sequence: Sequence) -> None:
+        """Forget a running sequence, which its owner frees."""
+
     def make_room(self, fast_bytes: int, slow_bytes: int) -> bool:
-        """Drop prefixes, least recently used first. Return whether that freed as many bytes."""
+        """Drop prefixes, least recently used first, until so many bytes are free.
+
+        Return whether they are.
+        """
 
     def status(self) -> Any:
         """Return what is stored. Any thread may call it."""

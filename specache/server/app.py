@@ -38,7 +38,6 @@ class ServerApp:
     def __init__(self, settings: ServerSettings, keys: KeyRing | None = None) -> None:
         self.state = AppState(settings)
         self._routes = FastAPI(
-            root_path=settings.root_path,
             openapi_url=None,  # its pages load scripts from elsewhere
             redirect_slashes=False,
             lifespan=self._lifespan,
@@ -65,6 +64,7 @@ class ServerApp:
 
     async def _when_loaded(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the routes. Without a model most are not there yet, which is no 404."""
+        scope["root_path"] = self.state.settings.root_path
         if scope["type"] == "http" and self.state.served is None:
             path = scope["path"].removeprefix(self.state.settings.root_path)
             try:

@@ -60,6 +60,19 @@ def _text_of_part(index: int, part: Any) -> str:
     return text
 
 
+def check_variables(value: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return the variables of a chat template, if they may be set.
+
+    Raises:
+        ValueError: one may not, or they are too many.
+    """
+    check_json(value)
+    for name in value or {}:
+        if name in _RESERVED or not name.isidentifier():
+            raise ValueError(f"{name[:40]!r} cannot be set")
+    return value
+
+
 class ChatBody(SamplingFields):
     """A request for answers to a conversation."""
 
@@ -120,11 +133,7 @@ class ChatBody(SamplingFields):
     @field_validator("chat_template_kwargs")
     @classmethod
     def _check_variables(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
-        check_json(value)
-        for name in value or {}:
-            if name in _RESERVED or not name.isidentifier():
-                raise ValueError(f"{name[:40]!r} cannot be set")
-        return value
+        return check_variables(value)
 
     @model_validator(mode="after")
     def _check_logprobs(self) -> ChatBody:

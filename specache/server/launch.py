@@ -17,7 +17,7 @@ import uvicorn
 from specache.errors import ConfigError
 from specache.server.app import ServerApp
 from specache.server.connection import connection_class
-from specache.server.settings import ServerSettings
+from specache.server.settings import MOST_HEADER_BYTES, ServerSettings
 
 if TYPE_CHECKING:
     from specache.engine.service import EngineService
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 Load = Callable[[], "tuple[ServedModel, EngineService]"]
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_MOST_HEADER_BYTES = 32 * 1024
 _KEEP_ALIVE_SECONDS = 15
 _LAST_EVENTS_SECONDS = 10.0  # for streams to send them, beyond the grace of the answers
 
@@ -81,7 +80,7 @@ class Server(uvicorn.Server):
                 proxy_headers=False,
                 timeout_keep_alive=_KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=int(settings.grace_seconds + _LAST_EVENTS_SECONDS),
-                h11_max_incomplete_event_size=_MOST_HEADER_BYTES,
+                h11_max_incomplete_event_size=MOST_HEADER_BYTES,
             )
         )
         self.interrupted = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -12,13 +13,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from specache.server.error_responses import ApiError
 from specache.server.request_context import RequestContext
-from specache.server.settings import ServerSettings, address_of
+from specache.server.settings import MOST_HEADER_BYTES, ServerSettings, address_of
 
 if TYPE_CHECKING:
     from specache.server.keys import KeyRing
 
 OPEN_TO_ALL = frozenset({"/health"})  # paths that need no key
 _WITH_BODY = ("POST", "PUT", "PATCH")
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?")
+_MOST_HEADERS = 100
 
 
 class Guard:
@@ -35,6 +38,7 @@ class Guard:
             return
         headers = Headers(scope=scope)
         try:
+            _check_headers(headers)
             check_host(headers, self._settings)
             check_origin(headers)
             RequestContext.of(scope).owner = self._owner(scope, headers)
@@ -144,13 +148,15 @@ def _same_place(origin: str, host: str) -> bool:
 
 def _hostname(value: str) -> str | None:
     """Return the host of a Host header, in lower case and without its port; `None` for none."""
-    try:
-        parts = urlsplit(f"//{value.strip()}")
-        _ = parts.port  # raises for a port that is no number
-    except ValueError:
-        return None
-    plain = parts.netloc and not (parts.path or parts.query or parts.fragment or "@" in parts.netloc)
-    return parts.hostname if plain else None
+    found = _HOST.fullmatch(value)
+    return found[1].lower() if found else None
+
+
+def _check_headers(headers: Headers) -> None:
+    """Refuse headers that came at once, so that the connection did not count them."""
+    if len(headers.raw) > _MOST_HEADERS or sum(len(name) + len(value) for name, value in headers.raw) > MOST_HEADER_BYTES:
+        message = f"The headers may have {MOST_HEADER_BYTES:,} bytes in {_MOST_HEADERS} lines."
+        raise ApiError(431, message, code="headers_too_large")
 
 
 def _check_content_type(headers: Headers) -> None:

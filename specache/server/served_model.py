@@ -116,7 +116,7 @@ class ServedModel:
             template = self.template.with_variables(variables, datetime.now())
             return template.encode([self._message(message) for message in messages])
         except ConfigError as error:  # a reserved variable
-            raise ApiError(400, str(error), param="chat_template_kwargs") from error
+            raise ApiError(400, f"chat_template_kwargs: {error}", param="chat_template_kwargs") from error
 
     def encode_text(self, text: str, *, special: bool = True) -> list[int]:
         """Return the token ids of a raw text. Special tokens spelled in it are special tokens.
@@ -138,7 +138,7 @@ class ServedModel:
             ApiError: 400.
         """
         if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self.vocabulary_size:
-            raise ApiError(400, f"Token ids must be from 0 to {self.vocabulary_size - 1:,}.", param=param, code="invalid_value")
+            raise ApiError(400, f"{param}: token ids must be from 0 to {self.vocabulary_size - 1:,}.", param=param, code="invalid_value")
 
     def check_characters(self, characters: int, param: str) -> None:
         """Refuse a text that cannot fit even if every token of it were the longest.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from specache.errors import ConfigError
 
+MOST_HEADER_BYTES = 32 * 1024  # of one request
 _LOCALHOST = "localhost"
 
 

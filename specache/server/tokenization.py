@@ -8,9 +8,9 @@ from fastapi import APIRouter, Request
 from pydantic import Field, field_validator, model_validator
 
 from specache.server.app_state import state_of
-from specache.server.chat_fields import ChatMessage
+from specache.server.chat_fields import ChatMessage, check_variables
 from specache.server.error_responses import ApiError
-from specache.server.json_body import JsonBody, check_json, read_body
+from specache.server.json_body import JsonBody, read_body
 from specache.server.served_model import ServedModel
 
 router = APIRouter()
@@ -29,8 +29,7 @@ class TokenizeBody(JsonBody):
     @field_validator("chat_template_kwargs")
     @classmethod
     def _check_variables(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
-        check_json(value)
-        return value
+        return check_variables(value)
 
     @model_validator(mode="after")
     def _check_one(self) -> TokenizeBody:

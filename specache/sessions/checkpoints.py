@@ -6,11 +6,13 @@ A window cannot be truncated like rows.
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
 
 from specache.cache.window_checkpoints import PendingWindows, Spacing, WindowCheckpoints
+from specache.cache.window_layer import WindowLayer
 from specache.errors import SessionError
 from specache.sessions.files import StoredFile
 from specache.sessions.manifest import Checkpoint, Manifest
@@ -43,6 +45,25 @@ class DiskCheckpoints(WindowCheckpoints):
     @property
     def nbytes(self) -> int:
         return sum(self.files[one.file].bytes for one in self.kept)
+
+    def add(self, length: int, rings: Mapping[int, Tensor], layers: Mapping[int, WindowLayer]) -> None:
+        """Write a checkpoint of `length` tokens: rings and sliding layers by layer number.
+
+        Raises:
+            SessionError: the file cannot be written.
+        """
+        windows = PendingWindows()
+        for index, ring in rings.items():
+            windows.add(layers[index], ring, ())
+        self._keep(length, windows)
+
+    def rings(self, length: int) -> dict[int, Tensor]:
+        """Return the rings of the checkpoint of exactly `length` tokens.
+
+        Raises:
+            SessionError: its file is damaged.
+        """
+        return self._rings(self.lengths.index(length))
 
     def _keep(self, length: int, windows: PendingWindows) -> None:
         """Write the windows of the first `length` tokens.

@@ -172,12 +172,23 @@ def check_snapshots(folder: Path, manifest: Manifest) -> None:
         Snapshot(folder / checkpoint.file, manifest.files[checkpoint.file], ring_specs(manifest))
 
 
+def restore_span(
+    layers: Mapping[int, CompressedLayer], folder: Path, manifest: Manifest, span: PageSpan, start: int, count: int
+) -> None:
+    """Restore the first `count` pages of a span, from page `start` of every layer on.
+
+    Raises:
+        SessionError: the span's file is damaged.
+    """
+    snapshot = _pages(folder, manifest, span)
+    for index, layer in layers.items():
+        layer.table.set_raw(start, snapshot.read([f"pages.{index}"])[f"pages.{index}"][:count])
+
+
 def _restore_pages(layers: Mapping[int, CompressedLayer], folder: Path, manifest: Manifest) -> None:
     start = 0
     for span in manifest.pages:
-        snapshot = _pages(folder, manifest, span)
-        for index, layer in layers.items():
-            layer.table.set_raw(start, snapshot.read([f"pages.{index}"])[f"pages.{index}"][: span.count])
+        restore_span(layers, folder, manifest, span, start, span.count)
         start += span.count
     for layer in layers.values():
         layer.table.mark()

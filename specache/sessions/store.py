@@ -165,12 +165,12 @@ def fork_folder(root: Path, name: str, manifest: Manifest | None, new_name: str)
         raise SessionError(f"Nothing was saved in the session {name!r} yet. Save it before you fork it.")
     with names.building(root, new_name) as folder:
         for file in (*manifest.files, *manifest.row_files()):
-            _link(root / name / file, folder / file)
+            link_file(root / name / file, folder / file)
         now = time.time()
         write_manifest(folder, replace(manifest, created=now, saved=now))
 
 
-def _link(source: Path, target: Path) -> None:
+def link_file(source: Path, target: Path) -> None:
     """Create a hard link, or a copy if the file system has no links.
 
     Raises:

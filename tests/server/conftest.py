@@ -1,12 +1,21 @@
-"""Models that real servers serve, saved once per run."""
+"""Servers and models that many tests use, made once per run."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from starlette.testclient import TestClient
 
 from tests.server.real_server import save_long_model
+from tests.server.tiny_server import running
+
+
+@pytest.fixture(scope="session")
+def client() -> Iterator[TestClient]:
+    with running() as client:
+        yield client
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,7 @@ from specache.tiers.base import Fetch
 from specache.tiers.disk import readers, row_reads
 from specache.tiers.disk.extents import BlockTable, Extent
 from specache.tiers.disk.readers import Reader
+from specache.tiers.disk.row_file import RowFile
 from specache.tiers.disk.row_layout import BLOCK_TOKENS, RowLayout
 from specache.tiers.disk.scratch import prepare_folder
 from specache.tiers.disk.stored_layer import StoredLayer
@@ -179,12 +180,13 @@ class DiskTier:
     def reserve(self, tokens: int) -> None:
         pass  # files grow as they are written
 
-    def fork(self) -> DiskTier:
+    def fork(self, folder: str | os.PathLike[str] | None = None) -> DiskTier:
         """Return an independent, temporary copy that shares the existing files.
 
-        Both append to new files.
+        Both append to new files; the copy in `folder`, which is on the same file system, if it is
+        given.
         """
-        other = DiskTier(self.folder)
+        other = DiskTier(self.folder if folder is None else folder)
         with self._files.lock:
             self._files.share_with(other._files)
             other._layers = {layer: state.with_own_tail() for layer, state in self._layers.items()}
@@ -224,6 +226,10 @@ class DiskTier:
         """Return the names of all open files: those of `extents`, new and unused ones."""
         return self._files.names()
 
+    def files(self) -> set[RowFile]:
+        """Return the open files that hold rows of the tier."""
+        return {run.file for state in self._layers.values() for run in state.table.runs}
+
     def stop_appending(self) -> None:
         """Write to new files from now on: the existing files were hard-linked."""
         self._files.stop_appending()
@@ -248,7 +254,7 @@ class DiskTier:
             self._files.stop_appending()  # drop the incomplete copy
             raise
         finally:
-            self._files.release_all_but({run.file for state in self._layers.values() for run in state.table.runs})
+            self._files.release_all_but(self.files())
 
     def sync(self) -> None:
         """Return when all written rows survive a power failure.

@@ -94,6 +94,10 @@ class RowFile:
             self._scratch.release()
 
     @property
+    def is_open(self) -> bool:
+        return self._users > 0
+
+    @property
     def is_shared(self) -> bool:
         """Return True if the data behind the blocks in use may be needed elsewhere.
 

@@ -1,0 +1,120 @@
+"""The engines of a service: one for its settings, and one for each policy that requests ask for."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
+
+from specache.engine.engine import Engine
+from specache.engine.events import Job
+from specache.stats import Counters, MemoryUse
+
+MOST_IDLE = 4  # engines of other settings that are kept without a request
+
+Changes = tuple[tuple[str, Any], ...]  # settings that differ from the service's, by name
+
+
+class PolicyEngines:
+    """Engines over one fast memory. All of them are stepped by one thread, in turn.
+
+    Attributes:
+        first: the engine of the service's own settings.
+    """
+
+    def __init__(self, first: Engine) -> None:
+        self.first = first
+        self._others: OrderedDict[Changes, Engine] = OrderedDict()  # least recently used first
+        self._closed = Counters()  # what engines that were closed have counted
+
+    @property
+    def all(self) -> list[Engine]:
+        """Return every engine. Any thread may ask."""
+        return [self.first, *list(self._others.values())]
+
+    @property
+    def has_prompt(self) -> bool:
+        """Return whether an engine has a prompt to read, so that no other may begin one."""
+        return any(engine.has_prompt for engine in self.all)
+
+    def check(self, job: Job) -> None:
+        """Refuse a job whose settings are not possible, or which can never fit into fast memory.
+
+        Any thread may call this.
+
+        Raises:
+            ConfigError, UsageError: the settings.
+            FastMemoryError: names the bytes that it needs.
+        """
+        cache, request = self.first.cache, job.request
+        if job.prompt_logprobs is not None:
+            request = replace(request, on_prompt_logits=lambda row, start, logits: None)
+        self.first.room.check_alone(cache, cache.config_with(**dict(self._changes(job))), request, self.first.chunk)
+
+    def of(self, job: Job) -> Engine:
+        """Return the engine for a job's settings, made if there is none."""
+        changes = self._changes(job)
+        if not changes:
+            return self.first
+        if changes not in self._others:
+            self._close_idle(MOST_IDLE - 1)
+            self._others[changes] = self.first.beside(**dict(changes))
+        self._others.move_to_end(changes)
+        return self._others[changes]
+
+    def step(self, run: Callable[[Engine], Any]) -> None:
+        """Run `run` on every engine that has work."""
+        for engine in self.all:
+            if engine.has_work:
+                run(engine)
+
+    def retry(self) -> None:
+        """Have every engine check again whether its oldest request fits."""
+        for engine in self.all:
+            engine.retry()
+
+    def close(self) -> None:
+        """Close every engine, also if closing one fails."""
+        try:
+            self._close_idle(0, also_busy=True)
+        finally:
+            self.first.close()
+
+    def counters(self) -> Counters:
+        """Return the sum of what all engines have counted. Any thread may call this."""
+        total = _added(Counters(), self._closed)
+        for engine in self.all:
+            total = _added(total, engine.cache.counters)
+        first = self.first.cache.counters
+        total.prefetches, total.speculates, total.compile_error = first.prefetches, first.speculates, first.compile_error
+        return total
+
+    def memory(self) -> MemoryUse:
+        """Return the bytes of all running sequences. Any thread may call this."""
+        return sum((engine.cache.memory() for engine in self.all), MemoryUse())
+
+    def _close_idle(self, most: int, also_busy: bool = False) -> None:
+        """Close engines of other settings until at most `most` are left, those with work apart."""
+        for changes, engine in list(self._others.items()):
+            if len(self._others) > most and (also_busy or not engine.has_work):
+                del self._others[changes]
+                self._closed = _added(self._closed, engine.cache.counters)
+                engine.close()
+
+    def _changes(self, job: Job) -> Changes:
+        """Return the settings of a job that differ from the service's."""
+        own = self.first.cache.config
+        asked: dict[str, Any] = {"policy": job.policy, "top_k": job.top_k}
+        changes = {name: value for name, value in asked.items() if value is not None}
+        same = not changes or own.with_changes(**changes).resolved(self.first.cache.info.device.type) == own
+        return () if same else tuple(changes.items())
+
+
+def _added(one: Counters, other: Counters) -> Counters:
+    total = Counters()
+    for field in fields(Counters):
+        mine, theirs = getattr(one, field.name), getattr(other, field.name)
+        if isinstance(mine, int | float) and isinstance(theirs, int | float) and not isinstance(mine, bool):
+            setattr(total, field.name, mine + theirs)
+    return total

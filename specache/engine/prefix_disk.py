@@ -1,0 +1,197 @@
+"""The disk side of a prefix store: what is written, what is brought back, and what goes.
+
+Its methods run on the engine's thread, except `status`. Files are written and removed by a thread
+of its own (`prefix_writer`).
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import replace
+from typing import Any
+
+from specache.cache.cache import SpeCache
+from specache.cache.prefix_fork import fork_aside
+from specache.cache.prefix_index import Prefix, PrefixIndex
+from specache.cache.prefixes import common_tokens
+from specache.cache.sequence import Sequence
+from specache.config import Policy, SpeCacheConfig
+from specache.engine.prefix_status import PrefixCounters, PrefixStatus
+from specache.engine.prefix_writer import PrefixWriter
+from specache.errors import ConfigError, FastMemoryError, SessionError, SlowTierError
+from specache.sessions.identity import identify
+from specache.sessions.prefix_files import SavedPrefix, Stopped
+from specache.sessions.prefix_folder import PrefixFolder, problems
+
+WORTH_WRITING = 256  # tokens that are not on the disk yet
+
+
+class PrefixDisk:
+    """Prefixes in a folder.
+
+    Args:
+        index: gets the prefixes that are there.
+        counters: of the store.
+        folder, most_bytes: as `PrefixStore` has them.
+
+    Attributes:
+        problem: why there is no folder, or why the last write failed.
+
+    Raises:
+        ConfigError: policy `full`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        config: SpeCacheConfig,
+        index: PrefixIndex,
+        counters: PrefixCounters,
+        folder: str | os.PathLike[str],
+        most_bytes: int | None,
+    ) -> None:
+        if config.policy is Policy.FULL:
+            raise ConfigError("policy='full' keeps no 16-bit rows that could be written as prefixes. Leave the folder out.")
+        self._index, self._counters = index, counters
+        self.problem: str | None = None
+        self._folder: PrefixFolder | None = None
+        self._writer: PrefixWriter | None = None
+        self._seen_removals = 0
+        try:
+            self._folder = PrefixFolder(folder, identify(model), config, most_bytes)
+        except SessionError as error:
+            self._report(f"Prefixes are kept in memory only. {error}")
+            return
+        self._writer = PrefixWriter(self._folder)
+        self._seen_removals = self._folder.removals
+        for saved in self._folder.saved:
+            self._index.entry(saved.owner, saved.text, saved.used).saved = saved
+
+    def write(self, prefix: Prefix, sequence: Sequence) -> None:
+        """Write a prefix in the background, unless most of it is on the disk already.
+
+        It is written when it is evicted where too many wait now.
+        """
+        writer = self._writer
+        if writer is None or not self._is_worth_writing(prefix) or writer.has(prefix) or writer.is_full:
+            return
+        try:
+            fork = fork_aside(sequence, len(prefix.text))
+        except (FastMemoryError, SlowTierError) as error:
+            self._counters.failed_writes += 1
+            self._report(f"A prefix of {len(prefix.text):,} tokens was not written to the disk: {error}")
+            return
+        if fork is not None:
+            writer.write(prefix, fork)
+
+    def write_now(self, prefix: Prefix) -> None:
+        """Wait until a prefix of the store is on the disk, if it is worth writing.
+
+        Its sequence is freed if that took it.
+        """
+        writer = self._writer
+        if writer is None:
+            return
+        if not writer.has(prefix):
+            if not self._is_worth_writing(prefix):
+                return
+            assert prefix.sequence is not None
+            sequence, prefix.sequence = prefix.sequence, None
+            writer.write(prefix, sequence)
+        writer.wait_for(prefix)
+        self.collect()
+
+    def read(self, prefix: Prefix, saved: SavedPrefix, cache: SpeCache, length: int) -> Sequence | None:
+        """Return a sequence of a cache with the first tokens of a saved prefix.
+
+        Returns None if it is damaged; it is not used any more then.
+
+        Raises:
+            FastMemoryError: the cache's budget has no room.
+        """
+        assert self._folder is not None
+        try:
+            sequence = self._folder.read(saved, cache.context, length)
+        except (SessionError, SlowTierError) as error:
+            self._report(f"A stored prefix cannot be used and is read again. {error}")
+            self.collect()
+            return None
+        self._counters.brought_back += 1
+        return sequence
+
+    def touch(self, prefix: Prefix, length: int) -> None:
+        """Count what the disk has of the first tokens of a prefix as used now."""
+        saved = self._index.base(prefix.owner, prefix.text[:length])
+        if self._folder is not None and isinstance(saved, SavedPrefix):
+            self._folder.touch(saved)
+
+    def collect(self) -> None:
+        """Enter into the index what was written and removed since the last call."""
+        if self._writer is None or self._folder is None:
+            return
+        for written in self._writer.ended():
+            if written.saved is not None:
+                self._counters.written += 1
+                self._enter(written.prefix, written.saved)
+            elif not isinstance(written.error, Stopped):
+                self._counters.failed_writes += 1
+                self._report(f"A prefix of {len(written.prefix.text):,} tokens was not written to the disk: {written.error}")
+            self._index.remove_if_empty(written.prefix)
+        if self._seen_removals != self._folder.removals:
+            self._seen_removals = self._folder.removals
+            for prefix in self._index:
+                if prefix.saved is not None and prefix.saved.gone:
+                    prefix.saved = None
+                    self._index.remove_if_empty(prefix)
+
+    def status(self, status: PrefixStatus) -> PrefixStatus:
+        """Return a status with what is on the disk. Any thread may call this."""
+        if self._folder is None or self._writer is None:
+            return replace(status, problem=self.problem)
+        return replace(
+            status,
+            saved=len(self._folder.saved),
+            disk_bytes=self._folder.nbytes,
+            waiting_writes=self._writer.waiting,
+            ignored=problems(list(self._folder.ignored)),
+            problem=self.problem,
+        )
+
+    def close(self, seconds: float) -> None:
+        """Write what the index has in memory and the disk lacks, as far as there is time."""
+        writer, folder = self._writer, self._folder
+        if writer is None or folder is None:
+            return
+        self.collect()
+        for prefix in reversed(self._index.in_memory()):
+            if self._is_worth_writing(prefix) and not writer.has(prefix) and prefix.sequence is not None:
+                sequence, prefix.sequence = prefix.sequence, None
+                writer.write(prefix, sequence)
+        writer.close(seconds)
+        self.collect()
+        self._writer = None
+        folder.close()
+
+    def _is_worth_writing(self, prefix: Prefix) -> bool:
+        """Return whether the disk lacks much of a prefix, also after the writes under way."""
+        there = self._index.saved_tokens(prefix.owner, prefix.text)
+        for other in self._writer.pending() if self._writer is not None else []:
+            if other.owner == prefix.owner:
+                there = max(there, common_tokens(other.text, prefix.text))
+        return len(prefix.text) - there >= WORTH_WRITING
+
+    def _enter(self, prefix: Prefix, saved: SavedPrefix) -> None:
+        """Enter a written prefix, and remove those on the disk that it makes unnecessary."""
+        assert self._writer is not None
+        entry = self._index.entry(prefix.owner, prefix.text, prefix.used) if prefix.is_empty else prefix
+        entry.saved = saved
+        for shorter in self._index.shorter(entry):
+            if isinstance(shorter.saved, SavedPrefix) and self._index.serves(saved, len(shorter.text)):
+                self._writer.remove(shorter.saved)
+                shorter.saved = None
+                self._index.remove_if_empty(shorter)
+
+    def _report(self, problem: str) -> None:
+        self.problem = problem
+        warnings.warn(problem, RuntimeWarning, stacklevel=2)

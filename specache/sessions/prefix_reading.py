@@ -1,0 +1,126 @@
+"""Bring the first tokens of a stored prefix back into a cache.
+
+Pages, key scales and sliding windows are copied; the residual is read from the rows. The rows stay
+in their files where the cache's rows are on the same disk, and are read into its tier otherwise.
+All of them are verified once.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from specache.attention.dense import KEY_BLOCK
+from specache.cache.cache_context import CacheContext
+from specache.cache.prefix_fork import begin_anew
+from specache.cache.sequence import Sequence
+from specache.cache.sizes import CHECKPOINT_FEWEST
+from specache.cache.window_checkpoints import MemoryCheckpoints, Spacing
+from specache.cache.window_layer import WindowLayer
+from specache.config import Policy
+from specache.errors import SessionError
+from specache.low_bit.key_scales import KeyScales
+from specache.sessions import state
+from specache.sessions.checkpoints import DiskCheckpoints
+from specache.sessions.prefix_files import SavedPrefix
+from specache.sessions.snapshot import DTYPE_NAMES, Snapshot
+from specache.tiers.disk.disk_tier import DiskTier
+
+
+def read_prefix(saved: SavedPrefix, context: CacheContext, length: int) -> Sequence:
+    """Return a new sequence of a cache with the first `length` tokens of a prefix.
+
+    `saved.kept(length)` must be `length`.
+
+    Raises:
+        SessionError, SlowTierError: a file is damaged or gone.
+        FastMemoryError: the cache's budget has no room.
+    """
+    assert context.config.policy is not Policy.FULL, "its caches have no rows that a prefix could bring back"
+    folder, manifest = saved.folder, saved.manifest
+    tail = state.open_tail(folder, manifest)
+    files = state.open_tier(folder, manifest, tail)
+    sequence = Sequence(context)
+    try:
+        for layer in manifest.full_layers:
+            files.truncate(layer, length)
+        _bring_rows(sequence, files, saved, length, context.info.device)
+        for index, shape in manifest.layers.items():
+            empty = torch.empty(shape.heads, 0, shape.dim, dtype=DTYPE_NAMES[shape.dtype], device=context.info.device)
+            sequence.layer(index, empty)
+        _restore_low_bit(sequence, saved, tail, length, context.info.device)
+        _restore_windows(sequence, saved, tail, length, context.info.device)
+        sequence.commit(saved.text[:length].tolist())
+        begin_anew(sequence)
+    except BaseException:
+        sequence.clear()
+        raise
+    finally:
+        files.close()
+    return sequence
+
+
+def _bring_rows(sequence: Sequence, files: DiskTier, saved: SavedPrefix, length: int, device: torch.device) -> None:
+    """Fill the sequence's tier with the first rows of `files`, which it closes, or share them."""
+    tier, layers = sequence.tier, saved.manifest.full_layers
+    share = isinstance(tier, DiskTier) and os.stat(tier.folder).st_dev == os.stat(files.folder).st_dev
+    for layer in layers:
+        for start in () if share and length <= saved.intact_tokens else range(0, length, KEY_BLOCK):
+            keys, values = files.read(layer, start, min(start + KEY_BLOCK, length))
+            if not share:
+                tier.write(layer, start, keys.to(device), values.to(device))
+    saved.intact_tokens = max(saved.intact_tokens, length)
+    if isinstance(tier, DiskTier) and share:
+        sequence.tier = files.fork(tier.folder)
+        saved.readers.update(files.files())
+        tier.close()
+
+
+def _restore_low_bit(sequence: Sequence, saved: SavedPrefix, tail: Snapshot, length: int, device: torch.device) -> None:
+    """Restore pages, key scales and residual of every full-attention layer."""
+    manifest, layers = saved.manifest, sequence.compressed
+    for layer in layers.values():
+        layer.table.extend(layer.config.low_bit_length(length))
+    pages = max(len(layer.table.pages) for layer in layers.values())
+    start = 0
+    for span in manifest.pages:
+        count = min(span.count, pages - start)
+        if count > 0:
+            state.restore_span(layers, saved.folder, manifest, span, start, count)
+        start += span.count
+    for index, layer in layers.items():
+        if start < pages:  # the last page is not full
+            layer.table.set_raw(start, tail.read([f"page.{index}"])[f"page.{index}"].to(device))
+        residual = torch.stack(sequence.tier.read(index, layer.table.length, length)).to(device)
+        weights = tail.read([f"weights.{index}"])[f"weights.{index}"].to(device)
+        layer.restore(residual, KeyScales(layer.key_scales.tokens, weights), None)
+
+
+def _restore_windows(sequence: Sequence, saved: SavedPrefix, tail: Snapshot, length: int, device: torch.device) -> None:
+    """Restore the sliding windows from the end of the prefix, or from a checkpoint."""
+    windows = sequence.sliding
+    if not windows:
+        return
+    whole = len(saved.text)
+    spacing = Spacing.of(layer.window for layer in windows.values())
+    checkpoints = DiskCheckpoints(spacing, saved.folder, saved.manifest)
+    if all(_serves(layer, whole, length) for layer in windows.values()):
+        stored, rings = whole, {index: tail.read([f"ring.{index}"])[f"ring.{index}"] for index in windows}
+    else:
+        best = spacing.best(checkpoints.lengths, length)
+        if best is None:
+            raise SessionError(f"{saved.folder} has no checkpoint of the sliding windows for {length:,} tokens.")
+        stored = checkpoints.lengths[best]
+        rings = checkpoints.rings(stored)
+    for index, layer in windows.items():
+        layer.restore(rings[index].to(device), stored)
+        layer.truncate(length)
+    if isinstance(sequence.checkpoints, MemoryCheckpoints):
+        checkpoints.forget_after(length)
+        checkpoints.copy_into(sequence.checkpoints, CHECKPOINT_FEWEST)
+
+
+def _serves(layer: WindowLayer, whole: int, length: int) -> bool:
+    """Return whether the ring of `whole` tokens serves a sequence of `length`."""
+    return length >= whole - 1 or whole <= layer.window

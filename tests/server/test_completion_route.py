@@ -1,0 +1,97 @@
+"""`/v1/completions`: raw texts, token ids, lists of them, and echo."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.server.tiny_server import END, TOKENIZER, complete, stream, token_of
+
+
+def text(client, prompt="Hello", **fields):
+    return complete(client, prompt, **fields)["choices"][0]["text"]
+
+
+def ids(text: str) -> list[int]:
+    return list(TOKENIZER(text)["input_ids"])
+
+
+def test_a_completion_has_the_shape_of_openai(client):
+    document = complete(client)
+    assert document["object"] == "text_completion" and document["id"].startswith("cmpl-") and document["model"] == "tiny"
+    (choice,) = document["choices"]
+    assert set(choice) == {"index", "text", "logprobs", "finish_reason"} and choice["finish_reason"] == "length"
+    assert document["usage"]["prompt_tokens"] == 5 and document["usage"]["completion_tokens"] == 8
+
+
+def test_a_prompt_of_tokens_is_that_of_its_text(client):
+    assert text(client, ids("Hello")) == text(client, "Hello")
+
+
+def test_special_tokens_of_a_raw_prompt_are_special(client):
+    assert complete(client, "<user>Hi<end>")["usage"]["prompt_tokens"] == 4
+
+
+def test_sixteen_tokens_are_the_default(client):
+    assert complete(client, max_tokens=None)["usage"]["completion_tokens"] == 16
+
+
+@pytest.mark.parametrize(
+    "prompts", [["Hello", "world", "Hello"], [ids("Hello"), ids("world"), ids("Hello")], ["Hello", ids("world"), "Hello"]]
+)
+def test_a_list_of_prompts_is_answered_in_order(client, prompts):
+    document = complete(client, prompts, n=2)
+    assert [choice["index"] for choice in document["choices"]] == list(range(6))
+    hello, world = text(client, "Hello"), text(client, "world")
+    assert [choice["text"] for choice in document["choices"]] == [hello, hello, world, world, hello, hello]
+    assert document["usage"]["prompt_tokens"] == 15 and document["usage"]["completion_tokens"] == 48
+
+
+def test_more_prompts_than_may_wait_are_answered_one_after_the_other():
+    from tests.server.tiny_server import running
+
+    with running(most_waiting=1) as client:
+        document = complete(client, ["a", "b", "c", "d", "e", "f"], max_tokens=2)
+    assert len(document["choices"]) == 6 and document["usage"]["completion_tokens"] == 12
+
+
+def test_echo_puts_the_prompt_in_front(client):
+    assert text(client, echo=True) == "Hello" + text(client)
+    assert text(client, ids("Hello"), echo=True) == "Hello" + text(client)
+
+
+def test_echo_without_new_tokens_is_the_prompt(client):
+    document = complete(client, echo=True, max_tokens=0)
+    assert document["choices"][0]["text"] == "Hello" and document["usage"]["completion_tokens"] == 0
+
+
+def test_best_of_may_equal_n(client):
+    assert len(complete(client, n=2, best_of=2)["choices"]) == 2
+
+
+@pytest.mark.parametrize("echo", [False, True])
+def test_a_stream_carries_the_same_text(client, echo):
+    body = {
+        "prompt": ["Hello", "world"],
+        "max_tokens": 6,
+        "temperature": 0,
+        "echo": echo,
+        "stream_options": {"include_usage": True},
+    }
+    chunks, _ = stream(client, "/v1/completions", body)
+    *parts, usage = chunks
+    texts, reasons = ["", ""], [None, None]
+    for chunk in parts:
+        (choice,) = chunk["choices"]
+        texts[choice["index"]] += choice["text"]
+        reasons[choice["index"]] = choice["finish_reason"]
+    assert texts == [choice["text"] for choice in complete(client, ["Hello", "world"], max_tokens=6, echo=echo)["choices"]]
+    assert reasons == ["length", "length"] and usage["choices"] == [] and usage["usage"]["completion_tokens"] == 12
+
+
+def test_an_answer_that_ends_at_once_has_no_text(client):
+    document = complete(client, logit_bias={str(END): 100})
+    assert document["choices"][0] == {"index": 0, "text": "", "logprobs": None, "finish_reason": "stop"}
+
+
+def test_stop_strings_end_a_completion(client):
+    assert text(client, logit_bias={str(token_of("x")): 100}, stop="xxx") == ""

@@ -1,0 +1,206 @@
+"""A server behind real sockets: nobody makes it wait forever, read without end, or work for none."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+
+from tests.server.live_server import live, received, request, wait_until
+
+CHAT = "/v1/chat/completions"
+LONG = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 480, "temperature": 0}
+SHORT_DEADLINES = {"header_seconds": 0.4, "body_seconds": 0.4}
+
+
+@pytest.fixture(scope="module")
+def server():
+    with live() as server:
+        yield server
+
+
+def split(answer: bytes) -> tuple[int, dict]:
+    """Return status and error of an answer."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return int(head.split()[1]), json.loads(body)["error"]
+
+
+@pytest.mark.parametrize("start", [b"", b"GET /health HT", b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Slow: "])
+def test_headers_that_do_not_come_are_not_waited_for(start):
+    with live(**SHORT_DEADLINES) as server, server.connect() as connection:
+        connection.sendall(start)
+        began = time.monotonic()
+        status, error = split(received(connection))
+        assert status == 408 and error["code"] == "header_timeout"
+        assert 0.2 < time.monotonic() - began < 5
+
+
+def test_headers_that_drip_are_not_waited_for():
+    with live(**SHORT_DEADLINES) as server, server.connect() as connection:
+        began = time.monotonic()
+        try:
+            while time.monotonic() - began < 5:
+                connection.sendall(b"G" if time.monotonic() == began else b"E")
+                time.sleep(0.05)
+        except OSError:
+            pass
+        assert time.monotonic() - began < 4
+
+
+def test_a_second_request_has_the_deadline_too():
+    with live(**SHORT_DEADLINES) as server, server.connect() as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        assert b"200 OK" in connection.recv(65536)
+        connection.sendall(b"GET /hea")
+        assert split(received(connection))[0] == 408
+
+
+def test_a_body_that_does_not_come_is_not_waited_for():
+    with live(**SHORT_DEADLINES) as server, server.connect() as connection:
+        connection.sendall(request(CHAT, b'{"messages":', length=500))
+        began = time.monotonic()
+        status, error = split(received(connection))
+        assert status == 408 and error["code"] == "body_timeout"
+        assert time.monotonic() - began < 8
+
+
+def test_a_body_that_is_announced_too_long_is_refused_at_once(server):
+    with server.connect() as connection:
+        connection.sendall(request(CHAT, b"{", length=10**9))
+        status, error = split(received(connection))
+        assert status == 413 and error["code"] == "body_too_large"
+
+
+def test_a_body_without_end_is_refused_and_not_kept(server):
+    with server.connect() as connection:
+        head = request(CHAT).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
+        connection.sendall(head)
+        block = b"%x\r\n" % 2**20 + b"x" * 2**20 + b"\r\n"
+        sent, began = 0, time.monotonic()
+        try:
+            while time.monotonic() - began < 15:
+                connection.sendall(block)
+                sent += 1
+        except OSError:
+            pass
+        assert time.monotonic() - began < 12
+    with server.connect() as connection:  # and the server goes on
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
+        assert b"200 OK" in received(connection)
+
+
+def test_an_answer_to_a_refused_body_arrives_although_the_client_still_sends(server):
+    with server.connect() as connection:
+        connection.sendall(request("/nothing", b"x" * 100_000, length=200_000))
+        status, _ = split(received(connection))
+        assert status in (404, 400)
+
+
+def test_headers_that_are_too_long_are_refused_in_the_apis_shape(server):
+    with server.connect() as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\nX: " + b"a" * 100_000 + b"\r\n\r\n")
+        status, error = split(received(connection))
+        assert status == 431 and error["code"] == "headers_too_large"
+
+
+def test_headers_without_end_are_refused(server):
+    with server.connect() as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nX: ")
+        time.sleep(0.1)
+        connection.sendall(b"a" * 50_000)
+        status, error = split(received(connection))
+        assert status == 400 and error["code"] == "bad_request"
+
+
+@pytest.mark.parametrize(
+    "data", [b"\x16\x03\x01\x02\x00\x01\x00", b"hello\r\n\r\n", b"GET / HTTP/x\r\n\r\n", b"GET /health HTTP/1.1\r\n\r\n"]
+)
+def test_what_is_not_http_is_refused_in_the_apis_shape(server, data):
+    with server.connect() as connection:
+        connection.sendall(data)
+        assert split(received(connection))[0] == 400
+
+
+def test_a_broken_chunk_ends_the_connection_and_nothing_else(server):
+    with server.connect() as connection:
+        connection.sendall(request(CHAT).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked") + b"zz\r\n")
+        assert split(received(connection))[0] == 400
+    wait_until(lambda: not server.app.state.open_streams)
+
+
+def test_connections_beyond_the_limit_are_refused():
+    with live(most_connections=3) as server:
+        kept = [server.connect() for _ in range(3)]
+        try:
+            for connection in kept:
+                connection.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+                assert b"200 OK" in connection.recv(65536)
+            with server.connect() as one_more:
+                status, error = split(received(one_more))
+                assert status == 503 and error["code"] == "busy"
+        finally:
+            for connection in kept:
+                connection.close()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_stops_its_answer(server, stream):
+    body = json.dumps({**LONG, "stream": stream}).encode()
+    before = server.app.state.metrics.text()
+    connection = server.connect()
+    connection.sendall(request(CHAT, body))
+    wait_until(lambda: server.service.status().running)
+    if stream:
+        assert b"data: " in connection.recv(65536)
+    connection.close()
+    wait_until(lambda: not server.service.status().running and not server.app.state.open_streams)
+    assert b"specache_aborted" in before
+
+
+def test_clients_that_leave_before_their_turn_leave_nothing_behind(server):
+    body = json.dumps({**LONG, "stream": True}).encode()
+    connections = [server.connect() for _ in range(12)]
+    for connection in connections:
+        connection.sendall(request(CHAT, body))
+    wait_until(lambda: server.service.status().running)
+    for connection in connections:
+        connection.close()
+    wait_until(lambda: not server.app.state.open_streams and not server.service.status().waiting)
+    wait_until(lambda: not server.service.status().running)
+
+
+def test_an_upgrade_is_not_taken(server):
+    with server.connect() as connection:
+        connection.sendall(
+            b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: Upgrade, close\r\nUpgrade: websocket\r\n"
+            b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+        )
+        assert received(connection).startswith(b"HTTP/1.1 200")
+
+
+def test_the_end_of_the_server_is_the_last_event_of_a_stream():
+    with live(grace_seconds=0.0) as server, server.connect() as connection:
+        connection.sendall(request(CHAT, json.dumps({**LONG, "stream": True}).encode()))
+        wait_until(lambda: server.service.status().running)
+        server.server.stop()
+        lines = [line for line in received(connection).decode().splitlines() if line.startswith("data: ")]
+    assert json.loads(lines[-1].removeprefix("data: "))["error"]["code"] == "shutting_down"
+
+
+def test_the_end_of_the_server_is_told_to_who_waits_for_a_whole_answer():
+    with live(grace_seconds=0.0) as server, server.connect() as connection:
+        connection.sendall(request(CHAT, json.dumps(LONG).encode()))
+        wait_until(lambda: server.service.status().running)
+        server.server.stop()
+        status, error = split(received(connection))
+    assert status == 503 and error["code"] == "shutting_down"
+
+
+def test_a_short_answer_may_end_within_the_grace():
+    with live(grace_seconds=20.0) as server, server.connect() as connection:
+        connection.sendall(request(CHAT, json.dumps({**LONG, "max_tokens": 40}).encode()))
+        wait_until(lambda: server.service.status().running)
+        server.server.stop()
+        head, _, body = received(connection).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200") and json.loads(body)["usage"]["completion_tokens"] == 40

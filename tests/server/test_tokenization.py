@@ -1,0 +1,41 @@
+"""`/tokenize`, `/detokenize`, `/tokenizer_info`, `/v1/models`."""
+
+from __future__ import annotations
+
+from tests.server.tiny_server import END, POSITIONS, TOKENIZER, error_of, post, prompt_of
+
+
+def test_a_text_and_its_tokens_go_back_and_forth(client):
+    document = post(client, "/tokenize", {"prompt": "Héllo <end>", "return_token_strs": True})
+    assert document["tokens"] == TOKENIZER("Héllo <end>")["input_ids"] and document["count"] == len(document["tokens"])
+    assert document["max_model_len"] == POSITIONS and len(document["token_strs"]) == document["count"]
+    assert post(client, "/detokenize", {"tokens": document["tokens"]}) == {"prompt": "Héllo <end>"}
+
+
+def test_a_conversation_has_the_tokens_that_a_chat_reads(client):
+    document = post(client, "/tokenize", {"messages": [{"role": "user", "content": "Hello"}]})
+    assert document["tokens"] == prompt_of("Hello") and document["token_strs"] is None
+
+
+def test_one_of_prompt_and_messages_is_needed(client):
+    for body in ({}, {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, {"prompt": 1}, {"messages": []}):
+        post(client, "/tokenize", body, 400)
+
+
+def test_token_ids_must_be_the_models(client):
+    for tokens in ([-1], [10**6], [1.0], "a", None, [True], [10**40]):
+        assert post(client, "/detokenize", {"tokens": tokens}, 400)["param"] == "tokens"
+
+
+def test_the_tokenizers_facts_are_there(client):
+    document = client.get("/tokenizer_info").json()
+    assert document["eos_token"] == "<end>" and document["eos_token_id"] == END and document["bos_token"] is None
+    assert document["chat_template"] == TOKENIZER.chat_template and document["model_max_length"] == POSITIONS
+
+
+def test_the_model_is_listed_and_shown(client):
+    (card,) = client.get("/v1/models").json()["data"]
+    assert card["id"] == "tiny" and card["object"] == "model" and card["max_model_len"] == POSITIONS
+    assert client.get("/v1/models/tiny").json() == card
+    response = client.get("/v1/models/other")
+    assert response.status_code == 404 and error_of(response)["code"] == "model_not_found"
