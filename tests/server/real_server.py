@@ -11,10 +11,10 @@ from typing import Any
 
 import httpx
 import psutil
+from transformers import GenerationConfig
 
 from specache.bench.serve_process import HOST, ServerProcess, free_port
-from tests.cli.tiny_chat import byte_tokenizer
-from tests.tiny import llama
+from tests.server.tiny_server import TOKENIZER, printable_model
 
 POSITIONS = 16384
 START_S = 120.0
@@ -22,14 +22,14 @@ SERVED_NAME = "tiny"
 
 
 def save_long_model(folder: Path) -> None:
-    """Save a tiny seeded Llama that takes long prompts: every byte is a token. It is greedy unless
-    a request asks for more.
+    """Save a tiny seeded Llama that takes long prompts. Every byte is a token, and its greedy
+    answers are printable. It is greedy unless a request asks for more.
     """
-    tokenizer = byte_tokenizer()
-    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    model = llama(vocab_size=len(tokenizer), max_position_embeddings=POSITIONS, **ids)
+    model = printable_model(POSITIONS)
+    settings = {"eos_token_id": TOKENIZER.eos_token_id, "pad_token_id": TOKENIZER.pad_token_id}
+    model.generation_config = GenerationConfig(**settings)
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
 
 
 class RealServer:
