@@ -13,6 +13,8 @@ from specache.errors import (
     FastMemoryError,
     NonFiniteError,
     OutOfMemoryError,
+    QueueFullError,
+    ServiceClosedError,
     SessionError,
     SlowTierError,
     SpeCacheError,
@@ -25,7 +27,9 @@ if TYPE_CHECKING:
     from specache.cache.cache import SpeCache
     from specache.engine.compiled import compile_decode
     from specache.engine.engine import Engine
+    from specache.engine.events import Job
     from specache.engine.generate import decode, generate, make_request, prefill
+    from specache.engine.service import EngineService
     from specache.sessions import Session
 
 __version__ = "0.1.0"
@@ -34,10 +38,14 @@ __all__ = [
     "Code",
     "ConfigError",
     "Engine",
+    "EngineService",
     "FastMemoryError",
+    "Job",
     "NonFiniteError",
     "OutOfMemoryError",
     "Policy",
+    "QueueFullError",
+    "ServiceClosedError",
     "Session",
     "SessionError",
     "SlowTierError",
@@ -58,6 +66,8 @@ __getattr__ = importer(
     __name__,
     {
         "Engine": "specache.engine.engine",
+        "EngineService": "specache.engine.service",
+        "Job": "specache.engine.events",
         "Session": "specache.sessions",
         "SpeCache": "specache.cache.cache",
         "compile_decode": "specache.engine.compiled",

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from specache.cli.models import DEMO_REQUIREMENT, demo_gguf
+from specache.cli.serving_threads import WAIT_POLICY, serving_threads
 from specache.cli.tier_notice import auto_facts
 from specache.platform import machine
 from specache.platform.folders import cache_folder, earlier_cache_folder
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "gguf", "numpy", "typer", "rich")
+SERVER_PACKAGES = ("fastapi", "uvicorn", "sse-starlette", "prometheus-client")
 CPU_FEATURES = (
     *("avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"),
     *("asimd", "asimddp", "i8mm", "bf16", "sve"),
@@ -63,6 +65,7 @@ def diagnose() -> dict[str, Any]:
         "auto_tier": auto_facts(),
         "compiled": compile_cache.summary(),
         "demo_model": {"installed": demo_gguf() is not None},
+        "server": _server(),
     }
 
 
@@ -165,6 +168,16 @@ def _devices() -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(index)
         names.append(f"{properties.name}, {properties.total_memory / 1e9:.0f} GB")
     return {"cuda": names, "cuda_missing": missing, "nvidia_gpu": machine.has_nvidia_gpu()}
+
+
+def _server() -> dict[str, Any]:
+    """Return what `specache serve` would run with."""
+    return {
+        "missing": [name for name in SERVER_PACKAGES if _version(name) is None],
+        "threads": serving_threads(clients_are_here=True),
+        "threads_with_clients_elsewhere": serving_threads(clients_are_here=False),
+        "threads_wait": os.environ.get("OMP_WAIT_POLICY", WAIT_POLICY).lower(),
+    }
 
 
 def _disk_tier() -> dict[str, Any]:

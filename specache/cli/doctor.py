@@ -28,6 +28,7 @@ _TITLES = {
     "auto_tier": "Tier auto",
     "compiled": "Compiled steps",
     "demo_model": "Demo model",
+    "server": "Server (specache serve)",
 }
 
 

@@ -17,7 +17,7 @@ from specache.cli.models import LoadedModel
 from specache.cli.serve_options import ServerOptions
 from specache.cli.serving_threads import serving_threads, set_thread_environment
 from specache.config import SpeCacheConfig
-from specache.errors import ConfigError
+from specache.errors import ConfigError, SpeCacheError
 
 if TYPE_CHECKING:
     from specache.engine.service import EngineService
@@ -60,13 +60,19 @@ def serve(
     from specache.server.app import ServerApp
     from specache.server.launch import Server, address_text, listen
 
+    began = time.monotonic()
+
     def load() -> tuple[ServedModel, EngineService]:
         return _load(model, server, config, loading)
 
     listener = listen(settings)
     with listener:
         _say(f"specache {__version__} listens on {address_text(settings, listener)}/v1 ({threads} threads)")
-        running = Server(ServerApp(settings, keys), load)
+        running = Server(
+            ServerApp(settings, keys),
+            load,
+            lambda served: _say(f"{served.names[0]} is ready after {time.monotonic() - began:.1f} s"),
+        )
         running.run_until_signal(listener)
     if running.interrupted:
         raise KeyboardInterrupt
@@ -102,7 +108,6 @@ def _load(
     model: str, server: ServerOptions, config: SpeCacheConfig, loading: options.LoadOptions
 ) -> tuple[ServedModel, EngineService]:
     """Load the model and start its engine."""
-    began = time.monotonic()
     loaded = loading.load(model, f"Loading {model}", config)
 
     from specache.engine.service import EngineService
@@ -110,8 +115,10 @@ def _load(
 
     names = tuple(dict.fromkeys(server.served_model_name or [_public_name(model)]))
     served = ServedModel(loaded.model, loaded.tokenizer, names, loaded.max_positions, _fingerprint(loaded, config))
-    service = EngineService(loaded.model, config, most_waiting=server.max_waiting, chunk_ms=server.chunk_ms)
-    _say(f"{names[0]} is ready after {time.monotonic() - began:.1f} s ({loaded.weight_format})")
+    prefixes = server.prefix_store(loaded.model, config)
+    service = EngineService(loaded.model, config, prefixes=prefixes, most_waiting=server.max_waiting, chunk_ms=server.chunk_ms)
+    if not service.wait_until_ready():
+        raise service.status().error or SpeCacheError("The engine ended while it started.")
     return served, service
 
 

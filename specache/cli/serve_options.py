@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from specache.cli.byte_sizes import parse_size
+from specache.errors import ConfigError
+from specache.platform import machine
 
 if TYPE_CHECKING:
+    from specache.config import SpeCacheConfig
+    from specache.engine.prefix_store import PrefixStore
     from specache.server.keys import KeyRing
     from specache.server.settings import ServerSettings
 
 SERVER_PANEL = "Server"
+PREFIX_PANEL = "Stored prompts"
 ACCESS_PANEL = "Who may use it"
 LIMITS_PANEL = "Limits"
 
@@ -52,12 +57,35 @@ ChunkMs = Annotated[
         rich_help_panel=SERVER_PANEL,
     ),
 ]
+PrefixCache = Annotated[
+    Path | None,
+    typer.Option(
+        "--prefix-cache",
+        help="Keep read prompts in this folder too: they outlive the server, and those that memory has no room for.",
+        metavar="DIR",
+        rich_help_panel=PREFIX_PANEL,
+    ),
+]
+PrefixBytes = Annotated[
+    str,
+    typer.Option("--prefix-bytes", help="Limit of that folder.", metavar="BYTES", rich_help_panel=PREFIX_PANEL),
+]
+SlowMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--slow-memory",
+        help="Limit of main memory for the 16-bit pairs of running and stored prompts, beyond which stored ones go. "
+        "Default: half of what is free once the model is loaded.",
+        metavar="BYTES",
+        rich_help_panel=PREFIX_PANEL,
+    ),
+]
 PrefixSharing = Annotated[
     bool,
     typer.Option(
         "--prefix-sharing/--no-prefix-sharing",
         help="Keep what was read of prompts for later ones that begin alike.",
-        rich_help_panel=SERVER_PANEL,
+        rich_help_panel=PREFIX_PANEL,
     ),
 ]
 Grace = Annotated[
@@ -105,6 +133,12 @@ MaxPromptTokens = Annotated[
         "--max-prompt-tokens", min=1, help="Longest prompt. Default: what the model can read.", rich_help_panel=LIMITS_PANEL
     ),
 ]
+HeaderTimeout = Annotated[
+    float, typer.Option("--header-timeout", min=0.1, help="Seconds that headers may take to arrive.", rich_help_panel=LIMITS_PANEL)
+]
+BodyTimeout = Annotated[
+    float, typer.Option("--body-timeout", min=0.1, help="Seconds that a body may take to arrive.", rich_help_panel=LIMITS_PANEL)
+]
 MaxBody = Annotated[
     str, typer.Option("--max-body", help="Longest body of a request (16MB).", metavar="BYTES", rich_help_panel=LIMITS_PANEL)
 ]
@@ -130,6 +164,9 @@ class ServerOptions:
     root_path: RootPath = ""
     chunk_ms: ChunkMs = 250.0
     prefix_sharing: PrefixSharing = True
+    prefix_cache: PrefixCache = None
+    prefix_bytes: PrefixBytes = "50GB"
+    slow_memory: SlowMemory = None
     grace: Grace = 2.0
     api_key_file: ApiKeyFile = None
     allowed_host: AllowedHost = None
@@ -140,6 +177,8 @@ class ServerOptions:
     max_waiting: MaxWaiting = 64
     max_requests: MaxRequests = 128
     max_connections: MaxConnections = 512
+    header_timeout: HeaderTimeout = 10.0
+    body_timeout: BodyTimeout = 60.0
 
     def settings(self) -> ServerSettings:
         """Return the settings of the server.
@@ -148,6 +187,12 @@ class ServerOptions:
             ConfigError: a value is invalid.
         """
         from specache.server.settings import ServerSettings
+
+        for size, flag in ((self.prefix_bytes, "--prefix-bytes"), (self.slow_memory, "--slow-memory")):
+            if size is not None:
+                parse_size(size, flag)
+        if self.prefix_cache is not None and not self.prefix_sharing:
+            raise ConfigError("--prefix-cache stores prompts for later ones; leave out --no-prefix-sharing.")
 
         return ServerSettings(
             host=self.host,
@@ -161,8 +206,35 @@ class ServerOptions:
             most_body_bytes=parse_size(self.max_body, "--max-body"),
             most_streams=self.max_requests,
             most_connections=self.max_connections,
+            header_seconds=self.header_timeout,
+            body_seconds=self.body_timeout,
             grace_seconds=self.grace,
         )
+
+    def prefix_store(self, model: Any, config: SpeCacheConfig) -> PrefixStore | None:
+        """Return the store of prompts that were read; `None` without prefix sharing.
+
+        Raises:
+            ConfigError, SessionError: a size is none, or the folder cannot be used.
+        """
+        from specache.engine.prefix_store import PrefixStore
+
+        if not self.prefix_sharing:
+            return None
+        return PrefixStore(
+            model,
+            config,
+            most_slow_bytes=self._most_slow_bytes(),
+            folder=self.prefix_cache,
+            most_disk_bytes=parse_size(self.prefix_bytes, "--prefix-bytes"),
+            share_owners=self.share_prefixes,
+        )
+
+    def _most_slow_bytes(self) -> int | None:
+        if self.slow_memory is not None:
+            return parse_size(self.slow_memory, "--slow-memory")
+        free = machine.available_memory()
+        return None if free is None else free // 2
 
     def keys(self) -> KeyRing | None:
         """Return the keys, or `None` if there is no key file.

@@ -13,7 +13,7 @@ class Job:
     """A request for an `EngineService`, with what concerns serving it.
 
     Attributes:
-        request: made by `specache.make_request`. The service sets its `callback` and `progress`.
+        request: made by `specache.make_request`. The service takes over its `progress` and chunk.
         owner: whom stored prefixes belong to. Requests never share prefixes with another owner.
         cacheable: whether what is read and written may be kept as a prefix for later requests.
         top_logprobs: how many most likely tokens to report beside each new one; 0 reports the

@@ -47,9 +47,9 @@ class PolicyEngines:
             ConfigError, UsageError: the settings.
             FastMemoryError: names the bytes that it needs.
         """
-        cache, request = self.first.cache, job.request
+        cache, request = self.first.cache, replace(job.request, chunk=None)
         if job.prompt_logprobs is not None:
-            request = replace(request, on_prompt_logits=lambda row, start, logits: None)
+            request.on_prompt_logits = lambda row, start, logits: None
         self.first.room.check_alone(cache, cache.config_with(**dict(self._changes(job))), request, self.first.chunk)
 
     def of(self, job: Job) -> Engine:
@@ -64,8 +64,11 @@ class PolicyEngines:
         return self._others[changes]
 
     def step(self, run: Callable[[Engine], Any]) -> None:
-        """Run `run` on every engine that has work."""
-        for engine in self.all:
+        """Run `run` on every engine that has work, first on the one that reads a prompt.
+
+        So there is at most one chunk of a prompt between two steps of each.
+        """
+        for engine in sorted(self.all, key=lambda engine: not engine.has_prompt):
             if engine.has_work:
                 run(engine)
 

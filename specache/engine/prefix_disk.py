@@ -105,19 +105,22 @@ class PrefixDisk:
     def read(self, prefix: Prefix, saved: SavedPrefix, cache: SpeCache, length: int) -> Sequence | None:
         """Return a sequence of a cache with the first tokens of a saved prefix.
 
-        Returns None if it is damaged; it is not used any more then.
+        Returns None if it is damaged or was removed; it is not used any more then.
 
         Raises:
             FastMemoryError: the cache's budget has no room.
         """
         assert self._folder is not None
+        sequence: Sequence | None
         try:
             sequence = self._folder.read(saved, cache.context, length)
         except (SessionError, SlowTierError) as error:
             self._report(f"A stored prefix cannot be used and is read again. {error}")
+            sequence = None
+        if sequence is None:
             self.collect()
-            return None
-        self._counters.brought_back += 1
+        else:
+            self._counters.brought_back += 1
         return sequence
 
     def touch(self, prefix: Prefix, length: int) -> None:

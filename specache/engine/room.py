@@ -6,10 +6,10 @@ import weakref
 from typing import Any, Protocol
 
 from specache.cache.cache import SpeCache
-from specache.cache.sizes import page_layout
+from specache.cache.sizes import on_disk, page_layout
 from specache.config import Policy, SpeCacheConfig
 from specache.engine.admission import check_limit, check_room
-from specache.engine.auto_tier import decide_tier
+from specache.engine.auto_tier import decide_tier, free_memory, main_memory_bytes, with_margin
 from specache.engine.handle import Handle, Request
 from specache.engine.stored_prefixes import StoredPrefixes
 from specache.errors import FastMemoryError, OutOfMemoryError
@@ -66,7 +66,7 @@ class Room:
             new = reuse.planned(request.token_ids, new)
         planned = [*tenant.planned(), *new]
         try:
-            self._check_slow(tenant, new)
+            self._free_main_memory(cache, planned, chunk)
             decide_tier(self._model, cache, planned, chunk)
             self._check_fast(tenant, planned, chunk, _logit_bytes_of(request, cache, chunk))
         except (FastMemoryError, OutOfMemoryError):
@@ -97,8 +97,11 @@ class Room:
 
     def settle(self) -> None:
         """Drop stored prefixes that took bytes which the running requests are going to need."""
-        if self.prefixes is not None:
-            self.prefixes.make_room(sum(self._growth(one) for one in self.tenants), 0)
+        budget = next((one.cache.resources.budget for one in self.tenants), None)
+        if self.prefixes is not None and budget is not None and budget.left is not None:
+            short = sum(self._growth(one) for one in self.tenants) - budget.left
+            if short > 0:
+                self.prefixes.make_room(short, 0)
 
     def detach(self) -> None:
         """Move the state of attached device batches back into their sequences."""
@@ -108,23 +111,29 @@ class Room:
     def _check_fast(self, tenant: Tenant, planned: list[PlannedSequence], chunk: int, more: int) -> None:
         """Make room of `fast_memory` for the planned sequences and `more` bytes, or raise."""
         cache = tenant.cache
-        if cache.resources.budget.limit is None:
+        left = cache.resources.budget.left
+        if left is None:
             return
         more += sum(self._growth(one) for one in self.tenants if one is not tenant)
         more += self._copied_pages(cache, cache.config, len(planned))
         if self.prefixes is not None:
             needed = plan(cache.resources.dimensions, cache.config.with_changes(prefill_chunk=chunk), planned).fast
-            self.prefixes.make_room(max(0, needed + more - cache.held_bytes()), 0)
+            short = needed + more - cache.held_bytes() - left
+            if short > 0:
+                self.prefixes.make_room(short, 0)
         check_room(cache, planned, chunk, more)
 
-    def _check_slow(self, tenant: Tenant, new: list[PlannedSequence]) -> None:
-        """Make room for the 16-bit pairs of a request beside the stored ones, or raise."""
-        if self.prefixes is None:
+    def _free_main_memory(self, cache: SpeCache, planned: list[PlannedSequence], chunk: int) -> None:
+        """Drop stored prefixes where main memory would not suffice because of them."""
+        if self.prefixes is None or on_disk(cache.config):
             return
-        cache = tenant.cache
-        needed = plan(cache.resources.dimensions, cache.config, new).slow
-        if not self.prefixes.make_room(0, needed) and self._busy:
-            raise FastMemoryError("The 16-bit pairs of the running requests leave no room for those of this one.")
+        dimensions = cache.resources.dimensions
+        memory = plan(dimensions, cache.config.with_changes(prefill_chunk=chunk), planned)
+        held = sum(sequence.tier.nbytes + sequence.held_bytes() for sequence in cache.sequences)
+        needed = with_margin(max(0, main_memory_bytes(dimensions, memory, planned) - held))
+        free = free_memory(self._model, needed)
+        if free is not None and needed > free:
+            self.prefixes.make_room(0, needed - free)
 
     @property
     def _busy(self) -> bool:

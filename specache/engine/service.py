@@ -9,12 +9,14 @@ import threading
 import time
 import warnings
 from collections import deque
+from collections.abc import AsyncIterator
 from typing import Any
 
 from specache.config import SpeCacheConfig
 from specache.engine.chunk_ladder import choose_chunk
 from specache.engine.engine import Engine
-from specache.engine.events import Failed, Finished, Job
+from specache.engine.event_stream import stream
+from specache.engine.events import Event, Failed, Finished, Job
 from specache.engine.policy_engines import PolicyEngines
 from specache.engine.prefix_reuse import PrefixReuse
 from specache.engine.service_status import ServiceStatus, Totals, measured
@@ -38,9 +40,10 @@ class EngineService:
         model, config: as for `Engine`.
         prefixes: stored prefixes that requests go on from; the service closes them at its end.
         most_waiting: the most requests in the queue.
-        chunk_ms: the longest that the running requests wait for a chunk of a prompt, as far as the
-            chunk's size can decide that. It is chosen once, at the start. `None` reads
-            `prefill_chunk` tokens at a time.
+        chunk_ms: how long the running requests may wait for a chunk of a prompt. The chunk's size
+            is chosen by that once, at the start, and at most `prefill_chunk`, which `None` takes.
+            Prompts whose RoPE frequencies or activation scales depend on all tokens of a pass are
+            read in one.
 
     Raises:
         UnsupportedModelError, ConfigError, SlowTierError: as `SpeCache`.
@@ -110,8 +113,17 @@ class EngineService:
             self._changed.notify_all()
         return ticket
 
+    def stream(self, job: Job) -> AsyncIterator[Event]:
+        """Submit a job and yield its events, in asyncio: `async for event in service.stream(job)`.
+
+        Leaving the loop early, or cancelling the task, aborts the request. It raises what `submit`
+        raises, and the error of a request that fails.
+        """
+        return stream(lambda listen: self.submit(job, listen))
+
     def status(self) -> ServiceStatus:
         """Return what the service does now, and what it did so far. Quick, from any thread."""
+        self._check_process()
         numbers = measured(self._engines)
         prefixes = None if self._prefixes is None else self._prefixes.status()
         with self._changed:

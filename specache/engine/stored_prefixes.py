@@ -27,7 +27,7 @@ class StoredPrefixes(Protocol):
         """Forget a running sequence, which its owner frees."""
 
     def make_room(self, fast_bytes: int, slow_bytes: int) -> bool:
-        """Drop prefixes, least recently used first, until so many bytes are free.
+        """Drop prefixes, least recently used first, until so many bytes that are in use are free.
 
         Return whether they are.
         """

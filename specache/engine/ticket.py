@@ -84,6 +84,7 @@ class Ticket:
         request = self.job.request
         if request.state.new_token_ids() is not None or request.on_token is not None:
             raise UsageError("This request was submitted before. Make another one with specache.make_request(model, ...).")
+        request.chunk = None  # others wait for a chunk, so the service decides
         request.progress, request.on_token = self._progress, self._new_token
         request.on_prompt_logits = None if self.job.prompt_logprobs is None else self._prompt_logits
 

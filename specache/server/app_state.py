@@ -55,7 +55,7 @@ class AppState:
             raise unavailable("The server is shutting down.", "shutting_down")
         if self.served is None or self.service is None:
             raise unavailable("The model is being loaded. GET /health says when it is there.", "loading")
-        if self.service.status().error is not None:
+        if not self.service.wait_until_ready(0):
             raise ApiError(
                 503, "The engine has stopped after an error. Start the server again; its log says why.", code="engine_stopped"
             )

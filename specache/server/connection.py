@@ -12,8 +12,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from specache.server.error_responses import ApiError
 from specache.server.settings import ServerSettings
 
-_DRAIN_SECONDS = 2.0  # a client that still sends its body gets its answer first, and then no more time
-
 
 class Connection(H11Protocol):
     """A connection whose headers must arrive in time, and whose errors have the API's shape.
@@ -55,7 +53,7 @@ class Connection(H11Protocol):
         """Close a connection soon whose request still arrives: nobody reads it."""
         super().on_response_complete()
         if self.conn.their_state is h11.SEND_BODY and not self.transport.is_closing():
-            self._drain = self.loop.call_later(_DRAIN_SECONDS, self.transport.close)
+            self._drain = self.loop.call_later(self.settings.drain_seconds, self._end_drain, self.cycle)
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is not HTTP, or has headers that are too long."""
@@ -68,6 +66,11 @@ class Connection(H11Protocol):
         super().timeout_keep_alive_handler()
         if self.transport.get_write_buffer_size():
             self.loop.call_later(self.settings.send_seconds, self.transport.abort)
+
+    def _end_drain(self, cycle: Any) -> None:
+        """Close, unless the body has arrived meanwhile and the connection has gone on."""
+        if self.cycle is cycle and self.conn.their_state is h11.SEND_BODY:
+            self.transport.close()
 
     def _waits_for_headers(self) -> bool:
         return self.conn.their_state is h11.IDLE

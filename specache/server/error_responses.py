@@ -16,6 +16,7 @@ from specache.errors import (
     FastMemoryError,
     OutOfMemoryError,
     QueueFullError,
+    ServiceClosedError,
     SpeCacheError,
     UnsupportedModelError,
     UsageError,
@@ -78,6 +79,8 @@ def api_error(error: BaseException) -> ApiError:
         return error
     if isinstance(error, QueueFullError):
         return busy(str(error), error.retry_after_s)
+    if isinstance(error, ServiceClosedError):
+        return unavailable(str(error), "engine_stopped")
     if isinstance(error, OutOfMemoryError):
         return unavailable(str(error), "out_of_memory")
     if isinstance(error, FastMemoryError):

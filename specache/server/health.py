@@ -47,4 +47,4 @@ def _condition(state: AppState) -> str:
         return "shutting_down"
     if state.service is None:
         return "loading"
-    return "ok" if state.service.status().error is None else "engine_stopped"
+    return "ok" if state.service.wait_until_ready(0) else "engine_stopped"

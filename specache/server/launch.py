@@ -60,12 +60,16 @@ def address_text(settings: ServerSettings, listener: socket.socket) -> str:
 class Server(uvicorn.Server):
     """A server that loads its model in the background.
 
+    Args:
+        load: returns the model and its running service.
+        on_ready: called once requests are answered.
+
     Attributes:
         interrupted: whether Ctrl-C ended it.
         failure: the error that ended it, or `None`.
     """
 
-    def __init__(self, app: ServerApp, load: Load) -> None:
+    def __init__(self, app: ServerApp, load: Load, on_ready: Callable[[ServedModel], None] = lambda served: None) -> None:
         settings = app.state.settings
         super().__init__(
             uvicorn.Config(
@@ -87,6 +91,7 @@ class Server(uvicorn.Server):
         self.failure: BaseException | None = None
         self._app = app
         self._load = load
+        self._on_ready = on_ready
         self._signals = 0
 
     def run_until_signal(self, listener: socket.socket) -> None:
@@ -163,3 +168,4 @@ class Server(uvicorn.Server):
             threading.Thread(target=service.close, args=(0.0,), daemon=True).start()
         else:
             self._app.begin_serving(served, service)
+            self._on_ready(served)

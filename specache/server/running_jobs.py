@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 
 from specache.engine.events import Event, Failed, Finished, NewToken
-from specache.errors import QueueFullError, UsageError
+from specache.errors import QueueFullError
 from specache.server.app_state import AppState
 from specache.server.error_responses import ApiError, unavailable
 from specache.server.generation import PreparedJob
@@ -79,12 +79,7 @@ class RunningJobs:
         """Submit a job, on a worker thread. If the request has ended meanwhile, abort it."""
         _, service = self._state.ready()
         self._began[index] = time.monotonic()
-        try:
-            ticket = service.submit(self.jobs[index].job, lambda event: self._put(index, event))
-        except UsageError as error:
-            if self._state.closing:
-                raise unavailable("The server is shutting down.", "shutting_down") from error
-            raise
+        ticket = service.submit(self.jobs[index].job, lambda event: self._put(index, event))
         self._context.at_end(ticket.abort)
 
     def _put(self, index: int, event: Event) -> None:

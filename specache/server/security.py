@@ -68,6 +68,9 @@ class Guard:
         return path.removeprefix(root) if root and path.startswith(f"{root}/") else path
 
     def _check_body(self, scope: Scope, headers: Headers) -> None:
+        if "content-length" in headers and "transfer-encoding" in headers:  # proxies differ in which they believe
+            message = "Send Content-Length or Transfer-Encoding, not both."
+            raise ApiError(400, message, code="bad_request", headers={"Connection": "close"})
         if scope["method"] in _WITH_BODY:
             _check_content_type(headers)
         length = headers.get("content-length", "0")

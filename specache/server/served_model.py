@@ -138,7 +138,9 @@ class ServedModel:
             ApiError: 400.
         """
         if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self.vocabulary_size:
-            raise ApiError(400, f"{param}: token ids must be from 0 to {self.vocabulary_size - 1:,}.", param=param, code="invalid_value")
+            raise ApiError(
+                400, f"{param}: token ids must be from 0 to {self.vocabulary_size - 1:,}.", param=param, code="invalid_value"
+            )
 
     def check_characters(self, characters: int, param: str) -> None:
         """Refuse a text that cannot fit even if every token of it were the longest.

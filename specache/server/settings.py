@@ -30,6 +30,7 @@ class ServerSettings:
         most_streams: requests for answers that may be open at once.
         most_connections: connections that may be open at once.
         header_seconds, body_seconds: how long a client may take to send either.
+        drain_seconds: how long the rest of a body is read that was answered before its end.
         send_seconds: how long a client may leave an event of its stream unread.
         ping_seconds: the pause after which a silent stream gets a comment.
         grace_seconds: how long answers may go on after Ctrl-C.
@@ -51,6 +52,7 @@ class ServerSettings:
     most_connections: int = 512
     header_seconds: float = 10.0
     body_seconds: float = 60.0
+    drain_seconds: float = 2.0
     send_seconds: float = 60.0
     ping_seconds: float = 10.0
     grace_seconds: float = 2.0

@@ -78,6 +78,7 @@ class PrefixFolder:
         self._identity, self._config = identity, config
         self._changing = threading.RLock()
         self._removed: list[SavedPrefix] = []  # whose rows are still read by sequences
+        self._reading: SavedPrefix | None = None  # is being brought back, and stays meanwhile
         self._lock = FolderLock(self.root)
         self.removals = 0
         self.saved: list[SavedPrefix] = []
@@ -145,21 +146,27 @@ class PrefixFolder:
             raise SessionError(f"{self.root / name} cannot be read back.")
         return saved
 
-    def read(self, saved: SavedPrefix, context: CacheContext, length: int) -> Sequence:
+    def read(self, saved: SavedPrefix, context: CacheContext, length: int) -> Sequence | None:
         """Return a sequence of a cache with the first tokens of a prefix (see `read_prefix`).
 
-        A damaged prefix is ignored from now on.
+        Returns None if it was removed meanwhile. A damaged one is ignored from now on.
 
         Raises:
-            SessionError, SlowTierError: it is damaged or gone.
+            SessionError, SlowTierError: it is damaged.
             FastMemoryError: the cache's budget has no room.
         """
+        with self._changing:
+            if saved.gone:
+                return None
+            self._reading = saved
         try:
             with modes.ours():
                 sequence = read_prefix(saved, context, length)
         except (SessionError, SlowTierError) as error:
             self.ignore(saved, str(error))
             raise
+        finally:
+            self._reading = None
         self.touch(saved)
         return sequence
 
@@ -195,7 +202,8 @@ class PrefixFolder:
         """
         with self._changing:
             while self.most_bytes is not None and self.nbytes + needed > self.most_bytes:
-                others: list[SavedPrefix | IgnoredPrefix] = [*self.ignored, *(one for one in self.saved if one is not sparing)]
+                spared = (sparing, self._reading)
+                others: list[SavedPrefix | IgnoredPrefix] = [*self.ignored, *(one for one in self.saved if one not in spared)]
                 if not others or needed > self.most_bytes:
                     return False
                 self._discard(min(others, key=lambda one: one.used))

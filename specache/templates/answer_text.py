@@ -109,7 +109,7 @@ class AnswerText:
         parser: assigns tokens to parts; None: everything is text.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str], parser: ChannelParser | None) -> None:
+    def __init__(self, tokenizer: Any, stops: Sequence[str], parser: ChannelParser | None = None) -> None:
         self.token_ids: list[int] = []
         self._parser = parser
         self._parts = {part: TextAssembler(tokenizer, stops, strip_start=parser is not None) for part in Part}
@@ -135,7 +135,9 @@ class AnswerText:
         return any(part.stopped for part in self._parts.values()) or (self._parser is not None and self._parser.ended)
 
     def push(self, token_id: int) -> list[tuple[Part, str]]:
-        """Add a token and return the pieces of text that became final."""
+        """Add a token and return the pieces of text that became final; none once it has ended."""
+        if self.ended:
+            return []
         if self._parser is None:
             return [(Part.TEXT, self._parts[Part.TEXT].push(token_id))]
         return self._assembled(self._parser.push(token_id))

@@ -27,12 +27,20 @@ def test_json_has_every_section():
         "disk_tier",
         "auto_tier",
         "demo_model",
+        "server",
         "problems",
     }
     assert set(facts) == sections
     assert facts["kernels"] == dispatch.active()
     assert facts["product_kernels"] == linear.kernel_names()
     assert facts["cpu"]["cores"] >= 1 and facts["versions"]["torch"]
+
+
+def test_it_says_how_a_server_would_compute():
+    facts = run_json("doctor")["server"]
+    assert 1 <= facts["threads"] <= facts["threads_with_clients_elsewhere"] == (machine.usable_cores() or 1)
+    assert facts["threads_wait"] == "passive" and facts["missing"] == []
+    assert "Server (specache serve)" in one_line(run("doctor").stdout)
 
 
 def test_the_report_names_versions_kernels_and_the_cache_folder(tmp_path, monkeypatch):

@@ -30,7 +30,7 @@ def service_of(model: Any, config: specache.SpeCacheConfig | None = None, **opti
 def alone(model: Any, ids: Tensor, config: specache.SpeCacheConfig | None = None, **options: Any) -> list[list[int]]:
     """The new tokens [B][tokens] of the same request by `specache.generate`."""
     with torch.random.fork_rng():
-        output = specache.generate(model, ids, config=config or settings(), **{"do_sample": False, **options})
+        output = specache.generate(model, ids, config=config or settings(), **{"do_sample": False, "max_new_tokens": 8, **options})
     return output[:, ids.shape[1] :].tolist()
 
 

@@ -46,6 +46,7 @@ def live(
     chosen = ServerSettings(port=0, **settings)
     app = ServerApp(chosen, None if keys is None else KeyRing(keys))
     engine = EngineService(model, config, **(service or {}))
+    assert engine.wait_until_ready(60)
     listener = listen(chosen)
     server = Server(app, lambda: (served_model(model), engine))
     thread = threading.Thread(target=server.run_until_signal, args=(listener,))

