@@ -18,7 +18,7 @@ from specache.bench.compute_device import CPU
 from specache.bench.gguf_weights import rewrite_gguf
 from specache.bench.serve_client import Answered, LoadJob
 from specache.bench.serve_figures import Load
-from specache.bench.serve_process import ServerProcess, free_port
+from specache.bench.serve_process import ServerProcess, free_port, pinned
 from specache.bench.serve_servers import (
     LLAMA_CPP,
     RIVALS,
@@ -151,7 +151,7 @@ class Serve:
                 raise BenchmarkError(
                     f"{server.name} failed on its first request ({warm.error}): {warm.message}. {process.log_end()}"
                 )
-            with process.memory() as memory:
+            with pinned(None if client_core is None else {client_core}), process.memory() as memory:
                 idle = memory.now
                 answers = _answers(replace(job, requests=tuple(trace), clients=self.clients))
             return Load(answers, idle, memory.peak)

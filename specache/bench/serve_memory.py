@@ -9,13 +9,13 @@ from types import TracebackType
 
 import psutil
 
-_EVERY_S = 0.2
+_EVERY_S = 0.5
 
 
 class TreeMemory:
     """Measures the most resident bytes of a process's descendants inside a `with` block.
 
-    The sum over all of them is sampled five times a second. On Linux a single process's own peak,
+    The sum over all of them is sampled twice a second. On Linux a single process's own peak,
     which the kernel keeps, counts too, so that a short one is not missed.
 
     Args:

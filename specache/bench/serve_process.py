@@ -64,7 +64,7 @@ class ServerProcess:
         }
         keeper = [sys.executable, "-I", str(Path(serve_keeper.__file__)), *command]
         try:
-            with _pinned(cores):
+            with pinned(cores):
                 self._keeper = subprocess.Popen(
                     keeper, stdin=subprocess.PIPE, stdout=self._log, stderr=subprocess.STDOUT, env=environment
                 )
@@ -139,8 +139,11 @@ class ServerProcess:
             connection.close()
 
 
-class _pinned:
-    """Run on some cores inside the block. Processes started there inherit them."""
+class pinned:
+    """Run this thread on some cores inside the block; what it starts there inherits them.
+
+    `None` changes nothing.
+    """
 
     def __init__(self, cores: set[int] | None) -> None:
         self._cores = cores
