@@ -57,8 +57,7 @@ struct Fetched {
 // The rows of a sequence in main memory, and the hot set through which a step copies them.
 struct CopiedRows {
     HotSet* hot;
-    const uint8_t* stored;  // [Hkv, capacity, 2 D]
-    int64_t head_stride, token_stride;  // bytes
+    StoredRows stored;
     Dtype dtype;
 };
 

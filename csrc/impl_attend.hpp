@@ -135,8 +135,10 @@ void exact(const float* const* queries, int queries_count, int dim, const uint8_
 void exact_rows(const float* const* queries, int queries_count, int dim, const Rows& rows, int row, const int64_t* positions,
                 const int64_t* slots, int64_t count, float scaling, float softcap, float* scores, Partial out) {
     Selected tokens{rows, row, positions, slots, int64_t(dim) * itemsize(rows.dtype)};
-    for (int64_t i = 0; i < count; i++)  // rows are scattered: prefetch all of them
-        for (int64_t d = 0; d < 2 * tokens.half; d += 64) __builtin_prefetch(tokens.key(i) + d);
+    for (int64_t i = 0; i < count; i++) {  // rows are scattered: prefetch all of them
+        const uint8_t* key = tokens.key(i);
+        for (int64_t d = 0; d < 2 * tokens.half; d += 64) __builtin_prefetch(key + d);
+    }
     int64_t seen[kMaxQueries];
     for (int j = 0; j < queries_count; j++) seen[j] = count;
     attend_exactly(queries, queries_count, dim, tokens, count, seen, rows.dtype, scaling, softcap, scores, out);

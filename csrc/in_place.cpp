@@ -39,7 +39,7 @@ void append(const Layout& layout, const StoredSequence& sequence, int64_t b, con
     const int64_t position = sequence.low_bit + sequence.residual;
     for (int head = 0; head < layout.heads; head++) {
         const uint8_t *key = key_of(tokens, b, head), *value = value_of(tokens, b, head);
-        uint8_t* row = layer.rows + head * layer.row_head + position * layer.row_token;
+        auto* row = const_cast<uint8_t*>(layer.rows.at(head, position));
         const int64_t newest = head * layer.residual_head + sequence.residual * layer.residual_token;
         std::memcpy(row, key, bytes);
         std::memcpy(row + bytes, value, bytes);
@@ -72,7 +72,7 @@ int64_t decode_in_place(const Engine& engine, Step step, const std::vector<Store
         recent.own_key_head = tokens.key_head, recent.own_key_token = tokens.key_token;
         recent.own_value_head = tokens.value_head, recent.own_value_token = tokens.value_token;
         recents.push_back(recent);
-        for (int head = 0; head < layout.heads; head++) rows.push_back({layer.rows + head * layer.row_head, tokens.dtype, 0, 0, layer.row_token});
+        for (int head = 0; head < layout.heads; head++) rows.push_back({nullptr, tokens.dtype, 0, 0, layer.rows, head});
     }
     LayerStep(engine, std::move(step), recents, k, sinks, true).run(rows, nullptr);
     return kAllFinite;

@@ -17,8 +17,9 @@ struct StoredLayer {
     const float* weights = nullptr;  // key scales of the rotated code
     uint8_t *keys = nullptr, *values = nullptr;  // the residual [Hkv, R + g, D]
     int64_t residual_head = 0, residual_token = 0, residual_capacity = 0;
-    uint8_t* rows = nullptr;  // the 16-bit rows [Hkv, capacity, 2 D]
-    int64_t row_head = 0, row_token = 0, row_capacity = 0;
+    std::vector<const uint8_t*> row_blocks;  // of `rows`
+    StoredRows rows;
+    int64_t row_capacity = 0;  // tokens
 };
 
 // One sequence of a step: the tokens that its layer holds before.

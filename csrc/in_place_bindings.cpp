@@ -25,8 +25,11 @@ struct OwnedStoredLayer {
         stored.keys = at<uint8_t>(keys), stored.values = at<uint8_t>(values);
         stored.residual_head = head, stored.residual_token = token, stored.residual_capacity = capacity;
     }
-    void set_rows(uintptr_t rows, int64_t head, int64_t token, int64_t capacity) {
-        stored.rows = at<uint8_t>(rows), stored.row_head = head, stored.row_token = token, stored.row_capacity = capacity;
+    // blocks: their addresses; capacity: the tokens of all of them.
+    void set_rows(Addresses blocks, int shift, int64_t head, int64_t token, int64_t capacity) {
+        stored.row_blocks = pages_of(blocks);
+        stored.rows = {stored.row_blocks.data(), shift, head, token};
+        stored.row_capacity = capacity;
     }
 };
 

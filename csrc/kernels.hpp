@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "layout.hpp"
+#include "stored_rows.hpp"
 
 namespace specache {
 
@@ -17,15 +18,17 @@ struct PreparedQuery {
     int32_t sum[kMaxQueries];  // of the rounded query: undoes the levels' offset
 };
 
-// Addresses of the exact rows of selected positions: [K | V] of one token, 2 D elements.
+// Addresses of the exact rows of a KV head's selected positions: [K | V] of one token, 2 D elements.
+// They lie in slots, or, where there is no `base`, by position.
 struct Rows {
     const uint8_t* base;
     Dtype dtype;
-    int64_t row_stride, slot_stride;  // bytes; by position where slot_stride is 0
-    int64_t position_stride;
+    int64_t row_stride, slot_stride;  // bytes
+    StoredRows stored = {};
+    int64_t head = 0;  // of `stored`
 
     SPECACHE_INLINE const uint8_t* at(int row, int64_t slot, int64_t position) const {
-        return base + row * row_stride + (slot_stride ? slot * slot_stride : position * position_stride);
+        return base ? base + row * row_stride + slot * slot_stride : stored.at(head, position);
     }
 };
 

@@ -60,7 +60,7 @@ public:
         std::vector<Rows> rows;
         for (int64_t head = 0; head < step_.heads(); head++) {
             const CopiedRows& of = copied[size_t(head / layout_.heads)];
-            rows.push_back({of.hot->row(step_.head_of(head), 0), of.dtype, 0, of.hot->row_bytes(), 0});
+            rows.push_back({of.hot->row(step_.head_of(head), 0), of.dtype, 0, of.hot->row_bytes()});
         }
         parallel(engine_.threads, [&](Worker& worker) {
             worker.each(step_.heads(), [&](int64_t head) { attend_recent(head); });
@@ -203,13 +203,14 @@ private:
         if (missing.empty()) return;
         const auto started = std::chrono::steady_clock::now();
         from.hot->reserve(head, positions, count, step, slots);
-        const uint8_t* stored = from.stored + head * from.head_stride;
-        for (int64_t i : missing)  // rows are scattered: ask for all of them
-            for (int64_t d = 0; d < from.hot->row_bytes(); d += 64) __builtin_prefetch(stored + positions[i] * from.token_stride + d);
+        for (int64_t i : missing) {  // rows are scattered: ask for all of them
+            const uint8_t* row = from.stored.at(head, positions[i]);
+            for (int64_t d = 0; d < from.hot->row_bytes(); d += 64) __builtin_prefetch(row + d);
+        }
         for (int64_t i : missing) {
             if (slots[i] < 0) throw std::invalid_argument("a hot set without room for one step");
             if (ahead) from.hot->mark_ahead(head, slots[i]);
-            std::memcpy(from.hot->row(head, slots[i]), stored + positions[i] * from.token_stride, size_t(from.hot->row_bytes()));
+            std::memcpy(from.hot->row(head, slots[i]), from.stored.at(head, positions[i]), size_t(from.hot->row_bytes()));
         }
         counts.copied += int64_t(missing.size());
         counts.seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count() /

@@ -58,7 +58,7 @@ Fetched fetched_of(const Step& step, uintptr_t positions, int64_t k, uintptr_t r
     Fetched fetched{at<const int64_t>(positions), k, {}, nullptr};
     for (int64_t head = 0; head < step.heads(); head++)
         fetched.rows.push_back({at<const uint8_t>(rows) + head / step.layout->heads * strides.at(0) + step.head_of(head) * strides.at(1),
-                                Dtype(dtype), strides.at(2), strides.at(3), 0});
+                                Dtype(dtype), strides.at(2), strides.at(3)});
     return fetched;
 }
 
@@ -85,17 +85,24 @@ struct OwnedStep {
         this->layout.layout.signs = this->layout.signs.data();
     }
 
-    // numbers: address, head stride, token stride per sequence. Returns selected, ready and copied
-    // rows and the seconds of copying, per sequence.
-    std::vector<std::tuple<int64_t, int64_t, int64_t, double>> run_copied(const std::vector<HotSet*>& hot, const std::vector<int64_t>& numbers,
-                                                                          int dtype, int real, uintptr_t next, uintptr_t out) {
-        if (hot.size() != low_bit_kvs.size() || numbers.size() != 3 * hot.size()) throw std::invalid_argument("hot sets");
+    // blocks and numbers: the addresses of the rows' blocks, and shift, head stride, token stride and
+    // capacity, per sequence. Returns selected, ready and copied rows and the seconds of copying, per
+    // sequence.
+    std::vector<std::tuple<int64_t, int64_t, int64_t, double>> run_copied(const std::vector<HotSet*>& hot, const std::vector<Addresses>& blocks,
+                                                                          const std::vector<int64_t>& numbers, int dtype, int real,
+                                                                          uintptr_t next, uintptr_t out) {
+        if (hot.size() != low_bit_kvs.size() || blocks.size() != hot.size() || numbers.size() != 4 * hot.size())
+            throw std::invalid_argument("hot sets");
         for (const HotSet* one : hot)
             if (one->heads() != step.layout->heads || one->row_bytes() != 2 * step.layout->dim * itemsize(Dtype(dtype)))
                 throw std::invalid_argument("a hot set of another layer");
         std::vector<CopiedRows> copied;
-        for (size_t i = 0; i < hot.size(); i++)
-            copied.push_back({hot[i], reinterpret_cast<const uint8_t*>(numbers[3 * i]), numbers[3 * i + 1], numbers[3 * i + 2], Dtype(dtype)});
+        std::vector<std::vector<const uint8_t*>> tables;
+        for (size_t i = 0; i < hot.size(); i++) {
+            if (low_bit_kvs[i].length > numbers[4 * i + 3]) throw std::invalid_argument("fewer rows than tokens");
+            tables.push_back(pages_of(blocks[i]));
+            copied.push_back({hot[i], {tables[i].data(), int(numbers[4 * i]), numbers[4 * i + 1], numbers[4 * i + 2]}, Dtype(dtype)});
+        }
         nb::gil_scoped_release released;
         const std::vector<CopyCounts> counts = layer.run(copied, real, at<int64_t>(next), at<float>(out));
         std::vector<std::tuple<int64_t, int64_t, int64_t, double>> sums(hot.size());
@@ -137,7 +144,7 @@ struct OwnedStep {
         Fetched fetched{at<const int64_t>(positions), k, {}, at<const int64_t>(slots)};
         for (int64_t head = 0; head < step.heads(); head++) {
             const HotSet& rows = *hot.at(size_t(head / step.layout->heads));
-            fetched.rows.push_back({rows.row(step.head_of(head), 0), Dtype(dtype), 0, rows.row_bytes(), 0});
+            fetched.rows.push_back({rows.row(step.head_of(head), 0), Dtype(dtype), 0, rows.row_bytes()});
         }
         nb::gil_scoped_release released;
         layer.attend_fetched(fetched, at<float>(out));
@@ -165,7 +172,18 @@ void py_quantise(const std::string& isa, int threads, const OwnedLayout& layout,
     quantise(engine, layout.layout, low_bit_kv.view(), prompt, start, count);
 }
 
-// What a table of blocks tells of itself; the memory stays with the caller.
+// Rows in main memory: sizes are heads, capacity in tokens, bytes of a row, head stride and token
+// stride. out [M, 2 D].
+void py_gather_rows(Addresses blocks, int shift, const std::vector<int64_t>& sizes, Addresses heads, Addresses positions, uintptr_t out) {
+    if (heads.shape(0) != positions.shape(0)) throw std::invalid_argument("heads and positions");
+    const std::vector<const uint8_t*> table = pages_of(blocks);
+    const StoredRows rows{table.data(), shift, sizes.at(3), sizes.at(4)};
+    const int64_t *head = heads.data(), *position = positions.data(), count = int64_t(heads.shape(0));
+    nb::gil_scoped_release released;
+    gather_rows(rows, sizes.at(0), sizes.at(1), sizes.at(2), head, position, count, at<uint8_t>(out));
+}
+
+// What a table of blocks on disk tells of itself; the memory stays with the caller.
 struct RowTable {
     RowFiles files;
 
@@ -267,6 +285,7 @@ NB_MODULE(_native, m) {
     define_hot_set(m);
     bind_in_place(m);
     m.def("quantise", &py_quantise);
+    m.def("gather_rows", &py_gather_rows);
     m.def("packed_linear", &py_packed_linear);
     m.def("plain_linear", &py_plain_linear);
     nb::class_<RowTable>(m, "RowTable")

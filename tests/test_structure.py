@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "specache"
 PAGES = ["docs/structure.md", "CONTRIBUTING.md"]
 PATH = re.compile(r"`((?:[\w.]+/)+|(?:[\w.]+/)*\w+\.(?:py|cpp|hpp|toml|md))`(?:: `([\w.]+)`((?:, `[\w.]+`)*))?")
+_FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 SAME_ROLE = {"__init__", "__main__", "base", "task", "conftest"}  # one per package, for the same thing in each
 
 
@@ -26,10 +27,10 @@ def mentioned(page: str) -> list[tuple[str, list[str]]]:
 def names_in(path: Path) -> set[str]:
     names = set()
     for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+        if isinstance(node, ast.ClassDef | _FUNCTIONS):
             names.add(node.name)
             if isinstance(node, ast.ClassDef):
-                names |= {f"{node.name}.{part.name}" for part in node.body if isinstance(part, ast.FunctionDef)}
+                names |= {f"{node.name}.{part.name}" for part in node.body if isinstance(part, _FUNCTIONS)}
         elif isinstance(node, ast.Assign):
             names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
     return names

@@ -17,6 +17,7 @@ from specache.rows.fetch import HotSetRowFetcher, InPlaceRowFetcher, RowFetcher
 from specache.rows.native_hot_set import new_hot_set
 from specache.stats import Counters
 from specache.tiers.ram import RamTier
+from specache.tiers.row_memory import RowMemory, SystemMemory
 from specache.tiers.transfer import Transfer
 from specache.tiers.worker import PrefetchWorker
 
@@ -39,7 +40,7 @@ class LowBitLayer:
         layout = page_layout(self.config, heads, dim)
         on_cpu = keys.device.type == CPU
         copied = not on_cpu if copied is None else copied
-        tier = RamTier(in_place=not copied, pinned=not on_cpu)
+        tier = RamTier(not copied, None if on_cpu else RowMemory(SystemMemory(pinned=True), block_tokens=None))
         self.fetched = Counters()
         self._rows: RowFetcher = _copied_rows(tier, keys, self.fetched) if copied else InPlaceRowFetcher(tier, 0)
         self._table = PageTable(PagePool(layout, keys.device, ByteBudget()))

@@ -25,6 +25,7 @@ from specache.platform import modes
 from specache.stats import Counters, MemoryUse, report
 from specache.tiers.base import SlowTier
 from specache.tiers.disk.scratch import prepare_folder
+from specache.tiers.ram import held_bytes
 from specache.tiers.tier_choice import TierChoice
 
 _OTHER_MODEL = (
@@ -223,8 +224,13 @@ class SpeCache:
         return sum(sequence.held_bytes() for sequence in self.sequences)
 
     def memory(self) -> MemoryUse:
-        """Return the bytes held now."""
-        return sum((sequence.memory() for sequence in self.sequences), MemoryUse())
+        """Return the bytes held now. Rows that its sequences share count once.
+
+        Those shared with other caches count in each: `context.row_memory.used` has them once.
+        """
+        memory = sum((sequence.memory() for sequence in self.sequences), MemoryUse())
+        memory.slow = held_bytes(sequence.tier for sequence in self.sequences)
+        return memory
 
     def fork(self, policy: Policy | str | None = None, **changes: Any) -> SpeCache:
         """Return an independent copy of the cache, optionally with other settings.

@@ -21,6 +21,7 @@ from specache.tiers.disk.disk_tier import DiskTier
 from specache.tiers.main_memory import MainMemory
 from specache.tiers.pinned import PinnedPool
 from specache.tiers.ram import RamTier
+from specache.tiers.row_memory import RowMemory
 from specache.tiers.streams import streams_for
 from specache.tiers.worker import PrefetchWorker
 
@@ -58,7 +59,15 @@ class CacheContext:
             return DiskTier(self.config.slow_dir)
         if self.main_memory is not None:
             return self.main_memory.new_tier()
-        return RamTier(in_place=self.config.slow_tier is SlowTierKind.RAM_INPLACE)
+        return RamTier(self.config.slow_tier is SlowTierKind.RAM_INPLACE, self.resources.row_memory)
+
+    @property
+    def row_memory(self) -> RowMemory:
+        """The memory of 16-bit rows, of this cache and its forks.
+
+        Its `used` is what they hold of it, with shared blocks once.
+        """
+        return self.resources.row_memory if self.main_memory is None else self.main_memory.memory
 
     def row_fetcher(self, tier: SlowTier, index: int, keys: Tensor) -> RowFetcher:
         """Return the row fetcher of a layer with keys [Hkv, n, D]."""

@@ -22,6 +22,7 @@ from specache.platform.budget import ByteBudget, Claim
 from specache.rows.fetch import RowFetcher
 from specache.stats import MemoryUse
 from specache.tiers.base import SlowTier
+from specache.tiers.layer_rows import LayerRows
 
 
 class LayerState(ABC):
@@ -170,12 +171,8 @@ class CompressedLayer(LayerState):
         self._kv_rows[1, :, self.residual_count] = values[:, 0]
         self.residual_count += 1
 
-    @property
-    def rows_version(self) -> int:
-        return self.tier.version
-
-    def rows_with_room(self, tokens: int) -> Tensor:
-        """Return the rows [Hkv, capacity, 2 D] in memory, with room for `tokens` more.
+    def rows_with_room(self, tokens: int) -> LayerRows:
+        """Return the rows in memory, where `tokens` more may be written.
 
         Only of a tier that is `in_place`.
         """
@@ -234,6 +231,7 @@ class CompressedLayer(LayerState):
         self.claim_buffers(self.config)
         self.row_fetcher.drop()
         self.next_positions = None
+        self.tier.truncate_memory(self.index, length)
 
     def undo(self, length: int, next_positions: Tensor | None) -> None:
         """Undo an unfinished decode pass; `length` and `next_positions` are those before it.
@@ -299,17 +297,15 @@ class CompressedLayer(LayerState):
         self._free()
 
     def _parts(self, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Iterator[Part]:
-        for stored_keys, stored_values in self._stored(keys.device):
-            yield attend_part(query, stored_keys, stored_values, params)
+        length = self.length
+        for start in range(0, length, KEY_BLOCK):  # no name refers to a block while the next is read
+            yield attend_part(query, *self._stored(start, min(start + KEY_BLOCK, length), keys.device), params)
         yield attend_part(query, keys, values, params, causal=True)
 
-    def _stored(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield all stored keys and values [Hkv, n, D], a block at a time."""
-        length = self.length
-        step = length if self.tier.in_place else KEY_BLOCK
-        for start in range(0, length, max(step, 1)):
-            keys, values = self.tier.read(self.index, start, min(start + step, length))
-            yield keys.to(device), values.to(device)
+    def _stored(self, start: int, stop: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return keys and values [Hkv, stop - start, D] of stored tokens, on the device."""
+        keys, values = self.tier.read(self.index, start, stop)
+        return keys.to(device), values.to(device)
 
     def _store(self, keys: Tensor, values: Tensor) -> None:
         self.tier.write(self.index, self.length, keys, values)

@@ -13,6 +13,7 @@ from specache.low_bit.pool import PagePool, PageTable
 from specache.model.dimensions import dimensions_of
 from specache.model.info import ModelInfo
 from specache.platform.budget import ByteBudget
+from specache.tiers.row_memory import RowMemory
 from specache.tiers.transfer import Transfer
 
 
@@ -23,6 +24,7 @@ class Resources:
         dimensions: the model's dimensions, from which working sets and hot sets are sized.
         budget: bounds all fast memory that is held.
         transfer: copies rows to the device.
+        row_memory: memory of 16-bit rows on a CPU, in blocks that forks share.
     """
 
     def __init__(self, model: Any, info: ModelInfo, config: SpeCacheConfig) -> None:
@@ -30,6 +32,7 @@ class Resources:
         self.budget = ByteBudget(config.fast_memory)
         self._pools: dict[PageLayout, PagePool] = {}
         self.transfer = Transfer(info.device)
+        self.row_memory = RowMemory()
 
     def page_table(self, config: SpeCacheConfig, keys: Tensor) -> PageTable:
         """Return an empty page table for a layer with keys [Hkv, n, D]."""

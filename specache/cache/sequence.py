@@ -294,7 +294,10 @@ class Sequence:
         return sum(layer.held_bytes for layer in self.layers.values())
 
     def memory(self, itemsize: int | None = None) -> MemoryUse:
-        """Return the bytes in use, with row elements of `itemsize` bytes (default: the model's)."""
+        """Return the bytes in use, with row elements of `itemsize` bytes (default: the model's).
+
+        Rows that are shared with forks count in full.
+        """
         checkpoints = 0 if self.checkpoints is None else self.checkpoints.nbytes
         layers = list(self.layers.values())  # another thread may be adding some
         return sum((layer.memory(itemsize) for layer in layers), MemoryUse(slow=self.tier.nbytes, checkpoints=checkpoints))

@@ -41,7 +41,7 @@ def decide_tier(model: Any, cache: SpeCache, planned: Sequence[PlannedSequence],
     in_memory = cache.config.slow_tier
     dimensions = cache.resources.dimensions
     memory = plan(dimensions, cache.config.with_changes(prefill_chunk=chunk), planned)
-    held = sum(sequence.tier.nbytes + sequence.held_bytes() for sequence in cache.sequences)
+    held = cache.memory().slow + cache.held_bytes()
     needed = max(0, main_memory_bytes(dimensions, memory, planned) - held)
     free = free_memory(model, with_margin(needed))
     if free is None or (with_margin(needed) <= free and _may_be_pinned(cache.config, dimensions, memory)):
@@ -89,11 +89,12 @@ def disk_config(asked: SpeCacheConfig, device: str, chunk: int) -> SpeCacheConfi
 def main_memory_bytes(dimensions: ModelDimensions, memory: MemoryPlan, planned: Sequence[PlannedSequence]) -> int:
     """Return the main-memory bytes of a batch with its rows in main memory.
 
-    On a CPU this includes fast memory. If decoding stores tokens, it includes one layer's rows
-    twice, as a growing buffer is copied.
+    On a CPU this includes fast memory. For a GPU, if decoding stores tokens, it includes one
+    layer's rows twice, as a growing buffer is copied.
     """
-    growing = memory.slow // max(1, len(dimensions.full_layers)) if any(sequence.new for sequence in planned) else 0
-    return memory.slow + growing + (0 if dimensions.device == "cuda" else memory.fast)
+    if dimensions.device != "cuda":
+        return memory.slow + memory.fast
+    return memory.slow + (memory.slow // max(1, len(dimensions.full_layers)) if any(sequence.new for sequence in planned) else 0)
 
 
 def with_margin(needed: int) -> int:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
+from specache.cache.sizes import on_disk
+from specache.engine.chunk_ladder import choose_chunk
 from specache.engine.engine import Engine
 from specache.engine.events import Job
 from specache.stats import Counters, MemoryUse
@@ -27,6 +29,7 @@ class PolicyEngines:
         self.first = first
         self._others: OrderedDict[Changes, Engine] = OrderedDict()  # least recently used first
         self._closed = Counters()  # what engines that were closed have counted
+        self._disk_peak = 0
 
     @property
     def all(self) -> list[Engine]:
@@ -37,6 +40,11 @@ class PolicyEngines:
     def has_prompt(self) -> bool:
         """Return whether an engine has a prompt to read, so that no other may begin one."""
         return any(engine.has_prompt for engine in self.all)
+
+    def choose_chunk(self, seconds: float) -> None:
+        """Choose how many prompt tokens are read at a time, before the first request."""
+        self.first.chunk = choose_chunk(self.first.cache.config, seconds, self.first.time_chunk)
+        self.first.cache.context.count_from_zero()
 
     def check(self, job: Job) -> None:
         """Refuse a job whose settings are not possible, or which can never fit into fast memory.
@@ -96,6 +104,22 @@ class PolicyEngines:
     def memory(self) -> MemoryUse:
         """Return the bytes of all running sequences. Any thread may call this."""
         return sum((engine.cache.memory() for engine in self.all), MemoryUse())
+
+    @property
+    def slow_bytes(self) -> int:
+        """Return the bytes of 16-bit rows: all in main memory, or those of requests on disk."""
+        cache = self.first.cache
+        return self.memory().slow if on_disk(cache.config) else cache.context.row_memory.used
+
+    @property
+    def slow_peak_bytes(self) -> int:
+        """Return the most of `slow_bytes` so far. On disk it is looked at when a request ends."""
+        return max(self._disk_peak, self.slow_bytes, self.first.cache.context.row_memory.peak)
+
+    def note_slow_bytes(self, ended: int) -> None:
+        """Note `slow_bytes` with those of a request that has just ended."""
+        if on_disk(self.first.cache.config):
+            self._disk_peak = max(self._disk_peak, self.slow_bytes + ended)
 
     def _close_idle(self, most: int, also_busy: bool = False) -> None:
         """Close engines of other settings until at most `most` are left, those with work apart."""

@@ -80,3 +80,4 @@ def free(cache: SpeCache, handle: Handle, error: BaseException | None) -> None:
                 continue
             reuse.drop(sequence)
         sequence.clear()
+    handle.request.sequences = []  # while they exist, hot sets are divided by them

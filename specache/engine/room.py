@@ -129,7 +129,7 @@ class Room:
             return
         dimensions = cache.resources.dimensions
         memory = plan(dimensions, cache.config.with_changes(prefill_chunk=chunk), planned)
-        held = sum(sequence.tier.nbytes + sequence.held_bytes() for sequence in cache.sequences)
+        held = cache.memory().slow + cache.held_bytes()
         needed = with_margin(max(0, main_memory_bytes(dimensions, memory, planned) - held))
         free = free_memory(self._model, needed)
         if free is not None and needed > free:

@@ -13,7 +13,6 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from specache.config import SpeCacheConfig
-from specache.engine.chunk_ladder import choose_chunk
 from specache.engine.engine import Engine
 from specache.engine.event_stream import stream
 from specache.engine.events import Event, Failed, Finished, Job
@@ -72,7 +71,6 @@ class EngineService:
         self._queue: deque[Ticket] = deque()
         self._to_abort: set[Ticket] = set()
         self._totals = Totals()
-        self._slow_peak = 0
         self._ready = self._closing = False
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="specache-engine", daemon=True)
@@ -128,12 +126,10 @@ class EngineService:
         prefixes = None if self._prefixes is None else self._prefixes.status()
         with self._changed:
             waiting = self._waiting()
-            self._slow_peak = max(self._slow_peak, numbers["slow_bytes"])
             return ServiceStatus(
                 ready=self._ready,
                 waiting=waiting,
                 running=len(self._open) - waiting,
-                slow_peak_bytes=self._slow_peak,
                 prefixes=prefixes,
                 error=self._error,
                 **self._totals.counts(),
@@ -208,7 +204,9 @@ class EngineService:
     def _run(self) -> None:
         error: BaseException | None = None
         try:
-            self._choose_chunk()
+            if self._chunk_ms is not None:
+                self._engines.choose_chunk(self._chunk_ms / 1000)
+            self._begin()
             while self._wait_for_work():
                 self._abort_requests()
                 self._begin_next()
@@ -218,11 +216,7 @@ class EngineService:
         finally:
             self._stop(error)
 
-    def _choose_chunk(self) -> None:
-        engine = self._engines.first
-        if self._chunk_ms is not None:
-            engine.chunk = choose_chunk(engine.cache.config, self._chunk_ms / 1000, engine.time_chunk)
-            engine.cache.context.count_from_zero()
+    def _begin(self) -> None:
         with self._changed:
             self._ready = True
             self._changed.notify_all()
@@ -270,10 +264,8 @@ class EngineService:
         before = len(self._open)
         try:
             engine.step()
-        except Exception:
-            raise
-        except BaseException:  # a processor raised SystemExit, for example, which ended its request
-            if len(self._open) == before:
+        except BaseException as error:  # a processor may raise SystemExit, which ended its request
+            if isinstance(error, Exception) or len(self._open) == before:
                 raise
 
     def _ended(self, ticket: Ticket, engine: Engine) -> None:
@@ -281,9 +273,7 @@ class EngineService:
         handle = ticket.handle
         assert handle is not None, "it was handed to an engine"
         facts = ticket.facts(engine.cache.counters)
-        slow = facts.slow_bytes + self._engines.memory().slow
-        with self._changed:
-            self._slow_peak = max(self._slow_peak, slow)
+        self._engines.note_slow_bytes(facts.slow_bytes)
         reasons = tuple(str(reason) for reason in handle.finish_reasons)
         self._end(ticket, Finished(reasons, facts) if handle.error is None else Failed(handle.error))
         self._engines.retry()

@@ -35,7 +35,8 @@ class ServiceStatus:
         chunk_tokens: prompt tokens that are read between two decode steps.
         fast_bytes, fast_peak_bytes, fast_budget_bytes: fast memory in use now and at most (with
             planned working sets), and the limit.
-        slow_bytes, slow_peak_bytes: 16-bit rows of the running sequences.
+        slow_bytes, slow_peak_bytes: 16-bit rows of running sequences and, in main memory, of stored
+            prefixes; what they share counts once.
         hot_bytes, window_bytes, checkpoint_bytes: parts of the running sequences' memory.
         hit_rate: share of the selected rows that were ready when needed.
         bytes_fetched, read_s, wait_s, waits: reads of the slow tier, their time, and how long steps
@@ -132,7 +133,8 @@ def measured(engines: PolicyEngines) -> dict[str, Any]:
         "fast_bytes": budget.used,
         "fast_peak_bytes": budget.peak,
         "fast_budget_bytes": budget.limit,
-        "slow_bytes": memory.slow,
+        "slow_bytes": engines.slow_bytes,
+        "slow_peak_bytes": engines.slow_peak_bytes,
         "hot_bytes": memory.hot,
         "window_bytes": memory.windows,
         "checkpoint_bytes": memory.checkpoints,

@@ -33,7 +33,7 @@ from specache.kernels import triton as triton_kernels
 from specache.kernels.cpu import native
 from specache.kernels.torch import operations as torch_ops
 from specache.kernels.torch.layer_step import TorchLayerStep
-from specache.kernels.types import AttentionParams, CopyCounts, HotRows, InPlaceLayer, LayerStep, LowBitKV, RecentTokens
+from specache.kernels.types import AttentionParams, CopyCounts, HotRows, InPlaceLayer, LayerStep, LowBitKV, RecentTokens, StoredRows
 
 OPERATIONS = ("quantise", "score", "rescore", "select", "attend")  # as `specache doctor` lists them; a layer step has the last four
 VARIABLE = "SPECACHE_KERNELS"
@@ -130,7 +130,7 @@ def decode_copied(
     query: Tensor,
     low_bit_kvs: Sequence[LowBitKV],
     recent: Sequence[RecentTokens],
-    copied: Sequence[tuple[HotRows, Tensor]],
+    copied: Sequence[tuple[HotRows, StoredRows]],
     top_k: int,
     params: AttentionParams,
     real_queries: int,

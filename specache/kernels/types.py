@@ -105,6 +105,33 @@ class RecentTokens:
     pending: int = 0
 
 
+class StoredRows(Protocol):
+    """The 16-bit rows [Hkv, n, 2 D] of one layer of one sequence in main memory.
+
+    They lie in blocks of 2**shift tokens: token p is token p % 2**shift of block p >> shift. With a
+    shift of 63 all lie in one block.
+
+    Attributes:
+        version: changes with `addresses`.
+        capacity: tokens for which there is memory.
+        own_from: tokens from here on may be written; those before may be in other sequences too.
+    """
+
+    shift: int
+    version: int
+    capacity: int
+    own_from: int
+    dtype: torch.dtype
+
+    @property
+    def addresses(self) -> np.ndarray:
+        """The address of each block, int64 [N]."""
+
+    @property
+    def strides(self) -> tuple[int, int]:
+        """Bytes from head to head of a block, and from token to token."""
+
+
 class InPlaceLayer(Protocol):
     """One layer of one sequence whose 16-bit rows lie in memory, for a step in one call.
 
@@ -134,12 +161,8 @@ class InPlaceLayer(Protocol):
     def residual_buffer(self) -> Tensor:
         """The residual and room behind it, keys and values [2, Hkv, R + g, D]."""
 
-    @property
-    def rows_version(self) -> int:
-        """A number that changes with the place of `rows_with_room`."""
-
-    def rows_with_room(self, tokens: int) -> Tensor:
-        """Return the rows [Hkv, capacity, 2 D] in memory, with room for `tokens` more."""
+    def rows_with_room(self, tokens: int) -> StoredRows:
+        """Return the rows in memory, where `tokens` more may be written."""
 
 
 class KeptLayer(Protocol):

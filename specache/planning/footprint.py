@@ -25,8 +25,9 @@ from specache.cache.sizes import (
 from specache.cache.window_checkpoints import Spacing
 from specache.config import PAGE_TOKENS, Policy, SpeCacheConfig
 from specache.model.dimensions import LayerDimensions, ModelDimensions
-from specache.tiers.disk.row_layout import BLOCK_TOKENS
-from specache.tiers.ram import ram_capacity
+from specache.tiers.disk.row_layout import BLOCK_TOKENS as DISK_BLOCK_TOKENS
+from specache.tiers.layer_rows import planned_capacity
+from specache.tiers.row_memory import BLOCK_TOKENS
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,12 @@ class CacheFootprint:
         if self.config.policy is Policy.FULL:
             return 0
         if on_disk(self.config):
-            blocks = math.ceil(sequence.total / BLOCK_TOKENS)
+            blocks = math.ceil(sequence.total / DISK_BLOCK_TOKENS)
             return blocks * sum(row_layout(self.model, layer).block_bytes for layer in self.model.full_layers)
-        capacity = ram_capacity(sequence.prompt, sequence.total)
+        block = None if self.model.device == "cuda" else BLOCK_TOKENS
+        capacity = planned_capacity(block, sequence.prompt, sequence.total)
+        if sequence.twin and block is not None:
+            capacity -= sequence.prompt // block * block  # whole blocks are shared
         return sum(layer.row_bytes(self.model.itemsize) * capacity for layer in self.model.full_layers)
 
     def checkpoints(self, sequence: PlannedSequence) -> int:

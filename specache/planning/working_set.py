@@ -129,15 +129,10 @@ def _attention(model: ModelDimensions, config: SpeCacheConfig, layer: LayerDimen
         mask = min(chunk, QUERY_BLOCK) * min(earlier + chunk, QUERY_BLOCK + layer.window) * (2 * size + 3)
         return projected + max(rotary, seen + 2 * out + block + mask)
     block = _exact_block(model, layer, min(chunk, QUERY_BLOCK), max(min(stored, KEY_BLOCK), min(chunk, KEY_BLOCK)))
-    read_back = 2 * min(stored, KEY_BLOCK) * kv_width * size if _reads_back(model, config) else 0
+    read_back = 2 * min(stored, KEY_BLOCK) * kv_width * size if config.policy is not Policy.FULL else 0
     attended = (RUNNING_PARTS if stored else 1) * out + out * size // FLOAT + block + read_back
     attended += LOG_SUMS * chunk * layer.query_heads * FLOAT
     return projected + max(rotary, attended, out + _quantising(model, config, layer, chunk))
-
-
-def _reads_back(model: ModelDimensions, config: SpeCacheConfig) -> bool:
-    """Return True if stored pairs must be copied before attention: from a disk, or to a GPU."""
-    return on_disk(config) or (config.policy is not Policy.FULL and model.device != "cpu")
 
 
 def _exact_block(model: ModelDimensions, layer: LayerDimensions, rows: int, keys: int) -> int:

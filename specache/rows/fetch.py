@@ -21,6 +21,7 @@ from specache.errors import SlowTierError
 from specache.rows.hot_set import HotSet, Lookup, Missing
 from specache.stats import Counters
 from specache.tiers.base import Fetch, SlowTier
+from specache.tiers.layer_rows import LayerRows
 from specache.tiers.transfer import Transfer
 from specache.tiers.worker import PrefetchWorker
 
@@ -188,11 +189,11 @@ class HotSetRowFetcher(RowFetcher):
         """Whether kernels copy the rows themselves: from main memory to a hot set in C++."""
         return self.hot.in_slots and self._tier.in_memory
 
-    def begin_copying(self, pairs: int) -> tuple[HotSet, Tensor]:
+    def begin_copying(self, pairs: int) -> tuple[HotSet, LayerRows]:
         """Begin a step that copies its rows at once: `begin_step`, with room for `pairs` pairs.
 
         Returns:
-            The hot set, and all rows [Hkv, capacity, 2 D], a view of the tier's buffer.
+            The hot set, and the layer's rows.
         """
         self.begin_step()
         self.hot.grow(pairs)

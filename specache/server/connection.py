@@ -22,6 +22,7 @@ class Connection(H11Protocol):
     settings: ServerSettings  # set by `connection_class`
     _timer: asyncio.TimerHandle | None = None
     _drain: asyncio.TimerHandle | None = None
+    _unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         """Begin to wait for headers, or refuse a connection too many."""
@@ -60,6 +61,18 @@ class Connection(H11Protocol):
         self._end(
             ApiError(400, f"{msg} The headers may have {self.config.h11_max_incomplete_event_size:,} bytes.", code="bad_request")
         )
+
+    def pause_writing(self) -> None:
+        """Give a client that does not read what was sent some time, and then up."""
+        super().pause_writing()
+        self._unread = self.loop.call_later(self.settings.send_seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Go on with a client that reads again."""
+        super().resume_writing()
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
 
     def timeout_keep_alive_handler(self) -> None:
         """Close an idle connection, also one whose client never reads the last answer."""
@@ -104,9 +117,10 @@ class Connection(H11Protocol):
 
     def _cancel(self) -> None:
         self._stop_waiting()
-        if self._drain is not None:
-            self._drain.cancel()
-            self._drain = None
+        for timer in (self._drain, self._unread):
+            if timer is not None:
+                timer.cancel()
+        self._drain = self._unread = None
 
 
 def connection_class(limits: ServerSettings) -> type[Connection]:

@@ -9,12 +9,9 @@ from typing import Any
 
 import anyio
 from sse_starlette import EventSourceResponse, ServerSentEvent
-from sse_starlette.sse import SendTimeoutError
-from starlette.types import Receive, Scope, Send
 
 from specache.errors import SpeCacheError
 from specache.server.error_responses import ApiError, api_error
-from specache.server.request_context import RequestContext
 from specache.server.settings import ServerSettings
 
 log = logging.getLogger("specache.server")
@@ -55,13 +52,6 @@ class EventStream(EventSourceResponse):
             ping=settings.ping_seconds,
             ping_message_factory=lambda: comment("ping"),
             sep=_LINE,
-            send_timeout=settings.send_seconds,
             shutdown_event=anyio.Event(),
             shutdown_grace_period=settings.grace_seconds + 30,
         )
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        except SendTimeoutError:  # the client reads no more; its connection is closed
-            RequestContext.of(scope).facts["ended"] = "unread"

@@ -16,6 +16,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from specache.tiers.layer_rows import LayerRows
 from specache.tiers.transfer import Transferred, on_host
 from specache.tiers.worker import PrefetchWorker
 
@@ -108,19 +109,19 @@ class SlowTier(Protocol):
 
     in_place: bool  # attention reads the rows where they lie, so nothing is prefetched
     in_memory: bool  # the rows lie in main memory, where `rows` returns them
-    version: int  # changes before a buffer of `rows` moves
 
     def write(self, layer: int, start: int, keys: Tensor, values: Tensor) -> None:
         """Store keys and values [Hkv, n, D] of tokens `[start, start + n)`; forget later tokens."""
 
     def read(self, layer: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Return keys and values [Hkv, stop - start, D] of a range of tokens."""
+        """Return keys and values [Hkv, stop - start, D] of a range of tokens. Do not write to them:
+        they may be views of the tier's memory.
+        """
 
-    def rows(self, layer: int, used: int = 0, needed: int = 0) -> Tensor:
-        """Return a layer's buffer [Hkv, capacity, 2 D], with room to grow.
+    def rows(self, layer: int, used: int = 0, needed: int = 0) -> LayerRows:
+        """Return a layer's rows, with tokens `[used, needed)` ready to be written in place.
 
-        Only of a tier that is `in_memory`. A buffer without room for `needed` tokens grows and
-        keeps the first `used`.
+        Only of a tier that is `in_memory`.
         """
 
     def gather(self, layer: int, heads: Tensor, positions: Tensor) -> Tensor:
@@ -135,12 +136,15 @@ class SlowTier(Protocol):
     def reserve(self, tokens: int) -> None:
         """Prepare for a sequence of this many tokens."""
 
+    def truncate_memory(self, layer: int, length: int) -> None:
+        """Free main memory that only a layer's tokens from `length` on need."""
+
     def fork(self) -> SlowTier:
-        """Return an independent copy."""
+        """Return an independent copy. It shares what neither writes to."""
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes allocated."""
+        """Return the bytes allocated. What is shared with forks counts in full."""
 
     def close(self) -> None:
         """Free everything. The tier is then empty and may be filled again."""

@@ -1,30 +1,17 @@
-"""Rows in main memory: one growing buffer [Hkv, capacity, 2 D] per layer, pinned on CUDA."""
+"""Rows in main memory: in blocks that forks share, or, for a GPU, in one pinned block per layer."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 from functools import partial
 
-import torch
 from torch import Tensor
 
-from specache.tiers.base import Fetch
-from specache.tiers.transfer import HostMemory, Offload
-
-GROWTH = 1.25  # factor by which a full buffer grows
-MIN_CAPACITY = 64  # tokens
-
-
-def ram_capacity(expected: int, tokens: int) -> int:
-    """Return the capacity of a buffer made for `expected` tokens after it has grown to `tokens`.
-
-    It grows token by token.
-    """
-    capacity = max(expected, MIN_CAPACITY)
-    while capacity < tokens:
-        capacity = max(capacity + 1, int(capacity * GROWTH))
-    return capacity
+from specache.tiers.base import Fetch, SlowTier
+from specache.tiers.layer_rows import GROWTH, MIN_CAPACITY, LayerRows, new_rows, unique_bytes
+from specache.tiers.row_memory import RowMemory
+from specache.tiers.transfer import Offload
 
 
 class RamTier:
@@ -33,52 +20,52 @@ class RamTier:
     Args:
         in_place: True: attention reads rows where they lie (tier `ram-inplace`). False: they are
             copied through a hot set (`ram`).
-        pinned: use page-locked memory, for asynchronous copies to CUDA.
-        memory: source of buffers; None is the system's allocator.
+        memory: source of blocks, which forks share. None is a new one.
         offload: asynchronous copy of keys and values from a device; only readers wait for it. None
-            copies them in `write`.
+            copies them in `write`. It needs memory with one block per layer.
     """
 
     in_memory = True
 
-    def __init__(
-        self, in_place: bool, pinned: bool = False, memory: HostMemory | None = None, offload: Offload | None = None
-    ) -> None:
+    def __init__(self, in_place: bool, memory: RowMemory | None = None, offload: Offload | None = None) -> None:
         self.in_place = in_place
-        self.pinned = pinned
-        self._memory: HostMemory = memory or SystemMemory(pinned)
+        self._memory = memory or RowMemory()
         self._offload = offload
-        self._rows: dict[int, Tensor] = {}
+        self._rows: dict[int, LayerRows] = {}
         self._expected = MIN_CAPACITY
-        self.version = 0
 
     def write(self, layer: int, start: int, keys: Tensor, values: Tensor) -> None:
         heads, count, dim = keys.shape
-        rows = self._ensure(layer, start, start + count, heads, dim, keys.dtype)
-        if self._offload is not None:
-            self._offload.write(layer, rows[:, start : start + count], keys, values)
-            return
-        rows[:, start : start + count, :dim].copy_(keys)
-        rows[:, start : start + count, dim:].copy_(values)
+        if layer not in self._rows:
+            self._rows[layer] = new_rows(self._memory, (heads, 2 * dim), keys.dtype)
+        rows = self._growing(self._rows[layer], start, start + count)
+        written = 0
+        for part in rows.parts(start, start + count):
+            of_part = slice(written, written + part.shape[1])
+            if self._offload is not None:
+                self._offload.write(layer, part, keys[:, of_part], values[:, of_part])
+            else:
+                part[..., :dim].copy_(keys[:, of_part])
+                part[..., dim:].copy_(values[:, of_part])
+            written = of_part.stop
 
     def read(self, layer: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        rows = self.rows(layer)[:, start:stop]
+        rows = self.rows(layer).read(start, stop)
         dim = rows.shape[-1] // 2
         return rows[..., :dim], rows[..., dim:]
 
-    def rows(self, layer: int, used: int = 0, needed: int = 0) -> Tensor:
+    def rows(self, layer: int, used: int = 0, needed: int = 0) -> LayerRows:
         if self._offload is not None:
             self._offload.arrived(layer)
-        rows = self._rows[layer]
-        heads, capacity, width = rows.shape
-        return rows if capacity >= needed else self._ensure(layer, used, needed, heads, width // 2, rows.dtype)
+        return self._growing(self._rows[layer], used, needed) if needed else self._rows[layer]
 
     def buffer(self, layer: int) -> Tensor:
-        """Return `rows` without waiting for rows in transfer.
+        """Return the rows [Hkv, capacity, 2 D] of a layer in one block, also those in transfer.
 
         Kernels that read them in place call `wait_for_offload` first.
         """
-        return self._rows[layer]
+        [block] = self._rows[layer].blocks
+        return block.rows
 
     def wait_for_offload(self) -> None:
         """Make device work queued from now on wait for all rows written so far."""
@@ -86,9 +73,7 @@ class RamTier:
             self._offload.wait_for_offload()
 
     def gather(self, layer: int, heads: Tensor, positions: Tensor) -> Tensor:
-        rows = self.rows(layer)
-        flat = rows.flatten(0, 1)  # [Hkv capacity, 2 D], a view
-        return flat.index_select(0, heads * rows.shape[1] + positions)
+        return self.rows(layer).gather(heads, positions)
 
     def begin(self, layer: int, heads: Tensor, positions: Tensor) -> Fetch:
         return Fetch(partial(self.gather, layer, heads, positions))
@@ -96,30 +81,28 @@ class RamTier:
     def reserve(self, tokens: int) -> None:
         self._expected = max(self._expected, tokens)
 
+    def truncate_memory(self, layer: int, length: int) -> None:
+        if layer in self._rows:
+            self._rows[layer].truncate(length)
+
     @property
     def capacity(self) -> int:
-        """Return the tokens that fit into every layer's buffer without moving it."""
-        return min((rows.shape[1] for rows in self._rows.values()), default=0)
+        """Return the tokens for which every layer has memory."""
+        return min((rows.capacity for rows in self._rows.values()), default=0)
 
     def make_room(self, tokens: int) -> None:
-        """Grow every layer's buffer to `tokens` tokens; until they are written, rows do not
+        """Grow every layer's one block to `tokens` tokens; until they are written, it does not
         move.
         """
-        for layer, rows in self._rows.items():
-            if rows.shape[1] < tokens:
-                grown = self._memory.take((rows.shape[0], tokens, rows.shape[2]), rows.dtype)
-                self.version += 1
-                self._move(rows, grown, rows.shape[1])
-                self._rows[layer] = grown
+        for rows in self._rows.values():
+            self._make_room(rows, rows.capacity, tokens, 0)
 
     def fork(self) -> RamTier:
-        other = RamTier(self.in_place, self.pinned, self._memory, self._offload)
+        other = RamTier(self.in_place, self._memory, self._offload)
         other._expected = self._expected
         try:
             for layer in self._rows:
-                rows = self.rows(layer)
-                other._rows[layer] = other._memory.take(rows.shape, rows.dtype)
-                other._rows[layer].copy_(rows)
+                other._rows[layer] = self.rows(layer).fork()
         except BaseException:
             other.close()
             raise
@@ -127,47 +110,37 @@ class RamTier:
 
     @property
     def nbytes(self) -> int:
-        return sum(rows.nbytes for rows in list(self._rows.values()))  # another thread may be adding a layer
+        return sum(rows.nbytes for rows in self.all_rows())
+
+    def all_rows(self) -> list[LayerRows]:
+        """Return the rows of every layer. Another thread may be adding a layer."""
+        return list(self._rows.values())
 
     def close(self) -> None:
         if self._offload is not None and self._rows:
             self._offload.finish()
-        self.version += 1
         while self._rows:
-            self._memory.give_back(self._rows.popitem()[1])
+            self._rows.popitem()[1].close()
 
     def __del__(self) -> None:
-        """Return the buffers of a tier that was not closed to a pool that others may still use."""
+        """Release the blocks of a tier that was not closed, which others may share."""
         if getattr(self, "_rows", None) and not sys.is_finalizing():
             self.close()
 
-    def _ensure(self, layer: int, used: int, needed: int, heads: int, dim: int, dtype: torch.dtype) -> Tensor:
-        rows = self._rows.get(layer)
-        if rows is None or rows.shape[1] < needed:
-            capacity = max(needed, self._expected, int(rows.shape[1] * GROWTH) if rows is not None else 0)
-            grown = self._memory.take((heads, capacity, 2 * dim), dtype)
-            self.version += 1
-            if rows is not None:
-                self._move(rows, grown, used)
-            self._rows[layer] = rows = grown
+    def _growing(self, rows: LayerRows, start: int, stop: int) -> LayerRows:
+        """Return rows with tokens `[start, stop)` ready to be written, and some room to grow."""
+        self._make_room(rows, start, stop, max(self._expected, int(rows.capacity * GROWTH)))
         return rows
 
-    def _move(self, rows: Tensor, grown: Tensor, used: int) -> None:
-        """Copy the first `used` tokens to `grown` and free the old buffer."""
-        if self._offload is not None:
-            self._offload.finish()
-        grown[:, :used].copy_(rows[:, :used])
-        self._memory.give_back(rows)
+    def _make_room(self, rows: LayerRows, start: int, stop: int, expected: int) -> None:
+        if self._offload is not None and 0 < rows.capacity < stop:
+            self._offload.finish()  # the block that is replaced may still be written
+        rows.make_room(start, stop, expected)
 
 
-class SystemMemory:
-    """Buffers from PyTorch's allocator, freed by reference counting."""
-
-    def __init__(self, pinned: bool) -> None:
-        self._pinned = pinned
-
-    def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return torch.empty(*shape, dtype=dtype, pin_memory=self._pinned)
-
-    def give_back(self, buffer: Tensor) -> None:
-        pass
+def held_bytes(tiers: Iterable[SlowTier]) -> int:
+    """Return the bytes of several tiers. Blocks that they share count once."""
+    tiers = list(tiers)
+    in_memory = [tier for tier in tiers if isinstance(tier, RamTier)]
+    others = sum(tier.nbytes for tier in tiers if not isinstance(tier, RamTier))
+    return others + unique_bytes(rows for tier in in_memory for rows in tier.all_rows())

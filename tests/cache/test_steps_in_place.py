@@ -17,6 +17,7 @@ from specache.platform.budget import ByteBudget
 from specache.rows.fetch import InPlaceRowFetcher
 from specache.stats import Counters
 from specache.tiers.ram import RamTier
+from specache.tiers.row_memory import RowMemory
 
 pytestmark = pytest.mark.skipif(dispatch.available() == ["torch"], reason="PyTorch's kernels have no step in place")
 HEADS, GROUPS, DIM = 2, 2, 32
@@ -28,11 +29,11 @@ def drawn(heads: int, tokens: int, seed: int) -> torch.Tensor:
     return torch.randn(heads, tokens, DIM, generator=torch.Generator().manual_seed(seed))
 
 
-def filled(tokens: int) -> CompressedLayer:
-    """A layer of `tokens` tokens, whose rows lie in a buffer that is full."""
+def filled(tokens: int, block: int | None = 32) -> CompressedLayer:
+    """A layer of `tokens` tokens, whose rows lie in blocks of so many, or in one that is full."""
     keys = drawn(HEADS, tokens, 1)
     table = PageTable(PagePool(page_layout(CONFIG, HEADS, DIM), torch.device("cpu"), ByteBudget()))
-    tier = RamTier(in_place=True)
+    tier = RamTier(True, RowMemory(block_tokens=block))
     layer = CompressedLayer(0, CONFIG, table, tier, InPlaceRowFetcher(tier, 0), keys)
     layer.prefill(drawn(HEADS * GROUPS, tokens, 2), keys, drawn(HEADS, tokens, 3), PARAMS)
     return layer
@@ -57,14 +58,57 @@ def check_next_step(layer: CompressedLayer) -> None:
     assert torch.equal(stepped(layer, 50), stepped(fresh, 50))
 
 
+def rows_of(layer: CompressedLayer) -> torch.Tensor:
+    """The rows [Hkv, S, 2 D] of all tokens."""
+    return layer.tier.rows(0).read(0, layer.length).clone()
+
+
 def test_rows_that_move():
-    layer = filled(100)
-    old = layer.tier.rows(0)
-    assert old.shape[1] == 100
+    layer = filled(100, block=None)
+    [old] = layer.tier.rows(0).blocks
+    assert old.rows.shape[1] == 100
     stepped(layer, 10)
-    assert layer.tier.rows(0) is not old
-    old.fill_(float("nan"))
+    assert layer.tier.rows(0).blocks[0] is not old
+    old.rows.fill_(float("nan"))
     check_next_step(layer)
+
+
+def test_rows_in_blocks_give_the_bits_of_rows_in_one():
+    layers = [filled(100, block) for block in (None, 32, 256)]
+    for seed in range(70):  # the last block is filled, and others are added
+        one, *others = (stepped(layer, seed) for layer in layers)
+        assert all(torch.equal(one, other) for other in others)
+    assert [len(layer.tier.rows(0).blocks) for layer in layers] == [1, 6, 1]
+
+
+def test_a_fork_and_its_origin_write_to_blocks_of_their_own():
+    layer = filled(100)
+    stepped(layer, 10)
+    before = rows_of(layer)
+    fork = layer.fork(layer.tier.fork(), layer.row_fetcher, CONFIG)
+    fork.row_fetcher = InPlaceRowFetcher(fork.tier, 0)
+    stepped(layer, 11)
+    stepped(fork, 12)
+    assert torch.equal(rows_of(layer)[:, :101], before) and torch.equal(rows_of(fork)[:, :101], before)
+    assert not torch.equal(rows_of(layer)[:, 101:], rows_of(fork)[:, 101:])
+    shared = [a is b for a, b in zip(layer.tier.rows(0).blocks, fork.tier.rows(0).blocks, strict=True)]
+    assert shared == [True, True, True, False]
+    for one in (layer, fork):
+        check_next_step(one)
+
+
+def test_a_fork_that_was_cut_into_a_shared_block_leaves_the_other_as_it_was():
+    layer = filled(100)
+    stepped(layer, 10)
+    before = rows_of(layer)
+    fork = layer.fork(layer.tier.fork(), layer.row_fetcher, CONFIG)
+    fork.row_fetcher = InPlaceRowFetcher(fork.tier, 0)
+    fork.truncate(40, fork.residual_at(40))
+    for seed in range(30):
+        stepped(fork, seed)
+    assert torch.equal(rows_of(layer), before)
+    for one in (layer, fork):
+        check_next_step(one)
 
 
 def test_pages_that_are_added_and_dropped():
@@ -94,10 +138,10 @@ def test_another_tier_with_as_many_changes():
     layer = filled(100)
     stepped(layer, 10)
     old, tier = layer.tier, RamTier(in_place=True)
-    tier.write(0, 0, *old.read(0, 0, 50))
-    tier.write(0, 50, *old.read(0, 50, layer.length))
-    tier.version = old.version
-    old.rows(0).fill_(float("nan"))
+    tier.write(0, 0, *old.read(0, 0, layer.length))
+    tier.rows(0).version = old.rows(0).version
+    for part in old.rows(0).parts(0, layer.length):
+        part.fill_(float("nan"))
     layer.use_tier(tier, InPlaceRowFetcher(tier, 0), CONFIG)
     assert torch.isfinite(stepped(layer, 20)).all()
     check_next_step(layer)
@@ -116,13 +160,13 @@ def test_a_residual_that_moves():
 def test_a_step_that_fails_counts_nothing():
     layer = filled(100)
     stepped(layer, 10)
-    before, written = layer.length, layer.tier.rows(0)[:, :101].clone()
+    before, written = layer.length, rows_of(layer)
     query, keys, values = (drawn(heads, 1, 30)[None] for heads in (HEADS * GROUPS, HEADS, HEADS))
     values[0, 1, 0, 3] = float("nan")
     spec = StepSpec(StepKind.SINGLE, Policy.ON_DEMAND, CONFIG.top_k, Counters())
     with pytest.raises(NonFiniteError, match="values of layer 0"):
         decode_in_place(query, keys, values, [layer], PARAMS, spec)
-    assert layer.length == before and torch.equal(layer.tier.rows(0)[:, :101], written)
+    assert layer.length == before and torch.equal(rows_of(layer), written)
     assert spec.counters.rows_selected == 0
     check_next_step(layer)
 
@@ -131,10 +175,10 @@ def test_a_step_that_fails_counts_nothing():
 def test_a_step_that_commits_nothing_leaves_the_layer_as_it_was(kind):
     layer = filled(100)
     stepped(layer, 10)
-    rows, residual = layer.tier.rows(0)[:, :101].clone(), layer.residual_buffer.clone()
+    rows, residual = rows_of(layer), layer.residual_buffer.clone()
     stepped(layer, 20, kind)
     assert layer.length == 101
-    assert torch.equal(layer.tier.rows(0)[:, :101], rows) and torch.equal(layer.residual_buffer, residual)
+    assert torch.equal(rows_of(layer), rows) and torch.equal(layer.residual_buffer, residual)
 
 
 def test_the_key_scales_observe_the_queries_of_a_short_sequence():

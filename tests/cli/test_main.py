@@ -22,7 +22,7 @@ def test_help_names_every_command():
     assert all(command in text for command in ("generate", "chat", "demo", "doctor"))
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "demo", "doctor"])
+@pytest.mark.parametrize("command", ["generate", "chat", "demo", "doctor", "serve"])
 def test_every_command_explains_itself(command):
     assert "Usage" in run(command, "--help").stdout
 
@@ -57,7 +57,7 @@ for line in sys.argv[2].split(";"):
     except SystemExit as end:
         assert not end.code, line
 """
-    explained = "--help;--version;generate --help;chat --help;demo --help;doctor --help;plan --help;session --help"
+    explained = "--help;--version;generate --help;chat --help;demo --help;doctor --help;plan --help;session --help;serve --help"
     looked_after = "session list;session show one;session fork one two;session rm one;session list"
     printed = in_a_new_process(program, tmp_path, f"{explained};{looked_after}")
     assert "Key-value cache" in printed and "two" in printed

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from specache.cli.byte_sizes import parse_size
 from specache.errors import ConfigError
 from specache.platform import machine
+from specache.tiers.row_memory import BLOCK_TOKENS
 from tests.cli.running import one_line, run
 from tests.cli.tiny_chat import POSITIONS
 
@@ -119,7 +120,8 @@ def test_a_file_gets_the_same_as_standard_output(tmp_path):
 def test_a_folder_is_planned_by_its_config_alone(tiny_folder, tmp_path):
     (tmp_path / "config.json").write_bytes((tiny_folder / "config.json").read_bytes())
     document = plan_json("plan", "-m", tmp_path, "--context", str(POSITIONS), "--dtype", "float32")
-    assert document["plan"]["slow_bytes"] == 2 * 4 * 3 * 2 * 16 * POSITIONS
+    tokens = -(-POSITIONS // BLOCK_TOKENS) * BLOCK_TOKENS
+    assert document["plan"]["slow_bytes"] == 2 * 4 * 3 * 2 * 16 * tokens
 
 
 def test_the_demo_is_planned_from_its_gguf(demo_model):

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 
 import specache
+from specache.cache import resources
 from specache.device.batch import DeviceBatch
 from specache.engine import static_decoder
 from specache.engine.static_decoder import StaticDecoder, StaticSettings
 from specache.linear import native_products
+from specache.tiers.row_memory import RowMemory
 from specache.tiers.streams import InlineStreams
 from tests.tiny import ragged
 
@@ -34,6 +37,7 @@ def static_steps(monkeypatch: Any, **changes: Any) -> Iterator[list[int]]:
 
     with monkeypatch.context() as patch:
         patch.setattr(static_decoder, "SETTINGS", StaticSettings(**settings))
+        patch.setattr(resources, "RowMemory", partial(RowMemory, block_tokens=None))  # a GPU reads rows in one block
         patch.setattr(native_products, "instruction_set", lambda: None)  # a GPU has products of its own, which graphs record
         patch.setattr(StaticDecoder, "_run", counted)
         yield steps

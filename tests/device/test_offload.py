@@ -12,6 +12,7 @@ from specache.tiers.main_memory import MainMemory
 from specache.tiers.offload import StreamedOffload
 from specache.tiers.pinned import PinnedPool, pageable
 from specache.tiers.ram import RamTier
+from specache.tiers.row_memory import RowMemory
 from specache.tiers.streams import InlineStreams, Queue
 from tests.device.simulated import Order, SimulatedStreams, orders
 from tests.device.test_planted_mistakes import DroppedWait
@@ -169,7 +170,7 @@ def test_memory_that_is_given_back_too_soon_is_found():
             pass
 
     def is_right(streams: SimulatedStreams) -> bool:
-        memory = PinnedPool(block_bytes=4096, allocate=unset)
+        memory = RowMemory(PinnedPool(block_bytes=4096, allocate=unset), block_tokens=None)
         first = RamTier(in_place=False, memory=memory, offload=Impatient(streams))
         second = RamTier(in_place=False, memory=memory)
         rows, other = prompt(), prompt(seed=7)
@@ -210,7 +211,7 @@ def test_without_a_device_it_is_a_plain_copy():
     rows = prompt()
     plain, offloaded = (
         RamTier(in_place=False),
-        RamTier(False, memory=PinnedPool(allocate=pageable), offload=StreamedOffload(InlineStreams())),
+        RamTier(False, RowMemory(PinnedPool(allocate=pageable), block_tokens=None), StreamedOffload(InlineStreams())),
     )
     for layer, pair in enumerate(rows):
         plain.write(layer, 0, *pair)

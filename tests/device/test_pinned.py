@@ -19,6 +19,7 @@ from specache.cache.cache_context import CacheContext
 from specache.errors import SlowTierError
 from specache.tiers.pinned import ALIGNMENT, PinnedPool, pageable
 from specache.tiers.ram import RamTier
+from specache.tiers.row_memory import RowMemory
 from specache.tiers.streams import InlineStreams
 from tests.tiers.tier_rows import random_rows
 from tests.tiny import llama
@@ -147,7 +148,7 @@ def test_this_machine_has_page_locked_memory_or_the_fallback():
 
 def test_a_tier_takes_its_rows_from_the_pool_and_gives_them_back():
     pool = PinnedPool(block_bytes=BLOCK, allocate=Allocator())
-    tier = RamTier(in_place=False, memory=pool)
+    tier = RamTier(in_place=False, memory=RowMemory(pool, block_tokens=None))
     keys, values = random_rows(2, 100, 8, torch.float32)
     for start in range(0, 100, 10):  # the buffer grows
         tier.write(0, start, keys[:, start : start + 10], values[:, start : start + 10])
@@ -162,7 +163,7 @@ def test_a_tier_takes_its_rows_from_the_pool_and_gives_them_back():
 
 def test_a_fork_without_room_leaves_nothing_behind():
     pool = PinnedPool(limit=BLOCK, block_bytes=BLOCK, allocate=Allocator())
-    tier = RamTier(in_place=False, memory=pool)
+    tier = RamTier(in_place=False, memory=RowMemory(pool, block_tokens=None))
     for layer in range(2):
         tier.write(layer, 0, *random_rows(2, 5 * ALIGNMENT // 64, 4, torch.float32))
     used = pool.used
@@ -179,7 +180,7 @@ def test_a_tier_that_is_forgotten_while_a_buffer_is_taken_gives_back_and_waits_f
         return pageable(size)
 
     pool = PinnedPool(block_bytes=BLOCK, allocate=allocate)
-    tier = RamTier(in_place=False, memory=pool)
+    tier = RamTier(in_place=False, memory=RowMemory(pool, block_tokens=None))
     tier.write(0, 0, *random_rows(2, 100, 64, torch.float32))
     tiers.append(tier)
     del tier

@@ -21,7 +21,8 @@ from specache.cache.one_call import OneCallAtATime
 from specache.errors import SpeCacheError, UsageError
 from specache.linear import cpu_linear
 from specache.model import rope
-from specache.tiers.ram import RamTier, SystemMemory
+from specache.tiers.ram import RamTier
+from specache.tiers.row_memory import RowBlock, RowMemory
 from tests.engine.test_model_families import DYNAMIC, LONGROPE
 from tests.tiny import llama, prompt
 
@@ -109,19 +110,23 @@ def test_a_second_thread_on_a_cache_is_refused_and_the_first_is_unharmed(model, 
 def test_bytes_may_be_counted_while_another_thread_adds_a_layer():
     rows = torch.zeros(2, 5, 16), torch.zeros(2, 5, 16)
 
-    class Buffer(torch.Tensor):
-        """A layer's buffer. While it is counted, another layer's first rows are added."""
+    class Block(RowBlock):
+        """While it is counted, another layer's first rows are added."""
 
         @property
         def nbytes(self) -> int:
             tier.write(1, 0, *rows)
             return 100
 
-    class Memory(SystemMemory):
-        def take(self, *arguments: Any) -> torch.Tensor:
-            return super().take(*arguments).as_subclass(Buffer)
+        @nbytes.setter
+        def nbytes(self, size: int) -> None:
+            pass
 
-    tier = RamTier(in_place=True, memory=Memory(pinned=False))
+    class Memory(RowMemory):
+        def take(self, shape: Any, dtype: torch.dtype) -> RowBlock:
+            return Block(self, torch.empty(shape, dtype=dtype))
+
+    tier = RamTier(in_place=True, memory=Memory())
     for layer in (0, 2):
         tier.write(layer, 0, *rows)
     assert [tier.nbytes, tier.nbytes] == [200, 300]

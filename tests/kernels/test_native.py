@@ -25,6 +25,8 @@ from specache.kernels.types import AttentionParams, RecentTokens
 from specache.low_bit.layout import PageLayout
 from specache.low_bit.pool import PagePool, PageTable
 from specache.platform.budget import ByteBudget
+from specache.tiers.ram import RamTier
+from specache.tiers.row_memory import RowMemory
 
 ISAS = dispatch.available()[1:]  # every backend but PyTorch, which they are tested against
 CODES = (Code.KIVI, Code.ROTATED)  # those that the C++ kernels have
@@ -423,6 +425,9 @@ def test_codes_equal_pytorchs(isa, case, step):
                 assert differs.float().mean() <= max(0.02, 1.5 / differs.numel())
 
 
+BLOCKS = (None, 16, 64)  # tokens of a block of rows
+
+
 class InPlace:
     """A layer of one sequence of a case, with its 16-bit rows in memory
     (`specache.kernels.types.InPlaceLayer`).
@@ -432,17 +437,27 @@ class InPlace:
     """
 
     def __init__(self, case, b, recent, rows, commits):
-        self.index, self.kept, self.table, self.rows_version = 0, None, case.tables[b], 0
+        self.index, self.kept, self.table = 0, None, case.tables[b]
         self.low_bit_kv, self.channel_scales = case.low_bit_kvs[b], case.low_bit_kvs[b].channel_scales
         self.residual_count = recent.keys.shape[1] - rows
         newest = torch.stack([recent.keys, recent.values])
         self.residual_buffer = newest.new_full((2, case.heads, self.residual_count + commits, case.dim), float("nan"))
         self.residual_buffer[:, :, : self.residual_count] = newest[:, :, : self.residual_count]
-        self.rows = torch.cat([torch.cat([case.keys[b], recent.keys], 1), torch.cat([case.values[b], recent.values], 1)], dim=-1)
-        self.rows[:, self.rows.shape[1] - rows :] = float("nan")
+        kv_rows = torch.cat([torch.cat([case.keys[b], recent.keys], 1), torch.cat([case.values[b], recent.values], 1)], dim=-1)
+        kv_rows[:, kv_rows.shape[1] - rows :] = float("nan")
+        self._tokens = kv_rows.shape[1]
+        tier = RamTier(True, RowMemory(block_tokens=BLOCKS[b % len(BLOCKS)]))
+        tier.write(0, 0, *kv_rows.chunk(2, dim=-1))
+        self._stored = tier.rows(0)
+        self._tier = tier
+
+    @property
+    def rows(self):
+        """The rows [Hkv, S, 2 D] as they are now."""
+        return self._stored.read(0, self._tokens)
 
     def rows_with_room(self, tokens):
-        return self.rows
+        return self._stored
 
 
 def of_step(recent, rows):

@@ -22,7 +22,9 @@ from specache.planning import advice
 from specache.planning.footprint import PlannedSequence
 from specache.planning.plan import plan, uniform_batch
 from specache.planning.traffic import step_traffic
-from specache.tiers.ram import RamTier, ram_capacity
+from specache.tiers.layer_rows import planned_capacity
+from specache.tiers.ram import RamTier
+from specache.tiers.row_memory import BLOCK_TOKENS, RowMemory
 from tests.tiny import llama
 
 
@@ -99,15 +101,16 @@ def test_a_model_that_specache_cannot_run_is_not_planned():
         dimensions_of(without_weights(config, torch.bfloat16))
 
 
+@pytest.mark.parametrize("block", [None, BLOCK_TOKENS])
 @given(expected=st.integers(1, 3000), more=st.integers(0, 3000))
 @settings(max_examples=25, deadline=None)
-def test_the_ram_tier_grows_as_planned(expected, more):
-    tier = RamTier(in_place=False)
+def test_the_ram_tier_grows_as_planned(block, expected, more):
+    tier = RamTier(False, RowMemory(block_tokens=block))
     tier.reserve(expected)
     tier.write(0, 0, torch.zeros(1, expected, 2), torch.zeros(1, expected, 2))
     for i in range(expected, expected + more):
         tier.write(0, i, torch.zeros(1, 1, 2), torch.zeros(1, 1, 2))
-    assert tier.nbytes == 4 * 4 * ram_capacity(expected, expected + more)
+    assert tier.nbytes == 4 * 4 * planned_capacity(block, expected, expected + more)
 
 
 def test_a_longer_context_or_larger_batch_never_needs_less_memory(llama_3b):

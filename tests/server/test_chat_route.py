@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import specache
-from tests.server.tiny_server import END, SHORT, TOKENIZER, chat, post, printable_model, prompt_of, stream, token_of
+from tests.cli.tiny_chat import TEMPLATE, byte_tokenizer
+from tests.server.tiny_server import END, SHORT, TOKENIZER, chat, post, printable_model, prompt_of, running, stream, token_of
 
 
 def generated(text: str = "Hello", new_tokens: int = 8, **arguments: object) -> str:
@@ -221,3 +222,21 @@ def test_a_stream_says_how_far_the_prompt_is_read(client):
     body = {"messages": [{"role": "user", "content": "word " * 60}], "max_tokens": 2, "temperature": 0}
     _, comments = stream(client, "/v1/chat/completions", body)
     assert any(comment.startswith("reading the prompt: ") for comment in comments)
+
+
+def test_reasoning_is_told_from_the_answer():
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[THINK]", "[/THINK]"]})
+    tokenizer.chat_template = TEMPLATE.replace("<assistant>{%", "<assistant>[THINK]{%")
+    model = printable_model()
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    with running(model, tokenizer=tokenizer) as client:
+        thinking = chat(client)["choices"][0]["message"]
+        assert thinking["content"] == "" and len(thinking["reasoning_content"]) == 8
+        body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8, "temperature": 0}
+        chunks, _ = stream(client, "/v1/chat/completions", body)
+        deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+        assert "".join(delta.get("reasoning_content", "") for delta in deltas) == thinking["reasoning_content"]
+        assert all(not delta.get("content") for delta in deltas)
+        closing = {str(tokenizer.convert_tokens_to_ids("[/THINK]")): 100}
+        assert chat(client, logit_bias=closing)["choices"][0]["message"]["content"] == ""

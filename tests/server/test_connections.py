@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 
 import pytest
@@ -173,6 +174,18 @@ def test_clients_that_leave_before_their_turn_leave_nothing_behind(server):
         connection.close()
     wait_until(lambda: not server.app.state.open_streams and not server.service.status().waiting)
     wait_until(lambda: not server.service.status().running)
+
+
+def test_a_stream_that_nobody_reads_is_ended():
+    with live(send_seconds=0.3) as server, socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", server.port))
+        body = {**LONG, "stream": True, "n": 8, "logprobs": True, "top_logprobs": 20, "ignore_eos": True}
+        connection.sendall(request(CHAT, json.dumps(body).encode()))
+        wait_until(lambda: server.app.state.open_streams)
+        wait_until(lambda: not server.app.state.open_streams, 60)
+        wait_until(lambda: server.service.status().aborted == 1)
+        assert not server.server.server_state.connections
 
 
 def test_an_upgrade_is_not_taken(server):

@@ -133,6 +133,11 @@ def test_another_host_is_refused_without_keys():
     assert "--api-key-file" in refused("--host", "0.0.0.0")
 
 
+def test_libraries_that_are_missing_are_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert "uvicorn" in refused() and "specache[serve]" in refused()
+
+
 def test_a_key_file_that_others_may_read_is_refused(tmp_path):
     keys = tmp_path / "keys"
     keys.write_text("a" * 30)

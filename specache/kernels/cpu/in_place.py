@@ -15,7 +15,7 @@ from torch import Tensor
 
 from specache.kernels.cpu.native_layout import layout, page_addresses, scale_address
 from specache.kernels.finite import not_finite
-from specache.kernels.types import AttentionParams, InPlaceLayer
+from specache.kernels.types import AttentionParams, InPlaceLayer, StoredRows
 from specache.platform.extension import DTYPES, native
 
 ALL_FINITE = -1  # csrc/in_place.hpp
@@ -32,15 +32,15 @@ class Kept:
     (`specache.kernels.types.KeptLayer`).
     """
 
-    __slots__ = ("backend", "capacity", "dtype", "native", "pages", "rows", "scales", "shape")
+    __slots__ = ("backend", "dtype", "native", "pages", "rows", "scales", "shape", "version")
 
     def __init__(self, residual: Tensor) -> None:
         self.native = native.StoredLayer()
         self.backend: Backend | None = None  # of the last step
         self.dtype: torch.dtype | None = None  # of its queries
-        self.pages = self.rows = -1
+        self.pages = self.version = -1
+        self.rows: StoredRows | None = None
         self.scales: Tensor | None = None
-        self.capacity = 0  # of the rows
         self.shape = residual.shape[1], residual.shape[3]  # Hkv, D
         keys, values = residual
         head, token, _ = (stride * residual.itemsize for stride in keys.stride())
@@ -117,9 +117,10 @@ def _updated(layer: InPlaceLayer, commits: bool, shape: tuple[int, int]) -> Any:
         low_bit_kv = layer.low_bit_kv
         kept.native.set_pages(layout(low_bit_kv), page_addresses(low_bit_kv), scale_address(low_bit_kv))
         kept.pages, kept.scales = version, scales
-    if layer.rows_version != kept.rows or layer.table.length + layer.residual_count + commits > kept.capacity:
-        rows = layer.rows_with_room(commits)
-        head, token, _ = (stride * rows.itemsize for stride in rows.stride())
-        kept.native.set_rows(rows.data_ptr(), head, token, rows.shape[1])
-        kept.rows, kept.capacity = layer.rows_version, rows.shape[1]
+    rows, length = kept.rows, layer.table.length + layer.residual_count
+    if rows is None or (commits and not rows.own_from <= length < rows.capacity):
+        rows = kept.rows = layer.rows_with_room(commits)
+    if rows.version != kept.version:
+        kept.native.set_rows(rows.addresses, rows.shift, *rows.strides, rows.capacity)
+        kept.version = rows.version
     return kept.native

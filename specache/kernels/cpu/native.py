@@ -18,7 +18,7 @@ from specache.errors import NonFiniteError
 from specache.kernels.cpu import in_place
 from specache.kernels.cpu.native_layout import CODES, layout, layout_of, page_addresses, scale_address
 from specache.kernels.finite import all_finite
-from specache.kernels.types import AttentionParams, CopyCounts, HotRows, InPlaceLayer, LowBitKV, RecentTokens
+from specache.kernels.types import AttentionParams, CopyCounts, HotRows, InPlaceLayer, LowBitKV, RecentTokens, StoredRows
 from specache.platform import extension
 from specache.platform.extension import DTYPES, IMPORT_ERROR, instruction_sets
 
@@ -96,7 +96,7 @@ class NativeKernels:
         query: Tensor,
         low_bit_kvs: Sequence[LowBitKV],
         recent: Sequence[RecentTokens],
-        copied: Sequence[tuple[HotRows, Tensor]],
+        copied: Sequence[tuple[HotRows, StoredRows]],
         top_k: int,
         params: AttentionParams,
         real_queries: int,
@@ -106,7 +106,7 @@ class NativeKernels:
 
         Args:
             copied: per sequence its hot set, with room for the pairs of one step, and the 16-bit
-                rows [Hkv, capacity, 2 D].
+                rows.
             real_queries: the first queries, which get all pairs that they select. The others get
                 those that are in the hot set by then.
             selects_next: whether the rows that the last query selects for the next step are copied.
@@ -154,14 +154,15 @@ class NativeLayerStep:
         )
 
     def run_copied(
-        self, copied: Sequence[tuple[HotRows, Tensor]], real_queries: int, selects_next: bool
+        self, copied: Sequence[tuple[HotRows, StoredRows]], real_queries: int, selects_next: bool
     ) -> tuple[Tensor, Tensor | None, list[CopyCounts]]:
         """Compute everything with rows that are copied (`NativeKernels.decode_copied`)."""
-        out, stored = torch.empty_like(self._held[0]), [kv_rows for _, kv_rows in copied]
+        out, stored = torch.empty_like(self._held[0]), [rows for _, rows in copied]
         following = torch.empty(*self._shape[:2], self._step.next_k, dtype=torch.int64) if selects_next else None
         counts = self._step.run_copied(
             [hot.native for hot, _ in copied],
-            _stored_numbers(stored),
+            [rows.addresses for rows in stored],
+            [number for rows in stored for number in (rows.shift, *rows.strides, rows.capacity)],
             DTYPES[stored[0].dtype],
             real_queries,
             0 if following is None else following.data_ptr(),
@@ -205,12 +206,6 @@ class NativeLayerStep:
         where = positions.data_ptr(), positions.shape[-1], [one.native for one in hot], slots.data_ptr()
         self._step.attend_hot(*where, DTYPES[hot[0].kv_rows.dtype], out.data_ptr())
         return out
-
-
-def _stored_numbers(stored: Sequence[Tensor]) -> list[int]:
-    """Return address and byte strides (head, token) of rows [Hkv, capacity, 2 D], each."""
-    size = stored[0].itemsize
-    return [n for kv_rows in stored for n in (kv_rows.data_ptr(), kv_rows.stride(0) * size, kv_rows.stride(1) * size)]
 
 
 def _recent_numbers(recent: Sequence[RecentTokens]) -> list[int]:

@@ -28,6 +28,7 @@ from specache.tiers.disk.row_layout import BLOCK_TOKENS, RowLayout
 from specache.tiers.disk.scratch import prepare_folder
 from specache.tiers.disk.stored_layer import StoredLayer
 from specache.tiers.disk.tier_files import TierFiles
+from specache.tiers.layer_rows import LayerRows
 
 WRITE_BYTES = 1 << 20  # bytes packed and written at a time; at least one block
 
@@ -120,7 +121,7 @@ class DiskTier:
             keys, values = _read(state, reader, start, stop).split(state.layout.head_dim, dim=-1)
             return keys, values
 
-    def rows(self, layer: int, used: int = 0, needed: int = 0) -> Tensor:
+    def rows(self, layer: int, used: int = 0, needed: int = 0) -> LayerRows:
         raise TypeError("rows on disk do not lie in memory")
 
     def gather(self, layer: int, heads: Tensor, positions: Tensor) -> Tensor:
@@ -179,6 +180,9 @@ class DiskTier:
 
     def reserve(self, tokens: int) -> None:
         pass  # files grow as they are written
+
+    def truncate_memory(self, layer: int, length: int) -> None:
+        pass  # the next `write` cuts the tail
 
     def fork(self, folder: str | os.PathLike[str] | None = None) -> DiskTier:
         """Return an independent, temporary copy that shares the existing files.
