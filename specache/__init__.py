@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from specache.engine.engine import Engine
     from specache.engine.events import Job
     from specache.engine.generate import decode, generate, make_request, prefill
+    from specache.engine.prefix_store import PrefixStore
     from specache.engine.service import EngineService
     from specache.sessions import Session
 
@@ -44,6 +45,7 @@ __all__ = [
     "NonFiniteError",
     "OutOfMemoryError",
     "Policy",
+    "PrefixStore",
     "QueueFullError",
     "ServiceClosedError",
     "Session",
@@ -68,6 +70,7 @@ __getattr__ = importer(
         "Engine": "specache.engine.engine",
         "EngineService": "specache.engine.service",
         "Job": "specache.engine.events",
+        "PrefixStore": "specache.engine.prefix_store",
         "Session": "specache.sessions",
         "SpeCache": "specache.cache.cache",
         "compile_decode": "specache.engine.compiled",

@@ -13,7 +13,8 @@ class MemoryUse:
     Attributes:
         fast: low-bit copy and residual of the full-attention layers (their 16-bit cache under
             policy `full`).
-        slow: 16-bit rows in the slow tier.
+        slow: 16-bit rows in the slow tier. Blocks shared by sequences of a cache count once, those
+            shared with forks in each fork.
         hot: the hot set.
         windows: ring buffers of the sliding-window layers.
         checkpoints: copies of the ring buffers at earlier lengths, in main memory or (of a session)

@@ -20,6 +20,7 @@ from specache.platform.out_of_memory import is_out_of_memory
 
 QUERY_BLOCK = 512  # queries scored at a time where scores are materialised
 KEY_BLOCK = 4096  # keys scored at a time where scores are materialised; rows read at a time from a tier
+JOINED_ROWS = 2048  # rows that a CPU reads at a time from main memory: joining their blocks is faster than attending to each
 
 _flash_fails = False  # whether a call of flash attention on CUDA has failed in this process
 

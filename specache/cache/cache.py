@@ -237,9 +237,10 @@ class SpeCache:
 
         The low-bit pages are shared, unless `code`, `bits`, `group_size` or `residual` change: then
         the 16-bit rows are quantised again. The rotated code keeps the original's key weights, made
-        from its first `residual + group_size` tokens, because later queries are not stored. With
-        another `slow_tier` or `slow_dir` the rows are copied there, and `policy="auto"` is chosen
-        anew.
+        from its first `residual + group_size` tokens, because later queries are not stored. Rows in
+        main memory are shared too, in blocks that are copied when one side writes to them (for a
+        GPU they are copied at once). With another `slow_tier` or `slow_dir` the rows are stored
+        there (shared, if both are in main memory), and `policy="auto"` is chosen anew.
 
         Raises:
             UsageError: policy `full` to a low-bit policy.

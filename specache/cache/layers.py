@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from specache.attention.dense import KEY_BLOCK, attend_part, merge, merge_each
+from specache.attention.dense import JOINED_ROWS, KEY_BLOCK, attend_part, merge, merge_each
 from specache.cache.sizes import ORDINARY_ITEMSIZE, FastBytes, compressed_bytes, dense_capacity
 from specache.config import Code, SpeCacheConfig
 from specache.kernels import dispatch
@@ -55,6 +55,12 @@ class LayerState(ABC):
     @abstractmethod
     def memory(self, itemsize: int | None = None) -> MemoryUse:
         """Return the bytes in use, with row elements of `itemsize` bytes (default: the model's)."""
+
+    def random_rows(self, tokens: int) -> Tensor:
+        """Return random keys or values [Hkv, tokens, D], the same in every call."""
+        _, heads, _, dim = self._kv_rows.shape
+        generator = torch.Generator(self._kv_rows.device).manual_seed(0)
+        return torch.randn(heads, tokens, dim, generator=generator, dtype=self.dtype, device=self._kv_rows.device)
 
     def _row_bytes(self, itemsize: int | None = None) -> int:
         """Return the bytes of one token's `[K | V]`, all KV heads."""
@@ -159,7 +165,7 @@ class CompressedLayer(LayerState):
         check_finite(keys, values, self.index)
         self._observe(query)
         out, _ = merge([merge_each(self._parts(query, keys, values, params))], params.sinks)
-        self._store(keys, values)
+        self.store(keys, values)
         return out
 
     def append(self, query: Tensor, keys: Tensor, values: Tensor) -> None:
@@ -297,9 +303,10 @@ class CompressedLayer(LayerState):
         self._free()
 
     def _parts(self, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Iterator[Part]:
-        length = self.length
-        for start in range(0, length, KEY_BLOCK):  # no name refers to a block while the next is read
-            yield attend_part(query, *self._stored(start, min(start + KEY_BLOCK, length), keys.device), params)
+        length, joins = self.length, self.tier.in_memory and keys.device.type == "cpu"
+        step = JOINED_ROWS if joins else KEY_BLOCK
+        for start in range(0, length, step):  # no name refers to rows while the next are read
+            yield attend_part(query, *self._stored(start, min(start + step, length), keys.device), params)
         yield attend_part(query, keys, values, params, causal=True)
 
     def _stored(self, start: int, stop: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -307,7 +314,8 @@ class CompressedLayer(LayerState):
         keys, values = self.tier.read(self.index, start, stop)
         return keys.to(device), values.to(device)
 
-    def _store(self, keys: Tensor, values: Tensor) -> None:
+    def store(self, keys: Tensor, values: Tensor) -> None:
+        """Add n prompt tokens, keys and values [Hkv, n, D]."""
         self.tier.write(self.index, self.length, keys, values)
         self._add(keys, values)
 

@@ -76,6 +76,7 @@ class PrefixIndex:
         self._info = info
         self._tree: PrefixTree[Prefix] = PrefixTree()
         self._by_use: OrderedDict[Prefix, None] = OrderedDict()  # least recently used first
+        self._integers: dict[int, int] = {}  # one object per token of the vocabulary
         self.running: dict[Sequence, Prefix] = {}
 
     def __iter__(self) -> Iterator[Prefix]:
@@ -119,10 +120,7 @@ class PrefixIndex:
         return more or found
 
     def saved_tokens(self, owner: str, text: Tokens) -> int:
-        """Return how many tokens of a text, all of them at most, could be brought back from disk.
-
-        One of them counts as used, if there is one.
-        """
+        """Return how many tokens of a text could be brought back from the disk."""
         longest = 0
         for matched, prefix in self._tree.candidates(owner, text):
             if matched <= longest:
@@ -131,9 +129,14 @@ class PrefixIndex:
                 longest = max(longest, self._kept(prefix.saved, matched, len(text) + 1))
         return longest
 
-    def base(self, owner: str, text: Tokens) -> Saved | None:
-        """Return the saved prefix that shares most tokens with a text."""
-        return next((one.saved for _, one in self._tree.candidates(owner, text) if one.saved and not one.saved.gone), None)
+    def saved_like(self, owner: str, text: Tokens) -> Saved | None:
+        """Return the saved prefix that shares most tokens with a text, if it is worth reusing."""
+        for matched, prefix in self._tree.candidates(owner, text):
+            if matched < self.least:
+                break
+            if prefix.saved is not None and not prefix.saved.gone:
+                return prefix.saved
+        return None
 
     def holder(self, owner: str, text: Tokens) -> Prefix | None:
         """Return a prefix whose own sequence serves every prompt that begins with `text`."""
@@ -157,6 +160,15 @@ class PrefixIndex:
         if prefix.is_empty and prefix in self._by_use:
             del self._by_use[prefix]
             self._tree.remove(prefix.owner, prefix.text)
+
+    def own(self, prefix: Prefix, sequence: Sequence) -> None:
+        """Let the store own a sequence that holds a prefix, and no more than that.
+
+        Its list of tokens gets the integers of other lists: each would take 28 bytes.
+        """
+        sequence.set_aside()
+        sequence.token_ids[:] = [self._integers.setdefault(token, token) for token in sequence.token_ids]
+        prefix.sequence = sequence
 
     def add_running(self, prefix: Prefix, sequence: Sequence) -> None:
         prefix.running.append(sequence)

@@ -17,6 +17,7 @@ from specache.config import Policy
 from specache.platform.out_of_memory import is_out_of_memory
 from specache.stats import MemoryUse
 from specache.tiers.base import SlowTier
+from specache.tiers.ram import RamTier
 
 Layer = CompressedLayer | DenseLayer | WindowLayer
 
@@ -225,6 +226,21 @@ class Sequence:
         """Return copies of the sliding layers, for `restore`."""
         return {i: layer.fork() for i, layer in self.sliding.items()}
 
+    def store_random(self, tokens: int) -> None:
+        """Store random keys and values in every layer, as a text of so many tokens would, for
+        timing.
+
+        Raises:
+            FastMemoryError: the budget has no room.
+        """
+        for layer in self.layers.values():
+            rows = layer.random_rows(tokens)
+            if isinstance(layer, DenseLayer):
+                layer.extend(rows, rows)
+            else:
+                layer.store(rows, rows)
+        self.commit([0] * tokens)
+
     def prepare_decode(self) -> None:
         """Resize the hot sets for the current length."""
         for layer in self.compressed.values():
@@ -264,11 +280,13 @@ class Sequence:
         return other
 
     def copy_rows(self, tier: SlowTier) -> None:
-        """Copy the 16-bit rows of every layer to another tier.
+        """Store the 16-bit rows of every layer in another tier; within main memory both share them.
 
         Raises:
             SlowTierError: they cannot be read or written.
         """
+        if isinstance(tier, RamTier) and isinstance(self.tier, RamTier):
+            return tier.share(self.tier)
         for index, layer in self.compressed.items():
             for start in range(0, layer.length, KEY_BLOCK):
                 tier.write(index, start, *self.tier.read(index, start, min(start + KEY_BLOCK, layer.length)))

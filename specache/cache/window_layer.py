@@ -77,7 +77,7 @@ class WindowLayer(LayerState):
         seen_keys = torch.cat([self._kv_rows[0, :, earlier], keys], dim=1)
         seen_values = torch.cat([self._kv_rows[1, :, earlier], values], dim=1)
         out, _ = merge([windowed(query, seen_keys, seen_values, self.window, params)], params.sinks)
-        self._write(keys, values)
+        self.store(keys, values)
         return out
 
     def decode(self, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams, kind: StepKind) -> Tensor:
@@ -87,13 +87,21 @@ class WindowLayer(LayerState):
         """
         check_finite(keys, values, self.index)
         if kind.commits:
-            self._write(keys[:, :1], values[:, :1])
+            self.store(keys[:, :1], values[:, :1])
             keys, values = keys[:, 1:], values[:, 1:]
         ring = min(self.length, self.window)
         seen_keys = torch.cat([self._kv_rows[0, :, :ring], keys], dim=1)
         seen_values = torch.cat([self._kv_rows[1, :, :ring], values], dim=1)
         part: Part = attend_part(query, seen_keys, seen_values, params, self._mask(query, ring, kind))
         return merge([part], params.sinks)[0]
+
+    def store(self, keys: Tensor, values: Tensor) -> None:
+        """Add n tokens, keys and values [Hkv, n, D]."""
+        self.length += keys.shape[1]
+        keys, values = keys[:, -self.window :], values[:, -self.window :]
+        slots = torch.arange(self.length - keys.shape[1], self.length, device=keys.device) % self.window
+        self._kv_rows[0, :, slots] = keys
+        self._kv_rows[1, :, slots] = values
 
     def truncate(self, length: int) -> None:
         """Drop the last token, or what a failed pass wrote. Else check `can_truncate`."""
@@ -112,13 +120,6 @@ class WindowLayer(LayerState):
     def release(self) -> None:
         self.length = 0
         self._free()
-
-    def _write(self, keys: Tensor, values: Tensor) -> None:
-        self.length += keys.shape[1]
-        keys, values = keys[:, -self.window :], values[:, -self.window :]
-        slots = torch.arange(self.length - keys.shape[1], self.length, device=keys.device) % self.window
-        self._kv_rows[0, :, slots] = keys
-        self._kv_rows[1, :, slots] = values
 
     def _mask(self, query: Tensor, ring: int, kind: StepKind) -> Tensor:
         """Return which keys a step's queries see, bool [n, ring + own].

@@ -14,7 +14,7 @@ from specache.cli import options
 from specache.cli.console import err, reports_errors
 from specache.cli.field_command import takes_options
 from specache.cli.models import LoadedModel
-from specache.cli.serve_options import ServerOptions
+from specache.cli.serve_options import ServeLoadOptions, ServerOptions
 from specache.cli.serving_threads import serving_threads, set_thread_environment
 from specache.config import SpeCacheConfig
 from specache.errors import ConfigError, SpeCacheError
@@ -28,7 +28,11 @@ EPILOG = """
 
 specache serve -m demo
 
-specache serve -m Qwen/Qwen3-0.6B --weights int8 --port 8001 --fast-memory 4GB
+curl localhost:8000/v1/completions -H "Content-Type: application/json" -d '{"prompt": "Once upon a time"}'
+
+python -c "from openai import OpenAI; print(OpenAI(base_url='http://127.0.0.1:8000/v1', api_key='none').models.list().data)"
+
+specache serve -m Qwen/Qwen3-0.6B --weights int8 --fast-memory 4GB --prefix-cache ~/prefixes --prefix-bytes 50GB
 
 specache serve -m ./my-model --host 0.0.0.0 --api-key-file keys.txt --slow-tier disk:/var/tmp/rows
 """
@@ -41,12 +45,14 @@ def serve(
     *,
     server: ServerOptions,
     cache: options.CacheOptions,
-    loading: options.LoadOptions,
+    loading: ServeLoadOptions,
 ) -> None:
     """Serve a model over HTTP, with the API of OpenAI.
 
-    Requests share the model, the cache and its memory. The addresses and their fields are in
-    docs/server.md. Ctrl-C ends the server; answers under way get a last event.
+    Requests share the model, the cache and its memory; a prompt is read once for all that begin
+    alike. Ctrl-C ends the server.
+
+    docs/server.md lists the addresses and their fields.
     """
     check_installed()
     config, settings, keys = cache.config(), server.settings(), server.keys()
@@ -67,7 +73,7 @@ def serve(
 
     listener = listen(settings)
     with listener:
-        _say(f"specache {__version__} listens on {address_text(settings, listener)}/v1 ({threads} threads)")
+        _say(f"specache {__version__} listens on {address_text(settings, listener)}/v1 ({threads} thread{'s' * (threads > 1)})")
         running = Server(
             ServerApp(settings, keys),
             load,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from specache.cli.byte_sizes import parse_size
+from specache.cli.options import MODEL_PANEL, LoadOptions
 from specache.errors import ConfigError
 from specache.platform import machine
 
@@ -152,6 +153,25 @@ MaxRequests = Annotated[
 MaxConnections = Annotated[
     int, typer.Option("--max-connections", min=1, help="Connections that may be open.", rich_help_panel=LIMITS_PANEL)
 ]
+
+
+ServingThreads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads",
+        min=1,
+        help="CPU threads. Default: the cores less one (at least 1), which is left to clients; all of them with another --host.",
+        show_default=False,
+        rich_help_panel=MODEL_PANEL,
+    ),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeLoadOptions(LoadOptions):
+    """How the model is loaded, with the threads of a server."""
+
+    threads: ServingThreads = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 from specache.config import SpeCacheConfig
 from specache.errors import FastMemoryError
@@ -23,26 +24,27 @@ def ladder(config: SpeCacheConfig) -> list[int]:
     return rungs or [config.prefill_chunk]
 
 
-def choose_chunk(config: SpeCacheConfig, seconds: float, measure: Callable[[int], float]) -> int:
+def choose_chunk(config: SpeCacheConfig, seconds: float, timer: AbstractContextManager[Callable[[int], float]]) -> int:
     """Return the largest rung of the ladder that is read within `seconds`; the lowest if none is.
 
     A coarse ladder gives the same chunk at every start on the same machine, and with it the same
     rounding.
 
     Args:
-        measure: reads a chunk of so many tokens and returns the seconds that it took.
+        timer: gives a function that reads a chunk of so many tokens and returns the seconds.
     """
     rungs = ladder(config)
     chosen = rungs[0]
     try:
-        measure(rungs[0])  # the first pass of a process also loads and allocates
-        for rung in rungs:
-            took = min(measure(rung), measure(rung))
-            if took > seconds:
-                break
-            chosen = rung
-            if 1.5 * took > seconds:
-                break  # twice the tokens take nearly twice as long
+        with timer as measure:
+            measure(rungs[0])  # the first pass of a process also loads and allocates
+            for rung in rungs:
+                took = min(measure(rung), measure(rung))
+                if took > seconds:
+                    break
+                chosen = rung
+                if 1.5 * took > seconds:
+                    break  # twice the tokens take nearly twice as long
     except FastMemoryError:
         pass  # a larger chunk does not fit
     except Exception as error:

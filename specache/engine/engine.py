@@ -7,7 +7,6 @@ chosen is up to `runs`.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -107,6 +106,11 @@ class Engine:
         """Return whether a step has anything to do, or a request waits for memory."""
         return self.has_prompt or any(isinstance(run, SampledRun) for run in self._running.values())
 
+    @property
+    def is_blocked(self) -> bool:
+        """Return whether a request waits for memory although nothing runs."""
+        return self._full and not self._running and self._reader.handle is None
+
     def planned(self) -> list[PlannedSequence]:
         """Return the sequences of the requests that run, with what they still store."""
         planned = [one for handle in self._running for one in handle.request.planned_rest()]
@@ -152,22 +156,6 @@ class Engine:
                 if not self.has_work:
                     self._detach()
             return self.has_work
-
-    def time_chunk(self, tokens: int) -> float:
-        """Return the seconds in which a prompt's first chunk of so many tokens is read.
-
-        Raises:
-            FastMemoryError: the byte budget has no room for such a chunk.
-        """
-        with modes.ours(), self._using_cache("Engine.time_chunk"), attached(self._model):
-            sequence = self.cache.new_sequence()
-            try:
-                started = time.perf_counter()
-                ids = [token % self.cache.resources.dimensions.vocabulary for token in range(tokens)]
-                self._decoder.prefill(sequence, ids, tokens, lambda done, total: None)
-                return time.perf_counter() - started
-            finally:
-                sequence.clear()
 
     def run(self, request: Request) -> None:
         """Run one request to its end, within `modes.ours()` and `attached()`. Raise its error."""
@@ -269,8 +257,6 @@ class Engine:
             self.cache.counters.first_token_s = self.cache.counters.prefill_s
             run = SampledRun(handle.request, handle.request.sequences, logits)
             self._running[handle] = run
-            if handle.reuse is not None:
-                self.room.settle()
             run.sample()
 
     def _decode(self) -> None:

@@ -6,7 +6,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,12 +14,14 @@ from torch import Tensor
 from specache.cache.sequence import Sequence
 from specache.engine.admission import planned_sequences
 from specache.engine.decoder import Progress
-from specache.engine.prefix_reuse import PrefixReuse
 from specache.engine.sampling import GenerationState, SamplingParams
 from specache.errors import UsageError
 from specache.planning.footprint import PlannedSequence
 from specache.platform import modes
 from specache.stats import MemoryUse
+
+if TYPE_CHECKING:
+    from specache.engine.prefix_reuse import PrefixReuse
 
 
 @dataclass
@@ -90,6 +92,7 @@ class Handle:
         finish_reasons: per sequence `stop`, `length`, `error`, `aborted` or `interrupted`; empty
             until the request is done.
         memory: the cache's bytes of the request when it ended, `None` until then.
+        blocked_s: the `time.monotonic()` since when only stored prefixes may be in its way.
         reuse: the stored prefixes that it may use and leave, or `None`.
     """
 
@@ -99,6 +102,7 @@ class Handle:
         self.error: BaseException | None = None
         self.finish_reasons: list[str | None] = []
         self.memory: MemoryUse | None = None
+        self.blocked_s: float | None = None
         self._on_end = on_end
         self._done = threading.Event()
 

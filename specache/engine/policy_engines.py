@@ -8,9 +8,12 @@ from dataclasses import fields, replace
 from typing import Any
 
 from specache.cache.sizes import on_disk
+from specache.config import SpeCacheConfig
 from specache.engine.chunk_ladder import choose_chunk
+from specache.engine.chunk_timer import ChunkTimer
 from specache.engine.engine import Engine
 from specache.engine.events import Job
+from specache.model.identity.wrappers import unwrapped
 from specache.stats import Counters, MemoryUse
 
 MOST_IDLE = 4  # engines of other settings that are kept without a request
@@ -21,12 +24,16 @@ Changes = tuple[tuple[str, Any], ...]  # settings that differ from the service's
 class PolicyEngines:
     """Engines over one fast memory. All of them are stepped by one thread, in turn.
 
+    Args:
+        model, config: as for `Engine`.
+
     Attributes:
         first: the engine of the service's own settings.
     """
 
-    def __init__(self, first: Engine) -> None:
-        self.first = first
+    def __init__(self, model: Any, config: SpeCacheConfig | None) -> None:
+        self.first = Engine(model, config)
+        self._model = unwrapped(model)
         self._others: OrderedDict[Changes, Engine] = OrderedDict()  # least recently used first
         self._closed = Counters()  # what engines that were closed have counted
         self._disk_peak = 0
@@ -43,8 +50,14 @@ class PolicyEngines:
 
     def choose_chunk(self, seconds: float) -> None:
         """Choose how many prompt tokens are read at a time, before the first request."""
-        self.first.chunk = choose_chunk(self.first.cache.config, seconds, self.first.time_chunk)
-        self.first.cache.context.count_from_zero()
+        cache = self.first.cache
+        self.first.chunk = choose_chunk(cache.config, seconds, ChunkTimer.over(self._model, cache))
+
+    @property
+    def are_blocked(self) -> bool:
+        """Return whether a request waits for memory although nothing runs."""
+        engines = self.all
+        return any(engine.is_blocked for engine in engines) and not any(engine.planned() for engine in engines)
 
     def check(self, job: Job) -> None:
         """Refuse a job whose settings are not possible, or which can never fit into fast memory.

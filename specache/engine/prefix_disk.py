@@ -125,7 +125,7 @@ class PrefixDisk:
 
     def touch(self, prefix: Prefix, length: int) -> None:
         """Count what the disk has of the first tokens of a prefix as used now."""
-        saved = self._index.base(prefix.owner, prefix.text[:length])
+        saved = self._index.saved_like(prefix.owner, prefix.text[:length])
         if self._folder is not None and isinstance(saved, SavedPrefix):
             self._folder.touch(saved)
 

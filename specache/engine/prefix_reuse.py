@@ -7,8 +7,9 @@ that a prompt that contains it would be answered otherwise than after a prefill 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from specache.cache.cache import SpeCache
 from specache.cache.sequence import Sequence
@@ -16,14 +17,16 @@ from specache.engine.stored_prefixes import StoredPrefixes
 from specache.errors import FastMemoryError
 from specache.planning.footprint import PlannedSequence
 
+if TYPE_CHECKING:
+    from specache.engine.room import Room
+
 
 class PrefixReuse:
     """The stored prefixes of one request. An error of the store costs it the prefix, nothing more.
 
     Args:
         owner: whose prefixes.
-        detach: moves the state of attached device batches back into the sequences, which may be
-            forked then.
+        room: the memory that the store shares with the engines.
         takes: whether the request may go on from a stored prefix.
         keeps: whether its prompts are stored for others.
 
@@ -31,11 +34,9 @@ class PrefixReuse:
         cached_tokens: prompt tokens that were stored before and need not be read, so far.
     """
 
-    def __init__(
-        self, store: StoredPrefixes, owner: str, detach: Callable[[], None], takes: bool = True, keeps: bool = True
-    ) -> None:
+    def __init__(self, store: StoredPrefixes, owner: str, room: Room, takes: bool = True, keeps: bool = True) -> None:
         self.cached_tokens = 0
-        self._detach = detach
+        self._room = room
         self._store = store
         self._owner = owner
         self._takes = takes
@@ -73,14 +74,14 @@ class PrefixReuse:
     def was_read(self, sequence: Sequence) -> None:
         """Let others go on from a sequence whose prompt has just been read."""
         if self._keeps:
-            with _optional("share a prompt"):
+            with _optional("share a prompt"), self._room.growth_reserved():
                 self._store.add_running(self._owner, sequence)
 
     def end(self, sequence: Sequence) -> bool:
         """Leave a sequence to the store when its request ends. Return False if it must be freed."""
         if not self._keeps or not sequence.length:
             return False
-        with _optional("keep a prompt"):
+        with _optional("keep a prompt"), self._room.growth_reserved():
             self._store.keep(self._owner, sequence)
             return True
         return False
@@ -97,7 +98,7 @@ class PrefixReuse:
             return None
         sequence = None
         with _optional("go on from a stored prefix"):
-            self._detach()
+            self._room.detach()
             sequence = self._store.take(self._owner, token_ids, cache)
         if sequence is not None:
             cache.sequences.append(sequence)

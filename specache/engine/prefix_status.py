@@ -36,7 +36,7 @@ class PrefixStatus:
         tokens: tokens of all texts, also of running requests and on the disk. Shared ones count
             once.
         fast_bytes: fast memory of the stored sequences, shared pages once per sequence.
-        slow_bytes: bytes of their 16-bit rows, likewise.
+        slow_bytes: bytes of their 16-bit rows, shared ones in memory once.
         oldest_use: time of the least recent use, in seconds since 1970.
         saved: prefixes on the disk.
         disk_bytes: bytes of all prefixes on the disk.

@@ -15,18 +15,20 @@ import os
 from typing import Any
 
 from specache.cache.cache import SpeCache
+from specache.cache.cache_context import CacheContext
 from specache.cache.prefix_fork import fork_prefix, is_whole, read_tokens
 from specache.cache.prefix_index import Found, Prefix, PrefixIndex
 from specache.cache.prefixes import tokens_of
 from specache.cache.sequence import Sequence
+from specache.cache.sizes import on_disk
 from specache.config import Policy, SpeCacheConfig
 from specache.engine.prefix_disk import PrefixDisk
 from specache.engine.prefix_status import PrefixCounters, PrefixStatus
 from specache.errors import FastMemoryError, SessionError, SlowTierError
 from specache.model.info import inspect_model
 from specache.platform import modes
-from specache.platform.budget import ByteBudget
 from specache.sessions.prefix_files import SavedPrefix, owner_digest
+from specache.tiers.ram import held_bytes
 
 
 class PrefixStore:
@@ -66,7 +68,7 @@ class PrefixStore:
         self._config = (config or SpeCacheConfig()).resolved(info.device.type)
         self._most_slow_bytes = most_slow_bytes
         self._share_owners = share_owners
-        self._budget: ByteBudget | None = None  # of the caches whose sequences are stored
+        self._context: CacheContext | None = None  # of one of the caches, which share their memory
         self._counters = PrefixCounters()
         self._index = PrefixIndex(info, self._config)
         self._disk: PrefixDisk | None = None
@@ -88,7 +90,7 @@ class PrefixStore:
         run. Take it before `make_room`, which else may evict it.
         """
         self._collect()
-        self._budget = cache.resources.budget
+        self._context = cache.context
         cache.release_device_batch()
         key, text = self._key(owner), tokens_of(token_ids)
         disk = cache.config.policy is not Policy.FULL  # its caches hold no rows that could be brought back
@@ -112,7 +114,7 @@ class PrefixStore:
         Call `keep` when the request ends.
         """
         self._collect()
-        self._budget = sequence.context.resources.budget
+        self._context = sequence.context
         for other in [other for other in self._index.running if not other.length]:  # freed without `keep`
             self._index.end_running(other)
         count = read_tokens(sequence)
@@ -131,7 +133,7 @@ class PrefixStore:
         storing is freed. The caller must not use the sequence any more.
         """
         self._collect()
-        self._budget = sequence.context.resources.budget
+        self._context = sequence.context
         with modes.ours():
             try:
                 stored = self._store(self._key(owner), sequence)
@@ -243,8 +245,7 @@ class PrefixStore:
             self._index.touch(other)
             return False
         prefix = self._index.entry(key, text)
-        sequence.set_aside()
-        prefix.sequence = sequence
+        self._index.own(prefix, sequence)
         for shorter in self._index.shorter(prefix):
             if shorter.sequence is not None and self._index.serves(sequence, len(shorter.text)):
                 prefix.hits += shorter.hits
@@ -272,22 +273,26 @@ class PrefixStore:
 
     def _fast_bytes(self) -> int:
         """Return the bytes of fast memory in use."""
-        return 0 if self._budget is None else self._budget.used
+        return 0 if self._context is None else self._context.resources.budget.used
 
     def _slow_bytes(self) -> int:
-        """Return the bytes of rows in the slow tier, of stored and running sequences."""
-        stored = [prefix.sequence for prefix in self._index.in_memory() if prefix.sequence is not None]
-        return sum(sequence.tier.nbytes for sequence in [*stored, *self._index.running])
+        """Return the bytes of rows in memory, shared ones once; of rows on a disk the store's."""
+        if self._context is not None and not on_disk(self._config):
+            return self._context.row_memory.used
+        return held_bytes(sequence.tier for sequence in self._stored())
+
+    def _stored(self) -> list[Sequence]:
+        """Return the sequences that the store owns."""
+        return [prefix.sequence for prefix in self._index.in_memory() if prefix.sequence is not None]
 
     def _refresh(self) -> None:
         """Renew what `status` returns, which other threads read."""
-        prefixes = self._index.in_memory()
-        sequences = [prefix.sequence for prefix in prefixes if prefix.sequence is not None]
+        sequences = self._stored()
         self._in_memory = PrefixStatus(
             prefixes=len(sequences),
             tokens=self._index.tokens,
             fast_bytes=sum(sequence.held_bytes() for sequence in sequences),
-            slow_bytes=sum(sequence.tier.nbytes for sequence in sequences),
-            oldest_use=min((prefix.used for prefix in prefixes), default=None),
+            slow_bytes=held_bytes(sequence.tier for sequence in sequences),
+            oldest_use=min((prefix.used for prefix in self._index.in_memory()), default=None),
             counters=self._counters,
         )

@@ -40,7 +40,7 @@ class _Write:
 class PrefixWriter:
     """Writes one prefix after the other, in order.
 
-    The thread that makes it calls the methods.
+    One thread at a time calls the methods.
 
     Args:
         wake: called, on the writer's thread, when a write has ended.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from specache.cache.cache import SpeCache
@@ -17,6 +20,7 @@ from specache.planning.footprint import PlannedSequence
 from specache.planning.plan import plan
 from specache.planning.working_set import FLOAT
 
+LONGEST_BLOCK_S = 60.0  # seconds that a request waits for stored prefixes to go
 LOGIT_BYTES = 64 << 20  # most bytes of the logits of a prompt's chunk, where all are needed
 
 
@@ -54,7 +58,8 @@ class Room:
     def fits(self, tenant: Tenant, handle: Handle, chunk: int) -> bool:
         """Return whether a request fits beside the running ones. Decide the slow tier before.
 
-        If it fits, the stored prefixes that it goes on from are prepared.
+        If it fits, the stored prefixes that it goes on from are prepared. If nothing runs, it waits
+        for bytes that are on their way out, of prefixes that are written to a disk.
 
         Raises:
             FastMemoryError, OutOfMemoryError, SlowTierError: the request does not fit alone.
@@ -65,15 +70,16 @@ class Room:
             reuse.prepare(cache, request.token_ids)
             new = reuse.planned(request.token_ids, new)
         planned = [*tenant.planned(), *new]
+        may_wait = self._busy or self._may_shrink(handle, cache)  # asked first: bytes may go meanwhile
         try:
             self._free_main_memory(cache, planned, chunk)
             decide_tier(self._model, cache, planned, chunk)
             self._check_fast(tenant, planned, chunk, _logit_bytes_of(request, cache, chunk))
         except (FastMemoryError, OutOfMemoryError):
-            if not self._busy:
-                raise
             if reuse is not None:
                 reuse.put_back(cache)
+            if not may_wait:
+                raise
             return False
         return True
 
@@ -95,13 +101,21 @@ class Room:
         more = self._copied_pages(cache, config, len(planned)) + _logit_bytes_of(request, cache, chunk)
         check_limit(cache, config, planned, chunk, limit - more)
 
-    def settle(self) -> None:
-        """Drop stored prefixes that took bytes which the running requests are going to need."""
+    @contextmanager
+    def growth_reserved(self) -> Iterator[None]:
+        """Keep stored prefixes from taking bytes inside the block that running requests will need.
+
+        Drop some of them afterwards if what is left is not enough.
+        """
         budget = next((one.cache.resources.budget for one in self.tenants), None)
-        if self.prefixes is not None and budget is not None and budget.left is not None:
-            short = sum(self._growth(one) for one in self.tenants) - budget.left
-            if short > 0:
-                self.prefixes.make_room(short, 0)
+        if self.prefixes is None or budget is None or budget.left is None:
+            yield
+            return
+        growth = sum(self._growth(one) for one in self.tenants)
+        with budget.reserved(min(growth, budget.left), "the running requests"):
+            yield
+        if growth > budget.left:
+            self.prefixes.make_room(growth - budget.left, 0)
 
     def detach(self) -> None:
         """Move the state of attached device batches back into their sequences."""
@@ -138,6 +152,15 @@ class Room:
     @property
     def _busy(self) -> bool:
         return any(one.planned() for one in self.tenants)
+
+    def _may_shrink(self, handle: Handle, cache: SpeCache) -> bool:
+        """Return whether others than requests hold bytes, for which it has not waited long yet."""
+        held = sum(one.cache.held_bytes() for one in self.tenants)
+        if self.prefixes is None or cache.resources.budget.used <= held:
+            return False
+        now = time.monotonic()
+        handle.blocked_s = handle.blocked_s or now
+        return now - handle.blocked_s < LONGEST_BLOCK_S
 
     def _growth(self, tenant: Tenant) -> int:
         """Return the bytes that an engine's running requests will take beyond those they hold."""

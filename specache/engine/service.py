@@ -23,6 +23,8 @@ from specache.engine.stored_prefixes import StoredPrefixes
 from specache.engine.ticket import OnEvent, Ticket
 from specache.errors import QueueFullError, ServiceClosedError, UsageError
 
+PAUSE_S = 0.05  # seconds after which a request that nothing but stored prefixes hinders looks again
+
 
 class EngineService:
     """Runs the requests of many threads over one model: first come, first served.
@@ -61,7 +63,7 @@ class EngineService:
             raise UsageError(f"most_waiting must be at least 1, got {most_waiting!r}.")
         if chunk_ms is not None and not (chunk_ms > 0 and math.isfinite(chunk_ms)):
             raise UsageError(f"chunk_ms must be a positive number of milliseconds or None, got {chunk_ms!r}.")
-        self._engines = PolicyEngines(Engine(model, config))
+        self._engines = PolicyEngines(model, config)
         self._engines.first.room.prefixes = self._prefixes = prefixes
         self._most_waiting = most_waiting
         self._chunk_ms = chunk_ms
@@ -186,7 +188,7 @@ class EngineService:
         if self._prefixes is None:
             return None
         reads_all = job.prompt_logprobs is not None
-        return PrefixReuse(self._prefixes, job.owner, self._engines.first.room.detach, takes=not reads_all, keeps=job.cacheable)
+        return PrefixReuse(self._prefixes, job.owner, self._engines.first.room, takes=not reads_all, keeps=job.cacheable)
 
     def _waiting(self) -> int:
         return sum(ticket.started_s is None for ticket in self._open)
@@ -224,6 +226,9 @@ class EngineService:
     def _wait_for_work(self) -> bool:
         """Wait until there is a request. Return False if there will be none."""
         with self._changed:
+            if self._engines.are_blocked:
+                self._changed.wait(PAUSE_S)
+                self._engines.retry()
             self._changed.wait_for(lambda: self._open or self._closing)
             return bool(self._open)
 

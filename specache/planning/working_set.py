@@ -11,7 +11,7 @@ step, `e` bytes of an activation.
 
 from __future__ import annotations
 
-from specache.attention.dense import KEY_BLOCK, QUERY_BLOCK
+from specache.attention.dense import JOINED_ROWS, KEY_BLOCK, QUERY_BLOCK
 from specache.cache.sizes import on_disk, row_layout
 from specache.config import PAGE_TOKENS, Policy, SpeCacheConfig
 from specache.kernels import dispatch
@@ -129,7 +129,8 @@ def _attention(model: ModelDimensions, config: SpeCacheConfig, layer: LayerDimen
         mask = min(chunk, QUERY_BLOCK) * min(earlier + chunk, QUERY_BLOCK + layer.window) * (2 * size + 3)
         return projected + max(rotary, seen + 2 * out + block + mask)
     block = _exact_block(model, layer, min(chunk, QUERY_BLOCK), max(min(stored, KEY_BLOCK), min(chunk, KEY_BLOCK)))
-    read_back = 2 * min(stored, KEY_BLOCK) * kv_width * size if config.policy is not Policy.FULL else 0
+    read_at_once = JOINED_ROWS if model.device == "cpu" and not on_disk(config) else KEY_BLOCK
+    read_back = 2 * min(stored, read_at_once) * kv_width * size if config.policy is not Policy.FULL else 0
     attended = (RUNNING_PARTS if stored else 1) * out + out * size // FLOAT + block + read_back
     attended += LOG_SUMS * chunk * layer.query_heads * FLOAT
     return projected + max(rotary, attended, out + _quantising(model, config, layer, chunk))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from specache.server.served_model import ServedModel
 
 _Result = TypeVar("_Result")
-_WORKERS = 2  # threads for templates, tokenizers and requests; the engine's own computes
+_WORKERS = 2
 
 
 class AppState:
@@ -29,6 +29,7 @@ class AppState:
     Attributes:
         served, service: the model and the engine's service; `None` while the model is loaded.
         closing: whether the server is about to end.
+        workers: threads for templates, tokenizers and requests; the engine has its own.
     """
 
     def __init__(self, settings: ServerSettings) -> None:
@@ -39,7 +40,7 @@ class AppState:
         self.metrics = Metrics(self)
         self.recent = RecentRequests()
         self.open_streams = 0
-        self._workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="specache-request")
+        self.workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="specache-request")
 
     def begin_serving(self, served: ServedModel, service: EngineService) -> None:
         """Serve a model that was loaded."""
@@ -74,11 +75,11 @@ class AppState:
 
     async def work(self, function: Callable[..., _Result], *arguments: Any) -> _Result:
         """Run a function on a worker thread, so that the event loop goes on."""
-        return await asyncio.get_running_loop().run_in_executor(self._workers, function, *arguments)
+        return await asyncio.get_running_loop().run_in_executor(self.workers, function, *arguments)
 
     def end(self) -> None:
         """End the worker threads. What they run ends first."""
-        self._workers.shutdown(wait=False, cancel_futures=True)
+        self.workers.shutdown(wait=False, cancel_futures=True)
 
     def _close_stream(self) -> None:
         self.open_streams -= 1

@@ -70,7 +70,7 @@ class ChatAnswer:
         for choice in self._choices.all:
             yield self._chunk(choice, {"role": "assistant", "content": ""})
         async for job, event in self._running.events():
-            if isinstance(event, PromptProgress):
+            if isinstance(event, PromptProgress) and 0 < event.done < event.total:
                 yield comment(f"reading the prompt: {event.done} of {event.total} tokens")
             elif isinstance(event, NewToken):
                 choice = self._choices.of(job, event.row)

@@ -79,7 +79,7 @@ class CompletionAnswer:
         """Yield the prompts if asked, chunks of text, reasons, usage, and `[DONE]`."""
         echoed = set()
         async for job, event in self._running.events():
-            if isinstance(event, PromptProgress):
+            if isinstance(event, PromptProgress) and 0 < event.done < event.total:
                 yield comment(f"reading the prompt: {event.done} of {event.total} tokens")
             for choice, text in self._take(job, event):
                 if self._body.echo and choice.index not in echoed:

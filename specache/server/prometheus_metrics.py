@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from specache.server.service_numbers import service_numbers
+from specache.server.service_numbers import flat_numbers
 
 if TYPE_CHECKING:
     from specache.server.app_state import AppState
@@ -75,8 +75,7 @@ class _ServiceCollector(Collector):
         return []  # what there is depends on the engine
 
     def collect(self) -> Iterator[Any]:
-        numbers = {} if self._state.service is None else service_numbers(self._state.service.status())
+        numbers = {} if self._state.service is None else flat_numbers(self._state.service.status())
         yield GaugeMetricFamily("specache_up", "1 once the model is loaded.", float(self._state.served is not None))
         for name, value in numbers.items():
-            if value is not None:
-                yield GaugeMetricFamily(f"specache_engine_{name}", "See ServiceStatus.", float(value))
+            yield GaugeMetricFamily(f"specache_engine_{name}", "See ServiceStatus and PrefixStatus.", value)

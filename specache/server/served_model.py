@@ -40,7 +40,12 @@ class ServedModel:
     making: threading.Lock = field(default_factory=threading.Lock, repr=False)  # transformers prepares one request at a time
 
     def warm_up(self) -> None:
-        """Compute what the first request would wait for."""
+        """Compute what the first request would wait for.
+
+        The tokenizer's first call also leaves truncation and padding off, which its files may turn
+        on: no two threads may change that at once.
+        """
+        self.encode_text("a")
         for _ in (self.token_bytes, self.vocabulary_size, self.longest_token, self.text_end_ids, self.chat_end_ids, self.pad_id):
             pass
         if self.template.exists:

@@ -1,35 +1,35 @@
-"""The numbers of the engine's status, flat: for `/v1/status` and `/metrics`."""
+"""The numbers of the engine's status, for `/v1/status` and `/metrics`."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
-NAMES = (  # always present, `None` where the engine does not know
-    *("waiting", "running", "prompt_tokens_read", "prompt_tokens_cached"),
-    *("fast_bytes", "fast_budget_bytes", "slow_bytes", "hit_rate"),
-)
+_TEXTS = ("error", "problem")
 
 
-def service_numbers(status: Any) -> dict[str, float | None]:
-    """Return the numbers of a dataclass. Those of dataclasses and mappings in it get a prefix."""
-    numbers: dict[str, float | None] = dict.fromkeys(NAMES)
-    numbers.update(_flat(status, ""))
-    return numbers
+def service_numbers(status: Any) -> dict[str, Any]:
+    """Return the numbers of a `ServiceStatus`, and under `prefixes` those of the store or `None`.
+
+    Numbers that are not known are `None`. Texts, such as paths, are left out.
+    """
+    fields = dict(vars(status))
+    store = fields.pop("prefixes")
+    return {**_numbers(fields), "prefixes": None if store is None else _store_numbers(store.to_dict())}
 
 
-def _flat(value: Any, prefix: str) -> dict[str, float]:
-    if isinstance(value, Mapping):
-        fields = {str(name): one for name, one in value.items()}
-    elif dataclasses.is_dataclass(value):
-        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    else:
-        return {}
-    found: dict[str, float] = {}
-    for name, one in fields.items():
-        if isinstance(one, bool | int | float):
-            found[f"{prefix}{name}"] = one
-        else:
-            found |= _flat(one, f"{prefix}{name}_")
-    return found
+def flat_numbers(status: Any) -> dict[str, float]:
+    """Return the numbers that are known; those of the store begin with `prefix_`."""
+    numbers = service_numbers(status)
+    store = numbers.pop("prefixes") or {}
+    numbers |= {f"prefix_{name}": value for name, value in store.items()}
+    return {name: float(value) for name, value in numbers.items() if value is not None}
+
+
+def _store_numbers(fields: dict[str, Any]) -> dict[str, Any]:
+    stored = fields.pop("prefixes")
+    return _numbers({"stored": stored, **fields, **fields["counters"]})
+
+
+def _numbers(fields: dict[str, Any]) -> dict[str, Any]:
+    numbers = {name: value for name, value in fields.items() if value is None or isinstance(value, bool | int | float)}
+    return {name: value for name, value in numbers.items() if name not in _TEXTS}

@@ -37,6 +37,7 @@ from specache.sessions.prefix_files import (
     write_prefix,
 )
 from specache.sessions.prefix_reading import read_prefix
+from specache.tiers.disk.rows_folder import DISK_RESERVE
 
 
 @dataclass(frozen=True)
@@ -137,8 +138,11 @@ class PrefixFolder:
         if not self.make_room(needed, sparing=base):
             raise SessionError(
                 f"A prefix of {len(text):,} tokens needs up to {needed:,} bytes on the disk, and all prefixes together may have "
-                f"{self.most_bytes:,} (--prefix-bytes)."
+                f"{self.most_bytes:,} (--prefix-bytes); those in use stay."
             )
+        free = shutil.disk_usage(self.root).free
+        if free < needed + DISK_RESERVE:
+            raise SessionError(f"A prefix of {len(text):,} tokens needs up to {needed:,} bytes, and the disk has {free:,} left.")
         write_prefix(self.root, name, sequence, self._config, self._identity, base, stop)
         with self._changing:
             saved = self._add(self.root / name)
@@ -198,12 +202,13 @@ class PrefixFolder:
         """Remove prefixes until `needed` bytes are left below the limit; return whether they are.
 
         Least recently used ones go first, before them those that were found damaged when they were
-        used.
+        used. Those whose rows a sequence reads stay: their bytes would stay too.
         """
         with self._changing:
             while self.most_bytes is not None and self.nbytes + needed > self.most_bytes:
                 spared = (sparing, self._reading)
-                others: list[SavedPrefix | IgnoredPrefix] = [*self.ignored, *(one for one in self.saved if one not in spared)]
+                unread = [one for one in self.saved if one not in spared and not one.is_read]
+                others: list[SavedPrefix | IgnoredPrefix] = [*self.ignored, *unread]
                 if not others or needed > self.most_bytes:
                     return False
                 self._discard(min(others, key=lambda one: one.used))

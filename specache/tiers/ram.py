@@ -101,12 +101,16 @@ class RamTier:
         other = RamTier(self.in_place, self._memory, self._offload)
         other._expected = self._expected
         try:
-            for layer in self._rows:
-                other._rows[layer] = self.rows(layer).fork()
+            other.share(self)
         except BaseException:
             other.close()
             raise
         return other
+
+    def share(self, other: RamTier) -> None:
+        """Store the rows of another tier over the same memory, in blocks that both hold."""
+        for layer in other._rows:
+            self._rows[layer] = other.rows(layer).fork()
 
     @property
     def nbytes(self) -> int:

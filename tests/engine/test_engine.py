@@ -366,3 +366,43 @@ def test_a_step_of_several_passes_repeats_none_that_succeeded(monkeypatch, good_
         same(handles["good"], expected)
         with pytest.raises(specache.SlowTierError):
             handles["bad"].result(0)
+
+
+def test_requests_that_ended_take_no_share_of_the_hot_set(model):
+    """Its bytes are divided by the sequences that exist, also while their handles are kept."""
+    with specache.Engine(model, settings(hot_set=1_000_000)) as engine:
+        handles = [engine.add(specache.make_request(model, prompt(60, seed=i), max_new_tokens=3, **GREEDY)) for i in range(3)]
+        run(engine)
+        assert all(handle.done for handle in handles) and engine.cache.context.living_sequences == 0
+
+
+def test_a_handle_is_waited_for_and_tells_its_end(model):
+    ended: list[Handle] = []
+    with specache.Engine(model, settings()) as engine:
+        handle = engine.add(specache.make_request(model, prompt(60), max_new_tokens=3, **GREEDY), ended.append)
+        assert not handle.wait(0)
+        run(engine)
+        assert handle.wait(0) and ended == [handle]
+
+
+def test_a_listener_that_fails_does_not_stop_the_engine(model):
+    def fails(handle: Handle) -> None:
+        raise OSError("nobody listens")
+
+    with specache.Engine(model, settings()) as engine, pytest.warns(RuntimeWarning, match="nobody listens"):
+        handles = [engine.add(specache.make_request(model, prompt(60), max_new_tokens=3, **GREEDY), fails) for _ in range(2)]
+        run(engine)
+        assert [handle.finish_reasons for handle in handles] == [["length"], ["length"]]
+
+
+def test_engines_beside_each_other_share_one_budget(model):
+    config = settings(fast_memory=3_000_000)
+    with specache.Engine(model, config) as engine, engine.beside(policy="full") as other:
+        first = engine.add(specache.make_request(model, prompt(90, seed=1), max_new_tokens=12, **GREEDY))
+        second = other.add(specache.make_request(model, prompt(70, seed=2), max_new_tokens=12, **GREEDY))
+        while engine.step() | other.step():
+            assert engine.cache.resources.budget is other.cache.resources.budget
+        same(first, alone(model, prompt(90, seed=1), config, max_new_tokens=12))
+        same(second, alone(model, prompt(70, seed=2), config.with_changes(policy="full"), max_new_tokens=12))
+        with pytest.raises(specache.UsageError, match="full"):
+            other.beside(policy="verified")

@@ -207,7 +207,7 @@ class TestRoom:
         probe.read(text(300))
         size = probe.store.status().fast_bytes
         probe.close()
-        limit = config(fast_memory=int(3.9 * size) + (1 << 19))
+        limit = config(fast_memory=int(3.9 * size) + (1 << 21))
         server = Server(model, limit, PrefixStore(model, limit))
         texts = [text(300, seed) for seed in range(3)]
         for one in texts:

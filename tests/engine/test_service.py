@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 
 import specache
 from specache.engine.chunk_ladder import choose_chunk, ladder
+from specache.engine.chunk_timer import ChunkTimer
 from specache.engine.events import Finished, Job, NewToken, PromptProgress, Started
 from tests.engine.serving import Client, alone, ask, service_of, settings
 from tests.sessions.sequences import gemma
@@ -153,9 +156,9 @@ def test_the_chunk_is_the_largest_that_is_read_in_time():
     assert ladder(config) == [32, 64, 128, 256, 512]
     assert ladder(settings(prefill_chunk=20)) == [20]
     assert ladder(settings(group_size=64, residual=64, prefill_chunk=100)) == [64]
-    assert choose_chunk(config, 0.25, lambda tokens: tokens / 600) == 128
-    assert choose_chunk(config, 0.25, lambda tokens: tokens / 1e6) == 512
-    assert choose_chunk(config, 0.25, lambda tokens: 1.0) == 32
+    assert choose_chunk(config, 0.25, nullcontext(lambda tokens: tokens / 600)) == 128
+    assert choose_chunk(config, 0.25, nullcontext(lambda tokens: tokens / 1e6)) == 512
+    assert choose_chunk(config, 0.25, nullcontext(lambda tokens: 1.0)) == 32
 
 
 def test_a_chunk_that_does_not_fit_into_fast_memory_is_not_chosen():
@@ -164,7 +167,7 @@ def test_a_chunk_that_does_not_fit_into_fast_memory_is_not_chosen():
             raise specache.FastMemoryError("no room")
         return 0.001
 
-    assert choose_chunk(settings(prefill_chunk=512), 0.25, measure) == 64
+    assert choose_chunk(settings(prefill_chunk=512), 0.25, nullcontext(measure)) == 64
 
 
 def test_the_chunk_is_chosen_once_at_the_start_and_kept(model):
@@ -179,6 +182,26 @@ def test_the_chunk_is_chosen_once_at_the_start_and_kept(model):
             client.end()
             assert client.progress == [*range(0, length, chunk), length]
             assert client.tokens() == alone(model, prompt(length, seed=length), max_new_tokens=8)[0]
+
+
+@pytest.mark.parametrize("build", [llama, gemma])
+def test_chunks_are_timed_behind_a_long_text_that_leaves_nothing(build):
+    model = build()
+    with specache.SpeCache(model, settings(fast_memory=10_000_000)) as cache:
+        state = torch.random.get_rng_state()
+        with ChunkTimer.over(model, cache) as timer:
+            assert timer(32) > 0
+            assert cache.resources.budget.used > 0
+            assert timer(4000) == math.inf  # more than the model's positions
+            with pytest.raises(specache.UsageError, match="timing a chunk"):
+                specache.generate(model, prompt(5), past_key_values=cache, max_new_tokens=1)
+        assert cache.resources.budget.used == cache.context.row_memory.used == cache.counters.prefill_s == 0
+        assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_chunks_are_timed_behind_as_much_as_fits(model):
+    with specache.SpeCache(model, settings(fast_memory=170_000)) as cache, ChunkTimer.over(model, cache) as timer:
+        assert timer(32) > 0
 
 
 @pytest.mark.parametrize("options", [{"most_waiting": 0}, {"chunk_ms": 0}, {"chunk_ms": float("nan")}])

@@ -289,3 +289,36 @@ def test_failed_is_the_last_event_and_comes_once(model):
             bad.end()
         ask(service, model, prompt(40)).end()
     assert [type(event) for event in bad.events].count(Failed) == 1 and isinstance(bad.events[-1], Failed)
+
+
+def test_threads_that_submit_abort_and_ask_at_once_find_everything_in_order(model):
+    """Eight threads, switched often, and what each finds is consistent."""
+    found: list[BaseException] = []
+    before = sys.getswitchinterval()
+
+    def work(number: int) -> None:
+        try:
+            for turn in range(5):
+                client = ask(
+                    service, model, prompt(20 + 9 * number, seed=turn), job={"top_k": 8} if number == 3 else {}, max_new_tokens=6
+                )
+                status = service.status()
+                assert status.error is None and status.waiting + status.running <= 8
+                if (number + turn) % 3 == 0:
+                    client.ticket.abort()
+                assert client.end().reasons in (("length",), ("aborted",))
+        except BaseException as error:
+            found.append(error)
+
+    with service_of(model) as service:
+        sys.setswitchinterval(1e-5)
+        try:
+            threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            sys.setswitchinterval(before)
+        status = service.status()
+    assert found == [] and status.finished + status.aborted == 40 and status.fast_bytes == status.slow_bytes == 0

@@ -233,6 +233,22 @@ def test_a_prefix_that_many_use_at_once_is_held_once(model):
     assert after_all - before < 6 * before
 
 
+def test_prefixes_are_shared_over_rows_on_a_disk(model, tmp_path):
+    config = settings(slow_tier="disk", slow_dir=str(tmp_path))
+    document = prompt(200, seed=1)
+    prompts = [after(document, 4 + i, seed=i) for i in range(3)]
+    with sharing(model, config) as service:
+        first = ask(service, model, prompts[0], max_new_tokens=60)
+        clients = asked_in_turn(service, model, prompts[1:])
+        first.end()
+        assert service.status().slow_peak_bytes >= first.facts.slow_bytes > 0
+    assert [client.cached for client in clients] == [200, 200]
+    for client, ids in zip(clients, prompts[1:], strict=True):
+        assert client.tokens() == alone(model, ids, config)[0]
+    assert first.tokens() == alone(model, prompts[0], config, max_new_tokens=60)[0]
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
 def test_an_error_of_the_store_costs_the_prefix_and_nothing_else(model, monkeypatch):
     def fails(*args: Any) -> Any:
         raise OSError("the store is broken")

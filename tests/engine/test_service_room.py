@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import threading
 from itertools import pairwise
 from typing import Any
 
 import pytest
 
 import specache
+from specache.engine import room
 from specache.engine.events import Event, NewToken, PromptProgress, Started
 from tests.engine.serving import Client, Gate, alone, ask, service_of, settings
 from tests.tiny import llama, prompt
@@ -176,3 +178,59 @@ def test_a_long_prompt_goes_on_while_many_answer(model):
         for stream in streams:
             stream.ticket.abort()
             stream.end()
+
+
+class Hoarder:
+    """A store of nothing that holds bytes of fast memory, which it frees when it likes."""
+
+    def __init__(self, size: int, seconds: float) -> None:
+        self._size = size
+        self._seconds = seconds
+        self._claim: Any = None
+
+    def take(self, owner: str, token_ids: list[int], cache: specache.SpeCache) -> None:
+        if self._claim is None:
+            self._claim = cache.resources.budget.claim(self._size, "what is being written")
+            threading.Timer(self._seconds, self._claim.release).start()
+
+    def make_room(self, fast_bytes: int, slow_bytes: int) -> bool:
+        return False
+
+    def add_running(self, owner: str, sequence: Any) -> None:
+        pass
+
+    def keep(self, owner: str, sequence: Any) -> None:
+        sequence.clear()
+
+    def drop_running(self, sequence: Any) -> None:
+        pass
+
+    def status(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+def test_a_request_waits_for_prefixes_that_are_on_their_way_out_but_not_for_ever(model, monkeypatch, leaves):
+    """A prefix that is written to a disk in the background holds its bytes until then."""
+    monkeypatch.setattr(room, "LONGEST_BLOCK_S", 20.0 if leaves else 0.2)
+    limit = needed(model, 1) * 5 // 4
+    with service_of(model, settings(fast_memory=limit), prefixes=Hoarder(limit // 2, 0.4 if leaves else 5.0)) as service:
+        client = ask(service, model, prompt(150), max_new_tokens=20)
+        if leaves:
+            assert client.end().reasons == ("length",) and client.facts.waited_s > 0.3
+        else:
+            with pytest.raises(specache.FastMemoryError):
+                client.end()
+        small = ask(service, model, prompt(20), max_new_tokens=2)
+        small.end()
+
+
+def test_a_request_that_waits_for_prefixes_can_be_aborted(model):
+    limit = needed(model, 1) * 5 // 4
+    with service_of(model, settings(fast_memory=limit), prefixes=Hoarder(limit // 2, 3.0)) as service:
+        client = ask(service, model, prompt(150), max_new_tokens=20)
+        client.ticket.abort()
+        assert client.end().reasons == ("aborted",) and client.facts.waited_s < 3.0

@@ -34,7 +34,7 @@ class Live:
         return f"http://127.0.0.1:{self.port}"
 
     def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), timeout=20)
+        return socket.create_connection(("127.0.0.1", self.port), timeout=100)
 
 
 @contextmanager
@@ -56,12 +56,12 @@ def live(
         yield Live(app, server, engine, listener.getsockname()[1], thread)
     finally:
         server.stop()
-        thread.join(30)
+        thread.join(100)
         assert not thread.is_alive()
         listener.close()
 
 
-def wait_until(condition: Any, seconds: float = 20.0) -> None:
+def wait_until(condition: Any, seconds: float = 100.0) -> None:
     """Wait for a condition, and fail if it does not come."""
     deadline = time.monotonic() + seconds
     while not condition():

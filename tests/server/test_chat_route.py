@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -218,10 +220,13 @@ def test_a_stream_never_shows_a_part_of_a_stop_string(client):
     assert text == plain[: plain.index(stop)] and chunks[-1]["choices"][0]["finish_reason"] == "stop"
 
 
-def test_a_stream_says_how_far_the_prompt_is_read(client):
-    body = {"messages": [{"role": "user", "content": "word " * 60}], "max_tokens": 2, "temperature": 0}
-    _, comments = stream(client, "/v1/chat/completions", body)
-    assert any(comment.startswith("reading the prompt: ") for comment in comments)
+def test_a_stream_says_how_far_a_long_prompt_is_read():
+    with running(chunk_ms=None, config=dataclasses.replace(SHORT, prefill_chunk=64)) as client:
+        for text, chunks in (("word " * 60, 5), ("word", 1)):
+            body = {"messages": [{"role": "user", "content": text}], "max_tokens": 2, "temperature": 0}
+            _, comments = stream(client, "/v1/chat/completions", body)
+            total = len(prompt_of(text))
+            assert comments == [f"reading the prompt: {64 * done} of {total} tokens" for done in range(1, chunks)]
 
 
 def test_reasoning_is_told_from_the_answer():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 import time
 
 import pytest
@@ -153,15 +154,48 @@ def test_connections_beyond_the_limit_are_refused():
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_stops_its_answer(server, stream):
     body = json.dumps({**LONG, "stream": stream}).encode()
-    before = server.app.state.metrics.text()
+    before = server.service.status().aborted
     connection = server.connect()
     connection.sendall(request(CHAT, body))
     wait_until(lambda: server.service.status().running)
     if stream:
-        assert b"data: " in connection.recv(65536)
+        seen = b""
+        while b"data: " not in seen:
+            seen += connection.recv(65536)
     connection.close()
     wait_until(lambda: not server.service.status().running and not server.app.state.open_streams)
-    assert b"specache_aborted" in before
+    wait_until(lambda: server.service.status().aborted == before + 1)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_the_queue_leaves_nothing_behind(server, stream):
+    with server.connect() as running:
+        running.sendall(request(CHAT, json.dumps({**LONG, "stream": True}).encode()))
+        wait_until(lambda: server.service.status().running == 1)
+        waiting = [server.connect() for _ in range(3)]
+        for connection in waiting:
+            connection.sendall(request(CHAT, json.dumps({**LONG, "stream": stream}).encode()))
+        wait_until(lambda: server.app.state.open_streams == 4)
+        for connection in waiting:
+            connection.close()
+        wait_until(lambda: server.app.state.open_streams <= 1)
+        wait_until(lambda: server.service.status().waiting + server.service.status().running <= 1)
+    wait_until(lambda: not server.service.status().running and not server.app.state.open_streams)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_while_its_prompt_is_prepared_leaves_nothing_behind(server, stream):
+    before, prepared = server.service.status(), threading.Event()
+    for _ in range(2):  # as many as there are workers
+        server.app.state.workers.submit(prepared.wait)
+    connection = server.connect()
+    connection.sendall(request(CHAT, json.dumps({**LONG, "stream": stream}).encode()))
+    wait_until(lambda: server.app.state.open_streams == 1)
+    connection.close()
+    prepared.set()
+    wait_until(lambda: not server.app.state.open_streams)
+    wait_until(lambda: not server.service.status().running and not server.service.status().waiting)
+    assert server.service.status().finished == before.finished
 
 
 def test_clients_that_leave_before_their_turn_leave_nothing_behind(server):

@@ -7,9 +7,10 @@ import dataclasses
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
+from specache.engine.prefix_status import PrefixCounters, PrefixStatus
 from specache.engine.service import EngineService
 from specache.server.app import ServerApp
-from specache.server.service_numbers import NAMES, service_numbers
+from specache.server.service_numbers import flat_numbers, service_numbers
 from specache.server.settings import ServerSettings
 from tests.server.tiny_server import ADDRESS, SHORT, chat, error_of, printable_model, running, served_model
 
@@ -102,24 +103,26 @@ def test_unknown_addresses_are_counted_as_one():
 def test_status_has_numbers_and_the_newest_requests(client):
     chat(client, max_tokens=3)
     status = client.get("/v1/status").json()
-    assert status["status"] == "ok" and status["model"] == "tiny" and set(NAMES) <= set(status)
+    assert status["status"] == "ok" and status["model"] == "tiny" and status["prefixes"] is None
+    assert {"waiting", "running", "fast_bytes", "fast_budget_bytes", "slow_bytes", "hit_rate"} <= set(status)
     request = status["requests"][0]
     assert request["new_tokens"] == 3 and request["finish_reasons"] == ["length"] and request["seconds"] > 0
     assert request["fast_bytes"] > 0 and request["ordinary_cache_bytes"] > 0
 
 
-def test_numbers_inside_a_status_are_flat():
+def test_numbers_of_the_store_are_in_the_status_and_its_texts_are_not():
     @dataclasses.dataclass
-    class Inner:
-        hits: int = 3
-
-    @dataclasses.dataclass
-    class Outer:
-        waiting: int = 1
+    class Status:
+        running: int
+        first_token_s: float | None
+        prefixes: PrefixStatus | None
         error: Exception | None = None
-        prefixes: Inner = dataclasses.field(default_factory=Inner)
-        more: dict = dataclasses.field(default_factory=lambda: {"a": 0.5, "b": "text"})
 
-    numbers = service_numbers(Outer())
-    assert numbers["prefixes_hits"] == 3 and numbers["more_a"] == 0.5 and "error" not in numbers and "more_b" not in numbers
-    assert numbers["running"] is None
+    store = PrefixStatus(prefixes=2, saved=3, ignored={"/a/path": "why"}, problem="/a/path", counters=PrefixCounters(hits=5))
+    numbers = service_numbers(Status(1, None, store))
+    assert numbers["running"] == 1 and numbers["first_token_s"] is None and "error" not in numbers
+    found = numbers["prefixes"]
+    assert (found["stored"], found["saved"], found["hits"]) == (2, 3, 5) and "path" not in str(numbers)
+    flat = flat_numbers(Status(1, None, store))
+    assert flat["prefix_hits"] == 5 and "first_token_s" not in flat and all(isinstance(one, float) for one in flat.values())
+    assert service_numbers(Status(1, None, None))["prefixes"] is None
