@@ -35,10 +35,10 @@ def save_long_model(folder: Path) -> None:
 class RealServer:
     """`specache serve` in a process of its own. The end of the `with` block ends it."""
 
-    def __init__(self, model: Path | str, *words: str | Path, name: str = SERVED_NAME) -> None:
+    def __init__(self, model: Path | str, *words: str | Path, name: str = SERVED_NAME, dtype: str = "float32") -> None:
         self.port = free_port()
         command = [sys.executable, "-m", "specache.cli.main", "serve", "-m", str(model), "--host", HOST, "--port", str(self.port)]
-        command += ["--dtype", "float32", "--threads", "1", "--served-model-name", name, *map(str, words)]
+        command += ["--dtype", dtype, "--threads", "1", "--served-model-name", name, *map(str, words)]
         self._process = ServerProcess(command, self.port, cores=None, threads=1, ready_path="/health", name="specache serve")
         self.url = self._process.url
 

@@ -14,9 +14,9 @@ from specache.templates.template import ChatTemplate
 
 
 @cache
-def loaded(name: str) -> LoadedModel:
-    """Return a model in float32."""
-    return load(name, dtype=Dtype.FLOAT32)
+def loaded(name: str, dtype: Dtype = Dtype.FLOAT32) -> LoadedModel:
+    """Return a model, in float32 by default."""
+    return load(name, dtype=dtype)
 
 
 def chat_ids(name: str, text: str) -> list[int]:
@@ -25,9 +25,9 @@ def chat_ids(name: str, text: str) -> list[int]:
     return template.encode(template.ask(text))
 
 
-def answer_ids(name: str, ids: list[int], tokens: int, **arguments: Any) -> list[int]:
+def answer_ids(name: str, ids: list[int], tokens: int, dtype: Dtype = Dtype.FLOAT32, **arguments: Any) -> list[int]:
     """Return what `specache.generate` answers to a prompt."""
-    model = loaded(name).model
+    model = loaded(name, dtype).model
     out = specache.generate(model, torch.tensor([ids]), max_new_tokens=tokens, **arguments)
     return out[0, len(ids) :].tolist()
 
@@ -40,7 +40,7 @@ def answer(name: str | Path, text: str, tokens: int, **arguments: Any) -> str:
 
 
 @torch.no_grad()
-def log_probabilities(name: str | Path, ids: list[int]) -> torch.Tensor:
+def log_probabilities(name: str | Path, ids: list[int], dtype: Dtype = Dtype.FLOAT32) -> torch.Tensor:
     """Return the stock model's log-probabilities [len(ids), vocabulary]; row i is of i + 1."""
-    logits = loaded(str(name)).model(torch.tensor([ids])).logits[0]
+    logits = loaded(str(name), dtype).model(torch.tensor([ids])).logits[0]
     return torch.log_softmax(logits.float(), -1)

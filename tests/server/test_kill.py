@@ -42,9 +42,9 @@ def started(model: Path, folder: Path) -> RealServer:
 
 def check_folder(server: RealServer, folder: Path) -> None:
     """Check that the folder holds whole prefixes that this server uses, and nothing else."""
-    status = server.wait_until(lambda status: idle(status) and not status["prefixes_waiting_writes"], "idle")
+    status = server.wait_until(lambda status: idle(status) and not status["prefixes"]["waiting_writes"], "idle")
     inside = [path for path in folder.iterdir() if path.name != "lock"]
-    assert len(inside) == status["prefixes_saved"] and status["prefixes_disk_bytes"] <= PREFIX_BYTES
+    assert len(inside) == status["prefixes"]["saved"] and status["prefixes"]["disk_bytes"] <= PREFIX_BYTES
     assert all((path / "session.json").is_file() and len(list(path.glob("*.rows"))) == 3 for path in inside), inside
     assert not [path for path in folder.rglob("*") if path.name.startswith(".") or path.name.endswith(".tmp")]
 
@@ -74,7 +74,7 @@ def kill_in_the_middle(server: RealServer, client: OpenAI, text: str, saved: int
     """Kill the server while it answers, as soon as the prompt is on the disk."""
     stream = ask(client, text, stream=True, max_tokens=8000)
     next(iter(stream))
-    status = server.wait_until(lambda status: status["prefixes_saved"] == saved, "the prompt on disk")
+    status = server.wait_until(lambda status: status["prefixes"]["saved"] == saved, "the prompt on disk")
     assert status["running"] == 1
     server.signal(signal.SIGKILL)
     with pytest.raises((httpx2.HTTPError, OpenAIError)):

@@ -11,6 +11,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
+from specache.cli.models import Dtype
 from tests.server import references
 from tests.server.real_server import SERVED_NAME, RealServer, idle
 
@@ -202,3 +203,22 @@ def test_the_real_model_answers_as_generate_does(demo_model):
     assert whole == pieces == expected and len(whole) > 10
     assert shared[1].choices[0].message.content == expected_late
     assert shared[1].usage.prompt_tokens_details.cached_tokens > 700
+
+
+def test_in_bfloat16_the_first_difference_is_a_near_tie(demo_model):
+    """Products of more rows round differently, which decides only between tokens as likely."""
+    document = "The old tree had forty rings, and the young one had three. " * 30
+    texts = [f"{document}{question}" for question in ("How old is the old tree?", "Which tree is young?", "Name both trees.")]
+    rounding = RealServer("demo", name="demo", dtype="bfloat16")
+    with rounding as server, OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300) as client:
+        choices = [ask(client, text, model="demo", max_tokens=20, logprobs=True).choices[0] for text in texts]
+    tokenizer = demo_model.tokenizer
+    for text, choice in zip(texts, choices, strict=True):
+        prompt = references.chat_ids("demo", text)
+        expected = references.answer_ids("demo", prompt, 20, Dtype.BFLOAT16, do_sample=False)
+        pieces = [tokenizer.decode([token]) for token in expected]
+        said = [entry.token for entry in choice.logprobs.content]
+        differs = next((index for index, pair in enumerate(zip(said, pieces, strict=False)) if pair[0] != pair[1]), None)
+        if differs is not None:
+            top = references.log_probabilities("demo", prompt + expected[:differs], Dtype.BFLOAT16)[-1].topk(2).values
+            assert top[0] - top[1] < 0.3, (said, pieces)

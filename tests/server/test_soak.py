@@ -140,7 +140,7 @@ async def run(server: RealServer, soak: Soak) -> None:
             status = (await client.get("/v1/status")).json()
             (soak.warm if math.isinf(soak.deadline) else soak.late).append(measured(server))
             assert status["fast_bytes"] <= status["fast_budget_bytes"] == FAST_BYTES and status["slow_bytes"] <= SLOW_BYTES
-            full = status["prefixes_counters_evicted"] >= EVICTED
+            full = status["prefixes"]["evicted"] >= EVICTED
             if math.isinf(soak.deadline) and (full or time.monotonic() > warm_until):
                 soak.deadline = time.monotonic() + SECONDS
             await asyncio.sleep(0.5)
