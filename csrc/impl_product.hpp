@@ -11,7 +11,7 @@ namespace {
 
 constexpr int kLanes = kProductBlock / 4;  // registers of 64 codes in a block of 16 outputs
 // Rows whose sums stay in registers.
-constexpr int kRowsPerPass = Isa::sums >= 16 ? 8 : 2;
+constexpr int kRowsPerPass = Isa::kProductSums >= 16 ? 8 : 2;
 
 inline Floats magnitude(Floats x) { return Isa::max(x, Isa::sub(Isa::splat(0.0f), x)); }
 
@@ -181,7 +181,7 @@ void widen_row(const uint8_t* x, Dtype dtype, int64_t inputs, Dtype weights, flo
 
 // Rows that share a pass over the weights, and inputs whose activations stay in the first-level cache
 // for all passes.
-constexpr int kPlainRows = Isa::sums >= 16 ? 8 : 1;
+constexpr int kPlainRows = Isa::kProductSums >= 16 ? 8 : 1;
 constexpr int64_t kPlainInputs = 256;
 
 // Lanes of sums that are not added up yet, of each row and output of a tile.

@@ -10,6 +10,7 @@ namespace {
 
 struct Wide {
     static constexpr int sums = 8;  // blocks of sums that stay in registers beside the operands, without moves between them
+    static constexpr int kProductSums = 16;  // the same of `impl_product.hpp`, whose loops are smaller
     static constexpr bool by_tile = false;
 
     using Bytes = __m512i;

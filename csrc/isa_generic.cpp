@@ -9,7 +9,7 @@ namespace {
 
 struct Isa {
     static constexpr const char* name = "generic";
-    static constexpr int sums = 4;
+    static constexpr int sums = 4, kProductSums = 4;
     static constexpr int kQueriesPerPass = 4;
     static constexpr bool matrix = false;
     static constexpr bool by_tile = false;

@@ -187,6 +187,7 @@ class User:
         new = prompt(1 + length % 20, seed=length)
         full = torch.cat([talk.text, new], 1)
         more = {"attention_mask": torch.ones_like(full)} if masked % 2 else {}
+        empty = talk.cache.get_seq_length() == 0  # a session that was closed unsaved: nothing to warn of
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             try:
@@ -196,7 +197,7 @@ class User:
                 return
         answer = answered[:, -NEW:]
         begins = torch.equal(talk.text[:, : new.shape[1]][:, :2], new[:, :2])  # the first tokens agree by chance: an edit
-        if (warned or begins) and not masked % 2 and self._same(new, torch.cat([new, answer], 1)):
+        if (warned or begins or empty) and not masked % 2 and self._same(new, torch.cat([new, answer], 1)):
             talk.text = torch.cat([new, answer], 1)  # a new text, with a warning
             return
         talk.text = torch.cat([full, answer], 1)
