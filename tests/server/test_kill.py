@@ -105,14 +105,14 @@ def test_a_restart_ends_answers_with_a_last_event_and_finds_the_prefix(long_fold
 
 
 def test_nothing_is_left_of_prompts_that_were_being_read_or_written(long_folder, folder):
-    for kill in range(KILLS):
+    for kill in range(1, 1 + KILLS // 2):
         with started(long_folder, folder) as server, client_of(server) as client:
             stream = ask(client, text_of(10 + kill), stream=True, max_tokens=100)
             if kill % 2:
                 next(iter(stream))  # read, and perhaps half written
             server.signal(signal.SIGKILL)
     with started(long_folder, folder) as server, client_of(server) as client:
-        for kill in range(KILLS):
+        for kill in range(1, 1 + KILLS // 2):
             text = text_of(10 + kill)
             assert ask(client, text).choices[0].message.content == references.answer(long_folder, text, NEW)
         check_folder(server, folder)
