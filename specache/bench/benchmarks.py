@@ -18,6 +18,7 @@ BENCHMARKS = {
     "scaling": "specache.bench.scaling:Scaling",
     "tiers": "specache.bench.tiers:Tiers",
     "memory": "specache.bench.memory:Memory",
+    "serve": "specache.bench.serve:Serve",
     "paper": "specache.bench.paper:Paper",
 }
 

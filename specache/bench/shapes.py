@@ -120,6 +120,13 @@ class ModelSource(Protocol):
     def load(self) -> Any:
         """Load the transformers model."""
 
+    def pretrained(self) -> str:
+        """Return the folder or hub name from which `from_pretrained` loads model and tokenizer.
+
+        Raises:
+            ConfigError: a model of random weights has neither.
+        """
+
     def prompt(self, tokens: int, text: Path | None, seed: int) -> list[int]:
         """Return a prompt of `tokens` token ids. Call it after `load`.
 
@@ -160,6 +167,9 @@ class RandomModel:
         if self.weights.quantised is not WeightFormat.AUTO:
             quantise_weights(model, self.weights.quantised)
         return model
+
+    def pretrained(self) -> str:
+        raise ConfigError(f"{self.name} is a shape without a tokenizer, and a server takes text. Name a model with --model.")
 
     def prompt(self, tokens: int, text: Path | None, seed: int) -> list[int]:
         """Return seeded random token ids."""

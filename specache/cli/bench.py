@@ -20,7 +20,7 @@ from specache.cli.bench_table import result_table
 from specache.cli.console import print_table, quiet_libraries, status
 from specache.cli.field_command import field_parameters, make_command, take, take_fields, written_parameters
 from specache.cli.json_file import JsonFile, check_json, write_json
-from specache.cli.models import DEMO_MODEL, Device, Dtype, check_weights, chosen_device, demo_file, load
+from specache.cli.models import DEMO_MODEL, Device, Dtype, check_weights, chosen_device, demo_file, load, locate
 from specache.errors import ConfigError
 from specache.eval.tasks.texts import load_text
 
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from specache.bench.shapes import ModelSource, Shape, Weights
 
 HELP = (
-    "Measure speed and memory: one layer, matrix products, whole models, prefill, slow tiers, what fits under a limit, and the "
-    "paper's table."
+    "Measure speed and memory: one layer, matrix products, whole models, prefill, slow tiers, what fits under a limit, "
+    "servers under load, and the paper's table."
 )
 EPILOG = """
 [bold]Examples[/bold]
@@ -48,6 +48,8 @@ specache bench scaling -m demo --contexts 2048,8192,32768 --batches 1,8 --plot s
 specache bench tiers -m demo --context 8000 --dir /var/tmp --json tiers.json
 
 sudo specache bench memory --shape llama-3.2-1b --context 65536 --dir /var/tmp --json memory.json
+
+specache bench serve -m demo --no-sharing --against transformers,llama.cpp --json serve.json
 
 specache bench paper --shape mistral-7b --device cuda --out paper.json --plot paper.png
 
@@ -128,6 +130,10 @@ class NamedModel:
         )
         self.tokenizer = loaded.tokenizer
         return loaded.model
+
+    def pretrained(self) -> str:
+        """Return the folder of the model, converted first if it is a GGUF file, or its hub name."""
+        return locate(self.name, lambda message: None)[0]
 
     def prompt(self, tokens: int, text: Path | None, seed: int) -> list[int]:
         """Return the first `tokens` tokens of the file, or of Python's documentation."""

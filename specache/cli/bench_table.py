@@ -24,7 +24,7 @@ _TEXT = (
     "matrix",
     "format",
 )  # columns of text
-_SHARES = ("rows_ready", "read_hidden", "hit_rate", "vs_read")
+_SHARES = ("rows_ready", "read_hidden", "hit_rate", "vs_read", "alike")
 _TITLES = {"gb_per_s": "GB/s", "ms_per_step": "ms per step", "tokens_per_s": "tokens/s"}
 
 
@@ -55,9 +55,16 @@ def _skipped(results: list[dict[str, Any]]) -> list[Text]:
             bits = result.get("bits")
             named = (result.get("impl") or result.get("method"), result.get("cache"), result.get("policy"), bits and f"{bits}-bit")
             what = " ".join(filter(None, (*named, *(result.get(key) for key in ("shape", "matrix", "format")))))
-            load = f"{result.get('batch') or 1} x {result['context']:,} tokens" if "context" in result else f"{result['rows']} rows"
+            load = _load(result)
             lines.append(Text(f"{what}, {load}, was skipped: {result['skipped']}", style="yellow"))
     return lines
+
+
+def _load(result: dict[str, Any]) -> str:
+    if "context" in result:
+        return f"{result.get('batch') or 1} x {result['context']:,} tokens"
+    unit = "requests" if "requests" in result else "rows"
+    return f"{result[unit]} {unit}"
 
 
 def _entries(details: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -99,7 +99,7 @@ def load(
     on = chosen_device(device)
     chosen_dtype = _dtype(_combined(dtype, weights), on)
     check_weights(weights, on)
-    source, local = _locate(name, on_progress)
+    source, local = locate(name, on_progress)
     on_progress(f"Loading {name}")
     options = {"revision": revision, "local_files_only": local or offline}
     tokenizer, model, report = _from_pretrained(name, source, chosen_dtype, options)
@@ -129,7 +129,7 @@ def load_config(name: str, *, revision: str | None = None, offline: bool = False
     if path.is_file() and path.suffix.lower() == ".gguf":
         source, options = str(path.parent), {**options, "gguf_file": path.name}
     elif not path.is_dir():
-        source, local = _locate(name, lambda message: None)
+        source, local = locate(name, lambda message: None)
         options = {"revision": revision, "local_files_only": local or offline}
     try:
         config = AutoConfig.from_pretrained(source, **options)
@@ -186,8 +186,12 @@ def demo_gguf() -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
-def _locate(name: str, on_progress: Callable[[str], None]) -> tuple[str, bool]:
-    """Return (argument for `from_pretrained`, True if it is on this machine)."""
+def locate(name: str, on_progress: Callable[[str], None]) -> tuple[str, bool]:
+    """Return (argument for `from_pretrained`, True if it is on this machine).
+
+    Raises:
+        ModelNotFoundError: `name` matches no model.
+    """
     if not name.strip():
         raise ModelNotFoundError("the model's name is empty. Pass a hub name, a folder, a .gguf file, or 'demo'.")
     path = Path(name).expanduser()

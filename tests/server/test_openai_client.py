@@ -1,0 +1,224 @@
+"""The official OpenAI client against a real server process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from openai import AsyncOpenAI, OpenAI
+
+from specache.cli.models import Dtype
+from tests.server import references
+from tests.server.real_server import SERVED_NAME, RealServer, idle
+
+QUESTION = "Why is the sky blue?"
+SETTINGS: dict[str, Any] = {"model": SERVED_NAME, "temperature": 0, "max_tokens": 24}
+
+
+@pytest.fixture(scope="module")
+def server(long_folder: Path) -> Iterator[RealServer]:
+    with RealServer(long_folder) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def client(server: RealServer) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120) as made:
+        yield made
+
+
+def ask(client: OpenAI, text: str = QUESTION, **changes: Any) -> Any:
+    return client.chat.completions.create(messages=[{"role": "user", "content": text}], **{**SETTINGS, **changes})
+
+
+def streamed(client: OpenAI, text: str = QUESTION, **changes: Any) -> tuple[str, list[Any]]:
+    """Return text and chunks of a stream."""
+    chunks = list(ask(client, text, stream=True, **changes))
+    return "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices), chunks
+
+
+def test_an_answer_is_that_of_generate(client, long_folder):
+    for text in (QUESTION, "And green?", "x" * 700):
+        completion = ask(client, text)
+        (choice,) = completion.choices
+        assert choice.message.role == "assistant" and choice.message.content == references.answer(long_folder, text, 24)
+        prompt = len(references.chat_ids(str(long_folder), text))
+        assert completion.usage.prompt_tokens == prompt and completion.usage.completion_tokens <= 24
+        assert completion.usage.total_tokens == prompt + completion.usage.completion_tokens
+        assert choice.finish_reason == ("length" if completion.usage.completion_tokens == 24 else "stop")
+        assert completion.object == "chat.completion" and completion.model == SERVED_NAME
+
+
+def test_a_stream_is_the_answer_in_pieces_and_usage_comes_last(client):
+    whole = ask(client)
+    text, chunks = streamed(client, stream_options={"include_usage": True})
+    assert text == whole.choices[0].message.content
+    *pieces, last = chunks
+    assert last.choices == [] and last.usage.completion_tokens == whole.usage.completion_tokens
+    assert all(piece.usage is None and piece.id == last.id for piece in pieces)
+    assert pieces[0].choices[0].delta.role == "assistant" and len(pieces) > 3
+    assert [piece.choices[0].finish_reason for piece in pieces if piece.choices[0].finish_reason] == [
+        whole.choices[0].finish_reason
+    ]
+    assert all(chunk.usage is None for chunk in streamed(client)[1])
+
+
+def test_clients_at_the_same_time_get_what_each_gets_alone(server, client):
+    texts = [f"Question {index}: " + "so " * (5 * index) for index in range(8)]
+    alone = [ask(client, text).choices[0].message.content for text in texts]
+
+    async def together() -> list[str]:
+        async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120) as asks:
+
+            async def one(index: int, text: str) -> str:
+                messages: Any = [{"role": "user", "content": text}]
+                if index % 2:
+                    done = await asks.chat.completions.create(messages=messages, **SETTINGS)
+                    return done.choices[0].message.content or ""
+                stream = await asks.chat.completions.create(messages=messages, stream=True, **SETTINGS)
+                return "".join([chunk.choices[0].delta.content or "" async for chunk in stream if chunk.choices])
+
+            return await asyncio.gather(*(one(index, text) for index, text in enumerate(texts)))
+
+    assert asyncio.run(together()) == alone
+
+
+def test_several_answers_have_indices_and_a_seed_repeats_them(client):
+    changes: dict[str, Any] = {"n": 3, "temperature": 1.5, "seed": 11}
+    first, second = ask(client, **changes), ask(client, **changes)
+    texts = [choice.message.content for choice in first.choices]
+    assert [choice.index for choice in first.choices] == [0, 1, 2] and len(set(texts)) == 3
+    assert texts == [choice.message.content for choice in second.choices]
+    assert texts != [choice.message.content for choice in ask(client, **{**changes, "seed": 12}).choices]
+    _, chunks = streamed(client, **changes)
+    pieces = ["".join(c.delta.content or "" for chunk in chunks for c in chunk.choices if c.index == index) for index in range(3)]
+    assert pieces == texts
+
+
+def test_log_probabilities_are_those_of_the_model(client, long_folder):
+    choice = ask(client, logprobs=True, top_logprobs=4, max_tokens=12).choices[0]
+    entries = choice.logprobs.content
+    answer = references.answer_ids(str(long_folder), references.chat_ids(str(long_folder), QUESTION), 12, do_sample=False)
+    expected = references.log_probabilities(long_folder, references.chat_ids(str(long_folder), QUESTION) + answer)[
+        -len(answer) - 1 : -1
+    ]
+    assert len(entries) == len(answer)
+    for entry, token, row in zip(entries, answer, expected, strict=True):
+        top = row.topk(4)
+        assert entry.logprob == pytest.approx(row[token].item(), abs=1e-3)
+        assert [one.logprob for one in entry.top_logprobs] == pytest.approx(top.values.tolist(), abs=1e-3)
+        assert entry.top_logprobs[0].token == entry.token and entry.bytes is not None
+    text = b"".join(bytes(entry.bytes) for entry in entries)
+    assert text.decode(errors="replace").startswith(choice.message.content.rstrip("\N{REPLACEMENT CHARACTER}"))
+
+
+def test_a_completion_echoes_its_prompt_with_its_log_probabilities(client, long_folder):
+    prompt = "The tree has forty rings."
+    done = client.completions.create(model=SERVED_NAME, prompt=prompt, echo=True, logprobs=2, max_tokens=1, temperature=0)
+    tokenizer = references.loaded(str(long_folder)).tokenizer
+    ids = tokenizer(prompt)["input_ids"]
+    expected = references.log_probabilities(long_folder, ids)
+    scores = done.choices[0].logprobs
+    assert done.choices[0].text.startswith(prompt) and scores.token_logprobs[0] is None
+    assert scores.token_logprobs[1 : len(ids)] == pytest.approx(
+        [expected[i, ids[i + 1]].item() for i in range(len(ids) - 1)], abs=1e-3
+    )
+    assert scores.text_offset[: len(ids)] == list(range(len(prompt)))
+    assert all(len(top) >= 2 for top in scores.top_logprobs[1:])
+
+
+def test_token_ids_are_a_prompt(client, long_folder):
+    ids = references.loaded(str(long_folder)).tokenizer("Once upon a time")["input_ids"]
+    by_ids = client.completions.create(model=SERVED_NAME, prompt=ids, max_tokens=12, temperature=0)
+    by_text = client.completions.create(model=SERVED_NAME, prompt="Once upon a time", max_tokens=12, temperature=0)
+    both = client.completions.create(model=SERVED_NAME, prompt=[ids, ids[:4]], max_tokens=12, temperature=0)
+    assert by_ids.choices[0].text == by_text.choices[0].text == both.choices[0].text
+    assert [choice.index for choice in both.choices] == [0, 1]
+
+
+def test_an_answer_stops_before_a_text_and_no_part_of_it_is_streamed(client):
+    whole = ask(client, max_tokens=40).choices[0].message.content
+    place = next(index for index in range(4, len(whole) - 2) if whole.index(whole[index : index + 3]) == index)
+    stop = whole[place : place + 3]
+    choice = ask(client, max_tokens=40, stop=["never this", stop]).choices[0]
+    assert (choice.message.content, choice.finish_reason) == (whole[:place], "stop")
+    text, chunks = streamed(client, max_tokens=40, stop=stop)
+    assert text == whole[:place] and chunks[-1].choices[0].finish_reason == "stop"
+
+
+def test_a_client_that_closes_its_stream_ends_the_request_and_leaves_a_prefix(server, client):
+    text = "Count from one to a million. " * 60
+    before = server.wait_until(idle, "idle")
+    stream = ask(client, text, stream=True, max_tokens=4000)
+    for _, chunk in zip(range(6), stream, strict=False):
+        assert not (chunk.choices and chunk.choices[0].finish_reason)
+    stream.close()
+    server.wait_until(idle, "the end of an aborted request", 30)
+    again = ask(client, text)
+    assert again.usage.prompt_tokens_details.cached_tokens > 1000
+    read = server.status()["prompt_tokens_read"] - before["prompt_tokens_read"]
+    assert read < 1.5 * again.usage.prompt_tokens
+
+
+def test_the_models_are_listed(client):
+    assert [model.id for model in client.models.list()] == [SERVED_NAME] and client.models.retrieve(SERVED_NAME).id == SERVED_NAME
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"model": "gpt-9"}, openai.NotFoundError, "gpt-9"),
+        ({"temperature": -1}, openai.BadRequestError, "temperature"),
+        ({"n": 0}, openai.BadRequestError, "n"),
+        ({"messages": []}, openai.BadRequestError, "messages"),
+        ({"messages": [{"role": "user", "content": "x" * 20_000}]}, openai.BadRequestError, "20,0"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            openai.BadRequestError,
+            "image",
+        ),
+        ({"extra_body": {"suffix": "x"}}, openai.BadRequestError, "suffix"),
+    ],
+)
+def test_a_request_that_cannot_be_served_is_refused_by_name(client, changes, error, message):
+    given = {"messages": [{"role": "user", "content": QUESTION}], **SETTINGS, **changes}
+    with pytest.raises(error) as refused:
+        client.chat.completions.create(**given)
+    assert message in str(refused.value) and refused.value.body["type"] and refused.value.body["message"]
+
+
+def test_the_real_model_answers_as_generate_does(demo_model):
+    text = "Name three colours of the rainbow. Answer briefly."
+    expected = references.answer("demo", text, 32)
+    with RealServer("demo", name="demo") as server, OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300) as client:
+        whole = ask(client, text, model="demo", max_tokens=32).choices[0].message.content
+        pieces, _ = streamed(client, text, model="demo", max_tokens=32)
+        document = "The old tree had forty rings. " * 120
+        shared = [ask(client, f"{document}{question}", model="demo", max_tokens=16) for question in ("How old?", "Which tree?")]
+        expected_late = references.answer("demo", f"{document}Which tree?", 16)
+    assert whole == pieces == expected and len(whole) > 10
+    assert shared[1].choices[0].message.content == expected_late
+    assert shared[1].usage.prompt_tokens_details.cached_tokens > 700
+
+
+def test_in_bfloat16_the_first_difference_is_a_near_tie(demo_model):
+    """Products of more rows round differently, which decides only between tokens as likely."""
+    document = "The old tree had forty rings, and the young one had three. " * 30
+    texts = [f"{document}{question}" for question in ("How old is the old tree?", "Which tree is young?", "Name both trees.")]
+    rounding = RealServer("demo", name="demo", dtype="bfloat16")
+    with rounding as server, OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300) as client:
+        choices = [ask(client, text, model="demo", max_tokens=20, logprobs=True).choices[0] for text in texts]
+    tokenizer = demo_model.tokenizer
+    for text, choice in zip(texts, choices, strict=True):
+        prompt = references.chat_ids("demo", text)
+        expected = references.answer_ids("demo", prompt, 20, Dtype.BFLOAT16, do_sample=False)
+        pieces = [tokenizer.decode([token]) for token in expected]
+        said = [entry.token for entry in choice.logprobs.content]
+        differs = next((index for index, pair in enumerate(zip(said, pieces, strict=False)) if pair[0] != pair[1]), None)
+        if differs is not None:
+            top = references.log_probabilities("demo", prompt + expected[:differs], Dtype.BFLOAT16)[-1].topk(2).values
+            assert top[0] - top[1] < 0.3, (said, pieces)
