@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from specache.tiers.base import Fetch
+from specache.tiers.base import Fetch, StepReads
 from specache.tiers.transfer import HostMemory, Offload
 
 GROWTH = 1.25  # factor by which a full buffer grows
@@ -92,6 +93,15 @@ class RamTier:
 
     def begin(self, layer: int, heads: Tensor, positions: Tensor) -> Fetch:
         return Fetch(partial(self.gather, layer, heads, positions))
+
+    def has_room(self, layer: int, length: int) -> bool:
+        return True  # buffers grow
+
+    def count_appended(self, layer: int) -> None:
+        pass
+
+    def step_reads(self, layer: int, hot: Any, before: StepReads | None) -> None:
+        return None
 
     def reserve(self, tokens: int) -> None:
         self._expected = max(self._expected, tokens)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from specache.attention.at_once import decode_at_once
 from specache.attention.decode import StepKind, StepSpec, mixed_attention
 from specache.cache.layers import CompressedLayer
 from specache.cache.sizes import page_layout
@@ -57,15 +58,21 @@ def layer_of(tokens: int, hot: type[HotSet], worker: PrefetchWorker, dtype: torc
 
 
 def step(layers: list[CompressedLayer], kind: StepKind, policy: Policy, top_k: int, seed: int) -> tuple[Tensor, Counters]:
-    """Decode random tokens -> float32 [B, Hq, n, D], and what was counted."""
+    """Decode random tokens -> [B, Hq, n, D], and what was counted."""
     generator = torch.Generator().manual_seed(seed)
     dtype, counters = layers[0].dtype, Counters()
     query = torch.randn(len(layers), HEADS * GROUPS, kind.queries, DIM, generator=generator).to(dtype)
     keys, values = (torch.randn(len(layers), HEADS, kind.queries, DIM, generator=generator).to(dtype) for _ in range(2))
-    if kind.commits:
-        for b, layer in enumerate(layers):
-            layer.append(query[b, :, :1], keys[b, :, :1], values[b, :, :1])
-    out = mixed_attention(query, keys, values, layers, PARAMS, StepSpec(kind, policy, top_k, counters))
+    spec = StepSpec(kind, policy, top_k, counters)
+    at_once = decode_at_once(query, keys, values, layers, PARAMS, spec)
+    assert (at_once is not None) == isinstance(layers[0].row_fetcher.hot, NativeHotSet)
+    if at_once is not None:
+        out = at_once.transpose(1, 2)
+    else:
+        if kind.commits:
+            for b, layer in enumerate(layers):
+                layer.append(query[b, :, :1], keys[b, :, :1], values[b, :, :1])
+        out = mixed_attention(query, keys, values, layers, PARAMS, spec).to(dtype)
     if kind.commits:
         for layer in layers:
             layer.quantise_oldest()

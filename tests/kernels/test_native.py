@@ -425,7 +425,7 @@ def test_codes_equal_pytorchs(isa, case, step):
 
 class InPlace:
     """A layer of one sequence of a case, with its 16-bit rows in memory
-    (`specache.kernels.types.InPlaceLayer`).
+    (`specache.kernels.types.StoredLayer`).
 
     Args:
         recent: the newest tokens, of which the last `rows` are those of the step.
