@@ -24,25 +24,32 @@ struct LookedUp {
     std::vector<int64_t> positions, slots;
 };
 
-// Look the selected positions up and start to read what is missing. Return false where that cannot be
-// started.
-bool begin_reads(const Layout& layout, const std::vector<StoredSequence>& sequences, const std::vector<int64_t>& selected, int64_t n, int64_t k,
-                 int real, LookedUp& found, std::vector<FetchCounts>& counts) {
+// What a hot set lacks: the first `count` (head, position) pairs.
+struct Missing {
+    std::vector<int64_t> heads, positions;
+    int64_t count;
+};
+
+// Look the selected positions up, and note what each query gets. Return per sequence what is missing.
+std::vector<Missing> look_up(const Layout& layout, const std::vector<StoredSequence>& sequences, const std::vector<int64_t>& selected, int64_t n,
+                             int64_t k, int real, LookedUp& found, std::vector<FetchCounts>& counts) {
     const int64_t of_sequence = layout.heads * n * k;
     const auto wanted = size_t(layout.heads * real * k);
-    std::vector<int64_t> missing(wanted), heads(wanted), tokens(wanted);
-    bool good = true;
+    std::vector<int64_t> lacking(wanted);
+    std::vector<Missing> missing;
     for (size_t b = 0; b < sequences.size(); b++) {
         const int64_t from = int64_t(b) * of_sequence;
-        const HotSet::Found of = sequences[b].hot->look_up(selected.data() + from, n, k, real, found.positions.data() + from,
-                                                           found.slots.data() + from, missing.data(), heads.data(), tokens.data());
-        counts[b].selected = of.selected, counts[b].ready = of.ready;
-        if (!of.fits) throw std::invalid_argument("a hot set without room for one step");
-        good = sequences[b].on_disk->begin(heads.data(), tokens.data(), of.missing) && good;
+        Missing& of = missing.emplace_back(Missing{std::vector<int64_t>(wanted), std::vector<int64_t>(wanted), 0});
+        const HotSet::Found there = sequences[b].hot->look_up(selected.data() + from, n, k, real, found.positions.data() + from,
+                                                              found.slots.data() + from, lacking.data(), of.heads.data(), of.positions.data());
+        counts[b].selected = there.selected, counts[b].ready = there.ready, of.count = there.missing;
+        if (!there.fits) throw std::invalid_argument("a hot set without room for one step");
     }
-    return good;
+    return missing;
 }
 
+// The real queries' rows are asked for first, and those of the next step once they are there: devices
+// may answer in order.
 int64_t decode_from_disk(LayerStep& layer, const Step& step, const std::vector<StoredSequence>& sequences, Dtype dtype, int64_t k, int real,
                          int64_t* next, std::vector<FetchCounts>& counts) {
     const Layout& layout = *step.layout;
@@ -52,13 +59,12 @@ int64_t decode_from_disk(LayerStep& layer, const Step& step, const std::vector<S
     LookedUp found{selected, selected};
     bool good = true;
     try {
-        good = begin_reads(layout, sequences, selected, step.rows, k, real, found, counts);
-        if (good && next) {
-            layer.select_next(next);
+        const std::vector<Missing> missing = look_up(layout, sequences, selected, step.rows, k, real, found, counts);
+        layer.attend_low_bit(found.positions.data(), k, [&] {
             for (size_t b = 0; b < sequences.size(); b++)
-                sequences[b].on_disk->begin_ahead(next + int64_t(b) * layout.heads * layer.next_k(), layer.next_k());
-        }
-        if (good) layer.attend_low_bit(found.positions.data(), k);
+                good = sequences[b].on_disk->begin(missing[b].heads.data(), missing[b].positions.data(), missing[b].count) && good;
+        });
+        if (next) layer.select_next(next);
         for (const StoredSequence& sequence : sequences) good = sequence.on_disk->finish() && good;
     } catch (...) {
         for (const StoredSequence& sequence : sequences) sequence.on_disk->cancel();
@@ -70,7 +76,11 @@ int64_t decode_from_disk(LayerStep& layer, const Step& step, const std::vector<S
         const HotSet& hot = *sequences[size_t(head / layout.heads)].hot;
         fetched.rows.push_back({hot.row(step.head_of(head), 0), dtype, 0, hot.row_bytes(), 0});
     }
-    layer.attend_fetched(fetched, nullptr);
+    layer.attend_fetched(fetched, nullptr, [&] {
+        if (!next) return;
+        for (size_t b = 0; b < sequences.size(); b++)
+            sequences[b].on_disk->begin_ahead(next + int64_t(b) * layout.heads * layer.next_k(), layer.next_k());
+    });
     return kAllFinite;
 }
 
