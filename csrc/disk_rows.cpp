@@ -32,6 +32,7 @@ bool DiskRows::begin(const int64_t* heads, const int64_t* positions, int64_t cou
             std::memcpy(hot_.row(head, slot), tail_row(head, positions[i]), size_t(hot_.row_bytes()));
         }
     }
+    counts_.rows += count;
     if (reserved_of_.empty()) return true;
     collect();
     now_ = flight(reads_->queue.begin(files_, rules_, file_heads.data(), file_positions.data(), int64_t(file_heads.size())));
@@ -39,7 +40,6 @@ bool DiskRows::begin(const int64_t* heads, const int64_t* positions, int64_t cou
         hot_.forget_reserved();
         return false;
     }
-    counts_.rows += int64_t(file_heads.size());
     return true;
 }
 
@@ -70,33 +70,43 @@ void DiskRows::begin_ahead(const int64_t* positions, int64_t k) {
     std::vector<int64_t> heads(static_cast<size_t>(pairs)), tokens(static_cast<size_t>(pairs));
     ahead_positions_.resize(size_t(pairs));
     hot_.missing(positions, k, ahead_positions_.data(), heads.data(), tokens.data());
-    int64_t count = 0;
+    ahead_of_.clear(), of_tail_.clear(), tail_rows_.clear();
+    size_t count = 0, files = 0;
     for (int64_t i = 0; i < pairs; i++) {
-        int64_t& position = ahead_positions_[size_t(i)];
-        if (position >= on_disk_) position = -1;  // in memory: copied when it is needed
-        if (position >= 0) heads[size_t(count)] = i / k, tokens[size_t(count)] = position, count++;
+        const int64_t position = ahead_positions_[size_t(i)];
+        if (position < 0) continue;
+        if (position < on_disk_) {
+            heads[files] = i / k, tokens[files] = position, files++;
+            ahead_of_.push_back(count);
+        } else {
+            const uint8_t* row = tail_row(i / k, position);
+            tail_rows_.insert(tail_rows_.end(), row, row + hot_.row_bytes());
+            of_tail_.push_back(count);
+        }
+        count++;
     }
-    if (!count) return;
-    // a disk that is slower than the steps: no more memory than for a few layers' rows
-    while (!reads_->ahead.empty() && reads_->queue.held_bytes() > rules_.most_bytes) reads_->ahead.front()->store_ahead();
-    ahead_ = flight(reads_->queue.begin(files_, rules_, heads.data(), tokens.data(), count));
-    if (!ahead_.batch) return;
-    reads_->ahead.push_back(this);
-    counts_.rows += count;
+    if (files) {
+        // a disk that is slower than the steps: no more memory than for a few layers' rows
+        while (!reads_->ahead.empty() && reads_->queue.held_bytes() > rules_.most_bytes / 2) reads_->ahead.front()->store_ahead();
+        ahead_ = flight(reads_->queue.begin(files_, rules_, heads.data(), tokens.data(), int64_t(files)));
+        if (!ahead_.batch) return;
+        reads_->ahead.push_back(this);
+    }
+    has_ahead_ = count > 0;
+    counts_.rows += int64_t(count);
 }
 
 bool DiskRows::finish_ahead() {
-    if (ahead_.batch) store_ahead();
+    if (has_ahead_) store_ahead();
     return failed_.empty();
 }
 
 void DiskRows::cancel() {
+    if (now_.batch) hot_.forget_reserved();  // else it may be someone else's
     now_.batch.reset();
-    hot_.forget_reserved();
-    if (ahead_.batch) {
-        leave_ahead();
-        ahead_.batch.reset();
-    }
+    leave_ahead();
+    ahead_.batch.reset();
+    has_ahead_ = false;
     failed_.clear();
 }
 
@@ -121,21 +131,25 @@ void DiskRows::end(Flight& flight) {
     reads_->queue.wait(*flight.batch);
 }
 
-bool DiskRows::store_ahead() {
+// Store what was fetched ahead. It may be long before the layer's next step.
+void DiskRows::store_ahead() {
     const Time asked = Clock::now();
-    counts_.waits += !ahead_.batch->ended();
-    end(ahead_);
-    leave_ahead();
-    const int64_t k = int64_t(ahead_positions_.size()) / hot_.heads();
+    has_ahead_ = false;
+    if (ahead_.batch) {
+        counts_.waits += !ahead_.batch->ended();
+        end(ahead_);
+        leave_ahead();
+    }
+    const std::unique_ptr<RowBatch> batch = std::move(ahead_.batch);
     std::vector<int64_t> slots(ahead_positions_.size());
-    hot_.reserve_all(ahead_positions_.data(), k, slots.data());
-    const std::vector<std::pair<int64_t, int64_t>> reserved = hot_.reserved();
-    const bool good = ahead_.batch->rows([&](const Row& row, const uint64_t* words) {
-        const auto [head, slot] = reserved[size_t(row.index)];
-        if (slot >= 0) std::memcpy(hot_.row(head, slot), words, size_t(hot_.row_bytes()));
-    });
-    ahead_.batch.reset();
-    if (good) {
+    hot_.reserve_all(ahead_positions_.data(), int64_t(ahead_positions_.size()) / hot_.heads(), slots.data());
+    const auto& reserved = hot_.reserved();
+    const auto store = [&](size_t number, const void* row) {
+        const auto [head, slot] = reserved[number];
+        if (slot >= 0) std::memcpy(hot_.row(head, slot), row, size_t(hot_.row_bytes()));
+    };
+    for (size_t i = 0; i < of_tail_.size(); i++) store(of_tail_[i], tail_rows_.data() + i * size_t(hot_.row_bytes()));
+    if (!batch || batch->rows([&](const Row& row, const uint64_t* words) { store(ahead_of_[size_t(row.index)], words); })) {
         for (const auto& [head, slot] : reserved)
             if (slot >= 0) hot_.mark_ahead(head, slot);
         hot_.keep_reserved();
@@ -145,7 +159,6 @@ bool DiskRows::store_ahead() {
     }
     const double waited = seconds(Clock::now() - asked);
     counts_.wait_s += waited, counts_.read_s += waited;
-    return good;
 }
 
 void DiskRows::leave_ahead() {

@@ -48,17 +48,18 @@ public:
     // Wait for these rows and store them. Return false if a read failed: the reservation is undone then.
     bool finish();
 
-    // Begin to read those of positions [heads, k] that the hot set lacks and a file holds, for the next
-    // step, which the hot set counts from now on. Where that cannot be started, the next step reads
-    // them.
+    // Begin to fetch those of positions [heads, k] that the hot set lacks, for the next step, which the
+    // hot set counts from now on. Where that cannot be started, the next step fetches them.
     void begin_ahead(const int64_t* positions, int64_t k);
     // Wait for these rows and store them. Return false if a read failed, also where `collect` stored
     // them: `failed` then has their positions.
     bool finish_ahead();
+    // Whether rows are read that `finish_ahead` has not stored.
+    bool reading_ahead() const { return bool(ahead_.batch); }
     // The positions [heads, k] that `finish_ahead` failed to read, -1 elsewhere; k.
     const std::vector<int64_t>& failed() const { return failed_; }
 
-    // Drop what is being read, and what was read ahead. Return when no read is running.
+    // Drop what is being fetched. Return when no read is running.
     void cancel();
     // Return what was counted since the last call.
     ReadCounts take_counts() { return std::exchange(counts_, {}); }
@@ -73,8 +74,7 @@ private:
     static Flight flight(std::unique_ptr<RowBatch> batch);
     void collect();
     void end(Flight& flight);
-    bool store(const RowBatch& batch);
-    bool store_ahead();
+    void store_ahead();
     void leave_ahead();
 
     const std::shared_ptr<DiskReads> reads_;
@@ -85,7 +85,10 @@ private:
     int64_t tail_head_ = 0, tail_token_ = 0, on_disk_ = 0;
     Flight now_, ahead_;
     std::vector<std::size_t> reserved_of_;  // of the rows of `now_`: their number in the reservation
-    std::vector<int64_t> ahead_positions_, failed_;  // [heads, k]
+    bool has_ahead_ = false;
+    std::vector<int64_t> ahead_positions_, failed_;   // [heads, k]
+    std::vector<std::size_t> ahead_of_, of_tail_;      // of the rows of `ahead_`, and of those of the tail: their number in the reservation
+    std::vector<uint8_t> tail_rows_;                   // copied at once: the tail moves on
     ReadCounts counts_;
 };
 

@@ -46,6 +46,7 @@ void bind_disk_rows(nb::module_& m) {
         .def("use", &use, nb::arg("table").none(), nb::arg("rules"), nb::arg("most_bytes"), nb::arg("tail"), nb::arg("tail_head"),
              nb::arg("tail_token"), nb::arg("on_disk"))
         .def("finish_ahead", &DiskRows::finish_ahead, nb::call_guard<nb::gil_scoped_release>())
+        .def_prop_ro("reading_ahead", &DiskRows::reading_ahead)
         .def("failed", &DiskRows::failed)
         .def("cancel", &DiskRows::cancel, nb::call_guard<nb::gil_scoped_release>())
         .def("take_counts", [](DiskRows& rows) {

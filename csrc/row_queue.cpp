@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t kBufferUnit = 64 << 10;  // bytes; sizes are rounded up, so that a buffer also fits a slightly larger batch
 constexpr size_t kBufferAlignment = 4096;
-constexpr size_t kKeptBuffers = 3;
+constexpr size_t kKeptBuffers = 3;  // and no more bytes than twice the largest
 
 long this_process() {
 #if defined(__unix__) || defined(__APPLE__)
@@ -126,7 +126,10 @@ void RowQueue::release(RowBatch& batch) {
     held_bytes_ -= batch.buffer_bytes_;
     const Memory memory{batch.buffer_, batch.buffer_bytes_};
     free_.insert(std::upper_bound(free_.begin(), free_.end(), memory, [](const Memory& a, const Memory& b) { return a.bytes < b.bytes; }), memory);
-    if (free_.size() > kKeptBuffers) {
+    int64_t kept = 0;
+    for (const Memory& one : free_) kept += one.bytes;
+    while (free_.size() > kKeptBuffers || kept > 2 * free_.back().bytes) {
+        kept -= free_.front().bytes;
         std::free(free_.front().data);
         free_.erase(free_.begin());
     }

@@ -123,7 +123,6 @@ class NativeRows:
             fetch.wait_s = time.perf_counter() - started  # submitting the reads completed them
         return fetch
 
-
     def new_reads(self) -> Any | None:
         """Return reads for a sequence's decode steps (`StepReads`), or None without a ring."""
         try:
