@@ -5,12 +5,14 @@
 #include <nanobind/ndarray.h>
 
 #include <cstdint>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "engine.hpp"
+#include "row_queue.hpp"
 
 namespace specache {
 
@@ -43,6 +45,12 @@ struct OwnedLayout {
     }
 };
 
+// A table of blocks: the files of a layer's rows.
+struct RowTable {
+    std::shared_ptr<const StoredRowFiles> files;
+};
+
+void bind_disk_rows(nanobind::module_&);
 void bind_in_place(nanobind::module_&);
 
 }  // namespace specache

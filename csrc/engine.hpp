@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -111,10 +112,13 @@ public:
     // `next_k` is k. After `select`.
     void select_next(int64_t* positions);
     int64_t next_k() const;
+    // Work that one of the threads does meanwhile: asking the kernel for rows takes as long as a part
+    // of the attention.
+    using Meanwhile = std::function<void()>;
     // Attend to the low-bit KV without these positions; -1 where the low-bit pair is used.
-    void attend_low_bit(const int64_t* positions, int64_t k);
+    void attend_low_bit(const int64_t* positions, int64_t k, const Meanwhile& meanwhile = {});
     // Attend to the exact rows of the same positions, and to the recent tokens.
-    void attend_fetched(const Fetched&, float* out);
+    void attend_fetched(const Fetched&, float* out, const Meanwhile& meanwhile = {});
 
 private:
     std::unique_ptr<State> state_;

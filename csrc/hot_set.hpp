@@ -53,6 +53,10 @@ public:
     void reserve_all(const int64_t* positions, int64_t k, int64_t* slots);
     void fill(const uint8_t* rows, int64_t count);
     void forget_reserved();
+    // Head and slot (-1: none) of what was reserved, in its order, until the rows were stored
+    // (`keep_reserved`).
+    const std::vector<std::pair<int64_t, int64_t>>& reserved() const { return reserved_; }
+    void keep_reserved() { reserved_.clear(); }
 
     // Which of positions [heads, k] are not cached: `missing` [heads, k] with -1 elsewhere, and their
     // `of_head` and `tokens` [M]. Return M.

@@ -16,12 +16,18 @@ const uint8_t* value_of(const StepTokens& tokens, int64_t b, int head) {
 void check_room(const StoredSequence& sequence, bool commits) {
     const StoredLayer& layer = *sequence.layer;
     if (sequence.low_bit > int64_t(layer.pages.size()) * kPage) throw std::invalid_argument("fewer pages than tokens");
-    if (sequence.residual + commits > layer.residual_capacity) throw std::invalid_argument("the residual is full");
-    if (sequence.low_bit + sequence.residual + commits > layer.row_capacity) throw std::invalid_argument("fewer rows than tokens");
+    const int64_t stored = sequence.residual + (commits && !sequence.stored), tokens = sequence.low_bit + stored;
+    if (stored > layer.residual_capacity) throw std::invalid_argument("the residual is full");
+    if (sequence.on_disk) {
+        if (!sequence.stored && commits && tokens > sequence.on_disk->on_disk() + kPage) throw std::invalid_argument("the block is full");
+    } else if (tokens > layer.row_capacity) {
+        throw std::invalid_argument("fewer rows than tokens");
+    }
 }
 
-int64_t first_not_finite(const Layout& layout, size_t sequences, const StepTokens& tokens) {
-    for (size_t b = 0; b < sequences; b++) {
+int64_t first_not_finite(const Layout& layout, const std::vector<StoredSequence>& sequences, const StepTokens& tokens) {
+    for (size_t b = 0; b < sequences.size(); b++) {
+        if (sequences[b].stored) continue;
         bool keys = true, values = true;
         for (int head = 0; head < layout.heads; head++) {
             keys &= all_finite(key_of(tokens, int64_t(b), head), tokens.dtype, layout.dim);
@@ -39,7 +45,7 @@ void append(const Layout& layout, const StoredSequence& sequence, int64_t b, con
     const int64_t position = sequence.low_bit + sequence.residual;
     for (int head = 0; head < layout.heads; head++) {
         const uint8_t *key = key_of(tokens, b, head), *value = value_of(tokens, b, head);
-        auto* row = const_cast<uint8_t*>(layer.rows.at(head, position));
+        uint8_t* row = sequence.on_disk ? sequence.on_disk->tail_row(head, position) : const_cast<uint8_t*>(layer.rows.at(head, position));
         const int64_t newest = head * layer.residual_head + sequence.residual * layer.residual_token;
         std::memcpy(row, key, bytes);
         std::memcpy(row + bytes, value, bytes);
@@ -50,30 +56,40 @@ void append(const Layout& layout, const StoredSequence& sequence, int64_t b, con
 
 }  // namespace
 
-int64_t decode_in_place(const Engine& engine, Step step, const std::vector<StoredSequence>& sequences, const StepTokens& tokens,
-                        bool commits, int64_t k, const float* sinks) {
+int64_t begin_step(Step& step, const std::vector<StoredSequence>& sequences, const StepTokens& tokens, bool commits, std::vector<Recent>& recents) {
     const Layout& layout = *step.layout;
     for (const StoredSequence& sequence : sequences) check_room(sequence, commits);
     if (commits) {
-        const int64_t bad = first_not_finite(layout, sequences.size(), tokens);
+        const int64_t bad = first_not_finite(layout, sequences, tokens);
         if (bad != kAllFinite) return bad;
     }
-    std::vector<Recent> recents;
-    std::vector<Rows> rows;
     for (size_t b = 0; b < sequences.size(); b++) {
         const StoredSequence& sequence = sequences[b];
         const StoredLayer& layer = *sequence.layer;
-        if (commits) append(layout, sequence, int64_t(b), tokens);
+        const bool stores = commits && !sequence.stored;
+        if (stores) append(layout, sequence, int64_t(b), tokens);
         step.low_bit_kvs.push_back({layer.pages.data(), sequence.low_bit, layer.weights});
-        Recent recent{layer.keys, layer.values, sequence.residual + commits, layer.residual_head, layer.residual_token, 0, tokens.dtype};
+        Recent recent{layer.keys, layer.values, sequence.residual + stores, layer.residual_head, layer.residual_token, sequence.pending, tokens.dtype};
         recent.own = step.rows - commits;
         recent.own_keys = key_of(tokens, int64_t(b), 0) + commits * tokens.key_token;
         recent.own_values = value_of(tokens, int64_t(b), 0) + commits * tokens.value_token;
         recent.own_key_head = tokens.key_head, recent.own_key_token = tokens.key_token;
         recent.own_value_head = tokens.value_head, recent.own_value_token = tokens.value_token;
         recents.push_back(recent);
-        for (int head = 0; head < layout.heads; head++) rows.push_back({nullptr, tokens.dtype, 0, 0, layer.rows, head});
     }
+    return kAllFinite;
+}
+
+int64_t decode_in_place(const Engine& engine, Step step, const std::vector<StoredSequence>& sequences, const StepTokens& tokens,
+                        bool commits, int64_t k, const float* sinks) {
+    const int heads = step.layout->heads;
+    std::vector<Recent> recents;
+    const int64_t bad = begin_step(step, sequences, tokens, commits, recents);
+    if (bad != kAllFinite) return bad;
+    std::vector<Rows> rows;
+    for (const StoredSequence& sequence : sequences)
+        for (int head = 0; head < heads; head++)
+            rows.push_back({nullptr, tokens.dtype, 0, 0, sequence.layer->rows, head});
     LayerStep(engine, std::move(step), recents, k, sinks, true).run(rows, nullptr);
     return kAllFinite;
 }

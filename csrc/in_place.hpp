@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "disk_rows.hpp"
 #include "engine.hpp"
 
 namespace specache {
@@ -26,6 +27,10 @@ struct StoredLayer {
 struct StoredSequence {
     const StoredLayer* layer;
     int64_t low_bit, residual;
+    int64_t pending = 0;          // residual tokens that are quantised after the step, its own included
+    bool stored = false;          // whether the committed token is in the residual already
+    DiskRows* on_disk = nullptr;  // where its row goes if not to the layer's rows in memory
+    HotSet* hot = nullptr;        // through which rows are copied; null where they are read in place
 };
 
 // Keys and values [B, Hkv, n, D] of the step's tokens; strides in bytes.
@@ -36,6 +41,10 @@ struct StepTokens {
 };
 
 constexpr int64_t kAllFinite = -1;
+
+// Store the committed tokens, complete `step`, and return its recent tokens in `recents`. Return as
+// `decode_in_place` does.
+int64_t begin_step(Step& step, const std::vector<StoredSequence>&, const StepTokens&, bool commits, std::vector<Recent>& recents);
 
 // Compute a step into its `output`. With `commits` the first of a sequence's n tokens is appended to
 // residual and rows first. Return `kAllFinite`, or, where the committed keys of sequence b are not

@@ -118,19 +118,20 @@ public:
     }
 
     // The phases of `attend_wave` that need no rows.
-    void attend_low_bit(const int64_t* positions, int64_t k) {
-        if (!size_) return;
+    void attend_low_bit(const int64_t* positions, int64_t k, const Meanwhile& meanwhile) {
+        if (!size_) return meanwhile ? meanwhile() : void();
         parallel(engine_.threads, [&](Worker& worker) {
             worker.each(rows_of(step_.heads()), [&](int64_t i) { leave_out(i / step_.rows, int(i % step_.rows), positions + i * k, k); });
-            attend_chunks(worker, 0);
+            attend_chunks(worker, 0, meanwhile);
             worker.each(batches_of(step_.heads()), [&](int64_t i) { add_chunks(i / batches_of(1), i % batches_of(1)); });
         });
     }
 
-    void attend_fetched(const Fetched& fetched, float* out) {
+    void attend_fetched(const Fetched& fetched, float* out, const Meanwhile& meanwhile) {
+        if (!size_ && meanwhile) meanwhile();
         parallel(engine_.threads, [&](Worker& worker) {
             if (size_)
-                worker.each(rows_of(step_.heads()), [&](int64_t i) {
+                worker.each_and(meanwhile, rows_of(step_.heads()), [&](int64_t i) {
                     const int64_t head = i / step_.rows, *slots = fetched.slots ? fetched.slots + i * fetched.k : nullptr;
                     attend_exactly(0, head, int(i % step_.rows), fetched.rows[size_t(head)], fetched.positions + i * fetched.k, slots, fetched.k);
                 });
@@ -217,10 +218,10 @@ private:
                           double(std::min<int64_t>(engine_.threads, step_.heads()));
     }
 
-    void attend_chunks(Worker& worker, int64_t first) {
+    void attend_chunks(Worker& worker, int64_t first, const Meanwhile& meanwhile = {}) {
         const int64_t batches = batches_of(1), heads = wave_heads(first);
-        worker.each(chunks_ * heads * batches,
-                    [&](int64_t i) { attend_chunk(first, i / batches % heads, i / (heads * batches), i % batches); });
+        worker.each_and(meanwhile, chunks_ * heads * batches,
+                        [&](int64_t i) { attend_chunk(first, i / batches % heads, i / (heads * batches), i % batches); });
     }
 
     int64_t heads_per_wave() const {
@@ -523,7 +524,11 @@ void LayerStep::rescore(const Fetched& fetched) { state_->rescore(fetched); }
 void LayerStep::select(int64_t* positions) { state_->select(positions); }
 void LayerStep::select_next(int64_t* positions) { state_->select_next(positions); }
 int64_t LayerStep::next_k() const { return state_->next_k(); }
-void LayerStep::attend_low_bit(const int64_t* positions, int64_t k) { state_->attend_low_bit(positions, k); }
-void LayerStep::attend_fetched(const Fetched& fetched, float* out) { state_->attend_fetched(fetched, out); }
+void LayerStep::attend_low_bit(const int64_t* positions, int64_t k, const Meanwhile& meanwhile) {
+    state_->attend_low_bit(positions, k, meanwhile);
+}
+void LayerStep::attend_fetched(const Fetched& fetched, float* out, const Meanwhile& meanwhile) {
+    state_->attend_fetched(fetched, out, meanwhile);
+}
 
 }  // namespace specache

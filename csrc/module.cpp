@@ -79,39 +79,12 @@ struct OwnedStep {
     LayerStep layer;
 
     OwnedStep(const std::string& isa, int threads, const OwnedLayout& layout, const std::vector<const OwnedLowBitKV*>& low_bit_kvs, uintptr_t query,
-              int groups, int n, float scaling, float softcap, const std::vector<int64_t>& recent, int dtype, int64_t k, uintptr_t sinks, bool at_once)
+              int groups, int n, float scaling, float softcap, const std::vector<int64_t>& recent, int dtype, int64_t k, uintptr_t sinks)
         : layout(layout), low_bit_kvs(owned(low_bit_kvs)), step(step_of(this->layout, pointers(this->low_bit_kvs), query, groups, n, scaling, softcap)),
-          layer(engine_of(isa, threads), step, recents_of(recent, dtype), k, at<const float>(sinks), at_once) {
+          layer(engine_of(isa, threads), step, recents_of(recent, dtype), k, at<const float>(sinks), false) {
         this->layout.layout.signs = this->layout.signs.data();
     }
 
-    // blocks and numbers: the addresses of the rows' blocks, and shift, head stride, token stride and
-    // capacity, per sequence. Returns selected, ready and copied rows and the seconds of copying, per
-    // sequence.
-    std::vector<std::tuple<int64_t, int64_t, int64_t, double>> run_copied(const std::vector<HotSet*>& hot, const std::vector<Addresses>& blocks,
-                                                                          const std::vector<int64_t>& numbers, int dtype, int real,
-                                                                          uintptr_t next, uintptr_t out) {
-        if (hot.size() != low_bit_kvs.size() || blocks.size() != hot.size() || numbers.size() != 4 * hot.size())
-            throw std::invalid_argument("hot sets");
-        for (const HotSet* one : hot)
-            if (one->heads() != step.layout->heads || one->row_bytes() != 2 * step.layout->dim * itemsize(Dtype(dtype)))
-                throw std::invalid_argument("a hot set of another layer");
-        std::vector<CopiedRows> copied;
-        std::vector<std::vector<const uint8_t*>> tables;
-        for (size_t i = 0; i < hot.size(); i++) {
-            if (low_bit_kvs[i].length > numbers[4 * i + 3]) throw std::invalid_argument("fewer rows than tokens");
-            tables.push_back(pages_of(blocks[i]));
-            copied.push_back({hot[i], {tables[i].data(), int(numbers[4 * i]), numbers[4 * i + 1], numbers[4 * i + 2]}, Dtype(dtype)});
-        }
-        nb::gil_scoped_release released;
-        const std::vector<CopyCounts> counts = layer.run(copied, real, at<int64_t>(next), at<float>(out));
-        std::vector<std::tuple<int64_t, int64_t, int64_t, double>> sums(hot.size());
-        for (size_t i = 0; i < counts.size(); i++) {
-            auto& [selected, ready, copied_rows, seconds] = sums[i / size_t(step.layout->heads)];
-            selected += counts[i].selected, ready += counts[i].ready, copied_rows += counts[i].copied, seconds += counts[i].seconds;
-        }
-        return sums;
-    }
     void score() {
         nb::gil_scoped_release released;
         layer.score();
@@ -183,23 +156,13 @@ void py_gather_rows(Addresses blocks, int shift, const std::vector<int64_t>& siz
     gather_rows(rows, sizes.at(0), sizes.at(1), sizes.at(2), head, position, count, at<uint8_t>(out));
 }
 
-// What a table of blocks on disk tells of itself; the memory stays with the caller.
-struct RowTable {
-    RowFiles files;
-
-    RowTable(Addresses starts, Addresses shifts, Addresses fds, uintptr_t salts, int64_t heads, int64_t block_bytes, int64_t stride,
-             int64_t words, uintptr_t multipliers, uint64_t position_salt, uint64_t block_salt)
-        : files{starts.data(), shifts.data(), fds.data(), at<const uint64_t>(salts), int64_t(starts.shape(0)), heads, block_bytes, stride,
-                words, at<const uint64_t>(multipliers), position_salt, block_salt} {}
-};
-
 bool py_gather(RowReader& reader, const RowTable& table, const std::vector<int64_t>& rules, Addresses heads, Addresses positions,
                uintptr_t buffer, int64_t size, uintptr_t out) {
     if (heads.shape(0) != positions.shape(0)) throw std::invalid_argument("heads and positions");
     const ReadRules how{rules.at(0), rules.at(1), rules.at(2)};
     const int64_t *head = heads.data(), *position = positions.data(), count = int64_t(heads.shape(0));
     nb::gil_scoped_release released;
-    return reader.gather(table.files, how, head, position, count, at<uint8_t>(buffer), size, at<uint64_t>(out));
+    return reader.gather(table.files->view(), how, head, position, count, at<uint8_t>(buffer), size, at<uint64_t>(out));
 }
 
 bool py_read(RowReader& reader, Addresses fds, Addresses offsets, Addresses into, Addresses lengths) {
@@ -216,7 +179,7 @@ std::unique_ptr<RowsInFlight> py_begin(RowReader& reader, const RowTable& table,
                                        Addresses positions, uintptr_t buffer, int64_t size, int most, nb::handle) {
     if (heads.shape(0) != positions.shape(0)) throw std::invalid_argument("heads and positions");
     const ReadRules how{rules.at(0), rules.at(1), rules.at(2)};
-    return reader.begin(table.files, how, heads.data(), positions.data(), int64_t(heads.shape(0)), at<uint8_t>(buffer), size, most);
+    return reader.begin(table.files->view(), how, heads.data(), positions.data(), int64_t(heads.shape(0)), at<uint8_t>(buffer), size, most);
 }
 
 bool py_take(RowsInFlight& rows, uintptr_t out) {
@@ -257,7 +220,7 @@ Engine specache::engine_of(const std::string& isa, int threads) {
 }
 
 NB_MODULE(_native, m) {
-    m.doc() = "Kernels over the low-bit KV for CPUs, called by specache.kernels.cpu.native; reads of rows, called by specache.tiers.disk.native_reads.";
+    m.doc() = "Kernels over the low-bit KV for CPUs, called by specache.kernels.cpu.native; reads of rows, called by specache.tiers.disk.";
     nb::set_leak_warnings(false);  // cached layouts live as long as the process
     m.attr("MAX_DIM") = kMaxDim;
     m.def("available", [] {
@@ -272,8 +235,7 @@ NB_MODULE(_native, m) {
         .def_rw("length", &OwnedLowBitKV::length);
     nb::class_<OwnedStep>(m, "LayerStep")
         .def(nb::init<const std::string&, int, const OwnedLayout&, const std::vector<const OwnedLowBitKV*>&, uintptr_t, int, int, float, float,
-                      const std::vector<int64_t>&, int, int64_t, uintptr_t, bool>())
-        .def("run_copied", &OwnedStep::run_copied)
+                      const std::vector<int64_t>&, int, int64_t, uintptr_t>())
         .def("score", &OwnedStep::score)
         .def("rescore", &OwnedStep::rescore)
         .def("select", &OwnedStep::select)
@@ -283,14 +245,12 @@ NB_MODULE(_native, m) {
         .def("attend_fetched", &OwnedStep::attend_fetched)
         .def("attend_hot", &OwnedStep::attend_hot);
     define_hot_set(m);
+    bind_disk_rows(m);
     bind_in_place(m);
     m.def("quantise", &py_quantise);
     m.def("gather_rows", &py_gather_rows);
     m.def("packed_linear", &py_packed_linear);
     m.def("plain_linear", &py_plain_linear);
-    nb::class_<RowTable>(m, "RowTable")
-        .def(nb::init<Addresses, Addresses, Addresses, uintptr_t, int64_t, int64_t, int64_t, int64_t, uintptr_t, uint64_t, uint64_t>(),
-             nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>());
     nb::class_<RowsInFlight>(m, "RowsInFlight").def("arrived", &RowsInFlight::arrived).def("take", &py_take);
     nb::class_<RowReader>(m, "RowReader")
         .def(nb::init<unsigned>())

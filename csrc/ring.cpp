@@ -62,46 +62,69 @@ bool Ring::read(const std::vector<Read>& reads) {
 }
 
 unsigned Ring::begin(const Read* reads, unsigned count) {
-    auto* requests = reinterpret_cast<io_uring_sqe*>(requests_);
-    const uint32_t tail = *request_tail_;
-    count = std::min(count, entries_);
-    for (unsigned i = 0; i < count; i++) {
-        io_uring_sqe& request = requests[(tail + i) % entries_];
-        std::memset(&request, 0, sizeof request);
-        request.opcode = IORING_OP_READ;
-        request.fd = reads[i].fd;
-        request.off = uint64_t(reads[i].offset);
-        request.addr = reinterpret_cast<uint64_t>(reads[i].into);
-        request.len = reads[i].length;
-        request.user_data = i;
-    }
-    __atomic_store_n(request_tail_, tail + count, __ATOMIC_RELEASE);
     reads_ = reads;
-    while (running_ < count) {
-        const long took = syscall(SYS_io_uring_enter, fd_, count - running_, 0, 0, nullptr, 0);
-        if (took > 0)
-            running_ += unsigned(took);
-        else if (took == 0 || errno != EINTR)
-            break;
-    }
-    // what it did not take, it shall not take later
-    __atomic_store_n(request_tail_, __atomic_load_n(request_head_, __ATOMIC_ACQUIRE), __ATOMIC_RELEASE);
-    return running_;
+    return submit(reads, std::min(count, entries_), 0, 0);
 }
 
-bool Ring::ended() const { return __atomic_load_n(result_tail_, __ATOMIC_ACQUIRE) - *result_head_ == running_; }
+unsigned Ring::submit(const Read* reads, unsigned count, uint32_t tag, uint32_t index) {
+    auto* requests = reinterpret_cast<io_uring_sqe*>(requests_);
+    count = std::min(count, results_ - running_);  // every result must have a place
+    unsigned taken = 0;
+    while (taken < count) {
+        const unsigned more = std::min(count - taken, entries_);
+        const uint32_t tail = *request_tail_;
+        for (unsigned i = 0; i < more; i++) {
+            const Read& read = reads[taken + i];
+            io_uring_sqe& request = requests[(tail + i) % entries_];
+            std::memset(&request, 0, sizeof request);
+            request.opcode = IORING_OP_READ;
+            request.fd = read.fd;
+            request.off = uint64_t(read.offset);
+            request.addr = reinterpret_cast<uint64_t>(read.into);
+            request.len = read.length;
+            request.user_data = uint64_t(tag) << 32 | (index + taken + i);
+        }
+        __atomic_store_n(request_tail_, tail + more, __ATOMIC_RELEASE);
+        unsigned of_these = 0;
+        while (of_these < more) {
+            const long took = syscall(SYS_io_uring_enter, fd_, more - of_these, 0, 0, nullptr, 0);
+            if (took > 0)
+                of_these += unsigned(took);
+            else if (took == 0 || errno != EINTR)
+                break;
+        }
+        taken += of_these, running_ += of_these;
+        if (of_these < more) {  // what it did not take, it shall not take later
+            __atomic_store_n(request_tail_, __atomic_load_n(request_head_, __ATOMIC_ACQUIRE), __ATOMIC_RELEASE);
+            break;
+        }
+    }
+    return taken;
+}
+
+unsigned Ring::results_there() const { return __atomic_load_n(result_tail_, __ATOMIC_ACQUIRE) - *result_head_; }
+
+void Ring::wait_for(unsigned results) {
+    while (results_there() < results) syscall(SYS_io_uring_enter, fd_, 0, results, IORING_ENTER_GETEVENTS, nullptr, 0);
+}
+
+void Ring::collect(std::vector<Result>& results) {
+    const auto* there = reinterpret_cast<const io_uring_cqe*>(result_list_);
+    const uint32_t head = *result_head_, count = results_there();
+    for (uint32_t i = head; i != head + count; i++) {
+        const io_uring_cqe& result = there[i % results_];
+        results.push_back({uint32_t(result.user_data >> 32), uint32_t(result.user_data), result.res});
+    }
+    __atomic_store_n(result_head_, head + count, __ATOMIC_RELEASE);
+    running_ -= count;
+}
 
 bool Ring::end() {
-    while (!ended()) syscall(SYS_io_uring_enter, fd_, 0, running_, IORING_ENTER_GETEVENTS, nullptr, 0);
-    const auto* results = reinterpret_cast<const io_uring_cqe*>(result_list_);
-    const uint32_t head = *result_head_;
+    wait_for(running_);
+    std::vector<Result> results;
+    collect(results);
     bool good = true;
-    for (uint32_t i = head; i != head + running_; i++) {
-        const io_uring_cqe& result = results[i % results_];
-        good = good && result.res >= 0 && uint32_t(result.res) == reads_[result.user_data].length;
-    }
-    __atomic_store_n(result_head_, head + running_, __ATOMIC_RELEASE);
-    running_ = 0;
+    for (const Result& result : results) good = good && result.bytes >= 0 && uint32_t(result.bytes) == reads_[result.index].length;
     return good;
 }
 
@@ -114,7 +137,10 @@ Ring::~Ring() = default;
 void Ring::unmap() {}
 bool Ring::read(const std::vector<Read>&) { return false; }
 unsigned Ring::begin(const Read*, unsigned) { return 0; }
-bool Ring::ended() const { return true; }
+unsigned Ring::submit(const Read*, unsigned, uint32_t, uint32_t) { return 0; }
+unsigned Ring::results_there() const { return 0; }
+void Ring::wait_for(unsigned) {}
+void Ring::collect(std::vector<Result>&) {}
 bool Ring::end() { return false; }
 
 }  // namespace specache

@@ -19,11 +19,28 @@ public:
     Ring(const Ring&) = delete;
     Ring& operator=(const Ring&) = delete;
 
-    // Submit reads, which must not change until `end`; none may be running. Return how many the
-    // kernel took.
+    // The result of a submitted read: what it was submitted with, and the bytes read, or an error below
+    // 0.
+    struct Result {
+        uint32_t tag, index;
+        int32_t bytes;
+    };
+
+    // Submit reads with numbers `index` and following, beside those that are running. Return how many
+    // the kernel took, which are the first. Where these are fewer than `count`, it may take more once
+    // results have been collected.
+    unsigned submit(const Read* reads, unsigned count, uint32_t tag, uint32_t index);
+    unsigned running() const { return running_; }
+    // Append the results that are there, each of which is returned once.
+    void collect(std::vector<Result>& results);
+    // Wait for a result. A read must be running.
+    void wait() { wait_for(1); }
+
+    // The same for one batch at a time, of at most `entries` reads. They must not change until `end`;
+    // no others may be running.
     unsigned begin(const Read* reads, unsigned count);
     // Return whether all submitted reads have completed.
-    bool ended() const;
+    bool ended() const { return results_there() == running_; }
     // Wait for all submitted reads. Return false if one failed or was short.
     bool end();
 
@@ -32,6 +49,8 @@ public:
 
 private:
     void unmap();
+    unsigned results_there() const;
+    void wait_for(unsigned results);
 
     int fd_ = -1;
     unsigned entries_ = 0, results_ = 0;

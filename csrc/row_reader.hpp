@@ -1,4 +1,4 @@
-// Read scattered 16-bit rows from files: one call plans, reads, checks and low_bit_kvs, without the
+// Read scattered 16-bit rows from files: one call plans, reads, checks and copies, without the
 // Python interpreter. The layout is declared in specache/tiers/disk/row_layout.py.
 #pragma once
 #include <atomic>
@@ -7,29 +7,10 @@
 #include <mutex>
 #include <vector>
 
+#include "row_plan.hpp"
+
 namespace specache {
 
-// The blocks of a layer in `runs` of neighbouring blocks of a file, and the keys of the checksums.
-struct RowFiles {
-    const int64_t* starts;   // first block of the sequence, ascending
-    const int64_t* shifts;   // from a block of the sequence to one of the file
-    const int64_t* fds;
-    const uint64_t* salts;   // [runs, heads]
-    int64_t runs, heads;
-    int64_t block_bytes, stride, words;  // of a row without its checksum: `words` 64-bit words
-    const uint64_t* multipliers;         // [words]
-    uint64_t position_salt, block_salt;
-};
-
-// How rows are grouped into reads.
-struct ReadRules {
-    int64_t alignment;  // of offsets and lengths
-    int64_t gap;        // nearer rows share a read
-    int64_t split;      // longest read
-};
-
-class Ring;
-struct Read;
 class RowReader;
 
 // Rows whose read `RowReader::begin` started; the kernel reads them without a thread of ours. Files

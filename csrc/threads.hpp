@@ -71,6 +71,18 @@ public:
         team_.wait(phase_++);
     }
 
+    // The same, and `first` if there is one, which the caller's thread takes before its share.
+    template <class Task>
+    void each_and(const std::function<void()>& first, int64_t count, const Task& task) {
+        const int64_t more = first ? 1 : 0;
+        each(count + more, [&](int64_t i) {
+            if (i < more)
+                first();
+            else
+                task(i - more);
+        });
+    }
+
 private:
     Team& team_;
     int id_;

@@ -24,7 +24,7 @@ _Member = TypeVar("_Member", bound=StrEnum)
 class Policy(StrEnum):
     """Which 16-bit pairs replace low-bit ones in a decode step, and when they are fetched."""
 
-    AUTO = "auto"  # on-demand over `ram-inplace`, verified over any tier that must copy
+    AUTO = "auto"  # on-demand where a CPU has the rows in memory, verified where they come from a disk or to a GPU
     VERIFIED = "verified"  # prefetch the draft token's selection, then fetch what the real token still lacks
     SPECULATIVE = "speculative"  # the paper: use the draft token's selection (Algorithm 3)
     ON_DEMAND = "on-demand"  # no draft row; every selected pair is fetched inside the layer
@@ -187,7 +187,10 @@ class SpeCacheConfig:
             )
         policy = self.policy
         if policy is Policy.AUTO:
-            policy = Policy.ON_DEMAND if slow_tier is SlowTierKind.RAM_INPLACE else Policy.VERIFIED
+            at_hand = (
+                device_type == "cpu" and slow_tier is not SlowTierKind.DISK
+            )  # nothing is waited for, so nothing is to be hidden
+            policy = Policy.ON_DEMAND if at_hand else Policy.VERIFIED
         return self.with_changes(policy=policy, slow_tier=slow_tier)
 
     def with_changes(self, **changes: Any) -> SpeCacheConfig:

@@ -48,3 +48,20 @@ def test_every_field_is_a_setting():
 def test_a_copy_leaves_the_same_settings_open(copied):
     config = SpeCacheConfig(top_k=10)
     assert copied(config) == config and copied(config).left_open == {"residual"}
+
+
+@pytest.mark.parametrize(
+    ("tier", "device", "policy"),
+    [
+        ("auto", "cpu", "on-demand"),
+        ("ram-inplace", "cpu", "on-demand"),
+        ("ram", "cpu", "on-demand"),
+        ("disk:rows", "cpu", "verified"),
+        ("auto", "cuda", "verified"),
+        ("ram", "cuda", "verified"),
+        ("disk:rows", "cuda", "verified"),
+    ],
+)
+def test_auto_is_decided_by_where_the_rows_are(tier, device, policy):
+    assert SpeCacheConfig(slow_tier=tier).resolved(device).policy == policy
+    assert SpeCacheConfig(slow_tier=tier, policy="speculative").resolved(device).policy == "speculative"

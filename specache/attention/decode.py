@@ -24,7 +24,7 @@ from torch import Tensor
 from specache.config import Policy
 from specache.kernels import dispatch
 from specache.kernels.cpu.native import NativeLayerStep
-from specache.kernels.types import AttentionParams, InPlaceLayer, LayerStep, LowBitKV, RecentTokens
+from specache.kernels.types import AttentionParams, LayerStep, RecentTokens, StoredLayer
 from specache.rows.fetch import HotSetRowFetcher, RowFetcher
 from specache.stats import Counters
 
@@ -53,7 +53,7 @@ class StepKind(Enum):
         return {StepKind.PAIR: 1, StepKind.DRAFT: 0}.get(self)
 
 
-class CompressedLayer(InPlaceLayer, Protocol):
+class CompressedLayer(StoredLayer, Protocol):
     """One full-attention layer of one sequence, as the attention uses it.
 
     `residual_keys` and `residual_values` [Hkv, r, D] are the newest tokens in the model's dtype,
@@ -64,10 +64,18 @@ class CompressedLayer(InPlaceLayer, Protocol):
     row_fetcher: RowFetcher
     next_positions: Tensor | None  # [Hkv, k], selected by the last step for this one
 
+    def append(self, query: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Store one token: query [Hq, 1, D], key and value [Hkv, 1, D]."""
+
     def count_appended(self, query: Tensor, sequence: int) -> None:
-        """Count a token that `decode_in_place` has stored, the sequence's first of query
-        [B, Hq, n, D].
-        """
+        """Count a token that kernels have stored, the sequence's first of query [B, Hq, n, D]."""
+
+    @property
+    def has_room(self) -> bool:
+        """Whether kernels may store the next token."""
+
+    def pending_after(self, tokens: int) -> int:
+        """Return `pending_group_tokens` after `tokens` more tokens were appended."""
 
     @property
     def residual_keys(self) -> Tensor: ...
@@ -165,47 +173,6 @@ def find_hits(wanted: Tensor, prefetched: Tensor) -> tuple[Tensor, Tensor]:
     return chosen, (wanted.unsqueeze(-1) == prefetched.unsqueeze(-2)).any(-1) & chosen
 
 
-def decode_in_place(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    layers: Sequence[CompressedLayer],
-    params: AttentionParams,
-    spec: StepSpec,
-) -> Tensor | None:
-    """Store the committed tokens and compute a step in one layer, in one call of the kernels.
-
-    Args:
-        query: [B, Hq, n, D].
-        keys, values: [B, Hkv, n, D] of the step's tokens, in the layers' dtype.
-
-    Returns:
-        [B, n, Hq, D] in the query's dtype. `None` if the step takes several calls: policy, rows or
-        kernels need them. Nothing was stored then.
-
-    Raises:
-        NonFiniteError: a committed key or value is NaN or infinity. Nothing was stored.
-    """
-    if not spec.verifies:
-        return None
-    for layer in layers:
-        if not layer.row_fetcher.in_place:
-            return None
-    out = dispatch.decode_in_place(query, keys, values, layers, spec.commits, spec.top_k, params)
-    if out is None:
-        return None
-    used = 0
-    for b, layer in enumerate(layers):
-        used += min(spec.top_k, layer.table.length)
-        if spec.commits:
-            layer.count_appended(query, b)
-    if spec.kind is not StepKind.DRAFT:
-        used *= keys.shape[1]
-        spec.counters.rows_selected += used
-        spec.counters.rows_ready += used
-    return out
-
-
 def mixed_attention(
     query: Tensor,
     keys: Tensor,
@@ -226,10 +193,6 @@ def mixed_attention(
     """
     low_bit_kvs = [layer.low_bit_kv for layer in layers]
     recent = _recent_tokens(keys, values, layers, spec.kind)
-    if spec.policy.verifies:
-        out = _copied_at_once(query, low_bit_kvs, recent, layers, params, spec)
-        if out is not None:
-            return out
     step = dispatch.layer_step(query, low_bit_kvs, recent, spec.top_k, params)
     return attend(step, _BatchRows(layers, query.shape[2], spec), spec)
 
@@ -244,44 +207,6 @@ def select_first(query: Tensor, layer: CompressedLayer, params: AttentionParams,
     recent = RecentTokens(layer.residual_keys, layer.residual_values)
     step = dispatch.layer_step(query[None], [layer.low_bit_kv], [recent], top_k, params)
     _submit(step.select()[0, :, 0], layer)
-
-
-def _copied_at_once(
-    query: Tensor,
-    low_bit_kvs: list[LowBitKV],
-    recent: list[RecentTokens],
-    layers: Sequence[CompressedLayer],
-    params: AttentionParams,
-    spec: StepSpec,
-) -> Tensor | None:
-    """Compute a step that copies its rows from main memory in one call.
-
-    Return `None` if it takes several.
-    """
-    fetchers = [layer.row_fetcher for layer in layers if isinstance(layer.row_fetcher, HotSetRowFetcher)]
-    in_memory = len(fetchers) == len(layers) and all(fetcher.copies_at_once for fetcher in fetchers)
-    if not (in_memory and dispatch.has_layer_step(query, low_bit_kvs[0])):
-        return None
-    real_queries = query.shape[2] - (spec.kind.draft_row is not None)
-    pairs = real_queries * min(spec.top_k, max(low_bit_kv.length for low_bit_kv in low_bit_kvs))
-    if spec.selects_next:
-        pairs = max(pairs, min(spec.top_k, max(kv.length + r.pending for kv, r in zip(low_bit_kvs, recent, strict=True))))
-    copied = [fetcher.begin_copying(pairs) for fetcher in fetchers]
-    try:
-        out, following, counts = dispatch.decode_copied(
-            query, low_bit_kvs, recent, copied, spec.top_k, params, real_queries, spec.selects_next
-        )
-    except Exception:
-        for fetcher in fetchers:
-            fetcher.drop()  # a hot set may lack rows that it counts as cached
-        raise
-    for b, (layer, fetcher, count) in enumerate(zip(layers, fetchers, counts, strict=True)):
-        spec.counters.rows_selected += count.selected
-        spec.counters.rows_ready += count.ready
-        fetcher.count_copied(count.copied, count.seconds)
-        if following is not None:
-            layer.next_positions = following[b]
-    return out
 
 
 def _recent_tokens(keys: Tensor, values: Tensor, layers: Sequence[CompressedLayer], kind: StepKind) -> list[RecentTokens]:

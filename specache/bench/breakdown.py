@@ -13,10 +13,10 @@ from specache.kernels.cpu.native import NativeLayerStep
 from specache.kernels.torch.layer_step import TorchLayerStep
 from specache.rows.fetch import HotSetRowFetcher, InPlaceRowFetcher
 
-# A layer step scores when it begins. Where rows lie in memory, one call does everything
-# (`in_place`), copying of rows included.
+# A layer step scores when it begins. Where one call does everything (`in_place`), fetching rows is
+# included.
 PHASES = ("score", "select", "fetch", "attend", "in_place")
-_KERNELS = {"layer_step": "score", "decode_in_place": "in_place", "decode_copied": "in_place"}  # of `dispatch`: phase
+_KERNELS = {"layer_step": "score", "decode_in_place": "in_place", "decode_fetched": "in_place"}  # of `dispatch`: phase
 _IN_A_LAYER = {
     "rescore": "attend",
     "select": "select",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from specache.attention.decode import StepKind, StepSpec, decode_in_place, mixed_attention
+from specache.attention.at_once import decode_at_once
+from specache.attention.decode import StepKind, StepSpec, mixed_attention
 from specache.bench.compute_device import CPU
 from specache.bench.synthetic import fill_compressed
 from specache.cache.layers import CompressedLayer
@@ -67,7 +68,7 @@ class LowBitLayer:
         plan = StepSpec(kind, policy, self._top_k, Counters())
         self._rows.drop()
         self.layer.residual_count -= 1
-        out = decode_in_place(query.float(), keys, values, [self.layer], self.params, plan)
+        out = decode_at_once(query.float(), keys, values, [self.layer], self.params, plan)
         if out is not None:
             return out.transpose(1, 2)
         self.layer.residual_count += 1

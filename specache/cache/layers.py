@@ -125,7 +125,7 @@ class CompressedLayer(LayerState):
     @property
     def pending_group_tokens(self) -> int:
         """Tokens at the front of the residual, whole groups, that are to be quantised next."""
-        return self.config.low_bit_length(self.length) - self.table.length
+        return self.pending_after(0)
 
     @property
     def held_bytes(self) -> int:
@@ -177,17 +177,25 @@ class CompressedLayer(LayerState):
         self._kv_rows[1, :, self.residual_count] = values[:, 0]
         self.residual_count += 1
 
+    @property
+    def has_room(self) -> bool:
+        """Whether kernels may store the next token (`SlowTier.has_room`)."""
+        return self.tier.has_room(self.index, self.length)
+
+    def pending_after(self, tokens: int) -> int:
+        """Return `pending_group_tokens` after `tokens` more tokens were appended."""
+        return self.config.low_bit_length(self.length + tokens) - self.table.length
+
     def rows_with_room(self, tokens: int) -> LayerRows:
         """Return the rows in memory, where `tokens` more may be written.
 
-        Only of a tier that is `in_place`.
+        Only of a tier that is `in_memory`.
         """
         return self.tier.rows(self.index, self.length, self.length + tokens)
 
     def count_appended(self, query: Tensor, sequence: int) -> None:
-        """Count a token that a step in place has stored, the sequence's first of query
-        [B, Hq, n, D].
-        """
+        """Count a token that kernels have stored, the sequence's first of query [B, Hq, n, D]."""
+        self.tier.count_appended(self.index)
         if self.key_scales.observes(self.length):
             self._observe(query[sequence, :, :1])
         self.residual_count += 1

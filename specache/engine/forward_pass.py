@@ -9,7 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from specache.attention.decode import StepSpec, decode_in_place, mixed_attention, select_first
+from specache.attention.at_once import decode_at_once
+from specache.attention.decode import StepSpec, mixed_attention, select_first
 from specache.cache.layers import CompressedLayer, DenseLayer
 from specache.cache.sequence import Sequence
 from specache.cache.window_layer import WindowLayer
@@ -91,9 +92,9 @@ class DecodePass:
             keys, values = keys.to(dtype), values.to(dtype)
         compressed = [layer for layer in layers if isinstance(layer, CompressedLayer)]
         if compressed:
-            in_place = decode_in_place(query, keys, values, compressed, params, self._spec)
-            if in_place is not None:
-                return in_place
+            at_once = decode_at_once(query, keys, values, compressed, params, self._spec)
+            if at_once is not None:
+                return at_once
             out = self._compressed(query, keys, values, compressed, params)
         else:
             out = torch.stack([self._full_precision(layer, query[b], keys[b], values[b], params) for b, layer in enumerate(layers)])

@@ -33,7 +33,7 @@ from specache.kernels import triton as triton_kernels
 from specache.kernels.cpu import native
 from specache.kernels.torch import operations as torch_ops
 from specache.kernels.torch.layer_step import TorchLayerStep
-from specache.kernels.types import AttentionParams, CopyCounts, HotRows, InPlaceLayer, LayerStep, LowBitKV, RecentTokens, StoredRows
+from specache.kernels.types import AttentionParams, FetchedRows, FetchedStep, LayerStep, LowBitKV, RecentTokens, StoredLayer
 
 OPERATIONS = ("quantise", "score", "rescore", "select", "attend")  # as `specache doctor` lists them; a layer step has the last four
 VARIABLE = "SPECACHE_KERNELS"
@@ -92,7 +92,7 @@ def decode_in_place(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    layers: Sequence[InPlaceLayer],
+    layers: Sequence[StoredLayer],
     commits: bool,
     top_k: int,
     params: AttentionParams,
@@ -115,41 +115,60 @@ def decode_in_place(
     Raises:
         NonFiniteError: a committed key or value is NaN or infinity; nothing was appended.
     """
-    kept, (_, backend) = layers[0].kept, _chosen()
-    if kept is None or not kept.serves(backend, query.dtype):
-        backend = _step_backend_for(query, keys.shape[3], layers[0].table.code)
+    backend = _at_once_backend(query, keys.shape[3], layers[0])
     return None if backend is None else backend.decode_in_place(query, keys, values, layers, commits, top_k, params)
 
 
-def has_layer_step(query: Tensor, low_bit_kv: LowBitKV) -> bool:
-    """Return whether a backend has a layer step for queries [B, Hq, n, D], not only PyTorch."""
-    return _step_backend_for(query, low_bit_kv.head_dim, low_bit_kv.code) is not None
-
-
-def decode_copied(
+def decode_fetched(
     query: Tensor,
-    low_bit_kvs: Sequence[LowBitKV],
-    recent: Sequence[RecentTokens],
-    copied: Sequence[tuple[HotRows, StoredRows]],
+    keys: Tensor,
+    values: Tensor,
+    layers: Sequence[StoredLayer],
+    fetched: Sequence[FetchedRows],
+    commits: bool,
     top_k: int,
     params: AttentionParams,
     real_queries: int,
     selects_next: bool,
-) -> tuple[Tensor, Tensor | None, list[CopyCounts]]:
-    """Compute a layer in one call, with rows copied from main memory (`NativeKernels`).
+) -> FetchedStep:
+    """Compute a layer of a step in one call, with 16-bit pairs that are fetched into hot sets.
 
-    The backend must have a layer step (`has_layer_step`).
+    Args:
+        query, keys, values, layers, commits: see `decode_in_place`.
+        fetched: per sequence, how it gets its pairs: all from memory, or all from a disk.
+        real_queries: the first queries, which get all pairs that they select. The others get those
+            that are in the hot set by then.
+        selects_next: whether the rows that the last query selects for the next step are fetched
+            too. Those on a disk may arrive later.
+
+    The backend must have such a call (`fetches_at_once`).
+
+    Raises:
+        NonFiniteError: a committed key or value is NaN or infinity; nothing was appended.
     """
-    backend = _step_backend_for(query, low_bit_kvs[0].head_dim, low_bit_kvs[0].code)
-    result: tuple[Tensor, Tensor | None, list[CopyCounts]] = backend.decode_copied(  # type: ignore[union-attr]
-        query, low_bit_kvs, recent, copied, top_k, params, real_queries, selects_next
+    backend = _at_once_backend(query, keys.shape[3], layers[0])
+    result: FetchedStep = backend.decode_fetched(  # type: ignore[union-attr]
+        query, keys, values, layers, fetched, commits, top_k, params, real_queries, selects_next
     )
     return result
+
+
+def fetches_at_once(query: Tensor, dim: int, layer: StoredLayer) -> bool:
+    """Return whether a backend has `decode_fetched` for queries [B, Hq, n, D]."""
+    return _at_once_backend(query, dim, layer) is not None
 
 
 def forces_torch() -> bool:
     """Return whether PyTorch's kernels are forced, also on a GPU."""
     return (_forced[0] if _forced else os.environ.get(VARIABLE)) == "torch"
+
+
+def _at_once_backend(query: Tensor, dim: int, layer: StoredLayer) -> Any | None:
+    """Return the backend that computes a layer of a step in one call, or `None`."""
+    kept, (_, backend) = layer.kept, _chosen()
+    if kept is not None and kept.serves(backend, query.dtype):
+        return backend
+    return _step_backend_for(query, dim, layer.table.code)
 
 
 def _step_backend_for(query: Tensor, dim: int, code: Code) -> Any | None:

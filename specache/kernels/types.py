@@ -130,8 +130,8 @@ class StoredRows(Protocol):
         """The address of each block, int64 [N]."""
 
 
-class InPlaceLayer(Protocol):
-    """One layer of one sequence whose 16-bit rows lie in memory, for a step in one call.
+class StoredLayer(Protocol):
+    """One layer of one sequence, for a step in one call.
 
     Attributes:
         index: the layer's number in the model.
@@ -160,7 +160,10 @@ class InPlaceLayer(Protocol):
         """The residual and room behind it, keys and values [2, Hkv, R + g, D]."""
 
     def rows_with_room(self, tokens: int) -> StoredRows:
-        """Return the rows in memory, where `tokens` more may be written."""
+        """Return the rows in memory, where `tokens` more may be written.
+
+        Not of rows on a disk.
+        """
 
 
 class KeptLayer(Protocol):
@@ -192,12 +195,29 @@ class HotRows(Protocol):
 
 
 @dataclass(frozen=True)
-class CopyCounts:
-    """What a layer of a step copied from main memory for one sequence.
+class FetchedRows:
+    """How a step in one call gets the 16-bit rows of one sequence.
+
+    Attributes:
+        hot: the hot set, with room for the pairs of one step.
+        on_disk: what reads rows into it, a C++ object; `None` where they are copied from memory.
+        stored: whether the committed token is in the layer already.
+        pending: tokens at the front of the residual that are quantised after the step.
+    """
+
+    hot: HotRows
+    on_disk: Any | None
+    stored: bool
+    pending: int
+
+
+@dataclass(frozen=True)
+class FetchCounts:
+    """What a layer of a step fetched for one sequence.
 
     Attributes:
         selected: pairs of the real queries. `ready` of them were in the hot set.
-        copied: rows, for this step and the next.
+        copied: rows that were copied from memory, for this step and the next.
         seconds: the time that it took.
     """
 
@@ -205,6 +225,22 @@ class CopyCounts:
     ready: int
     copied: int
     seconds: float
+
+
+@dataclass(frozen=True)
+class FetchedStep:
+    """A layer of a step in one call that fetched its rows.
+
+    Attributes:
+        out: [B, n, Hq, D], contiguous, in the query's dtype. `None` where rows on a disk could not
+            be read: the committed tokens are stored, and the hot sets lack only these rows.
+        next_positions: what the last query selects for the next step [B, Hkv, k], or `None`.
+        counts: per sequence.
+    """
+
+    out: Tensor | None
+    next_positions: Tensor | None
+    counts: list[FetchCounts]
 
 
 class LayerStep(Protocol):

@@ -31,6 +31,7 @@ QUANTISE_TEMPORARIES = 6  # float32 copies of a piece of keys or values that the
 WIDENED_BYTES = 2 * 4096 + GAP_BYTES  # extra bytes of a row read from disk
 DISK_COPIES = 3  # buffers of a disk transfer: blocks as stored, unpacked pairs, and a copy being checksummed
 KEPT_BUFFERS = 8  # read buffers, in use or kept for the next read
+STEP_BUFFERS = 3  # at most for one sequence's decode steps (csrc/row_queue.hpp)
 UNPACKED_BLOCKS = 3  # blocks of unpacked codes held at once
 
 
@@ -65,17 +66,18 @@ def decode_bytes(model: ModelDimensions, config: SpeCacheConfig, sequences: int,
     hidden = sequences * rows * (STREAMS * model.hidden + 3 * model.mlp) * model.itemsize
     logits = sequences * model.vocabulary * (rows * (model.itemsize + FLOAT) + 2 * FLOAT)
     attention = max(_step_attention(model, config, layer, sequences, rows, low_bit_tokens) for layer in set(model.layers))
-    return hidden + logits + attention + (_row_buffers(model, config) if on_disk(config) else 0)
+    return hidden + logits + attention + (_row_buffers(model, config, sequences) if on_disk(config) else 0)
 
 
-def _row_buffers(model: ModelDimensions, config: SpeCacheConfig) -> int:
+def _row_buffers(model: ModelDimensions, config: SpeCacheConfig, sequences: int) -> int:
     """Return the bytes of the buffers for direct reads.
 
     They hold scattered pairs, each widened to the device's unit, of every layer that is read at a
     time, and one full block.
     """
+    buffers = max(KEPT_BUFFERS, STEP_BUFFERS * sequences)
     widest = max(layer.kv_heads * (layer.row_bytes(model.itemsize) + WIDENED_BYTES) for layer in model.full_layers)
-    return KEPT_BUFFERS * min(READ_BYTES, config.top_k * widest) + DISK_COPIES * _largest_block(model)
+    return buffers * min(READ_BYTES, config.top_k * widest) + DISK_COPIES * _largest_block(model)
 
 
 def _largest_block(model: ModelDimensions) -> int:

@@ -3,8 +3,8 @@
 `InPlaceRowFetcher` reads rows in place from a tier that allows it. `HotSetRowFetcher` copies rows
 through a hot set. It reads the rows that the draft token selects while the rest of the step
 computes, and the rows that the real token misses while the layer computes what needs no rows. A
-failed prefetch raises once, when the next step reaches the layer. Where C++ computes a step with
-rows in main memory, it copies them itself (`begin_copying`); nothing is read in the background.
+failed prefetch raises once, when the next step reaches the layer. Where C++ computes a step in one
+call, it copies or reads the rows itself (`begin_at_once`), and no thread of ours takes part.
 
 Positions are [Hkv, k], ascending, -1 where there is no pair. Rows are [Hkv, k, 2 D].
 """
@@ -12,7 +12,7 @@ Positions are [Hkv, k], ascending, -1 where there is no pair. Rows are [Hkv, k, 
 from __future__ import annotations
 
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,8 +20,7 @@ from torch import Tensor
 from specache.errors import SlowTierError
 from specache.rows.hot_set import HotSet, Lookup, Missing
 from specache.stats import Counters
-from specache.tiers.base import Fetch, SlowTier
-from specache.tiers.layer_rows import LayerRows
+from specache.tiers.base import Fetch, SlowTier, StepReads
 from specache.tiers.transfer import Transfer
 from specache.tiers.worker import PrefetchWorker
 
@@ -140,6 +139,7 @@ class HotSetRowFetcher(RowFetcher):
         self._prefetch: Fetch | None = None  # rows for the next step
         self._missing: Fetch | None = None  # rows of this step that were not in the hot set
         self._found: Lookup | None = None  # of the rows that `finish` returns
+        self._reads: StepReads | None = None  # of steps in one call
         self.staged_rows = 0
 
     @property
@@ -153,9 +153,10 @@ class HotSetRowFetcher(RowFetcher):
             try:
                 kv_rows = self._wait(fetch)
             except Exception as error:
-                kind = type(error) if isinstance(error, SlowTierError) else SlowTierError
-                raise kind(f"Reading ahead in layer {self._layer} failed. {error}") from error
+                raise self._read_ahead_failed(error) from error
             self.hot.insert(fetch.positions, kv_rows)
+        if self._reads is not None and not self._reads.native.finish_ahead():
+            self._fetch_failed(self._reads)
         self.hot.advance()
 
     def start(self, positions: Tensor, real_queries: int) -> tuple[Tensor, int, int]:
@@ -185,27 +186,35 @@ class HotSetRowFetcher(RowFetcher):
         return self._finish()[0].slots
 
     @property
-    def copies_at_once(self) -> bool:
-        """Whether kernels copy the rows themselves: from main memory to a hot set in C++."""
-        return self.hot.in_slots and self._tier.in_memory
+    def fetches_at_once(self) -> bool:
+        """Whether kernels can fetch the rows themselves: into a hot set in C++.
 
-    def begin_copying(self, pairs: int) -> tuple[HotSet, LayerRows]:
-        """Begin a step that copies its rows at once: `begin_step`, with room for `pairs` pairs.
+        Rows on a disk need io_uring.
+        """
+        return self.hot.in_slots and (self._tier.in_memory or self._step_reads() is not None)
+
+    def begin_at_once(self, pairs: int) -> tuple[HotSet, Any | None]:
+        """Begin a step that fetches its rows at once: `begin_step`, with room for `pairs` pairs.
 
         Returns:
-            The hot set, and the layer's rows.
+            The hot set, in C++, and the C++ object that reads the rows (`SlowTier.step_reads`),
+            `None` where they lie in memory.
         """
+        reads = self._step_reads()
         self.begin_step()
         self.hot.grow(pairs)
-        return self.hot, self._tier.rows(self._layer)
+        return self.hot, None if reads is None else reads.native
 
-    def count_copied(self, count: int, seconds: float) -> None:
-        """Count the rows of such a step, and the time for which it copied them."""
-        if count:
-            self._counters.bytes_fetched += count * self.hot.kv_rows.shape[-1] * self.hot.kv_rows.itemsize
-            self._counters.waits += 1
-            self._counters.read_s += seconds
-            self._counters.wait_s += seconds
+    def count_fetched(self, rows: int, seconds: float) -> None:
+        """Count what kernels fetched: rows in memory, and for how long they copied them."""
+        counters, waits, wait_s = self._counters, int(rows > 0), seconds
+        if self._reads is not None:
+            rows, waits, seconds, wait_s = self._reads.native.take_counts()
+            self.staged_rows = max(self.staged_rows, rows)
+        counters.bytes_fetched += rows * self.hot.kv_rows.shape[-1] * self.hot.kv_rows.itemsize
+        counters.waits += waits
+        counters.read_s += seconds
+        counters.wait_s += wait_s
 
     def _finish(self) -> tuple[Lookup, Tensor | None]:
         """Wait for the missing rows [M, 2 D] and store them -> what was found, and the rows."""
@@ -244,12 +253,42 @@ class HotSetRowFetcher(RowFetcher):
 
     def free(self) -> None:
         self.cancel()
+        self._drop_reads()
         self.hot.free()
+
+    def _fetch_failed(self, reads: StepReads) -> None:
+        """Fetch what could not be read ahead, in a way that reports the cause."""
+        missing = self.hot.missing(torch.tensor(reads.native.failed()).view(self.hot.position.shape[0], -1))
+        reads.native.cancel()
+        try:
+            kv_rows = self._tier.gather(self._layer, missing.heads, missing.tokens)
+        except Exception as error:
+            raise self._read_ahead_failed(error) from error
+        self.hot.insert(missing.positions, kv_rows)
+
+    def _read_ahead_failed(self, error: Exception) -> SlowTierError:
+        kind = type(error) if isinstance(error, SlowTierError) else SlowTierError
+        return kind(f"Reading ahead in layer {self._layer} failed. {error}")
+
+    def _step_reads(self) -> StepReads | None:
+        """Return what reads the rows of a step in one call, as the tier is now."""
+        reads = self._tier.step_reads(self._layer, self.hot.native, self._reads)
+        if reads is not self._reads:
+            self._drop_reads()
+            self._reads = reads
+        return reads
+
+    def _drop_reads(self) -> None:
+        reads, self._reads = self._reads, None
+        if reads is not None:
+            reads.native.cancel()
 
     def _cancel_prefetch(self) -> None:
         fetch, self._prefetch = self._prefetch, None
         if fetch is not None:
             fetch.cancel()
+        if self._reads is not None:
+            self._reads.native.cancel()
         self.hot.forget_ahead()
 
     def _cancel_started(self) -> None:

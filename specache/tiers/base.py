@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -104,6 +104,16 @@ def _timed(read: Callable[[], Tensor], transfer: Callable[[Tensor], Transferred]
     return transferred, time.perf_counter() - started
 
 
+class StepReads(Protocol):
+    """The rows of one layer on their way into a hot set, in C++.
+
+    Attributes:
+        native: the C++ object.
+    """
+
+    native: Any
+
+
 class SlowTier(Protocol):
     """The 16-bit rows of one sequence, for all its full-attention layers."""
 
@@ -131,6 +141,27 @@ class SlowTier(Protocol):
         """Start to gather rows and return at once; None if that would take a thread.
 
         Rows in memory are copied by `Fetch.wait`.
+        """
+
+    def has_room(self, layer: int, length: int) -> bool:
+        """Return whether kernels may store the next token of a layer of `length` tokens themselves.
+
+        They store it in the layer's memory, and `count_appended` counts it.
+        """
+
+    def count_appended(self, layer: int) -> None:
+        """Count a token that kernels have stored."""
+
+    def step_reads(self, layer: int, hot: Any, before: StepReads | None) -> StepReads | None:
+        """Return what reads a layer's rows into a hot set inside a kernel's step.
+
+        Args:
+            hot: the hot set's C++ object.
+            before: the result of the last call with this hot set; it is updated and returned where
+                that is possible.
+
+        Returns:
+            `None` where rows lie in memory, or take a thread to read.
         """
 
     def reserve(self, tokens: int) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
-from specache.tiers.base import Fetch, SlowTier
+from specache.tiers.base import Fetch, SlowTier, StepReads
 from specache.tiers.layer_rows import GROWTH, MIN_CAPACITY, LayerRows, new_rows, unique_bytes
 from specache.tiers.row_memory import RowMemory
 from specache.tiers.transfer import Offload
@@ -74,6 +75,15 @@ class RamTier:
 
     def begin(self, layer: int, heads: Tensor, positions: Tensor) -> Fetch:
         return Fetch(partial(self.gather, layer, heads, positions))
+
+    def has_room(self, layer: int, length: int) -> bool:
+        return True  # `rows` makes room, and copies a block that is shared
+
+    def count_appended(self, layer: int) -> None:
+        pass
+
+    def step_reads(self, layer: int, hot: Any, before: StepReads | None) -> None:
+        return None
 
     def reserve(self, tokens: int) -> None:
         self._expected = max(self._expected, tokens)

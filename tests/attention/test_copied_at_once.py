@@ -8,32 +8,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
-from specache.attention.decode import StepKind, StepSpec, mixed_attention
-from specache.cache.layers import CompressedLayer
-from specache.cache.sizes import page_layout
-from specache.config import Policy, SpeCacheConfig
+from specache.attention.decode import StepKind
+from specache.config import Policy
 from specache.kernels import dispatch
 from specache.kernels.cpu import native
-from specache.kernels.types import AttentionParams
-from specache.low_bit.pool import PagePool, PageTable
-from specache.platform.budget import ByteBudget
-from specache.rows.fetch import HotSetRowFetcher
 from specache.rows.hot_set import HotSet
 from specache.rows.native_hot_set import NativeHotSet
-from specache.stats import Counters
 from specache.tiers.ram import RamTier
-from specache.tiers.transfer import Transfer
+from specache.tiers.row_memory import RowMemory
 from specache.tiers.worker import PrefetchWorker
-from tests.tiers.tier_rows import random_rows
+from tests.attention.fetched_layers import KINDS, check_same_state, fork_of, layer_of, step
 
 pytestmark = pytest.mark.skipif(native.IMPORT_ERROR is not None, reason="the C++ extension is not built")
-
-HEADS, GROUPS, DIM = 2, 3, 16
-CPU = torch.device("cpu")
-PARAMS = AttentionParams(scaling=DIM**-0.5)
-KINDS = {Policy.VERIFIED: tuple(StepKind), Policy.ON_DEMAND: (StepKind.SINGLE,)}
 
 
 @pytest.fixture(scope="module")
@@ -41,35 +28,6 @@ def worker() -> Iterator[PrefetchWorker]:
     made = PrefetchWorker()
     yield made
     made.close()
-
-
-def layer_of(tokens: int, hot: type[HotSet], worker: PrefetchWorker, dtype: torch.dtype, residual: int = 16) -> CompressedLayer:
-    """Return a layer of `tokens` random tokens whose rows are copied through a hot set."""
-    config = SpeCacheConfig(group_size=16, residual=residual, top_k=4)
-    tier, counters = RamTier(in_place=False), Counters()
-    fetcher = HotSetRowFetcher(tier, 0, hot(HEADS, 0, 2 * DIM, dtype, CPU), worker, Transfer(CPU), counters)
-    table = PageTable(PagePool(page_layout(config, HEADS, DIM), CPU, ByteBudget()))
-    keys, values = random_rows(HEADS, tokens, DIM, dtype, seed=tokens)
-    layer = CompressedLayer(0, config, table, tier, fetcher, keys)
-    tier.write(0, 0, keys, values)
-    layer.rebuild(tokens)
-    return layer
-
-
-def step(layers: list[CompressedLayer], kind: StepKind, policy: Policy, top_k: int, seed: int) -> tuple[Tensor, Counters]:
-    """Decode random tokens -> float32 [B, Hq, n, D], and what was counted."""
-    generator = torch.Generator().manual_seed(seed)
-    dtype, counters = layers[0].dtype, Counters()
-    query = torch.randn(len(layers), HEADS * GROUPS, kind.queries, DIM, generator=generator).to(dtype)
-    keys, values = (torch.randn(len(layers), HEADS, kind.queries, DIM, generator=generator).to(dtype) for _ in range(2))
-    if kind.commits:
-        for b, layer in enumerate(layers):
-            layer.append(query[b, :, :1], keys[b, :, :1], values[b, :, :1])
-    out = mixed_attention(query, keys, values, layers, PARAMS, StepSpec(kind, policy, top_k, counters))
-    if kind.commits:
-        for layer in layers:
-            layer.quantise_oldest()
-    return out, counters
 
 
 @settings(deadline=None, max_examples=40)
@@ -86,17 +44,42 @@ def test_one_call_equals_several(worker, data, policy, dtype):
         assert torch.equal(out, expected)
         assert (counted.rows_selected, counted.rows_ready) == (wanted.rows_selected, wanted.rows_ready)
     for layer, other in zip(ours, theirs, strict=True):
-        assert (layer.next_positions is None) == (other.next_positions is None)
-        assert layer.next_positions is None or torch.equal(layer.next_positions, other.next_positions)
-        fetchers = layer.row_fetcher, other.row_fetcher
-        for fetcher in fetchers:
-            fetcher.begin_step()
-        for name in ("position", "stamp", "kv_rows"):
-            assert torch.equal(*(getattr(fetcher.hot, name) for fetcher in fetchers)), name
-        a, b = (fetcher._counters for fetcher in fetchers)
-        assert a.bytes_fetched == b.bytes_fetched
-        assert (a.read_s > 0) == (b.read_s > 0) == (a.bytes_fetched > 0)
-        assert a.wait_s <= a.read_s and (a.waits > 0) == (a.bytes_fetched > 0)
+        check_same_state(layer, other)
+        a, b = (one.row_fetcher._counters for one in (layer, other))
+        assert (a.read_s > 0) == (a.waits > 0) == (b.read_s > 0) == (a.bytes_fetched > 0)
+
+
+@settings(deadline=None, max_examples=40)
+@given(data=st.data())
+def test_forks_answer_as_if_they_shared_no_rows(worker, data):
+    """Also cut forks, and those that were forked from a fork. Blocks are small here, so that steps
+    fill them; others write to memory of their own.
+    """
+    shared = [layer_of(data.draw(st.integers(20, 100)), NativeHotSet, worker, torch.float32, tier=small_blocks(32))]
+    apart = [layer_of(shared[0].length, HotSet, worker, torch.float32, tier=small_blocks(None))]
+    for seed in range(data.draw(st.integers(1, 40))):
+        which = data.draw(st.integers(0, len(shared) - 1))
+        pair = shared[which], apart[which]
+        action = data.draw(st.sampled_from(["step", "step", "step", "fork", "cut"]))
+        if action == "fork" and len(shared) < 4:
+            for layers, layer in zip((shared, apart), pair, strict=True):
+                layers.append(fork_of(layer, worker))
+        elif action == "cut":
+            length = data.draw(st.integers(1, pair[0].length))
+            if pair[0].can_truncate(length):
+                for layer in pair:
+                    layer.truncate(length, layer.residual_at(length))
+        else:
+            outs = [step([layer], StepKind.SINGLE, Policy.ON_DEMAND, 20, seed)[0] for layer in pair]
+            assert torch.equal(*outs)
+    for layer, other in zip(shared, apart, strict=True):
+        assert layer.length == other.length
+        assert all(torch.equal(*rows) for rows in zip(*(one.tier.read(0, 0, one.length) for one in (layer, other)), strict=True))
+
+
+def small_blocks(tokens: int | None) -> RamTier:
+    """An empty tier with its rows in blocks of so many tokens, or in one that forks copy."""
+    return RamTier(False, RowMemory(block_tokens=tokens))
 
 
 @pytest.mark.parametrize("isa", native.instruction_sets())

@@ -43,7 +43,7 @@ def test_a_fork_answers_the_same_wherever_its_rows_are(model, tmp_path, before, 
 
 def test_an_open_policy_is_chosen_anew_for_the_tier(model, tmp_path):
     with filled(model, "ram", tmp_path) as cache:
-        assert cache.config.policy == "verified"
+        assert cache.config.policy == "on-demand"
         with cache.fork(slow_tier="ram-inplace") as in_place, in_place.fork(slow_tier=f"disk:{tmp_path}") as on_disk:
             assert in_place.config.policy == "on-demand" and on_disk.config.policy == "verified"
             assert on_disk.config.slow_dir == str(tmp_path) and in_place.config.slow_dir is None

@@ -271,7 +271,7 @@ def test_positions_are_never_duplicated_out_of_range_or_padding(model, monkeypat
         return step
 
     monkeypatch.setattr(dispatch, "layer_step", checked)
-    monkeypatch.setattr(dispatch, "has_layer_step", lambda *arguments: False)  # no step of one call
+    monkeypatch.setattr(dispatch, "fetches_at_once", lambda *arguments: False)  # no step of one call
     ids = torch.cat([prompt(200, 1), prompt(200, 2)])
     mask = torch.ones_like(ids)
     mask[1, :120] = 0

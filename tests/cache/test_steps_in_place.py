@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specache.attention.decode import StepKind, StepSpec, decode_in_place
+from specache.attention.at_once import decode_at_once
+from specache.attention.decode import StepKind, StepSpec
 from specache.cache.layers import CompressedLayer
 from specache.cache.sizes import page_layout
 from specache.config import Policy, SpeCacheConfig
@@ -44,7 +45,7 @@ def stepped(layer: CompressedLayer, seed: int, kind: StepKind = StepKind.PAIR) -
     spec = StepSpec(kind, Policy.VERIFIED, CONFIG.top_k, Counters())
     n = kind.queries
     query, keys, values = (drawn(heads, n, seed + i)[None] for i, heads in enumerate((HEADS * GROUPS, HEADS, HEADS)))
-    out = decode_in_place(query, keys, values, [layer], PARAMS, spec)
+    out = decode_at_once(query, keys, values, [layer], PARAMS, spec)
     assert out is not None
     layer.quantise_oldest()
     return out
@@ -165,7 +166,7 @@ def test_a_step_that_fails_counts_nothing():
     values[0, 1, 0, 3] = float("nan")
     spec = StepSpec(StepKind.SINGLE, Policy.ON_DEMAND, CONFIG.top_k, Counters())
     with pytest.raises(NonFiniteError, match="values of layer 0"):
-        decode_in_place(query, keys, values, [layer], PARAMS, spec)
+        decode_at_once(query, keys, values, [layer], PARAMS, spec)
     assert layer.length == before and torch.equal(rows_of(layer), written)
     assert spec.counters.rows_selected == 0
     check_next_step(layer)

@@ -430,7 +430,7 @@ BLOCKS = (None, 16, 64)  # tokens of a block of rows
 
 class InPlace:
     """A layer of one sequence of a case, with its 16-bit rows in memory
-    (`specache.kernels.types.InPlaceLayer`).
+    (`specache.kernels.types.StoredLayer`).
 
     Args:
         recent: the newest tokens, of which the last `rows` are those of the step.

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 TESTS = (
     *("tests/kernels/test_native.py", "tests/tiers/test_native_reads.py", "tests/linear/test_native_products.py"),
     *("tests/rows/test_native_hot_set.py", "tests/attention/test_copied_at_once.py"),
+    "tests/attention/test_read_at_once.py",
 )
 
 # Loads the sanitized extension in the place of the installed one, then runs pytest.

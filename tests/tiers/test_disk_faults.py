@@ -20,6 +20,7 @@ import torch
 
 import specache
 from specache.errors import SlowTierError
+from specache.kernels import dispatch
 from specache.kernels.cpu import native
 from specache.tiers.base import Fetch
 from specache.tiers.disk import aligned_io, native_reads, tier_files
@@ -264,9 +265,10 @@ def test_a_read_that_fails_in_the_foreground_is_undone_in_every_layer(model, tmp
     disturbed.cache.close()
 
 
+@pytest.mark.usefixtures("plain_reads")
 @pytest.mark.skipif(not native.instruction_sets(), reason="the C++ kernels are not built")
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_a_step_that_fails_with_reads_in_flight_can_be_repeated(model, tmp_path, monkeypatch, error):
+def test_a_step_in_several_calls_that_fails_with_reads_in_flight_can_be_repeated(model, tmp_path, monkeypatch, error):
     config = settings(policy="verified", slow_tier=f"disk:{tmp_path}", hot_set=0.0, top_k=16)
     undisturbed = Steps(model, config, 230)
     expected = [undisturbed.step(i) for i in range(8)]
@@ -294,6 +296,76 @@ def test_a_step_that_fails_with_reads_in_flight_can_be_repeated(model, tmp_path,
             assert torch.equal(disturbed.step(i), expected[i])
         disturbed.cache.close()
     assert any(began[1::2])
+
+
+@pytest.mark.skipif(not native.instruction_sets(), reason="the C++ kernels are not built")
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_step_in_one_call_that_fails_with_reads_in_flight_can_be_repeated(model, tmp_path, monkeypatch, error):
+    monkeypatch.setattr(tier_files, "report_for", lambda folder: ReaderReport("io_uring", False, 4096))
+    config = settings(policy="verified", slow_tier=f"disk:{tmp_path}", hot_set=0.0, top_k=16)
+    try:
+        undisturbed = Steps(model, config, 230)
+    except SlowTierError as missing:
+        pytest.skip(str(missing))
+    expected = [undisturbed.step(i) for i in range(8)]
+    undisturbed.cache.close()
+    decode = dispatch.decode_fetched
+    began: list[bool] = []
+    calls: list[int] = []
+
+    def fails_in_the_second_layer(*arguments: Any) -> Any:
+        step = decode(*arguments)
+        reads = disturbed.cache.sequences[0].layers[len(calls)].row_fetcher._reads
+        began.append(reads.native.reading_ahead)
+        calls.append(1)
+        if len(calls) == 2:
+            raise error("while they are")
+        return step
+
+    with nothing_left(tmp_path):
+        disturbed = Steps(model, config, 230)
+        for i in range(8):
+            calls.clear()
+            with monkeypatch.context() as patch:
+                patch.setattr(dispatch, "decode_fetched", fails_in_the_second_layer)
+                with pytest.raises(error, match="while they are"):
+                    disturbed.step(i)
+            assert disturbed.cache.get_seq_length() == 230 + i
+            assert torch.equal(disturbed.step(i), expected[i])
+        disturbed.cache.close()
+    assert any(began[1::2])
+
+
+@pytest.mark.skipif(not native.instruction_sets(), reason="the C++ kernels are not built")
+@pytest.mark.parametrize("policy", ["verified", "on-demand"])
+def test_a_file_that_is_cut_short_fails_a_step_in_one_call_which_can_be_repeated(model, tmp_path, monkeypatch, policy):
+    monkeypatch.setattr(tier_files, "report_for", lambda folder: ReaderReport("io_uring", False, 4096))
+    config = settings(policy=policy, slow_tier=f"disk:{tmp_path}", hot_set=0.0, top_k=16)
+    try:
+        undisturbed = Steps(model, config, 230)
+    except SlowTierError as missing:
+        pytest.skip(str(missing))
+    expected = [undisturbed.step(i) for i in range(8)]
+    undisturbed.cache.close()
+    disturbed = Steps(model, config, 230)
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*.rows")}
+    failed = 0
+    for i in range(8):
+        for path in files:
+            os.truncate(path, 0)
+        try:
+            logits = disturbed.step(i)
+        except SlowTierError as error:
+            assert re.search(r"KV head \d, token \d+ cannot be read: the file ends too early", str(error))
+            assert disturbed.cache.get_seq_length() == 230 + i
+            failed += 1
+            logits = None
+        for path, data in files.items():
+            path.write_bytes(data)
+        assert torch.equal(disturbed.step(i) if logits is None else logits, expected[i])
+    assert failed
+    disturbed.cache.close()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.usefixtures("plain_reads")
@@ -349,7 +421,7 @@ def test_an_error_in_the_middle_of_decoding_leaves_no_files_or_threads(model, tm
             calls.append(1)
             return len(calls) < 20 and read(*arguments)
 
-        for name in ("gather", "begin"):  # nothing but plain batches
+        for name in ("gather", "begin", "new_reads"):  # nothing but plain batches
             monkeypatch.setattr(native_reads.NativeRows, name, lambda *arguments: None)
         monkeypatch.setattr(native_reads.NativeRows, "read", fails_later)
         plain = aligned_io.read_at

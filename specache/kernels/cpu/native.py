@@ -18,7 +18,7 @@ from specache.errors import NonFiniteError
 from specache.kernels.cpu import in_place
 from specache.kernels.cpu.native_layout import CODES, layout, layout_of, page_addresses, scale_address
 from specache.kernels.finite import all_finite
-from specache.kernels.types import AttentionParams, CopyCounts, HotRows, InPlaceLayer, LowBitKV, RecentTokens, StoredRows
+from specache.kernels.types import AttentionParams, FetchedRows, FetchedStep, HotRows, LowBitKV, RecentTokens, StoredLayer
 from specache.platform import extension
 from specache.platform.extension import DTYPES, IMPORT_ERROR, instruction_sets
 
@@ -84,42 +84,33 @@ class NativeKernels:
         query: Tensor,
         keys: Tensor,
         values: Tensor,
-        layers: Sequence[InPlaceLayer],
+        layers: Sequence[StoredLayer],
         commits: bool,
         top_k: int,
         params: AttentionParams,
     ) -> Tensor:
         return in_place.decode(self, query, keys, values, layers, commits, top_k, params)
 
-    def decode_copied(
+    def decode_fetched(
         self,
         query: Tensor,
-        low_bit_kvs: Sequence[LowBitKV],
-        recent: Sequence[RecentTokens],
-        copied: Sequence[tuple[HotRows, StoredRows]],
+        keys: Tensor,
+        values: Tensor,
+        layers: Sequence[StoredLayer],
+        fetched: Sequence[FetchedRows],
+        commits: bool,
         top_k: int,
         params: AttentionParams,
         real_queries: int,
         selects_next: bool,
-    ) -> tuple[Tensor, Tensor | None, list[CopyCounts]]:
-        """Compute a layer of a step in one call, with rows that are copied from main memory.
-
-        Args:
-            copied: per sequence its hot set, with room for the pairs of one step, and the 16-bit
-                rows.
-            real_queries: the first queries, which get all pairs that they select. The others get
-                those that are in the hot set by then.
-            selects_next: whether the rows that the last query selects for the next step are copied.
-
-        Returns:
-            float32 [B, Hq, n, D], the next step's positions [B, Hkv, k], and counts per sequence.
-        """
-        step = NativeLayerStep(self.isa, query, low_bit_kvs, recent, top_k, params, at_once=True)
-        return step.run_copied(copied, real_queries, selects_next)
+    ) -> FetchedStep:
+        return in_place.decode_fetched(
+            self, query, keys, values, layers, fetched, commits, top_k, params, real_queries, selects_next
+        )
 
 
 class NativeLayerStep:
-    """`LayerStep` of `kernels/types.py` in C++, or one call of `run_copied` if `at_once`."""
+    """`LayerStep` of `kernels/types.py` in C++."""
 
     def __init__(
         self,
@@ -129,7 +120,6 @@ class NativeLayerStep:
         recent: Sequence[RecentTokens],
         top_k: int,
         params: AttentionParams,
-        at_once: bool = False,
     ) -> None:
         query = query.float().contiguous()
         sinks = params.sinks if params.sinks is None else params.sinks.float().contiguous()
@@ -150,25 +140,7 @@ class NativeLayerStep:
             DTYPES[recent[0].keys.dtype],
             top_k,
             0 if sinks is None else sinks.data_ptr(),
-            at_once,
         )
-
-    def run_copied(
-        self, copied: Sequence[tuple[HotRows, StoredRows]], real_queries: int, selects_next: bool
-    ) -> tuple[Tensor, Tensor | None, list[CopyCounts]]:
-        """Compute everything with rows that are copied (`NativeKernels.decode_copied`)."""
-        out, stored = torch.empty_like(self._held[0]), [rows for _, rows in copied]
-        following = torch.empty(*self._shape[:2], self._step.next_k, dtype=torch.int64) if selects_next else None
-        counts = self._step.run_copied(
-            [hot.native for hot, _ in copied],
-            [rows.addresses for rows in stored],
-            [number for rows in stored for number in (rows.shift, *rows.strides, rows.capacity)],
-            DTYPES[stored[0].dtype],
-            real_queries,
-            0 if following is None else following.data_ptr(),
-            out.data_ptr(),
-        )
-        return out, following, [CopyCounts(*numbers) for numbers in counts]
 
     def score(self) -> None:
         """Score every low-bit key and attend to the recent tokens, first of all."""

@@ -14,14 +14,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from specache.errors import SlowTierError
+from specache.tiers import base
 from specache.tiers.base import Fetch
 from specache.tiers.disk import readers, row_reads
 from specache.tiers.disk.extents import BlockTable, Extent
+from specache.tiers.disk.native_reads import StepReads
 from specache.tiers.disk.readers import Reader
 from specache.tiers.disk.row_file import RowFile
 from specache.tiers.disk.row_layout import BLOCK_TOKENS, RowLayout
@@ -163,6 +166,27 @@ class DiskTier:
                 return None
             again = partial(self.gather, layer, heads, positions)
             return row_reads.begin(state.table, state.layout, state.tail.dtype, reader, heads.numpy(), tokens, again)
+
+    def has_room(self, layer: int, length: int) -> bool:
+        state = self._layers.get(layer)
+        return state is not None and state.length == length and state.held + 1 < BLOCK_TOKENS
+
+    def count_appended(self, layer: int) -> None:
+        with self._files.lock:
+            state = self._layers[layer]
+            self._layers[layer] = replace(state, held=state.held + 1)
+
+    def step_reads(self, layer: int, hot: Any, before: base.StepReads | None) -> StepReads | None:
+        state = self._layers.get(layer)
+        if state is None:
+            return None
+        reads = self._files.step_reads()
+        if reads is None:
+            return None
+        if not isinstance(before, StepReads) or before.reads is not reads:
+            before = StepReads(reads, hot)
+        row_reads.update(before, state.table, state.layout, state.tail, self._files.reader())
+        return before
 
     def truncate(self, layer: int, length: int) -> None:
         """Forget a layer's tokens from `length` on.

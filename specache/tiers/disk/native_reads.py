@@ -14,7 +14,7 @@ from specache.tiers.base import Fetch
 from specache.tiers.disk.aligned_io import BufferPool
 from specache.tiers.disk.checksum import BLOCK_SALT, POSITION_SALT, Words, multipliers
 from specache.tiers.disk.extents import BlockTable
-from specache.tiers.disk.row_layout import Index, RowLayout
+from specache.tiers.disk.row_layout import BLOCK_TOKENS, Index, RowLayout
 
 try:
     _native: Any = importlib.import_module("specache._native")
@@ -22,6 +22,7 @@ except ImportError:
     _native = None
 
 
+RING_ENTRIES = 128  # reads of a batch submitted to the kernel at once
 FLIGHTS = 3  # reads in flight, beside those of the prefetch threads; each holds a buffer and a ring
 
 
@@ -62,7 +63,7 @@ class NativeRows:
         rows = np.empty((len(positions), layout.words), np.uint64)
         with buffers.borrow(size) as buffer:
             heads, positions = np.ascontiguousarray(heads), np.ascontiguousarray(positions)
-            good = self._reader.gather(table.native[0], rules, heads, positions, buffer.address, buffer.size, rows.ctypes.data)
+            good = self._reader.gather(table.native, rules, heads, positions, buffer.address, buffer.size, rows.ctypes.data)
         return rows if good else None
 
     def read(self, fds: Index, offsets: Index, addresses: Index, lengths: Index) -> bool:
@@ -100,7 +101,7 @@ class NativeRows:
             table.native = _native_table(table, layout)
         buffer, started = buffers.take(size), time.perf_counter()
         heads, positions = np.ascontiguousarray(heads), np.ascontiguousarray(positions)
-        where = (table.native[0], rules, heads, positions, buffer.address, buffer.size)
+        where = (table.native, rules, heads, positions, buffer.address, buffer.size)
         flights = [self._reader.begin(*where, FLIGHTS, (table.native, buffer))]  # the only reference
         if flights[0] is None:
             buffers.give(buffer)
@@ -122,9 +123,50 @@ class NativeRows:
             fetch.wait_s = time.perf_counter() - started  # submitting the reads completed them
         return fetch
 
+    def new_reads(self) -> Any | None:
+        """Return reads for a sequence's decode steps (`StepReads`), or None without a ring."""
+        try:
+            return _native.DiskReads(RING_ENTRIES)
+        except RuntimeError:
+            return None
 
-def _native_table(table: BlockTable, layout: RowLayout) -> tuple[Any, ...]:
-    """Return the C++ table, and the arrays that it points to."""
+
+class StepReads:
+    """The rows of one layer on their way into a hot set, in C++ (csrc/disk_rows.hpp).
+
+    Args:
+        reads: what `NativeRows.new_reads` returned, one for all layers of a sequence.
+        hot: the hot set's C++ object.
+
+    Attributes:
+        native: the C++ object.
+    """
+
+    def __init__(self, reads: Any, hot: Any) -> None:
+        self.native = _native.DiskRows(reads, hot)
+        self.reads = reads
+        self._table: BlockTable | None = None
+        self._tail: Tensor | None = None
+
+    def update(self, table: BlockTable, layout: RowLayout, tail: Tensor, rules: list[int], most_bytes: int) -> None:
+        """Note where the layer's rows are: in the files of `table`, and behind them in `tail`.
+
+        Args:
+            tail: [Hkv, 64, 2 D].
+            rules: see `NativeRows.gather`.
+            most_bytes: size of the buffer of one step's reads, in bytes.
+        """
+        if table is self._table and tail is self._tail:
+            return
+        if table.native is None and table.blocks:
+            table.native = _native_table(table, layout)
+        head, token, _ = (stride * tail.itemsize for stride in tail.stride())
+        self.native.use(table.native, rules, most_bytes, tail.data_ptr(), head, token, table.blocks * BLOCK_TOKENS)
+        self._table, self._tail = table, tail
+
+
+def _native_table(table: BlockTable, layout: RowLayout) -> Any:
+    """Return the C++ table."""
     salts = np.ascontiguousarray(np.stack([run.file.salts for run in table.runs]))  # [runs, Hkv]
     factors = multipliers(layout.words)
     starts, shifts, fds = (
@@ -133,5 +175,4 @@ def _native_table(table: BlockTable, layout: RowLayout) -> tuple[Any, ...]:
     )
     sizes = (layout.num_kv_heads, layout.block_bytes, layout.stride, layout.words)
     pointers = (salts.ctypes.data, factors.ctypes.data)
-    native = _native.RowTable(starts, shifts, fds, pointers[0], *sizes, pointers[1], int(POSITION_SALT), int(BLOCK_SALT))
-    return native, salts, factors
+    return _native.RowTable(starts, shifts, fds, pointers[0], *sizes, pointers[1], int(POSITION_SALT), int(BLOCK_SALT))

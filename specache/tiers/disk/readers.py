@@ -23,12 +23,11 @@ from numpy.typing import NDArray
 
 from specache.tiers.disk import aligned_io
 from specache.tiers.disk.aligned_io import AlignedBuffer, BufferPool
-from specache.tiers.disk.native_reads import NativeRows
+from specache.tiers.disk.native_reads import RING_ENTRIES, NativeRows
 
 Index = NDArray[np.int64]
 
 THREADS = 8  # reads in flight at once
-RING_ENTRIES = 128  # reads of a batch submitted to the kernel at once
 _TRIES = 3  # short direct reads at one place before the end of the file is accepted
 _SHARE = 2  # fewest reads per thread: smaller shares are not worth a hand-over
 

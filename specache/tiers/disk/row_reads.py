@@ -19,6 +19,7 @@ from specache.tiers.base import Fetch
 from specache.tiers.disk.aligned_io import AlignedBuffer, BufferPool
 from specache.tiers.disk.checksum import Words
 from specache.tiers.disk.extents import BlockTable, Run
+from specache.tiers.disk.native_reads import StepReads
 from specache.tiers.disk.readers import ReadBatch, Reader, ReadFailedError
 from specache.tiers.disk.row_file import DAMAGED, RowFile
 from specache.tiers.disk.row_layout import BLOCK_TOKENS, Index, RowLayout
@@ -83,6 +84,12 @@ def begin(
         return None
     rows = partial(torch.empty, len(positions), 2 * layout.head_dim, dtype=dtype)
     return reader.native.begin(table, layout, *_native_request(layout, reader, heads, positions), rows, again)
+
+
+def update(reads: StepReads, table: BlockTable, layout: RowLayout, tail: Tensor, reader: Reader) -> None:
+    """Tell a decode step's reads where rows are: in files, and in `tail` [Hkv, 64, 2 D]."""
+    widened = layout.stride + 2 * reader.alignment
+    reads.update(table, layout, tail, [reader.alignment, GAP_BYTES, SPLIT_BYTES], max(widened, READ_BYTES))
 
 
 def _native_gather(table: BlockTable, layout: RowLayout, reader: Reader, heads: Index, positions: Index) -> Words | None:

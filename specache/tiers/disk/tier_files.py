@@ -7,6 +7,7 @@ import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from specache.errors import SlowTierError
 from specache.tiers.disk import aligned_io, readers
@@ -40,6 +41,7 @@ class TierFiles:
         self._scratch: ScratchFolder | None = None
         self._report: ReaderReport | None = None
         self._reader: Reader | None = None
+        self._step_reads: tuple[int, Any] | None = None  # process, and its reads
 
     def reader(self) -> Reader:
         """Return the folder's reader, leased until `give_back`.
@@ -55,6 +57,20 @@ class TierFiles:
                 except OSError as error:
                     raise SlowTierError(f"The slow tier's folder {self.folder} cannot be used: {reason(error)}") from error
             return self._reader
+
+    def step_reads(self) -> Any | None:
+        """Return the C++ reads of the tier's decode steps (`native_reads.StepReads`).
+
+        `None` where the reader is no ring. A forked process has its own.
+
+        Raises:
+            SlowTierError: the folder cannot be used.
+        """
+        with self.lock:
+            if self._step_reads is None or self._step_reads[0] != os.getpid():
+                native = self.reader().native
+                self._step_reads = os.getpid(), None if native is None else native.new_reads()
+            return self._step_reads[1]
 
     def own_file(self, layer: int, layout: RowLayout) -> RowFile:
         """Return the file that the tier appends a layer to, created on first use."""
@@ -153,6 +169,7 @@ class TierFiles:
             files, self._files = self._files, []
             scratch, self._scratch = self._scratch, None
             reader, self._reader = self._reader, None
+            self._step_reads = None
         with ExitStack() as stack:  # release all of them, even if interrupted in between
             if reader is not None:
                 stack.callback(readers.release, reader, wait)
