@@ -83,7 +83,7 @@ def tail_tensors(sequence: Sequence, tier: DiskTier) -> dict[str, TensorSpec]:
 
 
 def ring_tokens(sequence: Sequence) -> int | None:
-    """Return what the rings were written for (`WindowLayer.written`); `None` if it is the length."""
+    """Return `WindowLayer.written` of the sliding layers; `None` if it is the length."""
     written = max((layer.written for layer in sequence.sliding.values()), default=sequence.length)
     return written if written > sequence.length else None
 
