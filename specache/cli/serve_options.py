@@ -247,7 +247,6 @@ class ServerOptions:
             most_slow_bytes=self._most_slow_bytes(),
             folder=self.prefix_cache,
             most_disk_bytes=parse_size(self.prefix_bytes, "--prefix-bytes"),
-            share_owners=self.share_prefixes,
         )
 
     def _most_slow_bytes(self) -> int | None:
