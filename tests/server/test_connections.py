@@ -257,6 +257,15 @@ def test_the_end_of_the_server_is_told_to_who_waits_for_a_whole_answer():
     assert status == 503 and error["code"] == "shutting_down"
 
 
+def test_a_body_that_is_half_there_does_not_hold_up_the_end_of_the_server():
+    with live() as server, server.connect() as connection:
+        connection.sendall(request(CHAT, b"{", length=50))
+        wait_until(lambda: any(one.cycle is not None for one in server.server.server_state.connections))
+        server.server.stop()
+        status, error = split(received(connection))
+    assert status == 503 and error["code"] == "shutting_down"
+
+
 def test_a_short_answer_may_end_within_the_grace():
     with live(grace_seconds=20.0) as server, server.connect() as connection:
         connection.sendall(request(CHAT, json.dumps({**LONG, "max_tokens": 40}).encode()))
