@@ -141,7 +141,7 @@ BodyTimeout = Annotated[
     float, typer.Option("--body-timeout", min=0.1, help="Seconds that a body may take to arrive.", rich_help_panel=LIMITS_PANEL)
 ]
 MaxBody = Annotated[
-    str, typer.Option("--max-body", help="Longest body of a request (16MB).", metavar="BYTES", rich_help_panel=LIMITS_PANEL)
+    str, typer.Option("--max-body", help="Longest body of a request.", metavar="BYTES", rich_help_panel=LIMITS_PANEL)
 ]
 MaxWaiting = Annotated[
     int,
