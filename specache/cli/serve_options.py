@@ -141,7 +141,7 @@ BodyTimeout = Annotated[
     float, typer.Option("--body-timeout", min=0.1, help="Seconds that a body may take to arrive.", rich_help_panel=LIMITS_PANEL)
 ]
 MaxBody = Annotated[
-    str, typer.Option("--max-body", help="Longest body of a request (16MB).", metavar="BYTES", rich_help_panel=LIMITS_PANEL)
+    str, typer.Option("--max-body", help="Longest body of a request.", metavar="BYTES", rich_help_panel=LIMITS_PANEL)
 ]
 MaxWaiting = Annotated[
     int,
@@ -247,7 +247,6 @@ class ServerOptions:
             most_slow_bytes=self._most_slow_bytes(),
             folder=self.prefix_cache,
             most_disk_bytes=parse_size(self.prefix_bytes, "--prefix-bytes"),
-            share_owners=self.share_prefixes,
         )
 
     def _most_slow_bytes(self) -> int | None:

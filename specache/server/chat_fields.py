@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from specache.server.json_body import JsonBody, check_json
+from specache.server.json_body import FieldError, JsonBody, check_json
 from specache.server.sampling_fields import MOST_TOP_LOGPROBS, SamplingFields, TextFormat
 
 Role = Literal["system", "developer", "user", "assistant"]
@@ -138,7 +138,7 @@ class ChatBody(SamplingFields):
     @model_validator(mode="after")
     def _check_logprobs(self) -> ChatBody:
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs: true")
+            raise FieldError("top_logprobs", "it needs logprobs: true")
         return self
 
     @property

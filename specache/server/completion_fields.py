@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
+from specache.server.json_body import FieldError
 from specache.server.sampling_fields import MOST_TOP_LOGPROBS, SamplingFields
 
 DEFAULT_NEW_TOKENS = 16  # OpenAI's
@@ -37,9 +38,9 @@ class CompletionBody(SamplingFields):
     @model_validator(mode="after")
     def _check_best_of(self) -> CompletionBody:
         if self.best_of is not None and self.best_of != self.answers:
-            raise ValueError("best_of must equal n: every answer is returned")
+            raise FieldError("best_of", "it must equal n, since every answer is returned")
         if self.max_tokens == 0 and not self.echo:
-            raise ValueError("max_tokens: 0 needs echo: true")
+            raise FieldError("max_tokens", "0 needs echo: true")
         return self
 
     @property

@@ -114,7 +114,8 @@ class CompletionAnswer:
         logprobs = None
         if self._body.logprobs is not None:
             scored = self._prompt_logprobs[choice.index // self._body.answers]
-            logprobs = self._logprobs[choice.index].take(scored, with_special=prepared.prompt_text is None)
+            text = prepared.prompt_text
+            logprobs = self._logprobs[choice.index].take(scored, with_special=text is None, text=text or "")
         return {"text": _prompt_text(prepared), "logprobs": logprobs}
 
     def _new_logprobs(self, choice: Choice) -> dict[str, Any] | None:

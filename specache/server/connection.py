@@ -9,7 +9,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from specache.server.error_responses import ApiError
+from specache.server.error_responses import ApiError, unavailable
 from specache.server.settings import ServerSettings
 
 
@@ -55,6 +55,13 @@ class Connection(H11Protocol):
         super().on_response_complete()
         if self.conn.their_state is h11.SEND_BODY and not self.transport.is_closing():
             self._drain = self.loop.call_later(self.settings.drain_seconds, self._end_drain, self.cycle)
+
+    def shutdown(self) -> None:
+        """Let the answer end, but wait for no request that still arrives: the server ends."""
+        if self.cycle is not None and not self.cycle.response_started and self.conn.their_state is h11.SEND_BODY:
+            self._end(unavailable("The server is shutting down.", "shutting_down"))
+        else:
+            super().shutdown()
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is not HTTP, or has headers that are too long."""

@@ -15,7 +15,7 @@ from specache.server.service_numbers import service_numbers
 router = APIRouter()
 
 
-@router.get("/health")
+@router.api_route("/health", methods=["GET", "HEAD"])  # HEAD: load balancers ask so
 async def health(http: Request) -> Response:
     """Say whether the server serves: 200, or 503 while it loads, ends or has failed."""
     condition = _condition(state_of(http))

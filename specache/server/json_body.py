@@ -25,6 +25,19 @@ class JsonBody(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
+class FieldError(ValueError):
+    """A field that does not go with others. Its name begins the message.
+
+    Args:
+        field: the name of the field.
+        reason: what is wrong with it.
+    """
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(f"{field}: {reason}")
+        self.field = field
+
+
 async def read_body(http: Request, state: AppState, kind: type[_Body]) -> _Body:
     """Return the body of a request as the given kind of object.
 
@@ -60,9 +73,12 @@ def parse_body(data: bytes, kind: type[_Body]) -> _Body:
 
 def _invalid(error: ValidationError) -> ApiError:
     """Return the answer to a body whose fields are wrong: it names the first one."""
-    found = error.errors(include_url=False, include_context=False, include_input=False)
+    found = error.errors(include_url=False, include_input=False)
     first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
     param = _path(first["loc"])
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, FieldError):
+        return ApiError(400, f"{cause}.", param=cause.field, code="invalid_value")
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"Unknown field {param}. docs/server.md lists the fields.", param=param, code="unknown_field")
     message = first["msg"].removeprefix("Value error, ").rstrip(".")

@@ -41,19 +41,21 @@ class CompletionLogprobs:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0  # characters of the text in front of the next token
 
-    def take(self, tokens: Iterable[Scored], *, with_special: bool = False) -> dict[str, Any]:
+    def take(self, tokens: Iterable[Scored], *, with_special: bool = False, text: str = "") -> dict[str, Any]:
         """Return the fields of these tokens.
 
         Args:
             with_special: the text spells special tokens out, as that of a prompt of token ids.
+            text: a prompt's text, which spells the special tokens that the tokenizer did not add.
         """
         found: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token in tokens:
-            found["tokens"].append(self._bytes.text(token.token_id))
+            name = self._bytes.text(token.token_id)
+            found["tokens"].append(name)
             found["token_logprobs"].append(None if token.logprob is None else _finite(token.logprob))
             found["top_logprobs"].append(self._top(token))
             found["text_offset"].append(self._offset)
-            if with_special or token.token_id not in self._special_ids:
+            if with_special or token.token_id not in self._special_ids or text.startswith(name, self._offset):
                 self._offset += len(self._decoder.decode(self._bytes(token.token_id)))
         return found
 

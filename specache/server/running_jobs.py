@@ -36,6 +36,8 @@ class RunningJobs:
         self._began = [0.0] * len(jobs)
         self._last_token: dict[tuple[int, int], float] = {}
         self._new = [0] * len(jobs)
+        self._open = [False] * len(jobs)
+        context.at_end(self._count_open)
 
     async def start(self) -> None:
         """Submit the first job, and more if there is room.
@@ -80,6 +82,7 @@ class RunningJobs:
         _, service = self._state.ready()
         self._began[index] = time.monotonic()
         ticket = service.submit(self.jobs[index].job, lambda event: self._put(index, event))
+        self._open[index] = True
         self._context.at_end(ticket.abort)
 
     def _put(self, index: int, event: Event) -> None:
@@ -100,10 +103,20 @@ class RunningJobs:
             self._last_token[index, event.row] = now
             self._new[index] += 1
         elif isinstance(event, Failed):
+            self._open[index] = False
             facts["ended"] = "failed"
             raise event.error
         elif isinstance(event, Finished):
+            self._open[index] = False
             self._note_end(index, event)
+
+    def _count_open(self) -> None:
+        """Count the jobs that are still open when the request ends: those of a client that left."""
+        log = self._context.facts
+        for new in (new for new, is_open in zip(self._new, self._open, strict=True) if is_open):
+            self._state.metrics.job_ended(0, 0, new, True)
+            log["new"] = log.get("new", 0) + new
+            log.setdefault("ended", ABORTED)
 
     def _note_end(self, index: int, event: Finished) -> None:
         facts, log = event.facts, self._context.facts

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from specache.config import Policy
-from specache.server.json_body import JsonBody, check_json
+from specache.server.json_body import FieldError, JsonBody, check_json
 
 MOST_TOP_LOGPROBS = 20
 _MOST_STOPS = 16
@@ -111,7 +111,7 @@ class SamplingFields(JsonBody):
     @model_validator(mode="after")
     def _check_stream_options(self) -> SamplingFields:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options needs stream: true")
+            raise FieldError("stream_options", "it needs stream: true")
         return self
 
     @property

@@ -17,7 +17,7 @@ from specache.server.token_bytes import TokenBytes
 from specache.templates.answer_text import AnswerText
 from specache.templates.channels import channel_parser
 from specache.templates.end_tokens import end_tokens
-from specache.templates.template import ChatTemplate, Message
+from specache.templates.template import ChatTemplate, Message, PromptError
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,8 @@ class ServedModel:
             return template.encode([self._message(message) for message in messages])
         except ConfigError as error:  # a reserved variable
             raise ApiError(400, f"chat_template_kwargs: {error}", param="chat_template_kwargs") from error
+        except PromptError as error:
+            raise ApiError(400, str(error), param="messages", code="invalid_value") from error
 
     def encode_text(self, text: str, *, special: bool = True) -> list[int]:
         """Return the token ids of a raw text. Special tokens spelled in it are special tokens.

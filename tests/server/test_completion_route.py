@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from tests.server.tiny_server import END, TOKENIZER, complete, stream, token_of
+from tests.server.tiny_server import END, TOKENIZER, complete, printable_model, stream, token_of
+
+
+@pytest.fixture(scope="module")
+def model():
+    return printable_model()
 
 
 def text(client, prompt="Hello", **fields):
@@ -95,3 +101,16 @@ def test_an_answer_that_ends_at_once_has_no_text(client):
 
 def test_stop_strings_end_a_completion(client):
     assert text(client, logit_bias={str(token_of("x")): 100}, stop="xxx") == ""
+
+
+@pytest.mark.parametrize(("presence", "frequency"), [(2, 0), (0, 1.5), (-2, 0), (0.5, -1.5), (0.6, 0.4)])
+def test_penalties_choose_the_tokens_that_openais_formula_does(client, model, presence, frequency):
+    prompt, new = ids("Hello world"), []
+    with torch.no_grad():
+        for _ in range(24):
+            logits = model(torch.tensor([prompt + new])).logits[0, -1].float()
+            for token in set(new):
+                logits[token] -= presence + frequency * new.count(token)
+            new.append(int(logits.argmax()))
+    document = complete(client, "Hello world", max_tokens=24, n=2, presence_penalty=presence, frequency_penalty=frequency)
+    assert [choice["text"] for choice in document["choices"]] == [TOKENIZER.decode(new)] * 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import threading
 import time
@@ -26,6 +27,12 @@ def split(answer: bytes) -> tuple[int, dict]:
     """Return status and error of an answer."""
     head, _, body = answer.partition(b"\r\n\r\n")
     return int(head.split()[1]), json.loads(body)["error"]
+
+
+def aborted_requests(server) -> float:
+    """Return the counter of `/metrics`."""
+    found = re.search(rb"^specache_aborted_requests_total (.*)$", server.app.state.metrics.text(), re.MULTILINE)
+    return float(found[1])
 
 
 @pytest.mark.parametrize("start", [b"", b"GET /health HT", b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Slow: "])
@@ -154,7 +161,7 @@ def test_connections_beyond_the_limit_are_refused():
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_stops_its_answer(server, stream):
     body = json.dumps({**LONG, "stream": stream}).encode()
-    before = server.service.status().aborted
+    before, counted = server.service.status().aborted, aborted_requests(server)
     connection = server.connect()
     connection.sendall(request(CHAT, body))
     wait_until(lambda: server.service.status().running)
@@ -165,6 +172,7 @@ def test_a_client_that_leaves_stops_its_answer(server, stream):
     connection.close()
     wait_until(lambda: not server.service.status().running and not server.app.state.open_streams)
     wait_until(lambda: server.service.status().aborted == before + 1)
+    assert aborted_requests(server) == counted + 1
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -244,6 +252,15 @@ def test_the_end_of_the_server_is_told_to_who_waits_for_a_whole_answer():
     with live(grace_seconds=0.0) as server, server.connect() as connection:
         connection.sendall(request(CHAT, json.dumps(LONG).encode()))
         wait_until(lambda: server.service.status().running)
+        server.server.stop()
+        status, error = split(received(connection))
+    assert status == 503 and error["code"] == "shutting_down"
+
+
+def test_a_body_that_is_half_there_does_not_hold_up_the_end_of_the_server():
+    with live() as server, server.connect() as connection:
+        connection.sendall(request(CHAT, b"{", length=50))
+        wait_until(lambda: any(one.cycle is not None for one in server.server.server_state.connections))
         server.server.stop()
         status, error = split(received(connection))
     assert status == 503 and error["code"] == "shutting_down"

@@ -26,6 +26,7 @@ def test_a_server_says_503_until_its_model_is_there():
     with TestClient(app, base_url=ADDRESS) as client:
         response = client.get("/health")
         assert response.status_code == 503 and response.json() == {"status": "loading"}
+        assert client.head("/health").status_code == 503
         assert client.get("/metrics").status_code == client.get("/v1/status").status_code == 200
         for path in ("/v1/models", "/tokenizer_info", "/nothing"):
             response = client.get(path)
@@ -36,6 +37,7 @@ def test_a_server_says_503_until_its_model_is_there():
             assert service.wait_until_ready(60)
             app.begin_serving(served_model(model), service)
             assert client.get("/health").json() == {"status": "ok"}
+            assert client.head("/health").status_code == 200
             assert chat(client, max_tokens=1)
 
 

@@ -149,6 +149,11 @@ def test_offsets_count_characters_and_not_bytes():
     assert fields["text_offset"] == [0, 1, 1, 1, 2, 3]
 
 
+def test_offsets_count_special_tokens_that_a_prompt_spells(client):
+    logprobs = complete(client, "a<user>b", logprobs=0, echo=True, max_tokens=1)["choices"][0]["logprobs"]
+    assert logprobs["tokens"][:3] == ["a", "<user>", "b"] and logprobs["text_offset"] == [0, 1, 7, 8]
+
+
 def test_a_masked_token_has_a_number_that_json_has():
     fields = CompletionLogprobs(TokenBytes(TOKENIZER), 1, frozenset()).take([NewToken(0, END, -math.inf, ((END, -math.inf),))])
     assert fields["token_logprobs"] == [LOWEST] and fields["top_logprobs"] == [{"<end>": LOWEST}]

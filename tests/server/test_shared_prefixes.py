@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from specache.cli.serve_options import ServerOptions
 from specache.engine.prefix_store import PrefixStore
 from specache.server.settings import ServerSettings
 from tests.server.tiny_server import SHORT, chat, complete, printable_model, prompt_of, running, stream
@@ -73,6 +74,13 @@ def test_all_keys_may_share_and_nothing_may_be_kept(settings, shares):
         body = {"messages": [{"role": "user", "content": DOCUMENT}], "max_tokens": 2}
         found = [cached(sharing.post(CHAT, json=body, headers={"x-api-key": key}).json()) for key in (ALICE, BOB)]
         assert found[0] == 0 and (found[1] > 0) is shares
+
+
+def test_sessions_stay_apart_where_keys_share():
+    model, options = printable_model(), ServerOptions(share_prefixes=True)
+    with running(model, settings=options.settings(), prefixes=options.prefix_store(model, SHORT)) as server:
+        found = [cached(complete(server, DOCUMENT, session=name)) for name in ("a", "b", "a")]
+        assert found[:2] == [0, 0] and found[2] > 0
 
 
 def test_a_policy_and_a_number_of_pairs_are_this_requests():
