@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from traceback import clear_frames
 from typing import Any
 
 from specache.cache.cache import SpeCache
@@ -216,9 +217,17 @@ class Engine:
 
     def _step(self) -> None:
         self._schedule()
+        if self._owns_cache:
+            self._make_room_for_rows()
         self._prefill_chunk()
         self._decode()
         self._finish()
+
+    def _make_room_for_rows(self) -> None:
+        reading = self._reader.handle
+        sequences = sum(len(handle.request.sequences) for handle in self._running)
+        more = (0, 0) if reading is None else (len(reading.request.token_ids), reading.request.chunk or self.chunk)
+        self.room.make_room_for_rows(self.cache, sequences + more[0], more[1])
 
     def _schedule(self) -> None:
         """Remove aborted requests, and begin the oldest waiting one if it fits into memory."""
@@ -276,6 +285,8 @@ class Engine:
             with tokens_kept_on_error(self.cache, handle.request.planned, handle.request.state.new_token_ids):
                 yield
         except BaseException as error:
+            if self._owns_cache:
+                clear_frames(error.__traceback__)  # the caller may keep the error: it must not keep memory
             self._end(handle, error)
             if not (self._owns_cache and isinstance(error, Exception)):
                 raise

@@ -108,7 +108,7 @@ class PrefixDisk:
         Returns None if it is damaged or was removed; it is not used any more then.
 
         Raises:
-            FastMemoryError: the cache's budget has no room.
+            FastMemoryError, NoRoomError: the cache has no room.
         """
         assert self._folder is not None
         sequence: Sequence | None
