@@ -115,21 +115,19 @@ class StoredRows(Protocol):
         version: changes with `addresses`.
         capacity: tokens for which there is memory.
         own_from: tokens from here on may be written; those before may be in other sequences too.
+        strides: bytes from head to head of a block, and from token to token.
     """
 
     shift: int
     version: int
     capacity: int
     own_from: int
+    strides: tuple[int, int]
     dtype: torch.dtype
 
     @property
     def addresses(self) -> np.ndarray:
         """The address of each block, int64 [N]."""
-
-    @property
-    def strides(self) -> tuple[int, int]:
-        """Bytes from head to head of a block, and from token to token."""
 
 
 class InPlaceLayer(Protocol):

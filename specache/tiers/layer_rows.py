@@ -54,9 +54,14 @@ class _Blocks(NamedTuple):
         return cls(blocks, np.array([block.address for block in blocks], dtype=np.int64))
 
     @property
+    def tokens(self) -> int:
+        """Tokens of a block."""
+        return self.blocks[0].rows.shape[1] if self.blocks else 0
+
+    @property
     def capacity(self) -> int:
         """Tokens for which there is memory."""
-        return len(self.blocks) * self.blocks[0].rows.shape[1] if self.blocks else 0
+        return len(self.blocks) * self.tokens
 
 
 class LayerRows(ABC):
@@ -71,6 +76,7 @@ class LayerRows(ABC):
         shift: tokens of a block, as a power of two.
         capacity: tokens for which there is memory.
         own_from: tokens from here on are in no other tier, and may be written.
+        strides: bytes from head to head of a block, and from token to token.
     """
 
     shift: int
@@ -79,6 +85,7 @@ class LayerRows(ABC):
         self.memory = memory
         self.shape, self.dtype = shape, dtype
         self.version = self.capacity = self.own_from = 0
+        self.strides = (0, shape[1] * dtype.itemsize)
         self._held = _Blocks()
 
     @abstractmethod
@@ -121,7 +128,8 @@ class LayerRows(ABC):
         rows = torch.empty(len(positions), self.shape[1], dtype=self.dtype)
         held = self._held
         if native is not None:
-            sizes = [self.shape[0], held.capacity, self.shape[1] * self.dtype.itemsize, *self.strides]
+            row = self.shape[1] * self.dtype.itemsize
+            sizes = [self.shape[0], held.capacity, row, held.tokens * row, row]  # not `strides`: they may be newer
             where = heads.contiguous().numpy(), positions.contiguous().numpy()
             native.gather_rows(held.addresses, self.shift, sizes, *where, rows.data_ptr())
             return rows
@@ -141,12 +149,6 @@ class LayerRows(ABC):
         return self._held.addresses
 
     @property
-    def strides(self) -> tuple[int, int]:
-        """Bytes from head to head of a block, and from token to token."""
-        row = self.shape[1] * self.dtype.itemsize
-        return (self.blocks[0].rows.shape[1] * row if self.blocks else 0), row
-
-    @property
     def nbytes(self) -> int:
         """The bytes of all blocks. Shared ones count in full."""
         return sum(block.nbytes for block in self.blocks)
@@ -160,6 +162,7 @@ class LayerRows(ABC):
     def _hold(self, blocks: Iterable[RowBlock], own_from: int) -> None:
         """Hold these blocks from now on."""
         self._held = _Blocks.of(blocks)
+        self.strides = (self._held.tokens * self.strides[1], self.strides[1])
         self.capacity, self.own_from = self._held.capacity, own_from
         self.version += 1
 

@@ -39,15 +39,12 @@ class RamTier:
         if layer not in self._rows:
             self._rows[layer] = new_rows(self._memory, (heads, 2 * dim), keys.dtype)
         rows = self._growing(self._rows[layer], start, start + count)
-        written = 0
-        for part in rows.parts(start, start + count):
-            of_part = slice(written, written + part.shape[1])
-            if self._offload is not None:
-                self._offload.write(layer, part, keys[:, of_part], values[:, of_part])
-            else:
-                part[..., :dim].copy_(keys[:, of_part])
-                part[..., dim:].copy_(values[:, of_part])
-            written = of_part.stop
+        parts = list(rows.parts(start, start + count))
+        if len(parts) == 1:  # as in every decode step
+            return self._copy(layer, parts[0], keys, values)
+        sizes = [part.shape[1] for part in parts]
+        for part, *tokens in zip(parts, keys.split(sizes, dim=1), values.split(sizes, dim=1), strict=True):
+            self._copy(layer, part, *tokens)
 
     def read(self, layer: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
         rows = self.rows(layer).read(start, stop)
@@ -130,6 +127,14 @@ class RamTier:
         """Release the blocks of a tier that was not closed, which others may share."""
         if getattr(self, "_rows", None) and not sys.is_finalizing():
             self.close()
+
+    def _copy(self, layer: int, into: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Copy keys and values [Hkv, n, D] to rows `into` [Hkv, n, 2 D]."""
+        if self._offload is not None:
+            return self._offload.write(layer, into, keys, values)
+        dim = keys.shape[2]
+        into[..., :dim].copy_(keys)
+        into[..., dim:].copy_(values)
 
     def _growing(self, rows: LayerRows, start: int, stop: int) -> LayerRows:
         """Return rows with tokens `[start, stop)` ready to be written, and some room to grow."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import threading
 import time
@@ -15,7 +13,7 @@ from torch import Tensor
 
 import specache
 from specache.engine.engine import Engine
-from specache.engine.events import Event, Failed, Finished, Job, NewToken, PromptProgress, Started
+from specache.engine.events import Event, Failed, Finished, NewToken, PromptProgress, Started
 from tests.engine.serving import PATIENCE, Client, Gate, alone, ask, service_of, settings
 from tests.sessions.sequences import gemma
 from tests.tiny import llama, prompt
@@ -191,95 +189,6 @@ def test_an_error_of_the_loop_fails_every_request_and_is_reported(model, monkeyp
     assert not service.wait_until_ready(1)
     service.close()
     assert service.status().fast_bytes == 0
-
-
-def test_closing_ends_running_and_waiting_requests_as_aborted(model):
-    gate = Gate()
-    service = service_of(model)
-    running = ask(service, model, prompt(90), when=gate, max_new_tokens=1500)
-    gate.wait()
-    waiting = ask(service, model, prompt(40))
-    closing = threading.Thread(target=service.close)
-    closing.start()
-    gate.open()
-    closing.join(PATIENCE)
-    assert running.end().reasons == waiting.end().reasons == ("aborted",)
-    assert running.tokens() and not waiting.of(Started)
-    with pytest.raises(specache.ServiceClosedError, match="closed"):
-        ask(service, model, prompt(40))
-    service.close()
-    assert service.status().fast_bytes == 0
-
-
-def test_closing_with_grace_lets_running_requests_finish(model):
-    gate = Gate()
-    service = service_of(model)
-    running = ask(service, model, prompt(90), when=gate, max_new_tokens=20)
-    gate.wait()
-    gate.open()
-    service.close(grace_s=PATIENCE)
-    assert running.end().reasons == ("length",) and len(running.tokens()) == 20
-
-
-def test_a_listener_may_submit_abort_ask_for_the_status_and_close(model):
-    others: list[Any] = []
-
-    def when(client: Client, event: Event) -> None:
-        if isinstance(event, Finished) and not others:
-            assert service.status().error is None
-            others.append(service.submit(Job(specache.make_request(model, prompt(30), max_new_tokens=900)), lambda event: None))
-            others[0].abort()
-            service.close()
-
-    service = service_of(model)
-    ask(service, model, prompt(40), when=when).end()
-    assert others[0].wait(PATIENCE)
-    service.close()
-    assert service.status().aborted == 1
-
-
-def test_a_service_that_nobody_closed_lets_the_process_end():
-    code = (
-        "import specache; from specache.engine.service import EngineService; from tests.tiny import llama, prompt\n"
-        "model = llama(); service = EngineService(model, specache.SpeCacheConfig(), chunk_ms=None)\n"
-        "import threading; began = threading.Event()\n"
-        "job = specache.Job(specache.make_request(model, prompt(60), max_new_tokens=1900, do_sample=False))\n"
-        "ends = []\n"
-        "def listen(event):\n"
-        "    began.set()\n"
-        "    ends.append(event)\n"
-        "service.submit(job, listen); began.wait(60)\n"
-        "import atexit; atexit._run_exitfuncs(); print(type(ends[-1]).__name__, ends[-1].reasons)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
-    assert (done.returncode, done.stdout) == (0, "Finished ('aborted',)\n"), done.stderr
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
-def test_a_forked_process_is_refused_and_never_waits(model):
-    gate = Gate()
-    with service_of(model) as service:
-        client = ask(service, model, prompt(40), when=gate, max_new_tokens=10)
-        gate.wait()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Python 3.12 warns of forks beside threads
-            child = os.fork()
-        if child == 0:
-            try:
-                refused = 0
-                for call in (lambda: service.submit(client.ticket.job, print), client.ticket.wait, service.wait_until_ready):
-                    try:
-                        call()
-                    except specache.UsageError:
-                        refused += 1
-                client.ticket.abort()
-                service.close()
-                os._exit(refused)
-            finally:
-                os._exit(99)
-        gate.open()
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
-        assert client.end().reasons == ("length",)
 
 
 def test_failed_is_the_last_event_and_comes_once(model):

@@ -295,4 +295,7 @@ def test_the_plan_covers_the_tensors_that_a_prefill_makes(tier, chunk):
             specache.prefill(model, ids, cache=cache)
         real = memory.peak - cache.stats()["slow_bytes"]
         without_a_step = max(expected.prefill.total, expected.decode.total - expected.decode.working_set)
-        assert real <= without_a_step <= 1.3 * real
+        joined = 2000 * sum(
+            layer.row_bytes(2) for layer in cache.resources.dimensions.full_layers[:1]
+        )  # beside all else in the plan
+        assert real <= without_a_step <= 1.3 * real + joined
