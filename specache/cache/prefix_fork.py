@@ -83,11 +83,22 @@ def fork_prefix(sequence: Sequence, context: CacheContext, length: int) -> Seque
 
 
 def fork_aside(sequence: Sequence, length: int) -> Sequence | None:
-    """Return a fork as `fork_prefix` does, of the same cache, that is not meant to decode."""
+    """Return a fork as `fork_prefix` does, of the same cache, that is not meant to decode.
+
+    Returns None too where its windows are not whole.
+    """
     fork = fork_prefix(sequence, sequence.context, length)
+    if fork is not None and not has_whole_windows(fork):
+        fork.clear()
+        return None
     if fork is not None:
         fork.set_aside()
     return fork
+
+
+def has_whole_windows(sequence: Sequence) -> bool:
+    """Return whether the sliding windows can also serve one token less, as saved ones must."""
+    return all(layer.written == sequence.length for layer in sequence.sliding.values())
 
 
 def begin_anew(sequence: Sequence) -> None:

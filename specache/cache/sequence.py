@@ -139,6 +139,8 @@ class Sequence:
             for index, layer in self.layers.items():
                 if isinstance(layer, CompressedLayer):
                     layer.undo(self.length, self._positions_before[index])
+                elif isinstance(layer, WindowLayer):
+                    layer.undo(self.length)
                 else:
                     layer.truncate(self.length)
         except BaseException:  # also Ctrl-C: a half-undone state must not stay

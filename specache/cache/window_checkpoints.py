@@ -167,8 +167,11 @@ class WindowCheckpoints(ABC):
             self._thin(length, most_bytes)
 
     def offer(self, length: int, windows: Mapping[int, WindowLayer], most_bytes: int) -> None:
-        """Keep the current windows (by layer), after `length` tokens. Raises as `end` does."""
-        if not windows or length == 0:
+        """Keep the current windows (by layer), after `length` tokens. Raises as `end` does.
+
+        Not where the last token was dropped: they would not serve one token less, as others do.
+        """
+        if not windows or length == 0 or any(layer.written != length for layer in windows.values()):
             return
         with self._locked():
             if not self._wants(length):

@@ -18,7 +18,11 @@ from specache.stats import MemoryUse
 
 
 class WindowLayer(LayerState):
-    """A sliding layer: the newest `window` tokens in a ring, slot = position modulo window."""
+    """A sliding layer: the newest `window` tokens in a ring, slot = position modulo window.
+
+    Attributes:
+        length: tokens of the sequence.
+    """
 
     def __init__(self, index: int, window: int, keys: Tensor, budget: ByteBudget) -> None:
         heads, _, dim = keys.shape
@@ -26,6 +30,7 @@ class WindowLayer(LayerState):
         super().__init__(index, keys, window, budget.claim(size, "sliding windows"))
         self.window = window
         self.length = 0
+        self._longest = 0  # the length before the last truncation: what it had written is still in the ring
 
     @property
     def held_bytes(self) -> int:
@@ -40,10 +45,18 @@ class WindowLayer(LayerState):
         """Keys and values [2, Hkv, window, D]; slots that no token has used are undefined."""
         return self._kv_rows
 
+    @property
+    def written(self) -> int:
+        """The tokens that the ring was written for: one more than `length` after a truncation.
+
+        The slot of a dropped token held one that the window has dropped for it.
+        """
+        return max(self.length, self._longest)
+
     def restore(self, ring: Tensor, length: int) -> None:
         """Restore the `ring` of a sequence of `length` tokens. It may lack unused slots."""
         self._kv_rows[:, :, : ring.shape[2]].copy_(ring)
-        self.length = length
+        self.length, self._longest = length, 0
 
     def ring_at(self, length: int, keys: Tensor, values: Tensor) -> Tensor:
         """Return the ring as it will be after `length` tokens, before a pass stores its own.
@@ -105,20 +118,25 @@ class WindowLayer(LayerState):
 
     def truncate(self, length: int) -> None:
         """Drop the last token, or what a failed pass wrote. Else check `can_truncate`."""
-        self.length = min(self.length, length)
+        if length < self.length:
+            self._longest, self.length = self.written, length
+
+    def undo(self, length: int) -> None:
+        """Drop what an unfinished decode pass may have written behind `length` tokens."""
+        self._longest, self.length = max(self.written, length + 1), length
 
     def can_truncate(self, length: int) -> bool:
         """Return whether the ring holds what a sequence of `length` tokens sees next."""
-        return length >= self.length - 1 or self.length <= self.window
+        return length >= self.length or length >= self.written - 1 or self.written <= self.window
 
     def fork(self) -> WindowLayer:
         other = WindowLayer(self.index, self.window, self._kv_rows[0], self._claim.budget)
         other._kv_rows.copy_(self._kv_rows)
-        other.length = self.length
+        other.length, other._longest = self.length, self._longest
         return other
 
     def release(self) -> None:
-        self.length = 0
+        self.length = self._longest = 0
         self._free()
 
     def _mask(self, query: Tensor, ring: int, kind: StepKind) -> Tensor:

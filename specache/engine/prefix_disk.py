@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from specache.cache.cache import SpeCache
-from specache.cache.prefix_fork import fork_aside
+from specache.cache.prefix_fork import fork_aside, has_whole_windows
 from specache.cache.prefix_index import Prefix, PrefixIndex
 from specache.cache.prefixes import common_tokens
 from specache.cache.sequence import Sequence
@@ -93,12 +93,8 @@ class PrefixDisk:
         writer = self._writer
         if writer is None:
             return
-        if not writer.has(prefix):
-            if not self._is_worth_writing(prefix):
-                return
-            assert prefix.sequence is not None
-            sequence, prefix.sequence = prefix.sequence, None
-            writer.write(prefix, sequence)
+        if not writer.has(prefix) and not self._hand_over(writer, prefix):
+            return
         writer.wait_for(prefix)
         self.collect()
 
@@ -168,13 +164,21 @@ class PrefixDisk:
             return
         self.collect()
         for prefix in reversed(self._index.in_memory()):
-            if self._is_worth_writing(prefix) and not writer.has(prefix) and prefix.sequence is not None:
-                sequence, prefix.sequence = prefix.sequence, None
-                writer.write(prefix, sequence)
+            if not writer.has(prefix):
+                self._hand_over(writer, prefix)
         writer.close(seconds)
         self.collect()
         self._writer = None
         folder.close()
+
+    def _hand_over(self, writer: PrefixWriter, prefix: Prefix) -> bool:
+        """Give the sequence of a prefix to the writer if it is worth that; return whether it is."""
+        sequence = prefix.sequence
+        if sequence is None or not has_whole_windows(sequence) or not self._is_worth_writing(prefix):
+            return False
+        prefix.sequence = None
+        writer.write(prefix, sequence)
+        return True
 
     def _is_worth_writing(self, prefix: Prefix) -> bool:
         """Return whether the disk lacks much of a prefix, also after the writes under way."""

@@ -309,3 +309,39 @@ def test_a_checkpoint_serves_what_its_ring_still_holds():
     assert spacing.reach(30, 5) is None  # the shorter window has lost its first tokens
     assert spacing.best([20, 100, 200], 99) == 1
     assert spacing.best([100], 50) is None
+
+
+def test_a_ring_gives_back_one_token_and_not_two():
+    layer = WindowLayer(0, 8, torch.zeros(1, 0, 4), ByteBudget())
+    rows = torch.randn(1, 30, 4)
+    layer.store(rows, rows)
+    assert layer.can_truncate(29) and not layer.can_truncate(28)
+    layer.truncate(29)
+    assert not layer.can_truncate(28)  # the slot of the token that went held the one that is needed now
+    assert not layer.fork().can_truncate(28)
+    layer.store(rows[:, :1], rows[:, :1])
+    assert layer.can_truncate(29)
+
+
+def test_a_ring_after_an_undone_pass_gives_back_none():
+    layer = WindowLayer(0, 8, torch.zeros(1, 0, 4), ByteBudget())
+    rows = torch.randn(1, 30, 4)
+    layer.store(rows, rows)
+    layer.store(rows[:, :1], rows[:, :1])
+    layer.undo(30)
+    assert layer.length == 30
+    assert not layer.can_truncate(29)
+
+
+def test_two_cuts_of_one_token_are_answered_as_a_new_prompt(hybrid):
+    ids = prompt(300)
+    with specache.SpeCache(hybrid, settings()) as cache:
+        specache.prefill(hybrid, ids, cache=cache)
+        for length in (299, 298):
+            cache.sequences[0].truncate(length)
+        other = torch.cat([ids[:, :298], prompt(5, seed=1)], dim=1)
+        again = answer(hybrid, cache, other)
+    with specache.SpeCache(hybrid, settings()) as cache:
+        new = answer(hybrid, cache, other)
+    assert again[0].equal(new[0])
+    torch.testing.assert_close(again[1], new[1], rtol=1e-4, atol=1e-4)

@@ -239,3 +239,17 @@ def test_stored_prefixes_do_not_divide_the_hot_set(server):
     server.end(cache)
     assert context.living_sequences == 0
     assert server.base.context.living_sequences == living
+
+
+@pytest.mark.parametrize("new", [1, 2, 3])
+def test_a_request_that_ended_after_a_token_or_two_leaves_its_prompt_whole(model, new, monkeypatch):
+    checkpoints_every(monkeypatch, 256)
+    server, trunk = Server(model, config(), PrefixStore(model, config())), text(300)
+    running = server.begin(trunk)
+    specache.generate(model, torch.tensor([trunk]), past_key_values=running, max_new_tokens=new, do_sample=False)
+    server.end(running)
+    tokens, logits = server.ask(trunk)
+    expected, right = fresh(model, config(), trunk)
+    assert tokens == expected
+    torch.testing.assert_close(logits, right, rtol=1e-4, atol=1e-4)
+    server.close()
