@@ -89,6 +89,7 @@ class Engine:
         self._queue = RequestQueue()
         self._reader = PromptReader(self._decoder, cache)
         self._full = False  # the oldest waiting request does not fit, and no request has ended since
+        self._full_bytes = 0  # fast memory that was in use then
         self._running: dict[Handle, Run] = {}
         self._attached: ExitStack | None = None  # set while the model calls our attention (own cache only)
 
@@ -233,13 +234,15 @@ class Engine:
         """Remove aborted requests, and begin the oldest waiting one if it fits into memory."""
         for one in self._queue.take_aborted():
             self._end(one, None, "aborted")
-        handle = self._queue.first() if self._reader.handle is None and not self._full else None
+        used = self.cache.resources.budget.used  # less than before where a stored prefix has gone
+        may_begin = self._reader.handle is None and (not self._full or used < self._full_bytes)
+        handle = self._queue.first() if may_begin else None
         if handle is None:
             return
         with self._errors_of(handle):
             chunk = chunk_of(handle.request, self.chunk, self.cache)
             if self._owns_cache and not self.room.fits(self, handle, chunk):
-                self._full = True
+                self._full, self._full_bytes = True, self.cache.resources.budget.used
                 return
             self._begin_prompt(handle, chunk)
         self._queue.remove(handle)

@@ -85,6 +85,10 @@ class PrefixDisk:
         if fork is not None:
             writer.write(prefix, fork)
 
+    def would_wait(self, prefix: Prefix) -> bool:
+        """Return whether `write_now` has to wait for a prefix."""
+        return self._writer is not None and (self._writer.has(prefix) or self._is_to_be_written(prefix))
+
     def write_now(self, prefix: Prefix) -> None:
         """Wait until a prefix of the store is on the disk, if it is worth writing.
 
@@ -173,12 +177,16 @@ class PrefixDisk:
 
     def _hand_over(self, writer: PrefixWriter, prefix: Prefix) -> bool:
         """Give the sequence of a prefix to the writer if it is worth that; return whether it is."""
-        sequence = prefix.sequence
-        if sequence is None or not has_whole_windows(sequence) or not self._is_worth_writing(prefix):
+        if not self._is_to_be_written(prefix):
             return False
-        prefix.sequence = None
+        assert prefix.sequence is not None
+        sequence, prefix.sequence = prefix.sequence, None
         writer.write(prefix, sequence)
         return True
+
+    def _is_to_be_written(self, prefix: Prefix) -> bool:
+        sequence = prefix.sequence
+        return sequence is not None and has_whole_windows(sequence) and self._is_worth_writing(prefix)
 
     def _is_worth_writing(self, prefix: Prefix) -> bool:
         """Return whether the disk lacks much of a prefix, also after the writes under way."""

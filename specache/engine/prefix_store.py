@@ -276,10 +276,15 @@ class PrefixStore:
         self._index.remove_if_empty(prefix)
 
     def _evict_one(self, sparing: Prefix | None = None) -> bool:
-        """Drop the least recently used sequence of the store; return whether there was one."""
-        victim = next((prefix for prefix in self._index.in_memory() if prefix is not sparing), None)
-        if victim is None:
+        """Drop a sequence of the store; return whether there was one.
+
+        It is the least recently used one, of those that the disk has if there are any: for the
+        others every request would wait until they are written.
+        """
+        victims = [prefix for prefix in self._index.in_memory() if prefix is not sparing]
+        if not victims:
             return False
+        victim = next((one for one in victims if self._disk is None or not self._disk.would_wait(one)), victims[0])
         if self._disk is not None:
             self._disk.write_now(victim)
         self._drop_sequence(victim)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from specache.sessions.prefix_reading import read_prefix
 from specache.tiers.ram import RamTier
 from specache.tiers.tier_choice import TierChoice
 from tests.engine.prefixes import Server, config, text
-from tests.engine.serving import Client, ask, service_of, settings
+from tests.engine.serving import PATIENCE, Client, ask, service_of, settings
 from tests.engine.test_service_prefixes import asked_in_turn, sharing
 from tests.tiny import llama, prompt
 
@@ -163,3 +164,63 @@ def test_the_readers_of_a_prefix_may_be_looked_at_while_others_come(model, tmp_p
         sequence.clear()
     server.close()
     assert not errors
+
+
+def test_a_few_tokens_more_are_not_brought_back_from_a_disk(model, tmp_path):
+    """All rows would be read for them."""
+    trunk = text(400)
+    asked = trunk + text(5, 1) + text(20, 2)
+    server = opened(model, tmp_path)
+    server.read(asked[:405] + text(60, 3))
+    server.store.make_room(1 << 40, 0)
+    server.read(trunk + text(60, 4))
+    assert server.store.status().counters.brought_back == 1  # 400 tokens, of which none are in memory
+    server.ask(asked)
+    assert server.store.status().counters.brought_back == 1
+    assert 400 <= server.reused[-1] < 405
+    server.close()
+
+
+def test_what_the_disk_has_leaves_memory_before_what_would_be_waited_for(model, tmp_path, monkeypatch):
+    server, texts = opened(model, tmp_path), [text(400, seed) for seed in range(2)]
+    disk = server.store._disk
+    assert disk is not None and disk._folder is not None and disk._writer is not None
+    server.read(texts[0])
+    go_on = threading.Event()
+    real = disk._folder.write
+
+    def slow(*args: Any) -> Any:
+        assert go_on.wait(PATIENCE)
+        return real(*args)
+
+    for prefix in disk._writer.pending():
+        disk._writer.wait_for(prefix)
+    monkeypatch.setattr(disk._folder, "write", slow)
+    server.read(texts[1])  # is being written from now on
+    server.ask(texts[0])  # is the one used last
+    assert server.store.make_room(1, 0)
+    in_memory = server.store._index.in_memory()
+    assert [prefix.text.tolist() for prefix in in_memory] == [texts[1]]
+    go_on.set()
+    server.close()
+
+
+def test_a_request_that_waits_beside_a_long_answer_begins_when_others_than_requests_give_bytes_back(model):
+    """A prefix that is being written holds bytes that no request will free."""
+    with service_of(model) as service:
+        asked_in_turn(service, model, [prompt(150)], max_new_tokens=20)
+        one = service.status().fast_peak_bytes
+    with service_of(model, settings(fast_memory=4 * one)) as service:
+        budget = service._engines.first.cache.resources.budget
+        being_written = budget.claim(2 * one, "what is being written")
+        long = ask(service, model, prompt(150, seed=1), max_new_tokens=1500, job={"deadline": time.monotonic() + PATIENCE})
+        while not long.tokens():
+            time.sleep(0.01)
+        more = budget.claim(max(0, (budget.left or 0) - one // 4), "what is being written")
+        waiting = ask(service, model, prompt(150, seed=2), max_new_tokens=2)
+        assert not waiting.ticket.wait(0.2)
+        being_written.release()
+        more.release()
+        waiting.end()
+        assert not long.ticket.done
+        long.ticket.abort()
