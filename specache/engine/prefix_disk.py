@@ -150,14 +150,15 @@ class PrefixDisk:
 
     def status(self, status: PrefixStatus) -> PrefixStatus:
         """Return a status with what is on the disk. Any thread may call this."""
-        if self._folder is None or self._writer is None:
+        folder, writer = self._folder, self._writer  # another thread may be closing it
+        if folder is None or writer is None:
             return replace(status, problem=self.problem)
         return replace(
             status,
-            saved=len(self._folder.saved),
-            disk_bytes=self._folder.nbytes,
-            waiting_writes=self._writer.waiting,
-            ignored=problems(list(self._folder.ignored)),
+            saved=len(folder.saved),
+            disk_bytes=folder.nbytes,
+            waiting_writes=writer.waiting,
+            ignored=problems(list(folder.ignored)),
             problem=self.problem,
         )
 

@@ -224,3 +224,17 @@ def test_a_request_that_waits_beside_a_long_answer_begins_when_others_than_reque
         waiting.end()
         assert not long.ticket.done
         long.ticket.abort()
+
+
+def test_the_status_may_be_asked_for_while_the_store_closes(model, tmp_path, monkeypatch):
+    server = opened(model, tmp_path)
+    folder = type(server.store._disk._folder)
+    nbytes = folder.nbytes.fget
+
+    def closed_meanwhile(self: Any) -> int:
+        server.store.close()
+        return nbytes(self)
+
+    monkeypatch.setattr(folder, "nbytes", property(closed_meanwhile))
+    assert server.store.status().waiting_writes == 0
+    server.close()
