@@ -16,11 +16,12 @@ from specache.config import Policy, SlowTierKind
 from specache.engine.events import Event, NewToken
 from specache.engine.prefix_store import PrefixStore
 from specache.errors import FastMemoryError, SlowTierError
+from specache.platform.budget import Claim
 from specache.sessions.prefix_reading import read_prefix
 from specache.tiers.ram import RamTier
 from specache.tiers.tier_choice import TierChoice
 from tests.engine.prefixes import Server, config, text
-from tests.engine.serving import PATIENCE, Client, ask, service_of, settings
+from tests.engine.serving import PATIENCE, Client, Gate, ask, service_of, settings
 from tests.engine.test_service_prefixes import asked_in_turn, sharing
 from tests.tiny import llama, prompt
 
@@ -212,15 +213,21 @@ def test_a_request_that_waits_beside_a_long_answer_begins_when_others_than_reque
         one = service.status().fast_peak_bytes
     with service_of(model, settings(fast_memory=4 * one)) as service:
         budget = service._engines.first.cache.resources.budget
-        being_written = budget.claim(2 * one, "what is being written")
-        long = ask(service, model, prompt(150, seed=1), max_new_tokens=1500, job={"deadline": time.monotonic() + PATIENCE})
-        while not long.tokens():
-            time.sleep(0.01)
-        more = budget.claim(max(0, (budget.left or 0) - one // 4), "what is being written")
+        being_written: list[Claim] = []
+        gate = Gate()
+
+        def when(client: Client, event: Event) -> None:
+            if isinstance(event, NewToken) and not being_written:  # between two passes
+                being_written.append(budget.claim((budget.left or 0) - one * 3 // 4, "what is being written"))
+            gate(client, event)
+
+        job = {"deadline": time.monotonic() + PATIENCE}
+        long = ask(service, model, prompt(150, seed=1), when=when, max_new_tokens=1500, job=job)
+        gate.wait()
+        gate.open()
         waiting = ask(service, model, prompt(150, seed=2), max_new_tokens=2)
-        assert not waiting.ticket.wait(0.2)
-        being_written.release()
-        more.release()
+        assert not waiting.ticket.wait(0.2) and not long.ticket.done
+        being_written[0].release()
         waiting.end()
         assert not long.ticket.done
         long.ticket.abort()
