@@ -112,11 +112,14 @@ class PrefixIndex:
         self._by_use.move_to_end(prefix)
 
     def best(self, owner: str, text: Tokens, disk: bool = True) -> Found | None:
-        """Return what a prompt reuses most tokens of, from memory where as many are there."""
+        """Return what a prompt reuses most tokens of, from memory where nearly as many are there.
+
+        What is on a disk is read in full, which takes longer than a prefill of the few tokens more.
+        """
         found = self._longest(owner, text, self.least, saved=False)
         if not disk:
             return found
-        more = self._longest(owner, text, self.least if found is None else found[2] + 1, saved=True)
+        more = self._longest(owner, text, self.least if found is None else found[2] + self.least, saved=True)
         return more or found
 
     def saved_tokens(self, owner: str, text: Tokens) -> int:

@@ -267,18 +267,17 @@ class Sequence:
             self._context.living_sequences -= 1
 
     def fork(self, context: CacheContext) -> Sequence:
-        """Return an independent copy that belongs to the cache of `context`."""
+        """Return an independent copy that belongs to the cache of `context`.
+
+        Raises:
+            FastMemoryError, SlowTierError: there is no room; nothing is held.
+        """
         other = Sequence(context)
-        other.token_ids = list(self.token_ids)
-        other.prompt_tokens, other.pending_token = self.prompt_tokens, self.pending_token
-        other.decode_steps, other.compiled_steps = self.decode_steps, self.compiled_steps
-        if context.config.policy is not Policy.FULL:
-            other.tier.close()
-            other.tier = self.tier.fork()
-        for index, layer in self.layers.items():
-            other.layers[index] = self._fork_layer(layer, other)
-        if self.checkpoints is not None and isinstance(other.checkpoints, MemoryCheckpoints):
-            self.checkpoints.copy_into(other.checkpoints, CHECKPOINT_FEWEST)
+        try:
+            self._copy_into(other)
+        except BaseException:
+            other.clear()  # the error's traceback would keep it
+            raise
         return other
 
     def copy_rows(self, tier: SlowTier) -> None:
@@ -321,6 +320,18 @@ class Sequence:
         checkpoints = 0 if self.checkpoints is None else self.checkpoints.nbytes
         layers = list(self.layers.values())  # another thread may be adding some
         return sum((layer.memory(itemsize) for layer in layers), MemoryUse(slow=self.tier.nbytes, checkpoints=checkpoints))
+
+    def _copy_into(self, other: Sequence) -> None:
+        other.token_ids = list(self.token_ids)
+        other.prompt_tokens, other.pending_token = self.prompt_tokens, self.pending_token
+        other.decode_steps, other.compiled_steps = self.decode_steps, self.compiled_steps
+        if other._context.config.policy is not Policy.FULL:
+            other.tier.close()
+            other.tier = self.tier.fork()
+        for index, layer in self.layers.items():
+            other.layers[index] = self._fork_layer(layer, other)
+        if self.checkpoints is not None and isinstance(other.checkpoints, MemoryCheckpoints):
+            self.checkpoints.copy_into(other.checkpoints, CHECKPOINT_FEWEST)
 
     def _new_checkpoints(self) -> MemoryCheckpoints | None:
         windows = [window for window in self._context.info.windows if window is not None]

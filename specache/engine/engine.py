@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from traceback import clear_frames
 from typing import Any
 
 from specache.cache.cache import SpeCache
@@ -88,6 +89,7 @@ class Engine:
         self._queue = RequestQueue()
         self._reader = PromptReader(self._decoder, cache)
         self._full = False  # the oldest waiting request does not fit, and no request has ended since
+        self._full_bytes = 0  # fast memory that was in use then
         self._running: dict[Handle, Run] = {}
         self._attached: ExitStack | None = None  # set while the model calls our attention (own cache only)
 
@@ -216,21 +218,31 @@ class Engine:
 
     def _step(self) -> None:
         self._schedule()
+        if self._owns_cache:
+            self._make_room_for_rows()
         self._prefill_chunk()
         self._decode()
         self._finish()
+
+    def _make_room_for_rows(self) -> None:
+        reading = self._reader.handle
+        sequences = sum(len(handle.request.sequences) for handle in self._running)
+        more = (0, 0) if reading is None else (len(reading.request.token_ids), reading.request.chunk or self.chunk)
+        self.room.make_room_for_rows(self.cache, sequences + more[0], more[1])
 
     def _schedule(self) -> None:
         """Remove aborted requests, and begin the oldest waiting one if it fits into memory."""
         for one in self._queue.take_aborted():
             self._end(one, None, "aborted")
-        handle = self._queue.first() if self._reader.handle is None and not self._full else None
+        used = self.cache.resources.budget.used  # less than before where a stored prefix has gone
+        may_begin = self._reader.handle is None and (not self._full or used < self._full_bytes)
+        handle = self._queue.first() if may_begin else None
         if handle is None:
             return
         with self._errors_of(handle):
             chunk = chunk_of(handle.request, self.chunk, self.cache)
             if self._owns_cache and not self.room.fits(self, handle, chunk):
-                self._full = True
+                self._full, self._full_bytes = True, self.cache.resources.budget.used
                 return
             self._begin_prompt(handle, chunk)
         self._queue.remove(handle)
@@ -276,6 +288,8 @@ class Engine:
             with tokens_kept_on_error(self.cache, handle.request.planned, handle.request.state.new_token_ids):
                 yield
         except BaseException as error:
+            if self._owns_cache:
+                clear_frames(error.__traceback__)  # the caller may keep the error: it must not keep memory
             self._end(handle, error)
             if not (self._owns_cache and isinstance(error, Exception)):
                 raise

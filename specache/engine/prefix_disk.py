@@ -85,6 +85,10 @@ class PrefixDisk:
         if fork is not None:
             writer.write(prefix, fork)
 
+    def would_wait(self, prefix: Prefix) -> bool:
+        """Return whether `write_now` has to wait for a prefix."""
+        return self._writer is not None and (self._writer.has(prefix) or self._is_to_be_written(prefix))
+
     def write_now(self, prefix: Prefix) -> None:
         """Wait until a prefix of the store is on the disk, if it is worth writing.
 
@@ -104,7 +108,7 @@ class PrefixDisk:
         Returns None if it is damaged or was removed; it is not used any more then.
 
         Raises:
-            FastMemoryError: the cache's budget has no room.
+            FastMemoryError, NoRoomError: the cache has no room.
         """
         assert self._folder is not None
         sequence: Sequence | None
@@ -146,14 +150,15 @@ class PrefixDisk:
 
     def status(self, status: PrefixStatus) -> PrefixStatus:
         """Return a status with what is on the disk. Any thread may call this."""
-        if self._folder is None or self._writer is None:
+        folder, writer = self._folder, self._writer  # another thread may be closing it
+        if folder is None or writer is None:
             return replace(status, problem=self.problem)
         return replace(
             status,
-            saved=len(self._folder.saved),
-            disk_bytes=self._folder.nbytes,
-            waiting_writes=self._writer.waiting,
-            ignored=problems(list(self._folder.ignored)),
+            saved=len(folder.saved),
+            disk_bytes=folder.nbytes,
+            waiting_writes=writer.waiting,
+            ignored=problems(list(folder.ignored)),
             problem=self.problem,
         )
 
@@ -173,12 +178,16 @@ class PrefixDisk:
 
     def _hand_over(self, writer: PrefixWriter, prefix: Prefix) -> bool:
         """Give the sequence of a prefix to the writer if it is worth that; return whether it is."""
-        sequence = prefix.sequence
-        if sequence is None or not has_whole_windows(sequence) or not self._is_worth_writing(prefix):
+        if not self._is_to_be_written(prefix):
             return False
-        prefix.sequence = None
+        assert prefix.sequence is not None
+        sequence, prefix.sequence = prefix.sequence, None
         writer.write(prefix, sequence)
         return True
+
+    def _is_to_be_written(self, prefix: Prefix) -> bool:
+        sequence = prefix.sequence
+        return sequence is not None and has_whole_windows(sequence) and self._is_worth_writing(prefix)
 
     def _is_worth_writing(self, prefix: Prefix) -> bool:
         """Return whether the disk lacks much of a prefix, also after the writes under way."""

@@ -68,7 +68,10 @@ class PrefixReuse:
         It is the prepared one, or one that was read since.
         """
         sequence = self._taken.pop(tuple(token_ids), None) or self._fork(cache, token_ids)
-        self.cached_tokens += 0 if sequence is None else sequence.length
+        reused = 0 if sequence is None else sequence.length
+        self.cached_tokens += reused
+        if self._takes:
+            self._store.count(reused)
         return sequence
 
     def was_read(self, sequence: Sequence) -> None:

@@ -28,6 +28,7 @@ from specache.errors import FastMemoryError, SessionError, SlowTierError
 from specache.model.info import inspect_model
 from specache.platform import modes
 from specache.sessions.prefix_files import SavedPrefix, owner_digest
+from specache.sessions.prefix_reading import NoRoomError
 from specache.tiers.ram import held_bytes
 
 
@@ -98,15 +99,20 @@ class PrefixStore:
             while (found := self._index.best(key, text, disk)) is not None:
                 try:
                     sequence = self._fork(found, cache)
-                except FastMemoryError:
+                except (FastMemoryError, NoRoomError):
                     if not self._evict_one(sparing=found[0]):
                         break
                     continue
                 if sequence is not None:
-                    self._count_hit(found)
+                    self._touch(found)
                     return sequence
-        self._counters.misses += 1
         return None
+
+    def count(self, tokens: int) -> None:
+        """Count a prompt that began with so many stored tokens. It may have called `take` twice."""
+        self._counters.hits += tokens > 0
+        self._counters.misses += tokens == 0
+        self._counters.cached_tokens += tokens
 
     def add_running(self, owner: str, sequence: Sequence) -> None:
         """Let others fork a sequence whose prompt was read, while its request runs.
@@ -142,9 +148,7 @@ class PrefixStore:
             self._index.end_running(sequence)
             if not stored:
                 sequence.clear()
-            while self._most_slow_bytes is not None and self._slow_bytes() > self._most_slow_bytes:
-                if not self._evict_one():
-                    break
+        self.make_room_for_rows(0)
         self._refresh()
 
     def drop_running(self, sequence: Sequence) -> None:
@@ -170,6 +174,18 @@ class PrefixStore:
                     break
         self._refresh()
         return (fast_bytes <= 0 or self._fast_bytes() <= fast) and (slow_bytes <= 0 or self._slow_bytes() <= slow)
+
+    def make_room_for_rows(self, nbytes: int) -> None:
+        """Evict least recently used prefixes until rows may take so many bytes more in memory."""
+        most, evicted = self._most_slow_bytes, False
+        if most is None or self._slow_bytes() + nbytes <= most:
+            return
+        self._collect()
+        with modes.ours():
+            while self._slow_bytes() + nbytes > most and self._evict_one():
+                evicted = True
+        if evicted:
+            self._refresh()
 
     def status(self) -> PrefixStatus:
         """Return what is stored. Any thread may call this."""
@@ -215,6 +231,7 @@ class PrefixStore:
                 fork = fork_prefix(source, cache.context, length)
             else:
                 assert self._disk is not None and isinstance(source, SavedPrefix)
+                self.make_room_for_rows(length * cache.resources.dimensions.stored_row_bytes)
                 return self._disk.read(prefix, source, cache, length)
         except (SlowTierError, SessionError):
             fork = None
@@ -224,12 +241,10 @@ class PrefixStore:
             self._index.end_running(source)
         return fork
 
-    def _count_hit(self, found: Found) -> None:
+    def _touch(self, found: Found) -> None:
         prefix, _, length = found
         self._index.touch(prefix)
         prefix.hits += 1
-        self._counters.hits += 1
-        self._counters.cached_tokens += length
         if self._disk is not None:
             self._disk.touch(prefix, length)
 
@@ -261,10 +276,15 @@ class PrefixStore:
         self._index.remove_if_empty(prefix)
 
     def _evict_one(self, sparing: Prefix | None = None) -> bool:
-        """Drop the least recently used sequence of the store; return whether there was one."""
-        victim = next((prefix for prefix in self._index.in_memory() if prefix is not sparing), None)
-        if victim is None:
+        """Drop a sequence of the store; return whether there was one.
+
+        It is the least recently used one, of those that the disk has if there are any: for the
+        others every request would wait until they are written.
+        """
+        victims = [prefix for prefix in self._index.in_memory() if prefix is not sparing]
+        if not victims:
             return False
+        victim = next((one for one in victims if self._disk is None or not self._disk.would_wait(one)), victims[0])
         if self._disk is not None:
             self._disk.write_now(victim)
         self._drop_sequence(victim)

@@ -19,6 +19,7 @@ from specache.errors import FastMemoryError, OutOfMemoryError
 from specache.planning.footprint import PlannedSequence
 from specache.planning.plan import plan
 from specache.planning.working_set import FLOAT
+from specache.tiers.row_memory import BLOCK_TOKENS
 
 LONGEST_BLOCK_S = 60.0  # seconds that a request waits for stored prefixes to go
 LOGIT_BYTES = 64 << 20  # most bytes of the logits of a prompt's chunk, where all are needed
@@ -116,6 +117,17 @@ class Room:
             yield
         if growth > budget.left:
             self.prefixes.make_room(growth - budget.left, 0)
+
+    def make_room_for_rows(self, cache: SpeCache, sequences: int, tokens: int) -> None:
+        """Drop stored prefixes for the rows that a step of so many sequences stores in memory.
+
+        Args:
+            tokens: those of the step's chunk of a prompt.
+        """
+        if self.prefixes is None or on_disk(cache.config) or cache.config.policy is Policy.FULL:
+            return
+        blocks = sequences + (-(-tokens // BLOCK_TOKENS) + 1 if tokens else 0)  # one that others share is copied
+        self.prefixes.make_room_for_rows(blocks * BLOCK_TOKENS * cache.resources.dimensions.stored_row_bytes)
 
     def detach(self) -> None:
         """Move the state of attached device batches back into their sequences."""

@@ -243,8 +243,7 @@ class EngineService:
         for ticket in queued:
             self._end(ticket, Finished(("aborted",) * len(ticket.job.request.token_ids), ticket.facts(None)))
         for ticket in aborted.difference(queued):
-            if ticket.handle is not None:
-                self._engines.of(ticket.job).abort(ticket.handle)
+            ticket.leave_engine()
 
     def _begin_next(self) -> None:
         """Hand the oldest request to its engine, unless a prompt is being read or waits for memory.
@@ -260,7 +259,7 @@ class EngineService:
         try:
             engine = self._engines.of(ticket.job)
             handle = engine.add(ticket.job.request, lambda handle: self._ended(ticket, engine), ticket.reuse)
-            ticket.begin(handle, engine.cache.counters)
+            ticket.begin(handle, engine)
         except Exception as error:
             self._end(ticket, Failed(error))
 

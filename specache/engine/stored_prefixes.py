@@ -17,6 +17,9 @@ class StoredPrefixes(Protocol):
         At least one token of the prompt is left to run.
         """
 
+    def count(self, tokens: int) -> None:
+        """Count a prompt that begins with so many stored tokens; 0 is none."""
+
     def add_running(self, owner: str, sequence: Sequence) -> None:
         """Let others reuse a prompt that was read, while its request decodes."""
 
@@ -31,6 +34,9 @@ class StoredPrefixes(Protocol):
 
         Return whether they are.
         """
+
+    def make_room_for_rows(self, nbytes: int) -> None:
+        """Drop prefixes, least recently used first, until rows in memory may take so many more."""
 
     def status(self) -> Any:
         """Return what is stored. Any thread may call it."""

@@ -7,6 +7,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -16,6 +17,9 @@ from specache.engine.prefix_reuse import PrefixReuse
 from specache.engine.token_logprobs import prompt_logprobs, token_logprob
 from specache.errors import UsageError
 from specache.stats import Counters, MemoryUse
+
+if TYPE_CHECKING:
+    from specache.engine.engine import Engine
 
 OnEvent = Callable[[Event], None]
 
@@ -45,6 +49,7 @@ class Ticket:
         self._abort = abort
         self._done = threading.Event()
         self._counters = (0, 0)
+        self._engine: Engine | None = None
 
     @property
     def done(self) -> bool:
@@ -90,16 +95,22 @@ class Ticket:
 
     # On the service's thread
 
-    def begin(self, handle: Handle, counters: Counters) -> None:
-        """Note the request in the engine, and what its cache has counted so far."""
-        self.handle = handle
+    def begin(self, handle: Handle, engine: Engine) -> None:
+        """Note the request in its engine, and what the engine's cache has counted so far."""
+        self.handle, self._engine = handle, engine
+        counters = engine.cache.counters
         self._counters = counters.rows_ready, counters.rows_selected
+
+    def leave_engine(self) -> None:
+        """Have the engine that has the request abort it."""
+        if self.handle is not None and self._engine is not None:
+            self._engine.abort(self.handle)
 
     def finish(self, event: Finished | Failed) -> None:
         """Report the last event, once."""
         if not self.done:
             self.emit(event)
-            self._on_event = None  # it may hold much of the caller's
+            self._on_event = self._engine = None  # they may hold much
             self._done.set()
 
     def emit(self, event: Event) -> None:

@@ -90,6 +90,11 @@ class ModelDimensions:
         return tuple(layer for layer in self.layers if layer.window is None)
 
     @property
+    def stored_row_bytes(self) -> int:
+        """Return the bytes of one token's 16-bit keys and values in all full-attention layers."""
+        return sum(layer.row_bytes(self.itemsize) for layer in self.full_layers)
+
+    @property
     def sliding_layers(self) -> tuple[LayerDimensions, ...]:
         """Return the sliding-window layers."""
         return tuple(layer for layer in self.layers if layer.window is not None)

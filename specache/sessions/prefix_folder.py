@@ -157,7 +157,7 @@ class PrefixFolder:
 
         Raises:
             SessionError, SlowTierError: it is damaged.
-            FastMemoryError: the cache's budget has no room.
+            FastMemoryError, NoRoomError: the cache has no room.
         """
         with self._changing:
             if saved.gone:

@@ -8,8 +8,10 @@ All of them are verified once.
 from __future__ import annotations
 
 import os
+from weakref import WeakSet
 
 import torch
+from torch import Tensor
 
 from specache.attention.dense import KEY_BLOCK
 from specache.cache.cache_context import CacheContext
@@ -19,13 +21,18 @@ from specache.cache.sizes import CHECKPOINT_FEWEST
 from specache.cache.window_checkpoints import MemoryCheckpoints, Spacing
 from specache.cache.window_layer import WindowLayer
 from specache.config import Policy
-from specache.errors import SessionError
+from specache.errors import SessionError, SlowTierError
 from specache.low_bit.key_scales import KeyScales
 from specache.sessions import state
 from specache.sessions.checkpoints import DiskCheckpoints
 from specache.sessions.prefix_files import SavedPrefix
 from specache.sessions.snapshot import DTYPE_NAMES, Snapshot
+from specache.tiers.base import SlowTier
 from specache.tiers.disk.disk_tier import DiskTier
+
+
+class NoRoomError(Exception):
+    """The slow tier of a cache has no room for the rows of a prefix, which is as it was."""
 
 
 def read_prefix(saved: SavedPrefix, context: CacheContext, length: int) -> Sequence:
@@ -35,6 +42,7 @@ def read_prefix(saved: SavedPrefix, context: CacheContext, length: int) -> Seque
 
     Raises:
         SessionError, SlowTierError: a file is damaged or gone.
+        NoRoomError: the cache's slow tier cannot store the rows.
         FastMemoryError: the cache's budget has no room.
     """
     assert context.config.policy is not Policy.FULL, "its caches have no rows that a prefix could bring back"
@@ -69,12 +77,20 @@ def _bring_rows(sequence: Sequence, files: DiskTier, saved: SavedPrefix, length:
         for start in () if share and length <= saved.intact_tokens else range(0, length, KEY_BLOCK):
             keys, values = files.read(layer, start, min(start + KEY_BLOCK, length))
             if not share:
-                tier.write(layer, start, keys.to(device), values.to(device))
+                _write(tier, layer, start, keys.to(device), values.to(device))
     saved.intact_tokens = max(saved.intact_tokens, length)
     if isinstance(tier, DiskTier) and share:
         sequence.tier = files.fork(tier.folder)
-        saved.readers.update(files.files())
+        saved.readers = WeakSet([*saved.readers, *files.files()])  # replaced: other threads iterate over it
         tier.close()
+
+
+def _write(tier: SlowTier, layer: int, start: int, keys: Tensor, values: Tensor) -> None:
+    """Write rows. Where there is no room for them, that is no damage of the prefix."""
+    try:
+        tier.write(layer, start, keys, values)
+    except SlowTierError as error:
+        raise NoRoomError(str(error)) from error
 
 
 def _restore_low_bit(sequence: Sequence, saved: SavedPrefix, tail: Snapshot, length: int, device: torch.device) -> None:

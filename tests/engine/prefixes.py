@@ -59,6 +59,7 @@ class Server:
         expected = self.store.match(owner, ids)
         sequence = self.store.take(owner, ids, cache)
         self.reused.append(0 if sequence is None else sequence.length)
+        self.store.count(self.reused[-1])
         assert self.reused[-1] < len(ids)
         assert self.reused[-1] == expected or not self.strict
         if sequence is not None:
