@@ -73,6 +73,7 @@ class EngineService:
         self._queue: deque[Ticket] = deque()
         self._to_abort: set[Ticket] = set()
         self._totals = Totals()
+        self._ends = 0  # requests that ended, changed on the thread of the service only
         self._ready = self._closing = False
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="specache-engine", daemon=True)
@@ -265,11 +266,11 @@ class EngineService:
 
     def _step(self, engine: Engine) -> None:
         """Run a step. Errors that are not of a request are raised."""
-        before = len(self._open)
+        before = self._ends
         try:
             engine.step()
         except BaseException as error:  # a processor may raise SystemExit, which ended its request
-            if isinstance(error, Exception) or len(self._open) == before:
+            if isinstance(error, Exception) or self._ends == before:
                 raise
 
     def _ended(self, ticket: Ticket, engine: Engine) -> None:
@@ -288,6 +289,7 @@ class EngineService:
             if ticket not in self._open:
                 return
             self._open.remove(ticket)
+            self._ends += 1
             self._totals.add(ticket, event)
         ticket.finish(event)
         with self._changed:

@@ -131,6 +131,23 @@ def test_a_processor_that_wants_to_exit_does_not_end_the_service(model):
         assert service.status().error is None
 
 
+def test_a_request_that_arrives_while_another_exits_is_answered(model):
+    with service_of(model) as service:
+        arrived: list[Client] = []
+
+        def ask_another(_: Client, event: Event) -> None:
+            if isinstance(event, Failed):
+                arrived.append(ask(service, model, prompt(60, seed=1)))
+
+        processors = [failing(3, SystemExit)]
+        bad = ask(service, model, prompt(50), when=ask_another, logits_processor=processors, max_new_tokens=20)
+        with pytest.raises(SystemExit):
+            bad.end()
+        arrived[0].end()
+        assert arrived[0].tokens() == alone(model, prompt(60, seed=1), max_new_tokens=8)[0]
+        assert service.status().error is None
+
+
 def test_an_error_while_a_prompt_is_read_ends_that_request_alone(model, monkeypatch):
     config = settings(slow_tier="ram-inplace", policy="on-demand")
     with service_of(model, config) as service:

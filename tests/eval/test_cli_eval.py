@@ -199,7 +199,7 @@ def test_ablate_sweeps_a_field_and_plots_it(tiny, tmp_path):
 
 
 def test_ablate_sweeps_a_score_task(tiny, tmp_path):
-    evaluate("ablate", *tiny, "--task", "answers", "--count", "2", "--field", "policy", "--values", "none,verified")
+    evaluate("ablate", *tiny, "--task", "answers", "--count", "2", "--field", "policy", "--values", "none,on-demand")
     run_file = json.loads((tmp_path / "out" / "run.json").read_text())
     assert run_file["unit"] == "score" and list(run_file["methods"]) == ["full", "specache policy=none", "specache"]
     assert (tmp_path / "out" / "ablation.png").is_file()

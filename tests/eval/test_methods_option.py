@@ -90,7 +90,7 @@ def test_values_have_the_types_of_the_fields():
         ("", "at least one method"),
         ("kivi,full,kivi", "the same method twice: 'kivi'"),
         ("specache,specache:bits=2", "the same method twice: 'specache'"),
-        ("specache:policy=verified,specache", "the same method twice"),
+        ("specache:policy=on-demand,specache", "the same method twice"),
     ],
 )
 def test_invalid_methods_are_refused(text: str, expected: str):
