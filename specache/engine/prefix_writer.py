@@ -51,7 +51,7 @@ class PrefixWriter:
         self._wake = wake
         self._changed = threading.Condition()
         self._waiting: deque[_Write | SavedPrefix] = deque()  # to write, or to remove
-        self._now: Prefix | None = None  # what is being written
+        self._now: _Write | SavedPrefix | None = None  # what is being written or removed
         self._ended: deque[Written] = deque()
         self._stopping = self._closing = False
         self._thread = threading.Thread(target=self._run, name="specache-prefixes", daemon=True)
@@ -71,8 +71,7 @@ class PrefixWriter:
     def pending(self) -> list[Prefix]:
         """Return the prefixes that are being written, or wait for it."""
         with self._changed:
-            waiting = [one.prefix for one in self._waiting if isinstance(one, _Write)]
-            return waiting if self._now is None else [self._now, *waiting]
+            return [one.prefix for one in (self._now, *self._waiting) if isinstance(one, _Write)]
 
     def has(self, prefix: Prefix) -> bool:
         """Return whether a prefix is being written, or waits for it."""
@@ -114,7 +113,7 @@ class PrefixWriter:
         self._thread.join()
 
     def _has(self, prefix: Prefix) -> bool:
-        return self._now is prefix or any(isinstance(one, _Write) and one.prefix is prefix for one in self._waiting)
+        return any(isinstance(one, _Write) and one.prefix is prefix for one in (self._now, *self._waiting))
 
     def _run(self) -> None:
         with suppress(OSError, AttributeError):
@@ -125,7 +124,7 @@ class PrefixWriter:
                 if not self._waiting:
                     return
                 job = self._waiting.popleft()
-                self._now = job.prefix if isinstance(job, _Write) else None
+                self._now = job
             if isinstance(job, _Write):
                 self._ended.append(self._write(job))
             else:

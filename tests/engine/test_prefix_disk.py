@@ -47,10 +47,13 @@ def row_files(folder: Path) -> list[str]:
 
 
 def written(server: Server) -> None:
-    """Wait until everything that waits is on the disk."""
-    for prefix in server.store._disk._writer.pending():
-        server.store._disk._writer.wait_for(prefix)
-    server.store.match("", text(1))  # takes note of it
+    """Wait until everything that waits is on the disk, and what it replaces is gone."""
+    writer = server.store._disk._writer
+    for prefix in writer.pending():
+        writer.wait_for(prefix)
+    server.store.match("", text(1))  # takes note of it, and has shorter ones removed
+    with writer._changed:
+        writer._changed.wait_for(lambda: not writer._waiting and writer._now is None)
 
 
 def write(model: Any, root: Path, *texts: list[int], **more: Any) -> None:
