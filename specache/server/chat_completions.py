@@ -12,6 +12,7 @@ from sse_starlette import ServerSentEvent
 from starlette.responses import JSONResponse, Response
 
 from specache.engine.events import Finished, NewToken, PromptProgress
+from specache.server.answer_pieces import AnswerPiece, ReasoningPiece, TextPiece, ToolCallBegin
 from specache.server.app_state import AppState, state_of
 from specache.server.chat_fields import ChatBody
 from specache.server.choices import Choice, Choices
@@ -21,10 +22,8 @@ from specache.server.logprobs import chat_logprobs
 from specache.server.request_context import RequestContext
 from specache.server.running_jobs import RunningJobs, while_connected
 from specache.server.sse import DONE, EventStream, comment, data_event
-from specache.templates.channels import Part
 
 router = APIRouter()
-_FIELDS = {Part.TEXT: "content", Part.REASONING: "reasoning_content"}
 
 
 @router.post("/v1/chat/completions")
@@ -74,12 +73,12 @@ class ChatAnswer:
                 yield comment(f"reading the prompt: {event.done} of {event.total} tokens")
             elif isinstance(event, NewToken):
                 choice = self._choices.of(job, event.row)
-                for part, text in choice.push(event):
-                    yield self._chunk(choice, {_FIELDS[part]: text})
+                for piece in choice.push(event):
+                    yield self._chunk(choice, _delta(piece))
             elif isinstance(event, Finished):
                 for choice, pieces in self._choices.finish(job, event):
-                    for part, text in pieces:
-                        yield self._chunk(choice, {_FIELDS[part]: text})
+                    for piece in pieces:
+                        yield self._chunk(choice, _delta(piece))
                     yield self._chunk(choice, {})
         if self._body.includes_usage:
             yield data_event({**self._head("chat.completion.chunk"), "choices": [], "usage": self._choices.usage()})
@@ -100,6 +99,12 @@ class ChatAnswer:
         message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
         if choice.reasoning is not None:
             message["reasoning_content"] = choice.reasoning
+        if choice.tool_calls:
+            message["tool_calls"] = [
+                {"id": call.call_id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in choice.tool_calls
+            ]
+            message["content"] = choice.text or None
         logprobs = self._new_logprobs(choice)
         return {"index": choice.index, "message": message, "logprobs": logprobs, "finish_reason": choice.reason}
 
@@ -111,3 +116,15 @@ class ChatAnswer:
         if not self._body.logprobs or not (tokens or not self._body.stream):
             return None
         return chat_logprobs(tokens, self._served.token_bytes)
+
+
+def _delta(piece: AnswerPiece) -> dict[str, Any]:
+    """Return what a piece adds to the message."""
+    if isinstance(piece, TextPiece):
+        return {"content": piece.text}
+    if isinstance(piece, ReasoningPiece):
+        return {"reasoning_content": piece.text}
+    if isinstance(piece, ToolCallBegin):
+        function = {"name": piece.name, "arguments": ""}
+        return {"tool_calls": [{"index": piece.index, "id": piece.call_id, "type": "function", "function": function}]}
+    return {"tool_calls": [{"index": piece.index, "function": {"arguments": piece.text}}]}

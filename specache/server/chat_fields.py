@@ -8,31 +8,47 @@ from pydantic import Field, field_validator, model_validator
 
 from specache.server.json_body import FieldError, JsonBody, check_json
 from specache.server.sampling_fields import MOST_TOP_LOGPROBS, SamplingFields, TextFormat
+from specache.server.tool_fields import LONGEST_CALL_ID, MOST_TOOLS, ToolCallFields, ToolChoice, ToolDefinition
 
-Role = Literal["system", "developer", "user", "assistant"]
+Role = Literal["system", "developer", "user", "assistant", "tool"]
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 _MOST_PARTS = 4096
 _RESERVED = ("tools", "documents", "tool_choice", "add_generation_prompt", "continue_final_message")
 
 
 class ChatMessage(JsonBody):
-    """One message. Its content is one text, however many parts it came in."""
+    """One message. Its content is one text, however many parts it came in.
+
+    Of an answer that only called tools the content is empty. A message of the role `tool` is the
+    result of the call `tool_call_id`.
+    """
 
     role: Role
     content: str
     name: str | None = None
     refusal: str | None = None
     reasoning_content: str | None = None  # of an earlier answer, as clients send it back
+    tool_calls: list[ToolCallFields] | None = None
+    tool_call_id: str | None = Field(None, max_length=LONGEST_CALL_ID)
 
     @model_validator(mode="before")
     @classmethod
     def _check_role(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             raise ValueError("it must be an object with role and content")
-        role = value.get("role")
-        if role in ("tool", "function") or value.get("tool_calls") or value.get("function_call"):
-            raise ValueError("calls of tools are not served. Send their results as text of a user message")
-        return {name: one for name, one in value.items() if name not in ("tool_calls", "function_call", "annotations", "audio")}
+        if value.get("role") == "function" or value.get("function_call"):
+            raise ValueError("function_call is the old form of calls. Use tool_calls, and the role tool for their results")
+        if value.get("role") == "assistant" and value.get("tool_calls") and value.get("content") is None:
+            value = {**value, "content": ""}
+        return {name: one for name, one in value.items() if name not in ("function_call", "annotations", "audio")}
+
+    @model_validator(mode="after")
+    def _check_calls(self) -> ChatMessage:
+        if self.tool_calls and self.role != "assistant":
+            raise FieldError("tool_calls", "only messages of the role assistant have them")
+        if (self.tool_call_id is None) == (self.role == "tool"):
+            raise FieldError("tool_call_id", "messages of the role tool need it, and no others have it")
+        return self
 
     @field_validator("content", mode="before")
     @classmethod
@@ -84,9 +100,9 @@ class ChatBody(SamplingFields):
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = Field(None, max_length=32)
     response_format: TextFormat | None = None
-    tools: list[Any] | None = None
+    tools: list[ToolDefinition] | None = Field(None, max_length=MOST_TOOLS)
     functions: list[Any] | None = None
-    tool_choice: Any = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     function_call: Any = None
     parallel_tool_calls: bool | None = None
     modalities: list[str] | None = None

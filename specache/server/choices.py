@@ -1,10 +1,11 @@
-"""One answer as it grows: its text, its reasoning, its tokens."""
+"""One answer as it grows: its text, its reasoning, its calls of tools, its tokens."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from specache.engine.events import Finished, NewToken
+from specache.server.answer_pieces import AnswerPiece, ReasoningPiece, TextPiece, ToolCall
 from specache.server.generation import PreparedJob
 from specache.templates.channels import Part
 
@@ -16,12 +17,14 @@ class Choice:
     Attributes:
         index: its place among the answers of the request.
         tokens: every new token, end tokens included.
+        tool_calls: the calls of tools so far.
         reason: why it ended; `None` until then.
     """
 
     prepared: PreparedJob
     index: int
     tokens: list[NewToken] = field(default_factory=list)
+    tool_calls: list[ToolCall] = field(default_factory=list)
     reason: str | None = None
 
     def __post_init__(self) -> None:
@@ -37,17 +40,17 @@ class Choice:
         """Return the reasoning so far; `None` if there is none."""
         return self._text.reasoning or None
 
-    def push(self, event: NewToken) -> list[tuple[Part, str]]:
-        """Add a token and return the pieces of text that became final."""
+    def push(self, event: NewToken) -> list[AnswerPiece]:
+        """Add a token and return the pieces that became final."""
         self.tokens.append(event)
         if event.token_id in self.prepared.end_ids or self._text.ended:
             return []
-        return [piece for piece in self._text.push(event.token_id) if piece[1]]
+        return _pieces(self._text.push(event.token_id))
 
-    def finish(self, reason: str) -> list[tuple[Part, str]]:
+    def finish(self, reason: str) -> list[AnswerPiece]:
         """End the answer and return the pieces held back."""
         self.reason = reason
-        return [piece for piece in self._text.finish() if piece[1]]
+        return _pieces(self._text.finish())
 
 
 class Choices:
@@ -62,7 +65,7 @@ class Choices:
         """Return the answer of a row of a job."""
         return self.all[job * self._answers + row]
 
-    def finish(self, job: int, event: Finished) -> list[tuple[Choice, list[tuple[Part, str]]]]:
+    def finish(self, job: int, event: Finished) -> list[tuple[Choice, list[AnswerPiece]]]:
         """End the answers of a job and return their pieces held back."""
         self.cached_tokens += event.facts.cached_tokens
         return [(choice, choice.finish(reason)) for row, reason in enumerate(event.reasons) for choice in [self.of(job, row)]]
@@ -81,3 +84,7 @@ class Choices:
             "total_tokens": prompt + new,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
+
+
+def _pieces(texts: list[tuple[Part, str]]) -> list[AnswerPiece]:
+    return [TextPiece(text) if part is Part.TEXT else ReasoningPiece(text) for part, text in texts if text]

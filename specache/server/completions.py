@@ -12,6 +12,7 @@ from sse_starlette import ServerSentEvent
 from starlette.responses import JSONResponse, Response
 
 from specache.engine.events import Event, Finished, NewToken, PromptLogprobs, PromptProgress, TokenLogprob
+from specache.server.answer_pieces import AnswerPiece, TextPiece
 from specache.server.app_state import state_of
 from specache.server.choices import Choice, Choices
 from specache.server.completion_fields import CompletionBody
@@ -133,8 +134,8 @@ class CompletionAnswer:
         return {"index": choice.index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
 
-def _text(pieces: list[tuple[Any, str]]) -> str:
-    return "".join(text for _, text in pieces)
+def _text(pieces: list[AnswerPiece]) -> str:
+    return "".join(piece.text for piece in pieces if isinstance(piece, TextPiece))
 
 
 def _prompt_text(prepared: PreparedJob) -> str:
