@@ -91,25 +91,28 @@ def _path(place: tuple[int | str, ...]) -> str:
     return "".join(character if character.isprintable() else "?" for character in text.removeprefix("."))
 
 
-def check_json(value: Any) -> None:
+def check_json(value: Any, *, deepest: int = _DEEPEST, most_values: int = _MOST_VALUES) -> None:
     """Refuse JSON without a schema that is deep, long, or has a number that is none.
+
+    Args:
+        deepest, most_values: how many levels and values it may have.
 
     Raises:
         ValueError: says which.
     """
     level, count = [value], 0
-    for _ in range(_DEEPEST):
+    for _ in range(deepest):
         if not level:
             return
         count += len(level)
-        if count > _MOST_VALUES:
-            raise ValueError(f"it has more than {_MOST_VALUES:,} values")
+        if count > most_values:
+            raise ValueError(f"it has more than {most_values:,} values")
         if any(isinstance(one, float) and one - one != 0 for one in level):
             raise ValueError("a number is too large")
         if any(isinstance(one, int) and abs(one) >= 2**63 for one in level):
             raise ValueError("a number is too large")
         level = [inner for one in level for inner in _inside(one)]
-    raise ValueError(f"it is nested deeper than {_DEEPEST}")
+    raise ValueError(f"it is nested deeper than {deepest}")
 
 
 def _inside(value: Any) -> list[Any]:
