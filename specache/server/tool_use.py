@@ -53,7 +53,7 @@ class ToolUse:
         return frozenset(one.name for one in self.callable)
 
     def described(self) -> list[dict[str, Any]]:
-        """Return the tools as chat templates take them: OpenAI's form, in the order of the request."""
+        """Return the tools in OpenAI's form and the order of the request, for chat templates."""
         return [{"type": "function", "function": _described(one)} for one in self.functions]
 
 
