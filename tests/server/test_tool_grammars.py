@@ -103,7 +103,7 @@ def test_a_named_call_is_of_that_tool(server):
 
 
 def test_parallel_calls_are_all_valid(server):
-    choices = post(server.client, CHAT, server.required(n=4, seed=3, parallel_tool_calls=True))["choices"]
+    choices = post(server.client, CHAT, server.required(n=6, seed=3, parallel_tool_calls=True, tools=TOOLS[2:]))["choices"]
     counts = {len(calls_of(choice)) for choice in choices if choice["finish_reason"] == "tool_calls"}
     assert (counts == {1}) if server.name == "harmony" else max(counts) > 1
 
@@ -154,11 +154,11 @@ def test_the_grammar_of_every_format_compiles_and_takes_its_own_calls(name, requ
             and not mask[tokenizer.eos_token_id]
         )
 
-    one, other = ("weather", '{"city": "ulm", "units": "si"}'), ("move-to.v2/x:y", '{"at": [true, false]}')
+    one, other = ("weather", '{"city": "um", "units": "si"}'), ("move-to.v2/x:y", '{"at": [true, false]}')
     assert taken(family.written(one)) and taken(family.written(other))
     if name != "harmony":
         assert taken(family.written(one, other)) is parallel
-    assert not taken(family.written(("weather", '{"city": "ULM", "units": "si"}')))
+    assert not taken(family.written(("weather", '{"city": "UM", "units": "si"}')))
     assert not taken(family.written(("rm", "{}"))) or (name == "llama3" and not required)
     text = "<|channel|>final<|message|>Hello" if name == "harmony" else "Hello {}"
     if name != "harmony":
