@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
@@ -77,5 +78,7 @@ class ServerApp:
 
     @asynccontextmanager
     async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+        expiring = asyncio.create_task(self.state.expire_responses())
         yield
+        expiring.cancel()
         self.state.end()

@@ -13,6 +13,7 @@ from specache.server.error_responses import ApiError, busy, unavailable
 from specache.server.prometheus_metrics import Metrics
 from specache.server.recent_requests import RecentRequests
 from specache.server.request_context import RequestContext
+from specache.server.responses.response_store import ResponseStore
 from specache.server.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _Result = TypeVar("_Result")
 _WORKERS = 2
+_EXPIRE_SECONDS = 60.0
 
 
 class AppState:
@@ -28,6 +30,7 @@ class AppState:
 
     Attributes:
         served, service: the model and the engine's service; `None` while the model is loaded.
+        responses: the responses that are kept for later requests.
         closing: whether the server is about to end.
         workers: threads for templates, tokenizers and requests; the engine has its own.
     """
@@ -39,6 +42,7 @@ class AppState:
         self.closing = False
         self.metrics = Metrics(self)
         self.recent = RecentRequests()
+        self.responses = ResponseStore(settings.most_response_bytes, settings.response_age_seconds)
         self.open_streams = 0
         self.workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="specache-request")
 
@@ -76,6 +80,12 @@ class AppState:
     async def work(self, function: Callable[..., _Result], *arguments: Any) -> _Result:
         """Run a function on a worker thread, so that the event loop goes on."""
         return await asyncio.get_running_loop().run_in_executor(self.workers, function, *arguments)
+
+    async def expire_responses(self) -> None:
+        """Forget stored responses when they are too old, until cancelled."""
+        while True:
+            await asyncio.sleep(min(_EXPIRE_SECONDS, self.settings.response_age_seconds))
+            self.responses.expire()
 
     def end(self) -> None:
         """End the worker threads. What they run ends first."""
