@@ -10,18 +10,21 @@ import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from specache.engine.answer_length import answer_limit
+from specache.engine.constraints import ConstrainedTokens, ConstraintsComplete
 from specache.engine.events import Job
 from specache.engine.generate import make_request
 from specache.engine.handle import Request
 from specache.server.chat_fields import ChatBody
 from specache.server.completion_fields import CompletionBody
 from specache.server.error_responses import ApiError
+from specache.server.grammar_spec import grammar_of
 from specache.server.penalties import RepeatPenalties
 from specache.server.sampling_fields import SamplingFields
 from specache.server.served_model import ServedModel
 from specache.server.settings import ServerSettings
 from specache.server.stop_criterion import TextEnds
 from specache.templates.answer_text import AnswerText
+from specache.templates.final_message import final_message
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,8 @@ class JobMaker:
         def new_text() -> AnswerText:
             return served.new_text(ids if is_chat else None, stops)
 
-        request = self._request(body, ids, new_tokens, end_ids, new_text)
+        grammar = self._grammar(body, ids, end_ids, is_chat)
+        request = self._request(body, ids, new_tokens, end_ids, new_text, grammar)
         job = Job(
             request,
             owner=self._prefix_owner(body.session),
@@ -145,8 +149,22 @@ class JobMaker:
             )
         return answer_limit(wanted, self._served.positions, len(ids)).new_tokens
 
+    def _grammar(self, body: SamplingFields, ids: list[int], end_ids: list[int], is_chat: bool) -> ConstrainedTokens | None:
+        """Return the grammar of the answers to a prompt, ready to run; `None` if they are free."""
+        spec = grammar_of(body)
+        if spec is None:
+            return None
+        final = final_message(self._served.tokenizer, ids) if is_chat and spec.after_reasoning else None
+        return self._served.grammars.compile(spec).processor(body.answers, len(ids), end_ids, final)
+
     def _request(
-        self, body: SamplingFields, ids: list[int], new_tokens: int, end_ids: Sequence[int], new_text: Callable[[], AnswerText]
+        self,
+        body: SamplingFields,
+        ids: list[int],
+        new_tokens: int,
+        end_ids: Sequence[int],
+        new_text: Callable[[], AnswerText],
+        grammar: ConstrainedTokens | None,
     ) -> Request:
         served = self._served
         rows = torch.tensor([ids] * body.answers, device=served.model.device)
@@ -155,6 +173,9 @@ class JobMaker:
             criteria.append(TextEnds(new_text, body.answers, end_ids))
         if body.presence_penalty or body.frequency_penalty:
             processors.append(RepeatPenalties(len(ids), body.presence_penalty or 0.0, body.frequency_penalty or 0.0))
+        if grammar is not None:  # last: what else changes the logits cannot allow what it forbids
+            processors.append(grammar)
+            criteria.append(ConstraintsComplete(grammar))
         arguments = body.arguments() | ({"eos_token_id": list(end_ids)} if end_ids else {})
         with served.making:
             request = make_request(

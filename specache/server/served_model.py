@@ -13,6 +13,7 @@ from typing import Any
 from specache.errors import ConfigError
 from specache.server.chat_fields import ChatMessage
 from specache.server.error_responses import ApiError
+from specache.server.grammar_compiler import GrammarCompiler
 from specache.server.token_bytes import TokenBytes
 from specache.templates.answer_text import AnswerText
 from specache.templates.channels import channel_parser
@@ -46,8 +47,9 @@ class ServedModel:
         on: no two threads may change that at once.
         """
         self.encode_text("a")
-        for _ in (self.token_bytes, self.vocabulary_size, self.longest_token, self.text_end_ids, self.chat_end_ids, self.pad_id):
-            pass
+        facts = ("token_bytes", "grammars", "vocabulary_size", "longest_token", "text_end_ids", "chat_end_ids", "pad_id")
+        for fact in facts:
+            getattr(self, fact)
         if self.template.exists:
             self.template.prepare()
 
@@ -59,6 +61,11 @@ class ServedModel:
     @cached_property
     def token_bytes(self) -> TokenBytes:
         return TokenBytes(self.tokenizer)
+
+    @cached_property
+    def grammars(self) -> GrammarCompiler:
+        """Return what compiles the grammars of requests."""
+        return GrammarCompiler(self.tokenizer, self.vocabulary_size)
 
     @cached_property
     def vocabulary_size(self) -> int:
