@@ -30,7 +30,7 @@ async def metrics(http: Request) -> Response:
 
 @router.get("/v1/status")
 async def status(http: Request) -> dict[str, Any]:
-    """Return the engine's numbers, facts about the newest requests of this key, and what it stores."""
+    """Return the engine's numbers, and of this key the newest requests and stored responses."""
     state, owner = state_of(http), RequestContext.of(http.scope).owner
     engine = {} if state.service is None else service_numbers(state.service.status())
     return {

@@ -47,6 +47,14 @@ def test_what_was_read_before_is_not_read_again():
         assert cached == [0, first["usage"]["input_tokens"], 0]  # answers are read again (docs/prefixes.md)
 
 
+def test_the_tokens_of_a_prompt_are_counted_without_an_answer(client):
+    first = respond(client, LONG)
+    asked = {"input": "How many?", "previous_response_id": first["id"], "instructions": "Be brief."}
+    counted = post(client, f"{PATH}/input_tokens", asked)
+    expected = respond(client, asked["input"], previous_response_id=first["id"], instructions="Be brief.")["usage"]["input_tokens"]
+    assert counted == {"object": "response.input_tokens", "input_tokens": expected}
+
+
 def test_one_response_may_be_gone_on_from_twice(client):
     first = respond(client, "Name a tree.")
     one, other = (respond(client, text, previous_response_id=first["id"]) for text in ("Another.", "A bird."))

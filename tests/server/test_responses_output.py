@@ -31,7 +31,7 @@ CALL_TOO = [ToolCallBegin(1, "call_b", "time"), ToolArguments(1, "{}")]
 def events_of(
     pieces: list[AnswerPiece], held: list[AnswerPiece] | None = None, complete: bool = True
 ) -> tuple[list[Any], OutputItems]:
-    """Return the events of a whole response, with one token for each piece and checked, and its output."""
+    """Return the checked events of a whole response, one token for each piece, and its output."""
     head = ResponseObject(ResponsesBody.model_validate({"input": "Hello"}), "tiny")
     output = OutputItems(lambda prefix, place: f"{prefix}_{place}", lambda tokens: [])
     begun = head.to_json("in_progress")
@@ -58,7 +58,7 @@ def events_of(
     ],
 )
 def test_pieces_become_items_in_their_order(pieces, types):
-    events, output = events_of(pieces)
+    _, output = events_of(pieces)
     assert [item["type"] for item in output.items()] == types
     assert all(item["status"] == "completed" for item in output.items())
     assert len({item["id"] for item in output.items()}) == len(types)

@@ -1,10 +1,11 @@
-"""`/v1/responses`: make a response, and show, list or delete what is stored."""
+"""`/v1/responses`: make a response, count its prompt, and show, list or delete what is stored."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from fastapi import APIRouter, Request
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from specache.server.app_state import state_of
@@ -20,6 +21,7 @@ from specache.server.running_jobs import RunningJobs, while_connected
 from specache.server.sse import EventStream
 
 router = APIRouter()
+_COUNT = "input_tokens"
 _PAGE, _LONGEST_PAGE = 20, 100
 
 
@@ -39,9 +41,20 @@ async def create_response(http: Request) -> Response:
     return JSONResponse(await while_connected(http, answer.whole()))
 
 
+@router.post(f"/v1/responses/{_COUNT}")
+async def count_input_tokens(http: Request) -> dict[str, Any]:
+    """Return the tokens of the prompt that a request for a response would have."""
+    state, context = state_of(http), RequestContext.of(http.scope)
+    body = await read_body(http, state, ResponsesBody)
+    prepared = await state.work(prepare_response, state, context, body)
+    return {"object": "response.input_tokens", "input_tokens": len(prepared.jobs[0].prompt_ids)}
+
+
 @router.api_route("/v1/responses/{response_id}", methods=["GET", "DELETE"])
 async def stored_response(http: Request, response_id: str) -> Response:
     """Return or delete a stored response."""
+    if response_id == _COUNT:  # no response has this name, but an address that takes POST alone
+        raise HTTPException(405, headers={"Allow": "POST"})
     state, owner = state_of(http), RequestContext.of(http.scope).owner
     if http.method == "DELETE":
         state.responses.delete(owner, response_id)

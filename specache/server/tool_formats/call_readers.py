@@ -11,7 +11,9 @@ from specache.server.tool_formats.json_scanner import JsonScanner
 
 _LONGEST_HEADER = 1024  # characters up to the arguments
 _STRING = r'"((?:[^"\\]|\\.)*)"'
-_HEADER = re.compile(rf'\{{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*{_STRING}\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{{)')
+_HEADER = re.compile(
+    rf'\{{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*{_STRING}\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{{)'
+)
 _FIRST_KEY = re.compile(rf"\{{\s*{_STRING}\s*:")
 _OUTSIDE_STRINGS = frozenset(' \t\r\n{}[],:"0123456789+-.eEtrufalsn')
 _KEYS = {"name", "type", "id", "function", "arguments", "parameters"}
@@ -107,7 +109,12 @@ class ObjectReader:
         if not self._scanner.in_string and character not in _OUTSIDE_STRINGS:
             self.failed = True
             return
-        if character == "{" and self._scanner.depth == 2 and (found := _HEADER.match(self.raw)) and found.end() == len(self.raw) - 1:
+        if (
+            character == "{"
+            and self._scanner.depth == 2
+            and (found := _HEADER.match(self.raw))
+            and found.end() == len(self.raw) - 1
+        ):
             name = _parsed(f'"{found[1]}"')
             if name in self._names:
                 self.name, self._in_arguments = name, True
