@@ -192,12 +192,12 @@ class TextCallParser:
         return place, marker
 
     def _undecided(self) -> int:
-        """Return how many characters at the end may be the beginning of a marker, or in front of one."""
+        """Return how many characters at the end may be a marker's beginning, or in front of one."""
         part = max((_overlap(self._held, marker) for marker in self._opens), default=0)
         decided = self._held[: len(self._held) - part]
         return len(self._held) - len(decided.rstrip())
 
 
 def _overlap(text: str, marker: str) -> int:
-    """Return the length of the longest end of `text` that is the beginning of `marker`, not all of it."""
+    """Return the length of the longest end of `text` that begins `marker` and is not all of it."""
     return next((n for n in range(min(len(text), len(marker) - 1), 0, -1) if text.endswith(marker[:n])), 0)

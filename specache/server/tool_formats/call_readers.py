@@ -12,7 +12,8 @@ from specache.server.tool_formats.json_scanner import JsonScanner
 _LONGEST_HEADER = 1024  # characters up to the arguments
 _STRING = r'"((?:[^"\\]|\\.)*)"'
 _HEADER = re.compile(
-    rf'\{{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*{_STRING}\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{{)'
+    rf'\{{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*{_STRING}\s*,'
+    r'\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
 )
 _FIRST_KEY = re.compile(rf"\{{\s*{_STRING}\s*:")
 _OUTSIDE_STRINGS = frozenset(' \t\r\n{}[],:"0123456789+-.eEtrufalsn')
@@ -187,7 +188,7 @@ class NamedReader:
 
 
 def call_of(value: Any, names: Collection[str]) -> tuple[str, str] | None:
-    """Return the name and the arguments, as JSON text, of a whole object; `None` if it is no call."""
+    """Return name and arguments (JSON text) of a whole object; `None` if it is no call."""
     if not isinstance(value, dict):
         return None
     if isinstance(value.get("function"), dict):

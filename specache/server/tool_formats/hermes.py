@@ -1,4 +1,4 @@
-"""Hermes, Qwen 2.5 and 3 and many others: `<tool_call>` and `</tool_call>` around a JSON object."""
+"""Hermes, Qwen 2.5, Qwen 3 and others: `<tool_call>` and `</tool_call>` around a JSON object."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from specache.server.tool_formats.call_parser import TextCallParser
 from specache.server.tool_use import ToolUse
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
+_OTHER_BODIES = ("<function=", "<arg_key>")  # Qwen 3 Coder, GLM: no JSON between the markers
 
 
 class HermesFormat:
@@ -20,21 +21,23 @@ class HermesFormat:
     markers: ClassVar[tuple[str, ...]] = (OPEN, CLOSE)
     ends: ClassVar[tuple[str, ...]] = ()
     takes_tools: ClassVar[bool] = True
+    after_reasoning: ClassVar[bool] = True
 
     @classmethod
-    def recognises(cls, template: str, tokens: frozenset[str]) -> bool:
-        """Return whether the template writes such blocks, with JSON inside rather than XML."""
-        return OPEN in template and "tools" in template and "<function=" not in template and "<arg_key>" not in template
+    def of(cls, template: str, tokens: frozenset[str]) -> HermesFormat | None:
+        found = OPEN in template and "tools" in template and not any(text in template for text in _OTHER_BODIES)
+        return cls() if found else None
 
     def messages(self, messages: Sequence[Message], tools: ToolUse | None) -> list[Message]:
         return list(messages)
 
-    def parser(self, tools: ToolUse) -> CallParser:
-        return TextCallParser(tools, (OPEN,), (CLOSE,), new_call_id)
+    def parser(self, tools: ToolUse) -> CallParser | None:
+        return TextCallParser(tools, (OPEN,), (CLOSE,), self.new_call_id)
 
-    def grammar(self, tools: ToolUse, token: Token) -> str:
-        blocks = lark.objects(tools, "arguments", '"\\n"', f'"\\n" {token(CLOSE)}')
-        return lark.answer(tools, OPEN, token, blocks, between='"\\n"?')
+    def grammar(self, tools: ToolUse, token: Token, text: str | None) -> str:
+        block = f'"\\n" call "\\n" {token(CLOSE)}'
+        rules = lark.any_call(tools, lark.object_call("arguments"))
+        return lark.answer(tools, token(OPEN), text, block, f'"\\n"? {token(OPEN)} {block}', rules)
 
     def new_call_id(self) -> str:
         return new_call_id()
