@@ -139,7 +139,7 @@ class JobMaker:
         if most is not None and (len(ids) > most or len(ids) == self._served.positions):
             raise ApiError(
                 400,
-                f"The prompt has {len(ids):,} tokens; this server takes {most:,}, the answer's first token among them.",
+                f"The prompt is too long: {len(ids)} tokens > {most}, which this server takes, the answer's first token among them.",
                 param=param,
                 code="context_length_exceeded",
             )

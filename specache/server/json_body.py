@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pydantic_core
@@ -17,6 +18,7 @@ _Body = TypeVar("_Body", bound="JsonBody")
 _SMALL = 32 * 1024  # bytes that are parsed faster than another thread takes them
 _DEEPEST = 16  # of JSON without a schema
 _MOST_VALUES = 2000
+HIDDEN = "\0"  # begins tags of pydantic's unions, which are no names of fields
 
 
 class JsonBody(BaseModel):
@@ -35,7 +37,7 @@ class FieldError(ValueError):
 
     def __init__(self, field: str, reason: str) -> None:
         super().__init__(f"{field}: {reason}")
-        self.field = field
+        self.field, self.reason = field, reason
 
 
 async def read_body(http: Request, state: AppState, kind: type[_Body]) -> _Body:
@@ -68,17 +70,25 @@ def parse_body(data: bytes, kind: type[_Body]) -> _Body:
     try:
         return kind.model_validate(value)
     except ValidationError as error:
-        raise _invalid(error) from None
+        raise invalid_body(error) from None
 
 
-def _invalid(error: ValidationError) -> ApiError:
-    """Return the answer to a body whose fields are wrong: it names the first one."""
+def invalid_body(error: ValidationError, names: Mapping[str, str] | None = None) -> ApiError:
+    """Return the answer to a body whose fields are wrong: it names the first one.
+
+    Args:
+        names: what fields of the body are called in the request, where that differs.
+    """
     found = error.errors(include_url=False, include_input=False)
     first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
-    param = _path(first["loc"])
+    place = first["loc"]
+    if names and place and place[0] in names:
+        place = (names[str(place[0])], *place[1:])
+    param = _path(place)
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, FieldError):
-        return ApiError(400, f"{cause}.", param=cause.field, code="invalid_value")
+        param = f"{param}.{cause.field}" if param else cause.field
+        return ApiError(400, f"{param}: {cause.reason}.", param=param, code="invalid_value")
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"Unknown field {param}. docs/server.md lists the fields.", param=param, code="unknown_field")
     message = first["msg"].removeprefix("Value error, ").rstrip(".")
@@ -87,29 +97,34 @@ def _invalid(error: ValidationError) -> ApiError:
 
 def _path(place: tuple[int | str, ...]) -> str:
     """Return `messages[0].content` for a place in the body. Names from the body are cut short."""
-    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part[:64]}" for part in place)
+    parts = [part for part in place if not (isinstance(part, str) and part.startswith(HIDDEN))]
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part[:64]}" for part in parts)
     return "".join(character if character.isprintable() else "?" for character in text.removeprefix("."))
 
 
-def check_json(value: Any) -> None:
+def check_json(value: Any, most_values: int = _MOST_VALUES, deepest: int = _DEEPEST) -> None:
     """Refuse JSON without a schema that is deep, long, or has a number that is none.
+
+    Args:
+        most_values: values that it may have in all.
+        deepest: how deep it may be nested.
 
     Raises:
         ValueError: says which.
     """
     level, count = [value], 0
-    for _ in range(_DEEPEST):
+    for _ in range(deepest):
         if not level:
             return
         count += len(level)
-        if count > _MOST_VALUES:
-            raise ValueError(f"it has more than {_MOST_VALUES:,} values")
+        if count > most_values:
+            raise ValueError(f"it has more than {most_values:,} values")
         if any(isinstance(one, float) and one - one != 0 for one in level):
             raise ValueError("a number is too large")
         if any(isinstance(one, int) and abs(one) >= 2**63 for one in level):
             raise ValueError("a number is too large")
         level = [inner for one in level for inner in _inside(one)]
-    raise ValueError(f"it is nested deeper than {_DEEPEST}")
+    raise ValueError(f"it is nested deeper than {deepest}")
 
 
 def _inside(value: Any) -> list[Any]:
