@@ -64,7 +64,7 @@ class ToolUseBlock(_Block):
     @field_validator("input")
     @classmethod
     def _check_input(cls, value: dict[str, Any]) -> dict[str, Any]:
-        check_json(value, _MOST_VALUES, _DEEPEST)
+        check_json(value, deepest=_DEEPEST, most_values=_MOST_VALUES)
         return value
 
 

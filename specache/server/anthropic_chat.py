@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from pydantic import ValidationError
@@ -16,7 +17,13 @@ _SAME = (  # fields that both have
     *("model", "stream", "temperature", "top_p", "top_k", "seed", "min_p", "repetition_penalty"),
     *("policy", "top_k_pairs", "session"),
 )
-_NAMES = {"stop": "stop_sequences", "response_format": "output_config"}
+_NAMES = (  # of OpenAI's fields and ours -> of Anthropic's
+    (re.compile(r"^stop\b"), "stop_sequences"),
+    (re.compile(r"^response_format(\.json_schema)?"), "output_config.format"),
+    (re.compile(r"^reasoning_effort"), "output_config.effort"),
+    (re.compile(r"^(tools\[\d+\])\.function\.parameters"), r"\1.input_schema"),
+    (re.compile(r"^(tools\[\d+\])\.function"), r"\1"),
+)
 _EFFORTS = {"xhigh": "high", "max": "high"}  # templates know low, medium and high
 _CHANGING_HEADER = "x-anthropic-billing-header:"  # Claude Code's first line: another one in each request
 
@@ -43,7 +50,14 @@ def chat_body(body: CountBody) -> ChatBody:
     try:
         return ChatBody.model_validate(fields)
     except ValidationError as error:
-        raise invalid_body(error, _NAMES) from None
+        raise invalid_body(error, anthropic_name) from None
+
+
+def anthropic_name(field: str) -> str:
+    """Return what Anthropic's API calls a field of OpenAI's."""
+    for pattern, name in _NAMES:
+        field = pattern.sub(name, field)
+    return field
 
 
 def _variables(body: CountBody) -> dict[str, Any] | None:

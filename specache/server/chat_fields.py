@@ -8,7 +8,15 @@ from pydantic import Field, field_validator, model_validator
 
 from specache.server.json_body import FieldError, JsonBody, check_json
 from specache.server.sampling_fields import MOST_TOP_LOGPROBS, SamplingFields, TextFormat
-from specache.server.tool_fields import LONGEST_CALL_ID, MOST_TOOLS, ToolCallFields, ToolChoice, ToolDefinition
+from specache.server.tool_fields import (
+    LONGEST_CALL_ID,
+    MOST_TOOLS,
+    ToolCallFields,
+    ToolChoice,
+    ToolDefinition,
+    check_tools,
+)
+from specache.server.tool_use import ToolUse
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
@@ -118,18 +126,11 @@ class ChatBody(SamplingFields):
             raise ValueError("only {'type': 'text'} is served: there is no structured output yet")
         return value
 
-    @field_validator("tools", "functions")
+    @field_validator("functions", "function_call")
     @classmethod
-    def _check_tools(cls, value: list[Any] | None) -> list[Any] | None:
-        if value:
-            raise ValueError("tools are not served yet. Leave it out")
-        return value
-
-    @field_validator("tool_choice", "function_call")
-    @classmethod
-    def _check_choice(cls, value: Any) -> Any:
-        if value not in (None, "none", "auto"):
-            raise ValueError("tools are not served yet. Leave it out")
+    def _check_old_form(cls, value: Any) -> Any:
+        if value not in (None, [], "none", "auto"):
+            raise ValueError("it is the old form of tools. Use tools, and tool_choice")
         return value
 
     @field_validator("audio", "web_search_options")
@@ -152,6 +153,11 @@ class ChatBody(SamplingFields):
         return check_variables(value)
 
     @model_validator(mode="after")
+    def _check_tools(self) -> ChatBody:
+        check_tools(self.tools, self.tool_choice)
+        return self
+
+    @model_validator(mode="after")
     def _check_logprobs(self) -> ChatBody:
         if self.top_logprobs is not None and not self.logprobs:
             raise FieldError("top_logprobs", "it needs logprobs: true")
@@ -166,6 +172,11 @@ class ChatBody(SamplingFields):
     def logprobs_per_token(self) -> int | None:
         """Return how many likely tokens to report beside each new one; `None` reports nothing."""
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def tool_use(self) -> ToolUse | None:
+        """Return the tools of the request; `None` if it has none."""
+        return ToolUse.of(self.tools, self.tool_choice, self.parallel_tool_calls)
 
     def variables(self) -> dict[str, Any]:
         """Return the variables of the chat template."""

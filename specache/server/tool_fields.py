@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from specache.server.json_body import JsonBody
+from specache.server.json_body import FieldError, JsonBody, check_json
 
 MOST_TOOLS = 256
 LONGEST_CALL_ID = 256  # characters
+DEEPEST_SCHEMA = 48  # levels of JSON; an object within an object takes three of them
+_MOST_SCHEMA_VALUES = 4000
 _NAME = r"^[A-Za-z0-9_.:/-]{1,128}$"
 
 
@@ -20,6 +22,12 @@ class ToolFunction(JsonBody):
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
+
+    @field_validator("parameters")
+    @classmethod
+    def _check_parameters(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        check_json(value, deepest=DEEPEST_SCHEMA, most_values=_MOST_SCHEMA_VALUES)
+        return value
 
 
 class ToolDefinition(JsonBody):
@@ -55,3 +63,19 @@ class ToolChoice(JsonBody):
 
     type: Literal["function"]
     function: ChosenFunction
+
+
+def check_tools(tools: list[ToolDefinition] | None, choice: Any) -> None:
+    """Refuse tools of one name, and the choice of a tool that is not there.
+
+    Raises:
+        FieldError: says which.
+    """
+    names = [tool.function.name for tool in tools or ()]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise FieldError("tools", f"two of them are called {twice!r}")
+    if choice == "required" and not names:
+        raise FieldError("tool_choice", "a call is required, but there are no tools")
+    if isinstance(choice, ToolChoice) and choice.function.name not in names:
+        raise FieldError("tool_choice", f"there is no tool {choice.function.name!r}")

@@ -1,0 +1,1 @@
+"""How families of models are told about tools, and how they write calls. One file per family."""

@@ -1,0 +1,66 @@
+"""What a request says about tools: which there are, and whether one must be called."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from specache.server.tool_fields import ToolChoice, ToolDefinition, ToolFunction
+
+Choice = Literal["none", "auto", "required"] | ToolChoice | None
+
+
+@dataclass(frozen=True)
+class ToolUse:
+    """The tools of a request.
+
+    Attributes:
+        functions: the tools, in the order of the request.
+        required: whether the answer must call a tool.
+        only: the one tool that may be called; `None` is any of them.
+        allowed: whether a call in the answer is a call. If not, it is text (`tool_choice: "none"`).
+        parallel: whether an answer may have several calls.
+    """
+
+    functions: tuple[ToolFunction, ...]
+    required: bool = False
+    only: str | None = None
+    allowed: bool = True
+    parallel: bool = True
+
+    @classmethod
+    def of(cls, tools: Sequence[ToolDefinition] | None, choice: Choice, parallel: bool | None) -> ToolUse | None:
+        """Return what fields of a request say; `None` without tools."""
+        if not tools:
+            return None
+        only = choice.function.name if isinstance(choice, ToolChoice) else None
+        required = only is not None or choice == "required"
+        functions = tuple(tool.function for tool in tools)
+        return cls(functions, required, only, choice != "none", parallel is not False and only is None)
+
+    @cached_property
+    def callable(self) -> tuple[ToolFunction, ...]:
+        """Return the tools that the answer may call."""
+        if not self.allowed:
+            return ()
+        return tuple(one for one in self.functions if self.only in (None, one.name))
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """Return the names that a call may have."""
+        return frozenset(one.name for one in self.callable)
+
+    def described(self) -> list[dict[str, Any]]:
+        """Return the tools in OpenAI's form and the order of the request, for chat templates."""
+        return [{"type": "function", "function": _described(one)} for one in self.functions]
+
+
+def _described(function: ToolFunction) -> dict[str, Any]:
+    """Return a tool with every field that templates read.
+
+    Templates write `function.description`, which must be there.
+    """
+    parameters = {"type": "object", "properties": {}} if function.parameters is None else function.parameters
+    return {"name": function.name, "description": function.description or "", "parameters": parameters}
