@@ -41,8 +41,9 @@ def chat_body(body: CountBody) -> ChatBody:
     fields["max_tokens"] = max(1, body.max_tokens or 1)
     if body.output_config is not None and body.output_config.effort is not None:
         fields["reasoning_effort"] = _EFFORTS.get(body.output_config.effort, body.output_config.effort)
-    if body.schema is not None:
-        fields["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", "schema": body.schema, "strict": True}}
+    if body.answer_schema is not None:
+        format = {"name": "answer", "schema": body.answer_schema, "strict": True}
+        fields["response_format"] = {"type": "json_schema", "json_schema": format}
     if body.tools:
         fields["tools"] = [_tool(tool.name, tool.description, tool.input_schema, tool.strict) for tool in body.tools]
         if body.tool_choice is not None:
@@ -96,7 +97,8 @@ def _turns(body: CountBody) -> tuple[list[str], list[Turn]]:
     turns: list[Turn] = []
     users = [index for index, message in enumerate(body.messages) if message.role == "user"]
     for index, message in enumerate(body.messages):
-        role, blocks = message.role, list(message.content)
+        role: str = message.role
+        blocks: list[Any] = list(message.content)
         if role == "system":
             if message.clear_at == "next_user_message" and users and users[-1] > index:
                 continue

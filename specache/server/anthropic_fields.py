@@ -223,14 +223,14 @@ class CountBody(JsonBody):
         return self.thinking is None or self.thinking.display != "omitted"
 
     @property
-    def schema(self) -> dict[str, Any] | None:
+    def answer_schema(self) -> dict[str, Any] | None:
         """Return the JSON schema that the answer must have, or `None`."""
         format = self.output_format or (None if self.output_config is None else self.output_config.format)
         return None if format is None else format.json_schema
 
 
 class MessagesBody(CountBody):
-    """A request for an answer. With `max_tokens: 0` its prompt is read and kept, and that is all."""
+    """A request for an answer. With `max_tokens: 0` its prompt is read and kept, no more."""
 
     max_tokens: int = Field(ge=0, lt=2**31)
 

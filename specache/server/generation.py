@@ -66,12 +66,20 @@ class JobMaker:
         Raises:
             ApiError, SpeCacheError: 400.
         """
+        ids = self.chat_prompt(body)
+        wanted = self._settings.default_new_tokens if body.wanted_tokens is None else body.wanted_tokens
+        return [self._job(body, ids, "messages", wanted, body.logprobs_per_token, is_chat=True)]
+
+    def chat_prompt(self, body: ChatBody) -> list[int]:
+        """Return the tokens of a conversation's prompt, tools included.
+
+        Raises:
+            ApiError, SpeCacheError: 400, or 404 for another model.
+        """
         self._check(body)
         if len(body.messages) > self._settings.most_messages:
             raise ApiError(400, f"A conversation may have {self._settings.most_messages:,} messages.", param="messages")
-        ids = self._served.encode_chat(body.messages, body.variables())
-        wanted = self._settings.default_new_tokens if body.wanted_tokens is None else body.wanted_tokens
-        return [self._job(body, ids, "messages", wanted, body.logprobs_per_token, is_chat=True)]
+        return self._served.encode_chat(body.messages, body.variables())
 
     def completion(self, body: CompletionBody) -> list[PreparedJob]:
         """Return the jobs of a request's prompts, in their order.
@@ -139,7 +147,7 @@ class JobMaker:
         if most is not None and (len(ids) > most or len(ids) == self._served.positions):
             raise ApiError(
                 400,
-                f"The prompt is too long: {len(ids)} tokens > {most}, which this server takes, the answer's first token among them.",
+                f"The prompt is too long: {len(ids)} tokens > {most}, the answer's first token among them.",
                 param=param,
                 code="context_length_exceeded",
             )

@@ -47,9 +47,7 @@ class StreamForm:
 OPENAI_FORM = StreamForm(lambda: comment("ping"), lambda error: data_event(error_document(error, RequestContext())))
 
 
-async def ending_in_error(
-    events: AsyncIterator[ServerSentEvent], form: StreamForm = OPENAI_FORM
-) -> AsyncIterator[ServerSentEvent]:
+async def ending_in_error(events: AsyncIterator[ServerSentEvent], form: StreamForm = OPENAI_FORM) -> AsyncIterator[ServerSentEvent]:
     """Yield events. If making one fails, the last is the error: the status was sent before."""
     try:
         async for event in events:
