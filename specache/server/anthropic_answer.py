@@ -98,7 +98,7 @@ def _signature(thinking: str) -> str:
 def _input(text: str) -> dict[str, Any]:
     """Return the input of a call: what is there of it, if the answer ended in the middle."""
     try:
-        value = pydantic_core.from_json(text, allow_partial="trailing-strings")
+        value = pydantic_core.from_json(text, allow_partial=True)
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}

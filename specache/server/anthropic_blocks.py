@@ -79,8 +79,23 @@ def _check_citations(value: Any) -> Any:
     return value
 
 
+def _check_kind(known: Sequence[str], value: Any) -> Any:
+    kind = value.get("type") if isinstance(value, dict) else None
+    if not isinstance(kind, str):
+        raise ValueError("it must be an object with a type, such as {'type': 'text', 'text': ...}")
+    if kind not in known:
+        raise ValueError(f"blocks of the type {kind[:40]!r} are not read here: this model takes {', '.join(known)}")
+    return value
+
+
+def _check_text(value: Any) -> Any:
+    return _check_kind(("text",), value)
+
+
 Citations = Annotated[Any, BeforeValidator(_check_citations)]
-Texts = Annotated[list[TextBlock], BeforeValidator(_as_blocks), Field(max_length=MOST_BLOCKS)]
+Texts = Annotated[
+    list[Annotated[TextBlock, BeforeValidator(_check_text)]], BeforeValidator(_as_blocks), Field(max_length=MOST_BLOCKS)
+]
 
 
 class DocumentSource(JsonBody):
@@ -137,15 +152,6 @@ class SearchResultBlock(_Block):
 def _kind(value: Any) -> str:
     """Return the tag of a block, which is no part of its path."""
     return f"{HIDDEN}{value['type'] if isinstance(value, dict) else value.type}"
-
-
-def _check_kind(known: Sequence[str], value: Any) -> Any:
-    kind = value.get("type") if isinstance(value, dict) else None
-    if not isinstance(kind, str):
-        raise ValueError("it must be an object with a type, such as {'type': 'text', 'text': ...}")
-    if kind not in known:
-        raise ValueError(f"blocks of the type {kind[:40]!r} are not read here: this model takes {', '.join(known)}")
-    return value
 
 
 def _check_result(value: Any) -> Any:

@@ -111,7 +111,12 @@ class MessageAnswer:
 
     def _message(self) -> dict[str, Any]:
         """Return the message before its first token."""
-        names = {"id": self._id, "type": "message", "role": "assistant", "model": self._running.jobs[0].served.names[0]}
+        names = {
+            "id": self._id,
+            "type": "message",
+            "role": "assistant",
+            "model": self._body.model or self._running.jobs[0].served.names[0],
+        }
         return {**names, "content": [], "stop_reason": None, "stop_sequence": None, "usage": self._usage()}
 
     def _stop(self) -> dict[str, Any]:
