@@ -46,6 +46,10 @@ class OutOfMemoryError(FastMemoryError):
     """
 
 
+class GrammarError(SpeCacheError):
+    """The grammar of an answer became too complex in the middle, or the model cannot write it."""
+
+
 class QueueFullError(SpeCacheError):
     """A service has as many waiting requests as it takes. Try again later.
 

@@ -1,7 +1,11 @@
 """The logits processors that are applied to a draft token: those without state and random numbers.
 
 A draft token must never change the generated tokens. A processor with state or random numbers
-would, so it is left out; draft tokens then only match less often.
+would, so it is left out; draft tokens then only match less often. Of transformers' processors those
+without are listed here. Another one says so itself:
+
+    class MyProcessor(LogitsProcessor):
+        depends_on_input_ids_only = True  # equal input_ids and scores always give equal scores
 """
 
 from __future__ import annotations
@@ -36,8 +40,12 @@ class DraftProcessors:
 
     def __init__(self, processors: LogitsProcessorList) -> None:
         allowed = {getattr(logits_process, name) for name in _STATELESS if hasattr(logits_process, name)}
-        self._processors = LogitsProcessorList([p for p in processors if type(p) in allowed])
+        self._processors = LogitsProcessorList([one for one in processors if type(one) in allowed or _says_so(one)])
 
     def __call__(self, input_ids: Tensor, logits: Tensor) -> Tensor:
         """Return the scores [B, V] of the tokens that follow input_ids [B, S]."""
         return self._processors(input_ids, logits)
+
+
+def _says_so(processor: object) -> bool:
+    return getattr(processor, "depends_on_input_ids_only", False) is True

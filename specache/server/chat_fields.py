@@ -84,6 +84,19 @@ def _text_of_part(index: int, part: Any) -> str:
     return text
 
 
+def check_results(messages: list[ChatMessage]) -> None:
+    """Refuse results of calls that no message before them has.
+
+    Raises:
+        FieldError: says which.
+    """
+    calls: set[str] = set()
+    for index, message in enumerate(messages):
+        calls.update(call.id for call in message.tool_calls or ())
+        if message.tool_call_id is not None and message.tool_call_id not in calls:
+            raise FieldError(f"messages[{index}].tool_call_id", "no message before it has a call with this id")
+
+
 def check_variables(value: dict[str, Any] | None) -> dict[str, Any] | None:
     """Return the variables of a chat template, if they may be set.
 
@@ -155,6 +168,7 @@ class ChatBody(SamplingFields):
     @model_validator(mode="after")
     def _check_tools(self) -> ChatBody:
         check_tools(self.tools, self.tool_choice)
+        check_results(self.messages)
         return self
 
     @model_validator(mode="after")

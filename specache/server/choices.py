@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from specache.engine.events import Finished, NewToken
-from specache.server.answer_pieces import AnswerPiece, ReasoningPiece, TextPiece, ToolCall
+from specache.server.answer_pieces import AnswerPiece, ToolArguments, ToolCall, ToolCallBegin
 from specache.server.generation import PreparedJob
-from specache.templates.channels import Part
 
 
 @dataclass
@@ -28,36 +27,45 @@ class Choice:
     reason: str | None = None
 
     def __post_init__(self) -> None:
-        self._text = self.prepared.new_text()
+        self._answer = self.prepared.new_answer()
 
     @property
     def text(self) -> str:
         """Return the text so far; with reasoning, that of the final message."""
-        return self._text.text
+        return self._answer.text
 
     @property
     def reasoning(self) -> str | None:
         """Return the reasoning so far; `None` if there is none."""
-        return self._text.reasoning or None
+        return self._answer.reasoning or None
 
     @property
     def stop(self) -> str | None:
         """Return the stop text that ended the answer; `None` if none did."""
         last = self.tokens[-1].token_id if self.tokens and self.reason == "stop" else None
         special = self.prepared.served.special_tokens
-        return self._text.stop or next((one for one in self.prepared.stops if special.get(one, -1) == last), None)
+        return self._answer.stop or next((one for one in self.prepared.stops if special.get(one, -1) == last), None)
 
     def push(self, event: NewToken) -> list[AnswerPiece]:
         """Add a token and return the pieces that became final."""
         self.tokens.append(event)
-        if event.token_id in self.prepared.end_ids or self._text.ended:
+        if event.token_id in self.prepared.end_ids or self._answer.ended:
             return []
-        return _pieces(self._text.push(event.token_id))
+        return self._noted(self._answer.push(event.token_id))
 
     def finish(self, reason: str) -> list[AnswerPiece]:
         """End the answer and return the pieces held back."""
-        self.reason = reason
-        return _pieces(self._text.finish())
+        pieces = self._noted(self._answer.finish())
+        self.reason = "tool_calls" if self.tool_calls and reason == "stop" else reason
+        return pieces
+
+    def _noted(self, pieces: list[AnswerPiece]) -> list[AnswerPiece]:
+        for piece in pieces:
+            if isinstance(piece, ToolCallBegin):
+                self.tool_calls.append(ToolCall(piece.call_id, piece.name))
+            elif isinstance(piece, ToolArguments):
+                self.tool_calls[piece.index].arguments += piece.text
+        return pieces
 
 
 class Choices:
@@ -91,7 +99,3 @@ class Choices:
             "total_tokens": prompt + new,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
-
-
-def _pieces(texts: list[tuple[Part, str]]) -> list[AnswerPiece]:
-    return [TextPiece(text) if part is Part.TEXT else ReasoningPiece(text) for part, text in texts if text]

@@ -10,18 +10,22 @@ import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from specache.engine.answer_length import answer_limit
+from specache.engine.constraints import ConstrainedTokens, ConstraintsComplete
 from specache.engine.events import Job
 from specache.engine.generate import make_request
 from specache.engine.handle import Request
+from specache.server.answer_parser import AnswerParser, ChatContext
 from specache.server.chat_fields import ChatBody
 from specache.server.completion_fields import CompletionBody
 from specache.server.error_responses import ApiError
+from specache.server.grammar_spec import grammar_of
 from specache.server.penalties import RepeatPenalties
 from specache.server.sampling_fields import SamplingFields
 from specache.server.served_model import ServedModel
 from specache.server.settings import ServerSettings
 from specache.server.stop_criterion import TextEnds
-from specache.templates.answer_text import AnswerText
+from specache.server.tool_grammar import marker_tokens, tool_grammar
+from specache.templates.final_message import final_message
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class PreparedJob:
     Attributes:
         prompt_ids: the prompt's tokens.
         prompt_text: its text, if the request gave one.
-        is_chat: whether a chat template wrote the prompt.
+        chat: of the prompt that a chat template wrote; `None` for a raw text.
         end_ids: tokens that end an answer.
     """
 
@@ -39,13 +43,13 @@ class PreparedJob:
     served: ServedModel
     prompt_ids: list[int]
     prompt_text: str | None
-    is_chat: bool
+    chat: ChatContext | None
     end_ids: frozenset[int]
     stops: tuple[str, ...]
 
-    def new_text(self) -> AnswerText:
+    def new_answer(self) -> AnswerParser:
         """Return an empty answer."""
-        return self.served.new_text(self.prompt_ids if self.is_chat else None, self.stops)
+        return self.served.new_answer(self.chat, self.stops)
 
 
 class JobMaker:
@@ -67,8 +71,9 @@ class JobMaker:
             ApiError, SpeCacheError: 400.
         """
         ids = self.chat_prompt(body)
+        chat = ChatContext(ids, self._served.tool_format, body.tool_use)
         wanted = self._settings.default_new_tokens if body.wanted_tokens is None else body.wanted_tokens
-        return [self._job(body, ids, "messages", wanted, body.logprobs_per_token, is_chat=True)]
+        return [self._job(body, ids, "messages", wanted, body.logprobs_per_token, chat=chat)]
 
     def chat_prompt(self, body: ChatBody) -> list[int]:
         """Return the tokens of a conversation's prompt, tools included.
@@ -79,7 +84,7 @@ class JobMaker:
         self._check(body)
         if len(body.messages) > self._settings.most_messages:
             raise ApiError(400, f"A conversation may have {self._settings.most_messages:,} messages.", param="messages")
-        return self._served.encode_chat(body.messages, body.variables())
+        return self._served.encode_chat(body.messages, body.variables(), body.tool_use)
 
     def completion(self, body: CompletionBody) -> list[PreparedJob]:
         """Return the jobs of a request's prompts, in their order.
@@ -114,18 +119,20 @@ class JobMaker:
         *,
         text: str | None = None,
         echo: bool = False,
-        is_chat: bool = False,
+        chat: ChatContext | None = None,
     ) -> PreparedJob:
         new_tokens = self._new_tokens(ids, param, wanted)
         served = self._served
         stops = tuple(body.stop or ())
-        special = [served.special_tokens[stop] for stop in stops if stop in served.special_tokens]
-        end_ids = [*(served.chat_end_ids if is_chat else served.text_end_ids), *special]
+        ends = [*stops, *(chat.tool_format.ends if chat is not None and chat.callable else ())]
+        special = [served.special_tokens[end] for end in ends if end in served.special_tokens]
+        end_ids = list(dict.fromkeys((*(served.text_end_ids if chat is None else served.chat_end_ids), *special)))
 
-        def new_text() -> AnswerText:
-            return served.new_text(ids if is_chat else None, stops)
+        def new_answer() -> AnswerParser:
+            return served.new_answer(chat, stops)
 
-        request = self._request(body, ids, new_tokens, end_ids, new_text)
+        grammar = self._grammar(body, ids, end_ids, chat)
+        request = self._request(body, ids, new_tokens, end_ids, new_answer, grammar)
         job = Job(
             request,
             owner=self._prefix_owner(body.session),
@@ -135,8 +142,8 @@ class JobMaker:
             policy=body.policy,
             top_k=body.top_k_pairs,
         )
-        ends = frozenset() if body.ignore_eos else frozenset(end_ids)
-        return PreparedJob(job, served, ids, text, is_chat, ends, stops)
+        no_text = frozenset() if body.ignore_eos else frozenset(end_ids)
+        return PreparedJob(job, served, ids, text, chat, no_text, stops)
 
     def _new_tokens(self, ids: list[int], param: str, wanted: int) -> int:
         """Return the longest answer that the model's positions leave room for."""
@@ -153,16 +160,40 @@ class JobMaker:
             )
         return answer_limit(wanted, self._served.positions, len(ids)).new_tokens
 
+    def _grammar(
+        self, body: SamplingFields, ids: list[int], end_ids: list[int], chat: ChatContext | None
+    ) -> ConstrainedTokens | None:
+        """Return the grammar of the answers to a prompt, ready to run; `None` if they are free."""
+        served, spec = self._served, grammar_of(body)
+        if chat is not None and chat.callable is not None:
+            found = tool_grammar(served.grammars, chat.tool_format, chat.callable, marker_tokens(served.tokenizer), spec)
+        else:
+            found = None if spec is None else (spec, served.grammars.compile(spec))
+        if found is None:
+            return None
+        spec, grammar = found
+        final = final_message(served.tokenizer, ids) if chat is not None and spec.after_reasoning else None
+        return grammar.processor(body.answers, len(ids), end_ids, final)
+
     def _request(
-        self, body: SamplingFields, ids: list[int], new_tokens: int, end_ids: Sequence[int], new_text: Callable[[], AnswerText]
+        self,
+        body: SamplingFields,
+        ids: list[int],
+        new_tokens: int,
+        end_ids: Sequence[int],
+        new_answer: Callable[[], AnswerParser],
+        grammar: ConstrainedTokens | None,
     ) -> Request:
         served = self._served
         rows = torch.tensor([ids] * body.answers, device=served.model.device)
         criteria, processors = StoppingCriteriaList(), LogitsProcessorList()
-        if body.stop or new_text().has_channels:
-            criteria.append(TextEnds(new_text, body.answers, end_ids))
+        if new_answer().may_end:
+            criteria.append(TextEnds(new_answer, body.answers, end_ids))
         if body.presence_penalty or body.frequency_penalty:
             processors.append(RepeatPenalties(len(ids), body.presence_penalty or 0.0, body.frequency_penalty or 0.0))
+        if grammar is not None:  # last: what else changes the logits cannot allow what it forbids
+            processors.append(grammar)
+            criteria.append(ConstraintsComplete(grammar))
         arguments = body.arguments() | ({"eos_token_id": list(end_ids)} if end_ids else {})
         with served.making:
             request = make_request(

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from specache.config import Policy
+from specache.server.grammar_spec import GrammarSpec
 from specache.server.json_body import FieldError, JsonBody, check_json
 
 MOST_TOP_LOGPROBS = 20
@@ -127,6 +128,11 @@ class SamplingFields(JsonBody):
     def answers(self) -> int:
         """Return the number of answers to each prompt."""
         return self.n or 1
+
+    @property
+    def grammar_spec(self) -> GrammarSpec | None:
+        """Return the grammar that the request asks for; `None` for free text."""
+        return None
 
     @property
     def includes_usage(self) -> bool:

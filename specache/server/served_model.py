@@ -11,13 +11,16 @@ from functools import cached_property
 from typing import Any
 
 from specache.errors import ConfigError
+from specache.server.answer_parser import AnswerParser, ChatContext
 from specache.server.chat_fields import ChatMessage
+from specache.server.chat_prompt import ChatPrompt, characters
 from specache.server.error_responses import ApiError
+from specache.server.grammar_compiler import GrammarCompiler
 from specache.server.token_bytes import TokenBytes
-from specache.templates.answer_text import AnswerText
-from specache.templates.channels import channel_parser
+from specache.server.tool_formats.base import ToolFormat
+from specache.server.tool_use import ToolUse
 from specache.templates.end_tokens import end_tokens
-from specache.templates.template import ChatTemplate, Message, PromptError
+from specache.templates.template import ChatTemplate, PromptError
 
 
 @dataclass(frozen=True)
@@ -46,10 +49,12 @@ class ServedModel:
         on: no two threads may change that at once.
         """
         self.encode_text("a")
-        for _ in (self.token_bytes, self.vocabulary_size, self.longest_token, self.text_end_ids, self.chat_end_ids, self.pad_id):
-            pass
+        facts = ("token_bytes", "grammars", "vocabulary_size", "longest_token", "text_end_ids", "chat_end_ids", "pad_id")
+        for fact in facts:
+            getattr(self, fact)
         if self.template.exists:
             self.template.prepare()
+            _ = self.chat_prompt
 
     @cached_property
     def template(self) -> ChatTemplate:
@@ -59,6 +64,11 @@ class ServedModel:
     @cached_property
     def token_bytes(self) -> TokenBytes:
         return TokenBytes(self.tokenizer)
+
+    @cached_property
+    def grammars(self) -> GrammarCompiler:
+        """Return what compiles the grammars of requests."""
+        return GrammarCompiler(self.tokenizer, self.vocabulary_size)
 
     @cached_property
     def vocabulary_size(self) -> int:
@@ -104,10 +114,10 @@ class ServedModel:
                 param="model",
             )
 
-    def encode_chat(self, messages: Sequence[ChatMessage], variables: dict[str, Any]) -> list[int]:
+    def encode_chat(self, messages: Sequence[ChatMessage], variables: dict[str, Any], tools: ToolUse | None = None) -> list[int]:
         """Return the token ids of a conversation up to where the answer begins.
 
-        Special tokens that are spelled in a message are text.
+        Special tokens that are spelled in a message, a call or a tool are text.
 
         Raises:
             ApiError, SpeCacheError: there is no chat template, or it rejects these messages.
@@ -116,10 +126,11 @@ class ServedModel:
             raise ApiError(
                 400, "This model has no chat template. Use /v1/completions, with the whole prompt as a text.", param="messages"
             )
-        self.check_characters(sum(len(message.content) for message in messages), "messages")
+        self.check_characters(characters(messages), "messages")
         try:
-            template = self.template.with_variables(variables, datetime.now())
-            return template.encode([self._message(message) for message in messages])
+            prompt = self.chat_prompt
+            template = self.template.with_variables({**variables, **prompt.variables(tools)}, datetime.now())
+            return template.encode(prompt.messages(messages, tools))
         except ConfigError as error:  # a reserved variable
             raise ApiError(400, f"chat_template_kwargs: {error}", param="chat_template_kwargs") from error
         except PromptError as error:
@@ -163,17 +174,16 @@ class ServedModel:
                 param=param,
             )
 
-    def new_text(self, prompt: Sequence[int] | None, stops: Sequence[str] = ()) -> AnswerText:
-        """Return an empty answer to a chat's prompt, or (`None`) to a raw text."""
-        parser = None if prompt is None else channel_parser(self.tokenizer, prompt)
-        return AnswerText(self.tokenizer, stops, parser)
-
-    def _message(self, message: ChatMessage) -> Message:
-        role = message.role
-        if role == "developer" and "developer" not in self._template_text:
-            role = "system"
-        return {"role": role, "content": message.content}
+    def new_answer(self, chat: ChatContext | None, stops: Sequence[str] = ()) -> AnswerParser:
+        """Return an empty answer to a conversation, or (`None`) to a raw text."""
+        return AnswerParser(self.tokenizer, stops, chat)
 
     @cached_property
-    def _template_text(self) -> str:
-        return str(self.tokenizer.chat_template)
+    def chat_prompt(self) -> ChatPrompt:
+        """Return what writes conversations for the chat template."""
+        return ChatPrompt(self.template)
+
+    @property
+    def tool_format(self) -> ToolFormat:
+        """Return how the model is told about tools, and how it calls them."""
+        return self.chat_prompt.tool_format

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
-from specache.templates.answer_text import AnswerText
+from specache.server.answer_parser import AnswerParser
 
 
 class TextEnds(StoppingCriteria):
@@ -18,13 +18,13 @@ class TextEnds(StoppingCriteria):
     It decodes the text as the stream of the answer does, so both end at the same character.
 
     Args:
-        new_text: makes the text of one row.
+        new_answer: makes an empty answer.
         rows: answers of the request.
         end_ids: tokens that end an answer, and are no part of its text.
     """
 
-    def __init__(self, new_text: Callable[[], AnswerText], rows: int, end_ids: Collection[int]) -> None:
-        self._texts = [new_text() for _ in range(rows)]
+    def __init__(self, new_answer: Callable[[], AnswerParser], rows: int, end_ids: Collection[int]) -> None:
+        self._texts = [new_answer() for _ in range(rows)]
         self._end_ids = frozenset(end_ids)
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 
 from specache.server.json_body import FieldError, JsonBody, check_json
 
-MOST_TOOLS = 256
+MOST_TOOLS = 128
 LONGEST_CALL_ID = 256  # characters
 DEEPEST_SCHEMA = 48  # levels of JSON; an object within an object takes three of them
 _MOST_SCHEMA_VALUES = 4000

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from specache.server.tool_fields import ToolChoice, ToolDefinition, ToolFunction
 Choice = Literal["none", "auto", "required"] | ToolChoice | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ToolUse:
     """The tools of a request.
 
@@ -51,6 +51,16 @@ class ToolUse:
     def names(self) -> frozenset[str]:
         """Return the names that a call may have."""
         return frozenset(one.name for one in self.callable)
+
+    @property
+    def has_strict(self) -> bool:
+        """Return whether a call must match its schema, or the request is refused."""
+        return any(one.strict for one in self.callable)
+
+    def loosened(self) -> ToolUse:
+        """Return the same tools, whose arguments may be any object unless they are strict."""
+        loose = {"parameters": {"type": "object"}}
+        return replace(self, functions=tuple(one if one.strict else one.model_copy(update=loose) for one in self.functions))
 
     def described(self) -> list[dict[str, Any]]:
         """Return the tools in OpenAI's form and the order of the request, for chat templates."""

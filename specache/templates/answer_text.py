@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from specache.templates.channels import ChannelParser, Part, Piece
 
 _HALF_A_CHARACTER = "\N{REPLACEMENT CHARACTER}"
+_WRITTEN = (Part.TEXT, Part.REASONING)
 
 
 class TextAssembler:
@@ -21,16 +22,20 @@ class TextAssembler:
         tokenizer: decodes the tokens.
         stops: stop strings.
         strip_start: omit leading whitespace.
+        shown: special tokens that are part of the text, id -> text.
 
     Attributes:
         stop: the stop string that ended the text; None until then.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = (), *, strip_start: bool = False) -> None:
+    def __init__(
+        self, tokenizer: Any, stops: Sequence[str] = (), *, strip_start: bool = False, shown: Mapping[int, str] | None = None
+    ) -> None:
         self._tokenizer = tokenizer
         self._special_ids = frozenset(getattr(tokenizer, "all_special_ids", ()))
         self._stops = tuple(stops)
         self._strip_start = strip_start
+        self._shown = shown or {}
         self._after_special = self._begins = False  # what precedes the next text
         self._ids: list[int] = []
         self._context = 0  # first token of the text that was returned last
@@ -51,6 +56,8 @@ class TextAssembler:
 
     def push(self, token_id: int) -> str:
         """Add a token and return the text that became final, often none."""
+        if token_id in self._shown:
+            return self._push_shown(self._shown[token_id])
         self._ids.append(token_id)
         self._after_special |= token_id in self._special_ids
         self._decode()
@@ -58,14 +65,25 @@ class TextAssembler:
 
     def begin_message(self) -> None:
         """Begin a new message: on a new line, if there is text before it."""
-        self._decode(last=True)
-        self._context = self._decoded = len(self._ids)
+        self._end_part()
         self._begins = True
 
     def finish(self) -> str:
         """End the sequence and return the text held back."""
         self._decode(last=True)
         return self._hand_out(len(self._text))
+
+    def _push_shown(self, text: str) -> str:
+        self._end_part()
+        self._after_special = False
+        self._add(text)
+        self._cut_at_stop()
+        return self._hand_out(len(self._text) - self._undecided())
+
+    def _end_part(self) -> None:
+        """Decode what there is. Text behind it does not depend on it."""
+        self._decode(last=True)
+        self._context = self._decoded = len(self._ids)
 
     def _decode(self, last: bool = False) -> None:
         """Decode new tokens together with earlier ones, or tokenizers drop the space in front."""
@@ -115,12 +133,20 @@ class AnswerText:
         tokenizer: decodes the tokens.
         stops: stop strings.
         parser: assigns tokens to parts; None: everything is text.
+        shown: special tokens that are part of the text, id -> text.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str], parser: ChannelParser | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        stops: Sequence[str],
+        parser: ChannelParser | None = None,
+        shown: Mapping[int, str] | None = None,
+    ) -> None:
         self.token_ids: list[int] = []
+        self._tokenizer = tokenizer
         self._parser = parser
-        self._parts = {part: TextAssembler(tokenizer, stops, strip_start=parser is not None) for part in Part}
+        self._parts = {part: TextAssembler(tokenizer, stops, strip_start=parser is not None, shown=shown) for part in _WRITTEN}
 
     @property
     def has_channels(self) -> bool:
@@ -143,6 +169,11 @@ class AnswerText:
         return next((part.stop for part in self._parts.values() if part.stop is not None), None)
 
     @property
+    def calls(self) -> Sequence[str]:
+        """Return the tool of every call so far whose arguments are a part of their own."""
+        return () if self._parser is None else self._parser.calls
+
+    @property
     def ended(self) -> bool:
         """Return True after a stop string or the end of a final message: the answer is complete."""
         return any(part.stopped for part in self._parts.values()) or (self._parser is not None and self._parser.ended)
@@ -163,8 +194,10 @@ class AnswerText:
     def _assembled(self, pieces: list[Piece]) -> list[tuple[Part, str]]:
         texts = []
         for piece in pieces:
+            if piece.part is Part.CALL and (piece.begins or Part.CALL not in self._parts):
+                self._parts[Part.CALL] = TextAssembler(self._tokenizer)
+            elif piece.begins:
+                self._parts[piece.part].begin_message()
             assembler = self._parts[piece.part]
-            if piece.begins:
-                assembler.begin_message()
             texts += [(piece.part, assembler.push(token_id)) for token_id in piece.token_ids]
         return texts

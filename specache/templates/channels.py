@@ -11,7 +11,8 @@ of those models look for them in it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -21,12 +22,15 @@ PAIRS = (
     *(("<seed:think>", "</seed:think>"), ("<|begin_of_thought|>", "<|end_of_thought|>"), ("<reasoning>", "</reasoning>")),
 )
 
+_RECIPIENT = re.compile(r"to=functions\.([^\s<]+)")
+
 
 class Part(Enum):
     """The part of an answer that a token belongs to."""
 
     TEXT = "the final message"
-    REASONING = "reasoning, or a call of a tool"
+    REASONING = "reasoning, or a message to a tool"
+    CALL = "the arguments of a call of a tool"
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class ChannelTokens:
         return cls(start, channel, message, end, frozenset(ids[text] for text in ("<|return|>", "<|call|>") if text in ids))
 
 
-def channel_parser(tokenizer: Any, prompt: Sequence[int]) -> ChannelParser | None:
+def channel_parser(tokenizer: Any, prompt: Sequence[int], tools: Collection[str] = ()) -> ChannelParser | None:
     """Return the parser of the answer to a prompt that a chat template wrote.
 
     It assigns the tokens of the answer to parts as they are generated. `push` adds a token and
@@ -67,10 +71,13 @@ def channel_parser(tokenizer: Any, prompt: Sequence[int]) -> ChannelParser | Non
     `ended` is True if the final message is complete although no end token of the model says so.
 
     Return None for a model without channels.
+
+    Args:
+        tools: names of tools; a message to one of them is a call. One to another is reasoning.
     """
     tokens = ChannelTokens.of(tokenizer)
     if tokens is not None:
-        return HarmonyParser(tokenizer, tokens, prompt)
+        return HarmonyParser(tokenizer, tokens, prompt, tools)
     special = {token.content: i for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special}
     pairs = {special[begin]: special[end] for begin, end in PAIRS if begin in special and end in special}
     return PairParser(pairs, prompt) if pairs else None
@@ -84,6 +91,7 @@ class PairParser:
     """
 
     ended = False
+    calls: Sequence[str] = ()
 
     def __init__(self, pairs: dict[int, int], prompt: Sequence[int]) -> None:
         self._pairs = pairs
@@ -115,10 +123,15 @@ class HarmonyParser:
     The message on channel `final`, or without a channel, is the text. A model tuned without
     channels writes its answer where a header would be, so tokens that cannot be a header are text
     too.
+
+    Attributes:
+        calls: the tool of every call so far; its arguments follow.
     """
 
-    def __init__(self, tokenizer: Any, tokens: ChannelTokens, prompt: Sequence[int]) -> None:
+    def __init__(self, tokenizer: Any, tokens: ChannelTokens, prompt: Sequence[int], tools: Collection[str] = ()) -> None:
         self.ended = False
+        self.calls: list[str] = []
+        self._tools = tools
         self._tokenizer = tokenizer
         self._tokens = tokens
         self._markers = {tokens.start, tokens.channel, tokens.message, tokens.end, *tokens.answer_ends}
@@ -168,8 +181,16 @@ class HarmonyParser:
         if role and not role.startswith(("assistant", "to=")):
             return None
         if "to=" in role or "to=" in channel:
-            return Part.REASONING
+            return self._part_of_recipient()
         return Part.TEXT if self._channel is None or channel.split()[:1] in ([], ["final"]) else Part.REASONING
+
+    def _part_of_recipient(self) -> Part:
+        header = str(self._tokenizer.decode([*self._role, *(self._channel or [])], skip_special_tokens=False))
+        recipient = _RECIPIENT.search(header)
+        if recipient is None or recipient[1] not in self._tools:
+            return Part.REASONING
+        self.calls.append(recipient[1])
+        return Part.CALL
 
     def _release(self) -> list[Piece]:
         """Return the tokens of a presumed header as text of the message."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from functools import cached_property
@@ -16,7 +16,7 @@ from specache.templates.dates import fixed_date
 from specache.templates.markers import ControlTokens, HiddenMarkers, control_tokens, template_text
 from specache.templates.split_encoding import Pieces, SplitEncoder, split_encoder
 
-Message = dict[str, str]  # one message as chat templates take it: `role` and `content`
+Message = dict[str, Any]  # as chat templates take it: `role`, `content`, and perhaps `tool_calls` and others
 
 _OURS = {  # arguments of `apply_chat_template` that are not for users
     *("conversation", "messages", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize", "padding"),
@@ -32,8 +32,8 @@ class PromptError(SpeCacheError):
 class ChatTemplate:
     """A model's chat template with the variables and date of one conversation.
 
-    Markers in a message's text are text and become no control tokens. Ordinary text gets the same
-    tokens as from `apply_chat_template`.
+    Markers in a message's text, in calls of tools and in variables (`tools` is one) are text and
+    become no control tokens. Ordinary text gets the same tokens as from `apply_chat_template`.
 
     Args:
         tokenizer: the model's tokenizer; it may have no template.
@@ -123,7 +123,7 @@ class ChatTemplate:
             PromptError: it rejects these messages.
         """
         hidden = HiddenMarkers()
-        inside = [{**one, "content": hidden.hide(one["content"], self._forbidden(one["role"]))} for one in messages]
+        inside = self._changed(messages, hidden.hide)
         variables = _map_texts(self.variables, lambda text: hidden.hide(text, self.tokens.all))
         prefix = hidden.hide(answer_prefix, self.tokens.special)
         text = self.render(messages) + answer_prefix
@@ -152,8 +152,23 @@ class ChatTemplate:
     def _tokenize(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    def _changed(self, messages: Sequence[Message], change: Callable[[str, Mapping[str, int]], str]) -> list[Message]:
+        """Return messages with every text in them changed.
+
+        Args:
+            change: maps a text, and the markers that are text in it.
+        """
+
+        def changed(message: Message, name: str, value: Any) -> Any:
+            if name == "role":
+                return value
+            markers = self._forbidden(message["role"]) if name == "content" else self.tokens.all
+            return _map_texts(value, lambda text: change(text, markers))
+
+        return [{name: changed(one, name, value) for name, value in one.items()} for one in messages]
+
     def _forbidden(self, role: str) -> Mapping[str, int]:
-        """Return the markers that are text in a message of this role.
+        """Return the markers that are text in the content of a message of this role.
 
         A model's own answer may contain its `<think>` and `<tool_call>`.
         """
@@ -197,7 +212,7 @@ class ChatTemplate:
                 text = text.replace(marker, "\N{ZERO WIDTH SPACE}".join(marker))
             return text
 
-        changed = [{**one, "content": spell(one["content"], self._forbidden(one["role"]))} for one in messages]
+        changed = self._changed(messages, spell)
         variables = _map_texts(self.variables, lambda text: spell(text, self.tokens.all))
         text = _before(self._render(changed, variables, True) + spell(answer_prefix, self.tokens.special), cut)
         ids = self._tokenize(text)
@@ -214,7 +229,8 @@ class ChatTemplate:
         return ids
 
     def _markers_in(self, messages: Sequence[Message]) -> list[str]:
-        return [marker for marker in self.tokens.all if any(marker in one["content"] for one in messages)]
+        texts = list(_texts([*messages, self.variables]))
+        return [marker for marker in self.tokens.all if any(marker in text for text in texts)]
 
     def _control_ids(self, ids: Sequence[int]) -> list[int]:
         """Return the control tokens among token ids, without the unknown token."""
@@ -229,12 +245,28 @@ def _before(text: str, cut: str | None) -> str:
     return text if cut is None else text.partition(cut)[0]
 
 
-def _map_texts(value: Any, change: Any) -> Any:
-    """Return a JSON value with every text in it mapped, except keys of objects."""
+def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """Return a JSON value with every text in it mapped.
+
+    Keys of objects are mapped too, except words: templates look fields up by them.
+    """
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
-        return {key: _map_texts(each, change) for key, each in value.items()}
+        return {key if key.isidentifier() else change(key): _map_texts(each, change) for key, each in value.items()}
     if isinstance(value, list):
         return [_map_texts(each, change) for each in value]
     return value
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield every text of a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, each in value.items():
+            yield key
+            yield from _texts(each)
+    elif isinstance(value, list):
+        for each in value:
+            yield from _texts(each)

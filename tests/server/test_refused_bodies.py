@@ -89,8 +89,8 @@ def test_a_wrong_value_of_a_chat_is_refused_by_its_name(client, name, value):
         ({"role": "user", "content": [{"type": "text"}]}, "messages[0].content"),
         ({"role": "user", "content": ["a"]}, "messages[0].content"),
         ({"role": "user", "content": "a", "extra": 1}, "messages[0].extra"),
-        ({"role": "tool", "content": "a", "tool_call_id": "x"}, "messages[0]"),
-        ({"role": "assistant", "content": "a", "tool_calls": [{"id": "x"}]}, "messages[0]"),
+        ({"role": "tool", "content": "a", "tool_call_id": "x"}, "messages[0].tool_call_id"),
+        ({"role": "assistant", "content": "a", "tool_calls": [{"id": "x"}]}, "messages[0].tool_calls[0].function"),
     ],
 )
 def test_a_wrong_message_is_refused_by_its_place(client, message, param):

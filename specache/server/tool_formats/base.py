@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from secrets import token_hex
 from typing import Any, ClassVar, Protocol
 
 from specache.server.answer_pieces import AnswerPiece
@@ -34,20 +35,23 @@ class ToolFormat(Protocol):
     """The form of one family of models.
 
     Attributes:
-        name: how the log and docs call it.
+        name: how docs call it.
         markers: texts that the parser looks for. Special tokens among them are part of its text.
         ends: special tokens that end an answer with calls, beside the model's own.
         takes_tools: whether the chat template reads the variable `tools`.
+        after_reasoning: whether the grammar describes what follows reasoning. If not, it describes
+            the answer from its first token.
     """
 
     name: ClassVar[str]
     markers: ClassVar[tuple[str, ...]]
     ends: ClassVar[tuple[str, ...]]
     takes_tools: ClassVar[bool]
+    after_reasoning: ClassVar[bool]
 
     @classmethod
-    def recognises(cls, template: str, tokens: frozenset[str]) -> bool:
-        """Return whether a model is of this family.
+    def of(cls, template: str, tokens: frozenset[str]) -> ToolFormat | None:
+        """Return the format of a model; `None` if it is of another family.
 
         Args:
             template: the text of its chat template.
@@ -58,22 +62,34 @@ class ToolFormat(Protocol):
     def messages(self, messages: Sequence[Message], tools: ToolUse | None) -> list[Message]:
         """Return a conversation as the chat template takes it.
 
-        It depends on nothing but its arguments, message by message: the beginning of a longer
-        conversation has the same tokens, so that stored prefixes can be used.
+        It depends on its arguments alone, and the beginning of a longer conversation stays as it
+        is, so that stored prefixes can be used.
         """
         ...
 
-    def parser(self, tools: ToolUse) -> CallParser:
-        """Return the parser of an answer's text."""
+    def parser(self, tools: ToolUse) -> CallParser | None:
+        """Return the parser of an answer's text; `None` if calls are no part of the text.
+
+        In the harmony format they are messages of their own (`templates/channels.py`).
+        """
         ...
 
-    def grammar(self, tools: ToolUse, token: Token) -> str:
+    def grammar(self, tools: ToolUse, token: Token, text: str | None) -> str:
         """Return the Lark grammar of an answer, in llguidance's dialect.
 
-        If a call is not required, any text may be there in its place or in front of it.
+        If a call is not required, text may be there in its place or in front of it.
+
+        Args:
+            token: how the grammar names a marker.
+            text: the grammar of text in place of a call, as an expression; `None` is any text.
         """
         ...
 
     def new_call_id(self) -> str:
         """Return the identifier of a new call."""
         ...
+
+
+def new_call_id() -> str:
+    """Return an identifier as OpenAI's look."""
+    return f"call_{token_hex(12)}"

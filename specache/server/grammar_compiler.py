@@ -1,0 +1,150 @@
+"""Compiles grammars, on worker threads and within bounds, and keeps those in use."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Collection
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from specache.engine.constraints import ConstrainedTokens
+from specache.server.error_responses import ApiError
+from specache.server.grammar_limits import check_grammar_text, parser_limits
+from specache.server.grammar_matcher import GrammarMatcher, first_line
+from specache.server.grammar_spec import GrammarSpec
+from specache.templates.final_message import FinalMessage
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+    from llguidance._lib import JsonCompileOptions
+
+_MOST_KEPT = 64
+_MOST_KEPT_CHARACTERS = 1 << 20
+_END = "<|specache: end of grammar|>"
+# One space at most, so that no answer is spaces without end. A request cannot set these options.
+_JSON_OPTIONS: JsonCompileOptions = {
+    "item_separator": ",",
+    "key_separator": ":",
+    "whitespace_pattern": " ?",
+    "whitespace_flexible": True,
+    "coerce_one_of": False,
+    "lenient": False,
+}
+
+
+class CompiledGrammar:
+    """A grammar that is ready for answers. Every method may run in any thread.
+
+    Args:
+        matcher: at the beginning of the grammar, with the first mask computed.
+    """
+
+    def __init__(self, matcher: LLMatcher, end_of_grammar: int, vocabulary: int) -> None:
+        self._matcher = matcher
+        self._lock = threading.Lock()
+        self._end_of_grammar = end_of_grammar
+        self._vocabulary = vocabulary
+
+    def processor(
+        self, rows: int, prompt_length: int, end_ids: Collection[int] = (), final: FinalMessage | None = None
+    ) -> ConstrainedTokens:
+        """Return the logits processor of one request.
+
+        Args:
+            rows: its answers.
+            prompt_length: tokens in front of them.
+            end_ids: tokens that end an answer.
+            final: where the grammar begins; `None`: at the first token.
+        """
+        with self._lock:
+            matchers = [self._matcher.deep_copy() for _ in range(rows)]
+        return ConstrainedTokens(
+            [GrammarMatcher(one, self._end_of_grammar, self._vocabulary, end_ids, final) for one in matchers], prompt_length
+        )
+
+
+class GrammarCompiler:
+    """Compiles the grammars of a model's requests, one at a time.
+
+    Args:
+        tokenizer: of the model.
+        vocabulary: the tokens V that the model has logits for.
+    """
+
+    def __init__(self, tokenizer: Any, vocabulary: int) -> None:
+        self._tokenizer = tokenizer
+        self._vocabulary = vocabulary
+        self._compiling = threading.Lock()
+        self._kept: OrderedDict[GrammarSpec, CompiledGrammar] = OrderedDict()
+
+    def compile(self, spec: GrammarSpec) -> CompiledGrammar:
+        """Compile a grammar and its first mask, or return it from an earlier request.
+
+        Raises:
+            ApiError: 400, says what is wrong and names the keyword if there is one.
+        """
+        check_grammar_text(spec)
+        with self._compiling:
+            if spec in self._kept:
+                self._kept.move_to_end(spec)
+                return self._kept[spec]
+            compiled = self._compiled(spec)
+            self._kept[spec] = compiled
+            while len(self._kept) > _MOST_KEPT or sum(len(one.text) for one in self._kept) > _MOST_KEPT_CHARACTERS:
+                self._kept.popitem(last=False)
+            return compiled
+
+    def _compiled(self, spec: GrammarSpec) -> CompiledGrammar:
+        from llguidance import LLMatcher
+
+        tokenizer, end_of_grammar = self._grammar_tokenizer(spec.param)
+        try:
+            text = _grammar_text(spec)
+        except ValueError as error:
+            raise _refused(spec, str(error)) from None
+        matcher = LLMatcher(tokenizer, text, limits=parser_limits(), log_level=0)
+        if not matcher.is_error():
+            matcher.compute_bitmask()
+        if matcher.is_error():
+            raise _refused(spec, matcher.get_error())
+        return CompiledGrammar(matcher, end_of_grammar, self._vocabulary)
+
+    def _grammar_tokenizer(self, param: str) -> tuple[LLTokenizer, int]:
+        """Return the tokenizer as llguidance needs it, and the token of a grammar's end."""
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise ApiError(
+                400, f"{param}: this model's tokenizer is not one that grammars work with (tokenizer.json).", param=param
+            )
+        return self._converted
+
+    @cached_property
+    def _converted(self) -> tuple[LLTokenizer, int]:
+        """Convert the tokenizer, with one more token: models end answers by several, or by none."""
+        from llguidance import LLTokenizer
+        from tokenizers import AddedToken, Tokenizer
+
+        copy = Tokenizer.from_str(self._tokenizer.backend_tokenizer.to_str())
+        copy.no_padding()
+        copy.no_truncation()
+        copy.add_special_tokens([AddedToken(_END, special=True)])
+        end = copy.get_vocab(with_added_tokens=True)[_END]
+        return LLTokenizer(copy.to_str(), n_vocab=max(self._vocabulary, end + 1), eos_token=end), end
+
+
+def _grammar_text(spec: GrammarSpec) -> str:
+    """Return a grammar as llguidance reads it."""
+    from llguidance import LLMatcher
+    from llguidance.gbnf_to_lark import any_to_lark
+
+    if spec.kind == "regex":
+        return LLMatcher.grammar_from_regex(spec.text)
+    if spec.kind == "lark":
+        return LLMatcher.grammar_from_lark(any_to_lark(spec.text))
+    schema = '{"type": "object"}' if spec.kind == "json_object" else spec.text
+    return LLMatcher.grammar_from_json_schema(schema, overrides=_JSON_OPTIONS)
+
+
+def _refused(spec: GrammarSpec, message: str) -> ApiError:
+    return ApiError(400, f"{spec.param}: {first_line(message)}.", param=spec.param, code="invalid_grammar")
