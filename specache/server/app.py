@@ -14,8 +14,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from specache.errors import SpeCacheError
 from specache.server import health
 from specache.server.app_state import AppState
-from specache.server.error_responses import ApiError, answer_api_error, answer_http_error
+from specache.server.error_responses import ApiError, answer_api_error, answer_http_error, error_response
 from specache.server.keys import KeyRing
+from specache.server.request_context import RequestContext
 from specache.server.request_log import RequestLog
 from specache.server.security import OPEN_TO_ALL, Guard
 from specache.server.settings import ServerSettings
@@ -73,7 +74,7 @@ class ServerApp:
                 if path not in WITHOUT_MODEL:
                     self.state.ready()
             except ApiError as error:
-                await error.response(scope, receive, send)
+                await error_response(error, RequestContext.of(scope))(scope, receive, send)
                 return
         await self._routes(scope, receive, send)
 

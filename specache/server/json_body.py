@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pydantic_core
@@ -73,21 +73,21 @@ def parse_body(data: bytes, kind: type[_Body]) -> _Body:
         raise invalid_body(error) from None
 
 
-def invalid_body(error: ValidationError, names: Mapping[str, str] | None = None) -> ApiError:
+def invalid_body(error: ValidationError, rename: Callable[[str], str] | None = None) -> ApiError:
     """Return the answer to a body whose fields are wrong: it names the first one.
 
     Args:
-        names: what fields of the body are called in the request, where that differs.
+        rename: returns what the request calls a field of the body.
     """
     found = error.errors(include_url=False, include_input=False)
     first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
-    place = first["loc"]
-    if names and place and place[0] in names:
-        place = (names[str(place[0])], *place[1:])
-    param = _path(place)
+    param = _path(first["loc"])
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, FieldError):
         param = f"{param}.{cause.field}" if param else cause.field
+    if rename is not None:
+        param = rename(param)
+    if isinstance(cause, FieldError):
         return ApiError(400, f"{param}: {cause.reason}.", param=param, code="invalid_value")
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"Unknown field {param}. docs/server.md lists the fields.", param=param, code="unknown_field")

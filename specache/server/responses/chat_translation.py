@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,12 +22,13 @@ from specache.server.responses.response_fields import AllowedTools, NamedTool, R
 from specache.server.sampling_fields import SamplingFields
 from specache.server.tool_fields import ToolCallFields, ToolCallFunction
 
-_NAMES = {  # field of a chat request -> what it is called here
-    "messages": "input",
-    "response_format": "text.format",
-    "max_completion_tokens": "max_output_tokens",
-    "reasoning_effort": "reasoning.effort",
-}
+_NAMES = (  # of fields of a chat request -> of this API
+    (re.compile(r"^messages\b"), "input"),
+    (re.compile(r"^response_format(\.json_schema)?"), "text.format"),
+    (re.compile(r"^max_completion_tokens\b"), "max_output_tokens"),
+    (re.compile(r"^reasoning_effort\b"), "reasoning.effort"),
+    (re.compile(r"^(tools\[\d+\])\.function\b"), r"\1"),
+)
 _OWN = frozenset({"n", "metadata", "stream_options"})  # fields that mean something else here
 
 
@@ -54,18 +56,23 @@ def chat_body(body: ResponsesBody, messages: Sequence[ChatMessage]) -> ChatBody:
     try:
         return ChatBody.model_validate({**shared, **fields})
     except ValidationError as error:
-        raise invalid_body(error, _NAMES) from None
+        raise invalid_body(error, _name) from None
 
 
 def in_these_names(error: ApiError) -> ApiError:
     """Return an error about a chat request in the names of this API."""
-    name = error.param or ""
-    head = next((one for one in _NAMES if name == one or name.startswith((f"{one}.", f"{one}["))), None)
-    if head is None:
-        return error
-    param = _NAMES[head] + name.removeprefix(head)
-    message = param + error.message.removeprefix(name) if error.message.startswith(name) else error.message
+    param = error.param and _name(error.param)
+    message = error.message
+    if error.param and message.startswith(error.param):
+        message = f"{param}{message.removeprefix(error.param)}"
     return ApiError(error.status, message, code=error.code, param=param, headers=error.headers)
+
+
+def _name(field: str) -> str:
+    """Return what this API calls a field of a chat request."""
+    for pattern, name in _NAMES:
+        field = pattern.sub(name, field)
+    return field
 
 
 def chat_messages(items: Sequence[InputItem], instructions: str | None) -> list[ChatMessage]:

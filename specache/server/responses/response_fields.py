@@ -181,6 +181,13 @@ class ResponsesBody(SamplingFields):
             raise ValueError("it must be none, auto, required, or an object of the type function or allowed_tools")
         return _CHOICES[kind].model_validate(value)
 
+    @field_validator("response_format", mode="before")
+    @classmethod
+    def _check_format(cls, value: Any) -> Any:
+        if value is not None:
+            raise ValueError("it is the name of chats. Use text.format")
+        return value
+
     @field_validator("background")
     @classmethod
     def _check_background(cls, value: bool | None) -> bool | None:

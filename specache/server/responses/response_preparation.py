@@ -1,4 +1,4 @@
-"""From the body of a request to a job, on a worker thread: history, messages, prompt."""
+"""From the body of a request to a job: history, messages, prompt."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from specache.server.app_state import AppState
+from specache.server.chat_fields import ChatBody
 from specache.server.error_responses import ApiError
 from specache.server.generation import JobMaker, PreparedJob
 from specache.server.request_context import RequestContext
@@ -42,23 +43,61 @@ class PreparedResponse:
         return item_id(prefix, self.head.hex, len(self.input_items) + place)
 
 
-def prepare_response(state: AppState, context: RequestContext, body: ResponsesBody) -> PreparedResponse:
+async def prepare_response(state: AppState, context: RequestContext, body: ResponsesBody) -> PreparedResponse:
     """Return the response to a request before its first token.
 
     Raises:
         ApiError, SpeCacheError: 400; 404, what it goes on from is not stored.
     """
     served, _ = state.ready()
-    parent = _hold_parent(state, context, body)
-    items = resolved(body.input, state.responses, context.owner)
-    prompts = _Prompts(JobMaker(served, state.settings, context.owner), body, state.settings.default_new_tokens)
+    conversation = await state.work(_Conversation.read, state, context, body)
+    prompts = _Prompts(JobMaker(served, state.settings, context.owner), conversation, state.settings.default_new_tokens)
     try:
-        jobs = prompts.jobs([*_history(parent), *items])
+        jobs = await state.make_jobs(prompts.jobs, conversation.chat)
     except ApiError as error:
         raise in_these_names(error) from None
     head = ResponseObject(body, served.names[0])
-    stored = [item.to_json(item_id(item.prefix, head.hex, place)) for place, item in enumerate(items)]
-    return PreparedResponse(body, head, jobs, stored, parent)
+    stored = [item.to_json(item_id(item.prefix, head.hex, place)) for place, item in enumerate(conversation.own)]
+    return PreparedResponse(body, head, jobs, stored, conversation.parent)
+
+
+def count_prompt(state: AppState, context: RequestContext, body: ResponsesBody) -> int:
+    """Return the tokens of a request's prompt, on a worker thread.
+
+    Raises:
+        ApiError, SpeCacheError: as `prepare_response`.
+    """
+    served, _ = state.ready()
+    conversation = _Conversation.read(state, context, body)
+    try:
+        return len(JobMaker(served, state.settings, context.owner).chat_prompt(conversation.chat))
+    except ApiError as error:
+        raise in_these_names(error) from None
+
+
+@dataclass(frozen=True)
+class _Conversation:
+    """What a request says, with what it goes on from.
+
+    Attributes:
+        own: the items of the request itself.
+        items: these and all before them.
+        chat: the same as a chat request.
+    """
+
+    body: ResponsesBody
+    parent: StoredTurn | None
+    own: list[InputItem]
+    items: list[InputItem]
+    chat: ChatBody
+
+    @classmethod
+    def read(cls, state: AppState, context: RequestContext, body: ResponsesBody) -> _Conversation:
+        """Return the conversation of a request. On a worker thread."""
+        parent = _hold_parent(state, context, body)
+        own = resolved(body.input, state.responses, context.owner)
+        items = [*_history(parent), *own]
+        return cls(body, parent, own, items, chat_body(body, chat_messages(items, body.instructions)))
 
 
 def _hold_parent(state: AppState, context: RequestContext, body: ResponsesBody) -> StoredTurn | None:
@@ -80,19 +119,23 @@ def _history(parent: StoredTurn | None) -> list[InputItem]:
 class _Prompts:
     """Makes the job of a conversation."""
 
-    def __init__(self, maker: JobMaker, body: ResponsesBody, default_new_tokens: int) -> None:
+    def __init__(self, maker: JobMaker, conversation: _Conversation, default_new_tokens: int) -> None:
         self._maker = maker
-        self._body = body
-        self._wanted = default_new_tokens if body.max_output_tokens is None else body.max_output_tokens
+        self._conversation = conversation
+        limit = conversation.body.max_output_tokens
+        self._wanted = default_new_tokens if limit is None else limit
 
-    def jobs(self, items: list[InputItem]) -> list[PreparedJob]:
+    def jobs(self, chat: ChatBody) -> list[PreparedJob]:
         """Return the job of all items, or of those that fit if the request says so."""
-        if self._body.truncation == "auto":
-            return PromptTruncation(self._whole, self._has_room).longest(items)
-        return self._whole(items)
+        body, items = self._conversation.body, self._conversation.items
+        if body.truncation != "auto":
+            return self._maker.chat(chat)
 
-    def _whole(self, items: list[InputItem]) -> list[PreparedJob]:
-        return self._maker.chat(chat_body(self._body, chat_messages(items, self._body.instructions)))
+        def whole(kept: list[InputItem]) -> list[PreparedJob]:
+            messages = chat_messages(kept, body.instructions)
+            return self._maker.chat(chat.model_copy(update={"messages": messages}))
+
+        return PromptTruncation(whole, self._has_room).longest(items)
 
     def _has_room(self, jobs: list[PreparedJob]) -> bool:
         """Return whether there is room for the answer that was asked for, or for a usual one."""

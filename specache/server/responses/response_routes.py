@@ -14,7 +14,7 @@ from specache.server.json_body import read_body
 from specache.server.request_context import RequestContext
 from specache.server.responses.response_answer import ResponseAnswer
 from specache.server.responses.response_fields import ResponsesBody
-from specache.server.responses.response_preparation import prepare_response
+from specache.server.responses.response_preparation import count_prompt, prepare_response
 from specache.server.responses.response_store import StoredTurn
 from specache.server.responses.stored_items import items_up_to
 from specache.server.running_jobs import RunningJobs, while_connected
@@ -32,7 +32,7 @@ async def create_response(http: Request) -> Response:
     body = await read_body(http, state, ResponsesBody)
     state.ready()
     state.open_stream(context)
-    prepared = await state.work(prepare_response, state, context, body)
+    prepared = await prepare_response(state, context, body)
     running = RunningJobs(state, context, prepared.jobs)
     await running.start()
     answer = ResponseAnswer(state, running, prepared, context.owner)
@@ -46,8 +46,7 @@ async def count_input_tokens(http: Request) -> dict[str, Any]:
     """Return the tokens of the prompt that a request for a response would have."""
     state, context = state_of(http), RequestContext.of(http.scope)
     body = await read_body(http, state, ResponsesBody)
-    prepared = await state.work(prepare_response, state, context, body)
-    return {"object": "response.input_tokens", "input_tokens": len(prepared.jobs[0].prompt_ids)}
+    return {"object": "response.input_tokens", "input_tokens": await state.work(count_prompt, state, context, body)}
 
 
 @router.api_route("/v1/responses/{response_id}", methods=["GET", "DELETE"])
