@@ -4,24 +4,42 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import openai
+import pydantic
 import pytest
+import torch
 from openai import AsyncOpenAI, OpenAI
 
-from tests.server.real_server import SERVED_NAME, RealServer, idle
+from tests.server.real_server import POSITIONS, SERVED_NAME, RealServer, idle
 from tests.server.response_events import check_fields
+from tests.server.tool_models import FAMILIES, seeded_model
 
 QUESTION = "Why is the sky blue?"
 DOCUMENT = "The old tree had forty rings, and the young one had three. " * 20
 SETTINGS: dict[str, Any] = {"model": SERVED_NAME, "temperature": 0, "max_output_tokens": 24}
 
 
+class Weather(pydantic.BaseModel):
+    """Ask for the weather."""
+
+    city: Literal["Rome", "Oslo"]
+    days: Literal[1, 2, 3]
+
+
 @pytest.fixture(scope="module")
-def server(long_folder: Path) -> Iterator[RealServer]:
-    with RealServer(long_folder, "--response-bytes", "100KB") as started:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
+    """A server of a tiny seeded model with tools. Its free answers are printable and never end."""
+    tokenizer = FAMILIES["llama3"].tokenizer
+    model, folder = seeded_model(tokenizer, POSITIONS), tmp_path_factory.mktemp("model")
+    others = torch.ones(len(tokenizer), dtype=torch.bool)
+    others[[tokenizer(chr(code))["input_ids"][0] for code in range(32, 127)]] = False
+    with torch.no_grad():
+        model.lm_head.weight[others] = 0
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    with RealServer(folder, "--response-bytes", "100KB") as started:
         yield started
 
 
@@ -139,13 +157,37 @@ def test_clients_at_the_same_time_get_what_each_gets_alone(server, client):
     assert asyncio.run(together()) == alone
 
 
+def test_a_forced_tool_is_called_and_its_result_answered(client):
+    tool: Any = openai.pydantic_function_tool(Weather, name="weather")
+    flat: Any = {"type": "function", **tool["function"]}
+    forced: Any = {"tools": [flat], "tool_choice": {"type": "function", "name": "weather"}, "max_output_tokens": 300}
+    with client.responses.stream(**{**SETTINGS, **forced, "input": QUESTION}) as stream:
+        deltas = [event for event in stream if event.type == "response.function_call_arguments.delta"]
+        first = stream.get_final_response()
+    call = first.output[-1]
+    assert call.type == "function_call" and call.name == "weather" and deltas[-1].snapshot == call.arguments
+    assert Weather.model_validate_json(call.arguments).city in ("Rome", "Oslo")
+    result: Any = [{"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}]
+    free = ask(client, result, previous_response_id=first.id, tools=[flat])
+    stateless: Any = [{"role": "user", "content": QUESTION}, *first.output, *result]
+    assert free.output_text == ask(client, stateless, tools=[flat], store=False).output_text
+    assert next(iter(client.responses.input_items.list(free.id))).type == "function_call_output"
+
+
+def test_a_parsed_answer_is_of_its_class(client):
+    parsed = client.responses.parse(input=QUESTION, text_format=Weather, **{**SETTINGS, "max_output_tokens": 300})
+    assert isinstance(parsed.output_parsed, Weather) and parsed.status == "completed"
+    with client.responses.stream(input=QUESTION, text_format=Weather, **{**SETTINGS, "max_output_tokens": 300}) as stream:
+        assert stream.get_final_response().output_parsed == parsed.output_parsed
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
         ({"model": "gpt-9"}, openai.NotFoundError, "gpt-9"),
         ({"temperature": -1}, openai.BadRequestError, "temperature"),
         ({"input": []}, openai.BadRequestError, "input"),
-        ({"input": "x" * 20_000}, openai.BadRequestError, "20,0"),
+        ({"input": "x" * 20_000}, openai.BadRequestError, "too long"),
         ({"tools": [{"type": "web_search"}]}, openai.BadRequestError, "web_search"),
         ({"background": True}, openai.BadRequestError, "background"),
         ({"extra_body": {"no_such_field": 1}}, openai.BadRequestError, "no_such_field"),
