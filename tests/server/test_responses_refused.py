@@ -52,6 +52,8 @@ def refused(client, **fields):
         *[("stream_options", value) for value in ({"include_obfuscation": True}, {"other": 1})],  # they need stream
         *[("store", value) for value in ("yes", 1)],
         *[("chat_template_kwargs", value) for value in ([], {"tools": []})],
+        *[(name, "x" * 513) for name in ("user", "safety_identifier", "prompt_cache_key")],
+        *[("client_metadata", [0] * 3000), ("prompt_cache_options", {"a": HUGE})],
         *[("messages", [USER]), ("max_tokens", 5), ("response_format", {"type": "text"}), ("no_such_field", None)],
     ],
 )

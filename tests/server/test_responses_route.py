@@ -123,6 +123,9 @@ def test_accepted_fields_change_nothing(client):
         "prompt_cache_retention": "24h",
         "chat_template_kwargs": {"enable_thinking": False},
         "context_management": None,
+        "instructions": "",
+        "client_metadata": {"x": "1"},
+        "prompt_cache_options": {"ttl": "30m"},
     }
     assert text_of(respond(client, **accepted)) == text_of(respond(client))
 

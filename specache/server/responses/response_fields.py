@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from specache.server.chat_fields import check_variables
-from specache.server.json_body import FieldError, JsonBody
+from specache.server.json_body import FieldError, JsonBody, check_json
 from specache.server.responses.input_items import AnyItem
 from specache.server.sampling_fields import MOST_TOP_LOGPROBS, SamplingFields
 from specache.server.tool_fields import MOST_TOOLS, ChosenFunction, ToolFunction
@@ -20,6 +20,7 @@ _INCLUDES = {
     *("reasoning.encrypted_content", "file_search_call.results", "web_search_call.results", "web_search_call.action.sources"),
     *("message.input_image.image_url", "computer_call_output.output.image_url", "code_interpreter_call.outputs"),
 }
+_LONGEST_NAME = 512  # characters
 _MOST_PAIRS, _LONGEST_PAIR = 16, (64, 512)  # of metadata, as OpenAI's
 
 
@@ -39,7 +40,7 @@ class FormatFields(JsonBody):
     type: Literal["text", "json_object", "json_schema"]
     name: str | None = Field(None, max_length=128)
     json_schema: dict[str, Any] | None = Field(None, alias="schema")
-    description: str | None = None
+    description: str | None = Field(None, max_length=16384)
     strict: bool | None = None
 
     @model_validator(mode="after")
@@ -130,12 +131,16 @@ class ResponsesBody(SamplingFields):
     truncation: Literal["auto", "disabled"] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     background: bool | None = None
+    user: str | None = Field(None, max_length=_LONGEST_NAME)  # from here on: repeated in the response
+    safety_identifier: str | None = Field(None, max_length=_LONGEST_NAME)
+    prompt_cache_key: str | None = Field(None, max_length=_LONGEST_NAME)
     conversation: Any = None  # from here on: refused, unless empty
     prompt: Any = None
     context_management: Any = None
     moderation: Any = None
     max_tool_calls: int | None = None  # from here on: accepted, without effect
     prompt_cache_options: Any = None
+    client_metadata: Any = None  # Codex's
 
     @field_validator("input", mode="before")
     @classmethod
@@ -145,6 +150,11 @@ class ResponsesBody(SamplingFields):
         if not isinstance(value, list):
             raise ValueError("it must be a text, or a list of items")
         return value
+
+    @field_validator("instructions")
+    @classmethod
+    def _check_instructions(cls, value: str | None) -> str | None:
+        return value or None  # some clients send an empty text
 
     @field_validator("n")
     @classmethod
@@ -206,6 +216,12 @@ class ResponsesBody(SamplingFields):
     @classmethod
     def _check_variables(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
         return check_variables(value)
+
+    @field_validator("prompt_cache_options", "client_metadata")
+    @classmethod
+    def _check_ignored(cls, value: Any) -> Any:
+        check_json(value)
+        return value
 
     @field_validator("text")
     @classmethod
