@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 SERVER_PANEL = "Server"
 PREFIX_PANEL = "Stored prompts"
+RESPONSE_PANEL = "Stored responses"
 ACCESS_PANEL = "Who may use it"
 LIMITS_PANEL = "Limits"
 
@@ -87,6 +88,25 @@ PrefixSharing = Annotated[
         "--prefix-sharing/--no-prefix-sharing",
         help="Keep what was read of prompts for later ones that begin alike.",
         rich_help_panel=PREFIX_PANEL,
+    ),
+]
+ResponseBytes = Annotated[
+    str,
+    typer.Option(
+        "--response-bytes",
+        help="Main memory for stored responses (/v1/responses). Beyond it, those of the key that holds most go first.",
+        metavar="BYTES",
+        rich_help_panel=RESPONSE_PANEL,
+    ),
+]
+ResponseAge = Annotated[
+    float,
+    typer.Option(
+        "--response-age",
+        min=0.001,
+        help="Hours that a response is stored. None outlives the server.",
+        metavar="HOURS",
+        rich_help_panel=RESPONSE_PANEL,
     ),
 ]
 Grace = Annotated[
@@ -187,6 +207,8 @@ class ServerOptions:
     prefix_cache: PrefixCache = None
     prefix_bytes: PrefixBytes = "50GB"
     slow_memory: SlowMemory = None
+    response_bytes: ResponseBytes = "256MiB"
+    response_age: ResponseAge = 24.0
     grace: Grace = 2.0
     api_key_file: ApiKeyFile = None
     allowed_host: AllowedHost = None
@@ -226,6 +248,8 @@ class ServerOptions:
             most_body_bytes=parse_size(self.max_body, "--max-body"),
             most_streams=self.max_requests,
             most_connections=self.max_connections,
+            most_response_bytes=parse_size(self.response_bytes, "--response-bytes"),
+            response_age_seconds=self.response_age * 3600,
             header_seconds=self.header_timeout,
             body_seconds=self.body_timeout,
             grace_seconds=self.grace,

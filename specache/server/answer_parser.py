@@ -75,6 +75,11 @@ class AnswerParser:
         stopped = self._stops is not None and self._stops.stopped
         return self._answer.ended or stopped or (self._calls is not None and self._calls.ended)
 
+    @property
+    def stop(self) -> str | None:
+        """Return the stop string that ended the answer; `None` if none did."""
+        return self._answer.stop if self._stops is None else self._stops.stop
+
     def push(self, token_id: int) -> list[AnswerPiece]:
         """Add a token and return the pieces that became final; none once it has ended."""
         return [] if self.ended else self._noted(self._pieces(self._answer.push(token_id)))
@@ -143,14 +148,19 @@ class TextStops:
     """Ends text and reasoning in front of a stop string, but not calls.
 
     Attributes:
-        stopped: one was found.
+        stop: the one that was found, or `None`.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self.stopped = False
+        self.stop: str | None = None
         self._texts = tuple(stops)
         self._held = ""
         self._kind: type[TextPiece | ReasoningPiece] = TextPiece
+
+    @property
+    def stopped(self) -> bool:
+        """Return whether one was found."""
+        return self.stop is not None
 
     def push(self, pieces: Sequence[AnswerPiece]) -> list[AnswerPiece]:
         """Add pieces and return what became final."""
@@ -174,10 +184,10 @@ class TextStops:
 
     def _push(self, text: str) -> list[AnswerPiece]:
         text = self._held + text
-        found = [place for stop in self._texts if (place := text.find(stop)) >= 0]
+        found = [(place, stop) for stop in self._texts if (place := text.find(stop)) >= 0]
         if found:
-            self.stopped = True
-            text, self._held = text[: min(found)], ""
+            place, self.stop = min(found)
+            text, self._held = text[:place], ""
         else:
             tails = (n for stop in self._texts for n in range(1, len(stop)) if text.endswith(stop[:n]))
             decided = len(text) - max(tails, default=0)

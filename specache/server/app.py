@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
@@ -13,8 +14,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from specache.errors import SpeCacheError
 from specache.server import health
 from specache.server.app_state import AppState
-from specache.server.error_responses import ApiError, answer_api_error, answer_http_error
+from specache.server.error_responses import ApiError, answer_api_error, answer_http_error, error_response
 from specache.server.keys import KeyRing
+from specache.server.request_context import RequestContext
 from specache.server.request_log import RequestLog
 from specache.server.security import OPEN_TO_ALL, Guard
 from specache.server.settings import ServerSettings
@@ -45,6 +47,7 @@ class ServerApp:
                 ApiError: answer_api_error,
                 SpeCacheError: answer_api_error,
                 HTTPException: answer_http_error,
+                Exception: answer_api_error,  # Starlette's own answer is a plain text; it is raised on to the log
             },
         )
         self._routes.state.server = self.state
@@ -71,11 +74,13 @@ class ServerApp:
                 if path not in WITHOUT_MODEL:
                     self.state.ready()
             except ApiError as error:
-                await error.response(scope, receive, send)
+                await error_response(error, RequestContext.of(scope))(scope, receive, send)
                 return
         await self._routes(scope, receive, send)
 
     @asynccontextmanager
     async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+        expiring = asyncio.create_task(self.state.expire_responses())
         yield
+        expiring.cancel()
         self.state.end()

@@ -14,6 +14,7 @@ from specache.server.grammar_spec import grammar_of
 from specache.server.prometheus_metrics import Metrics
 from specache.server.recent_requests import RecentRequests
 from specache.server.request_context import RequestContext
+from specache.server.responses.response_store import ResponseStore
 from specache.server.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _Result = TypeVar("_Result")
 _Body = TypeVar("_Body", bound="SamplingFields")
 _WORKERS = 2
+_EXPIRE_SECONDS = 60.0
 
 
 class AppState:
@@ -31,6 +33,7 @@ class AppState:
 
     Attributes:
         served, service: the model and the engine's service; `None` while the model is loaded.
+        responses: the responses that are kept for later requests.
         closing: whether the server is about to end.
         workers: threads for templates, tokenizers and requests; the engine has its own.
         grammar_worker: the thread that compiles grammars, which may take long.
@@ -43,6 +46,7 @@ class AppState:
         self.closing = False
         self.metrics = Metrics(self)
         self.recent = RecentRequests()
+        self.responses = ResponseStore(settings.most_response_bytes, settings.response_age_seconds)
         self.open_streams = 0
         self.workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="specache-request")
         self.grammar_worker = ThreadPoolExecutor(1, thread_name_prefix="specache-grammar")
@@ -81,6 +85,12 @@ class AppState:
     async def work(self, function: Callable[..., _Result], *arguments: Any) -> _Result:
         """Run a function on a worker thread, so that the event loop goes on."""
         return await asyncio.get_running_loop().run_in_executor(self.workers, function, *arguments)
+
+    async def expire_responses(self) -> None:
+        """Forget stored responses when they are too old, until cancelled."""
+        while True:
+            await asyncio.sleep(min(_EXPIRE_SECONDS, self.settings.response_age_seconds))
+            self.responses.expire()
 
     async def make_jobs(self, make: Callable[[_Body], _Result], body: _Body) -> _Result:
         """Run a method of `JobMaker` on a worker thread, once the body's grammar is compiled.

@@ -9,7 +9,9 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from specache.server.error_responses import ApiError, unavailable
+from specache.server.dialects import Dialect, dialect_of
+from specache.server.error_responses import ApiError, error_document, unavailable
+from specache.server.request_context import RequestContext
 from specache.server.settings import ServerSettings
 
 
@@ -112,11 +114,14 @@ class Connection(H11Protocol):
     def _end(self, error: ApiError) -> None:
         """Write an answer, if the connection is still before one, and close."""
         self._cancel()
+        scope = None
         if self.cycle is not None and not self.cycle.response_started:  # the request is given up
+            scope = self.cycle.scope
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            body = json.dumps(error.body).encode()
+            context = RequestContext(Dialect.OPENAI if scope is None else dialect_of(scope, self.settings.root_path))
+            body = json.dumps(error_document(error, context)).encode()
             headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
             for event in (h11.Response(status_code=error.status, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")

@@ -1,4 +1,4 @@
-"""Errors of the API, all in OpenAI's shape."""
+"""Errors of the API, in the shape of OpenAI's or of Anthropic's."""
 
 from __future__ import annotations
 
@@ -22,9 +22,12 @@ from specache.errors import (
     UnsupportedModelError,
     UsageError,
 )
+from specache.server.dialects import Dialect
+from specache.server.request_context import RequestContext
 from specache.templates.template import PromptError
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+_ANTHROPIC_TYPES = {**_TYPES, 413: "request_too_large", 503: "overloaded_error"}
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
@@ -52,16 +55,21 @@ class ApiError(Exception):
         self.status, self.message, self.code, self.param = status, message, code, param
         self.headers = dict(headers or {})
 
-    @property
-    def body(self) -> dict[str, Any]:
-        """Return the error as JSON: `{"error": {...}}`."""
-        kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
-    @property
-    def response(self) -> JSONResponse:
-        """Return the answer."""
-        return JSONResponse(self.body, self.status, self.headers)
+def error_document(error: ApiError, context: RequestContext) -> dict[str, Any]:
+    """Return an error as JSON, in the shape of the API that the request speaks."""
+    if context.dialect is Dialect.ANTHROPIC:
+        message = error.message if not error.param or error.param in error.message else f"{error.param}: {error.message}"
+        kind = _ANTHROPIC_TYPES.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
+        return {"type": "error", "error": {"type": kind, "message": message}, "request_id": context.request_id}
+    kind = _TYPES.get(error.status, "server_error" if error.status >= 500 else "invalid_request_error")
+    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
+
+
+def error_response(error: ApiError, context: RequestContext) -> JSONResponse:
+    """Return the answer of a request that an error ended."""
+    request_id = {"request-id": context.request_id} if context.dialect is Dialect.ANTHROPIC else {}
+    return JSONResponse(error_document(error, context), error.status, {**error.headers, **request_id})
 
 
 def busy(message: str, retry_after_s: float = 1.0) -> ApiError:
@@ -97,7 +105,7 @@ def api_error(error: BaseException) -> ApiError:
 
 async def answer_api_error(request: Request, error: Exception) -> JSONResponse:
     """Answer an `ApiError` or an error of specache (FastAPI's exception handler)."""
-    return api_error(error).response
+    return error_response(api_error(error), RequestContext.of(request.scope))
 
 
 async def answer_http_error(request: Request, error: Exception) -> JSONResponse:
@@ -109,4 +117,5 @@ async def answer_http_error(request: Request, error: Exception) -> JSONResponse:
         message = "There is no such address. GET /v1/models lists the model, docs/server.md the addresses."
     elif status == 405:
         message = f"This address does not take {request.method[:16]}."
-    return ApiError(status, message or str(error.detail), code=_CODES.get(status), headers=error.headers).response
+    answer = ApiError(status, message or str(error.detail), code=_CODES.get(status), headers=error.headers)
+    return error_response(answer, RequestContext.of(request.scope))

@@ -70,14 +70,21 @@ class JobMaker:
         Raises:
             ApiError, SpeCacheError: 400.
         """
+        ids = self.chat_prompt(body)
+        chat = ChatContext(ids, self._served.tool_format, body.tool_use)
+        wanted = self._settings.default_new_tokens if body.wanted_tokens is None else body.wanted_tokens
+        return [self._job(body, ids, "messages", wanted, body.logprobs_per_token, chat=chat)]
+
+    def chat_prompt(self, body: ChatBody) -> list[int]:
+        """Return the tokens of a conversation's prompt, tools included.
+
+        Raises:
+            ApiError, SpeCacheError: 400, or 404 for another model.
+        """
         self._check(body)
         if len(body.messages) > self._settings.most_messages:
             raise ApiError(400, f"A conversation may have {self._settings.most_messages:,} messages.", param="messages")
-        tools = body.tool_use
-        ids = self._served.encode_chat(body.messages, body.variables(), tools)
-        chat = ChatContext(ids, self._served.tool_format, tools)
-        wanted = self._settings.default_new_tokens if body.wanted_tokens is None else body.wanted_tokens
-        return [self._job(body, ids, "messages", wanted, body.logprobs_per_token, chat=chat)]
+        return self._served.encode_chat(body.messages, body.variables(), body.tool_use)
 
     def completion(self, body: CompletionBody) -> list[PreparedJob]:
         """Return the jobs of a request's prompts, in their order.
@@ -149,7 +156,7 @@ class JobMaker:
         if most is not None and (len(ids) > most or len(ids) == self._served.positions):
             raise ApiError(
                 400,
-                f"The prompt has {len(ids):,} tokens; this server takes {most:,}, the answer's first token among them.",
+                f"The prompt is too long: {len(ids)} tokens > {most}, the answer's first token among them.",
                 param=param,
                 code="context_length_exceeded",
             )

@@ -30,15 +30,16 @@ async def metrics(http: Request) -> Response:
 
 @router.get("/v1/status")
 async def status(http: Request) -> dict[str, Any]:
-    """Return the engine's numbers, and facts about the newest requests of this key."""
-    state = state_of(http)
+    """Return the engine's numbers, and of this key the newest requests and stored responses."""
+    state, owner = state_of(http), RequestContext.of(http.scope).owner
     engine = {} if state.service is None else service_numbers(state.service.status())
     return {
         "status": _condition(state),
         "model": None if state.served is None else state.served.names[0],
         "open_requests": state.open_streams,
         **engine,
-        "requests": state.recent.of(RequestContext.of(http.scope).owner),
+        "requests": state.recent.of(owner),
+        "responses": state.responses.numbers(owner),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pydantic_core
@@ -17,6 +18,7 @@ _Body = TypeVar("_Body", bound="JsonBody")
 _SMALL = 32 * 1024  # bytes that are parsed faster than another thread takes them
 _DEEPEST = 16  # of JSON without a schema
 _MOST_VALUES = 2000
+HIDDEN = "\0"  # begins tags of pydantic's unions, which are no names of fields
 
 
 class JsonBody(BaseModel):
@@ -35,7 +37,7 @@ class FieldError(ValueError):
 
     def __init__(self, field: str, reason: str) -> None:
         super().__init__(f"{field}: {reason}")
-        self.field = field
+        self.field, self.reason = field, reason
 
 
 async def read_body(http: Request, state: AppState, kind: type[_Body]) -> _Body:
@@ -68,17 +70,25 @@ def parse_body(data: bytes, kind: type[_Body]) -> _Body:
     try:
         return kind.model_validate(value)
     except ValidationError as error:
-        raise _invalid(error) from None
+        raise invalid_body(error) from None
 
 
-def _invalid(error: ValidationError) -> ApiError:
-    """Return the answer to a body whose fields are wrong: it names the first one."""
+def invalid_body(error: ValidationError, rename: Callable[[str], str] | None = None) -> ApiError:
+    """Return the answer to a body whose fields are wrong: it names the first one.
+
+    Args:
+        rename: returns what the request calls a field of the body.
+    """
     found = error.errors(include_url=False, include_input=False)
     first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
     param = _path(first["loc"])
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, FieldError):
-        return ApiError(400, f"{cause}.", param=cause.field, code="invalid_value")
+        param = f"{param}.{cause.field}" if param else cause.field
+    if rename is not None:
+        param = rename(param)
+    if isinstance(cause, FieldError):
+        return ApiError(400, f"{param}: {cause.reason}.", param=param, code="invalid_value")
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"Unknown field {param}. docs/server.md lists the fields.", param=param, code="unknown_field")
     message = first["msg"].removeprefix("Value error, ").rstrip(".")
@@ -87,7 +97,8 @@ def _invalid(error: ValidationError) -> ApiError:
 
 def _path(place: tuple[int | str, ...]) -> str:
     """Return `messages[0].content` for a place in the body. Names from the body are cut short."""
-    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part[:64]}" for part in place)
+    parts = [part for part in place if not (isinstance(part, str) and part.startswith(HIDDEN))]
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part[:64]}" for part in parts)
     return "".join(character if character.isprintable() else "?" for character in text.removeprefix("."))
 
 

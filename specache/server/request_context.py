@@ -6,8 +6,11 @@ import threading
 import time
 from collections.abc import Callable
 from typing import Any
+from uuid import uuid4
 
 from starlette.types import Scope
+
+from specache.server.dialects import Dialect
 
 _KEY = "specache.request"
 
@@ -16,12 +19,16 @@ class RequestContext:
     """One request, from its headers to its last byte.
 
     Attributes:
+        dialect: the API that it speaks.
+        request_id: its identifier, which answers in Anthropic's API carry.
         owner: the name of the key that it carries; empty without keys.
         began: the `time.monotonic()` of its headers.
         facts: what the log line says, in order.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, dialect: Dialect = Dialect.OPENAI) -> None:
+        self.dialect = dialect
+        self.request_id = f"req_{uuid4().hex}"
         self.owner = ""
         self.began = time.monotonic()
         self.facts: dict[str, Any] = {}

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from specache.server.error_responses import api_error
+from specache.server.dialects import dialect_of
+from specache.server.error_responses import api_error, error_response
 from specache.server.request_context import RequestContext
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class RequestLog:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        context = RequestContext()
+        context = RequestContext(dialect_of(scope, self._state.settings.root_path))
         context.put_into(scope)
         status = 0
 
@@ -45,7 +46,7 @@ class RequestLog:
         except Exception as error:
             log.exception("%s %s failed", scope["method"][:16], _path(scope))
             if not status:
-                await api_error(error).response(scope, receive, noting)
+                await error_response(api_error(error), context)(scope, receive, noting)
         finally:
             context.end()
             self._write(scope, context, status)

@@ -32,6 +32,22 @@ class StreamOptions(JsonBody):
     include_obfuscation: bool | None = None
 
 
+def check_stops(value: Any) -> Any:
+    """Return stop texts as a list.
+
+    Raises:
+        ValueError: they are no texts, too many, or too long.
+    """
+    stops = [value] if isinstance(value, str) else value
+    if stops is None:
+        return None
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+        raise ValueError("it must be a text, or a list of texts")
+    if len(stops) > _MOST_STOPS or not all(0 < len(stop) <= _LONGEST_STOP for stop in stops):
+        raise ValueError(f"it may have {_MOST_STOPS} texts of 1 to {_LONGEST_STOP} characters")
+    return stops
+
+
 class SamplingFields(GrammarFields):
     """What OpenAI's two APIs for text have in common, and our own fields.
 
@@ -69,14 +85,7 @@ class SamplingFields(GrammarFields):
     @field_validator("stop", mode="before")
     @classmethod
     def _check_stop(cls, value: Any) -> Any:
-        stops = [value] if isinstance(value, str) else value
-        if stops is None:
-            return None
-        if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
-            raise ValueError("it must be a text, or a list of texts")
-        if len(stops) > _MOST_STOPS or not all(0 < len(stop) <= _LONGEST_STOP for stop in stops):
-            raise ValueError(f"it may have {_MOST_STOPS} texts of 1 to {_LONGEST_STOP} characters")
-        return stops
+        return check_stops(value)
 
     @field_validator("logit_bias")
     @classmethod

@@ -11,7 +11,8 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from specache.server.error_responses import ApiError
+from specache.server.dialects import path_without_root
+from specache.server.error_responses import ApiError, error_response
 from specache.server.request_context import RequestContext
 from specache.server.settings import MOST_HEADER_BYTES, ServerSettings, address_of
 
@@ -44,12 +45,12 @@ class Guard:
             RequestContext.of(scope).owner = self._owner(scope, headers)
             self._check_body(scope, headers)
         except ApiError as error:
-            await error.response(scope, receive, send)
+            await error_response(error, RequestContext.of(scope))(scope, receive, send)
             return
         await self._app(scope, BoundedBody(receive, self._settings), send)
 
     def _owner(self, scope: Scope, headers: Headers) -> str:
-        if self._keys is None or self._path(scope) in OPEN_TO_ALL:
+        if self._keys is None or path_without_root(scope["path"], self._settings.root_path) in OPEN_TO_ALL:
             return ""
         presented = headers.get("x-api-key")
         kind, _, credentials = headers.get("authorization", "").partition(" ")
@@ -61,11 +62,6 @@ class Guard:
         if owner is None:
             raise _refused_key("This key is not known here.")
         return owner
-
-    def _path(self, scope: Scope) -> str:
-        path: str = scope["path"]
-        root = self._settings.root_path
-        return path.removeprefix(root) if root and path.startswith(f"{root}/") else path
 
     def _check_body(self, scope: Scope, headers: Headers) -> None:
         if "content-length" in headers and "transfer-encoding" in headers:  # proxies differ in which they believe

@@ -169,7 +169,7 @@ class ServedModel:
         if self.positions is not None and characters > self.positions * self.longest_token:
             raise ApiError(
                 400,
-                f"A text of {characters:,} characters is longer than the model's {self.positions:,} tokens can be.",
+                f"The prompt is too long: {characters:,} characters are more than the model's {self.positions:,} tokens can be.",
                 code="context_length_exceeded",
                 param=param,
             )

@@ -29,6 +29,8 @@ class ServerSettings:
         most_prompts, most_answers: the most prompts of a request, and answers (`n`) to each.
         most_streams: requests for answers that may be open at once.
         most_connections: connections that may be open at once.
+        most_response_bytes: the memory of stored responses, of all keys together.
+        response_age_seconds: how long a response is stored.
         header_seconds, body_seconds: how long a client may take to send either.
         drain_seconds: how long the rest of a body is read that was answered before its end.
         send_seconds: how long a client may leave an event of its stream unread.
@@ -50,6 +52,8 @@ class ServerSettings:
     most_answers: int = 16
     most_streams: int = 128
     most_connections: int = 512
+    most_response_bytes: int = 256 * 2**20
+    response_age_seconds: float = 24 * 3600.0
     header_seconds: float = 10.0
     body_seconds: float = 60.0
     drain_seconds: float = 2.0

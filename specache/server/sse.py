@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import anyio
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from specache.errors import SpeCacheError
-from specache.server.error_responses import ApiError, api_error
+from specache.server.error_responses import ApiError, api_error, error_document
+from specache.server.request_context import RequestContext
 from specache.server.settings import ServerSettings
 
 log = logging.getLogger("specache.server")
@@ -29,7 +31,23 @@ def comment(text: str) -> ServerSentEvent:
     return ServerSentEvent(comment=text, sep=_LINE)
 
 
-async def ending_in_error(events: AsyncIterator[ServerSentEvent]) -> AsyncIterator[ServerSentEvent]:
+@dataclass(frozen=True)
+class StreamForm:
+    """What streams of an API have beside their events.
+
+    Attributes:
+        ping: makes what is sent after a pause.
+        error: makes the last event of a stream that failed.
+    """
+
+    ping: Callable[[], ServerSentEvent]
+    error: Callable[[ApiError], ServerSentEvent]
+
+
+OPENAI_FORM = StreamForm(lambda: comment("ping"), lambda error: data_event(error_document(error, RequestContext())))
+
+
+async def ending_in_error(events: AsyncIterator[ServerSentEvent], form: StreamForm = OPENAI_FORM) -> AsyncIterator[ServerSentEvent]:
     """Yield events. If making one fails, the last is the error: the status was sent before."""
     try:
         async for event in events:
@@ -37,7 +55,7 @@ async def ending_in_error(events: AsyncIterator[ServerSentEvent]) -> AsyncIterat
     except Exception as error:
         if not isinstance(error, ApiError | SpeCacheError):
             log.exception("a stream failed")
-        yield data_event(api_error(error).body)
+        yield form.error(api_error(error))
 
 
 class EventStream(EventSourceResponse):
@@ -46,11 +64,18 @@ class EventStream(EventSourceResponse):
     The events end by themselves when the server shuts down, with a last one that says so.
     """
 
-    def __init__(self, events: AsyncIterator[ServerSentEvent], settings: ServerSettings) -> None:
+    def __init__(
+        self,
+        events: AsyncIterator[ServerSentEvent],
+        settings: ServerSettings,
+        form: StreamForm = OPENAI_FORM,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(
-            ending_in_error(events),
+            ending_in_error(events, form),
+            headers=headers,
             ping=settings.ping_seconds,
-            ping_message_factory=lambda: comment("ping"),
+            ping_message_factory=form.ping,
             sep=_LINE,
             shutdown_event=anyio.Event(),
             shutdown_grace_period=settings.grace_seconds + 30,

@@ -23,6 +23,9 @@ class TextAssembler:
         stops: stop strings.
         strip_start: omit leading whitespace.
         shown: special tokens that are part of the text, id -> text.
+
+    Attributes:
+        stop: the stop string that ended the text; None until then.
     """
 
     def __init__(
@@ -39,7 +42,12 @@ class TextAssembler:
         self._decoded = 0  # number of tokens decoded into `_text`
         self._text = ""
         self._given = 0  # number of characters of `_text` returned
-        self.stopped = False
+        self.stop: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Return True after a stop string."""
+        return self.stop is not None
 
     @property
     def text(self) -> str:
@@ -100,10 +108,10 @@ class TextAssembler:
         self._after_special = self._begins = False
 
     def _cut_at_stop(self) -> None:
-        found = [position for stop in self._stops if (position := self._text.find(stop, self._given)) >= 0]
+        found = [(position, stop) for stop in self._stops if (position := self._text.find(stop, self._given)) >= 0]
         if found:
-            self._text = self._text[: min(found)]
-            self.stopped = True
+            position, self.stop = min(found)
+            self._text = self._text[:position]
 
     def _undecided(self) -> int:
         """Return the number of trailing characters that may begin a stop string."""
@@ -154,6 +162,11 @@ class AnswerText:
     def reasoning(self) -> str | None:
         """Return the reasoning; None if the model has no channels."""
         return None if self._parser is None else self._parts[Part.REASONING].text
+
+    @property
+    def stop(self) -> str | None:
+        """Return the stop string that ended the answer; None if none did."""
+        return next((part.stop for part in self._parts.values() if part.stop is not None), None)
 
     @property
     def calls(self) -> Sequence[str]:

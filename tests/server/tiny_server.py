@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, get_args
 
 import torch
+from anthropic.types import ErrorResponse, ErrorType
 from starlette.testclient import TestClient
 
 from specache import SpeCacheConfig
@@ -23,6 +24,7 @@ NAME = "tiny"
 ADDRESS = "http://127.0.0.1:8000"
 TOKENIZER = byte_tokenizer()
 END = TOKENIZER.eos_token_id
+KNOWN_TYPES = get_args(ErrorType)
 SHORT = SpeCacheConfig(policy="on-demand", slow_tier="ram", residual=64, top_k=32)
 
 
@@ -86,13 +88,27 @@ def post(client: TestClient, path: str, body: Any, code: int = 200) -> Any:
 
 
 def error_of(response: Any) -> dict[str, Any]:
-    """Return the error of an answer, whose shape is OpenAI's whatever went wrong."""
+    """Return the error of an answer, whose shape is that of the API whatever went wrong."""
     assert response.headers["content-type"] == "application/json"
     document = response.json()
+    request = response.request
+    if "/v1/messages" in request.url.path or "anthropic-version" in request.headers:
+        return anthropic_error_of(document, response.headers["request-id"])
     assert set(document) == {"error"}
     error = document["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert isinstance(error["message"], str) and error["message"]
+    return error
+
+
+def anthropic_error_of(document: Any, request_id: str) -> dict[str, Any]:
+    """Return the error of a document in Anthropic's shape, as its client reads it."""
+    parsed = ErrorResponse.model_validate(document, strict=True) if document["error"]["type"] in KNOWN_TYPES else None
+    assert parsed is not None or document["error"]["type"] == "request_too_large"
+    assert set(document) == {"type", "error", "request_id"} and document["type"] == "error"
+    assert document["request_id"] == request_id and request_id.startswith("req_")
+    assert set(document["error"]) == {"type", "message"} and document["error"]["message"]
+    error: dict[str, Any] = document["error"]
     return error
 
 
