@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process
 
+from specache.errors import GrammarError
+
 _STATELESS = (
     "ExponentialDecayLengthPenalty",
     "ForcedBOSTokenLogitsProcessor",
@@ -44,7 +46,10 @@ class DraftProcessors:
 
     def __call__(self, input_ids: Tensor, logits: Tensor) -> Tensor:
         """Return the scores [B, V] of the tokens that follow input_ids [B, S]."""
-        return self._processors(input_ids, logits)
+        try:
+            return self._processors(input_ids, logits)
+        except GrammarError:  # of these tokens, which the answer may never have
+            return logits
 
 
 def _says_so(processor: object) -> bool:

@@ -50,6 +50,7 @@ class AnswerParser:
         self._thinking: TextReasoning | None = None
         self._new_call_id: Callable[[], str] = str
         self._begun = 0  # calls whose arguments are a part of their own
+        self._is_empty = False  # the newest of them has no arguments yet
         self._stops: TextStops | None = None
         channels, shown = None, {}
         if chat is not None:
@@ -87,7 +88,7 @@ class AnswerParser:
         """End the answer and return the pieces held back."""
         if self._stops is not None and (self._stops.stopped or (self._calls is not None and self._calls.ended)):
             return self._noted(self._stops.finish())
-        pieces = self._pieces(self._answer.finish())
+        pieces = [*self._pieces(self._answer.finish()), *self._end_call()]
         if self._thinking is not None:
             pieces += self._split(self._thinking.finish())
         if self._calls is not None:
@@ -101,6 +102,7 @@ class AnswerParser:
         for part, text in texts:
             if part is Part.CALL:
                 pieces += [ToolArguments(self._begun - 1, text)] if text else []
+                self._is_empty = self._is_empty and not text
             elif part is Part.TEXT and self._thinking is not None:
                 pieces += self._split(self._thinking.push(text))
             else:
@@ -109,12 +111,17 @@ class AnswerParser:
 
     def _new_calls(self) -> list[AnswerPiece]:
         """Return the beginnings of calls that are messages of their own."""
-        names = self._answer.calls[self._begun :]
-        pieces: list[AnswerPiece] = [
-            ToolCallBegin(self._begun + index, self._new_call_id(), name) for index, name in enumerate(names)
-        ]
-        self._begun += len(names)
+        pieces: list[AnswerPiece] = []
+        for name in self._answer.calls[self._begun :]:
+            pieces += [*self._end_call(), ToolCallBegin(self._begun, self._new_call_id(), name)]
+            self._begun += 1
+            self._is_empty = True
         return pieces
+
+    def _end_call(self) -> list[AnswerPiece]:
+        """Return an empty object for a call that the model wrote without arguments."""
+        was_empty, self._is_empty = self._is_empty, False
+        return [ToolArguments(self._begun - 1, "{}")] if was_empty else []
 
     def _split(self, texts: Sequence[tuple[Part, str]]) -> list[AnswerPiece]:
         """Return reasoning as it is, and find the calls in the text."""

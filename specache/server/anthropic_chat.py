@@ -44,8 +44,9 @@ def chat_body(body: CountBody) -> ChatBody:
     if body.answer_schema is not None:
         format = {"name": "answer", "schema": body.answer_schema, "strict": True}
         fields["response_format"] = {"type": "json_schema", "json_schema": format}
-    if body.tools:
-        fields["tools"] = [_tool(tool.name, tool.description, tool.input_schema, tool.strict) for tool in body.tools]
+    tools = body.shown_tools
+    if tools:
+        fields["tools"] = [_tool(tool.name, tool.description, tool.input_schema, tool.strict) for tool in tools]
         if body.tool_choice is not None:
             fields |= _choice(body.tool_choice)
     try:
@@ -145,7 +146,7 @@ def _answer(blocks: list[Any], with_reasoning: bool) -> dict[str, Any]:
     """Return an earlier answer."""
     message: dict[str, Any] = {"role": "assistant", "content": joined([one.text for one in blocks if one.type == "text"])}
     if with_reasoning:
-        message["reasoning_content"] = joined([one.thinking for one in blocks if one.type == "thinking"])
+        message["reasoning_content"] = joined([one.text for one in blocks if one.type == "thinking"])
     calls = [
         {"id": one.id, "type": "function", "function": {"name": one.name, "arguments": json.dumps(one.input, ensure_ascii=False)}}
         for one in blocks

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from starlette.requests import Request
 
 from specache.server.error_responses import ApiError, busy, unavailable
+from specache.server.grammar_spec import grammar_of
 from specache.server.prometheus_metrics import Metrics
 from specache.server.recent_requests import RecentRequests
 from specache.server.request_context import RequestContext
@@ -17,9 +18,11 @@ from specache.server.settings import ServerSettings
 
 if TYPE_CHECKING:
     from specache.engine.service import EngineService
+    from specache.server.sampling_fields import SamplingFields
     from specache.server.served_model import ServedModel
 
 _Result = TypeVar("_Result")
+_Body = TypeVar("_Body", bound="SamplingFields")
 _WORKERS = 2
 
 
@@ -30,6 +33,7 @@ class AppState:
         served, service: the model and the engine's service; `None` while the model is loaded.
         closing: whether the server is about to end.
         workers: threads for templates, tokenizers and requests; the engine has its own.
+        grammar_worker: the thread that compiles grammars, which may take long.
     """
 
     def __init__(self, settings: ServerSettings) -> None:
@@ -41,6 +45,7 @@ class AppState:
         self.recent = RecentRequests()
         self.open_streams = 0
         self.workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="specache-request")
+        self.grammar_worker = ThreadPoolExecutor(1, thread_name_prefix="specache-grammar")
 
     def begin_serving(self, served: ServedModel, service: EngineService) -> None:
         """Serve a model that was loaded."""
@@ -77,9 +82,25 @@ class AppState:
         """Run a function on a worker thread, so that the event loop goes on."""
         return await asyncio.get_running_loop().run_in_executor(self.workers, function, *arguments)
 
+    async def make_jobs(self, make: Callable[[_Body], _Result], body: _Body) -> _Result:
+        """Run a method of `JobMaker` on a worker thread, once the body's grammar is compiled.
+
+        Grammars are compiled one after the other on a thread of their own: those of a few requests
+        may take long, and others shall not wait for them.
+
+        Raises:
+            ApiError: the body is refused.
+        """
+        served, _ = self.ready()
+        spec = grammar_of(body)
+        if spec is not None:
+            await asyncio.get_running_loop().run_in_executor(self.grammar_worker, served.grammars.compile, spec)
+        return await self.work(make, body)
+
     def end(self) -> None:
         """End the worker threads. What they run ends first."""
-        self.workers.shutdown(wait=False, cancel_futures=True)
+        for threads in (self.workers, self.grammar_worker):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     def _close_stream(self) -> None:
         self.open_streams -= 1

@@ -33,7 +33,7 @@ async def create_chat_completion(http: Request) -> Response:
     body = await read_body(http, state, ChatBody)
     served, _ = state.ready()
     state.open_stream(context)
-    jobs = await state.work(JobMaker(served, state.settings, context.owner).chat, body)
+    jobs = await state.make_jobs(JobMaker(served, state.settings, context.owner).chat, body)
     running = RunningJobs(state, context, jobs)
     await running.start()
     answer = ChatAnswer(state, running, body)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from specache.server.json_body import FieldError, JsonBody, check_json
-from specache.server.sampling_fields import MOST_TOP_LOGPROBS, SamplingFields, TextFormat
+from specache.server.sampling_fields import MOST_TOP_LOGPROBS, SamplingFields
 from specache.server.tool_fields import (
     LONGEST_CALL_ID,
     MOST_TOOLS,
@@ -120,7 +120,6 @@ class ChatBody(SamplingFields):
     top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = Field(None, max_length=32)
-    response_format: TextFormat | None = None
     tools: list[ToolDefinition] | None = Field(None, max_length=MOST_TOOLS)
     functions: list[Any] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
@@ -131,13 +130,6 @@ class ChatBody(SamplingFields):
     web_search_options: Any = None
     prediction: Any = None  # from here on: accepted, without effect
     verbosity: str | None = None
-
-    @field_validator("response_format", mode="before")
-    @classmethod
-    def _check_format(cls, value: Any) -> Any:
-        if value is not None and (not isinstance(value, dict) or value.get("type") != "text"):
-            raise ValueError("only {'type': 'text'} is served: there is no structured output yet")
-        return value
 
     @field_validator("functions", "function_call")
     @classmethod

@@ -33,7 +33,7 @@ async def create_completion(http: Request) -> Response:
     body = await read_body(http, state, CompletionBody)
     served, _ = state.ready()
     state.open_stream(context)
-    jobs = await state.work(JobMaker(served, state.settings, context.owner).completion, body)
+    jobs = await state.make_jobs(JobMaker(served, state.settings, context.owner).completion, body)
     running = RunningJobs(state, context, jobs)
     await running.start()
     answer = CompletionAnswer(running, body)

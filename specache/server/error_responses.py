@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse
 from specache.errors import (
     ConfigError,
     FastMemoryError,
+    GrammarError,
     OutOfMemoryError,
     QueueFullError,
     ServiceClosedError,
@@ -93,6 +94,8 @@ def api_error(error: BaseException) -> ApiError:
         return unavailable(str(error), "out_of_memory")
     if isinstance(error, FastMemoryError):
         return ApiError(400, str(error), code="exceeds_fast_memory")
+    if isinstance(error, GrammarError):
+        return ApiError(400, str(error), code="invalid_grammar")
     if isinstance(error, UsageError | ConfigError | PromptError | UnsupportedModelError):
         return ApiError(400, str(error))
     if isinstance(error, SpeCacheError):

@@ -108,6 +108,8 @@ class JobMaker:
         if body.answers > self._settings.most_answers:
             raise ApiError(400, f"A request may have {self._settings.most_answers} answers (n) to a prompt.", param="n")
         self._served.check_tokens([int(token) for token in body.logit_bias or ()], "logit_bias")
+        if body.grammar_spec is not None and any(stop not in self._served.special_tokens for stop in body.stop or ()):
+            raise ApiError(400, f"stop: the answer ends where {body.grammar_spec.param} says. Leave one of them out.", param="stop")
 
     def _job(
         self,

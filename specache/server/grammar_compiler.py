@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from specache.engine.constraints import ConstrainedTokens
 from specache.server.error_responses import ApiError
-from specache.server.grammar_limits import check_grammar_text, parser_limits
-from specache.server.grammar_matcher import GrammarMatcher, first_line
+from specache.server.grammar_errors import readable
+from specache.server.grammar_limits import check_grammar_text, parser_limits, refused
+from specache.server.grammar_matcher import GrammarMatcher
 from specache.server.grammar_spec import GrammarSpec
 from specache.templates.final_message import FinalMessage
 
@@ -57,11 +58,13 @@ class CompiledGrammar:
             end_ids: tokens that end an answer.
             final: where the grammar begins; `None`: at the first token.
         """
+        answers = [GrammarMatcher(self._copy, self._end_of_grammar, self._vocabulary, end_ids, final) for _ in range(rows)]
+        return ConstrainedTokens(answers, prompt_length)
+
+    def _copy(self) -> LLMatcher:
+        """Return a matcher at the beginning of the grammar."""
         with self._lock:
-            matchers = [self._matcher.deep_copy() for _ in range(rows)]
-        return ConstrainedTokens(
-            [GrammarMatcher(one, self._end_of_grammar, self._vocabulary, end_ids, final) for one in matchers], prompt_length
-        )
+            return self._matcher.deep_copy()
 
 
 class GrammarCompiler:
@@ -76,6 +79,7 @@ class GrammarCompiler:
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary
         self._compiling = threading.Lock()
+        self._lock = threading.Lock()  # of `_kept`
         self._kept: OrderedDict[GrammarSpec, CompiledGrammar] = OrderedDict()
 
     def compile(self, spec: GrammarSpec) -> CompiledGrammar:
@@ -84,16 +88,23 @@ class GrammarCompiler:
         Raises:
             ApiError: 400, says what is wrong and names the keyword if there is one.
         """
+        kept = self._find(spec)
+        if kept is not None:
+            return kept
         check_grammar_text(spec)
         with self._compiling:
-            if spec in self._kept:
-                self._kept.move_to_end(spec)
-                return self._kept[spec]
-            compiled = self._compiled(spec)
+            compiled = self._find(spec) or self._compiled(spec)
+        with self._lock:
             self._kept[spec] = compiled
             while len(self._kept) > _MOST_KEPT or sum(len(one.text) for one in self._kept) > _MOST_KEPT_CHARACTERS:
                 self._kept.popitem(last=False)
-            return compiled
+        return compiled
+
+    def _find(self, spec: GrammarSpec) -> CompiledGrammar | None:
+        with self._lock:
+            if spec in self._kept:
+                self._kept.move_to_end(spec)
+            return self._kept.get(spec)
 
     def _compiled(self, spec: GrammarSpec) -> CompiledGrammar:
         from llguidance import LLMatcher
@@ -102,12 +113,12 @@ class GrammarCompiler:
         try:
             text = _grammar_text(spec)
         except ValueError as error:
-            raise _refused(spec, str(error)) from None
+            raise refused(spec, readable(str(error))) from None
         matcher = LLMatcher(tokenizer, text, limits=parser_limits(), log_level=0)
         if not matcher.is_error():
             matcher.compute_bitmask()
         if matcher.is_error():
-            raise _refused(spec, matcher.get_error())
+            raise refused(spec, readable(matcher.get_error()))
         return CompiledGrammar(matcher, end_of_grammar, self._vocabulary)
 
     def _grammar_tokenizer(self, param: str) -> tuple[LLTokenizer, int]:
@@ -134,17 +145,20 @@ class GrammarCompiler:
 
 
 def _grammar_text(spec: GrammarSpec) -> str:
-    """Return a grammar as llguidance reads it."""
+    """Return a grammar as llguidance reads it.
+
+    Raises:
+        ValueError: it is not valid.
+    """
     from llguidance import LLMatcher
-    from llguidance.gbnf_to_lark import any_to_lark
+    from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
 
     if spec.kind == "regex":
         return LLMatcher.grammar_from_regex(spec.text)
     if spec.kind == "lark":
-        return LLMatcher.grammar_from_lark(any_to_lark(spec.text))
+        try:
+            return LLMatcher.grammar_from_lark(any_to_lark(spec.text))
+        except (GbnfToLarkError, RecursionError, IndexError, KeyError) as error:
+            raise ValueError(f"it is neither Lark nor GBNF: {error}") from None
     schema = '{"type": "object"}' if spec.kind == "json_object" else spec.text
     return LLMatcher.grammar_from_json_schema(schema, overrides=_JSON_OPTIONS)
-
-
-def _refused(spec: GrammarSpec, message: str) -> ApiError:
-    return ApiError(400, f"{spec.param}: {first_line(message)}.", param=spec.param, code="invalid_grammar")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,12 +12,19 @@ import torch
 from torch import Tensor
 
 from specache.errors import GrammarError
+from specache.server.grammar_errors import readable
 from specache.templates.final_message import FinalMessage
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
+_FREE_SECONDS = 0.5  # of this thread's time for an answer's grammar, and for each of its tokens
+_SECONDS_PER_TOKEN = 0.005
 _KEPT_MASKS = 3  # of the newest places: after a token, after the draft token, and before both
+
+
+class _MatcherError(Exception):
+    """A matcher reached a limit. It would not go on."""
 
 
 class GrammarMatcher:
@@ -25,8 +34,8 @@ class GrammarMatcher:
     their common prefix, so that a draft token leaves no trace.
 
     Args:
-        matcher: at the beginning of the grammar; no other answer may share it.
-        end_of_grammar: the token by which `matcher` says that the answer may end here.
+        new_matcher: returns a matcher at the beginning of the grammar.
+        end_of_grammar: the token by which a matcher says that the answer may end here.
         vocabulary: the model's tokens V.
         end_ids: tokens that end the answer where the grammar lets it.
         final: where the grammar begins; `None`: at the first token.
@@ -34,17 +43,19 @@ class GrammarMatcher:
 
     def __init__(
         self,
-        matcher: LLMatcher,
+        new_matcher: Callable[[], LLMatcher],
         end_of_grammar: int,
         vocabulary: int,
         end_ids: Collection[int],
         final: FinalMessage | None = None,
     ) -> None:
-        self._matcher = matcher
+        self._new_matcher = new_matcher
+        self._matcher = new_matcher()
         self._end_of_grammar = end_of_grammar
         self._vocabulary = vocabulary
         self._end_ids = sorted(end_ids)
         self._final = final
+        self._spent_s = 0.0
         self._consumed: list[int] = []
         self._masks: dict[int, tuple[Tensor, bool]] = {}  # tokens consumed -> forbidden, complete
 
@@ -57,54 +68,75 @@ class GrammarMatcher:
         start = 0 if self._final is None else self._final.start(answer)
         if start is None:
             return self._mask_of_reasoning(answer)
-        if not self._follow(answer[start:]):
+        found = self._mask(list(answer[start:]))
+        if found is None:
             return None
-        mask, _ = self._mask()
+        forbidden, _ = found
         if self._final is not None and not answer:
-            mask = mask.clone()
-            mask[list(self._final.openings)] = False
-        return mask
+            forbidden = forbidden.clone()
+            forbidden[list(self._final.openings)] = False
+        return forbidden
 
     def is_complete(self, answer: Sequence[int]) -> bool:
         """Return whether the grammar is complete and nothing may follow."""
         start = 0 if self._final is None else self._final.start(answer)
-        return start is not None and self._follow(answer[start:]) and self._mask()[1]
+        found = None if start is None else self._mask(list(answer[start:]))
+        return found is not None and found[1]
 
-    def _follow(self, text: Sequence[int]) -> bool:
+    def _mask(self, text: list[int]) -> tuple[Tensor, bool] | None:
+        """Return the tokens [V] that may not follow a text, and whether it is complete.
+
+        Return `None` if it does not match the grammar: the answer's end is in it.
+        """
+        try:
+            return self._mask_behind(text)
+        except _MatcherError:  # perhaps because of draft tokens that it has seen
+            pass
+        try:
+            return self._mask_behind(text)
+        except _MatcherError as error:
+            raise GrammarError(f"The answer's grammar became too complex: {error}. Use a simpler one.") from None
+
+    def _follow(self, text: list[int]) -> bool:
         """Bring the matcher behind `text`. Return False if it does not match: its end is behind."""
         same = len(self._consumed)
-        while self._consumed[:same] != list(text[:same]):
+        while self._consumed[:same] != text[:same]:
             same -= 1
         if same < len(self._consumed):
             self._matcher.rollback(len(self._consumed) - same)
             self._masks = {length: mask for length, mask in self._masks.items() if length <= same}
             del self._consumed[same:]
-        rest = list(text[same:])
-        count = self._matcher.try_consume_tokens(rest) if rest else 0
-        self._check()
+        rest = text[same:]
+        with self._bounded():
+            count = self._matcher.try_consume_tokens(rest) if rest else 0
         self._consumed += rest[:count]
         return count == len(rest)
 
-    def _mask(self) -> tuple[Tensor, bool]:
-        """Return the tokens [V] that may not follow what was consumed, and whether all is said."""
+    def _mask_behind(self, text: list[int]) -> tuple[Tensor, bool] | None:
+        if not self._follow(text):
+            return None
         place = len(self._consumed)
         if place not in self._masks:
-            bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-            self._check()
-            allowed = np.unpackbits(bits, bitorder="little").astype(bool)
-            may_end = bool(allowed[self._end_of_grammar])
-            allowed[self._end_of_grammar] = False
-            forbidden = np.ones(self._vocabulary, dtype=bool)
-            common = min(self._vocabulary, len(allowed))
-            forbidden[:common] = ~allowed[:common]
-            complete = may_end and bool(forbidden.all())
-            if may_end:
-                forbidden[self._end_ids] = False
-            elif forbidden.all():
-                raise GrammarError("No token of this model can continue the answer as its grammar asks. Use another grammar.")
+            with self._bounded():
+                bits = self._matcher.compute_bitmask()
             self._masks = {length: mask for length, mask in self._masks.items() if length > place - _KEPT_MASKS}
-            self._masks[place] = torch.from_numpy(forbidden), complete
+            self._masks[place] = self._unpacked(bits)
         return self._masks[place]
+
+    def _unpacked(self, bits: bytes) -> tuple[Tensor, bool]:
+        """Return the forbidden tokens [V], and whether only the end is left, of allowed bits."""
+        allowed = np.unpackbits(np.frombuffer(bits, dtype=np.uint8), bitorder="little")
+        may_end = bool(allowed[self._end_of_grammar])
+        allowed[self._end_of_grammar] = 0
+        forbidden = np.ones(self._vocabulary, dtype=bool)
+        common = min(self._vocabulary, len(allowed))
+        np.equal(allowed[:common], 0, out=forbidden[:common])
+        is_last = bool(forbidden.all())
+        if may_end:
+            forbidden[self._end_ids] = False
+        elif is_last:
+            raise GrammarError("The answer's grammar asks for text that this model has no tokens for. Use another grammar.")
+        return torch.from_numpy(forbidden), may_end and is_last
 
     def _mask_of_reasoning(self, answer: Sequence[int]) -> Tensor:
         """Return the tokens [V] that may not follow in reasoning: above all, the answer's end."""
@@ -118,11 +150,15 @@ class GrammarMatcher:
             forbidden[list(only)] = False
         return forbidden
 
-    def _check(self) -> None:
+    @contextmanager
+    def _bounded(self) -> Iterator[None]:
+        """Count the time of a block, and put a new matcher in the place of one that failed."""
+        began = time.thread_time()
+        yield
+        self._spent_s += time.thread_time() - began
+        if self._spent_s > _FREE_SECONDS + _SECONDS_PER_TOKEN * len(self._consumed):
+            raise GrammarError("The answer's grammar takes too long at each token. Use a simpler one.")
         if self._matcher.is_error():
-            raise GrammarError(f"The grammar of this answer became too complex: {first_line(self._matcher.get_error())}.")
-
-
-def first_line(message: str) -> str:
-    """Return what an error of llguidance says, without its state and the request's text."""
-    return message.strip().split("\n", 1)[0].strip().rstrip(".")[:300]
+            reason = readable(self._matcher.get_error())
+            self._matcher, self._consumed, self._masks = self._new_matcher(), [], {}
+            raise _MatcherError(reason)

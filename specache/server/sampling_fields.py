@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
 from specache.config import Policy
-from specache.server.grammar_spec import GrammarSpec
+from specache.server.grammar_fields import GrammarFields
 from specache.server.json_body import FieldError, JsonBody, check_json
 
 MOST_TOP_LOGPROBS = 20
@@ -48,7 +48,7 @@ def check_stops(value: Any) -> Any:
     return stops
 
 
-class SamplingFields(JsonBody):
+class SamplingFields(GrammarFields):
     """What OpenAI's two APIs for text have in common, and our own fields.
 
     `top_k`, `min_p`, `repetition_penalty`, `min_tokens` and `ignore_eos` are those of other local
@@ -124,15 +124,16 @@ class SamplingFields(JsonBody):
             raise FieldError("stream_options", "it needs stream: true")
         return self
 
+    @model_validator(mode="after")
+    def _check_end(self) -> SamplingFields:
+        if self.ignore_eos and self.grammar_spec is not None:
+            raise FieldError("ignore_eos", f"the answer ends where {self.grammar_spec.param} says. Leave one of them out")
+        return self
+
     @property
     def answers(self) -> int:
         """Return the number of answers to each prompt."""
         return self.n or 1
-
-    @property
-    def grammar_spec(self) -> GrammarSpec | None:
-        """Return the grammar that the request asks for; `None` for free text."""
-        return None
 
     @property
     def includes_usage(self) -> bool:
@@ -163,9 +164,3 @@ class SamplingFields(JsonBody):
         if self.logit_bias:
             arguments["sequence_bias"] = [[[int(token)], float(bias)] for token, bias in self.logit_bias.items()]
         return arguments
-
-
-class TextFormat(JsonBody):
-    """`response_format`: plain text."""
-
-    type: Literal["text"]

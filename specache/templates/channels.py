@@ -185,8 +185,8 @@ class HarmonyParser:
         return Part.TEXT if self._channel is None or channel.split()[:1] in ([], ["final"]) else Part.REASONING
 
     def _part_of_recipient(self) -> Part:
-        header = str(self._tokenizer.decode([*self._role, *(self._channel or [])], skip_special_tokens=False))
-        recipient = _RECIPIENT.search(header)
+        headers = (str(self._tokenizer.decode(ids, skip_special_tokens=False)) for ids in (self._role, self._channel or []))
+        recipient = next((found for header in headers if (found := _RECIPIENT.search(header))), None)
         if recipient is None or recipient[1] not in self._tools:
             return Part.REASONING
         self.calls.append(recipient[1])

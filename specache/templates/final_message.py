@@ -93,24 +93,23 @@ class AfterChannels:
         self._tokens = tokens
         role = ids("assistant")
         self._headers = [[tokens.start, *role, tokens.channel, *ids(name), tokens.message] for name in _CHANNELS]
-        self._final = self._headers[-1]
+        self._final = [tokens.channel, *ids("final"), tokens.message]
         starts = [place for place, token_id in enumerate(prompt) if token_id == tokens.start]
         self._begun = list(prompt[starts[-1] :]) if starts else []
 
     def start(self, answer: Sequence[int]) -> int | None:
-        tokens = [*self._begun, *answer]
-        name = self._final[self._final.index(self._tokens.channel) :]
-        for place, token_id in enumerate(tokens):
-            if token_id == self._tokens.message and tokens[max(0, place + 1 - len(name)) : place + 1] == name:
-                return max(0, place + 1 - len(self._begun))
+        tokens, place = [*self._begun, *answer], -1
+        while self._tokens.message in tokens[place + 1 :]:
+            place = tokens.index(self._tokens.message, place + 1)
+            if tokens[max(0, place + 1 - len(self._final)) : place + 1] == self._final:
+                return place + 1 - len(self._begun)
         return None
 
     def allowed(self, answer: Sequence[int]) -> frozenset[int] | None:
-        tokens = [*self._begun, *answer]
-        borders = (self._tokens.start, self._tokens.end)
-        last = next((place for place in range(len(tokens) - 1, -1, -1) if tokens[place] in borders), len(tokens))
-        if tokens[last:] == [self._tokens.end]:
+        backwards = [*self._begun, *answer][::-1]
+        borders = [backwards.index(token) for token in (self._tokens.start, self._tokens.end) if token in backwards]
+        header = backwards[: min(borders, default=-1) + 1][::-1]  # from the newest border on
+        if header == [self._tokens.end]:
             return frozenset({self._tokens.start})
-        header = tokens[last:]
         following = [one[len(header)] for one in self._headers if len(header) < len(one) and one[: len(header)] == header]
         return frozenset(following) or None
