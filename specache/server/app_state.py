@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from starlette.requests import Request
 
 from specache.server.error_responses import ApiError, busy, unavailable
+from specache.server.memory_history import MemoryHistory
 from specache.server.prometheus_metrics import Metrics
 from specache.server.recent_requests import RecentRequests
 from specache.server.request_context import RequestContext
+from specache.server.running_requests import RunningRequests
 from specache.server.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -39,6 +41,8 @@ class AppState:
         self.closing = False
         self.metrics = Metrics(self)
         self.recent = RecentRequests()
+        self.running = RunningRequests()
+        self.history = MemoryHistory()
         self.open_streams = 0
         self.workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="specache-request")
 

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from typing import Any
+from uuid import uuid4
 
 from starlette.types import Scope
 
@@ -17,12 +18,14 @@ class RequestContext:
 
     Attributes:
         owner: the name of the key that it carries; empty without keys.
+        request_id: a name of its own, which its answer carries as `x-request-id`.
         began: the `time.monotonic()` of its headers.
         facts: what the log line says, in order.
     """
 
     def __init__(self) -> None:
         self.owner = ""
+        self.request_id = uuid4().hex
         self.began = time.monotonic()
         self.facts: dict[str, Any] = {}
         self._lock = threading.Lock()

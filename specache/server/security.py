@@ -18,7 +18,7 @@ from specache.server.settings import MOST_HEADER_BYTES, ServerSettings, address_
 if TYPE_CHECKING:
     from specache.server.keys import KeyRing
 
-OPEN_TO_ALL = frozenset({"/health"})  # paths that need no key
+OPEN_TO_ALL = frozenset({"/", "/health"})  # paths that need no key
 _WITH_BODY = ("POST", "PUT", "PATCH")
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?")
 _MOST_HEADERS = 100
@@ -65,6 +65,8 @@ class Guard:
     def _path(self, scope: Scope) -> str:
         path: str = scope["path"]
         root = self._settings.root_path
+        if root and path == root:
+            return "/"
         return path.removeprefix(root) if root and path.startswith(f"{root}/") else path
 
     def _check_body(self, scope: Scope, headers: Headers) -> None:
