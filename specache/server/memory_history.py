@@ -21,8 +21,8 @@ class MemoryHistory:
     """The latest samples of a server's memory, oldest first.
 
     A sample is (seconds since 1970, then bytes: the running requests' cache in fast memory, their
-    16-bit rows, what is kept for later requests, and an ordinary cache of the running requests).
-    Taking one costs what `EngineService.status` does, and waits for no step.
+    16-bit rows, what is kept for later requests in both, and an ordinary cache of the running
+    requests). What running and stored texts share counts as the running ones'. Taking one costs what `EngineService.status` does, and waits for no step.
     """
 
     def __init__(self, most: int = MOST_SAMPLES) -> None:
@@ -30,10 +30,10 @@ class MemoryHistory:
 
     def add(self, status: ServiceStatus) -> None:
         """Take a sample."""
-        stored = 0 if status.prefixes is None else status.prefixes.fast_bytes
-        kept = stored + max(0, status.slow_bytes - status.running_slow_bytes)
-        sample = round(time.time(), 2), status.running_fast_bytes, status.running_slow_bytes, kept, status.ordinary_bytes
-        self._samples.append(sample)
+        used, stored = status.fast_bytes, 0 if status.prefixes is None else status.prefixes.fast_bytes
+        fast, slow = min(status.running_fast_bytes, used), status.running_slow_bytes
+        kept = min(stored, used - fast) + max(0, status.slow_bytes - slow)  # `used` has working sets too
+        self._samples.append((round(time.time(), 2), fast, slow, kept, status.ordinary_bytes))
 
     def since(self, seconds: float) -> dict[str, Any]:
         """Return the samples that are newer than `seconds` since 1970."""
