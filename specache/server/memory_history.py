@@ -22,7 +22,8 @@ class MemoryHistory:
 
     A sample is (seconds since 1970, then bytes: the running requests' cache in fast memory, their
     16-bit rows, what is kept for later requests in both, and an ordinary cache of the running
-    requests). What running and stored texts share counts as the running ones'. Taking one costs what `EngineService.status` does, and waits for no step.
+    requests). What running and stored texts share counts as the running ones'. Taking a sample
+    costs what `EngineService.status` does, and waits for no step.
     """
 
     def __init__(self, most: int = MOST_SAMPLES) -> None:

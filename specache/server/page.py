@@ -1,4 +1,4 @@
-"""`/`: a page to chat with the model and to watch the memory. One file, and nothing from elsewhere."""
+"""`/`: a page to chat with the model and to watch the memory, in one file."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ def test_a_key_sees_its_own_running_requests_and_everybodys_totals():
     armed = threading.Event()
     with running(model, keys={"alice": ALICE, "bob": BOB}, chunk_ms=None) as client:
         armed.set()
-        asking = threading.Thread(target=client.post, args=("/v1/chat/completions",), kwargs={"json": BODY, "headers": bearer(ALICE)})
+        asking = threading.Thread(target=lambda: client.post("/v1/chat/completions", json=BODY, headers=bearer(ALICE)))
         asking.start()
         try:
             assert started.wait(60)
@@ -155,7 +155,9 @@ def test_every_answer_carries_the_name_that_the_status_has(client):
 def test_an_answer_whose_client_left_stays_in_the_status_as_aborted():
     import httpx
 
-    with live(model=printable_model(4096)) as server, httpx.Client(base_url=server.address, timeout=60) as client:
+    model = printable_model(4096)
+    model.register_forward_hook(lambda *_: time.sleep(0.005))  # so that it is still answering when the status is asked
+    with live(model=model) as server, httpx.Client(base_url=server.address, timeout=60) as client:
         body = {**BODY, "max_tokens": 3000, "stream": True}
         with client.stream("POST", "/v1/chat/completions", json=body) as response:
             next(line for line in response.iter_lines() if '"content":"' in line and '"content":""' not in line)
@@ -211,24 +213,28 @@ def test_since_must_be_a_time(client, since):
     assert response.status_code == 400 and error_of(response)["param"] == "since"
 
 
-def sample(history: MemoryHistory, **changes) -> tuple:
-    """Add a status to a history and return its sample without the time."""
-    numbers = {"fast_bytes": 0, "slow_bytes": 0, "running_fast_bytes": 0, "running_slow_bytes": 0, "ordinary_bytes": 0, "prefixes": None}
-    history.add(SimpleNamespace(**{**numbers, **changes}))
+def sample(history: MemoryHistory, *, used: int, slow: int = 0, running=(0, 0, 0), stored: int | None = None) -> tuple[int, ...]:
+    """Add a status to a history and return its sample without the time.
+
+    Args:
+        running: fast, slow and ordinary bytes of what runs.
+    """
+    names = ("running_fast_bytes", "running_slow_bytes", "ordinary_bytes")
+    prefixes = None if stored is None else PrefixStatus(fast_bytes=stored)
+    history.add(SimpleNamespace(fast_bytes=used, slow_bytes=slow, prefixes=prefixes, **dict(zip(names, running, strict=True))))
     return tuple(history.since(0)["samples"][-1][1:])
 
 
 def test_what_stored_and_running_texts_share_counts_once():
-    history, stored = MemoryHistory(), PrefixStatus(fast_bytes=30)
-    working = {"running_fast_bytes": 25, "running_slow_bytes": 100, "ordinary_bytes": 110}
-    assert sample(history, fast_bytes=30, slow_bytes=100, prefixes=stored) == (0, 0, 130, 0)
-    assert sample(history, fast_bytes=32, slow_bytes=140, prefixes=stored, **working) == (25, 100, 7 + 40, 110)
-    assert sample(history, fast_bytes=20, slow_bytes=100, prefixes=stored, **working) == (20, 100, 0, 110), "never more than there is"
-    assert sample(history, fast_bytes=999, slow_bytes=100, prefixes=stored, **working) == (25, 100, 30, 110), "working sets are not kept"
+    history, running = MemoryHistory(), (25, 100, 110)
+    assert sample(history, used=30, slow=100, stored=30) == (0, 0, 130, 0)
+    assert sample(history, used=32, slow=140, stored=30, running=running) == (25, 100, 7 + 40, 110)
+    assert sample(history, used=20, slow=100, stored=30, running=running) == (20, 100, 0, 110), "no more than there is"
+    assert sample(history, used=999, slow=100, stored=30, running=running) == (25, 100, 30, 110), "working sets are not kept"
 
 
 def test_the_history_is_bounded():
     history = MemoryHistory(most=3)
     for fast in range(5):
-        sample(history, fast_bytes=fast, running_fast_bytes=fast)
+        sample(history, used=fast, running=(fast, 0, 0))
     assert [one[1] for one in history.since(0)["samples"]] == [2, 3, 4]
