@@ -19,6 +19,18 @@ from specache.tiers.disk import tier_files
 from specache.tiers.disk.probe import ReaderReport
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--screenshots", metavar="DIR", help="write screenshots of the server's page into DIR, and print their paths")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the paths of screenshots, which tests in any process record as properties."""
+    for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
+        for name, value in getattr(report, "user_properties", ()):
+            if name == "screenshot" and report.when == "call":
+                terminalreporter.write_line(f"screenshot: {value}")
+
+
 @pytest.fixture(scope="session")
 def demo_model() -> LoadedModel:
     """SmolLM2-135M-Instruct in float32, and its tokenizer."""

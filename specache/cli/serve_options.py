@@ -50,6 +50,9 @@ RootPath = Annotated[
         "--root-path", help="Prefix of all addresses behind a reverse proxy.", metavar="PATH", rich_help_panel=SERVER_PANEL
     ),
 ]
+Page = Annotated[
+    bool, typer.Option("--page/--no-page", help="A page at / to chat and to watch the memory.", rich_help_panel=SERVER_PANEL)
+]
 ChunkMs = Annotated[
     float,
     typer.Option(
@@ -202,6 +205,7 @@ class ServerOptions:
     port: Port = 8000
     served_model_name: ServedModelName = None
     root_path: RootPath = ""
+    page: Page = True
     chunk_ms: ChunkMs = 250.0
     prefix_sharing: PrefixSharing = True
     prefix_cache: PrefixCache = None
@@ -241,6 +245,7 @@ class ServerOptions:
             port=self.port,
             root_path=self.root_path,
             allowed_hosts=tuple(self.allowed_host or ()),
+            page=self.page,
             share_prefixes=self.share_prefixes,
             prefix_sharing=self.prefix_sharing,
             default_new_tokens=self.default_new_tokens,

@@ -116,6 +116,11 @@ class Handle:
         """Return the new tokens [B][tokens] so far, without padding."""
         return self.request.state.new_token_ids() or [[] for _ in self.request.token_ids]
 
+    def memory_now(self) -> MemoryUse:
+        """Return the cache's bytes of the request now, or at its end if that has come."""
+        now = sum((sequence.memory() for sequence in list(self.request.sequences)), MemoryUse())
+        return self.memory or now  # asked for last: its sequences are freed after it is set
+
     def wait(self, timeout: float | None = None) -> bool:
         """Wait for the end, at most `timeout` seconds, and return whether it came."""
         return self._done.wait(timeout)

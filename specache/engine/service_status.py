@@ -38,6 +38,9 @@ class ServiceStatus:
         slow_bytes, slow_peak_bytes: 16-bit rows of running sequences and, in main memory, of stored
             prefixes; what they share counts once.
         hot_bytes, window_bytes, checkpoint_bytes: parts of the running sequences' memory.
+        running_fast_bytes, running_slow_bytes: the running sequences' cache in fast memory, without
+            working sets, and their 16-bit rows. Rows that they share count once per engine.
+        ordinary_bytes: the bytes of an ordinary 16-bit cache of the running sequences.
         hit_rate: share of the selected rows that were ready when needed.
         bytes_fetched, read_s, wait_s, waits: reads of the slow tier, their time, and how long steps
             waited for them.
@@ -66,6 +69,9 @@ class ServiceStatus:
     hot_bytes: int
     window_bytes: int
     checkpoint_bytes: int
+    running_fast_bytes: int
+    running_slow_bytes: int
+    ordinary_bytes: int
     hit_rate: float | None
     rows_selected: int
     rows_ready: int
@@ -138,6 +144,9 @@ def measured(engines: PolicyEngines) -> dict[str, Any]:
         "hot_bytes": memory.hot,
         "window_bytes": memory.windows,
         "checkpoint_bytes": memory.checkpoints,
+        "running_fast_bytes": memory.fast + memory.hot + memory.windows,
+        "running_slow_bytes": memory.slow,
+        "ordinary_bytes": memory.full + memory.ordinary_windows,
         "hit_rate": rate,
         **{name: getattr(counters, name) for name in COUNTED},
     }

@@ -7,6 +7,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -34,6 +35,7 @@ class Ticket:
         submitted_s, started_s, first_token_s: the `time.monotonic()` of its submission, of the
             beginning of its prompt, and of its first token; `None` before.
         read_tokens: prompt tokens that were read or stored before.
+        new_tokens: the new tokens of all rows so far.
     """
 
     def __init__(self, job: Job, on_event: OnEvent, reuse: PrefixReuse | None, abort: Callable[[Ticket], None]) -> None:
@@ -44,6 +46,7 @@ class Ticket:
         self.started_s: float | None = None
         self.first_token_s: float | None = None
         self.read_tokens = 0
+        self.new_tokens = 0
         self._process = os.getpid()
         self._on_event: OnEvent | None = on_event
         self._abort = abort
@@ -61,10 +64,15 @@ class Ticket:
         """Return the prompt tokens that were stored before and not read again."""
         return 0 if self.reuse is None else self.reuse.cached_tokens
 
-    @property
-    def new_tokens(self) -> int:
-        """Return the new tokens of all rows so far."""
-        return 0 if self.handle is None else sum(map(len, self.handle.new_token_ids))
+    @cached_property
+    def prompt_tokens(self) -> int:
+        """Return the tokens of all distinct prompts."""
+        return sum(map(len, set(map(tuple, self.job.request.token_ids))))
+
+    def facts_now(self) -> Facts:
+        """Return what the request needed until now. Quick, and it hinders no step."""
+        engine = self._engine
+        return self.facts(None if engine is None else engine.cache.counters)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait for the last event, at most `timeout` seconds, and return whether it came.
@@ -133,9 +141,9 @@ class Ticket:
         now = time.monotonic()
         started = now if self.started_s is None else self.started_s
         first = max(started, now if self.first_token_s is None else self.first_token_s)
-        memory = (None if self.handle is None else self.handle.memory) or MemoryUse()
+        memory = MemoryUse() if self.handle is None else self.handle.memory_now()
         return Facts(
-            prompt_tokens=sum(map(len, set(map(tuple, self.job.request.token_ids)))),
+            prompt_tokens=self.prompt_tokens,
             cached_tokens=self.cached_tokens,
             new_tokens=self.new_tokens,
             fast_bytes=memory.fast + memory.hot + memory.windows,
@@ -161,6 +169,7 @@ class Ticket:
         self.emit(PromptProgress(done, total))
 
     def _new_token(self, row: int, token: int, logits: Tensor) -> None:
+        self.new_tokens += 1
         if self.first_token_s is None:
             self.first_token_s = time.monotonic()
         if self.job.top_logprobs is None:

@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from specache.errors import SpeCacheError
-from specache.server import health
+from specache.server import health, page
 from specache.server.app_state import AppState
 from specache.server.error_responses import ApiError, answer_api_error, answer_http_error, error_response
 from specache.server.keys import KeyRing
@@ -44,6 +44,7 @@ class ServerApp:
             redirect_slashes=False,
             lifespan=self._lifespan,
             exception_handlers={
+                Exception: answer_api_error,  # of the engine, for example; it is logged all the same
                 ApiError: answer_api_error,
                 SpeCacheError: answer_api_error,
                 HTTPException: answer_http_error,
@@ -52,6 +53,8 @@ class ServerApp:
         )
         self._routes.state.server = self.state
         self._routes.include_router(health.router)
+        if settings.page:
+            self._routes.include_router(page.router)
         self._stack: ASGIApp = RequestLog(Guard(self._when_loaded, settings, keys), self.state)
 
     def begin_serving(self, served: ServedModel, service: EngineService) -> None:
@@ -67,9 +70,11 @@ class ServerApp:
 
     async def _when_loaded(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the routes. Without a model most are not there yet, which is no 404."""
-        scope["root_path"] = self.state.settings.root_path
+        scope["root_path"] = root = self.state.settings.root_path
+        if scope["type"] == "http" and scope["path"] == root:
+            scope["path"] = f"{root}/"  # that of the page, which goes on to there by itself
         if scope["type"] == "http" and self.state.served is None:
-            path = scope["path"].removeprefix(self.state.settings.root_path)
+            path = scope["path"].removeprefix(root)
             try:
                 if path not in WITHOUT_MODEL:
                     self.state.ready()
@@ -80,7 +85,8 @@ class ServerApp:
 
     @asynccontextmanager
     async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
-        expiring = asyncio.create_task(self.state.expire_responses())
+        tasks = [asyncio.create_task(self.state.expire_responses()), asyncio.create_task(self.state.history.keep(self.state))]
         yield
-        expiring.cancel()
+        for task in tasks:
+            task.cancel()
         self.state.end()

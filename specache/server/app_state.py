@@ -11,10 +11,12 @@ from starlette.requests import Request
 
 from specache.server.error_responses import ApiError, busy, unavailable
 from specache.server.grammar_spec import grammar_of
+from specache.server.memory_history import MemoryHistory
 from specache.server.prometheus_metrics import Metrics
 from specache.server.recent_requests import RecentRequests
 from specache.server.request_context import RequestContext
 from specache.server.responses.response_store import ResponseStore
+from specache.server.running_requests import RunningRequests
 from specache.server.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -47,6 +49,8 @@ class AppState:
         self.metrics = Metrics(self)
         self.recent = RecentRequests()
         self.responses = ResponseStore(settings.most_response_bytes, settings.response_age_seconds)
+        self.running = RunningRequests()
+        self.history = MemoryHistory()
         self.open_streams = 0
         self.workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="specache-request")
         self.grammar_worker = ThreadPoolExecutor(1, thread_name_prefix="specache-grammar")

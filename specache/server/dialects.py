@@ -31,4 +31,6 @@ def dialect_of(scope: Mapping[str, Any], root_path: str = "") -> Dialect:
 
 def path_without_root(path: str, root_path: str) -> str:
     """Return a path without the prefix of a reverse proxy."""
+    if root_path and path == root_path:
+        return "/"
     return path.removeprefix(root_path) if root_path and path.startswith(f"{root_path}/") else path

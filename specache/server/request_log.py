@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("specache.server")
 _LONGEST_PATH = 120
-_POLLED = frozenset({"/health", "/metrics"})  # programs ask these every few seconds
+_POLLED = frozenset({"/health", "/metrics", "/v1/status"})  # programs ask these every few seconds
 
 
 class RequestLog:
@@ -39,6 +39,7 @@ class RequestLog:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", context.request_id.encode())]
             await send(message)
 
         try:

@@ -9,12 +9,14 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request
 
-from specache.engine.events import Event, Failed, Finished, NewToken
+from specache.engine.events import Event, Facts, Failed, Finished, NewToken
+from specache.engine.ticket import Ticket
 from specache.errors import QueueFullError
 from specache.server.app_state import AppState
 from specache.server.error_responses import ApiError, unavailable
 from specache.server.generation import PreparedJob
 from specache.server.request_context import RequestContext
+from specache.server.request_numbers import request_numbers
 
 _Result = TypeVar("_Result")
 ABORTED = "aborted"
@@ -37,6 +39,7 @@ class RunningJobs:
         self._last_token: dict[tuple[int, int], float] = {}
         self._new = [0] * len(jobs)
         self._open = [False] * len(jobs)
+        self._tickets: dict[int, Ticket] = {}
         context.at_end(self._count_open)
 
     async def start(self) -> None:
@@ -83,6 +86,8 @@ class RunningJobs:
         self._began[index] = time.monotonic()
         ticket = service.submit(self.jobs[index].job, lambda event: self._put(index, event))
         self._open[index] = True
+        self._tickets[index] = ticket
+        self._state.running.add(self._context, ticket)
         self._context.at_end(ticket.abort)
 
     def _put(self, index: int, event: Event) -> None:
@@ -104,6 +109,7 @@ class RunningJobs:
             self._new[index] += 1
         elif isinstance(event, Failed):
             self._open[index] = False
+            self._keep(index, self._tickets[index].facts_now(), ["failed"])
             facts["ended"] = "failed"
             raise event.error
         elif isinstance(event, Finished):
@@ -113,7 +119,9 @@ class RunningJobs:
     def _count_open(self) -> None:
         """Count the jobs that are still open when the request ends: those of a client that left."""
         log = self._context.facts
-        for new in (new for new, is_open in zip(self._new, self._open, strict=True) if is_open):
+        for index in (index for index, is_open in enumerate(self._open) if is_open):
+            new = self._new[index]
+            self._keep(index, self._tickets[index].facts_now(), [ABORTED])
             self._state.metrics.job_ended(0, 0, new, True)
             log["new"] = log.get("new", 0) + new
             log.setdefault("ended", ABORTED)
@@ -123,7 +131,7 @@ class RunningJobs:
         aborted = ABORTED in event.reasons
         prompt = len(self.jobs[index].prompt_ids)
         self._state.metrics.job_ended(prompt, facts.cached_tokens, self._new[index], aborted)
-        self._state.recent.add(self._context.owner, _recent(prompt, self._new[index], event, self._began[index]))
+        self._keep(index, facts, event.reasons)
         for name, value in (("prompt", prompt), ("cached", facts.cached_tokens), ("new", self._new[index])):
             log[name] = log.get(name, 0) + value
         if aborted:
@@ -132,23 +140,17 @@ class RunningJobs:
                 raise unavailable("The server is shutting down; this answer is not complete.", "shutting_down")
             raise ApiError(500, "The answer was ended before it was complete.", code=ABORTED)
 
-
-def _recent(prompt: int, new: int, event: Finished, began: float) -> dict[str, Any]:
-    facts = event.facts
-    return {
-        "prompt_tokens": prompt,
-        "cached_tokens": facts.cached_tokens,
-        "new_tokens": new,
-        "finish_reasons": list(event.reasons),
-        "fast_bytes": facts.fast_bytes,
-        "slow_bytes": facts.slow_bytes,
-        "ordinary_cache_bytes": facts.ordinary_bytes,
-        "hit_rate": facts.hit_rate,
-        "waited_seconds": round(facts.waited_s, 4),
-        "time_to_first_token_seconds": round(facts.waited_s + facts.prefill_s, 4),
-        "decode_seconds": round(facts.decode_s, 4),
-        "seconds": round(time.monotonic() - began, 4),
-    }
+    def _keep(self, index: int, facts: Facts, reasons: Sequence[str]) -> None:
+        """Keep the numbers of a job that ended, for `/v1/status`."""
+        prompt, new = len(self.jobs[index].prompt_ids), self._new[index]
+        ended = {
+            "finish_reasons": list(reasons),
+            "time_to_first_token_seconds": round(facts.waited_s + facts.prefill_s, 4) if new else None,
+            "decode_seconds": round(facts.decode_s, 4),
+            "seconds": round(time.monotonic() - self._began[index], 4),
+        }
+        numbers = request_numbers(self._context.request_id, prompt, new, facts)
+        self._state.recent.add(self._context.owner, {**numbers, **ended})
 
 
 async def while_connected(http: Request, work: Coroutine[Any, Any, _Result]) -> _Result:

@@ -19,7 +19,7 @@ from specache.server.settings import MOST_HEADER_BYTES, ServerSettings, address_
 if TYPE_CHECKING:
     from specache.server.keys import KeyRing
 
-OPEN_TO_ALL = frozenset({"/health"})  # paths that need no key
+OPEN_TO_ALL = frozenset({"/", "/health"})  # paths that need no key
 _WITH_BODY = ("POST", "PUT", "PATCH")
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?")
 _MOST_HEADERS = 100

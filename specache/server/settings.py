@@ -20,6 +20,7 @@ class ServerSettings:
         host, port: where it listens. Port 0 takes a free one.
         root_path: the prefix of all addresses behind a reverse proxy, such as `/llm`.
         allowed_hosts: further names in a request's Host header.
+        page: whether there is a page at `/`.
         share_prefixes: whether all keys share stored prefixes.
         prefix_sharing: whether prefixes are stored at all.
         default_new_tokens: the longest answer of a chat request that names no limit.
@@ -42,6 +43,7 @@ class ServerSettings:
     port: int = 8000
     root_path: str = ""
     allowed_hosts: tuple[str, ...] = ()
+    page: bool = True
     share_prefixes: bool = False
     prefix_sharing: bool = True
     default_new_tokens: int = 4096
