@@ -12,9 +12,9 @@ from specache.cache.cache import SpeCache
 from specache.cache.sizes import on_disk, page_layout
 from specache.config import Policy, SpeCacheConfig
 from specache.engine.admission import check_limit, check_room
-from specache.engine.auto_tier import decide_tier, free_memory, main_memory_bytes, with_margin
+from specache.engine.auto_tier import FreeMemory, decide_tier, main_memory_bytes, with_margin
 from specache.engine.handle import Handle, Request
-from specache.engine.stored_prefixes import StoredPrefixes
+from specache.engine.stored_prefixes import RoomLater, StoredPrefixes, Unwritten
 from specache.errors import FastMemoryError, OutOfMemoryError
 from specache.planning.footprint import PlannedSequence
 from specache.planning.plan import plan
@@ -54,35 +54,36 @@ class Room:
     def __init__(self, model: Any) -> None:
         self.tenants: weakref.WeakSet[Tenant] = weakref.WeakSet()
         self.prefixes: StoredPrefixes | None = None
-        self._model = model
+        self._free = FreeMemory(model)
 
     def fits(self, tenant: Tenant, handle: Handle, chunk: int) -> bool:
         """Return whether a request fits beside the running ones. Decide the slow tier before.
 
-        If it fits, the stored prefixes that it goes on from are prepared. If nothing runs, it waits
-        for bytes that are on their way out, of prefixes that are written to a disk.
+        If it fits, the stored prefixes that it goes on from are prepared. It waits too for bytes
+        that are on their way out, of prefixes that are written to a disk.
 
         Raises:
             FastMemoryError, OutOfMemoryError, SlowTierError: the request does not fit alone.
         """
         request, reuse, cache = handle.request, handle.reuse, tenant.cache
-        new = request.planned()
-        if reuse is not None:  # before prefixes are dropped to make room
-            reuse.prepare(cache, request.token_ids)
-            new = reuse.planned(request.token_ids, new)
-        planned = [*tenant.planned(), *new]
-        may_wait = self._busy or self._may_shrink(handle, cache)  # asked first: bytes may go meanwhile
+        new, may_wait = request.planned(), False
         try:
-            self._free_main_memory(cache, planned, chunk)
-            decide_tier(self._model, cache, planned, chunk)
-            self._check_fast(tenant, planned, chunk, _logit_bytes_of(request, cache, chunk))
+            if reuse is not None:  # before prefixes are dropped to make room
+                reuse.prepare(cache, request.token_ids)
+                new = reuse.planned(request.token_ids, new)
+            may_wait = self._busy or self._may_shrink(handle, cache)  # asked first: bytes may go meanwhile
+            if self._has_room(tenant, [*tenant.planned(), *new], chunk, _logit_bytes_of(request, cache, chunk)):
+                return True
+        except RoomLater:
+            pass
         except (FastMemoryError, OutOfMemoryError):
-            if reuse is not None:
-                reuse.put_back(cache)
             if not may_wait:
+                if reuse is not None:
+                    reuse.put_back(cache)
                 raise
-            return False
-        return True
+        if reuse is not None:
+            reuse.put_back(cache)
+        return False
 
     def check_alone(self, cache: SpeCache, config: SpeCacheConfig, request: Request, chunk: int) -> None:
         """Refuse a request that does not fit into fast memory even alone. Any thread may ask.
@@ -116,7 +117,7 @@ class Room:
         with budget.reserved(min(growth, budget.left), "the running requests"):
             yield
         if growth > budget.left:
-            self.prefixes.make_room(growth - budget.left, 0)
+            self.prefixes.make_room(growth - budget.left, 0, Unwritten.DROP)
 
     def make_room_for_rows(self, cache: SpeCache, sequences: int, tokens: int) -> None:
         """Drop stored prefixes for the rows that a step of so many sequences stores in memory.
@@ -127,12 +128,27 @@ class Room:
         if self.prefixes is None or on_disk(cache.config) or cache.config.policy is Policy.FULL:
             return
         blocks = sequences + (-(-tokens // BLOCK_TOKENS) + 1 if tokens else 0)  # one that others share is copied
-        self.prefixes.make_room_for_rows(blocks * BLOCK_TOKENS * cache.resources.dimensions.stored_row_bytes)
+        self.prefixes.make_room_for_rows(blocks * _row_block(cache), Unwritten.DROP)
 
     def detach(self) -> None:
         """Move the state of attached device batches back into their sequences."""
         for one in self.tenants:
             one.cache.release_device_batch()
+
+    def _has_room(self, tenant: Tenant, planned: list[PlannedSequence], chunk: int, more: int) -> bool:
+        """Return whether planned sequences fit now, with `more` bytes of fast memory.
+
+        Stored prefixes that are in their way go.
+
+        Raises:
+            RoomLater: not before some of them are written.
+            FastMemoryError, OutOfMemoryError: not beside what holds bytes now.
+        """
+        self._free.forget()
+        self._free_main_memory(tenant.cache, planned, chunk)
+        decide_tier(tenant.cache, planned, chunk, self._free)
+        self._check_fast(tenant, planned, chunk, more)
+        return self._has_rows(tenant, planned) or not self._busy  # alone it may take more than stored ones may
 
     def _check_fast(self, tenant: Tenant, planned: list[PlannedSequence], chunk: int, more: int) -> None:
         """Make room of `fast_memory` for the planned sequences and `more` bytes, or raise."""
@@ -146,8 +162,18 @@ class Room:
             needed = plan(cache.resources.dimensions, cache.config.with_changes(prefill_chunk=chunk), planned).fast
             short = needed + more - cache.held_bytes() - left
             if short > 0:
-                self.prefixes.make_room(short, 0)
+                self.prefixes.make_room(short, 0, Unwritten.QUEUE)
         check_room(cache, planned, chunk, more)
+
+    def _has_rows(self, tenant: Tenant, planned: list[PlannedSequence]) -> bool:
+        """Return whether the rows of the planned sequences may be in memory beside all others.
+
+        Stored prefixes make room for them.
+        """
+        if self.prefixes is None or on_disk(tenant.cache.config):
+            return True
+        others = sum(_row_growth(one.cache, one.planned()) for one in self.tenants if one is not tenant)
+        return self.prefixes.make_room_for_rows(others + _row_growth(tenant.cache, planned), Unwritten.QUEUE)
 
     def _free_main_memory(self, cache: SpeCache, planned: list[PlannedSequence], chunk: int) -> None:
         """Drop stored prefixes where main memory would not suffice because of them."""
@@ -157,9 +183,10 @@ class Room:
         memory = plan(dimensions, cache.config.with_changes(prefill_chunk=chunk), planned)
         held = cache.memory().slow + cache.held_bytes()
         needed = with_margin(max(0, main_memory_bytes(dimensions, memory, planned) - held))
-        free = free_memory(self._model, needed)
-        if free is not None and needed > free:
-            self.prefixes.make_room(0, needed - free)
+        left = self._free.for_bytes(needed)
+        if left is not None and needed > left:
+            self._free.forget()
+            self.prefixes.make_room(0, needed - left, Unwritten.QUEUE)
 
     @property
     def _busy(self) -> bool:
@@ -193,6 +220,23 @@ class Room:
             return 0
         layers = cache.resources.dimensions.full_layers
         return sequences * sum(page_layout(config, layer.kv_heads, layer.head_dim).page_bytes for layer in layers)
+
+
+def _row_growth(cache: SpeCache, planned: list[PlannedSequence]) -> int:
+    """Return the bytes of rows that planned sequences will store in memory beyond what they hold.
+
+    Each may copy a block that it shares, before it writes to it.
+    """
+    if not planned or cache.config.policy is Policy.FULL:
+        return 0
+    held = sum(sequence.tier.nbytes for sequence in cache.sequences)
+    needed = plan(cache.resources.dimensions, cache.config, planned).slow
+    return max(0, needed + len(planned) * _row_block(cache) - held)
+
+
+def _row_block(cache: SpeCache) -> int:
+    """Return the bytes of a block of rows in every layer."""
+    return BLOCK_TOKENS * cache.resources.dimensions.stored_row_bytes
 
 
 def chunk_of(request: Request, chunk: int, cache: SpeCache) -> int:
