@@ -115,11 +115,18 @@ class PrefixReuse:
                 self._store.drop_running(sequence)
 
     def _begin_now(self, cache: SpeCache, token_ids: list[int]) -> Sequence | PrefixReturn | None:
-        """Do as `_begin`, and go without a prefix for which there is no room yet."""
+        """Do as `_begin`, and go without a prefix for which there is no room.
+
+        None was planned for this prompt, which is read in full then.
+        """
         try:
-            return self._begin(cache, token_ids)
+            found = self._begin(cache, token_ids)
         except RoomLater:
             return None
+        if isinstance(found, Sequence) and not self._room.holds():
+            _free(cache, found)
+            return None
+        return found
 
     def _begin(self, cache: SpeCache, token_ids: list[int]) -> Sequence | PrefixReturn | None:
         """Return a fork of the longest stored prefix in `cache.sequences`, one on disk, or `None`.

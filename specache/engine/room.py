@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from specache.cache.cache import SpeCache
-from specache.cache.sizes import on_disk, page_layout
+from specache.cache.sizes import fetches, on_disk, page_layout
 from specache.config import Policy, SpeCacheConfig
 from specache.engine.admission import check_limit, check_room
 from specache.engine.auto_tier import FreeMemory, decide_tier, main_memory_bytes, with_margin
 from specache.engine.handle import Handle, Request
 from specache.engine.stored_prefixes import RoomLater, StoredPrefixes, Unwritten
 from specache.errors import FastMemoryError, OutOfMemoryError
-from specache.planning.footprint import PlannedSequence
+from specache.planning.footprint import CacheFootprint, PlannedSequence
 from specache.planning.plan import plan
 from specache.planning.working_set import FLOAT
 from specache.tiers.row_memory import BLOCK_TOKENS
@@ -38,6 +38,9 @@ class Tenant(Protocol):
 
     def planned(self) -> list[PlannedSequence]:
         """Return the sequences of the requests that run, with what they still store."""
+
+    def logit_bytes(self) -> int:
+        """Return the bytes of the logits of the prompt that is read, which no plan counts."""
 
 
 class Room:
@@ -72,7 +75,7 @@ class Room:
                 reuse.prepare(cache, request.token_ids)
                 new = reuse.planned(request.token_ids, new)
             may_wait = self._busy or self._may_shrink(handle, cache)  # asked first: bytes may go meanwhile
-            if self._has_room(tenant, [*tenant.planned(), *new], chunk, _logit_bytes_of(request, cache, chunk)):
+            if self._has_room(tenant, [*tenant.planned(), *new], chunk, logit_bytes_of(request, cache, chunk)):
                 return True
         except RoomLater:
             pass
@@ -100,7 +103,7 @@ class Room:
         if limit is None:
             return
         chunk = chunk_of(request, chunk, cache)
-        more = self._copied_pages(cache, config, len(planned)) + _logit_bytes_of(request, cache, chunk)
+        more = self._copied_pages(cache, config, len(planned)) + logit_bytes_of(request, cache, chunk)
         check_limit(cache, config, planned, chunk, limit - more)
 
     @contextmanager
@@ -118,6 +121,11 @@ class Room:
             yield
         if growth > budget.left:
             self.prefixes.make_room(growth - budget.left, 0, Unwritten.DROP)
+
+    def holds(self) -> bool:
+        """Return whether there is room for all that the running requests will need."""
+        left = next((one.cache.resources.budget.left for one in self.tenants), None)
+        return left is None or sum(self._growth(one) for one in self.tenants) <= left
 
     def make_room_for_rows(self, cache: SpeCache, sequences: int, tokens: int) -> None:
         """Drop stored prefixes for the rows that a step of so many sequences stores in memory.
@@ -157,7 +165,7 @@ class Room:
         if left is None:
             return
         more += sum(self._growth(one) for one in self.tenants if one is not tenant)
-        more += self._copied_pages(cache, cache.config, len(planned))
+        more += self._copied_pages(cache, cache.config, len(planned)) + _surplus(cache, len(planned))
         if self.prefixes is not None:
             needed = plan(cache.resources.dimensions, cache.config.with_changes(prefill_chunk=chunk), planned).fast
             short = needed + more - cache.held_bytes() - left
@@ -209,7 +217,8 @@ class Room:
         cache = tenant.cache
         config = cache.config.with_changes(prefill_chunk=tenant.chunk)
         needed = plan(cache.resources.dimensions, config, planned).fast
-        return max(0, needed + self._copied_pages(cache, cache.config, len(planned)) - cache.held_bytes())
+        needed += self._copied_pages(cache, cache.config, len(planned)) + _surplus(cache, len(planned))
+        return max(0, needed + tenant.logit_bytes() - cache.held_bytes())
 
     def _copied_pages(self, cache: SpeCache, config: SpeCacheConfig, sequences: int) -> int:
         """Return the bytes of a page per layer and sequence.
@@ -220,6 +229,26 @@ class Room:
             return 0
         layers = cache.resources.dimensions.full_layers
         return sequences * sum(page_layout(config, layer.kv_heads, layer.head_dim).page_bytes for layer in layers)
+
+
+def _surplus(cache: SpeCache, sequences: int) -> int:
+    """Return the bytes that sequences hold beyond what a plan of so many gives to each.
+
+    A hot set keeps the size that it got when fewer sequences shared their bytes, and a cache of
+    policy `full` has room to grow.
+    """
+    config, dimensions = cache.config, cache.resources.dimensions
+    if config.policy is Policy.FULL:
+        row = sum(layer.row_bytes(dimensions.itemsize) for layer in dimensions.full_layers)
+        return sum(max(0, one.dense_bytes - one.length * row) for one in cache.sequences)
+    if not fetches(config) or isinstance(config.hot_set, float):
+        return 0
+    footprint = CacheFootprint(dimensions, config, sequences, 0)
+    surplus = 0
+    for sequence in cache.sequences:
+        held = sum(layer.hot_bytes for layer in sequence.compressed.values())
+        surplus += max(0, held - footprint.first_step(PlannedSequence(sequence.length)).hot_set) if held else 0
+    return surplus
 
 
 def _row_growth(cache: SpeCache, planned: list[PlannedSequence]) -> int:
@@ -245,7 +274,7 @@ def chunk_of(request: Request, chunk: int, cache: SpeCache) -> int:
     return chunk if request.on_prompt_logits is None else min(chunk, max(1, LOGIT_BYTES // _logit_bytes(cache, 1)))
 
 
-def _logit_bytes_of(request: Request, cache: SpeCache, chunk: int) -> int:
+def logit_bytes_of(request: Request, cache: SpeCache, chunk: int) -> int:
     """Return the bytes of the logits of a chunk that no plan counts: all but those of one token."""
     return 0 if request.on_prompt_logits is None else _logit_bytes(cache, chunk - 1)
 
