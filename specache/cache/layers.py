@@ -131,6 +131,11 @@ class CompressedLayer(LayerState):
     def held_bytes(self) -> int:
         return self._bytes(self.config).total
 
+    @property
+    def hot_bytes(self) -> int:
+        """Bytes of the budget that its hot set holds."""
+        return self._bytes(self.config).hot_set
+
     def memory(self, itemsize: int | None = None) -> MemoryUse:
         held = self._bytes(self.config, itemsize, self.key_scales.value is not None)
         return MemoryUse(
@@ -439,6 +444,12 @@ class DenseLayer(LayerState):
 
     def can_truncate(self, length: int) -> bool:
         return True
+
+    def shrink(self) -> None:
+        """Free the room behind the stored tokens."""
+        if self._kv_rows.shape[2] > self.length:
+            self._kv_rows = self._kv_rows[:, :, : self.length].clone()
+            self._claim.resize(self.held_bytes)
 
     def fork(self) -> DenseLayer:
         other = DenseLayer(self.index, self._kv_rows[0], self._claim.budget)

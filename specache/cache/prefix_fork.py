@@ -8,6 +8,7 @@ afresh.
 from __future__ import annotations
 
 from specache.cache.cache_context import CacheContext
+from specache.cache.layers import DenseLayer
 from specache.cache.sequence import Sequence
 from specache.cache.sizes import on_disk
 from specache.config import Policy, SpeCacheConfig
@@ -75,6 +76,9 @@ def fork_prefix(sequence: Sequence, context: CacheContext, length: int) -> Seque
             tier = context.new_tier()  # `auto` has chosen another tier since
             fork.copy_rows(tier)
             fork.use_tier(tier)
+        for layer in fork.layers.values():
+            if isinstance(layer, DenseLayer):
+                layer.shrink()  # it is planned with the tokens that it has
     except BaseException:
         fork.clear()
         raise

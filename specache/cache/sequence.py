@@ -312,6 +312,11 @@ class Sequence:
         """Return the fast memory held of the budget, in bytes. Shared pages are counted in full."""
         return sum(layer.held_bytes for layer in self.layers.values())
 
+    @property
+    def dense_bytes(self) -> int:
+        """The bytes that its layers of policy `full` hold of the budget."""
+        return sum(layer.held_bytes for layer in self.layers.values() if isinstance(layer, DenseLayer))
+
     def memory(self, itemsize: int | None = None) -> MemoryUse:
         """Return the bytes in use, with row elements of `itemsize` bytes (default: the model's).
 

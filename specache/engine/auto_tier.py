@@ -25,12 +25,13 @@ MARGIN_BYTES = 48 << 20  # kept free beside the plan, for what libraries allocat
 MARGIN_SHARE = 0.05  # kept free too, as a share of the planned bytes
 
 
-def decide_tier(model: Any, cache: SpeCache, planned: Sequence[PlannedSequence], chunk: int) -> None:
+def decide_tier(cache: SpeCache, planned: Sequence[PlannedSequence], chunk: int, memory_left: FreeMemory) -> None:
     """Choose the slow tier of a cache with `slow_tier="auto"`, unless the choice is final.
 
     Args:
         planned: all sequences that the cache holds or will hold.
         chunk: prompt tokens per forward pass.
+        memory_left: the free memory beside the model.
 
     Raises:
         SlowTierError: main memory is too small, and no folder on a disk has room.
@@ -43,7 +44,7 @@ def decide_tier(model: Any, cache: SpeCache, planned: Sequence[PlannedSequence],
     memory = plan(dimensions, cache.config.with_changes(prefill_chunk=chunk), planned)
     held = cache.memory().slow + cache.held_bytes()
     needed = max(0, main_memory_bytes(dimensions, memory, planned) - held)
-    free = free_memory(model, with_margin(needed))
+    free = memory_left.for_bytes(with_margin(needed))
     if free is None or (with_margin(needed) <= free and _may_be_pinned(cache.config, dimensions, memory)):
         cache.choose_tier(TierChoice(in_memory, None, needed, free))
         return
@@ -107,25 +108,43 @@ def most_that_fits(free: int) -> int:
     return max(0, int((free - MARGIN_BYTES) / (1 + MARGIN_SHARE)))
 
 
-def free_memory(model: Any, wanted: int) -> int | None:
-    """Return the bytes that can be allocated beside the model; `None` if the system does not say.
+class FreeMemory:
+    """The bytes that can be allocated beside a model, measured when they are first asked for.
 
-    If that is less than `wanted`, return free heap memory to the system and measure again.
+    Which of its weights are mapped files is looked up once, for its whole life.
     """
-    free = _free_beside_weights(model)
-    if free is not None and free < wanted and heap.give_back():
-        free = _free_beside_weights(model)
-    return free
 
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._mapped: int | None = None
+        self._measured = self._gave_back = False
+        self._free: int | None = None
 
-def _free_beside_weights(model: Any) -> int | None:
-    """Return the available memory less the weights of mapped files, which count as available."""
-    free = machine.available_memory()
-    if free is None:
-        return None
-    tensors = [*model.parameters(), *model.buffers()]
-    blocks = {tensor.data_ptr(): tensor.nbytes for tensor in tensors if tensor.device.type == "cpu"}
-    return max(0, free - machine.mapped_bytes(blocks.items()))
+    def forget(self) -> None:
+        """Measure again when it is asked next."""
+        self._measured = self._gave_back = False
+
+    def for_bytes(self, wanted: int) -> int | None:
+        """Return the free bytes; `None` if the system does not say.
+
+        If they are less than `wanted`, free heap memory is returned to the system first.
+        """
+        if not self._measured:
+            self._measure()
+        if self._free is not None and self._free < wanted and not self._gave_back:
+            self._gave_back = True
+            if heap.give_back():
+                self._measure()
+        return self._free
+
+    def _measure(self) -> None:
+        """Note the available memory less the weights of mapped files, which count as available."""
+        free, self._measured = machine.available_memory(), True
+        if self._mapped is None and free is not None:
+            tensors = [*self._model.parameters(), *self._model.buffers()]
+            blocks = {tensor.data_ptr(): tensor.nbytes for tensor in tensors if tensor.device.type == "cpu"}
+            self._mapped = machine.mapped_bytes(blocks.items())
+        self._free = None if free is None else max(0, free - (self._mapped or 0))
 
 
 def _may_be_pinned(config: SpeCacheConfig, dimensions: ModelDimensions, memory: MemoryPlan) -> bool:

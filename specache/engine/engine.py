@@ -23,7 +23,7 @@ from specache.engine.prefix_reuse import PrefixReuse
 from specache.engine.prompt_reader import PromptReader, free
 from specache.engine.recovery import tokens_kept_on_error
 from specache.engine.request_queue import RequestQueue
-from specache.engine.room import Room, chunk_of
+from specache.engine.room import Room, chunk_of, logit_bytes_of
 from specache.engine.runs import GivenRun, Run, SampledRun
 from specache.errors import UsageError
 from specache.model.identity.wrappers import unwrapped
@@ -118,6 +118,11 @@ class Engine:
         planned = [one for handle in self._running for one in handle.request.planned_rest()]
         reading = self._reader.handle
         return planned if reading is None else planned + reading.request.planned_now()
+
+    def logit_bytes(self) -> int:
+        """Return the bytes of the logits of the prompt that is read, which no plan counts."""
+        reading = self._reader.handle
+        return 0 if reading is None else logit_bytes_of(reading.request, self.cache, chunk_of(reading.request, self.chunk, self.cache))
 
     def add(self, request: Request, on_end: Callable[[Handle], None] | None = None, reuse: PrefixReuse | None = None) -> Handle:
         """Queue a request. Requests are prefilled in order, each as soon as memory allows.

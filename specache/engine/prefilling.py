@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from functools import partial
 
 import torch
@@ -39,7 +39,7 @@ def prefill_texts(
         reuse: the stored prefixes that new sequences may begin with.
 
     Yields:
-        `None` after every chunk but the last.
+        `None` after every chunk but the last, and while a prefix is brought back from a disk.
 
     Returns:
         float32 logits [B, V] of the prompts' last tokens.
@@ -54,7 +54,8 @@ def prefill_texts(
         for index, ids in enumerate(token_ids):
             twin = first.setdefault(tuple(ids), index)
             if fresh:
-                sequences.append(cache.repeat(sequences[twin]) if twin != index else _new_sequence(cache, ids, reuse))
+                own = twin == index
+                sequences.append((yield from _new_sequence(cache, ids, reuse)) if own else cache.repeat(sequences[twin]))
                 if sequences[index] not in cache.sequences:
                     cache.sequences.append(sequences[index])
             if fresh and twin != index:
@@ -81,8 +82,8 @@ def prefill_texts(
     return torch.stack(logits)
 
 
-def _new_sequence(cache: SpeCache, token_ids: list[int], reuse: PrefixReuse | None) -> Sequence:
-    taken = None if reuse is None else reuse.take(cache, token_ids)
+def _new_sequence(cache: SpeCache, token_ids: list[int], reuse: PrefixReuse | None) -> Generator[None, None, Sequence]:
+    taken = None if reuse is None else (yield from reuse.take(cache, token_ids))
     return cache.new_sequence() if taken is None else taken
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from typing import Any
+from weakref import WeakSet
 
-from specache.cache.cache import SpeCache
 from specache.cache.prefix_fork import fork_aside, has_whole_windows
 from specache.cache.prefix_index import Prefix, PrefixIndex
 from specache.cache.prefixes import common_tokens
@@ -54,6 +55,8 @@ class PrefixDisk:
         if config.policy is Policy.FULL:
             raise ConfigError("policy='full' keeps no 16-bit rows that could be written as prefixes. Leave the folder out.")
         self._index, self._counters = index, counters
+        self._behind = False  # whether some could not be written when they were read
+        self._failed: WeakSet[Prefix] = WeakSet()  # could not be written, and go when memory is needed
         self.problem: str | None = None
         self._folder: PrefixFolder | None = None
         self._writer: PrefixWriter | None = None
@@ -71,10 +74,13 @@ class PrefixDisk:
     def write(self, prefix: Prefix, sequence: Sequence) -> None:
         """Write a prefix in the background, unless most of it is on the disk already.
 
-        It is written when it is evicted where too many wait now.
+        Where too many wait now, it is written when none does, if the store has it then.
         """
         writer = self._writer
-        if writer is None or not self._is_worth_writing(prefix) or writer.has(prefix) or writer.is_full:
+        if writer is None or not self._is_worth_writing(prefix) or writer.has(prefix):
+            return
+        if writer.is_full:
+            self._behind = True
             return
         try:
             fork = fork_aside(sequence, len(prefix.text))
@@ -83,45 +89,85 @@ class PrefixDisk:
             self._report(f"A prefix of {len(prefix.text):,} tokens was not written to the disk: {error}")
             return
         if fork is not None:
-            writer.write(prefix, fork)
+            writer.write(prefix, fork, owned=True)
 
-    def would_wait(self, prefix: Prefix) -> bool:
-        """Return whether `write_now` has to wait for a prefix."""
-        return self._writer is not None and (self._writer.has(prefix) or self._is_to_be_written(prefix))
+    def write_stored(self, prefix: Prefix) -> None:
+        """Write a prefix of the store in the background, now or when fewer wait."""
+        if self._writer is not None and self._writer.is_full:
+            self._behind = True
+        else:
+            self.begin_writing(prefix)
 
-    def write_now(self, prefix: Prefix) -> None:
-        """Wait until a prefix of the store is on the disk, if it is worth writing.
+    @property
+    def is_writing(self) -> bool:
+        """Return whether a prefix is being written, or waits for it."""
+        return self._writer is not None and self._writer.waiting > 0
 
-        Its sequence is freed if that took it.
+    def has_all(self, prefix: Prefix) -> bool:
+        """Return whether nothing worth writing is lost if a prefix of the store goes now."""
+        if self._writer is None or prefix in self._failed:
+            return True
+        return not self._writer.has(prefix) and not self._is_to_be_written(prefix)
+
+    def begin_writing(self, prefix: Prefix) -> None:
+        """Write the sequence that the store has of a prefix, in the background, if it is worth it.
+
+        The store keeps it, and asks `free` to clear it.
         """
         writer = self._writer
-        if writer is None:
-            return
-        if not writer.has(prefix) and not self._hand_over(writer, prefix):
-            return
-        writer.wait_for(prefix)
-        self.collect()
+        if writer is not None and not writer.has(prefix) and self._is_to_be_written(prefix):
+            assert prefix.sequence is not None
+            writer.write(prefix, prefix.sequence, owned=False)
 
-    def read(self, prefix: Prefix, saved: SavedPrefix, cache: SpeCache, length: int) -> Sequence | None:
-        """Return a sequence of a cache with the first tokens of a saved prefix.
+    def write_now(self, prefix: Prefix) -> None:
+        """Wait until a prefix of the store is on the disk, if it is worth writing."""
+        self.begin_writing(prefix)
+        if self._writer is not None:
+            self._writer.wait_for(prefix)
+            self.collect()
 
-        Returns None if it is damaged or was removed; it is not used any more then.
+    def free(self, sequence: Sequence) -> None:
+        """Clear a sequence that the store owned: at once, or when it was written."""
+        if self._writer is None or not self._writer.release(sequence):
+            sequence.clear()
+
+    def is_read(self, sequence: Sequence | None) -> bool:
+        """Return whether a sequence is being written now, so that its bytes are not free at once."""
+        return self._writer is not None and self._writer.reads(sequence)
+
+    def drop_write(self, prefix: Prefix | None = None) -> bool:
+        """Give up writing a prefix, or the one that was asked for last (`PrefixWriter.cancel`)."""
+        return self._writer is not None and self._writer.cancel(prefix)
+
+    def count_dropped(self, prefix: Prefix) -> None:
+        """Count a prefix that leaves memory before the disk has it."""
+        self._counters.dropped += 1
+        self._report("A stored prompt was dropped before it was on the disk: running requests needed its memory.")
+
+    def call_when_written(self, written: Callable[[], None]) -> None:
+        """Call a function on the writer's thread whenever a write has ended."""
+        if self._writer is not None:
+            self._writer.wake = written
+
+    def pieces(self, saved: SavedPrefix, sequence: Sequence, length: int) -> Generator[None, None, bool]:
+        """Fill an empty sequence with the first tokens of a saved prefix, and yield after each piece.
+
+        Returns False if it is damaged or was removed; it is not used any more then.
 
         Raises:
-            FastMemoryError, NoRoomError: the cache has no room.
+            FastMemoryError, NoRoomError: there is no room.
         """
         assert self._folder is not None
-        sequence: Sequence | None
+        is_there = False
         try:
-            sequence = self._folder.read(saved, cache.context, length)
+            is_there = yield from self._folder.pieces(saved, sequence, length)
         except (SessionError, SlowTierError) as error:
             self._report(f"A stored prefix cannot be used and is read again. {error}")
-            sequence = None
-        if sequence is None:
-            self.collect()
-        else:
+        if is_there:
             self._counters.brought_back += 1
-        return sequence
+        else:
+            self.collect()
+        return is_there
 
     def touch(self, prefix: Prefix, length: int) -> None:
         """Count what the disk has of the first tokens of a prefix as used now."""
@@ -136,9 +182,11 @@ class PrefixDisk:
         for written in self._writer.ended():
             if written.saved is not None:
                 self._counters.written += 1
+                self._failed.discard(written.prefix)
                 self._enter(written.prefix, written.saved)
             elif not isinstance(written.error, Stopped):
                 self._counters.failed_writes += 1
+                self._failed.add(written.prefix)
                 self._report(f"A prefix of {len(written.prefix.text):,} tokens was not written to the disk: {written.error}")
             self._index.remove_if_empty(written.prefix)
         if self._seen_removals != self._folder.removals:
@@ -147,6 +195,15 @@ class PrefixDisk:
                 if prefix.saved is not None and prefix.saved.gone:
                     prefix.saved = None
                     self._index.remove_if_empty(prefix)
+
+    def catch_up(self) -> None:
+        """Write the newest prefix of the store that could not be written when it was read."""
+        if not self._behind or self._writer is None or self._writer.is_full or self._writer.waiting:
+            return
+        for prefix in reversed(self._index.in_memory()):
+            if not self.has_all(prefix):
+                return self.begin_writing(prefix)
+        self._behind = False
 
     def status(self, status: PrefixStatus) -> PrefixStatus:
         """Return a status with what is on the disk. Any thread may call this."""
@@ -169,21 +226,11 @@ class PrefixDisk:
             return
         self.collect()
         for prefix in reversed(self._index.in_memory()):
-            if not writer.has(prefix):
-                self._hand_over(writer, prefix)
+            self.begin_writing(prefix)
         writer.close(seconds)
         self.collect()
         self._writer = None
         folder.close()
-
-    def _hand_over(self, writer: PrefixWriter, prefix: Prefix) -> bool:
-        """Give the sequence of a prefix to the writer if it is worth that; return whether it is."""
-        if not self._is_to_be_written(prefix):
-            return False
-        assert prefix.sequence is not None
-        sequence, prefix.sequence = prefix.sequence, None
-        writer.write(prefix, sequence)
-        return True
 
     def _is_to_be_written(self, prefix: Prefix) -> bool:
         sequence = prefix.sequence

@@ -14,7 +14,8 @@ class PrefixCounters:
         hits, misses: prompts that reused a prefix, and that found none.
         cached_tokens: prompt tokens that were not read because they were stored.
         brought_back: hits that were brought back from the disk.
-        evicted: prefixes dropped from memory to make room.
+        evicted: prefixes that left memory to make room.
+        dropped: those of them that were lost: the disk should have got them, and had not yet.
         written, failed_writes: prefixes written to the disk, and that could not be.
     """
 
@@ -23,6 +24,7 @@ class PrefixCounters:
     cached_tokens: int = 0
     brought_back: int = 0
     evicted: int = 0
+    dropped: int = 0
     written: int = 0
     failed_writes: int = 0
 

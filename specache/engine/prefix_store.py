@@ -12,6 +12,7 @@ and a caller with several caches detaches the others'.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 from specache.cache.cache import SpeCache
@@ -23,8 +24,10 @@ from specache.cache.sequence import Sequence
 from specache.cache.sizes import on_disk
 from specache.config import Policy, SpeCacheConfig
 from specache.engine.prefix_disk import PrefixDisk
+from specache.engine.prefix_return import ReturningPrefix, to_the_end
 from specache.engine.prefix_status import PrefixCounters, PrefixStatus
-from specache.errors import FastMemoryError, SessionError, SlowTierError
+from specache.engine.stored_prefixes import RoomLater, Unwritten
+from specache.errors import FastMemoryError, SlowTierError
 from specache.model.info import inspect_model
 from specache.platform import modes
 from specache.sessions.prefix_files import SavedPrefix, owner_digest
@@ -88,25 +91,26 @@ class PrefixStore:
         """Return a sequence of `cache` that holds the longest stored prefix of a prompt, or None.
 
         It shares pages and rows with the stored one. At least one token of the prompt is left to
-        run. Take it before `make_room`, which else may evict it.
+        run. Take it before `make_room`, which else may evict it. What is on the disk is brought
+        back before this returns.
         """
-        self._collect()
-        self._context = cache.context
-        cache.release_device_batch()
-        key, text = self._key(owner), tokens_of(token_ids)
-        disk = cache.config.policy is not Policy.FULL  # its caches hold no rows that could be brought back
-        with modes.ours():
-            while (found := self._index.best(key, text, disk)) is not None:
-                try:
-                    sequence = self._fork(found, cache)
-                except (FastMemoryError, NoRoomError):
-                    if not self._evict_one(sparing=found[0]):
-                        break
-                    continue
-                if sequence is not None:
-                    self._touch(found)
+        while (found := self._begin(owner, token_ids, cache, Unwritten.WAIT)) is not None:
+            if isinstance(found, Sequence):
+                return found
+            try:
+                if (sequence := self._bring_back(found, cache)) is not None:
                     return sequence
+            except (FastMemoryError, NoRoomError):
+                return None
         return None
+
+    def begin(self, owner: str, token_ids: list[int], cache: SpeCache) -> Sequence | ReturningPrefix | None:
+        """Return what `take` would begin with: a sequence, or a prefix that is still on the disk.
+
+        Raises:
+            RoomLater: a sequence finds no room before others are written.
+        """
+        return self._begin(owner, token_ids, cache, Unwritten.QUEUE)
 
     def count(self, tokens: int) -> None:
         """Count a prompt that began with so many stored tokens. It may have called `take` twice."""
@@ -148,44 +152,52 @@ class PrefixStore:
             self._index.end_running(sequence)
             if not stored:
                 sequence.clear()
-        self.make_room_for_rows(0)
+        self.make_room_for_rows(0, Unwritten.DROP)
         self._refresh()
 
     def drop_running(self, sequence: Sequence) -> None:
         """Forget a running sequence that its owner frees without `keep`."""
         self._index.end_running(sequence)
 
-    def make_room(self, fast_bytes: int, slow_bytes: int) -> bool:
+    def make_room(self, fast_bytes: int, slow_bytes: int, unwritten: Unwritten = Unwritten.WAIT) -> bool:
         """Evict least recently used prefixes until so many bytes are free that are in use now.
 
         Bytes that running requests share with a prefix stay in use, and those that prefixes share
-        until the last of them goes. With a folder a prefix that is not there yet is written first,
-        and waited for.
+        until the last of them goes. With a folder, those that are there go first.
+
+        Args:
+            unwritten: what happens to one that is worth writing and not there yet.
 
         Returns:
             whether so many bytes became free.
-        """
-        self._collect()
-        fast = self._fast_bytes() - fast_bytes
-        slow = self._slow_bytes() - slow_bytes
-        with modes.ours():
-            while (fast_bytes > 0 and self._fast_bytes() > fast) or (slow_bytes > 0 and self._slow_bytes() > slow):
-                if not self._evict_one():
-                    break
-        self._refresh()
-        return (fast_bytes <= 0 or self._fast_bytes() <= fast) and (slow_bytes <= 0 or self._slow_bytes() <= slow)
 
-    def make_room_for_rows(self, nbytes: int) -> None:
-        """Evict least recently used prefixes until rows may take so many bytes more in memory."""
-        most, evicted = self._most_slow_bytes, False
-        if most is None or self._slow_bytes() + nbytes <= most:
-            return
+        Raises:
+            RoomLater: they will, or some of them, when a prefix is written (`Unwritten.QUEUE`).
+        """
+        fast, slow = self._fast_bytes() - fast_bytes, self._slow_bytes() - slow_bytes
+
+        def is_made() -> bool:
+            return (fast_bytes <= 0 or self._fast_bytes() <= fast) and (slow_bytes <= 0 or self._slow_bytes() <= slow)
+
+        return self._evict_until(is_made, unwritten)
+
+    def make_room_for_rows(self, nbytes: int, unwritten: Unwritten = Unwritten.WAIT) -> bool:
+        """Evict least recently used prefixes until rows may take so many bytes more in memory.
+
+        Arguments, return value and errors are those of `make_room`.
+        """
+        most = self._most_slow_bytes
+        return most is None or self._evict_until(lambda: self._slow_bytes() + nbytes <= most, unwritten)
+
+    def call_when_written(self, written: Callable[[], None]) -> None:
+        """Call `written`, on another thread, whenever a prefix was written or failed to be."""
+        if self._disk is not None:
+            self._disk.call_when_written(written)
+
+    def collect(self) -> None:
+        """Take note of what was written since the last call, and have more written."""
         self._collect()
-        with modes.ours():
-            while self._slow_bytes() + nbytes > most and self._evict_one():
-                evicted = True
-        if evicted:
-            self._refresh()
+        self._refresh()
 
     def status(self) -> PrefixStatus:
         """Return what is stored. Any thread may call this."""
@@ -215,6 +227,7 @@ class PrefixStore:
         """Take note of what the disk's thread did since the last call."""
         if self._disk is not None:
             self._disk.collect()
+            self._disk.catch_up()
 
     def _has_layout(self, sequence: Sequence) -> bool:
         """Return whether a sequence has the low-bit copy that others can share."""
@@ -223,21 +236,60 @@ class PrefixStore:
         layers = sequence.compressed.values()
         return bool(layers) and all(layer.config.layout == self._config.layout for layer in layers)
 
+    def _begin(
+        self, owner: str, token_ids: list[int], cache: SpeCache, unwritten: Unwritten
+    ) -> Sequence | ReturningPrefix | None:
+        self._collect()
+        self._context = cache.context
+        cache.release_device_batch()
+        key, text = self._key(owner), tokens_of(token_ids)
+        disk = cache.config.policy is not Policy.FULL  # its caches hold no rows that could be brought back
+        with modes.ours():
+            while (found := self._index.best(key, text, disk)) is not None:
+                prefix, source, length = found
+                if isinstance(source, SavedPrefix):
+                    assert self._disk is not None
+                    self._touch(found)
+                    return ReturningPrefix(self._disk, prefix, source, length)
+                try:
+                    sequence = self._fork(found, cache)
+                except FastMemoryError:
+                    if not self._evict_one(unwritten, sparing=prefix):
+                        break
+                    continue
+                if sequence is not None:
+                    self._touch(found)
+                    return sequence
+        return None
+
+    def _bring_back(self, returning: ReturningPrefix, cache: SpeCache) -> Sequence | None:
+        """Return a sequence with a prefix from the disk, or `None` if that is damaged.
+
+        Raises:
+            FastMemoryError, NoRoomError: there is no room, and nothing left to evict.
+        """
+        sequence = cache.new_sequence()
+        row_bytes = returning.length * cache.resources.dimensions.stored_row_bytes
+        with modes.ours():
+            while True:
+                try:
+                    self.make_room_for_rows(row_bytes)
+                    return sequence if to_the_end(returning.pieces(sequence)) else None
+                except (FastMemoryError, NoRoomError):
+                    if not self._evict_one(Unwritten.WAIT, sparing=returning.prefix):
+                        raise
+
     def _fork(self, found: Found, cache: SpeCache) -> Sequence | None:
         """Return a fork of what was found, or None if it cannot be used and was forgotten."""
         prefix, source, length = found
+        assert isinstance(source, Sequence)
         try:
-            if isinstance(source, Sequence):
-                fork = fork_prefix(source, cache.context, length)
-            else:
-                assert self._disk is not None and isinstance(source, SavedPrefix)
-                self.make_room_for_rows(length * cache.resources.dimensions.stored_row_bytes)
-                return self._disk.read(prefix, source, cache, length)
-        except (SlowTierError, SessionError):
+            fork = fork_prefix(source, cache.context, length)
+        except SlowTierError:
             fork = None
         if fork is None and prefix.sequence is source:
             self._drop_sequence(prefix)
-        elif fork is None and isinstance(source, Sequence):
+        elif fork is None:
             self._index.end_running(source)
         return fork
 
@@ -266,30 +318,68 @@ class PrefixStore:
                 prefix.hits += shorter.hits
                 self._drop_sequence(shorter)
         if self._disk is not None:
-            self._disk.write(prefix, sequence)
+            self._disk.write_stored(prefix)
         return True
 
     def _drop_sequence(self, prefix: Prefix) -> None:
+        """Give up the sequence that the store has of a prefix."""
         sequence, prefix.sequence = prefix.sequence, None
-        if sequence is not None:
+        if sequence is not None and self._disk is not None:
+            self._disk.free(sequence)
+        elif sequence is not None:
             sequence.clear()
         self._index.remove_if_empty(prefix)
 
-    def _evict_one(self, sparing: Prefix | None = None) -> bool:
+    def _evict_until(self, is_made: Callable[[], bool], unwritten: Unwritten) -> bool:
+        """Evict prefixes until there is room; return whether there is."""
+        if is_made():
+            return True
+        self._collect()
+        try:
+            with modes.ours():
+                while not is_made() and self._evict_one(unwritten):
+                    pass
+        finally:
+            self._refresh()
+        return is_made()
+
+    def _evict_one(self, unwritten: Unwritten, sparing: Prefix | None = None) -> bool:
         """Drop a sequence of the store; return whether there was one.
 
-        It is the least recently used one, of those that the disk has if there are any: for the
-        others every request would wait until they are written.
+        It is the least recently used one of those that the disk has, or does not need. If there is
+        none, `unwritten` says what happens.
+
+        Raises:
+            RoomLater: one is being written (`Unwritten.QUEUE`).
         """
-        victims = [prefix for prefix in self._index.in_memory() if prefix is not sparing]
-        if not victims:
+        victims, disk = [prefix for prefix in self._index.in_memory() if prefix is not sparing], self._disk
+        victim = next((one for one in victims if disk is None or disk.has_all(one)), None)
+        if victim is None and disk is not None:
+            victim = self._evict_unwritten(disk, victims, unwritten)
+            if victim is None:
+                return unwritten is Unwritten.DROP and disk.drop_write()
+        if victim is None:
             return False
-        victim = next((one for one in victims if self._disk is None or not self._disk.would_wait(one)), victims[0])
-        if self._disk is not None:
-            self._disk.write_now(victim)
         self._drop_sequence(victim)
         self._counters.evicted += 1
         return True
+
+    def _evict_unwritten(self, disk: PrefixDisk, victims: list[Prefix], unwritten: Unwritten) -> Prefix | None:
+        """Return which of several prefixes goes that the disk lacks, the least recently used first."""
+        if unwritten is Unwritten.QUEUE:
+            if victims and not disk.is_writing:
+                disk.begin_writing(victims[0])
+            if disk.is_writing:
+                raise RoomLater
+            return None
+        free = [one for one in victims if not disk.is_read(one.sequence)]
+        victim = next(iter([*free, *victims] if unwritten is Unwritten.DROP else victims), None)
+        if victim is not None and unwritten is Unwritten.WAIT:
+            disk.write_now(victim)
+        elif victim is not None:
+            disk.drop_write(victim)
+            disk.count_dropped(victim)
+        return victim
 
     def _fast_bytes(self) -> int:
         """Return the bytes of fast memory in use."""

@@ -29,12 +29,22 @@ class Written:
     error: Exception | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Write:
-    """A prefix to write from a fork that belongs to the writer."""
+    """A prefix to write.
+
+    Attributes:
+        sequence: holds it. Nobody changes or clears it before the write has ended.
+        owned: whether the writer clears the sequence then.
+        stopped: whether the write is to end without a result.
+        ended: whether the sequence is not read any more.
+    """
 
     prefix: Prefix
     sequence: Sequence
+    owned: bool
+    stopped: bool = False
+    ended: bool = False
 
 
 class PrefixWriter:
@@ -42,13 +52,13 @@ class PrefixWriter:
 
     One thread at a time calls the methods.
 
-    Args:
+    Attributes:
         wake: called, on the writer's thread, when a write has ended.
     """
 
-    def __init__(self, folder: PrefixFolder, wake: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, folder: PrefixFolder) -> None:
+        self.wake: Callable[[], None] = lambda: None
         self._folder = folder
-        self._wake = wake
         self._changed = threading.Condition()
         self._waiting: deque[_Write | SavedPrefix] = deque()  # to write, or to remove
         self._now: _Write | SavedPrefix | None = None  # what is being written or removed
@@ -71,18 +81,57 @@ class PrefixWriter:
     def pending(self) -> list[Prefix]:
         """Return the prefixes that are being written, or wait for it."""
         with self._changed:
-            return [one.prefix for one in (self._now, *self._waiting) if isinstance(one, _Write)]
+            return [write.prefix for write in self._writes()]
 
     def has(self, prefix: Prefix) -> bool:
         """Return whether a prefix is being written, or waits for it."""
         with self._changed:
             return self._has(prefix)
 
-    def write(self, prefix: Prefix, sequence: Sequence) -> None:
-        """Write a prefix in the background. The fork `sequence` belongs to the writer from now."""
+    def write(self, prefix: Prefix, sequence: Sequence, owned: bool) -> None:
+        """Write a prefix in the background.
+
+        Args:
+            sequence: nobody else may change it before the write has ended. Forks may be taken.
+            owned: whether the writer clears it then. Else its owner must ask `release` before it
+                clears it.
+        """
         with self._changed:
-            self._waiting.append(_Write(prefix, sequence))
+            self._waiting.append(_Write(prefix, sequence, owned))
             self._changed.notify_all()
+
+    def release(self, sequence: Sequence) -> bool:
+        """Have the writer clear a sequence, if it still needs it; return whether it does."""
+        with self._changed:
+            write = next((one for one in self._writes() if one.sequence is sequence and not one.ended), None)
+            if write is not None:
+                write.owned = True
+            return write is not None
+
+    def reads(self, sequence: Sequence | None) -> bool:
+        """Return whether a sequence is being written now."""
+        now = self._now
+        return isinstance(now, _Write) and now.sequence is sequence
+
+    def cancel(self, prefix: Prefix | None = None) -> bool:
+        """Drop writes that have not begun: those of a prefix, or the newest one.
+
+        A write that has begun is stopped soon. Returns whether one was dropped, and its sequence
+        is not needed any more.
+        """
+        with self._changed:
+            writes = [one for one in self._waiting if isinstance(one, _Write) and (prefix is None or one.prefix is prefix)]
+            dropped = writes if prefix is not None else writes[-1:]
+            for write in dropped:
+                self._waiting.remove(write)
+            now = self._now
+            if not dropped and isinstance(now, _Write) and (prefix is None or now.prefix is prefix):
+                now.stopped = True
+            self._changed.notify_all()
+        for write in dropped:
+            if write.owned:
+                write.sequence.clear()
+        return bool(dropped)
 
     def remove(self, saved: SavedPrefix) -> None:
         """Remove a prefix in the background."""
@@ -112,8 +161,11 @@ class PrefixWriter:
             self._changed.notify_all()
         self._thread.join()
 
+    def _writes(self) -> list[_Write]:
+        return [one for one in (self._now, *self._waiting) if isinstance(one, _Write)]
+
     def _has(self, prefix: Prefix) -> bool:
-        return any(isinstance(one, _Write) and one.prefix is prefix for one in (self._now, *self._waiting))
+        return any(one.prefix is prefix for one in self._writes())
 
     def _run(self) -> None:
         with suppress(OSError, AttributeError):
@@ -134,16 +186,19 @@ class PrefixWriter:
             with self._changed:
                 self._now = None
                 self._changed.notify_all()
-            self._wake()
+            self.wake()
 
     def _write(self, job: _Write) -> Written:
         with modes.ours():
             try:
-                if self._stopping:
+                if self._stopping or job.stopped:
                     raise Stopped
-                saved = self._folder.write(job.prefix.owner, job.sequence, lambda: self._stopping)
+                saved = self._folder.write(job.prefix.owner, job.sequence, lambda: self._stopping or job.stopped)
                 return Written(job.prefix, saved)
             except Exception as error:
                 return Written(job.prefix, error=error)
             finally:
-                job.sequence.clear()
+                with self._changed:
+                    job.ended = True
+                if job.owned:  # it does not change any more
+                    job.sequence.clear()

@@ -13,7 +13,7 @@ from specache.cache.cache import SpeCache
 from specache.config import SpeCacheConfig
 from specache.engine.admission import check_room, planned_sequences
 from specache.engine.attention_hook import attached
-from specache.engine.auto_tier import decide_tier
+from specache.engine.auto_tier import FreeMemory, decide_tier
 from specache.engine.continuing import (
     full_texts,
     note_pending_tokens,
@@ -152,7 +152,7 @@ def check_texts(model: Any, info: ModelInfo, new: list[list[int]], token_ids: li
 def check_memory(model: Any, cache: SpeCache, token_ids: list[list[int]], new_tokens: int, chunk: int) -> None:
     """Decide the slow tier and refuse a batch that does not fit, before prefill begins."""
     planned = planned_sequences(cache.sequences, token_ids, new_tokens)
-    decide_tier(model, cache, planned, chunk)
+    decide_tier(cache, planned, chunk, FreeMemory(model))
     check_room(cache, planned, chunk)
     warn_of_rereading(cache, token_ids)
 

@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from specache.cache.cache import SpeCache
-from specache.cache.sizes import on_disk, page_layout
+from specache.cache.sizes import fetches, on_disk, page_layout
 from specache.config import Policy, SpeCacheConfig
 from specache.engine.admission import check_limit, check_room
-from specache.engine.auto_tier import decide_tier, free_memory, main_memory_bytes, with_margin
+from specache.engine.auto_tier import FreeMemory, decide_tier, main_memory_bytes, with_margin
 from specache.engine.handle import Handle, Request
-from specache.engine.stored_prefixes import StoredPrefixes
+from specache.engine.stored_prefixes import RoomLater, StoredPrefixes, Unwritten
 from specache.errors import FastMemoryError, OutOfMemoryError
-from specache.planning.footprint import PlannedSequence
+from specache.planning.footprint import CacheFootprint, PlannedSequence
 from specache.planning.plan import plan
 from specache.planning.working_set import FLOAT
 from specache.tiers.row_memory import BLOCK_TOKENS
@@ -39,6 +39,9 @@ class Tenant(Protocol):
     def planned(self) -> list[PlannedSequence]:
         """Return the sequences of the requests that run, with what they still store."""
 
+    def logit_bytes(self) -> int:
+        """Return the bytes of the logits of the prompt that is read, which no plan counts."""
+
 
 class Room:
     """Decides whether a request fits beside everything that the budget and main memory hold.
@@ -54,35 +57,36 @@ class Room:
     def __init__(self, model: Any) -> None:
         self.tenants: weakref.WeakSet[Tenant] = weakref.WeakSet()
         self.prefixes: StoredPrefixes | None = None
-        self._model = model
+        self._free = FreeMemory(model)
 
     def fits(self, tenant: Tenant, handle: Handle, chunk: int) -> bool:
         """Return whether a request fits beside the running ones. Decide the slow tier before.
 
-        If it fits, the stored prefixes that it goes on from are prepared. If nothing runs, it waits
-        for bytes that are on their way out, of prefixes that are written to a disk.
+        If it fits, the stored prefixes that it goes on from are prepared. It waits too for bytes
+        that are on their way out, of prefixes that are written to a disk.
 
         Raises:
             FastMemoryError, OutOfMemoryError, SlowTierError: the request does not fit alone.
         """
         request, reuse, cache = handle.request, handle.reuse, tenant.cache
-        new = request.planned()
-        if reuse is not None:  # before prefixes are dropped to make room
-            reuse.prepare(cache, request.token_ids)
-            new = reuse.planned(request.token_ids, new)
-        planned = [*tenant.planned(), *new]
-        may_wait = self._busy or self._may_shrink(handle, cache)  # asked first: bytes may go meanwhile
+        new, may_wait = request.planned(), False
         try:
-            self._free_main_memory(cache, planned, chunk)
-            decide_tier(self._model, cache, planned, chunk)
-            self._check_fast(tenant, planned, chunk, _logit_bytes_of(request, cache, chunk))
+            if reuse is not None:  # before prefixes are dropped to make room
+                reuse.prepare(cache, request.token_ids)
+                new = reuse.planned(request.token_ids, new)
+            may_wait = self._busy or self._may_shrink(handle, cache)  # asked first: bytes may go meanwhile
+            if self._has_room(tenant, [*tenant.planned(), *new], chunk, logit_bytes_of(request, cache, chunk)):
+                return True
+        except RoomLater:
+            pass
         except (FastMemoryError, OutOfMemoryError):
-            if reuse is not None:
-                reuse.put_back(cache)
             if not may_wait:
+                if reuse is not None:
+                    reuse.put_back(cache)
                 raise
-            return False
-        return True
+        if reuse is not None:
+            reuse.put_back(cache)
+        return False
 
     def check_alone(self, cache: SpeCache, config: SpeCacheConfig, request: Request, chunk: int) -> None:
         """Refuse a request that does not fit into fast memory even alone. Any thread may ask.
@@ -99,7 +103,7 @@ class Room:
         if limit is None:
             return
         chunk = chunk_of(request, chunk, cache)
-        more = self._copied_pages(cache, config, len(planned)) + _logit_bytes_of(request, cache, chunk)
+        more = self._copied_pages(cache, config, len(planned)) + logit_bytes_of(request, cache, chunk)
         check_limit(cache, config, planned, chunk, limit - more)
 
     @contextmanager
@@ -116,7 +120,12 @@ class Room:
         with budget.reserved(min(growth, budget.left), "the running requests"):
             yield
         if growth > budget.left:
-            self.prefixes.make_room(growth - budget.left, 0)
+            self.prefixes.make_room(growth - budget.left, 0, Unwritten.DROP)
+
+    def holds(self) -> bool:
+        """Return whether there is room for all that the running requests will need."""
+        left = next((one.cache.resources.budget.left for one in self.tenants), None)
+        return left is None or sum(self._growth(one) for one in self.tenants) <= left
 
     def make_room_for_rows(self, cache: SpeCache, sequences: int, tokens: int) -> None:
         """Drop stored prefixes for the rows that a step of so many sequences stores in memory.
@@ -127,12 +136,27 @@ class Room:
         if self.prefixes is None or on_disk(cache.config) or cache.config.policy is Policy.FULL:
             return
         blocks = sequences + (-(-tokens // BLOCK_TOKENS) + 1 if tokens else 0)  # one that others share is copied
-        self.prefixes.make_room_for_rows(blocks * BLOCK_TOKENS * cache.resources.dimensions.stored_row_bytes)
+        self.prefixes.make_room_for_rows(blocks * _row_block(cache), Unwritten.DROP)
 
     def detach(self) -> None:
         """Move the state of attached device batches back into their sequences."""
         for one in self.tenants:
             one.cache.release_device_batch()
+
+    def _has_room(self, tenant: Tenant, planned: list[PlannedSequence], chunk: int, more: int) -> bool:
+        """Return whether planned sequences fit now, with `more` bytes of fast memory.
+
+        Stored prefixes that are in their way go.
+
+        Raises:
+            RoomLater: not before some of them are written.
+            FastMemoryError, OutOfMemoryError: not beside what holds bytes now.
+        """
+        self._free.forget()
+        self._free_main_memory(tenant.cache, planned, chunk)
+        decide_tier(tenant.cache, planned, chunk, self._free)
+        self._check_fast(tenant, planned, chunk, more)
+        return self._has_rows(tenant, planned) or not self._busy  # alone it may take more than stored ones may
 
     def _check_fast(self, tenant: Tenant, planned: list[PlannedSequence], chunk: int, more: int) -> None:
         """Make room of `fast_memory` for the planned sequences and `more` bytes, or raise."""
@@ -141,13 +165,23 @@ class Room:
         if left is None:
             return
         more += sum(self._growth(one) for one in self.tenants if one is not tenant)
-        more += self._copied_pages(cache, cache.config, len(planned))
+        more += self._copied_pages(cache, cache.config, len(planned)) + _surplus(cache, len(planned))
         if self.prefixes is not None:
             needed = plan(cache.resources.dimensions, cache.config.with_changes(prefill_chunk=chunk), planned).fast
             short = needed + more - cache.held_bytes() - left
             if short > 0:
-                self.prefixes.make_room(short, 0)
+                self.prefixes.make_room(short, 0, Unwritten.QUEUE)
         check_room(cache, planned, chunk, more)
+
+    def _has_rows(self, tenant: Tenant, planned: list[PlannedSequence]) -> bool:
+        """Return whether the rows of the planned sequences may be in memory beside all others.
+
+        Stored prefixes make room for them.
+        """
+        if self.prefixes is None or on_disk(tenant.cache.config):
+            return True
+        others = sum(_row_growth(one.cache, one.planned()) for one in self.tenants if one is not tenant)
+        return self.prefixes.make_room_for_rows(others + _row_growth(tenant.cache, planned), Unwritten.QUEUE)
 
     def _free_main_memory(self, cache: SpeCache, planned: list[PlannedSequence], chunk: int) -> None:
         """Drop stored prefixes where main memory would not suffice because of them."""
@@ -157,9 +191,10 @@ class Room:
         memory = plan(dimensions, cache.config.with_changes(prefill_chunk=chunk), planned)
         held = cache.memory().slow + cache.held_bytes()
         needed = with_margin(max(0, main_memory_bytes(dimensions, memory, planned) - held))
-        free = free_memory(self._model, needed)
-        if free is not None and needed > free:
-            self.prefixes.make_room(0, needed - free)
+        left = self._free.for_bytes(needed)
+        if left is not None and needed > left:
+            self._free.forget()
+            self.prefixes.make_room(0, needed - left, Unwritten.QUEUE)
 
     @property
     def _busy(self) -> bool:
@@ -182,7 +217,8 @@ class Room:
         cache = tenant.cache
         config = cache.config.with_changes(prefill_chunk=tenant.chunk)
         needed = plan(cache.resources.dimensions, config, planned).fast
-        return max(0, needed + self._copied_pages(cache, cache.config, len(planned)) - cache.held_bytes())
+        needed += self._copied_pages(cache, cache.config, len(planned)) + _surplus(cache, len(planned))
+        return max(0, needed + tenant.logit_bytes() - cache.held_bytes())
 
     def _copied_pages(self, cache: SpeCache, config: SpeCacheConfig, sequences: int) -> int:
         """Return the bytes of a page per layer and sequence.
@@ -195,13 +231,50 @@ class Room:
         return sequences * sum(page_layout(config, layer.kv_heads, layer.head_dim).page_bytes for layer in layers)
 
 
+def _surplus(cache: SpeCache, sequences: int) -> int:
+    """Return the bytes that sequences hold beyond what a plan of so many gives to each.
+
+    A hot set keeps the size that it got when fewer sequences shared their bytes, and a cache of
+    policy `full` has room to grow.
+    """
+    config, dimensions = cache.config, cache.resources.dimensions
+    if config.policy is Policy.FULL:
+        row = sum(layer.row_bytes(dimensions.itemsize) for layer in dimensions.full_layers)
+        return sum(max(0, one.dense_bytes - one.length * row) for one in cache.sequences)
+    if not fetches(config) or isinstance(config.hot_set, float):
+        return 0
+    footprint = CacheFootprint(dimensions, config, sequences, 0)
+    surplus = 0
+    for sequence in cache.sequences:
+        held = sum(layer.hot_bytes for layer in sequence.compressed.values())
+        surplus += max(0, held - footprint.first_step(PlannedSequence(sequence.length)).hot_set) if held else 0
+    return surplus
+
+
+def _row_growth(cache: SpeCache, planned: list[PlannedSequence]) -> int:
+    """Return the bytes of rows that planned sequences will store in memory beyond what they hold.
+
+    Each may copy a block that it shares, before it writes to it.
+    """
+    if not planned or cache.config.policy is Policy.FULL:
+        return 0
+    held = sum(sequence.tier.nbytes for sequence in cache.sequences)
+    needed = plan(cache.resources.dimensions, cache.config, planned).slow
+    return max(0, needed + len(planned) * _row_block(cache) - held)
+
+
+def _row_block(cache: SpeCache) -> int:
+    """Return the bytes of a block of rows in every layer."""
+    return BLOCK_TOKENS * cache.resources.dimensions.stored_row_bytes
+
+
 def chunk_of(request: Request, chunk: int, cache: SpeCache) -> int:
     """Return the prompt tokens per pass of a request: fewer where the logits of each are needed."""
     chunk = request.chunk or chunk
     return chunk if request.on_prompt_logits is None else min(chunk, max(1, LOGIT_BYTES // _logit_bytes(cache, 1)))
 
 
-def _logit_bytes_of(request: Request, cache: SpeCache, chunk: int) -> int:
+def logit_bytes_of(request: Request, cache: SpeCache, chunk: int) -> int:
     """Return the bytes of the logits of a chunk that no plan counts: all but those of one token."""
     return 0 if request.on_prompt_logits is None else _logit_bytes(cache, chunk - 1)
 

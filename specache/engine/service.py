@@ -75,7 +75,10 @@ class EngineService:
         self._totals = Totals()
         self._ends = 0  # requests that ended, changed on the thread of the service only
         self._ready = self._closing = False
+        self._written = False  # the store has written a prefix since the thread last asked
         self._error: BaseException | None = None
+        if prefixes is not None:
+            prefixes.call_when_written(self._note_written)
         self._thread = threading.Thread(target=self._run, name="specache-engine", daemon=True)
         self._thread.start()
         atexit.register(self.close)
@@ -202,6 +205,12 @@ class EngineService:
                 self._to_abort.add(ticket)
                 self._changed.notify_all()
 
+    def _note_written(self) -> None:
+        """Have the service's thread ask what was written. Called on a thread of the store."""
+        with self._changed:
+            self._written = True
+            self._changed.notify_all()
+
     # On the service's thread
 
     def _run(self) -> None:
@@ -228,10 +237,23 @@ class EngineService:
         """Wait until there is a request. Return False if there will be none."""
         with self._changed:
             if self._engines.are_blocked:
-                self._changed.wait(PAUSE_S)
+                self._changed.wait_for(lambda: self._written or self._to_abort or self._closing, PAUSE_S)
                 self._engines.retry()
-            self._changed.wait_for(lambda: self._open or self._closing)
-            return bool(self._open)
+            self._changed.wait_for(lambda: self._open or self._closing or self._written)
+            written, self._written = self._written, False
+            if not written:
+                return bool(self._open)
+        self._collect_written()
+        return self._wait_for_work()
+
+    def _collect_written(self) -> None:
+        """Let the store go on with what was written, and look again whether a request fits."""
+        try:
+            if self._prefixes is not None:
+                self._prefixes.collect()
+        except Exception as error:
+            warnings.warn(f"Could not go on writing stored prompts: {error!r}", RuntimeWarning, stacklevel=2)
+        self._engines.retry()
 
     def _abort_requests(self) -> None:
         """Have requests end that are to be aborted, or whose deadline has passed."""

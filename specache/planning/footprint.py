@@ -86,6 +86,13 @@ class CacheFootprint:
         """Return the bytes of a sequence after its prefill."""
         return self._held(sequence, sequence.prompt, self._pairs_in_prefill)
 
+    def between_steps(self, sequence: PlannedSequence) -> FastBytes:
+        """Return the bytes of a sequence while another is prefilled.
+
+        One that has stored tokens may have decoded, and then has a hot set.
+        """
+        return self.first_step(sequence) if sequence.stored else self.prefilled(sequence)
+
     def first_step(self, sequence: PlannedSequence) -> FastBytes:
         """Return the bytes of a sequence in its first decode step."""
         return self._held(sequence, sequence.prompt, self.pairs)

@@ -104,7 +104,7 @@ def _prefill_moments(
         count = sum(1 for _ in group)
         others = before + footprint.prefilled(sequence).times(count - 1)
         if continued:  # sequences that follow already hold stored tokens
-            others = _sum(footprint.prefilled, counts - Counter([sequence]))
+            others = _sum(footprint.between_steps, counts - Counter([sequence]))
         before += footprint.prefilled(sequence).times(count)
         if sequence.twin:
             continue

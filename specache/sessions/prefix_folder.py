@@ -10,17 +10,15 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from specache.cache.cache_context import CacheContext
 from specache.cache.prefixes import Tokens, tokens_of
 from specache.cache.sequence import Sequence
 from specache.config import SpeCacheConfig
 from specache.errors import SessionError, SlowTierError
-from specache.platform import modes
 from specache.sessions import names
 from specache.sessions.lock import FolderLock
 from specache.sessions.manifest import Identity
@@ -36,7 +34,7 @@ from specache.sessions.prefix_files import (
     shared_blocks,
     write_prefix,
 )
-from specache.sessions.prefix_reading import read_prefix
+from specache.sessions.prefix_reading import read_pieces
 from specache.tiers.disk.rows_folder import DISK_RESERVE
 
 
@@ -79,7 +77,7 @@ class PrefixFolder:
         self._identity, self._config = identity, config
         self._changing = threading.RLock()
         self._removed: list[SavedPrefix] = []  # whose rows are still read by sequences
-        self._reading: SavedPrefix | None = None  # is being brought back, and stays meanwhile
+        self._reading: list[SavedPrefix] = []  # are being brought back, and stay meanwhile
         self._lock = FolderLock(self.root)
         self.removals = 0
         self.saved: list[SavedPrefix] = []
@@ -150,10 +148,11 @@ class PrefixFolder:
             raise SessionError(f"{self.root / name} cannot be read back.")
         return saved
 
-    def read(self, saved: SavedPrefix, context: CacheContext, length: int) -> Sequence | None:
-        """Return a sequence of a cache with the first tokens of a prefix (see `read_prefix`).
+    def pieces(self, saved: SavedPrefix, sequence: Sequence, length: int) -> Generator[None, None, bool]:
+        """Fill an empty sequence with the first tokens of a prefix (`read_pieces`).
 
-        Returns None if it was removed meanwhile. A damaged one is ignored from now on.
+        Returns False if it was removed meanwhile. A damaged one is ignored from now on. It is not
+        removed for others while it is read.
 
         Raises:
             SessionError, SlowTierError: it is damaged.
@@ -161,23 +160,25 @@ class PrefixFolder:
         """
         with self._changing:
             if saved.gone:
-                return None
-            self._reading = saved
+                return False
+            self._reading.append(saved)
         try:
-            with modes.ours():
-                sequence = read_prefix(saved, context, length)
+            yield from read_pieces(saved, sequence, length)
         except (SessionError, SlowTierError) as error:
+            if saved.gone:  # removed meanwhile
+                return False
             self.ignore(saved, str(error))
             raise
         finally:
-            self._reading = None
+            with self._changing:
+                self._reading.remove(saved)
         self.touch(saved)
-        return sequence
+        return True
 
-    def touch(self, saved: SavedPrefix) -> None:
-        """Count a prefix as used now, also for the next server on this folder."""
+    def touch(self, saved: SavedPrefix, used: float | None = None) -> None:
+        """Count a prefix as used at a time (now), also for the next server on this folder."""
         with self._changing:
-            saved.used = time.time()
+            saved.used = time.time() if used is None else used
             if not saved.gone:
                 with suppress(OSError):
                     os.utime(saved.folder / FILE, (saved.used, saved.used))
@@ -206,7 +207,7 @@ class PrefixFolder:
         """
         with self._changing:
             while self.most_bytes is not None and self.nbytes + needed > self.most_bytes:
-                spared = (sparing, self._reading)
+                spared = (sparing, *self._reading)
                 unread = [one for one in self.saved if one not in spared and not one.is_read]
                 others: list[SavedPrefix | IgnoredPrefix] = [*self.ignored, *unread]
                 if not others or needed > self.most_bytes:

@@ -8,13 +8,13 @@ All of them are verified once.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 from specache.attention.dense import KEY_BLOCK
-from specache.cache.cache_context import CacheContext
 from specache.cache.prefix_fork import begin_anew
 from specache.cache.sequence import Sequence
 from specache.cache.sizes import CHECKPOINT_FEWEST
@@ -35,42 +35,44 @@ class NoRoomError(Exception):
     """The slow tier of a cache has no room for the rows of a prefix, which is as it was."""
 
 
-def read_prefix(saved: SavedPrefix, context: CacheContext, length: int) -> Sequence:
-    """Return a new sequence of a cache with the first `length` tokens of a prefix.
+def read_pieces(saved: SavedPrefix, sequence: Sequence, length: int) -> Iterator[None]:
+    """Fill an empty sequence with the first `length` tokens of a prefix, and yield after each piece.
 
-    `saved.kept(length)` must be `length`.
+    A piece is `KEY_BLOCK` rows of a layer, or the pages of one file. `saved.kept(length)` must be
+    `length`. The sequence is empty again after an error, or if the iterator is closed early.
 
     Raises:
         SessionError, SlowTierError: a file is damaged or gone.
         NoRoomError: the cache's slow tier cannot store the rows.
         FastMemoryError: the cache's budget has no room.
     """
-    assert context.config.policy is not Policy.FULL, "its caches have no rows that a prefix could bring back"
+    device, policy = sequence.context.info.device, sequence.context.config.policy
+    assert policy is not Policy.FULL, "its caches have no rows that a prefix could bring back"
     folder, manifest = saved.folder, saved.manifest
-    tail = state.open_tail(folder, manifest)
-    files = state.open_tier(folder, manifest, tail)
-    sequence = Sequence(context)
     try:
-        for layer in manifest.full_layers:
-            files.truncate(layer, length)
-        _bring_rows(sequence, files, saved, length, context.info.device)
+        tail = state.open_tail(folder, manifest)
+        files = state.open_tier(folder, manifest, tail)
+        saved.readers = WeakSet([*saved.readers, *files.files()])  # replaced: other threads iterate over it
+        try:
+            for layer in manifest.full_layers:
+                files.truncate(layer, length)
+            yield from _bring_rows(sequence, files, saved, length, device)
+        finally:
+            files.close()
         for index, shape in manifest.layers.items():
-            empty = torch.empty(shape.heads, 0, shape.dim, dtype=DTYPE_NAMES[shape.dtype], device=context.info.device)
+            empty = torch.empty(shape.heads, 0, shape.dim, dtype=DTYPE_NAMES[shape.dtype], device=device)
             sequence.layer(index, empty)
-        _restore_low_bit(sequence, saved, tail, length, context.info.device)
-        _restore_windows(sequence, saved, tail, length, context.info.device)
+        yield from _restore_low_bit(sequence, saved, tail, length, device)
+        _restore_windows(sequence, saved, tail, length, device)
         sequence.commit(saved.text[:length].tolist())
         begin_anew(sequence)
     except BaseException:
         sequence.clear()
         raise
-    finally:
-        files.close()
-    return sequence
 
 
-def _bring_rows(sequence: Sequence, files: DiskTier, saved: SavedPrefix, length: int, device: torch.device) -> None:
-    """Fill the sequence's tier with the first rows of `files`, which it closes, or share them."""
+def _bring_rows(sequence: Sequence, files: DiskTier, saved: SavedPrefix, length: int, device: torch.device) -> Iterator[None]:
+    """Fill the sequence's tier with the first rows of `files`, or share them."""
     tier, layers = sequence.tier, saved.manifest.full_layers
     share = isinstance(tier, DiskTier) and os.stat(tier.folder).st_dev == os.stat(files.folder).st_dev
     for layer in layers:
@@ -78,10 +80,10 @@ def _bring_rows(sequence: Sequence, files: DiskTier, saved: SavedPrefix, length:
             keys, values = files.read(layer, start, min(start + KEY_BLOCK, length))
             if not share:
                 _write(tier, layer, start, keys.to(device), values.to(device))
+            yield
     saved.intact_tokens = max(saved.intact_tokens, length)
     if isinstance(tier, DiskTier) and share:
         sequence.tier = files.fork(tier.folder)
-        saved.readers = WeakSet([*saved.readers, *files.files()])  # replaced: other threads iterate over it
         tier.close()
 
 
@@ -93,7 +95,9 @@ def _write(tier: SlowTier, layer: int, start: int, keys: Tensor, values: Tensor)
         raise NoRoomError(str(error)) from error
 
 
-def _restore_low_bit(sequence: Sequence, saved: SavedPrefix, tail: Snapshot, length: int, device: torch.device) -> None:
+def _restore_low_bit(
+    sequence: Sequence, saved: SavedPrefix, tail: Snapshot, length: int, device: torch.device
+) -> Iterator[None]:
     """Restore pages, key scales and residual of every full-attention layer."""
     manifest, layers = saved.manifest, sequence.compressed
     for layer in layers.values():
@@ -104,6 +108,7 @@ def _restore_low_bit(sequence: Sequence, saved: SavedPrefix, tail: Snapshot, len
         count = min(span.count, pages - start)
         if count > 0:
             state.restore_span(layers, saved.folder, manifest, span, start, count)
+            yield
         start += span.count
     for index, layer in layers.items():
         if start < pages:  # the last page is not full

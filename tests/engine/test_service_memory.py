@@ -17,7 +17,7 @@ from specache.engine.events import Event, NewToken
 from specache.engine.prefix_store import PrefixStore
 from specache.errors import FastMemoryError, SlowTierError
 from specache.platform.budget import Claim
-from specache.sessions.prefix_reading import read_prefix
+from specache.sessions.prefix_reading import read_pieces
 from specache.tiers.ram import RamTier
 from specache.tiers.tier_choice import TierChoice
 from tests.engine.prefixes import Server, config, text
@@ -153,7 +153,9 @@ def test_the_readers_of_a_prefix_may_be_looked_at_while_others_come(model, tmp_p
             thread.start()
         sequences = []
         for _ in range(100):
-            sequences.append(read_prefix(saved, server.base.context, 399))
+            sequences.append(server.base.new_sequence())
+            for _ in read_pieces(saved, sequences[-1], 399):
+                pass
             if len(sequences) > 5:
                 sequences.pop(0).clear()
     finally:

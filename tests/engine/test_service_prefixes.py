@@ -254,7 +254,7 @@ def test_an_error_of_the_store_costs_the_prefix_and_nothing_else(model, monkeypa
         raise OSError("the store is broken")
 
     ids = prompt(150, seed=1)
-    for name in ("take", "add_running", "keep"):
+    for name in ("begin", "add_running", "keep"):
         with sharing(model) as service, monkeypatch.context() as patched, warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             patched.setattr(PrefixStore, name, fails)

@@ -12,6 +12,7 @@ import pytest
 import specache
 from specache.engine import room
 from specache.engine.events import Event, NewToken, PromptProgress, Started
+from specache.engine.stored_prefixes import Unwritten
 from tests.engine.serving import Client, Gate, alone, ask, service_of, settings
 from tests.tiny import llama, prompt
 
@@ -188,7 +189,7 @@ class Hoarder:
         self._seconds = seconds
         self._claim: Any = None
 
-    def take(self, owner: str, token_ids: list[int], cache: specache.SpeCache) -> None:
+    def begin(self, owner: str, token_ids: list[int], cache: specache.SpeCache) -> None:
         if self._claim is None:
             self._claim = cache.resources.budget.claim(self._size, "what is being written")
             threading.Timer(self._seconds, self._claim.release).start()
@@ -196,10 +197,16 @@ class Hoarder:
     def count(self, tokens: int) -> None:
         pass
 
-    def make_room(self, fast_bytes: int, slow_bytes: int) -> bool:
+    def make_room(self, fast_bytes: int, slow_bytes: int, unwritten: Unwritten) -> bool:
         return False
 
-    def make_room_for_rows(self, nbytes: int) -> None:
+    def make_room_for_rows(self, nbytes: int, unwritten: Unwritten) -> bool:
+        return True
+
+    def call_when_written(self, written: Any) -> None:
+        pass
+
+    def collect(self) -> None:
         pass
 
     def add_running(self, owner: str, sequence: Any) -> None:
