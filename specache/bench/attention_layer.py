@@ -16,14 +16,14 @@ from torch import Tensor
 from specache.bench import kernel_backends
 from specache.bench.base import BenchContext, Outcome, Result, check_at_least
 from specache.bench.breakdown import recorded
-from specache.bench.compute_device import CPU, CUDA
+from specache.bench.compute_device import CPU, CUDA, gpu_ms, host_ms
 from specache.bench.one_layer import LowBitLayer
 from specache.bench.plain_read import LargeArray
 from specache.bench.shapes import SHAPES, Shape, shape_named
 from specache.bench.static_layer import StaticLayer
 from specache.bench.synthetic import synthetic_rows
 from specache.bench.timing import PhaseClock, Timing, interleaved
-from specache.bench.torch_attention import Baseline, dequantising_baseline, exact_baselines
+from specache.bench.torch_attention import Baseline, dequantising_baseline, exact_baselines, gpu_baselines
 from specache.config import PAGE_TOKENS, SUPPORTED_BITS, Code
 from specache.errors import ConfigError
 
@@ -40,11 +40,12 @@ class Attention:
     summary: ClassVar[str] = "one layer of a decode step per instruction set, against sdpa, matrix products and dequantising"
     uses_model: ClassVar[bool] = False
     columns: ClassVar[tuple[str, ...]] = (
-        *("impl", "isa", "bits", "rows", "context", "ms", "spread", "gb_per_s"),
+        *("impl", "isa", "bits", "rows", "batch", "context", "ms", "spread", "gb_per_s"),
         *("vs_sdpa_bf16", "vs_best_torch", "vs_best_matmul", "vs_floor", "phases"),
     )
     shape: str = field(default="llama-3-8b", metadata={"help": f"Dimensions of the layer: {', '.join(SHAPES)}."})
     context: tuple[int, ...] = field(default=(32768,), metadata={"help": "Tokens in the layer, multiples of 64."})
+    batch: int = field(default=1, metadata={"help": "Sequences of a step, each with keys and values of its own."})
     bits: tuple[int, ...] = field(default=(2,), metadata={"help": "Bits per number of the low-bit copy."})
     rows: tuple[int, ...] = field(default=(1,), metadata={"help": "Rows of a step: 1 (on-demand), 2 (with a draft token)."})
     code: Code = field(default=Code.ROTATED, metadata={"help": "How numbers become bits."})
@@ -53,7 +54,7 @@ class Attention:
     kernels: tuple[str, ...] = field(default=(), metadata={"help": "Kernel backends to measure. Default: all that run here."})
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "context", "rows", "top_k", "repeat")
+        check_at_least(self, 1, "context", "rows", "top_k", "repeat", "batch")
         check_at_least(self, 1, "bits")
         shape_named(self.shape)
         if any(bits not in SUPPORTED_BITS for bits in self.bits):
@@ -74,7 +75,7 @@ class Attention:
         bandwidths = []
         for context in self.context:
             for rows in self.rows:
-                bench.log(f"{self.shape}: {context:,} tokens, {rows} row{'s' if rows > 1 else ''}")
+                bench.log(f"{self.shape}: {self.batch} x {context:,} tokens, {rows} row{'s' if rows > 1 else ''}")
                 cell = _Cell(self, context, rows, bench, large)
                 results += cell.measure()
                 bandwidths.append({"context": context, "rows": rows, **cell.bandwidth})
@@ -95,27 +96,29 @@ class _Cell:
         self._large = large
         self._reads_ms: list[float] = []
         shape = shape_named(benchmark.shape)
-        drawn = synthetic_rows(shape.kv_heads, context, shape.head_dim, torch.bfloat16, where.seed)
-        keys, values = (tensor.to(where.device) for tensor in drawn)
-        self._query = _query(shape, rows, where.seed).to(where.device)
+        keys, values = synthetic_rows(shape.kv_heads, context, shape.head_dim, torch.bfloat16, where.seed, where.device)
+        self._query = _query(shape, benchmark.batch, rows, where.seed).to(where.device)
         self._layers = {bits: self._layer(keys, values, bits) for bits in benchmark.bits}
         self._ours = [(isa, bits) for isa in benchmark.kernels or kernel_backends.layers_on(where.device) for bits in self._layers]
         static = {bits for isa, bits in self._ours if isa == kernel_backends.STATIC}
         self._static = {bits: StaticLayer(self._layer(keys, values, bits), rows, keys.dtype) for bits in static}
-        self._baselines = exact_baselines(self._query, keys, values)
-        self._baselines += [dequantising_baseline(self._query, keys, values, bits) for bits in self._layers]
+        self._on_gpu = where.device == CUDA
+        self._baselines = (gpu_baselines if self._on_gpu else exact_baselines)(self._query, keys, values)
+        if not self._on_gpu:
+            self._baselines += [dequantising_baseline(self._query, keys, values, bits) for bits in self._layers]
         self.bandwidth: dict[str, Any] = {}
 
     def measure(self) -> list[Result]:
         differences = {key: self._difference(*key) for key in self._ours}
         functions: dict[str, Callable[[], object]] = {_label(*key): self._step(*key) for key in self._ours}
         functions |= {_baseline_label(baseline): baseline.run for baseline in self._baselines}
-        timings = interleaved(functions, self._benchmark.repeat, around=self._around)
+        timer = (lambda function: gpu_ms(function, self._large.queue)) if self._on_gpu else host_ms
+        timings = interleaved(functions, self._benchmark.repeat, 2 if self._on_gpu else 1, self._around, timer)
         self.bandwidth = self._bandwidth(Timing(tuple(self._reads_ms)))
         return self._results(timings, differences)
 
     def _layer(self, keys: Tensor, values: Tensor, bits: int) -> LowBitLayer:
-        return LowBitLayer(keys, values, self._benchmark.code, bits, self._benchmark.top_k)
+        return LowBitLayer(keys, values, self._benchmark.code, bits, self._benchmark.top_k, batch=self._benchmark.batch)
 
     def _step(self, isa: str, bits: int) -> Callable[[], Tensor]:
         layer = self._static[bits] if isa == kernel_backends.STATIC else self._layers[bits]
@@ -178,7 +181,7 @@ class _Cell:
     def _results(self, timings: dict[str, Timing], differences: dict[tuple[str, int], float]) -> list[Result]:
         exact = {b.impl: timings[_baseline_label(b)] for b in self._baselines if b.bits >= 16}
         best = min(exact, key=lambda impl: exact[impl].ms)
-        best_matmul = min((impl for impl in exact if impl.startswith(_MATMUL)), key=lambda impl: exact[impl].ms)
+        best_matmul = min((impl for impl in exact if impl.startswith(_MATMUL)), key=lambda impl: exact[impl].ms, default=None)
         self.bandwidth |= {"best_torch": best, "best_matmul": best_matmul}
         results = []
         for isa, bits in self._ours:
@@ -193,7 +196,15 @@ class _Cell:
         return results
 
     def _row(
-        self, impl: str, isa: str, bits: int, nbytes: int, timing: Timing, exact: dict[str, Timing], best: str, best_matmul: str
+        self,
+        impl: str,
+        isa: str,
+        bits: int,
+        nbytes: int,
+        timing: Timing,
+        exact: dict[str, Timing],
+        best: str,
+        best_matmul: str | None,
     ) -> Result:
         floor = nbytes / (self.bandwidth["read_gb_per_s"] * 1e6)  # ms
         return {
@@ -201,6 +212,7 @@ class _Cell:
             "isa": isa,
             "bits": bits,
             "rows": self._rows,
+            "batch": self._benchmark.batch,
             "context": self._context,
             "ms": timing.ms,
             "spread": timing.spread,
@@ -208,16 +220,16 @@ class _Cell:
             "gb_per_s": _gb_per_s(nbytes, timing.ms),
             "vs_sdpa_bf16": exact[_SDPA].ms / timing.ms,
             "vs_best_torch": exact[best].ms / timing.ms,
-            "vs_best_matmul": exact[best_matmul].ms / timing.ms,
+            "vs_best_matmul": None if best_matmul is None else exact[best_matmul].ms / timing.ms,
             "vs_floor": timing.ms / floor,
             "floor_ms": floor,
         }
 
 
-def _query(shape: Shape, rows: int, seed: int) -> Tensor:
-    """Return seeded queries, bfloat16 [1, Hq, n, D]."""
+def _query(shape: Shape, batch: int, rows: int, seed: int) -> Tensor:
+    """Return seeded queries, bfloat16 [B, Hq, n, D]."""
     generator = torch.Generator().manual_seed(seed + 1)
-    return torch.randn(1, shape.query_heads, rows, shape.head_dim, generator=generator).to(torch.bfloat16)
+    return torch.randn(batch, shape.query_heads, rows, shape.head_dim, generator=generator).to(torch.bfloat16)
 
 
 def _label(isa: str, bits: int) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import sys
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,6 +23,33 @@ def synchronise() -> None:
     """
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
+
+
+def host_ms(function: Callable[[], object]) -> float:
+    """Return the milliseconds of a call by the host's clock, with the GPU idle before and after."""
+    synchronise()
+    started = time.perf_counter()
+    function()
+    synchronise()
+    return (time.perf_counter() - started) * 1e3
+
+
+def gpu_ms(function: Callable[[], object], before: Callable[[], object] = lambda: None) -> float:
+    """Return the milliseconds that a GPU takes for what `function` queues, by CUDA events.
+
+    Args:
+        before: queued right before. While the GPU does it, the host queues the function's work, so
+            that the time has no gaps in which the GPU waits for the host.
+    """
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    before()
+    start.record()
+    function()
+    end.record()
+    end.synchronize()
+    elapsed: float = start.elapsed_time(end)
+    return elapsed
 
 
 def free_bytes(device: str) -> int | None:

@@ -81,12 +81,14 @@ class SpeCacheContender(Contender):
 
     Args:
         config: bits, code, policy and so on.
+        shares_rows: whether all sequences read the 16-bit rows of the first one.
     """
 
     impl = "specache"
 
-    def __init__(self, work: Workload, config: SpeCacheConfig) -> None:
+    def __init__(self, work: Workload, config: SpeCacheConfig, shares_rows: bool = False) -> None:
         self.work = work
+        self._shares_rows = shares_rows
         self.config = config.resolved(work.info.device.type)
         self.cache = f"{config.bits}-bit {config.code}, k = {config.top_k}, {self.config.policy}"
         self.needed_bytes = work.copy_bytes(config)
@@ -102,7 +104,8 @@ class SpeCacheContender(Contender):
         work = self.work
         self._held = SpeCache(work.model, self.config)
         for _ in range(work.batch):
-            add_sequence(self._held, {index: work.rows(index) for index in range(len(work.layer_shapes))})
+            like = next(iter(self._held.sequences), None)
+            add_sequence(self._held, {i: work.rows(i) for i in range(len(work.layer_shapes))}, like, self._shares_rows)
             self.filled(self._held.sequences[-1])
         self._steps = GreedySteps(work.model, self._held, [0] * work.batch, [0] * work.batch)
 

@@ -16,6 +16,7 @@ from specache.bench.cache_options import CacheOptions
 from specache.bench.compare import Measured, Skipped, compare
 from specache.bench.compute_device import CPU
 from specache.bench.contenders import BareModel, Contender, DynamicContender, QuantizedContender, SpeCacheContender
+from specache.bench.offloaded import OffloadedContender
 from specache.bench.plain_read import LargeArray
 from specache.bench.shapes import Weights
 from specache.bench.timing import Timing
@@ -24,7 +25,8 @@ from specache.engine.compiled import compile_decode
 from specache.errors import BenchmarkError, ConfigError
 
 DYNAMIC, DYNAMIC_OURS, QUANTIZED, LLAMA_CPP = "dynamic", "dynamic-ours", "quantized", "llama.cpp"
-AGAINST = (DYNAMIC, DYNAMIC_OURS, QUANTIZED, LLAMA_CPP)
+OFFLOADED = "offloaded"
+AGAINST = (DYNAMIC, DYNAMIC_OURS, QUANTIZED, OFFLOADED, LLAMA_CPP)
 LLAMA_CPP_CACHES = ("f16", "q8_0", "q4_0")
 LLAMA_CPP_WEIGHTS = {Weights.INT8: ("q8_0",), Weights.INT4: ("q4_0", "q4_1")}  # its formats of as many bits as ours
 PHASE_STEPS = 5
@@ -98,6 +100,8 @@ class Decode(CacheOptions):
     def _stock(self, name: str, work: Workload) -> Contender:
         if name == QUANTIZED:
             return QuantizedContender(work, self.bits)
+        if name == OFFLOADED:
+            return OffloadedContender(work)
         return DynamicContender(work, ours=name == DYNAMIC_OURS)
 
     def _weights_of(self, contender: Contender, bare: dict[int, BareModel], stock: BareModel) -> BareModel:

@@ -1,4 +1,4 @@
-"""The attention of one decode step in one layer and one sequence (paper Algorithm 3)."""
+"""The attention of one decode step in one layer of one or several sequences (paper Algorithm 3)."""
 
 from __future__ import annotations
 
@@ -33,31 +33,31 @@ class LowBitLayer:
         keys, values: [Hkv, S, D], whole groups of tokens, on the device that computes.
         top_k: 16-bit pairs per KV head and row.
         copied: copy rows on a CPU too. Default: only where keys and values are on a GPU.
+        batch: sequences that hold these keys and values, each in memory of its own.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, code: Code, bits: int, top_k: int, copied: bool | None = None) -> None:
+    def __init__(
+        self, keys: Tensor, values: Tensor, code: Code, bits: int, top_k: int, copied: bool | None = None, batch: int = 1
+    ) -> None:
         heads, _, dim = keys.shape
         self.config = SpeCacheConfig(code=code, bits=bits, top_k=top_k, residual=PAGE_TOKENS)
-        layout = page_layout(self.config, heads, dim)
+        self._pool = PagePool(page_layout(self.config, heads, dim), keys.device, ByteBudget())
         on_cpu = keys.device.type == CPU
         copied = not on_cpu if copied is None else copied
-        tier = RamTier(not copied, None if on_cpu else RowMemory(SystemMemory(pinned=True), block_tokens=None))
+        memory = None if on_cpu else RowMemory(SystemMemory(pinned=True), block_tokens=None)
         self.fetched = Counters()
-        self._rows: RowFetcher = _copied_rows(tier, keys, self.fetched) if copied else InPlaceRowFetcher(tier, 0)
-        self._table = PageTable(PagePool(layout, keys.device, ByteBudget()))
-        self.layer = CompressedLayer(0, self.config, self._table, tier, self._rows, keys)
+        self.layers = [self._layer(keys, values, copied, memory) for _ in range(batch)]
         self.params = AttentionParams(scaling=dim**-0.5)
         self._top_k = top_k
-        self.newest = keys[:, -1:][None], values[:, -1:][None]  # [1, Hkv, 1, D]
-        fill_compressed(self.layer, tier, keys, values)
+        self.newest = tuple(x[:, -1:].expand(batch, *x[:, -1:].shape) for x in (keys, values))  # [B, Hkv, 1, D]
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes of low-bit copy and residual, which a step reads once."""
-        return self.layer.memory().fast
+        """Return the bytes of low-bit copies and residuals, which a step reads once."""
+        return sum(layer.memory().fast for layer in self.layers)
 
     def attend(self, query: Tensor) -> Tensor:
-        """Run the library's attention for query [1, Hq, n, D] -> float32 [1, Hq, n, D].
+        """Run the library's attention for query [B, Hq, n, D] -> float32 [B, Hq, n, D].
 
         The first row is the newest token (policy `on-demand`), which is decoded again. With two
         rows, the second one is a draft token with the same key and value (policy `verified`).
@@ -66,13 +66,23 @@ class LowBitLayer:
         kind, policy = (StepKind.SINGLE, Policy.ON_DEMAND) if n == 1 else (StepKind.PAIR, Policy.VERIFIED)
         keys, values = (newest.expand(-1, -1, n, -1) for newest in self.newest)
         plan = StepSpec(kind, policy, self._top_k, Counters())
-        self._rows.drop()
-        self.layer.residual_count -= 1
-        out = decode_at_once(query.float(), keys, values, [self.layer], self.params, plan)
+        for layer in self.layers:
+            layer.row_fetcher.drop()
+            layer.residual_count -= 1
+        out = decode_at_once(query.float(), keys, values, self.layers, self.params, plan)
         if out is not None:
             return out.transpose(1, 2)
-        self.layer.residual_count += 1
-        return mixed_attention(query, keys, values, [self.layer], self.params, plan)
+        for layer in self.layers:
+            layer.residual_count += 1
+        return mixed_attention(query, keys, values, self.layers, self.params, plan)
+
+    def _layer(self, keys: Tensor, values: Tensor, copied: bool, memory: RowMemory | None) -> CompressedLayer:
+        """Return the layer of one sequence."""
+        tier = RamTier(not copied, memory)
+        rows: RowFetcher = _copied_rows(tier, keys, self.fetched) if copied else InPlaceRowFetcher(tier, 0)
+        layer = CompressedLayer(0, self.config, PageTable(self._pool), tier, rows, keys)
+        fill_compressed(layer, tier, keys, values)
+        return layer
 
 
 def _copied_rows(tier: RamTier, keys: Tensor, counters: Counters) -> HotSetRowFetcher:

@@ -56,6 +56,14 @@ class Paper:
     chunk: int = field(default=1024, metadata={"help": "Prompt tokens per forward pass. What that needs counts on a CPU."})
     steps: int = field(default=8, metadata={"help": "Decode steps of a round."})
     rounds: int = field(default=5, metadata={"help": "Rounds; a time is their median."})
+    search: bool = field(
+        default=True,
+        metadata={"help": "On a GPU, look for the largest batch by trying. Without, the planned one is decoded, or a smaller one."},
+    )
+    share_rows: bool = field(
+        default=False,
+        metadata={"help": "All sequences read the 16-bit rows of one, so that main memory limits no batch. A step does the same."},
+    )
     out: Path | None = field(
         default=None,
         metadata={"help": "JSON file that is written after every result. The same command resumes an interrupted run."},
@@ -88,7 +96,7 @@ class Paper:
             bench.log(f"Loading {source.name}")
             model = source.load()
             budget = file.kept.setdefault("fast_memory_bytes", self.fast_memory or default_budget())
-            schedule = Schedule(self.steps, self.rounds)
+            schedule = Schedule(self.steps, self.rounds, self.search, self.share_rows)
             with Decoding(model, budget, self.max_batch, schedule, bench.seed) as decoding:
                 for number, (context, entry) in enumerate(remaining, start=total - len(remaining) + 1):
                     prefix = f"{number} of {total}: {entry.planned.title}, {context:,} tokens: "

@@ -12,7 +12,7 @@ import torch
 from specache.bench.base import Log
 from specache.bench.compute_device import CUDA, free_bytes, peak_bytes, release_memory, reset_peak, synchronise
 from specache.bench.contenders import Contender, SpeCacheContender, StockContender
-from specache.bench.paper_fit import FAST, TRIED, Fit, FreeMemory, Needs, planned_fit, tried_fit
+from specache.bench.paper_fit import FAST, TRIED, Fit, FreeMemory, Needs, planned_fit, tried_fit, untried_fit
 from specache.bench.paper_methods import Entry
 from specache.bench.timing import Timing
 from specache.bench.workload import Workload
@@ -34,10 +34,14 @@ class Schedule:
     Attributes:
         steps: decode steps per round. Their mean time is one sample.
         rounds: number of samples.
+        search: whether larger and smaller batches than the planned one are tried on a GPU.
+        shares_rows: whether all sequences read the 16-bit rows of one.
     """
 
     steps: int
     rounds: int
+    search: bool = True
+    shares_rows: bool = False
 
     @property
     def new_tokens(self) -> int:
@@ -101,10 +105,12 @@ class Decoding:
 
     def measure(self, entry: Entry, context: int, log: Log) -> BatchResult:
         """Find the largest batch of a method at one context and time it."""
-        needs = Needs(self._dimensions, entry, context, self._schedule.new_tokens)
+        needs = Needs(self._dimensions, entry, context, self._schedule.new_tokens, self._schedule.shares_rows)
         main = memory()["usable_bytes"]
         free = FreeMemory(self._budget, None if main is None else int(main * DEFAULT_SHARE), self._most)
-        if self._device == CUDA:
+        if self._device == CUDA and not self._schedule.search:
+            fit = untried_fit(needs, free)
+        elif self._device == CUDA:
             fit = tried_fit(needs, free, lambda batch: self._decode(needs, batch, 0, log) is not None)
         else:
             fit = planned_fit(needs, free)
@@ -120,7 +126,7 @@ class Decoding:
         There is no time if `rounds` is 0.
         """
         work = Workload(self._model, batch, needs.context, self._seed)
-        contender = needs.entry.contender(work, None if self._device == CUDA else self._budget)
+        contender = needs.entry.contender(work, None if self._device == CUDA else self._budget, self._schedule.shares_rows)
         try:
             log(f"filling {batch:,} sequences")
             contender.prepare()

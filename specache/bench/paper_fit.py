@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from specache.bench.compute_device import CUDA
 from specache.bench.paper_methods import FULL, Entry
-from specache.bench.synthetic import SPARE_TOKENS
+from specache.bench.synthetic import reserved_tokens
 from specache.cache.sizes import ordinary_bytes
 from specache.model.dimensions import ModelDimensions
 from specache.planning.advice import bisect, largest
@@ -56,12 +58,14 @@ class Needs:
 
     Attributes:
         new: tokens that decoding adds to every sequence.
+        shares_rows: whether all sequences read the 16-bit rows of one.
     """
 
     model: ModelDimensions
     entry: Entry
     context: int
     new: int
+    shares_rows: bool = False
 
     def fast(self, batch: int) -> int:
         """Return the peak bytes of fast memory, over prefill and decoding."""
@@ -83,8 +87,12 @@ class Needs:
     def _slow(self, batch: int) -> int:
         if not self.entry.planned.keeps_slow:
             return 0
-        tokens = self.context + max(SPARE_TOKENS, self.new)
-        return batch * tokens * sum(layer.row_bytes(self.model.itemsize) for layer in self.model.full_layers)
+        tokens = reserved_tokens(self.entry.planned.config, self.context, torch.device(self.model.device), self.new)
+        return (
+            (1 if self.shares_rows else batch)
+            * tokens
+            * sum(layer.row_bytes(self.model.itemsize) for layer in self.model.full_layers)
+        )
 
     def _plan(self, batch: int) -> MemoryPlan:
         return plan(self.model, self.entry.planned.config, [PlannedSequence(self.context, self.new)] * batch)
@@ -110,6 +118,13 @@ def planned_fit(needs: Needs, free: FreeMemory) -> Fit:
 
     batch = largest(lambda batch: exceeds(batch) is None, 1, free.most)
     return Fit(batch, COUNTED if needs.entry.name == FULL else PLANNED, exceeds(batch + 1) or ASKED)
+
+
+def untried_fit(needs: Needs, free: FreeMemory) -> Fit:
+    """Return the planned batch, but at least one sequence if main memory has room for it."""
+    hosted = largest(lambda batch: free.main is None or needs.main(batch) <= free.main, 1, free.most)
+    fit = planned_fit(needs, free)
+    return Fit(1, fit.found_by, fit.limited_by) if hosted and not fit.batch else fit
 
 
 def tried_fit(needs: Needs, free: FreeMemory, decodes: Callable[[int], bool]) -> Fit:

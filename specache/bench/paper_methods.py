@@ -45,16 +45,17 @@ class Entry:
         """Return `full`, `kivi` or `specache`. The policy tells the paper's SpeCache from ours."""
         return self.name if self.name in (FULL, KIVI) else "specache"
 
-    def contender(self, work: Workload, fast_memory: int | None) -> Contender:
+    def contender(self, work: Workload, fast_memory: int | None, shares_rows: bool = False) -> Contender:
         """Return the implementation that decodes `work`.
 
         Args:
             fast_memory: limit of our cache in bytes. transformers' cache has no limit.
+            shares_rows: whether all sequences read the 16-bit rows of the first one.
         """
         if self.name == FULL:
             return DynamicContender(work)
         config = replace(self.planned.config, fast_memory=fast_memory)
-        return KiviContender(work, config) if self.name == KIVI else SpeCacheContender(work, config)
+        return KiviContender(work, config) if self.name == KIVI else SpeCacheContender(work, config, shares_rows)
 
 
 def entries(names: Iterable[str], bits: Iterable[int], config: SpeCacheConfig) -> list[Entry]:
@@ -76,6 +77,9 @@ class KiviContender(SpeCacheContender):
 
     New rows are kept in the residual only.
     """
+
+    def __init__(self, work: Workload, config: SpeCacheConfig) -> None:
+        super().__init__(work, config, shares_rows=True)  # of the first sequence's there are none either
 
     def filled(self, sequence: Sequence) -> None:
         sequence.tier.close()

@@ -7,18 +7,18 @@ cache has 300 MB), and the read must wait for memory, not for its own arithmetic
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from specache.bench.compute_device import CPU, CUDA, synchronise
+from specache.bench.compute_device import CPU, CUDA, free_bytes, gpu_ms, host_ms
 from specache.platform import machine
 
 CACHES = 4  # the array is this many times the last-level cache
 SMALLEST_BYTES = 256 << 20  # of the array; four times the last-level cache of machines that do not report theirs
+GPU_BYTES = 1 << 30  # of an array on a GPU, so that one read takes much longer than a launch
 SHARE_OF_FREE_MEMORY = 4  # at most one in so many free bytes
 CACHED_BYTES = 1 << 20  # of an array that caches hold, to see how fast a read is without memory
 WIDTH = 1024  # columns of the array as a matrix
@@ -30,14 +30,14 @@ Reader = Callable[[Tensor], object]
 def evicting_bytes(device: str = CPU) -> int:
     """Return the size of an array that evicts everything else from the caches of a device.
 
-    It is `CACHES` times the last-level cache, at least `SMALLEST_BYTES`, and at most a quarter of
-    the free memory.
+    It is `CACHES` times the last-level cache, at least `SMALLEST_BYTES` (`GPU_BYTES` on a GPU), and
+    at most a quarter of the free memory.
     """
     if device == CUDA:
         cache = getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "L2_cache_size", 0)
-        return max(SMALLEST_BYTES, CACHES * int(cache))
-    wanted = max(SMALLEST_BYTES, CACHES * (machine.last_level_cache() or 0))
-    free = machine.available_memory()
+        wanted, free = max(GPU_BYTES, CACHES * int(cache)), free_bytes(CUDA)
+    else:
+        wanted, free = max(SMALLEST_BYTES, CACHES * (machine.last_level_cache() or 0)), machine.available_memory()
     return wanted if free is None else min(wanted, free // SHARE_OF_FREE_MEMORY)
 
 
@@ -65,6 +65,10 @@ class LargeArray:
         elapsed = _read_ms(_READERS[self._reader], self._array)
         self._reads_ms.append(elapsed)
         return elapsed
+
+    def queue(self) -> object:
+        """Queue a read and do not wait for it."""
+        return _READERS[self._reader](self._array)
 
     def best_gb_per_s(self, reads: int = 0) -> float:
         """Return the bandwidth of the fastest read so far, in 10^9 bytes per second.
@@ -121,8 +125,6 @@ def _fastest_reader(array: Tensor) -> str:
 
 
 def _read_ms(reader: Reader, array: Tensor) -> float:
-    synchronise()
-    started = time.perf_counter()
-    reader(array)
-    synchronise()
-    return (time.perf_counter() - started) * 1e3
+    if array.is_cuda:
+        return gpu_ms(lambda: reader(array), before=lambda: reader(array))
+    return host_ms(lambda: reader(array))

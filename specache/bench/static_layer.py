@@ -50,17 +50,17 @@ class StaticLayer:
         self._config = replace(layer.config, policy=policy, hot_set=0.0)
         self._keys, self._values = (newest.expand(-1, -1, rows, -1) for newest in layer.newest)
         self._params = layer.params
-        sequence = _OneLayerSequence(layer.layer)
+        sequences = [_OneLayerSequence(one) for one in layer.layers]
         device = self._keys.device
-        capacity = -(-layer.layer.table.length // PAGE_TOKENS) * PAGE_TOKENS
-        self._batch = DeviceBatch([sequence], self._config, BatchSize(rows, capacity, {0: 0}), streams_for(device), ByteBudget())
-        self._batch.begin([[0] * rows])
+        capacity = -(-layer.layers[0].table.length // PAGE_TOKENS) * PAGE_TOKENS
+        self._batch = DeviceBatch(sequences, self._config, BatchSize(rows, capacity, {0: 0}), streams_for(device), ByteBudget())
+        self._batch.begin([[0] * rows] * len(sequences))
         self._steps = GraphedSteps(graphs_for(device))
         self._query: Tensor | None = None
         self._dtype = dtype
 
     def attend(self, query: Tensor) -> Tensor:
-        """Attend with query [1, Hq, n, D] -> float32 [1, Hq, n, D]."""
+        """Attend with query [B, Hq, n, D] -> float32 [B, Hq, n, D]."""
         if self._query is None:
             self._query = query.to(self._dtype).clone()
         self._query.copy_(query)

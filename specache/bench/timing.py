@@ -10,7 +10,7 @@ from statistics import median
 
 import numpy as np
 
-from specache.bench.compute_device import synchronise
+from specache.bench.compute_device import host_ms, synchronise
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ def interleaved(
     rounds: int,
     warmup: int = 1,
     around: Callable[[str], AbstractContextManager[object]] = lambda name: nullcontext(),
+    timer: Callable[[Callable[[], object]], float] = host_ms,
 ) -> dict[str, Timing]:
     """Call every function once per round. Each round starts with another one.
 
@@ -46,6 +47,7 @@ def interleaved(
         rounds: samples of each function.
         warmup: untimed rounds before these.
         around: a context entered before a function's time starts and left after it ends.
+        timer: calls a function and returns its milliseconds.
     """
     names = list(functions)
     samples: dict[str, list[float]] = {name: [] for name in names}
@@ -53,13 +55,9 @@ def interleaved(
         first = number % len(names) if names else 0
         for name in names[first:] + names[:first]:
             with around(name):
-                synchronise()
-                started = time.perf_counter()
-                functions[name]()
-                synchronise()
-                elapsed = time.perf_counter() - started
+                elapsed = timer(functions[name])
             if number >= warmup:
-                samples[name].append(elapsed * 1e3)
+                samples[name].append(elapsed)
     return {name: Timing(tuple(values)) for name, values in samples.items()}
 
 

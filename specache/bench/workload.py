@@ -51,8 +51,7 @@ class Workload:
         shape = self.layer_shapes[index]
         if shape not in self._rows:
             heads, dim = shape
-            keys, values = synthetic_rows(heads, self.context, dim, self.info.dtype, self.seed)
-            self._rows[shape] = keys.to(self.info.device), values.to(self.info.device)
+            self._rows[shape] = synthetic_rows(heads, self.context, dim, self.info.dtype, self.seed, self.info.device)
         return self._rows[shape]
 
     def drop_rows(self) -> None:

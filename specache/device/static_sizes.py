@@ -50,6 +50,15 @@ def low_bit_room(config: SpeCacheConfig, tokens: int, step: int = CAPACITY_STEP)
     return -(-(config.low_bit_length(tokens) + config.group_size) // step) * step
 
 
+def row_room(config: SpeCacheConfig, tokens: int, step: int = CAPACITY_STEP) -> int:
+    """Return the tokens for which the slow-tier buffers of such a batch have room.
+
+    A buffer that is made for as many from the start need not be copied to a larger one when its
+    sequence is attached.
+    """
+    return low_bit_room(config, tokens, step) + config.residual + config.group_size
+
+
 def batch_bytes(
     layers: Sequence[tuple[int, int]], windows: int, batch: int, top_k: int, capacity: int, queries: int, itemsize: int
 ) -> int:

@@ -253,7 +253,7 @@ class Decoder:
             self._info.check_position(total - 1)
             if self._info.rope_side(total - 1) or self._info.couples_rows:
                 chunk = total  # RoPE frequencies or activation scales depend on all tokens of a forward pass
-            sequence.tier.reserve(total)
+            sequence.tier.reserve(self._static.row_room(total))
             sequence.begin_prefill()
             progress(sequence.length, total)
         while True:

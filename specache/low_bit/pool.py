@@ -201,6 +201,12 @@ class PageTable:
         for page, row in zip(self.pages[start : start + len(data)], data, strict=True):
             self.pool.page_bytes(page).copy_(row)
 
+    def copy_pages(self, source: PageTable) -> None:
+        """Overwrite the pages, which must not be shared, with those of a table of as many."""
+        for mine, first, theirs, other, count in _common_runs(self._consecutive(), source._consecutive()):
+            into, data = self.pool._slabs[mine].data, source.pool._slabs[theirs].data
+            into[first : first + count].copy_(data[other : other + count])
+
     def fork(self) -> PageTable:
         """Return a second table over the same pages. Pages are copied on write."""
         other = PageTable(self.pool)
@@ -235,6 +241,19 @@ class PageTable:
             return []
         starts = [0] + [i + 1 for i, ((s, p), (t, q)) in enumerate(pairwise(self.pages)) if (s, p + 1) != (t, q)]
         return [(*self.pages[i], j - i) for i, j in pairwise([*starts, len(self.pages)])]
+
+
+def _common_runs(
+    mine: list[tuple[int, int, int]], theirs: list[tuple[int, int, int]]
+) -> Iterator[tuple[int, int, int, int, int]]:
+    """Yield (slab, first, other slab, its first, count) of stretches that are runs in both lists."""
+    left, right = list(reversed(mine)), list(reversed(theirs))
+    while left:
+        (slab, first, some), (other, start, more) = left.pop(), right.pop()
+        count = min(some, more)
+        yield slab, first, other, start, count
+        left += [(slab, first + count, some - count)] if some > count else []
+        right += [(other, start + count, more - count)] if more > count else []
 
 
 def _pages_for(tokens: int) -> int:

@@ -24,6 +24,7 @@ from specache.cache.sizes import (
 )
 from specache.cache.window_checkpoints import Spacing
 from specache.config import PAGE_TOKENS, Policy, SpeCacheConfig
+from specache.device.static_sizes import row_room, unsupported_reason
 from specache.model.dimensions import LayerDimensions, ModelDimensions
 from specache.tiers.disk.row_layout import BLOCK_TOKENS as DISK_BLOCK_TOKENS
 from specache.tiers.layer_rows import planned_capacity
@@ -123,6 +124,8 @@ class CacheFootprint:
             return blocks * sum(row_layout(self.model, layer).block_bytes for layer in self.model.full_layers)
         block = None if self.model.device == "cuda" else BLOCK_TOKENS
         capacity = planned_capacity(block, sequence.prompt, sequence.total)
+        if block is None and not unsupported_reason(self.config, self.model.dynamic_rope):  # steps over static buffers
+            capacity = row_room(self.config, sequence.total)
         if sequence.twin and block is not None:
             capacity -= sequence.prompt // block * block  # whole blocks are shared
         return sum(layer.row_bytes(self.model.itemsize) * capacity for layer in self.model.full_layers)

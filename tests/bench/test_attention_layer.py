@@ -14,7 +14,7 @@ from specache.bench.base import BenchContext, Outcome
 from specache.bench.one_layer import LowBitLayer
 from specache.bench.static_layer import StaticLayer
 from specache.bench.synthetic import synthetic_rows
-from specache.bench.torch_attention import QuantisedTensor, dequantising_baseline, exact_baselines, sdpa
+from specache.bench.torch_attention import QuantisedTensor, dequantising_baseline, exact_baselines, gpu_baselines, sdpa
 from specache.config import Code
 from specache.errors import ConfigError
 
@@ -170,3 +170,29 @@ def test_a_gpu_has_a_result_for_the_static_step(monkeypatch):
     ours = [row for row in results if row["impl"] == "specache"]
     assert [row["isa"] for row in ours] == ["torch", "static"]
     assert ours[1]["ms"] > 0 and ours[1]["phases"] is None and ours[1]["difference"] < 0.05
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("copied", [False, True])
+def test_every_sequence_of_a_batch_attends_as_alone(rows, copied):
+    query, keys, values = rows_and_query(rows)
+    queries = torch.cat([query, query.flip(2) * 0.5, -query])
+    batch = LowBitLayer(keys, values, Code.ROTATED, bits=2, top_k=8, copied=copied, batch=3).attend(queries)
+    for found, one in zip(batch, queries, strict=True):
+        alone = LowBitLayer(keys, values, Code.ROTATED, bits=2, top_k=8, copied=copied).attend(one[None])
+        assert (found - alone[0]).abs().max() < 1e-5
+
+
+def test_a_gpus_baselines_are_attention_in_every_sequence():
+    query, keys, values = rows_and_query(2)
+    queries = torch.cat([query, -query])
+    for baseline in [*gpu_baselines(queries, keys, values), *exact_baselines(queries, keys, values)]:
+        for found, one in zip(baseline.run(), queries, strict=True):
+            assert (found.float() - sdpa(one[None].float(), keys.float(), values.float())[0]).abs().max() < 0.03, baseline.impl
+        assert baseline.nbytes == 2 * 2 * keys.numel() * baseline.bits // 8
+
+
+def test_a_batch_reads_as_many_bytes_per_sequence():
+    one, four = (next(r for r in run(batch=batch).results if r["impl"] == "specache") for batch in (1, 4))
+    assert four["bytes"] == 4 * one["bytes"]
+    assert (one["batch"], four["batch"]) == (1, 4)

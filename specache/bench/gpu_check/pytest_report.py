@@ -1,0 +1,50 @@
+"""A pytest plugin: one JSON line before and after every test, in the file `SPECACHE_TEST_REPORT`.
+
+So a crash leaves what was found until then, and which test crashed. Tests that the file has results
+of are not run again. The process ends where the GPU's context is lost: all later tests would fail.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+REPORT = "SPECACHE_TEST_REPORT"
+LOST = 3  # exit code
+_BROKEN = ("illegal memory access", "device-side assert", "unspecified launch failure", "misaligned address")
+
+
+def _write(**line: Any) -> None:
+    with Path(os.environ[REPORT]).open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
+    path = Path(os.environ[REPORT])
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    done = {line["id"] for line in lines if "outcome" in line}
+    gone = [item for item in items if item.nodeid in done]
+    if gone:
+        config.hook.pytest_deselected(items=gone)
+        items[:] = [item for item in items if item.nodeid not in done]
+
+
+def pytest_runtest_logstart(nodeid: str) -> None:
+    _write(id=nodeid)
+
+
+def pytest_runtest_logreport(report: Any) -> None:
+    if report.when == "call" or (report.when == "setup" and report.outcome != "passed"):
+        text = report.longreprtext if report.failed else (report.longrepr[-1] if report.skipped else "")
+        _write(id=report.nodeid, outcome=report.outcome, seconds=round(report.duration, 3), message=_end(str(text)))
+        if report.failed and any(sign in str(text) for sign in _BROKEN):
+            os._exit(LOST)
+
+
+def _end(text: str) -> str:
+    """Return the error's own lines, the last place first."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    errors = [line[1:].strip() for line in lines if line.startswith("E ")]
+    return "\n".join([*errors[:4], *lines[-1:]])[:1500]
