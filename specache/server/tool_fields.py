@@ -12,6 +12,7 @@ MOST_TOOLS = 128
 LONGEST_CALL_ID = 256  # characters
 DEEPEST_SCHEMA = 48  # levels of JSON; an object within an object takes three of them
 _MOST_SCHEMA_VALUES = 4000
+_MOST_VALUES = 20_000  # of all schemas of a request
 _NAME = r"^[A-Za-z0-9_.:/-]{1,128}$"
 
 
@@ -65,12 +66,20 @@ class ToolChoice(JsonBody):
     function: ChosenFunction
 
 
+def _values(schema: Any) -> int:
+    """Return how many values a schema has, itself among them."""
+    inner = schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ()
+    return 1 + sum(map(_values, inner))
+
+
 def check_tools(tools: list[ToolDefinition] | None, choice: Any) -> None:
     """Refuse tools of one name, and the choice of a tool that is not there.
 
     Raises:
         FieldError: says which.
     """
+    if sum(_values(tool.function.parameters) for tool in tools or ()) > _MOST_VALUES:
+        raise FieldError("tools", f"their schemas have more than {_MOST_VALUES:,} values together")
     names = [tool.function.name for tool in tools or ()]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:

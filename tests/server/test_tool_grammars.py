@@ -66,7 +66,7 @@ class Server:
         return body(**{"tool_choice": "required", "parallel_tool_calls": False, **bias, **fields})
 
 
-@pytest.fixture(scope="module", params=[name for name in FAMILIES if name != "mistral_named"])
+@pytest.fixture(scope="module", params=["hermes", "llama3", "harmony", "generic"])
 def server(request):
     tokenizer = FAMILIES[request.param].tokenizer
     with running(seeded_model(tokenizer), tokenizer=tokenizer) as client:
