@@ -12,7 +12,7 @@ from specache.server.chat_fields import ChatMessage
 from specache.server.json_body import check_json
 from specache.server.tool_fields import ToolCallFields
 from specache.server.tool_formats.base import Message, ToolFormat
-from specache.server.tool_formats.registry import tool_format
+from specache.server.tool_formats.known_formats import tool_format
 from specache.server.tool_use import ToolUse
 from specache.templates.markers import template_text
 from specache.templates.template import ChatTemplate, PromptError

@@ -12,7 +12,7 @@ from specache.server.chat_fields import ChatBody
 from specache.server.grammar_compiler import GrammarCompiler
 from specache.server.json_body import parse_body
 from specache.server.tool_fields import MOST_TOOLS, ToolDefinition
-from specache.server.tool_formats.registry import tool_format
+from specache.server.tool_formats.known_formats import tool_format
 from specache.server.tool_grammar import marker_tokens, tool_grammar
 from specache.server.tool_use import ToolUse
 from tests.server.tiny_server import error_of, post, running

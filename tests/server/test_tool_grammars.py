@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 
 from specache.server.grammar_compiler import GrammarCompiler
 from specache.server.tool_fields import ToolDefinition
-from specache.server.tool_formats.registry import tool_format
+from specache.server.tool_formats.known_formats import tool_format
 from specache.server.tool_grammar import marker_tokens, tool_grammar
 from specache.server.tool_use import ToolUse
 from tests.server.tiny_server import post, running, stream
