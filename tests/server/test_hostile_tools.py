@@ -78,6 +78,8 @@ REFUSED = {
     "parameters that are a text": ({"tools": [tool(parameters="x")]}, "tools[0].function.parameters"),
     "a built-in tool": ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
     "an unknown choice": ({"tools": [tool()], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
+    "a choice that is none": ({"tools": [tool()], "tool_choice": "always"}, "tool_choice"),
+    "a choice of a type that is none": ({"tools": [tool()], "tool_choice": {"type": "web_search"}}, "tool_choice"),
     "a choice without tools": ({"tool_choice": "required"}, "tool_choice"),
     "the old form": ({"functions": [{"name": "f"}]}, "functions"),
     "a result without a call": ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "c"}]}, "messages[0].tool_call_id"),

@@ -102,6 +102,14 @@ def test_a_named_call_is_of_that_tool(server):
         assert name == chosen
 
 
+def test_only_the_allowed_tools_are_called(server):
+    chosen = [{"type": "function", "function": {"name": "now"}}]
+    choice = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": chosen}}
+    document = post(server.client, CHAT, server.required(seed=2, tool_choice=choice))
+    assert calls_of(document["choices"][0]) == [("now", {})]
+    assert document["usage"]["prompt_tokens"] == post(server.client, CHAT, body(max_tokens=1))["usage"]["prompt_tokens"]
+
+
 def test_parallel_calls_are_all_valid(server):
     choices = post(server.client, CHAT, server.required(n=6, seed=3, parallel_tool_calls=True, tools=TOOLS[2:]))["choices"]
     counts = {len(calls_of(choice)) for choice in choices if choice["finish_reason"] == "tool_calls"}
