@@ -10,7 +10,9 @@ import jsonschema
 import pytest
 from starlette.testclient import TestClient
 
+from specache.server.error_responses import ApiError
 from specache.server.grammar_compiler import GrammarCompiler
+from specache.server.grammar_spec import GrammarSpec
 from specache.server.tool_fields import ToolDefinition
 from specache.server.tool_formats.known_formats import tool_format
 from specache.server.tool_grammar import marker_tokens, tool_grammar
@@ -225,3 +227,14 @@ def test_an_answer_is_a_call_or_of_its_schema(server):
             jsonschema.validate(json.loads(choice["message"]["content"]), schema)
     error = post(server.client, CHAT, body(regex="a+"), 400)
     assert error["param"] == "regex" and "tools" in error["message"]
+
+
+def test_what_cannot_be_compiled_is_refused_again_without_being_compiled():
+    tokenizer = FAMILIES["hermes"].tokenizer
+    compiler = GrammarCompiler(tokenizer, len(tokenizer))
+    messages = set()
+    for param in ("one", "two"):
+        with pytest.raises(ApiError, match="uniqueItems") as caught:
+            compiler.compile(GrammarSpec("json_schema", json.dumps(UNSUPPORTED), param))
+        messages.add(str(caught.value).removeprefix(f"{param}: "))
+    assert len(messages) == 1
