@@ -187,6 +187,15 @@ def test_a_free_answer_that_begins_a_call_ends_it_validly(name):
             assert len(calls_of(choice)) == 1
 
 
+def test_a_token_that_ends_calls_ends_an_answer_with_tools_only():
+    tokenizer = FAMILIES["llama3"].tokenizer
+    with running(seeded_model(tokenizer), tokenizer=tokenizer) as client:
+        bias = {str(tokenizer.convert_tokens_to_ids("<|eom_id|>")): 100}
+        document = post(client, CHAT, body(logit_bias=bias, max_tokens=4))
+        assert document["usage"]["completion_tokens"] == 1 and document["choices"][0]["finish_reason"] == "stop"
+        assert post(client, CHAT, body(logit_bias=bias, max_tokens=4, tools=None))["usage"]["completion_tokens"] == 4
+
+
 def test_reasoning_may_stand_in_front_of_a_required_call():
     tokenizer = FAMILIES["hermes"].tokenizer
     with running(seeded_model(tokenizer), tokenizer=tokenizer) as client:
