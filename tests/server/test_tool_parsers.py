@@ -92,6 +92,7 @@ ANSWERS = {
         [("time", "{}"), ULM],
     ),
     "hermes, cut in the arguments": (HERMES, CALL[:57], "", [("weather", '{"city": "Ul')]),
+    "hermes, cut in the marker behind it": (HERMES, CALL[:-4], "", [ULM]),
     "hermes, cut in the name": (HERMES, CALL[:25], CALL[:25], []),
     "hermes, another tool": (HERMES, CALL.replace("weather", "rm"), CALL.replace("weather", "rm"), []),
     "hermes, no JSON": (HERMES, "<tool_call>\nweather(Ulm)\n</tool_call>", "<tool_call>\nweather(Ulm)\n</tool_call>", []),
