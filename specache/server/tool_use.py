@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -61,10 +61,10 @@ class ToolUse:
         """Return whether a call must match its schema, or the request is refused."""
         return any(one.strict for one in self.callable)
 
-    def loosened(self) -> ToolUse:
-        """Return the same tools, whose arguments may be any object unless they are strict."""
+    def loosened(self, names: Collection[str]) -> ToolUse:
+        """Return the same tools, of which these may have any object as arguments."""
         loose = {"parameters": {"type": "object"}}
-        return replace(self, functions=tuple(one if one.strict else one.model_copy(update=loose) for one in self.functions))
+        return replace(self, functions=tuple(one.model_copy(update=loose) if one.name in names else one for one in self.functions))
 
     def described(self) -> list[dict[str, Any]]:
         """Return the tools in OpenAI's form and the order of the request, for chat templates."""

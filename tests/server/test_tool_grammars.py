@@ -238,6 +238,15 @@ def test_an_answer_is_a_call_or_of_its_schema(server):
     assert error["param"] == "regex" and "tools" in error["message"]
 
 
+def test_one_schema_that_cannot_be_held_leaves_those_of_other_tools():
+    tokenizer = FAMILIES["hermes"].tokenizer
+    use = ToolUse.of([ToolDefinition.model_validate(one) for one in (*TOOLS, tool("odd", UNSUPPORTED))], "required", True)
+    found = tool_grammar(GrammarCompiler(tokenizer, len(tokenizer)), tool_format(tokenizer), use, marker_tokens(tokenizer), None)
+    assert found is not None
+    rules = found[0].text.splitlines()
+    assert any('"units"' in rule for rule in rules) and not any("uniqueItems" in rule for rule in rules)
+
+
 def test_what_cannot_be_compiled_is_refused_again_without_being_compiled():
     tokenizer = FAMILIES["hermes"].tokenizer
     compiler = GrammarCompiler(tokenizer, len(tokenizer))
