@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
     from llguidance._lib import JsonCompileOptions
 
-_MOST_KEPT = 64
+_MOST_KEPT = 32
 _MOST_KEPT_CHARACTERS = 1 << 20
 _END = "<|specache: end of grammar|>"
 # One space at most, so that no answer is spaces without end. A request cannot set these options.

@@ -6,11 +6,12 @@ import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
+from pydantic import BaseModel, Field
 
 from specache.cli.models import Dtype
 from tests.server import references
@@ -52,6 +53,24 @@ def test_an_answer_is_that_of_generate(client, long_folder):
         assert completion.usage.total_tokens == prompt + completion.usage.completion_tokens
         assert choice.finish_reason == ("length" if completion.usage.completion_tokens == 24 else "stop")
         assert completion.object == "chat.completion" and completion.model == SERVED_NAME
+
+
+class Town(BaseModel):
+    """A town."""
+
+    name: str = Field(max_length=12)
+    kind: Literal["harbour", "mine"]
+    people: int = Field(ge=0, le=99_999)
+    near: list[Town] = Field(max_length=1)
+
+
+def test_an_answer_is_parsed_into_a_class_whole_and_streamed(client):
+    messages: Any = [{"role": "user", "content": "Name a town."}]
+    settings = {**SETTINGS, "max_tokens": 4000, "messages": messages, "response_format": Town, "seed": 4, "temperature": 1.0}
+    town = client.chat.completions.parse(**settings).choices[0].message.parsed
+    assert isinstance(town, Town) and town.kind in ("harbour", "mine")
+    with client.chat.completions.stream(**settings) as stream:
+        assert stream.get_final_completion().choices[0].message.parsed == town
 
 
 def test_a_stream_is_the_answer_in_pieces_and_usage_comes_last(client):
