@@ -11,9 +11,10 @@ from specache.server.sampling_fields import MOST_TOP_LOGPROBS, SamplingFields
 from specache.server.tool_fields import (
     LONGEST_CALL_ID,
     MOST_TOOLS,
+    Choice,
     ToolCallFields,
-    ToolChoice,
     ToolDefinition,
+    check_choice,
     check_tools,
 )
 from specache.server.tool_use import ToolUse
@@ -27,8 +28,8 @@ _RESERVED = ("tools", "documents", "tool_choice", "add_generation_prompt", "cont
 class ChatMessage(JsonBody):
     """One message. Its content is one text, however many parts it came in.
 
-    Of an answer that only called tools the content is empty. A message of the role `tool` is the
-    result of the call `tool_call_id`.
+    Of an answer that only called tools, and of a tool that says nothing, it is empty. A message of
+    the role `tool` is the result of the call `tool_call_id`.
     """
 
     role: Role
@@ -46,7 +47,8 @@ class ChatMessage(JsonBody):
             raise ValueError("it must be an object with role and content")
         if value.get("role") == "function" or value.get("function_call"):
             raise ValueError("function_call is the old form of calls. Use tool_calls, and the role tool for their results")
-        if value.get("role") == "assistant" and value.get("tool_calls") and value.get("content") is None:
+        may_be_empty = value.get("role") == "tool" or (value.get("role") == "assistant" and value.get("tool_calls"))
+        if may_be_empty and value.get("content") in (None, []):
             value = {**value, "content": ""}
         return {name: one for name, one in value.items() if name not in ("function_call", "annotations", "audio")}
 
@@ -122,7 +124,7 @@ class ChatBody(SamplingFields):
     reasoning_effort: str | None = Field(None, max_length=32)
     tools: list[ToolDefinition] | None = Field(None, max_length=MOST_TOOLS)
     functions: list[Any] | None = None
-    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    tool_choice: Choice | None = None
     function_call: Any = None
     parallel_tool_calls: bool | None = None
     modalities: list[str] | None = None
@@ -137,6 +139,11 @@ class ChatBody(SamplingFields):
         if value not in (None, [], "none", "auto"):
             raise ValueError("it is the old form of tools. Use tools, and tool_choice")
         return value
+
+    @field_validator("tool_choice", mode="before")
+    @classmethod
+    def _check_choice(cls, value: Any) -> Any:
+        return check_choice(value)
 
     @field_validator("audio", "web_search_options")
     @classmethod

@@ -21,7 +21,7 @@ MOST_BYTES = {"json_schema": 64 * 1024, "json_object": 0, "regex": 4 * 1024, "la
 DEEPEST_SCHEMA = 64
 MOST_PROPERTIES = 1000  # of one object; what they cost grows with the square
 MOST_PATTERN_PROPERTIES = 64  # of the whole schema
-MOST_MULTIPLE = 20_000  # sum of `multipleOf` of integers: each is an automaton of that size
+MOST_MULTIPLE = 5000  # sum of `multipleOf` of integers: each is an automaton of that size
 MOST_REPEATS = 10_000  # of a part of a regular expression, nested counts multiplied
 _COUNT = re.compile(r"\{(\d+)?(?:,(\d+)?)?\}")
 
@@ -30,7 +30,7 @@ def parser_limits() -> LLParserLimits:
     """Return what compiling, and each step, may cost."""
     from llguidance import LLParserLimits
 
-    return LLParserLimits(initial_lexer_fuel=200_000, max_lexer_states=50_000, verbose_errors=False)
+    return LLParserLimits(initial_lexer_fuel=200_000, max_lexer_states=10_000, verbose_errors=False)
 
 
 def check_grammar_text(spec: GrammarSpec) -> None:

@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from specache.server.error_responses import ApiError
-from specache.server.grammar_limits import check_grammar_text
-from specache.server.grammar_spec import GrammarSpec
+from specache.server.grammar_limits import MOST_BYTES, check_grammar_text
+from specache.server.grammar_spec import GrammarSpec, grammar_of
+from specache.server.tool_fields import ToolFunction
 from specache.server.tool_formats import lark
 from specache.server.tool_formats.base import Token, ToolFormat
 from specache.server.tool_use import ToolUse
 
 if TYPE_CHECKING:
     from specache.server.grammar_compiler import CompiledGrammar, GrammarCompiler
+    from specache.server.sampling_fields import SamplingFields
+    from specache.server.served_model import ServedModel
 
 _PARAM = "tools"
+_MOST_COMPILED_ALONE = 32  # schemas, to find those that cannot be
+
+
+def answer_grammar(served: ServedModel, body: SamplingFields) -> tuple[GrammarSpec, CompiledGrammar] | None:
+    """Return the grammar of the answers to a request, compiled; `None` if they are free.
+
+    Raises:
+        ApiError: 400, it cannot be compiled.
+    """
+    text, tools = grammar_of(body), body.tool_use
+    if tools is not None and tools.callable:
+        return tool_grammar(served.grammars, served.tool_format, tools, marker_tokens(served.tokenizer), text)
+    return None if text is None else (text, served.grammars.compile(text))
 
 
 def tool_grammar(
@@ -34,7 +51,7 @@ def tool_grammar(
     """
     free = None if text is None else _expression(text)
     error: ApiError | None = None
-    for one in (tools, tools.loosened()):
+    for one in _looser(compiler, tools):
         try:
             _check_schemas(one)
             grammar = tool_format.grammar(one, token, free)
@@ -54,10 +71,34 @@ def marker_tokens(tokenizer: Any) -> Token:
     return lambda text: f"<[{ids[text]}]>" if text in ids else lark.literal(text)
 
 
+def _looser(compiler: GrammarCompiler, tools: ToolUse) -> Iterator[ToolUse]:
+    """Yield the tools as they are, without the schemas that cannot be compiled, and without any.
+
+    Strict ones keep theirs.
+    """
+    yield tools
+    loose = [one for one in tools.callable if not one.strict]
+    size = sum(len(_schema_spec(one).text) for one in loose)
+    if len(loose) <= _MOST_COMPILED_ALONE and size <= MOST_BYTES["lark"]:
+        yield tools.loosened([one.name for one in loose if not _compiles(compiler, one)])
+    yield tools.loosened([one.name for one in loose])
+
+
+def _compiles(compiler: GrammarCompiler, function: ToolFunction) -> bool:
+    try:
+        compiler.compile(_schema_spec(function))
+    except ApiError:
+        return False
+    return True
+
+
 def _check_schemas(tools: ToolUse) -> None:
     for one in tools.callable:
-        schema = json.dumps(lark.arguments_schema(one))
-        check_grammar_text(GrammarSpec("json_schema", schema, f"tools: parameters of {one.name}"))
+        check_grammar_text(_schema_spec(one))
+
+
+def _schema_spec(function: ToolFunction) -> GrammarSpec:
+    return GrammarSpec("json_schema", json.dumps(lark.arguments_schema(function)), f"tools: parameters of {function.name}")
 
 
 def _expression(spec: GrammarSpec) -> str:

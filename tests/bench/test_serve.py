@@ -137,3 +137,9 @@ def test_a_server_that_fails_is_an_error_and_leaves_nothing(source):
 def test_a_prompt_longer_than_the_model_is_a_usage_error(source):
     result = run("bench", "serve", "-m", source.folder, "--device", "cpu", code=console.EXIT_USAGE)
     assert "but the model has 512 positions" in one_line(result.stderr)
+
+
+def test_an_agent_is_one_client_and_has_no_other_trace():
+    assert Serve(agent_turns=3)._clients == 1 and Serve()._clients == 16
+    with pytest.raises(ConfigError, match="--agent-turns"):
+        Serve(agent_turns=3, trace=Path("trace.jsonl"))

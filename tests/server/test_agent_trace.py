@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -12,9 +13,11 @@ import pytest
 from specache.bench.serve_agent import agent_trace, read_per_new_token
 from specache.bench.serve_client import Answered
 from specache.bench.serve_texts import Texts
+from specache.bench.serve_trace import TraceRequest
 from specache.engine.prefix_store import PrefixStore
 from tests.server.tiny_server import SHORT, TOKENIZER, post, running
-from tests.server.tool_models import FAMILIES, seeded_model
+from tests.server.tool_models import FAMILIES, HERMES, HERMES_MARKERS, HERMES_WRITTEN, seeded_model
+from tests.templates.tokenizers import byte_level
 
 CHAT = "/v1/chat/completions"
 TEXT = "The tree was young, and nobody counted its rings; <|im_end|> was a word to it. " * 20
@@ -27,7 +30,7 @@ def ask(client: Any, request: Any, **fields: Any) -> Answered:
     return Answered(prompt_tokens=usage["prompt_tokens"], cached_tokens=usage["prompt_tokens_details"]["cached_tokens"])
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ["hermes", "mistral_named", "harmony", "generic"])
 def test_an_agents_turn_costs_what_is_new(name):
     tokenizer = FAMILIES[name].tokenizer
     model = seeded_model(tokenizer, positions=8192)
@@ -65,3 +68,25 @@ def test_a_turn_with_reasoning_and_a_real_call_costs_what_is_new():
             ]
     cost = read_per_new_token(answers)
     assert cost is not None and cost <= 1.3
+
+
+def test_a_template_that_drops_old_reasoning_costs_once_per_question():
+    """As Qwen3's, which keeps reasoning only behind the newest question."""
+    newest = "{% set n = namespace(user=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set n.user = loop.index0 %}"
+    kept = HERMES.replace("{% if m.reasoning_content %}", "{% if m.reasoning_content and loop.index0 > n.user %}")
+    tokenizer = byte_level(f"{newest}{{% endif %}}{{% endfor %}}{kept}", HERMES_MARKERS, "<|im_end|>", HERMES_WRITTEN)
+    model = seeded_model(tokenizer, positions=8192)
+    call = {"type": "function", "function": {"name": "search", "arguments": '{"text": "rings"}'}}
+    turn = [
+        {"role": "assistant", "content": None, "reasoning_content": "Where is it? " * 5, "tool_calls": [{**call, "id": "c"}]},
+        {"role": "tool", "tool_call_id": "c", "content": TEXT[:100]},
+    ]
+    question = {"role": "user", "content": TEXT[:400]}
+    conversations = [[question], [question, *turn], [question, *turn, *turn], [question, *turn, *turn, question]]
+    conversations += [[*conversations[-1], *turn], [*conversations[-1], *turn, *turn]]
+    with running(model, tokenizer=tokenizer, prefixes=PrefixStore(model, SHORT)) as client:
+        answers = [ask(client, TraceRequest(0.0, tuple(messages), 2, ())) for messages in conversations]
+    read = [answer.prompt_tokens - answer.cached_tokens for answer in answers]
+    added = [after.prompt_tokens - before.prompt_tokens for before, after in pairwise(answers)]
+    assert all(read[place] <= 1.3 * added[place - 1] for place in (1, 2, 4, 5))
+    assert read[3] > 1.3 * added[2] and read[3] < answers[3].prompt_tokens - 400

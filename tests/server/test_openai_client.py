@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
+from pydantic import BaseModel, Field
 
 from specache.cli.models import Dtype
 from tests.server import references
@@ -51,6 +53,24 @@ def test_an_answer_is_that_of_generate(client, long_folder):
         assert completion.usage.total_tokens == prompt + completion.usage.completion_tokens
         assert choice.finish_reason == ("length" if completion.usage.completion_tokens == 24 else "stop")
         assert completion.object == "chat.completion" and completion.model == SERVED_NAME
+
+
+class Town(BaseModel):
+    """A town."""
+
+    name: str = Field(max_length=12)
+    kind: Literal["harbour", "mine"]
+    people: int = Field(ge=0, le=99_999)
+    near: list[Town] = Field(max_length=1)
+
+
+def test_an_answer_is_parsed_into_a_class_whole_and_streamed(client):
+    messages: Any = [{"role": "user", "content": "Name a town."}]
+    settings = {**SETTINGS, "max_tokens": 4000, "messages": messages, "response_format": Town, "seed": 4, "temperature": 1.0}
+    town = client.chat.completions.parse(**settings).choices[0].message.parsed
+    assert isinstance(town, Town) and town.kind in ("harbour", "mine")
+    with client.chat.completions.stream(**settings) as stream:
+        assert stream.get_final_completion().choices[0].message.parsed == town
 
 
 def test_a_stream_is_the_answer_in_pieces_and_usage_comes_last(client):
@@ -222,3 +242,39 @@ def test_in_bfloat16_the_first_difference_is_a_near_tie(demo_model):
         if differs is not None:
             top = references.log_probabilities("demo", prompt + expected[:differs], Dtype.BFLOAT16)[-1].topk(2).values
             assert top[0] - top[1] < 0.3, (said, pieces)
+
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Looks out of the window.",
+        "parameters": {
+            "type": "object",
+            "properties": {"units": {"enum": ["si", "us"]}},
+            "required": ["units"],
+            "additionalProperties": False,
+        },
+    },
+}
+FORCED = {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "weather"}}, "max_tokens": 120}
+
+
+def test_a_tool_is_called_and_its_result_answered(client):
+    (choice,) = ask(client, **FORCED).choices
+    (call,) = choice.message.tool_calls
+    assert choice.finish_reason == "tool_calls" and choice.message.content is None
+    assert call.function.name == "weather" and json.loads(call.function.arguments)["units"] in ("si", "us")
+    result = {"role": "tool", "tool_call_id": call.id, "content": "sunny"}
+    messages = [{"role": "user", "content": QUESTION}, choice.message.model_dump(exclude_none=True), result]
+    answered = client.chat.completions.create(messages=messages, tools=[WEATHER], tool_choice="none", **SETTINGS)
+    assert answered.choices[0].message.content and answered.choices[0].message.tool_calls is None
+
+
+def test_a_streamed_call_adds_up(client):
+    (whole,) = ask(client, **FORCED).choices[0].message.tool_calls
+    with client.chat.completions.stream(messages=[{"role": "user", "content": QUESTION}], **{**SETTINGS, **FORCED}) as stream:
+        final = stream.get_final_completion()
+    (call,) = final.choices[0].message.tool_calls
+    assert (call.function.name, call.function.arguments) == (whole.function.name, whole.function.arguments)
+    assert final.choices[0].finish_reason == "tool_calls"

@@ -31,7 +31,7 @@ def ask(tokenizer: Any, likes: dict[str, float], **fields: Any) -> list[dict[str
 @pytest.mark.parametrize(
     ("tokenizer", "likes", "reasons"),
     [
-        (MAGISTRAL, {"[THINK]": 8, "[/THINK]": 9, "<|im_end|>": 90}, True),
+        (MAGISTRAL, {"[THINK]": 9, "[/THINK]": 8, "<|im_end|>": 90}, True),
         (MAGISTRAL, {"[THINK]": -100, "<|im_end|>": 90}, False),
         (OPENED, {"[/THINK]": 9, "<|im_end|>": 90}, True),
         (GPT_OSS, {"<|end|>": 9, "<|return|>": 90, "<|call|>": 90, "a": 4, "f": 4}, True),

@@ -14,7 +14,7 @@ from specache.config import Policy
 from tests.server.random_schemas import check_answer, random_schema
 from tests.server.tiny_server import chat, printable_model, running
 
-SCHEMAS = [random_schema(random.Random(seed)) for seed in range(200)]
+SCHEMAS = [random_schema(random.Random(seed), depth=1 + seed % 3) for seed in range(200)]
 
 
 @pytest.fixture(scope="module")

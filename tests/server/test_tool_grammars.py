@@ -10,9 +10,11 @@ import jsonschema
 import pytest
 from starlette.testclient import TestClient
 
+from specache.server.error_responses import ApiError
 from specache.server.grammar_compiler import GrammarCompiler
+from specache.server.grammar_spec import GrammarSpec
 from specache.server.tool_fields import ToolDefinition
-from specache.server.tool_formats.registry import tool_format
+from specache.server.tool_formats.known_formats import tool_format
 from specache.server.tool_grammar import marker_tokens, tool_grammar
 from specache.server.tool_use import ToolUse
 from tests.server.tiny_server import post, running, stream
@@ -66,7 +68,7 @@ class Server:
         return body(**{"tool_choice": "required", "parallel_tool_calls": False, **bias, **fields})
 
 
-@pytest.fixture(scope="module", params=[name for name in FAMILIES if name != "mistral_named"])
+@pytest.fixture(scope="module", params=["hermes", "llama3", "harmony", "generic"])
 def server(request):
     tokenizer = FAMILIES[request.param].tokenizer
     with running(seeded_model(tokenizer), tokenizer=tokenizer) as client:
@@ -100,6 +102,14 @@ def test_a_named_call_is_of_that_tool(server):
     for answer in post(server.client, CHAT, server.required(seed=2, tool_choice=choice, parallel_tool_calls=True))["choices"]:
         ((name, _),) = calls_of(answer)
         assert name == chosen
+
+
+def test_only_the_allowed_tools_are_called(server):
+    chosen = [{"type": "function", "function": {"name": "now"}}]
+    choice = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": chosen}}
+    document = post(server.client, CHAT, server.required(seed=2, tool_choice=choice))
+    assert calls_of(document["choices"][0]) == [("now", {})]
+    assert document["usage"]["prompt_tokens"] == post(server.client, CHAT, body(max_tokens=1))["usage"]["prompt_tokens"]
 
 
 def test_parallel_calls_are_all_valid(server):
@@ -177,6 +187,15 @@ def test_a_free_answer_that_begins_a_call_ends_it_validly(name):
             assert len(calls_of(choice)) == 1
 
 
+def test_a_token_that_ends_calls_ends_an_answer_with_tools_only():
+    tokenizer = FAMILIES["llama3"].tokenizer
+    with running(seeded_model(tokenizer), tokenizer=tokenizer) as client:
+        bias = {str(tokenizer.convert_tokens_to_ids("<|eom_id|>")): 100}
+        document = post(client, CHAT, body(logit_bias=bias, max_tokens=4))
+        assert document["usage"]["completion_tokens"] == 1 and document["choices"][0]["finish_reason"] == "stop"
+        assert post(client, CHAT, body(logit_bias=bias, max_tokens=4, tools=None))["usage"]["completion_tokens"] == 4
+
+
 def test_reasoning_may_stand_in_front_of_a_required_call():
     tokenizer = FAMILIES["hermes"].tokenizer
     with running(seeded_model(tokenizer), tokenizer=tokenizer) as client:
@@ -217,3 +236,23 @@ def test_an_answer_is_a_call_or_of_its_schema(server):
             jsonschema.validate(json.loads(choice["message"]["content"]), schema)
     error = post(server.client, CHAT, body(regex="a+"), 400)
     assert error["param"] == "regex" and "tools" in error["message"]
+
+
+def test_one_schema_that_cannot_be_held_leaves_those_of_other_tools():
+    tokenizer = FAMILIES["hermes"].tokenizer
+    use = ToolUse.of([ToolDefinition.model_validate(one) for one in (*TOOLS, tool("odd", UNSUPPORTED))], "required", True)
+    found = tool_grammar(GrammarCompiler(tokenizer, len(tokenizer)), tool_format(tokenizer), use, marker_tokens(tokenizer), None)
+    assert found is not None
+    rules = found[0].text.splitlines()
+    assert any('"units"' in rule for rule in rules) and not any("uniqueItems" in rule for rule in rules)
+
+
+def test_what_cannot_be_compiled_is_refused_again_without_being_compiled():
+    tokenizer = FAMILIES["hermes"].tokenizer
+    compiler = GrammarCompiler(tokenizer, len(tokenizer))
+    messages = set()
+    for param in ("one", "two"):
+        with pytest.raises(ApiError, match="uniqueItems") as caught:
+            compiler.compile(GrammarSpec("json_schema", json.dumps(UNSUPPORTED), param))
+        messages.add(str(caught.value).removeprefix(f"{param}: "))
+    assert len(messages) == 1

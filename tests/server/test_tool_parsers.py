@@ -14,9 +14,9 @@ from specache.server.tool_fields import ToolDefinition
 from specache.server.tool_formats.base import ToolFormat
 from specache.server.tool_formats.generic import GenericFormat
 from specache.server.tool_formats.hermes import HermesFormat
+from specache.server.tool_formats.known_formats import FORMATS, tool_format
 from specache.server.tool_formats.llama3 import Llama3Format
 from specache.server.tool_formats.mistral import MistralFormat
-from specache.server.tool_formats.registry import FORMATS, tool_format
 from specache.server.tool_use import ToolUse
 from tests.server.tool_models import FAMILIES
 
@@ -92,6 +92,7 @@ ANSWERS = {
         [("time", "{}"), ULM],
     ),
     "hermes, cut in the arguments": (HERMES, CALL[:57], "", [("weather", '{"city": "Ul')]),
+    "hermes, cut in the marker behind it": (HERMES, CALL[:-4], "", [ULM]),
     "hermes, cut in the name": (HERMES, CALL[:25], CALL[:25], []),
     "hermes, another tool": (HERMES, CALL.replace("weather", "rm"), CALL.replace("weather", "rm"), []),
     "hermes, no JSON": (HERMES, "<tool_call>\nweather(Ulm)\n</tool_call>", "<tool_call>\nweather(Ulm)\n</tool_call>", []),
@@ -163,6 +164,7 @@ def test_any_text_in_any_pieces_gives_the_same_and_never_fails(form, parts, data
     answer = "".join(parts)
     cuts = sorted(data.draw(st.sets(st.integers(0, len(answer)), max_size=6)))
     whole = parsed(form, [answer])
+    assert whole[1] or whole[0] == answer  # nothing is lost where nothing is called
     assert parsed(form, [answer[a:b] for a, b in zip([0, *cuts], [*cuts, len(answer)], strict=True)]) == whole
     assert parsed(form, list(answer)) == whole
 
