@@ -15,6 +15,7 @@ from specache.server.grammar_limits import check_grammar_text, parser_limits, re
 from specache.server.grammar_matcher import GrammarMatcher
 from specache.server.grammar_spec import GrammarSpec
 from specache.templates.final_message import FinalMessage
+from specache.templates.markers import control_tokens
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -39,13 +40,15 @@ class CompiledGrammar:
 
     Args:
         matcher: at the beginning of the grammar, with the first mask computed.
+        markers: tokens that are never part of the text although the grammar would allow them.
     """
 
-    def __init__(self, matcher: LLMatcher, end_of_grammar: int, vocabulary: int) -> None:
+    def __init__(self, matcher: LLMatcher, end_of_grammar: int, vocabulary: int, markers: Collection[int]) -> None:
         self._matcher = matcher
         self._lock = threading.Lock()
         self._end_of_grammar = end_of_grammar
         self._vocabulary = vocabulary
+        self._markers = markers
 
     def processor(
         self, rows: int, prompt_length: int, end_ids: Collection[int] = (), final: FinalMessage | None = None
@@ -58,7 +61,9 @@ class CompiledGrammar:
             end_ids: tokens that end an answer.
             final: where the grammar begins; `None`: at the first token.
         """
-        answers = [GrammarMatcher(self._copy, self._end_of_grammar, self._vocabulary, end_ids, final) for _ in range(rows)]
+        answers = [
+            GrammarMatcher(self._copy, self._end_of_grammar, self._vocabulary, end_ids, final, self._markers) for _ in range(rows)
+        ]
         return ConstrainedTokens(answers, prompt_length)
 
     def _copy(self) -> LLMatcher:
@@ -137,7 +142,8 @@ class GrammarCompiler:
             matcher.compute_bitmask()
         if matcher.is_error():
             raise ValueError(readable(matcher.get_error()))
-        return CompiledGrammar(matcher, end_of_grammar, self._vocabulary)
+        markers = self._markers if spec.kind != "lark" else ()  # Lark may name those that it wants
+        return CompiledGrammar(matcher, end_of_grammar, self._vocabulary, markers)
 
     def _grammar_tokenizer(self, param: str) -> tuple[LLTokenizer, int]:
         """Return the tokenizer as llguidance needs it, and the token of a grammar's end."""
@@ -147,6 +153,13 @@ class GrammarCompiler:
                 400, f"{param}: this model's tokenizer is not one that grammars work with (tokenizer.json).", param=param
             )
         return self._converted
+
+    @cached_property
+    def _markers(self) -> list[int]:
+        """Return the chat template's markers that are text to llguidance: `[MARK]`."""
+        tokenizer, _ = self._converted
+        ids = control_tokens(self._tokenizer).all.values()
+        return [token_id for token_id in ids if token_id < self._vocabulary and not tokenizer.is_special_token(token_id)]
 
     @cached_property
     def _converted(self) -> tuple[LLTokenizer, int]:

@@ -23,6 +23,7 @@ MOST_PROPERTIES = 1000  # of one object; what they cost grows with the square
 MOST_PATTERN_PROPERTIES = 64  # of the whole schema
 MOST_MULTIPLE = 5000  # sum of `multipleOf` of integers: each is an automaton of that size
 MOST_REPEATS = 10_000  # of a part of a regular expression, nested counts multiplied
+_JSON_RULE = re.compile(r"%json\s*")
 _COUNT = re.compile(r"\{(\d+)?(?:,(\d+)?)?\}")
 
 
@@ -44,7 +45,7 @@ def check_grammar_text(spec: GrammarSpec) -> None:
         if spec.kind == "regex":
             check_repeats(spec.text)
         elif spec.kind == "lark":
-            _check_counts(spec.text)
+            _check_lark(spec.text)
         elif spec.kind == "json_schema":
             _check_schema(spec.text)
     except ValueError as error:
@@ -112,10 +113,17 @@ def _check_bytes(spec: GrammarSpec) -> None:
         raise ValueError(f"it has {size:,} bytes; this server compiles up to {most:,}")
 
 
-def _check_counts(lark: str) -> None:
+def _check_lark(lark: str) -> None:
     numbers = (int(number[:9]) for count in _COUNT.finditer(lark) for number in count.groups() if number)
     if max(numbers, default=0) > MOST_REPEATS:
         raise ValueError(f"a count repeats a part more than {MOST_REPEATS:,} times")
+    for found in _JSON_RULE.finditer(lark):
+        try:
+            schema, _ = json.JSONDecoder().raw_decode(lark, found.end())
+        except (ValueError, RecursionError):
+            continue  # which the compiler refuses
+        if isinstance(schema, dict):
+            _check_parts(schema)
 
 
 def _check_schema(text: str) -> None:
@@ -127,6 +135,11 @@ def _check_schema(text: str) -> None:
         raise ValueError("a JSON schema must be an object")
     if "x-guidance" in schema:
         raise ValueError("x-guidance is not a keyword of JSON schemas. Leave it out")
+    _check_parts(schema)
+
+
+def _check_parts(schema: dict[str, Any]) -> None:
+    """Refuse a schema one of whose parts makes too much work."""
     patterns, multiples = 0, 0
     for one in _objects(schema):
         properties, more = one.get("properties"), one.get("patternProperties")

@@ -39,6 +39,7 @@ class GrammarMatcher:
         vocabulary: the model's tokens V.
         end_ids: tokens that end the answer where the grammar lets it.
         final: where the grammar begins; `None`: at the first token.
+        markers: tokens that may never follow, whatever the grammar says.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class GrammarMatcher:
         vocabulary: int,
         end_ids: Collection[int],
         final: FinalMessage | None = None,
+        markers: Collection[int] = (),
     ) -> None:
         self._new_matcher = new_matcher
         self._matcher = new_matcher()
@@ -55,6 +57,7 @@ class GrammarMatcher:
         self._vocabulary = vocabulary
         self._end_ids = sorted(end_ids)
         self._final = final
+        self._markers = list(markers)
         self._spent_s = 0.0
         self._consumed: list[int] = []
         self._masks: dict[int, tuple[Tensor, bool]] = {}  # tokens consumed -> forbidden, complete
@@ -136,7 +139,7 @@ class GrammarMatcher:
         """Return the forbidden tokens [V], and whether only the end is left, of allowed bits."""
         allowed = np.unpackbits(np.frombuffer(bits, dtype=np.uint8), bitorder="little")
         may_end = accepts and bool(allowed[self._end_of_grammar])
-        allowed[self._end_of_grammar] = 0
+        allowed[[self._end_of_grammar, *self._markers]] = 0
         forbidden = np.ones(self._vocabulary, dtype=bool)
         common = min(self._vocabulary, len(allowed))
         np.equal(allowed[:common], 0, out=forbidden[:common])

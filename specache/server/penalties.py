@@ -16,6 +16,8 @@ class RepeatPenalties(LogitsProcessor):
         presence, frequency: the penalties of a token that occurs, and of each time it does.
     """
 
+    depends_on_input_ids_only = True  # draft tokens get them too
+
     def __init__(self, prompt_length: int, presence: float, frequency: float) -> None:
         self._prompt_length = prompt_length
         self._presence = presence

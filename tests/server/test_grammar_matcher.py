@@ -84,6 +84,17 @@ def test_special_tokens_are_no_text():
     assert max(allowed(constraint, []) or ()) < len(TOKENIZER)  # and padding of the model's logits is none
 
 
+def test_markers_of_the_template_are_no_text_either():
+    template = f"{CHATML}[MARK]<tool_call>"
+    tokenizer = byte_level(template, ("<pad>", "<end>"), "<end>", written=("[MARK]", "<tool_call>", "word"))
+    following = allowed(matcher(GrammarSpec("regex", "(?s).*"), tokenizer), [])
+    assert following is not None
+    assert not {*tokenizer.convert_tokens_to_ids(["[MARK]", "<tool_call>"])} & {*following}
+    assert tokenizer.convert_tokens_to_ids("word") in following
+    lark = matcher(GrammarSpec("lark", 'start: "[MARK]" <tool_call>'), tokenizer)
+    assert tokenizer.convert_tokens_to_ids("[MARK]") in (allowed(lark, []) or ())
+
+
 def test_text_that_no_token_spells_is_an_error():
     words = byte_level(CHATML, ("<pad>", "<end>"), "<end>")
     state = json.loads(words.backend_tokenizer.to_str())

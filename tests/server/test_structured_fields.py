@@ -8,8 +8,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 from starlette.testclient import TestClient
+from transformers import LogitsProcessorList
 
+from specache.engine.draft_tokens import DraftProcessors
+from specache.server.penalties import RepeatPenalties
 from tests.server.random_schemas import check_answer
 from tests.server.tiny_server import END, TOKENIZER, chat, complete, printable_model, running, stream, token_of
 from tests.tiny import llama
@@ -209,3 +213,10 @@ def test_a_model_whose_tokenizer_has_no_end_token_ends_with_the_grammar():
     tokenizer = type(TOKENIZER)(tokenizer_object=TOKENIZER.backend_tokenizer, pad_token="<pad>")
     with running(model, tokenizer=tokenizer) as client:
         assert only(complete(client, max_tokens=30, regex="abc")) == ("abc", "stop")
+
+
+def test_penalties_reach_draft_tokens_too():
+    penalties = RepeatPenalties(2, presence=1.0, frequency=0.5)
+    ids, scores = torch.tensor([[5, 5, 3, 4, 3]]), torch.zeros(1, 8)
+    drafts = DraftProcessors(LogitsProcessorList([penalties]))
+    assert drafts(ids, scores).tolist() == penalties(ids, scores).tolist() == [[0, 0, 0, -2.0, -1.5, 0, 0, 0]]

@@ -125,6 +125,16 @@ def test_grammars_that_are_too_much_are_refused(client, lark):
     assert chat(client)["choices"]
 
 
+@pytest.mark.parametrize("name", ["properties", "depth", "pattern", "many patterns", "multiples"])
+def test_schemas_inside_a_grammar_have_the_same_bounds(client, name):
+    schema = properties(1001, {}) if name == "properties" else REFUSED_SCHEMAS[name]
+    inside = "start: " + json.dumps("x") + " rest\nrest: %json " + json.dumps(schema)
+    assert len(inside) < grammar_limits.MOST_BYTES["lark"]
+    alone = chat(client, code=400, json_schema=schema)["message"].removeprefix("json_schema")
+    message = chat(client, code=400, grammar=inside)["message"]
+    assert message.removeprefix("grammar") == alone or "a count repeats" in message
+
+
 def test_an_answer_whose_grammar_grows_too_complex_ends_alone(client, monkeypatch):
     little_fuel = LLParserLimits(step_lexer_fuel=100, verbose_errors=False)
     monkeypatch.setattr(grammar_compiler, "parser_limits", lambda: little_fuel)
