@@ -121,7 +121,7 @@ def test_a_tool_that_must_be_called_is_called(agent_server, choice):
 @pytest.mark.parametrize("strict", [True, None])
 def test_a_structured_answer_is_an_object_of_its_class(server, agent_server, method, strict):
     place = server if method == "json_schema" else agent_server
-    model = model_of(place, temperature=1, max_completion_tokens=300)
+    model = model_of(place, max_completion_tokens=300)
     answer = model.with_structured_output(Light, method=method, strict=strict).invoke("Describe the lamp.")
     assert isinstance(answer, Light)
 
