@@ -11,7 +11,7 @@ import pytest
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
-from pydantic import BaseModel, Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 from tests.server.live_server import Live, live
 from tests.server.scripted_model import scripted
@@ -29,6 +29,8 @@ def weather(city: str) -> str:
 
 class Light(BaseModel):
     """A lamp."""
+
+    model_config = ConfigDict(extra="forbid")  # any further property could be as long as the answer
 
     colour: Literal["red", "green"]
     on: bool = Field(description="Whether it shines.")
