@@ -1,1 +1,1 @@
-"""The HTTP server: one model behind the APIs of OpenAI and Anthropic, over one cache and one engine."""
+"""The HTTP server: one model behind two APIs, over one cache and one engine."""
