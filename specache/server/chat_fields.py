@@ -28,8 +28,8 @@ _RESERVED = ("tools", "documents", "tool_choice", "add_generation_prompt", "cont
 class ChatMessage(JsonBody):
     """One message. Its content is one text, however many parts it came in.
 
-    Of an answer that only called tools the content is empty. A message of the role `tool` is the
-    result of the call `tool_call_id`.
+    Of an answer that only called tools, and of a tool that says nothing, it is empty. A message of
+    the role `tool` is the result of the call `tool_call_id`.
     """
 
     role: Role
@@ -47,7 +47,8 @@ class ChatMessage(JsonBody):
             raise ValueError("it must be an object with role and content")
         if value.get("role") == "function" or value.get("function_call"):
             raise ValueError("function_call is the old form of calls. Use tool_calls, and the role tool for their results")
-        if value.get("role") == "assistant" and value.get("tool_calls") and value.get("content") is None:
+        may_be_empty = value.get("role") == "tool" or (value.get("role") == "assistant" and value.get("tool_calls"))
+        if may_be_empty and value.get("content") in (None, []):
             value = {**value, "content": ""}
         return {name: one for name, one in value.items() if name not in ("function_call", "annotations", "audio")}
 

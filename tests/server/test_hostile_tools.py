@@ -139,6 +139,8 @@ HARMLESS = {
     "evil arguments": {"messages": messages(call_of(name="f", arguments=json.dumps({EVIL: [EVIL]})))},
     "deep arguments": {"messages": messages(call_of(name="f", arguments='{"a":' * 300 + "1" + "}" * 300))},
     "an empty result": {"messages": messages(result=result_of(""))},
+    "a result without parts": {"messages": messages(result=result_of([]))},
+    "no result": {"messages": messages(result=result_of(None))},
     "two results of one call": {"messages": [*messages(), messages()[2]]},
 }  # fmt: skip
 

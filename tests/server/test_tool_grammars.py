@@ -10,7 +10,9 @@ import jsonschema
 import pytest
 from starlette.testclient import TestClient
 
+from specache.server.error_responses import ApiError
 from specache.server.grammar_compiler import GrammarCompiler
+from specache.server.grammar_spec import GrammarSpec
 from specache.server.tool_fields import ToolDefinition
 from specache.server.tool_formats.known_formats import tool_format
 from specache.server.tool_grammar import marker_tokens, tool_grammar
@@ -185,6 +187,15 @@ def test_a_free_answer_that_begins_a_call_ends_it_validly(name):
             assert len(calls_of(choice)) == 1
 
 
+def test_a_token_that_ends_calls_ends_an_answer_with_tools_only():
+    tokenizer = FAMILIES["llama3"].tokenizer
+    with running(seeded_model(tokenizer), tokenizer=tokenizer) as client:
+        bias = {str(tokenizer.convert_tokens_to_ids("<|eom_id|>")): 100}
+        document = post(client, CHAT, body(logit_bias=bias, max_tokens=4))
+        assert document["usage"]["completion_tokens"] == 1 and document["choices"][0]["finish_reason"] == "stop"
+        assert post(client, CHAT, body(logit_bias=bias, max_tokens=4, tools=None))["usage"]["completion_tokens"] == 4
+
+
 def test_reasoning_may_stand_in_front_of_a_required_call():
     tokenizer = FAMILIES["hermes"].tokenizer
     with running(seeded_model(tokenizer), tokenizer=tokenizer) as client:
@@ -225,3 +236,14 @@ def test_an_answer_is_a_call_or_of_its_schema(server):
             jsonschema.validate(json.loads(choice["message"]["content"]), schema)
     error = post(server.client, CHAT, body(regex="a+"), 400)
     assert error["param"] == "regex" and "tools" in error["message"]
+
+
+def test_what_cannot_be_compiled_is_refused_again_without_being_compiled():
+    tokenizer = FAMILIES["hermes"].tokenizer
+    compiler = GrammarCompiler(tokenizer, len(tokenizer))
+    messages = set()
+    for param in ("one", "two"):
+        with pytest.raises(ApiError, match="uniqueItems") as caught:
+            compiler.compile(GrammarSpec("json_schema", json.dumps(UNSUPPORTED), param))
+        messages.add(str(caught.value).removeprefix(f"{param}: "))
+    assert len(messages) == 1

@@ -92,6 +92,7 @@ ANSWERS = {
         [("time", "{}"), ULM],
     ),
     "hermes, cut in the arguments": (HERMES, CALL[:57], "", [("weather", '{"city": "Ul')]),
+    "hermes, cut in the marker behind it": (HERMES, CALL[:-4], "", [ULM]),
     "hermes, cut in the name": (HERMES, CALL[:25], CALL[:25], []),
     "hermes, another tool": (HERMES, CALL.replace("weather", "rm"), CALL.replace("weather", "rm"), []),
     "hermes, no JSON": (HERMES, "<tool_call>\nweather(Ulm)\n</tool_call>", "<tool_call>\nweather(Ulm)\n</tool_call>", []),
@@ -163,6 +164,7 @@ def test_any_text_in_any_pieces_gives_the_same_and_never_fails(form, parts, data
     answer = "".join(parts)
     cuts = sorted(data.draw(st.sets(st.integers(0, len(answer)), max_size=6)))
     whole = parsed(form, [answer])
+    assert whole[1] or whole[0] == answer  # nothing is lost where nothing is called
     assert parsed(form, [answer[a:b] for a, b in zip([0, *cuts], [*cuts, len(answer)], strict=True)]) == whole
     assert parsed(form, list(answer)) == whole
 

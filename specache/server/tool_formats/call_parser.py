@@ -151,7 +151,8 @@ class TextCallParser:
             if begins.startswith(close):
                 self._held = begins[len(close) :]
                 return []
-            if close.startswith(begins) and not last:
+            if close.startswith(begins) and (not last or len(begins) > 1):  # at the end: a marker cut by the length
+                self._held = "" if last else self._held
                 return None
         if self._lists and self._read_list(begins):
             return []
