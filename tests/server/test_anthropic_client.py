@@ -162,6 +162,7 @@ def test_each_turn_of_an_agent_reads_only_what_is_new():
     model, tokenizer = scripted(*SCRIPT)
     messages: Any = [{"role": "user", "content": "Look around. " * 40}]
     before = 0
+    prefixes = PrefixStore(model, SHORT)
     with (
         live(model=model, tokenizer=tokenizer, service={"prefixes": prefixes}) as server,
         connected(server) as client,
