@@ -12,11 +12,12 @@ import pytest
 from anthropic import Anthropic, AsyncAnthropic
 from pydantic import BaseModel
 
+from specache.engine.prefix_store import PrefixStore
 from tests.server import references
 from tests.server.live_server import Live, live, wait_until
 from tests.server.real_server import RealServer, idle
 from tests.server.scripted_model import scripted
-from tests.server.tiny_server import printable_model
+from tests.server.tiny_server import SHORT, printable_model
 
 NAMES = ("tiny", "claude-sonnet-5")
 KEY = "k" * 24
@@ -154,6 +155,31 @@ def test_an_agent_goes_on_with_the_result_of_its_call(agent):
     shown = [{**messages[1], "content": first.content[1:]}]
     without = agent.messages.count_tokens(**{**fields, "messages": [messages[0], *shown, messages[2]]}).input_tokens
     assert without < counted  # the reasoning went back in its signature
+
+
+def test_each_turn_of_an_agent_reads_only_what_is_new():
+    """As Claude Code asks: another first line in each request, and reasoning in signatures."""
+    model, tokenizer = scripted(*SCRIPT)
+    messages: Any = [{"role": "user", "content": "Look around. " * 40}]
+    before = 0
+    prefixes = PrefixStore(model, SHORT)
+    with (
+        live(model=model, tokenizer=tokenizer, service={"prefixes": prefixes}) as server,
+        connected(server) as client,
+    ):
+        for turn in range(4):
+            system: Any = [
+                {"type": "text", "text": f"x-anthropic-billing-header: cch={turn};"},
+                {"type": "text", "text": "You help."},
+            ]
+            thinking: Any = {"type": "adaptive", "display": "omitted"}
+            fields: Any = {"messages": messages, "system": system, "thinking": thinking, "tools": [WEATHER], "max_tokens": 100}
+            with client.messages.stream(model="tiny", **fields, extra_body=GREEDY) as stream:
+                message = stream.get_final_message()
+            assert message.usage.cache_read_input_tokens >= before and message.usage.input_tokens < (150 if turn else 2000)
+            before = message.usage.cache_read_input_tokens + message.usage.input_tokens
+            result = {"type": "tool_result", "tool_use_id": message.content[-1].id, "content": "sunny"}
+            messages = [*messages, {"role": "assistant", "content": message.content}, {"role": "user", "content": [result]}]
 
 
 def test_a_tool_that_must_be_called_is_called(client, agent):
