@@ -16,6 +16,7 @@ from specache.bench.base import BenchContext, Outcome, Result, check_at_least
 from specache.bench.child import Child
 from specache.bench.compute_device import CPU
 from specache.bench.gguf_weights import rewrite_gguf
+from specache.bench.serve_agent import agent_trace, read_per_new_token
 from specache.bench.serve_client import Answered, LoadJob
 from specache.bench.serve_figures import Load
 from specache.bench.serve_process import ServerProcess, free_port, pinned
@@ -34,6 +35,7 @@ from specache.bench.serve_trace import Sizes, TraceRequest, check_fits, generate
 from specache.errors import BenchmarkError, ConfigError
 
 TEMPLATE_TOKENS = 128  # at most, that a chat template adds to a conversation
+TURN_TOKENS = 48  # at most, that it adds to a call and its result
 WARM_UP = TraceRequest(0.0, ({"role": "user", "content": "Say one word."},), 4)
 
 
@@ -46,7 +48,16 @@ class Serve:
     uses_model: ClassVar[bool] = True
     columns: ClassVar[tuple[str, ...]] = (
         *("impl", "completed", "requests_per_min", "tokens_per_s", "ttft_ms_p50", "ttft_ms_p99", "tbt_ms_p50", "tbt_ms_p99"),
-        *("cached_tokens", "prompt_tokens", "peak_bytes", "alike", "vs_no_sharing", "vs_transformers", "vs_llama_cpp"),
+        *(
+            "cached_tokens",
+            "prompt_tokens",
+            "read_per_new_token",
+            "peak_bytes",
+            "alike",
+            "vs_no_sharing",
+            "vs_transformers",
+            "vs_llama_cpp",
+        ),
     )
     against: tuple[str, ...] = field(default=(), metadata={"help": "Other servers: transformers, llama.cpp."})
     no_sharing: bool = field(default=False, metadata={"help": "Also measure our server without prefix sharing."})
@@ -60,6 +71,12 @@ class Serve:
     prefix_tokens: int = field(default=6000, metadata={"help": "Tokens of a shared document."})
     prompt_tokens: int = field(default=40, metadata={"help": "Tokens of a request's own text after the document."})
     answer_tokens: int = field(default=32, metadata={"help": "Most tokens of an answer."})
+    agent_turns: int = field(
+        default=0,
+        metadata={
+            "help": "Turns of one agent with tools, in place of many clients. It asks --prefix-tokens; each turn adds --prompt-tokens."
+        },
+    )
     repeat: int = field(default=1, metadata={"help": "Runs of each server, each with a new process; they take turns."})
     timeout: float = field(default=1800.0, metadata={"help": "Seconds that a request may take, or a server to start."})
     llama_server: Path | None = field(default=None, metadata={"help": "llama.cpp's llama-server. Default: the one on the PATH."})
@@ -67,7 +84,9 @@ class Serve:
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "requests", "clients", "prompt_tokens", "answer_tokens", "repeat", "timeout")
-        check_at_least(self, 0, "rate", "prefixes", "prefix_tokens")
+        check_at_least(self, 0, "rate", "prefixes", "prefix_tokens", "agent_turns")
+        if self.agent_turns and self.trace is not None:
+            raise ConfigError("--agent-turns generates its requests. Leave --trace out.")
         unknown = [name for name in self.against if name not in RIVALS]
         if unknown:
             raise ConfigError(f"--against takes {', '.join(RIVALS)}, got {', '.join(unknown)}.")
@@ -82,7 +101,7 @@ class Serve:
         server_cores, client_core = _cores()
         trace, positions = self._trace(model, bench.seed)
         threads = len(server_cores) if server_cores is not None else max(1, (os.cpu_count() or 2) - 1)
-        served = Served(model, source.weights, threads, self.clients, positions, tuple(shlex.split(self.serve_options)))
+        served = Served(model, source.weights, threads, self._clients, positions, tuple(shlex.split(self.serve_options)))
         with tempfile.TemporaryDirectory(prefix="specache-serve-") as folder:
             servers, skipped = self._servers(served, source.gguf, Path(folder))
             loads: dict[Server, list[Load]] = {server: [] for server in servers}
@@ -97,6 +116,9 @@ class Serve:
             "servers": {server.name: server.about for server in servers},
         }
         results = _results(loads)
+        if self.agent_turns:
+            for result, runs in zip(results, loads.values(), strict=True):
+                result["read_per_new_token"] = read_per_new_token(runs[0].answers)
         refused = {result["impl"]: result["not_compared"] for result in results if result.get("not_compared")}
         return Outcome([*results, *skipped], {**details, **({"not_compared": refused} if refused else {})})
 
@@ -105,7 +127,9 @@ class Serve:
         from transformers import AutoConfig, AutoTokenizer
 
         texts = Texts(AutoTokenizer.from_pretrained(model), seed)
-        if self.trace is not None:
+        if self.agent_turns:
+            trace = agent_trace(self.agent_turns, self.prefix_tokens, self.prompt_tokens, self.answer_tokens, texts)
+        elif self.trace is not None:
             limits: dict[str, Any] = {"requests": self.requests, "rate": self.rate, "answer_tokens": self.answer_tokens}
             trace = read_trace(self.trace, texts, seed=seed, **limits)
         else:
@@ -113,7 +137,12 @@ class Serve:
             trace = generated(Sizes(self.requests, self.rate, *lengths), texts, seed)
         config = AutoConfig.from_pretrained(model).get_text_config(decoder=True)
         longest = check_fits(trace, texts, getattr(config, "max_position_embeddings", None))
-        return trace, longest + TEMPLATE_TOKENS
+        return trace, longest + TEMPLATE_TOKENS + TURN_TOKENS * self.agent_turns
+
+    @property
+    def _clients(self) -> int:
+        """Return the most requests at once. An agent waits for each answer."""
+        return 1 if self.agent_turns else self.clients
 
     def _servers(self, served: Served, gguf: str | None, folder: Path) -> tuple[list[Server], list[Result]]:
         """Return the servers, ours first, and a result per server that cannot be measured."""
@@ -153,7 +182,7 @@ class Serve:
                 )
             with pinned(None if client_core is None else {client_core}), process.memory() as memory:
                 idle = memory.now
-                answers = _answers(replace(job, requests=tuple(trace), clients=self.clients))
+                answers = _answers(replace(job, requests=tuple(trace), clients=self._clients))
             return Load(answers, idle, memory.peak)
 
 

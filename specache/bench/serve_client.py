@@ -136,6 +136,7 @@ async def _send(client: Any, job: LoadJob, request: TraceRequest) -> Answered:
         "temperature": 0,
         "stream": True,
         "stream_options": {"include_usage": True},
+        **({"tools": list(request.tools)} if request.tools else {}),
         **job.fields,
     }
     try:

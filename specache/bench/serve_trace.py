@@ -14,7 +14,7 @@ from specache.bench.serve_texts import Texts
 from specache.errors import BenchmarkError, ConfigError
 from specache.platform.text_files import read_text
 
-Message = dict[str, str]
+Message = dict[str, Any]  # of the API: `role`, `content`, and those of calls
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "system": "system"}
 
 
@@ -26,11 +26,20 @@ class TraceRequest:
         at_s: when it arrives, in seconds after the first.
         messages: the conversation to answer.
         answer_tokens: most tokens of the answer.
+        tools: that the model may call, in the API's form.
     """
 
     at_s: float
     messages: tuple[Message, ...]
     answer_tokens: int
+    tools: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def text(self) -> str:
+        """Return what a chat template writes of it, in about as many tokens."""
+        contents = "".join(message["content"] or "" for message in self.messages)
+        calls = [message["tool_calls"] for message in self.messages if "tool_calls" in message]
+        return contents + (json.dumps([self.tools, calls]) if self.tools else "")
 
 
 @dataclass(frozen=True)
@@ -185,9 +194,7 @@ def check_fits(trace: Sequence[TraceRequest], texts: Texts, positions: int | Non
     Raises:
         ConfigError: the model has fewer positions.
     """
-    needed = [
-        texts.length("".join(message["content"] for message in request.messages)) + request.answer_tokens for request in trace
-    ]
+    needed = [texts.length(request.text) + request.answer_tokens for request in trace]
     longest = max(needed)
     if positions is not None and longest > positions:
         raise ConfigError(

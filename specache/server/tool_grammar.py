@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from specache.server.error_responses import ApiError
+from specache.server.grammar_limits import check_grammar_text
 from specache.server.grammar_spec import GrammarSpec
 from specache.server.tool_formats import lark
 from specache.server.tool_formats.base import Token, ToolFormat
@@ -34,8 +35,10 @@ def tool_grammar(
     free = None if text is None else _expression(text)
     error: ApiError | None = None
     for one in (tools, tools.loosened()):
-        spec = GrammarSpec("lark", tool_format.grammar(one, token, free), param=_PARAM, after_reasoning=tool_format.after_reasoning)
         try:
+            _check_schemas(one)
+            grammar = tool_format.grammar(one, token, free)
+            spec = GrammarSpec("lark", grammar, param=_PARAM, after_reasoning=tool_format.after_reasoning)
             return spec, compiler.compile(spec)
         except ApiError as caught:
             error = caught
@@ -51,6 +54,12 @@ def marker_tokens(tokenizer: Any) -> Token:
     return lambda text: f"<[{ids[text]}]>" if text in ids else lark.literal(text)
 
 
+def _check_schemas(tools: ToolUse) -> None:
+    for one in tools.callable:
+        schema = json.dumps(lark.arguments_schema(one))
+        check_grammar_text(GrammarSpec("json_schema", schema, f"tools: parameters of {one.name}"))
+
+
 def _expression(spec: GrammarSpec) -> str:
     """Return the grammar of a final message as an expression of Lark.
 
@@ -59,6 +68,7 @@ def _expression(spec: GrammarSpec) -> str:
     """
     if spec.kind == "json_object":
         return lark.json_of({"type": "object"})
+    check_grammar_text(spec)
     if spec.kind == "json_schema":
         return lark.json_of(json.loads(spec.text))
     raise ApiError(

@@ -26,7 +26,7 @@ def literal(text: str) -> str:
 
 def pattern(text: str) -> str:
     """Return a fixed text inside a regular expression."""
-    return re.sub(r"([^A-Za-z0-9_ ])", r"\\\1", text)
+    return re.sub(r"([.^$*+?()\[\]{}|/\\&~-])", r"\\\1", text)
 
 
 def json_of(schema: dict[str, Any]) -> str:
