@@ -19,6 +19,7 @@ BENCHMARKS = {
     "tiers": "specache.bench.tiers:Tiers",
     "memory": "specache.bench.memory:Memory",
     "serve": "specache.bench.serve:Serve",
+    "structured": "specache.bench.structured:Structured",
     "paper": "specache.bench.paper:Paper",
 }
 

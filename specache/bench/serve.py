@@ -98,7 +98,7 @@ class Serve:
             raise ConfigError("bench serve compares servers on the CPU. Run it with --device cpu.")
         source = bench.model_source
         model = source.pretrained()
-        server_cores, client_core = _cores()
+        server_cores, client_core = machine_cores()
         trace, positions = self._trace(model, bench.seed)
         threads = len(server_cores) if server_cores is not None else max(1, (os.cpu_count() or 2) - 1)
         served = Served(model, source.weights, threads, self._clients, positions, tuple(shlex.split(self.serve_options)))
@@ -192,7 +192,7 @@ def _answers(job: LoadJob) -> list[Answered]:
         return answers
 
 
-def _cores() -> tuple[set[int] | None, int | None]:
+def machine_cores() -> tuple[set[int] | None, int | None]:
     """Return the cores of the server, and the core of the load generator.
 
     Both are `None` if the machine has one core, or the system does not pin processes.

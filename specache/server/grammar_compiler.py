@@ -151,14 +151,14 @@ def _grammar_text(spec: GrammarSpec) -> str:
         ValueError: it is not valid.
     """
     from llguidance import LLMatcher
-    from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
+    from llguidance.gbnf_to_lark import any_to_lark
 
     if spec.kind == "regex":
         return LLMatcher.grammar_from_regex(spec.text)
     if spec.kind == "lark":
         try:
             return LLMatcher.grammar_from_lark(any_to_lark(spec.text))
-        except (GbnfToLarkError, RecursionError, IndexError, KeyError) as error:
+        except Exception as error:  # its parser raises nothing more specific
             raise ValueError(f"it is neither Lark nor GBNF: {error}") from None
     schema = '{"type": "object"}' if spec.kind == "json_object" else spec.text
     return LLMatcher.grammar_from_json_schema(schema, overrides=_JSON_OPTIONS)

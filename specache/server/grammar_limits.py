@@ -60,7 +60,7 @@ def check_repeats(regex: str) -> None:
     """Refuse a regular expression whose counts (`{2,5}`) ask for many copies of a part.
 
     Raises:
-        ValueError: says so.
+        ValueError: says so, or that a backslash stands at its end.
     """
     sizes = [0]  # of the open groups, outermost first: the most copies of any part inside
     last = at = 0  # of the part before `at`
@@ -74,6 +74,8 @@ def check_repeats(regex: str) -> None:
         else:
             at, last = _after_part(regex, at, sizes)
         sizes[-1] = max(sizes[-1], last)
+    if at > len(regex):
+        raise ValueError("a regular expression ends with a backslash")
 
 
 def _after_part(regex: str, at: int, sizes: list[int]) -> tuple[int, int]:
@@ -94,14 +96,18 @@ def _after_class(regex: str, at: int) -> int:
     at += 2 if regex[at + 1 : at + 2] in ("^", "]") else 1
     depth = 1
     while at < len(regex) and depth:
-        at += regex[at] == "\\"
-        depth += {"[": 1, "]": -1}.get(regex[at : at + 1], 0)
+        if regex[at] == "\\":
+            at += 1
+        else:
+            depth += {"[": 1, "]": -1}.get(regex[at], 0)
         at += 1
     return at
 
 
 def _check_bytes(spec: GrammarSpec) -> None:
     size, most = len(spec.text.encode("utf-8", "surrogatepass")), MOST_BYTES[spec.kind]
+    if not spec.text and spec.kind != "json_object":
+        raise ValueError("it is empty. Leave it out")
     if size > most:
         raise ValueError(f"it has {size:,} bytes; this server compiles up to {most:,}")
 

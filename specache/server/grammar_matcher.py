@@ -97,36 +97,45 @@ class GrammarMatcher:
         except _MatcherError as error:
             raise GrammarError(f"The answer's grammar became too complex: {error}. Use a simpler one.") from None
 
-    def _follow(self, text: list[int]) -> bool:
-        """Bring the matcher behind `text`. Return False if it does not match: its end is behind."""
+    def _mask_behind(self, text: list[int]) -> tuple[Tensor, bool] | None:
         same = len(self._consumed)
         while self._consumed[:same] != text[:same]:
             same -= 1
         if same < len(self._consumed):
-            self._matcher.rollback(len(self._consumed) - same)
-            self._masks = {length: mask for length, mask in self._masks.items() if length <= same}
-            del self._consumed[same:]
+            self._go_back(same)
         rest = text[same:]
         with self._bounded():
             count = self._matcher.try_consume_tokens(rest) if rest else 0
         self._consumed += rest[:count]
-        return count == len(rest)
+        mask = self._mask_here()
+        if count == len(rest):
+            return mask
+        if rest[count] not in self._end_ids and not mask[0][rest[count]]:
+            raise self._failed("a token that it allows is too much for it")
+        return None
 
-    def _mask_behind(self, text: list[int]) -> tuple[Tensor, bool] | None:
-        if not self._follow(text):
-            return None
+    def _go_back(self, length: int) -> None:
+        """Forget what was consumed beyond `length` tokens."""
+        with self._bounded():
+            self._matcher.rollback(len(self._consumed) - length)
+        self._masks = {place: mask for place, mask in self._masks.items() if place <= length}
+        del self._consumed[length:]
+
+    def _mask_here(self) -> tuple[Tensor, bool]:
+        """Return what may not follow the tokens consumed, and whether they are complete."""
         place = len(self._consumed)
         if place not in self._masks:
             with self._bounded():
                 bits = self._matcher.compute_bitmask()
-            self._masks = {length: mask for length, mask in self._masks.items() if length > place - _KEPT_MASKS}
-            self._masks[place] = self._unpacked(bits)
+                accepts = self._matcher.is_accepting()
+            self._masks = {earlier: mask for earlier, mask in self._masks.items() if earlier > place - _KEPT_MASKS}
+            self._masks[place] = self._unpacked(bits, accepts)
         return self._masks[place]
 
-    def _unpacked(self, bits: bytes) -> tuple[Tensor, bool]:
+    def _unpacked(self, bits: bytes, accepts: bool) -> tuple[Tensor, bool]:
         """Return the forbidden tokens [V], and whether only the end is left, of allowed bits."""
         allowed = np.unpackbits(np.frombuffer(bits, dtype=np.uint8), bitorder="little")
-        may_end = bool(allowed[self._end_of_grammar])
+        may_end = accepts and bool(allowed[self._end_of_grammar])
         allowed[self._end_of_grammar] = 0
         forbidden = np.ones(self._vocabulary, dtype=bool)
         common = min(self._vocabulary, len(allowed))
@@ -152,13 +161,16 @@ class GrammarMatcher:
 
     @contextmanager
     def _bounded(self) -> Iterator[None]:
-        """Count the time of a block, and put a new matcher in the place of one that failed."""
+        """Count the time of a block, and raise an error if its matcher failed."""
         began = time.thread_time()
         yield
         self._spent_s += time.thread_time() - began
         if self._spent_s > _FREE_SECONDS + _SECONDS_PER_TOKEN * len(self._consumed):
             raise GrammarError("The answer's grammar takes too long at each token. Use a simpler one.")
         if self._matcher.is_error():
-            reason = readable(self._matcher.get_error())
-            self._matcher, self._consumed, self._masks = self._new_matcher(), [], {}
-            raise _MatcherError(reason)
+            raise self._failed(readable(self._matcher.get_error()))
+
+    def _failed(self, reason: str) -> _MatcherError:
+        """Begin again with a new matcher, and return the error of the one that cannot go on."""
+        self._matcher, self._consumed, self._masks = self._new_matcher(), [], {}
+        return _MatcherError(reason)

@@ -35,7 +35,7 @@ def ask(client: TestClient, index: int, **fields: Any) -> str:
 
 def test_every_answer_validates_and_is_the_same_alone_and_beside_others(client):
     alone = {index: ask(client, index) for index in range(0, len(SCHEMAS), 20)}
-    with ThreadPoolExecutor(8) as threads:
+    with ThreadPoolExecutor(24) as threads:
         answers = list(threads.map(lambda index: ask(client, index), range(len(SCHEMAS))))
     for answer, schema in zip(answers, SCHEMAS, strict=True):
         check_answer(answer, schema)
