@@ -8,6 +8,7 @@ from typing import Any
 import pydantic_core
 
 from specache.server.answer_pieces import AnswerPiece, ReasoningPiece, TextPiece, ToolCallBegin
+from specache.server.anthropic_blocks import hiding_signature
 
 Event = dict[str, Any]  # `type` and what belongs to it
 
@@ -37,9 +38,9 @@ class ContentBlocks:
         if isinstance(piece, TextPiece):
             return self._push_text(piece.text)
         if isinstance(piece, ReasoningPiece):
-            shown = piece.text if self._shows_thinking else ""
             empty = {"type": "thinking", "thinking": "", "signature": ""}
-            return self._grow(("thinking", 0), empty, {"type": "thinking_delta", "thinking": shown} if shown else None, shown)
+            delta = {"type": "thinking_delta", "thinking": piece.text} if self._shows_thinking else None
+            return self._grow(("thinking", 0), empty, delta, piece.text)
         delta = {"type": "input_json_delta", "partial_json": piece.text}
         return self._grow(("tool_use", piece.index), None, delta, piece.text)
 
@@ -66,7 +67,8 @@ class ContentBlocks:
         if block["type"] == "text":
             block["text"] = text
         elif block["type"] == "thinking":
-            block |= {"thinking": text, "signature": _signature(text)}
+            signature = _signature(text) if self._shows_thinking else hiding_signature(text)
+            block |= {"thinking": text if self._shows_thinking else "", "signature": signature}
             events.append(_delta(index, {"type": "signature_delta", "signature": block["signature"]}))
         else:
             block["input"] = _input(text)

@@ -5,6 +5,7 @@ Blocks that a model of text cannot read are refused by their type.
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -42,6 +43,11 @@ class ThinkingBlock(_Block):
     type: Literal["thinking"]
     thinking: str
     signature: str | None = None
+
+    @property
+    def text(self) -> str:
+        """Return the reasoning; that of an answer which did not show it is in its signature."""
+        return self.thinking or hidden_reasoning(self.signature or "")
 
 
 class RedactedThinkingBlock(_Block):
@@ -149,13 +155,25 @@ class SearchResultBlock(_Block):
         return joined([self.title, self.source, *(block.text for block in self.content)])
 
 
+class ToolReferenceBlock(_Block):
+    """The name of a tool that was found: one with `defer_loading` can be called from here on."""
+
+    type: Literal["tool_reference"]
+    tool_name: ToolName
+
+    @property
+    def text(self) -> str:
+        """Return what the model reads."""
+        return f"The tool {self.tool_name} can be called now."
+
+
 def _kind(value: Any) -> str:
     """Return the tag of a block, which is no part of its path."""
     return f"{HIDDEN}{value['type'] if isinstance(value, dict) else value.type}"
 
 
 def _check_result(value: Any) -> Any:
-    return _check_kind(("text", "document", "search_result"), value)
+    return _check_kind(("text", "document", "search_result", "tool_reference"), value)
 
 
 def _check_block(value: Any) -> Any:
@@ -166,7 +184,8 @@ def _check_block(value: Any) -> Any:
 _Text = Annotated[TextBlock, Tag(f"{HIDDEN}text")]
 _Document = Annotated[DocumentBlock, Tag(f"{HIDDEN}document")]
 _SearchResult = Annotated[SearchResultBlock, Tag(f"{HIDDEN}search_result")]
-ResultBlock = Annotated[_Text | _Document | _SearchResult, Discriminator(_kind), BeforeValidator(_check_result)]
+_ToolReference = Annotated[ToolReferenceBlock, Tag(f"{HIDDEN}tool_reference")]
+ResultBlock = Annotated[_Text | _Document | _SearchResult | _ToolReference, Discriminator(_kind), BeforeValidator(_check_result)]
 
 
 class ToolResultBlock(_Block):
@@ -202,6 +221,27 @@ Blocks = Annotated[list[Block], BeforeValidator(_as_blocks), Field(max_length=MO
 def joined(texts: Sequence[str | None]) -> str:
     """Return texts one below the other, without those that are missing."""
     return "\n".join(text for text in texts if text is not None)
+
+
+_HIDING = "specache-hidden:"  # begins signatures that hold reasoning
+
+
+def hiding_signature(reasoning: str) -> str:
+    """Return a signature that holds reasoning which its block does not show.
+
+    A client sends it back with the next request, so that the model still has it.
+    """
+    return _HIDING + base64.b64encode(reasoning.encode()).decode()
+
+
+def hidden_reasoning(signature: str) -> str:
+    """Return the reasoning in a signature; an empty text if there is none."""
+    if not signature.startswith(_HIDING):
+        return ""
+    try:
+        return base64.b64decode(signature.removeprefix(_HIDING), validate=True).decode()
+    except ValueError:
+        return ""
 
 
 _OF_ROLE = {

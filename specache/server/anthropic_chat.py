@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from specache.server.anthropic_blocks import ToolResultBlock, joined
 from specache.server.anthropic_fields import CountBody, ToolChoiceFields
 from specache.server.chat_fields import ChatBody
+from specache.server.error_responses import ApiError
 from specache.server.json_body import invalid_body
 
 _SAME = (  # fields that both have
@@ -19,7 +20,7 @@ _SAME = (  # fields that both have
 )
 _NAMES = (  # of OpenAI's fields and ours -> of Anthropic's
     (re.compile(r"^stop\b"), "stop_sequences"),
-    (re.compile(r"^response_format(\.json_schema)?"), "output_config.format"),
+    (re.compile(r"\bresponse_format(\.json_schema)?"), "output_config.format"),
     (re.compile(r"^reasoning_effort"), "output_config.effort"),
     (re.compile(r"^(tools\[\d+\])\.function\.parameters"), r"\1.input_schema"),
     (re.compile(r"^(tools\[\d+\])\.function"), r"\1"),
@@ -44,8 +45,9 @@ def chat_body(body: CountBody) -> ChatBody:
     if body.answer_schema is not None:
         format = {"name": "answer", "schema": body.answer_schema, "strict": True}
         fields["response_format"] = {"type": "json_schema", "json_schema": format}
-    if body.tools:
-        fields["tools"] = [_tool(tool.name, tool.description, tool.input_schema, tool.strict) for tool in body.tools]
+    tools = body.shown_tools
+    if tools:
+        fields["tools"] = [_tool(tool.name, tool.description, tool.input_schema, tool.strict) for tool in tools]
         if body.tool_choice is not None:
             fields |= _choice(body.tool_choice)
     try:
@@ -59,6 +61,12 @@ def anthropic_name(field: str) -> str:
     for pattern, name in _NAMES:
         field = pattern.sub(name, field)
     return field
+
+
+def in_anthropic_words(error: ApiError) -> ApiError:
+    """Return an error about a request in OpenAI's form as one about Anthropic's."""
+    param = None if error.param is None else anthropic_name(error.param)
+    return ApiError(error.status, anthropic_name(error.message), code=error.code, param=param, headers=error.headers)
 
 
 def _variables(body: CountBody) -> dict[str, Any] | None:
@@ -145,7 +153,7 @@ def _answer(blocks: list[Any], with_reasoning: bool) -> dict[str, Any]:
     """Return an earlier answer."""
     message: dict[str, Any] = {"role": "assistant", "content": joined([one.text for one in blocks if one.type == "text"])}
     if with_reasoning:
-        message["reasoning_content"] = joined([one.thinking for one in blocks if one.type == "thinking"])
+        message["reasoning_content"] = joined([one.text for one in blocks if one.type == "thinking"])
     calls = [
         {"id": one.id, "type": "function", "function": {"name": one.name, "arguments": json.dumps(one.input, ensure_ascii=False)}}
         for one in blocks

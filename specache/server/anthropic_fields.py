@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from specache.server.anthropic_blocks import Blocks, Texts, ToolName, check_role
+from specache.server.anthropic_blocks import Blocks, Texts, ToolName, ToolReferenceBlock, ToolResultBlock, ToolUseBlock, check_role
 from specache.server.json_body import FieldError, JsonBody
 from specache.server.sampling_fields import check_stops
 from specache.server.tool_fields import MOST_TOOLS
@@ -54,15 +54,18 @@ def _check_tool(value: Any) -> Any:
 
 
 class ToolFields(JsonBody):
-    """A tool that the model may call: `input_schema` is the JSON schema of its input."""
+    """A tool that the model may call: `input_schema` is the JSON schema of its input.
+
+    One with `defer_loading` is shown to the model once a result of another tool refers to it.
+    """
 
     name: ToolName
     input_schema: dict[str, Any]
     description: str | None = None
     type: Literal["custom"] | None = None
     strict: bool | None = None
-    cache_control: Any = None  # from here on: accepted, without effect
     defer_loading: bool | None = None
+    cache_control: Any = None  # from here on: accepted, without effect
     eager_input_streaming: bool | None = None
     allowed_callers: list[str] | None = None
     input_examples: list[Any] | None = None
@@ -204,6 +207,18 @@ class CountBody(JsonBody):
         return check_stops(value)
 
     @model_validator(mode="after")
+    def _check_results(self) -> CountBody:
+        calls: set[str] = set()
+        for number, message in enumerate(self.messages):
+            for index, block in enumerate(message.content):
+                if isinstance(block, ToolUseBlock):
+                    calls.add(block.id)
+                elif isinstance(block, ToolResultBlock) and block.tool_use_id not in calls:
+                    field = f"messages[{number}].content[{index}].tool_use_id"
+                    raise FieldError(field, "no message before it has a call with this id")
+        return self
+
+    @model_validator(mode="after")
     def _check_choice(self) -> CountBody:
         names = [tool.name for tool in self.tools or ()]
         if len(set(names)) != len(names):
@@ -216,6 +231,13 @@ class CountBody(JsonBody):
         if self.output_format is not None and self.output_config is not None and self.output_config.format is not None:
             raise FieldError("output_format", "it is the old name of output_config.format. Give one of them")
         return self
+
+    @property
+    def shown_tools(self) -> list[ToolFields]:
+        """Return the tools that the model is told about."""
+        results = [block for message in self.messages for block in message.content if isinstance(block, ToolResultBlock)]
+        found = {one.tool_name for result in results for one in result.content or () if isinstance(one, ToolReferenceBlock)}
+        return [tool for tool in self.tools or () if not tool.defer_loading or tool.name in found]
 
     @property
     def shows_thinking(self) -> bool:

@@ -13,12 +13,12 @@ from starlette.responses import JSONResponse, Response
 from specache.engine.events import Finished, NewToken, PromptProgress, Started
 from specache.server.answer_pieces import AnswerPiece
 from specache.server.anthropic_answer import ContentBlocks
-from specache.server.anthropic_chat import chat_body
+from specache.server.anthropic_chat import chat_body, in_anthropic_words
 from specache.server.anthropic_fields import CountBody, MessagesBody
 from specache.server.app_state import state_of
 from specache.server.choices import Choices
-from specache.server.error_responses import error_document
-from specache.server.generation import JobMaker, PreparedJob
+from specache.server.error_responses import ApiError, error_document
+from specache.server.generation import JobMaker
 from specache.server.json_body import read_body
 from specache.server.request_context import RequestContext
 from specache.server.running_jobs import RunningJobs, while_connected
@@ -34,7 +34,11 @@ async def create_message(http: Request) -> Response:
     body = await read_body(http, state, MessagesBody)
     served, _ = state.ready()
     state.open_stream(context)
-    jobs = await state.work(_jobs, JobMaker(served, state.settings, context.owner), body)
+    maker = JobMaker(served, state.settings, context.owner)
+    try:
+        jobs = await state.make_jobs(maker.chat, await state.work(chat_body, body))
+    except ApiError as error:
+        raise in_anthropic_words(error) from error
     running = RunningJobs(state, context, jobs)
     await running.start()
     answer = MessageAnswer(running, body)
@@ -50,8 +54,12 @@ async def count_tokens(http: Request) -> Response:
     state, context = state_of(http), RequestContext.of(http.scope)
     body = await read_body(http, state, CountBody)
     served, _ = state.ready()
-    count = await state.work(_count, JobMaker(served, state.settings, context.owner), body)
-    return JSONResponse({"input_tokens": count}, headers={"request-id": context.request_id})
+    maker = JobMaker(served, state.settings, context.owner)
+    try:
+        prompt = await state.work(maker.chat_prompt, await state.work(chat_body, body))
+    except ApiError as error:
+        raise in_anthropic_words(error) from error
+    return JSONResponse({"input_tokens": len(prompt)}, headers={"request-id": context.request_id})
 
 
 def stream_form(context: RequestContext) -> StreamForm:
@@ -144,11 +152,3 @@ class MessageAnswer:
 
 def _event(value: dict[str, Any]) -> ServerSentEvent:
     return data_event(value, value["type"])
-
-
-def _jobs(maker: JobMaker, body: MessagesBody) -> list[PreparedJob]:
-    return maker.chat(chat_body(body))
-
-
-def _count(maker: JobMaker, body: CountBody) -> int:
-    return len(maker.chat_prompt(chat_body(body)))

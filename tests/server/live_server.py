@@ -16,7 +16,7 @@ from specache.server.app import ServerApp
 from specache.server.keys import KeyRing
 from specache.server.launch import Server, listen
 from specache.server.settings import ServerSettings
-from tests.server.tiny_server import SHORT, printable_model, served_model
+from tests.server.tiny_server import NAME, SHORT, TOKENIZER, printable_model, served_model
 
 
 @dataclass
@@ -39,7 +39,14 @@ class Live:
 
 @contextmanager
 def live(
-    *, keys: dict[str, str] | None = None, config: SpeCacheConfig = SHORT, model: Any = None, service: Any = None, **settings: Any
+    *,
+    keys: dict[str, str] | None = None,
+    config: SpeCacheConfig = SHORT,
+    model: Any = None,
+    tokenizer: Any = TOKENIZER,
+    names: tuple[str, ...] = (NAME,),
+    service: Any = None,
+    **settings: Any,
 ) -> Iterator[Live]:
     """Yield a server that has loaded its model, and end it after the block."""
     model = printable_model() if model is None else model
@@ -48,7 +55,7 @@ def live(
     engine = EngineService(model, config, **(service or {}))
     assert engine.wait_until_ready(60)
     listener = listen(chosen)
-    server = Server(app, lambda: (served_model(model), engine))
+    server = Server(app, lambda: (served_model(model, tokenizer, names), engine))
     thread = threading.Thread(target=server.run_until_signal, args=(listener,))
     thread.start()
     try:

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 
 from specache.server.answer_pieces import AnswerPiece, ReasoningPiece, TextPiece, ToolArguments, ToolCallBegin
 from specache.server.anthropic_answer import ContentBlocks
+from specache.server.anthropic_blocks import hidden_reasoning
 
 EVENT: TypeAdapter[Any] = TypeAdapter(RawMessageStreamEvent)
 START = {
@@ -83,6 +84,14 @@ def test_reasoning_that_is_not_shown_leaves_an_empty_block():
     events, content = grown([ReasoningPiece("Secret"), TextPiece("Hi")], shows_thinking=False)
     assert content[0]["thinking"] == "" and content[0]["signature"] and "Secret" not in str(events)
     assert kinds(events)[:3] == ["thinking", "signature_delta", "content_block_stop"]
+    assert hidden_reasoning(content[0]["signature"]) == "Secret"
+
+
+@pytest.mark.parametrize(
+    "signature", ["", "abc", "specache-hidden:", "specache-hidden:????", "specache-hidden:/w==", "specache-hidden:ä"]
+)
+def test_a_signature_of_others_holds_nothing(signature):
+    assert hidden_reasoning(signature) == ""
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from specache.server.anthropic_blocks import hiding_signature
 from specache.server.anthropic_chat import anthropic_name, chat_body
 from specache.server.anthropic_fields import CountBody, MessagesBody
 from specache.server.error_responses import ApiError
@@ -16,6 +17,7 @@ USER = {"role": "user", "content": "Hello"}
 CALL = {"type": "tool_use", "id": "call_1", "name": "weather", "input": {"city": "Zürich", "days": [1, 2]}}
 WEATHER = {"name": "weather", "description": "Tells it.", "input_schema": {"type": "object", "properties": {}}}
 HI = {"type": "text", "text": "Hi"}
+RESULT = {"type": "tool_result", "tool_use_id": "call_1"}
 THINKING = {"type": "thinking", "thinking": "Hm.", "signature": "abc"}
 
 
@@ -147,6 +149,12 @@ def test_reasoning_goes_back_to_the_template_and_what_nobody_can_read_is_left_ou
     assert (said.content, said.reasoning_content) == ("Hi", "Hm.")
 
 
+def test_reasoning_that_an_answer_did_not_show_goes_back_too():
+    hidden = {"type": "thinking", "thinking": "", "signature": hiding_signature("Hm – ja.")}
+    said = chat(messages=[USER, {"role": "assistant", "content": [hidden, HI]}, USER]).messages[1]
+    assert (said.content, said.reasoning_content) == ("Hi", "Hm – ja.")
+
+
 def test_older_reasoning_is_cleared_as_the_request_says():
     answer = {"role": "assistant", "content": [THINKING, HI]}
     conversation = [USER, answer, USER, answer, USER, answer, USER]
@@ -173,6 +181,16 @@ def test_tools_and_their_choice_are_those_of_openai():
     one = chat(tools=[WEATHER], tool_choice={"type": "tool", "name": "weather", "disable_parallel_tool_use": True})
     assert one.tool_choice.function.name == "weather" and one.parallel_tool_calls is False
     assert chat(tools=[], tool_choice={"type": "auto"}).tool_use is None
+
+
+def test_a_deferred_tool_is_shown_once_it_was_found():
+    tools = [WEATHER, {**WEATHER, "name": "late", "defer_loading": True}, {**WEATHER, "name": "later", "defer_loading": True}]
+    assert [tool.function.name for tool in chat(tools=tools).tools] == ["weather"]
+    assert chat(tools=tools[1:]).tools is None
+    found = {**RESULT, "content": [{"type": "tool_reference", "tool_name": "late"}]}
+    body = chat(tools=tools, messages=[USER, {"role": "assistant", "content": [CALL]}, {"role": "user", "content": [found]}])
+    assert [tool.function.name for tool in body.tools] == ["weather", "late"]
+    assert body.messages[-1].content == "The tool late can be called now."
 
 
 @pytest.mark.parametrize(
@@ -230,7 +248,6 @@ def test_what_has_no_effect_is_accepted(name):
 IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": ""}}
 PDF = {"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": ""}}
 TEXT = {"type": "text", "text": "a"}
-RESULT = {"type": "tool_result", "tool_use_id": "a"}
 
 
 @pytest.mark.parametrize(
@@ -253,6 +270,7 @@ RESULT = {"type": "tool_result", "tool_use_id": "a"}
             {"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "a", "content": [IMAGE]}]}]},
             "messages[0].content[0].content[0]",
         ),
+        ({"messages": [USER, {"role": "user", "content": [TEXT, RESULT]}]}, "messages[1].content[1].tool_use_id"),
         ({"messages": [{**USER, "clear_at": "never"}]}, "messages[0].clear_at"),
         ({"messages": [{**USER, "output_config": {"effort": "low"}}]}, "messages[0].output_config"),
         ({"system": [IMAGE]}, "system[0]"),

@@ -48,7 +48,7 @@ def ask(client: Any, **fields: Any) -> Message:
 
 
 def events_of(lines: list[str]) -> list[Any]:
-    """Return the events of a stream, each with the name of its type; comments and pings are left out."""
+    """Return the events of a stream, each named after its type, without comments and pings."""
     events = []
     for block in "\n".join(lines).split("\n\n"):
         parts = [line for line in block.splitlines() if line and not line.startswith(":")]
