@@ -152,7 +152,7 @@ def test_responses_are_forgotten_at_their_age_without_a_request():
     with running(settings=ServerSettings(response_age_seconds=0.2)) as client:
         document = respond(client)
         store = client.app.state.responses
-        wait_until(lambda: not store.bytes, 20)
+        wait_until(lambda: not store.used_bytes, 20)
         missing(client, previous_response_id=document["id"])
 
 
