@@ -74,7 +74,7 @@ class Serve:
     agent_turns: int = field(
         default=0,
         metadata={
-            "help": "Turns of one agent with tools, in place of many clients. It asks --prefix-tokens; each turn adds --prompt-tokens."
+            "help": "Turns of one agent with tools, in place of clients. It asks --prefix-tokens; a turn adds --prompt-tokens."
         },
     )
     repeat: int = field(default=1, metadata={"help": "Runs of each server, each with a new process; they take turns."})

@@ -17,7 +17,7 @@ from specache.platform import machine
 from specache.platform.folders import cache_folder, earlier_cache_folder
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "gguf", "numpy", "typer", "rich")
-SERVER_PACKAGES = ("fastapi", "uvicorn", "sse-starlette", "prometheus-client")
+SERVER_PACKAGES = ("fastapi", "uvicorn", "sse-starlette", "prometheus-client", "llguidance")
 CPU_FEATURES = (
     *("avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"),
     *("asimd", "asimddp", "i8mm", "bf16", "sve"),

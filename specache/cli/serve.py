@@ -93,6 +93,7 @@ def check_installed() -> None:
     """
     try:
         import fastapi  # noqa: F401
+        import llguidance  # noqa: F401
         import prometheus_client  # noqa: F401
         import sse_starlette  # noqa: F401
         import uvicorn  # noqa: F401

@@ -40,14 +40,16 @@ class ConstrainedTokens(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return the scores [B, V] of the tokens that may follow input_ids [B, S]."""
-        forbidden = torch.zeros_like(scores, dtype=torch.bool)
+        scores = scores.clone()
         for row, answer in enumerate(input_ids[:, self.prompt_length :].tolist()):
-            mask = self.constraints[row].forbidden(answer)
-            if mask is not None:
-                forbidden[row] = mask.to(scores.device)
-        scores = scores.masked_fill(forbidden, -torch.inf)
-        blocked = torch.isneginf(scores).all(dim=-1, keepdim=True)  # by a shortest length: the end must stay
-        return torch.where(blocked & ~forbidden, 0.0, scores)
+            forbidden = self.constraints[row].forbidden(answer)
+            if forbidden is None:
+                continue
+            forbidden = forbidden.to(scores.device)
+            scores[row].masked_fill_(forbidden, -torch.inf)
+            if scores[row].amax() == -torch.inf:  # a shortest length forbids the end, and nothing else is left
+                scores[row].masked_fill_(~forbidden, 0.0)
+        return scores
 
 
 class ConstraintsComplete(StoppingCriteria):

@@ -16,6 +16,7 @@ from specache.server.recent_requests import RecentRequests
 from specache.server.request_context import RequestContext
 from specache.server.responses.response_store import ResponseStore
 from specache.server.settings import ServerSettings
+from specache.server.tool_grammar import answer_grammar
 
 if TYPE_CHECKING:
     from specache.engine.service import EngineService
@@ -102,9 +103,8 @@ class AppState:
             ApiError: the body is refused.
         """
         served, _ = self.ready()
-        spec = grammar_of(body)
-        if spec is not None:
-            await asyncio.get_running_loop().run_in_executor(self.grammar_worker, served.grammars.compile, spec)
+        if grammar_of(body) is not None or body.tool_use is not None:
+            await asyncio.get_running_loop().run_in_executor(self.grammar_worker, answer_grammar, served, body)
         return await self.work(make, body)
 
     def end(self) -> None:

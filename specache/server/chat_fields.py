@@ -11,9 +11,10 @@ from specache.server.sampling_fields import MOST_TOP_LOGPROBS, SamplingFields
 from specache.server.tool_fields import (
     LONGEST_CALL_ID,
     MOST_TOOLS,
+    Choice,
     ToolCallFields,
-    ToolChoice,
     ToolDefinition,
+    check_choice,
     check_tools,
 )
 from specache.server.tool_use import ToolUse
@@ -122,7 +123,7 @@ class ChatBody(SamplingFields):
     reasoning_effort: str | None = Field(None, max_length=32)
     tools: list[ToolDefinition] | None = Field(None, max_length=MOST_TOOLS)
     functions: list[Any] | None = None
-    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    tool_choice: Choice | None = None
     function_call: Any = None
     parallel_tool_calls: bool | None = None
     modalities: list[str] | None = None
@@ -137,6 +138,11 @@ class ChatBody(SamplingFields):
         if value not in (None, [], "none", "auto"):
             raise ValueError("it is the old form of tools. Use tools, and tool_choice")
         return value
+
+    @field_validator("tool_choice", mode="before")
+    @classmethod
+    def _check_choice(cls, value: Any) -> Any:
+        return check_choice(value)
 
     @field_validator("audio", "web_search_options")
     @classmethod

@@ -12,7 +12,7 @@ from specache.server.chat_fields import ChatMessage
 from specache.server.json_body import check_json
 from specache.server.tool_fields import ToolCallFields
 from specache.server.tool_formats.base import Message, ToolFormat
-from specache.server.tool_formats.registry import tool_format
+from specache.server.tool_formats.known_formats import tool_format
 from specache.server.tool_use import ToolUse
 from specache.templates.markers import template_text
 from specache.templates.template import ChatTemplate, PromptError
@@ -66,10 +66,20 @@ class ChatPrompt:
         return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
 
 
-def characters(messages: Sequence[ChatMessage]) -> int:
-    """Return the characters of a conversation, with those of its calls."""
+def characters(messages: Sequence[ChatMessage], tools: ToolUse | None) -> int:
+    """Return the characters of a conversation, with those of its calls and of the tools."""
     calls = sum(len(call.function.arguments) for message in messages for call in message.tool_calls or ())
-    return calls + sum(len(message.content) for message in messages)
+    described = 0 if tools is None else sum(len(one.description or "") + _length(one.parameters) for one in tools.functions)
+    return calls + described + sum(len(message.content) for message in messages)
+
+
+def _length(value: Any) -> int:
+    """Return the characters of the texts of a JSON value."""
+    if isinstance(value, dict):
+        return sum(len(key) + _length(each) for key, each in value.items())
+    if isinstance(value, list):
+        return sum(map(_length, value))
+    return len(value) if isinstance(value, str) else 0
 
 
 def _arguments(text: str) -> Any:

@@ -18,13 +18,12 @@ from specache.server.answer_parser import AnswerParser, ChatContext
 from specache.server.chat_fields import ChatBody
 from specache.server.completion_fields import CompletionBody
 from specache.server.error_responses import ApiError
-from specache.server.grammar_spec import grammar_of
 from specache.server.penalties import RepeatPenalties
 from specache.server.sampling_fields import SamplingFields
 from specache.server.served_model import ServedModel
 from specache.server.settings import ServerSettings
 from specache.server.stop_criterion import TextEnds
-from specache.server.tool_grammar import marker_tokens, tool_grammar
+from specache.server.tool_grammar import answer_grammar
 from specache.templates.final_message import final_message
 
 
@@ -166,15 +165,11 @@ class JobMaker:
         self, body: SamplingFields, ids: list[int], end_ids: list[int], chat: ChatContext | None
     ) -> ConstrainedTokens | None:
         """Return the grammar of the answers to a prompt, ready to run; `None` if they are free."""
-        served, spec = self._served, grammar_of(body)
-        if chat is not None and chat.callable is not None:
-            found = tool_grammar(served.grammars, chat.tool_format, chat.callable, marker_tokens(served.tokenizer), spec)
-        else:
-            found = None if spec is None else (spec, served.grammars.compile(spec))
+        found = answer_grammar(self._served, body)
         if found is None:
             return None
         spec, grammar = found
-        final = final_message(served.tokenizer, ids) if chat is not None and spec.after_reasoning else None
+        final = final_message(self._served.tokenizer, ids) if chat is not None and spec.after_reasoning else None
         return grammar.processor(body.answers, len(ids), end_ids, final)
 
     def _request(

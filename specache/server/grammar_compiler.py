@@ -79,8 +79,9 @@ class GrammarCompiler:
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary
         self._compiling = threading.Lock()
-        self._lock = threading.Lock()  # of `_kept`
+        self._lock = threading.Lock()  # of the next two
         self._kept: OrderedDict[GrammarSpec, CompiledGrammar] = OrderedDict()
+        self._refused: OrderedDict[GrammarSpec, str] = OrderedDict()  # why; an agent sends its tools at every turn
 
     def compile(self, spec: GrammarSpec) -> CompiledGrammar:
         """Compile a grammar and its first mask, or return it from an earlier request.
@@ -93,7 +94,11 @@ class GrammarCompiler:
             return kept
         check_grammar_text(spec)
         with self._compiling:
-            compiled = self._find(spec) or self._compiled(spec)
+            try:
+                compiled = self._find(spec) or self._compiled(spec)
+            except ValueError as error:
+                self._keep_refused(spec, str(error))
+                raise refused(spec, str(error)) from None
         with self._lock:
             self._kept[spec] = compiled
             while len(self._kept) > _MOST_KEPT or sum(len(one.text) for one in self._kept) > _MOST_KEPT_CHARACTERS:
@@ -102,23 +107,36 @@ class GrammarCompiler:
 
     def _find(self, spec: GrammarSpec) -> CompiledGrammar | None:
         with self._lock:
+            if spec in self._refused:
+                raise refused(spec, self._refused[spec])
             if spec in self._kept:
                 self._kept.move_to_end(spec)
             return self._kept.get(spec)
 
+    def _keep_refused(self, spec: GrammarSpec, reason: str) -> None:
+        with self._lock:
+            self._refused[spec] = reason
+            while len(self._refused) > _MOST_KEPT or sum(len(one.text) for one in self._refused) > _MOST_KEPT_CHARACTERS:
+                self._refused.popitem(last=False)
+
     def _compiled(self, spec: GrammarSpec) -> CompiledGrammar:
+        """Compile a grammar.
+
+        Raises:
+            ValueError: says why it cannot be.
+        """
         from llguidance import LLMatcher
 
         tokenizer, end_of_grammar = self._grammar_tokenizer(spec.param)
         try:
             text = _grammar_text(spec)
         except ValueError as error:
-            raise refused(spec, readable(str(error))) from None
+            raise ValueError(readable(str(error))) from None
         matcher = LLMatcher(tokenizer, text, limits=parser_limits(), log_level=0)
         if not matcher.is_error():
             matcher.compute_bitmask()
         if matcher.is_error():
-            raise refused(spec, readable(matcher.get_error()))
+            raise ValueError(readable(matcher.get_error()))
         return CompiledGrammar(matcher, end_of_grammar, self._vocabulary)
 
     def _grammar_tokenizer(self, param: str) -> tuple[LLTokenizer, int]:

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from specache.config import Policy
 from specache.server.grammar_fields import GrammarFields
 from specache.server.json_body import FieldError, JsonBody, check_json
+from specache.server.tool_use import ToolUse
 
 MOST_TOP_LOGPROBS = 20
 _MOST_STOPS = 16
@@ -129,6 +130,11 @@ class SamplingFields(GrammarFields):
         if self.ignore_eos and self.grammar_spec is not None:
             raise FieldError("ignore_eos", f"the answer ends where {self.grammar_spec.param} says. Leave one of them out")
         return self
+
+    @property
+    def tool_use(self) -> ToolUse | None:
+        """Return the tools of the request; `None` if it has none."""
+        return None
 
     @property
     def answers(self) -> int:

@@ -126,7 +126,7 @@ class ServedModel:
             raise ApiError(
                 400, "This model has no chat template. Use /v1/completions, with the whole prompt as a text.", param="messages"
             )
-        self.check_characters(characters(messages), "messages")
+        self.check_characters(characters(messages, tools), "messages")
         try:
             prompt = self.chat_prompt
             template = self.template.with_variables({**variables, **prompt.variables(tools)}, datetime.now())

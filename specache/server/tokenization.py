@@ -8,10 +8,12 @@ from fastapi import APIRouter, Request
 from pydantic import Field, field_validator, model_validator
 
 from specache.server.app_state import state_of
-from specache.server.chat_fields import ChatMessage, check_variables
+from specache.server.chat_fields import ChatMessage, check_results, check_variables
 from specache.server.error_responses import ApiError
 from specache.server.json_body import JsonBody, read_body
 from specache.server.served_model import ServedModel
+from specache.server.tool_fields import MOST_TOOLS, ToolDefinition, check_tools
+from specache.server.tool_use import ToolUse
 
 router = APIRouter()
 
@@ -22,6 +24,7 @@ class TokenizeBody(JsonBody):
     model: str | None = Field(None, max_length=512)
     prompt: str | None = None
     messages: list[ChatMessage] | None = Field(None, min_length=1)
+    tools: list[ToolDefinition] | None = Field(None, max_length=MOST_TOOLS)
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -35,6 +38,8 @@ class TokenizeBody(JsonBody):
     def _check_one(self) -> TokenizeBody:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give either prompt or messages")
+        check_tools(self.tools, None)
+        check_results(self.messages or [])
         return self
 
 
@@ -98,4 +103,5 @@ def _tokens(served: ServedModel, body: TokenizeBody, most_messages: int) -> list
         return served.encode_text(body.prompt or "", special=body.add_special_tokens is not False)
     if len(body.messages) > most_messages:
         raise ApiError(400, f"A conversation may have {most_messages:,} messages.", param="messages")
-    return served.encode_chat(body.messages, body.chat_template_kwargs or {})
+    tools = ToolUse.of(body.tools, None, None)
+    return served.encode_chat(body.messages, body.chat_template_kwargs or {}, tools)

@@ -7,15 +7,29 @@ from typing import TYPE_CHECKING, Any
 
 from specache.server.error_responses import ApiError
 from specache.server.grammar_limits import check_grammar_text
-from specache.server.grammar_spec import GrammarSpec
+from specache.server.grammar_spec import GrammarSpec, grammar_of
 from specache.server.tool_formats import lark
 from specache.server.tool_formats.base import Token, ToolFormat
 from specache.server.tool_use import ToolUse
 
 if TYPE_CHECKING:
     from specache.server.grammar_compiler import CompiledGrammar, GrammarCompiler
+    from specache.server.sampling_fields import SamplingFields
+    from specache.server.served_model import ServedModel
 
 _PARAM = "tools"
+
+
+def answer_grammar(served: ServedModel, body: SamplingFields) -> tuple[GrammarSpec, CompiledGrammar] | None:
+    """Return the grammar of the answers to a request, compiled; `None` if they are free.
+
+    Raises:
+        ApiError: 400, it cannot be compiled.
+    """
+    text, tools = grammar_of(body), body.tool_use
+    if tools is not None and tools.callable:
+        return tool_grammar(served.grammars, served.tool_format, tools, marker_tokens(served.tokenizer), text)
+    return None if text is None else (text, served.grammars.compile(text))
 
 
 def tool_grammar(

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
-from specache.server.tool_fields import ToolChoice, ToolDefinition, ToolFunction
-
-Choice = Literal["none", "auto", "required"] | ToolChoice | None
+from specache.server.tool_fields import AllowedTools, Choice, ToolChoice, ToolDefinition, ToolFunction, chosen_names
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,33 +17,39 @@ class ToolUse:
     Attributes:
         functions: the tools, in the order of the request.
         required: whether the answer must call a tool.
-        only: the one tool that may be called; `None` is any of them.
+        only: names of the tools that may be called; `None` is any of them.
         allowed: whether a call in the answer is a call. If not, it is text (`tool_choice: "none"`).
         parallel: whether an answer may have several calls.
     """
 
     functions: tuple[ToolFunction, ...]
     required: bool = False
-    only: str | None = None
+    only: frozenset[str] | None = None
     allowed: bool = True
     parallel: bool = True
 
     @classmethod
-    def of(cls, tools: Sequence[ToolDefinition] | None, choice: Choice, parallel: bool | None) -> ToolUse | None:
+    def of(cls, tools: Sequence[ToolDefinition] | None, choice: Choice | None, parallel: bool | None) -> ToolUse | None:
         """Return what fields of a request say; `None` without tools."""
         if not tools:
             return None
-        only = choice.function.name if isinstance(choice, ToolChoice) else None
-        required = only is not None or choice == "required"
-        functions = tuple(tool.function for tool in tools)
-        return cls(functions, required, only, choice != "none", parallel is not False and only is None)
+        names = chosen_names(choice)
+        mode = choice.allowed_tools.mode if isinstance(choice, AllowedTools) else choice
+        is_one = isinstance(choice, ToolChoice)
+        return cls(
+            tuple(tool.function for tool in tools),
+            required=is_one or mode == "required",
+            only=None if names is None else frozenset(names),
+            allowed=mode != "none",
+            parallel=parallel is not False and not is_one,
+        )
 
     @cached_property
     def callable(self) -> tuple[ToolFunction, ...]:
         """Return the tools that the answer may call."""
         if not self.allowed:
             return ()
-        return tuple(one for one in self.functions if self.only in (None, one.name))
+        return tuple(one for one in self.functions if self.only is None or one.name in self.only)
 
     @cached_property
     def names(self) -> frozenset[str]:

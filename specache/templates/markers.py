@@ -85,6 +85,7 @@ class HiddenMarkers:
     def __init__(self) -> None:
         self._nonce = secrets.token_hex(8)
         self._hidden: list[str] = []
+        self._affixes: dict[int, tuple[Iterable[str], Affixes]] = {}  # by the identity of the markers, which is kept
         self._pattern = re.compile(f"q{self._nonce}h([0-9]+)q")
 
     def __bool__(self) -> bool:
@@ -112,19 +113,42 @@ class HiddenMarkers:
             return text
         start = text.index(core)
         before, after = text[:start], text[start + len(core) :]
-        end = max((_overlap(core, marker) for marker in markers), default=0)
+        affixes = self._affixes_of(markers)
+        end = affixes.at_end(core)
         if end:
             core = core[: len(core) - end] + self._placeholder(core[len(core) - end :])
-        begin = max((_overlap(marker, core) for marker in markers), default=0)
+        begin = affixes.at_beginning(core)
         if begin:
             core = self._placeholder(core[:begin]) + core[begin:]
         return before + core + after
+
+    def _affixes_of(self, markers: Iterable[str]) -> Affixes:
+        known = self._affixes.get(id(markers))
+        if known is None:
+            known = self._affixes[id(markers)] = (markers, Affixes(markers))
+        return known[1]
 
     def _placeholder(self, text: str) -> str:
         self._hidden.append(text)
         return f"q{self._nonce}h{len(self._hidden) - 1}q"
 
 
-def _overlap(left: str, right: str) -> int:
-    """Return the length of the longest suffix of `left` that is a prefix of `right`."""
-    return next((n for n in range(min(len(left), len(right)), 0, -1) if left.endswith(right[:n])), 0)
+class Affixes:
+    """Beginnings and ends of markers, of which a tokenizer may have hundreds."""
+
+    def __init__(self, markers: Iterable[str]) -> None:
+        texts = list(markers)
+        self._longest = max(map(len, texts), default=0)
+        self._beginnings = frozenset(text[:length] for text in texts for length in range(1, len(text) + 1))
+        self._ends = frozenset(text[-length:] for text in texts for length in range(1, len(text) + 1))
+
+    def at_end(self, text: str) -> int:
+        """Return the length of the longest end of a text that begins a marker."""
+        return next((n for n in self._lengths(text) if text[len(text) - n :] in self._beginnings), 0)
+
+    def at_beginning(self, text: str) -> int:
+        """Return the length of the longest beginning of a text that ends a marker."""
+        return next((n for n in self._lengths(text) if text[:n] in self._ends), 0)
+
+    def _lengths(self, text: str) -> range:
+        return range(min(len(text), self._longest), 0, -1)

@@ -94,6 +94,12 @@ FIELDS = (
         "ignore_eos",
         "min_tokens",
         "repetition_penalty",
+        "regex",
+        "grammar",
+        "json_schema",
+        "guided_json",
+        "guided_choice",
+        "structured_outputs",
         "../../etc/passwd",
     ),
 )
@@ -133,6 +139,7 @@ NASTY: tuple[Any, ...] = (
         "a" * 5000,
         "{{ 7 * 7 }}",
     ),
+    *("(a{2,9}|[b-", "start: a\na: start", '{"$ref": "#"}', {"type": "object", "properties": {"a": {"$ref": "#"}}}, {"regex": "["}),
     *([], [[]], [None], [0], [-1], [10**9], ["x"], [["x"]], [{}], [1.5], list(range(300)), {}, {"type": "json_object"}, {"0": 100}),
     *(
         {"-1": 0},
@@ -151,6 +158,13 @@ NASTY: tuple[Any, ...] = (
         [{"role": "user", "content": [{"type": "text", "text": "x"}]}],
         [{"role": "user", "content": None}],
         [{"role": "tool", "content": "x"}],
+    ),
+    *(
+        [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {}}}}}],
+        [{"type": "function", "function": {"name": "<end>"}}],
+        {"type": "function", "function": {"name": "f"}},
+        "required",
+        [{"role": "assistant", "content": None, "tool_calls": [{"id": "c", "function": {"name": "f", "arguments": "{<end>"}}]}],
     ),
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -222,3 +223,39 @@ def test_in_bfloat16_the_first_difference_is_a_near_tie(demo_model):
         if differs is not None:
             top = references.log_probabilities("demo", prompt + expected[:differs], Dtype.BFLOAT16)[-1].topk(2).values
             assert top[0] - top[1] < 0.3, (said, pieces)
+
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Looks out of the window.",
+        "parameters": {
+            "type": "object",
+            "properties": {"units": {"enum": ["si", "us"]}},
+            "required": ["units"],
+            "additionalProperties": False,
+        },
+    },
+}
+FORCED = {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "weather"}}, "max_tokens": 120}
+
+
+def test_a_tool_is_called_and_its_result_answered(client):
+    (choice,) = ask(client, **FORCED).choices
+    (call,) = choice.message.tool_calls
+    assert choice.finish_reason == "tool_calls" and choice.message.content is None
+    assert call.function.name == "weather" and json.loads(call.function.arguments)["units"] in ("si", "us")
+    result = {"role": "tool", "tool_call_id": call.id, "content": "sunny"}
+    messages = [{"role": "user", "content": QUESTION}, choice.message.model_dump(exclude_none=True), result]
+    answered = client.chat.completions.create(messages=messages, tools=[WEATHER], tool_choice="none", **SETTINGS)
+    assert answered.choices[0].message.content and answered.choices[0].message.tool_calls is None
+
+
+def test_a_streamed_call_adds_up(client):
+    (whole,) = ask(client, **FORCED).choices[0].message.tool_calls
+    with client.chat.completions.stream(messages=[{"role": "user", "content": QUESTION}], **{**SETTINGS, **FORCED}) as stream:
+        final = stream.get_final_completion()
+    (call,) = final.choices[0].message.tool_calls
+    assert (call.function.name, call.function.arguments) == (whole.function.name, whole.function.arguments)
+    assert final.choices[0].finish_reason == "tool_calls"

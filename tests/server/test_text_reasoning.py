@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from specache.server.answer_parser import AnswerParser, ChatContext
 from specache.server.answer_pieces import ReasoningPiece, TextPiece
 from specache.server.text_reasoning import TextReasoning, text_pairs, text_reasoning
-from specache.server.tool_formats.registry import tool_format
+from specache.server.tool_formats.known_formats import tool_format
 from specache.templates.channels import Part
 from tests.server.tiny_server import TOKENIZER
 from tests.server.tool_models import FAMILIES

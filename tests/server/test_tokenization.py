@@ -39,3 +39,11 @@ def test_the_model_is_listed_and_shown(client):
     assert client.get("/v1/models/tiny").json() == card
     response = client.get("/v1/models/other")
     assert response.status_code == 404 and error_of(response)["code"] == "model_not_found"
+
+
+def test_tools_count_as_they_do_in_an_answer(client):
+    tools = [{"type": "function", "function": {"name": "weather", "description": "Looks."}}]
+    messages = [{"role": "user", "content": "Hello"}]
+    counted = post(client, "/tokenize", {"messages": messages, "tools": tools})["count"]
+    answered = post(client, "/v1/chat/completions", {"messages": messages, "tools": tools, "max_tokens": 1})
+    assert counted == answered["usage"]["prompt_tokens"] > post(client, "/tokenize", {"messages": messages})["count"]

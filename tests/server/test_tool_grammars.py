@@ -10,9 +10,11 @@ import jsonschema
 import pytest
 from starlette.testclient import TestClient
 
+from specache.server.error_responses import ApiError
 from specache.server.grammar_compiler import GrammarCompiler
+from specache.server.grammar_spec import GrammarSpec
 from specache.server.tool_fields import ToolDefinition
-from specache.server.tool_formats.registry import tool_format
+from specache.server.tool_formats.known_formats import tool_format
 from specache.server.tool_grammar import marker_tokens, tool_grammar
 from specache.server.tool_use import ToolUse
 from tests.server.tiny_server import post, running, stream
@@ -66,7 +68,7 @@ class Server:
         return body(**{"tool_choice": "required", "parallel_tool_calls": False, **bias, **fields})
 
 
-@pytest.fixture(scope="module", params=[name for name in FAMILIES if name != "mistral_named"])
+@pytest.fixture(scope="module", params=["hermes", "llama3", "harmony", "generic"])
 def server(request):
     tokenizer = FAMILIES[request.param].tokenizer
     with running(seeded_model(tokenizer), tokenizer=tokenizer) as client:
@@ -100,6 +102,14 @@ def test_a_named_call_is_of_that_tool(server):
     for answer in post(server.client, CHAT, server.required(seed=2, tool_choice=choice, parallel_tool_calls=True))["choices"]:
         ((name, _),) = calls_of(answer)
         assert name == chosen
+
+
+def test_only_the_allowed_tools_are_called(server):
+    chosen = [{"type": "function", "function": {"name": "now"}}]
+    choice = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": chosen}}
+    document = post(server.client, CHAT, server.required(seed=2, tool_choice=choice))
+    assert calls_of(document["choices"][0]) == [("now", {})]
+    assert document["usage"]["prompt_tokens"] == post(server.client, CHAT, body(max_tokens=1))["usage"]["prompt_tokens"]
 
 
 def test_parallel_calls_are_all_valid(server):
@@ -217,3 +227,14 @@ def test_an_answer_is_a_call_or_of_its_schema(server):
             jsonschema.validate(json.loads(choice["message"]["content"]), schema)
     error = post(server.client, CHAT, body(regex="a+"), 400)
     assert error["param"] == "regex" and "tools" in error["message"]
+
+
+def test_what_cannot_be_compiled_is_refused_again_without_being_compiled():
+    tokenizer = FAMILIES["hermes"].tokenizer
+    compiler = GrammarCompiler(tokenizer, len(tokenizer))
+    messages = set()
+    for param in ("one", "two"):
+        with pytest.raises(ApiError, match="uniqueItems") as caught:
+            compiler.compile(GrammarSpec("json_schema", json.dumps(UNSUPPORTED), param))
+        messages.add(str(caught.value).removeprefix(f"{param}: "))
+    assert len(messages) == 1

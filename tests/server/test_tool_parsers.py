@@ -14,9 +14,9 @@ from specache.server.tool_fields import ToolDefinition
 from specache.server.tool_formats.base import ToolFormat
 from specache.server.tool_formats.generic import GenericFormat
 from specache.server.tool_formats.hermes import HermesFormat
+from specache.server.tool_formats.known_formats import FORMATS, tool_format
 from specache.server.tool_formats.llama3 import Llama3Format
 from specache.server.tool_formats.mistral import MistralFormat
-from specache.server.tool_formats.registry import FORMATS, tool_format
 from specache.server.tool_use import ToolUse
 from tests.server.tool_models import FAMILIES
 

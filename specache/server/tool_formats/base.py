@@ -1,4 +1,4 @@
-"""What a tool format provides. `registry.py` lists the formats."""
+"""What a tool format provides. `known_formats.py` lists the formats."""
 
 from __future__ import annotations
 
