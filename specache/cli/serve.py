@@ -1,4 +1,4 @@
-"""`specache serve`: one model behind the OpenAI API."""
+"""`specache serve`: one model behind the APIs of OpenAI and Anthropic."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def serve(
     cache: options.CacheOptions,
     loading: ServeLoadOptions,
 ) -> None:
-    """Serve a model over HTTP, with the API of OpenAI.
+    """Serve a model over HTTP, with the APIs of OpenAI and Anthropic.
 
     Requests share the model, the cache and its memory; a prompt is read once for all that begin
     alike. Ctrl-C ends the server.

@@ -1,1 +1,1 @@
-"""The HTTP server: one model behind the OpenAI API, over one cache and one engine."""
+"""The HTTP server: one model behind two APIs, over one cache and one engine."""

@@ -11,7 +11,7 @@ import pytest
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
-from pydantic import BaseModel, Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 from tests.server.live_server import Live, live
 from tests.server.scripted_model import scripted
@@ -29,6 +29,8 @@ def weather(city: str) -> str:
 
 class Light(BaseModel):
     """A lamp."""
+
+    model_config = ConfigDict(extra="forbid")  # any further property could be as long as the answer
 
     colour: Literal["red", "green"]
     on: bool = Field(description="Whether it shines.")
@@ -121,7 +123,7 @@ def test_a_tool_that_must_be_called_is_called(agent_server, choice):
 @pytest.mark.parametrize("strict", [True, None])
 def test_a_structured_answer_is_an_object_of_its_class(server, agent_server, method, strict):
     place = server if method == "json_schema" else agent_server
-    model = model_of(place, temperature=1, max_completion_tokens=300)
+    model = model_of(place, max_completion_tokens=300)
     answer = model.with_structured_output(Light, method=method, strict=strict).invoke("Describe the lamp.")
     assert isinstance(answer, Light)
 
