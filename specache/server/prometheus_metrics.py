@@ -33,6 +33,8 @@ class Metrics:
         self._aborted = self._counter("aborted_requests", "Jobs that ended before their answer did.")
         open_streams = Gauge("specache_open_requests", "Requests for answers that are open.", registry=self._registry)
         open_streams.set_function(lambda: state.open_streams)
+        stored = Gauge("specache_stored_response_bytes", "Memory of stored responses.", registry=self._registry)
+        stored.set_function(lambda: state.responses.used_bytes)
 
     def count_request(self, route: str, status: int, seconds: float) -> None:
         """Count an HTTP request. `status` 0: the client left before an answer."""

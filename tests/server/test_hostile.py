@@ -28,10 +28,13 @@ BODIES = int(os.environ.get("SPECACHE_FUZZ", "2000"))
 ANSWER_S = 60.0  # an answer that takes longer hangs
 HEADER_S, BODY_S = 2.0, 2.0
 CHAT = "/v1/chat/completions"
-PATHS = (CHAT, CHAT, CHAT, "/v1/completions", "/v1/completions", "/tokenize", "/detokenize")
+RESPONSES = "/v1/responses"
+LAST_EVENTS = ("response.completed", "response.incomplete", "response.failed")
+PATHS = (CHAT, CHAT, CHAT, RESPONSES, RESPONSES, "/v1/completions", "/v1/completions", "/tokenize", "/detokenize")
 VALID: dict[str, dict[str, Any]] = {
     CHAT: {"model": SERVED_NAME, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2, "temperature": 0},
     "/v1/completions": {"model": SERVED_NAME, "prompt": "Hello", "max_tokens": 2, "temperature": 0},
+    RESPONSES: {"model": SERVED_NAME, "input": "Hello", "max_output_tokens": 2, "temperature": 0},
     "/tokenize": {"prompt": "Hello"},
     "/detokenize": {"tokens": [10, 11, 12]},
 }
@@ -72,6 +75,16 @@ FIELDS = (
         "chat_template",
         "policy",
         "session",
+    ),
+    *(
+        "input",
+        "instructions",
+        "previous_response_id",
+        "max_output_tokens",
+        "include",
+        "text",
+        "reasoning",
+        "truncation",
     ),
     *(
         "top_k_pairs",
@@ -136,6 +149,12 @@ NASTY: tuple[Any, ...] = (
         [{"role": "user", "content": [{"type": "text"}]}],
     ),
     *(
+        [{"type": "function_call", "call_id": "x", "name": "x", "arguments": "{"}],
+        [{"type": "reasoning"}, {"type": "item_reference", "id": "msg_" + "0" * 36}],
+        {"format": {"type": "json_schema", "name": "x", "schema": {"type": "x"}}},
+        {"format": {"type": "json_object"}},
+    ),
+    *(
         [{"role": "user", "content": [{"type": "text", "text": "x"}]}],
         [{"role": "user", "content": None}],
         [{"role": "tool", "content": "x"}],
@@ -198,7 +217,8 @@ def check(response: httpx.Response, what: str) -> None:
     if response.status_code == 200:
         if response.headers["content-type"].startswith("text/event-stream"):
             last = [line for line in response.text.splitlines() if line.startswith("data:")][-1]
-            assert last == "data: [DONE]" or "error" in json.loads(last.removeprefix("data:")), what
+            ended = last == "data: [DONE]" or json.loads(last.removeprefix("data:"))
+            assert ended is True or "error" in ended or ended.get("type") in LAST_EVENTS, what
         return
     assert 400 <= response.status_code < 500, (response.status_code, response.text[:500], what)
     error = response.json()["error"]

@@ -59,7 +59,7 @@ def test_a_response_is_gone_after_its_age_and_so_is_its_memory():
     assert not holds(store, "old") and holds(store, "new")
     clock.now = 160
     store.expire()
-    assert store.bytes == 0
+    assert store.used_bytes == 0
 
 
 def test_beyond_the_bytes_the_least_recently_used_goes():
@@ -69,7 +69,7 @@ def test_beyond_the_bytes_the_least_recently_used_goes():
     assert holds(store, "a")  # which uses it
     add(store, "d")
     assert [holds(store, name) for name in "abcd"] == [True, False, True, True]
-    assert store.bytes == 3 * (SIZE + 1024)
+    assert store.used_bytes == 3 * (SIZE + 1024)
 
 
 def test_the_key_that_holds_most_makes_room_for_others():
@@ -99,10 +99,10 @@ def test_a_conversation_outlives_the_responses_it_began_with():
     clock.now = 120
     assert not holds(store, "first") and holds(store, "second")
     assert [turn.response_id for turn in store.find("alice", "second").conversation()] == ["first", "second"]
-    assert store.bytes == 2 * (SIZE + 1024)  # the text of both
+    assert store.used_bytes == 2 * (SIZE + 1024)  # the text of both
     clock.now = 150
     store.expire()
-    assert store.bytes == 0
+    assert store.used_bytes == 0
 
 
 def test_a_deleted_response_leaves_the_turns_behind_it_whole():
@@ -112,7 +112,7 @@ def test_a_deleted_response_leaves_the_turns_behind_it_whole():
     store.delete("alice", "first")
     assert not holds(store, "first") and len(store.find("alice", "second").conversation()) == 2
     store.delete("alice", "second")
-    assert store.bytes == 0
+    assert store.used_bytes == 0
 
 
 def test_what_a_running_request_holds_counts_until_it_ends():
@@ -120,12 +120,12 @@ def test_what_a_running_request_holds_counts_until_it_ends():
     add(store, "first")
     held = store.hold("alice", "first")
     store.delete("alice", "first")
-    assert store.bytes == SIZE + 1024 and not holds(store, "first")
+    assert store.used_bytes == SIZE + 1024 and not holds(store, "first")
     assert add(store, "second", parent=held)
     store.release(held)
-    assert store.bytes == 2 * (SIZE + 1024)
+    assert store.used_bytes == 2 * (SIZE + 1024)
     store.delete("alice", "second")
-    assert store.bytes == 0
+    assert store.used_bytes == 0
 
 
 def test_where_running_requests_hold_everything_nothing_is_stored():
@@ -133,10 +133,10 @@ def test_where_running_requests_hold_everything_nothing_is_stored():
     add(store, "a")
     add(store, "b")
     held = [store.hold("alice", name) for name in "ab"]
-    assert not add(store, "c") and store.bytes == 2 * (SIZE + 1024)
+    assert not add(store, "c") and store.used_bytes == 2 * (SIZE + 1024)
     for turn in held:
         store.release(turn)
-    assert store.bytes == 0 and add(store, "c")
+    assert store.used_bytes == 0 and add(store, "c")
 
 
 def test_a_very_long_conversation_is_freed_at_once():
@@ -149,7 +149,7 @@ def test_a_very_long_conversation_is_freed_at_once():
             store.delete("alice", str(number - 1))
     assert len(parent.conversation()) == 20_000
     store.delete("alice", "19999")
-    assert store.bytes == 0
+    assert store.used_bytes == 0
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -176,12 +176,12 @@ def test_the_bytes_are_those_of_what_can_be_reached(seed):
             store.release(held.pop(generator.randrange(len(held))))
         roots = [store.find(who, name) for who, name in known if holds(store, name, who)] + held
         reached = {id(turn): turn for root in roots for turn in root.conversation()}
-        assert store.bytes == sum(turn.bytes for turn in reached.values()) <= 12 * (SIZE + 1024)
+        assert store.used_bytes == sum(turn.size for turn in reached.values()) <= 12 * (SIZE + 1024)
     for turn in held:
         store.release(turn)
     clock.now += 1000
     store.expire()
-    assert store.bytes == 0 and store.numbers("bob") == {"stored": 0, "bytes": 0}
+    assert store.used_bytes == 0 and store.numbers("bob") == {"stored": 0, "bytes": 0}
 
 
 def test_many_threads_leave_the_account_right():
@@ -213,9 +213,9 @@ def test_many_threads_leave_the_account_right():
         thread.start()
     for thread in threads:
         thread.join()
-    assert not failed and store.bytes <= 40 * (SIZE + 1024)
+    assert not failed and store.used_bytes <= 40 * (SIZE + 1024)
     for owner in range(6):
         for number in range(400):
             if holds(store, f"owner{owner}-{number}", f"owner{owner}"):
                 store.delete(f"owner{owner}", f"owner{owner}-{number}")
-    assert store.bytes == 0
+    assert store.used_bytes == 0

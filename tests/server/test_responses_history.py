@@ -135,7 +135,8 @@ def test_beyond_the_bytes_the_oldest_responses_go():
         documents = [respond(client, "x" * 300) for _ in range(12)]
         kept = [client.get(f"{PATH}/{document['id']}").status_code == 200 for document in documents]
         assert kept == sorted(kept) and not kept[0] and kept[-1]
-        assert client.get("/v1/status").json()["responses"]["bytes"] <= 12_000
+        size = client.get("/v1/status").json()["responses"]["bytes"]
+        assert size <= 12_000 and f"specache_stored_response_bytes {float(size)}" in client.get("/metrics").text
         missing(client, previous_response_id=documents[0]["id"])
 
 
@@ -151,7 +152,7 @@ def test_responses_are_forgotten_at_their_age_without_a_request():
     with running(settings=ServerSettings(response_age_seconds=0.2)) as client:
         document = respond(client)
         store = client.app.state.responses
-        wait_until(lambda: not store.bytes, 20)
+        wait_until(lambda: not store.used_bytes, 20)
         missing(client, previous_response_id=document["id"])
 
 
@@ -218,3 +219,20 @@ def test_a_conversation_that_is_too_long_loses_its_oldest_turns_if_asked():
         assert text_of(document) == text_of(expected)
         assert respond(client, items[-3:], truncation="auto")["usage"]["input_tokens"] < 100
         assert respond(client, "x" * 600, 400, truncation="auto")["code"] == "context_length_exceeded"
+
+
+def test_a_turn_that_is_left_out_takes_its_calls_and_their_results_along():
+    def call(name: str) -> list[dict[str, str]]:
+        return [
+            {"type": "function_call", "call_id": name, "name": "f", "arguments": "{}"},
+            {"role": "user", "content": "in between"},
+            {"type": "function_call_output", "call_id": name, "output": "x" * 60},
+        ]
+
+    with running() as client:
+        turns = [item for number in range(9) for item in [{"role": "user", "content": f"Turn {number}"}, *call(f"call_{number}")]]
+        assert respond(client, turns[-12:], 400)["code"] == "context_length_exceeded"  # three of them
+        expected = respond(client, turns[-8:])
+        document = respond(client, turns, truncation="auto")
+        assert document["usage"]["input_tokens"] == expected["usage"]["input_tokens"]
+        assert text_of(document) == text_of(expected)

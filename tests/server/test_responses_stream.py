@@ -139,7 +139,7 @@ def test_a_client_that_leaves_ends_its_response_and_nothing_is_stored(is_streame
             connection.close()
             wait_until(lambda: not server.service.status().running, 20)
         wait_until(lambda: not server.app.state.open_streams, 20)
-        assert server.app.state.responses.bytes == 0
+        assert server.app.state.responses.used_bytes == 0
 
 
 def test_a_client_that_leaves_gives_back_what_it_went_on_from():
@@ -149,16 +149,16 @@ def test_a_client_that_leaves_gives_back_what_it_went_on_from():
             body = {"input": "Hello", **SETTINGS}
             connection.sendall(request(PATH, json.dumps(body).encode(), "Connection: close\r\n"))
             first = json.loads(received(connection).decode().partition("\r\n\r\n")[2])
-        size = store.bytes
+        size = store.used_bytes
         connection = server.connect()
         body = {**ENDLESS, "previous_response_id": first["id"], "stream": True}
         connection.sendall(request(PATH, json.dumps(body).encode()))
         wait_until(lambda: server.service.status().running)
         store.delete("", first["id"])
-        assert store.bytes == size  # still held
+        assert store.used_bytes == size  # still held
         connection.shutdown(socket.SHUT_RDWR)
         connection.close()
-        wait_until(lambda: not store.bytes, 20)
+        wait_until(lambda: not store.used_bytes, 20)
 
 
 def test_a_silent_stream_is_kept_alive():

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
 from specache.server.error_responses import ApiError
-from specache.server.responses.input_items import InputItem, MessageItem
+from specache.server.responses.input_items import FunctionCallItem, FunctionCallOutputItem, InputItem, MessageItem
 
 _Prompt = TypeVar("_Prompt")
 
@@ -14,8 +14,8 @@ _Prompt = TypeVar("_Prompt")
 class PromptTruncation(Generic[_Prompt]):
     """Makes a prompt of as many of the newest turns as fit.
 
-    A turn begins with a message of the user, so that no result loses its call. Messages of the
-    system and the newest turn stay.
+    A turn begins with a message of the user where every call has its result, so that none loses the
+    other. Messages of the system and the newest turn stay.
 
     Args:
         prompt_of: makes the prompt of a conversation.
@@ -35,7 +35,7 @@ class PromptTruncation(Generic[_Prompt]):
             ApiError: not even the newest turn fits, or `prompt_of` failed.
         """
         found = self._try(list(items))
-        turns = [place for place, item in enumerate(items) if isinstance(item, MessageItem) and item.role == "user"]
+        turns = _turns(items)
         fewest, most = 1, len(turns) - 1  # turns to leave out
         if found is not None:
             return found
@@ -66,6 +66,20 @@ class PromptTruncation(Generic[_Prompt]):
             return prompt
         self._full = prompt
         return None
+
+
+def _turns(items: Sequence[InputItem]) -> list[int]:
+    """Return where turns begin."""
+    turns: list[int] = []
+    open_calls: set[str] = set()
+    for place, item in enumerate(items):
+        if isinstance(item, FunctionCallItem):
+            open_calls.add(item.call_id)
+        elif isinstance(item, FunctionCallOutputItem):
+            open_calls.discard(item.call_id)
+        elif isinstance(item, MessageItem) and item.role == "user" and not open_calls:
+            turns.append(place)
+    return turns
 
 
 def _without_turns_before(items: Sequence[InputItem], start: int) -> list[InputItem]:

@@ -35,8 +35,8 @@ class StoredTurn:
     uses: int = 0  # by the store under its identifier, by turns that go on from it, by requests
 
     @property
-    def bytes(self) -> int:
-        """Return the memory that it takes."""
+    def size(self) -> int:
+        """Return the bytes that it takes."""
         return len(self.response) + len(self.input_items) + _OVERHEAD
 
     def conversation(self) -> list[StoredTurn]:
@@ -81,13 +81,13 @@ class ResponseStore:
         turn = StoredTurn(owner, response_id, response, input_items, parent, self._clock(), uses=1)
         with self._lock:
             self._expire()
-            if not self._make_room(turn.bytes):
+            if not self._make_room(turn.size):
                 return False
             if parent is not None:
                 parent.uses += 1
             self._turns[response_id] = turn
             self._recent.setdefault(owner, OrderedDict())[response_id] = turn
-            self._bytes[owner] = self._bytes.get(owner, 0) + turn.bytes
+            self._bytes[owner] = self._bytes.get(owner, 0) + turn.size
         return True
 
     def find(self, owner: str, response_id: str) -> StoredTurn:
@@ -136,7 +136,7 @@ class ResponseStore:
             return {"stored": len(self._recent.get(owner, ())), "bytes": self._bytes.get(owner, 0)}
 
     @property
-    def bytes(self) -> int:
+    def used_bytes(self) -> int:
         """Return the memory of all keys' responses."""
         with self._lock:
             return sum(self._bytes.values())
@@ -176,7 +176,7 @@ class ResponseStore:
 
     def _drop(self, turn: StoredTurn) -> None:
         for unused in self._unused(turn):
-            left = self._bytes[unused.owner] - unused.bytes
+            left = self._bytes[unused.owner] - unused.size
             if left:
                 self._bytes[unused.owner] = left
             else:
