@@ -73,7 +73,10 @@ def serve(
 
     listener = listen(settings)
     with listener:
-        _say(f"specache {__version__} listens on {address_text(settings, listener)}/v1 ({threads} thread{'s' * (threads > 1)})")
+        address = address_text(settings, listener)
+        _say(f"specache {__version__} listens on {address}/v1 ({threads} thread{'s' * (threads > 1)})")
+        if settings.page:
+            _say(f"A page to ask it and to watch its memory: {address}/")
         running = Server(
             ServerApp(settings, keys),
             load,

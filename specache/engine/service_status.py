@@ -35,6 +35,7 @@ class ServiceStatus:
         chunk_tokens: prompt tokens that are read between two decode steps.
         fast_bytes, fast_peak_bytes, fast_budget_bytes: fast memory in use now and at most (with
             planned working sets), and the limit.
+        fast_working_bytes: the part of `fast_bytes` that is planned working sets.
         slow_bytes, slow_peak_bytes: 16-bit rows of running sequences and, in main memory, of stored
             prefixes; what they share counts once.
         hot_bytes, window_bytes, checkpoint_bytes: parts of the running sequences' memory.
@@ -64,6 +65,7 @@ class ServiceStatus:
     fast_bytes: int
     fast_peak_bytes: int
     fast_budget_bytes: int | None
+    fast_working_bytes: int
     slow_bytes: int
     slow_peak_bytes: int
     hot_bytes: int
@@ -139,6 +141,7 @@ def measured(engines: PolicyEngines) -> dict[str, Any]:
         "fast_bytes": budget.used,
         "fast_peak_bytes": budget.peak,
         "fast_budget_bytes": budget.limit,
+        "fast_working_bytes": budget.working,
         "slow_bytes": engines.slow_bytes,
         "slow_peak_bytes": engines.slow_peak_bytes,
         "hot_bytes": memory.hot,

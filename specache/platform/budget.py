@@ -29,6 +29,7 @@ class ByteBudget:
 
     Attributes:
         used: bytes held now.
+        working: the part of `used` that `reserved` blocks hold, such as working sets of passes.
         peak: largest value of `used`.
         spare: spare bytes held in addition; not part of `used` and `peak`.
     """
@@ -36,6 +37,7 @@ class ByteBudget:
     def __init__(self, limit: int | None = None) -> None:
         self.limit = limit
         self.used = 0
+        self.working = 0
         self.peak = 0
         self.spare = 0
         self._holders: weakref.WeakSet[SpareHolder] = weakref.WeakSet()
@@ -94,6 +96,10 @@ class ByteBudget:
         with self._lock:
             self.spare += size
 
+    def _count_working(self, size: int) -> None:
+        with self._lock:
+            self.working += size
+
     def _make_room(self, size: int) -> None:
         """Have spare bytes given up if `size` more bytes do not fit beside them."""
         if self.limit is None or size <= 0:
@@ -108,9 +114,11 @@ class ByteBudget:
     def reserved(self, size: int, what: str) -> Iterator[None]:
         """Hold `size` bytes inside the block. Raise as `take`."""
         self.take(size, what)
+        self._count_working(size)
         try:
             yield
         finally:
+            self._count_working(-size)
             self.give_back(size)
 
 

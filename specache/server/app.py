@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from specache.errors import SpeCacheError
-from specache.server import health, page
+from specache.server import health, web_page
 from specache.server.app_state import AppState
 from specache.server.error_responses import ApiError, answer_api_error, answer_http_error, error_response
 from specache.server.keys import KeyRing
@@ -53,7 +53,7 @@ class ServerApp:
         self._routes.state.server = self.state
         self._routes.include_router(health.router)
         if settings.page:
-            self._routes.include_router(page.router)
+            self._routes.include_router(web_page.router)
         self._stack: ASGIApp = RequestLog(Guard(self._when_loaded, settings, keys), self.state)
 
     def begin_serving(self, served: ServedModel, service: EngineService) -> None:

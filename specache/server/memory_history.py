@@ -31,9 +31,10 @@ class MemoryHistory:
 
     def add(self, status: ServiceStatus) -> None:
         """Take a sample."""
-        used, stored = status.fast_bytes, 0 if status.prefixes is None else status.prefixes.fast_bytes
-        fast, slow = min(status.running_fast_bytes, used), status.running_slow_bytes
-        kept = min(stored, used - fast) + max(0, status.slow_bytes - slow)  # `used` has working sets too
+        stored = 0 if status.prefixes is None else status.prefixes.fast_bytes
+        held = max(0, status.fast_bytes - status.fast_working_bytes)
+        fast, slow = min(status.running_fast_bytes, held), status.running_slow_bytes
+        kept = min(stored, held - fast) + max(0, status.slow_bytes - slow)
         self._samples.append((round(time.time(), 2), fast, slow, kept, status.ordinary_bytes))
 
     def since(self, seconds: float) -> dict[str, Any]:

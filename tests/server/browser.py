@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import pytest
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
+CHAT = "**/v1/chat/completions"
 WIDE, NARROW = (1400, 900), (400, 850)
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 SLOW_MS = 30_000  # for what other processes on the same cores may hold up
@@ -107,3 +109,20 @@ def watching(
         assert {urlsplit(url).netloc for url in watched.asked if not url.startswith("data:")} == {urlsplit(address).netloc}
     finally:
         context.close()
+
+
+def events(*chunks: dict | str, done: bool = True) -> str:
+    """The body of a stream: comments are texts, data are deltas of the first choice."""
+    lines = []
+    for chunk in chunks:
+        if isinstance(chunk, str):
+            lines.append(f": {chunk}\n\n")
+        else:
+            body = chunk if "error" in chunk else {"choices": [{"index": 0, "delta": chunk, "finish_reason": None}]}
+            lines.append(f"data: {json.dumps(body)}\n\n")
+    return "".join(lines) + ("data: [DONE]\n\n" if done else "")
+
+
+def answer_with(watched: Watched, body: str, status: int = 200, kind: str = "text/event-stream", **headers: str) -> None:
+    """Have the browser get this answer to a question, in place of the server's."""
+    watched.page.route(CHAT, lambda route: route.fulfill(status=status, body=body, headers={"content-type": kind, **headers}))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from specache.server import health, page
+from specache.server import health, web_page
 from specache.server.model_routes import ROUTERS
 from specache.server.security import OPEN_TO_ALL
 from tests.server.tiny_server import error_of, running
 
 ROUTES = sorted(
     (method, route.path.replace("{name:path}", "tiny"))
-    for router in (health.router, page.router, *ROUTERS)
+    for router in (health.router, web_page.router, *ROUTERS)
     for route in router.routes
     for method in route.methods - {"HEAD"}  # whose errors have no body
 )

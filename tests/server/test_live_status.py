@@ -213,7 +213,9 @@ def test_since_must_be_a_time(client, since):
     assert response.status_code == 400 and error_of(response)["param"] == "since"
 
 
-def sample(history: MemoryHistory, *, used: int, slow: int = 0, running=(0, 0, 0), stored: int | None = None) -> tuple[int, ...]:
+def sample(
+    history: MemoryHistory, *, used: int, working: int = 0, slow: int = 0, running=(0, 0, 0), stored: int | None = None
+) -> tuple[int, ...]:
     """Add a status to a history and return its sample without the time.
 
     Args:
@@ -221,7 +223,8 @@ def sample(history: MemoryHistory, *, used: int, slow: int = 0, running=(0, 0, 0
     """
     names = ("running_fast_bytes", "running_slow_bytes", "ordinary_bytes")
     prefixes = None if stored is None else PrefixStatus(fast_bytes=stored)
-    history.add(SimpleNamespace(fast_bytes=used, slow_bytes=slow, prefixes=prefixes, **dict(zip(names, running, strict=True))))
+    numbers = dict(zip(names, running, strict=True), fast_bytes=used, fast_working_bytes=working, slow_bytes=slow)
+    history.add(SimpleNamespace(**numbers, prefixes=prefixes))
     return tuple(history.since(0)["samples"][-1][1:])
 
 
@@ -230,7 +233,7 @@ def test_what_stored_and_running_texts_share_counts_once():
     assert sample(history, used=30, slow=100, stored=30) == (0, 0, 130, 0)
     assert sample(history, used=32, slow=140, stored=30, running=running) == (25, 100, 7 + 40, 110)
     assert sample(history, used=20, slow=100, stored=30, running=running) == (20, 100, 0, 110), "no more than there is"
-    assert sample(history, used=999, slow=100, stored=30, running=running) == (25, 100, 30, 110), "working sets are not kept"
+    assert sample(history, used=999, working=970, slow=100, stored=30, running=running) == (25, 100, 4, 110), "without working sets"
 
 
 def test_the_history_is_bounded():

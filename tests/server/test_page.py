@@ -14,8 +14,8 @@ from starlette.testclient import TestClient
 import specache
 from specache.cli.serve_options import ServerOptions
 from specache.server.app import ServerApp
-from specache.server.page import PAGE
 from specache.server.settings import ServerSettings
+from specache.server.web_page import PAGE
 from tests.server.tiny_server import ADDRESS, error_of, running
 
 TEXT = PAGE.read_text()
@@ -135,5 +135,5 @@ def test_the_file_lies_in_the_package():
 
 
 def test_serving_the_page_does_not_import_pytorch():
-    code = "import sys, specache.server.app; assert 'specache.server.page' in sys.modules and 'torch' not in sys.modules"
+    code = "import sys, specache.server.app; assert 'specache.server.web_page' in sys.modules and 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

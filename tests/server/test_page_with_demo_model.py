@@ -67,7 +67,7 @@ def test_a_document_is_asked_about_and_the_numbers_move(request, take):
         assert page.inner_text("#state-text") == "SmolLM2-135M"
         if shows:
             take(watched, "empty")
-        watched.set_up(most=60)
+        watched.set_up(most=60 if shows else 24)
         watched.upload(document(years=12 if shows else 1), "harbour.txt")
         page.locator("#document-size", has_text="tokens").wait_for()
         watched.send("List the months of 1880 and how many ships came in each.")
@@ -84,6 +84,6 @@ def test_a_document_is_asked_about_and_the_numbers_move(request, take):
         assert "An ordinary cache: " in page.inner_text("#lead-note") and watched.fact("Rows ready").endswith("%")
         watched.send("And how many came with grain?")
         page.wait_for_selector(".live", timeout=READ_MS)
-        watched.wait_for_end()
+        watched.wait_for_end(READ_MS)
         page.get_by_text("of them stored").wait_for()
         take(watched, "answered")

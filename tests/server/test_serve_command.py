@@ -70,6 +70,9 @@ def test_ctrl_c_ends_a_stream_with_a_last_event_and_the_process_with_130(tmp_pat
     ) as server:
         seen = server.wait_for("mine is ready")
         assert seen.index("listens on http://127.0.0.1:") < seen.index("mine is ready")
+        assert f"watch its memory: {server.address}/" in seen
+        with server.ask("/") as page:
+            assert b"<title>specache</title>" in page.read()
         assert f"({serving_threads(clients_are_here=True)} thread" in seen
         assert json.load(server.ask("/v1/models"))["data"][0]["id"] == "mine"
         with server.ask("/v1/chat/completions", BODY) as stream:

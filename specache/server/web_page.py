@@ -11,7 +11,7 @@ from pathlib import Path
 from fastapi import APIRouter
 from starlette.responses import Response
 
-PAGE = Path(__file__).with_name("page.html")
+PAGE = Path(__file__).with_name("web_page.html")
 router = APIRouter()
 
 
