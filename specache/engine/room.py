@@ -106,6 +106,23 @@ class Room:
         more = self._copied_pages(cache, config, len(planned)) + logit_bytes_of(request, cache, chunk)
         check_limit(cache, config, planned, chunk, limit - more)
 
+    def check_smallest(self, cache: SpeCache) -> None:
+        """Refuse a limit of fast memory into which no request fits at all.
+
+        Raises:
+            FastMemoryError: names the bytes that the smallest one needs.
+        """
+        if (limit := cache.resources.budget.limit) is None:
+            return
+        smallest = [PlannedSequence(1, 1)]
+        more = self._copied_pages(cache, cache.config, 1)
+        needed = plan(cache.resources.dimensions, cache.config, smallest).fast + more
+        if needed > limit:
+            raise FastMemoryError(
+                f"fast_memory allows {limit:,} bytes, and even a request of one token needs {needed:,}: no request would fit. "
+                "Raise fast_memory (--fast-memory), or use a smaller top_k, residual or hot_set."
+            )
+
     @contextmanager
     def growth_reserved(self) -> Iterator[None]:
         """Keep stored prefixes from taking bytes inside the block that running requests will need.

@@ -14,7 +14,7 @@ from specache.engine.engine import Engine
 from specache.engine.handle import Handle
 from specache.engine.prefix_reuse import PrefixReuse
 from specache.engine.prefix_store import PrefixStore
-from specache.errors import ConfigError, FastMemoryError
+from specache.errors import ConfigError, FastMemoryError, UsageError
 from tests.engine import serving
 from tests.sessions.sequences import gemma
 from tests.tiny import llama, prompt
@@ -53,7 +53,7 @@ class Engines:
             other: dict[str, Any] = chance.choice([{"top_k": 8}, {"policy": "on-demand"}, {"policy": "none"}])
             try:
                 self.all.append(self.all[0].beside(**other))
-            except ConfigError:
+            except (ConfigError, UsageError):
                 pass
         self.queue: list[tuple[Engine, Any]] = []
 
