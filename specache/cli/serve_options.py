@@ -149,7 +149,10 @@ MaxWaiting = Annotated[
     typer.Option("--max-waiting", min=1, help="Requests that may wait; more are told to try later.", rich_help_panel=LIMITS_PANEL),
 ]
 MaxRequests = Annotated[
-    int, typer.Option("--max-requests", min=1, help="Requests for answers, and to /tokenize, that may be open.", rich_help_panel=LIMITS_PANEL)
+    int,
+    typer.Option(
+        "--max-requests", min=1, help="Requests for answers, and to /tokenize, that may be open.", rich_help_panel=LIMITS_PANEL
+    ),
 ]
 MaxConnections = Annotated[
     int, typer.Option("--max-connections", min=1, help="Connections that may be open.", rich_help_panel=LIMITS_PANEL)

@@ -31,7 +31,9 @@ class Metrics:
         self._cached_tokens = self._counter("cached_prompt_tokens", "Prompt tokens that were stored before.")
         self._new_tokens = self._counter("generated_tokens", "New tokens of answers.")
         self._aborted = self._counter("aborted_requests", "Jobs that ended before their answer did.")
-        open_streams = Gauge("specache_open_requests", "Requests for answers, and for the tokens of texts, that are open.", registry=self._registry)
+        open_streams = Gauge(
+            "specache_open_requests", "Requests for answers, and for the tokens of texts, that are open.", registry=self._registry
+        )
         open_streams.set_function(lambda: state.open_streams)
 
     def count_request(self, route: str, status: int, seconds: float) -> None:

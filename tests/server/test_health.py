@@ -102,7 +102,13 @@ def test_what_only_grows_is_a_counter_and_its_unit_is_in_its_name():
         text, found = client.get("/metrics").text, samples(client)
         assert found["specache_engine_finished_total"] == 1 and found["specache_engine_new_tokens_total"] == 5
         assert found["specache_engine_decode_seconds_total"] > 0
-        for name in ("refused_total", "rows_selected_total", "bytes_fetched_total", "wait_seconds_total", "prompt_tokens_read_total"):
+        for name in (
+            "refused_total",
+            "rows_selected_total",
+            "bytes_fetched_total",
+            "wait_seconds_total",
+            "prompt_tokens_read_total",
+        ):
             assert f"specache_engine_{name}" in found
         assert "# TYPE specache_engine_finished_total counter" in text
         assert "# TYPE specache_engine_fast_bytes gauge" in text and "# TYPE specache_engine_chunk_tokens gauge" in text
