@@ -99,7 +99,7 @@ def test_a_decode_step_computes_no_plan(models, monkeypatch):
     decode_bytes, fits = decoder.decode_bytes, Room.fits
     monkeypatch.setattr(decoder, "decode_bytes", lambda *args: computed.append(args) or decode_bytes(*args))
     monkeypatch.setattr(Room, "fits", lambda *args: asked.append(args) or fits(*args))
-    config = specache.SpeCacheConfig(group_size=GROUP, residual=RESIDUAL, fast_memory=480_000, slow_tier="ram-inplace")
+    config = specache.SpeCacheConfig(group_size=GROUP, residual=RESIDUAL, fast_memory=560_000, slow_tier="ram-inplace")
     with specache.Engine(models["llama"], config) as running:
         handles = [
             running.add(specache.make_request(models["llama"], prompt(200, seed), max_new_tokens=64, do_sample=False))
