@@ -126,7 +126,12 @@ def _load(
     names = tuple(dict.fromkeys(server.served_model_name or [_public_name(model)]))
     served = ServedModel(loaded.model, loaded.tokenizer, names, loaded.max_positions, _fingerprint(loaded, config))
     prefixes = server.prefix_store(loaded.model, config)
-    service = EngineService(loaded.model, config, prefixes=prefixes, most_waiting=server.max_waiting, chunk_ms=server.chunk_ms)
+    try:
+        service = EngineService(loaded.model, config, prefixes=prefixes, most_waiting=server.max_waiting, chunk_ms=server.chunk_ms)
+    except BaseException:
+        if prefixes is not None:
+            prefixes.close(0.0)
+        raise
     if not service.wait_until_ready():
         raise service.status().error or SpeCacheError("The engine ended while it started.")
     return served, service

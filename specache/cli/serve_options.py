@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -171,7 +172,10 @@ MaxWaiting = Annotated[
     typer.Option("--max-waiting", min=1, help="Requests that may wait; more are told to try later.", rich_help_panel=LIMITS_PANEL),
 ]
 MaxRequests = Annotated[
-    int, typer.Option("--max-requests", min=1, help="Requests for answers that may be open.", rich_help_panel=LIMITS_PANEL)
+    int,
+    typer.Option(
+        "--max-requests", min=1, help="Requests for answers, and to /tokenize, that may be open.", rich_help_panel=LIMITS_PANEL
+    ),
 ]
 MaxConnections = Annotated[
     int, typer.Option("--max-connections", min=1, help="Connections that may be open.", rich_help_panel=LIMITS_PANEL)
@@ -188,6 +192,24 @@ ServingThreads = Annotated[
         rich_help_panel=MODEL_PANEL,
     ),
 ]
+
+
+def check_writable(folder: Path, flag: str) -> None:
+    """Make a folder if there is none, and check that files can be written in it.
+
+    Raises:
+        ConfigError: says why not, and what to do.
+    """
+    folder = folder.expanduser().absolute()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{flag} {folder}: no files can be written there ({error.strerror}). Name a folder on a disk that you may write to, "
+            f"or leave out {flag}."
+        ) from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,6 +261,8 @@ class ServerOptions:
                 parse_size(size, flag)
         if self.prefix_cache is not None and not self.prefix_sharing:
             raise ConfigError("--prefix-cache stores prompts for later ones; leave out --no-prefix-sharing.")
+        if self.prefix_cache is not None:
+            check_writable(self.prefix_cache, "--prefix-cache")
 
         return ServerSettings(
             host=self.host,

@@ -122,7 +122,9 @@ class Engine:
     def logit_bytes(self) -> int:
         """Return the bytes of the logits of the prompt that is read, which no plan counts."""
         reading = self._reader.handle
-        return 0 if reading is None else logit_bytes_of(reading.request, self.cache, chunk_of(reading.request, self.chunk, self.cache))
+        return (
+            0 if reading is None else logit_bytes_of(reading.request, self.cache, chunk_of(reading.request, self.chunk, self.cache))
+        )
 
     def add(self, request: Request, on_end: Callable[[Handle], None] | None = None, reuse: PrefixReuse | None = None) -> Handle:
         """Queue a request. Requests are prefilled in order, each as soon as memory allows.

@@ -27,12 +27,20 @@ class PolicyEngines:
     Args:
         model, config: as for `Engine`.
 
+    Raises:
+        FastMemoryError: no request fits into `fast_memory`.
+
     Attributes:
         first: the engine of the service's own settings.
     """
 
     def __init__(self, model: Any, config: SpeCacheConfig | None) -> None:
         self.first = Engine(model, config)
+        try:
+            self.first.room.check_smallest(self.first.cache)
+        except BaseException:
+            self.first.close()
+            raise
         self._model = unwrapped(model)
         self._others: OrderedDict[Changes, Engine] = OrderedDict()  # least recently used first
         self._closed = Counters()  # what engines that were closed have counted

@@ -132,7 +132,7 @@ class PrefixDisk:
             sequence.clear()
 
     def is_read(self, sequence: Sequence | None) -> bool:
-        """Return whether a sequence is being written now, so that its bytes are not free at once."""
+        """Return whether a sequence is being written now, so that it is not free at once."""
         return self._writer is not None and self._writer.reads(sequence)
 
     def drop_write(self, prefix: Prefix | None = None) -> bool:
@@ -150,7 +150,7 @@ class PrefixDisk:
             self._writer.wake = written
 
     def pieces(self, saved: SavedPrefix, sequence: Sequence, length: int) -> Generator[None, None, bool]:
-        """Fill an empty sequence with the first tokens of a saved prefix, and yield after each piece.
+        """Fill an empty sequence with the first tokens of a saved prefix. Yield after each piece.
 
         Returns False if it is damaged or was removed; it is not used any more then.
 

@@ -166,7 +166,7 @@ class PrefixReuse:
 
 
 def _in_slices(pieces: Generator[None, None, bool]) -> Generator[None, None, bool]:
-    """Run pieces to the end and return their result. Yield whenever `SLICE_S` seconds have passed."""
+    """Run pieces to the end and return their result. Yield every `SLICE_S` seconds."""
     with closing(pieces):
         until = time.monotonic() + SLICE_S
         while True:

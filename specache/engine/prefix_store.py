@@ -18,15 +18,16 @@ from typing import Any
 from specache.cache.cache import SpeCache
 from specache.cache.cache_context import CacheContext
 from specache.cache.prefix_fork import fork_prefix, is_whole, read_tokens
-from specache.cache.prefix_index import Found, Prefix, PrefixIndex
+from specache.cache.prefix_index import Found, PrefixIndex
 from specache.cache.prefixes import tokens_of
 from specache.cache.sequence import Sequence
 from specache.cache.sizes import on_disk
 from specache.config import Policy, SpeCacheConfig
 from specache.engine.prefix_disk import PrefixDisk
+from specache.engine.prefix_eviction import PrefixEviction
 from specache.engine.prefix_return import ReturningPrefix, to_the_end
 from specache.engine.prefix_status import PrefixCounters, PrefixStatus
-from specache.engine.stored_prefixes import RoomLater, Unwritten
+from specache.engine.stored_prefixes import Unwritten
 from specache.errors import FastMemoryError, SlowTierError
 from specache.model.info import inspect_model
 from specache.platform import modes
@@ -78,6 +79,7 @@ class PrefixStore:
         self._disk: PrefixDisk | None = None
         if folder is not None:
             self._disk = PrefixDisk(model, self._config, self._index, self._counters, folder, most_disk_bytes)
+        self._eviction = PrefixEviction(self._index, self._disk, self._counters)
         self._in_memory = PrefixStatus()
         self._refresh()
 
@@ -214,7 +216,7 @@ class PrefixStore:
             if self._disk is not None:
                 self._disk.close(seconds)
             for prefix in self._index.in_memory():
-                self._drop_sequence(prefix)
+                self._eviction.drop(prefix)
         self._index.clear()
         self._refresh()
 
@@ -236,9 +238,7 @@ class PrefixStore:
         layers = sequence.compressed.values()
         return bool(layers) and all(layer.config.layout == self._config.layout for layer in layers)
 
-    def _begin(
-        self, owner: str, token_ids: list[int], cache: SpeCache, unwritten: Unwritten
-    ) -> Sequence | ReturningPrefix | None:
+    def _begin(self, owner: str, token_ids: list[int], cache: SpeCache, unwritten: Unwritten) -> Sequence | ReturningPrefix | None:
         self._collect()
         self._context = cache.context
         cache.release_device_batch()
@@ -254,7 +254,7 @@ class PrefixStore:
                 try:
                     sequence = self._fork(found, cache)
                 except FastMemoryError:
-                    if not self._evict_one(unwritten, sparing=prefix):
+                    if not self._eviction.evict_one(unwritten, sparing=prefix):
                         break
                     continue
                 if sequence is not None:
@@ -276,7 +276,7 @@ class PrefixStore:
                     self.make_room_for_rows(row_bytes)
                     return sequence if to_the_end(returning.pieces(sequence)) else None
                 except (FastMemoryError, NoRoomError):
-                    if not self._evict_one(Unwritten.WAIT, sparing=returning.prefix):
+                    if not self._eviction.evict_one(Unwritten.WAIT, sparing=returning.prefix):
                         raise
 
     def _fork(self, found: Found, cache: SpeCache) -> Sequence | None:
@@ -288,7 +288,7 @@ class PrefixStore:
         except SlowTierError:
             fork = None
         if fork is None and prefix.sequence is source:
-            self._drop_sequence(prefix)
+            self._eviction.drop(prefix)
         elif fork is None:
             self._index.end_running(source)
         return fork
@@ -316,19 +316,10 @@ class PrefixStore:
         for shorter in self._index.shorter(prefix):
             if shorter.sequence is not None and self._index.serves(sequence, len(shorter.text)):
                 prefix.hits += shorter.hits
-                self._drop_sequence(shorter)
+                self._eviction.drop(shorter)
         if self._disk is not None:
             self._disk.write_stored(prefix)
         return True
-
-    def _drop_sequence(self, prefix: Prefix) -> None:
-        """Give up the sequence that the store has of a prefix."""
-        sequence, prefix.sequence = prefix.sequence, None
-        if sequence is not None and self._disk is not None:
-            self._disk.free(sequence)
-        elif sequence is not None:
-            sequence.clear()
-        self._index.remove_if_empty(prefix)
 
     def _evict_until(self, is_made: Callable[[], bool], unwritten: Unwritten) -> bool:
         """Evict prefixes until there is room; return whether there is."""
@@ -337,49 +328,11 @@ class PrefixStore:
         self._collect()
         try:
             with modes.ours():
-                while not is_made() and self._evict_one(unwritten):
+                while not is_made() and self._eviction.evict_one(unwritten):
                     pass
         finally:
             self._refresh()
         return is_made()
-
-    def _evict_one(self, unwritten: Unwritten, sparing: Prefix | None = None) -> bool:
-        """Drop a sequence of the store; return whether there was one.
-
-        It is the least recently used one of those that the disk has, or does not need. If there is
-        none, `unwritten` says what happens.
-
-        Raises:
-            RoomLater: one is being written (`Unwritten.QUEUE`).
-        """
-        victims, disk = [prefix for prefix in self._index.in_memory() if prefix is not sparing], self._disk
-        victim = next((one for one in victims if disk is None or disk.has_all(one)), None)
-        if victim is None and disk is not None:
-            victim = self._evict_unwritten(disk, victims, unwritten)
-            if victim is None:
-                return unwritten is Unwritten.DROP and disk.drop_write()
-        if victim is None:
-            return False
-        self._drop_sequence(victim)
-        self._counters.evicted += 1
-        return True
-
-    def _evict_unwritten(self, disk: PrefixDisk, victims: list[Prefix], unwritten: Unwritten) -> Prefix | None:
-        """Return which of several prefixes goes that the disk lacks, the least recently used first."""
-        if unwritten is Unwritten.QUEUE:
-            if victims and not disk.is_writing:
-                disk.begin_writing(victims[0])
-            if disk.is_writing:
-                raise RoomLater
-            return None
-        free = [one for one in victims if not disk.is_read(one.sequence)]
-        victim = next(iter([*free, *victims] if unwritten is Unwritten.DROP else victims), None)
-        if victim is not None and unwritten is Unwritten.WAIT:
-            disk.write_now(victim)
-        elif victim is not None:
-            disk.drop_write(victim)
-            disk.count_dropped(victim)
-        return victim
 
     def _fast_bytes(self) -> int:
         """Return the bytes of fast memory in use."""

@@ -9,14 +9,15 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from specache.cache.cache import SpeCache
-from specache.cache.sizes import fetches, on_disk, page_layout
+from specache.cache.sizes import on_disk, page_layout
 from specache.config import Policy, SpeCacheConfig
 from specache.engine.admission import check_limit, check_room
 from specache.engine.auto_tier import FreeMemory, decide_tier, main_memory_bytes, with_margin
+from specache.engine.growth import row_block, row_growth, surplus
 from specache.engine.handle import Handle, Request
 from specache.engine.stored_prefixes import RoomLater, StoredPrefixes, Unwritten
 from specache.errors import FastMemoryError, OutOfMemoryError
-from specache.planning.footprint import CacheFootprint, PlannedSequence
+from specache.planning.footprint import PlannedSequence
 from specache.planning.plan import plan
 from specache.planning.working_set import FLOAT
 from specache.tiers.row_memory import BLOCK_TOKENS
@@ -106,6 +107,23 @@ class Room:
         more = self._copied_pages(cache, config, len(planned)) + logit_bytes_of(request, cache, chunk)
         check_limit(cache, config, planned, chunk, limit - more)
 
+    def check_smallest(self, cache: SpeCache) -> None:
+        """Refuse a limit of fast memory into which no request fits at all.
+
+        Raises:
+            FastMemoryError: names the bytes that the smallest one needs.
+        """
+        if (limit := cache.resources.budget.limit) is None:
+            return
+        smallest = [PlannedSequence(1, 1)]
+        more = self._copied_pages(cache, cache.config, 1)
+        needed = plan(cache.resources.dimensions, cache.config, smallest).fast + more
+        if needed > limit:
+            raise FastMemoryError(
+                f"fast_memory allows {limit:,} bytes, and even a request of one token needs {needed:,}: no request would fit. "
+                "Raise fast_memory (--fast-memory), or use a smaller top_k, residual or hot_set."
+            )
+
     @contextmanager
     def growth_reserved(self) -> Iterator[None]:
         """Keep stored prefixes from taking bytes inside the block that running requests will need.
@@ -136,7 +154,7 @@ class Room:
         if self.prefixes is None or on_disk(cache.config) or cache.config.policy is Policy.FULL:
             return
         blocks = sequences + (-(-tokens // BLOCK_TOKENS) + 1 if tokens else 0)  # one that others share is copied
-        self.prefixes.make_room_for_rows(blocks * _row_block(cache), Unwritten.DROP)
+        self.prefixes.make_room_for_rows(blocks * row_block(cache), Unwritten.DROP)
 
     def detach(self) -> None:
         """Move the state of attached device batches back into their sequences."""
@@ -165,7 +183,7 @@ class Room:
         if left is None:
             return
         more += sum(self._growth(one) for one in self.tenants if one is not tenant)
-        more += self._copied_pages(cache, cache.config, len(planned)) + _surplus(cache, len(planned))
+        more += self._copied_pages(cache, cache.config, len(planned)) + surplus(cache, len(planned))
         if self.prefixes is not None:
             needed = plan(cache.resources.dimensions, cache.config.with_changes(prefill_chunk=chunk), planned).fast
             short = needed + more - cache.held_bytes() - left
@@ -180,8 +198,8 @@ class Room:
         """
         if self.prefixes is None or on_disk(tenant.cache.config):
             return True
-        others = sum(_row_growth(one.cache, one.planned()) for one in self.tenants if one is not tenant)
-        return self.prefixes.make_room_for_rows(others + _row_growth(tenant.cache, planned), Unwritten.QUEUE)
+        others = sum(row_growth(one.cache, one.planned()) for one in self.tenants if one is not tenant)
+        return self.prefixes.make_room_for_rows(others + row_growth(tenant.cache, planned), Unwritten.QUEUE)
 
     def _free_main_memory(self, cache: SpeCache, planned: list[PlannedSequence], chunk: int) -> None:
         """Drop stored prefixes where main memory would not suffice because of them."""
@@ -217,7 +235,7 @@ class Room:
         cache = tenant.cache
         config = cache.config.with_changes(prefill_chunk=tenant.chunk)
         needed = plan(cache.resources.dimensions, config, planned).fast
-        needed += self._copied_pages(cache, cache.config, len(planned)) + _surplus(cache, len(planned))
+        needed += self._copied_pages(cache, cache.config, len(planned)) + surplus(cache, len(planned))
         return max(0, needed + tenant.logit_bytes() - cache.held_bytes())
 
     def _copied_pages(self, cache: SpeCache, config: SpeCacheConfig, sequences: int) -> int:
@@ -229,43 +247,6 @@ class Room:
             return 0
         layers = cache.resources.dimensions.full_layers
         return sequences * sum(page_layout(config, layer.kv_heads, layer.head_dim).page_bytes for layer in layers)
-
-
-def _surplus(cache: SpeCache, sequences: int) -> int:
-    """Return the bytes that sequences hold beyond what a plan of so many gives to each.
-
-    A hot set keeps the size that it got when fewer sequences shared their bytes, and a cache of
-    policy `full` has room to grow.
-    """
-    config, dimensions = cache.config, cache.resources.dimensions
-    if config.policy is Policy.FULL:
-        row = sum(layer.row_bytes(dimensions.itemsize) for layer in dimensions.full_layers)
-        return sum(max(0, one.dense_bytes - one.length * row) for one in cache.sequences)
-    if not fetches(config) or isinstance(config.hot_set, float):
-        return 0
-    footprint = CacheFootprint(dimensions, config, sequences, 0)
-    surplus = 0
-    for sequence in cache.sequences:
-        held = sum(layer.hot_bytes for layer in sequence.compressed.values())
-        surplus += max(0, held - footprint.first_step(PlannedSequence(sequence.length)).hot_set) if held else 0
-    return surplus
-
-
-def _row_growth(cache: SpeCache, planned: list[PlannedSequence]) -> int:
-    """Return the bytes of rows that planned sequences will store in memory beyond what they hold.
-
-    Each may copy a block that it shares, before it writes to it.
-    """
-    if not planned or cache.config.policy is Policy.FULL:
-        return 0
-    held = sum(sequence.tier.nbytes for sequence in cache.sequences)
-    needed = plan(cache.resources.dimensions, cache.config, planned).slow
-    return max(0, needed + len(planned) * _row_block(cache) - held)
-
-
-def _row_block(cache: SpeCache) -> int:
-    """Return the bytes of a block of rows in every layer."""
-    return BLOCK_TOKENS * cache.resources.dimensions.stored_row_bytes
 
 
 def chunk_of(request: Request, chunk: int, cache: SpeCache) -> int:

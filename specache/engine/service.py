@@ -48,6 +48,7 @@ class EngineService:
 
     Raises:
         UnsupportedModelError, ConfigError, SlowTierError: as `SpeCache`.
+        FastMemoryError: no request would fit into `fast_memory`.
     """
 
     def __init__(

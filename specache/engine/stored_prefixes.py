@@ -82,7 +82,7 @@ class StoredPrefixes(Protocol):
         """
 
     def call_when_written(self, written: Callable[[], None]) -> None:
-        """Call `written`, on a thread of the store, whenever a prefix was written or failed to be."""
+        """Call `written`, on another thread, whenever a prefix was written or failed to be."""
 
     def collect(self) -> None:
         """Take note of what was written since the last call, and have more written."""

@@ -24,7 +24,7 @@ from specache.tiers.disk.row_reads import GAP_BYTES, READ_BYTES
 
 FLOAT = 4  # bytes of a float32: a query, a score, a log-sum-exp, an unrounded attention output
 INDEX = 8  # bytes of a position
-STREAMS = 2  # tensors of hidden width: the residual stream and the normalised input of a layer
+STREAMS = 3  # tensors of hidden width: the model's input, the residual stream and the normalised input of a layer
 RUNNING_PARTS = 4  # attention outputs held at once: two parts, and their weighted sum
 LOG_SUMS = 8  # log-sum-exps and weights of the parts, held at once
 QUANTISE_TEMPORARIES = 6  # float32 copies of a piece of keys or values that the PyTorch quantiser makes
@@ -39,7 +39,7 @@ def prefill_bytes(model: ModelDimensions, config: SpeCacheConfig, chunk: int, st
     """Return the peak of a forward pass over `chunk` prompt tokens that leaves `stored + chunk`
     tokens in the cache and computes the logits of the last `logits` ones.
     """
-    hidden = chunk * model.itemsize * (STREAMS * model.hidden + _rotary_width(model))
+    hidden = chunk * (model.itemsize * (STREAMS * model.hidden + _rotary_width(model)) + 2 * INDEX)  # and ids, positions
     stages = [_feed_forward(model, chunk), _normalisation(model, chunk)]
     stages += [_attention(model, config, layer, chunk, stored) for layer in set(model.layers)]
     buffers = DISK_COPIES * max(READ_BYTES, _largest_block(model)) if on_disk(config) else 0
@@ -133,7 +133,9 @@ def _attention(model: ModelDimensions, config: SpeCacheConfig, layer: LayerDimen
     block = _exact_block(model, layer, min(chunk, QUERY_BLOCK), max(min(stored, KEY_BLOCK), min(chunk, KEY_BLOCK)))
     read_at_once = JOINED_ROWS if model.device == "cpu" and not on_disk(config) else KEY_BLOCK
     read_back = 2 * min(stored, read_at_once) * kv_width * size if config.policy is not Policy.FULL else 0
-    attended = (RUNNING_PARTS if stored else 1) * out + out * size // FLOAT + block + read_back
+    # rows that were read back are freed before their part is merged with the others
+    beside_rows = read_back + (2 if stored > read_at_once else 1) * out
+    attended = max(beside_rows, RUNNING_PARTS * out if stored else out) + 2 * out * size // FLOAT + block
     attended += LOG_SUMS * chunk * layer.query_heads * FLOAT
     return projected + max(rotary, attended, out + _quantising(model, config, layer, chunk))
 

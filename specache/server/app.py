@@ -44,7 +44,6 @@ class ServerApp:
             redirect_slashes=False,
             lifespan=self._lifespan,
             exception_handlers={
-                Exception: answer_api_error,  # of the engine, for example; it is logged all the same
                 ApiError: answer_api_error,
                 SpeCacheError: answer_api_error,
                 HTTPException: answer_http_error,

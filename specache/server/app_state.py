@@ -77,7 +77,7 @@ class AppState:
         return self.served, self.service
 
     def open_stream(self, context: RequestContext) -> None:
-        """Count a request for answers as open until its end.
+        """Count a request for answers, or for the tokens of a text, as open until its end.
 
         Raises:
             ApiError: 429, as many are open as may be.

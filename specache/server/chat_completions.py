@@ -85,7 +85,7 @@ class ChatAnswer:
         yield DONE
 
     def _head(self, kind: str) -> dict[str, Any]:
-        names = {"model": self._served.names[0], "system_fingerprint": self._served.fingerprint}
+        names = {"model": self._body.model or self._served.names[0], "system_fingerprint": self._served.fingerprint}
         return {"id": self._id, "object": kind, "created": self._created, **names}
 
     def _chunk(self, choice: Choice, delta: dict[str, Any]) -> ServerSentEvent:

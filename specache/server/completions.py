@@ -56,7 +56,7 @@ class CompletionAnswer:
             "id": f"cmpl-{uuid4().hex}",
             "object": "text_completion",
             "created": int(time.time()),
-            "model": self._served.names[0],
+            "model": body.model or self._served.names[0],
             "system_fingerprint": self._served.fingerprint,
         }
         special = frozenset(self._served.special_tokens.values())

@@ -122,6 +122,9 @@ class JobMaker:
         echo: bool = False,
         chat: ChatContext | None = None,
     ) -> PreparedJob:
+        if (body.min_tokens or 0) > wanted:
+            message = f"min_tokens: it may not be above the longest answer, {wanted:,} tokens."
+            raise ApiError(400, message, param="min_tokens", code="invalid_value")
         new_tokens = self._new_tokens(ids, param, wanted)
         served = self._served
         stops = tuple(body.stop or ())

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from specache.server.service_numbers import flat_numbers
+from specache.server.service_numbers import flat_numbers, in_seconds, totals
 
 if TYPE_CHECKING:
     from specache.server.app_state import AppState
@@ -31,7 +31,9 @@ class Metrics:
         self._cached_tokens = self._counter("cached_prompt_tokens", "Prompt tokens that were stored before.")
         self._new_tokens = self._counter("generated_tokens", "New tokens of answers.")
         self._aborted = self._counter("aborted_requests", "Jobs that ended before their answer did.")
-        open_streams = Gauge("specache_open_requests", "Requests for answers that are open.", registry=self._registry)
+        open_streams = Gauge(
+            "specache_open_requests", "Requests for answers, and for the tokens of texts, that are open.", registry=self._registry
+        )
         open_streams.set_function(lambda: state.open_streams)
         stored = Gauge("specache_stored_response_bytes", "Memory of stored responses.", registry=self._registry)
         stored.set_function(lambda: state.responses.used_bytes)
@@ -80,4 +82,5 @@ class _ServiceCollector(Collector):
         numbers = {} if self._state.service is None else flat_numbers(self._state.service.status())
         yield GaugeMetricFamily("specache_up", "1 once the model is loaded.", float(self._state.served is not None))
         for name, value in numbers.items():
-            yield GaugeMetricFamily(f"specache_engine_{name}", "See ServiceStatus and PrefixStatus.", value)
+            kind: Any = CounterMetricFamily if name in totals() else GaugeMetricFamily
+            yield kind(f"specache_engine_{in_seconds(name)}", "See ServiceStatus and PrefixStatus.", value=value)

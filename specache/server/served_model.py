@@ -29,7 +29,7 @@ class ServedModel:
 
     Attributes:
         model, tokenizer: of transformers.
-        names: the names that requests may use; the first is the one that answers carry.
+        names: the names that requests may use; answers carry the one used, or the first.
         positions: the longest text that it can read, in tokens; `None` is unlimited.
         fingerprint: what answers depend on, for `system_fingerprint`.
     """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from functools import cache
 from typing import Any
 
 _TEXTS = ("error", "problem")
@@ -23,6 +25,21 @@ def flat_numbers(status: Any) -> dict[str, float]:
     store = numbers.pop("prefixes") or {}
     numbers |= {f"prefix_{name}": value for name, value in store.items()}
     return {name: float(value) for name, value in numbers.items() if value is not None}
+
+
+@cache
+def totals() -> frozenset[str]:
+    """Return the names of `flat_numbers` that only grow."""
+    from specache.engine.prefix_status import PrefixCounters
+    from specache.engine.service_status import COUNTED, Totals
+
+    counted = (name for name in vars(Totals()) if not name.startswith("_"))
+    return frozenset({*counted, *COUNTED, *(f"prefix_{field.name}" for field in fields(PrefixCounters))})
+
+
+def in_seconds(name: str) -> str:
+    """Return a number's name with its unit spelled out, as Prometheus' names have it."""
+    return f"{name.removesuffix('_s')}_seconds" if name.endswith("_s") else name
 
 
 def _store_numbers(fields: dict[str, Any]) -> dict[str, Any]:

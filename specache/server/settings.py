@@ -28,7 +28,7 @@ class ServerSettings:
         most_body_bytes: the longest body of a request.
         most_messages: the most messages of a conversation, and parts of a message.
         most_prompts, most_answers: the most prompts of a request, and answers (`n`) to each.
-        most_streams: requests for answers that may be open at once.
+        most_streams: requests for answers, and for the tokens of texts, that may be open at once.
         most_connections: connections that may be open at once.
         most_response_bytes: the memory of stored responses, of all keys together.
         response_age_seconds: how long a response is stored.

@@ -11,6 +11,7 @@ from specache.server.app_state import state_of
 from specache.server.chat_fields import ChatMessage, check_results, check_variables
 from specache.server.error_responses import ApiError
 from specache.server.json_body import JsonBody, read_body
+from specache.server.request_context import RequestContext
 from specache.server.served_model import ServedModel
 from specache.server.tool_fields import MOST_TOOLS, ToolDefinition, check_tools
 from specache.server.tool_use import ToolUse
@@ -63,6 +64,7 @@ async def tokenize(http: Request) -> dict[str, Any]:
     state = state_of(http)
     body = await read_body(http, state, TokenizeBody)
     served, _ = state.ready()
+    state.open_stream(RequestContext.of(http.scope))
     served.check_name(body.model)
     tokens = await state.work(_tokens, served, body, state.settings.most_messages)
     strings = served.tokenizer.convert_ids_to_tokens(tokens) if body.return_token_strs else None
@@ -75,6 +77,7 @@ async def detokenize(http: Request) -> dict[str, Any]:
     state = state_of(http)
     body = await read_body(http, state, DetokenizeBody)
     served, _ = state.ready()
+    state.open_stream(RequestContext.of(http.scope))
     served.check_name(body.model)
     served.check_tokens(body.tokens, "tokens")
     return {"prompt": await state.work(served.decode, body.tokens)}

@@ -36,7 +36,7 @@ class NoRoomError(Exception):
 
 
 def read_pieces(saved: SavedPrefix, sequence: Sequence, length: int) -> Iterator[None]:
-    """Fill an empty sequence with the first `length` tokens of a prefix, and yield after each piece.
+    """Fill an empty sequence with the first `length` tokens of a prefix. Yield after each piece.
 
     A piece is `KEY_BLOCK` rows of a layer, or the pages of one file. `saved.kept(length)` must be
     `length`. The sequence is empty again after an error, or if the iterator is closed early.
@@ -95,9 +95,7 @@ def _write(tier: SlowTier, layer: int, start: int, keys: Tensor, values: Tensor)
         raise NoRoomError(str(error)) from error
 
 
-def _restore_low_bit(
-    sequence: Sequence, saved: SavedPrefix, tail: Snapshot, length: int, device: torch.device
-) -> Iterator[None]:
+def _restore_low_bit(sequence: Sequence, saved: SavedPrefix, tail: Snapshot, length: int, device: torch.device) -> Iterator[None]:
     """Restore pages, key scales and residual of every full-attention layer."""
     manifest, layers = saved.manifest, sequence.compressed
     for layer in layers.values():

@@ -8,7 +8,8 @@ them by the blocks' addresses (`kernels.types.StoredRows`).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -87,6 +88,8 @@ class LayerRows(ABC):
         self.version = self.capacity = self.own_from = 0
         self.strides = (0, shape[1] * dtype.itemsize)
         self._held = _Blocks()
+        self._reads = 0  # on any thread, guarded by the memory's lock
+        self._left: list[RowBlock] = []  # blocks that it dropped while they were read
 
     @abstractmethod
     def make_room(self, start: int, stop: int, expected: int = 0) -> None:
@@ -125,8 +128,11 @@ class LayerRows(ABC):
 
     def gather(self, heads: Tensor, positions: Tensor) -> Tensor:
         """Return rows [M, 2 D] of M (KV head, position) pairs, int64, in their order."""
+        with self._reading() as held:
+            return self._gather(held, heads, positions)
+
+    def _gather(self, held: _Blocks, heads: Tensor, positions: Tensor) -> Tensor:
         rows = torch.empty(len(positions), self.shape[1], dtype=self.dtype)
-        held = self._held
         if native is not None:
             row = self.shape[1] * self.dtype.itemsize
             sizes = [self.shape[0], held.capacity, row, held.tokens * row, row]  # not `strides`: they may be newer
@@ -157,7 +163,33 @@ class LayerRows(ABC):
         """Free everything."""
         blocks = self.blocks
         self._hold((), 0)
-        self.memory.release(blocks)
+        self._release(blocks)
+
+    @contextmanager
+    def _reading(self) -> Iterator[_Blocks]:
+        """Lend the blocks to a reader, on any thread.
+
+        A block that this layer drops meanwhile stays in use, so that no other tier writes to it.
+        """
+        with self.memory.lock:
+            self._reads += 1
+            held = self._held
+        try:
+            yield held
+        finally:
+            with self.memory.lock:
+                self._reads -= 1
+                if not self._reads:
+                    left, self._left = self._left, []
+                    self.memory.release(left)
+
+    def _release(self, blocks: Sequence[RowBlock]) -> None:
+        """Drop blocks that it does not hold any more: at once, or when none is read."""
+        with self.memory.lock:
+            if self._reads:
+                self._left += blocks
+            else:
+                self.memory.release(blocks)
 
     def _hold(self, blocks: Iterable[RowBlock], own_from: int) -> None:
         """Hold these blocks from now on."""
@@ -195,14 +227,14 @@ class SharedRows(LayerRows):
             dropped.append(blocks[i])
             blocks[i] = block
         self._hold(blocks, min(self.own_from, first << self.shift))
-        self.memory.release(dropped)  # now its other user may write to it
+        self._release(dropped)  # now its other user may write to it
 
     def truncate(self, length: int) -> None:
         count = ((length - 1) >> self.shift) + 1
         dropped = self.blocks[count:]
         if dropped:
             self._hold(self.blocks[:count], self.own_from)
-            self.memory.release(dropped)
+            self._release(dropped)
 
     def fork(self) -> SharedRows:
         other = SharedRows(self.memory, self.shape, self.dtype)

@@ -26,6 +26,7 @@ class RowMemory:
             copy. Kernels of a GPU read such rows.
 
     Attributes:
+        lock: held while the users of blocks change.
         used, peak: bytes of the blocks that exist, and the most so far. One that several tiers
             share counts once.
     """
@@ -34,7 +35,7 @@ class RowMemory:
         self.block_tokens = block_tokens
         self.used = self.peak = 0
         self._source: HostMemory = source or SystemMemory()
-        self._lock = threading.RLock()  # a block may be freed on any thread, also inside
+        self.lock = threading.RLock()  # a block may be freed on any thread, also inside
 
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> RowBlock:
         """Return a block of rows [Hkv, tokens, 2 D] with undefined content, for one user.
@@ -46,18 +47,18 @@ class RowMemory:
 
     def share(self, blocks: Iterable[RowBlock]) -> None:
         """Count one more user of each block."""
-        with self._lock:
+        with self.lock:
             for block in blocks:
                 block.users += 1
 
     def release(self, blocks: Iterable[RowBlock]) -> None:
         """Count one user less of each block, before a tier drops them."""
-        with self._lock:
+        with self.lock:
             for block in blocks:
                 block.users -= 1
 
     def _count(self, nbytes: int) -> None:
-        with self._lock:
+        with self.lock:
             self.used += nbytes
             self.peak = max(self.peak, self.used)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -14,13 +15,13 @@ from specache.engine.engine import Engine
 from specache.engine.handle import Handle
 from specache.engine.prefix_reuse import PrefixReuse
 from specache.engine.prefix_store import PrefixStore
-from specache.errors import ConfigError, FastMemoryError
+from specache.errors import ConfigError, FastMemoryError, UsageError
 from tests.engine import serving
 from tests.sessions.sequences import gemma
 from tests.tiny import llama, prompt
 
 MODELS = {"dense": cache(llama), "hybrid": cache(gemma)}
-FAILED_BEFORE = [1003, 1444, 1486, 1628, 1708, 1753, 1758, 1805, 1819, 1852, 2151, 2178]
+FAILED_BEFORE = [47, 53]
 
 
 def prompts(chance: random.Random) -> torch.Tensor:
@@ -51,10 +52,8 @@ class Engines:
         self.room.prefixes = self.store
         if chance.random() < 0.4:
             other: dict[str, Any] = chance.choice([{"top_k": 8}, {"policy": "on-demand"}, {"policy": "none"}])
-            try:
+            with suppress(ConfigError, UsageError):
                 self.all.append(self.all[0].beside(**other))
-            except ConfigError:
-                pass
         self.queue: list[tuple[Engine, Any]] = []
 
     def ask(self, chance: random.Random) -> None:
@@ -94,7 +93,7 @@ class Engines:
 
 @pytest.mark.parametrize("seed", [*FAILED_BEFORE, *range(24)])
 def test_an_admitted_request_never_fails_for_a_lack_of_memory(seed):
-    """Several prompts that fork each other, several answers, and hot sets that share their bytes."""
+    """Prompts that fork each other, several answers, hot sets that share bytes."""
     chance = random.Random(seed)
     engines, handles, todo = Engines(chance), list[Handle](), chance.randint(2, 7)
     for _ in range(2000):

@@ -230,7 +230,7 @@ def test_a_request_waits_for_prefixes_that_are_on_their_way_out_but_not_for_ever
     """A prefix that is written to a disk in the background holds its bytes until then."""
     monkeypatch.setattr(room, "LONGEST_BLOCK_S", 20.0 if leaves else 0.2)
     limit = needed(model, 1) * 5 // 4
-    with service_of(model, settings(fast_memory=limit), prefixes=Hoarder(limit // 2, 0.4 if leaves else 5.0)) as service:
+    with service_of(model, settings(fast_memory=limit), prefixes=Hoarder(limit * 2 // 5, 0.4 if leaves else 5.0)) as service:
         client = ask(service, model, prompt(150), max_new_tokens=20)
         if leaves:
             assert client.end().reasons == ("length",) and client.facts.waited_s > 0.3

@@ -19,6 +19,7 @@ from specache.config import Code, Policy
 from specache.engine import decoder
 from specache.engine.room import Room
 from specache.planning.footprint import CacheFootprint, PlannedSequence
+from specache.planning.plan import plan
 from tests.engine.test_model_families import FAMILIES, build
 from tests.tiny import llama, prompt
 
@@ -99,7 +100,10 @@ def test_a_decode_step_computes_no_plan(models, monkeypatch):
     decode_bytes, fits = decoder.decode_bytes, Room.fits
     monkeypatch.setattr(decoder, "decode_bytes", lambda *args: computed.append(args) or decode_bytes(*args))
     monkeypatch.setattr(Room, "fits", lambda *args: asked.append(args) or fits(*args))
-    config = specache.SpeCacheConfig(group_size=GROUP, residual=RESIDUAL, fast_memory=480_000, slow_tier="ram-inplace")
+    config = specache.SpeCacheConfig(group_size=GROUP, residual=RESIDUAL, slow_tier="ram-inplace")
+    with specache.SpeCache(models["llama"], config) as cache:
+        one = plan(cache.resources.dimensions, cache.config, [PlannedSequence(200, 64)]).fast
+    config = replace(config, fast_memory=one * 21 // 20)
     with specache.Engine(models["llama"], config) as running:
         handles = [
             running.add(specache.make_request(models["llama"], prompt(200, seed), max_new_tokens=64, do_sample=False))

@@ -153,7 +153,7 @@ def test_fewer_bits_are_planned_with_their_own_defaults(llama_3b, changes):
     sequences = uniform_batch(8192, 1)
     [one] = [
         one
-        for one in advice.suggestions(llama_3b, resolved(slow_tier="ram", **changes), sequences, 230_000_000)
+        for one in advice.suggestions(llama_3b, resolved(slow_tier="ram", **changes), sequences, 240_000_000)
         if one.changes == {"bits": 1}
     ]
     assert one.fast_bytes == plan(llama_3b, resolved(slow_tier="ram", bits=1, **changes), sequences).fast

@@ -6,8 +6,11 @@ from __future__ import annotations
 
 import gc
 import itertools
+import math
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -18,6 +21,7 @@ import specache
 from specache.engine.admission import planned_sequences
 from specache.planning.plan import MemoryPlan, plan
 from specache.platform.budget import ByteBudget
+from specache.tiers.row_memory import SystemMemory
 from tests.peak import PeakMemory
 from tests.tiny import FETCHING, llama, prompt
 
@@ -280,22 +284,26 @@ def test_a_hot_set_takes_only_what_the_budget_leaves(models):
         other.close()
 
 
+def untracked(memory: SystemMemory, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Memory for rows that no operation of PyTorch returns."""
+    buffer = np.empty(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(buffer).view(dtype).view(*shape)
+
+
 @pytest.mark.parametrize("tier", ["ram", "ram-inplace"])
-@pytest.mark.parametrize("chunk", [128, 512])
-def test_the_plan_covers_the_tensors_that_a_prefill_makes(tier, chunk):
+@pytest.mark.parametrize(("chunk", "length"), [(128, 1000), (128, 2000), (512, 2000), (1024, 1000), (1024, 2000)])
+def test_the_plan_covers_the_tensors_that_a_prefill_makes(monkeypatch, tier, chunk, length):
     """Compares every tensor that PyTorch allocates while prefilling, except the slow tier's, with
-    the plan.
+    the plan. Pages of the low-bit copy are mapped memory, which is counted as it is at the end.
     """
+    monkeypatch.setattr(SystemMemory, "take", untracked)
     size = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 8, "num_key_value_heads": 2}
     model = llama(**size, max_position_embeddings=4096).to(torch.bfloat16)
     with specache.SpeCache(model, specache.SpeCacheConfig(slow_tier=tier, prefill_chunk=chunk)) as cache:
-        ids = prompt(2000)
+        ids = prompt(length)
         expected = plan(cache.resources.dimensions, cache.config, planned_sequences(cache.sequences, ids.tolist(), 0))
         with PeakMemory() as memory:
             specache.prefill(model, ids, cache=cache)
-        real = memory.peak - cache.stats()["slow_bytes"]
+        real = memory.peak + sum(layer.table.nbytes for layer in cache.sequences[0].compressed.values())
         without_a_step = max(expected.prefill.total, expected.decode.total - expected.decode.working_set)
-        joined = 2000 * sum(
-            layer.row_bytes(2) for layer in cache.resources.dimensions.full_layers[:1]
-        )  # beside all else in the plan
-        assert real <= without_a_step <= 1.3 * real + joined
+        assert real <= without_a_step <= 1.2 * real

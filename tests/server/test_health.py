@@ -8,6 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
 from specache.engine.prefix_status import PrefixCounters, PrefixStatus
+from specache.engine.prefix_store import PrefixStore
 from specache.engine.service import EngineService
 from specache.server.app import ServerApp
 from specache.server.service_numbers import flat_numbers, service_numbers
@@ -93,6 +94,36 @@ def test_metrics_count_requests_and_tokens():
         assert found["specache_time_between_tokens_seconds_count"] == 8
         assert found["specache_engine_running"] == found["specache_engine_waiting"] == 0
         assert 'specache_http_requests_total{route="/v1/chat/completions",status="200"} 1.0' in client.get("/metrics").text
+
+
+def test_what_only_grows_is_a_counter_and_its_unit_is_in_its_name():
+    with running() as client:
+        chat(client, max_tokens=5)
+        text, found = client.get("/metrics").text, samples(client)
+        assert found["specache_engine_finished_total"] == 1 and found["specache_engine_new_tokens_total"] == 5
+        assert found["specache_engine_decode_seconds_total"] > 0
+        for name in (
+            "refused_total",
+            "rows_selected_total",
+            "bytes_fetched_total",
+            "wait_seconds_total",
+            "prompt_tokens_read_total",
+        ):
+            assert f"specache_engine_{name}" in found
+        assert "# TYPE specache_engine_finished_total counter" in text
+        assert "# TYPE specache_engine_fast_bytes gauge" in text and "# TYPE specache_engine_chunk_tokens gauge" in text
+
+
+def test_stored_prompts_have_counters_of_their_own():
+    config = SHORT
+    model = printable_model()
+    with running(model, config=config, prefixes=PrefixStore(model, config)) as client:
+        chat(client, "b" * 300)
+        chat(client, "b" * 300)
+        found = samples(client)
+        assert found["specache_engine_prefix_hits_total"] == found["specache_engine_prefix_misses_total"] == 1
+        assert found["specache_engine_prefix_dropped_total"] == 0
+        assert found["specache_engine_prefix_stored"] >= 1
 
 
 def test_unknown_addresses_are_counted_as_one():

@@ -38,7 +38,7 @@ def refused(client, path: str, fields: dict, *, without: tuple[str, ...] = ()):
         *[("top_k_pairs", value) for value in (0, -1, "a", HUGE)],
         *[("session", value) for value in ("", "../x", "a/b", "a" * 65, 1, "a\n")],
         *[("model", value) for value in (1, "a" * 513)],
-        *[("min_tokens", value) for value in (-1, "a")],
+        *[("min_tokens", value) for value in (-1, "a", 5000)],
         *[("metadata", value) for value in ("a", [])],
         *[("no_such_field", value) for value in (1, None)],
         *[("user", value) for value in (1,)],

@@ -154,6 +154,20 @@ def test_a_port_in_use_is_refused():
         assert "in use" in refused("--port", str(port))
 
 
+def test_a_folder_of_prompts_that_cannot_be_written_is_refused_at_the_start(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file" / "prefixes", "/proc/prefixes"):
+        message = refused("--prefix-cache", folder)
+        assert str(folder) in message and "Name a folder" in message
+
+
+def test_fast_memory_too_small_for_any_request_ends_the_server_with_the_numbers(tmp_path, tiny_folder):
+    with serving(tmp_path / "log", "-m", tiny_folder, "--fast-memory", "20KB") as server:
+        assert server.process.wait(100) == 1
+        lines = server.log.read_text()
+        assert "20,000 bytes" in lines and "no request would fit" in lines and "Traceback" not in lines
+
+
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [

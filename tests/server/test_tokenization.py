@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tests.server.tiny_server import END, POSITIONS, TOKENIZER, error_of, post, prompt_of
+from specache.server.settings import ServerSettings
+from tests.server.tiny_server import END, POSITIONS, TOKENIZER, chat, complete, error_of, post, prompt_of, running
 
 
 def test_a_text_and_its_tokens_go_back_and_forth(client):
@@ -31,6 +32,24 @@ def test_the_tokenizers_facts_are_there(client):
     document = client.get("/tokenizer_info").json()
     assert document["eos_token"] == "<end>" and document["eos_token_id"] == END and document["bos_token"] is None
     assert document["chat_template"] == TOKENIZER.chat_template and document["model_max_length"] == POSITIONS
+
+
+def test_tokenizing_counts_as_an_open_request():
+    with running(settings=ServerSettings(most_streams=1)) as limited:
+        limited.app.state.open_streams = 1  # an answer
+        assert post(limited, "/tokenize", {"prompt": "a"}, 429) == post(limited, "/detokenize", {"tokens": [1]}, 429)
+        limited.app.state.open_streams = 0
+        for _ in range(2):
+            assert post(limited, "/tokenize", {"prompt": "a"})["count"] == 1
+        assert limited.app.state.open_streams == 0
+
+
+def test_answers_carry_the_name_that_the_request_used():
+    with running(names=("tiny", "other")) as client:
+        assert [card["id"] for card in client.get("/v1/models").json()["data"]] == ["tiny", "other"]
+        for answer in (chat, complete):
+            assert answer(client, model="other")["model"] == "other"
+            assert answer(client)["model"] == answer(client, model="tiny")["model"] == "tiny"
 
 
 def test_the_model_is_listed_and_shown(client):

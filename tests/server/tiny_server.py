@@ -57,6 +57,7 @@ def running(
     keys: dict[str, str] | None = None,
     config: SpeCacheConfig = SHORT,
     tokenizer: Any = TOKENIZER,
+    names: tuple[str, ...] = (NAME,),
     **service: Any,
 ) -> Iterator[TestClient]:
     """Yield a client of a server, which ends with the block."""
@@ -64,7 +65,7 @@ def running(
     app = ServerApp(settings or ServerSettings(), None if keys is None else KeyRing(keys))
     with EngineService(model, config, **service) as engine:
         assert engine.wait_until_ready(60)
-        app.begin_serving(served_model(model, tokenizer), engine)
+        app.begin_serving(served_model(model, tokenizer, names), engine)
         with TestClient(app, base_url=ADDRESS) as client:
             yield client
 
