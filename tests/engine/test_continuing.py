@@ -218,7 +218,7 @@ def test_refused_num_return_sequences_leave_the_cache_unchanged(model, tmp_path)
 @pytest.mark.parametrize(("answers", "tokens"), [(9, 2), (3, 1500)], ids=["no room for copies", "none for the answers"])
 def test_a_batch_that_exceeds_fast_memory_leaves_the_cache_unchanged(model, answers, tokens):
     settings = {"max_new_tokens": tokens, "do_sample": True, "num_return_sequences": answers}
-    with specache.SpeCache(model, specache.SpeCacheConfig(fast_memory=10**6, residual=64, top_k=64)) as cache:
+    with specache.SpeCache(model, specache.SpeCacheConfig(fast_memory=1_110_000, residual=64, top_k=64)) as cache:
         specache.prefill(model, prompt(90), cache=cache)
         held, longer = cache.resources.budget.used, torch.cat([prompt(90), prompt(300, 1)], 1)
         with pytest.raises(specache.FastMemoryError):
