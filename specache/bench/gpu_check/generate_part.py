@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ def run(part: PartRun) -> None:
     for policy in sorted(KINDS, key=lambda one: one is not Policy.VERIFIED):
         for graph in (True, False):
             name = f"float32 tokens, {policy}, {'as graphs' if graph else 'launch by launch'}"
-            part.run(name, lambda check, p=policy, g=graph: pair.same_tokens(check, p, g), needs_s=2)
+            part.run(name, partial(pair.same_tokens, policy=policy, graph=graph), needs_s=2)
     part.run("float32 tokens, full", lambda check: pair.same_tokens(check, Policy.FULL, False), needs_s=2)
     part.run(
         "float32 tokens, verified, KIVI's code at 1 bit",
@@ -148,7 +149,8 @@ def _joining(part: PartRun, check: Check) -> None:
 def _joined_tokens(part: PartRun, model: Any, count: int) -> list[list[int]]:
     """Return the new tokens of every sequence."""
     engine = specache.Engine(model, settings(part, Policy.VERIFIED))
-    handles, steps = [], 0
+    handles: list[Any] = []
+    steps = 0
     every = max(2, part.sizes.joined_tokens // 12)
     more = True
     while more or len(handles) < count:

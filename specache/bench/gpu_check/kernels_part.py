@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ RESTARTS = 5  # of pytest, after a crash
 def run(part: PartRun) -> None:
     for code, bits, dtype, queries in VARIANTS:
         name = f"one layer, {code}, {bits} bits, {str(dtype).removeprefix('torch.')}, {queries} queries"
-        part.run(name, lambda check, v=(code, bits, dtype, queries): _layer(part, check, *v), needs_s=2)
+        part.run(name, partial(_layer, part, code=code, bits=bits, dtype=dtype, queries=queries), needs_s=2)
     _tests(part)
     if on_gpu(part):
         part.run("registers and shared memory", lambda check: _resources(part, check), needs_s=20)
@@ -48,7 +49,7 @@ def run(part: PartRun) -> None:
 
 @torch.no_grad()
 def _layer(part: PartRun, check: Check, code: Code, bits: int, dtype: torch.dtype, queries: int) -> None:
-    """A static step of a batch of eight, compiled, captured and replayed, against PyTorch's kernels."""
+    """Compare a static step of eight sequences, launched, captured and replayed, with PyTorch's."""
     shape = named_shape(part.sizes.layer)
     context = 4160 if on_gpu(part) else 192  # odd against blocks and splits
     keys, values = synthetic_rows(shape.kv_heads, context, shape.head_dim, dtype, 0, part.device)
@@ -82,7 +83,7 @@ def _tests(part: PartRun) -> None:
     arguments = ["-m", "cuda"] if on_gpu(part) else ["-k", ON_CPU_CHOSEN]
     results = run_tests(part, files, arguments, 0.6 if on_gpu(part) else 1.0)
     for one in results:
-        part.run(f"test {one['id']}", lambda check, found=one: _told(check, found))
+        part.run(f"test {one['id']}", partial(_told, found=one))
     part.run("pytest ran every test", lambda check: check.require(results, "no test ran: see the log"))
 
 
