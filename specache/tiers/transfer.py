@@ -55,9 +55,9 @@ class HostMemory(Protocol):
 def upload(keys: Tensor, values: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """Copy keys and values [Hkv, n, D] of a tier to a device.
 
-    Halves of rows `[K | V]`, as they are in main memory, are copied as rows, head by head: each head
-    is contiguous, so that a copy from page-locked memory is queued at once. Any other copy would
-    first gather the halves on the host, which waits.
+    Halves of rows `[K | V]`, as they are in main memory, are copied as rows, head by head. Each
+    head is contiguous, so that a copy from page-locked memory is queued at once. Any other copy
+    would first gather the halves on the host, which waits.
     """
     kv_rows = _joined(keys, values)
     if kv_rows is None:
