@@ -117,7 +117,8 @@ def check_against_pytorch(case: Case, dtype: torch.dtype, device: torch.device) 
     else:
         assert_selected(positions, expected, paged.rest, case.lengths, 64)
     stored = [torch.cat([k, v], dim=-1) for k, v in zip(case.keys, case.values, strict=True)]
-    stored = [torch.nn.functional.pad(rows, (0, 0, 0, 2048 - rows.shape[1])) for rows in stored]  # with equal strides
+    longest = max(case.lengths)
+    stored = [torch.nn.functional.pad(rows, (0, 0, 0, longest - rows.shape[1])) for rows in stored]  # with equal strides
     if device.type == "cuda":
         stored = [rows.pin_memory() for rows in stored]
     addresses = torch.tensor([rows.data_ptr() for rows in stored], device=device)
