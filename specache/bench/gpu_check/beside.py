@@ -11,7 +11,7 @@ from typing import Any
 
 from specache.bench.gpu_check.parts import Part
 from specache.bench.gpu_check.process import GROUPS, Ended, Limited, end_groups, python
-from specache.bench.gpu_check.report import Results, record_of
+from specache.bench.gpu_check.result_page import Results, record_of
 from specache.bench.gpu_check.states import FAILED, PartJob
 
 LEAST_S = 20.0  # that a build may take on after everything else has ended
@@ -37,7 +37,7 @@ class Beside:
             old.unlink(missing_ok=True)
         file = work / "job-beside.json"
         file.write_text(job.to_json())
-        command = python("-m", "specache.bench.gpu_check.child", str(file))
+        command = python("-m", "specache.bench.gpu_check.part_process", str(file))
         self._process = Limited(command, {**environment, GROUPS: str(self._groups)}, self._log, folder=work)
 
     def join(self, results: Results, left_s: float) -> None:

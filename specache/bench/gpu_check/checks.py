@@ -22,7 +22,7 @@ from specache.bench.gpu_check.states import CUDA, FAILED, PASSED, SKIPPED, PartJ
 from specache.errors import SpeCacheError
 
 if TYPE_CHECKING:
-    from specache.bench.gpu_check.sizes import Sizes
+    from specache.bench.gpu_check.check_sizes import Sizes
 
 _BROKEN = (
     *("illegal memory access", "device-side assert", "unspecified launch failure", "misaligned address"),
@@ -101,7 +101,7 @@ class PartRun:
     @property
     def sizes(self) -> Sizes:
         if self._sizes is None:
-            from specache.bench.gpu_check.sizes import Sizes  # imports PyTorch and transformers
+            from specache.bench.gpu_check.check_sizes import Sizes  # imports PyTorch and transformers
 
             self._sizes = Sizes.on(self.device)
             for note in self._sizes.notes:

@@ -11,10 +11,10 @@ import torch
 
 import specache
 from specache.bench.compute_device import CUDA
-from specache.bench.gpu_check.answers import NEAR_TIE, answer, ragged_prompts, relative_error, require_same, seeded_model
+from specache.bench.gpu_check.check_sizes import TINY
 from specache.bench.gpu_check.checks import Check, PartRun
+from specache.bench.gpu_check.seeded_answers import NEAR_TIE, answer, ragged_prompts, relative_error, require_same, seeded_model
 from specache.bench.gpu_check.simulation import SLOWER, as_on_a_gpu, exactly
-from specache.bench.gpu_check.sizes import TINY
 from specache.bench.shapes import SHAPES, Shape
 from specache.config import Code, Policy, SpeCacheConfig
 from specache.device.static_sizes import KINDS

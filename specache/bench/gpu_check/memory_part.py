@@ -11,11 +11,11 @@ import torch
 import specache
 from specache.bench.compute_device import held_bytes, peak_bytes, release_memory, reset_peak
 from specache.bench.contenders import SpeCacheContender
-from specache.bench.gpu_check.answers import answer, ragged_prompts, seeded_model
+from specache.bench.gpu_check.check_sizes import TINY
 from specache.bench.gpu_check.checks import Check, PartRun, on_gpu
 from specache.bench.gpu_check.generate_part import settings
+from specache.bench.gpu_check.seeded_answers import answer, ragged_prompts, seeded_model
 from specache.bench.gpu_check.simulation import as_on_a_gpu
-from specache.bench.gpu_check.sizes import TINY
 from specache.bench.published_shapes import NAMES, shape_of
 from specache.bench.shapes import RandomModel, Shape
 from specache.bench.workload import Workload

@@ -116,7 +116,7 @@ def _end(process: subprocess.Popen[bytes], ask: bool) -> None:
     """Kill what is left of a process group, which the process leads."""
     if ask and process.poll() is None and hasattr(signal, "SIGUSR1"):
         with suppress(OSError):
-            process.send_signal(signal.SIGUSR1)  # `child` writes all threads' stacks
+            process.send_signal(signal.SIGUSR1)  # `part_process` writes all threads' stacks
             time.sleep(DUMP_S)
     with suppress(OSError):  # nobody is left
         os.killpg(process.pid, signal.SIGKILL)

@@ -16,10 +16,10 @@ from specache.bench.base import BenchContext, Result
 from specache.bench.compute_device import gpu_ms, release_memory
 from specache.bench.contenders import SpeCacheContender
 from specache.bench.decode_step import DYNAMIC, OFFLOADED, Decode
+from specache.bench.gpu_check.check_sizes import TINY
 from specache.bench.gpu_check.checks import Check, PartRun, on_gpu
 from specache.bench.gpu_check.memory_part import named_shape
 from specache.bench.gpu_check.rates import measure_rates
-from specache.bench.gpu_check.sizes import TINY
 from specache.bench.shapes import RandomModel
 from specache.bench.workload import Workload
 from specache.config import Policy, SlowTierKind, SpeCacheConfig

@@ -10,12 +10,15 @@ import pytest
 import torch
 
 from specache.bench import torch_attention
-from specache.bench.gpu_check import beside, build_part, kernels_part, report, runner, sizes
+from specache.bench.gpu_check import beside, build_part, kernels_part
+from specache.bench.gpu_check import check_sizes as sizes
+from specache.bench.gpu_check import part_runner as runner
+from specache.bench.gpu_check import result_page as report
+from specache.bench.gpu_check.check_sizes import GB, Sizes
 from specache.bench.gpu_check.checks import Check, PartRun
 from specache.bench.gpu_check.device_text import device_text
+from specache.bench.gpu_check.part_runner import Run, run_parts
 from specache.bench.gpu_check.parts import Part
-from specache.bench.gpu_check.runner import Run, run_parts
-from specache.bench.gpu_check.sizes import GB, Sizes
 from specache.bench.gpu_check.states import PartJob
 from specache.bench.torch_attention import gpu_baselines
 from specache.planning.roofline.device_file import device_from_file

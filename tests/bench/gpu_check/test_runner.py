@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from specache.bench.gpu_check import report, runner
+from specache.bench.gpu_check import part_runner as runner
+from specache.bench.gpu_check import result_page as report
 from specache.bench.gpu_check.__main__ import main
+from specache.bench.gpu_check.part_runner import Run, run_parts
 from specache.bench.gpu_check.parts import PARTS, Part, chosen_parts
-from specache.bench.gpu_check.runner import Run, run_parts
 from specache.errors import ConfigError
 
 LIMIT_S = 60.0  # of a part that ends by itself, on a busy machine
@@ -154,8 +155,8 @@ def test_results_are_written_before_the_next_part_begins(tmp_path):
     """A parent that is killed leaves what was found: also the checks of the part that runs."""
     code = (
         "from tests.bench.gpu_check.test_runner import part\n"
-        "from specache.bench.gpu_check.runner import Run, run_parts\n"
-        "from specache.bench.gpu_check import runner\n"
+        "from specache.bench.gpu_check.part_runner import Run, run_parts\n"
+        "from specache.bench.gpu_check import part_runner as runner\n"
         "from pathlib import Path\n"
         f"runner.work_folder = lambda tree: Path({str(tmp_path / 'work')!r})\n"
         f"run_parts([part('passes'), part('hangs', 2)], Run(Path({str(tmp_path / 'out')!r}), 'cpu'))\n"

@@ -1,4 +1,4 @@
-"""The process of one part: `python -m specache.bench.gpu_check.child JOB`, a JSON file.
+"""The process of one part: `python -m specache.bench.gpu_check.part_process JOB`, a JSON file.
 
 It leaves with 0 if the part ran to its end, whatever its checks found; the state file has that.
 """

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import specache
-from specache.bench.gpu_check import report
+from specache.bench.gpu_check import result_page as report
 from specache.bench.gpu_check.beside import Beside, has_extension, read_state
 from specache.bench.gpu_check.parts import BUILD, Part
 from specache.bench.gpu_check.process import GROUPS, end_groups, python, run_limited
-from specache.bench.gpu_check.report import Results, record_of
+from specache.bench.gpu_check.result_page import Results, record_of
 from specache.bench.gpu_check.states import FAILED, PartJob
 
 PACKAGE = Path(specache.__file__).parent
@@ -147,7 +147,7 @@ def _run_part(part: Part, run: Run, results: Results, work: Path, limit_s: float
             results.set(part.number, record_of(part.name, read_state(state), None, time.monotonic() - started, running=True))
 
     results.set(part.number, record_of(part.name, None, None, 0.0, running=True))
-    command, where = python("-m", "specache.bench.gpu_check.child", str(job_file)), environment(run.device, work, tree)
+    command, where = python("-m", "specache.bench.gpu_check.part_process", str(job_file)), environment(run.device, work, tree)
     groups = work / f"groups-{part.number}"
     groups.unlink(missing_ok=True)
     ended = run_limited(command, {**where, GROUPS: str(groups)}, log_file, limit_s, merge, folder=work)
