@@ -12,10 +12,13 @@ import signal
 import sys
 from pathlib import Path
 
+from specache.bench.gpu_check.process import die_with_parent
+
 BROKEN = 3  # exit code: the GPU's context was lost on the way
 
 
 def main() -> int:
+    die_with_parent()
     faulthandler.enable()
     if hasattr(signal, "SIGUSR1"):
         faulthandler.register(signal.SIGUSR1, all_threads=True)  # `process` asks where a part hangs

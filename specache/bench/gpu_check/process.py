@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 GROUPS = "SPECACHE_GPU_CHECK_GROUPS"  # environment variable: a file of process groups
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
 POLL_S = 0.2
 DUMP_S = 1.0  # time that a part has to write where it hangs
 REAP_S = 10.0  # how long to wait for the end of a killed process: one inside the GPU's driver may never end
@@ -105,6 +107,15 @@ def end_groups(file: Path) -> None:
     for line in file.read_text().split() if file.exists() else ():
         with suppress(OSError):
             os.killpg(int(line), signal.SIGKILL)
+
+
+def die_with_parent() -> None:
+    """Have the system kill this process once its parent has ended, on Linux.
+
+    The parent may be killed without a chance to do so, and what is left would go on with the GPU.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def python(*arguments: str) -> list[str]:

@@ -11,6 +11,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from specache.bench.gpu_check.process import die_with_parent
+
 REPORT = "SPECACHE_TEST_REPORT"
 LOST = 3  # exit code
 _BROKEN = ("illegal memory access", "device-side assert", "unspecified launch failure", "misaligned address")
@@ -19,6 +21,10 @@ _BROKEN = ("illegal memory access", "device-side assert", "unspecified launch fa
 def _write(**line: Any) -> None:
     with Path(os.environ[REPORT]).open("a") as file:
         file.write(json.dumps(line) + "\n")
+
+
+def pytest_configure(config: Any) -> None:
+    die_with_parent()
 
 
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:

@@ -178,7 +178,8 @@ def _profile(part: PartRun, check: Check, shape: str, context: int, batch: int) 
             if on_gpu(part):
                 torch.cuda.synchronize()
         name = "self_device_time_total" if on_gpu(part) else "self_cpu_time_total"
-        found = sorted(profiler.key_averages(), key=lambda one: getattr(one, name), reverse=True)
+        listed = [one for one in profiler.key_averages() if not on_gpu(part) or one.device_type is torch.autograd.DeviceType.CUDA]
+        found = sorted(listed, key=lambda one: getattr(one, name), reverse=True)
         total = sum(getattr(one, name) for one in found) or 1.0
         for one in found[:TOP_KERNELS]:
             spent = getattr(one, name)

@@ -35,6 +35,7 @@ def raises(part: PartRun) -> None:
 
 
 def hangs(part: PartRun) -> None:
+    (part.work / "pid").write_text(str(os.getpid()))
     part.run("before", lambda check: None)
     part.run("waits for ever", lambda check: time.sleep(600))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -151,32 +150,32 @@ def test_a_part_may_use_the_time_that_earlier_ones_left(tmp_path):
     assert limits[0] == 100 and 1 < limits[1] <= 101
 
 
-def test_results_are_written_before_the_next_part_begins(tmp_path):
-    """A parent that is killed leaves what was found: also the checks of the part that runs."""
+def test_results_are_written_before_the_next_part_begins(tmp_path, work):
+    """A parent that is killed leaves what was found, also in the part that runs; that ends too."""
     code = (
-        "from tests.bench.gpu_check.test_runner import part\n"
-        "from specache.bench.gpu_check.part_runner import Run, run_parts\n"
-        "from specache.bench.gpu_check import part_runner as runner\n"
         "from pathlib import Path\n"
-        f"runner.work_folder = lambda tree: Path({str(tmp_path / 'work')!r})\n"
-        f"run_parts([part('passes'), part('hangs', 2)], Run(Path({str(tmp_path / 'out')!r}), 'cpu'))\n"
+        "from specache.bench.gpu_check import part_runner as runner\n"
+        "from tests.bench.gpu_check.test_runner import part\n"
+        f"runner.work_folder = lambda tree: Path({str(work)!r})\n"
+        f"runner.run_parts([part('passes'), part('hangs', 2)], runner.Run(Path({str(tmp_path / 'out')!r}), 'cpu'))\n"
     )
-    root = Path(__file__).parents[3]
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=root)
-    file = tmp_path / "out" / report.JSON_NAME
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[3])
+    file, parts = tmp_path / "out" / report.JSON_NAME, {}
     try:
         ends = time.monotonic() + 2 * LIMIT_S
-        while time.monotonic() < ends:
-            parts = json.loads(file.read_text())["parts"] if file.exists() else {}
-            if len(parts.get("2", {}).get("checks", [])) == 2:
-                break
+        while time.monotonic() < ends and len(parts.get("2", {}).get("checks", [])) < 2:
             time.sleep(0.2)
-        assert parts["1"]["status"] == "passed"
-        assert [check["name"] for check in parts["2"]["checks"]] == ["before", "waits for ever"]
-        assert parts["2"]["status"] == "running"
+            parts = json.loads(file.read_text())["parts"] if file.exists() else {}
     finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(LIMIT_S)
+        process.kill()
+        process.wait()
+    assert parts["1"]["status"] == "passed"
+    assert [check["name"] for check in parts["2"]["checks"]] == ["before", "waits for ever"]
+    assert parts["2"]["status"] == "running"
+    part_process = int((work / "pid").read_text())
+    while runs(part_process) and time.monotonic() < ends:
+        time.sleep(0.2)
+    assert not runs(part_process)
 
 
 def test_an_interrupted_run_kills_its_part_and_keeps_what_it_found(tmp_path, monkeypatch, capsys):
