@@ -31,8 +31,9 @@ def run(part: PartRun) -> None:
     weights = Weights.FP16 if on_gpu(part) else sizes.weights
     source = LoadedSource(RandomModel(named_shape(sizes.paper), weights, 0, part.device))
     results: list[Result] = []
-    for method in (FULL, *(name for name in NAMES if name != FULL)):
-        for bits in BITS[:1] if method == FULL else BITS:
+    others = [name for name in NAMES if name != FULL]
+    for bits in BITS:
+        for method in (FULL, *others) if bits == BITS[0] else reversed(others):
             label = method if method == FULL else f"{method}, {bits} bits"
             part.run(
                 f"paper, {label}", partial(_measure, part, source=source, results=results, method=method, bits=bits), needs_s=6
@@ -53,7 +54,7 @@ def _measure(part: PartRun, check: Check, source: LoadedSource, results: list[Re
         bits=(bits,),
         fast_memory=limit,
         steps=sizes.steps,
-        rounds=3 if gpu else 1,
+        rounds=2 if gpu else 1,
         search=False,
         share_rows=True,
         **shape,

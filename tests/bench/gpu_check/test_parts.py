@@ -17,6 +17,7 @@ from specache.bench.gpu_check import result_page as report
 from specache.bench.gpu_check.check_sizes import GB, Sizes
 from specache.bench.gpu_check.checks import Check, PartRun
 from specache.bench.gpu_check.device_text import device_text
+from specache.bench.gpu_check.marked_tests import cuda_tests, run_tests
 from specache.bench.gpu_check.part_runner import Run, run_parts
 from specache.bench.gpu_check.parts import Part
 from specache.bench.gpu_check.states import PartJob
@@ -81,12 +82,13 @@ def test_last(): pass
 """
 
 
-def test_tests_go_on_after_a_crash_and_after_the_gpu_is_lost(tmp_path):
+@pytest.mark.parametrize("processes", [1, 3])
+def test_tests_go_on_after_a_crash_and_after_the_gpu_is_lost(tmp_path, processes):
     tree = tmp_path / "tree"
     tree.mkdir()
     (tree / "test_some.py").write_text(TESTS)
     run = part_run(tmp_path, tree)
-    found = {one["id"].partition("::")[2]: one for one in kernels_part.run_tests(run, ["test_some.py"], [], 1.0)}
+    found = {one["id"].partition("::")[2]: one for one in run_tests(run, ["test_some.py"], [], processes, LIMIT_S)}
     assert {name: one["outcome"] for name, one in found.items()} == {
         "test_first": "passed",
         "test_crashes": "failed",
@@ -106,15 +108,15 @@ def test_a_test_that_hangs_is_named(tmp_path):
     tree = tmp_path / "tree"
     tree.mkdir()
     (tree / "test_some.py").write_text("import time\ndef test_first(): pass\ndef test_hangs(): time.sleep(600)\n")
-    found = kernels_part.run_tests(part_run(tmp_path, tree, seconds=15), ["test_some.py"], [], 1.0)
-    assert [one["outcome"] for one in found] == ["passed", "failed"]
-    assert "its time was up" in found[1]["message"]
+    found = run_tests(part_run(tmp_path, tree), ["test_some.py"], [], 1, 15.0)
+    assert [one["outcome"] for one in found] == ["failed", "passed"]
+    assert "its time was up" in found[0]["message"]
 
 
 def test_the_tests_for_a_gpu_are_found():
     tree = runner.source_tree()
     assert tree is not None
-    files = kernels_part.cuda_tests(tree)
+    files = cuda_tests(tree)
     assert {"tests/kernels/test_cuda_hardest.py", "tests/device/test_cuda.py", "tests/attention/test_dense.py"} <= set(files)
 
 
