@@ -13,7 +13,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -213,4 +213,5 @@ def _release_memory() -> None:
     if "torch" in sys.modules:
         from specache.bench.compute_device import release_memory
 
-        release_memory()
+        with suppress(RuntimeError):  # the GPU may be lost
+            release_memory()
