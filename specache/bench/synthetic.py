@@ -61,7 +61,7 @@ def copy_compressed(layer: CompressedLayer, filled: CompressedLayer) -> None:
 
 
 def reserved_tokens(config: SpeCacheConfig, tokens: int, device: torch.device, new: int = 0) -> int:
-    """Return the tokens for which a sequence's slow tier has room, once it is filled with `tokens`."""
+    """Return the tokens for which the slow tier of a sequence of `tokens` has room."""
     spared = tokens + max(SPARE_TOKENS, new)
     return max(spared, row_room(config, spared)) if device.type == CUDA else spared
 

@@ -1,4 +1,4 @@
-"""Baselines for one layer's attention: PyTorch's fused kernels, matrix products, dequantising first.
+"""Baselines for one layer's attention: PyTorch's fused kernels, products, dequantising first.
 
 All take a query [B, Hq, n, D], and keys and values [Hkv, S, D] that every row of every sequence
 sees in full. For several sequences, each has a copy of them.
@@ -54,7 +54,7 @@ def gpu_baselines(query: Tensor, keys: Tensor, values: Tensor) -> list[Baseline]
     """
     q = query.to(torch.bfloat16)
     k, v = (_per_sequence(tensor.to(torch.bfloat16), query) for tensor in (keys, values))
-    runs = {
+    runs: dict[str, Callable[[], Tensor]] = {
         "sdpa bf16": partial(sdpa, q, k, v),
         "sdpa bf16, heads as rows": partial(grouped_sdpa, q, k, v),
         "flash bf16": _flash(partial(sdpa, q, k, v)),

@@ -23,6 +23,7 @@ from specache.rows.fetch import RowFetcher
 from specache.stats import MemoryUse
 from specache.tiers.base import SlowTier
 from specache.tiers.layer_rows import LayerRows
+from specache.tiers.transfer import upload
 
 
 class LayerState(ABC):
@@ -304,8 +305,7 @@ class CompressedLayer(LayerState):
     def rebuild(self, length: int) -> None:
         """Rebuild low-bit copy and residual of the first `length` tokens from 16-bit rows."""
         for start in range(0, length, KEY_BLOCK):
-            keys, values = self.tier.read(self.index, start, min(start + KEY_BLOCK, length))
-            self._add(keys.to(self._kv_rows.device), values.to(self._kv_rows.device))
+            self._add(*self._stored(start, min(start + KEY_BLOCK, length), self._kv_rows.device))
 
     def release(self) -> None:
         self.row_fetcher.free()  # explicitly: a background read may still refer to the hot set
@@ -325,7 +325,7 @@ class CompressedLayer(LayerState):
     def _stored(self, start: int, stop: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return keys and values [Hkv, stop - start, D] of stored tokens, on the device."""
         keys, values = self.tier.read(self.index, start, stop)
-        return keys.to(device), values.to(device)
+        return (keys, values) if keys.device == device else upload(keys, values, device)
 
     def store(self, keys: Tensor, values: Tensor) -> None:
         """Add n prompt tokens, keys and values [Hkv, n, D]."""

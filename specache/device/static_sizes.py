@@ -18,6 +18,7 @@ LENGTH = 4  # bytes of a sequence's number of low-bit tokens
 POSITIONS_OF_LAYER = 4  # arrays [B, Hkv, k]: next and used positions, prefetched positions and their slots
 COUNTERS = 5
 
+HEADS_OF_BATCH = 65_535  # KV heads of all sequences together: a grid's second and third dimension end there
 CAPACITY_STEP = 4096  # low-bit tokens: a batch has room for a multiple, so that it is seldom rebuilt
 KINDS: dict[Policy, StepKind] = {  # what a step over static buffers decodes; other policies have none
     policy: StepKind.PAIR if policy.drafts else StepKind.SINGLE for policy in Policy if policy not in (Policy.AUTO, Policy.FULL)

@@ -23,7 +23,7 @@ from specache.cache.sequence import Sequence as CachedSequence
 from specache.device import page_kernels
 from specache.device.batch import BatchSize, DeviceBatch
 from specache.device.graph import CaptureError, GraphedSteps, Graphs, graphs_for
-from specache.device.static_sizes import CAPACITY_STEP, KINDS, low_bit_room, row_room, unsupported_reason
+from specache.device.static_sizes import CAPACITY_STEP, HEADS_OF_BATCH, KINDS, low_bit_room, row_room, unsupported_reason
 from specache.device.step import StaticPass
 from specache.engine.attention_hook import decode_forward
 from specache.engine.compiled_layers import CompiledLayers
@@ -78,10 +78,13 @@ class StaticDecoder:
         least = config.residual + config.group_size
         if self._disabled or kind is not KINDS[config.policy] or any(sequence.length < least for sequence in sequences):
             return False
+        heads = max((layer.kv_heads for layer in self._cache.resources.dimensions.full_layers), default=1)
+        if len(sequences) * heads > HEADS_OF_BATCH:
+            return False
         return self._cache.info.rope_switch is None or self._same_rope_side()
 
     def row_room(self, tokens: int) -> int:
-        """Return for how many tokens to make the slow-tier buffers of a prompt of `tokens` tokens."""
+        """Return for how many tokens to make the slow-tier buffers of a prompt of `tokens`."""
         return tokens if self._disabled else max(tokens, row_room(self._cache.config, tokens, self._settings.capacity_step))
 
     def step(self, sequences: Sequence[CachedSequence], tokens: list[list[int]]) -> Tensor | None:

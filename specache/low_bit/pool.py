@@ -243,10 +243,8 @@ class PageTable:
         return [(*self.pages[i], j - i) for i, j in pairwise([*starts, len(self.pages)])]
 
 
-def _common_runs(
-    mine: list[tuple[int, int, int]], theirs: list[tuple[int, int, int]]
-) -> Iterator[tuple[int, int, int, int, int]]:
-    """Yield (slab, first, other slab, its first, count) of stretches that are runs in both lists."""
+def _common_runs(mine: list[tuple[int, int, int]], theirs: list[tuple[int, int, int]]) -> Iterator[tuple[int, int, int, int, int]]:
+    """Yield (slab, first, other slab, its first, count) of stretches that are runs in both."""
     left, right = list(reversed(mine)), list(reversed(theirs))
     while left:
         (slab, first, some), (other, start, more) = left.pop(), right.pop()

@@ -47,6 +47,7 @@ class ServerApp:
                 ApiError: answer_api_error,
                 SpeCacheError: answer_api_error,
                 HTTPException: answer_http_error,
+                Exception: answer_api_error,  # Starlette's own answer is a plain text; it is raised on to the log
             },
         )
         self._routes.state.server = self.state

@@ -20,9 +20,8 @@ class RequestContext:
 
     Attributes:
         dialect: the API that it speaks.
-        request_id: its identifier, which answers in Anthropic's API carry.
         owner: the name of the key that it carries; empty without keys.
-        request_id: a name of its own, which its answer carries as `x-request-id`.
+        request_id: its identifier, which its answer carries as `x-request-id`.
         began: the `time.monotonic()` of its headers.
         facts: what the log line says, in order.
     """
@@ -31,7 +30,6 @@ class RequestContext:
         self.dialect = dialect
         self.request_id = f"req_{uuid4().hex}"
         self.owner = ""
-        self.request_id = uuid4().hex
         self.began = time.monotonic()
         self.facts: dict[str, Any] = {}
         self._lock = threading.Lock()

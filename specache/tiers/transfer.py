@@ -52,6 +52,32 @@ class HostMemory(Protocol):
         """Return a buffer that is no longer in use."""
 
 
+def upload(keys: Tensor, values: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Copy keys and values [Hkv, n, D] of a tier to a device.
+
+    Halves of rows `[K | V]`, as they are in main memory, are copied as rows, head by head. Each
+    head is contiguous, so that a copy from page-locked memory is queued at once. Any other copy
+    would first gather the halves on the host, which waits.
+    """
+    kv_rows = _joined(keys, values)
+    if kv_rows is None:
+        return keys.to(device), values.to(device)
+    into = torch.empty(kv_rows.shape, dtype=kv_rows.dtype, device=device)
+    for head, stored in zip(into, kv_rows, strict=True):
+        head.copy_(stored, non_blocking=True)
+    dim = keys.shape[2]
+    return into[..., :dim], into[..., dim:]
+
+
+def _joined(keys: Tensor, values: Tensor) -> Tensor | None:
+    """Return the rows [Hkv, n, 2 D] whose halves these are, a view; `None` if they are not."""
+    heads, count, dim = keys.shape
+    halves = keys.stride() == values.stride() and keys.stride()[1:] == (2 * dim, 1)
+    if not halves or keys.dtype != values.dtype or values.data_ptr() != keys.data_ptr() + dim * keys.element_size():
+        return None
+    return keys.as_strided((heads, count, 2 * dim), keys.stride())
+
+
 def on_host(kv_rows: Tensor) -> Transferred:
     """Transfer rows that are used where they are."""
     return lambda: kv_rows

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from specache.bench.base import BenchContext
 from specache.bench.compare import Measured, Skipped
 from specache.bench.contenders import Contender
 from specache.bench.memory import Memory
+from specache.bench.offloaded import OffloadedContender
 from specache.bench.plain_read import LargeArray
 from specache.bench.timing import PhaseClock, interleaved
 from specache.cli import console
@@ -129,3 +132,44 @@ def test_out_of_gpu_memory_is_tried_alone_and_then_skipped(gpu_workload):
     outcome = compare.compare(gpu_workload, [a, b, huge], 1, lambda said: None)
     assert [isinstance(outcome[one], Measured) for one in (a, b, huge)] == [True, True, False]
     assert not outcome[a].interleaved and outcome[huge] == Skipped("the GPU's memory ran out (CUDA out of memory)")
+
+
+class FakeEvent:
+    """A CUDA event that is recorded in a list, and times that grow by one per record."""
+
+    record_of: ClassVar[list[object]] = []
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = len(self.record_of)
+        self.record_of.append(self)
+
+    def synchronize(self) -> None:
+        self.record_of.append("waited")
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        return float(end.at - self.at)
+
+
+def test_a_gpus_own_time_begins_while_it_is_busy(monkeypatch):
+    """The host queues everything behind work that is not timed, and waits once, at the end."""
+    done: list[object] = []
+    monkeypatch.setattr(FakeEvent, "record_of", done)
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("idle"))
+    elapsed = compute_device.gpu_ms(lambda: done.append("work"), before=lambda: done.append("before"))
+    kinds = ["event" if isinstance(one, FakeEvent) else one for one in done]
+    assert kinds == ["idle", "before", "event", "work", "event", "waited"]
+    assert elapsed == 2.0
+
+
+def test_a_timer_may_be_chosen():
+    found = interleaved({"a": lambda: None}, rounds=3, timer=lambda function: 7.0)
+    assert found["a"].samples_ms == (7.0, 7.0, 7.0)
+
+
+def test_the_offloaded_cache_needs_a_gpu():
+    with pytest.raises(ConfigError, match="--device cuda"):
+        OffloadedContender(tiny_workload())

@@ -152,3 +152,29 @@ def test_a_bare_model_needs_no_cache():
     bare.prepare()
     bare.step()
     assert bare.needed_bytes == 0
+
+
+@pytest.mark.parametrize("code", list(Code))
+@pytest.mark.parametrize("shares_rows", [False, True])
+def test_a_sequence_that_is_copied_decodes_as_one_that_is_quantised(code, shares_rows):
+    work = tiny_workload(batch=3)
+    config = SpeCacheConfig(code=code, top_k=8, slow_tier="ram", policy="verified")
+    copied = SpeCacheContender(work, config, shares_rows)
+    copied.prepare()
+    with specache.SpeCache(work.model, config) as quantised:
+        for _ in range(3):
+            add_sequence(quantised, {i: work.rows(i) for i in range(len(work.layer_shapes))})
+        for ours, theirs in zip(copied.held.sequences, quantised.sequences, strict=True):
+            for index, layer in ours.compressed.items():
+                other = theirs.compressed[index]
+                assert torch.equal(layer.table.raw(0, 2), other.table.raw(0, 2))
+                assert torch.equal(layer.residual_keys, other.residual_keys)
+                assert layer.length == other.length == work.context
+        pages = [layer.table.pages for sequence in copied.held.sequences for layer in sequence.compressed.values()]
+        assert len({id(one) for one in pages}) == len(pages)  # every sequence has pages of its own
+    bytes_of_one = work.exact_bytes // work.batch
+    with copied.ready():
+        copied.step()
+    slow = copied.held.stats()["slow_bytes"]
+    assert slow < 2 * bytes_of_one * (1 + 1024 / work.context) if shares_rows else slow >= 3 * bytes_of_one
+    copied.close()

@@ -16,7 +16,7 @@ from specache.bench.base import BenchContext, Outcome
 from specache.bench.contenders import SpeCacheContender
 from specache.bench.paper import Paper, compared
 from specache.bench.paper_decoding import Decoding, Schedule
-from specache.bench.paper_fit import ASKED, FAST, MAIN, TRIED, FreeMemory, Needs, largest_near, planned_fit, tried_fit
+from specache.bench.paper_fit import ASKED, FAST, MAIN, TRIED, FreeMemory, Needs, largest_near, planned_fit, tried_fit, untried_fit
 from specache.bench.paper_methods import FULL, Entry, KiviContender, entries
 from specache.bench.workload import Workload
 from specache.cli import console
@@ -381,3 +381,25 @@ def test_kivi_over_static_buffers_decodes_what_it_decodes_without(monkeypatch):
             contender.close()
             assert steps == ([2] * 70 if static else [])
     assert decoded[0] == decoded[1]
+
+
+def test_shared_rows_are_in_main_memory_once():
+    model, entry = tiny_model().load(), lines_of()[-1]
+    one, shared = (Needs(dimensions_of(model), entry, CONTEXT, 8, shares_rows=shares) for shares in (False, True))
+    rows = one._slow(1)
+    assert rows > 0 and shared._slow(100) == shared._slow(1) == rows and one._slow(100) == 100 * rows
+
+
+def test_without_a_search_the_planned_batch_is_taken():
+    model, entry = tiny_model().load(), lines_of()[1]
+    needs = needs_of(model, entry)
+    free = FreeMemory(BUDGET, None, 1000)
+    assert untried_fit(needs, free) == planned_fit(needs, free)
+    assert untried_fit(needs, FreeMemory(1, None, 1000)).batch == 1  # the plan may be wrong: one sequence is tried
+    assert untried_fit(needs_of(model, lines_of()[-1]), FreeMemory(1, 1, 1000)).batch == 0
+
+
+def test_shared_rows_give_the_same_table():
+    own, shared = (measure(methods=("verified",), bits=(2,), max_batch=3, share_rows=shares) for shares in (False, True))
+    for key in ("batch", "fast_bytes", "hit_rate"):
+        assert own.results[0][key] == shared.results[0][key], key

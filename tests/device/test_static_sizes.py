@@ -4,18 +4,24 @@ says without one.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import specache
 from specache.device.batch import DeviceBatch
-from specache.device.static_sizes import batch_bytes
+from specache.device.static_sizes import batch_bytes, row_room
+from specache.engine import static_decoder
+from specache.model.dimensions import dimensions_of
 from specache.planning.footprint import CacheFootprint, PlannedSequence
+from specache.planning.plan import plan
 from specache.planning.roofline.capacity import Capacity
 from specache.planning.roofline.compared_methods import Method
 from specache.planning.roofline.device_file import known_devices
 from specache.planning.roofline.kernel_costs import THIS_LIBRARY
 from specache.planning.roofline.static_step import static_step_bytes
+from specache.tiers.layer_rows import GrowingRows
 from tests.device.static_running import answer, config, static_steps
 from tests.engine.test_model_families import FAMILIES, build
 from tests.tiny import llama, prompt
@@ -96,3 +102,41 @@ def test_sizes_are_additive():
     one, two, other = (batch_bytes(shapes, 0, 3, 8, 128, 2, 2) for shapes in ([(2, 64)], [(2, 64)] * 2, [(2, 64), (4, 64)]))
     shared = batch_bytes([(2, 64)] * 3, 0, 3, 8, 128, 2, 2) - two
     assert two - one == shared < other - one
+
+
+def test_a_prompts_rows_have_room_for_its_batch_from_the_start(monkeypatch):
+    """So they are not copied to larger memory when the first step attaches the sequence."""
+    model, grown = llama(), []
+    make_room = GrowingRows.make_room
+
+    def watched(self: GrowingRows, start: int, stop: int, expected: int = 0) -> None:
+        before = self.capacity
+        make_room(self, start, stop, expected)
+        if before and self.capacity > before:
+            grown.append((before, self.capacity))
+
+    monkeypatch.setattr(GrowingRows, "make_room", watched)
+    with static_steps(monkeypatch) as steps:
+        answer(model, config(), (90,), 20)
+    assert steps and not grown
+    settings = config().resolved("cuda")
+    assert row_room(settings, 90, 64) >= 90 + 20
+    assert row_room(settings, 90) == 4096 + settings.residual + settings.group_size
+
+
+def test_a_plan_for_a_gpu_counts_the_room_of_the_rows():
+    dimensions = replace(dimensions_of(llama()), device="cuda")
+    settings = config().resolved("cuda")
+    slow = plan(dimensions, settings, [PlannedSequence(90, 20)]).slow
+    assert slow == row_room(settings, 110) * sum(layer.row_bytes(dimensions.itemsize) for layer in dimensions.full_layers)
+
+
+def test_more_heads_than_a_grid_has_take_the_ordinary_step(monkeypatch):
+    model = llama()
+    monkeypatch.setattr(static_decoder, "HEADS_OF_BATCH", 2 * 2 - 1)  # two sequences of two heads are one too many
+    with static_steps(monkeypatch) as steps:
+        answer(model, config(), (90,), 4)
+        assert steps
+        steps.clear()
+        answer(model, config(), (90, 80), 4)
+        assert not steps

@@ -21,7 +21,7 @@ from specache.kernels.torch import operations as torch_ops
 from specache.low_bit.layout import PageLayout
 from specache.low_bit.pool import PagePool, PageTable
 from specache.platform.budget import ByteBudget
-from tests.kernels.paged import PagedCase, assert_near, assert_rounded, assert_selected
+from tests.kernels.paged import OUT_ERROR, PagedCase, assert_near, assert_rounded, assert_selected
 from tests.kernels.test_native import Case
 
 ROOT = Path(__file__).parents[2]
@@ -117,7 +117,8 @@ def check_against_pytorch(case: Case, dtype: torch.dtype, device: torch.device) 
     else:
         assert_selected(positions, expected, paged.rest, case.lengths, 64)
     stored = [torch.cat([k, v], dim=-1) for k, v in zip(case.keys, case.values, strict=True)]
-    stored = [torch.nn.functional.pad(rows, (0, 0, 0, 2048 - rows.shape[1])) for rows in stored]  # with equal strides
+    longest = max(case.lengths)
+    stored = [torch.nn.functional.pad(rows, (0, 0, 0, longest - rows.shape[1])) for rows in stored]  # with equal strides
     if device.type == "cuda":
         stored = [rows.pin_memory() for rows in stored]
     addresses = torch.tensor([rows.data_ptr() for rows in stored], device=device)
@@ -131,7 +132,7 @@ def check_against_pytorch(case: Case, dtype: torch.dtype, device: torch.device) 
         torch.testing.assert_close(out, expected_out, rtol=1e-3, atol=1e-3)
     else:
         assert_near(lse, expected_lse, 1e-3)
-        assert_near(out, expected_out, 2.0**-8, paged.largest(rows))
+        assert_near(out, expected_out, OUT_ERROR, paged.largest(rows))
 
 
 def on_device(case, keys, values, low_bit_kv, backend, device):

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from specache.bench.gpu_check import report
+from specache.bench.gpu_check import result_page as report
+from specache.bench.gpu_check.part_runner import Run, run_parts
 from specache.bench.gpu_check.parts import PARTS, chosen_parts
-from specache.bench.gpu_check.runner import Run, run_parts
 from specache.errors import SpeCacheError
 
 

@@ -8,22 +8,21 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from specache.bench.base import Result
-from specache.bench.compute_device import CUDA, release_memory
-from specache.bench.gpu_check.sizes import Sizes
-from specache.bench.gpu_check.states import FAILED, PASSED, SKIPPED, PartJob
+from specache.bench.gpu_check.states import CUDA, FAILED, PASSED, SKIPPED, PartJob
 from specache.errors import SpeCacheError
+
+if TYPE_CHECKING:
+    from specache.bench.gpu_check.check_sizes import Sizes
 
 _BROKEN = (
     *("illegal memory access", "device-side assert", "unspecified launch failure", "misaligned address"),
@@ -85,23 +84,25 @@ class PartRun:
         work, tree: folders (see `PartJob`).
     """
 
-    def __init__(self, job: PartJob, sizes: Sizes | None = None) -> None:
+    def __init__(self, job: PartJob) -> None:
         self.device, self.options = job.device, job.options
         self.work, self.tree = Path(job.work), None if job.tree is None else Path(job.tree)
         self.checks: list[Check] = []
-        self.tables: dict[str, list[Result]] = {}
+        self.tables: dict[str, list[dict[str, Any]]] = {}
         self.notes: list[str] = []
         self.facts: dict[str, Any] = {}
         self._file = Path(job.state)
         self._ends = time.monotonic() + job.seconds
         self._running: str | None = None
         self._complete = False
-        self._sizes = sizes
+        self._sizes: Sizes | None = None
         self._write()
 
     @property
     def sizes(self) -> Sizes:
         if self._sizes is None:
+            from specache.bench.gpu_check.check_sizes import Sizes  # imports PyTorch and transformers
+
             self._sizes = Sizes.on(self.device)
             for note in self._sizes.notes:
                 self.note(note)
@@ -137,13 +138,16 @@ class PartRun:
         except Exception as error:
             check.status, check.message = FAILED, _described(error)
             broken = any(sign in str(error) for sign in _BROKEN)
+        except BaseException as error:  # a library that calls `exit`
+            check.status, check.message = FAILED, f"{type(error).__name__}: {error}"
+            raise
         finally:
             check.warned = check.messages()
             check.seconds = round(time.monotonic() - started, 3)
             self._running = None
             self._write()
             if not broken:
-                release_memory()
+                _release_memory()
         if broken:
             raise PartBroken(check.message)
 
@@ -155,7 +159,7 @@ class PartRun:
             function(check)
         return self.checks[-1]
 
-    def table(self, name: str, rows: list[Result]) -> None:
+    def table(self, name: str, rows: list[dict[str, Any]]) -> None:
         """Add rows to a table of results."""
         self.tables.setdefault(name, []).extend(rows)
         self._write()
@@ -199,6 +203,15 @@ def _described(error: BaseException) -> str:
     lines = [f"{type(error).__name__}: {str(error).strip()[:1500]}"]
     frames = traceback.extract_tb(error.__traceback__)[-_LINES:]
     lines += [f"  {frame.filename}:{frame.lineno} in {frame.name}: {frame.line}" for frame in frames]
-    if isinstance(error, torch.OutOfMemoryError):
-        traceback.clear_frames(error.__traceback__)
+    if type(error).__name__ == "OutOfMemoryError":
+        traceback.clear_frames(error.__traceback__)  # they keep the tensors for which there was no room
     return "\n".join(lines)
+
+
+def _release_memory() -> None:
+    """Free what the check has left, if it has used PyTorch at all."""
+    if "torch" in sys.modules:
+        from specache.bench.compute_device import release_memory
+
+        with suppress(RuntimeError):  # the GPU may be lost
+            release_memory()

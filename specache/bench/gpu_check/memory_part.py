@@ -1,6 +1,4 @@
-"""Part 4: the bytes that were planned against those that are allocated, and what happens when memory
-runs out in the middle of an answer.
-"""
+"""Part 4: planned bytes against allocated ones, and memory that runs out during an answer."""
 
 from __future__ import annotations
 
@@ -13,15 +11,15 @@ import torch
 import specache
 from specache.bench.compute_device import held_bytes, peak_bytes, release_memory, reset_peak
 from specache.bench.contenders import SpeCacheContender
-from specache.bench.gpu_check.answers import answer, ragged_prompts, seeded_model
+from specache.bench.gpu_check.check_sizes import TINY
 from specache.bench.gpu_check.checks import Check, PartRun, on_gpu
 from specache.bench.gpu_check.generate_part import settings
+from specache.bench.gpu_check.seeded_answers import answer, ragged_prompts, seeded_model
 from specache.bench.gpu_check.simulation import as_on_a_gpu
-from specache.bench.gpu_check.sizes import TINY
 from specache.bench.published_shapes import NAMES, shape_of
 from specache.bench.shapes import RandomModel, Shape
 from specache.bench.workload import Workload
-from specache.config import Policy, SpeCacheConfig
+from specache.config import Policy, SlowTierKind, SpeCacheConfig
 from specache.planning.footprint import PlannedSequence
 from specache.planning.plan import plan
 from specache.planning.roofline.static_step import static_step_bytes
@@ -52,7 +50,7 @@ def _decoding(part: PartRun, check: Check) -> None:
     model = RandomModel(named_shape(sizes.memory), sizes.weights, 0, part.device).load()
     for policy in (Policy.VERIFIED, Policy.NONE):
         work = Workload(model, sizes.memory_batch, sizes.memory_context)
-        config = SpeCacheConfig(policy=policy, slow_tier="ram")
+        config = SpeCacheConfig(policy=policy, slow_tier=SlowTierKind.RAM)
         contender = SpeCacheContender(work, config)
         release_memory()
         before = held_bytes(part.device)
@@ -82,7 +80,7 @@ def _decoding(part: PartRun, check: Check) -> None:
 def _prompt(part: PartRun, check: Check) -> None:
     sizes = part.sizes
     model = RandomModel(named_shape(sizes.memory), sizes.weights, 0, part.device).load()
-    config = SpeCacheConfig(slow_tier="ram").resolved(part.device)
+    config = SpeCacheConfig(slow_tier=SlowTierKind.RAM).resolved(part.device)
     ids = torch.randint(
         2, named_shape(sizes.memory).vocabulary, (1, sizes.memory_prompt), generator=torch.Generator().manual_seed(0)
     )

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from specache.bench.base import BenchContext, Result
 from specache.bench.compute_device import CPU, held_bytes, release_memory
 from specache.bench.gpu_check.checks import Check, PartRun, on_gpu
-from specache.bench.gpu_check.memory_part import named_shape
 from specache.bench.gpu_check.device_text import device_text
-from specache.bench.gpu_check.speed_part import LoadedSource
+from specache.bench.gpu_check.memory_part import named_shape
+from specache.bench.gpu_check.speed_part import LoadedSource, goal
 from specache.bench.paper import Paper
 from specache.bench.paper_methods import FULL, NAMES
 from specache.bench.shapes import RandomModel, Weights
@@ -30,10 +31,13 @@ def run(part: PartRun) -> None:
     weights = Weights.FP16 if on_gpu(part) else sizes.weights
     source = LoadedSource(RandomModel(named_shape(sizes.paper), weights, 0, part.device))
     results: list[Result] = []
-    for method in (FULL, *(name for name in NAMES if name != FULL)):
-        for bits in BITS[:1] if method == FULL else BITS:
+    others = [name for name in NAMES if name != FULL]
+    for bits in BITS:
+        for method in (FULL, *others) if bits == BITS[0] else reversed(others):
             label = method if method == FULL else f"{method}, {bits} bits"
-            part.run(f"paper, {label}", lambda check, m=method, b=bits: _measure(part, check, source, results, m, b), needs_s=6)
+            part.run(
+                f"paper, {label}", partial(_measure, part, source=source, results=results, method=method, bits=bits), needs_s=6
+            )
     part.run("the planner beside what was measured", lambda check: _planned(part, check, source, results))
 
 
@@ -45,9 +49,16 @@ def _measure(part: PartRun, check: Check, source: LoadedSource, results: list[Re
     limit = sizes.paper_bytes - (held_bytes(part.device) if gpu else 0)
     shape: dict[str, Any] = {} if gpu else {"top_k": 8, "chunk": 64, "max_batch": 3}
     benchmark = Paper(
-        contexts=(sizes.paper_context,), methods=(method,), bits=(bits,), fast_memory=limit, steps=sizes.steps, rounds=3 if gpu else 1,
-        search=False, share_rows=True, **shape,
-    )  # fmt: skip
+        contexts=(sizes.paper_context,),
+        methods=(method,),
+        bits=(bits,),
+        fast_memory=limit,
+        steps=sizes.steps,
+        rounds=2 if gpu else 1,
+        search=False,
+        share_rows=True,
+        **shape,
+    )
     [result] = benchmark.run(BenchContext(source, 0, part.device)).results
     check.require(result["fits"], f"it does not fit: {result['skipped']}")
     full = results[0] if results and results[0]["method"] == FULL else None
@@ -80,15 +91,11 @@ def _planned(part: PartRun, check: Check, source: LoadedSource, results: list[Re
         best_batch = max(one["vs_full_batch"] or 0 for one in ours)
         best_rate = max(one["vs_full_throughput"] or 0 for one in ours)
         off = max(max(row["ms_over_plan"], 1 / row["ms_over_plan"]) for row in rows if row["ms_over_plan"])
-        part.table("goals", [
-            {"goal": "the paper's batch", "wanted": f"at least {BATCH_GOAL}x", "found": best_batch, "reached": "yes" if best_batch >= BATCH_GOAL else "NO"},
-            {"goal": "the paper's throughput", "wanted": f"at least {THROUGHPUT_GOAL}x", "found": best_rate, "reached": "yes" if best_rate >= THROUGHPUT_GOAL else "NO"},
-            {"goal": "the planner's step time", "wanted": f"within {PLAN_GOAL}x", "found": off, "reached": "yes" if off <= PLAN_GOAL else "NO"},
-        ])  # fmt: skip
-    part.note(
-        "All sequences of the paper's table read the 16-bit rows of one, so that main memory limits no batch (bench paper --share-rows). "
-        "The batch is the planned one, or a smaller one where that did not fit (--no-search)."
-    )
+        goal(part, "the paper's batch", best_batch, BATCH_GOAL, at_least=True)
+        goal(part, "the paper's throughput", best_rate, THROUGHPUT_GOAL, at_least=True)
+        goal(part, "measured step time over the planned one, or the reverse", off, PLAN_GOAL, at_least=False)
+    part.note("Its sequences read the 16-bit rows of one, so that main memory limits no batch (bench paper --share-rows).")
+    part.note("Its batch is the planned one, or a smaller one where that did not fit (bench paper --no-search).")
 
 
 def _beside(result: Result, method: Method, capacity: Capacity, roofline: Roofline, context: int) -> Result:

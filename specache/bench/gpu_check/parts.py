@@ -32,6 +32,7 @@ class Part:
         return getattr(import_module(module), name)
 
 
+BUILD = Part(1, "environment", f"{_HERE}.build_part:run", 240)  # beside the others; its checks are added to part 1
 PARTS = (
     Part(1, "environment", f"{_HERE}.environment_part:run", 65),
     Part(2, "kernels", f"{_HERE}.kernels_part:run", 90),

@@ -8,27 +8,50 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-REPORT = "SPECACHE_TEST_REPORT"
+import pytest
+
+from specache.bench.gpu_check.process import die_with_parent
+
+REPORT = "SPECACHE_TEST_REPORT"  # environment variable: the file
+SHARE = "SPECACHE_TEST_SHARE"  # environment variable: `0/8` is the first of eight shares of the tests
 LOST = 3  # exit code
 _BROKEN = ("illegal memory access", "device-side assert", "unspecified launch failure", "misaligned address")
 
 
-def _write(**line: Any) -> None:
-    with Path(os.environ[REPORT]).open("a") as file:
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a report, without one that was cut off."""
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return found
+
+
+def add_line(path: Path, line: dict[str, Any]) -> None:
+    """Add a line to a report."""
+    with path.open("a") as file:
         file.write(json.dumps(line) + "\n")
 
 
+def _write(**line: Any) -> None:
+    add_line(Path(os.environ[REPORT]), line)
+
+
+def pytest_configure(config: Any) -> None:
+    die_with_parent()
+
+
+@pytest.hookimpl(trylast=True)  # once `-m` and `-k` have chosen
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
-    path = Path(os.environ[REPORT])
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    done = {line["id"] for line in lines if "outcome" in line}
-    gone = [item for item in items if item.nodeid in done]
-    if gone:
-        config.hook.pytest_deselected(items=gone)
-        items[:] = [item for item in items if item.nodeid not in done]
+    done = {line["id"] for line in lines_of(Path(os.environ[REPORT])) if "outcome" in line}
+    number, processes = map(int, os.environ.get(SHARE, "0/1").split("/"))
+    kept = [item for item in items[number::processes] if item.nodeid not in done]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
 
 
 def pytest_runtest_logstart(nodeid: str) -> None:

@@ -5,23 +5,24 @@ transformers' caches, and where a step's time goes.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 
-from specache.bench import shapes
+from specache.bench import kernel_backends, shapes
 from specache.bench.attention_layer import OURS, Attention
 from specache.bench.base import BenchContext, Result
 from specache.bench.compute_device import gpu_ms, release_memory
 from specache.bench.contenders import SpeCacheContender
 from specache.bench.decode_step import DYNAMIC, OFFLOADED, Decode
+from specache.bench.gpu_check.check_sizes import TINY
 from specache.bench.gpu_check.checks import Check, PartRun, on_gpu
 from specache.bench.gpu_check.memory_part import named_shape
 from specache.bench.gpu_check.rates import measure_rates
-from specache.bench.gpu_check.sizes import TINY
 from specache.bench.shapes import RandomModel
 from specache.bench.workload import Workload
-from specache.config import Policy, SpeCacheConfig
+from specache.config import Policy, SlowTierKind, SpeCacheConfig
 from specache.planning.roofline.device_file import known_devices
 
 LAYER_GOAL = (32768, 8, 3.0, 2.0)  # context, batch, times faster than the best of PyTorch, times the floor
@@ -34,13 +35,11 @@ CORES_PER_MULTIPROCESSOR, CLOCK_HZ = 128, 1.7e9  # of a GPU that the planner's t
 def run(part: PartRun) -> None:
     part.run("rates of memory, link and matrix units", lambda check: _rates(part, check), needs_s=3)
     for context, batch in part.sizes.layer_cells:
-        part.run(
-            f"one layer, {context:,} tokens x {batch}", lambda check, c=context, b=batch: _one_layer(part, check, c, b), needs_s=4
-        )
+        part.run(f"one layer, {context:,} tokens x {batch}", partial(_one_layer, part, context=context, batch=batch), needs_s=4)
     for shape, context, batch in part.sizes.models:
         part.run(
             f"decode, {shape}, {context:,} x {batch}",
-            lambda check, s=shape, c=context, b=batch: _decode(part, check, s, c, b),
+            partial(_decode, part, shape=shape, context=context, batch=batch),
             needs_s=8,
         )
     shape, context, batch = part.sizes.models[0]
@@ -65,7 +64,7 @@ def _gpu_facts(part: PartRun) -> dict[str, Any]:
         vector, source = known.vector_tflops, f"{known.source_of('vector_tflops')} (not measured)"
     else:
         vector = properties.multi_processor_count * CORES_PER_MULTIPROCESSOR * 2 * CLOCK_HZ / 1e12
-        source = f"{properties.multi_processor_count} multiprocessors of {CORES_PER_MULTIPROCESSOR} lanes at {CLOCK_HZ / 1e9} GHz (not measured)"
+        source = f"{CORES_PER_MULTIPROCESSOR} lanes per multiprocessor at {CLOCK_HZ / 1e9} GHz: not measured"
     return {"name": properties.name, "memory_bytes": properties.total_memory, "vector_tflops": vector, "vector_source": source}
 
 
@@ -75,7 +74,10 @@ def _names(key: str, name: str) -> bool:
 
 def _one_layer(part: PartRun, check: Check, context: int, batch: int) -> None:
     _allow_tiny()
-    benchmark = Attention(shape=part.sizes.layer, context=(context,), batch=batch, rows=(2,), repeat=part.sizes.repeat)
+    kernels = (kernel_backends.STATIC,) if kernel_backends.STATIC in kernel_backends.layers_on(part.device) else ()
+    benchmark = Attention(
+        shape=part.sizes.layer, context=(context,), batch=batch, rows=(2,), repeat=part.sizes.repeat, kernels=kernels
+    )
     outcome = benchmark.run(BenchContext(device=part.device))
     release_memory()
     keep = ("impl", "isa", "context", "batch", "rows", "ms", "gb_per_s", "floor_ms", "vs_floor", "vs_best_torch", "difference")
@@ -84,8 +86,8 @@ def _one_layer(part: PartRun, check: Check, context: int, batch: int) -> None:
     check.details = {"ms": ours["ms"], "vs_best_torch": ours["vs_best_torch"], "vs_floor": ours["vs_floor"]}
     goal_context, goal_batch, faster, floor = LAYER_GOAL
     if on_gpu(part) and (context, batch) == (goal_context, goal_batch):
-        _goal(part, "one layer against the best of PyTorch", ours["vs_best_torch"], faster, at_least=True)
-        _goal(part, "one layer over the bandwidth floor", ours["vs_floor"], floor, at_least=False)
+        goal(part, "one layer against the best of PyTorch", ours["vs_best_torch"], faster, at_least=True)
+        goal(part, "one layer over the bandwidth floor", ours["vs_floor"], floor, at_least=False)
 
 
 @dataclass
@@ -151,15 +153,15 @@ def _decode(part: PartRun, check: Check, shape: str, context: int, batch: int) -
         "vs_kivi": ours["ms_per_step"] / kivi["ms_per_step"],
     }
     if on_gpu(part):
-        _goal(
+        goal(
             part, f"a step of verified over one of none, {shape} x {batch}", check.details["vs_kivi"], VERIFIED_GOAL, at_least=False
         )
 
 
 def _profile(part: PartRun, check: Check, shape: str, context: int, batch: int) -> None:
-    """Kernels of a replayed step by PyTorch's profiler, the whole step by CUDA events, and hit rate."""
+    """Time the kernels of a step by PyTorch's profiler, and the whole step by CUDA events."""
     work = Workload(RandomModel(named_shape(shape), part.sizes.weights, 0, part.device).load(), batch, context)
-    contender = SpeCacheContender(work, SpeCacheConfig(policy=Policy.VERIFIED, slow_tier="ram"))
+    contender = SpeCacheContender(work, SpeCacheConfig(policy=Policy.VERIFIED, slow_tier=SlowTierKind.RAM))
     contender.prepare()
     work.drop_rows()
     rows: list[Result] = []
@@ -176,7 +178,8 @@ def _profile(part: PartRun, check: Check, shape: str, context: int, batch: int) 
             if on_gpu(part):
                 torch.cuda.synchronize()
         name = "self_device_time_total" if on_gpu(part) else "self_cpu_time_total"
-        found = sorted(profiler.key_averages(), key=lambda one: getattr(one, name), reverse=True)
+        listed = [one for one in profiler.key_averages() if not on_gpu(part) or one.device_type is torch.autograd.DeviceType.CUDA]
+        found = sorted(listed, key=lambda one: getattr(one, name), reverse=True)
         total = sum(getattr(one, name) for one in found) or 1.0
         for one in found[:TOP_KERNELS]:
             spent = getattr(one, name)
@@ -191,7 +194,7 @@ def _profile(part: PartRun, check: Check, shape: str, context: int, batch: int) 
     check.require(rows, "the profiler saw no kernel")
 
 
-def _goal(part: PartRun, what: str, found: float, goal: float, at_least: bool) -> None:
+def goal(part: PartRun, what: str, found: float, goal: float, at_least: bool) -> None:
     """Add a goal of the project and whether it was reached: goals fail no check."""
     reached = found >= goal if at_least else found <= goal
     row = {

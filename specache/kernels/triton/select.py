@@ -29,13 +29,16 @@ def peaks_kernel(
     size,
     BLOCK: tl.constexpr,
 ):
-    """Reduce blocks of scores to peaks and sums. A program per (block, line of scores)."""
-    block, line = tl.program_id(0), tl.program_id(1)
+    """Reduce blocks of scores to peaks and sums. A program per (line of scores, block).
+
+    Lines come first: only a grid's first dimension may have more than 65,535 programs.
+    """
+    line, block, blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     at = block * BLOCK + tl.arange(0, BLOCK)
     found = tl.load(scores + line.to(tl.int64) * size + at, mask=at < size, other=float("-inf"))
     peak = tl.maximum(tl.max(found, 0), LOWEST)
-    tl.store(peaks + line * tl.num_programs(0) + block, peak)
-    tl.store(totals + line * tl.num_programs(0) + block, tl.sum(tl.exp(found - peak), 0))
+    tl.store(peaks + line * blocks + block, peak)
+    tl.store(totals + line * blocks + block, tl.sum(tl.exp(found - peak), 0))
 
 
 @triton.jit
@@ -91,11 +94,11 @@ def parts_kernel(
 ):
     """Recompute peaks and sums of groups after exact scores replaced others.
 
-    A program per (block of groups, line).
+    A program per (line, block of groups).
     """
-    line = tl.program_id(1).to(tl.int64)
+    line = tl.program_id(0).to(tl.int64)
     length = tl.load(lengths + line // lines)
-    group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
+    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     at = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     of_group = line * (size // GROUP) + group
     reference = tl.load(references + of_group, mask=group * GROUP < length, other=0.0)

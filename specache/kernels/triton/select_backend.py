@@ -40,7 +40,7 @@ def launch_select(scores: PageScores, rest_lse: Tensor, lengths: Tensor, k: int,
     else:
         values = scores.values.contiguous()
         parts = torch.empty(2, batch, heads, groups, n, blocks, device=device)
-        select.peaks_kernel[(blocks, batch * heads * groups * n)](values, *parts, size, **settings)
+        select.peaks_kernel[(batch * heads * groups * n, blocks)](values, *parts, size, **settings)
         select.mean_prob_kernel[grid](
             values,
             rest_lse,
@@ -82,7 +82,7 @@ def _half_mean_probs(
     if scores.exact is not None:
         peaks, totals = torch.empty(2, *references.shape, device=mean_prob.device)
         settings = options.select_parts(group)
-        select.parts_kernel[(-(-token_groups // settings["GROUPS"]), batch * lines)](
+        select.parts_kernel[(batch * lines, -(-token_groups // settings["GROUPS"]))](
             scores.values, references, lengths, peaks, totals, size, lines, **settings
         )
     normaliser = torch.empty(batch, heads, groups, n, device=mean_prob.device)

@@ -19,7 +19,7 @@ from specache.kernels.triton.tables import PageScores
 from tests.cache.test_invariants import run
 from tests.cache.test_invariants import settings as decode_settings
 from tests.device.static_running import static_steps
-from tests.kernels.paged import PagedCase, absolute_scores, assert_near, assert_rounded, assert_selected
+from tests.kernels.paged import OUT_ERROR, PagedCase, absolute_scores, assert_near, assert_rounded, assert_selected
 from tests.kernels.test_native import Case
 from tests.kernels.triton.test_interpreted import cases
 from tests.tiny import llama, prompt
@@ -54,7 +54,7 @@ def test_fetched_pairs_stay_exact_and_the_rest_is_near(case, dtype, k):
     out, lse = paged.attend(KERNELS, scores, positions, rows)
     expected_out, expected_lse = paged.torch_attend(expected, positions, rows)
     assert_near(lse, expected_lse, 1e-3)
-    assert_near(out, expected_out, 2.0**-8, paged.largest(rows))
+    assert_near(out, expected_out, OUT_ERROR, paged.largest(rows))
 
 
 def test_fetched_rows_of_all_queries_may_share_memory():

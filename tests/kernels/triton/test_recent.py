@@ -6,11 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specache.device.page_kernels import RecentPart, TorchPages
-from specache.kernels.torch.exact import add_sinks, softmax_sum
-from specache.kernels.torch.exact import scores as exact_scores
 from specache.kernels.triton import recent_backend
-from specache.kernels.types import AttentionParams
+from tests.kernels.recent_case import check_recent
 
 
 @settings(max_examples=30, deadline=None)
@@ -26,43 +23,7 @@ from specache.kernels.types import AttentionParams
     seed=st.integers(0, 2**31),
 )
 def test_recent_attention_equals_pytorchs(counts, heads, groups, rows, dim, dtype, softcap, has_sinks, seed):
-    generator = torch.Generator().manual_seed(seed)
-    batch = len(counts)
-
-    def random(*shape):
-        return torch.randn(*shape, generator=generator).to(dtype)
-
-    query = random(batch, rows, heads * groups, dim).transpose(1, 2)  # as a model gives them: not contiguous
-    keys, values = (random(batch, rows, heads, dim).transpose(1, 2) for _ in range(2))
-    residual = random(batch, 2, heads, 70, dim)
-    params = AttentionParams(0.2, softcap, random(heads * groups) if has_sinks else None)
-    finite = torch.ones((), dtype=torch.bool)
-    before = residual.clone()
-    part = recent_backend.attend_recent(
-        query, keys, values, residual, torch.tensor(counts), finite, params.scaling, params.softcap, params.sinks
-    )
-    assert finite
-    for b, count in enumerate(counts):
-        for i, new in enumerate((keys, values)):
-            before[b, i, :, count] = new[b, :, 0]
-    assert torch.equal(residual, before)
-    for b, count in enumerate(counts):
-        seen = [torch.cat([before[b, i, :, : count + 1], new[b, :, 1:]], dim=1) for i, new in enumerate((keys, values))]
-        score = exact_scores(query[b], seen[0], params)
-        if rows == 2:
-            score[:, :, 0, -1] = -torch.inf
-        out, own_lse = softmax_sum(score, seen[1])
-        own_lse = own_lse.view(1, heads, groups, rows)
-        expected = (out.view(heads, groups, rows, dim), add_sinks(own_lse, params)[0], own_lse[0])
-        for found, wanted in zip(part, expected, strict=True):
-            # weights of 16-bit rows are multiplied in two parts of their dtype
-            torch.testing.assert_close(found[b], wanted, atol=1e-5 if dtype == torch.float32 else 1e-4, rtol=1e-5)
-    low_bit_kv = torch.randn(batch, heads, groups, rows, dim, generator=generator), torch.randn(part[1].shape, generator=generator)
-    low_bit_kv[1][0, 0, 0] = -torch.inf  # a copy in which nothing is seen
-    joined = recent_backend.join(*low_bit_kv, *part, dtype)
-    wanted = TorchPages.join(None, low_bit_kv, RecentPart(*part), dtype)
-    last_bit = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}[dtype]  # two sums may round apart
-    torch.testing.assert_close(joined, wanted, atol=last_bit, rtol=last_bit)
+    check_recent(torch.device("cpu"), counts, heads, groups, rows, dim, dtype, softcap, has_sinks, seed)
 
 
 def test_nan_and_infinity_in_the_real_token_are_reported():

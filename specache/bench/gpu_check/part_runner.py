@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import subprocess
 import tempfile
@@ -16,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import specache
-from specache.bench.gpu_check import report
-from specache.bench.gpu_check.parts import Part
-from specache.bench.gpu_check.process import python, run_limited
-from specache.bench.gpu_check.report import Results, record_of
-from specache.bench.gpu_check.states import PartJob
+from specache.bench.gpu_check import result_page as report
+from specache.bench.gpu_check.beside import Beside, has_extension, read_state
+from specache.bench.gpu_check.parts import BUILD, Part
+from specache.bench.gpu_check.process import GROUPS, end_groups, python, run_limited
+from specache.bench.gpu_check.result_page import Results, record_of
+from specache.bench.gpu_check.states import FAILED, PartJob
 
 PACKAGE = Path(specache.__file__).parent
 SOURCES = ("*.py", "*.cpp", "*.hpp", "*.toml", "*.txt")
@@ -84,25 +84,53 @@ def run_parts(parts: Sequence[Part], run: Run, log: Log = print) -> Results:
     if results.dropped:
         log(f"{run.out} held results of other sources, of another device or of other versions: all parts run again.")
     work = work_folder(str(known["tree"]))
-    ends = time.monotonic()
+    chosen = [part for part in parts if run.again or not results.passed(part.number)]
     for part in parts:
-        ends += part.seconds * run.slack
-        if results.passed(part.number) and not run.again:
-            ends -= part.seconds * run.slack
+        if part not in chosen:
             log(f"{part.number} {part.name}: passed before (--again repeats it)")
-            continue
-        log(f"{part.number} {part.name}: at most {ends - time.monotonic():.0f} s")
-        record = _run_part(part, run, results, work, max(5.0, ends - time.monotonic()))
-        log(f"{part.number} {part.name}: {record['status']} after {record['seconds']:.0f} s")
-        for check in record["checks"]:
-            if check["status"] == "failed":
-                log(f"  failed: {check['name']}: {check['message']}"[:400])
-        ends = max(ends, time.monotonic())
+    ends = time.monotonic()
+    beside = _started_beside(chosen, run, work)
+    try:
+        for part in chosen:
+            ends = max(ends, time.monotonic()) + part.seconds * run.slack
+            _report(part, _run_part(part, run, results, work, ends - time.monotonic(), log), log)
+    except BaseException:
+        if beside is not None:
+            beside.end()
+        raise
+    if beside is not None:
+        log("the C++ extension, which is built beside the parts")
+        beside.join(results, ends - time.monotonic())
+        _append(run.out / report.LOG_NAME, f"\n===== beside the parts\n{beside.log}")
+        _report(BUILD, results.parts[BUILD.number], log)
     results.write()
     return results
 
 
-def _run_part(part: Part, run: Run, results: Results, work: Path, limit_s: float) -> dict[str, Any]:
+def _started_beside(chosen: Sequence[Part], run: Run, work: Path) -> Beside | None:
+    """Start to build the C++ extension if part 1 is to run and there is none."""
+    if all(part.number != BUILD.number for part in chosen) or has_extension():
+        return None
+    tree = source_tree()
+    folder = None if tree is None else str(tree)
+    job = PartJob(BUILD.function, str(work / "part-beside.json"), str(work), folder, run.device, BUILD.seconds * run.slack)
+    return Beside(BUILD, job, environment(run.device, work, tree))
+
+
+def _report(part: Part, record: dict[str, Any], log: Log) -> None:
+    log(f"{part.number} {part.name}: {record['status']} after {record['seconds']:.0f} s")
+    for check in record["checks"]:
+        if check["status"] == FAILED:
+            log(f"  failed: {check['name']}: {check['message']}"[:400])
+
+
+def _append(path: Path, text: str) -> None:
+    with path.open("a") as file:
+        file.write(text)
+
+
+def _run_part(part: Part, run: Run, results: Results, work: Path, limit_s: float, log: Log) -> dict[str, Any]:
+    log(f"{part.number} {part.name}: at most {limit_s:.0f} s")
     state, job_file = work / f"part-{part.number}.json", work / f"job-{part.number}.json"
     state.unlink(missing_ok=True)
     tree = source_tree()
@@ -110,19 +138,21 @@ def _run_part(part: Part, run: Run, results: Results, work: Path, limit_s: float
     job = PartJob(part.function, str(state), str(work), None if tree is None else str(tree), run.device, limit_s, options)
     job_file.write_text(job.to_json())
     log_file = run.out / report.LOG_NAME
-    with log_file.open("a") as file:
-        file.write(f"\n===== part {part.number}: {part.name}\n")
+    _append(log_file, f"\n===== part {part.number}: {part.name}\n")
     started, looked = time.monotonic(), [0.0]
 
     def merge() -> None:
         if time.monotonic() - looked[0] >= MERGE_S:
             looked[0] = time.monotonic()
-            results.set(part.number, record_of(part.name, _state(state), None, time.monotonic() - started, running=True))
+            results.set(part.number, record_of(part.name, read_state(state), None, time.monotonic() - started, running=True))
 
     results.set(part.number, record_of(part.name, None, None, 0.0, running=True))
-    command = python("-m", "specache.bench.gpu_check.child", str(job_file))
-    ended = run_limited(command, environment(run.device, work, tree), log_file, limit_s, merge, folder=work)
-    found = _state(state)
+    command, where = python("-m", "specache.bench.gpu_check.part_process", str(job_file)), environment(run.device, work, tree)
+    groups = work / f"groups-{part.number}"
+    groups.unlink(missing_ok=True)
+    ended = run_limited(command, {**where, GROUPS: str(groups)}, log_file, limit_s, merge, folder=work)
+    end_groups(groups)
+    found = read_state(state)
     broken = found is not None and found["complete"] and ended.exit_code is not None and ended.exit_code > 0
     record = record_of(part.name, found, None if broken else ended.reason(), ended.seconds)
     results.set(part.number, record)
@@ -148,14 +178,6 @@ def environment(device: str, work: Path, tree: Path | None) -> dict[str, str]:
     if device == "cpu":
         found |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     return found
-
-
-def _state(path: Path) -> dict[str, Any] | None:
-    try:
-        state: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return state
 
 
 def _machine(device: str) -> str:

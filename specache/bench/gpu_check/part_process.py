@@ -1,4 +1,4 @@
-"""The process of one part: `python -m specache.bench.gpu_check.child JOB`, a JSON file.
+"""The process of one part: `python -m specache.bench.gpu_check.part_process JOB`, a JSON file.
 
 It leaves with 0 if the part ran to its end, whatever its checks found; the state file has that.
 """
@@ -12,10 +12,13 @@ import signal
 import sys
 from pathlib import Path
 
+from specache.bench.gpu_check.process import die_with_parent
+
 BROKEN = 3  # exit code: the GPU's context was lost on the way
 
 
 def main() -> int:
+    die_with_parent()
     faulthandler.enable()
     if hasattr(signal, "SIGUSR1"):
         faulthandler.register(signal.SIGUSR1, all_threads=True)  # `process` asks where a part hangs
