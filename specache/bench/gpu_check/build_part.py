@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ OPTIONAL = ("gguf", "psutil", "accelerate", "filelock")  # the check needs none 
 
 
 def run(part: PartRun) -> None:
-    site = part.work / "site"
+    site = part.shared / "site"
     part.run("the C++ extension is built", lambda check: build_extension(part, check, site))
     if site.is_dir():
         part.run("specache doctor", lambda check: doctor(part, check, site))
@@ -40,7 +41,6 @@ def build_extension(part: PartRun, check: Check, site: Path) -> None:
     log.unlink(missing_ok=True)
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(part.tree, copy, ignore=shutil.ignore_patterns(*LEFT_OUT))
-    shutil.rmtree(site, ignore_errors=True)
     being_built = part.work / "site.new"
     shutil.rmtree(being_built, ignore_errors=True)
     command = [
@@ -52,7 +52,8 @@ def build_extension(part: PartRun, check: Check, site: Path) -> None:
     print(said[-4000:], flush=True)
     check.require(ended.reason() is None, f"pip failed, {ended.reason()}: {_last_line(said)}")
     check.require(list((being_built / "specache").glob("_native*")), "pip installed specache without the extension: no compiler?")
-    being_built.rename(site)  # only a whole one is found by later parts
+    with suppress(OSError):  # another run has built the same meanwhile
+        being_built.rename(site)  # only a whole one is found by later parts
     code = "import json; from specache.platform import extension as e; print(json.dumps([e.IMPORT_ERROR, e.instruction_sets()]))"
     tried = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=with_site(site), cwd=part.work)
     check.require(tried.returncode == 0, f"the built package cannot be imported: {_last_line(tried.stderr)}")

@@ -81,12 +81,12 @@ class PartRun:
 
     Attributes:
         sizes: what to run on this device and its memory.
-        work, tree: folders (see `PartJob`).
+        work, shared, tree: folders (see `PartJob`).
     """
 
     def __init__(self, job: PartJob) -> None:
         self.device, self.options = job.device, job.options
-        self.work, self.tree = Path(job.work), None if job.tree is None else Path(job.tree)
+        self.work, self.shared, self.tree = Path(job.work), Path(job.shared), None if job.tree is None else Path(job.tree)
         self.checks: list[Check] = []
         self.tables: dict[str, list[dict[str, Any]]] = {}
         self.notes: list[str] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import tempfile
 import time
@@ -20,11 +21,13 @@ from specache.bench.gpu_check.beside import Beside, has_extension, read_state
 from specache.bench.gpu_check.parts import BUILD, Part
 from specache.bench.gpu_check.process import GROUPS, end_groups, python, run_limited
 from specache.bench.gpu_check.result_page import Results, record_of
-from specache.bench.gpu_check.states import FAILED, PartJob
+from specache.bench.gpu_check.states import CUDA, FAILED, PartJob
+from specache.errors import ConfigError
 
 PACKAGE = Path(specache.__file__).parent
 SOURCES = ("*.py", "*.cpp", "*.hpp", "*.toml", "*.txt")
 VERSIONS = ("torch", "triton", "transformers")
+UNKNOWN, DRIVER = "unknown", "/dev/nvidiactl"
 MERGE_S = 1.0  # seconds between two looks at a running part's state
 Log = Callable[[str], None]
 
@@ -80,10 +83,23 @@ def run_parts(parts: Sequence[Part], run: Run, log: Log = print) -> Results:
     """Run what is missing or has failed of these parts. Return the results, which are written."""
     run.out.mkdir(parents=True, exist_ok=True)
     known = identity(run.device)
+    if run.device == CUDA and known["machine"] == UNKNOWN and not Path(DRIVER).exists():
+        raise ConfigError("There is no NVIDIA GPU here. --device cpu tries the check itself, on tiny sizes.")
     results = Results(run.out, known)
     if results.dropped:
         log(f"{run.out} held results of other sources, of another device or of other versions: all parts run again.")
-    work = work_folder(str(known["tree"]))
+    shared = work_folder(str(known["tree"]))
+    work = Path(tempfile.mkdtemp(prefix="run-", dir=shared))  # several runs may go on at once
+    try:
+        _run_chosen(parts, run, results, work, log)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    results.write()
+    return results
+
+
+def _run_chosen(parts: Sequence[Part], run: Run, results: Results, work: Path, log: Log) -> None:
+    """Run the parts that have not passed, and the build beside them."""
     chosen = [part for part in parts if run.again or not results.passed(part.number)]
     for part in parts:
         if part not in chosen:
@@ -103,8 +119,6 @@ def run_parts(parts: Sequence[Part], run: Run, log: Log = print) -> Results:
         beside.join(results, ends - time.monotonic())
         _append(run.out / report.LOG_NAME, f"\n===== beside the parts\n{beside.log}")
         _report(BUILD, results.parts[BUILD.number], log)
-    results.write()
-    return results
 
 
 def _started_beside(chosen: Sequence[Part], run: Run, work: Path) -> Beside | None:
@@ -113,8 +127,10 @@ def _started_beside(chosen: Sequence[Part], run: Run, work: Path) -> Beside | No
         return None
     tree = source_tree()
     folder = None if tree is None else str(tree)
-    job = PartJob(BUILD.function, str(work / "part-beside.json"), str(work), folder, run.device, BUILD.seconds * run.slack)
-    return Beside(BUILD, job, environment(run.device, work, tree))
+    job = PartJob(
+        BUILD.function, str(work / "part-beside.json"), str(work), str(work.parent), folder, run.device, BUILD.seconds * run.slack
+    )
+    return Beside(BUILD, job, environment(run.device, work.parent, tree))
 
 
 def _report(part: Part, record: dict[str, Any], log: Log) -> None:
@@ -135,7 +151,9 @@ def _run_part(part: Part, run: Run, results: Results, work: Path, limit_s: float
     state.unlink(missing_ok=True)
     tree = source_tree()
     options = {**run.options, "facts": results.facts}
-    job = PartJob(part.function, str(state), str(work), None if tree is None else str(tree), run.device, limit_s, options)
+    job = PartJob(
+        part.function, str(state), str(work), str(work.parent), None if tree is None else str(tree), run.device, limit_s, options
+    )
     job_file.write_text(job.to_json())
     log_file = run.out / report.LOG_NAME
     _append(log_file, f"\n===== part {part.number}: {part.name}\n")
@@ -147,7 +165,10 @@ def _run_part(part: Part, run: Run, results: Results, work: Path, limit_s: float
             results.set(part.number, record_of(part.name, read_state(state), None, time.monotonic() - started, running=True))
 
     results.set(part.number, record_of(part.name, None, None, 0.0, running=True))
-    command, where = python("-m", "specache.bench.gpu_check.part_process", str(job_file)), environment(run.device, work, tree)
+    command, where = (
+        python("-m", "specache.bench.gpu_check.part_process", str(job_file)),
+        environment(run.device, work.parent, tree),
+    )
     groups = work / f"groups-{part.number}"
     groups.unlink(missing_ok=True)
     ended = run_limited(command, {**where, GROUPS: str(groups)}, log_file, limit_s, merge, folder=work)
@@ -159,18 +180,18 @@ def _run_part(part: Part, run: Run, results: Results, work: Path, limit_s: float
     return record
 
 
-def environment(device: str, work: Path, tree: Path | None) -> dict[str, str]:
+def environment(device: str, shared: Path, tree: Path | None) -> dict[str, str]:
     """Return the environment of a part: our sources or what part 1 built of them, the tests, and
     folders of its own for what Triton compiles and specache caches.
     """
-    built = work / "site"
+    built = shared / "site"
     paths = [str(built)] if (built / "specache").is_dir() else [str(PACKAGE.parent)]
     paths += [] if tree is None else [str(tree)]  # `tests`; `specache` is found before
     found = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])]),
         "PYTHONUNBUFFERED": "1",
-        "TRITON_CACHE_DIR": str(work / "triton"),
+        "TRITON_CACHE_DIR": str(shared / "triton"),
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -189,7 +210,7 @@ def _machine(device: str) -> str:
         found = subprocess.run(command, capture_output=True, text=True, timeout=30)
         if found.returncode == 0 and found.stdout.strip():
             return found.stdout.strip().splitlines()[0]
-    return "unknown"
+    return UNKNOWN
 
 
 def _version(name: str) -> str | None:

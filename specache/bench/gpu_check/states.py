@@ -20,7 +20,8 @@ class PartJob:
     Attributes:
         function: see `parts.Part`.
         state: the file to write.
-        work: a folder for temporary files, which later parts may use too.
+        work: a folder for temporary files of this run, which later parts may use too.
+        shared: a folder for what runs of these sources build and compile. It stays.
         tree: the source tree, with the tests; `None` if the package was installed without.
         device: `cpu` or `cuda`.
         seconds: time until the process is killed.
@@ -30,6 +31,7 @@ class PartJob:
     function: str
     state: str
     work: str
+    shared: str
     tree: str | None
     device: str
     seconds: float

@@ -13,7 +13,7 @@ from specache.bench.gpu_check.checks import PartRun
 
 def passes(part: PartRun) -> None:
     """Pass, and count how often it ran."""
-    count = Path(part.options["count"]) if "count" in part.options else part.work / "count"
+    count = Path(part.options["count"]) if "count" in part.options else part.shared / "count"
     count.write_text(str(int(count.read_text() if count.exists() else 0) + 1))
     part.run("right", lambda check: check.require(True, ""))
     part.table("numbers", [{"name": "one", "value": 1.5}])
@@ -35,7 +35,7 @@ def raises(part: PartRun) -> None:
 
 
 def hangs(part: PartRun) -> None:
-    (part.work / "pid").write_text(str(os.getpid()))
+    (part.shared / "pid").write_text(str(os.getpid()))
     part.run("before", lambda check: None)
     part.run("waits for ever", lambda check: time.sleep(600))
 
@@ -45,7 +45,7 @@ def hangs_with_a_child(part: PartRun) -> None:
     child = os.fork()
     if not child:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        Path(part.work / "grandchild").write_text(str(os.getpid()))
+        Path(part.shared / "grandchild").write_text(str(os.getpid()))
         time.sleep(600)
     hangs(part)
 

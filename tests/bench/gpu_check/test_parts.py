@@ -39,7 +39,9 @@ FACTS = {
 
 
 def part_run(folder: Path, tree: Path | None = None, seconds: float = LIMIT_S, device: str = "cpu") -> PartRun:
-    return PartRun(PartJob("none", str(folder / "state.json"), str(folder), None if tree is None else str(tree), device, seconds))
+    return PartRun(
+        PartJob("none", str(folder / "state.json"), str(folder), str(folder), None if tree is None else str(tree), device, seconds)
+    )
 
 
 # Sizes

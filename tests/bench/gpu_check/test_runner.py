@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,22 @@ def test_the_parent_imports_no_pytorch():
     """It would take seconds at the start, and hold GPU memory meanwhile."""
     code = "import sys, specache.bench.gpu_check.__main__; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])
+
+
+def test_two_runs_of_the_same_sources_do_not_disturb_each_other(tmp_path, work):
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(run, tmp_path / name, part("passes"), part("fails", 2), part("passes", 3)) for name in "ab"]
+        for one in runs:
+            results = one.result()
+            assert results.passed(1) and results.passed(3) and len(results.parts[2]["checks"]) == 4
+    assert not list(work.glob("run-*"))  # what a run needed for itself is gone
+
+
+def test_a_machine_without_a_gpu_is_told_so_at_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runner, "_machine", lambda device: runner.UNKNOWN)
+    monkeypatch.setattr(runner, "DRIVER", str(tmp_path / "none"))
+    assert main(["--out", str(tmp_path / "out")]) == 2
+    assert "no NVIDIA GPU here. --device cpu" in capsys.readouterr().err
 
 
 def test_every_part_is_there():
