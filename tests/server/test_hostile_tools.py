@@ -88,7 +88,10 @@ REFUSED = {
         "messages[2].tool_call_id",
     ),
     "a result without an id": ({"messages": messages(result={"role": "tool", "content": "x"})}, "messages[2].tool_call_id"),
-    "a user who calls": ({"messages": [{"role": "user", "content": "x", "tool_calls": messages()[1]["tool_calls"]}]}, "messages[0].tool_calls"),
+    "a user who calls": (
+        {"messages": [{"role": "user", "content": "x", "tool_calls": messages()[1]["tool_calls"]}]},
+        "messages[0].tool_calls",
+    ),
     "a call without arguments": ({"messages": messages(call_of(name="f"))}, "messages[1].tool_calls[0].function.arguments"),
     "a call with a marker as its name": (
         {"messages": messages(call_of(name="<|eot_id|>", arguments="{}"))},
