@@ -46,7 +46,7 @@ def take(request: pytest.FixtureRequest, record_property: Callable[[str, object]
                     path = folder / f"{state}-{view}-{size[0]}-{scheme}.png"
                     watched.page.screenshot(path=path)
                     assert path.stat().st_size > 5_000
-                    record_property("screenshot", path)
+                    record_property("screenshot", str(path))  # xdist sends plain values only
         watched.resize(WIDE)
 
     return take
