@@ -45,11 +45,11 @@ def final_message(tokenizer: Any, prompt: Sequence[int]) -> FinalMessage | None:
 def _after_pair(tokenizer: Any, pairs: dict[int, int], prompt: Sequence[int]) -> AfterPair | None:
     markers = {*pairs, *pairs.values()}
     place = next((place for place in range(len(prompt) - 1, -1, -1) if prompt[place] in markers), None)
-    if place is not None and prompt[place] in pairs:
+    if place is None or tokenizer.decode(list(prompt[place + 1 :])).strip():
+        return AfterPair(pairs, None)  # what an earlier message left open does not count
+    if prompt[place] in pairs:
         return AfterPair({}, pairs[prompt[place]])
-    if place is not None and not tokenizer.decode(list(prompt[place + 1 :])).strip():
-        return None  # the template closes empty reasoning: thinking is off
-    return AfterPair(pairs, None)
+    return None  # the template closes empty reasoning: thinking is off
 
 
 class AfterPair:
