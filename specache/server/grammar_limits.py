@@ -25,7 +25,8 @@ MOST_PATTERN_PROPERTIES = 64  # of the whole schema
 MOST_MULTIPLE = 5000  # sum of `multipleOf` of integers: each is an automaton of that size
 MOST_REPEATS = 10_000  # of a part of a regular expression, nested counts multiplied
 _JSON_RULE = re.compile(r"%json\s*")
-_QUOTED = re.compile(r'//[^\n]*|"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/')  # comments, texts and regular expressions of Lark
+# Comments, texts and regular expressions of Lark; those without an end are refused by the compiler.
+_QUOTED = re.compile(r'(?:#|//)[^\n]*|"(?:\\.|[^"\\\n])*+"?|/(?:\\[\s\S]|[^/\\])++/?')
 _COUNT = re.compile(r"\{(\d+)?(?:,(\d+)?)?\}")
 
 

@@ -105,11 +105,13 @@ def test_references_that_are_chained_too_deeply_are_refused():
         compiled("json_schema", {"$ref": "#/$defs/a0", "$defs": {**steps, "a1500": {}}})
 
 
-@pytest.mark.parametrize("before", ["", '// a " in a comment\n', "// / in a comment\n"])
+@pytest.mark.parametrize("before", ["", '// a " in a comment\n', "# / in a comment\n", "C: /a\nb/ & /a\nb/\n", 'C: "\\""\n'])
 def test_intersections_of_a_grammar_are_bounded(before):
     terms = " & ".join(f"/.*a.{{{n}}}b.*/" for n in range(40))
     with pytest.raises(ApiError, match="intersects"):
         compiled("lark", f'{before}start: A\nA: {terms}\nB: "x"')
+    with pytest.raises(ApiError):
+        compiled("lark", '"' + '\\"' * 24_000)  # whose text has no end
     compiled("lark", 'start: "a && b && c && d && e && f" | /&&&&&&&&&&&&/')
 
 
