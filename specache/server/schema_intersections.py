@@ -11,6 +11,7 @@ from urllib.parse import unquote
 
 MOST_AT_ONCE = 8
 _DATA = frozenset(("enum", "const", "default", "examples", "required", "$defs", "definitions"))  # reached by `$ref`, or no schemas
+_ANNOTATIONS = _DATA - {"enum", "const", "required"} | {"title", "description", "deprecated", "$schema", "$comment", "$id"}
 _TOGETHER = ("anyOf", "oneOf")  # one of the options each, together with all else
 
 
@@ -25,9 +26,7 @@ def check_intersections(schema: dict[str, Any]) -> None:
         most = patterns.most(schema)
     except RecursionError:
         raise ValueError("$ref: its references are chained too deeply") from None
-    if patterns.is_endless and any(
-        "allOf" in one or "patternProperties" in one or ("$ref" in one and len(one) > 1) for one in _all(schema)
-    ):
+    if patterns.is_endless and any(map(_intersects, _all(schema))):
         most = sum(map(_own, _all(schema)))  # a loop may collect every one of them
     if most > MOST_AT_ONCE:
         raise ValueError(
@@ -97,6 +96,13 @@ class _Patterns:
 
 def _own(schema: dict[str, Any]) -> int:
     return sum(isinstance(schema.get(key), str) for key in ("pattern", "format"))
+
+
+def _intersects(schema: dict[str, Any]) -> bool:
+    """Return whether an object of a schema may bring together patterns of several others."""
+    parts = schema.get("allOf", ())
+    several = len(schema.keys() - _ANNOTATIONS) > 1 or (isinstance(parts, list) and len(parts) > 1)
+    return "patternProperties" in schema or (several and ("allOf" in schema or "$ref" in schema))
 
 
 def _all(schema: Any) -> Iterator[dict[str, Any]]:

@@ -96,6 +96,9 @@ def test_patterns_of_different_texts_are_not_counted_together():
     check_intersections({"allOf": [{"$ref": "#/$defs/a"}], "$defs": {"a": pattern(1), **{f"b{n}": pattern(n) for n in range(50)}}})
     tree = {"properties": {"name": pattern(1), "of": {"type": "array", "items": {"$ref": "#"}}}}
     check_intersections(tree)
+    node = {"description": "A node.", "properties": {**{f"p{n}": pattern(n) for n in range(50)}, "of": {"$ref": "#/$defs/node"}}}
+    node["properties"]["twin"] = {"$ref": "#/$defs/node", "description": "Another.", "default": None}
+    check_intersections({"$ref": "#/$defs/node", "$defs": {"node": node}})
     compiled("json_schema", {"type": "object", **tree})
 
 
