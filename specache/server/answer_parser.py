@@ -100,6 +100,8 @@ class AnswerParser:
     def _pieces(self, texts: Sequence[tuple[Part, str]]) -> list[AnswerPiece]:
         pieces = self._new_calls()
         for part, text in texts:
+            if part is not Part.CALL and text:
+                pieces += self._end_call()  # before another part begins
             if part is Part.CALL:
                 pieces += [ToolArguments(self._begun - 1, text)] if text else []
                 self._is_empty = self._is_empty and not text

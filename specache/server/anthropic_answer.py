@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import Any
 
 import pydantic_core
@@ -103,4 +104,13 @@ def _input(text: str) -> dict[str, Any]:
         value = pydantic_core.from_json(text, allow_partial=True)
     except ValueError:
         return {}
-    return value if isinstance(value, dict) else {}
+    return _finite(value) if isinstance(value, dict) else {}
+
+
+def _finite(value: Any) -> Any:
+    """Return a value of JSON with null for numbers that JSON has not (`NaN`, `1e999`)."""
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
 
-from specache.server.json_body import HIDDEN, FieldError, JsonBody, check_json
+from specache.server.json_body import FIRST_ERROR, HIDDEN, FieldError, JsonBody, check_json
 from specache.server.tool_fields import LONGEST_CALL_ID
 
 TOOL_NAME = r"^[A-Za-z0-9_-]{1,128}$"
@@ -99,9 +99,8 @@ def _check_text(value: Any) -> Any:
 
 
 Citations = Annotated[Any, BeforeValidator(_check_citations)]
-Texts = Annotated[
-    list[Annotated[TextBlock, BeforeValidator(_check_text)]], BeforeValidator(_as_blocks), Field(max_length=MOST_BLOCKS)
-]
+_BLOCKS = (Field(max_length=MOST_BLOCKS), FIRST_ERROR, BeforeValidator(_as_blocks))
+Texts = Annotated[list[Annotated[TextBlock, BeforeValidator(_check_text)]], *_BLOCKS]
 
 
 class DocumentSource(JsonBody):
@@ -193,7 +192,7 @@ class ToolResultBlock(_Block):
 
     type: Literal["tool_result"]
     tool_use_id: CallId
-    content: Annotated[list[ResultBlock], BeforeValidator(_as_blocks), Field(max_length=MOST_BLOCKS)] | None = None
+    content: Annotated[list[ResultBlock], *_BLOCKS] | None = None
     is_error: bool | None = None
     toolset_name: None = None
 
@@ -215,7 +214,7 @@ Block = Annotated[
     Discriminator(_kind),
     BeforeValidator(_check_block),
 ]
-Blocks = Annotated[list[Block], BeforeValidator(_as_blocks), Field(max_length=MOST_BLOCKS)]
+Blocks = Annotated[list[Block], *_BLOCKS]
 
 
 def joined(texts: Sequence[str | None]) -> str:

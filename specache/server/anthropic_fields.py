@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from specache.server.anthropic_blocks import Blocks, Texts, ToolName, ToolReferenceBlock, ToolResultBlock, ToolUseBlock, check_role
-from specache.server.json_body import FieldError, JsonBody
+from specache.server.chat_fields import LONGEST_CHAT
+from specache.server.json_body import FIRST_ERROR, FieldError, JsonBody
 from specache.server.sampling_fields import check_stops
 from specache.server.tool_fields import MOST_TOOLS
 
@@ -67,7 +68,7 @@ class ToolFields(JsonBody):
     defer_loading: bool | None = None
     cache_control: Any = None  # from here on: accepted, without effect
     eager_input_streaming: bool | None = None
-    allowed_callers: list[str] | None = None
+    allowed_callers: Annotated[list[str], FIRST_ERROR] | None = None
     input_examples: list[Any] | None = None
 
 
@@ -158,7 +159,7 @@ class CountBody(JsonBody):
     `chat_template_kwargs`, as in OpenAI's API.
     """
 
-    messages: list[MessageFields] = Field(min_length=1)
+    messages: Annotated[list[MessageFields], Field(min_length=1, max_length=LONGEST_CHAT), FIRST_ERROR]
     model: str | None = Field(None, max_length=512)
     max_tokens: int | None = Field(None, ge=0, lt=2**31)
     system: Texts | None = None

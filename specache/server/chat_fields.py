@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from specache.server.json_body import FieldError, JsonBody, check_json
+from specache.server.json_body import FIRST_ERROR, FieldError, JsonBody, check_json
 from specache.server.sampling_fields import MOST_TOP_LOGPROBS, SamplingFields
 from specache.server.tool_fields import (
     LONGEST_CALL_ID,
@@ -22,6 +22,8 @@ from specache.server.tool_use import ToolUse
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 _MOST_PARTS = 4096
+MOST_CALLS = 4096  # of one message
+LONGEST_CHAT = 65_536  # messages that are parsed, to say how many may be used
 _RESERVED = ("tools", "documents", "tool_choice", "add_generation_prompt", "continue_final_message")
 
 
@@ -37,7 +39,7 @@ class ChatMessage(JsonBody):
     name: str | None = None
     refusal: str | None = None
     reasoning_content: str | None = None  # of an earlier answer, as clients send it back
-    tool_calls: list[ToolCallFields] | None = None
+    tool_calls: Annotated[list[ToolCallFields], Field(max_length=MOST_CALLS), FIRST_ERROR] | None = None
     tool_call_id: str | None = Field(None, max_length=LONGEST_CALL_ID)
 
     @model_validator(mode="before")
@@ -115,7 +117,7 @@ def check_variables(value: dict[str, Any] | None) -> dict[str, Any] | None:
 class ChatBody(SamplingFields):
     """A request for answers to a conversation."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=LONGEST_CHAT), FIRST_ERROR]
     max_tokens: int | None = Field(None, ge=1, lt=2**31)
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
     logprobs: bool | None = None
@@ -127,7 +129,7 @@ class ChatBody(SamplingFields):
     tool_choice: Choice | None = None
     function_call: Any = None
     parallel_tool_calls: bool | None = None
-    modalities: list[str] | None = None
+    modalities: Annotated[list[str], FIRST_ERROR] | None = None
     audio: Any = None
     web_search_options: Any = None
     prediction: Any = None  # from here on: accepted, without effect

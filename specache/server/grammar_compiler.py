@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Collection
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 _MOST_KEPT = 32
 _MOST_KEPT_CHARACTERS = 1 << 20
+# As llguidance's `is_lark_syntax`, which takes seconds for thousands of empty lines.
+_IS_LARK = re.compile(r"^[^\S\n]*(?:%llguidance\b|start\s*:)", re.MULTILINE)
 _END = "<|specache: end of grammar|>"
 # One space at most, so that no answer is spaces without end. A request cannot set these options.
 _JSON_OPTIONS: JsonCompileOptions = {
@@ -182,13 +185,13 @@ def _grammar_text(spec: GrammarSpec) -> str:
         ValueError: it is not valid.
     """
     from llguidance import LLMatcher
-    from llguidance.gbnf_to_lark import any_to_lark
+    from llguidance.gbnf_to_lark import gbnf_to_lark
 
     if spec.kind == "regex":
         return LLMatcher.grammar_from_regex(spec.text)
     if spec.kind == "lark":
         try:
-            return LLMatcher.grammar_from_lark(any_to_lark(spec.text))
+            return LLMatcher.grammar_from_lark(spec.text if _IS_LARK.search(spec.text) else gbnf_to_lark(spec.text))
         except Exception as error:  # its parser raises nothing more specific
             raise ValueError(f"it is neither Lark nor GBNF: {error}") from None
     schema = '{"type": "object"}' if spec.kind == "json_object" else spec.text

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from specache.server.error_responses import ApiError
 from specache.server.grammar_spec import GrammarSpec
+from specache.server.schema_intersections import MOST_AT_ONCE, check_intersections
 
 if TYPE_CHECKING:
     from llguidance import LLParserLimits
@@ -24,6 +25,8 @@ MOST_PATTERN_PROPERTIES = 64  # of the whole schema
 MOST_MULTIPLE = 5000  # sum of `multipleOf` of integers: each is an automaton of that size
 MOST_REPEATS = 10_000  # of a part of a regular expression, nested counts multiplied
 _JSON_RULE = re.compile(r"%json\s*")
+# Comments, texts and regular expressions of Lark; those without an end are refused by the compiler.
+_QUOTED = re.compile(r'(?:#|//)[^\n]*|"(?:\\.|[^"\\\n])*+"?|/(?:\\[\s\S]|[^/\\])++/?')
 _COUNT = re.compile(r"\{(\d+)?(?:,(\d+)?)?\}")
 
 
@@ -117,6 +120,8 @@ def _check_lark(lark: str) -> None:
     numbers = (int(number[:9]) for count in _COUNT.finditer(lark) for number in count.groups() if number)
     if max(numbers, default=0) > MOST_REPEATS:
         raise ValueError(f"a count repeats a part more than {MOST_REPEATS:,} times")
+    if _QUOTED.sub("", lark).count("&") > MOST_AT_ONCE:
+        raise ValueError(f"it intersects (&) more than {MOST_AT_ONCE} times")
     for found in _JSON_RULE.finditer(lark):
         try:
             schema, _ = json.JSONDecoder().raw_decode(lark, found.end())
@@ -157,6 +162,7 @@ def _check_parts(schema: dict[str, Any]) -> None:
         raise ValueError(f"it has {patterns:,} patternProperties; {MOST_PATTERN_PROPERTIES} are served")
     if multiples > MOST_MULTIPLE:
         raise ValueError(f"the sum of its multipleOf is {multiples:,}; up to {MOST_MULTIPLE:,} is served")
+    check_intersections(schema)
 
 
 def _objects(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:

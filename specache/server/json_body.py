@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pydantic_core
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from starlette.requests import ClientDisconnect, Request
 
 from specache.server.error_responses import ApiError
@@ -18,6 +18,8 @@ _Body = TypeVar("_Body", bound="JsonBody")
 _SMALL = 32 * 1024  # bytes that are parsed faster than another thread takes them
 _DEEPEST = 16  # of JSON without a schema
 _MOST_VALUES = 2000
+_MOST_FIELDS = 256  # of an object; each unknown one is an error of its own
+FIRST_ERROR: Any = Field(fail_fast=True)  # ends a list at its first error: each takes a kilobyte, and a body may have millions
 HIDDEN = "\0"  # begins tags of pydantic's unions, which are no names of fields
 
 
@@ -25,6 +27,13 @@ class JsonBody(BaseModel):
     """A JSON object whose fields are all known, with no conversions between types."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_fields(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > _MOST_FIELDS:
+            raise ValueError(f"it has more than {_MOST_FIELDS} fields")
+        return value
 
 
 class FieldError(ValueError):

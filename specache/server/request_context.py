@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from starlette.types import Scope
 
 from specache.server.dialects import Dialect
 
+log = logging.getLogger("specache.server")
 _KEY = "specache.request"
 
 
@@ -58,9 +60,12 @@ class RequestContext:
         ending()
 
     def end(self) -> None:
-        """Call what `at_end` was given, the last first."""
+        """Call what `at_end` was given, the last first, each of them even if another fails."""
         with self._lock:
             self._ended = True
             endings, self._endings = self._endings, []
         for ending in reversed(endings):
-            ending()
+            try:
+                ending()
+            except Exception:
+                log.exception("the end of a request failed")

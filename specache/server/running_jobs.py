@@ -85,8 +85,8 @@ class RunningJobs:
         _, service = self._state.ready()
         self._began[index] = time.monotonic()
         ticket = service.submit(self.jobs[index].job, lambda event: self._put(index, event))
-        self._open[index] = True
         self._tickets[index] = ticket
+        self._open[index] = True  # last: `_count_open` asks the tickets of those that are open
         self._state.running.add(self._context, ticket)
         self._context.at_end(ticket.abort)
 

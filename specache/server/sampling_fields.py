@@ -66,7 +66,7 @@ class SamplingFields(GrammarFields):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
-    logit_bias: dict[str, float] | None = Field(None, max_length=_MOST_BIASES)
+    logit_bias: dict[str, float] | None = None
     stop: list[str] | None = None
     min_tokens: int | None = Field(None, ge=0, lt=2**31)
     ignore_eos: bool | None = None
@@ -87,6 +87,13 @@ class SamplingFields(GrammarFields):
     @classmethod
     def _check_stop(cls, value: Any) -> Any:
         return check_stops(value)
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _check_biases(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > _MOST_BIASES:  # before each wrong one is an error
+            raise ValueError(f"it may have {_MOST_BIASES:,} tokens")
+        return value
 
     @field_validator("logit_bias")
     @classmethod

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
 from pydantic import Field, field_validator, model_validator
 
 from specache.server.app_state import state_of
-from specache.server.chat_fields import ChatMessage, check_results, check_variables
+from specache.server.chat_fields import LONGEST_CHAT, ChatMessage, check_results, check_variables
 from specache.server.error_responses import ApiError
-from specache.server.json_body import JsonBody, read_body
+from specache.server.json_body import FIRST_ERROR, JsonBody, read_body
 from specache.server.request_context import RequestContext
 from specache.server.served_model import ServedModel
 from specache.server.tool_fields import MOST_TOOLS, ToolDefinition, check_tools
@@ -24,7 +24,7 @@ class TokenizeBody(JsonBody):
 
     model: str | None = Field(None, max_length=512)
     prompt: str | None = None
-    messages: list[ChatMessage] | None = Field(None, min_length=1)
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=LONGEST_CHAT), FIRST_ERROR] | None = None
     tools: list[ToolDefinition] | None = Field(None, max_length=MOST_TOOLS)
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None

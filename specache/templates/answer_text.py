@@ -8,6 +8,7 @@ from typing import Any
 from specache.templates.channels import ChannelParser, Part, Piece
 
 _HALF_A_CHARACTER = "\N{REPLACEMENT CHARACTER}"
+_MOST_HELD = 64  # tokens that wait for the rest of a character; each new one decodes them all again
 _WRITTEN = (Part.TEXT, Part.REASONING)
 
 
@@ -89,7 +90,12 @@ class TextAssembler:
         """Decode new tokens together with earlier ones, or tokenizers drop the space in front."""
         before = self._tokenizer.decode(self._ids[self._context : self._decoded], skip_special_tokens=True)
         both = self._tokenizer.decode(self._ids[self._context :], skip_special_tokens=True)
-        if len(both) <= len(before) or (both.endswith(_HALF_A_CHARACTER) and not last):
+        is_long = len(self._ids) - self._decoded > _MOST_HELD
+        if len(both) <= len(before):
+            if is_long:
+                del self._ids[self._decoded :]  # special tokens without end
+            return
+        if both.endswith(_HALF_A_CHARACTER) and not (last or is_long):
             return
         self._add(both[len(before) :])
         self._context, self._decoded = self._decoded, len(self._ids)

@@ -22,6 +22,7 @@ PAIRS = (
     *(("<seed:think>", "</seed:think>"), ("<|begin_of_thought|>", "<|end_of_thought|>"), ("<reasoning>", "</reasoning>")),
 )
 
+_LONGEST_RECIPIENT = 64  # tokens
 _RECIPIENT = re.compile(r"to=functions\.([^\s<]+)")
 
 
@@ -158,8 +159,10 @@ class HarmonyParser:
         if not self._in_header:
             return self._piece([token_id])
         (self._role if self._channel is None else self._channel).append(token_id)
-        if self._may_be_text and not "to=".startswith(self._decoded(self._role[self._given :])[:3]):
-            return self._release()
+        if self._may_be_text:
+            role = self._role[self._given :]
+            if len(role) > _LONGEST_RECIPIENT or not "to=".startswith(self._decoded(role)[:3]):
+                return self._release()
         return []
 
     def _mark(self, token_id: int) -> None:

@@ -6,6 +6,7 @@ A grammar describes the final message. Reasoning in front of it is free, but mus
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 from specache.templates.channels import PAIRS, ChannelTokens
@@ -45,11 +46,11 @@ def final_message(tokenizer: Any, prompt: Sequence[int]) -> FinalMessage | None:
 def _after_pair(tokenizer: Any, pairs: dict[int, int], prompt: Sequence[int]) -> AfterPair | None:
     markers = {*pairs, *pairs.values()}
     place = next((place for place in range(len(prompt) - 1, -1, -1) if prompt[place] in markers), None)
-    if place is not None and prompt[place] in pairs:
+    if place is None or tokenizer.decode(list(prompt[place + 1 :])).strip():
+        return AfterPair(pairs, None)  # what an earlier message left open does not count
+    if prompt[place] in pairs:
         return AfterPair({}, pairs[prompt[place]])
-    if place is not None and not tokenizer.decode(list(prompt[place + 1 :])).strip():
-        return None  # the template closes empty reasoning: thinking is off
-    return AfterPair(pairs, None)
+    return None  # the template closes empty reasoning: thinking is off
 
 
 class AfterPair:
@@ -99,10 +100,11 @@ class AfterChannels:
 
     def start(self, answer: Sequence[int]) -> int | None:
         tokens, place = [*self._begun, *answer], -1
-        while self._tokens.message in tokens[place + 1 :]:
-            place = tokens.index(self._tokens.message, place + 1)
-            if tokens[max(0, place + 1 - len(self._final)) : place + 1] == self._final:
-                return place + 1 - len(self._begun)
+        with suppress(ValueError):  # no further message
+            while True:
+                place = tokens.index(self._tokens.message, place + 1)
+                if tokens[max(0, place + 1 - len(self._final)) : place + 1] == self._final:
+                    return place + 1 - len(self._begun)
         return None
 
     def allowed(self, answer: Sequence[int]) -> frozenset[int] | None:

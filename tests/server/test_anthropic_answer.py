@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -119,3 +120,13 @@ def test_what_is_no_object_is_an_empty_input(text):
 def test_the_same_reasoning_has_the_same_signature():
     signatures = {grown([ReasoningPiece(text)])[1][0]["signature"] for text in ("a", "a", "b")}
     assert len(signatures) == 2
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999", '[1, {"y": 1e999}]'])
+def test_numbers_that_json_has_not_are_null(number):
+    blocks = ContentBlocks()
+    for piece in (ToolCallBegin(0, "call_1", "f"), ToolArguments(0, f'{{"x": {number}, "z": 2.5}}')):
+        blocks.push(piece)
+    blocks.finish()
+    text = json.dumps(blocks.content[0]["input"], allow_nan=False)
+    assert json.loads(text)["z"] == 2.5 and "null" in text

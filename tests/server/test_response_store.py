@@ -219,3 +219,15 @@ def test_many_threads_leave_the_account_right():
             if holds(store, f"owner{owner}-{number}", f"owner{owner}"):
                 store.delete(f"owner{owner}", f"owner{owner}-{number}")
     assert store.used_bytes == 0
+
+
+def test_a_request_that_has_ended_stores_nothing_behind_what_it_went_on_from():
+    """Its client left while the answer was stored; the turn before may have gone meanwhile."""
+    store = store_of()
+    assert add(store, "first")
+    parent = store.hold("alice", "first")
+    store.delete("alice", "first")
+    store.release(parent)
+    assert not add(store, "second", parent=parent)
+    assert store.used_bytes == 0 and not holds(store, "second")
+    assert add(store, "third") and store.used_bytes == SIZE + 1024

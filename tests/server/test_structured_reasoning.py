@@ -53,3 +53,16 @@ def test_an_answer_that_is_cut_in_its_reasoning_says_so(tokenizer):
     (answer,) = ask(tokenizer, likes, max_tokens=30)
     assert answer["finish_reason"] == "length" and answer["message"]["content"] == ""
     assert answer["message"]["reasoning_content"]
+
+
+def test_reasoning_that_an_earlier_message_left_open_is_not_that_of_the_answer():
+    tokenizer = byte_level(
+        CHATML + "{# <think> </think> #}", ("<pad>", "<|im_start|>", "<|im_end|>"), "<|im_end|>", written=("<think>", "</think>")
+    )
+    history = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "<think>cut off"},
+        {"role": "user", "content": "b"},
+    ]
+    (answer,) = ask(tokenizer, {"<think>": -100, "<|im_end|>": 90}, messages=history, max_tokens=60)
+    assert answer["finish_reason"] == "stop" and answer["message"]["content"].replace(" ", "").startswith('{"a":')

@@ -279,3 +279,21 @@ def test_reasoning_in_front_of_a_call_is_reasoning():
     pieces = pieces_of(FAMILIES["hermes"].tokenizer, f"<think>\nI call <tool_call>.\n</think>\n\nLook.\n{CALL}")
     assert collected(pieces) == ("Look.", [ULM])
     assert "".join(piece.text for piece in pieces if isinstance(piece, ReasoningPiece)) == "I call <tool_call>."
+
+
+def test_half_a_character_in_arguments_stays_an_escape():
+    text, calls = parsed(HERMES, ['<tool_call>{"arguments": {"city": "\\ud83d"}, "name": "weather"}</tool_call>'])
+    assert text == "" and [name for name, _ in calls] == ["weather"]
+    assert calls[0][1].encode() == b'{"city": "\\ud83d"}'  # which a response can hold
+    _, calls = parsed(HERMES, ['<tool_call>{"arguments": {"city": "\\ud83d\\ude00"}, "name": "weather"}</tool_call>'])
+    assert calls == [("weather", '{"city": "\N{GRINNING FACE}"}')]
+
+
+def test_a_call_without_arguments_ends_before_the_next_message():
+    answer = (
+        "<|channel|>commentary to=functions.time<|message|><|end|><|start|>assistant<|channel|>analysis<|message|>hm<|end|>"
+        "<|start|>assistant<|channel|>final<|message|>Noon.<|return|>"
+    )
+    kinds = [type(piece) for piece in pieces_of(FAMILIES["harmony"].tokenizer, answer)]
+    assert kinds[:2] == [ToolCallBegin, ToolArguments] and ToolArguments not in kinds[2:]
+    assert {ReasoningPiece, TextPiece} <= set(kinds[2:])

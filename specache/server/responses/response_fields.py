@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from specache.server.chat_fields import check_variables
-from specache.server.json_body import FieldError, JsonBody, check_json
+from specache.server.json_body import FIRST_ERROR, FieldError, JsonBody, check_json
 from specache.server.responses.input_items import AnyItem
 from specache.server.sampling_fields import MOST_TOP_LOGPROBS, SamplingFields
 from specache.server.tool_fields import MOST_TOOLS, ChosenFunction, ToolFunction
@@ -122,7 +122,7 @@ class ResponsesBody(SamplingFields):
     previous_response_id: str | None = Field(None, min_length=1, max_length=512)
     max_output_tokens: int | None = Field(None, ge=1, lt=2**31)
     top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)
-    include: list[str] | None = None
+    include: Annotated[list[str], FIRST_ERROR] | None = None
     text: TextFields | None = None
     tools: list[FunctionTool] | None = Field(None, max_length=MOST_TOOLS)
     tool_choice: Choice | None = None

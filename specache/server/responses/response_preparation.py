@@ -18,6 +18,7 @@ from specache.server.responses.response_object import ResponseObject
 from specache.server.responses.response_store import StoredTurn, missing_response
 from specache.server.responses.stored_items import item_id, items_up_to, resolved
 
+_READ_AGAIN = 4  # the bytes that references may stand for, in bodies
 _SHARE_OF_ANSWER = 4  # truncation leaves a quarter of the model's positions to a long answer
 
 
@@ -95,7 +96,7 @@ class _Conversation:
     def read(cls, state: AppState, context: RequestContext, body: ResponsesBody) -> _Conversation:
         """Return the conversation of a request. On a worker thread."""
         parent = _hold_parent(state, context, body)
-        own = resolved(body.input, state.responses, context.owner)
+        own = resolved(body.input, state.responses, context.owner, _READ_AGAIN * state.settings.most_body_bytes)
         items = [*_history(parent), *own]
         return cls(body, parent, own, items, chat_body(body, chat_messages(items, body.instructions)))
 

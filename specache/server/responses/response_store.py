@@ -81,6 +81,8 @@ class ResponseStore:
         turn = StoredTurn(owner, response_id, response, input_items, parent, self._clock(), uses=1)
         with self._lock:
             self._expire()
+            if parent is not None and not parent.uses:  # the request has ended, and nobody reads its answer
+                return False
             if not self._make_room(turn.size):
                 return False
             if parent is not None:

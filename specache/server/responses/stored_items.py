@@ -50,28 +50,57 @@ def items_up_to(turn: StoredTurn, *, with_output: bool) -> list[dict[str, Any]]:
     return items
 
 
-def resolved(items: Sequence[InputItem], store: ResponseStore, owner: str) -> list[InputItem]:
+def resolved(items: Sequence[InputItem], store: ResponseStore, owner: str, most_bytes: int) -> list[InputItem]:
     """Return items with what references stand for in their place.
 
+    Args:
+        most_bytes: the JSON that may be read for them, and that they may stand for. A short request
+            could refer to a long item thousands of times.
+
     Raises:
-        ApiError: 404, this key has no such item stored.
+        ApiError: 404, this key has no such item stored; 400, they are too long together.
     """
-    return [_find(item, place, store, owner) if isinstance(item, ItemReference) else item for place, item in enumerate(items)]
+    references = _References(store, owner, most_bytes)
+    return [references.find(item, place) if isinstance(item, ItemReference) else item for place, item in enumerate(items)]
 
 
-def _find(reference: ItemReference, place: int, store: ResponseStore, owner: str) -> InputItem:
-    match = _ITEM_ID.fullmatch(reference.id)
-    if match is not None:
-        try:
-            turn = store.find(owner, f"resp_{match[1]}")
-        except ApiError:  # said below, with the name of the item
-            turn = None
-        found = None if turn is None else next((one for one in input_of(turn) + output_of(turn) if one["id"] == reference.id), None)
-        if found is not None:
-            return read_item(found)
-    raise ApiError(
-        404,
-        f"input[{place}]: the item {reference.id[:80]!r} is not stored for this key. Send the item itself.",
-        code="item_not_found",
-        param=f"input[{place}].id",
-    )
+class _References:
+    """Finds the items of one request. Every response is read once."""
+
+    def __init__(self, store: ResponseStore, owner: str, most_bytes: int) -> None:
+        self._store = store
+        self._owner = owner
+        self._most_bytes = self._left_bytes = most_bytes
+        self._of_response: dict[str, dict[str, dict[str, Any]]] = {}  # items as JSON, by their identifiers
+        self._found: dict[str, tuple[InputItem, int]] = {}  # with the bytes of their JSON
+
+    def find(self, reference: ItemReference, place: int) -> InputItem:
+        """Return the item that a reference at a place of the input stands for."""
+        name, param = reference.id, f"input[{place}]"
+        if name not in self._found:
+            match = _ITEM_ID.fullmatch(name)
+            items = {} if match is None else self._items(f"resp_{match[1]}", param)
+            if name not in items:
+                message = f"{param}: the item {name[:80]!r} is not stored for this key. Send the item itself."
+                raise ApiError(404, message, code="item_not_found", param=f"{param}.id")
+            self._found[name] = read_item(items[name]), len(pydantic_core.to_json(items[name]))
+        item, size = self._found[name]
+        self._spend(size, param)
+        return item
+
+    def _items(self, response_id: str, param: str) -> dict[str, dict[str, Any]]:
+        if response_id not in self._of_response:
+            try:
+                turn = self._store.find(self._owner, response_id)
+            except ApiError:  # said by `find`, with the name of the item
+                return {}
+            self._spend(turn.size, param)
+            newest_first = reversed(input_of(turn) + output_of(turn))
+            self._of_response[response_id] = {one["id"]: one for one in newest_first}
+        return self._of_response[response_id]
+
+    def _spend(self, size: int, param: str) -> None:
+        self._left_bytes -= size
+        if self._left_bytes < 0:
+            message = f"{param}: the items that the input refers to have more than {self._most_bytes:,} bytes. Send fewer of them."
+            raise ApiError(400, message, code="invalid_value", param=f"{param}.id")

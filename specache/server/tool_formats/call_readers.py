@@ -15,6 +15,7 @@ _HEADER = re.compile(
     rf'\{{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*{_STRING}\s*,'
     r'\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
 )
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: no answer could hold it
 _FIRST_KEY = re.compile(rf"\{{\s*{_STRING}\s*:")
 _OUTSIDE_STRINGS = frozenset(' \t\r\n{}[],:"0123456789+-.eEtrufalsn')
 _KEYS = {"name", "type", "id", "function", "arguments", "parameters"}
@@ -197,9 +198,9 @@ def call_of(value: Any, names: Collection[str]) -> tuple[str, str] | None:
     if not isinstance(name, str) or name not in names:
         return None
     arguments = value.get("arguments", value.get("parameters", {}))
-    if isinstance(arguments, str) and isinstance(_parsed(arguments), dict):
-        return name, arguments
-    return name, json.dumps({} if arguments is None else arguments, ensure_ascii=False)
+    if not (isinstance(arguments, str) and isinstance(_parsed(arguments), dict)):
+        arguments = json.dumps({} if arguments is None else arguments, ensure_ascii=False)
+    return name, _LONE_SURROGATE.sub(lambda half: f"\\u{ord(half[0]):04x}", arguments)
 
 
 def _parsed(text: str) -> Any:

@@ -38,11 +38,14 @@ def one_call_each(messages: Sequence[Message], *, text_apart: bool = False) -> l
 
 
 def _with_results(message: Message, calls: Sequence[Message], results: Sequence[Message]) -> list[Message]:
-    """Return a message per call, with its results behind it."""
+    """Return a message per call, with its results behind it, each of them once."""
     rewritten: list[Message] = []
+    of_call: dict[str, list[Message]] = {call["id"]: [] for call in calls}
+    others: list[Message] = []
+    for one in results:
+        of_call.get(one.get("tool_call_id", ""), others).append(one)
     for index, call in enumerate(calls):
         first = message if index == 0 else {"role": message["role"], "content": ""}
         rewritten.append({**first, "tool_calls": [call]})
-        rewritten += [one for one in results if one.get("tool_call_id") == call["id"]]
-    ids = {call["id"] for call in calls}
-    return rewritten + [one for one in results if one.get("tool_call_id") not in ids]
+        rewritten += of_call.pop(call["id"], ())  # another call may have the same identifier
+    return rewritten + others
