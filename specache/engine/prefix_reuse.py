@@ -125,8 +125,7 @@ class PrefixReuse:
             found = self._begin(cache, token_ids)
         except RoomLater:
             return None
-        more = 0 if found is None else self._room.more_than_planned(cache, len(token_ids), found.length)
-        if isinstance(found, Sequence) and not self._room.holds(more):
+        if isinstance(found, Sequence) and not self._room.holds():
             _free(cache, found)
             return None
         return found if found is not None and self._has_room(cache, token_ids, found) else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from specache.cache.cache import SpeCache
@@ -141,17 +141,9 @@ class Room:
             self.prefixes.make_room(growth - budget.left, 0, Unwritten.DROP)
 
     def holds(self, more: int = 0) -> bool:
-        """Return whether there is room for all that the running requests will need, and `more`.
-
-        Stored prefixes that are on the disk too are dropped for it.
-        """
+        """Return whether there is room for all that the running requests will need, and `more`."""
         left = next((one.cache.resources.budget.left for one in self.tenants), None)
-        short = 0 if left is None else sum(self._growth(one) for one in self.tenants) + more - left
-        if short <= 0 or self.prefixes is None:
-            return short <= 0
-        with suppress(RoomLater):
-            return self.prefixes.make_room(short, 0, Unwritten.QUEUE)
-        return False
+        return left is None or sum(self._growth(one) for one in self.tenants) + more <= left
 
     def more_than_planned(self, cache: SpeCache, tokens: int, stored: int) -> int:
         """Return the bytes that a prompt needs more if its first tokens are stored than else.
