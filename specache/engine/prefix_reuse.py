@@ -84,7 +84,9 @@ class PrefixReuse:
         It is the prepared one, or one that was read since. While it is brought back from the disk,
         this yields every `SLICE_S` seconds.
         """
-        found = self._taken.pop(tuple(token_ids), None) or self._begin_now(cache, token_ids)
+        found = self._taken.pop(tuple(token_ids), None)
+        if found is None or not self._has_room(cache, token_ids, found):
+            found = self._begin_now(cache, token_ids)
         while found is not None and not isinstance(found, Sequence):
             found = yield from self._bring_back(cache, token_ids, found)
         reused = 0 if found is None else found.length
@@ -126,7 +128,17 @@ class PrefixReuse:
         if isinstance(found, Sequence) and not self._room.holds():
             _free(cache, found)
             return None
-        return found
+        return found if found is not None and self._has_room(cache, token_ids, found) else None
+
+    def _has_room(self, cache: SpeCache, token_ids: list[int], found: Sequence | PrefixReturn) -> bool:
+        """Return whether a prompt has room that goes on from a prefix on the disk.
+
+        It was planned as if it were read in full.
+        """
+        if isinstance(found, Sequence):
+            return True
+        more = self._room.more_than_planned(cache, len(token_ids), found.length)
+        return not more or self._room.holds(more)
 
     def _begin(self, cache: SpeCache, token_ids: list[int]) -> Sequence | PrefixReturn | None:
         """Return a fork of the longest stored prefix in `cache.sequences`, one on disk, or `None`.

@@ -140,10 +140,20 @@ class Room:
         if growth > budget.left:
             self.prefixes.make_room(growth - budget.left, 0, Unwritten.DROP)
 
-    def holds(self) -> bool:
-        """Return whether there is room for all that the running requests will need."""
+    def holds(self, more: int = 0) -> bool:
+        """Return whether there is room for all that the running requests will need, and `more`."""
         left = next((one.cache.resources.budget.left for one in self.tenants), None)
-        return left is None or sum(self._growth(one) for one in self.tenants) <= left
+        return left is None or sum(self._growth(one) for one in self.tenants) + more <= left
+
+    def more_than_planned(self, cache: SpeCache, tokens: int, stored: int) -> int:
+        """Return the bytes that a prompt needs more if its first tokens are stored than else.
+
+        Until it is read, sliding windows are kept as they were before.
+        """
+        chunk = next((one.chunk for one in self.tenants if one.cache is cache), cache.config.prefill_chunk)
+        model, config = cache.resources.dimensions, cache.config.with_changes(prefill_chunk=chunk)
+        full, rest = (plan(model, config, [PlannedSequence(tokens, 0, stored=count)]).prefill.total for count in (0, stored))
+        return max(0, rest - full)
 
     def make_room_for_rows(self, cache: SpeCache, sequences: int, tokens: int) -> None:
         """Drop stored prefixes for the rows that a step of so many sequences stores in memory.

@@ -162,7 +162,7 @@ class EngineService:
         own = threading.current_thread() is self._thread
         with self._changed:
             self._closing = True
-            self._to_abort |= set(self._queue)
+            self._to_abort |= {ticket for ticket in self._open if ticket.started_s is None}
             self._changed.notify_all()
             if not own:
                 self._changed.wait_for(lambda: not self._open, grace_s)
@@ -236,16 +236,16 @@ class EngineService:
 
     def _wait_for_work(self) -> bool:
         """Wait until there is a request. Return False if there will be none."""
-        with self._changed:
-            if self._engines.are_blocked:
-                self._changed.wait_for(lambda: self._written or self._to_abort or self._closing, PAUSE_S)
-                self._engines.retry()
-            self._changed.wait_for(lambda: self._open or self._closing or self._written)
-            written, self._written = self._written, False
-            if not written:
-                return bool(self._open)
-        self._collect_written()
-        return self._wait_for_work()
+        while True:
+            with self._changed:
+                if self._engines.are_blocked:
+                    self._changed.wait_for(lambda: self._written or self._to_abort, PAUSE_S)
+                    self._engines.retry()
+                self._changed.wait_for(lambda: self._open or self._closing or self._written)
+                written, self._written = self._written, False
+                if not written:
+                    return bool(self._open)
+            self._collect_written()
 
     def _collect_written(self) -> None:
         """Let the store go on with what was written, and look again whether a request fits."""

@@ -109,7 +109,7 @@ class GrammarMatcher:
         rest = text[same:]
         with self._bounded():
             count = self._matcher.try_consume_tokens(rest) if rest else 0
-        self._consumed += rest[:count]
+            self._consumed += rest[:count]  # before the block may raise: the matcher has them
         mask = self._mask_here()
         if count == len(rest):
             return mask
@@ -121,8 +121,8 @@ class GrammarMatcher:
         """Forget what was consumed beyond `length` tokens."""
         with self._bounded():
             self._matcher.rollback(len(self._consumed) - length)
-        self._masks = {place: mask for place, mask in self._masks.items() if place <= length}
-        del self._consumed[length:]
+            self._masks = {place: mask for place, mask in self._masks.items() if place <= length}
+            del self._consumed[length:]
 
     def _mask_here(self) -> tuple[Tensor, bool]:
         """Return what may not follow the tokens consumed, and whether they are complete."""

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import specache
-from specache.cache.sizes import page_layout
+from specache.cache.sizes import page_layout, window_bytes
 from specache.engine import prefix_reuse
 from specache.engine.events import Event, NewToken
 from specache.engine.prefix_store import PrefixStore
@@ -52,6 +53,25 @@ def root(model: Any, tmp_path: Path) -> Path:
     with opened(model, tmp_path / "prefixes") as service:
         asked_in_turn(service, model, [prompt(LONG, seed=seed) for seed in (1, 2)], max_new_tokens=2)
     return tmp_path / "prefixes"
+
+
+def test_a_prompt_fits_as_planned_also_where_its_windows_have_no_room_beside_the_old_ones(model, root):
+    """They are kept until the rest of a prompt is read. Without room it is read in full."""
+    config = settings()
+    dimensions = specache.SpeCache(model, config).resources.dimensions
+    pages = sum(page_layout(config, layer.kv_heads, layer.head_dim).page_bytes for layer in dimensions.full_layers)
+    windows = window_bytes(dimensions)
+    ids = torch.cat([prompt(LONG, seed=1)[:, : LONG - 90], prompt(90, seed=5)], dim=1)
+    needed = plan(dimensions, config.resolved("cpu"), [PlannedSequence(LONG, 7)]).fast + pages
+    cached = []
+    for limit in (needed, needed + windows):
+        with opened(model, root, settings(fast_memory=limit)) as service:
+            client = ask(service, model, ids, job={"cacheable": False})
+            client.end()
+            assert service.status().fast_peak_bytes <= limit
+        assert client.tokens() == alone(model, ids)[0]
+        cached.append(client.cached)
+    assert cached[1] > 64 and (cached[0] == 0) == (windows > 0)
 
 
 class Reads:

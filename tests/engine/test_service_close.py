@@ -6,13 +6,17 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 import specache
+from specache.cache.sequence import Sequence
 from specache.engine.events import Event, Finished, Job, Started
+from specache.engine.stored_prefixes import RoomLater
 from tests.engine.serving import PATIENCE, Client, Gate, ask, service_of
 from tests.tiny import llama, prompt
 
@@ -48,6 +52,67 @@ def test_closing_with_grace_lets_running_requests_finish(model):
     gate.open()
     service.close(grace_s=PATIENCE)
     assert running.end().reasons == ("length",) and len(running.tokens()) == 20
+
+
+class Store:
+    """Holds nothing, and is asked what was written whenever it says so.
+
+    Args:
+        full: whether nothing finds room before a prefix is written, which never is.
+    """
+
+    def __init__(self, full: bool = False) -> None:
+        self.asked = self.collected = 0
+        self._full = full
+
+    def call_when_written(self, written: Callable[[], None]) -> None:
+        self.written = written
+
+    def begin(self, *_: Any) -> None:
+        self.asked += 1
+        if self._full:
+            raise RoomLater
+
+    def collect(self) -> None:
+        self.collected += 1
+
+    def keep(self, owner: str, sequence: Sequence) -> None:
+        sequence.clear()
+
+    def make_room_for_rows(self, *_: Any) -> bool:
+        return True
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_: None
+
+
+def test_closing_with_grace_ends_a_request_that_waits_for_memory_at_once(model):
+    store: Any = Store(full=True)
+    service = service_of(model, prefixes=store)
+    waiting = ask(service, model, prompt(40))
+    until(lambda: store.asked > 2)
+    service.close(grace_s=PATIENCE)
+    assert waiting.end().reasons == ("aborted",)
+    assert waiting.facts.waited_s < PATIENCE / 2
+    assert service.status().fast_bytes == 0
+
+
+def test_a_service_without_requests_goes_on_however_many_prefixes_are_written(model):
+    """As many as wait after a busy hour: each wakes it."""
+    store: Any = Store()
+    with service_of(model, prefixes=store) as service:
+        assert service.wait_until_ready(PATIENCE)
+        for count in range(sys.getrecursionlimit() + 1):
+            store.written()
+            until(lambda: store.collected > count)  # noqa: B023 -- called at once
+        assert ask(service, model, prompt(40)).end().reasons == ("length",)
+
+
+def until(happened: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0)
 
 
 def test_a_listener_may_submit_abort_ask_for_the_status_and_close(model):

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+from itertools import count
 from typing import Any
 
+import numpy as np
 import pytest
 
 from specache.errors import GrammarError
+from specache.server import grammar_matcher
 from specache.server.grammar_compiler import GrammarCompiler
 from specache.server.grammar_matcher import GrammarMatcher
 from specache.server.grammar_spec import GrammarSpec
@@ -93,6 +96,48 @@ def test_markers_of_the_template_are_no_text_either():
     assert tokenizer.convert_tokens_to_ids("word") in following
     lark = matcher(GrammarSpec("lark", 'start: "[MARK]" <tool_call>'), tokenizer)
     assert tokenizer.convert_tokens_to_ids("[MARK]") in (allowed(lark, []) or ())
+
+
+class Counting:
+    """Allows after n tokens the token n modulo 60; any is consumed; `TOO_MUCH` ends it."""
+
+    TOO_MUCH = 99
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+
+    def try_consume_tokens(self, tokens: list[int]) -> int:
+        self.tokens += tokens
+        return len(tokens)
+
+    def rollback(self, count: int) -> None:
+        del self.tokens[len(self.tokens) - count :]
+
+    def compute_bitmask(self) -> bytes:
+        return np.packbits(np.arange(64) == len(self.tokens) % 60, bitorder="little").tobytes()
+
+    def is_accepting(self) -> bool:
+        return False
+
+    def is_error(self) -> bool:
+        return self.TOO_MUCH in self.tokens
+
+    def get_error(self) -> str:
+        return "too many items"
+
+
+def test_a_draft_token_that_is_too_much_does_not_end_a_long_answer(monkeypatch):
+    """Its matcher begins again, and the time of the whole answer is not held against no token."""
+    clock = (0.001 * tick for tick in count())
+    monkeypatch.setattr(grammar_matcher.time, "thread_time", lambda: next(clock))
+    constraint: Any = GrammarMatcher(Counting, 63, 64, [62])  # type: ignore[arg-type]
+    answer: list[int] = []
+    for place in range(400):
+        assert allowed(constraint, answer) == [place % 60]
+        answer.append(place % 60)
+        if place == 390:
+            with pytest.raises(GrammarError, match="too complex"):
+                allowed(constraint, [*answer, Counting.TOO_MUCH])  # of a draft: left out
 
 
 def test_text_that_no_token_spells_is_an_error():
