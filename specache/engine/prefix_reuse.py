@@ -125,20 +125,19 @@ class PrefixReuse:
             found = self._begin(cache, token_ids)
         except RoomLater:
             return None
-        if isinstance(found, Sequence) and not self._room.holds():
+        if found is None or self._has_room(cache, token_ids, found):
+            return found
+        if isinstance(found, Sequence):
             _free(cache, found)
-            return None
-        return found if found is not None and self._has_room(cache, token_ids, found) else None
+        return None
 
     def _has_room(self, cache: SpeCache, token_ids: list[int], found: Sequence | PrefixReturn) -> bool:
-        """Return whether a prompt has room that goes on from a prefix on the disk.
+        """Return whether a prompt has room that goes on from a prefix.
 
-        It was planned as if it were read in full.
+        It was planned as if it were read in full. A fork may hold bytes that nobody planned.
         """
-        if isinstance(found, Sequence):
-            return True
         more = self._room.more_than_planned(cache, len(token_ids), found.length)
-        return not more or self._room.holds(more)
+        return (not more and not isinstance(found, Sequence)) or self._room.holds(more)
 
     def _begin(self, cache: SpeCache, token_ids: list[int]) -> Sequence | PrefixReturn | None:
         """Return a fork of the longest stored prefix in `cache.sequences`, one on disk, or `None`.

@@ -25,7 +25,12 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> RandomModel:
     return FolderSource(TINY, Weights.FP32, folder=folder)
 
 
+def servers() -> set[psutil.Process]:
+    return {one for one in psutil.Process().children(recursive=True) if "serve" in " ".join(one.cmdline())}
+
+
 def test_every_kind_of_answer_is_measured_beside_the_free_one(source):
+    before = servers()
     shown: list[str] = []
     outcome = Structured(answer_tokens=6, repeat=2, clients=(1, 2), timeout=120).run(BenchContext(source, log=shown.append))
     assert [(one["impl"], one["clients"]) for one in outcome.results] == [(name, n) for n in (1, 2) for name in REQUESTS]
@@ -34,7 +39,7 @@ def test_every_kind_of_answer_is_measured_beside_the_free_one(source):
         assert one["ms_per_token"] > 0 and one["spread"][0] <= one["spread"][1]
         assert one["vs_free"] == 1.0 if one["impl"] == "free" else one["vs_free"] > 0
     assert outcome.details["server_threads"] >= 1 and len(shown) == 6
-    assert not [child for child in psutil.Process().children(recursive=True) if "serve" in " ".join(child.cmdline())]
+    assert servers() <= before
 
 
 @pytest.mark.parametrize("answer", [Answered(error="400", message="too complex"), Answered(arrivals=[1.0], answer_tokens=9)])

@@ -55,6 +55,7 @@ class Engines:
             with suppress(ConfigError, UsageError):
                 self.all.append(self.all[0].beside(**other))
         self.queue: list[tuple[Engine, Any]] = []
+        self.owner: dict[Handle, Engine] = {}
 
     def ask(self, chance: random.Random) -> None:
         """Queue a request, unless it can never fit."""
@@ -73,6 +74,7 @@ class Engines:
         if self.queue and not any(engine.has_prompt for engine in self.all):
             engine, request = self.queue.pop(0)
             handles.append(engine.add(request, None, PrefixReuse(self.store, "", self.room)))
+            self.owner[handles[-1]] = engine
         for engine in self.all:
             ended = sum(handle.done for handle in handles)
             if engine.has_work:
@@ -101,8 +103,8 @@ def test_an_admitted_request_never_fails_for_a_lack_of_memory(seed):
             todo -= 1
             engines.ask(chance)
         if handles and chance.random() < 0.01:
-            for engine in engines.all:
-                engine.abort(chance.choice(handles))
+            handle = chance.choice(handles)
+            engines.owner[handle].abort(handle)
         engines.step(handles)
         if not todo and not engines.queue and all(handle.done for handle in handles):
             break
