@@ -26,6 +26,7 @@ from specache.errors import BenchmarkError
 from tests.server.real_server import SERVED_NAME, RealServer, idle
 
 SECONDS = float(os.environ.get("SPECACHE_SOAK_S", "20"))
+pytestmark = pytest.mark.timeout(600 + 2 * SECONDS)
 WARM_UP_S = 40.0  # at most, until prefixes had to go because the budget was full
 CLIENTS, REPEATED, EVICTED = 64, 24, 24
 FAST_BYTES, SLOW_BYTES = 16_000_000, 20_000_000
