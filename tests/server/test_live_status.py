@@ -156,13 +156,23 @@ def test_an_answer_whose_client_left_stays_in_the_status_as_aborted():
     import httpx
 
     model = printable_model(4096)
-    model.register_forward_hook(lambda *_: time.sleep(0.005))  # so that it is still answering when the status is asked
+    began, asked = threading.Event(), threading.Event()
+
+    def hold(*_):
+        time.sleep(0.005)  # so that it has not ended when it is aborted
+        if began.is_set():
+            asked.wait(60)  # it is still answering when the status is asked
+
+    model.register_forward_hook(hold)
     with live(model=model) as server, httpx.Client(base_url=server.address, timeout=60) as client:
         body = {**BODY, "max_tokens": 3000, "stream": True}
         with client.stream("POST", "/v1/chat/completions", json=body) as response:
-            next(line for line in response.iter_lines() if '"content":"' in line and '"content":""' not in line)
+            lines = response.iter_lines()  # the client hangs up as soon as nothing refers to it
+            next(line for line in lines if '"content":"' in line and '"content":""' not in line)
+            began.set()
             name = response.headers["x-request-id"]
             [row] = client.get("/v1/status").json()["running_requests"]
+            asked.set()
             assert row["id"] == name and row["state"] == "answering"
         wait_until(lambda: client.get("/v1/status").json()["running"] == 0)
         status = client.get("/v1/status").json()
