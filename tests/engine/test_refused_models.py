@@ -34,12 +34,18 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
-THREADS = ("specache-engine", "specache-request", "specache-grammar")  # of a server that other tests share
+BEFORE: set[threading.Thread] = set()  # threads at the beginning of a test: of a server that other tests share
+
+
+@pytest.fixture(autouse=True)
+def threads_before() -> None:
+    BEFORE.clear()
+    BEFORE.update(threading.enumerate())
 
 
 def check_nothing_is_left(model: Any) -> None:
     assert model.config._attn_implementation != "specache"
-    assert not [thread for thread in threading.enumerate() if "specache" in thread.name and not thread.name.startswith(THREADS)]
+    assert not [thread for thread in threading.enumerate() if "specache" in thread.name and thread not in BEFORE]
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -49,13 +49,11 @@ class CallReader(Protocol):
         ...
 
 
-class ObjectReader:
-    """Reads `{"name": ..., "arguments": {...}}`; `parameters` is another word for arguments.
-
-    The arguments arrive as they are written if the name is in front of them, and otherwise at once.
+class _Reader:
+    """What the readers have in common.
 
     Args:
-        names: the tools that there are. An object with another name is no call.
+        names: the tools that there are.
     """
 
     def __init__(self, names: Collection[str]) -> None:
@@ -65,6 +63,27 @@ class ObjectReader:
         self._names = names
         self._scanner = JsonScanner()
         self._new: list[str] = []
+
+    def take_arguments(self) -> str:
+        new, self._new = "".join(self._new), []
+        return new
+
+    def finish(self) -> None:
+        self.failed = self.name is None
+        self.complete = not self.failed
+
+
+class ObjectReader(_Reader):
+    """Reads `{"name": ..., "arguments": {...}}`; `parameters` is another word for arguments.
+
+    The arguments arrive as they are written if the name is in front of them, and otherwise at once.
+
+    Args:
+        names: the tools that there are. An object with another name is no call.
+    """
+
+    def __init__(self, names: Collection[str]) -> None:
+        super().__init__(names)
         self._in_arguments = self._after_arguments = False
 
     def push(self, text: str) -> int:
@@ -76,14 +95,6 @@ class ObjectReader:
                 return place
             self._take(character)
         return len(text)
-
-    def take_arguments(self) -> str:
-        new, self._new = "".join(self._new), []
-        return new
-
-    def finish(self) -> None:
-        self.failed = self.name is None
-        self.complete = not self.failed
 
     def _goes_on(self, character: str) -> bool:
         """Return whether the object goes on behind its arguments. Some models forget its end."""
@@ -141,7 +152,7 @@ class ObjectReader:
         self.complete, self.failed = self.name is not None, self.name is None
 
 
-class NamedReader:
+class NamedReader(_Reader):
     """Reads `NAME[ARGS]{...}`, or `NAME[CALL_ID]...[ARGS]{...}`, or `NAME{...}`.
 
     Args:
@@ -149,14 +160,6 @@ class NamedReader:
     """
 
     _HEADER = re.compile(r"\s*([^\[\]{}\s]+)\s*(?:\[CALL_ID\][A-Za-z0-9_-]*\s*)?(?:\[ARGS\])?\s*\{")
-
-    def __init__(self, names: Collection[str]) -> None:
-        self.name: str | None = None
-        self.raw = ""
-        self.complete = self.failed = False
-        self._names = names
-        self._scanner = JsonScanner()
-        self._new: list[str] = []
 
     def push(self, text: str) -> int:
         for place, character in enumerate(text):
@@ -170,14 +173,6 @@ class NamedReader:
                 self._scanner.push(character)
                 self.complete = self._scanner.complete or self._scanner.broken
         return len(text)
-
-    def take_arguments(self) -> str:
-        new, self._new = "".join(self._new), []
-        return new
-
-    def finish(self) -> None:
-        self.failed = self.name is None
-        self.complete = not self.failed
 
     def _look_for_name(self, character: str) -> None:
         if character == "{":
