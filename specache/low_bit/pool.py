@@ -6,7 +6,6 @@ pages by reference counts.
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections import deque
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from specache.config import PAGE_TOKENS, Code
 from specache.kernels.types import LowBitKV, PageRun
 from specache.low_bit.layout import PageLayout
 from specache.low_bit.slab import Slab
+from specache.platform import forks
 from specache.platform.budget import ByteBudget
 
 Page = tuple[int, int]  # (slab, index in the slab)
@@ -45,7 +45,7 @@ class PagePool:
         self._free: dict[int, list[int]] = {}
         self._references: dict[Page, int] = {}
         self._next_slab = 0
-        self._lock = threading.Lock()
+        self._lock = forks.lock()
         self._forgotten: deque[list[Page]] = deque()  # pages of finalized tables, not released yet
 
     @property

@@ -8,7 +8,6 @@ time runs a rotary module.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
@@ -16,11 +15,13 @@ from typing import Any
 
 from torch import nn
 
+from specache.platform import forks
+
 FREQUENCIES = "inv_freq"  # name of a buffer, or its suffix if kinds of layers have their own
 LENGTH = "max_seq_len_cached"
 ORIGINAL = "original_"
 
-_lock = threading.RLock()
+_lock = forks.reentrant_lock()
 
 
 def install(model: Any, is_ours: Callable[[], bool]) -> list[nn.Module]:

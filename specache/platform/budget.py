@@ -8,13 +8,13 @@ a pass share one budget, so that their sum cannot exceed it. All sizes are in by
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
 from specache.errors import FastMemoryError
+from specache.platform import forks
 
 
 class SpareHolder(Protocol):
@@ -41,7 +41,7 @@ class ByteBudget:
         self.peak = 0
         self.spare = 0
         self._holders: weakref.WeakSet[SpareHolder] = weakref.WeakSet()
-        self._lock = threading.RLock()  # claims may be garbage-collected on any thread
+        self._lock = forks.reentrant_lock()  # claims may be garbage-collected on any thread
 
     @property
     def left(self) -> int | None:

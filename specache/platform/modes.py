@@ -9,7 +9,6 @@ to the whole process, so it is never changed: every allocation of this package n
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from specache.errors import UsageError
+from specache.platform.forks import in_child
 
 DEVICES_WITH_AUTOCAST = ("cpu", "cuda")
 
@@ -154,10 +154,7 @@ def _current() -> Modes:
     return Modes(torch.is_inference_mode_enabled(), autocast, None if device.type == "cpu" else device)
 
 
+@in_child
 def _after_fork() -> None:
     global _forked_after_running
     _forked_after_running = _ran_here
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)

@@ -5,6 +5,7 @@ The system releases the lock when the process ends, however it ends.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -32,6 +33,7 @@ class FolderLock:
         import fcntl
 
         self._fd = -1
+        self._process = os.getpid()
         path = folder / LOCK_FILE
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -55,10 +57,20 @@ class FolderLock:
         return self._fd >= 0
 
     def release(self) -> None:
-        """Release the lock. Safe to call twice."""
+        """Release the lock. Safe to call twice.
+
+        Processes that were forked meanwhile have the file open too, and would keep the lock as long
+        as they run; released there, it stays with the process that took it.
+        """
+        import fcntl
+
         fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        if fd < 0:
+            return
+        if self._process == os.getpid():
+            with contextlib.suppress(OSError):
+                fcntl.flock(fd, fcntl.LOCK_UN)
+        os.close(fd)
 
     def __enter__(self) -> FolderLock:
         return self

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import threading
 import time
 from collections.abc import Generator, Iterable
 from contextlib import suppress
@@ -19,6 +18,7 @@ from specache.cache.prefixes import Tokens, tokens_of
 from specache.cache.sequence import Sequence
 from specache.config import SpeCacheConfig
 from specache.errors import SessionError, SlowTierError
+from specache.platform import forks
 from specache.sessions import names
 from specache.sessions.lock import FolderLock
 from specache.sessions.manifest import Identity
@@ -75,7 +75,7 @@ class PrefixFolder:
         self.root = names.private_root(root)
         self.most_bytes = most_bytes
         self._identity, self._config = identity, config
-        self._changing = threading.RLock()
+        self._changing = forks.reentrant_lock()
         self._removed: list[SavedPrefix] = []  # whose rows are still read by sequences
         self._reading: list[SavedPrefix] = []  # are being brought back, and stay meanwhile
         self._lock = FolderLock(self.root)

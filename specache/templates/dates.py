@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
-_ONE_AT_A_TIME = threading.Lock()  # the module's name is the process's
+from specache.platform import forks
+
+_ONE_AT_A_TIME = forks.lock()  # the module's name is the process's
 
 
 @contextmanager

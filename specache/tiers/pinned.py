@@ -7,7 +7,6 @@ to. Block sizes are powers of two where the budget allows, because PyTorch round
 from __future__ import annotations
 
 import math
-import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from specache.errors import SlowTierError
+from specache.platform import forks
 
 BLOCK_BYTES = 1 << 28  # bytes locked at a time, and more when much is held
 GROWTH = 4  # a block is about 1 / GROWTH of what is held
@@ -92,7 +92,7 @@ class PinnedPool:
         self._allocate = allocate
         self._blocks: list[_Block] = []
         self._taken: dict[int, tuple[_Block, int, int]] = {}  # address -> block, start, size
-        self._lock = threading.Lock()
+        self._lock = forks.lock()
         self._returned: deque[int] = deque()  # addresses of returned buffers that are not free yet
 
     @property

@@ -6,12 +6,12 @@ Nothing refers back to a block, so reference counts alone free it with the last 
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from specache.platform import forks
 from specache.tiers.transfer import HostMemory
 
 BLOCK_TOKENS = 256  # tokens of a block that forks share; a power of two
@@ -35,7 +35,7 @@ class RowMemory:
         self.block_tokens = block_tokens
         self.used = self.peak = 0
         self._source: HostMemory = source or SystemMemory()
-        self.lock = threading.RLock()  # a block may be freed on any thread, also inside
+        self.lock = forks.reentrant_lock()  # a block may be freed on any thread, also inside
 
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> RowBlock:
         """Return a block of rows [Hkv, tokens, 2 D] with undefined content, for one user.

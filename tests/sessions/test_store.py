@@ -261,7 +261,7 @@ def test_the_second_user_is_refused_until_the_first_is_killed(tmp_path, model, s
     if child == 0:
         session = opened(tmp_path, model)
         os.write(tell, b"x")
-        time.sleep(60)
+        time.sleep(600)  # it is killed before
         os._exit(session.saved_tokens)
     os.read(ready, 1)
     uses: list[Callable[[], Any]] = [
@@ -279,6 +279,37 @@ def test_the_second_user_is_refused_until_the_first_is_killed(tmp_path, model, s
     assert state_of(tmp_path, model, "one") == saved
     os.close(ready)
     os.close(tell)
+
+
+def test_a_process_that_was_forked_meanwhile_does_not_keep_a_closed_session(tmp_path, model, saved):
+    """As workers of a data loader are, which live on."""
+    session = opened(tmp_path, model)
+    ready, tell = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(tell)
+        os.read(ready, 1)  # until the parent has closed it
+        os._exit(0)
+    try:
+        with pytest.raises(SessionError, match=f"process {os.getpid()}"):
+            opened(tmp_path, model)  # the lock is held as long as the session is open
+        session.close()
+        opened(tmp_path, model).close()
+    finally:
+        os.close(tell)
+        os.waitpid(child, 0)
+        os.close(ready)
+
+
+def test_a_forked_process_that_ends_leaves_the_lock_to_its_parent(tmp_path, model, saved):
+    with opened(tmp_path, model) as session:
+        child = os.fork()
+        if child == 0:
+            session._lock.release()
+            os._exit(0)
+        os.waitpid(child, 0)
+        with pytest.raises(SessionError, match=f"process {os.getpid()}"):
+            opened(tmp_path, model)
 
 
 def test_one_process_cannot_open_a_session_twice(tmp_path, model, saved):

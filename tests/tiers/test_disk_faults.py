@@ -11,6 +11,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import wait
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,17 @@ def in_background() -> bool:
     return threading.current_thread().name.startswith("specache-prefetch")
 
 
+def wait_for_reads_ahead(cache: specache.SpeCache) -> None:
+    """Wait until threads have done the reads that the last step gave them.
+
+    The next step does itself what none has begun.
+    """
+    for layer in cache.sequences[0].layers.values():
+        fetch = layer.row_fetcher._prefetch
+        if fetch is not None:
+            wait([fetch._future])
+
+
 @pytest.mark.usefixtures("plain_reads")
 @pytest.mark.parametrize("policy", ["verified", "speculative", "previous"])
 def test_a_failed_background_read_raises_once_in_the_next_step(model, tmp_path, monkeypatch, policy):
@@ -216,7 +228,7 @@ def test_a_failed_background_read_raises_once_in_the_next_step(model, tmp_path, 
     disturbed = Steps(model, config, 230)
     broken = True
     for i in range(12):  # a step may find the whole draft selection in the hot set, and submit nothing
-        time.sleep(0.02)
+        wait_for_reads_ahead(disturbed.cache)
         try:
             logits = disturbed.step(i)
         except SlowTierError as error:

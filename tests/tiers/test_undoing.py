@@ -209,10 +209,10 @@ def test_memory_is_freed_while_a_background_read_still_runs(model, tmp_path, mon
         patch.setattr(kind, "gather", slow)
         for i in range(STEPS):
             steps.step(i)
-            if held.is_set():
+            if any(layer.row_fetcher._prefetch is not None for layer in steps.cache.sequences[0].layers.values()):
                 break
-        assert held.is_set()
         try:
+            assert held.wait(60)  # before the next step would read it itself, or wait for it
             used = steps.cache.resources.budget.used
             steps.cache.sequences[0].clear()
             assert used and not steps.cache.resources.budget.used

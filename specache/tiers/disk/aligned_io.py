@@ -7,11 +7,12 @@ import ctypes
 import errno
 import mmap
 import os
-import threading
 from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
+
+from specache.platform import forks
 
 DEFAULT_ALIGNMENT = 4096  # bytes, where the system reports none: no device in use needs more
 _KEPT_BUFFERS = 5  # one per thread that reads at a time
@@ -111,7 +112,7 @@ class AlignedBuffer:
     """Page-aligned memory, as bytes and as 64-bit words."""
 
     def __init__(self, size: int) -> None:
-        memory = mmap.mmap(-1, size)
+        memory = mmap.mmap(-1, size)  # shared with forked processes (see `readers`)
         self.bytes = memoryview(memory)
         self.words: NDArray[np.uint64] = np.frombuffer(memory, dtype=np.uint64)
         self.address: int = self.words.ctypes.data
@@ -126,7 +127,7 @@ class BufferPool:
 
     def __init__(self) -> None:
         self._free: list[AlignedBuffer] = []
-        self._lock = threading.Lock()
+        self._lock = forks.lock()
 
     @property
     def nbytes(self) -> int:

@@ -12,7 +12,6 @@ To add a reader, write a class with the members of `Reader` and add it to `READE
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from specache.platform import forks
 from specache.tiers.disk import aligned_io
 from specache.tiers.disk.aligned_io import AlignedBuffer, BufferPool
 from specache.tiers.disk.native_reads import RING_ENTRIES, NativeRows
@@ -209,7 +209,7 @@ def _fill(into: memoryview, fd: int, offset: int, unit: int) -> None:
 
 _leased: dict[tuple[str, bool, int], Reader] = {}
 _users: dict[Reader, int] = {}
-_lock = threading.RLock()  # a finalizer may release in the middle of a lease
+_lock = forks.reentrant_lock()  # a finalizer may release in the middle of a lease
 
 
 def lease(name: str, direct: bool, alignment: int) -> Reader:
@@ -233,10 +233,26 @@ def share(reader: Reader) -> Reader:
 
 
 def release(reader: Reader, wait: bool = True) -> None:
-    """Remove a user of a reader. The last one ends its threads."""
+    """Remove a user of a reader. The last one ends its threads.
+
+    One of the process that this one was forked from is left as it is.
+    """
     with _lock:
+        if reader not in _users:
+            return
         _users[reader] -= 1
         if _users[reader]:
             return
         del _users[reader], _leased[reader.name, reader.direct, reader.alignment]
     reader.close(wait)
+
+
+@forks.in_child
+def _leave_to_parent() -> None:
+    """Have a forked process lease readers of its own.
+
+    Threads stay behind in its parent, and both would write to the same buffers, which are shared
+    mappings: with private ones a direct read during a fork could arrive in the wrong process.
+    """
+    _leased.clear()
+    _users.clear()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from specache.errors import CorruptRowError, SlowTierError
+from specache.platform import forks
 from specache.tiers.disk import aligned_io
 from specache.tiers.disk.aligned_io import AlignedBuffer
 from specache.tiers.disk.checksum import Words, checksums, head_salts, row_salts
@@ -65,7 +65,7 @@ class RowFile:
         self._scratch = scratch
         self.salts = head_salts(segment, layer, layout.num_kv_heads)
         self._users = 1
-        self._lock = threading.RLock()  # a finalizer may release in the middle of a release
+        self._lock = forks.reentrant_lock()  # a finalizer may release in the middle of a release
         try:
             self.fd = aligned_io.open_file(str(self.path), create=create, direct=direct)
         except OSError as error:

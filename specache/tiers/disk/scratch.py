@@ -6,10 +6,10 @@ import contextlib
 import os
 import secrets
 import shutil
-import threading
 from pathlib import Path
 
 from specache.errors import SlowTierError
+from specache.platform import forks
 
 SCRATCH_PREFIX = "specache-scratch-"
 PROBE_PREFIX = ".specache-probe-"  # prefix of temporary files that test what a folder allows
@@ -48,7 +48,7 @@ class ScratchFolder:
     def __init__(self, parent: Path) -> None:
         remove_abandoned(parent)
         self._users = 1
-        self._lock = threading.RLock()  # a finalizer may release in the middle of a release
+        self._lock = forks.reentrant_lock()  # a finalizer may release in the middle of a release
         self._process = os.getpid()
         try:
             self.path, self._fd = _locked_folder(parent)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from specache.errors import SlowTierError
+from specache.platform import forks
 from specache.tiers.disk import aligned_io, readers
 from specache.tiers.disk.extents import BlockTable, Extent
 from specache.tiers.disk.probe import ReaderReport, report_for
@@ -32,7 +32,7 @@ class TierFiles:
     def __init__(self, folder: Path, temporary: bool) -> None:
         self.folder = folder
         self.temporary = temporary
-        self.lock = threading.RLock()
+        self.lock = forks.reentrant_lock()
         self._process = os.getpid()
         self._files: list[RowFile] = []
         self._own: dict[int, RowFile] = {}  # files that the tier appends to, by layer
