@@ -210,11 +210,12 @@ class PrefixDisk:
         folder, writer = self._folder, self._writer  # another thread may be closing it
         if folder is None or writer is None:
             return replace(status, problem=self.problem)
+        waiting = writer.waiting  # asked first: what does not wait any more is among the saved ones
         return replace(
             status,
             saved=len(folder.saved),
             disk_bytes=folder.nbytes,
-            waiting_writes=writer.waiting,
+            waiting_writes=waiting,
             ignored=problems(list(folder.ignored)),
             problem=self.problem,
         )

@@ -84,8 +84,8 @@ class PrefixReuse:
         It is the prepared one, or one that was read since. While it is brought back from the disk,
         this yields every `SLICE_S` seconds.
         """
-        found = self._taken.pop(tuple(token_ids), None)
-        if found is None or not self._has_room(cache, token_ids, found):
+        found = self._if_room(cache, token_ids, self._taken.pop(tuple(token_ids), None))
+        if found is None:
             found = self._begin_now(cache, token_ids)
         while found is not None and not isinstance(found, Sequence):
             found = yield from self._bring_back(cache, token_ids, found)
@@ -122,22 +122,25 @@ class PrefixReuse:
         None was planned for this prompt, which is read in full then.
         """
         try:
-            found = self._begin(cache, token_ids)
+            return self._if_room(cache, token_ids, self._begin(cache, token_ids))
         except RoomLater:
             return None
-        if found is None or self._has_room(cache, token_ids, found):
+
+    def _if_room(
+        self, cache: SpeCache, token_ids: list[int], found: Sequence | PrefixReturn | None
+    ) -> Sequence | PrefixReturn | None:
+        """Return a prefix if a prompt has room that goes on from it. Otherwise free it: `None`.
+
+        It was planned as if it were read in full. A fork may hold bytes that nobody planned.
+        """
+        if found is None:
+            return None
+        more = self._room.more_than_planned(cache, len(token_ids), found.length)
+        if (not more and not isinstance(found, Sequence)) or self._room.holds(more):
             return found
         if isinstance(found, Sequence):
             _free(cache, found)
         return None
-
-    def _has_room(self, cache: SpeCache, token_ids: list[int], found: Sequence | PrefixReturn) -> bool:
-        """Return whether a prompt has room that goes on from a prefix.
-
-        It was planned as if it were read in full. A fork may hold bytes that nobody planned.
-        """
-        more = self._room.more_than_planned(cache, len(token_ids), found.length)
-        return (not more and not isinstance(found, Sequence)) or self._room.holds(more)
 
     def _begin(self, cache: SpeCache, token_ids: list[int]) -> Sequence | PrefixReturn | None:
         """Return a fork of the longest stored prefix in `cache.sequences`, one on disk, or `None`.

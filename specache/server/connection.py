@@ -10,9 +10,9 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from specache.server.dialects import Dialect, dialect_of
-from specache.server.error_responses import ApiError, error_document, unavailable
+from specache.server.error_responses import ApiError, error_document, headers_too_large, unavailable
 from specache.server.request_context import RequestContext
-from specache.server.settings import ServerSettings
+from specache.server.settings import MOST_HEADER_BYTES, ServerSettings
 
 
 class Connection(H11Protocol):
@@ -67,9 +67,10 @@ class Connection(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is not HTTP, or has headers that are too long."""
-        self._end(
-            ApiError(400, f"{msg} The headers may have {self.config.h11_max_incomplete_event_size:,} bytes.", code="bad_request")
-        )
+        if len(self.conn.trailing_data[0]) > MOST_HEADER_BYTES:
+            self._end(headers_too_large())
+        else:
+            self._end(ApiError(400, msg, code="bad_request"))
 
     def pause_writing(self) -> None:
         """Give a client that does not read what was sent some time, and then up."""

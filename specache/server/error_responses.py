@@ -24,6 +24,7 @@ from specache.errors import (
 )
 from specache.server.dialects import Dialect
 from specache.server.request_context import RequestContext
+from specache.server.settings import MOST_HEADER_BYTES, MOST_HEADERS
 from specache.templates.template import PromptError
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -75,6 +76,11 @@ def error_response(error: ApiError, context: RequestContext) -> JSONResponse:
 def busy(message: str, retry_after_s: float = 1.0) -> ApiError:
     """Return the error of a request that came when there was no room."""
     return ApiError(429, message, code="busy", headers={"Retry-After": str(max(1, math.ceil(retry_after_s)))})
+
+
+def headers_too_large() -> ApiError:
+    """Return the error of a request with more headers than are read."""
+    return ApiError(431, f"The headers may have {MOST_HEADER_BYTES:,} bytes in {MOST_HEADERS} lines.", code="headers_too_large")
 
 
 def unavailable(message: str, code: str, retry_after_s: int = 2) -> ApiError:

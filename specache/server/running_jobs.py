@@ -40,7 +40,6 @@ class RunningJobs:
         self._new = [0] * len(jobs)
         self._open = [False] * len(jobs)
         self._tickets: dict[int, Ticket] = {}
-        context.at_end(self._count_open)
 
     async def start(self) -> None:
         """Submit the first job, and more if there is room.
@@ -86,9 +85,9 @@ class RunningJobs:
         self._began[index] = time.monotonic()
         ticket = service.submit(self.jobs[index].job, lambda event: self._put(index, event))
         self._tickets[index] = ticket
-        self._open[index] = True  # last: `_count_open` asks the tickets of those that are open
+        self._open[index] = True
         self._state.running.add(self._context, ticket)
-        self._context.at_end(ticket.abort)
+        self._context.at_end(lambda: self._end(index, ticket))
 
     def _put(self, index: int, event: Event) -> None:
         """Take an event on the engine's thread."""
@@ -116,15 +115,16 @@ class RunningJobs:
             self._open[index] = False
             self._note_end(index, event)
 
-    def _count_open(self) -> None:
-        """Count the jobs that are still open when the request ends: those of a client that left."""
-        log = self._context.facts
-        for index in (index for index, is_open in enumerate(self._open) if is_open):
-            new = self._new[index]
-            self._keep(index, self._tickets[index].facts_now(), [ABORTED])
-            self._state.metrics.job_ended(0, 0, new, True)
-            log["new"] = log.get("new", 0) + new
-            log.setdefault("ended", ABORTED)
+    def _end(self, index: int, ticket: Ticket) -> None:
+        """Abort a job when the request ends, and count one that is still open: its client left."""
+        ticket.abort()
+        if not self._open[index]:
+            return
+        log, new = self._context.facts, self._new[index]
+        self._keep(index, ticket.facts_now(), [ABORTED])
+        self._state.metrics.job_ended(0, 0, new, True)
+        log["new"] = log.get("new", 0) + new
+        log.setdefault("ended", ABORTED)
 
     def _note_end(self, index: int, event: Finished) -> None:
         facts, log = event.facts, self._context.facts

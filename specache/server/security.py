@@ -12,9 +12,9 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from specache.server.dialects import path_without_root
-from specache.server.error_responses import ApiError, error_response
+from specache.server.error_responses import ApiError, error_response, headers_too_large
 from specache.server.request_context import RequestContext
-from specache.server.settings import MOST_HEADER_BYTES, ServerSettings, address_of
+from specache.server.settings import MOST_HEADER_BYTES, MOST_HEADERS, ServerSettings, address_of
 
 if TYPE_CHECKING:
     from specache.server.keys import KeyRing
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 OPEN_TO_ALL = frozenset({"/", "/health"})  # paths that need no key
 _WITH_BODY = ("POST", "PUT", "PATCH")
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?")
-_MOST_HEADERS = 100
 
 
 class Guard:
@@ -153,9 +152,8 @@ def _hostname(value: str) -> str | None:
 
 def _check_headers(headers: Headers) -> None:
     """Refuse headers that came at once, so that the connection did not count them."""
-    if len(headers.raw) > _MOST_HEADERS or sum(len(name) + len(value) for name, value in headers.raw) > MOST_HEADER_BYTES:
-        message = f"The headers may have {MOST_HEADER_BYTES:,} bytes in {_MOST_HEADERS} lines."
-        raise ApiError(431, message, code="headers_too_large")
+    if len(headers.raw) > MOST_HEADERS or sum(len(name) + len(value) for name, value in headers.raw) > MOST_HEADER_BYTES:
+        raise headers_too_large()
 
 
 def _check_content_type(headers: Headers) -> None:

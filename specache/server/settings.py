@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from specache.errors import ConfigError
 
 MOST_HEADER_BYTES = 32 * 1024  # of one request
+MOST_HEADERS = 100
 _LOCALHOST = "localhost"
 
 

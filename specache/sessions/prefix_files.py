@@ -9,11 +9,11 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
-from weakref import WeakSet
 
 import torch
 
@@ -56,7 +56,9 @@ class SavedPrefix:
         used: time of the last use, in seconds since 1970.
         intact_tokens: tokens whose rows were read and verified since the process began.
         gone: it was removed, or is ignored because it is damaged.
-        readers: open files of rows of sequences that were brought back and share them.
+        readers: open files of rows of sequences that were brought back and share them. It is
+            replaced, never changed: any thread may look at it (two that iterate over one `WeakSet`
+            may fail when an element goes).
     """
 
     folder: Path
@@ -67,12 +69,16 @@ class SavedPrefix:
     used: float
     intact_tokens: int = 0
     gone: bool = False
-    readers: WeakSet[RowFile] = field(default_factory=WeakSet)
+    readers: tuple[weakref.ref[RowFile], ...] = ()
 
     @property
     def is_read(self) -> bool:
         """Return whether a sequence still reads rows from the files."""
-        return any(file.is_open for file in list(self.readers))
+        return any((file := reader()) is not None and file.is_open for reader in self.readers)
+
+    def read_by(self, files: Iterable[RowFile]) -> None:
+        """Count open files among the readers. One thread at a time may call this."""
+        self.readers = (*(one for one in self.readers if one() is not None), *map(weakref.ref, files))
 
     def kept(self, length: int) -> int:
         """Return how many of the first `length` tokens the sliding windows can go back to."""

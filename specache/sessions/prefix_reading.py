@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -52,7 +51,7 @@ def read_pieces(saved: SavedPrefix, sequence: Sequence, length: int) -> Iterator
     try:
         tail = state.open_tail(folder, manifest)
         files = state.open_tier(folder, manifest, tail)
-        saved.readers = WeakSet([*saved.readers, *files.files()])  # replaced: other threads iterate over it
+        saved.read_by(files.files())
         try:
             for layer in manifest.full_layers:
                 files.truncate(layer, length)

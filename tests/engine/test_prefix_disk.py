@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from specache.sessions import prefix_files
 from specache.sessions.names import _UNFINISHED
 from specache.sessions.prefix_files import is_prefix_name, owner_digest
 from tests.engine.prefixes import MODELS, TIERS, Server, answer, branch, config, fresh, text
+from tests.engine.serving import PATIENCE
 from tests.sessions.sequences import checkpoints_every
 from tests.tiny import llama
 
@@ -343,10 +345,18 @@ def test_foreign_files_in_the_folder_stay(model, root):
 
 def test_a_full_disk_costs_nothing_but_the_prefix(model, root, monkeypatch):
     server = opened(model, root)
+    writer, closing = server.store._disk._writer, threading.Event()
+    close = writer.close
+
+    def closes(seconds: float) -> None:
+        closing.set()
+        close(seconds)
 
     def full(*_: Any) -> None:
+        assert closing.wait(PATIENCE)  # what fails before is tried again
         raise OSError(28, "No space left on device")
 
+    monkeypatch.setattr(writer, "close", closes)
     monkeypatch.setattr(prefix_files, "write_state", full)
     server.read(text(400))
     with pytest.warns(RuntimeWarning, match="No space left"):

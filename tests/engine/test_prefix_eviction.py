@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ class SlowDisk:
 
 
 class Stream:
-    """An answer that runs, and how many tokens it has."""
+    """A slow answer, which outlasts what is waited for meanwhile, and how many tokens it has."""
 
     def __init__(self, service: EngineService, model: Any) -> None:
         self._more = threading.Condition()
@@ -70,6 +71,7 @@ class Stream:
         with self._more:
             self._count += isinstance(event, NewToken)
             self._more.notify_all()
+        time.sleep(0.01)
 
     def goes_on(self) -> None:
         """Wait for `STEPS` more tokens."""
@@ -184,10 +186,12 @@ def test_what_could_not_be_written_at_once_is_written_when_the_disk_has_time(mod
     monkeypatch.setattr(prefix_writer, "MOST_WAITING", 1)
     store = PrefixStore(model, settings(), folder=tmp_path)
     with service_of(model, settings(), prefixes=store) as service:
-        asked_in_turn(service, model, [prompt(LONG, seed=seed) for seed in range(5)], max_new_tokens=2)
+        asked_in_turn(service, model, [prompt(LONG)], max_new_tokens=2)
+        assert begun.acquire(timeout=PATIENCE)
+        asked_in_turn(service, model, [prompt(LONG, seed=seed) for seed in range(1, 5)], max_new_tokens=2)
         assert service.status().prefixes.waiting_writes == 2
         go_on.set()
-        for _ in range(5):
+        for _ in range(4):
             assert begun.acquire(timeout=PATIENCE)
         store._disk._writer.wake = lambda: None
     assert service.status().prefixes.counters.written == 5

@@ -10,6 +10,7 @@ import random
 import signal
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,13 @@ def serve(root: Path, model: Any) -> None:
         seed += 1
 
 
+def begins_to_write(root: Path) -> bool:
+    """Return whether there is an unfinished prefix with rows."""
+    with suppress(FileNotFoundError):  # it was finished meanwhile
+        return any(root.glob(f"{_UNFINISHED}*/*.rows"))
+    return False
+
+
 def killed(root: Path, model: Any, delay: float) -> None:
     """Run `serve` in a process that is killed after `delay` seconds."""
     child = os.fork()
@@ -53,7 +61,7 @@ def killed(root: Path, model: Any, delay: float) -> None:
             traceback.print_exc()
         finally:
             os._exit(1)
-    while not any(root.glob(f"{_UNFINISHED}*/*.rows")):  # it has begun to write
+    while not begins_to_write(root):
         assert os.waitpid(child, os.WNOHANG) == (0, 0), "it ended by itself"
         time.sleep(0.001)
     time.sleep(delay)

@@ -20,7 +20,7 @@ from specache.planning.footprint import PlannedSequence
 from specache.planning.plan import plan
 from specache.sessions import prefix_reading
 from specache.tiers.disk.disk_tier import DiskTier
-from tests.engine.serving import Client, alone, ask, service_of, settings
+from tests.engine.serving import Client, Gate, alone, ask, service_of, settings
 from tests.engine.test_service_prefixes import asked_in_turn
 from tests.sessions.sequences import gemma
 from tests.tiny import llama, prompt
@@ -90,15 +90,20 @@ class Reads:
         monkeypatch.setattr(DiskTier, "read", read)
 
 
-def running(service: EngineService, model: Any) -> tuple[Client, list[Client]]:
-    """An answer that runs, and the request whose prompt comes back beside it."""
+def running(service: EngineService, model: Any) -> tuple[Client, list[Client], Gate]:
+    """An answer that runs, and the request whose prompt comes back beside it.
+
+    It is asked for when the gate is open.
+    """
     asked: list[Client] = []
+    gate = Gate()
 
     def when(client: Client, event: Event) -> None:
         if isinstance(event, NewToken) and len(client.tokens()) == 3:
+            gate(client, event)
             asked.append(ask(service, model, prompt(LONG, seed=1)))
 
-    return ask(service, model, prompt(20), when=when, max_new_tokens=ANSWER), asked
+    return ask(service, model, prompt(20), when=when, max_new_tokens=ANSWER), asked, gate
 
 
 def both_end(model: Any, stream: Client, asked: list[Client]) -> Client:
@@ -115,7 +120,7 @@ def test_an_answer_gets_a_token_between_any_two_pieces(model, root, tmp_path, mo
     config = settings(slow_tier="ram") if tier == "ram" else settings(slow_tier="disk", slow_dir=str(tmp_path))
     seen: list[int] = []
     with opened(model, root, config) as service:
-        stream, asked = running(service, model)
+        stream, asked, gate = running(service, model)
         real = DiskTier.read
 
         def read(disk: DiskTier, *args: Any) -> Any:
@@ -124,6 +129,7 @@ def test_an_answer_gets_a_token_between_any_two_pieces(model, root, tmp_path, mo
             return real(disk, *args)
 
         monkeypatch.setattr(DiskTier, "read", read)
+        gate.open()
         client = both_end(model, stream, asked)
         assert service.status().prefixes.counters.brought_back == 1
     assert client.cached >= LONG - 256
@@ -133,8 +139,9 @@ def test_an_answer_gets_a_token_between_any_two_pieces(model, root, tmp_path, mo
 
 def test_a_request_whose_prompt_is_coming_back_can_be_aborted(model, root, monkeypatch):
     with opened(model, root) as service:
-        stream, asked = running(service, model)
+        stream, asked, gate = running(service, model)
         reads = Reads(monkeypatch, 7, lambda: asked[0].ticket.abort())
+        gate.open()
         stream.end()
         assert asked[0].end().reasons == ("aborted",) and not asked[0].tokens()
         assert reads.count < 20
@@ -148,8 +155,9 @@ def test_a_request_whose_prompt_is_coming_back_can_be_aborted(model, root, monke
 
 def test_a_service_that_ends_while_a_prompt_comes_back_leaves_nothing(model, root, monkeypatch):
     with opened(model, root) as service:
-        _, asked = running(service, model)
+        _, asked, gate = running(service, model)
         Reads(monkeypatch, 7, lambda: service.close())
+        gate.open()
         while not asked or not asked[0].ticket.wait(0.01):
             pass
     assert asked[0].end().reasons == ("aborted",)
@@ -161,8 +169,9 @@ def test_damage_that_is_found_in_the_middle_costs_the_prompt_a_reading(model, ro
         raise SlowTierError("a checksum differs")
 
     with opened(model, root) as service, pytest.warns(RuntimeWarning, match="read again"):
-        stream, asked = running(service, model)
+        stream, asked, gate = running(service, model)
         Reads(monkeypatch, 9, fails)
+        gate.open()
         client = both_end(model, stream, asked)
         assert client.cached == 0
     assert service.status().prefixes.counters.written == 1  # anew, in its place
@@ -172,8 +181,9 @@ def test_what_is_removed_from_the_disk_while_it_comes_back_is_no_damage(model, r
     with opened(model, root) as service, warnings.catch_warnings():
         warnings.simplefilter("error")
         folder = service._prefixes._disk._folder
-        stream, asked = running(service, model)
+        stream, asked, gate = running(service, model)
         Reads(monkeypatch, 9, lambda: [folder.remove(saved) for saved in list(folder.saved)])
+        gate.open()
         client = both_end(model, stream, asked)
         assert client.cached == 0 or client.cached >= LONG - 256
         assert not service.status().prefixes.ignored
@@ -183,8 +193,9 @@ def test_a_prompt_that_comes_back_is_not_the_one_that_makes_room_on_the_disk(mod
     with opened(model, root) as service:
         folder = service._prefixes._disk._folder
         folder.most_bytes = folder.nbytes
-        stream, asked = running(service, model)
+        stream, asked, gate = running(service, model)
         Reads(monkeypatch, 9, lambda: folder.make_room(1))
+        gate.open()
         assert both_end(model, stream, asked).cached >= LONG - 256
         assert folder.removals == 1
 
@@ -199,7 +210,8 @@ def test_the_bytes_of_a_prompt_that_comes_back_are_reserved_before(model, root, 
     fast = plan(dimensions, config, planned).fast + len(planned) * pages
     rows = sum(-(-one.total // 256) + 1 for one in planned) * 256 * dimensions.stored_row_bytes
     with opened(model, root, settings(fast_memory=fast), most_slow_bytes=rows) as service:
-        stream, asked = running(service, model)
+        stream, asked, gate = running(service, model)
+        gate.open()
         stream.end()
         assert both_end(model, stream, asked).cached >= LONG - 256
         status = service.status()

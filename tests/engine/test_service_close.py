@@ -34,6 +34,7 @@ def test_closing_ends_running_and_waiting_requests_as_aborted(model):
     waiting = ask(service, model, prompt(40))
     closing = threading.Thread(target=service.close)
     closing.start()
+    until(lambda: service._closing)
     gate.open()
     closing.join(PATIENCE)
     assert running.end().reasons == waiting.end().reasons == ("aborted",)
@@ -145,7 +146,7 @@ def test_a_service_that_nobody_closed_lets_the_process_end():
         "service.submit(job, listen); began.wait(60)\n"
         "import atexit; atexit._run_exitfuncs(); print(type(ends[-1]).__name__, ends[-1].reasons)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
     assert (done.returncode, done.stdout) == (0, "Finished ('aborted',)\n"), done.stderr
 
 

@@ -6,12 +6,14 @@ import sys
 import threading
 import time
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from torch import Tensor
 
 import specache
+from specache.engine import service as service_module
 from specache.engine.engine import Engine
 from specache.engine.events import Event, Failed, Finished, NewToken, PromptProgress, Started
 from tests.engine.serving import PATIENCE, Client, Gate, alone, ask, service_of, settings
@@ -81,12 +83,13 @@ def test_an_abort_after_the_end_changes_nothing(model):
         assert client.events[-1] is end and client.ticket.done
 
 
-def test_a_deadline_ends_requests_that_run_and_those_that_wait(model):
+def test_a_deadline_ends_requests_that_run_and_those_that_wait(model, monkeypatch):
     gate = Gate()
     with service_of(model) as service:
-        running = ask(service, model, prompt(40), when=gate, job={"deadline": time.monotonic() + 1}, max_new_tokens=1500)
+        running = ask(service, model, prompt(40), when=gate, job={"deadline": time.monotonic() + 3600}, max_new_tokens=1500)
         gate.wait()
         waiting = ask(service, model, prompt(50), job={"deadline": time.monotonic() - 1})
+        monkeypatch.setattr(service_module, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + 3600))
         gate.open()
         assert running.end().reasons == waiting.end().reasons == ("aborted",)
         assert running.tokens() and not waiting.tokens()

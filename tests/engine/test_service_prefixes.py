@@ -41,6 +41,23 @@ def asked_in_turn(service: EngineService, model: Any, prompts: list[Tensor], **o
     return clients
 
 
+def test_a_prefix_that_has_no_room_after_all_leaves_nothing_behind(model):
+    """Its prompt is read in full, and the request after it finds all the memory."""
+    document = prompt(260, 0)
+    config = settings(fast_memory=330_000)
+    with sharing(model, config) as service:
+        gate = Gate(lambda event: True)
+        first = ask(service, model, after(document, 35, 42), when=gate, job={"top_k": 8}, max_new_tokens=10)
+        others = [ask(service, model, ids, max_new_tokens=n) for ids, n in ((prompt(1, 8), 7), (after(document, 21, 28), 5))]
+        gate.open()
+        for client in (first, *others):
+            client.end()
+        assert service.status().running_fast_bytes == 0
+        ids = torch.cat([document[:, :40], prompt(1, 8)], dim=1)
+        last = ask(service, model, ids, max_new_tokens=1)
+        assert last.end().reasons == ("length",) and last.tokens() == alone(model, ids, config, max_new_tokens=1)[0]
+
+
 @pytest.mark.parametrize("build", [llama, gemma])
 @pytest.mark.parametrize(
     ("policy", "code"), [("verified", "rotated"), ("verified", "kivi"), ("previous", "rotated"), ("full", "rotated")]
@@ -65,7 +82,7 @@ def test_an_answer_over_a_reused_prefix_is_that_of_a_fresh_prefill(build, policy
 def test_a_prefix_is_shared_while_its_request_decodes_and_after_it_ended(model):
     document = prompt(200, seed=1)
     with sharing(model) as service:
-        first = ask(service, model, after(document, 5, 2), max_new_tokens=300)
+        first = ask(service, model, after(document, 5, 2), max_new_tokens=1500)
         second = ask(service, model, after(document, 9, 3))
         second.end()
         assert not first.ticket.done and second.cached == 200
@@ -76,7 +93,7 @@ def test_a_prefix_is_shared_while_its_request_decodes_and_after_it_ended(model):
         assert third.cached == 200
     assert second.tokens() == alone(model, after(document, 9, 3))[0]
     assert third.tokens() == alone(model, after(document, 4, 4))[0]
-    assert first.tokens() == alone(model, after(document, 5, 2), max_new_tokens=300)[0][: len(first.tokens())]
+    assert first.tokens() == alone(model, after(document, 5, 2), max_new_tokens=len(first.tokens()))[0]
 
 
 def test_requests_that_come_together_wait_for_the_one_that_reads_their_prefix(model):

@@ -13,7 +13,7 @@ import specache
 from specache.engine import room
 from specache.engine.events import Event, NewToken, PromptProgress, Started
 from specache.engine.stored_prefixes import Unwritten
-from tests.engine.serving import Client, Gate, alone, ask, service_of, settings
+from tests.engine.serving import PATIENCE, Client, Gate, alone, ask, service_of, settings
 from tests.tiny import llama, prompt
 
 
@@ -152,12 +152,16 @@ def test_a_running_stream_waits_for_one_chunk_of_a_long_prompt_at_most(model, po
     def notes(name: str) -> Any:
         return lambda client, event: seen.append((name, event))
 
+    gate = Gate()
     with service_of(model) as service:
+        ask(service, model, prompt(20), when=gate, max_new_tokens=1)
+        gate.wait()
         streams = []
         for i in range(3):
             options: dict[str, Any] = {"job": {"policy": policy} if i else {}, "max_new_tokens": 60}
             streams.append(ask(service, model, prompt(30 + i, seed=i), when=notes(f"stream {i}"), **options))
         reader = ask(service, model, prompt(900, seed=9), when=notes("reader"), max_new_tokens=3)
+        gate.open()  # none has begun before the last was asked for
         for client in (*streams, reader):
             client.end()
     for stream in range(3):
@@ -172,7 +176,7 @@ def test_a_running_stream_waits_for_one_chunk_of_a_long_prompt_at_most(model, po
 def test_a_long_prompt_goes_on_while_many_answer(model):
     """Streams do not keep a reader from reading either: one chunk for each of their tokens."""
     with service_of(model) as service:
-        streams = [ask(service, model, prompt(30, seed=i), max_new_tokens=300) for i in range(2)]
+        streams = [ask(service, model, prompt(30, seed=i), max_new_tokens=1500) for i in range(2)]
         reader = ask(service, model, prompt(600, seed=9), max_new_tokens=2)
         reader.end()
         assert all(not stream.ticket.done for stream in streams)
@@ -186,13 +190,13 @@ class Hoarder:
 
     def __init__(self, size: int, seconds: float) -> None:
         self._size = size
-        self._seconds = seconds
         self._claim: Any = None
+        self._timer = threading.Timer(seconds, lambda: self._claim.release())
 
     def begin(self, owner: str, token_ids: list[int], cache: specache.SpeCache) -> None:
         if self._claim is None:
             self._claim = cache.resources.budget.claim(self._size, "what is being written")
-            threading.Timer(self._seconds, self._claim.release).start()
+            self._timer.start()
 
     def count(self, tokens: int) -> None:
         pass
@@ -222,15 +226,15 @@ class Hoarder:
         pass
 
     def close(self) -> None:
-        pass
+        self._timer.cancel()  # its thread ends with the test
 
 
 @pytest.mark.parametrize("leaves", [True, False])
 def test_a_request_waits_for_prefixes_that_are_on_their_way_out_but_not_for_ever(model, monkeypatch, leaves):
     """A prefix that is written to a disk in the background holds its bytes until then."""
-    monkeypatch.setattr(room, "LONGEST_BLOCK_S", 20.0 if leaves else 0.2)
+    monkeypatch.setattr(room, "LONGEST_BLOCK_S", PATIENCE if leaves else 0.2)
     limit = needed(model, 1) * 5 // 4
-    with service_of(model, settings(fast_memory=limit), prefixes=Hoarder(limit * 2 // 5, 0.4 if leaves else 5.0)) as service:
+    with service_of(model, settings(fast_memory=limit), prefixes=Hoarder(limit * 2 // 5, 0.4 if leaves else PATIENCE)) as service:
         client = ask(service, model, prompt(150), max_new_tokens=20)
         if leaves:
             assert client.end().reasons == ("length",) and client.facts.waited_s > 0.3
@@ -243,7 +247,7 @@ def test_a_request_waits_for_prefixes_that_are_on_their_way_out_but_not_for_ever
 
 def test_a_request_that_waits_for_prefixes_can_be_aborted(model):
     limit = needed(model, 1) * 5 // 4
-    with service_of(model, settings(fast_memory=limit), prefixes=Hoarder(limit // 2, 3.0)) as service:
+    with service_of(model, settings(fast_memory=limit), prefixes=Hoarder(limit // 2, PATIENCE)) as service:
         client = ask(service, model, prompt(150), max_new_tokens=20)
         client.ticket.abort()
-        assert client.end().reasons == ("aborted",) and client.facts.waited_s < 3.0
+        assert client.end().reasons == ("aborted",) and client.facts.waited_s < PATIENCE / 2

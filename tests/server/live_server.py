@@ -89,6 +89,16 @@ def received(connection: socket.socket) -> bytes:
         data += block
 
 
+def received_until(connection: socket.socket, end: bytes) -> bytes:
+    """Return everything until these bytes have come: headers, events and bodies may come apart."""
+    data = b""
+    while end not in data:
+        block = connection.recv(65536)
+        assert block, f"the other side closed before {end!r} came: {data!r}"
+        data += block
+    return data
+
+
 def request(path: str, body: bytes = b"", headers: str = "", length: int | None = None) -> bytes:
     """Return the bytes of a POST request."""
     size = len(body) if length is None else length

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -13,11 +14,11 @@ import httpx
 import psutil
 from transformers import GenerationConfig
 
-from specache.bench.serve_process import HOST, ServerProcess, free_port
+from specache.bench.serve_process import HOST, ServerProcess
 from tests.server.tiny_server import TOKENIZER, printable_model
 
 POSITIONS = 16384
-START_S = 120.0
+START_S = 300.0  # imports take long beside other processes
 SERVED_NAME = "tiny"
 
 
@@ -36,7 +37,10 @@ class RealServer:
     """`specache serve` in a process of its own. The end of the `with` block ends it."""
 
     def __init__(self, model: Path | str, *words: str | Path, name: str = SERVED_NAME, dtype: str = "float32") -> None:
-        self.port = free_port()
+        self._reserved = socket.socket()  # keeps the port from other processes until the server listens there
+        self._reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # which the server does too
+        self._reserved.bind((HOST, 0))
+        self.port = self._reserved.getsockname()[1]
         command = [sys.executable, "-m", "specache.cli.main", "serve", "-m", str(model), "--host", HOST, "--port", str(self.port)]
         command += ["--dtype", dtype, "--threads", "1", "--served-model-name", name, *map(str, words)]
         self._process = ServerProcess(command, self.port, cores=None, threads=1, ready_path="/health", name="specache serve")
@@ -48,6 +52,8 @@ class RealServer:
         except BaseException:
             self._process.close()
             raise
+        finally:
+            self._reserved.close()
         return self
 
     def __exit__(self, *error: object) -> None:

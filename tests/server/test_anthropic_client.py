@@ -226,7 +226,9 @@ def test_the_end_of_the_server_is_an_error_of_the_stream():
     with live(model=printable_model(8000), grace_seconds=0.0) as server, connected(server) as client:
         with (
             pytest.raises(anthropic.APIStatusError) as ended,
-            client.messages.stream(model="tiny", max_tokens=7000, messages=[{"role": "user", "content": "Count."}]) as stream,
+            client.messages.stream(
+                model="tiny", max_tokens=7000, messages=[{"role": "user", "content": "Count."}], extra_body=GREEDY
+            ) as stream,
         ):
             for number, _ in enumerate(stream):
                 if number == 4:

@@ -130,7 +130,8 @@ def test_a_key_sees_its_own_running_requests_and_everybodys_totals():
         asking = threading.Thread(target=lambda: client.post("/v1/chat/completions", json=BODY, headers=bearer(ALICE)))
         asking.start()
         try:
-            assert started.wait(60)
+            assert started.wait(60)  # the thread that submitted it may have to note it still
+            wait_until(lambda: client.get("/v1/status", headers=bearer(ALICE)).json()["running_requests"])
             alice, bob = (client.get("/v1/status", headers=bearer(key)).json() for key in (ALICE, BOB))
         finally:
             going_on.set()

@@ -18,13 +18,14 @@ from specache.server.choices import Choices
 from specache.server.dialects import Dialect, dialect_of
 from specache.server.generation import JobMaker
 from specache.server.settings import ServerSettings
-from tests.server.live_server import live, received, request, wait_until
+from tests.server.live_server import live, received, received_until, request, wait_until
 from tests.server.tiny_server import (
     ADDRESS,
     SHORT,
     anthropic_error_of,
     chat,
     error_of,
+    held_model,
     post,
     printable_model,
     prompt_of,
@@ -241,11 +242,11 @@ def test_the_shape_goes_by_the_path_behind_a_proxy_too():
         assert dialect(path) is Dialect.OPENAI
 
 
-LONG = {**BODY, "max_tokens": 400, "stream": True}
+LONG = {**BODY, "max_tokens": 4000, "stream": True}
 
 
 def test_a_stream_that_cannot_go_on_ends_with_an_event_that_says_why():
-    with live(grace_seconds=0.0) as server, server.connect() as connection:
+    with live(model=printable_model(4096), grace_seconds=0.0) as server, server.connect() as connection:
         connection.sendall(request(MESSAGES, json.dumps(LONG).encode()))
         wait_until(lambda: server.service.status().running)
         server.server.stop()
@@ -257,10 +258,14 @@ def test_a_stream_that_cannot_go_on_ends_with_an_event_that_says_why():
 
 
 def test_a_stream_has_pings_that_clients_know():
-    with live(ping_seconds=0.05) as server, server.connect() as connection:
-        body = json.dumps({**LONG, "max_tokens": 300}).encode()
+    model, going_on = held_model()
+    with live(model=model, ping_seconds=0.05) as server, server.connect() as connection:
+        going_on.clear()
+        body = json.dumps({**LONG, "max_tokens": 20}).encode()
         connection.sendall(request(MESSAGES, body, "Connection: close\r\n"))
-        lines = received(connection).decode().splitlines()
+        begun = received_until(connection, b"event: ping")
+        going_on.set()
+        lines = (begun + received(connection)).decode().splitlines()
     pings = [index for index, line in enumerate(lines) if line == "event: ping"]
     assert pings and all(lines[index + 1] == 'data: {"type":"ping"}' for index in pings)
     assert "event: message_stop" in lines
@@ -276,7 +281,7 @@ def test_a_body_that_stops_arriving_is_told_in_its_shape():
 def test_the_end_of_the_server_is_told_in_its_shape():
     with live() as server, server.connect() as connection:
         connection.sendall(request(MESSAGES, b"{", length=50))
-        wait_until(lambda: any(one.cycle is not None for one in server.server.server_state.connections))
+        wait_until(lambda: any(one.cycle is not None for one in list(server.server.server_state.connections)))
         server.server.stop()
         status, document = split_document(received(connection))
     assert status == 503 and document["error"]["type"] == "overloaded_error"

@@ -109,10 +109,12 @@ def test_everything_works_with_a_keyboard_alone(browser, server):
         watched.wait_for_end()
         page.locator("#requests li").first.get_by_text("Stopped").wait_for()
         assert page.evaluate(focused) == "question" and page.inner_text(".question").endswith("Go\non")
+        page.locator("#chart path.ordinary").wait_for(state="attached")  # two samples or more
         page.focus("#chart")
         keyboard.press("ArrowLeft")
         assert page.inner_text("#moment").startswith("at ")
-        keyboard.press("ArrowRight")
+        for _ in range(10):  # to the newest sample, and others may have come meanwhile
+            keyboard.press("ArrowRight")
         assert page.inner_text("#moment") == ""
         assert "End of the answer" in page.inner_text("#spoken") or "Stopped" in page.inner_text("#spoken")
 
@@ -176,7 +178,8 @@ def test_a_question_that_was_refused_for_its_key_is_asked_with_the_next(browser,
         page.wait_for_selector("#key[open]")
         page.fill("#key-input", KEY)  # this server takes any
         page.keyboard.press("Enter")
-        page.wait_for_selector(".foot:visible")
+        page.wait_for_selector(".foot:visible")  # there as soon as the answer has begun
+        watched.wait_for_end()
         assert len(watched.answer()) == 5 and page.locator(".turn").count() == 1
 
 
@@ -275,6 +278,7 @@ def test_it_waits_while_the_model_is_loaded(browser):
             loads.set()
             page.get_by_text("7 tokens").wait_for()
             page.wait_for_selector(".foot:visible")
+            watched.wait_for_end()
             assert len(watched.answer()) == 5
             server.stop()
             thread.join(60)

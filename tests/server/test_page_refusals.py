@@ -83,7 +83,8 @@ def test_errors_are_said_in_plain_words_and_can_be_tried_again(browser, server):
             assert words in page.locator("[role=alert]:visible").inner_text()
             page.unroute(CHAT)
             page.get_by_role("button", name="Try again").click()
-            page.wait_for_selector(".foot:visible")
+            page.wait_for_selector(".foot:visible")  # there as soon as the answer has begun
+            watched.wait_for_end()
             assert page.locator(".turn").count() == 1 and len(watched.answer()) == 5
             page.click("#new")
 

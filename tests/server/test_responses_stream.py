@@ -14,11 +14,12 @@ from specache.engine.events import Failed, NewToken
 from specache.engine.service import EngineService
 from specache.server.app import ServerApp
 from specache.server.settings import ServerSettings
-from tests.server.live_server import live, received, request, wait_until
+from tests.server.live_server import live, received, received_until, request, wait_until
 from tests.server.response_events import PATH, SETTINGS, checked_events, parsed, respond, streamed, text_of
-from tests.server.tiny_server import ADDRESS, END, SHORT, error_of, printable_model, prompt_of, running, served_model
+from tests.server.tiny_server import ADDRESS, END, SHORT, error_of, held_model, printable_model, prompt_of, running, served_model
 
-ENDLESS = {"input": "Hello", "max_output_tokens": 400, "temperature": 0, "ignore_eos": True}
+POSITIONS = 4096
+ENDLESS = {"input": "Hello", "max_output_tokens": 4000, "temperature": 0, "ignore_eos": True}
 
 
 def test_a_stream_carries_the_same_response(client):
@@ -119,7 +120,7 @@ def test_an_unknown_error_before_the_first_byte_has_the_shape_of_others(path, gi
 
 
 def test_a_server_that_ends_tells_so_in_the_last_events():
-    with live(grace_seconds=0.0) as server, server.connect() as connection:
+    with live(model=printable_model(POSITIONS), grace_seconds=0.0) as server, server.connect() as connection:
         connection.sendall(request(PATH, json.dumps({**ENDLESS, "stream": True}).encode(), "Connection: close\r\n"))
         wait_until(lambda: server.service.status().running)
         server.server.stop()
@@ -129,21 +130,21 @@ def test_a_server_that_ends_tells_so_in_the_last_events():
 
 @pytest.mark.parametrize("is_streamed", [True, False])
 def test_a_client_that_leaves_ends_its_response_and_nothing_is_stored(is_streamed):
-    with live() as server:
+    with live(model=printable_model(POSITIONS)) as server:
         for _ in range(2):
             connection = server.connect()
             connection.sendall(request(PATH, json.dumps({**ENDLESS, "stream": is_streamed}).encode()))
             wait_until(lambda: server.service.status().running)
             if is_streamed:
-                assert b"response.created" in connection.recv(65536)
+                received_until(connection, b"response.created")
             connection.close()
-            wait_until(lambda: not server.service.status().running, 20)
-        wait_until(lambda: not server.app.state.open_streams, 20)
+            wait_until(lambda: not server.service.status().running)
+        wait_until(lambda: not server.app.state.open_streams)
         assert server.app.state.responses.used_bytes == 0
 
 
 def test_a_client_that_leaves_gives_back_what_it_went_on_from():
-    with live() as server:
+    with live(model=printable_model(POSITIONS)) as server:
         store = server.app.state.responses
         with server.connect() as connection:
             body = {"input": "Hello", **SETTINGS}
@@ -158,11 +159,15 @@ def test_a_client_that_leaves_gives_back_what_it_went_on_from():
         assert store.used_bytes == size  # still held
         connection.shutdown(socket.SHUT_RDWR)
         connection.close()
-        wait_until(lambda: not store.used_bytes, 20)
+        wait_until(lambda: not store.used_bytes)
 
 
 def test_a_silent_stream_is_kept_alive():
-    with live(ping_seconds=0.05) as server, server.connect() as connection:
-        body = {**ENDLESS, "max_output_tokens": 200, "stream": True}
+    model, going_on = held_model()
+    with live(model=model, ping_seconds=0.05) as server, server.connect() as connection:
+        going_on.clear()
+        body = {**ENDLESS, "max_output_tokens": 20, "stream": True}
         connection.sendall(request(PATH, json.dumps(body).encode(), "Connection: close\r\n"))
-        assert b": ping" in received(connection)
+        received_until(connection, b": ping")
+        going_on.set()
+        assert b"response.incomplete" in received(connection)

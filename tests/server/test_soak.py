@@ -27,7 +27,7 @@ from tests.server.real_server import SERVED_NAME, RealServer, idle
 
 SECONDS = float(os.environ.get("SPECACHE_SOAK_S", "20"))
 pytestmark = pytest.mark.timeout(600 + 2 * SECONDS)
-WARM_UP_S = 40.0  # at most, until prefixes had to go because the budget was full
+WARM_UP_S = 240.0  # at most, until prefixes had to go because the budget was full
 CLIENTS, REPEATED, EVICTED = 64, 24, 24
 FAST_BYTES, SLOW_BYTES = 16_000_000, 20_000_000
 GROWTH = 1.05
@@ -167,7 +167,7 @@ def test_many_clients_that_come_and_go(server):
     assert status["fast_peak_bytes"] <= FAST_BYTES and status["slow_peak_bytes"] <= SLOW_BYTES
     for warm, late in zip(zip(*soak.warm, strict=True), zip(*soak.late, strict=True), strict=True):
         assert max(late) <= GROWTH * max(warm) + 2, (before, soak.warm, soak.late)
-    assert measured(server)[1] <= before[1] + 8  # descriptors
+    server.wait_until(lambda _: measured(server)[1] <= before[1] + 8, "the end of every connection")  # by its descriptors
 
     repeated = list(soak.sampled.values())[:: max(1, len(soak.sampled) // REPEATED)]
     assert len(repeated) >= min(REPEATED, 8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, get_args
@@ -43,6 +44,18 @@ def printable_model(positions: int = POSITIONS) -> Any:
         others[printable] = False
         model.lm_head.weight[others] = 0
     return model
+
+
+def held_model() -> tuple[Any, threading.Event]:
+    """Return a model, and an event that each of its passes waits for. It is set at first."""
+    model, going_on = printable_model(), threading.Event()
+    going_on.set()
+
+    def hold(*_: Any) -> None:
+        going_on.wait(60)
+
+    model.register_forward_hook(hold)
+    return model, going_on
 
 
 def served_model(model: Any, tokenizer: Any = TOKENIZER, names: tuple[str, ...] = (NAME,)) -> ServedModel:
