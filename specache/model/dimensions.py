@@ -67,6 +67,8 @@ class ModelDimensions:
             else 0.
         dynamic_rope: RoPE frequencies change with every token past the switch.
         widens: products of 16-bit weights go through float32, block by block (`linear.cpu_linear`).
+        joint_mlp: the feed-forward layer's first two products are one, whose result is held until
+            the layer's end (Phi-3, GLM).
     """
 
     layers: tuple[LayerDimensions, ...]
@@ -82,6 +84,7 @@ class ModelDimensions:
     read_bytes: int
     matrix_elements: int
     widens: bool = False
+    joint_mlp: bool = False
     dynamic_rope: bool = False
 
     @property
@@ -144,6 +147,7 @@ def dimensions_of(
         weight_bytes=held,
         read_bytes=read,
         matrix_elements=matrix,
+        joint_mlp=any(out_features(getattr(module, "gate_up_proj", None)) for module in model.modules()),
         widens=(device or info.device.type) == "cpu" and cpu_linear.widens(info.dtype),
     )
 

@@ -39,12 +39,16 @@ def prefill_bytes(model: ModelDimensions, config: SpeCacheConfig, chunk: int, st
     """Return the peak of a forward pass over `chunk` prompt tokens that leaves `stored + chunk`
     tokens in the cache and computes the logits of the last `logits` ones.
     """
-    hidden = chunk * (model.itemsize * (STREAMS * model.hidden + _rotary_width(model)) + 2 * INDEX)  # and ids, positions
+    hidden = chunk * (model.itemsize * (STREAMS * model.hidden + _rotary_width(model)) + INDEX)  # and positions
+    hidden += (stored + chunk) * INDEX  # token ids
     stages = [_feed_forward(model, chunk), _normalisation(model, chunk)]
-    stages += [_attention(model, config, layer, chunk, stored) for layer in set(model.layers)]
+    for layer in set(model.layers):
+        stages.append(_attention(model, config, layer, chunk, stored))
+        if model.widens:
+            stages += _widened_products(model, layer, chunk)
     buffers = DISK_COPIES * max(READ_BYTES, _largest_block(model)) if on_disk(config) else 0
     of_vocabulary = logits * model.vocabulary * (model.itemsize + 2 * FLOAT)
-    return hidden + max(stages) + _packed_product(model, chunk) + of_vocabulary + buffers + _widened(model, chunk)
+    return hidden + max(stages) + _packed_product(model, chunk) + of_vocabulary + buffers
 
 
 def _packed_product(model: ModelDimensions, chunk: int) -> int:
@@ -97,19 +101,29 @@ def _rotary_width(model: ModelDimensions) -> int:
 
 
 def _feed_forward(model: ModelDimensions, chunk: int) -> int:
-    """Return the bytes of gate, up, their product, and the residual stream kept by the caller."""
-    return chunk * model.itemsize * (3 * model.mlp + model.hidden)
+    """Return the bytes of gate, up, their product, and the residual stream kept by the caller.
 
-
-def _widened(model: ModelDimensions, chunk: int) -> int:
-    """Return the float32 bytes of a blocked product on a processor without 16-bit products.
-
-    Per block: its weights, the input rows, and the output rows.
+    Where gate and up are one tensor, the activated gate is a fourth.
     """
-    if not model.widens:
-        return 0
-    outputs = min(BLOCK_ELEMENTS // model.hidden, model.mlp)
-    return FLOAT * (outputs * model.hidden + chunk * (model.hidden + outputs))
+    return chunk * model.itemsize * ((4 if model.joint_mlp else 3) * model.mlp + model.hidden)
+
+
+def _widened_products(model: ModelDimensions, layer: LayerDimensions, chunk: int) -> list[int]:
+    """Return the bytes of a layer's products on a processor without 16-bit products.
+
+    Each holds its input in float32, and of one block of outputs the weights and the results, beside
+    what the layer holds at that time: the feed-forward layer's second and third product, and the
+    first and last of attention.
+    """
+    hidden, mlp, queries = model.hidden, model.mlp, layer.query_heads * layer.head_dim
+    joint = 2 if model.joint_mlp else 1
+    products = [(hidden, joint * mlp, 2 * mlp + hidden), (mlp, hidden, (2 * joint - 1) * mlp + 2 * hidden)]
+    products += [(hidden, queries, queries + 2 * layer.kv_heads * layer.head_dim), (queries, hidden, queries + hidden)]
+    found = []
+    for inputs, outputs, held in products:
+        block = min(max(1, BLOCK_ELEMENTS // inputs), outputs)
+        found.append(chunk * held * model.itemsize + FLOAT * (block * inputs + chunk * (inputs + block)))
+    return found
 
 
 def _normalisation(model: ModelDimensions, chunk: int) -> int:

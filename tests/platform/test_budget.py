@@ -15,10 +15,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, Phi3Config, Phi3ForCausalLM
 
 import specache
 from specache.engine.admission import planned_sequences
+from specache.linear import cpu_linear
 from specache.planning.plan import MemoryPlan, plan
 from specache.platform.budget import ByteBudget
 from specache.tiers.row_memory import SystemMemory
@@ -142,7 +143,7 @@ def test_no_run_holds_more_than_was_planned(models, kind, lengths, new, policy, 
         expected = planned(cache, lengths, new)
         run(models[kind], cache, lengths, new)
         peak = cache.stats()["fast_memory_peak_bytes"]
-        assert peak <= expected.fast <= (1.25 if policy == "previous" else 1.15) * peak
+        assert peak <= expected.fast <= (1.35 if policy == "previous" else 1.2) * peak
 
 
 @pytest.mark.parametrize("policy", ["verified", "none", "full"])
@@ -284,6 +285,13 @@ def test_a_hot_set_takes_only_what_the_budget_leaves(models):
         other.close()
 
 
+def phi3(**size: Any) -> Any:
+    """A model whose feed-forward layer makes gate and up in one product."""
+    named = {"vocab_size": 97, "num_hidden_layers": 3, "pad_token_id": 0, "sliding_window": None}
+    torch.manual_seed(0)
+    return Phi3ForCausalLM(Phi3Config(**size, **named, original_max_position_embeddings=4096)).eval()
+
+
 def untracked(memory: SystemMemory, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """Memory for rows that no operation of PyTorch returns."""
     buffer = np.empty(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
@@ -292,18 +300,25 @@ def untracked(memory: SystemMemory, shape: Sequence[int], dtype: torch.dtype) ->
 
 @pytest.mark.parametrize("tier", ["ram", "ram-inplace"])
 @pytest.mark.parametrize(("chunk", "length"), [(128, 1000), (128, 2000), (512, 2000), (1024, 1000), (1024, 2000)])
-def test_the_plan_covers_the_tensors_that_a_prefill_makes(monkeypatch, tier, chunk, length):
+@pytest.mark.parametrize("products", ["16-bit", "widened"])
+@pytest.mark.parametrize("family", [llama, phi3])
+def test_the_plan_covers_the_tensors_that_a_prefill_makes(monkeypatch, tier, chunk, length, products, family):
     """Compares every tensor that PyTorch allocates while prefilling, except the slow tier's, with
-    the plan. Pages of the low-bit copy are mapped memory, which is counted as it is at the end.
+    the plan. Pages of the low-bit copy are mapped memory, which is counted beside them.
     """
     monkeypatch.setattr(SystemMemory, "take", untracked)
+    monkeypatch.setattr(cpu_linear, "multiplies_natively", lambda dtype: products == "16-bit")
     size = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 8, "num_key_value_heads": 2}
-    model = llama(**size, max_position_embeddings=4096).to(torch.bfloat16)
+    model = family(**size, max_position_embeddings=4096).to(torch.bfloat16)
     with specache.SpeCache(model, specache.SpeCacheConfig(slow_tier=tier, prefill_chunk=chunk)) as cache:
         ids = prompt(length)
         expected = plan(cache.resources.dimensions, cache.config, planned_sequences(cache.sequences, ids.tolist(), 0))
-        with PeakMemory() as memory:
+
+        def pages() -> int:
+            return sum(layer.table.nbytes for one in cache.sequences for layer in one.compressed.values())
+
+        with PeakMemory(beside=pages) as memory:
             specache.prefill(model, ids, cache=cache)
-        real = memory.peak + sum(layer.table.nbytes for layer in cache.sequences[0].compressed.values())
+        real = memory.peak
         without_a_step = max(expected.prefill.total, expected.decode.total - expected.decode.working_set)
         assert real <= without_a_step <= 1.2 * real
