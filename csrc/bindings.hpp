@@ -52,5 +52,7 @@ struct RowTable {
 
 void bind_disk_rows(nanobind::module_&);
 void bind_in_place(nanobind::module_&);
+void bind_layer_program(nanobind::module_&);
+void bind_layer_chain(nanobind::module_&);
 
 }  // namespace specache

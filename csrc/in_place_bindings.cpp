@@ -7,79 +7,12 @@
 #include <tuple>
 
 #include "bindings.hpp"
-#include "elements.hpp"
-#include "fetched_step.hpp"
+#include "step_arguments.hpp"
 
 namespace nb = nanobind;
 
 namespace specache {
 namespace {
-
-struct OwnedStoredLayer {
-    StoredLayer stored;
-
-    // `layout` must outlive it.
-    void set_pages(const OwnedLayout& layout, Addresses addresses, uintptr_t weights) {
-        stored.layout = &layout.layout;
-        stored.pages = pages_of(addresses);
-        stored.weights = at<const float>(weights);
-    }
-    void set_residual(uintptr_t keys, uintptr_t values, int64_t head, int64_t token, int64_t capacity) {
-        stored.keys = at<uint8_t>(keys), stored.values = at<uint8_t>(values);
-        stored.residual_head = head, stored.residual_token = token, stored.residual_capacity = capacity;
-    }
-    // blocks: their addresses; capacity: the tokens of all of them.
-    void set_rows(Addresses blocks, int shift, int64_t head, int64_t token, int64_t capacity) {
-        stored.row_blocks = pages_of(blocks);
-        stored.rows = {stored.row_blocks.data(), shift, head, token};
-        stored.row_capacity = capacity;
-    }
-};
-
-// The layout of the first sequence with pages: that of another has no offsets.
-const Layout& layout_of(const std::vector<const OwnedStoredLayer*>& layers) {
-    for (const OwnedStoredLayer* layer : layers)
-        if (!layer->stored.pages.empty()) return *layer->stored.layout;
-    return *layers.at(0)->stored.layout;
-}
-
-// What Python passes of a step. strides: in elements, four of queries, of keys and of values, whose
-// last is 1. out [B, n, Hq, D] is contiguous, in the queries' dtype.
-struct StepArguments {
-    std::string isa;
-    int threads;
-    uintptr_t query;
-    int query_dtype, groups, n;
-    std::vector<int64_t> strides;
-    uintptr_t keys, values;
-    int dtype;
-    bool commits;
-    int64_t k;
-    float scaling, softcap;
-    uintptr_t sinks;
-    int sink_dtype;
-    uintptr_t out;
-
-    Step step(const Layout& layout) const {
-        const Dtype asked = Dtype(query_dtype);
-        const int64_t size = itemsize(asked), width = layout.dim * size, query_heads = int64_t(layout.heads) * groups;
-        Step step{&layout, {}, {at<const uint8_t>(query), asked, strides[0] * size, strides[1] * size, strides[2] * size}, groups, n, scaling, softcap};
-        step.output = {at<uint8_t>(out), asked, n * query_heads * width, width, query_heads * width};
-        return step;
-    }
-    StepTokens tokens() const {
-        const int64_t size = itemsize(Dtype(dtype)), *s = strides.data();
-        return {at<const uint8_t>(keys), at<const uint8_t>(values), s[4] * size, s[5] * size, s[6] * size, s[8] * size, s[9] * size, s[10] * size, Dtype(dtype)};
-    }
-    std::vector<float> sink_logits(const Layout& layout) const {
-        std::vector<float> logits;
-        if (sinks) {
-            logits.resize(size_t(layout.heads) * size_t(groups));
-            widen(at<const uint8_t>(sinks), Dtype(sink_dtype), int(logits.size()), logits.data());
-        }
-        return logits;
-    }
-};
 
 StepArguments arguments_of(const std::string& isa, int threads, uintptr_t query, int query_dtype, int groups, int n, const std::vector<int64_t>& strides,
                            uintptr_t keys, uintptr_t values, int dtype, bool commits, int64_t k, float scaling, float softcap, uintptr_t sinks,
@@ -91,7 +24,7 @@ StepArguments arguments_of(const std::string& isa, int threads, uintptr_t query,
 // counts: low-bit tokens and residual tokens per sequence. Return `decode_in_place`'s result.
 int64_t py_decode_in_place(const StepArguments& arguments, const std::vector<const OwnedStoredLayer*>& layers, const std::vector<int64_t>& counts) {
     if (layers.empty() || counts.size() != 2 * layers.size()) throw std::invalid_argument("sequences");
-    const Layout& layout = layout_of(layers);
+    const Layout& layout = layout_of(layers.data(), layers.size());
     std::vector<StoredSequence> sequences;
     for (size_t b = 0; b < layers.size(); b++) sequences.push_back({&layers[b]->stored, counts[2 * b], counts[2 * b + 1]});
     const std::vector<float> sinks = arguments.sink_logits(layout);
@@ -109,12 +42,8 @@ std::tuple<int64_t, FetchedCounts> py_decode_fetched(const StepArguments& argume
                                                      const std::vector<DiskRows*>& on_disk, int real, uintptr_t next) {
     if (layers.empty() || counts.size() != 4 * layers.size() || hot.size() != layers.size() || (!on_disk.empty() && on_disk.size() != layers.size()))
         throw std::invalid_argument("sequences");
-    const Layout& layout = layout_of(layers);
-    std::vector<StoredSequence> sequences;
-    for (size_t b = 0; b < layers.size(); b++) {
-        const int64_t* of = counts.data() + 4 * b;
-        sequences.push_back({&layers[b]->stored, of[0], of[1], of[2], of[3] != 0, on_disk.empty() ? nullptr : on_disk[b], hot[b]});
-    }
+    const Layout& layout = layout_of(layers.data(), layers.size());
+    const std::vector<StoredSequence> sequences = sequences_of(layers.data(), counts.data(), hot.data(), on_disk.empty() ? nullptr : on_disk.data(), layers.size());
     const std::vector<float> sinks = arguments.sink_logits(layout);
     const Engine engine = engine_of(arguments.isa, arguments.threads);
     std::vector<FetchCounts> fetched;

@@ -43,7 +43,7 @@ struct Partial {
 
 constexpr int kProductBlock = 32;     // inputs that share a scale
 constexpr int kProductRows = 8;       // the most rows of `plain_product`
-constexpr int kProductAhead = 3072;   // bytes of codes that are prefetched ahead
+constexpr int kProductAhead = 12288;  // bytes of codes that are prefetched ahead
 
 // Weights of 16 outputs, K / 32 blocks: codes of 8 bits, or of 4 if there are `zeros`. Scales and
 // zeros are bfloat16 [K / 32, 16]; W = code * scale + zero, where 4-bit codes count from -8.
@@ -99,6 +99,25 @@ struct Outputs {
     int count;
 
     SPECACHE_INLINE uint8_t* at(int64_t row) const { return base + row * row_stride; }
+};
+
+// Elements of a row; `stride` in bytes, 0 where all are the same one.
+struct Elements {
+    const uint8_t* data = nullptr;
+    Dtype dtype = Dtype::f32;
+    int64_t stride = 0;
+};
+
+struct Written {
+    uint8_t* data;
+    Dtype dtype;
+    int64_t stride;
+};
+
+// Operations on elements a, or a and b. `specache/engine/traced/layer_operations.py` has the same numbers.
+enum class ElementOp {
+    copy, negate, square, root, reciprocal_root, exponential, sigmoid, tanh, relu, silu, gelu, gelu_tanh,
+    add, subtract, multiply, divide, at_least, at_most
 };
 
 struct Kernels {
@@ -165,6 +184,13 @@ struct Kernels {
     // A row's result does not depend on the other rows.
     void (*packed_product)(const PackedTile&, const RoundedRows&, int64_t rows, const Outputs&);
     void (*plain_product)(const PlainTile&, const FloatRows&, int64_t rows, const Outputs&);  // at most kProductRows
+
+    // What else a decoder layer computes (impl_elementwise.hpp), in float32 and rounded to out's dtype.
+
+    void (*elementwise)(ElementOp, int64_t count, const Elements& a, const Elements& b, const Written& out);
+    float (*mean_of)(int64_t count, const Elements&);
+    // weight and bias: without data where there is none.
+    void (*layer_norm)(int64_t count, const Elements&, const Elements& weight, const Elements& bias, float epsilon, const Written& out);
 };
 
 const Kernels& generic_kernels();
@@ -182,5 +208,7 @@ const Kernels& neon_kernels();
 // Return the k-th largest of n floats (k >= 1), which are reordered.
 float kth_largest(float* values, int64_t n, int64_t k);
 float scalar_tanh(float x);
+using ScalarFunction = float (*)(float);
+ScalarFunction scalar_function(ElementOp);  // of those that take one element at a time
 
 }  // namespace specache

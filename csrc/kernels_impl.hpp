@@ -34,6 +34,7 @@ inline int round_up(int x, int to) { return (x + to - 1) / to * to; }
 #include "impl_matrix.hpp"
 #include "impl_quantise.hpp"
 #include "impl_product.hpp"
+#include "impl_elementwise.hpp"
 
 namespace specache {
 namespace {
@@ -41,7 +42,7 @@ namespace {
 const Kernels kTable = {Isa::name,      Isa::kQueriesPerPass, prepare, rescore,    exact,
                         quantise,       exp_scores,           add_mean_prob, blocks_per_top, top_k,
                         exact_rows,     attend_with_weights,  rotate_back,   kRowsPerPass,    kPlainRows, round_row,      widen_row,
-                        packed_product, plain_product};
+                        packed_product, plain_product,     elementwise,          mean_of,       layer_norm};
 
 }  // namespace
 }  // namespace specache

@@ -247,6 +247,8 @@ NB_MODULE(_native, m) {
     define_hot_set(m);
     bind_disk_rows(m);
     bind_in_place(m);
+    bind_layer_program(m);
+    bind_layer_chain(m);
     m.def("quantise", &py_quantise);
     m.def("gather_rows", &py_gather_rows);
     m.def("packed_linear", &py_packed_linear);

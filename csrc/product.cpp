@@ -79,17 +79,23 @@ struct Widening {
     }
 };
 
-// Prepare the rows, then call product(tile, prepared rows, first row, number of rows) for every tile.
+// Prepare few rows, then call product(tile, prepared rows, first row, number of rows) for every tile.
+template <class Preparation, class Product>
+void each_tile_of_few(Worker& worker, const Preparation& preparation, const Product& product) {
+    const LinearRows& linear = preparation.linear;
+    const int64_t row_bytes = linear.inputs * itemsize_of(linear.dtype);
+    const auto rows = preparation.at(scratch(size_t(preparation.bytes(linear.rows))), linear.rows);
+    for (int64_t row = 0; row < linear.rows; row++) preparation.prepare(rows, row, linear.rows, linear.x + row * row_bytes);
+    worker.each(tiles_of(linear), [&](int64_t tile) { product(tile, rows, int64_t(0), linear.rows); });
+}
+
+// The same for any number of rows, in a region of its own.
 template <class Preparation, class Product>
 void each_tile(const Preparation& preparation, const Product& product) {
     const LinearRows& linear = preparation.linear;
     const int64_t row_bytes = linear.inputs * itemsize_of(linear.dtype), tiles = tiles_of(linear);
     if (linear.rows <= kFewRows) {
-        parallel(preparation.engine.threads, [&](Worker& worker) {
-            const auto rows = preparation.at(scratch(size_t(preparation.bytes(linear.rows))), linear.rows);
-            for (int64_t row = 0; row < linear.rows; row++) preparation.prepare(rows, row, linear.rows, linear.x + row * row_bytes);
-            worker.each(tiles, [&](int64_t tile) { product(tile, rows, int64_t(0), linear.rows); });
-        });
+        parallel(preparation.engine.threads, [&](Worker& worker) { each_tile_of_few(worker, preparation, product); });
         return;
     }
     const int64_t most = std::min(linear.rows, kManyRows);
@@ -105,21 +111,38 @@ void each_tile(const Preparation& preparation, const Product& product) {
     });
 }
 
-}  // namespace
-
-void packed_linear(const Engine& engine, const LinearRows& linear, const uint8_t* codes, const uint16_t* scales, const uint16_t* zeros) {
+auto packed_tiles(const Engine& engine, const LinearRows& linear, const uint8_t* codes, const uint16_t* scales, const uint16_t* zeros) {
     const int64_t blocks = linear.inputs / kProductBlock, code_bytes = blocks * kTile * kProductBlock / (zeros ? 2 : 1);
-    each_tile(Rounding{engine, linear}, [&](int64_t tile, const RoundedRows& rows, int64_t first, int64_t count) {
+    return [=, &engine, &linear](int64_t tile, const RoundedRows& rows, int64_t first, int64_t count) {
         const int64_t scale = tile * blocks * kTile;
         const PackedTile packed{codes + tile * code_bytes, scales + scale, zeros ? zeros + scale : nullptr};
         engine.kernels->packed_product(packed, rows, count, outputs_of(linear, first, tile));
-    });
+    };
+}
+
+auto plain_tiles(const Engine& engine, const LinearRows& linear, const uint8_t* weights, Dtype dtype, int64_t stride) {
+    return [=, &engine, &linear](int64_t tile, const FloatRows& rows, int64_t first, int64_t count) {
+        engine.kernels->plain_product({weights + tile * kTile * stride, dtype, stride}, rows, count, outputs_of(linear, first, tile));
+    };
+}
+
+}  // namespace
+
+void packed_linear(const Engine& engine, const LinearRows& linear, const uint8_t* codes, const uint16_t* scales, const uint16_t* zeros) {
+    each_tile(Rounding{engine, linear}, packed_tiles(engine, linear, codes, scales, zeros));
+}
+
+void packed_linear(Worker& worker, const Engine& engine, const LinearRows& linear, const uint8_t* codes, const uint16_t* scales,
+                   const uint16_t* zeros) {
+    each_tile_of_few(worker, Rounding{engine, linear}, packed_tiles(engine, linear, codes, scales, zeros));
 }
 
 void plain_linear(const Engine& engine, const LinearRows& linear, const uint8_t* weights, Dtype dtype, int64_t stride) {
-    each_tile(Widening{engine, linear, dtype}, [&](int64_t tile, const FloatRows& rows, int64_t first, int64_t count) {
-        engine.kernels->plain_product({weights + tile * kTile * stride, dtype, stride}, rows, count, outputs_of(linear, first, tile));
-    });
+    each_tile(Widening{engine, linear, dtype}, plain_tiles(engine, linear, weights, dtype, stride));
+}
+
+void plain_linear(Worker& worker, const Engine& engine, const LinearRows& linear, const uint8_t* weights, Dtype dtype, int64_t stride) {
+    each_tile_of_few(worker, Widening{engine, linear, dtype}, plain_tiles(engine, linear, weights, dtype, stride));
 }
 
 }  // namespace specache

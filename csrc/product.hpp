@@ -2,6 +2,7 @@
 #pragma once
 
 #include "engine.hpp"
+#include "threads.hpp"
 
 namespace specache {
 
@@ -22,5 +23,9 @@ void packed_linear(const Engine&, const LinearRows&, const uint8_t* codes, const
 // Weights [N, K] of a float type, the inputs of an output contiguous; `stride` in bytes. Sums are in
 // float32.
 void plain_linear(const Engine&, const LinearRows&, const uint8_t* weights, Dtype dtype, int64_t stride);
+
+// The same as a part of a region, for at most `kProductRows` rows. Every thread of the region calls it.
+void packed_linear(Worker&, const Engine&, const LinearRows&, const uint8_t* codes, const uint16_t* scales, const uint16_t* zeros);
+void plain_linear(Worker&, const Engine&, const LinearRows&, const uint8_t* weights, Dtype dtype, int64_t stride);
 
 }  // namespace specache

@@ -14,6 +14,17 @@ float kth_largest(float* values, int64_t n, int64_t k) {
 
 float scalar_tanh(float x) { return std::tanh(x); }
 
+ScalarFunction scalar_function(ElementOp op) {
+    switch (op) {
+        case ElementOp::root: return [](float x) { return std::sqrt(x); };
+        case ElementOp::reciprocal_root: return [](float x) { return 1.0f / std::sqrt(x); };
+        case ElementOp::exponential: return [](float x) { return std::exp(x); };
+        case ElementOp::sigmoid: return [](float x) { return 1.0f / (1.0f + std::exp(-x)); };
+        case ElementOp::tanh: return scalar_tanh;
+        default: return [](float x) { return 0.5f * x * (1.0f + std::erf(x * 0.70710678f)); };
+    }
+}
+
 const Levels& normal_levels(int bits) {
     static const Levels one = {{-1, 1}, 0.7979f, 1};
     static const Levels two = {{-10, -3, 3, 10}, 0.151f, 10};

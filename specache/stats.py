@@ -47,7 +47,8 @@ class Counters:
         drafts_right: drafts that were correct.
         read_s: seconds that reads took, in the background and at once.
         wait_s: seconds that steps waited for reads, in `waits` waits.
-        decode_steps, compiled_steps: steps, and those of them that ran compiled.
+        decode_steps, compiled_steps, traced_steps: steps, those that ran compiled, and those whose
+            layers ran as programs in C++.
         compile_error: why the model could not be compiled in the background.
     """
 
@@ -65,6 +66,7 @@ class Counters:
     decoded_tokens: int = 0
     decode_steps: int = 0
     compiled_steps: int = 0
+    traced_steps: int = 0
     compile_error: str | None = None
     prefetches: bool = False
     speculates: bool = False
@@ -104,6 +106,7 @@ def report(memory: MemoryUse, counters: Counters, fast_memory_peak: int) -> dict
         "tokens_per_s": _ratio(c.decoded_tokens, c.decode_s),
         "decode_steps": c.decode_steps,
         "compiled_steps": c.compiled_steps,
+        "traced_steps": c.traced_steps,
         "compile_error": c.compile_error,
     }
 

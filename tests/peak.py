@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,10 +15,14 @@ class PeakMemory(TorchDispatchMode):
     """Tracks the bytes of every storage that operations return, until no tensor uses it.
 
     `peak` is the most at once.
+
+    Args:
+        beside: the bytes of memory that no tensor has, which are added.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, beside: Callable[[], int] = lambda: 0) -> None:
         super().__init__()
+        self._beside = beside
         self.peak = 0
         self._live = 0
         self._holders: dict[int, int] = {}  # storage address -> live tensors on it
@@ -38,7 +43,7 @@ class PeakMemory(TorchDispatchMode):
             return  # it existed before
         if address not in self._holders:
             self._live += size
-            self.peak = max(self.peak, self._live)
+            self.peak = max(self.peak, self._live + self._beside())
         self._holders[address] = self._holders.get(address, 0) + 1
         weakref.finalize(tensor, self._release, address, size)
 

@@ -71,6 +71,13 @@ class CompressedLayer(StoredLayer, Protocol):
         """Count a token that kernels have stored, the sequence's first of query [B, Hq, n, D]."""
 
     @property
+    def observes_next(self) -> bool:
+        """Whether the next token's query is observed, so that `count_stored` is not enough."""
+
+    def count_stored(self) -> None:
+        """Count a token that kernels have stored, whose query is not observed."""
+
+    @property
     def has_room(self) -> bool:
         """Whether kernels may store the next token."""
 

@@ -201,7 +201,7 @@ def _cost(samples: Sequence[_Sample], layers: int) -> MethodCost:
     kernels = _fit([(1.0, s.batch, s.batch * s.context) for s in samples], [s.kernels / s.layers for s in samples])
     rest = _fit([(1.0, s.layers, s.batch, s.layers * s.batch) for s in samples], [s.step - s.weights - s.kernels for s in samples])
     return MethodCost(
-        fixed=max(0.0, kernels[0] * layers + rest[0] + rest[1] * layers),
+        fixed=kernels[0] * layers + rest[0] + rest[1] * layers,
         per_sequence=max(0.0, kernels[1] * layers + rest[2] + rest[3] * layers),
         per_token=max(0.0, kernels[2] * layers),
     )

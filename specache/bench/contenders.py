@@ -21,7 +21,9 @@ from specache.bench.workload import Workload
 from specache.cache.cache import SpeCache
 from specache.cache.sequence import Sequence
 from specache.config import SpeCacheConfig
-from specache.engine.attention_hook import attached, reset_rope
+from specache.engine.attention_hook import attached, decode_forward, reset_rope
+from specache.engine.compiled_layers import BlankPass
+from specache.engine.traced import traced_layers
 from specache.errors import ConfigError
 from specache.linear import cpu_linear
 from specache.model.quantized_cache import PACKAGES, new_quantized_cache, quantised_tokens, store_prompt
@@ -266,32 +268,44 @@ class BareModel(Contender):
 
     Args:
         rows: tokens per sequence: 2 where a draft token is decoded beside the real one.
-        ours: with our products of linear layers (see `DynamicContender`).
+        ours: with the layers of our steps (`specache.engine.traced`), whose attention is zero.
+        products: with our products of linear layers (see `DynamicContender`).
     """
 
     impl = "weights"
     cache = "none"
     needed_bytes = 0
 
-    def __init__(self, work: Workload, rows: int, ours: bool = False) -> None:
+    def __init__(self, work: Workload, rows: int, ours: bool = False, products: bool = False) -> None:
         self.work = work
         self.rows = rows
         self._ours = ours
+        self._products = products
         self.read_bytes = work.dimensions.read_bytes
         self._ids = torch.zeros(work.batch, rows, dtype=torch.long, device=work.info.device)
+        self._positions = self._ids + torch.arange(rows, device=work.info.device)
+        self._layers: traced_layers.TracedAnswer | None = None
 
     def prepare(self) -> None:
-        pass
+        if self._ours:
+            with attached(self.work.model):
+                self._layers = traced_layers.begin_answer(self.work.model)
 
     def step(self) -> None:
+        model = self.work.model
         with torch.no_grad():
-            self.work.model(self._ids, use_cache=False, logits_to_keep=self.rows)
+            if self._ours:
+                decode_forward(model, self._ids, self._positions, BlankPass(), layers=self._layers)
+            else:
+                model(self._ids, use_cache=False, logits_to_keep=self.rows)
 
     def ready(self) -> AbstractContextManager[None]:
-        return our_products(self.work.model) if self._ours else nullcontext()
+        if self._ours:
+            return attached(self.work.model)
+        return our_products(self.work.model) if self._products else nullcontext()
 
     def close(self) -> None:
-        pass
+        self._layers = None
 
 
 def quantized_backend() -> str:

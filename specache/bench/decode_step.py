@@ -77,13 +77,13 @@ class Decode(CacheOptions):
             except ConfigError as error:
                 skipped[name] = str(error)
         bare = {rows: BareModel(work, rows, ours=True) for rows in ((1, 2) if ours.config.policy.drafts else (1,))}
-        stock = BareModel(work, 1)
+        products, stock = BareModel(work, 1, products=True), BareModel(work, 1)
         evict = _nothing if self.warm else large.read
-        measured = compare(work, [*contenders, *bare.values(), stock], self.steps, bench.log, PHASE_STEPS, evict)
+        measured = compare(work, [*contenders, *bare.values(), products, stock], self.steps, bench.log, PHASE_STEPS, evict)
         large.best_gb_per_s(FLOOR_READS)
         results = []
         for contender in contenders:
-            weights = _ms(measured[self._weights_of(contender, bare, stock)])
+            weights = _ms(measured[self._weights_of(contender, bare, products, stock)])
             results.append(self._result(contender, measured[contender], weights, source.weights, large))
         results += [self._empty(name, "", source.weights, reason) for name, reason in skipped.items()]
         details = {
@@ -92,7 +92,7 @@ class Decode(CacheOptions):
             "plain_read": large.describe(),
         }
         evicting = 0 if self.warm else large.nbytes
-        del work, contenders, ours, bare, stock, measured, large  # llama.cpp loads the model again
+        del work, contenders, ours, bare, products, stock, measured, large  # llama.cpp loads the model again
         if LLAMA_CPP in self.against:
             results += self._llama_cpp(bench, evicting)
         return Outcome(_compared(results), details)
@@ -104,11 +104,11 @@ class Decode(CacheOptions):
             return OffloadedContender(work)
         return DynamicContender(work, ours=name == DYNAMIC_OURS)
 
-    def _weights_of(self, contender: Contender, bare: dict[int, BareModel], stock: BareModel) -> BareModel:
-        """Return the model without a cache with as many rows and the same products as in a step."""
+    def _weights_of(self, contender: Contender, bare: dict[int, BareModel], products: BareModel, stock: BareModel) -> BareModel:
+        """Return the model without a cache with as many rows and the same layers as in a step."""
         if isinstance(contender, SpeCacheContender):
             return bare[2 if contender.config.policy.drafts else 1]
-        return bare[1] if contender.impl == DYNAMIC_OURS else stock
+        return products if contender.impl == DYNAMIC_OURS else stock
 
     def _result(
         self, contender: Contender, measured: Measured | Skipped, weights_ms: float | None, weights: str, large: LargeArray

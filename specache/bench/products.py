@@ -26,8 +26,9 @@ from specache.bench.shapes import Shape, Weights
 from specache.bench.timing import Timing, interleaved
 from specache.errors import ConfigError
 from specache.linear import cpu_linear
-from specache.linear.weight_quant import Int4Linear, Int8Linear
+from specache.linear.weight_quant import Int4Linear, Int8Linear, PackedLinear
 from specache.platform.machine import available_memory
+from specache.platform.mapped_memory import Arena
 
 FORMATS = (Weights.FP32, Weights.BF16, Weights.INT8, Weights.INT4)
 SHAPES = ("smollm2-135m", "llama-3.2-1b", "llama-3-8b")
@@ -175,9 +176,16 @@ def _linear(weight: Tensor) -> nn.Linear:
 
 
 def _copies(module: nn.Module) -> list[nn.Module]:
-    """Return as many modules as make a sample of `PASS_BYTES`, each in memory of its own."""
+    """Return as many modules as make a sample of `PASS_BYTES`, each in memory of its own.
+
+    Packed ones lie behind one another, as the matrices of a model do.
+    """
     count = min(max(PASS_BYTES // module_bytes(module), 1), MOST_COPIES)
-    return [module, *(copy.deepcopy(module) for _ in range(count - 1))]
+    copies, arena = [module, *(copy.deepcopy(module) for _ in range(count - 1))], Arena()
+    for packed in (each for each in copies if isinstance(each, PackedLinear)):
+        for name, buffer in packed.named_buffers():
+            setattr(packed, name, arena.empty(buffer.shape, buffer.dtype).copy_(buffer))
+    return copies
 
 
 def _pass(modules: list[nn.Module], x: Tensor) -> Callable[[], None]:

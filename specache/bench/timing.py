@@ -93,6 +93,11 @@ class PhaseClock:
             step[phase] = step.get(phase, 0.0) + (time.perf_counter() - started) * 1e3
             self._inside = False
 
+    def add(self, phase: str, seconds: float) -> None:
+        """Count seconds of `phase` that were measured elsewhere."""
+        step = self._steps[-1]
+        step[phase] = step.get(phase, 0.0) + seconds * 1e3
+
     def medians(self, last: int) -> dict[str, float]:
         """Return the milliseconds per step of every phase: the median over the `last` steps."""
         steps = self._steps[-last:]

@@ -201,9 +201,18 @@ class CompressedLayer(LayerState):
 
     def count_appended(self, query: Tensor, sequence: int) -> None:
         """Count a token that kernels have stored, the sequence's first of query [B, Hq, n, D]."""
-        self.tier.count_appended(self.index)
-        if self.key_scales.observes(self.length):
+        if self.observes_next:
             self._observe(query[sequence, :, :1])
+        self.count_stored()
+
+    @property
+    def observes_next(self) -> bool:
+        """Whether the next token's query is observed, so that `count_stored` is not enough."""
+        return self.key_scales.observes(self.length)
+
+    def count_stored(self) -> None:
+        """Count a token that kernels have stored, whose query is not observed."""
+        self.tier.count_appended(self.index)
         self.residual_count += 1
 
     def quantise_oldest(self) -> None:

@@ -70,8 +70,9 @@ Compile = Annotated[
     typer.Option(
         "--compile/--no-compile",
         help="Compile the decode step first (torch.compile; half a minute the first time, later processes load it in seconds; "
-        "needs a C++ compiler on a CPU). 'chat' and 'generate' with 512 or more new tokens load what is there by themselves, and "
-        "else have it compiled in the background.",
+        "needs a C++ compiler on a CPU). On a CPU only for models whose layers do not run as programs in C++, which are faster: "
+        "there 'chat' and 'generate' with 512 or more new tokens load what is there by themselves, and else have it compiled in "
+        "the background.",
         show_default=False,
         rich_help_panel=MODEL_PANEL,
     ),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any
@@ -21,19 +21,24 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from specache.attention.all_layers import StepOfLayers
 from specache.engine import attention_checks, compiled, compiled_layers
-from specache.engine.compiled_layers import CURRENT_LAYER, CURRENT_PASS, CompiledLayers
-from specache.engine.forward_pass import ForwardPass, attend
+from specache.engine.compiled_layers import CURRENT_LAYER, CURRENT_PASS, BlankPass, CompiledLayers
+from specache.engine.forward_pass import DecodePass, ForwardPass, attend
+from specache.engine.traced import call_shape, traced_layers
+from specache.engine.traced.program import RecordedAttention
+from specache.engine.traced.traced_layers import TracedAnswer
+from specache.engine.traced.traced_pass import TracedPass
 from specache.errors import UnsupportedModelError
 from specache.kernels.types import AttentionParams
 from specache.linear import cpu_linear
 from specache.model import rope
 from specache.model.identity.wrappers import is_compiled_inside, unwrapped
 from specache.model.info import ModelInfo, inspect_model
-from specache.platform import modes
+from specache.platform import forks, modes
 
 NAME = "specache"
-_lock = threading.Lock()
+_lock = forks.lock()
 # model -> (the user's attention implementation, depth of `attached` blocks)
 _attached: weakref.WeakKeyDictionary[Any, tuple[str, int]] = weakref.WeakKeyDictionary()
 _linears: weakref.WeakKeyDictionary[Any, list[torch.nn.Linear]] = weakref.WeakKeyDictionary()  # see `cpu_linear`
@@ -105,27 +110,38 @@ def decode_forward(
     position_ids: Tensor,
     state: ForwardPass,
     reads_back: bool = True,
-    compiled: CompiledLayers | None = None,
+    layers: CompiledLayers | TracedAnswer | None = None,
+    chained: bool = True,
 ) -> Tensor:
     """Run a decode step's forward pass and return float32 logits [B, n, V].
 
     Args:
         reads_back: whether the host may wait for the device. Without a mask, transformers reads the
             positions on the host to detect packed sequences; `False` passes a mask to prevent that.
-        compiled: layers that run compiled. `None` runs the step eagerly.
+        layers: decoder layers that run compiled, or as programs. `None` runs the step eagerly.
+        chained: whether programs may run in one call for all layers.
+
+    Raises:
+        ChainBrokenError: they cannot; the pass must be undone.
     """
     mask = None if reads_back else torch.zeros(1, 1, 1, 1, device=token_ids.device)
-    if compiled is None:
+    if layers is None:
         return forward(model, token_ids, position_ids, state, logits=token_ids.shape[1], mask=mask)
-    with compiled_layers.running(_OncePerLayer(state, type(model)), compiled):
-        return forward(model, token_ids, position_ids, CURRENT_PASS, logits=token_ids.shape[1], mask=mask)
+    once = _OncePerLayer(state, type(model))
+    handed = once if isinstance(layers, TracedAnswer) else CURRENT_PASS
+    run_by = TracedPass(layers.layers, once.begin_layers if chained else None) if isinstance(layers, TracedAnswer) else layers
+    with compiled_layers.running(once, run_by), call_shape.step():
+        logits = forward(model, token_ids, position_ids, handed, logits=token_ids.shape[1], mask=mask)
+    if isinstance(run_by, TracedPass):
+        run_by.end()
+    return logits
 
 
 def warm_up(model: Any, compiled: CompiledLayers, tokens: int, sequences: int) -> None:
     """Run a decode step whose attention is zero, so that its layers are compiled or loaded."""
     ids = torch.zeros(sequences, tokens, dtype=torch.long, device=inspect_model(model).device)
     positions = ids + torch.arange(tokens, device=ids.device)
-    decode_forward(model, ids, positions, compiled_layers.BlankPass(), reads_back=ids.device.type == "cpu", compiled=compiled)
+    decode_forward(model, ids, positions, compiled_layers.BlankPass(), reads_back=ids.device.type == "cpu", layers=compiled)
 
 
 def reset_rope(model: Any, info: ModelInfo) -> None:
@@ -174,7 +190,8 @@ def _attention(
         sinks = getattr(module, "sinks", None) if sinks is None else sinks
         layer = CURRENT_LAYER if torch.compiler.is_compiling() else module.layer_idx
         return compiled_layers.attend(query, key, value, layer, scale, kwargs.get("softcap"), sinks), None
-    _check_layer(module, state is not None)
+    if not isinstance(state, RecordedAttention):
+        _check_layer(module, state is not None)
     if state is None:
         return _users_attention(module)(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     sinks = _sinks(module) if sinks is None else sinks
@@ -222,7 +239,7 @@ def _add_layer(layer: int, layers: set[int], kind: type) -> None:
 
 
 class _OncePerLayer:
-    """A forward pass with the check of `_check_layer`, for compiled layers."""
+    """A forward pass with the check of `_check_layer`, for layers that do not call `_attention`."""
 
     def __init__(self, state: ForwardPass, kind: type) -> None:
         self._state = state
@@ -232,6 +249,17 @@ class _OncePerLayer:
     def attention(self, index: int, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
         _add_layer(index, self._layers, self._kind)
         return self._state.attention(index, query, keys, values, params)
+
+    def begin_layers(self, numbers: Sequence[int], dtype: torch.dtype, kv_shape: tuple[int, int]) -> StepOfLayers | None:
+        """Begin the attention of all these layers, `DecodePass.begin_layers`."""
+        if not isinstance(self._state, DecodePass | BlankPass):
+            return None
+        with modes.ours_again() or nullcontext():
+            step = self._state.begin_layers(numbers, dtype, kv_shape)
+        if step is not None:
+            for number in numbers:
+                _add_layer(number, self._layers, self._kind)
+        return step
 
 
 def _users_attention(module: Any) -> Any:
@@ -284,6 +312,7 @@ def _attach(model: Any) -> None:
             if is_compiled_inside(model):
                 _compiled_inside.add(model)
             compiled.install(model)
+            traced_layers.install(model)
         _attached[model] = (name, depth + 1)
 
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from specache.engine.compile_cache import CompileCache
 from specache.engine.compiled_layers import Variant
+from specache.platform.forks import in_child
 
 _BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from specache.engine.compile_worker import main; main(sys.argv[2])"
@@ -138,11 +139,8 @@ def _end_children() -> None:
             child.stdin.close()
 
 
+@in_child
 def _after_fork() -> None:
     _children.clear()
     global _owner
     _owner = os.getpid()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)

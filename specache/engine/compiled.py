@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-import threading
 import warnings
 import weakref
 from collections.abc import Callable
@@ -26,10 +25,11 @@ from specache.engine import compiled_layers
 from specache.engine.compile_cache import CompileCache, described_digest
 from specache.engine.compile_job import CompileJob
 from specache.engine.compiled_layers import CompiledLayers, Variant, decoder_layers
+from specache.engine.traced import traced_layers
 from specache.errors import ConfigError
 from specache.model.identity.wrappers import is_compiled_inside, unwrapped
 from specache.model.info import inspect_model
-from specache.platform import modes, private_torch
+from specache.platform import forks, modes, private_torch
 
 WarmUp = Callable[[CompiledLayers, int, int], None]  # (layers, tokens per sequence, sequences)
 COMPILERS = ("g++", "clang++")
@@ -37,7 +37,7 @@ MOST_ATTEMPTS = 4  # child processes for one model: further variants, and damage
 LONG_ANSWER = 512  # new tokens from which on loading compiled code (seconds) pays
 
 _models: weakref.WeakKeyDictionary[Any, CompiledModel] = weakref.WeakKeyDictionary()
-_lock = threading.Lock()  # one thread at a time compiles or loads: the compiler's folder is the process's
+_lock = forks.lock()  # one thread at a time compiles or loads: the compiler's folder is the process's
 
 
 def compile_decode(model: Any, background: bool = False) -> None:
@@ -83,11 +83,12 @@ def uncompilable_reason(model: Any) -> str | None:
 def is_faster(model: Any) -> bool:
     """Return whether commands compile this model by themselves: on a CPU, where it can be compiled.
 
-    Not with float32 weights, where compiled steps were as fast as eager ones (docs/results.md: 81
-    against 80 ms, SmolLM2).
+    Not where layers run as programs (`specache.engine.traced`), which are faster, nor with float32
+    weights, where compiled steps were as fast as eager ones (docs/results.md: 81 against 80 ms,
+    SmolLM2).
     """
     model = unwrapped(model)
-    if inspect_model(model).device.type != "cpu" or uncompilable_reason(model) is not None:
+    if traced_layers.may_record(model) or inspect_model(model).device.type != "cpu" or uncompilable_reason(model) is not None:
         return False
     inside = (module for _, layer in decoder_layers(model) for module in layer.modules())
     return not any(type(module) is nn.Linear and module.weight.dtype is torch.float32 for module in inside)
@@ -216,12 +217,3 @@ def _missing_compiler() -> str | None:
         f"compiling needs a C++ compiler, and there is {f'no {named} (CXX)' if named else 'neither g++ nor clang++'}. Install "
         "g++ (with the headers of Python), set CXX, or leave out compiling"
     )
-
-
-def _after_fork() -> None:
-    global _lock
-    _lock = threading.Lock()  # another thread of the parent may have held it
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)

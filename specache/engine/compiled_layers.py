@@ -12,15 +12,16 @@ import inspect
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from specache.attention.all_layers import StepOfLayers
 from specache.engine import forward_pass
 from specache.engine.forward_pass import ForwardPass
 from specache.kernels.types import AttentionParams
@@ -43,18 +44,28 @@ _library.define(
 )
 
 
+class DecoderLayers(Protocol):
+    """How a model's decoder layers run in a pass, instead of their own forward."""
+
+    def number(self, layer: Any) -> int | None:
+        """Return a layer's number, or `None` if it is not one of the model's."""
+
+    def run(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one layer's forward."""
+
+
 class _Running(threading.local):
     """What runs in a thread.
 
     Attributes:
         state: the running pass.
-        layers: the compiled layers of its model.
+        layers: the layers of its model that run in their own way.
         layer: the number of the layer that runs.
     """
 
     def __init__(self) -> None:
         self.state: ForwardPass | None = None
-        self.layers: CompiledLayers | None = None
+        self.layers: DecoderLayers | None = None
         self.layer = CURRENT_LAYER
 
 
@@ -130,12 +141,12 @@ def decoder_layers(model: Any) -> Iterator[tuple[int, nn.Module]]:
     for layer in listed:
         numbers = [number for number, _ in attention_modules(layer)]
         replaced = layer.__dict__.get("forward")
-        if len(numbers) == 1 and (replaced is None or _is_ours(replaced)):
+        if len(numbers) == 1 and (replaced is None or is_ours(replaced)):
             yield numbers[0], layer
 
 
 def install(model: Any) -> None:
-    """Have the model's decoder layers run compiled in compiled passes, until `remove`."""
+    """Have the model's decoder layers run by what `running` says, until `remove`."""
     if model not in _installed:
         layers = [layer for _, layer in decoder_layers(model)]
         for layer in layers:
@@ -146,13 +157,13 @@ def install(model: Any) -> None:
 def remove(model: Any) -> None:
     """Undo `install`, if it ran."""
     for layer in _installed.pop(model, []):
-        if _is_ours(layer.__dict__.get("forward")):
+        if is_ours(layer.__dict__.get("forward")):
             del layer.__dict__["forward"]
 
 
 @contextmanager
-def running(state: ForwardPass, layers: CompiledLayers) -> Iterator[None]:
-    """Run `layers` compiled inside the block, in this thread, and attend by `state`."""
+def running(state: ForwardPass, layers: DecoderLayers) -> Iterator[None]:
+    """Run decoder layers by `layers` inside the block, in this thread, and attend by `state`."""
     previous = _running.state, _running.layers, _running.layer
     _running.state, _running.layers = state, layers
     try:
@@ -173,11 +184,22 @@ def attend(
     return out
 
 
+def attend_in_pass(index: int, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
+    """Return the running pass's attention, as `ForwardPass.attention`."""
+    state = _running.state
+    assert state is not None, "only layers of a running pass attend"
+    return forward_pass.attend(state, index, query, keys, values, params)
+
+
 class BlankPass:
     """A pass whose attention is zero: it makes a step compile, and stores nothing."""
 
     def attention(self, index: int, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
         return _attend_fake(query, keys, values, index, params.scaling, params.softcap, params.sinks)
+
+    def begin_layers(self, numbers: Sequence[int], dtype: torch.dtype, kv_shape: tuple[int, int]) -> StepOfLayers:
+        """Begin a step of all these layers without attention."""
+        return StepOfLayers()
 
 
 def _layer(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -186,7 +208,7 @@ def _layer(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run a decoder layer: compiled in compiled passes, else as it is."""
+    """Run a decoder layer by what `running` says, else as it is."""
     layers = _running.layers
     number = None if layers is None else layers.number(layer)
     if layers is None or number is None:
@@ -195,7 +217,8 @@ def _forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
     return layers.run(layer, args, kwargs)
 
 
-def _is_ours(forward: Any) -> bool:
+def is_ours(forward: Any) -> bool:
+    """Return whether a layer's forward is the one that `install` puts there."""
     return getattr(forward, "__func__", None) is _forward
 
 
@@ -213,11 +236,8 @@ def _free_batch(arguments: list[Any]) -> None:
 def _attend(
     query: Tensor, keys: Tensor, values: Tensor, layer: int, scaling: float, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
-    state = _running.state
-    assert state is not None, "only compiled passes call the operator"
     number = _running.layer if layer == CURRENT_LAYER else layer
-    params = AttentionParams(scaling=scaling, softcap=softcap, sinks=sinks)
-    return forward_pass.attend(state, number, query, keys, values, params)
+    return attend_in_pass(number, query, keys, values, AttentionParams(scaling=scaling, softcap=softcap, sinks=sinks))
 
 
 def _attend_fake(

@@ -24,6 +24,9 @@ from specache.engine.compiled import begin_answer
 from specache.engine.compiled_layers import CompiledLayers
 from specache.engine.forward_pass import DecodePass, Observer, PrefillPass
 from specache.engine.static_decoder import StaticDecoder
+from specache.engine.traced import call_shape, traced_layers
+from specache.engine.traced.layer_chain import ChainBrokenError
+from specache.engine.traced.traced_layers import TracedAnswer
 from specache.model.identity.wrappers import unwrapped
 from specache.planning.footprint import last_chunk
 from specache.planning.working_set import decode_bytes, prefill_bytes
@@ -91,10 +94,12 @@ class Decoder:
         # the settings, sequences and low-bit tokens that `_step_bytes` is for
         self._step_size: tuple[SpeCacheConfig, int, int] | None = None
         self._step_bytes = 0
-        self._compiled: CompiledLayers | None = None  # what the steps of this answer run, or `None`: eagerly
+        # what the steps of this answer run, else eager layers
+        self._compiled: CompiledLayers | None = None
+        self._traced: TracedAnswer | None = None
 
     def begin_answer(self, sequences: int) -> None:
-        """Choose whether the steps of the next answer, of so many sequences, run compiled.
+        """Choose how the steps of the next answer, of so many sequences, run: compiled or traced.
 
         Raises:
             ConfigError: the model is to be compiled, and cannot be.
@@ -102,6 +107,7 @@ class Decoder:
         policy, counters = self._cache.config.policy, self._cache.counters
         self._compiled, counters.compile_error = begin_answer(self._model, policy, sequences, partial(warm_up, self._model))
         self._static.compiled = self._compiled
+        self._traced = None if self._compiled or policy is Policy.FULL else traced_layers.begin_answer(self._model)
 
     @property
     def out_of_room(self) -> bool:
@@ -201,6 +207,7 @@ class Decoder:
         counters.decoded_tokens += len(sequences)
         counters.decode_steps += 1
         counters.compiled_steps += compiled
+        counters.traced_steps += self._traced is not None and call_shape.ran_program()
         return result
 
     def _reusable(self, sequence: CachedSequence, token_ids: list[int]) -> int:
@@ -367,6 +374,12 @@ class Decoder:
         return self._try_pass(kind, sequences, tokens)  # outside of `except`: the error keeps the first pass's tensors alive
 
     def _try_pass(self, kind: StepKind, sequences: Sequence[CachedSequence], tokens: list[list[int]]) -> Tensor:
+        try:
+            return self._one_pass(kind, sequences, tokens, chained=True)
+        except ChainBrokenError:
+            return self._one_pass(kind, sequences, tokens, chained=False)
+
+    def _one_pass(self, kind: StepKind, sequences: Sequence[CachedSequence], tokens: list[list[int]], chained: bool) -> Tensor:
         config = self._cache.config
         if self._static.supports(kind, sequences):
             static = self._static.step(sequences, tokens)
@@ -381,7 +394,8 @@ class Decoder:
         try:
             with self._working_set(self._decode_bytes(sequences)):
                 state = DecodePass(sequences, spec)
-                logits = decode_forward(self._model, self._ids(tokens), positions, state, compiled=self._compiled)
+                layers = self._compiled or self._traced
+                logits = decode_forward(self._model, self._ids(tokens), positions, state, layers=layers, chained=chained)
             for sequence in sequences:
                 sequence.quantise_oldest()
         except BaseException:

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from specache.attention.all_layers import StepOfLayers
 from specache.attention.at_once import decode_at_once
 from specache.attention.decode import StepSpec, mixed_attention, select_first
 from specache.cache.layers import CompressedLayer, DenseLayer
@@ -99,6 +100,25 @@ class DecodePass:
         else:
             out = torch.stack([self._full_precision(layer, query[b], keys[b], values[b], params) for b, layer in enumerate(layers)])
         return out.transpose(1, 2).to(query.dtype)  # [B, n, Hq, D]
+
+    def begin_layers(self, numbers: Sequences[int], dtype: torch.dtype, kv_shape: tuple[int, int]) -> StepOfLayers | None:
+        """Begin the attention of all these layers, in one call of the kernels.
+
+        Args:
+            dtype: of the queries.
+            kv_shape: KV heads and head dimension.
+
+        Returns:
+            `None` where a layer takes more than that call.
+        """
+        groups: list[list[CompressedLayer]] = []
+        for number in numbers:
+            layers = [sequence.layers.get(number) for sequence in self._sequences]
+            group = [layer for layer in layers if isinstance(layer, CompressedLayer) and layer.dtype is dtype]
+            if len(group) < len(layers):
+                return None
+            groups.append(group)
+        return StepOfLayers.begin(groups, dtype, kv_shape, self._spec)
 
     def _compressed(
         self, query: Tensor, keys: Tensor, values: Tensor, layers: list[CompressedLayer], params: AttentionParams

@@ -124,7 +124,7 @@ class StaticDecoder:
             state = StaticPass(batch, kind, config.policy, config.top_k, pending_groups)
             inputs = batch.inputs
             logits = decode_forward(
-                self._model, inputs.token_ids, inputs.position_ids, state, reads_back=False, compiled=self.compiled
+                self._model, inputs.token_ids, inputs.position_ids, state, reads_back=False, layers=self.compiled
             )
             if self._graphs:
                 batch.join()

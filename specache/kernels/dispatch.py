@@ -24,13 +24,14 @@ from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from specache.config import Code
 from specache.errors import ConfigError
 from specache.kernels import gpu_quantise
 from specache.kernels import triton as triton_kernels
-from specache.kernels.cpu import native
+from specache.kernels.cpu import in_place, native
 from specache.kernels.torch import operations as torch_ops
 from specache.kernels.torch.layer_step import TorchLayerStep
 from specache.kernels.types import AttentionParams, FetchedRows, FetchedStep, LayerStep, LowBitKV, RecentTokens, StoredLayer
@@ -151,6 +152,26 @@ def decode_fetched(
         query, keys, values, layers, fetched, commits, top_k, params, real_queries, selects_next
     )
     return result
+
+
+def known_layer(
+    layer: StoredLayer, dtype: torch.dtype, shape: tuple[int, int], commits: bool, on_disk: bool
+) -> tuple[str, Any] | None:
+    """Return the instruction set of a layer's last step in one call, and what C++ knows of it now.
+
+    `None` where that step did not run on the backend that would be chosen now, with queries of this
+    dtype.
+
+    Args:
+        shape: KV heads and head dimension of the step's keys.
+        commits: whether the next step stores a token.
+        on_disk: whether the layer's rows lie on a disk.
+    """
+    backend = _chosen()[1]
+    if layer.kept is None or not layer.kept.serves(backend, dtype):
+        return None
+    known = in_place.known_layer(layer, shape, commits, on_disk)
+    return None if known is None else (backend.isa, known)
 
 
 def fetches_at_once(query: Tensor, dim: int, layer: StoredLayer) -> bool:

@@ -76,7 +76,7 @@ def _few_rows(layer: nn.Linear, x: Tensor) -> Tensor:
     weight, bias = parameters["weight"], parameters["bias"]
     if x.dtype is not weight.dtype or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return linear(x, weight, bias)
-    if torch.compiler.is_compiling():
+    if native_products.calls_operators():
         out: Tensor = torch.ops.specache.linear(x, weight, bias)
         return out
     return _product(x, weight, bias)

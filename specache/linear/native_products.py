@@ -7,6 +7,9 @@ product with packed weights is also an operator (`torch.ops.specache`) for `torc
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -24,6 +27,28 @@ VARIABLE = "SPECACHE_KERNELS"  # see `specache.kernels.dispatch`
 
 _library = torch.library.Library("specache", "FRAGMENT")
 _library.define("packed_linear(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, int outputs) -> Tensor")
+
+
+class _Thread(threading.local):
+    recorded = False
+
+
+_thread = _Thread()
+
+
+@contextmanager
+def as_operators() -> Iterator[None]:
+    """Have products call operators inside the block, in this thread, which a dispatch mode sees."""
+    before, _thread.recorded = _thread.recorded, True
+    try:
+        yield
+    finally:
+        _thread.recorded = before
+
+
+def calls_operators() -> bool:
+    """Return whether a product is to be an operator's, because it is traced."""
+    return _thread.recorded or torch.compiler.is_compiling()
 
 
 @cache
@@ -57,7 +82,7 @@ def packed_linear(x: Tensor, weights: PackedWeights, bias: Tensor | None) -> Ten
     Raises:
         RuntimeError: x has another number of inputs, or the bias another dtype.
     """
-    if torch.compiler.is_compiling():
+    if calls_operators():
         out: Tensor = torch.ops.specache.packed_linear(x, weights.codes, weights.scales, weights.zeros, bias, weights.outputs)
         return out
     if torch.is_grad_enabled() and x.requires_grad:

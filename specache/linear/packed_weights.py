@@ -19,6 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from specache.platform.mapped_memory import Arena
+
 TILE = 16  # outputs of a tile
 BLOCK = 32  # inputs that share a scale
 TINY = torch.finfo(torch.bfloat16).tiny
@@ -49,17 +51,21 @@ def packed_bytes(outputs: int, inputs: int, bits: int) -> int:
     return rows * inputs * bits // 8 + rows * (inputs // BLOCK) * 2 * (1 if bits == 8 else 2)
 
 
-def pack(weight: Tensor, bits: int) -> PackedWeights:
+def pack(weight: Tensor, bits: int, arena: Arena | None = None) -> PackedWeights:
     """Pack a matrix [N, K] of a float type at 8 or 4 bits, a part at a time.
 
     Beside the result it takes the memory of a few million elements, however large the matrix is.
+
+    Args:
+        arena: memory for the result, behind that of the matrices packed before it.
     """
+    arena = arena or Arena()
     outputs, inputs = weight.shape
     tiles, blocks = -(-outputs // TILE), inputs // BLOCK
     lanes = BLOCK // 4 if bits == 8 else BLOCK // 8
-    codes = torch.empty(tiles, blocks, lanes, TILE, 4, dtype=torch.int8 if bits == 8 else torch.uint8)
-    scales = torch.empty(tiles, blocks, TILE, dtype=torch.int16)
-    zeros = None if bits == 8 else torch.empty_like(scales)
+    codes = arena.empty((tiles, blocks, lanes, TILE, 4), torch.int8 if bits == 8 else torch.uint8)
+    scales = arena.empty((tiles, blocks, TILE), torch.int16)
+    zeros = None if bits == 8 else arena.empty((tiles, blocks, TILE), torch.int16)
     step = max(CODES_AT_ONCE // (TILE * inputs), 1)
     for start in range(0, tiles, step):
         part = slice(start, min(start + step, tiles))

@@ -17,6 +17,7 @@ from specache.linear import native_products, packed_weights
 from specache.linear.packed_weights import PackedWeights
 from specache.linear.weight_format import WeightFormat
 from specache.platform import modes
+from specache.platform.mapped_memory import Arena
 
 _BITS = {WeightFormat.INT8: 8, WeightFormat.INT4: 4}
 
@@ -27,6 +28,7 @@ class PackedLinear(nn.Module):
     Args:
         weight: [N, K] of a float type, K a multiple of 32.
         bias: [N], or None.
+        arena: memory for the codes.
     """
 
     bits: int
@@ -35,10 +37,10 @@ class PackedLinear(nn.Module):
     zeros: Tensor | None
     bias: Tensor | None
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, arena: Arena | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        packed = packed_weights.pack(weight, self.bits)
+        packed = packed_weights.pack(weight, self.bits, arena)
         self.register_buffer("codes", packed.codes)
         self.register_buffer("scales", packed.scales)
         self.register_buffer("zeros", packed.zeros)
@@ -98,12 +100,12 @@ def quantise_weights(model: Any, weights: WeightFormat) -> None:
         raise ConfigError(f"weights at {weights} are for the CPU, and the model is on {model.device}. Use --device cpu, or bf16.")
     names = [name for name, layer in model.named_modules() if type(layer) is nn.Linear and _fits(layer)]
     _check_share(model, names, weights)
-    made = Int8Linear if weights is WeightFormat.INT8 else Int4Linear
+    made, arena = Int8Linear if weights is WeightFormat.INT8 else Int4Linear, Arena()  # a step reads layers in this order
     for name in names:
         parent, _, attribute = name.rpartition(".")
         owner = model.get_submodule(parent)
         layer = getattr(owner, attribute)
-        quantised = made(layer.weight.detach(), None if layer.bias is None else layer.bias.detach())
+        quantised = made(layer.weight.detach(), None if layer.bias is None else layer.bias.detach(), arena)
         quantised.train(layer.training)
         setattr(owner, attribute, quantised)
         del layer  # before the next one is made

@@ -10,7 +10,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-HUGE_PAGE = 2 << 20  # bytes, on x86 and with ARM's pages of 4 KiB
+from specache.platform.mapped_memory import ask_for_huge_pages, new_mapping
 
 
 class Slab:
@@ -28,22 +28,11 @@ class Slab:
         self._mapping: mmap.mmap | None = None
         if self.is_lazy(device):
             size = pages * page_bytes
-            room = -(-size // HUGE_PAGE) * HUGE_PAGE if size > HUGE_PAGE else size  # Linux aligns whole ones
-            self._mapping = mmap.mmap(-1, room, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self._mapping = new_mapping(size)
             self.data: Tensor = torch.frombuffer(self._mapping, dtype=torch.uint8, count=size).unflatten(0, (pages, page_bytes))
-            self._ask_for_huge_pages()
+            ask_for_huge_pages(self._mapping, self.data.data_ptr(), size)
         else:
             self.data = torch.zeros(pages, page_bytes, dtype=torch.uint8, device=device)
-
-    def _ask_for_huge_pages(self) -> None:
-        """Advise the system to back the huge pages that lie wholly in the mapping by real ones."""
-        if self._mapping is None or not hasattr(mmap, "MADV_HUGEPAGE"):
-            return
-        address, size = self.data.data_ptr(), self.data.nbytes
-        start, stop = -(-address // HUGE_PAGE) * HUGE_PAGE, (address + size) // HUGE_PAGE * HUGE_PAGE
-        if start < stop:
-            with suppress(OSError):  # a system without them
-                self._mapping.madvise(mmap.MADV_HUGEPAGE, start - address, stop - start)
 
     @staticmethod
     def is_lazy(device: torch.device) -> bool:

@@ -29,6 +29,8 @@ FALLBACKS = {
     "_dynamo.maybe_mark_dynamic": "the compiler runs again when the number of sequences changes",
     "_dynamo.exc.TorchDynamoException": "any RuntimeError counts as one of the compiler's",
     "_inductor.list_options": "the compiler runs with its default options, and starts slower",
+    "utils._python_dispatch.TorchDispatchMode": "decode steps run layer by layer in Python",
+    "nn.modules.module._has_any_global_hook": "hooks on all modules do not keep a step from being recorded",
     "_inductor.utils.clear_caches": "code that the compiler wrote elsewhere before stays in use beside a folder of ours",
 }
 _X86 = ("x86_64", "amd64")
@@ -83,6 +85,21 @@ def flash_attention_cuda(query: Tensor, keys: Tensor, values: Tensor, causal: bo
         return None
     out, lse, *_ = attend(query, keys, values, 0.0, causal, scale=scaling)
     return out, lse
+
+
+# Modules
+
+
+def dispatch_mode() -> type[Any] | None:
+    """Return the base of modes that see every operation, None if unavailable."""
+    mode: type[Any] | None = find("utils._python_dispatch.TorchDispatchMode")
+    return mode
+
+
+def has_global_hooks() -> bool:
+    """Return whether hooks on all modules are registered."""
+    ask = find("nn.modules.module._has_any_global_hook")
+    return ask is not None and bool(ask())
 
 
 # Processor features

@@ -205,6 +205,21 @@ class HotSetRowFetcher(RowFetcher):
         self.hot.grow(pairs)
         return self.hot, None if reads is None else reads.native
 
+    def ready_at_once(self, pairs: int) -> tuple[HotSet, Any | None] | None:
+        """Return what `begin_at_once` does, for kernels that begin the step themselves.
+
+        They call `finish_ahead` of what reads the rows, and advance the hot set.
+
+        Returns:
+            `None` where a step begins with more than that.
+        """
+        reads = self._step_reads()
+        if self._prefetch is not None or (reads is not None and self.hot.capacity < pairs):  # rows may be on their way into it
+            return None
+        self._cancel_started()
+        self.hot.grow(pairs)
+        return self.hot, None if reads is None else reads.native
+
     def count_fetched(self, rows: int, seconds: float) -> None:
         """Count what kernels fetched: rows in memory, and for how long they copied them."""
         counters, waits, wait_s = self._counters, int(rows > 0), seconds

@@ -8,7 +8,6 @@ import signal
 import time
 from contextlib import closing
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 import pytest
 
@@ -43,8 +42,9 @@ def hold(connection: Connection, size: int) -> None:
     time.sleep(60)
 
 
-def make_a_group_and_die() -> None:
-    MemoryGroup()
+def make_a_group_and_die(made: Connection) -> None:
+    group = MemoryGroup()
+    made.send((group.folder, group.folder.exists()))
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -77,13 +77,15 @@ def test_a_limit_below_what_is_in_use_is_refused(limits):
 
 
 def test_the_group_of_a_process_that_was_killed_is_removed_by_the_next_one(limits):
-    process = multiprocessing.get_context("fork").Process(target=make_a_group_and_die)
+    made, tell = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=make_a_group_and_die, args=(tell,))
     process.start()
+    tell.close()
+    left, existed = made.recv()  # asked by itself: once it has ended, any other process may remove the group
     process.join()
-    left = list(Path(control_group.HIERARCHY).rglob(f"specache-{process.pid}-*"))
-    assert left and process.exitcode == -signal.SIGKILL
+    assert existed and process.exitcode == -signal.SIGKILL
     with MemoryGroup() as mine:
-        assert mine.folder.exists() and not any(group.exists() for group in left)
+        assert mine.folder.exists() and not left.exists()
 
 
 def test_a_user_who_may_not_make_groups_gets_the_reason(monkeypatch, tmp_path):

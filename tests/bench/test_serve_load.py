@@ -21,6 +21,7 @@ from specache.bench.serve_process import ServerProcess, free_port
 from specache.bench.serve_trace import TraceRequest
 from specache.errors import BenchmarkError
 from tests.bench import fake_server
+from tests.processes import ended
 
 FAKE = Path(fake_server.__file__)
 
@@ -41,16 +42,6 @@ def server() -> Iterator[ServerProcess]:
 def ask(server: ServerProcess, *texts: str, clients: int = 8, timeout_s: float = 20.0, at: float = 0.0) -> list[Answered]:
     requests = tuple(TraceRequest(at * index, ({"role": "user", "content": text},), 5) for index, text in enumerate(texts))
     return asyncio.run(send_all(LoadJob(server.url, "m", requests, clients, timeout_s)))
-
-
-def ended(process: psutil.Process) -> bool:
-    """Wait until a process has ended. Nobody may have asked for its exit code yet."""
-    deadline = time.monotonic() + 20
-    while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
 
 
 def test_roles_and_comments_are_no_tokens(server):

@@ -57,16 +57,19 @@ def model(tiny_folder: Path, tmp_path: Path) -> Callable[[str], Path]:
 
 
 @pytest.fixture
-def days_later(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Return a function that moves the templates' clock."""
+def days_later(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], datetime]:
+    """Return a function that stops the templates' clock so many days from now, and says when."""
 
-    def move(days: int) -> None:
+    def move(days: int) -> datetime:
+        moment = datetime.now() + timedelta(days=days)
+
         class Later(datetime):
             @classmethod
             def now(cls, tz: Any = None) -> datetime:
-                return datetime.now(tz) + timedelta(days=days)
+                return moment if tz is None else moment.astimezone(tz)
 
         monkeypatch.setattr(template_module, "datetime", Later)
+        return moment
 
     return move
 
@@ -82,8 +85,8 @@ def reused(result: Any) -> int:
 
 def test_a_session_keeps_the_date_that_it_began_with(model, days_later):
     folder = model(DATED)
+    today = days_later(0)
     ask(folder, "--session", "s")
-    today = sessions.show("s").created
     days_later(1)
     again = ask(folder, "--session", "s")
     assert reused(again) > 250 and "session s" not in again.stderr
@@ -92,20 +95,20 @@ def test_a_session_keeps_the_date_that_it_began_with(model, days_later):
     loaded = load(str(folder), dtype=Dtype.FLOAT32)
     with sessions.Session("s", loaded.model, tokenizer=loaded.tokenizer) as session:
         text = loaded.tokenizer.decode(session.token_ids)
-    assert text.startswith(f"<system>Today is {datetime.fromtimestamp(today):%d %b %Y}<end>")
+    assert text.startswith(f"<system>Today is {today:%d %b %Y}<end>")
 
 
 def test_a_new_conversation_has_the_date_of_its_day(model, days_later):
     folder = model(DATED)
     chat = ("chat", "-m", folder, "--dtype", "float32", "-n", "5", "--session", "s")
     run(*chat, stdin="hello\n")
-    days_later(40)
+    later = days_later(40)
     run(*chat, stdin="/reset\nhello\n")
     loaded = load(str(folder), dtype=Dtype.FLOAT32)
     with sessions.Session("s", loaded.model, tokenizer=loaded.tokenizer) as session:
         text = loaded.tokenizer.decode(session.token_ids)
-        assert session.rendering is not None and session.rendering.date[:10] == f"{datetime.now() + timedelta(days=40):%Y-%m-%d}"
-    assert f"Today is {datetime.now() + timedelta(days=40):%d %b %Y}<end>" in text
+        assert session.rendering is not None and session.rendering.date[:10] == f"{later:%Y-%m-%d}"
+    assert f"Today is {later:%d %b %Y}<end>" in text
 
 
 def test_an_older_session_without_a_date_uses_its_creation_date(model, days_later, root):

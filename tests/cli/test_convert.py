@@ -6,8 +6,9 @@ import errno
 import fcntl
 import multiprocessing
 import os
-import signal
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,14 @@ from specache.cli.convert import CacheFolderError, ConversionError, converted_mo
 
 fork = multiprocessing.get_context("fork")
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+
+@dataclass
+class Converting:
+    """A process in the middle of a conversion, and what lets it go on."""
+
+    child: Any
+    go_on: Any
 
 
 @pytest.fixture
@@ -31,11 +40,40 @@ def gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def slow_copy(gguf: Path, folder: Path, *_: Any) -> None:
+    half_a_copy(gguf, folder)
+    time.sleep(0.3)
+    (folder / "config.json").write_text("{}")
+
+
+def half_a_copy(gguf: Path, folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(gguf.read_bytes())
     with open(gguf.parent / "conversions", "a") as log:
         log.write("x")
-    time.sleep(0.3)
-    (folder / "config.json").write_text("{}")
+
+
+@pytest.fixture
+def converting(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Converting]:
+    """Start another process that converts the file, and has written half of it.
+
+    It writes the rest when it is told to `go_on`.
+    """
+    go_on = fork.Event()
+
+    def held_copy(gguf: Path, folder: Path, *_: Any) -> None:
+        half_a_copy(gguf, folder)
+        go_on.wait()
+        (folder / "config.json").write_text("{}")
+
+    child = fork.Process(target=converted_model, args=(gguf,))
+    with monkeypatch.context() as patch:
+        patch.setattr(convert, "write_safetensors", held_copy)
+        child.start()
+    while child.is_alive() and not conversions(gguf):
+        time.sleep(0.01)
+    assert child.is_alive()
+    yield Converting(child, go_on)
+    child.kill()
+    child.join()
 
 
 def conversions(gguf: Path) -> int:
@@ -83,15 +121,9 @@ def test_two_at_once_convert_once(gguf):
 
 
 @needs_fork
-def test_a_killed_conversion_is_not_used(gguf):
-    child = fork.Process(target=converted_model, args=(gguf,))
-    child.start()
-    while child.is_alive() and not conversions(gguf):
-        time.sleep(0.01)
-    assert child.is_alive()
-    assert child.pid is not None
-    os.kill(child.pid, signal.SIGKILL)
-    child.join()
+def test_a_killed_conversion_is_not_used(gguf, converting):
+    converting.child.kill()
+    converting.child.join()
     assert len(temporary_folders()) == 1  # half a model, which nobody takes for one
     assert is_complete(converted_model(gguf))
     assert not temporary_folders()
@@ -110,37 +142,27 @@ def test_an_interrupted_conversion_leaves_no_files(gguf, monkeypatch):
 
 
 @needs_fork
-def test_who_waits_is_told_and_goes_on_when_the_other_is_killed(gguf):
-    child = fork.Process(target=converted_model, args=(gguf,))
-    child.start()
-    while child.is_alive() and not conversions(gguf):
-        time.sleep(0.01)
+def test_who_waits_is_told_and_goes_on_when_the_other_is_killed(gguf, converting):
     messages: list[str] = []
 
     def told(message: str) -> None:
         messages.append(message)
         if "Waiting" in message:
-            assert child.pid is not None
-            os.kill(child.pid, signal.SIGKILL)
+            converting.child.kill()
 
     assert is_complete(converted_model(gguf, told)) and not temporary_folders()
-    child.join()
     assert messages[0] == "Waiting for another process that is converting the same model"
 
 
 @needs_fork
-def test_an_interrupted_wait_leaves_the_other_to_finish(gguf):
-    child = fork.Process(target=converted_model, args=(gguf,))
-    child.start()
-    while child.is_alive() and not conversions(gguf):
-        time.sleep(0.01)
-
+def test_an_interrupted_wait_leaves_the_other_to_finish(gguf, converting):
     def interrupted(message: str) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         converted_model(gguf, interrupted)
-    child.join()
+    converting.go_on.set()
+    converting.child.join()
     assert is_complete(converted_model(gguf)) and conversions(gguf) == 1
 
 

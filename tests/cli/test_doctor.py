@@ -8,7 +8,9 @@ from specache import linear
 from specache.cli import diagnosis
 from specache.kernels import dispatch
 from specache.platform import machine
+from specache.tiers.disk import probe
 from tests.cli.running import one_line, run, run_json
+from tests.tiers.tier_rows import SecondsPerLook
 
 
 def test_json_has_every_section():
@@ -66,10 +68,11 @@ def test_a_cache_folder_that_cannot_be_written_is_fatal(tmp_path, monkeypatch):
 
 def test_how_the_disk_tier_reads_is_measured_and_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("SPECACHE_CACHE", str(tmp_path))
+    monkeypatch.setattr(probe, "time", SecondsPerLook())
     disk = run_json("doctor")["disk_tier"]
     assert disk["measured_in"] == str(tmp_path)
     assert disk["reader"] in ("io_uring", "threads", "buffered") and disk["alignment_bytes"] in (512, 4096)
-    assert disk["read_bytes_per_second"] > 1e6 and 0 < disk["read_4k_seconds"] < 1
+    assert disk["read_bytes_per_second"] == probe.PROBE_BYTES and disk["read_4k_seconds"] == 1 / probe._RANDOM_READS
     text = one_line(run("doctor").stdout)
     assert all(word in text for word in ("Tier disk", "direct io", "read 4k", " us", "B/s"))
     assert not list(tmp_path.iterdir())

@@ -39,7 +39,8 @@ def test_replays_give_the_ordinary_tokens(model, monkeypatch, graphs, policy, ne
     assert steps == [2] * (new - 1)
     assert graphs.captures >= 2  # one or two for each size of the buffers
     assert graphs.replays >= new - 10  # every other step warms up
-    assert_equal(static, eager)
+    # on a processor with AMX one key, at the edge of two codes, gets the other one: 4e-5
+    assert_equal(static, eager, limit=1e-4)
 
 
 def test_a_position_of_the_host_in_a_launch_is_found(model, monkeypatch, graphs):

@@ -164,7 +164,8 @@ def test_a_pass_that_fails_for_one_request_runs_without_it(model, monkeypatch):
         for _ in range(8):
             engine.step()
         rows = bad.request.sequences[0].compressed[1].row_fetcher
-        monkeypatch.setattr(rows, "begin_at_once", unreadable)
+        for begin in ("begin_at_once", "ready_at_once"):
+            monkeypatch.setattr(rows, begin, unreadable)
         run(engine)
         same(good, expected)
         with pytest.raises(specache.SlowTierError) as raised:
@@ -361,7 +362,8 @@ def test_a_step_of_several_passes_repeats_none_that_succeeded(monkeypatch, good_
         for _ in range(5):
             engine.step()
         fetcher = handles["bad"].request.sequences[0].compressed[1].row_fetcher
-        monkeypatch.setattr(fetcher, "begin_at_once", unreadable)
+        for begin in ("begin_at_once", "ready_at_once"):
+            monkeypatch.setattr(fetcher, begin, unreadable)
         run(engine)
         same(handles["good"], expected)
         with pytest.raises(specache.SlowTierError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 from transformers import DynamicCache, LlamaForCausalLM
 
 import specache
+from tests.our_threads import our_new_threads
 from tests.tiny import llama, prompt
 
 
@@ -122,7 +122,7 @@ def test_an_error_in_the_middle_ends_the_streamer_and_the_background_thread(mode
         specache.generate(model, prompt(60), config=settings(), streamer=streamer, logits_processor=[failing], max_new_tokens=9)
     assert streamer.ended == 1
     assert model.config._attn_implementation == "sdpa"
-    assert not [thread for thread in threading.enumerate() if "specache" in thread.name]
+    assert not our_new_threads()
 
 
 @pytest.mark.parametrize("policy", ["verified", "speculative", "on-demand", "previous"])
@@ -224,7 +224,7 @@ def test_an_unsupported_request_is_refused(model, case):
     changes, message = BAD[case]
     with pytest.raises(specache.SpeCacheError, match=message):
         specache.generate(model, **{"input_ids": prompt(8), "max_new_tokens": 4, "config": settings(), **changes})
-    assert not [thread for thread in threading.enumerate() if "specache" in thread.name]
+    assert not our_new_threads()
 
 
 def test_an_assistant_model_is_refused(model):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ import transformers
 
 import specache
 from tests.engine.test_model_families import LATENT, SIZES, build
+from tests.our_threads import our_new_threads
 from tests.tiny import prompt
 
 MAMBA = {"mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 32}
@@ -34,18 +34,9 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
-BEFORE: set[threading.Thread] = set()  # threads at the beginning of a test: of a server that other tests share
-
-
-@pytest.fixture(autouse=True)
-def threads_before() -> None:
-    BEFORE.clear()
-    BEFORE.update(threading.enumerate())
-
-
 def check_nothing_is_left(model: Any) -> None:
     assert model.config._attn_implementation != "specache"
-    assert not [thread for thread in threading.enumerate() if "specache" in thread.name and thread not in BEFORE]
+    assert not our_new_threads()
 
 
 @pytest.mark.parametrize("name", REFUSED)

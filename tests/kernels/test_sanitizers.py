@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 TESTS = (
     *("tests/kernels/test_native.py", "tests/tiers/test_native_reads.py", "tests/linear/test_native_products.py"),
     *("tests/rows/test_native_hot_set.py", "tests/attention/test_copied_at_once.py"),
-    "tests/attention/test_read_at_once.py",
+    *("tests/attention/test_read_at_once.py", "tests/engine/test_traced_layers.py", "tests/engine/test_layer_chain.py"),
 )
 
 # Loads the sanitized extension in the place of the installed one, then runs pytest.
@@ -51,7 +51,15 @@ def test_the_kernels_are_clean_under_sanitizers(tmp_path):
         for name in ("libasan.so", "libstdc++.so")
     ]
     result = subprocess.run(
-        [sys.executable, "-c", RUNNER, extension, *TESTS, "-k", "not environment"],
+        [
+            sys.executable,
+            "-c",
+            RUNNER,
+            extension,
+            *TESTS,
+            "-k",
+            "not environment and not eager_layers and not changed_model and not other_families and not every_dtype",
+        ],
         env={**os.environ, "LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"},  # Python itself leaks
         cwd=ROOT,
         capture_output=True,

@@ -34,9 +34,11 @@ def without_interpreter():
 
 
 @needs_triton
+@pytest.mark.timeout(1800)  # the interpreter takes minutes, on a busy machine many
 @pytest.mark.parametrize("file", sorted(path.name for path in (ROOT / "tests/kernels/triton").glob("test_*.py")))
 def test_kernels_equal_pytorchs_in_the_interpreter(file):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests/kernels/triton" / file)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout", "1800"]
+    command.append(str(ROOT / "tests/kernels/triton" / file))
     environment = {**os.environ, triton_kernels.INTERPRETER: "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr

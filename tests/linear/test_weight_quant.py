@@ -85,9 +85,9 @@ def test_float_weights_are_freed_layer_by_layer(monkeypatch, weights, tied):
     alive = [weakref.ref(layer.weight) for layer in model.modules() if type(layer) is nn.Linear and layer is not model.lm_head]
     seen, pack = [], packed_weights.pack
 
-    def counted(weight, bits):
+    def counted(weight, bits, arena):
         seen.append(sum(reference() is not None for reference in alive))
-        return pack(weight, bits)
+        return pack(weight, bits, arena)
 
     monkeypatch.setattr(packed_weights, "pack", counted)
     quantise_weights(model, weights)
@@ -138,3 +138,20 @@ def test_what_cannot_be_quantised_says_why():
         quantise_weights(experts, WeightFormat.INT8)
     with pytest.raises(ConfigError, match="for the CPU"):
         quantise_weights(llama().to("meta"), WeightFormat.INT4)
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+def test_packed_layers_can_be_copied_moved_and_saved(weights, tmp_path):
+    """They lie behind one another in memory, which must not show."""
+    model = llama(vocab_size=96)
+    quantise_weights(model, weights)
+    ids = prompt(40).clamp(max=95)
+    expected = model(ids).logits
+    twin = copy.deepcopy(model)
+    torch.save(model.state_dict(), tmp_path / "weights")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.codes.zero_()
+    assert torch.equal(twin(ids).logits, expected) and not torch.equal(model(ids).logits, expected)
+    model.load_state_dict(torch.load(tmp_path / "weights"))
+    assert torch.equal(model(ids).logits, expected)
+    assert (tmp_path / "weights").stat().st_size < 2 * sum(each.nbytes for each in model.state_dict().values())

@@ -26,6 +26,7 @@ from specache.planning.advice import smaller
 from specache.planning.footprint import PlannedSequence
 from specache.planning.plan import MemoryPlan, plan
 from specache.platform.out_of_memory import is_out_of_memory, on_the_gpu
+from tests.our_threads import our_new_threads
 from tests.tiny import llama, prompt
 
 LAYERS = 3
@@ -170,7 +171,7 @@ def test_out_of_memory_in_model_generate_with_a_streamer_keeps_the_tokens(model,
     assert caught.value.new_token_ids == [[token for step in got[1:] for token in step]]
     assert len(got) == 8 and ended == [True]
     assert model.config._attn_implementation == "sdpa"
-    assert not [thread for thread in threading.enumerate() if "specache" in thread.name]
+    assert not our_new_threads()
 
 
 def test_every_sequence_of_a_batch_has_its_own_tokens_without_padding(model, monkeypatch):

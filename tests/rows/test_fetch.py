@@ -8,7 +8,7 @@ import gc
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -19,6 +19,7 @@ from specache.errors import CorruptRowError, SlowTierError
 from specache.rows.fetch import HotSetRowFetcher
 from specache.rows.hot_set import HotSet
 from specache.stats import Counters, MemoryUse, report
+from specache.tiers import base as base_module
 from specache.tiers import worker as worker_module
 from specache.tiers.base import Fetch
 from specache.tiers.ram import RamTier
@@ -27,7 +28,7 @@ from specache.tiers.worker import PrefetchWorker
 from tests.tiers.tier_rows import random_rows
 
 HEADS, DIM, TOKENS = 2, 8, 500
-WAIT = 5.0  # seconds that a test waits for another thread at most
+WAIT = 60.0  # seconds that a test waits for another thread at most
 
 
 class GatedTier(RamTier):
@@ -52,6 +53,23 @@ class GatedTier(RamTier):
         if self.fault is not None:
             raise self.fault
         return super().gather(layer, heads, positions)
+
+
+class Clock:
+    """The time by which reads and waits are measured, which passes when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(base_module, "time", made)
+    return made
 
 
 @pytest.fixture
@@ -80,6 +98,28 @@ def expected(tier: GatedTier, positions: Tensor) -> Tensor:
     return torch.stack([rows[head, positions[head]] for head in range(HEADS)])
 
 
+def until(happened: Callable[[], bool]) -> None:
+    """Wait for what another thread does."""
+    end = time.monotonic() + WAIT
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def comes_when_waited_for(tier: GatedTier, clock: Clock, fetch: Fetch | None, seconds: float) -> None:
+    """Have rows that a thread is reading come so long after the step has begun to wait for them."""
+    assert tier.running.acquire(timeout=WAIT)
+    assert fetch is not None and fetch._future is not None
+    result = fetch._future.result
+
+    def wait() -> Any:
+        clock.now += seconds
+        tier.gate.set()
+        return result()
+
+    fetch._future.result = wait  # type: ignore[method-assign]
+
+
 def stored(tier: GatedTier) -> Tensor:
     """The rows [Hkv, S, 2 D], of which a cut tier has fewer."""
     return tier.rows(0).read(0, min(TOKENS, tier.capacity))
@@ -90,7 +130,7 @@ def test_prefetched_rows_are_available_in_the_next_step_without_a_wait(tier, wor
     rows.begin_step()
     rows.submit(wanted(3, 70, 400))
     assert tier.running.acquire(timeout=WAIT)
-    time.sleep(0.05)
+    until(lambda: rows._prefetch.done)
     rows.begin_step()
     fetched, ready = rows.fetch(wanted(3, 70, 400))
     assert torch.equal(fetched, expected(tier, wanted(3, 70, 400)))
@@ -110,19 +150,19 @@ def test_a_request_leaves_out_what_the_hot_set_has(tier, worker):
     assert tier.asked == [6, 2]
 
 
-def test_a_wait_is_timed_and_counted(tier, worker):
+def test_a_wait_is_timed_and_counted(tier, worker, clock):
     rows = rows_of(tier, worker)
     rows.begin_step()
     tier.gate.clear()
     rows.submit(wanted(5))
-    threading.Timer(0.1, tier.gate.set).start()
+    comes_when_waited_for(tier, clock, rows._prefetch, seconds=0.1)
     rows.begin_step()
     counters = rows._counters
-    assert counters.waits == 1
-    assert 0.05 < counters.wait_s <= counters.read_s + 0.05
+    assert (counters.waits, counters.wait_s, counters.read_s) == (1, 0.1, 0.1)
     tier.gate.clear()
-    threading.Timer(0.1, tier.gate.set).start()
-    rows.fetch(wanted(6))  # nothing else is done meanwhile
+    rows.start(pass_of(wanted(6)), 1)
+    comes_when_waited_for(tier, clock, rows._missing, seconds=0.1)
+    rows.finish()  # nothing else is done meanwhile
     assert counters.waits == 2
     figures = report(MemoryUse(), counters, 0)
     assert (figures["waits"], figures["read_s"], figures["wait_s"]) == (2, counters.read_s, counters.wait_s)
@@ -156,19 +196,18 @@ def test_started_reads_run_while_the_step_computes(tier, worker):
     assert tier.asked == [2 * HEADS, HEADS]
 
 
-def test_of_a_started_read_only_what_was_left_of_it_is_a_wait(tier, worker):
+def test_of_a_started_read_only_what_was_left_of_it_is_a_wait(tier, worker, clock):
     rows = rows_of(tier, worker)
     rows.begin_step()
     tier.gate.clear()
     rows.start(pass_of(wanted(7)), 1)
-    threading.Timer(0.2, tier.gate.set).start()
-    time.sleep(0.15)
+    comes_when_waited_for(tier, clock, rows._missing, seconds=0.05)
+    clock.now += 0.15  # while the step computes
     rows.finish()
     late = rows._counters
-    assert late.read_s > 0.15
-    assert late.waits == 1 and 0 < late.wait_s < late.read_s
+    assert (late.waits, late.wait_s, late.read_s) == (1, pytest.approx(0.05), pytest.approx(0.2))
     rows.start(pass_of(wanted(8)), 1)
-    time.sleep(0.1)
+    until(lambda: rows._missing.done)
     before = late.wait_s
     rows.finish()
     assert (late.waits, late.wait_s) == (1, before)
@@ -181,9 +220,16 @@ def test_a_started_read_that_no_thread_began_is_read_by_the_step(tier, worker):
     other.submit(wanted(1))
     assert tier.running.acquire(timeout=WAIT)  # the only thread is busy
     rows.start(pass_of(wanted(5)), 1)
-    threading.Timer(0.05, tier.gate.set).start()
+
+    def opens() -> None:
+        if tier.running.acquire(timeout=WAIT):  # the step reads now
+            tier.gate.set()
+
+    opener = threading.Thread(target=opens)
+    opener.start()
     assert torch.equal(rows.finish()[:, 0], expected(tier, wanted(5)))
     assert rows._counters.wait_s == rows._counters.read_s > 0
+    opener.join()
 
 
 @pytest.mark.parametrize("end", ["fails", "cancel", "drop", "begin_step", "is interrupted"])
@@ -344,6 +390,9 @@ def test_a_dropped_request_frees_its_rows(tier, worker):
     assert tier.running.acquire(timeout=WAIT)  # a thread reads, and its result is kept for the step
     arrived = weakref.ref(rows._prefetch.wait())
     rows.drop()
-    time.sleep(0.05)
-    gc.collect()
-    assert arrived() is None
+
+    def is_gone() -> bool:  # the thread drops what it has read a moment after it came
+        gc.collect()
+        return arrived() is None
+
+    until(is_gone)

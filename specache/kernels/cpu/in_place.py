@@ -112,6 +112,21 @@ def decode_fetched(
     return FetchedStep(None if found == READS_FAILED else arguments.out, following, [FetchCounts(*of) for of in numbers])
 
 
+def known_layer(layer: StoredLayer, shape: tuple[int, int], commits: bool, on_disk: bool) -> Any | None:
+    """Return what C++ knows of a layer that has run a step in one call, as the layer is now.
+
+    `None` of one that has not.
+
+    Args:
+        shape: KV heads and head dimension of the step's keys.
+        commits: whether a token is stored behind its rows.
+        on_disk: whether its rows lie on a disk.
+    """
+    if not isinstance(layer.kept, Kept):
+        return None
+    return _with_pages(layer, shape) if on_disk else _updated(layer, commits, shape)
+
+
 class Arguments:
     """What C++ takes of every step: tensors, checked and kept alive, by their addresses.
 
@@ -168,10 +183,11 @@ class Arguments:
         )
 
     def note(self, layers: Sequence[StoredLayer]) -> None:
-        """Note that the first layer's last step ran with these kernels and this dtype."""
-        kept = layers[0].kept
-        assert isinstance(kept, Kept), "just updated"
-        kept.backend, kept.dtype = self._backend, self.out.dtype
+        """Note that the layers' last step ran with these kernels and this dtype."""
+        for layer in layers:
+            kept = layer.kept
+            assert isinstance(kept, Kept), "just updated"
+            kept.backend, kept.dtype = self._backend, self.out.dtype
 
 
 def _updated(layer: StoredLayer, commits: bool, shape: tuple[int, int]) -> Any:

@@ -15,6 +15,8 @@ from specache.errors import ConfigError
 from specache.planning.roofline.compared_methods import Method
 from specache.planning.roofline.step_time import StepTime
 
+MOST_FASTER = 0.9  # part of a pass over the weights that faster layers can save
+
 
 @dataclass(frozen=True)
 class WeightsPass:
@@ -32,12 +34,15 @@ class WeightsPass:
             return points[0][1]
         below = max((i for i, (known, _) in enumerate(points[:-1]) if known <= rows), default=0)
         (first, low), (second, high) = points[below : below + 2]
-        return max(0.0, low + (high - low) * (rows - first) / (second - first))
+        return max(min(self.seconds), low + (high - low) * (rows - first) / (second - first))
 
 
 @dataclass(frozen=True)
 class MethodCost:
-    """Seconds that a method adds to a step: `fixed + B (per_sequence + S per_token)`."""
+    """Seconds that a method adds to a step: `fixed + B (per_sequence + S per_token)`.
+
+    `fixed` is negative where its layers are faster than the model's own (`specache.engine.traced`).
+    """
 
     fixed: float
     per_sequence: float
@@ -64,8 +69,9 @@ class MeasuredSteps:
         if method.key not in self.costs:
             raise ConfigError(f"{method.title} was not measured; there is {', '.join(self.costs)}.")
         cost = self.costs[method.key]
+        faster = max(min(0.0, cost.fixed), -MOST_FASTER * min(self.weights.seconds))
         return StepTime(
-            weights=self.weights.at(batch * method.rows),
+            weights=self.weights.at(batch * method.rows) + faster,
             compute=0.0,
             compute_hidden=0.0,
             scan=cost.per_token * batch * context,
@@ -73,7 +79,7 @@ class MeasuredSteps:
             attend=cost.per_sequence * batch,
             fetch=0.0,
             fetch_hidden=0.0,
-            overhead=cost.fixed,
+            overhead=max(0.0, cost.fixed),
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -37,7 +37,12 @@ def raises(part: PartRun) -> None:
 def hangs(part: PartRun) -> None:
     (part.shared / "pid").write_text(str(os.getpid()))
     part.run("before", lambda check: None)
-    part.run("waits for ever", lambda check: time.sleep(600))
+    part.run("waits for ever", lambda check: _wait_for_ever(part))
+
+
+def _wait_for_ever(part: PartRun) -> None:
+    (part.shared / "waits").write_text("for ever")
+    time.sleep(600)
 
 
 def hangs_with_a_child(part: PartRun) -> None:

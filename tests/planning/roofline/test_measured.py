@@ -103,3 +103,12 @@ def calibration_array():
     from specache.bench.plain_read import LargeArray
 
     return LargeArray(1 << 20)
+
+
+@pytest.mark.parametrize(("fixed", "weights"), [(-0.002, 0.008), (-1.0, 0.0064), (0.003, 0.010)])
+def test_faster_layers_shorten_a_pass_by_at_most_nine_tenths(fixed, weights):
+    noisy = WeightsPass((1, 2), (0.010, 0.004))  # as measured on a busy machine
+    assert noisy.at(1) == 0.010 and noisy.at(8) == 0.004  # more rows never take less than the fastest pass
+    steps = MeasuredSteps(noisy, {"full": MethodCost(fixed, 0.0, 0.0)}, 4, (2, 1))
+    step = steps.step(method("full"), 100, 1)
+    assert (step.weights, step.overhead) == (pytest.approx(weights), max(0.0, fixed))
