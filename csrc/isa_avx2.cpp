@@ -61,6 +61,8 @@ struct Isa {
         return {dot(acc.a, u, s.a), dot(acc.b, u, s.b)};
     }
 
+    // Have sums added up in the order written: GCC balances them otherwise, and runs out of registers.
+    static void keep(__m256i& sum) { asm("" : "+x"(sum)); }
     static __m256i lower_nibbles(__m256i x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
     // Products of the `count` blocks of one tile with NQ rows of bytes: acc [NQ]. One register of a
     // block after the other, so that sums stay in registers. The products of `planes` planes are added
@@ -90,6 +92,7 @@ struct Isa {
                         const __m256i four = _mm256_set1_epi32(bytes);
                         const __m256i products = KEYS ? _mm256_maddubs_epi16(levels, four) : _mm256_maddubs_epi16(four, levels);
                         pairs[j] = m % planes ? _mm256_add_epi16(pairs[j], products) : products;
+                        keep(pairs[j]);
                         if (m % planes == planes - 1) sums[j] = _mm256_add_epi32(sums[j], _mm256_madd_epi16(pairs[j], ones));
                     }
                 }
