@@ -37,6 +37,7 @@ from specache.stats import Counters
 PrefillChunks = Generator[None, None, Tensor]
 Progress = Callable[[int, int], None]  # (prompt tokens done, prompt tokens in all)
 OnLogits = Callable[[int, Tensor], None]  # (first token of a chunk, logits [n, V] that follow its tokens)
+MOST_CHANGES = 4  # of a model's layers in one answer, after which its steps are eager
 LONG_REREAD = 1024  # most stored tokens that are prefilled again without a warning
 
 
@@ -97,6 +98,7 @@ class Decoder:
         # what the steps of this answer run, else eager layers
         self._compiled: CompiledLayers | None = None
         self._traced: TracedAnswer | None = None
+        self._changes = 0  # how often the model's layers changed during the answer
 
     def begin_answer(self, sequences: int) -> None:
         """Choose how the steps of the next answer, of so many sequences, run: compiled or traced.
@@ -108,6 +110,7 @@ class Decoder:
         self._compiled, counters.compile_error = begin_answer(self._model, policy, sequences, partial(warm_up, self._model))
         self._static.compiled = self._compiled
         self._traced = None if self._compiled or policy is Policy.FULL else traced_layers.begin_answer(self._model)
+        self._changes = 0
 
     @property
     def out_of_room(self) -> bool:
@@ -394,7 +397,7 @@ class Decoder:
         try:
             with self._working_set(self._decode_bytes(sequences)):
                 state = DecodePass(sequences, spec)
-                layers = self._compiled or self._traced
+                layers = self._compiled or self._traced_layers()
                 logits = decode_forward(self._model, self._ids(tokens), positions, state, layers=layers, chained=chained)
             for sequence in sequences:
                 sequence.quantise_oldest()
@@ -406,6 +409,16 @@ class Decoder:
             for sequence, row in zip(sequences, tokens, strict=True):
                 sequence.commit(row[:1])
         return logits
+
+    def _traced_layers(self) -> TracedAnswer | None:
+        """Return the layers with which this step runs, looked at again if something was replaced.
+
+        Layers that keep changing run eagerly for the rest of the answer.
+        """
+        if self._traced is not None and not self._traced.seen.are_unchanged():
+            self._changes += 1
+            self._traced = traced_layers.begin_answer(self._model) if self._changes <= MOST_CHANGES else None
+        return self._traced
 
     def _free_hot_sets(self) -> bool:
         """Free every hot set beyond one step's pairs, and warn. Return whether that freed any."""

@@ -30,6 +30,8 @@ FALLBACKS = {
     "_dynamo.exc.TorchDynamoException": "any RuntimeError counts as one of the compiler's",
     "_inductor.list_options": "the compiler runs with its default options, and starts slower",
     "utils._python_dispatch.TorchDispatchMode": "decode steps run layer by layer in Python",
+    "overrides._get_current_function_mode_stack": "a mode of functions does not keep a step from being recorded",
+    "utils._python_dispatch._get_current_dispatch_mode_stack": "a mode of operations does not keep a step from being recorded",
     "nn.modules.module._has_any_global_hook": "hooks on all modules do not keep a step from being recorded",
     "_inductor.utils.clear_caches": "code that the compiler wrote elsewhere before stays in use beside a folder of ours",
 }
@@ -100,6 +102,12 @@ def has_global_hooks() -> bool:
     """Return whether hooks on all modules are registered."""
     ask = find("nn.modules.module._has_any_global_hook")
     return ask is not None and bool(ask())
+
+
+def has_modes() -> bool:
+    """Return whether modes see this thread's functions or operations (default devices aside)."""
+    stacks = ("overrides._get_current_function_mode_stack", "utils._python_dispatch._get_current_dispatch_mode_stack")
+    return any(type(mode).__name__ != "DeviceContext" for path in stacks if (ask := find(path)) is not None for mode in ask())
 
 
 # Processor features

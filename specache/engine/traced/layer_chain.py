@@ -95,7 +95,8 @@ class LayerChain:
             ChainBrokenError: rows of a layer cannot be read.
             NonFiniteError: a committed key or value is NaN or infinity.
         """
-        results = torch.empty(self._shape, dtype=self._dtype, device="cpu")
+        with torch.inference_mode(False):  # so that they count what is written into them
+            results = torch.empty(self._shape, dtype=self._dtype, device="cpu")
         try:
             ran, code, counts, _ = self.call(addresses, results, step)
         except Exception:

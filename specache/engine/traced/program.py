@@ -118,6 +118,11 @@ class Program:
         return (result, *self._rest) if self._tuple else result
 
     @property
+    def places(self) -> set[int]:
+        """Where the memory of the weights begins that it reads."""
+        return {*self._weights}
+
+    @property
     def kv_shape(self) -> tuple[int, int]:
         """KV heads and head dimension."""
         _, heads, _, dim = self._results[1].view[0]

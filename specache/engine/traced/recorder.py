@@ -85,6 +85,10 @@ class Recorder(_DispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        with self:  # in inference mode operations come whole that are several others: `to`, `reshape`
+            out = func.decompose(*args, **kwargs) if hasattr(func, "decompose") else NotImplemented
+        if out is not NotImplemented:
+            return out
         out = func(*args, **kwargs)
         if not self._paused and self.reason is None:
             try:

@@ -5,16 +5,16 @@ on two cores that takes several times as long as reading the weights. A program 
 layer, and a chain of them (`layer_chain`) one call per step. They are recorded from the model's own
 code, so no model is written down here a second time.
 
-What a program would not notice stays eager: layers with hooks or forwards of somebody else's,
-modules from outside of PyTorch, transformers and this package, other modes of PyTorch. Whether a
-layer still is what was recorded is looked at before every answer: modules, settings, hooks, and
-where the weights lie.
+What a program would not notice stays eager: layers with hooks, forwards or functions of somebody
+else's, modules from outside of PyTorch, transformers and this package, other modes of PyTorch.
+Whether a layer still is what was recorded is looked at before every answer: modules, settings,
+hooks, where the weights lie, and the functions that it calls (`reached_code`). A shorter look in
+every step (`SeenLayers`) sees what was replaced meanwhile.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,62 +25,93 @@ from specache.engine import compiled_layers
 from specache.engine.traced.call_shape import HIDDEN
 from specache.engine.traced.layer_chain import LayerChain, Trail, has_hooks
 from specache.engine.traced.layer_operations import Unrecordable
+from specache.engine.traced.layer_state import (
+    HOOKS,
+    INTERNAL,
+    SeenLayers,
+    code_of,
+    configs_of,
+    modules_of,
+    place_of,
+    signature_of,
+    structure_of,
+)
 from specache.engine.traced.program import Program
+from specache.engine.traced.reached_code import ReachedCode, somebody_elses
 from specache.linear import native_products
 from specache.linear.cpu_linear import MOST_FEW_ROWS
 from specache.platform import forks, modes, private_torch
 
 OURS = ("torch.nn.", "transformers.", "specache.")  # where modules come from whose code we record
-_SETTINGS = frozenset((type(None), bool, int, float, str))
-PLAIN = (Tensor, nn.Parameter)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 _models: weakref.WeakKeyDictionary[Any, TracedLayers] = weakref.WeakKeyDictionary()
 _lock = forks.lock()
 
 
 class TracedLayers:
-    """The programs of one model's decoder layers. It holds no reference to the model.
+    """The programs of one model's decoder layers as they are. It holds no reference to the model.
+
+    A changed model gets another object.
 
     Attributes:
         reasons: why layers are not recorded, by number.
     """
 
     def __init__(self, model: Any) -> None:
-        self._layers = {id(layer): (number, weakref.ref(layer)) for number, layer in compiled_layers.decoder_layers(model)}
+        layers = list(compiled_layers.decoder_layers(model))
+        modules = [modules_of(layer) for _, layer in layers]
+        self._layers = {id(layer): (number, weakref.ref(layer)) for number, layer in layers}
         self._callers = [weakref.ref(module) for module in _callers_of(model)]
         self._programs: dict[tuple[int, torch.Size], Program | None] = {}
         self._structures: list[tuple[Any, Program]] = []  # of layers that were recorded, and their programs
         self._chains: dict[torch.Size, LayerChain | None] = {}
-        self._signature: Any = None
-        self.reasons: dict[int, str] = {}
+        self._signature = self._signature_of(model, modules)
+        self._places = {place for weight in self.weights() if (place := place_of(weight)) is not None}
+        self.reasons = {number: reason for number, layer in layers if (reason := _foreign(layer)) is not None}
+        codes: dict[frozenset[type], ReachedCode] = {}
+        for (number, _), inside in zip(layers, modules, strict=True):
+            kinds = frozenset(map(type, inside))
+            if number not in self.reasons:
+                code = codes[kinds] = codes.get(kinds) or ReachedCode(kinds)
+                if code.foreign is not None:
+                    self.reasons[number] = f"it calls {code.foreign}"
+        self._codes = list(codes.values())
 
-    def refresh(self, model: Any) -> list[Tensor] | None:
-        """Drop the programs if a layer is no longer what was recorded.
+    def are_still(self, model: Any) -> bool:
+        """Return whether the model's layers are what they were when this was made."""
+        found = list(compiled_layers.decoder_layers(model))
+        mine = list(self._layers.values())
+        same_layers = len(found) == len(mine) and all(
+            number == known and ref() is layer for (number, layer), (known, ref) in zip(found, mine, strict=True)
+        )
+        return (
+            same_layers
+            and self._signature == self._signature_of(model, [modules_of(layer) for _, layer in found])
+            and all(code.is_unchanged() for code in self._codes)
+        )
 
-        Returns:
-            the layers' weights, or `None` if no layer can be recorded.
-        """
-        layers = [(number, layer) for number, ref in self._layers.values() if (layer := ref()) is not None]
-        modules = [_modules_of(layer) for _, layer in layers]
-        callers = [module for ref in self._callers if (module := ref()) is not None]
-        signature = [_signature(each) for each in modules], _configs_of(model, modules), _code_of(callers)
-        if signature != self._signature:
-            self._signature = signature
-            self._programs.clear()
-            self._structures.clear()
-            self._chains.clear()
-            self.reasons = {number: reason for number, layer in layers if (reason := _foreign(layer)) is not None}
-        if len(self.reasons) == len(layers):
-            return None
-        found = (module for each in modules for module in each)
+    def weights(self) -> list[Tensor]:
+        """Return the layers' weights."""
+        found = (module for layer in self.modules() for module in modules_of(layer))
         weights = (weight for module in found for weight in (*module._parameters.values(), *module._buffers.values()))
         return [weight.detach() for weight in weights if weight is not None]
+
+    def _signature_of(self, model: Any, modules: list[list[nn.Module]]) -> Any:
+        callers = [module for ref in self._callers if (module := ref()) is not None]
+        return [signature_of(each) for each in modules], configs_of(model, modules), code_of(callers)
+
+    def reads_only(self, weights: list[Tensor]) -> bool:
+        """Return whether programs read no other memory than that of these."""
+        return self._places <= {place_of(weight) for weight in weights}
 
     def number(self, layer: Any) -> int | None:
         """Return a layer's number, or `None` if it is not one of the model's."""
         number, ref = self._layers.get(id(layer), (None, None))
         return number if ref is not None and ref() is layer else None
+
+    def modules(self) -> list[nn.Module]:
+        """Return the layers that are still there."""
+        return [layer for _, ref in self._layers.values() if (layer := ref()) is not None]
 
     @property
     def numbers(self) -> list[int]:
@@ -112,7 +143,10 @@ class TracedLayers:
         key = number, hidden.shape
         program = self._programs.get(key)
         if program is None and key not in self._programs:
-            program = self._programs[key] = self._recorded(number, layer, hidden, args, kwargs)
+            program = self._recorded(number, layer, hidden, args, kwargs)
+            if program is not None and not program.places <= self._places:
+                return None  # a weight was replaced meanwhile, and nobody keeps the memory of the new one
+            self._programs[key] = program
         return program
 
     def without_hooks(self) -> bool:
@@ -134,12 +168,13 @@ class TracedLayers:
     def _recorded(self, number: int, layer: Any, hidden: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program | None:
         if hidden.dim() != 3 or hidden.shape[0] * hidden.shape[1] > MOST_FEW_ROWS:
             return None
-        structure = hidden.shape, _structure(layer)
+        structure = hidden.shape, structure_of(layer)
         try:
             program = self._like_another(structure, layer, args, kwargs)
             if program is None:
                 program = Program(layer, args, kwargs)
-                self._structures.append((structure, program))
+                if program.places <= self._places:
+                    self._structures.append((structure, program))
             return program
         except Unrecordable as error:
             self.reasons[number] = str(error)
@@ -154,10 +189,12 @@ class TracedAnswer:
 
     Attributes:
         weights: the memory that programs read, which stays until the answer's end.
+        seen: the layers as they were when it began.
     """
 
     layers: TracedLayers
     weights: list[Tensor]
+    seen: SeenLayers
 
 
 def begin_answer(model: Any) -> TracedAnswer | None:
@@ -169,13 +206,13 @@ def begin_answer(model: Any) -> TracedAnswer | None:
         return None
     with _lock:
         layers = _models.get(model)
-        if layers is None:
-            layers = _models[model] = TracedLayers(model)
-        weights = layers.refresh(model)
-    if weights is None:
+        if layers is None or not layers.are_still(model):
+            layers = _models[model] = TracedLayers(model)  # running answers of other threads keep theirs
+    if len(layers.reasons) == len(layers.numbers):
         return None
     compiled_layers.install(model)
-    return TracedAnswer(layers, weights)
+    answer = TracedAnswer(layers, layers.weights(), SeenLayers(model, layers.modules()))
+    return answer if layers.reads_only(answer.weights) else None
 
 
 def may_record(model: Any) -> bool:
@@ -206,101 +243,33 @@ def _callers_of(model: Any) -> list[nn.Module]:
     ]
 
 
-def _code_of(modules: list[nn.Module]) -> list[Any]:
-    return [(type(module), type(module).forward, _own_forward(module)) for module in modules]
-
-
-def _own_forward(module: nn.Module) -> Any:
-    """Return which forward was put on a module itself; a reference that does not keep it alive.
-
-    It often refers to the model.
-    """
-    forward = module.__dict__.get("forward")
-    if forward is None or compiled_layers.is_ours(forward):
-        return None
-    try:
-        return weakref.ref(getattr(forward, "__func__", forward))
-    except TypeError:
-        return id(forward)
-
-
 def _is_supported(model: Any) -> bool:
     found = modes.of_caller()
-    plain = not found.autocast and found.device is None and not private_torch.has_global_hooks()
+    plain = not found.autocast and found.device is None and not sees_operations()
     plain = plain and private_torch.dispatch_mode() is not None
     first = next(model.parameters(), None)
     return plain and first is not None and first.is_cpu and native_products.instruction_set() is not None
 
 
+def sees_operations() -> bool:
+    """Return whether something sees a layer's operations, or changes them, that sees no program."""
+    return torch.is_autocast_enabled("cpu") or private_torch.has_global_hooks() or private_torch.has_modes()
+
+
 def _foreign(layer: nn.Module) -> str | None:
     """Return why a layer's code is not recorded, or `None`."""
-    for module in _modules_of(layer):
+    for module in modules_of(layer):
         name = type(module).__name__
         if not f"{type(module).__module__}.".startswith(OURS):
             return f"{name} is from outside of PyTorch and transformers"
         if module.training:
             return "it is in training mode"
-        if module is not layer and any(module.__dict__.get(hooks) for hooks in _HOOKS):
+        if module is not layer and any(module.__dict__.get(hooks) for hooks in HOOKS):
             return f"{name} has hooks"
         forward = module.__dict__.get("forward")
         if forward is not None and not getattr(getattr(forward, "__func__", None), "__module__", "").startswith("specache."):
             return f"the forward of {name} was replaced"
+        for attribute, value in module.__dict__.items():
+            if attribute not in INTERNAL and (function := somebody_elses(value)) is not None:
+                return f"{name} has the function {function}"
     return None
-
-
-def _modules_of(layer: nn.Module) -> list[nn.Module]:
-    """Return a layer and the modules inside it: `modules()` takes ten times as long."""
-    found = [layer]
-    for module in found:
-        found += [each for each in module._modules.values() if each is not None]
-    return found
-
-
-def _signature(modules: list[nn.Module]) -> Any:
-    """Return what a layer's code may depend on, apart from inputs and the contents of weights."""
-    return [
-        (
-            id(module),
-            type(module),
-            type(module).forward,
-            _settings_of(module),
-            [bool(module.__dict__.get(hooks)) for hooks in _HOOKS],
-            _places_of(module._parameters),
-            _places_of(module._buffers),
-            _own_forward(module),
-        )
-        for module in modules
-    ]
-
-
-def _structure(layer: nn.Module) -> Any:
-    """Return what two layers have in common for which one recording can serve: all but weights."""
-    found = []
-    for module in _modules_of(layer):
-        settings = _settings_of(module)
-        settings.pop("layer_idx", None)
-        settings |= {
-            name: repr(value) for name, value in module.__dict__.items() if type(value) in (list, tuple) and name[0] != "_"
-        }
-        names = tuple(name for owner in (module._parameters, module._buffers) for name, each in owner.items() if each is not None)
-        found.append((type(module), type(module).forward, settings, _own_forward(module), names))
-    return found
-
-
-def _places_of(tensors: Mapping[str, Tensor | None]) -> list[Any]:
-    """Return where tensors lie; of a class that packs its numbers, which object it is."""
-    return [
-        (name, id(t) if t is None or type(t) not in PLAIN else (t.shape, t.stride(), t.dtype, t.data_ptr()))
-        for name, t in tensors.items()
-    ]
-
-
-def _configs_of(model: Any, layers: list[list[nn.Module]]) -> list[Any]:
-    """Return the settings of all configurations that the layers can read."""
-    modules = (module for layer in layers for module in layer)
-    configs = {id(config): config for owner in (model, *modules) if (config := owner.__dict__.get("config")) is not None}
-    return [(key, _settings_of(config)) for key, config in configs.items() if hasattr(config, "__dict__")]
-
-
-def _settings_of(owner: Any) -> dict[str, Any]:
-    return {name: value for name, value in owner.__dict__.items() if type(value) in _SETTINGS}

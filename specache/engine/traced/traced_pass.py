@@ -14,7 +14,7 @@ from specache.engine.traced.call_shape import note_program
 from specache.engine.traced.layer_chain import ChainBrokenError, ChainLayer, LayerChain, Trail, inputs_of, same
 from specache.engine.traced.layer_operations import Unrecordable
 from specache.engine.traced.program import Program
-from specache.engine.traced.traced_layers import TracedLayers
+from specache.engine.traced.traced_layers import TracedLayers, sees_operations
 
 BeginLayers = Callable[[Sequence[int], torch.dtype, tuple[int, int]], StepOfLayers | None]
 
@@ -34,8 +34,9 @@ class TracedPass:
         self._trail: Trail | None = None
         self._chain: LayerChain | None = None
         self._results: list[Tensor] = []
-        self._returned = 0
+        self._returned = self._version = 0
         self._others: list[Any] = []
+        self._eager: bool | None = None  # whether something sees this pass's operations
 
     def number(self, layer: Any) -> int | None:
         """Return a layer's number, or `None` if it is not one of the model's."""
@@ -45,6 +46,10 @@ class TracedPass:
         """Run one layer's forward: in a chain or as a program, if it has one for such a call."""
         if self._chain is not None:
             return self._from_chain(self._chain, layer, args, kwargs)
+        if self._eager is None:
+            self._eager = sees_operations()
+        if self._eager:
+            return type(layer).forward(layer, *args, **kwargs)
         program = self._layers.program(layer, args, kwargs)
         addresses = None if program is None else program.call.addresses(args, kwargs)
         if program is None or addresses is None:
@@ -74,6 +79,7 @@ class TracedPass:
         if step is None:
             return False
         self._results = chain.run(addresses, step)
+        self._version = self._results[0]._version
         self._chain = chain
         return True
 
@@ -81,7 +87,12 @@ class TracedPass:
         """Return what the chain computed for the next layer, if this is its call."""
         hidden, others = inputs_of(args, kwargs)
         known = 0 < self._returned < len(self._results) and self._layers.number(layer) == chain.numbers[self._returned]
-        if not (known and hidden is self._results[self._returned - 1] and same(others, self._others)):
+        if not (
+            known
+            and hidden is self._results[self._returned - 1]
+            and hidden._version == self._version  # nothing was written into it
+            and same(others, self._others)
+        ):
             self._layers.drop_chains()
             raise ChainBrokenError("a layer was not handed what the one before it returned")
         return self._next(chain)
