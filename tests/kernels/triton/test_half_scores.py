@@ -77,11 +77,13 @@ def test_fetched_rows_of_all_queries_may_share_memory():
     groups=st.integers(1, 4),
     rows=st.integers(1, 2),
     k=st.integers(1, 70),
-    levels=st.sampled_from([1, 2, 5]),
+    levels=st.sampled_from([1, 2, 4]),
     group=st.sampled_from([16, 32, 64]),
 )
 def test_the_lower_of_equal_positions_wins(lengths, groups, rows, k, levels, group):
-    """Scores that all query heads share, so that their means are equal or far apart."""
+    """Scores that all query heads share and float16 holds exactly: their means are equal or far
+    apart.
+    """
     generator = torch.Generator().manual_seed(k)
     shape = (len(lengths), 1, groups, rows, 256)
     absolute = torch.randint(0, levels, (len(lengths), 1, 1, rows, 256), generator=generator).expand(shape) * (8 / levels)
