@@ -43,6 +43,8 @@ def full_texts(
     """
     if width is None:
         width = columns if attention_mask is None else attention_mask.shape[1]
+    if width < columns:
+        raise UsageError(f"attention_mask has {width:,} columns for {columns:,} tokens. Pass one for each.")
     stored = _stored(cache, len(new))
     if width > columns:
         earlier = [width - columns] * len(new)

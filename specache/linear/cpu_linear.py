@@ -73,7 +73,9 @@ def _forward(module: nn.Module) -> Forward | None:
 def _few_rows(layer: nn.Linear, x: Tensor) -> Tensor:
     """Multiply by our product if there are few rows, else as `_many_rows` does."""
     parameters: dict[str, Any] = layer._parameters  # attributes of a module are slow to look up
-    weight, bias = parameters["weight"], parameters["bias"]
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    if weight is None:  # it was parametrised since: peft does so inside a pass
+        return linear(x, layer.weight, layer.bias)
     if x.dtype is not weight.dtype or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return linear(x, weight, bias)
     if native_products.calls_operators():
