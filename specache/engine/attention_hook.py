@@ -24,7 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from specache.attention.all_layers import StepOfLayers
 from specache.engine import attention_checks, compiled, compiled_layers
 from specache.engine.compiled_layers import CURRENT_LAYER, CURRENT_PASS, BlankPass, CompiledLayers
-from specache.engine.forward_pass import DecodePass, ForwardPass, attend
+from specache.engine.forward_pass import DecodePass, ForwardPass, PrefillPass, attend
 from specache.engine.traced import call_shape, traced_layers
 from specache.engine.traced.program import RecordedAttention
 from specache.engine.traced.traced_layers import TracedAnswer
@@ -35,12 +35,15 @@ from specache.linear import cpu_linear
 from specache.model import rope
 from specache.model.identity.wrappers import is_compiled_inside, unwrapped
 from specache.model.info import ModelInfo, inspect_model
+from specache.model.per_layer import attention_modules
 from specache.platform import forks, modes
 
 NAME = "specache"
 _lock = forks.lock()
 # model -> (the user's attention implementation, depth of `attached` blocks)
 _attached: weakref.WeakKeyDictionary[Any, tuple[str, int]] = weakref.WeakKeyDictionary()
+# model -> (configuration, implementation before) of layers that do not share its configuration
+_apart: weakref.WeakKeyDictionary[Any, list[tuple[Any, str]]] = weakref.WeakKeyDictionary()
 _linears: weakref.WeakKeyDictionary[Any, list[torch.nn.Linear]] = weakref.WeakKeyDictionary()  # see `cpu_linear`
 _ropes: weakref.WeakKeyDictionary[Any, list[torch.nn.Module]] = weakref.WeakKeyDictionary()  # see `rope`
 _compiled_inside: weakref.WeakSet[Any] = weakref.WeakSet()  # models that the user compiled, in place or in part
@@ -87,6 +90,8 @@ def forward(
                 **_unwanted_outputs(model),
                 **{NAME: state},
             )
+        if isinstance(state, PrefillPass):
+            _check_all_attended(model, _inside.layers)
     finally:
         _inside.layers, _inside.masked = previous
     return output.logits[:, -logits:].float()
@@ -238,6 +243,22 @@ def _add_layer(layer: int, layers: set[int], kind: type) -> None:
     layers.add(layer)
 
 
+def _check_all_attended(model: Any, layers: set[int]) -> None:
+    """Refuse a model of which a layer attended by itself: it would see only one pass.
+
+    Cross-attention to images has no keys of the text.
+    """
+    missing = set(range(model.config.get_text_config(decoder=True).num_hidden_layers)) - layers
+    if missing:
+        missing -= {index for index, module in attention_modules(model) if "cross" in type(module).__name__.lower()}
+    if missing:
+        raise UnsupportedModelError(
+            f"Layer {min(missing)} of {type(model).__name__} did not use specache's attention: its attention is not "
+            "transformers', or its settings are not the model's. specache stores no keys and values of it, so its answers would "
+            "be wrong. Use the model's stock generate()."
+        )
+
+
 class _OncePerLayer:
     """A forward pass with the check of `_check_layer`, for layers that do not call `_attention`."""
 
@@ -280,6 +301,10 @@ def _users_setting(config: Any) -> str:
     """
     with _lock:
         known = list(_attached.items())
+        apart = [pair for pairs in _apart.values() for pair in pairs]
+    for own, name in apart:
+        if own is config:
+            return name
     for model, (name, _) in known:
         if config is None or model.config is config or model.config.get_text_config() is config:
             return name
@@ -307,6 +332,7 @@ def _attach(model: Any) -> None:
                 name = "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
             _attached[model] = (name, 0)  # before the model can call us
             model.set_attn_implementation(NAME)
+            _apart[model] = _take_over_layers(model)
             _linears[model] = cpu_linear.install(model)
             _ropes[model] = rope.install(model, lambda: getattr(_inside, "layers", None) is not None)
             if is_compiled_inside(model):
@@ -327,6 +353,26 @@ def _detach(model: Any) -> None:
         _compiled_inside.discard(model)
         compiled_layers.remove(model)
         model.set_attn_implementation(name)
+        for config, implementation in _apart.pop(model, []):
+            config._attn_implementation = implementation
+
+
+def _take_over_layers(model: Any) -> list[tuple[Any, str]]:
+    """Set our attention in layers that setting the model's implementation did not reach.
+
+    A copied layer has a copy of the configuration, and a layer of another model has that model's.
+
+    Returns:
+        (configuration, implementation before) of these layers.
+    """
+    found: dict[int, tuple[Any, str]] = {}
+    for _, module in attention_modules(model):
+        config = getattr(module, "config", None)
+        before = getattr(config, "_attn_implementation", NAME)
+        if config is not None and before != NAME:
+            found[id(config)] = config, before or "eager"
+            config._attn_implementation = NAME
+    return list(found.values())
 
 
 AttentionInterface.register(NAME, _attention)
