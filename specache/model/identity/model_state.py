@@ -17,12 +17,13 @@ from typing import Any
 from torch import nn
 
 from specache.model.identity.adapters import LayerAdapters
+from specache.model.identity.code import Code, code_of
 from specache.model.identity.model_settings import relevant_settings
 from specache.model.identity.tensor_marks import TensorMark, difference_of_tensors, remember, remember_after_run
 from specache.model.identity.tensors import Layer, changes_with_length, layers
 from specache.model.identity.wrappers import unwrapped
 
-_Facts = tuple[str, tuple[tuple[str, Any], ...]]  # (class, numbers and strings) of a module
+_Facts = tuple[str, tuple[tuple[str, Any], ...], Code]  # (class, numbers and strings, other code) of a module
 _HOW_IT_RUNS = re.compile("checkpoint|name_or_path|seq_len_cached")  # in names of attributes that change no result
 _PLAIN = {bool, int, float, str}
 # they have at most the shape of weights
@@ -69,7 +70,7 @@ class ModelState:
         modules = _modules(found)
         noted = self._noted | frozenset(_changed_numbers(self._modules, modules))
         modules.update(
-            (name, facts) for name, facts in self._modules.items() if name not in modules or modules[name][0] != facts[0]
+            (name, facts) for name, facts in self._modules.items() if name not in modules or _kind(modules[name]) != _kind(facts)
         )
         return ModelState(model, self._settings, self._adapters, modules, remember_after_run(found, model, self._tensors), noted)
 
@@ -131,11 +132,20 @@ def _modules(found: list[Layer]) -> dict[str, _Facts]:
     """
     facts: dict[str, _Facts] = {}
     for layer in found[1:]:
-        if layer.adapters is None:
+        code = code_of(layer.module)
+        if layer.adapters is not None:
+            if code:
+                facts[f"{layer.name} (adapted)"] = ("adapted layer", (), code)
+        else:
             kind = type(layer.module)
             numbers = () if changes_with_length(layer.module) else _numbers(layer.module)
-            facts[layer.name] = (f"{kind.__module__}.{kind.__qualname__}", numbers)
+            facts[layer.name] = (f"{kind.__module__}.{kind.__qualname__}", numbers, code)
     return facts
+
+
+def _kind(facts: _Facts) -> tuple[Any, ...]:
+    """Return the class and code of a module, without the values that its code encloses."""
+    return facts[0], [(what, code) for what, code, _ in facts[2]]
 
 
 def _numbers(module: nn.Module) -> tuple[tuple[str, Any], ...]:
@@ -161,6 +171,9 @@ def _difference_of_modules(before: dict[str, _Facts], now: dict[str, _Facts], no
             return f"its module {name} {'is new' if was is None else 'is gone'}"
         if was[0] != has[0]:
             return f"its module {name} was a {was[0].rpartition('.')[2]} and is a {has[0].rpartition('.')[2]}"
+        if was[2] != has[2]:
+            what = next((mark[0] for mark in (*has[2], *was[2]) if mark not in was[2] or mark not in has[2]), "a hook")
+            return f"{what} was put on its module {name}, changed or removed"
         numbers, others = dict(was[1]), dict(has[1])
         for key in sorted({*numbers, *others}):
             if numbers.get(key) != others.get(key) and (name, key) not in noted:

@@ -1,0 +1,108 @@
+"""The code that a module runs beside its class's: forward hooks, and forwards that were replaced.
+
+Functions are compared by their code and by the numbers and tensors that they enclose, so that a
+hook that is put on again is equal. Other enclosed objects count as what they are, not by content.
+Hooks of PyTorch, transformers, accelerate, peft and this package do not count: what they change is
+in weights and settings, or changes no result.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Iterator
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from specache.model.identity.samples import content_digest
+
+Code = tuple[tuple[str, Any, tuple[Any, ...]], ...]  # (what it is, its code, enclosed values)
+_LIBRARIES = ("torch.", "transformers.", "accelerate.", "peft.", "specache.")
+_PLAIN = {type(None), bool, int, float, str}
+_HOOKS = {"_forward_pre_hooks": "a hook before its forward", "_forward_hooks": "a forward hook"}
+
+
+def code_of(module: nn.Module) -> Code:
+    """Return a module's own code beside its class's, and the class's if it was replaced."""
+    return tuple(_marks(module))
+
+
+def _marks(module: nn.Module) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
+    of_class = type(module).forward
+    if not _is_from_library(of_class):
+        yield "a forward of its class", *_mark(of_class)
+    own = module.__dict__.get("forward")
+    if own is not None and getattr(_original(own), "__func__", None) is not of_class and not _is_from_library(own):
+        yield "a forward of its own", *_mark(own)
+    for name, what in _HOOKS.items():
+        for hook in getattr(module, name).values():
+            if not _is_from_library(hook):
+                yield what, *_mark(hook)
+
+
+def _original(function: Any) -> Any:
+    """Return the function inside `torch.compile`."""
+    return getattr(function, "_torchdynamo_orig_callable", function)
+
+
+def _is_from_library(function: Any) -> bool:
+    function = _original(function)
+    while isinstance(function, functools.partial | MethodType):
+        function = function.func if isinstance(function, functools.partial) else function.__func__
+    owner = function if isinstance(function, FunctionType) else type(function)
+    code_module = function.__globals__.get("__name__") if isinstance(function, FunctionType) else owner.__module__
+    return f"{code_module}.".startswith(_LIBRARIES)
+
+
+def _mark(function: Any) -> tuple[Any, tuple[Any, ...]]:
+    """Return (code, enclosed values) of a function."""
+    if isinstance(function, functools.partial):
+        code, values = _mark(function.func)
+        return code, (*values, *map(_value, function.args), *map(_value, function.keywords.values()))
+    if isinstance(function, MethodType):
+        code, values = _mark(function.__func__)
+        return code, (*values, _value(function.__self__))
+    if isinstance(function, FunctionType):
+        enclosed = [cell.cell_contents for cell in function.__closure__ or () if _is_set(cell)]
+        return function.__code__, tuple(map(_value, [*enclosed, *(function.__defaults__ or ())]))
+    return type(function), (_value(function),)
+
+
+def _is_set(cell: Any) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
+
+
+def _value(value: Any) -> Any:
+    if type(value) in _PLAIN:
+        return value
+    if isinstance(value, Tensor):
+        known = not value.is_meta and value.layout is torch.strided and not value.is_quantized
+        return tuple(value.shape), value.dtype, content_digest(value) if known else None
+    if isinstance(value, FunctionType | MethodType | functools.partial):
+        return value.__code__ if isinstance(value, FunctionType) else getattr(value, "__func__", value)
+    return _Same(value)
+
+
+class _Same:
+    """Equal only for the same object, which it does not keep alive."""
+
+    def __init__(self, value: Any) -> None:
+        try:
+            self._held: Any = weakref.ref(value)
+        except TypeError:
+            self._held = None
+        self._id = id(value)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Same) or self._id != other._id:
+            return False
+        return self._held is None or (self._held() is not None and other._held is not None and self._held() is other._held())
+
+    __hash__ = None  # type: ignore[assignment]

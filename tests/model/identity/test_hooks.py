@@ -1,0 +1,84 @@
+"""Hooks and replaced forwards are part of the model that filled a cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import specache
+from tests.model.identity.two_turns import first_turn, second_turn
+from tests.tiny import llama
+
+
+def steer(model: Any, strength: Any) -> Any:
+    """Add a vector to a layer's output, as activation steering does."""
+
+    def hook(module: Any, inputs: Any, output: Any) -> Any:
+        return output + strength if isinstance(output, torch.Tensor) else (output[0] + strength, *output[1:])
+
+    return model.model.layers[1].register_forward_hook(hook)
+
+
+def forward_of_ones_own(model: Any) -> None:
+    mlp = model.model.layers[1].mlp
+    old = mlp.forward
+    mlp.forward = lambda hidden: old(hidden) * 1.5
+
+
+CHANGES = {
+    "a hook": lambda m: steer(m, 0.5),
+    "a hook before a forward": lambda m: m.model.layers[1].mlp.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2,)),
+    "a forward": forward_of_ones_own,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_cache_is_not_continued_under_a_hook_or_forward_that_it_was_not_filled_with(change):
+    model = llama()
+    cache, said = first_turn(model)
+    change(model)
+    with pytest.raises(specache.UsageError, match=r"(?s)model changed.*(hook|forward).*layers\.1.*new SpeCache"):
+        second_turn(model, cache, said)
+
+
+def test_a_replaced_forward_of_a_class_is_detected(monkeypatch):
+    model = llama()
+    cache, said = first_turn(model)
+    kind = type(model.model.layers[1].mlp)
+    old = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, hidden: old(self, hidden) * 1.5)
+    with pytest.raises(specache.UsageError, match="a forward of its class"):
+        second_turn(model, cache, said)
+
+
+@pytest.mark.parametrize("strength", [0.5, torch.full((64,), 0.5)])
+def test_the_same_hook_put_on_again_continues_and_one_with_another_strength_does_not(strength):
+    model = llama()
+    handle = steer(model, strength)
+    cache, said = first_turn(model)
+    handle.remove()
+    with pytest.raises(specache.UsageError, match="hook"):
+        second_turn(model, cache, said)
+    handle = steer(model, strength)
+    assert second_turn(model, cache, said)
+    handle.remove()
+    steer(model, strength * 2)
+    with pytest.raises(specache.UsageError, match="hook"):
+        second_turn(model, cache, said)
+
+
+def test_a_hook_that_records_outputs_continues():
+    model = llama()
+    last, kept = None, []
+
+    def record(module: Any, inputs: Any, output: Any) -> None:
+        nonlocal last
+        last = output
+        kept.append(output)
+
+    model.model.layers[1].mlp.register_forward_hook(record)
+    cache, said = first_turn(model)
+    assert second_turn(model, cache, said)
+    assert last is not None
