@@ -134,8 +134,9 @@ class Engine:
             reuse: the stored prefixes that it may go on from and leave.
 
         Raises:
-            UsageError: the engine is closed, or the request ran before.
+            UsageError: the engine is closed, or the request ran before or is for another model.
         """
+        request.check_model(self._model)
         if request.state.new_token_ids() is not None:
             raise UsageError("This request ran before. Make another one with specache.make_request(model, ...).")
         handle = Handle(request, on_end, reuse)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -141,7 +142,7 @@ def make_request(
             state = GenerationState.start(input_ids, params)
             stored = stored_new_tokens(generation_config, input_ids)
             chunk = generation_config.prefill_chunk_size
-            more = {"streamer": streamer, "callback": callback, "progress": progress}
+            more = {"streamer": streamer, "callback": callback, "progress": progress, "model": weakref.ref(unwrapped(model))}
             made.append(Request(token_ids, state, params, stored, chunk=chunk, **more))
         return input_ids
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,7 @@ class Request:
         on_prompt_logits: called with (row, start, float32 logits [n, V] that follow the prompt's
             tokens from `start` on) for every chunk. The prompt is then read in full.
         progress: called with (prompt tokens done, prompt tokens in all) while prefilling.
+        model: reference to the unwrapped model that it was made for; `None` fits any.
     """
 
     token_ids: list[list[int]]
@@ -54,6 +56,18 @@ class Request:
     on_token: Callable[[int, int, Tensor], None] | None = None
     on_prompt_logits: Callable[[int, int, Tensor], None] | None = None
     progress: Progress | None = None
+    model: weakref.ref[Any] | None = None
+
+    def check_model(self, model: Any) -> None:
+        """Refuse an unwrapped model that the request was not made for.
+
+        Raises:
+            UsageError: says what to do.
+        """
+        if self.model is not None and self.model() is not model:
+            raise UsageError(
+                "This request was made for another model. Make it with specache.make_request(model, ...) for the engine's model."
+            )
 
     def planned(self) -> list[PlannedSequence]:
         """Return the sequences for a plan before prefill. Equal prompts are prefilled once."""

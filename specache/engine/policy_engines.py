@@ -75,9 +75,10 @@ class PolicyEngines:
         Any thread may call this.
 
         Raises:
-            ConfigError, UsageError: the settings.
+            ConfigError, UsageError: the settings, or a request for another model.
             FastMemoryError: names the bytes that it needs.
         """
+        job.request.check_model(self._model)
         cache, request = self.first.cache, replace(job.request, chunk=None)
         if job.prompt_logprobs is not None:
             request.on_prompt_logits = lambda row, start, logits: None

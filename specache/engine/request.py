@@ -19,7 +19,7 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def check_decoding_loop(arguments: Mapping[str, Any]) -> None:
-    """Refuse an assistant model, and another decoding loop.
+    """Refuse an assistant model, another decoding loop, and steps in time with other processes.
 
     Raises:
         UsageError: names the argument.
@@ -30,6 +30,11 @@ def check_decoding_loop(arguments: Mapping[str, Any]) -> None:
         raise UsageError(
             "specache cannot decode with assistant_model. Use greedy or sampled decoding (num_beams=1), or the model's stock "
             "generate()."
+        )
+    if arguments.get("synced_gpus"):
+        raise UsageError(
+            "specache does not keep steps in time with other processes (synced_gpus), without which a model that is sharded over "
+            "them would hang. Use the model's stock generate()."
         )
 
 

@@ -408,3 +408,10 @@ def test_engines_beside_each_other_share_one_budget(model):
         same(second, alone(model, prompt(70, seed=2), config.with_changes(policy="full"), max_new_tokens=12))
         with pytest.raises(specache.UsageError, match="full"):
             other.beside(policy="verified")
+
+
+def test_a_request_of_another_model_is_refused(model):
+    """Its processors, end tokens and checks are the other model's."""
+    request = specache.make_request(llama(seed=1), prompt(8), max_new_tokens=2)
+    with specache.Engine(model, settings()) as engine, pytest.raises(specache.UsageError, match=r"another model.*make_request"):
+        engine.add(request)

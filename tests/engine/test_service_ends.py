@@ -251,3 +251,10 @@ def test_threads_that_submit_abort_and_ask_at_once_find_everything_in_order(mode
             sys.setswitchinterval(before)
         status = service.status()
     assert found == [] and status.finished + status.aborted == 40 and status.fast_bytes == status.slow_bytes == 0
+
+
+def test_a_request_of_another_model_is_refused_before_it_is_queued(model):
+    with service_of(model) as service:
+        with pytest.raises(specache.UsageError, match=r"another model.*make_request"):
+            ask(service, llama(seed=1), prompt(8))
+        assert ask(service, model, prompt(8)).end().reasons == ("length",)
