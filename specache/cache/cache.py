@@ -36,6 +36,10 @@ _CHANGED_MODEL = (
     "The model changed since it filled this SpeCache{what}. Its keys and values mean nothing to what it computes now. Change it "
     "back, or start a new SpeCache(model, config)."
 )
+_OTHER_CODE = (
+    "Since the model filled this SpeCache, {what}. If that changes what the model computes, as steering does, the stored keys and "
+    "values do not belong to it: undo it, or start a new SpeCache(model, config). If it only records, nothing has to be done."
+)
 
 
 class SpeCache:
@@ -145,7 +149,8 @@ class SpeCache:
     def check_model(self, model: Any) -> None:
         """Refuse a model other than the one that filled the cache, or changed since.
 
-        Weights, adapters and settings count.
+        Weights, adapters and settings count. Of hooks and replaced forwards a warning is given:
+        they may only record.
 
         Raises:
             UsageError: names the difference.
@@ -159,6 +164,8 @@ class SpeCache:
                 raise UsageError(_OTHER_MODEL.format(what=""))
         elif difference := self._state.difference(model):
             raise UsageError((_CHANGED_MODEL if self._state.is_of(model) else _OTHER_MODEL).format(what=f": {difference}"))
+        elif difference := self._state.difference_of_code(model):
+            warnings.warn(_OTHER_CODE.format(what=difference), UserWarning, stacklevel=2)
         self._model = weakref.ref(model)
 
     @contextmanager

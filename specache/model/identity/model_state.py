@@ -2,9 +2,10 @@
 
 `ModelState.of` records the active adapters, the settings, every module's class and numbers, and of
 every tensor the object, its storage, its version and a sample of its content. `difference`
-describes what has changed since. Only content counts: a tensor that moved, was written to, or
-belongs to another model is equal if a digest of all its elements is. A write that PyTorch does not
-count (`tensor.data`) is detected by the sample.
+describes what has changed since. `difference_of_code` does so for hooks and replaced forwards, of
+which nobody can say whether they change a result. Only content counts: a tensor that moved, was
+written to, or belongs to another model is equal if a digest of all its elements is. A write that
+PyTorch does not count (`tensor.data`) is detected by the sample.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from specache.model.identity.tensor_marks import TensorMark, difference_of_tenso
 from specache.model.identity.tensors import Layer, changes_with_length, layers
 from specache.model.identity.wrappers import unwrapped
 
-_Facts = tuple[str, tuple[tuple[str, Any], ...], Code]  # (class, numbers and strings, other code) of a module
+_Facts = tuple[str, tuple[tuple[str, Any], ...]]  # (class, numbers and strings) of a module
 _HOW_IT_RUNS = re.compile("checkpoint|name_or_path|seq_len_cached")  # in names of attributes that change no result
 _PLAIN = {bool, int, float, str}
 # they have at most the shape of weights
@@ -39,6 +40,7 @@ class ModelState:
         settings: dict[str, Any],
         adapters: dict[str, LayerAdapters],
         modules: dict[str, _Facts],
+        code: dict[str, Code],
         tensors: dict[str, TensorMark],
         noted: frozenset[tuple[str, str]] = frozenset(),
     ) -> None:
@@ -46,6 +48,7 @@ class ModelState:
         self._settings = settings
         self._adapters = adapters
         self._modules = modules
+        self._code = code
         self._tensors = tensors
         self._noted = noted  # (module, number) that a run changes: layers record there that they have run
 
@@ -57,7 +60,7 @@ class ModelState:
         """
         model = unwrapped(model)
         found = list(layers(model))
-        return cls(model, relevant_settings(model), _adapters(found), _modules(found), remember(found, model))
+        return cls(model, relevant_settings(model), _adapters(found), _modules(found), _code(found), remember(found, model))
 
     def after_run(self, model: Any) -> ModelState:
         """Return the state with the changes that a run itself makes.
@@ -70,9 +73,12 @@ class ModelState:
         modules = _modules(found)
         noted = self._noted | frozenset(_changed_numbers(self._modules, modules))
         modules.update(
-            (name, facts) for name, facts in self._modules.items() if name not in modules or _kind(modules[name]) != _kind(facts)
+            (name, facts) for name, facts in self._modules.items() if name not in modules or modules[name][0] != facts[0]
         )
-        return ModelState(model, self._settings, self._adapters, modules, remember_after_run(found, model, self._tensors), noted)
+        code, now = dict(self._code), _code(found)
+        code.update((name, now[name]) for name in code.keys() & now.keys() if _kinds(code[name]) == _kinds(now[name]))
+        tensors = remember_after_run(found, model, self._tensors)
+        return ModelState(model, self._settings, self._adapters, modules, code, tensors, noted)
 
     def is_of(self, model: Any) -> bool:
         """Return True if the state is of this model object, changed or not."""
@@ -88,6 +94,16 @@ class ModelState:
             or _difference_of_modules(self._modules, _modules(found), self._noted)
             or difference_of_tensors(self._tensors, found, model)
         )
+
+    def difference_of_code(self, model: Any) -> str | None:
+        """Return which hook or forward differs from this state, or None."""
+        now = _code(list(layers(unwrapped(model))))
+        for name in {**self._code, **now}:
+            was, has = self._code.get(name, ()), now.get(name, ())
+            if was != has:
+                what = next(mark[0] for mark in (*has, *was) if mark not in was or mark not in has)
+                return f"{what} was put on its module {name}, changed or removed"
+        return None
 
 
 # Adapters, settings, modules
@@ -132,20 +148,21 @@ def _modules(found: list[Layer]) -> dict[str, _Facts]:
     """
     facts: dict[str, _Facts] = {}
     for layer in found[1:]:
-        code = code_of(layer.module)
-        if layer.adapters is not None:
-            if code:
-                facts[f"{layer.name} (adapted)"] = ("adapted layer", (), code)
-        else:
+        if layer.adapters is None:
             kind = type(layer.module)
             numbers = () if changes_with_length(layer.module) else _numbers(layer.module)
-            facts[layer.name] = (f"{kind.__module__}.{kind.__qualname__}", numbers, code)
+            facts[layer.name] = (f"{kind.__module__}.{kind.__qualname__}", numbers)
     return facts
 
 
-def _kind(facts: _Facts) -> tuple[Any, ...]:
-    """Return the class and code of a module, without the values that its code encloses."""
-    return facts[0], [(what, code) for what, code, _ in facts[2]]
+def _code(found: list[Layer]) -> dict[str, Code]:
+    """Return the code of modules that have some beside their classes', by name."""
+    return {layer.name: code for layer in found if (code := code_of(layer.module))}
+
+
+def _kinds(code: Code) -> list[tuple[str, Any]]:
+    """Return code without the values that it encloses, which a run may change."""
+    return [(what, function) for what, function, _ in code]
 
 
 def _numbers(module: nn.Module) -> tuple[tuple[str, Any], ...]:
@@ -171,9 +188,6 @@ def _difference_of_modules(before: dict[str, _Facts], now: dict[str, _Facts], no
             return f"its module {name} {'is new' if was is None else 'is gone'}"
         if was[0] != has[0]:
             return f"its module {name} was a {was[0].rpartition('.')[2]} and is a {has[0].rpartition('.')[2]}"
-        if was[2] != has[2]:
-            what = next((mark[0] for mark in (*has[2], *was[2]) if mark not in was[2] or mark not in has[2]), "a hook")
-            return f"{what} was put on its module {name}, changed or removed"
         numbers, others = dict(was[1]), dict(has[1])
         for key in sorted({*numbers, *others}):
             if numbers.get(key) != others.get(key) and (name, key) not in noted:
