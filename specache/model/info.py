@@ -166,7 +166,14 @@ def _windows(name: str, config: Any, positions: int | None) -> tuple[tuple[int |
 
 
 def _check_modules(name: str, model: Any) -> None:
-    """Refuse attention layers whose keys and values differ in size."""
+    """Refuse attention layers whose keys and values differ in size, and sparse weights."""
+    sparse = [weight for weight in model.parameters() if type(weight) is torch.nn.Parameter and weight.layout is not torch.strided]
+    if sparse:
+        which = next(key for key, weight in model.named_parameters() if weight is sparse[0])
+        raise UnsupportedModelError(
+            f"The tensor {which} of {name} is not dense ({sparse[0].layout}), and specache cannot read it. Make it dense "
+            "(to_dense()), or use the model's stock generate()."
+        )
     for index, module in attention_modules(model):
         if dims := differing_dims(module):
             raise UnsupportedModelError(

@@ -11,7 +11,7 @@ import transformers
 import specache
 from tests.engine.test_model_families import LATENT, SIZES, build
 from tests.our_threads import our_new_threads
-from tests.tiny import prompt
+from tests.tiny import llama, prompt
 
 MAMBA = {"mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 32}
 DEEPSEEK = {**LATENT, "q_lora_rank": 16, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}
@@ -32,6 +32,15 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "an encoder": ("Roberta", {}, "later tokens"),
     "an attention of its own": ("Bloom", {"n_head": 4}, "attention interface"),
 }
+
+
+@pytest.mark.parametrize("layout", ["to_sparse_csr", "to_sparse", "to_mkldnn"])
+def test_weights_that_are_not_dense_are_refused_by_name(layout):
+    model = llama()
+    linear = model.model.layers[1].mlp.up_proj
+    linear.weight = torch.nn.Parameter(getattr(linear.weight.detach(), layout)(), requires_grad=False)
+    with pytest.raises(specache.UnsupportedModelError, match=r"layers\.1\.mlp\.up_proj\.weight .*not dense.*to_dense"):
+        specache.generate(model, prompt(8), max_new_tokens=2)
 
 
 def check_nothing_is_left(model: Any) -> None:

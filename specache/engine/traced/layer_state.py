@@ -136,7 +136,8 @@ def _settings_of(owner: Any) -> dict[str, Any]:
     return {name: value for name, value in owner.__dict__.items() if type(value) in _SETTINGS}
 
 
-def code_of(modules: list[nn.Module]) -> list[Any]:
+def forwards_of(modules: list[nn.Module]) -> list[Any]:
+    """Return which forwards the modules have."""
     return [(type(module), type(module).forward, _own_forward(module)) for module in modules]
 
 

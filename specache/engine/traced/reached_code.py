@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import nn
 
-OURS = frozenset(("torch", "transformers", "specache"))  # packages whose code we record
-_KNOWN = OURS | sys.stdlib_module_names
+# packages whose functions a program may stand for
+_KNOWN = {"torch", "transformers", "specache"} | sys.stdlib_module_names
 
 
 class ReachedCode:

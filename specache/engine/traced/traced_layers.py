@@ -29,8 +29,8 @@ from specache.engine.traced.layer_state import (
     HOOKS,
     INTERNAL,
     SeenLayers,
-    code_of,
     configs_of,
+    forwards_of,
     modules_of,
     place_of,
     signature_of,
@@ -98,7 +98,7 @@ class TracedLayers:
 
     def _signature_of(self, model: Any, modules: list[list[nn.Module]]) -> Any:
         callers = [module for ref in self._callers if (module := ref()) is not None]
-        return [signature_of(each) for each in modules], configs_of(model, modules), code_of(callers)
+        return [signature_of(each) for each in modules], configs_of(model, modules), forwards_of(callers)
 
     def reads_only(self, weights: list[Tensor]) -> bool:
         """Return whether programs read no other memory than that of these."""

@@ -85,9 +85,8 @@ def _value(value: Any) -> Any:
     if isinstance(value, Tensor):
         known = not value.is_meta and value.layout is torch.strided and not value.is_quantized
         return tuple(value.shape), value.dtype, content_digest(value) if known else None
-    if isinstance(value, FunctionType | MethodType | functools.partial):
-        return value.__code__ if isinstance(value, FunctionType) else getattr(value, "__func__", value)
-    return _Same(value)
+    value = getattr(value, "__func__", value)  # of a bound method, which is made anew whenever it is asked for
+    return value.__code__ if isinstance(value, FunctionType) else _Same(value)  # neither keeps a model alive
 
 
 class _Same:

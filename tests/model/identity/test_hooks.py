@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import warnings
+import weakref
 from typing import Any
 
 import pytest
@@ -84,3 +87,22 @@ def test_a_hook_that_records_outputs_continues():
         warnings.filterwarnings("error", message=".*hook")
         assert second_turn(model, cache, said)
     assert last is not None
+
+
+def with_hooks_that_enclose_it() -> Any:
+    model = llama()
+    part = functools.partial(lambda inside, output: output, model)
+    model.model.layers[1].register_forward_hook(lambda module, inputs, output: part(output))
+    mlp = model.model.layers[0].mlp
+    bound = mlp.forward
+    mlp.forward = lambda hidden: bound(hidden)
+    return model
+
+
+def test_what_is_noted_of_hooks_keeps_no_model_alive():
+    model = with_hooks_that_enclose_it()
+    cache, _ = first_turn(model)
+    alive = weakref.ref(model)
+    del model
+    gc.collect()  # its hooks are cycles of their own
+    assert alive() is None and cache.get_seq_length() > 0
