@@ -12,10 +12,11 @@ from specache.cache.cache import SpeCache
 from specache.cache.window_layer import WindowLayer
 from specache.config import Policy, SlowTierKind, SpeCacheConfig
 from specache.engine.attention_hook import attached
-from specache.engine.decoder import Decoder, Progress
+from specache.engine.decoder import Decoder, OnLogits, Progress, last_of
 from specache.kernels.types import AttentionParams
 
 OBSERVATION_WINDOW = 64  # newest prompt tokens whose queries are kept for every method
+READ_ON = 256  # tokens of a chunk of `read_on`, whose logits are held: 270 MB for 262,144 tokens
 
 
 class Prefilled:
@@ -65,6 +66,40 @@ class Prefilled:
     def length(self) -> int:
         """`S`, tokens in the prompt."""
         return len(self.token_ids)
+
+    @property
+    def reads_on_in_chunks(self) -> bool:
+        """Return whether `read_on` computes what decoding token by token does, in float32.
+
+        It does not where a pass's numbers depend on how many tokens it has: in 16 bits, with RoPE
+        that changes with the length, and where rows share the scales of activations.
+        """
+        info = self.cache.info
+        return info.dtype is torch.float32 and info.rope_switch is None and not info.couples_rows
+
+    def read_on(self, token_ids: list[int], on_logits: OnLogits) -> None:
+        """Read more tokens with exact attention, in chunks, and forget them.
+
+        Args:
+            on_logits: called with the number of a chunk's first token, from 0 on, and the logits
+                [n, V] after its tokens.
+        """
+        fork = self.cache.fork()
+        try:
+            decoder = Decoder(self.model, fork)
+            whole = [*self.token_ids, *token_ids]
+            with attached(self.model):
+                last_of(
+                    decoder.prefill_chunks(
+                        fork.sequences[0],
+                        whole,
+                        READ_ON,
+                        lambda done, total: None,
+                        on_logits=lambda first, logits: on_logits(first - self.length, logits),
+                    )
+                )
+        finally:
+            fork.close()
 
     @property
     def full_layers(self) -> list[int]:
