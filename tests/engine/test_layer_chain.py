@@ -209,6 +209,20 @@ def test_a_hook_is_noticed_in_the_middle_of_an_answer(register, chains):
     assert 0 < ran[-1] == ran[5], "no chain after the hook"
 
 
+def test_outputs_that_were_asked_for_once_keep_no_answer_from_chaining(chains):
+    """transformers' hooks stay on the layers after such a call, and do nothing."""
+    model = llama()
+    before, _, _ = answer(model)
+    ran = len(chains)
+    hidden = model(prompt(9), output_hidden_states=True, output_attentions=True).hidden_states
+    layer = model.model.layers[1]
+    assert len(hidden) == 4 and layer._forward_hooks and layer.self_attn._forward_hooks
+    after, _, cache = answer(model)
+    assert torch.equal(after, before)
+    assert len(chains) == 2 * ran and cache.stats()["traced_steps"] == cache.stats()["decode_steps"]
+    assert all(torch.equal(*pair) for pair in zip(model(prompt(9), output_hidden_states=True).hidden_states, hidden, strict=True))
+
+
 def test_layers_whose_results_are_changed_on_the_way_do_not_chain(chains):
     model = llama()
     model.model.layers[1].register_forward_hook(lambda module, args, out: out * 1.5)

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from specache.attention.all_layers import StepOfLayers
 from specache.engine.traced.call_shape import HIDDEN, STATE
 from specache.engine.traced.layer_operations import Unrecordable
+from specache.engine.traced.layer_state import FORWARD_HOOKS, has_hooks
 from specache.engine.traced.program import Program
 from specache.kernels.finite import not_finite
 from specache.linear import native_products
 from specache.platform import extension
 
 ALL_FINITE = -1  # csrc/in_place.hpp
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 class ChainBrokenError(Exception):
@@ -167,7 +167,7 @@ class Trail:
         self._last = result, result.clone()
         self._layers.append(layer)
         done = len(self._layers)
-        self.broken |= layer.number != self._wanted[done - 1] or has_hooks(layer.module)
+        self.broken |= layer.number != self._wanted[done - 1] or has_hooks(layer.module, FORWARD_HOOKS)
         if self.broken or done < len(self._wanted):
             return None
         return LayerChain(self._layers)
@@ -183,9 +183,3 @@ def inputs_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[
 def same(some: list[Any], others: list[Any]) -> bool:
     """Return whether these are the same objects."""
     return len(some) == len(others) and all(map(operator.is_, some, others))
-
-
-def has_hooks(layer: nn.Module) -> bool:
-    """Return whether a layer has hooks, which could change what the next one is handed."""
-    attributes = layer.__dict__
-    return any(attributes.get(hooks) for hooks in _HOOKS)

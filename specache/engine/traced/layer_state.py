@@ -16,7 +16,9 @@ from specache.engine import compiled_layers
 
 PLAIN = (Tensor, nn.Parameter)
 INTERNAL = frozenset((*nn.Module().__dict__, "forward"))  # attributes that are looked at in other ways
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+HOOKS = (*FORWARD_HOOKS, "_backward_hooks", "_backward_pre_hooks")
+_COLLECTOR = "transformers.utils.output_capturing"  # its hooks stay after one call with output_hidden_states=True
 _SETTINGS = frozenset((type(None), bool, int, float, str))
 
 
@@ -64,6 +66,20 @@ def modules_of(layer: nn.Module) -> list[nn.Module]:
     return found
 
 
+def has_hooks(module: nn.Module, kinds: tuple[str, ...] = HOOKS) -> bool:
+    """Return whether a module has hooks that may do something in a decode step.
+
+    Those that collect outputs for transformers do not: a step asks for no outputs but logits.
+    """
+    attributes = module.__dict__
+    return any(
+        getattr(hook, "__module__", None) != _COLLECTOR
+        for kind in kinds
+        if (hooks := attributes.get(kind))
+        for hook in tuple(hooks.values())
+    )
+
+
 def signature_of(modules: list[nn.Module]) -> Any:
     """Return what a layer's code may depend on, apart from inputs and the contents of weights."""
     return [
@@ -73,7 +89,7 @@ def signature_of(modules: list[nn.Module]) -> Any:
             type(module).forward,
             _settings_of(module),
             _others_of(module),
-            [bool(module.__dict__.get(hooks)) for hooks in HOOKS],
+            [has_hooks(module, (kind,)) for kind in HOOKS],
             _places_of(module._parameters),
             _places_of(module._buffers),
             _own_forward(module),

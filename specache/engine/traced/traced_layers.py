@@ -23,14 +23,15 @@ from torch import Tensor, nn
 
 from specache.engine import compiled_layers
 from specache.engine.traced.call_shape import HIDDEN
-from specache.engine.traced.layer_chain import LayerChain, Trail, has_hooks
+from specache.engine.traced.layer_chain import LayerChain, Trail
 from specache.engine.traced.layer_operations import Unrecordable
 from specache.engine.traced.layer_state import (
-    HOOKS,
+    FORWARD_HOOKS,
     INTERNAL,
     SeenLayers,
     configs_of,
     forwards_of,
+    has_hooks,
     modules_of,
     place_of,
     signature_of,
@@ -152,7 +153,7 @@ class TracedLayers:
     def without_hooks(self) -> bool:
         """Return whether no layer has hooks."""
         return not private_torch.has_global_hooks() and not any(
-            layer is None or has_hooks(layer) for layer in (ref() for _, ref in self._layers.values())
+            layer is None or has_hooks(layer, FORWARD_HOOKS) for layer in (ref() for _, ref in self._layers.values())
         )
 
     def _like_another(self, structure: Any, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program | None:
@@ -264,7 +265,7 @@ def _foreign(layer: nn.Module) -> str | None:
             return f"{name} is from outside of PyTorch and transformers"
         if module.training:
             return "it is in training mode"
-        if module is not layer and any(module.__dict__.get(hooks) for hooks in HOOKS):
+        if module is not layer and has_hooks(module):
             return f"{name} has hooks"
         forward = module.__dict__.get("forward")
         if forward is not None and not getattr(getattr(forward, "__func__", None), "__module__", "").startswith("specache."):
