@@ -25,13 +25,14 @@ from specache.engine.recovery import tokens_kept_on_error
 from specache.engine.request_queue import RequestQueue
 from specache.engine.room import Room, chunk_of, logit_bytes_of
 from specache.engine.runs import GivenRun, Run, SampledRun
+from specache.engine.uncopied import Uncopied
 from specache.errors import UsageError
 from specache.model.identity.wrappers import unwrapped
 from specache.planning.footprint import PlannedSequence
 from specache.platform import modes
 
 
-class Engine:
+class Engine(Uncopied):
     """Decodes many requests over one model in one batch that they join and leave.
 
     A request's result does not depend on the rest of the batch, up to rounding in larger matrix
@@ -53,6 +54,8 @@ class Engine:
     Raises:
         UnsupportedModelError, ConfigError, SlowTierError: as `SpeCache`.
     """
+
+    instead = "Make another one: specache.Engine(model, config)."
 
     def __init__(self, model: Any, config: SpeCacheConfig | None = None) -> None:
         self._begin(model, SpeCache(model, config), owns_cache=True)

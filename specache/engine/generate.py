@@ -30,6 +30,7 @@ from specache.engine.request import (
     check_decoding_loop,
     check_max_new_tokens,
     check_types,
+    chunk_size,
     inferred_mask,
     prompt_ids,
     stored_new_tokens,
@@ -141,7 +142,7 @@ def make_request(
                 params.generator = torch.Generator(input_ids.device).manual_seed(seed)
             state = GenerationState.start(input_ids, params)
             stored = stored_new_tokens(generation_config, input_ids)
-            chunk = generation_config.prefill_chunk_size
+            chunk = chunk_size(generation_config)
             more = {"streamer": streamer, "callback": callback, "progress": progress, "model": weakref.ref(unwrapped(model))}
             made.append(Request(token_ids, state, params, stored, chunk=chunk, **more))
         return input_ids

@@ -171,8 +171,9 @@ class Handle:
             self._report_end()
 
     def _report_end(self) -> None:
-        if self._on_end is not None:
+        on_end, self._on_end = self._on_end, None  # what it belongs to may be freed with the last handle
+        if on_end is not None:
             try:
-                self._on_end(self)
+                on_end(self)
             except Exception as error:  # the engine has other requests to go on with
                 warnings.warn(f"A request's on_end failed: {error!r}", RuntimeWarning, stacklevel=2)

@@ -30,6 +30,7 @@ from specache.engine.request import (
     check_prompt_lengths,
     check_sequences,
     check_vocabulary,
+    chunk_size,
     stored_new_tokens,
     unpadded_rows,
     user_cache,
@@ -93,7 +94,7 @@ def _run_exclusively(
         token_ids = checked_texts(model, cache, new, input_ids, attention_mask, position_ids, width)
         refuse_padding_behind_answers(cache, token_ids, pad)
         params = SamplingParams.of(logits_processor, stopping_criteria, generation_config)
-        chunk = generation_config.prefill_chunk_size or cache.config.prefill_chunk
+        chunk = chunk_size(generation_config) or cache.config.prefill_chunk
         request = Request(
             token_ids=token_ids,
             state=GenerationState.start(input_ids, params),

@@ -101,6 +101,20 @@ def stored_new_tokens(generation_config: Any, input_ids: Tensor) -> int:
     return max(0, new - 1)
 
 
+def chunk_size(generation_config: Any) -> int | None:
+    """Return the prompt tokens per forward pass that a call asks for, `None` for the cache's.
+
+    Raises:
+        UsageError: it asks for none, or for no whole number.
+    """
+    size = generation_config.prefill_chunk_size
+    if size is None:
+        return None
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise UsageError(f"prefill_chunk_size must be a positive number of tokens, got {size!r}. Leave it out for the cache's own.")
+    return size
+
+
 def prompt_ids(input_ids: Any, inputs: Any) -> Tensor:
     """Return the prompt's token ids [B, S], passed under either name.
 

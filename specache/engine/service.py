@@ -21,12 +21,13 @@ from specache.engine.prefix_reuse import PrefixReuse
 from specache.engine.service_status import ServiceStatus, Totals, measured
 from specache.engine.stored_prefixes import StoredPrefixes
 from specache.engine.ticket import OnEvent, Ticket
+from specache.engine.uncopied import Uncopied
 from specache.errors import QueueFullError, ServiceClosedError, UsageError
 
 PAUSE_S = 0.05  # seconds after which a request that nothing but stored prefixes hinders looks again
 
 
-class EngineService:
+class EngineService(Uncopied):
     """Runs the requests of many threads over one model: first come, first served.
 
     One thread steps the engine. It reads the prompt of one request, a chunk at a time between the
@@ -50,6 +51,8 @@ class EngineService:
         UnsupportedModelError, ConfigError, SlowTierError: as `SpeCache`.
         FastMemoryError: no request would fit into `fast_memory`.
     """
+
+    instead = "Make another one, also in another process: specache.EngineService(model, config)."
 
     def __init__(
         self,

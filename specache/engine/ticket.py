@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -119,6 +119,10 @@ class Ticket:
         if not self.done:
             self.emit(event)
             self._on_event = self._engine = None  # they may hold much
+            self._abort = _ended
+            request = self.job.request
+            request.progress = request.on_prompt_logits = None
+            request.on_token = _ended  # which still says that it was submitted
             self._done.set()
 
     def emit(self, event: Event) -> None:
@@ -181,3 +185,7 @@ class Ticket:
         first, tokens = prompt_logprobs(self.job.request.token_ids[row], start, logits, self.job.prompt_logprobs or 0)
         if tokens:
             self.emit(PromptLogprobs(row, first, tokens))
+
+
+def _ended(*_: Any) -> None:
+    """Stand in for what an ended request called, which would keep its ticket and service alive."""

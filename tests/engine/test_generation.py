@@ -208,6 +208,8 @@ BAD = {
     "right padding": ({"attention_mask": padded([1, 1, 1, 1, 1, 1, 0, 0])}, "left"),
     "too long": ({"input_ids": prompt(2049)}, "2,049 tokens"),
     "no new tokens": ({"max_new_tokens": 0}, "at least 1"),
+    "no chunk": ({"prefill_chunk_size": 0}, "prefill_chunk_size"),
+    "no whole chunk": ({"prefill_chunk_size": 7.5}, "prefill_chunk_size"),
     "beams": ({"num_beams": 2}, "num_beams"),
     "prompt lookup": ({"prompt_lookup_num_tokens": 3}, "prompt_lookup"),
     "attentions": ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),

@@ -326,6 +326,32 @@ def test_a_deep_copy_of_a_sessions_cache_is_independent(model, tmp_path):
             pickle.dumps(session)
 
 
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+@pytest.mark.parametrize("kind", [specache.Engine, specache.EngineService])
+def test_an_engine_cannot_be_copied_and_says_what_to_do(model, copied, kind):
+    with (
+        kind(model) as one,
+        pytest.raises(UsageError, match=rf"{kind.__name__} can be neither .* specache\.{kind.__name__}\(model"),
+    ):
+        copied(one)
+
+
+def test_a_closed_service_is_freed_at_once_and_keeps_no_model_alive():
+    """Also while the caller keeps tickets of requests that ended, ran, and waited in the queue."""
+    model = llama()
+    with specache.EngineService(model) as service:
+        made = [specache.make_request(model, prompt(50, seed), max_new_tokens=300) for seed in range(3)]
+        tickets = [service.submit(specache.Job(request), lambda event: None) for request in made]
+        tickets[2].abort()
+        tickets[0].wait()
+    refs = [weakref.ref(service), weakref.ref(model)]
+    del service, model
+    assert [ref() for ref in refs] == [None, None]
+    assert all(ticket.done for ticket in tickets)
+    with pytest.raises(UsageError, match="submitted before"):
+        tickets[0].listen()
+
+
 def test_a_cache_cannot_be_pickled_and_says_what_to_do(model, tmp_path):
     cache = specache.SpeCache(model)
     specache.prefill(model, prompt(80), cache=cache)

@@ -368,3 +368,5 @@ def test_low_bit_keys_appended_in_pieces_equal_those_appended_at_once(group_size
     )
     expected = 0.3 * torch.einsum("hgd,htd->hgt", query[:, 0].unflatten(0, (2, 2)), decoded)
     assert (pieces.scores(query, params) - expected).abs().max() < 1e-3
+    capped = pieces.scores(query, AttentionParams(scaling=0.3, softcap=2.0))
+    assert (capped - 2 * (expected / 2).tanh()).abs().max() < 1e-3

@@ -29,6 +29,7 @@ class KeyCopy:
         self._device = device
         self._channel_scales = channel_scales
         self._fields = {name: field for name, field in self._zero_pages(0).items() if name.startswith("key_")}
+        self._decoded: Tensor | None = None  # float32 [Hkv, D, length], for speed only: not counted in `nbytes`
 
     @property
     def nbytes(self) -> int:
@@ -48,11 +49,25 @@ class KeyCopy:
         run = PageRun({**self._zero_pages(pages - first), **written}, pages - first)
         low_bit_kv = self._layout.low_bit_kv((run,), self.length - first * PAGE_TOKENS, self._channel_scales)
         operations.quantise(keys, torch.zeros_like(keys), low_bit_kv, start - first * PAGE_TOKENS)
+        self._decoded = None
 
     def scores(self, query: Tensor, params: AttentionParams) -> Tensor:
         """Score query [Hq, 1, D] against every key -> float32 [Hkv, G, length], scaled."""
-        scores = operations.score(query[None], [self._low_bit_kv], [self.length], params.scaling, params.softcap)
-        return scores[0, :, :, 0]
+        if self._decoded is None:
+            self._decoded = self._decode()
+        scores = (query[:, 0].float().unflatten(0, (len(self._decoded), -1)) @ self._decoded).mul_(params.scaling)
+        if params.softcap is not None:
+            scores.div_(params.softcap).tanh_().mul_(params.softcap)
+        return scores
+
+    def _decode(self) -> Tensor:
+        """Return the keys of the copy, float32 [Hkv, D, length].
+
+        A score is a sum over a query's elements, so each unit vector's scores are one row.
+        """
+        low_bit_kv = self._low_bit_kv
+        units = torch.eye(low_bit_kv.head_dim, device=self._device).repeat(low_bit_kv.num_kv_heads, 1)
+        return operations.score(units[None, :, None], [low_bit_kv], [self.length], 1.0, None)[0, :, :, 0]
 
     @property
     def _pages(self) -> int:
