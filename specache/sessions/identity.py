@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from specache.errors import SessionError
+from specache.model.identity.code import code_digest
 from specache.model.identity.content import adapters_digest, weights_digest
 from specache.model.identity.model_settings import conflict, relevant_settings
 from specache.model.identity.wrappers import unwrapped
@@ -33,6 +34,7 @@ def identify(model: Any, tokenizer: Any = None) -> Identity:
         tokenizer=None if tokenizer is None else _tokenizer(tokenizer),
         byte_order=sys.byteorder,
         adapters=adapters_digest(model),
+        code=code_digest(unwrapped(model)),
     )
 
 
@@ -77,11 +79,13 @@ def check_identity(name: str, stored: Identity, mine: Identity, model: Any) -> I
 
 
 def needs_probe(stored: Identity, mine: Identity, model: Any) -> bool:
-    """Return True if the configuration alone does not tell whether a session belongs to a model.
+    """Return True if an identity alone does not tell whether a session belongs to a model.
 
-    In the present form this means that only one of them has some field; in the first form, that the
-    digests differ.
+    So it is if hooks or replaced forwards differ, which may change keys or only record; and of
+    configurations if only one of them has some field, or in the first form if the digests differ.
     """
+    if stored.code != mine.code:
+        return True
     if stored.config.startswith(PRESENT):
         return stored.config != mine.config
     return stored.config != first_config_digest(model) or bool(mine.adapters)

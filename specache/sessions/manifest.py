@@ -30,6 +30,8 @@ class Identity:
         byte_order: byte order of the machine that wrote the rows.
         adapters: names of the active adapters with a digest of their weights; "" for none, None in
             the first version.
+        code: digest of the user's hooks and replaced forwards; "" for none, and in sessions that
+            were saved before it was noted.
     """
 
     model: str
@@ -39,6 +41,7 @@ class Identity:
     tokenizer: str | None
     byte_order: str
     adapters: str | None = None
+    code: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Check that a model computes a session's keys and values, by recomputing the first tokens.
 
 Needed for sessions of the first version, whose digest of the whole configuration changes with a
-transformers release or a label, and if a release began or ceased to write down a field.
+transformers release or a label, if a release began or ceased to write down a field, and if the
+model runs with other hooks or forwards than before.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ def check_rows(name: str, model: Any, sequence: Sequence, device: torch.device) 
     """
     if sequence.length and not _computes_the_same(model, sequence, device):
         raise SessionError(
-            f"The session {name!r} belongs to a {type(unwrapped(model)).__name__} of another configuration or with another adapter."
-            " Load it as it was, or use another session."
+            f"The session {name!r} belongs to a {type(unwrapped(model)).__name__} of another configuration, with another adapter, "
+            "or with other hooks or replaced forwards. Load it and put on it what it had then, or use another session."
         )
 
 

@@ -106,7 +106,8 @@ def owner_digest(owner: str) -> str:
 def prefix_name(owner: str, identity: Identity, config: SpeCacheConfig, text: Tokens) -> str:
     """Return the name of a prefix: its owner's digest, and one of model, settings and tokens."""
     digest = blake2b(digest_size=16, person=b"specache prefix")
-    for part in (owner, *(str(value) for value in vars(identity).values()), str(config.layout)):
+    noted = [str(value) for name, value in vars(identity).items() if value or name != "code"]
+    for part in (owner, *noted, str(config.layout)):
         digest.update(part.encode() + b"\0")
     digest.update(text.astype("<i4").tobytes())
     return f"{owner}-{digest.hexdigest()}"

@@ -61,7 +61,8 @@ def parse(body: Any) -> Manifest:
 
 def _manifest(body: Any) -> Manifest:
     body = {**_DEFAULTS_OF_FIRST_VERSION, **_mapping(body, _text, lambda value: value)}
-    identity: dict[str, Any] = {"adapters": None, **_mapping(body["identity"], str, _optional(_text))}  # the first version had none
+    noted_later = {"adapters": None, "code": ""}
+    identity: dict[str, Any] = {**noted_later, **_mapping(body["identity"], str, _optional(_text))}
     for values, kind in ((identity, Identity), (body, Manifest)):
         if set(values) != {f.name for f in dataclasses.fields(kind)}:
             raise ValueError("it lacks fields, or has unknown ones")

@@ -48,7 +48,8 @@ class SessionCache(SpeCache):
 
         A model that differs from the last one, for example by its adapters, becomes the identity.
         """
-        if self._state is None or self._state.difference(model) is not None:
+        state = self._state
+        if state is None or (state.difference(model) or state.difference_of_code(model)) is not None:
             self.remember(model)
             self.identity = replace(identify(model), tokenizer=self.identity.tokenizer)
 

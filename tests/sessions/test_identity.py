@@ -7,6 +7,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ import pytest
 import torch
 
 import specache
+from specache.model.identity.code import code_digest
 from specache.sessions.manifest_file import encode, read_manifest
+from tests.model.identity import test_hooks as hooks
 from tests.model.identity.two_turns import adapted
 from tests.sessions.sequences import gemma, llama, opened, prefill, prompt, settings
 
@@ -118,6 +122,96 @@ def test_an_empty_session_belongs_to_what_fills_it(tmp_path):
         session.save()
     with pytest.raises(specache.SessionError, match="made with the adapter b, and this model runs with the adapter a"):
         opened(tmp_path, model)
+
+
+def saved_with(root: Path, model: Any) -> None:
+    with opened(root, model, settings()) as session:
+        prefill(session, model, prompt(200))
+        session.save()
+
+
+def recording(model: Any, kept: list[Any]) -> None:
+    model.model.layers[1].register_forward_hook(lambda module, inputs, output: kept.append(output))
+
+
+@pytest.mark.parametrize("change", hooks.CHANGES.values(), ids=hooks.CHANGES)
+def test_a_session_is_refused_without_the_hooks_and_forwards_that_filled_it(tmp_path, change):
+    """And with some that did not. What a model has again opens it."""
+    steered = llama()
+    change(steered)
+    saved_with(tmp_path / "steered", steered)
+    saved_with(tmp_path / "plain", llama())
+    for root, model in ((tmp_path / "steered", llama()), (tmp_path / "plain", steered)):
+        with pytest.raises(specache.SessionError, match="other hooks or replaced forwards"):
+            opened(root, model)
+    again = llama()
+    change(again)
+    for root, model in ((tmp_path / "steered", again), (tmp_path / "plain", llama())):
+        with opened(root, model) as session:
+            assert session.saved_tokens == 200
+
+
+def test_a_hook_of_another_strength_is_another_hook(tmp_path):
+    weak, strong = llama(), llama()
+    hooks.steer(weak, 0.5)
+    hooks.steer(strong, 1.5)
+    saved_with(tmp_path, weak)
+    with pytest.raises(specache.SessionError, match="other hooks"):
+        opened(tmp_path, strong)
+
+
+def test_hooks_that_change_no_rows_come_and_go_between_sessions(tmp_path):
+    model, kept = llama(), []
+    recording(model, kept)
+    saved_with(tmp_path, model)
+    for other in (llama(), llama()):
+        with opened(tmp_path, other) as session:
+            assert session.saved_tokens == 200
+            session.save()
+        recording(other, kept)
+
+
+def test_hooks_that_came_after_a_session_was_opened_fill_it(tmp_path):
+    model = llama()
+    with opened(tmp_path, model, settings()) as session:
+        hooks.steer(model, 0.5)
+        prefill(session, model, prompt(80))
+        session.save()
+    with pytest.raises(specache.SessionError, match="other hooks"):
+        opened(tmp_path, llama())
+    with opened(tmp_path, model) as session:
+        assert session.saved_tokens == 80
+
+
+def test_a_session_from_before_hooks_were_noted_is_judged_by_its_rows(tmp_path):
+    steered = llama()
+    hooks.steer(steered, 0.5)
+    saved_with(tmp_path, steered)
+    path = tmp_path / "one" / "session.json"
+    document = json.loads(path.read_text())
+    del document["body"]["identity"]["code"]
+    document["digest"] = hashlib.blake2b(json.dumps(document["body"], sort_keys=True).encode(), digest_size=32).hexdigest()
+    path.write_text(json.dumps(document))
+    with opened(tmp_path, steered) as session:
+        assert session.saved_tokens == 200
+
+
+def test_the_digest_of_hooks_is_the_same_in_another_process():
+    """There the elements of a set have another order."""
+    model = llama()
+    for change in hooks.CHANGES.values():
+        change(model)
+    lines = (
+        "from tests.model.identity import test_hooks as hooks",
+        "from specache.model.identity.code import code_digest",
+        "from tests.tiny import llama",
+        "model = llama()",
+        "[change(model) for change in hooks.CHANGES.values()]",
+        "print(code_digest(model))",
+    )
+    program, root = [sys.executable, "-c", "; ".join(lines)], Path(__file__).parents[2]
+    other = subprocess.run(program, cwd=root, check=True, capture_output=True, text=True).stdout
+    assert other.strip() == code_digest(model) != ""
 
 
 # Sessions of the first version: digests of the whole configuration, and of 1,024 elements per

@@ -9,9 +9,10 @@ in weights and settings, or changes no result.
 from __future__ import annotations
 
 import functools
+import hashlib
 import weakref
 from collections.abc import Iterator
-from types import FunctionType, MethodType
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -28,6 +29,32 @@ _HOOKS = {"_forward_pre_hooks": "a hook before its forward", "_forward_hooks": "
 def code_of(module: nn.Module) -> Code:
     """Return a module's own code beside its class's, and the class's if it was replaced."""
     return tuple(_marks(module))
+
+
+def code_digest(model: nn.Module) -> str:
+    """Return a digest of the code of all modules, "" if there is none.
+
+    It is the same in another process that puts the same hooks on, as far as those enclose numbers,
+    strings and tensors; other objects count by their class.
+    """
+    found = [(name, code) for name, module in model.named_modules() if (code := code_of(module))]
+    if not found:
+        return ""
+    digest = hashlib.sha256()
+    for name, code in found:
+        digest.update(repr((name, [(what, _stable(own), [*map(_stable, values)]) for what, own, values in code])).encode())
+    return digest.hexdigest()
+
+
+def _stable(value: Any) -> Any:
+    """Return what a value of a mark is in any process of this Python."""
+    if isinstance(value, CodeType):
+        return value.co_name, value.co_code, value.co_names, [*map(_stable, value.co_consts)]
+    if isinstance(value, type):
+        return value.__module__, value.__qualname__
+    if isinstance(value, frozenset):
+        return sorted(map(repr, value))  # their order differs from process to process
+    return value.kind if isinstance(value, _Same) else value
 
 
 def _marks(module: nn.Module) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
@@ -93,6 +120,7 @@ class _Same:
     """Equal only for the same object, which it does not keep alive."""
 
     def __init__(self, value: Any) -> None:
+        self.kind = type(value).__qualname__
         try:
             self._held: Any = weakref.ref(value)
         except TypeError:
