@@ -129,7 +129,10 @@ def answer(
         on_prefilled()
 
     parsers = None if template is None else [channel_parser(loaded.tokenizer, prompt) for prompt in prompts]
-    recorder = AnswerRecorder(loaded.tokenizer, end_ids, stops, on_text, on_first=begin, parsers=parsers, on_reasoning=on_reasoning)
+    raw = prompts if template is None else None
+    recorder = AnswerRecorder(
+        loaded.tokenizer, end_ids, stops, on_text, on_first=begin, parsers=parsers, on_reasoning=on_reasoning, before=raw
+    )
     longest = answer_limit(options["max_new_tokens"], loaded.max_positions, input_ids.shape[1])
     arguments = {**options, "max_new_tokens": longest.new_tokens}
     if end_ids:

@@ -26,6 +26,7 @@ class AnswerRecorder:
         on_first: called once, before the first new token.
         parsers: per sequence, the parser of its channels; None: everything is text.
         on_reasoning: called with (sequence index, new reasoning).
+        before: per sequence, the prompt that its answer continues as a raw text.
     """
 
     def __init__(
@@ -38,8 +39,11 @@ class AnswerRecorder:
         *,
         parsers: Sequence[ChannelParser | None] | None = None,
         on_reasoning: Callable[[int, str], None] | None = None,
+        before: Sequence[Sequence[int]] | None = None,
     ) -> None:
-        self._new_row = lambda index: AnswerText(tokenizer, stops, parsers[index] if parsers else None)
+        self._new_row = lambda index: AnswerText(
+            tokenizer, stops, parsers[index] if parsers else None, before=before[index] if before else ()
+        )
         self._end_ids = frozenset(end_ids)
         self._callbacks = {Part.TEXT: on_text, Part.REASONING: on_reasoning}
         self._on_first = on_first

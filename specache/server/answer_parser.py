@@ -40,9 +40,10 @@ class AnswerParser:
         tokenizer: decodes the tokens.
         stops: stop strings.
         chat: of a conversation; `None` for the continuation of a raw text.
+        before: that text's tokens.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str], chat: ChatContext | None) -> None:
+    def __init__(self, tokenizer: Any, stops: Sequence[str], chat: ChatContext | None, before: Sequence[int] = ()) -> None:
         self.text = self.reasoning = ""
         tools = None if chat is None else chat.callable
         self._tools = tools
@@ -61,7 +62,7 @@ class AnswerParser:
             self._new_call_id = chat.tool_format.new_call_id
             self._stops = TextStops(stops)
             shown = {index: text for index, text in _special(tokenizer).items() if text in chat.tool_format.markers}
-        self._answer = AnswerText(tokenizer, () if tools else stops, channels, shown)
+        self._answer = AnswerText(tokenizer, () if tools else stops, channels, shown, before if chat is None else ())
         self._may_end = bool(stops) or self._answer.has_channels or (tools is not None and not tools.parallel)
 
     @property

@@ -48,7 +48,7 @@ class PreparedJob:
 
     def new_answer(self) -> AnswerParser:
         """Return an empty answer."""
-        return self.served.new_answer(self.chat, self.stops)
+        return self.served.new_answer(self.chat, self.stops, self.prompt_ids)
 
 
 class JobMaker:
@@ -133,7 +133,7 @@ class JobMaker:
         end_ids = list(dict.fromkeys((*(served.text_end_ids if chat is None else served.chat_end_ids), *special)))
 
         def new_answer() -> AnswerParser:
-            return served.new_answer(chat, stops)
+            return served.new_answer(chat, stops, ids)
 
         grammar = self._grammar(body, ids, end_ids, chat)
         request = self._request(body, ids, new_tokens, end_ids, new_answer, grammar)

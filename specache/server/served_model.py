@@ -174,9 +174,13 @@ class ServedModel:
                 param=param,
             )
 
-    def new_answer(self, chat: ChatContext | None, stops: Sequence[str] = ()) -> AnswerParser:
-        """Return an empty answer to a conversation, or (`None`) to a raw text."""
-        return AnswerParser(self.tokenizer, stops, chat)
+    def new_answer(self, chat: ChatContext | None, stops: Sequence[str] = (), before: Sequence[int] = ()) -> AnswerParser:
+        """Return an empty answer to a conversation, or (`None`) to a raw text.
+
+        Args:
+            before: the tokens of that text.
+        """
+        return AnswerParser(self.tokenizer, stops, chat, before)
 
     @cached_property
     def chat_prompt(self) -> ChatPrompt:

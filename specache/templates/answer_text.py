@@ -9,6 +9,7 @@ from specache.templates.channels import ChannelParser, Part, Piece
 
 _HALF_A_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 _MOST_HELD = 64  # tokens that wait for the rest of a character; each new one decodes them all again
+_CONTEXT = 8  # tokens of a prompt in whose light the first ones behind it are decoded
 _WRITTEN = (Part.TEXT, Part.REASONING)
 
 
@@ -24,13 +25,20 @@ class TextAssembler:
         stops: stop strings.
         strip_start: omit leading whitespace.
         shown: special tokens that are part of the text, id -> text.
+        before: the prompt, if the text continues it: alone, a first word may lose its space.
 
     Attributes:
         stop: the stop string that ended the text; None until then.
     """
 
     def __init__(
-        self, tokenizer: Any, stops: Sequence[str] = (), *, strip_start: bool = False, shown: Mapping[int, str] | None = None
+        self,
+        tokenizer: Any,
+        stops: Sequence[str] = (),
+        *,
+        strip_start: bool = False,
+        shown: Mapping[int, str] | None = None,
+        before: Sequence[int] = (),
     ) -> None:
         self._tokenizer = tokenizer
         self._special_ids = frozenset(getattr(tokenizer, "all_special_ids", ()))
@@ -38,9 +46,9 @@ class TextAssembler:
         self._strip_start = strip_start
         self._shown = shown or {}
         self._after_special = self._begins = False  # what precedes the next text
-        self._ids: list[int] = []
+        self._ids = _context_of(tokenizer, before)
         self._context = 0  # first token of the text that was returned last
-        self._decoded = 0  # number of tokens decoded into `_text`
+        self._decoded = len(self._ids)  # number of tokens decoded into `_text`, or in front of it
         self._text = ""
         self._given = 0  # number of characters of `_text` returned
         self.stop: str | None = None
@@ -140,6 +148,7 @@ class AnswerText:
         stops: stop strings.
         parser: assigns tokens to parts; None: everything is text.
         shown: special tokens that are part of the text, id -> text.
+        before: the prompt, if the answer continues a raw text.
     """
 
     def __init__(
@@ -148,11 +157,14 @@ class AnswerText:
         stops: Sequence[str],
         parser: ChannelParser | None = None,
         shown: Mapping[int, str] | None = None,
+        before: Sequence[int] = (),
     ) -> None:
         self.token_ids: list[int] = []
         self._tokenizer = tokenizer
         self._parser = parser
-        self._parts = {part: TextAssembler(tokenizer, stops, strip_start=parser is not None, shown=shown) for part in _WRITTEN}
+        self._parts = {
+            part: TextAssembler(tokenizer, stops, strip_start=parser is not None, shown=shown, before=before) for part in _WRITTEN
+        }
 
     @property
     def has_channels(self) -> bool:
@@ -207,3 +219,13 @@ class AnswerText:
             assembler = self._parts[piece.part]
             texts += [(piece.part, assembler.push(token_id)) for token_id in piece.token_ids]
         return texts
+
+
+def _context_of(tokenizer: Any, prompt: Sequence[int]) -> list[int]:
+    """Return the end of a prompt that the text behind it is decoded with.
+
+    Return none of it if it ends with half a character: that could not be told from the next text.
+    """
+    newest = list(prompt[-_CONTEXT:])
+    is_whole = not tokenizer.decode(newest, skip_special_tokens=True).endswith(_HALF_A_CHARACTER)
+    return newest if is_whole else []

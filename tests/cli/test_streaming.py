@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from specache.cli.streaming import AnswerRecorder
 from specache.templates.answer_text import TextAssembler
 from tests.cli.tiny_chat import byte_tokenizer
+from tests.templates.tokenizers import CHATML, CHATML_MARKERS, metaspace
 
 TOKENIZER = byte_tokenizer()
 STOPS = st.lists(st.text("ab\n", min_size=1, max_size=3), max_size=2)
@@ -67,6 +68,18 @@ def test_a_batch_is_recorded_without_the_padding_after_each_end():
     assert recorder.token_ids == [[a, end], [b, c, a, end]]
     assert recorder.texts == ["a", "bca"]
     assert spoken == [(0, "a"), (1, "b"), (1, "c"), (1, "a")]
+
+
+def test_what_continues_a_raw_text_begins_with_its_space():
+    tokenizer = metaspace(CHATML, CHATML_MARKERS, "<|im_end|>", "first")  # decoded alone, a first word has no space
+    hi = tokenizer.convert_tokens_to_ids("▁hi")
+    prompt = tokenizer("me hi")["input_ids"]
+    recorder = AnswerRecorder(tokenizer, [], before=[prompt, []])
+    recorder.put(torch.zeros(2, 2, dtype=torch.long))
+    for _ in range(2):
+        recorder.put(torch.tensor([hi, hi]))
+    recorder.end()
+    assert recorder.texts == [" hi hi", "hi hi"]
 
 
 def test_nothing_is_recorded_before_the_first_token():

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.server.tiny_server import END, TOKENIZER, complete, printable_model, stream, token_of
+from tests.server.tiny_server import END, TOKENIZER, complete, printable_model, running, stream, token_of
+from tests.server.tool_models import seeded_model
+from tests.templates.tokenizers import CHATML, CHATML_MARKERS, metaspace
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +55,6 @@ def test_a_list_of_prompts_is_answered_in_order(client, prompts):
 
 
 def test_more_prompts_than_may_wait_are_answered_one_after_the_other():
-    from tests.server.tiny_server import running
-
     with running(most_waiting=1) as client:
         document = complete(client, ["a", "b", "c", "d", "e", "f"], max_tokens=2)
     assert len(document["choices"]) == 6 and document["usage"]["completion_tokens"] == 12
@@ -63,6 +63,24 @@ def test_more_prompts_than_may_wait_are_answered_one_after_the_other():
 def test_echo_puts_the_prompt_in_front(client):
     assert text(client, echo=True) == "Hello" + text(client)
     assert text(client, ids("Hello"), echo=True) == "Hello" + text(client)
+
+
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+def test_the_space_behind_the_prompt_is_part_of_the_answer(scheme):
+    tokenizer = metaspace(CHATML, CHATML_MARKERS, "<|im_end|>", scheme)  # decoded alone, a first word has no space
+    hi = tokenizer.convert_tokens_to_ids("▁hi")
+    fields = {"max_tokens": 2, "logit_bias": {str(hi): 100}}
+    with running(seeded_model(tokenizer), tokenizer=tokenizer) as client:
+        assert text(client, "hi me", **fields) == " hi hi"
+        assert text(client, "hi me", echo=True, **fields) == "hi me hi hi"
+        assert text(client, tokenizer("hi me")["input_ids"], echo=True, **fields) == "hi me hi hi"
+        assert text(client, "hi me", stop=" hi", **fields) == ""
+
+
+def test_a_prompt_may_end_with_half_a_character(client):
+    half = ids("€")[:1]
+    answer = {"max_tokens": 2, "logit_bias": {str(token_of("x")): 100}}
+    assert text(client, half, **answer) == text(client, [*ids("a"), *half], **answer) == "xx"
 
 
 def test_echo_without_new_tokens_is_the_prompt(client):
