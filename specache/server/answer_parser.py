@@ -12,6 +12,7 @@ from specache.server.tool_formats.base import CallParser, ToolFormat
 from specache.server.tool_use import ToolUse
 from specache.templates.answer_text import AnswerText
 from specache.templates.channels import Part, channel_parser
+from specache.templates.markers import control_tokens
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ class AnswerParser:
             self._calls = chat.tool_format.parser(tools)
             self._new_call_id = chat.tool_format.new_call_id
             self._stops = TextStops(stops)
-            shown = {index: text for index, text in _special(tokenizer).items() if text in chat.tool_format.markers}
+            special = control_tokens(tokenizer).special
+            shown = {index: text for text, index in special.items() if text in chat.tool_format.markers}
         self._answer = AnswerText(tokenizer, () if tools else stops, channels, shown, before if chat is None else ())
         self._may_end = bool(stops) or self._answer.has_channels or (tools is not None and not tools.parallel)
 
@@ -196,9 +198,3 @@ class TextStops:
             decided = len(text) - max(tails, default=0)
             text, self._held = text[:decided], text[decided:]
         return [self._kind(text)] if text else []
-
-
-def _special(tokenizer: Any) -> dict[int, str]:
-    """Return the special tokens, id -> text."""
-    found = {index: str(token.content) for index, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special}
-    return {**dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)), **found}

@@ -92,8 +92,11 @@ class ServedModel:
 
     @cached_property
     def special_tokens(self) -> dict[str, int]:
-        """Return the special tokens, text -> id. The text of an answer leaves them out."""
-        return dict(zip(self.tokenizer.all_special_tokens, self.tokenizer.all_special_ids, strict=True))
+        """Return the special tokens, text -> id. The text of an answer leaves them out.
+
+        Most have no name in the tokenizer (`eos_token`), such as `<|eom_id|>` of Llama 3.
+        """
+        return self.template.tokens.special
 
     @cached_property
     def pad_id(self) -> int:

@@ -95,7 +95,7 @@ async def tokenizer_info(http: Request) -> dict[str, Any]:
         "vocab_size": served.vocabulary_size,
         "model_max_length": served.positions,
         "chat_template": tokenizer.chat_template,
-        "additional_special_tokens": sorted(set(map(str, tokenizer.all_special_tokens)) - set(special.values())),
+        "additional_special_tokens": sorted(served.special_tokens.keys() - set(map(str, special.values()))),
         **{name: None if token is None else str(token) for name, token in special.items()},
         **{f"{name}_id": getattr(tokenizer, f"{name}_id", None) for name in names},
     }

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from specache.templates.channels import ChannelParser, Part, Piece
+from specache.templates.markers import control_tokens
 
 _HALF_A_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 _MOST_HELD = 64  # tokens that wait for the rest of a character; each new one decodes them all again
@@ -41,7 +43,6 @@ class TextAssembler:
         before: Sequence[int] = (),
     ) -> None:
         self._tokenizer = tokenizer
-        self._special_ids = frozenset(getattr(tokenizer, "all_special_ids", ()))
         self._stops = tuple(stops)
         self._strip_start = strip_start
         self._shown = shown or {}
@@ -52,6 +53,10 @@ class TextAssembler:
         self._text = ""
         self._given = 0  # number of characters of `_text` returned
         self.stop: str | None = None
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        return frozenset(control_tokens(self._tokenizer).special.values())
 
     @property
     def stopped(self) -> bool:

@@ -6,10 +6,23 @@ import dataclasses
 
 import pytest
 import torch
+from tokenizers import AddedToken
 
 import specache
 from tests.cli.tiny_chat import TEMPLATE, byte_tokenizer
-from tests.server.tiny_server import END, SHORT, TOKENIZER, chat, post, printable_model, prompt_of, running, stream, token_of
+from tests.server.tiny_server import (
+    END,
+    SHORT,
+    TOKENIZER,
+    chat,
+    complete,
+    post,
+    printable_model,
+    prompt_of,
+    running,
+    stream,
+    token_of,
+)
 
 
 def generated(text: str = "Hello", new_tokens: int = 8, **arguments: object) -> str:
@@ -138,6 +151,20 @@ def test_a_stop_string_may_be_one_text_or_a_special_token(client):
     assert answer(client, stop=plain[3]) == plain[: plain.index(plain[3])]
     document = chat(client, stop="<user>", logit_bias={str(TOKENIZER.convert_tokens_to_ids("<user>")): 100})
     assert document["choices"][0]["finish_reason"] == "stop" and document["usage"]["completion_tokens"] == 1
+
+
+def test_a_special_token_that_has_no_name_in_the_tokenizer_is_one_too():
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.add_special_tokens([AddedToken("<eom>", special=True, normalized=False)])  # as Llama 3's files do
+    assert "<eom>" not in tokenizer.all_special_tokens
+    model = printable_model()
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    bias = {str(tokenizer.convert_tokens_to_ids("<eom>")): 100}
+    with running(model, tokenizer=tokenizer) as client:
+        document = chat(client, stop="<eom>", logit_bias=bias)
+        assert document["choices"][0]["finish_reason"] == "stop" and document["usage"]["completion_tokens"] == 1
+        logprobs = complete(client, max_tokens=2, logprobs=0, logit_bias=bias)["choices"][0]["logprobs"]
+        assert logprobs["tokens"] == ["<eom>", "<eom>"] and logprobs["text_offset"] == [0, 0]
 
 
 def test_parts_of_a_message_are_one_text(client):
