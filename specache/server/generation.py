@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from secrets import randbits
 
 import torch
-from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers import EosTokenCriteria, LogitsProcessorList, StoppingCriteriaList
 
 from specache.engine.answer_length import answer_limit
 from specache.engine.constraints import ConstrainedTokens, ConstraintsComplete
@@ -131,12 +131,14 @@ class JobMaker:
         ends = [*stops, *(chat.tool_format.ends if chat is not None and chat.callable else ())]
         special = [served.special_tokens[end] for end in ends if end in served.special_tokens]
         end_ids = list(dict.fromkeys((*(served.text_end_ids if chat is None else served.chat_end_ids), *special)))
+        stop_ids = [served.special_tokens[stop] for stop in stops if stop in served.special_tokens]
+        ending = stop_ids if body.ignore_eos else end_ids
 
         def new_answer() -> AnswerParser:
             return served.new_answer(chat, stops, ids)
 
         grammar = self._grammar(body, ids, end_ids, chat)
-        request = self._request(body, ids, new_tokens, end_ids, new_answer, grammar)
+        request = self._request(body, ids, new_tokens, end_ids, ending, new_answer, grammar)
         job = Job(
             request,
             owner=self._prefix_owner(body.session),
@@ -146,8 +148,7 @@ class JobMaker:
             policy=body.policy,
             top_k=body.top_k_pairs,
         )
-        no_text = frozenset() if body.ignore_eos else frozenset(end_ids)
-        return PreparedJob(job, served, ids, text, chat, no_text, stops)
+        return PreparedJob(job, served, ids, text, chat, frozenset(ending), stops)
 
     def _new_tokens(self, ids: list[int], param: str, wanted: int) -> int:
         """Return the longest answer that the model's positions leave room for."""
@@ -181,14 +182,21 @@ class JobMaker:
         ids: list[int],
         new_tokens: int,
         end_ids: Sequence[int],
+        ending: Sequence[int],
         new_answer: Callable[[], AnswerParser],
         grammar: ConstrainedTokens | None,
     ) -> Request:
+        """Return the request of an answer.
+
+        Args:
+            end_ids: the tokens that end an answer.
+            ending: those of them that end this one: with `ignore_eos`, what the client stops at.
+        """
         served = self._served
         rows = torch.tensor([ids] * body.answers, device=served.model.device)
         criteria, processors = StoppingCriteriaList(), LogitsProcessorList()
         if new_answer().may_end:
-            criteria.append(TextEnds(new_answer, body.answers, end_ids))
+            criteria.append(TextEnds(new_answer, body.answers, ending))
         if body.presence_penalty or body.frequency_penalty:
             processors.append(RepeatPenalties(len(ids), body.presence_penalty or 0.0, body.frequency_penalty or 0.0))
         if grammar is not None:  # last: what else changes the logits cannot allow what it forbids
@@ -209,7 +217,7 @@ class JobMaker:
             )
         if body.ignore_eos:
             kept = [one for one in request.params.stopping_criteria if not hasattr(one, "eos_token_id")]
-            request.params.stopping_criteria = StoppingCriteriaList(kept)
+            request.params.stopping_criteria = StoppingCriteriaList([*kept, *([EosTokenCriteria(list(ending))] if ending else [])])
         return request
 
     def _prefix_owner(self, session: str | None) -> str:

@@ -115,6 +115,14 @@ def test_min_tokens_and_ignore_eos_keep_an_answer_going(client):
     assert chat(client, logit_bias=bias, ignore_eos=True)["usage"]["completion_tokens"] == 8
 
 
+def test_an_answer_that_ignores_the_models_end_still_ends_at_the_tokens_that_it_is_to_stop_at(client):
+    bias = {str(TOKENIZER.convert_tokens_to_ids("<user>")): 100}
+    for fields in ({"stop": "<user>", "logit_bias": bias}, {"stop": ["<user>", "<end>"], "logit_bias": {str(END): 100}}):
+        document = chat(client, ignore_eos=True, **fields)
+        assert document["choices"][0]["finish_reason"] == "stop" and document["usage"]["completion_tokens"] == 1
+        assert chat(client, ignore_eos=True, min_tokens=3, **fields)["usage"]["completion_tokens"] == 4
+
+
 def test_logit_bias_forces_and_forbids_tokens(client):
     assert answer(client, logit_bias={str(token_of("x")): 100}) == "x" * 8
     plain = answer(client)
