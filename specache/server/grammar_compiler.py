@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 from collections import OrderedDict
@@ -27,6 +28,7 @@ _MOST_KEPT_CHARACTERS = 1 << 20
 # As llguidance's `is_lark_syntax`, which takes seconds for thousands of empty lines.
 _IS_LARK = re.compile(r"^[^\S\n]*(?:%llguidance\b|start\s*:)", re.MULTILINE)
 _END = "<|specache: end of grammar|>"
+_NOT_FORCED = '\n%llguidance {"no_forcing": true}\n'
 # One space at most, so that no answer is spaces without end. A request cannot set these options.
 _JSON_OPTIONS: JsonCompileOptions = {
     "item_separator": ",",
@@ -138,6 +140,8 @@ class GrammarCompiler:
         tokenizer, end_of_grammar = self._grammar_tokenizer(spec.param)
         try:
             text = _grammar_text(spec)
+            if self._holds_marker(spec):
+                text = _not_forced(spec, text)
         except ValueError as error:
             raise ValueError(readable(str(error))) from None
         matcher = LLMatcher(tokenizer, text, limits=parser_limits(), log_level=0)
@@ -147,6 +151,11 @@ class GrammarCompiler:
             raise ValueError(readable(matcher.get_error()))
         markers = self._markers if spec.kind != "lark" else ()  # Lark may name those that it wants
         return CompiledGrammar(matcher, end_of_grammar, self._vocabulary, markers)
+
+    def _holds_marker(self, spec: GrammarSpec) -> bool:
+        """Return whether a control token's text may be part of an answer, such as `<s>`."""
+        text = json.dumps(json.loads(spec.text), ensure_ascii=False) if spec.kind == "json_schema" else spec.text
+        return bool(control_tokens(self._tokenizer).found_in(text.replace("\\", "")))
 
     def _grammar_tokenizer(self, param: str) -> tuple[LLTokenizer, int]:
         """Return the tokenizer as llguidance needs it, and the token of a grammar's end."""
@@ -196,3 +205,16 @@ def _grammar_text(spec: GrammarSpec) -> str:
             raise ValueError(f"it is neither Lark nor GBNF: {error}") from None
     schema = '{"type": "object"}' if spec.kind == "json_object" else spec.text
     return LLMatcher.grammar_from_json_schema(schema, overrides=_JSON_OPTIONS)
+
+
+def _not_forced(spec: GrammarSpec, grammar: str) -> str:
+    """Return a grammar that allows every token of a text that alone can follow.
+
+    Otherwise llguidance allows the first one only, as the tokenizer encodes this text. That is
+    better for the model, but of `<s>` it is the special token, which is not this text.
+    """
+    if spec.kind == "lark":
+        return grammar + _NOT_FORCED
+    (one,) = json.loads(grammar)["grammars"]
+    lark = one["lark_grammar"] or f"start: %json {json.dumps(one['json_schema'], ensure_ascii=False)}"
+    return f"{lark}{_NOT_FORCED}"

@@ -7,6 +7,7 @@ import re
 _KEYS = re.compile(r"Unimplemented keys: \[(.*?)\]")
 _REGEX_REASON = re.compile(r"^error: (.*)$", re.MULTILINE)
 _LONGEST = 300  # characters
+_IN_SCHEMA = "at 1(8): failed to compile JSON schema: "  # the place is that in our own line of Lark
 
 
 def readable(message: str) -> str:
@@ -26,5 +27,5 @@ def readable(message: str) -> str:
 
 
 def _first_line(message: str) -> str:
-    line = message.strip().split("\n", 1)[0].strip()[:_LONGEST].rstrip(".:")
+    line = message.strip().removeprefix(_IN_SCHEMA).split("\n", 1)[0].strip()[:_LONGEST].rstrip(".:")
     return "".join(character if character.isprintable() else "?" for character in line)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,14 @@ if TYPE_CHECKING:
 _FREE_SECONDS = 0.5  # of this thread's time for an answer's grammar, and for each of its tokens
 _SECONDS_PER_TOKEN = 0.005
 _KEPT_MASKS = 3  # of the newest places: after a token, after the draft token, and before both
+
+
+class _Mask(NamedTuple):
+    """What may follow a text: not these tokens [V], perhaps its end, perhaps its end alone."""
+
+    forbidden: Tensor
+    may_end: bool
+    is_complete: bool
 
 
 class _MatcherError(Exception):
@@ -60,7 +68,7 @@ class GrammarMatcher:
         self._markers = list(markers)
         self._spent_s = 0.0
         self._consumed: list[int] = []
-        self._masks: dict[int, tuple[Tensor, bool]] = {}  # tokens consumed -> forbidden, complete
+        self._masks: dict[int, _Mask] = {}  # by the tokens consumed
 
     def forbidden(self, answer: Sequence[int]) -> Tensor | None:
         """Return bool [V], True for the tokens that may not follow; `None` behind the answer's end.
@@ -74,7 +82,7 @@ class GrammarMatcher:
         found = self._mask(list(answer[start:]))
         if found is None:
             return None
-        forbidden, _ = found
+        forbidden = found.forbidden
         if self._final is not None and not answer:
             forbidden = forbidden.clone()
             forbidden[list(self._final.openings)] = False
@@ -84,10 +92,10 @@ class GrammarMatcher:
         """Return whether the grammar is complete and nothing may follow."""
         start = 0 if self._final is None else self._final.start(answer)
         found = None if start is None else self._mask(list(answer[start:]))
-        return found is not None and found[1]
+        return found is not None and found.is_complete
 
-    def _mask(self, text: list[int]) -> tuple[Tensor, bool] | None:
-        """Return the tokens [V] that may not follow a text, and whether it is complete.
+    def _mask(self, text: list[int]) -> _Mask | None:
+        """Return what may not follow a text.
 
         Return `None` if it does not match the grammar: the answer's end is in it.
         """
@@ -100,7 +108,7 @@ class GrammarMatcher:
         except _MatcherError as error:
             raise GrammarError(f"The answer's grammar became too complex: {error}. Use a simpler one.") from None
 
-    def _mask_behind(self, text: list[int]) -> tuple[Tensor, bool] | None:
+    def _mask_behind(self, text: list[int]) -> _Mask | None:
         same = len(self._consumed)
         while self._consumed[:same] != text[:same]:
             same -= 1
@@ -113,7 +121,8 @@ class GrammarMatcher:
         mask = self._mask_here()
         if count == len(rest):
             return mask
-        if rest[count] not in self._end_ids and not mask[0][rest[count]]:
+        ends = mask.may_end and rest[count] in self._end_ids
+        if not ends and not mask.forbidden[rest[count]]:
             raise self._failed("a token that it allows is too much for it")
         return None
 
@@ -124,8 +133,8 @@ class GrammarMatcher:
             self._masks = {place: mask for place, mask in self._masks.items() if place <= length}
             del self._consumed[length:]
 
-    def _mask_here(self) -> tuple[Tensor, bool]:
-        """Return what may not follow the tokens consumed, and whether they are complete."""
+    def _mask_here(self) -> _Mask:
+        """Return what may not follow the tokens consumed."""
         place = len(self._consumed)
         if place not in self._masks:
             with self._bounded():
@@ -135,8 +144,8 @@ class GrammarMatcher:
             self._masks[place] = self._unpacked(bits, accepts)
         return self._masks[place]
 
-    def _unpacked(self, bits: bytes, accepts: bool) -> tuple[Tensor, bool]:
-        """Return the forbidden tokens [V], and whether only the end is left, of allowed bits."""
+    def _unpacked(self, bits: bytes, accepts: bool) -> _Mask:
+        """Return the mask of allowed bits."""
         allowed = np.unpackbits(np.frombuffer(bits, dtype=np.uint8), bitorder="little")
         may_end = accepts and bool(allowed[self._end_of_grammar])
         allowed[[self._end_of_grammar, *self._markers]] = 0
@@ -148,7 +157,7 @@ class GrammarMatcher:
             forbidden[self._end_ids] = False
         elif is_last:
             raise GrammarError("The answer's grammar asks for text that this model has no tokens for. Use another grammar.")
-        return torch.from_numpy(forbidden), may_end and is_last
+        return _Mask(torch.from_numpy(forbidden), may_end, may_end and is_last)
 
     def _mask_of_reasoning(self, answer: Sequence[int]) -> Tensor:
         """Return the tokens [V] that may not follow in reasoning: above all, the answer's end."""

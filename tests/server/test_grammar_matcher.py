@@ -87,6 +87,12 @@ def test_special_tokens_are_no_text():
     assert max(allowed(constraint, []) or ()) < len(TOKENIZER)  # and padding of the model's logits is none
 
 
+def test_an_end_token_that_a_grammar_takes_for_text_is_no_end():
+    constraint = matcher(GrammarSpec("regex", "a[<]end>b"))  # as a text that can only go on so: `<end>` is a token
+    with pytest.raises(GrammarError):
+        constraint.forbidden([*TOKENIZER("a")["input_ids"], END])
+
+
 def test_markers_of_the_template_are_no_text_either():
     template = f"{CHATML}[MARK]<tool_call>"
     tokenizer = byte_level(template, ("<pad>", "<end>"), "<end>", written=("[MARK]", "<tool_call>", "word"))

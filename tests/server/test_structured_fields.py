@@ -132,6 +132,18 @@ def test_control_tokens_and_padding_are_never_part_of_it():
             assert len(answer["choices"][0]["logprobs"]["content"]) == answer["usage"]["completion_tokens"] == len(text.encode())
 
 
+@pytest.mark.parametrize("text", ["<user>", "yes<end>no", "a <s> and <pad>"])
+def test_the_text_of_a_control_token_is_spelled_out(client, text):
+    grammars = ({"grammar": f'start: "{text}"'}, {"grammar": f'root ::= "{text}"'})
+    for fields in ({"guided_choice": [text]}, {"regex": re.escape(text)}, *grammars):
+        assert only(chat(client, max_tokens=40, **fields)) == (text, "stop")
+    for schema in ({"const": text}, {"pattern": f"^{re.escape(text)}$", "type": "string"}):
+        assert only(chat(client, max_tokens=40, json_schema=schema)) == (json.dumps(text), "stop")
+    named = {"type": "object", "properties": {text: {"const": 1}}, "required": [text], "additionalProperties": False}
+    answer, reason = only(chat(client, max_tokens=40, json_schema=named))
+    assert json.loads(answer) == {text: 1} and reason == "stop"
+
+
 def test_several_answers_each_match(client):
     answers = chat(client, n=5, max_tokens=100, temperature=1.5, seed=5, response_format=OPENAI)["choices"]
     texts = [choice["message"]["content"] for choice in answers]
