@@ -38,8 +38,12 @@ class ChatPrompt:
 
     def messages(self, messages: Sequence[ChatMessage], tools: ToolUse | None) -> list[Message]:
         """Return the messages of a conversation, in the model's form."""
-        names = {call.id: call.function.name for message in messages for call in message.tool_calls or ()}
-        return self.tool_format.messages([self._message(message, names) for message in messages], tools)
+        names: dict[str, str] = {}  # of the calls so far: some clients number those of each answer anew
+        written = []
+        for message in messages:
+            names |= {call.id: call.function.name for call in message.tool_calls or ()}
+            written.append(self._message(message, names))
+        return self.tool_format.messages(written, tools)
 
     def variables(self, tools: ToolUse | None) -> dict[str, Any]:
         """Return the template's variables about tools."""

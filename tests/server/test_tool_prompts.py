@@ -68,6 +68,16 @@ def test_a_result_may_come_in_parts(served):
     assert prompt(served, user(), calling(call("c1", {})), result("c1", parts)) == whole
 
 
+def test_a_result_has_the_name_of_its_call_although_later_calls_are_numbered_anew():
+    """Some clients call the first call of each answer `call_0`."""
+    template = "{% if tools %}<tool_call>{% endif %}{% for m in messages %}<|im_start|>{{ m.role }} {{ m.name }}{% endfor %}"
+    tokenizer = byte_level(template, HERMES_MARKERS, "<|im_end|>")
+    served = served_model(seeded_model(tokenizer), tokenizer)
+    first = [user(), calling(call("call_0", {}, "clock")), result("call_0", "noon")]
+    text = prompt(served, *first, calling(call("call_0", {}, "weather")), result("call_0"))
+    assert "tool clock<" in text and text.endswith("tool weather") and text.startswith(prompt(served, *first))
+
+
 def test_arguments_keep_their_order_and_characters(served):
     arguments = '{"z": "ä", "a": [1, 2.5, null], "m": {"b": true, "a": 1e3}}'
     text = prompt(served, user(), calling(call("c1", arguments)), result("c1"))
