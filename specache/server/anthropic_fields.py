@@ -229,6 +229,9 @@ class CountBody(JsonBody):
             raise FieldError("tool_choice", "there are no tools")
         if choice is not None and choice.type == "tool" and choice.name not in names:
             raise FieldError("tool_choice.name", "there is no such tool")
+        shown = [tool.name for tool in self.shown_tools]
+        if choice is not None and ((choice.type == "any" and not shown) or (choice.type == "tool" and choice.name not in shown)):
+            raise FieldError("tool_choice", "with defer_loading a tool can be called once a tool_reference in a result names it")
         if self.output_format is not None and self.output_config is not None and self.output_config.format is not None:
             raise FieldError("output_format", "it is the old name of output_config.format. Give one of them")
         return self

@@ -65,6 +65,8 @@ def refused(**fields: Any) -> str:
         ({"tools": [WEATHER], "tool_choice": {"type": "tool"}}, "tool_choice.name"),
         ({"tools": [WEATHER], "tool_choice": {"type": "tool", "name": "other"}}, "tool_choice.name"),
         ({"tools": [WEATHER], "tool_choice": "any"}, "tool_choice"),
+        ({"tools": [{**WEATHER, "defer_loading": True}], "tool_choice": {"type": "any"}}, "tool_choice"),
+        ({"tools": [{**WEATHER, "defer_loading": True}], "tool_choice": {"type": "tool", "name": "weather"}}, "tool_choice"),
         ({"thinking": {"type": "enabled"}}, "thinking.budget_tokens"),
         ({"thinking": {"type": "disabled", "budget_tokens": 5}}, "thinking.budget_tokens"),
         ({"thinking": {"type": "much"}}, "thinking.type"),
