@@ -102,6 +102,26 @@ def test_the_result_of_a_call_goes_on_as_in_a_chat(family):
     assert kinds == ["message", *(item["type"] for item in first["output"]), "function_call_output"]
 
 
+def test_text_and_reasoning_behind_a_call_are_of_its_message(hermes):
+    """A model may write on behind its calls, before their results come."""
+
+    def call(call_id: str) -> dict[str, Any]:
+        return {"type": "function_call", "call_id": call_id, "name": "weather", "arguments": "{}"}
+
+    reasons = [{"type": "reasoning", "content": [{"type": "reasoning_text", "text": text}]} for text in ("why", "still")]
+    says = [{"type": "message", "role": "assistant", "content": text} for text in ("First. ", "Then.")]
+    results = [result_of(call(call_id)) for call_id in ("a", "b")]
+    items = [{"role": "user", "content": "Hello"}, reasons[0], says[0], call("a"), reasons[1], call("b"), says[1], *results]
+    function = {"name": "weather", "arguments": "{}"}
+    answer = {"role": "assistant", "content": "First. Then.", "reasoning_content": "why\nstill"}
+    answer["tool_calls"] = [{"id": call_id, "type": "function", "function": function} for call_id in ("a", "b")]
+    messages = [items[0], answer, *({"role": "tool", "tool_call_id": call_id, "content": "sunny"} for call_id in ("a", "b"))]
+    chat = post(hermes, "/v1/chat/completions", {"messages": messages, "max_tokens": 8, "temperature": 0})
+    response = respond(hermes, items, store=False)
+    assert response["usage"]["input_tokens"] == chat["usage"]["prompt_tokens"]
+    assert text_of(response) == chat["choices"][0]["message"]["content"]
+
+
 def test_the_parts_of_a_result_are_one_text(hermes):
     first = respond(hermes, **FORCED)
     (call,) = calls_of(first)

@@ -124,15 +124,15 @@ class _Conversation:
 
     def _add_message(self, item: MessageItem) -> None:
         last = self.messages[-1] if self.messages else None
-        if item.role == "assistant" and last is not None and _is_reasoning(last):
-            last.content = item.text
+        if item.role == "assistant" and last is not None and (_is_reasoning(last) or last.tool_calls):
+            last.content += item.text
         else:
             self.messages.append(_message(item.role, item.text))
 
     def _add_reasoning(self, item: ReasoningItem) -> None:
         last = self.messages[-1] if self.messages else None
-        if last is not None and _is_reasoning(last):
-            last.reasoning_content = f"{last.reasoning_content}\n{item.text}"
+        if last is not None and (_is_reasoning(last) or last.tool_calls):
+            last.reasoning_content = "\n".join(text for text in (last.reasoning_content, item.text) if text is not None)
         else:
             self.messages.append(_message("assistant", "", reasoning_content=item.text))
 
