@@ -66,6 +66,8 @@ class ChatPrompt:
 
     def _call(self, call: ToolCallFields) -> dict[str, Any]:
         text = call.function.arguments
+        if not text.strip():  # as some clients write none
+            text = "{}"
         arguments = text if self._arguments_are_text else _arguments(text)
         return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
 

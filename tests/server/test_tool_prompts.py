@@ -85,10 +85,16 @@ def test_arguments_keep_their_order_and_characters(served):
 
 
 @pytest.mark.parametrize(
-    "arguments", ["", "not JSON", "[1]", '"x"', "[" * 5000, '{"a": ' * 200 + "1" + "}" * 200, '{"a": "\\ud800"}', "9" * 5000]
+    "arguments", ["not JSON", "[1]", '"x"', "[" * 5000, '{"a": ' * 200 + "1" + "}" * 200, '{"a": "\\ud800"}', "9" * 5000]
 )
 def test_arguments_that_are_no_object_are_text(served, arguments):
     assert tokens(served, user(), calling(call("c1", arguments)), result("c1"))
+
+
+@pytest.mark.parametrize("empty", ["", " \n"])
+def test_a_call_whose_arguments_are_an_empty_text_has_none(served, empty):
+    conversation = [user(), calling(call("c1", empty)), result("c1")]
+    assert prompt(served, *conversation) == prompt(served, user(), calling(call("c1", {})), result("c1"))
 
 
 def test_parallel_calls_and_their_results_are_all_there(served):
