@@ -15,7 +15,7 @@ from specache.cli.streaming import AnswerRecorder
 from specache.engine.answer_length import answer_limit
 from specache.errors import SpeCacheError
 from specache.templates.channels import channel_parser
-from specache.templates.end_tokens import end_tokens
+from specache.templates.end_tokens import end_texts, end_tokens
 from specache.templates.template import ChatTemplate
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def answer(
             beginning.
         cache: empty, or holding the text to continue. Another text is replaced by the prompts.
         options: arguments from `options.GenerationOptions.arguments`.
-        stops: stop strings.
+        stops: stop strings, beside those of the model's files.
         template: the chat template that rendered the prompts, if any.
         on_text: called with (sequence index, new text) as text becomes final.
         on_reasoning: the same for text before the final message.
@@ -120,6 +120,7 @@ def answer(
     if not begins_alike(cache, prompts):  # the prompts are whole texts, which the library cannot know
         cache.reset()
     pad_id, end_ids = _special_ids(loaded, template)
+    stops = [*stops, *end_texts(loaded.model.generation_config)]
     input_ids, attention_mask = pad_left(prompts, pad_id)
     device = loaded.model.device
     progress = PrefillProgress(description)
@@ -140,7 +141,7 @@ def answer(
     if parsers is not None and parsers[0] is not None:
         arguments["stopping_criteria"] = [lambda ids, scores: torch.tensor(recorder.ended)]
     if stops:
-        arguments |= {"stop_strings": list(stops), "tokenizer": loaded.tokenizer}
+        arguments |= {"stop_strings": stops, "tokenizer": loaded.tokenizer}
     interrupted, failure = False, None
     try:
         with _rereading_warning_ignored():

@@ -342,6 +342,7 @@ class GenerationOptions:
         arguments: dict[str, Any] = {
             "max_new_tokens": self.max_new_tokens,  # None: see `answer_length.answer_limit`
             "num_beams": 1,
+            "num_return_sequences": 1,
             "repetition_penalty": 1.0 if self.repetition_penalty is None else self.repetition_penalty,
             "do_sample": self._samples,
         }

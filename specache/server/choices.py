@@ -41,10 +41,11 @@ class Choice:
 
     @property
     def stop(self) -> str | None:
-        """Return the stop text that ended the answer; `None` if none did."""
+        """Return the request's stop text that ended the answer; `None` if none did."""
         last = self.tokens[-1].token_id if self.tokens and self.reason == "stop" else None
         special = self.prepared.served.special_tokens
-        return self._answer.stop or next((one for one in self.prepared.stops if special.get(one, -1) == last), None)
+        found = self._answer.stop if self._answer.stop in self.prepared.stops else None
+        return found or next((one for one in self.prepared.stops if special.get(one, -1) == last), None)
 
     def push(self, event: NewToken) -> list[AnswerPiece]:
         """Add a token and return the pieces that became final."""

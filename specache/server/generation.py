@@ -36,6 +36,8 @@ class PreparedJob:
         prompt_text: its text, if the request gave one.
         chat: of the prompt that a chat template wrote; `None` for a raw text.
         end_ids: tokens that end an answer.
+        stops: the request's texts that end an answer.
+        end_texts: those of the model's files.
     """
 
     job: Job
@@ -45,10 +47,11 @@ class PreparedJob:
     chat: ChatContext | None
     end_ids: frozenset[int]
     stops: tuple[str, ...]
+    end_texts: tuple[str, ...]
 
     def new_answer(self) -> AnswerParser:
         """Return an empty answer."""
-        return self.served.new_answer(self.chat, self.stops, self.prompt_ids)
+        return self.served.new_answer(self.chat, (*self.stops, *self.end_texts), self.prompt_ids)
 
 
 class JobMaker:
@@ -128,14 +131,16 @@ class JobMaker:
         new_tokens = self._new_tokens(ids, param, wanted)
         served = self._served
         stops = tuple(body.stop or ())
-        ends = [*stops, *(chat.tool_format.ends if chat is not None and chat.callable else ())]
+        ends_elsewhere = body.ignore_eos or body.grammar_spec is not None  # the grammar says where the answer ends
+        end_texts = () if ends_elsewhere else served.end_texts
+        ends = [*stops, *end_texts, *(chat.tool_format.ends if chat is not None and chat.callable else ())]
         special = [served.special_tokens[end] for end in ends if end in served.special_tokens]
         end_ids = list(dict.fromkeys((*(served.text_end_ids if chat is None else served.chat_end_ids), *special)))
         stop_ids = [served.special_tokens[stop] for stop in stops if stop in served.special_tokens]
         ending = stop_ids if body.ignore_eos else end_ids
 
         def new_answer() -> AnswerParser:
-            return served.new_answer(chat, stops, ids)
+            return served.new_answer(chat, (*stops, *end_texts), ids)
 
         grammar = self._grammar(body, ids, end_ids, chat)
         request = self._request(body, ids, new_tokens, end_ids, ending, new_answer, grammar)
@@ -148,7 +153,7 @@ class JobMaker:
             policy=body.policy,
             top_k=body.top_k_pairs,
         )
-        return PreparedJob(job, served, ids, text, chat, frozenset(ending), stops)
+        return PreparedJob(job, served, ids, text, chat, frozenset(ending), stops, end_texts)
 
     def _new_tokens(self, ids: list[int], param: str, wanted: int) -> int:
         """Return the longest answer that the model's positions leave room for."""
@@ -211,6 +216,7 @@ class JobMaker:
                 seed=randbits(63) if body.seed is None else body.seed % 2**64,
                 max_new_tokens=new_tokens,
                 pad_token_id=served.pad_id,
+                stop_strings=[],  # `TextEnds` looks for those of the model's files too
                 stopping_criteria=criteria,
                 logits_processor=processors,
                 **arguments,

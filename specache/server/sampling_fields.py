@@ -166,6 +166,7 @@ class SamplingFields(GrammarFields):
         arguments: dict[str, Any] = {
             "do_sample": self.samples,
             "num_beams": 1,
+            "num_return_sequences": 1,  # a row for each of `n` answers is in the request already
             "repetition_penalty": self.repetition_penalty or 1.0,
             "min_new_tokens": self.min_tokens or None,
         }

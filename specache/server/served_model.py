@@ -19,7 +19,7 @@ from specache.server.grammar_compiler import GrammarCompiler
 from specache.server.token_bytes import TokenBytes
 from specache.server.tool_formats.base import ToolFormat
 from specache.server.tool_use import ToolUse
-from specache.templates.end_tokens import end_tokens
+from specache.templates.end_tokens import end_texts, end_tokens
 from specache.templates.template import ChatTemplate, PromptError
 
 
@@ -89,6 +89,11 @@ class ServedModel:
     def chat_end_ids(self) -> list[int]:
         """Return the tokens that end an answer of a conversation."""
         return end_tokens(self.model.generation_config, self.tokenizer, self.template)
+
+    @cached_property
+    def end_texts(self) -> tuple[str, ...]:
+        """Return the texts that end an answer, beside those of the request."""
+        return tuple(end_texts(self.model.generation_config))
 
     @cached_property
     def special_tokens(self) -> dict[str, int]:

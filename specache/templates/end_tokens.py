@@ -1,4 +1,4 @@
-"""Find the tokens that end an answer: those in a model's files and in its chat template."""
+"""Find what ends an answer: tokens and texts in a model's files, tokens in its chat template."""
 
 from __future__ import annotations
 
@@ -26,6 +26,17 @@ def end_tokens(generation_config: Any, tokenizer: Any, template: ChatTemplate | 
     if template is not None and template.exists:
         ids += _end_of_message(template)
     return list(dict.fromkeys(int(token_id) for token_id in ids if token_id is not None))
+
+
+def end_texts(generation_config: Any) -> list[str]:
+    """Return the stop strings of a model's files, which end an answer and are no part of its text.
+
+    Args:
+        generation_config: the model's.
+    """
+    named = getattr(generation_config, "stop_strings", None) or []
+    texts = [named] if isinstance(named, str) else list(named)
+    return [text for text in texts if text]
 
 
 def _end_of_message(template: ChatTemplate) -> list[int]:

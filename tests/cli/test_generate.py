@@ -162,6 +162,19 @@ def test_stop_text_ends_the_answer_and_is_left_out(tiny):
     assert run(*tiny, "--prompt", PROMPT, "--stop", stop).stdout == result["text"] + "\n"
 
 
+def test_stop_strings_and_answers_of_the_models_files(tiny, tmp_path):
+    """The texts end an answer; there is one answer to each prompt."""
+    text = run_json(*tiny, "--prompt", PROMPT)["results"][0]["text"]
+    stop = next(c for c in text[3:] if c.isascii() and c.isprintable())
+    save_tiny_chat_model(tmp_path)
+    file = tmp_path / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "stop_strings": [stop], "num_return_sequences": 3}))
+    command = [str(tmp_path) if argument == tiny[2] else argument for argument in tiny]
+    result = run(*command, "--prompt", PROMPT)
+    assert result.stdout == text[: text.index(stop)] + "\n" and "warning" not in result.stderr
+    assert len(run_json(*command, "--prompt", PROMPT, "--temperature", "1")["results"]) == 1
+
+
 def test_chat_is_the_default_with_a_template_and_raw_is_not(tiny, tmp_path):
     def prompt_tokens(*arguments: str | Path) -> int:
         return run_json(*arguments, "--prompt", "hello")["results"][0]["prompt_tokens"]

@@ -121,6 +121,21 @@ def test_stop_strings_end_a_completion(client):
     assert text(client, logit_bias={str(token_of("x")): 100}, stop="xxx") == ""
 
 
+def test_stop_strings_and_answers_of_the_models_files():
+    """The texts end an answer, but a constrained one; `n` alone says how many there are."""
+    model = printable_model()
+    model.generation_config.stop_strings = ["xxx", "<user>"]
+    model.generation_config.num_return_sequences = 3
+    bias = {str(token_of("x")): 100}
+    with running(model) as client:
+        ended = complete(client, logit_bias=bias, n=2)["choices"]
+        assert [(choice["text"], choice["finish_reason"]) for choice in ended] == [("", "stop")] * 2
+        assert text(client, logit_bias=bias, stop="x", temperature=1) == ""
+        assert text(client, logit_bias=bias, max_tokens=5, ignore_eos=True) == "xxxxx"
+        assert complete(client, logit_bias={str(token_of("<user>")): 100})["usage"]["completion_tokens"] == 1
+        assert text(client, max_tokens=9, structured_outputs={"regex": "x{6}"}) == "xxxxxx"
+
+
 @pytest.mark.parametrize(("presence", "frequency"), [(2, 0), (0, 1.5), (-2, 0), (0.5, -1.5), (0.6, 0.4)])
 def test_penalties_choose_the_tokens_that_openais_formula_does(client, model, presence, frequency):
     prompt, new = ids("Hello world"), []

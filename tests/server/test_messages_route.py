@@ -114,6 +114,15 @@ def test_a_special_token_is_a_stop_sequence_too():
         assert choices.all[0].stop == expected
 
 
+def test_a_stop_string_of_the_models_files_ends_the_turn(client):
+    text = ask(client).content[0].text
+    model = printable_model()
+    model.generation_config.stop_strings = [text[3:5]]
+    with running(model) as tuned:
+        message = ask(tuned)
+    assert (message.stop_reason, message.stop_sequence, message.content[0].text) == ("end_turn", None, text[:3])
+
+
 def test_an_answer_that_fills_the_model_says_so(client):
     message = ask(client, messages=[{"role": "user", "content": "x" * 480}], max_tokens=1000)
     assert message.stop_reason == "model_context_window_exceeded" and 0 < message.usage.output_tokens < 40
