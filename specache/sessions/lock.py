@@ -34,6 +34,7 @@ class FolderLock:
 
         self._fd = -1
         self._process = os.getpid()
+        self._flock, self._unlock = fcntl.flock, fcntl.LOCK_UN  # when the program ends, nothing can be imported
         path = folder / LOCK_FILE
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -62,14 +63,12 @@ class FolderLock:
         Processes that were forked meanwhile have the file open too, and would keep the lock as long
         as they run; released there, it stays with the process that took it.
         """
-        import fcntl
-
         fd, self._fd = self._fd, -1
         if fd < 0:
             return
         if self._process == os.getpid():
             with contextlib.suppress(OSError):
-                fcntl.flock(fd, fcntl.LOCK_UN)
+                self._flock(fd, self._unlock)
         os.close(fd)
 
     def __enter__(self) -> FolderLock:

@@ -6,6 +6,8 @@ import io
 import json
 import os
 import signal
+import subprocess
+import sys
 import tarfile
 import time
 from collections.abc import Callable
@@ -310,6 +312,20 @@ def test_a_forked_process_that_ends_leaves_the_lock_to_its_parent(tmp_path, mode
         os.waitpid(child, 0)
         with pytest.raises(SessionError, match=f"process {os.getpid()}"):
             opened(tmp_path, model)
+
+
+@pytest.mark.parametrize("last", ["", "session.save()", "session.close()"])
+def test_a_program_that_ends_with_a_session_in_a_variable_prints_nothing(tmp_path, last):
+    lines = [
+        "import sys, specache",
+        "from tests.sessions.sequences import llama, opened, prefill, prompt, settings",
+        "model = llama()",
+        "session = opened(sys.argv[1], model, settings())",
+        "prefill(session, model, prompt(20))",
+        last,
+    ]
+    ended = subprocess.run([sys.executable, "-c", "\n".join(lines), tmp_path], capture_output=True, text=True, timeout=100)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def test_one_process_cannot_open_a_session_twice(tmp_path, model, saved):
