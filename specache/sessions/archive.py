@@ -47,13 +47,33 @@ def export_session(name: str, target: str | os.PathLike[str], root: Root = None)
             with PrivateFile(temporary) as file:
                 _write_archive(file, folder, manifest)
                 size = file.finish().bytes
-            os.link(temporary, path)  # fails if the file was created meanwhile
+            _put_in_place(temporary, path)
             aligned_io.sync_folder(path.parent)
         except OSError as error:
             raise SessionError(f"The session {name!r} cannot be written to {path}: {reason(error)}") from error
         finally:
             temporary.unlink(missing_ok=True)
     return size
+
+
+def _put_in_place(temporary: Path, path: Path) -> None:
+    """Give a file its name, unless there is one of that name.
+
+    Raises:
+        OSError: the system refuses, or the file was created meanwhile.
+    """
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links, as on many memory sticks
+        with PrivateFile(path):  # fails if the file was created meanwhile
+            pass
+        try:
+            temporary.replace(path)
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
 
 
 def import_session(source: str | os.PathLike[str], name: str, root: Root = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -349,6 +350,28 @@ def test_an_imported_session_equals_the_exported_one(tmp_path, monkeypatch):
     with opened(tmp_path / "there", model, name="other") as session:
         assert prefill(session, model, prompt(300)[:, :220]) == [200, 220]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "one.tar", "there"]
+
+
+def test_without_links_an_export_overwrites_nothing_either(tmp_path, saved, monkeypatch):
+    """As on the FAT file system of a memory stick."""
+
+    def no_links(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", no_links)
+    sessions.export_session("one", tmp_path / "one.tar", tmp_path)
+    sessions.import_session(tmp_path / "one.tar", "other", tmp_path)
+    assert (tmp_path / "one.tar").stat().st_mode & 0o777 == 0o600
+
+    def made_meanwhile(*_: Any, **__: Any) -> None:
+        (tmp_path / "x.tar").write_text("mine")
+        no_links()
+
+    monkeypatch.setattr(os, "link", made_meanwhile)
+    with pytest.raises(SessionError, match="cannot be written"):
+        sessions.export_session("one", tmp_path / "x.tar", tmp_path)
+    assert (tmp_path / "x.tar").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "one.tar", "other", "x.tar"]
 
 
 def test_an_export_overwrites_nothing(tmp_path, saved):
