@@ -16,12 +16,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from specache.cli.gguf_settings import apply_settings, set_end_token
+from specache.cli.gguf_settings import apply_settings
+from specache.cli.gguf_tokenizer import correct_tokenizer
 from specache.cli.loading import check_loaded
 from specache.errors import SpeCacheError
 from specache.platform.folders import cache_folder, earlier_cache_folder
 
-CONVERSION_VERSION = 3  # increase it when the conversion below changes its output
+CONVERSION_VERSION = 4  # increase it when the conversion below changes its output
 
 
 class CacheFolderError(SpeCacheError):
@@ -97,7 +98,7 @@ def write_safetensors(gguf: Path, folder: Path, on_note: Callable[[str], None]) 
         raise ConversionError(f"cannot read {gguf} as a GGUF model: {_first_line(error)}") from error
     check_loaded(model, report, gguf.name, on_note)
     apply_settings(model.config, gguf)
-    set_end_token(tokenizer, gguf)
+    correct_tokenizer(tokenizer, gguf)
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
 

@@ -74,15 +74,6 @@ def apply_settings(config: Any, gguf: Path) -> None:
     _refuse_unsupported(text, fields)
 
 
-def set_end_token(tokenizer: Any, gguf: Path) -> None:
-    """Set the tokenizer's end token to the file's, since transformers 5.17 may use another."""
-    from gguf import GGUFReader
-
-    field = GGUFReader(str(gguf), "r").get_field("tokenizer.ggml.eos_token_id")
-    if field is not None:
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(int(field.contents()))
-
-
 def _read(gguf: Path) -> tuple[dict[str, Any], dict[str, list[float]]]:
     """Return the architecture's fields, without its name as prefix, and the RoPE factors."""
     from gguf import GGUFReader

@@ -1,0 +1,52 @@
+"""Apply what a GGUF file says of its tokenizer and transformers' reader drops.
+
+A prompt would have other tokens than those that the model was trained with.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+_WHOLE_PIECES = {  # `tokenizer.ggml.pre`: a piece of text that is a token stays whole, and a text begins with BOS
+    *("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano", "tekken"),
+}
+
+
+def correct_tokenizer(tokenizer: Any, gguf: Path) -> None:
+    """Set end token, BOS, whole pieces and the space before a text as the file has them.
+
+    Files from before `add_bos_token` was written begin texts as llama.cpp does, by the name of the
+    rule that splits texts.
+    """
+    fields = _fields(gguf)
+    end = fields.get("eos_token_id")
+    if end is not None:  # transformers 5.17 may use another
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(int(end))
+    if fields.get("model") == "gpt2" and fields.get("pre") in _WHOLE_PIECES:
+        tokenizer.backend_tokenizer.model.ignore_merges = True
+        if "add_bos_token" not in fields and tokenizer.bos_token is not None:
+            tokenizer.add_bos_token = True
+    if fields.get("model") == "llama" and fields.get("add_space_prefix") is False:
+        _leave_out_space(tokenizer.backend_tokenizer)
+
+
+def _leave_out_space(backend: Any) -> None:
+    """Put no space before a text, if the tokenizer does so by splitting it (`Metaspace`)."""
+    from tokenizers import decoders, pre_tokenizers
+
+    space = getattr(backend.pre_tokenizer, "replacement", None)
+    if space is None or getattr(backend.pre_tokenizer, "prepend_scheme", "never") == "never":
+        return
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement=space, prepend_scheme="never", split=False)
+    backend.decoder = decoders.Sequence([decoders.Replace(space, " "), decoders.ByteFallback(), decoders.Fuse()])
+
+
+def _fields(gguf: Path) -> dict[str, Any]:
+    """Return what the file says of its tokenizer in single values."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(str(gguf), "r")
+    names = ("model", "pre", "eos_token_id", "add_bos_token", "add_space_prefix")
+    found = {name: reader.get_field(f"tokenizer.ggml.{name}") for name in names}
+    return {name: field.contents() for name, field in found.items() if field is not None}
