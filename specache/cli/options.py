@@ -21,6 +21,7 @@ from specache.platform.text_files import check_text
 MODEL_PANEL = "Model"
 CACHE_PANEL = "Key-value cache"
 SAMPLING_PANEL = "Generation"
+COLDEST = 1e-4  # temperatures below are greedy: logits divided by less leave float32's range
 _DEFAULTS = SpeCacheConfig()
 
 
@@ -275,8 +276,8 @@ def parse_hot_set(text: str) -> float | int:
     if found is None:
         raise ConfigError(f"--hot-set {text!r} is neither a fraction (0.08) nor a size (64MB, 1GiB, 1000000).")
     number, unit = found
-    if not unit and number <= 1:
-        return number
+    if not unit and (number <= 1 or not number.is_integer()):
+        return number  # above 1 the configuration refuses it
     return round(number * UNITS[unit])
 
 
@@ -374,7 +375,7 @@ class GenerationOptions:
     @property
     def _samples(self) -> bool:
         if self.temperature is not None:
-            return self.temperature > 0
+            return self.temperature >= COLDEST
         return any(value is not None for value in (self.top_p, self.min_p, self.top_k_sampling))
 
 

@@ -35,6 +35,11 @@ def test_an_invalid_hot_set_is_refused(text):
         parse_hot_set(text)
 
 
+def test_a_hot_set_of_more_than_the_cache_is_no_size():
+    with pytest.raises(ConfigError, match="more than the whole cache"):
+        CacheOptions(hot_set="1.5").config()
+
+
 @pytest.mark.parametrize(
     ("given", "samples"),
     [
@@ -42,6 +47,7 @@ def test_an_invalid_hot_set_is_refused(text):
         ({"temperature": 0.0}, False),
         ({"temperature": 0.0, "top_p": 0.9}, False),
         ({"repetition_penalty": 1.1}, False),
+        ({"temperature": 1e-50}, False),
         ({"temperature": 0.5}, True),
         ({"top_p": 0.9}, True),
         ({"min_p": 0.1}, True),
