@@ -116,7 +116,7 @@ class CompletionAnswer:
         if self._body.logprobs is not None:
             scored = self._prompt_logprobs[choice.index // self._body.answers]
             text = prepared.prompt_text
-            logprobs = self._logprobs[choice.index].take(scored, with_special=text is None, text=text or "")
+            logprobs = self._logprobs[choice.index].take(scored, with_special=text is None, text=_prompt_text(prepared))
         return {"text": _prompt_text(prepared), "logprobs": logprobs}
 
     def _new_logprobs(self, choice: Choice) -> dict[str, Any] | None:

@@ -46,7 +46,8 @@ class CompletionLogprobs:
 
         Args:
             with_special: the text spells special tokens out, as that of a prompt of token ids.
-            text: a prompt's text, which spells the special tokens that the tokenizer did not add.
+            text: a prompt's text, which spells the special tokens that the tokenizer did not add,
+                and lacks the space that many tokenizers put in front of it.
         """
         found: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token in tokens:
@@ -56,8 +57,15 @@ class CompletionLogprobs:
             found["top_logprobs"].append(self._top(token))
             found["text_offset"].append(self._offset)
             if with_special or token.token_id not in self._special_ids or text.startswith(name, self._offset):
-                self._offset += len(self._decoder.decode(self._bytes(token.token_id)))
+                written = self._decoder.decode(self._bytes(token.token_id))
+                self._offset += len(written) - self._has_added_space(written, text)
         return found
+
+    def _has_added_space(self, written: str, text: str) -> bool:
+        """Return whether a token of a prompt begins with a space that the prompt has not."""
+        if not written.startswith(" ") or text.startswith(written, self._offset):
+            return False
+        return len(written) > 1 and text.startswith(written[1:], self._offset)
 
     def _top(self, token: Scored) -> dict[str, float] | None:
         """Return the likeliest tokens and the token itself, by their text."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ import torch
 from specache.engine.events import NewToken
 from specache.server.logprobs import LOWEST, CompletionLogprobs, chat_logprobs
 from specache.server.token_bytes import TokenBytes
-from tests.server.tiny_server import END, TOKENIZER, chat, complete, printable_model, prompt_of, stream, token_of
+from tests.server.tiny_server import END, TOKENIZER, chat, complete, printable_model, prompt_of, running, stream, token_of
+from tests.server.tool_models import seeded_model
+from tests.templates.tokenizers import CHATML, CHATML_MARKERS, metaspace
 
 CHAT = "/v1/chat/completions"
 
@@ -152,6 +155,19 @@ def test_offsets_count_characters_and_not_bytes():
 def test_offsets_count_special_tokens_that_a_prompt_spells(client):
     logprobs = complete(client, "a<user>b", logprobs=0, echo=True, max_tokens=1)["choices"][0]["logprobs"]
     assert logprobs["tokens"][:3] == ["a", "<user>", "b"] and logprobs["text_offset"] == [0, 1, 7, 8]
+
+
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+def test_offsets_do_not_count_the_space_that_a_tokenizer_adds(scheme):
+    tokenizer = metaspace(CHATML, CHATML_MARKERS, "<|im_end|>", scheme)
+    hi = {str(tokenizer.convert_tokens_to_ids("▁hi")): 100}
+    with running(seeded_model(tokenizer), tokenizer=tokenizer) as client:
+        for prompt in ("me hi", "hi<|im_end|>me", tokenizer("hi me hi")["input_ids"]):
+            choice = complete(client, prompt, logprobs=0, echo=True, max_tokens=2, logit_bias=hi)["choices"][0]
+            offsets, text = choice["logprobs"]["text_offset"], choice["text"]
+            pieces = [text[start:end] for start, end in pairwise([*offsets, len(text)])]
+            assert "".join(pieces) == text and pieces[-2:] == [" hi", " hi"]
+            assert all(piece in (token, token[1:]) for piece, token in zip(pieces, choice["logprobs"]["tokens"], strict=True))
 
 
 def test_a_masked_token_has_a_number_that_json_has():
