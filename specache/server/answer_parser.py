@@ -62,6 +62,7 @@ class AnswerParser:
             self._calls = chat.tool_format.parser(tools)
             self._new_call_id = chat.tool_format.new_call_id
             self._stops = TextStops(stops)
+        if chat is not None and chat.tools is not None:  # also of a call that is not allowed, which is text
             special = control_tokens(tokenizer).special
             shown = {index: text for text, index in special.items() if text in chat.tool_format.markers}
         self._answer = AnswerText(tokenizer, () if tools else stops, channels, shown, before if chat is None else ())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -266,6 +267,13 @@ def test_one_call_ends_the_answer_where_parallel_calls_are_off():
     for name in ("hermes", "llama3", "mistral", "mistral_named", "generic"):
         family = FAMILIES[name]
         assert answered(family.tokenizer, family.written(ULM, ULM), use=tools(parallel=False)) == ("", [ULM])
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "harmony"])
+def test_a_call_that_is_not_allowed_is_text_as_it_was_written(name):
+    family = FAMILIES[name]
+    written = family.written(("weather", '{"city": "Ulm"}'), text="" if name == "llama3" else "Look: ")
+    assert answered(family.tokenizer, written, use=replace(tools(), allowed=False)) == (written, [])
 
 
 def test_a_stop_string_ends_text_but_no_call():
