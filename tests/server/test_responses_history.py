@@ -219,6 +219,11 @@ def test_a_conversation_that_is_too_long_loses_its_oldest_turns_if_asked():
         assert text_of(document) == text_of(expected)
         assert respond(client, items[-3:], truncation="auto")["usage"]["input_tokens"] < 100
         assert respond(client, "x" * 600, 400, truncation="auto")["code"] == "context_length_exceeded"
+        counted = [
+            post(client, f"{PATH}/input_tokens", {"input": items, "max_output_tokens": 8, "truncation": one})["input_tokens"]
+            for one in ("auto", "disabled")
+        ]
+        assert counted[0] == document["usage"]["input_tokens"] and counted[1] > 512
 
 
 def test_a_turn_that_is_left_out_takes_its_calls_and_their_results_along():

@@ -70,8 +70,9 @@ def count_prompt(state: AppState, context: RequestContext, body: ResponsesBody) 
     """
     served, _ = state.ready()
     conversation = _Conversation.read(state, context, body)
+    prompts = _Prompts(JobMaker(served, state.settings, context.owner), conversation, state.settings.default_new_tokens)
     try:
-        return len(JobMaker(served, state.settings, context.owner).chat_prompt(conversation.chat))
+        return prompts.tokens(served.positions, state.settings.most_prompt_tokens)
     except ApiError as error:
         raise in_these_names(error) from None
 
@@ -133,13 +134,35 @@ class _Prompts:
             return self._maker.chat(chat)
 
         def whole(kept: list[InputItem]) -> list[PreparedJob]:
-            messages = chat_messages(kept, body.instructions)
-            return self._maker.chat(chat.model_copy(update={"messages": messages}))
+            return self._maker.chat(self._of(kept))
 
-        return PromptTruncation(whole, self._has_room).longest(items)
+        def has_room(jobs: list[PreparedJob]) -> bool:
+            return self._has_room(len(jobs[0].prompt_ids), jobs[0].served.positions)
 
-    def _has_room(self, jobs: list[PreparedJob]) -> bool:
+        return PromptTruncation(whole, has_room).longest(items)
+
+    def tokens(self, positions: int | None, most: int | None) -> int:
+        """Return the tokens of the prompt of all items, or of those that fit.
+
+        Args:
+            most: the longest prompt that is read; `None` is the model's limit.
+        """
+        if self._conversation.body.truncation != "auto":
+            return len(self._maker.chat_prompt(self._conversation.chat))
+
+        def whole(kept: list[InputItem]) -> int:
+            return len(self._maker.chat_prompt(self._of(kept)))
+
+        def has_room(count: int) -> bool:
+            return (most is None or count <= most) and self._has_room(count, positions)
+
+        return PromptTruncation(whole, has_room).longest(self._conversation.items)
+
+    def _of(self, kept: list[InputItem]) -> ChatBody:
+        """Return the chat request with some of the items."""
+        messages = chat_messages(kept, self._conversation.body.instructions)
+        return self._conversation.chat.model_copy(update={"messages": messages})
+
+    def _has_room(self, prompt_tokens: int, positions: int | None) -> bool:
         """Return whether there is room for the answer that was asked for, or for a usual one."""
-        job = jobs[0]
-        positions = job.served.positions
-        return positions is None or len(job.prompt_ids) + min(self._wanted, positions // _SHARE_OF_ANSWER) <= positions
+        return positions is None or prompt_tokens + min(self._wanted, positions // _SHARE_OF_ANSWER) <= positions
