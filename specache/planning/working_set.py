@@ -195,7 +195,8 @@ def _step_attention(
     if config.policy.prefetches:
         # groups that leave the residual are candidates too: once more, for one row
         scores += score_rows // rows * layer.query_heads * FLOAT
-    pairs = config.top_k if config.policy.fetches else 0
+    # a group that leaves the residual may be selected in the step that quantises it
+    pairs = min(config.top_k, tokens + config.group_size) if config.policy.fetches else 0
     fetched = 2 * sequences * rows * pairs * width * 2 * model.itemsize
     if _native(model):
         return recent + scores + fetched

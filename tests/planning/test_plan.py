@@ -121,6 +121,15 @@ def test_a_longer_context_or_larger_batch_never_needs_less_memory(llama_3b):
     assert contexts == sorted(contexts) and batches == sorted(batches)
 
 
+@pytest.mark.parametrize("policy", ["on-demand", "verified", "speculative", "previous"])
+@pytest.mark.parametrize("tier", ["ram-inplace", "ram", "disk:/tmp"])
+def test_a_step_over_fewer_pairs_than_it_may_fetch_holds_those(llama_3b, tier, policy):
+    sequences = uniform_batch(2000, 2)
+    plans = [plan(llama_3b, resolved(slow_tier=tier, policy=policy, top_k=pairs), sequences) for pairs in (2000, 10**9)]
+    assert plans[0].decode.working_set == plans[1].decode.working_set
+    assert tier != "ram-inplace" or plans[0].fast == plans[1].fast
+
+
 @pytest.mark.parametrize("tier", ["ram", "disk:/nowhere", "ram-inplace"])
 @pytest.mark.parametrize("limit", [1_000_000_000, 2_000_000_000, 3_000_000_000])
 def test_every_suggestion_fits_and_the_longest_context_is_the_longest(llama_3b, tier, limit):
