@@ -83,7 +83,7 @@ def chat(
     """
     config = cache.config()
     arguments = generation.arguments()
-    options.check_system(system)
+    system = options.system_text(system)
     stops = generation.stops()
     variables = template_option.parse_variables(chat_template_kwargs)
     place = session_option.place(session, session_dir, config, 1)

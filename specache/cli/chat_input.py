@@ -11,7 +11,7 @@ from pathlib import Path
 
 from specache.cli.console import err, write
 from specache.cli.prompts import PromptError
-from specache.platform.text_files import check_text, line_reader, read_text
+from specache.platform.text_files import line_reader, read_text, typed_text
 
 PROMPT = "\n> "
 CONTINUED = ". "
@@ -43,7 +43,7 @@ class ChatInput:
         self._edits = self.is_terminal and sys.stdout.isatty()
         self._marks_pastes = self._edits and _enable_line_editing()
         if self.is_terminal and isinstance(stdin, io.TextIOWrapper):
-            stdin.reconfigure(errors="surrogateescape")  # `check_text` reports the error
+            stdin.reconfigure(errors="surrogateescape")  # `typed_text` reports the error
         self._lines = stdin if self._closed or self.is_terminal else line_reader(stdin.buffer)
         self._interrupted = False  # Ctrl-C was the last key
 
@@ -87,7 +87,7 @@ class ChatInput:
             if self.is_terminal:
                 self._end_line()
             return None
-        text = check_text(line, "the message", PromptError).strip()
+        text = typed_text(line, "the message", PromptError).strip()
         if "\n" in text:  # pasted
             return Entry(text, True)
         if text.startswith(QUOTES):
@@ -101,7 +101,7 @@ class ChatInput:
             line = self._line(CONTINUED)
             if line is None:
                 raise PromptError(f"the message that began with {QUOTES} is not ended by {QUOTES}; it was not sent.")
-            lines.append(check_text(line, "the message", PromptError).rstrip("\n"))
+            lines.append(typed_text(line, "the message", PromptError).rstrip("\n"))
         lines[-1] = lines[-1].rstrip().removesuffix(QUOTES)
         return "\n".join(lines).strip("\n")
 

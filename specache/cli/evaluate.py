@@ -101,9 +101,9 @@ def run_task(shared: SharedOptions, task: Any, methods: list[NamedMethod]) -> No
 
     require_libraries()
     check_json(shared.json)
-    variables = parse_variables(shared.chat_template_kwargs)
+    variables, system = parse_variables(shared.chat_template_kwargs), options.system_text(shared.system)
     loaded = shared.load(shared.model, f"Loading {shared.model}")
-    model = TaskModel(loaded.model, loaded.tokenizer, loaded.name, loaded.quantised_to, variables or {}, shared.system)
+    model = TaskModel(loaded.model, loaded.tokenizer, loaded.name, loaded.quantised_to, variables or {}, system)
     _check_conversation_options(shared, task, model)
     try:
         with CellProgress() as progress:

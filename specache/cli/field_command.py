@@ -13,7 +13,9 @@ from typer.main import get_command as build_command
 
 from specache.cli.byte_sizes import parse_size
 from specache.cli.console import reports_errors
+from specache.errors import ConfigError
 from specache.eval.setting_fields import field_types, flag, is_tuple, parse, shown
+from specache.platform.text_files import typed_text
 
 
 def make_command(name: str, help: str, function: Callable[..., None], parameters: list[inspect.Parameter]) -> Any:
@@ -93,8 +95,10 @@ def take_fields(cls: Any, values: dict[str, Any], given: dict[str, Any] | None =
         if name in sizes and value is not None:
             fields[name] = parse_size(value, f"--{flag(name)}")
         elif name in kinds:
-            written_out = isinstance(value, str) and is_tuple(kinds[name])
-            fields[name] = parse(value, kinds[name], f"--{flag(name)}") if written_out else value
+            if isinstance(value, str) and is_tuple(kinds[name]):
+                fields[name] = parse(value, kinds[name], f"--{flag(name)}")
+            else:
+                fields[name] = typed_text(value, f"--{flag(name)}", ConfigError) if type(value) is str else value
     return cls(**fields)
 
 

@@ -76,7 +76,7 @@ def generate(
     """
     config = cache.config()
     arguments = generation.arguments()
-    options.check_system(system)
+    system = options.system_text(system)
     prompts = read_prompts(prompt, prompt_file or [])
     stops = generation.stops()
     variables = template_option.parse_variables(chat_template_kwargs)

@@ -16,7 +16,7 @@ from specache.errors import ConfigError
 from specache.eval.setting_fields import flag
 from specache.linear.weight_format import WeightFormat
 from specache.platform import heap
-from specache.platform.text_files import check_text
+from specache.platform.text_files import check_text, typed_text
 
 MODEL_PANEL = "Model"
 CACHE_PANEL = "Key-value cache"
@@ -252,7 +252,7 @@ Stop = Annotated[
         rich_help_panel=SAMPLING_PANEL,
     ),
 ]
-System = Annotated[str | None, typer.Option("--system", help="System message.", metavar="TEXT")]  # to be checked by `check_system`
+System = Annotated[str | None, typer.Option("--system", help="System message.", metavar="TEXT")]  # to be read by `system_text`
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
@@ -421,14 +421,13 @@ class LoadOptions:
         return loaded
 
 
-def check_system(system: str | None) -> None:
-    """Check that a system message is text.
+def system_text(system: str | None) -> str | None:
+    """Return a system message with LF as line ending.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: it is not text.
     """
-    if system is not None:
-        check_text(system, "--system", ConfigError)
+    return None if system is None else typed_text(system, "--system", ConfigError)
 
 
 def keep_memory_bounded(config: SpeCacheConfig) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specache.errors import ConfigError
-from specache.platform.text_files import check_text, read_stream, read_text
+from specache.platform.text_files import read_stream, read_text, typed_text
 from specache.templates.template import Message, PromptError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def read_prompts(text: str | None, files: list[Path]) -> list[Prompt]:
             "--prompt-file - was given twice, but standard input can be read only once. Save one of the prompts in a file."
         )
     if text is not None:
-        prompts = [Prompt(check_text(text, "the text of --prompt", PromptError), "--prompt")]
+        prompts = [Prompt(typed_text(text, "the text of --prompt", PromptError), "--prompt")]
     elif files:
         prompts = [Prompt(_read(file), str(file)) for file in files]
     elif _stdin_is_terminal():

@@ -66,7 +66,7 @@ def decode_text(data: bytes, origin: str, error: type[SpeCacheError] = TextError
         raise error(f"{origin} is not UTF-8 text: it is a byte order mark of {encoding.upper()} with nothing after it.")
     if (nul := text.find("\0")) >= 0:
         raise error(_binary(origin, nul if encoding == "utf-8" else None))
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    return _line_ends(text)
 
 
 def utf8_lines(lines: Iterable[bytes]) -> Iterator[bytes]:
@@ -121,6 +121,19 @@ def check_text(text: str, origin: str, error: type[SpeCacheError] = TextError) -
         found = f"byte 0x{code - 0xDC00:02X}" if 0xDC80 <= code <= 0xDCFF else f"half a character (U+{code:04X})"
         raise error(f"{origin} is not UTF-8 text: {found} after {reason.start:,} characters. Write it in UTF-8.") from None
     return text
+
+
+def typed_text(text: str, origin: str, error: type[SpeCacheError] = TextError) -> str:
+    """Return text for the model that came as characters if it is valid, with LF as line ending.
+
+    Raises:
+        SpeCacheError (`error`): see `check_text`.
+    """
+    return _line_ends(check_text(text, origin, error))
+
+
+def _line_ends(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _read_bytes(stream: BinaryIO, origin: str, error: type[SpeCacheError]) -> bytes:

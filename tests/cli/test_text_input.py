@@ -30,6 +30,19 @@ def test_a_prompt_is_the_same_from_a_file_and_a_pipe(tmp_path, tiny_folder, data
     assert run_json(*generate, "--prompt-file", "-", stdin=data)["results"] == asked
 
 
+@pytest.mark.parametrize("option", ["--system", "--question"])
+def test_texts_of_an_evaluation_are_checked_before_anything_is_loaded(tmp_path, option):
+    arguments = ("eval", "fidelity", "-m", "any", "--methods", "full", "--out", tmp_path, option, "caf\udce9")
+    assert f"{option} is not UTF-8 text: byte 0xE9" in one_line(run(*arguments, code=2).stderr)
+
+
+def test_lines_of_arguments_end_as_those_of_files_do(tiny_folder):
+    """As with --prompt "$(cat FILE)" of a file from Windows."""
+    generate = ("generate", "-m", tiny_folder, "--dtype", "float32", "-n", "4")
+    asked = run_json(*generate, "--prompt", QUESTION, "--system", "Sag\nes.")["results"]
+    assert run_json(*generate, "--prompt", QUESTION.replace("\n", "\r\n"), "--system", "Sag\res.")["results"] == asked
+
+
 @pytest.mark.parametrize(
     ("arguments", "stdin", "message", "code"),
     [
