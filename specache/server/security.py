@@ -114,7 +114,8 @@ def check_host(headers: Headers, settings: ServerSettings) -> None:
     host = _hostname(values[0]) if len(values) == 1 else None
     if host is None:
         raise ApiError(400, "The request needs one Host header.", code="bad_host")
-    if host in {"localhost", settings.host.lower(), *(name.lower() for name in settings.allowed_hosts)}:
+    allowed = (_hostname(name) or name.lower() for name in settings.allowed_hosts)  # given with a port or without
+    if host in {"localhost", settings.host.lower(), *allowed}:
         return
     address = address_of(host)
     if address is not None and (address.is_loopback or not settings.is_loopback):

@@ -68,7 +68,8 @@ def test_what_is_no_host_is_refused(host):
 
 
 def test_a_server_for_other_machines_is_asked_by_address_or_by_its_names():
-    more = {"host": "0.0.0.0", "allowed_hosts": ("llm.example",)}
+    more = {"host": "0.0.0.0", "allowed_hosts": ("llm.example", "Other.example:8000")}
+    assert host_status("other.example:8000", **more) == host_status("other.example", **more) == 200
     assert host_status("192.168.1.4:8000", **more) == host_status("llm.example", **more) == host_status("localhost", **more) == 200
     assert host_status("evil.example", **more) == 403
 
