@@ -293,12 +293,13 @@ class Session:
         config = config.with_changes(slow_tier=SlowTierKind.DISK, slow_dir=str(self.folder))
         if config.policy is Policy.FULL:
             raise ConfigError("policy='full' is not for sessions: it has no rows on disk. Use another policy.")
-        for name in _LAYOUT if stored else ():
+        holds_copy = self._saved is not None and self._saved.tail is not None
+        for name in _LAYOUT if stored and holds_copy else ():
             there, here = getattr(stored, name), getattr(config, name)
             if there != here:
                 raise SessionError(
                     f"The session {self.name!r} was made with {name} {there} and is opened with {name} {here}; its low-bit copy "
-                    f"cannot be read so. Use {name}={str(there)!r}, or another session."
+                    f"cannot be read so. Use {name}={getattr(there, 'value', there)!r}, or another session."
                 )
         return config
 

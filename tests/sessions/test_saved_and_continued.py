@@ -362,6 +362,22 @@ def test_settings_are_kept_but_those_of_a_step_may_change(tmp_path, model):
         assert session.cache.config.top_k == 9
 
 
+def test_an_emptied_session_has_no_low_bit_copy_and_takes_another(tmp_path, model):
+    with opened(tmp_path, model, settings(bits=1)) as session:
+        prefill(session, model, prompt(100))
+        session.save()
+    with pytest.raises(specache.SessionError, match=r"with bits 2.* Use bits=1, or"):
+        opened(tmp_path, model, settings(bits=2))
+    with opened(tmp_path, model) as session:
+        session.cut(0)
+        session.save()
+    with opened(tmp_path, model, settings(bits=2)) as session:
+        prefill(session, model, prompt(100))
+        session.save()
+    with opened(tmp_path, model) as session:
+        assert (session.cache.config.bits, session.saved_tokens) == (2, 100)
+
+
 def test_safetensors_reads_the_snapshots(tmp_path, hybrid):
     from safetensors.torch import load_file
 
