@@ -37,7 +37,8 @@ class ModelInfo:
         rope_type: `default`, `llama3`, `dynamic`, `longrope`, ...
         rope_switch: with `dynamic` and `longrope`, the length above which frequencies change; else
             None.
-        fingerprint: identifies configuration and class (for an evaluation's results).
+        fingerprint: identifies configuration and class (for an evaluation's results), wherever the
+            model lies.
         couples_rows: rows of a batch affect each other's numbers (PyTorch's dynamic quantisation
             uses one scale for all of them).
         device: device that the model computes on.
@@ -110,7 +111,7 @@ def inspect_model(model: Any) -> ModelInfo:
     rope_type, switch = rope_switch(config)
     refuse_adapters_per_call(model)
     device, dtype = _place(model)
-    described = json.dumps([name, model.config.to_dict()], sort_keys=True, default=str)
+    described = json.dumps([name, _without_paths(model.config.to_dict())], sort_keys=True, default=str)
     return ModelInfo(
         windows=windows,
         max_positions=positions,
@@ -123,6 +124,13 @@ def inspect_model(model: Any) -> ModelInfo:
         dtype=dtype,
         couples_rows=any(type(module).__module__.startswith(_SCALES_ALL_ROWS) for module in model.modules()),
     )
+
+
+def _without_paths(settings: Any) -> Any:
+    """Return a configuration without the folders it was loaded from, which may be moved."""
+    if not isinstance(settings, dict):
+        return settings
+    return {key: _without_paths(value) for key, value in settings.items() if key not in ("_name_or_path", "name_or_path")}
 
 
 def _place(model: Any) -> tuple[torch.device, torch.dtype]:

@@ -17,7 +17,7 @@ from specache.errors import ConfigError, EvaluationError
 from specache.eval import results, runner
 from specache.eval.methods_option import NamedMethod, parse_methods
 from specache.eval.results import CELLS_FILE, RUN_FILE, Run, open_results
-from specache.eval.runner import Outcome, Progress, evaluate
+from specache.eval.runner import Outcome, Progress, describe_run, evaluate
 from specache.eval.table_rows import aggregate
 from specache.eval.tasks.base import TaskModel
 from tests.eval.fake_tasks import AnswerScores, Divergence, MissingMethod, calls, failing, tiny_task_model
@@ -357,3 +357,12 @@ def test_a_results_folder_that_cannot_be_used_is_refused(model, tmp_path):
 def test_rows_do_not_depend_on_the_order_in_which_cells_were_finished(model, tmp_path):
     outcome = run(model, tmp_path)
     assert aggregate(outcome.run, outcome.cells[::-1]) == outcome.rows
+
+
+def test_a_model_of_the_same_name_goes_on_wherever_its_files_lie():
+    """As that of a hub name or of `demo` in another cache folder."""
+    moved, other = tiny_task_model(), tiny_task_model()
+    moved.model.config._name_or_path = "/elsewhere"
+    other.model.config.rms_norm_eps *= 2
+    here, there, another = (describe_run(one, Divergence(), [], 0).identity for one in (tiny_task_model(), moved, other))
+    assert here == there and here["fingerprint"] != another["fingerprint"]
