@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -168,14 +169,23 @@ def _below_full(results: list[Result]) -> str:
 
 
 def _together(results: list[Result]) -> str:
-    """Return what each method keeps over all runs that measured it, where there are several."""
-    by_method: dict[str, list[Row]] = {}
+    """Return what each method keeps over all runs that measured it, where there are several.
+
+    Of runs that differ in the number of documents alone, the first of which are the same, the one
+    with the most answers counts.
+    """
+    by_method: dict[str, dict[str, Row]] = {}
     for result in results:
+        told = result.document
+        settings = {name: value for name, value in told["settings"].items() if name != "documents"}
+        measured = json.dumps([told["task"], told["model"], told["dtype"], told["seed"], settings], sort_keys=True)
         for row in result.rows("overall"):
             if row.get("kept_n") and row["method"] != FULL:
-                by_method.setdefault(result.method(row["method"]), []).append(row)
+                rows = by_method.setdefault(result.method(row["method"]), {})
+                rows[measured] = max(row, rows.get(measured, row), key=lambda row: row["kept_n"])
     lines = []
-    for method, rows in by_method.items():
+    for method, found in by_method.items():
+        rows = list(found.values())
         if len(rows) > 1:
             share, low, high = pooled(rows)
             total = sum(row["kept_n"] for row in rows)
