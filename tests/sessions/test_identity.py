@@ -18,7 +18,7 @@ import torch
 import specache
 from specache.model.identity.code import code_digest
 from specache.sessions.manifest_file import encode, read_manifest
-from tests.model.identity import test_hooks as hooks
+from tests.model.identity import hook_changes as hooks
 from tests.model.identity.two_turns import adapted
 from tests.sessions.sequences import gemma, llama, opened, prefill, prompt, settings
 
@@ -202,7 +202,7 @@ def test_the_digest_of_hooks_is_the_same_in_another_process():
     for change in hooks.CHANGES.values():
         change(model)
     lines = (
-        "from tests.model.identity import test_hooks as hooks",
+        "from tests.model.identity import hook_changes as hooks",
         "from specache.model.identity.code import code_digest",
         "from tests.tiny import llama",
         "model = llama()",
