@@ -22,7 +22,7 @@ from specache.cli.loading import check_loaded
 from specache.errors import SpeCacheError
 from specache.platform.folders import cache_folder, earlier_cache_folder
 
-CONVERSION_VERSION = 4  # increase it when the conversion below changes its output
+CONVERSION_VERSION = 5  # increase it when the conversion below changes its output
 
 
 class CacheFolderError(SpeCacheError):
@@ -98,7 +98,7 @@ def write_safetensors(gguf: Path, folder: Path, on_note: Callable[[str], None]) 
         raise ConversionError(f"cannot read {gguf} as a GGUF model: {_first_line(error)}") from error
     check_loaded(model, report, gguf.name, on_note)
     apply_settings(model.config, gguf)
-    correct_tokenizer(tokenizer, gguf)
+    correct_tokenizer(tokenizer, gguf, on_note)
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
 

@@ -5,25 +5,44 @@ A prompt would have other tokens than those that the model was trained with.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from specache.cli.gguf_splitting import splitter
 
 _WHOLE_PIECES = {  # `tokenizer.ggml.pre`: a piece of text that is a token stays whole, and a text begins with BOS
     *("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano", "tekken"),
 }
+_UNNAMED = ("", "default")  # files from before rules had names: any rule may be meant
 
 
-def correct_tokenizer(tokenizer: Any, gguf: Path) -> None:
-    """Set end token, BOS, whole pieces and the space before a text as the file has them.
+def correct_tokenizer(tokenizer: Any, gguf: Path, on_note: Callable[[str], None] = lambda note: None) -> None:
+    """Set end token, BOS, the rule that splits texts, whole pieces, and the space before a text, as
+    the file has them.
 
     Files from before `add_bos_token` was written begin texts as llama.cpp does, by the name of the
     rule that splits texts.
+
+    Args:
+        on_note: called with a line if the file does not name its rule.
+
+    Raises:
+        GgufSettingError: the rule that splits texts is not known.
     """
     fields = _fields(gguf)
     end = fields.get("eos_token_id")
     if end is not None:  # transformers 5.17 may use another
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(int(end))
-    if fields.get("model") == "gpt2" and fields.get("pre") in _WHOLE_PIECES:
+    rule = fields.get("pre", "")
+    if fields.get("model") == "gpt2":
+        if rule in _UNNAMED:
+            on_note(
+                f"{gguf.name} does not say how its model splits texts; GPT-2's rule is used. A newer file of the model says it."
+            )
+        else:
+            tokenizer.backend_tokenizer.pre_tokenizer = splitter(rule)
+    if fields.get("model") == "gpt2" and rule in _WHOLE_PIECES:
         tokenizer.backend_tokenizer.model.ignore_merges = True
         if "add_bos_token" not in fields and tokenizer.bos_token is not None:
             tokenizer.add_bos_token = True

@@ -7,20 +7,22 @@ from typing import Any
 
 import gguf
 import pytest
-from tokenizers import pre_tokenizers
+from tokenizers import Regex, pre_tokenizers
 from transformers import AutoTokenizer
 
+from specache.cli.gguf_settings import GgufSettingError
+from specache.cli.gguf_splitting import splitter
 from specache.cli.gguf_tokenizer import correct_tokenizer
 
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
 BYTES = [(f"<0x{byte:02X}>", BYTE) for byte in range(256)]
 ALPHABET = [(letter, NORMAL) for letter in sorted(pre_tokenizers.ByteLevel.alphabet())]
-BYTE_LEVEL = [("<s>", CONTROL), ("</s>", CONTROL), *ALPHABET, ("he", NORMAL), ("hello", NORMAL)]
+BYTE_LEVEL = [("<s>", CONTROL), ("</s>", CONTROL), *ALPHABET, *((text, NORMAL) for text in ("he", "hello", "ĠĠ", "ĠĠĠ", "12"))]
 SENTENCE_PIECE = [("<unk>", UNKNOWN), ("<s>", CONTROL), ("</s>", CONTROL), *BYTES, ("▁", NORMAL), ("a", NORMAL), ("▁a", NORMAL)]
 
 
-def tokens(folder: Path, text: str, model: str, vocabulary: list[tuple[str, int]], **fields: Any) -> list[str]:
-    """Return a text's tokens by a file of this vocabulary, from the tokenizer as it is saved."""
+def write_gguf(folder: Path, model: str, vocabulary: list[tuple[str, int]], **fields: Any) -> Path:
+    """Write a file of this vocabulary, without weights."""
     path = folder / "model.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_tokenizer_model(model)
@@ -28,7 +30,7 @@ def tokens(folder: Path, text: str, model: str, vocabulary: list[tuple[str, int]
     writer.add_token_list(names)
     writer.add_token_types(kinds)
     if model == "gpt2":
-        writer.add_token_merges(["h e"])
+        writer.add_token_merges(["h e", "Ġ Ġ", "ĠĠ Ġ", "1 2"])
     else:
         writer.add_token_scores([-float(index) for index in range(len(names))])
     writer.add_bos_token_id(names.index("<s>"))
@@ -39,6 +41,12 @@ def tokens(folder: Path, text: str, model: str, vocabulary: list[tuple[str, int]
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
+    return path
+
+
+def tokens(folder: Path, text: str, model: str, vocabulary: list[tuple[str, int]], **fields: Any) -> list[str]:
+    """Return a text's tokens by a file of this vocabulary, from the tokenizer as it is saved."""
+    path = write_gguf(folder, model, vocabulary, **fields)
     tokenizer = AutoTokenizer.from_pretrained(str(folder), gguf_file=path.name, local_files_only=True)
     correct_tokenizer(tokenizer, path)
     assert tokenizer.eos_token == "</s>"
@@ -69,3 +77,76 @@ def test_other_rules_have_neither(tmp_path):
 )
 def test_a_text_begins_with_a_space_unless_the_file_says_no(tmp_path, fields, expected):
     assert tokens(tmp_path, "a", "llama", SENTENCE_PIECE, **fields) == ["<s>", expected]
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        ("smollm", ["ĠĠĠ", "1", "2"]),
+        ("gpt-2", ["ĠĠ", "Ġ", "12"]),
+        ("qwen2", ["ĠĠ", "Ġ", "1", "2"]),
+        ("llama-bpe", ["ĠĠ", "Ġ", "12"]),
+    ],
+)
+def test_a_text_is_split_by_the_rule_that_the_file_names(tmp_path, rule, expected):
+    """Transformers' reader knows some rules, and takes GPT-2's for the others."""
+    assert tokens(tmp_path, "   12", "gpt2", BYTE_LEVEL, pre=rule, add_bos_token=False) == expected
+
+
+def test_a_rule_that_is_not_known_is_refused(tmp_path):
+    with pytest.raises(GgufSettingError, match=r"'kimi-k2'.*original files"):
+        tokens(tmp_path, "a", "gpt2", BYTE_LEVEL, pre="kimi-k2")
+
+
+def test_a_file_that_names_no_rule_is_noted(tmp_path):
+    path = write_gguf(tmp_path, "gpt2", BYTE_LEVEL)
+    tokenizer = AutoTokenizer.from_pretrained(str(tmp_path), gguf_file=path.name, local_files_only=True)
+    notes: list[str] = []
+    correct_tokenizer(tokenizer, path, notes.append)
+    assert len(notes) == 1 and "GPT-2's rule" in notes[0]
+
+
+SAMPLE = (
+    "I'LL say it's 1234567 (or 3.14) dollars,\n\n    for x in range(10):\r\n\tprint(x)  # don't\n"
+    "na\u00efve e\u0301t\u00e9 \u4e2d\u6587\u5b57 \u3042\u308a 12\u00bd \u10e5\u10d0 iPhone HTTPServer --flag=a|b   \n  "
+)
+
+
+def pieces(rule: str) -> list[str]:
+    return [SAMPLE[start:stop] for _, (start, stop) in splitter(rule).pre_tokenize_str(SAMPLE)]
+
+
+@pytest.mark.parametrize(
+    ("rule", "plain"),
+    [
+        ("gpt-2", pre_tokenizers.ByteLevel(add_prefix_space=False)),
+        ("smollm", pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)])),
+    ],
+)
+def test_rules_that_tokenizers_has_are_its_own(rule, plain):
+    assert pieces(rule) == [SAMPLE[start:stop] for _, (start, stop) in plain.pre_tokenize_str(SAMPLE)]
+
+
+def test_rules_that_transformers_knows_are_its_own():
+    mapping = pytest.importorskip("transformers.integrations.gguf.gguf_tokenizer_mapping")
+    for rule, expression in mapping.GGUF_PRE_TOKENIZER_SPLITS.items():
+        split = pre_tokenizers.Split(Regex(expression), behavior="isolated")
+        assert pieces(rule) == [SAMPLE[start:stop] for _, (start, stop) in split.pre_tokenize_str(SAMPLE)], rule
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        ("falcon", [" ", "(", "123", "45", ")"]),
+        ("deepseek-v3", [" (", "123", "45", ")"]),
+        ("deepseek-coder", [" (", "1", "2", "3", "4", "5", ")"]),
+        ("tiny_aya", [" (", "12", "345", ")"]),
+        ("minicpm5", [" (", "123", "45", ")"]),
+        ("viking", [" (", "1", "2", "3", "4", "5", ")"]),
+    ],
+)
+def test_numbers_are_split_as_the_rule_says(rule, expected):
+    text = " (12345)"
+    found = [text[start:stop] for _, (start, stop) in splitter(rule).pre_tokenize_str(text)]
+    assert "".join(found) == text
+    assert found == expected
