@@ -4,7 +4,10 @@ against `reference.py`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -72,6 +75,17 @@ def model() -> Any:
 
 
 @pytest.fixture(scope="module")
+def references(model: Any, full: tuple[list[int], torch.Tensor]) -> Callable[[specache.SpeCacheConfig], reference.ReferenceOutput]:
+    """The reference along the full cache's answer, run once for all tiers: it has none."""
+
+    @lru_cache(maxsize=2)
+    def run_once(config: specache.SpeCacheConfig) -> reference.ReferenceOutput:
+        return reference.generate(model, prompt(200), config, NEW, forced_tokens=full[0])
+
+    return lambda config: run_once(replace(config, slow_tier="ram"))
+
+
+@pytest.fixture(scope="module")
 def full(model: Any) -> tuple[list[int], torch.Tensor]:
     ids = prompt(200)
     output = model.generate(ids, max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True, output_logits=True)
@@ -109,10 +123,10 @@ def test_a_prompt_in_the_residual_makes_every_draft_token_of_the_paper_right(mod
 @pytest.mark.parametrize("policy", [*FETCHING, "none"])
 @pytest.mark.parametrize("code", ["kivi", "rotated"])
 @pytest.mark.parametrize(("bits", "group_size", "residual"), [(1, 16, 16), (2, 64, 7), (4, 8, 0), (2, 32, 64)])
-def test_every_policy_equals_the_reference(model, full, tier, policy, code, bits, group_size, residual):
+def test_every_policy_equals_the_reference(model, full, references, tier, policy, code, bits, group_size, residual):
     settings_ = {"code": code, "bits": bits, "group_size": group_size, "residual": residual, "policy": policy, "slow_tier": tier}
     config = settings(**settings_, prefill_chunk=4096)
-    expected = reference.generate(model, prompt(200), config, NEW, forced_tokens=full[0])
+    expected = references(config)
     with specache.SpeCache(model, config) as cache:
         _, logits, _ = run(model, prompt(200), config, answer=full[0], cache=cache)
         turned = a_code_turned(cache, expected)
@@ -144,12 +158,12 @@ def a_code_turned(cache: specache.SpeCache, expected: reference.ReferenceOutput)
 @pytest.mark.parametrize(
     ("code", "bits", "limit"), [("kivi", 1, 1e-3), ("kivi", 2, 1e-3), ("rotated", 2, 3e-3), ("rotated", 4, 3e-3)]
 )
-def test_the_native_kernels_stay_near_the_reference(model, full, monkeypatch, tier, policy, code, bits, limit):
+def test_the_native_kernels_stay_near_the_reference(model, full, references, monkeypatch, tier, policy, code, bits, limit):
     """They round queries and weights to 8 bits, so that a token near the k-th may be selected in
     another's place. Both sides decode the same draft tokens, on which the paper's policy depends.
     """
     config = settings(code=code, bits=bits, policy=policy, slow_tier=tier, prefill_chunk=4096)
-    expected = reference.generate(model, prompt(200), config, NEW, forced_tokens=full[0])
+    expected = references(config)
     drafts = iter([*expected.drafts[1:], 0])
     monkeypatch.setattr(runs, "draft_tokens", lambda *arguments: [next(drafts)])
     with dispatch.using(native.instruction_sets()[-1]):
