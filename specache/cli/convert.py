@@ -79,6 +79,7 @@ def _convert_into(gguf: Path, target: Path, on_note: Callable[[str], None]) -> N
 def write_safetensors(gguf: Path, folder: Path, on_note: Callable[[str], None]) -> None:
     """Read `gguf`, dequantise its weights, and save model and tokenizer to `folder` in bfloat16."""
     import torch
+    from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     source, name = str(gguf.parent), gguf.name
@@ -97,8 +98,9 @@ def write_safetensors(gguf: Path, folder: Path, on_note: Callable[[str], None]) 
     except Exception as error:  # the readers raise any exception on malformed bytes
         raise ConversionError(f"cannot read {gguf} as a GGUF model: {_first_line(error)}") from error
     check_loaded(model, report, gguf.name, on_note)
-    apply_settings(model.config, gguf)
-    correct_tokenizer(tokenizer, gguf, on_note)
+    reader = GGUFReader(str(gguf), "r")
+    apply_settings(model.config, reader)
+    correct_tokenizer(tokenizer, reader, on_note)
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
 

@@ -7,10 +7,12 @@ no file runs as a different model. `none` and neutral values (a factor of 1) cou
 from __future__ import annotations
 
 import math
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from specache.errors import SpeCacheError
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
 
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}  # values of every released Llama 3 model
 LLAMA3_POSITIONS = 8192  # positions that they were first trained on
@@ -56,13 +58,16 @@ class GgufSettingError(SpeCacheError):
     """A setting of a GGUF file that the model's configuration cannot express."""
 
 
-def apply_settings(config: Any, gguf: Path) -> None:
+def apply_settings(config: Any, reader: GGUFReader) -> None:
     """Write the file's RoPE, windows and soft caps into the configuration of its model.
+
+    Args:
+        reader: of the file; making one takes seconds where the vocabulary is large.
 
     Raises:
         GgufSettingError: the file has a setting that transformers' model does not support.
     """
-    fields, factors = _read(gguf)
+    fields, factors = _read(reader)
     text = config.get_text_config(decoder=True)
     _set_base(text, fields)
     _set_rotary_part(text, fields)
@@ -74,11 +79,8 @@ def apply_settings(config: Any, gguf: Path) -> None:
     _refuse_unsupported(text, fields)
 
 
-def _read(gguf: Path) -> tuple[dict[str, Any], dict[str, list[float]]]:
+def _read(reader: GGUFReader) -> tuple[dict[str, Any], dict[str, list[float]]]:
     """Return the architecture's fields, without its name as prefix, and the RoPE factors."""
-    from gguf import GGUFReader
-
-    reader = GGUFReader(str(gguf), "r")
     architecture = reader.get_field("general.architecture")
     prefix = "" if architecture is None else f"{architecture.contents()}."
     fields = {key[len(prefix) :]: field.contents() for key, field in reader.fields.items() if key.startswith(prefix)}

@@ -6,10 +6,12 @@ A prompt would have other tokens than those that the model was trained with.
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from specache.cli.gguf_splitting import splitter
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
 
 _WHOLE_PIECES = {  # `tokenizer.ggml.pre`: a piece of text that is a token stays whole, and a text begins with BOS
     *("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano", "tekken"),
@@ -17,7 +19,7 @@ _WHOLE_PIECES = {  # `tokenizer.ggml.pre`: a piece of text that is a token stays
 _UNNAMED = ("", "default")  # files from before rules had names: any rule may be meant
 
 
-def correct_tokenizer(tokenizer: Any, gguf: Path, on_note: Callable[[str], None] = lambda note: None) -> None:
+def correct_tokenizer(tokenizer: Any, reader: GGUFReader, on_note: Callable[[str], None] = lambda note: None) -> None:
     """Set end token, BOS, the rule that splits texts, whole pieces, and the space before a text, as
     the file has them.
 
@@ -25,12 +27,13 @@ def correct_tokenizer(tokenizer: Any, gguf: Path, on_note: Callable[[str], None]
     rule that splits texts.
 
     Args:
+        reader: of the file.
         on_note: called with a line if the file does not name its rule.
 
     Raises:
         GgufSettingError: the rule that splits texts is not known.
     """
-    fields = _fields(gguf)
+    fields = _fields(reader)
     end = fields.get("eos_token_id")
     if end is not None:  # transformers 5.17 may use another
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(int(end))
@@ -38,7 +41,7 @@ def correct_tokenizer(tokenizer: Any, gguf: Path, on_note: Callable[[str], None]
     if fields.get("model") == "gpt2":
         if rule in _UNNAMED:
             on_note(
-                f"{gguf.name} does not say how its model splits texts; GPT-2's rule is used. A newer file of the model says it."
+                "The GGUF file does not say how its model splits texts; GPT-2's rule is used. A newer file of the model says it."
             )
         else:
             tokenizer.backend_tokenizer.pre_tokenizer = splitter(rule)
@@ -61,11 +64,8 @@ def _leave_out_space(backend: Any) -> None:
     backend.decoder = decoders.Sequence([decoders.Replace(space, " "), decoders.ByteFallback(), decoders.Fuse()])
 
 
-def _fields(gguf: Path) -> dict[str, Any]:
+def _fields(reader: GGUFReader) -> dict[str, Any]:
     """Return what the file says of its tokenizer in single values."""
-    from gguf import GGUFReader
-
-    reader = GGUFReader(str(gguf), "r")
     names = ("model", "pre", "eos_token_id", "add_bos_token", "add_space_prefix")
     found = {name: reader.get_field(f"tokenizer.ggml.{name}") for name in names}
     return {name: field.contents() for name, field in found.items() if field is not None}

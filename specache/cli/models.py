@@ -136,7 +136,9 @@ def load_config(name: str, *, revision: str | None = None, offline: bool = False
     except Exception as error:  # as in `_from_pretrained`
         raise ModelNotFoundError(_not_loadable(name, source, options, error)) from error
     if "gguf_file" in options:
-        apply_settings(config, path)
+        from gguf import GGUFReader
+
+        apply_settings(config, GGUFReader(str(path), "r"))
     return config
 
 

@@ -45,6 +45,10 @@ def written(folder: Path, fields: dict[str, Any], arch: str = "llama", **tensors
     return path
 
 
+def apply(settings: Any, path: Path) -> None:
+    apply_settings(settings, gguf.GGUFReader(str(path), "r"))
+
+
 def config(**changes: Any) -> LlamaConfig:
     sizes = {"hidden_size": 64, "num_attention_heads": 2, "head_dim": HEAD, "num_hidden_layers": 1, "intermediate_size": 64}
     rope = {"rope_type": "default", "rope_theta": 50_000.0}
@@ -61,7 +65,7 @@ def plain() -> torch.Tensor:
 
 def test_a_file_without_rope_scaling_is_unchanged(tmp_path):
     settings = config()
-    apply_settings(settings, written(tmp_path, {"rope.freq_base": 50_000.0, "rope.scaling.type": "none", "logit_scale": 1.0}))
+    apply(settings, written(tmp_path, {"rope.freq_base": 50_000.0, "rope.scaling.type": "none", "logit_scale": 1.0}))
     assert torch.equal(frequencies(settings), plain())
     assert settings.rope_parameters["rope_type"] == "default"
 
@@ -72,7 +76,7 @@ def test_a_file_without_rope_scaling_is_unchanged(tmp_path):
 )
 def test_linear_scaling_divides_every_frequency(tmp_path, fields):
     settings = config()
-    apply_settings(settings, written(tmp_path, fields))
+    apply(settings, written(tmp_path, fields))
     torch.testing.assert_close(frequencies(settings), plain() / 4)
 
 
@@ -80,11 +84,11 @@ def test_yarn_scaling_equals_transformers_own(tmp_path):
     yarn = {"rope_type": "yarn", "rope_theta": 50_000.0, "factor": 4.0, "original_max_position_embeddings": 256}
     settings = config()
     fields = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 256}
-    apply_settings(settings, written(tmp_path, fields))
+    apply(settings, written(tmp_path, fields))
     assert torch.equal(frequencies(settings), frequencies(config(rope_parameters=yarn)))
     fields |= {"rope.scaling.yarn_beta_fast": 16.0, "rope.scaling.attn_factor": 2.0}
     settings = config()
-    apply_settings(settings, written(tmp_path, fields))
+    apply(settings, written(tmp_path, fields))
     rotary = LlamaForCausalLM(settings).model.rotary_emb
     assert not torch.equal(rotary.inv_freq, frequencies(config(rope_parameters=yarn)))
     assert rotary.attention_scaling == pytest.approx(2 * (0.1 * math.log(4) + 1))
@@ -95,7 +99,7 @@ def test_factors_of_llama_3_are_recognised(tmp_path):
     llama3["original_max_position_embeddings"] = 256
     wanted = frequencies(config(rope_parameters=llama3, max_position_embeddings=2048))
     settings = config(max_position_embeddings=2048)
-    apply_settings(settings, written(tmp_path, {}, rope_freqs=(plain() / wanted).tolist()))
+    apply(settings, written(tmp_path, {}, rope_freqs=(plain() / wanted).tolist()))
     assert settings.rope_parameters["rope_type"] == "llama3"
     torch.testing.assert_close(frequencies(settings), wanted)
 
@@ -103,7 +107,7 @@ def test_factors_of_llama_3_are_recognised(tmp_path):
 def test_unknown_rope_factors_apply_at_every_length(tmp_path):
     factors = torch.linspace(1, 8, HEAD // 2)
     settings = config()
-    apply_settings(settings, written(tmp_path, {}, rope_freqs=factors.tolist()))
+    apply(settings, written(tmp_path, {}, rope_freqs=factors.tolist()))
     rotary = LlamaForCausalLM(settings).model.rotary_emb
     assert rotary.attention_scaling == 1.0
     torch.testing.assert_close(rotary.inv_freq, plain() / factors)
@@ -118,7 +122,7 @@ def test_long_and_short_factors_become_longrope(tmp_path):
     settings = Phi3Config(hidden_size=64, num_attention_heads=2, max_position_embeddings=4096, pad_token_id=0)
     fields = {"rope.scaling.original_context_length": 512, "rope.scaling.attn_factor": 1.25}
     path = written(tmp_path, fields, "phi3", rope_factors_long=long, rope_factors_short=short)
-    apply_settings(settings, path)
+    apply(settings, path)
     found = settings.rope_parameters
     assert (found["rope_type"], found["long_factor"], found["short_factor"]) == ("longrope", long, short)
     assert (found["original_max_position_embeddings"], found["attention_factor"]) == (512, 1.25)
@@ -127,7 +131,7 @@ def test_long_and_short_factors_become_longrope(tmp_path):
 def test_rope_scaling_of_a_hybrid_applies_to_full_attention_only(tmp_path):
     settings = Gemma3TextConfig(num_hidden_layers=6, hidden_size=64)
     before = {name: dict(each) for name, each in settings.rope_parameters.items()}
-    apply_settings(settings, written(tmp_path, {"rope.scaling.type": "linear", "rope.scaling.factor": 8.0}, "gemma3"))
+    apply(settings, written(tmp_path, {"rope.scaling.type": "linear", "rope.scaling.factor": 8.0}, "gemma3"))
     assert settings.rope_parameters["sliding_attention"] == before["sliding_attention"]
     full = settings.rope_parameters["full_attention"]
     assert (full["rope_type"], full["factor"]) == ("linear", 8.0)
@@ -136,30 +140,30 @@ def test_rope_scaling_of_a_hybrid_applies_to_full_attention_only(tmp_path):
 
 def test_a_window_that_the_reader_drops_is_set(tmp_path):
     settings = Phi3Config(max_position_embeddings=4096, pad_token_id=0)
-    apply_settings(settings, written(tmp_path, {"attention.sliding_window": 2047}, "phi3"))
+    apply(settings, written(tmp_path, {"attention.sliding_window": 2047}, "phi3"))
     assert settings.sliding_window == 2047
     settings = Phi3Config(max_position_embeddings=4096, pad_token_id=0)
-    apply_settings(settings, written(tmp_path, {"attention.sliding_window": 262_144}, "phi3"))
+    apply(settings, written(tmp_path, {"attention.sliding_window": 262_144}, "phi3"))
     assert settings.sliding_window is None
 
 
 def test_a_base_of_rope_that_the_reader_drops_is_kept(tmp_path):
     settings = Starcoder2Config(bos_token_id=0, eos_token_id=0)
-    apply_settings(settings, written(tmp_path, {"rope.freq_base": 999_999.0}, "starcoder2"))
+    apply(settings, written(tmp_path, {"rope.freq_base": 999_999.0}, "starcoder2"))
     assert settings.rope_parameters["rope_theta"] == 999_999.0
 
 
 @pytest.mark.parametrize("turned", [8, 16])
 def test_the_rotated_part_of_a_head_is_read_from_the_file(tmp_path, turned):
     settings = StableLmConfig(hidden_size=64, num_attention_heads=2)
-    apply_settings(settings, written(tmp_path, {"rope.dimension_count": turned}, "stablelm"))
+    apply(settings, written(tmp_path, {"rope.dimension_count": turned}, "stablelm"))
     assert settings.rope_parameters["partial_rotary_factor"] == turned / 32
 
 
 def test_phi_4_mini_rotates_three_quarters_of_a_head(tmp_path):
     settings = Phi3Config(hidden_size=3072, num_attention_heads=24, max_position_embeddings=131_072, pad_token_id=0)
     fields = {"rope.dimension_count": 96, "rope.scaling.original_context_length": 4096, "attention.sliding_window": 262_144}
-    apply_settings(settings, written(tmp_path, fields, "phi3", rope_factors_long=[2.0] * 48, rope_factors_short=[1.0] * 48))
+    apply(settings, written(tmp_path, fields, "phi3", rope_factors_long=[2.0] * 48, rope_factors_short=[1.0] * 48))
     assert settings.rope_parameters["partial_rotary_factor"] == 0.75
     assert len(settings.rope_parameters["long_factor"]) == 48
 
@@ -168,7 +172,7 @@ def test_gpt_oss_keeps_its_own_yarn(tmp_path):
     settings, own = GptOssConfig(), GptOssConfig().rope_parameters
     fields = {"attention.key_length": 64, "attention.sliding_window": 128, "rope.freq_base": 150_000.0, "rope.dimension_count": 64}
     yarn = {"rope.scaling.type": "yarn", "rope.scaling.factor": 32.0, "rope.scaling.original_context_length": 4096}
-    apply_settings(settings, written(tmp_path, {**fields, **yarn}, "gpt-oss"))
+    apply(settings, written(tmp_path, {**fields, **yarn}, "gpt-oss"))
     assert {**own, **settings.rope_parameters} == own
 
 
@@ -179,18 +183,18 @@ def test_gemma_4_runs_as_it_is(tmp_path):
     settings, own = Gemma4TextConfig(num_hidden_layers=6), Gemma4TextConfig(num_hidden_layers=6).rope_parameters
     fields = {"attention.key_length": 512, "attention.sliding_window": 512, "rope.dimension_count": 512}
     bases = {"rope.freq_base": 1e6, "rope.freq_base_swa": 1e4, "final_logit_softcapping": 30.0}
-    apply_settings(settings, written(tmp_path, {**fields, **bases}, "gemma4", rope_freqs=[1.0] * 64 + [1e30] * 192))
+    apply(settings, written(tmp_path, {**fields, **bases}, "gemma4", rope_freqs=[1.0] * 64 + [1e30] * 192))
     assert settings.rope_parameters == own
     assert settings.final_logit_softcapping == 30.0
     with pytest.raises(GgufSettingError, match="only some frequencies"):
-        apply_settings(config(), written(tmp_path, {}, rope_freqs=[1.0] * 8 + [1e30] * 8))
+        apply(config(), written(tmp_path, {}, rope_freqs=[1.0] * 8 + [1e30] * 8))
 
 
 @pytest.mark.parametrize(("layers", "scale"), [(26, 256), (46, 144)])
 def test_gemma_2_has_its_soft_caps_and_its_scale_of_queries(tmp_path, layers, scale):
     settings = Gemma2Config(num_hidden_layers=layers, hidden_size=4608, num_attention_heads=32, head_dim=128)
     fields = {"attn_logit_softcapping": 40.0, "final_logit_softcapping": 20.0, "attention.key_length": 128}
-    apply_settings(settings, written(tmp_path, fields, "gemma2"))
+    apply(settings, written(tmp_path, fields, "gemma2"))
     assert (settings.attn_logit_softcapping, settings.final_logit_softcapping) == (40.0, 20.0)
     assert settings.query_pre_attn_scalar == scale
 
@@ -211,7 +215,7 @@ def test_gemma_2_has_its_soft_caps_and_its_scale_of_queries(tmp_path, layers, sc
 )
 def test_a_setting_that_the_configuration_cannot_express_is_refused_by_name(tmp_path, fields):
     with pytest.raises(GgufSettingError) as refused:
-        apply_settings(config(), written(tmp_path, fields))
+        apply(config(), written(tmp_path, fields))
     assert "original weights" in str(refused.value)
     name = next(iter(fields))
     assert name in str(refused.value) or "spiral" in str(refused.value) or "slides over 128" in str(refused.value)
@@ -220,4 +224,4 @@ def test_a_setting_that_the_configuration_cannot_express_is_refused_by_name(tmp_
 def test_a_file_with_two_rope_scalings_is_refused(tmp_path):
     fields = {"rope.scaling.type": "linear", "rope.scaling.factor": 2.0}
     with pytest.raises(GgufSettingError, match="twice"):
-        apply_settings(config(), written(tmp_path, fields, rope_freqs=[2.0] * 16))
+        apply(config(), written(tmp_path, fields, rope_freqs=[2.0] * 16))

@@ -48,7 +48,7 @@ def tokens(folder: Path, text: str, model: str, vocabulary: list[tuple[str, int]
     """Return a text's tokens by a file of this vocabulary, from the tokenizer as it is saved."""
     path = write_gguf(folder, model, vocabulary, **fields)
     tokenizer = AutoTokenizer.from_pretrained(str(folder), gguf_file=path.name, local_files_only=True)
-    correct_tokenizer(tokenizer, path)
+    correct_tokenizer(tokenizer, gguf.GGUFReader(str(path), "r"))
     assert tokenizer.eos_token == "</s>"
     tokenizer.save_pretrained(folder / "saved")
     loaded = AutoTokenizer.from_pretrained(folder / "saved")
@@ -102,7 +102,7 @@ def test_a_file_that_names_no_rule_is_noted(tmp_path):
     path = write_gguf(tmp_path, "gpt2", BYTE_LEVEL)
     tokenizer = AutoTokenizer.from_pretrained(str(tmp_path), gguf_file=path.name, local_files_only=True)
     notes: list[str] = []
-    correct_tokenizer(tokenizer, path, notes.append)
+    correct_tokenizer(tokenizer, gguf.GGUFReader(str(path), "r"), notes.append)
     assert len(notes) == 1 and "GPT-2's rule" in notes[0]
 
 
