@@ -56,6 +56,14 @@ def test_every_kernel_compiles_for_every_target_without_spills():
 
 
 @needs_triton
+def test_every_kernel_compiles_where_an_integer_argument_is_1():
+    """One KV head, say: a launch makes such an argument a constant, the interpreter does not."""
+    command = [sys.executable, "-m", "tests.kernels.triton_front_end"]
+    result = subprocess.run(command, cwd=ROOT, env=without_interpreter(), capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@needs_triton
 def test_register_spills_are_reported():
     code = (
         "from specache.config import Code\n"

@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -148,13 +148,25 @@ def compile_variant(variant: Variant, capability: int, **changes: Any) -> Resour
     """
     import triton
     from triton.backends.compiler import GPUTarget
+
+    source, compiler_options = source_of(variant)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={**compiler_options, **changes})
+    return _inspect(compiled.asm["cubin"], compiled.metadata.shared, compiled.metadata.num_warps)
+
+
+def source_of(variant: Variant, ones: Collection[str] = ()) -> tuple[Any, dict[str, Any]]:
+    """Return a variant's `ASTSource` and its compiler options.
+
+    Args:
+        ones: integer arguments that are 1, which a launch makes constants.
+    """
     from triton.compiler import ASTSource
 
     kernel, settings = kernels(variant.shape, variant.dtype)[variant.kernel]
     constants = {name: value for name, value in settings.items() if name.isupper()}
     compiler_options = {name: value for name, value in settings.items() if not name.isupper()}
     signature = {name: _type_of(name, variant) for name in kernel.arg_names if name not in constants}
-    constants["stride_d"] = 1  # Triton specialises arguments that are 1
+    constants |= dict.fromkeys(("stride_d", *ones), 1)
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = {name: "constexpr" if name in constants else signature[name] for name in kernel.arg_names}
     aligned = {
@@ -162,14 +174,14 @@ def compile_variant(variant: Variant, capability: int, **changes: Any) -> Resour
         for i, name in enumerate(kernel.arg_names)
         if signature[name].startswith("*") or name in _ALIGNED
     }
-    source = ASTSource(
-        kernel,
-        signature,
-        {(kernel.arg_names.index(name),): value for name, value in constants.items()},
-        aligned,
-    )
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={**compiler_options, **changes})
-    return _inspect(compiled.asm["cubin"], compiled.metadata.shared, compiled.metadata.num_warps)
+    constants_by_place = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    return ASTSource(kernel, signature, constants_by_place, aligned), compiler_options
+
+
+def integer_arguments(variant: Variant) -> list[str]:
+    """Return the kernel's integer arguments that can be any number."""
+    kernel, settings = kernels(variant.shape, variant.dtype)[variant.kernel]
+    return [name for name in kernel.arg_names if name not in (*settings, *_ALIGNED) and _type_of(name, variant) == "i32"]
 
 
 def _type_of(name: str, variant: Variant) -> str:

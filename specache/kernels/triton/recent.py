@@ -54,7 +54,7 @@ def recent_kernel(
     slot = tl.load(counts + b)
     own_keys, own_values = keys + b * keys_b + h * keys_h, values + b * values_b + h * values_h
     stored_keys = residual + (2 * b * heads + h) * size * DIM
-    stored_values = stored_keys + heads.to(tl.int64) * size * DIM
+    stored_values = residual + ((2 * b + 1) * heads + h) * size * DIM
     key, value = tl.load(own_keys + channel, mask=inside, other=0.0), tl.load(own_values + channel, mask=inside, other=0.0)
     tl.store(stored_keys + slot * DIM + channel, key, mask=inside)
     tl.store(stored_values + slot * DIM + channel, value, mask=inside)
