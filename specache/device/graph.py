@@ -8,11 +8,16 @@ runs nothing, and replayed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import gc
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from specache.platform import forks
 
 Run = Callable[[], Tensor]  # a step over static tensors -> its logits
 Replay = Callable[[], None]
@@ -29,19 +34,48 @@ class Graphs(Protocol):
         """Record what `run` launches, without running it -> (replay, the tensor of its result)."""
 
 
+_capturing = forks.lock()  # a capture begins with a wait for the whole device, which fails during another thread's
+
+
 class CudaGraphs:
     """CUDA's graphs. Those of one batch share memory for temporaries: one runs at a time."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self._stream = _capture_stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
     def capture(self, run: Run) -> tuple[Replay, Tensor]:
         graph = torch.cuda.CUDAGraph()
         # thread_local: other threads (a tokenizer's, a server's) may use CUDA during the capture
-        with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        captured = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
+        # set outside as well: where a capture fails, `captured` does not set the stream back
+        with _capturing, _no_collection(), torch.cuda.stream(self._stream), captured:
             result = run()
         return graph.replay, result
+
+
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream on which all graphs of a device are captured.
+
+    PyTorch's own is on the device of the process's first capture: work on another device would run
+    instead of being captured. One for all graphs, as cuBLAS keeps memory for each stream.
+    """
+    return torch.cuda.Stream(device)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Collect no garbage inside the block: a cache that is freed waits for the GPU, which ends a
+    capture.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 class GraphedSteps:
