@@ -178,7 +178,7 @@ def _profile(part: PartRun, check: Check, shape: str, context: int, batch: int) 
             if on_gpu(part):
                 torch.cuda.synchronize()
         name = "self_device_time_total" if on_gpu(part) else "self_cpu_time_total"
-        listed = [one for one in profiler.key_averages() if not on_gpu(part) or one.device_type is torch.autograd.DeviceType.CUDA]
+        listed = run_on(profiler, torch.autograd.DeviceType.CUDA if on_gpu(part) else torch.autograd.DeviceType.CPU)
         found = sorted(listed, key=lambda one: getattr(one, name), reverse=True)
         total = sum(getattr(one, name) for one in found) or 1.0
         for one in found[:TOP_KERNELS]:
@@ -192,6 +192,11 @@ def _profile(part: PartRun, check: Check, shape: str, context: int, batch: int) 
     contender.close()
     part.table(f"a step of {shape} at {context:,} x {batch}, by kernel", rows)
     check.require(rows, "the profiler saw no kernel")
+
+
+def run_on(profiler: torch.profiler.profile, device: torch.autograd.DeviceType) -> list[Any]:
+    """Return what ran on a kind of device, summed by name."""
+    return [one for one in profiler.key_averages() if one.device_type == device]  # a new object at every call, so not `is`
 
 
 def goal(part: PartRun, what: str, found: float, goal: float, at_least: bool) -> None:
