@@ -97,7 +97,9 @@ class TritonKernels:
         values = torch.empty(*lines, capacity, dtype=torch.float16 if half else torch.float32, device=query.device)
         scores = PageScores(values)
         if half:
-            scores.peaks, scores.totals = torch.empty(2, *lines, capacity // shape.group_size, device=query.device)
+            scores.peaks, scores.totals = torch.empty(
+                2, *lines, capacity // shape.group_size, dtype=torch.float32, device=query.device
+            )
         if values.numel():
             settings = options.score(shape, softcap is not None, half)
             score.score_kernel[(-(-capacity // settings["BLOCK"]), heads * settings["ROW_BLOCKS"], batch)](
@@ -137,7 +139,7 @@ class TritonKernels:
         values, group_size = scores.values, 0
         if scores.peaks is not None:
             group_size = size // scores.peaks.shape[-1]
-            scores.exact = torch.empty(batch, heads, groups, n, k, device=query.device)
+            scores.exact = torch.empty(batch, heads, groups, n, k, dtype=torch.float32, device=query.device)
         settings = options.rescore(dim, groups, softcap is not None, group_size)
         score.rescore_kernel[(-(-k // settings["BLOCK"]), n, batch * heads)](
             query,
@@ -182,15 +184,15 @@ class TritonKernels:
         splits = -(-size // self.split)
         has_fetched = positions.numel() > 0
         parts, dim = splits + has_fetched, shape.dim
-        out = torch.empty(batch, heads, groups, n, dim, device=device)
-        lse = torch.empty(batch, heads, groups, n, device=device)
+        out = torch.empty(batch, heads, groups, n, dim, dtype=torch.float32, device=device)
+        lse = torch.empty(batch, heads, groups, n, dtype=torch.float32, device=device)
         if size == 0:
             return out.zero_(), lse.fill_(-torch.inf)
         assert values.is_contiguous()
         low_bit = torch.empty_like(out) if shape.rotated else out
         fetched_sums = torch.empty_like(out) if has_fetched else out
-        sums = torch.empty(batch, heads, splits, groups * n, dim, device=device)
-        stats = torch.empty(2, batch, heads, groups * n, parts, device=device)
+        sums = torch.empty(batch, heads, splits, groups * n, dim, dtype=torch.float32, device=device)
+        stats = torch.empty(2, batch, heads, groups * n, parts, dtype=torch.float32, device=device)
         if has_fetched:
             positions, kv_rows = positions.contiguous(), _last_contiguous(kv_rows)
             attend.fetched_kernel[(n, batch * heads)](

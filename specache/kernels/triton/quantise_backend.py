@@ -61,7 +61,7 @@ def _quantise_rotated(
 ) -> None:
     heads, n, dim = keys.shape
     turn, levels_ = rotation(dim, keys.device).T, levels(shape.bits, keys.device)
-    centred = torch.empty(heads, n, dim, device=keys.device)
+    centred = torch.empty(heads, n, dim, dtype=torch.float32, device=keys.device)
     quantise.centre_keys_kernel[(n // shape.group_size, heads)](
         keys,
         channel_scales,

@@ -39,8 +39,8 @@ def attend_recent(
     queries = query.shape[1] // heads * n
     keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (keys, values))
     shape = (batch, heads, queries // n, n)
-    out = torch.empty(*shape, dim, device=query.device)
-    lse, own_lse = torch.empty(2, *shape, device=query.device)
+    out = torch.empty(*shape, dim, dtype=torch.float32, device=query.device)
+    lse, own_lse = torch.empty(2, *shape, dtype=torch.float32, device=query.device)
     sinks = None if sinks is None else sinks.float().contiguous()
     settings = options.recent(dim, queries, n, softcap is not None, sinks is not None, query.dtype == torch.float32)
     recent.recent_kernel[(-(-queries // settings["ROWS_P"]), batch * heads)](

@@ -39,7 +39,7 @@ def launch_select(scores: PageScores, rest_lse: Tensor, lengths: Tensor, k: int,
         _half_mean_probs(scores, rest_lse, lengths, mean_prob, histogram, grid, block)
     else:
         values = scores.values.contiguous()
-        parts = torch.empty(2, batch, heads, groups, n, blocks, device=device)
+        parts = torch.empty(2, batch, heads, groups, n, blocks, dtype=torch.float32, device=device)
         select.peaks_kernel[(batch * heads * groups * n, blocks)](values, *parts, size, **settings)
         select.mean_prob_kernel[grid](
             values,
@@ -80,12 +80,12 @@ def _half_mean_probs(
     token_groups = references.shape[-1]
     group, peaks, totals = size // token_groups, references, scores.totals
     if scores.exact is not None:
-        peaks, totals = torch.empty(2, *references.shape, device=mean_prob.device)
+        peaks, totals = torch.empty(2, *references.shape, dtype=torch.float32, device=mean_prob.device)
         settings = options.select_parts(group)
         select.parts_kernel[(batch * lines, -(-token_groups // settings["GROUPS"]))](
             scores.values, references, lengths, peaks, totals, size, lines, **settings
         )
-    normaliser = torch.empty(batch, heads, groups, n, device=mean_prob.device)
+    normaliser = torch.empty(batch, heads, groups, n, dtype=torch.float32, device=mean_prob.device)
     select.normaliser_kernel[(batch * lines,)](
         peaks, totals, rest_lse, lengths, normaliser, token_groups, lines, **options.select_normaliser(group)
     )

@@ -6,6 +6,8 @@ graph.
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import triton
@@ -42,6 +44,23 @@ def difference(model, monkeypatch, code, graphs):
 def test_a_decode_over_static_buffers_equals_the_reference(model, monkeypatch, code, graphs):
     assert difference(model, monkeypatch, code, graphs) < 1e-3
     assert graphs is None or graphs.replays == NEW - 3  # the first step of each kind is the warm-up
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_callers_default_dtype_changes_nothing(model, monkeypatch, dtype):
+    """Scores, peaks and sums are float32 whatever it is."""
+    there, config = copy.deepcopy(model).to(dtype), settings(code="rotated", bits=2, residual=7, policy="verified", slow_tier="ram")
+
+    def logits():
+        with dispatch.using("triton"), static_steps(monkeypatch, capacity_step=64):
+            return run(there, prompt(53), config, new=3)[1]
+
+    expected, before = logits(), torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(logits(), expected)
+    finally:
+        torch.set_default_dtype(before)
 
 
 @triton.jit
