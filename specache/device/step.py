@@ -62,17 +62,20 @@ class StaticPass:
         """Compute the attention of layer `index`.
 
         Args:
-            query: [B, Hq, n, D]; keys, values: [B, Hkv, n, D].
+            query: [B, Hq, n, D]; keys, values: [B, Hkv, n, D]. Under `torch.autocast` their dtypes
+                may differ.
 
         Returns:
             [B, n, Hq, D] in the query's dtype.
         """
         if index in self._batch.windows:
             window, first = self._batch.windows[index], self._batch.inputs.position_ids[:, 0]
+            keys, values = keys.to(window.ring.dtype), values.to(window.ring.dtype)
             out = window.attention(query, keys, values, first, self._hidden[window.window], params)
             return out.transpose(1, 2).to(query.dtype)
         layer, query = self._batch.layers[index], query.contiguous()  # every kernel needs it contiguous
         layer.begun = True
+        keys, values = keys.to(layer.residual.dtype), values.to(layer.residual.dtype)
         step = _StaticLayerStep(layer, self._batch, self._seen, query, keys, values, self._spec.top_k, params)
         return attend(step, _StaticRows(layer, self._batch, query.shape[2]), self._spec)
 

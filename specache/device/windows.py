@@ -113,9 +113,12 @@ def hidden_slots(positions: Tensor, window: int, kind: StepKind) -> Tensor:
 
 
 def _fused(query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, scaling: float) -> Tensor:
-    """Run PyTorch's own attention, with the query heads of a KV head as its queries."""
+    """Run PyTorch's own attention, with the query heads of a KV head as its queries.
+
+    It computes in the keys' dtype, which may differ from the query's under `torch.autocast`.
+    """
     batch, heads, tokens, _ = keys.shape
-    grouped = query.reshape(batch, heads, -1, query.shape[-1])  # [B, Hkv, G n, D]
+    grouped = query.reshape(batch, heads, -1, query.shape[-1]).to(keys.dtype)  # [B, Hkv, G n, D]
     groups = query.shape[1] // heads
     seen = ~hidden.expand(-1, -1, groups, query.shape[2], tokens).reshape(batch, 1, -1, tokens)
     return scaled_dot_product_attention(grouped, keys, values, seen, scale=scaling).reshape(query.shape)

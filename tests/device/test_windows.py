@@ -49,6 +49,25 @@ def test_steps_before_a_window_is_full_equal_the_ordinary_ones(monkeypatch, poli
     assert steps
 
 
+@pytest.mark.parametrize("fills", [True, False])
+def test_steps_under_autocast_give_the_ordinary_tokens(monkeypatch, fills):
+    """Queries and values are bfloat16 there, keys float32; the cache may be filled outside."""
+    model, (ids, _) = build(*FAMILIES["gemma3"]), ragged(*LENGTHS)
+
+    def begun_and_continued():
+        cache = specache.SpeCache(model, config())
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=fills):
+            begun = continued(model, cache, ids, LENGTHS, 4)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return continued(model, cache, begun.sequences, LENGTHS, 8)
+
+    eager = begun_and_continued()
+    with static_steps(monkeypatch) as steps:
+        static = begun_and_continued()
+    assert_equal(static, eager, limit=0.02)
+    assert steps
+
+
 def test_detached_sequences_have_their_whole_state(hybrid, monkeypatch):
     """A conversation goes on with ordinary steps, on a fork too, as if there had been no others."""
     settings = config()

@@ -42,7 +42,8 @@ def attend_recent(
     out = torch.empty(*shape, dim, dtype=torch.float32, device=query.device)
     lse, own_lse = torch.empty(2, *shape, dtype=torch.float32, device=query.device)
     sinks = None if sinks is None else sinks.float().contiguous()
-    settings = options.recent(dim, queries, n, softcap is not None, sinks is not None, query.dtype == torch.float32)
+    exact = torch.float32 in (query.dtype, residual.dtype)  # they differ under autocast
+    settings = options.recent(dim, queries, n, softcap is not None, sinks is not None, exact)
     recent.recent_kernel[(-(-queries // settings["ROWS_P"]), batch * heads)](
         query.contiguous(),
         keys,
