@@ -20,7 +20,7 @@ from specache.model.dimensions import dimensions_of
 from specache.model.identity.adapters import refuse_adapters_per_call
 from specache.model.identity.model_state import ModelState
 from specache.model.identity.wrappers import unwrapped
-from specache.model.info import ModelInfo, inspect_model
+from specache.model.info import ModelInfo, check_one_gpu, inspect_model
 from specache.platform import modes
 from specache.stats import Counters, MemoryUse, report
 from specache.tiers.base import SlowTier
@@ -67,7 +67,8 @@ class SpeCache:
         on_disk_chosen: called when `auto` chooses the disk. `None` raises a warning instead.
 
     Raises:
-        UnsupportedModelError: the model's attention cannot run over a low-bit copy.
+        UnsupportedModelError: the model's attention cannot run over a low-bit copy, or its weights
+            are on several GPUs.
         UsageError: `config` has a wrong type.
         ConfigError: this model or device does not support the settings.
         SlowTierError: the folder of `slow_tier='disk:...'` cannot be written.
@@ -82,6 +83,8 @@ class SpeCache:
             raise UsageError(f"config must be a specache.SpeCacheConfig, not a value of type {type(config).__name__}.")
         asked = config or SpeCacheConfig()
         config = asked.resolved(info.device.type)
+        if config.policy is not Policy.FULL:
+            check_one_gpu(model)
         if config.slow_dir is not None:
             prepare_folder(config.slow_dir)  # an unusable folder is reported before the prefill
         context = CacheContext(info, config, Resources(model, info, config))

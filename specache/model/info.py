@@ -126,6 +126,20 @@ def inspect_model(model: Any) -> ModelInfo:
     )
 
 
+def check_one_gpu(model: Any) -> None:
+    """Refuse a model whose weights are on several GPUs.
+
+    Raises:
+        UnsupportedModelError: low-bit copies, hot sets and their streams are on one.
+    """
+    devices = sorted({str(parameter.device) for parameter in model.parameters() if parameter.device.type not in ("cpu", "meta")})
+    if len(devices) > 1:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is spread over {', '.join(devices)}, and specache keeps the low-bit keys and values of all "
+            "layers on one device. Load it on one (device_map={'': 0}), in fewer bits if it does not fit, or use policy 'full'."
+        )
+
+
 def _without_paths(settings: Any) -> Any:
     """Return a configuration without the folders it was loaded from, which may be moved."""
     if not isinstance(settings, dict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import transformers
 
 import specache
+from specache.model.info import check_one_gpu
 from tests.engine.test_model_families import LATENT, SIZES, build
 from tests.our_threads import our_new_threads
 from tests.tiny import llama, prompt
@@ -41,6 +43,23 @@ def test_weights_that_are_not_dense_are_refused_by_name(layout):
     linear.weight = torch.nn.Parameter(getattr(linear.weight.detach(), layout)(), requires_grad=False)
     with pytest.raises(specache.UnsupportedModelError, match=r"layers\.1\.mlp\.up_proj\.weight .*not dense.*to_dense"):
         specache.generate(model, prompt(8), max_new_tokens=2)
+
+
+def test_a_model_on_several_gpus_is_refused(monkeypatch):
+    """As device_map="auto" loads it. Parts in main memory, which are loaded when they run, count
+    for nothing.
+    """
+
+    def on(*devices: str) -> None:
+        weights = [SimpleNamespace(device=torch.device(device), dtype=torch.float32) for device in devices]
+        monkeypatch.setattr(model, "parameters", lambda: iter(weights))
+
+    model = llama()
+    on("cuda:0", "meta", "cuda:1", "cuda:1")
+    with pytest.raises(specache.UnsupportedModelError, match=r"spread over cuda:0, cuda:1, .*device_map"):
+        specache.SpeCache(model)
+    on("cuda:1", "meta", "cpu", "cuda:1")
+    check_one_gpu(model)
 
 
 def check_nothing_is_left(model: Any) -> None:
