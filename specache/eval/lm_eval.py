@@ -14,15 +14,18 @@ letter of a choice) show no difference between caches.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, ClassVar
 
 import torch
+from jinja2 import TemplateError
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import model_registry
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text, resolve_max_length
+from lm_eval.models.utils_hf import stop_sequences_criteria
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -39,7 +42,7 @@ from specache.templates.end_tokens import end_tokens
 from specache.templates.template import ChatTemplate
 
 NAME = "specache"
-DEFAULT_MAX_LENGTH = 2048  # where a model reports no positions; lm_eval's own default
+DEFAULT_MAX_LENGTH = 2048  # where neither model nor tokenizer states a length; lm_eval's own default
 
 TokenRequest = tuple[tuple[str, str], list[int], list[int]]  # (texts, context, continuation)
 Score = tuple[float, bool]  # log-likelihood, whether greedy decoding gives the same tokens
@@ -55,10 +58,12 @@ class SpeCacheLM(TemplateLM):
         device: `cpu`, `cuda`, `cuda:1`; default: CUDA where there is one. Without CUDA `cuda:0`
             means the CPU: lm_eval passes it by default on any machine.
         max_length: longest context with its continuation, in tokens; default: the model's
-            positions.
+            positions, those of a stretched RoPE (yarn, for example) included, which lm_eval's own
+            model leaves out. Where they have no limit (dynamic NTK), the length that the
+            configuration or the tokenizer states, as lm_eval's own model.
         max_gen_toks: new tokens of a task that does not say how many.
-        add_bos_token: whether texts get the tokenizer's first token; default: as the tokenizer
-            does.
+        add_bos_token: whether texts get the tokenizer's first token, also where the tokenizer's
+            own setting is another; default: as the tokenizer does.
         prefix_token_id: the token of an empty context; default: the tokenizer's first token, or its
             last.
         batch_size, max_batch_size: accepted from lm_eval and not used: sequences are scored one by
@@ -93,11 +98,12 @@ class SpeCacheLM(TemplateLM):
         self._settings = _config(settings)
         self._device = _device(device)
         options = {"revision": revision, "trust_remote_code": trust_remote_code}
-        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer or pretrained, **options)
+        first_token = {} if add_bos_token is None else {"add_bos_token": add_bos_token}
+        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer or pretrained, **options, **first_token)
         self.model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=dtype, **options).to(self._device).eval()
         with SpeCache(self.model, self._settings) as cache:  # raises errors before a task is downloaded
             self.config = cache.config
-        self.max_length: int = max_length or max_positions(self.model) or DEFAULT_MAX_LENGTH
+        self.max_length: int = max_length or max_positions(self.model) or self._stated_length()
         self.max_gen_toks = max_gen_toks
         self.batch_size = 1
         self._add_bos_token = add_bos_token
@@ -134,15 +140,19 @@ class SpeCacheLM(TemplateLM):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Return a conversation as text.
 
-        Without `add_generation_prompt` its last message stays open.
+        Without `add_generation_prompt` its last message stays open. Where the template rejects the
+        conversation (some know no system message, and lm_eval writes a task's description as one),
+        it is written without system messages, as lm_eval's own model does.
         """
         self._chats = True
-        text: str = self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
+        options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+        options["continue_final_message"] = not add_generation_prompt
+        try:
+            text: str = self.tokenizer.apply_chat_template(chat_history, **options)
+        except TemplateError as error:
+            others = [message for message in chat_history if message["role"] != "system"]
+            text = self.tokenizer.apply_chat_template(others, **options)
+            warnings.warn(f"The chat template rejects system messages ({error}): they are left out.", stacklevel=2)
         return text
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
@@ -190,6 +200,9 @@ class SpeCacheLM(TemplateLM):
                     self.cache_hook.add_partial("generate_until", requests[index].args, text)
                     bar.update()
         return [answers[index] for index in range(len(requests))]
+
+    def _stated_length(self) -> int:
+        return int(resolve_max_length(self.model.config, self.tokenizer, default=DEFAULT_MAX_LENGTH))
 
     def _loglikelihood_tokens(self, requests: list[TokenRequest], disable_tqdm: bool = False, **kwargs: Any) -> list[Score]:
         scores = self._scores(requests, disable_tqdm)
@@ -263,6 +276,7 @@ class SpeCacheLM(TemplateLM):
     def _answer(self, ids: torch.Tensor, cache: SpeCache, arguments: dict[str, Any]) -> str:
         end = self.tokenizer.decode(self.eot_token_id)
         stops = handle_stop_sequences(arguments.pop("until", None), eos=end)
+        wanted = [stop for stop in stops if stop and stop != end]
         arguments["max_new_tokens"] = arguments.pop("max_gen_toks")
         if not arguments.get("do_sample"):
             arguments |= {"do_sample": False, "temperature": None}
@@ -271,7 +285,8 @@ class SpeCacheLM(TemplateLM):
             self.model,
             ids,
             past_key_values=cache,
-            stop_strings=[stop for stop in stops if stop and stop != end] or None,
+            # `stop_strings` would also end an answer at a text that begins in the context
+            stopping_criteria=stop_sequences_criteria(self.tokenizer, wanted, ids.shape[1], 1) if wanted else None,
             tokenizer=self.tokenizer,
             pad_token_id=self.eot_token_id if pad is None else pad,
             return_dict_in_generate=False,

@@ -122,6 +122,80 @@ def test_chat_templates_are_applied_alike(evaluate):
     assert numbers(answers["tiny_choice"]) == pytest.approx(numbers(expected["tiny_choice"]), abs=1e-4, rel=1e-6)
 
 
+def pair(folder: Path, **options: Any) -> tuple[Any, Any]:
+    """Return lm_eval's own model and ours with the ordinary cache, over the same files."""
+    from lm_eval.models.huggingface import HFLM
+
+    from specache.eval.lm_eval import SpeCacheLM
+
+    shared = {"pretrained": str(folder), "dtype": "float32", "device": "cpu", **options}
+    return HFLM(batch_size=1, **shared), SpeCacheLM(policy="full", **shared)
+
+
+def answer(model: Any, context: str, **arguments: Any) -> str:
+    from lm_eval.api.instance import Instance
+
+    request = Instance("generate_until", {}, (context, {"do_sample": False, "max_gen_toks": 8, **arguments}), 0)
+    return str(model.generate_until([request], disable_tqdm=True)[0])
+
+
+def rolling(model: Any, text: str) -> float:
+    from lm_eval.api.instance import Instance
+
+    return float(model.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)], disable_tqdm=True)[0])
+
+
+def changed(tiny_folder: Path, folder: Path, **settings: Any) -> Path:
+    """Copy the tiny model with other settings of its tokenizer (or `rope`) into a folder."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_folder), AutoTokenizer.from_pretrained(tiny_folder)
+    if rope := settings.pop("rope", None):
+        model.config.rope_parameters = {"rope_theta": 10_000.0, **rope}
+    for name, value in settings.items():
+        setattr(tokenizer, name, value)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_stop_text_that_begins_in_the_context_ends_no_answer(tiny_folder):
+    """For example `\\ndef`, after a context that ends in a line break."""
+    lm_evals_own, ours = pair(tiny_folder)
+    contexts = [f"What is {number}?\n" for number in range(12)]
+    answers = {context: answer(ours, context) for context in contexts}
+    context, whole = next((context, text) for context, text in answers.items() if text[:1].isascii() and text[:1].isprintable())
+    for stop in ("\n" + whole[0], "?\n" + whole[0], whole[0]):
+        expected = answer(lm_evals_own, context, until=[stop])
+        assert answer(ours, context, until=[stop]) == expected == ("" if stop == whole[0] else whole), stop
+
+
+def test_a_first_token_that_is_asked_for_is_added_whatever_the_tokenizer_does(tiny_folder, tmp_path):
+    folder = changed(tiny_folder, tmp_path, bos_token="<user>")
+    texts = {add: pair(folder, add_bos_token=add) for add in (None, True, False)}
+    for add, (lm_evals_own, ours) in texts.items():
+        assert ours.tok_encode("ab") == lm_evals_own.tok_encode("ab"), add
+        assert rolling(ours, "the cat sat") == pytest.approx(rolling(lm_evals_own, "the cat sat"), abs=1e-4), add
+    assert len(texts[True][1].tok_encode("ab")) == 1 + len(texts[None][1].tok_encode("ab"))
+
+
+def test_a_template_without_system_messages_leaves_them_out(tiny_folder, tmp_path):
+    from transformers import AutoTokenizer
+
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    template = refusal + AutoTokenizer.from_pretrained(tiny_folder).chat_template
+    lm_evals_own, ours = pair(changed(tiny_folder, tmp_path, chat_template=template))
+    conversation = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+    with pytest.warns(UserWarning, match="no system role"):
+        text = ours.apply_chat_template(conversation)
+    assert text == lm_evals_own.apply_chat_template(conversation) == "<user>Hello<end><assistant>"
+
+
+def test_without_a_limit_of_positions_the_length_is_what_the_configuration_states(tiny_folder, tmp_path):
+    lm_evals_own, ours = pair(changed(tiny_folder, tmp_path, rope={"rope_type": "dynamic", "factor": 2.0}))
+    assert ours.max_length == lm_evals_own.max_length == 512
+
+
 @pytest.mark.parametrize(
     ("settings", "message"), [("bits=3", "bits"), ("sharpness=2", "no setting sharpness"), ("top_k=0", "top_k")]
 )
