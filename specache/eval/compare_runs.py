@@ -17,14 +17,14 @@ import numpy as np
 
 from specache.errors import EvaluationError
 from specache.eval import statistics
-from specache.eval.results import Cell, Run, read_results
+from specache.eval.results import WEIGHTS_DIGEST, Cell, Run, read_results
 from specache.eval.statistics import Estimate, Values
 from specache.eval.table_rows import SCORE, TOLERANCE, Row, aggregate, fast_memory
 
 PAIRED, INTERVALS = "paired", "intervals"
 BETTER, WORSE, SAME = "better", "worse", "same"
 ROUNDING = 1e-6  # differences below this are rounding, in nats or as a share
-_DESCRIPTIVE = ("specache", "fingerprint")  # the version, and a digest of the model's class and configuration
+_DESCRIPTIVE = ("specache", "fingerprint", WEIGHTS_DIGEST)  # the version, and digests of the model
 _FIGURES = {"mean": "ci95", "p99": "p99_ci95", "kept": "kept_ci95"}
 
 

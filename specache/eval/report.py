@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from specache.errors import EvaluationError
 from specache.eval import catalogue, plots
 from specache.eval.columns import columns, interval_text
-from specache.eval.results import Cell, Run, read_results, write_file
+from specache.eval.results import WEIGHTS_DIGEST, Cell, Run, read_results, write_file
 from specache.eval.setting_fields import from_json, shown
 from specache.eval.table_rows import LESS, MORE, Row, aggregate, is_score
 
@@ -91,7 +91,7 @@ def _html(run: Run, rows: list[Row], cells: list[Cell], images: dict[str, bytes]
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
         run=run,
-        facts={key: value for key, value in run.identity.items() if key not in ("settings", "fingerprint")},
+        facts={key: value for key, value in run.identity.items() if key not in ("settings", "fingerprint", WEIGHTS_DIGEST)},
         settings={key: shown(value) for key, value in run.identity["settings"].items()},
         tables=_tables(rows),
         meanings=[(column.title, column.meaning) for column in columns(rows)],

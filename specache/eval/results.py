@@ -21,6 +21,7 @@ from specache.errors import EvaluationError
 RUN_FILE = "run.json"
 CELLS_FILE = "cells.jsonl"
 LOCK_FILE = ".lock"
+WEIGHTS_DIGEST = "weights_digest"  # key of a run's identity, which runs of earlier versions lack
 _CELL_KEYS = ("item", "group", "index", "method", "values", "tokens", "details", "facts", "stats", "seconds")
 
 Cell = dict[str, Any]
@@ -31,14 +32,16 @@ class Run:
     """The identity of a run.
 
     Attributes:
-        identity: task, its settings, model, fingerprint, dtype, version, seed. Cells of different
-            identities do not mix.
+        identity: task, its settings, model, digests of its configuration and weights, dtype,
+            version, seed. Cells of different identities do not mix.
         unit: of the task's values.
         methods: label -> name and settings, in the order they were first asked for. Methods may be
             added to a run.
         skipped: label -> why the method cannot run on this machine.
         origins: where and when cells were measured (`eval/origin.py`). A cell names its own by
             index, under `origin`. Cells of earlier versions name none.
+        began: when the run began, in ISO format: what chat templates write as today's date, on
+            whatever day the run goes on.
     """
 
     identity: dict[str, Any]
@@ -46,6 +49,7 @@ class Run:
     methods: dict[str, dict[str, Any]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     origins: list[dict[str, Any]] = field(default_factory=list)
+    began: str | None = None
 
     @property
     def task(self) -> str:
@@ -55,15 +59,15 @@ class Run:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
         rest = {"unit": self.unit, "methods": self.methods, "skipped": self.skipped, "origins": self.origins}
-        return {**self.identity, **rest}
+        return {**self.identity, **rest, **({} if self.began is None else {"began": self.began})}
 
     @classmethod
     def from_dict(cls, document: dict[str, Any]) -> Run:
         """Restore a run from the values of `to_dict`."""
         rest = dict(document)
-        origins = rest.pop("origins", [])
+        origins, began = rest.pop("origins", []), rest.pop("began", None)
         unit, methods, skipped = (rest.pop(key) for key in ("unit", "methods", "skipped"))
-        return cls(rest, unit, methods, skipped, origins)
+        return cls(rest, unit, methods, skipped, origins, began)
 
 
 class ResultFolder:
@@ -230,7 +234,7 @@ def _continued(folder: Path, run: Run) -> tuple[Run, int | None]:
     if run.origins:
         origin = next((place for place, one in enumerate(origins) if _same_origin(one, run.origins[0])), len(origins))
         origins += run.origins if origin == len(origins) else []
-    return Run(earlier.identity, run.unit, {**earlier.methods, **run.methods}, skipped, origins), origin
+    return Run(earlier.identity, run.unit, {**earlier.methods, **run.methods}, skipped, origins, earlier.began), origin
 
 
 def _same_origin(one: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -238,8 +242,13 @@ def _same_origin(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def _comparable(run: Run, other: Run) -> dict[str, Any]:
-    """Return a run's identity, without the settings if the other run has another task."""
-    return {key: value for key, value in run.identity.items() if key != "settings" or run.task == other.task}
+    """Return the part of a run's identity that can be compared with another run's.
+
+    Settings of another task are left out, and the digest of the weights if the other has none.
+    """
+    left_out = {"settings"} if run.task != other.task else set()
+    left_out |= {WEIGHTS_DIGEST} - other.identity.keys()
+    return {key: value for key, value in run.identity.items() if key not in left_out}
 
 
 def _differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> list[str]:

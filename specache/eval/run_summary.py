@@ -14,7 +14,7 @@ from typing import Any
 
 from specache.errors import ConfigError, EvaluationError
 from specache.eval import catalogue
-from specache.eval.results import Cell, Run, read_results
+from specache.eval.results import WEIGHTS_DIGEST, Cell, Run, read_results
 from specache.eval.setting_fields import flag, shown
 from specache.eval.table_rows import Row, aggregate, is_score
 
@@ -55,7 +55,7 @@ def summarise(folder: Path, *, commit: str | None = None) -> dict[str, Any]:
             "earlier version, or from a specache outside of a checkout). Name it with --commit."
         )
     by_cell = [({**cell, "commit": one}) for cell, one in zip(cells, commits, strict=True)]
-    identity = {key: value for key, value in run.identity.items() if key != "fingerprint"}
+    identity = {key: value for key, value in run.identity.items() if key not in ("fingerprint", WEIGHTS_DIGEST)}
     pooled = [{**cell, "group": ALL} for cell in by_cell]
     return {
         "format": FORMAT,

@@ -5,11 +5,14 @@ All methods of an item share its prefill.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +25,10 @@ from specache.eval.methods.base import Session
 from specache.eval.methods_option import NamedMethod, check_unique
 from specache.eval.origin import describe_origin
 from specache.eval.prefilled import Prefilled
-from specache.eval.results import Cell, ResultFolder, Run, open_results
+from specache.eval.results import WEIGHTS_DIGEST, Cell, ResultFolder, Run, open_results
 from specache.eval.table_rows import Row, aggregate
 from specache.eval.tasks.base import Item, Measurement, Prepared, Task, TaskModel
+from specache.model.identity.content import adapters_digest, weights_digest
 from specache.model.info import inspect_model
 
 
@@ -68,6 +72,7 @@ def describe_run(model: TaskModel, task: Task, methods: list[NamedMethod], seed:
         "settings": task.settings(),
         "model": model.name,
         "fingerprint": info.fingerprint,
+        WEIGHTS_DIGEST: _weights(model.model),
         "dtype": str(info.dtype).removeprefix("torch."),
         "specache": __version__,
         "seed": seed,
@@ -79,7 +84,7 @@ def describe_run(model: TaskModel, task: Task, methods: list[NamedMethod], seed:
     if model.system is not None:
         identity["system"] = model.system
     labelled = {method.label: {"name": method.name, "settings": method.settings} for method in methods}
-    return Run(identity, task.unit, labelled, origins=[describe_origin()])
+    return Run(identity, task.unit, labelled, origins=[describe_origin()], began=(model.date or datetime.now()).isoformat())
 
 
 def evaluate(
@@ -93,12 +98,14 @@ def evaluate(
         ConfigError: the same method twice.
         TaskDataError: a file of the task is missing or malformed. This is found before anything is
             measured.
-        EvaluationError: `out` holds another run, cannot be written or is in use; or a method
-            failed, and the message names it and the item.
+        EvaluationError: `out` holds another run, or other items under the same names; it cannot be
+            written or is in use; or a method failed, and the message names it and the item.
     """
     check_unique(methods)
     with open_results(out, describe_run(model, task, methods, seed)) as results:
         torch.manual_seed(seed)
+        if results.run.began is not None:
+            model = replace(model, date=datetime.fromisoformat(results.run.began))
         _Runner(model, task, methods, results, progress or Progress()).run()
         if not results.cells and results.run.skipped:
             reasons = "; ".join(f"{label}: {reason}" for label, reason in results.run.skipped.items())
@@ -125,14 +132,18 @@ class _Runner:
     def _check_items(self) -> None:
         """Check all items before any is measured, and count the remaining cells.
 
-        Malformed data is thus found at once, not after hours.
+        Malformed data is thus found at once, not after hours. So is an item that is no longer what
+        it was when cells of it were measured: methods are compared on the same items.
         """
         seen: set[str] = set()
+        measured = {cell["item"]: cell for cell in self._results.cells}
         for item in self._task.items(self._model):
             if item.id in seen:
                 raise EvaluationError(f"the task {self._task.name!r} has two items called {item.id!r}.")
             if not item.prompt:
                 raise EvaluationError(f"item {item.id!r} of the task {self._task.name!r} has an empty prompt.")
+            if item.id in measured:
+                self._check_same(item, measured[item.id])
             seen.add(item.id)
             for label in self._remaining:
                 self._remaining[label] += not self._results.has(item.id, label)
@@ -140,6 +151,19 @@ class _Runner:
             raise EvaluationError(f"the task {self._task.name!r} has no items with these options.")
         cells = len(seen) * len(self._methods)
         self._progress.begin(cells, cells - sum(self._remaining.values()))
+
+    def _check_same(self, item: Item, cell: Cell) -> None:
+        """Check that an item is the one that a cell was measured on.
+
+        Cells of earlier versions tell only how long its prompt was.
+        """
+        tokens = cell.get("prompt_tokens", len(item.prompt))
+        if tokens != len(item.prompt) or cell.get("content", _content(item)) != _content(item):
+            raise EvaluationError(
+                f"item {item.id!r} in {self._results.folder} was measured on another prompt ({tokens:,} tokens then, "
+                f"{len(item.prompt):,} now) or other references. A file that the task reads has changed, or the tokenizer, or "
+                "the code that makes the items. Nothing was changed. Choose another --out."
+            )
 
     def _needs_queries(self) -> bool:
         return any(method.method.needs_all_queries for method in self._methods)
@@ -177,6 +201,7 @@ class _Runner:
             "group": prepared.item.group,
             "index": index,
             "prompt_tokens": len(prepared.item.prompt),
+            "content": _content(prepared.item),
             "method": method.label,
             "values": measurement.values,
             "tokens": measurement.tokens,
@@ -240,6 +265,17 @@ class _PrefilledPrompts(ExitStack):
         if self._prefix is not None:
             self._prefix.close()
             self._prefix = None
+
+
+def _weights(model: Any) -> str:
+    """Return a digest of a model's weights and active adapters."""
+    return hashlib.sha256(f"{weights_digest(model)} {adapters_digest(model)}".encode()).hexdigest()
+
+
+def _content(item: Item) -> str:
+    """Return a digest of what an item asks and expects."""
+    described = json.dumps([item.group, item.prompt, item.facts], sort_keys=True)
+    return hashlib.sha256(described.encode()).hexdigest()[:16]
 
 
 def _check(measurement: Measurement) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import fcntl
 import json
 import multiprocessing
 import os
 import time
+from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +22,11 @@ from specache.eval.methods_option import NamedMethod, parse_methods
 from specache.eval.results import CELLS_FILE, RUN_FILE, Run, open_results
 from specache.eval.runner import Outcome, Progress, describe_run, evaluate
 from specache.eval.table_rows import aggregate
-from specache.eval.tasks.base import TaskModel
+from specache.eval.tasks.base import Item, TaskModel
+from specache.eval.tasks.needle import Needle
+from tests.cli.tiny_chat import byte_tokenizer
 from tests.eval.fake_tasks import AnswerScores, Divergence, MissingMethod, calls, failing, tiny_task_model
+from tests.tiny import llama
 
 ROW_KEYS = {
     *("task", "method", "config", "unit", "n", "tokens", "mean", "ci95", "p95", "p95_ci95", "p99", "p99_ci95", "top1", "top1_ci95"),
@@ -49,6 +55,10 @@ def run(model: TaskModel, out: Path, methods: str = "full,specache,kivi", task: 
 
 def lines(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / CELLS_FILE).read_text().splitlines()]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def test_every_item_is_measured_once_under_every_method(model, tmp_path):
@@ -154,6 +164,51 @@ def test_a_resumed_run_may_add_methods_and_change_nothing_else(model, tmp_path):
     with pytest.raises(EvaluationError, match=r'another run: task is "divergence" there and "answers" here\. Nothing'):
         run(model, tmp_path, "full", AnswerScores())
     assert (tmp_path / CELLS_FILE).read_bytes() == before
+
+
+def test_items_that_are_no_longer_the_same_do_not_mix(model, tmp_path):
+    """As where a file that the task reads was changed since: prompts, or references alone."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Changed(Divergence):
+        def items(self, model: TaskModel) -> Iterator[Item]:
+            for item in super().items(model):
+                prompt = [*item.prompt[:-longer_by], *range(2, 2 + longer_by)]
+                yield dataclasses.replace(item, prompt=prompt, facts={**item.facts, "reference": reference})
+
+    longer_by, reference = 1, "one"
+    run(model, tmp_path, "full", Changed())
+    run(model, tmp_path, "full,kivi", Changed())
+    before = files(tmp_path)
+    for longer_by, reference in ((2, "one"), (1, "another")):  # noqa: B007 - read by `items`
+        with pytest.raises(
+            EvaluationError, match=r"item 'text/0' in .* was measured on another prompt \(420 tokens then, 420 now\)"
+        ):
+            run(model, tmp_path, "full,kivi,specache", Changed())
+        assert files(tmp_path)[CELLS_FILE] == before[CELLS_FILE]
+
+
+def test_weights_that_were_replaced_in_the_same_folder_do_not_mix(model, tmp_path):
+    run(model, tmp_path, "full")
+    with pytest.raises(EvaluationError, match=r"weights_digest is .* there and .* here"):
+        run(TaskModel(llama(seed=1), None, "tiny"), tmp_path, "full,kivi")
+    document = json.loads((tmp_path / RUN_FILE).read_text())
+    del document["weights_digest"], document["began"]  # as earlier versions wrote it
+    (tmp_path / RUN_FILE).write_text(json.dumps(document))
+    assert len(run(model, tmp_path, "full,kivi").cells) == 8
+
+
+def test_a_run_goes_on_with_the_date_on_which_it_began(tmp_path):
+    """Chat templates may write today's date, and methods are compared on the same prompts."""
+    began, later = datetime(2026, 3, 1), datetime(2026, 3, 2)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ strftime_now('%d %B') }}" + tokenizer.chat_template
+    weights = llama(vocab_size=len(tokenizer), max_position_embeddings=20_000)
+    task, methods = Needle(lengths=(1500,), depths=(0.5,), max_new_tokens=2), ("full", "full,streaming-llm")
+    for date, labels in zip((began, later), methods, strict=True):
+        outcome = evaluate(TaskModel(weights, tokenizer, "tiny", date=date), task, parse_methods(labels), tmp_path)
+    assert [cell["method"] for cell in outcome.cells] == ["full", "streaming-llm"]
+    assert outcome.run.began == began.isoformat()
 
 
 def test_a_folder_without_finished_cells_accepts_another_run(model, tmp_path):

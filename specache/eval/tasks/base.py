@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
@@ -30,6 +31,7 @@ class TaskModel:
         weights: format of quantised weights, or `None` where they are in the model's dtype.
         variables: for its chat template.
         system: the system message of every question that the chat template writes.
+        date: what the chat template writes as today's date; by default when it is first used.
     """
 
     model: Any
@@ -38,11 +40,12 @@ class TaskModel:
     weights: str | None = None
     variables: dict[str, Any] = field(default_factory=dict)
     system: str | None = None
+    date: datetime | None = None
 
     @cached_property
     def template(self) -> ChatTemplate:
         """Return the chat template, with the date on which the run began."""
-        return ChatTemplate(self.tokenizer, self.variables, system=self.system)
+        return ChatTemplate(self.tokenizer, self.variables, date=self.date, system=self.system)
 
     @property
     def max_positions(self) -> int | None:
