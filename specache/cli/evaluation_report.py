@@ -113,7 +113,8 @@ def comparison_table(comparison: Comparison, everything: bool = False) -> Render
         )
     )
     if any(change.basis == "intervals" and change.figure != "memory" for change in comparison.changes):
-        parts.append(Text("intervals: the items are not the same, so two intervals are compared; only large changes are noticed."))
+        why = "intervals: the items, or what the full cache gets right of them, are not the same"
+        parts.append(Text(f"{why}, so two intervals are compared; only large changes are noticed."))
     for title, rows in (("before", comparison.only_before), ("after", comparison.only_after)):
         parts += [Text(f"only {title}: {task}, {method}", style="yellow") for task, method in rows]
     parts += [Text(note, style="yellow") for note in comparison.notes]

@@ -19,7 +19,7 @@ from specache.errors import EvaluationError
 from specache.eval import statistics
 from specache.eval.results import WEIGHTS_DIGEST, Cell, Run, read_results
 from specache.eval.statistics import Estimate, Values
-from specache.eval.table_rows import SCORE, TOLERANCE, Row, aggregate, fast_memory
+from specache.eval.table_rows import SCORE, TOLERANCE, Row, aggregate, fast_memory, full_label, kept_parts, kept_tokens
 
 PAIRED, INTERVALS = "paired", "intervals"
 BETTER, WORSE, SAME = "better", "worse", "same"
@@ -36,8 +36,8 @@ class Change:
         task: group of items.
         figure: `mean`, `p99`, `kept` (a share), or `memory` (fast and hot together, over the
             ordinary cache).
-        before, after: its value in the first and in the second folder. Paired ones are over the
-            items that both have.
+        before, after: its value in the first and in the second folder. Paired ones, and memory, are
+            over the items that both have, if there are any.
         difference: `after` less `before`.
         ci95: 95% interval of the difference; None if it is not paired.
         basis: `paired` or `intervals`.
@@ -109,13 +109,14 @@ def compare_runs(before: Path, after: Path, ignore: Iterable[str] = ()) -> Compa
     """
     (first, cells), (second, others) = _read(before), _read(after)
     notes = _check_comparable(before, after, first, second, set(ignore)) + _method_notes(first, second)
+    kept = _KeptPairs(first, second, cells, others)
     old = {(row["task"], row["method"]): row for row in aggregate(first, cells)}
     new = {(row["task"], row["method"]): row for row in aggregate(second, others)}
     measured, measured_too = _by_row(cells), _by_row(others)
     seed = int(first.identity.get("seed", 0))
     changes: list[Change] = []
     for key in (key for key in old if key in new):
-        changes += _changes(first.unit, old[key], new[key], measured[key], measured_too[key], seed)
+        changes += _changes(first.unit, old[key], new[key], measured[key], measured_too[key], kept, seed)
     return Comparison(first.unit, changes, [key for key in old if key not in new], [key for key in new if key not in old], notes)
 
 
@@ -176,14 +177,62 @@ def _by_row(cells: list[Cell]) -> dict[tuple[str, str], dict[str, Cell]]:
     return grouped
 
 
-def _changes(unit: str, before: Row, after: Row, cells: dict[str, Cell], others: dict[str, Cell], seed: int) -> list[Change]:
+class _KeptPairs:
+    """What a method keeps of the same answers in two runs.
+
+    Args:
+        before, after: the runs.
+        cells, others: their cells.
+    """
+
+    def __init__(self, before: Run, after: Run, cells: list[Cell], others: list[Cell]) -> None:
+        self._of_scores = before.unit == SCORE
+        self._full = [_of_method(full_label(run), of_run) for run, of_run in ((before, cells), (after, others))]
+
+    def change(self, pairs: list[tuple[Cell, Cell]], seed: int) -> tuple[float, float, Estimate] | None:
+        """Return the shares kept before and after, and their difference with its interval.
+
+        It is `None` unless the full cache gets the same number of parts of each answer right in
+        both runs.
+        """
+        old, new = (
+            [self._parts(cell, full) for cell in cells] for cells, full in zip(zip(*pairs, strict=True), self._full, strict=True)
+        )
+        if list(map(len, old)) != list(map(len, new)) or not any(old):
+            return None
+        series = [[then - now for now, then in zip(*parts, strict=True)] for parts in zip(old, new, strict=True) if parts[0]]
+        together = np.concatenate(series)
+        if np.ptp(together) == 0:
+            estimate = statistics.difference(together.tolist(), seed=seed)
+        else:
+            estimate = statistics.bootstrap(series, {"kept": statistics.mean}, seed=seed)["kept"]
+        before, after = (float(np.concatenate(parts).mean()) for parts in (old, new))
+        return before, after, estimate
+
+    def _parts(self, cell: Cell, full: dict[str, Cell]) -> list[float]:
+        if not self._of_scores:
+            return kept_tokens(cell)
+        return kept_parts(cell, full[cell["item"]]) if cell["item"] in full else []
+
+
+def _of_method(label: str | None, cells: list[Cell]) -> dict[str, Cell]:
+    return {cell["item"]: cell for cell in cells if cell["method"] == label}
+
+
+def _changes(
+    unit: str, before: Row, after: Row, cells: dict[str, Cell], others: dict[str, Cell], kept: _KeptPairs, seed: int
+) -> list[Change]:
     """Return the changes of one row: mean, p99 and kept where it has them, and memory."""
     pairs = [(cell, others[item]) for item, cell in cells.items() if item in others and _same_item(cell, others[item])]
     found = _paired(unit, pairs, seed)
+    if pairs and None not in (before["kept"], after["kept"]) and (of_kept := kept.change(pairs, seed)) is not None:
+        found["kept"] = of_kept
     fewer = min(before["n"], after["n"])
 
     def change(figure: str, old: float, new: float, interval: list[float] | None, verdict: str) -> Change:
-        basis, items = (PAIRED, len(pairs)) if interval is not None else (INTERVALS, fewer)
+        basis, items = (PAIRED if interval is not None else INTERVALS), fewer
+        if pairs and (basis == PAIRED or figure == "memory"):
+            items = len(pairs)
         return Change(before["task"], before["method"], figure, old, new, new - old, interval, basis, items, verdict)
 
     changes = []
@@ -198,6 +247,8 @@ def _changes(unit: str, before: Row, after: Row, cells: dict[str, Cell], others:
             verdict = _verdict(better, new - old) if _apart(before[key], after[key]) else SAME
             changes.append(change(figure, old, new, None, verdict))
     old, new = fast_memory(before), fast_memory(after)
+    if pairs:  # of other lengths, a method holds other shares
+        old, new = (_mean([fast_memory(cell["stats"]) for cell in same]) for same in zip(*pairs, strict=True))
     verdict = _verdict(-1, new - old) if abs(new - old) > TOLERANCE * old else SAME
     return [*changes, change("memory", old, new, None, verdict)]
 

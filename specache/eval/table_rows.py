@@ -30,7 +30,7 @@ def aggregate(run: Run, cells: list[Cell]) -> list[Row]:
       method.
     """
     table = _by_group_and_method(cells)
-    full = next((label for label, method in run.methods.items() if method["name"] == "full"), None)
+    full = full_label(run)
     ours = _reference(run)
     rows = []
     for group, methods in table.items():
@@ -48,13 +48,22 @@ def _reference(run: Run) -> str | None:
     return "specache" if "specache" in ours else next(iter(ours), None)
 
 
+def full_label(run: Run) -> str | None:
+    """Return the label of the full cache in a run, or `None`."""
+    return next((label for label, method in run.methods.items() if method["name"] == "full"), None)
+
+
 def is_score(run: Run) -> bool:
     """Return whether the run's values are scores of answers."""
     return run.unit == SCORE
 
 
 def fast_memory(row: Row) -> float:
-    """Return a method's fast memory, hot set included, as a share of the ordinary cache."""
+    """Return a method's fast memory, hot set included, as a share of the ordinary cache.
+
+    Args:
+        row: a row, or the `stats` of a cell.
+    """
     return float(row["fast_ratio"] + row["hot_ratio"])
 
 
@@ -115,17 +124,26 @@ def _kept(cells: list[Cell], full: list[Cell]) -> list[list[float]]:
 
     An item whose answer has one score is one part. Items without such a part are left out.
     """
-    reference = {cell["item"]: cell["values"] for cell in full}
-    pairs = [zip(cell["values"], reference[cell["item"]], strict=True) for cell in cells if cell["item"] in reference]
-    series = [[float(mine >= theirs - 1e-9) for mine, theirs in parts if theirs >= RIGHT] for parts in pairs]
+    reference = {cell["item"]: cell for cell in full}
+    series = [kept_parts(cell, reference[cell["item"]]) for cell in cells if cell["item"] in reference]
     return [parts for parts in series if parts]
+
+
+def kept_parts(cell: Cell, full: Cell) -> list[float]:
+    """Return whether a method does as well on each part of an answer that `full` gets right."""
+    pairs = zip(cell["values"], full["values"], strict=True)
+    return [float(mine >= theirs - 1e-9) for mine, theirs in pairs if theirs >= RIGHT]
 
 
 def _kept_tokens(cells: list[Cell]) -> list[list[float]]:
     """Return, per item, whether the method ranks each token first that the full cache does."""
-    pairs = [zip(cell["tokens"].get("right", []), cell["tokens"].get("full_right", []), strict=True) for cell in cells]
-    series = [[right for right, full_right in tokens if full_right] for tokens in pairs]
-    return [tokens for tokens in series if tokens]
+    return [tokens for tokens in map(kept_tokens, cells) if tokens]
+
+
+def kept_tokens(cell: Cell) -> list[float]:
+    """Return whether a method ranks each token of an answer first that the full cache does."""
+    pairs = zip(cell["tokens"].get("right", []), cell["tokens"].get("full_right", []), strict=True)
+    return [right for right, full_right in pairs if full_right]
 
 
 def _share(series: list[list[float]], seed: int) -> Estimate:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ KL, SCORE = "KL, nats", "score"
 ORIGIN = {"commit": "abc1234", "date": "2026-01-02", "machine": "A processor", "threads": 2, "kernels": "avx512"}
 MEMORY = {"full": (1.0, 0.0), "specache": (0.17, 0.08), "kivi": (0.18, 0.0)}
 
+Size = tuple[float, float]  # fast and hot ratio
 Values = dict[str, dict[str, list[float]]]  # method -> item -> values
 
 
@@ -24,12 +26,16 @@ def write_run(
     task: Any = None,
     origin: dict[str, Any] | None = ORIGIN,
     facts: dict[str, Any] | None = None,
-    memory: dict[str, tuple[float, float]] = MEMORY,
+    memory: Mapping[str, Size | list[Size]] = MEMORY,
     settings: dict[str, Any] | None = None,
     tokens: int | None = 4000,
     **identity: Any,
 ) -> Path:
-    """Write a run of fidelity, or of needles for scores. An item's group is its name up to `/`."""
+    """Write a run of fidelity, or of needles for scores. An item's group is its name up to `/`.
+
+    Args:
+        memory: of each method, the same for all items or one per item.
+    """
     task = task or (Needle() if unit == SCORE else Fidelity())
     told = {"task": task.name, "settings": task.settings(), "model": "demo", "fingerprint": "f", "dtype": "float32"}
     methods = {label: {"name": label.split()[0], "settings": settings or {"bits": 2}} for label in values}
@@ -37,7 +43,8 @@ def write_run(
     with open_results(folder, run) as results:
         for label, items in values.items():
             for index, (item, series) in enumerate(items.items()):
-                fast, hot = memory[label.split()[0]]
+                sizes = memory[label.split()[0]]
+                fast, hot = sizes[index] if isinstance(sizes, list) else sizes
                 cell = {"item": item, "group": f"{task.name}/{item.split('/')[0]}", "index": index, "method": label}
                 cell |= {"values": series, "tokens": {}, "details": {}, "facts": facts or {}, "seconds": 1.0}
                 cell["stats"] = {"fast_ratio": fast, "hot_ratio": hot, "hit_rate": None, "guess_rate": None}

@@ -10,6 +10,7 @@ import pytest
 from specache.cli.console import EXIT_ERROR, EXIT_USAGE
 from specache.errors import EvaluationError
 from specache.eval.compare_runs import compare_runs
+from specache.eval.results import CELLS_FILE
 from tests.cli.running import one_line, run
 from tests.eval.result_folders import KL, SCORE, write_run
 
@@ -94,7 +95,35 @@ def test_scores_are_paired_and_more_is_better(lost, verdict, tmp_path):
     mean = changes(compare_runs(one, other))["specache"]
     assert mean.difference == pytest.approx(-lost / 40) and mean.verdict == verdict and mean.basis == "paired"
     kept = changes(compare_runs(one, other), "kept")["specache"]
-    assert kept.before == 1.0 and kept.verdict == verdict and kept.basis == "intervals"
+    assert kept.before == 1.0 and kept.verdict == verdict and kept.basis == "paired"
+
+
+def test_what_is_kept_is_paired_where_the_full_cache_got_the_same_right(tmp_path):
+    """Ten more of 60 answers: two intervals would still touch."""
+    right = {f"needle/{number}": [1.0] for number in range(60)}
+    runs = {
+        name: {item: [float(number % 6 < kept)] for number, item in enumerate(right)} for name, kept in (("few", 3), ("more", 4))
+    }
+    few, more = (write_run(tmp_path / name, {"full": right, "specache": scores}, unit=SCORE) for name, scores in runs.items())
+    kept = changes(compare_runs(few, more), "kept")["specache"]
+    assert (kept.before, kept.after) == (pytest.approx(1 / 2), pytest.approx(2 / 3))
+    assert (kept.basis, kept.verdict, kept.items) == ("paired", "better", 60) and kept.ci95 is not None and kept.ci95[0] > 0
+    fewer_right = {item: [float(number > 0)] for number, item in enumerate(right)}
+    other = write_run(tmp_path / "other", {"full": fewer_right, "specache": runs["more"]}, unit=SCORE)
+    assert changes(compare_runs(few, other), "kept")["specache"].basis == "intervals"
+
+
+def test_memory_is_compared_on_the_items_that_both_have(tmp_path):
+    """A run that was stopped after its short documents, where a method holds a larger share."""
+    memory = {"specache": [(0.3, 0.0), (0.2, 0.0), (0.1, 0.0)]}
+    whole = write_run(tmp_path / "whole", {"specache": divergences(items=3)}, memory=memory)
+    begun = write_run(tmp_path / "begun", {"specache": divergences(items=3)}, memory=memory)
+    cells = (begun / CELLS_FILE).read_text().splitlines(keepends=True)
+    (begun / CELLS_FILE).write_text(cells[0])
+    comparison = compare_runs(whole, begun)
+    assert comparison.moved == []
+    change = changes(comparison, "memory")["specache"]
+    assert change.before == change.after == pytest.approx(0.3) and change.items == 1
 
 
 def test_memory_that_grew_is_worse(before, tmp_path):
