@@ -14,6 +14,7 @@ from specache.errors import ConfigError, TaskDataError
 from specache.eval.methods.specache import FullMethod, KiviMethod, SpeCacheMethod
 from specache.eval.prefilled import Prefilled
 from specache.eval.tasks.base import Item, Measurement, TaskModel
+from specache.eval.tasks.divergence import divergence
 from specache.eval.tasks.documents import excerpts
 from specache.eval.tasks.fidelity import Fidelity
 from specache.eval.tasks.perplexity import PAPER_TOKENS, Perplexity
@@ -106,6 +107,18 @@ def test_a_text_without_a_length_fills_the_models_positions(model):
     (item,) = Perplexity(new=20, documents=1).items(model)
     assert len(item.prompt) + 20 == min(PAPER_TOKENS, positions)
     assert Perplexity().settings()["length"] is None
+
+
+def test_tokens_that_the_model_excludes_hide_no_divergence():
+    """Some models give -inf to tokens that cannot come. A divergence of NaN was counted as 0."""
+    (expected, actual), excluded = torch.randn(2, 50, generator=torch.Generator().manual_seed(0)).log_softmax(-1), [7, 30]
+    others = [token for token in range(50) if token not in excluded]
+    right = float((expected.exp() * (expected - actual))[others].sum())
+    expected[excluded] = actual[excluded] = -torch.inf
+    assert divergence(expected, actual) == pytest.approx(right, rel=1e-5) and right > 0.1
+    assert divergence(expected[others], expected[others]) == 0.0
+    assert divergence(expected, torch.full((50,), -torch.inf)) == math.inf
+    assert math.isnan(divergence(expected, torch.full((50,), torch.nan)))
 
 
 def test_wrong_options_and_short_texts_are_refused(model, tmp_path):

@@ -197,6 +197,20 @@ def test_the_divergence_is_that_of_the_kept_tokens_and_the_rest(kept: int) -> No
     assert value == pytest.approx(sum(a * math.log(a / b) for a, b in zip(p, q, strict=True) if a > 0), rel=1e-4)
 
 
+def test_tokens_that_both_exclude_add_nothing() -> None:
+    """There are fewer tokens than are kept, so that excluded ones are among these."""
+    logits, others = torch.randn(2, 40, generator=torch.Generator().manual_seed(1))
+    logits[5] = others[5] = -torch.inf
+    reference, best = logits.log_softmax(-1), logits.log_softmax(-1).topk(40)
+    rest = torch.tensor([-torch.inf])
+    kept = ForcedReference(ForcedAnswer([1, 2], [False, True]), best.indices[None], best.values[None], rest, -reference[2:3])
+    session: Any = SimpleNamespace(feed=lambda token: others)
+    (value,) = measure_forced(kept, session).values
+    finite = [token for token in range(40) if token != 5]
+    expected = (reference.exp() * (reference - others.log_softmax(-1)))[finite].sum()
+    assert value == pytest.approx(float(expected), rel=1e-5) and value > 0.1
+
+
 def test_the_token_that_each_ranks_first_is_compared_with_the_answers() -> None:
     answer = ForcedAnswer([0, 1, 2, 3, 4], [False, True, True, False, True])
     ids = torch.tensor([[1, 9], [2, 9], [9, 4]])  # the full cache misses the last token

@@ -20,6 +20,7 @@ from specache.eval.methods.base import Session
 from specache.eval.methods.specache import FullMethod
 from specache.eval.prefilled import Prefilled
 from specache.eval.tasks.base import Item, Measurement, Prepared, TaskModel
+from specache.eval.tasks.divergence import divergence
 from specache.eval.tasks.documents import excerpts, prompts_around
 from specache.eval.tasks.texts import check_at_least, check_length, json_settings, shared_prefix
 
@@ -99,13 +100,13 @@ class Fidelity:
 
     def measure(self, model: TaskModel, prepared: Prepared, session: Session) -> Measurement:
         reference: Reference = prepared.reference
-        divergence, same, nll = [], [], []
+        divergences, same, nll = [], [], []
         for i, token in enumerate(reference.inputs):
             expected, actual = reference.log_probs[i], session.feed(token).log_softmax(-1)
-            divergence.append(max(0.0, float((expected.exp() * (expected - actual)).sum())))
+            divergences.append(divergence(expected, actual))
             same.append(float(expected.argmax() == actual.argmax()))
             nll.append(-float(actual[reference.targets[i]]))
-        return Measurement(divergence, {"top1": same, "nll": nll})
+        return Measurement(divergences, {"top1": same, "nll": nll})
 
     def _along(self, first: Tensor, session: Session, given: list[int] | None, end_ids: list[int]) -> Reference:
         """Follow a given text, or the greedy answer, in which end tokens are not allowed."""

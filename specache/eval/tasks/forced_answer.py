@@ -24,6 +24,7 @@ from specache.eval.methods.base import Session
 from specache.eval.methods.specache import FullMethod
 from specache.eval.prefilled import Prefilled
 from specache.eval.tasks.base import Measurement
+from specache.eval.tasks.divergence import divergence
 
 FORCED_UNIT = "KL, nats"  # the unit of a task's values with forced answers
 KEPT_TOKENS = 2048  # likeliest tokens whose log-probability under the full cache is kept, per position
@@ -166,13 +167,13 @@ def measure_forced(reference: ForcedReference, session: Session) -> Measurement:
         first tokens of values, those that the full cache and those that both rank first: the rest
         of a value is easier once its beginning is known.
     """
-    divergence: list[float] = []
+    divergences: list[float] = []
     tokens: dict[str, list[float]] = {name: [] for name in ("top1", "nll", "nll_delta", "right", "full_right")}
     first_tokens = {"tokens": 0, "full_right": 0, "kept": 0}
     begins = reference.answer.begins_value
     for row, (target, actual) in enumerate(_before_counted(reference.answer, session)):
         best, expected = int(actual.argmax()), int(reference.token_ids[row, 0])
-        divergence.append(_divergence(reference, row, actual))
+        divergences.append(_divergence(reference, row, actual))
         tokens["top1"].append(float(best == expected))
         tokens["nll"].append(-float(actual[target]))
         tokens["nll_delta"].append(-float(actual[target]) - float(reference.nll[row]))
@@ -182,7 +183,7 @@ def measure_forced(reference: ForcedReference, session: Session) -> Measurement:
             first_tokens["tokens"] += 1
             first_tokens["full_right"] += expected == target
             first_tokens["kept"] += expected == target == best
-    return Measurement(divergence, tokens, {"first_tokens": first_tokens})
+    return Measurement(divergences, tokens, {"first_tokens": first_tokens})
 
 
 def _before_counted(answer: ForcedAnswer, session: Session) -> Iterator[tuple[int, Tensor]]:
@@ -195,10 +196,8 @@ def _before_counted(answer: ForcedAnswer, session: Session) -> Iterator[tuple[in
 
 def _divergence(reference: ForcedReference, row: int, actual: Tensor) -> float:
     ids, expected, rest = (column[row] for column in (reference.token_ids, reference.log_probs, reference.rest))
-    divergence = float((expected.exp() * (expected - actual[ids])).sum())
-    if rest > -torch.inf:
-        divergence += float(rest.exp() * (rest - _rest(actual, ids)))
-    return max(0.0, divergence)
+    others = float(rest.exp() * (rest - _rest(actual, ids))) if rest > -torch.inf else 0.0
+    return divergence(expected, actual[ids], rest=others)
 
 
 def _rest(log_probs: Tensor, ids: Tensor) -> Tensor:
