@@ -18,6 +18,7 @@ from specache.eval.tasks.divergence import divergence
 from specache.eval.tasks.documents import excerpts
 from specache.eval.tasks.fidelity import Fidelity
 from specache.eval.tasks.perplexity import PAPER_TOKENS, Perplexity
+from tests.cli.tiny_chat import byte_tokenizer
 
 LENGTHS, NEW = (300, 420), 12
 
@@ -119,6 +120,20 @@ def test_tokens_that_the_model_excludes_hide_no_divergence():
     assert divergence(expected[others], expected[others]) == 0.0
     assert divergence(expected, torch.full((50,), -torch.inf)) == math.inf
     assert math.isnan(divergence(expected, torch.full((50,), torch.nan)))
+
+
+def test_a_tokenizer_without_offsets_gets_the_same_excerpts(tmp_path):
+    """One in Python, as a model's own code may bring: it was a KeyError."""
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"Sentence number {number} says little." for number in range(200)))
+    fast = byte_tokenizer()
+
+    def slow(piece: str, **options: Any) -> dict[str, list[int]]:
+        return {"input_ids": fast(piece, add_special_tokens=options.get("add_special_tokens", True))["input_ids"]}
+
+    assert excerpts(slow, (text,), [300, 500], NEW, 0) == excerpts(fast, (text,), [300, 500], NEW, 0)
+    with pytest.raises(TaskDataError, match="too short"):
+        excerpts(slow, (text,), [9000], NEW, 0)
 
 
 def test_wrong_options_and_short_texts_are_refused(model, tmp_path):

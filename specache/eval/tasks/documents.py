@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,13 +51,30 @@ def excerpts(tokenizer: Any, paths: tuple[Path, ...], lengths: Sequence[int], fo
         text, name = texts[which], sources[which][1]
         start = _start(text, length + following, index, len(lengths), seed, name)
         piece = text[start : start + (length + following) * CHARACTERS_PER_TOKEN]
-        encoding = tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)
-        offsets = encoding["offset_mapping"]
-        if len(offsets) <= length + following:
+        places = _token_places(tokenizer, piece, (length, length + following))
+        if places is None:
             raise TaskDataError(f"{name} is too short for an excerpt of {length + following:,} tokens. Pass a longer text.")
-        cut, end = offsets[length][0], offsets[length + following][0]
+        cut, end = places
         found.append(Excerpt(f"{name}@{start}", piece[:cut], piece[cut:end]))
     return found
+
+
+def _token_places(tokenizer: Any, text: str, numbers: tuple[int, int]) -> list[int] | None:
+    """Return where the tokens of these numbers begin in a text, in characters.
+
+    `None`: it has too few tokens. A tokenizer without offsets is asked for the tokens of the text's
+    beginnings: each place is after the longest one that has fewer tokens.
+    """
+    if getattr(tokenizer, "is_fast", False):
+        offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        return [offsets[number][0] for number in numbers] if len(offsets) > numbers[-1] else None
+
+    def tokens(characters: int) -> int:
+        return len(tokenizer(text[:characters], add_special_tokens=False)["input_ids"])
+
+    if tokens(len(text)) <= numbers[-1]:
+        return None
+    return [bisect_right(range(len(text) + 1), number, key=tokens) - 1 for number in numbers]
 
 
 def _start(text: str, tokens: int, index: int, count: int, seed: int, name: str) -> int:
