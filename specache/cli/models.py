@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from specache.cli import model_files
 from specache.cli.convert import converted_model
 from specache.cli.gguf_settings import apply_settings
 from specache.cli.loading import check_loaded
@@ -125,7 +126,7 @@ def load_config(name: str, *, revision: str | None = None, offline: bool = False
 
     path = demo_file() if name == DEMO_MODEL else Path(name).expanduser()
     source: str = str(path)
-    options: dict[str, Any] = {"local_files_only": True}
+    options: dict[str, Any] = {"revision": None, "local_files_only": True}
     if path.is_file() and path.suffix.lower() == ".gguf":
         source, options = str(path.parent), {**options, "gguf_file": path.name}
     elif not path.is_dir():
@@ -134,7 +135,7 @@ def load_config(name: str, *, revision: str | None = None, offline: bool = False
     try:
         config = AutoConfig.from_pretrained(source, **options)
     except Exception as error:  # as in `_from_pretrained`
-        raise ModelNotFoundError(_not_loadable(name, source, options, error)) from error
+        raise ModelNotFoundError(_faulty(source, options, loaded=False) or _not_loadable(name, source, options, error)) from error
     if "gguf_file" in options:
         from gguf import GGUFReader
 
@@ -227,8 +228,16 @@ def _from_pretrained(name: str, source: str, dtype: torch.dtype, options: dict[s
             source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )  # mismatches are refused by name in `check_loaded`
     except Exception as error:  # hub, files and configs fail in many ways; all of them mean "not loadable"
-        raise ModelNotFoundError(_not_loadable(name, source, options, error)) from error
+        raise ModelNotFoundError(_faulty(source, options, loaded=False) or _not_loadable(name, source, options, error)) from error
+    if faulty := _faulty(source, options, loaded=True):  # transformers has passed over it
+        raise ModelNotFoundError(faulty)
     return tokenizer, model, report
+
+
+def _faulty(source: str, options: dict[str, Any], *, loaded: bool) -> str | None:
+    """Return what is wrong with a file beside the weights, if anything is."""
+    fault = model_files.fault(source, options["revision"], loaded=loaded)
+    return None if fault is None else f"cannot load a model from {source}: {fault}"
 
 
 def _moved(model: Any, device: str, name: str) -> Any:
