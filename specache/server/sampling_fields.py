@@ -99,8 +99,8 @@ class SamplingFields(GrammarFields):
     @classmethod
     def _check_bias(cls, value: dict[str, float] | None) -> dict[str, float] | None:
         for token, bias in (value or {}).items():
-            if not (token.isascii() and token.isdecimal() and len(token) < 10):
-                raise ValueError("its names must be token ids, such as 1734")
+            if not (token.isascii() and token.isdecimal() and len(token) < 10 and token == str(int(token))):
+                raise ValueError("its names must be token ids, such as 1734, without zeros in front")
             if not -100 <= bias <= 100:
                 raise ValueError("a bias must be from -100 to 100")
         return value

@@ -10,13 +10,15 @@ from pydantic import Field, field_validator, model_validator
 from specache.server.app_state import state_of
 from specache.server.chat_fields import LONGEST_CHAT, ChatMessage, check_results, check_variables
 from specache.server.error_responses import ApiError
-from specache.server.json_body import FIRST_ERROR, JsonBody, read_body
+from specache.server.json_body import FIRST_ERROR, FieldError, JsonBody, read_body
 from specache.server.request_context import RequestContext
 from specache.server.served_model import ServedModel
 from specache.server.tool_fields import MOST_TOOLS, ToolDefinition, check_tools
 from specache.server.tool_use import ToolUse
 
 router = APIRouter()
+_OF_MESSAGES = ("tools", "chat_template_kwargs")  # without effect on a prompt
+_OF_PROMPT = ("add_special_tokens",)  # a chat template writes its own
 
 
 class TokenizeBody(JsonBody):
@@ -39,6 +41,10 @@ class TokenizeBody(JsonBody):
     def _check_one(self) -> TokenizeBody:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give either prompt or messages")
+        other, fields = ("messages", _OF_MESSAGES) if self.messages is None else ("prompt", _OF_PROMPT)
+        for field in fields:
+            if getattr(self, field):
+                raise FieldError(field, f"it needs {other}. Leave it out")
         check_tools(self.tools, None)
         check_results(self.messages or [])
         return self

@@ -31,6 +31,7 @@ def refused(client, path: str, fields: dict, *, without: tuple[str, ...] = ()):
         *[("frequency_penalty", value) for value in (2.1, None.__class__.__name__)],
         *[("repetition_penalty", value) for value in (0, -1, 1000)],
         *[("logit_bias", value) for value in ({"x": 1}, {"1": 101}, {"-1": 1}, {"1": "a"}, [], {"99999": 1}, {"²": 1})],
+        *[("logit_bias", value) for value in ({"05": 1}, {"5": 1, "05": -1}, {"00": 1})],
         *[("stop", value) for value in ("", ["a", ""], [1], "a" * 257, ["a"] * 17, {}, 5)],
         *[("stream", value) for value in ("yes", 1)],
         *[("stream_options", value) for value in ({"include_usage": True}, {"other": 1}, [])],

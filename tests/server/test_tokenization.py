@@ -23,6 +23,16 @@ def test_one_of_prompt_and_messages_is_needed(client):
         post(client, "/tokenize", body, 400)
 
 
+def test_a_field_without_effect_on_what_is_tokenized_is_refused_by_name(client):
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    messages = [{"role": "user", "content": "a"}]
+    for field, value in {"tools": tools, "chat_template_kwargs": {"enable_thinking": False}}.items():
+        assert post(client, "/tokenize", {"prompt": "a", field: value}, 400)["param"] == field
+        assert post(client, "/tokenize", {"prompt": "a", field: None})["count"] == 1
+    assert post(client, "/tokenize", {"messages": messages, "add_special_tokens": True}, 400)["param"] == "add_special_tokens"
+    assert post(client, "/tokenize", {"messages": messages, "add_special_tokens": False})["tokens"] == prompt_of("a")
+
+
 def test_token_ids_must_be_the_models(client):
     for tokens in ([-1], [10**6], [1.0], "a", None, [True], [10**40]):
         assert post(client, "/detokenize", {"tokens": tokens}, 400)["param"] == "tokens"
