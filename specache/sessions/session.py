@@ -197,11 +197,13 @@ class Session:
 
         Raises:
             SlowTierError: the rows cannot be read; nothing changed.
-            UsageError: a call is using the cache.
+            UsageError: `length` is negative, or a call is using the cache.
         """
+        if length < 0:
+            raise UsageError(f"Session.cut takes the number of tokens to keep, at least 0, not {length}.")
         with self.cache.in_use.by("Session.cut"), modes.ours():
             sequence = self._sequence
-            if length <= 0:
+            if length == 0:
                 sequence.clear()
             elif length < sequence.length:
                 sequence.truncate(length)

@@ -208,6 +208,14 @@ def test_a_session_continues_after_cuts_at_any_length(tmp_path, model):
     assert (mine_logits - logits).abs().max() < 1e-4
 
 
+def test_a_negative_cut_is_refused_and_forgets_nothing(tmp_path, model):
+    with opened(tmp_path, model, settings()) as session:
+        prefill(session, model, prompt(80))
+        with pytest.raises(specache.UsageError, match="number of tokens to keep, at least 0, not -1"):
+            session.cut(-1)  # not the last token, as in transformers' Cache.crop
+        assert len(session.token_ids) == session.cut(10**6) == 80
+
+
 def test_a_session_cut_to_nothing_is_empty(tmp_path, model):
     with opened(tmp_path, model, settings()) as session:
         prefill(session, model, prompt(200))
