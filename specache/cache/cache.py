@@ -36,6 +36,11 @@ _CHANGED_MODEL = (
     "The model changed since it filled this SpeCache{what}. Its keys and values mean nothing to what it computes now. Change it "
     "back, or start a new SpeCache(model, config)."
 )
+_STOCK = (
+    "A SpeCache cannot be used by model(...) or by generate() alone. Call specache.generate(model, ..., past_key_values=cache), or "
+    "model.generate(..., custom_generate=specache.decode, past_key_values=cache)."
+)
+_SHORTEN = "To shorten it, pass the shorter text to specache.generate or specache.prefill: what follows it is forgotten."
 _OTHER_CODE = (
     "Since the model filled this SpeCache, {what}. If that changes what the model computes, as steering does, the stored keys and "
     "values do not belong to it: undo it, or start a new SpeCache(model, config). If it only records, nothing has to be done."
@@ -423,9 +428,15 @@ class SpeCache:
 
     def update(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuse a stock call."""
-        raise UsageError(
-            "A SpeCache cannot be used by model(...) or by generate() alone. Call specache.generate(model, ..., "
-            "past_key_values=cache), or model.generate(..., custom_generate=specache.decode, past_key_values=cache)."
-        )
+        raise UsageError(_STOCK)
 
-    get_mask_sizes = get_query_offset = get_max_cache_shape = reorder_cache = update
+    get_mask_sizes = get_query_offset = get_max_cache_shape = reorder_cache = activate_past_recording = update
+
+    def __getattr__(self, name: str) -> NoReturn:
+        """Say what to do instead of a method that only transformers' Cache has."""
+        from transformers import Cache
+
+        if name.startswith("_") or not hasattr(Cache, name):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
+        advice = _SHORTEN if name == "crop" else _STOCK
+        raise AttributeError(f"A SpeCache has no {name!r} of transformers' Cache. {advice}", name=name, obj=self)

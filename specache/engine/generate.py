@@ -29,6 +29,7 @@ from specache.engine.request import (
     check_cache,
     check_decoding_loop,
     check_max_new_tokens,
+    check_request,
     check_types,
     chunk_size,
     inferred_mask,
@@ -115,7 +116,8 @@ def make_request(
 
     Args:
         seed: seeds a generator of this request. `None` samples from PyTorch's global generator,
-            whose numbers depend on the other requests of a step.
+            whose numbers depend on the other requests of a step. From -2^63, as in PyTorch, to
+            2^64 - 1.
         callback: called with (row, token) of every new token.
 
     Raises:
@@ -139,7 +141,7 @@ def make_request(
             check_texts(model, inspect_model(model), token_ids, token_ids, position_ids)
             params = SamplingParams.of(logits_processor, stopping_criteria, generation_config)
             if seed is not None:
-                params.generator = torch.Generator(input_ids.device).manual_seed(seed)
+                params.generator = torch.Generator(input_ids.device).manual_seed(int(seed))
             state = GenerationState.start(input_ids, params)
             stored = stored_new_tokens(generation_config, input_ids)
             chunk = chunk_size(generation_config)
@@ -148,6 +150,7 @@ def make_request(
         return input_ids
 
     check_types(None, kwargs.get("generation_config"), None)
+    check_request(seed, callback, kwargs)
     _prepared(model, make, input_ids, inputs, attention_mask, tokenizer, stop_strings, stopping_criteria, kwargs)
     return made[0]
 

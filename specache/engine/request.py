@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, cast
 
 import torch
@@ -53,6 +53,24 @@ def check_types(config: Any, generation_config: Any, past_key_values: Any) -> No
             f"past_key_values is {_described(past_key_values)}; specache continues from a SpeCache only. "
             "Leave it out, or pass specache.SpeCache(model, config)."
         )
+
+
+def check_request(seed: Any, callback: Any, arguments: dict[str, Any]) -> None:
+    """Refuse what a request of an engine cannot have.
+
+    Raises:
+        UsageError: names the argument.
+    """
+    if seed is not None and not (isinstance(seed, Integral) and -(2**63) <= int(seed) < 2**64):
+        raise UsageError(f"seed must be a whole number from -2^63 to 2^64 - 1, not {seed!r}.")
+    if callback is not None and not callable(callback):
+        raise UsageError(f"callback must be a function of (row, token), not {_described(callback)}.")
+    for name in ("past_key_values", "config"):
+        if arguments.get(name) is not None:
+            raise UsageError(
+                f"make_request takes no {name}: the engine makes the cache of a request. Pass the settings to "
+                "specache.Engine(model, config); to use a cache of your own call specache.generate."
+            )
 
 
 def check_cache(cache: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -288,6 +289,29 @@ def test_a_closed_engine_aborts_its_requests_and_refuses_new_ones(model):
     assert model.config._attn_implementation == "sdpa"
     with pytest.raises(specache.UsageError, match="closed"):
         engine.add(specache.make_request(model, prompt(9), max_new_tokens=2))
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "message"),
+    [
+        ("seed", 2**64, "seed must be a whole number"),
+        ("seed", -(2**63) - 1, "seed must be a whole number"),
+        ("seed", 1.5, "not 1.5"),
+        ("seed", "1", "not '1'"),
+        ("callback", 3, "callback must be a function"),
+        ("config", specache.SpeCacheConfig(bits=1), r"takes no config.*specache\.Engine\(model, config\)"),
+        ("past_key_values", None, "takes no past_key_values"),
+    ],
+)
+def test_what_a_request_cannot_have_is_refused_by_name(model, argument, value, message):
+    value = specache.SpeCache(model) if argument == "past_key_values" else value
+    with pytest.raises(specache.UsageError, match=message):
+        specache.make_request(model, prompt(5), max_new_tokens=2, **{argument: value})
+
+
+@pytest.mark.parametrize("seed", [-1, -(2**63), 0, 2**63 - 1, 2**64 - 1, np.int64(5)])
+def test_every_seed_of_pytorch_is_one_of_a_request(model, seed):
+    assert specache.make_request(model, prompt(5), max_new_tokens=2, do_sample=True, seed=seed) is not None
 
 
 def test_a_request_that_ran_is_refused(model):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import (
     BatchEncoding,
+    Cache,
     CLIPVisionConfig,
     DynamicCache,
     Gemma3Config,
@@ -355,3 +356,26 @@ def test_prefill_refuses_other_models_and_caches(model):
         specache.prefill(model, IDS, cache=cache)
         with pytest.raises(specache.UnsupportedModelError, match="str is not a transformers model"):
             specache.prefill("a name", IDS, cache=cache)
+
+
+@pytest.mark.parametrize("name", sorted(name for name in dir(Cache) if not name.startswith("_")))
+def test_what_only_transformers_cache_has_says_what_to_do_instead(name):
+    with specache.SpeCache(llama()) as cache:
+        if hasattr(cache, name):
+            return
+        with pytest.raises(AttributeError, match="pass the shorter text" if name == "crop" else r"Call specache\.generate"):
+            getattr(cache, name)
+
+
+def test_a_name_that_nobody_has_is_missing_as_usual():
+    with specache.SpeCache(llama()) as cache, pytest.raises(AttributeError, match="'SpeCache' object has no attribute 'leng'"):
+        cache.leng  # noqa: B018
+
+
+@pytest.mark.parametrize("arguments", [{}, {"num_beams": 2}, {"assistant_model": None}])
+def test_stock_decoding_over_a_cache_is_refused_with_the_call_to_use(arguments):
+    model = llama()
+    if "assistant_model" in arguments:
+        arguments = {"assistant_model": llama(seed=1)}
+    with pytest.raises(specache.UsageError, match=r"Call specache\.generate"):
+        model.generate(prompt(20), past_key_values=specache.SpeCache(model), max_new_tokens=2, **arguments)
