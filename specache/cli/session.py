@@ -15,6 +15,7 @@ from specache.cli.console import EXIT_ERROR, err, reports_errors, write
 from specache.cli.json_file import print_json
 from specache.cli.models import Device, Dtype
 from specache.cli.stats_table import UNKNOWN, size
+from specache.errors import ConfigError
 from specache.linear.weight_format import WeightFormat
 
 if TYPE_CHECKING:
@@ -127,8 +128,14 @@ def export_session(
     """Write a session into one file."""
     from specache import sessions
 
+    _refuse_stream(file)
     written = sessions.export_session(name, file, session_dir)
     err.print(f"{size(written)} in {file}", style="dim", markup=False)
+
+
+def _refuse_stream(file: Path) -> None:
+    if str(file) == "-":
+        raise ConfigError("FILE must be a file, not '-': an export is checked as a whole. Name one.")
 
 
 @app.command("import")
@@ -141,6 +148,7 @@ def import_session(
     """Make a session from an exported file, after checking all of it."""
     from specache import sessions
 
+    _refuse_stream(file)
     sessions.import_session(file, name, session_dir)
 
 

@@ -100,6 +100,13 @@ def test_list_show_fork_and_rm_manage_sessions(tiny, root):
     assert list(root.iterdir()) == []
 
 
+@pytest.mark.parametrize("arguments", [("export", "mine", "-"), ("import", "-", "mine")])
+def test_an_export_is_no_stream(root, tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    assert "must be a file, not '-'" in one_line(run("session", *arguments, code=2).stderr)
+    assert not (tmp_path / "-").exists()
+
+
 def test_an_exported_session_can_be_imported(tiny, root, tmp_path):
     run(*tiny, "--prompt", DOCUMENT, "--session", "one")
     run("session", "export", "one", tmp_path / "one.tar")
