@@ -45,7 +45,9 @@ class StoredPrompt:
         if self._is_rendered_differently(template):
             why = self._difference(template)
         elif 2 * same < min(len(self.token_ids), len(prompt)):
-            why = "the system message is another one" if self._has_another_system(messages) else "the prompt is another one"
+            both_talk = messages and self.messages  # a raw text has no system message
+            another_system = both_talk and self._has_another_system(messages)
+            why = "the system message is another one" if another_system else "the prompt is another one"
         else:
             return None
         stored = len(self.token_ids)

@@ -43,6 +43,13 @@ def test_another_prompt_for_a_session_is_one_line(options, begins):
     assert len(lines) == 1 and lines[0].startswith("session s: only ") and lines[0].endswith("the prompt is another one.")
 
 
+def test_a_raw_text_and_a_conversation_differ_by_their_prompt_and_not_by_a_system_message(options):
+    run("generate", *options, "--session", "s", "--system", "Be brief.", "--prompt", FIRST)
+    for other in (("--raw",), ("--system", "Be brief.")):
+        (line,) = notes(run("generate", *options, "--session", "s", *other, "--prompt", OTHER).stderr)
+        assert line.endswith("the prompt is another one.")
+
+
 def test_no_further_note_follows_a_drop(options, root):
     result = run("chat", *options, "--session", "s", stdin=f"{FIRST}\nsecond question\n/drop 1\nthird\n/drop 1\n")
     lines = notes(result.stderr)
