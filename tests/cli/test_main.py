@@ -82,3 +82,11 @@ assert own is generate and own_session is Session is specache.sessions.Session
 assert set(specache.sessions.__all__) <= set(dir(specache.sessions))
 """
     assert "torch" in in_a_new_process(program)
+
+
+def test_the_package_is_run_as_the_command_is():
+    for flags in ([], ["-O"]):
+        command = [sys.executable, *flags, "-m", "specache"]
+        assert subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout.startswith("specache ")
+    failed = subprocess.run([*command, "session", "show", "a/b"], capture_output=True, text=True, check=False)
+    assert failed.returncode == 2 and failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1
