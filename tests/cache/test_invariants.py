@@ -19,6 +19,7 @@ from specache.engine import runs
 from specache.kernels import dispatch
 from specache.kernels.cpu import native
 from specache.kernels.torch import operations as torch_ops
+from tests.combinations import all_pairs
 from tests.tiny import FETCHING, llama, prompt
 
 TIERS = ("ram-inplace", "ram")
@@ -92,10 +93,11 @@ def full(model: Any) -> tuple[list[int], torch.Tensor]:
     return output.sequences[0, 200:].tolist(), torch.cat(output.logits)
 
 
-@pytest.mark.parametrize("tier", TIERS)
-@pytest.mark.parametrize("policy", FETCHING)
-@pytest.mark.parametrize(("bits", "code"), [(1, "kivi"), (1, "rotated"), (2, "rotated"), (4, "kivi")])
-def test_fetching_everything_equals_the_full_cache(model, full, tier, policy, bits, code):
+@pytest.mark.parametrize(
+    ("policy", "copy", "tier"), all_pairs(FETCHING, [(1, "kivi"), (1, "rotated"), (2, "rotated"), (4, "kivi")], TIERS)
+)
+def test_fetching_everything_equals_the_full_cache(model, full, policy, copy, tier):
+    bits, code = copy
     tokens, logits, _ = run(model, prompt(200), settings(bits=bits, code=code, policy=policy, slow_tier=tier, top_k=EVERYTHING))
     assert tokens == full[0]
     assert (logits - full[1]).abs().max() < 1e-4
@@ -119,11 +121,12 @@ def test_a_prompt_in_the_residual_makes_every_draft_token_of_the_paper_right(mod
 
 
 @pytest.mark.usefixtures("torch_kernels")
-@pytest.mark.parametrize("tier", TIERS)
-@pytest.mark.parametrize("policy", [*FETCHING, "none"])
-@pytest.mark.parametrize("code", ["kivi", "rotated"])
-@pytest.mark.parametrize(("bits", "group_size", "residual"), [(1, 16, 16), (2, 64, 7), (4, 8, 0), (2, 32, 64)])
-def test_every_policy_equals_the_reference(model, full, references, tier, policy, code, bits, group_size, residual):
+@pytest.mark.parametrize(
+    ("policy", "code", "sizes", "tier"),
+    all_pairs([*FETCHING, "none"], ["kivi", "rotated"], [(1, 16, 16), (2, 64, 7), (4, 8, 0), (2, 32, 64)], TIERS),
+)
+def test_every_policy_equals_the_reference(model, full, references, policy, code, sizes, tier):
+    bits, group_size, residual = sizes
     settings_ = {"code": code, "bits": bits, "group_size": group_size, "residual": residual, "policy": policy, "slow_tier": tier}
     config = settings(**settings_, prefill_chunk=4096)
     expected = references(config)
@@ -153,15 +156,15 @@ def a_code_turned(cache: specache.SpeCache, expected: reference.ReferenceOutput)
 
 
 @pytest.mark.skipif(not native.instruction_sets(), reason="the C++ kernels are not built")
-@pytest.mark.parametrize("tier", TIERS)
-@pytest.mark.parametrize("policy", [*FETCHING, "none"])
 @pytest.mark.parametrize(
-    ("code", "bits", "limit"), [("kivi", 1, 1e-3), ("kivi", 2, 1e-3), ("rotated", 2, 3e-3), ("rotated", 4, 3e-3)]
+    ("policy", "copy", "tier"),
+    all_pairs([*FETCHING, "none"], [("kivi", 1, 1e-3), ("kivi", 2, 1e-3), ("rotated", 2, 3e-3), ("rotated", 4, 3e-3)], TIERS),
 )
-def test_the_native_kernels_stay_near_the_reference(model, full, references, monkeypatch, tier, policy, code, bits, limit):
+def test_the_native_kernels_stay_near_the_reference(model, full, references, monkeypatch, policy, copy, tier):
     """They round queries and weights to 8 bits, so that a token near the k-th may be selected in
     another's place. Both sides decode the same draft tokens, on which the paper's policy depends.
     """
+    code, bits, limit = copy
     config = settings(code=code, bits=bits, policy=policy, slow_tier=tier, prefill_chunk=4096)
     expected = references(config)
     drafts = iter([*expected.drafts[1:], 0])

@@ -23,6 +23,7 @@ from specache.linear import cpu_linear
 from specache.planning.plan import MemoryPlan, plan
 from specache.platform.budget import ByteBudget
 from specache.tiers.row_memory import SystemMemory
+from tests.combinations import all_pairs
 from tests.peak import PeakMemory
 from tests.tiny import FETCHING, llama, prompt
 
@@ -299,14 +300,20 @@ def untracked(memory: SystemMemory, shape: Sequence[int], dtype: torch.dtype) ->
     return torch.from_numpy(buffer).view(dtype).view(*shape)
 
 
-@pytest.mark.parametrize("tier", ["ram", "ram-inplace"])
-@pytest.mark.parametrize(("chunk", "length"), [(128, 1000), (128, 2000), (512, 2000), (1024, 1000), (1024, 2000)])
-@pytest.mark.parametrize("products", ["16-bit", "widened"])
-@pytest.mark.parametrize("family", [llama, phi3])
-def test_the_plan_covers_the_tensors_that_a_prefill_makes(monkeypatch, tier, chunk, length, products, family):
+@pytest.mark.parametrize(
+    ("sizes", "family", "products", "tier"),
+    all_pairs(
+        [(128, 1000), (128, 2000), (512, 2000), (1024, 1000), (1024, 2000)],
+        [llama, phi3],
+        ["16-bit", "widened"],
+        ["ram", "ram-inplace"],
+    ),
+)
+def test_the_plan_covers_the_tensors_that_a_prefill_makes(monkeypatch, sizes, family, products, tier):
     """Compares every tensor that PyTorch allocates while prefilling, except the slow tier's, with
     the plan. Pages of the low-bit copy are mapped memory, which is counted beside them.
     """
+    chunk, length = sizes
     monkeypatch.setattr(SystemMemory, "take", untracked)
     monkeypatch.setattr(cpu_linear, "multiplies_natively", lambda dtype: products == "16-bit")
     size = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 8, "num_key_value_heads": 2}

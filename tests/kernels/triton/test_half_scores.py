@@ -28,7 +28,7 @@ KERNELS = TritonKernels(split=64, select_block=128)
 DTYPES = st.sampled_from([torch.bfloat16, torch.float16])
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(case=cases(), dtype=DTYPES, softcap=st.sampled_from([None, 5.0]), k=st.integers(1, 40))
 def test_float16_scores_and_selections_are_near_float32s(case, dtype, softcap, k):
     paged = PagedCase(case, dtype)
@@ -37,7 +37,7 @@ def test_float16_scores_and_selections_are_near_float32s(case, dtype, softcap, k
     assert_selected(KERNELS.select_pages(scores, case.rest, paged.tables.lengths, k), expected, case.rest, case.lengths, k)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(case=cases(), dtype=DTYPES, k=st.integers(1, 40))
 def test_fetched_pairs_stay_exact_and_the_rest_is_near(case, dtype, k):
     paged = PagedCase(case, dtype)

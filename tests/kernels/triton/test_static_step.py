@@ -40,13 +40,15 @@ def difference(model, monkeypatch, code, graphs):
     return (logits - expected.logits).abs().max()
 
 
-@pytest.mark.parametrize(("code", "graphs"), [("kivi", None), ("rotated", None), ("rotated", SimulatedGraphs())])
+@pytest.mark.parametrize(
+    ("code", "graphs"), [("kivi", None), pytest.param("rotated", None, marks=pytest.mark.thorough), ("rotated", SimulatedGraphs())]
+)
 def test_a_decode_over_static_buffers_equals_the_reference(model, monkeypatch, code, graphs):
     assert difference(model, monkeypatch, code, graphs) < 1e-3
     assert graphs is None or graphs.replays == NEW - 3  # the first step of each kind is the warm-up
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.thorough)])
 def test_the_callers_default_dtype_changes_nothing(model, monkeypatch, dtype):
     """Scores, peaks and sums are float32 whatever it is."""
     there, config = copy.deepcopy(model).to(dtype), settings(code="rotated", bits=2, residual=7, policy="verified", slow_tier="ram")
