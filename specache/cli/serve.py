@@ -129,8 +129,7 @@ def _load(
     try:
         service = EngineService(loaded.model, config, prefixes=prefixes, most_waiting=server.max_waiting, chunk_ms=server.chunk_ms)
     except BaseException:
-        if prefixes is not None:
-            prefixes.close(0.0)
+        prefixes.close(0.0)
         raise
     if not service.wait_until_ready():
         raise service.status().error or SpeCacheError("The engine ended while it started.")

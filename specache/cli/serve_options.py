@@ -25,6 +25,7 @@ PREFIX_PANEL = "Stored prompts"
 RESPONSE_PANEL = "Stored responses"
 ACCESS_PANEL = "Who may use it"
 LIMITS_PANEL = "Limits"
+DEFAULT_PREFIX_BYTES = "50GB"
 
 Host = Annotated[
     str,
@@ -73,8 +74,13 @@ PrefixCache = Annotated[
     ),
 ]
 PrefixBytes = Annotated[
-    str,
-    typer.Option("--prefix-bytes", help="Limit of that folder.", metavar="BYTES", rich_help_panel=PREFIX_PANEL),
+    str | None,
+    typer.Option(
+        "--prefix-bytes",
+        help=f"Limit of that folder. Default: {DEFAULT_PREFIX_BYTES}.",
+        metavar="BYTES",
+        rich_help_panel=PREFIX_PANEL,
+    ),
 ]
 SlowMemory = Annotated[
     str | None,
@@ -231,7 +237,7 @@ class ServerOptions:
     chunk_ms: ChunkMs = 250.0
     prefix_sharing: PrefixSharing = True
     prefix_cache: PrefixCache = None
-    prefix_bytes: PrefixBytes = "50GB"
+    prefix_bytes: PrefixBytes = None
     slow_memory: SlowMemory = None
     response_bytes: ResponseBytes = "256MiB"
     response_age: ResponseAge = 24.0
@@ -259,8 +265,7 @@ class ServerOptions:
         for size, flag in ((self.prefix_bytes, "--prefix-bytes"), (self.slow_memory, "--slow-memory")):
             if size is not None:
                 parse_size(size, flag)
-        if self.prefix_cache is not None and not self.prefix_sharing:
-            raise ConfigError("--prefix-cache stores prompts for later ones; leave out --no-prefix-sharing.")
+        self._check_together()
         if self.prefix_cache is not None:
             check_writable(self.prefix_cache, "--prefix-cache")
 
@@ -284,22 +289,41 @@ class ServerOptions:
             grace_seconds=self.grace,
         )
 
-    def prefix_store(self, model: Any, config: SpeCacheConfig) -> PrefixStore | None:
-        """Return the store of prompts that were read; `None` without prefix sharing.
+    def _check_together(self) -> None:
+        """Refuse options that would be without effect beside the others, and an empty name.
+
+        Raises:
+            ConfigError: says which to leave out.
+        """
+        about_stored = {
+            "--prefix-cache": self.prefix_cache is not None,
+            "--prefix-bytes": self.prefix_bytes is not None,
+            "--share-prefixes": self.share_prefixes,
+        }
+        for flag, given in about_stored.items():
+            if given and not self.prefix_sharing:
+                raise ConfigError(f"{flag} is about prompts that are stored for later ones; leave out --no-prefix-sharing.")
+        if self.prefix_bytes is not None and self.prefix_cache is None:
+            raise ConfigError("--prefix-bytes limits the folder of --prefix-cache DIR, which is missing (--slow-memory: memory).")
+        if not all(self.served_model_name or ["any"]):
+            raise ConfigError("--served-model-name is empty. Requests name the model by it: pass a name, or leave it out.")
+
+    def prefix_store(self, model: Any, config: SpeCacheConfig) -> PrefixStore:
+        """Return the store of prompts that were read, which also bounds the rows of running ones.
+
+        Without prefix sharing no request leaves anything in it.
 
         Raises:
             ConfigError, SessionError: a size is none, or the folder cannot be used.
         """
         from specache.engine.prefix_store import PrefixStore
 
-        if not self.prefix_sharing:
-            return None
         return PrefixStore(
             model,
             config,
             most_slow_bytes=self._most_slow_bytes(),
             folder=self.prefix_cache,
-            most_disk_bytes=parse_size(self.prefix_bytes, "--prefix-bytes"),
+            most_disk_bytes=parse_size(self.prefix_bytes or DEFAULT_PREFIX_BYTES, "--prefix-bytes"),
         )
 
     def _most_slow_bytes(self) -> int | None:

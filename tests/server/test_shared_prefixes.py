@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from specache.cli.serve_options import ServerOptions
@@ -81,6 +83,24 @@ def test_sessions_stay_apart_where_keys_share():
     with running(model, settings=options.settings(), prefixes=options.prefix_store(model, SHORT)) as server:
         found = [cached(complete(server, DOCUMENT, session=name)) for name in ("a", "b", "a")]
         assert found[:2] == [0, 0] and found[2] > 0
+
+
+def test_slow_memory_bounds_running_requests_also_where_nothing_is_kept():
+    model, options = printable_model(), ServerOptions(prefix_sharing=False, slow_memory="1KB")
+    with running(model, settings=options.settings(), prefixes=options.prefix_store(model, SHORT)) as server:
+
+        def ask(text: str) -> int:
+            return cached(complete(server, text + DOCUMENT, max_tokens=100))
+
+        def most_bytes() -> int:
+            return server.get("/v1/status").json()["slow_peak_bytes"]
+
+        assert ask("a") == 0
+        of_one = most_bytes()
+        with ThreadPoolExecutor(3) as pool:
+            assert list(pool.map(ask, "bcd")) == [0, 0, 0]
+        assert 0 < most_bytes() <= of_one  # one after the other: no two fit
+        assert server.get("/v1/status").json()["prefixes"]["stored"] == 0
 
 
 def test_a_policy_and_a_number_of_pairs_are_this_requests():
