@@ -114,7 +114,7 @@ class EngineService(Uncopied):
             if waiting >= self._most_waiting:
                 self._totals.refused += 1
                 after = self._totals.retry_after_s()
-                raise QueueFullError(f"{waiting:,} requests wait, the most that may. Try again in {after:.0f} s.", after)
+                raise QueueFullError(f"{waiting:,} requests wait, the most that may. Try again in {math.ceil(after)} s.", after)
             ticket.listen()
             self._open.add(ticket)
             self._queue.append(ticket)

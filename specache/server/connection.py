@@ -10,7 +10,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from specache.server.dialects import Dialect, dialect_of
-from specache.server.error_responses import ApiError, error_document, headers_too_large, unavailable
+from specache.server.error_responses import ApiError, error_document, error_headers, headers_too_large, unavailable
 from specache.server.request_context import RequestContext
 from specache.server.settings import MOST_HEADER_BYTES, ServerSettings
 
@@ -30,8 +30,7 @@ class Connection(H11Protocol):
         """Begin to wait for headers, or refuse a connection too many."""
         super().connection_made(transport)
         if len(self.connections) > self.settings.most_connections:
-            error = ApiError(503, f"{self.settings.most_connections:,} connections are open. Try again later.", code="busy")
-            self._end(error)
+            self._end(unavailable(f"{self.settings.most_connections:,} connections are open. Try again later.", "busy"))
         else:
             self._wait_for_headers()
 
@@ -124,6 +123,7 @@ class Connection(H11Protocol):
             context = RequestContext(Dialect.OPENAI if scope is None else dialect_of(scope, self.settings.root_path))
             body = json.dumps(error_document(error, context)).encode()
             headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
+            headers += error_headers(error, context).items()
             for event in (h11.Response(status_code=error.status, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()

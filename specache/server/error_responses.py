@@ -69,8 +69,13 @@ def error_document(error: ApiError, context: RequestContext) -> dict[str, Any]:
 
 def error_response(error: ApiError, context: RequestContext) -> JSONResponse:
     """Return the answer of a request that an error ended."""
+    return JSONResponse(error_document(error, context), error.status, error_headers(error, context))
+
+
+def error_headers(error: ApiError, context: RequestContext) -> dict[str, str]:
+    """Return the headers of an answer with an error, beyond those of any JSON."""
     request_id = {"request-id": context.request_id} if context.dialect is Dialect.ANTHROPIC else {}
-    return JSONResponse(error_document(error, context), error.status, {**error.headers, **request_id})
+    return {**error.headers, **request_id}
 
 
 def busy(message: str, retry_after_s: float = 1.0) -> ApiError:

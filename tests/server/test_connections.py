@@ -155,7 +155,14 @@ def test_a_broken_chunk_ends_the_connection_and_nothing_else(server):
     wait_until(lambda: not server.app.state.open_streams)
 
 
-def test_connections_beyond_the_limit_are_refused():
+def test_a_broken_chunk_of_a_message_is_answered_with_its_request_id(server):
+    with server.connect() as connection:
+        connection.sendall(request("/v1/messages").replace(b"Content-Length: 0", b"Transfer-Encoding: chunked") + b"zz\r\n")
+        head, _, body = received(connection).partition(b"\r\n\r\n")
+        assert f"request-id: {json.loads(body)['request_id']}" in head.decode().lower()
+
+
+def test_connections_beyond_the_limit_are_refused_and_told_when_to_come_back():
     with live(most_connections=3) as server:
         kept = [server.connect() for _ in range(3)]
         try:
@@ -163,8 +170,10 @@ def test_connections_beyond_the_limit_are_refused():
                 connection.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
                 received_until(connection, b'"ok"')
             with server.connect() as one_more:
-                status, error = split(received(one_more))
+                answer = received(one_more)
+                status, error = split(answer)
                 assert status == 503 and error["code"] == "busy"
+                assert b"\r\nretry-after: 2\r\n" in answer.lower()
         finally:
             for connection in kept:
                 connection.close()
