@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from specache.errors import UnsupportedModelError, UsageError
+from specache.model.attention_functions import refuse_replaced_attention
 from specache.model.identity.adapters import refuse_adapters_per_call
 from specache.model.identity.offloaded_weights import execution_device
 from specache.model.identity.wrappers import unwrapped
@@ -239,6 +240,7 @@ def _refuse(name: str, model: Any, config: Any) -> None:
         )
     if any(_is_bidirectional(module) for module in model.modules()):
         raise UnsupportedModelError(f"{name} attends to later tokens too (it is an encoder); specache runs causal decoders.")
+    refuse_replaced_attention(model)
 
 
 def _is_bidirectional(module: Any) -> bool:

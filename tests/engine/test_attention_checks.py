@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
 import specache
@@ -216,3 +218,63 @@ def test_a_configuration_that_varies_by_layer_is_read_layer_by_layer():
     layers = dimensions_of(gemma4()).layers
     assert [(layer.query_heads, layer.kv_heads, layer.head_dim) for layer in layers] == [(4, 2, 16), (4, 1, 32)] * 2
     assert [layer.window for layer in layers] == [24, None] * 2
+
+
+def sharper(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, **more: Any) -> Any:
+    """Compute eager attention with doubled scores."""
+    return modeling_llama.eager_attention_forward(module, query, key, value, mask, 2 * scaling, **more)
+
+
+def seen_prefix(*args: Any, **more: Any) -> Any:
+    """Return the mask of `sdpa` with the first ten tokens visible to all."""
+    mask = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, **{**more, "allow_is_causal_skip": False})
+    mask[..., :10] = True
+    return mask
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_an_attention_function_that_the_user_registered_is_refused_by_name(policy):
+    transformers.AttentionInterface.register("sharper", sharper)
+    model = llama()
+    model.set_attn_implementation("sharper")
+    with pytest.raises(specache.UnsupportedModelError, match=r"computes its attention by .*\.sharper .*stock generate"):
+        specache.generate(model, prompt(LENGTH), config=specache.SpeCacheConfig(policy=policy))
+    model.set_attn_implementation("sdpa")
+    equals_stock(model)
+
+
+def test_an_attention_function_that_is_set_between_two_answers_is_refused():
+    transformers.AttentionInterface.register("sharper", sharper)
+    model = llama()
+    cache = specache.SpeCache(model)
+    said = specache.generate(model, prompt(LENGTH), past_key_values=cache, max_new_tokens=2)
+    model.set_attn_implementation("sharper")
+    with pytest.raises(specache.UnsupportedModelError, match="sharper"):
+        specache.generate(model, said, past_key_values=cache, max_new_tokens=2)
+
+
+def test_a_mask_function_that_the_user_registered_is_refused(monkeypatch):
+    transformers.AttentionMaskInterface.register("seen_prefix", seen_prefix)
+    transformers.AttentionInterface.register("seen_prefix", ALL_ATTENTION_FUNCTIONS["sdpa"])
+    model = llama()
+    model.set_attn_implementation("seen_prefix")
+    with pytest.raises(specache.UnsupportedModelError, match=r"computes its mask by .*\.seen_prefix"):
+        specache.SpeCache(model)
+
+
+def test_eager_attention_that_was_replaced_is_refused(monkeypatch):
+    model = llama()
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", sharper)
+    equals_stock(model)  # it uses sdpa
+    model.set_attn_implementation("eager")
+    with pytest.raises(specache.UnsupportedModelError, match=r"\.sharper"):
+        specache.SpeCache(model)
+
+
+@pytest.mark.parametrize("name", ["eager", "sdpa", "flex_attention"])
+def test_every_attention_of_transformers_may_be_set(name):
+    model = llama()
+    expected = model.generate(prompt(LENGTH), max_new_tokens=6, do_sample=False)
+    model.set_attn_implementation(name)
+    config = specache.SpeCacheConfig(policy="on-demand", top_k=10**6)
+    assert torch.equal(specache.generate(model, prompt(LENGTH), config=config, max_new_tokens=6, do_sample=False), expected)

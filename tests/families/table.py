@@ -45,6 +45,9 @@ one family per attention code with every test run, all of them with `make test A
   specache's would ignore are refused by the name of the argument, also for model classes from
   outside of transformers. A mask that a model makes itself is checked: it is accepted if it is
   causal, or causal within the layer's window, as specache's attention is.
+- **Attention or mask functions that a user registered** (`AttentionInterface`, `AttentionMaskInterface`, or a replaced
+  `eager_attention_forward`): specache's attention takes the place of the one that the model has set, and what such a
+  function adds would be ignored.
 - **Encoder-decoders and encoders.**
 
 ## How long a sequence may be
