@@ -27,6 +27,7 @@ from specache.engine.static_decoder import StaticDecoder
 from specache.engine.traced import call_shape, traced_layers
 from specache.engine.traced.layer_chain import ChainBrokenError
 from specache.engine.traced.traced_layers import TracedAnswer
+from specache.model.identity.code import is_hooked
 from specache.model.identity.wrappers import unwrapped
 from specache.planning.footprint import last_chunk
 from specache.planning.working_set import decode_bytes, prefill_bytes
@@ -99,6 +100,7 @@ class Decoder:
         self._compiled: CompiledLayers | None = None
         self._traced: TracedAnswer | None = None
         self._changes = 0  # how often the model's layers changed during the answer
+        self._hooked = False  # whether the user's hooks see the passes of this answer
 
     def begin_answer(self, sequences: int) -> None:
         """Choose how the steps of the next answer, of so many sequences, run: compiled or traced.
@@ -111,6 +113,7 @@ class Decoder:
         self._static.compiled = self._compiled
         self._traced = None if self._compiled or policy is Policy.FULL else traced_layers.begin_answer(self._model)
         self._changes = 0
+        self._hooked = is_hooked(self._model)
 
     @property
     def out_of_room(self) -> bool:
@@ -119,8 +122,14 @@ class Decoder:
 
     @property
     def drafts(self) -> bool:
-        """Return whether the policy decodes draft tokens beside the real ones."""
-        return self._cache.config.policy.drafts
+        """Return whether draft tokens are decoded beside the real ones.
+
+        The user's hooks expect the passes of stock generate: `verified` gives the same tokens
+        without drafts, and those of `speculative`, which decide what is fetched, get passes of
+        their own.
+        """
+        policy = self._cache.config.policy
+        return policy.drafts and not (self._hooked and policy is Policy.VERIFIED)
 
     def shared_pass(self, sequences: Sequence[CachedSequence]) -> int | None:
         """Return which others these sequences can share a step's pass with: those of equal numbers.
@@ -132,7 +141,7 @@ class Decoder:
         if self._info.couples_rows or len(groups) > 1:
             return None
         side, stays, again = groups.pop()
-        pairs = stays and all(self._has_position(sequence.length + 1) for sequence in sequences)
+        pairs = stays and not self._hooked and all(self._has_position(sequence.length + 1) for sequence in sequences)
         return None if again or (self.drafts and not pairs) else 2 * side + stays
 
     @property
@@ -243,6 +252,17 @@ class Decoder:
                 stacklevel=3,
             )
 
+    def _warn_of_hooks(self, stored: int, total: int, chunk: int) -> None:
+        """Warn if the user's hooks see a prompt in several chunks, unlike in stock generate."""
+        if total - stored > chunk and is_hooked(self._model):
+            warnings.warn(
+                f"The model's forward hooks get the prompt's {total - stored:,} tokens in chunks of {chunk:,}: one that looks at "
+                "the first or last token of its input meets those of every chunk. With prefill_chunk_size=N for N tokens or more "
+                "the prompt is one chunk.",
+                UserWarning,
+                stacklevel=3,
+            )
+
     def _needs_prefill_again(self, stored: int, position: int) -> bool:
         """Return whether keys up to position `stored` are invalid for queries at `position`."""
         return not self._info.keeps_keys(stored, position)
@@ -265,6 +285,7 @@ class Decoder:
                 chunk = total  # RoPE frequencies or activation scales depend on all tokens of a forward pass
             sequence.tier.reserve(self._static.row_room(total))
             sequence.begin_prefill()
+            self._warn_of_hooks(sequence.length, total, chunk)
             progress(sequence.length, total)
         while True:
             with self._timed(counter):
@@ -330,7 +351,8 @@ class Decoder:
 
     def _drafts_share_pass(self, position: int, group: list[CachedSequence]) -> bool:
         """Return whether the group's draft tokens may run in the same pass as the real tokens."""
-        return self._positions_share_pass(position) and all(self._has_position(sequence.length + 1) for sequence in group)
+        together = self._positions_share_pass(position) and not self._hooked
+        return together and all(self._has_position(sequence.length + 1) for sequence in group)
 
     def _draft_alone(self, sequence: CachedSequence, draft: int, real: Tensor) -> Tensor:
         """Return the logits [1, V] of a draft token in its own pass.
@@ -384,7 +406,7 @@ class Decoder:
 
     def _one_pass(self, kind: StepKind, sequences: Sequence[CachedSequence], tokens: list[list[int]], chained: bool) -> Tensor:
         config = self._cache.config
-        if self._static.supports(kind, sequences):
+        if not self._hooked and self._static.supports(kind, sequences):  # a graph that is replayed calls no hooks
             static = self._static.step(sequences, tokens)
             if static is not None:
                 return static

@@ -23,12 +23,22 @@ from specache.model.identity.samples import content_digest
 Code = tuple[tuple[str, Any, tuple[Any, ...]], ...]  # (what it is, its code, enclosed values)
 _LIBRARIES = ("torch.", "transformers.", "accelerate.", "peft.", "specache.")
 _PLAIN = {type(None), bool, int, float, str}
+_GLOBAL_HOOKS = (torch.nn.modules.module._global_forward_pre_hooks, torch.nn.modules.module._global_forward_hooks)
 _HOOKS = {"_forward_pre_hooks": "a hook before its forward", "_forward_hooks": "a forward hook"}
 
 
 def code_of(module: nn.Module) -> Code:
     """Return a module's own code beside its class's, and the class's if it was replaced."""
     return tuple(_marks(module))
+
+
+def is_hooked(model: nn.Module) -> bool:
+    """Return whether a module has a forward hook, or a forward of its own, that is no library's.
+
+    Hooks for all modules of the process count.
+    """
+    of_all = (hook for hooks in _GLOBAL_HOOKS for hook in hooks.values())
+    return any(not _is_from_library(hook) for hook in of_all) or any(_is_hooked(module) for module in model.modules())
 
 
 def code_digest(model: nn.Module) -> str:
@@ -61,13 +71,26 @@ def _marks(module: nn.Module) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
     of_class = type(module).forward
     if not _is_from_library(of_class):
         yield "a forward of its class", *_mark(of_class)
-    own = module.__dict__.get("forward")
-    if own is not None and getattr(_original(own), "__func__", None) is not of_class and not _is_from_library(own):
+    own = _own_forward(module)
+    if own is not None:
         yield "a forward of its own", *_mark(own)
     for name, what in _HOOKS.items():
         for hook in getattr(module, name).values():
             if not _is_from_library(hook):
                 yield what, *_mark(hook)
+
+
+def _own_forward(module: nn.Module) -> Any | None:
+    """Return the forward that was put on a module, `None` if it is its class's or a library's."""
+    own = module.__dict__.get("forward")
+    if own is None or getattr(_original(own), "__func__", None) is type(module).forward or _is_from_library(own):
+        return None
+    return own
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    hooks = (hook for name in _HOOKS for hook in getattr(module, name).values())
+    return _own_forward(module) is not None or any(not _is_from_library(hook) for hook in hooks)
 
 
 def _original(function: Any) -> Any:
