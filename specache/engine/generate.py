@@ -38,6 +38,7 @@ from specache.engine.request import (
     unpadded_rows,
 )
 from specache.engine.sampling import ClosingStreamer, GenerationState, SamplingParams
+from specache.engine.whole_text import warn_of_unseen_text, whole_texts, with_passed_tokens
 from specache.errors import UsageError
 from specache.model.file_settings import GenerationSettings, one_row_per_answer
 from specache.model.identity.wrappers import unwrapped
@@ -185,10 +186,14 @@ def _prepared(
     typed = kwargs if stop_strings is None else {**kwargs, "stop_strings": stop_strings}
     settings = GenerationSettings(model, typed, kwargs.get("generation_config"))
     pad = settings.padding_token() if attention_mask is None else None
+    passed = input_ids
     with modes.ours():
         if attention_mask is None:
             attention_mask = inferred_mask(input_ids, pad)
         unpadded_rows(input_ids, attention_mask)
+        whole = whole_texts(given.get("past_key_values"), input_ids, attention_mask, position_ids)
+    if whole is not None:
+        (input_ids, attention_mask), position_ids = whole, None
     stops = settings.stop_strings(tokenizer)
     if stops is not None:
         stopping_criteria = StoppingCriteriaList(stopping_criteria or [])
@@ -198,11 +203,12 @@ def _prepared(
         kwargs["stop_strings"] = None  # replaced by the criterion above
 
     def custom_generate(model: Any, input_ids: Tensor, **arguments: Any) -> Any:
-        return run(model, input_ids, **arguments | {"position_ids": position_ids, "pad": pad})
+        return run(model, input_ids, **arguments | {"position_ids": position_ids, "pad": pad, "passed": passed})
 
     arguments = {"attention_mask": attention_mask, "stopping_criteria": stopping_criteria, **given}
     arguments = {name: value for name, value in arguments.items() if value is not None}
-    return model.generate(input_ids, custom_generate=custom_generate, **arguments, **kwargs)
+    output = model.generate(input_ids, custom_generate=custom_generate, **arguments, **kwargs)
+    return output if whole is None else with_passed_tokens(output, passed, input_ids.shape[1])
 
 
 @torch.compiler.disable  # a compiled caller runs this eagerly
@@ -239,6 +245,7 @@ def decode(
             arguments["pad"] = settings.padding_token()
             with modes.ours():
                 arguments["attention_mask"] = inferred_mask(input_ids, arguments["pad"])
+        warn_of_unseen_text(arguments.get("logits_processor"), input_ids, typed.get("attention_mask"))
         return run_prepared(model, input_ids, config, streamer, progress, streamer_has_prompt=True, **arguments)
 
 

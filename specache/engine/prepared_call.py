@@ -36,6 +36,7 @@ from specache.engine.request import (
     user_cache,
 )
 from specache.engine.sampling import GenerationState, SamplingParams
+from specache.engine.whole_text import one_row_each
 from specache.model.identity.wrappers import unwrapped
 from specache.model.info import ModelInfo
 from specache.platform import modes
@@ -73,6 +74,7 @@ def _run_exclusively(
     past_key_values: Any = None,
     position_ids: Any = None,
     pad: int | None = None,
+    passed: Tensor | None = None,
     streamer_has_prompt: bool = False,
     **prepared: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:
@@ -80,6 +82,7 @@ def _run_exclusively(
 
     Args:
         pad: the token that can only be padding, if the mask was inferred from it.
+        passed: what the caller passed of the texts `input_ids`, for the streamer; `None` for all.
         prepared: further arguments of stock generate, checked earlier and ignored.
     """
     model = unwrapped(model)
@@ -109,7 +112,7 @@ def _run_exclusively(
             check_memory(model, cache, token_ids, request.stored_new_tokens, chunk)
             if streamer is not None and not streamer_has_prompt:
                 with modes.callers():
-                    streamer.put(input_ids.cpu())
+                    streamer.put((input_ids if passed is None else one_row_each(passed, len(input_ids))).cpu())
             with attached(model), _recording_model(cache, model, kept):
                 _run(model, cache, request)
         finished = True

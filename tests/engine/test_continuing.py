@@ -449,3 +449,50 @@ def test_prompt_tokens_are_kept_if_rope_switches_in_an_answer(tmp_path):
     with opened(model, tmp_path) as cache:
         say(model, cache, prompt(length))
         assert cache.sequences[0].prompt_tokens == length
+
+
+LOOKING_BACK = {
+    "repetition_penalty": {"repetition_penalty": 1.8},
+    "no_repeat_ngram_size": {"no_repeat_ngram_size": 1},
+    "min_length": {"min_length": 100, "eos_token_id": list(range(2, 60))},
+    "max_length": {"max_length": 100, "max_new_tokens": None},
+    "a function of the text": {"prefix_allowed_tokens_fn": lambda row, ids: [int(ids.sum()) % 97]},
+}
+
+
+@pytest.mark.parametrize("settings", LOOKING_BACK.values(), ids=LOOKING_BACK)
+def test_settings_that_look_back_see_the_stored_text_when_only_new_tokens_are_passed(model, settings):
+    settings = {"max_new_tokens": 12, "do_sample": False, **settings}
+    cache = specache.SpeCache(model, specache.SpeCacheConfig(top_k=10**6))
+    text = torch.cat([say(model, cache, prompt(80)), prompt(7, 3)], 1)
+    expected = model.generate(text, attention_mask=torch.ones_like(text), **settings)
+    got = specache.generate(model, text[:, -7:], attention_mask=torch.ones_like(text), past_key_values=cache, **settings)
+    assert got.tolist() == expected[:, -got.shape[1] :].tolist()
+    assert got.shape[1] - 7 == expected.shape[1] - text.shape[1]
+
+
+def test_a_streamer_and_a_dict_of_new_tokens_begin_with_what_was_passed(model):
+    class Seen:
+        def __init__(self) -> None:
+            self.tokens: list[Any] = []
+
+        def put(self, value: Tensor) -> None:
+            self.tokens.append(value.tolist())
+
+        def end(self) -> None:
+            pass
+
+    cache, seen = specache.SpeCache(model, specache.SpeCacheConfig(top_k=10**6)), Seen()
+    text = torch.cat([say(model, cache, prompt(80)), prompt(7, 3)], 1)
+    more = {"streamer": seen, "return_dict_in_generate": True}
+    output = say(model, cache, text[:, -7:], torch.ones_like(text), **more)
+    assert seen.tokens[0] == text[:, -7:].tolist()
+    assert output.sequences.tolist() == stock(model, text)[:, text.shape[1] - 7 :].tolist()
+
+
+def test_stock_generate_warns_of_a_penalty_that_does_not_see_the_stored_text(model):
+    cache = specache.SpeCache(model, specache.SpeCacheConfig(top_k=10**6))
+    text = torch.cat([say(model, cache, prompt(80)), prompt(7, 3)], 1)
+    more = {"attention_mask": torch.ones_like(text), "past_key_values": cache, "custom_generate": specache.decode}
+    with pytest.warns(UserWarning, match="RepetitionPenaltyLogitsProcessor see only the 7 tokens"):
+        model.generate(text[:, -7:], repetition_penalty=1.5, max_new_tokens=2, **more)
