@@ -38,7 +38,7 @@ from specache.engine.request import (
     unpadded_rows,
 )
 from specache.engine.sampling import ClosingStreamer, GenerationState, SamplingParams
-from specache.engine.whole_text import warn_of_unseen_text, whole_texts, with_passed_tokens
+from specache.engine.whole_text import rows_of_answers, warn_of_unseen_text, whole_texts, with_passed_tokens
 from specache.errors import UsageError
 from specache.model.file_settings import GenerationSettings, one_row_per_answer
 from specache.model.identity.wrappers import unwrapped
@@ -186,11 +186,16 @@ def _prepared(
     typed = kwargs if stop_strings is None else {**kwargs, "stop_strings": stop_strings}
     settings = GenerationSettings(model, typed, kwargs.get("generation_config"))
     pad = settings.padding_token() if attention_mask is None else None
-    passed = input_ids
     with modes.ours():
         if attention_mask is None:
             attention_mask = inferred_mask(input_ids, pad)
         unpadded_rows(input_ids, attention_mask)
+        answers = settings.value("num_return_sequences") or 1
+        several = rows_of_answers(given.get("past_key_values"), input_ids, attention_mask, answers)
+        if several is not None and settings.value("do_sample"):
+            input_ids, attention_mask = several
+            kwargs["num_return_sequences"] = 1
+        passed = input_ids
         whole = whole_texts(given.get("past_key_values"), input_ids, attention_mask, position_ids)
     if whole is not None:
         (input_ids, attention_mask), position_ids = whole, None

@@ -30,8 +30,8 @@ _SEE_THE_TEXT = (MinLengthLogitsProcessor, NoRepeatNGramLogitsProcessor, Repetit
 def whole_texts(cache: Any, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Any) -> tuple[Tensor, Tensor] | None:
     """Return the whole texts and their mask [B, W], `None` if `input_ids` [B, S] are whole.
 
-    It is also `None` where a row continues several stored sequences, and while another thread uses
-    the cache, which is refused later.
+    It is also `None` where the rows are fewer than the stored sequences, and while another thread
+    uses the cache, which is refused later.
 
     Raises:
         UsageError: the mask does not fit the stored tokens, or positions are not those of the text.
@@ -65,8 +65,20 @@ def with_passed_tokens(output: Any, passed: Tensor, width: int) -> Any:
     return torch.cat([one_row_each(passed, len(output)).to(output.dtype), output[:, width:]], dim=1)
 
 
+def rows_of_answers(cache: Any, input_ids: Tensor, attention_mask: Tensor | None, answers: int) -> tuple[Tensor, Tensor] | None:
+    """Return new tokens and mask with a row per answer, where each continues a stored sequence.
+
+    `None` otherwise: stock `generate` repeats the rows.
+    """
+    if not isinstance(cache, SpeCache) or attention_mask is None or attention_mask.shape[1] <= input_ids.shape[1]:
+        return None
+    if answers == 1 or len(cache.sequences) != answers * len(input_ids):
+        return None
+    return one_row_each(input_ids, len(cache.sequences)), one_row_each(attention_mask, len(cache.sequences))
+
+
 def one_row_each(passed: Tensor, count: int) -> Tensor:
-    """Return the passed tokens [b, S] with every row repeated for its answers -> [count, S]."""
+    """Return what was passed [b, S] with every row repeated for its answers -> [count, S]."""
     return passed.repeat_interleave(count // len(passed), dim=0)
 
 

@@ -496,3 +496,16 @@ def test_stock_generate_warns_of_a_penalty_that_does_not_see_the_stored_text(mod
     more = {"attention_mask": torch.ones_like(text), "past_key_values": cache, "custom_generate": specache.decode}
     with pytest.warns(UserWarning, match="RepetitionPenaltyLogitsProcessor see only the 7 tokens"):
         model.generate(text[:, -7:], repetition_penalty=1.5, max_new_tokens=2, **more)
+
+
+def test_a_penalty_sees_each_stored_text_that_one_row_of_new_tokens_continues(model):
+    cache = specache.SpeCache(model, specache.SpeCacheConfig(top_k=10**6))
+    sampled = {"do_sample": True, "max_new_tokens": 5, "repetition_penalty": 1.7}
+    torch.manual_seed(1)
+    answered = specache.generate(model, prompt(80), past_key_values=cache, num_return_sequences=3, **sampled)
+    text = torch.cat([answered, prompt(6, 4).expand(3, -1)], 1)
+    torch.manual_seed(2)
+    expected = model.generate(text, attention_mask=torch.ones_like(text), **sampled)
+    more = {"attention_mask": torch.ones_like(text[:1]), "past_key_values": cache, "num_return_sequences": 3}
+    torch.manual_seed(2)
+    assert specache.generate(model, prompt(6, 4), **more, **sampled).tolist() == expected[:, answered.shape[1] :].tolist()
