@@ -37,8 +37,18 @@ def without_interpreter():
 @pytest.mark.timeout(1800)  # the interpreter takes minutes, on a busy machine many
 @pytest.mark.parametrize("file", sorted(path.name for path in (ROOT / "tests/kernels/triton").glob("test_*.py")))
 def test_kernels_equal_pytorchs_in_the_interpreter(file):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout", "1800"]
-    command.append(str(ROOT / "tests/kernels/triton" / file))
+    run_in_the_interpreter(str(ROOT / "tests/kernels/triton" / file))
+
+
+@needs_triton
+@pytest.mark.thorough
+@pytest.mark.timeout(1800)
+def test_kernels_equal_pytorchs_in_more_combinations():
+    run_in_the_interpreter(str(ROOT / "tests/kernels/triton"), "-m", "thorough")
+
+
+def run_in_the_interpreter(*arguments: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout", "1800", *arguments]
     environment = {**os.environ, triton_kernels.INTERPRETER: "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
