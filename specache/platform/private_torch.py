@@ -33,6 +33,8 @@ FALLBACKS = {
     "overrides._get_current_function_mode_stack": "a mode of functions does not keep a step from being recorded",
     "utils._python_dispatch._get_current_dispatch_mode_stack": "a mode of operations does not keep a step from being recorded",
     "nn.modules.module._has_any_global_hook": "hooks on all modules do not keep a step from being recorded",
+    "nn.modules.module._global_forward_pre_hooks": "hooks on all modules see draft tokens beside the real ones",
+    "nn.modules.module._global_forward_hooks": "hooks on all modules see draft tokens beside the real ones",
     "_inductor.utils.clear_caches": "code that the compiler wrote elsewhere before stays in use beside a folder of ours",
 }
 _X86 = ("x86_64", "amd64")
@@ -102,6 +104,12 @@ def has_global_hooks() -> bool:
     """Return whether hooks on all modules are registered."""
     ask = find("nn.modules.module._has_any_global_hook")
     return ask is not None and bool(ask())
+
+
+def global_hooks() -> list[Any]:
+    """Return the forward hooks of all modules of the process."""
+    found = (find(f"nn.modules.module._global_forward_{kind}") for kind in ("pre_hooks", "hooks"))
+    return [hook for hooks in found if hooks is not None for hook in hooks.values()]
 
 
 def has_modes() -> bool:

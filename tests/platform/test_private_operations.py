@@ -143,3 +143,14 @@ def test_the_compilers_folder_is_set_and_restored_without_its_private_function(w
         with private_torch.compiler_folder(str(tmp_path)):
             assert os.environ[private_torch.COMPILER_FOLDER] == str(tmp_path)
         assert os.environ.get(private_torch.COMPILER_FOLDER) == before
+
+
+def test_hooks_of_all_modules_are_found_or_there_are_taken_to_be_none(without):
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, inputs, output: None)
+    try:
+        assert len(private_torch.global_hooks()) == 1
+        without("nn.modules.module._global_forward_pre_hooks", "nn.modules.module._global_forward_hooks")
+        assert private_torch.global_hooks() == []
+    finally:
+        handle.remove()
+    assert private_torch.global_hooks() == []

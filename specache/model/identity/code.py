@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from specache.model.identity.samples import content_digest
+from specache.platform.private_torch import global_hooks
 
 Code = tuple[tuple[str, Any, tuple[Any, ...]], ...]  # (what it is, its code, enclosed values)
 _LIBRARIES = ("torch.", "transformers.", "accelerate.", "peft.", "specache.")
 _PLAIN = {type(None), bool, int, float, str}
-_GLOBAL_HOOKS = (torch.nn.modules.module._global_forward_pre_hooks, torch.nn.modules.module._global_forward_hooks)
 _HOOKS = {"_forward_pre_hooks": "a hook before its forward", "_forward_hooks": "a forward hook"}
 
 
@@ -37,8 +37,7 @@ def is_hooked(model: nn.Module) -> bool:
 
     Hooks for all modules of the process count.
     """
-    of_all = (hook for hooks in _GLOBAL_HOOKS for hook in hooks.values())
-    return any(not _is_from_library(hook) for hook in of_all) or any(_is_hooked(module) for module in model.modules())
+    return any(not _is_from_library(hook) for hook in global_hooks()) or any(_is_hooked(module) for module in model.modules())
 
 
 def code_digest(model: nn.Module) -> str:
