@@ -45,6 +45,7 @@ _DEEPSEEK_LLM = (
     "[一-龥ࠀ-一가-퟿]+",
     r"\p{N}+",
 )
+LLAMA3_RULES = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano")
 _BLOOM = (r" ?[^(\s|.,!?…。，、।۔،)]+",)
 
 _RULES: dict[str, tuple[str, ...]] = {
@@ -52,8 +53,7 @@ _RULES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("roberta-bpe", "modern-bert", "gigachat", "a.x-4.0", "mellum", "mpt", "olmo", "jais", "trillion"), _GPT2),
     **dict.fromkeys(("granite-docling", "exaone4"), _GPT2),
     **dict.fromkeys(("starcoder", "refact", "command-r", "smollm", "codeshell", "exaone", "minerva-7b", "mellum2"), _DIGITS),
-    **dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"), _LLAMA3),
-    **dict.fromkeys(("jina-v5-nano", "dbrx", "smaug-bpe", "glm4", "chatglm-bpe"), _LLAMA3),
+    **dict.fromkeys((*LLAMA3_RULES, "dbrx", "smaug-bpe", "glm4", "chatglm-bpe"), _LLAMA3),
     **dict.fromkeys(
         ("qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2", "megrez", "stablelm2", "hunyuan", "solar-open", "grok-2"), _QWEN2
     ),

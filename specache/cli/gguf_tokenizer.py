@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from specache.cli.gguf_splitting import splitter
+from specache.cli.gguf_splitting import LLAMA3_RULES, splitter
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
-_WHOLE_PIECES = {  # `tokenizer.ggml.pre`: a piece of text that is a token stays whole, and a text begins with BOS
-    *("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano", "tekken"),
-}
+_BEGINS_WITH_BOS = (*LLAMA3_RULES, "tekken")  # where a file does not say
+_WHOLE_PIECES = (*_BEGINS_WITH_BOS, "minicpm5")  # a piece of text that is a token stays whole, merges or none
 _UNNAMED = ("", "default")  # files from before rules had names: any rule may be meant
 
 
@@ -45,9 +44,9 @@ def correct_tokenizer(tokenizer: Any, reader: GGUFReader, on_note: Callable[[str
             )
         else:
             tokenizer.backend_tokenizer.pre_tokenizer = splitter(rule)
-    if fields.get("model") == "gpt2" and rule in _WHOLE_PIECES:
-        tokenizer.backend_tokenizer.model.ignore_merges = True
-        if "add_bos_token" not in fields and tokenizer.bos_token is not None:
+        if rule in _WHOLE_PIECES:
+            tokenizer.backend_tokenizer.model.ignore_merges = True
+        if rule in _BEGINS_WITH_BOS and "add_bos_token" not in fields and tokenizer.bos_token is not None:
             tokenizer.add_bos_token = True
     if fields.get("model") == "llama" and fields.get("add_space_prefix") is False:
         _leave_out_space(tokenizer.backend_tokenizer)

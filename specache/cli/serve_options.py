@@ -305,7 +305,7 @@ class ServerOptions:
                 raise ConfigError(f"{flag} is about prompts that are stored for later ones; leave out --no-prefix-sharing.")
         if self.prefix_bytes is not None and self.prefix_cache is None:
             raise ConfigError("--prefix-bytes limits the folder of --prefix-cache DIR, which is missing (--slow-memory: memory).")
-        if not all(self.served_model_name or ["any"]):
+        if not all(self.served_model_name or []):
             raise ConfigError("--served-model-name is empty. Requests name the model by it: pass a name, or leave it out.")
 
     def prefix_store(self, model: Any, config: SpeCacheConfig) -> PrefixStore:

@@ -6,18 +6,15 @@ else registered may compute anything, and would be ignored.
 
 from __future__ import annotations
 
-import functools
 import inspect
-from types import MethodType
 from typing import Any
 
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from specache.errors import UnsupportedModelError
+from specache.model.function_origin import described, is_from_library
 from specache.model.per_layer import attention_modules
-
-_LIBRARIES = ("torch.", "transformers.", "specache.", "kernels.")
 
 
 def refuse_replaced_attention(model: Any) -> None:
@@ -33,10 +30,10 @@ def refuse_replaced_attention(model: Any) -> None:
             continue
         attention = _eager(model) if setting == "eager" else ALL_ATTENTION_FUNCTIONS.get(setting)
         for what, function in (("attention", attention), ("mask", ALL_MASK_ATTENTION_FUNCTIONS.get(setting))):
-            if function is not None and not _is_from_library(function):
+            if function is not None and not is_from_library(function):
                 raise UnsupportedModelError(
-                    f"{type(model).__name__} computes its {what} by {_name(function)} (attn_implementation={setting!r}), which is "
-                    "not transformers'. specache's attention takes its place, so what that function does would be ignored. "
+                    f"{type(model).__name__} computes its {what} by {described(function)} (attn_implementation={setting!r}), which "
+                    "is not transformers'. specache's attention takes its place, so what that function does would be ignored. "
                     "Call model.set_attn_implementation('sdpa') if it is ordinary causal attention, or use the model's stock "
                     "generate()."
                 )
@@ -49,22 +46,6 @@ def _eager(model: Any) -> Any:
     """
     for _, module in attention_modules(model):
         code = inspect.getmodule(type(module))
-        known = code is not None and f"{code.__name__}.".startswith(_LIBRARIES)
+        known = code is not None and code.__name__.startswith("transformers.")
         return getattr(code, "eager_attention_forward", None) if known else None
     return None
-
-
-def _is_from_library(function: Any) -> bool:
-    function = _innermost(function)
-    return f"{getattr(function, '__module__', None)}.".startswith(_LIBRARIES)
-
-
-def _innermost(function: Any) -> Any:
-    while isinstance(function, functools.partial | MethodType):
-        function = function.func if isinstance(function, functools.partial) else function.__func__
-    return function
-
-
-def _name(function: Any) -> str:
-    function = _innermost(function)
-    return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', type(function).__name__)}"

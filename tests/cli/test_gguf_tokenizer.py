@@ -63,6 +63,10 @@ def test_a_file_that_does_not_say_begins_texts_as_its_rule_does(tmp_path, rule):
     assert tokens(tmp_path, "hello", "gpt2", BYTE_LEVEL, pre=rule) == ["<s>", "hello"]
 
 
+def test_pieces_may_be_whole_where_no_bos_is_put_in_front(tmp_path):
+    assert tokens(tmp_path, "hello", "gpt2", BYTE_LEVEL, pre="minicpm5") == ["hello"]
+
+
 def test_a_file_that_says_so_begins_texts_without_bos(tmp_path):
     assert tokens(tmp_path, "hello", "gpt2", BYTE_LEVEL, pre="llama-bpe", add_bos_token=False) == ["hello"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import pytest
@@ -241,6 +241,21 @@ def test_an_attention_function_that_the_user_registered_is_refused_by_name(polic
         specache.generate(model, prompt(LENGTH), config=specache.SpeCacheConfig(policy=policy))
     model.set_attn_implementation("sdpa")
     equals_stock(model)
+
+
+def test_a_wrapper_that_looks_like_the_function_inside_is_refused_by_its_own_name():
+    """`functools.wraps` takes over the module and the name of what it wraps."""
+
+    @wraps(ALL_ATTENTION_FUNCTIONS["sdpa"])
+    def doubled(*arguments: Any, **more: Any) -> Any:
+        out, weights = ALL_ATTENTION_FUNCTIONS["sdpa"](*arguments, **more)
+        return 2 * out, weights
+
+    transformers.AttentionInterface.register("doubled", doubled)
+    model = llama()
+    model.set_attn_implementation("doubled")
+    with pytest.raises(specache.UnsupportedModelError, match=r"by .*test_attention_checks.*\.doubled "):
+        specache.SpeCache(model)
 
 
 def test_an_attention_function_that_is_set_between_two_answers_is_refused():

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from specache.model.function_origin import is_from_library, uncompiled
 from specache.model.identity.samples import content_digest
 from specache.platform.private_torch import global_hooks
 
 Code = tuple[tuple[str, Any, tuple[Any, ...]], ...]  # (what it is, its code, enclosed values)
-_LIBRARIES = ("torch.", "transformers.", "accelerate.", "peft.", "specache.")
 _PLAIN = {type(None), bool, int, float, str}
 _HOOKS = {"_forward_pre_hooks": "a hook before its forward", "_forward_hooks": "a forward hook"}
 
@@ -37,7 +37,7 @@ def is_hooked(model: nn.Module) -> bool:
 
     Hooks for all modules of the process count.
     """
-    return any(not _is_from_library(hook) for hook in global_hooks()) or any(_is_hooked(module) for module in model.modules())
+    return any(not is_from_library(hook) for hook in global_hooks()) or any(_is_hooked(module) for module in model.modules())
 
 
 def code_digest(model: nn.Module) -> str:
@@ -68,42 +68,28 @@ def _stable(value: Any) -> Any:
 
 def _marks(module: nn.Module) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
     of_class = type(module).forward
-    if not _is_from_library(of_class):
+    if not is_from_library(of_class):
         yield "a forward of its class", *_mark(of_class)
     own = _own_forward(module)
     if own is not None:
         yield "a forward of its own", *_mark(own)
     for name, what in _HOOKS.items():
         for hook in getattr(module, name).values():
-            if not _is_from_library(hook):
+            if not is_from_library(hook):
                 yield what, *_mark(hook)
 
 
 def _own_forward(module: nn.Module) -> Any | None:
     """Return the forward that was put on a module, `None` if it is its class's or a library's."""
     own = module.__dict__.get("forward")
-    if own is None or getattr(_original(own), "__func__", None) is type(module).forward or _is_from_library(own):
+    if own is None or getattr(uncompiled(own), "__func__", None) is type(module).forward or is_from_library(own):
         return None
     return own
 
 
 def _is_hooked(module: nn.Module) -> bool:
     hooks = (hook for name in _HOOKS for hook in getattr(module, name).values())
-    return _own_forward(module) is not None or any(not _is_from_library(hook) for hook in hooks)
-
-
-def _original(function: Any) -> Any:
-    """Return the function inside `torch.compile`."""
-    return getattr(function, "_torchdynamo_orig_callable", function)
-
-
-def _is_from_library(function: Any) -> bool:
-    function = _original(function)
-    while isinstance(function, functools.partial | MethodType):
-        function = function.func if isinstance(function, functools.partial) else function.__func__
-    owner = function if isinstance(function, FunctionType) else type(function)
-    code_module = function.__globals__.get("__name__") if isinstance(function, FunctionType) else owner.__module__
-    return f"{code_module}.".startswith(_LIBRARIES)
+    return _own_forward(module) is not None or any(not is_from_library(hook) for hook in hooks)
 
 
 def _mark(function: Any) -> tuple[Any, tuple[Any, ...]]:
