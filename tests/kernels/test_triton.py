@@ -23,8 +23,10 @@ from specache.low_bit.pool import PagePool, PageTable
 from specache.platform.budget import ByteBudget
 from tests.kernels.paged import OUT_ERROR, PagedCase, assert_near, assert_rounded, assert_selected
 from tests.kernels.test_native import Case
+from tests.proofs import ROOT, Proof
 
-ROOT = Path(__file__).parents[2]
+INTERPRETED = "tests/kernels/triton"
+COMPILED = ("specache/config.py", "specache/kernels", "specache/low_bit")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 
@@ -33,44 +35,62 @@ def without_interpreter():
     return {name: value for name, value in os.environ.items() if name != triton_kernels.INTERPRETER}
 
 
+def in_the_interpreter(file: str) -> Proof:
+    paths = [*COMPILED, "specache/device", "tests/device", "tests/kernels/paged.py", "tests/kernels/recent_case.py"]
+    name = f"interpreter-{Path(file).stem.removeprefix('test_')}"
+    return Proof(name, [*paths, f"{INTERPRETED}/{file}"], ["torch", "triton"])
+
+
+def compiled() -> Proof:
+    return Proof("ahead-of-time", [*COMPILED, "tests/kernels/triton_front_end.py"], ["torch", "triton"])
+
+
 @needs_triton
 @pytest.mark.timeout(1800)  # the interpreter takes minutes, on a busy machine many
-@pytest.mark.parametrize("file", sorted(path.name for path in (ROOT / "tests/kernels/triton").glob("test_*.py")))
+@pytest.mark.parametrize("file", sorted(path.name for path in (ROOT / INTERPRETED).glob("test_*.py")))
 def test_kernels_equal_pytorchs_in_the_interpreter(file):
-    run_in_the_interpreter(str(ROOT / "tests/kernels/triton" / file))
+    in_the_interpreter(file).skip_if_known()
+    run_in_the_interpreter(file)
 
 
 @needs_triton
 @pytest.mark.thorough
-@pytest.mark.timeout(1800)
-def test_kernels_equal_pytorchs_in_more_combinations():
-    run_in_the_interpreter(str(ROOT / "tests/kernels/triton"), "-m", "thorough")
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("file", sorted(path.name for path in (ROOT / INTERPRETED).glob("test_*.py")))
+def test_kernels_equal_pytorchs_in_every_combination(file):
+    run_in_the_interpreter(file, "-m", "thorough or not thorough")
+    in_the_interpreter(file).write()
 
 
-def run_in_the_interpreter(*arguments: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout", "1800", *arguments]
+def run_in_the_interpreter(file: str, *arguments: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout", "1800", f"{INTERPRETED}/{file}"]
     environment = {**os.environ, triton_kernels.INTERPRETER: "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    result = subprocess.run([*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
 @needs_triton
-def test_every_kernel_compiles_for_every_target_without_spills():
-    """The hardest variants of `ahead_of_time.quick_variants`; the whole table is in
-    docs/gpu_kernels.md.
+def test_every_kernel_compiles_for_every_target():
+    compiled().skip_if_known()
+    compile_every_kernel()
+
+
+@needs_triton
+@pytest.mark.thorough
+def test_every_kernel_compiles_for_every_target_again():
+    compile_every_kernel()
+    compiled().write()
+
+
+def compile_every_kernel() -> None:
+    """Without spills, in the hardest variants of `ahead_of_time.quick_variants` (the whole table is
+    in docs/gpu_kernels.md); and where an integer argument is 1 (one KV head, say), which a launch
+    makes a constant, and the interpreter does not.
     """
-    command = [sys.executable, "-m", "specache.kernels.triton.ahead_of_time", "--quick"]
-    result = subprocess.run(command, cwd=ROOT, env=without_interpreter(), capture_output=True, text=True)
-    print(result.stdout)
-    assert result.returncode == 0, result.stdout + result.stderr
-
-
-@needs_triton
-def test_every_kernel_compiles_where_an_integer_argument_is_1():
-    """One KV head, say: a launch makes such an argument a constant, the interpreter does not."""
-    command = [sys.executable, "-m", "tests.kernels.triton_front_end"]
-    result = subprocess.run(command, cwd=ROOT, env=without_interpreter(), capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
+    for module in ("specache.kernels.triton.ahead_of_time --quick", "tests.kernels.triton_front_end"):
+        command = [sys.executable, "-m", *module.split()]
+        result = subprocess.run(command, cwd=ROOT, env=without_interpreter(), capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
 
 
 @needs_triton
