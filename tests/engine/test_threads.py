@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 import multiprocessing
 import os
 import subprocess
 import sys
-import textwrap
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -362,37 +362,67 @@ def test_an_interrupted_call_does_not_lock_the_cache():
 
 # Processes
 
-FORKED = """
-import os, sys, torch
+PARENT = """
+import json, os, sys, traceback, torch
 torch.set_num_threads(2)
 import specache
 from tests.tiny import llama, prompt
-torch.set_num_threads(2)
-GREEDY = {{"max_new_tokens": 4, "do_sample": False}}
-model, ids = llama(), prompt(100)
-{before}
-child = os.fork()
-if child == 0:
-    code = 1
+model, ids, GREEDY = llama(), prompt(100), {"max_new_tokens": 4, "do_sample": False}
+
+def run(before, inside, after):
+    torch.set_num_threads(2)
+    names = dict(globals())
+    exec(before, names)
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        os.dup2(write, 1)
+        os.dup2(write, 2)
+        try:
+            exec(inside, names)
+            code = 0
+        except specache.SpeCacheError as error:
+            print(type(error).__name__, error)
+            code = 7
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    os.close(write)
+    with open(read) as said:
+        printed = said.read()
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    exec(after, names)
+    return [code, printed]
+
+for line in sys.stdin:
     try:
-        {inside}
-        code = 0
-    except specache.SpeCacheError as error:
-        print(type(error).__name__, error)
-        code = 7
-    finally:
-        sys.stdout.flush()
-        os._exit(code)
-code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-{after}
-sys.exit(code)
+        result = run(*json.loads(line))
+    except BaseException:
+        result = [1, traceback.format_exc()]
+    print(json.dumps(result), flush=True)
 """
 
 
-def _forked(before: str, inside: str, after: str = "") -> subprocess.CompletedProcess[str]:
-    script = FORKED.format(before=before, inside=textwrap.indent(inside, "        ").strip(), after=after)
+@pytest.fixture(scope="module")
+def parent() -> Iterator[subprocess.Popen[str]]:
+    """A process with several threads, which forks for one test after another."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(["."]), "HF_HUB_OFFLINE": "1"}
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, env=environment)
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", PARENT], text=True, env=environment, **streams) as process:
+        yield process
+
+
+def _forked(parent: subprocess.Popen[str], before: str, inside: str, after: str = "") -> tuple[int, str]:
+    """Return the exit code of the forked process, and what it printed."""
+    assert parent.stdin and parent.stdout
+    parent.stdin.write(json.dumps([before, inside, after]) + "\n")
+    parent.stdin.flush()
+    code, printed = json.loads(parent.stdout.readline())
+    return code, printed
 
 
 MADE = "cache = specache.SpeCache(model); specache.generate(model, ids, past_key_values=cache, **GREEDY)"
@@ -407,25 +437,26 @@ MADE = "cache = specache.SpeCache(model); specache.generate(model, ids, past_key
         "cache.fork()",
     ],
 )
-def test_a_cache_of_the_parent_process_is_refused_in_a_forked_one(inside):
-    done = _forked(MADE, inside, "assert specache.generate(model, ids, past_key_values=cache, **GREEDY).shape[1] == 104")
-    assert done.returncode == 7, done.stderr
-    assert "spawn" in done.stdout
+def test_a_cache_of_the_parent_process_is_refused_in_a_forked_one(parent, inside):
+    after = "assert specache.generate(model, ids, past_key_values=cache, **GREEDY).shape[1] == 104"
+    code, printed = _forked(parent, MADE, inside, after)
+    assert code == 7, printed
+    assert "spawn" in printed
 
 
-def test_a_forked_process_may_generate_with_one_thread_and_a_cache_of_its_own():
+def test_a_forked_process_may_generate_with_one_thread_and_a_cache_of_its_own(parent):
     inside = "torch.set_num_threads(1); assert specache.generate(model, ids, **GREEDY).equal(expected)"
-    done = _forked(f"{MADE}; expected = specache.generate(model, ids, **GREEDY)", inside)
-    assert done.returncode == 0, done.stderr
+    code, printed = _forked(parent, f"{MADE}; expected = specache.generate(model, ids, **GREEDY)", inside)
+    assert code == 0, printed
 
 
-def test_a_forked_process_with_several_threads_is_refused():
-    done = _forked(MADE, "specache.generate(model, ids, **GREEDY)")
-    assert done.returncode == 7, done.stderr
-    assert "set_num_threads(1)" in done.stdout
+def test_a_forked_process_with_several_threads_is_refused(parent):
+    code, printed = _forked(parent, MADE, "specache.generate(model, ids, **GREEDY)")
+    assert code == 7, printed
+    assert "set_num_threads(1)" in printed
 
 
-def test_a_forked_process_does_not_free_its_parents_files(tmp_path):
+def test_a_forked_process_does_not_free_its_parents_files(parent, tmp_path):
     """Files, an unsaved session and its lock stay."""
     before = f"""
 session = specache.Session("one", model, folder={str(tmp_path)!r})
@@ -443,8 +474,8 @@ session.close()
 with specache.Session("one", model, folder={str(tmp_path)!r}) as again:
     assert len(again.token_ids) == 143
 """
-    done = _forked(before, "session.close(); cache.close(); del session, cache", after)
-    assert done.returncode == 0, done.stderr + done.stdout
+    code, printed = _forked(parent, before, "session.close(); cache.close(); del session, cache", after)
+    assert code == 0, printed
 
 
 def _answer(queue: Any) -> None:
