@@ -78,11 +78,14 @@ def wants_traceback() -> bool:
 def reports_errors(command: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
     """Turn our errors and Ctrl-C into one line and an exit code.
 
-    `SPECACHE_DEBUG=1` shows the traceback instead.
+    Paths begin in the user's folder where they begin with `~`, which shells leave as it is in
+    `--option=~/path`. `SPECACHE_DEBUG=1` shows the traceback instead.
     """
 
     @functools.wraps(command)
     def wrapper(*args: _Args.args, **kwargs: _Args.kwargs) -> _Result:
+        for name, value in kwargs.items():
+            kwargs[name] = [_in_home(one) for one in value] if isinstance(value, list) else _in_home(value)
         try:
             with _plain_warnings(kwargs):
                 check_numbers(kwargs)
@@ -99,6 +102,10 @@ def reports_errors(command: Callable[_Args, _Result]) -> Callable[_Args, _Result
             raise typer.Exit(EXIT_INTERRUPTED) from None
 
     return wrapper
+
+
+def _in_home(value: Any) -> Any:
+    return value.expanduser() if isinstance(value, Path) and value.parts[:1] == ("~",) else value
 
 
 @contextmanager

@@ -43,7 +43,10 @@ def generate(
     context: typer.Context,
     model: options.Model,
     *,
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt.", metavar="TEXT")] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", "-p", help="The prompt. Given several times, the prompts are a batch.", metavar="TEXT"),
+    ] = None,
     prompt_file: Annotated[
         list[Path] | None,
         typer.Option(
@@ -77,7 +80,7 @@ def generate(
     config = cache.config()
     arguments = generation.arguments()
     system = options.system_text(system)
-    prompts = read_prompts(prompt, prompt_file or [])
+    prompts = read_prompts(prompt or [], prompt_file or [])
     stops = generation.stops()
     variables = template_option.parse_variables(chat_template_kwargs)
     place = session_option.place(session, session_dir, config, len(prompts))

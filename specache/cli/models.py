@@ -92,7 +92,8 @@ def load(
 
     Raises:
         ModelNotFoundError: `name` matches no model.
-        ConfigError: the device or the number format is not available.
+        ConfigError: the device or the number format is not available; a revision of files on this
+            machine.
         UnsupportedModelError: the weights cannot be quantised.
         IncompleteModelError: weights are missing, or have another shape.
         OutOfMemoryError: the device has no room for the weights.
@@ -100,6 +101,7 @@ def load(
     on = chosen_device(device)
     chosen_dtype = _dtype(_combined(dtype, weights), on)
     check_weights(weights, on)
+    _check_revision(name, revision)
     source, local = locate(name, on_progress)
     on_progress(f"Loading {name}")
     options = {"revision": revision, "local_files_only": local or offline}
@@ -121,9 +123,11 @@ def load_config(name: str, *, revision: str | None = None, offline: bool = False
 
     Raises:
         ModelNotFoundError: the configuration of `name` cannot be read.
+        ConfigError: a revision of files on this machine.
     """
     from transformers import AutoConfig
 
+    _check_revision(name, revision)
     path = demo_file() if name == DEMO_MODEL else Path(name).expanduser()
     source: str = str(path)
     options: dict[str, Any] = {"revision": None, "local_files_only": True}
@@ -211,6 +215,12 @@ def locate(name: str, on_progress: Callable[[str], None]) -> tuple[str, bool]:
     if _looks_like_path(name):
         raise ModelNotFoundError(f"no file or folder {name} (tried as a path, because of how it is written).")
     return name, False
+
+
+def _check_revision(name: str, revision: str | None) -> None:
+    if revision is not None and (name == DEMO_MODEL or Path(name).expanduser().exists()):
+        where = "comes with a package" if name == DEMO_MODEL else "is on this machine"
+        raise ConfigError(f"--revision is for models of the hub, but {name} {where}, in one version. Leave --revision out.")
 
 
 def _looks_like_path(name: str) -> bool:

@@ -25,14 +25,14 @@ class Prompt:
     origin: str
 
 
-def read_prompts(text: str | None, files: list[Path]) -> list[Prompt]:
-    """Return the prompts of one call: the text, the files, or piped input.
+def read_prompts(texts: list[str], files: list[Path]) -> list[Prompt]:
+    """Return the prompts of one call: the texts, the files, or piped input.
 
     Raises:
-        ConfigError: both a text and files, or neither of them and no piped input.
+        ConfigError: both texts and files, or neither of them and no piped input.
         PromptError: a file cannot be read, or a prompt is empty.
     """
-    if text is not None and files:
+    if texts and files:
         raise ConfigError(
             "--prompt and --prompt-file exclude each other. To ask about a file, pipe both in: "
             "(cat FILE; echo; echo QUESTION) | specache generate"
@@ -41,8 +41,8 @@ def read_prompts(text: str | None, files: list[Path]) -> list[Prompt]:
         raise ConfigError(
             "--prompt-file - was given twice, but standard input can be read only once. Save one of the prompts in a file."
         )
-    if text is not None:
-        prompts = [Prompt(typed_text(text, "the text of --prompt", PromptError), "--prompt")]
+    if texts:
+        prompts = [Prompt(typed_text(text, "the text of --prompt", PromptError), "--prompt") for text in texts]
     elif files:
         prompts = [Prompt(_read(file), str(file)) for file in files]
     elif _stdin_is_terminal():

@@ -153,6 +153,22 @@ def test_several_files_are_a_batch_and_each_is_answered_as_if_alone(tiny, tmp_pa
     assert all(f"==> {file} <==" in printed.stderr.splitlines() for file in files)
 
 
+def test_several_prompts_are_a_batch_and_each_is_answered(tiny):
+    prompts = ["short", PROMPT]
+    batch = run_json(*tiny, "--prompt", prompts[0], "-p", prompts[1])["results"]
+    assert batch == [run_json(*tiny, "--prompt", prompt)["results"][0] for prompt in prompts]
+
+
+def test_a_path_after_an_equals_sign_may_begin_in_the_users_folder(tiny, tmp_path, monkeypatch):
+    """Shells leave `--option=~/path` as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "prompt.txt").write_text(PROMPT)
+    expected = run_json(*tiny, "--prompt", PROMPT)["results"]
+    asked = ("--prompt-file=~/prompt.txt", "--session", "one", "--session-dir=~/sessions")
+    assert run_json(*tiny, *asked)["results"] == expected
+    assert (tmp_path / "sessions/one").is_dir()
+
+
 def test_stop_text_ends_the_answer_and_is_left_out(tiny):
     text = run_json(*tiny, "--prompt", PROMPT)["results"][0]["text"]
     stop = next(c for c in text[3:] if c.isascii() and c.isprintable())

@@ -77,6 +77,13 @@ def test_the_demo_model_says_how_to_install_it(monkeypatch):
         load("demo")
 
 
+@pytest.mark.parametrize("read", [load, models.load_config])
+@pytest.mark.parametrize("name", ["demo", "folder"])
+def test_a_revision_of_what_is_on_this_machine_is_refused(tiny_folder, name, read):
+    with pytest.raises(ConfigError, match="Leave --revision out"):
+        read(str(tiny_folder) if name == "folder" else name, revision="main")
+
+
 def test_cuda_without_a_gpu_is_refused(tiny_folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
