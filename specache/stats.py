@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +73,17 @@ class Counters:
     compile_error: str | None = None
     prefetches: bool = False
     speculates: bool = False
+
+
+@contextmanager
+def timed(counters: Counters, name: str | None) -> Iterator[None]:
+    """Add the block's seconds to a counter. `None` counts nothing: the caller counts them."""
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        if name is not None:
+            setattr(counters, name, getattr(counters, name) + time.perf_counter() - started)
 
 
 def report(memory: MemoryUse, counters: Counters, fast_memory_peak: int) -> dict[str, Any]:

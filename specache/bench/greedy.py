@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from specache.cache.cache import SpeCache
-from specache.engine.decoder import Decoder, Progress
+from specache.engine.chunked_prefill import Progress
+from specache.engine.decoder import Decoder
 from specache.engine.engine import Engine
 
 

@@ -17,7 +17,7 @@ from specache.bench.shapes import ModelSource
 from specache.cache.cache import SpeCache
 from specache.config import SpeCacheConfig
 from specache.engine.attention_hook import attached
-from specache.engine.decoder import Progress
+from specache.engine.chunked_prefill import Progress
 from specache.model.dimensions import dimensions_of
 from specache.platform import heap
 

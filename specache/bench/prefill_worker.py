@@ -16,7 +16,7 @@ from specache.bench import compute_device
 from specache.bench.child import Child, ChildEnded
 from specache.bench.shapes import ModelSource
 from specache.config import SpeCacheConfig
-from specache.engine.decoder import Progress
+from specache.engine.chunked_prefill import Progress
 from specache.errors import BenchmarkError
 
 SPECACHE, DYNAMIC = "specache", "dynamic"

@@ -15,11 +15,12 @@ from specache.cache.cache import SpeCache
 from specache.config import SpeCacheConfig
 from specache.engine.admission import planned_sequences
 from specache.engine.attention_hook import attached, stock_generate_arguments
+from specache.engine.chunked_prefill import Progress, last_of
 from specache.engine.continuing import (
     refuse_padding_behind_answers,
     sequence_per_text,
 )
-from specache.engine.decoder import Decoder, Progress, last_of
+from specache.engine.decoder import Decoder
 from specache.engine.handle import Request
 from specache.engine.model_arguments import PASSED_ON, PREPARED, check_model_arguments, model_arguments
 from specache.engine.prefilling import prefill_texts

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from specache.cache.sequence import Sequence
 from specache.engine.admission import planned_sequences
-from specache.engine.decoder import Progress
+from specache.engine.chunked_prefill import Progress
 from specache.engine.sampling import GenerationState, SamplingParams
 from specache.errors import UsageError
 from specache.planning.footprint import PlannedSequence

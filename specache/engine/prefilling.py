@@ -10,7 +10,8 @@ from torch import Tensor
 
 from specache.cache.cache import SpeCache
 from specache.cache.sequence import Sequence
-from specache.engine.decoder import Decoder, PrefillChunks, Progress, StopReading
+from specache.engine.chunked_prefill import PrefillChunks, Progress, StopReading
+from specache.engine.decoder import Decoder
 from specache.engine.prefix_reuse import PrefixReuse
 from specache.platform import modes
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from specache.cache.cache import SpeCache
 from specache.cache.sequence import Sequence
-from specache.engine.decoder import StopReading
+from specache.engine.chunked_prefill import StopReading
 from specache.engine.stored_prefixes import PrefixReturn, RoomLater, StoredPrefixes
 from specache.errors import FastMemoryError
 from specache.planning.footprint import PlannedSequence

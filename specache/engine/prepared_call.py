@@ -14,6 +14,7 @@ from specache.config import SpeCacheConfig
 from specache.engine.admission import check_room, planned_sequences
 from specache.engine.attention_hook import attached
 from specache.engine.auto_tier import FreeMemory, decide_tier
+from specache.engine.chunked_prefill import Progress
 from specache.engine.continuing import (
     full_texts,
     note_pending_tokens,
@@ -21,7 +22,6 @@ from specache.engine.continuing import (
     sequence_per_text,
     warn_of_rereading,
 )
-from specache.engine.decoder import Progress
 from specache.engine.engine import Engine
 from specache.engine.handle import Request
 from specache.engine.model_arguments import check_position_ids

@@ -7,7 +7,8 @@ from contextlib import suppress
 from torch import Tensor
 
 from specache.cache.cache import SpeCache
-from specache.engine.decoder import Decoder, PrefillChunks, StopReading
+from specache.engine.chunked_prefill import PrefillChunks, StopReading
+from specache.engine.decoder import Decoder
 from specache.engine.handle import Handle
 from specache.engine.prefilling import prefill_texts
 from specache.errors import SlowTierError

@@ -12,7 +12,8 @@ from specache.cache.cache import SpeCache
 from specache.cache.window_layer import WindowLayer
 from specache.config import Policy, SlowTierKind, SpeCacheConfig
 from specache.engine.attention_hook import attached
-from specache.engine.decoder import Decoder, OnLogits, Progress, last_of
+from specache.engine.chunked_prefill import OnLogits, Progress, last_of
+from specache.engine.decoder import Decoder
 from specache.kernels.types import AttentionParams
 
 OBSERVATION_WINDOW = 64  # newest prompt tokens whose queries are kept for every method

@@ -17,9 +17,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from specache import stats
 from specache.cli import console
 from specache.config import SpeCacheConfig
-from specache.engine import decoder
 from tests.cli.running import one_line, run, run_json
 from tests.cli.tiny_chat import POSITIONS, save_tiny_chat_model
 
@@ -80,7 +80,7 @@ def test_compiling_changes_no_answer_and_is_not_counted(tiny, monkeypatch):
         nonlocal days
         days += 1
 
-    monkeypatch.setattr(decoder, "time", SimpleNamespace(perf_counter=lambda: time.perf_counter() + days * day))
+    monkeypatch.setattr(stats, "time", SimpleNamespace(perf_counter=lambda: time.perf_counter() + days * day))
     monkeypatch.setattr(callback_handler, "end_callbacks", [compiled_one])
     eager, compiled = run_json(*batch), run_json(*batch, "--compile")
     assert compiled["results"] == eager["results"]

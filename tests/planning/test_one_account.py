@@ -16,7 +16,7 @@ import specache
 from specache.cache.layers import CompressedLayer
 from specache.cache.sizes import ORDINARY_ITEMSIZE, FastBytes, ordinary_bytes
 from specache.config import Code, Policy
-from specache.engine import decoder
+from specache.engine import model_passes
 from specache.engine.room import Room
 from specache.planning.footprint import CacheFootprint, PlannedSequence
 from specache.planning.plan import plan
@@ -97,8 +97,8 @@ def test_planned_claimed_and_measured_bytes_are_equal(models, tmp_path_factory, 
 def test_a_decode_step_computes_no_plan(models, monkeypatch):
     """The working set is computed when a group is quantised, and admission when a request ends."""
     computed, asked = [], []
-    decode_bytes, fits = decoder.decode_bytes, Room.fits
-    monkeypatch.setattr(decoder, "decode_bytes", lambda *args: computed.append(args) or decode_bytes(*args))
+    decode_bytes, fits = model_passes.decode_bytes, Room.fits
+    monkeypatch.setattr(model_passes, "decode_bytes", lambda *args: computed.append(args) or decode_bytes(*args))
     monkeypatch.setattr(Room, "fits", lambda *args: asked.append(args) or fits(*args))
     config = specache.SpeCacheConfig(group_size=GROUP, residual=RESIDUAL, slow_tier="ram-inplace")
     with specache.SpeCache(models["llama"], config) as cache:
