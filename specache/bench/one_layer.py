@@ -8,7 +8,7 @@ from specache.attention.at_once import decode_at_once
 from specache.attention.decode import StepKind, StepSpec, mixed_attention
 from specache.bench.compute_device import CPU
 from specache.bench.synthetic import copy_compressed, fill_compressed
-from specache.cache.layers import CompressedLayer
+from specache.cache.compressed_layer import CompressedLayer
 from specache.cache.sizes import page_layout
 from specache.config import PAGE_TOKENS, Code, Policy, SpeCacheConfig
 from specache.kernels.types import AttentionParams

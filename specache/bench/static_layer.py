@@ -9,7 +9,7 @@ from torch import Tensor
 
 from specache.attention.decode import StepKind
 from specache.bench.one_layer import LowBitLayer
-from specache.cache.layers import CompressedLayer
+from specache.cache.compressed_layer import CompressedLayer
 from specache.cache.window_layer import WindowLayer
 from specache.config import PAGE_TOKENS, Policy
 from specache.device.batch import BatchSize, DeviceBatch

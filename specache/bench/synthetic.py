@@ -11,7 +11,8 @@ from torch import Tensor
 
 from specache.bench.compute_device import CPU, CUDA
 from specache.cache.cache import SpeCache
-from specache.cache.layers import CompressedLayer, DenseLayer
+from specache.cache.compressed_layer import CompressedLayer
+from specache.cache.dense_layer import DenseLayer
 from specache.cache.sequence import Sequence
 from specache.cache.window_layer import WindowLayer
 from specache.config import SpeCacheConfig

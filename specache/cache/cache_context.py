@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from specache.cache.layers import CompressedLayer
+from specache.cache.compressed_layer import CompressedLayer
 from specache.cache.resources import Resources
 from specache.cache.sizes import checkpoint_allowance, fetches, hot_slots, on_disk
 from specache.config import SlowTierKind, SpeCacheConfig

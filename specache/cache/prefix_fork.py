@@ -8,7 +8,7 @@ afresh.
 from __future__ import annotations
 
 from specache.cache.cache_context import CacheContext
-from specache.cache.layers import DenseLayer
+from specache.cache.dense_layer import DenseLayer
 from specache.cache.sequence import Sequence
 from specache.cache.sizes import on_disk
 from specache.config import Policy, SpeCacheConfig

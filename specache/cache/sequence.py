@@ -9,7 +9,8 @@ from torch import Tensor
 
 from specache.attention.dense import KEY_BLOCK
 from specache.cache.cache_context import CacheContext
-from specache.cache.layers import CompressedLayer, DenseLayer
+from specache.cache.compressed_layer import CompressedLayer
+from specache.cache.dense_layer import DenseLayer
 from specache.cache.sizes import CHECKPOINT_FEWEST
 from specache.cache.window_checkpoints import MemoryCheckpoints, Spacing, WindowCheckpoints
 from specache.cache.window_layer import WindowLayer

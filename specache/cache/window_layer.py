@@ -7,7 +7,7 @@ from torch import Tensor
 
 from specache.attention.decode import StepKind
 from specache.attention.dense import attend_part, merge, windowed
-from specache.cache.layers import LayerState
+from specache.cache.base_layer import LayerState
 from specache.cache.sizes import ORDINARY_ITEMSIZE
 from specache.kernels.finite import check_finite
 from specache.kernels.torch.exact import Part

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specache.cache.layers import CompressedLayer
+from specache.cache.compressed_layer import CompressedLayer
 from specache.cache.window_layer import WindowLayer
 from specache.config import PAGE_TOKENS, SpeCacheConfig
 from specache.device.device_hot_set import DeviceHotSet

@@ -12,7 +12,8 @@ from torch import Tensor
 from specache.attention.all_layers import StepOfLayers
 from specache.attention.at_once import decode_at_once
 from specache.attention.decode import StepSpec, mixed_attention, select_first
-from specache.cache.layers import CompressedLayer, DenseLayer
+from specache.cache.compressed_layer import CompressedLayer
+from specache.cache.dense_layer import DenseLayer
 from specache.cache.sequence import Sequence
 from specache.cache.window_layer import WindowLayer
 from specache.config import Policy

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from specache.cache.layers import CompressedLayer
+from specache.cache.compressed_layer import CompressedLayer
 from specache.cache.sequence import Sequence
 from specache.cache.window_checkpoints import Spacing
 from specache.cache.window_layer import WindowLayer

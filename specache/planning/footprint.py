@@ -1,7 +1,7 @@
 """Compute the bytes that each sequence holds in each tier, from a model's dimensions.
 
-The sizes are those of `cache.sizes`, by which `cache.layers` claims them; here is only how many
-pages, slots and tokens a sequence has at each moment.
+The sizes are those of `cache.sizes`, by which `cache.compressed_layer` claims them; here is only
+how many pages, slots and tokens a sequence has at each moment.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Compute the temporary memory of a forward pass, in bytes, from a model's dimensions.
 
 The count covers the tensors that exist at once at the peak of a pass, as the code creates them:
-attention (`attention.dense`, `attention.decode`, `cache.layers`) and the feed-forward layer of a
-Llama-like model. What libraries allocate inside an operation (packed copies of weights, per-thread
-buffers) is not counted.
+attention (`attention.dense`, `attention.decode`, `cache.compressed_layer`) and the feed-forward
+layer of a Llama-like model. What libraries allocate inside an operation (packed copies of weights,
+per-thread buffers) is not counted.
 
 Symbols: `c` tokens of a prefill chunk, `S` low-bit tokens, `n` query rows per sequence of a decode
 step, `e` bytes of an activation.

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from specache.cache.layers import CompressedLayer
+from specache.cache.compressed_layer import CompressedLayer
 from specache.cache.sequence import Sequence
 from specache.cache.sizes import page_layout
 from specache.cache.window_layer import WindowLayer

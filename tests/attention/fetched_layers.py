@@ -7,7 +7,7 @@ from torch import Tensor
 
 from specache.attention.at_once import decode_at_once
 from specache.attention.decode import StepKind, StepSpec, mixed_attention
-from specache.cache.layers import CompressedLayer
+from specache.cache.compressed_layer import CompressedLayer
 from specache.cache.sizes import page_layout
 from specache.config import Policy, SpeCacheConfig
 from specache.kernels.types import AttentionParams

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specache.attention.decode import StepKind
-from specache.cache.layers import CompressedLayer
+from specache.cache.compressed_layer import CompressedLayer
 from specache.config import Policy
 from specache.errors import CorruptRowError, SlowTierError
 from specache.kernels.cpu import native

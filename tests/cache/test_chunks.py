@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from specache.cache.layers import CompressedLayer
+from specache.cache.compressed_layer import CompressedLayer
 from specache.cache.sizes import page_layout
 from specache.config import Code, SpeCacheConfig
 from specache.kernels.types import AttentionParams

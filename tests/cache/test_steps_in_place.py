@@ -7,7 +7,7 @@ import torch
 
 from specache.attention.at_once import decode_at_once
 from specache.attention.decode import StepKind, StepSpec
-from specache.cache.layers import CompressedLayer
+from specache.cache.compressed_layer import CompressedLayer
 from specache.cache.sizes import page_layout
 from specache.config import Policy, SpeCacheConfig
 from specache.errors import NonFiniteError

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import specache
-from specache.cache.layers import CompressedLayer
+from specache.cache.compressed_layer import CompressedLayer
 from specache.config import Policy, SlowTierKind
 from specache.engine.events import Event, NewToken
 from specache.engine.prefix_store import PrefixStore

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import specache
-from specache.cache.layers import CompressedLayer
+from specache.cache.compressed_layer import CompressedLayer
 from specache.cache.sizes import ORDINARY_ITEMSIZE, FastBytes, ordinary_bytes
 from specache.config import Code, Policy
 from specache.engine import model_passes

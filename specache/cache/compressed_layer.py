@@ -1,15 +1,15 @@
-"""The state of a full-attention layer of one sequence: compressed, or dense (policy `full`)."""
+"""A full-attention layer of one sequence: a low-bit copy, a residual, and 16-bit rows."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from specache.attention.dense import JOINED_ROWS, KEY_BLOCK, attend_part, merge, merge_each
-from specache.cache.sizes import ORDINARY_ITEMSIZE, FastBytes, compressed_bytes, dense_capacity
+from specache.cache.base_layer import LayerState
+from specache.cache.sizes import ORDINARY_ITEMSIZE, FastBytes, compressed_bytes
 from specache.config import Code, SpeCacheConfig
 from specache.kernels import dispatch
 from specache.kernels.finite import check_finite
@@ -17,59 +17,11 @@ from specache.kernels.torch.exact import Part
 from specache.kernels.types import AttentionParams, KeptLayer, LowBitKV
 from specache.low_bit.key_scales import KeyScales
 from specache.low_bit.pool import PageTable
-from specache.model.dimensions import row_bytes
-from specache.platform.budget import ByteBudget, Claim
 from specache.rows.fetch import RowFetcher
 from specache.stats import MemoryUse
 from specache.tiers.base import SlowTier
 from specache.tiers.layer_rows import LayerRows
 from specache.tiers.transfer import upload
-
-
-class LayerState(ABC):
-    """One attention layer of one sequence, with keys and values in fast memory.
-
-    Args:
-        index: the layer's number in the model.
-        keys: any keys [Hkv, n, D] of the layer; they determine heads, head dimension, dtype and
-            device.
-        tokens: keys and values that the buffer has room for, all zero at first.
-        claim: the bytes claimed for it.
-    """
-
-    def __init__(self, index: int, keys: Tensor, tokens: int, claim: Claim) -> None:
-        heads, _, dim = keys.shape
-        self.index = index
-        self._claim = claim
-        self._kv_rows = torch.zeros(2, heads, tokens, dim, dtype=keys.dtype, device=keys.device)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of keys and values."""
-        return self._kv_rows.dtype
-
-    @property
-    @abstractmethod
-    def held_bytes(self) -> int:
-        """Bytes held of the budget."""
-
-    @abstractmethod
-    def memory(self, itemsize: int | None = None) -> MemoryUse:
-        """Return the bytes in use, with row elements of `itemsize` bytes (default: the model's)."""
-
-    def random_rows(self, tokens: int) -> Tensor:
-        """Return random keys or values [Hkv, tokens, D], the same in every call."""
-        _, heads, _, dim = self._kv_rows.shape
-        generator = torch.Generator(self._kv_rows.device).manual_seed(0)
-        return torch.randn(heads, tokens, dim, generator=generator, dtype=self.dtype, device=self._kv_rows.device)
-
-    def _row_bytes(self, itemsize: int | None = None) -> int:
-        """Return the bytes of one token's `[K | V]`, all KV heads."""
-        return row_bytes(self._kv_rows.shape[1], self._kv_rows.shape[3], itemsize or self._kv_rows.itemsize)
-
-    def _free(self) -> None:
-        self._kv_rows = self._kv_rows[:, :, :0].clone()
-        self._claim.release()
 
 
 class CompressedLayer(LayerState):
@@ -394,78 +346,3 @@ class CompressedLayer(LayerState):
         start = self.table.length
         self.table.extend(keys.shape[1])
         dispatch.quantise(keys, values, self.low_bit_kv, start)
-
-
-class DenseLayer(LayerState):
-    """A full-attention layer under policy `full`: an ordinary 16-bit cache in fast memory."""
-
-    def __init__(self, index: int, keys: Tensor, budget: ByteBudget) -> None:
-        super().__init__(index, keys, 0, budget.claim(0, "the 16-bit cache (policy 'full')"))
-        self.length = 0
-
-    @property
-    def keys(self) -> Tensor:
-        return self._kv_rows[0, :, : self.length]
-
-    @property
-    def values(self) -> Tensor:
-        return self._kv_rows[1, :, : self.length]
-
-    @property
-    def held_bytes(self) -> int:
-        return self._kv_rows.shape[2] * self._row_bytes()
-
-    def memory(self, itemsize: int | None = None) -> MemoryUse:
-        full = self.length * self._row_bytes(ORDINARY_ITEMSIZE)
-        return MemoryUse(fast=self._kv_rows.shape[2] * self._row_bytes(itemsize), full=full)
-
-    def prefill(self, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
-        check_finite(keys, values, self.index)
-        parts = [attend_part(query, self.keys, self.values, params)] if self.length else []
-        parts.append(attend_part(query, keys, values, params, causal=True))
-        out, _ = merge(parts, params.sinks)
-        self.extend(keys, values)
-        return out
-
-    def extend(self, keys: Tensor, values: Tensor) -> None:
-        """Add n tokens, keys and values [Hkv, n, D]."""
-        needed = self.length + keys.shape[1]
-        if needed > self._kv_rows.shape[2]:
-            capacity = dense_capacity(self.length, needed)
-            size = capacity * self._row_bytes()
-            self._claim.resize(self.held_bytes + size)  # old and new buffer at once
-            grown = self._kv_rows.new_empty(*self._kv_rows.shape[:2], capacity, self._kv_rows.shape[3])
-            grown[:, :, : self.length] = self._kv_rows[:, :, : self.length]
-            self._kv_rows = grown
-            self._claim.resize(size)
-        self._kv_rows[0, :, self.length : needed] = keys
-        self._kv_rows[1, :, self.length : needed] = values
-        self.length = needed
-
-    def decode(self, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
-        """Store one token, then attend exactly with query [Hq, 1, D] -> [Hq, 1, D]."""
-        check_finite(keys, values, self.index)
-        self.extend(keys, values)
-        return merge([attend_part(query, self.keys, self.values, params)], params.sinks)[0]
-
-    def truncate(self, length: int) -> None:
-        self.length = min(self.length, length)
-
-    def can_truncate(self, length: int) -> bool:
-        return True
-
-    def shrink(self) -> None:
-        """Free the room behind the stored tokens."""
-        if self._kv_rows.shape[2] > self.length:
-            self._kv_rows = self._kv_rows[:, :, : self.length].clone()
-            self._claim.resize(self.held_bytes)
-
-    def fork(self) -> DenseLayer:
-        other = DenseLayer(self.index, self._kv_rows[0], self._claim.budget)
-        other._claim.resize(self.held_bytes)
-        other._kv_rows, other.length = self._kv_rows.clone(), self.length
-        return other
-
-    def release(self) -> None:
-        self.length = 0
-        self._free()
