@@ -24,7 +24,7 @@ NEW, PREFIX_BYTES = 24, 200_000_000
 
 
 def text_of(number: int) -> str:
-    return "".join(f"Year {year} of tree {number} was {'wet' if year * number % 3 else 'dry'}. " for year in range(150))
+    return "".join(f"Year {year} of tree {number} was {'wet' if year * number % 3 else 'dry'}. " for year in range(100))
 
 
 def client_of(server: RealServer) -> OpenAI:
@@ -56,67 +56,68 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "prefixes"
 
 
-def test_what_was_read_survives_kill_9_in_the_middle_of_answers(long_folder, folder):
+def test_what_was_read_survives_kills_and_a_restart_in_the_middle_of_answers_and_nothing_else_is_left(long_folder, folder):
+    """Every second kill comes before the prompt is known to be on the disk."""
     for kill in range(KILLS + 1):
         with started(long_folder, folder) as server, client_of(server) as client:
             read = 0
             for number in range(max(0, kill - 2), kill):
                 answer = ask(client, text_of(number))
-                assert answer.usage.prompt_tokens_details.cached_tokens > 0.95 * answer.usage.prompt_tokens
+                kept = number % 2 == 0
+                assert not kept or answer.usage.prompt_tokens_details.cached_tokens > 0.95 * answer.usage.prompt_tokens
                 assert answer.choices[0].message.content == references.answer(long_folder, text_of(number), NEW)
-                read += 0.05 * answer.usage.prompt_tokens
+                read += (0.05 if kept else 1) * answer.usage.prompt_tokens
             assert server.status()["prompt_tokens_read"] <= read
             check_folder(server, folder)
-            if kill < KILLS:
-                kill_in_the_middle(server, client, text_of(kill), saved=kill + 1)
+            if kill == KILLS:
+                restart_in_the_middle(server, text_of(kill))
+            elif kill % 2 == 0:
+                kill_in_the_middle(server, client, text_of(kill))
+            else:
+                kill_while_reading_or_writing(server, client, text_of(kill), read=kill % 4 == 1)
+    with started(long_folder, folder) as server, client_of(server) as client:
+        answer = ask(client, text_of(KILLS))
+        assert answer.usage.prompt_tokens_details.cached_tokens > 0.9 * answer.usage.prompt_tokens
+        assert answer.choices[0].message.content == references.answer(long_folder, text_of(KILLS), NEW)
+        check_folder(server, folder)
+    assert all(is_prefix_name(path.name) or path.name == "lock" for path in folder.iterdir())
 
 
-def kill_in_the_middle(server: RealServer, client: OpenAI, text: str, saved: int) -> None:
+def kill_in_the_middle(server: RealServer, client: OpenAI, text: str) -> None:
     """Kill the server while it answers, as soon as the prompt is on the disk."""
+    before = server.status()["prefixes"]["saved"]
     stream = ask(client, text, stream=True, max_tokens=8000)
     next(iter(stream))
-    status = server.wait_until(lambda status: status["prefixes"]["saved"] == saved, "the prompt on disk")
+    status = server.wait_until(lambda status: status["prefixes"]["saved"] == before + 1, "the prompt on disk")
     assert status["running"] == 1
     server.signal(signal.SIGKILL)
     with pytest.raises((httpx2.HTTPError, OpenAIError)):
         list(stream)
 
 
-def test_a_restart_ends_answers_with_a_last_event_and_finds_the_prefix(long_folder, folder):
-    text = text_of(7)
-    with started(long_folder, folder) as server, client_of(server) as client:
-        body = {
-            "model": SERVED_NAME,
-            "messages": [{"role": "user", "content": text}],
-            "temperature": 0,
-            "max_tokens": 5000,
-            "stream": True,
-        }
-        with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=120, trust_env=False) as response:
-            lines = response.iter_lines()
-            seen = [next(lines) for _ in range(30)]
-            process = server.process
-            process.send_signal(signal.SIGINT)
-            seen += list(lines)
-        process.wait(60)  # the end of the block would give it ten seconds
-        data = [line for line in seen if line.startswith("data:")]
-        assert data[-1] == "data: [DONE]" or '"error"' in data[-1], data[-2:]
-    with started(long_folder, folder) as server, client_of(server) as client:
-        answer = ask(client, text)
-        assert answer.usage.prompt_tokens_details.cached_tokens > 0.9 * answer.usage.prompt_tokens
-        assert answer.choices[0].message.content == references.answer(long_folder, text, NEW)
+def kill_while_reading_or_writing(server: RealServer, client: OpenAI, text: str, *, read: bool) -> None:
+    """Kill the server at once, or when the prompt is read, and perhaps half written."""
+    stream = ask(client, text, stream=True, max_tokens=100)
+    if read:
+        next(iter(stream))
+    server.signal(signal.SIGKILL)
 
 
-def test_nothing_is_left_of_prompts_that_were_being_read_or_written(long_folder, folder):
-    for kill in range(1, 1 + KILLS // 2):
-        with started(long_folder, folder) as server, client_of(server) as client:
-            stream = ask(client, text_of(10 + kill), stream=True, max_tokens=100)
-            if kill % 2:
-                next(iter(stream))  # read, and perhaps half written
-            server.signal(signal.SIGKILL)
-    with started(long_folder, folder) as server, client_of(server) as client:
-        for kill in range(1, 1 + KILLS // 2):
-            text = text_of(10 + kill)
-            assert ask(client, text).choices[0].message.content == references.answer(long_folder, text, NEW)
-        check_folder(server, folder)
-    assert all(is_prefix_name(path.name) or path.name == "lock" for path in folder.iterdir())
+def restart_in_the_middle(server: RealServer, text: str) -> None:
+    """End the server as Ctrl-C does while it answers: the answer has a last event."""
+    body = {
+        "model": SERVED_NAME,
+        "messages": [{"role": "user", "content": text}],
+        "temperature": 0,
+        "max_tokens": 5000,
+        "stream": True,
+    }
+    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=120, trust_env=False) as response:
+        lines = response.iter_lines()
+        seen = [next(lines) for _ in range(30)]
+        process = server.process
+        process.send_signal(signal.SIGINT)
+        seen += list(lines)
+    process.wait(60)  # the end of the block would give it ten seconds
+    data = [line for line in seen if line.startswith("data:")]
+    assert data[-1] == "data: [DONE]" or '"error"' in data[-1], data[-2:]
