@@ -30,7 +30,7 @@ def cache(tmp_path: Path) -> dict[str, str]:
     return {"SPECACHE_CACHE": str(tmp_path), "COLUMNS": "200"}
 
 
-def test_a_pasted_page_is_one_message_and_ctrl_c_at_the_prompt_drops_a_line(chat, cache, tmp_path):
+def test_a_pasted_page_is_one_message_ctrl_c_drops_a_line_and_another_terminal_goes_on(chat, cache, tmp_path):
     with Terminal(*chat, "-n", "3", **cache) as terminal:
         terminal.wait_for("\n> ")
         assert MARKS_PASTES in terminal.seen
@@ -54,12 +54,19 @@ def test_a_pasted_page_is_one_message_and_ctrl_c_at_the_prompt_drops_a_line(chat
         assert terminal.exit_code() == 0
         assert terminal.seen.rfind(UNMARKS_PASTES) > terminal.seen.rfind(MARKS_PASTES)
         assert "Traceback" not in terminal.seen
-    with Terminal(*chat, "-n", "3", **cache) as terminal:  # what was said is shown again
-        earlier = re.sub(r"\r|\x1b\[[0-9;]*m", "", terminal.wait_for("\n> "))
+    assert sessions.show("talk", tmp_path / "sessions").messages == 4
+    with Terminal(*chat, "-n", "3", term="dumb", **cache) as terminal:  # one that knows no marks is not sent them
+        terminal.wait_for("lines")
+        terminal.wait_for("\n> ")
+        earlier = re.sub(r"\r|\x1b\[[0-9;]*m", "", terminal.seen)  # what was said is shown again
         assert f"> {PAGE}\n" in earlier and "> two\nlines\n" in earlier and "half a line" not in earlier
+        terminal.press("one line\r")
+        terminal.wait_for(ANSWERED)
+        terminal.wait_for("> ")
         terminal.press(CTRL_D)
         assert terminal.exit_code() == 0
-    assert sessions.show("talk", tmp_path / "sessions").messages == 4
+        assert "\x1b[?2004" not in terminal.seen
+    assert sessions.show("talk", tmp_path / "sessions").messages == 6
 
 
 def test_ctrl_c_stops_an_answer_and_a_full_conversation_offers_to_go_on(chat, cache, tmp_path):
@@ -83,16 +90,4 @@ def test_ctrl_c_stops_an_answer_and_a_full_conversation_offers_to_go_on(chat, ca
         terminal.press("/exit\r")
         assert terminal.exit_code() == 0
         assert "Traceback" not in terminal.seen
-    assert sessions.show("talk", tmp_path / "sessions").messages == 2
-
-
-def test_a_terminal_that_knows_no_marks_is_not_sent_them(chat, cache, tmp_path):
-    with Terminal(*chat, "-n", "3", term="dumb", **cache) as terminal:
-        terminal.wait_for("> ")
-        terminal.press("one line\r")
-        terminal.wait_for(ANSWERED)
-        terminal.wait_for("> ")
-        terminal.press(CTRL_D)
-        assert terminal.exit_code() == 0
-        assert "\x1b[?2004" not in terminal.seen
     assert sessions.show("talk", tmp_path / "sessions").messages == 2
