@@ -18,7 +18,7 @@ from tests.habits.talk import HABITS, User
 from tests.sessions.sequences import gemma
 from tests.tiny import llama
 
-MODELS = {"llama": lambda: llama(num_hidden_layers=2), "hybrid": gemma}
+MODELS = {"llama": lambda: llama(num_hidden_layers=2), "hybrid": lambda: gemma(layers=2)}
 SETTINGS: list[dict[str, Any]] = [
     {"policy": "on-demand"},
     {"policy": "verified", "slow_tier": "ram"},

@@ -35,10 +35,10 @@ __all__ = [
 ]
 
 
-def gemma(seed: int = 0) -> Any:
+def gemma(seed: int = 0, layers: int = 4) -> Any:
     """Gemma 2: every other layer slides over 48 tokens, scores are capped."""
     torch.manual_seed(seed)
-    sizes = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "initializer_range": 0.2}
+    sizes = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": layers, "initializer_range": 0.2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": WINDOW}
     tokens = {"eos_token_id": None, "bos_token_id": 1, "pad_token_id": 0, "max_position_embeddings": 2048}
     return Gemma2ForCausalLM(Gemma2Config(**sizes, **heads, **tokens)).eval()
