@@ -71,13 +71,16 @@ def plan(model: ModelDimensions, config: SpeCacheConfig, sequences: Sequence[Pla
         config: settings with every `auto` resolved (`SpeCacheConfig.resolved`).
         sequences: the batch, at least one sequence.
     """
-    longest = max(config.low_bit_length(sequence.total) for sequence in sequences)
+    runs = [(sequence, len(list(group))) for sequence, group in groupby(sequences)]  # few, also of a large batch
+    counts: Counter[PlannedSequence] = Counter()
+    for sequence, count in runs:
+        counts[sequence] += count
+    longest = max(config.low_bit_length(sequence.total) for sequence in counts)
     footprint = CacheFootprint(model, config, len(sequences), min(config.top_k, longest))
-    counts = Counter(sequences)
     decode = max(_sum(footprint.first_step, counts), _sum(footprint.last_step, counts), key=lambda held: held.total)
     return MemoryPlan(
-        prefill=max(_prefill_moments(footprint, sequences, counts), key=lambda held: held.total),
-        decode=replace(decode, working_set=_step_working_set(footprint, sequences, longest)),
+        prefill=max(_prefill_moments(footprint, runs, counts), key=lambda held: held.total),
+        decode=replace(decode, working_set=_step_working_set(footprint, counts, longest)),
         slow=sum(footprint.slow(sequence) * count for sequence, count in counts.items()),
         full_cache=sum(ordinary_bytes(model, sequence.total) * count for sequence, count in counts.items()),
         weights=model.weight_bytes,
@@ -91,17 +94,19 @@ def uniform_batch(context: int, batch: int) -> list[PlannedSequence]:
 
 
 def _prefill_moments(
-    footprint: CacheFootprint, sequences: Sequence[PlannedSequence], counts: Counter[PlannedSequence]
+    footprint: CacheFootprint, runs: Sequence[tuple[PlannedSequence, int]], counts: Counter[PlannedSequence]
 ) -> Iterator[FastBytes]:
     """Yield the candidates for the peak of prefilling the sequences one after the other.
 
     Of equal neighbours only the last can be the peak.
+
+    Args:
+        runs: the sequences in order: each with the number of equal neighbours that it stands for.
     """
     model, config = footprint.model, footprint.config
-    continued = any(sequence.stored for sequence in sequences)
+    continued = any(sequence.stored for sequence in counts)
     before = FastBytes()
-    for sequence, group in groupby(sequences):
-        count = sum(1 for _ in group)
+    for sequence, count in runs:
         others = before + footprint.prefilled(sequence).times(count - 1)
         if continued:  # sequences that follow already hold stored tokens
             others = _sum(footprint.between_steps, counts - Counter([sequence]))
@@ -115,19 +120,19 @@ def _prefill_moments(
         yield from (replace(others + moment, working_set=working_set) for moment in footprint.while_prefilled(sequence))
 
 
-def _step_working_set(footprint: CacheFootprint, sequences: Sequence[PlannedSequence], longest: int) -> int:
+def _step_working_set(footprint: CacheFootprint, counts: Counter[PlannedSequence], longest: int) -> int:
     """Return the working set of a decode step and of what can happen inside one.
 
     A hot set that grows exists twice. A sequence that crosses a RoPE switch is prefilled again.
     """
     model, config = footprint.model, footprint.config
-    step = decode_bytes(model, config, len(sequences), longest)
-    step += max(footprint.growing(sequence, sequence.total) for sequence in set(sequences))
+    step = decode_bytes(model, config, counts.total(), longest)
+    step += max(footprint.growing(sequence, sequence.total) for sequence in counts)
     # the number of pairs grows with the first groups
-    if any(sequence.stored for sequence in sequences) or config.top_k > config.group_size:
-        step += max(footprint.largest_hot_set(sequence) for sequence in set(sequences))
+    if any(sequence.stored for sequence in counts) or config.top_k > config.group_size:
+        step += max(footprint.largest_hot_set(sequence) for sequence in counts)
     switch = model.rope_switch
-    if switch is not None and any(sequence.prompt <= switch < sequence.total for sequence in sequences):
+    if switch is not None and any(sequence.prompt <= switch < sequence.total for sequence in counts):
         step = max(step, prefill_bytes(model, config, switch + 1, 0))
     return step
 

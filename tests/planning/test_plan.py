@@ -57,6 +57,20 @@ def test_a_3b_models_long_context_has_the_published_sizes(llama_3b):
     assert ours.decode.low_bit == low_bit_tokens * 2 * 28 * 8 * 128 * 2.25 / 8
 
 
+def test_equal_sequences_are_worked_out_once(llama_3b, monkeypatch):
+    """Searches for the largest batch plan batches of hundreds of thousands."""
+    worked_out, real = [], SpeCacheConfig.low_bit_length
+
+    def noted(config: SpeCacheConfig, length: int) -> int:
+        worked_out.append(length)
+        return real(config, length)
+
+    monkeypatch.setattr(SpeCacheConfig, "low_bit_length", noted)
+    few, many = (plan(llama_3b, resolved(), uniform_batch(3000, batch)) for batch in (2, 10_000))
+    assert len(worked_out) < 1000
+    assert (many.slow, many.decode.low_bit) == (5000 * few.slow, 5000 * few.decode.low_bit)
+
+
 def test_the_planned_residual_has_the_allocated_size():
     config = LlamaConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=3, vocab_size=97)
     model = dimensions_of(without_weights(config, torch.float32), device="cpu")
