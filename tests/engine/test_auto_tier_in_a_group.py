@@ -20,8 +20,8 @@ from specache.planning.footprint import PlannedSequence
 from specache.planning.plan import plan
 from specache.platform import heap
 
-WIDE = Shape("wide", 4, 64, 96, 16, 16, 64, 97, 10_000.0, True)  # a small model with a large cache: 16 KB per token
-TOKENS, NEW = 4000, 4
+WIDE = Shape("wide", 4, 64, 96, 16, 16, 64, 97, 10_000.0, True)  # a small model with a large cache: 32 KB per token
+TOKENS, NEW = 2000, 4
 SPARE = 32 << 20  # what a process takes besides, from one prompt to the next
 
 
@@ -59,7 +59,7 @@ def generate(model: Any, ids: torch.Tensor) -> tuple[str, list[int]]:
 
 def test_rows_go_to_disk_if_half_fit_and_stay_in_memory_if_all_fit(limits, tmp_path, monkeypatch):
     monkeypatch.setenv("SPECACHE_CACHE", str(tmp_path))
-    source = RandomModel(WIDE, Weights.BF16)
+    source = RandomModel(WIDE, Weights.FP32)
     with MemoryGroup() as group, closing(Child(answer_twice, source, group.entered())) as child:
         needed, rows = child.receive()
         group.forget_peak()

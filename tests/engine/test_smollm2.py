@@ -9,7 +9,7 @@ import pytest
 import specache
 from benchmarks.policies import compare, full_answer, prompt_ids
 
-TOKENS, NEW = 1500, 40
+TOKENS, NEW = 600, 24
 
 
 @pytest.mark.slow

@@ -41,6 +41,19 @@ def real(request: pytest.FixtureRequest) -> LoadedModel:
     return request.getfixturevalue("tiny" if request.param == "bytes" else "demo_model")
 
 
+@pytest.fixture(scope="module")
+def asked(real: LoadedModel) -> tuple[torch.Tensor, str]:
+    return stock_answer(real, "Why is the sky blue?")
+
+
+@pytest.fixture(scope="module")
+def stopped(real: LoadedModel, asked: tuple[torch.Tensor, str]) -> tuple[dict[str, Any], torch.Tensor]:
+    """Return arguments with stop strings, of which the second occurs, and stock's tokens."""
+    ids, answer = asked
+    arguments = {**_unstopped(ids), "stop_strings": ["never said", ascii_piece(answer, 8)], "tokenizer": real.tokenizer}
+    return arguments, real.model.generate(ids, **arguments)
+
+
 def stock_answer(loaded: LoadedModel, text: str) -> tuple[torch.Tensor, str]:
     """Return a prompt, and stock generate's answer without an end token."""
     template = ChatTemplate(loaded.tokenizer)
@@ -69,20 +82,17 @@ def ascii_piece(text: str, start: int) -> str:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_stop_string_ends_the_answer_where_stock_ends_it(real, policy):
-    ids, answer = stock_answer(real, "Why is the sky blue?")
-    stops = ["never said", ascii_piece(answer, 8)]
-    arguments = {**_unstopped(ids), "stop_strings": stops, "tokenizer": real.tokenizer}
-    expected = real.model.generate(ids, **arguments)
+def test_a_stop_string_ends_the_answer_where_stock_ends_it(real, asked, stopped, policy):
+    (ids, _), (arguments, expected) = asked, stopped
     tokens, reasons = ours(real.model, ids, policy, **arguments)
     assert torch.equal(tokens, expected)
     assert reasons == ["stop"]
-    assert stops[1] in _decode(real, tokens, ids)
+    assert arguments["stop_strings"][1] in _decode(real, tokens, ids)
     assert tokens.shape[1] < ids.shape[1] + NEW
 
 
-def test_a_stop_string_that_never_occurs_changes_nothing(real):
-    ids, answer = stock_answer(real, "Why is the sky blue?")
+def test_a_stop_string_that_never_occurs_changes_nothing(real, asked):
+    ids, answer = asked
     arguments = {**_unstopped(ids), "stop_strings": "\u2603 never", "tokenizer": real.tokenizer, "eos_token_id": []}
     tokens, reasons = ours(real.model, ids, **arguments)
     assert _decode(real, tokens, ids) == answer
