@@ -13,8 +13,8 @@ from openai import AsyncOpenAI
 from tests.server import references
 from tests.server.real_server import SERVED_NAME, RealServer, idle
 
-CLIENTS, NEW = 16, 32
-DOCUMENT = "".join(f"Ring {number} of the tree tells of year {number * 7 % 1000}. " for number in range(170))  # 6,000 tokens
+CLIENTS, NEW = 16, 16
+DOCUMENT = "".join(f"Ring {number} of the tree tells of year {number * 7 % 1000}. " for number in range(60))  # 2,100 tokens
 QUESTIONS = [f"{DOCUMENT} Question {index}: which ring was wet, and why {'so ' * index}?" for index in range(CLIENTS)]
 KEYS = ("first-key-of-the-tests", "second-key-of-the-tests")
 
