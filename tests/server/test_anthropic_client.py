@@ -1,4 +1,4 @@
-"""The official Anthropic client against a server behind real sockets, and a real process."""
+"""The official Anthropic client against a server behind real sockets."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from anthropic import Anthropic, AsyncAnthropic
 from pydantic import BaseModel
 
 from specache.engine.prefix_store import PrefixStore
-from tests.server import references
 from tests.server.live_server import Live, live, wait_until
-from tests.server.real_server import RealServer, idle
 from tests.server.scripted_model import scripted
 from tests.server.tiny_server import SHORT, printable_model
 
@@ -269,17 +267,3 @@ def test_the_beta_client_of_agents_is_served(client):
         extra_body=GREEDY,
     )
     assert message.content[0].text and message.stop_reason == "max_tokens"
-
-
-def test_the_real_model_answers_as_generate_does(demo_model):
-    text = "Name three colours of the rainbow."
-    expected = references.answer("demo", text, 12)
-    fields: Any = {"model": "demo", "max_tokens": 12}
-    with RealServer("demo", name="demo") as server, Anthropic(base_url=server.url, api_key="none", timeout=300) as client:
-        whole, pieces = ask(client, text, **fields), streamed(client, text, **fields)
-        counted = client.messages.count_tokens(model="demo", messages=[{"role": "user", "content": text}])
-        forced = ask(client, text, model="demo", max_tokens=60, tools=[WEATHER], tool_choice={"type": "any"})
-        server.wait_until(idle, "idle")
-    assert whole.content[0].text == pieces.content[0].text == expected and len(expected) > 10
-    assert counted.input_tokens == whole.usage.input_tokens == len(references.chat_ids("demo", text))
-    assert forced.content[-1].type == "tool_use" and set(forced.content[-1].input) == {"city"}

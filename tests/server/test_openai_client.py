@@ -13,7 +13,6 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel, Field
 
-from specache.cli.models import Dtype
 from tests.server import references
 from tests.server.real_server import SERVED_NAME, RealServer, idle
 
@@ -209,39 +208,6 @@ def test_a_request_that_cannot_be_served_is_refused_by_name(client, changes, err
     with pytest.raises(error) as refused:
         client.chat.completions.create(**given)
     assert message in str(refused.value) and refused.value.body["type"] and refused.value.body["message"]
-
-
-def test_the_real_model_answers_as_generate_does(demo_model):
-    text = "Name three colours of the rainbow. Answer briefly."
-    expected = references.answer("demo", text, 32)
-    with RealServer("demo", name="demo") as server, OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300) as client:
-        whole = ask(client, text, model="demo", max_tokens=32).choices[0].message.content
-        pieces, _ = streamed(client, text, model="demo", max_tokens=32)
-        document = "The old tree had forty rings. " * 60
-        shared = [ask(client, f"{document}{question}", model="demo", max_tokens=16) for question in ("How old?", "Which tree?")]
-        expected_late = references.answer("demo", f"{document}Which tree?", 16)
-    assert whole == pieces == expected and len(whole) > 10
-    assert shared[1].choices[0].message.content == expected_late
-    assert shared[1].usage.prompt_tokens_details.cached_tokens > 350
-
-
-def test_in_bfloat16_the_first_difference_is_a_near_tie(demo_model):
-    """Products of more rows round differently, which decides only between tokens as likely."""
-    document = "The old tree had forty rings, and the young one had three. " * 15
-    texts = [f"{document}{question}" for question in ("How old is the old tree?", "Which tree is young?", "Name both trees.")]
-    rounding = RealServer("demo", name="demo", dtype="bfloat16")
-    with rounding as server, OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300) as client:
-        choices = [ask(client, text, model="demo", max_tokens=20, logprobs=True).choices[0] for text in texts]
-    tokenizer = demo_model.tokenizer
-    for text, choice in zip(texts, choices, strict=True):
-        prompt = references.chat_ids("demo", text)
-        expected = references.answer_ids("demo", prompt, 20, Dtype.BFLOAT16, do_sample=False)
-        pieces = [tokenizer.decode([token]) for token in expected]
-        said = [entry.token for entry in choice.logprobs.content]
-        differs = next((index for index, pair in enumerate(zip(said, pieces, strict=False)) if pair[0] != pair[1]), None)
-        if differs is not None:
-            top = references.log_probabilities("demo", prompt + expected[:differs], Dtype.BFLOAT16)[-1].topk(2).values
-            assert top[0] - top[1] < 0.3, (said, pieces)
 
 
 WEATHER = {
