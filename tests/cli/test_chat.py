@@ -108,8 +108,8 @@ def test_a_real_models_second_turn_is_what_stock_answers_to_the_whole_conversati
     for question in questions:
         messages.append({"role": "user", "content": question})
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        output = model.generate(**prompt, max_new_tokens=24, do_sample=False)
+        output = model.generate(**prompt, max_new_tokens=12, do_sample=False)
         answers.append(tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
         messages.append({"role": "assistant", "content": answers[-1]})
-    chat = ("chat", "-m", "demo", "-n", "24", "--dtype", "float32")
+    chat = ("chat", "-m", "demo", "-n", "12", "--dtype", "float32")
     assert run(*chat, stdin="\n".join(questions) + "\n").stdout == "\n".join(answers) + "\n"

@@ -237,11 +237,13 @@ def test_a_model_too_large_for_a_device_says_so(monkeypatch):
 
 
 def test_this_machine_is_measured(tiny_folder, monkeypatch):
-    from specache.bench import calibration
+    from specache.bench import calibration, plain_read
 
     monkeypatch.setattr(calibration, "CONTEXTS", (192, 256))
     monkeypatch.setattr(calibration, "ROWS", (1, 2))
     monkeypatch.setattr(calibration, "PRODUCT", 64)
+    monkeypatch.setattr(calibration, "STEPS", 1)
+    monkeypatch.setattr(plain_read.LargeArray.__init__, "__defaults__", (1 << 20,))  # as if the caches were small
     document = plan_json("plan", "-m", tiny_folder, "--context", "200", "--gpu", "cpu")
     assert document["roofline"]["device"]["kind"] == "cpu"
     assert set(document["roofline"]["measured"]["costs"]) == {one["method"] for one in document["roofline"]["methods"]}
