@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch.nn.modules.module import register_module_forward_pre_hook
 
 from specache.cli.demo_document import DemoError, make_task
+from specache.cli.models import LoadedModel
 from tests.cli.running import one_line, run, run_json
 from tests.cli.tiny_chat import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
+
+
+@dataclass
+class Shown:
+    """A demo's document, the tokens of each pass, and the folder of temporary files."""
+
+    document: dict[str, Any]
+    read: list[int]
+    folder: Path
 
 
 def test_the_same_seed_plants_the_same_number_in_the_same_document():
@@ -50,8 +63,27 @@ def test_an_answer_is_right_if_it_has_the_number():
         assert not task.is_right(f"It is {wrong}.")
 
 
-def test_a_real_model_answers_three_times_over_one_prefill_and_once_from_the_session(demo_model):
-    document = run_json("demo", "--tokens", "900", "--seed", "3", "--depth", "0.5")
+@pytest.fixture(scope="module")
+def shown(demo_model: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Shown:
+    """One demo of the real model, run by its defaults."""
+    read: list[int] = []
+    folder = tmp_path_factory.mktemp("temporary")
+
+    embed = torch.nn.Embedding.forward
+
+    def counting(module: torch.nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
+        read.append(ids.shape[1])
+        return embed(module, ids)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.Embedding, "forward", counting)  # beside a hook there would be no draft tokens
+        patch.setattr(tempfile, "tempdir", str(folder))
+        document = run_json("demo", "--tokens", "600", "--seed", "3", "--depth", "0.5")
+    return Shown(document, read, folder)
+
+
+def test_a_real_model_answers_three_times_over_one_prefill_and_once_from_the_session(shown):
+    document = shown.document
     ours, full, alone = document["runs"]
     assert [run["config"]["policy"] for run in (ours, full, alone)] == ["on-demand", "full", "none"]
     assert ours["right"] and full["right"]
@@ -64,42 +96,24 @@ def test_a_real_model_answers_three_times_over_one_prefill_and_once_from_the_ses
     assert again["prompt_tokens"] - again["reused_tokens"] < 40 < again["reused_tokens"]
 
 
-def test_another_policy_can_be_shown(demo_model):
-    document = run_json("demo", "--tokens", "400", "--seed", "3", "--policy", "verified")
-    assert [run["config"]["policy"] for run in document["runs"]] == ["verified", "full", "none"]
-    assert document["runs"][0]["stats"]["guess_rate"] is not None
+def test_the_demo_leaves_nothing_behind(shown):
+    assert not list(shown.folder.iterdir())
 
 
-def test_the_demo_leaves_nothing_behind(demo_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    run_json("demo", "--tokens", "400", "--seed", "3")
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_answers_share_one_prefill(demo_model):
-    read = []
-
-    def counting(module, inputs):
-        if isinstance(module, torch.nn.Embedding):
-            read.append(inputs[0].shape[1])
-
-    hook = register_module_forward_pre_hook(counting)
-    try:
-        document = run_json("demo", "--tokens", "400", "--seed", "3")
-    finally:
-        hook.remove()
-    prompt = document["runs"][0]["prompt_tokens"]
-    runs = [*document["runs"], document["next"]["run"]]
+def test_the_answers_share_one_prefill(shown):
+    prompt = shown.document["runs"][0]["prompt_tokens"]
+    runs = [*shown.document["runs"], shown.document["next"]["run"]]
     answers = sum(2 * run["new_tokens"] + 2 for run in runs) + runs[-1]["prompt_tokens"] - runs[-1]["reused_tokens"]
-    assert prompt < sum(read) < prompt + answers
+    assert prompt < sum(shown.read) < prompt + answers
 
 
-def test_the_table_shows_what_came_out(demo_model, monkeypatch):
+def test_the_table_shows_what_came_out_of_another_policy_and_other_bits(demo_model, monkeypatch):
     monkeypatch.setenv("COLUMNS", "140")
-    result = run("demo", "--tokens", "500", "--seed", "3", "--depth", "0.5", "--bits", "4")
+    result = run("demo", "--tokens", "400", "--seed", "3", "--bits", "4", "--policy", "verified", "--top-k", "64")
     text = one_line(result.stdout)
     rows = ("answer", "fast memory", "slow memory", "time to first", "tokens per second", "tokens read for it", "on disk")
     assert all(row in text for row in rows)
+    assert re.search(r"guesses right \d+% - -", text.replace("\N{BOX DRAWINGS LIGHT VERTICAL}", " "))  # the first cache guesses
     assert "(seed 3)" in text and "SpeCache, 4 bits" in text
 
 
