@@ -5,21 +5,25 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import time
 from contextlib import closing
 from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from specache.bench import control_group
+from specache.bench import control_group, memory
 from specache.bench.base import BenchContext
 from specache.bench.child import Child, ChildEnded
 from specache.bench.control_group import MemoryGroup
 from specache.bench.memory import Memory
 from specache.bench.shapes import RandomModel, Shape, Weights
 from specache.errors import BenchmarkError, ConfigError
+from specache.model.dimensions import dimensions_of
+from tests.bench.memory_children import fail, hold
+from tests.bench.tiny_shape import tiny_model
 
-WIDE = Shape("wide", 4, 64, 96, 16, 16, 64, 97, 10_000.0, True)  # a small model with a large cache: 16 KB per token
+WIDE = Shape("wide", 2, 64, 96, 16, 16, 256, 97, 10_000.0, True)  # a small model with a large cache: 32 KB per token
 MEGABYTE = 1 << 20
 
 
@@ -32,24 +36,10 @@ def limits() -> None:
         pytest.skip(str(error))
 
 
-def hold(connection: Connection, size: int) -> None:
-    """Fill `size` bytes of memory."""
-    connection.send(None)
-    connection.recv()
-    memory = bytearray(size)
-    memory[::4096] = b"x" * len(memory[::4096])
-    connection.send(len(memory))
-    time.sleep(60)
-
-
 def make_a_group_and_die(made: Connection) -> None:
     group = MemoryGroup()
     made.send((group.folder, group.folder.exists()))
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def fail(connection: Connection, message: str) -> None:
-    raise ValueError(message)
 
 
 def test_a_process_that_needs_more_is_killed_and_one_that_needs_less_is_not(limits):
@@ -100,17 +90,30 @@ def test_an_error_in_the_child_process_is_reported():
 
 
 @pytest.mark.slow
-def test_the_disk_tier_completes_where_the_ordinary_cache_is_killed(limits, tmp_path):
-    benchmark = Memory(context=8000, times=2.0, short=1500, chunk=128, steps=2, hot_set=0.02, top_k=16, dir=tmp_path)
+def test_the_disk_tier_completes_where_the_ordinary_cache_is_killed(limits, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "BASELINES", 1)  # this process has read the files already
+    benchmark = Memory(context=2400, times=2.0, short=500, chunk=128, steps=2, hot_set=0.02, top_k=16, dir=tmp_path)
     results = benchmark.run(BenchContext(RandomModel(WIDE, Weights.BF16))).results
     outcome = [(result["method"], result["context"], result["completed"]) for result in results]
-    assert outcome == [("specache", 1000, True), ("specache", 8000, True), ("dynamic", 1500, True), ("dynamic", 8000, False)]
+    assert outcome == [("specache", 1000, True), ("specache", 2400, True), ("dynamic", 500, True), ("dynamic", 2400, False)]
     base, ours, fits, killed = results
-    assert base["limit_bytes"] is None and ours["cache_bytes"] == 8000 * 4 * 2 * 16 * 64 * 2
+    assert base["limit_bytes"] is None and ours["cache_bytes"] == 2400 * 2 * 2 * 16 * 256 * 2
     assert ours["limit_bytes"] == base["peak_bytes"] + ours["room_bytes"] and ours["cache_bytes"] >= 2 * ours["room_bytes"]
     assert ours["peak_bytes"] <= ours["limit_bytes"] and ours["ms_per_step"] > 0 and fits["ms_per_step"] > 0
-    assert killed["ms_per_step"] is None and killed["read_tokens"] < 8000
+    assert killed["ms_per_step"] is None and killed["read_tokens"] < 2400
     assert os.listdir(tmp_path) == []
+
+
+def test_the_lower_of_two_peaks_is_the_base_of_the_limit(monkeypatch, tmp_path):
+    dimensions = dimensions_of(tiny_model().load())
+    peaks = iter([900, 700, 800, 800, 800])
+
+    def measure(self: Memory, bench: BenchContext, folder: Path, method: str, context: int, limit: int | None) -> Any:
+        return {"context": context, "limit_bytes": limit, "peak_bytes": next(peaks)}, dimensions
+
+    monkeypatch.setattr(Memory, "_measure", measure)
+    base, ours, *_ = Memory(context=2000, dir=tmp_path).run(BenchContext(tiny_model())).results
+    assert base["peak_bytes"] == 700 and ours["limit_bytes"] == 700 + ours["room_bytes"]
 
 
 def test_settings_that_cannot_be_measured_are_refused():

@@ -19,7 +19,7 @@ from specache.bench.gpu_check.checks import Check, PartRun
 from specache.bench.gpu_check.device_text import device_text
 from specache.bench.gpu_check.marked_tests import cuda_tests, run_tests
 from specache.bench.gpu_check.part_runner import Run, run_parts
-from specache.bench.gpu_check.parts import Part
+from specache.bench.gpu_check.parts import PARTS, Part
 from specache.bench.gpu_check.states import PartJob
 from specache.bench.torch_attention import gpu_baselines
 from specache.planning.roofline.device_file import device_from_file
@@ -72,6 +72,13 @@ def test_tiny_sizes_stand_for_all_of_them():
 
 # The tests marked `cuda`
 
+
+@pytest.fixture
+def no_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let processes of pytest start without the plugins that are installed, which takes seconds."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+
+
 TESTS = """
 import os, signal, pytest
 def test_first(): pass
@@ -85,7 +92,7 @@ def test_last(): pass
 
 
 @pytest.mark.parametrize("processes", [1, 3])
-def test_tests_go_on_after_a_crash_and_after_the_gpu_is_lost(tmp_path, processes):
+def test_tests_go_on_after_a_crash_and_after_the_gpu_is_lost(tmp_path, no_plugins, processes):
     tree = tmp_path / "tree"
     tree.mkdir()
     (tree / "test_some.py").write_text(TESTS)
@@ -115,7 +122,7 @@ def test_hangs():
 """
 
 
-def test_a_test_that_hangs_is_named(tmp_path, monkeypatch):
+def test_a_test_that_hangs_is_named(tmp_path, no_plugins, monkeypatch):
     tree = tmp_path / "tree"
     tree.mkdir()
     (tree / "test_some.py").write_text(HANGS.format(file=str(tmp_path / "waits")))
@@ -253,10 +260,9 @@ def test_a_file_that_is_no_result_is_replaced(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # minutes, on a busy machine many
 def test_everything_passes_on_a_cpu(tmp_path):
-    """`make gpu-check DEVICE=cpu`: a mistake in the script shows here and not on a GPU."""
-    from specache.bench.gpu_check.parts import PARTS
-
-    results = run_parts(PARTS, Run(tmp_path / "out", "cpu", slack=10.0), print)
+    """`make gpu-check DEVICE=cpu`, in one process: a mistake shows here, not on a GPU."""
+    everything = Part(1, "environment", "tests.bench.gpu_check.all_parts:run", sum(one.seconds for one in PARTS))
+    results = run_parts([everything], Run(tmp_path / "out", "cpu", slack=10.0), print)
     print((tmp_path / "out" / report.TEXT_NAME).read_text())
     assert results.status == "passed"
     found = {name: len(rows) for record in results.parts.values() for name, rows in record["tables"].items()}
