@@ -9,9 +9,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from specache.kernels import dispatch
 from specache.platform import machine
 
 _CHECKOUT = Path(__file__).resolve().parents[2]
@@ -21,6 +18,10 @@ _GIT_SECONDS = 10
 
 def describe_origin() -> dict[str, Any]:
     """Return the origin of cells that this process measures, JSON-ready."""
+    import torch  # takes seconds, and a commit needs none of it
+
+    from specache.kernels import dispatch
+
     return {
         "commit": checkout_commit(),
         "date": datetime.now(UTC).date().isoformat(),
