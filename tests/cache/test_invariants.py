@@ -76,6 +76,17 @@ def model() -> Any:
 
 
 @pytest.fixture(scope="module")
+def undisturbed(model: Any) -> Callable[..., Any]:
+    """`run` over the prompt, once for all tests that compare something else with it."""
+
+    @lru_cache
+    def run_once(config: specache.SpeCacheConfig, new: int = NEW) -> Any:
+        return run(model, prompt(200), config, new)
+
+    return run_once
+
+
+@pytest.fixture(scope="module")
 def references(model: Any, full: tuple[list[int], torch.Tensor]) -> Callable[[specache.SpeCacheConfig], reference.ReferenceOutput]:
     """The reference along the full cache's answer, run once for all tiers: it has none."""
 
@@ -187,9 +198,9 @@ def force_guesses(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_verified_does_not_depend_on_the_draft_token(model, monkeypatch, seed):
+def test_verified_does_not_depend_on_the_draft_token(model, undisturbed, monkeypatch, seed):
     config = settings(policy="verified", slow_tier="ram")
-    expected_tokens, expected, right = run(model, prompt(200), config)
+    expected_tokens, expected, right = undisturbed(config)
     force_guesses(monkeypatch, seed)
     tokens, logits, wrong = run(model, prompt(200), config)
     assert wrong["guess_rate"] < right["guess_rate"]
@@ -205,8 +216,8 @@ def test_the_papers_policy_does_depend_on_the_draft_token(model, monkeypatch):
 
 
 @pytest.mark.parametrize("hot_set", [0.0, 0.05, 1.0, 10_000])
-def test_verified_does_not_depend_on_the_tier_or_the_hot_set(model, hot_set):
-    expected = run(model, prompt(200), settings(policy="verified", slow_tier="ram-inplace"))
+def test_verified_does_not_depend_on_the_tier_or_the_hot_set(model, undisturbed, hot_set):
+    expected = undisturbed(settings(policy="verified", slow_tier="ram-inplace"))
     tokens, logits, _ = run(model, prompt(200), settings(policy="verified", slow_tier="ram", hot_set=hot_set))
     assert tokens == expected[0]
     assert torch.equal(logits, expected[1])
@@ -230,9 +241,9 @@ def test_verified_gives_the_tokens_of_on_demand(model):
 
 @pytest.mark.parametrize("chunk", [1, 16, 63, 199])
 @pytest.mark.parametrize(("policy", "top_k"), [("full", 8), ("verified", EVERYTHING), ("previous", EVERYTHING)])
-def test_chunked_prefill_equals_unchunked(model, chunk, policy, top_k):
+def test_chunked_prefill_equals_unchunked(model, undisturbed, chunk, policy, top_k):
     changes = {"policy": policy, "slow_tier": "ram", "top_k": top_k}
-    whole = run(model, prompt(200), settings(**changes, prefill_chunk=4096), new=20)
+    whole = undisturbed(settings(**changes, prefill_chunk=4096), new=20)
     parts = run(model, prompt(200), settings(**changes, prefill_chunk=chunk), new=20)
     assert parts[0] == whole[0]
     assert (parts[1] - whole[1]).abs().max() < 1e-4

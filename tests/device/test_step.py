@@ -5,6 +5,7 @@ would have left them.
 from __future__ import annotations
 
 import warnings
+from functools import lru_cache
 
 import pytest
 import torch
@@ -35,6 +36,12 @@ def model():
     return llama(num_hidden_layers=2)
 
 
+@pytest.fixture(scope="module")
+def ordinary(model):
+    """An ordinary answer to (150, 97) tokens, once for all orders of the static steps' queues."""
+    return lru_cache(lambda settings, new: answer(model, settings, (150, 97), new))
+
+
 @pytest.mark.parametrize("code", ["kivi", "rotated"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_static_steps_give_the_ordinary_tokens_and_logits(model, monkeypatch, policy, code):
@@ -53,7 +60,7 @@ def test_logits_equal_the_references(model, monkeypatch, policy, code):
     settings = config(policy=policy, code=code, prefill_chunk=4096)
     expected = reference.generate(model, prompt(150), settings, 40)
     with static_steps(monkeypatch) as steps, specache.SpeCache(model, settings) as cache:
-        tokens, logits, _ = run(model, prompt(150), settings, answer=expected.tokens, cache=cache)
+        tokens, logits, _ = run(model, prompt(150), settings, 40, expected.tokens, cache)
         turned = a_code_turned(cache, expected)
     assert tokens == expected.tokens and steps == [1] * 39
     assert (logits - expected.logits).abs().max() < (5e-3 if turned else 1e-3)
@@ -70,9 +77,9 @@ def test_static_steps_equal_the_ordinary_ones_in_other_layouts(model, monkeypatc
 
 
 @pytest.mark.parametrize(("order", "seed"), orders(seeds=1))
-def test_missing_rows_may_come_on_the_copy_queue(model, monkeypatch, order, seed):
+def test_missing_rows_may_come_on_the_copy_queue(model, ordinary, monkeypatch, order, seed):
     settings = config(cuda_reads="copy", hot_set=0.0)
-    eager = answer(model, settings, (150, 97), 12)
+    eager = ordinary(settings, 12)
     streams = SimulatedStreams(order, seed)
     run, on_the_copy_queue = streams.run, []
 
@@ -99,10 +106,10 @@ def test_soft_caps_and_sinks_give_the_ordinary_tokens(monkeypatch, kind):
 
 
 @pytest.mark.parametrize(("order", "seed"), orders(seeds=2))
-def test_the_copy_queue_may_be_early_or_late(model, monkeypatch, order, seed):
+def test_the_copy_queue_may_be_early_or_late(model, ordinary, monkeypatch, order, seed):
     """Also with rows that are still on their way to the slow tier."""
     settings = config()
-    eager = answer(model, settings, (150, 97), 20)
+    eager = ordinary(settings, 20)
     streams = SimulatedStreams(order, seed)
     memory = MainMemory(streams, PinnedPool(block_bytes=1 << 20, allocate=pageable))
     monkeypatch.setattr(CacheContext, "new_tier", lambda context: memory.new_tier())
