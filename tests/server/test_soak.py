@@ -159,11 +159,7 @@ def alone(server: RealServer, body: dict[str, Any]) -> str:
 
 def test_many_clients_that_come_and_go(server):
     before, soak = measured(server), Soak()
-    t0 = time.monotonic()
     asyncio.run(run(server, soak))
-    print(
-        "SOAK", time.monotonic() - t0, len(soak.warm), len(soak.late), soak.statuses, before, soak.warm, soak.late, server.status()
-    )
     assert not soak.problems, (len(soak.problems), soak.problems[:5], server.log)
     assert set(soak.statuses) <= {"200", "429"} and soak.statuses["200"] > CLIENTS, soak.statuses
 
