@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,13 @@ print(compile_job._children[0].pid)
 
 
 @pytest.fixture
-def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """An empty cache. No child that a test has started compiles for nobody afterwards."""
     torch._dynamo.reset()
     counters.clear()
     monkeypatch.setenv("SPECACHE_CACHE", str(tmp_path))
-    return tmp_path
+    yield tmp_path
+    compile_job._end_children()
 
 
 def answer(model: Any) -> tuple[list[int], int, str | None]:
