@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import suppress
-from itertools import groupby
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -39,16 +39,19 @@ class Slab:
         """Return whether slabs on `device` are lazy: on a CPU with `MADV_DONTNEED`."""
         return device.type == "cpu" and hasattr(mmap, "MADV_DONTNEED")
 
-    def give_back(self, free: Iterable[int]) -> None:
+    def give_back(self, free: Sequence[int]) -> None:
         """Return free pages (their numbers) to the system, as far as they fill its own pages."""
         if self._mapping is None:
             return
         if hasattr(mmap, "MADV_NOHUGEPAGE"):  # or the system would fill the gaps again to make huge pages
             with suppress(OSError):
                 self._mapping.madvise(mmap.MADV_NOHUGEPAGE)
-        for _, run in groupby(enumerate(sorted(free)), key=lambda pair: pair[1] - pair[0]):
-            numbers = [number for _, number in run]
-            start = -(-numbers[0] * self._page_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-            stop = (numbers[-1] + 1) * self._page_bytes // mmap.PAGESIZE * mmap.PAGESIZE
+        numbers = numpy.sort(numpy.array(free, numpy.int64))
+        for run in numpy.split(numbers, numpy.flatnonzero(numpy.diff(numbers) != 1) + 1):
+            if not len(run):
+                continue
+            first, last = int(run[0]), int(run[-1])
+            start = -(-first * self._page_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+            stop = (last + 1) * self._page_bytes // mmap.PAGESIZE * mmap.PAGESIZE
             if start < stop:
                 self._mapping.madvise(mmap.MADV_DONTNEED, start, stop - start)
