@@ -28,6 +28,13 @@ question = "fidelity"
 minutes = 1
 command = "eval fidelity -m {tiny} --lengths 200 --new 4 --along text --threads 1 --methods full,specache"
 """
+UNKNOWN = """
+[[runs]]
+name = "unknown-task"
+question = "context"
+minutes = 1
+command = "eval juggling -m {tiny}"
+"""
 OTHERS = """
 [[runs]]
 name = "second"
@@ -39,13 +46,6 @@ name = "of-another-model"
 question = "fidelity"
 minutes = 3
 command = "eval fidelity -m {absent}"
-"""
-UNKNOWN = """
-[[runs]]
-name = "unknown-task"
-question = "context"
-minutes = 1
-command = "eval juggling -m {tiny}"
 """
 SECONDS = 900  # only how long a test that fails takes to do so
 needs_git = pytest.mark.skipif(checkout_commit() is None, reason="not a checkout of git")
@@ -89,7 +89,9 @@ def test_the_list_is_read_without_pytorch():
 @needs_git
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # it imports PyTorch three times
-def test_a_list_that_was_killed_goes_on_where_it_stopped_and_fills_the_board(workplace):
+def test_a_list_that_was_killed_goes_on_where_it_stopped_and_fills_the_board(tmp_path, tiny_folder, capfd):
+    """Past a task that does not exist, which fails at its run."""
+    workplace = Workplace(tmp_path, tiny_folder, FIRST + UNKNOWN + OTHERS)
     process = workplace.start()
     deadline = time.monotonic() + SECONDS
     while not workplace.cells("second"):
@@ -102,24 +104,19 @@ def test_a_list_that_was_killed_goes_on_where_it_stopped_and_fills_the_board(wor
     finished, of_first = workplace.cells("second"), workplace.cells("first")
     assert 0 < len(finished) < 18
 
-    text = workplace.run()
+    text = workplace.run(code=1)
+    assert "No such command 'juggling'" in capfd.readouterr().err
+    assert "error: unknown-task failed with exit code 2" in text and "failed: unknown-task" in text
     assert "skipped: of-another-model needs --model absent=PATH" in text
-    assert "2 runs, 1 of them finished earlier; about" in text and "[1 of 2] first: finished at commit" in text
+    assert "3 runs, 1 of them finished earlier; about" in text and "[1 of 3] first: finished at commit" in text
+    assert "[3 of 3] second" in text
     assert "elapsed" in text and "to go" in text and "2 runs are on the board" in text
     assert workplace.cells("first") == of_first, "a finished run is not run again"
     assert workplace.cells("second")[: len(finished)] == finished and len(workplace.cells("second")) == 18
     page = workplace.page.read_text()
     assert "results/first.json" in page and "results/second.json" in page and "`kivi`" in page
     assert read_summary(workplace.results / "second.json")["rows"][0]["n"] == 3
-    assert "2 of them finished earlier; about 0 s to go" in workplace.run("--show")
-
-
-@needs_git
-def test_a_task_that_does_not_exist_fails_at_its_run(tmp_path, tiny_folder, capfd):
-    text = Workplace(tmp_path, tiny_folder, UNKNOWN + FIRST).run(code=1)
-    assert "No such command 'juggling'" in capfd.readouterr().err
-    assert "error: unknown-task failed with exit code 2" in text
-    assert "[2 of 2] first" in text and "1 runs are on the board" in text and "failed: unknown-task" in text
+    assert "2 of them finished earlier; about 0 s to go" in workplace.run("--show", "--only", "first,second")
 
 
 def invoke(*arguments: str | Path):
