@@ -17,12 +17,13 @@ def all_pairs(*axes: Sequence[Any]) -> list[Any]:
     """
     every = list(product(*axes))
     places = [tuple(axis.index(value) for axis, value in zip(axes, values, strict=True)) for values in every]
-    missing = {pair for place in places for pair in _pairs(place)}
+    pairs = [_pairs(place) for place in places]
+    missing = set().union(*pairs)
     taken: set[int] = set()
     while missing:
-        best = max(range(len(places)), key=lambda index: len(missing & _pairs(places[index])))
+        best = max(range(len(places)), key=lambda index: len(missing & pairs[index]))
         taken.add(best)
-        missing -= _pairs(places[best])
+        missing -= pairs[best]
     return [pytest.param(*values, marks=[] if index in taken else pytest.mark.thorough) for index, values in enumerate(every)]
 
 
