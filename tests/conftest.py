@@ -5,11 +5,13 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 from pathlib import Path
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell; children would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
+os.environ["PYTHONDONTWRITEBYTECODE"] = ""  # each of the processes that tests start would compile specache again, for two seconds
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):  # processes that share the cores, before torch is imported
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
@@ -24,6 +26,8 @@ from specache.platform import extension
 from specache.tiers.disk import tier_files
 from specache.tiers.disk.probe import ReaderReport
 from tests.our_threads import note_threads
+
+sys.dont_write_bytecode = False  # nor would any process of pytest find the tests rewritten
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
