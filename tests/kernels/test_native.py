@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 import threading
 import warnings
 
@@ -13,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from specache.cli.main import app
 from specache.config import Code
 from specache.errors import ConfigError, NonFiniteError
 from specache.kernels import dispatch
@@ -22,6 +21,7 @@ from specache.kernels.torch import operations as torch_ops
 from specache.kernels.torch import rotated as torch_rotated
 from specache.kernels.torch.layer_step import TorchLayerStep
 from specache.kernels.types import AttentionParams, RecentTokens
+from specache.linear import native_products
 from specache.low_bit.layout import PageLayout
 from specache.low_bit.pool import PagePool, PageTable
 from specache.platform.budget import ByteBudget
@@ -606,11 +606,27 @@ def test_an_unknown_backend_is_refused_with_what_there_is():
         pass
 
 
-def test_an_unknown_backend_in_the_environment_is_a_config_error():
-    command = [sys.executable, "-c", "from specache.cli.main import app; app()", "doctor"]
-    result = subprocess.run(command, env={"SPECACHE_KERNELS": "mmx", "PATH": ""}, capture_output=True, text=True)
-    assert result.returncode == 2
-    assert result.stderr.startswith("error: SPECACHE_KERNELS='mmx'") and "Traceback" not in result.stderr
+@pytest.fixture
+def environment(monkeypatch):
+    """Name a backend in the environment, as a process finds it that has not chosen one yet."""
+
+    def name(backend):
+        monkeypatch.setenv(dispatch.VARIABLE, backend)
+        dispatch._default.cache_clear()
+        native_products.instruction_set.cache_clear()
+
+    yield name
+    dispatch._default.cache_clear()
+    native_products.instruction_set.cache_clear()
+
+
+def test_an_unknown_backend_in_the_environment_is_a_config_error(environment, capsys):
+    environment("mmx")
+    with pytest.raises(SystemExit) as end:
+        app(["doctor"])
+    assert end.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: SPECACHE_KERNELS='mmx'") and "Traceback" not in printed
 
 
 def test_missing_native_kernels_warn_once(monkeypatch):
@@ -626,9 +642,6 @@ def test_missing_native_kernels_warn_once(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["torch", *ISAS])
-def test_the_environment_chooses_the_backend(name):
-    code = "from specache.kernels import dispatch; print(dispatch.active()['score'])"
-    result = subprocess.run(
-        [sys.executable, "-c", code], env={"SPECACHE_KERNELS": name, "PATH": ""}, capture_output=True, text=True, check=True
-    )
-    assert result.stdout.strip() == name
+def test_the_environment_chooses_the_backend(environment, name):
+    environment(name)
+    assert dispatch.active()["score"] == name
