@@ -158,25 +158,32 @@ def test_the_bytes_are_those_of_what_can_be_reached(seed):
     generator, clock = random.Random(seed), Clock()
     store = store_of(12, age_s=300, clock=clock)
     known: list[tuple[str, str]] = []
+    gone: list[tuple[str, str]] = []
     held = []
     for number in range(1000):
         clock.now += generator.random() * 10
         owner = generator.choice(["alice", "bob", "carol"])
-        mine = [name for who, name in known if who == owner and holds(store, name, owner)]
+        kept = [(who, name) for who, name in known if who != owner or holds(store, name, owner)]
+        mine = [name for who, name in kept if who == owner]
         act = generator.random()
         if act < 0.5:
             parent = store.hold(owner, generator.choice(mine)) if mine and generator.random() < 0.6 else None
             if add(store, f"r{number}", owner, parent, generator.randrange(20, 3 * SIZE)):
-                known.append((owner, f"r{number}"))
+                kept.append((owner, f"r{number}"))
             if parent is not None:
                 held.append(parent)
         elif act < 0.7 and mine:
             store.delete(owner, generator.choice(mine))
         elif held:
             store.release(held.pop(generator.randrange(len(held))))
-        roots = [store.find(who, name) for who, name in known if holds(store, name, who)] + held
+        kept = [(who, name) for who, name in kept if holds(store, name, who)]
+        gone += [one for one in known if one not in kept]
+        known = kept
+        assert not gone or not holds(store, *reversed(generator.choice(gone)))
+        roots = [store.find(who, name) for who, name in known] + held
         reached = {id(turn): turn for root in roots for turn in root.conversation()}
         assert store.used_bytes == sum(turn.size for turn in reached.values()) <= 12 * (SIZE + 1024)
+    assert len(gone) > 300 and not any(holds(store, name, who) for who, name in gone)
     for turn in held:
         store.release(turn)
     clock.now += 1000
