@@ -12,6 +12,9 @@ from contextlib import suppress
 import pytest
 
 from specache.errors import QueueFullError
+from specache.server.launch import listen
+from specache.server.settings import ServerSettings
+from tests.server import live_server
 from tests.server.live_server import live, received, received_until, request, wait_until
 from tests.server.tiny_server import held_model, printable_model
 
@@ -261,7 +264,13 @@ def test_clients_that_leave_before_their_turn_leave_nothing_behind(server):
     wait_until(lambda: not server.service.status().running)
 
 
-def test_a_stream_that_nobody_reads_is_ended():
+def test_a_stream_that_nobody_reads_is_ended(monkeypatch):
+    def listen_with_little_memory(settings: ServerSettings) -> socket.socket:
+        listener = listen(settings)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)  # or megabytes of events come before the limit
+        return listener
+
+    monkeypatch.setattr(live_server, "listen", listen_with_little_memory)
     with live(model=printable_model(POSITIONS), send_seconds=0.3) as server, socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(("127.0.0.1", server.port))
