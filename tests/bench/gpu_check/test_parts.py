@@ -14,7 +14,6 @@ from specache.bench.gpu_check import beside, build_part, kernels_part
 from specache.bench.gpu_check import check_sizes as sizes
 from specache.bench.gpu_check import part_runner as runner
 from specache.bench.gpu_check import result_page as report
-from specache.bench.gpu_check.beside import read_state
 from specache.bench.gpu_check.check_sizes import GB, Sizes
 from specache.bench.gpu_check.checks import Check, PartRun
 from specache.bench.gpu_check.device_text import device_text
@@ -262,17 +261,10 @@ def test_a_file_that_is_no_result_is_replaced(tmp_path):
 @pytest.mark.timeout(1800)  # minutes, on a busy machine many
 def test_everything_passes_on_a_cpu(tmp_path):
     """`make gpu-check DEVICE=cpu`, in one process: a mistake shows here, not on a GPU."""
-    results = report.Results(tmp_path, {"tree": "t", "device": "cpu"})
-    facts: dict[str, Any] = {}
-    for one in PARTS:
-        run = part_run(tmp_path, runner.source_tree(), 10 * one.seconds)
-        run.options["facts"] = facts  # as the runner hands them to later parts
-        one.load()(run)
-        run.finish()
-        results.set(one.number, report.record_of(one.name, read_state(tmp_path / "state.json"), None, 1.0))
-        facts |= run.facts
-    print((tmp_path / report.TEXT_NAME).read_text())
-    assert list(results.parts) == [1, 2, 3, 4, 5, 6] and results.status == "passed"
+    everything = Part(1, "environment", "tests.bench.gpu_check.all_parts:run", sum(one.seconds for one in PARTS))
+    results = run_parts([everything], Run(tmp_path / "out", "cpu", slack=10.0), print)
+    print((tmp_path / "out" / report.TEXT_NAME).read_text())
+    assert results.status == "passed"
     found = {name: len(rows) for record in results.parts.values() for name, rows in record["tables"].items()}
     assert found["one layer of a step (ms by CUDA events)"] > 4 and found["rates"] == 6
     assert sum(len(record["checks"]) for record in results.parts.values()) > 40
