@@ -82,9 +82,9 @@ def _one(folder: Path, summary: Path | None, commit: str | None) -> None:
     from specache.eval.results import write_file
     from specache.eval.run_summary import summarise, summary_text
 
-    if not summary.expanduser().parent.is_dir():
+    if not summary.parent.is_dir():
         raise ConfigError(f"--summary {summary}: there is no folder {summary.parent}.")
-    write_file(summary.expanduser(), summary_text(summarise(folder, commit=commit)))
+    write_file(summary, summary_text(summarise(folder, commit=commit)))
     err.print(f"Summary: {summary}", style="dim", markup=False, soft_wrap=True)
 
 

@@ -42,7 +42,10 @@ def read_prompts(texts: list[str], files: list[Path]) -> list[Prompt]:
             "--prompt-file - was given twice, but standard input can be read only once. Save one of the prompts in a file."
         )
     if texts:
-        prompts = [Prompt(typed_text(text, "the text of --prompt", PromptError), "--prompt") for text in texts]
+        names = ["--prompt"] if len(texts) == 1 else [f"--prompt {number}" for number in range(1, len(texts) + 1)]
+        prompts = [
+            Prompt(typed_text(text, f"the text of {name}", PromptError), name) for text, name in zip(texts, names, strict=True)
+        ]
     elif files:
         prompts = [Prompt(_read(file), str(file)) for file in files]
     elif _stdin_is_terminal():

@@ -25,7 +25,6 @@ from tests.tiny import FETCHING, llama, prompt
 TIERS = ("ram-inplace", "ram")
 EVERYTHING = 10**6
 NEW = 40
-FEWER = 28  # in which a group of every size that 40 tokens complete is still completed: of 32 tokens after 24
 
 
 class Forced:
@@ -88,14 +87,14 @@ def undisturbed(model: Any) -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="module")
-def references(model: Any, full: tuple[list[int], torch.Tensor]) -> Callable[..., reference.ReferenceOutput]:
+def references(model: Any, full: tuple[list[int], torch.Tensor]) -> Callable[[specache.SpeCacheConfig], reference.ReferenceOutput]:
     """The reference along the full cache's answer, run once for all tiers: it has none."""
 
     @lru_cache(maxsize=2)
-    def run_once(config: specache.SpeCacheConfig, new: int) -> reference.ReferenceOutput:
-        return reference.generate(model, prompt(200), config, new, forced_tokens=full[0][:new])
+    def run_once(config: specache.SpeCacheConfig) -> reference.ReferenceOutput:
+        return reference.generate(model, prompt(200), config, NEW, forced_tokens=full[0])
 
-    return lambda config, new: run_once(replace(config, slow_tier="ram"), new)
+    return lambda config: run_once(replace(config, slow_tier="ram"))
 
 
 @pytest.fixture(scope="module")
@@ -141,9 +140,9 @@ def test_every_policy_equals_the_reference(model, full, references, policy, code
     bits, group_size, residual = sizes
     settings_ = {"code": code, "bits": bits, "group_size": group_size, "residual": residual, "policy": policy, "slow_tier": tier}
     config = settings(**settings_, prefill_chunk=4096)
-    expected = references(config, FEWER)
+    expected = references(config)
     with specache.SpeCache(model, config) as cache:
-        _, logits, _ = run(model, prompt(200), config, FEWER, answer=full[0], cache=cache)
+        _, logits, _ = run(model, prompt(200), config, answer=full[0], cache=cache)
         turned = a_code_turned(cache, expected)
         assert (logits - expected.logits).abs().max() < (5e-3 if turned else 1e-3)
 
@@ -178,7 +177,7 @@ def test_the_native_kernels_stay_near_the_reference(model, full, references, mon
     """
     code, bits, limit = copy
     config = settings(code=code, bits=bits, policy=policy, slow_tier=tier, prefill_chunk=4096)
-    expected = references(config, NEW)
+    expected = references(config)
     drafts = iter([*expected.drafts[1:], 0])
     monkeypatch.setattr(runs, "draft_tokens", lambda *arguments: [next(drafts)])
     with dispatch.using(native.instruction_sets()[-1]):

@@ -68,7 +68,6 @@ def shown(demo_model: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> 
     """One demo of the real model, run by its defaults."""
     read: list[int] = []
     folder = tmp_path_factory.mktemp("temporary")
-
     embed = torch.nn.Embedding.forward
 
     def counting(module: torch.nn.Embedding, ids: torch.Tensor) -> torch.Tensor:

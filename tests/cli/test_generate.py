@@ -157,6 +157,8 @@ def test_several_prompts_are_a_batch_and_each_is_answered(tiny):
     prompts = ["short", PROMPT]
     batch = run_json(*tiny, "--prompt", prompts[0], "-p", prompts[1])["results"]
     assert batch == [run_json(*tiny, "--prompt", prompt)["results"][0] for prompt in prompts]
+    shown = run(*tiny, "--prompt", prompts[0], "--prompt", prompts[1]).stderr.splitlines()
+    assert "==> --prompt 1 <==" in shown and "==> --prompt 2 <==" in shown
 
 
 def test_a_path_after_an_equals_sign_may_begin_in_the_users_folder(tiny, tmp_path, monkeypatch):
@@ -220,7 +222,7 @@ def test_the_default_length_stops_at_the_models_positions(tiny_folder):
         (["--repetition-penalty", "0"], "--repetition-penalty must be above 0", 2),
         (["--stop", ""], "--stop needs a text", 2),
         (["--policy", "psychic"], "--policy", 2),
-        (["--prompt", "  "], "the prompt from --prompt is empty", 1),
+        (["--prompt", "  "], "the prompt from --prompt 2 is empty", 1),
         (["--prompt", "x" * (POSITIONS + 1), "--raw"], f"positions for {POSITIONS}", 1),
         (["--prompt-file", "x"], "exclude each other", 2),
         (["--raw", "--system", "be brief"], "--system needs a conversation", 2),

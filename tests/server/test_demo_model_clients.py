@@ -14,17 +14,7 @@ from specache.cli.models import DEMO_MODEL, Dtype, LoadedModel
 from tests.server import references
 from tests.server.live_server import live
 from tests.server.real_server import RealServer, idle
-
-WEATHER: Any = {
-    "name": "weather",
-    "description": "Tells the weather of a city.",
-    "input_schema": {
-        "type": "object",
-        "properties": {"city": {"type": "string", "maxLength": 12}},
-        "required": ["city"],
-        "additionalProperties": False,
-    },
-}
+from tests.server.test_anthropic_client import WEATHER
 
 
 @pytest.fixture(scope="module")
