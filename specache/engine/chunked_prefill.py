@@ -112,12 +112,12 @@ class ChunkedPrefill:
             )
 
     def _warn_of_hooks(self, stored: int, total: int, chunk: int) -> None:
-        """Warn if the user's hooks see a prompt in several chunks, unlike in stock generate."""
+        """Warn if the user's hooks or modules see a prompt in several chunks, unlike stock."""
         if total - stored > chunk and is_hooked(self._model):
             warnings.warn(
-                f"The model's forward hooks get the prompt's {total - stored:,} tokens in chunks of {chunk:,}: one that looks at "
-                "the first or last token of its input meets those of every chunk. With prefill_chunk_size=N for N tokens or more "
-                "the prompt is one chunk.",
+                f"The model's forward hooks or modules of yours get the prompt's {total - stored:,} tokens in chunks of {chunk:,}: "
+                "one that looks at the first or last token of its input meets those of every chunk. With "
+                "prefill_chunk_size=N for N tokens or more the prompt is one chunk.",
                 UserWarning,
                 stacklevel=3,
             )

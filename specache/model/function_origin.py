@@ -1,12 +1,15 @@
-"""Whether a function that a model calls is a library's or its user's."""
+"""Whether a function that a model calls is a library's, or its user's."""
 
 from __future__ import annotations
 
 import functools
+from pathlib import PurePath
 from types import FunctionType, MethodType
 from typing import Any
 
 _LIBRARIES = ("torch.", "transformers.", "accelerate.", "peft.", "kernels.", "specache.")
+_CODE_OF_MODELS = "transformers_modules."  # that came with a model's files
+_INSTALLED = {"site-packages", "dist-packages"}
 
 
 def is_from_library(function: Any) -> bool:
@@ -15,6 +18,14 @@ def is_from_library(function: Any) -> bool:
     Where it was written counts, and not its `__module__`, which `functools.wraps` takes over.
     """
     return f"{_module(_innermost(function))}.".startswith(_LIBRARIES)
+
+
+def is_installed(function: Any) -> bool:
+    """Return whether a function came with an installed package or a model's files."""
+    function = _innermost(function)
+    if is_from_library(function) or f"{_module(function)}.".startswith(_CODE_OF_MODELS):
+        return True
+    return isinstance(function, FunctionType) and not _INSTALLED.isdisjoint(PurePath(function.__code__.co_filename).parts)
 
 
 def described(function: Any) -> str:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
 
 import specache
 from tests.tiny import llama, prompt, ragged
@@ -36,10 +37,30 @@ def steering_of_the_prompt(module: Any, inputs: Any, output: Tensor) -> Tensor:
     return output + torch.randn(output.shape[-1], generator=torch.Generator().manual_seed(1))
 
 
+WAYS = [
+    (steering_of_the_last_token, "hook"),
+    (steering_of_the_last_token, "wrapper"),
+    (steering_of_the_prompt, "replaced forward"),
+]
+
+
+class Wrapped(nn.Module):
+    """Stands in place of a layer, whose output it changes."""
+
+    def __init__(self, layer: nn.Module, change: Any) -> None:
+        super().__init__()
+        self.layer, self.change = layer, change
+
+    def forward(self, *args: Any, **more: Any) -> Any:
+        return self.change(self, args, self.layer(*args, **more))
+
+
 def put_on(model: Any, hook: Any, way: str) -> Any:
     layer = model.model.layers[1]
     if way == "hook":
         layer.register_forward_hook(hook)
+    elif way == "wrapper":
+        model.model.layers[1].mlp = Wrapped(layer.mlp, hook)
     else:
         inner = layer.forward
         layer.forward = lambda *args, **more: hook(layer, args, inner(*args, **more))
@@ -47,7 +68,7 @@ def put_on(model: Any, hook: Any, way: str) -> Any:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize(("steering", "way"), [(steering_of_the_last_token, "hook"), (steering_of_the_prompt, "replaced forward")])
+@pytest.mark.parametrize(("steering", "way"), WAYS)
 def test_a_hook_that_steers_by_place_answers_as_stock(steering, way, policy):
     model = put_on(llama(), steering, way)
     plain = llama().generate(prompt(150), **NEW)
@@ -105,10 +126,31 @@ def test_draft_tokens_are_decoded_again_once_the_hook_is_gone():
 
 def test_a_prompt_that_hooks_see_in_chunks_warns_and_one_chunk_answers_as_stock():
     model = put_on(llama(), steering_of_the_last_token, "hook")
-    with pytest.warns(UserWarning, match=r"hooks get the prompt's 150 tokens in chunks of 40.*prefill_chunk_size"):
+    with pytest.warns(UserWarning, match=r"hooks or modules of yours get .* 150 tokens in chunks of 40.*prefill_chunk_size"):
         specache.generate(model, prompt(150), config=settings("on-demand", prefill_chunk=40), **NEW)
     config = settings("on-demand", prefill_chunk=40)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         answer = specache.generate(model, prompt(150), config=config, prefill_chunk_size=150, **NEW)
+    assert torch.equal(answer, model.generate(prompt(150), **NEW))
+
+
+def test_a_layer_in_a_wrapper_is_steered_as_by_stock():
+    """Scripts for steering vectors wrap layers so."""
+    model = llama()
+    model.model.layers[1] = Wrapped(model.model.layers[1], steering_of_the_last_token)
+    answer = specache.generate(model, prompt(150), config=settings("verified"), **NEW)
+    assert torch.equal(answer, model.generate(prompt(150), **NEW))
+
+
+def test_a_model_of_a_class_of_the_users_is_decoded_beside_drafts():
+    class Mine(LlamaForCausalLM):
+        def forward(self, *args: Any, **more: Any) -> Any:
+            return super().forward(*args, **more)
+
+    model = llama()
+    model.__class__ = Mine
+    cache = specache.SpeCache(model, settings("verified"))
+    answer = specache.generate(model, prompt(150), past_key_values=cache, **NEW)
+    assert cache.counters.drafts > 0
     assert torch.equal(answer, model.generate(prompt(150), **NEW))

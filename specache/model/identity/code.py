@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specache.model.function_origin import is_from_library, uncompiled
+from specache.model.function_origin import is_from_library, is_installed, uncompiled
 from specache.model.identity.samples import content_digest
 from specache.platform.private_torch import global_hooks
 
@@ -35,9 +35,13 @@ def code_of(module: nn.Module) -> Code:
 def is_hooked(model: nn.Module) -> bool:
     """Return whether a module has a forward hook, or a forward of its own, that is no library's.
 
-    Hooks for all modules of the process count.
+    Hooks for all modules of the process count, and so do modules of the user's own classes in a
+    model whose class is not: they wrap or replace parts of it.
     """
-    return any(not is_from_library(hook) for hook in global_hooks()) or any(_is_hooked(module) for module in model.modules())
+    if any(not is_from_library(hook) for hook in global_hooks()) or any(_is_hooked(module) for module in model.modules()):
+        return True
+    classes = {type(module).forward for module in model.modules()}
+    return is_installed(type(model).forward) and not all(map(is_installed, classes))
 
 
 def code_digest(model: nn.Module) -> str:
