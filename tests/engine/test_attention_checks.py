@@ -258,6 +258,14 @@ def test_a_wrapper_that_looks_like_the_function_inside_is_refused_by_its_own_nam
         specache.SpeCache(model)
 
 
+def test_an_attention_function_that_pytorch_decorates_is_refused_by_its_own_name():
+    transformers.AttentionInterface.register("decorated", torch.no_grad()(sharper))
+    model = llama()
+    model.set_attn_implementation("decorated")
+    with pytest.raises(specache.UnsupportedModelError, match=r"by .*test_attention_checks.*sharper "):
+        specache.SpeCache(model)
+
+
 def test_an_attention_function_that_is_set_between_two_answers_is_refused():
     transformers.AttentionInterface.register("sharper", sharper)
     model = llama()

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
@@ -39,6 +40,11 @@ def steering_of_the_prompt(module: Any, inputs: Any, output: Tensor) -> Tensor:
 
 WAYS = [
     (steering_of_the_last_token, "hook"),
+    (steering_of_the_last_token, "decorated hook"),
+    (steering_of_the_last_token, "decorated forward"),
+    (steering_of_the_last_token, "decorated class"),
+    (steering_of_the_last_token, "forward around which accelerate has hooks"),
+    (steering_of_the_last_token, "hook of accelerate"),
     (steering_of_the_last_token, "wrapper"),
     (steering_of_the_prompt, "replaced forward"),
 ]
@@ -55,15 +61,46 @@ class Wrapped(nn.Module):
         return self.change(self, args, self.layer(*args, **more))
 
 
+class OfAccelerate(ModelHook):  # type: ignore[misc] # accelerate has no types
+    """A hook of the user's that accelerate runs."""
+
+    def __init__(self, change: Any) -> None:
+        self.change = change
+
+    def post_forward(self, module: Any, output: Any) -> Any:
+        return self.change(module, (), output)
+
+
+def steered_class(kind: Any, change: Any) -> Any:
+    """Return a class whose forward PyTorch decorates, as many write it."""
+
+    class Steered(kind):  # type: ignore[misc]
+        @torch.no_grad()
+        def forward(self, *args: Any, **more: Any) -> Any:
+            return change(self, args, super().forward(*args, **more))
+
+    return Steered
+
+
 def put_on(model: Any, hook: Any, way: str) -> Any:
     layer = model.model.layers[1]
     if way == "hook":
         layer.register_forward_hook(hook)
+    elif way == "decorated hook":
+        layer.register_forward_hook(torch.no_grad()(hook))
+    elif way == "hook of accelerate":
+        add_hook_to_module(layer.mlp, OfAccelerate(hook))
+    elif way == "decorated class":
+        layer.mlp.__class__ = steered_class(type(layer.mlp), hook)
     elif way == "wrapper":
         model.model.layers[1].mlp = Wrapped(layer.mlp, hook)
     else:
         inner = layer.forward
         layer.forward = lambda *args, **more: hook(layer, args, inner(*args, **more))
+        if way == "decorated forward":
+            layer.forward = torch.inference_mode()(layer.forward)
+        elif way == "forward around which accelerate has hooks":
+            add_hook_to_module(layer, ModelHook())
     return model
 
 

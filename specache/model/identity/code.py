@@ -3,7 +3,7 @@
 Functions are compared by their code and by the numbers and tensors that they enclose, so that a
 hook that is put on again is equal. Other enclosed objects count as what they are, not by content.
 Hooks of PyTorch, transformers, accelerate, peft and this package do not count: what they change is
-in weights and settings, or changes no result.
+in weights and settings, or changes no result. One of the user's that they decorate or run does.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from specache.model.function_origin import is_from_library, is_installed, uncompiled
+from specache.model.identity.offloaded_weights import hooks_of
 from specache.model.identity.samples import content_digest
 from specache.platform.private_torch import global_hooks
 
 Code = tuple[tuple[str, Any, tuple[Any, ...]], ...]  # (what it is, its code, enclosed values)
 _PLAIN = {type(None), bool, int, float, str}
 _HOOKS = {"_forward_pre_hooks": "a hook before its forward", "_forward_hooks": "a forward hook"}
+_OF_ACCELERATE = "a hook of accelerate"
 
 
 def code_of(module: nn.Module) -> Code:
@@ -63,6 +65,8 @@ def _stable(value: Any) -> Any:
     """Return what a value of a mark is in any process of this Python."""
     if isinstance(value, CodeType):
         return value.co_name, value.co_code, value.co_names, [*map(_stable, value.co_consts)]
+    if isinstance(value, tuple):
+        return tuple(map(_stable, value))
     if isinstance(value, type):
         return value.__module__, value.__qualname__
     if isinstance(value, frozenset):
@@ -77,10 +81,16 @@ def _marks(module: nn.Module) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
     own = _own_forward(module)
     if own is not None:
         yield "a forward of its own", *_mark(own)
+    for what, hook in _hooks(module):
+        if not is_from_library(hook):
+            yield what, *_mark(hook)
+
+
+def _hooks(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield (what it is, hook) of a module's forward hooks, those that accelerate runs included."""
     for name, what in _HOOKS.items():
-        for hook in getattr(module, name).values():
-            if not is_from_library(hook):
-                yield what, *_mark(hook)
+        yield from ((what, hook) for hook in getattr(module, name).values())
+    yield from ((_OF_ACCELERATE, hook) for hook in hooks_of(module))
 
 
 def _own_forward(module: nn.Module) -> Any | None:
@@ -92,12 +102,20 @@ def _own_forward(module: nn.Module) -> Any | None:
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    hooks = (hook for name in _HOOKS for hook in getattr(module, name).values())
-    return _own_forward(module) is not None or any(not is_from_library(hook) for hook in hooks)
+    return _own_forward(module) is not None or any(not is_from_library(hook) for _, hook in _hooks(module))
 
 
 def _mark(function: Any) -> tuple[Any, tuple[Any, ...]]:
-    """Return (code, enclosed values) of a function."""
+    """Return (code, enclosed values) of a function, and of those that it wraps."""
+    wrapped = getattr(function, "__dict__", {}).get("__wrapped__")
+    code, values = _mark_of_one(function)
+    if wrapped is None or isinstance(function, MethodType):
+        return code, values
+    inner, enclosed = _mark(wrapped)
+    return (code, inner), (*values, *enclosed)
+
+
+def _mark_of_one(function: Any) -> tuple[Any, tuple[Any, ...]]:
     if isinstance(function, functools.partial):
         code, values = _mark(function.func)
         return code, (*values, *map(_value, function.args), *map(_value, function.keywords.values()))

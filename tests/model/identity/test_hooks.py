@@ -51,6 +51,27 @@ def test_the_same_hook_put_on_again_is_the_same_and_one_of_another_strength_is_w
         second_turn(model, cache, said)
 
 
+def test_a_decorated_hook_of_another_strength_is_warned_of():
+    """The function inside the decorator is what encloses the strength."""
+
+    def decorated(strength: float) -> Any:
+        return torch.no_grad()(lambda module, inputs, output: output * strength)
+
+    model = llama()
+    mlp = model.model.layers[1].mlp
+    handle = mlp.register_forward_hook(decorated(1.5))
+    cache, said = first_turn(model)
+    handle.remove()
+    handle = mlp.register_forward_hook(decorated(1.5))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*hook")
+        assert second_turn(model, cache, said)
+    handle.remove()
+    mlp.register_forward_hook(decorated(3.0))
+    with pytest.warns(UserWarning, match="hook"):
+        second_turn(model, cache, said)
+
+
 def test_a_hook_that_records_outputs_continues():
     model = llama()
     last, kept = None, []
