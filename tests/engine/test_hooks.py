@@ -43,6 +43,7 @@ WAYS = [
     (steering_of_the_last_token, "decorated hook"),
     (steering_of_the_last_token, "decorated forward"),
     (steering_of_the_last_token, "decorated class"),
+    (steering_of_the_last_token, "class with a __call__"),
     (steering_of_the_last_token, "forward around which accelerate has hooks"),
     (steering_of_the_last_token, "hook of accelerate"),
     (steering_of_the_last_token, "wrapper"),
@@ -82,6 +83,16 @@ def steered_class(kind: Any, change: Any) -> Any:
     return Steered
 
 
+def called_class(kind: Any, change: Any) -> Any:
+    """Return a class that changes the result around all that PyTorch runs when it is called."""
+
+    class Called(kind):  # type: ignore[misc]
+        def __call__(self, *args: Any, **more: Any) -> Any:
+            return change(self, args, super().__call__(*args, **more))
+
+    return Called
+
+
 def put_on(model: Any, hook: Any, way: str) -> Any:
     layer = model.model.layers[1]
     if way == "hook":
@@ -90,6 +101,8 @@ def put_on(model: Any, hook: Any, way: str) -> Any:
         layer.register_forward_hook(torch.no_grad()(hook))
     elif way == "hook of accelerate":
         add_hook_to_module(layer.mlp, OfAccelerate(hook))
+    elif way == "class with a __call__":
+        layer.mlp.__class__ = called_class(type(layer.mlp), hook)
     elif way == "decorated class":
         layer.mlp.__class__ = steered_class(type(layer.mlp), hook)
     elif way == "wrapper":

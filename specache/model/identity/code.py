@@ -42,8 +42,8 @@ def is_hooked(model: nn.Module) -> bool:
     """
     if any(not is_from_library(hook) for hook in global_hooks()) or any(_is_hooked(module) for module in model.modules()):
         return True
-    classes = {type(module).forward for module in model.modules()}
-    return is_installed(type(model).forward) and not all(map(is_installed, classes))
+    of_classes = {function for kind in {type(module) for module in model.modules()} for _, function in _of_class(kind)}
+    return is_installed(type(model).forward) and not all(map(is_installed, of_classes))
 
 
 def code_digest(model: nn.Module) -> str:
@@ -75,15 +75,20 @@ def _stable(value: Any) -> Any:
 
 
 def _marks(module: nn.Module) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
-    of_class = type(module).forward
-    if not is_from_library(of_class):
-        yield "a forward of its class", *_mark(of_class)
+    for what, function in _of_class(type(module)):
+        if not is_from_library(function):
+            yield what, *_mark(function)
     own = _own_forward(module)
     if own is not None:
         yield "a forward of its own", *_mark(own)
     for what, hook in _hooks(module):
         if not is_from_library(hook):
             yield what, *_mark(hook)
+
+
+def _of_class(kind: Any) -> tuple[tuple[str, Any], ...]:
+    """Return (what it is, function) of what runs when a module of a class is called."""
+    return ("a forward of its class", kind.forward), ("a __call__ of its class", kind.__call__)
 
 
 def _hooks(module: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -35,6 +35,16 @@ def test_a_replaced_forward_of_a_class_is_detected(monkeypatch):
         second_turn(model, cache, said)
 
 
+def test_a_call_of_a_class_that_was_replaced_is_detected(monkeypatch):
+    model = llama()
+    cache, said = first_turn(model)
+    kind = type(model.model.layers[1].mlp)
+    old = kind.__call__
+    monkeypatch.setattr(kind, "__call__", lambda self, hidden: old(self, hidden) * 1.5)
+    with pytest.warns(UserWarning, match="a __call__ of its class"):
+        second_turn(model, cache, said)
+
+
 @pytest.mark.parametrize("strength", [0.5, torch.full((64,), 0.5)])
 def test_the_same_hook_put_on_again_is_the_same_and_one_of_another_strength_is_warned_of(strength):
     model = llama()
