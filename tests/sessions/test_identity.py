@@ -160,6 +160,27 @@ def test_a_hook_of_another_strength_is_another_hook(tmp_path):
         opened(tmp_path, strong)
 
 
+def test_a_vector_that_a_users_module_holds_belongs_to_the_session(tmp_path):
+    class Steered(torch.nn.Module):
+        def __init__(self, inner: Any, vector: torch.Tensor) -> None:
+            super().__init__()
+            self.inner, self.vector = inner, vector
+
+        def forward(self, *args: Any, **more: Any) -> Any:
+            return self.inner(*args, **more) + self.vector
+
+    def steered(strength: float) -> Any:
+        model = llama()
+        model.model.layers[1] = Steered(model.model.layers[1], torch.full((64,), strength))
+        return model
+
+    saved_with(tmp_path, steered(0.5))
+    with pytest.raises(specache.SessionError, match="other hooks"):
+        opened(tmp_path, steered(1.5))
+    with opened(tmp_path, steered(0.5)) as session:
+        assert session.saved_tokens == 200
+
+
 def test_hooks_that_change_no_rows_come_and_go_between_sessions(tmp_path):
     model, kept = llama(), []
     recording(model, kept)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from specache.model.function_origin import is_from_library, is_installed, uncompiled
+from specache.model.identity.held_tensors import held_tensors
 from specache.model.identity.offloaded_weights import hooks_of
 from specache.model.identity.samples import content_digest
 from specache.platform.private_torch import global_hooks
@@ -50,14 +51,16 @@ def code_digest(model: nn.Module) -> str:
     """Return a digest of the code of all modules, "" if there is none.
 
     It is the same in another process that puts the same hooks on, as far as those enclose numbers,
-    strings and tensors; other objects count by their class.
+    strings and tensors; other objects count by their class. Of users' modules the tensors in their
+    attributes count too.
     """
-    found = [(name, code) for name, module in model.named_modules() if (code := code_of(module))]
+    found = [(name, code, module) for name, module in model.named_modules() if (code := code_of(module))]
     if not found:
         return ""
     digest = hashlib.sha256()
-    for name, code in found:
+    for name, code, module in found:
         digest.update(repr((name, [(what, _stable(own), [*map(_stable, values)]) for what, own, values in code])).encode())
+        digest.update("".join(map(repr, held_tensors(module))).encode())
     return digest.hexdigest()
 
 

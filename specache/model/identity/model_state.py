@@ -5,7 +5,8 @@ every tensor the object, its storage, its version and a sample of its content. `
 describes what has changed since. `difference_of_code` does so for hooks and replaced forwards, of
 which nobody can say whether they change a result. Only content counts: a tensor that moved, was
 written to, or belongs to another model is equal if a digest of all its elements is. A write that
-PyTorch does not count (`tensor.data`) is detected by the sample.
+PyTorch does not count (`tensor.data`) is detected by the sample. Of tensors in attributes of users'
+modules (`held_tensors`) there is only the sample.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from torch import nn
 
 from specache.model.identity.adapters import LayerAdapters
 from specache.model.identity.code import Code, code_of
+from specache.model.identity.held_tensors import held_tensors
 from specache.model.identity.model_settings import relevant_settings
 from specache.model.identity.tensor_marks import TensorMark, difference_of_tensors, remember, remember_after_run
 from specache.model.identity.tensors import Layer, changes_with_length, layers
 from specache.model.identity.wrappers import unwrapped
 
-_Facts = tuple[str, tuple[tuple[str, Any], ...]]  # (class, numbers and strings) of a module
+_Facts = tuple[str, tuple[tuple[str, Any], ...]]  # (class; numbers, strings and tensors in attributes) of a module
 _HOW_IT_RUNS = re.compile("checkpoint|name_or_path|seq_len_cached")  # in names of attributes that change no result
 _PLAIN = {bool, int, float, str}
 # they have at most the shape of weights
@@ -169,6 +171,7 @@ def _numbers(module: nn.Module) -> tuple[tuple[str, Any], ...]:
     if type(module) in _WITHOUT_NUMBERS:
         return ()
     own = [(name, value) for name, value in vars(module).items() if type(value) in _PLAIN and name[0] != "_"]
+    own += held_tensors(module)
     return tuple(pair for pair in own if pair[0] != "training" and not _HOW_IT_RUNS.search(pair[0]))
 
 

@@ -258,3 +258,72 @@ def test_a_changed_number_in_a_users_module_is_detected():
     attention.v_proj.enabled = False
     with pytest.raises(specache.UsageError, match=r"v_proj\.enabled was True and is False"):
         second_turn(model, cache, said)
+
+
+class Steered(nn.Module):
+    """A layer in a wrapper of the user's, which holds vectors, and records what it saw."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.vector = torch.zeros(64)
+        self.named: dict[str, torch.Tensor] = {}
+        self.control = Control()
+        self.last: torch.Tensor | None = None
+        self.seen: list[torch.Tensor] = []
+
+    def forward(self, *args: Any, **more: Any) -> torch.Tensor:
+        out = self.inner(*args, **more) + self.vector + sum(self.named.values())
+        out = out if self.control.vector is None else out + self.control.vector
+        self.last = out
+        self.seen.append(out)
+        return out
+
+
+class Control:
+    def __init__(self, vector: torch.Tensor | None = None) -> None:
+        self.vector = vector
+
+
+STEERING = {
+    "vector": lambda layer: setattr(layer, "vector", torch.ones(64)),
+    "vector in place": lambda layer: layer.vector.add_(1),
+    "vector in place, uncounted": lambda layer: layer.vector.data.add_(1),
+    "named": lambda layer: layer.named.update(happy=torch.ones(64)),
+    "control": lambda layer: setattr(layer, "control", Control(torch.ones(64))),
+    "control, in its attribute": lambda layer: setattr(layer.control, "vector", torch.ones(64)),
+}
+
+
+def steered() -> tuple[Any, Any]:
+    model = llama()
+    model.model.layers[1] = Steered(model.model.layers[1])
+    return model, model.model.layers[1]
+
+
+@pytest.mark.parametrize("change", STEERING)
+def test_a_changed_vector_that_a_users_module_holds_is_detected(change):
+    model, layer = steered()
+    cache, said = first_turn(model)
+    assert second_turn(model, cache, said)
+    STEERING[change](layer)
+    with pytest.raises(
+        specache.UsageError, match=rf"layers\.1\.{change.partition(' ')[0].strip(',')} was .* and is float32 \[64\]"
+    ):
+        second_turn(model, cache, said)
+
+
+def test_what_a_users_module_records_may_be_dropped():
+    model, layer = steered()
+    cache, said = first_turn(model)
+    layer.last = None
+    layer.seen.clear()
+    assert second_turn(model, cache, said)
+
+
+def test_an_equal_vector_in_place_of_another_continues_the_cache():
+    model, layer = steered()
+    layer.control = Control(torch.ones(64))
+    cache, said = first_turn(model)
+    layer.control = Control(torch.ones(64))
+    assert second_turn(model, cache, said)
