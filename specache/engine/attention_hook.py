@@ -33,6 +33,7 @@ from specache.errors import UnsupportedModelError
 from specache.kernels.types import AttentionParams
 from specache.linear import cpu_linear
 from specache.model import rope
+from specache.model.attention_functions import refuse_replaced_attention
 from specache.model.identity.wrappers import is_compiled_inside, unwrapped
 from specache.model.info import ModelInfo, inspect_model
 from specache.model.per_layer import attention_modules
@@ -75,7 +76,11 @@ def forward(
 
     Returns:
         float32 logits [B, `logits`, V].
+
+    Raises:
+        UnsupportedModelError: the user has set an attention of somebody else's meanwhile.
     """
+    _follow_users_choice(model)
     previous = getattr(_inside, "layers", None), getattr(_inside, "masked", False)
     _inside.layers, _inside.masked = set(), mask is not None
     try:
@@ -342,6 +347,20 @@ def _attach(model: Any) -> None:
         _attached[model] = (name, depth + 1)
 
 
+def _follow_users_choice(model: Any) -> None:
+    """Take the place of the attention that the user has set since the model was attached.
+
+    Streamers and processors may do so between two steps, to look at attention weights.
+    """
+    name = model.config._attn_implementation
+    if name == NAME:
+        return
+    refuse_replaced_attention(model)
+    with _lock:
+        _attached[model] = name, _attached[model][1]
+        model.set_attn_implementation(NAME)
+
+
 def _detach(model: Any) -> None:
     with _lock:
         name, depth = _attached[model]
@@ -352,7 +371,8 @@ def _detach(model: Any) -> None:
         rope.remove(_ropes.pop(model, []))
         _compiled_inside.discard(model)
         compiled_layers.remove(model)
-        model.set_attn_implementation(name)
+        if model.config._attn_implementation == NAME:  # else the user has set another one since the last pass
+            model.set_attn_implementation(name)
         for config, implementation in _apart.pop(model, []):
             config._attn_implementation = implementation
 

@@ -276,6 +276,61 @@ def test_an_attention_function_that_is_set_between_two_answers_is_refused():
         specache.generate(model, said, past_key_values=cache, max_new_tokens=2)
 
 
+class Between(transformers.LogitsProcessor):
+    """Does something between the second and the third token of an answer."""
+
+    def __init__(self, act: Any) -> None:
+        self._act, self._calls = act, 0
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        self._calls += 1
+        if self._calls == 3:
+            self._act(input_ids)
+        return scores
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("names", [["eager"], ["eager", "sdpa"]], ids=["for good", "and back"])
+def test_an_attention_that_is_set_in_the_middle_of_an_answer_changes_nothing_of_it(names, policy):
+    """Then the model attended by itself, to the one token of each step."""
+    model, seen = llama(), []
+    expected = model.generate(prompt(LENGTH), max_new_tokens=8, do_sample=False)
+
+    def look(input_ids: Any) -> None:
+        for name in names:
+            model.set_attn_implementation(name)
+            if name == "eager":
+                seen.append(model(input_ids, output_attentions=True, use_cache=False).attentions)
+
+    config = specache.SpeCacheConfig(policy=policy, slow_tier="ram", top_k=10**6)
+    arguments = {"max_new_tokens": 8, "do_sample": False, "logits_processor": [Between(look)]}
+    assert torch.equal(specache.generate(model, prompt(LENGTH), config=config, **arguments), expected)
+    assert seen[0][0] is not None
+    assert model.config._attn_implementation == names[-1]
+
+
+def test_an_attention_function_that_is_set_in_the_middle_of_an_answer_is_refused():
+    transformers.AttentionInterface.register("sharper", sharper)
+    model = llama()
+    cache = specache.SpeCache(model)
+    act = Between(lambda input_ids: model.set_attn_implementation("sharper"))
+    with pytest.raises(specache.UnsupportedModelError, match="sharper") as raised:
+        specache.generate(model, prompt(LENGTH), past_key_values=cache, max_new_tokens=8, do_sample=False, logits_processor=[act])
+    assert len(raised.value.new_token_ids[0]) == 3
+    assert model.config._attn_implementation == "sharper"
+    model.set_attn_implementation("sdpa")
+    said = torch.cat([prompt(LENGTH), torch.tensor([list(raised.value.new_token_ids[0])])], 1)
+    answer = specache.generate(model, said, past_key_values=cache, max_new_tokens=5, do_sample=False)
+    assert torch.equal(answer, model.generate(prompt(LENGTH), max_new_tokens=8, do_sample=False))
+
+
+def test_an_attention_that_is_set_after_the_last_token_stays():
+    model = llama()
+    act = Between(lambda input_ids: model.set_attn_implementation("eager"))
+    specache.generate(model, prompt(LENGTH), config=specache.SpeCacheConfig(), max_new_tokens=3, logits_processor=[act])
+    assert model.config._attn_implementation == "eager"
+
+
 def test_a_mask_function_that_the_user_registered_is_refused(monkeypatch):
     transformers.AttentionMaskInterface.register("seen_prefix", seen_prefix)
     transformers.AttentionInterface.register("seen_prefix", ALL_ATTENTION_FUNCTIONS["sdpa"])
