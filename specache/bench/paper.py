@@ -22,6 +22,7 @@ from specache.config import Policy, SlowTierKind, SpeCacheConfig
 from specache.errors import ConfigError
 from specache.planning.roofline.compared_methods import PAPER_RESIDUAL
 from specache.platform import machine
+from specache.platform.output_files import check_output_file
 
 KEY = ("method", "bits", "policy", "context")
 
@@ -82,8 +83,8 @@ class Paper:
         if self.plot is not None:
             require_matplotlib()
         for option, path in (("out", self.out), ("plot", self.plot)):
-            if path is not None and not path.expanduser().parent.is_dir():
-                raise ConfigError(f"--{option} {path}: there is no folder {path.expanduser().parent}.")
+            if path is not None:
+                check_output_file(path, f"--{option}")
 
     def run(self, bench: BenchContext) -> Outcome:
         if self.fast_memory is None and bench.device != CUDA:

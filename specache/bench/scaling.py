@@ -18,7 +18,7 @@ from specache.bench.compare import Measured, Skipped, compare
 from specache.bench.contenders import DynamicContender, SpeCacheContender
 from specache.bench.plot import require_matplotlib, scaling_figure, write_plot
 from specache.bench.workload import Workload
-from specache.errors import ConfigError
+from specache.platform.output_files import check_output_file
 
 OURS, STOCK = SpeCacheContender.impl, DynamicContender.impl
 FittedLine = dict[str, Any]
@@ -44,8 +44,7 @@ class Scaling(CacheOptions):
         self.config()
         if self.plot is not None:
             require_matplotlib()
-            if not self.plot.expanduser().parent.is_dir():
-                raise ConfigError(f"--plot {self.plot}: there is no folder {self.plot.expanduser().parent}.")
+            check_output_file(self.plot, "--plot")
 
     def run(self, bench: BenchContext) -> Outcome:
         source = bench.model_source

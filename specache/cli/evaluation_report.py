@@ -14,6 +14,7 @@ from specache.cli.console import EXIT_ERROR, err, print_error, print_table
 from specache.cli.evaluation_table import result_tables
 from specache.cli.json_file import check_json, write_json
 from specache.errors import ConfigError
+from specache.platform.output_files import check_output_file
 
 if TYPE_CHECKING:
     from specache.eval.compare_runs import Change, Comparison
@@ -82,8 +83,7 @@ def _one(folder: Path, summary: Path | None, commit: str | None) -> None:
     from specache.eval.results import write_file
     from specache.eval.run_summary import summarise, summary_text
 
-    if not summary.parent.is_dir():
-        raise ConfigError(f"--summary {summary}: there is no folder {summary.parent}.")
+    check_output_file(summary, "--summary")
     write_file(summary, summary_text(summarise(folder, commit=commit)))
     err.print(f"Summary: {summary}", style="dim", markup=False, soft_wrap=True)
 

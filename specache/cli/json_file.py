@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from specache.cli.console import write
-from specache.errors import ConfigError, SpeCacheError
+from specache.errors import SpeCacheError
+from specache.platform.output_files import check_output_file
 
 STANDARD_OUTPUT = "-"
 
@@ -20,13 +21,13 @@ JsonFile = Annotated[
 
 
 def check_json(target: str | None) -> None:
-    """Check, before hours of measuring, that the file's folder exists.
+    """Check, before hours of measuring, that the file can be written.
 
     Raises:
-        ConfigError: it does not.
+        ConfigError: it cannot.
     """
-    if target not in (None, STANDARD_OUTPUT) and not (folder := Path(str(target)).expanduser().parent).is_dir():
-        raise ConfigError(f"--json {target}: there is no folder {folder}.")
+    if target is not None and target != STANDARD_OUTPUT:
+        check_output_file(target, "--json")
 
 
 def print_json(document: dict[str, Any]) -> None:

@@ -59,6 +59,8 @@ def test_a_whole_model_by_shape_and_by_name(tiny_folder: Path, tmp_path: Path):
         (("attention", "--bits", "two"), "--bits must be a whole number"),
         (("attention", "--rows", "1,3"), "--rows takes 1 and 2, got 1, 3"),
         (("attention", "--shape", "tiny", "--json", "nowhere/a.json"), "there is no folder nowhere"),
+        (("attention", "--shape", "tiny", "--json", "."), "--json .: this is a folder"),
+        (("attention", "--shape", "tiny", "--json", ""), "--json .: this is a folder"),
     ],
 )
 def test_usage_errors_are_found_before_anything_is_measured(arguments, expected):

@@ -306,6 +306,8 @@ def test_a_file_of_something_else_is_refused(content, tmp_path):
         ({"group_size": 48}, "group_size must divide"),
         ({"out": Path("nowhere/paper.json")}, "--out nowhere/paper.json: there is no folder"),
         ({"plot": Path("nowhere/paper.png")}, "--plot nowhere/paper.png: there is no folder"),
+        ({"out": Path(".")}, "--out .: this is a folder"),
+        ({"plot": Path(".")}, "--plot .: this is a folder"),
     ],
 )
 def test_settings_that_cannot_be_measured_are_refused(settings, message):

@@ -161,6 +161,7 @@ def test_a_skipped_method_is_reported(tiny):
         (("answers", "--methods", "nonsense"), "no method 'nonsense'"),
         (("answers", "--methods", "specache:bits=3"), "bits must be one of 1, 2, 4"),
         (("divergence", "--json", "nowhere/rows.json"), "there is no folder nowhere"),
+        (("divergence", "--json", "."), "--json .: this is a folder"),
         (("ablate", "--field", "speed", "--values", "1"), "has a setting 'speed'"),
         (("ablate", "--field", "bits", "--values", "1,three"), "must be a whole number, got 'three'"),
         (("ablate", "--field", "bits", "--values", ""), "at least one value"),
