@@ -19,17 +19,22 @@ from specache.tiers.disk.system_errors import reason
 
 LOCK_FILE = "lock"
 _LONGEST = 4096  # bytes read of a holder's description
+_FORK = "'specache session fork' makes a copy to work with at the same time."
 
 
 class FolderLock:
     """An exclusive lock, held until `release`, garbage collection, or the end of the process.
+
+    Args:
+        folder: the folder, in which the lock's file is.
+        otherwise: what a user can do while another process has the folder, for the message.
 
     Raises:
         SessionError: the lock is held (the message says by whom), the folder is gone, or the file
             system has no locks.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, otherwise: str = _FORK) -> None:
         import fcntl
 
         self._fd = -1
@@ -47,7 +52,7 @@ class FolderLock:
             self.release()
             raise SessionError(
                 f"{folder} is in use by {holder}. Wait until it is done, or end it; the lock goes when its process does. "
-                "'specache session fork' makes a copy to work with at the same time."
+                f"{otherwise}"
             ) from None
         except OSError as error:
             self.release()

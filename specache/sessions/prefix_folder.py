@@ -78,7 +78,7 @@ class PrefixFolder:
         self._changing = forks.reentrant_lock()
         self._removed: list[SavedPrefix] = []  # whose rows are still read by sequences
         self._reading: list[SavedPrefix] = []  # are being brought back, and stay meanwhile
-        self._lock = FolderLock(self.root)
+        self._lock = FolderLock(self.root, "Processes at the same time need a folder each.")
         self.removals = 0
         self.saved: list[SavedPrefix] = []
         self.ignored: list[IgnoredPrefix] = []

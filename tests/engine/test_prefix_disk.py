@@ -325,7 +325,9 @@ def test_a_second_server_on_the_folder_goes_without(model, root):
     first.read(text(400))
     with pytest.warns(RuntimeWarning, match="in use by process"):
         second = opened(model, root)
-    assert "memory only" in second.store.status().problem
+    problem = second.store.status().problem
+    assert "memory only" in problem and problem.endswith("Processes at the same time need a folder each.")
+    assert "session" not in problem.replace(str(root), "")
     assert second.ask(text(400))[0] == fresh(model, config(), text(400))[0]
     second.close()
     first.close()
