@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -25,9 +25,11 @@ from specache.engine.static_decoder import StaticDecoder
 from specache.engine.traced import call_shape, traced_layers
 from specache.engine.traced.layer_chain import ChainBrokenError
 from specache.engine.traced.traced_layers import TracedAnswer
+from specache.linear.cpu_linear import MOST_FEW_ROWS
 from specache.model.identity.code import is_hooked
 from specache.planning.working_set import decode_bytes
 from specache.platform.out_of_memory import is_out_of_memory
+from specache.platform.step_threads import of_steps
 
 MOST_CHANGES = 4  # of a model's layers in one answer, after which its steps are eager
 
@@ -89,7 +91,9 @@ class ModelPasses:
 
     def prefill(self, token_ids: list[int], start: int, state: PrefillPass, *, logits: int) -> Tensor:
         """Run a chunk's tokens from position `start`; return its last logits [1, `logits`, V]."""
-        return forward(self._model, self._ids([token_ids]), self._positions([start], len(token_ids)), state, logits=logits)
+        few = len(token_ids) <= MOST_FEW_ROWS  # what was added to a text: its products are those of a step
+        with of_steps[1].like_a_step() if few else nullcontext():
+            return forward(self._model, self._ids([token_ids]), self._positions([start], len(token_ids)), state, logits=logits)
 
     def reset_rope(self) -> None:
         """Undo what another sequence or a stock call may have done to the RoPE frequencies."""
@@ -114,10 +118,11 @@ class ModelPasses:
         return self._try_pass(kind, sequences, tokens)  # outside of `except`: the error keeps the first pass's tensors alive
 
     def _try_pass(self, kind: StepKind, sequences: Sequence[CachedSequence], tokens: list[list[int]]) -> Tensor:
-        try:
-            return self._one_pass(kind, sequences, tokens, chained=True)
-        except ChainBrokenError:
-            return self._one_pass(kind, sequences, tokens, chained=False)
+        with of_steps[len(sequences) * kind.queries].step():
+            try:
+                return self._one_pass(kind, sequences, tokens, chained=True)
+            except ChainBrokenError:
+                return self._one_pass(kind, sequences, tokens, chained=False)
 
     def _one_pass(self, kind: StepKind, sequences: Sequence[CachedSequence], tokens: list[list[int]], chained: bool) -> Tensor:
         config = self._cache.config

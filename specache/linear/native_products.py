@@ -20,6 +20,7 @@ from torch.nn.functional import linear
 from specache.linear import packed_weights
 from specache.linear.packed_weights import PackedWeights
 from specache.platform import extension, private_torch
+from specache.platform.step_threads import step_threads
 
 MANY_ROWS = 64  # from here on bfloat16 products of a processor with matrix registers are faster
 ROUNDED_ROWS = 512  # `kManyRows` of csrc/product.cpp: rows that are rounded at a time
@@ -119,7 +120,7 @@ def _packed(x: Tensor, weights: PackedWeights, bias: Tensor | None) -> Tensor:
     if rows := out.numel() // outputs:
         extension.native.packed_linear(
             instruction_set(),
-            torch.get_num_threads(),
+            step_threads(),
             x.data_ptr(),
             extension.DTYPES[x.dtype],
             rows,
@@ -147,7 +148,7 @@ def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if rows := out.numel() // max(outputs, 1):
         extension.native.plain_linear(
             instruction_set(),
-            torch.get_num_threads(),
+            step_threads(),
             x.data_ptr(),
             dtype,
             rows,

@@ -24,6 +24,7 @@ from specache.engine.traced.program import Program
 from specache.kernels.finite import not_finite
 from specache.linear import native_products
 from specache.platform import extension
+from specache.platform.step_threads import step_threads
 
 ALL_FINITE = -1  # csrc/in_place.hpp
 
@@ -120,7 +121,7 @@ class LayerChain:
         hidden, *inputs = addresses
         outcome: tuple[int, int, list[Any], float] = self._native.run(
             step.isa or native_products.instruction_set(),
-            torch.get_num_threads(),
+            step_threads(),
             hidden,
             inputs,
             results.data_ptr(),

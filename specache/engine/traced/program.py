@@ -20,6 +20,7 @@ from specache.engine.traced.recorder import Recorder
 from specache.kernels.types import AttentionParams
 from specache.linear import native_products
 from specache.platform import extension
+from specache.platform.step_threads import step_threads
 
 ALIGNMENT = 64
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}  # of the largest result
@@ -103,7 +104,7 @@ class Program:
         made = [torch.empty_strided(shape, strides, dtype=dtype, device="cpu") for shape, strides, dtype in self._made]
         scratch = _scratch.of(self._scratch_bytes)
         bases = [scratch.data_ptr(), *addresses, *(each.data_ptr() for each in made), 0, *self._weights]
-        threads = torch.get_num_threads()
+        threads = step_threads()
         self._program.run(threads, 0, self._middle, bases)
         query, keys, values, result = (each.of(made) for each in self._results)
         out = attend(self._index, query, keys, values, self._params)

@@ -17,6 +17,7 @@ from specache.kernels.cpu.native_layout import layout, page_addresses, scale_add
 from specache.kernels.finite import not_finite
 from specache.kernels.types import AttentionParams, FetchCounts, FetchedRows, FetchedStep, StoredLayer, StoredRows
 from specache.platform.extension import DTYPES, native
+from specache.platform.step_threads import step_threads
 
 ALL_FINITE = -1  # csrc/in_place.hpp
 READS_FAILED = -2  # csrc/fetched_step.hpp
@@ -164,7 +165,7 @@ class Arguments:
         self._backend = backend
         self.native = native.StepArguments(
             backend.isa,
-            torch.get_num_threads(),
+            step_threads(),
             query.data_ptr(),
             DTYPES[query.dtype],
             query_heads // heads,

@@ -21,6 +21,7 @@ from specache.kernels.finite import all_finite
 from specache.kernels.types import AttentionParams, FetchedRows, FetchedStep, HotRows, LowBitKV, RecentTokens, StoredLayer
 from specache.platform import extension
 from specache.platform.extension import DTYPES, IMPORT_ERROR, instruction_sets
+from specache.platform.step_threads import step_threads
 
 __all__ = ["IMPORT_ERROR", "NativeKernels", "NativeLayerStep", "instruction_sets"]
 
@@ -51,7 +52,7 @@ class NativeKernels:
         strides = [stride * size for x in (keys, values) for stride in x.stride()[:2]]
         _native.quantise(
             self.isa,
-            torch.get_num_threads(),
+            step_threads(),
             layout(low_bit_kv),
             _native_kv(low_bit_kv, low_bit_kv.length),
             keys.data_ptr(),
@@ -128,7 +129,7 @@ class NativeLayerStep:
         self._shape = (len(low_bit_kvs), heads, query.shape[2], min(top_k, longest))
         self._step = _native.LayerStep(
             isa,
-            torch.get_num_threads(),
+            step_threads(),
             layout_of(low_bit_kvs),
             [_native_kv(low_bit_kv, low_bit_kv.length) for low_bit_kv in low_bit_kvs],
             query.data_ptr(),
