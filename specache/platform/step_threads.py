@@ -104,11 +104,12 @@ class StepThreads:
 
 @contextmanager
 def _limited_to(threads: int | None) -> Iterator[None]:
+    before = getattr(_limit, "threads", None)
     _limit.threads = threads
     try:
         yield
     finally:
-        _limit.threads = None
+        _limit.threads = before
 
 
 of_steps: defaultdict[int, StepThreads] = defaultdict(StepThreads)  # of this process, by the tokens of a pass
