@@ -12,6 +12,7 @@ import torch
 
 from specache.bench.base import BenchContext, Outcome, Result, check_at_least
 from specache.bench.breakdown import PHASES
+from specache.bench.busy import busy_processes
 from specache.bench.cache_options import CacheOptions
 from specache.bench.compare import Measured, Skipped, compare
 from specache.bench.compute_device import CPU
@@ -54,8 +55,11 @@ class Decode(CacheOptions):
         metadata={"help": "Leave the caches as they are, instead of reading a large array before every step, which empties them."},
     )
 
+    busy: int = field(default=0, metadata={"help": "Busy processes beside all steps, as other programs would be."})
+
     def __post_init__(self) -> None:
         check_at_least(self, 1, "context", "batch", "steps")
+        check_at_least(self, 0, "busy")
         self.config()
         unknown = set(self.against) - set(AGAINST)
         if unknown:
@@ -79,7 +83,8 @@ class Decode(CacheOptions):
         bare = {rows: BareModel(work, rows, ours=True) for rows in ((1, 2) if ours.config.policy.drafts else (1,))}
         products, stock = BareModel(work, 1, products=True), BareModel(work, 1)
         evict = _nothing if self.warm else large.read
-        measured = compare(work, [*contenders, *bare.values(), products, stock], self.steps, bench.log, PHASE_STEPS, evict)
+        with busy_processes(self.busy):
+            measured = compare(work, [*contenders, *bare.values(), products, stock], self.steps, bench.log, PHASE_STEPS, evict)
         large.best_gb_per_s(FLOOR_READS)
         results = []
         for contender in contenders:
@@ -94,7 +99,8 @@ class Decode(CacheOptions):
         evicting = 0 if self.warm else large.nbytes
         del work, contenders, ours, bare, products, stock, measured, large  # llama.cpp loads the model again
         if LLAMA_CPP in self.against:
-            results += self._llama_cpp(bench, evicting)
+            with busy_processes(self.busy):
+                results += self._llama_cpp(bench, evicting)
         return Outcome(_compared(results), details)
 
     def _stock(self, name: str, work: Workload) -> Contender:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import types
 from typing import Any
 
 import pytest
 
-from specache.bench import contenders, decode_step, plain_read
+from specache.bench import busy, contenders, decode_step, plain_read
 from specache.bench.base import BenchContext, Result
 from specache.bench.breakdown import PHASES
+from specache.bench.compare import compare
 from specache.bench.decode_step import Decode
 from specache.bench.gguf_model import FORMATS
 from specache.bench.shapes import Weights
@@ -104,6 +106,26 @@ def test_the_caches_are_emptied_before_every_step_unless_they_are_to_stay_warm(m
     run(warm=warm)
     before = [previous for previous, event in zip(["step", *events], events, strict=False) if event == "step"]
     assert len(before) == 4 and set(before) <= ({"step"} if warm else {"read"})
+
+
+def test_busy_processes_run_beside_the_steps_and_end_with_them(monkeypatch):
+    started: list[subprocess.Popen[bytes]] = []
+    running = []
+
+    class Noted(subprocess.Popen):  # type: ignore[type-arg]
+        def __init__(self, *args: Any, **more: Any) -> None:
+            super().__init__(*args, **more)
+            started.append(self)
+
+    def noted(*args: Any) -> Any:
+        running.append(sum(process.poll() is None for process in started))
+        return compare(*args)
+
+    monkeypatch.setattr(busy.subprocess, "Popen", Noted)
+    monkeypatch.setattr(decode_step, "compare", noted)
+    assert all(result["ms_per_step"] > 0 for result in run(busy=2))
+    assert running == [2]
+    assert len(started) == 2 and all(process.poll() is not None for process in started)
 
 
 def test_without_the_ordinary_cache_there_is_no_ratio_to_it():
