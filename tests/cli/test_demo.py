@@ -68,14 +68,14 @@ def shown(demo_model: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> 
     """One demo of the real model, run by its defaults."""
     read: list[int] = []
     folder = tmp_path_factory.mktemp("temporary")
-    embed = torch.nn.Embedding.forward
+    embed = torch.nn.functional.embedding
 
-    def counting(module: torch.nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
+    def counting(ids: torch.Tensor, *more: Any) -> torch.Tensor:
         read.append(ids.shape[1])
-        return embed(module, ids)
+        return embed(ids, *more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.nn.Embedding, "forward", counting)  # beside a hook there would be no draft tokens
+        patch.setattr(torch.nn.functional, "embedding", counting)  # a hook, or another forward, would leave no draft tokens
         patch.setattr(tempfile, "tempdir", str(folder))
         document = run_json("demo", "--tokens", "600", "--seed", "3", "--depth", "0.5")
     return Shown(document, read, folder)
