@@ -12,11 +12,16 @@ _PROGRAM = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: sum(
 
 @contextmanager
 def busy_processes(count: int) -> Iterator[None]:
-    """Run `count` busy processes, each on one core, until the block ends."""
+    """Run `count` busy processes until the block ends.
+
+    Each has a session of its own: Linux gives sessions, not processes, equal shares of the cores.
+    """
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for _ in range(count):
-            processes.append(subprocess.Popen([sys.executable, "-S", "-c", _PROGRAM], stdin=subprocess.DEVNULL))
+            processes.append(
+                subprocess.Popen([sys.executable, "-S", "-c", _PROGRAM], stdin=subprocess.DEVNULL, start_new_session=True)
+            )
         yield
     finally:
         for process in processes:
