@@ -54,7 +54,6 @@ class Decode(CacheOptions):
         default=False,
         metadata={"help": "Leave the caches as they are, instead of reading a large array before every step, which empties them."},
     )
-
     busy: int = field(default=0, metadata={"help": "Busy processes beside all steps, as other programs would be."})
 
     def __post_init__(self) -> None:

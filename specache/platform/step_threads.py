@@ -2,7 +2,7 @@
 
 A step consists of hundreds of short parallel phases, and each ends when its last thread does. If a
 thread waits for a core that another process has, all wait with it, a time slice per phase: on two
-cores, one busy process makes a step thirty times slower. With a thread less it does not. Results
+cores, one busy process made a step ninety times slower. With a thread less it does not. Results
 have the same bits with any number of threads.
 """
 
@@ -25,7 +25,7 @@ MOST_LOSSES = 8  # of a core, in a step that nobody disturbs,
 MOST_LOSSES_PER_SECOND = 200  # or in a longer one
 FASTER = 0.9  # another number of threads is kept if a step lasts at most so much of the time
 SHORTEST_WAIT, LONGEST_WAIT = 4.0, 60.0  # seconds between trials that fail
-_WEIGHT = 0.3  # of the newest step in the mean
+_WEIGHT = 0.3  # of a slower step in the mean; a faster one replaces it
 
 _limit = threading.local()
 
@@ -64,12 +64,13 @@ class StepThreads:
     def step(self) -> Iterator[None]:
         """Return a block, a step, in which `step_threads` is the number chosen for it."""
         most = torch.get_num_threads()
-        used, self._trial = self._trial or self._fewer or most, None
+        usual = min(self._fewer or most, most)
+        used, self._trial = min(self._trial or usual, most), None
         losses, started = self._losses(), self._clock()
         with _limited_to(used):
             yield
         if most > 1:
-            self._note(used, most, self._clock() - started, self._losses() - losses)
+            self._note(usual, used, most, self._clock() - started, self._losses() - losses)
 
     @contextmanager
     def like_a_step(self) -> Iterator[None]:
@@ -77,12 +78,15 @@ class StepThreads:
         with _limited_to(self._fewer):
             yield
 
-    def _note(self, used: int, most: int, seconds: float, losses: int) -> None:
+    def _note(self, usual: int, used: int, most: int, seconds: float, losses: int) -> None:
         """Note what a step took, and choose whether the next one is a trial."""
         now = self._clock()
-        if used != (self._fewer or most):
-            return self._end_trial(used, most, now, seconds)
-        self._seconds = seconds if self._seconds is None else _WEIGHT * seconds + (1 - _WEIGHT) * self._seconds
+        if used != usual:
+            return self._end_trial(usual, used, most, now, seconds)
+        if self._seconds is None:  # the first step prepares much: no measure of the next ones
+            self._seconds = seconds
+            return
+        self._seconds = min(seconds, _WEIGHT * seconds + (1 - _WEIGHT) * self._seconds)
         if now < self._next_trial:
             return
         if losses >= max(MOST_LOSSES, MOST_LOSSES_PER_SECOND * seconds):
@@ -90,12 +94,12 @@ class StepThreads:
         elif used < most:
             self._trial = most
 
-    def _end_trial(self, used: int, most: int, now: float, seconds: float) -> None:
+    def _end_trial(self, usual: int, used: int, most: int, now: float, seconds: float) -> None:
         if self._seconds is not None and seconds <= FASTER * self._seconds:
             self._fewer, self._seconds = None if used == most else used, seconds
             self._wait = SHORTEST_WAIT
             self._next_trial = now + self._wait if used < most else now
-        elif 1 < used < (self._fewer or most):
+        elif 1 < used < usual:
             self._trial = used - 1
         else:
             self._next_trial = now + self._wait

@@ -11,7 +11,6 @@ import torch
 
 import specache
 from specache.engine import model_passes
-from specache.platform import step_threads as module
 from specache.platform.step_threads import LONGEST_WAIT, SHORTEST_WAIT, StepThreads, step_threads
 from tests.tiny import llama, prompt
 
@@ -89,6 +88,21 @@ def test_fewer_threads_that_are_no_faster_are_not_kept(four_threads):
     assert machine.used.count(4) > 30
 
 
+def test_a_first_step_that_prepares_much_is_no_measure(four_threads):
+    machine = Machine()
+    with machine.threads.step():
+        machine.now, machine.lost = machine.now + 5, machine.lost + 5000
+    assert set(machine.steps_of(5)) == {4}
+
+
+def test_pytorchs_number_is_never_exceeded(four_threads):
+    machine = Machine()
+    machine.busy = 1
+    machine.steps_of(10)
+    torch.set_num_threads(2)
+    assert {machine.step() for _ in range(20)} == {2}
+
+
 def test_outside_of_a_step_and_after_an_error_pytorchs_number_holds(four_threads):
     machine = Machine()
     machine.busy = 1
@@ -108,7 +122,7 @@ def test_an_answer_is_the_same_with_any_numbers_of_threads(monkeypatch):
     class Changing(StepThreads):
         """Tries another number after every step, and keeps it."""
 
-        def _note(self, number: int, most: int, seconds: float, losses: int) -> None:
+        def _note(self, usual: int, number: int, most: int, seconds: float, losses: int) -> None:
             used.append(number)
             self._trial = number % most + 1
 
@@ -118,7 +132,6 @@ def test_an_answer_is_the_same_with_any_numbers_of_threads(monkeypatch):
     expected = specache.generate(model, prompt(150), config=config, **new)
     changing: defaultdict[int, StepThreads] = defaultdict(Changing)
     monkeypatch.setattr(model_passes, "of_steps", changing)
-    monkeypatch.setattr(module, "of_steps", changing)
     found = specache.generate(model, prompt(150), config=config, **new)
     assert set(used) == {1, 2, 3}
     assert torch.equal(found.sequences, expected.sequences)

@@ -25,23 +25,14 @@ def test_a_hook_or_forward_with_which_the_cache_was_not_filled_is_warned_of(chan
         second_turn(model, cache, said)
 
 
-def test_a_replaced_forward_of_a_class_is_detected(monkeypatch):
+@pytest.mark.parametrize("name", ["forward", "__call__"])
+def test_what_was_replaced_in_a_class_is_detected(name, monkeypatch):
     model = llama()
     cache, said = first_turn(model)
     kind = type(model.model.layers[1].mlp)
-    old = kind.forward
-    monkeypatch.setattr(kind, "forward", lambda self, hidden: old(self, hidden) * 1.5)
-    with pytest.warns(UserWarning, match="a forward of its class"):
-        second_turn(model, cache, said)
-
-
-def test_a_call_of_a_class_that_was_replaced_is_detected(monkeypatch):
-    model = llama()
-    cache, said = first_turn(model)
-    kind = type(model.model.layers[1].mlp)
-    old = kind.__call__
-    monkeypatch.setattr(kind, "__call__", lambda self, hidden: old(self, hidden) * 1.5)
-    with pytest.warns(UserWarning, match="a __call__ of its class"):
+    old = getattr(kind, name)
+    monkeypatch.setattr(kind, name, lambda self, hidden: old(self, hidden) * 1.5)
+    with pytest.warns(UserWarning, match=f"a {name} of its class"):
         second_turn(model, cache, said)
 
 
