@@ -146,10 +146,10 @@ def test_output_is_in_the_log_and_warnings_are_with_their_check(tmp_path):
 def test_a_second_run_does_what_is_missing_or_failed(tmp_path, work):
     run(tmp_path, part("passes"), part("fails", 2))
     again = run(tmp_path, part("passes"), part("fails", 2), part("passes", 3))
-    assert (work / "count").read_text() == "2"  # parts 1 and 3, once each
+    assert (work / "count").read_text() == "11"  # parts 1 and 3, once each
     assert again.passed(1) and again.passed(3) and not again.passed(2)
     run(tmp_path, part("passes"), again=True)
-    assert (work / "count").read_text() == "3"
+    assert (work / "count").read_text() == "111"
 
 
 def test_results_of_other_sources_are_not_taken_over(tmp_path, work, monkeypatch):
@@ -158,7 +158,7 @@ def test_results_of_other_sources_are_not_taken_over(tmp_path, work, monkeypatch
     results = run(tmp_path, part("passes", 2))
     assert results.dropped and list(results.parts) == [2]
     run(tmp_path, part("passes"))
-    assert (work / "count").read_text() == "3"
+    assert (work / "count").read_text() == "111"
 
 
 def test_facts_reach_later_parts(tmp_path):
@@ -238,7 +238,9 @@ def test_two_runs_of_the_same_sources_do_not_disturb_each_other(tmp_path, work):
         runs = [pool.submit(run, tmp_path / name, part("passes"), part("fails", 2), part("passes", 3)) for name in "ab"]
         for one in runs:
             results = one.result()
+            assert failed(only(results)) == failed(only(results, 3)) == {}
             assert results.passed(1) and results.passed(3) and len(results.parts[2]["checks"]) == 4
+    assert (work / "count").read_text() == "1111"
     assert not list(work.glob("run-*"))  # what a run needed for itself is gone
 
 
