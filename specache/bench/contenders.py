@@ -139,7 +139,7 @@ class SpeCacheContender(Contender):
             self._held = None
 
     def ready(self) -> AbstractContextManager[None]:
-        return attached(self.work.model)
+        return self._steps.attached()
 
     def phases(self, steps: int, before: Callable[[], object] = lambda: None) -> dict[str, float]:
         clock = PhaseClock()

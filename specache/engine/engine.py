@@ -209,14 +209,19 @@ class Engine(Uncopied):
             run.drafts = list(drafts)
         for sequence in sequences:
             sequence.prepare_decode()
-        with modes.ours(), attached(self._model):
-            self._decoder.begin_answer(len(sequences))
         self._running[Handle(Request.of_sequences(sequences))] = run
+        with attached(self._model):
+            self.begin_answer()
         if tokens is not None:
             run.give(tokens, self.cache.counters)
             with modes.ours(), attached(self._model):
                 BatchStep(self._decoder, self._running, self._errors_of, self._end).pre_decode()
         return run
+
+    def begin_answer(self) -> None:
+        """Choose again how the next steps run the layers of the model, which is `attached`."""
+        with modes.ours():
+            self._decoder.begin_answer(sum(len(run.sequences) for run in self._running.values()))
 
     def __del__(self) -> None:
         self._detach()  # an engine that was never closed must not leave its model attached

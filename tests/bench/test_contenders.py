@@ -18,8 +18,10 @@ from specache.cache.window_layer import WindowLayer
 from specache.config import Code, Policy, SpeCacheConfig
 from specache.engine.attention_hook import attached
 from specache.engine.decoder import Decoder
+from specache.engine.model_passes import MOST_CHANGES
 from specache.errors import ConfigError
 from specache.kernels import dispatch
+from specache.platform import extension
 from tests.bench.tiny_shape import TINY, tiny_model, tiny_workload
 from tests.engine.test_model_families import FAMILIES, build
 from tests.model.test_quantized_cache import WholeBytes
@@ -97,6 +99,23 @@ def test_every_policy_decodes_and_reports_its_phases(policy):
     assert [dispatch.layer_step, dispatch.decode_in_place] == before
     assert set(phases) <= set(PHASES)
     assert phases.get("in_place") or (phases["attend"] and (phases.get("score") or phases.get("select")))
+    ours.close()
+
+
+@pytest.mark.skipif(not extension.instruction_sets(), reason=f"no C++ kernels: {extension.IMPORT_ERROR}")
+def test_steps_between_those_of_other_caches_run_as_in_an_answer():
+    """Not layer by layer, as where a model keeps changing: the others have the user's attention."""
+    work = Workload(llama(), batch=1, context=200)
+    ours, stock = SpeCacheContender(work, SpeCacheConfig()), DynamicContender(work)
+    for one in (ours, stock):
+        one.prepare()
+    steps = 2 * MOST_CHANGES
+    for _ in range(steps):
+        for one in (ours, stock):
+            with one.ready():
+                one.step()
+    ours.phases(2)
+    assert ours.held.stats()["traced_steps"] == ours.held.stats()["decode_steps"] == steps + 2
     ours.close()
 
 
