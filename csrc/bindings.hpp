@@ -54,5 +54,6 @@ void bind_disk_rows(nanobind::module_&);
 void bind_in_place(nanobind::module_&);
 void bind_layer_program(nanobind::module_&);
 void bind_layer_chain(nanobind::module_&);
+void bind_seen_values(nanobind::module_&);
 
 }  // namespace specache

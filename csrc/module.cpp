@@ -249,6 +249,7 @@ NB_MODULE(_native, m) {
     bind_in_place(m);
     bind_layer_program(m);
     bind_layer_chain(m);
+    bind_seen_values(m);
     m.def("quantise", &py_quantise);
     m.def("gather_rows", &py_gather_rows);
     m.def("packed_linear", &py_packed_linear);
