@@ -52,21 +52,20 @@ inline void store_outputs(uint8_t* out, Dtype dtype, Floats sums, const uint8_t*
         if (count >= kTile) return Isa::store(reinterpret_cast<float*>(out), sums);
         return store_partial(reinterpret_cast<float*>(out), count, sums);
     }
-    alignas(64) float x[kTile];
-    Isa::store(x, sums);
     alignas(64) uint16_t halves[kTile];
-    if (dtype == Dtype::bf16)
-        for (int i = 0; i < kTile; i++) {
-            const uint32_t bits = bits_of(x[i]), rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
-            halves[i] = uint16_t((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
-        }
-    else
+    uint16_t* const into = count >= kTile ? reinterpret_cast<uint16_t*>(out) : halves;
+    if (dtype == Dtype::bf16) {
+        Isa::store_bf16(into, sums);
+    } else {
+        alignas(64) float x[kTile];
+        Isa::store(x, sums);
         for (int i = 0; i < kTile; i++) {
             const uint32_t bits = bits_of(x[i]), sign = bits >> 16 & 0x8000, size = bits & 0x7FFFFFFF;
             // above 65519.996 it rounds to infinity
-            halves[i] = size > 0x7F800000 ? uint16_t(0x7E00) : size >= 0x477FF000 ? uint16_t(sign | 0x7C00) : float_to_half(x[i]);
+            into[i] = size > 0x7F800000 ? uint16_t(0x7E00) : size >= 0x477FF000 ? uint16_t(sign | 0x7C00) : float_to_half(x[i]);
         }
-    std::memcpy(out, halves, size_t(std::min(count, kTile)) * 2);
+    }
+    if (into == halves) std::memcpy(out, halves, size_t(count) * 2);
 }
 
 // Sums of one tile's block of 8-bit codes with NR rows [NR, 32].

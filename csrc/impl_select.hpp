@@ -29,16 +29,42 @@ inline int64_t blocks_per_top(int64_t length, int64_t k) {
     return per_top < 1 ? 1 : per_top > kStretch / kTile ? kStretch / kTile : per_top;
 }
 
+// Return how many of x [whole blocks] are not less than a bound.
+inline int64_t count_reaching(const float* x, int64_t length, float bound) {
+    const Floats least = Isa::splat(bound);
+    Ints counts = Isa::zero();
+    for (int64_t t = 0; t < length; t += kTile) counts = Isa::count_not_less(counts, Isa::load(x + t), least);
+    return int64_t(Isa::sum(Isa::to_float(counts)));  // below 2^24, so exact
+}
+
+// Return the k-th largest of x [whole blocks], whose numbers are not negative or -infinity, or a lower number
+// that exactly k of them reach. After `halvings` of the range it is one that at least k reach. -infinity if there
+// are fewer.
+inline float kth_largest(const float* x, int64_t length, int64_t k, int halvings) {
+    if (count_reaching(x, length, 0.0f) < k) return -INFINITY;
+    uint32_t low = 0, high = 0x7F800001;  // bits of numbers in their order, 0 to above infinity
+    for (int i = 0; i < halvings && high - low > 1; i++) {
+        const uint32_t middle = low + (high - low) / 2;
+        const int64_t count = count_reaching(x, length, float_of(middle));
+        (count >= k ? low : high) = middle;
+        if (count == k) break;
+    }
+    return float_of(low);
+}
+
+constexpr int kFewHalvings = 14;  // to 3%
+constexpr int kAllHalvings = 32;
+
 // Find the k positions of largest mean_prob, ascending, ties to the lower, -1 padding. mean_prob is
-// padded with -infinity to whole blocks; tops [count] (see `blocks_per_top`) are reordered;
-// candidates, values: scratch of `length`.
-void top_k(const float* mean_prob, int64_t length, float* tops, int64_t count, int64_t k, int64_t* positions, float* values,
+// padded with -infinity to whole blocks; tops [count], whole blocks: see `blocks_per_top`;
+// candidates, values: scratch of `length` in whole blocks.
+void top_k(const float* mean_prob, int64_t length, const float* tops, int64_t count, int64_t k, int64_t* positions, float* values,
            int32_t* candidates) {
     if (k >= length) {
         for (int64_t i = 0; i < k; i++) positions[i] = i < length ? i : -1;
         return;
     }
-    Floats least = Isa::splat(count >= k ? kth_largest(tops, count, k) : -INFINITY);
+    const Floats least = Isa::splat(kth_largest(tops, count, k, kFewHalvings));
     int64_t found = 0;
     for (int64_t t = 0; t < length; t += kTile)
         for (uint32_t mask = Isa::not_less(Isa::load(mean_prob + t), least); mask; mask &= mask - 1) {
@@ -46,11 +72,12 @@ void top_k(const float* mean_prob, int64_t length, float* tops, int64_t count, i
             if (position < length) candidates[found++] = int32_t(position);
         }
     for (int64_t i = 0; i < found; i++) values[i] = mean_prob[candidates[i]];
+    for (int64_t i = found; i % kTile; i++) values[i] = -INFINITY;
     if (found < k) {  // a query is not finite: any k positions in range do
         for (int64_t i = 0; i < k; i++) positions[i] = i;
         return;
     }
-    float threshold = kth_largest(values, found, k);
+    const float threshold = kth_largest(values, (found + kTile - 1) / kTile * kTile, k, kAllHalvings);
     int64_t above = 0, taken = 0;
     for (int64_t i = 0; i < found; i++) above += mean_prob[candidates[i]] > threshold;
     int64_t equals = k - above;

@@ -116,6 +116,15 @@ struct Isa {
         auto q = reinterpret_cast<const __m128i*>(p);
         return {widen_bf16(_mm_loadu_si128(q)), widen_bf16(_mm_loadu_si128(q + 1))};
     }
+    static __m256i rounded_bf16(__m256 x) {
+        const __m256i bits = _mm256_castps_si256(x), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+        const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF))), 16);
+        return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7FC0), _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
+    }
+    static void store_bf16(uint16_t* p, Floats x) {
+        const __m256i pairs = _mm256_packus_epi32(rounded_bf16(x.a), rounded_bf16(x.b));  // in the order 0, 2, 1, 3 of four elements each
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(pairs, 0xD8));
+    }
     static void load_bf16_pairs(const uint16_t* p, Floats& even, Floats& odd) {
         auto q = reinterpret_cast<const __m256i*>(p);
         const __m256i x = _mm256_loadu_si256(q), y = _mm256_loadu_si256(q + 1), high = _mm256_set1_epi32(int(0xFFFF0000));
@@ -166,6 +175,10 @@ struct Isa {
         return _mm_cvtss_f32(_mm_max_ss(z, _mm_movehdup_ps(z)));
     }
     static float first(Floats x) { return _mm256_cvtss_f32(x.a); }
+    static Ints count_not_less(Ints count, Floats x, Floats y) {
+        return {_mm256_sub_epi32(count.a, _mm256_castps_si256(_mm256_cmp_ps(x.a, y.a, _CMP_GE_OQ))),
+                _mm256_sub_epi32(count.b, _mm256_castps_si256(_mm256_cmp_ps(x.b, y.b, _CMP_GE_OQ)))};
+    }
     static uint32_t not_less(Floats x, Floats y) {
         return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(x.a, y.a, _CMP_GE_OQ))) |
                uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(x.b, y.b, _CMP_GE_OQ))) << 8;

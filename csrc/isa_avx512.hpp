@@ -46,6 +46,13 @@ struct Wide {
         __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
         return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
     }
+    // Round to nearest even.
+    static void store_bf16(uint16_t* p, Floats x) {
+        const __m512i bits = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+        const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF))), 16);
+        const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7FC0))));
+    }
     // 32 elements: the even ones, and the odd ones.
     static void load_bf16_pairs(const uint16_t* p, Floats& even, Floats& odd) {
         const __m512i x = _mm512_loadu_si512(p);
@@ -92,6 +99,10 @@ struct Wide {
     static float largest(Floats x) { return _mm512_reduce_max_ps(x); }
     static float first(Floats x) { return _mm512_cvtss_f32(x); }
     static uint32_t not_less(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+    // count + 1 where a is not less than b.
+    static Ints count_not_less(Ints count, Floats a, Floats b) {
+        return _mm512_mask_add_epi32(count, _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ), count, _mm512_set1_epi32(1));
+    }
     static void store_rounded(uint8_t* p, Floats x) {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(x)));
     }

@@ -91,6 +91,13 @@ struct Isa {
         }
         return x;
     }
+    static void store_bf16(uint16_t* p, const Floats& x) {
+        for (int i = 0; i < 16; i++) {
+            uint32_t bits;
+            std::memcpy(&bits, &x.v[i], 4);
+            p[i] = uint16_t((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+        }
+    }
     static void load_bf16_pairs(const uint16_t* p, Floats& even, Floats& odd) {
         for (int i = 0; i < 16; i++) {
             const uint32_t first = uint32_t(p[2 * i]) << 16, second = uint32_t(p[2 * i + 1]) << 16;
@@ -170,6 +177,10 @@ struct Isa {
         return y;
     }
     static float first(const Floats& x) { return x.v[0]; }
+    static Ints count_not_less(Ints count, const Floats& a, const Floats& b) {
+        for (int i = 0; i < 16; i++) count.v[i] += a.v[i] >= b.v[i];
+        return count;
+    }
     static uint32_t not_less(const Floats& a, const Floats& b) {
         uint32_t mask = 0;
         for (int i = 0; i < 16; i++) mask |= uint32_t(a.v[i] >= b.v[i]) << i;

@@ -87,6 +87,13 @@ struct Isa {
         for (int i = 0; i < 4; i++) x.v[i] = vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p + 4 * i), 16));
         return x;
     }
+    static void store_bf16(uint16_t* p, Floats x) {
+        for (int i = 0; i < 4; i++) {
+            const uint32x4_t bits = vreinterpretq_u32_f32(x.v[i]), odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+            const uint32x4_t rounded = vshrq_n_u32(vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7FFF))), 16);
+            vst1_u16(p + 4 * i, vmovn_u32(vbslq_u32(vceqq_f32(x.v[i], x.v[i]), rounded, vdupq_n_u32(0x7FC0))));
+        }
+    }
     static void load_bf16_pairs(const uint16_t* p, Floats& even, Floats& odd) {
         for (int i = 0; i < 4; i++) {
             const uint32x4_t x = vreinterpretq_u32_u16(vld1q_u16(p + 8 * i));
@@ -144,6 +151,10 @@ struct Isa {
     static float sum(Floats x) { return vaddvq_f32(vaddq_f32(vaddq_f32(x.v[0], x.v[1]), vaddq_f32(x.v[2], x.v[3]))); }
     static float largest(Floats x) { return vmaxvq_f32(vmaxq_f32(vmaxq_f32(x.v[0], x.v[1]), vmaxq_f32(x.v[2], x.v[3]))); }
     static float first(Floats x) { return vgetq_lane_f32(x.v[0], 0); }
+    static Ints count_not_less(Ints count, Floats a, Floats b) {
+        for (int i = 0; i < 4; i++) count.v[i] = vsubq_s32(count.v[i], vreinterpretq_s32_u32(vcgeq_f32(a.v[i], b.v[i])));
+        return count;
+    }
     static uint32_t not_less(Floats a, Floats b) {
         const uint32x4_t bit = {1, 2, 4, 8};
         uint32_t mask = 0;

@@ -157,8 +157,8 @@ struct Kernels {
     int64_t (*blocks_per_top)(int64_t length, int64_t k);
 
     // Find the k positions of largest mean_prob. Positions ascend, ties go to the lower position,
-    // padding is -1. tops [count] are reordered; values, candidates: scratch of `length`.
-    void (*top_k)(const float* mean_prob, int64_t length, float* tops, int64_t count, int64_t k, int64_t* positions, float* values,
+    // padding is -1. tops [count] are whole blocks; values, candidates: scratch of `length` in whole blocks.
+    void (*top_k)(const float* mean_prob, int64_t length, const float* tops, int64_t count, int64_t k, int64_t* positions, float* values,
                   int32_t* candidates);
 
     // Attend exactly to the selected rows of `row`, each at its position or slot.
@@ -205,8 +205,6 @@ const Kernels& amx_kernels();
 const Kernels& neon_kernels();
 #endif
 
-// Return the k-th largest of n floats (k >= 1), which are reordered.
-float kth_largest(float* values, int64_t n, int64_t k);
 float scalar_tanh(float x);
 using ScalarFunction = float (*)(float);
 ScalarFunction scalar_function(ElementOp);  // of those that take one element at a time

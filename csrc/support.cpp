@@ -1,16 +1,9 @@
 // What the kernels share and no instruction set changes.
-#include <algorithm>
 #include <cmath>
-#include <functional>
 
 #include "kernels.hpp"
 
 namespace specache {
-
-float kth_largest(float* values, int64_t n, int64_t k) {
-    std::nth_element(values, values + (k - 1), values + n, std::greater<float>());
-    return values[k - 1];
-}
 
 float scalar_tanh(float x) { return std::tanh(x); }
 
