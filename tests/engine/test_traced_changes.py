@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -147,6 +148,26 @@ def test_somebody_elses_functions_are_called(name):
     again = answer(model)
     assert_equal(again, before)
     assert again[2] > 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda a, b, c: a.update(x=object()),
+        lambda a, b, c: a.pop("x"),
+        lambda a, b, c: a.update(more=1),
+        lambda a, b, c: c.update(x=1),
+        lambda a, b, c: (b.update(y=a.pop("y")), b.move_to_end("y", last=False)),  # the same objects in the same order
+        lambda a, b, c: a.update(y=a["x"]),
+    ],
+)
+def test_every_kind_of_replacement_in_dictionaries_is_seen(change):
+    values = [object() for _ in range(4)]
+    mappings: list[Any] = [dict(zip("xy", values[:2], strict=True)), OrderedDict(zip("xz", values[2:], strict=True)), {}]
+    sizes, seen = [*map(len, mappings)], [value for mapping in mappings for value in mapping.values()]
+    assert extension.native.hold(mappings, sizes, seen)
+    change(*mappings)
+    assert not extension.native.hold(mappings, sizes, seen)
 
 
 def test_a_forward_of_a_class_is_called_in_every_step(monkeypatch):
