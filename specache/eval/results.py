@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from specache.errors import EvaluationError
+from specache.eval.result_schema import cell_problem, no_number, run_problem
 
 RUN_FILE = "run.json"
 CELLS_FILE = "cells.jsonl"
 LOCK_FILE = ".lock"
 WEIGHTS_DIGEST = "weights_digest"  # key of a run's identity, which runs of earlier versions lack
-_CELL_KEYS = ("item", "group", "index", "method", "values", "tokens", "details", "facts", "stats", "seconds")
 
 Cell = dict[str, Any]
 
@@ -78,6 +78,7 @@ class ResultFolder:
         self.run = run
         self._origin = origin  # index in `run.origins` of the cells that are appended
         self.cells, self._size = _read_cells(folder / CELLS_FILE)
+        _check_named(folder, run, self.cells)
         self._done = {(cell["item"], cell["method"]) for cell in self.cells}
         self.save_run()
         self._file = os.open(folder / CELLS_FILE, os.O_WRONLY | os.O_CREAT, 0o644)
@@ -171,9 +172,11 @@ def read_results(folder: Path) -> tuple[Run, list[Cell]]:
     """Return a folder's run and its finished cells. Nothing is changed.
 
     Raises:
-        EvaluationError: the folder holds no run, or a line of it cannot be parsed.
+        EvaluationError: the folder holds no run, or a line is no result, or there twice.
     """
-    return _read_run(folder), _read_cells(folder / CELLS_FILE)[0]
+    run, cells = _read_run(folder), _read_cells(folder / CELLS_FILE)[0]
+    _check_named(folder, run, cells)
+    return run, cells
 
 
 def write_file(path: Path, content: str | bytes) -> None:
@@ -282,13 +285,15 @@ def _brief(value: Any) -> str:
 
 def _read_run(folder: Path) -> Run:
     try:
-        document = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+        document = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"), parse_constant=no_number)
+        if (problem := run_problem(document)) is not None:
+            raise ValueError(problem)
         return Run.from_dict(document)
     except FileNotFoundError:
         raise EvaluationError(f"{folder} holds no results of 'specache eval' (no {RUN_FILE}).") from None
     except OSError as error:
         raise EvaluationError(f"cannot read {folder / RUN_FILE}: {error.strerror or error}.") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, RecursionError) as error:
         raise EvaluationError(f"{folder / RUN_FILE} is broken: {error}. Nothing was changed.") from error
 
 
@@ -301,21 +306,46 @@ def _read_cells(path: Path) -> tuple[list[Cell], int]:
     except OSError as error:
         raise EvaluationError(f"cannot read {path}: {error.strerror or error}.") from error
     size = data.rfind(b"\n") + 1
-    return [_cell(path, number, line) for number, line in enumerate(data[:size].split(b"\n")[:-1], start=1)], size
+    cells = [_cell(path, number, line) for number, line in enumerate(data[:size].split(b"\n")[:-1], start=1)]
+    _check_once(path, cells)
+    return cells, size
+
+
+def _check_once(path: Path, cells: list[Cell]) -> None:
+    """Check that no cell is there twice: it would count as two items, with narrower intervals."""
+    lines: dict[tuple[str, str], int] = {}
+    for number, cell in enumerate(cells, start=1):
+        first = lines.setdefault((cell["item"], cell["method"]), number)
+        if first != number:
+            raise EvaluationError(
+                f"{path}, line {number} has item {cell['item']!r} under {cell['method']!r} again, after line {first}. "
+                "Nothing was changed. Remove one of the two lines; an item counts once."
+            )
+
+
+def _check_named(folder: Path, run: Run, cells: list[Cell]) -> None:
+    """Check that `run.json` names the method of every cell: tables would leave the others out."""
+    if unnamed := sorted({cell["method"] for cell in cells} - run.methods.keys()):
+        raise EvaluationError(
+            f"{folder / CELLS_FILE} has results of {', '.join(map(repr, unnamed))}, which {RUN_FILE} does not name: "
+            "they are of another run. Nothing was changed. Move those lines back to their own folder."
+        )
 
 
 def _cell(path: Path, number: int, line: bytes) -> Cell:
     try:
-        cell = json.loads(line)
+        cell = json.loads(line, parse_constant=no_number)
     except json.JSONDecodeError as error:
         reason = f"it is not JSON ({error.msg} at column {error.colno})"
     except UnicodeDecodeError:
         reason = "it is not UTF-8 text"
+    except (ValueError, RecursionError) as error:
+        reason = str(error)
     else:
-        missing = [key for key in _CELL_KEYS if key not in cell] if isinstance(cell, dict) else list(_CELL_KEYS)
-        if not missing:
+        problem = cell_problem(cell)
+        if problem is None:
             return dict(cell)
-        reason = f"it lacks {', '.join(missing)}"
+        reason = problem
     raise EvaluationError(
         f"{path}, line {number} is no result: {reason}. Nothing was changed. Repair that line, or remove it to run its cell again."
     )
