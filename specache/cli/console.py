@@ -20,6 +20,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from specache.cli.flags import in_flags
 from specache.cli.numbers import check_numbers
+from specache.cli.path_options import parse_paths
 from specache.cli.standard_streams import ClosedPipeError
 from specache.errors import ConfigError, SpeCacheError
 
@@ -78,16 +79,14 @@ def wants_traceback() -> bool:
 def reports_errors(command: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
     """Turn our errors and Ctrl-C into one line and an exit code.
 
-    Paths begin in the user's folder where they begin with `~`, which shells leave as it is in
-    `--option=~/path`. `SPECACHE_DEBUG=1` shows the traceback instead.
+    Paths are read by `read_path`. `SPECACHE_DEBUG=1` shows the traceback instead.
     """
 
     @functools.wraps(command)
     def wrapper(*args: _Args.args, **kwargs: _Args.kwargs) -> _Result:
-        for name, value in kwargs.items():
-            kwargs[name] = [_in_home(one) for one in value] if isinstance(value, list) else _in_home(value)
         try:
             with _plain_warnings(kwargs):
+                _check_current_folder()
                 check_numbers(kwargs)
                 return command(*args, **kwargs)
         except ClosedPipeError:
@@ -101,11 +100,16 @@ def reports_errors(command: Callable[_Args, _Result]) -> Callable[_Args, _Result
             err.print("Interrupted.", style="yellow")
             raise typer.Exit(EXIT_INTERRUPTED) from None
 
+    parse_paths(wrapper)
     return wrapper
 
 
-def _in_home(value: Any) -> Any:
-    return value.expanduser() if isinstance(value, Path) and value.parts[:1] == ("~",) else value
+def _check_current_folder() -> None:
+    """Check that the current folder is there: without one, libraries end the process."""
+    try:
+        os.getcwd()
+    except OSError:
+        raise SpeCacheError("the current folder is no longer there: it was removed or replaced. Go to another one: cd") from None
 
 
 @contextmanager

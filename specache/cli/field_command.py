@@ -94,8 +94,12 @@ def take_fields(cls: Any, values: dict[str, Any], given: dict[str, Any] | None =
     for name, value in values.items():
         if name in sizes and value is not None:
             fields[name] = parse_size(value, f"--{flag(name)}")
+        elif name in kinds and is_tuple(kinds[name]) and value is None:
+            continue  # not given: the field's own default
         elif name in kinds:
             if isinstance(value, str) and is_tuple(kinds[name]):
+                if not value.strip():
+                    raise ConfigError(f"--{flag(name)} is empty. Name at least one, or leave the option out for its default.")
                 fields[name] = parse(value, kinds[name], f"--{flag(name)}")
             else:
                 fields[name] = typed_text(value, f"--{flag(name)}", ConfigError) if type(value) is str else value
@@ -116,7 +120,7 @@ def _field_parameter(field: dataclasses.Field[Any], kind: Any, panel: str) -> in
         kind, metavar = str | None, "BYTES"
     elif is_tuple(kind):
         kind, metavar = str | None, "LIST"
-        default = shown(default) if isinstance(default, tuple) else default
+        default = (shown(default) or None) if isinstance(default, tuple) else default
     option = typer.Option(switch, help=field.metadata.get("help"), metavar=metavar, rich_help_panel=panel)
     return _parameter(field.name, Annotated[kind, option], default)
 
