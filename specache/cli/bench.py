@@ -21,6 +21,7 @@ from specache.cli.console import print_table, quiet_libraries, status
 from specache.cli.field_command import field_parameters, make_command, take, take_fields, written_parameters
 from specache.cli.json_file import JsonFile, check_json, write_json
 from specache.cli.models import DEMO_MODEL, Device, Dtype, check_weights, chosen_device, demo_file, load, locate
+from specache.cli.threads import set_threads
 from specache.errors import ConfigError
 from specache.eval.tasks.texts import load_text
 
@@ -60,7 +61,9 @@ _DTYPES = {"fp32": Dtype.FLOAT32, "fp16": Dtype.FLOAT16}  # the rest computes in
 _FORMATS = "fp32, bf16, fp16, int8, int4"
 
 Seed = Annotated[int, typer.Option("--seed", rich_help_panel="Run", help="Decides synthetic keys, values, weights and prompts.")]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, rich_help_panel="Run", help="CPU threads. Default: PyTorch's.")]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, rich_help_panel="Run", help="CPU threads. Default: as 'generate' has.")
+]
 ChosenDevice = Annotated[
     Device,
     typer.Option(
@@ -184,7 +187,7 @@ def _run(benchmark: Benchmark, shared: SharedOptions, source: ModelSource | None
 
     check_json(shared.json)
     quiet_libraries()
-    options.set_threads(shared.threads)
+    set_threads(shared.threads)
     where = describe(str(device))
     with status(benchmark.summary) as say:
         bench = BenchContext(source, shared.seed, str(device), say)

@@ -12,6 +12,7 @@ from typing import Any
 
 from specache.cli.models import DEMO_REQUIREMENT, demo_gguf
 from specache.cli.serving_threads import WAIT_POLICY, serving_threads
+from specache.cli.threads import default_threads
 from specache.cli.tier_notice import auto_facts
 from specache.platform import machine
 from specache.platform.folders import cache_folder, earlier_cache_folder
@@ -152,7 +153,7 @@ def _cpu() -> dict[str, Any]:
     return {
         "model": machine.processor_name(),
         "cores": machine.usable_cores(),
-        "threads": torch.get_num_threads(),
+        "threads": default_threads(),
         "features": [feature for feature in CPU_FEATURES if feature in flags],
         "pytorch_uses": torch.backends.cpu.get_cpu_capability(),
         "bfloat16": private_torch.has_bfloat16_instructions(),

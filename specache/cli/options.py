@@ -11,6 +11,7 @@ from specache.cli.byte_sizes import UNITS, number_and_unit, parse_size
 from specache.cli.compiling import ONE_AND_TWO_ROWS, compile_model
 from specache.cli.console import quiet_libraries, status
 from specache.cli.models import Device, Dtype, LoadedModel, load
+from specache.cli.threads import set_threads
 from specache.config import DEFAULTS_OF_BITS, Code, Policy, ReadPath, SlowTierKind, SpeCacheConfig, parse_slow_tier
 from specache.errors import ConfigError
 from specache.eval.setting_fields import flag
@@ -83,7 +84,9 @@ DeviceOption = Annotated[
 ]
 Threads = Annotated[
     int | None,
-    typer.Option("--threads", min=1, help="CPU threads. Default: PyTorch's.", rich_help_panel=MODEL_PANEL),
+    typer.Option(
+        "--threads", min=1, help="CPU threads. Default: PyTorch's, within a container's limit.", rich_help_panel=MODEL_PANEL
+    ),
 ]
 Revision = Annotated[
     str | None,
@@ -434,11 +437,3 @@ def keep_memory_bounded(config: SpeCacheConfig) -> None:
     """Make the heap return freed memory if memory is limited."""
     if config.fast_memory is not None or config.slow_tier is SlowTierKind.DISK:
         heap.keep_small()
-
-
-def set_threads(threads: int | None) -> None:
-    """Limit PyTorch to `threads` CPU threads; None keeps its default."""
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)

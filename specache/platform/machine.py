@@ -30,7 +30,27 @@ def processor_name() -> str:
 
 
 def usable_cores() -> int | None:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    """Return how many threads of this process can run at once.
+
+    These are the processors that it may use, or fewer if a control group limits its time on them
+    (`docker --cpus`, a CPU limit of Kubernetes): whole cores within that limit, at least 1. With
+    more threads the limit is used up early in each period, and then none of them runs.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    quota = cpu_quota()
+    return cores if cores is None or quota is None else max(1, min(cores, int(quota)))
+
+
+def cpu_quota() -> float | None:
+    """Return how many cores' time the control groups (versions 2 and 1) allow this process.
+
+    None without a limit.
+    """
+    limits = [_line(f"{folder}/cpu.max").split() for folder in _upwards("/sys/fs/cgroup", _own_path(""))]
+    for folder in _upwards("/sys/fs/cgroup/cpu", _own_path("cpu")):
+        limits.append([_line(f"{folder}/cpu.cfs_quota_us"), _line(f"{folder}/cpu.cfs_period_us")])
+    quotas = [int(limit[0]) / int(limit[1]) for limit in limits if len(limit) == 2 and all(map(_is_positive, limit))]
+    return min(quotas, default=None)
 
 
 def last_level_cache() -> int | None:
@@ -220,6 +240,10 @@ def _line(path: str) -> str:
 def _number(path: str) -> int | None:
     text = _line(path)
     return int(text) if text.isdigit() else None
+
+
+def _is_positive(text: str) -> bool:
+    return text.isdigit() and int(text) > 0
 
 
 def _cache_size(text: str) -> int | None:

@@ -71,6 +71,27 @@ def test_a_group_that_uses_more_than_its_limit_has_nothing_left(files):
     assert machine.available_memory() == 0
 
 
+@pytest.mark.parametrize(
+    ("limits", "cores"),
+    [
+        ({"0::/a/b": {f"{V2}/a/b/cpu.max": "max 100000"}}, 8),
+        ({"0::/a/b": {f"{V2}/a/b/cpu.max": "200000 100000"}}, 2),
+        ({"0::/a/b": {f"{V2}/a/cpu.max": "350000 100000", f"{V2}/a/b/cpu.max": "max 100000"}}, 3),
+        ({"0::/a/b": {f"{V2}/a/b/cpu.max": "50000 100000"}}, 1),
+        ({"0::/a/b": {f"{V2}/a/b/cpu.max": "6400000 100000"}}, 8),
+        ({"0::/a/b": {f"{V2}/a/b/cpu.max": "broken"}}, 8),
+        ({"3:cpu,cpuacct:/a": {f"{V2}/cpu/a/cpu.cfs_quota_us": "-1", f"{V2}/cpu/a/cpu.cfs_period_us": "100000"}}, 8),
+        ({"3:cpu,cpuacct:/a": {f"{V2}/cpu/a/cpu.cfs_quota_us": "150000", f"{V2}/cpu/a/cpu.cfs_period_us": "50000"}}, 3),
+        ({"3:cpu:/docker/1": {f"{V2}/cpu/cpu.cfs_quota_us": "400000", f"{V2}/cpu/cpu.cfs_period_us": "100000"}}, 4),
+    ],
+)
+def test_no_more_threads_than_a_containers_limit_lets_run(files, monkeypatch, limits, cores):
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    for group, there in limits.items():
+        files |= {"/proc/self/cgroup": group, **there}
+    assert machine.usable_cores() == cores
+
+
 def test_this_machine_reports_its_available_memory():
     free = machine.available_memory()
     assert free is None or 0 < free < 1 << 50
