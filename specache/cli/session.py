@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from specache.cli import options
-from specache.cli.console import EXIT_ERROR, err, reports_errors, write
+from specache.cli.console import EXIT_ERROR, err, print_error, reports_errors, write
 from specache.cli.json_file import print_json
 from specache.cli.models import Device, Dtype
 from specache.cli.stats_table import UNKNOWN, size
-from specache.errors import ConfigError
+from specache.errors import ConfigError, SpeCacheError
 from specache.linear.weight_format import WeightFormat
 
 if TYPE_CHECKING:
@@ -111,11 +111,22 @@ def remove(
     names: Annotated[list[str], typer.Argument(help="The sessions.", metavar="NAME", show_default=False)],
     session_dir: Folder = None,
 ) -> None:
-    """Remove sessions. Their forks stay whole."""
+    """Remove sessions. Their forks stay whole.
+
+    One that cannot be removed is named, and the others are removed all the same.
+    """
     from specache import sessions
 
-    for name in names:
-        sessions.remove(name, session_dir)
+    problems = []
+    for name in dict.fromkeys(names):
+        try:
+            sessions.remove(name, session_dir)
+        except SpeCacheError as error:
+            problems.append(error)
+    for problem in problems[:-1]:
+        print_error(str(problem))
+    if problems:
+        raise problems[-1]
 
 
 @app.command("export")

@@ -221,6 +221,15 @@ def test_missing_sessions_and_files_are_reported(tmp_path):
     assert "There is no file" in missing.stderr and "start again" not in missing.stderr
 
 
+def test_one_session_that_is_not_there_keeps_no_other_from_being_removed(tiny, root):
+    """`rm one nope two` removed `one`, said that there is no `nope`, and left `two`."""
+    for name in ("one", "two", "three"):
+        run(*tiny, "--prompt", "hello", "--session", name)
+    refused = run("session", "rm", "one", "nope", "../three", "two", "one", code=2)
+    assert "'nope'" in refused.stderr and "'../three'" in refused.stderr and "'one'" not in refused.stderr
+    assert [one["name"] for one in run_json("session", "list")["sessions"]] == ["three"]
+
+
 # Repair
 
 
