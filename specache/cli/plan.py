@@ -16,7 +16,7 @@ from specache.cli.json_file import STANDARD_OUTPUT, JsonFile, check_json, write_
 from specache.cli.models import Device, Dtype, load_config, number_format
 from specache.cli.plan_device import Target, target_device
 from specache.config import Policy, SlowTierKind, SpeCacheConfig
-from specache.errors import ConfigError, SlowTierError
+from specache.errors import ConfigError, OutOfMemoryError, SlowTierError
 from specache.linear.weight_format import WeightFormat
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def _auto_tier(dimensions: ModelDimensions, asked: SpeCacheConfig, context: int,
         return None
     try:
         return expected_tier(dimensions, asked, uniform_batch(context, batch)).to_dict()
-    except SlowTierError as error:
+    except (OutOfMemoryError, SlowTierError) as error:
         return {"error": str(error)}
 
 

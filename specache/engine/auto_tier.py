@@ -69,6 +69,7 @@ def expected_tier(dimensions: ModelDimensions, config: SpeCacheConfig, planned: 
 
     Raises:
         SlowTierError: main memory is too small, and no folder on a disk has room.
+        OutOfMemoryError: main memory is too small even with the rows on disk.
     """
     device = dimensions.device
     memory = plan(dimensions, config.resolved(device), planned)
@@ -78,6 +79,12 @@ def expected_tier(dimensions: ModelDimensions, config: SpeCacheConfig, planned: 
     on_disk = plan(dimensions, disk_config(config, device, config.prefill_chunk), planned)
     if free is None or with_margin(needed) <= free or (device != "cuda" and on_disk.fast + weights >= needed):
         return TierChoice(config.resolved(device).slow_tier, None, needed, free)
+    needed_on_disk = 0 if device == "cuda" else on_disk.fast + weights
+    if needed_on_disk > free + machine.free_swap():
+        raise OutOfMemoryError(
+            f"Even with the 16-bit pairs on disk this needs {needed_on_disk:,} bytes of main memory with the weights, and {free:,} "
+            "are free."
+        )
     folder = choose_rows_folder(on_disk.slow, make=False)
     return TierChoice(SlowTierKind.DISK, str(folder.folder), needed, free, on_disk.slow, folder.free)
 

@@ -103,6 +103,14 @@ def test_plan_says_what_auto_would_take_here(tiny_folder, much_memory, little_me
     assert json.loads(run(*arguments, "--json", "-").stdout)["auto_tier"]["slow_tier"] == "ram-inplace"
 
 
+def test_a_plan_promises_no_disk_where_generate_would_refuse(tiny_folder, little_memory, monkeypatch):
+    monkeypatch.setattr(machine, "free_swap", lambda: 0)
+    arguments = ("plan", "-m", tiny_folder, "--context", "400", "--group-size", "16", "--residual", "16", "--top-k", "8")
+    assert "Even with the 16-bit pairs on disk" in json.loads(run(*arguments, "--json", "-").stdout)["auto_tier"]["error"]
+    said = one_line(run(*arguments).stdout)
+    assert "--slow-tier auto here, now: Even with the 16-bit pairs on disk this needs" in said and "100,000 are free" in said
+
+
 def test_a_plan_for_another_machine_says_nothing_of_this_one(little_memory):
     arguments = ("plan", "--shape", "smollm2-135m", "--dtype", "float16", "--context", "4096", "--gpu", "a6000")
     assert json.loads(run(*arguments, "--json", "-").stdout)["auto_tier"] is None
