@@ -178,10 +178,12 @@ void widen_row(const uint8_t* x, Dtype dtype, int64_t inputs, Dtype weights, flo
     }
 }
 
-// Rows that share a pass over the weights, and inputs whose activations stay in the first-level cache
-// for all passes.
+// Rows that share a pass over the weights.
 constexpr int kPlainRows = Isa::kProductSums >= 16 ? 8 : 1;
-constexpr int64_t kPlainInputs = 256;
+
+// A row of weights is taken whole where the activations are so few that they stay in the first-level
+// cache for all outputs: four rows are one stretch of memory. Otherwise so many inputs at a time.
+constexpr int64_t kFewActivations = 8192, kPlainInputs = 256;
 
 // Lanes of sums that are not added up yet, of each row and output of a tile.
 struct LaneSums {
@@ -189,7 +191,8 @@ struct LaneSums {
 };
 
 // Add inputs [start, stop) of NO outputs to the sums of NR rows from `first` on, in one order of
-// addition whatever NR and NO are. With AHEAD, prefetch the weights at `next`.
+// addition whatever NR and NO are. With AHEAD, prefetch the weights at `next`: whole rows in the order of
+// their addresses, which memory delivers faster than four rows in turn.
 template <Dtype DTYPE, int NR, int NO, bool AHEAD>
 inline void some_outputs(const PlainTile& tile, int output, const uint8_t* next, const FloatRows& x, int64_t first, int64_t start,
                          int64_t stop, LaneSums& sums) {
@@ -199,6 +202,7 @@ inline void some_outputs(const PlainTile& tile, int output, const uint8_t* next,
     constexpr int size = DTYPE == Dtype::f32 ? 4 : 2;
     const uint8_t* weights = tile.weights + output * tile.stride;
     const float* rows = x.values + first * x.stride + start * NR;
+    const bool in_order = stop - start == x.inputs && tile.stride == x.inputs * size;  // all that is read
     for (int64_t i = start; i < stop; i += kProductBlock, rows += NR * kProductBlock) {
         Floats w[NO][2];
         if (i + kProductBlock <= stop) {
@@ -206,9 +210,14 @@ inline void some_outputs(const PlainTile& tile, int output, const uint8_t* next,
             for (int o = 0; o < NO; o++) {
                 const uint8_t* from = weights + o * tile.stride + i * size;
                 load_weights<DTYPE>(from, w[o][0], w[o][1]);
-                if (AHEAD) {
-                    __builtin_prefetch(next + o * tile.stride + (i - start) * size, 0, 3);
-                    if (size == 4) __builtin_prefetch(next + o * tile.stride + (i - start) * size + 64, 0, 3);
+                if (AHEAD && in_order) {
+                    const uint8_t* ahead = next + ((i - start) * NO + o * kProductBlock) * size;
+                    fetch(ahead);
+                    if (size == 4) fetch(ahead + 64);
+                } else if (AHEAD) {
+                    const uint8_t* ahead = next + o * tile.stride + (i - start) * size;
+                    __builtin_prefetch(ahead, 0, 3);
+                    if (size == 4) __builtin_prefetch(ahead + 64, 0, 3);
                 }
             }
         } else {
@@ -259,10 +268,12 @@ void plain_tile(const PlainTile& tile, const FloatRows& x, int64_t rows, const O
     LaneSums sums;
     for (int64_t r = 0; r < rows; r++) std::memset(sums.lanes[r], 0, sizeof sums.lanes[r]);
     constexpr int size = DTYPE == Dtype::f32 ? 4 : 2;
-    for (int64_t start = 0; start < x.inputs; start += kPlainInputs) {
-        const int64_t stop = std::min(start + kPlainInputs, x.inputs);
+    const int64_t at_a_time = rows * x.inputs <= kFewActivations ? x.inputs : kPlainInputs;
+    for (int64_t start = 0; start < x.inputs; start += at_a_time) {
+        const int64_t stop = std::min(start + at_a_time, x.inputs);
+        const uint8_t* later = stop < x.inputs ? tile.weights + stop * size : tile.weights + kTile * tile.stride;  // of the next tile
         for (int o = 0; o < out.count; o += 4) {
-            const uint8_t* next = o + 4 < out.count ? tile.weights + (o + 4) * tile.stride + start * size : tile.weights + stop * size;
+            const uint8_t* next = o + 4 < out.count ? tile.weights + (o + 4) * tile.stride + start * size : later;
             const int outputs = min_of(4, out.count - o);
             int64_t first = of_rows<DTYPE, true>(tile, o, outputs, next, x, 0, rows, start, stop, sums);
             while (first < rows) first += of_rows<DTYPE, false>(tile, o, outputs, next, x, first, rows - first, start, stop, sums);
