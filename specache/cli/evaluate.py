@@ -26,6 +26,7 @@ from specache.eval.results import CELLS_FILE
 
 if TYPE_CHECKING:
     from specache.eval.methods_option import NamedMethod
+    from specache.eval.runner import Outcome
 
 HELP = "Measure methods on tasks: fidelity, needles, RULER, LongBench and more, at stated memory."
 EPILOG = """
@@ -95,8 +96,7 @@ def run_task(shared: SharedOptions, task: Any, methods: list[NamedMethod]) -> No
     """Run a task, print its results and write its report."""
     from specache.cli.evaluation_progress import CellProgress
     from specache.eval.plots import require_libraries
-    from specache.eval.report import write_report
-    from specache.eval.runner import evaluate
+    from specache.eval.runner import MethodFailedError, evaluate
     from specache.eval.tasks.base import TaskModel
 
     require_libraries()
@@ -111,6 +111,16 @@ def run_task(shared: SharedOptions, task: Any, methods: list[NamedMethod]) -> No
     except KeyboardInterrupt:
         _say_interrupted(shared.out)
         raise typer.Exit(EXIT_INTERRUPTED) from None
+    except MethodFailedError as error:
+        if error.outcome.cells:
+            _show(shared, task, error.outcome)
+        raise
+    _show(shared, task, outcome)
+
+
+def _show(shared: SharedOptions, task: Any, outcome: Outcome) -> None:
+    from specache.eval.report import write_report
+
     print_table(result_tables(outcome.run, outcome.rows))  # before any write that a full disk could fail
     if shared.json is not None:
         write_json(shared.json, outcome.to_dict())

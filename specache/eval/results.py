@@ -37,7 +37,7 @@ class Run:
         unit: of the task's values.
         methods: label -> name and settings, in the order they were first asked for. Methods may be
             added to a run.
-        skipped: label -> why the method cannot run on this machine.
+        skipped: label -> why the method cannot run on this machine, or at which item it failed.
         origins: where and when cells were measured (`eval/origin.py`). A cell names its own by
             index, under `origin`. Cells of earlier versions name none.
         began: when the run began, in ISO format: what chat templates write as today's date, on
@@ -111,7 +111,7 @@ class ResultFolder:
         self.cells.append(cell)
 
     def skip(self, label: str, reason: str) -> None:
-        """Record why a method cannot run."""
+        """Record why a method was left out."""
         self.run.skipped[label] = reason
         self.save_run()
 

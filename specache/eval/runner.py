@@ -48,7 +48,7 @@ class Progress:
         """Show that `cells` more cells are finished, or will not be measured."""
 
     def skipped(self, method: str, reason: str) -> None:
-        """Show that a method cannot run here."""
+        """Show that a method cannot run here, or failed and is left out from now on."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,18 @@ class Outcome:
     def to_dict(self) -> dict[str, Any]:
         """Return the document that `--json` writes. Its keys are stable."""
         return {"rows": self.rows, "run": self.run.to_dict()}
+
+
+class MethodFailedError(EvaluationError):
+    """Methods failed; the others were measured to the end.
+
+    Attributes:
+        outcome: all results in the folder, those of the failed methods up to their errors included.
+    """
+
+    def __init__(self, message: str, outcome: Outcome) -> None:
+        super().__init__(message)
+        self.outcome = outcome
 
 
 def describe_run(model: TaskModel, task: Task, methods: list[NamedMethod], seed: int) -> Run:
@@ -92,25 +104,30 @@ def evaluate(
 ) -> Outcome:
     """Measure the cells that `out` does not hold yet.
 
-    An interrupt or an error loses only the cell in progress.
+    An interrupt or an error loses only the cell in progress. A method that fails is left out from
+    then on, and the others are measured to the end.
 
     Raises:
         ConfigError: the same method twice.
         TaskDataError: a file of the task is missing or malformed. This is found before anything is
             measured.
         EvaluationError: `out` holds another run, or other items under the same names; it cannot be
-            written or is in use; or a method failed, and the message names it and the item.
+            written or is in use; or no method can run here.
+        MethodFailedError: methods failed; the message names them and their items.
     """
     check_unique(methods)
     with open_results(out, describe_run(model, task, methods, seed)) as results:
         torch.manual_seed(seed)
         if results.run.began is not None:
             model = replace(model, date=datetime.fromisoformat(results.run.began))
-        _Runner(model, task, methods, results, progress or Progress()).run()
+        failed = _Runner(model, task, methods, results, progress or Progress()).run()
+        outcome = Outcome(results.run, aggregate(results.run, results.cells), results.cells)
+        if failed:
+            raise MethodFailedError(_goes_on("; ".join(failed)), outcome)
         if not results.cells and results.run.skipped:
             reasons = "; ".join(f"{label}: {reason}" for label, reason in results.run.skipped.items())
             raise EvaluationError(f"none of the methods can run here: {reasons}")
-        return Outcome(results.run, aggregate(results.run, results.cells), results.cells)
+        return outcome
 
 
 class _Runner:
@@ -121,13 +138,16 @@ class _Runner:
         self._results = results
         self._progress = progress
         self._remaining = {method.label: 0 for method in methods}  # label -> cells still to be measured
+        self._failed: list[str] = []
 
-    def run(self) -> None:
+    def run(self) -> list[str]:
+        """Measure what is left. Return what failed: item, method and reason."""
         with torch.no_grad(), attached(self._model.model), _PrefilledPrompts(self._model.model, self._needs_queries()) as prompts:
             self._check_items()
             for index, item in enumerate(self._task.items(self._model)):
                 if todo := [method for method in self._methods if not self._results.has(item.id, method.label)]:
                     self._item(index, item, todo, prompts)
+        return self._failed
 
     def _check_items(self) -> None:
         """Check all items before any is measured, and count the remaining cells.
@@ -173,7 +193,7 @@ class _Runner:
             prompt = prompts.get(item, lambda done, total: self._progress.prefill(item.id, done, total))
             prepared = self._task.prepare(self._model, item, prompt)
         except Exception as error:
-            raise _explained(error, f"item {item.id!r}") from error
+            raise EvaluationError(_goes_on(f"item {item.id!r}: {_reason(error)}")) from error
         for method in todo:
             self._progress.cell(item.id, method.label)
             try:
@@ -182,7 +202,9 @@ class _Runner:
                 self._drop(method, str(error))
                 continue
             except Exception as error:
-                raise _explained(error, f"item {item.id!r}, method {method.label!r}") from error
+                self._drop(method, f"it failed at item {item.id!r} ({_reason(error)})")
+                self._failed.append(f"item {item.id!r}, method {method.label!r}: {_reason(error)}")
+                continue
             self._results.append(cell)
             self._remaining[method.label] -= 1
             self._progress.finished()
@@ -291,7 +313,11 @@ def _series(measurement: Measurement) -> Iterator[tuple[str, list[float]]]:
     yield from measurement.tokens.items()
 
 
-def _explained(error: Exception, where: str) -> EvaluationError:
-    """Return an error that says where it happened, with the type of an error that is not ours."""
+def _reason(error: Exception) -> str:
+    """Return what an error says, with its type if it is not ours."""
     reason = str(error) if isinstance(error, SpeCacheError) else f"{type(error).__name__}: {error}"
-    return EvaluationError(f"{where}: {reason.strip().rstrip('.')}. Finished cells are kept; the same command goes on from here.")
+    return reason.strip().rstrip(".")
+
+
+def _goes_on(failed: str) -> str:
+    return f"{failed}. Finished cells are kept; the same command goes on from here."

@@ -150,6 +150,18 @@ def test_a_long_run_prints_its_progress_at_most_twenty_times(tiny):
     assert 10 <= text.count("of 39 cells") <= 20
 
 
+def test_a_method_that_fails_is_named_after_the_results_of_the_others(tiny, monkeypatch, tmp_path):
+    def broken(*arguments: Any) -> Any:
+        raise RuntimeError("out of order")
+
+    monkeypatch.setattr(fake_tasks.MissingMethod, "start", broken)
+    file = tmp_path / "rows.json"
+    text = one_line(evaluate("answers", *tiny, "--methods", "missing,kivi", "--json", file, code=console.EXIT_ERROR).stderr)
+    assert "±" in text and "error: item 'answer/0', method 'missing': RuntimeError: out of order" in text
+    assert [(row["method"], row["n"]) for row in json.loads(file.read_text())["rows"]] == [("kivi", 4)]
+    assert "missing was skipped: it failed at item 'answer/0'" in one_line(evaluate("report", tmp_path / "out").stderr)
+
+
 def test_a_skipped_method_is_reported(tiny):
     text = one_line(evaluate("answers", *tiny, "--methods", "missing,kivi").stderr)
     assert "missing is skipped: the library 'nowhere' is not installed" in text

@@ -19,8 +19,8 @@ import pytest
 from specache.errors import ConfigError, EvaluationError
 from specache.eval import results, runner
 from specache.eval.methods_option import NamedMethod, parse_methods
-from specache.eval.results import CELLS_FILE, RUN_FILE, Run, open_results
-from specache.eval.runner import Outcome, Progress, describe_run, evaluate
+from specache.eval.results import CELLS_FILE, RUN_FILE, Run, open_results, read_results
+from specache.eval.runner import MethodFailedError, Outcome, Progress, describe_run, evaluate
 from specache.eval.table_rows import aggregate
 from specache.eval.tasks.base import Item, TaskModel
 from specache.eval.tasks.needle import Needle
@@ -147,6 +147,31 @@ def test_an_interrupted_run_is_resumed(model, tmp_path, error):
 def test_an_error_names_item_and_method(model, tmp_path):
     with pytest.raises(EvaluationError, match=r"item 'text/1', method 'specache': RuntimeError: out of order.*kept"):
         evaluate(model, Divergence(), [failing(RuntimeError("out of order"), healthy=1)], tmp_path)
+
+
+def test_a_method_that_fails_leaves_the_others_to_finish(model, tmp_path):
+    healthy = parse_methods("full,kivi")
+    broken = failing(RuntimeError("out of order"), healthy=1)
+    with pytest.raises(MethodFailedError, match=r"item 'text/1', method 'specache': RuntimeError: out of order.*kept") as failed:
+        evaluate(model, Divergence(), [healthy[0], broken, healthy[1]], tmp_path)
+    cells = [(cell["item"], cell["method"]) for cell in lines(tmp_path)]
+    items = [f"{group}/{number}" for group in ("text", "answer") for number in (0, 1)]
+    assert sorted(cells) == sorted([(item, method) for item in items for method in ("full", "kivi")] + [("text/0", "specache")])
+    assert failed.value.outcome.cells == lines(tmp_path)
+    assert "item 'text/1' (RuntimeError: out of order)" in read_results(tmp_path)[0].skipped["specache"]
+    calls.clear()
+    outcome = run(model, tmp_path, "full,specache,kivi")
+    assert measured() == 3 and len(outcome.cells) == 12 and not outcome.run.skipped
+
+
+def test_every_method_that_fails_is_named(model, tmp_path):
+    first = failing(RuntimeError("out of order"), healthy=1)
+    second = NamedMethod("specache bits=1", failing(OSError("gone"), healthy=2).method)
+    with pytest.raises(MethodFailedError) as failed:
+        evaluate(model, Divergence(), [first, second], tmp_path)
+    assert "item 'text/1', method 'specache': RuntimeError: out of order" in str(failed.value)
+    assert "item 'answer/0', method 'specache bits=1': OSError: gone" in str(failed.value)
+    assert len(lines(tmp_path)) == 3
 
 
 def test_a_resumed_run_may_add_methods_and_change_nothing_else(model, tmp_path):
