@@ -10,6 +10,7 @@ import stat
 from pathlib import Path
 
 from specache.errors import ConfigError
+from specache.platform.text_files import decode_text
 
 SHORTEST_KEY = 16  # characters; shorter ones can be guessed
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -76,9 +77,12 @@ def _read(path: Path) -> str:
                 raise ConfigError(f"the key file {path} is not an ordinary file.")
             if facts.st_mode & 0o077:
                 raise ConfigError(f"others may read the key file {path}. Make it yours alone: chmod 600 {path}")
-            return file.read(_MOST_BYTES).decode()
-    except (OSError, UnicodeDecodeError, RuntimeError) as error:  # RuntimeError: `~name` of an unknown user
+            data = file.read(_MOST_BYTES + 1)
+    except (OSError, RuntimeError) as error:  # RuntimeError: `~name` of an unknown user
         raise ConfigError(f"cannot read the key file {path}: {getattr(error, 'strerror', None) or error}.") from None
+    if len(data) > _MOST_BYTES:
+        raise ConfigError(f"the key file {path} is longer than {_MOST_BYTES:,} bytes. Is it another file? Pass one of keys alone.")
+    return decode_text(data, f"the key file {path}", ConfigError)
 
 
 def _check(path: Path, number: int, name: str, key: str) -> None:

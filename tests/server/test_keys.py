@@ -69,3 +69,17 @@ def test_the_message_never_shows_a_key(tmp_path):
     with pytest.raises(ConfigError) as caught:
         KeyRing.load(written(tmp_path, f"alice:{secret}\n"))
     assert secret not in str(caught.value) and "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_file_that_a_windows_editor_wrote_is_read(tmp_path, encoding):
+    path = tmp_path / "keys.txt"
+    path.write_bytes(f"alice:{ALICE}\r\n\r\n{BOB}\r\n".encode(encoding))
+    path.chmod(0o600)
+    ring = KeyRing.load(path)
+    assert ring.owner(ALICE) == "alice" and ring.owner(BOB)
+
+
+def test_a_file_that_is_too_long_is_refused_rather_than_cut(tmp_path):
+    with pytest.raises(ConfigError, match="longer than 1,048,576 bytes"):
+        KeyRing.load(written(tmp_path, "".join(f"{ALICE}{number:07}\n" for number in range(60_000))))
