@@ -40,11 +40,11 @@ class FolderLock:
         self._fd = -1
         self._process = os.getpid()
         self._flock, self._unlock = fcntl.flock, fcntl.LOCK_UN  # when the program ends, nothing can be imported
-        path = folder / LOCK_FILE
+        self._path = folder / LOCK_FILE
         try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(self._fd), path.lstat()):
+            if not self.in_place:
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
             self._sign()
         except BlockingIOError:
@@ -61,6 +61,17 @@ class FolderLock:
     @property
     def held(self) -> bool:
         return self._fd >= 0
+
+    @property
+    def in_place(self) -> bool:
+        """Return whether the folder's path still leads to the folder that was locked.
+
+        Another one in its place (a backup, a session of the same name) is not locked by this.
+        """
+        try:
+            return os.path.samestat(os.fstat(self._fd), self._path.lstat())
+        except OSError:
+            return False
 
     def release(self) -> None:
         """Release the lock. Safe to call twice.

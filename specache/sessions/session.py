@@ -163,6 +163,7 @@ class Session:
                 holds.
         """
         with self.cache.in_use.by("Session.save", from_callbacks=True), modes.ours():
+            self._check_in_place()
             self.cache.release_device_batch()
             if any(layer.length != self._sequence.length for layer in self._sequence.layers.values()):
                 raise UsageError(
@@ -220,6 +221,7 @@ class Session:
             UsageError: a call is using the cache.
         """
         with self.cache.in_use.by("Session.fork"):
+            self._check_in_place()
             if self._in_default_root:
                 check_free(root_of(name, None), name)  # there may be two default folders
             self._tier.stop_appending()
@@ -249,7 +251,7 @@ class Session:
                 if cache is not None:
                     cache.free()
             finally:
-                if self._saved is None and self._lock.held and not is_saved(self.folder):
+                if self._saved is None and self._lock.in_place and not is_saved(self.folder):
                     shutil.rmtree(self.folder, ignore_errors=True)
 
     def __enter__(self) -> Session:
@@ -342,6 +344,14 @@ class Session:
                 raise SessionError(f"{path} has {size:,} bytes, but {file.bytes:,} were written. {state.DAMAGED}")
 
     # Saving
+
+    def _check_in_place(self) -> None:
+        """Check that nothing is written into a folder that another process may have."""
+        if not self._lock.in_place:
+            raise SessionError(
+                f"The folder of the session {self.name!r}, {self.folder}, was moved, replaced or removed while it was open. "
+                "Nothing was written. Put it back and try again; or close the session and open what is there now."
+            )
 
     def _next_manifest(self) -> Manifest:
         """Return the next manifest without the state.
