@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from specache.errors import BenchmarkError, ConfigError
+from specache.platform.output_files import write_whole
 
 COLOURS = {"specache": "#0072B2", "dynamic": "#333333"}  # from Okabe and Ito's palette for colour-blind readers
 MARKERS = "os^Dv"
@@ -42,7 +43,7 @@ def png(figure: Any) -> bytes:
 def write_plot(path: Path, image: bytes) -> None:
     """Write an image. Raise `BenchmarkError` if it cannot be written."""
     try:
-        path.write_bytes(image)
+        write_whole(path, image)
     except OSError as error:
         raise BenchmarkError(f"cannot write {path}: {error.strerror or error}. Choose another --plot.") from error
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from specache.bench.base import Result
 from specache.errors import BenchmarkError
+from specache.platform.output_files import write_whole
 
 Key = tuple[Any, ...]
 
@@ -85,19 +83,7 @@ def _differences(there: Any, here: dict[str, Any]) -> list[str]:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Replace a file atomically: a reader sees the old or the new content, also after a crash."""
-    temporary: str | None = None
     try:
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        write_whole(path, text.encode())
     except OSError as error:
         raise BenchmarkError(f"cannot write {path}: {error.strerror or error}. What it held before is kept.") from error
-    finally:
-        if temporary is not None:
-            with suppress(OSError):
-                os.unlink(temporary)

@@ -10,7 +10,7 @@ import typer
 
 from specache.cli.console import write
 from specache.errors import SpeCacheError
-from specache.platform.output_files import check_output_file
+from specache.platform.output_files import check_output_file, write_whole
 
 STANDARD_OUTPUT = "-"
 
@@ -39,13 +39,13 @@ def write_json(target: str, document: dict[str, Any]) -> None:
     """Write one JSON object to a file or to standard output.
 
     Raises:
-        SpeCacheError: the file cannot be written.
+        SpeCacheError: the file cannot be written. What it held before is kept.
     """
     text = json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n"
     if target == STANDARD_OUTPUT:
         write(text)
         return
     try:
-        Path(target).expanduser().write_text(text, encoding="utf-8")
+        write_whole(Path(target).expanduser(), text.encode())
     except OSError as error:
         raise SpeCacheError(f"cannot write {target}: {error.strerror or error}. Choose another --json.") from error

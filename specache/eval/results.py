@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from typing import Any
 
 from specache.errors import EvaluationError
 from specache.eval.result_schema import cell_problem, no_number, run_problem
+from specache.platform.output_files import write_whole
 
 RUN_FILE = "run.json"
 CELLS_FILE = "cells.jsonl"
@@ -180,31 +180,18 @@ def read_results(folder: Path) -> tuple[Run, list[Cell]]:
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Replace a file atomically: a reader sees the old or the new content, also after a crash.
+    """Write a file of results, whole or not at all (`write_whole`).
 
     Raises:
         EvaluationError: it cannot be written. The old file is still there.
     """
-    data = content.encode() if isinstance(content, str) else content
-    temporary: str | None = None
     try:
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            _write_all(descriptor, data)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        write_whole(path, content.encode() if isinstance(content, str) else content)
     except OSError as error:
         raise EvaluationError(
             f"cannot write {path}: {error.strerror or error}. Finished cells in {CELLS_FILE} are kept; "
             "free some space and run the same command again."
         ) from error
-    finally:
-        if temporary is not None:
-            with suppress(OSError):
-                os.unlink(temporary)
 
 
 def _write_all(descriptor: int, data: bytes) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -252,3 +254,17 @@ def test_this_machine_is_measured(tiny_folder, monkeypatch):
 def test_without_a_terminal_nothing_is_cut_short():
     text = run(*ON_A6000).stdout
     assert "\N{HORIZONTAL ELLIPSIS}" not in text and "1,280 tokens" in text and "tokens/s, largest batches" in text
+
+
+def test_a_full_disk_leaves_the_json_of_an_earlier_run(monkeypatch, tmp_path):
+    file = tmp_path / "plan.json"
+    run(*LARGE, "--json", file)
+    earlier = file.read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    text = one_line(run(*LARGE, "--bits", "1", "--json", file, code=1).stderr)
+    assert "cannot write" in text and "No space left on device. Choose another --json" in text
+    assert file.read_bytes() == earlier and os.listdir(tmp_path) == ["plan.json"]
