@@ -22,6 +22,7 @@ from specache.cli.flags import in_flags
 from specache.cli.numbers import check_numbers
 from specache.cli.path_options import parse_paths
 from specache.cli.standard_streams import ClosedPipeError
+from specache.cli.termination import unwound_by_signals
 from specache.errors import ConfigError, SpeCacheError
 
 LOG_WIDTH = 200  # width of tables if there is no terminal
@@ -85,7 +86,7 @@ def reports_errors(command: Callable[_Args, _Result]) -> Callable[_Args, _Result
     @functools.wraps(command)
     def wrapper(*args: _Args.args, **kwargs: _Args.kwargs) -> _Result:
         try:
-            with _plain_warnings(kwargs):
+            with unwound_by_signals(), _plain_warnings(kwargs):
                 _check_current_folder()
                 check_numbers(kwargs)
                 return command(*args, **kwargs)

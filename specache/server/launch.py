@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from specache.server.served_model import ServedModel
 
 Load = Callable[[], "tuple[ServedModel, EngineService]"]
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_ALWAYS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (*_ALWAYS, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 _KEEP_ALIVE_SECONDS = 15
 _LAST_EVENTS_SECONDS = 10.0  # for streams to send them, beyond the grace of the answers
 
@@ -94,7 +95,7 @@ class Server(uvicorn.Server):
         self._signals = 0
 
     def run_until_signal(self, listener: socket.socket) -> None:
-        """Serve until Ctrl-C, SIGTERM or a failure. Takes the listening socket.
+        """Serve until Ctrl-C, SIGTERM, SIGHUP or a failure. Takes the listening socket.
 
         Raises:
             BaseException: the model cannot be loaded.
@@ -118,11 +119,15 @@ class Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Take signals in the main thread. They are not raised again at the end."""
+        """Take signals in the main thread. They are not raised again at the end.
+
+        SIGHUP, of a closed terminal, is left alone if it is ignored (`nohup`).
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before: dict[int, Any] = {number: signal.signal(number, self.handle_exit) for number in _SIGNALS}
+        taken = [number for number in _SIGNALS if number in _ALWAYS or signal.getsignal(number) is not signal.SIG_IGN]
+        before: dict[int, Any] = {number: signal.signal(number, self.handle_exit) for number in taken}
         try:
             yield
         finally:

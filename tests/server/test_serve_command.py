@@ -109,6 +109,14 @@ def test_sigterm_ends_a_server_with_keys_and_code_0(tmp_path, tiny_folder):
         assert "The server has ended." in lines and "Traceback" not in lines and "a" * 24 not in lines
 
 
+def test_a_closed_terminal_ends_a_server_as_sigterm_does(tmp_path, tiny_folder):
+    with serving(tmp_path / "log", "-m", tiny_folder) as server:
+        server.wait_for("is ready")
+        assert server.end(signal.SIGHUP) == 0
+        lines = server.log.read_text()
+        assert "The server has ended." in lines and "Traceback" not in lines
+
+
 def test_ctrl_c_while_the_model_is_loaded_ends_the_process(tmp_path, tiny_folder):
     with serving(tmp_path / "log", "-m", tiny_folder) as server:
         wait_until(lambda: _health(server.address) == 503)
