@@ -5,6 +5,8 @@ Each message says what was wrong, what was expected and what to do.
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class SpeCacheError(Exception):
     """Base of every error that specache raises on purpose.
@@ -60,6 +62,10 @@ class QueueFullError(SpeCacheError):
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle it with both arguments: a pool of processes that cannot read it hangs."""
+        return type(self), (*self.args, self.retry_after_s), self.__dict__
 
 
 class ServiceClosedError(UsageError):

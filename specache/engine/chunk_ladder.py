@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 from specache.config import SpeCacheConfig
 from specache.errors import FastMemoryError
+from specache.platform.notices import warn_and_go_on
 
 FIRST_RUNG = 32  # tokens; a smaller chunk reads the weights too often
 
@@ -48,5 +48,5 @@ def choose_chunk(config: SpeCacheConfig, seconds: float, timer: AbstractContextM
     except FastMemoryError:
         pass  # a larger chunk does not fit
     except Exception as error:
-        warnings.warn(f"A chunk of a prompt could not be timed, so {chosen} tokens are read at a time: {error!r}", stacklevel=2)
+        warn_and_go_on(f"A chunk of a prompt could not be timed, so {chosen} tokens are read at a time: {error!r}", stacklevel=2)
     return chosen

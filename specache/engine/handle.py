@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from specache.engine.sampling import GenerationState, SamplingParams
 from specache.errors import UsageError
 from specache.planning.footprint import PlannedSequence
 from specache.platform import modes
+from specache.platform.notices import warn_and_go_on
 from specache.stats import MemoryUse
 
 if TYPE_CHECKING:
@@ -176,4 +176,4 @@ class Handle:
             try:
                 on_end(self)
             except Exception as error:  # the engine has other requests to go on with
-                warnings.warn(f"A request's on_end failed: {error!r}", RuntimeWarning, stacklevel=2)
+                warn_and_go_on(f"A request's on_end failed: {error!r}", stacklevel=2)

@@ -7,7 +7,6 @@ of its own (`prefix_writer`).
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Generator
 from dataclasses import replace
 from typing import Any
@@ -21,6 +20,7 @@ from specache.config import Policy, SpeCacheConfig
 from specache.engine.prefix_status import PrefixCounters, PrefixStatus
 from specache.engine.prefix_writer import PrefixWriter
 from specache.errors import ConfigError, FastMemoryError, SessionError, SlowTierError
+from specache.platform.notices import warn_and_go_on
 from specache.sessions.identity import identify
 from specache.sessions.prefix_files import SavedPrefix, Stopped
 from specache.sessions.prefix_folder import PrefixFolder, problems
@@ -258,4 +258,4 @@ class PrefixDisk:
 
     def _report(self, problem: str) -> None:
         self.problem = problem
-        warnings.warn(problem, RuntimeWarning, stacklevel=2)
+        warn_and_go_on(problem, stacklevel=2)

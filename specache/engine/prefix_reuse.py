@@ -7,7 +7,6 @@ that a prompt that contains it would be answered otherwise than after a prefill 
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
@@ -18,6 +17,7 @@ from specache.engine.chunked_prefill import StopReading
 from specache.engine.stored_prefixes import PrefixReturn, RoomLater, StoredPrefixes
 from specache.errors import FastMemoryError
 from specache.planning.footprint import PlannedSequence
+from specache.platform.notices import warn_and_go_on
 from specache.sessions.prefix_reading import NoRoomError
 
 if TYPE_CHECKING:
@@ -209,4 +209,4 @@ def _optional(what: str) -> Iterator[None]:
     except (RoomLater, StopReading):
         raise
     except Exception as error:
-        warnings.warn(f"Could not {what}, which costs time only: {error!r}", RuntimeWarning, stacklevel=4)
+        warn_and_go_on(f"Could not {what}, which costs time only: {error!r}", stacklevel=4)

@@ -7,7 +7,6 @@ import math
 import os
 import threading
 import time
-import warnings
 from collections import deque
 from collections.abc import AsyncIterator
 from typing import Any
@@ -23,6 +22,7 @@ from specache.engine.stored_prefixes import StoredPrefixes
 from specache.engine.ticket import OnEvent, Ticket
 from specache.engine.uncopied import Uncopied
 from specache.errors import QueueFullError, ServiceClosedError, UsageError
+from specache.platform.notices import warn_and_go_on
 
 PAUSE_S = 0.05  # seconds after which a request that nothing but stored prefixes hinders looks again
 
@@ -256,7 +256,7 @@ class EngineService(Uncopied):
             if self._prefixes is not None:
                 self._prefixes.collect()
         except Exception as error:
-            warnings.warn(f"Could not go on writing stored prompts: {error!r}", RuntimeWarning, stacklevel=2)
+            warn_and_go_on(f"Could not go on writing stored prompts: {error!r}", stacklevel=2)
         self._engines.retry()
 
     def _abort_requests(self) -> None:
@@ -334,4 +334,4 @@ class EngineService(Uncopied):
             try:
                 close()
             except Exception as failed:
-                warnings.warn(f"The service did not end cleanly: {failed!r}", RuntimeWarning, stacklevel=2)
+                warn_and_go_on(f"The service did not end cleanly: {failed!r}", stacklevel=2)

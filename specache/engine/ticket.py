@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 import time
-import warnings
 from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from specache.engine.handle import Handle
 from specache.engine.prefix_reuse import PrefixReuse
 from specache.engine.token_logprobs import prompt_logprobs, token_logprob
 from specache.errors import UsageError
+from specache.platform.notices import warn_and_go_on
 from specache.stats import Counters, MemoryUse
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ class Ticket:
             self._on_event(event)
         except BaseException as error:
             self._on_event = None
-            warnings.warn(f"A request was ended because an event could not be reported: {error!r}", RuntimeWarning, stacklevel=2)
+            warn_and_go_on(f"A request was ended because an event could not be reported: {error!r}", stacklevel=2)
             self._abort(self)
 
     def facts(self, counters: Counters | None) -> Facts:

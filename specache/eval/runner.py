@@ -75,6 +75,9 @@ class MethodFailedError(EvaluationError):
         super().__init__(message)
         self.outcome = outcome
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (*self.args, self.outcome), self.__dict__
+
 
 def describe_run(model: TaskModel, task: Task, methods: list[NamedMethod], seed: int) -> Run:
     """Return what identifies a run's results, and where they are measured from now on."""
