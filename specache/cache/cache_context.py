@@ -13,6 +13,7 @@ from specache.cache.resources import Resources
 from specache.cache.sizes import checkpoint_allowance, fetches, hot_slots, on_disk
 from specache.config import SlowTierKind, SpeCacheConfig
 from specache.model.info import ModelInfo
+from specache.platform.step_threads import warn_of_cpu_limit
 from specache.rows.fetch import HotSetRowFetcher, InPlaceRowFetcher, RowFetcher
 from specache.rows.native_hot_set import new_hot_set
 from specache.stats import Counters
@@ -43,6 +44,8 @@ class CacheContext:
     def __init__(
         self, info: ModelInfo, config: SpeCacheConfig, resources: Resources, main_memory: MainMemory | None = None
     ) -> None:
+        if info.device.type == "cpu":
+            warn_of_cpu_limit()
         self.info = info
         self.config = config
         self.resources = resources

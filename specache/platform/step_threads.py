@@ -8,13 +8,18 @@ have the same bits with any number of threads.
 
 from __future__ import annotations
 
+import functools
+import os
 import threading
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+
+from specache.platform import machine
 
 try:
     import resource
@@ -39,6 +44,25 @@ def step_threads() -> int:
 def lost_cores() -> int:
     """Return how often threads of this process had to leave a core to others; 0 if unknown."""
     return 0 if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+
+
+@functools.cache
+def warn_of_cpu_limit() -> None:
+    """Warn once if PyTorch has more threads than a control group lets run.
+
+    Commands choose the number themselves (`cli/threads.py`). A library leaves PyTorch's alone, and
+    fewer threads in our kernels do not help while PyTorch's own operations use all.
+    """
+    quota, threads = machine.cpu_quota(), torch.get_num_threads()
+    if quota is None or os.environ.get("OMP_NUM_THREADS") or threads <= max(1, int(quota)):
+        return
+    warnings.warn(
+        f"PyTorch computes with {threads} threads, and a container's limit gives this process the time of {quota:g} cores: when it "
+        "is used up, all threads stand still, and steps take several times as long. Call "
+        f"torch.set_num_threads({max(1, int(quota))}) first.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 class StepThreads:
