@@ -16,7 +16,7 @@ app = Program(
     help="Long-context generation over a low-bit key-value cache, with speculative prefetch of the 16-bit pairs that matter.",
     epilog="Start with [bold]specache demo[/bold]. [bold]specache COMMAND --help[/bold] explains a command. "
     "SPECACHE_CACHE names the folder for converted models and sessions (default: specache in XDG_CACHE_HOME or ~/.cache), "
-    "SPECACHE_DEBUG=1 shows where an error came from. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.",
+    "SPECACHE_DEBUG=1 shows where an error came from. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 ended.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
