@@ -84,7 +84,9 @@ class PrefixReuse:
         It is the prepared one, or one that was read since. While it is brought back from the disk,
         this yields every `SLICE_S` seconds.
         """
-        found = self._if_room(cache, token_ids, self._taken.pop(tuple(token_ids), None))
+        found = self._taken.pop(tuple(token_ids), None)
+        if not isinstance(found, Sequence):  # else it was planned with what it holds, and there is no room to do without
+            found = self._if_room(cache, token_ids, found)
         if found is None:
             found = self._begin_now(cache, token_ids)
         while found is not None and not isinstance(found, Sequence):

@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -74,7 +74,14 @@ def submitted(service: Any, asked: Asked) -> Client:
     return ask(service, model(), asked.ids, when=when, job=job, max_new_tokens=asked.new)
 
 
+def fitting_with_its_prefix() -> list[tuple[Asked, float]]:
+    """Requests of which the last has room only because it goes on from what another left."""
+    asked = ((0, 40, 24), (0, 260, 1), (1, 150, 1), (0, 150, 1))
+    return [(Asked(*each, new=1, hangs_up=None, pairs=None), 0.0) for each in asked]
+
+
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@example(requests=fitting_with_its_prefix(), room=1.0, keeps=True)
 @given(
     requests=st.lists(st.tuples(REQUESTS, st.sampled_from([0.0, 0.0, 0.005, 0.03])), min_size=1, max_size=9),
     room=st.sampled_from([None, 1.0, 1.3, 3.0]),
